@@ -1,0 +1,515 @@
+"""What is an array that is read piece by piece?
+
+A `Source` knows the place, shape and dtype of an array and reads rows [start, stop) of it when
+asked; it never holds a file's data, and pickles to a few hundred bytes. `open_source` makes one of
+whatever tokens and weights come in:
+
+    x.npy  file.safetensors::name     -> RawSource     one contiguous region of a local file
+    x.zarr  s3://...  zarr.Array      -> ZarrSource    chunks; plain local ones read directly
+    ndarray                           -> ArraySource   memory (a memory map counts as its file)
+
+Where the stored bytes are the rows themselves, a read is one system call per chunk, from the file
+straight to the destination. Reads retry nothing; what cannot be read whole is a `ReadError`.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import mmap
+import os
+import sys
+from abc import ABC, abstractmethod
+from collections.abc import Iterable
+from math import prod
+from typing import TYPE_CHECKING, Any
+
+import ml_dtypes
+import numpy as np
+from dask.base import normalize_token
+
+from dask_ep.memory import empty
+from dask_ep.safetensors_header import read_header
+from dask_ep.zarr_layout import chunk_files, local_directory, missing_chunks, open_array
+
+if TYPE_CHECKING:
+    import zarr
+
+
+class ReadError(OSError):
+    """Rows that should be there could not be read: a file is missing, short or damaged."""
+
+
+class Source(ABC):
+    """An array that is read by ranges of rows.
+
+    Attributes
+    ----------
+    shape : tuple of int
+    dtype : numpy.dtype, in native byte order
+    name : str, for messages
+    path : str or None, the local file or directory that the data lies in
+    chunk_rows : int or None, the rows that are stored together, None where any range is as good
+    """
+
+    shape: tuple[int, ...]
+    dtype: np.dtype
+    name: str
+    path: str | None = None
+    chunk_rows: int | None = None
+
+    @property
+    def ndim(self) -> int:
+        return len(self.shape)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the whole array as its dtype says, uncompressed."""
+        return prod(self.shape) * self.dtype.itemsize
+
+    @abstractmethod
+    def read(self, start: int, stop: int, out: np.ndarray | None = None) -> np.ndarray:
+        """Read rows [start, stop) of the first axis, with all of the other axes.
+
+        Parameters
+        ----------
+        start, stop : int, 0 <= start <= stop <= shape[0]; an array of no axes is one row
+        out : (stop - start, *shape[1:]) array of `dtype`, C-contiguous, to be filled; without it
+            memory from `dask_ep.memory.empty`
+
+        Returns
+        -------
+        `out`, or a C-contiguous array like it
+
+        Raises
+        ------
+        ReadError
+            If the data is not there whole, naming the file, the rows, the bytes expected and got.
+        """
+
+    @abstractmethod
+    def fingerprint(self) -> dict[str, Any]:
+        """Tell this data from other or changed data, as a JSON-able mapping.
+
+        It has `name`, `shape`, `dtype`, and the size and time of change of the files, or a hash of
+        the content for arrays in memory; not where the files lie, so that they may be moved.
+        """
+
+    def __dask_tokenize__(self) -> object:
+        return normalize_token((type(self).__name__, self.path, self.fingerprint()))
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({self.name!r}, shape={self.shape}, dtype={self.dtype})"
+
+    def _destination(self, start: int, stop: int, out: np.ndarray | None) -> np.ndarray:
+        """Check a request to `read`; give the array to fill."""
+        length = self.shape[0] if self.shape else 1
+        if not 0 <= start <= stop <= length:
+            raise ValueError(
+                f"rows of {self.name} must be within [0, {length}), not [{start}, {stop})"
+            )
+        shape = (stop - start, *self.shape[1:]) if self.shape else ()
+        if out is None:
+            return empty(shape, self.dtype)
+        good = out.shape == shape and out.dtype == self.dtype
+        if not (good and out.flags.c_contiguous and out.flags.writeable):
+            raise ValueError(
+                f"out for rows [{start}, {stop}) of {self.name} must be a writeable C-contiguous "
+                f"{shape} array of {self.dtype}, not {out.shape} of {out.dtype}"
+            )
+        return out
+
+    def _describe(self) -> dict[str, Any]:
+        return {"name": self.name, "shape": list(self.shape), "dtype": self.dtype.name}
+
+
+class ArraySource(Source):
+    """An array in memory. Without `out`, rows are a read-only view wherever they are contiguous."""
+
+    def __init__(self, array: np.ndarray, name: str = "array"):
+        self.shape, self.dtype, self.name = array.shape, checked_dtype(array.dtype, name), name
+        self.array = array
+
+    def read(self, start: int, stop: int, out: np.ndarray | None = None) -> np.ndarray:
+        rows = self.array[start:stop] if self.shape else self.array
+        if out is None and rows.flags.c_contiguous and 0 <= start <= stop <= max(1, len(rows)):
+            rows = rows.view()
+            rows.flags.writeable = False
+            return rows
+        out = self._destination(start, stop, out)
+        out[...] = rows
+        return out
+
+    def fingerprint(self) -> dict[str, Any]:
+        data = np.ascontiguousarray(self.array).reshape(-1).view(np.uint8)
+        return self._describe() | {"blake2b": hashlib.blake2b(data, digest_size=16).hexdigest()}
+
+
+class RawSource(Source):
+    """A contiguous region of a local file that holds the array's bytes in C order.
+
+    Parameters
+    ----------
+    path : of the file
+    offset : bytes before the array's first element
+    shape, dtype : of the array
+    name : for messages; the file's name without it
+
+    Raises
+    ------
+    ReadError
+        If the file ends before the array does.
+    """
+
+    def __init__(
+        self,
+        path: str,
+        offset: int,
+        shape: tuple[int, ...],
+        dtype: np.dtype,
+        name: str | None = None,
+    ):
+        self.path, self.offset = os.path.abspath(path), offset
+        self.name = os.path.basename(path) if name is None else name
+        self.shape, self.dtype = tuple(shape), checked_dtype(np.dtype(dtype), self.name)
+        size = _size(self.path, self.name)
+        if offset + self.nbytes > size:
+            raise ReadError(
+                f"{self.path} is too short for {self.name}: {self.shape} of {self.dtype} from byte "
+                f"{offset} on ends at byte {offset + self.nbytes}, the file at {size}"
+            )
+
+    def read(self, start: int, stop: int, out: np.ndarray | None = None) -> np.ndarray:
+        out = self._destination(start, stop, out)
+        row_bytes = prod(self.shape[1:]) * self.dtype.itemsize
+        place = f"rows [{start}, {stop}) of {self.name}"
+        fill_from_file(out, self.path, self.offset + start * row_bytes, place)
+        return out
+
+    def fingerprint(self) -> dict[str, Any]:
+        stat = os.stat(self.path)
+        return self._describe() | {
+            "offset": self.offset,
+            "size": stat.st_size,
+            "mtime_ns": stat.st_mtime_ns,
+        }
+
+
+class ZarrSource(Source):
+    """A Zarr array. Local chunks of plain rows are read directly, all others through Zarr.
+
+    Parameters
+    ----------
+    array : zarr.Array
+    name : for messages
+    dtype : the array's type where `array` has its bits as unsigned integers; see `zarr_layout`
+    missing : {"fill", "error"}
+        What rows are whose chunk was never written: Zarr's fill value, or a `ReadError`. Zarr
+        writes no chunks that hold only the fill value, unless told to; but a chunk file that got
+        lost looks the same, and its rows would silently be zeros.
+    """
+
+    def __init__(
+        self,
+        array: zarr.Array,
+        name: str,
+        dtype: np.dtype | None = None,
+        missing: str = "fill",
+    ):
+        if missing not in ("fill", "error"):
+            raise ValueError(f'missing must be "fill" or "error", not {missing!r}')
+        dtype = array.dtype.newbyteorder("=") if dtype is None else dtype
+        self.array, self.name, self.missing = array, name, missing
+        self.shape, self.dtype = array.shape, checked_dtype(dtype, name)
+        self.path = local_directory(array)
+        self.files = chunk_files(array)
+        self.chunk_rows = (array.shards or array.chunks)[0] if array.shape else None
+
+    def read(self, start: int, stop: int, out: np.ndarray | None = None) -> np.ndarray:
+        out = self._destination(start, stop, out)
+        if self.files is None:
+            self._read_through_zarr(start, stop, out)
+        else:
+            for chunk, first, last in self.files.spans(start, stop):
+                self._read_chunk(chunk, first, last, out[first - start : last - start])
+        return out
+
+    def find_missing(self) -> list[str]:
+        """Give the keys of all chunks (shards) that were never written, without reading any."""
+        return list(missing_chunks(self.array, 0, self.shape[0])) if self.shape else []
+
+    def fingerprint(self) -> dict[str, Any]:
+        """See `Source.fingerprint`; the files of a local array are counted, summed and hashed.
+
+        For an array that is not in a local directory only its metadata is known cheaply: changed
+        chunks of it are not noticed.
+        """
+        metadata = repr(sorted(self.array.metadata.to_dict().items())).encode()
+        mine = self._describe() | {"metadata": hashlib.sha256(metadata).hexdigest()[:32]}
+        return mine if self.path is None else mine | _fingerprint_files(self.path)
+
+    def __dask_tokenize__(self) -> object:
+        place = str(self.array.store_path) if self.path is None else self.path
+        return normalize_token((type(self).__name__, place, self.missing, self.fingerprint()))
+
+    def _read_chunk(self, chunk: int, first: int, last: int, out: np.ndarray) -> None:
+        files, place = self.files, f"chunk {chunk} (rows [{first}, {last})) of {self.name}"
+        path = files.path(chunk)
+        offset = (first - chunk * files.rows) * files.row_bytes
+        if self.missing == "fill" and not os.path.exists(path):
+            out.view(self.array.dtype)[...] = self.array.fill_value
+        else:
+            fill_from_file(out, path, offset, place, files.chunk_bytes)
+
+    def _read_through_zarr(self, start: int, stop: int, out: np.ndarray) -> None:
+        from zarr.buffer import default_buffer_prototype
+
+        place = f"rows [{start}, {stop}) of {self.name}"
+        if self.missing == "error":
+            for key in missing_chunks(self.array, start, stop):
+                raise ReadError(f"{place}: chunk {key} is missing in {self.array.store_path}")
+        buffer = default_buffer_prototype().nd_buffer
+        selection = slice(start, stop) if self.shape else ()
+        try:
+            target = buffer.from_numpy_array(out.view(self.array.dtype.newbyteorder("=")))
+            self.array.get_basic_selection(selection, out=target)
+        except Exception as error:  # codecs and stores raise anything for damaged data
+            raise ReadError(
+                f"{place} could not be read from {self.array.store_path}: "
+                f"{type(error).__name__}: {error}"
+            ) from error
+
+
+def open_source(
+    obj: Any, name: str | None = None, *, dtype: Any = None, missing: str = "fill"
+) -> Source:
+    """Make a `Source` of a path, an array or a Source.
+
+    Parameters
+    ----------
+    obj : str or path-like, ndarray, memmap, zarr.Array or Source
+        Paths: ``x.npy``; a Zarr array's directory or URL; ``file.safetensors::tensor``, or just the
+        file if it has one tensor.
+    name : for messages; the file's name without it
+    dtype : the type of a ``.npy`` file of raw bytes, such as ``np.save`` makes of bfloat16
+    missing : {"fill", "error"}
+        What a Zarr chunk that was never written means; see `ZarrSource`.
+
+    Raises
+    ------
+    ReadError
+        If there is nothing at the path, or it is cut short.
+    ValueError, TypeError
+        If what is there is no array, or of a type or layout that is not read.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> open_source(np.arange(6.0).reshape(3, 2)).read(1, 3)
+    array([[2., 3.], [4., 5.]])
+    """
+    if isinstance(obj, Source):
+        return obj
+    if isinstance(obj, np.memmap):
+        return _source_of_memmap(obj, name)
+    if isinstance(obj, np.ndarray):
+        return ArraySource(obj, "array" if name is None else name)
+    if "zarr" in sys.modules and isinstance(obj, sys.modules["zarr"].Array):
+        return ZarrSource(
+            obj, obj.basename or "Zarr array" if name is None else name, None, missing
+        )
+    if not isinstance(obj, (str, os.PathLike)):
+        raise TypeError(
+            "a source is a path, a NumPy or Zarr array or a Source, not "
+            f"{type(obj).__module__}.{type(obj).__qualname__}"
+        )
+    path = os.fspath(obj)
+    file, separator, tensor = path.partition(".safetensors::")
+    if separator or path.endswith(".safetensors"):
+        return _source_in_safetensors(file + ".safetensors" if separator else path, tensor, name)
+    if path.endswith(".npy"):
+        return _source_of_npy(path, name, dtype)
+    return _source_of_zarr(path, name, missing)
+
+
+def open_safetensors(path: str | os.PathLike) -> dict[str, RawSource]:
+    """Open all tensors of a safetensors file, reading only its header.
+
+    Returns
+    -------
+    dict : tensor name -> RawSource, in the order of their bytes in the file
+
+    Raises
+    ------
+    ReadError
+        If there is no such file.
+    ValueError
+        If the header breaks the format's rules; see `dask_ep.safetensors_header`.
+    """
+    path = os.fspath(path)
+    _size(path, path)
+    file = os.path.basename(path)
+    return {
+        name: RawSource(path, tensor.offset, tensor.shape, tensor.dtype, f"{file}:{name}")
+        for name, tensor in read_header(path).items()
+    }
+
+
+def checked_dtype(dtype: np.dtype, name: str) -> np.dtype:
+    """Give back a dtype of numbers in native byte order; refuse any other.
+
+    Raises
+    ------
+    TypeError
+        For objects, strings, records and raw bytes, and for the other byte order.
+    """
+    numbers = dtype.kind in "biufc" or hasattr(ml_dtypes, dtype.name)
+    if dtype.kind == "V" and not numbers and dtype.names is None:
+        raise TypeError(
+            f"{name} holds raw bytes ({dtype.str}), which could be any type: np.save stores "
+            "bfloat16 and float8 so. Say which with dtype=, or store it as safetensors or Zarr"
+        )
+    if not numbers:
+        raise TypeError(f"{name} must hold numbers, not {dtype}; convert it with astype")
+    if not dtype.isnative:
+        raise TypeError(
+            f"{name} has the byte order of another machine ({dtype.str}); convert it with "
+            f"astype({dtype.name!r})"
+        )
+    return dtype
+
+
+def fill_from_file(
+    out: np.ndarray, path: str, offset: int, place: str, size: int | None = None
+) -> None:
+    """Read `out.nbytes` bytes at `offset` of the file into `out`, without a copy on the way.
+
+    Parameters
+    ----------
+    out : C-contiguous array
+    path, offset : where its bytes lie
+    place : what they are, for messages
+    size : the bytes that the file must have, if known
+
+    Raises
+    ------
+    ReadError
+        If the file is not there, has not that size or ends too early.
+    """
+    view = memoryview(out.reshape(-1).view(np.uint8))
+    try:
+        file = os.open(path, os.O_RDONLY | getattr(os, "O_CLOEXEC", 0))
+    except OSError as error:
+        raise ReadError(f"{place}: {path} cannot be opened: {error.strerror}") from error
+    try:
+        got = os.fstat(file).st_size
+        if size is not None and got != size:
+            raise ReadError(f"{place}: {path} must have {size} bytes, but has {got}")
+        done = 0
+        while done < len(view):
+            step = os.preadv(file, [view[done:]], offset + done)
+            if step == 0:
+                raise ReadError(
+                    f"{place}: expected {len(view)} bytes from byte {offset} of {path}, got {done}"
+                )
+            done += step
+    finally:
+        os.close(file)
+
+
+def _source_of_npy(path: str, name: str | None, dtype: Any) -> RawSource:
+    name = os.path.basename(path) if name is None else name
+    _size(path, name)
+    readers = {
+        (1, 0): np.lib.format.read_array_header_1_0,
+        (2, 0): np.lib.format.read_array_header_2_0,
+    }
+    with open(path, "rb") as file:
+        try:
+            version = np.lib.format.read_magic(file)
+            shape, fortran_order, stored = readers[version](file)
+        except (ValueError, KeyError) as error:
+            raise ValueError(f"{path} is not a .npy file of numbers: {error}") from error
+        offset = file.tell()
+    if fortran_order and prod(shape) > max(shape, default=1):
+        raise ValueError(
+            f"{path} is in Fortran order, so its rows lie scattered; save it in C order: "
+            "np.save(path, np.ascontiguousarray(array))"
+        )
+    if dtype is not None:
+        dtype = np.dtype(dtype)
+        if stored.kind == "V" and stored.itemsize == dtype.itemsize:
+            stored = dtype
+        elif stored != dtype:
+            raise TypeError(f"{path} holds {stored}, not {dtype}")
+    return RawSource(path, offset, shape, stored, name)
+
+
+def _source_in_safetensors(path: str, tensor: str, name: str | None) -> RawSource:
+    tensors = open_safetensors(path)
+    if not tensor and len(tensors) == 1:
+        (tensor,) = tensors
+    if tensor not in tensors:
+        some = ", ".join(list(tensors)[:5]) + (", ..." if len(tensors) > 5 else "")
+        what = f"has no tensor {tensor!r}" if tensor else f"has {len(tensors)} tensors"
+        raise ValueError(
+            f"{path} {what}; name one as {os.path.basename(path)}::<tensor>. It has {some}"
+        )
+    source = tensors[tensor]
+    if name is not None:
+        source.name = name
+    return source
+
+
+def _source_of_zarr(path: str, name: str | None, missing: str) -> ZarrSource:
+    if "://" not in path:
+        if not os.path.exists(path):
+            raise ReadError(f"there is nothing at {os.path.abspath(path)}")
+        if not os.path.isdir(path):
+            raise ValueError(
+                f"{path} is not an array that is read: those are .npy and .safetensors files and "
+                "the directories of Zarr arrays"
+            )
+        path = os.path.abspath(path)
+    array, dtype = open_array(path)
+    if name is None:
+        parts = path.rstrip("/").split("/")
+        roots = [i for i, part in enumerate(parts) if part.endswith(".zarr")]
+        name = "/".join(parts[roots[0] if roots else -1 :])
+    return ZarrSource(array, name, dtype, missing)
+
+
+def _source_of_memmap(array: np.memmap, name: str | None) -> Source:
+    """A memory map is its file, unless it is a private copy or not plain rows."""
+    if array.mode == "c" or array.filename is None or not array.flags.c_contiguous:
+        return ArraySource(array, "array" if name is None else name)
+    # A slice keeps the offset of the map it was cut from, so the place is told by addresses: the
+    # map starts at the page that holds `offset`.
+    first = array.offset - array.offset % mmap.ALLOCATIONGRANULARITY
+    start = np.frombuffer(array._mmap, np.uint8).ctypes.data
+    offset = first + array.ctypes.data - start
+    return RawSource(os.fspath(array.filename), offset, array.shape, array.dtype, name)
+
+
+def _fingerprint_files(directory: str) -> dict[str, Any]:
+    count, size, newest, digest = 0, 0, 0, hashlib.sha256()
+    for relative, stat in sorted(_walk(directory, "")):
+        count, size, newest = count + 1, size + stat.st_size, max(newest, stat.st_mtime_ns)
+        digest.update(f"{relative} {stat.st_size} {stat.st_mtime_ns}\n".encode())
+    digest = digest.hexdigest()[:32]
+    return {"files": count, "size": size, "mtime_ns": newest, "digest": digest}
+
+
+def _walk(directory: str, prefix: str) -> Iterable[tuple[str, os.stat_result]]:
+    with os.scandir(directory) as entries:
+        for entry in entries:
+            if entry.is_dir():
+                yield from _walk(entry.path, f"{prefix}{entry.name}/")
+            else:
+                yield prefix + entry.name, entry.stat()
+
+
+def _size(path: str, name: str) -> int:
+    try:
+        return os.stat(path).st_size
+    except OSError as error:
+        raise ReadError(f"{name}: {os.path.abspath(path)}: {error.strerror}") from error

@@ -1,0 +1,217 @@
+"""Where do the rows of a Zarr array lie in files?
+
+A Zarr 3 array in a local directory, with nothing but the little-endian `bytes` codec, is a set of
+files with plain rows in them. Such files are read and written directly, without a copy; this
+module tells which they are, from the array's own metadata. All other arrays go through Zarr.
+
+    shape (7, d), chunks (3, d)      c/0/0: rows 0-2      c/1/0: rows 3-5      c/2/0: row 6, padding
+
+Zarr names data types by string, and its registry of extensions has ``bfloat16`` and the float8
+types, but zarr-python knows none of them. Here they are read and written under these names, the
+bits passing through zarr-python as unsigned integers of the same width. zarr-python by itself
+refuses such an array, with an error; TensorStore and other implementations read it.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from itertools import product
+from math import prod
+from typing import TYPE_CHECKING, Any
+
+import ml_dtypes
+import numpy as np
+
+if TYPE_CHECKING:
+    import zarr
+
+EXTENSION_DTYPES = {
+    name: np.dtype(getattr(ml_dtypes, name))
+    for name in (
+        "bfloat16",
+        "float8_e3m4",
+        "float8_e4m3",
+        "float8_e4m3b11fnuz",
+        "float8_e4m3fn",
+        "float8_e4m3fnuz",
+        "float8_e5m2",
+        "float8_e5m2fnuz",
+        "float8_e8m0fnu",
+    )
+}
+"""Names of Zarr data types that NumPy lacks, with the type that `ml_dtypes` gives it."""
+
+
+@dataclass(frozen=True)
+class ChunkFiles:
+    """The files of an array whose chunks are plain rows."""
+
+    root: str
+    """the array's directory"""
+    rows: int
+    """rows in a chunk; the last one is padded to as many"""
+    row_bytes: int
+    ndim: int
+    encoding: Any
+    """Zarr's own object that turns chunk coordinates to keys"""
+
+    @property
+    def chunk_bytes(self) -> int:
+        return self.rows * self.row_bytes
+
+    def path(self, chunk: int) -> str:
+        """The file of row chunk `chunk`."""
+        key = self.encoding.encode_chunk_key((chunk, *(0,) * (self.ndim - 1)))
+        return os.path.join(self.root, key)
+
+    def spans(self, start: int, stop: int) -> Iterator[tuple[int, int, int]]:
+        """Cut rows [start, stop) at the chunks: (chunk, first row, last row + 1) each.
+
+        Examples
+        --------
+        >>> list(ChunkFiles("x.zarr", 3, 8, 2, None).spans(2, 7))
+        [(0, 2, 3), (1, 3, 6), (2, 6, 7)]
+        """
+        while start < stop:
+            chunk = start // self.rows
+            end = min(stop, (chunk + 1) * self.rows)
+            yield chunk, start, end
+            start = end
+
+
+def open_array(path: str) -> tuple[zarr.Array, np.dtype]:
+    """Open the array at a path or URL for reading; give it and its data type.
+
+    The type differs from ``array.dtype`` for the types that zarr-python does not know: then the
+    array has unsigned integers, whose bits are to be viewed as that type.
+    """
+    import zarr
+
+    try:
+        array = zarr.open_array(path, mode="r")
+    except ValueError as error:
+        found = _open_extension_dtype(path)
+        if found is None:
+            raise ValueError(f"{path} cannot be opened as a Zarr array: {error}") from error
+        return found
+    return array, array.dtype.newbyteorder("=")
+
+
+def create_array(
+    path: str, shape: tuple[int, ...], chunk_rows: int, dtype: np.dtype, compressors: Any = None
+) -> zarr.Array:
+    """Make an empty local Zarr 3 array with chunks of `chunk_rows` whole rows.
+
+    Notes
+    -----
+    The chunk files lie in the array's own directory (``c.0.0``, ...): one inode for a chunk, where
+    the default key would make a directory for each. A chunk of zeros is written like any other, so
+    that a missing file always means missing rows.
+    """
+    import zarr
+
+    name = next((name for name, known in EXTENSION_DTYPES.items() if known == dtype), None)
+    array = zarr.create_array(
+        path,
+        shape=shape,
+        chunks=(chunk_rows, *(max(1, length) for length in shape[1:])),
+        dtype=dtype if name is None else _bits(dtype),
+        fill_value=0,
+        compressors=compressors,
+        chunk_key_encoding={"name": "default", "separator": "."},
+        config={"write_empty_chunks": True},
+    )
+    if name is not None:
+        place = os.path.join(path, "zarr.json")
+        with open(place) as file:
+            metadata = json.load(file)
+        metadata |= {"data_type": name, "fill_value": 0.0}
+        with open(place, "w") as file:
+            json.dump(metadata, file, indent=2)
+    return array
+
+
+def local_directory(array: zarr.Array) -> str | None:
+    """The directory of an array in a local store, else None."""
+    from zarr.storage import LocalStore
+
+    if not isinstance(array.store, LocalStore):
+        return None
+    return (
+        os.path.join(array.store.root, array.store_path.path)
+        if array.path
+        else str(array.store.root)
+    )
+
+
+def chunk_files(array: zarr.Array) -> ChunkFiles | None:
+    """The files with plain rows of this array, or None if its chunks are anything else."""
+    from zarr.codecs import BytesCodec
+
+    root, metadata, little = local_directory(array), array.metadata, sys.byteorder == "little"
+    if root is None or metadata.zarr_format != 3 or not little or array.shards is not None:
+        return None
+    codec = metadata.codecs[0]
+    plain = (
+        len(metadata.codecs) == 1
+        and type(codec) is BytesCodec
+        and (codec.endian is None or codec.endian.value == "little")
+        and not metadata.storage_transformers
+        and array.dtype.kind in "biufc"
+        and array.ndim > 0
+        and array.chunks[1:] == array.shape[1:]
+    )
+    if not plain:
+        return None
+    row_bytes = prod(array.shape[1:]) * array.dtype.itemsize
+    encoding = metadata.chunk_key_encoding
+    return ChunkFiles(root, array.chunks[0], row_bytes, array.ndim, encoding)
+
+
+def missing_chunks(array: zarr.Array, start: int, stop: int) -> Iterator[str]:
+    """Give the keys of the stored chunks (shards) of rows [start, stop) that the store lacks."""
+    from zarr.core.sync import sync
+
+    lengths = array.shards or array.chunks
+    grid = [range(start // lengths[0], -(-stop // lengths[0]))]
+    grid += [range(-(-n // c)) for n, c in zip(array.shape[1:], lengths[1:], strict=True)]
+    directory = local_directory(array)
+    for coordinates in product(*grid):
+        key = array.metadata.encode_chunk_key(coordinates)
+        if directory is None:
+            there = sync((array.store_path / key).exists())
+        else:
+            there = os.path.exists(os.path.join(directory, key))
+        if not there:
+            yield key
+
+
+def _bits(dtype: np.dtype) -> np.dtype:
+    """The unsigned integers as wide as this type."""
+    return np.dtype(f"u{dtype.itemsize}")
+
+
+def _open_extension_dtype(path: str) -> tuple[zarr.Array, np.dtype] | None:
+    """Open an array of a type in `EXTENSION_DTYPES`, as its bits; None for any other."""
+    import zarr
+    from zarr.core.metadata import ArrayV3Metadata
+    from zarr.core.sync import sync
+    from zarr.storage._common import make_store_path
+
+    place = sync(make_store_path(path, mode="r"))
+    buffer = sync((place / "zarr.json").get())
+    metadata = {} if buffer is None else json.loads(buffer.to_bytes())
+    name = metadata.get("data_type")
+    dtype = EXTENSION_DTYPES.get(name) if isinstance(name, str) else None
+    if dtype is None:
+        return None
+    fill = metadata["fill_value"]
+    is_hex = isinstance(fill, str) and fill.startswith("0x")
+    bits = int(fill, 16) if is_hex else int(np.array(float(fill), dtype).view(_bits(dtype)))
+    metadata |= {"data_type": _bits(dtype).name, "fill_value": bits}
+    array = zarr.Array(zarr.AsyncArray(ArrayV3Metadata.from_dict(metadata), place))
+    return array, dtype

@@ -1,0 +1,513 @@
+"""What does one rank do with its tokens?
+
+Axis letters: `n` rows, `d` width, `k` slots per row, `E` experts, `R` ranks.
+
+    routing [n, k]      sort the slots by local expert; the slots of other ranks go last
+         │
+         v
+    slots of expert 0 │ slots of expert 1 │ ... │ not ours
+         │
+         ├─ gather the rows of one tile ─> expert ─> times the top-k weight ─> add to the rows
+         v            (the tile stays in cache from one step to the next)
+    output [n, d_out]
+
+There is no loop over rows: one stable sort, then one matrix product per expert that has rows.
+NumPy and CuPy arrays take the same path; on a device the only thing that comes to the host is one
+small array of integers, the bounds of the experts' segments and the counts of bad values.
+"""
+
+from __future__ import annotations
+
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from dask_ep import memory
+
+Array = Any
+"""A NumPy or CuPy array, or any other with `__array_namespace__` and NumPy's functions."""
+
+TILE_BYTES = 2 << 20
+"""Bytes of gathered rows per matrix product on the CPU: a share of the last-level cache."""
+
+TILE_ALIGNMENT = 48
+"""Rows: BLAS kernels compute 4 to 24 rows together, and a row's last bit can depend on its place
+among them; tiles that begin at multiples of 48 leave that place as it is in one large product."""
+
+
+class Expert(ABC):
+    """A function from rows (m, d) to rows (m, d_out) that can write where it is told.
+
+    Attributes
+    ----------
+    d, d_out : int
+        Widths of the rows that come and go.
+    weigh : {"output", "input"}
+        What the top-k weight multiplies: the expert's output, or the row before the expert
+        sees it (as in Llama 4).
+    """
+
+    d: int
+    d_out: int
+    weigh: str = "output"
+
+    @abstractmethod
+    def __call__(self, rows: Array, out: Array | None = None) -> Array:
+        """Compute the expert on rows (m, d); into `out` (m, d_out) when it is given."""
+
+
+class Linear(Expert):
+    """The expert `rows @ W`; a `W` of another dtype is converted at each use, not held."""
+
+    def __init__(self, W: Array):
+        self.W = W
+        self.d, self.d_out = W.shape
+
+    def __call__(self, rows: Array, out: Array | None = None) -> Array:
+        xp = namespace(rows)
+        return xp.matmul(rows, self.W.astype(rows.dtype, copy=False), out=out)
+
+
+class _Function(Expert):
+    """A user's own function (m, d) -> (m, d_out)."""
+
+    def __init__(self, function: Callable[[Array], Array], place: str, probe: Array):
+        self._function, self._place = function, place
+        self.d = probe.shape[1]
+        self.d_out = self._checked(function(probe), m=0, d_out=None).shape[1]
+
+    def _checked(self, y: Array, *, m: int, d_out: int | None) -> Array:
+        shape = getattr(y, "shape", None)
+        if shape is None or len(shape) != 2 or shape[0] != m or d_out not in (None, shape[1]):
+            came = f"shape {shape}" if shape is not None else f"a {type(y).__name__}"
+            raise ValueError(
+                f"{self._place} must map rows (m, d) to rows (m, d_out) for any m, 0 included: "
+                f"rows ({m}, {self.d}) must give ({m}, {'d_out' if d_out is None else d_out}), "
+                f"but gave {came}"
+            )
+        return y
+
+    def __call__(self, rows: Array, out: Array | None = None) -> Array:
+        y = self._checked(self._function(rows), m=len(rows), d_out=self.d_out)
+        if out is None:
+            return y
+        out[...] = y
+        return out
+
+
+def expert_parallel_dispatch(
+    tokens: Array,
+    routing: Array,
+    expert_Ws: Array | Sequence[Array | Callable[[Array], Array]],
+    rank: int,
+    world_size: int,
+    *,
+    topk_weights: Array | None = None,
+) -> Array:
+    """Apply the experts of one rank to the rows that are routed to them.
+
+    Parameters
+    ----------
+    tokens : (n, d) array of floats
+        float16, bfloat16 (``ml_dtypes``), float32 or float64; NumPy or CuPy.
+    routing : (n,) or (n, k) array of integers
+        Global expert indices, 0 to E - 1; -1 means "no expert", and adds nothing.
+    expert_Ws : list of E/R experts, or (E/R, d, d_out) array
+        The experts that this rank owns, and only these: each a (d, d_out) matrix, an `Expert`, or
+        a callable (m, d) -> (m, d_out). A callable gets rows in the computing dtype, and is asked
+        once with no rows for its width. Rank r owns the global experts [r * E/R, (r+1) * E/R).
+    rank, world_size : int
+        r and R; 0 <= r < R. E is ``len(expert_Ws) * world_size``.
+    topk_weights : (n, k) array of floats, or (n,) where routing is (n,); optional
+        Multiplies the output of each slot's expert; absent means 1.
+
+    Returns
+    -------
+    (n, d_out) array of the tokens' dtype
+        Row i is the sum over its slots owned here of weight * expert(row i); all other rows are 0.
+        The sum of the outputs of all ranks is the output of the layer.
+
+    Raises
+    ------
+    TypeError
+        If tokens or top-k weights are not floats, routing is not integers, something is no array,
+        or arrays of two namespaces (NumPy, CuPy) are mixed.
+    ValueError
+        If shapes do not fit, rank or an expert index is out of range, or a top-k weight is NaN.
+
+    Notes
+    -----
+    float64 tokens are computed in float64, all others in float32, whatever the weights' dtype.
+    One stable sort of the n * k slots and one matrix product per expert with rows (per tile of
+    `TILE_BYTES` on the CPU); additions go in the order of the experts, so that the same input
+    gives the same bits. Rows that come sorted by expert with one slot each are neither gathered nor
+    scattered. NaN or infinity in a row stays in that row. The layer is that of Shazeer et al.,
+    "Outrageously Large Neural Networks" (2017), section 2.
+
+    Examples
+    --------
+    Rank 1 of 2 owns experts 2 and 3; row 1 is the only one routed to them.
+
+    >>> import numpy as np
+    >>> from dask_ep import expert_parallel_dispatch
+    >>> tokens = np.array([[1.0, 2.0], [3.0, 4.0], [5.0, 6.0]])
+    >>> routing = np.array([0, 3, 1])
+    >>> double, triple = 2 * np.eye(2), 3 * np.eye(2)
+    >>> expert_parallel_dispatch(tokens, routing, [double, triple], rank=1, world_size=2)
+    array([[ 0.,  0.],
+           [ 9., 12.],
+           [ 0.,  0.]])
+    """
+    xp = one_namespace(tokens=tokens, routing=routing, topk_weights=topk_weights)
+    check_tokens(tokens)
+    check_routing(routing, topk_weights, n=tokens.shape[0])
+    check_rank(rank, world_size)
+    compute = computing_dtype(tokens.dtype)
+    experts = as_experts(expert_Ws, d=tokens.shape[1], like=tokens, dtype=compute)
+
+    segments = sort_slots(routing, topk_weights, len(experts), rank, world_size)
+    n, k = tokens.shape[0], segments.k
+    if k > 1:
+        out = memory.empty((n, experts[0].d_out), compute, like=tokens)
+        out.fill(0)
+        write = _add_twice_safe if segments.repeats else _add
+    else:
+        out = memory.empty((n, experts[0].d_out), tokens.dtype, like=tokens)
+        out[segments.not_ours()] = 0
+        write = _assign
+
+    weights = None if topk_weights is None else topk_weights.reshape(-1)
+    for expert, (start, stop) in zip(experts, segments.bounds, strict=True):
+        for tile in _tiles(start, stop, expert, compute, xp):
+            slots = segments.slots(tile)
+            _apply(expert, tokens, slots, k, weights, compute, out, write)
+    return out.astype(tokens.dtype, copy=False)
+
+
+# --- what is an expert here? -----------------------------------------------------------------
+
+
+def as_experts(
+    expert_Ws: Array | Sequence[Any], *, d: int, like: Array, dtype: np.dtype
+) -> Sequence[Expert]:
+    """Make `Expert`s of matrices, a stacked array, callables, or experts; check their widths."""
+    if hasattr(expert_Ws, "ndim") and expert_Ws.ndim != 3:
+        raise ValueError(
+            f"expert_Ws as one array must be (E/R, d, d_out), but has shape {expert_Ws.shape}; "
+            "a single expert is a list of one matrix"
+        )
+    if len(expert_Ws) == 0:
+        raise ValueError(
+            "expert_Ws is empty, but a rank must own at least one expert; "
+            "use a world_size that divides the number of experts"
+        )
+    experts = [
+        _as_expert(W, f"expert_Ws[{e}]", d=d, like=like, dtype=dtype)
+        for e, W in enumerate(expert_Ws)
+    ]
+    for e, expert in enumerate(experts):
+        if expert.d != d:
+            raise ValueError(
+                f"expert_Ws[{e}] takes rows of width {expert.d}, but tokens have width d={d}; "
+                "each expert must be (d, d_out) with the width of the tokens"
+            )
+        if expert.d_out != experts[0].d_out:
+            raise ValueError(
+                f"all experts must have the same output width, but expert_Ws[{e}] has "
+                f"d_out={expert.d_out} and expert_Ws[0] has d_out={experts[0].d_out}"
+            )
+    return experts
+
+
+def _as_expert(W: Any, place: str, *, d: int, like: Array, dtype: np.dtype) -> Expert:
+    if isinstance(W, Expert):
+        return W
+    if hasattr(W, "__array_namespace__"):
+        if W.ndim != 2:
+            raise ValueError(f"{place} must be a (d, d_out) matrix, but has shape {W.shape}")
+        if not is_float(W.dtype):
+            raise TypeError(f"{place} must hold floats, but has dtype {W.dtype}")
+        return Linear(W)
+    if callable(W):
+        return _Function(W, place, namespace(like).empty((0, d), dtype=dtype))
+    raise TypeError(
+        f"{place} must be a (d, d_out) matrix, an Expert, or a callable (m, d) -> (m, d_out), "
+        f"but is a {type(W).__name__}"
+    )
+
+
+# --- which slots are ours? -------------------------------------------------------------------
+
+
+class Segments(NamedTuple):
+    """The slots of a chunk, sorted by local expert."""
+
+    k: int
+    #: slots per row
+    order: Array | None
+    #: [n * k] slot numbers (row * k + slot), ours first, by local expert; None if 0, 1, 2, ...
+    bounds: list[tuple[int, int]]
+    #: first and last + 1 position in `order`, one pair per local expert
+    repeats: bool
+    #: whether some row has two slots at one local expert
+
+    def slots(self, tile: slice) -> Array | slice:
+        """Slot numbers of a run of positions."""
+        return tile if self.order is None else self.order[tile]
+
+    def not_ours(self) -> Array | slice:
+        """Slot numbers that no local expert serves."""
+        return self.slots(slice(self.bounds[-1][1], None))
+
+
+def sort_slots(
+    routing: Array, topk_weights: Array | None, num_local: int, rank: int, world_size: int
+) -> Segments:
+    """Sort the slots by local expert, in one pass over small integers, and check their values.
+
+    Notes
+    -----
+    The sort is stable: the slots of an expert are in the order of the rows. Local expert numbers
+    below 2**15 are sorted as 16-bit integers, which NumPy does in linear time (radix sort).
+    """
+    xp = namespace(routing)
+    k = 1 if routing.ndim == 1 else routing.shape[1]
+    flat = routing.reshape(-1)
+    if flat.size == 0:
+        return Segments(k, None, [(0, 0)] * num_local, repeats=False)
+
+    local = _local_numbers(xp, flat, num_local, rank)
+    order = xp.argsort(local, kind="stable") if xp is np else xp.argsort(local)
+    ends = xp.cumsum(xp.bincount(local, minlength=num_local + 1))
+    in_order = k == 1 and (local[1:] >= local[:-1]).all()
+    facts = xp.concatenate(
+        [
+            ends,
+            xp.stack(
+                [
+                    xp.asarray(fact, dtype=ends.dtype)
+                    for fact in (
+                        _as_int64(xp, flat.min()),
+                        _as_int64(xp, flat.max()),
+                        0 if topk_weights is None else xp.isnan(topk_weights).any(),
+                        in_order,
+                        k > 1 and _repeated(local, order, k, num_local),
+                    )
+                ]
+            ),
+        ]
+    ).tolist()  # the one copy from device to host
+    ends, (low, high, has_nan, in_order, repeats) = facts[: num_local + 1], facts[num_local + 1 :]
+
+    num_experts = num_local * world_size
+    if low < -1 or high >= num_experts:
+        _raise_bad_index(routing, num_experts, num_local, world_size)
+    if has_nan:
+        _raise_nan(topk_weights)
+    starts = [0, *ends[:-2]]
+    bounds = list(zip(starts, ends[:-1], strict=True))
+    return Segments(k, None if in_order else order, bounds, bool(repeats))
+
+
+def _local_numbers(xp: Any, flat: Array, num_local: int, rank: int) -> Array:
+    """Local expert number of each slot, and `num_local` for the slots that are not ours."""
+    first = rank * num_local
+    ours = (flat >= first) & (flat < first + num_local)
+    small = xp.int16 if num_local < 2**15 else xp.int64
+    return xp.where(ours, flat - flat.dtype.type(first), num_local).astype(small)
+
+
+def _as_int64(xp: Any, value: Array) -> Array:
+    """A scalar as int64; unsigned values beyond its range become its largest, not -1."""
+    return xp.minimum(value, value.dtype.type(min(np.iinfo(value.dtype).max, 2**63 - 1)))
+
+
+def _repeated(local: Array, order: Array, k: int, num_local: int) -> Array:
+    sorted_local, rows = local[order], order // k
+    same = (sorted_local[1:] == sorted_local[:-1]) & (rows[1:] == rows[:-1])
+    return (same & (sorted_local[1:] < num_local)).any()
+
+
+def _raise_bad_index(routing: Array, num_experts: int, num_local: int, world_size: int) -> None:
+    bad = (routing >= num_experts) | (routing < -1)
+    where = tuple(int(i[0]) for i in bad.nonzero())
+    raise ValueError(
+        f"routing must hold expert indices in [-1, {num_experts}): {num_local} experts a rank "
+        f"(expert_Ws) times world_size={world_size}; but routing[{', '.join(map(str, where))}] is "
+        f"{int(routing[where])}, and {int(bad.sum())} of {routing.size} values are out of range"
+    )
+
+
+def _raise_nan(topk_weights: Array) -> None:
+    bad = namespace(topk_weights).isnan(topk_weights)
+    where = ", ".join(str(int(i[0])) for i in bad.nonzero())
+    raise ValueError(
+        f"topk_weights must be numbers, but topk_weights[{where}] is NaN, as are {int(bad.sum())} "
+        f"of {topk_weights.size}; a slot without an expert has routing -1 and any finite weight"
+    )
+
+
+# --- the work --------------------------------------------------------------------------------
+
+
+def _tiles(start: int, stop: int, expert: Expert, compute: np.dtype, xp: Any) -> list[slice]:
+    """Cut an expert's segment into equal runs that stay in cache; a device takes it whole."""
+    m = stop - start
+    if m == 0:
+        return []
+    if xp is not np:
+        return [slice(start, stop)]
+    row_bytes = max(expert.d, expert.d_out, 1) * compute.itemsize
+    rows = max(TILE_BYTES // row_bytes, 4 * TILE_ALIGNMENT)
+    rows = math.ceil(m / math.ceil(m / rows))
+    rows = math.ceil(rows / TILE_ALIGNMENT) * TILE_ALIGNMENT
+    return [slice(s, min(s + rows, stop)) for s in range(start, stop, rows)]
+
+
+def _apply(
+    expert: Expert,
+    tokens: Array,
+    slots: Array | slice,
+    k: int,
+    weights: Array | None,
+    compute: np.dtype,
+    out: Array,
+    write: Callable[[Array, Array | slice, Array], None],
+) -> None:
+    """One tile: gather, expert, weight, write."""
+    contiguous = isinstance(slots, slice)
+    rows = slots if contiguous or k == 1 else slots // k
+    x = tokens[rows].astype(compute, copy=False) if contiguous else gather(tokens, rows, compute)
+    if weights is not None:
+        w = weights[slots].astype(compute, copy=False)[:, None]
+        if expert.weigh == "input":
+            x = namespace(x).multiply(x, w, out=None if contiguous else x)
+    in_place = contiguous and write is _assign and out.dtype == compute
+    y = out[rows] if in_place else memory.empty((len(x), expert.d_out), compute, like=x)
+    expert(x, out=y)
+    if weights is not None and expert.weigh == "output":
+        y *= w
+    if not in_place:
+        write(out, rows, y)
+
+
+def _assign(out: Array, rows: Array | slice, y: Array) -> None:
+    out[rows] = y
+
+
+def _add(out: Array, rows: Array, y: Array) -> None:
+    """Add to rows that are all different."""
+    y += gather(out, rows, out.dtype)
+    out[rows] = y
+
+
+def _add_twice_safe(out: Array, rows: Array, y: Array) -> None:
+    """Add to rows that may repeat."""
+    namespace(out).add.at(out, rows, y)
+
+
+def gather(tokens: Array, rows: Array, dtype: np.dtype) -> Array:
+    """Copy rows (m,) of tokens (n, d) to a new (m, d) array of another dtype or the same."""
+    xp = namespace(tokens)
+    taken = memory.empty((len(rows), tokens.shape[1]), tokens.dtype, like=tokens)
+    if xp is np:
+        np.take(tokens, rows, axis=0, out=taken, mode="clip")  # "raise" would buffer `out`
+    else:
+        xp.take(tokens, rows, axis=0, out=taken)
+    if taken.dtype == dtype:
+        return taken
+    converted = memory.empty(taken.shape, dtype, like=tokens)
+    converted[...] = taken
+    return converted
+
+
+# --- what must hold --------------------------------------------------------------------------
+
+
+def namespace(array: Array, name: str = "array") -> Any:
+    """The array's own namespace: ``numpy``, ``cupy``, ..."""
+    try:
+        return array.__array_namespace__()
+    except AttributeError:
+        raise TypeError(
+            f"{name} must be a NumPy or CuPy array, but is a {type(array).__name__}"
+            + (
+                "; for Dask arrays use dask_ep.expert_parallel"
+                if hasattr(array, "__dask_graph__")
+                else ""
+            )
+        ) from None
+
+
+def one_namespace(**arrays: Array | None) -> Any:
+    """The namespace that all arrays given share; names are for the message."""
+    found = {name: namespace(array, name) for name, array in arrays.items() if array is not None}
+    if len({id(xp) for xp in found.values()}) > 1:
+        came = ", ".join(f"{name} from {xp.__name__}" for name, xp in found.items())
+        raise TypeError(f"all arrays must live in one namespace, but came {came}; convert them")
+    return next(iter(found.values()))
+
+
+def is_float(dtype: np.dtype) -> bool:
+    """Whether a dtype holds real floats, those of ``ml_dtypes`` included."""
+    dtype = np.dtype(dtype)
+    # ml_dtypes registers its floats as kind "V" (and "f" for some); their names tell.
+    return dtype.kind == "f" or "float" in dtype.name
+
+
+def computing_dtype(dtype: np.dtype) -> np.dtype:
+    """The dtype in which tokens of a dtype are computed: float64 stays, all else is float32."""
+    return np.dtype(np.float64 if dtype == np.float64 else np.float32)
+
+
+def check_tokens(tokens: Array) -> None:
+    if tokens.ndim != 2:
+        raise ValueError(f"tokens must be (n, d), but have shape {tokens.shape}")
+    if not is_float(tokens.dtype):
+        raise TypeError(
+            f"tokens must hold floats, but have dtype {tokens.dtype}; convert them with .astype"
+        )
+
+
+def check_routing(routing: Array, topk_weights: Array | None, *, n: float) -> None:
+    """Check kinds and shapes; `n` is the number of token rows, NaN where it is not known."""
+    if routing.dtype.kind not in "iu":
+        raise TypeError(
+            f"routing must hold integer expert indices, but has dtype {routing.dtype}; "
+            "convert it with .astype('int64') if its values are whole numbers"
+        )
+    if routing.ndim not in (1, 2):
+        raise ValueError(f"routing must be (n,) or (n, k), but has shape {routing.shape}")
+    if routing.ndim == 2 and routing.shape[1] == 0:
+        raise ValueError(f"routing must have at least one slot, but has shape {routing.shape}")
+    if _differ(routing.shape[0], n):
+        raise ValueError(
+            f"routing must have one row per token row, but has {routing.shape[0]} rows "
+            f"(shape {routing.shape}) and tokens have {n}"
+        )
+    if topk_weights is None:
+        return
+    if not is_float(topk_weights.dtype):
+        raise TypeError(f"topk_weights must hold floats, but have dtype {topk_weights.dtype}")
+    if topk_weights.ndim != routing.ndim or any(map(_differ, topk_weights.shape, routing.shape)):
+        raise ValueError(
+            "topk_weights must have the shape of routing, one weight per slot, but "
+            f"topk_weights have {topk_weights.shape} and routing has {routing.shape}"
+        )
+
+
+def _differ(a: float, b: float) -> bool:
+    """Whether two lengths differ for certain: an unknown one (NaN) fits any."""
+    return a != b and not (math.isnan(a) or math.isnan(b))
+
+
+def check_rank(rank: int, world_size: int) -> None:
+    if world_size < 1:
+        raise ValueError(f"world_size must be at least 1, but is {world_size}")
+    if not 0 <= rank < world_size:
+        raise ValueError(
+            f"rank must be in [0, {world_size}) for world_size={world_size}, but is {rank}"
+        )

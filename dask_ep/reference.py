@@ -1,0 +1,126 @@
+"""What must a Mixture-of-Experts layer give, said as plainly as possible?
+
+Loops over rows and slots, NumPy only, nothing of the package: slow, and what everything else is
+compared with. An expert is a function of one row.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from math import erf
+
+import numpy as np
+
+RowExpert = Callable[[np.ndarray], np.ndarray]
+
+
+def expert_parallel_dispatch(
+    tokens: np.ndarray,
+    routing: np.ndarray,
+    experts: Sequence[RowExpert],
+    rank: int,
+    world_size: int,
+    topk_weights: np.ndarray | None = None,
+    *,
+    d_out: int,
+    weigh: str = "output",
+) -> np.ndarray:
+    """Give (n, d_out), the sum over each row's slots that are owned by `rank`, in float64.
+
+    `experts` are those of this rank alone.
+    """
+    n = len(tokens)
+    routing = routing.reshape(n, -1)
+    weights = np.ones(routing.shape) if topk_weights is None else topk_weights.reshape(n, -1)
+    first = rank * len(experts)
+    out = np.zeros((n, d_out))
+    for row in range(n):
+        for slot in range(routing.shape[1]):
+            expert = int(routing[row, slot]) - first
+            if not 0 <= expert < len(experts):
+                continue
+            x, w = tokens[row].astype(np.float64), float(weights[row, slot])
+            out[row] += experts[expert](w * x) if weigh == "input" else w * experts[expert](x)
+    return out
+
+
+def moe(
+    tokens: np.ndarray,
+    routing: np.ndarray,
+    experts: Sequence[RowExpert],
+    topk_weights: np.ndarray | None = None,
+    *,
+    d_out: int,
+    weigh: str = "output",
+) -> np.ndarray:
+    """Give (n, d_out), the whole layer in float64: one rank owns everything."""
+    return expert_parallel_dispatch(
+        tokens, routing, experts, 0, 1, topk_weights, d_out=d_out, weigh=weigh
+    )
+
+
+# --- experts, one row at a time; matrices are (in, out) ---------------------------------------
+
+
+def linear(W: np.ndarray, bias: np.ndarray | None = None) -> RowExpert:
+    """``x @ W + bias``."""
+    return lambda x: _affine(x, W, bias)
+
+
+def mlp(
+    up: np.ndarray,
+    down: np.ndarray,
+    *,
+    activation: str = "relu",
+    up_bias: np.ndarray | None = None,
+    down_bias: np.ndarray | None = None,
+) -> RowExpert:
+    """``activation(x @ up) @ down``."""
+    act = ACTIVATIONS[activation]
+    return lambda x: _affine(act(_affine(x, up, up_bias), 1.0), down, down_bias)
+
+
+def gated(
+    gate: np.ndarray,
+    up: np.ndarray,
+    down: np.ndarray,
+    *,
+    activation: str = "silu",
+    gate_bias: np.ndarray | None = None,
+    up_bias: np.ndarray | None = None,
+    down_bias: np.ndarray | None = None,
+    limit: float | None = None,
+    alpha: float = 1.0,
+    up_offset: float = 0.0,
+) -> RowExpert:
+    """``(activation(x @ gate) * (x @ up + up_offset)) @ down``, gate and up clamped by `limit`."""
+    act = ACTIVATIONS[activation]
+
+    def expert(x: np.ndarray) -> np.ndarray:
+        g, u = _affine(x, gate, gate_bias), _affine(x, up, up_bias)
+        if limit is not None:
+            g, u = np.minimum(g, limit), np.clip(u, -limit, limit)
+        return _affine(act(g, alpha) * (u + up_offset), down, down_bias)
+
+    return expert
+
+
+def _affine(x: np.ndarray, W: np.ndarray, bias: np.ndarray | None) -> np.ndarray:
+    y = x @ W.astype(np.float64)
+    return y if bias is None else y + bias.astype(np.float64)
+
+
+def _sigmoid(x: np.ndarray) -> np.ndarray:
+    return 0.5 * (1.0 + np.tanh(0.5 * x))
+
+
+ACTIVATIONS: dict[str, Callable[[np.ndarray, float], np.ndarray]] = {
+    "silu": lambda x, alpha: x * _sigmoid(alpha * x),
+    "gelu": lambda x, _: x * 0.5 * (1.0 + np.array([erf(v / 2**0.5) for v in x])),
+    "gelu_tanh": lambda x, _: (
+        0.5 * x * (1.0 + np.tanh((2.0 / np.pi) ** 0.5 * (x + 0.044715 * x**3)))
+    ),
+    "relu": lambda x, _: np.maximum(x, 0.0),
+    "relu2": lambda x, _: np.maximum(x, 0.0) ** 2,
+}
+"""Functions of a row and of alpha, which scales the argument of silu's sigmoid."""

@@ -1,0 +1,540 @@
+"""Placements keep their invariants, give the published answers, and are as good as they claim."""
+
+import itertools
+import json
+import math
+import time
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from dask_ep.dispatch import expert_parallel_dispatch
+from dask_ep.placement import (
+    POLICIES,
+    Placement,
+    balance_layers,
+    balanced,
+    contiguous,
+    exact,
+    packed,
+    place,
+    ticket_load,
+    verify_placement,
+)
+from dask_ep.placement_files import (
+    from_file,
+    read_sglang,
+    read_vllm_ascend,
+    write_sglang,
+    write_vllm_ascend,
+)
+from dask_ep.rebalance import incremental, moves
+from dask_ep.slots import STRIDE, TICKETS
+
+# The example that EPLB prints: 2 layers of 12 experts, 16 copies, 4 groups, 2 nodes, 8 ranks.
+EPLB_LOADS = np.array(
+    [
+        [90, 132, 40, 61, 104, 165, 39, 4, 73, 56, 183, 86],
+        [20, 107, 104, 64, 19, 197, 187, 157, 172, 86, 16, 27],
+    ]
+)
+EPLB_SLOTS = np.array(
+    [
+        [5, 6, 5, 7, 8, 4, 3, 4, 10, 9, 10, 2, 0, 1, 11, 1],
+        [7, 10, 6, 8, 6, 11, 8, 9, 2, 4, 5, 1, 5, 0, 3, 1],
+    ]
+)
+
+loads = st.lists(st.integers(0, 1000), min_size=1, max_size=24).map(np.array)
+world_sizes = st.integers(1, 9)
+
+
+def zipf_load(experts: int, exponent: float, rows: int = 1_000_000, seed: int = 0) -> np.ndarray:
+    """Rows of each expert when their popularity falls as rank ** -exponent, in shuffled order."""
+    rng = np.random.default_rng(seed)
+    share = np.arange(1, experts + 1) ** -exponent
+    return rng.permutation(rng.multinomial(rows, share / share.sum()))
+
+
+@st.composite
+def placements(draw) -> Placement:
+    """Any legal placement: every expert somewhere, further copies and empty slots anywhere."""
+    experts, ranks = draw(st.integers(1, 12)), draw(world_sizes)
+    first = draw(st.lists(st.integers(0, ranks - 1), min_size=experts, max_size=experts))
+    holds = [{e for e in range(experts) if first[e] == r} for r in range(ranks)]
+    for rank, expert in draw(
+        st.lists(st.tuples(st.integers(0, ranks - 1), st.integers(0, experts - 1)), max_size=20)
+    ):
+        holds[rank].add(expert)
+    width = max(map(len, holds)) + draw(st.integers(0, 2))
+    rows = [draw(st.permutations([*sorted(h), *[-1] * (width - len(h))])) for h in holds]
+    return Placement(rows)
+
+
+# --- the published algorithm ------------------------------------------------------------------
+
+
+def published_pack(load: list, packs: int) -> list[list[int]]:
+    """EPLB's packing, for one problem, as its README and source describe it."""
+    if len(load) == packs:
+        return [[item] for item in range(packs)]
+    packed_items = [[] for _ in range(packs)]
+    weight = [0.0] * packs
+    for item in sorted(range(len(load)), key=lambda i: -load[i]):
+        room = [p for p in range(packs) if len(packed_items[p]) < len(load) // packs]
+        lightest = min(room, key=weight.__getitem__)
+        packed_items[lightest].append(item)
+        weight[lightest] += load[item]
+    return packed_items
+
+
+def published_balance(load, num_slots: int, groups: int, nodes: int, ranks: int) -> list:
+    """EPLB for one layer, in loops: the experts of each rank."""
+    if groups % nodes:
+        groups = nodes = 1
+    size = len(load) // groups
+    group_load = [sum(load[g * size : (g + 1) * size]) for g in range(groups)]
+    result = []
+    for node in published_pack(group_load, nodes):
+        experts = [g * size + i for g in node for i in range(size)]
+        copy_of, copies = list(range(len(experts))), [1] * len(experts)
+        while len(copy_of) < num_slots // nodes:
+            per_copy = [load[e] / c for e, c in zip(experts, copies, strict=True)]
+            hottest = per_copy.index(max(per_copy))
+            copy_of.append(hottest)
+            copies[hottest] += 1
+        copy_load = [load[experts[i]] / copies[i] for i in copy_of]
+        result += [
+            [experts[copy_of[c]] for c in pack]
+            for pack in published_pack(copy_load, ranks // nodes)
+        ]
+    return result
+
+
+def test_the_printed_example_gets_its_printed_answer():
+    slots = balance_layers(EPLB_LOADS, 8, num_slots=16, num_groups=4, num_nodes=2)
+    np.testing.assert_array_equal(slots.reshape(2, 16), EPLB_SLOTS)
+    by_layer = [
+        published_balance(load.tolist(), 16, groups=4, nodes=2, ranks=8) for load in EPLB_LOADS
+    ]
+    np.testing.assert_array_equal(np.reshape(by_layer, (2, 16)), EPLB_SLOTS)
+
+
+@settings(max_examples=150, deadline=None)
+@given(data=st.data())
+def test_balanced_is_the_published_answer_wherever_that_has_no_two_copies_on_a_rank(data):
+    nodes = data.draw(st.sampled_from([1, 2, 3]))
+    ranks = nodes * data.draw(st.integers(1, 3))
+    groups = data.draw(st.integers(1, 4)) * data.draw(st.sampled_from([1, nodes]))
+    experts = groups * data.draw(st.integers(1, 4))
+    per_rank = data.draw(st.integers(-(-experts // ranks), -(-experts // ranks) + 2))
+    num_slots = ranks * per_rank
+    if num_slots > experts * ranks // (nodes if groups % nodes == 0 else 1):
+        return
+    layers = data.draw(st.integers(1, 3))
+    load = np.array(
+        data.draw(
+            st.lists(
+                st.lists(st.integers(0, 50), min_size=experts, max_size=experts),
+                min_size=layers,
+                max_size=layers,
+            )
+        )
+    )
+    slots = balance_layers(load, ranks, num_slots=num_slots, num_groups=groups, num_nodes=nodes)
+    for layer, table in enumerate(slots):
+        verify_placement(Placement(table), num_experts=experts, max_slots=per_rank)
+        published = published_balance(load[layer].tolist(), num_slots, groups, nodes, ranks)
+        if all(len(set(rank)) == len(rank) for rank in published):
+            np.testing.assert_array_equal(table, published)
+
+
+def test_two_copies_of_an_expert_never_share_a_rank_where_the_published_ones_do():
+    differing = 0
+    for seed in range(30):
+        load = zipf_load(8, 1.2, seed=seed)
+        published = published_balance(load.tolist(), 12, 1, 1, 4)
+        differing += any(len(set(rank)) < len(rank) for rank in published)
+        placement = balanced(load, 4, num_slots=12)
+        verify_placement(placement, num_experts=8, max_slots=3)
+        assert placement.copies.sum() == 12
+    assert differing > 0, "the case that this test is about did not come up"
+
+
+def test_many_layers_are_balanced_much_faster_than_in_loops():
+    load = np.stack([zipf_load(256, 1.0, seed=seed) for seed in range(58)])
+    start = time.perf_counter()
+    slots = balance_layers(load, 32, num_slots=288)
+    ours = time.perf_counter() - start
+    start = time.perf_counter()
+    published_balance(load[0].tolist(), 288, 1, 1, 32)
+    loops = 58 * (time.perf_counter() - start)
+    assert slots.shape == (58, 32, 9)
+    assert ours < 0.5 * loops, f"{ours:.3f} s against {loops:.3f} s in loops"
+
+
+# --- how good -------------------------------------------------------------------------------
+
+
+def best_max_load(load, copy_of, ranks: int, capacity: int) -> float:
+    """Try all assignments of copies to ranks for the smallest largest rank load."""
+    assign = np.array(list(itertools.product(range(ranks), repeat=len(copy_of))))
+    rank_load = np.stack([((assign == r) * load).sum(axis=1) for r in range(ranks)])
+    count = np.stack([(assign == r).sum(axis=1) for r in range(ranks)])
+    legal = (count <= capacity).all(axis=0)
+    for a, b in itertools.combinations(range(len(copy_of)), 2):
+        if copy_of[a] == copy_of[b]:
+            legal &= assign[:, a] != assign[:, b]
+    return rank_load[:, legal].max(axis=0).min()
+
+
+@settings(max_examples=25, deadline=None)
+@given(
+    load=st.lists(st.integers(0, 60), min_size=2, max_size=6),
+    ranks=st.integers(2, 4),
+    spare=st.integers(0, 2),
+)
+def test_balanced_is_within_a_third_of_brute_force(load, ranks, spare):
+    load = np.array(load)
+    num_slots = min(load.size + spare, load.size * ranks)
+    placement = balanced(load, ranks, num_slots=num_slots)
+    copy_of = np.repeat(np.arange(load.size), placement.copies)
+    best = best_max_load(
+        (load / placement.copies)[copy_of], copy_of, ranks, placement.slots_per_rank
+    )
+    assert placement.rank_load(load).max() <= 4 / 3 * best + 1e-9
+
+
+@settings(max_examples=50, deadline=None)
+@given(
+    load=st.lists(st.integers(0, 60), min_size=1, max_size=5),
+    spare=st.integers(0, 3),
+)
+def test_no_other_choice_of_copies_has_a_smaller_hottest_copy(load, spare):
+    ranks = 4
+    num_slots = min(len(load) + spare, len(load) * ranks)
+    copies = balanced(load, ranks, num_slots=num_slots).copies
+    choices = (
+        c for c in itertools.product(range(1, ranks + 1), repeat=len(load)) if sum(c) == num_slots
+    )
+    best = min(max(np.divide(load, c)) for c in choices)
+    assert max(load / copies) == pytest.approx(best)
+
+
+@settings(max_examples=300, deadline=None)
+@given(load=loads, ranks=world_sizes)
+def test_exact_gives_every_rank_the_same_rows_with_one_spare_slot(load, ranks):
+    placement = exact(load, ranks)
+    verify_placement(placement, load.size, max_slots=-(-(load.size - 1) // ranks) + 1)
+    assert placement.copies.sum() <= load.size + ranks - 1
+    served = placement.rank_load(load)
+    assert served.max() <= math.ceil(load.sum() / ranks) + 1e-3
+    assert served.min() >= load.sum() // ranks - 1e-3
+
+
+@settings(max_examples=40, deadline=None)
+@given(seed=st.integers(0, 10**6), ranks=st.integers(1, 6), experts=st.integers(1, 10))
+def test_exact_by_ticket_is_exact_for_the_very_rows(seed, ranks, experts):
+    rng = np.random.default_rng(seed)
+    share = rng.dirichlet(np.full(experts, 0.3))
+    routing = rng.choice(experts, p=share, size=(600, 2))
+    routing[rng.random(routing.shape) < 0.1] = -1
+    placement = exact(ticket_load(routing, experts, bins=4096), ranks)
+    physical = placement.rewrite(routing)
+    rows = np.bincount(
+        physical[physical >= 0] // placement.slots_per_rank, minlength=placement.world_size
+    )
+    assert rows.sum() == (routing >= 0).sum()
+    # A cut falls inside one range of tickets, which holds at most a few rows of one expert.
+    assert rows.max() - rows.min() <= 1 + 2 * ranks
+
+
+@pytest.mark.parametrize("exponent", [0.3, 1.0, 1.5])
+@pytest.mark.parametrize(
+    ("experts", "ranks", "spare"), [(64, 8, 8), (128, 8, 16), (256, 32, 32), (256, 64, 64)]
+)
+def test_each_policy_balances_better_than_the_one_before(experts, ranks, spare, exponent):
+    load = zipf_load(experts, exponent)
+    imbalance = [
+        contiguous(experts, ranks).imbalance(load),
+        packed(load, ranks).imbalance(load),
+        balanced(load, ranks, num_slots=experts + spare).imbalance(load),
+        exact(load, ranks).imbalance(load),
+    ]
+    assert imbalance == sorted(imbalance, reverse=True)
+    assert imbalance[-1] == pytest.approx(1.0, abs=1e-3)
+    assert exact(load, ranks).slots_per_rank <= (experts + spare) // ranks
+
+
+# --- the invariants, for every policy -----------------------------------------------------------
+
+
+@settings(max_examples=200, deadline=None)
+@given(load=loads, ranks=world_sizes, policy=st.sampled_from(POLICIES))
+def test_every_policy_keeps_the_invariants(load, ranks, policy):
+    placement = place(policy, load, ranks)
+    verify_placement(placement, num_experts=load.size)
+    assert placement.world_size == ranks
+    assert placement.rank_load(load).sum() == pytest.approx(load.sum())
+    assert len(placement.order()) == ranks * placement.slots_per_rank
+    if policy in ("contiguous", "packed"):
+        assert (placement.copies == 1).all()
+
+
+CASES = [
+    # experts, ranks, slots, remark
+    (6, 3, [[0, 1], [2, 3], [4, 5]], "even"),
+    (5, 3, [[0, 1], [2, 3], [4, -1]], "uneven: the last slot is empty"),
+    (2, 4, [[0], [1], [-1], [-1]], "more ranks than experts: ranks without any"),
+    (3, 1, [[0, 1, 2]], "one rank holds everything"),
+]
+
+
+@pytest.mark.parametrize(("experts", "ranks", "slots", "remark"), CASES, ids=lambda v: str(v)[:30])
+def test_contiguous(experts, ranks, slots, remark):
+    placement = contiguous(experts, ranks)
+    assert placement.slots.tolist() == slots, remark
+    verify_placement(placement, experts)
+
+
+# --- rewriting --------------------------------------------------------------------------------
+
+
+def rewrite_in_loops(placement: Placement, routing: np.ndarray, offset: int) -> np.ndarray:
+    physical = np.full(routing.shape, -1)
+    for row, slot in np.ndindex(*routing.shape):
+        ticket = (offset + row) * STRIDE % TICKETS
+        for place_, expert in enumerate(placement.slots.ravel()):
+            stop = placement.stops.ravel()[place_]
+            if expert == routing[row, slot] >= 0 and ticket < stop:
+                physical[row, slot] = place_
+                break
+    return physical
+
+
+@settings(max_examples=100, deadline=None)
+@given(
+    placement=placements(),
+    seed=st.integers(0, 10**6),
+    dtype=st.sampled_from([np.int8, np.int16, np.int32, np.int64]),
+    offset=st.sampled_from([0, 1, 12345, 2**40 + 3, 10**15]),
+    cut=st.integers(0, 30),
+)
+def test_rewrite_is_the_plain_loop_whatever_the_chunks(placement, seed, dtype, offset, cut):
+    routing = np.random.default_rng(seed).integers(-1, placement.num_experts, (30, 3)).astype(dtype)
+    physical = placement.rewrite(routing, offset)
+    np.testing.assert_array_equal(physical, rewrite_in_loops(placement, routing, offset))
+    parts = [
+        placement.rewrite(routing[:cut], offset),
+        placement.rewrite(routing[cut:], offset + cut),
+    ]
+    np.testing.assert_array_equal(np.concatenate(parts), physical)
+    np.testing.assert_array_equal(placement.rewrite(routing[:, 0], offset), physical[:, 0])
+    back = np.append(placement.slots.ravel(), -1)[physical]
+    np.testing.assert_array_equal(back, routing)
+
+
+@pytest.mark.parametrize("dtype", [np.uint8, np.uint16, np.uint32, np.uint64])
+def test_unsigned_routing_is_rewritten_too(dtype):
+    placement = balanced(np.arange(200), 8)
+    routing = np.arange(200, dtype=dtype).reshape(100, 2)
+    expected = placement.rewrite(routing.astype(np.int64))
+    np.testing.assert_array_equal(placement.rewrite(routing), expected)
+    assert placement.rewrite(routing).dtype == np.int32
+
+
+@pytest.mark.parametrize("stride", [1, 2, 3, 64, 89, 377, 1000, 4096])
+@pytest.mark.parametrize("copies", [2, 3, 8])
+def test_copies_share_rows_evenly_also_when_an_expert_takes_every_nth_row(stride, copies):
+    placement = Placement([[0]] * copies)
+    rows = np.zeros((min(4096 * stride, 1 << 22), 1), np.int8)
+    rows[np.arange(rows.shape[0]) % stride > 0] = -1
+    physical = placement.rewrite(rows, row_offset=777)
+    served = np.bincount(physical[physical >= 0], minlength=copies)
+    assert served.sum() >= 1000
+    # Worst where the stride is a Fibonacci number (89, 377), and 1.01 elsewhere.
+    assert served.max() / served.mean() < 1.05
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    load=st.lists(st.integers(1, 60), min_size=2, max_size=8),
+    ranks=st.integers(1, 4),
+    policy=st.sampled_from(POLICIES),
+    seed=st.integers(0, 10**6),
+)
+def test_a_placed_layer_gives_the_unplaced_answer(load, ranks, policy, seed):
+    experts = len(load)
+    rng = np.random.default_rng(seed)
+    tokens = rng.normal(size=(40, 5)).astype(np.float32)
+    matrices = rng.normal(size=(experts, 5, 4)).astype(np.float32)
+    placement = place(policy, np.array(load), ranks)
+
+    def placed(routing):
+        physical = placement.rewrite(routing, row_offset=1000)
+        total = np.zeros((40, 4), np.float32)
+        for rank, held in enumerate(placement.slots):
+            own = [matrices[e] if e >= 0 else np.zeros((5, 4), np.float32) for e in held]
+            total += expert_parallel_dispatch(tokens, physical, own, rank, ranks)
+        return total
+
+    routing = rng.integers(-1, experts, (40, 3))
+    unplaced = expert_parallel_dispatch(tokens, routing, matrices, 0, 1)
+    np.testing.assert_allclose(placed(routing), unplaced, atol=1e-5)
+
+
+# --- incremental ------------------------------------------------------------------------------
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    before=st.lists(st.integers(1, 100), min_size=2, max_size=12),
+    ranks=st.integers(2, 4),
+    tolerance=st.sampled_from([0.0, 0.05, 0.3]),
+    seed=st.integers(0, 10**6),
+)
+def test_incremental_is_legal_and_never_worse_than_both(before, ranks, tolerance, seed):
+    previous = balanced(before, ranks)
+    load = np.random.default_rng(seed).permutation(before)
+    after = incremental(previous, load, tolerance=tolerance)
+    verify_placement(after, len(before), max_slots=previous.slots_per_rank)
+    fresh = balanced(load, ranks, num_slots=int(previous.copies.sum()))
+    bound = max(1 + tolerance, min(previous.imbalance(load), fresh.imbalance(load)))
+    assert after.imbalance(load) <= bound + 1e-9
+    if previous.imbalance(load) <= 1 + tolerance:
+        assert after == previous
+        assert moves(previous, after) == 0
+
+
+def test_a_small_change_of_load_moves_few_experts():
+    load = zipf_load(128, 1.0)
+    previous = balanced(load, 8)
+    drifted = load * np.random.default_rng(1).uniform(0.8, 1.25, load.size)
+    after = incremental(previous, drifted, tolerance=0.02)
+    assert previous.imbalance(drifted) > 1.02 >= after.imbalance(drifted)
+    fresh = balanced(drifted, 8)
+    assert moves(previous, after) * 5 <= moves(previous, fresh)
+
+
+@settings(max_examples=25, deadline=None)
+@given(load=st.lists(st.integers(1, 30), min_size=6, max_size=6))
+def test_moves_are_at_most_one_more_than_brute_force_needs(load):
+    previous, load = contiguous(6, 3), np.array(load)
+    after = incremental(previous, load, tolerance=0.2)
+    if after.imbalance(load) > 1.2:
+        return
+    needed = min(
+        (
+            moves(previous, choice)
+            for order in itertools.permutations(range(6))
+            if (choice := Placement(np.reshape(order, (3, 2)))).imbalance(load) <= 1.2
+        ),
+        default=None,
+    )
+    assert needed is None or moves(previous, after) <= needed + 1
+
+
+# --- files ------------------------------------------------------------------------------------
+
+
+@given(placement=placements())
+def test_json_round_trips(placement):
+    assert Placement.from_json(placement.to_json()) == placement
+
+
+def test_uneven_shares_round_trip():
+    placement = exact([80, 10, 10, 20], 3)
+    assert not placement.even
+    assert Placement.from_json(placement.to_json()) == placement
+    assert hash(Placement.from_json(placement.to_json())) == hash(placement)
+
+
+def test_engine_files_round_trip(tmp_path):
+    layers = [Placement(t) for t in EPLB_SLOTS.reshape(2, 8, 2)]
+    write_sglang(tmp_path / "sglang.json", {1: layers[0], 3: layers[1]}, num_layers=5)
+    content = json.loads((tmp_path / "sglang.json").read_text())
+    assert list(content) == ["physical_to_logical_map"]
+    assert content["physical_to_logical_map"][1] == EPLB_SLOTS[0].tolist()
+    assert content["physical_to_logical_map"][0] == [*range(12), 0, 1, 2, 3]
+    assert [read_sglang(tmp_path / "sglang.json", 8)[n] for n in (1, 3)] == layers
+    assert from_file(tmp_path / "sglang.json", layer=3, world_size=8) == layers[1]
+
+    write_vllm_ascend(tmp_path / "ascend.json", layers)
+    content = json.loads((tmp_path / "ascend.json").read_text())
+    assert content["moe_layer_count"] == 2
+    assert content["layer_list"][1]["device_list"][0] == {"device_id": 0, "device_expert": [7, 10]}
+    assert read_vllm_ascend(tmp_path / "ascend.json") == layers
+    assert from_file(tmp_path / "ascend.json", layer=0) == layers[0]
+
+    (tmp_path / "ours.json").write_text(layers[0].to_json())
+    np.save(tmp_path / "ours.npy", layers[0].slots)
+    assert from_file(tmp_path / "ours.json", world_size=8) == layers[0]
+    assert from_file(tmp_path / "ours.npy") == layers[0]
+
+
+# --- messages ---------------------------------------------------------------------------------
+
+UNEVEN = exact([80, 10, 10, 20], 3)
+
+MESSAGES = [
+    (lambda: Placement([[0.5]]), "table \\(ranks, slots\\) of integers"),
+    (lambda: Placement([[0, 2], [3, -1]]), "expert 1 of 4 has none"),
+    (lambda: Placement([[0, 1, 1]]), "rank 0 holds expert 1 twice"),
+    (lambda: Placement([[0, -2]]), "one holds -2"),
+    (lambda: Placement([[0]], [[5]]), f"must stop at {TICKETS}, and that of expert 0 stops at 5"),
+    (lambda: Placement([[0], [0]], [[TICKETS], [5]]), "must not fall, and that of expert 0"),
+    (lambda: Placement([[0], [0]], [[TICKETS]]), "must have the shape of slots"),
+    (lambda: Placement.from_json("[1]"), 'JSON object with "slots"'),
+    (lambda: contiguous(0, 2), "got num_experts=0, world_size=2"),
+    (lambda: packed([1, -1], 2), "one finite number >= 0"),
+    (lambda: balanced([1, 2], 2, num_slots=5), "got num_slots=5"),
+    (lambda: balanced([1] * 6, 4, num_slots=8, num_groups=4, num_nodes=2), "divide the experts"),
+    (lambda: balanced([1] * 6, 3, num_slots=6, num_groups=2, num_nodes=2), "divide world_size"),
+    (lambda: exact([1] * 8, 4, max_slots=2), "need 3 slots a rank, and the limit is 2"),
+    (lambda: place("best", [1], 1), "must be one of contiguous, packed, balanced, exact"),
+    (lambda: place("packed", [1] * 8, 2, max_slots=3), "may have 3 slots and the placement gives"),
+    (lambda: verify_placement(contiguous(4, 2), 5), "must place 5 experts and places 4"),
+    (lambda: incremental(contiguous(4, 2), [1, 2]), "must place 2 experts and places 4"),
+    (
+        lambda: contiguous(4, 2).rewrite(np.array([[0, 1], [3, 4]]), 100),
+        r"\[-1, 4\), and row 101 holds 4",
+    ),
+    (lambda: ticket_load(np.array([0, -2]), 3), r"\[-1, 3\), and row 1 holds -2"),
+    (lambda: write_sglang("x.txt", {0: contiguous(2, 1)}), "ending .json"),
+    (lambda: write_sglang("x.json", {0: contiguous(3, 2)}), "no empty slots, and layer 0 has 1"),
+    (lambda: write_vllm_ascend("x", [contiguous(2, 1), contiguous(4, 2)]), "2 different sizes"),
+]
+
+
+@pytest.mark.parametrize(("act", "message"), MESSAGES, ids=[m for _, m in MESSAGES])
+def test_messages(act, message):
+    with pytest.raises(ValueError, match=message):
+        act()
+
+
+def test_engines_refuse_uneven_shares():
+    load = [40, 40, 40, 40, 60]
+    placement = exact(load, 2)
+    full = Placement([[0, 1, 2], [2, 3, 4]], [[TICKETS, TICKETS, 5], [TICKETS] * 3])
+    assert not placement.even
+    with pytest.raises(ValueError, match="spread rows evenly over copies, and layer 0 does not"):
+        write_vllm_ascend("x.json", [full])
+
+
+@pytest.mark.parametrize(
+    ("content", "arguments", "message"),
+    [
+        ({"a": 1}, {}, "holds none of"),
+        ([1], {}, "must hold a JSON object"),
+        ({"physical_to_logical_map": [[0, 1]]}, {}, "pass world_size"),
+        ({"physical_to_logical_map": [[0, 1]]}, {"world_size": 3}, "multiple of world_size=3"),
+        ({"physical_to_logical_map": [[0, 1]] * 2}, {"world_size": 2}, "holds 2 layers"),
+        ({"slots": [[0], [1]]}, {"world_size": 3}, "on 2 ranks and world_size=3"),
+    ],
+)
+def test_file_messages(tmp_path, content, arguments, message):
+    (tmp_path / "p.json").write_text(json.dumps(content))
+    with pytest.raises(ValueError, match=message):
+        from_file(tmp_path / "p.json", **arguments)

@@ -19,7 +19,6 @@ import mmap
 import os
 import sys
 from abc import ABC, abstractmethod
-from collections.abc import Iterable
 from math import prod
 from typing import TYPE_CHECKING, Any
 
@@ -27,16 +26,13 @@ import ml_dtypes
 import numpy as np
 from dask.base import normalize_token
 
+from dask_ep.files import ReadError, file_size, fill_from_file, fingerprint_files
 from dask_ep.memory import empty
 from dask_ep.safetensors_header import read_header
 from dask_ep.zarr_layout import chunk_files, local_directory, missing_chunks, open_array
 
 if TYPE_CHECKING:
     import zarr
-
-
-class ReadError(OSError):
-    """Rows that should be there could not be read: a file is missing, short or damaged."""
 
 
 class Source(ABC):
@@ -171,7 +167,7 @@ class RawSource(Source):
         self.path, self.offset = os.path.abspath(path), offset
         self.name = os.path.basename(path) if name is None else name
         self.shape, self.dtype = tuple(shape), checked_dtype(np.dtype(dtype), self.name)
-        size = _size(self.path, self.name)
+        size = file_size(self.path, self.name)
         if offset + self.nbytes > size:
             raise ReadError(
                 f"{self.path} is too short for {self.name}: {self.shape} of {self.dtype} from byte "
@@ -245,7 +241,7 @@ class ZarrSource(Source):
         """
         metadata = repr(sorted(self.array.metadata.to_dict().items())).encode()
         mine = self._describe() | {"metadata": hashlib.sha256(metadata).hexdigest()[:32]}
-        return mine if self.path is None else mine | _fingerprint_files(self.path)
+        return mine if self.path is None else mine | fingerprint_files(self.path)
 
     def __dask_tokenize__(self) -> object:
         place = str(self.array.store_path) if self.path is None else self.path
@@ -346,7 +342,7 @@ def open_safetensors(path: str | os.PathLike) -> dict[str, RawSource]:
         If the header breaks the format's rules; see `dask_ep.safetensors_header`.
     """
     path = os.fspath(path)
-    _size(path, path)
+    file_size(path, path)
     file = os.path.basename(path)
     return {
         name: RawSource(path, tensor.offset, tensor.shape, tensor.dtype, f"{file}:{name}")
@@ -378,47 +374,9 @@ def checked_dtype(dtype: np.dtype, name: str) -> np.dtype:
     return dtype
 
 
-def fill_from_file(
-    out: np.ndarray, path: str, offset: int, place: str, size: int | None = None
-) -> None:
-    """Read `out.nbytes` bytes at `offset` of the file into `out`, without a copy on the way.
-
-    Parameters
-    ----------
-    out : C-contiguous array
-    path, offset : where its bytes lie
-    place : what they are, for messages
-    size : the bytes that the file must have, if known
-
-    Raises
-    ------
-    ReadError
-        If the file is not there, has not that size or ends too early.
-    """
-    view = memoryview(out.reshape(-1).view(np.uint8))
-    try:
-        file = os.open(path, os.O_RDONLY | getattr(os, "O_CLOEXEC", 0))
-    except OSError as error:
-        raise ReadError(f"{place}: {path} cannot be opened: {error.strerror}") from error
-    try:
-        got = os.fstat(file).st_size
-        if size is not None and got != size:
-            raise ReadError(f"{place}: {path} must have {size} bytes, but has {got}")
-        done = 0
-        while done < len(view):
-            step = os.preadv(file, [view[done:]], offset + done)
-            if step == 0:
-                raise ReadError(
-                    f"{place}: expected {len(view)} bytes from byte {offset} of {path}, got {done}"
-                )
-            done += step
-    finally:
-        os.close(file)
-
-
 def _source_of_npy(path: str, name: str | None, dtype: Any) -> RawSource:
     name = os.path.basename(path) if name is None else name
-    _size(path, name)
+    file_size(path, name)
     readers = {
         (1, 0): np.lib.format.read_array_header_1_0,
         (2, 0): np.lib.format.read_array_header_2_0,
@@ -488,28 +446,3 @@ def _source_of_memmap(array: np.memmap, name: str | None) -> Source:
     start = np.frombuffer(array._mmap, np.uint8).ctypes.data
     offset = first + array.ctypes.data - start
     return RawSource(os.fspath(array.filename), offset, array.shape, array.dtype, name)
-
-
-def _fingerprint_files(directory: str) -> dict[str, Any]:
-    count, size, newest, digest = 0, 0, 0, hashlib.sha256()
-    for relative, stat in sorted(_walk(directory, "")):
-        count, size, newest = count + 1, size + stat.st_size, max(newest, stat.st_mtime_ns)
-        digest.update(f"{relative} {stat.st_size} {stat.st_mtime_ns}\n".encode())
-    digest = digest.hexdigest()[:32]
-    return {"files": count, "size": size, "mtime_ns": newest, "digest": digest}
-
-
-def _walk(directory: str, prefix: str) -> Iterable[tuple[str, os.stat_result]]:
-    with os.scandir(directory) as entries:
-        for entry in entries:
-            if entry.is_dir():
-                yield from _walk(entry.path, f"{prefix}{entry.name}/")
-            else:
-                yield prefix + entry.name, entry.stat()
-
-
-def _size(path: str, name: str) -> int:
-    try:
-        return os.stat(path).st_size
-    except OSError as error:
-        raise ReadError(f"{name}: {os.path.abspath(path)}: {error.strerror}") from error

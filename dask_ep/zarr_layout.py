@@ -83,8 +83,8 @@ class ChunkFiles:
             start = end
 
 
-def open_array(path: str) -> tuple[zarr.Array, np.dtype]:
-    """Open the array at a path or URL for reading; give it and its data type.
+def open_array(path: str, mode: str = "r") -> tuple[zarr.Array, np.dtype]:
+    """Open the array at a path or URL, to read ("r") or write ("r+"); give it and its data type.
 
     The type differs from ``array.dtype`` for the types that zarr-python does not know: then the
     array has unsigned integers, whose bits are to be viewed as that type.
@@ -92,9 +92,9 @@ def open_array(path: str) -> tuple[zarr.Array, np.dtype]:
     import zarr
 
     try:
-        array = zarr.open_array(path, mode="r")
+        array = zarr.open_array(path, mode=mode)
     except ValueError as error:
-        found = _open_extension_dtype(path)
+        found = _open_extension_dtype(path, mode)
         if found is None:
             raise ValueError(f"{path} cannot be opened as a Zarr array: {error}") from error
         return found
@@ -195,14 +195,14 @@ def _bits(dtype: np.dtype) -> np.dtype:
     return np.dtype(f"u{dtype.itemsize}")
 
 
-def _open_extension_dtype(path: str) -> tuple[zarr.Array, np.dtype] | None:
+def _open_extension_dtype(path: str, mode: str) -> tuple[zarr.Array, np.dtype] | None:
     """Open an array of a type in `EXTENSION_DTYPES`, as its bits; None for any other."""
     import zarr
     from zarr.core.metadata import ArrayV3Metadata
     from zarr.core.sync import sync
     from zarr.storage._common import make_store_path
 
-    place = sync(make_store_path(path, mode="r"))
+    place = sync(make_store_path(path, mode=mode))
     buffer = sync((place / "zarr.json").get())
     metadata = {} if buffer is None else json.loads(buffer.to_bytes())
     name = metadata.get("data_type")

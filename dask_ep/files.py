@@ -1,0 +1,83 @@
+"""How do bytes of local files get into memory, and how are changed files told?
+
+`fill_from_file` reads from the file straight into the array's memory, with nothing in between;
+what is not there whole is a `ReadError`.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+
+
+class ReadError(OSError):
+    """Rows that should be there could not be read: a file is missing, short or damaged."""
+
+
+def fill_from_file(
+    out: np.ndarray, path: str, offset: int, place: str, size: int | None = None
+) -> None:
+    """Read `out.nbytes` bytes at `offset` of the file into `out`, without a copy on the way.
+
+    Parameters
+    ----------
+    out : C-contiguous array
+    path, offset : where its bytes lie
+    place : what they are, for messages
+    size : the bytes that the file must have, if known
+
+    Raises
+    ------
+    ReadError
+        If the file is not there, has not that size or ends too early.
+    """
+    view = memoryview(out.reshape(-1).view(np.uint8))
+    try:
+        file = os.open(path, os.O_RDONLY | getattr(os, "O_CLOEXEC", 0))
+    except OSError as error:
+        raise ReadError(f"{place}: {path} cannot be opened: {error.strerror}") from error
+    try:
+        got = os.fstat(file).st_size
+        if size is not None and got != size:
+            raise ReadError(f"{place}: {path} must have {size} bytes, but has {got}")
+        done = 0
+        while done < len(view):
+            step = os.preadv(file, [view[done:]], offset + done)
+            if step == 0:
+                raise ReadError(
+                    f"{place}: expected {len(view)} bytes from byte {offset} of {path}, got {done}"
+                )
+            done += step
+    finally:
+        os.close(file)
+
+
+def file_size(path: str, name: str) -> int:
+    """Bytes of a file that must be there, for what is called `name`."""
+    try:
+        return os.stat(path).st_size
+    except OSError as error:
+        raise ReadError(f"{name}: {os.path.abspath(path)}: {error.strerror}") from error
+
+
+def fingerprint_files(directory: str) -> dict[str, Any]:
+    """Count, sum and hash the sizes and times of change of all files below a directory."""
+    count, size, newest, digest = 0, 0, 0, hashlib.sha256()
+    for relative, stat in sorted(_walk(directory, "")):
+        count, size, newest = count + 1, size + stat.st_size, max(newest, stat.st_mtime_ns)
+        digest.update(f"{relative} {stat.st_size} {stat.st_mtime_ns}\n".encode())
+    digest = digest.hexdigest()[:32]
+    return {"files": count, "size": size, "mtime_ns": newest, "digest": digest}
+
+
+def _walk(directory: str, prefix: str) -> Iterator[tuple[str, os.stat_result]]:
+    with os.scandir(directory) as entries:
+        for entry in entries:
+            if entry.is_dir():
+                yield from _walk(entry.path, f"{prefix}{entry.name}/")
+            else:
+                yield prefix + entry.name, entry.stat()

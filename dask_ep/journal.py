@@ -1,0 +1,239 @@
+"""Which blocks of an output are done, from which inputs, and who is at it?
+
+Beside an output lies a directory that answers:
+
+    y.zarr.progress/
+      manifest.json          shape, dtype, row blocks, inputs, settings; replaced as a whole
+      done-<host>-<pid>      one line per finished block, appended by the process that wrote it
+      lock                   the process that runs, empty when none does
+      partial-<run>.zarr     the output itself until it is complete (see `storage`)
+
+Every process appends to a file of its own, with one write for one line, so that nothing is ever
+written over, not even on network file systems. A line counts if it is whole, its checksum is
+right and it is of this manifest's run: a torn line costs that block's recomputation, no more.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import json
+import os
+import socket
+import time
+import zlib
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+FORMAT = 1
+"""Version of the manifest and the lines; another version is refused."""
+
+
+class OutputInUse(RuntimeError):
+    """Another run writes this output now."""
+
+
+def write_manifest(directory: str, manifest: Mapping[str, Any]) -> None:
+    """Replace the manifest as a whole: whoever reads sees the old one or the new one."""
+    path = os.path.join(directory, "manifest.json")
+    with open(path + ".new", "w") as file:
+        json.dump(manifest, file, indent=1)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(path + ".new", path)
+    sync_directory(directory)
+
+
+def read_manifest(directory: str) -> dict[str, Any] | None:
+    """Read the manifest, None if there is none.
+
+    Raises
+    ------
+    ValueError
+        If it is of another format version or no manifest at all.
+    """
+    path = os.path.join(directory, "manifest.json")
+    try:
+        with open(path) as file:
+            manifest = json.load(file)
+    except FileNotFoundError:
+        return None
+    except ValueError as error:
+        raise ValueError(
+            f"{path} is not a manifest: {error}; start again with overwrite"
+        ) from error
+    found = manifest.get("format") if isinstance(manifest, dict) else None
+    if found != FORMAT:
+        raise ValueError(
+            f"{path} must have format {FORMAT}, not {found!r}: it was written by another version. "
+            "Finish the run with that version, or start again with overwrite"
+        )
+    return manifest
+
+
+def record_done(directory: str, run: str, block: int, *, sync: bool = False) -> None:
+    """Append that a block is done. Its data must have been written before."""
+    name = f"done-{socket.gethostname()}-{os.getpid()}"
+    text = f"{run} {block}"
+    # The line break in front ends what a process of the same number may have left torn.
+    line = f"\n{text} {zlib.crc32(text.encode()):08x}\n".encode()
+    flags = os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC
+    file = os.open(os.path.join(directory, name), flags, 0o666)
+    try:
+        os.write(file, line)
+        if sync:
+            os.fsync(file)
+    finally:
+        os.close(file)
+
+
+def read_done(directory: str, run: str) -> set[int]:
+    """Give the blocks that the lines of this run call done."""
+    done = set()
+    for name in os.listdir(directory):
+        if name.startswith("done-"):
+            with open(os.path.join(directory, name), "rb") as file:
+                done.update(_parse_lines(file.read(), run))
+    return done
+
+
+def describe_differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
+    """Say in words what differs between two manifests, the part that a resumed run must keep.
+
+    Examples
+    --------
+    >>> old = {"inputs": {"tokens": {"size": 80, "shape": [10, 2]}}, "settings": {"world_size": 4}}
+    >>> new = {"inputs": {"tokens": {"size": 96, "shape": [12, 2]}}, "settings": {"world_size": 4}}
+    >>> describe_differences(old, new)
+    ['input tokens: size was 80, is 96', 'input tokens: shape was [10, 2], is [12, 2]']
+    """
+    words = []
+    for key in ("shape", "dtype", "rows"):
+        words += _compare(f"output {key}", old.get(key), new.get(key))
+    before, now = old.get("inputs", {}), new.get("inputs", {})
+    for name in [*before, *(name for name in now if name not in before)]:
+        if name not in now:
+            words.append(f"input {name} is not there any more")
+        elif name not in before:
+            words.append(f"input {name} is new")
+        else:
+            for key in [*before[name], *(key for key in now[name] if key not in before[name])]:
+                words += _compare(f"input {name}: {key}", before[name].get(key), now[name].get(key))
+    before, now = old.get("settings", {}), new.get("settings", {})
+    for key in [*before, *(key for key in now if key not in before)]:
+        words += _compare(f"setting {key}", before.get(key), now.get(key))
+    return words
+
+
+def acquire(directory: str) -> None:
+    """Become the one process that writes this output.
+
+    Raises
+    ------
+    OutputInUse
+        If another one is at it: a live process of this host, or any of another host, whose life
+        cannot be seen from here. The lock of a process of this host that is dead is taken over.
+    """
+    with _open_lock(directory) as file:
+        holder = json.loads(file.read() or "null")
+        if holder is not None and _may_be_alive(holder):
+            path = os.path.join(directory, "lock")
+            raise OutputInUse(
+                f"process {holder['pid']} on {holder['host']} writes this output since "
+                f"{holder['since']}; wait for it or stop it. If that process is gone, remove {path}"
+            )
+        file.seek(0)
+        file.truncate()
+        file.write(json.dumps(_this_process()))
+
+
+def release(directory: str) -> None:
+    """Stop being the one that writes; nothing if this process is not."""
+    with contextlib.suppress(FileNotFoundError), _open_lock(directory, create=False) as file:
+        holder = json.loads(file.read() or "null")
+        mine = _this_process()
+        if holder is not None and all(holder[k] == mine[k] for k in ("pid", "host", "born")):
+            file.seek(0)
+            file.truncate()
+
+
+def sync_directory(directory: str) -> None:
+    """Make the names in a directory outlive a power loss."""
+    file = os.open(directory, os.O_RDONLY)
+    try:
+        os.fsync(file)
+    finally:
+        os.close(file)
+
+
+def _parse_lines(text: bytes, run: str) -> Iterator[int]:
+    for line in text.split(b"\n"):
+        content, _, checksum = line.rpartition(b" ")
+        if content and checksum == b"%08x" % zlib.crc32(content):
+            owner, block = content.decode().split(" ")
+            if owner == run:
+                yield int(block)
+
+
+def _compare(what: str, old: Any, new: Any) -> list[str]:
+    if old == new:
+        return []
+    if what.endswith("mtime_ns") and old and new:
+        old, new = _clock(old), _clock(new)
+    old, new = ("absent" if value is None else _shorten(value) for value in (old, new))
+    return [f"{what} was {old}, is {new}"]
+
+
+def _shorten(value: Any) -> str:
+    text = str(value)
+    return text if len(text) <= 100 else f"{text[:60]} ... {text[-30:]}"
+
+
+def _clock(ns: int) -> str:
+    seconds, rest = divmod(ns, 10**9)
+    return time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(seconds)) + f".{rest:09d}"
+
+
+@contextlib.contextmanager
+def _open_lock(directory: str, create: bool = True) -> Iterator[Any]:
+    """Open the lock file with no other process between the look and the change.
+
+    The file is never removed, only emptied: two processes can never hold two different files.
+    """
+    path = os.path.join(directory, "lock")
+    file = os.fdopen(os.open(path, os.O_RDWR | (os.O_CREAT if create else 0), 0o666), "r+")
+    with file:
+        with contextlib.suppress(OSError):  # a file system without locks: the content still counts
+            fcntl.flock(file, fcntl.LOCK_EX)
+        yield file
+        file.flush()
+
+
+def _this_process() -> dict[str, Any]:
+    return {
+        "pid": os.getpid(),
+        "host": socket.gethostname(),
+        "born": _birth(os.getpid()),
+        "since": time.strftime("%Y-%m-%d %H:%M:%S"),
+    }
+
+
+def _may_be_alive(holder: Mapping[str, Any]) -> bool:
+    if holder["host"] != socket.gethostname():
+        return True
+    try:
+        os.kill(holder["pid"], 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        pass  # another user's process
+    return _birth(holder["pid"]) == holder["born"]  # else its number went to a newer process
+
+
+def _birth(pid: int) -> str | None:
+    """When a process started, in the system's own count; None where the system does not tell."""
+    try:
+        with open(f"/proc/{pid}/stat", "rb") as file:
+            return file.read().rpartition(b")")[2].split()[19].decode()
+    except OSError:
+        return None

@@ -1,0 +1,282 @@
+"""How are the missing blocks of an output written, and when is it complete?
+
+    block of y ──> ep-store (write, then record) ──> receipt     one task per missing block
+    all blocks recorded ──> finish ──> the output gets its name
+
+While it is written, an output lies in ``<path>.progress/``, with the record of what is done (see
+`journal`); when the last block is done it gets its name, by one rename. So at `path` there is never
+half an output that a reader could take for a whole one: unwritten rows of a ``.npy``, and missing
+chunks of a Zarr array, would read as zeros. Whoever wants to look at a run under way finds the
+unfinished array in the directory.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import os
+import uuid
+import weakref
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+import dask
+import dask.array as da
+import numpy as np
+from dask.base import DaskMethodsMixin
+from dask.callbacks import Callback
+from dask.core import flatten
+from dask.highlevelgraph import HighLevelGraph
+from dask.task_spec import Task, TaskRef
+
+from dask_ep import journal
+from dask_ep.writers import Writer
+
+
+class Receipt(NamedTuple):
+    """What a block's task answers when the block is written and recorded."""
+
+    block: int
+    rows: int
+    nbytes: int
+
+
+class Output(DaskMethodsMixin):
+    """An output that is being written: a Dask collection whose tasks write the missing blocks.
+
+    Made by ``store(..., compute=False)``. It holds the output's lock until `finish` or `close`, or
+    until the `with` block that it opens ends.
+
+    Attributes
+    ----------
+    path : str, where the output will be
+    shape : tuple of int
+    dtype : numpy.dtype
+    rows : tuple of int, of each block
+    done_before : frozenset of int, blocks that an earlier run has finished
+    missing : tuple of int, blocks that this one writes, in order
+    complete : bool, whether the output has its name
+
+    Notes
+    -----
+    On the local schedulers, ``output.compute(on_block=...)`` calls back for each block. On a
+    cluster, ``output.persist()`` returns at once and ``distributed.futures_of`` of it are the
+    futures of the receipts, in the order of `missing`; call `finish` when all of them are done.
+    `count_done` tells from the files how far it is, to anybody.
+    """
+
+    def __init__(
+        self, y: da.Array, path: str, writer: Writer, manifest: dict[str, Any], sync: bool
+    ):
+        self.path, self.shape, self.dtype = path, y.shape, y.dtype
+        self.rows: tuple[int, ...] = y.chunks[0]
+        self.directory, self._writer, self._manifest = progress_directory(path), writer, manifest
+        self._release = weakref.finalize(self, journal.release, self.directory)
+        self.complete = manifest["complete"]
+        self.done_before = frozenset(range(len(self.rows)) if self.complete else self._find_done())
+        self.missing = tuple(b for b in range(len(self.rows)) if b not in self.done_before)
+        self._name = f"ep-store-{uuid.uuid4().hex}"  # writing is an act: no two of them are one
+        self._graph = self._build_graph(y, sync)
+
+    def compute(
+        self, on_block: Callable[[Receipt], Any] | None = None, **kwargs: Any
+    ) -> list[Receipt]:
+        """Write all missing blocks, and give the output its name.
+
+        Parameters
+        ----------
+        on_block : called with the receipt of each block, in the thread that called `compute`: when
+            the block is done on the local schedulers, when all are done on a cluster
+        **kwargs : for the scheduler, as `dask.compute` takes them
+
+        Returns
+        -------
+        list of Receipt, in the order of `missing`
+
+        Raises
+        ------
+        OSError
+            If a block cannot be written, naming it, the file and, on a full disk, the bytes that it
+            needs and that are free. Finished blocks stay good.
+        """
+        receipts: list[Receipt] = []
+        if self.missing:
+            watch = None if on_block is None else _Watch(on_block)
+            with watch or contextlib.nullcontext():
+                (receipts,) = dask.compute(self, **kwargs)
+            if watch is not None:
+                for receipt in receipts:
+                    watch.tell(receipt)
+        self.finish()
+        return receipts
+
+    def finish(self) -> None:
+        """Give the complete output its name, and release the lock.
+
+        Raises
+        ------
+        ValueError
+            If blocks are missing.
+        """
+        if not self.complete:
+            left = len(self.rows) - len(self._find_done())
+            if left:
+                raise ValueError(
+                    f"{left} of {len(self.rows)} blocks of {self.path} are missing; compute them "
+                    "before finish()"
+                )
+            self._writer.tidy()
+            os.replace(self._writer.path, self.path)
+            journal.sync_directory(os.path.dirname(self.path))
+            self._manifest["complete"] = self.complete = True
+            journal.write_manifest(self.directory, self._manifest)
+        self.close()
+
+    def close(self) -> None:
+        """Release the lock; what is done stays done."""
+        self._release()
+
+    def count_done(self) -> int:
+        """Count the blocks that are done by now, whoever wrote them."""
+        done = journal.read_done(self.directory, self._manifest["run"])
+        return len(self.rows) if self.complete else len(done)
+
+    def __enter__(self) -> Output:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.close()
+
+    def __repr__(self) -> str:
+        done = len(self.done_before)
+        return f"Output({self.path!r}, shape={self.shape}, {done} of {len(self.rows)} blocks done)"
+
+    def __dask_graph__(self) -> HighLevelGraph:
+        return self._graph
+
+    def __dask_keys__(self) -> list[tuple[str, int]]:
+        return [(self._name, block) for block in self.missing]
+
+    def __dask_layers__(self) -> tuple[str, ...]:
+        return (self._name,)
+
+    def __dask_tokenize__(self) -> str:
+        return self._name
+
+    def __dask_postcompute__(self) -> tuple[Callable, tuple]:
+        return list, ()
+
+    def __dask_postpersist__(self) -> tuple[Callable, tuple]:
+        return _Receipts, (self.__dask_keys__(),)
+
+    __dask_optimize__ = staticmethod(da.optimize)
+    __dask_scheduler__ = staticmethod(da.Array.__dask_scheduler__)
+
+    def _build_graph(self, y: da.Array, sync: bool) -> HighLevelGraph:
+        starts = np.concatenate([[0], np.cumsum(self.rows)]).tolist()
+        keys = list(flatten(y.__dask_keys__()))
+        job = _Job(
+            self._writer, self.directory, self._manifest["run"], self.shape, self.dtype, sync
+        )
+        tasks = {}
+        for block in self.missing:
+            key = (self._name, block)
+            span = starts[block], starts[block + 1]
+            tasks[key] = Task(key, _store_block, TaskRef(keys[block]), job, block, *span)
+        return HighLevelGraph.from_collections(self._name, tasks, dependencies=[y])
+
+    def _find_done(self) -> set[int]:
+        starts = np.concatenate([[0], np.cumsum(self.rows)]).tolist()
+        done = journal.read_done(self.directory, self._manifest["run"])
+        return {b for b in done if self._writer.holds(starts[b], starts[b + 1])}
+
+
+def progress_directory(path: str) -> str:
+    """Where the record of an output lies, and the output itself while it is incomplete."""
+    return path + ".progress"
+
+
+def free_bytes(directory: str) -> int:
+    """Bytes that can be written to the file system of a directory."""
+    stat = os.statvfs(directory)
+    return stat.f_bavail * stat.f_frsize
+
+
+class _Job(NamedTuple):
+    """What all tasks of an output share."""
+
+    writer: Writer
+    directory: str
+    run: str
+    shape: tuple[int, ...]
+    dtype: np.dtype
+    sync: bool
+
+
+class _Receipts(DaskMethodsMixin):
+    """The receipts of an `Output` that was persisted."""
+
+    def __init__(self, graph: Mapping, keys: list, rename: Mapping | None = None):
+        self._graph = graph
+        self._keys = [(rename or {}).get(name, name) for name in keys]
+
+    def __dask_graph__(self) -> Mapping:
+        return self._graph
+
+    def __dask_keys__(self) -> list:
+        return self._keys
+
+    def __dask_postcompute__(self) -> tuple[Callable, tuple]:
+        return list, ()
+
+    def __dask_postpersist__(self) -> tuple[Callable, tuple]:
+        return _Receipts, (self._keys,)
+
+    __dask_optimize__ = staticmethod(da.optimize)
+    __dask_scheduler__ = staticmethod(da.Array.__dask_scheduler__)
+
+
+class _Watch(Callback):
+    """Hands each receipt on, once, as the local schedulers see it."""
+
+    def __init__(self, on_block: Callable[[Receipt], Any]):
+        super().__init__(posttask=self._look)
+        self._on_block = on_block
+        self._seen: set[int] = set()
+
+    def tell(self, receipt: Receipt) -> None:
+        if receipt.block not in self._seen:
+            self._seen.add(receipt.block)
+            self._on_block(receipt)
+
+    def _look(self, key: Any, result: Any, *_: Any) -> None:
+        if isinstance(result, Receipt):
+            self.tell(result)
+
+
+def _store_block(rows: np.ndarray, job: _Job, block: int, start: int, stop: int) -> Receipt:
+    if not isinstance(rows, np.ndarray) and hasattr(rows, "get"):
+        rows = rows.get()  # from a device
+    place = f"block {block} (rows [{start}, {stop})) of {job.writer.path}"
+    expected = (stop - start, *job.shape[1:])
+    if rows.shape != expected or rows.dtype != job.dtype:
+        raise ValueError(
+            f"{place} must be {expected} of {job.dtype}, as the array says, but the task gave "
+            f"{rows.shape} of {rows.dtype}; check the meta and chunks of the array"
+        )
+    try:
+        job.writer.write(np.ascontiguousarray(rows), start, job.sync)
+        journal.record_done(job.directory, job.run, block, sync=job.sync)
+    except OSError as error:
+        raise _explain(error, place, rows.nbytes, job.directory) from error
+    return Receipt(block, len(rows), rows.nbytes)
+
+
+def _explain(error: OSError, place: str, nbytes: int, directory: str) -> OSError:
+    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return OSError(
+            error.errno,
+            f"no space left for {place}: it needs {nbytes} bytes, {free_bytes(directory)} are "
+            "free. Finished blocks stay good: make room and go on with resume",
+        )
+    return OSError(error.errno, f"{place} could not be written: {error}")

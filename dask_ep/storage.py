@@ -1,0 +1,388 @@
+"""How do token rows come in, and outputs go out so that a stopped run can go on?
+
+    open_tokens(path)     a lazy array: one task per row chunk reads it from its place
+    store(y, path)        one task per row block writes it to its place (see `output`)
+
+Rows are never joined: what is in memory at once is what Dask computes at once.
+"""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import shutil
+import uuid
+from collections.abc import Iterable, Mapping
+from math import prod
+from typing import Any
+
+import dask.array as da
+import numpy as np
+from dask.base import tokenize
+from dask.highlevelgraph import HighLevelGraph
+from dask.task_spec import Task
+
+from dask_ep import journal
+from dask_ep.output import Output, free_bytes, progress_directory
+from dask_ep.sources import ReadError, Source, ZarrSource, open_source
+from dask_ep.writers import Writer, make_writer
+
+CHUNK_BYTES = 32 << 20
+"""Bytes of a token chunk unless the user says otherwise: stored chunks are merged up to this."""
+
+KINDS = (".zarr", ".npy", ".safetensors")
+
+
+def open_tokens(
+    path: Any,
+    chunks: int | tuple[int, ...] | None = None,
+    name: str | None = None,
+    *,
+    like: da.Array | None = None,
+    dtype: Any = None,
+    missing: str = "error",
+) -> da.Array:
+    """Open token rows, routing or top-k weights as a lazy array, chunked along the rows.
+
+    Parameters
+    ----------
+    path : whatever `open_source` takes
+    chunks : rows per chunk, or the rows of every chunk. By default whole stored chunks, as many as
+        make about 32 MiB
+    name : for messages; the file's name without it
+    like : array whose row chunks to take, so that routing is cut as its tokens are
+    dtype : see `open_source`
+    missing : {"error", "fill"}
+        Zarr chunks that were never written are an error, found here already where the array is
+        local: they look just like lost ones. "fill" takes Zarr's fill value for their rows.
+
+    Returns
+    -------
+    array of (N, ...), one chunk wide. The name follows from the place, size and time of change of
+    the files, so that the same data has the same name.
+
+    Raises
+    ------
+    ReadError
+        If there is nothing there or chunks are missing; when computed, if a chunk cannot be read
+        whole, naming the block.
+    ValueError
+        If the chunks do not add up to the rows.
+
+    Notes
+    -----
+    One task per chunk, with one read per stored chunk, straight into the array. Tasks are marked as
+    data producers: the distributed scheduler starts no more of them than workers keep up with.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> open_tokens(np.ones((10, 4)), chunks=4).chunks
+    ((4, 4, 2), (4,))
+    """
+    source = open_source(path, name, dtype=dtype, missing=missing)
+    if isinstance(source, ZarrSource) and source.missing != missing:
+        source = ZarrSource(source.array, source.name, source.dtype, missing)
+    if source.ndim == 0:
+        raise ValueError(f"{source.name} is a single number and has no rows")
+    if missing == "error":
+        _refuse_missing_chunks(source)
+    rows = _row_chunks(source, chunks, like)
+    key = f"ep-read-{tokenize(source, rows)}"
+    rest, tasks, start = (0,) * (source.ndim - 1), {}, 0
+    for block, count in enumerate(rows):
+        task_key = (key, block, *rest)
+        tasks[task_key] = Task(
+            task_key, _read_block, source, block, start, start + count, _data_producer=True
+        )
+        start += count
+    graph = HighLevelGraph.from_collections(key, tasks)
+    meta = np.empty((0,) * source.ndim, source.dtype)
+    return da.Array(graph, key, (rows, *((n,) for n in source.shape[1:])), meta=meta)
+
+
+def store(
+    y: da.Array,
+    path: str | os.PathLike,
+    *,
+    inputs: Mapping[str, Any] | Iterable[Any] = (),
+    settings: Mapping[str, Any] | None = None,
+    resume: bool = False,
+    overwrite: bool = False,
+    compute: bool = True,
+    compressors: Any = None,
+    sync: bool = False,
+    **kwargs: Any,
+) -> Output:
+    """Write an array to a file, block by block, such that a stopped run can go on.
+
+    Parameters
+    ----------
+    y : (N, ...) array, chunked along the rows only, with known chunks
+    path : ``.zarr`` (Zarr 3, a chunk per block), ``.npy`` or ``.safetensors`` (one tensor,
+        "output"); on a file system that all workers share
+    inputs : what `y` is made of, by name or in a row: whatever `open_source` takes, anything with a
+        ``fingerprint()``, or a fingerprint itself (a mapping)
+    settings : JSON-able mapping of what else the result depends on
+    resume : go on with what an earlier run has left, from the start if there is nothing
+    overwrite : remove what an earlier run has left, finished or not
+    compute : whether to write now; if not, see `Output`
+    compressors : for Zarr, as `zarr.create_array` takes them; by default none
+    sync : make each block outlive a power loss before it counts as done
+    **kwargs : for the scheduler, as `dask.compute` takes them
+
+    Returns
+    -------
+    Output
+
+    Raises
+    ------
+    FileExistsError
+        If there is an output, or part of one, and neither `resume` nor `overwrite` is set.
+    ValueError
+        If the array cannot be written so; or if, on resuming, the inputs, the settings or the array
+        are not those of the run that began it: the message says which, and how they differ.
+    OutputInUse
+        If another run is writing this output.
+    OSError
+        If a block cannot be written. A full disk is found at the start where possible.
+
+    Notes
+    -----
+    A block counts as done when its data was written and, after that, its line in the journal.
+    Resuming computes exactly the blocks that do not count, and nothing that only the others need.
+
+    - After the process was killed (``kill -9`` too), every block that counts is good.
+    - After a power loss or a crash of the system, that holds with ``sync=True``. Without it the
+      system may have kept lines and lost data that it had not put on the disk yet: overwrite then.
+    - The rename to `path` comes last, so what is at `path` is complete.
+
+    Examples
+    --------
+    >>> import os, tempfile
+    >>> import dask.array as da
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     path = os.path.join(folder, "y.npy")
+    ...     output = store(da.ones((6, 2), chunks=(4, 2)), path, scheduler="sync")
+    ...     output.rows, open_tokens(path).sum().compute(scheduler="sync").item()
+    ((4, 2), 12.0)
+    """
+    path = os.path.abspath(os.fspath(path))
+    _check(y, path, os.path.splitext(path)[1], compressors)
+    wanted = _make_manifest(y, path, inputs, settings)
+    directory = progress_directory(path)
+    _check_existing(path, journal.read_manifest(directory) is not None, resume, overwrite)
+    os.makedirs(directory, exist_ok=True)
+    journal.acquire(directory)
+    try:
+        manifest = journal.read_manifest(directory)
+        if overwrite or manifest is None:
+            writer, manifest = _begin(y, path, wanted, compressors)
+        else:
+            writer, manifest = _continue(y, path, manifest, wanted, compressors)
+        output = Output(y, path, writer, manifest, sync)
+        if compressors is None:
+            _check_space(output)
+    except BaseException:
+        journal.release(directory)
+        raise
+    if compute:
+        with output:
+            output.compute(**kwargs)
+    return output
+
+
+def _read_block(source: Source, block: int, start: int, stop: int) -> np.ndarray:
+    try:
+        return source.read(start, stop)
+    except ReadError as error:
+        raise ReadError(f"block {block} of {source.name} could not be read: {error}") from error
+
+
+def _refuse_missing_chunks(source: Source) -> None:
+    if isinstance(source, ZarrSource) and source.path is not None:
+        keys = source.find_missing()
+        if keys:
+            some = ", ".join(keys[:5]) + (", ..." if len(keys) > 5 else "")
+            raise ReadError(
+                f"{source.name}: {len(keys)} chunks are missing in {source.path} ({some}). If they "
+                'were left out because all of their values are the fill value, say missing="fill"'
+            )
+
+
+def _row_chunks(
+    source: Source, chunks: int | tuple[int, ...] | None, like: da.Array | None
+) -> tuple[int, ...]:
+    """Decide how many rows each chunk has."""
+    length = source.shape[0]
+    if like is not None:
+        if chunks is not None:
+            raise ValueError("chunks and like both say how the rows are cut; give one of them")
+        if len(like) != length:
+            raise ValueError(
+                f"{source.name} must have as many rows as the array that it is cut like: "
+                f"{len(like)}, not {length}"
+            )
+        return like.chunks[0]
+    if chunks is None:
+        stored = source.chunk_rows or 1
+        row_bytes = max(1, prod(source.shape[1:]) * source.dtype.itemsize)
+        chunks = max(1, CHUNK_BYTES // (stored * row_bytes)) * stored
+    if isinstance(chunks, int):
+        if chunks < 1:
+            raise ValueError(f"a chunk of {source.name} must have 1 row or more, not {chunks}")
+        whole, rest = divmod(length, chunks)
+        return (chunks,) * whole + ((rest,) if rest or not whole else ())
+    if sum(chunks) != length or min(chunks, default=0) < 0:
+        raise ValueError(
+            f"the row chunks of {source.name} must add up to its {length} rows, not {sum(chunks)}"
+        )
+    return tuple(chunks)
+
+
+def _check(y: da.Array, path: str, kind: str, compressors: Any) -> None:
+    """Refuse what cannot be written, before anything is touched."""
+    if kind not in KINDS:
+        raise ValueError(f"an output ends in {', '.join(KINDS)}, which {path} does not")
+    if y.ndim == 0:
+        raise ValueError("an output has rows; a single number has none")
+    if any(np.isnan(n) for n in y.chunks[0]):
+        raise ValueError(
+            "an output is written to known places, but the row chunks are unknown (nan): call "
+            "y.compute_chunk_sizes() first"
+        )
+    if any(len(chunks) != 1 for chunks in y.chunks[1:]):
+        raise ValueError(
+            f"an output is written in whole rows, but its chunks are {y.numblocks} along the axes; "
+            f"use y.rechunk({dict.fromkeys(range(1, y.ndim), -1)})"
+        )
+    make_writer(kind, path, y.shape, y.dtype, y.chunks[0], compressors)
+
+
+def _make_manifest(
+    y: da.Array, path: str, inputs: Any, settings: Mapping[str, Any] | None
+) -> dict[str, Any]:
+    named = inputs.items() if isinstance(inputs, Mapping) else ((None, obj) for obj in inputs)
+    fingerprints: dict[str, Any] = {}
+    for name, obj in named:
+        if not isinstance(obj, Mapping):
+            obj = obj if hasattr(obj, "fingerprint") else open_source(obj)
+            _refuse_to_replace(path, getattr(obj, "path", None))
+            obj = obj.fingerprint()
+        name = obj.get("name", "input") if name is None else name
+        if name in fingerprints:
+            raise ValueError(f"two inputs have the name {name!r}; give them as a mapping by name")
+        fingerprints[name] = obj
+    manifest = {
+        "format": journal.FORMAT,
+        "shape": y.shape,
+        "dtype": y.dtype.name,
+        "rows": y.chunks[0],
+        "inputs": fingerprints,
+        "settings": dict(settings or {}),
+    }
+    try:
+        return json.loads(json.dumps(manifest))
+    except TypeError as error:
+        raise TypeError(f"settings and fingerprints must be JSON-able: {error}") from error
+
+
+def _refuse_to_replace(path: str, source: str | None) -> None:
+    if source is not None:
+        source, path = os.path.realpath(source), os.path.realpath(path)
+        if os.path.commonpath([source, path]) in (source, path):
+            raise ValueError(f"the output {path} would replace its own input {source}")
+
+
+def _check_existing(path: str, began: bool, resume: bool, overwrite: bool) -> None:
+    if resume and overwrite:
+        raise ValueError("resume goes on and overwrite starts again; give one of them")
+    there = os.path.lexists(path)
+    if there and resume and not began:
+        raise FileExistsError(
+            f"{path} exists, but {progress_directory(path)} does not say what it was made of, so "
+            "it cannot be resumed; overwrite it, or write elsewhere"
+        )
+    if (there or began) and not (resume or overwrite):
+        what = "exists" if there else "was begun by an earlier run"
+        raise FileExistsError(
+            f"{path} {what}; resume to go on with it, overwrite to start again, or write elsewhere"
+        )
+    if there and overwrite and not _is_replaceable(path):
+        raise FileExistsError(
+            f"{path} is a directory but no Zarr array, and is not removed; write elsewhere"
+        )
+
+
+def _is_replaceable(path: str) -> bool:
+    if not os.path.isdir(path):
+        return True
+    try:
+        with open(os.path.join(path, "zarr.json")) as file:
+            return json.load(file)["node_type"] == "array"
+    except (OSError, ValueError, KeyError):
+        return os.path.exists(os.path.join(path, ".zarray"))
+
+
+def _begin(
+    y: da.Array, path: str, wanted: dict[str, Any], compressors: Any
+) -> tuple[Writer, dict[str, Any]]:
+    """Remove what is there, and make an output without rows."""
+    _remove(path)
+    directory = progress_directory(path)
+    # The manifest goes first: without it, whatever else is left counts for nothing.
+    for name in sorted(os.listdir(directory), key=lambda name: name != "manifest.json"):
+        if name != "lock":
+            _remove(os.path.join(directory, name))
+    manifest = wanted | {"run": uuid.uuid4().hex[:12], "complete": False}
+    writer = _open_writer(y, path, manifest, compressors)
+    writer.create()
+    journal.write_manifest(directory, manifest)
+    return writer, manifest
+
+
+def _continue(
+    y: da.Array, path: str, manifest: dict[str, Any], wanted: dict[str, Any], compressors: Any
+) -> tuple[Writer, dict[str, Any]]:
+    """Take up what an earlier run has left, if it was the same run."""
+    differences = journal.describe_differences(manifest, wanted)
+    if differences:
+        raise ValueError(
+            f"{path} was begun from something else, and cannot be resumed: "
+            f"{'; '.join(differences)}. Overwrite it, or write elsewhere"
+        )
+    writer = _open_writer(y, path, manifest, compressors)
+    done = journal.read_done(progress_directory(path), manifest["run"])
+    if os.path.exists(writer.path):
+        writer.tidy()
+    elif os.path.exists(path) and len(done) == len(y.chunks[0]):
+        manifest["complete"] = True  # or stopped between the rename and the manifest
+    else:
+        return _begin(y, path, wanted, compressors)  # its files were removed
+    return writer, manifest
+
+
+def _open_writer(y: da.Array, path: str, manifest: Mapping[str, Any], compressors: Any) -> Writer:
+    kind = os.path.splitext(path)[1]
+    partial = os.path.join(progress_directory(path), f"partial-{manifest['run']}{kind}")
+    return make_writer(kind, partial, y.shape, y.dtype, y.chunks[0], compressors)
+
+
+def _check_space(output: Output) -> None:
+    row_bytes = prod(output.shape[1:]) * output.dtype.itemsize
+    needed = sum(output.rows[block] for block in output.missing) * row_bytes
+    free = free_bytes(output.directory)
+    if needed > free:
+        raise OSError(
+            errno.ENOSPC,
+            f"no space for the {len(output.missing)} missing blocks of {output.path}: they need "
+            f"{needed} bytes, {free} are free. Make room, or write elsewhere",
+        )
+
+
+def _remove(path: str) -> None:
+    if os.path.isdir(path) and not os.path.islink(path):
+        shutil.rmtree(path)
+    elif os.path.lexists(path):
+        os.unlink(path)

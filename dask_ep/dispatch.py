@@ -45,6 +45,8 @@ class Expert(ABC):
     ----------
     d, d_out : int
         Widths of the rows that come and go.
+    widest : int
+        Width of the widest row that it makes on the way; tells how many rows stay in cache.
     weigh : {"output", "input"}
         What the top-k weight multiplies: the expert's output, or the row before the expert
         sees it (as in Llama 4).
@@ -53,6 +55,10 @@ class Expert(ABC):
     d: int
     d_out: int
     weigh: str = "output"
+
+    @property
+    def widest(self) -> int:
+        return max(self.d, self.d_out)
 
     @abstractmethod
     def __call__(self, rows: Array, out: Array | None = None) -> Array:
@@ -360,7 +366,7 @@ def _tiles(start: int, stop: int, expert: Expert, compute: np.dtype, xp: Any) ->
         return []
     if xp is not np:
         return [slice(start, stop)]
-    row_bytes = max(expert.d, expert.d_out, 1) * compute.itemsize
+    row_bytes = max(expert.widest, 1) * compute.itemsize
     rows = max(TILE_BYTES // row_bytes, 4 * TILE_ALIGNMENT)
     rows = math.ceil(m / math.ceil(m / rows))
     rows = math.ceil(rows / TILE_ALIGNMENT) * TILE_ALIGNMENT

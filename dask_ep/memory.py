@@ -16,7 +16,6 @@ memory returns to the pool only when neither it nor any view of it is alive.
 
 from __future__ import annotations
 
-import bisect
 import os
 import threading
 import time
@@ -29,10 +28,22 @@ SMALLEST = 1 << 20
 """Bytes below which an array is left to the C library, which recycles small blocks well itself."""
 
 KEEP_SECONDS = 2.0
-"""Seconds for which an unused block waits for its next user."""
+"""Seconds for which an unused block waits for its next user, at least."""
 
 _ALIGNMENT = 64  # bytes: a cache line, and the widest vector load
-_GRANULE = 64 << 10  # bytes: sizes are rounded up to this, so that ragged sizes share blocks
+
+
+class _Block:
+    """A run of memory that arrays live in, one after the other."""
+
+    __slots__ = ("address", "free_since", "memory", "size")
+
+    def __init__(self, size: int):
+        self.memory = np.empty(size + _ALIGNMENT, np.uint8)
+        address = self.memory.ctypes.data
+        self.address = address + -address % _ALIGNMENT
+        self.size = size
+        self.free_since = 0.0
 
 
 class _Lease:
@@ -40,13 +51,12 @@ class _Lease:
 
     __slots__ = ("__array_interface__", "_block", "_pool")
 
-    def __init__(self, pool: Pool, block: np.ndarray, nbytes: int):
-        offset = -block.ctypes.data % _ALIGNMENT
+    def __init__(self, pool: Pool, block: _Block, nbytes: int):
         self.__array_interface__ = {
             "version": 3,
             "typestr": "|u1",
             "shape": (nbytes,),
-            "data": (block.ctypes.data + offset, False),
+            "data": (block.address, False),
         }
         self._block, self._pool = block, pool
 
@@ -59,78 +69,76 @@ class Pool:
 
     Notes
     -----
-    A request is served by the smallest free block that holds it and is at most twice as large, else
-    by a new one. Free blocks older than `KEEP_SECONDS` go back to the system at the next request,
-    or by a thread that lives only while blocks exist. Peak memory is therefore at most that of the
-    same program without a pool plus what it freed in the last `KEEP_SECONDS`.
+    Sizes are rounded up to one of eight steps between powers of two; a request takes a free block
+    of its size or the next larger one below twice that, else a new block. Blocks that nobody wanted
+    for `KEEP_SECONDS` go back to the system, by a thread that lives only while blocks exist. Peak
+    memory is at most that of the same program without a pool plus what it freed in the last
+    2 * `KEEP_SECONDS`.
     """
 
     def __init__(self) -> None:
-        self._lock = threading.Lock()
-        self._free: list[tuple[int, float, np.ndarray]] = []  # by size, then by age
-        # Leases die wherever the garbage collector runs, also inside `lease`: they may not lock.
-        self._returned: deque[tuple[int, float, np.ndarray]] = deque()
+        # Leases die wherever the garbage collector runs, so giving back takes no lock: appending
+        # to and popping from a deque are atomic. In each deque the oldest stand on the left.
+        self._free: dict[int, deque[_Block]] = {}
+        self._lock = threading.Lock()  # for the two below
         self._blocks = 0
         self._janitor: threading.Thread | None = None
 
     def lease(self, nbytes: int) -> np.ndarray:
         """Give `nbytes` uninitialised bytes as a (nbytes,) uint8 array."""
-        size = -(-nbytes // _GRANULE) * _GRANULE + _ALIGNMENT
-        with self._lock:
-            self._sort_in_returned()
-            self._drop_unused()
-            block = self._pop_fitting(size)
-            if block is None:
-                block = np.empty(size, np.uint8)
-                self._blocks += 1
-                self._start_janitor()
+        step = 1 << max(nbytes.bit_length() - 4, 0)
+        smallest = -(-nbytes // step) * step
+        for size in range(smallest, 2 * smallest, step):
+            try:
+                block = self._free[size].pop()
+                break
+            except (KeyError, IndexError):
+                continue
+        else:
+            block = self._new_block(smallest)
         return np.asarray(_Lease(self, block, nbytes))
 
-    def give_back(self, block: np.ndarray) -> None:
+    def give_back(self, block: _Block) -> None:
         """Take a block whose array has died."""
-        self._returned.append((block.nbytes, time.monotonic(), block))
+        block.free_since = time.monotonic()
+        try:
+            self._free[block.size].append(block)
+        except KeyError:
+            self._free.setdefault(block.size, deque()).append(block)
 
     def free_bytes(self) -> int:
         """Bytes that wait for a user."""
+        return sum(size * len(blocks) for size, blocks in list(self._free.items()))
+
+    def drop(self, older_than: float) -> None:
+        """Give the blocks back to the system that have been free since before `older_than`."""
+        dropped = 0
+        for blocks in list(self._free.values()):
+            while blocks and blocks[0].free_since < older_than:
+                try:
+                    blocks.popleft()
+                    dropped += 1
+                except IndexError:  # somebody took the last one
+                    break
         with self._lock:
-            self._sort_in_returned()
-            return sum(size for size, _, _ in self._free)
+            self._blocks -= dropped
 
-    def clear(self) -> None:
-        """Give all free blocks back to the system now."""
+    def _new_block(self, size: int) -> _Block:
+        block = _Block(size)
         with self._lock:
-            self._sort_in_returned()
-            self._blocks -= len(self._free)
-            self._free.clear()
-
-    def _sort_in_returned(self) -> None:
-        while self._returned:
-            entry = self._returned.popleft()
-            bisect.insort(self._free, entry, key=lambda e: e[:2])
-
-    def _drop_unused(self) -> None:
-        deadline = time.monotonic() - KEEP_SECONDS
-        young = [entry for entry in self._free if entry[1] >= deadline]
-        self._blocks -= len(self._free) - len(young)
-        self._free = young
-
-    def _pop_fitting(self, size: int) -> np.ndarray | None:
-        at = bisect.bisect_left(self._free, size, key=lambda e: e[0])
-        if at < len(self._free) and self._free[at][0] <= 2 * size:
-            return self._free.pop(at)[2]
-        return None
-
-    def _start_janitor(self) -> None:
-        if self._janitor is None:
-            self._janitor = threading.Thread(target=self._sweep, name="dask-ep-memory", daemon=True)
-            self._janitor.start()
+            self._blocks += 1
+            if self._janitor is None:
+                self._janitor = threading.Thread(
+                    target=self._sweep, name="dask-ep-memory", daemon=True
+                )
+                self._janitor.start()
+        return block
 
     def _sweep(self) -> None:
         while True:
             time.sleep(KEEP_SECONDS)
+            self.drop(time.monotonic() - KEEP_SECONDS)
             with self._lock:
-                self._sort_in_returned()
-                self._drop_unused()
                 if self._blocks == 0:
                     self._janitor = None
                     return
@@ -180,4 +188,4 @@ def empty(shape: tuple[int, ...], dtype: object, like: object = None) -> np.ndar
 
 def release() -> None:
     """Give all memory that waits for a user back to the system now."""
-    _pool.clear()
+    _pool.drop(time.monotonic())

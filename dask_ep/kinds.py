@@ -1,0 +1,166 @@
+"""What does each kind of expert compute?
+
+Rows (m, d) go through one, two or three matrices, each (in, out). Products and activations are
+written into recycled memory, in place wherever that is possible.
+
+    linear   x @ w + bias
+    mlp      activation(x @ up + up_bias) @ down + down_bias
+    gated    (activation(gate) * (up + up_offset)) @ down + down_bias,
+             gate = min(x @ gate + gate_bias, limit), up = clip(x @ up + up_bias, -limit, limit)
+
+Gated with silu is SwiGLU (Shazeer, "GLU Variants Improve Transformer", 2020); with `limit`, `alpha`
+and `up_offset` it is gpt-oss's.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+from dask_ep import memory
+from dask_ep.dispatch import Array, Expert, Linear, namespace
+
+Activation = Callable[[Array, float], None]
+"""Replaces its argument by the activation of it; the number is silu's alpha."""
+
+
+class Affine(Expert):
+    """``x @ w + bias``."""
+
+    def __init__(self, w: Array, bias: Array):
+        self._product, self._bias = Linear(w), bias
+        self.d, self.d_out = w.shape
+
+    def __call__(self, rows: Array, out: Array | None = None) -> Array:
+        out = self._product(rows, out)
+        out += self._bias
+        return out
+
+
+class Mlp(Expert):
+    """``activation(x @ up) @ down``."""
+
+    def __init__(self, up: Expert, down: Expert, activation: str):
+        self._up, self._down, self._activate = up, down, ACTIVATIONS[activation]
+        self.d, self.d_out = up.d, down.d_out
+
+    @property
+    def widest(self) -> int:
+        return max(self.d, self._up.d_out, self.d_out)
+
+    def __call__(self, rows: Array, out: Array | None = None) -> Array:
+        hidden = self._up(rows, _hidden(rows, self._up))
+        self._activate(hidden, 1.0)
+        return self._down(hidden, out)
+
+
+class Gated(Expert):
+    """``(activation(x @ gate) * (x @ up)) @ down``."""
+
+    def __init__(
+        self,
+        gate: Expert,
+        up: Expert,
+        down: Expert,
+        activation: str,
+        *,
+        limit: float | None = None,
+        alpha: float = 1.0,
+        up_offset: float = 0.0,
+        weigh: str = "output",
+    ):
+        self._gate, self._up, self._down = gate, up, down
+        self._activate = ACTIVATIONS[activation]
+        self._limit, self._alpha, self._up_offset = limit, alpha, up_offset
+        self.d, self.d_out, self.weigh = up.d, down.d_out, weigh
+
+    @property
+    def widest(self) -> int:
+        return max(self.d, self._up.d_out, self.d_out)
+
+    def __call__(self, rows: Array, out: Array | None = None) -> Array:
+        xp = namespace(rows)
+        gate = self._gate(rows, _hidden(rows, self._gate))
+        up = self._up(rows, _hidden(rows, self._up))
+        if self._limit is not None:
+            xp.minimum(gate, self._limit, out=gate)
+            xp.clip(up, -self._limit, self._limit, out=up)
+        if self._up_offset:
+            up += self._up_offset
+        self._activate(gate, self._alpha)
+        gate *= up
+        return self._down(gate, out)
+
+
+def _hidden(rows: Array, expert: Expert) -> Array:
+    return memory.empty((len(rows), expert.d_out), rows.dtype, like=rows)
+
+
+# --- activations, in place -------------------------------------------------------------------
+
+
+def _silu(x: Array, alpha: float) -> None:
+    xp = namespace(x)
+    scratch = memory.empty(x.shape, x.dtype, like=x)
+    xp.multiply(x, -alpha, out=scratch)
+    # exp overflows to infinity below -88 / alpha in float32, and x / infinity is the right 0.
+    with _quiet(xp):
+        xp.exp(scratch, out=scratch)
+    scratch += 1
+    x /= scratch
+
+
+def _gelu(x: Array, _: float) -> None:
+    scratch = memory.empty(x.shape, x.dtype, like=x)
+    namespace(x).multiply(x, math.sqrt(0.5), out=scratch)
+    _erf(namespace(x))(scratch, out=scratch)
+    scratch += 1
+    scratch *= 0.5
+    x *= scratch
+
+
+def _gelu_tanh(x: Array, _: float) -> None:
+    xp = namespace(x)
+    scratch = memory.empty(x.shape, x.dtype, like=x)
+    xp.multiply(x, x, out=scratch)
+    scratch *= 0.044715
+    scratch += 1
+    scratch *= x
+    scratch *= math.sqrt(2 / math.pi)
+    xp.tanh(scratch, out=scratch)
+    scratch += 1
+    scratch *= 0.5
+    x *= scratch
+
+
+def _relu(x: Array, _: float) -> None:
+    namespace(x).maximum(x, 0, out=x)
+
+
+def _relu2(x: Array, _: float) -> None:
+    xp = namespace(x)
+    xp.maximum(x, 0, out=x)
+    xp.multiply(x, x, out=x)
+
+
+ACTIVATIONS: dict[str, Activation] = {
+    "silu": _silu,
+    "gelu": _gelu,
+    "gelu_tanh": _gelu_tanh,
+    "relu": _relu,
+    "relu2": _relu2,
+}
+"""silu is x * sigmoid(alpha * x), gelu the exact one (with erf), relu2 the square of relu."""
+
+
+def _quiet(xp: Any) -> Any:
+    return xp.errstate(over="ignore")
+
+
+def _erf(xp: Any) -> Callable[..., Array]:
+    if xp.__name__ == "cupy":
+        from cupyx.scipy.special import erf
+    else:
+        from scipy.special import erf
+    return erf

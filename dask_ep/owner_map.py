@@ -1,0 +1,203 @@
+"""Which worker should own which rank?
+
+Plain arithmetic on plain data: ranks have loads, workers have capacities, and every rank needs as
+many owners as it has copies. Two functions answer, and neither knows a scheduler:
+
+    assign    gives owners to the ranks that lack them, and moves nothing
+    balance   moves as few ranks as bring the workers close to their shares
+
+    loads       3  1  1  1  1  1             share of a worker: load × its part of all capacity
+    ranks       0  1  2  3  4  5
+    assign  ->  a  b  c  b  c  b             a: 3/1   b: 3/1   c: 2/1
+    c leaves    a  b  .  b  .  b             assign again: only ranks 2 and 4 get a new owner
+    c returns   a  b  a  b  b  b             balance: one rank of a and one of b go back to it
+
+`finish` is the figure that both look at: a worker's load divided by its capacity. Loads and
+capacities have any unit; only their proportions count.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Collection, Mapping, Sequence
+from math import inf
+
+Owners = list[frozenset[str]]
+"""owners[rank]: the workers that play the rank; empty where nobody does."""
+
+GAIN = 0.1
+"""How much earlier than the giver the taker has to finish, as a part, for a slice to be read again.
+"""
+
+
+def natural_order(name: str) -> tuple[tuple[str, int], ...]:
+    """Give a sort key under which `w2` comes before `w10`.
+
+    Examples
+    --------
+    >>> sorted(["w10", "w2", "tcp://10.0.0.9:1", "tcp://10.0.0.10:1"], key=natural_order)
+    ['tcp://10.0.0.9:1', 'tcp://10.0.0.10:1', 'w2', 'w10']
+    """
+    words = re.split(r"(\d+)", name)
+    return tuple(
+        (text, int(number)) for text, number in zip(words[::2], [*words[1::2], "-1"], strict=True)
+    )
+
+
+def capacities(memory: Mapping[str, float]) -> dict[str, float]:
+    """Turn memory limits (bytes; 0 where a worker states none) into capacities, all above zero.
+
+    A worker without a limit counts as the mean of those with one, or as 1 if none states any.
+
+    Examples
+    --------
+    >>> capacities({"a": 4e9, "b": 0, "c": 8e9})
+    {'a': 4000000000.0, 'b': 6000000000.0, 'c': 8000000000.0}
+    """
+    stated = [amount for amount in memory.values() if amount > 0]
+    mean = sum(stated) / len(stated) if stated else 1.0
+    return {worker: amount if amount > 0 else mean for worker, amount in memory.items()}
+
+
+def burdens(
+    owners: Sequence[Collection[str]], workers: Mapping[str, float], loads: Sequence[float]
+) -> dict[str, float]:
+    """Sum the load of each worker; a rank with several owners burdens them equally.
+
+    Examples
+    --------
+    >>> burdens([{"a"}, {"a", "b"}], {"a": 1.0, "b": 1.0}, [1.0, 1.0])
+    {'a': 1.5, 'b': 0.5}
+    """
+    sums = dict.fromkeys(workers, 0.0)
+    for rank, of_rank in enumerate(owners):
+        for worker in of_rank:
+            sums[worker] += loads[rank] / len(of_rank)
+    return sums
+
+
+def assign(
+    previous: Sequence[Collection[str]],
+    workers: Mapping[str, float],
+    loads: Sequence[float],
+    copies: Sequence[int] | None = None,
+    limit: float = inf,
+) -> Owners:
+    """Give an owner to every rank that lacks one, and take none away from a worker that is there.
+
+    Parameters
+    ----------
+    previous : R collections of workers
+        Who owned each rank before; workers that are not in `workers` are dropped.
+    workers : mapping of worker to capacity, in the order in which equals are preferred
+    loads : R numbers
+        The work of each rank.
+    copies : R ints, optional
+        How many owners each rank shall have; 1 without it. Never more than there are workers.
+    limit : float
+        A worker takes a further rank only while its load per capacity is below this.
+
+    Returns
+    -------
+    owners : R frozensets
+        Empty where no worker was left below `limit`.
+
+    Notes
+    -----
+    The heaviest rank first, each to the worker that would finish first with it; ties go to the
+    lower rank and to the earlier worker. The same input therefore gives the same map, and a map
+    that is complete comes back as it is. From nothing, no worker finishes later than
+    (all load + W × the heaviest rank) / (all capacity) (Graham 1969, for unequal workers).
+
+    Examples
+    --------
+    >>> assign([(), (), ()], {"a": 1.0, "b": 1.0}, [1.0, 1.0, 1.0])
+    [frozenset({'a'}), frozenset({'b'}), frozenset({'a'})]
+    """
+    owners = [frozenset(worker for worker in of_rank if worker in workers) for of_rank in previous]
+    wanted = [min(n, len(workers)) for n in (copies or [1] * len(owners))]
+    burden = burdens(owners, workers, loads)
+    share = [load / max(n, 1) for load, n in zip(loads, wanted, strict=True)]
+    for rank in sorted(range(len(owners)), key=lambda r: (-share[r], r)):
+        while len(owners[rank]) < wanted[rank]:
+            free = [
+                worker
+                for worker, capacity in workers.items()
+                if worker not in owners[rank] and burden[worker] < limit * capacity
+            ]
+            if not free:
+                break
+            chosen = min(free, key=lambda w: (burden[w] + share[rank]) / workers[w])
+            owners[rank] |= {chosen}
+            burden[chosen] += share[rank]
+    return owners
+
+
+def balance(
+    owners: Sequence[Collection[str]],
+    workers: Mapping[str, float],
+    loads: Sequence[float],
+    fixed: Collection[int] = (),
+    gain: float = GAIN,
+) -> Owners:
+    """Move ranks from workers that finish late to workers that finish early, while it pays.
+
+    Parameters
+    ----------
+    owners, workers, loads
+        As in `assign`; every owner is in `workers`.
+    fixed : ranks that stay where they are
+    gain : float
+        A move pays if the taker then finishes at least this part earlier than the giver did.
+
+    Returns
+    -------
+    owners : R frozensets, as many owners for each rank as before
+
+    Notes
+    -----
+    No worker ends above the latest finish of the start, and balancing a second time moves nothing.
+    Equal ranks on equal workers end within one rank or `gain` of each other.
+
+    Examples
+    --------
+    >>> balance([{"a"}, {"a"}, {"a"}, {"a"}], {"a": 1.0, "b": 1.0}, [1.0, 1.0, 1.0, 1.0])
+    [frozenset({'b'}), frozenset({'b'}), frozenset({'a'}), frozenset({'a'})]
+    """
+    balanced = [frozenset(of_rank) for of_rank in owners]
+    burden = burdens(balanced, workers, loads)
+    while move := _best_move(balanced, workers, loads, fixed, gain, burden):
+        rank, giver, taker = move
+        balanced[rank] = balanced[rank] - {giver} | {taker}
+        burden[giver] -= loads[rank] / len(balanced[rank])
+        burden[taker] += loads[rank] / len(balanced[rank])
+    return balanced
+
+
+def _best_move(
+    owners: Owners,
+    workers: Mapping[str, float],
+    loads: Sequence[float],
+    fixed: Collection[int],
+    gain: float,
+    burden: Mapping[str, float],
+) -> tuple[int, str, str] | None:
+    """Find the move that relieves the latest worker most: (rank, giver, taker), if one pays."""
+    finish = {worker: burden[worker] / capacity for worker, capacity in workers.items()}
+    for giver in sorted(workers, key=lambda w: -finish[w]):
+        best, move = inf, None
+        for rank, of_rank in enumerate(owners):
+            if giver not in of_rank or rank in fixed or len(of_rank) == len(workers):
+                continue
+            share = loads[rank] / len(of_rank)
+            taker = min(
+                (worker for worker in workers if worker not in of_rank),
+                key=lambda worker: (burden[worker] + share) / workers[worker],
+            )
+            taken = (burden[taker] + share) / workers[taker]
+            later = max(taken, (burden[giver] - share) / workers[giver])
+            if share > 0 and taken < (1 - gain) * finish[giver] and later < best:
+                best, move = later, (rank, giver, taker)
+        if move:
+            return move
+    return None

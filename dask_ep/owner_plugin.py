@@ -1,0 +1,409 @@
+"""How does a scheduler keep every rank's tasks on the rank's owners, while workers come and go?
+
+A plugin in the scheduler pins the two tasks that need a rank's experts, known by their keys, to
+the rank's owners; all other tasks stay free.
+
+    ("ep-experts-<tok>", r)      ──┐
+    ("ep-dispatch-<tok>", c, r)  ──┴──> worker_restrictions = the owners of r: ONE set for all
+
+All tasks of a rank share one set object, so that moving a rank is a change of that set, however
+many tasks there are. (Annotations would be lost when Dask optimises an array graph, and names of
+workers would hang after a restart.) One map of owners serves all graphs of one world size; graphs
+of one rank are not pinned, since every worker can play it.
+
+When owners move:
+
+- A worker dies, leaves, retires, or is paused for longer than `pause_limit`: its ranks go to the
+  others at once, tasks stuck for want of an owner go on, and tasks that wait on a worker that will
+  not start them are called back. A survivor takes at once up to twice its fair share; what is over
+  waits for `settle`, lest the last one left reads everything.
+- A worker comes: it adopts ranks without an owner at once, up to its fair share.
+- No worker came or left for `settle` seconds (or 5 × `settle` since the first change): ranks that
+  still lack an owner get one, then as few ranks move as bring the workers within 10 % or one rank
+  of their shares. This never stops a worker: what it has begun it finishes. A rank that moved so
+  stays for 10 × `settle`, unless its owner is lost: a worker that comes and goes moves no rank
+  twice.
+
+The fair share is that of the workers that were there when all was last settled. What decides
+(`owner_map`) is apart from what acts (this file) and from what the user holds (`ownership`).
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections import defaultdict, deque
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import wraps
+from math import inf
+from typing import Any
+
+from distributed import SchedulerPlugin
+from distributed.core import Status
+from distributed.scheduler import Scheduler
+
+from dask_ep.owner_map import assign, balance, capacities, natural_order
+
+logger = logging.getLogger(__name__)
+
+PLUGIN = "dask-ep-owners"
+"""The plugin's name on the scheduler."""
+
+METADATA = ("dask-ep", "owners")
+"""Where the scheduler's metadata says who owns what: {world size: [[owner, ...] of each rank]}."""
+
+PREFIXES = ("ep-experts-", "ep-dispatch-")
+"""What the names of pinned tasks begin with; the rank is the last element of their keys."""
+
+NOBODY = "no worker: the rank waits for one"
+"""Stands in the set of a rank without owner, for an empty set would free its tasks."""
+
+
+@dataclass
+class Ranks:
+    """The ranks of one world size: who owns them now, and what was asked for."""
+
+    owners: list[set[str]]
+    """Per rank; these very sets are the worker restrictions of the rank's tasks."""
+    loads: list[float]
+    """Work per rank, any unit."""
+    copies: list[int]
+    """Owners wanted per rank."""
+    by_hand: set[int] = field(default_factory=set)
+    """Ranks that somebody moved: no rebalancing."""
+    balanced_at: list[float] = field(default_factory=list)
+    """When rebalancing last moved the rank; monotonic seconds."""
+
+    @classmethod
+    def unowned(cls, world_size: int) -> Ranks:
+        return cls(
+            owners=[{NOBODY} for _ in range(world_size)],
+            loads=[1.0] * world_size,
+            copies=[1] * world_size,
+            balanced_at=[-inf] * world_size,
+        )
+
+    def living(self) -> list[frozenset[str]]:
+        """The owners without the stand-in."""
+        return [frozenset(of_rank - {NOBODY}) for of_rank in self.owners]
+
+
+@dataclass(frozen=True)
+class Change:
+    """One rank that changed hands."""
+
+    time: float
+    """Seconds since the epoch."""
+    world_size: int
+    rank: int
+    before: tuple[str, ...]
+    after: tuple[str, ...]
+    why: str
+
+
+def _seen_by_the_user(hook: Callable) -> Callable:
+    """The scheduler logs what a plugin raises and goes on: keep it for `Owners.failures`."""
+
+    @wraps(hook)
+    def guarded(self: Ownership, *args: Any, **kwargs: Any) -> Any:
+        try:
+            return hook(self, *args, **kwargs)
+        except Exception as error:
+            self.failures.append(f"{time.strftime('%X')} {hook.__name__}: {error!r}")
+            raise
+
+    return guarded
+
+
+class Ownership(SchedulerPlugin):
+    """The plugin: lives in the scheduler from the first claim of a client to the last's end."""
+
+    name = PLUGIN
+    idempotent = True
+
+    def __init__(self, scheduler: Scheduler, settle: float, pause_limit: float):
+        self.scheduler = scheduler
+        self.settle, self.pause_limit = settle, pause_limit
+        self.claims: dict[str, int] = {}  # by client: the world size that it last asked for
+        self.ranks: dict[int, Ranks] = {}  # by world size
+        self.away: set[str] = set()  # workers that have been paused for too long
+        self.settled_capacity = 0.0  # of all workers, when all was last settled
+        self.timers: dict[str, object] = {}  # by what they wait for
+        self.unsettled_since = inf  # monotonic seconds
+        self.failures: deque[str] = deque(maxlen=100)
+        self.changes: deque[Change] = deque(maxlen=10_000)
+
+    # What the scheduler tells
+
+    @_seen_by_the_user
+    def update_graph(self, scheduler: Scheduler, *, tasks: Collection, **kwargs: Any) -> None:
+        """Pin the new tasks. Runs before the first of them is given to a worker."""
+        pinned = [key for key in tasks if _is_pinned(key)]
+        world_sizes: defaultdict[str, int] = defaultdict(int)
+        for key in pinned:
+            token = key[0].rpartition("-")[2]
+            world_sizes[token] = max(world_sizes[token], key[-1] + 1)
+        for world_size in set(world_sizes.values()) - {1}:
+            self.add_ranks(world_size)
+        for key in pinned:
+            world_size = world_sizes[key[0].rpartition("-")[2]]
+            task = scheduler.tasks[key]
+            # Whoever restricts a task by an annotation wants it there.
+            if world_size > 1 and not task.worker_restrictions:
+                task.worker_restrictions = self.ranks[world_size].owners[key[-1]]
+
+    @_seen_by_the_user
+    def add_worker(self, scheduler: Scheduler, worker: str) -> None:
+        self._arrived(worker)
+
+    @_seen_by_the_user
+    def remove_worker(self, scheduler: Scheduler, worker: str, **kwargs: Any) -> None:
+        self._gone(worker, "left")
+
+    @_seen_by_the_user
+    def log_event(self, topic: str, msg: Any) -> None:
+        """Hear of workers that pause, go on or retire: no other hook tells."""
+        if isinstance(msg, dict) and msg.get("action") == "worker-status-change":
+            # The scheduler is in the midst of the change: act when it is done.
+            self.scheduler.loop.add_callback(self._status_changed, topic, msg["status"])
+
+    @_seen_by_the_user
+    def restart(self, scheduler: Scheduler) -> None:
+        self._publish()  # the restart has cleared all metadata
+
+    @_seen_by_the_user
+    def valid_workers_downscaling(self, scheduler: Scheduler, workers: list) -> list:
+        """Spare the only owner of a rank while work is pending; afterwards all may go."""
+        prefixes = [scheduler.task_prefixes.get(prefix[:-1]) for prefix in PREFIXES]
+        pending = ("waiting", "queued", "processing", "no-worker")
+        if not any(prefix and prefix.states[state] for prefix in prefixes for state in pending):
+            return workers
+        needed = {
+            owner
+            for ranks in self.ranks.values()
+            for of_rank in ranks.living()
+            if len(of_rank) == 1
+            for owner in of_rank
+        }
+        return [worker for worker in workers if worker.address not in needed]
+
+    @_seen_by_the_user
+    def remove_client(self, scheduler: Scheduler, client: str) -> None:
+        self.release(client)
+
+    # What clients ask
+
+    def add_ranks(self, world_size: int) -> None:
+        """Give owners to the ranks of this world size, if it is new."""
+        if world_size not in self.ranks:
+            self.ranks[world_size] = Ranks.unowned(world_size)
+            self.assign("first owner")
+
+    def claim(
+        self,
+        client: str,
+        world_size: int,
+        loads: Sequence[float] | None,
+        copies: Mapping[int, int] | None,
+    ) -> None:
+        """Let a client need owners, of ranks with these loads and numbers of owners."""
+        self.claims[client] = world_size
+        ranks = self.ranks.setdefault(world_size, Ranks.unowned(world_size))
+        if loads is not None:
+            ranks.loads = [float(load) for load in loads]
+        for rank, owners in (copies or {}).items():
+            ranks.copies[rank] = owners
+        self.assign("first owner")
+        if loads is not None:
+            self._settle_later()
+
+    def release(self, client: str) -> None:
+        """Drop the claim of a client; with the last one, free all tasks and go."""
+        if self.claims.pop(client, None) is None or self.claims:
+            return
+        for timer in self.timers.values():
+            self.scheduler.loop.remove_timeout(timer)
+        self.timers.clear()
+        ours = self._shared_sets()
+        freed = [t for t in self.scheduler.tasks.values() if id(t.worker_restrictions) in ours]
+        stuck = [task for task in freed if task in self.scheduler.unrunnable]
+        for task in freed:
+            task.worker_restrictions = None
+        self.ranks.clear()
+        self.scheduler.task_metadata.pop(METADATA[0], None)
+        self.scheduler.plugins.pop(PLUGIN, None)
+        self.scheduler.transitions(dict.fromkeys((t.key for t in stuck), "processing"), PLUGIN)
+
+    def place(self, world_size: int, rank: int, workers: Collection[str], why: str) -> None:
+        """Make exactly these workers the owners of a rank, until all of them are lost."""
+        ranks = self.ranks[world_size]
+        ranks.by_hand.add(rank)
+        ranks.copies[rank] = len(workers)
+        self._change(world_size, rank, workers, why)
+        self._publish()
+        self._go_on()
+
+    def workers(self) -> dict[str, float]:
+        """Who can play a rank, and their capacities: GPUs where workers declare some, else memory.
+
+        In an order that depends on names only, so that the same workers get the same ranks.
+        """
+        able = [
+            worker
+            for worker in self.scheduler.workers.values()
+            if worker.status in (Status.running, Status.paused, Status.init)
+            and worker.address not in self.away
+        ]
+        able.sort(key=lambda worker: natural_order(str(worker.name)))
+        gpus = {w.address: w.resources["GPU"] for w in able if w.resources.get("GPU", 0) > 0}
+        return gpus or capacities({w.address: w.memory_limit for w in able})
+
+    def places(self) -> int:
+        """Count the ranks that the workers can play one at a time: GPUs if any, else workers."""
+        workers = self.workers()
+        has_gpus = any(self.scheduler.workers[w].resources.get("GPU") for w in workers)
+        return int(sum(workers.values())) if has_gpus else len(workers)
+
+    # What happens
+
+    def _arrived(self, worker: str) -> None:
+        self.away.discard(worker)
+        self.assign(f"{worker} came", shares=1)
+        self._settle_later()
+
+    def _gone(self, worker: str, how: str) -> None:
+        self._cancel(worker)
+        self.assign(f"{worker} {how}", shares=2)
+        if worker in self.scheduler.workers:
+            self._call_back_tasks(worker)
+        else:
+            self.away.discard(worker)
+        self._settle_later()
+
+    @_seen_by_the_user
+    def _status_changed(self, worker: str, status: str) -> None:
+        self._cancel(worker)
+        if worker not in self.scheduler.workers or PLUGIN not in self.scheduler.plugins:
+            return
+        if status == "running":
+            self._arrived(worker)
+        elif status == "paused":
+            self._start(worker, self.pause_limit, self._paused_for_long, worker)
+        else:
+            self._gone(worker, "retires")
+
+    @_seen_by_the_user
+    def _paused_for_long(self, worker: str) -> None:
+        self.away.add(worker)
+        self._gone(worker, f"is paused for {self.pause_limit:g} s")
+
+    @_seen_by_the_user
+    def _settle(self) -> None:
+        """Once no worker comes or goes any more: owners for all, then balance."""
+        self.timers.pop("settle", None)
+        self.unsettled_since = inf
+        workers = self.workers()
+        if not workers:
+            return
+        self.settled_capacity = sum(workers.values())
+        self.assign("settled")
+        now = time.monotonic()
+        for world_size, ranks in self.ranks.items():
+            fixed = ranks.by_hand | {
+                rank
+                for rank, moved in enumerate(ranks.balanced_at)
+                if now - moved < 10 * self.settle
+            }
+            before = ranks.living()
+            for rank, owners in enumerate(balance(before, workers, ranks.loads, fixed)):
+                if owners != before[rank]:
+                    ranks.balanced_at[rank] = now
+                    self._change(world_size, rank, owners, "rebalanced")
+        self._publish()
+        self._go_on()
+
+    # How it is done
+
+    def assign(self, why: str, shares: float = inf) -> None:
+        """Give owners to the ranks that lack one, to each worker up to so many fair shares."""
+        workers = self.workers()
+        if not self.settled_capacity:
+            self.settled_capacity = sum(workers.values())
+        for world_size, ranks in self.ranks.items():
+            before = ranks.living()
+            limit = shares * sum(ranks.loads) / (self.settled_capacity or 1.0)
+            chosen = assign(before, workers, ranks.loads, ranks.copies, limit)
+            for rank, owners in enumerate(chosen):
+                self._change(world_size, rank, owners, why)
+                if not before[rank] & owners:
+                    ranks.by_hand.discard(rank)
+        self._publish()
+        self._go_on()
+
+    def _change(self, world_size: int, rank: int, owners: Collection[str], why: str) -> None:
+        of_rank = self.ranks[world_size].owners[rank]
+        before, after = of_rank - {NOBODY}, set(owners)
+        if before == after:
+            return
+        of_rank.clear()
+        of_rank.update(after or {NOBODY})
+        change = Change(time.time(), world_size, rank, _sorted(before), _sorted(after), why)
+        self.changes.append(change)
+        logger.info("rank %d of %d: %s -> %s (%s)", rank, world_size, before, after, why)
+
+    def _shared_sets(self) -> set[int]:
+        return {id(of_rank) for ranks in self.ranks.values() for of_rank in ranks.owners}
+
+    def _go_on(self) -> None:
+        """Start the tasks that were stuck for want of an owner."""
+        ours = self._shared_sets()
+        stuck = [
+            task
+            for task in self.scheduler.unrunnable
+            if id(task.worker_restrictions) in ours and NOBODY not in task.worker_restrictions
+        ]
+        stuck.sort(key=lambda task: task.priority, reverse=True)  # the last one is started first
+        self.scheduler.transitions(dict.fromkeys((t.key for t in stuck), "processing"), PLUGIN)
+
+    def _call_back_tasks(self, worker: str) -> None:
+        """Give tasks that wait on this worker, and are not running, to the present owners."""
+        ours = self._shared_sets()
+        state = self.scheduler.workers[worker]
+        waiting = [
+            task
+            for task in state.processing
+            if id(task.worker_restrictions) in ours
+            and task not in state.executing
+            and worker not in task.worker_restrictions
+        ]
+        self.scheduler.transitions(dict.fromkeys((t.key for t in waiting), "released"), PLUGIN)
+
+    def _settle_later(self) -> None:
+        now = time.monotonic()
+        self.unsettled_since = min(self.unsettled_since, now)
+        latest = self.unsettled_since + 5 * self.settle
+        self._cancel("settle")
+        self._start("settle", max(0.0, min(self.settle, latest - now)), self._settle)
+
+    def _start(self, what: str, seconds: float, then: Callable, *args: Any) -> None:
+        self.timers[what] = self.scheduler.loop.call_later(seconds, then, *args)
+
+    def _cancel(self, what: str) -> None:
+        if timer := self.timers.pop(what, None):
+            self.scheduler.loop.remove_timeout(timer)
+
+    def _publish(self) -> None:
+        owners = {
+            str(world_size): [_sorted(of_rank) for of_rank in ranks.living()]
+            for world_size, ranks in self.ranks.items()
+        }
+        self.scheduler.set_metadata(list(METADATA), owners)
+
+
+def _is_pinned(key: object) -> bool:
+    return isinstance(key, tuple) and isinstance(key[0], str) and key[0].startswith(PREFIXES)
+
+
+def _sorted(owners: Collection[str]) -> tuple[str, ...]:
+    return tuple(sorted(owners, key=natural_order))

@@ -1,0 +1,370 @@
+"""Which worker plays which rank?
+
+One call gives every rank an owner, for all graphs and clients of a cluster, until it is closed:
+
+    client = Client("tcp://scheduler:8786")
+    with own_experts(client, world_size=16, replicas={3: 2}) as owners:
+        expert_parallel(tokens, routing, experts, world_size=16).to_zarr("y.zarr")
+        owners.replicate(5)          # a second owner for a hot rank, while it runs
+        owners                       # in a notebook: the table of workers and their ranks
+
+Without it everything is computed just the same, but any worker may come to read any slice. The
+rules by which owners change are those of `owner_plugin`; this file is what the user holds.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from html import escape
+from math import isfinite
+from types import TracebackType
+from typing import Any
+
+from dask.utils import format_bytes
+from distributed import Client
+from distributed.scheduler import Scheduler
+
+from dask_ep.owner_map import burdens
+from dask_ep.owner_plugin import PLUGIN, Change, Ownership
+
+SETTLE = 2.0
+"""Seconds without a change of workers before ranks are rebalanced: a nanny needs about one to two
+seconds to bring a killed worker back."""
+
+PAUSE_LIMIT = 30.0
+"""Seconds after which a paused worker loses its ranks: spilling a few gigabytes takes less."""
+
+
+def own_experts(
+    client: Client,
+    world_size: int | None = None,
+    *,
+    replicas: Mapping[int, int] | None = None,
+    loads: Sequence[float] | None = None,
+    settle: float = SETTLE,
+    pause_limit: float = PAUSE_LIMIT,
+) -> Owners:
+    """Give every rank an owner on the cluster, and see to it that it keeps one.
+
+    Parameters
+    ----------
+    client : distributed.Client
+        Of a real cluster or a local one; not an asynchronous client.
+    world_size : int, optional
+        Number of ranks; may be more than, equal to or fewer than the workers. Without it: one per
+        GPU if workers declare the resource `GPU`, else one per worker; on a second call of the
+        same client, what it was.
+    replicas : mapping of rank to number of owners, optional
+        The scheduler balances the load between the owners of a rank. One owner where not named.
+    loads : R numbers, optional
+        Work of each rank in any unit, such as token rows; equal without it. Owners get ranks
+        in proportion to their memory.
+    settle : float
+        Seconds without a change of workers before ranks are rebalanced.
+    pause_limit : float
+        Seconds after which a worker that paused (memory) loses its ranks.
+
+    Returns
+    -------
+    Owners
+        Shows and changes who owns what; its `close`, or the end of its `with` block, frees the
+        ranks again.
+
+    Raises
+    ------
+    ValueError
+        If there is no worker to count, or if `world_size`, `replicas` or `loads` make no sense.
+    RuntimeError
+        If the scheduler cannot import dask_ep.
+
+    Notes
+    -----
+    Calling it again, from this or from another client, gives a handle to the same owners: there is
+    one plugin on a scheduler. It goes when all clients that called it have closed their handles or
+    are gone themselves, and leaves nothing behind. Graphs of another world size than this get
+    owners by the same rules when they arrive.
+
+    The same workers (by name) give the same map. Results never depend on owners: what a rank
+    computes is the same, to the bit, wherever it is.
+
+    Examples
+    --------
+    >>> from distributed import Client
+    >>> with Client(n_workers=2, processes=False, dashboard_address=None) as client:
+    ...     with own_experts(client, world_size=4) as owners:
+    ...         [len(of_rank) for of_rank in owners.owners]
+    [1, 1, 1, 1]
+    """
+    if client.asynchronous:
+        raise TypeError(
+            "own_experts needs a synchronous client but this one is asynchronous; "
+            "make it with Client(address)"
+        )
+    try:
+        world_size, is_new = client.run_on_scheduler(
+            _claim, client.id, world_size, replicas, loads, settle, pause_limit
+        )
+    except ModuleNotFoundError as error:
+        raise RuntimeError(
+            f"the scheduler at {client.scheduler.address} cannot import {error.name}; install "
+            "there what the client has, at the same versions"
+        ) from error
+    return Owners(client, world_size, is_new)
+
+
+@dataclass(frozen=True)
+class WorkerRow:
+    """One line of the table: a worker and the ranks that it plays."""
+
+    name: str
+    address: str
+    memory: int
+    """Bytes; 0 where the worker states no limit."""
+    ranks: tuple[int, ...]
+    load: float
+    """Its part of all load, 0 to 1."""
+
+
+class Owners:
+    """Who owns which rank now: the handle of `own_experts`, which makes it.
+
+    Attributes
+    ----------
+    world_size : int
+
+    Notes
+    -----
+    Holds nothing itself: each question is one round trip to the scheduler, and the answer is true
+    at that moment. As a context manager it frees the ranks at the end of the block, unless the
+    client had them before the block.
+    """
+
+    def __init__(self, client: Client, world_size: int, is_new: bool):
+        self.world_size = world_size
+        self._client = client
+        self._is_new = is_new
+
+    @property
+    def owners(self) -> list[tuple[str, ...]]:
+        """Addresses of the workers of each rank, R tuples; an empty one waits for a worker."""
+        return self._ask(_owners)
+
+    @property
+    def changes(self) -> list[Change]:
+        """The changes of owners until now, oldest first; the last 10,000 of them."""
+        return self._ask(_changes)
+
+    @property
+    def failures(self) -> list[str]:
+        """What went wrong inside the plugin: if anything, tasks may have run unpinned."""
+        return self._client.run_on_scheduler(_failures)
+
+    def move(self, rank: int, worker: str | int) -> None:
+        """Make one worker, by address or name, the only owner of a rank.
+
+        Tasks that the old owner was given already it finishes, or the new one takes from it. The
+        rank stays there until that worker is lost, or until it is moved again.
+
+        Raises
+        ------
+        ValueError
+            If there is no such rank or no such worker.
+        """
+        self._ask(_move, rank, worker)
+
+    def replicate(self, rank: int, worker: str | int | None = None) -> None:
+        """Give a rank a further owner: this worker, or the one that has least to do.
+
+        Raises
+        ------
+        ValueError
+            If there is no such rank or worker, or if the worker (or every worker) owns it already.
+        """
+        self._ask(_replicate, rank, worker)
+
+    def table(self) -> list[WorkerRow]:
+        """List the workers in their order, with their ranks."""
+        return self._ask(_table)
+
+    def close(self) -> None:
+        """Free the ranks, unless another client has asked for owners too. Safe to call twice."""
+        if self._client.status == "running":
+            self._client.run_on_scheduler(_release, self._client.id)
+
+    def __enter__(self) -> Owners:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        if self._is_new:
+            self.close()
+
+    def __repr__(self) -> str:
+        try:
+            rows = self.table()
+        except (RuntimeError, OSError):
+            return f"<Owners of {self.world_size} ranks: closed>"
+        lines = [f"{row.name}: {', '.join(map(str, row.ranks)) or '-'}" for row in rows]
+        return f"<Owners of {self.world_size} ranks on {len(rows)} workers: {'; '.join(lines)}>"
+
+    def _repr_html_(self) -> str:
+        try:
+            rows = self.table()
+        except (RuntimeError, OSError):
+            return escape(repr(self))
+        head = "<tr><th>worker</th><th>ranks</th><th>load</th><th>memory</th></tr>"
+        body = "".join(
+            f"<tr><td title='{escape(row.address)}'>{escape(row.name)}</td>"
+            f"<td>{', '.join(map(str, row.ranks)) or '-'}</td><td>{row.load:.0%}</td>"
+            f"<td>{format_bytes(row.memory) if row.memory else 'no limit'}</td></tr>"
+            for row in rows
+        )
+        return f"<table><caption>Owners of {self.world_size} ranks</caption>{head}{body}</table>"
+
+    def _ask(self, question: Any, *args: Any) -> Any:
+        return self._client.run_on_scheduler(question, self.world_size, *args)
+
+
+# What follows runs on the scheduler, which calls it with itself.
+
+
+def _claim(
+    client: str,
+    world_size: int | None,
+    replicas: Mapping[int, int] | None,
+    loads: Sequence[float] | None,
+    settle: float,
+    pause_limit: float,
+    dask_scheduler: Scheduler,
+) -> tuple[int, bool]:
+    installed = dask_scheduler.plugins.get(PLUGIN)
+    plugin = installed or Ownership(dask_scheduler, settle, pause_limit)
+    is_new = client not in plugin.claims
+    if world_size is None:
+        world_size = plugin.claims.get(client) or plugin.places()
+    _check_claim(world_size, replicas, loads)
+    plugin.settle, plugin.pause_limit = settle, pause_limit
+    if not installed:
+        dask_scheduler.add_plugin(plugin, name=PLUGIN)
+    plugin.claim(client, world_size, loads, replicas)
+    return world_size, is_new
+
+
+def _check_claim(
+    world_size: int, replicas: Mapping[int, int] | None, loads: Sequence[float] | None
+) -> None:
+    if world_size == 0:
+        raise ValueError(
+            "world_size is counted from the workers, and there are none; start workers first, or "
+            "give world_size"
+        )
+    if world_size < 1:
+        raise ValueError(f"world_size must be 1 or more, but is {world_size}")
+    for rank, owners in (replicas or {}).items():
+        if not 0 <= rank < world_size or owners < 1:
+            raise ValueError(
+                f"replicas must give 1 or more owners to ranks 0 to {world_size - 1}, but gives "
+                f"{owners} to rank {rank}"
+            )
+    if loads is None:
+        return
+    if len(loads) != world_size:
+        raise ValueError(f"loads must have one number per rank, {world_size}, but has {len(loads)}")
+    if not all(isfinite(load) and load >= 0 for load in loads) or not sum(loads):
+        raise ValueError(f"loads must be finite, not negative, and not all zero, but are {loads}")
+
+
+def _installed(scheduler: Scheduler, world_size: int) -> Ownership:
+    plugin = scheduler.plugins.get(PLUGIN)
+    if plugin is None or world_size not in plugin.ranks:
+        raise RuntimeError("these owners are closed; call own_experts(client) again")
+    return plugin
+
+
+def _owners(world_size: int, dask_scheduler: Scheduler) -> list[tuple[str, ...]]:
+    plugin = _installed(dask_scheduler, world_size)
+    return [tuple(sorted(of_rank)) for of_rank in plugin.ranks[world_size].living()]
+
+
+def _changes(world_size: int, dask_scheduler: Scheduler) -> list[Change]:
+    plugin = _installed(dask_scheduler, world_size)
+    return [change for change in plugin.changes if change.world_size == world_size]
+
+
+def _failures(dask_scheduler: Scheduler) -> list[str]:
+    plugin = dask_scheduler.plugins.get(PLUGIN)
+    return list(plugin.failures) if plugin else []
+
+
+def _table(world_size: int, dask_scheduler: Scheduler) -> list[WorkerRow]:
+    plugin = _installed(dask_scheduler, world_size)
+    ranks = plugin.ranks[world_size]
+    owners, workers = ranks.living(), plugin.workers()
+    present = [frozenset(of_rank & workers.keys()) for of_rank in owners]
+    burden = burdens(present, workers, ranks.loads)
+    return [
+        WorkerRow(
+            name=str(dask_scheduler.workers[address].name),
+            address=address,
+            memory=dask_scheduler.workers[address].memory_limit,
+            ranks=tuple(rank for rank, of_rank in enumerate(owners) if address in of_rank),
+            load=burden[address] / sum(ranks.loads),
+        )
+        for address in workers
+    ]
+
+
+def _move(world_size: int, rank: int, worker: str | int, dask_scheduler: Scheduler) -> None:
+    plugin = _installed(dask_scheduler, world_size)
+    _check_rank(rank, world_size)
+    address = _address(plugin, worker)
+    plugin.place(world_size, rank, {address}, "moved by hand")
+
+
+def _replicate(
+    world_size: int, rank: int, worker: str | int | None, dask_scheduler: Scheduler
+) -> None:
+    plugin = _installed(dask_scheduler, world_size)
+    _check_rank(rank, world_size)
+    ranks = plugin.ranks[world_size]
+    owners, workers = ranks.living(), plugin.workers()
+    burden = burdens([of_rank & workers.keys() for of_rank in owners], workers, ranks.loads)
+    free = [address for address in workers if address not in owners[rank]]
+    if worker is not None:
+        free = [address for address in (_address(plugin, worker),) if address in free]
+    if not free:
+        raise ValueError(
+            f"rank {rank} needs a worker that does not own it yet, but its owners are "
+            f"{sorted(owners[rank])} and the workers {list(workers)}; start one more, or name "
+            "another"
+        )
+    chosen = min(free, key=lambda address: burden[address] / workers[address])
+    plugin.place(world_size, rank, owners[rank] | {chosen}, "replica by hand")
+
+
+def _release(client: str, dask_scheduler: Scheduler) -> None:
+    plugin = dask_scheduler.plugins.get(PLUGIN)
+    if plugin is not None:
+        plugin.release(client)
+
+
+def _check_rank(rank: int, world_size: int) -> None:
+    if not 0 <= rank < world_size:
+        raise ValueError(f"rank must be 0 to {world_size - 1}, but is {rank}")
+
+
+def _address(plugin: Ownership, worker: str | int) -> str:
+    """Find the address of a worker that is given by its address or its name."""
+    able = {address: str(plugin.scheduler.workers[address].name) for address in plugin.workers()}
+    for address, name in able.items():
+        if str(worker) in (address, name):
+            return address
+    raise ValueError(
+        f"worker must be one that can play a rank, by address or name, but {worker!r} is none of "
+        f"{able}"
+    )

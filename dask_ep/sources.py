@@ -96,14 +96,18 @@ class Source(ABC):
     def __repr__(self) -> str:
         return f"{type(self).__name__}({self.name!r}, shape={self.shape}, dtype={self.dtype})"
 
-    def _destination(self, start: int, stop: int, out: np.ndarray | None) -> np.ndarray:
-        """Check a request to `read`; give the array to fill."""
+    def _shape_of(self, start: int, stop: int) -> tuple[int, ...]:
+        """Check a request to `read`; give the shape of its answer."""
         length = self.shape[0] if self.shape else 1
         if not 0 <= start <= stop <= length:
             raise ValueError(
                 f"rows of {self.name} must be within [0, {length}), not [{start}, {stop})"
             )
-        shape = (stop - start, *self.shape[1:]) if self.shape else ()
+        return (stop - start, *self.shape[1:]) if self.shape else ()
+
+    def _destination(self, start: int, stop: int, out: np.ndarray | None) -> np.ndarray:
+        """Give the array to fill: `out`, if it fits the request, or a new one."""
+        shape = self._shape_of(start, stop)
         if out is None:
             return empty(shape, self.dtype)
         good = out.shape == shape and out.dtype == self.dtype
@@ -126,8 +130,9 @@ class ArraySource(Source):
         self.array = array
 
     def read(self, start: int, stop: int, out: np.ndarray | None = None) -> np.ndarray:
+        self._shape_of(start, stop)
         rows = self.array[start:stop] if self.shape else self.array
-        if out is None and rows.flags.c_contiguous and 0 <= start <= stop <= max(1, len(rows)):
+        if out is None and rows.flags.c_contiguous:
             rows = rows.view()
             rows.flags.writeable = False
             return rows

@@ -129,7 +129,8 @@ def create_array(
         place = os.path.join(path, "zarr.json")
         with open(place) as file:
             metadata = json.load(file)
-        metadata |= {"data_type": name, "fill_value": 0.0}
+        # As bits, since a type may have no zero (float8_e8m0fnu).
+        metadata |= {"data_type": name, "fill_value": f"0x{0:0{2 * dtype.itemsize}x}"}
         with open(place, "w") as file:
             json.dump(metadata, file, indent=2)
     return array

@@ -18,7 +18,7 @@ cluster.
 Instead of routing and experts, ``layer = "checkpoint/"`` and ``layer_index = 3`` take router,
 experts and shared experts from a checkpoint. Paths are relative to the job file; a tensor of a
 safetensors file is ``"file.safetensors::name"``. This file reads and checks; what a job gives as
-an array is `build`.
+an array is told by `dask_ep.build`.
 """
 
 from __future__ import annotations
@@ -31,8 +31,10 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
-PLACEMENTS = ("contiguous", "balanced", "exact")
-"""Placements by name; any other value is the path of a (ranks, slots) .npy file."""
+from dask_ep.placement import POLICIES
+
+PLACEMENTS = POLICIES
+"""Placements by name; any other value is the path of a file that `Placement.to_json` wrote."""
 
 
 class JobError(ValueError):
@@ -63,7 +65,7 @@ class Job:
     world_size: int | None = None
     #: ranks; None means one per worker, or 1 on threads
     placement: str | None = None
-    #: one of `PLACEMENTS`, or a (ranks, slots) .npy file
+    #: one of `PLACEMENTS`, or the path of a placement in JSON
     name: str = "job"
     #: for messages: the job file, or "options"
 
@@ -150,6 +152,10 @@ class _Kind:
     accepts: Any
     resolve: Any = None
 
+    @property
+    def is_weight(self) -> bool:
+        return self.resolve is _resolve_weight
+
 
 def _resolve_path(value: str, base: Path) -> str:
     if "://" in value:
@@ -199,7 +205,7 @@ _JOB_KEYS = {
     "out": _PATH,
     "world_size": _Kind("an integer of at least 1", lambda v: _is_int(v) and v >= 1),
     "placement": _Kind(
-        f"one of {', '.join(PLACEMENTS)}, or the path of a .npy file", _is_path, _resolve_placement
+        f"one of {', '.join(PLACEMENTS)}, or the path of a JSON file", _is_path, _resolve_placement
     ),
 }
 assert set(_JOB_KEYS) | {"name"} == {field.name for field in fields(Job)}

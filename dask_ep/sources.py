@@ -376,7 +376,7 @@ def checked_dtype(dtype: np.dtype, name: str) -> np.dtype:
             f"{name} has the byte order of another machine ({dtype.str}); convert it with "
             f"astype({dtype.name!r})"
         )
-    return dtype
+    return np.dtype(dtype.type)
 
 
 def _source_of_npy(path: str, name: str | None, dtype: Any) -> RawSource:

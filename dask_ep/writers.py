@@ -21,6 +21,7 @@ from functools import cached_property
 from itertools import accumulate
 from typing import Any
 
+import ml_dtypes
 import numpy as np
 
 from dask_ep.journal import sync_directory
@@ -246,7 +247,7 @@ def _write_chunk(files: ChunkFiles, chunk: int, rows: np.ndarray, sync: bool) ->
 
 
 def _npy_header(shape: tuple[int, ...], dtype: np.dtype) -> bytes:
-    if dtype.isbuiltin != 1:
+    if hasattr(ml_dtypes, dtype.name):
         raise ValueError(
             f".npy cannot say {dtype}: NumPy would read it as raw bytes. Write .zarr or "
             ".safetensors, or convert with astype('float32')"

@@ -1,0 +1,186 @@
+"""What does a job give, as a lazy array?
+
+    job ── open ──> Inputs: tokens, and routing and experts, or a layer      no data is read
+    Inputs ── build ──> Built: the output (n, d_out), and what it depends on
+
+What the output depends on goes into its record (`dask_ep.storage`), so that a stopped run is only
+resumed with the same inputs, ranks and placement.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from math import prod
+from typing import Any
+
+import dask.array as da
+
+from dask_ep.checkpoint import load_moe_layer
+from dask_ep.experts import Experts
+from dask_ep.files import fingerprint_files
+from dask_ep.job import EXPERT_KEYS, PLACEMENTS, Job
+from dask_ep.layer import MoELayer
+from dask_ep.pipeline import expert_parallel
+from dask_ep.placement import Placement, place
+from dask_ep.placement_files import from_file
+from dask_ep.sources import Source, open_source
+from dask_ep.storage import open_tokens
+from dask_ep.survey import survey
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """The opened inputs of a job: shapes are known, data is not read."""
+
+    job: Job
+    tokens: Source
+    routing: Source | None
+    topk_weights: Source | None
+    experts: Experts
+    layer: MoELayer | None
+    weights: Mapping[str, Source]
+    #: sources of the expert weights, by their key; of a list, "w[0]", "w[1]", ...
+
+    @property
+    def row_bytes(self) -> int:
+        """Bytes of a token row or of an output row, whichever is more, in the tokens' dtype."""
+        return max(prod(self.tokens.shape[1:]), self.experts.d_out) * self.tokens.dtype.itemsize
+
+    @property
+    def loaded_bytes(self) -> int:
+        """Bytes of all experts in memory, where they are held in the computing dtype."""
+        itemsize = 8 if self.tokens.dtype.itemsize == 8 else 4
+        return self.experts.num_experts * self.experts.parameters * itemsize
+
+
+@dataclass(frozen=True)
+class Built:
+    """The output of a job, and what it depends on."""
+
+    y: da.Array
+    #: (n, d_out), lazy
+    inputs: Mapping[str, Any]
+    #: by name, for `store`
+    settings: Mapping[str, Any]
+    #: JSON-able, for `store`
+
+
+def open_inputs(job: Job) -> Inputs:
+    """Open what a job names, and check that it belongs together.
+
+    Raises
+    ------
+    OSError
+        If a file is not there or is damaged.
+    ValueError, TypeError
+        If shapes or dtypes do not fit; the message names the key of the job.
+    """
+    tokens = _open(job, "tokens", job.tokens)
+    if tokens.ndim != 2:
+        raise ValueError(
+            f"{job.name}: tokens must be (n, d), but {tokens.name} has shape {tokens.shape}"
+        )
+    if job.layer is not None:
+        layer = load_moe_layer(job.layer, job.layer_index)
+        opened = Inputs(job, tokens, None, None, layer.experts, layer, {})
+    else:
+        routing = _open(job, "routing", job.routing)
+        topk = None if job.topk_weights is None else _open(job, "topk_weights", job.topk_weights)
+        weights = _open_weights(job)
+        opened = Inputs(job, tokens, routing, topk, _make_experts(job), None, weights)
+        _check_rows(opened)
+    if opened.experts.d != tokens.shape[1]:
+        raise ValueError(
+            f"{job.name}: the experts take rows of width {opened.experts.d}, but tokens "
+            f"({tokens.name}) have width {tokens.shape[1]}; transposed = true in [experts] is for "
+            "weights stored (E, out, in)"
+        )
+    return opened
+
+
+def build(inputs: Inputs, *, world_size: int, chunk_rows: int | None = None) -> Built:
+    """Build the output of a job; only a placement by load reads anything (the routing).
+
+    Parameters
+    ----------
+    inputs : of the job
+    world_size : ranks
+    chunk_rows : rows of a token chunk; None leaves it to `open_tokens`
+    """
+    job = inputs.job
+    tokens = open_tokens(inputs.tokens, chunks=chunk_rows, name="tokens")
+    if inputs.layer is not None:
+        placement = _find_placement(job, world_size, lambda: inputs.layer.route(tokens)[0], inputs)
+        y = inputs.layer(tokens, world_size=world_size, placement=placement)
+        files = {"tokens": inputs.tokens, "layer": fingerprint_files(job.layer)}
+        settings = {"layer_index": job.layer_index}
+    else:
+        routing = open_tokens(inputs.routing, name="routing", like=tokens)
+        topk = inputs.topk_weights
+        y = expert_parallel(
+            tokens,
+            routing,
+            inputs.experts,
+            topk_weights=None if topk is None else open_tokens(topk, like=tokens),
+            world_size=world_size,
+            placement=(placement := _find_placement(job, world_size, lambda: routing, inputs)),
+        )
+        files = {"tokens": inputs.tokens, "routing": inputs.routing}
+        files |= {} if topk is None else {"topk_weights": topk}
+        files |= {f"experts.{key}": source for key, source in inputs.weights.items()}
+        settings = {"experts": _options_of(job)}
+    slots = None if placement is None else placement.to_json()
+    return Built(y, files, settings | {"world_size": world_size, "placement": slots})
+
+
+def _open(job: Job, key: str, path: str) -> Source:
+    try:
+        return open_source(path)
+    except (ValueError, TypeError) as error:
+        raise type(error)(f"{job.name}: {key}: {error}") from error
+
+
+def _open_weights(job: Job) -> dict[str, Source]:
+    sources = {}
+    for key, value in job.experts.items():
+        if isinstance(value, list):
+            sources |= {f"{key}[{e}]": _open(job, key, one) for e, one in enumerate(value)}
+        elif key in WEIGHT_KEYS:
+            sources[key] = _open(job, key, value)
+    return sources
+
+
+WEIGHT_KEYS = frozenset(
+    key for keys in EXPERT_KEYS.values() for key, kind in keys.items() if kind.is_weight
+)
+"""The keys of an [experts] table that name arrays."""
+
+
+def _make_experts(job: Job) -> Experts:
+    keywords = {key: value for key, value in job.experts.items() if key != "kind"}
+    return getattr(Experts, job.experts["kind"])(**keywords)
+
+
+def _options_of(job: Job) -> dict[str, Any]:
+    return {key: value for key, value in job.experts.items() if key not in WEIGHT_KEYS}
+
+
+def _check_rows(inputs: Inputs) -> None:
+    n = inputs.tokens.shape[0]
+    for key, source in (("routing", inputs.routing), ("topk_weights", inputs.topk_weights)):
+        if source is not None and source.shape[:1] != (n,):
+            raise ValueError(
+                f"{inputs.job.name}: {key} must have a row for each of the {n} token rows, but "
+                f"{source.name} has shape {source.shape}"
+            )
+
+
+def _find_placement(job: Job, world_size: int, routing: Any, inputs: Inputs) -> Placement | None:
+    """Make the placement that the job names; one by load counts the routing first."""
+    if job.placement is None or job.placement == "contiguous":
+        return None
+    if job.placement in PLACEMENTS:
+        load = survey(routing(), inputs.experts.num_experts).by_ticket
+        return place(job.placement, load, world_size)
+    return from_file(job.placement, layer=job.layer_index, world_size=world_size)

@@ -1,0 +1,457 @@
+"""How is all of this used from a shell?
+
+    dask-ep example DIR   ->   plan JOB   ->   run JOB   ->   verify JOB        inspect PATH
+
+Each command reads its options, calls the library and prints. Exit codes: 0 done, 1 failed or
+stopped, 2 wrong use, 3 `verify` found a difference.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import shlex
+import signal
+import sys
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import click
+from dask.utils import format_bytes, format_time, parse_bytes
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn
+from rich.table import Table
+
+from dask_ep import __version__
+from dask_ep import example as examples
+from dask_ep import run as runs
+from dask_ep.inspect_ import Finding, describe_output, inspect_path
+from dask_ep.job import PLACEMENTS, Job, JobError, load_job, parse_experts
+from dask_ep.plan_command import plan_command
+from dask_ep.verify import Verification, verify_job
+
+FAILED, WRONG_USE, DIFFERENT = 1, 2, 3
+
+SECONDS_BETWEEN_LINES = 3.0
+"""How often progress is told where there is no terminal."""
+
+_MOST_WORST = 10  # rows named by verify
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Run the command; whatever goes wrong becomes one line and an exit code.
+
+    Parameters
+    ----------
+    arguments : without the program's name; by default those of this process
+    """
+    settings: dict[str, Any] = {"debug": False}
+    try:
+        sys.exit(cli.main(arguments, "dask-ep", standalone_mode=False, obj=settings))
+    except click.ClickException as error:
+        error.show()
+        sys.exit(error.exit_code)
+    except (KeyboardInterrupt, click.Abort):
+        _complain("stopped")
+        sys.exit(FAILED)
+    except JobError as error:
+        _complain(str(error))
+        sys.exit(WRONG_USE)
+    except Exception as error:
+        if settings["debug"]:
+            raise
+        _complain(_one_line(error))
+        sys.exit(FAILED)
+
+
+class _Examples(click.Group):
+    """A group whose help keeps the commands in the order of their use."""
+
+    def list_commands(self, context: click.Context) -> list[str]:
+        return list(self.commands)
+
+
+@click.group(
+    cls=_Examples,
+    context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 96},
+)
+@click.version_option(__version__, prog_name="dask-ep")
+def cli() -> None:
+    """Mixture-of-Experts layers over more token rows than memory holds.
+
+    \b
+    Example, from nothing to a checked output:
+      dask-ep example demo
+      dask-ep run demo/job.toml
+      dask-ep verify demo/job.toml
+    """
+
+
+def _set_debug(context: click.Context, _: click.Parameter, value: bool) -> None:
+    if value:
+        context.find_root().obj["debug"] = True
+
+
+debug_option = click.option(
+    "--debug",
+    is_flag=True,
+    expose_value=False,
+    callback=_set_debug,
+    help="Show the whole traceback of an error.",
+)
+
+
+# --- example ---------------------------------------------------------------------------------
+
+
+@click.command()
+@click.argument("directory", type=click.Path(file_okay=False))
+@click.option("--rows", type=click.IntRange(1), default=50_000, show_default=True, metavar="N")
+@click.option(
+    "--d", type=click.IntRange(1), default=256, show_default=True, help="Width of a token row."
+)
+@click.option(
+    "--experts", "num_experts", type=click.IntRange(1), default=16, show_default=True, metavar="E"
+)
+@click.option(
+    "--k",
+    type=click.IntRange(1),
+    default=2,
+    show_default=True,
+    help="Experts that each row goes to.",
+)
+@click.option("--kind", type=click.Choice(examples.KINDS), default="linear", show_default=True)
+@click.option("--hidden", type=click.IntRange(1), help="Hidden width of gated experts; 2 d.")
+@click.option("--chunk-rows", type=click.IntRange(1), help="Token rows stored together.")
+@click.option("--format", type=click.Choice(examples.FORMATS), default="zarr", show_default=True)
+@click.option("--seed", type=click.IntRange(0), default=0, show_default=True)
+@click.option("--overwrite", is_flag=True, help="Replace an example that is there already.")
+@debug_option
+def example(directory: str, overwrite: bool, **sizes: Any) -> None:
+    """Write a job and its data into DIRECTORY, to try things out.
+
+    Token rows are words of real text (the sources of Python's standard library), so that some
+    experts are far more popular than others, as they are in life. Any size works: data is written
+    chunk by chunk.
+
+    \b
+    Example, 2 GB of tokens through SwiGLU experts:
+      dask-ep example demo --rows 500000 --d 1024 --experts 64 --k 4 --kind gated
+    """
+    try:
+        wanted = examples.Example(**sizes)
+    except ValueError as error:
+        raise click.UsageError(str(error)) from error
+    with _bar("bytes") as tell:
+        job = examples.write_example(
+            directory,
+            wanted,
+            overwrite=overwrite,
+            on_progress=lambda done, total, name: tell(done, total, f"writing {name}"),
+        )
+    click.echo(f"{job} and its data, {format_bytes(wanted.nbytes())}, are written. Now:")
+    for command in ("plan", "run", "verify"):
+        click.echo(f"  dask-ep {command} {shlex.quote(os.fspath(job))}")
+
+
+# --- run -------------------------------------------------------------------------------------
+
+
+def job_options(command: Callable) -> Callable:
+    """Add an option for every key of a job."""
+    options = [
+        click.option(
+            "--tokens", metavar="PATH", help="Token rows (n, d): .zarr, .npy, .safetensors::name."
+        ),
+        click.option("--routing", metavar="PATH", help="Expert indices (n,) or (n, k)."),
+        click.option("--topk-weights", metavar="PATH", help="Weights of the slots (n, k)."),
+        click.option(
+            "--experts",
+            metavar="PATH|TABLE",
+            help="Linear experts (E, d, d_out), or "
+            """'{kind = "gated", gate = "g.zarr", ...}'.""",
+        ),
+        click.option("--layer", metavar="DIR", help="A checkpoint, instead of routing, experts."),
+        click.option("--layer-index", type=click.IntRange(0), help="Which layer of it."),
+        click.option("--out", metavar="PATH", help="Output: .zarr, .npy or .safetensors."),
+        click.option("--world-size", type=click.IntRange(1), help="Ranks; one per worker."),
+        click.option(
+            "--placement",
+            metavar="NAME|FILE",
+            help=f"{', '.join(PLACEMENTS)}, or a file of `plan --save`.",
+        ),
+    ]
+    for option in reversed(options):
+        command = option(command)
+    return command
+
+
+def _parse_size(context: click.Context, parameter: click.Parameter, value: str | None) -> Any:
+    if value is None:
+        return None
+    try:
+        return parse_bytes(value)
+    except ValueError:
+        raise click.BadParameter(f'{value!r} is no size; give one such as "8 GiB"') from None
+
+
+@click.command()
+@click.argument("job", type=click.Path(dir_okay=False), required=False)
+@job_options
+@click.option("--threads", type=click.IntRange(1), help="Threads of this process; all cores.")
+@click.option("--processes", type=click.IntRange(1), help="Worker processes on this machine.")
+@click.option("--scheduler", metavar="ADDRESS", help="Of a Dask cluster, tcp://host:8786.")
+@click.option("--scheduler-file", type=click.Path(), help="That a Dask scheduler has written.")
+@click.option(
+    "--memory-limit",
+    callback=_parse_size,
+    metavar="SIZE",
+    help="For threads: of all in all. For processes: of each.",
+)
+@click.option("--dashboard", is_flag=True, help="Dask's dashboard, with --processes.")
+@click.option("--chunk-rows", type=click.IntRange(1), help="Rows of a token chunk; about 32 MiB.")
+@click.option("--resume", is_flag=True, help="Go on with what a stopped run has left.")
+@click.option("--overwrite", is_flag=True, help="Start again, whatever is there.")
+@debug_option
+def run(job: str | None, experts: str | None, **options: Any) -> None:
+    """Compute the output of JOB, a TOML file, and write it.
+
+    Every key of a job is an option as well, which goes before what the file says; without a file,
+    options make the job. Where it runs is no part of it: by default on all cores of this machine.
+    A stopped run, killed ones too, is gone on with by --resume: only missing blocks are computed.
+
+    \b
+    Examples:
+      dask-ep run demo/job.toml
+      dask-ep run demo/job.toml --processes 4 --memory-limit 2GiB --overwrite
+      dask-ep run demo/job.toml --scheduler tcp://10.0.0.1:8786 --resume
+      dask-ep run --tokens x.npy --routing r.npy --experts w.npy --out y.npy
+    """
+    keys = ("tokens", "routing", "topk_weights", "layer", "layer_index", "out")
+    keys += ("world_size", "placement")
+    given = {key: options.pop(key) for key in keys}
+    parsed = load_job(job, experts=None if experts is None else parse_experts(experts), **given)
+    where = _choose_where(**{key: options.pop(key) for key in WHERE})
+    with _stoppable(parsed, job), _bar("rows") as tell:
+        done = runs.run_job(
+            parsed,
+            where,
+            on_progress=lambda p: tell(p.rows_done + p.rows_before, p.rows_in_all, "", p),
+            **options,
+        )
+    before = f", {done.rows_before} were there" if done.rows_before else ""
+    click.echo(
+        f"{parsed.out}: {done.rows_done} rows in {format_time(done.seconds)}, "
+        f"{done.rows_per_second:.0f} rows/s{before}"
+    )
+
+
+WHERE = ("threads", "processes", "scheduler", "scheduler_file", "memory_limit", "dashboard")
+"""The options of `run` that say where."""
+
+
+def _choose_where(
+    *,
+    threads: int | None,
+    processes: int | None,
+    scheduler: str | None,
+    scheduler_file: str | None,
+    memory_limit: int | None,
+    dashboard: bool,
+) -> runs.Threads | runs.Processes | runs.Cluster:
+    places = {
+        "--threads": threads,
+        "--processes": processes,
+        "--scheduler": scheduler,
+        "--scheduler-file": scheduler_file,
+    }
+    chosen = [name for name, value in places.items() if value is not None]
+    if len(chosen) > 1:
+        raise click.UsageError(f"a job runs in one place; give one of {' and '.join(chosen)}")
+    if dashboard and processes is None:
+        raise click.UsageError("--dashboard needs --processes")
+    if scheduler is not None or scheduler_file is not None:
+        if memory_limit is not None:
+            raise click.UsageError("the memory of a cluster's workers is set where they start")
+        return runs.Cluster(scheduler, scheduler_file)
+    if processes is not None:
+        return runs.Processes(processes, memory_limit, dashboard)
+    return runs.Threads(threads, memory_limit)
+
+
+@contextlib.contextmanager
+def _stoppable(job: Job, path: str | None) -> Iterator[None]:
+    """Stop cleanly at the first SIGINT or SIGTERM, at once at the second."""
+    signals: list[int] = []
+
+    def stop(number: int, _: Any) -> None:
+        signals.append(number)
+        if len(signals) > 1:
+            os._exit(FAILED)
+        click.echo("stopping; again to stop at once", err=True)
+        raise KeyboardInterrupt
+
+    before = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
+    except KeyboardInterrupt:
+        command = "the same command" if path is None else f"dask-ep run {shlex.quote(path)}"
+        _complain(
+            f"stopped; {job.out} is {describe_output(job.out)}. Go on with {command} --resume"
+        )
+        raise click.exceptions.Exit(FAILED) from None
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+# --- verify and inspect ----------------------------------------------------------------------
+
+
+@click.command()
+@click.argument("job", type=click.Path(dir_okay=False))
+@click.option("--rows", type=click.IntRange(1), default=1000, show_default=True, help="To compare.")
+@click.option("--seed", type=int, default=0, show_default=True, help="Of the choice of rows.")
+@click.option("--tolerance", type=float, help="Largest error over largest value; by dtype.")
+@click.option("--out", metavar="PATH", help="The output to check, if not the job's.")
+@debug_option
+def verify(job: str, rows: int, seed: int, tolerance: float | None, out: str | None) -> int:
+    """Compute a sample of rows of JOB's output again, in float64 and in plain loops, and compare.
+
+    The sample has both ends of every block, a row of every expert, and rows at random. Only these
+    rows are read. Exit code 3 if any is beyond the tolerance.
+
+    \b
+    Example:
+      dask-ep verify demo/job.toml --rows 5000
+    """
+    found = verify_job(load_job(job, out=out), rows=rows, seed=seed, tolerance=tolerance)
+    _print_verification(found)
+    return 0 if found.good else DIFFERENT
+
+
+def _print_verification(found: Verification) -> None:
+    click.echo(
+        f"{found.rows} of {found.rows_in_all} rows compared, "
+        f"with {found.experts_seen} of {found.num_experts} experts"
+    )
+    click.echo(
+        f"largest error {found.largest_error:.3g}, that is {found.relative_error:.3g} of the "
+        f"largest value {found.largest_value:.3g}; {found.tolerance:.3g} is allowed"
+    )
+    if found.good:
+        click.echo("good")
+        return
+    click.echo(f"{len(found.worst)} rows differ, the worst first:")
+    for row in found.worst[:_MOST_WORST]:
+        experts = ", ".join(map(str, row.experts))
+        click.echo(f"  row {row.row} (block {row.block}, experts {experts}): {row.error:.3g}")
+
+
+@click.command()
+@click.argument("path")
+@debug_option
+def inspect(path: str) -> None:
+    """Tell what PATH is: an array, a checkpoint, a job, or an output and how far it is.
+
+    Of a routing: how many rows each expert gets, and how uneven that is.
+
+    \b
+    Examples:
+      dask-ep inspect demo/job.toml
+      dask-ep inspect demo/routing.zarr
+      dask-ep inspect model-00001-of-00002.safetensors
+    """
+    for finding in inspect_path(path):
+        _print_finding(path, finding)
+
+
+def _print_finding(path: str, finding: Finding) -> None:
+    console = Console(soft_wrap=True, highlight=False)
+    console.print(f"{path}: {finding.kind}", markup=False)
+    facts = Table.grid(padding=(0, 2))
+    for name, value in finding.facts:
+        facts.add_row(f"  {name}", value)
+    console.print(facts)
+    if finding.lines:
+        table = Table(*finding.header)
+        for line in finding.lines:
+            table.add_row(*line)
+        console.print(table)
+
+
+# --- the terminal ----------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def _bar(unit: str) -> Iterator[Callable[..., None]]:
+    """Give a function that tells progress: a bar on a terminal, lines otherwise, both on stderr."""
+    if not sys.stderr.isatty():
+        yield _Lines(unit).tell
+        return
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        TaskProgressColumn(),
+        TextColumn("{task.fields[words]}"),
+    )
+    with Progress(*columns, console=Console(stderr=True)) as progress:
+        task = progress.add_task("", total=None, words="")
+
+        def tell(done: int, total: int, name: str, how: runs.Progress | None = None) -> None:
+            words = f"{_amount(done, total, unit)}{_speed(how)}"
+            progress.update(task, completed=done, total=total, description=name, words=words)
+
+        yield tell
+
+
+class _Lines:
+    """Progress as plain lines, every few seconds and at the end."""
+
+    def __init__(self, unit: str):
+        self._unit, self._last = unit, time.monotonic()
+
+    def tell(self, done: int, total: int, name: str, how: runs.Progress | None = None) -> None:
+        now = time.monotonic()
+        if done < total and now < self._last + SECONDS_BETWEEN_LINES:
+            return
+        self._last = now
+        share = f"{100 * done / total:.0f} %" if total else "100 %"
+        words = f"{share}, {_amount(done, total, self._unit)}{_speed(how)}"
+        click.echo(f"{name}: {words}" if name else words, err=True)
+
+
+def _amount(done: int, total: int, unit: str) -> str:
+    if unit == "bytes":
+        return f"{format_bytes(done)} of {format_bytes(total)}"
+    return f"{done} of {total} {unit}"
+
+
+def _speed(how: runs.Progress | None) -> str:
+    if how is None or how.seconds_left is None:
+        return ""
+    left = f", {format_time(how.seconds_left)} left" if how.rows_left else ""
+    return f", {how.rows_per_second:.0f} rows/s{left}"
+
+
+def _complain(text: str) -> None:
+    click.echo(f"dask-ep: {text}", err=True)
+
+
+def _one_line(error: BaseException) -> str:
+    """Say an error and its causes, without the place in the code."""
+    words = [str(error).strip() or type(error).__name__]
+    cause = error.__cause__
+    while cause is not None:
+        if str(cause) and str(cause) not in words[0]:
+            words.append(str(cause).strip())
+        cause = cause.__cause__
+    return "; because ".join(words)
+
+
+for command in (example, plan_command, run, verify, inspect):
+    cli.add_command(command)
+
+if __name__ == "__main__":
+    main()

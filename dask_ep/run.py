@@ -1,0 +1,333 @@
+"""How is a job carried out: on threads, on local processes, or on a cluster?
+
+    job ── build ──> y ── store ──> one task per missing block ──> `Progress`, again and again
+                          on `Threads` | `Processes` | `Cluster`
+
+The same job gives the same file everywhere. What is stopped, by Ctrl-C or worse, is gone on with by
+`resume`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+from dask.system import CPU_COUNT
+from distributed import Client, LocalCluster, WorkerPlugin, as_completed, futures_of
+
+from dask_ep import journal
+from dask_ep.blas import limit_blas_for_good, one_blas_thread
+from dask_ep.build import Inputs, build, open_inputs
+from dask_ep.job import Job
+from dask_ep.output import Output, Receipt, progress_directory
+from dask_ep.ownership import own_experts
+from dask_ep.storage import CHUNK_BYTES, store
+
+CHUNKS_PER_THREAD, CHUNKS_BESIDE, BASE_BYTES = 4, 4, 300 << 20
+"""Peak memory: experts + (threads * 4 + 4) token chunks + 300 MB."""
+
+FEWEST_ROWS = 64
+"""Rows of a chunk below which the cost of a task outweighs its work many times over."""
+
+
+@dataclass(frozen=True)
+class Threads:
+    """Run in this process, one task per thread."""
+
+    count: int | None = None
+    #: None means one per core that this process may use
+    memory_limit: int | None = None
+    #: bytes
+
+
+@dataclass(frozen=True)
+class Processes:
+    """Run in worker processes on this machine, one task each."""
+
+    count: int
+    memory_limit: int | None = None
+    #: bytes of each
+    dashboard: bool = False
+
+
+@dataclass(frozen=True)
+class Cluster:
+    """Run on the workers of a scheduler that is there already; files lie where all reach them."""
+
+    address: str | None = None
+    scheduler_file: str | None = None
+
+
+class Progress(NamedTuple):
+    """How far a run is."""
+
+    rows_done: int
+    #: by this run
+    rows_left: int
+    rows_before: int
+    #: done by the run that is resumed
+    seconds: float
+    #: since the first block of this run was begun
+
+    @property
+    def rows_in_all(self) -> int:
+        return self.rows_done + self.rows_left + self.rows_before
+
+    @property
+    def rows_per_second(self) -> float:
+        return self.rows_done / self.seconds if self.seconds > 0 else 0.0
+
+    @property
+    def seconds_left(self) -> float | None:
+        """Seconds until the end at the speed so far; None before the first block is done."""
+        speed = self.rows_per_second
+        return self.rows_left / speed if speed else None
+
+
+def run_job(
+    job: Job,
+    where: Threads | Processes | Cluster = Threads(),
+    *,
+    resume: bool = False,
+    overwrite: bool = False,
+    chunk_rows: int | None = None,
+    on_progress: Callable[[Progress], Any] | None = None,
+) -> Progress:
+    """Compute a job's output and write it.
+
+    Parameters
+    ----------
+    job : from `dask_ep.job.load_job`
+    where : `Threads`, `Processes` or `Cluster`
+    resume : go on with what a stopped run has left, with its ranks and chunks
+    overwrite : start again, whatever is there
+    chunk_rows : rows of a token chunk; by default about 32 MiB of them, or what fits the memory
+        limit
+    on_progress : called at the start, and when blocks are done
+
+    Returns
+    -------
+    Progress, with nothing left
+
+    Raises
+    ------
+    FileExistsError
+        If the output exists, and neither `resume` nor `overwrite` is set.
+    ValueError
+        If the inputs do not fit, or are not those of the run to be resumed.
+    MemoryError
+        If the job cannot be done within `where.memory_limit`; nothing has run then.
+
+    Notes
+    -----
+    Products use one BLAS thread each; set for the whole process while the job runs on threads, and
+    for good on workers. Peak memory on threads: experts + (threads * 4 + 4) token chunks + 300 MB.
+    An exception, KeyboardInterrupt too, leaves an output that `resume` goes on with; on threads the
+    blocks at work are finished before it arrives.
+    """
+    begun = _read_begun(job.out) if resume else {}
+    inputs = open_inputs(job)
+    with _started(where) as (threads, client):
+        world_size = job.world_size or begun.get("world_size") or _count_ranks(where, client)
+        if chunk_rows is None:
+            chunk_rows = begun.get("chunk_rows") or choose_chunk_rows(inputs, where, world_size)
+        with _owned(client, world_size):
+            built = build(inputs, world_size=world_size, chunk_rows=chunk_rows)
+            output = store(
+                built.y,
+                job.out,
+                inputs=built.inputs,
+                settings=built.settings,
+                resume=resume,
+                overwrite=overwrite,
+                compute=False,
+            )
+            with output:
+                watch = _Watch(output, on_progress)
+                if client is None:
+                    _compute_on_threads(output, threads, watch)
+                else:
+                    _compute_on_client(output, client, watch)
+                output.finish()
+    return watch.progress()
+
+
+def choose_chunk_rows(
+    inputs: Inputs, where: Threads | Processes | Cluster, world_size: int
+) -> int | None:
+    """Choose the rows of a token chunk such that the memory limit holds.
+
+    Returns
+    -------
+    int, a multiple or a whole part of the stored chunks where possible; None without a limit
+
+    Raises
+    ------
+    MemoryError
+        If not even `FEWEST_ROWS` fit, with the numbers.
+    """
+    limit = getattr(where, "memory_limit", None)
+    if limit is None:
+        return None
+    threads = 1 if isinstance(where, Processes) else _count_threads(where)
+    experts = inputs.loaded_bytes
+    if isinstance(where, Processes):  # the ranks are spread over them
+        experts = -(-experts // world_size) * -(-world_size // where.count)
+    return chunk_rows_within(
+        limit, threads, experts, inputs.row_bytes, stored=inputs.tokens.chunk_rows
+    )
+
+
+def chunk_rows_within(
+    limit: int, threads: int, experts: int, row_bytes: int, *, stored: int | None = None
+) -> int:
+    """Give the most rows of a chunk with experts + (threads * 4 + 4) chunks + 300 MB <= limit.
+
+    Parameters
+    ----------
+    limit, experts, row_bytes : bytes
+    threads : tasks at a time
+    stored : rows that are stored together, if there is such a number
+
+    Examples
+    --------
+    >>> chunk_rows_within(1 << 30, 2, 64 << 20, 1024, stored=10_000)
+    40000
+    """
+    chunks = CHUNKS_PER_THREAD * threads + CHUNKS_BESIDE
+    room = limit - experts - BASE_BYTES
+    rows = room // (chunks * row_bytes)
+    if rows < FEWEST_ROWS:
+        needed = experts + BASE_BYTES + FEWEST_ROWS * chunks * row_bytes
+        raise MemoryError(
+            f"a memory limit of {limit / 1e6:.0f} MB must hold {experts / 1e6:.0f} MB of experts, "
+            f"{BASE_BYTES / 1e6:.0f} MB for the process and {chunks} chunks of {FEWEST_ROWS} rows "
+            f"({row_bytes} bytes each), {needed / 1e6:.0f} MB in all; give more memory, fewer "
+            "threads, or more processes"
+        )
+    rows = min(rows, max(1, CHUNK_BYTES // row_bytes))
+    if stored is None:
+        return rows
+    return rows // stored * stored if rows >= stored else stored // -(-stored // rows)
+
+
+# --- where -----------------------------------------------------------------------------------
+
+
+def _count_threads(where: Threads) -> int:
+    return where.count or CPU_COUNT
+
+
+def _count_ranks(where: Threads | Processes | Cluster, client: Client | None) -> int:
+    """One rank per worker; threads share memory, and have nothing to exchange."""
+    if client is None:
+        return 1
+    if isinstance(where, Processes):
+        return where.count
+    workers = client.nthreads()
+    if not workers:
+        raise ValueError(
+            f"the scheduler at {client.scheduler.address} has no workers yet, so the number of "
+            "ranks cannot be told from them; start workers, or give world_size"
+        )
+    return len(workers)
+
+
+@contextlib.contextmanager
+def _started(where: Threads | Processes | Cluster) -> Iterator[tuple[int, Client | None]]:
+    """Give the number of threads and no client, or a client of the workers."""
+    if isinstance(where, Threads):
+        with one_blas_thread():
+            yield _count_threads(where), None
+    elif isinstance(where, Processes):
+        with (
+            LocalCluster(
+                n_workers=where.count,
+                threads_per_worker=1,
+                processes=True,
+                host="127.0.0.1",
+                dashboard_address=":0" if where.dashboard else None,
+                memory_limit="auto" if where.memory_limit is None else where.memory_limit,
+                silence_logs=logging.ERROR,
+            ) as cluster,
+            Client(cluster) as client,
+        ):
+            yield 1, client
+    else:
+        with Client(where.address, scheduler_file=where.scheduler_file) as client:
+            client.register_plugin(OneBlasThread())
+            yield 1, client
+
+
+class OneBlasThread(WorkerPlugin):
+    """Gives every worker of a cluster, also one that comes later, one BLAS thread per task."""
+
+    name = "dask-ep-one-blas-thread"
+    idempotent = True
+
+    def setup(self, worker: Any) -> None:
+        limit_blas_for_good()
+
+
+def _owned(client: Client | None, world_size: int) -> contextlib.AbstractContextManager:
+    if client is None or world_size == 1:
+        return contextlib.nullcontext()
+    return own_experts(client, world_size)
+
+
+def _compute_on_threads(output: Output, threads: int, watch: _Watch) -> None:
+    pool = ThreadPoolExecutor(threads, thread_name_prefix="dask-ep")
+    try:
+        output.compute(watch.tell, scheduler="threads", pool=pool)
+    finally:
+        pool.shutdown(cancel_futures=True)  # the blocks at work are finished, no other is begun
+
+
+def _compute_on_client(output: Output, client: Client, watch: _Watch) -> None:
+    if not output.missing:
+        return
+    futures = futures_of(client.persist(output))
+    try:
+        for future in as_completed(futures):
+            watch.tell(future.result())
+    finally:
+        client.cancel(futures)
+
+
+# --- what is told ----------------------------------------------------------------------------
+
+
+class _Watch:
+    """Counts rows, and tells about them."""
+
+    def __init__(self, output: Output, tell: Callable[[Progress], Any] | None):
+        self._tell, self._start = tell, time.monotonic()
+        self._before = sum(output.rows[block] for block in output.done_before)
+        self._left, self._done = sum(output.rows) - self._before, 0
+        if tell is not None:
+            tell(self.progress())
+
+    def tell(self, receipt: Receipt) -> None:
+        self._done += receipt.rows
+        self._left -= receipt.rows
+        if self._tell is not None:
+            self._tell(self.progress())
+
+    def progress(self) -> Progress:
+        return Progress(self._done, self._left, self._before, time.monotonic() - self._start)
+
+
+def _read_begun(out: str) -> dict[str, int]:
+    """Read the ranks and chunk rows of the run that is to be resumed, if there is one."""
+    manifest = journal.read_manifest(progress_directory(out))
+    if manifest is None:
+        return {}
+    return {
+        "world_size": manifest["settings"].get("world_size"),
+        "chunk_rows": max(manifest["rows"], default=None),
+    }

@@ -15,7 +15,7 @@ from __future__ import annotations
 import json
 import os
 from math import prod
-from typing import Any, NamedTuple
+from typing import Any, BinaryIO, NamedTuple
 
 import ml_dtypes
 import numpy as np
@@ -77,15 +77,22 @@ def read_header(path: str) -> dict[str, Tensor]:
     ...     read_header(path)["output"].shape
     (2, 3)
     """
-    size = os.path.getsize(path)
     with open(path, "rb") as file:
-        length = int.from_bytes(file.read(8), "little")
-        if size < 8 or length > min(LARGEST_HEADER, size - 8):
-            raise ValueError(
-                f"{path} is not a safetensors file: its header should have {length} bytes, but the "
-                f"file has {size}, and a header at most {LARGEST_HEADER}. Was the copy cut short?"
-            )
-        text = file.read(length)
+        return parse_header(file, os.path.getsize(path), path)
+
+
+def parse_header(file: BinaryIO, size: int, path: str) -> dict[str, Tensor]:
+    """Do the same for a file that is open, at its first byte, and has `size` bytes.
+
+    Its header is read, and nothing behind it; `path` is for messages.
+    """
+    length = int.from_bytes(file.read(8), "little")
+    if size < 8 or length > min(LARGEST_HEADER, size - 8):
+        raise ValueError(
+            f"{path} is not a safetensors file: its header should have {length} bytes, but the "
+            f"file has {size}, and a header at most {LARGEST_HEADER}. Was the copy cut short?"
+        )
+    text = file.read(length)
     try:
         entries = json.loads(text, object_pairs_hook=_without_duplicates)
     except ValueError as error:

@@ -1,0 +1,193 @@
+"""How do weights that are stored in 8 or 4 bits become float32 when they are read?
+
+Axis letters: `o` out, `i` in, `b` sides of a block, `e` experts.
+
+    FP8     values [(e,) o, i] float8    scales [(e,) o / b0, i / b1]     weight = value * scale
+    MXFP4   blocks [e, o, i / 32, 16]    scales [e, o, i / 32] uint8      weight = value * 2^(s - 127)
+            two values in a byte, the low half first
+
+Both are Sources over Sources: the file keeps its few bits, and only the rows that are asked for
+are decoded.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+
+from dask_ep.files import ReadError
+from dask_ep.sources import Source
+
+FLOAT8 = tuple(
+    np.dtype(t) for t in (ml_dtypes.float8_e4m3fn, ml_dtypes.float8_e5m2, ml_dtypes.float8_e4m3)
+)
+
+MXFP4_GROUP = 32
+"""Numbers that share a scale, in the format's specification (OCP Microscaling 1.0, section 5.2)."""
+
+E2M1 = np.array([0, 0.5, 1, 1.5, 2, 3, 4, 6], np.float32)
+E2M1 = np.concatenate([E2M1, -E2M1])
+"""Values of the 16 four-bit numbers: a sign bit and three more."""
+
+PAIRS = np.stack([E2M1[np.arange(256) & 15], E2M1[np.arange(256) >> 4]], axis=1).view(np.uint64)
+"""[256, 1] both values of a byte as the 8 bytes of two float32, so that one look-up decodes two."""
+
+
+class Float8Source(Source):
+    """Matrices of 8-bit floats with one scale per block.
+
+    Parameters
+    ----------
+    values : Source (o, i) or (e, o, i) of a float8 dtype
+    scales : Source (ceil(o / b0), ceil(i / b1)), with the same e before it, of floats
+        Each multiplies its block, although published files call it ``weight_scale_inv``.
+    block : (b0, b1)
+        The last blocks of a row or column may be cut short.
+
+    Raises
+    ------
+    TypeError
+        If the values are not 8-bit floats.
+    ValueError
+        If there is not one scale per block.
+
+    Examples
+    --------
+    >>> import ml_dtypes, numpy as np
+    >>> from dask_ep.sources import open_source
+    >>> values = np.ones((2, 3), ml_dtypes.float8_e4m3fn)
+    >>> scales = np.array([[10, 20]], np.float32)
+    >>> Float8Source(open_source(values), open_source(scales), (2, 2)).read(0, 2)
+    array([[10., 10., 20.],
+           [10., 10., 20.]], dtype=float32)
+    """
+
+    def __init__(self, values: Source, scales: Source, block: tuple[int, int]):
+        if values.dtype not in FLOAT8:
+            raise TypeError(f"{values.name} must hold 8-bit floats, but has dtype {values.dtype}")
+        rows, columns = values.shape[-2:]
+        expected = (*values.shape[:-2], -(-rows // block[0]), -(-columns // block[1]))
+        if scales.shape != expected:
+            raise ValueError(
+                f"{scales.name} must have one scale per block of {block[0]} x {block[1]} of "
+                f"{values.name} {values.shape}, so {expected}, but has shape {scales.shape}"
+            )
+        self.values, self.scales, self.block = values, scales, tuple(block)
+        self.shape, self.dtype, self.name = values.shape, np.dtype(np.float32), values.name
+        self.path = values.path
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes as stored, scales included."""
+        return self.values.nbytes + self.scales.nbytes
+
+    def read(self, start: int, stop: int, out: np.ndarray | None = None) -> np.ndarray:
+        out = self._destination(start, stop, out)
+        if start == stop:
+            return out
+        if len(self.shape) == 3:
+            scales = self._read_scales(start, stop)
+            first_row = 0
+        else:
+            scales = self._read_scales(start // self.block[0], -(-stop // self.block[0]))
+            first_row = start % self.block[0]
+        out[...] = self.values.read(start, stop)
+        wide = np.repeat(scales, self.block[1], axis=-1)[..., : self.shape[-1]]
+        for band in range(scales.shape[-2]):
+            rows = slice(
+                max(band * self.block[0] - first_row, 0), (band + 1) * self.block[0] - first_row
+            )
+            out[..., rows, :] *= wide[..., band : band + 1, :]
+        return out
+
+    def _read_scales(self, start: int, stop: int) -> np.ndarray:
+        scales = self.scales.read(start, stop).astype(np.float32)
+        if not np.isfinite(scales).all():
+            raise ReadError(f"{self.scales.name} holds a scale that is NaN or infinite")
+        return scales
+
+    def fingerprint(self) -> dict[str, Any]:
+        return _both(self, self.values, self.scales) | {"block": list(self.block)}
+
+
+class Mxfp4Source(Source):
+    """Matrices of 4-bit floats, each 32 of a row with one power of two.
+
+    Parameters
+    ----------
+    blocks : Source (e, o, i / 32, 16) of uint8
+    scales : Source (e, o, i / 32) of uint8
+        Exponents, 127 for 1.
+
+    Raises
+    ------
+    TypeError
+        If either does not hold uint8.
+    ValueError
+        If there is not one scale for each 16 bytes.
+
+    Examples
+    --------
+    The byte 0x71 holds 0.5 (1) and 6 (7); the scale 128 doubles them.
+
+    >>> import numpy as np
+    >>> from dask_ep.sources import open_source
+    >>> blocks, scales = np.full((1, 1, 1, 16), 0x71, "u1"), np.full((1, 1, 1), 128, "u1")
+    >>> Mxfp4Source(open_source(blocks), open_source(scales)).read(0, 1)[0, 0, :4]
+    array([ 1., 12.,  1., 12.], dtype=float32)
+    """
+
+    def __init__(self, blocks: Source, scales: Source):
+        for source in (blocks, scales):
+            if source.dtype not in (np.uint8, ml_dtypes.float8_e8m0fnu):
+                raise TypeError(f"{source.name} must hold uint8, but has dtype {source.dtype}")
+        if blocks.ndim != 4 or blocks.shape[3] != MXFP4_GROUP // 2:
+            raise ValueError(
+                f"{blocks.name} must be (experts, out, in / 32, 16), but has shape {blocks.shape}"
+            )
+        if scales.shape != blocks.shape[:3]:
+            raise ValueError(
+                f"{scales.name} must have one scale for each 16 bytes of {blocks.name}, so "
+                f"{blocks.shape[:3]}, but has shape {scales.shape}"
+            )
+        self.blocks, self.scales = blocks, scales
+        self.shape = (*blocks.shape[:2], blocks.shape[2] * MXFP4_GROUP)
+        self.dtype, self.name, self.path = np.dtype(np.float32), blocks.name, blocks.path
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes as stored, scales included."""
+        return self.blocks.nbytes + self.scales.nbytes
+
+    def read(self, start: int, stop: int, out: np.ndarray | None = None) -> np.ndarray:
+        out = self._destination(start, stop, out)
+        packed = self.blocks.read(start, stop).view(np.uint8).reshape(-1)
+        np.take(PAIRS[:, 0], packed, out=out.view(np.uint64).reshape(-1), mode="clip")
+        exponents = self.scales.read(start, stop).view(np.uint8)
+        if (exponents == 255).any():
+            raise ReadError(f"{self.scales.name} holds the scale 255, which stands for NaN")
+        groups = out.reshape(*exponents.shape, MXFP4_GROUP)
+        groups *= np.ldexp(np.float32(1), exponents.astype(np.int32) - 127)[..., None]
+        return out
+
+    def fingerprint(self) -> dict[str, Any]:
+        return _both(self, self.blocks, self.scales)
+
+
+def _both(whole: Source, data: Source, scales: Source) -> dict[str, Any]:
+    return {
+        "name": whole.name,
+        "shape": list(whole.shape),
+        "dtype": whole.dtype.name,
+        "data": data.fingerprint(),
+        "scales": scales.fingerprint(),
+    }
+
+
+def stored_in_8_bits(source: Source) -> bool:
+    """Whether a source holds 8-bit floats, which mean nothing without their scales."""
+    return source.dtype in FLOAT8
+
+

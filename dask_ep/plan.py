@@ -1,0 +1,345 @@
+"""What will a run cost?
+
+The routing is known before any expert runs, and is cheap to know. One pass over it says how many
+rows every expert, rank and packet will have; the rest is arithmetic (`costs`). `plan` prices one
+way to run a job and refuses what cannot fit; `what_if` prices many side by side.
+
+    tokens, routing, experts ──survey──> rows per chunk, expert, rank ──> Plan
+                                    world_size, placement, chunk_rows ─────^
+
+Axis letters: `N` rows, `k` slots per row, `E` experts, `R` ranks, `S` slots per rank, `C` chunks.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from itertools import product
+from typing import Any
+
+import dask.array as da
+import numpy as np
+from dask.utils import format_bytes, parse_bytes
+
+from dask_ep import pipeline
+from dask_ep.costs import PROCESS_BYTES, Rates
+from dask_ep.dispatch import computing_dtype
+from dask_ep.experts import CallableExperts, Experts, as_experts
+from dask_ep.placement import POLICIES, Placement, place
+from dask_ep.placement_files import from_file
+from dask_ep.price import Plan, Work
+from dask_ep.probe import probe
+from dask_ep.survey import Survey, survey
+
+FEWEST_ROWS = 32
+"""Rows of a chunk below which smaller chunks are no way to save memory."""
+
+
+class PlanError(MemoryError):
+    """A job cannot run within its memory limit.
+
+    Attributes
+    ----------
+    plan : Plan
+        Of the job as it was asked for.
+    proposal : Plan or None
+        A way to run it that fits, if one was found.
+    """
+
+    def __init__(self, message: str, plan: Plan, proposal: Plan | None):
+        super().__init__(message)
+        self.plan, self.proposal = plan, proposal
+
+
+@dataclass(frozen=True)
+class WhatIf:
+    """Several plans of one job side by side."""
+
+    plans: tuple[Plan, ...]
+    best: Plan
+    #: the fastest that fits; of equals the one that moves fewer bytes, then with fewer tasks
+    why: str
+
+
+def plan(
+    tokens: Any,
+    routing: Any,
+    experts: Any,
+    *,
+    topk_weights: Any = None,
+    world_size: int | None = None,
+    placement: Placement | str | os.PathLike | None = None,
+    chunk_rows: int | None = None,
+    memory_limit: int | str | None = None,
+    workers: int | None = None,
+    threads: int | None = None,
+    rates: Rates | None = None,
+) -> Plan:
+    """Say what `expert_parallel` with these arguments will cost.
+
+    Parameters
+    ----------
+    tokens, routing, experts, topk_weights : as for `expert_parallel`
+        Of the tokens only shape, dtype and chunks are looked at.
+    world_size : int, R, optional
+        Default: the placement's, else the workers of the Dask client in use, else 1.
+    placement : Placement, name of a policy, path of a placement file, or None for contiguous
+    chunk_rows : int, optional
+        Rows of a token chunk; default: the chunks of `tokens`.
+    memory_limit : bytes that one worker may use, as int or text ("4 GiB"), optional
+    workers : int, optional
+        Processes that share the ranks; default one per rank. 1 means threads of this process.
+    threads : int, optional
+        Tasks at a time in each worker; default: the cores of this machine shared by the workers.
+    rates : Rates, optional
+        How fast the machine is; default: measured in a second.
+
+    Returns
+    -------
+    plan : Plan
+
+    Raises
+    ------
+    PlanError
+        If the job does not fit into the memory limit; with a proposal that does, if there is one.
+    ValueError
+        If the arrays do not fit together, or an expert index is out of range.
+
+    Notes
+    -----
+    Reads the routing once, no token and no expert. Of callables neither operations nor bytes are
+    known, and both count as none.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> from dask_ep.plan import Rates, plan
+    >>> tokens, experts = np.ones((6, 4), "f4"), np.ones((4, 4, 4), "f4")
+    >>> routing = np.array([[0, 1], [0, 2], [0, 3], [0, 1], [0, 1], [2, 3]])
+    >>> priced = plan(tokens, routing, experts, world_size=2, rates=Rates(flops=1e9, copy=1e9))
+    >>> priced.expert_rows.tolist(), priced.rank_rows.tolist(), priced.traffic_rows.tolist()
+    ([5, 3, 2, 2], [8, 4], [[5, 3], [0, 0]])
+    >>> priced.tasks, round(priced.imbalance, 2)
+    (7, 1.33)
+    """
+    pricing = _Pricing(
+        tokens, routing, experts, topk_weights, memory_limit, workers, threads, rates
+    )
+    if world_size is None:
+        given = isinstance(placement, Placement)
+        world_size = placement.world_size if given else pipeline._workers_in_use()
+    priced = pricing.plan(world_size, placement, chunk_rows)
+    if not priced.fits:
+        proposal = pricing.fitting(priced)
+        raise PlanError(_refusal(priced, proposal), priced, proposal)
+    return priced
+
+
+def what_if(
+    tokens: Any,
+    routing: Any,
+    experts: Any,
+    *,
+    topk_weights: Any = None,
+    world_size: Sequence[int] = (1,),
+    placement: Sequence[Placement | str | None] = ("contiguous",),
+    chunk_rows: Sequence[int | None] = (None,),
+    memory_limit: int | str | None = None,
+    workers: int | None = None,
+    threads: int | None = None,
+    rates: Rates | None = None,
+) -> WhatIf:
+    """Say what every combination of world sizes, placements and chunk sizes will cost.
+
+    Parameters
+    ----------
+    world_size, placement, chunk_rows : the values to combine
+    others : as for `plan`
+
+    Raises
+    ------
+    PlanError
+        If none of them fits into the memory limit.
+
+    Notes
+    -----
+    Reads the routing once for all of them.
+    """
+    pricing = _Pricing(
+        tokens, routing, experts, topk_weights, memory_limit, workers, threads, rates
+    )
+    plans = tuple(pricing.plan(*choice) for choice in product(world_size, placement, chunk_rows))
+    fitting = [p for p in plans if p.fits]
+    if not fitting:
+        smallest = min(plans, key=lambda p: p.memory_bytes)
+        proposal = pricing.fitting(smallest)
+        raise PlanError(_refusal(smallest, proposal), smallest, proposal)
+    best = min(fitting, key=lambda p: (p.seconds, p.moved_bytes, p.tasks))
+    return WhatIf(plans, best, _why(best, plans))
+
+
+class _Pricing:
+    """One job, surveyed once, priced in any number of ways."""
+
+    def __init__(
+        self,
+        tokens: Any,
+        routing: Any,
+        experts: Any,
+        topk_weights: Any,
+        memory_limit: int | str | None,
+        workers: int | None,
+        threads: int | None,
+        rates: Rates | None,
+    ):
+        experts = as_experts(experts)
+        self.work = _work(tokens, experts, topk_weights)
+        known_rows = tokens.shape[0] == tokens.shape[0]
+        self.survey: Survey = survey(routing, experts.num_experts, known_rows=known_rows)
+        self.chunks = _chunks(tokens, self.survey)
+        self.memory_limit = None if memory_limit is None else parse_bytes(memory_limit)
+        self.workers, self.threads = workers, threads
+        self.rates = rates or probe(self.work.d, self.work.d_out)
+
+    def plan(
+        self,
+        world_size: int,
+        placement: Placement | str | os.PathLike | None,
+        chunk_rows: int | None,
+    ) -> Plan:
+        policy, placement = self._placement(placement, world_size)
+        chunks = self.chunks if chunk_rows is None else _equal_chunks(self.survey.rows, chunk_rows)
+        workers = min(self.workers or world_size, world_size)
+        visits = self.survey.visits(placement, chunks)
+        return Plan(
+            work=self.work,
+            policy=policy,
+            placement=placement,
+            chunks=chunks,
+            workers=workers,
+            threads=self.threads or max((os.cpu_count() or 1) // workers, 1),
+            expert_rows=self.survey.expert_rows,
+            rank_rows=visits.slot_rows.sum(axis=1),
+            packet_rows=visits.packet_rows,
+            slots_per_row=self.survey.slots_per_row,
+            rates=self.rates,
+            memory_limit=self.memory_limit,
+        )
+
+    def fitting(self, refused: Plan) -> Plan | None:
+        """Find a way to run the refused plan's job within the limit, changing as little."""
+        return next((p for p in self._alternatives(refused) if p.fits), None)
+
+    def _alternatives(self, refused: Plan) -> Iterator[Plan]:
+        """Smaller chunks, then no copies, then more workers, each with the ones before."""
+        chunk_rows = None if refused.chunks == self.chunks else refused.chunk_rows
+        asked = refused.policy if refused.policy in POLICIES else refused.placement
+        ranks = refused.world_size
+        while True:
+            for placement in (asked, "packed"):
+                if isinstance(placement, str) or ranks == refused.world_size:
+                    same = self.plan(ranks, placement, chunk_rows)
+                    yield same
+                    if FEWEST_ROWS <= same.advised_chunk_rows < same.chunk_rows:
+                        yield self.plan(ranks, placement, same.advised_chunk_rows)
+            if self.workers is not None or ranks >= self.survey.num_experts:
+                return
+            ranks = min(2 * ranks, self.survey.num_experts)
+
+    def _placement(
+        self, placement: Placement | str | os.PathLike | None, world_size: int
+    ) -> tuple[str, Placement]:
+        if placement is None or placement in POLICIES:
+            policy = placement or "contiguous"
+            return policy, place(policy, self.survey.by_ticket, world_size)
+        if not isinstance(placement, Placement):
+            placement = from_file(placement, world_size=world_size)
+        if (placement.world_size, placement.num_experts) != (world_size, self.survey.num_experts):
+            raise ValueError(
+                f"the placement is for {placement.num_experts} experts on {placement.world_size} "
+                f"ranks, and the job has {self.survey.num_experts} on world_size={world_size}"
+            )
+        return "given", placement
+
+
+def _work(tokens: Any, experts: Experts | CallableExperts, topk_weights: Any) -> Work:
+    """Put the job into numbers."""
+    if tokens.ndim != 2 or experts.d not in (None, tokens.shape[1]):
+        raise ValueError(
+            f"tokens must be (N, d={experts.d}) for these experts; tokens.shape={tokens.shape}"
+        )
+    dtype = np.dtype(tokens.dtype)
+    d = int(tokens.shape[1])
+    return Work(
+        d=d,
+        d_out=experts.d_out or d,
+        dtype=dtype,
+        weight_bytes=0 if topk_weights is None else np.dtype(topk_weights.dtype).itemsize,
+        expert_flops=2 * experts.parameters,
+        expert_stored=experts.nbytes // experts.num_experts,
+        expert_loaded=experts.parameters * computing_dtype(dtype).itemsize,
+    )
+
+
+def _chunks(tokens: Any, found: Survey) -> tuple[int, ...]:
+    """Rows of the chunks that the graph will have: those of the tokens."""
+    if tokens.shape[0] == tokens.shape[0] and tokens.shape[0] != found.rows:  # nan is unknown
+        raise ValueError(
+            f"tokens and routing must have the same rows; tokens.shape={tokens.shape}, "
+            f"routing has {found.rows}"
+        )
+    if not isinstance(tokens, da.Array) or np.isnan(tokens.chunks[0]).any():
+        return found.chunks
+    return tokens.chunks[0]
+
+
+def _equal_chunks(rows: int, chunk_rows: int) -> tuple[int, ...]:
+    """`rows` in chunks of `chunk_rows`, the last one smaller."""
+    if chunk_rows < 1:
+        raise ValueError(f"chunk_rows must be at least 1; got {chunk_rows}")
+    whole, rest = divmod(rows, chunk_rows)
+    return (chunk_rows,) * whole + (rest,) * (rest > 0)
+
+
+def _refusal(refused: Plan, proposal: Plan | None) -> str:
+    """Say why a job cannot run, with the numbers, and what to change."""
+    limit = refused.memory_limit
+    need = (
+        f"a worker needs {format_bytes(refused.memory_bytes)} and may use {format_bytes(limit)}: "
+        f"{format_bytes(refused.expert_bytes)} of experts, {4 * refused.threads + 4} chunks of "
+        f"{format_bytes(refused.chunk_bytes)}, {format_bytes(PROCESS_BYTES)} for the process"
+    )
+    if proposal is None:
+        held = int(refused.expert_bytes / refused.work.expert_loaded)
+        return (
+            f"{need}. No chunk size fits beside {held} experts of "
+            f"{format_bytes(refused.work.expert_loaded)} on one worker: use more workers, or allow "
+            "more memory"
+        )
+    changes = [
+        f"{name}={new!r} (instead of {old!r})"
+        for name, old, new in (
+            ("world_size", refused.world_size, proposal.world_size),
+            ("workers", refused.workers, proposal.workers),
+            ("placement", refused.policy, proposal.policy),
+            ("chunk_rows", refused.chunk_rows, proposal.chunk_rows),
+        )
+        if old != new
+    ]
+    return f"{need}. With {', '.join(changes)} it needs {format_bytes(proposal.memory_bytes)}"
+
+
+def _why(best: Plan, plans: Sequence[Plan]) -> str:
+    """Say what makes one plan better than the others."""
+    others = [p for p in plans if p is not best]
+    said = [f"least time of {len(plans)}: {best.seconds:.3g} s"]
+    if others:
+        last = max(others, key=lambda p: p.seconds)
+        said.append(f"the slowest takes {last.seconds / best.seconds:.2f} times as long")
+        if last.imbalance > 1.05 * best.imbalance:
+            said.append(f"imbalance {best.imbalance:.2f} against {last.imbalance:.2f}")
+        unfit = sum(not p.fits for p in plans)
+        if unfit:
+            said.append(f"{unfit} do not fit into the memory limit")
+    return "; ".join(said)

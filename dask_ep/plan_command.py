@@ -1,0 +1,197 @@
+"""How is a plan asked for and shown on the command line?
+
+dask-ep plan job.toml
+dask-ep plan job.toml --workers 4 --placement exact --save placement.json
+dask-ep plan job.toml --workers 8 --what-if world_size=2,4,8 placement=contiguous,balanced
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import click
+from dask.utils import format_bytes
+from rich.console import Console
+from rich.table import Table
+
+from dask_ep.build import open_inputs
+from dask_ep.job import load_job
+from dask_ep.plan import Plan, WhatIf, plan, what_if
+from dask_ep.storage import open_tokens
+
+BAR = 30
+"""Characters of the bar of the busiest rank."""
+
+
+@click.command("plan")
+@click.argument("job", type=click.Path(exists=True, dir_okay=False))
+@click.argument("choices", nargs=-1, metavar="[NAME=VALUE,VALUE...]...")
+@click.option("--world-size", type=click.IntRange(1), help="Ranks; default: the job's, or workers.")
+@click.option("--placement", help="Policy (contiguous, packed, balanced, exact) or file.")
+@click.option("--chunk-rows", type=click.IntRange(1), help="Rows of a token chunk.")
+@click.option("--workers", type=click.IntRange(1), default=1, help="Processes; 1 means threads.")
+@click.option("--threads", type=click.IntRange(1), help="Tasks at a time in each.")
+@click.option("--memory-limit", help='Memory of one worker, such as "4 GiB".')
+@click.option("--what-if", "side_by_side", is_flag=True, help="Compare the choices that follow.")
+@click.option("--json", "as_json", is_flag=True, help="Print JSON instead of tables.")
+@click.option("--save", type=click.Path(dir_okay=False), help="Write the placement to this file.")
+def plan_command(
+    job: str,
+    choices: tuple[str, ...],
+    side_by_side: bool,
+    as_json: bool,
+    save: str | None,
+    **options: Any,
+) -> None:
+    """Say what a job will cost: rows, bytes, memory, tasks and time.
+
+    Reads the routing, and neither tokens nor experts. With --what-if, values of world_size,
+    placement and chunk_rows are compared: world_size=2,4,8 placement=contiguous,balanced
+    """
+    if choices and not side_by_side:
+        raise click.UsageError(f"{choices[0]!r} is a choice to compare; put --what-if before it")
+    try:
+        compared = priced_job(job, parse_choices(choices), **options)
+    except (OSError, TypeError, ValueError, MemoryError) as error:
+        raise click.ClickException(str(error)) from error
+    if save is not None:
+        Path(save).write_text(compared.best.placement.to_json())
+    if as_json:
+        click.echo(json_text(compared, side_by_side))
+    else:
+        console = Console()
+        if side_by_side:
+            console.print(choices_table(compared))
+            console.print(f"best: {compared.why}")
+        for part in plan_tables(compared.best):
+            console.print(part)
+
+
+def priced_job(
+    path: str,
+    choices: dict[str, list[Any]],
+    *,
+    world_size: int | None = None,
+    placement: str | None = None,
+    chunk_rows: int | None = None,
+    workers: int = 1,
+    threads: int | None = None,
+    memory_limit: str | None = None,
+) -> WhatIf:
+    """Price a job file, in each combination of the choices; a single way if there are none."""
+    job = load_job(path, world_size=world_size, placement=placement)
+    inputs = open_inputs(job)
+    tokens = open_tokens(inputs.tokens, chunks=chunk_rows, name="tokens")
+    if inputs.layer is not None:
+        routing, topk = inputs.layer.route(tokens)
+    else:
+        routing, topk = (
+            open_tokens(inputs.routing, like=tokens, name="routing"),
+            inputs.topk_weights,
+        )
+    common = {
+        "topk_weights": topk,
+        "memory_limit": memory_limit,
+        "workers": workers,
+        "threads": threads,
+    }
+    size = job.world_size or workers
+    if choices:
+        combined = {"world_size": [size], "placement": [job.placement], **choices}
+        return what_if(tokens, routing, inputs.experts, **combined, **common)
+    one = plan(tokens, routing, inputs.experts, world_size=size, placement=job.placement, **common)
+    return WhatIf((one,), one, "")
+
+
+def parse_choices(choices: Sequence[str]) -> dict[str, list[Any]]:
+    """Read ``name=value,value`` arguments.
+
+    Examples
+    --------
+    >>> parse_choices(["world_size=2,4", "placement=contiguous,exact"])
+    {'world_size': [2, 4], 'placement': ['contiguous', 'exact']}
+    """
+    kinds = {"world_size": int, "chunk_rows": int, "placement": str}
+    parsed = {}
+    for choice in choices:
+        name, _, values = choice.partition("=")
+        if name not in kinds or not values:
+            raise ValueError(
+                f"a choice is one of {', '.join(kinds)} with =value,...; got {choice!r}"
+            )
+        try:
+            parsed[name] = [kinds[name](value) for value in values.split(",")]
+        except ValueError:
+            raise ValueError(f"{name} takes whole numbers; got {values!r}") from None
+    return parsed
+
+
+def json_text(compared: WhatIf, side_by_side: bool) -> str:
+    """One plan, or all plans with the number of the best one."""
+    if not side_by_side:
+        return compared.best.to_json()
+    content = {
+        "best": compared.plans.index(compared.best),
+        "why": compared.why,
+        "plans": [p.to_dict() for p in compared.plans],
+    }
+    return json.dumps(content)
+
+
+def choices_table(compared: WhatIf) -> Table:
+    """Show plans side by side, the best one marked."""
+    table = Table(title="what if")
+    for name in ("", "ranks", "placement", "chunk rows", "imbalance", "memory", "moved", "tasks"):
+        table.add_column(name, justify="left" if name in ("", "placement") else "right")
+    table.add_column("time", justify="right")
+    for one in compared.plans:
+        table.add_row(
+            "best" if one is compared.best else "" if one.fits else "too large",
+            str(one.world_size),
+            one.policy,
+            str(one.chunk_rows),
+            f"{one.imbalance:.3f}",
+            format_bytes(one.memory_bytes),
+            format_bytes(one.moved_bytes),
+            str(one.tasks),
+            f"{one.seconds:.2f} s",
+            style="bold" if one is compared.best else "" if one.fits else "dim",
+        )
+    return table
+
+
+def plan_tables(one: Plan) -> list[Any]:
+    """Show one plan: its figures, its ranks, and what to change."""
+    figures = Table(title="plan", show_header=False)
+    figures.add_column()
+    figures.add_column(justify="right")
+    limit = "" if one.memory_limit is None else f" of {format_bytes(one.memory_limit)}"
+    for name, value in (
+        ("token rows", f"{one.rows:,}"),
+        ("experts", f"{one.expert_rows.size}, {one.slots_per_row} a row"),
+        ("ranks", f"{one.world_size} ({one.policy}) on {one.workers} x {one.threads} threads"),
+        ("chunks", f"{len(one.chunks):,} of up to {one.chunk_rows:,} rows"),
+        ("imbalance (max/mean rank)", f"{one.imbalance:.3f}"),
+        ("exchanged between ranks", format_bytes(one.exchanged_bytes)),
+        ("moved between workers", format_bytes(one.moved_bytes)),
+        ("experts to read", format_bytes(one.stored_bytes)),
+        ("memory of a worker, at most", format_bytes(one.memory_bytes) + limit),
+        ("tasks", f"{one.tasks:,}, {one.scheduler_seconds:.2f} s of the scheduler"),
+        ("operations", f"{one.flops.sum():.3g} FLOP"),
+        ("time", f"{one.seconds:.2f} s"),
+    ):
+        figures.add_row(name, value)
+    ranks = Table(title="ranks")
+    for name in ("rank", "experts", "rows served", "rows received"):
+        ranks.add_column(name, justify="right")
+    ranks.add_column("load")
+    most = max(int(one.rank_rows.max()), 1)
+    received = one.packet_rows.sum(axis=0)
+    for rank, rows in enumerate(one.rank_rows.tolist()):
+        bar = "█" * round(BAR * rows / most)
+        held = int(one.rank_experts[rank])
+        ranks.add_row(str(rank), str(held), f"{rows:,}", f"{received[rank]:,}", bar)
+    return [figures, ranks, *(f"advice: {said}" for said in one.advice)]

@@ -1,0 +1,303 @@
+"""What does one way to run a job cost?
+
+`Plan` holds what a pass over the routing found under one placement and one chunking; every figure
+follows from it by the laws of `costs`. Rows, bytes and tasks are exact, memory is an upper bound,
+time is an estimate.
+
+Axis letters: `N` rows, `k` slots per row, `E` experts, `R` ranks, `S` slots per rank, `C` chunks.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+from dask.utils import format_bytes
+
+from dask_ep import costs
+from dask_ep.costs import Rates
+from dask_ep.pipeline import count_tasks
+from dask_ep.placement import Placement
+
+LARGEST_CHUNK = 128 << 20
+"""Bytes of a token chunk above which larger ones gain nothing and cost memory."""
+
+USUAL_CHUNK = 16 << 20
+"""Bytes of a token chunk that are worth a task where experts get enough rows anyway."""
+
+SMALLEST_CHUNK = 1 << 20
+"""Bytes of a token chunk below which a task costs more than its work."""
+
+ROWS_PER_PRODUCT = 256
+"""Rows that an expert should get of a chunk, for its matrix product to run at full speed."""
+
+
+@dataclass(frozen=True)
+class Work:
+    """What is to be computed, in plain numbers."""
+
+    d: int
+    #: width of a token row
+    d_out: int
+    #: width of an output row
+    dtype: np.dtype
+    #: of tokens and outputs
+    weight_bytes: int
+    #: of one top-k weight; 0 without them
+    expert_flops: float
+    #: floating-point operations of one row at one expert
+    expert_stored: int
+    #: bytes of one expert in its file
+    expert_loaded: int
+    #: bytes of one expert in memory
+
+
+@dataclass(frozen=True, eq=False)
+class Plan:
+    """What one way to run a job costs; rows, bytes and tasks are exact.
+
+    Notes
+    -----
+    `traffic_rows` assumes that neighbouring chunks lie on one worker, as Dask assigns them; what
+    each rank receives is exact wherever they lie.
+    """
+
+    work: Work
+    policy: str
+    #: name of the policy, or "given"
+    placement: Placement
+    chunks: tuple[int, ...]
+    #: rows of each token chunk
+    workers: int
+    #: processes that play the ranks
+    threads: int
+    #: tasks that run in each at a time
+    expert_rows: np.ndarray
+    #: (E,) (row, slot) pairs of each expert
+    rank_rows: np.ndarray
+    #: (R,) (row, slot) pairs that each rank serves
+    packet_rows: np.ndarray
+    #: (C, R) rows that each chunk sends to each rank, each row once
+    slots_per_row: int
+    rates: Rates
+    memory_limit: int | None = None
+    #: bytes that a worker may use
+
+    # --- sizes ---------------------------------------------------------------------------
+
+    @property
+    def rows(self) -> int:
+        """N."""
+        return sum(self.chunks)
+
+    @property
+    def world_size(self) -> int:
+        """R."""
+        return self.placement.world_size
+
+    @property
+    def chunk_rows(self) -> int:
+        """Rows of the largest chunk."""
+        return max(self.chunks, default=0)
+
+    @property
+    def imbalance(self) -> float:
+        """The largest over the mean rank_rows."""
+        return float(self.rank_rows.max() / self.rank_rows.mean()) if self.rank_rows.any() else 1.0
+
+    # --- bytes between ranks ---------------------------------------------------------------
+
+    @cached_property
+    def traffic_rows(self) -> np.ndarray:
+        """(R, R) rows from the worker of each rank to each rank; as many come back."""
+        return costs.traffic(self.packet_rows)
+
+    @property
+    def traffic_bytes(self) -> np.ndarray:
+        """(R, R) bytes there and back."""
+        return self.traffic_rows * (self.packet_row_bytes + self.reply_row_bytes)
+
+    @property
+    def packet_row_bytes(self) -> int:
+        """Bytes of one row on its way to a rank: its numbers, and k experts and weights."""
+        index_bytes = np.min_scalar_type(-self.placement.slots.size).itemsize
+        slots = self.slots_per_row * (index_bytes + self.work.weight_bytes)
+        return self.work.d * self.work.dtype.itemsize + slots
+
+    @property
+    def reply_row_bytes(self) -> int:
+        """Bytes of one row on its way back."""
+        return self.work.d_out * self.work.dtype.itemsize
+
+    @property
+    def exchanged_bytes(self) -> int:
+        """Bytes of all packets and all replies; none where one rank owns everything."""
+        return 0 if self.world_size == 1 else int(self.traffic_bytes.sum())
+
+    @cached_property
+    def moved_bytes(self) -> int:
+        """Bytes of those that leave their worker, with rank r on worker r % workers."""
+        home = costs.homes(len(self.chunks), self.workers)
+        stays = home[:, None] == np.arange(self.world_size) % self.workers
+        rows = int(self.packet_rows[~stays].sum())
+        return rows * (self.packet_row_bytes + self.reply_row_bytes)
+
+    # --- memory ----------------------------------------------------------------------------
+
+    @property
+    def rank_experts(self) -> np.ndarray:
+        """(R,) experts that each rank holds."""
+        return (self.placement.slots >= 0).sum(axis=1)
+
+    @property
+    def stored_bytes(self) -> int:
+        """Bytes of experts that all ranks read from their files."""
+        return int(self.rank_experts.sum()) * self.work.expert_stored
+
+    @property
+    def expert_bytes(self) -> int:
+        """Bytes of experts in the worker that holds most."""
+        held = self._per_worker(self.rank_experts)
+        return int(held.max()) * self.work.expert_loaded
+
+    @property
+    def chunk_bytes(self) -> int:
+        """Bytes of the largest token chunk, or of its output if that is larger."""
+        return self.chunk_rows * max(self.work.d, self.work.d_out) * self.work.dtype.itemsize
+
+    @property
+    def memory_bytes(self) -> int:
+        """Bytes that a worker uses at most."""
+        return costs.peak_memory(self.expert_bytes, self.chunk_bytes, self.threads)
+
+    @property
+    def fits(self) -> bool:
+        """Whether that is within the limit."""
+        return self.memory_limit is None or self.memory_bytes <= self.memory_limit
+
+    # --- tasks and time ----------------------------------------------------------------------
+
+    @property
+    def tasks(self) -> int:
+        """Tasks of the layer: C (2R + 1) + R; C + 1 for one rank."""
+        return count_tasks(len(self.chunks), self.world_size)
+
+    @property
+    def scheduler_seconds(self) -> float:
+        """Time that the scheduler needs for them, beside the workers' work."""
+        local = self.workers == 1
+        return self.tasks * (costs.LOCAL_TASK_SECONDS if local else costs.CLUSTER_TASK_SECONDS)
+
+    @property
+    def flops(self) -> np.ndarray:
+        """(R,) floating-point operations of each rank's experts."""
+        return self.rank_rows * self.work.expert_flops
+
+    @property
+    def load_seconds(self) -> float:
+        """Time to read the experts, for the worker that reads most."""
+        held = self._per_worker(self.rank_experts)
+        return float(held.max()) * self.work.expert_stored / self.rates.read
+
+    @property
+    def busy_seconds(self) -> float:
+        """Time of products, copies and transfers, for the worker that is busy longest."""
+        row_bytes = (self.work.d + self.work.d_out) * self.work.dtype.itemsize
+        computing = self._per_worker(self.flops) / self.rates.flops
+        copying = self._per_worker(self.rank_rows) * row_bytes / self.rates.copy
+        exchanging = self.exchanged_bytes / self.rates.copy / self.workers
+        moving = self.moved_bytes / self.workers / self.rates.link
+        reading = self.rows * row_bytes / self.workers / self.rates.read
+        return float((computing + copying + exchanging).max()) / self.threads + moving + reading
+
+    @property
+    def seconds(self) -> float:
+        """Time of the run: experts read, then the slower of workers and scheduler."""
+        return self.load_seconds + max(self.busy_seconds, self.scheduler_seconds)
+
+    # --- advice ------------------------------------------------------------------------------
+
+    @property
+    def advised_chunk_rows(self) -> int:
+        """Rows of a chunk that is large enough for fast products and small enough for memory."""
+        row_bytes = max(self.work.d, self.work.d_out) * self.work.dtype.itemsize
+        fast = max(
+            ROWS_PER_PRODUCT * self.expert_rows.size // self.slots_per_row, USUAL_CHUNK // row_bytes
+        )
+        parallel = self.rows // (4 * self.workers * self.threads)
+        advised = min(fast, parallel, LARGEST_CHUNK // row_bytes)
+        advised = max(advised, SMALLEST_CHUNK // row_bytes)
+        if self.memory_limit is not None:
+            room = self.memory_limit - costs.peak_memory(self.expert_bytes, 0, self.threads)
+            advised = min(advised, room // ((4 * self.threads + 4) * row_bytes))
+        return max(advised, 1)
+
+    @property
+    def advice(self) -> list[str]:
+        """What to change, and why; empty if nothing."""
+        said = []
+        advised = self.advised_chunk_rows
+        if not advised / 2 <= self.chunk_rows <= advised * 2 and self.rows > advised:
+            said.append(
+                f"chunks of about {advised} rows instead of {self.chunk_rows}: "
+                f"{ROWS_PER_PRODUCT} rows for each expert, within the memory and for all threads"
+            )
+        if self.scheduler_seconds > self.busy_seconds and self.chunk_rows < advised:
+            said.append(
+                f"fewer tasks: the scheduler needs {self.scheduler_seconds:.1f} s for "
+                f"{self.tasks}, the workers {self.busy_seconds:.1f} s; larger chunks or fewer ranks"
+            )
+        if self.imbalance > 1.1 and self.workers > 1:
+            said.append(
+                f'placement="exact": the busiest rank serves {self.imbalance:.2f} times the mean '
+                "rows, and with it 1.00"
+            )
+        return said
+
+    # --- forms -------------------------------------------------------------------------------
+
+    def to_dict(self) -> dict[str, Any]:
+        """Give all figures as plain numbers, lists and text."""
+        figures = [
+            *("rows", "slots_per_row", "world_size", "workers", "threads", "policy"),
+            *("chunk_rows", "imbalance", "exchanged_bytes", "moved_bytes", "stored_bytes"),
+            *("expert_bytes", "chunk_bytes", "memory_bytes", "memory_limit", "fits", "tasks"),
+            *("scheduler_seconds", "load_seconds", "busy_seconds", "seconds"),
+            *("advised_chunk_rows", "advice"),
+        ]
+        arrays = [
+            *("expert_rows", "rank_rows", "rank_experts", "flops"),
+            *("traffic_rows", "traffic_bytes"),
+        ]
+        return {
+            **{name: getattr(self, name) for name in figures},
+            **{name: getattr(self, name).tolist() for name in arrays},
+            "experts": self.expert_rows.size,
+            "chunks": len(self.chunks),
+            "d": self.work.d,
+            "d_out": self.work.d_out,
+            "dtype": str(self.work.dtype),
+            "rates": dataclasses.asdict(self.rates),
+            "slots": self.placement.slots.tolist(),
+        }
+
+    def to_json(self) -> str:
+        """Give `to_dict` as JSON text."""
+        return json.dumps(self.to_dict())
+
+    def __repr__(self) -> str:
+        return (
+            f"<Plan: {self.rows} rows, {self.world_size} ranks, {self.policy}: {self.tasks} tasks, "
+            f"{format_bytes(self.memory_bytes)} a worker, imbalance {self.imbalance:.2f}, "
+            f"{self.seconds:.1f} s>"
+        )
+
+    def _per_worker(self, per_rank: np.ndarray) -> np.ndarray:
+        """(W,) sums over the ranks of each worker, rank r on worker r % workers."""
+        return np.bincount(
+            np.arange(self.world_size) % self.workers, per_rank, minlength=self.workers
+        )

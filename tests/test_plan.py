@@ -1,0 +1,330 @@
+"""Plans count exactly what a run does, refuse what cannot fit, and propose what can."""
+
+import json
+from itertools import pairwise
+
+import dask
+import dask.array as da
+import numpy as np
+import pytest
+from dask.utils import parse_bytes
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from dask_ep.costs import Rates, peak_memory
+from dask_ep.pipeline import count_tasks, expert_parallel
+from dask_ep.placement import POLICIES, Placement, contiguous, exact, place
+from dask_ep.plan import Plan, PlanError, plan, what_if
+from dask_ep.survey import survey
+
+RATES = Rates(flops=1e10, copy=1e9)
+
+
+@st.composite
+def routings(draw) -> tuple[np.ndarray, int]:
+    """Any routing with its number of experts: any k, dropped slots, repeated experts in a row."""
+    experts, rows = draw(st.integers(1, 12)), draw(st.integers(0, 40))
+    slots = draw(st.one_of(st.none(), st.integers(1, 4)))
+    rng = np.random.default_rng(draw(st.integers(0, 10**6)))
+    shape = (rows,) if slots is None else (rows, slots)
+    dtype = draw(st.sampled_from([np.int8, np.int32, np.int64]))
+    return rng.integers(-1, experts, shape).astype(dtype), experts
+
+
+@st.composite
+def chunkings(draw, rows: int) -> tuple[int, ...]:
+    cuts = sorted({0, rows, *draw(st.lists(st.integers(0, rows), max_size=4))})
+    return tuple(b - a for a, b in pairwise(cuts)) or (0,)
+
+
+def _as_columns(routing: np.ndarray) -> np.ndarray:
+    return routing[:, None] if routing.ndim == 1 else routing
+
+
+def visits_in_loops(routing: np.ndarray, placement: Placement, chunks: tuple[int, ...]):
+    """Rows of each packet, and pairs of each slot, row by row."""
+    slots = placement.slots_per_rank
+    packet_rows = np.zeros((len(chunks), placement.world_size), int)
+    slot_rows = np.zeros(placement.slots.size, int)
+    physical = placement.rewrite(_as_columns(routing))
+    row = 0
+    for chunk, size in enumerate(chunks):
+        for _ in range(size):
+            for rank in {p // slots for p in physical[row].tolist() if p >= 0}:
+                packet_rows[chunk, rank] += 1
+            for p in physical[row].tolist():
+                if p >= 0:
+                    slot_rows[p] += 1
+            row += 1
+    return packet_rows, slot_rows.reshape(placement.slots.shape)
+
+
+# --- the survey --------------------------------------------------------------------------------
+
+
+@settings(max_examples=100, deadline=None)
+@given(data=st.data(), policy=st.sampled_from(POLICIES), ranks=st.integers(1, 5))
+def test_a_survey_counts_what_loops_count(data, policy, ranks):
+    routing, experts = data.draw(routings())
+    stored = data.draw(chunkings(len(routing)))
+    lazy = da.from_array(routing, chunks=(stored, *[-1] * (routing.ndim - 1)))
+    found = survey(lazy, experts)
+    expected = np.bincount(routing[routing >= 0].astype(int), minlength=experts)
+    np.testing.assert_array_equal(found.expert_rows, expected)
+    assert found.chunks == stored
+    placement = place(policy, found.by_ticket, ranks)
+    chunks = data.draw(chunkings(len(routing)))
+    visits = found.visits(placement, chunks)
+    packet_rows, slot_rows = visits_in_loops(routing, placement, chunks)
+    np.testing.assert_array_equal(visits.packet_rows, packet_rows)
+    np.testing.assert_array_equal(visits.slot_rows, slot_rows)
+
+
+def test_chunks_of_unknown_size_count_their_rows_from_zero():
+    rng = np.random.default_rng(0)
+    routing = rng.integers(0, 3, (60, 2))
+    keep = rng.random(60) < 0.5
+    lazy = da.from_array(routing, chunks=(20, 2))[da.from_array(keep, chunks=20)]
+    assert np.isnan(lazy.shape[0])
+    placement = Placement([[0, 1], [0, 2], [0, -1]])
+    found = survey(lazy, 3, known_rows=False)
+    parts = [routing[s : s + 20][keep[s : s + 20]] for s in (0, 20, 40)]
+    assert found.chunks == tuple(map(len, parts))
+    expected = np.concatenate([visits_in_loops(p, placement, (len(p),))[0] for p in parts])
+    np.testing.assert_array_equal(found.visits(placement).packet_rows, expected)
+
+
+def test_an_index_out_of_range_is_named():
+    routing = da.from_array(np.array([[0], [1], [7]]), chunks=(1, 1))
+    with pytest.raises(ValueError, match=r"lie in \[-1, 4\), and row 2 holds 7"):
+        survey(routing, 4)
+
+
+# --- the figures -------------------------------------------------------------------------------
+
+
+def job(rows=400, d=8, experts=8, k=2, exponent=1.0, chunk=50, seed=0):
+    """Tokens whose data cannot be read, a skewed routing, and linear experts."""
+    rng = np.random.default_rng(seed)
+    share = np.arange(1, experts + 1) ** -exponent
+    routing = rng.choice(experts, p=share / share.sum(), size=(rows, k))
+    tokens = da.zeros((rows, d), chunks=(chunk, d), dtype="f4").map_blocks(_refuse, dtype="f4")
+    return tokens, da.from_array(routing, chunks=(chunk, k)), np.ones((experts, d, d), "f4")
+
+
+def _refuse(block):
+    if block.size:
+        raise AssertionError("a plan must not read tokens")
+    return block
+
+
+def test_every_figure_of_a_small_job():
+    priced = plan(*job(), world_size=4, rates=RATES, threads=1)
+    routing = job()[1].compute()
+    np.testing.assert_array_equal(priced.expert_rows, np.bincount(routing.ravel(), minlength=8))
+    np.testing.assert_array_equal(priced.rank_rows, priced.expert_rows.reshape(4, 2).sum(axis=1))
+    assert priced.imbalance == priced.rank_rows.max() / 200
+    packet_rows, _ = visits_in_loops(routing, contiguous(8, 4), (50,) * 8)
+    np.testing.assert_array_equal(priced.packet_rows, packet_rows)
+    by_home = packet_rows.reshape(4, 2, 4).sum(axis=1)  # chunks 0 and 1 lie at rank 0, ...
+    np.testing.assert_array_equal(priced.traffic_rows, by_home)
+    row_bytes = priced.packet_row_bytes + priced.reply_row_bytes
+    assert priced.exchanged_bytes == packet_rows.sum() * row_bytes
+    assert priced.moved_bytes == (by_home.sum() - np.trace(by_home)) * row_bytes
+    assert priced.stored_bytes == 8 * 8 * 8 * 4
+    assert priced.memory_bytes == peak_memory(2 * 8 * 8 * 4, 50 * 8 * 4, threads=1)
+    assert priced.tasks == count_tasks(8, 4) == 8 * 9 + 4
+    assert priced.flops.sum() == 800 * 2 * 8 * 8
+    assert json.loads(priced.to_json())["tasks"] == priced.tasks
+
+
+def test_one_rank_exchanges_nothing():
+    priced = plan(*job(), rates=RATES)
+    assert (priced.exchanged_bytes, priced.moved_bytes, priced.tasks) == (0, 0, 9)
+
+
+def test_the_chunks_are_those_of_the_tokens():
+    tokens, routing, experts = job()
+    priced = plan(tokens, routing.rechunk((80, 2)), experts, world_size=2, rates=RATES)
+    assert priced.chunks == (50,) * 8
+
+
+# --- against runs ------------------------------------------------------------------------------
+
+
+@settings(max_examples=40, deadline=None)
+@given(data=st.data(), policy=st.sampled_from(POLICIES), ranks=st.integers(1, 4))
+def test_rows_bytes_and_tasks_are_those_of_a_run(data, policy, ranks):
+    routing, experts = data.draw(routings())
+    rows, d, d_out = len(routing), 3, 5
+    chunks = data.draw(chunkings(rows))
+    dtype = data.draw(st.sampled_from(["f2", "f4", "f8"]))
+    tokens = da.ones((rows, d), chunks=(chunks, d), dtype=dtype)
+    lazy = da.from_array(routing, chunks=(chunks, *[-1] * (routing.ndim - 1)))
+    topk = da.ones_like(lazy, dtype="f4") if data.draw(st.booleans()) else None
+    weights = np.ones((experts, d, d_out), "f4")
+    priced = plan(
+        tokens,
+        lazy,
+        weights,
+        topk_weights=topk,
+        world_size=ranks,
+        placement=policy,
+        rates=RATES,
+    )
+    y = expert_parallel(
+        tokens,
+        lazy,
+        weights,
+        topk_weights=topk,
+        world_size=ranks,
+        placement=priced.placement,
+    )
+    graph = dict(y.__dask_graph__())
+    ours = [key for key in graph if isinstance(key, tuple) and key[0].startswith("ep-")]
+    assert len(ours) == priced.tasks
+    if ranks == 1:
+        return
+    sent = sorted(key for key in ours if key[0].startswith("ep-send"))
+    packets = dask.get(graph, sent)
+    answers = dask.get(graph, [(key[0].replace("send", "dispatch"), *key[1:]) for key in sent])
+    packet_rows = [len(packet.rows) for packet in packets]
+    np.testing.assert_array_equal(np.reshape(packet_rows, (-1, ranks)), priced.packet_rows)
+    arrays = [a for packet in packets for a in packet if a is not None]
+    assert sum(a.nbytes for a in arrays) + sum(a.nbytes for a in answers) == priced.exchanged_bytes
+    served = np.zeros(ranks, int)
+    for key, packet in zip(sent, packets, strict=True):
+        served[key[2]] += np.count_nonzero(packet.routing >= 0)
+    np.testing.assert_array_equal(served, priced.rank_rows)
+
+
+def test_a_proposal_runs():
+    tokens, routing, experts = job(rows=5000, d=64, chunk=2500)
+    tokens = da.ones(tokens.shape, chunks=tokens.chunks, dtype="f4")
+    limit = peak_memory(8 * 64 * 64 * 4, 0, threads=1) + 8 * 512 * 64 * 4
+    with pytest.raises(PlanError) as refused:
+        plan(tokens, routing, experts, threads=1, memory_limit=limit, rates=RATES)
+    proposal = refused.value.proposal
+    y = expert_parallel(
+        tokens.rechunk({0: proposal.chunks}), routing, experts, world_size=proposal.world_size
+    )
+    assert y.chunks[0] == proposal.chunks
+    np.testing.assert_array_equal(y.compute(scheduler="sync"), np.full((5000, 64), 128.0))
+
+
+@pytest.mark.parametrize("policy", POLICIES)
+def test_a_better_placement_takes_less_time(policy):
+    tokens, routing, experts = job(rows=4000, chunk=500, exponent=1.3)
+    plain = plan(tokens, routing, experts, world_size=4, threads=1, rates=RATES)
+    placed = plan(tokens, routing, experts, world_size=4, placement=policy, threads=1, rates=RATES)
+    assert placed.imbalance <= plain.imbalance
+    if policy == "exact":
+        assert placed.imbalance < 1.02
+        assert placed.rank_rows.sum() == plain.rank_rows.sum() == 8000
+
+
+def test_what_if_marks_the_fastest_that_fits():
+    tokens, routing, experts = job(rows=4000, chunk=500, d=64, exponent=1.3)
+    compared = what_if(
+        tokens,
+        routing,
+        experts,
+        world_size=[2, 4],
+        placement=["contiguous", "exact"],
+        chunk_rows=[None, 1000],
+        threads=1,
+        rates=Rates(flops=1e8, copy=1e9),
+    )
+    assert len(compared.plans) == 8
+    assert compared.best in compared.plans
+    assert compared.best.seconds == min(p.seconds for p in compared.plans)
+    assert (compared.best.world_size, compared.best.policy) == (4, "exact")
+    assert compared.why.startswith("least time of 8")
+    assert "imbalance 1.0" in compared.why
+    single = plan(tokens, routing, experts, world_size=4, placement="exact", threads=1, rates=RATES)
+    same = next(p for p in compared.plans if p.policy == "exact" and p.world_size == 4)
+    np.testing.assert_array_equal(same.packet_rows, single.packet_rows)
+
+
+# --- refusing ----------------------------------------------------------------------------------
+
+
+def test_a_job_that_cannot_fit_is_refused_with_a_proposal_that_does():
+    tokens, routing, experts = job(rows=100_000, d=64, chunk=50_000)
+    limit = peak_memory(8 * 64 * 64 * 4, 0, threads=1) + 8 * 4096 * 64 * 4
+    with pytest.raises(PlanError, match=r"a worker needs .* may use .*chunk_rows=4096") as refused:
+        plan(tokens, routing, experts, threads=1, memory_limit=limit, rates=RATES)
+    assert refused.value.plan.memory_bytes > limit >= refused.value.proposal.memory_bytes
+    again = plan(
+        tokens,
+        routing,
+        experts,
+        chunk_rows=refused.value.proposal.chunk_rows,
+        threads=1,
+        memory_limit=limit,
+        rates=RATES,
+    )
+    assert again.fits
+
+
+def test_more_workers_are_proposed_when_the_experts_are_too_many():
+    tokens, routing, experts = job(d=512, experts=16)
+    limit = peak_memory(4 * 512 * 512 * 4, 50 * 512 * 4, threads=1)
+    with pytest.raises(PlanError, match=r"world_size=4 \(instead of 2\)") as refused:
+        plan(tokens, routing, experts, world_size=2, threads=1, memory_limit=limit, rates=RATES)
+    assert refused.value.proposal.workers == 4
+
+
+def test_where_nothing_fits_it_is_said():
+    tokens, routing, experts = job(d=512, experts=16)
+    with pytest.raises(PlanError, match="No chunk size fits beside 16 experts") as refused:
+        plan(tokens, routing, experts, workers=1, threads=1, memory_limit="301 MiB", rates=RATES)
+    assert refused.value.proposal is None
+    with pytest.raises(PlanError, match="No chunk size fits"):
+        what_if(tokens, routing, experts, workers=1, threads=1, memory_limit="1 MB", rates=RATES)
+
+
+def test_advice_on_chunks_and_balance():
+    tokens, routing, experts = job(rows=100_000, d=256, k=1, chunk=100, exponent=1.5)
+    priced = plan(tokens, routing, experts, world_size=4, threads=1, rates=RATES)
+    assert any("instead of 100" in said for said in priced.advice)
+    assert any('placement="exact"' in said for said in priced.advice)
+    good = plan(
+        tokens,
+        routing,
+        experts,
+        world_size=4,
+        threads=1,
+        placement="exact",
+        chunk_rows=priced.advised_chunk_rows,
+        rates=RATES,
+    )
+    assert good.advice == []
+
+
+MESSAGES = [
+    ({"placement": "best"}, "No such file|must be one of"),
+    ({"placement": contiguous(8, 2)}, "8 experts on 2 ranks, and the job has 8 on world_size=4"),
+    ({"chunk_rows": 0}, "chunk_rows must be at least 1; got 0"),
+]
+
+
+@pytest.mark.parametrize(("arguments", "message"), MESSAGES)
+def test_messages(arguments, message):
+    with pytest.raises((ValueError, OSError), match=message):
+        plan(*job(), world_size=4, rates=RATES, **arguments)
+
+
+def test_arrays_that_do_not_fit_together():
+    tokens, routing, experts = job()
+    with pytest.raises(ValueError, match=r"tokens must be \(N, d=4\)"):
+        plan(tokens, routing, np.ones((8, 4, 4), "f4"), rates=RATES)
+    with pytest.raises(ValueError, match="routing has 300"):
+        plan(tokens, routing[:300], experts, rates=RATES)
+
+
+def test_memory_limits_are_read_as_text():
+    priced = plan(*job(), rates=RATES, memory_limit="4 GiB")
+    assert priced.memory_limit == parse_bytes("4 GiB")
+    assert isinstance(priced, Plan)
+    assert exact(priced.expert_rows, 2).imbalance(priced.expert_rows) == pytest.approx(1, abs=0.01)

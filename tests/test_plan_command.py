@@ -1,0 +1,78 @@
+"""`dask-ep plan` prints figures, JSON and comparisons, and refuses with a sentence."""
+
+import json
+import re
+
+import numpy as np
+import pytest
+from click.testing import CliRunner
+
+from dask_ep.pipeline import count_tasks
+from dask_ep.placement import Placement
+from dask_ep.plan_command import plan_command
+
+
+@pytest.fixture
+def job_file(tmp_path):
+    rng = np.random.default_rng(0)
+    routing = rng.zipf(1.5, (1000, 2)) % 8
+    experts = np.ones((8, 8, 8), "f4")
+    np.save(tmp_path / "tokens.npy", np.ones((1000, 8), "f4"))
+    np.save(tmp_path / "routing.npy", routing)
+    np.save(tmp_path / "w.npy", experts)
+    path = tmp_path / "job.toml"
+    path.write_text(
+        'tokens = "tokens.npy"\nrouting = "routing.npy"\nout = "out.npy"\n'
+        '[experts]\nkind = "linear"\nw = "w.npy"\n'
+    )
+    return path
+
+
+def invoke(*arguments) -> str:
+    result = CliRunner().invoke(plan_command, [str(a) for a in arguments])
+    assert result.exit_code == 0, result.output
+    return result.output
+
+
+def test_the_command_prints_figures_and_ranks(job_file):
+    output = invoke(job_file, "--workers", 4, "--chunk-rows", 250)
+    assert "1,000" in output
+    assert f"{count_tasks(4, 4)}," in output
+    assert "4 (contiguous) on 4 x" in output
+
+
+def test_the_command_prints_json_and_saves_the_placement(job_file, tmp_path):
+    saved = tmp_path / "placement.json"
+    output = invoke(job_file, "--workers", 4, "--placement", "exact", "--json", "--save", saved)
+    content = json.loads(output)
+    assert content["world_size"] == 4
+    assert content["imbalance"] < 1.01
+    placement = Placement.from_json(saved.read_text())
+    assert placement.slots.tolist() == content["slots"]
+    again = json.loads(invoke(job_file, "--workers", 4, "--placement", saved, "--json"))
+    assert again["rank_rows"] == content["rank_rows"]
+
+
+def test_the_command_compares_choices(job_file):
+    output = invoke(
+        job_file, "--workers", 4, "--what-if", "world_size=2,4", "placement=contiguous,exact"
+    )
+    assert "best: least time of 4" in output
+    content = json.loads(invoke(job_file, "--json", "--what-if", "chunk_rows=100,500"))
+    assert [p["chunk_rows"] for p in content["plans"]] == [100, 500]
+    assert content["best"] in (0, 1)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["world_size=2"], "put --what-if before it"),
+        (["--what-if", "ranks=2"], "a choice is one of world_size, chunk_rows, placement"),
+        (["--what-if", "world_size=two"], "world_size takes whole numbers; got 'two'"),
+        (["--memory-limit", "1 MB"], "a worker needs .* and may use 976"),
+    ],
+)
+def test_what_the_command_refuses(job_file, arguments, message):
+    result = CliRunner().invoke(plan_command, [str(job_file), *arguments])
+    assert result.exit_code != 0
+    assert re.search(message, " ".join(result.output.split())), result.output

@@ -179,11 +179,11 @@ def expert_parallel_dispatch(
     if k > 1:
         out = memory.empty((n, experts[0].d_out), compute, like=tokens)
         out.fill(0)
-        write = _add_twice_safe if segments.repeats else _add
+        write = _add_repeated_rows if segments.repeats else add_rows
     else:
         out = memory.empty((n, experts[0].d_out), tokens.dtype, like=tokens)
         out[segments.not_ours()] = 0
-        write = _assign
+        write = assign_rows
 
     weights = None if topk_weights is None else topk_weights.reshape(-1)
     for expert, (start, stop) in zip(experts, segments.bounds, strict=True):
@@ -320,10 +320,10 @@ def sort_slots(
 
 def _local_numbers(xp: Any, flat: Array, num_local: int, rank: int) -> Array:
     """Local expert number of each slot, and `num_local` for the slots that are not ours."""
-    first = rank * num_local
-    ours = (flat >= first) & (flat < first + num_local)
-    small = xp.int16 if num_local < 2**15 else xp.int64
-    return xp.where(ours, flat - flat.dtype.type(first), num_local).astype(small)
+    local = flat.astype(xp.int64)
+    local -= rank * num_local
+    local[(local < 0) | (local >= num_local)] = num_local
+    return local.astype(xp.int16 if num_local < 2**15 else xp.int64)
 
 
 def _as_int64(xp: Any, value: Array) -> Array:
@@ -391,7 +391,7 @@ def _apply(
         w = weights[slots].astype(compute, copy=False)[:, None]
         if expert.weigh == "input":
             x = namespace(x).multiply(x, w, out=None if contiguous else x)
-    in_place = contiguous and write is _assign and out.dtype == compute
+    in_place = contiguous and write is assign_rows and out.dtype == compute
     y = out[rows] if in_place else memory.empty((len(x), expert.d_out), compute, like=x)
     expert(x, out=y)
     if weights is not None and expert.weigh == "output":
@@ -400,18 +400,20 @@ def _apply(
         write(out, rows, y)
 
 
-def _assign(out: Array, rows: Array | slice, y: Array) -> None:
+def assign_rows(out: Array, rows: Array | slice, y: Array) -> None:
+    """Write y (m, d) over rows (m,) of out (n, d)."""
     out[rows] = y
 
 
-def _add(out: Array, rows: Array, y: Array) -> None:
-    """Add to rows that are all different."""
-    y += gather(out, rows, out.dtype)
-    out[rows] = y
+def add_rows(out: Array, rows: Array, y: Array) -> None:
+    """Add y (m, d) to rows (m,) of out (n, d); the rows must all be different."""
+    total = gather(out, rows, out.dtype)
+    total += y
+    out[rows] = total
 
 
-def _add_twice_safe(out: Array, rows: Array, y: Array) -> None:
-    """Add to rows that may repeat."""
+def _add_repeated_rows(out: Array, rows: Array, y: Array) -> None:
+    """Add y (m, d) to rows (m,) of out (n, d), of which some may be the same."""
     namespace(out).add.at(out, rows, y)
 
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from importlib import import_module
+from threading import Lock
 from typing import Any
 from uuid import uuid4
 
@@ -389,7 +390,9 @@ class Experts:
         given = given or {
             name: array.compute(scheduler="sync") for name, array in chosen.collections().items()
         }
-        return LocalExperts(chosen, xp, np.dtype(dtype), given)
+        local = LocalExperts(chosen, xp, np.dtype(dtype), given)
+        local[0]
+        return local
 
 
 class CallableExperts:
@@ -453,46 +456,57 @@ class LocalExperts(Sequence):
     """A rank's experts in memory, in the order of its slots.
 
     Its size in memory is told honestly to Dask. Copied to another process it does not carry the
-    weights of files along: they are read again from where they lie.
+    weights of files along: they are read again from where they lie, when the first is asked for.
     """
 
     def __init__(self, experts: Experts, xp: Any, dtype: np.dtype, given: dict[str, np.ndarray]):
         self._origin = (experts, xp.__name__, dtype, given)
-        stacks = {
-            name: weight.read(dtype, given.get(name)) for name, weight in experts.weights.items()
-        }
-        if xp is not np:
-            stacks = {
-                name: [None if a is None else xp.asarray(a) for a in stack]
-                for name, stack in stacks.items()
-            }
-        self.nbytes = sum(a.nbytes for stack in stacks.values() for a in stack if a is not None)
-        self._experts = [
-            _EmptySlot(experts)
-            if all(stack[e] is None for stack in stacks.values())
-            else BUILDERS[experts.kind](
-                {name: stack[e] for name, stack in stacks.items()}, dict(experts.options)
-            )
-            for e in range(experts.num_experts)
-        ]
+        self.nbytes = experts.parameters * experts.num_experts * dtype.itemsize
+        self._lock = Lock()
+        self._experts: list[Expert] | None = None
+
+    def _loaded(self) -> list[Expert]:
+        with self._lock:
+            if self._experts is None:
+                self._experts = _load(*self._origin)
+        return self._experts
 
     def __len__(self) -> int:
-        return len(self._experts)
+        return self._origin[0].num_experts
 
     def __getitem__(self, e: int) -> Expert:
-        return self._experts[e]
+        return (self._experts or self._loaded())[e]
 
     def __sizeof__(self) -> int:
         return object.__sizeof__(self) + self.nbytes
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return _reload, self._origin
+        return _unloaded, self._origin
 
 
-def _reload(
+def _unloaded(
     experts: Experts, namespace_name: str, dtype: np.dtype, given: dict[str, np.ndarray]
 ) -> LocalExperts:
     return LocalExperts(experts, import_module(namespace_name), dtype, given)
+
+
+def _load(
+    experts: Experts, namespace_name: str, dtype: np.dtype, given: dict[str, np.ndarray]
+) -> list[Expert]:
+    xp = import_module(namespace_name)
+    stacks = {name: weight.read(dtype, given.get(name)) for name, weight in experts.weights.items()}
+    if xp is not np:
+        stacks = {
+            name: [None if a is None else xp.asarray(a) for a in stack]
+            for name, stack in stacks.items()
+        }
+    build = BUILDERS[experts.kind]
+    local = []
+    for e in range(experts.num_experts):
+        arrays = {name: stack[e] for name, stack in stacks.items()}
+        empty = all(a is None for a in arrays.values())
+        local.append(_EmptySlot(experts) if empty else build(arrays, experts.options))
+    return local
 
 
 class _EmptySlot(Expert):

@@ -1,0 +1,160 @@
+"""Which rows of a chunk go to which rank, and how do they come back?
+
+    chunk c                         rank 0           rank 1
+    row  routing       send         experts 0, 1     experts 2, 3
+     0   [0 3]    ───────────────>  rows 0, 2        rows 1, 0     each row once, however many of
+     1   [3 2]                          │                │         its experts are there
+     2   [1 0]                          v dispatch       v
+              sum_ranks             (2, d_out)       (2, d_out)    one summed row comes back
+     out (3, d_out)  <──────────────────┴────────────────┘
+
+Where the rows of a packet belong is not sent along: both ends find it from the routing, which stays
+where the chunk is.
+
+Axis letters: `n` rows of a chunk, `m` rows of a packet, `k` slots per row.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import numpy as np
+
+from dask_ep import memory
+from dask_ep.dispatch import Array, add_rows, assign_rows, computing_dtype, gather, namespace
+
+
+class Packet(NamedTuple):
+    """The rows that one chunk sends to one rank, each once."""
+
+    rows: Array
+    #: [m, d], by the first of their experts there, then in the order of the chunk
+    routing: Array
+    #: [m, k] global expert of each slot, -1 where another rank serves it; small integers
+    topk_weights: Array | None
+    #: [m, k], as they came
+
+
+def send(
+    tokens: Array,
+    routing: Array,
+    topk_weights: Array | None,
+    rank: int,
+    num_local: int,
+    num_experts: int,
+) -> Packet:
+    """Pick the rows of a chunk that have a slot at a rank.
+
+    Parameters
+    ----------
+    tokens : (n, d)
+    routing : (n,) or (n, k) integers in [-1, num_experts)
+    topk_weights : of the shape of routing, or None
+    rank : the rank, which owns experts [rank * num_local, (rank + 1) * num_local)
+    num_local, num_experts : experts per rank, and in all
+
+    Returns
+    -------
+    Packet
+
+    Raises
+    ------
+    ValueError
+        If an expert index is out of range: such a row would belong to no packet, and be lost.
+    """
+    check_range(routing, num_experts)
+    routing = _small(routing, num_experts)
+    index = packet_index(routing, rank, num_local)
+    served = routing[index]
+    served[~slots_at(served, rank, num_local)] = -1
+    return Packet(
+        gather(tokens, index, tokens.dtype),
+        served,
+        None if topk_weights is None else topk_weights[index],
+    )
+
+
+def sum_ranks(routing: Array, outputs: Sequence[Array], num_local: int, dtype: np.dtype) -> Array:
+    """Give each row of a chunk the sum of what the ranks answered.
+
+    Parameters
+    ----------
+    routing : (n,) or (n, k), that of `send`
+    outputs : one (m_r, d_out) per rank, in the order of ranks, its rows in the order of the packet
+    num_local : experts per rank
+    dtype : of the result
+
+    Returns
+    -------
+    (n, d_out), in the order of the chunk; 0 where a row has no expert
+
+    Raises
+    ------
+    ValueError
+        If a rank answered more or fewer rows than it was sent.
+
+    Notes
+    -----
+    Added in the order of ranks, in the computing dtype: the same bits whichever answered first.
+    """
+    d_out = outputs[0].shape[1]
+    routing = _small(routing, num_local * len(outputs))
+    index = []
+    for rank, output in enumerate(outputs):
+        rows = packet_index(routing, rank, num_local)
+        if len(rows) != len(output):
+            raise ValueError(
+                f"rank {rank} must answer each row of its packet once: {len(rows)} rows were sent "
+                f"and {len(output)} came back"
+            )
+        index.append(rows)
+    like, shape = outputs[0], (routing.shape[0], d_out)
+    if routing.ndim == 1 or routing.shape[1] == 1:
+        out = memory.empty(shape, dtype, like=like)
+        out[routing.reshape(-1) < 0] = 0
+        for rows, output in zip(index, outputs, strict=True):
+            assign_rows(out, rows, output)
+        return out
+    total = memory.empty(shape, computing_dtype(dtype), like=like)
+    total.fill(0)
+    for rows, output in zip(index, outputs, strict=True):
+        add_rows(total, rows, output)
+    return total.astype(dtype, copy=False)
+
+
+def slots_at(routing: Array, rank: int, num_local: int) -> Array:
+    """Which slots are served by a rank: booleans in the shape of routing."""
+    return (routing >= rank * num_local) & (routing < (rank + 1) * num_local)
+
+
+def packet_index(routing: Array, rank: int, num_local: int) -> Array:
+    """Row numbers (m,) of a packet, in its order: by the first expert at the rank, then by row."""
+    xp = namespace(routing)
+    there = slots_at(routing, rank, num_local)
+    if routing.ndim == 1:
+        rows = xp.flatnonzero(there)
+        first = routing[rows]
+    else:
+        rows = xp.flatnonzero(there.any(axis=1))
+        beyond = np.iinfo(routing.dtype).max
+        first = xp.where(there[rows], routing[rows], beyond).min(axis=1)
+    order = xp.argsort(first, kind="stable") if xp is np else xp.argsort(first)
+    return rows[order]
+
+
+def _small(routing: Array, num_experts: int) -> Array:
+    """Expert indices in few bytes: they travel with the rows, and 16 bits sort in linear time."""
+    return routing.astype(np.min_scalar_type(-num_experts))
+
+
+def check_range(routing: Array, num_experts: int) -> None:
+    """Refuse an expert index outside [-1, num_experts), naming the row."""
+    if routing.size == 0 or (int(routing.min()) >= -1 and int(routing.max()) < num_experts):
+        return
+    bad = (routing < -1) | (routing >= num_experts)
+    where = tuple(int(i[0]) for i in bad.nonzero())
+    raise ValueError(
+        f"routing must hold expert indices in [-1, {num_experts}), but row {where[0]} holds "
+        f"{int(routing[where])}, and {int(bad.sum())} of {routing.size} values are out of range"
+    )

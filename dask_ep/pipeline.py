@@ -1,0 +1,491 @@
+"""How does a layer's exchange become a Dask graph?
+
+    tokens (c)   routing (c)           experts, wherever they lie
+       │   ┌────────┤                             │
+       v   v        │                             v
+    ep-send (c, r)  │                       ep-experts (r)        on the owner of r
+       │            │                             │
+       └────────────┼──> ep-dispatch (c, r) <─────┘               on the owner of r
+                    v          │
+                ep-sum (c, 0) <┘ of all r                         where chunk c is
+
+Chunks stream: nothing ever joins them. C chunks and R ranks make C (2 R + 1) + R tasks, each about
+0.45 ms of the scheduler. With one rank nothing has to be exchanged: one task per chunk.
+"""
+
+from __future__ import annotations
+
+import math
+import sys
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from importlib import import_module
+from typing import Any
+
+import dask
+import dask.array as da
+import numpy as np
+from dask.base import tokenize
+from dask.highlevelgraph import HighLevelGraph
+from dask.task_spec import List, Task, TaskRef
+
+from dask_ep.dispatch import (
+    Array,
+    check_routing,
+    check_tokens,
+    computing_dtype,
+    expert_parallel_dispatch,
+)
+from dask_ep.exchange import Packet, send, sum_ranks
+from dask_ep.experts import CallableExperts, Experts, LocalExperts, as_experts
+from dask_ep.placement import Placement, contiguous
+
+TASKS_ADVISED = 100_000
+"""Tasks above which building warns: 45 s of the scheduler."""
+
+
+class UnpinnedWarning(UserWarning):
+    """Ranks have no owners: every worker may have to load every rank's experts."""
+
+
+def expert_parallel(
+    tokens: da.Array,
+    routing: da.Array,
+    experts: Any,
+    *,
+    topk_weights: da.Array | None = None,
+    world_size: int | None = None,
+    placement: Placement | str | None = None,
+) -> da.Array:
+    """Apply a layer's experts to chunked token rows, each row to the experts it is routed to.
+
+    Parameters
+    ----------
+    tokens : (N, d) Dask array of floats, NumPy- or CuPy-backed
+        Chunked along the rows, of known or unknown lengths.
+    routing : (N,) or (N, k) Dask array of integers
+        Expert indices; -1 means no expert. Its rows are rechunked to those of `tokens`; with
+        unknown lengths it must come in as many chunks.
+    experts : Experts, (E, d, d_out) array, list of matrices, or list of callables
+        See `Experts`; bare matrices are linear experts.
+    topk_weights : Dask array of floats of the shape of routing, optional
+        Multiplies the output of each slot's expert.
+    world_size : int, optional
+        R, into how many ranks the experts are divided. Default: the workers of the Dask client in
+        use; 1 without one, since threads share memory.
+    placement : Placement or "contiguous", optional
+        Which rank holds which expert; default: rank r owns the next E/R experts.
+
+    Returns
+    -------
+    (N, d_out) Dask array of the tokens' dtype, lazy, in the order and chunks of the tokens
+
+    Raises
+    ------
+    ValueError, TypeError
+        If shapes, dtypes, chunks or sizes do not fit; before anything is computed. Bad values (an
+        index out of range, a NaN weight) are found in the task, which names chunk and rank.
+
+    Warns
+    -----
+    UnpinnedWarning
+        If there are several ranks on a cluster without `own_experts`: right, but slower.
+    dask.array.PerformanceWarning
+        Above `TASKS_ADVISED` tasks.
+
+    Notes
+    -----
+    C (2 R + 1) + R tasks for C chunks; with R = 1, C + 1. A row travels to a rank once, however
+    many of its slots are served there, and one summed row comes back (DeepEP's two savings).
+    In memory at once: a few chunks per thread and the experts. The same chunks, ranks and
+    placement give the same bits on every scheduler, after any failure. Nothing is computed here.
+
+    Examples
+    --------
+    >>> import dask.array as da, numpy as np
+    >>> from dask_ep import expert_parallel
+    >>> tokens = da.ones((6, 2), chunks=(4, 2))
+    >>> routing = da.from_array(np.array([0, 1, 2, 3, 0, -1]), chunks=4)
+    >>> experts = np.arange(4.0)[:, None, None] * np.eye(2)  # expert e multiplies by e
+    >>> y = expert_parallel(tokens, routing, experts, world_size=2)
+    >>> y.compute(scheduler="sync")[:, 0]
+    array([0., 1., 2., 3., 0., 0.])
+    """
+    _refuse_array_expressions()
+    experts = as_experts(experts)
+    tokens, routing, topk_weights = _aligned(tokens, routing, topk_weights)
+    _check_widths(tokens, experts)
+    world_size, placement = _ranks(experts, world_size, placement)
+    token = tokenize(tokens, routing, topk_weights, experts, world_size, placement)
+    build = _build_one_rank if world_size == 1 else _build_exchange
+    return build(token, tokens, routing, topk_weights, experts, world_size, placement)
+
+
+def count_tasks(num_chunks: int, world_size: int) -> int:
+    """How many tasks `expert_parallel` makes, besides those of its inputs."""
+    if world_size == 1:
+        return num_chunks + 1
+    return num_chunks * (2 * world_size + 1) + world_size
+
+
+# --- the two graphs --------------------------------------------------------------------------
+
+
+def _build_one_rank(
+    token: str,
+    tokens: da.Array,
+    routing: da.Array,
+    topk_weights: da.Array | None,
+    experts: Experts | CallableExperts,
+    world_size: int,
+    placement: Placement | None,
+) -> da.Array:
+    """One task per chunk, as `dask.array.map_blocks` would make it.
+
+    Written out, because Dask's optimisation loses a Delayed argument of map_blocks, the loaded
+    experts here, where a layer below is no Blockwise one (seen in 2026.8.0 with a rechunk).
+    """
+    tasks, dependencies = _load_tasks(token, experts, [range(experts.num_experts)], tokens)
+    name, d_out = f"ep-dispatch-{token}", _d_out(experts, tokens)
+    token_keys, routing_keys, weight_keys = map(_row_keys, (tokens, routing, topk_weights))
+    for c, token_key in enumerate(token_keys):
+        key = (name, c, 0)
+        tasks[key] = Task(
+            key,
+            _dispatch_chunk,
+            TaskRef(token_key),
+            TaskRef(routing_keys[c]),
+            TaskRef(weight_keys[c]) if weight_keys else None,
+            TaskRef((f"ep-experts-{token}", 0)),
+            c,
+            d_out,
+        )
+    return _as_array(name, tasks, tokens, d_out, [tokens, routing, topk_weights, *dependencies])
+
+
+def _build_exchange(
+    token: str,
+    tokens: da.Array,
+    routing: da.Array,
+    topk_weights: da.Array | None,
+    experts: Experts | CallableExperts,
+    world_size: int,
+    placement: Placement | None,
+) -> da.Array:
+    _warn_of_many_tasks(len(tokens.chunks[0]), world_size)
+    _warn_if_unpinned(world_size)
+    order = list(range(experts.num_experts)) if placement is None else placement.order()
+    num_local = len(order) // world_size
+    slots = [order[r * num_local : (r + 1) * num_local] for r in range(world_size)]
+    tasks, dependencies = _load_tasks(token, experts, slots, tokens)
+
+    ep_experts, ep_send, ep_dispatch, ep_sum = (
+        f"ep-{step}-{token}" for step in ("experts", "send", "dispatch", "sum")
+    )
+    token_keys, routing_keys, weight_keys = map(_row_keys, (tokens, routing, topk_weights))
+    d_out = _d_out(experts, tokens)
+    for c, first_row in enumerate(_first_rows(tokens.chunks[0])):
+        here = TaskRef(routing_keys[c])
+        weights = TaskRef(weight_keys[c]) if weight_keys else None
+        answers = []
+        for r in range(world_size):
+            sent, answer = (ep_send, c, r), (ep_dispatch, c, r)
+            tasks[sent] = Task(
+                sent, _send, TaskRef(token_keys[c]), here, weights,
+                placement, first_row, c, r, num_local, len(order),
+            )  # fmt: skip
+            tasks[answer] = Task(
+                answer, _dispatch, TaskRef(sent), TaskRef((ep_experts, r)), c, r, world_size, d_out
+            )
+            answers.append(TaskRef(answer))
+        key = (ep_sum, c, 0)
+        tasks[key] = Task(
+            key, _sum, here, List(answers), placement, first_row, c, num_local, tokens.dtype
+        )
+    return _as_array(ep_sum, tasks, tokens, d_out, [tokens, routing, topk_weights, *dependencies])
+
+
+def _as_array(
+    name: str,
+    tasks: dict[Any, Task],
+    tokens: da.Array,
+    d_out: int,
+    dependencies: Sequence[da.Array | None],
+) -> da.Array:
+    graph = HighLevelGraph.from_collections(
+        name, tasks, dependencies=[a for a in dependencies if a is not None]
+    )
+    return da.Array(
+        graph, name, chunks=(tokens.chunks[0], (d_out,)), meta=tokens._meta, dtype=tokens.dtype
+    )
+
+
+def _load_tasks(
+    token: str,
+    experts: Experts | CallableExperts,
+    slots: Sequence[Sequence[int]],
+    tokens: da.Array,
+) -> tuple[dict[Any, Task], list[da.Array]]:
+    """The task per rank that loads its experts, and the Dask arrays that these depend on."""
+    tasks, dependencies = {}, []
+    xp = tokens._meta.__array_namespace__().__name__
+    for r, ids in enumerate(slots):
+        local = experts.subset(ids)
+        lazy = local.collections()
+        dependencies.extend(lazy.values())
+        key = (f"ep-experts-{token}", r)
+        given = {
+            n: TaskRef(next(iter(dask.core.flatten(a.__dask_keys__())))) for n, a in lazy.items()
+        }
+        tasks[key] = Task(
+            key, _load, local.detached(), xp, computing_dtype(tokens.dtype), r, **given
+        )
+    return tasks, dependencies
+
+
+# --- the tasks -------------------------------------------------------------------------------
+
+
+def _load(
+    experts: Experts | CallableExperts, xp: str, dtype: np.dtype, rank: int, **given: np.ndarray
+) -> LocalExperts | list:
+    with _naming(f"loading the experts of rank {rank}"):
+        return experts.load(xp=import_module(xp), dtype=dtype, given=given or None)
+
+
+def _dispatch_chunk(
+    tokens: Array,
+    routing: Array,
+    topk_weights: Array | None,
+    experts: LocalExperts,
+    chunk: int,
+    d_out: int,
+) -> Array:
+    with _naming(f"dispatch of token chunk {chunk} at rank 0 of 1"):
+        out = expert_parallel_dispatch(
+            tokens, routing, experts, rank=0, world_size=1, topk_weights=topk_weights
+        )
+        return _of_width(out, d_out)
+
+
+def _send(
+    tokens: Array,
+    routing: Array,
+    topk_weights: Array | None,
+    placement: Placement | None,
+    first_row: int,
+    chunk: int,
+    rank: int,
+    num_local: int,
+    num_slots: int,
+) -> Packet:
+    with _naming(f"send of token chunk {chunk} to rank {rank}"):
+        check_routing(routing, topk_weights, n=tokens.shape[0])
+        physical = routing if placement is None else placement.rewrite(routing, first_row)
+        return send(tokens, physical, topk_weights, rank, num_local, num_slots)
+
+
+def _dispatch(
+    packet: Packet, experts: LocalExperts, chunk: int, rank: int, world_size: int, d_out: int
+) -> Array:
+    with _naming(f"dispatch of token chunk {chunk} at rank {rank} of {world_size}"):
+        out = expert_parallel_dispatch(
+            packet.rows,
+            packet.routing,
+            experts,
+            rank,
+            world_size,
+            topk_weights=packet.topk_weights,
+        )
+        return _of_width(out, d_out)
+
+
+def _sum(
+    routing: Array,
+    outputs: Sequence[Array],
+    placement: Placement | None,
+    first_row: int,
+    chunk: int,
+    num_local: int,
+    dtype: np.dtype,
+) -> Array:
+    with _naming(f"sum of token chunk {chunk}"):
+        physical = routing if placement is None else placement.rewrite(routing, first_row)
+        return sum_ranks(physical, outputs, num_local, dtype)
+
+
+@contextmanager
+def _naming(place: str) -> Iterator[None]:
+    """Say in an error which step, chunk and rank it comes from."""
+    try:
+        yield
+    except (ValueError, TypeError) as error:
+        raise type(error)(f"{place}: {error}") from error
+    except Exception as error:
+        error.add_note(f"dask_ep: {place}")
+        raise
+
+
+def _of_width(out: Array, d_out: int) -> Array:
+    if out.shape[1] != d_out:
+        raise ValueError(
+            f"the experts must give rows of width {d_out}, but gave {out.shape[1]}; "
+            f"say Experts.callables(functions, d_out={out.shape[1]})"
+        )
+    return out
+
+
+# --- what must hold --------------------------------------------------------------------------
+
+
+def _aligned(
+    tokens: da.Array, routing: da.Array, topk_weights: da.Array | None
+) -> tuple[da.Array, da.Array, da.Array | None]:
+    """Check the inputs and give them the row chunks of the tokens, one chunk wide."""
+    _check_dask(tokens, "tokens")
+    check_tokens(tokens)
+    arrays = {"routing": routing, "topk_weights": topk_weights}
+    for name, array in arrays.items():
+        if array is not None:
+            _check_dask(array, name)
+    check_routing(routing, topk_weights, n=tokens.shape[0])
+    tokens = _one_chunk_wide(tokens)
+    for name, array in arrays.items():
+        if array is not None:
+            arrays[name] = _one_chunk_wide(_with_rows_of(tokens, array, name))
+    return tokens, arrays["routing"], arrays["topk_weights"]
+
+
+def _check_dask(array: Any, name: str) -> None:
+    if not isinstance(array, da.Array):
+        raise TypeError(
+            f"{name} must be a Dask array, but is a {type(array).__name__}; "
+            "use da.from_array, dask_ep.open_tokens, or expert_parallel_dispatch on one chunk"
+        )
+
+
+def _one_chunk_wide(array: da.Array) -> da.Array:
+    return array if array.ndim < 2 or array.numblocks[1] == 1 else array.rechunk({1: -1})
+
+
+def _with_rows_of(tokens: da.Array, array: da.Array, name: str) -> da.Array:
+    ours, theirs = tokens.chunks[0], array.chunks[0]
+    unknown = any(map(math.isnan, ours + theirs))
+    if ours == theirs or (unknown and len(ours) == len(theirs)):
+        return array
+    if unknown:
+        raise ValueError(
+            f"with row chunks of unknown length, tokens and {name} must come in the same chunks, "
+            f"but tokens have {len(ours)} and {name} {len(theirs)}; "
+            "rechunk them where their lengths are known, or call compute_chunk_sizes() on both"
+        )
+    return array.rechunk({0: ours})
+
+
+def _check_widths(tokens: da.Array, experts: Experts | CallableExperts) -> None:
+    d = tokens.shape[1]
+    if experts.d is not None and experts.d != d:
+        raise ValueError(
+            f"experts take rows of width d={experts.d}, but tokens have width {d} "
+            f"(shape {tokens.shape}); pass tokens of the experts' width"
+        )
+
+
+def _ranks(
+    experts: Experts | CallableExperts,
+    world_size: int | None,
+    placement: Placement | str | None,
+) -> tuple[int, Placement | None]:
+    """How many ranks there are, and the placement where it is not E/R experts each in order."""
+    if isinstance(placement, str) and placement != "contiguous":
+        raise ValueError(
+            f"placement {placement!r} depends on the rows of each expert, which are not known "
+            "while the graph is built; make it first: "
+            f"dask_ep.plan(..., placement={placement!r}).placement"
+        )
+    given = placement if isinstance(placement, Placement) else None
+    if world_size is None:
+        world_size = given.world_size if given is not None else _workers_in_use()
+    if world_size < 1:
+        raise ValueError(f"world_size must be at least 1, but is {world_size}")
+    if given is not None:
+        _check_placement(given, experts.num_experts, world_size)
+        return world_size, None if world_size == 1 else given
+    if experts.num_experts % world_size:
+        return world_size, contiguous(experts.num_experts, world_size)
+    return world_size, None
+
+
+def _check_placement(placement: Placement, num_experts: int, world_size: int) -> None:
+    if (placement.num_experts, placement.world_size) != (num_experts, world_size):
+        raise ValueError(
+            f"the placement is for {placement.num_experts} experts on {placement.world_size} "
+            f"ranks, but there are {num_experts} experts and world_size={world_size}"
+        )
+
+
+def _refuse_array_expressions() -> None:
+    if da.array_expr_enabled():
+        raise RuntimeError(
+            "dask_ep builds classic Dask arrays, but array expressions are switched on; set "
+            'dask.config "array.query-planning" to False (or DASK_ARRAY__QUERY_PLANNING=False) '
+            "before dask.array is first imported"
+        )
+
+
+def _warn_of_many_tasks(num_chunks: int, world_size: int) -> None:
+    tasks = count_tasks(num_chunks, world_size)
+    if tasks > TASKS_ADVISED:
+        warnings.warn(
+            f"{num_chunks} chunks and {world_size} ranks make {tasks} tasks "
+            f"(C (2 R + 1) + R), about {tasks * 0.45e-3:.0f} s of the scheduler; use larger "
+            "token chunks or fewer ranks",
+            da.PerformanceWarning,
+            stacklevel=4,
+        )
+
+
+def _warn_if_unpinned(world_size: int) -> None:
+    client = _client_in_use()
+    if client is None or client.get_metadata(["dask-ep", "owners"], default=None) is not None:
+        return
+    warnings.warn(
+        f"the {world_size} ranks have no owners, so that every worker may load the experts of "
+        "every rank; call dask_ep.own_experts(client) once to pin each rank to a worker",
+        UnpinnedWarning,
+        stacklevel=4,
+    )
+
+
+# --- small things ----------------------------------------------------------------------------
+
+
+def _workers_in_use() -> int:
+    client = _client_in_use()
+    return 1 if client is None else max(len(client.nthreads()), 1)
+
+
+def _client_in_use() -> Any:
+    """The client that would compute, if any; `distributed` is not imported to find out."""
+    distributed = sys.modules.get("distributed")
+    if distributed is None or dask.config.get("scheduler", None) is not None:
+        return None
+    try:
+        return distributed.default_client()
+    except ValueError:
+        return None
+
+
+def _row_keys(array: da.Array | None) -> list[Any]:
+    return [] if array is None else list(dask.core.flatten(array.__dask_keys__()))
+
+
+def _first_rows(chunks: tuple[float, ...]) -> list[int]:
+    """Global number of each chunk's first row; 0 where lengths before it are not known."""
+    firsts = np.cumsum([0, *chunks[:-1]])
+    return [0 if math.isnan(first) else int(first) for first in firsts]
+
+
+def _d_out(experts: Experts | CallableExperts, tokens: da.Array) -> int:
+    return tokens.shape[1] if experts.d_out is None else experts.d_out

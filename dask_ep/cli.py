@@ -209,7 +209,12 @@ def _parse_size(context: click.Context, parameter: click.Parameter, value: str |
     metavar="SIZE",
     help="For threads: of all in all. For processes: of each.",
 )
-@click.option("--dashboard", is_flag=True, help="Dask's dashboard, with --processes.")
+@click.option(
+    "--dashboard",
+    type=click.IntRange(1, 65535),
+    metavar="PORT",
+    help="Serve Dask's dashboard there, with --processes.",
+)
 @click.option("--chunk-rows", type=click.IntRange(1), help="Rows of a token chunk; about 32 MiB.")
 @click.option("--resume", is_flag=True, help="Go on with what a stopped run has left.")
 @click.option("--overwrite", is_flag=True, help="Start again, whatever is there.")
@@ -258,7 +263,7 @@ def _choose_where(
     scheduler: str | None,
     scheduler_file: str | None,
     memory_limit: int | None,
-    dashboard: bool,
+    dashboard: int | None,
 ) -> runs.Threads | runs.Processes | runs.Cluster:
     places = {
         "--threads": threads,
@@ -269,7 +274,7 @@ def _choose_where(
     chosen = [name for name, value in places.items() if value is not None]
     if len(chosen) > 1:
         raise click.UsageError(f"a job runs in one place; give one of {' and '.join(chosen)}")
-    if dashboard and processes is None:
+    if dashboard is not None and processes is None:
         raise click.UsageError("--dashboard needs --processes")
     if scheduler is not None or scheduler_file is not None:
         if memory_limit is not None:

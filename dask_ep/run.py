@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import os
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -18,11 +19,12 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 from dask.system import CPU_COUNT
-from distributed import Client, LocalCluster, WorkerPlugin, as_completed, futures_of
+from distributed import Client, LocalCluster, as_completed, futures_of
 
 from dask_ep import journal
-from dask_ep.blas import limit_blas_for_good, one_blas_thread
-from dask_ep.build import Inputs, build, open_inputs
+from dask_ep.blas import one_blas_thread
+from dask_ep.build import WEIGHT_KEYS, Inputs, build, open_inputs
+from dask_ep.cluster import OneBlasThread, check_cluster
 from dask_ep.job import Job
 from dask_ep.output import Output, Receipt, progress_directory
 from dask_ep.ownership import own_experts
@@ -52,7 +54,8 @@ class Processes:
     count: int
     memory_limit: int | None = None
     #: bytes of each
-    dashboard: bool = False
+    dashboard_port: int | None = None
+    #: of Dask's dashboard on this machine; None means no dashboard
 
 
 @dataclass(frozen=True)
@@ -61,6 +64,9 @@ class Cluster:
 
     address: str | None = None
     scheduler_file: str | None = None
+
+
+Where = Threads | Processes | Cluster
 
 
 class Progress(NamedTuple):
@@ -91,7 +97,7 @@ class Progress(NamedTuple):
 
 def run_job(
     job: Job,
-    where: Threads | Processes | Cluster = Threads(),
+    where: Where = Threads(),
     *,
     resume: bool = False,
     overwrite: bool = False,
@@ -132,7 +138,7 @@ def run_job(
     """
     begun = _read_begun(job.out) if resume else {}
     inputs = open_inputs(job)
-    with _started(where) as (threads, client):
+    with _started(where, job) as (threads, client):
         world_size = job.world_size or begun.get("world_size") or _count_ranks(where, client)
         if chunk_rows is None:
             chunk_rows = begun.get("chunk_rows") or choose_chunk_rows(inputs, where, world_size)
@@ -157,47 +163,61 @@ def run_job(
     return watch.progress()
 
 
-def choose_chunk_rows(
-    inputs: Inputs, where: Threads | Processes | Cluster, world_size: int
-) -> int | None:
-    """Choose the rows of a token chunk such that the memory limit holds.
+def choose_chunk_rows(inputs: Inputs, where: Where, world_size: int) -> int:
+    """Choose the rows of a token chunk: large, but some for every thread, and within memory.
 
     Returns
     -------
-    int, a multiple or a whole part of the stored chunks where possible; None without a limit
+    int, a multiple or a whole part of the stored chunks where possible
 
     Raises
     ------
     MemoryError
         If not even `FEWEST_ROWS` fit, with the numbers.
     """
+    workers = {Threads: 1, Processes: getattr(where, "count", 1)}.get(type(where), world_size)
+    threads = _count_threads(where) if isinstance(where, Threads) else 1
+    rows = max(1, CHUNK_BYTES // max(1, inputs.row_bytes))
+    fair = -(-inputs.tokens.shape[0] // (CHUNKS_PER_THREAD * threads * workers))
+    rows = min(rows, max(fair, FEWEST_ROWS))
     limit = getattr(where, "memory_limit", None)
-    if limit is None:
-        return None
-    threads = 1 if isinstance(where, Processes) else _count_threads(where)
-    experts = inputs.loaded_bytes
-    if isinstance(where, Processes):  # the ranks are spread over them
-        experts = -(-experts // world_size) * -(-world_size // where.count)
-    return chunk_rows_within(
-        limit, threads, experts, inputs.row_bytes, stored=inputs.tokens.chunk_rows
-    )
+    if limit is not None:
+        # The ranks are spread over the workers.
+        experts = -(-inputs.loaded_bytes // world_size) * -(-world_size // workers)
+        rows = min(rows, chunk_rows_within(limit, threads, experts, inputs.row_bytes))
+    return fit_stored(rows, inputs.tokens.chunk_rows)
 
 
-def chunk_rows_within(
-    limit: int, threads: int, experts: int, row_bytes: int, *, stored: int | None = None
-) -> int:
+def fit_stored(rows: int, stored: int | None) -> int:
+    """Give about `rows` rows, at most, such that chunks are read whole or in equal parts.
+
+    Examples
+    --------
+    >>> fit_stored(1000, 300), fit_stored(100, 300), fit_stored(100, None)
+    (900, 100, 100)
+    """
+    if stored is None:
+        return rows
+    return rows // stored * stored if rows >= stored else -(-stored // -(-stored // rows))
+
+
+def chunk_rows_within(limit: int, threads: int, experts: int, row_bytes: int) -> int:
     """Give the most rows of a chunk with experts + (threads * 4 + 4) chunks + 300 MB <= limit.
 
     Parameters
     ----------
     limit, experts, row_bytes : bytes
     threads : tasks at a time
-    stored : rows that are stored together, if there is such a number
+
+    Raises
+    ------
+    MemoryError
+        If that is fewer than `FEWEST_ROWS`.
 
     Examples
     --------
-    >>> chunk_rows_within(1 << 30, 2, 64 << 20, 1024, stored=10_000)
-    40000
+    >>> chunk_rows_within(1 << 30, 2, 64 << 20, 1024)
+    56320
     """
     chunks = CHUNKS_PER_THREAD * threads + CHUNKS_BESIDE
     room = limit - experts - BASE_BYTES
@@ -210,10 +230,7 @@ def chunk_rows_within(
             f"({row_bytes} bytes each), {needed / 1e6:.0f} MB in all; give more memory, fewer "
             "threads, or more processes"
         )
-    rows = min(rows, max(1, CHUNK_BYTES // row_bytes))
-    if stored is None:
-        return rows
-    return rows // stored * stored if rows >= stored else stored // -(-stored // rows)
+    return rows
 
 
 # --- where -----------------------------------------------------------------------------------
@@ -223,7 +240,7 @@ def _count_threads(where: Threads) -> int:
     return where.count or CPU_COUNT
 
 
-def _count_ranks(where: Threads | Processes | Cluster, client: Client | None) -> int:
+def _count_ranks(where: Where, client: Client | None) -> int:
     """One rank per worker; threads share memory, and have nothing to exchange."""
     if client is None:
         return 1
@@ -239,7 +256,7 @@ def _count_ranks(where: Threads | Processes | Cluster, client: Client | None) ->
 
 
 @contextlib.contextmanager
-def _started(where: Threads | Processes | Cluster) -> Iterator[tuple[int, Client | None]]:
+def _started(where: Where, job: Job) -> Iterator[tuple[int, Client | None]]:
     """Give the number of threads and no client, or a client of the workers."""
     if isinstance(where, Threads):
         with one_blas_thread():
@@ -251,7 +268,10 @@ def _started(where: Threads | Processes | Cluster) -> Iterator[tuple[int, Client
                 threads_per_worker=1,
                 processes=True,
                 host="127.0.0.1",
-                dashboard_address=":0" if where.dashboard else None,
+                scheduler_kwargs={
+                    "dashboard": where.dashboard_port is not None,
+                    "dashboard_address": f"127.0.0.1:{where.dashboard_port or 0}",
+                },
                 memory_limit="auto" if where.memory_limit is None else where.memory_limit,
                 silence_logs=logging.ERROR,
             ) as cluster,
@@ -260,18 +280,30 @@ def _started(where: Threads | Processes | Cluster) -> Iterator[tuple[int, Client
             yield 1, client
     else:
         with Client(where.address, scheduler_file=where.scheduler_file) as client:
+            check_cluster(client, _files_of(job))
             client.register_plugin(OneBlasThread())
             yield 1, client
 
 
-class OneBlasThread(WorkerPlugin):
-    """Gives every worker of a cluster, also one that comes later, one BLAS thread per task."""
-
-    name = "dask-ep-one-blas-thread"
-    idempotent = True
-
-    def setup(self, worker: Any) -> None:
-        limit_blas_for_good()
+def _files_of(job: Job) -> dict[str, str]:
+    """The local files and directories that all workers must see."""
+    paths = {
+        "tokens": job.tokens,
+        "routing": job.routing,
+        "topk_weights": job.topk_weights,
+        "layer": job.layer,
+        "the directory of out": os.path.dirname(job.out),
+        **{
+            f"experts.{key}": value
+            for key, value in (job.experts or {}).items()
+            if key in WEIGHT_KEYS and isinstance(value, str)
+        },
+    }
+    return {
+        what: path.partition("::")[0]
+        for what, path in paths.items()
+        if path is not None and "://" not in path
+    }
 
 
 def _owned(client: Client | None, world_size: int) -> contextlib.AbstractContextManager:

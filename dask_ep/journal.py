@@ -44,6 +44,11 @@ def write_manifest(directory: str, manifest: Mapping[str, Any]) -> None:
     sync_directory(directory)
 
 
+def has_manifest(directory: str) -> bool:
+    """Tell whether there is a manifest, be it readable or not."""
+    return os.path.lexists(os.path.join(directory, "manifest.json"))
+
+
 def read_manifest(directory: str) -> dict[str, Any] | None:
     """Read the manifest, None if there is none.
 

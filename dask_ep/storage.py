@@ -172,12 +172,13 @@ def store(
     _check(y, path, os.path.splitext(path)[1], compressors)
     wanted = _make_manifest(y, path, inputs, settings)
     directory = progress_directory(path)
-    _check_existing(path, journal.read_manifest(directory) is not None, resume, overwrite)
+    _check_existing(path, resume, overwrite)
     os.makedirs(directory, exist_ok=True)
     journal.acquire(directory)
     try:
-        manifest = journal.read_manifest(directory)
-        if overwrite or manifest is None:
+        _check_existing(path, resume, overwrite)  # again, now that nobody else can begin
+        manifest = None if overwrite else journal.read_manifest(directory)
+        if manifest is None:
             writer, manifest = _begin(y, path, wanted, compressors)
         else:
             writer, manifest = _continue(y, path, manifest, wanted, compressors)
@@ -295,9 +296,10 @@ def _refuse_to_replace(path: str, source: str | None) -> None:
             raise ValueError(f"the output {path} would replace its own input {source}")
 
 
-def _check_existing(path: str, began: bool, resume: bool, overwrite: bool) -> None:
+def _check_existing(path: str, resume: bool, overwrite: bool) -> None:
     if resume and overwrite:
         raise ValueError("resume goes on and overwrite starts again; give one of them")
+    began = journal.has_manifest(progress_directory(path))
     there = os.path.lexists(path)
     if there and resume and not began:
         raise FileExistsError(
@@ -357,7 +359,9 @@ def _continue(
     if os.path.exists(writer.path):
         writer.tidy()
     elif os.path.exists(path) and len(done) == len(y.chunks[0]):
-        manifest["complete"] = True  # or stopped between the rename and the manifest
+        if not manifest["complete"]:  # it was stopped between the rename and the manifest
+            manifest["complete"] = True
+            journal.write_manifest(progress_directory(path), manifest)
     else:
         return _begin(y, path, wanted, compressors)  # its files were removed
     return writer, manifest

@@ -1,0 +1,455 @@
+"""Whatever stops a run, resuming computes the missing blocks only, and gives the same bits."""
+
+import errno
+import json
+import multiprocessing
+import os
+import runpy
+import time
+from itertools import pairwise
+
+import dask
+import dask.array as da
+import numpy as np
+import pytest
+from dask.array.utils import assert_eq
+from hypothesis import given
+from hypothesis import strategies as st
+
+from dask_ep import journal, output, storage, writers
+from dask_ep.journal import OutputInUse, read_done, record_done
+from dask_ep.output import progress_directory
+from dask_ep.sources import open_source
+from dask_ep.storage import open_tokens, store
+
+KINDS = (".zarr", ".npy", ".safetensors")
+BLOCKS = 5
+
+
+class Stopped(Exception):
+    """What stops a run in these tests."""
+
+
+class Steps:
+    """An array of 5 blocks that remembers which it made, and can stop before another one."""
+
+    def __init__(self, stop_after=BLOCKS):
+        self.made, self.stop_after = [], stop_after
+        x = da.from_array(np.arange(18.0).reshape(9, 2), chunks=(2, 2), asarray=False)
+        self.array = x.map_blocks(self.make, meta=x._meta)
+        self.expected = np.arange(18.0).reshape(9, 2) * 2
+
+    def make(self, rows):
+        if len(self.made) == self.stop_after:
+            raise Stopped
+        self.made.append(int(rows[0, 0]) // 4)
+        return rows * 2
+
+
+def run(path, steps, **options):
+    return store(steps.array, path, scheduler="sync", **options)
+
+
+def begin(path, stop_after=3, **options):
+    """Run until so many blocks are made; give these."""
+    steps = Steps(stop_after)
+    with pytest.raises(Stopped):
+        run(path, steps, **options)
+    return steps.made
+
+
+@pytest.fixture(params=KINDS)
+def path(tmp_path, request):
+    return str(tmp_path / f"y{request.param}")
+
+
+def manifest_of(path):
+    with open(f"{progress_directory(path)}/manifest.json") as file:
+        return json.load(file)
+
+
+@pytest.mark.parametrize("stop_after", range(BLOCKS))
+def test_a_run_stopped_at_any_block_goes_on_with_the_others(path, stop_after):
+    made = begin(path, stop_after)
+    assert len(made) == stop_after
+    assert not os.path.exists(path)
+    assert not manifest_of(path)["complete"]
+    rest = Steps()
+    with store(rest.array, path, resume=True, compute=False) as output:
+        assert output.done_before == set(made)
+        assert sorted({*output.done_before, *output.missing}) == list(range(BLOCKS))
+        seen = []
+        output.compute(on_block=seen.append, scheduler="sync")
+    assert sorted(rest.made) == sorted(set(range(BLOCKS)) - set(made))
+    assert [receipt.block for receipt in seen] == rest.made
+    assert manifest_of(path)["complete"]
+    assert_eq(open_tokens(path), rest.expected)
+
+
+def test_blocks_that_are_done_cost_nothing_upstream(path):
+    made = begin(path)
+    with store(Steps().array, path, resume=True, compute=False) as output:
+        keys = output.__dask_keys__()
+        graph = dict(output.__dask_optimize__(output.__dask_graph__(), keys))
+    fresh = Steps()
+    with store(fresh.array, path, overwrite=True, compute=False) as output:
+        whole = dict(output.__dask_optimize__(output.__dask_graph__(), output.__dask_keys__()))
+    assert len(keys) == BLOCKS - len(made)
+    assert len(graph) * BLOCKS == len(whole) * len(keys)
+
+
+def test_resuming_a_complete_output_computes_nothing(path):
+    run(path, Steps())
+    again = Steps()
+    output = run(path, again, resume=True)
+    assert output.complete
+    assert output.missing == ()
+    assert output.count_done() == BLOCKS
+    assert again.made == []
+    assert "5 of 5 blocks done" in repr(output)
+    assert_eq(open_tokens(path), again.expected)
+
+
+def test_resuming_nothing_begins(path):
+    steps = Steps()
+    run(path, steps, resume=True)
+    assert sorted(steps.made) == list(range(BLOCKS))
+
+
+def test_an_existing_output_is_left_alone(path):
+    run(path, Steps())
+    with pytest.raises(
+        FileExistsError, match=r"exists; resume .*, overwrite .*, or write elsewhere"
+    ):
+        run(path, Steps())
+    steps = Steps()
+    run(path, steps, overwrite=True)
+    assert len(steps.made) == BLOCKS
+    begin(path, overwrite=True)
+    with pytest.raises(FileExistsError, match="was begun by an earlier run; resume"):
+        run(path, Steps())
+    steps = Steps()
+    run(path, steps, overwrite=True)
+    assert len(steps.made) == BLOCKS
+    assert_eq(open_tokens(path), steps.expected)
+
+
+def test_what_others_made_is_not_resumed(tmp_path):
+    np.save(tmp_path / "y.npy", np.ones((9, 2)))
+    with pytest.raises(FileExistsError, match="does not say what it was made of"):
+        run(tmp_path / "y.npy", Steps(), resume=True)
+    assert os.listdir(tmp_path) == ["y.npy"]
+
+
+def test_changed_inputs_are_refused_with_what_changed(tmp_path, path):
+    np.save(tmp_path / "tokens.npy", np.ones((9, 2)))
+    np.save(tmp_path / "routing.npy", np.zeros((9,), int))
+    inputs = {"tokens": tmp_path / "tokens.npy", "routing": tmp_path / "routing.npy"}
+    settings = {"world_size": 4, "placement": [1, 2]}
+    begin(path, inputs=inputs, settings=settings)
+    with pytest.raises(ValueError, match=r"setting world_size was 4, is 8\. Overwrite it"):
+        run(path, Steps(), resume=True, inputs=inputs, settings=settings | {"world_size": 8})
+    with pytest.raises(ValueError, match=r"setting placement was .*, is absent"):
+        run(path, Steps(), resume=True, inputs=inputs, settings={"world_size": 4})
+    other = {"tokens": inputs["tokens"], "W": np.ones(3)}
+    with pytest.raises(ValueError, match="input routing is not there any more; input W is new"):
+        run(path, Steps(), resume=True, inputs=other, settings=settings)
+    os.utime(tmp_path / "tokens.npy", ns=(1, 10**18))
+    with pytest.raises(ValueError, match=r"input tokens: mtime_ns was 20.*, is 2001-09-09 .*\."):
+        run(path, Steps(), resume=True, inputs=inputs, settings=settings)
+    np.save(tmp_path / "tokens.npy", np.ones((10, 2)))
+    with pytest.raises(
+        ValueError,
+        match=r"tokens: shape was \[9, 2\], is \[10, 2\]; input tokens: size was 272, is",
+    ):
+        run(path, Steps(), resume=True, inputs=inputs, settings=settings)
+    # Nothing of that has touched what was done.
+    assert len(read_done(progress_directory(path), manifest_of(path)["run"])) == 3
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda y: y.astype("f4"), "output dtype was float64, is float32"),
+        (lambda y: y[:8], r"output shape was \[9, 2\], is \[8, 2\]"),
+        (lambda y: y.rechunk((3, 2)), r"output rows was \[2, 2, 2, 2, 1\], is \[3, 3, 3\]"),
+    ],
+)
+def test_another_array_is_refused(path, change, message):
+    begin(path)
+    with pytest.raises(ValueError, match=message):
+        store(change(Steps().array), path, resume=True)
+
+
+def test_the_same_inputs_are_the_same_wherever_they_lie(tmp_path, path):
+    np.save(tmp_path / "tokens.npy", np.ones((9, 2)))
+    begin(path, inputs=[tmp_path / "tokens.npy"])
+    (tmp_path / "moved").mkdir()
+    os.rename(tmp_path / "tokens.npy", tmp_path / "moved" / "tokens.npy")
+    run(path, Steps(), resume=True, inputs=[open_source(tmp_path / "moved" / "tokens.npy")])
+
+
+@given(st.data())
+def test_a_torn_or_damaged_journal_loses_blocks_and_never_adds_one(tmp_path_factory, data):
+    folder = str(tmp_path_factory.mktemp("journal"))
+    blocks = data.draw(st.lists(st.integers(0, 99), min_size=1, max_size=9))
+    for block in blocks:
+        record_done(folder, "run", block)
+    (name,) = os.listdir(folder)
+    with open(f"{folder}/{name}", "rb") as file:
+        whole = file.read()
+    assert read_done(folder, "run") == set(blocks)
+    assert read_done(folder, "other") == set()
+    at = data.draw(st.integers(0, len(whole)))
+    torn = whole[:at]
+    if data.draw(st.booleans()):
+        torn = whole[:at] + data.draw(st.binary(min_size=1, max_size=3)) + whole[at + 1 :]
+    with open(f"{folder}/{name}", "wb") as file:
+        file.write(torn)
+    assert read_done(folder, "run") <= set(blocks)
+    record_done(folder, "run", 100)
+    assert 100 in read_done(folder, "run")
+
+
+def test_a_torn_last_line_costs_one_block(path):
+    made = begin(path)
+    directory = progress_directory(path)
+    (name,) = (name for name in os.listdir(directory) if name.startswith("done-"))
+    os.truncate(f"{directory}/{name}", os.path.getsize(f"{directory}/{name}") - 4)
+    rest = Steps()
+    run(path, rest, resume=True)
+    assert set(rest.made) == set(range(BLOCKS)) - set(made[:-1])
+    assert_eq(open_tokens(path), rest.expected)
+
+
+def test_lines_of_an_overwritten_run_do_not_count(path):
+    begin(path)
+    old = manifest_of(path)["run"]
+    begin(path, stop_after=0, overwrite=True)
+    for block in range(BLOCKS):
+        record_done(progress_directory(path), old, block)  # a straggler of the first run
+    rest = Steps()
+    run(path, rest, resume=True)
+    assert len(rest.made) == BLOCKS
+    assert_eq(open_tokens(path), rest.expected)
+
+
+def test_data_that_was_removed_is_made_again(tmp_path):
+    path = str(tmp_path / "y.zarr")
+    gone, short, good = begin(path)
+    (partial,) = (tmp_path / "y.zarr.progress").glob("partial-*")
+    (partial / f"c.{gone}.0").unlink()
+    os.truncate(partial / f"c.{short}.0", 5)
+    (partial / "c.2.0.17-17.writing").write_bytes(b"half")
+    rest = Steps()
+    run(path, rest, resume=True)
+    assert set(rest.made) == set(range(BLOCKS)) - {good}
+    assert_eq(open_tokens(path), rest.expected)
+    assert not [name for name in os.listdir(path) if name.endswith(".writing")]
+
+
+def test_an_output_whose_files_are_gone_is_made_from_the_start(path):
+    begin(path)
+    partial = f"{progress_directory(path)}/partial-{manifest_of(path)['run']}"
+    storage._remove(partial + os.path.splitext(path)[1])
+    rest = Steps()
+    run(path, rest, resume=True)
+    assert sorted(rest.made) == list(range(BLOCKS))
+    storage._remove(path)
+    again = Steps()
+    run(path, again, resume=True)
+    assert sorted(again.made) == list(range(BLOCKS))
+    assert_eq(open_tokens(path), again.expected)
+
+
+@pytest.mark.parametrize("moment", ["before the rename", "after the rename"])
+def test_a_run_stopped_while_it_finishes(path, monkeypatch, moment):
+    def stop(*_):
+        raise Stopped
+
+    target = (
+        (output.os, "replace") if moment == "before the rename" else (journal, "write_manifest")
+    )
+    with store(Steps().array, path, compute=False) as unfinished:
+        dask.compute(unfinished, scheduler="sync")
+        monkeypatch.setattr(*target, stop)
+        with pytest.raises(Stopped):
+            unfinished.finish()
+        monkeypatch.undo()
+    assert os.path.exists(path) == (moment == "after the rename")
+    rest = Steps()
+    assert run(path, rest, resume=True).complete
+    assert rest.made == []
+    assert manifest_of(path)["complete"]
+    assert_eq(open_tokens(path), rest.expected)
+
+
+def test_an_unfinished_output_has_no_name(path):
+    with store(Steps().array, path, compute=False) as unfinished:
+        with pytest.raises(ValueError, match=r"5 of 5 blocks of .* are missing"):
+            unfinished.finish()
+        assert not os.path.exists(path)
+
+
+def test_a_full_disk_says_where_and_how_much_and_loses_nothing(path, monkeypatch):
+    pwrite, left = os.pwrite, [3]
+
+    def fill(file, view, offset):
+        left[0] -= 1
+        if left[0] < 0:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        return pwrite(file, view, offset)
+
+    monkeypatch.setattr(writers.os, "pwrite", fill)
+    message = (
+        r"no space left for block \d \(rows \[.*\)\) of .*y.*: it needs \d+ bytes, \d+ are free"
+    )
+    with pytest.raises(OSError, match=message) as caught:
+        run(path, Steps())
+    assert caught.value.errno == errno.ENOSPC
+    assert "go on with resume" in str(caught.value)
+    monkeypatch.undo()
+    rest = Steps()
+    run(path, rest, resume=True)
+    assert len(rest.made) == 2
+    assert_eq(open_tokens(path), rest.expected)
+
+
+def test_other_failures_to_write_name_the_block_too(path, monkeypatch):
+    def fail(*_):
+        raise OSError(errno.EIO, "Input/output error")
+
+    monkeypatch.setattr(writers.os, "pwrite", fail)
+    with pytest.raises(OSError, match=r"block \d \(rows .* could not be written: .*Input/output"):
+        run(path, Steps())
+
+
+def test_a_disk_that_is_too_small_is_found_at_the_start(path):
+    y = da.zeros((1 << 20, 1 << 20), chunks=(1 << 19, 1 << 20), dtype="u1")
+    with pytest.raises(
+        OSError, match=r"2 missing blocks .* need 1099511627776 bytes, \d+ are free"
+    ):
+        store(y, path, compute=False)
+    with pytest.raises(OSError, match="no space"):  # the lock was released
+        store(y, path, compute=False, resume=True)
+
+
+def test_two_runs_at_once_are_refused(path):
+    with store(Steps().array, path, compute=False):
+        for options in ({"resume": True}, {"overwrite": True}):
+            with pytest.raises(OutputInUse, match=rf"process {os.getpid()} on .* since 20"):
+                run(path, Steps(), **options)
+    run(path, Steps(), resume=True)
+
+
+def test_a_lock_goes_with_its_owner(path):
+    unfinished = store(Steps().array, path, compute=False)
+    del unfinished
+    run(path, Steps(), resume=True)
+
+
+@pytest.mark.parametrize(
+    ("holder", "free"),
+    [
+        ({}, False),
+        ({"born": "1"}, True),  # the number went to another process
+        ({"pid": 2**22 + 5}, True),  # there is no such process
+        ({"host": "elsewhere"}, False),
+        ({"host": "elsewhere", "pid": 2**22 + 5}, False),
+    ],
+)
+def test_the_lock_of_a_dead_process_is_taken_over(path, holder, free):
+    begin(path)
+    with open(f"{progress_directory(path)}/lock", "w") as file:
+        json.dump(journal._this_process() | holder, file)
+    if free:
+        run(path, Steps(), resume=True)
+    else:
+        with pytest.raises(OutputInUse, match=r"If that process is gone, remove .*progress/lock"):
+            run(path, Steps(), resume=True)
+
+
+def test_a_manifest_of_another_version_is_refused(path):
+    begin(path)
+    manifest = manifest_of(path) | {"format": 99}
+    place = f"{progress_directory(path)}/manifest.json"
+    with open(place, "w") as file:
+        json.dump(manifest, file)
+    with pytest.raises(ValueError, match="must have format 1, not 99: it was written by another"):
+        run(path, Steps(), resume=True)
+    with open(place, "w") as file:
+        file.write("{")
+    with pytest.raises(ValueError, match=r"is not a manifest: .*; start again with overwrite"):
+        run(path, Steps(), resume=True)
+    run(path, Steps(), overwrite=True)
+
+
+PROGRAM = """
+import time
+from dask_ep.storage import open_tokens, store
+
+tokens, path, log, most = arguments
+made = []
+
+def step(rows):
+    time.sleep(0.004)
+    made.append(rows)
+    if len(made) > most:
+        time.sleep(60)
+    with open(log, "a") as file:
+        file.write(f"{int(rows[0, 0])}\\n")
+    return rows * 2
+
+x = open_tokens(tokens, chunks=64)
+y = x.map_blocks(step, meta=x._meta)
+store(y, path, inputs=[tokens], resume=True, scheduler="threads", num_workers=2)
+"""
+
+
+@pytest.fixture(scope="module")
+def forkserver():
+    """Starts processes in milliseconds, with the libraries loaded."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["dask_ep.storage", "zarr"])
+    return context
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_kill_9_at_five_moments(tmp_path, kind, forkserver):
+    rows = np.zeros((64 * 40, 512), "f4")
+    rows[:, 0] = np.arange(len(rows)) // 64
+    rows[:, 1:] = np.random.default_rng(0).random((len(rows), 511), "f4")
+    np.save(tmp_path / "tokens.npy", rows)
+    program, path, log = tmp_path / "run.py", str(tmp_path / f"y{kind}"), tmp_path / "log"
+    program.write_text(PROGRAM)
+    log.touch()
+
+    def start(most):
+        arguments = {"arguments": [str(tmp_path / "tokens.npy"), path, str(log), most]}
+        process = forkserver.Process(target=runpy.run_path, args=(str(program), arguments))
+        process.start()
+        return process
+
+    counted = []
+    for kill in range(5):
+        process = start(most=6)  # however slowly the kill comes, it comes in the middle
+        wanted = len(log.read_text().split()) + 2 + kill % 3
+        while len(log.read_text().split()) < wanted and process.is_alive():
+            time.sleep(0.001)
+        assert process.is_alive()
+        process.kill()
+        process.join()
+        assert not os.path.exists(path)
+        counted.append(read_done(progress_directory(path), manifest_of(path)["run"]))
+    assert all(before <= after for before, after in pairwise(counted))
+    assert 0 < len(counted[-1]) < 40
+    process = start(most=40)
+    process.join()
+    assert process.exitcode == 0
+    np.testing.assert_array_equal(open_tokens(path).compute(), rows * 2)
+    made = list(map(int, log.read_text().split()))
+    # Each block once, and once more at most for the two under way at each of the five kills.
+    assert set(made) == set(range(40))
+    assert len(made) <= 40 + 5 * 2
+    made_last = made[-(40 - len(counted[-1])) :]
+    assert set(made_last) == set(range(40)) - counted[-1]

@@ -33,9 +33,8 @@ Array = Any
 TILE_BYTES = 2 << 20
 """Bytes of gathered rows per matrix product on the CPU: a share of the last-level cache."""
 
-TILE_ALIGNMENT = 48
-"""Rows: BLAS kernels compute 4 to 24 rows together, and a row's last bit can depend on its place
-among them; tiles that begin at multiples of 48 leave that place as it is in one large product."""
+FEWEST_TILE_ROWS = 192
+"""Rows per matrix product on the CPU, however wide: fewer would not pay for packing the matrix."""
 
 
 class Expert(ABC):
@@ -367,9 +366,8 @@ def _tiles(start: int, stop: int, expert: Expert, compute: np.dtype, xp: Any) ->
     if xp is not np:
         return [slice(start, stop)]
     row_bytes = max(expert.widest, 1) * compute.itemsize
-    rows = max(TILE_BYTES // row_bytes, 4 * TILE_ALIGNMENT)
+    rows = max(TILE_BYTES // row_bytes, FEWEST_TILE_ROWS)
     rows = math.ceil(m / math.ceil(m / rows))
-    rows = math.ceil(rows / TILE_ALIGNMENT) * TILE_ALIGNMENT
     return [slice(s, min(s + rows, stop)) for s in range(start, stop, rows)]
 
 

@@ -30,8 +30,9 @@ def expert_parallel_dispatch(
     `experts` are those of this rank alone.
     """
     n = len(tokens)
-    routing = routing.reshape(n, -1)
-    weights = np.ones(routing.shape) if topk_weights is None else topk_weights.reshape(n, -1)
+    routing = routing[:, None] if routing.ndim == 1 else routing
+    weights = np.ones(routing.shape) if topk_weights is None else topk_weights
+    weights = weights[:, None] if weights.ndim == 1 else weights
     first = rank * len(experts)
     out = np.zeros((n, d_out))
     for row in range(n):

@@ -402,7 +402,12 @@ class Ownership(SchedulerPlugin):
 
 
 def _is_pinned(key: object) -> bool:
-    return isinstance(key, tuple) and isinstance(key[0], str) and key[0].startswith(PREFIXES)
+    return (
+        isinstance(key, tuple)
+        and isinstance(key[0], str)
+        and key[0].startswith(PREFIXES)
+        and isinstance(key[-1], int)
+    )
 
 
 def _sorted(owners: Collection[str]) -> tuple[str, ...]:

@@ -121,6 +121,11 @@ class Cluster:
         """Send a signal to the worker of this name (not to its nanny)."""
         os.kill(worker_pids(client)[name], number)
 
+    def continue_process(self, pid: int) -> None:
+        """SIGCONT a process that was stopped, if it is still there."""
+        with suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGCONT)
+
     def stop_worker(self, name: str) -> None:
         """End a worker and its nanny for good."""
         process = self.processes.pop(name)

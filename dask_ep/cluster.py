@@ -1,0 +1,183 @@
+"""Is this cluster fit for the job?
+
+Asked before anything is read, for what is wrong here shows up late and far from its cause:
+
+    every worker, and the scheduler      the versions that the client has
+    every worker                         sees the job's files, and they are the client's
+    the scheduler                        lets a task outlive as many deaths as may happen
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+import warnings
+from collections.abc import Mapping
+from importlib import metadata
+from typing import Any
+
+from distributed import Client, WorkerPlugin
+from distributed.scheduler import Scheduler
+
+import dask_ep
+from dask_ep.blas import limit_blas_for_good
+
+PACKAGES = ("dask", "distributed", "numpy", "zarr")
+"""Packages whose versions must agree, besides dask_ep and Python: graphs and chunks travel as what
+they are in memory."""
+
+
+class UnfitClusterError(RuntimeError):
+    """The cluster cannot do the job: `problems` says why, one sentence each."""
+
+    def __init__(self, problems: list[str]):
+        self.problems = problems
+        super().__init__("; ".join(problems))
+
+
+def check_cluster(client: Client, files: Mapping[str, str | os.PathLike] | None = None) -> None:
+    """Check that scheduler and workers have the client's versions and see the job's files.
+
+    Parameters
+    ----------
+    client : distributed.Client
+    files : mapping of what it is to a local path, optional
+        Files or directories, such as `{"tokens": "/data/tokens.zarr"}`.
+
+    Raises
+    ------
+    UnfitClusterError
+        With every problem found: the worker, and the package or the file.
+
+    Warns
+    -----
+    UserWarning
+        If the scheduler gives a task up before as many workers have died as there are: a task
+        counts each death of a worker in whose queue it waited, even if it was never begun there.
+
+    Notes
+    -----
+    One round trip to all workers and one to the scheduler; nothing of the files is read. A worker
+    sees a file if it finds one of the same kind and size at the same path.
+
+    Examples
+    --------
+    >>> from distributed import Client
+    >>> with Client(n_workers=1, processes=False, dashboard_address=None) as client:
+    ...     check_cluster(client, {"tokens": "/nowhere/tokens.npy"})
+    Traceback (most recent call last):
+        ...
+    dask_ep.cluster.UnfitClusterError: tokens: there is no /nowhere/tokens.npy
+    """
+    paths = {what: os.path.abspath(path) for what, path in (files or {}).items()}
+    here = probe(list(paths.values()))
+    missing = [f"{what}: there is no {path}" for what, path in paths.items() if not here[path]]
+    if missing:
+        raise UnfitClusterError(missing)
+    names = {
+        address: worker["name"]
+        for address, worker in client.scheduler_info(n_workers=-1)["workers"].items()
+    }
+    problems = []
+    try:
+        scheduler, allowed_failures = client.run_on_scheduler(_probe_scheduler)
+        problems += _compare_versions(
+            f"the scheduler ({client.scheduler.address})", scheduler, here
+        )
+    except ModuleNotFoundError as error:
+        allowed_failures = None
+        problems.append(_cannot_import(f"the scheduler ({client.scheduler.address})", error))
+    answers = client.run(probe, list(paths.values()), on_error="return")
+    for address, there in answers.items():
+        who = f"worker {names.get(address, '?')} ({address})"
+        if isinstance(there, BaseException):
+            problems.append(_cannot_import(who, there))
+        else:
+            problems += _compare_versions(who, there, here)
+            problems += _compare_files(who, there, here, paths)
+    if problems:
+        raise UnfitClusterError(problems)
+    if allowed_failures < len(answers):
+        warnings.warn(
+            f"the scheduler gives up a task when {allowed_failures + 1} workers have died on "
+            f"which it waited, and there are {len(answers)} workers; to outlive the death of each, "
+            f"set distributed.scheduler.allowed-failures to {len(answers)} or more where the "
+            "scheduler starts (DASK_DISTRIBUTED__SCHEDULER__ALLOWED_FAILURES)",
+            stacklevel=2,
+        )
+
+
+def probe(paths: list[str]) -> dict[str, Any]:
+    """Tell the versions in this process, and the kind and size of each path (None: not there).
+
+    Examples
+    --------
+    >>> probe(["/"])["/"]
+    ('directory', 0)
+    """
+    versions = {"python": f"{sys.version_info.major}.{sys.version_info.minor}"}
+    versions["dask_ep"] = dask_ep.__version__
+    for package in PACKAGES:
+        try:
+            versions[package] = metadata.version(package)
+        except metadata.PackageNotFoundError:
+            versions[package] = "missing"
+    return {"versions": versions, **{path: _look_at(path) for path in paths}}
+
+
+class OneBlasThread(WorkerPlugin):
+    """Gives every worker of a cluster, also one that comes later, one BLAS thread per task."""
+
+    name = "dask-ep-one-blas-thread"
+    idempotent = True
+
+    def setup(self, worker: Any) -> None:
+        limit_blas_for_good()
+
+
+def _look_at(path: str) -> tuple[str, int] | None:
+    """A directory's own size differs between file systems, so it counts as 0."""
+    try:
+        return ("directory", 0) if os.path.isdir(path) else ("file", os.stat(path).st_size)
+    except OSError:
+        return None
+
+
+def _probe_scheduler(dask_scheduler: Scheduler) -> tuple[dict[str, Any], int]:
+    return probe([]), dask_scheduler.allowed_failures
+
+
+def _compare_versions(who: str, there: dict[str, Any], here: dict[str, Any]) -> list[str]:
+    return [
+        f"{who} has {package} {there['versions'][package]}, but the client has {version}; install "
+        "the same version on both"
+        for package, version in here["versions"].items()
+        if there["versions"][package] != version
+    ]
+
+
+def _compare_files(
+    who: str, there: dict[str, Any], here: dict[str, Any], paths: dict[str, str]
+) -> list[str]:
+    problems = []
+    for what, path in paths.items():
+        if there[path] is None:
+            problems.append(
+                f"{who} does not see {what}: there is no {path}; put it where all workers see it "
+                "under the same path, such as a shared file system"
+            )
+        elif there[path] != here[path]:
+            problems.append(
+                f"{who} sees another {what}: {path} is a {_spell(there[path])} there and a "
+                f"{_spell(here[path])} at the client; give both the same file"
+            )
+    return problems
+
+
+def _spell(seen: tuple[str, int]) -> str:
+    kind, size = seen
+    return f"file of {size} bytes" if kind == "file" else kind
+
+
+def _cannot_import(who: str, error: BaseException) -> str:
+    return f"{who} cannot run this check: {error}; install there what the client has"

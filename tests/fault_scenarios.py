@@ -1,0 +1,184 @@
+"""What can happen to the workers of a running job, and what does it cost?
+
+    undisturbed   ────────────────────────────> same bits
+    disturbed     ─────x──── recovery ─────────────> same bits, so many seconds later
+                       └ a fault of FAULTS, at a moment drawn from a seed
+
+Every fault is done to real processes. It ends with as many workers as it began with, so that one
+cluster serves many faults. Used by the tests at a few moments, and by `workflows/faults.py` at ten.
+"""
+
+from __future__ import annotations
+
+import random
+import signal
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import dask.array as da
+import numpy as np
+from cluster_processes import DEADLINE, Cluster, wait_until, worker_pids
+from distributed import Client, Future
+
+from dask_ep import Experts, expert_parallel, own_experts
+
+RANKS, WORKERS = 6, ("w0", "w1", "w2")
+CHUNKS, ROWS, WIDTH, SLOTS = 24, 64, 16, 2
+
+CONFIG = {
+    "distributed.scheduler.worker-ttl": "2s",  # in effect 5 s, ten heartbeats
+    "distributed.scheduler.allowed-failures": 20,
+    "distributed.nanny.pre-spawn-environ.OPENBLAS_NUM_THREADS": 1,
+}
+"""Of the clusters on which faults are tried."""
+
+
+class SlowExpert:
+    """A linear expert that takes its time, so that a fault finds it at work."""
+
+    def __init__(self, expert: int, seconds: float):
+        self.expert, self.seconds = expert, seconds
+
+    def __call__(self, rows: np.ndarray) -> np.ndarray:
+        if len(rows):
+            time.sleep(self.seconds)
+        generator = np.random.default_rng(self.expert)
+        return rows @ generator.standard_normal((WIDTH, WIDTH)).astype(rows.dtype)
+
+
+def job(seconds_per_product: float = 0.02, salt: int = 0) -> da.Array:
+    """Build the layer's output: 24 chunks through 6 ranks, one expert each; `salt` renames it."""
+    tokens = da.random.default_rng(7).standard_normal(
+        (CHUNKS * ROWS, WIDTH), chunks=(ROWS, WIDTH), dtype=np.float32
+    )
+    routing = np.random.default_rng(8).integers(RANKS, size=(CHUNKS * ROWS, SLOTS))
+    experts = [SlowExpert(e, seconds_per_product + 1e-9 * salt) for e in range(RANKS)]
+    return expert_parallel(
+        tokens,
+        da.from_array(routing, chunks=(ROWS, SLOTS)),
+        Experts.callables(experts),
+        world_size=RANKS,
+    )
+
+
+def kill_one(cluster: Cluster, client: Client, victim: str) -> None:
+    """`kill -9` the process of one owner."""
+    _kill(cluster, client, [victim])
+
+
+def kill_two(cluster: Cluster, client: Client, victim: str) -> None:
+    """`kill -9` two of three owners at once."""
+    other = WORKERS[WORKERS.index(victim) - 1]
+    _kill(cluster, client, [victim, other])
+
+
+def kill_all(cluster: Cluster, client: Client, victim: str) -> None:
+    """`kill -9` every worker; their nannies start them again."""
+    _kill(cluster, client, list(WORKERS))
+
+
+def stop_one(cluster: Cluster, client: Client, victim: str) -> None:
+    """SIGSTOP one owner until the scheduler has given it up, then SIGCONT."""
+    pid = worker_pids(client)[victim]
+    cluster.signal(client, victim, signal.SIGSTOP)
+    wait_until(lambda: worker_pids(client).get(victim) != pid, f"{victim} is given up")
+    cluster.continue_process(pid)
+    _bring_back(cluster, client, [victim])
+
+
+def retire_one(cluster: Cluster, client: Client, victim: str) -> None:
+    """Retire one owner in an orderly way."""
+    client.retire_workers(names=[victim])
+    _bring_back(cluster, client, [victim])
+
+
+def add_one(cluster: Cluster, client: Client, victim: str) -> None:
+    """Start a fourth worker; it stays until the job is done."""
+    cluster.start_worker("added")
+    wait_until(lambda: "added" in worker_pids(client), "the added worker has come")
+
+
+def restart(cluster: Cluster, client: Client, victim: str) -> None:
+    """`client.restart()`: the scheduler forgets the job, which is submitted again."""
+    client.restart(timeout=DEADLINE)
+
+
+FAULTS: dict[str, tuple[Callable[[Cluster, Client, str], None], bool]] = {
+    "one owner killed": (kill_one, False),
+    "two of three owners killed": (kill_two, False),
+    "all workers killed, nannies restart them": (kill_all, True),
+    "one owner stopped for 5 s, then continued": (stop_one, True),
+    "one owner retired": (retire_one, False),
+    "one worker added": (add_one, False),
+    "client.restart() and submitted again": (restart, True),
+}
+"""By name: what is done, and whether the workers have nannies."""
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a disturbed run gave."""
+
+    value: np.ndarray
+    seconds: float
+    failures: list[str]
+
+
+def run_undisturbed(client: Client, salt: int = 0) -> Outcome:
+    """Run the job while nothing happens."""
+    with own_experts(client, RANKS) as owners:
+        begun = time.monotonic()
+        value = client.compute(job(salt=salt)).result(timeout=DEADLINE)
+        return Outcome(value, time.monotonic() - begun, owners.failures)
+
+
+def run_disturbed(
+    cluster: Cluster, client: Client, fault: str, moment: float, victim: str, salt: int
+) -> Outcome:
+    """Run the job, and do `fault` to it `moment` seconds after it began."""
+    disturb, _ = FAULTS[fault]
+    with own_experts(client, RANKS, settle=0.5) as owners:
+        begun = time.monotonic()
+        future = client.compute(job(salt=salt))
+        time.sleep(moment)
+        disturb(cluster, client, victim)
+        if disturb is restart:
+            future = client.compute(job(salt=salt))
+        value = future.result(timeout=DEADLINE)
+        outcome = Outcome(value, time.monotonic() - begun, owners.failures)
+        del future
+    _restore(cluster, client)
+    return outcome
+
+
+def moments(fault: str, count: int, length: float) -> list[tuple[float, str]]:
+    """Draw moments within a run of `length` seconds, and victims, from a seed of the fault."""
+    draw = random.Random(fault)
+    return [(draw.uniform(0, length), draw.choice(WORKERS)) for _ in range(count)]
+
+
+def _kill(cluster: Cluster, client: Client, names: list[str]) -> None:
+    before = worker_pids(client)
+    for name in names:
+        cluster.signal(client, name, signal.SIGKILL)
+    wait_until(
+        lambda: all(worker_pids(client).get(name) != before[name] for name in names),
+        f"the scheduler has noticed that {names} died",
+    )
+    _bring_back(cluster, client, names)
+
+
+def _bring_back(cluster: Cluster, client: Client, names: list[str]) -> None:
+    """Start workers again where no nanny does."""
+    if not cluster.nanny:
+        for name in names:
+            cluster.stop_worker(name)
+            cluster.start_worker(name)
+
+
+def _restore(cluster: Cluster, client: Client) -> None:
+    """Bring the cluster back to the workers that it began with."""
+    if "added" in cluster.processes:
+        cluster.stop_worker("added")
+    wait_until(lambda: set(worker_pids(client)) == set(WORKERS), "all workers are back")

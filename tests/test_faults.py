@@ -1,0 +1,50 @@
+"""Faults of real workers in the midst of a job: it ends, and with the bits of an undisturbed run.
+
+`workflows/faults.py` tries the same at ten moments each and prints what it costs.
+"""
+
+import numpy as np
+import pytest
+from cluster_processes import Cluster
+from fault_scenarios import CONFIG, FAULTS, WORKERS, moments, run_disturbed, run_undisturbed
+
+LENGTH = 2.0
+"""Seconds of the undisturbed run, about: faults come within them."""
+
+TRIED = {"one owner stopped for 5 s, then continued": 1, "client.restart() and submitted again": 1}
+"""Moments tried here, where not 2: what takes long is tried once."""
+
+
+@pytest.fixture(scope="module")
+def clusters(tmp_path_factory):
+    """Clusters without and with nannies, started when first asked for, and the expected result."""
+    running = {}
+
+    def running_cluster(nanny):
+        if nanny not in running:
+            cluster = Cluster(tmp_path_factory.mktemp("c"), WORKERS, nanny=nanny, config=CONFIG)
+            cluster.__enter__()
+            client = cluster.client()
+            running[nanny] = cluster, client, run_undisturbed(client).value
+        return running[nanny]
+
+    yield running_cluster
+    for cluster, client, _ in running.values():
+        client.close()
+        cluster.__exit__()
+
+
+CASES = [
+    pytest.param(fault, number, id=f"{fault}-{number}")
+    for fault in FAULTS
+    for number in range(TRIED.get(fault, 2))
+]
+
+
+@pytest.mark.parametrize(("fault", "number"), CASES)
+def test_the_result_is_that_of_the_undisturbed_run(clusters, fault, number):
+    cluster, client, expected = clusters(nanny=FAULTS[fault][1])
+    moment, victim = moments(fault, 10, LENGTH)[number]
+    outcome = run_disturbed(cluster, client, fault, moment, victim, salt=number + 1)
+    assert np.array_equal(outcome.value, expected)
+    assert outcome.failures == []

@@ -1,6 +1,6 @@
 """Which real text lies on every machine, and how does it become token rows?
 
-The words of the Python standard library's own sources, in the order of the sorted file names.
+The words of the Python standard library's own sources, file after file, the names sorted.
 Their frequencies follow Zipf's law, as those of any text do, so that a router sends more rows to
 some experts than to others: what uniform noise does not show.
 
@@ -14,11 +14,11 @@ vectors: rows of two passes are alike, not equal.
 
 from __future__ import annotations
 
+import os
 import re
 import sysconfig
 import zlib
 from collections.abc import Iterator
-from pathlib import Path
 
 import numpy as np
 
@@ -29,6 +29,7 @@ PLACES = 1024
 """Rows after which the place vectors repeat."""
 
 _WORD = re.compile(rb"[A-Za-z_]\w*")
+_LEFT_OUT = {"site-packages", "dist-packages", "test", "tests", "idle_test", "__pycache__"}
 _FILE_SHARE, _PLACE_SHARE = 0.5, 0.1  # lengths of those vectors; a word's vector has length 1
 
 
@@ -51,21 +52,19 @@ class WordIds(dict):
         return self[word]
 
 
-def find_files() -> list[Path]:
-    """Give the standard library's sources, sorted, without installed packages and tests.
+def find_files() -> list[str]:
+    """Give the standard library's sources in a fixed order, without tests and installed packages.
 
     Raises
     ------
     FileNotFoundError
         If the standard library is installed without its sources.
     """
-    root = Path(sysconfig.get_path("stdlib"))
-    without = {"site-packages", "dist-packages", "test", "tests", "__pycache__"}
-    files = [
-        path
-        for path in sorted(root.rglob("*.py"))
-        if not without.intersection(path.relative_to(root).parts)
-    ]
+    root = sysconfig.get_path("stdlib")
+    files = []
+    for directory, below, names in os.walk(root):
+        below[:] = sorted(set(below) - _LEFT_OUT)
+        files += [os.path.join(directory, name) for name in sorted(names) if name.endswith(".py")]
     if not files:
         raise FileNotFoundError(
             f"the words of the example come from the Python sources in {root}, but there is no "
@@ -121,7 +120,8 @@ class TokenRows:
         number = 0
         while True:
             for path in files:
-                words = _WORD.findall(path.read_bytes())
+                with open(path, "rb") as file:
+                    words = _WORD.findall(file.read())
                 ids = np.fromiter(map(word_ids.__getitem__, words), np.int64, len(words))
                 yield ids, self._vectors(2 + number, 1, _FILE_SHARE)[0]
                 number += 1

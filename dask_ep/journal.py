@@ -16,6 +16,7 @@ right and it is of this manifest's run: a torn line costs that block's recomputa
 from __future__ import annotations
 
 import contextlib
+import errno
 import fcntl
 import json
 import os
@@ -85,7 +86,8 @@ def record_done(directory: str, run: str, block: int, *, sync: bool = False) -> 
     flags = os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC
     file = os.open(os.path.join(directory, name), flags, 0o666)
     try:
-        os.write(file, line)
+        if os.write(file, line) != len(line):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), name)
         if sync:
             os.fsync(file)
     finally:

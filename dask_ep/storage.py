@@ -183,8 +183,6 @@ def store(
         else:
             writer, manifest = _continue(y, path, manifest, wanted, compressors)
         output = Output(y, path, writer, manifest, sync)
-        if compressors is None:
-            _check_space(output)
     except BaseException:
         journal.release(directory)
         raise
@@ -337,6 +335,8 @@ def _begin(
     for name in sorted(os.listdir(directory), key=lambda name: name != "manifest.json"):
         if name != "lock":
             _remove(os.path.join(directory, name))
+    if compressors is None:
+        _check_space(path, y, set())
     manifest = wanted | {"run": uuid.uuid4().hex[:12], "complete": False}
     writer = _open_writer(y, path, manifest, compressors)
     writer.create()
@@ -358,6 +358,8 @@ def _continue(
     done = journal.read_done(progress_directory(path), manifest["run"])
     if os.path.exists(writer.path):
         writer.tidy()
+        if compressors is None:
+            _check_space(path, y, done)
     elif os.path.exists(path) and len(done) == len(y.chunks[0]):
         if not manifest["complete"]:  # it was stopped between the rename and the manifest
             manifest["complete"] = True
@@ -373,15 +375,16 @@ def _open_writer(y: da.Array, path: str, manifest: Mapping[str, Any], compressor
     return make_writer(kind, partial, y.shape, y.dtype, y.chunks[0], compressors)
 
 
-def _check_space(output: Output) -> None:
-    row_bytes = prod(output.shape[1:]) * output.dtype.itemsize
-    needed = sum(output.rows[block] for block in output.missing) * row_bytes
-    free = free_bytes(output.directory)
+def _check_space(path: str, y: da.Array, done: set[int]) -> None:
+    """Find a full disk before the work; a compressed output may need less, and is not judged."""
+    rows = [count for block, count in enumerate(y.chunks[0]) if block not in done]
+    needed = sum(rows) * prod(y.shape[1:]) * y.dtype.itemsize
+    free = free_bytes(progress_directory(path))
     if needed > free:
         raise OSError(
             errno.ENOSPC,
-            f"no space for the {len(output.missing)} missing blocks of {output.path}: they need "
-            f"{needed} bytes, {free} are free. Make room, or write elsewhere",
+            f"no space for the {len(rows)} missing blocks of {path}: they need {needed} bytes, "
+            f"{free} are free. Make room, or write elsewhere",
         )
 
 

@@ -330,8 +330,29 @@ def test_a_disk_that_is_too_small_is_found_at_the_start(path):
         OSError, match=r"2 missing blocks .* need 1099511627776 bytes, \d+ are free"
     ):
         store(y, path, compute=False)
-    with pytest.raises(OSError, match="no space"):  # the lock was released
-        store(y, path, compute=False, resume=True)
+    steps = Steps()  # nothing was begun, and nothing is locked
+    run(path, steps)
+    assert_eq(open_tokens(path), steps.expected)
+
+
+def test_a_disk_that_became_too_small_is_found_when_resuming(path, monkeypatch):
+    begin(path)
+    monkeypatch.setattr(storage, "free_bytes", lambda _: 5)
+    with pytest.raises(OSError, match=r"2 missing blocks of .* need \d+ bytes, 5 are free"):
+        run(path, Steps(), resume=True)
+    monkeypatch.undo()
+    run(path, Steps(), resume=True)
+
+
+def test_a_line_that_does_not_fit_on_the_disk_is_no_success(path, monkeypatch):
+    write = os.write
+    monkeypatch.setattr(journal.os, "write", lambda file, line: write(file, line[:9]))
+    with pytest.raises(OSError, match="no space left for block"):
+        run(path, Steps())
+    monkeypatch.undo()
+    rest = Steps()
+    run(path, rest, resume=True)
+    assert len(rest.made) == BLOCKS
 
 
 def test_two_runs_at_once_are_refused(path):

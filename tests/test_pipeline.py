@@ -1,0 +1,396 @@
+"""The graph is lazy, exact in its tasks, streams, and gives what the plain loops give."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+import threading
+
+import dask
+import dask.array as da
+import numpy as np
+import pytest
+from dask.array.utils import assert_eq
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from dask_ep import Experts, Placement, expert_parallel, reference
+from dask_ep import pipeline as pipeline_module
+from dask_ep.pipeline import count_tasks
+from dask_ep.placement import balanced, contiguous
+from tests.compare import assert_close, whole_layer
+from tests.strategies import Case, cases
+
+E, D, N = 8, 6, 60
+
+
+def layer(seed: int = 0, k: int = 2, n: int = N) -> dict[str, np.ndarray]:
+    rng = np.random.default_rng(seed)
+    return {
+        "tokens": rng.standard_normal((n, D)),
+        "routing": np.argsort(rng.random((n, E)), axis=1)[:, :k],
+        "topk_weights": rng.random((n, k)),
+        "W": rng.standard_normal((E, D, D)),
+    }
+
+
+def build(data: dict[str, np.ndarray], chunks: object = 20, **kwargs) -> da.Array:
+    return expert_parallel(
+        da.from_array(data["tokens"], chunks=(chunks, -1)),
+        da.from_array(data["routing"], chunks=(chunks, -1)),
+        data["W"],
+        topk_weights=da.from_array(data["topk_weights"], chunks=(chunks, -1)),
+        **kwargs,
+    )
+
+
+def refuse_to_compute(*args, **kwargs):
+    raise AssertionError("something was computed while the graph was built")
+
+
+# --- values ------------------------------------------------------------------------------
+
+
+@settings(max_examples=40)
+@given(cases(even=False), st.sampled_from(["sync", "threads"]))
+def test_equals_the_plain_loops_over_any_layer(case: Case, scheduler: str):
+    tokens, routing, topk_weights = case.dask()
+    y = expert_parallel(
+        tokens, routing, case.W, topk_weights=topk_weights, world_size=case.world_size
+    )
+    assert y.chunks[0] == tokens.chunks[0]
+    with dask.config.set(scheduler=scheduler):
+        assert_close(y.compute(), whole_layer(case), case.tolerance)
+        assert_eq(y, y.compute())
+
+
+@settings(max_examples=30)
+@given(cases(dtypes=[np.float64], even=False), st.data())
+def test_a_placement_changes_nothing_but_the_place(case: Case, data):
+    load = np.bincount(case.routing[case.routing >= 0], minlength=case.num_experts)
+    ranks = data.draw(st.integers(1, case.num_experts))
+    placement = data.draw(st.sampled_from([balanced(load, ranks), contiguous(len(load), ranks)]))
+    tokens, routing, topk_weights = case.dask()
+    y = expert_parallel(tokens, routing, case.W, topk_weights=topk_weights, placement=placement)
+    assert_close(y.compute(scheduler="sync"), whole_layer(case), case.tolerance)
+
+
+def test_without_copies_and_with_one_slot_a_placement_keeps_every_bit():
+    data = layer(k=1)
+    placement = Placement(np.random.default_rng(0).permutation(E).reshape(4, 2))
+    assert_eq(build(data, world_size=1), build(data, placement=placement), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("scheduler", ["sync", "threads", "processes"])
+def test_every_scheduler_gives_the_same_bits(scheduler):
+    y = build(layer(), world_size=4)
+    want = y.compute(scheduler="sync")
+    np.testing.assert_array_equal(y.compute(scheduler=scheduler, num_workers=2), want)
+
+
+def test_one_expert_is_the_dense_layer():
+    data = layer()
+    tokens = da.from_array(data["tokens"], chunks=(20, -1))
+    y = expert_parallel(tokens, da.zeros(N, chunks=20, dtype=int), data["W"][:1])
+    assert_eq(y, data["tokens"] @ data["W"][0])
+
+
+@pytest.mark.parametrize("world_size", [1, 4])
+def test_identity_experts_give_the_input_bit_for_bit(world_size):
+    data = layer(k=1)
+    y = expert_parallel(
+        da.from_array(data["tokens"], chunks=(20, -1)),
+        da.from_array(data["routing"], chunks=(20, -1)),
+        [np.positive] * E,
+        world_size=world_size,
+    )
+    assert_eq(y, data["tokens"], rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("world_size", [1, 2])
+def test_dask_weights_and_gated_experts(world_size):
+    rng = np.random.default_rng(0)
+    w = {n: rng.standard_normal(s) for n, s in {"gate": (E, D, 9), "up": (E, D, 9)}.items()}
+    w["down"] = rng.standard_normal((E, 9, D))
+    experts = Experts.gated(**{n: da.from_array(a, chunks=(3, 2, 4)) for n, a in w.items()})
+    data = layer()
+    y = expert_parallel(
+        da.from_array(data["tokens"], chunks=(20, -1)),
+        da.from_array(data["routing"], chunks=(20, -1)),
+        experts,
+        world_size=world_size,
+    )
+    plain = [reference.gated(w["gate"][e], w["up"][e], w["down"][e]) for e in range(E)]
+    want = reference.moe(data["tokens"], data["routing"], plain, d_out=D)
+    assert_close(y.compute(scheduler="sync"), want, 1e-12)
+
+
+# --- chunks ---------------------------------------------------------------------------------------
+
+
+def test_routing_takes_the_chunks_of_the_tokens():
+    data = layer()
+    y = expert_parallel(
+        da.from_array(data["tokens"], chunks=(25, 4)),
+        da.from_array(data["routing"], chunks=(7, 1)),
+        data["W"],
+        topk_weights=da.from_array(data["topk_weights"], chunks=(N, 1)),
+        world_size=2,
+    )
+    assert y.chunks == ((25, 25, 10), (D,))
+    assert_eq(y, build(data, world_size=1).compute())
+
+
+@pytest.mark.parametrize("world_size", [1, 2])
+def test_chunks_of_unknown_length(world_size):
+    data = layer()
+    keep = data["tokens"][:, 0] > 0
+    known = {n: da.from_array(a, chunks=(20, -1)) for n, a in data.items() if n != "W"}
+    some = {n: a[known["tokens"][:, 0] > 0] for n, a in known.items()}
+    y = expert_parallel(
+        some["tokens"],
+        some["routing"],
+        data["W"],
+        topk_weights=some["topk_weights"],
+        world_size=world_size,
+    )
+    assert np.isnan(y.chunks[0]).all()
+    assert_close(y.compute(scheduler="sync"), build(data, world_size=1).compute()[keep], 1e-12)
+
+
+# --- the graph ---------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("chunks", [60, 20, 7])
+@pytest.mark.parametrize("world_size", [1, 2, 4, 8])
+def test_exactly_as_many_tasks_as_the_formula_says(chunks, world_size):
+    y = build(layer(), chunks=chunks, world_size=world_size)
+    steps = [str(key[0]).rsplit("-", 1)[0] for key in y.__dask_graph__() if "ep-" in str(key[0])]
+    C, R = y.numblocks[0], world_size
+    assert len(steps) == count_tasks(C, R) == (C + 1 if R == 1 else C * (2 * R + 1) + R)
+    if R > 1:
+        counts = {step: steps.count(step) for step in set(steps)}
+        assert counts == {"ep-experts": R, "ep-send": C * R, "ep-dispatch": C * R, "ep-sum": C}
+
+
+@pytest.mark.parametrize("world_size", [2, 4])
+def test_steps_keep_their_keys_through_optimisation(world_size):
+    """Owners are found by key; and a send fused into a dispatch would ship whole chunks."""
+    y = (build(layer(), world_size=world_size) + 1).sum()
+    (optimised,) = dask.optimize(y)
+    steps = [key[0].rsplit("-", 1)[0] for key in optimised.__dask_graph__() if "ep-" in str(key)]
+    for step, count in {"ep-send": 3 * world_size, "ep-dispatch": 3 * world_size}.items():
+        assert steps.count(step) == count
+
+
+class CountingArray:
+    """An array whose reads are counted."""
+
+    def __init__(self, array: np.ndarray):
+        self.array, self.shape, self.dtype, self.ndim = array, array.shape, array.dtype, array.ndim
+        self.reads: list[object] = []
+        self._lock = threading.Lock()
+
+    def __getitem__(self, index):
+        with self._lock:
+            self.reads.append(index)
+        return self.array[index]
+
+    def __dask_tokenize__(self):
+        return ("CountingArray", id(self))
+
+
+@pytest.mark.parametrize("world_size", [1, 4])
+def test_each_chunk_is_read_once(world_size):
+    data = layer()
+    source = CountingArray(data["tokens"])
+    y = expert_parallel(
+        da.from_array(source, chunks=(20, -1), asarray=False, meta=data["tokens"][:0]),
+        da.from_array(data["routing"], chunks=(20, -1)),
+        data["W"],
+        world_size=world_size,
+    )
+    assert source.reads == []
+    y.compute(scheduler="threads", num_workers=2)
+    assert len(source.reads) == 3
+
+
+@pytest.mark.parametrize("world_size", [1, 4])
+def test_a_slice_loads_only_what_it_needs(world_size):
+    data = layer()
+    source = CountingArray(data["tokens"])
+    y = expert_parallel(
+        da.from_array(source, chunks=(20, -1), asarray=False, meta=data["tokens"][:0]),
+        da.from_array(data["routing"], chunks=(20, -1)),
+        data["W"],
+        world_size=world_size,
+    )
+    first = y[:5].compute(scheduler="sync")
+    assert len(source.reads) == 1
+    (optimised,) = dask.optimize(y[:5])
+    sends = [key for key in optimised.__dask_graph__() if "ep-send" in str(key)]
+    assert len(sends) == (0 if world_size == 1 else world_size)
+    np.testing.assert_array_equal(first, y.compute(scheduler="sync")[:5])
+
+
+@pytest.mark.parametrize("world_size", [1, 4])
+def test_chunks_stream(world_size):
+    """However many chunks there are, few are alive at once."""
+    live, most, lock = set(), [0], threading.Lock()
+
+    def load(block_id):
+        with lock:
+            live.add(block_id[0])
+            most[0] = max(most[0], len(live))
+        return np.ones((5, D))
+
+    def drop(block, block_id):
+        with lock:
+            live.discard(block_id[0])
+        return block[:0]
+
+    tokens = da.map_blocks(
+        load, chunks=((5,) * 40, (D,)), dtype=float, meta=np.empty((0, 0)), name="load"
+    )
+    y = expert_parallel(
+        tokens, da.zeros(200, chunks=5, dtype=int), layer()["W"], world_size=world_size
+    )
+    done = y.map_blocks(drop, chunks=((0,) * 40, (D,)), dtype=float, meta=np.empty((0, 0)))
+    done.compute(scheduler="threads", num_workers=2)
+    assert most[0] <= 6
+
+
+def test_building_computes_nothing_and_calls_nothing():
+    def never(x):
+        raise AssertionError("an expert was called while the graph was built")
+
+    data = layer()
+    with dask.config.set(scheduler=refuse_to_compute):
+        build(data, world_size=2)
+        expert_parallel(
+            da.from_array(data["tokens"], chunks=(20, -1)),
+            da.from_array(data["routing"], chunks=(20, -1)),
+            [never] * E,
+            world_size=2,
+        )
+
+
+def test_names_follow_from_the_inputs():
+    data, other = layer(), layer(seed=1)
+    with dask.config.set({"tokenize.ensure-deterministic": True}):
+        names = [build(data, world_size=2).name for _ in range(2)]
+        assert names[0] == names[1]
+        different = [
+            build(data | {"W": other["W"]}, world_size=2).name,
+            build(data | {"tokens": other["tokens"]}, world_size=2).name,
+            build(data, world_size=4).name,
+            build(data, placement=balanced(np.arange(E), 2)).name,
+        ]
+        assert len({names[0], *different}) == 5
+
+
+@pytest.mark.parametrize("world_size", [1, 2])
+def test_it_composes(world_size, tmp_path):
+    data = layer()
+    y, want = build(data, world_size=world_size), build(data, world_size=1).compute()
+    assert_eq(y.sum(axis=0), want.sum(axis=0))
+    assert_eq(y[3:41:2, 1], want[3:41:2, 1])
+    y.to_zarr(tmp_path / "y.zarr")
+    assert_eq(da.from_zarr(tmp_path / "y.zarr"), want)
+    a, b = np.empty((N, D)), np.empty((N, D))
+    da.store([y, y + 1], [a, b], lock=False)
+    assert_eq(b - a, np.ones((N, D)))
+    routing = da.from_array(data["routing"], chunks=(20, -1))
+    twice = expert_parallel(y, routing, data["W"], world_size=world_size)
+    plain = [reference.linear(W) for W in data["W"]]
+    assert_eq(twice, reference.moe(want, data["routing"], plain, d_out=D))
+
+
+# --- what is refused, and said ----------------------------------------------------------
+
+TOKENS = da.ones((N, D), chunks=(20, D))
+ROUTING = da.zeros((N, 2), chunks=(20, 2), dtype=int)
+
+
+@pytest.mark.parametrize(
+    ("changes", "error", "message"),
+    [
+        ({"tokens": np.ones((N, D))}, TypeError, "tokens must be a Dask array, but is a ndarray"),
+        ({"routing": np.zeros(N, int)}, TypeError, "routing must be a Dask array"),
+        ({"routing": ROUTING[:50]}, ValueError, "routing has .*50 rows|50 rows .* tokens have 60"),
+        ({"routing": ROUTING.astype(float)}, TypeError, "integer expert indices.*float64"),
+        ({"tokens": TOKENS.astype(int)}, TypeError, "tokens must hold floats"),
+        ({"tokens": TOKENS[:, :4]}, ValueError, "width d=6, but tokens have width 4"),
+        ({"topk_weights": TOKENS}, ValueError, r"topk_weights have \(60, 6\) and routing has"),
+        ({"world_size": 0}, ValueError, "world_size must be at least 1, but is 0"),
+        ({"experts": 3}, TypeError, "experts must be an Experts"),
+        ({"placement": "balanced"}, ValueError, "depends on the rows of each expert.*plan"),
+        (
+            {"placement": contiguous(4, 2)},
+            ValueError,
+            "placement is for 4 experts on 2 ranks, but there are 8 experts and world_size=2",
+        ),
+        (
+            {"tokens": TOKENS[TOKENS[:, 0] > 0], "routing": da.zeros(N, chunks=30, dtype=int)},
+            ValueError,
+            r"tokens have 3 and routing 2.*compute_chunk_sizes\(\)",
+        ),
+    ],
+)
+def test_what_cannot_be_built_is_refused(changes, error, message):
+    good = {"tokens": TOKENS, "routing": ROUTING, "experts": np.ones((E, D, D)), "world_size": 2}
+    with pytest.raises(error, match=message):
+        expert_parallel(**(good | changes))
+
+
+@pytest.mark.parametrize(
+    ("world_size", "place"),
+    [(1, "dispatch of token chunk 2 at rank 0 of 1"), (2, "send of token chunk 2 to rank [01]")],
+)
+def test_a_bad_index_is_found_in_its_chunk(world_size, place):
+    data = layer()
+    data["routing"][45, 1] = 8
+    with pytest.raises(ValueError, match=place + ".*8"):
+        build(data, world_size=world_size).compute(scheduler="sync")
+
+
+def test_an_error_of_an_experts_own_says_where_it_came_from():
+    def fails(x):
+        if len(x):
+            raise ZeroDivisionError("mine")
+        return x
+
+    y = expert_parallel(TOKENS, ROUTING, [fails] * E, world_size=2)
+    with pytest.raises(ZeroDivisionError) as caught:
+        y.compute(scheduler="sync")
+    assert re.match(
+        r"dask_ep: dispatch of token chunk \d at rank 0 of 2", caught.value.__notes__[0]
+    )
+
+
+def test_functions_that_give_another_width_than_said_are_refused():
+    y = expert_parallel(TOKENS, ROUTING, [lambda x: x[:, :2]] * E)
+    with pytest.raises(ValueError, match=r"width 6, but gave 2; say .*d_out=2"):
+        y.compute(scheduler="sync")
+
+
+def test_many_tasks_are_warned_of(monkeypatch):
+    monkeypatch.setattr(pipeline_module, "TASKS_ADVISED", 10)
+    with pytest.warns(da.PerformanceWarning, match="3 chunks and 2 ranks make 17 tasks"):
+        build(layer(), world_size=2)
+
+
+def test_array_expressions_are_refused():
+    code = """
+import numpy as np, dask.array as da, dask_ep
+try:
+    dask_ep.expert_parallel(da.ones((4, 2)), da.zeros(4, dtype=int), np.ones((1, 2, 2)))
+except RuntimeError as error:
+    assert "array.query-planning" in str(error), error
+else:
+    raise SystemExit("no error")
+"""
+    subprocess.run(
+        [sys.executable, "-c", code], env={"DASK_ARRAY__QUERY_PLANNING": "True"}, check=True
+    )

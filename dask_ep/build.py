@@ -9,6 +9,9 @@ resumed with the same inputs, ranks and placement.
 
 from __future__ import annotations
 
+import hashlib
+import json
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from math import prod
@@ -18,7 +21,6 @@ import dask.array as da
 
 from dask_ep.checkpoint import load_moe_layer
 from dask_ep.experts import Experts
-from dask_ep.files import fingerprint_files
 from dask_ep.job import EXPERT_KEYS, PLACEMENTS, Job
 from dask_ep.layer import MoELayer
 from dask_ep.pipeline import expert_parallel
@@ -51,7 +53,9 @@ class Inputs:
     def loaded_bytes(self) -> int:
         """Bytes of all experts in memory, where they are held in the computing dtype."""
         itemsize = 8 if self.tokens.dtype.itemsize == 8 else 4
-        return self.experts.num_experts * self.experts.parameters * itemsize
+        shared = None if self.layer is None else self.layer.shared
+        some = [self.experts] if shared is None else [self.experts, shared]
+        return sum(one.num_experts * one.parameters for one in some) * itemsize
 
 
 @dataclass(frozen=True)
@@ -113,7 +117,7 @@ def build(inputs: Inputs, *, world_size: int, chunk_rows: int | None = None) -> 
     if inputs.layer is not None:
         placement = _find_placement(job, world_size, lambda: inputs.layer.route(tokens)[0], inputs)
         y = inputs.layer(tokens, world_size=world_size, placement=placement)
-        files = {"tokens": inputs.tokens, "layer": fingerprint_files(job.layer)}
+        files = {"tokens": inputs.tokens, "layer": _fingerprint_layer(inputs.layer, job)}
         settings = {"layer_index": job.layer_index}
     else:
         routing = open_tokens(inputs.routing, name="routing", like=tokens)
@@ -164,6 +168,21 @@ def _make_experts(job: Job) -> Experts:
 
 def _options_of(job: Job) -> dict[str, Any]:
     return {key: value for key, value in job.experts.items() if key not in WEIGHT_KEYS}
+
+
+def _fingerprint_layer(layer: MoELayer, job: Job) -> dict[str, Any]:
+    """Tell a layer's tensors, not the checkpoint's other files, from other or changed ones."""
+    experts = [layer.experts] if layer.shared is None else [layer.experts, layer.shared]
+    parts = [weight.parts for some in experts for weight in some.weights.values()]
+    lists = [[part] if isinstance(part, Source) else part for part in parts]
+    sources = [*layer.arrays.values(), *(source for some in lists for source in some)]
+    text = json.dumps([source.fingerprint() for source in sources], sort_keys=True)
+    digest = hashlib.sha256(text.encode()).hexdigest()[:32]
+    return {
+        "name": os.path.basename(job.layer.rstrip("/")),
+        "tensors": len(sources),
+        "digest": digest,
+    }
 
 
 def _check_rows(inputs: Inputs) -> None:

@@ -15,14 +15,17 @@ import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
+import dask
+import dask.array as da
 import numpy as np
 
 from dask_ep import journal, reference
 from dask_ep.build import Inputs, open_inputs
 from dask_ep.experts import Experts
 from dask_ep.job import Job
+from dask_ep.layer import MoELayer
 from dask_ep.output import progress_directory
 from dask_ep.sources import Source, ZarrSource, open_source
 
@@ -98,7 +101,8 @@ def verify_job(
     Notes
     -----
     Cost: rows * k experts on single rows, in float64; and the routing is read until every expert
-    was met. Memory: the sample, and one expert in float64.
+    was met. Memory: the sample, and one expert in float64. A checkpoint's layer routes the sample
+    by its own router, in float32, as is its definition; experts are those of `reference`.
     """
     output = open_output(job.out)
     inputs = open_inputs(job)
@@ -246,7 +250,11 @@ def _recompute(inputs: Inputs, sample: np.ndarray) -> tuple[np.ndarray, np.ndarr
     """Give the routing (m, k) of the sample's rows, and their output (m, d_out) in float64."""
     tokens = read_rows(inputs.tokens, sample)
     if inputs.layer is not None:
-        return _recompute_layer(inputs, tokens)
+        routing, weights = dask.compute(
+            *inputs.layer.route(da.from_array(tokens, chunks=-1)), scheduler="sync"
+        )
+        y = _apply_experts(inputs.experts, tokens, routing, weights)
+        return routing, y + _apply_shared(inputs.layer, tokens)
     routing = read_rows(inputs.routing, sample).reshape(len(sample), -1)
     weights = None
     if inputs.topk_weights is not None:
@@ -255,11 +263,11 @@ def _recompute(inputs: Inputs, sample: np.ndarray) -> tuple[np.ndarray, np.ndarr
 
 
 def _apply_experts(
-    experts: Any, tokens: np.ndarray, routing: np.ndarray, weights: np.ndarray | None
+    experts: Experts, tokens: np.ndarray, routing: np.ndarray, weights: np.ndarray | None
 ) -> np.ndarray:
     """Sum what each expert gives, one expert in memory at a time, as the only one of its rank."""
     y = np.zeros((len(tokens), experts.d_out))
-    weigh = getattr(experts, "options", {}).get("weigh", "output")
+    weigh = experts.options.get("weigh", "output")
     for e in np.unique(routing[routing >= 0]).tolist():
         rows = np.flatnonzero((routing == e).any(axis=1))
         y[rows] += reference.expert_parallel_dispatch(
@@ -275,11 +283,21 @@ def _apply_experts(
     return y
 
 
-def plain_expert(experts: Any, e: int) -> Callable[[np.ndarray], np.ndarray]:
+def _apply_shared(layer: MoELayer, tokens: np.ndarray) -> np.ndarray:
+    """Sum what the experts give that all rows share, and the rows themselves if the layer does."""
+    y = np.zeros((len(tokens), layer.experts.d_out))
+    if layer.shared is not None:
+        everyone = np.arange(layer.shared.num_experts)[None].repeat(len(tokens), axis=0)
+        y += _apply_experts(layer.shared, tokens, everyone, None)
+    if "shared_gate" in layer.arrays:
+        gate = layer.arrays["shared_gate"]
+        logits = tokens.astype(np.float64) @ gate.read(0, gate.shape[0]).astype(np.float64).ravel()
+        y *= 0.5 * (1 + np.tanh(0.5 * logits[:, None]))
+    return y + tokens if layer.residual else y
+
+
+def plain_expert(experts: Experts, e: int) -> Callable[[np.ndarray], np.ndarray]:
     """Make the function of one row, in float64, that expert `e` is."""
-    if not isinstance(experts, Experts):  # quantized ones: theirs is the only code that knows them
-        expert = experts.load([e], dtype=np.float64)[0]
-        return lambda row: np.asarray(expert(row[None]))[0]
     options = dict(experts.options)
     transposed = options.pop("transposed")
     arrays = {

@@ -2,8 +2,8 @@
 
 Axis letters: `o` out, `i` in, `b` sides of a block, `e` experts.
 
-    FP8     values [(e,) o, i] float8    scales [(e,) o / b0, i / b1]     weight = value * scale
-    MXFP4   blocks [e, o, i / 32, 16]    scales [e, o, i / 32] uint8      weight = value * 2^(s - 127)
+    FP8     values [(e,) o, i] float8    scales [(e,) o / b0, i / b1]    weight = value * scale
+    MXFP4   blocks [e, o, i / 32, 16]    scales [e, o, i / 32] uint8     weight = value * 2^(s-127)
             two values in a byte, the low half first
 
 Both are Sources over Sources: the file keeps its few bits, and only the rows that are asked for
@@ -189,5 +189,3 @@ def _both(whole: Source, data: Source, scales: Source) -> dict[str, Any]:
 def stored_in_8_bits(source: Source) -> bool:
     """Whether a source holds 8-bit floats, which mean nothing without their scales."""
     return source.dtype in FLOAT8
-
-

@@ -1,0 +1,344 @@
+"""What does a whole MoE layer give?
+
+    hidden [..., d] ── rows [n, d] ─┬─ route ──> indices, topk_weights [n, k]
+                                    │                     │
+                                    ├─ experts  <─────────┘      expert_parallel
+                                    ├─ shared experts            every row, by sigmoid of a gate
+                                    ├─ itself, if residual
+                                    v
+                                   sum ──> [..., d]
+
+Everything is lazy and row-wise: a chunk of hidden states is routed, sent through its experts, and
+added up by tasks of its own. Only capacity limits and expert choice look at the whole batch.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import Any
+
+import dask.array as da
+import numpy as np
+from dask.base import normalize_token, tokenize
+from dask.task_spec import Task, TaskRef
+
+from dask_ep.capacity import Capacity, ExpertChoice
+from dask_ep.dispatch import Array, computing_dtype, expert_parallel_dispatch, is_float, namespace
+from dask_ep.experts import CallableExperts, Experts, as_experts
+from dask_ep.lazy_routing import SmallArray, count_rows, route_rows
+from dask_ep.pipeline import expert_parallel
+from dask_ep.placement import Placement
+from dask_ep.routing import Router
+from dask_ep.rows import chunked_like, keys_of, row_array, rows_of, unflatten, xp_name
+from dask_ep.sources import Source, open_source
+
+
+class MoELayer:
+    """A Mixture-of-Experts layer: router, experts, and experts that all rows share.
+
+    Parameters
+    ----------
+    router : Router or ExpertChoice
+    experts : Experts, or anything that `expert_parallel` takes for them
+    router_weight : (E, d), optional
+        A NumPy array, a path, or a Source, as the other small arrays here. A layer without it
+        takes its routing from `table`, or from the call.
+    router_bias, selection_bias : (E,), optional
+        As in `route`.
+    shared : Experts, optional
+        Each row goes through all of them.
+    shared_gate : (d,) or (1, d), optional
+        Shared experts count sigmoid(row · shared_gate); 1 without it.
+    capacity : Capacity, optional
+        How many slots of the whole batch an expert takes; all without it.
+    table : (vocabulary, k) integers, optional
+        Experts of each token id: the call then needs token ids, and `router_weight` only weighs.
+    residual : bool
+        Add the hidden states themselves to the output.
+
+    Raises
+    ------
+    ValueError, TypeError
+        If sizes do not fit, or router and experts do not agree on what a weight multiplies.
+
+    Notes
+    -----
+    Routing is float32. Rows of a (batch, sequence, d) array are numbered in C order where the whole
+    batch counts (`capacity`, `ExpertChoice`). Reading is left to the tasks: a layer that lies in
+    files holds their names, and pickles to a few kB.
+
+    Examples
+    --------
+    >>> import dask.array as da, numpy as np
+    >>> from dask_ep import Experts, MoELayer, Router
+    >>> rng = np.random.default_rng(0)
+    >>> experts = Experts.linear(rng.standard_normal((4, 8, 8), dtype="f4"))
+    >>> router = Router(num_experts=4, k=2, normalise=True)
+    >>> layer = MoELayer(router, experts, rng.standard_normal((4, 8), dtype="f4"))
+    >>> hidden = da.random.default_rng(1).standard_normal((2, 6, 8), chunks=(1, 3, 8))
+    >>> layer(hidden)
+    dask.array<..., shape=(2, 6, 8), dtype=float64, chunksize=(1, 3, 8), chunktype=numpy.ndarray>
+    >>> int(layer.load(hidden).sum())  # 12 rows, 2 experts each
+    24
+    """
+
+    def __init__(
+        self,
+        router: Router | ExpertChoice,
+        experts: Experts | Any,
+        router_weight: Any = None,
+        *,
+        router_bias: Any = None,
+        selection_bias: Any = None,
+        shared: Experts | None = None,
+        shared_gate: Any = None,
+        capacity: Capacity | None = None,
+        table: Any = None,
+        residual: bool = False,
+    ):
+        self.router, self.experts, self.shared = router, as_experts(experts), shared
+        self.capacity, self.residual = capacity, residual
+        given = {
+            "weight": router_weight,
+            "bias": router_bias,
+            "selection_bias": selection_bias,
+            "table": table,
+            "shared_gate": shared_gate,
+        }
+        self.arrays = {
+            name: self._small_array(name, value)
+            for name, value in given.items()
+            if value is not None
+        }
+        self._check()
+
+    def __call__(
+        self,
+        hidden: da.Array,
+        *,
+        token_ids: da.Array | None = None,
+        routing: tuple[da.Array, da.Array] | None = None,
+        world_size: int | None = None,
+        placement: Placement | str | None = None,
+    ) -> da.Array:
+        """Compute the layer.
+
+        Parameters
+        ----------
+        hidden : (n, d), (batch, sequence, d) or more axes: Dask array of floats
+        token_ids : Dask array of integers of the shape of `hidden` without its last axis
+            Needed by a layer with a `table`, and by no other.
+        routing : (indices, topk_weights), optional
+            Each (..., k): what `route` gave, here or in a run before, instead of routing again.
+        world_size, placement : as in `expert_parallel`
+
+        Returns
+        -------
+        Dask array of the shape and dtype of `hidden`, lazy
+            In its chunks; where the whole batch counts, axes after the first come in one chunk.
+        """
+        hidden = self._checked(hidden)
+        rows = rows_of(hidden)
+        if routing is None:
+            indices, weights = self._route(rows, self._ids(token_ids, hidden))
+        else:
+            indices, weights = (rows_of(chunked_like(a, hidden, "routing")) for a in routing)
+        y = expert_parallel(
+            rows,
+            indices,
+            self.experts,
+            topk_weights=weights,
+            world_size=world_size,
+            placement=placement,
+        )
+        return unflatten(self._add_the_rest(rows, y), hidden)
+
+    def route(
+        self, hidden: da.Array, *, token_ids: da.Array | None = None
+    ) -> tuple[da.Array, da.Array]:
+        """Route without computing any expert.
+
+        Returns
+        -------
+        indices : (..., k) Dask array of int32; -1 for a slot that a capacity limit dropped
+        topk_weights : (..., k) Dask array of float32
+            Both lazy. Store them to replay them with ``routing=``.
+        """
+        hidden = self._checked(hidden)
+        indices, weights = self._route(rows_of(hidden), self._ids(token_ids, hidden))
+        return unflatten(indices, hidden), unflatten(weights, hidden)
+
+    def load(self, hidden: da.Array, *, token_ids: da.Array | None = None) -> da.Array:
+        """Count the rows that go to each expert: a lazy (E,) Dask array of int64."""
+        hidden = self._checked(hidden)
+        indices, _ = self._route(rows_of(hidden), self._ids(token_ids, hidden))
+        return count_rows(indices, self.experts.num_experts)
+
+    def __repr__(self) -> str:
+        parts = [repr(self.router), repr(self.experts)]
+        parts += [f"shared={self.shared!r}"] if self.shared is not None else []
+        parts += [f"capacity={self.capacity!r}"] if self.capacity is not None else []
+        parts += ["residual=True"] if self.residual else []
+        return f"MoELayer({', '.join(parts)})"
+
+    def __dask_tokenize__(self) -> object:
+        return normalize_token(
+            (
+                type(self).__name__, self.router, self.experts, self.arrays, self.shared,
+                self.capacity, self.residual,
+            )
+        )  # fmt: skip
+
+    # --- steps on rows (n, d) ---
+
+    def _route(self, rows: da.Array, token_ids: da.Array | None) -> tuple[da.Array, da.Array]:
+        if "weight" not in self.arrays and "table" not in self.arrays:
+            raise ValueError(
+                "this layer has no router_weight and no table; pass routing=(indices, topk_weights)"
+            )
+        names = ("weight", "bias", "selection_bias", "table")
+        arrays = {name: self.arrays[name] for name in names if name in self.arrays}
+        return route_rows(rows, self.router, arrays, token_ids=token_ids, capacity=self.capacity)
+
+    def _add_the_rest(self, rows: da.Array, routed: da.Array) -> da.Array:
+        """Add shared experts and the rows themselves, where the layer does."""
+        if self.shared is None and not self.residual:
+            return routed
+        gate = {name: self.arrays[name] for name in ("shared_gate",) if name in self.arrays}
+        token = tokenize(rows, routed, self.shared, gate, self.residual)
+        name, shared = f"ep-layer-{token}", f"ep-shared-{token}"
+        tasks: dict[Any, Task] = {}
+        loaded = None
+        if self.shared is not None:
+            dtype = computing_dtype(rows.dtype)
+            tasks[shared] = Task(shared, _load_shared, self.shared, gate, xp_name(rows), dtype)
+            loaded = TaskRef(shared)
+        for c, (row_key, y_key) in enumerate(zip(keys_of(rows), keys_of(routed), strict=True)):
+            tasks[name, c, 0] = Task(
+                (name, c, 0), _finish, TaskRef(row_key), TaskRef(y_key), loaded, self.residual
+            )
+        return row_array(name, tasks, [rows, routed], routed.chunks[1], rows._meta)
+
+    # --- what must hold ---
+
+    def _small_array(self, name: str, value: Any) -> SmallArray:
+        """Check one of the small arrays; what is one row may come with an axis of length 1."""
+        source = open_source(value, None if isinstance(value, Source) else name)
+        if name == "table":
+            if len(source.shape) != 2 or source.dtype.kind not in "iu":
+                raise ValueError(
+                    f"{source.name} must be a (vocabulary, k) table of integers, but has shape "
+                    f"{source.shape} and dtype {source.dtype}"
+                )
+            return SmallArray(source, source.shape)
+        if not is_float(source.dtype):
+            raise TypeError(f"{source.name} must hold floats, but has dtype {source.dtype}")
+        E, d = self.router.num_experts, self.experts.d
+        shape = {"weight": (E, d), "shared_gate": (d,)}.get(name, (E,))
+        if d is not None and source.shape not in (shape, (1, *shape)):
+            raise ValueError(
+                f"{source.name} must be {shape} for E={E} and d={d}, but has shape {source.shape}"
+            )
+        return SmallArray(source, shape if d is not None else source.shape)
+
+    def _check(self) -> None:
+        E, d = self.router.num_experts, self.experts.d
+        if self.experts.num_experts != E:
+            raise ValueError(
+                f"router and experts must agree on E, but the router chooses among num_experts={E} "
+                f"and there are {self.experts.num_experts} experts"
+            )
+        weigh = getattr(self.experts, "options", {}).get("weigh", "output")
+        if weigh != self.router.weigh:
+            raise ValueError(
+                "router and experts must agree on what the top-k weight multiplies, but the router "
+                f"has weigh={self.router.weigh!r} and the experts {weigh!r}"
+            )
+        if self.capacity is not None and isinstance(self.router, ExpertChoice):
+            raise ValueError("expert choice has its own capacity, so capacity must be None with it")
+        if self.shared is not None and (self.shared.d, self.shared.d_out) != (
+            d,
+            self.experts.d_out,
+        ):
+            raise ValueError(
+                f"shared experts must be as wide as the others, {d} to {self.experts.d_out}, but "
+                f"are {self.shared.d} to {self.shared.d_out}"
+            )
+        if self.shared is None and "shared_gate" in self.arrays:
+            raise ValueError("shared_gate weighs shared experts, so it must be None without them")
+        if self.residual and d != self.experts.d_out:
+            raise ValueError(
+                f"a residual needs outputs as wide as the rows, but experts go from {d} to "
+                f"{self.experts.d_out}"
+            )
+
+    def _checked(self, hidden: da.Array) -> da.Array:
+        if not isinstance(hidden, da.Array):
+            raise TypeError(
+                f"hidden must be a Dask array, but is a {type(hidden).__name__}; wrap it with "
+                "dask.array.from_array(hidden, chunks=...)"
+            )
+        if hidden.ndim < 2 or not is_float(hidden.dtype):
+            raise ValueError(
+                "hidden must be (..., d) floats with at least one axis before d, but has shape "
+                f"{hidden.shape} and dtype {hidden.dtype}"
+            )
+        d = self.experts.d
+        if d is not None and hidden.shape[-1] != d:
+            raise ValueError(
+                f"hidden must have the layer's width d={d}, but has shape {hidden.shape}"
+            )
+        if self.capacity is not None or isinstance(self.router, ExpertChoice):
+            return hidden.rechunk(dict.fromkeys(range(1, hidden.ndim), -1))
+        return hidden
+
+    def _ids(self, token_ids: da.Array | None, hidden: da.Array) -> da.Array | None:
+        """Token ids as rows (n, 1), where this layer needs them."""
+        if ("table" in self.arrays) != (token_ids is not None):
+            raise ValueError(
+                "token_ids must be given to a layer with a table, and to no other; this layer has "
+                f"{'a' if 'table' in self.arrays else 'no'} table"
+            )
+        if token_ids is None:
+            return None
+        return rows_of(chunked_like(da.asarray(token_ids)[..., None], hidden, "token_ids"))
+
+
+# --- the tasks -----------------------------------------------------------------------------------
+
+
+def _load_shared(
+    shared: Experts | CallableExperts, gate: dict[str, SmallArray], xp_name: str, dtype: np.dtype
+) -> tuple[Any, Array | None]:
+    xp = import_module(xp_name)
+    loaded = shared.load(xp=xp, dtype=dtype)
+    if not gate:
+        return loaded, None
+    return loaded, xp.asarray(gate["shared_gate"].read().astype(dtype))
+
+
+def _finish(
+    rows: Array, routed: Array, shared: tuple[Any, Array | None] | None, residual: bool
+) -> Array:
+    """Add to the routed output in the computing dtype, rounding once."""
+    compute = computing_dtype(rows.dtype)
+    rows = rows.astype(compute, copy=False)
+    if shared is None:
+        return (routed + rows).astype(routed.dtype, copy=False)
+    y = _apply_shared(rows, *shared)
+    y += routed
+    if residual:
+        y += rows
+    return y.astype(routed.dtype, copy=False)
+
+
+def _apply_shared(rows: Array, experts: Any, gate: Array | None) -> Array:
+    """Every row through every shared expert: the kernel with a routing that says so."""
+    xp, count = namespace(rows), len(experts)
+    everyone = xp.broadcast_to(xp.arange(count, dtype=np.int32), (len(rows), count))
+    weights = None
+    if gate is not None:
+        with np.errstate(over="ignore"):
+            weights = 1 / (1 + xp.exp(-(rows @ gate)))
+        weights = xp.broadcast_to(weights[:, None], everyone.shape)
+    return expert_parallel_dispatch(rows, everyone, experts, 0, 1, topk_weights=weights)

@@ -1,0 +1,91 @@
+"""How do arrays of any number of axes become rows, and back?
+
+    [batch, sequence, d]  ── rows_of ──>  [n, d]  ── unflatten ──>  [batch, sequence, d]
+
+Each chunk is reshaped where it lies; nothing is joined or rechunked along the rows.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import dask.array as da
+import numpy as np
+from dask.base import tokenize
+from dask.highlevelgraph import HighLevelGraph
+from dask.task_spec import Task, TaskRef
+
+from dask_ep.dispatch import Array, namespace
+
+
+def rows_of(x: da.Array) -> da.Array:
+    """Give (..., d) as rows (n, d), one row chunk per chunk of the leading axes, in C order.
+
+    Notes
+    -----
+    Chunks are reshaped where they lie and never joined. If an axis after the first is chunked, rows
+    come in the order of the chunks, which `unflatten` turns back.
+    """
+    if x.numblocks[-1] > 1:
+        x = x.rechunk({x.ndim - 1: -1})
+    if x.ndim == 2:
+        return x
+    name = f"ep-rows-{tokenize(x)}"
+    tasks, lengths = {}, []
+    for c, block in enumerate(np.ndindex(*x.numblocks)):
+        lengths.append(math.prod(x.chunks[axis][i] for axis, i in enumerate(block[:-1])))
+        tasks[name, c, 0] = Task(
+            (name, c, 0), _reshape, TaskRef((x.name, *block)), (-1, x.shape[-1])
+        )
+    graph = HighLevelGraph.from_collections(name, tasks, dependencies=[x])
+    meta = namespace(x._meta).empty((0, 0), dtype=x.dtype)
+    return da.Array(graph, name, chunks=(tuple(lengths), (x.shape[-1],)), meta=meta)
+
+
+def unflatten(rows: da.Array, like: da.Array) -> da.Array:
+    """Undo `rows_of`: give rows the leading axes and chunks of `like`."""
+    if like.ndim == 2:
+        return rows
+    name = f"ep-unflatten-{tokenize(rows, like.chunks)}"
+    leading, width, tasks = like.chunks[:-1], rows.shape[1], {}
+    for c, block in enumerate(np.ndindex(*map(len, leading))):
+        shape = [leading[axis][i] for axis, i in enumerate(block)]
+        shape = tuple(-1 if np.isnan(length) else length for length in shape)
+        key = (name, *block, 0)
+        tasks[key] = Task(key, _reshape, TaskRef((rows.name, c, 0)), (*shape, width))
+    graph = HighLevelGraph.from_collections(name, tasks, dependencies=[rows])
+    meta = namespace(rows._meta).empty((0,) * like.ndim, dtype=rows.dtype)
+    return da.Array(graph, name, chunks=(*leading, (width,)), meta=meta)
+
+
+def chunked_like(x: da.Array, hidden: da.Array, name: str) -> da.Array:
+    """Give (..., k) the leading chunks of `hidden`."""
+    known = not any(math.isnan(n) for n in (*x.shape, *hidden.shape))
+    if x.ndim != hidden.ndim or (known and x.shape[:-1] != hidden.shape[:-1]):
+        raise ValueError(
+            f"{name} must have the leading axes of the hidden states, {hidden.shape[:-1]}, but has "
+            f"{x.shape[:-1]}"
+        )
+    return x.rechunk((*hidden.chunks[:-1], -1)) if known else x
+
+
+def row_array(
+    name: str, tasks: dict[Any, Task], inputs: Sequence[da.Array], width: Any, meta: Array
+) -> da.Array:
+    graph = HighLevelGraph.from_collections(name, tasks, dependencies=inputs)
+    return da.Array(graph, name, chunks=(inputs[0].chunks[0], width), meta=meta)
+
+
+def keys_of(x: da.Array) -> list[Any]:
+    """Keys of the row chunks of an array (n, ...) with one chunk along its other axes."""
+    return [(x.name, c, *([0] * (x.ndim - 1))) for c in range(x.numblocks[0])]
+
+
+def xp_name(x: da.Array) -> str:
+    return namespace(x._meta).__name__
+
+
+def _reshape(x: Array, shape: tuple[int, ...]) -> Array:
+    return x.reshape(shape)

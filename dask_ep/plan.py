@@ -200,7 +200,20 @@ class _Pricing:
         self.chunks = _chunks(tokens, self.survey)
         self.memory_limit = None if memory_limit is None else parse_bytes(memory_limit)
         self.workers, self.threads = workers, threads
-        self.rates = rates or probe(self.work.d, self.work.d_out)
+        self.rates = rates or self._probe()
+
+    def _probe(self) -> Rates:
+        """Measure this machine with rows and experts as many as a task of this job has."""
+        cores = os.cpu_count() or 1
+        return probe(
+            self.work.d,
+            self.work.d_out,
+            rows=max(self.chunks, default=1),
+            slots=self.survey.slots_per_row,
+            experts=self.survey.num_experts,
+            dtype=computing_dtype(self.work.dtype),
+            threads=min((self.workers or 1) * (self.threads or cores), cores),
+        )
 
     def plan(
         self,

@@ -18,8 +18,9 @@ from rich.console import Console
 from rich.table import Table
 
 from dask_ep.build import open_inputs
-from dask_ep.job import load_job
+from dask_ep.job import PLACEMENTS, load_job
 from dask_ep.plan import Plan, WhatIf, plan, what_if
+from dask_ep.report import write_plan_report
 from dask_ep.storage import open_tokens
 
 BAR = 30
@@ -29,20 +30,22 @@ BAR = 30
 @click.command("plan")
 @click.argument("job", type=click.Path(exists=True, dir_okay=False))
 @click.argument("choices", nargs=-1, metavar="[NAME=VALUE,VALUE...]...")
-@click.option("--world-size", type=click.IntRange(1), help="Ranks; default: the job's, or workers.")
-@click.option("--placement", help="Policy (contiguous, packed, balanced, exact) or file.")
+@click.option("--world-size", type=click.IntRange(1), help="Ranks; the job's, or one per process.")
+@click.option("--placement", metavar="NAME|FILE", help=f"{', '.join(PLACEMENTS)}, or a file.")
 @click.option("--chunk-rows", type=click.IntRange(1), help="Rows of a token chunk.")
-@click.option("--workers", type=click.IntRange(1), default=1, help="Processes; 1 means threads.")
-@click.option("--threads", type=click.IntRange(1), help="Tasks at a time in each.")
-@click.option("--memory-limit", help='Memory of one worker, such as "4 GiB".')
+@click.option("--threads", type=click.IntRange(1), help="Threads of this process; all cores.")
+@click.option("--processes", type=click.IntRange(1), help="Worker processes on this machine.")
+@click.option("--memory-limit", metavar="SIZE", help='Of a process, such as "4 GiB".')
 @click.option("--what-if", "side_by_side", is_flag=True, help="Compare the choices that follow.")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON instead of tables.")
+@click.option("--html", type=click.Path(dir_okay=False), help="Write a report to this file.")
 @click.option("--save", type=click.Path(dir_okay=False), help="Write the placement to this file.")
 def plan_command(
     job: str,
     choices: tuple[str, ...],
     side_by_side: bool,
     as_json: bool,
+    html: str | None,
     save: str | None,
     **options: Any,
 ) -> None:
@@ -53,12 +56,11 @@ def plan_command(
     """
     if choices and not side_by_side:
         raise click.UsageError(f"{choices[0]!r} is a choice to compare; put --what-if before it")
-    try:
-        compared = priced_job(job, parse_choices(choices), **options)
-    except (OSError, TypeError, ValueError, MemoryError) as error:
-        raise click.ClickException(str(error)) from error
+    compared = priced_job(job, parse_choices(choices), **options)
     if save is not None:
         Path(save).write_text(compared.best.placement.to_json())
+    if html is not None:
+        write_plan_report(html, compared)
     if as_json:
         click.echo(json_text(compared, side_by_side))
     else:
@@ -77,7 +79,7 @@ def priced_job(
     world_size: int | None = None,
     placement: str | None = None,
     chunk_rows: int | None = None,
-    workers: int = 1,
+    processes: int | None = None,
     threads: int | None = None,
     memory_limit: str | None = None,
 ) -> WhatIf:
@@ -95,10 +97,10 @@ def priced_job(
     common = {
         "topk_weights": topk,
         "memory_limit": memory_limit,
-        "workers": workers,
-        "threads": threads,
+        "workers": processes or 1,
+        "threads": 1 if processes else threads,
     }
-    size = job.world_size or workers
+    size = job.world_size or processes or 1
     if choices:
         combined = {"world_size": [size], "placement": [job.placement], **choices}
         return what_if(tokens, routing, inputs.experts, **combined, **common)

@@ -1,36 +1,54 @@
 """How fast is this machine at what a run does?
 
-About a second of the two things that a run spends its time on, at the job's own width: matrix
-products of one expert's rows, and gathering rows into a packet.
+About a second of the two things that a run spends its time on, with as many rows, slots and experts
+as a task of the job has: the matrix products, and what the kernel does around them (sorting,
+gathering and adding up rows), which experts that do nothing show. All threads of the run work at
+once, since they share caches, memory and whatever else the machine is doing.
 """
 
 from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 
-from dask_ep import memory
 from dask_ep.blas import one_blas_thread
 from dask_ep.costs import Rates
+from dask_ep.dispatch import expert_parallel_dispatch
 
-ROWS = 512
-"""Rows of a product: what an expert gets of a chunk when chunks are as large as advised."""
+MOST_BYTES = 32 << 20
+"""Of the rows, and of the matrices, that one thread measures with."""
 
 
-def probe(d: int, d_out: int, dtype: np.dtype = np.float32, seconds: float = 1.0) -> Rates:
-    """Measure one thread of this machine.
+def probe(
+    d: int,
+    d_out: int,
+    *,
+    rows: int = 4096,
+    slots: int = 2,
+    experts: int = 8,
+    dtype: np.dtype = np.float32,
+    threads: int = 1,
+    seconds: float = 1.0,
+) -> Rates:
+    """Measure this machine.
 
     Parameters
     ----------
     d, d_out : width of the tokens and of the outputs
+    rows : of a token chunk
+    slots : of a row
+    experts : that the slots of a chunk are spread over
     dtype : what the experts compute in
+    threads : how many work at once
     seconds : how long to measure, about
 
     Returns
     -------
-    rates : Rates, with the rates of links and storage at their defaults
+    rates : Rates
+        Of one of the threads; links and storage at their defaults.
 
     Examples
     --------
@@ -38,27 +56,55 @@ def probe(d: int, d_out: int, dtype: np.dtype = np.float32, seconds: float = 1.0
     >>> probe(64, 64, seconds=0.01).flops > 1e6
     True
     """
-    rng = np.random.default_rng(0)
-    x, w = rng.random((ROWS, d), dtype), rng.random((d, d_out), dtype)
-    out = np.empty((ROWS, d_out), dtype)
-    with one_blas_thread():
-        products = _calls_per_second(lambda: np.matmul(x, w, out=out), seconds / 2)
-    source = rng.random((max(2 * ROWS, (32 << 20) // (d * x.itemsize)), d), dtype)
-    rows = rng.integers(0, len(source), len(source) // 2)
-    packet = memory.empty((len(rows), d), dtype)
-    gathers = _calls_per_second(
-        lambda: np.take(source, rows, axis=0, out=packet, mode="clip"), seconds / 2
-    )
-    return Rates(flops=products * 2 * ROWS * d * d_out, copy=gathers * packet.nbytes)
+    itemsize = np.dtype(dtype).itemsize
+    rows = max(min(rows, MOST_BYTES // (d * itemsize)), 1)
+    products = _Products(d, d_out, max(rows * slots // experts, 1), experts, dtype)
+    kernel = _Kernel(d, rows, slots, experts, dtype)
+    with one_blas_thread(), ThreadPoolExecutor(threads) as pool:
+
+        def mean_rate(work: Callable[[], int]) -> float:
+            runs = [pool.submit(_rate, work, seconds / 2) for _ in range(threads)]
+            return sum(run.result() for run in runs) / threads
+
+        return Rates(flops=mean_rate(products), copy=mean_rate(kernel))
 
 
-def _calls_per_second(call: Callable[[], object], seconds: float) -> float:
-    """The rate of the median call, after one that warms up."""
-    call()
-    times = []
-    stop = time.perf_counter() + seconds
-    while not times or time.perf_counter() < stop:
-        start = time.perf_counter()
-        call()
-        times.append(time.perf_counter() - start)
-    return 1 / float(np.median(times))
+class _Products:
+    """One product of every expert; called, it gives the operations done."""
+
+    def __init__(self, d: int, d_out: int, rows: int, experts: int, dtype: np.dtype):
+        matrix_bytes = d * d_out * np.dtype(dtype).itemsize
+        self.x = np.ones((rows, d), dtype)
+        self.w = np.ones((max(min(experts, MOST_BYTES // matrix_bytes), 1), d, d_out), dtype)
+
+    def __call__(self) -> int:
+        for w in self.w:
+            self.x @ w
+        return 2 * self.x.size * self.w[0, 0].size * len(self.w)
+
+
+class _Kernel:
+    """The kernel with experts that give their rows back; called, it gives the bytes handled."""
+
+    def __init__(self, d: int, rows: int, slots: int, experts: int, dtype: np.dtype):
+        self.tokens = np.ones((rows, d), dtype)
+        self.routing = np.random.default_rng(0).integers(0, experts, (rows, slots))
+        self.experts = [_same] * experts
+
+    def __call__(self) -> int:
+        expert_parallel_dispatch(self.tokens, self.routing, self.experts, 0, 1)
+        return 2 * self.tokens.nbytes * self.routing.shape[1]
+
+
+def _same(rows: np.ndarray) -> np.ndarray:
+    return rows
+
+
+def _rate(work: Callable[[], int], seconds: float) -> float:
+    """What `work` does per second, after a call that warms up."""
+    work()
+    done, passed, start = 0, 0.0, time.perf_counter()
+    while passed < seconds or done == 0:
+        done += work()
+        passed = time.perf_counter() - start
+    return done / passed

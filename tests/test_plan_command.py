@@ -35,27 +35,27 @@ def invoke(*arguments) -> str:
 
 
 def test_the_command_prints_figures_and_ranks(job_file):
-    output = invoke(job_file, "--workers", 4, "--chunk-rows", 250)
+    output = invoke(job_file, "--processes", 4, "--chunk-rows", 250)
     assert "1,000" in output
     assert f"{count_tasks(4, 4)}," in output
-    assert "4 (contiguous) on 4 x" in output
+    assert "4 (contiguous) on 4 x 1" in output
 
 
 def test_the_command_prints_json_and_saves_the_placement(job_file, tmp_path):
     saved = tmp_path / "placement.json"
-    output = invoke(job_file, "--workers", 4, "--placement", "exact", "--json", "--save", saved)
+    output = invoke(job_file, "--processes", 4, "--placement", "exact", "--json", "--save", saved)
     content = json.loads(output)
     assert content["world_size"] == 4
     assert content["imbalance"] < 1.01
     placement = Placement.from_json(saved.read_text())
     assert placement.slots.tolist() == content["slots"]
-    again = json.loads(invoke(job_file, "--workers", 4, "--placement", saved, "--json"))
+    again = json.loads(invoke(job_file, "--processes", 4, "--placement", saved, "--json"))
     assert again["rank_rows"] == content["rank_rows"]
 
 
 def test_the_command_compares_choices(job_file):
     output = invoke(
-        job_file, "--workers", 4, "--what-if", "world_size=2,4", "placement=contiguous,exact"
+        job_file, "--processes", 4, "--what-if", "world_size=2,4", "placement=contiguous,exact"
     )
     assert "best: least time of 4" in output
     content = json.loads(invoke(job_file, "--json", "--what-if", "chunk_rows=100,500"))
@@ -75,4 +75,5 @@ def test_the_command_compares_choices(job_file):
 def test_what_the_command_refuses(job_file, arguments, message):
     result = CliRunner().invoke(plan_command, [str(job_file), *arguments])
     assert result.exit_code != 0
-    assert re.search(message, " ".join(result.output.split())), result.output
+    said = f"{result.output} {result.exception}"
+    assert re.search(message, " ".join(said.split())), said

@@ -1,0 +1,219 @@
+"""What did a run do, task by task?
+
+    threads     with Recorder() as recorder: ...    ──> recorder.record()
+    cluster     client.get_task_stream()            ──> Record.of_task_stream(...)
+
+A `Record` holds when and where each task of a layer ran and how much it passed on, to be laid
+beside the plan: `dask_ep.report`.
+"""
+
+from __future__ import annotations
+
+import ast
+import resource
+import sys
+import time
+from collections import defaultdict
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+from dask.callbacks import Callback
+
+STEPS = ("experts", "send", "dispatch", "sum")
+"""What the tasks of a layer do, in the order of their keys in `pipeline`."""
+
+
+class Span(NamedTuple):
+    """One task, from its start to its stop."""
+
+    step: str
+    #: one of `STEPS`, or "transfer"
+    chunk: int
+    #: -1 for the experts of a rank
+    rank: int
+    #: -1 for a sum
+    worker: str
+    start: float
+    #: seconds since the first task began
+    stop: float
+    nbytes: int
+    #: of the result
+
+
+class Event(NamedTuple):
+    """Something that befell the run: a worker lost, a rank moved."""
+
+    time: float
+    #: seconds since the first task began
+    what: str
+
+
+@dataclass(frozen=True)
+class Record:
+    """What a run did."""
+
+    spans: tuple[Span, ...]
+    seconds: float
+    #: from the first start to the last stop
+    peak_bytes: int | None = None
+    #: memory of the process that used most, if it was measured
+    events: tuple[Event, ...] = ()
+
+    @property
+    def tasks(self) -> int:
+        """Tasks of the layer that ran, each once however often it was run."""
+        return len({(s.step, s.chunk, s.rank) for s in self.spans if s.step in STEPS})
+
+    @property
+    def repeated(self) -> int:
+        """Runs of tasks beyond their first: work that was lost with a worker."""
+        return sum(s.step in STEPS for s in self.spans) - self.tasks
+
+    @property
+    def exchanged_bytes(self) -> int:
+        """Bytes of all packets and all answers, each counted once."""
+        size = {
+            (s.step, s.chunk, s.rank): s.nbytes
+            for s in self.spans
+            if s.step in ("send", "dispatch")
+        }
+        return sum(size.values()) if any(step == "send" for step, _, _ in size) else 0
+
+    def received_rows(self, reply_row_bytes: int) -> dict[int, int]:
+        """Rows that each rank answered, from the bytes of its answers."""
+        size = {(s.chunk, s.rank): s.nbytes for s in self.spans if s.step == "dispatch"}
+        rows: dict[int, int] = defaultdict(int)
+        for (_, rank), nbytes in size.items():
+            rows[rank] += nbytes // reply_row_bytes
+        return dict(sorted(rows.items()))
+
+    def finished(self) -> list[tuple[float, int]]:
+        """When each chunk was done, first to last: (seconds, chunk)."""
+        last = "sum" if any(s.step == "sum" for s in self.spans) else "dispatch"
+        done: dict[int, float] = {}
+        for span in self.spans:
+            if span.step == last:
+                done[span.chunk] = max(done.get(span.chunk, 0.0), span.stop)
+        return sorted((when, chunk) for chunk, when in done.items())
+
+    @classmethod
+    def of_task_stream(
+        cls,
+        stream: Iterable[Mapping[str, Any]],
+        *,
+        peak_bytes: int | None = None,
+        events: Sequence[tuple[float, str]] = (),
+    ) -> Record:
+        """Read what `distributed.Client.get_task_stream` gives.
+
+        Parameters
+        ----------
+        stream : records with "key", "worker", "nbytes" and "startstops"
+        peak_bytes : see `Record`
+        events : (time, text), times as the stream has them (seconds since 1970)
+        """
+        spans = []
+        for task in stream:
+            place = _place(task["key"])
+            if place is None:
+                continue
+            for part in task["startstops"]:
+                if part["action"] == "compute":
+                    step, nbytes = place[0], int(task.get("nbytes") or 0)
+                elif part["action"] == "transfer":
+                    step, nbytes = "transfer", 0
+                else:
+                    continue
+                spans.append(
+                    Span(step, *place[1:], task["worker"], part["start"], part["stop"], nbytes)
+                )
+        return _from_zero(spans, peak_bytes, events)
+
+
+class Recorder(Callback):
+    """Records the tasks of layers that Dask's local schedulers run inside its `with` block.
+
+    Examples
+    --------
+    >>> import dask.array as da, numpy as np
+    >>> from dask_ep import expert_parallel
+    >>> from dask_ep.record import Recorder
+    >>> tokens, routing = da.ones((4, 2), chunks=2), da.from_array(np.array([0, 1, 1, 1]), chunks=2)
+    >>> y = expert_parallel(tokens, routing, np.ones((2, 2, 3)), world_size=2)
+    >>> with Recorder() as recorder:
+    ...     _ = y.compute(scheduler="sync")
+    >>> record = recorder.record()
+    >>> record.tasks, record.received_rows(reply_row_bytes=3 * 8)
+    (12, {0: 1, 1: 3})
+    """
+
+    def __init__(self) -> None:
+        super().__init__(pretask=self._begin, posttask=self._end)
+        self._begun: dict[Any, float] = {}
+        self._threads: dict[Any, str] = {}
+        self._spans: list[Span] = []
+
+    def record(self, peak_bytes: int | None = None) -> Record:
+        """What has been recorded so far."""
+        return _from_zero(self._spans, peak_bytes, ())
+
+    def _begin(self, key: Any, graph: Any, state: Any) -> None:
+        self._begun[key] = time.perf_counter()
+
+    def _end(self, key: Any, result: Any, graph: Any, state: Any, worker: Any) -> None:
+        place = _place(key)
+        if place is not None:
+            name = f"thread {self._threads.setdefault(worker, str(len(self._threads)))}"
+            begun = self._begun.pop(key)
+            self._spans.append(Span(*place, name, begun, time.perf_counter(), _nbytes(result)))
+
+
+def peak_memory() -> int:
+    """Bytes of memory that this process has used at most so far."""
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
+
+
+def _place(key: Any) -> tuple[str, int, int] | None:
+    """Step, chunk and rank of a task key; None for tasks that are not of a layer.
+
+    Examples
+    --------
+    >>> _place(("ep-send-0123", 4, 1)), _place("('ep-experts-0123', 1)"), _place("sum-0123")
+    (('send', 4, 1), ('experts', -1, 1), None)
+    """
+    if isinstance(key, str) and key.startswith("("):
+        try:
+            key = ast.literal_eval(key)
+        except (ValueError, SyntaxError):
+            return None
+    if not (isinstance(key, tuple) and isinstance(key[0], str) and key[0].startswith("ep-")):
+        return None
+    step = key[0].split("-")[1]
+    if step not in STEPS:
+        return None
+    if step == "experts":
+        return step, -1, key[1]
+    return step, key[1], key[2] if step != "sum" else -1
+
+
+def _nbytes(result: Any) -> int:
+    """Bytes of the arrays in a result."""
+    if isinstance(result, tuple):
+        return sum(map(_nbytes, result))
+    return int(getattr(result, "nbytes", 0))
+
+
+def _from_zero(
+    spans: Iterable[Span], peak_bytes: int | None, events: Sequence[tuple[float, str]]
+) -> Record:
+    spans = sorted(spans, key=lambda span: span.start)
+    zero = spans[0].start if spans else 0.0
+    moved = tuple(s._replace(start=s.start - zero, stop=s.stop - zero) for s in spans)
+    return Record(
+        moved,
+        max((s.stop for s in moved), default=0.0),
+        peak_bytes,
+        tuple(Event(when - zero, what) for when, what in events),
+    )

@@ -1,0 +1,237 @@
+"""How does a plan, or a run beside its plan, look to the eye?
+
+One HTML file that holds everything it shows, scripts included: it opens from a mail or a disk
+without a network, on a phone and on paper. Figures are said in text and tables as well.
+
+    plan     loads, imbalance of each placement, traffic, memory against the limit
+    run      the same, planned against measured; tasks on a time line, rows over time, events
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from html import escape
+from os import PathLike
+from pathlib import Path
+
+from dask.utils import format_bytes
+
+from dask_ep import figures
+from dask_ep.placement import POLICIES, place
+from dask_ep.plan import WhatIf
+from dask_ep.price import Plan
+from dask_ep.record import Record
+
+STYLE = """
+:root { color-scheme: light; }
+body { font: 16px/1.5 system-ui, sans-serif; color: #111; background: #fff; margin: 0 auto;
+  max-width: 60rem; padding: 1rem; }
+h1 { font-size: 1.5rem; margin: 0 0 .25rem; } h2 { font-size: 1.15rem; margin: 2rem 0 .5rem; }
+table { border-collapse: collapse; width: 100%; font-variant-numeric: tabular-nums; }
+th, td { text-align: left; padding: .3rem .5rem; border-bottom: 1px solid #ccc; }
+td + td, th + th { text-align: right; } .wide { overflow-x: auto; }
+figure { margin: 1rem 0; } figcaption { color: #444; font-size: .9rem; }
+@media print { body { max-width: none; font-size: 11pt; } figure, table { break-inside: avoid; } }
+"""
+
+
+def write_plan_report(path: str | PathLike, compared: WhatIf) -> None:
+    """Write what a plan says, and how the choices compare if there are several.
+
+    Parameters
+    ----------
+    path : of the HTML file
+    compared : WhatIf
+        Of `what_if`; or of one plan, ``WhatIf((plan,), plan, "")``.
+
+    Raises
+    ------
+    ImportError
+        If bokeh is not installed.
+    """
+    best = compared.best
+    sections = [_table("Figures", ("", ""), _figures_of(best))]
+    if len(compared.plans) > 1:
+        sections.append(_heading("Choices", compared.why))
+        sections.append(figures.draw_choices(compared.plans, best))
+    sections += [
+        _heading("Load", _said_of_load(best)),
+        figures.draw_expert_load(best),
+        figures.draw_rank_load(best),
+        figures.draw_imbalance(_imbalances(best)),
+        _heading("Between ranks", _said_of_traffic(best)),
+        figures.draw_traffic(best),
+        _heading("Memory", _said_of_memory(best)),
+        figures.draw_memory(best),
+    ]
+    if best.advice:
+        sections.append(_heading("Advice", ". ".join(best.advice)))
+    _write(path, "Plan", _title(best), sections)
+
+
+def write_run_report(path: str | PathLike, plan: Plan, record: Record) -> None:
+    """Write what a run did beside what was planned.
+
+    Parameters
+    ----------
+    path : of the HTML file
+    plan : Plan, of the run's ranks, placement and chunks
+    record : Record
+
+    Raises
+    ------
+    ImportError
+        If bokeh is not installed.
+    """
+    received = record.received_rows(plan.reply_row_bytes)
+    rate = plan.rows / record.seconds if record.seconds else 0.0
+    said = (
+        f"{plan.rows:,} rows in {record.seconds:.2f} s, {rate:,.0f} rows per second. "
+        f"{record.repeated} tasks ran again, {len(record.events)} events."
+    )
+    sections = [
+        _table("Planned and measured", ("", "planned", "measured"), _both(plan, record)),
+        _heading("Load", _said_of_load(plan)),
+        figures.draw_rank_load(plan, received),
+        figures.draw_imbalance(_imbalances(plan)),
+        _heading("Between ranks", _said_of_traffic(plan)),
+        figures.draw_traffic(plan),
+        _heading("Memory", _said_of_memory(plan)),
+        figures.draw_memory(plan, record.peak_bytes),
+        _heading("Time", said),
+        figures.draw_time_line(record),
+        figures.draw_progress(plan, record),
+    ]
+    if len(record.spans) > figures.MOST_SPANS:
+        most, all_ = figures.MOST_SPANS, len(record.spans)
+        sections.append(_heading("", f"The time line shows the longest {most} of {all_} tasks."))
+    if record.events:
+        rows = [(f"{event.time:.2f} s", event.what) for event in record.events]
+        sections.append(_table("Events", ("at", "what"), rows))
+    _write(path, "Run", _title(plan), sections)
+
+
+def _write(path: str | PathLike, kind: str, title: str, sections: Sequence[object]) -> None:
+    """Put sections, HTML text or bokeh figures, into one page."""
+    try:
+        from bokeh.embed import components
+        from bokeh.resources import INLINE
+    except ImportError as error:
+        raise ImportError(
+            "a report is drawn with bokeh, which is not installed; "
+            'install it with: pip install "dask-ep[report]"'
+        ) from error
+    drawings = [part for part in sections if not isinstance(part, str)]
+    script, holders = components(drawings)
+    waiting = iter(holders)
+    body = "\n".join(
+        part if isinstance(part, str) else f"<figure>{next(waiting)}</figure>" for part in sections
+    )
+    page = f"""<!DOCTYPE html>
+<html lang="en">
+<head>
+<meta charset="utf-8">
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<link rel="icon" href="data:,">
+<title>{escape(kind)}: {escape(title)}</title>
+<style>{STYLE}</style>
+{INLINE.render()}
+</head>
+<body>
+<h1>{escape(kind)}</h1>
+<p>{escape(title)}</p>
+{body}
+{script}
+</body>
+</html>
+"""
+    Path(path).write_text(page, encoding="utf-8")
+
+
+def _title(plan: Plan) -> str:
+    return (
+        f"{plan.rows:,} token rows of width {plan.work.d}, {plan.slots_per_row} of "
+        f"{plan.expert_rows.size} experts a row, {plan.world_size} ranks ({plan.policy})"
+    )
+
+
+def _heading(title: str, said: str) -> str:
+    heading = f"<h2>{escape(title)}</h2>" if title else ""
+    return f"{heading}<p>{escape(said)}</p>"
+
+
+def _table(title: str, head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    cells = "".join(f"<th>{escape(name)}</th>" for name in head)
+    lines = "".join(
+        f"<tr>{''.join(f'<td>{escape(cell)}</td>' for cell in row)}</tr>" for row in rows
+    )
+    top = f"<thead><tr>{cells}</tr></thead>" if any(head) else ""
+    return (
+        f"<h2>{escape(title)}</h2>"
+        f'<div class="wide"><table>{top}<tbody>{lines}</tbody></table></div>'
+    )
+
+
+def _figures_of(plan: Plan) -> list[tuple[str, str]]:
+    limit = "" if plan.memory_limit is None else f" of {format_bytes(plan.memory_limit)}"
+    return [
+        ("token rows", f"{plan.rows:,}"),
+        ("chunks", f"{len(plan.chunks):,} of up to {plan.chunk_rows:,} rows"),
+        ("ranks", f"{plan.world_size} on {plan.workers} x {plan.threads} threads"),
+        ("imbalance", f"{plan.imbalance:.3f}"),
+        ("exchanged between ranks", format_bytes(plan.exchanged_bytes)),
+        ("experts to read", format_bytes(plan.stored_bytes)),
+        ("memory of a worker, at most", format_bytes(plan.memory_bytes) + limit),
+        ("tasks", f"{plan.tasks:,}"),
+        ("operations", f"{plan.flops.sum():.3g} FLOP"),
+        ("time", f"{plan.seconds:.2f} s"),
+    ]
+
+
+def _both(plan: Plan, record: Record) -> list[tuple[str, str, str]]:
+    """Planned and measured, side by side."""
+    peak = "" if record.peak_bytes is None else format_bytes(record.peak_bytes)
+    received = sum(record.received_rows(plan.reply_row_bytes).values())
+    return [
+        ("tasks", f"{plan.tasks:,}", f"{record.tasks:,}"),
+        ("rows received by ranks", f"{plan.packet_rows.sum():,}", f"{received:,}"),
+        ("exchanged", format_bytes(plan.exchanged_bytes), format_bytes(record.exchanged_bytes)),
+        ("memory of a worker, at most", format_bytes(plan.memory_bytes), peak),
+        ("time", f"{plan.seconds:.2f} s", f"{record.seconds:.2f} s"),
+    ]
+
+
+def _imbalances(plan: Plan) -> dict[str, float]:
+    """Imbalance of the plan's placement and of each policy, for the plan's load."""
+    load = plan.expert_rows
+    found = {p: place(p, load, plan.world_size).imbalance(load) for p in POLICIES}
+    return found if plan.policy in found else {"this placement": plan.imbalance, **found}
+
+
+def _said_of_load(plan: Plan) -> str:
+    hottest = int(plan.expert_rows.argmax())
+    pairs = max(int(plan.expert_rows.sum()), 1)
+    return (
+        f"The hottest expert, {hottest}, gets {plan.expert_rows[hottest] / pairs:.1%} of all rows; "
+        f"the busiest rank, {int(plan.rank_rows.argmax())}, serves {plan.imbalance:.2f} times the "
+        "mean."
+    )
+
+
+def _said_of_traffic(plan: Plan) -> str:
+    if plan.world_size == 1:
+        return "One rank owns all experts: no row travels."
+    rows = int(plan.packet_rows.sum())
+    return (
+        f"{rows:,} rows go to ranks and as many come back, {format_bytes(plan.exchanged_bytes)} "
+        f"in all: {rows / max(plan.rows, 1):.2f} for each token row, which goes to a rank once, "
+        f"however many of its {plan.slots_per_row} experts are there. "
+        f"{format_bytes(plan.moved_bytes)} leave their worker if neighbouring chunks lie together."
+    )
+
+
+def _said_of_memory(plan: Plan) -> str:
+    limit = "no limit was given"
+    if plan.memory_limit is not None:
+        limit = f"the limit is {format_bytes(plan.memory_limit)}"
+    return f"A worker needs up to {format_bytes(plan.memory_bytes)}; {limit}."

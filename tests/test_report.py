@@ -1,0 +1,230 @@
+"""Reports draw what they say, in a real browser, without a network, and in colours all can tell."""
+
+import re
+import shutil
+import subprocess
+import sys
+from itertools import combinations
+
+import dask.array as da
+import numpy as np
+import pytest
+
+from dask_ep import expert_parallel
+from dask_ep.costs import Rates
+from dask_ep.figures import BLUE, GREEN, ORANGE, PINK, RED, SKY, STEP_COLOURS
+from dask_ep.plan import plan, what_if
+from dask_ep.record import Event, Record, Recorder, peak_memory
+from dask_ep.report import write_plan_report, write_run_report
+
+RATES = Rates(flops=1e10, copy=1e9)
+BROWSERS = ("chromium", "chromium-browser", "google-chrome", "chrome")
+
+# Runs in the page before anything else: notes errors, then looks at every canvas, also those in the
+# shadow trees that bokeh makes, and writes down how many have been drawn on.
+WATCH = """<script>
+const errors = [];
+window.addEventListener("error", (event) => errors.push(event.message));
+const complain = console.error;
+console.error = (...words) => { errors.push(words.join(" ")); complain(...words); };
+function canvases(root) {
+  const found = [...root.querySelectorAll("canvas")];
+  for (const node of root.querySelectorAll("*")) {
+    if (node.shadowRoot) found.push(...canvases(node.shadowRoot));
+  }
+  return found;
+}
+function drawn(canvas) {
+  const context = canvas.getContext("2d");
+  if (!context || !canvas.width || !canvas.height) return false;
+  const { data } = context.getImageData(0, 0, canvas.width, canvas.height);
+  return new Set(new Uint32Array(data.buffer)).size > 10;
+}
+window.addEventListener("load", () => setTimeout(() => {
+  const all = canvases(document);
+  document.body.dataset.canvases = all.filter(drawn).length;
+  document.body.dataset.width = document.documentElement.scrollWidth;
+  document.body.dataset.errors = errors.join(" | ");
+}, 3000));
+</script>"""
+
+
+@pytest.fixture(scope="module")
+def browser() -> str:
+    for name in BROWSERS:
+        if found := shutil.which(name):
+            return found
+    pytest.skip(f"no browser to look at reports with: install one of {', '.join(BROWSERS)}")
+
+
+def looked_at(browser: str, page, tmp_path, width: int) -> dict[str, str]:
+    """Open a page without a network, and give what the browser found in it."""
+    watched = tmp_path / f"watched{width}.html"
+    watched.write_text(page.read_text().replace("<head>", f"<head>{WATCH}", 1))
+    run = subprocess.run(
+        [
+            browser,
+            "--headless",
+            "--no-sandbox",
+            "--disable-gpu",
+            "--disable-dev-shm-usage",
+            "--host-resolver-rules=MAP * ~NOTFOUND",
+            f"--user-data-dir={tmp_path / 'profile'}",
+            f"--window-size={width},900",
+            "--virtual-time-budget=10000",
+            "--dump-dom",
+            watched.as_uri(),
+        ],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=True,
+    )
+    body = re.search(r"<body [^>]*data-canvases[^>]*>", run.stdout).group()
+    return dict(re.findall(r'data-(\w+)="([^"]*)"', body))
+
+
+@pytest.fixture(scope="module")
+def job():
+    rng = np.random.default_rng(0)
+    share = np.arange(1, 9) ** -1.2
+    routing = rng.choice(8, p=share / share.sum(), size=(600, 2))
+    tokens = da.ones((600, 8), chunks=(100, 8), dtype="f4")
+    return tokens, da.from_array(routing, chunks=(100, 2)), np.ones((8, 8, 8), "f4")
+
+
+@pytest.fixture(scope="module")
+def compared(job):
+    return what_if(
+        *job,
+        world_size=[2, 4],
+        placement=["contiguous", "exact"],
+        memory_limit="1 GiB",
+        threads=1,
+        rates=RATES,
+    )
+
+
+@pytest.fixture(scope="module")
+def planned_run(job):
+    planned = plan(*job, world_size=4, placement="balanced", threads=1, rates=RATES)
+    y = expert_parallel(*job, world_size=4, placement=planned.placement)
+    with Recorder() as recorder:
+        y.compute(scheduler="sync")
+    return planned, recorder.record(peak_memory())
+
+
+@pytest.mark.parametrize("width", [390, 1200], ids=["phone", "desk"])
+def test_a_browser_draws_the_plan(browser, compared, tmp_path, width):
+    write_plan_report(tmp_path / "plan.html", compared)
+    found = looked_at(browser, tmp_path / "plan.html", tmp_path, width)
+    assert found["errors"] == ""
+    assert int(found["canvases"]) >= 6
+    assert int(found["width"]) <= max(width, 500)  # no sideways scrolling; 500 is chromium's least
+
+
+def test_a_browser_draws_the_run(browser, planned_run, tmp_path):
+    planned, record = planned_run
+    events = (Event(record.seconds / 2, "rank 2 moved from <a> to <b>"),)
+    record = Record(record.spans, record.seconds, record.peak_bytes, events)
+    write_run_report(tmp_path / "run.html", planned, record)
+    found = looked_at(browser, tmp_path / "run.html", tmp_path, 1200)
+    assert found["errors"] == ""
+    assert int(found["canvases"]) >= 6
+    text = (tmp_path / "run.html").read_text()
+    assert "rank 2 moved from &lt;a&gt; to &lt;b&gt;" in text
+
+
+def test_a_report_holds_everything_it_shows(compared, tmp_path):
+    write_plan_report(tmp_path / "plan.html", compared)
+    text = (tmp_path / "plan.html").read_text()
+    assert not re.search(r"""<(script|link|img)[^>]*(src|href)=["']?(https?:)?//""", text)
+    assert "@media print" in text
+    assert 'name="viewport"' in text
+    for said in ("least time of 4", "600 token rows", "The hottest expert, 0,"):
+        assert said in text
+
+
+def test_planned_and_measured_agree(planned_run, tmp_path):
+    planned, record = planned_run
+    assert record.tasks == planned.tasks
+    assert record.repeated == 0
+    assert record.exchanged_bytes == planned.exchanged_bytes
+    received = planned.packet_rows.sum(axis=0)
+    assert record.received_rows(planned.reply_row_bytes) == dict(enumerate(received.tolist()))
+    assert {chunk for _, chunk in record.finished()} == set(range(6))
+    write_run_report(tmp_path / "run.html", planned, record)
+    cells = re.findall(r"<td>(.*?)</td>", (tmp_path / "run.html").read_text())
+    assert cells[:3] == ["tasks", str(planned.tasks), str(record.tasks)]
+    assert cells[4] == cells[5] == f"{received.sum():,}"
+
+
+def test_a_task_stream_is_read():
+    stream = [
+        {
+            "key": key,
+            "worker": "tcp://w",
+            "nbytes": nbytes,
+            "startstops": [
+                {"action": "transfer", "start": start, "stop": start + 1},
+                {"action": "compute", "start": start + 1, "stop": start + 2},
+            ],
+        }
+        for key, nbytes, start in [
+            (("ep-experts-f", 0), 100, 10.0),
+            ("('ep-send-f', 0, 1)", 30, 11.0),
+            ("('ep-dispatch-f', 0, 1)", 12, 12.0),
+            ("('ep-dispatch-f', 0, 1)", 12, 14.0),
+            ("('ep-sum-f', 0, 0)", 24, 16.0),
+            ("finalize-f", 1, 20.0),
+        ]
+    ]
+    record = Record.of_task_stream(stream, peak_bytes=7, events=[(15.0, "worker lost")])
+    assert (record.tasks, record.repeated, record.seconds) == (4, 1, 8.0)
+    assert record.exchanged_bytes == 42
+    assert record.received_rows(reply_row_bytes=4) == {1: 3}
+    assert record.finished() == [(8.0, 0)]
+    assert record.events == (Event(5.0, "worker lost"),)
+    assert sum(span.step == "transfer" for span in record.spans) == 5
+
+
+def lab(colour: str, deficiency: np.ndarray) -> np.ndarray:
+    """A colour as CIE L*a*b*, seen with a colour vision deficiency."""
+    rgb = np.array([int(colour[i : i + 2], 16) for i in (1, 3, 5)]) / 255
+    linear = np.where(rgb <= 0.04045, rgb / 12.92, ((rgb + 0.055) / 1.055) ** 2.4)
+    seen = np.clip(deficiency @ linear, 0, 1)
+    to_xyz = [[0.4124, 0.3576, 0.1805], [0.2126, 0.7152, 0.0722], [0.0193, 0.1192, 0.9505]]
+    xyz = np.array(to_xyz) @ seen / [0.9505, 1.0, 1.089]
+    f = np.where(xyz > 0.008856, np.cbrt(xyz), 7.787 * xyz + 16 / 116)
+    return np.array([116 * f[1] - 16, 500 * (f[0] - f[1]), 200 * (f[1] - f[2])])
+
+
+# Machado, Oliveira and Fernandes, IEEE TVCG 15(6), 2009: full severity, on linear RGB.
+DEFICIENCIES = {
+    "none": np.eye(3),
+    "protan": [[0.152, 1.053, -0.205], [0.115, 0.786, 0.099], [-0.004, -0.048, 1.052]],
+    "deutan": [[0.367, 0.861, -0.228], [0.280, 0.673, 0.047], [-0.012, 0.043, 0.969]],
+    "tritan": [[1.256, -0.077, -0.179], [-0.078, 0.931, 0.148], [0.005, 0.691, 0.304]],
+}
+
+
+@pytest.mark.parametrize("deficiency", DEFICIENCIES)
+@pytest.mark.parametrize(
+    "together",
+    [tuple(STEP_COLOURS.values()), (SKY, BLUE, ORANGE, GREEN, RED), (BLUE, ORANGE), (GREEN, BLUE)],
+    ids=["steps", "memory", "loads", "choices"],
+)
+def test_colours_that_are_used_together_can_be_told_apart(deficiency, together):
+    matrix = np.array(DEFICIENCIES[deficiency])
+    distances = {
+        pair: np.linalg.norm(lab(pair[0], matrix) - lab(pair[1], matrix))
+        for pair in combinations(together, 2)
+    }
+    assert min(distances.values()) > 10, min(distances, key=distances.get)
+    assert PINK in STEP_COLOURS.values()
+
+
+def test_without_bokeh_it_is_said_what_to_install(compared, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "bokeh.embed", None)
+    with pytest.raises(ImportError, match=r'pip install "dask-ep\[report\]"'):
+        write_plan_report(tmp_path / "plan.html", compared)

@@ -3,7 +3,11 @@
 import itertools
 import json
 import math
+import os
+import subprocess
+import sys
 import time
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -472,6 +476,42 @@ def test_engine_files_round_trip(tmp_path):
     np.save(tmp_path / "ours.npy", layers[0].slots)
     assert from_file(tmp_path / "ours.json", world_size=8) == layers[0]
     assert from_file(tmp_path / "ours.npy") == layers[0]
+
+
+def test_the_workflow_places_a_deployment_by_measured_loads(tmp_path):
+    """Loads of two layers, a file for the engine, then a drifted corpus and few moves."""
+    script = Path(__file__).parents[1] / "workflows" / "place_for_serving.py"
+    rng = np.random.default_rng(0)
+
+    def routing(name: str, seed: int) -> Path:
+        share = zipf_load(32, 1.2, seed=seed) * rng.uniform(0.9, 1.1, 32)
+        path = tmp_path / name
+        np.save(path, rng.choice(32, p=share / share.sum(), size=(5000, 2)))
+        return path
+
+    def place_for_serving(*more: object) -> str:
+        layers = [f"{n}={routing(f'layer{n}.npy', seed=n)}" for n in (1, 2)]
+        sizes = ["--experts", 32, "--ranks", 4, "--slots", 40, "--model-layers", 4]
+        command = [sys.executable, script, *layers, *sizes, *more]
+        run = subprocess.run(
+            [str(word) for word in command],
+            capture_output=True,
+            text=True,
+            check=True,
+            env={**os.environ, "PYTHONPATH": str(script.parents[1]), "COLUMNS": "100"},
+        )
+        return run.stdout
+
+    first, second = tmp_path / "first.json", tmp_path / "second.json"
+    assert "10,000" in place_for_serving("--out", first)
+    placements = read_sglang(first, 4)
+    assert len(placements) == 4
+    for n in (1, 2):
+        rows = np.bincount(np.load(tmp_path / f"layer{n}.npy").ravel(), minlength=32)
+        assert placements[n].imbalance(rows) < 1.02 < contiguous(32, 4).imbalance(rows)
+    place_for_serving("--out", second, "--previous", first, "--tolerance", 0.1)
+    after = read_sglang(second, 4)
+    assert sum(moves(placements[n], after[n]) for n in (1, 2)) <= 6
 
 
 # --- messages ---------------------------------------------------------------------------------

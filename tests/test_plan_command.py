@@ -69,7 +69,7 @@ def test_the_command_compares_choices(job_file):
         (["world_size=2"], "put --what-if before it"),
         (["--what-if", "ranks=2"], "a choice is one of world_size, chunk_rows, placement"),
         (["--what-if", "world_size=two"], "world_size takes whole numbers; got 'two'"),
-        (["--memory-limit", "1 MB"], "a worker needs .* and may use 976"),
+        (["--memory-limit", "1 MB"], "a worker needs .* and may use 0.95 MiB"),
     ],
 )
 def test_what_the_command_refuses(job_file, arguments, message):

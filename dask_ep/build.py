@@ -175,7 +175,8 @@ def _fingerprint_layer(layer: MoELayer, job: Job) -> dict[str, Any]:
     experts = [layer.experts] if layer.shared is None else [layer.experts, layer.shared]
     parts = [weight.parts for some in experts for weight in some.weights.values()]
     lists = [[part] if isinstance(part, Source) else part for part in parts]
-    sources = [*layer.arrays.values(), *(source for some in lists for source in some)]
+    small = [array.source for array in layer.arrays.values()]
+    sources = [*small, *(source for some in lists for source in some)]
     text = json.dumps([source.fingerprint() for source in sources], sort_keys=True)
     digest = hashlib.sha256(text.encode()).hexdigest()[:32]
     return {

@@ -13,14 +13,12 @@ import os
 import shlex
 import signal
 import sys
-import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
 import click
 from dask.utils import format_bytes, format_time, parse_bytes
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn
 from rich.table import Table
 
 from dask_ep import __version__
@@ -29,12 +27,10 @@ from dask_ep import run as runs
 from dask_ep.inspect_ import Finding, describe_output, inspect_path
 from dask_ep.job import PLACEMENTS, Job, JobError, load_job, parse_experts
 from dask_ep.plan_command import plan_command
+from dask_ep.terminal import complain, one_line, progress_bar
 from dask_ep.verify import Verification, verify_job
 
 FAILED, WRONG_USE, DIFFERENT = 1, 2, 3
-
-SECONDS_BETWEEN_LINES = 3.0
-"""How often progress is told where there is no terminal."""
 
 _MOST_WORST = 10  # rows named by verify
 
@@ -53,15 +49,15 @@ def main(arguments: list[str] | None = None) -> None:
         error.show()
         sys.exit(error.exit_code)
     except (KeyboardInterrupt, click.Abort):
-        _complain("stopped")
+        complain("stopped")
         sys.exit(FAILED)
     except JobError as error:
-        _complain(str(error))
+        complain(str(error))
         sys.exit(WRONG_USE)
     except Exception as error:
         if settings["debug"]:
             raise
-        _complain(_one_line(error))
+        complain(one_line(error))
         sys.exit(FAILED)
 
 
@@ -143,7 +139,7 @@ def example(directory: str, overwrite: bool, **sizes: Any) -> None:
         wanted = examples.Example(**sizes)
     except ValueError as error:
         raise click.UsageError(str(error)) from error
-    with _bar("bytes") as tell:
+    with progress_bar("bytes") as tell:
         job = examples.write_example(
             directory,
             wanted,
@@ -238,7 +234,7 @@ def run(job: str | None, experts: str | None, **options: Any) -> None:
     given = {key: options.pop(key) for key in keys}
     parsed = load_job(job, experts=None if experts is None else parse_experts(experts), **given)
     where = _choose_where(**{key: options.pop(key) for key in WHERE})
-    with _stoppable(parsed, job), _bar("rows") as tell:
+    with _stoppable(parsed, job), progress_bar("rows") as tell:
         done = runs.run_job(
             parsed,
             where,
@@ -302,9 +298,7 @@ def _stoppable(job: Job, path: str | None) -> Iterator[None]:
         yield
     except KeyboardInterrupt:
         command = "the same command" if path is None else f"dask-ep run {shlex.quote(path)}"
-        _complain(
-            f"stopped; {job.out} is {describe_output(job.out)}. Go on with {command} --resume"
-        )
+        complain(f"stopped; {job.out} is {describe_output(job.out)}. Go on with {command} --resume")
         raise click.exceptions.Exit(FAILED) from None
     finally:
         for number, handler in before.items():
@@ -384,75 +378,6 @@ def _print_finding(path: str, finding: Finding) -> None:
         for line in finding.lines:
             table.add_row(*line)
         console.print(table)
-
-
-# --- the terminal ----------------------------------------------------------------------------
-
-
-@contextlib.contextmanager
-def _bar(unit: str) -> Iterator[Callable[..., None]]:
-    """Give a function that tells progress: a bar on a terminal, lines otherwise, both on stderr."""
-    if not sys.stderr.isatty():
-        yield _Lines(unit).tell
-        return
-    columns = (
-        TextColumn("{task.description}"),
-        BarColumn(),
-        TaskProgressColumn(),
-        TextColumn("{task.fields[words]}"),
-    )
-    with Progress(*columns, console=Console(stderr=True)) as progress:
-        task = progress.add_task("", total=None, words="")
-
-        def tell(done: int, total: int, name: str, how: runs.Progress | None = None) -> None:
-            words = f"{_amount(done, total, unit)}{_speed(how)}"
-            progress.update(task, completed=done, total=total, description=name, words=words)
-
-        yield tell
-
-
-class _Lines:
-    """Progress as plain lines, every few seconds and at the end."""
-
-    def __init__(self, unit: str):
-        self._unit, self._last = unit, time.monotonic()
-
-    def tell(self, done: int, total: int, name: str, how: runs.Progress | None = None) -> None:
-        now = time.monotonic()
-        if done < total and now < self._last + SECONDS_BETWEEN_LINES:
-            return
-        self._last = now
-        share = f"{100 * done / total:.0f} %" if total else "100 %"
-        words = f"{share}, {_amount(done, total, self._unit)}{_speed(how)}"
-        click.echo(f"{name}: {words}" if name else words, err=True)
-
-
-def _amount(done: int, total: int, unit: str) -> str:
-    if unit == "bytes":
-        return f"{format_bytes(done)} of {format_bytes(total)}"
-    return f"{done} of {total} {unit}"
-
-
-def _speed(how: runs.Progress | None) -> str:
-    if how is None or how.seconds_left is None:
-        return ""
-    left = f", {format_time(how.seconds_left)} left" if how.rows_left else ""
-    return f", {how.rows_per_second:.0f} rows/s{left}"
-
-
-def _complain(text: str) -> None:
-    click.echo(f"dask-ep: {text}", err=True)
-
-
-def _one_line(error: BaseException) -> str:
-    """Say an error and its causes, without the place in the code."""
-    words = [str(error).strip() or type(error).__name__]
-    cause = error.__cause__
-    while cause is not None:
-        if str(cause) and str(cause) not in words[0]:
-            words.append(str(cause).strip())
-        cause = cause.__cause__
-    return "; because ".join(words)
 
 
 for command in (example, plan_command, run, verify, inspect):

@@ -52,7 +52,13 @@ def plan_command(
     """Say what a job will cost: rows, bytes, memory, tasks and time.
 
     Reads the routing, and neither tokens nor experts. With --what-if, values of world_size,
-    placement and chunk_rows are compared: world_size=2,4,8 placement=contiguous,balanced
+    placement and chunk_rows are compared.
+
+    \b
+    Examples:
+      dask-ep plan demo/job.toml
+      dask-ep plan demo/job.toml --workers 4 --placement exact --save placement.json
+      dask-ep plan demo/job.toml --what-if world_size=2,4,8 placement=contiguous,balanced
     """
     if choices and not side_by_side:
         raise click.UsageError(f"{choices[0]!r} is a choice to compare; put --what-if before it")

@@ -273,7 +273,7 @@ def _started(where: Where, job: Job) -> Iterator[tuple[int, Client | None]]:
                     "dashboard_address": f"127.0.0.1:{where.dashboard_port or 0}",
                 },
                 memory_limit="auto" if where.memory_limit is None else where.memory_limit,
-                silence_logs=logging.ERROR,
+                silence_logs=logging.CRITICAL,  # what fails is told by the futures
             ) as cluster,
             Client(cluster) as client,
         ):

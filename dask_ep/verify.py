@@ -290,8 +290,8 @@ def _apply_shared(layer: MoELayer, tokens: np.ndarray) -> np.ndarray:
         everyone = np.arange(layer.shared.num_experts)[None].repeat(len(tokens), axis=0)
         y += _apply_experts(layer.shared, tokens, everyone, None)
     if "shared_gate" in layer.arrays:
-        gate = layer.arrays["shared_gate"]
-        logits = tokens.astype(np.float64) @ gate.read(0, gate.shape[0]).astype(np.float64).ravel()
+        gate = layer.arrays["shared_gate"].read().astype(np.float64)
+        logits = tokens.astype(np.float64) @ gate.ravel()
         y *= 0.5 * (1 + np.tanh(0.5 * logits[:, None]))
     return y + tokens if layer.residual else y
 

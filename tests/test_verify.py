@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from pathlib import Path
 
 import ml_dtypes
 import numpy as np
@@ -11,6 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dask_ep.build import open_inputs
+from dask_ep.checkpoint import load_moe_layer
 from dask_ep.example import Example, write_example
 from dask_ep.experts import Experts
 from dask_ep.inspect_ import advise_chunk_rows, count_routing, inspect_path
@@ -274,3 +276,42 @@ def test_integers_that_are_no_routing_are_not_counted():
 def test_advised_chunks_are_whole_stored_chunks():
     rows = open_source(np.zeros((10, 1 << 20), ml_dtypes.bfloat16))
     assert advise_chunk_rows(rows) == 16
+
+
+# --- layers of checkpoints -------------------------------------------------------------------
+
+FIXTURES = Path(__file__).parent / "fixtures"
+
+
+@pytest.mark.parametrize("family", ["mixtral_sharded", "qwen2_moe", "gpt_oss_mxfp4", "llama4"])
+def test_a_layer_is_run_and_verified(tmp_path, family):
+    layer = FIXTURES / family
+    index = next(i for i in range(4) if is_moe(layer, i))
+    d = load_moe_layer(layer, index).experts.d
+    tokens = np.random.default_rng(0).standard_normal((300, d)).astype(np.float32)
+    np.save(tmp_path / "tokens.npy", tokens)
+    job = load_job(
+        tokens=str(tmp_path / "tokens.npy"),
+        layer=str(layer),
+        layer_index=index,
+        out=str(tmp_path / "out.npy"),
+        world_size=2,
+        placement="packed",
+    )
+    run_job(job, Threads(2), chunk_rows=64)
+    found = verify_job(job, rows=100)
+    assert found.good, found
+    assert found.largest_value > 0
+
+    y = np.load(job.out)
+    y[128] *= 1.001
+    np.save(job.out, y)
+    assert [wrong.row for wrong in verify_job(job, rows=100).worst] == [128]
+
+
+def is_moe(directory, index):
+    try:
+        load_moe_layer(directory, index)
+    except ValueError:
+        return False
+    return True

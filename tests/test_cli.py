@@ -1,0 +1,314 @@
+"""The real command does what it says, stops when told, and goes on where it was."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import psutil
+import pytest
+
+from dask_ep import cli, run
+from dask_ep.build import open_inputs
+from dask_ep.example import FORMATS, Example, write_example
+from dask_ep.job import load_job
+from dask_ep.journal import read_done, read_manifest
+from dask_ep.run import Processes, Threads, choose_chunk_rows, chunk_rows_within, run_job
+from dask_ep.sources import open_source
+
+ROOT = Path(__file__).parent.parent
+DEADLINE = 60.0  # seconds that nothing here should ever take
+
+
+def command(*arguments: object, **keywords) -> subprocess.CompletedProcess:
+    """Run the real command to its end."""
+    return subprocess.run(
+        [sys.executable, "-m", "dask_ep", *map(str, arguments)],
+        capture_output=True,
+        text=True,
+        timeout=DEADLINE,
+        env=os.environ | {"PYTHONPATH": str(ROOT)},
+        check=False,
+        **keywords,
+    )
+
+
+def here(capsys, *arguments: object) -> tuple[int, str, str]:
+    """Run the command in this process: exit code, stdout and stderr."""
+    with pytest.raises(SystemExit) as end:
+        cli.main([str(argument) for argument in arguments])
+    captured = capsys.readouterr()
+    return end.value.code or 0, captured.out, captured.err
+
+
+@pytest.fixture
+def small_job(tmp_path) -> Path:
+    sizes = {"rows": 700, "d": 16, "num_experts": 6, "chunk_rows": 100}
+    return write_example(tmp_path / "small", Example(**sizes, format="npy"))
+
+
+# --- from nothing to a checked output --------------------------------------------------------
+
+
+@pytest.mark.parametrize("format", FORMATS)
+def test_example_run_verify_inspect(tmp_path, capsys, format):
+    sizes = ("--rows", 600, "--d", 16, "--experts", 4, "--chunk-rows", 100, "--format", format)
+    made = command("example", tmp_path / "demo", *sizes, "--kind", "gated")
+    assert made.returncode == 0, made.stderr
+    job = tmp_path / "demo" / "job.toml"
+    assert f"dask-ep run {job}" in made.stdout
+
+    ran = command("run", job)
+    assert ran.returncode == 0, ran.stderr
+    assert f"out.{format}: 600 rows in" in ran.stdout
+    assert "100 %, 600 of 600 rows" in ran.stderr, "without a terminal, plain lines"
+    assert "\x1b" not in ran.stderr + ran.stdout
+
+    code, out, _ = here(capsys, "verify", job, "--rows", 100)
+    assert (code, out.splitlines()[-1]) == (0, "good")
+    code, out, _ = here(capsys, "inspect", load_job(job).out)
+    assert code == 0
+    assert "complete" in out
+    assert f"tokens.{format}" in out
+
+
+def test_the_wheel_names_the_command_and_the_module_is_it_too():
+    assert "dask-ep, version" in command("--version").stdout
+    text = (ROOT / "pyproject.toml").read_text()
+    assert 'dask-ep = "dask_ep.cli:main"' in text
+
+
+@pytest.mark.parametrize("name", list(cli.cli.commands))
+def test_help_teaches_by_example(capsys, name):
+    code, out, _ = here(capsys, name, "--help")
+    assert code == 0
+    assert f"dask-ep {name}" in out.split("Options:")[0].split("\n", 1)[1], "an example"
+
+
+def test_a_job_of_options_alone(tmp_path, capsys):
+    random = np.random.default_rng(0)
+    tokens, w = random.standard_normal((50, 8)), random.standard_normal((4, 6, 8))
+    routing = random.integers(0, 4, 50)
+    for name, array in {"x": tokens, "r": routing, "w": w}.items():
+        np.save(tmp_path / f"{name}.npy", array)
+    code, out, _ = here(
+        capsys, "run", "--tokens", tmp_path / "x.npy", "--routing", tmp_path / "r.npy",
+        "--experts", f'{{kind = "linear", w = "{tmp_path}/w.npy", transposed = true}}',
+        "--out", tmp_path / "y.npy", "--world-size", 2,
+    )  # fmt: skip
+    assert code == 0
+    assert "50 rows in" in out
+    expected = np.stack([x @ w[e].T for x, e in zip(tokens, routing, strict=True)])
+    np.testing.assert_allclose(np.load(tmp_path / "y.npy"), expected, rtol=1e-12)
+
+
+# --- exit codes and messages -----------------------------------------------------------------
+
+
+def test_wrong_use_is_2(tmp_path, capsys, small_job):
+    (tmp_path / "bad.toml").write_text('token = "x.npy"')
+    for arguments, words in [
+        (["run", tmp_path / "bad.toml"], "did you mean 'tokens'?"),
+        (["run"], "'tokens' is missing"),
+        (["run", small_job, "--threads", 2, "--processes", 2], "a job runs in one place"),
+        (["run", small_job, "--dashboard", 8787], "--dashboard needs --processes"),
+        (["run", small_job, "--memory-limit", "much"], "'much' is no size"),
+        (["run", small_job, "--scheduler", "tcp://x:1", "--memory-limit", "1GB"], "is set where"),
+        (["example", tmp_path / "new", "--k", 20], "k=20 slots cannot go to different ones"),
+        (["frobnicate"], "No such command"),
+    ]:
+        code, _, err = here(capsys, *arguments)
+        assert (code, words in err) == (2, True), (arguments, err)
+    assert not Path(load_job(small_job).out).exists()
+
+
+def test_what_fails_is_1_and_one_line(tmp_path, capsys, small_job):
+    assert here(capsys, "run", small_job)[0] == 0
+    for arguments, words in [
+        (["run", small_job], "resume to go on with it, overwrite to start again"),
+        (["run", small_job, "--overwrite", "--resume"], "give one of them"),
+        (["run", tmp_path / "none.toml"], "none.toml"),
+        (["inspect", tmp_path / "none.npy"], "does not exist"),
+        (["verify", small_job, "--out", tmp_path / "z.npy"], "there is no output yet"),
+    ]:
+        code, _, err = here(capsys, *arguments)
+        assert (code, words in err) == (1, True), (arguments, err)
+        assert len(err.splitlines()) == 1
+    assert here(capsys, "run", small_job, "--overwrite")[0] == 0
+
+
+def test_a_bad_index_names_chunk_and_row_and_debug_shows_all(capsys, small_job):
+    path = load_job(small_job).routing
+    routing = np.load(path)
+    routing[250, 1] = 99
+    np.save(path, routing)
+    code, _, err = here(capsys, "run", small_job, "--chunk-rows", 100)
+    assert code == 1
+    assert "chunk 2" in err
+    assert "99" in err
+    assert "Traceback" not in err
+    full = command("run", small_job, "--chunk-rows", 100, "--overwrite", "--debug")
+    assert full.returncode == 1
+    assert "Traceback" in full.stderr
+
+
+def test_verify_finds_flipped_bytes_and_says_3(capsys, small_job):
+    assert here(capsys, "run", small_job, "--chunk-rows", 100)[0] == 0
+    path = load_job(small_job).out
+    offset = os.path.getsize(path) - 16 * 4  # the last row
+    with open(path, "r+b") as file:
+        file.seek(offset)
+        bytes_there = file.read(64)
+        file.seek(offset)
+        file.write(bytes(b ^ 0x18 for b in bytes_there))
+    code, out, _ = here(capsys, "verify", small_job, "--rows", 50)
+    assert code == 3
+    assert "1 rows differ, the worst first:" in out
+    assert "row 699 (block 6, experts" in out
+
+
+# --- stopped and gone on with ----------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def slow_job(tmp_path_factory) -> Path:
+    """A job of 100 or 200 blocks, some ten milliseconds each."""
+    sizes = {"rows": 6400, "d": 256, "num_experts": 2, "k": 1, "kind": "gated", "hidden": 4096}
+    return write_example(tmp_path_factory.mktemp("slow"), Example(**sizes, format="npy"))
+
+
+def start(*arguments: object) -> subprocess.Popen:
+    return subprocess.Popen(
+        [sys.executable, "-m", "dask_ep", *map(str, arguments)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env=os.environ | {"PYTHONPATH": str(ROOT)},
+    )
+
+
+def count_blocks(out: Path) -> int:
+    record = read_manifest(f"{out}.progress") if Path(f"{out}.progress").exists() else None
+    return 0 if record is None else len(read_done(f"{out}.progress", record["run"]))
+
+
+def wait_for_blocks(out: Path, blocks: int, process: subprocess.Popen) -> None:
+    deadline = time.monotonic() + DEADLINE
+    while count_blocks(out) < blocks:
+        assert process.poll() is None, process.communicate()
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+
+
+def stop(process: subprocess.Popen, number: int) -> tuple[int, str, str]:
+    process.send_signal(number)
+    out, err = process.communicate(timeout=DEADLINE)
+    return process.returncode, out, err
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
+def test_a_stopped_run_is_resumed(tmp_path, slow_job, number):
+    out = tmp_path / "out.npy"
+    where = ("--out", out, "--threads", 1, "--chunk-rows", 32)
+    process = start("run", slow_job, *where)
+    try:
+        wait_for_blocks(out, 5, process)
+        code, _, err = stop(process, number)
+    finally:
+        process.kill()
+    if number == signal.SIGKILL:
+        assert code == -signal.SIGKILL
+    else:
+        assert code == 1
+        assert "stopped;" in err
+        assert f"dask-ep run {slow_job} --resume" in err
+        assert "Traceback" not in err
+    done = count_blocks(out)
+    assert 5 <= done < 200
+    assert not out.exists(), "half an output has no name"
+
+    refused = run_here("run", slow_job, *where)
+    assert refused == 1, "not without --resume"
+    resumed = command("run", slow_job, "--out", out, "--threads", 2, "--resume")
+    assert resumed.returncode == 0, resumed.stderr
+    assert f"{6400 - 32 * done} rows in" in resumed.stdout
+    assert f"{32 * done} were there" in resumed.stdout
+    assert run_here("verify", slow_job, "--out", out, "--rows", 60) == 0
+
+
+def run_here(*arguments: object) -> int:
+    with pytest.raises(SystemExit) as end:
+        cli.main([str(argument) for argument in arguments])
+    return end.value.code or 0
+
+
+def test_what_processes_began_threads_finish_to_the_same_bits(tmp_path, slow_job):
+    out = tmp_path / "out.npy"
+    where = ("--out", out, "--processes", 2, "--chunk-rows", 64, "--memory-limit", "1GiB")
+    process = start("run", slow_job, *where)
+    workers = []
+    try:
+        wait_for_blocks(out, 3, process)
+        workers = psutil.Process(process.pid).children(recursive=True)
+        code, _, err = stop(process, signal.SIGTERM)
+    finally:
+        process.kill()
+    assert code == 1
+    assert "stopped;" in err
+    assert "Traceback" not in err, err
+    gone, alive = psutil.wait_procs(workers, timeout=20)
+    assert len(gone) >= 2
+    assert not alive, "no process is left behind"
+    record = json.loads(Path(f"{out}.progress/manifest.json").read_text())
+    assert record["settings"]["world_size"] == 2, "one rank per process"
+
+    done = run_job(load_job(slow_job, out=str(out)), Threads(2), resume=True)
+    assert done.rows_before >= 3 * 64
+    straight = load_job(slow_job, out=str(tmp_path / "straight.npy"), world_size=2)
+    run_job(straight, Threads(2), chunk_rows=64)
+    np.testing.assert_array_equal(np.load(out), np.load(straight.out))
+
+
+# --- chunks and memory -----------------------------------------------------------------------
+
+
+def test_a_limit_decides_the_chunks(small_job):
+    inputs = open_inputs(load_job(small_job))
+    free = choose_chunk_rows(inputs, Threads(2), 1)
+    assert free <= 700 / 8 + 1, "some for every thread"
+    with pytest.raises(MemoryError, match=r"a memory limit of 300 MB must hold .* in all; give"):
+        choose_chunk_rows(inputs, Threads(2, memory_limit=300_000_000), 1)
+
+
+@pytest.mark.parametrize("threads", [1, 2, 8])
+def test_chunks_fit_the_limit(threads):
+    for limit in (400 << 20, 1 << 30, 1 << 40):
+        rows = chunk_rows_within(limit, threads, 50 << 20, 4096)
+        used = (50 << 20) + (threads * 4 + 4) * rows * 4096 + run.BASE_BYTES
+        assert used <= limit < used + (threads * 4 + 4) * 4096
+
+
+def test_processes_share_the_experts(small_job):
+    inputs = open_inputs(load_job(small_job))
+    chunks = 8 * run.FEWEST_ROWS * inputs.row_bytes
+    limit = run.BASE_BYTES + inputs.loaded_bytes // 2 + chunks
+    assert choose_chunk_rows(inputs, Processes(2, memory_limit=limit), 2) >= run.FEWEST_ROWS
+    with pytest.raises(MemoryError):
+        choose_chunk_rows(inputs, Processes(2, memory_limit=limit - 1), 2)
+
+
+def test_progress_from_python(small_job):
+    told = []
+    done = run_job(load_job(small_job), Threads(1), chunk_rows=100, on_progress=told.append)
+    assert [p.rows_done for p in told] == [0, 100, 200, 300, 400, 500, 600, 700]
+    assert told[0].seconds_left is None
+    assert (done.rows_left, done.rows_in_all) == (0, 700)
+    assert open_source(load_job(small_job).out).shape == (700, 16)
+    again = run_job(load_job(small_job), Threads(1), resume=True)
+    assert (again.rows_done, again.rows_before) == (0, 700)

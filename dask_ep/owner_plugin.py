@@ -1,10 +1,10 @@
 """How does a scheduler keep every rank's tasks on the rank's owners, while workers come and go?
 
 A plugin in the scheduler pins the two tasks that need a rank's experts, known by their keys, to
-the rank's owners; all other tasks stay free.
+the rank's owners. (What happens at the chunk's end is in `homes`; all other tasks stay free.)
 
     ("ep-experts-<tok>", r)      ──┐
-    ("ep-dispatch-<tok>", c, r)  ──┴──> worker_restrictions = the owners of r: ONE set for all
+    ("ep-dispatch-<tok>", c, r)  ──┴──> worker_restrictions = the owners of r: ONE set
 
 All tasks of a rank share one set object, so that moving a rank is a change of that set, however
 many tasks there are. (Annotations would be lost when Dask optimises an array graph, and names of
@@ -41,8 +41,9 @@ from typing import Any
 
 from distributed import SchedulerPlugin
 from distributed.core import Status
-from distributed.scheduler import Scheduler
+from distributed.scheduler import Scheduler, TaskState
 
+from dask_ep.homes import Home, find_home, give_homes, leave_homes
 from dask_ep.owner_map import assign, balance, capacities, natural_order
 
 logger = logging.getLogger(__name__)
@@ -60,12 +61,16 @@ NOBODY = "no worker: the rank waits for one"
 """Stands in the set of a rank without owner, for an empty set would free its tasks."""
 
 
+class OwnersOfRank(set):
+    """Addresses of the workers that play a rank: the worker restrictions of all its tasks."""
+
+
 @dataclass
 class Ranks:
     """The ranks of one world size: who owns them now, and what was asked for."""
 
-    owners: list[set[str]]
-    """Per rank; these very sets are the worker restrictions of the rank's tasks."""
+    owners: list[OwnersOfRank]
+    """Per rank."""
     loads: list[float]
     """Work per rank, any unit."""
     copies: list[int]
@@ -78,7 +83,7 @@ class Ranks:
     @classmethod
     def unowned(cls, world_size: int) -> Ranks:
         return cls(
-            owners=[{NOBODY} for _ in range(world_size)],
+            owners=[OwnersOfRank({NOBODY}) for _ in range(world_size)],
             loads=[1.0] * world_size,
             copies=[1] * world_size,
             balanced_at=[-inf] * world_size,
@@ -139,7 +144,7 @@ class Ownership(SchedulerPlugin):
     @_seen_by_the_user
     def update_graph(self, scheduler: Scheduler, *, tasks: Collection, **kwargs: Any) -> None:
         """Pin the new tasks. Runs before the first of them is given to a worker."""
-        pinned = [key for key in tasks if _is_pinned(key)]
+        pinned = [key for key in tasks if _has_rank(key)]
         world_sizes: defaultdict[str, int] = defaultdict(int)
         for key in pinned:
             token = key[0].rpartition("-")[2]
@@ -152,6 +157,14 @@ class Ownership(SchedulerPlugin):
             # Whoever restricts a task by an annotation wants it there.
             if world_size > 1 and not task.worker_restrictions:
                 task.worker_restrictions = self.ranks[world_size].owners[key[-1]]
+        give_homes(scheduler.tasks[key] for key in tasks)
+
+    @_seen_by_the_user
+    def transition(self, key: object, start: str, finish: str, *args: Any, **kwargs: Any) -> None:
+        """Find the home of a chunk when the last thing that its packets need has come."""
+        if finish == "memory":
+            for dependent in self.scheduler.tasks[key].dependents:
+                find_home(dependent)
 
     @_seen_by_the_user
     def add_worker(self, scheduler: Scheduler, worker: str) -> None:
@@ -175,9 +188,7 @@ class Ownership(SchedulerPlugin):
     @_seen_by_the_user
     def valid_workers_downscaling(self, scheduler: Scheduler, workers: list) -> list:
         """Spare the only owner of a rank while work is pending; afterwards all may go."""
-        prefixes = [scheduler.task_prefixes.get(prefix[:-1]) for prefix in PREFIXES]
-        pending = ("waiting", "queued", "processing", "no-worker")
-        if not any(prefix and prefix.states[state] for prefix in prefixes for state in pending):
+        if all(group.done for group in scheduler.task_groups.values() if _is_pinned(group.name)):
             return workers
         needed = {
             owner
@@ -225,8 +236,7 @@ class Ownership(SchedulerPlugin):
         for timer in self.timers.values():
             self.scheduler.loop.remove_timeout(timer)
         self.timers.clear()
-        ours = self._shared_sets()
-        freed = [t for t in self.scheduler.tasks.values() if id(t.worker_restrictions) in ours]
+        freed = [task for task in self.scheduler.tasks.values() if _is_ours(task)]
         stuck = [task for task in freed if task in self.scheduler.unrunnable]
         for task in freed:
             task.worker_restrictions = None
@@ -274,6 +284,7 @@ class Ownership(SchedulerPlugin):
 
     def _gone(self, worker: str, how: str) -> None:
         self._cancel(worker)
+        leave_homes(self.scheduler, worker)
         self.assign(f"{worker} {how}", shares=2)
         if worker in self.scheduler.workers:
             self._call_back_tasks(worker)
@@ -289,6 +300,9 @@ class Ownership(SchedulerPlugin):
         if status == "running":
             self._arrived(worker)
         elif status == "paused":
+            leave_homes(self.scheduler, worker)
+            self._go_on()
+            self._call_back_tasks(worker)
             self._start(worker, self.pause_limit, self._paused_for_long, worker)
         else:
             self._gone(worker, "retires")
@@ -352,28 +366,23 @@ class Ownership(SchedulerPlugin):
         self.changes.append(change)
         logger.info("rank %d of %d: %s -> %s (%s)", rank, world_size, before, after, why)
 
-    def _shared_sets(self) -> set[int]:
-        return {id(of_rank) for ranks in self.ranks.values() for of_rank in ranks.owners}
-
     def _go_on(self) -> None:
-        """Start the tasks that were stuck for want of an owner."""
-        ours = self._shared_sets()
+        """Start the tasks that were stuck for want of an owner or of their home."""
         stuck = [
             task
             for task in self.scheduler.unrunnable
-            if id(task.worker_restrictions) in ours and NOBODY not in task.worker_restrictions
+            if _is_ours(task) and NOBODY not in task.worker_restrictions
         ]
         stuck.sort(key=lambda task: task.priority, reverse=True)  # the last one is started first
         self.scheduler.transitions(dict.fromkeys((t.key for t in stuck), "processing"), PLUGIN)
 
     def _call_back_tasks(self, worker: str) -> None:
-        """Give tasks that wait on this worker, and are not running, to the present owners."""
-        ours = self._shared_sets()
+        """Give tasks that wait on this worker, and are not running, to where they belong now."""
         state = self.scheduler.workers[worker]
         waiting = [
             task
             for task in state.processing
-            if id(task.worker_restrictions) in ours
+            if _is_ours(task)
             and task not in state.executing
             and worker not in task.worker_restrictions
         ]
@@ -401,13 +410,16 @@ class Ownership(SchedulerPlugin):
         self.scheduler.set_metadata(list(METADATA), owners)
 
 
-def _is_pinned(key: object) -> bool:
-    return (
-        isinstance(key, tuple)
-        and isinstance(key[0], str)
-        and key[0].startswith(PREFIXES)
-        and isinstance(key[-1], int)
-    )
+def _is_pinned(name: object) -> bool:
+    return isinstance(name, str) and name.startswith(PREFIXES)
+
+
+def _has_rank(key: object) -> bool:
+    return isinstance(key, tuple) and _is_pinned(key[0]) and isinstance(key[-1], int)
+
+
+def _is_ours(task: TaskState) -> bool:
+    return isinstance(task.worker_restrictions, (OwnersOfRank, Home))
 
 
 def _sorted(owners: Collection[str]) -> tuple[str, ...]:

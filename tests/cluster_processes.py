@@ -19,8 +19,7 @@ from pathlib import Path
 
 from distributed import Client
 
-HERE = Path(__file__).parent
-REPOSITORY = HERE.parent
+REPOSITORY = Path(__file__).parents[1]
 
 DEADLINE = 60.0
 """Seconds that anything may take before a test fails: several times what it takes on a slow day."""
@@ -71,7 +70,7 @@ class Cluster:
         self._first_workers = list(workers)
         self._environment = {
             **os.environ,
-            "PYTHONPATH": os.pathsep.join([str(REPOSITORY), str(HERE)]),
+            "PYTHONPATH": str(REPOSITORY),
             **{_variable(key): str(value) for key, value in (config or {}).items()},
             **(environment or {}),
         }
@@ -112,9 +111,9 @@ class Cluster:
     def client(self, n_workers: int | None = None, **keywords: object) -> Client:
         """Connect, and wait for as many workers as were started (or for `n_workers`)."""
         client = Client(self.address, timeout=DEADLINE, set_as_default=False, **keywords)
-        client.wait_for_workers(
-            len(self.processes) - 1 if n_workers is None else n_workers, timeout=DEADLINE
-        )
+        expected = len(self.processes) - 1 if n_workers is None else n_workers
+        if expected:
+            client.wait_for_workers(expected, timeout=DEADLINE)
         return client
 
     def signal(self, client: Client, name: str, number: signal.Signals) -> None:

@@ -18,10 +18,10 @@ from dataclasses import dataclass
 
 import dask.array as da
 import numpy as np
-from cluster_processes import DEADLINE, Cluster, wait_until, worker_pids
-from distributed import Client, Future
+from distributed import Client
 
 from dask_ep import Experts, expert_parallel, own_experts
+from tests.cluster_processes import DEADLINE, Cluster, wait_until, worker_pids
 
 RANKS, WORKERS = 6, ("w0", "w1", "w2")
 CHUNKS, ROWS, WIDTH, SLOTS = 24, 64, 16, 2

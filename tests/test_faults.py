@@ -5,8 +5,9 @@
 
 import numpy as np
 import pytest
-from cluster_processes import Cluster
-from fault_scenarios import CONFIG, FAULTS, WORKERS, moments, run_disturbed, run_undisturbed
+
+from tests.cluster_processes import Cluster
+from tests.fault_scenarios import CONFIG, FAULTS, WORKERS, moments, run_disturbed, run_undisturbed
 
 LENGTH = 2.0
 """Seconds of the undisturbed run, about: faults come within them."""

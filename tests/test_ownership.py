@@ -1,0 +1,532 @@
+"""Owners of ranks on a cluster of real processes: where tasks run, what travels, what is left."""
+
+import time
+from collections import defaultdict
+
+import dask.array as da
+import numpy as np
+import pytest
+from distributed import SchedulerPlugin, futures_of, get_worker
+from distributed.core import Status
+
+from dask_ep import Experts, expert_parallel, own_experts
+from dask_ep.owner_plugin import METADATA, PLUGIN
+from dask_ep.pipeline import count_tasks
+from dask_ep.sources import Source, open_source
+from tests.cluster_processes import DEADLINE, Cluster, addresses, wait_until
+
+WORKERS = ("w0", "w1", "w2")
+CONFIG = {
+    "distributed.admin.low-level-log-length": 100_000,  # or transfers would be forgotten
+    "distributed.worker.memory.pause": False,  # the tests pause
+}
+
+
+@pytest.fixture(scope="module")
+def cluster(tmp_path_factory):
+    directory = tmp_path_factory.mktemp("cluster")
+    with Cluster(
+        directory, WORKERS, config=CONFIG, environment={"OMP_NUM_THREADS": "1"}
+    ) as running:
+        yield running
+
+
+@pytest.fixture(scope="module")
+def client(cluster):
+    with cluster.client() as connected:
+        yield connected
+
+
+@pytest.fixture(autouse=True)
+def nothing_left(request):
+    """After every test: no plugin, no metadata, no restriction on any task."""
+    yield
+    if "client" in request.fixturenames:
+        assert request.getfixturevalue("client").run_on_scheduler(_what_is_left) == []
+
+
+class Recorder(SchedulerPlugin):
+    """Writes down which worker computed which key."""
+
+    name = "recorder-of-tests"
+
+    def __init__(self):
+        self.computed = []
+
+    def transition(self, key, start, finish, *args, worker=None, **kwargs):
+        if (start, finish) == ("processing", "memory"):
+            self.computed.append((key, worker))
+
+
+@pytest.fixture
+def recorded(client):
+    """Give a function that tells {prefix: {rank: workers that computed tasks of it}}."""
+    client.register_plugin(Recorder())
+
+    def who_computed():
+        where = defaultdict(lambda: defaultdict(set))  # step, rank
+        for key, worker in client.run_on_scheduler(_recorded):
+            if isinstance(key, tuple) and key[0].startswith("ep-"):
+                where[key[0].rpartition("-")[0]][key[-1]].add(worker)
+        return where
+
+    yield who_computed
+    client.unregister_scheduler_plugin(Recorder.name)
+
+
+class NotedSource(Source):
+    """Notes in a file how many bytes each worker read."""
+
+    def __init__(self, source, log):
+        self.source, self.log = source, log
+        self.shape, self.dtype, self.name = source.shape, source.dtype, source.name
+
+    def read(self, start, stop, out=None):
+        rows = self.source.read(start, stop, out)
+        with open(self.log, "a") as log:
+            log.write(f"{get_worker().address} {rows.nbytes}\n")
+        return rows
+
+    def fingerprint(self):
+        return self.source.fingerprint()
+
+
+def _alone(y):
+    """Compute without the cluster; experts that sleep do so side by side."""
+    return y.compute(scheduler="threads", num_workers=16)
+
+
+def layer(chunks=8, rows=64, width=32, ranks=6, slots=2, num_experts=None, experts=None, seed=0):
+    """Build a layer whose tokens and routing are made where they are used; and the routing."""
+    num_experts = num_experts or ranks
+    routing = np.random.default_rng(seed).integers(num_experts, size=(chunks * rows, slots))
+    tokens = da.random.default_rng(seed).standard_normal(
+        (chunks * rows, width), chunks=(rows, width), dtype=np.float32
+    )
+    if experts is None:
+        experts = np.random.default_rng(seed).standard_normal((num_experts, width, width))
+    y = expert_parallel(
+        tokens, da.from_array(routing, chunks=(rows, slots)), experts, world_size=ranks
+    )
+    return y, routing
+
+
+# --- where -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("ranks", [6, 3, 2], ids=["more ranks", "as many", "fewer ranks"])
+def test_a_ranks_tasks_run_on_its_owner(client, recorded, ranks):
+    y, _ = layer(ranks=ranks)
+    with own_experts(client, ranks) as owners:
+        assert np.array_equal(client.compute(y).result(DEADLINE), _alone(y))
+        where = recorded()
+        assert len(where["ep-dispatch"]) == len(where["ep-experts"]) == ranks
+        for rank, of_rank in enumerate(owners.owners):
+            assert where["ep-dispatch"][rank] == where["ep-experts"][rank] == set(of_rank)
+        assert len({owner for of_rank in owners.owners for owner in of_rank}) == min(ranks, 3)
+
+
+def test_pins_outlive_optimisation_and_what_is_built_upon(client, recorded):
+    y, _ = layer()
+    with own_experts(client, 6) as owners:
+        total = (y.astype("f8") * 2).sum()
+        future = client.compute(client.persist(total))
+        assert future.result(DEADLINE) == pytest.approx(_alone(total))
+        where = recorded()["ep-dispatch"]
+        assert {rank: tuple(workers) for rank, workers in where.items()} == dict(
+            enumerate(owners.owners)
+        )
+
+
+def test_each_worker_reads_the_weights_of_its_own_ranks_and_no_more(client, tmp_path):
+    weights = np.random.default_rng(1).standard_normal((12, 32, 32)).astype(np.float32)
+    np.save(tmp_path / "w.npy", weights)
+    source = NotedSource(open_source(tmp_path / "w.npy"), str(tmp_path / "read"))
+    y, _ = layer(experts=Experts.linear(source), num_experts=12)
+    with own_experts(client, 6) as owners:
+        client.compute(y).result(DEADLINE)
+        read, own = defaultdict(int), defaultdict(int)
+        for line in (tmp_path / "read").read_text().splitlines():
+            address, nbytes = line.split()
+            read[address] += int(nbytes)
+        for (owner,) in owners.owners:
+            own[owner] += weights[:2].nbytes
+        assert read == own
+
+
+# --- what travels ----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("slots", [1, 2, 8])
+def test_no_more_travels_than_the_rows_that_must(client, recorded, slots):
+    chunks, rows, width, ranks = 12, 512, 256, 6
+    y, routing = layer(chunks, rows, width, ranks, slots, num_experts=12, seed=slots)
+    with own_experts(client, ranks) as owners:
+        before = _received(client)
+        client.compute(y.sum()).result(DEADLINE)
+        received = _received(client) - before
+        visits = 0  # rows that go to a rank elsewhere, each once whatever its slots there
+        homes = _homes(client.run_on_scheduler(_recorded))
+        for chunk, of_chunk in enumerate(np.split(routing, chunks)):
+            for rank, (owner,) in enumerate(owners.owners):
+                if owner != homes[chunk]:
+                    visits += np.any(of_chunk // 2 == rank, axis=1).sum()
+    assert visits
+    assert sum(nbytes for *_, nbytes in received) <= 1.05 * 2 * visits * width * 4
+    assert not [key for key, _, nbytes in received if nbytes >= rows * width * 4]
+
+
+def test_chunks_that_are_in_memory_already_stay_where_they_are(client):
+    rows, width = 512, 256
+    tokens = da.random.default_rng(1).standard_normal((12 * rows, width), chunks=(rows, width))
+    routing = da.random.default_rng(2).integers(6, size=(12 * rows, 2), chunks=(rows, 2))
+    tokens, routing = client.persist([tokens.astype("f4"), routing])
+    persisted = futures_of([tokens, routing])
+    wait_until(lambda: all(future.done() for future in persisted), "tokens and routing are there")
+    y = expert_parallel(tokens, routing, np.ones((6, width, width)), world_size=6)
+    with own_experts(client, 6):
+        before = _received(client)
+        client.compute(y.sum()).result(DEADLINE)
+        received = _received(client) - before
+        assert received
+        assert max(nbytes for *_, nbytes in received) < rows * width * 4
+
+
+# --- how it is installed, changed and removed ------------------------------------------------
+
+
+def test_calling_again_installs_nothing_more(client):
+    with own_experts(client, 6) as owners:
+        again = own_experts(client)
+        assert again.world_size == 6
+        assert again.owners == owners.owners
+        assert client.run_on_scheduler(_plugins).count(PLUGIN) == 1
+        with own_experts(client, 6):
+            pass
+        assert owners.owners == again.owners  # an inner block leaves things as it found them
+
+
+def test_one_rank_per_worker_unless_said(client):
+    with own_experts(client) as owners:
+        assert owners.world_size == 3
+        assert sorted(owners.owners) == sorted((address,) for address in addresses(client).values())
+
+
+def test_the_same_workers_get_the_same_ranks(client):
+    with own_experts(client, 7) as owners:
+        first = owners.owners
+    with own_experts(client, 7) as owners:
+        assert owners.owners == first
+
+
+def test_two_clients_with_jobs_at_once_do_not_disturb_each_other(cluster, client):
+    with cluster.client() as other:
+        mine, theirs = layer(seed=1)[0], layer(ranks=4, seed=2)[0]
+        with own_experts(client, 6) as owners:
+            their_owners = own_experts(other, 4)
+            futures = client.compute(mine), other.compute(theirs)
+            their_owners.close()
+            their_owners.close()
+            assert [len(of_rank) for of_rank in owners.owners] == [1] * 6
+            results = [future.result(DEADLINE) for future in futures]
+            assert np.array_equal(results[0], _alone(mine))
+            assert np.array_equal(results[1], _alone(theirs))
+            own_experts(other, 4)  # is dropped when the client goes
+
+
+def test_a_graph_of_another_world_size_gets_owners_too(client, recorded):
+    y, _ = layer(ranks=4)
+    with own_experts(client, 6):
+        client.compute(y).result(DEADLINE)
+        assert all(len(workers) == 1 for workers in recorded()["ep-dispatch"].values())
+        assert set(client.get_metadata(list(METADATA))) == {"4", "6"}
+
+
+def test_a_graph_of_one_rank_runs_on_all_workers(client, recorded):
+    slow = Experts.callables([_slowly])
+    y, _ = layer(chunks=12, ranks=1, experts=slow)
+    with own_experts(client, 3):
+        client.compute(y).result(DEADLINE)
+        assert len(recorded()["ep-dispatch"][0]) == 3
+
+
+def test_a_task_that_the_user_restricts_stays_restricted(client, recorded):
+    y, _ = layer()
+    with own_experts(client, 6):
+        client.compute(y, workers=["w1"], allow_other_workers=False).result(DEADLINE)
+        everywhere = set().union(*recorded()["ep-dispatch"].values())
+        assert everywhere == {addresses(client)["w1"]}
+
+
+def test_closing_in_the_midst_of_a_job_frees_its_tasks(client):
+    y, _ = layer(chunks=12, experts=Experts.callables([_slowly] * 6))
+    owners = own_experts(client, 6)
+    future = client.compute(y)
+    owners.close()
+    assert np.array_equal(future.result(DEADLINE), _alone(y))
+
+
+def test_a_moved_rank_runs_where_it_was_moved(client, recorded):
+    y, _ = layer()
+    target = addresses(client)["w2"]
+    with own_experts(client, 6) as owners:
+        owners.move(0, "w2")
+        assert owners.owners[0] == (target,)
+        client.compute(y).result(DEADLINE)
+        assert recorded()["ep-dispatch"][0] == {target}
+        assert [change.why for change in owners.changes][-1] == "moved by hand"
+
+
+def test_a_rank_moved_off_a_busy_worker_in_the_midst_of_a_job(client):
+    y, _ = layer(chunks=24, experts=Experts.callables([_slowly] * 6))
+    with own_experts(client, 6) as owners:
+        future = client.compute(y)
+        time.sleep(0.3)
+        for rank in range(6):
+            owners.move(rank, WORKERS[rank % 2])
+        assert np.array_equal(future.result(DEADLINE), _alone(y))
+
+
+def test_a_replica_takes_its_part(client, recorded):
+    y, _ = layer(chunks=24, ranks=2, experts=Experts.callables([_slowly, _at_once]))
+    with own_experts(client, 2, replicas={1: 2}) as owners:
+        assert [len(of_rank) for of_rank in owners.owners] == [1, 2]
+        owners.replicate(0, "w2" if owners.owners[0] != (addresses(client)["w2"],) else "w1")
+        client.compute(y).result(DEADLINE)
+        assert recorded()["ep-dispatch"][0] == set(owners.owners[0])
+        assert len(owners.owners[0]) == 2
+        owners.replicate(0)
+        assert len(owners.owners[0]) == 3
+
+
+def test_loads_decide_who_owns_what(client):
+    with own_experts(client, 5, loads=[1, 1, 1, 1, 4]) as owners:
+        alone = owners.owners[4]
+        assert owners.owners.count(alone) == 1
+        assert sorted(row.load for row in owners.table()) == [0.25, 0.25, 0.5]
+
+
+def test_the_handle_shows_workers_and_ranks(client):
+    with own_experts(client, 6) as owners:
+        assert "<td>0, 3</td>" in owners._repr_html_()
+        assert "w0: 0, 3; w1: 1, 4; w2: 2, 5" in repr(owners)
+        owners.close()
+        assert repr(owners) == "<Owners of 6 ranks: closed>"
+        assert owners._repr_html_() == "&lt;Owners of 6 ranks: closed&gt;"
+        with pytest.raises(RuntimeError, match="these owners are closed"):
+            owners.move(0, "w1")
+
+
+def test_what_fails_in_the_plugin_can_be_read(client):
+    with own_experts(client, 6) as owners:
+        assert owners.failures == []
+        client.run_on_scheduler(_break_the_plugin)
+        y, _ = layer()
+        assert np.array_equal(client.compute(y).result(DEADLINE), _alone(y))
+        assert "update_graph" in owners.failures[0]
+        client.run_on_scheduler(_mend_the_plugin)
+
+
+@pytest.mark.parametrize(
+    ("keywords", "message"),
+    [
+        ({"world_size": -1}, "world_size must be 1 or more, but is -1"),
+        ({"world_size": 3, "loads": [1, 2]}, "one number per rank, 3, but has 2"),
+        ({"world_size": 2, "loads": [0, 0]}, "not all zero"),
+        ({"world_size": 2, "loads": [1, float("nan")]}, "must be finite"),
+        ({"world_size": 2, "replicas": {2: 2}}, "ranks 0 to 1, but gives 2 to rank 2"),
+        ({"world_size": 2, "replicas": {0: 0}}, "1 or more owners"),
+    ],
+)
+def test_claims_that_make_no_sense_are_refused_and_install_nothing(client, keywords, message):
+    with pytest.raises(ValueError, match=message):
+        own_experts(client, **keywords)
+
+
+def test_ranks_and_workers_that_are_not_there_are_refused(client):
+    with own_experts(client, 3) as owners:
+        with pytest.raises(ValueError, match="rank must be 0 to 2, but is 3"):
+            owners.move(3, "w0")
+        with pytest.raises(ValueError, match="'w9' is none of"):
+            owners.move(0, "w9")
+        with pytest.raises(ValueError, match="rank 0 needs a worker that does not own it yet"):
+            owners.replicate(0, owners.owners[0][0])
+
+
+# --- workers that pause, retire, scale -------------------------------------------------------
+
+
+def test_a_worker_paused_for_long_loses_its_ranks_and_gets_some_back(client):
+    y, _ = layer(chunks=24, experts=Experts.callables([_slowly] * 6))
+    paused = addresses(client)["w1"]
+    with own_experts(client, 6, settle=0.2, pause_limit=0.3) as owners:
+        future = client.compute(y)
+        client.run(_set_status, Status.paused, workers=[paused])
+        wait_until(lambda: (paused,) not in owners.owners, "the ranks of the paused worker moved")
+        assert np.array_equal(future.result(DEADLINE), _alone(y))
+        client.run(_set_status, Status.running, workers=[paused])
+        wait_until(lambda: owners.owners.count((paused,)) == 2, "it has its share again")
+        assert owners.failures == []
+
+
+def test_a_worker_paused_for_short_keeps_its_ranks(client):
+    paused = addresses(client)["w1"]
+    with own_experts(client, 6, settle=0.1, pause_limit=0.5) as owners:
+        client.run(_set_status, Status.paused, workers=[paused])
+        client.run(_set_status, Status.running, workers=[paused])
+        time.sleep(0.7)
+        assert owners.owners.count((paused,)) == 2
+        assert {change.why for change in owners.changes} == {"first owner"}
+
+
+def test_downscaling_spares_owners_while_work_is_pending(client):
+    y, _ = layer(chunks=24, ranks=2, experts=Experts.callables([_slowly] * 2))
+    with own_experts(client, 2) as owners:
+        future = client.compute(y)
+        wait_until(lambda: client.run_on_scheduler(_has_pending_work), "the job has begun")
+        spared = {owner for (owner,) in owners.owners}
+        closing = client.run_on_scheduler(_workers_to_close, 3)
+        assert set(closing) == set(addresses(client).values()) - spared
+        future.result(DEADLINE)
+        assert len(client.run_on_scheduler(_workers_to_close, 3)) == 3
+
+
+def test_a_worker_that_comes_and_goes_moves_no_rank_twice(cluster, client):
+    with own_experts(client, 8, settle=0.3) as owners:
+        for _ in range(2):
+            cluster.start_worker("guest")
+            wait_until(lambda: "guest" in addresses(client), "the guest has come")
+            time.sleep(1)
+            cluster.stop_worker("guest")
+            wait_until(lambda: "guest" not in addresses(client), "the guest has gone")
+            time.sleep(0.5)
+        moved = [change.rank for change in owners.changes if change.why == "rebalanced"]
+        assert len(moved) == len(set(moved))
+        assert moved
+
+
+def test_ranks_wait_for_workers_and_are_spread_when_they_come(tmp_path):
+    y, _ = layer()
+    with Cluster(tmp_path) as cluster, cluster.client(0) as client:
+        with pytest.raises(ValueError, match="there are none; start workers first"):
+            own_experts(client)
+        with own_experts(client, 6, settle=0.3) as owners:
+            assert owners.owners == [()] * 6
+            future = client.compute(y)
+            cluster.start_worker("w0")
+            cluster.start_worker("w1")
+            assert np.array_equal(future.result(DEADLINE), _alone(y))
+            wait_until(
+                lambda: sorted(len(row.ranks) for row in owners.table()) == [3, 3],
+                "each has three",
+            )
+
+
+# --- what it costs ---------------------------------------------------------------------------
+
+
+def test_the_scheduler_pays_at_most_three_tenths_more_per_pinned_task(client):
+    def seconds_per_task(salt):
+        y, _ = layer(chunks=12, rows=2, width=2, ranks=16, seed=salt)
+        tasks = client.run_on_scheduler(_ep_tasks_computed)
+        before = client.run_on_scheduler(_cpu_seconds)
+        client.compute(y.sum()).result(DEADLINE)
+        spent = client.run_on_scheduler(_cpu_seconds) - before
+        tasks = client.run_on_scheduler(_ep_tasks_computed) - tasks
+        assert tasks == count_tasks(12, 16) == 12 * (2 * 16 + 1) + 16
+        return spent / tasks
+
+    client.register_plugin(Recorder())
+    seconds_per_task(0)  # what the first run pays for nobody shall pay
+    free = min(seconds_per_task(salt) for salt in (1, 2))
+    with own_experts(client, 16):
+        pinned = min(seconds_per_task(salt) for salt in (3, 4))
+    client.unregister_scheduler_plugin(Recorder.name)
+    assert pinned <= 1.3 * free
+
+
+# --- what runs on the cluster ----------------------------------------------------------------
+
+
+def _slowly(rows):
+    time.sleep(0.02)
+    return rows * 2
+
+
+def _at_once(rows):
+    return rows * 3
+
+
+def _recorded(dask_scheduler):
+    return dask_scheduler.plugins[Recorder.name].computed
+
+
+def _ep_tasks_computed(dask_scheduler):
+    computed = dask_scheduler.plugins[Recorder.name].computed
+    return sum(isinstance(key, tuple) and key[0].startswith("ep-") for key, _ in computed)
+
+
+def _cpu_seconds(dask_scheduler):
+    return time.process_time()
+
+
+def _plugins(dask_scheduler):
+    return list(dask_scheduler.plugins)
+
+
+def _homes(computed):
+    """Tell where each chunk was sent from and summed: one and the same worker."""
+    homes = defaultdict(set)
+    for key, worker in computed:
+        if isinstance(key, tuple) and key[0].startswith(("ep-send", "ep-sum")):
+            homes[key[1]].add(worker)
+    assert all(len(workers) == 1 for workers in homes.values())
+    return {chunk: workers.pop() for chunk, workers in homes.items()}
+
+
+def _what_is_left(dask_scheduler):
+    left = [name for name in dask_scheduler.plugins if name == PLUGIN]
+    left += [key for key in dask_scheduler.task_metadata if key == METADATA[0]]
+    return left + [
+        ts.key for ts in dask_scheduler.tasks.values() if ts.worker_restrictions is not None
+    ]
+
+
+def _break_the_plugin(dask_scheduler):
+    plugin = dask_scheduler.plugins[PLUGIN]
+    plugin.hidden, plugin.ranks = plugin.ranks, None
+
+
+def _mend_the_plugin(dask_scheduler):
+    plugin = dask_scheduler.plugins[PLUGIN]
+    plugin.ranks = plugin.hidden
+
+
+def _workers_to_close(count, dask_scheduler):
+    return dask_scheduler.workers_to_close(n=count)
+
+
+def _has_pending_work(dask_scheduler):
+    return not all(
+        group.done
+        for name, group in dask_scheduler.task_groups.items()
+        if name.startswith("ep-dispatch")
+    )
+
+
+def _set_status(status, dask_worker):
+    dask_worker.status = status
+
+
+def _received(client):
+    """What all workers received by now: a set of (key, when, bytes)."""
+    logs = client.run(_transfers)
+    return {transfer for log in logs.values() for transfer in log}
+
+
+def _transfers(dask_worker):
+    return [
+        (str(key), entry["start"], size)
+        for entry in dask_worker.transfer_incoming_log
+        for key, size in entry["keys"].items()
+    ]

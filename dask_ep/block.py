@@ -44,18 +44,22 @@ class Block:
         self.model, self.layer, self.prefix, self.tensors = model, layer, prefix, tensors
         self.family = model.family
         self.taken: set[str] = set()
-        self.E, self.H, self.width, self.k = (
-            self.find(value)
-            for value in (
-                self.family.num_experts,
-                Key("hidden_size"),
-                self.family.width,
-                self.family.k,
-            )
-        )
+        self.E = self.find_size("num_experts", self.family.num_experts)
+        self.H = self.find_size("hidden_size", Key("hidden_size"))
+        self.width = self.find_size("width", self.family.width)
+        self.k = self.find_size("k", self.family.k)
 
     def find(self, value: Any) -> Any:
         return self.model.find(value, self.layer)
+
+    def find_size(self, name: str, value: Any) -> int:
+        size = self.find(value)
+        if type(size) is not int or size < 1:
+            raise ValueError(
+                f"{self.model.directory}/config.json: {name} of layer {self.layer} must be a whole "
+                f"number from 1 up, but is {size!r}"
+            )
+        return size
 
     # --- building ---
 
@@ -108,7 +112,7 @@ class Block:
         return any(name in self.tensors for name in self.shapes_of(layout))
 
     def has_shapes_of(self, layout: Layout) -> bool:
-        return layout is self.family.experts[-1] or all(
+        return all(
             name in self.tensors and self.tensors[name].shape == shape
             for name, shape in self.shapes_of(layout).items()
         )

@@ -31,6 +31,11 @@ class Key:
         for name in self.names:
             if config.get(name) is not None:
                 value = config[name]
+                if isinstance(value, list) and layer >= len(value):
+                    raise ValueError(
+                        f"config.json key {name!r} must have one entry per layer, but has "
+                        f"{len(value)} and layer {layer} is asked for"
+                    )
                 return value[layer] if isinstance(value, list) else value
         if "default" in self.default:
             return self.default["default"]

@@ -1,0 +1,71 @@
+"""Where the checkpoints of `fixtures` lie, and how the tests make damaged and changed ones."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from dask_ep.safetensors_header import DTYPES
+from dask_ep.sources import open_safetensors
+
+FIXTURES = Path(__file__).parent / "fixtures"
+CASES = sorted(path.parent.name for path in FIXTURES.glob("*/config.json"))
+LAYER = 1
+"""The layer that each of them holds."""
+
+
+def expected(case: str) -> dict[str, np.ndarray]:
+    """What transformers gave: hidden (3, 8, H), output, indices and weights (24, k)."""
+    with np.load(FIXTURES / case / "expected.npz") as found:
+        return dict(found)
+
+
+def read_tensors(path: Path) -> dict[str, np.ndarray]:
+    return {
+        name: source.read(0, source.shape[0]) for name, source in open_safetensors(path).items()
+    }
+
+
+def write_tensors(path: Path, tensors: dict[str, np.ndarray]) -> None:
+    """Write a safetensors file of arrays of any dtype that the format has."""
+    labels = {dtype: label for label, dtype in DTYPES.items()}
+    header, end = {}, 0
+    for name, array in tensors.items():
+        begin, end = end, end + array.nbytes
+        header[name] = {
+            "dtype": labels[array.dtype],
+            "shape": list(array.shape),
+            "data_offsets": [begin, end],
+        }
+    text = json.dumps(header).encode()
+    data = b"".join(np.ascontiguousarray(array).tobytes() for array in tensors.values())
+    path.write_bytes(len(text).to_bytes(8, "little") + text + data)
+
+
+def altered(
+    folder: Path,
+    case: str,
+    *,
+    tensors: Callable[[dict[str, np.ndarray]], dict[str, np.ndarray]] | None = None,
+    text_config: bool = False,
+    **config: Any,
+) -> Path:
+    """Copy a fixture of one file with its tensors or config changed; a None takes a key out."""
+    copy = folder / case
+    shutil.copytree(FIXTURES / case, copy)
+    if tensors is not None:
+        path = copy / "model.safetensors"
+        write_tensors(path, tensors(read_tensors(path)))
+    path = copy / "config.json"
+    whole = json.loads(path.read_text())
+    part = whole["text_config"] if text_config else whole
+    part.update(config)
+    for key in [key for key, value in part.items() if value is None and key in config]:
+        del part[key]
+    path.write_text(json.dumps(whole))
+    return copy

@@ -25,11 +25,14 @@ from functools import cached_property
 
 import numpy as np
 
-TICKETS = 1 << 40
+_TICKET_BITS = 40
+TICKETS = 1 << _TICKET_BITS
 """How many tickets there are: distinct for as many rows, and E * TICKETS fits an int64."""
 
 STRIDE = 0x9E3779B97F
 """Odd (so that row numbers and tickets are one to one) and TICKETS times the golden ratio."""
+
+_BIN_BITS = _TICKET_BITS - 6  # a copy is looked up by the 64th part of the tickets, then compared
 
 
 @dataclass(frozen=True, eq=False)
@@ -139,15 +142,19 @@ class Placement:
         Notes
         -----
         Depends on the routing and the global row numbers only. Slots of one row at one expert go to
-        one copy. Cost: one gather where no expert has copies, else a binary search over the slots
-        for every entry.
+        one copy. Cost: one gather where no expert has copies, else three and a comparison.
         """
         xp = routing.__array_namespace__()
         _check_routing(routing, self.num_experts, row_offset, xp)
         if self._holders.size == self.num_experts:  # one copy each: nothing to choose
             return xp.asarray(self._home)[routing]
-        key = _keys(routing, row_offset, xp)
-        nth = xp.searchsorted(xp.asarray(self._last_keys), key.ravel(), side="right")
+        key = _keys(routing, row_offset, xp).ravel()
+        last_keys = xp.asarray(self._last_keys)
+        nth = xp.asarray(self._first_guess)[key >> _BIN_BITS]
+        passed = xp.flatnonzero(key >= last_keys[nth])
+        while passed.size:
+            nth[passed] += 1
+            passed = passed[key[passed] >= last_keys[nth[passed]]]
         physical = xp.asarray(self._holders)[nth].reshape(routing.shape)
         physical[routing < 0] = -1
         return physical
@@ -195,6 +202,13 @@ class Placement:
         return experts * TICKETS + self.stops.ravel()[self._holders]
 
     @cached_property
+    def _first_guess(self) -> np.ndarray:
+        """(E * bins,) int32: the first of `_holders` that serves any ticket of the bin."""
+        bins = self.num_experts << (_TICKET_BITS - _BIN_BITS)
+        starts = np.arange(bins, dtype=np.int64) << _BIN_BITS
+        return np.searchsorted(self._last_keys, starts, side="right").astype(np.int32)
+
+    @cached_property
     def _home(self) -> np.ndarray:
         """(E + 1,) int32: the slot of each expert if each has one; [-1] answers the routing -1."""
         return np.append(self._holders, np.int32(-1))
@@ -206,6 +220,9 @@ class Placement:
 
     def __hash__(self) -> int:
         return hash((self.slots.shape, self.slots.tobytes(), self.stops.tobytes()))
+
+    def __getstate__(self) -> dict[str, np.ndarray]:
+        return {"slots": self.slots, "stops": self.stops}  # what is looked up by is made again
 
     def __dask_tokenize__(self) -> tuple[str, list, list]:
         return ("dask_ep.Placement", self.slots.tolist(), self.stops.tolist())

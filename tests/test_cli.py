@@ -14,13 +14,14 @@ import numpy as np
 import psutil
 import pytest
 
-from dask_ep import cli, run
+from dask_ep import cli, run, terminal
 from dask_ep.build import open_inputs
 from dask_ep.example import FORMATS, Example, write_example
 from dask_ep.job import load_job
 from dask_ep.journal import read_done, read_manifest
 from dask_ep.run import Processes, Threads, choose_chunk_rows, chunk_rows_within, run_job
 from dask_ep.sources import open_source
+from tests.cluster_processes import Cluster as RealCluster
 
 ROOT = Path(__file__).parent.parent
 DEADLINE = 60.0  # seconds that nothing here should ever take
@@ -312,3 +313,68 @@ def test_progress_from_python(small_job):
     assert open_source(load_job(small_job).out).shape == (700, 16)
     again = run_job(load_job(small_job), Threads(1), resume=True)
     assert (again.rows_done, again.rows_before) == (0, 700)
+
+
+# --- a cluster -------------------------------------------------------------------------------
+
+
+def test_a_cluster_finishes_what_was_stopped_on_it(tmp_path, slow_job):
+    out = tmp_path / "out.npy"
+    with RealCluster(tmp_path, ["alice", "bob"]) as cluster:
+        where = ("--out", out, "--scheduler-file", cluster.scheduler_file, "--chunk-rows", 64)
+        process = start("run", slow_job, *where)
+        try:
+            wait_for_blocks(out, 3, process)
+            code, _, err = stop(process, signal.SIGINT)
+        finally:
+            process.kill()
+        assert (code, "stopped;" in err) == (1, True)
+        resumed = command("run", slow_job, *where, "--resume")
+        assert resumed.returncode == 0, resumed.stderr
+        assert "were there" in resumed.stdout
+    assert run_here("verify", slow_job, "--out", out, "--rows", 60) == 0
+    record = json.loads(Path(f"{out}.progress/manifest.json").read_text())
+    assert record["settings"]["world_size"] == 2, "one rank per worker"
+
+
+# --- on a terminal ---------------------------------------------------------------------------
+
+
+def test_a_terminal_gets_a_bar(tmp_path, small_job):
+    master, slave = os.openpty()
+    try:
+        ran = subprocess.run(
+            [sys.executable, "-m", "dask_ep", "run", small_job],
+            stdout=subprocess.PIPE,
+            stderr=slave,
+            timeout=DEADLINE,
+            env=os.environ | {"PYTHONPATH": str(ROOT), "TERM": "xterm", "COLUMNS": "120"},
+            check=True,
+        )
+        shown = os.read(master, 1 << 16).decode()
+    finally:
+        os.close(slave)
+        os.close(master)
+    assert "700 of 700 rows" in shown
+    assert "rows/s" in shown
+    assert "━" in shown
+    assert b"700 rows in" in ran.stdout
+
+
+def test_without_one_lines_come_every_few_seconds(monkeypatch, capsys):
+    monkeypatch.setattr(terminal, "SECONDS_BETWEEN_LINES", 10.0)
+    clock = iter(range(0, 1000, 4))
+    monkeypatch.setattr(terminal.time, "monotonic", lambda: next(clock))
+    with terminal.progress_bar("rows") as tell:
+        for done in range(0, 101, 10):
+            tell(done, 100, "", run.Progress(done, 100 - done, 0, done / 50))
+    lines = capsys.readouterr().err.splitlines()
+    assert lines[0] == "20 %, 20 of 100 rows, 50 rows/s, 1.60 s left"
+    assert lines[-1] == "100 %, 100 of 100 rows, 50 rows/s"
+    assert len(lines) == 4
+
+
+def test_an_error_and_its_causes_are_one_line():
+    error = RuntimeError("chunk 2 failed")
+    error.__cause__ = ValueError("index 9")
+    assert terminal.one_line(error) == "chunk 2 failed; because index 9"

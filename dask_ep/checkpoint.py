@@ -20,6 +20,7 @@ from dask_ep.block import Block, Model
 from dask_ep.checkpoint_files import CheckpointFiles
 from dask_ep.families import FAMILIES, PREFIXES, find_family
 from dask_ep.family import Family, Key
+from dask_ep.held import held_as_stored
 from dask_ep.layer import MoELayer
 from dask_ep.routing import Router
 
@@ -30,6 +31,7 @@ def load_moe_layer(
     *,
     families: Iterable[Family] = (),
     residual: bool = False,
+    as_stored: bool = False,
 ) -> MoELayer:
     """Open one MoE layer of a Hugging Face checkpoint.
 
@@ -43,6 +45,9 @@ def load_moe_layer(
     families : of the user's own, which come before those that are known; see `Family`
     residual : bool
         Add the hidden states to the output.
+    as_stored : bool
+        A rank holds its routed experts in memory as they are stored, and converts each when its
+        rows come: less memory, more time; see `held_as_stored`.
 
     Returns
     -------
@@ -69,7 +74,10 @@ def load_moe_layer(
     --------
     ``load_moe_layer("Qwen3-30B-A3B", 7)(hidden)`` is layer 7's MoE block, lazily.
     """
-    return Checkpoint(directory, families).open_layer(layer, residual=residual)
+    opened = Checkpoint(directory, families).open_layer(layer, residual=residual)
+    if as_stored:
+        opened.experts = held_as_stored(opened.experts)
+    return opened
 
 
 class Checkpoint:

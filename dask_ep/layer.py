@@ -22,6 +22,7 @@ import numpy as np
 from dask.base import normalize_token, tokenize
 from dask.task_spec import Task, TaskRef
 
+from dask_ep import memory
 from dask_ep.capacity import Capacity, ExpertChoice
 from dask_ep.dispatch import Array, computing_dtype, expert_parallel_dispatch, is_float, namespace
 from dask_ep.experts import CallableExperts, Experts, as_experts
@@ -230,6 +231,11 @@ class MoELayer:
                     f"{source.name} must be a (vocabulary, k) table of integers, but has shape "
                     f"{source.shape} and dtype {source.dtype}"
                 )
+            if isinstance(self.router, ExpertChoice) or source.shape[1] != self.router.k:
+                raise ValueError(
+                    f"{source.name} must have k columns for the slots of a Router, but has shape "
+                    f"{source.shape} and the router is {self.router}"
+                )
             return SmallArray(source, source.shape)
         if not is_float(source.dtype):
             raise TypeError(f"{source.name} must hold floats, but has dtype {source.dtype}")
@@ -324,7 +330,9 @@ def _finish(
     compute = computing_dtype(rows.dtype)
     rows = rows.astype(compute, copy=False)
     if shared is None:
-        return (routed + rows).astype(routed.dtype, copy=False)
+        y = memory.empty(routed.shape, compute, like=routed)
+        namespace(y).add(routed, rows, out=y)
+        return y.astype(routed.dtype, copy=False)
     y = _apply_shared(rows, *shared)
     y += routed
     if residual:

@@ -18,7 +18,7 @@ import ml_dtypes
 import numpy as np
 
 from dask_ep.files import ReadError
-from dask_ep.sources import Source
+from dask_ep.sources import ArraySource, Source
 
 FLOAT8 = tuple(
     np.dtype(t) for t in (ml_dtypes.float8_e4m3fn, ml_dtypes.float8_e5m2, ml_dtypes.float8_e4m3)
@@ -189,3 +189,25 @@ def _both(whole: Source, data: Source, scales: Source) -> dict[str, Any]:
 def stored_in_8_bits(source: Source) -> bool:
     """Whether a source holds 8-bit floats, which mean nothing without their scales."""
     return source.dtype in FLOAT8
+
+
+def in_memory(source: Source, start: int, stop: int) -> Source:
+    """Read rows as they are stored: a source of the same values whose few bits are in memory.
+
+    Parameters
+    ----------
+    source : Source
+        Any; of `Float8Source` matrices (o, i), all rows.
+    start, stop : int
+        Rows of the first axis, the experts of (e, o, i).
+    """
+    if isinstance(source, Mxfp4Source):
+        return Mxfp4Source(
+            in_memory(source.blocks, start, stop), in_memory(source.scales, start, stop)
+        )
+    if isinstance(source, Float8Source):
+        values = in_memory(source.values, start, stop)
+        if len(source.shape) == 2:
+            start, stop = 0, source.scales.shape[0]
+        return Float8Source(values, in_memory(source.scales, start, stop), source.block)
+    return ArraySource(source.read(start, stop), source.name)

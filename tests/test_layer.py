@@ -333,6 +333,7 @@ def test_the_graph_grows_by_few_tasks_per_chunk():
         ({"router": ExpertChoice(E, 1.0), "capacity": Capacity(1.0)}, ValueError,
          "capacity must be None with it"),
         ({"table": np.ones((3, 2))}, ValueError, r"table must be a \(vocabulary, k\) table"),
+        ({"table": np.ones((3, 4), int)}, ValueError, r"must have k columns .* shape \(3, 4\)"),
     ],
 )  # fmt: skip
 def test_parts_that_do_not_fit_are_refused(changes, error, message):

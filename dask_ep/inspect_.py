@@ -10,7 +10,6 @@ import json
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -18,6 +17,7 @@ from dask.utils import format_bytes
 
 from dask_ep import journal
 from dask_ep.build import open_inputs
+from dask_ep.checkpoint import describe
 from dask_ep.job import load_job
 from dask_ep.output import progress_directory
 from dask_ep.sources import Source, ZarrSource, open_safetensors, open_source
@@ -271,14 +271,32 @@ def _inspect_record(path: str, record: dict[str, Any]) -> Finding:
 
 
 def _inspect_checkpoint(path: str) -> Finding:
-    config = json.loads((Path(path) / "config.json").read_text(encoding="utf-8"))
-    files = sorted(Path(path).glob("*.safetensors"))
+    found = describe(path)
+    router = found.router
     facts = [
-        ("model type", str(config.get("model_type", "not said"))),
-        ("files", str(len(files))),
-        ("size", format_bytes(sum(file.stat().st_size for file in files))),
+        ("model type", found.model_type),
+        ("layers", f"{len(found.layers)}, of which {len(found.moe_layers)} are MoE"),
+        ("experts", f"{router.num_experts} of width {found.width}, {router.k} for each row"),
+        ("token rows", f"of width {found.d}"),
+        ("router", f"{router.score} scores, weighing the {router.weigh} of experts"),
+        ("dtypes", ", ".join(found.dtypes)),
+        ("MoE blocks on disk", format_bytes(sum(layer.bytes_on_disk for layer in found.layers))),
     ]
-    return Finding("checkpoint", tuple(facts))
+    if found.shared_width:
+        gate = ", by a gate" if found.shared_gate else ""
+        facts.insert(3, ("shared experts", f"of width {found.shared_width}{gate}"))
+    lines = [
+        (
+            str(layer.layer),
+            layer.kind,
+            str(layer.num_experts or ""),
+            format_bytes(layer.bytes_on_disk),
+            format_bytes(layer.bytes_in_memory),
+        )
+        for layer in found.layers
+    ]
+    header = ("layer", "kind", "experts", "on disk", "in memory")
+    return Finding("checkpoint", tuple(facts), header, _shorten(lines))
 
 
 # --- words -----------------------------------------------------------------------------------

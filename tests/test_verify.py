@@ -23,6 +23,7 @@ from dask_ep.sources import open_source
 from dask_ep.storage import store
 from dask_ep.verify import choose_rows, find_rows_of_experts, plain_expert, read_rows, verify_job
 
+FIXTURES = Path(__file__).parent / "fixtures"
 SMALL = {"rows": 700, "d": 16, "num_experts": 6, "k": 2, "chunk_rows": 100}
 
 
@@ -244,11 +245,13 @@ def test_inspect_tells_tensors_and_checkpoints(tmp_path):
     from safetensors.numpy import save_file
 
     save_file({"a": np.zeros((2, 3), "f4"), "b": np.zeros(5, "i4")}, tmp_path / "m.safetensors")
-    (tmp_path / "config.json").write_text('{"model_type": "mixtral"}')
     (finding,) = inspect_path(tmp_path / "m.safetensors")
     assert ("a", "2 x 3", "float32", "24 B") in finding.lines
     assert facts(f"{tmp_path}/m.safetensors::b")["shape"] == "5"
-    assert facts(tmp_path)["model type"] == "mixtral"
+    told = facts(FIXTURES / "qwen2_moe")
+    assert told["model type"] == "qwen2_moe"
+    assert told["experts"] == "9 of width 20, 4 for each row"
+    assert told["shared experts"] == "of width 24, by a gate"
 
 
 def test_inspect_of_what_is_nothing(tmp_path):
@@ -280,8 +283,6 @@ def test_advised_chunks_are_whole_stored_chunks():
 
 
 # --- layers of checkpoints -------------------------------------------------------------------
-
-FIXTURES = Path(__file__).parent / "fixtures"
 
 
 @pytest.mark.parametrize("family", ["mixtral_sharded", "qwen2_moe", "gpt_oss_mxfp4", "llama4"])

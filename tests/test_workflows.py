@@ -6,32 +6,46 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import NamedTuple
 
+import numpy as np
 import pytest
 
 ROOT = Path(__file__).parent.parent
 
-TOY_SIZES = {
-    "benchmark.py": ["--rows", "512", "--chunk-rows", "256", "--repeat", "1", "top1-linear"],
-    "quickstart.py": ["--rows", "600", "--d", "16", "--experts", "4"],
-}
-"""The arguments with which each script is small."""
 
-SAYS = {
-    "benchmark.py": "kernel",
-    "quickstart.py": "good",
+class Toy(NamedTuple):
+    """A script at a size that takes seconds."""
+
+    arguments: list[str]
+    says: str
+    #: what its output must contain
+
+
+TOYS = {
+    "benchmark.py": Toy(
+        ["--rows", "512", "--chunk-rows", "256", "--repeat", "1", "top1-linear"], "kernel"
+    ),
+    "place_for_serving.py": Toy(
+        [
+            *("3=routing.npy", "--experts", "8", "--ranks", "2", "--slots", "10"),
+            *("--model-layers", "4", "--out", "location.json"),
+        ],
+        "largest over mean rows of a rank",
+    ),
+    "quickstart.py": Toy(["--rows", "600", "--d", "16", "--experts", "4"], "good"),
 }
-"""What its output must contain."""
 
 
 def test_every_script_is_in_the_table():
-    assert {path.name for path in (ROOT / "workflows").glob("*.py")} == set(TOY_SIZES) == set(SAYS)
+    assert {path.name for path in (ROOT / "workflows").glob("*.py")} == set(TOYS)
 
 
-@pytest.mark.parametrize("name", list(TOY_SIZES))
+@pytest.mark.parametrize("name", list(TOYS))
 def test_script(name, tmp_path):
+    np.save(tmp_path / "routing.npy", np.random.default_rng(0).integers(0, 8, (100, 2)))
     ran = subprocess.run(
-        [sys.executable, "-W", "error", ROOT / "workflows" / name, *TOY_SIZES[name]],
+        [sys.executable, "-W", "error", ROOT / "workflows" / name, *TOYS[name].arguments],
         capture_output=True,
         text=True,
         timeout=120,
@@ -40,4 +54,4 @@ def test_script(name, tmp_path):
         check=False,
     )
     assert ran.returncode == 0, ran.stderr
-    assert SAYS[name] in ran.stdout
+    assert TOYS[name].says in ran.stdout

@@ -12,6 +12,7 @@ are decoded.
 
 from __future__ import annotations
 
+from functools import cache
 from typing import Any
 
 import ml_dtypes
@@ -31,8 +32,40 @@ E2M1 = np.array([0, 0.5, 1, 1.5, 2, 3, 4, 6], np.float32)
 E2M1 = np.concatenate([E2M1, -E2M1])
 """Values of the 16 four-bit numbers: a sign bit and three more."""
 
-PAIRS = np.stack([E2M1[np.arange(256) & 15], E2M1[np.arange(256) >> 4]], axis=1).view(np.uint64)
-"""[256, 1] both values of a byte as the 8 bytes of two float32, so that one look-up decodes two."""
+STEP = 1 << 14
+"""Codes that are looked up at once: their indices, 8 bytes each, stay in cache."""
+
+
+def pairs_of(values: np.ndarray, first: np.ndarray, second: np.ndarray) -> np.ndarray:
+    """Make a table of two float32 numbers each, as the 8 bytes that they are in memory."""
+    return np.stack([values[first], values[second]], axis=1).view(np.uint64)[:, 0]
+
+
+MXFP4_PAIRS = pairs_of(E2M1, np.arange(256) & 15, np.arange(256) >> 4)
+"""[256] both values of a byte."""
+
+
+@cache
+def float8_pairs(dtype: np.dtype) -> np.ndarray:
+    """[65536] the values of two bytes that lie side by side, read as one number of 16 bits."""
+    values = np.arange(256, dtype=np.uint8).view(dtype).astype(np.float32)
+    codes = np.arange(1 << 16, dtype=np.uint16).view(np.uint8)
+    return pairs_of(values, codes[0::2], codes[1::2])
+
+
+def look_up(table: np.ndarray, codes: np.ndarray, out: np.ndarray) -> None:
+    """Write ``table[codes]`` to `out`; all are one-dimensional.
+
+    Notes
+    -----
+    In steps, because NumPy widens all indices to 8 bytes first. With two values a look-up, a matrix
+    of 15 million FP8 numbers takes 15 ms on one core, and 171 ms by ``astype`` and the scales.
+    """
+    indices = np.empty(min(STEP, len(codes)), np.intp)
+    for start in range(0, len(codes), STEP):
+        part = indices[: len(codes) - start]
+        part[...] = codes[start : start + STEP]
+        np.take(table, part, out=out[start : start + STEP], mode="clip")
 
 
 class Float8Source(Source):
@@ -93,7 +126,7 @@ class Float8Source(Source):
         else:
             scales = self._read_scales(start // self.block[0], -(-stop // self.block[0]))
             first_row = start % self.block[0]
-        out[...] = self.values.read(start, stop)
+        _decode_float8(self.values.read(start, stop).reshape(-1), out.reshape(-1))
         wide = np.repeat(scales, self.block[1], axis=-1)[..., : self.shape[-1]]
         for band in range(scales.shape[-2]):
             rows = slice(
@@ -163,8 +196,8 @@ class Mxfp4Source(Source):
 
     def read(self, start: int, stop: int, out: np.ndarray | None = None) -> np.ndarray:
         out = self._destination(start, stop, out)
-        packed = self.blocks.read(start, stop).view(np.uint8).reshape(-1)
-        np.take(PAIRS[:, 0], packed, out=out.view(np.uint64).reshape(-1), mode="clip")
+        packed = self.blocks.read(start, stop).reshape(-1)
+        look_up(MXFP4_PAIRS, packed.view(np.uint8), out.reshape(-1).view(np.uint64))
         exponents = self.scales.read(start, stop).view(np.uint8)
         if (exponents == 255).any():
             raise ReadError(f"{self.scales.name} holds the scale 255, which stands for NaN")
@@ -174,6 +207,14 @@ class Mxfp4Source(Source):
 
     def fingerprint(self) -> dict[str, Any]:
         return _both(self, self.blocks, self.scales)
+
+
+def _decode_float8(codes: np.ndarray, out: np.ndarray) -> None:
+    """Two bytes at a time, and the last by itself if they are odd in number."""
+    even = len(codes) // 2 * 2
+    table = float8_pairs(codes.dtype)
+    look_up(table, codes[:even].view(np.uint16), out[:even].view(np.uint64))
+    out[even:] = codes[even:]
 
 
 def _both(whole: Source, data: Source, scales: Source) -> dict[str, Any]:

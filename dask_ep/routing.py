@@ -14,7 +14,7 @@ others; for rules that look at a whole batch (capacity, expert choice) see `capa
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,13 +23,9 @@ import numpy as np
 from dask_ep import memory
 from dask_ep.dispatch import Array, check_tokens, is_float, namespace, one_namespace
 
-TILE_BYTES = 1 << 20
-"""Bytes of logits computed together on the CPU, so that the steps after the product find them in
-cache."""
-
-TILE_ALIGNMENT = 48
-"""Rows: tiles begin at multiples of this, so that BLAS computes a row the same way in every tile
-(see `dispatch.TILE_ALIGNMENT`)."""
+TILE_BYTES = 4 << 20
+"""Bytes of hidden states, in float64, whose logits are computed together on the CPU: few enough to
+stay in cache from one step to the next, and rows enough to be worth packing the weights for."""
 
 SMALLEST = float(np.finfo(np.float32).min)
 
@@ -160,11 +156,12 @@ def route(
 
     Notes
     -----
-    All arithmetic is float32, whatever the dtypes that come. Among equal scores the expert with the
-    lower index is chosen, and so is the lower group among equal groups. The scores are those of
-    softmax: Shazeer et al. 2017; sigmoid, selection bias and groups: DeepSeek-V3, section 2.1.2;
-    sparsemixer: Phi-3.5-MoE (Liu et al., "GRIN", 2024). Costs one product of 2 n d E operations and
-    about k + 5 passes over [n, E].
+    Values are float32, whatever the dtypes that come; on the CPU the sums of the logits are
+    float64, rounded once, so that the routing of a row does not depend on the rows around it. Among
+    equal scores the expert with the lower index is chosen, and so is the lower group among equal
+    groups. The scores are those of softmax: Shazeer et al. 2017; sigmoid, selection bias and
+    groups: DeepSeek-V3, section 2.1.2; sparsemixer: Phi-3.5-MoE (Liu et al., "GRIN", 2024). Costs
+    one product of 2 n d E operations and about k + 5 passes over [n, E].
 
     Examples
     --------
@@ -289,18 +286,28 @@ def weigh_chosen(
 # --- the steps, each on a tile of rows ---------------------------------------------------------
 
 
-def _logits(hidden: Array, weight: Array, bias: Array | None):
-    """Yield (rows, logits [rows, E]) tile by tile; the caller may overwrite the logits."""
+def _logits(hidden: Array, weight: Array, bias: Array | None) -> Iterator[tuple[slice, Array]]:
+    """Yield (rows, logits [rows, E]) tile by tile; the caller may overwrite the logits.
+
+    Notes
+    -----
+    The last bit of a float32 sum depends on which rows a BLAS computes together, and experts that
+    a row likes equally would change places with the chunking. Sums in float64, rounded once, do
+    not depend on it. A device sums in float32: many have little float64.
+    """
     xp = namespace(hidden)
     n, E = hidden.shape[0], weight.shape[0]
-    fitting = TILE_BYTES // (4 * E) // TILE_ALIGNMENT * TILE_ALIGNMENT
-    step = max(fitting, TILE_ALIGNMENT) if xp is np else max(n, 1)
-    weight = weight.astype(xp.float32, copy=False).T
-    scratch = memory.empty((min(step, n), E), np.float32, like=hidden)
+    wide = np.float64 if xp is np else np.float32
+    step = max(TILE_BYTES // (8 * max(hidden.shape[1], E)), 1) if xp is np else max(n, 1)
+    weight = weight.astype(xp.float32, copy=False).astype(wide, copy=False).T
+    tile = memory.empty((min(step, n), hidden.shape[1]), wide, like=hidden)
+    sums = memory.empty((min(step, n), E), wide, like=hidden)
     for start in range(0, n, step):
         rows = slice(start, min(start + step, n))
-        logits = scratch[: rows.stop - start]
-        xp.matmul(hidden[rows].astype(xp.float32, copy=False), weight, out=logits)
+        here = slice(0, rows.stop - start)
+        tile[here] = hidden[rows].astype(xp.float32, copy=False)
+        xp.matmul(tile[here], weight, out=sums[here])
+        logits = sums[here].astype(xp.float32)
         if bias is not None:
             logits += bias
         yield rows, logits

@@ -151,6 +151,19 @@ def test_rows_beyond_one_tile_are_routed_alike():
     np.testing.assert_array_equal(weights[69_000:], rest[1])
 
 
+@pytest.mark.parametrize(("d", "E"), [(33, 8), (256, 64), (1000, 60)])
+def test_a_row_is_routed_alike_whatever_rows_stand_around_it(d, E):
+    rng = np.random.default_rng(d)
+    hidden = rng.standard_normal((700, d), dtype=np.float32)
+    weight = rng.standard_normal((E, d), dtype=np.float32) / d**0.5
+    router = Router(E, 4, "sigmoid", normalise=True)
+    whole = route(hidden, router, weight)
+    for rows in (1, 7, 100):
+        parts = [route(hidden[i : i + rows], router, weight) for i in range(0, 700, rows)]
+        for got, want in zip(map(np.concatenate, zip(*parts, strict=True)), whole, strict=True):
+            np.testing.assert_array_equal(got, want)
+
+
 def test_extreme_logits_do_not_overflow():
     logits = np.array([[-1e30, 1e30, 0.0], [-200, -300, -400]], np.float32)
     for score in SCORES[:5]:

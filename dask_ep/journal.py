@@ -42,7 +42,7 @@ def write_manifest(directory: str, manifest: Mapping[str, Any]) -> None:
         file.flush()
         os.fsync(file.fileno())
     os.replace(path + ".new", path)
-    sync_directory(directory)
+    sync_path(directory)
 
 
 def has_manifest(directory: str) -> bool:
@@ -164,9 +164,9 @@ def release(directory: str) -> None:
             file.truncate()
 
 
-def sync_directory(directory: str) -> None:
-    """Make the names in a directory outlive a power loss."""
-    file = os.open(directory, os.O_RDONLY)
+def sync_path(path: str) -> None:
+    """Make a file's data, or the names in a directory, outlive a power loss."""
+    file = os.open(path, os.O_RDONLY)
     try:
         os.fsync(file)
     finally:

@@ -127,7 +127,7 @@ class Output(DaskMethodsMixin):
                 )
             self._writer.tidy()
             os.replace(self._writer.path, self.path)
-            journal.sync_directory(os.path.dirname(self.path))
+            journal.sync_path(os.path.dirname(self.path))
             self._manifest["complete"] = self.complete = True
             journal.write_manifest(self.directory, self._manifest)
         self.close()

@@ -24,11 +24,12 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
-from dask_ep.journal import sync_directory
+from dask_ep.journal import sync_path
 from dask_ep.safetensors_header import encode_header
 from dask_ep.zarr_layout import (
     ChunkFiles,
     chunk_files,
+    chunk_keys,
     create_array,
     missing_chunks,
     open_array,
@@ -91,7 +92,7 @@ class FileWriter(Writer):
         try:
             write_all(file, rows, len(self.header) + start * self.row_bytes)
             if sync:
-                os.fdatasync(file)
+                os.fsync(file)
         finally:
             os.close(file)
 
@@ -131,13 +132,13 @@ class ZarrWriter(Writer):
     def write(self, rows: np.ndarray, start: int, sync: bool) -> None:
         if self._files is None:
             self._array[start : start + len(rows)] = rows.view(self._array.dtype)
-            if sync:
-                os.sync()  # the store's files are not known here
-            return
-        for chunk, first, last in self._files.spans(start, start + len(rows)):
-            _write_chunk(self._files, chunk, rows[first - start : last - start], sync)
+            for key in chunk_keys(self._array, start, start + len(rows)) if sync else ():
+                sync_path(os.path.join(self.path, key))
+        else:
+            for chunk, first, last in self._files.spans(start, start + len(rows)):
+                _write_chunk(self._files, chunk, rows[first - start : last - start], sync)
         if sync:
-            sync_directory(self.path)
+            sync_path(self.path)
 
     def holds(self, start: int, stop: int) -> bool:
         if not os.path.isdir(self.path):

@@ -93,7 +93,7 @@ def open_array(path: str, mode: str = "r") -> tuple[zarr.Array, np.dtype]:
 
     try:
         array = zarr.open_array(path, mode=mode)
-    except ValueError as error:
+    except (ValueError, FileNotFoundError) as error:
         found = _open_extension_dtype(path, mode)
         if found is None:
             raise ValueError(f"{path} cannot be opened as a Zarr array: {error}") from error
@@ -173,16 +173,20 @@ def chunk_files(array: zarr.Array) -> ChunkFiles | None:
     return ChunkFiles(root, array.chunks[0], row_bytes, array.ndim, encoding)
 
 
+def chunk_keys(array: zarr.Array, start: int, stop: int) -> Iterator[str]:
+    """Give the keys under which the chunks (shards) of rows [start, stop) are stored."""
+    lengths = array.shards or array.chunks
+    grid = [range(start // lengths[0], -(-stop // lengths[0]))]
+    grid += [range(-(-n // c)) for n, c in zip(array.shape[1:], lengths[1:], strict=True)]
+    yield from map(array.metadata.encode_chunk_key, product(*grid))
+
+
 def missing_chunks(array: zarr.Array, start: int, stop: int) -> Iterator[str]:
     """Give the keys of the stored chunks (shards) of rows [start, stop) that the store lacks."""
     from zarr.core.sync import sync
 
-    lengths = array.shards or array.chunks
-    grid = [range(start // lengths[0], -(-stop // lengths[0]))]
-    grid += [range(-(-n // c)) for n, c in zip(array.shape[1:], lengths[1:], strict=True)]
     directory = local_directory(array)
-    for coordinates in product(*grid):
-        key = array.metadata.encode_chunk_key(coordinates)
+    for key in chunk_keys(array, start, stop):
         if directory is None:
             there = sync((array.store_path / key).exists())
         else:

@@ -123,7 +123,7 @@ def test_every_scheduler_writes_the_same(tmp_path, tokens, kind, scheduler):
 
 
 def test_a_cluster_gives_a_future_for_each_receipt(tmp_path, tokens):
-    with Client(n_workers=2, threads_per_worker=1, dashboard_address=None):
+    with Client(n_workers=2, threads_per_worker=1, dashboard_address=":0"):
         y = open_tokens(tokens, 3) * 2
         with store(y, tmp_path / "a.zarr", compute=False) as output:
             futures = futures_of(output.persist())

@@ -30,27 +30,33 @@ class Rates:
     #: floating-point operations per second of one thread in matrix products of the job's width
     copy: float
     #: bytes per second that one thread gathers rows at
-    link: float = 1e9
-    #: bytes per second that come into one worker from the others
+    link: float = 0.5e9
+    #: bytes per second that a thread sends and receives (measured 2.1 s for 1 GB on loopback, both
+    #: ends together)
     read: float = 1e9
     #: bytes per second that one worker reads from storage
 
 
-def peak_memory(expert_bytes: int, chunk_bytes: int, threads: int) -> int:
-    """Bytes that one worker process holds at most.
+def chunks_held(threads: int, ranks: int, spread: float, widening: int) -> float:
+    """How many token chunks a worker holds at most.
 
     Parameters
     ----------
-    expert_bytes : experts of the ranks that it plays
-    chunk_bytes : the largest token chunk, or output chunk if that is larger
     threads : tasks that run in it at a time
+    ranks : R
+    spread : rows of all packets over token rows: to how many ranks a row goes
+    widening : bytes of a number that is computed with over one that is stored
 
     Notes
     -----
-    Each running task holds its chunk, the packets or partial sums made of it, their result and
-    scratch: 4 chunks; 4 more lie between tasks.
+    With one rank each task holds its chunk, its output and scratch of about as much, and two chunks
+    lie between tasks. With more, each task holds 4 chunks at most (rows, packets, answers, sums), 4
+    lie between tasks, and what is sent is `spread` times the chunk. Sums are kept wide.
     """
-    return PROCESS_BYTES + expert_bytes + (4 * threads + 4) * chunk_bytes
+    wide = threads * (widening - 1)
+    if ranks == 1:
+        return 3 * threads + 2 + wide
+    return (4 * threads + 4) * max(1.0, spread) + wide
 
 
 def homes(chunks: int, ranks: int) -> np.ndarray:

@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 
+from dask_ep.costs import PROCESS_BYTES
 from dask_ep.price import Plan
 from dask_ep.record import Record
 
@@ -136,11 +137,10 @@ def draw_traffic(plan: Plan) -> Figure:
 
 def draw_memory(plan: Plan, measured: int | None = None) -> Figure:
     """What a worker's memory goes to, against the limit and what was measured."""
-    process = plan.memory_bytes - plan.expert_bytes - (4 * plan.threads + 4) * plan.chunk_bytes
     parts = {
-        "process": process,
+        "process": PROCESS_BYTES,
         "experts": plan.expert_bytes,
-        "chunks": plan.memory_bytes - process - plan.expert_bytes,
+        "chunks": plan.memory_bytes - PROCESS_BYTES - plan.expert_bytes,
     }
     names = ["planned"] if measured is None else ["measured", "planned"]
     drawing = _figure(

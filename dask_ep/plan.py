@@ -20,6 +20,7 @@ from typing import Any
 
 import dask.array as da
 import numpy as np
+from dask.system import CPU_COUNT
 from dask.utils import format_bytes, parse_bytes
 
 from dask_ep import pipeline
@@ -74,6 +75,7 @@ def plan(
     memory_limit: int | str | None = None,
     workers: int | None = None,
     threads: int | None = None,
+    cores: int | None = None,
     rates: Rates | None = None,
 ) -> Plan:
     """Say what `expert_parallel` with these arguments will cost.
@@ -92,6 +94,9 @@ def plan(
         Processes that share the ranks; default one per rank. 1 means threads of this process.
     threads : int, optional
         Tasks at a time in each worker; default: the cores of this machine shared by the workers.
+    cores : int, optional
+        Cores that the workers share, if they are processes of one machine; by default each thread
+        has a core of its own.
     rates : Rates, optional
         How fast the machine is; default: measured in a second.
 
@@ -124,7 +129,7 @@ def plan(
     (7, 1.33)
     """
     pricing = _Pricing(
-        tokens, routing, experts, topk_weights, memory_limit, workers, threads, rates
+        tokens, routing, experts, topk_weights, memory_limit, workers, threads, cores, rates
     )
     if world_size is None:
         given = isinstance(placement, Placement)
@@ -148,6 +153,7 @@ def what_if(
     memory_limit: int | str | None = None,
     workers: int | None = None,
     threads: int | None = None,
+    cores: int | None = None,
     rates: Rates | None = None,
 ) -> WhatIf:
     """Say what every combination of world sizes, placements and chunk sizes will cost.
@@ -167,7 +173,7 @@ def what_if(
     Reads the routing once for all of them.
     """
     pricing = _Pricing(
-        tokens, routing, experts, topk_weights, memory_limit, workers, threads, rates
+        tokens, routing, experts, topk_weights, memory_limit, workers, threads, cores, rates
     )
     plans = tuple(pricing.plan(*choice) for choice in product(world_size, placement, chunk_rows))
     fitting = [p for p in plans if p.fits]
@@ -191,6 +197,7 @@ class _Pricing:
         memory_limit: int | str | None,
         workers: int | None,
         threads: int | None,
+        cores: int | None,
         rates: Rates | None,
     ):
         experts = as_experts(experts)
@@ -199,12 +206,11 @@ class _Pricing:
         self.survey: Survey = survey(routing, experts.num_experts, known_rows=known_rows)
         self.chunks = _chunks(tokens, self.survey)
         self.memory_limit = None if memory_limit is None else parse_bytes(memory_limit)
-        self.workers, self.threads = workers, threads
+        self.workers, self.threads, self.cores = workers, threads, cores
         self.rates = rates or self._probe()
 
     def _probe(self) -> Rates:
         """Measure this machine with rows and experts as many as a task of this job has."""
-        cores = os.cpu_count() or 1
         return probe(
             self.work.d,
             self.work.d_out,
@@ -212,7 +218,7 @@ class _Pricing:
             slots=self.survey.slots_per_row,
             experts=self.survey.num_experts,
             dtype=computing_dtype(self.work.dtype),
-            threads=min((self.workers or 1) * (self.threads or cores), cores),
+            threads=min((self.workers or 1) * (self.threads or CPU_COUNT), CPU_COUNT),
         )
 
     def plan(
@@ -231,13 +237,14 @@ class _Pricing:
             placement=placement,
             chunks=chunks,
             workers=workers,
-            threads=self.threads or max((os.cpu_count() or 1) // workers, 1),
+            threads=self.threads or max(CPU_COUNT // workers, 1),
             expert_rows=self.survey.expert_rows,
             rank_rows=visits.slot_rows.sum(axis=1),
             packet_rows=visits.packet_rows,
             slots_per_row=self.survey.slots_per_row,
             rates=self.rates,
             memory_limit=self.memory_limit,
+            cores=self.cores,
         )
 
     def fitting(self, refused: Plan) -> Plan | None:
@@ -320,7 +327,7 @@ def _refusal(refused: Plan, proposal: Plan | None) -> str:
     limit = refused.memory_limit
     need = (
         f"a worker needs {format_bytes(refused.memory_bytes)} and may use {format_bytes(limit)}: "
-        f"{format_bytes(refused.expert_bytes)} of experts, {4 * refused.threads + 4} chunks of "
+        f"{format_bytes(refused.expert_bytes)} of experts, {refused.chunks_held:.3g} chunks of "
         f"{format_bytes(refused.chunk_bytes)}, {format_bytes(PROCESS_BYTES)} for the process"
     )
     if proposal is None:

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import click
+from dask.system import CPU_COUNT
 from dask.utils import format_bytes
 from rich.console import Console
 from rich.table import Table
@@ -105,6 +106,7 @@ def priced_job(
         "memory_limit": memory_limit,
         "workers": processes or 1,
         "threads": 1 if processes else threads,
+        "cores": CPU_COUNT,
     }
     size = job.world_size or processes or 1
     if choices:

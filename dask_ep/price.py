@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -20,6 +21,7 @@ from dask.utils import format_bytes
 
 from dask_ep import costs
 from dask_ep.costs import Rates
+from dask_ep.dispatch import computing_dtype
 from dask_ep.pipeline import count_tasks
 from dask_ep.placement import Placement
 
@@ -86,6 +88,8 @@ class Plan:
     rates: Rates
     memory_limit: int | None = None
     #: bytes that a worker may use
+    cores: int | None = None
+    #: that all workers share; None if each thread has its own
 
     # --- sizes ---------------------------------------------------------------------------
 
@@ -170,9 +174,17 @@ class Plan:
         return self.chunk_rows * max(self.work.d, self.work.d_out) * self.work.dtype.itemsize
 
     @property
+    def chunks_held(self) -> float:
+        """Token chunks that a worker holds at most."""
+        spread = float(self.packet_rows.sum()) / max(self.rows, 1)
+        widening = max(computing_dtype(self.work.dtype).itemsize // self.work.dtype.itemsize, 1)
+        return costs.chunks_held(self.threads, self.world_size, spread, widening)
+
+    @property
     def memory_bytes(self) -> int:
-        """Bytes that a worker uses at most."""
-        return costs.peak_memory(self.expert_bytes, self.chunk_bytes, self.threads)
+        """Bytes that a worker uses at most: the process, its experts, and chunks."""
+        held = self.chunks_held * self.chunk_bytes
+        return costs.PROCESS_BYTES + self.expert_bytes + math.ceil(held)
 
     @property
     def fits(self) -> bool:
@@ -205,14 +217,20 @@ class Plan:
 
     @property
     def busy_seconds(self) -> float:
-        """Time of products, copies and transfers, for the worker that is busy longest."""
+        """Time of products, copies and transfers: of the busiest worker, or of shared cores."""
         row_bytes = (self.work.d + self.work.d_out) * self.work.dtype.itemsize
-        computing = self._per_worker(self.flops) / self.rates.flops
-        copying = self._per_worker(self.rank_rows) * row_bytes / self.rates.copy
-        exchanging = self.exchanged_bytes / self.rates.copy / self.workers
-        moving = self.moved_bytes / self.workers / self.rates.link
-        reading = self.rows * row_bytes / self.workers / self.rates.read
-        return float((computing + copying + exchanging).max()) / self.threads + moving + reading
+        spread_evenly = (
+            self.exchanged_bytes / self.rates.copy
+            + self.moved_bytes / self.rates.link
+            + self.rows * row_bytes / self.rates.read
+        )
+        busy = (
+            self._per_worker(self.flops) / self.rates.flops
+            + self._per_worker(self.rank_rows) * row_bytes / self.rates.copy
+            + spread_evenly / self.workers
+        )
+        shared = busy.sum() / self.cores if self.cores else 0.0
+        return max(float(busy.max()) / self.threads, float(shared))
 
     @property
     def seconds(self) -> float:
@@ -232,8 +250,8 @@ class Plan:
         advised = min(fast, parallel, LARGEST_CHUNK // row_bytes)
         advised = max(advised, SMALLEST_CHUNK // row_bytes)
         if self.memory_limit is not None:
-            room = self.memory_limit - costs.peak_memory(self.expert_bytes, 0, self.threads)
-            advised = min(advised, room // ((4 * self.threads + 4) * row_bytes))
+            room = self.memory_limit - costs.PROCESS_BYTES - self.expert_bytes
+            advised = min(advised, int(room / (self.chunks_held * row_bytes)))
         return max(advised, 1)
 
     @property
@@ -264,8 +282,16 @@ class Plan:
         """Give all figures as plain numbers, lists and text."""
         figures = [
             *("rows", "slots_per_row", "world_size", "workers", "threads", "policy"),
-            *("chunk_rows", "imbalance", "exchanged_bytes", "moved_bytes", "stored_bytes"),
-            *("expert_bytes", "chunk_bytes", "memory_bytes", "memory_limit", "fits", "tasks"),
+            *("cores", "chunk_rows", "imbalance", "exchanged_bytes", "moved_bytes", "stored_bytes"),
+            *(
+                "expert_bytes",
+                "chunk_bytes",
+                "chunks_held",
+                "memory_bytes",
+                "memory_limit",
+                "fits",
+                "tasks",
+            ),
             *("scheduler_seconds", "load_seconds", "busy_seconds", "seconds"),
             *("advised_chunk_rows", "advice"),
         ]

@@ -88,7 +88,8 @@ class _Kernel:
 
     def __init__(self, d: int, rows: int, slots: int, experts: int, dtype: np.dtype):
         self.tokens = np.ones((rows, d), dtype)
-        self.routing = np.random.default_rng(0).integers(0, experts, (rows, slots))
+        first = np.random.default_rng(0).integers(0, experts, (rows, 1))
+        self.routing = (first + np.arange(slots)) % experts  # as of a router: no expert twice
         self.experts = [_same] * experts
 
     def __call__(self) -> int:

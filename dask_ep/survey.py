@@ -19,6 +19,7 @@ from typing import NamedTuple
 import dask
 import dask.array as da
 import numpy as np
+from dask.system import CPU_COUNT
 
 from dask_ep.slots import Placement, ticket_load
 
@@ -149,7 +150,7 @@ def _blocks(routing: da.Array | np.ndarray) -> Iterator[np.ndarray]:
     if routing.ndim == 2:
         routing = routing.rechunk({1: -1})
     blocks = routing.to_delayed().ravel()
-    some = 2 * (os.cpu_count() or 1)
+    some = 2 * CPU_COUNT
     for first in range(0, len(blocks), some):
         for block in dask.compute(*blocks[first : first + some]):
             yield np.asarray(block.get() if hasattr(block, "get") else block)  # CuPy's way to NumPy

@@ -1,6 +1,7 @@
 """Plans count exactly what a run does, refuse what cannot fit, and propose what can."""
 
 import json
+import math
 from itertools import pairwise
 
 import dask
@@ -11,7 +12,7 @@ from dask.utils import parse_bytes
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dask_ep.costs import Rates, peak_memory
+from dask_ep.costs import PROCESS_BYTES, Rates, chunks_held
 from dask_ep.pipeline import count_tasks, expert_parallel
 from dask_ep.placement import POLICIES, Placement, contiguous, exact, place
 from dask_ep.plan import Plan, PlanError, plan, what_if
@@ -132,10 +133,32 @@ def test_every_figure_of_a_small_job():
     assert priced.exchanged_bytes == packet_rows.sum() * row_bytes
     assert priced.moved_bytes == (by_home.sum() - np.trace(by_home)) * row_bytes
     assert priced.stored_bytes == 8 * 8 * 8 * 4
-    assert priced.memory_bytes == peak_memory(2 * 8 * 8 * 4, 50 * 8 * 4, threads=1)
+    held = 8 * packet_rows.sum() / 400 * (50 * 8 * 4)
+    assert priced.memory_bytes == PROCESS_BYTES + 2 * 8 * 8 * 4 + math.ceil(held)
     assert priced.tasks == count_tasks(8, 4) == 8 * 9 + 4
     assert priced.flops.sum() == 800 * 2 * 8 * 8
     assert json.loads(priced.to_json())["tasks"] == priced.tasks
+
+
+@pytest.mark.parametrize(
+    ("threads", "ranks", "spread", "widening", "held", "remark"),
+    [
+        (1, 1, 1.0, 1, 5, "a chunk, its output, scratch; two between tasks"),
+        (2, 1, 1.0, 2, 10, "sums of bfloat16 rows are twice as wide"),
+        (1, 4, 1.0, 1, 8, "every row goes to one rank"),
+        (1, 4, 1.5, 1, 12, "rows go to 1.5 ranks on average"),
+        (1, 4, 0.5, 1, 8, "half of the rows have no expert: the chunk itself stays"),
+    ],
+)
+def test_chunks_held(threads, ranks, spread, widening, held, remark):
+    assert chunks_held(threads, ranks, spread, widening) == held, remark
+
+
+def test_workers_that_share_cores_take_turns():
+    tokens, routing, experts = job(rows=4000, chunk=500, d=64)
+    own = plan(tokens, routing, experts, world_size=4, threads=1, rates=RATES)
+    shared = plan(tokens, routing, experts, world_size=4, threads=1, cores=1, rates=RATES)
+    assert own.busy_seconds < shared.busy_seconds <= 4 * own.busy_seconds
 
 
 def test_one_rank_exchanges_nothing():
@@ -201,7 +224,7 @@ def test_rows_bytes_and_tasks_are_those_of_a_run(data, policy, ranks):
 def test_a_proposal_runs():
     tokens, routing, experts = job(rows=5000, d=64, chunk=2500)
     tokens = da.ones(tokens.shape, chunks=tokens.chunks, dtype="f4")
-    limit = peak_memory(8 * 64 * 64 * 4, 0, threads=1) + 8 * 512 * 64 * 4
+    limit = PROCESS_BYTES + 8 * 64 * 64 * 4 + 5 * 512 * 64 * 4
     with pytest.raises(PlanError) as refused:
         plan(tokens, routing, experts, threads=1, memory_limit=limit, rates=RATES)
     proposal = refused.value.proposal
@@ -251,7 +274,7 @@ def test_what_if_marks_the_fastest_that_fits():
 
 def test_a_job_that_cannot_fit_is_refused_with_a_proposal_that_does():
     tokens, routing, experts = job(rows=100_000, d=64, chunk=50_000)
-    limit = peak_memory(8 * 64 * 64 * 4, 0, threads=1) + 8 * 4096 * 64 * 4
+    limit = PROCESS_BYTES + 8 * 64 * 64 * 4 + 5 * 4096 * 64 * 4
     with pytest.raises(PlanError, match=r"a worker needs .* may use .*chunk_rows=4096") as refused:
         plan(tokens, routing, experts, threads=1, memory_limit=limit, rates=RATES)
     assert refused.value.plan.memory_bytes > limit >= refused.value.proposal.memory_bytes
@@ -269,7 +292,7 @@ def test_a_job_that_cannot_fit_is_refused_with_a_proposal_that_does():
 
 def test_more_workers_are_proposed_when_the_experts_are_too_many():
     tokens, routing, experts = job(d=512, experts=16)
-    limit = peak_memory(4 * 512 * 512 * 4, 50 * 512 * 4, threads=1)
+    limit = PROCESS_BYTES + 4 * 512 * 512 * 4 + 16 * 50 * 512 * 4
     with pytest.raises(PlanError, match=r"world_size=4 \(instead of 2\)") as refused:
         plan(tokens, routing, experts, world_size=2, threads=1, memory_limit=limit, rates=RATES)
     assert refused.value.proposal.workers == 4

@@ -69,7 +69,7 @@ class Output(DaskMethodsMixin):
         self, y: da.Array, path: str, writer: Writer, manifest: dict[str, Any], sync: bool
     ):
         self.path, self.shape, self.dtype = path, y.shape, y.dtype
-        self.rows: tuple[int, ...] = y.chunks[0]
+        self.rows: tuple[int, ...] = tuple(map(int, y.chunks[0]))
         self.directory, self._writer, self._manifest = progress_directory(path), writer, manifest
         self._release = weakref.finalize(self, journal.release, self.directory)
         self.complete = manifest["complete"]

@@ -275,9 +275,9 @@ def _make_manifest(
         fingerprints[name] = obj
     manifest = {
         "format": journal.FORMAT,
-        "shape": y.shape,
+        "shape": [int(length) for length in y.shape],
         "dtype": y.dtype.name,
-        "rows": y.chunks[0],
+        "rows": [int(count) for count in y.chunks[0]],
         "inputs": fingerprints,
         "settings": dict(settings or {}),
     }

@@ -128,6 +128,7 @@ class ZarrWriter(Writer):
 
     def create(self) -> None:
         create_array(self.path, self.shape, self.chunk_rows, self.dtype, self.compressors)
+        sync_path(os.path.join(self.path, "zarr.json"))
 
     def write(self, rows: np.ndarray, start: int, sync: bool) -> None:
         if self._files is None:

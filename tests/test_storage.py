@@ -173,6 +173,42 @@ def test_blocks_and_not_copies_of_them_are_written(tmp_path, monkeypatch):
         assert sorted(written) == [(True, 16), (True, 64), (True, 64)]
 
 
+@pytest.mark.parametrize(
+    ("kind", "compressors"), [(kind, None) for kind in KINDS] + [(".zarr", "auto")]
+)
+def test_data_is_on_the_disk_before_its_line_is(tmp_path, monkeypatch, kind, compressors):
+    synced, fsync = [], os.fsync
+
+    def spy(file):
+        synced.append(os.readlink(f"/proc/self/fd/{file}"))
+        fsync(file)
+
+    monkeypatch.setattr(writers.os, "fsync", spy)
+    y = da.from_array(numbers((9, 4)), chunks=(4, 4))
+    with store(
+        y, tmp_path / f"y{kind}", sync=True, compute=False, compressors=compressors
+    ) as output:
+        del synced[:]
+        output.compute(scheduler="sync")
+    lines = [i for i, path in enumerate(synced) if "/done-" in path]
+    assert len(lines) == 3
+    for before, line in zip([-1, *lines], lines, strict=False):
+        data = synced[before + 1 : line]
+        assert all("/partial-" in path for path in data)
+        assert os.path.basename(data[0]).startswith("c." if kind == ".zarr" else "partial-")
+        assert (kind == ".zarr") == data[-1].endswith(".zarr")  # the names in the directory
+    synced_data = {synced[before + 1] for before in [-1, *lines[:-1]]}
+    assert len(synced_data) == (3 if kind == ".zarr" else 1)
+
+
+def test_chunks_that_were_unknown_and_computed(tmp_path):
+    y = da.from_array(numbers((10, 4)), chunks=(3, 4))
+    y = y[y[:, 0] > 8]
+    y.compute_chunk_sizes()
+    store(y, tmp_path / "y.zarr", scheduler="sync", overwrite=True)
+    assert_eq(open_tokens(tmp_path / "y.zarr"), numbers((10, 4))[2:])
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_short_writes_are_continued(tmp_path, monkeypatch, kind):
     pwrite = os.pwrite

@@ -1,4 +1,4 @@
-"""Is this cluster fit for the job?
+"""Is the cluster there, and is it fit for the job?
 
 Asked before anything is read, for what is wrong here shows up late and far from its cause:
 
@@ -9,15 +9,23 @@ Asked before anything is read, for what is wrong here shows up late and far from
 
 from __future__ import annotations
 
+import asyncio
+import json
 import os
 import sys
+import time
 import warnings
 from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from importlib import metadata
+from pathlib import Path
 from typing import Any
 
 from distributed import Client, WorkerPlugin
+from distributed.core import connect as connect_to_server
 from distributed.scheduler import Scheduler
+from distributed.security import Security
 
 import dask_ep
 from dask_ep.blas import limit_blas_for_good
@@ -33,6 +41,96 @@ class UnfitClusterError(RuntimeError):
     def __init__(self, problems: list[str]):
         self.problems = problems
         super().__init__("; ".join(problems))
+
+
+@dataclass(frozen=True)
+class Certificates:
+    """What proves to a cluster with TLS that one may use it: paths of PEM files."""
+
+    ca_file: str
+    #: of the authority that signed the cluster's certificates
+    cert: str
+    #: one's own, signed by it
+    key: str | None = None
+    #: of the certificate, unless that file holds it too
+
+    def security(self) -> Security:
+        return Security(
+            tls_ca_file=self.ca_file,
+            tls_client_cert=self.cert,
+            tls_client_key=self.key,
+            require_encryption=True,
+        )
+
+
+def connect(
+    address: str | None = None,
+    *,
+    scheduler_file: str | os.PathLike | None = None,
+    certificates: Certificates | None = None,
+    timeout: float = 30.0,
+) -> Client:
+    """Connect to a scheduler, or say why that is not possible.
+
+    Parameters
+    ----------
+    address : such as "tcp://host:8786", or "tls://host:8786" with certificates
+    scheduler_file : file in which the scheduler wrote its address, instead of it
+    certificates : Certificates, optional
+    timeout : seconds
+
+    Raises
+    ------
+    ConnectionError
+        If no scheduler answers there, or if it and the client do not accept each other.
+    """
+    if address is None:
+        address = _read_address(scheduler_file, timeout)
+    security = certificates.security() if certificates else Security()
+    # A Client that fails to connect is closed by the garbage collector, which can lock up in Dask
+    # (2026.8): make one only where somebody answers. In a thread, for a notebook has a loop.
+    with ThreadPoolExecutor(1) as thread:
+        thread.submit(asyncio.run, _knock(address, security, timeout)).result()
+    return Client(address, security=security, timeout=timeout)
+
+
+async def _knock(address: str, security: Security, timeout: float) -> None:
+    try:
+        arguments = security.get_connection_args("client")
+        async with asyncio.timeout(timeout):
+            comm = await connect_to_server(address, timeout=timeout, **arguments)
+        comm.abort()
+    except TypeError as error:
+        if "ssl_context" not in str(error):
+            raise
+        raise ConnectionError(
+            f"the scheduler at {address} speaks TLS, and no certificates were given; give "
+            "--tls-ca-file, --tls-cert and --tls-key"
+        ) from error
+    except (OSError, RuntimeError) as error:
+        if security.require_encryption:
+            hint = "check that it speaks TLS and that the certificates are signed by its authority"
+        else:
+            hint = "check that it runs; if it speaks TLS, give certificates and a tls:// address"
+        reason = str(error) or type(error).__name__
+        raise ConnectionError(
+            f"no connection to the scheduler at {address}: {reason}; {hint}"
+        ) from error
+
+
+def _read_address(scheduler_file: str | os.PathLike, timeout: float) -> str:
+    """Read where the scheduler is; wait for the file, since the scheduler may be starting."""
+    deadline = time.monotonic() + timeout
+    while True:
+        try:
+            return json.loads(Path(scheduler_file).read_text())["address"]
+        except (OSError, ValueError, KeyError) as error:
+            if time.monotonic() > deadline:
+                raise ConnectionError(
+                    f"{scheduler_file} must hold a scheduler's address, but after {timeout:g} s "
+                    f"does not: {error!r}; start dask scheduler --scheduler-file {scheduler_file}"
+                ) from error
+            time.sleep(0.1)
 
 
 def check_cluster(client: Client, files: Mapping[str, str | os.PathLike] | None = None) -> None:
@@ -63,7 +161,7 @@ def check_cluster(client: Client, files: Mapping[str, str | os.PathLike] | None 
     Examples
     --------
     >>> from distributed import Client
-    >>> with Client(n_workers=1, processes=False, dashboard_address=None) as client:
+    >>> with Client(n_workers=1, processes=False, dashboard_address=":0") as client:
     ...     check_cluster(client, {"tokens": "/nowhere/tokens.npy"})
     Traceback (most recent call last):
         ...

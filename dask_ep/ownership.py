@@ -91,7 +91,7 @@ def own_experts(
     Examples
     --------
     >>> from distributed import Client
-    >>> with Client(n_workers=2, processes=False, dashboard_address=None) as client:
+    >>> with Client(n_workers=2, processes=False, dashboard_address=":0") as client:
     ...     with own_experts(client, world_size=4) as owners:
     ...         [len(of_rank) for of_rank in owners.owners]
     [1, 1, 1, 1]

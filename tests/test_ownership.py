@@ -438,11 +438,13 @@ def test_the_scheduler_pays_at_most_three_tenths_more_per_pinned_task(client):
 
     client.register_plugin(Recorder())
     seconds_per_task(0)  # what the first run pays for nobody shall pay
-    free = min(seconds_per_task(salt) for salt in (1, 2))
-    with own_experts(client, 16):
-        pinned = min(seconds_per_task(salt) for salt in (3, 4))
+    free, pinned = [], []
+    for salt in (1, 2, 3):  # in turns, for other processes take their part of the machine
+        free.append(seconds_per_task(salt))
+        with own_experts(client, 16):
+            pinned.append(seconds_per_task(-salt % 100))
     client.unregister_scheduler_plugin(Recorder.name)
-    assert pinned <= 1.3 * free
+    assert min(pinned) <= 1.3 * min(free)
 
 
 # --- what runs on the cluster ----------------------------------------------------------------

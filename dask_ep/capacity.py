@@ -26,7 +26,7 @@ import dask.array as da
 import numpy as np
 
 from dask_ep.dispatch import Array, namespace
-from dask_ep.routing import SCORES
+from dask_ep.scores import SCORES
 
 DIGITS = (11, 11, 10)
 """Bits of each digit of a 32-bit key, from the top: a table of counts is E * 2048 * 8 bytes."""

@@ -270,6 +270,13 @@ class MoELayer:
                 f"shared experts must be as wide as the others, {d} to {self.experts.d_out}, but "
                 f"are {self.shared.d} to {self.shared.d_out}"
             )
+        if "selection_bias" in self.arrays and (
+            "table" in self.arrays or isinstance(self.router, ExpertChoice)
+        ):
+            raise ValueError(
+                "a selection_bias changes which experts a row chooses, so it must be None where a "
+                "table or the experts choose"
+            )
         if self.shared is None and "shared_gate" in self.arrays:
             raise ValueError("shared_gate weighs shared experts, so it must be None without them")
         if self.residual and d != self.experts.d_out:

@@ -14,7 +14,7 @@ others; for rules that look at a whole batch (capacity, expert choice) see `capa
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,12 +22,15 @@ import numpy as np
 
 from dask_ep import memory
 from dask_ep.dispatch import Array, check_tokens, is_float, namespace, one_namespace
+from dask_ep.scores import CHOSEN_SCORES, GROUP_WORTHS, SCORES, SMALLEST, largest
 
 TILE_BYTES = 4 << 20
 """Bytes of hidden states, in float64, whose logits are computed together on the CPU: few enough to
 stay in cache from one step to the next, and rows enough to be worth packing the weights for."""
 
-SMALLEST = float(np.finfo(np.float32).min)
+
+WITHOUT_WARNINGS = np.errstate(over="ignore", divide="ignore", invalid="ignore")
+"""What overflows is the limit that is meant, and what is NaN is refused at the end."""
 
 
 @dataclass(frozen=True)
@@ -119,6 +122,7 @@ class Router:
         return self.topk_groups < self.groups
 
 
+@WITHOUT_WARNINGS
 def route(
     hidden: Array,
     router: Router,
@@ -176,6 +180,8 @@ def route(
     array([[0.6, 0.3],
            [0.4, 0.4]], dtype=float32)
     """
+    if router.score == "sparsemixer" and selection_bias is not None:
+        raise ValueError("sparsemixer chooses by the logits alone; its selection_bias must be None")
     biases = _check(hidden, router.num_experts, weight, bias, selection_bias)
     xp, n = namespace(hidden), hidden.shape[0]
     indices = xp.empty((n, router.k), dtype=xp.int32)
@@ -187,6 +193,7 @@ def route(
     return indices, _without_nan(topk_weights)
 
 
+@WITHOUT_WARNINGS
 def all_scores(hidden: Array, score: str, weight: Array, *, bias: Array | None = None) -> Array:
     """Give each row's score for every expert, (n, E) float32: softmax or sigmoid of the logits.
 
@@ -254,6 +261,7 @@ def look_up(token_ids: Array, table: Array) -> Array:
     return xp.take(table, token_ids, axis=0).astype(xp.int32)
 
 
+@WITHOUT_WARNINGS
 def weigh_chosen(
     hidden: Array, indices: Array, router: Router, weight: Array, *, bias: Array | None = None
 ) -> Array:
@@ -322,7 +330,7 @@ def _route_logits(
     choice = scores.copy() if selection_bias is None else scores + selection_bias
     if router.grouped:
         _mask_groups(xp, choice, router)
-    indices = _largest(xp, choice, router.k)
+    indices = largest(xp, choice, router.k)
     return indices, _weigh(xp, scores, indices, router)
 
 
@@ -330,6 +338,11 @@ def _weigh(xp: Any, scores: Array, indices: Array, router: Router) -> Array:
     weights = xp.take_along_axis(scores, indices.astype(xp.int64), axis=1)
     if router.score in CHOSEN_SCORES:
         weights = CHOSEN_SCORES[router.score](xp, weights)
+    return _scaled(xp, weights, router)
+
+
+def _scaled(xp: Any, weights: Array, router: Router) -> Array:
+    """Normalise and scale weights (n, k), in place."""
     if router.normalise:
         total = weights.sum(axis=1, keepdims=True) + xp.float32(router.norm_eps)
         weights /= xp.maximum(total, xp.float32(router.norm_min))
@@ -337,28 +350,10 @@ def _weigh(xp: Any, scores: Array, indices: Array, router: Router) -> Array:
     return weights
 
 
-def _largest(xp: Any, choice: Array, k: int) -> Array:
-    """The k largest of each row, largest first, lowest index among equals; overwrites `choice`.
-
-    Notes
-    -----
-    One pass per slot: argmax gives the first of equals, and what was taken becomes -inf, below
-    anything that was not.
-    """
-    xp.maximum(choice, xp.float32(SMALLEST), out=choice)
-    rows = xp.arange(len(choice))
-    indices = xp.empty((len(choice), k), dtype=xp.int32)
-    for slot in range(k):
-        best = choice.argmax(axis=1)
-        indices[:, slot] = best
-        choice[rows, best] = -xp.inf
-    return indices
-
-
 def _mask_groups(xp: Any, choice: Array, router: Router) -> None:
     """Set the choice to the smallest number outside each row's best groups."""
     grouped = choice.reshape(len(choice), router.groups, -1)  # [n, G, E / G]
-    best = _largest(xp, GROUP_WORTHS[router.group_worth](xp, grouped), router.topk_groups)
+    best = largest(xp, GROUP_WORTHS[router.group_worth](xp, grouped), router.topk_groups)
     out_of_them = xp.ones((len(choice), router.groups), dtype=bool)
     out_of_them[xp.arange(len(choice))[:, None], best] = False
     xp.copyto(grouped, xp.float32(SMALLEST), where=out_of_them[:, :, None])
@@ -371,61 +366,13 @@ def _sparsemixer(xp: Any, logits: Array, router: Router) -> tuple[Array, Array]:
     left = logits.copy()
     for slot in range(router.k):
         best = left.argmax(axis=1)
-        largest = left[rows, best][:, None]
-        with np.errstate(divide="ignore", invalid="ignore"):  # 0 / 0 is NaN, and counts as near
-            far = (largest - logits) / xp.maximum(xp.abs(logits), largest)
+        most = left[rows, best][:, None]
+        far = (most - logits) / xp.maximum(xp.abs(logits), most)  # 0 / 0 is NaN, and not far
         near = xp.where(far > xp.float32(2 * router.jitter), -xp.inf, left)
         indices[:, slot] = best
-        weights[:, slot] = 1 / xp.exp(near - largest).sum(axis=1)
+        weights[:, slot] = 1 / xp.exp(near - most).sum(axis=1)
         left[rows, best] = -xp.inf
-    if router.normalise:
-        weights /= weights.sum(axis=1, keepdims=True) + xp.float32(router.norm_eps)
-    return indices, weights * xp.float32(router.scale)
-
-
-def _softmax(xp: Any, logits: Array) -> Array:
-    with np.errstate(invalid="ignore"):  # inf - inf: NaN, which is refused at the end
-        logits -= logits.max(axis=1, keepdims=True)
-    xp.exp(logits, out=logits)
-    logits /= logits.sum(axis=1, keepdims=True)
-    return logits
-
-
-def _sigmoid(xp: Any, logits: Array) -> Array:
-    xp.negative(logits, out=logits)
-    with np.errstate(over="ignore"):  # exp gives inf, and 1 / inf is the 0 that is meant
-        xp.exp(logits, out=logits)
-    logits += xp.float32(1)
-    return xp.reciprocal(logits, out=logits)
-
-
-def _sqrtsoftplus(xp: Any, logits: Array) -> Array:
-    xp.logaddexp(logits, xp.float32(0), out=logits)
-    return xp.sqrt(logits, out=logits)
-
-
-def _two_largest(xp: Any, grouped: Array) -> Array:
-    return xp.partition(grouped, -2, axis=2)[:, :, -2:].sum(axis=2)
-
-
-SCORES: dict[str, Callable[[Any, Array], Array]] = {
-    "softmax": _softmax,
-    "sigmoid": _sigmoid,
-    "sqrtsoftplus": _sqrtsoftplus,
-}
-"""Scores of all experts, [n, E] from [n, E], in place."""
-
-CHOSEN_SCORES: dict[str, Callable[[Any, Array], Array]] = {
-    "softmax_chosen": _softmax,
-    "sigmoid_chosen": _sigmoid,
-}
-"""Scores of the chosen experts only, [n, k] from [n, k]."""
-
-GROUP_WORTHS: dict[str, Callable[[Any, Array], Array]] = {
-    "max": lambda xp, grouped: grouped.max(axis=2),
-    "top2": _two_largest,
-}
-"""What groups are worth, [n, G] from [n, G, E / G]."""
+    return indices, _scaled(xp, weights, router)
 
 
 # --- what must hold ----------------------------------------------------------------------------

@@ -36,7 +36,7 @@ def routers(draw) -> Router:
         group_worth=draw(st.sampled_from(["max", "top2"])),
         normalise=draw(st.booleans()),
         norm_eps=draw(st.sampled_from([0.0, 1e-20, 0.25])),
-        norm_min=draw(st.sampled_from([0.0, 2.0])) if score != "sparsemixer" else 0.0,
+        norm_min=draw(st.sampled_from([0.0, 2.0])),
         scale=draw(st.sampled_from([1.0, 2.5])),
         jitter=draw(st.sampled_from([0.01, 0.1])),
     )
@@ -323,7 +323,7 @@ def test_a_router_that_cannot_be_is_refused(changes, message):
 def test_arrays_that_do_not_fit_are_refused(arrays, error, message):
     arrays = {"hidden": np.ones((3, 2)), "weight": np.ones((4, 2))} | arrays
     hidden, weight = arrays.pop("hidden"), arrays.pop("weight")
-    with pytest.raises(error, match=message), np.errstate(invalid="ignore"):
+    with pytest.raises(error, match=message):
         route(hidden, Router(4, 2), weight, **arrays)
 
 
@@ -340,6 +340,8 @@ def test_tables_and_chosen_experts_that_do_not_fit_are_refused():
         weigh_chosen(hidden, np.zeros((3, 1), int), Router(4, 2), weight)
     with pytest.raises(ValueError, match=r"indices must be in \[0, 4\), but range from -1 to 4"):
         weigh_chosen(hidden, np.array([[0, 4], [-1, 0], [0, 0]]), Router(4, 2), weight)
+    with pytest.raises(ValueError, match="its selection_bias must be None"):
+        route(hidden, Router(4, 2, "sparsemixer"), weight, selection_bias=np.ones(4))
     with pytest.raises(ValueError, match="sparsemixer weighs only what it chose"):
         weigh_chosen(hidden, np.zeros((3, 2), int), Router(4, 2, "sparsemixer"), weight)
 

@@ -27,6 +27,7 @@ from dask_ep import pipeline
 from dask_ep.costs import PROCESS_BYTES, Rates
 from dask_ep.dispatch import computing_dtype
 from dask_ep.experts import CallableExperts, Experts, as_experts
+from dask_ep.held import StoredExperts
 from dask_ep.placement import POLICIES, Placement, place
 from dask_ep.placement_files import from_file
 from dask_ep.price import Plan, Work
@@ -291,6 +292,8 @@ def _work(tokens: Any, experts: Experts | CallableExperts, topk_weights: Any) ->
         )
     dtype = np.dtype(tokens.dtype)
     d = int(tokens.shape[1])
+    wide = experts.parameters * computing_dtype(dtype).itemsize
+    as_stored = isinstance(experts, StoredExperts)
     return Work(
         d=d,
         d_out=experts.d_out or d,
@@ -298,7 +301,8 @@ def _work(tokens: Any, experts: Experts | CallableExperts, topk_weights: Any) ->
         weight_bytes=0 if topk_weights is None else np.dtype(topk_weights.dtype).itemsize,
         expert_flops=2 * experts.parameters,
         expert_stored=experts.nbytes // experts.num_experts,
-        expert_loaded=experts.parameters * computing_dtype(dtype).itemsize,
+        expert_loaded=experts.nbytes // experts.num_experts if as_stored else wide,
+        expert_scratch=wide if as_stored else 0,
     )
 
 
@@ -331,11 +335,10 @@ def _refusal(refused: Plan, proposal: Plan | None) -> str:
         f"{format_bytes(refused.chunk_bytes)}, {format_bytes(PROCESS_BYTES)} for the process"
     )
     if proposal is None:
-        held = int(refused.expert_bytes / refused.work.expert_loaded)
         return (
-            f"{need}. No chunk size fits beside {held} experts of "
-            f"{format_bytes(refused.work.expert_loaded)} on one worker: use more workers, or allow "
-            "more memory"
+            f"{need}. No chunk size fits beside the experts of one worker, up to "
+            f"{refused.experts_of_a_worker} of {format_bytes(refused.work.expert_loaded)}: use more "
+            "workers, or allow more memory"
         )
     changes = [
         f"{name}={new!r} (instead of {old!r})"

@@ -56,6 +56,8 @@ class Work:
     #: bytes of one expert in its file
     expert_loaded: int
     #: bytes of one expert in memory
+    expert_scratch: int
+    #: bytes of an expert that each thread converts, where experts are held as they are stored
 
 
 @dataclass(frozen=True, eq=False)
@@ -163,10 +165,15 @@ class Plan:
         return int(self.rank_experts.sum()) * self.work.expert_stored
 
     @property
+    def experts_of_a_worker(self) -> int:
+        """Experts in the worker that holds most."""
+        return int(self._per_worker(self.rank_experts).max())
+
+    @property
     def expert_bytes(self) -> int:
         """Bytes of experts in the worker that holds most."""
-        held = self._per_worker(self.rank_experts)
-        return int(held.max()) * self.work.expert_loaded
+        held = self.experts_of_a_worker * self.work.expert_loaded
+        return held + self.threads * self.work.expert_scratch
 
     @property
     def chunk_bytes(self) -> int:
@@ -212,8 +219,7 @@ class Plan:
     @property
     def load_seconds(self) -> float:
         """Time to read the experts, for the worker that reads most."""
-        held = self._per_worker(self.rank_experts)
-        return float(held.max()) * self.work.expert_stored / self.rates.read
+        return self.experts_of_a_worker * self.work.expert_stored / self.rates.read
 
     @property
     def busy_seconds(self) -> float:

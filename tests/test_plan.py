@@ -6,6 +6,7 @@ from itertools import pairwise
 
 import dask
 import dask.array as da
+import ml_dtypes
 import numpy as np
 import pytest
 from dask.utils import parse_bytes
@@ -13,6 +14,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dask_ep.costs import PROCESS_BYTES, Rates, chunks_held
+from dask_ep.experts import Experts
+from dask_ep.held import held_as_stored
 from dask_ep.pipeline import count_tasks, expert_parallel
 from dask_ep.placement import POLICIES, Placement, contiguous, exact, place
 from dask_ep.plan import Plan, PlanError, plan, what_if
@@ -138,6 +141,18 @@ def test_every_figure_of_a_small_job():
     assert priced.tasks == count_tasks(8, 4) == 8 * 9 + 4
     assert priced.flops.sum() == 800 * 2 * 8 * 8
     assert json.loads(priced.to_json())["tasks"] == priced.tasks
+
+
+def test_experts_held_as_stored_take_their_stored_bytes_and_one_wide_one_a_thread():
+    tokens, routing, _ = job()
+    experts = Experts.linear(np.ones((8, 8, 8), ml_dtypes.bfloat16))
+    wide, stored = (
+        plan(tokens, routing, held, world_size=2, threads=3, rates=RATES)
+        for held in (experts, held_as_stored(experts))
+    )
+    assert wide.stored_bytes == stored.stored_bytes == 8 * 8 * 8 * 2
+    assert wide.expert_bytes == 4 * 8 * 8 * 4
+    assert stored.expert_bytes == 4 * 8 * 8 * 2 + 3 * 8 * 8 * 4
 
 
 @pytest.mark.parametrize(
@@ -300,7 +315,7 @@ def test_more_workers_are_proposed_when_the_experts_are_too_many():
 
 def test_where_nothing_fits_it_is_said():
     tokens, routing, experts = job(d=512, experts=16)
-    with pytest.raises(PlanError, match="No chunk size fits beside 16 experts") as refused:
+    with pytest.raises(PlanError, match="No chunk size fits .* up to 16 of 1.00 MiB") as refused:
         plan(tokens, routing, experts, workers=1, threads=1, memory_limit="301 MiB", rates=RATES)
     assert refused.value.proposal is None
     with pytest.raises(PlanError, match="No chunk size fits"):

@@ -13,7 +13,7 @@ Axis letters: `n` rows, `d` width, `k` slots per row, `E` experts, `R` ranks.
 
 There is no loop over rows: one stable sort, then one matrix product per expert that has rows.
 NumPy and CuPy arrays take the same path; on a device the only thing that comes to the host is one
-small array of integers, the bounds of the experts' segments and the counts of bad values.
+small array of integers, the ends of the experts' segments and what must be known of the values.
 """
 
 from __future__ import annotations
@@ -21,14 +21,13 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from dask_ep import memory
-
-Array = Any
-"""A NumPy or CuPy array, or any other with `__array_namespace__` and NumPy's functions."""
+from dask_ep.arrays import Array, is_array, namespace, one_namespace, to_host
 
 TILE_BYTES = 2 << 20
 """Bytes of gathered rows per matrix product on the CPU: a share of the last-level cache."""
@@ -149,7 +148,8 @@ def expert_parallel_dispatch(
     One stable sort of the n * k slots and one matrix product per expert with rows (per tile of
     `TILE_BYTES` on the CPU); additions go in the order of the experts, so that the same input
     gives the same bits. Rows that come sorted by expert with one slot each are neither gathered nor
-    scattered. NaN or infinity in a row stays in that row. The layer is that of Shazeer et al.,
+    scattered. NaN or infinity in a row stays in that row. On a device, E/R + 3 or 4 int64 come to
+    the host in one copy, and nothing goes there. The layer is that of Shazeer et al.,
     "Outrageously Large Neural Networks" (2017), section 2.
 
     Examples
@@ -178,7 +178,7 @@ def expert_parallel_dispatch(
     if k > 1:
         out = memory.empty((n, experts[0].d_out), compute, like=tokens)
         out.fill(0)
-        write = _add_repeated_rows if segments.repeats else add_rows
+        write = partial(_add_repeated_rows, k) if segments.repeats else add_rows
     else:
         out = memory.empty((n, experts[0].d_out), tokens.dtype, like=tokens)
         out[segments.not_ours()] = 0
@@ -230,7 +230,7 @@ def as_experts(
 def _as_expert(W: Any, place: str, *, d: int, like: Array, dtype: np.dtype) -> Expert:
     if isinstance(W, Expert):
         return W
-    if hasattr(W, "__array_namespace__"):
+    if is_array(W):
         if W.ndim != 2:
             raise ValueError(f"{place} must be a (d, d_out) matrix, but has shape {W.shape}")
         if not is_float(W.dtype):
@@ -285,55 +285,43 @@ def sort_slots(
         return Segments(k, None, [(0, 0)] * num_local, repeats=False)
 
     local = _local_numbers(xp, flat, num_local, rank)
-    order = xp.argsort(local, kind="stable") if xp is np else xp.argsort(local)
-    ends = xp.cumsum(xp.bincount(local, minlength=num_local + 1))
-    in_order = k == 1 and (local[1:] >= local[:-1]).all()
-    facts = xp.concatenate(
-        [
-            ends,
-            xp.stack(
-                [
-                    xp.asarray(fact, dtype=ends.dtype)
-                    for fact in (
-                        _as_int64(xp, flat.min()),
-                        _as_int64(xp, flat.max()),
-                        0 if topk_weights is None else xp.isnan(topk_weights).any(),
-                        in_order,
-                        k > 1 and _repeated(local, order, k, num_local),
-                    )
-                ]
-            ),
-        ]
-    ).tolist()  # the one copy from device to host
-    ends, (low, high, has_nan, in_order, repeats) = facts[: num_local + 1], facts[num_local + 1 :]
+    order = xp.argsort(local, kind="stable")
+    ordered = local[order]
+    ends = xp.searchsorted(ordered, xp.arange(num_local, dtype=local.dtype), side="right")
+    asked = [flat.min(), flat.max()]
+    asked.append(_in_order(local) if k == 1 else _repeated(ordered, order, k, num_local))
+    if topk_weights is not None:
+        asked.append(xp.isnan(topk_weights).any())
+    facts = to_host(ends, *asked)
+    ends, (low, high, fact, *has_nan) = facts[:num_local], facts[num_local:]
 
     num_experts = num_local * world_size
     if low < -1 or high >= num_experts:
         _raise_bad_index(routing, num_experts, num_local, world_size)
-    if has_nan:
+    if any(has_nan):
         _raise_nan(topk_weights)
-    starts = [0, *ends[:-2]]
-    bounds = list(zip(starts, ends[:-1], strict=True))
-    return Segments(k, None if in_order else order, bounds, bool(repeats))
+    bounds = list(zip([0, *ends[:-1]], ends, strict=True))
+    in_order, repeats = (bool(fact), False) if k == 1 else (False, bool(fact))
+    return Segments(k, None if in_order else order, bounds, repeats)
 
 
 def _local_numbers(xp: Any, flat: Array, num_local: int, rank: int) -> Array:
     """Local expert number of each slot, and `num_local` for the slots that are not ours."""
-    local = flat.astype(xp.int64)
+    local = flat.astype(np.int64)
     local -= rank * num_local
-    local[(local < 0) | (local >= num_local)] = num_local
-    return local.astype(xp.int16 if num_local < 2**15 else xp.int64)
+    local = xp.where((local < 0) | (local >= num_local), num_local, local)
+    return local.astype(np.int16 if num_local < 2**15 else np.int64)
 
 
-def _as_int64(xp: Any, value: Array) -> Array:
-    """A scalar as int64; unsigned values beyond its range become its largest, not -1."""
-    return xp.minimum(value, value.dtype.type(min(np.iinfo(value.dtype).max, 2**63 - 1)))
+def _in_order(local: Array) -> Array:
+    return (local[1:] >= local[:-1]).all()
 
 
-def _repeated(local: Array, order: Array, k: int, num_local: int) -> Array:
-    sorted_local, rows = local[order], order // k
-    same = (sorted_local[1:] == sorted_local[:-1]) & (rows[1:] == rows[:-1])
-    return (same & (sorted_local[1:] < num_local)).any()
+def _repeated(ordered: Array, order: Array, k: int, num_local: int) -> Array:
+    """Whether a row comes twice at one local expert; `ordered` are those of the slots `order`."""
+    rows = order // k
+    same = (ordered[1:] == ordered[:-1]) & (rows[1:] == rows[:-1])
+    return (same & (ordered[1:] < num_local)).any()
 
 
 def _raise_bad_index(routing: Array, num_experts: int, num_local: int, world_size: int) -> None:
@@ -410,9 +398,22 @@ def add_rows(out: Array, rows: Array, y: Array) -> None:
     out[rows] = total
 
 
-def _add_repeated_rows(out: Array, rows: Array, y: Array) -> None:
-    """Add y (m, d) to rows (m,) of out (n, d), of which some may be the same."""
-    namespace(out).add.at(out, rows, y)
+def _add_repeated_rows(k: int, out: Array, rows: Array, y: Array) -> None:
+    """Add y (m, d) to rows (m,) of out (n, d), ascending, of which up to k may be the same.
+
+    CuPy's ``add.at`` adds in any order, and so to other bits each time. On a device every one of
+    the same rows therefore adds up all of them, in their order, and they write the same.
+    """
+    xp, m = namespace(out), len(rows)
+    if xp is np:
+        np.add.at(out, rows, y)
+        return
+    first, total = xp.searchsorted(rows, rows, side="left"), gather(out, rows, out.dtype)
+    for nth in range(k):
+        other = xp.minimum(first + nth, m - 1)
+        same = (rows[other] == rows) & (first + nth < m)
+        total += xp.where(same[:, None], y[other], y.dtype.type(0))
+    out[rows] = total
 
 
 def gather(tokens: Array, rows: Array, dtype: np.dtype) -> Array:
@@ -431,30 +432,6 @@ def gather(tokens: Array, rows: Array, dtype: np.dtype) -> Array:
 
 
 # --- what must hold --------------------------------------------------------------------------
-
-
-def namespace(array: Array, name: str = "array") -> Any:
-    """The array's own namespace: ``numpy``, ``cupy``, ..."""
-    try:
-        return array.__array_namespace__()
-    except AttributeError:
-        raise TypeError(
-            f"{name} must be a NumPy or CuPy array, but is a {type(array).__name__}"
-            + (
-                "; for Dask arrays use dask_ep.expert_parallel"
-                if hasattr(array, "__dask_graph__")
-                else ""
-            )
-        ) from None
-
-
-def one_namespace(**arrays: Array | None) -> Any:
-    """The namespace that all arrays given share; names are for the message."""
-    found = {name: namespace(array, name) for name, array in arrays.items() if array is not None}
-    if len({id(xp) for xp in found.values()}) > 1:
-        came = ", ".join(f"{name} from {xp.__name__}" for name, xp in found.items())
-        raise TypeError(f"all arrays must live in one namespace, but came {came}; convert them")
-    return next(iter(found.values()))
 
 
 def is_float(dtype: np.dtype) -> bool:

@@ -22,7 +22,8 @@ from typing import NamedTuple
 import numpy as np
 
 from dask_ep import memory
-from dask_ep.dispatch import Array, add_rows, assign_rows, computing_dtype, gather, namespace
+from dask_ep.arrays import Array, namespace, to_host
+from dask_ep.dispatch import add_rows, assign_rows, computing_dtype, gather
 
 
 class Packet(NamedTuple):
@@ -62,15 +63,20 @@ def send(
     ------
     ValueError
         If an expert index is out of range: such a row would belong to no packet, and be lost.
+
+    Notes
+    -----
+    On a device, three integers come to the host, in one copy: the smallest and largest index, and
+    the number of rows.
     """
-    check_range(routing, num_experts)
-    routing = _small(routing, num_experts)
-    index = packet_index(routing, rank, num_local)
-    served = routing[index]
-    served[~slots_at(served, rank, num_local)] = -1
+    small = _small(routing, num_experts)
+    order, count = packet_order(small, rank, num_local)
+    index = order[: _checked_count(routing, count, num_experts)]
+    served = small[index]
+    xp, elsewhere = namespace(served), served.dtype.type(-1)
     return Packet(
         gather(tokens, index, tokens.dtype),
-        served,
+        xp.where(slots_at(served, rank, num_local), served, elsewhere),
         None if topk_weights is None else topk_weights[index],
     )
 
@@ -97,22 +103,24 @@ def sum_ranks(routing: Array, outputs: Sequence[Array], num_local: int, dtype: n
     Notes
     -----
     Added in the order of ranks, in the computing dtype: the same bits whichever answered first.
+    On a device, one integer per rank comes to the host, in one copy.
     """
-    d_out = outputs[0].shape[1]
     routing = _small(routing, num_local * len(outputs))
+    orders, counts = zip(
+        *(packet_order(routing, rank, num_local) for rank in range(len(outputs))), strict=True
+    )
     index = []
-    for rank, output in enumerate(outputs):
-        rows = packet_index(routing, rank, num_local)
-        if len(rows) != len(output):
+    for rank, (order, sent) in enumerate(zip(orders, to_host(*counts), strict=True)):
+        if sent != len(outputs[rank]):
             raise ValueError(
-                f"rank {rank} must answer each row of its packet once: {len(rows)} rows were sent "
-                f"and {len(output)} came back"
+                f"rank {rank} must answer each row of its packet once: {sent} rows were sent "
+                f"and {len(outputs[rank])} came back"
             )
-        index.append(rows)
-    like, shape = outputs[0], (routing.shape[0], d_out)
+        index.append(order[:sent])
+    like, shape = outputs[0], (routing.shape[0], outputs[0].shape[1])
     if routing.ndim == 1 or routing.shape[1] == 1:
         out = memory.empty(shape, dtype, like=like)
-        out[routing.reshape(-1) < 0] = 0
+        out[_rows_without_expert(routing, sum(map(len, index)))] = 0
         for rows, output in zip(index, outputs, strict=True):
             assign_rows(out, rows, output)
         return out
@@ -128,30 +136,38 @@ def slots_at(routing: Array, rank: int, num_local: int) -> Array:
     return (routing >= rank * num_local) & (routing < (rank + 1) * num_local)
 
 
-def packet_index(routing: Array, rank: int, num_local: int) -> Array:
-    """Row numbers (m,) of a packet, in its order: by the first expert at the rank, then by row."""
+def packet_order(routing: Array, rank: int, num_local: int) -> tuple[Array, Array]:
+    """Row numbers (n,), those of a packet first and in its order, and how many these are.
+
+    A packet is ordered by the first expert at the rank, then by row. The number stays where the
+    routing is; no expert may be the largest number of its dtype, as `_small` sees to.
+    """
     xp = namespace(routing)
-    there = slots_at(routing, rank, num_local)
-    if routing.ndim == 1:
-        rows = xp.flatnonzero(there)
-        first = routing[rows]
-    else:
-        rows = xp.flatnonzero(there.any(axis=1))
-        beyond = np.iinfo(routing.dtype).max
-        first = xp.where(there[rows], routing[rows], beyond).min(axis=1)
-    order = xp.argsort(first, kind="stable") if xp is np else xp.argsort(first)
-    return rows[order]
+    beyond = routing.dtype.type(np.iinfo(routing.dtype).max)
+    first = xp.where(slots_at(routing, rank, num_local), routing, beyond)
+    if first.ndim == 2:
+        first = first.min(axis=1)
+    return xp.argsort(first, kind="stable"), (first != beyond).sum()
+
+
+def _rows_without_expert(routing: Array, num_served: int) -> Array:
+    """Row numbers of a routing with one slot a row, `num_served` of which have an expert."""
+    order = namespace(routing).argsort(routing.reshape(-1), kind="stable")  # -1 comes first
+    return order[: len(order) - num_served]
 
 
 def _small(routing: Array, num_experts: int) -> Array:
     """Expert indices in few bytes: they travel with the rows, and 16 bits sort in linear time."""
-    return routing.astype(np.min_scalar_type(-num_experts))
+    return routing.astype(np.min_scalar_type(-num_experts - 1))
 
 
-def check_range(routing: Array, num_experts: int) -> None:
-    """Refuse an expert index outside [-1, num_experts), naming the row."""
-    if routing.size == 0 or (int(routing.min()) >= -1 and int(routing.max()) < num_experts):
-        return
+def _checked_count(routing: Array, count: Array, num_experts: int) -> int:
+    """Bring a packet's number of rows to the host; refuse an expert index outside [-1, E)."""
+    if routing.size == 0:
+        return 0
+    low, high, count = to_host(routing.min(), routing.max(), count)
+    if low >= -1 and high < num_experts:
+        return count
     bad = (routing < -1) | (routing >= num_experts)
     where = tuple(int(i[0]) for i in bad.nonzero())
     raise ValueError(

@@ -20,6 +20,7 @@ import numpy as np
 from dask.base import normalize_token
 
 from dask_ep import memory
+from dask_ep.arrays import is_array
 from dask_ep.dispatch import Array, Expert, Linear, is_float, namespace
 from dask_ep.kinds import ACTIVATIONS, Affine, Gated, Mlp
 from dask_ep.sources import ArraySource, Source, open_source
@@ -652,7 +653,7 @@ def _bind_axes(
 
 def _source(obj: Any, name: str) -> Source:
     """A Source of a weight; device arrays serve as they are."""
-    if not isinstance(obj, np.ndarray) and hasattr(obj, "__array_namespace__"):
+    if not isinstance(obj, np.ndarray) and is_array(obj):
         return _DeviceSource(obj, name)
     is_path = isinstance(obj, str) or hasattr(obj, "__fspath__")
     return open_source(obj) if is_path else open_source(obj, name)

@@ -16,7 +16,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import Any
+
+import numpy as np
 
 from dask_ep import memory
 from dask_ep.dispatch import Array, Expert, Linear, namespace
@@ -105,16 +106,18 @@ def _silu(x: Array, alpha: float) -> None:
     scratch = memory.empty(x.shape, x.dtype, like=x)
     xp.multiply(x, -alpha, out=scratch)
     # exp overflows to infinity below -88 / alpha in float32, and x / infinity is the right 0.
-    with _quiet(xp):
+    with np.errstate(over="ignore"):
         xp.exp(scratch, out=scratch)
     scratch += 1
     x /= scratch
 
 
 def _gelu(x: Array, _: float) -> None:
+    from scipy.special import erf  # slow to import, and only here
+
     scratch = memory.empty(x.shape, x.dtype, like=x)
     namespace(x).multiply(x, math.sqrt(0.5), out=scratch)
-    _erf(namespace(x))(scratch, out=scratch)
+    erf(scratch, out=scratch)  # CuPy's arrays hand this to their own erf
     scratch += 1
     scratch *= 0.5
     x *= scratch
@@ -152,15 +155,3 @@ ACTIVATIONS: dict[str, Activation] = {
     "relu2": _relu2,
 }
 """silu is x * sigmoid(alpha * x), gelu the exact one (with erf), relu2 the square of relu."""
-
-
-def _quiet(xp: Any) -> Any:
-    return xp.errstate(over="ignore")
-
-
-def _erf(xp: Any) -> Callable[..., Array]:
-    if xp.__name__ == "cupy":
-        from cupyx.scipy.special import erf
-    else:
-        from scipy.special import erf
-    return erf

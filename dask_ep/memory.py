@@ -24,6 +24,8 @@ from math import prod
 
 import numpy as np
 
+from dask_ep.arrays import namespace
+
 SMALLEST = 1 << 20
 """Bytes below which an array is left to the C library, which recycles small blocks well itself."""
 
@@ -178,7 +180,7 @@ def empty(shape: tuple[int, ...], dtype: object, like: object = None) -> np.ndar
     >>> empty((3, 4), "float32").shape
     (3, 4)
     """
-    xp = np if like is None else like.__array_namespace__()
+    xp = np if like is None else namespace(like)
     dtype = np.dtype(dtype)
     nbytes = prod(shape) * dtype.itemsize
     if xp is not np or nbytes < SMALLEST or dtype.hasobject:

@@ -36,6 +36,7 @@ from dask_ep.dispatch import (
     check_tokens,
     computing_dtype,
     expert_parallel_dispatch,
+    namespace,
 )
 from dask_ep.exchange import Packet, send, sum_ranks
 from dask_ep.experts import CallableExperts, Experts, LocalExperts, as_experts
@@ -229,7 +230,7 @@ def _load_tasks(
 ) -> tuple[dict[Any, Task], list[da.Array]]:
     """The task per rank that loads its experts, and the Dask arrays that these depend on."""
     tasks, dependencies = {}, []
-    xp = tokens._meta.__array_namespace__().__name__
+    xp = namespace(tokens._meta).__name__
     for r, ids in enumerate(slots):
         local = experts.subset(ids)
         lazy = local.collections()

@@ -25,6 +25,8 @@ from functools import cached_property
 
 import numpy as np
 
+from dask_ep.arrays import namespace, to_host
+
 _TICKET_BITS = 40
 TICKETS = 1 << _TICKET_BITS
 """How many tickets there are: distinct for as many rows, and E * TICKETS fits an int64."""
@@ -142,22 +144,30 @@ class Placement:
         Notes
         -----
         Depends on the routing and the global row numbers only. Slots of one row at one expert go to
-        one copy. Cost: one gather where no expert has copies, else three and a comparison.
+        one copy. Cost: one gather where no expert has copies, else a search among them and three.
+        On a device two integers come to the host, in one copy, and tables go there: 4 (E + 1) bytes
+        without copies, else 12 per slot that holds something.
         """
-        xp = routing.__array_namespace__()
-        _check_routing(routing, self.num_experts, row_offset, xp)
+        xp = namespace(routing)
+        _check_routing(routing, self.num_experts, row_offset)
         if self._holders.size == self.num_experts:  # one copy each: nothing to choose
             return xp.asarray(self._home)[routing]
         key = _keys(routing, row_offset, xp).ravel()
-        last_keys = xp.asarray(self._last_keys)
-        nth = xp.asarray(self._first_guess)[key >> _BIN_BITS]
-        passed = xp.flatnonzero(key >= last_keys[nth])
+        if xp is np:
+            nth = self._nth_holder(key)
+        else:
+            nth = xp.searchsorted(xp.asarray(self._last_keys), key, side="right")
+        physical = xp.asarray(self._holders)[nth].reshape(routing.shape)
+        return xp.where(routing < 0, np.int32(-1), physical)
+
+    def _nth_holder(self, key: np.ndarray) -> np.ndarray:
+        """Which of `_holders` serves each key: a binary search that begins next to the answer."""
+        nth = self._first_guess[key >> _BIN_BITS]
+        passed = np.flatnonzero(key >= self._last_keys[nth])
         while passed.size:
             nth[passed] += 1
-            passed = passed[key[passed] >= last_keys[nth[passed]]]
-        physical = xp.asarray(self._holders)[nth].reshape(routing.shape)
-        physical[routing < 0] = -1
-        return physical
+            passed = passed[key[passed] >= self._last_keys[nth[passed]]]
+        return nth
 
     def rank_load(self, load: np.ndarray) -> np.ndarray:
         """Give the rows that each rank serves, (R,) float64, from those of each expert, (E,)."""
@@ -260,7 +270,7 @@ def ticket_load(
            [1, 1],
            [0, 0]])
     """
-    _check_routing(routing, num_experts, row_offset, np)
+    _check_routing(routing, num_experts, row_offset)
     key = _keys(routing, row_offset, np)[routing >= 0]
     shift = (TICKETS // bins).bit_length() - 1
     return np.bincount(key >> shift, minlength=num_experts * bins).reshape(num_experts, bins)
@@ -350,11 +360,14 @@ def _check_stops(slots: np.ndarray, stops: np.ndarray) -> None:
         )
 
 
-def _check_routing(routing: np.ndarray, num_experts: int, row_offset: int, xp: object) -> None:
+def _check_routing(routing: np.ndarray, num_experts: int, row_offset: int) -> None:
     """Refuse an index outside [-1, E), naming the row."""
-    if routing.size == 0 or (int(routing.min()) >= -1 and int(routing.max()) < num_experts):
+    if routing.size == 0:
         return
-    outside = xp.nonzero((routing < -1) | (routing >= num_experts))
+    low, high = to_host(routing.min(), routing.max())
+    if low >= -1 and high < num_experts:
+        return
+    outside = ((routing < -1) | (routing >= num_experts)).nonzero()
     at = tuple(int(index[0]) for index in outside)
     raise ValueError(
         f"routing must lie in [-1, {num_experts}), and row {row_offset + at[0]} holds "

@@ -14,7 +14,7 @@ ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "dask_ep"
 
 LAYERS = [
-    {"memory", "reference"},
+    {"arrays", "memory", "reference"},
     {"dispatch", "sources", "safetensors_header", "zarr_layout"},
     {"kinds", "slots", "packing"},
     {"exchange", "experts", "routing", "placement"},
@@ -29,7 +29,7 @@ LAYERS = [
 ONLY = {
     "distributed": {"ownership", "cluster", "run", "cli"},
     "torch": set(),
-    "cupy": {"kinds"},
+    "cupy": set(),
 }
 """Who may import what, anywhere in the module."""
 

@@ -29,11 +29,12 @@ import numpy as np
 from dask_ep import memory
 from dask_ep.arrays import Array, is_array, namespace, one_namespace, to_host
 
-TILE_BYTES = 2 << 20
-"""Bytes of gathered rows per matrix product on the CPU: a share of the last-level cache."""
+TILE_BYTES = 8 << 20
+"""Bytes of the widest rows of one matrix product on the CPU: a share of the last-level cache."""
 
-FEWEST_TILE_ROWS = 192
-"""Rows per matrix product on the CPU, however wide: fewer would not pay for packing the matrix."""
+TILE_ROWS = (192, 1024)
+"""Fewest and most rows of one product on the CPU, however wide or narrow: with fewer, packing the
+matrix costs more than a tenth of the product; with more, nothing is gained and the cache is left."""
 
 
 class Expert(ABC):
@@ -354,7 +355,8 @@ def _tiles(start: int, stop: int, expert: Expert, compute: np.dtype, xp: Any) ->
     if xp is not np:
         return [slice(start, stop)]
     row_bytes = max(expert.widest, 1) * compute.itemsize
-    rows = max(TILE_BYTES // row_bytes, FEWEST_TILE_ROWS)
+    fewest, most = TILE_ROWS
+    rows = min(max(TILE_BYTES // row_bytes, fewest), most)
     rows = math.ceil(m / math.ceil(m / rows))
     return [slice(s, min(s + rows, stop)) for s in range(start, stop, rows)]
 

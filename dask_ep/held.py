@@ -20,8 +20,9 @@ import numpy as np
 from dask.base import normalize_token
 
 from dask_ep.dispatch import Array, Expert
-from dask_ep.experts import Experts, Weight
+from dask_ep.experts import Experts
 from dask_ep.quantized import in_memory
+from dask_ep.weights import Weight
 
 
 def held_as_stored(experts: Experts) -> StoredExperts:

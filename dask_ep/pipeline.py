@@ -39,7 +39,8 @@ from dask_ep.dispatch import (
     namespace,
 )
 from dask_ep.exchange import Packet, send, sum_ranks
-from dask_ep.experts import CallableExperts, Experts, LocalExperts, as_experts
+from dask_ep.experts import CallableExperts, Experts, as_experts
+from dask_ep.local import LocalExperts
 from dask_ep.placement import Placement, contiguous
 
 TASKS_ADVISED = 100_000

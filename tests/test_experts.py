@@ -16,7 +16,8 @@ from hypothesis import strategies as st
 from safetensors.numpy import save_file
 
 from dask_ep import Experts, expert_parallel_dispatch, reference
-from dask_ep.experts import LocalExperts, as_experts
+from dask_ep.experts import as_experts
+from dask_ep.local import LocalExperts
 from dask_ep.sources import Source
 from tests.compare import assert_close
 

@@ -1,0 +1,166 @@
+"""What does a rank hold of its experts?"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from importlib import import_module
+from threading import Lock
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from dask_ep import memory
+from dask_ep.dispatch import Array, Expert, Linear, namespace
+from dask_ep.kinds import Affine, Gated, Mlp
+
+if TYPE_CHECKING:
+    from dask_ep.experts import Experts
+
+
+class LocalExperts(Sequence):
+    """A rank's experts in memory, in the order of its slots.
+
+    Its size in memory is told honestly to Dask. Copied to another process it does not carry the
+    weights of files along: they are read again from where they lie, when the first is asked for.
+    """
+
+    def __init__(self, experts: Experts, xp: Any, dtype: np.dtype, given: dict[str, np.ndarray]):
+        self._origin = (experts, xp.__name__, dtype, given)
+        self.nbytes = experts.parameters * experts.num_experts * dtype.itemsize
+        self._lock = Lock()
+        self._experts: list[Expert] | None = None
+
+    def _loaded(self) -> list[Expert]:
+        with self._lock:
+            if self._experts is None:
+                self._experts = _load(*self._origin)
+        return self._experts
+
+    def __len__(self) -> int:
+        return self._origin[0].num_experts
+
+    def __getitem__(self, e: int) -> Expert:
+        return (self._experts or self._loaded())[e]
+
+    def __sizeof__(self) -> int:
+        return object.__sizeof__(self) + self.nbytes
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _unloaded, self._origin
+
+
+def _unloaded(
+    experts: Experts, namespace_name: str, dtype: np.dtype, given: dict[str, np.ndarray]
+) -> LocalExperts:
+    return LocalExperts(experts, import_module(namespace_name), dtype, given)
+
+
+def _load(
+    experts: Experts, namespace_name: str, dtype: np.dtype, given: dict[str, np.ndarray]
+) -> list[Expert]:
+    xp = import_module(namespace_name)
+    stacks = {name: weight.read(dtype, given.get(name)) for name, weight in experts.weights.items()}
+    if xp is not np:
+        stacks = {
+            name: [None if a is None else xp.asarray(a) for a in stack]
+            for name, stack in stacks.items()
+        }
+    build = BUILDERS[experts.kind]
+    local = []
+    for e in range(experts.num_experts):
+        arrays = {name: stack[e] for name, stack in stacks.items()}
+        empty = all(a is None for a in arrays.values())
+        local.append(_EmptySlot(experts) if empty else build(arrays, experts.options))
+    return local
+
+
+class _EmptySlot(Expert):
+    """A slot that holds no expert."""
+
+    def __init__(self, experts: Experts):
+        self.d, self.d_out = experts.d, experts.d_out
+
+    def __call__(self, rows: Array, out: Array | None = None) -> Array:
+        _refuse_rows(rows)
+
+
+def _refuse_rows(rows: Array) -> None:
+    raise ValueError(
+        f"{len(rows)} rows are routed to an empty slot, which holds no expert; "
+        "the routing must be rewritten by the placement that made the slot"
+    )
+
+
+# --- from arrays to experts that compute -------------------------------------------------------
+
+
+def _product(w: Array, bias: Array | None) -> Expert:
+    return Linear(w) if bias is None else Affine(w, bias)
+
+
+def _linear(arrays: dict[str, Array], options: dict[str, Any]) -> Expert:
+    return _product(_oriented(arrays["w"], options), arrays.get("bias"))
+
+
+def _mlp(arrays: dict[str, Array], options: dict[str, Any]) -> Expert:
+    up = _product(_oriented(arrays["up"], options), arrays.get("up_bias"))
+    down = _product(_oriented(arrays["down"], options), arrays.get("down_bias"))
+    return Mlp(up, down, options["activation"])
+
+
+def _gated(arrays: dict[str, Array], options: dict[str, Any]) -> Expert:
+    gate = _product(_oriented(arrays["gate"], options), arrays.get("gate_bias"))
+    up = _product(_oriented(arrays["up"], options), arrays.get("up_bias"))
+    down = _product(_oriented(arrays["down"], options), arrays.get("down_bias"))
+    names = ("activation", "limit", "alpha", "up_offset", "weigh")
+    return Gated(gate, up, down, **{name: options[name] for name in names})
+
+
+def _gated_fused(arrays: dict[str, Array], options: dict[str, Any]) -> Expert:
+    arrays = dict(arrays)
+    axis = 0 if options["transposed"] else 1
+    split = _deinterleave if options["interleaved"] else _halves
+    arrays["gate"], arrays["up"] = split(arrays.pop("gate_up"), axis)
+    if "gate_up_bias" in arrays:
+        arrays["gate_bias"], arrays["up_bias"] = split(arrays.pop("gate_up_bias"), 0)
+    return _gated(arrays, options)
+
+
+def _oriented(w: Array, options: dict[str, Any]) -> Array:
+    return w.T if options["transposed"] else w
+
+
+def _halves(w: Array, axis: int) -> tuple[Array, Array]:
+    f = w.shape[axis] // 2
+    return (w[:f], w[f:]) if axis == 0 else (w[:, :f], w[:, f:])
+
+
+def _deinterleave(w: Array, axis: int) -> tuple[Array, Array]:
+    """Split into contiguous matrices: products of every other column would copy at each use."""
+    pair = []
+    for first in (0, 1):
+        alternate = w[first::2] if axis == 0 else w[:, first::2]
+        half = memory.empty(alternate.shape, w.dtype, like=w)
+        half[...] = alternate
+        pair.append(half)
+    return pair[0], pair[1]
+
+
+BUILDERS: dict[str, Callable[[dict[str, Array], dict[str, Any]], Expert]] = {
+    "linear": _linear,
+    "mlp": _mlp,
+    "gated": _gated,
+    "gated_fused": _gated_fused,
+}
+
+
+class EmptyFunction:
+    """A slot that holds no function."""
+
+    def __init__(self, d_out: int | None):
+        self.d_out = d_out
+
+    def __call__(self, rows: Array) -> Array:
+        if len(rows):
+            _refuse_rows(rows)
+        return namespace(rows).empty((0, self.d_out or rows.shape[1]), dtype=rows.dtype)

@@ -1,0 +1,153 @@
+"""Where does one weight of all experts lie?
+
+A `Weight` is one array per expert, left where it is (a file, an array, a Dask array) until some of
+them are read, each by itself.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+from uuid import uuid4
+
+import dask.array as da
+import numpy as np
+from dask.base import normalize_token
+
+from dask_ep.arrays import is_array
+from dask_ep.dispatch import Array
+from dask_ep.sources import ArraySource, Source, open_source
+
+
+class Weight:
+    """One weight of every expert.
+
+    `parts` is a Source or Dask array (E, ...), or a tuple of Sources, one per expert.
+    """
+
+    def __init__(self, parts: Source | da.Array | tuple[Source, ...], ids: range | tuple[int, ...]):
+        self.parts, self.ids = parts, ids
+
+    @classmethod
+    def of(cls, obj: Any, name: str) -> Weight:
+        """Take whatever weights come in; lists have one entry per expert."""
+        if isinstance(obj, Weight):
+            return obj
+        if isinstance(obj, (list, tuple)):
+            if any(isinstance(part, da.Array) for part in obj):
+                return cls.of(da.stack([_as_dask(part) for part in obj]), name)
+            parts = tuple(_source(part, f"{name}[{e}]") for e, part in enumerate(obj))
+            if len({part.shape for part in parts}) > 1:
+                odd = next(e for e, part in enumerate(parts) if part.shape != parts[0].shape)
+                raise ValueError(
+                    f"all experts must have weights of one shape, but {name}[{odd}] is "
+                    f"{parts[odd].shape} and {name}[0] is {parts[0].shape}"
+                )
+            return cls(parts, range(len(parts)))
+        parts = obj if isinstance(obj, da.Array) else _source(obj, name)
+        if parts.ndim == 0:
+            raise ValueError(f"{name} must have the experts along its first axis, but is a number")
+        return cls(parts, range(parts.shape[0]))
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """(E, ...) of the experts held here."""
+        one = self.parts[0].shape if isinstance(self.parts, tuple) else self.parts.shape[1:]
+        return (len(self.ids), *one)
+
+    @property
+    def dtype(self) -> np.dtype:
+        return (self.parts[0] if isinstance(self.parts, tuple) else self.parts).dtype
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes as stored, of the experts held here."""
+        if isinstance(self.parts, tuple):
+            return sum(self.parts[e].nbytes for e in self.ids if e >= 0)
+        held = sum(e >= 0 for e in self.ids)
+        return held * self.parts.nbytes // max(self.parts.shape[0], 1)
+
+    def subset(self, ids: Sequence[int]) -> Weight:
+        """Keep the experts `ids` (positions here; -1 stays an empty slot)."""
+        ids = tuple(self.ids[e] if e >= 0 else -1 for e in ids)
+        if isinstance(self.parts, ArraySource) and ids and min(ids) >= 0:
+            low, high = min(ids), max(ids) + 1  # so that a task carries this rank's part alone
+            part = ArraySource(self.parts.array[low:high], self.parts.name)
+            return Weight(part, tuple(e - low for e in ids))
+        if isinstance(self.parts, tuple):
+            parts = tuple(self.parts[e] for e in ids if e >= 0) or self.parts[:1]
+            renumbered = iter(range(len(parts)))
+            return Weight(parts, tuple(next(renumbered) if e >= 0 else -1 for e in ids))
+        return Weight(self.parts, ids)
+
+    def collection(self) -> da.Array | None:
+        """The Dask array that holds these experts in one chunk, if that is where they lie."""
+        if not isinstance(self.parts, da.Array):
+            return None
+        return self.parts[[e for e in self.ids if e >= 0]].rechunk(-1)
+
+    def detached(self) -> Weight:
+        """The same without its Dask array, for a task that gets it as an argument."""
+        if not isinstance(self.parts, da.Array):
+            return self
+        return Weight(_Detached(self.parts.shape, self.parts.dtype), self.ids)
+
+    def read(self, dtype: np.dtype, given: np.ndarray | None = None) -> list[np.ndarray | None]:
+        """Read one array per expert, None for an empty slot; each converted by itself."""
+        read, arrays = iter(() if given is None else given), []
+        for e in self.ids:
+            if e < 0:
+                arrays.append(None)
+            elif given is not None:
+                arrays.append(next(read))
+            elif isinstance(self.parts, tuple):
+                part = self.parts[e]
+                arrays.append(part.read(0, part.shape[0]))
+            else:
+                arrays.append(self.parts.read(e, e + 1)[0])
+        return [None if a is None else a.astype(dtype, copy=False) for a in arrays]
+
+    def __dask_tokenize__(self) -> object:
+        return normalize_token((self.parts, tuple(self.ids)))
+
+
+class _Detached(Source):
+    """Stands for a Dask array whose value comes as a task's argument."""
+
+    def __init__(self, shape: tuple[int, ...], dtype: np.dtype):
+        self.shape, self.dtype, self.name = shape, dtype, "Dask array"
+
+    def read(self, start: int, stop: int, out: np.ndarray | None = None) -> np.ndarray:
+        raise TypeError("a Dask array of weights is read by the graph: pass its value to load")
+
+    def fingerprint(self) -> dict[str, Any]:
+        return self._describe()
+
+
+def _source(obj: Any, name: str) -> Source:
+    """A Source of a weight; device arrays serve as they are."""
+    if not isinstance(obj, np.ndarray) and is_array(obj):
+        return _DeviceSource(obj, name)
+    is_path = isinstance(obj, str) or hasattr(obj, "__fspath__")
+    return open_source(obj) if is_path else open_source(obj, name)
+
+
+def _as_dask(part: Any) -> da.Array:
+    if isinstance(part, da.Array):
+        return part
+    source = open_source(part)
+    return da.from_array(source.read(0, source.shape[0]), chunks=-1)
+
+
+class _DeviceSource(Source):
+    """Weights that are on a device already."""
+
+    def __init__(self, array: Array, name: str):
+        self.shape, self.dtype, self.name, self.array = array.shape, array.dtype, name, array
+        self._uuid = uuid4().hex  # the content is not brought to the host to be hashed
+
+    def read(self, start: int, stop: int, out: np.ndarray | None = None) -> Array:
+        return self.array[start:stop]
+
+    def fingerprint(self) -> dict[str, Any]:
+        return self._describe() | {"uuid": self._uuid}

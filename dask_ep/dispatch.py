@@ -34,7 +34,7 @@ TILE_BYTES = 8 << 20
 
 TILE_ROWS = (192, 1024)
 """Fewest and most rows of one product on the CPU, however wide or narrow: with fewer, packing the
-matrix costs more than a tenth of the product; with more, nothing is gained and the cache is left."""
+matrix costs more than a tenth of the product; with more, nothing is gained and cache is lost."""
 
 
 class Expert(ABC):

@@ -62,6 +62,49 @@ def job(seconds_per_product: float = 0.02, salt: int = 0) -> da.Array:
     )
 
 
+UNEVEN_RANKS, UNEVEN_WORKERS = 4, ("w0", "w1", "w2", "w3", "idle")
+"""A worker more than ranks: it owns none."""
+
+
+class ExpertPaidByRow:
+    """The identity, and so many seconds for each row."""
+
+    def __init__(self, seconds: float):
+        self.seconds = seconds
+
+    def __call__(self, rows: np.ndarray) -> np.ndarray:
+        time.sleep(self.seconds * len(rows))
+        return rows
+
+
+def uneven_job(salt: int = 0) -> da.Array:
+    """Build a job whose 64 experts get rows by Zipf's law (1.2): the first of 4 ranks, most."""
+    chance = 1 / np.arange(1, 65) ** 1.2
+    routing = np.random.default_rng(9).choice(64, size=CHUNKS * ROWS, p=chance / chance.sum())
+    experts = [ExpertPaidByRow(2e-3 + 1e-9 * salt)] * 64
+    tokens = da.random.default_rng(7).standard_normal(
+        (CHUNKS * ROWS, WIDTH), chunks=(ROWS, WIDTH), dtype=np.float32
+    )
+    return expert_parallel(
+        tokens,
+        da.from_array(routing, chunks=ROWS),
+        Experts.callables(experts),
+        world_size=UNEVEN_RANKS,
+    )
+
+
+def run_uneven(client: Client, replicate_after: float | None, salt: int) -> Outcome:
+    """Run the uneven job; after some seconds, if given, the hot rank gets a further owner."""
+    with own_experts(client, UNEVEN_RANKS) as owners:
+        begun = time.monotonic()
+        future = client.compute(uneven_job(salt))
+        if replicate_after is not None:
+            time.sleep(replicate_after)
+            owners.replicate(0)
+        value = future.result(timeout=DEADLINE)
+        return Outcome(value, time.monotonic() - begun, owners.failures)
+
+
 def kill_one(cluster: Cluster, client: Client, victim: str) -> None:
     """`kill -9` the process of one owner."""
     _kill(cluster, client, [victim])

@@ -7,7 +7,16 @@ import numpy as np
 import pytest
 
 from tests.cluster_processes import Cluster
-from tests.fault_scenarios import CONFIG, FAULTS, WORKERS, moments, run_disturbed, run_undisturbed
+from tests.fault_scenarios import (
+    CONFIG,
+    FAULTS,
+    UNEVEN_WORKERS,
+    WORKERS,
+    moments,
+    run_disturbed,
+    run_undisturbed,
+    run_uneven,
+)
 
 LENGTH = 2.0
 """Seconds of the undisturbed run, about: faults come within them."""
@@ -49,3 +58,13 @@ def test_the_result_is_that_of_the_undisturbed_run(clusters, fault, number):
     outcome = run_disturbed(cluster, client, fault, moment, victim, salt=number + 1)
     assert np.array_equal(outcome.value, expected)
     assert outcome.failures == []
+
+
+def test_an_idle_worker_takes_a_replica_of_the_hot_rank_in_the_midst_of_the_job(tmp_path):
+    running = Cluster(tmp_path, UNEVEN_WORKERS, config=CONFIG)
+    with running, running.client() as client:
+        alone = run_uneven(client, None, salt=1)
+        helped = run_uneven(client, alone.seconds / 4, salt=2)
+    assert np.array_equal(helped.value, alone.value)
+    assert helped.failures == []
+    assert helped.seconds < 0.85 * alone.seconds, (helped.seconds, alone.seconds)

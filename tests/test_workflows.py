@@ -26,6 +26,7 @@ TOYS = {
     "benchmark.py": Toy(
         ["--rows", "512", "--chunk-rows", "256", "--repeat", "1", "top1-linear"], "kernel"
     ),
+    "faults.py": Toy(["--moments", "1", "--fault", "retired"], "1 of 1"),
     "place_for_serving.py": Toy(
         [
             *("3=routing.npy", "--experts", "8", "--ranks", "2", "--slots", "10"),
@@ -34,6 +35,7 @@ TOYS = {
         "largest over mean rows of a rank",
     ),
     "quickstart.py": Toy(["--rows", "600", "--d", "16", "--experts", "4"], "good"),
+    "slurm.py": Toy(["--print"], "distributed.cli.dask_worker tcp://"),
 }
 
 

@@ -1,0 +1,94 @@
+"""What does it cost a running job when its workers die, stop, retire, come or start again?
+
+    PYTHONPATH=. python workflows/faults.py    # every fault at ten moments: 15 minutes
+    PYTHONPATH=. python workflows/faults.py --moments 2 --fault killed
+
+Real scheduler and worker processes on this machine. Prints a table in Markdown; exit code 1 if any
+result differs by a bit from that of the undisturbed run.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import sys
+import tempfile
+from pathlib import Path
+
+import numpy as np
+
+from tests.cluster_processes import Cluster
+from tests.fault_scenarios import (
+    CONFIG,
+    FAULTS,
+    UNEVEN_WORKERS,
+    WORKERS,
+    moments,
+    run_disturbed,
+    run_undisturbed,
+    run_uneven,
+)
+
+
+def main() -> int:
+    options = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    options.add_argument("--moments", type=int, default=10, help="of each fault")
+    options.add_argument("--fault", default="", help="only faults with this in their name")
+    asked = options.parse_args()
+    faults = [fault for fault in FAULTS if asked.fault in fault]
+    print("| what happened | moments | same bits | seconds lost: least | median | most |")
+    print("|---|---|---|---|---|---|")
+    wrong = 0
+    for nanny in (False, True):
+        of_these = [fault for fault in faults if FAULTS[fault][1] == nanny]
+        if of_these:
+            wrong += measure(of_these, asked.moments, nanny)
+    if not asked.fault:
+        wrong += measure_replica()
+    return 1 if wrong else 0
+
+
+def measure(faults: list[str], count: int, nanny: bool) -> int:
+    """Try faults on one cluster, print a line for each, and count the wrong results."""
+    wrong = 0
+    with (
+        tempfile.TemporaryDirectory() as directory,
+        Cluster(Path(directory), WORKERS, nanny=nanny, config=CONFIG) as cluster,
+        cluster.client() as client,
+    ):
+        undisturbed = [run_undisturbed(client, -salt) for salt in range(1, min(count, 3) + 1)]
+        expected = undisturbed[0].value
+        length = statistics.median(run.seconds for run in undisturbed)
+        for number, fault in enumerate(faults):
+            lost, right = [], 0
+            for moment, victim in moments(fault, count, length):
+                salt = number * count + len(lost)
+                outcome = run_disturbed(cluster, client, fault, moment, victim, salt)
+                lost.append(outcome.seconds - length)
+                right += np.array_equal(outcome.value, expected) and not outcome.failures
+            figures = (min(lost), statistics.median(lost), max(lost))
+            spelled = " | ".join(f"{seconds:.1f}" for seconds in figures)
+            print(f"| {fault} | {count} | {right} of {count} | {spelled} |", flush=True)
+            wrong += count - right
+    return wrong
+
+
+def measure_replica() -> int:
+    """Time an uneven job without and with a replica of its hot rank."""
+    with (
+        tempfile.TemporaryDirectory() as directory,
+        Cluster(Path(directory), UNEVEN_WORKERS, config=CONFIG) as cluster,
+        cluster.client() as client,
+    ):
+        run_uneven(client, None, salt=1)
+        alone = run_uneven(client, None, salt=2)
+        helped = run_uneven(client, alone.seconds / 4, salt=3)
+    print(
+        f"\nZipf 1.2 over 64 experts on 4 ranks: {alone.seconds:.1f} s; with a replica of the hot "
+        f"rank on an idle worker, asked for after a quarter of that: {helped.seconds:.1f} s"
+    )
+    return int(not np.array_equal(alone.value, helped.value))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

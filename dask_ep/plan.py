@@ -336,9 +336,9 @@ def _refusal(refused: Plan, proposal: Plan | None) -> str:
     )
     if proposal is None:
         return (
-            f"{need}. No chunk size fits beside the experts of one worker, up to "
-            f"{refused.experts_of_a_worker} of {format_bytes(refused.work.expert_loaded)}: use more "
-            "workers, or allow more memory"
+            f"{need}. No chunk size fits beside the experts of one worker, "
+            f"up to {refused.experts_of_a_worker} of {format_bytes(refused.work.expert_loaded)}: "
+            "use more workers, or allow more memory"
         )
     changes = [
         f"{name}={new!r} (instead of {old!r})"

@@ -9,7 +9,8 @@ spare copy or an empty slot becomes a further copy of a hot expert (1).
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from operator import itemgetter
+from typing import NamedTuple
 
 import numpy as np
 
@@ -56,18 +57,16 @@ def incremental(previous: Placement, load: np.ndarray, *, tolerance: float = 0.0
     verify_placement(previous, num_experts=load.size)
     limit = (1 + tolerance) * load.sum() / previous.world_size
     slots = previous.slots.astype(np.int64)
-    overload = _overload(slots, load, limit)
-    while overload > 0:
-        gains = (
-            ((overload - _overload(changed, load, limit)) / loads, changed)
-            for loads, changed in _changes(slots, load)
+    while (state := _State.of(slots, load, limit)).overload > 0:
+        gain, change = max(
+            (_best_exchange(state), _best_copy(state), _best_drop(state)), key=itemgetter(0)
         )
-        gain, changed = max(gains, key=lambda choice: choice[0], default=(0.0, slots))
-        if gain <= 1e-12 * overload:
+        if gain <= 1e-12 * state.overload:
             break
-        slots, overload = changed, _overload(changed, load, limit)
+        for at, expert in change.items():
+            slots[at] = expert
     near = Placement(slots)
-    if overload == 0:
+    if state.overload == 0:
         return near
     fresh = balanced(load, previous.world_size, num_slots=int(previous.copies.sum()))
     fresh = _aligned(fresh, previous)
@@ -89,45 +88,109 @@ def moves(before: Placement, after: Placement) -> int:
     return sum(expert >= 0 for _, expert in wanted - held)
 
 
-def _rank_load(slots: np.ndarray, load: np.ndarray) -> np.ndarray:
-    """(R,) rows of each rank when copies share evenly."""
-    copies = np.bincount(slots[slots >= 0], minlength=load.size)
-    return np.append(load / copies, 0.0)[slots].sum(axis=1)
+Change = tuple[float, dict[tuple[int, int], int]]
+"""Overload that a change takes away per expert loaded, and the new expert of each slot."""
+
+NO_CHANGE: Change = (0.0, {})
 
 
-def _overload(slots: np.ndarray, load: np.ndarray, limit: float) -> float:
-    over = _rank_load(slots, load) - limit * (1 + 1e-12)
-    return float((np.maximum(over, 0) ** 2).sum())
+class _State(NamedTuple):
+    """A placement on its way, and what all changes are scored from."""
+
+    slots: np.ndarray
+    #: (R, S)
+    limit: float
+    #: rows of a rank that are no overload
+    per_copy: np.ndarray
+    #: (E + 1,) rows of one copy of each expert; [-1] is 0, for empty slots
+    copies: np.ndarray
+    #: (E + 1,); [-1] is 2, so that an empty slot counts as one that can be given away
+    holds: np.ndarray
+    #: (R, E + 1) whether a rank holds an expert; [:, -1] is False
+    rank_load: np.ndarray
+    #: (R,)
+    heavy: int
+    #: the rank with the most rows
+
+    @classmethod
+    def of(cls, slots: np.ndarray, load: np.ndarray, limit: float) -> _State:
+        copies = np.append(np.bincount(slots[slots >= 0], minlength=load.size), 2)
+        per_copy = np.append(load, 0.0) / copies
+        holds = np.zeros((len(slots), copies.size), bool)
+        np.put_along_axis(holds, slots, True, axis=1)  # -1 is the last column
+        holds[:, -1] = False
+        rank_load = per_copy[slots].sum(axis=1)
+        heavy = int(rank_load.argmax())
+        return cls(slots, limit * (1 + 1e-12), per_copy, copies, holds, rank_load, heavy)
+
+    def over(self, rank_load: np.ndarray) -> np.ndarray:
+        """Overload of ranks with these rows."""
+        return np.maximum(rank_load - self.limit, 0.0) ** 2
+
+    @property
+    def overload(self) -> float:
+        return float(self.over(self.rank_load).sum())
+
+    def split(self, expert: np.ndarray, further: int) -> np.ndarray:
+        """(..., R) change of rank loads if each expert had `further` copies more."""
+        rows = self.per_copy[expert] * self.copies[expert]
+        change = rows / np.maximum(self.copies[expert] + further, 1) - self.per_copy[expert]
+        return self.holds[:, expert].T * change[..., None]
 
 
-def _changes(slots: np.ndarray, load: np.ndarray) -> Iterator[tuple[int, np.ndarray]]:
-    """Give every change that relieves the heaviest rank: experts to load, and the new slots."""
-    copies = np.bincount(slots[slots >= 0], minlength=load.size)
-    heavy = int(_rank_load(slots, load).argmax())
-    holds = [set(row) for row in slots.tolist()]
-    for column, hot in enumerate(slots[heavy]):
-        if hot < 0:
-            continue
-        for rank, other in np.ndindex(*slots.shape):
-            cold = int(slots[rank, other])
-            if rank == heavy or hot in holds[rank]:
-                continue
-            if cold < 0 or copies[cold] > 1:  # room for a further copy
-                yield 1, _with(slots, {(rank, other): hot})
-            if cold < 0:
-                yield 1, _with(slots, {(rank, other): hot, (heavy, column): -1})
-            elif cold not in holds[heavy]:
-                yield 2, _with(slots, {(rank, other): hot, (heavy, column): cold})
-    for column, spare in enumerate(slots[heavy]):
-        if spare >= 0 and copies[spare] > 1:  # its other copies take its rows
-            yield 1, _with(slots, {(heavy, column): -1})
+def _best_exchange(state: _State) -> Change:
+    """The heaviest rank swaps an expert with another rank, or moves it to an empty slot there."""
+    mine = state.slots[state.heavy][:, None, None]  # (S, 1, 1), against (R, S)
+    gives, takes = state.per_copy[mine], state.per_copy[state.slots]
+    before = state.over(state.rank_load)[:, None] + state.over(state.rank_load[state.heavy])
+    after = state.over(state.rank_load[state.heavy] - gives + takes) + state.over(
+        state.rank_load[:, None] + gives - takes
+    )
+    legal = ~state.holds[:, mine[:, 0, 0]].T[..., None] & ~state.holds[state.heavy, state.slots]
+    legal = legal & (mine >= 0)
+    legal[:, state.heavy] = False
+    gain = np.where(legal, before - after, 0.0) / np.where(state.slots >= 0, 2, 1)
+    column, rank, other = np.unravel_index(gain.argmax(), gain.shape)
+    change = {
+        (rank, other): state.slots[state.heavy, column],
+        (state.heavy, column): state.slots[rank, other],
+    }
+    return float(gain[column, rank, other]), change
 
 
-def _with(slots: np.ndarray, new: dict[tuple[int, int], int]) -> np.ndarray:
-    changed = slots.copy()
-    for at, expert in new.items():
-        changed[at] = expert
-    return changed
+def _best_copy(state: _State) -> Change:
+    """An expert of the heaviest rank gets a further copy, in place of a spare one or in a gap."""
+    hot = state.slots[state.heavy]
+    hot = hot[hot >= 0]
+    rank, other = np.nonzero(state.copies[state.slots] > 1)
+    if rank.size == 0:
+        return NO_CHANGE
+    spare = state.slots[rank, other]
+    grown = state.split(hot, 1)  # (hot, R)
+    shrunk = state.split(spare, -1)  # (spare, R)
+    loads = state.rank_load + grown[:, None] + shrunk[None]  # (hot, spare, R)
+    each = np.arange(rank.size)
+    rows = state.per_copy * state.copies
+    loads[:, each, rank] += (rows[hot] / (state.copies[hot] + 1))[:, None]
+    loads[:, each, rank] -= np.where(spare < 0, 0.0, rows[spare] / (state.copies[spare] - 1))
+    legal = ~state.holds[rank][:, hot].T
+    gain = np.where(legal, state.overload - state.over(loads).sum(axis=2), 0.0)
+    which, at = np.unravel_index(gain.argmax(), gain.shape)
+    return float(gain[which, at]), {(rank[at], other[at]): hot[which]}
+
+
+def _best_drop(state: _State) -> Change:
+    """The heaviest rank gives up a spare copy: the other copies take its rows."""
+    mine = state.slots[state.heavy]
+    columns = np.flatnonzero((mine >= 0) & (state.copies[mine] > 1))
+    if columns.size == 0:
+        return NO_CHANGE
+    loads = state.rank_load + state.split(mine[columns], -1)  # (columns, R)
+    rows = (state.per_copy * state.copies)[mine[columns]]
+    loads[:, state.heavy] -= rows / (state.copies[mine[columns]] - 1)
+    gain = state.overload - state.over(loads).sum(axis=1)
+    best = int(gain.argmax())
+    return float(gain[best]), {(state.heavy, columns[best]): -1}
 
 
 def _aligned(placement: Placement, previous: Placement) -> Placement:

@@ -14,6 +14,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from dask_ep import rebalance
 from dask_ep.dispatch import expert_parallel_dispatch
 from dask_ep.placement import (
     POLICIES,
@@ -410,6 +411,26 @@ def test_incremental_is_legal_and_never_worse_than_both(before, ranks, tolerance
     if previous.imbalance(load) <= 1 + tolerance:
         assert after == previous
         assert moves(previous, after) == 0
+
+
+@settings(max_examples=100, deadline=None)
+@given(placement=placements(), seed=st.integers(0, 10**6))
+def test_a_change_takes_away_the_overload_that_it_was_chosen_for(placement, seed):
+    load = np.random.default_rng(seed).integers(1, 100, placement.num_experts).astype(float)
+    limit = 1.02 * load.sum() / placement.world_size
+    slots = placement.slots.astype(np.int64)
+    state = rebalance._State.of(slots, load, limit)
+    for choose in (rebalance._best_exchange, rebalance._best_copy, rebalance._best_drop):
+        gain, change = choose(state)
+        if gain <= 0:
+            continue
+        changed = slots.copy()
+        for at, expert in change.items():
+            changed[at] = expert
+        verify_placement(Placement(changed), placement.num_experts)
+        loads = max(moves(placement, Placement(changed)), 1)
+        taken = state.overload - rebalance._State.of(changed, load, limit).overload
+        assert gain * loads == pytest.approx(taken)
 
 
 def test_a_small_change_of_load_moves_few_experts():

@@ -24,6 +24,7 @@ from rich.table import Table
 from dask_ep import __version__
 from dask_ep import example as examples
 from dask_ep import run as runs
+from dask_ep.cluster import Certificates
 from dask_ep.inspect_ import Finding, describe_output, inspect_path
 from dask_ep.job import PLACEMENTS, Job, JobError, load_job, parse_experts
 from dask_ep.plan_command import plan_command
@@ -199,6 +200,9 @@ def _parse_size(context: click.Context, parameter: click.Parameter, value: str |
 @click.option("--processes", type=click.IntRange(1), help="Worker processes on this machine.")
 @click.option("--scheduler", metavar="ADDRESS", help="Of a Dask cluster, tcp://host:8786.")
 @click.option("--scheduler-file", type=click.Path(), help="That a Dask scheduler has written.")
+@click.option("--tls-ca-file", type=click.Path(), help="Of a cluster with TLS: its authority, PEM.")
+@click.option("--tls-cert", type=click.Path(), help="One's own certificate, PEM.")
+@click.option("--tls-key", type=click.Path(), help="Its key, if not in the same file.")
 @click.option(
     "--memory-limit",
     callback=_parse_size,
@@ -234,13 +238,13 @@ def run(job: str | None, experts: str | None, **options: Any) -> None:
     given = {key: options.pop(key) for key in keys}
     parsed = load_job(job, experts=None if experts is None else parse_experts(experts), **given)
     where = _choose_where(**{key: options.pop(key) for key in WHERE})
-    with _stoppable(parsed, job), progress_bar("rows") as tell:
-        done = runs.run_job(
-            parsed,
-            where,
-            on_progress=lambda p: tell(p.rows_done + p.rows_before, p.rows_in_all, "", p),
-            **options,
-        )
+    with _stoppable(parsed, job) as check, progress_bar("rows") as tell:
+
+        def on_progress(how: runs.Progress) -> None:
+            check()
+            tell(how.rows_done + how.rows_before, how.rows_in_all, "", how)
+
+        done = runs.run_job(parsed, where, on_progress=on_progress, **options)
     before = f", {done.rows_before} were there" if done.rows_before else ""
     click.echo(
         f"{parsed.out}: {done.rows_done} rows in {format_time(done.seconds)}, "
@@ -249,6 +253,7 @@ def run(job: str | None, experts: str | None, **options: Any) -> None:
 
 
 WHERE = ("threads", "processes", "scheduler", "scheduler_file", "memory_limit", "dashboard")
+WHERE += ("tls_ca_file", "tls_cert", "tls_key")
 """The options of `run` that say where."""
 
 
@@ -260,6 +265,9 @@ def _choose_where(
     scheduler_file: str | None,
     memory_limit: int | None,
     dashboard: int | None,
+    tls_ca_file: str | None,
+    tls_cert: str | None,
+    tls_key: str | None,
 ) -> runs.Threads | runs.Processes | runs.Cluster:
     places = {
         "--threads": threads,
@@ -272,18 +280,36 @@ def _choose_where(
         raise click.UsageError(f"a job runs in one place; give one of {' and '.join(chosen)}")
     if dashboard is not None and processes is None:
         raise click.UsageError("--dashboard needs --processes")
-    if scheduler is not None or scheduler_file is not None:
+    on_cluster = scheduler is not None or scheduler_file is not None
+    certificates = _read_certificates(on_cluster, tls_ca_file, tls_cert, tls_key)
+    if on_cluster:
         if memory_limit is not None:
             raise click.UsageError("the memory of a cluster's workers is set where they start")
-        return runs.Cluster(scheduler, scheduler_file)
+        return runs.Cluster(scheduler, scheduler_file, certificates)
     if processes is not None:
         return runs.Processes(processes, memory_limit, dashboard)
     return runs.Threads(threads, memory_limit)
 
 
+def _read_certificates(
+    on_cluster: bool, ca_file: str | None, cert: str | None, key: str | None
+) -> Certificates | None:
+    if ca_file is None and cert is None and key is None:
+        return None
+    if not on_cluster or ca_file is None or cert is None:
+        raise click.UsageError(
+            "TLS needs --tls-ca-file and --tls-cert, and --scheduler or --scheduler-file"
+        )
+    return Certificates(ca_file, cert, key)
+
+
 @contextlib.contextmanager
-def _stoppable(job: Job, path: str | None) -> Iterator[None]:
-    """Stop cleanly at the first SIGINT or SIGTERM, at once at the second."""
+def _stoppable(job: Job, path: str | None) -> Iterator[Callable[[], None]]:
+    """Stop cleanly at the first SIGINT or SIGTERM, at once at the second.
+
+    The interrupt is raised where the signal finds the program; Python drops it if that is in a
+    destructor. Calling what is given here now and then raises it again.
+    """
     signals: list[int] = []
 
     def stop(number: int, _: Any) -> None:
@@ -293,9 +319,13 @@ def _stoppable(job: Job, path: str | None) -> Iterator[None]:
         click.echo("stopping; again to stop at once", err=True)
         raise KeyboardInterrupt
 
+    def check() -> None:
+        if signals:
+            raise KeyboardInterrupt
+
     before = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
-        yield
+        yield check
     except KeyboardInterrupt:
         command = "the same command" if path is None else f"dask-ep run {shlex.quote(path)}"
         complain(f"stopped; {job.out} is {describe_output(job.out)}. Go on with {command} --resume")

@@ -12,6 +12,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
+import signal
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -19,12 +20,12 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 from dask.system import CPU_COUNT
-from distributed import Client, LocalCluster, as_completed, futures_of
+from distributed import Client, LocalCluster, Worker, WorkerPlugin, as_completed, futures_of
 
 from dask_ep import journal
 from dask_ep.blas import one_blas_thread
 from dask_ep.build import WEIGHT_KEYS, Inputs, build, open_inputs
-from dask_ep.cluster import OneBlasThread, check_cluster
+from dask_ep.cluster import Certificates, OneBlasThread, check_cluster, connect
 from dask_ep.job import Job
 from dask_ep.output import Output, Receipt, progress_directory
 from dask_ep.ownership import own_experts
@@ -32,6 +33,9 @@ from dask_ep.storage import CHUNK_BYTES, store
 
 CHUNKS_PER_THREAD, CHUNKS_BESIDE, BASE_BYTES = 4, 4, 300 << 20
 """Peak memory: experts + (threads * 4 + 4) token chunks + 300 MB."""
+
+CONNECT_SECONDS = 10.0
+"""Seconds that a scheduler may take to answer."""
 
 FEWEST_ROWS = 64
 """Rows of a chunk below which the cost of a task outweighs its work many times over."""
@@ -64,6 +68,8 @@ class Cluster:
 
     address: str | None = None
     scheduler_file: str | None = None
+    certificates: Certificates | None = None
+    #: of a cluster that speaks TLS
 
 
 Where = Threads | Processes | Cluster
@@ -277,12 +283,27 @@ def _started(where: Where, job: Job) -> Iterator[tuple[int, Client | None]]:
             ) as cluster,
             Client(cluster) as client,
         ):
+            client.register_plugin(DeafToInterrupts())
             yield 1, client
     else:
-        with Client(where.address, scheduler_file=where.scheduler_file) as client:
+        with connect(
+            where.address,
+            scheduler_file=where.scheduler_file,
+            certificates=where.certificates,
+            timeout=CONNECT_SECONDS,
+        ) as client:
             check_cluster(client, _files_of(job))
             client.register_plugin(OneBlasThread())
             yield 1, client
+
+
+class DeafToInterrupts(WorkerPlugin):
+    """Ctrl-C on a terminal reaches worker processes as well: they leave it to this process."""
+
+    name = "dask-ep-deaf-to-interrupts"
+
+    def setup(self, worker: Worker) -> None:
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
 def _files_of(job: Job) -> dict[str, str]:

@@ -10,6 +10,7 @@ import sys
 import time
 from pathlib import Path
 
+import click
 import numpy as np
 import psutil
 import pytest
@@ -121,6 +122,7 @@ def test_wrong_use_is_2(tmp_path, capsys, small_job):
         (["run", small_job, "--dashboard", 8787], "--dashboard needs --processes"),
         (["run", small_job, "--memory-limit", "much"], "'much' is no size"),
         (["run", small_job, "--scheduler", "tcp://x:1", "--memory-limit", "1GB"], "is set where"),
+        (["run", small_job, "--tls-cert", "c.pem"], "TLS needs --tls-ca-file and --tls-cert"),
         (["example", tmp_path / "new", "--k", 20], "k=20 slots cannot go to different ones"),
         (["frobnicate"], "No such command"),
     ]:
@@ -129,12 +131,17 @@ def test_wrong_use_is_2(tmp_path, capsys, small_job):
     assert not Path(load_job(small_job).out).exists()
 
 
-def test_what_fails_is_1_and_one_line(tmp_path, capsys, small_job):
+def test_what_fails_is_1_and_one_line(tmp_path, capsys, monkeypatch, small_job):
+    monkeypatch.setattr(run, "CONNECT_SECONDS", 0.3)
     assert here(capsys, "run", small_job)[0] == 0
     for arguments, words in [
         (["run", small_job], "resume to go on with it, overwrite to start again"),
         (["run", small_job, "--overwrite", "--resume"], "give one of them"),
         (["run", tmp_path / "none.toml"], "none.toml"),
+        (
+            ["run", small_job, "--scheduler-file", tmp_path / "s.json"],
+            "must hold a scheduler's address",
+        ),
         (["inspect", tmp_path / "none.npy"], "does not exist"),
         (["verify", small_job, "--out", tmp_path / "z.npy"], "there is no output yet"),
     ]:
@@ -191,6 +198,7 @@ def start(*arguments: object) -> subprocess.Popen:
         stderr=subprocess.PIPE,
         text=True,
         env=os.environ | {"PYTHONPATH": str(ROOT)},
+        start_new_session=True,
     )
 
 
@@ -214,7 +222,7 @@ def stop(process: subprocess.Popen, number: int) -> tuple[int, str, str]:
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
-def test_a_stopped_run_is_resumed(tmp_path, slow_job, number):
+def test_a_stopped_run_is_resumed(tmp_path, capsys, slow_job, number):
     out = tmp_path / "out.npy"
     where = ("--out", out, "--threads", 1, "--chunk-rows", 32)
     process = start("run", slow_job, *where)
@@ -234,19 +242,33 @@ def test_a_stopped_run_is_resumed(tmp_path, slow_job, number):
     assert 5 <= done < 200
     assert not out.exists(), "half an output has no name"
 
-    refused = run_here("run", slow_job, *where)
+    refused = here(capsys, "run", slow_job, *where)[0]
     assert refused == 1, "not without --resume"
-    resumed = command("run", slow_job, "--out", out, "--threads", 2, "--resume")
-    assert resumed.returncode == 0, resumed.stderr
-    assert f"{6400 - 32 * done} rows in" in resumed.stdout
-    assert f"{32 * done} were there" in resumed.stdout
-    assert run_here("verify", slow_job, "--out", out, "--rows", 60) == 0
+    code, told, _ = here(capsys, "run", slow_job, "--out", out, "--threads", 2, "--resume")
+    assert code == 0
+    assert f"{6400 - 32 * done} rows in" in told
+    assert f"{32 * done} were there" in told
+    assert here(capsys, "verify", slow_job, "--out", out, "--rows", 60)[0] == 0
 
 
-def run_here(*arguments: object) -> int:
-    with pytest.raises(SystemExit) as end:
-        cli.main([str(argument) for argument in arguments])
-    return end.value.code or 0
+def test_an_interrupt_that_python_drops_is_raised_again(monkeypatch, capsys, small_job):
+    class Dying:
+        def __del__(self):
+            signal.raise_signal(signal.SIGTERM)
+
+    dropped = []
+    monkeypatch.setattr(sys, "unraisablehook", dropped.append)
+
+    def interrupted() -> None:
+        with cli._stoppable(load_job(small_job), os.fspath(small_job)) as check:
+            Dying()
+            check()
+
+    with pytest.raises(click.exceptions.Exit) as end:
+        interrupted()
+    assert [type(what.exc_value) for what in dropped] == [KeyboardInterrupt]
+    assert end.value.exit_code == 1
+    assert f"is not begun. Go on with dask-ep run {small_job} --resume" in capsys.readouterr().err
 
 
 def test_what_processes_began_threads_finish_to_the_same_bits(tmp_path, slow_job):
@@ -257,10 +279,11 @@ def test_what_processes_began_threads_finish_to_the_same_bits(tmp_path, slow_job
     try:
         wait_for_blocks(out, 3, process)
         workers = psutil.Process(process.pid).children(recursive=True)
-        code, _, err = stop(process, signal.SIGTERM)
+        os.killpg(process.pid, signal.SIGINT)  # as Ctrl-C on a terminal does
+        _, err = process.communicate(timeout=DEADLINE)
     finally:
         process.kill()
-    assert code == 1
+    assert process.returncode == 1
     assert "stopped;" in err
     assert "Traceback" not in err, err
     gone, alive = psutil.wait_procs(workers, timeout=20)
@@ -318,7 +341,7 @@ def test_progress_from_python(small_job):
 # --- a cluster -------------------------------------------------------------------------------
 
 
-def test_a_cluster_finishes_what_was_stopped_on_it(tmp_path, slow_job):
+def test_a_cluster_finishes_what_was_stopped_on_it(tmp_path, capsys, slow_job):
     out = tmp_path / "out.npy"
     with RealCluster(tmp_path, ["alice", "bob"]) as cluster:
         where = ("--out", out, "--scheduler-file", cluster.scheduler_file, "--chunk-rows", 64)
@@ -332,9 +355,16 @@ def test_a_cluster_finishes_what_was_stopped_on_it(tmp_path, slow_job):
         resumed = command("run", slow_job, *where, "--resume")
         assert resumed.returncode == 0, resumed.stderr
         assert "were there" in resumed.stdout
-    assert run_here("verify", slow_job, "--out", out, "--rows", 60) == 0
+    assert here(capsys, "verify", slow_job, "--out", out, "--rows", 60)[0] == 0
     record = json.loads(Path(f"{out}.progress/manifest.json").read_text())
     assert record["settings"]["world_size"] == 2, "one rank per worker"
+
+
+def test_a_scheduler_that_does_not_answer(monkeypatch, capsys, small_job):
+    monkeypatch.setattr(run, "CONNECT_SECONDS", 0.5)
+    code, _, err = here(capsys, "run", small_job, "--scheduler", "tcp://127.0.0.1:1")
+    assert code == 1
+    assert "no connection to the scheduler at tcp://127.0.0.1:1" in err
 
 
 # --- on a terminal ---------------------------------------------------------------------------

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 from typing import NamedTuple
 
@@ -39,8 +41,21 @@ TOYS = {
 }
 
 
+NEED_TORCH = {"capture_hidden_states.py", "compare_with_transformers.py"}
+"""Scripts with requirements that the tests do not have: those stand in the script's header."""
+
+
 def test_every_script_is_in_the_table():
-    assert {path.name for path in (ROOT / "workflows").glob("*.py")} == set(TOYS)
+    assert {path.name for path in (ROOT / "workflows").glob("*.py")} == set(TOYS) | NEED_TORCH
+
+
+@pytest.mark.parametrize("name", sorted(NEED_TORCH))
+def test_script_that_needs_torch_says_so(name):
+    text = (ROOT / "workflows" / name).read_text()
+    compile(text, name, "exec")
+    header = re.search(r"# /// script\n(.*?)# ///\n", text, re.DOTALL).group(1)
+    stated = tomllib.loads(re.sub(r"^# ?", "", header, flags=re.MULTILINE))["dependencies"]
+    assert {"torch", "transformers"} <= {re.match(r"[\w-]+", one).group() for one in stated}
 
 
 @pytest.mark.parametrize("name", list(TOYS))

@@ -20,6 +20,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from importlib import import_module
 from typing import Any
 
 import dask.array as da
@@ -117,7 +118,8 @@ def limit_capacity(
     Notes
     -----
     Exact, and the same for any chunking of the rows. Lazy; row chunks may be unknown. Every chunk
-    of the input is needed before the first chunk of the output is known.
+    of the input is needed before the first chunk of the output is known. On a device, every step
+    of a chunk waits for some single numbers: how many slots a mask holds, what `bincount` checks.
 
     Examples
     --------
@@ -210,6 +212,7 @@ def _room(indices: da.Array, num_experts: int, slots_per_row: float) -> da.Array
         ).sum()  # fmt: skip
     return da.blockwise(
         _all_free, "se", n, "", num_experts=num_experts, slots_per_row=slots_per_row,
+        xp_name=namespace(indices._meta).__name__,
         new_axes={"s": 2, "e": num_experts}, dtype=np.int64, meta=_meta(indices, 2, "i8"),
     )  # fmt: skip
 
@@ -234,10 +237,12 @@ def _check_factor(factor: float) -> None:
 # --- the steps on one chunk ----------------------------------------------------------------------
 
 
-def _all_free(n: Any, *, num_experts: int, slots_per_row: float) -> np.ndarray:
+def _all_free(n: Any, *, num_experts: int, slots_per_row: float, xp_name: str) -> Array:
     # A product that is whole in exact arithmetic may come out one bit too large: n * k / E.
     free = math.ceil(round(slots_per_row * int(n), 6))
-    return np.stack([np.zeros(num_experts, np.int64), np.full(num_experts, free, np.int64)])
+    state = import_module(xp_name).zeros((2, num_experts), dtype=np.int64)
+    state[1] = free
+    return state
 
 
 def _count_rows(indices: Array) -> Array:
@@ -264,7 +269,7 @@ def _ordered_keys(weights: Array) -> Array:
 def _count_digits(indices: Array, keys: Array, state: Array, *, shift: int, bits: int) -> Array:
     """Slots per expert and next digit, among those whose digits so far are the expert's."""
     xp = namespace(indices)
-    found, E = xp.asarray(state[0]), state.shape[1]
+    found, E = state[0], state.shape[1]
     experts, keys = indices.reshape(-1), keys.reshape(-1).astype(np.int64)
     ours = (experts >= 0) & (keys >> (shift + bits) == found[experts])
     digits = keys[ours] >> shift & ((1 << bits) - 1)
@@ -275,7 +280,7 @@ def _count_digits(indices: Array, keys: Array, state: Array, *, shift: int, bits
 def _next_digit(counts: Array, state: Array) -> Array:
     """Append to each expert's digits the one at which its free slots run out."""
     xp = namespace(counts)
-    found, free = xp.asarray(state)
+    found, free = state
     base = counts.shape[1]
     from_here_up = xp.cumsum(counts[:, ::-1], axis=1)[:, ::-1]
     full = from_here_up >= free[:, None]
@@ -288,8 +293,7 @@ def _next_digit(counts: Array, state: Array) -> Array:
 
 def _equals(indices: Array, keys: Array, state: Array) -> Array:
     """Whether a slot has exactly the smallest key that its expert takes."""
-    found = namespace(indices).asarray(state[0])
-    return (indices >= 0) & (keys.astype(np.int64) == found[indices])
+    return (indices >= 0) & (keys.astype(np.int64) == state[0][indices])
 
 
 def _count_equals(indices: Array, keys: Array, state: Array) -> Array:
@@ -304,7 +308,7 @@ def _sums_before(counts: Array) -> Array:
 
 def _keep_block(indices: Array, keys: Array, state: Array, before: Array) -> Array:
     xp = namespace(indices)
-    found, free = xp.asarray(state)
+    found, free = state
     larger = (indices >= 0) & (keys.astype(np.int64) > found[indices])
     equal = _equals(indices, keys, state)
     experts = indices[equal]
@@ -315,9 +319,9 @@ def _keep_block(indices: Array, keys: Array, state: Array, before: Array) -> Arr
 
 def _place_in_expert(xp: Any, experts: Array, num_experts: int) -> Array:
     """For each slot, how many slots before it have the same expert."""
-    order = xp.argsort(experts, kind="stable") if xp is np else xp.argsort(experts)
+    order = xp.argsort(experts, kind="stable")
     counts = xp.bincount(experts, minlength=num_experts)
     starts = xp.cumsum(counts) - counts
     place = xp.empty(len(experts), dtype=np.int64)
-    place[order] = xp.arange(len(experts)) - xp.repeat(starts, counts.tolist())
+    place[order] = xp.arange(len(experts)) - starts[experts[order]]
     return place

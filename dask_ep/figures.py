@@ -16,14 +16,15 @@ from dask_ep.costs import PROCESS_BYTES
 from dask_ep.price import Plan
 from dask_ep.record import Record
 
-INK, BLUE, ORANGE, GREEN, RED, SKY, PINK = (
-    *("#000000", "#0072B2", "#E69F00", "#009E73", "#D55E00", "#56B4E9", "#CC79A7"),
-)
+INK, BLUE, ORANGE, GREEN = "#000000", "#0072B2", "#E69F00", "#009E73"
+RED, SKY, PINK, YELLOW = "#D55E00", "#56B4E9", "#CC79A7", "#F0E442"
 STEP_COLOURS = {
     "experts": PINK,
+    "read": GREEN,
     "send": SKY,
     "dispatch": BLUE,
     "sum": ORANGE,
+    "store": YELLOW,
     "transfer": RED,
 }
 """Colours of the steps of a run."""

@@ -1,7 +1,7 @@
 """What did a run do, task by task?
 
-    threads     with Recorder() as recorder: ...    ──> recorder.record()
-    cluster     client.get_task_stream()            ──> Record.of_task_stream(...)
+    threads     with Recorder() as recorder: ...        ──> recorder.record()
+    cluster     with get_task_stream(client) as s: ...  ──> Record.of_task_stream(s.data)
 
 A `Record` holds when and where each task of a layer ran and how much it passed on, to be laid
 beside the plan: `dask_ep.report`.
@@ -21,18 +21,21 @@ from typing import Any, NamedTuple
 from dask.callbacks import Callback
 
 STEPS = ("experts", "send", "dispatch", "sum")
-"""What the tasks of a layer do, in the order of their keys in `pipeline`."""
+"""What the tasks of a layer do: its keys in `pipeline`, without "ep-"."""
+
+BESIDE = ("read", "store")
+"""What the tasks around it do: its keys in `storage`."""
 
 
 class Span(NamedTuple):
     """One task, from its start to its stop."""
 
     step: str
-    #: one of `STEPS`, or "transfer"
+    #: one of `STEPS` and `BESIDE`, or "transfer"
     chunk: int
     #: -1 for the experts of a rank
     rank: int
-    #: -1 for a sum
+    #: -1 for what no rank does
     worker: str
     start: float
     #: seconds since the first task began
@@ -105,7 +108,7 @@ class Record:
         peak_bytes: int | None = None,
         events: Sequence[tuple[float, str]] = (),
     ) -> Record:
-        """Read what `distributed.Client.get_task_stream` gives.
+        """Read what `distributed.get_task_stream` gives.
 
         Parameters
         ----------
@@ -182,6 +185,10 @@ def _place(key: Any) -> tuple[str, int, int] | None:
     --------
     >>> _place(("ep-send-0123", 4, 1)), _place("('ep-experts-0123', 1)"), _place("sum-0123")
     (('send', 4, 1), ('experts', -1, 1), None)
+    >>> _place(("ep-read-0123", 4, 0)), _place(("ep-ep-store-0123", 4))
+    (('read', 4, -1), ('dispatch', 4, 0))
+    >>> _place(("ep-sum-ep-store-0123", 4))
+    ('sum', 4, -1)
     """
     if isinstance(key, str) and key.startswith("("):
         try:
@@ -190,12 +197,15 @@ def _place(key: Any) -> tuple[str, int, int] | None:
             return None
     if not (isinstance(key, tuple) and isinstance(key[0], str) and key[0].startswith("ep-")):
         return None
-    step = key[0].split("-")[1]
-    if step not in STEPS:
-        return None
+    words = [*key[0].split("-")[:-1], ""]
+    if words == ["ep", "ep", "store", ""]:  # one rank: Dask has made one task of dispatch and store
+        return "dispatch", key[1], 0
+    step = words[1]  # of several in one task, such as ep-sum-ep-store, the first
+    if step in ("send", "dispatch"):
+        return step, key[1], key[2]
     if step == "experts":
         return step, -1, key[1]
-    return step, key[1], key[2] if step != "sum" else -1
+    return (step, key[1], -1) if step in (*STEPS, *BESIDE) else None
 
 
 def _nbytes(result: Any) -> int:

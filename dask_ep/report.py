@@ -92,7 +92,7 @@ def write_run_report(path: str | PathLike, plan: Plan, record: Record) -> None:
     sections = [
         _table("Planned and measured", ("", "planned", "measured"), _both(plan, record)),
         _heading("Load", _said_of_load(plan)),
-        figures.draw_rank_load(plan, received),
+        figures.draw_rank_load(plan, received if any(received.values()) else None),
         figures.draw_imbalance(_imbalances(plan)),
         _heading("Between ranks", _said_of_traffic(plan)),
         figures.draw_traffic(plan),
@@ -194,7 +194,7 @@ def _both(plan: Plan, record: Record) -> list[tuple[str, str, str]]:
     received = sum(record.received_rows(plan.reply_row_bytes).values())
     return [
         ("tasks", f"{plan.tasks:,}", f"{record.tasks:,}"),
-        ("rows received by ranks", f"{plan.packet_rows.sum():,}", f"{received:,}"),
+        ("rows received by ranks", f"{plan.packet_rows.sum():,}", f"{received:,}" * (received > 0)),
         ("exchanged", format_bytes(plan.exchanged_bytes), format_bytes(record.exchanged_bytes)),
         ("memory of a worker, at most", format_bytes(plan.memory_bytes), peak),
         ("time", f"{plan.seconds:.2f} s", f"{record.seconds:.2f} s"),

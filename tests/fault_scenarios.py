@@ -77,11 +77,11 @@ class ExpertPaidByRow:
         return rows
 
 
-def uneven_job(salt: int = 0) -> da.Array:
+def uneven_job(seconds_per_row: float) -> da.Array:
     """Build a job whose 64 experts get rows by Zipf's law (1.2): the first of 4 ranks, most."""
     chance = 1 / np.arange(1, 65) ** 1.2
     routing = np.random.default_rng(9).choice(64, size=CHUNKS * ROWS, p=chance / chance.sum())
-    experts = [ExpertPaidByRow(2e-3 + 1e-9 * salt)] * 64
+    experts = [ExpertPaidByRow(seconds_per_row)] * 64
     tokens = da.random.default_rng(7).standard_normal(
         (CHUNKS * ROWS, WIDTH), chunks=(ROWS, WIDTH), dtype=np.float32
     )
@@ -93,11 +93,13 @@ def uneven_job(salt: int = 0) -> da.Array:
     )
 
 
-def run_uneven(client: Client, replicate_after: float | None, salt: int) -> Outcome:
+def run_uneven(
+    client: Client, replicate_after: float | None, seconds_per_row: float = 2e-3
+) -> Outcome:
     """Run the uneven job; after some seconds, if given, the hot rank gets a further owner."""
     with own_experts(client, UNEVEN_RANKS) as owners:
         begun = time.monotonic()
-        future = client.compute(uneven_job(salt))
+        future = client.compute(uneven_job(seconds_per_row))
         if replicate_after is not None:
             time.sleep(replicate_after)
             owners.replicate(0)

@@ -21,8 +21,8 @@ from tests.fault_scenarios import (
 LENGTH = 2.0
 """Seconds of the undisturbed run, about: faults come within them."""
 
-TRIED = {"one owner stopped for 5 s, then continued": 1, "client.restart() and submitted again": 1}
-"""Moments tried here, where not 2: what takes long is tried once."""
+TRIED = {"one owner killed": 3}
+"""Moments tried here, where not one."""
 
 
 @pytest.fixture(scope="module")
@@ -47,7 +47,7 @@ def clusters(tmp_path_factory):
 CASES = [
     pytest.param(fault, number, id=f"{fault}-{number}")
     for fault in FAULTS
-    for number in range(TRIED.get(fault, 2))
+    for number in range(TRIED.get(fault, 1))
 ]
 
 
@@ -63,8 +63,9 @@ def test_the_result_is_that_of_the_undisturbed_run(clusters, fault, number):
 def test_an_idle_worker_takes_a_replica_of_the_hot_rank_in_the_midst_of_the_job(tmp_path):
     running = Cluster(tmp_path, UNEVEN_WORKERS, config=CONFIG)
     with running, running.client() as client:
-        alone = run_uneven(client, None, salt=1)
-        helped = run_uneven(client, alone.seconds / 4, salt=2)
+        run_uneven(client, None, seconds_per_row=0)  # workers import what they need
+        alone = run_uneven(client, None)
+        helped = run_uneven(client, alone.seconds / 4)
     assert np.array_equal(helped.value, alone.value)
     assert helped.failures == []
-    assert helped.seconds < 0.85 * alone.seconds, (helped.seconds, alone.seconds)
+    assert 0.5 * alone.seconds < helped.seconds < 0.85 * alone.seconds  # at best 0.63

@@ -391,8 +391,9 @@ def test_downscaling_spares_owners_while_work_is_pending(client):
         assert len(client.run_on_scheduler(_workers_to_close, 3)) == 3
 
 
-def test_a_worker_that_comes_and_goes_moves_no_rank_twice(cluster, client):
-    with own_experts(client, 8, settle=0.3) as owners:
+def test_a_worker_that_comes_and_goes_moves_a_rank_once_in_ten_settle_times(cluster, client):
+    settle = 0.3
+    with own_experts(client, 8, settle=settle) as owners:
         for _ in range(2):
             cluster.start_worker("guest")
             wait_until(lambda: "guest" in addresses(client), "the guest has come")
@@ -400,9 +401,14 @@ def test_a_worker_that_comes_and_goes_moves_no_rank_twice(cluster, client):
             cluster.stop_worker("guest")
             wait_until(lambda: "guest" not in addresses(client), "the guest has gone")
             time.sleep(0.5)
-        moved = [change.rank for change in owners.changes if change.why == "rebalanced"]
-        assert len(moved) == len(set(moved))
+        moved = defaultdict(list)
+        for change in owners.changes:
+            if change.why == "rebalanced":
+                moved[change.rank].append(change.time)
         assert moved
+        assert all(
+            np.diff(times).min(initial=10 * settle) > 9.9 * settle for times in moved.values()
+        )
 
 
 def test_ranks_wait_for_workers_and_are_spread_when_they_come(tmp_path):

@@ -80,9 +80,9 @@ def measure_replica() -> int:
         Cluster(Path(directory), UNEVEN_WORKERS, config=CONFIG) as cluster,
         cluster.client() as client,
     ):
-        run_uneven(client, None, salt=1)
-        alone = run_uneven(client, None, salt=2)
-        helped = run_uneven(client, alone.seconds / 4, salt=3)
+        run_uneven(client, None, seconds_per_row=0)  # workers import what they need
+        alone = run_uneven(client, None)
+        helped = run_uneven(client, alone.seconds / 4)
     print(
         f"\nZipf 1.2 over 64 experts on 4 ranks: {alone.seconds:.1f} s; with a replica of the hot "
         f"rank on an idle worker, asked for after a quarter of that: {helped.seconds:.1f} s"

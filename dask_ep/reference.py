@@ -107,8 +107,8 @@ def gated(
 
 
 def _affine(x: np.ndarray, W: np.ndarray, bias: np.ndarray | None) -> np.ndarray:
-    y = x @ W.astype(np.float64)
-    return y if bias is None else y + bias.astype(np.float64)
+    y = x @ W.astype(np.float64, copy=False)
+    return y if bias is None else y + bias
 
 
 def _sigmoid(x: np.ndarray) -> np.ndarray:

@@ -239,13 +239,14 @@ class MoELayer:
             return SmallArray(source, source.shape)
         if not is_float(source.dtype):
             raise TypeError(f"{source.name} must hold floats, but has dtype {source.dtype}")
-        E, d = self.router.num_experts, self.experts.d
+        E = self.router.num_experts
+        d = source.shape[-1] if self.experts.d is None else self.experts.d  # None: callables
         shape = {"weight": (E, d), "shared_gate": (d,)}.get(name, (E,))
-        if d is not None and source.shape not in (shape, (1, *shape)):
+        if source.shape not in (shape, (1, *shape)):
             raise ValueError(
                 f"{source.name} must be {shape} for E={E} and d={d}, but has shape {source.shape}"
             )
-        return SmallArray(source, shape if d is not None else source.shape)
+        return SmallArray(source, shape)
 
     def _check(self) -> None:
         E, d = self.router.num_experts, self.experts.d
@@ -262,9 +263,10 @@ class MoELayer:
             )
         if self.capacity is not None and isinstance(self.router, ExpertChoice):
             raise ValueError("expert choice has its own capacity, so capacity must be None with it")
-        if self.shared is not None and (self.shared.d, self.shared.d_out) != (
-            d,
-            self.experts.d_out,
+        if (
+            self.shared is not None
+            and None not in (self.shared.d, d)
+            and ((self.shared.d, self.shared.d_out) != (d, self.experts.d_out))
         ):
             raise ValueError(
                 f"shared experts must be as wide as the others, {d} to {self.experts.d_out}, but "
@@ -279,7 +281,7 @@ class MoELayer:
             )
         if self.shared is None and "shared_gate" in self.arrays:
             raise ValueError("shared_gate weighs shared experts, so it must be None without them")
-        if self.residual and d != self.experts.d_out:
+        if self.residual and None not in (d, self.experts.d_out) and d != self.experts.d_out:
             raise ValueError(
                 f"a residual needs outputs as wide as the rows, but experts go from {d} to "
                 f"{self.experts.d_out}"

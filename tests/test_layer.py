@@ -146,6 +146,17 @@ def test_a_layer_runs_on_a_cluster():
     assert np.abs(y - want["output"]).max() <= 1e-6 * np.abs(want["output"]).max()
 
 
+def test_experts_may_be_functions():
+    functions = [lambda x, e=e: x * (e + 1) for e in range(E)]
+    layer = make(experts=Experts.callables(functions), residual=True, **shared())
+    hidden = da.from_array(normal(2, 9, D, seed=9), chunks=(1, 4, D))
+    indices, weights = dask.compute(*layer.route(hidden))
+    factor = 1 + (weights * (indices + 1)).sum(axis=-1, keepdims=True)
+    rest = make(**shared())(hidden) - make()(hidden)
+    want = hidden.compute() * factor + rest.compute()
+    np.testing.assert_allclose(layer(hidden, world_size=2).compute(), want, rtol=1e-4, atol=1e-4)
+
+
 def test_layers_can_be_stacked():
     hidden = da.from_array(normal(9, D, seed=9), chunks=(4, D))
     first, second = make(residual=True), make(**shared())

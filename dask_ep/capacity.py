@@ -161,6 +161,15 @@ def choose_rows(scores: da.Array, factor: float) -> da.Array:
     Notes
     -----
     As for `limit_capacity`.
+
+    Examples
+    --------
+    Each of two experts takes one of two rows, and both like the second:
+
+    >>> import dask.array as da
+    >>> choose_rows(da.asarray([[0.4, 0.6], [0.9, 0.7]], dtype="float32"), factor=1.0).compute()
+    array([[-1, -1],
+           [ 0,  1]], dtype=int32)
     """
     scores = _one_block_of_slots(scores)
     E = scores.shape[1]

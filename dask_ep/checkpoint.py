@@ -72,7 +72,21 @@ def load_moe_layer(
 
     Examples
     --------
-    ``load_moe_layer("Qwen3-30B-A3B", 7)(hidden)`` is layer 7's MoE block, lazily.
+    >>> import json, pathlib, tempfile
+    >>> import numpy as np
+    >>> from safetensors.numpy import save_file
+    >>> config = {"model_type": "mixtral", "num_hidden_layers": 1, "hidden_size": 8,
+    ...           "intermediate_size": 6, "num_local_experts": 4, "num_experts_per_tok": 2}
+    >>> shapes = {"gate": (4, 8)}
+    >>> for e in range(4):
+    ...     shapes |= {f"experts.{e}.w{i}": (8, 6) if i == 2 else (6, 8) for i in (1, 2, 3)}
+    >>> tensors = {f"model.layers.0.block_sparse_moe.{name}.weight": np.ones(shape, "f4")
+    ...            for name, shape in shapes.items()}
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     _ = pathlib.Path(folder, "config.json").write_text(json.dumps(config))
+    ...     save_file(tensors, pathlib.Path(folder, "model.safetensors"))
+    ...     load_moe_layer(folder, 0).experts
+    Experts(gated, num_experts=4, d=8, hidden=6, d_out=8, dtype=float32, nbytes=2304)
     """
     opened = Checkpoint(directory, families).open_layer(layer, residual=residual)
     if as_stored:
@@ -191,6 +205,15 @@ class Description:
 
 def describe(directory: str | os.PathLike, *, families: Iterable[Family] = ()) -> Description:
     """Tell what a checkpoint is, from its config and the headers of its files alone.
+
+    Parameters
+    ----------
+    directory, families : as in `load_moe_layer`
+
+    Returns
+    -------
+    Description
+        Sizes in bytes, on disk as the tensors are stored, and in memory as float32.
 
     Raises
     ------

@@ -271,6 +271,13 @@ def weigh_chosen(
 
     `indices` (n, k) come from `look_up` or anywhere else; the other arrays and the errors are those
     of `route`. DeepSeek-V4's hash layers are ``look_up`` with a ``"sqrtsoftplus"`` router.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> hidden, weight = np.array([[1.0]]), np.log([[1.0], [2.0], [1.0]])
+    >>> weigh_chosen(hidden, np.array([[2, 1]]), Router(num_experts=3, k=2), weight)
+    array([[0.25, 0.5 ]], dtype=float32)
     """
     if router.score == "sparsemixer":
         raise ValueError("sparsemixer weighs only what it chose itself; use another score")

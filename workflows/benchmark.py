@@ -58,8 +58,8 @@ class Layer:
 
 LAYERS = {
     "top1-linear": Layer(d=1024, num_experts=8, k=1, rows=262_144),
-    "top2-gated": Layer(d=512, num_experts=8, k=2, hidden=2048),
-    "top8-small": Layer(d=512, num_experts=128, k=8, hidden=256, zipf=1.0),
+    "top2-gated": Layer(d=512, num_experts=8, k=2, hidden=2048, chunk_rows=16_384),
+    "top8-small": Layer(d=512, num_experts=128, k=8, hidden=256, zipf=1.0, chunk_rows=16_384),
 }
 RANKS_OF_THE_LITERAL_PIPELINE = 4
 

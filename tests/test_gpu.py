@@ -1,0 +1,286 @@
+"""CuPy itself gives what the plain loops give, and waits for the device as seldom as is promised.
+
+These need a card; `test_device.py` makes the same comparisons without one, on arrays that keep
+CuPy's rules.
+"""
+
+from __future__ import annotations
+
+from types import ModuleType
+from typing import Any
+
+import dask
+import dask.array as da
+import ml_dtypes
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from dask_ep import Experts, MoELayer, Router, expert_parallel, expert_parallel_dispatch, reference
+from dask_ep.capacity import Capacity, ExpertChoice
+from dask_ep.exchange import send, sum_ranks
+from dask_ep.placement import Placement, balanced, contiguous
+from dask_ep.routing import route
+from tests.compare import assert_close, whole_layer
+from tests.strategies import Case, cases
+
+pytestmark = pytest.mark.gpu
+
+DTYPES = [np.float32, np.float64, np.float16]
+
+
+@pytest.fixture(scope="module")
+def cupy() -> ModuleType:
+    module = pytest.importorskip(
+        "cupy", reason="CuPy is not installed: pip install 'dask-ep[gpu]'", exc_type=ImportError
+    )
+    if not module.cuda.is_available():
+        pytest.skip("CuPy finds no device")
+    return module
+
+
+@pytest.fixture
+def waits(cupy: ModuleType, monkeypatch: pytest.MonkeyPatch) -> list[None]:
+    """Grows by one whenever CuPy brings something to the host."""
+    calls: list[None] = []
+    monkeypatch.setattr(
+        "cupy._core.syncdetect._declare_synchronize", lambda: calls.append(None), raising=True
+    )
+    return calls
+
+
+def there(cupy: ModuleType, *arrays: np.ndarray | None) -> list[Any]:
+    return [None if a is None else cupy.asarray(a) for a in arrays]
+
+
+def device_chunks(cupy: ModuleType, array: da.Array | None) -> da.Array | None:
+    if array is None:
+        return None
+    meta = cupy.empty((0,) * array.ndim, dtype=array.dtype)
+    return array.map_blocks(cupy.asarray, dtype=array.dtype, meta=meta)
+
+
+def blocks_of(cupy: ModuleType, y: da.Array, scheduler: str = "sync") -> np.ndarray:
+    """All chunks computed, each on the device, joined on the host."""
+    assert type(y._meta) is cupy.ndarray
+    blocks = dask.compute(*y.to_delayed().ravel(), scheduler=scheduler)
+    assert {type(block) for block in blocks} == {cupy.ndarray}
+    assert {block.dtype for block in blocks} == {y.dtype}
+    return np.concatenate([block.get() for block in blocks])
+
+
+def normal(*shape: int, seed: int = 0) -> np.ndarray:
+    return np.random.default_rng([seed, *shape]).standard_normal(shape, dtype=np.float32)
+
+
+def small_numbers(*shape: int) -> np.ndarray:
+    """Whole numbers, whose sums are exact in float32, so that no choice hangs on rounding."""
+    return np.random.default_rng(shape).integers(-3, 4, shape).astype("f4")
+
+
+# --- the kernel --------------------------------------------------------------------------------
+
+
+@settings(max_examples=40)
+@given(case=cases(dtypes=DTYPES), form=st.sampled_from(["stack", "list", "loaded"]))
+def test_the_kernel_equals_the_plain_loops_on_every_rank(cupy, case: Case, form: str):
+    tokens, routing, topk_weights = there(cupy, case.tokens, case.routing, case.topk_weights)
+    compute = np.float64 if case.tokens.dtype == np.float64 else np.float32
+    for rank in range(case.world_size):
+        Ws = case.local_Ws(rank)
+        experts = {
+            "stack": cupy.asarray(Ws),
+            "list": [cupy.asarray(W) for W in Ws],
+            "loaded": Experts.linear(Ws).load(xp=cupy, dtype=compute),
+        }[form]
+        y = expert_parallel_dispatch(
+            tokens, routing, experts, rank, case.world_size, topk_weights=topk_weights
+        )
+        assert type(y) is cupy.ndarray
+        assert y.dtype == case.tokens.dtype
+        want = reference.expert_parallel_dispatch(
+            case.tokens,
+            case.routing,
+            [reference.linear(W.astype(np.float64)) for W in Ws],
+            rank,
+            case.world_size,
+            case.topk_weights,
+            d_out=case.W.shape[2],
+        )
+        assert_close(y.get(), want, case.tolerance)
+
+
+def test_bfloat16_tokens(cupy):
+    case = Case(
+        tokens=normal(50, 8).astype(ml_dtypes.bfloat16),
+        routing=np.random.default_rng(0).integers(-1, 4, (50, 2)),
+        topk_weights=np.random.default_rng(1).random((50, 2), dtype="f4"),
+        W=normal(4, 8, 8).astype(ml_dtypes.bfloat16),
+        world_size=1,
+        chunks=(50,),
+    )
+    try:
+        arrays = there(cupy, case.tokens, case.routing, case.W, case.topk_weights)
+    except (TypeError, ValueError) as error:
+        pytest.skip(f"this CuPy has no bfloat16 ({error})")
+    y = expert_parallel_dispatch(*arrays[:3], 0, 1, topk_weights=arrays[3])
+    assert y.dtype == ml_dtypes.bfloat16
+    assert_close(y.get().astype("f4"), whole_layer(case), case.tolerance)
+
+
+def test_repeated_slots_give_the_same_bits_each_time(cupy):
+    """A device adds in any order; here it must not."""
+    rng = np.random.default_rng(0)
+    arrays = there(cupy, rng.standard_normal((5000, 4)), rng.integers(0, 2, (5000, 7)))
+    W, weights = there(cupy, rng.standard_normal((2, 4, 4)), 10 ** rng.uniform(-4, 4, (5000, 7)))
+    first, *others = (
+        expert_parallel_dispatch(*arrays, W, 0, 1, topk_weights=weights).get() for _ in range(5)
+    )
+    assert all(other.tobytes() == first.tobytes() for other in others)
+
+
+@pytest.mark.parametrize("value", [4, -2])
+def test_an_index_out_of_range_is_named(cupy, value):
+    tokens, routing, W = there(cupy, np.ones((3, 2)), np.array([0, value, 1]), np.ones((2, 2, 2)))
+    with pytest.raises(ValueError, match=rf"routing\[1\] is {value}"):
+        expert_parallel_dispatch(tokens, routing, W, 0, 2)
+    with pytest.raises(ValueError, match=f"row 1 holds {value}"):
+        send(tokens, routing, None, 0, 2, 4)
+    with pytest.raises(ValueError, match=f"row 8 holds {value}"):
+        contiguous(4, 2).rewrite(routing, row_offset=7)
+
+
+@pytest.mark.parametrize("k", [1, 2])
+def test_the_kernel_the_packet_and_the_sum_wait_once_each(cupy, waits, k):
+    rng = np.random.default_rng(0)
+    tokens, routing, W = there(cupy, normal(60, 4), rng.integers(-1, 4, (60, k)), normal(4, 4, 4))
+    local = Experts.linear(normal(2, 4, 4)).load(xp=cupy)
+    for step in (
+        lambda: expert_parallel_dispatch(tokens, routing, W, 0, 1),
+        lambda: expert_parallel_dispatch(tokens, routing, local, 1, 2),
+        lambda: send(tokens, routing, None, 1, 2, 4),
+    ):
+        waits.clear()
+        step()
+        assert len(waits) == 1
+    answers = [send(tokens, routing, None, rank, 2, 4).rows for rank in range(2)]
+    waits.clear()
+    sum_ranks(routing, answers, 2, tokens.dtype)
+    assert len(waits) == 1
+
+
+# --- exchange, placement, pipeline ---------------------------------------------------------------
+
+
+@settings(max_examples=40)
+@given(case=cases(dtypes=DTYPES))
+def test_packets_and_sums_are_those_of_the_host(cupy, case: Case):
+    tokens, routing, topk_weights = there(cupy, case.tokens, case.routing, case.topk_weights)
+    each, answers = case.num_experts // case.world_size, []
+    for rank in range(case.world_size):
+        rest = (rank, each, case.num_experts)
+        want = send(case.tokens, case.routing, case.topk_weights, *rest)
+        packet = send(tokens, routing, topk_weights, *rest)
+        for got, expected in zip(packet, want, strict=True):
+            if expected is not None:
+                np.testing.assert_array_equal(got.get(), expected)
+        answers.append(packet.rows)
+    y = sum_ranks(routing, answers, each, case.tokens.dtype)
+    on_host = sum_ranks(case.routing, [a.get() for a in answers], each, case.tokens.dtype)
+    np.testing.assert_array_equal(y.get(), on_host)
+
+
+@pytest.mark.parametrize("shape", [(0, 2), (50,), (50, 2)])
+@pytest.mark.parametrize(
+    "placement",
+    [contiguous(3, 2), balanced([80, 10, 10, 20], 2, num_slots=6), Placement([[3, 0], [1, 2]])],
+)
+def test_a_placement_rewrites_as_on_the_host(cupy, placement, shape):
+    routing = np.random.default_rng(0).integers(-1, placement.num_experts, shape)
+    got = placement.rewrite(cupy.asarray(routing), row_offset=1000)
+    np.testing.assert_array_equal(got.get(), placement.rewrite(routing, row_offset=1000))
+
+
+@settings(max_examples=20)
+@given(
+    case=cases(dtypes=DTYPES, even=False),
+    scheduler=st.sampled_from(["sync", "threads"]),
+    copies=st.booleans(),
+)
+def test_the_pipeline_equals_the_plain_loops(cupy, case: Case, scheduler: str, copies: bool):
+    tokens, routing, topk_weights = (device_chunks(cupy, array) for array in case.dask())
+    load = np.bincount(case.routing[case.routing >= 0], minlength=case.num_experts)
+    ranks = min(case.world_size, case.num_experts)
+    placement = balanced(load, ranks) if copies else None
+    y = expert_parallel(
+        tokens, routing, case.W, topk_weights=topk_weights, world_size=ranks, placement=placement
+    )
+    assert_close(blocks_of(cupy, y, scheduler), whole_layer(case), case.tolerance)
+
+
+# --- experts, routers, layers ---------------------------------------------------------------------
+
+E, D, F = 4, 8, 16
+
+GATED = {"gate": normal(E, D, F), "up": normal(E, D, F, seed=1), "down": normal(E, F, D)}
+KINDS = {
+    "linear": (Experts.linear(normal(E, D, D)), list(map(reference.linear, normal(E, D, D)))),
+    **{
+        activation: (
+            Experts.gated(**GATED, activation=activation, limit=0.7, alpha=1.3, up_offset=1.0),
+            [
+                reference.gated(
+                    **{name: w[e] for name, w in GATED.items()},
+                    activation=activation,
+                    limit=0.7,
+                    alpha=1.3,
+                    up_offset=1.0,
+                )
+                for e in range(E)
+            ],
+        )
+        for activation in reference.ACTIVATIONS
+    },
+}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_expert_equals_the_plain_one(cupy, kind):
+    experts, plain = KINDS[kind]
+    rows = normal(20, D)
+    for expert, want in zip(experts.load(xp=cupy), plain, strict=True):
+        got = expert(cupy.asarray(rows))
+        assert type(got) is cupy.ndarray
+        assert_close(got.get(), np.stack([want(row) for row in rows]), 2e-5)
+
+
+@pytest.mark.parametrize("router", [
+    Router(8, 2, normalise=True), Router(8, 2, "sigmoid"), Router(8, 2, "sqrtsoftplus"),
+    Router(8, 2, "softmax_chosen"), Router(8, 2, "sigmoid_chosen"), Router(8, 2, "sparsemixer"),
+    Router(8, 2, "sigmoid", groups=4, topk_groups=2),
+    Router(8, 2, "sigmoid", groups=4, topk_groups=2, group_worth="top2"),
+], ids=lambda router: f"{router.score}-{router.groups}-{router.group_worth}")  # fmt: skip
+@pytest.mark.parametrize("n", [0, 40])
+def test_routers_route_as_on_the_host(cupy, router, n):
+    hidden, weight = small_numbers(n, 4), small_numbers(8, 4)
+    want = route(hidden, router, weight)
+    got = route(*there(cupy, hidden), router, *there(cupy, weight))
+    np.testing.assert_array_equal(got[0].get(), want[0])
+    np.testing.assert_allclose(got[1].get(), want[1], rtol=1e-5)
+
+
+@pytest.mark.parametrize("world_size", [1, 2])
+@pytest.mark.parametrize("changes", [
+    {}, {"shared": Experts.gated(**GATED), "shared_gate": normal(D)}, {"residual": True},
+    {"capacity": Capacity(0.7)}, {"capacity": Capacity(0.7, drop="position")},
+    {"router": ExpertChoice(E, 2.0, "sigmoid")},
+], ids=str)  # fmt: skip
+def test_layers_give_what_they_give_on_the_host(cupy, changes, world_size):
+    arguments = {"router": Router(E, 2, "sigmoid"), "experts": Experts.gated(**GATED)} | changes
+    layer = MoELayer(router_weight=small_numbers(E, D) / 16, **arguments)
+    hidden = da.from_array(small_numbers(3, 7, D), chunks=(1, 4, -1))
+    want = layer(hidden, world_size=world_size).compute(scheduler="sync")
+    y = layer(device_chunks(cupy, hidden), world_size=world_size)
+    assert type(y._meta) is cupy.ndarray
+    assert_close(y.compute(scheduler="sync").get(), want, 2e-5)

@@ -18,6 +18,7 @@ BLOCK = re.compile(r"^```(python|console)\n(.*?)^```", re.MULTILINE | re.DOTALL)
 
 def test_examples_run_as_they_stand(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
+    (tmp_path / "tests").symlink_to(README.parent / "tests")
     names: dict[str, object] = {}
     ran = {"python": 0, "console": 0}
     for kind, text in BLOCK.findall(README.read_text()):

@@ -277,6 +277,10 @@ class Experts:
         Returns
         -------
         LocalExperts, a sequence: the `expert_Ws` of the kernel
+
+        Notes
+        -----
+        Each weight is converted on the host and goes to a device once; none comes back.
         """
         chosen = self if experts is None else self.subset(experts)
         given = given or {

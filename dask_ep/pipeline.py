@@ -102,6 +102,8 @@ def expert_parallel(
     many of its slots are served there, and one summed row comes back (DeepEP's two savings).
     In memory at once: a few chunks per thread and the experts. The same chunks, ranks and
     placement give the same bits on every scheduler, after any failure. Nothing is computed here.
+    Chunks on a device stay there: each packet, dispatch and sum brings one copy of a few integers
+    to the host, each use of a placement another; only experts and a placement's tables go there.
 
     Examples
     --------

@@ -24,7 +24,10 @@ from dask_ep import (
     Router,
     expert_parallel,
     expert_parallel_dispatch,
+    open_tokens,
+    plan,
     reference,
+    store,
 )
 from dask_ep.arrays import is_array, namespace, one_namespace, to_host
 from dask_ep.capacity import Capacity, ExpertChoice
@@ -274,11 +277,13 @@ def test_a_pipeline_keeps_chunks_on_the_device(case: Case, scheduler: str, place
     placement = {
         "none": None, "even": contiguous(len(load), ranks), "copies": balanced(load, ranks)
     }[placed]  # fmt: skip
-    y = expert_parallel(
-        tokens, routing, case.W, topk_weights=topk_weights, world_size=ranks, placement=placement
-    )
-    assert y.chunks[0] == tokens.chunks[0]
     with watch() as traffic:
+        y = expert_parallel(
+            tokens, routing, case.W, topk_weights=topk_weights, world_size=ranks,
+            placement=placement,
+        )  # fmt: skip
+        assert (traffic.to_host, traffic.to_device) == ([], [])
+        assert y.chunks[0] == tokens.chunks[0]
         blocks = blocks_of(y, scheduler)
     assert_close(to_numpy(blocks), whole_layer(case), case.tolerance)
     rewritten = placement is not None or case.num_experts % ranks
@@ -329,6 +334,31 @@ def test_weights_that_are_on_the_device_stay_there():
             to_numpy([tokens.compute()]), to_numpy([routing.compute()]), W, 0, 1
         )
         assert_close(to_numpy(blocks), want, 1e-5)
+
+
+@pytest.mark.parametrize("name", ["y.zarr", "y.npy"])
+def test_a_stored_output_comes_to_the_host_once(tmp_path, name):
+    rng = np.random.default_rng(0)
+    chunked = [
+        da.from_array(a, chunks=(10, -1)) for a in (rng.random((30, 4)), np.zeros((30, 1), int))
+    ]
+    W = rng.standard_normal((2, 4, 4))
+    y = expert_parallel(*map(device_chunks, chunked), W, world_size=1)
+    with watch() as traffic, dask.config.set(scheduler="sync"):
+        store(y, tmp_path / name)
+    assert sorted(traffic.to_host) == [8 * (2 + 3)] * 3 + [10 * 4 * 8] * 3
+    want = expert_parallel(*chunked, W, world_size=1).compute(scheduler="sync")
+    assert_close(open_tokens(tmp_path / name).compute(scheduler="sync"), want, 1e-12)
+
+
+def test_a_plan_takes_routing_from_a_device():
+    rng = np.random.default_rng(0)
+    chunked = [da.from_array(a, chunks=10) for a in (rng.random((30, 4)), rng.integers(0, 4, 30))]
+    experts = Experts.linear(rng.standard_normal((4, 4, 4)))
+    with dask.config.set(scheduler="sync"):
+        got = plan(*map(device_chunks, chunked), experts, world_size=2)
+        want = plan(*chunked, experts, world_size=2)
+    np.testing.assert_array_equal(got.expert_rows, want.expert_rows)
 
 
 # --- experts ------------------------------------------------------------------------------------

@@ -12,6 +12,7 @@ from dataclasses import replace
 
 import dask
 import dask.array as da
+import fsspec
 import ml_dtypes
 import numpy as np
 import pytest
@@ -301,7 +302,7 @@ def test_all_ranks_together_read_each_tensor_of_the_block_once(case, bytes_read)
 
 
 def test_opening_a_terabyte_reads_headers_alone(tmp_path, bytes_read):
-    E, H, width = 64, 16384, 262144  # a sparse file: the bytes are counted, and not on the disk
+    E, H, width = 64, 16384, 81920  # a sparse file: the bytes are counted, and not on the disk
     tensors = {"model.layers.0.block_sparse_moe.gate.weight": (E, H)}
     for e in range(E):
         stem = f"model.layers.0.block_sparse_moe.experts.{e}."
@@ -323,7 +324,7 @@ def test_opening_a_terabyte_reads_headers_alone(tmp_path, bytes_read):
     hidden = da.zeros((10, H), chunks=(5, -1), dtype=np.float32)
     y = layer(hidden, world_size=8)
 
-    assert layer.experts.nbytes > 3e12
+    assert layer.experts.nbytes > 1e12
     assert bytes_read == []
     assert len(pickle.dumps(layer)) < 100_000
     assert y.shape == (10, H)
@@ -347,7 +348,6 @@ def test_loading_needs_no_torch_nor_fsspec():
 
 @pytest.fixture
 def memory_folder():
-    fsspec = pytest.importorskip("fsspec")
     files = fsspec.filesystem("memory")
 
     def put(case):
@@ -384,7 +384,6 @@ def test_an_address_without_fsspec_is_refused():
 
 
 def test_a_remote_file_cut_short_after_it_was_opened_is_refused(memory_folder):
-    fsspec = pytest.importorskip("fsspec")
     layer = load_moe_layer(memory_folder("olmoe"), LAYER)
     files, path = fsspec.filesystem("memory"), "/models/olmoe/model.safetensors"
     files.pipe_file(path, files.cat_file(path)[:5000])

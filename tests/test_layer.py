@@ -136,7 +136,7 @@ def test_a_layer_runs_on_a_cluster():
     hidden = da.from_array(want["hidden"], chunks=(1, 3, -1))
     with (
         LocalCluster(
-            n_workers=2, threads_per_worker=1, processes=False, dashboard_address=None
+            n_workers=2, threads_per_worker=1, processes=False, dashboard_address="127.0.0.1:0"
         ) as cluster,
         Client(cluster),
         warnings.catch_warnings(),

@@ -35,6 +35,8 @@ class Rates:
     #: ends together)
     read: float = 1e9
     #: bytes per second that one worker reads from storage
+    write: float = 0.5e9
+    #: bytes per second that one worker writes there for good
 
 
 def chunks_held(threads: int, ranks: int, spread: float, widening: int) -> float:

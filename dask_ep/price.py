@@ -228,7 +228,8 @@ class Plan:
         spread_evenly = (
             self.exchanged_bytes / self.rates.copy
             + self.moved_bytes / self.rates.link
-            + self.rows * row_bytes / self.rates.read
+            + self.rows * self.work.d * self.work.dtype.itemsize / self.rates.read
+            + self.rows * self.reply_row_bytes / self.rates.write
         )
         busy = (
             self._per_worker(self.flops) / self.rates.flops
@@ -236,7 +237,13 @@ class Plan:
             + spread_evenly / self.workers
         )
         shared = busy.sum() / self.cores if self.cores else 0.0
-        return max(float(busy.max()) / self.threads, float(shared))
+        return max(float(busy.max()) / self.threads, float(shared)) * self._idle_at_the_end
+
+    @property
+    def _idle_at_the_end(self) -> float:
+        """Time over that without threads waiting for the last chunks; ranks share those."""
+        rounds = len(self.chunks) / self.threads
+        return math.ceil(rounds) / rounds if self.world_size == 1 and self.chunks else 1.0
 
     @property
     def seconds(self) -> float:

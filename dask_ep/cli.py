@@ -18,6 +18,7 @@ from typing import Any
 
 import click
 from dask.utils import format_bytes, format_time, parse_bytes
+from distributed import Client
 from rich.console import Console
 from rich.table import Table
 
@@ -215,6 +216,11 @@ def _parse_size(context: click.Context, parameter: click.Parameter, value: str |
     metavar="PORT",
     help="Serve Dask's dashboard there, with --processes.",
 )
+@click.option(
+    "--report",
+    type=click.Path(dir_okay=False),
+    help="Write what ran where and when, HTML; with --processes or a cluster.",
+)
 @click.option("--chunk-rows", type=click.IntRange(1), help="Rows of a token chunk; about 32 MiB.")
 @click.option("--resume", is_flag=True, help="Go on with what a stopped run has left.")
 @click.option("--overwrite", is_flag=True, help="Start again, whatever is there.")
@@ -238,18 +244,27 @@ def run(job: str | None, experts: str | None, **options: Any) -> None:
     given = {key: options.pop(key) for key in keys}
     parsed = load_job(job, experts=None if experts is None else parse_experts(experts), **given)
     where = _choose_where(**{key: options.pop(key) for key in WHERE})
+    if options["report"] and isinstance(where, runs.Threads):
+        raise click.UsageError("--report needs workers: --processes, or a cluster")
     with _stoppable(parsed, job) as check, progress_bar("rows") as tell:
 
         def on_progress(how: runs.Progress) -> None:
             check()
             tell(how.rows_done + how.rows_before, how.rows_in_all, "", how)
 
-        done = runs.run_job(parsed, where, on_progress=on_progress, **options)
+        done = runs.run_job(
+            parsed, where, on_progress=on_progress, on_client=_show_dashboard, **options
+        )
     before = f", {done.rows_before} were there" if done.rows_before else ""
     click.echo(
         f"{parsed.out}: {done.rows_done} rows in {format_time(done.seconds)}, "
         f"{done.rows_per_second:.0f} rows/s{before}"
     )
+
+
+def _show_dashboard(client: Client) -> None:
+    if "dashboard" in client.scheduler_info(n_workers=0)["services"]:
+        click.echo(f"dashboard: {client.dashboard_link}", err=True)
 
 
 WHERE = ("threads", "processes", "scheduler", "scheduler_file", "memory_limit", "dashboard")

@@ -201,8 +201,14 @@ class Owners:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        if self._is_new:
+        if not self._is_new:
+            return
+        try:
             self.close()
+        except OSError:
+            if error is None:
+                raise
+            # The scheduler is lost, and with it the plugin: let the first error be heard.
 
     def __repr__(self) -> str:
         try:

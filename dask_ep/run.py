@@ -20,7 +20,17 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 from dask.system import CPU_COUNT
-from distributed import Client, LocalCluster, Worker, WorkerPlugin, as_completed, futures_of
+from distributed import (
+    Client,
+    LocalCluster,
+    Worker,
+    WorkerPlugin,
+    as_completed,
+    futures_of,
+    performance_report,
+)
+from distributed.client import FutureCancelledError
+from distributed.comm import CommClosedError
 
 from dask_ep import journal
 from dask_ep.blas import one_blas_thread
@@ -109,6 +119,8 @@ def run_job(
     overwrite: bool = False,
     chunk_rows: int | None = None,
     on_progress: Callable[[Progress], Any] | None = None,
+    on_client: Callable[[Client], Any] | None = None,
+    report: str | os.PathLike | None = None,
 ) -> Progress:
     """Compute a job's output and write it.
 
@@ -121,6 +133,8 @@ def run_job(
     chunk_rows : rows of a token chunk; by default about 32 MiB of them, or what fits the memory
         limit
     on_progress : called at the start, and when blocks are done
+    on_client : called when the workers are there, if there are any; such as to show the dashboard
+    report : HTML file into which Dask writes what ran where and when, at the end; with workers only
 
     Returns
     -------
@@ -134,6 +148,10 @@ def run_job(
         If the inputs do not fit, or are not those of the run to be resumed.
     MemoryError
         If the job cannot be done within `where.memory_limit`; nothing has run then.
+    ConnectionError
+        If there is no scheduler, or it is lost in the midst.
+    UnfitClusterError
+        If workers lack the job's files, or versions differ; nothing has run then.
 
     Notes
     -----
@@ -164,7 +182,10 @@ def run_job(
                 if client is None:
                     _compute_on_threads(output, threads, watch)
                 else:
-                    _compute_on_client(output, client, watch)
+                    if on_client is not None:
+                        on_client(client)
+                    with _reported(report):
+                        _compute_on_client(output, client, watch)
                 output.finish()
     return watch.progress()
 
@@ -341,6 +362,18 @@ def _compute_on_threads(output: Output, threads: int, watch: _Watch) -> None:
         pool.shutdown(cancel_futures=True)  # the blocks at work are finished, no other is begun
 
 
+@contextlib.contextmanager
+def _reported(path: str | os.PathLike | None) -> Iterator[None]:
+    """Write Dask's performance report of what runs inside, if that ends well."""
+    if path is None:
+        yield
+        return
+    report = performance_report(filename=os.fspath(path))
+    report.__enter__()
+    yield
+    report.__exit__(None, None, None)
+
+
 def _compute_on_client(output: Output, client: Client, watch: _Watch) -> None:
     if not output.missing:
         return
@@ -348,6 +381,11 @@ def _compute_on_client(output: Output, client: Client, watch: _Watch) -> None:
     try:
         for future in as_completed(futures):
             watch.tell(future.result())
+    except (FutureCancelledError, CommClosedError) as error:
+        raise ConnectionError(
+            f"the scheduler at {client.scheduler.address} is gone or has dropped the job; the "
+            "blocks that are done are kept, and --resume computes the others"
+        ) from error
     finally:
         client.cancel(futures)
 

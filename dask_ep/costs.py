@@ -18,6 +18,9 @@ PROCESS_BYTES = 300 << 20
 CLUSTER_TASK_SECONDS = 0.45e-3
 """Scheduler time of one task on a cluster (measured 0.42 to 0.48 ms, 900 to 13000 tasks)."""
 
+WARM_UP_SECONDS = 0.4
+"""Time in which a worker process imports what its first tasks need (measured 0.3 to 0.5 s)."""
+
 LOCAL_TASK_SECONDS = 0.1e-3
 """Scheduler time of one task on threads of one process (measured 0.05 to 0.18 ms)."""
 

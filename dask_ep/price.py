@@ -235,6 +235,7 @@ class Plan:
             self._per_worker(self.flops) / self.rates.flops
             + self._per_worker(self.rank_rows) * row_bytes / self.rates.copy
             + spread_evenly / self.workers
+            + (costs.WARM_UP_SECONDS if self.workers > 1 else 0.0)
         )
         shared = busy.sum() / self.cores if self.cores else 0.0
         return max(float(busy.max()) / self.threads, float(shared)) * self._idle_at_the_end

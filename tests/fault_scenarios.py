@@ -21,6 +21,7 @@ import numpy as np
 from distributed import Client
 
 from dask_ep import Experts, expert_parallel, own_experts
+from dask_ep.owner_plugin import METADATA
 from tests.cluster_processes import DEADLINE, Cluster, wait_until, worker_pids
 
 RANKS, WORKERS = 6, ("w0", "w1", "w2")
@@ -191,7 +192,10 @@ def run_disturbed(
         if disturb is restart:
             future = client.compute(job(salt=salt))
         value = future.result(timeout=DEADLINE)
-        outcome = Outcome(value, time.monotonic() - begun, owners.failures)
+        seconds, failures = time.monotonic() - begun, owners.failures
+        if client.get_metadata(list(METADATA), default=None) is None:
+            failures.append("the owners are not published")
+        outcome = Outcome(value, seconds, failures)
         del future
     _restore(cluster, client)
     return outcome

@@ -138,20 +138,41 @@ def test_pins_outlive_optimisation_and_what_is_built_upon(client, recorded):
         )
 
 
-def test_each_worker_reads_the_weights_of_its_own_ranks_and_no_more(client, tmp_path):
+@pytest.fixture
+def noted(tmp_path):
+    """Give a layer of 12 linear experts on 6 ranks, and what tells {worker: bytes read}."""
     weights = np.random.default_rng(1).standard_normal((12, 32, 32)).astype(np.float32)
     np.save(tmp_path / "w.npy", weights)
     source = NotedSource(open_source(tmp_path / "w.npy"), str(tmp_path / "read"))
-    y, _ = layer(experts=Experts.linear(source), num_experts=12)
-    with own_experts(client, 6) as owners:
-        client.compute(y).result(DEADLINE)
-        read, own = defaultdict(int), defaultdict(int)
+
+    def read():
+        by_worker = defaultdict(int)
         for line in (tmp_path / "read").read_text().splitlines():
             address, nbytes = line.split()
-            read[address] += int(nbytes)
-        for (owner,) in owners.owners:
-            own[owner] += weights[:2].nbytes
-        assert read == own
+            by_worker[address] += int(nbytes)
+        return by_worker
+
+    return layer(experts=Experts.linear(source), num_experts=12)[0], weights[:2].nbytes, read
+
+
+def test_each_worker_reads_the_weights_of_its_own_ranks_and_no_more(client, noted):
+    y, slice_bytes, read = noted
+    with own_experts(client, 6) as owners:
+        client.compute(y).result(DEADLINE)
+        own = {row.address: slice_bytes * len(row.ranks) for row in owners.table()}
+        assert read() == own
+
+
+def test_each_owner_of_a_replicated_rank_reads_its_weights_itself(client, recorded, noted):
+    y, slice_bytes, read = noted
+    with own_experts(client, 6, replicas=dict.fromkeys(range(6), 3)):
+        client.compute(y).result(DEADLINE)
+        served = defaultdict(int)
+        for of_rank in recorded()["ep-dispatch"].values():
+            for owner in of_rank:
+                served[owner] += slice_bytes
+        assert sum(served.values()) > 6 * slice_bytes
+        assert all(served[owner] <= read()[owner] <= 6 * slice_bytes for owner in served)
 
 
 # --- what travels ----------------------------------------------------------------------------
@@ -210,6 +231,15 @@ def test_one_rank_per_worker_unless_said(client):
     with own_experts(client) as owners:
         assert owners.world_size == 3
         assert sorted(owners.owners) == sorted((address,) for address in addresses(client).values())
+
+
+def test_one_rank_per_gpu_where_workers_declare_some(cluster, client):
+    cluster.start_worker("gpus", "--resources", "GPU=2")
+    wait_until(lambda: "gpus" in addresses(client), "the worker with GPUs has come")
+    with own_experts(client) as owners:
+        assert owners.owners == [(addresses(client)["gpus"],)] * 2
+    cluster.stop_worker("gpus")
+    wait_until(lambda: "gpus" not in addresses(client), "the worker with GPUs has gone")
 
 
 def test_the_same_workers_get_the_same_ranks(client):

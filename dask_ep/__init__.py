@@ -14,7 +14,7 @@ _HOME = {
     "load_moe_layer": "checkpoint",
     "own_experts": "ownership",
     "open_tokens": "storage",
-    "plan": "plan",
+    "plan": "planner",
     "store": "storage",
 }
 """Where each public name lives; a module is imported when one of its names is first used."""

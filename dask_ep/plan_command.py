@@ -20,7 +20,7 @@ from rich.table import Table
 
 from dask_ep.build import open_inputs
 from dask_ep.job import PLACEMENTS, load_job
-from dask_ep.plan import Plan, WhatIf, plan, what_if
+from dask_ep.planner import Plan, WhatIf, plan, what_if
 from dask_ep.report import write_plan_report
 from dask_ep.storage import open_tokens
 

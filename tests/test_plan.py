@@ -2,6 +2,8 @@
 
 import json
 import math
+import subprocess
+import sys
 from itertools import pairwise
 
 import dask
@@ -18,7 +20,7 @@ from dask_ep.experts import Experts
 from dask_ep.held import held_as_stored
 from dask_ep.pipeline import count_tasks, expert_parallel
 from dask_ep.placement import POLICIES, Placement, contiguous, exact, place
-from dask_ep.plan import Plan, PlanError, plan, what_if
+from dask_ep.planner import Plan, PlanError, plan, what_if
 from dask_ep.survey import survey
 
 RATES = Rates(flops=1e10, copy=1e9)
@@ -102,6 +104,12 @@ def test_an_index_out_of_range_is_named():
     routing = da.from_array(np.array([[0], [1], [7]]), chunks=(1, 1))
     with pytest.raises(ValueError, match=r"lie in \[-1, 4\), and row 2 holds 7"):
         survey(routing, 4)
+
+
+def test_the_package_offers_the_function_whatever_was_imported_before():
+    code = "import dask_ep.report, dask_ep; print(dask_ep.plan.__name__, callable(dask_ep.plan))"
+    said = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert said.stdout.split() == ["plan", "True"]
 
 
 # --- the figures -------------------------------------------------------------------------------

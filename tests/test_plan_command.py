@@ -53,6 +53,12 @@ def test_the_command_prints_json_and_saves_the_placement(job_file, tmp_path):
     assert again["rank_rows"] == content["rank_rows"]
 
 
+def test_the_command_writes_a_report(job_file, tmp_path):
+    invoke(job_file, "--processes", 2, "--memory-limit", "1 GiB", "--html", tmp_path / "plan.html")
+    text = (tmp_path / "plan.html").read_text()
+    assert "1,000 token rows of width 8, 2 of 8 experts a row, 2 ranks (contiguous)" in text
+
+
 def test_the_command_compares_choices(job_file):
     output = invoke(
         job_file, "--processes", 4, "--what-if", "world_size=2,4", "placement=contiguous,exact"

@@ -14,7 +14,7 @@ from distributed import get_task_stream
 from dask_ep import expert_parallel, own_experts
 from dask_ep.costs import Rates
 from dask_ep.figures import BLUE, GREEN, ORANGE, PINK, RED, SKY, STEP_COLOURS
-from dask_ep.plan import plan, what_if
+from dask_ep.planner import plan, what_if
 from dask_ep.record import Event, Record, Recorder, peak_memory
 from dask_ep.report import write_plan_report, write_run_report
 from tests.cluster_processes import Cluster

@@ -120,7 +120,7 @@ def plan(
     Examples
     --------
     >>> import numpy as np
-    >>> from dask_ep.plan import Rates, plan
+    >>> from dask_ep.planner import Rates, plan
     >>> tokens, experts = np.ones((6, 4), "f4"), np.ones((4, 4, 4), "f4")
     >>> routing = np.array([[0, 1], [0, 2], [0, 3], [0, 1], [0, 1], [2, 3]])
     >>> priced = plan(tokens, routing, experts, world_size=2, rates=Rates(flops=1e9, copy=1e9))

@@ -85,6 +85,10 @@ def own_experts(
     are gone themselves, and leaves nothing behind. Graphs of another world size than this get
     owners by the same rules when they arrive.
 
+    A task is given up (KilledWorker) when more workers have died on which it waited than the
+    scheduler's `distributed.scheduler.allowed-failures`, 3 by default: set it to the number of
+    workers or more, where the scheduler starts. `dask_ep.cluster.check_cluster` tells.
+
     The same workers (by name) give the same map. Results never depend on owners: what a rank
     computes is the same, to the bit, wherever it is.
 

@@ -21,7 +21,7 @@ MIDDLE = (
 )
 TOP = (
     "block checkpoint checkpoint_files cluster costs families family figures homes owner_map "
-    "owner_plugin ownership plan price probe record report storage"
+    "owner_plugin ownership planner price probe record report storage"
 )
 JOBS = "build example inspect_ job plan_command run verify"
 

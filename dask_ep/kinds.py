@@ -94,6 +94,25 @@ class Gated(Expert):
         return self._down(gate, out)
 
 
+class Summed(Expert):
+    """The sum of experts that hold some hidden columns each: one expert with all of them."""
+
+    def __init__(self, parts: list[Expert]):
+        self._parts = parts
+        self.d, self.d_out, self.weigh = parts[0].d, parts[0].d_out, parts[0].weigh
+
+    @property
+    def widest(self) -> int:
+        return max(part.widest for part in self._parts)
+
+    def __call__(self, rows: Array, out: Array | None = None) -> Array:
+        out = self._parts[0](rows, out)
+        more = memory.empty(out.shape, out.dtype, like=out)
+        for part in self._parts[1:]:
+            out += part(rows, more)
+        return out
+
+
 def _hidden(rows: Array, expert: Expert) -> Array:
     return memory.empty((len(rows), expert.d_out), rows.dtype, like=rows)
 

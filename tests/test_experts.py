@@ -15,7 +15,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.numpy import save_file
 
-from dask_ep import Experts, expert_parallel_dispatch, reference
+from dask_ep import Experts, expert_parallel_dispatch, local, reference
 from dask_ep.experts import as_experts
 from dask_ep.local import LocalExperts
 from dask_ep.sources import Source
@@ -125,6 +125,22 @@ def test_gated_in_every_form(activation, biases, limit, alpha, up_offset, form, 
     stored = transposed(fused) if flip else fused
     interleaved = form == "interleaved"
     check(Experts.gated_fused(**stored, interleaved=interleaved, transposed=flip, **options), plain)
+
+
+@pytest.mark.parametrize("columns", [1, 4, 10])
+@pytest.mark.parametrize("flip", [False, True])
+def test_wide_experts_are_sums_of_narrow_ones(columns, flip, monkeypatch):
+    monkeypatch.setattr(local, "HIDDEN_COLUMNS", columns)
+    given = weights("gate", "up", "down", "gate_bias", "up_bias", "down_bias")
+    stored = transposed(given) if flip else given
+    plain = [reference.gated(**{n: w[e] for n, w in given.items()}) for e in range(E)]
+    experts = Experts.gated(**stored, transposed=flip)
+    check(experts, plain)
+    assert experts.load()[0].widest == max(columns, D, O)
+    del given["gate"], given["gate_bias"]
+    stored = transposed(given) if flip else given
+    plain = [reference.mlp(**{n: w[e] for n, w in given.items()}) for e in range(E)]
+    check(Experts.mlp(**stored, transposed=flip), plain)
 
 
 def test_silu_of_large_values_neither_warns_nor_overflows():

@@ -5,8 +5,8 @@
     python workflows/slurm.py --print                       show the script that SLURM gets
 
 This process is the scheduler and the client: start it on a node that stays, such as a login node or
-within an allocation of its own. Workers may come late, be preempted and come again: ranks move to
-those that are there. Files of the job lie where all nodes see them.
+within an allocation of its own. Workers may come late and be preempted, others are asked for in
+their place, and ranks move to those that are there. All nodes see the files of the job.
 
 Needs dask-jobqueue. Change the five lines of SITE for your own site.
 """
@@ -33,7 +33,9 @@ SITE = {
 def main() -> None:
     options = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     options.add_argument("job", nargs="?", help="a TOML file")
-    options.add_argument("--workers", type=int, default=4, help="SLURM jobs, of one core each")
+    options.add_argument(
+        "--workers", type=int, default=4, help="SLURM jobs of one core each; ranks"
+    )
     options.add_argument("--resume", action="store_true")
     options.add_argument("--print", action="store_true", dest="only_print")
     asked = options.parse_args()
@@ -42,16 +44,16 @@ def main() -> None:
     with SLURMCluster(
         cores=1,
         processes=1,
-        job_extra_directives=["--requeue"],  # a preempted worker comes again
         scheduler_options={"dashboard_address": ":0"},
         **SITE,
     ) as cluster:
         print(cluster.job_script())
         if not asked.only_print:
-            cluster.scale(asked.workers)
-            cluster.wait_for_workers(asked.workers)
+            cluster.adapt(minimum_jobs=asked.workers, maximum_jobs=asked.workers)
+            cluster.wait_for_workers(1)  # the others find their ranks when they come
+            job = load_job(asked.job, world_size=asked.workers)
             where = Cluster(cluster.scheduler_address)
-            print(run_job(load_job(asked.job), where, resume=asked.resume, on_progress=tell))
+            print(run_job(job, where, resume=asked.resume, on_progress=tell))
 
 
 def tell(progress: Progress) -> None:

@@ -95,7 +95,7 @@ def uneven_job(seconds_per_row: float) -> da.Array:
 
 
 def run_uneven(
-    client: Client, replicate_after: float | None, seconds_per_row: float = 2e-3
+    client: Client, replicate_after: float | None, seconds_per_row: float = 4e-3
 ) -> Outcome:
     """Run the uneven job; after some seconds, if given, the hot rank gets a further owner."""
     with own_experts(client, UNEVEN_RANKS) as owners:

@@ -38,14 +38,27 @@ def client(cluster):
 
 
 def test_a_worker_without_the_package_is_named(cluster, client, tmp_path):
-    cluster.start_worker("bare", PYTHONPATH=str(tmp_path))
-    client.wait_for_workers(2, timeout=DEADLINE)
+    without_package = tmp_path / "without_package.py"
+    without_package.write_text(WITHOUT_PACKAGE)
+    cluster.start_worker("bare", "--preload", str(without_package))
+    wait_until(lambda: "bare" in addresses(client), "the bare worker has come")
     with pytest.raises(UnfitClusterError, match="No module named 'dask_ep'") as error:
         check_cluster(client)
     (problem,) = error.value.problems
     assert f"worker bare ({addresses(client)['bare']}) cannot run this check" in problem
     cluster.stop_worker("bare")
     wait_until(lambda: "bare" not in addresses(client), "the bare worker has gone")
+
+
+WITHOUT_PACKAGE = """
+import sys
+class Absent:
+    def find_spec(name, path, target=None):
+        if name.partition(".")[0] == "dask_ep":
+            raise ModuleNotFoundError("No module named 'dask_ep'")
+sys.meta_path.insert(0, Absent)
+"""
+"""Makes a worker one on whose machine the package is not installed."""
 
 
 def test_other_versions_are_named_with_their_places(client, monkeypatch):
@@ -68,7 +81,7 @@ def test_files_that_a_worker_does_not_see_are_named(cluster, client, tmp_path):
     far_machine = tmp_path / "far_machine.py"
     far_machine.write_text(FAR_MACHINE.format(unseen=str(unseen), other=str(other)))
     cluster.start_worker("far", "--preload", str(far_machine))
-    client.wait_for_workers(2, timeout=DEADLINE)
+    wait_until(lambda: "far" in addresses(client), "the far worker has come")
     far = f"worker far ({addresses(client)['far']})"
     with pytest.raises(UnfitClusterError) as error:
         check_cluster(client, {"tokens": seen, "experts.w": unseen, "routing": other})

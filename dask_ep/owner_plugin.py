@@ -20,8 +20,8 @@ When owners move:
 - A worker comes: it adopts ranks without an owner at once, up to its fair share.
 - No worker came or left for `settle` seconds (or 5 × `settle` since the first change): ranks that
   still lack an owner get one, then as few ranks move as bring the workers within 10 % or one rank
-  of their shares. This never stops a worker: what it has begun it finishes. A rank that moved so
-  stays for 10 × `settle`, unless its owner is lost: a worker that comes and goes moves no rank
+  of their shares. This never stops a worker: what it has begun it finishes, what waits goes to the
+  new owners. A rank that moved so stays for 10 × `settle`, unless its owner is lost: a worker that comes and goes moves no rank
   twice.
 
 The fair share is that of the workers that were there when all was last settled. What decides
@@ -33,8 +33,7 @@ from __future__ import annotations
 import logging
 import time
 from collections import defaultdict, deque
-from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from functools import wraps
 from math import inf
 from typing import Any
@@ -45,6 +44,7 @@ from distributed.scheduler import Scheduler, TaskState
 
 from dask_ep.homes import Home, find_home, give_homes, leave_homes
 from dask_ep.owner_map import assign, balance, capacities, natural_order
+from dask_ep.ranks import NOBODY, Change, OwnersOfRank, Ranks
 
 logger = logging.getLogger(__name__)
 
@@ -56,55 +56,6 @@ METADATA = ("dask-ep", "owners")
 
 PREFIXES = ("ep-experts-", "ep-dispatch-")
 """What the names of pinned tasks begin with; the rank is the last element of their keys."""
-
-NOBODY = "no worker: the rank waits for one"
-"""Stands in the set of a rank without owner, for an empty set would free its tasks."""
-
-
-class OwnersOfRank(set):
-    """Addresses of the workers that play a rank: the worker restrictions of all its tasks."""
-
-
-@dataclass
-class Ranks:
-    """The ranks of one world size: who owns them now, and what was asked for."""
-
-    owners: list[OwnersOfRank]
-    """Per rank."""
-    loads: list[float]
-    """Work per rank, any unit."""
-    copies: list[int]
-    """Owners wanted per rank."""
-    by_hand: set[int] = field(default_factory=set)
-    """Ranks that somebody moved: no rebalancing."""
-    balanced_at: list[float] = field(default_factory=list)
-    """When rebalancing last moved the rank; monotonic seconds."""
-
-    @classmethod
-    def unowned(cls, world_size: int) -> Ranks:
-        return cls(
-            owners=[OwnersOfRank({NOBODY}) for _ in range(world_size)],
-            loads=[1.0] * world_size,
-            copies=[1] * world_size,
-            balanced_at=[-inf] * world_size,
-        )
-
-    def living(self) -> list[frozenset[str]]:
-        """The owners without the stand-in."""
-        return [frozenset(of_rank - {NOBODY}) for of_rank in self.owners]
-
-
-@dataclass(frozen=True)
-class Change:
-    """One rank that changed hands."""
-
-    time: float
-    """Seconds since the epoch."""
-    world_size: int
-    rank: int
-    before: tuple[str, ...]
-    after: tuple[str, ...]
-    why: str
 
 
 def _seen_by_the_user(hook: Callable) -> Callable:
@@ -252,7 +203,7 @@ class Ownership(SchedulerPlugin):
         ranks.copies[rank] = len(workers)
         self._change(world_size, rank, workers, why)
         self._publish()
-        self._go_on()
+        self._spread([ranks.owners[rank]])
 
     def workers(self) -> dict[str, float]:
         """Who can play a rank, and their capacities: GPUs where workers declare some, else memory.
@@ -323,6 +274,7 @@ class Ownership(SchedulerPlugin):
         self.settled_capacity = sum(workers.values())
         self.assign("settled")
         now = time.monotonic()
+        moved = []
         for world_size, ranks in self.ranks.items():
             fixed = ranks.by_hand | {
                 rank
@@ -334,8 +286,9 @@ class Ownership(SchedulerPlugin):
                 if owners != before[rank]:
                     ranks.balanced_at[rank] = now
                     self._change(world_size, rank, owners, "rebalanced")
+                    moved.append(ranks.owners[rank])
         self._publish()
-        self._go_on()
+        self._spread(moved)
 
     # How it is done
 
@@ -379,14 +332,31 @@ class Ownership(SchedulerPlugin):
     def _call_back_tasks(self, worker: str) -> None:
         """Give tasks that wait on this worker, and are not running, to where they belong now."""
         state = self.scheduler.workers[worker]
-        waiting = [
+        self._release(
             task
             for task in state.processing
             if _is_ours(task)
             and task not in state.executing
             and worker not in task.worker_restrictions
-        ]
-        self.scheduler.transitions(dict.fromkeys((t.key for t in waiting), "released"), PLUGIN)
+        )
+
+    def _spread(self, ranks: Sequence[OwnersOfRank]) -> None:
+        """Give tasks of these ranks that are queued on some owner to all that own them now.
+
+        A worker keeps the next of them, as many as it has threads: it may have begun them since
+        its last heartbeat.
+        """
+        ours = {id(of_rank) for of_rank in ranks}
+        for state in self.scheduler.workers.values():
+            queued = [task for task in state.processing if task not in state.executing]
+            queued.sort(key=lambda task: task.priority)
+            self._release(t for t in queued[state.nthreads :] if id(t.worker_restrictions) in ours)
+        self._go_on()
+
+    def _release(self, tasks: Iterable[TaskState]) -> None:
+        """Take tasks from their workers, for the scheduler to place them again."""
+        keys = [task.key for task in sorted(tasks, key=lambda t: t.priority, reverse=True)]
+        self.scheduler.transitions(dict.fromkeys(keys, "released"), PLUGIN)
 
     def _settle_later(self) -> None:
         now = time.monotonic()

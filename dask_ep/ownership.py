@@ -26,7 +26,8 @@ from distributed import Client
 from distributed.scheduler import Scheduler
 
 from dask_ep.owner_map import burdens
-from dask_ep.owner_plugin import PLUGIN, Change, Ownership
+from dask_ep.owner_plugin import PLUGIN, Ownership
+from dask_ep.ranks import Change
 
 SETTLE = 2.0
 """Seconds without a change of workers before ranks are rebalanced: a nanny needs about one to two
@@ -167,8 +168,8 @@ class Owners:
     def move(self, rank: int, worker: str | int) -> None:
         """Make one worker, by address or name, the only owner of a rank.
 
-        Tasks that the old owner was given already it finishes, or the new one takes from it. The
-        rank stays there until that worker is lost, or until it is moved again.
+        What the old owner has begun it finishes; what waits there goes to the new one. The rank
+        stays until that worker is lost, or until it is moved again.
 
         Raises
         ------

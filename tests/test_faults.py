@@ -68,4 +68,4 @@ def test_an_idle_worker_takes_a_replica_of_the_hot_rank_in_the_midst_of_the_job(
         helped = run_uneven(client, alone.seconds / 4)
     assert np.array_equal(helped.value, alone.value)
     assert helped.failures == []
-    assert 0.5 * alone.seconds < helped.seconds < 0.9 * alone.seconds  # at best 0.63
+    assert 0.5 * alone.seconds < helped.seconds < 0.85 * alone.seconds  # at best 0.63

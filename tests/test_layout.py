@@ -20,7 +20,7 @@ MIDDLE = (
     "routing rows scores slots survey"
 )
 TOP = (
-    "block checkpoint checkpoint_files cluster costs families family figures homes owner_map "
+    "block checkpoint checkpoint_files cluster costs families family figures homes owner_map ranks "
     "owner_plugin ownership planner price probe record report storage"
 )
 JOBS = "build example inspect_ job plan_command run verify"

@@ -403,13 +403,11 @@ def add_rows(out: Array, rows: Array, y: Array) -> None:
 def _add_repeated_rows(k: int, out: Array, rows: Array, y: Array) -> None:
     """Add y (m, d) to rows (m,) of out (n, d), ascending, of which up to k may be the same.
 
-    CuPy's ``add.at`` adds in any order, and so to other bits each time. On a device every one of
-    the same rows therefore adds up all of them, in their order, and they write the same.
+    ``add.at`` is slow on the host, and adds in any order on a device, and so to other bits each
+    time. Every one of the same rows therefore adds up all of them, in their order, and they write
+    the same.
     """
     xp, m = namespace(out), len(rows)
-    if xp is np:
-        np.add.at(out, rows, y)
-        return
     first, total = xp.searchsorted(rows, rows, side="left"), gather(out, rows, out.dtype)
     for nth in range(k):
         other = xp.minimum(first + nth, m - 1)

@@ -410,7 +410,7 @@ def _ranks(
         )
     given = placement if isinstance(placement, Placement) else None
     if world_size is None:
-        world_size = given.world_size if given is not None else _workers_in_use()
+        world_size = given.world_size if given is not None else workers_in_use()
     if world_size < 1:
         raise ValueError(f"world_size must be at least 1, but is {world_size}")
     if given is not None:
@@ -465,7 +465,7 @@ def _warn_if_unpinned(world_size: int) -> None:
 # --- small things ----------------------------------------------------------------------------
 
 
-def _workers_in_use() -> int:
+def workers_in_use() -> int:
     client = _client_in_use()
     return 1 if client is None else max(len(client.nthreads()), 1)
 

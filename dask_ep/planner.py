@@ -134,7 +134,7 @@ def plan(
     )
     if world_size is None:
         given = isinstance(placement, Placement)
-        world_size = placement.world_size if given else pipeline._workers_in_use()
+        world_size = placement.world_size if given else pipeline.workers_in_use()
     priced = pricing.plan(world_size, placement, chunk_rows)
     if not priced.fits:
         proposal = pricing.fitting(priced)

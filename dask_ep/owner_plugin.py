@@ -20,9 +20,9 @@ When owners move:
 - A worker comes: it adopts ranks without an owner at once, up to its fair share.
 - No worker came or left for `settle` seconds (or 5 × `settle` since the first change): ranks that
   still lack an owner get one, then as few ranks move as bring the workers within 10 % or one rank
-  of their shares. This never stops a worker: what it has begun it finishes, what waits goes to the
-  new owners. A rank that moved so stays for 10 × `settle`, unless its owner is lost: a worker that comes and goes moves no rank
-  twice.
+  of their shares. This stops nobody: what a worker has begun it finishes, what waits goes to the
+  new owners. A rank that moved so stays for 10 × `settle`, unless its owner is lost, so that a
+  worker that comes and goes does not have slices read again and again.
 
 The fair share is that of the workers that were there when all was last settled. What decides
 (`owner_map`) is apart from what acts (this file) and from what the user holds (`ownership`).

@@ -5,8 +5,8 @@ back there, so that only rows travel. Left to itself, the scheduler sends whole 
 that seem less busy, for it does not know that R packets are made of one chunk.
 
     tokens c ──> memory of w            all in memory: home of c = {w}
-    ep-send (c, r)  of every r  ──┐
-    ep-sum (c, 0)               ──┴──> worker_restrictions = ONE set, empty until home is known
+    ep_send (c, r)  of every r  ──┐
+    ep_sum (c, 0)               ──┴──> worker_restrictions = ONE set, empty until home is known
 
 A home is found when everything that a chunk's packets are made of is there, and forgotten when its
 worker leaves: an empty set restricts nothing, and the chunk's tasks find a new one.
@@ -19,7 +19,7 @@ from collections.abc import Iterable
 from distributed.core import Status
 from distributed.scheduler import Scheduler, TaskState
 
-SEND, SUM = "ep-send-", "ep-sum-"
+SEND, SUM = "ep_send-", "ep_sum-"
 """What the names of the tasks at home begin with; the chunk is the first number of their keys.
 Dask fuses what follows into the sum, and keeps the beginning of its name."""
 

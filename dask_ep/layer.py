@@ -207,7 +207,7 @@ class MoELayer:
             return routed
         gate = {name: self.arrays[name] for name in ("shared_gate",) if name in self.arrays}
         token = tokenize(rows, routed, self.shared, gate, self.residual)
-        name, shared = f"ep-layer-{token}", f"ep-shared-{token}"
+        name, shared = f"ep_layer-{token}", f"ep_shared-{token}"
         tasks: dict[Any, Task] = {}
         loaded = None
         if self.shared is not None:

@@ -3,9 +3,9 @@
     rows (c)      the router's small arrays, wherever they lie
       │               │
       v               v
-    ep-route (c)   ep-router                 one task per chunk
-      ├──> ep-indices (c)   [n, k]
-      └──> ep-weights (c)   [n, k]           what comes out is two Dask arrays
+    ep_route (c)   ep_router                 one task per chunk
+      ├──> ep_indices (c)   [n, k]
+      └──> ep_weights (c)   [n, k]           what comes out is two Dask arrays
 
 The rules themselves are those of `routing.py` and `capacity.py`.
 """
@@ -95,7 +95,7 @@ def _route_chunks(
     arrays: dict[str, SmallArray],
     token_ids: da.Array | None,
 ) -> tuple[da.Array, da.Array]:
-    both, loaded = f"ep-route-{token}", f"ep-router-{token}"
+    both, loaded = f"ep_route-{token}", f"ep_router-{token}"
     tasks: dict[Any, Task] = {loaded: Task(loaded, _read_all, arrays, xp_name(rows))}
     ids = None if token_ids is None else keys_of(token_ids)
     for c, key in enumerate(keys_of(rows)):
@@ -108,7 +108,7 @@ def _route_chunks(
     k = arrays["table"].shape[1] if "table" in arrays else router.k
     parts = []
     for which, (word, dtype) in enumerate((("indices", np.int32), ("weights", np.float32))):
-        name = f"ep-{word}-{token}"
+        name = f"ep_{word}-{token}"
         taken = {
             (name, c, 0): Task((name, c, 0), _part, TaskRef((both, c)), which)
             for c in range(rows.numblocks[0])
@@ -122,7 +122,7 @@ def _route_chunks(
 def _scores(
     token: str, rows: da.Array, router: ExpertChoice, arrays: dict[str, SmallArray]
 ) -> da.Array:
-    name, loaded = f"ep-scores-{token}", f"ep-router-{token}"
+    name, loaded = f"ep_scores-{token}", f"ep_router-{token}"
     tasks: dict[Any, Task] = {loaded: Task(loaded, _read_all, arrays, xp_name(rows))}
     for c, key in enumerate(keys_of(rows)):
         tasks[name, c, 0] = Task(

@@ -1,6 +1,6 @@
 """How are the missing blocks of an output written, and when is it complete?
 
-    block of y ──> ep-store (write, then record) ──> receipt     one task per missing block
+    block of y ──> ep_store (write, then record) ──> receipt     one task per missing block
     all blocks recorded ──> finish ──> the output gets its name
 
 While it is written, an output lies in ``<path>.progress/``, with the record of what is done (see
@@ -75,7 +75,7 @@ class Output(DaskMethodsMixin):
         self.complete = manifest["complete"]
         self.done_before = frozenset(range(len(self.rows)) if self.complete else self._find_done())
         self.missing = tuple(b for b in range(len(self.rows)) if b not in self.done_before)
-        self._name = f"ep-store-{uuid.uuid4().hex}"  # writing is an act: no two of them are one
+        self._name = f"ep_store-{uuid.uuid4().hex}"  # writing is an act: no two of them are one
         self._graph = self._build_graph(y, sync)
 
     def compute(

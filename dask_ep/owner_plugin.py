@@ -3,8 +3,8 @@
 A plugin in the scheduler pins the two tasks that need a rank's experts, known by their keys, to
 the rank's owners. (What happens at the chunk's end is in `homes`; all other tasks stay free.)
 
-    ("ep-experts-<tok>", r)      ──┐
-    ("ep-dispatch-<tok>", c, r)  ──┴──> worker_restrictions = the owners of r: ONE set
+    ("ep_experts-<tok>", r)      ──┐
+    ("ep_dispatch-<tok>", c, r)  ──┴──> worker_restrictions = the owners of r: ONE set
 
 All tasks of a rank share one set object, so that moving a rank is a change of that set, however
 many tasks there are. (Annotations would be lost when Dask optimises an array graph, and names of
@@ -54,7 +54,7 @@ PLUGIN = "dask-ep-owners"
 METADATA = ("dask-ep", "owners")
 """Where the scheduler's metadata says who owns what: {world size: [[owner, ...] of each rank]}."""
 
-PREFIXES = ("ep-experts-", "ep-dispatch-")
+PREFIXES = ("ep_experts-", "ep_dispatch-")
 """What the names of pinned tasks begin with; the rank is the last element of their keys."""
 
 

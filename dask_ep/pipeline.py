@@ -3,11 +3,11 @@
     tokens (c)   routing (c)           experts, wherever they lie
        │   ┌────────┤                             │
        v   v        │                             v
-    ep-send (c, r)  │                       ep-experts (r)        on the owner of r
+    ep_send (c, r)  │                       ep_experts (r)        on the owner of r
        │            │                             │
-       └────────────┼──> ep-dispatch (c, r) <─────┘               on the owner of r
+       └────────────┼──> ep_dispatch (c, r) <─────┘               on the owner of r
                     v          │
-                ep-sum (c, 0) <┘ of all r                         where chunk c is
+                ep_sum (c, 0) <┘ of all r                         where chunk c is
 
 Chunks stream: nothing ever joins them. C chunks and R ranks make C (2 R + 1) + R tasks, each about
 0.45 ms of the scheduler. With one rank nothing has to be exchanged: one task per chunk.
@@ -151,7 +151,7 @@ def _build_one_rank(
     experts here, where a layer below is no Blockwise one (seen in 2026.8.0 with a rechunk).
     """
     tasks, dependencies = _load_tasks(token, experts, [range(experts.num_experts)], tokens)
-    name, d_out = f"ep-dispatch-{token}", _d_out(experts, tokens)
+    name, d_out = f"ep_dispatch-{token}", _d_out(experts, tokens)
     token_keys, routing_keys, weight_keys = map(_row_keys, (tokens, routing, topk_weights))
     for c, token_key in enumerate(token_keys):
         key = (name, c, 0)
@@ -161,7 +161,7 @@ def _build_one_rank(
             TaskRef(token_key),
             TaskRef(routing_keys[c]),
             TaskRef(weight_keys[c]) if weight_keys else None,
-            TaskRef((f"ep-experts-{token}", 0)),
+            TaskRef((f"ep_experts-{token}", 0)),
             c,
             d_out,
         )
@@ -185,7 +185,7 @@ def _build_exchange(
     tasks, dependencies = _load_tasks(token, experts, slots, tokens)
 
     ep_experts, ep_send, ep_dispatch, ep_sum = (
-        f"ep-{step}-{token}" for step in ("experts", "send", "dispatch", "sum")
+        f"ep_{step}-{token}" for step in ("experts", "send", "dispatch", "sum")
     )
     token_keys, routing_keys, weight_keys = map(_row_keys, (tokens, routing, topk_weights))
     d_out = _d_out(experts, tokens)
@@ -238,7 +238,7 @@ def _load_tasks(
         local = experts.subset(ids)
         lazy = local.collections()
         dependencies.extend(lazy.values())
-        key = (f"ep-experts-{token}", r)
+        key = (f"ep_experts-{token}", r)
         given = {
             n: TaskRef(next(iter(dask.core.flatten(a.__dask_keys__())))) for n, a in lazy.items()
         }
@@ -473,8 +473,8 @@ def workers_in_use() -> int:
 def _client_in_use() -> Any:
     """The client that would compute, if any; `distributed` is not imported to find out."""
     distributed = sys.modules.get("distributed")
-    if distributed is None or dask.config.get("scheduler", None) is not None:
-        return None
+    if distributed is None or dask.config.get("scheduler", None) not in (None, "dask.distributed"):
+        return None  # a default client sets "dask.distributed"; anything else goes before it
     try:
         return distributed.default_client()
     except ValueError:

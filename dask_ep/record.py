@@ -21,7 +21,7 @@ from typing import Any, NamedTuple
 from dask.callbacks import Callback
 
 STEPS = ("experts", "send", "dispatch", "sum")
-"""What the tasks of a layer do: its keys in `pipeline`, without "ep-"."""
+"""What the tasks of a layer do: its keys in `pipeline`, without "ep_"."""
 
 BESIDE = ("read", "store")
 """What the tasks around it do: its keys in `storage`."""
@@ -183,11 +183,11 @@ def _place(key: Any) -> tuple[str, int, int] | None:
 
     Examples
     --------
-    >>> _place(("ep-send-0123", 4, 1)), _place("('ep-experts-0123', 1)"), _place("sum-0123")
+    >>> _place(("ep_send-0123", 4, 1)), _place("('ep_experts-0123', 1)"), _place("sum-0123")
     (('send', 4, 1), ('experts', -1, 1), None)
-    >>> _place(("ep-read-0123", 4, 0)), _place(("ep-ep-store-0123", 4))
+    >>> _place(("ep_read-0123", 4, 0)), _place(("ep_dispatch-ep_store-0123", 4))
     (('read', 4, -1), ('dispatch', 4, 0))
-    >>> _place(("ep-sum-ep-store-0123", 4))
+    >>> _place(("ep_sum-ep_store-0123", 4))
     ('sum', 4, -1)
     """
     if isinstance(key, str) and key.startswith("("):
@@ -195,14 +195,14 @@ def _place(key: Any) -> tuple[str, int, int] | None:
             key = ast.literal_eval(key)
         except (ValueError, SyntaxError):
             return None
-    if not (isinstance(key, tuple) and isinstance(key[0], str) and key[0].startswith("ep-")):
+    if not (isinstance(key, tuple) and isinstance(key[0], str) and key[0].startswith("ep_")):
         return None
-    words = [*key[0].split("-")[:-1], ""]
-    if words == ["ep", "ep", "store", ""]:  # one rank: Dask has made one task of dispatch and store
-        return "dispatch", key[1], 0
-    step = words[1]  # of several in one task, such as ep-sum-ep-store, the first
+    step = key[0].split("-")[0].removeprefix("ep_")  # of several in one task, the first
     if step in ("send", "dispatch"):
-        return step, key[1], key[2]
+        rank = (
+            key[2] if len(key) > 2 else 0
+        )  # one rank: Dask has made one task of dispatch and store
+        return step, key[1], rank
     if step == "experts":
         return step, -1, key[1]
     return (step, key[1], -1) if step in (*STEPS, *BESIDE) else None

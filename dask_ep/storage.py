@@ -89,7 +89,7 @@ def open_tokens(
     if missing == "error":
         _refuse_missing_chunks(source)
     rows = _row_chunks(source, chunks, like)
-    key = f"ep-read-{tokenize(source, rows)}"
+    key = f"ep_read-{tokenize(source, rows)}"
     rest, tasks, start = (0,) * (source.ndim - 1), {}, 0
     for block, count in enumerate(rows):
         task_key = (key, block, *rest)

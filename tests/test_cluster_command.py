@@ -88,7 +88,7 @@ def test_a_lost_worker_changes_nothing(cluster, job, tmp_path, expected):
     assert code == 0, told
     assert "6400 rows in" in printed
     np.testing.assert_array_equal(np.load(out), expected)
-    assert "ep-dispatch" in (tmp_path / "run.html").read_text()
+    assert "ep_dispatch" in (tmp_path / "run.html").read_text()
 
 
 def test_ctrl_c_leaves_nothing_on_the_cluster(cluster, job, tmp_path):

@@ -66,7 +66,7 @@ def recorded(client):
     def who_computed():
         where = defaultdict(lambda: defaultdict(set))  # step, rank
         for key, worker in client.run_on_scheduler(_recorded):
-            if isinstance(key, tuple) and key[0].startswith("ep-"):
+            if isinstance(key, tuple) and key[0].startswith("ep_"):
                 where[key[0].rpartition("-")[0]][key[-1]].add(worker)
         return where
 
@@ -120,9 +120,9 @@ def test_a_ranks_tasks_run_on_its_owner(client, recorded, ranks):
     with own_experts(client, ranks) as owners:
         assert np.array_equal(client.compute(y).result(DEADLINE), _alone(y))
         where = recorded()
-        assert len(where["ep-dispatch"]) == len(where["ep-experts"]) == ranks
+        assert len(where["ep_dispatch"]) == len(where["ep_experts"]) == ranks
         for rank, of_rank in enumerate(owners.owners):
-            assert where["ep-dispatch"][rank] == where["ep-experts"][rank] == set(of_rank)
+            assert where["ep_dispatch"][rank] == where["ep_experts"][rank] == set(of_rank)
         assert len({owner for of_rank in owners.owners for owner in of_rank}) == min(ranks, 3)
 
 
@@ -132,7 +132,7 @@ def test_pins_outlive_optimisation_and_what_is_built_upon(client, recorded):
         total = (y.astype("f8") * 2).sum()
         future = client.compute(client.persist(total))
         assert future.result(DEADLINE) == pytest.approx(_alone(total))
-        where = recorded()["ep-dispatch"]
+        where = recorded()["ep_dispatch"]
         assert {rank: tuple(workers) for rank, workers in where.items()} == dict(
             enumerate(owners.owners)
         )
@@ -168,7 +168,7 @@ def test_each_owner_of_a_replicated_rank_reads_its_weights_itself(client, record
     with own_experts(client, 6, replicas=dict.fromkeys(range(6), 3)):
         client.compute(y).result(DEADLINE)
         served = defaultdict(int)
-        for of_rank in recorded()["ep-dispatch"].values():
+        for of_rank in recorded()["ep_dispatch"].values():
             for owner in of_rank:
                 served[owner] += slice_bytes
         assert sum(served.values()) > 6 * slice_bytes
@@ -268,7 +268,7 @@ def test_a_graph_of_another_world_size_gets_owners_too(client, recorded):
     y, _ = layer(ranks=4)
     with own_experts(client, 6):
         client.compute(y).result(DEADLINE)
-        assert all(len(workers) == 1 for workers in recorded()["ep-dispatch"].values())
+        assert all(len(workers) == 1 for workers in recorded()["ep_dispatch"].values())
         assert set(client.get_metadata(list(METADATA))) == {"4", "6"}
 
 
@@ -277,14 +277,14 @@ def test_a_graph_of_one_rank_runs_on_all_workers(client, recorded):
     y, _ = layer(chunks=12, ranks=1, experts=slow)
     with own_experts(client, 3):
         client.compute(y).result(DEADLINE)
-        assert len(recorded()["ep-dispatch"][0]) == 3
+        assert len(recorded()["ep_dispatch"][0]) == 3
 
 
 def test_a_task_that_the_user_restricts_stays_restricted(client, recorded):
     y, _ = layer()
     with own_experts(client, 6):
         client.compute(y, workers=["w1"], allow_other_workers=False).result(DEADLINE)
-        everywhere = set().union(*recorded()["ep-dispatch"].values())
+        everywhere = set().union(*recorded()["ep_dispatch"].values())
         assert everywhere == {addresses(client)["w1"]}
 
 
@@ -303,7 +303,7 @@ def test_a_moved_rank_runs_where_it_was_moved(client, recorded):
         owners.move(0, "w2")
         assert owners.owners[0] == (target,)
         client.compute(y).result(DEADLINE)
-        assert recorded()["ep-dispatch"][0] == {target}
+        assert recorded()["ep_dispatch"][0] == {target}
         assert [change.why for change in owners.changes][-1] == "moved by hand"
 
 
@@ -323,7 +323,7 @@ def test_a_replica_takes_its_part(client, recorded):
         assert [len(of_rank) for of_rank in owners.owners] == [1, 2]
         owners.replicate(0, "w2" if owners.owners[0] != (addresses(client)["w2"],) else "w1")
         client.compute(y).result(DEADLINE)
-        assert recorded()["ep-dispatch"][0] == set(owners.owners[0])
+        assert recorded()["ep_dispatch"][0] == set(owners.owners[0])
         assert len(owners.owners[0]) == 2
         owners.replicate(0)
         assert len(owners.owners[0]) == 3
@@ -501,7 +501,7 @@ def _recorded(dask_scheduler):
 
 def _ep_tasks_computed(dask_scheduler):
     computed = dask_scheduler.plugins[Recorder.name].computed
-    return sum(isinstance(key, tuple) and key[0].startswith("ep-") for key, _ in computed)
+    return sum(isinstance(key, tuple) and key[0].startswith("ep_") for key, _ in computed)
 
 
 def _cpu_seconds(dask_scheduler):
@@ -516,7 +516,7 @@ def _homes(computed):
     """Tell where each chunk was sent from and summed: one and the same worker."""
     homes = defaultdict(set)
     for key, worker in computed:
-        if isinstance(key, tuple) and key[0].startswith(("ep-send", "ep-sum")):
+        if isinstance(key, tuple) and key[0].startswith(("ep_send", "ep_sum")):
             homes[key[1]].add(worker)
     assert all(len(workers) == 1 for workers in homes.values())
     return {chunk: workers.pop() for chunk, workers in homes.items()}
@@ -548,7 +548,7 @@ def _has_pending_work(dask_scheduler):
     return not all(
         group.done
         for name, group in dask_scheduler.task_groups.items()
-        if name.startswith("ep-dispatch")
+        if name.startswith("ep_dispatch")
     )
 
 

@@ -12,12 +12,13 @@ import dask.array as da
 import numpy as np
 import pytest
 from dask.array.utils import assert_eq
+from distributed import Client
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dask_ep import Experts, Placement, expert_parallel, reference
 from dask_ep import pipeline as pipeline_module
-from dask_ep.pipeline import count_tasks
+from dask_ep.pipeline import UnpinnedWarning, count_tasks
 from dask_ep.placement import balanced, contiguous
 from tests.compare import assert_close, whole_layer
 from tests.strategies import Case, cases
@@ -166,12 +167,12 @@ def test_chunks_of_unknown_length(world_size):
 @pytest.mark.parametrize("world_size", [1, 2, 4, 8])
 def test_exactly_as_many_tasks_as_the_formula_says(chunks, world_size):
     y = build(layer(), chunks=chunks, world_size=world_size)
-    steps = [str(key[0]).rsplit("-", 1)[0] for key in y.__dask_graph__() if "ep-" in str(key[0])]
+    steps = [str(key[0]).rsplit("-", 1)[0] for key in y.__dask_graph__() if "ep_" in str(key[0])]
     C, R = y.numblocks[0], world_size
     assert len(steps) == count_tasks(C, R) == (C + 1 if R == 1 else C * (2 * R + 1) + R)
     if R > 1:
         counts = {step: steps.count(step) for step in set(steps)}
-        assert counts == {"ep-experts": R, "ep-send": C * R, "ep-dispatch": C * R, "ep-sum": C}
+        assert counts == {"ep_experts": R, "ep_send": C * R, "ep_dispatch": C * R, "ep_sum": C}
 
 
 @pytest.mark.parametrize("world_size", [2, 4])
@@ -179,8 +180,8 @@ def test_steps_keep_their_keys_through_optimisation(world_size):
     """Owners are found by key; and a send fused into a dispatch would ship whole chunks."""
     y = (build(layer(), world_size=world_size) + 1).sum()
     (optimised,) = dask.optimize(y)
-    steps = [key[0].rsplit("-", 1)[0] for key in optimised.__dask_graph__() if "ep-" in str(key)]
-    for step, count in {"ep-send": 3 * world_size, "ep-dispatch": 3 * world_size}.items():
+    steps = [key[0].rsplit("-", 1)[0] for key in optimised.__dask_graph__() if "ep_" in str(key)]
+    for step, count in {"ep_send": 3 * world_size, "ep_dispatch": 3 * world_size}.items():
         assert steps.count(step) == count
 
 
@@ -229,7 +230,7 @@ def test_a_slice_loads_only_what_it_needs(world_size):
     first = y[:5].compute(scheduler="sync")
     assert len(source.reads) == 1
     (optimised,) = dask.optimize(y[:5])
-    sends = [key for key in optimised.__dask_graph__() if "ep-send" in str(key)]
+    sends = [key for key in optimised.__dask_graph__() if "ep_send" in str(key)]
     assert len(sends) == (0 if world_size == 1 else world_size)
     np.testing.assert_array_equal(first, y.compute(scheduler="sync")[:5])
 
@@ -379,6 +380,34 @@ def test_many_tasks_are_warned_of(monkeypatch):
     monkeypatch.setattr(pipeline_module, "TASKS_ADVISED", 10)
     with pytest.warns(da.PerformanceWarning, match="3 chunks and 2 ranks make 17 tasks"):
         build(layer(), world_size=2)
+
+
+@pytest.fixture(scope="module")
+def client():
+    with Client(
+        n_workers=3, threads_per_worker=1, processes=False, dashboard_address="127.0.0.1:0"
+    ) as client:
+        yield client
+
+
+def test_a_client_in_use_gives_one_rank_per_worker_and_the_same_bits(client):
+    data = layer()
+    with pytest.warns(UnpinnedWarning, match="the 3 ranks have no owners.*own_experts"):
+        y = build(data)
+    assert count_tasks(3, 3) == sum("ep_" in str(key) for key in y.__dask_graph__())
+    got = y.compute()
+    with dask.config.set(scheduler="sync"):
+        assert build(data).name.startswith("ep_dispatch")  # that goes before the client: one rank
+        np.testing.assert_array_equal(got, build(data, world_size=3).compute())
+
+
+def test_the_dashboard_shows_the_four_steps_by_name(client):
+    with pytest.warns(UnpinnedWarning):
+        y = build(layer())
+    done = client.persist(y)
+    client.gather(client.futures_of(done))
+    shown = client.run_on_scheduler(lambda dask_scheduler: set(dask_scheduler.task_prefixes))
+    assert shown >= {"ep_experts", "ep_send", "ep_dispatch", "ep_sum"}
 
 
 def test_array_expressions_are_refused():

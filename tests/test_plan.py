@@ -227,11 +227,11 @@ def test_rows_bytes_and_tasks_are_those_of_a_run(data, policy, ranks):
         placement=priced.placement,
     )
     graph = dict(y.__dask_graph__())
-    ours = [key for key in graph if isinstance(key, tuple) and key[0].startswith("ep-")]
+    ours = [key for key in graph if isinstance(key, tuple) and key[0].startswith("ep_")]
     assert len(ours) == priced.tasks
     if ranks == 1:
         return
-    sent = sorted(key for key in ours if key[0].startswith("ep-send"))
+    sent = sorted(key for key in ours if key[0].startswith("ep_send"))
     packets = dask.get(graph, sent)
     answers = dask.get(graph, [(key[0].replace("send", "dispatch"), *key[1:]) for key in sent])
     packet_rows = [len(packet.rows) for packet in packets]

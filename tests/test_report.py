@@ -172,11 +172,11 @@ def test_a_task_stream_is_read():
             ],
         }
         for key, nbytes, start in [
-            (("ep-experts-f", 0), 100, 10.0),
-            ("('ep-send-f', 0, 1)", 30, 11.0),
-            ("('ep-dispatch-f', 0, 1)", 12, 12.0),
-            ("('ep-dispatch-f', 0, 1)", 12, 14.0),
-            ("('ep-sum-f', 0, 0)", 24, 16.0),
+            (("ep_experts-f", 0), 100, 10.0),
+            ("('ep_send-f', 0, 1)", 30, 11.0),
+            ("('ep_dispatch-f', 0, 1)", 12, 12.0),
+            ("('ep_dispatch-f', 0, 1)", 12, 14.0),
+            ("('ep_sum-f', 0, 0)", 24, 16.0),
             ("finalize-f", 1, 20.0),
         ]
     ]

@@ -290,7 +290,7 @@ def test_tasks_that_read_are_data_producers(tokens):
 def test_names_follow_from_the_data(tmp_path, tokens):
     x = open_tokens(tokens)
     assert x.name == open_tokens(tokens).name
-    assert x.name.startswith("ep-read-")
+    assert x.name.startswith("ep_read-")
     assert open_tokens(tokens, chunks=2).name != x.name
     with dask.config.set({"tokenize.ensure-deterministic": True}):
         assert open_tokens(tokens).name == x.name

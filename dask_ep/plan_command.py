@@ -1,8 +1,8 @@
 """How is a plan asked for and shown on the command line?
 
 dask-ep plan job.toml
-dask-ep plan job.toml --workers 4 --placement exact --save placement.json
-dask-ep plan job.toml --workers 8 --what-if world_size=2,4,8 placement=contiguous,balanced
+dask-ep plan job.toml --processes 4 --placement exact --save placement.json
+dask-ep plan job.toml --processes 8 --what-if world_size=2,4,8 placement=contiguous,balanced
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ from dask_ep.build import open_inputs
 from dask_ep.job import PLACEMENTS, load_job
 from dask_ep.planner import Plan, WhatIf, plan, what_if
 from dask_ep.report import write_plan_report
+from dask_ep.run import Processes, Threads, choose_chunk_rows
 from dask_ep.storage import open_tokens
 
 BAR = 30
@@ -58,7 +59,7 @@ def plan_command(
     \b
     Examples:
       dask-ep plan demo/job.toml
-      dask-ep plan demo/job.toml --workers 4 --placement exact --save placement.json
+      dask-ep plan demo/job.toml --processes 4 --placement exact --save placement.json
       dask-ep plan demo/job.toml --what-if world_size=2,4,8 placement=contiguous,balanced
     """
     if choices and not side_by_side:
@@ -93,6 +94,10 @@ def priced_job(
     """Price a job file, in each combination of the choices; a single way if there are none."""
     job = load_job(path, world_size=world_size, placement=placement)
     inputs = open_inputs(job)
+    size = job.world_size or processes or 1
+    if chunk_rows is None:
+        where = Processes(processes) if processes else Threads(threads)
+        chunk_rows = choose_chunk_rows(inputs, where, size)
     tokens = open_tokens(inputs.tokens, chunks=chunk_rows, name="tokens")
     if inputs.layer is not None:
         routing, topk = inputs.layer.route(tokens)
@@ -108,7 +113,6 @@ def priced_job(
         "threads": 1 if processes else threads,
         "cores": CPU_COUNT,
     }
-    size = job.world_size or processes or 1
     if choices:
         combined = {"world_size": [size], "placement": [job.placement], **choices}
         return what_if(tokens, routing, inputs.experts, **combined, **common)

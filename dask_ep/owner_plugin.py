@@ -238,7 +238,7 @@ class Ownership(SchedulerPlugin):
         leave_homes(self.scheduler, worker)
         self.assign(f"{worker} {how}", shares=2)
         if worker in self.scheduler.workers:
-            self._call_back_tasks(worker)
+            self._call_back_tasks(worker, lambda task: True)
         else:
             self.away.discard(worker)
         self._settle_later()
@@ -253,7 +253,7 @@ class Ownership(SchedulerPlugin):
         elif status == "paused":
             leave_homes(self.scheduler, worker)
             self._go_on()
-            self._call_back_tasks(worker)
+            self._call_back_tasks(worker, _is_ours)
             self._start(worker, self.pause_limit, self._paused_for_long, worker)
         else:
             self._gone(worker, "retires")
@@ -329,15 +329,19 @@ class Ownership(SchedulerPlugin):
         stuck.sort(key=lambda task: task.priority, reverse=True)  # the last one is started first
         self.scheduler.transitions(dict.fromkeys((t.key for t in stuck), "processing"), PLUGIN)
 
-    def _call_back_tasks(self, worker: str) -> None:
-        """Give tasks that wait on this worker, and are not running, to where they belong now."""
+    def _call_back_tasks(self, worker: str, which: Callable[[TaskState], bool]) -> None:
+        """Give tasks that wait on this worker, and are not running, to where they belong now.
+
+        A worker that is paused for long would keep others' tasks too, such as the reading of a
+        chunk, and ours would wait for them.
+        """
         state = self.scheduler.workers[worker]
         self._release(
             task
             for task in state.processing
-            if _is_ours(task)
+            if which(task)
             and task not in state.executing
-            and worker not in task.worker_restrictions
+            and worker not in (task.worker_restrictions or ())
         )
 
     def _spread(self, ranks: Sequence[OwnersOfRank]) -> None:

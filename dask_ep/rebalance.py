@@ -32,8 +32,8 @@ def incremental(previous: Placement, load: np.ndarray, *, tolerance: float = 0.0
     -------
     placement : Placement
         With the ranks and slots of `previous`; what does not move keeps its slot, and copies share
-        rows evenly. Where the tolerance is out of reach, the better balanced of what the changes
-        reach and what `balanced` gives with as many copies.
+        rows evenly. Where the tolerance is out of reach, the best balanced of what there was, what
+        the changes reach, and what `balanced` gives with as many copies.
 
     Raises
     ------
@@ -70,7 +70,8 @@ def incremental(previous: Placement, load: np.ndarray, *, tolerance: float = 0.0
         return near
     fresh = balanced(load, previous.world_size, num_slots=int(previous.copies.sum()))
     fresh = _aligned(fresh, previous)
-    return min(near, fresh, key=lambda placement: placement.imbalance(load))
+    unmoved = Placement(previous.slots)  # less overload can still be a larger largest load
+    return min(unmoved, near, fresh, key=lambda placement: placement.imbalance(load))
 
 
 def moves(before: Placement, after: Placement) -> int:

@@ -10,12 +10,14 @@ beside the plan: `dask_ep.report`.
 from __future__ import annotations
 
 import ast
+import re
 import resource
 import sys
 import time
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, NamedTuple
 
 from dask.callbacks import Callback
@@ -174,7 +176,11 @@ class Recorder(Callback):
 
 def peak_memory() -> int:
     """Bytes of memory that this process has used at most so far."""
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    try:  # the resource usage of a process begins with the peak of the one that started it
+        status = Path("/proc/self/status").read_text()
+        return int(re.search(r"^VmHWM:\s+(\d+) kB$", status, re.MULTILINE)[1]) * 1024
+    except OSError:
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024
 
 

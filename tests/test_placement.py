@@ -11,7 +11,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from dask_ep import rebalance
@@ -394,6 +394,7 @@ def test_a_placed_layer_gives_the_unplaced_answer(load, ranks, policy, seed):
 
 
 @settings(max_examples=60, deadline=None)
+@example(before=[28, 8, 8], ranks=3, tolerance=0.0, seed=0)  # less overload, larger largest load
 @given(
     before=st.lists(st.integers(1, 100), min_size=2, max_size=12),
     ranks=st.integers(2, 4),

@@ -132,6 +132,8 @@ class MoELayer:
         routing : (indices, topk_weights), optional
             Each (..., k): what `route` gave, here or in a run before, instead of routing again.
         world_size, placement : as in `expert_parallel`
+            A placement by name counts the rows of each expert while the graph is built: it routes
+            all hidden states once more than the run does, unless `routing` is given.
 
         Returns
         -------

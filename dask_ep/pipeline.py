@@ -41,7 +41,8 @@ from dask_ep.dispatch import (
 from dask_ep.exchange import Packet, send, sum_ranks
 from dask_ep.experts import CallableExperts, Experts, as_experts
 from dask_ep.local import LocalExperts
-from dask_ep.placement import Placement, contiguous
+from dask_ep.placement import POLICIES, Placement, contiguous, place
+from dask_ep.survey import survey
 
 TASKS_ADVISED = 100_000
 """Tasks above which building warns: 45 s of the scheduler."""
@@ -76,8 +77,10 @@ def expert_parallel(
     world_size : int, optional
         R, into how many ranks the experts are divided. Default: the workers of the Dask client in
         use; 1 without one, since threads share memory.
-    placement : Placement or "contiguous", optional
-        Which rank holds which expert; default: rank r owns the next E/R experts.
+    placement : Placement, or "contiguous", "packed", "balanced" or "exact", optional
+        Which rank holds which expert; default: contiguous, rank r owns the next E/R experts. The
+        other names place experts by their load: with more than one rank they, and nothing else,
+        read the routing while the graph is built, once and chunk by chunk.
 
     Returns
     -------
@@ -101,7 +104,8 @@ def expert_parallel(
     C (2 R + 1) + R tasks for C chunks; with R = 1, C + 1. A row travels to a rank once, however
     many of its slots are served there, and one summed row comes back (DeepEP's two savings).
     In memory at once: a few chunks per thread and the experts. The same chunks, ranks and
-    placement give the same bits on every scheduler, after any failure. Nothing is computed here.
+    placement give the same bits on every scheduler, after any failure. Nothing is computed here,
+    but for the load that a placement by name asks for; tokens are never read.
     Chunks on a device stay there: each packet, dispatch and sum brings one copy of a few integers
     to the host, each use of a placement another; only experts and a placement's tables go there.
 
@@ -120,7 +124,7 @@ def expert_parallel(
     experts = as_experts(experts)
     tokens, routing, topk_weights = _aligned(tokens, routing, topk_weights)
     _check_widths(tokens, experts)
-    world_size, placement = _ranks(experts, world_size, placement)
+    world_size, placement = _ranks(experts, world_size, placement, tokens, routing)
     token = tokenize(tokens, routing, topk_weights, experts, world_size, placement)
     build = _build_one_rank if world_size == 1 else _build_exchange
     return build(token, tokens, routing, topk_weights, experts, world_size, placement)
@@ -400,25 +404,43 @@ def _ranks(
     experts: Experts | CallableExperts,
     world_size: int | None,
     placement: Placement | str | None,
+    tokens: da.Array,
+    routing: da.Array,
 ) -> tuple[int, Placement | None]:
     """How many ranks there are, and the placement where it is not E/R experts each in order."""
-    if isinstance(placement, str) and placement != "contiguous":
-        raise ValueError(
-            f"placement {placement!r} depends on the rows of each expert, which are not known "
-            "while the graph is built; make it first: "
-            f"dask_ep.plan(..., placement={placement!r}).placement"
-        )
     given = placement if isinstance(placement, Placement) else None
     if world_size is None:
         world_size = given.world_size if given is not None else workers_in_use()
     if world_size < 1:
         raise ValueError(f"world_size must be at least 1, but is {world_size}")
+    if given is None and placement not in (None, "contiguous"):
+        given = _place_by_load(placement, experts, world_size, tokens, routing)
     if given is not None:
         _check_placement(given, experts.num_experts, world_size)
         return world_size, None if world_size == 1 else given
     if experts.num_experts % world_size:
         return world_size, contiguous(experts.num_experts, world_size)
     return world_size, None
+
+
+def _place_by_load(
+    policy: Any,
+    experts: Experts | CallableExperts,
+    world_size: int,
+    tokens: da.Array,
+    routing: da.Array,
+) -> Placement | None:
+    """Read the routing, and place the experts by the rows that each gets; one rank has them all."""
+    if policy not in POLICIES:
+        raise ValueError(
+            f"placement must be a Placement or one of {', '.join(POLICIES)}, but is {policy!r}; "
+            "read a file with dask_ep.placement_files.from_file"
+        )
+    if world_size == 1:
+        return None
+    known_rows = not any(map(math.isnan, tokens.chunks[0]))
+    load = survey(routing, experts.num_experts, known_rows=known_rows).by_ticket
+    return place(policy, load, world_size)
 
 
 def _check_placement(placement: Placement, num_experts: int, world_size: int) -> None:

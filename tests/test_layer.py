@@ -21,6 +21,7 @@ from dask_ep.experts import Experts
 from dask_ep.files import ReadError
 from dask_ep.layer import MoELayer
 from dask_ep.pipeline import UnpinnedWarning
+from dask_ep.placement import place, ticket_load
 from dask_ep.routing import Router
 from tests import plain_routers
 from tests.checkpoints import FIXTURES, LAYER, expected
@@ -395,3 +396,15 @@ def test_nan_in_a_routers_weights_is_named():
     hidden = da.zeros((6, D), chunks=(2, D), dtype=np.float32)
     with pytest.raises(ReadError, match="weight holds NaN"):
         make(router_weight=bad)(hidden).compute(scheduler="sync")
+
+
+@pytest.mark.parametrize("policy", ["balanced", "exact"])
+def test_a_layer_places_its_experts_by_what_its_router_says(policy):
+    hidden = da.from_array(normal(40, D), chunks=(10, -1))
+    layer = make(**shared())
+    with dask.config.set(scheduler="sync"):
+        placed = layer(hidden, world_size=2, placement=policy)
+        plain = layer(hidden, world_size=1)
+        np.testing.assert_allclose(placed.compute(), plain.compute(), atol=1e-6)
+        load = ticket_load(layer.route(hidden)[0].compute(), E)
+    assert placed.name == layer(hidden, world_size=2, placement=place(policy, load, 2)).name

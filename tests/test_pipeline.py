@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 from dask_ep import Experts, Placement, expert_parallel, reference
 from dask_ep import pipeline as pipeline_module
 from dask_ep.pipeline import UnpinnedWarning, count_tasks
-from dask_ep.placement import balanced, contiguous
+from dask_ep.placement import POLICIES, balanced, contiguous, place, ticket_load
 from tests.compare import assert_close, whole_layer
 from tests.strategies import Case, cases
 
@@ -308,6 +308,62 @@ def test_it_composes(world_size, tmp_path):
     assert_eq(twice, reference.moe(want, data["routing"], plain, d_out=D))
 
 
+# --- placed by a policy's name ----------------------------------------------------------
+
+
+@pytest.mark.parametrize("policy", ["packed", "balanced", "exact"])
+def test_a_policy_reads_the_routing_once_and_no_token(policy):
+    data, read = layer(), []
+
+    def count(block, block_info):
+        read.append(block_info[0]["chunk-location"])
+        return block
+
+    routing = da.from_array(data["routing"], chunks=(20, 2))
+    counted = routing.map_blocks(count, dtype=routing.dtype, meta=routing._meta)
+    tokens = da.from_array(data["tokens"], chunks=(20, -1))
+    unread = tokens.map_blocks(refuse_to_compute, dtype=tokens.dtype, meta=tokens._meta)
+    y = expert_parallel(unread, counted, data["W"], world_size=4, placement=policy)
+    assert sorted(read) == [(0, 0), (1, 0), (2, 0)]
+    load = ticket_load(data["routing"], E)
+    same = expert_parallel(
+        unread, counted, data["W"], world_size=4, placement=place(policy, load, 4)
+    )
+    assert y.name == same.name
+    read.clear()
+    expert_parallel(unread, counted, data["W"], world_size=1, placement=policy)
+    expert_parallel(unread, counted, data["W"], world_size=4, placement="contiguous")
+    assert read == [], "what does not depend on the load does not ask for it"
+
+
+@settings(max_examples=25, deadline=None)
+@given(cases(even=False), st.sampled_from(POLICIES))
+def test_a_policy_changes_nothing_but_the_place(case: Case, policy: str):
+    tokens, routing, topk_weights = case.dask()
+    with dask.config.set(scheduler="sync"):
+        y = expert_parallel(
+            tokens,
+            routing,
+            case.W,
+            topk_weights=topk_weights,
+            world_size=case.world_size,
+            placement=policy,
+        )
+        assert_close(y.compute(), whole_layer(case), case.tolerance)
+
+
+def test_a_policy_on_chunks_of_unknown_length():
+    data = layer()
+    keep = da.from_array(np.arange(N) % 3 > 0, chunks=20)
+    tokens, routing = (
+        da.from_array(data[name], chunks=(20, -1))[keep] for name in ("tokens", "routing")
+    )
+    with dask.config.set(scheduler="sync"):
+        y = expert_parallel(tokens, routing, data["W"], world_size=4, placement="exact").compute()
+        plain = expert_parallel(tokens, routing, data["W"], world_size=1).compute()
+    np.testing.assert_allclose(y, plain, atol=1e-12)
+
+
 # --- what is refused, and said ----------------------------------------------------------
 
 TOKENS = da.ones((N, D), chunks=(20, D))
@@ -326,7 +382,7 @@ ROUTING = da.zeros((N, 2), chunks=(20, 2), dtype=int)
         ({"topk_weights": TOKENS}, ValueError, r"topk_weights have \(60, 6\) and routing has"),
         ({"world_size": 0}, ValueError, "world_size must be at least 1, but is 0"),
         ({"experts": 3}, TypeError, "experts must be an Experts"),
-        ({"placement": "balanced"}, ValueError, "depends on the rows of each expert.*plan"),
+        ({"placement": "best"}, ValueError, "one of contiguous, packed, balanced, exact, but is"),
         (
             {"placement": contiguous(4, 2)},
             ValueError,

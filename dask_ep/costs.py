@@ -75,9 +75,15 @@ def homes(chunks: int, ranks: int) -> np.ndarray:
     return np.arange(chunks) * ranks // max(chunks, 1)
 
 
-def traffic(packet_rows: np.ndarray) -> np.ndarray:
-    """Add up packet_rows (C, R) to (R, R): rows from the worker of each rank to each rank."""
-    chunks, ranks = packet_rows.shape
+def traffic(packet_rows: np.ndarray, home: np.ndarray) -> np.ndarray:
+    """Add up packet_rows (C, R) to (R, R): rows from the worker of each rank to each rank.
+
+    Parameters
+    ----------
+    packet_rows : (C, R) rows of each chunk that go to each rank
+    home : (C,) rank on whose worker each chunk lies
+    """
+    ranks = packet_rows.shape[1]
     rows = np.zeros((ranks, ranks), packet_rows.dtype)
-    np.add.at(rows, homes(chunks, ranks), packet_rows)
+    np.add.at(rows, home, packet_rows)
     return rows

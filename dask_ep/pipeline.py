@@ -196,12 +196,14 @@ def _build_exchange(
     for c, first_row in enumerate(_first_rows(tokens.chunks[0])):
         here = TaskRef(routing_keys[c])
         weights = TaskRef(weight_keys[c]) if weight_keys else None
+        home = None if placement is None else placement.home(c)
         answers = []
         for r in range(world_size):
-            sent, answer = (ep_send, c, r), (ep_dispatch, c, r)
+            sent = (ep_send, c, r) if home is None else (ep_send, c, r, home)
+            answer = (ep_dispatch, c, r)
             tasks[sent] = Task(
                 sent, _send, TaskRef(token_keys[c]), here, weights,
-                placement, first_row, c, r, num_local, len(order),
+                placement, first_row, home, c, r, num_local, len(order),
             )  # fmt: skip
             tasks[answer] = Task(
                 answer, _dispatch, TaskRef(sent), TaskRef((ep_experts, r)), c, r, world_size, d_out
@@ -209,7 +211,7 @@ def _build_exchange(
             answers.append(TaskRef(answer))
         key = (ep_sum, c, 0)
         tasks[key] = Task(
-            key, _sum, here, List(answers), placement, first_row, c, num_local, tokens.dtype
+            key, _sum, here, List(answers), placement, first_row, home, c, num_local, tokens.dtype
         )
     return _as_array(ep_sum, tasks, tokens, d_out, [tokens, routing, topk_weights, *dependencies])
 
@@ -283,6 +285,7 @@ def _send(
     topk_weights: Array | None,
     placement: Placement | None,
     first_row: int,
+    home: int | None,
     chunk: int,
     rank: int,
     num_local: int,
@@ -290,7 +293,7 @@ def _send(
 ) -> Packet:
     with _naming(f"send of token chunk {chunk} to rank {rank}"):
         check_routing(routing, topk_weights, n=tokens.shape[0])
-        physical = routing if placement is None else placement.rewrite(routing, first_row)
+        physical = routing if placement is None else placement.rewrite(routing, first_row, home)
         return send(tokens, physical, topk_weights, rank, num_local, num_slots)
 
 
@@ -314,12 +317,13 @@ def _sum(
     outputs: Sequence[Array],
     placement: Placement | None,
     first_row: int,
+    home: int | None,
     chunk: int,
     num_local: int,
     dtype: np.dtype,
 ) -> Array:
     with _naming(f"sum of token chunk {chunk}"):
-        physical = routing if placement is None else placement.rewrite(routing, first_row)
+        physical = routing if placement is None else placement.rewrite(routing, first_row, home)
         return sum_ranks(physical, outputs, num_local, dtype)
 
 

@@ -49,7 +49,9 @@ def from_file(
     """
     content = {"slots": np.load(path)} if Path(path).suffix == ".npy" else _read(path)
     if "slots" in content:
-        placement = Placement(content["slots"], content.get("stops"))
+        placement = Placement(
+            content["slots"], content.get("stops"), bool(content.get("local", False))
+        )
     elif "physical_to_logical_map" in content:
         if world_size is None:
             raise ValueError(
@@ -197,5 +199,10 @@ def _check_engine(placements: Sequence[Placement]) -> Placement:
             raise ValueError(
                 f"engines spread rows evenly over copies, and layer {layer} does not (exact); "
                 "use balanced"
+            )
+        if placement.local:
+            raise ValueError(
+                f"engines spread rows evenly over copies, and layer {layer} chooses them by the "
+                "home of a token chunk; use balanced"
             )
     return placements[0]

@@ -66,8 +66,8 @@ class Plan:
 
     Notes
     -----
-    `traffic_rows` assumes that neighbouring chunks lie on one worker, as Dask assigns them; what
-    each rank receives is exact wherever they lie.
+    `traffic_rows` assumes that neighbouring chunks lie on one worker, as Dask assigns them, or each
+    at its home, where the placement is local; what each rank receives is exact wherever they lie.
     """
 
     work: Work
@@ -120,7 +120,7 @@ class Plan:
     @cached_property
     def traffic_rows(self) -> np.ndarray:
         """(R, R) rows from the worker of each rank to each rank; as many come back."""
-        return costs.traffic(self.packet_rows)
+        return costs.traffic(self.packet_rows, self._homes(self.world_size))
 
     @property
     def traffic_bytes(self) -> np.ndarray:
@@ -147,10 +147,16 @@ class Plan:
     @cached_property
     def moved_bytes(self) -> int:
         """Bytes of those that leave their worker, with rank r on worker r % workers."""
-        home = costs.homes(len(self.chunks), self.workers)
+        home = self._homes(self.workers)
         stays = home[:, None] == np.arange(self.world_size) % self.workers
         rows = int(self.packet_rows[~stays].sum())
         return rows * (self.packet_row_bytes + self.reply_row_bytes)
+
+    def _homes(self, places: int) -> np.ndarray:
+        """(C,) at which rank, or worker, each chunk lies."""
+        if self.placement.local:
+            return np.arange(len(self.chunks)) % self.world_size % places
+        return costs.homes(len(self.chunks), places)
 
     # --- memory ----------------------------------------------------------------------------
 

@@ -14,6 +14,10 @@ may have several. To the rest of the package it is two things only: a rewriting 
 token of every sequence), spreads evenly over the tickets. Every copy of an expert serves a range of
 tickets. A row's copies therefore depend on nothing but its number: not on chunks, ranks or time.
 
+**Homes.** Where a placement is local, every token chunk has a home, the rank on whose worker it
+lies: chunk c that of rank c mod R. A row is served by the copy at home if there is one, and by its
+ticket otherwise. Its copies then depend on its number, its chunk's number and R.
+
 Axis letters: `n` rows, `k` slots per row, `E` experts, `R` ranks, `S` slots per rank.
 """
 
@@ -50,6 +54,9 @@ class Placement:
         The copy serves the tickets from the stop of the expert's copy before it (in slot order; 0
         for the first) up to, not including, its own; the last copy's is `TICKETS`. Without it the
         copies of an expert share its rows evenly.
+    local : bool
+        Whether the rows of a chunk go to the copy at the chunk's home, where there is one; only the
+        others go by ticket.
 
     Raises
     ------
@@ -76,6 +83,7 @@ class Placement:
 
     slots: np.ndarray
     stops: np.ndarray | None = None
+    local: bool = False
 
     def __post_init__(self) -> None:
         slots = _integers(self.slots, "slots", np.int32)
@@ -118,11 +126,19 @@ class Placement:
         """Whether the copies of every expert share its rows evenly."""
         return np.array_equal(self.stops, _even_stops(self.slots))
 
+    def home(self, chunk: int) -> int | None:
+        """Give the rank at which a token chunk is at home: neighbours at different ones, so that
+        all ranks go through the chunks side by side. None where copies are chosen by ticket only.
+        """
+        return chunk % self.world_size if self.local else None
+
     def order(self) -> list[int]:
         """Give the expert of each physical slot, -1 for an empty one: what `Experts.load` takes."""
         return self.slots.ravel().tolist()
 
-    def rewrite(self, routing: np.ndarray, row_offset: int = 0) -> np.ndarray:
+    def rewrite(
+        self, routing: np.ndarray, row_offset: int = 0, home: int | None = None
+    ) -> np.ndarray:
         """Turn logical experts into physical slots.
 
         Parameters
@@ -131,6 +147,8 @@ class Placement:
             Logical experts; -1 means no expert.
         row_offset : int
             The global number of the first row.
+        home : int, optional
+            The rank at which these rows are at home; needed where the placement is local.
 
         Returns
         -------
@@ -139,15 +157,29 @@ class Placement:
         Raises
         ------
         ValueError
-            If an index lies outside [-1, E).
+            If an index lies outside [-1, E), or if the home is missing.
 
         Notes
         -----
-        Depends on the routing and the global row numbers only. Slots of one row at one expert go to
-        one copy. Cost: one gather where no expert has copies, else a search among them and three.
-        On a device two integers come to the host, in one copy, and tables go there: 4 (E + 1) bytes
-        without copies, else 12 per slot that holds something.
+        Depends on the routing, the global row numbers and the home only. Slots of one row at one
+        expert go to one copy. Cost: one gather where no expert has copies, else a search among them
+        and three; with a home, a gather more. On a device two integers come to the host, in one
+        copy, and tables go there: 4 (E + 1) bytes without copies, else 12 per slot that holds
+        something; with a home, 4 (E + 1) more.
         """
+        if not self.local:
+            return self._by_ticket(routing, row_offset)
+        if home is None:
+            raise ValueError(
+                "this placement chooses copies by the home of a chunk; pass home=placement.home(c)"
+            )
+        by_ticket = self._by_ticket(routing, row_offset)
+        xp = namespace(routing)
+        at_home = xp.asarray(self._at_home[home])[routing]
+        return xp.where(at_home < 0, by_ticket, at_home)
+
+    def _by_ticket(self, routing: np.ndarray, row_offset: int) -> np.ndarray:
+        """The copies that the rows' tickets choose."""
         xp = namespace(routing)
         _check_routing(routing, self.num_experts, row_offset)
         if self._holders.size == self.num_experts:  # one copy each: nothing to choose
@@ -170,7 +202,10 @@ class Placement:
         return nth
 
     def rank_load(self, load: np.ndarray) -> np.ndarray:
-        """Give the rows that each rank serves, (R,) float64, from those of each expert, (E,)."""
+        """Give the rows that each rank serves, (R,) float64, from those of each expert, (E,).
+
+        On average: of rows as evenly spread over tickets, and over homes, as can be.
+        """
         load = np.append(np.asarray(load, np.float64), 0.0)  # [-1] serves the empty slots
         return (load[self.slots] * self.shares).sum(axis=1)
 
@@ -184,6 +219,8 @@ class Placement:
         content: dict[str, object] = {"slots": self.slots.tolist()}
         if not self.even:
             content["stops"] = self.stops.tolist()
+        if self.local:
+            content["local"] = True
         return json.dumps(content)
 
     @classmethod
@@ -198,7 +235,7 @@ class Placement:
         content = json.loads(text)
         if not isinstance(content, dict) or "slots" not in content:
             raise ValueError(f'a placement is a JSON object with "slots"; got {text[:40]!r}')
-        return cls(content["slots"], content.get("stops"))
+        return cls(content["slots"], content.get("stops"), content.get("local", False))
 
     @cached_property
     def _holders(self) -> np.ndarray:
@@ -223,19 +260,29 @@ class Placement:
         """(E + 1,) int32: the slot of each expert if each has one; [-1] answers the routing -1."""
         return np.append(self._holders, np.int32(-1))
 
+    @cached_property
+    def _at_home(self) -> np.ndarray:
+        """(R, E + 1) int32: the slot of each expert at each rank, -1 where it has none."""
+        table = np.full((self.world_size, self.num_experts + 1), -1, np.int32)
+        rank, column = np.nonzero(self.slots >= 0)
+        table[rank, self.slots[rank, column]] = rank * self.slots_per_rank + column
+        return table
+
     def __eq__(self, other: object) -> bool:
         if not isinstance(other, Placement):
             return NotImplemented
-        return np.array_equal(self.slots, other.slots) and np.array_equal(self.stops, other.stops)
+        same = np.array_equal(self.slots, other.slots) and np.array_equal(self.stops, other.stops)
+        return same and self.local == other.local
 
     def __hash__(self) -> int:
-        return hash((self.slots.shape, self.slots.tobytes(), self.stops.tobytes()))
+        return hash((self.slots.shape, self.slots.tobytes(), self.stops.tobytes(), self.local))
 
-    def __getstate__(self) -> dict[str, np.ndarray]:
-        return {"slots": self.slots, "stops": self.stops}  # what is looked up by is made again
+    def __getstate__(self) -> dict[str, np.ndarray | bool]:
+        # What is looked up by is made again.
+        return {"slots": self.slots, "stops": self.stops, "local": self.local}
 
-    def __dask_tokenize__(self) -> tuple[str, list, list]:
-        return ("dask_ep.Placement", self.slots.tolist(), self.stops.tolist())
+    def __dask_tokenize__(self) -> tuple[str, list, list, bool]:
+        return ("dask_ep.Placement", self.slots.tolist(), self.stops.tolist(), self.local)
 
     def __repr__(self) -> str:
         return (

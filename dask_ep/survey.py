@@ -72,15 +72,21 @@ class Survey:
         ranks, slots = placement.slots.shape
         packet_rows = np.zeros((len(chunks), ranks), np.int64)
         slot_rows = np.zeros(ranks * slots + 1, np.int64)
+        for chunk, row_offset, routing in self.blocks(chunks):
+            physical = placement.rewrite(routing, row_offset, placement.home(chunk))
+            slot_rows += np.bincount(physical.ravel() + 1, minlength=slot_rows.size)
+            packet_rows[chunk] += _rows_per_rank(physical, ranks, slots)
+        return Visits(packet_rows, slot_rows[1:].reshape(ranks, slots))
+
+    def blocks(self, chunks: Sequence[int]) -> Iterator[tuple[int, int, np.ndarray]]:
+        """Read the routing again: chunk, what to rewrite by as first row, and up to `BLOCK_ROWS`
+        rows of it, (m, k).
+        """
         bounds = np.concatenate([[0], np.cumsum(chunks, dtype=np.int64)])
         for chunk, (start, stop) in enumerate(pairwise(bounds.tolist())):
             for first in range(start, stop, BLOCK_ROWS):
-                routing = self._spool.read(first, min(first + BLOCK_ROWS, stop))
-                offset = first if self.known_rows else first - start
-                physical = placement.rewrite(routing, offset)
-                slot_rows += np.bincount(physical.ravel() + 1, minlength=slot_rows.size)
-                packet_rows[chunk] += _rows_per_rank(physical, ranks, slots)
-        return Visits(packet_rows, slot_rows[1:].reshape(ranks, slots))
+                rows = self._spool.read(first, min(first + BLOCK_ROWS, stop))
+                yield chunk, first if self.known_rows else first - start, rows
 
 
 def survey(routing: da.Array | np.ndarray, num_experts: int, *, known_rows: bool = True) -> Survey:

@@ -13,14 +13,14 @@ import pytest
 ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "dask_ep"
 
-GROUND = "arrays blas corpus files journal memory reference safetensors_header zarr_layout"
+GROUND = "arrays blas corpus costs files journal memory reference safetensors_header zarr_layout"
 KERNEL_AND_DATA = "dispatch kinds local output quantized remote sources weights writers"
 MIDDLE = (
     "capacity exchange experts held lazy_routing packing placement placement_files rebalance "
-    "routing rows scores slots survey"
+    "routing rows scores slots survey travel"
 )
 TOP = (
-    "block checkpoint checkpoint_files cluster costs families family figures homes owner_map ranks "
+    "block checkpoint checkpoint_files cluster families family figures homes owner_map ranks "
     "owner_plugin ownership planner price probe record report storage"
 )
 JOBS = "build example inspect_ job plan_command run verify"

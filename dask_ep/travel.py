@@ -1,0 +1,249 @@
+"""What travels: the rows to their expert, or the expert to its rows?
+
+A row that lies on one worker and wants an expert on another goes there and comes back. Or the
+worker where the row lies reads the expert's weights too, and the row stays. For each expert and
+each rank the cheaper of the two:
+
+    rows travel      rows at home here that must leave × row_bytes (both ways) / rates.link
+    expert travels   expert_bytes / rates.read
+
+                     expert 0 (hot)      expert 1 (hot)      expert 2 (cold)
+    rank 0, owner    has it              <── rows            <── rows
+    rank 1           reads it too        owner, has it       <── rows
+    rank 2           reads it too        reads it too        owner, has it
+
+The answer is a `Placement` with copies at the ranks that read, chosen by the home of a row's chunk
+(`Placement.local`), and nothing else: the graph, the kernel and the sum are those of any placement.
+
+**Rows that want several experts.** A row goes to a rank once, however many of its experts are
+served there, so it stays only if all of these are read. What is read at one rank of the experts of
+another is therefore chosen together: from all that are wanted, the one without which fewest rows
+must leave is dropped, again and again, and of all sets on this way the cheapest is taken. With one
+slot a row that is the optimum, expert by expert.
+
+Axis letters: `n` rows, `k` slots per row, `E` experts, `R` ranks, `S` slots per rank.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from typing import NamedTuple
+
+import numpy as np
+
+from dask_ep.costs import Rates
+from dask_ep.slots import Placement, verify_placement
+from dask_ep.survey import Survey
+
+TRAVELS = ("rows", "auto", "experts")
+"""All rows to their owners; for each expert and rank the cheaper; every expert to all its rows."""
+
+SAMPLED_ROWS = 1 << 14
+"""Rows at home at a rank above which a sample of as many decides."""
+
+
+def choose_travel(
+    how: str,
+    found: Survey,
+    owners: Placement,
+    *,
+    expert_bytes: float,
+    row_bytes: float,
+    rates: Rates,
+    chunks: Sequence[int] | None = None,
+    max_slots: int | None = None,
+) -> Placement:
+    """Give every rank, besides the experts that it owns, those that are cheaper read than sent to.
+
+    Parameters
+    ----------
+    how : "rows", "auto" or "experts"
+        "rows" gives `owners` back. "experts" lets no row travel.
+    found : Survey of the routing
+    owners : Placement
+        What each rank holds in any case. A row without a copy at home goes where it says.
+    expert_bytes : bytes of one expert in its file
+    row_bytes : bytes of a row on its way there and back
+    rates : Rates
+        Of these `link` and `read`.
+    chunks : rows of each token chunk; default: those of the routing
+    max_slots : int, optional
+        The most experts that a rank can hold (its memory over the bytes of one expert).
+
+    Returns
+    -------
+    placement : Placement, local, unless `how` is "rows"
+
+    Raises
+    ------
+    ValueError
+        If `how` is not known, if `owners` are for other experts, or if they, or the experts that
+        must be read, do not fit into `max_slots`.
+
+    Notes
+    -----
+    Under "auto", where the limit is too small for all that is worth reading, experts are dropped as
+    above until the others fit. Rows are counted exactly up to `SAMPLED_ROWS` at a home. The cost
+    counted is that of all workers together; that they differ in load is the business of `owners`.
+    Results are those of any other placement up to rounding: the same experts, added up in another
+    order of ranks.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> from dask_ep.placement import contiguous
+    >>> from dask_ep.survey import survey
+    >>> routing = np.array([0, 0, 0, 1, 0, 0, 0, 0])  # chunk 0 is at home at rank 0, 1 at rank 1
+    >>> bytes_only = Rates(flops=1, copy=1, link=1, read=1)
+    >>> placement = choose_travel(
+    ...     "auto", survey(routing, 2), contiguous(2, 2), chunks=(4, 4),
+    ...     expert_bytes=300, row_bytes=100, rates=bytes_only,
+    ... )
+    >>> placement.slots.tolist()  # 4 rows of rank 1 for expert 0, 1 row of rank 0 for expert 1
+    [[0, -1], [1, 0]]
+    """
+    if how not in TRAVELS:
+        raise ValueError(f"travel must be one of {', '.join(TRAVELS)}; got {how!r}")
+    verify_placement(owners, num_experts=found.num_experts, max_slots=max_slots)
+    if how == "rows" or owners.world_size == 1:
+        return owners
+    owners = replace(owners, local=True)
+    prices = _Prices(row_bytes / rates.link, expert_bytes / rates.read)
+    read = []
+    for rank, wants in enumerate(_wants(found, owners, chunks)):
+        if how == "experts":
+            chosen = _wanted(wants.leaving, found.num_experts)
+        else:
+            chosen = _worth_reading(wants, prices, found.num_experts)
+            room = None if max_slots is None else max_slots - int((owners.slots[rank] >= 0).sum())
+            chosen = _fitting(chosen, wants, room)
+        read.append(np.flatnonzero(chosen))
+    placement = _reading(owners, read)
+    verify_placement(placement, num_experts=found.num_experts, max_slots=max_slots)
+    return placement
+
+
+class _Prices(NamedTuple):
+    """What one of each costs, in seconds."""
+
+    row: float
+    #: there and back
+    expert: float
+
+
+class _Wants(NamedTuple):
+    """What the rows at home at one rank want of others."""
+
+    leaving: list[np.ndarray]
+    #: for each rank, (m, k): experts that one row wants there, each once, -1 for none
+    weight: float
+    #: rows that each of these stands for
+
+
+def _wants(found: Survey, owners: Placement, chunks: Sequence[int] | None) -> Iterator[_Wants]:
+    """For each rank, what the rows at home there want of others."""
+    ranks, slots = owners.slots.shape
+    chunks = found.chunks if chunks is None else chunks
+    at_home = np.bincount(
+        [owners.home(c) for c in range(len(chunks))], weights=chunks, minlength=ranks
+    )
+    taken = np.minimum(1.0, SAMPLED_ROWS / np.maximum(at_home, 1))
+    parts: list[list[np.ndarray]] = [[] for _ in range(ranks)]
+    draw = np.random.default_rng(0)
+    for chunk, row_offset, routing in found.blocks(chunks):
+        home = owners.home(chunk)
+        physical = owners.rewrite(routing, row_offset, home)
+        if taken[home] < 1:
+            physical = physical[draw.random(len(physical)) < taken[home]]
+        parts[home].append(physical)
+    experts = np.append(owners.slots.ravel(), -1)
+    none = np.empty((0, found.slots_per_row), np.int32)
+    for home in range(ranks):
+        physical = _once_per_row(np.concatenate([none, *parts[home]]))
+        leaving = []
+        for rank in range(ranks):
+            there = np.where(physical // slots == rank, experts[physical], -1)
+            leaving.append(there[(there >= 0).any(axis=1)] if rank != home else there[:0])
+        yield _Wants(leaving, at_home[home] / max(len(physical), 1))
+
+
+def _once_per_row(physical: np.ndarray) -> np.ndarray:
+    """The same slots, each once in a row, -1 in place of the others."""
+    physical = np.sort(physical, axis=1)
+    again = physical[:, 1:] == physical[:, :-1]
+    physical[:, 1:][again] = -1
+    return physical
+
+
+def _wanted(leaving: Sequence[np.ndarray], num_experts: int) -> np.ndarray:
+    """(E,) whether any row wants the expert."""
+    wanted = np.zeros(num_experts + 1, bool)  # [-1] takes the slots without an expert
+    for of_rank in leaving:
+        wanted[of_rank] = True
+    wanted[-1] = False
+    return wanted[:-1]
+
+
+def _worth_reading(wants: _Wants, prices: _Prices, num_experts: int) -> np.ndarray:
+    """(E,) the experts of others that are read, chosen for each of the others by itself."""
+    chosen = np.zeros(num_experts, bool)
+    for of_rank in wants.leaving:
+        best, best_gain = None, 0.0
+        for held, staying in _dropping(_wanted([of_rank], num_experts), of_rank):
+            gain = staying * wants.weight * prices.row - held.sum() * prices.expert
+            if gain >= best_gain and held.any():
+                best, best_gain = held, gain
+        if best_gain > 0:
+            chosen |= best
+    return chosen
+
+
+def _fitting(chosen: np.ndarray, wants: _Wants, room: int | None) -> np.ndarray:
+    """Drop from the chosen experts, (E,), as many as are too many."""
+    if room is None or chosen.sum() <= room:
+        return chosen
+    way = _dropping(chosen, np.concatenate(wants.leaving))
+    return next(held for held, _ in way if held.sum() <= room)
+
+
+def _dropping(held: np.ndarray, wants: np.ndarray) -> Iterator[tuple[np.ndarray, int]]:
+    """Drop experts, always the one without which fewest rows must leave.
+
+    Parameters
+    ----------
+    held : (E,) bool, the experts to begin with
+    wants : (m, k) experts that one row wants, each once, -1 for none
+
+    Yields
+    ------
+    held : (E,) bool
+    staying : the rows all of whose experts are held
+    """
+    held = held.copy()
+    is_held = np.append(held, True)  # [-1]: no expert is no reason to leave
+    stay = wants[is_held[wants].all(axis=1)]
+    while True:
+        yield held.copy(), len(stay)
+        if not held.any():
+            return
+        leave = np.bincount(stay.ravel() + 1, minlength=held.size + 1)[1:]
+        dropped = int(np.argmin(np.where(held, leave, len(stay) + 1)))
+        held[dropped] = False
+        stay = stay[(stay != dropped).all(axis=1)]
+
+
+def _reading(owners: Placement, read: Sequence[np.ndarray]) -> Placement:
+    """Add the experts that each rank reads besides; these serve only rows at home."""
+    held = [[*row[row >= 0], *more] for row, more in zip(owners.slots, read, strict=True)]
+    width = max(map(len, held))
+    slots = np.full((owners.world_size, width), -1)
+    stops = np.zeros(slots.shape, np.int64)
+    for rank, experts in enumerate(held):
+        slots[rank, : len(experts)] = experts
+        owned = len(experts) - len(read[rank])
+        stops[rank, :owned] = owners.stops[rank][owners.slots[rank] >= 0]
+        for column, expert in enumerate(read[rank], start=owned):
+            before = owners.stops[:rank][owners.slots[:rank] == expert]
+            stops[rank, column] = before.max(initial=0)  # the stop of the copy before: no tickets
+    return Placement(slots, stops, local=True)

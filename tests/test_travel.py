@@ -1,0 +1,301 @@
+"""What travels is the cheaper of the two, counted row by row; and the result is the same."""
+
+import itertools
+import pickle
+from collections import defaultdict
+
+import dask.array as da
+import numpy as np
+import pytest
+from dask.base import tokenize
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from dask_ep import expert_parallel, reference
+from dask_ep.costs import Rates
+from dask_ep.placement import POLICIES, Placement, contiguous, place, verify_placement
+from dask_ep.placement_files import from_file, write_vllm_ascend
+from dask_ep.survey import survey
+from dask_ep.travel import TRAVELS, choose_travel
+
+RATES = Rates(flops=1.0, copy=1.0, link=2.0, read=1.0)
+
+
+def job(seed, *, experts=6, ranks=3, rows=60, slots=2, chunks=7):
+    """Draw a routing that differs from chunk to chunk, and how it is chunked."""
+    rng = np.random.default_rng(seed)
+    sizes = np.diff([0, *np.sort(rng.integers(0, rows, chunks - 1)), rows])
+    parts = []
+    for size in sizes:
+        share = rng.dirichlet(np.full(experts, 0.5)) + 1e-9
+        noise = rng.gumbel(size=(size, experts))
+        parts.append(np.argsort(-(np.log(share) + noise), axis=1)[:, :slots])
+    routing = np.concatenate(parts)
+    routing[rng.random(routing.shape) < 0.1] = -1
+    return routing, tuple(sizes.tolist())
+
+
+def sets_that_leave(routing, owners, chunks):
+    """For each home and each other rank, in loops: the experts that each row wants there."""
+    wants = defaultdict(list)
+    physical_of = Placement(owners.slots, owners.stops)  # by ticket alone
+    by_ticket = physical_of.rewrite(routing) // owners.slots_per_rank
+    row = 0
+    for chunk, size in enumerate(chunks):
+        home = chunk % owners.world_size
+        for _ in range(size):
+            there = defaultdict(set)
+            for expert, rank in zip(routing[row].tolist(), by_ticket[row].tolist(), strict=True):
+                if expert >= 0 and expert not in owners.slots[home]:
+                    there[rank].add(expert)
+            for rank, wanted in there.items():
+                wants[home, rank].append(frozenset(wanted))
+            row += 1
+    return wants
+
+
+def cost_of(found, placement, chunks, row_price, expert_price):
+    """What a placement costs, from the rows that leave home and the experts held."""
+    leaving = found.visits(placement, chunks).packet_rows.copy()
+    for chunk in range(len(chunks)):
+        leaving[chunk, chunk % placement.world_size] = 0
+    return leaving.sum() * row_price + (placement.slots >= 0).sum() * expert_price
+
+
+def least_cost(routing, owners, chunks, row_price, expert_price):
+    """Try everything that each rank could read of each other one."""
+    total = (owners.slots >= 0).sum() * expert_price
+    for wants in sets_that_leave(routing, owners, chunks).values():
+        experts = sorted(set().union(*wants))
+        total += min(
+            len(read) * expert_price + sum(not want <= set(read) for want in wants) * row_price
+            for count in range(len(experts) + 1)
+            for read in itertools.combinations(experts, count)
+        )
+    return total
+
+
+def least_cost_by_cut(routing, owners, chunks, row_price, expert_price):
+    """The same by a minimum cut (Picard 1976), for more experts than can be tried."""
+    total = (owners.slots >= 0).sum() * expert_price
+    for wants in sets_that_leave(routing, owners, chunks).values():
+        rows = defaultdict(float)
+        for want in wants:
+            rows[want] += row_price
+        total += maximum_flow(rows, dict.fromkeys(set().union(*wants), expert_price))
+    return total
+
+
+def maximum_flow(supply, capacity):
+    """Send what each set has to its members, each of which takes so much; by augmenting paths."""
+    sent = {want: defaultdict(float) for want in supply}
+    senders = defaultdict(set)
+    left, total = dict(capacity), 0.0
+    for source in supply:
+        while supply[source] > 1e-12:
+            reached, queue = {source: None}, [source]
+            for node in queue:
+                near = (
+                    node
+                    if isinstance(node, frozenset)
+                    else [want for want in senders[node] if sent[want][node] > 1e-12]
+                )
+                for other in near:
+                    if other not in reached:
+                        reached[other] = node
+                        queue.append(other)
+            end = next((n for n in queue if not isinstance(n, frozenset) and left[n] > 1e-12), None)
+            if end is None:
+                break
+            path = [end]
+            while reached[path[-1]] is not None:
+                path.append(reached[path[-1]])
+            steps = list(itertools.pairwise(reversed(path)))
+            back = [sent[there][here] for here, there in steps if not isinstance(here, frozenset)]
+            amount = min(supply[source], left[end], *back)
+            for here, there in steps:
+                if isinstance(here, frozenset):
+                    sent[here][there] += amount
+                    senders[there].add(here)
+                else:
+                    sent[there][here] -= amount
+            supply[source] -= amount
+            left[end] -= amount
+            total += amount
+    return total
+
+
+# --- how good --------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("slots", [1, 2, 4])
+@pytest.mark.parametrize("seed", range(20))
+def test_no_more_than_a_twentieth_above_the_least_cost(seed, slots):
+    routing, chunks = job(seed, slots=slots)
+    owners = place("packed" if seed % 2 else "contiguous", np.bincount(routing[routing >= 0]), 3)
+    found, ratios = survey(routing, 6), []
+    for expert_bytes in (3, 8, 20):
+        prices = (2 / RATES.link, expert_bytes / RATES.read)
+        placement = choose_travel(
+            "auto",
+            found,
+            owners,
+            expert_bytes=expert_bytes,
+            row_bytes=2,
+            rates=RATES,
+            chunks=chunks,
+        )
+        least = least_cost(routing, owners, chunks, *prices)
+        ratios.append(cost_of(found, placement, chunks, *prices) / least)
+        assert least == pytest.approx(least_cost_by_cut(routing, owners, chunks, *prices))
+    assert min(ratios) >= 1 - 1e-9
+    assert max(ratios) <= (1.05 if slots > 1 else 1 + 1e-9)
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_nor_with_many_experts_and_slots(seed):
+    experts, ranks, slots = [(32, 2, 6), (32, 4, 4), (24, 3, 4), (48, 4, 1)][seed % 4]
+    routing, chunks = job(seed, experts=experts, ranks=ranks, rows=1500, slots=slots, chunks=9)
+    owners, found = contiguous(experts, ranks), survey(routing, experts)
+    expert_bytes = 1500 * slots / experts / ranks * (1 + seed % 3) / 2
+    sizes = {"expert_bytes": expert_bytes, "row_bytes": 2, "rates": RATES, "chunks": chunks}
+    cost, rows_only, experts_only = (
+        cost_of(found, choose_travel(how, found, owners, **sizes), chunks, 1, expert_bytes)
+        for how in ("auto", "rows", "experts")
+    )
+    assert cost <= 1.05 * least_cost_by_cut(routing, owners, chunks, 1, expert_bytes)
+    assert cost <= min(rows_only, experts_only)
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    seed=st.integers(0, 10**6),
+    policy=st.sampled_from(POLICIES),
+    slots=st.integers(1, 4),
+    ranks=st.integers(1, 4),
+    room=st.integers(0, 4),
+)
+def test_what_fits_is_read_and_nothing_else_changes(seed, policy, slots, ranks, room):
+    routing, chunks = job(seed, ranks=ranks, slots=slots)
+    found = survey(routing, 6)
+    owners = place(policy, found.by_ticket, ranks)
+    limit = owners.slots_per_rank + room
+    sizes = {"expert_bytes": 2, "row_bytes": 2, "rates": RATES, "chunks": chunks}
+    placement = choose_travel("auto", found, owners, max_slots=limit, **sizes)
+    verify_placement(placement, num_experts=6, max_slots=limit)
+    for owned, held in zip(owners.slots, placement.slots, strict=True):
+        assert set(owned) - {-1} <= set(held)
+    free = choose_travel("auto", found, owners, **sizes)
+    costs = [cost_of(found, p, chunks, 1, 2) for p in (free, placement)]
+    assert costs[0] <= costs[1] + 1e-9
+    if free.slots_per_rank <= limit:
+        assert placement == free
+
+
+def test_under_a_limit_the_experts_with_most_rows_are_read():
+    found = survey(np.repeat([1, 2, 3], [3, 9, 6]), 4)
+    owners = Placement([[0, 1], [2, 3]])  # all rows are at home at rank 0
+    for limit, read in ((2, set()), (3, {2}), (4, {2, 3})):
+        placement = choose_travel(
+            "auto", found, owners, expert_bytes=1, row_bytes=2, rates=RATES, max_slots=limit
+        )
+        assert set(placement.slots[0]) - {-1} == {0, 1} | read
+
+
+# --- the ends --------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("policy", POLICIES)
+def test_the_ends_can_be_forced(policy):
+    routing, chunks = job(3, slots=3)
+    found = survey(routing, 6)
+    owners = place(policy, found.by_ticket, 3)
+    sizes = {"expert_bytes": 1e9, "row_bytes": 1, "rates": RATES, "chunks": chunks}
+    assert choose_travel("rows", found, owners, **sizes) is owners
+    placement = choose_travel("experts", found, owners, **sizes)
+    leaving = found.visits(placement, chunks).packet_rows
+    leaving[np.arange(len(chunks)), np.arange(len(chunks)) % 3] = 0
+    assert not leaving.any()
+
+
+def test_what_is_refused():
+    found, owners = survey(np.arange(6), 6), contiguous(6, 3)
+    sizes = {"expert_bytes": 1, "row_bytes": 1, "rates": RATES}
+    with pytest.raises(ValueError, match="travel must be one of rows, auto, experts; got 'all'"):
+        choose_travel("all", found, owners, **sizes)
+    with pytest.raises(ValueError, match="a rank may have 2 slots and the placement gives it 6"):
+        choose_travel("experts", found, owners, max_slots=2, **sizes)
+    with pytest.raises(ValueError, match="must place 6 experts and places 4"):
+        choose_travel("auto", found, contiguous(4, 2), **sizes)
+
+
+# --- copies at home --------------------------------------------------------------------------
+
+
+@settings(max_examples=60, deadline=None)
+@given(seed=st.integers(0, 10**6), policy=st.sampled_from(POLICIES), home=st.integers(0, 2))
+def test_a_row_is_served_at_home_if_it_can_be_and_by_its_ticket_otherwise(seed, policy, home):
+    routing, chunks = job(seed, slots=3)
+    found = survey(routing, 6)
+    owners = place(policy, found.by_ticket, 3)
+    sizes = {"expert_bytes": 4, "row_bytes": 2, "rates": RATES, "chunks": chunks}
+    placement = choose_travel("auto", found, owners, **sizes)
+    physical = placement.rewrite(routing, 1000, home)
+    by_ticket = owners.rewrite(routing, 1000)
+    for row, slot in np.ndindex(routing.shape):
+        expert, rank = routing[row, slot], physical[row, slot] // placement.slots_per_rank
+        assert np.append(placement.slots.ravel(), -1)[physical[row, slot]] == expert
+        if expert in placement.slots[home]:
+            assert rank == (home if expert >= 0 else -1)
+        else:
+            assert rank == by_ticket[row, slot] // owners.slots_per_rank
+    halves = [
+        placement.rewrite(routing[:20], 1000, home),
+        placement.rewrite(routing[20:], 1020, home),
+    ]
+    np.testing.assert_array_equal(np.concatenate(halves), physical)
+
+
+def test_a_local_placement_outlives_json_and_is_not_the_same_as_another(tmp_path):
+    local = Placement([[0, 1], [1, -1]], local=True)
+    again = Placement.from_json(local.to_json())
+    assert again == local
+    assert hash(again) == hash(local)
+    assert pickle.loads(pickle.dumps(local)) == local
+    other = Placement([[0, 1], [1, -1]])
+    assert other != local
+    assert tokenize(other) != tokenize(local) == tokenize(again)
+    assert (local.home(5), other.home(5)) == (1, None)
+    (tmp_path / "p.json").write_text(local.to_json())
+    assert from_file(tmp_path / "p.json") == local
+    with pytest.raises(ValueError, match=r"pass home=placement\.home\(c\)"):
+        local.rewrite(np.array([0]))
+    with pytest.raises(ValueError, match="layer 0 chooses them by the home of a token chunk"):
+        write_vllm_ascend(tmp_path / "p.json", [Placement([[0, 1], [1, 0]], local=True)])
+
+
+# --- the same result -------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("known", [True, False])
+@pytest.mark.parametrize("slots", [1, 3])
+def test_the_result_is_that_of_plain_loops_whatever_travels(slots, known):
+    routing, chunks = job(4, rows=90, slots=slots)
+    rng = np.random.default_rng(0)
+    tokens, W = rng.standard_normal((90, 5)), rng.standard_normal((6, 5, 4))
+    weights = rng.random(routing.shape)
+    rows = [reference.linear(w) for w in W]
+    expected = reference.moe(tokens, routing, rows, weights, d_out=4)
+    arrays = [da.from_array(a, chunks=(chunks, -1)) for a in (tokens, routing, weights)]
+    if not known:
+        for array in arrays:
+            array._chunks = ((np.nan,) * len(chunks), array.chunks[1])
+    found = survey(arrays[1], 6, known_rows=known)
+    for how in TRAVELS:
+        placement = choose_travel(
+            how, found, contiguous(6, 3), expert_bytes=5, row_bytes=2, rates=RATES
+        )
+        y = expert_parallel(*arrays[:2], W, topk_weights=arrays[2], placement=placement)
+        np.testing.assert_allclose(y.compute(scheduler="sync"), expected, atol=1e-12)
+    assert how == "experts"
+    assert placement.slots_per_rank > 2

@@ -49,14 +49,6 @@ class Inputs:
         """Bytes of a token row or of an output row, whichever is more, in the tokens' dtype."""
         return max(prod(self.tokens.shape[1:]), self.experts.d_out) * self.tokens.dtype.itemsize
 
-    @property
-    def loaded_bytes(self) -> int:
-        """Bytes of all experts in memory, where they are held in the computing dtype."""
-        itemsize = 8 if self.tokens.dtype.itemsize == 8 else 4
-        shared = None if self.layer is None else self.layer.shared
-        some = [self.experts] if shared is None else [self.experts, shared]
-        return sum(one.num_experts * one.parameters for one in some) * itemsize
-
 
 @dataclass(frozen=True)
 class Built:

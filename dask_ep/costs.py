@@ -8,9 +8,14 @@ Axis letters: `C` token chunks, `R` ranks, `d` width.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
+
+FEWEST_ROWS = 64
+"""Rows of a chunk below which the cost of a task outweighs its work many times over."""
 
 PROCESS_BYTES = 300 << 20
 """What a worker process takes before it holds any data: Python, NumPy, Dask, Zarr."""
@@ -62,6 +67,35 @@ def chunks_held(threads: int, ranks: int, spread: float, widening: int) -> float
     if ranks == 1:
         return 3 * threads + 2 + wide
     return (4 * threads + 4) * max(1.0, spread) + wide
+
+
+class Need(NamedTuple):
+    """What a worker needs of memory, by the rows of a token chunk: the law of plans and of runs.
+
+    Examples
+    --------
+    >>> need = Need(expert_bytes=100 << 20, chunks=8, row_bytes=4096)
+    >>> need.at(8192) >> 20, need.rows_within(656 << 20)
+    (656, 8192)
+    """
+
+    expert_bytes: int
+    #: of experts and routers
+    chunks: float
+    #: token chunks at a time, `chunks_held`
+    row_bytes: int
+    #: of a token row or an output row, whichever is more
+
+    def at(self, chunk_rows: int) -> int:
+        """Bytes at most, with chunks of so many rows."""
+        return (
+            PROCESS_BYTES + self.expert_bytes + math.ceil(self.chunks * chunk_rows * self.row_bytes)
+        )
+
+    def rows_within(self, limit: int) -> int:
+        """The most rows of a chunk with which that is not above `limit`; negative if none."""
+        room = limit - PROCESS_BYTES - self.expert_bytes
+        return math.floor(room / (self.chunks * self.row_bytes))
 
 
 def homes(chunks: int, ranks: int) -> np.ndarray:

@@ -15,6 +15,7 @@ added up by tasks of its own. Only capacity limits and expert choice look at the
 from __future__ import annotations
 
 from importlib import import_module
+from math import prod
 from typing import Any
 
 import dask.array as da
@@ -176,6 +177,13 @@ class MoELayer:
         hidden = self._checked(hidden)
         indices, _ = self._route(rows_of(hidden), self._ids(token_ids, hidden))
         return count_rows(indices, self.experts.num_experts)
+
+    @property
+    def parameters_beside(self) -> int:
+        """Numbers in the shared experts and the router: what every worker holds."""
+        shared = self.shared
+        numbers = 0 if shared is None else shared.num_experts * shared.parameters
+        return numbers + sum(prod(array.shape) for array in self.arrays.values())
 
     def __repr__(self) -> str:
         parts = [repr(self.router), repr(self.experts)]

@@ -28,6 +28,7 @@ __all__ = [
     "balanced",
     "contiguous",
     "exact",
+    "most_slots",
     "packed",
     "place",
     "ticket_load",
@@ -256,7 +257,7 @@ def place(
     elif policy == "packed":
         placement = packed(rows, world_size)
     else:
-        slots = min(-(-rows.size // world_size) + 1, rows.size, max_slots or rows.size)
+        slots = min(most_slots(policy, rows.size, world_size), max_slots or rows.size)
         placement = balanced(rows, world_size, num_slots=max(slots * world_size, rows.size))
     verify_placement(placement, max_slots=max_slots)
     return placement
@@ -264,6 +265,20 @@ def place(
 
 POLICIES = ("contiguous", "packed", "balanced", "exact")
 """The names that `place` knows, from the simplest to the best balanced."""
+
+
+def most_slots(policy: str, num_experts: int, world_size: int) -> int:
+    """Give the most slots per rank that `place` uses for a policy, whatever the load.
+
+    Examples
+    --------
+    >>> [most_slots(policy, 10, 4) for policy in POLICIES]
+    [3, 3, 4, 4]
+    """
+    if policy == "exact":
+        return min(-(-(num_experts - 1) // world_size) + 1, num_experts)
+    spare = policy == "balanced"
+    return min(-(-num_experts // world_size) + spare, num_experts)
 
 
 def _equal_windows(rows: np.ndarray, world_size: int) -> list[dict[int, int]]:

@@ -14,15 +14,16 @@ from typing import Any
 
 import click
 from dask.system import CPU_COUNT
-from dask.utils import format_bytes
+from dask.utils import format_bytes, parse_bytes
 from rich.console import Console
 from rich.table import Table
 
 from dask_ep.build import open_inputs
+from dask_ep.fit import choose_chunk_rows
 from dask_ep.job import PLACEMENTS, load_job
 from dask_ep.planner import Plan, WhatIf, plan, what_if
 from dask_ep.report import write_plan_report
-from dask_ep.run import Processes, Threads, choose_chunk_rows
+from dask_ep.run import Processes, Threads, lay_out
 from dask_ep.storage import open_tokens
 
 BAR = 30
@@ -95,9 +96,10 @@ def priced_job(
     job = load_job(path, world_size=world_size, placement=placement)
     inputs = open_inputs(job)
     size = job.world_size or processes or 1
-    if chunk_rows is None:
-        where = Processes(processes) if processes else Threads(threads)
-        chunk_rows = choose_chunk_rows(inputs, where, size)
+    if chunk_rows is None:  # those that a run takes; what is compared may need others
+        limit = None if memory_limit is None or choices else parse_bytes(memory_limit)
+        where = Processes(processes, limit) if processes else Threads(threads, limit)
+        chunk_rows = choose_chunk_rows(inputs, lay_out(job, where, size))
     tokens = open_tokens(inputs.tokens, chunks=chunk_rows, name="tokens")
     if inputs.layer is not None:
         routing, topk = inputs.layer.route(tokens)

@@ -24,7 +24,7 @@ from dask.system import CPU_COUNT
 from dask.utils import format_bytes, parse_bytes
 
 from dask_ep import pipeline
-from dask_ep.costs import PROCESS_BYTES, Rates
+from dask_ep.costs import FEWEST_ROWS, PROCESS_BYTES, Rates
 from dask_ep.dispatch import computing_dtype
 from dask_ep.experts import CallableExperts, Experts, as_experts
 from dask_ep.held import StoredExperts
@@ -33,9 +33,6 @@ from dask_ep.placement_files import from_file
 from dask_ep.price import Plan, Work
 from dask_ep.probe import probe
 from dask_ep.survey import Survey, survey
-
-FEWEST_ROWS = 32
-"""Rows of a chunk below which smaller chunks are no way to save memory."""
 
 
 class PlanError(MemoryError):

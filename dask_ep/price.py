@@ -194,10 +194,15 @@ class Plan:
         return costs.chunks_held(self.threads, self.world_size, spread, widening)
 
     @property
+    def need(self) -> costs.Need:
+        """What a worker needs of memory, by the rows of a chunk."""
+        row_bytes = max(self.work.d, self.work.d_out) * self.work.dtype.itemsize
+        return costs.Need(self.expert_bytes, self.chunks_held, row_bytes)
+
+    @property
     def memory_bytes(self) -> int:
         """Bytes that a worker uses at most: the process, its experts, and chunks."""
-        held = self.chunks_held * self.chunk_bytes
-        return costs.PROCESS_BYTES + self.expert_bytes + math.ceil(held)
+        return self.need.at(self.chunk_rows)
 
     @property
     def fits(self) -> bool:
@@ -270,8 +275,7 @@ class Plan:
         advised = min(fast, parallel, LARGEST_CHUNK // row_bytes)
         advised = max(advised, SMALLEST_CHUNK // row_bytes)
         if self.memory_limit is not None:
-            room = self.memory_limit - costs.PROCESS_BYTES - self.expert_bytes
-            advised = min(advised, int(room / (self.chunks_held * row_bytes)))
+            advised = min(advised, self.need.rows_within(self.memory_limit))
         return max(advised, 1)
 
     @property

@@ -34,21 +34,16 @@ from distributed.comm import CommClosedError
 
 from dask_ep import journal
 from dask_ep.blas import one_blas_thread
-from dask_ep.build import WEIGHT_KEYS, Inputs, build, open_inputs
+from dask_ep.build import WEIGHT_KEYS, build, open_inputs
 from dask_ep.cluster import Certificates, OneBlasThread, check_cluster, connect
+from dask_ep.fit import Layout, choose_chunk_rows
 from dask_ep.job import Job
 from dask_ep.output import Output, Receipt, progress_directory
 from dask_ep.ownership import own_experts
-from dask_ep.storage import CHUNK_BYTES, store
-
-CHUNKS_PER_THREAD, CHUNKS_BESIDE, BASE_BYTES = 4, 4, 300 << 20
-"""Peak memory: experts + (threads * 4 + 4) token chunks + 300 MB."""
+from dask_ep.storage import store
 
 CONNECT_SECONDS = 10.0
 """Seconds that a scheduler may take to answer."""
-
-FEWEST_ROWS = 64
-"""Rows of a chunk below which the cost of a task outweighs its work many times over."""
 
 
 @dataclass(frozen=True)
@@ -146,8 +141,9 @@ def run_job(
         If the output exists, and neither `resume` nor `overwrite` is set.
     ValueError
         If the inputs do not fit, or are not those of the run to be resumed.
-    MemoryError
-        If the job cannot be done within `where.memory_limit`; nothing has run then.
+    DoesNotFit
+        A MemoryError: the job cannot be done so within `where.memory_limit`. Its `proposal` says
+        how it can. Nothing has been read then.
     ConnectionError
         If there is no scheduler, or it is lost in the midst.
     UnfitClusterError
@@ -164,8 +160,8 @@ def run_job(
     inputs = open_inputs(job)
     with _started(where, job) as (threads, client):
         world_size = job.world_size or begun.get("world_size") or _count_ranks(where, client)
-        if chunk_rows is None:
-            chunk_rows = begun.get("chunk_rows") or choose_chunk_rows(inputs, where, world_size)
+        layout = lay_out(job, where, world_size)
+        chunk_rows = choose_chunk_rows(inputs, layout, chunk_rows or begun.get("chunk_rows"))
         with _owned(client, world_size):
             built = build(inputs, world_size=world_size, chunk_rows=chunk_rows)
             output = store(
@@ -190,74 +186,14 @@ def run_job(
     return watch.progress()
 
 
-def choose_chunk_rows(inputs: Inputs, where: Where, world_size: int) -> int:
-    """Choose the rows of a token chunk: large, but some for every thread, and within memory.
-
-    Returns
-    -------
-    int, a multiple or a whole part of the stored chunks where possible
-
-    Raises
-    ------
-    MemoryError
-        If not even `FEWEST_ROWS` fit, with the numbers.
-    """
-    workers = {Threads: 1, Processes: getattr(where, "count", 1)}.get(type(where), world_size)
-    threads = _count_threads(where) if isinstance(where, Threads) else 1
-    rows = max(1, CHUNK_BYTES // max(1, inputs.row_bytes))
-    fair = -(-inputs.tokens.shape[0] // (CHUNKS_PER_THREAD * threads * workers))
-    rows = min(rows, max(fair, FEWEST_ROWS))
+def lay_out(job: Job, where: Where, world_size: int) -> Layout:
+    """Say in numbers how a job's ranks lie on the workers of a place."""
+    if isinstance(where, Threads):
+        workers, threads = 1, _count_threads(where)
+    else:
+        workers, threads = getattr(where, "count", world_size), 1
     limit = getattr(where, "memory_limit", None)
-    if limit is not None:
-        # The ranks are spread over the workers.
-        experts = -(-inputs.loaded_bytes // world_size) * -(-world_size // workers)
-        rows = min(rows, chunk_rows_within(limit, threads, experts, inputs.row_bytes))
-    return fit_stored(rows, inputs.tokens.chunk_rows)
-
-
-def fit_stored(rows: int, stored: int | None) -> int:
-    """Give about `rows` rows, at most, such that chunks are read whole or in equal parts.
-
-    Examples
-    --------
-    >>> fit_stored(1000, 300), fit_stored(100, 300), fit_stored(100, None)
-    (900, 100, 100)
-    """
-    if stored is None:
-        return rows
-    return rows // stored * stored if rows >= stored else -(-stored // -(-stored // rows))
-
-
-def chunk_rows_within(limit: int, threads: int, experts: int, row_bytes: int) -> int:
-    """Give the most rows of a chunk with experts + (threads * 4 + 4) chunks + 300 MB <= limit.
-
-    Parameters
-    ----------
-    limit, experts, row_bytes : bytes
-    threads : tasks at a time
-
-    Raises
-    ------
-    MemoryError
-        If that is fewer than `FEWEST_ROWS`.
-
-    Examples
-    --------
-    >>> chunk_rows_within(1 << 30, 2, 64 << 20, 1024)
-    56320
-    """
-    chunks = CHUNKS_PER_THREAD * threads + CHUNKS_BESIDE
-    room = limit - experts - BASE_BYTES
-    rows = room // (chunks * row_bytes)
-    if rows < FEWEST_ROWS:
-        needed = experts + BASE_BYTES + FEWEST_ROWS * chunks * row_bytes
-        raise MemoryError(
-            f"a memory limit of {limit / 1e6:.0f} MB must hold {experts / 1e6:.0f} MB of experts, "
-            f"{BASE_BYTES / 1e6:.0f} MB for the process and {chunks} chunks of {FEWEST_ROWS} rows "
-            f"({row_bytes} bytes each), {needed / 1e6:.0f} MB in all; give more memory, fewer "
-            "threads, or more processes"
-        )
-    return rows
+    return Layout(world_size, min(workers, world_size), threads, limit, job.placement)
 
 
 # --- where -----------------------------------------------------------------------------------

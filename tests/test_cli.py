@@ -16,11 +16,10 @@ import psutil
 import pytest
 
 from dask_ep import cli, run, terminal
-from dask_ep.build import open_inputs
 from dask_ep.example import FORMATS, Example, write_example
 from dask_ep.job import load_job
 from dask_ep.journal import read_done, read_manifest
-from dask_ep.run import Processes, Threads, choose_chunk_rows, chunk_rows_within, run_job
+from dask_ep.run import Threads, run_job
 from dask_ep.sources import open_source
 from tests.cluster_processes import Cluster as RealCluster
 
@@ -299,32 +298,7 @@ def test_what_processes_began_threads_finish_to_the_same_bits(tmp_path, slow_job
     np.testing.assert_array_equal(np.load(out), np.load(straight.out))
 
 
-# --- chunks and memory -----------------------------------------------------------------------
-
-
-def test_a_limit_decides_the_chunks(small_job):
-    inputs = open_inputs(load_job(small_job))
-    free = choose_chunk_rows(inputs, Threads(2), 1)
-    assert free <= 700 / 8 + 1, "some for every thread"
-    with pytest.raises(MemoryError, match=r"a memory limit of 300 MB must hold .* in all; give"):
-        choose_chunk_rows(inputs, Threads(2, memory_limit=300_000_000), 1)
-
-
-@pytest.mark.parametrize("threads", [1, 2, 8])
-def test_chunks_fit_the_limit(threads):
-    for limit in (400 << 20, 1 << 30, 1 << 40):
-        rows = chunk_rows_within(limit, threads, 50 << 20, 4096)
-        used = (50 << 20) + (threads * 4 + 4) * rows * 4096 + run.BASE_BYTES
-        assert used <= limit < used + (threads * 4 + 4) * 4096
-
-
-def test_processes_share_the_experts(small_job):
-    inputs = open_inputs(load_job(small_job))
-    chunks = 8 * run.FEWEST_ROWS * inputs.row_bytes
-    limit = run.BASE_BYTES + inputs.loaded_bytes // 2 + chunks
-    assert choose_chunk_rows(inputs, Processes(2, memory_limit=limit), 2) >= run.FEWEST_ROWS
-    with pytest.raises(MemoryError):
-        choose_chunk_rows(inputs, Processes(2, memory_limit=limit - 1), 2)
+# --- from Python -----------------------------------------------------------------------------
 
 
 def test_progress_from_python(small_job):

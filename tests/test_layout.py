@@ -23,7 +23,7 @@ TOP = (
     "block checkpoint checkpoint_files cluster families family figures homes owner_map ranks "
     "owner_plugin ownership planner price probe record report storage"
 )
-JOBS = "build example inspect_ job plan_command run verify"
+JOBS = "build example fit inspect_ job plan_command run verify"
 
 LAYERS = [
     set(layer.split())

@@ -7,9 +7,13 @@ import numpy as np
 import pytest
 from click.testing import CliRunner
 
+from dask_ep import journal, planner
+from dask_ep.costs import Rates
+from dask_ep.job import load_job
 from dask_ep.pipeline import count_tasks
 from dask_ep.placement import Placement
 from dask_ep.plan_command import plan_command
+from dask_ep.run import Threads, run_job
 
 
 @pytest.fixture
@@ -26,6 +30,12 @@ def job_file(tmp_path):
         '[experts]\nkind = "linear"\nw = "w.npy"\n'
     )
     return path
+
+
+@pytest.fixture(autouse=True)
+def known_rates(monkeypatch):
+    """Measure this machine in no time."""
+    monkeypatch.setattr(planner, "probe", lambda *_, **__: Rates(flops=1e10, copy=1e9))
 
 
 def invoke(*arguments) -> str:
@@ -75,11 +85,26 @@ def test_the_command_compares_choices(job_file):
         (["world_size=2"], "put --what-if before it"),
         (["--what-if", "ranks=2"], "a choice is one of world_size, chunk_rows, placement"),
         (["--what-if", "world_size=two"], "world_size takes whole numbers; got 'two'"),
-        (["--memory-limit", "1 MB"], "a worker needs .* and may use 0.95 MiB"),
+        (["--memory-limit", "1 MB"], "a memory limit of 1 MB must hold .* in all; give more"),
+        (
+            ["--chunk-rows", 900, "--memory-limit", "300.1 MiB"],
+            "a worker needs .* chunk_rows=",
+        ),
     ],
 )
 def test_what_the_command_refuses(job_file, arguments, message):
-    result = CliRunner().invoke(plan_command, [str(job_file), *arguments])
+    result = CliRunner().invoke(plan_command, [str(job_file), *map(str, arguments)])
     assert result.exit_code != 0
     said = f"{result.output} {result.exception}"
     assert re.search(message, " ".join(said.split())), said
+
+
+def test_within_a_limit_the_plan_is_of_the_chunks_that_a_run_takes(job_file, tmp_path):
+    limit = ("--memory-limit", "300.1 MiB", "--threads", 1)
+    content = json.loads(invoke(job_file, *limit, "--json"))
+    assert content["memory_bytes"] <= content["memory_limit"]
+    job = load_job(job_file, out=str(tmp_path / "other.npy"))
+    run_job(job, Threads(1, content["memory_limit"]))
+    manifest = journal.read_manifest(f"{job.out}.progress")
+    assert max(manifest["rows"]) == content["chunk_rows"]
+    assert len(manifest["rows"]) == content["chunks"]

@@ -1,0 +1,177 @@
+"""Which token chunks fit into the memory that a run may use, and what would fit instead?
+
+Decided from shapes alone, before anything is read. The law is that of plans (`costs.Need`); what
+only the routing knows, to how many ranks a row goes, is taken at its worst.
+
+    Inputs, Layout ── need ──> Need ── choose_chunk_rows ──> rows of a chunk
+                                                   └──────> DoesNotFit, with what would
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from typing import Any
+
+from dask_ep.build import Inputs
+from dask_ep.costs import FEWEST_ROWS, PROCESS_BYTES, Need, chunks_held
+from dask_ep.dispatch import computing_dtype
+from dask_ep.placement import POLICIES, most_slots
+from dask_ep.placement_files import from_file
+from dask_ep.storage import CHUNK_BYTES
+
+CHUNKS_PER_THREAD = 4
+"""Chunks that each thread should get at least, so that all are busy to the end."""
+
+
+class DoesNotFit(MemoryError):
+    """A job cannot be run so within its memory limit.
+
+    Attributes
+    ----------
+    proposal : dict
+        Options of ``dask-ep run`` with which it can, by name; empty if none were found.
+    """
+
+    def __init__(self, message: str, proposal: dict[str, Any]):
+        super().__init__(message)
+        self.proposal = proposal
+
+
+@dataclass(frozen=True)
+class Layout:
+    """How a job is laid out over workers, in numbers."""
+
+    world_size: int
+    workers: int
+    #: processes, of which each plays as many ranks as the others, or one more
+    threads: int
+    #: tasks at a time in each
+    memory_limit: int | None = None
+    #: bytes that each may use
+    placement: str | None = None
+    #: name of a policy, or path of a file
+
+
+def need(inputs: Inputs, layout: Layout) -> Need:
+    """Say what one worker needs of memory, at most, by the rows of a chunk."""
+    experts, layer = inputs.experts, inputs.layer
+    itemsize = computing_dtype(inputs.tokens.dtype).itemsize
+    ranks = -(-layout.world_size // layout.workers)
+    held = ranks * _slots_per_rank(inputs, layout) * experts.parameters
+    if layer is not None:
+        held += layer.parameters_beside
+    spread = min(_slots_per_row(inputs), layout.world_size)
+    widening = max(itemsize // inputs.tokens.dtype.itemsize, 1)
+    chunks = chunks_held(layout.threads, layout.world_size, spread, widening)
+    return Need(held * itemsize, chunks, max(inputs.row_bytes, 1))
+
+
+def choose_chunk_rows(inputs: Inputs, layout: Layout, asked: int | None = None) -> int:
+    """Choose the rows of a token chunk: large, but some for every thread, and within memory.
+
+    Parameters
+    ----------
+    inputs, layout : what is to be run, and how
+    asked : rows that the user wants
+
+    Returns
+    -------
+    int, a multiple or a whole part of the stored chunks where possible; `asked`, if that is given
+
+    Raises
+    ------
+    DoesNotFit
+        If `asked` is too many, or not even `FEWEST_ROWS` fit; with the numbers and a proposal.
+    """
+    if asked is None:
+        rows = max(1, CHUNK_BYTES // max(1, inputs.row_bytes))
+        fair = -(-inputs.tokens.shape[0] // (CHUNKS_PER_THREAD * layout.threads * layout.workers))
+        rows = min(rows, max(fair, FEWEST_ROWS))
+    else:
+        rows = asked
+    if layout.memory_limit is not None:
+        most = need(inputs, layout).rows_within(layout.memory_limit)
+        if most < (FEWEST_ROWS if asked is None else asked):
+            raise _refusal(inputs, layout, asked)
+        rows = min(rows, most)
+    return rows if asked is not None else fit_stored(rows, inputs.tokens.chunk_rows)
+
+
+def fit_stored(rows: int, stored: int | None) -> int:
+    """Give about `rows` rows, at most, such that chunks are read whole or in equal parts.
+
+    Examples
+    --------
+    >>> fit_stored(1000, 300), fit_stored(100, 300), fit_stored(100, None)
+    (900, 100, 100)
+    """
+    if stored is None:
+        return rows
+    return rows // stored * stored if rows >= stored else -(-stored // -(-stored // rows))
+
+
+def _refusal(inputs: Inputs, layout: Layout, asked: int | None) -> DoesNotFit:
+    """Say why the job cannot run so, with the numbers, and what to change."""
+    law, rows = need(inputs, layout), asked or FEWEST_ROWS
+    proposal = next(_proposals(inputs, layout, asked), {})
+    whose = "a memory limit" if layout.workers == 1 else "each worker's memory limit"
+    message = (
+        f"{whose} of {layout.memory_limit / 1e6:.0f} MB must hold "
+        f"{law.expert_bytes / 1e6:.0f} MB of experts, {PROCESS_BYTES / 1e6:.0f} MB for the process "
+        f"and {law.chunks:.3g} chunks of {rows} rows ({law.row_bytes} bytes each), "
+        f"{law.at(rows) / 1e6:.0f} MB in all; "
+    )
+    if not proposal:
+        return DoesNotFit(f"{message}give more memory, or more and smaller ranks", {})
+    options = " ".join(f"--{name.replace('_', '-')} {value}" for name, value in proposal.items())
+    return DoesNotFit(f"{message}within the same limit it runs with {options}", proposal)
+
+
+def _proposals(inputs: Inputs, layout: Layout, asked: int | None) -> Iterator[dict[str, Any]]:
+    """Options with which the job fits, those first that change least."""
+    for options, other in _alternatives(inputs, layout, asked):
+        most = need(inputs, other).rows_within(other.memory_limit)
+        if most >= FEWEST_ROWS:
+            rows = {} if asked is None else {"chunk_rows": choose_chunk_rows(inputs, other)}
+            yield {**options, **rows}
+
+
+def _alternatives(
+    inputs: Inputs, layout: Layout, asked: int | None
+) -> Iterator[tuple[dict[str, Any], Layout]]:
+    """Other layouts: smaller chunks, fewer threads, no copies of experts, more processes."""
+    if asked is not None:
+        yield {}, layout
+    for threads in range(layout.threads - 1, 0, -1):
+        yield {"threads": threads}, replace(layout, threads=threads)
+    if layout.placement in ("balanced", "exact"):
+        yield {"placement": "packed"}, replace(layout, placement="packed")
+    workers = layout.workers
+    most = inputs.job.world_size or inputs.experts.num_experts
+    while workers < most:
+        workers = min(2 * workers, most)
+        world_size = inputs.job.world_size or workers
+        yield (
+            {"processes": workers},
+            replace(layout, workers=workers, world_size=world_size, threads=1),
+        )
+
+
+def _slots_per_rank(inputs: Inputs, layout: Layout) -> int:
+    """The most experts that one rank holds."""
+    if layout.placement is None or layout.placement in POLICIES:
+        policy = layout.placement or "contiguous"
+        return most_slots(policy, inputs.experts.num_experts, layout.world_size)
+    job = inputs.job
+    placement = from_file(
+        layout.placement, layer=job.layer_index, world_size=job.world_size or layout.world_size
+    )
+    return placement.slots_per_rank
+
+
+def _slots_per_row(inputs: Inputs) -> int:
+    """k; E where experts choose their rows."""
+    if inputs.layer is not None:
+        return getattr(inputs.layer.router, "k", inputs.experts.num_experts)
+    return 1 if inputs.routing.ndim == 1 else inputs.routing.shape[1]

@@ -1,0 +1,190 @@
+"""A job gets chunks that fit its memory limit, or is refused unread, with what would fit."""
+
+from __future__ import annotations
+
+import os
+import shlex
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from dask_ep import sources
+from dask_ep.build import Inputs, open_inputs
+from dask_ep.costs import FEWEST_ROWS, PROCESS_BYTES, Rates
+from dask_ep.example import Example, write_example
+from dask_ep.fit import DoesNotFit, Layout, choose_chunk_rows, need
+from dask_ep.job import load_job
+from dask_ep.placement import POLICIES
+from dask_ep.planner import plan
+from dask_ep.run import Processes, Threads, lay_out, run_job
+from dask_ep.storage import open_tokens
+from tests.checkpoints import FIXTURES
+
+RATES = Rates(flops=1e10, copy=1e9)
+ROOT = Path(__file__).parent.parent
+
+MEASURED = """
+import sys
+from dask_ep.cli import main
+from dask_ep.record import peak_memory
+try:
+    main(sys.argv[1:])
+finally:
+    print("peak", peak_memory())
+"""
+
+
+@pytest.fixture(scope="module")
+def job_file(tmp_path_factory) -> Path:
+    """4 MB of tokens, stored in chunks of 500 rows, through 16 experts of 1 MB."""
+    sizes = {"rows": 2000, "d": 512, "num_experts": 16, "k": 2, "chunk_rows": 500}
+    return write_example(tmp_path_factory.mktemp("fit"), Example(**sizes, format="npy"))
+
+
+@pytest.fixture
+def inputs(job_file) -> Inputs:
+    return open_inputs(load_job(job_file))
+
+
+@pytest.mark.parametrize(
+    ("layout", "chunks", "experts", "remark"),
+    [
+        (Layout(1, 1, 2), 8, 16, "one rank: a chunk, its output and scratch a thread, two between"),
+        (Layout(2, 2, 1), 16, 8, "a row may go to both ranks"),
+        (Layout(4, 2, 1), 16, 8, "two ranks a worker; a row has two slots, so goes to two ranks"),
+        (Layout(4, 4, 1, placement="balanced"), 16, 5, "a spare slot on every rank"),
+        (Layout(4, 4, 1, placement="exact"), 16, 5, "at most one spare slot"),
+        (Layout(4, 4, 1, placement="packed"), 16, 4, "no copies"),
+    ],
+)
+def test_what_a_worker_needs(inputs, layout, chunks, experts, remark):
+    law = need(inputs, layout)
+    assert (law.chunks, law.expert_bytes) == (chunks, experts << 20), remark
+    assert law.at(100) == PROCESS_BYTES + (experts << 20) + chunks * 100 * 512 * 4
+
+
+@pytest.mark.parametrize("ranks", [1, 2, 4])
+@pytest.mark.parametrize("policy", POLICIES)
+def test_it_is_the_law_of_plans_and_never_below_what_the_routing_says(inputs, ranks, policy):
+    layout = Layout(ranks, ranks, 1, placement=policy)
+    tokens = open_tokens(inputs.tokens, chunks=500)
+    routing = open_tokens(inputs.routing, like=tokens)
+    priced = plan(
+        tokens, routing, inputs.experts, world_size=ranks, placement=policy, threads=1, rates=RATES
+    )
+    at_most = need(inputs, layout).at(500)
+    assert priced.memory_bytes <= at_most
+    if ranks == 1:
+        assert priced.memory_bytes == at_most
+    # The published bound for threads.
+    bound = PROCESS_BYTES + priced.expert_bytes + (4 * 1 + 4) * priced.chunk_bytes
+    assert ranks > 1 or at_most <= bound
+
+
+def test_shared_experts_and_routers_are_held_by_every_worker(tmp_path):
+    np.save(tmp_path / "x.npy", np.zeros((10, 32), "f4"))
+    job = load_job(
+        tokens=str(tmp_path / "x.npy"),
+        out=str(tmp_path / "y.npy"),
+        layer=str(FIXTURES / "qwen2_moe"),
+        layer_index=1,
+    )
+    inputs = open_inputs(job)
+    layer = inputs.layer
+    beside = layer.shared.num_experts * layer.shared.parameters + 9 * 32 + 32
+    assert layer.parameters_beside == beside
+    assert need(inputs, Layout(1, 1, 1)).expert_bytes == 4 * (9 * layer.experts.parameters + beside)
+    assert need(inputs, Layout(3, 3, 1)).expert_bytes == 4 * (3 * layer.experts.parameters + beside)
+
+
+@pytest.mark.parametrize("threads", [1, 2, 8])
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_a_limit_decides_the_chunks(inputs, threads, ranks):
+    free = choose_chunk_rows(inputs, Layout(ranks, 1, threads))
+    assert free <= 2000 / threads / 4 + 1 or free == FEWEST_ROWS, "some for every thread"
+    law = need(inputs, Layout(ranks, 1, threads))
+    limit = law.at(FEWEST_ROWS)
+    rows = choose_chunk_rows(inputs, Layout(ranks, 1, threads, limit))
+    assert law.at(rows) <= limit
+    with pytest.raises(DoesNotFit):
+        choose_chunk_rows(inputs, Layout(ranks, 1, threads, limit - 1))
+
+
+@pytest.mark.parametrize(
+    ("layout", "asked", "experts", "chunks", "rows", "proposal"),
+    [
+        (Layout(1, 1, 1), 2000, 16, 5, 500, {"chunk_rows": 500}),
+        (Layout(1, 1, 8), None, 16, 10, FEWEST_ROWS, {"threads": 2}),
+        (Layout(1, 1, 8), 2000, 16, 10, FEWEST_ROWS, {"threads": 2, "chunk_rows": 80}),
+        (Layout(1, 1, 1), None, 8, 16, FEWEST_ROWS, {"processes": 2}),
+        (Layout(4, 4, 1, placement="exact"), None, 4, 16, FEWEST_ROWS, {"placement": "packed"}),
+        (Layout(2, 2, 1), None, 2, 16, FEWEST_ROWS, {"processes": 8}),
+    ],
+)
+def test_what_does_not_fit_comes_with_what_does(
+    inputs, layout, asked, experts, chunks, rows, proposal
+):
+    """The limit holds the process, so many experts of 1 MB, and chunks of so many rows."""
+    limit = PROCESS_BYTES + (experts << 20) + chunks * rows * inputs.row_bytes
+    with pytest.raises(DoesNotFit, match=r"must hold .* in all; within the same limit") as no:
+        choose_chunk_rows(inputs, replace(layout, memory_limit=limit), asked)
+    assert no.value.proposal == proposal
+
+
+def test_ranks_of_the_job_stay_and_get_more_workers(job_file):
+    job = load_job(job_file, world_size=8)
+    inputs = open_inputs(job)
+    limit = PROCESS_BYTES + (4 << 20) + 16 * FEWEST_ROWS * inputs.row_bytes
+    with pytest.raises(DoesNotFit) as no:
+        choose_chunk_rows(inputs, lay_out(job, Processes(2, limit), 8))
+    assert no.value.proposal == {"processes": 4}
+
+
+def test_where_nothing_fits_it_is_said(inputs):
+    with pytest.raises(DoesNotFit, match=r"a memory limit of 300 MB .* in all; give more") as no:
+        choose_chunk_rows(inputs, Layout(1, 1, 2, 300_000_000))
+    assert no.value.proposal == {}
+
+
+def test_nothing_is_read_or_begun_before_a_refusal(job_file, tmp_path, monkeypatch):
+    def refuse(*_):
+        raise AssertionError("something was read")
+
+    monkeypatch.setattr(sources.RawSource, "read", refuse)
+    job = load_job(job_file, out=str(tmp_path / "out.npy"))
+    with pytest.raises(DoesNotFit):
+        run_job(job, Threads(1, 400 << 20), chunk_rows=1_000_000)
+    assert not list(tmp_path.iterdir())
+
+
+def run_measured(*arguments: object) -> tuple[int, str, int]:
+    """Run the real command: exit code, what it says, and its peak memory in bytes."""
+    done = subprocess.run(
+        [sys.executable, "-c", MEASURED, "run", *map(str, arguments)],
+        capture_output=True,
+        text=True,
+        timeout=60,
+        env=os.environ | {"PYTHONPATH": str(ROOT), "OPENBLAS_NUM_THREADS": "1"},
+        check=False,
+    )
+    told, _, peak = done.stdout.rpartition("peak ")
+    assert peak, done.stderr
+    return done.returncode, told + done.stderr, int(peak)
+
+
+def test_a_refused_run_runs_as_it_was_told_within_the_limit(tmp_path):
+    sizes = {"rows": 16_000, "d": 1024, "num_experts": 4, "k": 1}
+    job = write_example(tmp_path, Example(**sizes, format="npy"))
+    limit = ("--memory-limit", "380 MiB", "--threads", 2)
+    code, told, _ = run_measured(job, *limit, "--chunk-rows", 16_000)
+    assert code == 1
+    assert "a memory limit of 398 MB must hold 17 MB of experts" in told
+    proposal = shlex.split(told.strip().rpartition("it runs with ")[2])
+    assert proposal[0] == "--chunk-rows"
+    code, told, peak = run_measured(job, *limit, *proposal)
+    assert (code, "16000 rows in" in told) == (0, True), told
+    assert peak <= 380 << 20

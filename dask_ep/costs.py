@@ -23,6 +23,10 @@ PROCESS_BYTES = 300 << 20
 CLUSTER_TASK_SECONDS = 0.45e-3
 """Scheduler time of one task on a cluster (measured 0.42 to 0.48 ms, 900 to 13000 tasks)."""
 
+WORKER_TASK_SECONDS = 1.2e-3
+"""Time that a worker spends on each task of a cluster besides its work (measured 1.2 ms over all
+workers: messages, tasks unpacked, results fetched and dropped)."""
+
 WARM_UP_SECONDS = 0.4
 """Time in which a worker process imports what its first tasks need (measured 0.3 to 0.5 s)."""
 
@@ -38,13 +42,15 @@ class Rates:
     #: floating-point operations per second of one thread in matrix products of the job's width
     copy: float
     #: bytes per second that one thread gathers rows at
+    sort: float = 3e7
+    #: rows per second among which one thread finds those that go to a rank
     link: float = 0.5e9
     #: bytes per second that a thread sends and receives (measured 2.1 s for 1 GB on loopback, both
     #: ends together)
     read: float = 1e9
-    #: bytes per second that one worker reads from storage
+    #: bytes per second that one thread reads from storage
     write: float = 0.5e9
-    #: bytes per second that one worker writes there for good
+    #: bytes per second that one thread writes there
 
 
 def chunks_held(threads: int, ranks: int, spread: float, widening: int) -> float:

@@ -185,6 +185,13 @@ class MoELayer:
         numbers = 0 if shared is None else shared.num_experts * shared.parameters
         return numbers + sum(prod(array.shape) for array in self.arrays.values())
 
+    @property
+    def bytes_beside(self) -> int:
+        """Bytes of them in their files."""
+        arrays = [array.source for array in self.arrays.values()]
+        small = sum(prod(source.shape) * source.dtype.itemsize for source in arrays)
+        return small + (0 if self.shared is None else self.shared.nbytes)
+
     def __repr__(self) -> str:
         parts = [repr(self.router), repr(self.experts)]
         parts += [f"shared={self.shared!r}"] if self.shared is not None else []

@@ -101,13 +101,10 @@ def priced_job(
         where = Processes(processes, limit) if processes else Threads(threads, limit)
         chunk_rows = choose_chunk_rows(inputs, lay_out(job, where, size))
     tokens = open_tokens(inputs.tokens, chunks=chunk_rows, name="tokens")
-    if inputs.layer is not None:
-        routing, topk = inputs.layer.route(tokens)
-    else:
-        routing, topk = (
-            open_tokens(inputs.routing, like=tokens, name="routing"),
-            inputs.topk_weights,
-        )
+    routing, experts, topk = None, inputs.layer, None
+    if inputs.layer is None:
+        routing = open_tokens(inputs.routing, like=tokens, name="routing")
+        experts, topk = inputs.experts, inputs.topk_weights
     common = {
         "topk_weights": topk,
         "memory_limit": memory_limit,
@@ -117,8 +114,8 @@ def priced_job(
     }
     if choices:
         combined = {"world_size": [size], "placement": [job.placement], **choices}
-        return what_if(tokens, routing, inputs.experts, **combined, **common)
-    one = plan(tokens, routing, inputs.experts, world_size=size, placement=job.placement, **common)
+        return what_if(tokens, routing, experts, **combined, **common)
+    one = plan(tokens, routing, experts, world_size=size, placement=job.placement, **common)
     return WhatIf((one,), one, "")
 
 
@@ -195,8 +192,11 @@ def plan_tables(one: Plan) -> list[Any]:
         ("moved between workers", format_bytes(one.moved_bytes)),
         ("experts to read", format_bytes(one.stored_bytes)),
         ("memory of a worker, at most", format_bytes(one.memory_bytes) + limit),
-        ("tasks", f"{one.tasks:,}, {one.scheduler_seconds:.2f} s of the scheduler"),
-        ("operations", f"{one.flops.sum():.3g} FLOP"),
+        (
+            "tasks",
+            f"{one.tasks + one.other_tasks:,}, {one.scheduler_seconds:.2f} s of the scheduler",
+        ),
+        ("operations", f"{one.flops.sum() + one.flops_beside:.3g} FLOP"),
         ("time", f"{one.seconds:.2f} s"),
     ):
         figures.add_row(name, value)

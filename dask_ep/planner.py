@@ -28,10 +28,12 @@ from dask_ep.costs import FEWEST_ROWS, PROCESS_BYTES, Rates
 from dask_ep.dispatch import computing_dtype
 from dask_ep.experts import CallableExperts, Experts, as_experts
 from dask_ep.held import StoredExperts
+from dask_ep.layer import MoELayer
 from dask_ep.placement import POLICIES, Placement, place
 from dask_ep.placement_files import from_file
-from dask_ep.price import Plan, Work
+from dask_ep.price import Beside, Plan, Work
 from dask_ep.probe import probe
+from dask_ep.rows import rows_of
 from dask_ep.survey import Survey, survey
 
 
@@ -70,6 +72,7 @@ def plan(
     world_size: int | None = None,
     placement: Placement | str | os.PathLike | None = None,
     chunk_rows: int | None = None,
+    only: Sequence[int] | None = None,
     memory_limit: int | str | None = None,
     workers: int | None = None,
     threads: int | None = None,
@@ -81,12 +84,16 @@ def plan(
     Parameters
     ----------
     tokens, routing, experts, topk_weights : as for `expert_parallel`
-        Of the tokens only shape, dtype and chunks are looked at.
+        Of the tokens only shape, dtype and chunks are looked at. Or `experts` is a `MoELayer`,
+        whose router and shared experts are priced as well; without a `routing`, its router says it,
+        and reads the tokens for that.
     world_size : int, R, optional
         Default: the placement's, else the workers of the Dask client in use, else 1.
     placement : Placement, name of a policy, path of a placement file, or None for contiguous
     chunk_rows : int, optional
         Rows of a token chunk; default: the chunks of `tokens`.
+    only : numbers of token chunks, optional
+        Those that are to be computed, as in a run that goes on with what another has left.
     memory_limit : bytes that one worker may use, as int or text ("4 GiB"), optional
     workers : int, optional
         Processes that share the ranks; default one per rank. 1 means threads of this process.
@@ -111,8 +118,8 @@ def plan(
 
     Notes
     -----
-    Reads the routing once, no token and no expert. Of callables neither operations nor bytes are
-    known, and both count as none.
+    Reads the routing once (or runs the router once), no token and no expert besides. Of callables
+    neither operations nor bytes are known, and both count as none.
 
     Examples
     --------
@@ -132,7 +139,7 @@ def plan(
     if world_size is None:
         given = isinstance(placement, Placement)
         world_size = placement.world_size if given else pipeline.workers_in_use()
-    priced = pricing.plan(world_size, placement, chunk_rows)
+    priced = pricing.plan(world_size, placement, chunk_rows, only)
     if not priced.fits:
         proposal = pricing.fitting(priced)
         raise PlanError(_refusal(priced, proposal), priced, proposal)
@@ -198,8 +205,19 @@ class _Pricing:
         cores: int | None,
         rates: Rates | None,
     ):
+        beside = Beside()
+        if isinstance(experts, MoELayer):
+            layer, experts, tokens = experts, experts.experts, rows_of(tokens)
+            router_tasks = 0
+            if routing is None:
+                routing, topk_weights = layer.route(tokens)
+                router_tasks = _count_new_tasks([routing, topk_weights], tokens)
+            routing, topk_weights = (
+                None if a is None else rows_of(a) for a in (routing, topk_weights)
+            )
+            beside = _beside(layer, tokens, router_tasks)
         experts = as_experts(experts)
-        self.work = _work(tokens, experts, topk_weights)
+        self.work = _work(tokens, experts, topk_weights, beside)
         known_rows = tokens.shape[0] == tokens.shape[0]
         self.survey: Survey = survey(routing, experts.num_experts, known_rows=known_rows)
         self.chunks = _chunks(tokens, self.survey)
@@ -224,21 +242,23 @@ class _Pricing:
         world_size: int,
         placement: Placement | str | os.PathLike | None,
         chunk_rows: int | None,
+        only: Sequence[int] | None = None,
     ) -> Plan:
         policy, placement = self._placement(placement, world_size)
         chunks = self.chunks if chunk_rows is None else _equal_chunks(self.survey.rows, chunk_rows)
         workers = min(self.workers or world_size, world_size)
-        visits = self.survey.visits(placement, chunks)
+        visits = self.survey.visits(placement, chunks, only)
+        of_these = list(range(len(chunks)) if only is None else only)
         return Plan(
             work=self.work,
             policy=policy,
             placement=placement,
-            chunks=chunks,
+            chunks=tuple(chunks[chunk] for chunk in of_these),
             workers=workers,
             threads=self.threads or max(CPU_COUNT // workers, 1),
-            expert_rows=self.survey.expert_rows,
+            expert_rows=visits.expert_rows(placement),
             rank_rows=visits.slot_rows.sum(axis=1),
-            packet_rows=visits.packet_rows,
+            packet_rows=visits.packet_rows[of_these],
             slots_per_row=self.survey.slots_per_row,
             rates=self.rates,
             memory_limit=self.memory_limit,
@@ -281,7 +301,37 @@ class _Pricing:
         return "given", placement
 
 
-def _work(tokens: Any, experts: Experts | CallableExperts, topk_weights: Any) -> Work:
+def _beside(layer: MoELayer, tokens: da.Array, router_tasks: int) -> Beside:
+    """Put a layer's router, unless that has no tasks, and its shared experts into numbers."""
+    d, E, shared = tokens.shape[1], layer.experts.num_experts, layer.shared
+    itemsize = computing_dtype(tokens.dtype).itemsize
+    there_and_back = (d + (layer.experts.d_out or d)) * itemsize
+    finishes = shared is not None or layer.residual
+    k = getattr(layer.router, "k", E)
+    chunks = tokens.numblocks[0]
+    per_chunk = max(router_tasks - 1, 0) // max(chunks, 1)  # one reads the router's arrays
+    row_bytes = (k + 5) * E * 4 if router_tasks else 0  # as `dask_ep.routing.route` says
+    if shared is not None:
+        row_bytes += shared.num_experts * there_and_back
+    return Beside(
+        router_flops=2 * d * E if router_tasks and "weight" in layer.arrays else 0,
+        shared_flops=0 if shared is None else 2 * shared.num_experts * shared.parameters,
+        row_bytes=row_bytes + finishes * 2 * there_and_back,
+        stored=layer.bytes_beside,
+        loaded=layer.parameters_beside * itemsize,
+        chunk_tasks=per_chunk + finishes,
+        tasks=router_tasks - per_chunk * chunks + (shared is not None),
+    )
+
+
+def _count_new_tasks(made: Sequence[da.Array], of: da.Array) -> int:
+    """How many tasks these arrays have that the array which they are made of has not."""
+    return len(set().union(*(dict(a.__dask_graph__()) for a in made)) - set(of.__dask_graph__()))
+
+
+def _work(
+    tokens: Any, experts: Experts | CallableExperts, topk_weights: Any, beside: Beside
+) -> Work:
     """Put the job into numbers."""
     if tokens.ndim != 2 or experts.d not in (None, tokens.shape[1]):
         raise ValueError(
@@ -296,10 +346,12 @@ def _work(tokens: Any, experts: Experts | CallableExperts, topk_weights: Any) ->
         d_out=experts.d_out or d,
         dtype=dtype,
         weight_bytes=0 if topk_weights is None else np.dtype(topk_weights.dtype).itemsize,
+        inputs=0 if beside.router_flops else 1 + (topk_weights is not None),
         expert_flops=2 * experts.parameters,
         expert_stored=experts.nbytes // experts.num_experts,
         expert_loaded=experts.nbytes // experts.num_experts if as_stored else wide,
         expert_scratch=wide if as_stored else 0,
+        beside=beside,
     )
 
 

@@ -39,6 +39,26 @@ ROWS_PER_PRODUCT = 256
 
 
 @dataclass(frozen=True)
+class Beside:
+    """What a whole layer does besides its routed experts; nothing, for experts alone."""
+
+    router_flops: int = 0
+    #: floating-point operations of one row in the router, in float64
+    shared_flops: int = 0
+    #: of one row in the experts that all rows share
+    row_bytes: int = 0
+    #: bytes of one row that are read and written around those
+    stored: int = 0
+    #: bytes of router and shared experts in their files
+    loaded: int = 0
+    #: bytes of them in the memory of every worker
+    chunk_tasks: int = 0
+    #: tasks for each chunk
+    tasks: int = 0
+    #: tasks for the whole layer
+
+
+@dataclass(frozen=True)
 class Work:
     """What is to be computed, in plain numbers."""
 
@@ -50,6 +70,8 @@ class Work:
     #: of tokens and outputs
     weight_bytes: int
     #: of one top-k weight; 0 without them
+    inputs: int
+    #: arrays that are read chunk by chunk besides the tokens: routing, top-k weights
     expert_flops: float
     #: floating-point operations of one row at one expert
     expert_stored: int
@@ -58,6 +80,8 @@ class Work:
     #: bytes of one expert in memory
     expert_scratch: int
     #: bytes of an expert that each thread converts, where experts are held as they are stored
+    beside: Beside = Beside()
+    #: router and shared experts
 
 
 @dataclass(frozen=True, eq=False)
@@ -167,8 +191,9 @@ class Plan:
 
     @property
     def stored_bytes(self) -> int:
-        """Bytes of experts that all ranks read from their files."""
-        return int(self.rank_experts.sum()) * self.work.expert_stored
+        """Bytes of experts that all ranks read from their files, and workers of what all share."""
+        of_ranks = int(self.rank_experts.sum()) * self.work.expert_stored
+        return of_ranks + self.workers * self.work.beside.stored
 
     @property
     def experts_of_a_worker(self) -> int:
@@ -177,8 +202,8 @@ class Plan:
 
     @property
     def expert_bytes(self) -> int:
-        """Bytes of experts in the worker that holds most."""
-        held = self.experts_of_a_worker * self.work.expert_loaded
+        """Bytes of experts, of shared ones and the router too, in the worker that holds most."""
+        held = self.experts_of_a_worker * self.work.expert_loaded + self.work.beside.loaded
         return held + self.threads * self.work.expert_scratch
 
     @property
@@ -213,14 +238,26 @@ class Plan:
 
     @property
     def tasks(self) -> int:
-        """Tasks of the layer: C (2R + 1) + R; C + 1 for one rank."""
+        """Tasks of `expert_parallel`: C (2R + 1) + R; C + 1 for one rank."""
         return count_tasks(len(self.chunks), self.world_size)
+
+    @property
+    def other_tasks(self) -> int:
+        """Tasks of a layer's router, shared experts and residual."""
+        return len(self.chunks) * self.work.beside.chunk_tasks + self.work.beside.tasks
+
+    @property
+    def handled_tasks(self) -> int:
+        """All tasks that Dask handles: those, the reads of the inputs, and the writes."""
+        reads = len(self.chunks) * (1 + self.work.inputs)
+        return self.tasks + self.other_tasks + reads + len(self.chunks)
 
     @property
     def scheduler_seconds(self) -> float:
         """Time that the scheduler needs for them, beside the workers' work."""
         local = self.workers == 1
-        return self.tasks * (costs.LOCAL_TASK_SECONDS if local else costs.CLUSTER_TASK_SECONDS)
+        seconds = costs.LOCAL_TASK_SECONDS if local else costs.CLUSTER_TASK_SECONDS
+        return self.handled_tasks * seconds
 
     @property
     def flops(self) -> np.ndarray:
@@ -228,28 +265,50 @@ class Plan:
         return self.rank_rows * self.work.expert_flops
 
     @property
+    def flops_beside(self) -> int:
+        """Floating-point operations of the router and of shared experts, where the chunks lie."""
+        return self.rows * (self.work.beside.router_flops + self.work.beside.shared_flops)
+
+    @property
     def load_seconds(self) -> float:
         """Time to read the experts, for the worker that reads most."""
-        return self.experts_of_a_worker * self.work.expert_stored / self.rates.read
+        stored = self.experts_of_a_worker * self.work.expert_stored + self.work.beside.stored
+        return stored / self.rates.read
 
     @property
     def busy_seconds(self) -> float:
-        """Time of products, copies and transfers: of the busiest worker, or of shared cores."""
+        """Time that workers compute and copy: of the busiest one, or of all on shared cores."""
         row_bytes = (self.work.d + self.work.d_out) * self.work.dtype.itemsize
-        spread_evenly = (
-            self.exchanged_bytes / self.rates.copy
-            + self.moved_bytes / self.rates.link
-            + self.rows * self.work.d * self.work.dtype.itemsize / self.rates.read
-            + self.rows * self.reply_row_bytes / self.rates.write
-        )
         busy = (
             self._per_worker(self.flops) / self.rates.flops
             + self._per_worker(self.rank_rows) * row_bytes / self.rates.copy
-            + spread_evenly / self.workers
-            + (costs.WARM_UP_SECONDS if self.workers > 1 else 0.0)
+            + self._seconds_anywhere / self.workers
         )
-        shared = busy.sum() / self.cores if self.cores else 0.0
-        return max(float(busy.max()) / self.threads, float(shared)) * self._idle_at_the_end
+        shared = 0.0
+        if self.cores:
+            scheduler = self.scheduler_seconds if self.workers > 1 else 0.0  # a process more
+            shared = (float(busy.sum()) + scheduler) / self.cores
+        return max(float(busy.max()) / self.threads, shared) * self._idle_at_the_end
+
+    @property
+    def _seconds_anywhere(self) -> float:
+        """Work of one thread that all workers share evenly: whatever is done where chunks lie."""
+        work, rates, beside = self.work, self.rates, self.work.beside
+        seconds = (
+            self.rows * work.d * work.dtype.itemsize / rates.read
+            + self.rows * self.reply_row_bytes / rates.write
+            # Matrix products in float64, as those of a router, take twice the time.
+            + self.rows * (2 * beside.router_flops + beside.shared_flops) / rates.flops
+            + self.rows * beside.row_bytes / rates.copy
+        )
+        if self.world_size > 1:
+            seconds += self.exchanged_bytes / rates.copy
+            seconds += 2 * self.rows * self.world_size / rates.sort  # to pack, and to add up
+        if self.workers > 1:
+            seconds += self.moved_bytes / rates.link
+            seconds += self.handled_tasks * costs.WORKER_TASK_SECONDS
+            seconds += self.workers * costs.WARM_UP_SECONDS
+        return seconds
 
     @property
     def _idle_at_the_end(self) -> float:
@@ -305,17 +364,10 @@ class Plan:
     def to_dict(self) -> dict[str, Any]:
         """Give all figures as plain numbers, lists and text."""
         figures = [
-            *("rows", "slots_per_row", "world_size", "workers", "threads", "policy"),
-            *("cores", "chunk_rows", "imbalance", "exchanged_bytes", "moved_bytes", "stored_bytes"),
-            *(
-                "expert_bytes",
-                "chunk_bytes",
-                "chunks_held",
-                "memory_bytes",
-                "memory_limit",
-                "fits",
-                "tasks",
-            ),
+            *("rows", "slots_per_row", "world_size", "workers", "threads", "policy", "cores"),
+            *("chunk_rows", "imbalance", "exchanged_bytes", "moved_bytes", "stored_bytes"),
+            *("expert_bytes", "chunk_bytes", "chunks_held", "memory_bytes", "memory_limit", "fits"),
+            *("tasks", "other_tasks", "handled_tasks", "flops_beside"),
             *("scheduler_seconds", "load_seconds", "busy_seconds", "seconds"),
             *("advised_chunk_rows", "advice"),
         ]

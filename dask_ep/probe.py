@@ -1,22 +1,27 @@
 """How fast is this machine at what a run does?
 
-About a second of the two things that a run spends its time on, with as many rows, slots and experts
-as a task of the job has: the matrix products, and what the kernel does around them (sorting,
-gathering and adding up rows), which experts that do nothing show. All threads of the run work at
-once, since they share caches, memory and whatever else the machine is doing.
+About a second of what a run spends its time on, with as many rows, slots and experts as a task of
+the job has: the matrix products; what the kernel does around them (sorting, gathering and adding up
+rows), which experts that do nothing show; finding the rows of a packet; writing and reading a file,
+which the system keeps in memory. All threads of the run work at once, since they share caches,
+memory and whatever else the machine is doing.
 """
 
 from __future__ import annotations
 
+import os
+import tempfile
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 
+from dask_ep import memory
 from dask_ep.blas import one_blas_thread
 from dask_ep.costs import Rates
 from dask_ep.dispatch import expert_parallel_dispatch
+from dask_ep.exchange import packet_order
 
 MOST_BYTES = 32 << 20
 """Of the rows, and of the matrices, that one thread measures with."""
@@ -48,7 +53,8 @@ def probe(
     Returns
     -------
     rates : Rates
-        Of one of the threads; links and storage at their defaults.
+        Of one of the threads; links at their default. Files are small new ones in the directory for
+        temporary files: a run that reads from a slow disk, or more than memory keeps, is slower.
 
     Examples
     --------
@@ -60,13 +66,20 @@ def probe(
     rows = max(min(rows, MOST_BYTES // (d * itemsize)), 1)
     products = _Products(d, d_out, max(rows * slots // experts, 1), experts, dtype)
     kernel = _Kernel(d, rows, slots, experts, dtype)
-    with one_blas_thread(), ThreadPoolExecutor(threads) as pool:
+    file = _File()
+    with one_blas_thread(), ThreadPoolExecutor(threads) as pool, file.file:
 
-        def mean_rate(work: Callable[[], int]) -> float:
-            runs = [pool.submit(_rate, work, seconds / 2) for _ in range(threads)]
+        def mean_rate(work: Callable[[], int], share: float) -> float:
+            runs = [pool.submit(_rate, work, share * seconds) for _ in range(threads)]
             return sum(run.result() for run in runs) / threads
 
-        return Rates(flops=mean_rate(products), copy=mean_rate(kernel))
+        return Rates(
+            flops=mean_rate(products, 0.4),
+            copy=mean_rate(kernel, 0.4),
+            sort=mean_rate(kernel.find_packet, 0.1),
+            read=mean_rate(file.read, 0.05),
+            write=mean_rate(file.write, 0.05),
+        )
 
 
 class _Products:
@@ -95,6 +108,31 @@ class _Kernel:
     def __call__(self) -> int:
         expert_parallel_dispatch(self.tokens, self.routing, self.experts, 0, 1)
         return 2 * self.tokens.nbytes * self.routing.shape[1]
+
+    def find_packet(self) -> int:
+        """Find the rows that go to one of two ranks; give the rows searched."""
+        half = -(-len(self.experts) // 2)
+        packet_order(self.routing.astype(np.min_scalar_type(-2 * half - 1)), 0, half)
+        return len(self.routing)
+
+
+class _File:
+    """A temporary file to write and to read; both give the bytes handled."""
+
+    def __init__(self) -> None:
+        self.content = bytes(MOST_BYTES // 2)
+        self.file = tempfile.TemporaryFile(prefix="dask-ep-probe-", buffering=0)  # noqa: SIM115
+        self.file.write(self.content)
+
+    def write(self) -> int:
+        """Write another one."""
+        with tempfile.TemporaryFile(prefix="dask-ep-probe-", buffering=0) as file:
+            return file.write(self.content)
+
+    def read(self) -> int:
+        """Read what the system has in its cache, into memory as the run's reads do."""
+        target = memory.empty((len(self.content),), np.uint8)
+        return os.preadv(self.file.fileno(), [target], 0)
 
 
 def _same(rows: np.ndarray) -> np.ndarray:

@@ -11,7 +11,7 @@ from __future__ import annotations
 import os
 import tempfile
 import weakref
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import NamedTuple
@@ -34,6 +34,12 @@ class Visits(NamedTuple):
     #: (C, R) int64: the rows of chunk c with a slot at rank r, each row once
     slot_rows: np.ndarray
     #: (R, S) int64: the (row, slot) pairs that each physical slot serves
+
+    def expert_rows(self, placement: Placement) -> np.ndarray:
+        """(E,) int64: the (row, slot) pairs of each expert."""
+        rows, held = np.zeros(placement.num_experts, np.int64), placement.slots >= 0
+        np.add.at(rows, placement.slots[held], self.slot_rows[held])
+        return rows
 
 
 @dataclass(frozen=True)
@@ -60,19 +66,28 @@ class Survey:
         """(E,) int64: the (row, slot) pairs of each expert."""
         return self.by_ticket.sum(axis=1)
 
-    def visits(self, placement: Placement, chunks: Sequence[int] | None = None) -> Visits:
+    def visits(
+        self,
+        placement: Placement,
+        chunks: Sequence[int] | None = None,
+        only: Collection[int] | None = None,
+    ) -> Visits:
         """Count the rows that each chunk sends to each rank.
 
         Parameters
         ----------
         placement : Placement of these experts
         chunks : rows of each token chunk, summing to N; default: those of the routing
+        only : numbers of the chunks to count, the others being nothing; default: all
         """
         chunks = self.chunks if chunks is None else tuple(chunks)
         ranks, slots = placement.slots.shape
         packet_rows = np.zeros((len(chunks), ranks), np.int64)
         slot_rows = np.zeros(ranks * slots + 1, np.int64)
+        counted = range(len(chunks)) if only is None else frozenset(only)
         for chunk, row_offset, routing in self.blocks(chunks):
+            if chunk not in counted:
+                continue
             physical = placement.rewrite(routing, row_offset, placement.home(chunk))
             slot_rows += np.bincount(physical.ravel() + 1, minlength=slot_rows.size)
             packet_rows[chunk] += _rows_per_rank(physical, ranks, slots)

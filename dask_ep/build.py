@@ -95,7 +95,9 @@ def open_inputs(job: Job) -> Inputs:
     return opened
 
 
-def build(inputs: Inputs, *, world_size: int, chunk_rows: int | None = None) -> Built:
+def build(
+    inputs: Inputs, *, world_size: int, chunk_rows: int | None = None, xp: str = "numpy"
+) -> Built:
     """Build the output of a job; only a placement by load reads anything (the routing).
 
     Parameters
@@ -103,22 +105,23 @@ def build(inputs: Inputs, *, world_size: int, chunk_rows: int | None = None) -> 
     inputs : of the job
     world_size : ranks
     chunk_rows : rows of a token chunk; None leaves it to `open_tokens`
+    xp : whose arrays the chunks are while they are computed, "numpy" or "cupy"
     """
     job = inputs.job
-    tokens = open_tokens(inputs.tokens, chunks=chunk_rows, name="tokens")
+    tokens = open_tokens(inputs.tokens, chunks=chunk_rows, name="tokens", xp=xp)
     if inputs.layer is not None:
         placement = _find_placement(job, world_size, lambda: inputs.layer.route(tokens)[0], inputs)
         y = inputs.layer(tokens, world_size=world_size, placement=placement)
         files = {"tokens": inputs.tokens, "layer": _fingerprint_layer(inputs.layer, job)}
         settings = {"layer_index": job.layer_index}
     else:
-        routing = open_tokens(inputs.routing, name="routing", like=tokens)
+        routing = open_tokens(inputs.routing, name="routing", like=tokens, xp=xp)
         topk = inputs.topk_weights
         y = expert_parallel(
             tokens,
             routing,
             inputs.experts,
-            topk_weights=None if topk is None else open_tokens(topk, like=tokens),
+            topk_weights=None if topk is None else open_tokens(topk, like=tokens, xp=xp),
             world_size=world_size,
             placement=(placement := _find_placement(job, world_size, lambda: routing, inputs)),
         )
@@ -126,8 +129,11 @@ def build(inputs: Inputs, *, world_size: int, chunk_rows: int | None = None) -> 
         files |= {} if topk is None else {"topk_weights": topk}
         files |= {f"experts.{key}": source for key, source in inputs.weights.items()}
         settings = {"experts": _options_of(job)}
-    slots = None if placement is None else placement.to_json()
-    return Built(y, files, settings | {"world_size": world_size, "placement": slots})
+    settings |= {"world_size": world_size}
+    settings["placement"] = None if placement is None else placement.to_json()
+    if xp != "numpy":
+        settings["computed_by"] = xp  # which rounds in another way: one output has one of them
+    return Built(y, files, settings)
 
 
 def _open(job: Job, key: str, path: str) -> Source:

@@ -26,6 +26,8 @@ from dask_ep import __version__
 from dask_ep import example as examples
 from dask_ep import run as runs
 from dask_ep.cluster import Certificates
+from dask_ep.device import NoDeviceError
+from dask_ep.gpus import PROTOCOLS
 from dask_ep.inspect_ import Finding, describe_output, inspect_path
 from dask_ep.job import PLACEMENTS, Job, JobError, load_job, parse_experts
 from dask_ep.plan_command import plan_command
@@ -53,7 +55,7 @@ def main(arguments: list[str] | None = None) -> None:
     except (KeyboardInterrupt, click.Abort):
         complain("stopped")
         sys.exit(FAILED)
-    except JobError as error:
+    except (JobError, NoDeviceError) as error:
         complain(str(error))
         sys.exit(WRONG_USE)
     except Exception as error:
@@ -199,6 +201,12 @@ def _parse_size(context: click.Context, parameter: click.Parameter, value: str |
 @job_options
 @click.option("--threads", type=click.IntRange(1), help="Threads of this process; all cores.")
 @click.option("--processes", type=click.IntRange(1), help="Worker processes on this machine.")
+@click.option("--gpu", is_flag=True, help="One worker per GPU, here or of the cluster.")
+@click.option("--protocol", type=click.Choice(PROTOCOLS), help="Between GPUs; UCX where installed.")
+@click.option("--tf32", is_flag=True, help="Multiply float32 as TF32, with --gpu.")
+@click.option(
+    "--device-memory-limit", callback=_parse_size, metavar="SIZE", help="Of each GPU; nine tenths."
+)
 @click.option("--scheduler", metavar="ADDRESS", help="Of a Dask cluster, tcp://host:8786.")
 @click.option("--scheduler-file", type=click.Path(), help="That a Dask scheduler has written.")
 @click.option("--tls-ca-file", type=click.Path(), help="Of a cluster with TLS: its authority, PEM.")
@@ -236,6 +244,7 @@ def run(job: str | None, experts: str | None, **options: Any) -> None:
     Examples:
       dask-ep run demo/job.toml
       dask-ep run demo/job.toml --processes 4 --memory-limit 2GiB --overwrite
+      dask-ep run demo/job.toml --gpu --protocol ucx
       dask-ep run demo/job.toml --scheduler tcp://10.0.0.1:8786 --resume
       dask-ep run --tokens x.npy --routing r.npy --experts w.npy --out y.npy
     """
@@ -245,7 +254,7 @@ def run(job: str | None, experts: str | None, **options: Any) -> None:
     parsed = load_job(job, experts=None if experts is None else parse_experts(experts), **given)
     where = _choose_where(**{key: options.pop(key) for key in WHERE})
     if options["report"] and isinstance(where, runs.Threads):
-        raise click.UsageError("--report needs workers: --processes, or a cluster")
+        raise click.UsageError("--report needs workers: --processes, --gpu, or a cluster")
     with _stoppable(parsed, job) as check, progress_bar("rows") as tell:
 
         def on_progress(how: runs.Progress) -> None:
@@ -268,7 +277,7 @@ def _show_dashboard(client: Client) -> None:
 
 
 WHERE = ("threads", "processes", "scheduler", "scheduler_file", "memory_limit", "dashboard")
-WHERE += ("tls_ca_file", "tls_cert", "tls_key")
+WHERE += ("tls_ca_file", "tls_cert", "tls_key", "gpu", "protocol", "tf32", "device_memory_limit")
 """The options of `run` that say where."""
 
 
@@ -283,7 +292,9 @@ def _choose_where(
     tls_ca_file: str | None,
     tls_cert: str | None,
     tls_key: str | None,
-) -> runs.Threads | runs.Processes | runs.Cluster:
+    gpu: bool,
+    **of_gpus: Any,
+) -> runs.Where:
     places = {
         "--threads": threads,
         "--processes": processes,
@@ -293,17 +304,29 @@ def _choose_where(
     chosen = [name for name, value in places.items() if value is not None]
     if len(chosen) > 1:
         raise click.UsageError(f"a job runs in one place; give one of {' and '.join(chosen)}")
-    if dashboard is not None and processes is None:
-        raise click.UsageError("--dashboard needs --processes")
+    if dashboard is not None and processes is None and not (gpu and not chosen):
+        raise click.UsageError("--dashboard needs --processes or --gpu")
     on_cluster = scheduler is not None or scheduler_file is not None
     certificates = _read_certificates(on_cluster, tls_ca_file, tls_cert, tls_key)
     if on_cluster:
         if memory_limit is not None:
             raise click.UsageError("the memory of a cluster's workers is set where they start")
-        return runs.Cluster(scheduler, scheduler_file, certificates)
+        _refuse(of_gpus, "is of the cluster's workers, and is set where they start")
+        return runs.Cluster(scheduler, scheduler_file, certificates, gpu)
+    if gpu:
+        if chosen:
+            raise click.UsageError(f"--gpu has one worker per GPU, so {chosen[0]} says nothing")
+        return runs.Gpus(memory_limit=memory_limit, dashboard_port=dashboard, **of_gpus)
+    _refuse(of_gpus, "needs --gpu")
     if processes is not None:
         return runs.Processes(processes, memory_limit, dashboard)
     return runs.Threads(threads, memory_limit)
+
+
+def _refuse(options: dict[str, Any], why: str) -> None:
+    for name, value in options.items():
+        if value:
+            raise click.UsageError(f"--{name.replace('_', '-')} {why}")
 
 
 def _read_certificates(

@@ -24,6 +24,10 @@ CHUNKS_PER_THREAD = 4
 """Chunks that each thread should get at least, so that all are busy to the end."""
 
 
+DEVICE_CHUNK_BYTES = 128 << 20
+"""Bytes of a token chunk on a GPU, which needs more rows at a time than a core to be busy."""
+
+
 class DoesNotFit(MemoryError):
     """A job cannot be run so within its memory limit.
 
@@ -51,6 +55,8 @@ class Layout:
     #: bytes that each may use
     placement: str | None = None
     #: name of a policy, or path of a file
+    on_devices: bool = False
+    #: whether each worker computes on a GPU, whose memory the limit is
 
 
 def need(inputs: Inputs, layout: Layout) -> Need:
@@ -61,6 +67,8 @@ def need(inputs: Inputs, layout: Layout) -> Need:
     held = ranks * _slots_per_rank(inputs, layout) * experts.parameters
     if layer is not None:
         held += layer.parameters_beside
+    if layout.on_devices:
+        return Need(held * itemsize, layout.threads, _device_row_bytes(inputs, itemsize))
     spread = min(_slots_per_row(inputs), layout.world_size)
     widening = max(itemsize // inputs.tokens.dtype.itemsize, 1)
     chunks = chunks_held(layout.threads, layout.world_size, spread, widening)
@@ -85,7 +93,8 @@ def choose_chunk_rows(inputs: Inputs, layout: Layout, asked: int | None = None) 
         If `asked` is too many, or not even `FEWEST_ROWS` fit; with the numbers and a proposal.
     """
     if asked is None:
-        rows = max(1, CHUNK_BYTES // max(1, inputs.row_bytes))
+        chunk_bytes = DEVICE_CHUNK_BYTES if layout.on_devices else CHUNK_BYTES
+        rows = max(1, chunk_bytes // max(1, inputs.row_bytes))
         fair = -(-inputs.tokens.shape[0] // (CHUNKS_PER_THREAD * layout.threads * layout.workers))
         rows = min(rows, max(fair, FEWEST_ROWS))
     else:
@@ -143,19 +152,27 @@ def _alternatives(
     """Other layouts: smaller chunks, fewer threads, no copies of experts, more processes."""
     if asked is not None:
         yield {}, layout
-    for threads in range(layout.threads - 1, 0, -1):
+    for threads in range(layout.threads - 1, 0, -1) if not layout.on_devices else ():
         yield {"threads": threads}, replace(layout, threads=threads)
     if layout.placement in ("balanced", "exact"):
         yield {"placement": "packed"}, replace(layout, placement="packed")
     workers = layout.workers
     most = inputs.job.world_size or inputs.experts.num_experts
-    while workers < most:
+    while workers < most and not layout.on_devices:
         workers = min(2 * workers, most)
         world_size = inputs.job.world_size or workers
         yield (
             {"processes": workers},
             replace(layout, workers=workers, world_size=world_size, threads=1),
         )
+
+
+def _device_row_bytes(inputs: Inputs, itemsize: int) -> int:
+    """Bytes that a token row takes on a device on its way through the layer: itself, its output
+    and their sums, and for each of its slots what the expert gets, makes on the way, and gives."""
+    ends = inputs.tokens.shape[1] + inputs.experts.d_out
+    slot = ends + 2 * (inputs.experts.hidden or 0)
+    return (2 * ends + _slots_per_row(inputs) * slot) * itemsize
 
 
 def _slots_per_rank(inputs: Inputs, layout: Layout) -> int:

@@ -41,6 +41,11 @@ class LocalExperts(Sequence):
                 self._experts = _load(*self._origin)
         return self._experts
 
+    @property
+    def on_device(self) -> bool:
+        """Whether the weights lie on a device, once they are loaded."""
+        return self._origin[1] != "numpy"
+
     def __len__(self) -> int:
         return self._origin[0].num_experts
 

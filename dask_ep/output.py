@@ -30,6 +30,7 @@ from dask.highlevelgraph import HighLevelGraph
 from dask.task_spec import Task, TaskRef
 
 from dask_ep import journal
+from dask_ep.device import download
 from dask_ep.writers import Writer
 
 
@@ -255,8 +256,8 @@ class _Watch(Callback):
 
 
 def _store_block(rows: np.ndarray, job: _Job, block: int, start: int, stop: int) -> Receipt:
-    if not isinstance(rows, np.ndarray) and hasattr(rows, "get"):
-        rows = rows.get()  # from a device
+    if not isinstance(rows, np.ndarray):
+        rows = download(rows)
     place = f"block {block} (rows [{start}, {stop})) of {job.writer.path}"
     expected = (stop - start, *job.shape[1:])
     if rows.shape != expected or rows.dtype != job.dtype:

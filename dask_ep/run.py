@@ -1,7 +1,7 @@
-"""How is a job carried out: on threads, on local processes, or on a cluster?
+"""How is a job carried out: on threads, local processes, GPUs, or a cluster?
 
     job ── build ──> y ── store ──> one task per missing block ──> `Progress`, again and again
-                          on `Threads` | `Processes` | `Cluster`
+                          on `Threads` | `Processes` | `Gpus` | `Cluster`
 
 The same job gives the same file everywhere. What is stopped, by Ctrl-C or worse, is gone on with by
 `resume`.
@@ -32,11 +32,12 @@ from distributed import (
 from distributed.client import FutureCancelledError
 from distributed.comm import CommClosedError
 
-from dask_ep import journal
+from dask_ep import device, journal
 from dask_ep.blas import one_blas_thread
 from dask_ep.build import WEIGHT_KEYS, build, open_inputs
 from dask_ep.cluster import Certificates, OneBlasThread, check_cluster, connect
 from dask_ep.fit import Layout, choose_chunk_rows
+from dask_ep.gpus import THREADS_PER_GPU, Gpus, check_gpus, device_limit, start_gpus
 from dask_ep.job import Job
 from dask_ep.output import Output, Receipt, progress_directory
 from dask_ep.ownership import own_experts
@@ -75,9 +76,11 @@ class Cluster:
     scheduler_file: str | None = None
     certificates: Certificates | None = None
     #: of a cluster that speaks TLS
+    gpus: bool = False
+    #: whether its workers compute on a GPU each
 
 
-Where = Threads | Processes | Cluster
+Where = Threads | Processes | Gpus | Cluster
 
 
 class Progress(NamedTuple):
@@ -122,7 +125,7 @@ def run_job(
     Parameters
     ----------
     job : from `dask_ep.job.load_job`
-    where : `Threads`, `Processes` or `Cluster`
+    where : `Threads`, `Processes`, `Gpus` or `Cluster`
     resume : go on with what a stopped run has left, with its ranks and chunks
     overwrite : start again, whatever is there
     chunk_rows : rows of a token chunk; by default about 32 MiB of them, or what fits the memory
@@ -148,6 +151,8 @@ def run_job(
         If there is no scheduler, or it is lost in the midst.
     UnfitClusterError
         If workers lack the job's files, or versions differ; nothing has run then.
+    NoDeviceError
+        If a GPU is asked for and CuPy or the GPU is missing; nothing has run then.
 
     Notes
     -----
@@ -163,7 +168,9 @@ def run_job(
         layout = lay_out(job, where, world_size)
         chunk_rows = choose_chunk_rows(inputs, layout, chunk_rows or begun.get("chunk_rows"))
         with _owned(client, world_size):
-            built = build(inputs, world_size=world_size, chunk_rows=chunk_rows)
+            built = build(
+                inputs, world_size=world_size, chunk_rows=chunk_rows, xp=array_namespace(where)
+            )
             output = store(
                 built.y,
                 job.out,
@@ -188,12 +195,21 @@ def run_job(
 
 def lay_out(job: Job, where: Where, world_size: int) -> Layout:
     """Say in numbers how a job's ranks lie on the workers of a place."""
+    if isinstance(where, Gpus):
+        return _lay_out_on_gpus(job, where, world_size)
     if isinstance(where, Threads):
         workers, threads = 1, _count_threads(where)
     else:
         workers, threads = getattr(where, "count", world_size), 1
     limit = getattr(where, "memory_limit", None)
     return Layout(world_size, min(workers, world_size), threads, limit, job.placement)
+
+
+def _lay_out_on_gpus(job: Job, where: Gpus, world_size: int) -> Layout:
+    devices = device.find_devices()
+    limit = device_limit(where, devices)
+    workers = min(len(devices), world_size)
+    return Layout(world_size, workers, THREADS_PER_GPU, limit, job.placement, on_devices=True)
 
 
 # --- where -----------------------------------------------------------------------------------
@@ -216,6 +232,12 @@ def _count_ranks(where: Where, client: Client | None) -> int:
             "ranks cannot be told from them; start workers, or give world_size"
         )
     return len(workers)
+
+
+def array_namespace(where: Where) -> str:
+    """Whose arrays the chunks are while they are computed."""
+    on_gpus = isinstance(where, Gpus) or (isinstance(where, Cluster) and where.gpus)
+    return device.NAMESPACE if on_gpus else "numpy"
 
 
 @contextlib.contextmanager
@@ -242,6 +264,9 @@ def _started(where: Where, job: Job) -> Iterator[tuple[int, Client | None]]:
         ):
             client.register_plugin(DeafToInterrupts())
             yield 1, client
+    elif isinstance(where, Gpus):
+        with start_gpus(where) as client:
+            yield 1, client
     else:
         with connect(
             where.address,
@@ -251,6 +276,8 @@ def _started(where: Where, job: Job) -> Iterator[tuple[int, Client | None]]:
         ) as client:
             check_cluster(client, _files_of(job))
             client.register_plugin(OneBlasThread())
+            if where.gpus:
+                check_gpus(client)
             yield 1, client
 
 

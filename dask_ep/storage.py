@@ -14,6 +14,7 @@ import os
 import shutil
 import uuid
 from collections.abc import Iterable, Mapping
+from importlib import import_module
 from math import prod
 from typing import Any
 
@@ -24,6 +25,8 @@ from dask.highlevelgraph import HighLevelGraph
 from dask.task_spec import Task
 
 from dask_ep import journal
+from dask_ep.arrays import Array
+from dask_ep.device import pinned_empty, upload
 from dask_ep.output import Output, free_bytes, progress_directory
 from dask_ep.sources import ReadError, Source, ZarrSource, open_source
 from dask_ep.writers import Writer, make_writer
@@ -42,6 +45,7 @@ def open_tokens(
     like: da.Array | None = None,
     dtype: Any = None,
     missing: str = "error",
+    xp: str = "numpy",
 ) -> da.Array:
     """Open token rows, routing or top-k weights as a lazy array, chunked along the rows.
 
@@ -56,6 +60,9 @@ def open_tokens(
     missing : {"error", "fill"}
         Zarr chunks that were never written are an error, found here already where the array is
         local: they look just like lost ones. "fill" takes Zarr's fill value for their rows.
+    xp : {"numpy", "cupy"}
+        Whose arrays the chunks are. "cupy": read into pinned memory, and on their way to the device
+        in the same task.
 
     Returns
     -------
@@ -89,16 +96,16 @@ def open_tokens(
     if missing == "error":
         _refuse_missing_chunks(source)
     rows = _row_chunks(source, chunks, like)
-    key = f"ep_read-{tokenize(source, rows)}"
+    key = f"ep_read-{tokenize(source, rows, xp)}"
     rest, tasks, start = (0,) * (source.ndim - 1), {}, 0
     for block, count in enumerate(rows):
         task_key = (key, block, *rest)
         tasks[task_key] = Task(
-            task_key, _read_block, source, block, start, start + count, _data_producer=True
+            task_key, _read_block, source, block, start, start + count, xp, _data_producer=True
         )
         start += count
     graph = HighLevelGraph.from_collections(key, tasks)
-    meta = np.empty((0,) * source.ndim, source.dtype)
+    meta = import_module(xp).empty((0,) * source.ndim, dtype=source.dtype)
     return da.Array(graph, key, (rows, *((n,) for n in source.shape[1:])), meta=meta)
 
 
@@ -192,11 +199,18 @@ def store(
     return output
 
 
-def _read_block(source: Source, block: int, start: int, stop: int) -> np.ndarray:
+def _read_block(source: Source, block: int, start: int, stop: int, xp: str) -> Array:
     try:
-        return source.read(start, stop)
+        if xp == "numpy":
+            return source.read(start, stop)
+        return _read_to_device(source, start, stop, import_module(xp))
     except ReadError as error:
         raise ReadError(f"block {block} of {source.name} could not be read: {error}") from error
+
+
+def _read_to_device(source: Source, start: int, stop: int, xp: Any) -> Array:
+    pinned = pinned_empty(xp, (stop - start, *source.shape[1:]), source.dtype)
+    return upload(xp, source.read(start, stop, out=pinned))
 
 
 def _refuse_missing_chunks(source: Source) -> None:

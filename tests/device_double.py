@@ -20,7 +20,7 @@ import sys
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -97,11 +97,14 @@ class DeviceArray:
         self,
         shape: Any,
         dtype: Any = float,
-        memptr: None = None,
+        memptr: MemoryPointer | None = None,
         strides: None = None,
         order: str = "C",
     ):
-        self._a = _garbage(shape, dtype, order)
+        if memptr is None:
+            self._a = _garbage(shape, dtype, order)
+        else:
+            self._a = np.asarray(_Bytes(memptr)).view(dtype).reshape(shape)
 
     # --- what it is ---
 
@@ -114,6 +117,7 @@ class DeviceArray:
     strides = property(lambda self: self._a.strides)
     flags = property(lambda self: self._a.flags)
     T = property(lambda self: _wrap(self._a.T))
+    data = property(lambda self: MemoryPointer(Memory(self._a), 0))
 
     def __len__(self) -> int:
         if self.ndim == 0:
@@ -128,10 +132,31 @@ class DeviceArray:
     # --- to the host: explicit, and counted ---
 
     def get(
-        self, stream: None = None, order: str = "C", out: Any = None, blocking: bool = True
+        self,
+        stream: Stream | None = None,
+        order: str = "C",
+        out: np.ndarray | None = None,
+        blocking: bool = True,
     ) -> np.ndarray:
         _note_to_host(self.nbytes)
-        return self._a.copy(order)
+        if out is None:
+            return self._a.copy(order)
+        if (out.dtype, out.shape) != (self.dtype, self.shape):
+            raise TypeError(f"{self.dtype} {self.shape} cannot go to {out.dtype} {out.shape}")
+        stream = Stream.null if stream is None else stream
+        stream.start(lambda: np.copyto(out, self._a))
+        if blocking:
+            stream.synchronize()
+        return out
+
+    def set(self, arr: np.ndarray, stream: Stream | None = None) -> None:
+        if not isinstance(arr, np.ndarray):
+            raise TypeError("Only numpy.ndarray can be set to cupy.ndarray")
+        if (arr.dtype, arr.shape) != (self.dtype, self.shape):
+            raise TypeError(f"{arr.dtype} {arr.shape} cannot go to {self.dtype} {self.shape}")
+        _note_to_device(arr.nbytes)
+        into = _without_owner(self._a)
+        (Stream.null if stream is None else stream).start(lambda: np.copyto(into, arr))
 
     def item(self) -> Any:
         if self.size != 1:
@@ -760,6 +785,179 @@ def argmax(a, axis=None, dtype=None, out=None, keepdims=False):
 def cumsum(a, axis=None, dtype=None, out=None):
     return a.cumsum(axis, dtype, out)
 
+
+# --- streams and memory ------------------------------------------------------------------------
+
+
+class Stream:
+    """What is started on it runs as late as it may: when somebody waits for it.
+
+    The null stream runs everything at once, so that what it reads must have arrived.
+    """
+
+    null: Stream
+
+    def __init__(self, null=False, non_blocking=False, ptds=False, priority=None):
+        self._waiting = [] if non_blocking else None
+        self._before = []
+
+    def start(self, work):
+        if self._waiting is None:
+            work()
+        else:
+            self._waiting.append(work)
+
+    def record(self, event=None):
+        event = Event() if event is None else event
+        event.record(self)
+        return event
+
+    def wait_event(self, event):
+        self.start(event.synchronize)
+
+    def synchronize(self):
+        while self._waiting:
+            self._waiting.pop(0)()
+
+    def __enter__(self):
+        self._before.append(_current.stream)
+        _current.stream = self
+        return self
+
+    def __exit__(self, *args):
+        _current.stream = self._before.pop()
+
+
+class Event:
+    """A place on a stream, reached when all that was started before it has run."""
+
+    def __init__(self, block=False, disable_timing=False, interprocess=False):
+        self.done = True
+        self._stream = None
+
+    def record(self, stream=None):
+        self._stream = get_current_stream() if stream is None else stream
+        self.done = False
+        self._stream.start(self._reach)
+
+    def _reach(self):
+        self.done = True
+
+    def synchronize(self):
+        while not self.done:
+            self._stream._waiting.pop(0)()
+
+
+class _Current(threading.local):
+    @property
+    def stream(self):
+        return self.__dict__.get("chosen", Stream.null)
+
+    @stream.setter
+    def stream(self, chosen):
+        self.__dict__["chosen"] = chosen
+
+
+_current = _Current()
+Stream.null = Stream(null=True)
+
+
+def get_current_stream(device_id=-1):
+    return _current.stream
+
+
+class Memory:
+    """The memory of an array."""
+
+    def __init__(self, array):
+        self.ptr, self.size, self._array = array.ctypes.data, array.nbytes, array
+
+
+class UnownedMemory:
+    """Memory at an address, which lives as long as its owner."""
+
+    def __init__(self, ptr, size, owner, device_id=-1):
+        self.ptr, self.size, self._owner = ptr, size, owner
+
+
+class MemoryPointer:
+    """A place in memory."""
+
+    def __init__(self, mem, offset):
+        self.mem, self.ptr = mem, mem.ptr + offset
+
+
+class _Bytes:
+    """The bytes at a pointer as NumPy sees them."""
+
+    def __init__(self, pointer):
+        self._pointer = pointer
+        self.__array_interface__ = {
+            "version": 3,
+            "typestr": "|u1",
+            "shape": (pointer.mem.size,),
+            "data": (pointer.ptr, False),
+        }
+
+
+def _without_owner(a):
+    """The same memory, whose owner may die, as on a device, before what was started has run."""
+    owned = a
+    while isinstance(owned.base, np.ndarray):
+        owned = owned.base
+    if not isinstance(owned.base, _Bytes):
+        return a
+    pointer = MemoryPointer(UnownedMemory(a.ctypes.data, a.nbytes, None), 0)
+    return np.asarray(_Bytes(pointer)).view(a.dtype).reshape(a.shape)
+
+
+def alloc_pinned_memory(size):
+    memory = np.full(size, 0xFF, np.uint8)
+    return memory.data
+
+
+class OutOfMemoryError(MemoryError):
+    """CuPy's, whose message has the numbers."""
+
+    def __init__(self, size, total, limit=0):
+        self._size, self._total, self._limit = size, total, limit
+        super().__init__(f"Out of memory allocating {size:,} bytes")
+
+
+class MemoryPool:
+    """One that has `DEVICE_BYTES`, and knows its limit."""
+
+    def __init__(self):
+        self.limit = 0
+
+    def set_limit(self, size=None, fraction=None):
+        self.limit = size
+
+    def get_limit(self):
+        return self.limit
+
+    def free_bytes(self):
+        return 0
+
+    def used_bytes(self):
+        return 0
+
+
+DEVICE_BYTES = 8 << 30
+_pool = MemoryPool()
+
+namespace.get_default_memory_pool = lambda: _pool
+namespace.cuda = SimpleNamespace(
+    Stream=Stream,
+    Event=Event,
+    get_current_stream=get_current_stream,
+    get_device_id=lambda: 0,
+    alloc_pinned_memory=alloc_pinned_memory,
+    UnownedMemory=UnownedMemory,
+    MemoryPointer=MemoryPointer,
+    memory=SimpleNamespace(OutOfMemoryError=OutOfMemoryError),
+    runtime=SimpleNamespace(memGetInfo=lambda: (DEVICE_BYTES, DEVICE_BYTES)),
+)
 
 namespace.ndarray = DeviceArray
 namespace.DeviceArray = DeviceArray  # where pickle looks for it

@@ -155,7 +155,7 @@ def test_a_worker_that_does_not_see_the_files_is_named_before_anything_runs(clus
 def test_a_report_needs_workers(job, tmp_path):
     code, _, told = end(start(job, "--report", tmp_path / "r.html"))
     assert code == 2
-    assert "--report needs workers: --processes, or a cluster" in told
+    assert "--report needs workers: --processes, --gpu, or a cluster" in told
 
 
 def test_the_address_of_the_dashboard_is_told(job, tmp_path):

@@ -13,14 +13,16 @@ import pytest
 ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "dask_ep"
 
-GROUND = "arrays blas corpus costs files journal memory reference safetensors_header zarr_layout"
+GROUND = (
+    "arrays blas corpus costs device files journal memory reference safetensors_header zarr_layout"
+)
 KERNEL_AND_DATA = "dispatch kinds local output quantized remote sources weights writers"
 MIDDLE = (
     "capacity exchange experts held lazy_routing packing placement placement_files rebalance "
-    "routing rows scores slots survey travel"
+    "routing rows scores slots survey travel wire"
 )
 TOP = (
-    "block checkpoint checkpoint_files cluster families family figures homes owner_map ranks "
+    "block checkpoint checkpoint_files cluster families family figures gpus homes owner_map ranks "
     "owner_plugin ownership planner price probe record report storage"
 )
 JOBS = "build example fit inspect_ job plan_command run verify"
@@ -41,9 +43,11 @@ LAYERS = [
 """From the bottom up. A module may import those below it, and others of its own layer."""
 
 ONLY = {
-    "distributed": {"cli", "cluster", "homes", "owner_plugin", "ownership", "run"},
+    "distributed": {
+        *("cli", "cluster", "gpus", "homes", "owner_plugin", "ownership", "run", "wire"),
+    },
     "torch": set(),
-    "cupy": {"arrays", "kinds"},
+    "cupy": {"device"},
 }
 """Who may import what, anywhere in the module."""
 

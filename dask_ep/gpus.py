@@ -1,0 +1,220 @@
+"""How does a job get one worker for each GPU, here or on a cluster?
+
+    find_devices ──> one worker process per device ──> `OnGpu` in each ──> chunks, packets, experts
+                     dask-cuda's, if installed;                            on the device
+                     else a process with CUDA_VISIBLE_DEVICES
+
+A worker has a few threads: while one computes, the next reads and uploads its chunk, and another
+downloads and writes. Between workers chunks go over UCX if it is installed, over TCP if not.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import signal
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from importlib import import_module
+from importlib.util import find_spec
+from typing import Any
+
+from distributed import Client, Nanny, Scheduler, SpecCluster, Worker, WorkerPlugin
+from distributed.system import MEMORY_LIMIT
+
+from dask_ep import device, wire
+from dask_ep.blas import limit_blas_for_good
+from dask_ep.device import Device, NoDeviceError
+from dask_ep.local import LocalExperts
+
+THREADS_PER_GPU = 3
+"""One that computes, one that reads and uploads, one that downloads and writes."""
+
+PROTOCOLS = ("tcp", "ucx")
+
+MEMORY_SHARE = 0.9
+"""Of a device's memory, what CuPy's pool may hold without a limit from the user: the rest is for
+CUDA itself, cuBLAS's workspaces and what others have there."""
+
+
+@dataclass(frozen=True)
+class Gpus:
+    """Run on this machine, in one worker process for each GPU that is visible."""
+
+    device_memory_limit: int | None = None
+    #: bytes of each device; None means `MEMORY_SHARE` of what it has
+    protocol: str | None = None
+    #: "ucx" or "tcp"; None means UCX where it is installed
+    tf32: bool = False
+    #: multiply float32 as TF32: ten bits of mantissa, several times as fast
+    memory_limit: int | None = None
+    #: bytes of host memory of each worker
+    dashboard_port: int | None = None
+    #: of Dask's dashboard on this machine; None means no dashboard
+
+
+def choose_protocol(asked: str | None) -> str:
+    """Give the protocol between workers, the one asked for or the best that is there.
+
+    Raises
+    ------
+    NoDeviceError
+        If UCX is asked for and not installed.
+    """
+    has_ucx = find_spec("distributed_ucxx") is not None
+    if asked == "ucx" and not has_ucx:
+        raise NoDeviceError(
+            "the protocol ucx needs the package distributed-ucxx, which is not installed here; "
+            "pip install distributed-ucxx-cu12 (or -cu13), or say --protocol tcp"
+        )
+    return asked or ("ucx" if has_ucx else "tcp")
+
+
+@contextmanager
+def start_gpus(where: Gpus) -> Iterator[Client]:
+    """Start a scheduler and a worker for each GPU on this machine, and end them afterwards.
+
+    Raises
+    ------
+    NoDeviceError
+        If CuPy is missing, there is no device, or the protocol is not installed.
+    """
+    devices = device.find_devices()
+    protocol = choose_protocol(where.protocol)
+    make = _dask_cuda_cluster if find_spec("dask_cuda") is not None else _plain_cluster
+    with make(where, devices, protocol) as cluster, Client(cluster) as client:
+        client.register_plugin(OnGpu(device_limit(where, devices), where.tf32))
+        yield client
+
+
+def check_gpus(client: Client) -> None:
+    """Make the workers of a cluster fit for chunks on their GPUs.
+
+    Raises
+    ------
+    NoDeviceError
+        If this process or a worker lacks CuPy or a GPU, naming the worker: the client needs them
+        too, for Dask asks the arrays of a graph what they are.
+    """
+    device.find_devices()
+    answers = client.run(device.find_devices, on_error="return")
+    lacking = [f"worker {who}: {why}" for who, why in answers.items() if isinstance(why, Exception)]
+    if lacking:
+        raise NoDeviceError("; ".join(lacking))
+    client.register_plugin(OnGpu())
+
+
+def device_limit(where: Gpus, devices: list[Device]) -> int:
+    """Bytes that a job may hold on each device."""
+    return where.device_memory_limit or int(MEMORY_SHARE * min(one.memory for one in devices))
+
+
+def _plain_cluster(where: Gpus, devices: list[Device], protocol: str) -> SpecCluster:
+    """A process for each device, which sees that one alone."""
+    options = {
+        "nthreads": THREADS_PER_GPU,
+        "host": "127.0.0.1",
+        "protocol": protocol,
+        "memory_limit": where.memory_limit or MEMORY_LIMIT // len(devices),
+        "resources": {"GPU": 1},
+        "silence_logs": logging.CRITICAL,
+        # Dask counts what lies on the device as if it were on the host: it must not spill by that.
+        "config": {
+            "distributed.worker.memory.target": False,
+            "distributed.worker.memory.spill": False,
+        },
+    }
+    workers = {
+        index: {"cls": Nanny, "options": options | {"env": {"CUDA_VISIBLE_DEVICES": visible}}}
+        for index, visible in enumerate(_visible(devices))
+    }
+    scheduler = {
+        "cls": Scheduler,
+        "options": {"host": "127.0.0.1", "port": 0, "protocol": protocol, **_dashboard(where)},
+    }
+    return SpecCluster(
+        workers=workers,
+        scheduler=scheduler,
+        name="dask-ep GPUs",
+        silence_logs=logging.CRITICAL,  # what fails is told by the futures
+    )
+
+
+def _dask_cuda_cluster(where: Gpus, devices: list[Device], protocol: str) -> Any:
+    """The same by dask-cuda, which also spills from the device, and binds to the nearest cores."""
+    from dask_cuda import LocalCUDACluster
+
+    return LocalCUDACluster(
+        CUDA_VISIBLE_DEVICES=_visible(devices),
+        threads_per_worker=THREADS_PER_GPU,
+        memory_limit=where.memory_limit or "auto",
+        device_memory_limit=device_limit(where, devices),
+        protocol=protocol,
+        host="127.0.0.1",
+        scheduler_kwargs=_dashboard(where),
+        resources={"GPU": 1},
+        silence_logs=logging.CRITICAL,
+    )
+
+
+def _dashboard(where: Gpus) -> dict[str, Any]:
+    return {
+        "dashboard": where.dashboard_port is not None,
+        "dashboard_address": f"127.0.0.1:{where.dashboard_port or 0}",
+    }
+
+
+def _visible(devices: list[Device]) -> list[str]:
+    """What CUDA_VISIBLE_DEVICES must be in the worker of each device."""
+    outer = os.environ.get("CUDA_VISIBLE_DEVICES")
+    names = outer.split(",") if outer else None
+    return [str(one.index) if names is None else names[one.index] for one in devices]
+
+
+class OnGpu(WorkerPlugin):
+    """Makes a worker fit for chunks on its GPU: memory limit, TF32, how chunks travel.
+
+    Parameters
+    ----------
+    memory_limit : bytes that CuPy's pool may hold; None leaves it alone
+    tf32 : whether float32 products are TF32
+    namespace : whose arrays the chunks are
+    """
+
+    name = "dask-ep-on-gpu"
+    idempotent = True
+
+    def __init__(
+        self, memory_limit: int | None = None, tf32: bool = False, namespace: str | None = None
+    ):
+        self.memory_limit, self.tf32 = memory_limit, tf32
+        self.namespace = namespace or device.NAMESPACE
+
+    def setup(self, worker: Worker) -> None:
+        limit_blas_for_good()
+        _leave_interrupts_to_the_client()
+        if self.tf32:
+            os.environ["CUPY_TF32"] = "1"  # CuPy reads it at its first product
+        xp = import_module(self.namespace)
+        if self.memory_limit is not None:
+            xp.get_default_memory_pool().set_limit(size=self.memory_limit)
+        wire.register(xp)
+        if "dask_cuda" in sys.modules:
+            _spill_experts_as_device_memory()
+
+
+def _leave_interrupts_to_the_client() -> None:
+    """Ctrl-C on a terminal reaches worker processes as well."""
+    try:
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
+    except ValueError:  # the worker runs in a thread of somebody's process
+        return
+
+
+def _spill_experts_as_device_memory() -> None:
+    """Let dask-cuda count a rank's experts against the device, not the host."""
+    from dask_cuda.is_device_object import is_device_object
+
+    is_device_object.register(LocalExperts, lambda experts: experts.on_device)

@@ -1,0 +1,276 @@
+"""Jobs run with one worker per GPU: each sees its own device, and chunks stay there in between.
+
+No card is needed: the workers are real processes, and their device is `device_double`, put in the
+place of CuPy where the package looks its name up. Only `find_devices` is asked of nobody.
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import ml_dtypes
+import numpy as np
+import pytest
+from distributed.protocol import deserialize, serialize
+
+from dask_ep import cli, device, gpus, wire
+from dask_ep.build import open_inputs
+from dask_ep.costs import PROCESS_BYTES
+from dask_ep.device import Device, Lanes, NoDeviceError, download, pinned_empty, upload
+from dask_ep.example import Example, write_example
+from dask_ep.exchange import Packet, send
+from dask_ep.fit import DoesNotFit, choose_chunk_rows
+from dask_ep.gpus import Gpus, OnGpu, choose_protocol, start_gpus
+from dask_ep.job import load_job
+from dask_ep.run import Threads, lay_out, run_job
+from dask_ep.sources import open_source
+from tests.device_double import DeviceArray, on_device, watch
+from tests.device_double import namespace as xp
+
+ROOT = Path(__file__).parents[1]
+
+
+def here(capsys, *arguments: object) -> tuple[int, str, str]:
+    """Run the command in this process: exit code, stdout and stderr."""
+    with pytest.raises(SystemExit) as end:
+        cli.main([str(argument) for argument in arguments])
+    captured = capsys.readouterr()
+    return end.value.code or 0, captured.out, captured.err
+
+
+@pytest.fixture
+def small_job(tmp_path) -> Path:
+    sizes = {"rows": 700, "d": 16, "num_experts": 6, "chunk_rows": 100, "kind": "gated"}
+    return write_example(tmp_path / "small", Example(**sizes))
+
+
+@pytest.fixture
+def two_doubles(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two devices that this machine does not have; workers find `device_double` by its name."""
+    monkeypatch.syspath_prepend(ROOT / "tests")
+    monkeypatch.setattr(device, "NAMESPACE", "device_double")
+    devices = [Device(index, "double", 8 << 30) for index in range(2)]
+    monkeypatch.setattr(device, "find_devices", lambda: devices)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "5,GPU-2f")
+
+
+# --- no GPU is a clear error -------------------------------------------------------------------
+
+
+def test_without_cupy_it_says_what_to_install(monkeypatch, capsys, small_job):
+    monkeypatch.setitem(sys.modules, "cupy", None)
+    code, _, err = here(capsys, "run", small_job, "--gpu")
+    assert code == 2
+    assert "pip install 'dask-ep[gpu]'" in err
+    assert not Path(load_job(small_job).out).exists()
+    assert here(capsys, "run", small_job, "--threads", 1)[0] == 0, "everything else works"
+
+
+@pytest.mark.parametrize("count", ["none", "error"])
+def test_without_a_device_it_says_where_to_look(monkeypatch, capsys, small_job, count):
+    class CUDARuntimeError(RuntimeError):
+        """As CuPy's."""
+
+    def get_device_count() -> int:
+        if count == "error":
+            raise CUDARuntimeError("cudaErrorInsufficientDriver")
+        return 0
+
+    runtime = type("runtime", (), {})
+    runtime.getDeviceCount, runtime.CUDARuntimeError = get_device_count, CUDARuntimeError
+    cupy = type(sys)("cupy")
+    cupy.cuda = type("cuda", (), {"runtime": runtime})
+    monkeypatch.setitem(sys.modules, "cupy", cupy)
+    code, _, err = here(capsys, "run", small_job, "--gpu")
+    assert code == 2
+    assert "CuPy finds no GPU" in err
+    assert "CUDA_VISIBLE_DEVICES" in err
+
+
+def test_options_that_say_nothing_are_refused(capsys, small_job):
+    for options, words in [
+        (["--protocol", "tcp"], "--protocol needs --gpu"),
+        (["--tf32", "--threads", 2], "--tf32 needs --gpu"),
+        (["--gpu", "--processes", 2], "so --processes says nothing"),
+        (["--device-memory-limit", "1GB"], "--device-memory-limit needs --gpu"),
+        (["--gpu", "--scheduler", "tcp://x:1", "--tf32"], "is set where they start"),
+    ]:
+        code, _, err = here(capsys, "run", small_job, *options)
+        assert (code, words in err) == (2, True), err
+
+
+def test_the_protocol_is_the_best_that_is_there(monkeypatch):
+    assert choose_protocol(None) == "tcp"
+    with pytest.raises(NoDeviceError, match="pip install distributed-ucxx-cu12"):
+        choose_protocol("ucx")
+    monkeypatch.setattr(gpus, "find_spec", lambda name: name)
+    assert [choose_protocol(asked) for asked in (None, "ucx", "tcp")] == ["ucx", "ucx", "tcp"]
+
+
+# --- one worker per device ---------------------------------------------------------------------
+
+
+SEEN = """(
+    __import__("os").environ["CUDA_VISIBLE_DEVICES"],
+    __import__("os").environ["CUPY_TF32"],
+    __import__("device_double").get_default_memory_pool().get_limit(),
+)"""
+
+
+def test_each_worker_sees_its_own_device(two_doubles):
+    with start_gpus(Gpus(device_memory_limit=5 << 30, tf32=True)) as client:
+        seen = client.run(eval, SEEN)
+        assert sorted(seen.values()) == [("5", "1", 5 << 30), ("GPU-2f", "1", 5 << 30)]
+        assert set(client.nthreads().values()) == {gpus.THREADS_PER_GPU}
+        workers = client.scheduler_info(n_workers=-1)["workers"].values()
+        assert [worker["resources"] for worker in workers] == [{"GPU": 1}] * 2
+
+
+def test_a_job_on_two_devices_gives_what_it_gives_on_threads(two_doubles, capsys, small_job):
+    job = load_job(small_job)
+    done = run_job(job, Gpus(protocol="tcp"), chunk_rows=100)
+    assert (done.rows_done, done.rows_left) == (700, 0)
+    on_threads = load_job(small_job, out=str(small_job.parent / "threads.zarr"), world_size=2)
+    run_job(on_threads, Threads(1), chunk_rows=100)
+    got, want = (open_source(path).read(0, 700) for path in (job.out, on_threads.out))
+    np.testing.assert_allclose(got, want, rtol=1e-5, atol=1e-6)
+    assert here(capsys, "verify", small_job)[0] == 0
+    with pytest.raises(ValueError, match="computed_by"):
+        run_job(job, Threads(1), resume=True)
+
+
+@pytest.mark.usefixtures("two_doubles")
+def test_a_chunk_fits_beside_the_experts(small_job):
+    """6 gated experts of 3 * 16 * 32 numbers, 3 each; 2 slots of 16 + 16 + 64 numbers a row."""
+    job, inputs = load_job(small_job), open_inputs(load_job(small_job))
+    experts, row = 3 * 3 * 16 * 32 * 4, (2 * 32 + 2 * (32 + 64)) * 4
+    room = gpus.THREADS_PER_GPU * row * 100
+    fits = Gpus(device_memory_limit=PROCESS_BYTES + experts + room)
+    assert choose_chunk_rows(inputs, lay_out(job, fits, 2), 100) == 100
+    for where, asked in ((fits, 101), (Gpus(device_memory_limit=PROCESS_BYTES), None)):
+        with pytest.raises(DoesNotFit, match="must hold"):
+            choose_chunk_rows(inputs, lay_out(job, where, 2), asked)
+
+
+# --- how rows get there and back ----------------------------------------------------------------
+
+
+@pytest.mark.parametrize("shape", [(5, 3), (0, 3), (7,)])
+@pytest.mark.parametrize("dtype", [np.float32, ml_dtypes.bfloat16, np.int16])
+def test_rows_go_up_and_come_down_in_one_copy_each(shape, dtype):
+    host = pinned_empty(xp, shape, dtype)
+    host[...] = np.arange(host.size).reshape(shape)
+    want = host.copy()
+    with watch() as traffic:
+        there = upload(xp, host)
+        assert type(there) is DeviceArray
+        doubled = there + there
+        got = download(doubled)
+    np.testing.assert_array_equal(got.astype("f4"), 2 * want.astype("f4"))
+    assert got.dtype == there.dtype == dtype
+    expected = [host.nbytes] if host.size else []
+    assert (traffic.to_device, traffic.to_host) == (expected, expected)
+
+
+def pinned(*numbers: float) -> np.ndarray:
+    host = pinned_empty(xp, (len(numbers),), np.float64)
+    host[...] = numbers
+    return host
+
+
+def test_memory_on_the_device_is_used_again_when_its_last_view_is_dead():
+    lanes = Lanes(xp)
+    first = lanes.upload(pinned(1, 2, 3))
+    view, address = first[1:], first.data.ptr
+    del first
+    second = lanes.upload(pinned(4, 5, 6))
+    assert second.data.ptr != address, "a view of it lives"
+    np.testing.assert_array_equal(view.get(), [2, 3])
+    del view
+    third = lanes.upload(pinned(7, 8, 9))
+    assert third.data.ptr == address
+    np.testing.assert_array_equal(second.get(), [4, 5, 6])
+    np.testing.assert_array_equal(third.get(), [7, 8, 9])
+
+
+def test_an_upload_waits_until_the_device_has_read_what_was_there():
+    """The compute stream may be far behind: here it has not even begun."""
+    lanes, compute = Lanes(xp), xp.cuda.Stream(non_blocking=True)
+    with compute:
+        first = lanes.upload(pinned(1, 2, 3))
+        address, seen = first.data.ptr, np.zeros(3)
+        memory = xp.cuda.MemoryPointer(xp.cuda.UnownedMemory(address, 24, None), 0)
+        read = DeviceArray(3, np.float64, memory)
+        compute.start(lambda: np.copyto(seen, read._a))
+        del first
+        second = lanes.upload(pinned(4, 5, 6))
+        assert second.data.ptr == address
+    lanes._up.synchronize()
+    np.testing.assert_array_equal(seen, [1, 2, 3])
+    compute.synchronize()
+    np.testing.assert_array_equal(second.get(), [4, 5, 6])
+
+
+# --- between workers -----------------------------------------------------------------------------
+
+
+@pytest.fixture
+def registered() -> None:
+    wire.register(xp)
+
+
+def travel(obj: object, family: str) -> object:
+    header, frames = serialize(obj, serializers=[family], on_error="raise")
+    assert header["serializer"] == family
+    return deserialize(header, frames, deserializers=[family])
+
+
+@pytest.mark.usefixtures("registered")
+@pytest.mark.parametrize("shape", [(5, 3), (0, 3), ()])
+@pytest.mark.parametrize("dtype", [np.float16, ml_dtypes.bfloat16, np.int64])
+@pytest.mark.parametrize("family", ["dask", "cuda"])
+def test_arrays_travel_with_their_dtype(family, dtype, shape):
+    host = np.arange(np.prod(shape, dtype=int)).reshape(shape).astype(dtype)
+    with watch() as traffic:
+        got = travel(on_device(host), family)
+    assert type(got) is DeviceArray
+    assert (got.dtype, got.shape) == (host.dtype, shape)
+    assert got.get().tobytes() == host.tobytes()
+    copies = [host.nbytes] if family == "dask" and host.size else []
+    assert traffic.to_host == copies
+    assert sum(traffic.to_device) == sum(copies)
+
+
+@pytest.mark.usefixtures("registered")
+@pytest.mark.parametrize("family", ["dask", "cuda"])
+@pytest.mark.parametrize("weighted", [False, True])
+def test_packets_travel_whole(family, weighted):
+    rng = np.random.default_rng(0)
+    arrays = [rng.random((20, 4), dtype="f4"), rng.integers(0, 4, (20, 2))]
+    weights = on_device(rng.random((20, 2))) if weighted else None
+    packet = send(*map(on_device, arrays), weights, 1, 2, 4)
+    with watch() as traffic:
+        got = travel(packet, family)
+    assert type(got) is Packet
+    for ours, theirs in zip(got, packet, strict=True):
+        assert (ours is None) == (theirs is None)
+        assert ours is None or ours.get().tobytes() == theirs.get().tobytes()
+    assert len(traffic.to_host) == (0 if family == "cuda" else 2 + weighted)
+
+
+@pytest.mark.usefixtures("registered")
+def test_packets_on_the_host_travel_as_ever():
+    packet = send(np.ones((4, 2)), np.zeros((4, 1), int), None, 0, 1, 1)
+    header, _ = serialize(packet)
+    assert header["serializer"] == "pickle"
+
+
+def test_a_worker_is_prepared_once(monkeypatch):
+    assert OnGpu.idempotent
+    plugin = OnGpu(memory_limit=1 << 30, namespace="device_double")
+    monkeypatch.setattr(gpus, "_leave_interrupts_to_the_client", lambda: None)
+    monkeypatch.setattr(gpus, "limit_blas_for_good", lambda: None)
+    plugin.setup(None)
+    assert xp.get_default_memory_pool().get_limit() == 1 << 30
+    xp.get_default_memory_pool().set_limit(size=0)

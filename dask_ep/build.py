@@ -60,6 +60,8 @@ class Built:
     #: by name, for `store`
     settings: Mapping[str, Any]
     #: JSON-able, for `store`
+    placement: Placement | None
+    #: of the experts; None for contiguous
 
 
 def open_inputs(job: Job) -> Inputs:
@@ -133,7 +135,7 @@ def build(
     settings["placement"] = None if placement is None else placement.to_json()
     if xp != "numpy":
         settings["computed_by"] = xp  # which rounds in another way: one output has one of them
-    return Built(y, files, settings)
+    return Built(y, files, settings, placement)
 
 
 def _open(job: Job, key: str, path: str) -> Source:

@@ -31,6 +31,7 @@ from dask_ep.gpus import PROTOCOLS
 from dask_ep.inspect_ import Finding, describe_output, inspect_path
 from dask_ep.job import PLACEMENTS, Job, JobError, load_job, parse_experts
 from dask_ep.plan_command import plan_command
+from dask_ep.run_report import dask_report
 from dask_ep.terminal import complain, one_line, progress_bar
 from dask_ep.verify import Verification, verify_job
 
@@ -227,7 +228,7 @@ def _parse_size(context: click.Context, parameter: click.Parameter, value: str |
 @click.option(
     "--report",
     type=click.Path(dir_okay=False),
-    help="Write what ran where and when, HTML; with --processes or a cluster.",
+    help="Write planned and measured side by side, HTML; with workers Dask's own report too.",
 )
 @click.option("--chunk-rows", type=click.IntRange(1), help="Rows of a token chunk; about 32 MiB.")
 @click.option("--resume", is_flag=True, help="Go on with what a stopped run has left.")
@@ -253,8 +254,6 @@ def run(job: str | None, experts: str | None, **options: Any) -> None:
     given = {key: options.pop(key) for key in keys}
     parsed = load_job(job, experts=None if experts is None else parse_experts(experts), **given)
     where = _choose_where(**{key: options.pop(key) for key in WHERE})
-    if options["report"] and isinstance(where, runs.Threads):
-        raise click.UsageError("--report needs workers: --processes, --gpu, or a cluster")
     with _stoppable(parsed, job) as check, progress_bar("rows") as tell:
 
         def on_progress(how: runs.Progress) -> None:
@@ -264,11 +263,15 @@ def run(job: str | None, experts: str | None, **options: Any) -> None:
         done = runs.run_job(
             parsed, where, on_progress=on_progress, on_client=_show_dashboard, **options
         )
+    report = options["report"]
     before = f", {done.rows_before} were there" if done.rows_before else ""
     click.echo(
         f"{parsed.out}: {done.rows_done} rows in {format_time(done.seconds)}, "
         f"{done.rows_per_second:.0f} rows/s{before}"
     )
+    if report and done.rows_done:
+        beside = "" if isinstance(where, runs.Threads) else f"; Dask's: {dask_report(report)}"
+        click.echo(f"report: {report}{beside}")
 
 
 def _show_dashboard(client: Client) -> None:

@@ -18,12 +18,15 @@ from dask_ep.record import Record
 
 INK, BLUE, ORANGE, GREEN = "#000000", "#0072B2", "#E69F00", "#009E73"
 RED, SKY, PINK, YELLOW = "#D55E00", "#56B4E9", "#CC79A7", "#F0E442"
+GREY = "#777777"
 STEP_COLOURS = {
     "experts": PINK,
     "read": GREEN,
+    "route": INK,
     "send": SKY,
     "dispatch": BLUE,
     "sum": ORANGE,
+    "layer": GREY,
     "store": YELLOW,
     "transfer": RED,
 }
@@ -94,18 +97,20 @@ def draw_imbalance(imbalance: dict[str, float]) -> Figure:
     return drawing
 
 
-def draw_traffic(plan: Plan) -> Figure:
-    """Rows from the worker of each rank to each rank, as a heat map."""
-    ranks = plan.world_size
-    names = [str(rank) for rank in range(ranks)]
-    source, target = np.divmod(np.arange(ranks * ranks), ranks)
+def draw_traffic(
+    rows: np.ndarray, row_bytes: int, title: str, sources: Sequence[str] | None = None
+) -> Figure:
+    """Rows (S, R) from each source to each rank, as a heat map; sources are ranks if not named."""
+    ranks = [str(rank) for rank in range(rows.shape[1])]
+    names = ranks if sources is None else list(sources)
+    source, target = np.divmod(np.arange(rows.size), len(ranks))
     drawing = _figure(
-        "Rows from the chunks at each rank to each rank",
+        title,
         "to rank",
-        "from rank",
-        x_range=names,
+        "from rank" if sources is None else "from worker",
+        x_range=ranks,
         y_range=names[::-1],
-        height=120 + min(26 * ranks, 480),
+        height=120 + min(26 * len(names), 480),
         tooltips=[
             ("from", "@from"),
             ("to", "@to"),
@@ -115,13 +120,12 @@ def draw_traffic(plan: Plan) -> Figure:
     )
     data = {
         "from": [names[s] for s in source],
-        "to": [names[t] for t in target],
-        "rows": plan.traffic_rows.ravel(),
-        "size": plan.traffic_bytes.ravel(),
+        "to": [ranks[t] for t in target],
+        "rows": rows.ravel(),
+        "size": rows.ravel() * row_bytes,
     }
     from bokeh.transform import linear_cmap
 
-    most = max(int(plan.traffic_rows.max()), 1)
     cells = drawing.rect(
         x="to",
         y="from",
@@ -129,7 +133,7 @@ def draw_traffic(plan: Plan) -> Figure:
         height=1,
         source=data,
         line_color="white",
-        fill_color=linear_cmap("rows", "Cividis256", 0, most),
+        fill_color=linear_cmap("rows", "Cividis256", 0, max(int(rows.max()), 1)),
     )
     drawing.add_layout(cells.construct_color_bar(width=12), "right")
     drawing.grid.visible = False
@@ -204,7 +208,7 @@ def draw_time_line(record: Record) -> Figure:
     """Tasks as bars from start to stop: those of a rank in its row, the others by worker."""
     spans = sorted(record.spans, key=lambda s: s.start - s.stop)[:MOST_SPANS]
     rows = [
-        f"rank {s.rank}" if s.step in ("experts", "dispatch") else f"at {_short(s.worker)}"
+        f"rank {s.rank}" if s.step in ("experts", "dispatch") else f"at {short(s.worker)}"
         for s in spans
     ]
     names = sorted(set(rows), key=lambda name: (name[0] == "a", len(name), name), reverse=True)
@@ -300,6 +304,6 @@ def _from_nothing(data_range: Any) -> None:
     data_range.start = 0
 
 
-def _short(worker: str) -> str:
+def short(worker: str) -> str:
     """A worker's address without what all addresses share."""
     return worker.rsplit("//", 1)[-1]

@@ -146,6 +146,13 @@ class Plan:
         """(R, R) rows from the worker of each rank to each rank; as many come back."""
         return costs.traffic(self.packet_rows, self._homes(self.world_size))
 
+    @cached_property
+    def worker_traffic_rows(self) -> np.ndarray:
+        """(W, R) rows from each worker to each rank; as many come back."""
+        rows = np.zeros((self.workers, self.world_size), self.packet_rows.dtype)
+        np.add.at(rows, self._homes(self.workers), self.packet_rows)
+        return rows
+
     @property
     def traffic_bytes(self) -> np.ndarray:
         """(R, R) bytes there and back."""

@@ -16,17 +16,19 @@ import sys
 import time
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from contextlib import suppress
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
 from dask.callbacks import Callback
 
 STEPS = ("experts", "send", "dispatch", "sum")
 """What the tasks of a layer do: its keys in `pipeline`, without "ep_"."""
 
-BESIDE = ("read", "store")
-"""What the tasks around it do: its keys in `storage`."""
+BESIDE = ("read", "route", "layer", "store")
+"""What the tasks around it do: its keys in `storage`, `lazy_routing` and `layer`."""
 
 
 class Span(NamedTuple):
@@ -92,6 +94,46 @@ class Record:
         for (_, rank), nbytes in size.items():
             rows[rank] += nbytes // reply_row_bytes
         return dict(sorted(rows.items()))
+
+    def traffic_rows(self, reply_row_bytes: int, world_size: int) -> tuple[list[str], np.ndarray]:
+        """Rows from each worker to each rank.
+
+        Returns
+        -------
+        workers : list of W addresses, by the lowest rank that they played; others last
+        rows : (W, R) int64
+        """
+        made = {(s.chunk, s.rank): s.worker for s in self.spans if s.step == "send"}
+        answers = {(s.chunk, s.rank): s for s in self.spans if s.step == "dispatch"}
+        lowest: dict[str, int] = {}
+        for (_, rank), span in answers.items():
+            lowest[span.worker] = min(rank, lowest.get(span.worker, world_size))
+        present = {*made.values(), *lowest}
+        workers = sorted(present, key=lambda worker: (lowest.get(worker, world_size), worker))
+        number = {worker: n for n, worker in enumerate(workers)}
+        rows = np.zeros((len(workers), world_size), np.int64)
+        for (chunk, rank), worker in made.items():
+            if (chunk, rank) in answers:
+                answered = answers[chunk, rank].nbytes // reply_row_bytes
+                rows[number[worker], rank] += answered
+        return workers, rows
+
+    @property
+    def moved_bytes(self) -> int:
+        """Bytes of the packets and answers that were used on another worker than they were made."""
+        at = {(s.step, s.chunk, s.rank): s for s in self.spans if s.step in STEPS}
+        moved = 0
+        for (step, chunk, rank), span in at.items():
+            to = {"send": ("dispatch", chunk, rank), "dispatch": ("sum", chunk, -1)}.get(step)
+            if to in at and at[to].worker != span.worker:
+                moved += span.nbytes
+        return moved
+
+    def renumbered(self, chunks: Sequence[int]) -> Record:
+        """Number chunks by their place in `chunks`: those that a resumed run has computed."""
+        place = {chunk: n for n, chunk in enumerate(chunks)} | {-1: -1}
+        spans = tuple(s._replace(chunk=place[s.chunk]) for s in self.spans if s.chunk in place)
+        return replace(self, spans=spans)
 
     def finished(self) -> list[tuple[float, int]]:
         """When each chunk was done, first to last: (seconds, chunk)."""
@@ -174,6 +216,12 @@ class Recorder(Callback):
             self._spans.append(Span(*place, name, begun, time.perf_counter(), _nbytes(result)))
 
 
+def forget_peak_memory() -> None:
+    """Let `peak_memory` begin anew, where the system can: on Linux."""
+    with suppress(OSError):
+        Path("/proc/self/clear_refs").write_text("5")
+
+
 def peak_memory() -> int:
     """Bytes of memory that this process has used at most so far."""
     try:  # the resource usage of a process begins with the peak of the one that started it
@@ -193,8 +241,8 @@ def _place(key: Any) -> tuple[str, int, int] | None:
     (('send', 4, 1), ('experts', -1, 1), None)
     >>> _place(("ep_read-0123", 4, 0)), _place(("ep_dispatch-ep_store-0123", 4))
     (('read', 4, -1), ('dispatch', 4, 0))
-    >>> _place(("ep_sum-ep_store-0123", 4))
-    ('sum', 4, -1)
+    >>> _place(("ep_sum-ep_store-0123", 4)), _place(("ep_indices-0123", 4, 0))
+    (('sum', 4, -1), ('route', 4, -1))
     """
     if isinstance(key, str) and key.startswith("("):
         try:
@@ -204,6 +252,7 @@ def _place(key: Any) -> tuple[str, int, int] | None:
     if not (isinstance(key, tuple) and isinstance(key[0], str) and key[0].startswith("ep_")):
         return None
     step = key[0].split("-")[0].removeprefix("ep_")  # of several in one task, the first
+    step = {"indices": "route", "weights": "route", "scores": "route"}.get(step, step)
     if step in ("send", "dispatch"):
         rank = (
             key[2] if len(key) > 2 else 0
@@ -216,7 +265,7 @@ def _place(key: Any) -> tuple[str, int, int] | None:
 
 def _nbytes(result: Any) -> int:
     """Bytes of the arrays in a result."""
-    if isinstance(result, tuple):
+    if isinstance(result, tuple) and not hasattr(result, "nbytes"):
         return sum(map(_nbytes, result))
     return int(getattr(result, "nbytes", 0))
 

@@ -14,6 +14,7 @@ from html import escape
 from os import PathLike
 from pathlib import Path
 
+import numpy as np
 from dask.utils import format_bytes
 
 from dask_ep import figures
@@ -60,7 +61,9 @@ def write_plan_report(path: str | PathLike, compared: WhatIf) -> None:
         figures.draw_rank_load(best),
         figures.draw_imbalance(_imbalances(best)),
         _heading("Between ranks", _said_of_traffic(best)),
-        figures.draw_traffic(best),
+        figures.draw_traffic(
+            best.traffic_rows, row_bytes(best), "Rows from the chunks at each rank to each rank"
+        ),
         _heading("Memory", _said_of_memory(best)),
         figures.draw_memory(best),
     ]
@@ -69,14 +72,23 @@ def write_plan_report(path: str | PathLike, compared: WhatIf) -> None:
     _write(path, "Plan", _title(best), sections)
 
 
-def write_run_report(path: str | PathLike, plan: Plan, record: Record) -> None:
+def write_run_report(
+    path: str | PathLike,
+    plan: Plan,
+    record: Record,
+    *,
+    note: str = "",
+    link: str | None = None,
+) -> None:
     """Write what a run did beside what was planned.
 
     Parameters
     ----------
     path : of the HTML file
     plan : Plan, of the run's ranks, placement and chunks
-    record : Record
+    record : Record, its chunks numbered as those of the plan
+    note : what else is to be said, such as that the run went on with another's output
+    link : address of a further report, such as Dask's own
 
     Raises
     ------
@@ -84,18 +96,19 @@ def write_run_report(path: str | PathLike, plan: Plan, record: Record) -> None:
         If bokeh is not installed.
     """
     received = record.received_rows(plan.reply_row_bytes)
+    measured = received if plan.world_size > 1 and any(received.values()) else None
     rate = plan.rows / record.seconds if record.seconds else 0.0
-    said = (
-        f"{plan.rows:,} rows in {record.seconds:.2f} s, {rate:,.0f} rows per second. "
-        f"{record.repeated} tasks ran again, {len(record.events)} events."
-    )
+    said = f"{plan.rows:,} rows in {record.seconds:.2f} s, {rate:,.0f} rows per second."
     sections = [
+        *([_heading("", note)] if note else []),
         _table("Planned and measured", ("", "planned", "measured"), _both(plan, record)),
+        *([f'<p><a href="{escape(link)}">Dask\'s own report of this run</a></p>'] if link else []),
         _heading("Load", _said_of_load(plan)),
-        figures.draw_rank_load(plan, received if any(received.values()) else None),
+        figures.draw_rank_load(plan, measured),
+        _table("", ("rank", "planned rows", "measured rows"), _ranks(plan, measured)),
         figures.draw_imbalance(_imbalances(plan)),
         _heading("Between ranks", _said_of_traffic(plan)),
-        figures.draw_traffic(plan),
+        *_traffic(plan, record),
         _heading("Memory", _said_of_memory(plan)),
         figures.draw_memory(plan, record.peak_bytes),
         _heading("Time", said),
@@ -105,22 +118,30 @@ def write_run_report(path: str | PathLike, plan: Plan, record: Record) -> None:
     if len(record.spans) > figures.MOST_SPANS:
         most, all_ = figures.MOST_SPANS, len(record.spans)
         sections.append(_heading("", f"The time line shows the longest {most} of {all_} tasks."))
+    sections.append(_heading("Faults and moves", _said_of_events(record)))
     if record.events:
         rows = [(f"{event.time:.2f} s", event.what) for event in record.events]
-        sections.append(_table("Events", ("at", "what"), rows))
+        sections.append(_table("", ("at", "what"), rows))
     _write(path, "Run", _title(plan), sections)
 
 
-def _write(path: str | PathLike, kind: str, title: str, sections: Sequence[object]) -> None:
-    """Put sections, HTML text or bokeh figures, into one page."""
+def check_drawing() -> None:
+    """Raise ImportError where bokeh is not installed; better before a run than after it."""
     try:
-        from bokeh.embed import components
-        from bokeh.resources import INLINE
+        import bokeh.embed  # noqa: F401
     except ImportError as error:
         raise ImportError(
             "a report is drawn with bokeh, which is not installed; "
             'install it with: pip install "dask-ep[report]"'
         ) from error
+
+
+def _write(path: str | PathLike, kind: str, title: str, sections: Sequence[object]) -> None:
+    """Put sections, HTML text or bokeh figures, into one page."""
+    check_drawing()
+    from bokeh.embed import components
+    from bokeh.resources import INLINE
+
     drawings = [part for part in sections if not isinstance(part, str)]
     script, holders = components(drawings)
     waiting = iter(holders)
@@ -166,10 +187,8 @@ def _table(title: str, head: Sequence[str], rows: Sequence[Sequence[str]]) -> st
         f"<tr>{''.join(f'<td>{escape(cell)}</td>' for cell in row)}</tr>" for row in rows
     )
     top = f"<thead><tr>{cells}</tr></thead>" if any(head) else ""
-    return (
-        f"<h2>{escape(title)}</h2>"
-        f'<div class="wide"><table>{top}<tbody>{lines}</tbody></table></div>'
-    )
+    heading = f"<h2>{escape(title)}</h2>" if title else ""
+    return f'{heading}<div class="wide"><table>{top}<tbody>{lines}</tbody></table></div>'
 
 
 def _figures_of(plan: Plan) -> list[tuple[str, str]]:
@@ -196,9 +215,57 @@ def _both(plan: Plan, record: Record) -> list[tuple[str, str, str]]:
         ("tasks", f"{plan.tasks:,}", f"{record.tasks:,}"),
         ("rows received by ranks", f"{plan.packet_rows.sum():,}", f"{received:,}" * (received > 0)),
         ("exchanged", format_bytes(plan.exchanged_bytes), format_bytes(record.exchanged_bytes)),
+        (
+            "imbalance of what ranks receive",
+            f"{_imbalance(plan.packet_rows.sum(axis=0))}",
+            _imbalance(list(record.received_rows(plan.reply_row_bytes).values())) * (received > 0),
+        ),
+        (
+            "moved between workers",
+            format_bytes(plan.moved_bytes),
+            format_bytes(record.moved_bytes),
+        ),
         ("memory of a worker, at most", format_bytes(plan.memory_bytes), peak),
         ("time", f"{plan.seconds:.2f} s", f"{record.seconds:.2f} s"),
     ]
+
+
+def _imbalance(rows: Sequence[float]) -> str:
+    """Largest over mean, as text."""
+    rows = np.asarray(rows)
+    return f"{rows.max() / rows.mean():.3f}" if rows.any() else ""
+
+
+def _ranks(plan: Plan, measured: dict[int, int] | None) -> list[tuple[str, str, str]]:
+    """Rows that each rank receives, planned and measured."""
+    planned = plan.packet_rows.sum(axis=0).tolist()
+    return [
+        (str(rank), f"{rows:,}", "" if measured is None else f"{measured.get(rank, 0):,}")
+        for rank, rows in enumerate(planned)
+    ]
+
+
+def _traffic(plan: Plan, record: Record) -> list[object]:
+    """Heat maps of the rows from workers to ranks, planned and measured."""
+    if plan.world_size == 1:
+        return []
+    nbytes = row_bytes(plan)
+    planned = plan.worker_traffic_rows
+    names = [str(worker) for worker in range(len(planned))]
+    drawn = [figures.draw_traffic(planned, nbytes, "Planned: rows to each rank", names)]
+    workers, measured = record.traffic_rows(plan.reply_row_bytes, plan.world_size)
+    if plan.workers == 1:  # threads are no workers: what lies in memory lies with all of them
+        workers, measured = ["0"], measured.sum(axis=0, keepdims=True)
+    if measured.any():
+        names = [f"{number}: {figures.short(who)}" for number, who in enumerate(workers)]
+        names = names if plan.workers > 1 else ["0"]
+        drawn.append(figures.draw_traffic(measured, nbytes, "Measured: rows to each rank", names))
+    return drawn
+
+
+def row_bytes(plan: Plan) -> int:
+    """Bytes of a row there and back."""
+    return plan.packet_row_bytes + plan.reply_row_bytes
 
 
 def _imbalances(plan: Plan) -> dict[str, float]:
@@ -228,6 +295,13 @@ def _said_of_traffic(plan: Plan) -> str:
         f"however many of its {plan.slots_per_row} experts are there. "
         f"{format_bytes(plan.moved_bytes)} leave their worker if neighbouring chunks lie together."
     )
+
+
+def _said_of_events(record: Record) -> str:
+    if not record.events and not record.repeated:
+        return "No worker came or went, no rank moved, and no task ran twice."
+    again = f"{record.repeated:,} tasks ran again, lost with a worker or moved with a rank"
+    return f"{again}; {len(record.events)} events, dotted lines in the time line."
 
 
 def _said_of_memory(plan: Plan) -> str:

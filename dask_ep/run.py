@@ -27,7 +27,6 @@ from distributed import (
     WorkerPlugin,
     as_completed,
     futures_of,
-    performance_report,
 )
 from distributed.client import FutureCancelledError
 from distributed.comm import CommClosedError
@@ -40,7 +39,11 @@ from dask_ep.fit import Layout, choose_chunk_rows
 from dask_ep.gpus import THREADS_PER_GPU, Gpus, check_gpus, device_limit, start_gpus
 from dask_ep.job import Job
 from dask_ep.output import Output, Receipt, progress_directory
-from dask_ep.ownership import own_experts
+from dask_ep.ownership import Owners, own_experts
+from dask_ep.price import Plan
+from dask_ep.record import Record
+from dask_ep.report import check_drawing
+from dask_ep.run_report import dask_reported, plan_run, recorded, write_reports
 from dask_ep.storage import store
 
 CONNECT_SECONDS = 10.0
@@ -82,6 +85,8 @@ class Cluster:
 
 Where = Threads | Processes | Gpus | Cluster
 
+OnRecord = Callable[[Plan, Record], Any]
+
 
 class Progress(NamedTuple):
     """How far a run is."""
@@ -119,6 +124,7 @@ def run_job(
     on_progress: Callable[[Progress], Any] | None = None,
     on_client: Callable[[Client], Any] | None = None,
     report: str | os.PathLike | None = None,
+    on_record: OnRecord | None = None,
 ) -> Progress:
     """Compute a job's output and write it.
 
@@ -132,7 +138,9 @@ def run_job(
         limit
     on_progress : called at the start, and when blocks are done
     on_client : called when the workers are there, if there are any; such as to show the dashboard
-    report : HTML file into which Dask writes what ran where and when, at the end; with workers only
+    report : HTML file that lays the run beside its plan, written at the end if anything was run;
+        with workers, Dask's own report goes beside it, as ``NAME-dask.html``
+    on_record : called with the `Plan` and the `Record` of the run, at the end if anything was run
 
     Returns
     -------
@@ -161,13 +169,15 @@ def run_job(
     An exception, KeyboardInterrupt too, leaves an output that `resume` goes on with; on threads the
     blocks at work are finished before it arrives.
     """
+    if report is not None:
+        check_drawing()
     begun = _read_begun(job.out) if resume else {}
     inputs = open_inputs(job)
     with _started(where, job) as (threads, client):
         world_size = job.world_size or begun.get("world_size") or _count_ranks(where, client)
         layout = lay_out(job, where, world_size)
         chunk_rows = choose_chunk_rows(inputs, layout, chunk_rows or begun.get("chunk_rows"))
-        with _owned(client, world_size):
+        with _owned(client, world_size) as owners:
             built = build(
                 inputs, world_size=world_size, chunk_rows=chunk_rows, xp=array_namespace(where)
             )
@@ -181,13 +191,19 @@ def run_job(
                 compute=False,
             )
             with output:
+                planned = None
+                if output.missing and (report is not None or on_record is not None):
+                    cores = None if isinstance(where, Cluster) else CPU_COUNT
+                    planned = plan_run(
+                        inputs, layout, built.placement, chunk_rows, output.missing, cores
+                    )
+                if client is not None and on_client is not None:
+                    on_client(client)
                 watch = _Watch(output, on_progress)
-                if client is None:
-                    _compute_on_threads(output, threads, watch)
-                else:
-                    if on_client is not None:
-                        on_client(client)
-                    with _reported(report):
+                with _watched(output, client, owners, planned, report, on_record):
+                    if client is None:
+                        _compute_on_threads(output, threads, watch)
+                    else:
                         _compute_on_client(output, client, watch)
                 output.finish()
     return watch.progress()
@@ -326,15 +342,29 @@ def _compute_on_threads(output: Output, threads: int, watch: _Watch) -> None:
 
 
 @contextlib.contextmanager
-def _reported(path: str | os.PathLike | None) -> Iterator[None]:
-    """Write Dask's performance report of what runs inside, if that ends well."""
-    if path is None:
+def _watched(
+    output: Output,
+    client: Client | None,
+    owners: Owners | None,
+    planned: Plan | None,
+    report: str | os.PathLike | None,
+    on_record: OnRecord | None,
+) -> Iterator[None]:
+    """Record what runs inside beside its plan, if there is one, for whoever asked."""
+    if planned is None:
         yield
         return
-    report = performance_report(filename=os.fspath(path))
-    report.__enter__()
-    yield
-    report.__exit__(None, None, None)
+    records: list[Record] = []
+    dask_too = report is not None and client is not None
+    with (
+        dask_reported(report) if dask_too else contextlib.nullcontext(),
+        recorded(client, owners, records.append),
+    ):
+        yield
+    if report is not None:
+        write_reports(report, planned, records[0], output.missing, len(output.rows))
+    if on_record is not None:
+        on_record(planned, records[0])
 
 
 def _compute_on_client(output: Output, client: Client, watch: _Watch) -> None:

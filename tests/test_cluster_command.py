@@ -1,6 +1,7 @@
 """`dask-ep run` on a cluster: certificates, reports, lost workers and schedulers, Ctrl-C."""
 
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -88,7 +89,12 @@ def test_a_lost_worker_changes_nothing(cluster, job, tmp_path, expected):
     assert code == 0, told
     assert "6400 rows in" in printed
     np.testing.assert_array_equal(np.load(out), expected)
-    assert "ep_dispatch" in (tmp_path / "run.html").read_text()
+    assert "ep_dispatch" in (tmp_path / "run-dask.html").read_text()
+    report = (tmp_path / "run.html").read_text()
+    assert '<a href="run-dask.html">' in report
+    assert re.search(r"<td>worker tcp://[\d.:]+ left</td>", report)
+    assert re.search(r"<td>rank [01] moved from tcp://[\d.:]+ to tcp://[\d.:]+: ", report)
+    assert re.search(r"[1-9]\d* tasks ran again", report)
 
 
 def test_ctrl_c_leaves_nothing_on_the_cluster(cluster, job, tmp_path):

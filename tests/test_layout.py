@@ -25,7 +25,7 @@ TOP = (
     "block checkpoint checkpoint_files cluster families family figures gpus homes owner_map ranks "
     "owner_plugin ownership planner price probe record report storage"
 )
-JOBS = "build example fit inspect_ job plan_command run verify"
+JOBS = "build example fit inspect_ job plan_command run run_report verify"
 
 LAYERS = [
     set(layer.split())
@@ -44,7 +44,8 @@ LAYERS = [
 
 ONLY = {
     "distributed": {
-        *("cli", "cluster", "gpus", "homes", "owner_plugin", "ownership", "run", "wire"),
+        *("cli", "cluster", "gpus", "homes", "owner_plugin", "ownership", "run", "run_report"),
+        "wire",
     },
     "torch": set(),
     "cupy": {"device"},

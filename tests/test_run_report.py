@@ -1,0 +1,129 @@
+"""A run's report says what was planned and what was done, on threads and on workers."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from dask_ep import planner
+from dask_ep.costs import Rates
+from dask_ep.example import Example, write_example
+from dask_ep.job import load_job
+from dask_ep.price import Plan
+from dask_ep.record import Record
+from dask_ep.run import Processes, Threads, run_job
+from tests.checkpoints import FIXTURES
+
+
+@pytest.fixture(autouse=True)
+def known_rates(monkeypatch):
+    """Measure this machine in no time."""
+    monkeypatch.setattr(planner, "probe", lambda *_, **__: Rates(flops=1e10, copy=1e9))
+
+
+@pytest.fixture(scope="module")
+def job_file(tmp_path_factory) -> Path:
+    sizes = {"rows": 1000, "d": 32, "num_experts": 8, "k": 2, "chunk_rows": 100}
+    return write_example(tmp_path_factory.mktemp("job"), Example(**sizes, format="npy"))
+
+
+def run_recorded(job, where, **options) -> tuple[Plan, Record]:
+    told = []
+    run_job(job, where, on_record=lambda *both: told.append(both), **options)
+    return told[0]
+
+
+def cells(path: Path) -> list[str]:
+    return re.findall(r"<td>(.*?)</td>", path.read_text())
+
+
+def check_counts(planned: Plan, record: Record) -> None:
+    """Tasks, rows and bytes are exactly those planned, and memory is not more."""
+    assert (record.tasks, record.repeated) == (planned.tasks, 0)
+    received = dict(enumerate(planned.packet_rows.sum(axis=0).tolist()))
+    assert record.received_rows(planned.reply_row_bytes) == received
+    assert record.traffic_rows(planned.reply_row_bytes, planned.world_size)[1].sum() == sum(
+        received.values()
+    )
+    assert 0 < record.peak_bytes <= planned.memory_bytes
+
+
+@pytest.mark.parametrize("placement", ["contiguous", "balanced", "exact"])
+def test_on_threads(job_file, tmp_path, placement):
+    job = load_job(job_file, out=str(tmp_path / "y.npy"), world_size=4, placement=placement)
+    report = tmp_path / "run.html"
+    planned, record = run_recorded(job, Threads(2), chunk_rows=100, report=report)
+    check_counts(planned, record)
+    assert record.exchanged_bytes == planned.exchanged_bytes
+    assert record.moved_bytes == 0 or len({s.worker for s in record.spans}) > 1
+    assert planned.policy == placement
+    found = cells(report)
+    assert found[:3] == ["tasks", str(planned.tasks), str(record.tasks)]
+    assert "No worker came or went" in report.read_text()
+    assert [p.name for p in tmp_path.glob("*.html")] == ["run.html"]
+    for rank, rows in enumerate(planned.packet_rows.sum(axis=0).tolist()):
+        at = found.index(f"{rank}", 15)
+        assert found[at : at + 3] == [str(rank), f"{rows:,}", f"{rows:,}"]
+
+
+def test_on_workers(job_file, tmp_path):
+    job = load_job(job_file, out=str(tmp_path / "y.npy"), world_size=4, placement="balanced")
+    report = tmp_path / "run.html"
+    where = Processes(2, memory_limit=2 << 30)
+    planned, record = run_recorded(job, where, chunk_rows=100, report=report)
+    check_counts(planned, record)
+    beside = record.exchanged_bytes - planned.exchanged_bytes  # what Python puts around a packet
+    assert 0 <= beside <= 200 * planned.packet_rows.size
+    workers, rows = record.traffic_rows(planned.reply_row_bytes, 4)
+    assert (len(workers), rows.shape) == (2, (2, 4))
+    assert 0 < record.moved_bytes < record.exchanged_bytes
+    assert (planned.workers, planned.threads, planned.memory_limit) == (2, 1, 2 << 30)
+    text = report.read_text()
+    assert '<a href="run-dask.html">' in text
+    assert "ep_dispatch" in (tmp_path / "run-dask.html").read_text()
+    assert "the limit is 2.00 GiB" in text
+
+
+def test_a_resumed_run_is_laid_beside_the_plan_of_what_was_left(job_file, tmp_path):
+    job = load_job(job_file, out=str(tmp_path / "y.npy"), world_size=2, placement="exact")
+
+    def stop(progress):
+        if progress.rows_done >= 300:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        run_job(job, Threads(1), chunk_rows=100, on_progress=stop)
+    report = tmp_path / "run.html"
+    planned, record = run_recorded(job, Threads(1), resume=True, report=report)
+    left = len(planned.chunks)
+    assert 0 < left <= 7
+    check_counts(planned, record)
+    assert planned.rows == 100 * left
+    assert planned.expert_rows.sum() == planned.rank_rows.sum() == 200 * left
+    assert f"it computed {left} of 10 chunks, and all figures are of these" in report.read_text()
+    report.unlink()
+    run_job(job, Threads(1), resume=True, report=report)
+    assert not report.exists(), "nothing was run"
+
+
+def test_a_layer_with_router_and_shared_experts(tmp_path):
+    hidden = np.random.default_rng(0).standard_normal((200, 32)).astype("f4")
+    np.save(tmp_path / "x.npy", hidden)
+    job = load_job(
+        tokens=str(tmp_path / "x.npy"),
+        out=str(tmp_path / "y.npy"),
+        layer=str(FIXTURES / "qwen2_moe"),
+        layer_index=1,
+        world_size=3,
+        placement="packed",
+    )
+    planned, record = run_recorded(job, Threads(1), chunk_rows=50, report=tmp_path / "run.html")
+    check_counts(planned, record)
+    assert planned.flops_beside > 0
+    assert {"route", "layer", "experts", "send", "dispatch", "sum"} <= {
+        s.step for s in record.spans
+    }
+    assert record.finished()[-1][0] <= record.seconds

@@ -89,6 +89,7 @@ def test_a_lost_worker_changes_nothing(cluster, job, tmp_path, expected):
     assert code == 0, told
     assert "6400 rows in" in printed
     np.testing.assert_array_equal(np.load(out), expected)
+    assert f"report: {tmp_path}/run.html; Dask's: {tmp_path}/run-dask.html" in printed
     assert "ep_dispatch" in (tmp_path / "run-dask.html").read_text()
     report = (tmp_path / "run.html").read_text()
     assert '<a href="run-dask.html">' in report
@@ -156,12 +157,6 @@ def test_a_worker_that_does_not_see_the_files_is_named_before_anything_runs(clus
     assert code == 1
     assert f"worker far ({far}) does not see tokens: there is no" in told
     assert not (tmp_path / "out.npy").exists()
-
-
-def test_a_report_needs_workers(job, tmp_path):
-    code, _, told = end(start(job, "--report", tmp_path / "r.html"))
-    assert code == 2
-    assert "--report needs workers: --processes, --gpu, or a cluster" in told
 
 
 def test_the_address_of_the_dashboard_is_told(job, tmp_path):

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import re
+import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from dask_ep import planner
+from dask_ep import cli, planner
 from dask_ep.costs import Rates
 from dask_ep.example import Example, write_example
 from dask_ep.job import load_job
@@ -127,3 +128,20 @@ def test_a_layer_with_router_and_shared_experts(tmp_path):
         s.step for s in record.spans
     }
     assert record.finished()[-1][0] <= record.seconds
+
+
+def test_the_command_tells_where_its_report_is(job_file, tmp_path, capsys):
+    report, out = tmp_path / "run.html", tmp_path / "y.npy"
+    with pytest.raises(SystemExit) as end:
+        cli.main(["run", str(job_file), "--out", str(out), "--report", str(report)])
+    assert not end.value.code
+    assert capsys.readouterr().out.endswith(f"report: {report}\n")
+    assert report.exists()
+
+
+def test_without_bokeh_nothing_is_begun(job_file, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "bokeh.embed", None)
+    job = load_job(job_file, out=str(tmp_path / "y.npy"))
+    with pytest.raises(ImportError, match=r'pip install "dask-ep\[report\]"'):
+        run_job(job, Threads(1), report=tmp_path / "run.html")
+    assert not list(tmp_path.iterdir())

@@ -193,7 +193,7 @@ def run_job(
             with output:
                 planned = None
                 if output.missing and (report is not None or on_record is not None):
-                    cores = None if isinstance(where, Cluster) else CPU_COUNT
+                    cores = CPU_COUNT if isinstance(where, Threads | Processes) else None
                     planned = plan_run(
                         inputs, layout, built.placement, chunk_rows, output.missing, cores
                     )

@@ -12,8 +12,9 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from math import prod
 from typing import Any
 
@@ -98,7 +99,12 @@ def open_inputs(job: Job) -> Inputs:
 
 
 def build(
-    inputs: Inputs, *, world_size: int, chunk_rows: int | None = None, xp: str = "numpy"
+    inputs: Inputs,
+    *,
+    world_size: int,
+    chunk_rows: int | None = None,
+    xp: str = "numpy",
+    exchange: Callable[..., da.Array] | None = None,
 ) -> Built:
     """Build the output of a job; only a placement by load reads anything (the routing).
 
@@ -108,27 +114,32 @@ def build(
     world_size : ranks
     chunk_rows : rows of a token chunk; None leaves it to `open_tokens`
     xp : whose arrays the chunks are while they are computed, "numpy" or "cupy"
+    exchange : what sends rows through experts, with the first three arguments of `expert_parallel`
+        and its `topk_weights`, instead of it; then ranks and placement say nothing
     """
-    job = inputs.job
+    job, layer, placement = inputs.job, inputs.layer, None
     tokens = open_tokens(inputs.tokens, chunks=chunk_rows, name="tokens", xp=xp)
-    if inputs.layer is not None:
-        placement = _find_placement(job, world_size, lambda: inputs.layer.route(tokens)[0], inputs)
-        y = inputs.layer(tokens, world_size=world_size, placement=placement)
-        files = {"tokens": inputs.tokens, "layer": _fingerprint_layer(inputs.layer, job)}
-        settings = {"layer_index": job.layer_index}
+    if layer is not None and exchange is not None:
+        routing, topk = layer.route(tokens)
+        routed = exchange(tokens, routing, layer.experts, topk_weights=topk)
+        y = layer.add_the_rest(tokens, routed)
+    elif layer is not None:
+        placement = _find_placement(job, world_size, lambda: layer.route(tokens)[0], inputs)
+        y = layer(tokens, world_size=world_size, placement=placement)
     else:
         routing = open_tokens(inputs.routing, name="routing", like=tokens, xp=xp)
         topk = inputs.topk_weights
-        y = expert_parallel(
-            tokens,
-            routing,
-            inputs.experts,
-            topk_weights=None if topk is None else open_tokens(topk, like=tokens, xp=xp),
-            world_size=world_size,
-            placement=(placement := _find_placement(job, world_size, lambda: routing, inputs)),
-        )
+        if exchange is None:
+            placement = _find_placement(job, world_size, lambda: routing, inputs)
+            exchange = partial(expert_parallel, world_size=world_size, placement=placement)
+        topk_weights = None if topk is None else open_tokens(topk, like=tokens, xp=xp)
+        y = exchange(tokens, routing, inputs.experts, topk_weights=topk_weights)
+    if layer is not None:
+        files = {"tokens": inputs.tokens, "layer": _fingerprint_layer(layer, job)}
+        settings = {"layer_index": job.layer_index}
+    else:
         files = {"tokens": inputs.tokens, "routing": inputs.routing}
-        files |= {} if topk is None else {"topk_weights": topk}
+        files |= {} if inputs.topk_weights is None else {"topk_weights": inputs.topk_weights}
         files |= {f"experts.{key}": source for key, source in inputs.weights.items()}
         settings = {"experts": _options_of(job)}
     settings |= {"world_size": world_size}

@@ -32,6 +32,9 @@ from dask_ep.arrays import Array, is_array, namespace, one_namespace, to_host
 TILE_BYTES = 8 << 20
 """Bytes of the widest rows of one matrix product on the CPU: a share of the last-level cache."""
 
+Write = Callable[[Array, Array | slice, Array], None]
+"""Adds rows (m, d_out) to rows (m,) of an output, or writes them there."""
+
 TILE_ROWS = (192, 1024)
 """Fewest and most rows of one product on the CPU, however wide or narrow: with fewer, packing the
 matrix costs more than a tenth of the product; with more, nothing is gained and cache is lost."""
@@ -167,7 +170,7 @@ def expert_parallel_dispatch(
            [ 9., 12.],
            [ 0.,  0.]])
     """
-    xp = one_namespace(tokens=tokens, routing=routing, topk_weights=topk_weights)
+    one_namespace(tokens=tokens, routing=routing, topk_weights=topk_weights)
     check_tokens(tokens)
     check_routing(routing, topk_weights, n=tokens.shape[0])
     check_rank(rank, world_size)
@@ -175,22 +178,10 @@ def expert_parallel_dispatch(
     experts = as_experts(expert_Ws, d=tokens.shape[1], like=tokens, dtype=compute)
 
     segments = sort_slots(routing, topk_weights, len(experts), rank, world_size)
-    n, k = tokens.shape[0], segments.k
-    if k > 1:
-        out = memory.empty((n, experts[0].d_out), compute, like=tokens)
-        out.fill(0)
-        write = partial(_add_repeated_rows, k) if segments.repeats else add_rows
-    else:
-        out = memory.empty((n, experts[0].d_out), tokens.dtype, like=tokens)
-        out[segments.not_ours()] = 0
-        write = assign_rows
-
-    weights = None if topk_weights is None else topk_weights.reshape(-1)
-    for expert, (start, stop) in zip(experts, segments.bounds, strict=True):
-        for tile in _tiles(start, stop, expert, compute, xp):
-            slots = segments.slots(tile)
-            _apply(expert, tokens, slots, k, weights, compute, out, write)
-    return out.astype(tokens.dtype, copy=False)
+    served = Served(tokens, segments, topk_weights, experts[0].d_out)
+    for e, expert in enumerate(experts):
+        served.add(e, expert)
+    return served.out.astype(tokens.dtype, copy=False)
 
 
 # --- what is an expert here? -----------------------------------------------------------------
@@ -263,6 +254,10 @@ class Segments(NamedTuple):
     def slots(self, tile: slice) -> Array | slice:
         """Slot numbers of a run of positions."""
         return tile if self.order is None else self.order[tile]
+
+    def rows(self, slots: Array | slice) -> Array | slice:
+        """Row numbers of slots."""
+        return slots if self.k == 1 else slots // self.k
 
     def not_ours(self) -> Array | slice:
         """Slot numbers that no local expert serves."""
@@ -347,7 +342,54 @@ def _raise_nan(topk_weights: Array) -> None:
 # --- the work --------------------------------------------------------------------------------
 
 
-def _tiles(start: int, stop: int, expert: Expert, compute: np.dtype, xp: Any) -> list[slice]:
+def begin_output(
+    n: int, segments: Segments, d_out: int, dtype: np.dtype, like: Array
+) -> tuple[Array, Write]:
+    """Make an output (n, d_out) to which experts come to add, and say how they add to it.
+
+    With one slot a row it is of the tokens' dtype, and each row is written once; with more, of the
+    computing dtype, from zero. Expert after expert, in the order of their numbers, gives the same
+    bits each time.
+    """
+    if segments.k > 1:
+        out = memory.empty((n, d_out), computing_dtype(dtype), like=like)
+        out.fill(0)
+        return out, partial(_add_repeated_rows, segments.k) if segments.repeats else add_rows
+    out = memory.empty((n, d_out), dtype, like=like)
+    out[segments.not_ours()] = 0
+    return out, assign_rows
+
+
+class Served:
+    """The rows of a chunk, and the sum of what the experts that have served them so far gave.
+
+    Parameters
+    ----------
+    tokens : (n, d)
+    segments : from `sort_slots` of their routing
+    topk_weights : of the shape of the routing, or None
+    d_out : int
+
+    Attributes
+    ----------
+    out : (n, d_out) array, see `begin_output`; the output when all experts were added
+    """
+
+    def __init__(self, tokens: Array, segments: Segments, topk_weights: Array | None, d_out: int):
+        self._tokens, self._segments = tokens, segments
+        self._weights = None if topk_weights is None else topk_weights.reshape(-1)
+        self.out, self._write = begin_output(len(tokens), segments, d_out, tokens.dtype, tokens)
+
+    def add(self, e: int, expert: Expert) -> None:
+        """Send the rows of local expert `e` through it, and add what it gives."""
+        compute = computing_dtype(self._tokens.dtype)
+        xp, k = namespace(self._tokens), self._segments.k
+        for tile in tiles(*self._segments.bounds[e], expert, compute, xp):
+            slots = self._segments.slots(tile)
+            _apply(expert, self._tokens, slots, k, self._weights, compute, self.out, self._write)
+
+
+def tiles(start: int, stop: int, expert: Expert, compute: np.dtype, xp: Any = np) -> list[slice]:
     """Cut an expert's segment into equal runs that stay in cache; a device takes it whole."""
     m = stop - start
     if m == 0:
@@ -369,7 +411,7 @@ def _apply(
     weights: Array | None,
     compute: np.dtype,
     out: Array,
-    write: Callable[[Array, Array | slice, Array], None],
+    write: Write,
 ) -> None:
     """One tile: gather, expert, weight, write."""
     contiguous = isinstance(slots, slice)

@@ -69,7 +69,7 @@ def need(inputs: Inputs, layout: Layout) -> Need:
         held += layer.parameters_beside
     if layout.on_devices:
         return Need(held * itemsize, layout.threads, _device_row_bytes(inputs, itemsize))
-    spread = min(_slots_per_row(inputs), layout.world_size)
+    spread = min(slots_per_row(inputs), layout.world_size)
     widening = max(itemsize // inputs.tokens.dtype.itemsize, 1)
     chunks = chunks_held(layout.threads, layout.world_size, spread, widening)
     return Need(held * itemsize, chunks, max(inputs.row_bytes, 1))
@@ -172,7 +172,7 @@ def _device_row_bytes(inputs: Inputs, itemsize: int) -> int:
     and their sums, and for each of its slots what the expert gets, makes on the way, and gives."""
     ends = inputs.tokens.shape[1] + inputs.experts.d_out
     slot = ends + 2 * (inputs.experts.hidden or 0)
-    return (2 * ends + _slots_per_row(inputs) * slot) * itemsize
+    return (2 * ends + slots_per_row(inputs) * slot) * itemsize
 
 
 def _slots_per_rank(inputs: Inputs, layout: Layout) -> int:
@@ -187,7 +187,7 @@ def _slots_per_rank(inputs: Inputs, layout: Layout) -> int:
     return placement.slots_per_rank
 
 
-def _slots_per_row(inputs: Inputs) -> int:
+def slots_per_row(inputs: Inputs) -> int:
     """k; E where experts choose their rows."""
     if inputs.layer is not None:
         return getattr(inputs.layer.router, "k", inputs.experts.num_experts)

@@ -23,6 +23,7 @@ import os
 import socket
 import time
 import zlib
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -77,9 +78,14 @@ def read_manifest(directory: str) -> dict[str, Any] | None:
     return manifest
 
 
-def record_done(directory: str, run: str, block: int, *, sync: bool = False) -> None:
-    """Append that a block is done. Its data must have been written before."""
-    name = f"done-{socket.gethostname()}-{os.getpid()}"
+def record_done(
+    directory: str, run: str, block: int, *, sync: bool = False, what: str = "done"
+) -> None:
+    """Append that a block is done. Its data must have been written before.
+
+    With another word than "done" the line goes to files of that name, and means what it says.
+    """
+    name = f"{what}-{socket.gethostname()}-{os.getpid()}"
     text = f"{run} {block}"
     # The line break in front ends what a process of the same number may have left torn.
     line = f"\n{text} {zlib.crc32(text.encode()):08x}\n".encode()
@@ -96,12 +102,17 @@ def record_done(directory: str, run: str, block: int, *, sync: bool = False) -> 
 
 def read_done(directory: str, run: str) -> set[int]:
     """Give the blocks that the lines of this run call done."""
-    done = set()
+    return set(count_done(directory, run))
+
+
+def count_done(directory: str, run: str, what: str = "done") -> Counter[int]:
+    """Count the lines of this run for each block."""
+    counted: Counter[int] = Counter()
     for name in os.listdir(directory):
-        if name.startswith("done-"):
+        if name.startswith(f"{what}-"):
             with open(os.path.join(directory, name), "rb") as file:
-                done.update(_parse_lines(file.read(), run))
-    return done
+                counted.update(_parse_lines(file.read(), run))
+    return counted
 
 
 def describe_differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:

@@ -155,7 +155,7 @@ class MoELayer:
             world_size=world_size,
             placement=placement,
         )
-        return unflatten(self._add_the_rest(rows, y), hidden)
+        return unflatten(self.add_the_rest(rows, y), hidden)
 
     def route(
         self, hidden: da.Array, *, token_ids: da.Array | None = None
@@ -218,8 +218,18 @@ class MoELayer:
         arrays = {name: self.arrays[name] for name in names if name in self.arrays}
         return route_rows(rows, self.router, arrays, token_ids=token_ids, capacity=self.capacity)
 
-    def _add_the_rest(self, rows: da.Array, routed: da.Array) -> da.Array:
-        """Add shared experts and the rows themselves, where the layer does."""
+    def add_the_rest(self, rows: da.Array, routed: da.Array) -> da.Array:
+        """Add what does not depend on the routing: shared experts, and the rows themselves.
+
+        Parameters
+        ----------
+        rows : (n, d) hidden states
+        routed : (n, d_out) output of the routed experts, in the chunks of `rows`
+
+        Returns
+        -------
+        (n, d_out) Dask array, lazy; `routed` itself where the layer has neither
+        """
         if self.shared is None and not self.residual:
             return routed
         gate = {name: self.arrays[name] for name in ("shared_gate",) if name in self.arrays}

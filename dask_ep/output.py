@@ -17,7 +17,7 @@ import errno
 import os
 import uuid
 import weakref
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, NamedTuple
 
 import dask
@@ -40,6 +40,10 @@ class Receipt(NamedTuple):
     block: int
     rows: int
     nbytes: int
+    worked: float = 0.0
+    #: of rows that are not done: how many such work is worth, counted before they are
+    part: int = 0
+    #: of the work on a block, where several receipts tell of it
 
 
 class Output(DaskMethodsMixin):
@@ -79,6 +83,10 @@ class Output(DaskMethodsMixin):
         self._name = f"ep_store-{uuid.uuid4().hex}"  # writing is an act: no two of them are one
         self._graph = self._build_graph(y, sync)
 
+    def step(self, blocks: Iterable[int]) -> Step:
+        """The writing of some of the missing blocks, to be computed by itself before `finish`."""
+        return Step(self._graph, [(self._name, b) for b in blocks if b in set(self.missing)])
+
     def compute(
         self, on_block: Callable[[Receipt], Any] | None = None, **kwargs: Any
     ) -> list[Receipt]:
@@ -102,12 +110,7 @@ class Output(DaskMethodsMixin):
         """
         receipts: list[Receipt] = []
         if self.missing:
-            watch = None if on_block is None else _Watch(on_block)
-            with watch or contextlib.nullcontext():
-                (receipts,) = dask.compute(self, **kwargs)
-            if watch is not None:
-                for receipt in receipts:
-                    watch.tell(receipt)
+            receipts = _compute(self, on_block, kwargs)
         self.finish()
         return receipts
 
@@ -168,7 +171,7 @@ class Output(DaskMethodsMixin):
         return list, ()
 
     def __dask_postpersist__(self) -> tuple[Callable, tuple]:
-        return _Receipts, (self.__dask_keys__(),)
+        return Step, (self.__dask_keys__(),)
 
     __dask_optimize__ = staticmethod(da.optimize)
     __dask_scheduler__ = staticmethod(da.Array.__dask_scheduler__)
@@ -214,12 +217,24 @@ class _Job(NamedTuple):
     sync: bool
 
 
-class _Receipts(DaskMethodsMixin):
-    """The receipts of an `Output` that was persisted."""
+class Step(DaskMethodsMixin):
+    """Some tasks that answer with receipts, as a Dask collection.
+
+    Parameters
+    ----------
+    graph : of the tasks and all that they need
+    keys : of the tasks
+    """
 
     def __init__(self, graph: Mapping, keys: list, rename: Mapping | None = None):
         self._graph = graph
-        self._keys = [(rename or {}).get(name, name) for name in keys]
+        self._keys = self.missing = [(rename or {}).get(key, key) for key in keys]
+
+    def compute(
+        self, on_block: Callable[[Receipt], Any] | None = None, **kwargs: Any
+    ) -> list[Receipt]:
+        """Do the tasks; the arguments are those of `Output.compute`."""
+        return _compute(self, on_block, kwargs) if self._keys else []
 
     def __dask_graph__(self) -> Mapping:
         return self._graph
@@ -231,10 +246,22 @@ class _Receipts(DaskMethodsMixin):
         return list, ()
 
     def __dask_postpersist__(self) -> tuple[Callable, tuple]:
-        return _Receipts, (self._keys,)
+        return Step, (self._keys,)
 
     __dask_optimize__ = staticmethod(da.optimize)
     __dask_scheduler__ = staticmethod(da.Array.__dask_scheduler__)
+
+
+def _compute(
+    collection: Output | Step, on_block: Callable[[Receipt], Any] | None, kwargs: dict[str, Any]
+) -> list[Receipt]:
+    watch = None if on_block is None else _Watch(on_block)
+    with watch or contextlib.nullcontext():
+        (receipts,) = dask.compute(collection, **kwargs)
+    if watch is not None:
+        for receipt in receipts:
+            watch.tell(receipt)
+    return receipts
 
 
 class _Watch(Callback):
@@ -243,16 +270,17 @@ class _Watch(Callback):
     def __init__(self, on_block: Callable[[Receipt], Any]):
         super().__init__(posttask=self._look)
         self._on_block = on_block
-        self._seen: set[int] = set()
+        self._seen: set[Receipt] = set()
 
     def tell(self, receipt: Receipt) -> None:
-        if receipt.block not in self._seen:
-            self._seen.add(receipt.block)
+        if receipt not in self._seen:
+            self._seen.add(receipt)
             self._on_block(receipt)
 
     def _look(self, key: Any, result: Any, *_: Any) -> None:
-        if isinstance(result, Receipt):
-            self.tell(result)
+        receipt = getattr(result, "receipt", result)  # of a task that passes something on as well
+        if isinstance(receipt, Receipt):
+            self.tell(receipt)
 
 
 def _store_block(rows: np.ndarray, job: _Job, block: int, start: int, stop: int) -> Receipt:

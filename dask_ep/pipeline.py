@@ -260,7 +260,7 @@ def _load_tasks(
 def _load(
     experts: Experts | CallableExperts, xp: str, dtype: np.dtype, rank: int, **given: np.ndarray
 ) -> LocalExperts | list:
-    with _naming(f"loading the experts of rank {rank}"):
+    with naming(f"loading the experts of rank {rank}"):
         return experts.load(xp=import_module(xp), dtype=dtype, given=given or None)
 
 
@@ -272,7 +272,7 @@ def _dispatch_chunk(
     chunk: int,
     d_out: int,
 ) -> Array:
-    with _naming(f"dispatch of token chunk {chunk} at rank 0 of 1"):
+    with naming(f"dispatch of token chunk {chunk} at rank 0 of 1"):
         out = expert_parallel_dispatch(
             tokens, routing, experts, rank=0, world_size=1, topk_weights=topk_weights
         )
@@ -291,7 +291,7 @@ def _send(
     num_local: int,
     num_slots: int,
 ) -> Packet:
-    with _naming(f"send of token chunk {chunk} to rank {rank}"):
+    with naming(f"send of token chunk {chunk} to rank {rank}"):
         check_routing(routing, topk_weights, n=tokens.shape[0])
         physical = routing if placement is None else placement.rewrite(routing, first_row, home)
         return send(tokens, physical, topk_weights, rank, num_local, num_slots)
@@ -300,7 +300,7 @@ def _send(
 def _dispatch(
     packet: Packet, experts: LocalExperts, chunk: int, rank: int, world_size: int, d_out: int
 ) -> Array:
-    with _naming(f"dispatch of token chunk {chunk} at rank {rank} of {world_size}"):
+    with naming(f"dispatch of token chunk {chunk} at rank {rank} of {world_size}"):
         out = expert_parallel_dispatch(
             packet.rows,
             packet.routing,
@@ -322,13 +322,13 @@ def _sum(
     num_local: int,
     dtype: np.dtype,
 ) -> Array:
-    with _naming(f"sum of token chunk {chunk}"):
+    with naming(f"sum of token chunk {chunk}"):
         physical = routing if placement is None else placement.rewrite(routing, first_row, home)
         return sum_ranks(physical, outputs, num_local, dtype)
 
 
 @contextmanager
-def _naming(place: str) -> Iterator[None]:
+def naming(place: str) -> Iterator[None]:
     """Say in an error which step, chunk and rank it comes from."""
     try:
         yield

@@ -254,12 +254,10 @@ def _place(key: Any) -> tuple[str, int, int] | None:
     step = key[0].split("-")[0].removeprefix("ep_")  # of several in one task, the first
     step = {"indices": "route", "weights": "route", "scores": "route"}.get(step, step)
     if step in ("send", "dispatch"):
-        rank = (
-            key[2] if len(key) > 2 else 0
-        )  # one rank: Dask has made one task of dispatch and store
-        return step, key[1], rank
+        # With one rank Dask has made one task of dispatch and store, which has no rank in its key.
+        return step, key[1], key[-1] if len(key) > 2 else 0
     if step == "experts":
-        return step, -1, key[1]
+        return step, -1, key[-1]
     return (step, key[1], -1) if step in (*STEPS, *BESIDE) else None
 
 

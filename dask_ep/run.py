@@ -37,9 +37,11 @@ from dask_ep.build import WEIGHT_KEYS, build, open_inputs
 from dask_ep.cluster import Certificates, OneBlasThread, check_cluster, connect
 from dask_ep.fit import Layout, choose_chunk_rows
 from dask_ep.gpus import THREADS_PER_GPU, Gpus, check_gpus, device_limit, start_gpus
+from dask_ep.in_passes import InPasses, PassesDone, find_passes
 from dask_ep.job import Job
-from dask_ep.output import Output, Receipt, progress_directory
+from dask_ep.output import Output, Receipt, Step, progress_directory
 from dask_ep.ownership import Owners, own_experts
+from dask_ep.passes import Passes
 from dask_ep.price import Plan
 from dask_ep.record import Record
 from dask_ep.report import check_drawing
@@ -98,6 +100,8 @@ class Progress(NamedTuple):
     #: done by the run that is resumed
     seconds: float
     #: since the first block of this run was begun
+    passes: PassesDone | None = None
+    #: at the end, where experts went by in passes
 
     @property
     def rows_in_all(self) -> int:
@@ -176,16 +180,24 @@ def run_job(
     with _started(where, job) as (threads, client):
         world_size = job.world_size or begun.get("world_size") or _count_ranks(where, client)
         layout = lay_out(job, where, world_size)
-        chunk_rows = choose_chunk_rows(inputs, layout, chunk_rows or begun.get("chunk_rows"))
-        with _owned(client, world_size) as owners:
+        chunk_rows = chunk_rows or begun.get("chunk_rows")
+        workers = count_workers(where)
+        passes = begun["passes"] if begun else find_passes(inputs, layout, workers, chunk_rows)
+        walk = None if passes is None else InPasses(inputs, passes, workers or 1)
+        chunk_rows = passes.chunk_rows if passes else choose_chunk_rows(inputs, layout, chunk_rows)
+        with _owned(client, world_size if passes is None else workers or 1) as owners:
             built = build(
-                inputs, world_size=world_size, chunk_rows=chunk_rows, xp=array_namespace(where)
+                inputs,
+                world_size=world_size,
+                chunk_rows=chunk_rows,
+                xp=array_namespace(where),
+                exchange=walk,
             )
             output = store(
                 built.y,
                 job.out,
                 inputs=built.inputs,
-                settings=built.settings,
+                settings=built.settings | ({"passes": passes.to_dict()} if passes else {}),
                 resume=resume,
                 overwrite=overwrite,
                 compute=False,
@@ -200,13 +212,15 @@ def run_job(
                 if client is not None and on_client is not None:
                     on_client(client)
                 watch = _Watch(output, on_progress)
+                steps = [output] if walk is None else walk.steps(output)
                 with _watched(output, client, owners, planned, report, on_record):
-                    if client is None:
-                        _compute_on_threads(output, threads, watch)
-                    else:
-                        _compute_on_client(output, client, watch)
+                    for step in steps:
+                        if client is None:
+                            _compute_on_threads(step, threads, watch)
+                        else:
+                            _compute_on_client(step, client, watch)
                 output.finish()
-    return watch.progress()
+    return watch.progress()._replace(passes=walk and walk.done())
 
 
 def lay_out(job: Job, where: Where, world_size: int) -> Layout:
@@ -226,6 +240,11 @@ def _lay_out_on_gpus(job: Job, where: Gpus, world_size: int) -> Layout:
     limit = device_limit(where, devices)
     workers = min(len(devices), world_size)
     return Layout(world_size, workers, THREADS_PER_GPU, limit, job.placement, on_devices=True)
+
+
+def count_workers(where: Where) -> int | None:
+    """Count the worker processes of a place on this machine; None where there are none."""
+    return where.count if isinstance(where, Processes) else None
 
 
 # --- where -----------------------------------------------------------------------------------
@@ -333,7 +352,7 @@ def _owned(client: Client | None, world_size: int) -> contextlib.AbstractContext
     return own_experts(client, world_size)
 
 
-def _compute_on_threads(output: Output, threads: int, watch: _Watch) -> None:
+def _compute_on_threads(output: Output | Step, threads: int, watch: _Watch) -> None:
     pool = ThreadPoolExecutor(threads, thread_name_prefix="dask-ep")
     try:
         output.compute(watch.tell, scheduler="threads", pool=pool)
@@ -367,7 +386,7 @@ def _watched(
         on_record(planned, records[0])
 
 
-def _compute_on_client(output: Output, client: Client, watch: _Watch) -> None:
+def _compute_on_client(output: Output | Step, client: Client, watch: _Watch) -> None:
     if not output.missing:
         return
     futures = futures_of(client.persist(output))
@@ -393,25 +412,31 @@ class _Watch:
         self._tell, self._start = tell, time.monotonic()
         self._before = sum(output.rows[block] for block in output.done_before)
         self._left, self._done = sum(output.rows) - self._before, 0
+        self._worked = 0.0  # rows that the work on blocks which are not done is worth
         if tell is not None:
             tell(self.progress())
 
     def tell(self, receipt: Receipt) -> None:
         self._done += receipt.rows
         self._left -= receipt.rows
+        self._worked = max(self._worked + receipt.worked - receipt.rows, 0.0)
         if self._tell is not None:
             self._tell(self.progress())
 
     def progress(self) -> Progress:
-        return Progress(self._done, self._left, self._before, time.monotonic() - self._start)
+        worked = min(int(self._worked), self._left)
+        seconds = time.monotonic() - self._start
+        return Progress(self._done + worked, self._left - worked, self._before, seconds)
 
 
-def _read_begun(out: str) -> dict[str, int]:
-    """Read the ranks and chunk rows of the run that is to be resumed, if there is one."""
+def _read_begun(out: str) -> dict[str, Any]:
+    """Read the ranks, chunk rows and passes of the run that is to be resumed, if there is one."""
     manifest = journal.read_manifest(progress_directory(out))
     if manifest is None:
         return {}
+    passes = manifest["settings"].get("passes")
     return {
         "world_size": manifest["settings"].get("world_size"),
         "chunk_rows": max(manifest["rows"], default=None),
+        "passes": passes and Passes.from_dict(passes),
     }

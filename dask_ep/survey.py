@@ -103,6 +103,26 @@ class Survey:
                 rows = self._spool.read(first, min(first + BLOCK_ROWS, stop))
                 yield chunk, first if self.known_rows else first - start, rows
 
+    def rows_by_chunk(self, chunks: Sequence[int]) -> np.ndarray:
+        """(C, E) int64: the (row, slot) pairs that each chunk of these rows has for each expert.
+
+        Examples
+        --------
+        >>> import numpy as np
+        >>> from dask_ep.survey import survey
+        >>> survey(np.array([[0, 1], [1, 1], [2, -1]]), num_experts=4).rows_by_chunk((2, 1))
+        array([[1, 3, 0, 0],
+               [0, 0, 1, 0]])
+        """
+        rows = np.zeros((len(chunks), self.num_experts + 1), np.int64)
+        bounds = np.concatenate([[0], np.cumsum(chunks, dtype=np.int64)])
+        for chunk, (start, stop) in enumerate(pairwise(bounds.tolist())):
+            for first in range(start, stop, BLOCK_ROWS):
+                routing = self._spool.read(first, min(first + BLOCK_ROWS, stop))
+                experts = routing.ravel().astype(np.int64) + 1
+                rows[chunk] += np.bincount(experts, minlength=rows.shape[1])
+        return rows[:, 1:]
+
 
 def survey(routing: da.Array | np.ndarray, num_experts: int, *, known_rows: bool = True) -> Survey:
     """Read the routing once.

@@ -14,6 +14,7 @@ import dask.array as da
 import numpy as np
 from dask.base import normalize_token
 
+from dask_ep import memory
 from dask_ep.arrays import is_array
 from dask_ep.dispatch import Array
 from dask_ep.sources import ArraySource, Source, open_source
@@ -105,10 +106,19 @@ class Weight:
                 arrays.append(part.read(0, part.shape[0]))
             else:
                 arrays.append(self.parts.read(e, e + 1)[0])
-        return [None if a is None else a.astype(dtype, copy=False) for a in arrays]
+        return [None if a is None else _converted(a, dtype) for a in arrays]
 
     def __dask_tokenize__(self) -> object:
         return normalize_token((self.parts, tuple(self.ids)))
+
+
+def _converted(array: Array, dtype: np.dtype) -> Array:
+    """The array in another dtype; in recycled memory, whose pages are there already."""
+    if array.dtype == dtype:
+        return array
+    out = memory.empty(array.shape, dtype, like=array)
+    out[...] = array
+    return out
 
 
 class _Detached(Source):

@@ -16,16 +16,16 @@ PACKAGE = ROOT / "dask_ep"
 GROUND = (
     "arrays blas corpus costs device files journal memory reference safetensors_header zarr_layout"
 )
-KERNEL_AND_DATA = "dispatch kinds local output quantized remote sources weights writers"
+KERNEL_AND_DATA = "dispatch kinds local output quantized remote sources spill weights writers"
 MIDDLE = (
-    "capacity exchange experts held lazy_routing packing placement placement_files rebalance "
-    "routing rows scores slots survey travel wire"
+    "ahead capacity exchange experts held lazy_routing packing placement placement_files "
+    "rebalance routing rows scores slots survey travel wire"
 )
 TOP = (
-    "block checkpoint checkpoint_files cluster families family figures gpus homes owner_map ranks "
-    "owner_plugin ownership planner price probe record report storage"
+    "block checkpoint checkpoint_files cluster expert_major families family figures gpus homes "
+    "owner_map ranks owner_plugin ownership passes planner price probe record report storage"
 )
-JOBS = "build example fit inspect_ job plan_command run run_report verify"
+JOBS = "build example fit in_passes inspect_ job plan_command run run_report verify"
 
 LAYERS = [
     set(layer.split())

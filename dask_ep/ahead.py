@@ -1,0 +1,80 @@
+"""How are the weights of the next experts read while the present ones compute?
+
+    ep_experts task ──> ExpertsAhead ──> the reader's queue: one thread per process, one read at a
+                             │           time, straight to what is computed with
+                             v
+    ep_dispatch tasks: the experts, waiting for them where they have not come yet
+
+A task that reads would keep a thread that could compute from doing so. What bounds memory is the
+graph: it begins to read a block when an earlier one is done with.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from importlib import import_module
+from typing import Any
+
+import numpy as np
+
+from dask_ep.dispatch import Expert
+from dask_ep.experts import Experts
+from dask_ep.local import LocalExperts
+
+_lock = threading.Lock()
+_readers: list[ThreadPoolExecutor] = []  # none or one
+
+
+class ExpertsAhead(Sequence):
+    """Experts that are being read, or will be when it is their turn.
+
+    Parameters
+    ----------
+    experts : Experts
+        All of them are read.
+    xp : name of the array namespace that they compute in
+    dtype : the computing dtype
+    tell : called when they have been read, optional
+
+    Notes
+    -----
+    Its size is told to Dask as if the experts were there. Copied to another process it reads its
+    files again.
+    """
+
+    def __init__(
+        self, experts: Experts, xp: str, dtype: np.dtype, tell: Callable[[], Any] | None = None
+    ):
+        self._origin = (experts, xp, dtype, tell)
+        self.nbytes = experts.parameters * experts.num_experts * np.dtype(dtype).itemsize
+        self._coming: Future[LocalExperts] = _reader().submit(_load, *self._origin)
+
+    def __len__(self) -> int:
+        return self._origin[0].num_experts
+
+    def __getitem__(self, e: int) -> Expert:
+        return self._coming.result()[e]
+
+    def __sizeof__(self) -> int:
+        return object.__sizeof__(self) + self.nbytes
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(self), self._origin
+
+
+def _load(
+    experts: Experts, xp: str, dtype: np.dtype, tell: Callable[[], Any] | None
+) -> LocalExperts:
+    loaded = experts.load(xp=import_module(xp), dtype=dtype)
+    if tell is not None:
+        tell()
+    return loaded
+
+
+def _reader() -> ThreadPoolExecutor:
+    with _lock:
+        if not _readers:
+            _readers.append(ThreadPoolExecutor(1, thread_name_prefix="dask-ep-reader"))
+        return _readers[0]

@@ -1,0 +1,200 @@
+"""How is a job whose experts do not fit carried out?
+
+    find_passes ──> Passes, or None where all experts fit           from shapes, before data is read
+    InPasses    ──> y, for `build`; then the steps of one group of chunks after the other, for `run`
+
+        hold     output blocks of the group
+        spill    rows to disk │ experts │ output blocks of the group │ files removed
+
+What a step has done stays done: the files of spilled rows lie beside the output's journal, and a
+resumed run goes on with them.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from math import prod
+from typing import NamedTuple
+
+import dask.array as da
+
+from dask_ep import journal, memory
+from dask_ep.build import Inputs
+from dask_ep.dispatch import computing_dtype
+from dask_ep.expert_major import READS, Rows, Spilled, Walk, collect, hold
+from dask_ep.experts import Experts
+from dask_ep.fit import DoesNotFit, Layout, choose_chunk_rows, slots_per_row
+from dask_ep.local import HIDDEN_COLUMNS
+from dask_ep.output import Output, Step, free_bytes, progress_directory
+from dask_ep.passes import Passes, Sizes, choose_passes
+from dask_ep.storage import CHUNK_BYTES, open_tokens
+from dask_ep.survey import survey
+
+
+class PassesDone(NamedTuple):
+    """What going through the experts in passes took, resumed runs included."""
+
+    passes: Passes
+    reads: dict[int, int]
+    #: how often each expert was read that was read at all
+
+
+def find_passes(
+    inputs: Inputs, layout: Layout, workers: int | None, chunk_rows: int | None = None
+) -> Passes | None:
+    """Say how to go through the experts of a job that do not fit; None where they do.
+
+    Parameters
+    ----------
+    inputs : of the job
+    layout : where it is to run
+    workers : Dask workers that it runs on; None on threads
+    chunk_rows : rows of a token chunk, if they are given
+
+    Raises
+    ------
+    DoesNotFit
+        If it can be done in no way within the memory limit.
+
+    Notes
+    -----
+    Reads nothing; looks at the free disk beside the output. On GPUs experts do not go by in passes.
+    """
+    if layout.memory_limit is None or layout.on_devices:
+        return None
+    try:
+        choose_chunk_rows(inputs, layout)
+        return None
+    except DoesNotFit as refusal:
+        # The rows of a layer are routed, and go through its shared experts, chunk by chunk: small
+        # ones.
+        ways = ("spill",) if inputs.layer is not None else None
+        try:
+            return choose_passes(
+                sizes_of(inputs, layout.threads, workers),
+                layout.memory_limit,
+                free=_free_for_rows(inputs),
+                chunk_rows=chunk_rows,
+                ways=ways,
+            )
+        except MemoryError as error:
+            message = f"{refusal}. Nor does it fit with experts that go by in passes: {error}"
+            raise DoesNotFit(message, refusal.proposal) from error
+
+
+def sizes_of(inputs: Inputs, threads: int, workers: int | None) -> Sizes:
+    """Put a job, and where it is to run, into numbers."""
+    experts, tokens = inputs.experts, inputs.tokens
+    wide = computing_dtype(tokens.dtype).itemsize
+    matrices = [weight.nbytes // experts.num_experts for weight in experts.weights.values()]
+    beside = 0 if inputs.layer is None else inputs.layer.parameters_beside * wide
+    return Sizes(
+        rows=tokens.shape[0],
+        slots=slots_per_row(inputs),
+        d=tokens.shape[1],
+        d_out=experts.d_out,
+        itemsize=tokens.dtype.itemsize,
+        wide=wide,
+        experts=experts.num_experts,
+        expert_stored=experts.nbytes // experts.num_experts,
+        expert_loaded=experts.parameters * wide,
+        widest=max(experts.d, min(experts.hidden or 0, HIDDEN_COLUMNS), experts.d_out),
+        matrix_stored=max(matrices) + _split_bytes(experts, wide),
+        beside=beside,
+        stored_rows=tokens.chunk_rows,
+        weigh_input=experts.options.get("weigh", "output") == "input",
+        threads=threads,
+        workers=workers,
+    )
+
+
+class InPasses:
+    """One job that goes through its experts in passes.
+
+    Parameters
+    ----------
+    inputs : of the job
+    passes : from `find_passes`
+    ranks : that experts are shared out to, where rows are spilled
+    """
+
+    def __init__(self, inputs: Inputs, passes: Passes, ranks: int = 1):
+        self.passes, self._inputs, self._ranks = passes, inputs, ranks
+        self._directory = progress_directory(os.path.abspath(inputs.job.out))
+        self._spilled: list[Spilled] = []
+
+    def __call__(
+        self,
+        tokens: da.Array,
+        routing: da.Array,
+        experts: Experts,
+        *,
+        topk_weights: da.Array | None = None,
+    ) -> da.Array:
+        """Give the lazy output (N, d_out), as `expert_parallel` does, to be computed by `steps`.
+
+        Reads the routing once.
+        """
+        counts = survey(self._small_routing(routing), experts.num_experts).rows_by_chunk(
+            tokens.chunks[0]
+        )
+        rows = Rows(tokens, routing, topk_weights)
+        walk = Walk(experts, self.passes, self._directory)
+        if self.passes.way == "hold":
+            return hold(rows, walk, counts)
+        self._spilled = [
+            Spilled(rows, walk, counts, group, self._place(g), self._ranks)
+            for g, group in enumerate(self.passes.groups(len(counts)))
+        ]
+        return collect(rows, walk, self._spilled)
+
+    def steps(self, output: Output) -> Iterator[Step]:
+        """Give what is to be computed, one after the other; each must be done before the next."""
+        missing = set(output.missing)
+        for g, group in enumerate(self.passes.groups(len(output.rows))):
+            blocks = [c for c in group if c in missing]
+            if blocks and self.passes.way == "spill":
+                spilled = self._spilled[g]
+                row_bytes = prod(output.shape[1:]) * output.dtype.itemsize
+                spilled.create(output.path, sum(output.rows[c] for c in blocks) * row_bytes)
+                yield Step(*spilled.write_step(blocks))
+                memory.release()
+                yield Step(*spilled.serve_step())
+                memory.release()
+            if blocks:
+                yield output.step(blocks)
+                memory.release()
+            if self._spilled:
+                self._spilled[g].files.remove()
+
+    def done(self) -> PassesDone:
+        """Say what it took, by the journal."""
+        counted = journal.count_done(self._directory, READS, what=READS)
+        return PassesDone(self.passes, dict(sorted(counted.items())))
+
+    def _place(self, group: int) -> str:
+        return os.path.join(self._directory, f"spill-{group}")
+
+    def _small_routing(self, routing: da.Array) -> da.Array:
+        """The routing in chunks that may be computed several at a time, if it must be computed."""
+        layer = self._inputs.layer
+        if layer is None:
+            return routing
+        rows = max(CHUNK_BYTES // (4 * self._inputs.row_bytes), 1)
+        tokens = open_tokens(self._inputs.tokens, chunks=min(rows, self.passes.chunk_rows))
+        return layer.route(tokens)[0]
+
+
+def _free_for_rows(inputs: Inputs) -> int:
+    """Bytes of disk that the output leaves free."""
+    folder = os.path.dirname(os.path.abspath(inputs.job.out))
+    written = inputs.tokens.shape[0] * inputs.experts.d_out * inputs.tokens.dtype.itemsize
+    return max(free_bytes(folder) - written, 0)
+
+
+def _split_bytes(experts: Experts, wide: int) -> int:
+    """Bytes of the matrix that is copied when gate and up are taken apart."""
+    if not experts.options.get("interleaved", False):
+        return 0
+    return prod(experts.weights["gate_up"].shape[1:]) * wide

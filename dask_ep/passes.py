@@ -1,0 +1,453 @@
+"""How does a job go through experts that do not fit into its memory?
+
+Two ways, each in groups of token chunks; every group is one pass over the experts:
+
+    hold    the rows of a group and their outputs stay in memory, one large chunk for each thread;
+            the experts go by: each is read once a pass, and serves all chunks of the group
+    spill   the rows of a group go to a file, laid out by expert, and what the experts gave comes
+            back in another, laid out by chunk; mostly the group is the whole job, and every expert
+            is read once
+
+Holding pays with weights that are read again and again, spilling with rows that are written and
+read. What fits and costs less is taken. All of it is arithmetic on a few numbers: nothing is read
+here, and the same numbers give the same choice in `plan` and in `run`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from dask_ep.costs import PROCESS_BYTES, Rates
+from dask_ep.dispatch import TILE_BYTES, TILE_ROWS
+
+RATES = Rates(flops=1.0, copy=5e9)
+"""By which the ways are compared: the usual ones of a disk and of memory, so that a plan and a run
+choose alike. Products are the same either way, and are left out."""
+
+FEWEST_ROWS = 64
+"""Rows of a chunk below which the cost of a task outweighs its work many times over."""
+
+CHUNK_BYTES = 32 << 20
+"""Bytes of a token chunk where rows are spilled, at most."""
+
+BLOCK_BYTES = 32 << 20
+"""Bytes of loaded experts that are worth a task: smaller experts go by several at a time."""
+
+PIECE_ROWS = (256, 1024)
+"""Fewest and most rows that a task computes where rows are spilled, if an expert has as many:
+enough for fast products, few enough for all threads to share an expert."""
+
+SORT_BYTES = 48
+"""Of memory for each slot while a chunk is sorted by expert: its routing and weight, index arrays
+and keys."""
+
+SCRATCH = 8
+"""Tiles that a thread has in memory while it computes: rows, hidden columns, outputs, sums."""
+
+PART_OF_A_WORKER = 0.7
+"""Of its limit that a Dask worker may use: with more it moves data to disk, and then pauses."""
+
+FREE_PART = 0.9
+"""Of the free disk that is spilled to, at most."""
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """A job in plain numbers, as far as memory and bytes follow from them."""
+
+    rows: int
+    #: of the tokens
+    slots: int
+    #: of a row
+    d: int
+    d_out: int
+    itemsize: int
+    #: bytes of a number of the tokens
+    wide: int
+    #: bytes of a number that is computed with
+    experts: int
+    #: that have rows
+    expert_stored: int
+    #: bytes of one in its file
+    expert_loaded: int
+    #: bytes of one in memory
+    widest: int
+    #: width of the widest row on the way through an expert
+    matrix_stored: int = 0
+    #: bytes of its largest matrix as stored, which is in memory while it is converted
+    beside: int = 0
+    #: bytes of experts that stay in memory all the time: those that all rows share
+    stored_rows: int | None = None
+    #: rows of the tokens that are stored together
+    weigh_input: bool = False
+    #: whether rows are multiplied by their top-k weight before they go to their expert
+    threads: int = 1
+    #: tasks at a time in a process
+    workers: int | None = None
+    #: Dask workers that share the work; None: one process, whose threads share memory
+
+    @property
+    def token_bytes(self) -> int:
+        """Bytes of a token row."""
+        return self.d * self.itemsize
+
+    @property
+    def spilled_token_bytes(self) -> int:
+        """Bytes of a token row in a spill file."""
+        return self.d * (self.wide if self.weigh_input else self.itemsize)
+
+    @property
+    def answer_bytes(self) -> int:
+        """Bytes of an output row in the computing dtype."""
+        return self.d_out * self.wide
+
+    @property
+    def spilled_bytes(self) -> int:
+        """Bytes that one row takes on the disk, out and back."""
+        return self.slots * (self.spilled_token_bytes + self.answer_bytes)
+
+    @property
+    def scratch(self) -> int:
+        """Bytes of a thread's tiles."""
+        row = max(self.widest, self.d, self.d_out) * self.wide
+        fewest, most = TILE_ROWS
+        return SCRATCH * min(max(TILE_BYTES // row, fewest), most) * row
+
+    @property
+    def block_experts(self) -> int:
+        """Experts that go by together."""
+        return min(max(BLOCK_BYTES // max(self.expert_loaded, 1), 1), max(self.experts, 1))
+
+    @property
+    def block_bytes(self) -> int:
+        return self.block_experts * self.expert_loaded
+
+
+@dataclass(frozen=True)
+class Passes:
+    """One way to go through the experts of a job, and what it takes."""
+
+    way: str
+    #: "hold" or "spill"
+    passes: int
+    #: groups of chunks: how often an expert that has rows in all of them is read
+    chunk_rows: int
+    #: of a token chunk
+    group_chunks: int
+    #: chunks of a group
+    block_experts: int
+    #: experts that go by together
+    alive: int
+    #: such blocks in memory at a time, the one that is being read included
+    threads: int
+    #: that share a block
+    piece_rows: int
+    #: rows that one task computes, where rows are spilled
+    stored_rows: int
+    #: rows of a chunk of a Zarr output: a part of `chunk_rows`
+    memory_bytes: int
+    #: of a process, at most
+    spill_bytes: int
+    #: on the disk at a time, at most
+    read_bytes: int
+    #: of experts, in all
+    moved_bytes: int
+    #: of rows to spill files and back, in all: each is written once and read once
+    seconds: float
+    #: for those bytes, about
+
+    def to_dict(self) -> dict[str, Any]:
+        return dataclasses.asdict(self)
+
+    @classmethod
+    def from_dict(cls, content: Mapping[str, Any]) -> Passes:
+        return cls(**content)
+
+    def groups(self, chunks: int) -> Iterator[range]:
+        """Cut so many chunks into the groups of one pass each.
+
+        Examples
+        --------
+        >>> sizes = Sizes(100, 1, 8, 8, 4, 4, experts=4, expert_stored=1, expert_loaded=1, widest=8)
+        >>> list(choose_passes(sizes, 1 << 30, chunk_rows=64, ways=["spill"]).groups(2))
+        [range(0, 2)]
+        """
+        for first in range(0, chunks, self.group_chunks):
+            yield range(first, min(first + self.group_chunks, chunks))
+
+
+def choose_passes(
+    sizes: Sizes,
+    limit: int,
+    *,
+    free: int | None = None,
+    chunk_rows: int | None = None,
+    ways: Sequence[str] | None = None,
+    rates: Rates = RATES,
+) -> Passes:
+    """Choose the cheaper way that fits.
+
+    Parameters
+    ----------
+    sizes : of the job, and of where it runs
+    limit : bytes that a process may use
+    free : bytes of disk for spilled rows; as many as wanted without it
+    chunk_rows : rows of a token chunk, if that is given
+    ways : "hold", "spill" or both: what may be chosen; by default both on threads, and "spill" on
+        Dask workers, which share no memory to hold rows in
+    rates : at which bytes are read, written and copied
+
+    Returns
+    -------
+    Passes
+
+    Raises
+    ------
+    MemoryError
+        If neither one expert and `FEWEST_ROWS` rows of a chunk for each thread fit, with the
+        numbers.
+
+    Notes
+    -----
+    Memory of a process, at most, T threads and `alive` blocks of experts::
+
+        all      300 MB + shared experts
+        hold     + alive * block + matrix + T * (scratch + chunk rows * (token + output + sort))
+        spill    + the larger of alive * block + matrix + T * scratch
+                   and (3 T + 2) * chunk rows * (the wider of token and output + sort)
+
+    `alive` is T + 1 where that is no more than a quarter of the room: T blocks that are computed
+    and one that is read; else 2; else 1, and nothing is read ahead. On workers a part of the
+    limit is left to Dask (`PART_OF_A_WORKER`).
+
+    Seconds that are compared: each pass reads the experts as stored at `rates.read`, and streams
+    them to each thread that uses them at `rates.copy`; a spilled byte is written and read once.
+
+    Examples
+    --------
+    12 GB of bfloat16 experts and 2 GB of tokens, 2 slots a row, in 3 GB:
+
+    >>> sizes = Sizes(
+    ...     rows=250_000, slots=2, d=2048, d_out=2048, itemsize=4, wide=4, experts=256,
+    ...     expert_stored=50 << 20, expert_loaded=100 << 20, widest=4096, threads=2,
+    ... )
+    >>> chosen = choose_passes(sizes, 3_000_000_000)
+    >>> chosen.way, chosen.passes, chosen.alive, chosen.memory_bytes <= 3_000_000_000
+    ('hold', 2, 3, True)
+    >>> choose_passes(sizes, 1_000_000_000).way
+    'spill'
+    """
+    if ways is None:
+        ways = ("hold", "spill") if sizes.workers is None else ("spill",)
+    limit = limit if sizes.workers is None else int(limit * PART_OF_A_WORKER)
+    found = [
+        passes
+        for way in ways
+        if (passes := _WAYS[way](sizes, limit, free, chunk_rows, rates)) is not None
+    ]
+    if not found:
+        raise MemoryError(_refusal(sizes, limit, free, chunk_rows))
+    return min(found, key=lambda passes: (passes.seconds, passes.memory_bytes))
+
+
+def _hold(
+    sizes: Sizes, limit: int, free: int | None, chunk_rows: int | None, rates: Rates
+) -> Passes | None:
+    """As many rows as fit, in chunks of equal size, one for each thread."""
+    row = sizes.token_bytes + sizes.slots * SORT_BYTES + _output_bytes(sizes)
+    alive = _choose_alive(sizes, limit, FEWEST_ROWS * row * sizes.threads)
+    if alive is None:
+        return None
+    fixed = _fixed(sizes) + _experts(sizes, alive) + sizes.threads * sizes.scratch
+    most = (limit - fixed) // (sizes.threads * row)
+    if most < (chunk_rows or FEWEST_ROWS):
+        return None
+    unit = _unit(sizes, most)
+    if chunk_rows is None:
+        passes = -(-sizes.rows // (sizes.threads * (most // unit * unit))) or 1
+        chunk_rows = _round_up(-(-sizes.rows // (passes * sizes.threads)), unit) or 1
+    chunks = -(-sizes.rows // chunk_rows)
+    passes = -(-chunks // sizes.threads) or 1
+    return Passes(
+        way="hold",
+        passes=passes,
+        chunk_rows=chunk_rows,
+        group_chunks=sizes.threads,
+        block_experts=sizes.block_experts,
+        alive=alive,
+        threads=sizes.threads,
+        piece_rows=0,
+        stored_rows=_part_of(chunk_rows, unit, CHUNK_BYTES // max(sizes.d_out * sizes.itemsize, 1)),
+        memory_bytes=fixed + sizes.threads * chunk_rows * row,
+        spill_bytes=0,
+        read_bytes=passes * sizes.experts * sizes.expert_stored,
+        moved_bytes=0,
+        seconds=_weights_seconds(sizes, passes, sizes.threads, rates),
+    )
+
+
+def _spill(
+    sizes: Sizes, limit: int, free: int | None, chunk_rows: int | None, rates: Rates
+) -> Passes | None:
+    """Chunks of the usual size, or what fits; as few groups as the disk allows."""
+    row = max(sizes.token_bytes, sizes.answer_bytes) + sizes.slots * SORT_BYTES
+    if sizes.beside:
+        row += sizes.answer_bytes
+    chunks_held = 3 * sizes.threads + 2
+    alive = _choose_alive(sizes, limit, 0)
+    room = limit - _fixed(sizes)
+    most = room // (chunks_held * row)
+    if alive is None or most < (chunk_rows or FEWEST_ROWS):
+        return None
+    if chunk_rows is None:
+        fair = -(-sizes.rows // (4 * sizes.threads * (sizes.workers or 1)))
+        usual = max(CHUNK_BYTES // max(sizes.token_bytes, sizes.d_out * sizes.itemsize), 1)
+        chunk_rows = min(usual, max(fair, FEWEST_ROWS), most)
+        chunk_rows = chunk_rows // (unit := _unit(sizes, chunk_rows)) * unit
+    chunks = -(-sizes.rows // chunk_rows)
+    group_chunks = max(chunks, 1)
+    if free is not None:
+        group_chunks = min(
+            group_chunks, int(free * FREE_PART) // (chunk_rows * sizes.spilled_bytes)
+        )
+        if group_chunks == 0:
+            return None
+    passes = -(-chunks // group_chunks) or 1
+    computing = _experts(sizes, alive) + sizes.threads * sizes.scratch
+    moved = sizes.rows * sizes.spilled_bytes
+    mean_rows = sizes.rows * sizes.slots // max(sizes.experts * passes, 1)
+    return Passes(
+        way="spill",
+        passes=passes,
+        chunk_rows=chunk_rows,
+        group_chunks=group_chunks,
+        block_experts=sizes.block_experts,
+        alive=alive,
+        threads=sizes.threads,
+        piece_rows=PIECE_ROWS[1],
+        stored_rows=chunk_rows,
+        memory_bytes=_fixed(sizes) + max(computing, chunks_held * chunk_rows * row),
+        spill_bytes=min(group_chunks * chunk_rows, sizes.rows) * sizes.spilled_bytes,
+        read_bytes=passes * sizes.experts * sizes.expert_stored,
+        moved_bytes=moved,
+        seconds=_weights_seconds(sizes, passes, -(-mean_rows // PIECE_ROWS[1]), rates)
+        + moved / rates.write
+        + moved / rates.read,
+    )
+
+
+_WAYS = {"hold": _hold, "spill": _spill}
+
+
+def cut_pieces(
+    rows: Sequence[int], piece_rows: int, threads: int
+) -> list[list[tuple[int, int, int]]]:
+    """Cut the rows of a block's experts into pieces of about equal size, one task each.
+
+    Parameters
+    ----------
+    rows : of each expert of the block
+    piece_rows : most rows of one piece
+    threads : that share the block
+
+    Returns
+    -------
+    list of pieces, each a list of (expert, start, stop): rows [start, stop) of an expert of the
+    block. An expert is cut only where it has more rows than a piece, and then evenly.
+
+    Examples
+    --------
+    >>> cut_pieces([700, 0, 10, 20], 512, 2)
+    [[(0, 0, 350)], [(0, 350, 700), (2, 0, 10)], [(3, 0, 20)]]
+    """
+    fewest = min(PIECE_ROWS[0], piece_rows)
+    most = min(max(-(-sum(rows) // max(threads, 1)), fewest), piece_rows)
+    pieces: list[list[tuple[int, int, int]]] = []
+    room = 0
+    for expert, count in enumerate(rows):
+        parts = -(-count // most)
+        for part in range(parts):
+            start, stop = count * part // parts, count * (part + 1) // parts
+            if stop - start > room:
+                pieces.append([])
+                room = most
+            pieces[-1].append((expert, start, stop))
+            room -= stop - start
+    return pieces
+
+
+# --- small laws ------------------------------------------------------------------------------
+
+
+def _fixed(sizes: Sizes) -> int:
+    return PROCESS_BYTES + sizes.beside
+
+
+def _experts(sizes: Sizes, alive: int) -> int:
+    return alive * sizes.block_bytes + sizes.matrix_stored
+
+
+def _output_bytes(sizes: Sizes) -> int:
+    """Bytes of an output row that is held: its sum, and what is written where that is another."""
+    narrow = 0 if sizes.wide == sizes.itemsize else sizes.d_out * sizes.itemsize
+    return sizes.answer_bytes + narrow
+
+
+def _choose_alive(sizes: Sizes, limit: int, rows: int) -> int | None:
+    """Blocks in memory at a time: None if not one fits beside so many bytes of rows."""
+    room = limit - _fixed(sizes) - sizes.threads * sizes.scratch - sizes.matrix_stored - rows
+    wanted = min(sizes.threads + 1, room // (4 * max(sizes.block_bytes, 1)))
+    alive = max(wanted, 2) if room >= 2 * sizes.block_bytes else 1
+    return alive if alive * sizes.block_bytes <= room else None
+
+
+def _weights_seconds(sizes: Sizes, passes: int, uses: int, rates: Rates) -> float:
+    """Time to read the experts and to stream each to its products."""
+    one = sizes.expert_stored / rates.read + max(uses, 1) * sizes.expert_loaded / rates.copy
+    return passes * sizes.experts * one
+
+
+def _unit(sizes: Sizes, most: int) -> int:
+    """Rows of which a chunk has a multiple: what is stored together, or a round number."""
+    stored = sizes.stored_rows
+    if stored is not None and stored <= most // 2:
+        return stored
+    return math.gcd(FEWEST_ROWS, 1 << (max(most, 1).bit_length() - 1))
+
+
+def _round_up(rows: int, unit: int) -> int:
+    return -(-rows // unit) * unit
+
+
+def _part_of(rows: int, unit: int, most: int) -> int:
+    """The largest multiple of `unit` up to `most` that divides `rows`, itself a multiple of it."""
+    if rows % unit:
+        return rows
+    count = rows // unit
+    parts = (part for part in range(max(most // unit, 1), 0, -1) if count % part == 0)
+    return unit * next(parts, 1)
+
+
+def _refusal(sizes: Sizes, limit: int, free: int | None, chunk_rows: int | None) -> str:
+    rows = chunk_rows or FEWEST_ROWS
+    row = max(sizes.token_bytes, sizes.answer_bytes) + sizes.slots * SORT_BYTES
+    computing = _experts(sizes, 1) + sizes.threads * sizes.scratch
+    chunks = (3 * sizes.threads + 2) * rows * row
+    needed = _fixed(sizes) + max(computing, chunks)
+    words = (
+        f"a process may use {limit / 1e6:.0f} MB and must hold {_fixed(sizes) / 1e6:.0f} MB of its "
+        f"own and either {computing / 1e6:.0f} MB to compute ({sizes.block_experts} experts of "
+        f"{sizes.expert_loaded / 1e6:.3g} MB, {sizes.threads} threads) or {chunks / 1e6:.0f} MB of "
+        f"{3 * sizes.threads + 2} chunks of {rows} rows, {needed / 1e6:.0f} MB in all"
+    )
+    if needed <= limit and free is not None:
+        return (
+            f"{words}; that would fit, with rows spilled to disk, but {free / 1e6:.0f} MB are free "
+            f"there and a chunk needs {rows * sizes.spilled_bytes / 1e6:.0f} MB: make room, or "
+            "allow more memory"
+        )
+    return f"{words}; give more memory or fewer threads"

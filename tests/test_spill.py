@@ -1,0 +1,176 @@
+"""Jobs whose experts go by in passes: the same output, each expert read once a pass, and stopped
+runs go on where they were."""
+
+from __future__ import annotations
+
+import errno
+import os
+from collections import Counter
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from dask_ep import run, sources, spill
+from dask_ep.example import Example, write_example
+from dask_ep.job import Job, load_job
+from dask_ep.output import progress_directory
+from dask_ep.passes import Passes
+from dask_ep.run import Processes, Threads, run_job
+from dask_ep.verify import verify_job
+from tests.test_passes import passes_of
+
+ROWS, CHUNK_ROWS, EXPERTS = 900, 100, 12
+WAYS = {
+    "hold": passes_of("hold", passes=5, chunk_rows=CHUNK_ROWS, group_chunks=2),
+    "spill": passes_of("spill", chunk_rows=CHUNK_ROWS, group_chunks=9, block_experts=2),
+    "spill in groups": passes_of("spill", passes=3, chunk_rows=CHUNK_ROWS, group_chunks=3),
+}
+
+
+class Stopped(Exception):
+    """What stops a run in these tests."""
+
+
+@pytest.fixture(scope="module")
+def plain(tmp_path_factory) -> tuple[Job, np.ndarray]:
+    """A job, and its output where all experts fit."""
+    example = Example(
+        rows=ROWS, d=32, num_experts=EXPERTS, k=2, kind="gated", chunk_rows=CHUNK_ROWS, format="npy"
+    )
+    job = load_job(write_example(tmp_path_factory.mktemp("job"), example))
+    run_job(job, Threads(2))
+    return job, np.load(job.out)
+
+
+@pytest.fixture
+def job(plain, tmp_path) -> Job:
+    return replace(plain[0], out=str(tmp_path / "out.npy"))
+
+
+@pytest.fixture(params=WAYS)
+def passes(request, monkeypatch) -> Passes:
+    """A way to go through the experts, taken although they would fit."""
+    monkeypatch.setattr(run, "find_passes", lambda *_: WAYS[request.param])
+    return WAYS[request.param]
+
+
+@pytest.fixture
+def spilling(monkeypatch) -> None:
+    monkeypatch.setattr(run, "find_passes", lambda *_: WAYS["spill in groups"])
+
+
+def spill_directories(job: Job) -> list[str]:
+    return sorted(p.name for p in Path(progress_directory(job.out)).glob("spill-*"))
+
+
+def stop_after(rows: int):
+    """Raise when so many rows are done, or work that is worth as many."""
+
+    def look(progress: run.Progress) -> None:
+        if progress.rows_done >= rows:
+            raise Stopped
+
+    return look
+
+
+def test_a_job_in_passes_gives_the_ordinary_output(plain, job, passes):
+    told = []
+    done = run_job(job, Threads(2), on_progress=told.append)
+    np.testing.assert_allclose(np.load(job.out), plain[1], rtol=0, atol=1e-6)
+    assert verify_job(job).good
+    assert (done.rows_done, done.rows_left) == (ROWS, 0)
+    rows = [progress.rows_done for progress in told]
+    assert rows == sorted(rows)
+    assert len(set(rows)) > len(range(0, ROWS, CHUNK_ROWS)), "progress is told between blocks too"
+    assert spill_directories(job) == []
+
+
+def test_each_expert_is_read_once_a_pass(monkeypatch, job, passes):
+    read = Counter()
+    plain_read = sources.RawSource.read
+
+    def counted(self, start, stop, out=None):
+        if self.name == "gate.npy":
+            read[start] += 1
+        return plain_read(self, start, stop, out)
+
+    monkeypatch.setattr(sources.RawSource, "read", counted)
+    done = run_job(job, Threads(2))
+    assert set(read) == set(range(EXPERTS))
+    assert set(read.values()) == {passes.passes}
+    assert done.passes.reads == dict.fromkeys(range(EXPERTS), passes.passes)
+    assert done.passes.passes == passes
+
+
+@pytest.mark.parametrize("rows", range(0, ROWS, 300))
+def test_a_stopped_run_goes_on_to_the_same_bits(plain, job, passes, rows):
+    undisturbed = replace(job, out=f"{job.out}.whole.npy")
+    run_job(undisturbed, Threads(2))
+    with pytest.raises(Stopped):
+        run_job(job, Threads(2), on_progress=stop_after(rows))
+    assert not os.path.exists(job.out)
+    done = run_job(job, Threads(2), resume=True)
+    np.testing.assert_array_equal(np.load(job.out), np.load(undisturbed.out))
+    assert done.rows_before + done.rows_done == ROWS
+    assert spill_directories(job) == []
+    if passes.way == "spill":
+        # A block of experts that was being read when the run stopped is read again, and no more.
+        again = sum(done.passes.reads.values()) - passes.passes * EXPERTS
+        assert 0 <= again <= passes.alive * passes.block_experts
+
+
+def test_what_is_spilled_survives_for_resume_and_goes_with_overwrite(job, spilling):
+    with pytest.raises(Stopped):
+        run_job(job, Threads(2), on_progress=stop_after(100))
+    assert spill_directories(job) == ["spill-0"]
+    with pytest.raises(FileExistsError):
+        run_job(job, Threads(2))
+    with pytest.raises(Stopped):
+        run_job(job, Threads(2), overwrite=True, on_progress=stop_after(0))
+    assert spill_directories(job) == []
+    run_job(job, Threads(2), resume=True)
+
+
+def test_a_full_disk_is_an_error_before_any_work(monkeypatch, job, spilling):
+    def full(file, offset, size):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(spill.os, "posix_fallocate", full)
+    told = []
+    needed = 3 * CHUNK_ROWS * 2 * (32 + 32) * 4  # and a byte for each task
+    with pytest.raises(OSError, match=rf"of .*out.npy need {needed // 100}\d\d bytes .* are free"):
+        run_job(job, Threads(2), on_progress=told.append)
+    assert told[-1].rows_done == 0
+    assert spill_directories(job) == []
+
+
+def test_a_disk_that_has_no_room_for_the_output_beside_is_full_too(monkeypatch, job, spilling):
+    monkeypatch.setattr(spill, "free_bytes", lambda _: 1000)
+    with pytest.raises(OSError, match=f"and the output {3 * CHUNK_ROWS * 32 * 4}, but 1000 are"):
+        run_job(job, Threads(2))
+    assert spill_directories(job) == []
+
+
+def test_a_routing_that_changes_under_the_run_is_an_error(plain, job, spilling):
+    with pytest.raises(Stopped):
+        run_job(job, Threads(2), on_progress=stop_after(100))
+    routing = np.load(plain[0].routing)
+    changed = replace(job, routing=f"{job.out}.routing.npy")
+    np.save(changed.routing, routing[::-1])
+    with pytest.raises(ValueError, match="input routing"):
+        run_job(changed, Threads(2), resume=True)
+
+
+def test_experts_that_fit_go_the_ordinary_way(plain, job):
+    done = run_job(job, Threads(2, memory_limit=10**9))
+    assert done.passes is None
+    np.testing.assert_array_equal(np.load(job.out), plain[1])
+
+
+def test_worker_processes_share_the_files(plain, job, spilling):
+    done = run_job(job, Processes(2))
+    np.testing.assert_allclose(np.load(job.out), plain[1], rtol=0, atol=1e-6)
+    assert done.passes.reads == dict.fromkeys(range(EXPERTS), 3)
+    assert spill_directories(job) == []

@@ -241,9 +241,14 @@ def _place(key: Any) -> tuple[str, int, int] | None:
     (('send', 4, 1), ('experts', -1, 1), None)
     >>> _place(("ep_read-0123", 4, 0)), _place(("ep_dispatch-ep_store-0123", 4))
     (('read', 4, -1), ('dispatch', 4, 0))
+    >>> _place("ep_store-ep_sum-finalize-hlgfinalizecompute-0123")  # of a single chunk
+    ('sum', 0, -1)
     >>> _place(("ep_sum-ep_store-0123", 4)), _place(("ep_indices-0123", 4, 0))
     (('sum', 4, -1), ('route', 4, -1))
     """
+    if isinstance(key, str) and key.startswith("ep_") and "-finalize-" in key:
+        steps = {part.removeprefix("ep_") for part in key.split("-")}
+        return ("sum", 0, -1) if "sum" in steps else ("dispatch", 0, 0)
     if isinstance(key, str) and key.startswith("("):
         try:
             key = ast.literal_eval(key)

@@ -36,7 +36,14 @@ TOYS = {
         ],
         "largest over mean rows of a rank",
     ),
+    "plan_accuracy.py": Toy(
+        ["--scale", "0.005", "--only", "threads-4-ranks", "processes-k2"],
+        "tasks, rows and bytes are equal in 2 of 2 jobs",
+    ),
     "quickstart.py": Toy(["--rows", "600", "--d", "16", "--experts", "4"], "good"),
+    "skewed.py": Toy(
+        ["--rows", "1024", "--chunks", "4", "--rounds", "1", "time-4"], "| time-4 | exact | 1.0"
+    ),
     "slurm.py": Toy(["--print"], "distributed.cli.dask_worker tcp://"),
 }
 

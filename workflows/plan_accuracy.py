@@ -1,0 +1,208 @@
+"""How near do plans come to what runs do?
+
+    python workflows/plan_accuracy.py               # twenty jobs: five minutes
+    python workflows/plan_accuracy.py --scale 0.02 --only threads-linear
+
+Twenty jobs of many sizes, half on threads and half on worker processes, each planned and run by a
+process of its own. Prints a table in Markdown: tasks, rows of each rank and bytes between ranks are
+counted and must be equal; peak memory and time are measured over planned. Exit code 1 if anything
+that must be equal is not, or if a process took more memory than planned.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import subprocess
+import sys
+import tempfile
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+from dask.sizeof import sizeof
+
+from dask_ep.example import Example, write_example
+from dask_ep.exchange import Packet
+from dask_ep.job import load_job
+from dask_ep.price import Plan
+from dask_ep.record import Record
+from dask_ep.run import Processes, Threads, run_job
+
+
+@dataclass(frozen=True)
+class Case:
+    """A job, and where it runs."""
+
+    rows: int
+    d: int
+    experts: int
+    k: int
+    chunk_rows: int
+    kind: str = "linear"
+    hidden: int | None = None
+    threads: int | None = None
+    processes: int | None = None
+    ranks: int | None = None
+    #: None: one on threads, one per process
+    placement: str = "contiguous"
+    format: str = "npy"
+
+    def example(self) -> Example:
+        return Example(
+            rows=self.rows,
+            d=self.d,
+            num_experts=self.experts,
+            k=self.k,
+            kind=self.kind,
+            hidden=self.hidden,
+            chunk_rows=self.chunk_rows,
+            format=self.format,
+        )
+
+
+CASES = {
+    "threads-linear": Case(160_000, 1024, 8, 1, 8192, threads=2),
+    "threads-one": Case(80_000, 1024, 8, 1, 8192, threads=1),
+    "threads-zarr": Case(160_000, 1024, 16, 2, 8192, threads=2, format="zarr"),
+    "threads-gated": Case(48_000, 512, 8, 2, 8192, "gated", 2048, threads=2),
+    "threads-small-experts": Case(32_000, 512, 128, 8, 8192, "gated", 256, threads=2),
+    "threads-wide": Case(40_000, 4096, 4, 1, 2048, threads=2),
+    "threads-narrow": Case(600_000, 128, 16, 2, 32_768, "gated", 256, threads=2),
+    "threads-4-ranks": Case(120_000, 1024, 16, 2, 8192, threads=2, ranks=4),
+    "threads-8-ranks": Case(
+        40_000, 512, 64, 4, 4096, "gated", 512, threads=2, ranks=8, placement="exact"
+    ),
+    "threads-many-chunks": Case(120_000, 512, 16, 2, 1024, threads=2, ranks=2),
+    "processes-linear": Case(120_000, 1024, 8, 1, 8192, processes=2),
+    "processes-k2": Case(100_000, 1024, 16, 2, 8192, processes=2),
+    "processes-gated": Case(40_000, 512, 8, 2, 8192, "gated", 2048, processes=2),
+    "processes-small-experts": Case(24_000, 512, 128, 8, 8192, "gated", 256, processes=2),
+    "processes-balanced": Case(
+        48_000, 512, 64, 2, 4096, "gated", 1024, processes=2, placement="balanced"
+    ),
+    "processes-exact": Case(
+        48_000, 512, 64, 2, 4096, "gated", 1024, processes=4, placement="exact"
+    ),
+    "processes-3": Case(100_000, 768, 12, 2, 4096, processes=3, format="zarr"),
+    "processes-8-ranks": Case(80_000, 1024, 16, 2, 4096, processes=2, ranks=8),
+    "processes-one": Case(80_000, 1024, 8, 1, 4096, processes=1),
+    "processes-many-chunks": Case(60_000, 512, 16, 2, 1024, processes=2),
+}
+
+
+class Outcome(NamedTuple):
+    """What is told of one job; all plain, for it comes from another process."""
+
+    tasks: tuple[int, int]
+    #: planned, counted
+    rows_equal: bool
+    #: of every rank
+    exchanged: tuple[int, int]
+    memory: tuple[int, int]
+    #: bytes: planned, measured
+    seconds: tuple[float, float]
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--only", nargs="*", default=list(CASES), help=", ".join(CASES))
+    parser.add_argument("--scale", type=float, default=1.0, help="of the token rows of each job")
+    parser.add_argument("--directory", help="where the files lie while this runs")
+    parser.add_argument("--one", help=argparse.SUPPRESS)  # in a process of its own: a case as JSON
+    options = parser.parse_args()
+    if options.one is not None:
+        print(json.dumps(plan_and_run(Case(**json.loads(options.one)), Path(options.directory))))
+        return 0
+    print("| job | tasks | rows of ranks | exchanged | peak / planned | time / planned |")
+    print("|---|---|---|---|---|---|")
+    outcomes = []
+    for name in options.only:
+        case = CASES[name]
+        case = replace(case, rows=max(int(case.rows * options.scale), 64))
+        with tempfile.TemporaryDirectory(dir=options.directory) as folder:
+            outcomes.append(in_a_process(case, folder))
+        print(f"| {name} | {spell(outcomes[-1])} |", flush=True)
+    return tell(outcomes)
+
+
+def in_a_process(case: Case, folder: str) -> Outcome:
+    arguments = ["--one", json.dumps(asdict(case)), "--directory", folder]
+    done = subprocess.run(
+        [sys.executable, __file__, *arguments], stdout=subprocess.PIPE, text=True, check=True
+    )
+    return Outcome(*json.loads(done.stdout))
+
+
+def plan_and_run(case: Case, folder: Path) -> Outcome:
+    """Write a job's data, plan it, run it, and compare."""
+    path = write_example(folder, case.example())
+    job = load_job(path, world_size=case.ranks, placement=case.placement)
+    where = Threads(case.threads) if case.processes is None else Processes(case.processes)
+    told: list[tuple[Plan, Record]] = []
+    done = run_job(
+        job, where, chunk_rows=case.chunk_rows, on_record=lambda *both: told.append(both)
+    )
+    ((planned, record),) = told
+    received = planned.packet_rows.sum(axis=0)
+    counted = record.received_rows(planned.reply_row_bytes)
+    one_rank = planned.world_size == 1  # nothing is exchanged, and nothing of that to count
+    return Outcome(
+        (planned.tasks, record.tasks),
+        one_rank or counted == dict(enumerate(received.tolist())),
+        (planned.exchanged_bytes, record.exchanged_bytes - framing(planned, case)),
+        (planned.memory_bytes, record.peak_bytes),
+        (planned.seconds, done.seconds),
+    )
+
+
+def framing(planned: Plan, case: Case) -> int:
+    """Bytes that Dask counts on workers for the Python objects around the arrays of all packets."""
+    if case.processes is None or planned.world_size == 1:
+        return 0
+    d, k, itemsize = planned.work.d, planned.slots_per_row, planned.work.dtype.itemsize
+    rows = np.empty((1, d), planned.work.dtype)
+    slots = np.empty((1, k), np.int8), np.empty((1, k), np.float32)
+    around = sizeof(Packet(rows, *slots)) - d * itemsize - 5 * k
+    return around * planned.packet_rows.size
+
+
+def spell(outcome: Outcome) -> str:
+    planned, counted = outcome.tasks
+    tasks = f"{counted:,}" if planned == counted else f"{counted:,}, planned {planned:,}"
+    there, measured = outcome.exchanged
+    exchanged = (
+        f"{there / 1e6:,.0f} MB" if there == measured else f"{measured:,}, planned {there:,}"
+    )
+    if not there:
+        exchanged = "none"
+    rows = "equal" if outcome.rows_equal else "DIFFERENT"
+    memory = f"{outcome.memory[1] / 1e6:,.0f} / {outcome.memory[0] / 1e6:,.0f} MB"
+    memory += f" = {outcome.memory[1] / outcome.memory[0]:.2f}"
+    seconds = f"{outcome.seconds[1]:.2f} / {outcome.seconds[0]:.2f} s"
+    seconds += f" = {outcome.seconds[1] / outcome.seconds[0]:.2f}"
+    return f"{tasks} | {rows} | {exchanged} | {memory} | {seconds}"
+
+
+def tell(outcomes: list[Outcome]) -> int:
+    """Sum up; 1 if what must be equal is not, or memory was more than planned."""
+    equal = sum(
+        o.tasks[0] == o.tasks[1] and o.rows_equal and o.exchanged[0] == o.exchanged[1]
+        for o in outcomes
+    )
+    memory = [o.memory[1] / o.memory[0] for o in outcomes]
+    time = [o.seconds[1] / o.seconds[0] for o in outcomes]
+    near = sum(1 / 1.5 <= ratio <= 1.5 for ratio in time)
+    print(
+        f"\ntasks, rows and bytes are equal in {equal} of {len(outcomes)} jobs; peak memory is "
+        f"{min(memory):.2f} to {max(memory):.2f} of what was planned, time {min(time):.2f} to "
+        f"{max(time):.2f}, within a factor of 1.5 in {near} of {len(outcomes)}"
+    )
+    return 0 if equal == len(outcomes) and max(memory) <= 1 else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

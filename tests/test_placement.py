@@ -38,6 +38,7 @@ from dask_ep.placement_files import (
 )
 from dask_ep.rebalance import incremental, moves
 from dask_ep.slots import STRIDE, TICKETS
+from tests.plain_placement import published_balance, zipf_load
 
 # The example that EPLB prints: 2 layers of 12 experts, 16 copies, 4 groups, 2 nodes, 8 ranks.
 EPLB_LOADS = np.array(
@@ -57,13 +58,6 @@ loads = st.lists(st.integers(0, 1000), min_size=1, max_size=24).map(np.array)
 world_sizes = st.integers(1, 9)
 
 
-def zipf_load(experts: int, exponent: float, rows: int = 1_000_000, seed: int = 0) -> np.ndarray:
-    """Rows of each expert when their popularity falls as rank ** -exponent, in shuffled order."""
-    rng = np.random.default_rng(seed)
-    share = np.arange(1, experts + 1) ** -exponent
-    return rng.permutation(rng.multinomial(rows, share / share.sum()))
-
-
 @st.composite
 def placements(draw) -> Placement:
     """Any legal placement: every expert somewhere, further copies and empty slots anywhere."""
@@ -80,43 +74,6 @@ def placements(draw) -> Placement:
 
 
 # --- the published algorithm ------------------------------------------------------------------
-
-
-def published_pack(load: list, packs: int) -> list[list[int]]:
-    """EPLB's packing, for one problem, as its README and source describe it."""
-    if len(load) == packs:
-        return [[item] for item in range(packs)]
-    packed_items = [[] for _ in range(packs)]
-    weight = [0.0] * packs
-    for item in sorted(range(len(load)), key=lambda i: -load[i]):
-        room = [p for p in range(packs) if len(packed_items[p]) < len(load) // packs]
-        lightest = min(room, key=weight.__getitem__)
-        packed_items[lightest].append(item)
-        weight[lightest] += load[item]
-    return packed_items
-
-
-def published_balance(load, num_slots: int, groups: int, nodes: int, ranks: int) -> list:
-    """EPLB for one layer, in loops: the experts of each rank."""
-    if groups % nodes:
-        groups = nodes = 1
-    size = len(load) // groups
-    group_load = [sum(load[g * size : (g + 1) * size]) for g in range(groups)]
-    result = []
-    for node in published_pack(group_load, nodes):
-        experts = [g * size + i for g in node for i in range(size)]
-        copy_of, copies = list(range(len(experts))), [1] * len(experts)
-        while len(copy_of) < num_slots // nodes:
-            per_copy = [load[e] / c for e, c in zip(experts, copies, strict=True)]
-            hottest = per_copy.index(max(per_copy))
-            copy_of.append(hottest)
-            copies[hottest] += 1
-        copy_load = [load[experts[i]] / copies[i] for i in copy_of]
-        result += [
-            [experts[copy_of[c]] for c in pack]
-            for pack in published_pack(copy_load, ranks // nodes)
-        ]
-    return result
 
 
 def test_the_printed_example_gets_its_printed_answer():

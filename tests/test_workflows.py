@@ -29,6 +29,7 @@ TOYS = {
         ["--rows", "512", "--chunk-rows", "256", "--repeat", "1", "top1-linear"], "kernel"
     ),
     "faults.py": Toy(["--moments", "1", "--fault", "retired"], "1 of 1"),
+    "imbalance.py": Toy(["--seeds", "1", "--layers", "2"], "2 layers of 256 experts"),
     "place_for_serving.py": Toy(
         [
             *("3=routing.npy", "--experts", "8", "--ranks", "2", "--slots", "10"),

@@ -1,0 +1,76 @@
+"""How evenly does each way to place experts spread the rows, and how long does it take to find?
+
+    PYTHONPATH=. python workflows/imbalance.py             # half a minute
+    PYTHONPATH=. python workflows/imbalance.py --seeds 1 --layers 2
+
+The largest over the mean rows of a rank, for experts whose popularity falls by Zipf's law, each the
+mean over some orders of popularity. Then the time in which all layers of a large model are balanced
+at once, over that of the published algorithm in loops. Prints tables in Markdown.
+"""
+
+from __future__ import annotations
+
+import argparse
+import time
+from collections.abc import Callable
+
+import numpy as np
+
+from dask_ep.placement import balance_layers, balanced, contiguous, exact, packed
+from tests.plain_placement import published_balance, zipf_load
+
+SIZES = [(64, 8, 8), (128, 8, 16), (256, 32, 32), (256, 64, 64)]
+"""Experts, ranks, spare slots."""
+
+EXPONENTS = (0.3, 1.0, 1.5)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--seeds", type=int, default=5, help="orders of popularity")
+    parser.add_argument("--layers", type=int, default=58, help="of 256 experts, balanced at once")
+    options = parser.parse_args()
+    print("| experts, ranks, spare | Zipf | contiguous | packed | balanced | exact | its slots |")
+    print("|---|---|---|---|---|---|---|")
+    for experts, ranks, spare in SIZES:
+        for exponent in EXPONENTS:
+            loads = [zipf_load(experts, exponent, seed=seed) for seed in range(options.seeds)]
+            print(f"| {experts}, {ranks}, {spare} | {exponent} | {line(loads, ranks, spare)} |")
+    print(f"\n{speed(options.layers)}")
+
+
+def line(loads: list[np.ndarray], ranks: int, spare: int) -> str:
+    """Mean imbalance of each policy, and the slots per rank of exact."""
+    experts = loads[0].size
+    policies = {
+        "contiguous": lambda load: contiguous(experts, ranks),
+        "packed": lambda load: packed(load, ranks),
+        "balanced": lambda load: balanced(load, ranks, num_slots=experts + spare),
+        "exact": lambda load: exact(load, ranks),
+    }
+    means = (
+        np.mean([place(load).imbalance(load) for load in loads]) for place in policies.values()
+    )
+    slots = max(exact(load, ranks).slots_per_rank for load in loads)
+    return " | ".join(f"{mean:.3f}" for mean in means) + f" | {slots} for {experts // ranks}"
+
+
+def speed(layers: int) -> str:
+    """Time both ways to balance many layers over 32 ranks with 288 slots."""
+    loads = np.stack([zipf_load(256, 1.0, seed=seed) for seed in range(layers)])
+    ours = timed(lambda: balance_layers(loads, 32, num_slots=288))
+    loops = timed(lambda: [published_balance(load.tolist(), 288, 1, 1, 32) for load in loads])
+    return (
+        f"{layers} layers of 256 experts, 288 slots on 32 ranks: {ours:.3f} s, "
+        f"{ours / loops:.3f} of the published algorithm in loops"
+    )
+
+
+def timed(run: Callable[[], object]) -> float:
+    start = time.perf_counter()
+    run()
+    return time.perf_counter() - start
+
+
+if __name__ == "__main__":
+    main()

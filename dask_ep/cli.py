@@ -11,7 +11,6 @@ from __future__ import annotations
 import contextlib
 import os
 import shlex
-import signal
 import sys
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -29,6 +28,7 @@ from dask_ep.cluster import Certificates
 from dask_ep.device import NoDeviceError
 from dask_ep.gpus import PROTOCOLS
 from dask_ep.inspect_ import Finding, describe_output, inspect_path
+from dask_ep.interrupts import Interrupts, Wait
 from dask_ep.job import PLACEMENTS, Job, JobError, load_job, parse_experts
 from dask_ep.plan_command import plan_command
 from dask_ep.run_report import dask_report
@@ -254,14 +254,13 @@ def run(job: str | None, experts: str | None, **options: Any) -> None:
     given = {key: options.pop(key) for key in keys}
     parsed = load_job(job, experts=None if experts is None else parse_experts(experts), **given)
     where = _choose_where(**{key: options.pop(key) for key in WHERE})
-    with _stoppable(parsed, job) as check, progress_bar("rows") as tell:
+    with _stoppable(parsed, job) as wait, progress_bar("rows") as tell:
 
         def on_progress(how: runs.Progress) -> None:
-            check()
             tell(how.rows_done + how.rows_before, how.rows_in_all, "", how)
 
         done = runs.run_job(
-            parsed, where, on_progress=on_progress, on_client=_show_dashboard, **options
+            parsed, where, on_progress=on_progress, on_client=_show_dashboard, wait=wait, **options
         )
     report = options["report"]
     before = f", {done.rows_before} were there" if done.rows_before else ""
@@ -345,35 +344,15 @@ def _read_certificates(
 
 
 @contextlib.contextmanager
-def _stoppable(job: Job, path: str | None) -> Iterator[Callable[[], None]]:
-    """Stop cleanly at the first SIGINT or SIGTERM, at once at the second.
-
-    The interrupt is raised where the signal finds the program; Python drops it if that is in a
-    destructor. Calling what is given here now and then raises it again.
-    """
-    signals: list[int] = []
-
-    def stop(number: int, _: Any) -> None:
-        signals.append(number)
-        if len(signals) > 1:
-            os._exit(FAILED)
-        click.echo("stopping; again to stop at once", err=True)
-        raise KeyboardInterrupt
-
-    def check() -> None:
-        if signals:
-            raise KeyboardInterrupt
-
-    before = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}
+def _stoppable(job: Job, path: str | None) -> Iterator[Wait]:
+    """Give a way to wait that the first SIGINT or SIGTERM ends; at the second all ends at once."""
     try:
-        yield check
+        with Interrupts(FAILED) as interrupts:
+            yield interrupts.wait
     except KeyboardInterrupt:
         command = "the same command" if path is None else f"dask-ep run {shlex.quote(path)}"
         complain(f"stopped; {job.out} is {describe_output(job.out)}. Go on with {command} --resume")
         raise click.exceptions.Exit(FAILED) from None
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
 
 
 # --- verify and inspect ----------------------------------------------------------------------

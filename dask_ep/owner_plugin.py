@@ -1,7 +1,8 @@
 """How does a scheduler keep every rank's tasks on the rank's owners, while workers come and go?
 
 A plugin in the scheduler pins the two tasks that need a rank's experts, known by their keys, to
-the rank's owners. (What happens at the chunk's end is in `homes`; all other tasks stay free.)
+the rank's owners. (What happens at the chunk's end is in `homes`, how many chunks are under way at
+once in `window`; all other tasks stay free.)
 
     ("ep_experts-<tok>", r)      ──┐
     ("ep_dispatch-<tok>", c, r)  ──┴──> worker_restrictions = the owners of r: ONE set
@@ -45,6 +46,7 @@ from distributed.scheduler import Scheduler, TaskState
 from dask_ep.homes import Home, find_home, give_homes, leave_homes
 from dask_ep.owner_map import assign, balance, capacities, natural_order
 from dask_ep.ranks import NOBODY, Change, OwnersOfRank, Ranks
+from dask_ep.window import CHUNKS_BESIDE, CHUNKS_PER_THREAD, UNFINISHED, Held, Window, is_sum
 
 logger = logging.getLogger(__name__)
 
@@ -59,7 +61,10 @@ PREFIXES = ("ep_experts-", "ep_dispatch-")
 
 
 def _seen_by_the_user(hook: Callable) -> Callable:
-    """The scheduler logs what a plugin raises and goes on: keep it for `Owners.failures`."""
+    """The scheduler logs what a plugin raises, and goes on: keep it for `Owners.failures`.
+
+    What is pinned or held may wait for what has not been done, so it is freed: correct anywhere.
+    """
 
     @wraps(hook)
     def guarded(self: Ownership, *args: Any, **kwargs: Any) -> Any:
@@ -67,6 +72,7 @@ def _seen_by_the_user(hook: Callable) -> Callable:
             return hook(self, *args, **kwargs)
         except Exception as error:
             self.failures.append(f"{time.strftime('%X')} {hook.__name__}: {error!r}")
+            self.scheduler.loop.add_callback(self.free_tasks)
             raise
 
     return guarded
@@ -85,6 +91,9 @@ class Ownership(SchedulerPlugin):
         self.ranks: dict[int, Ranks] = {}  # by world size
         self.away: set[str] = set()  # workers that have been paused for too long
         self.settled_capacity = 0.0  # of all workers, when all was last settled
+        self.windows: list[Window] = []  # of graphs with chunks that are held
+        self.chunks_in_flight: float | None = None  # of a graph; None: by the workers' threads
+        self.admission_is_due = False
         self.timers: dict[str, object] = {}  # by what they wait for
         self.unsettled_since = inf  # monotonic seconds
         self.failures: deque[str] = deque(maxlen=100)
@@ -108,14 +117,23 @@ class Ownership(SchedulerPlugin):
             # Whoever restricts a task by an annotation wants it there.
             if world_size > 1 and not task.worker_restrictions:
                 task.worker_restrictions = self.ranks[world_size].owners[key[-1]]
-        give_homes(scheduler.tasks[key] for key in tasks)
+        states = [scheduler.tasks[key] for key in tasks]
+        give_homes(states)
+        # With a timeout, the scheduler would give up what is held.
+        if scheduler.no_workers_timeout is None and any(map(is_sum, tasks)):
+            window = Window(states, self.limit_in_flight())
+            if window.held:
+                self.windows.append(window)
+                self._admit_soon()
 
     @_seen_by_the_user
     def transition(self, key: object, start: str, finish: str, *args: Any, **kwargs: Any) -> None:
-        """Find the home of a chunk when the last thing that its packets need has come."""
+        """Find the home of a chunk when all that its packets need has come; count ended chunks."""
         if finish == "memory":
             for dependent in self.scheduler.tasks[key].dependents:
                 find_home(dependent)
+        if self.windows and finish not in UNFINISHED and is_sum(key):
+            self._admit_soon()
 
     @_seen_by_the_user
     def add_worker(self, scheduler: Scheduler, worker: str) -> None:
@@ -187,14 +205,18 @@ class Ownership(SchedulerPlugin):
         for timer in self.timers.values():
             self.scheduler.loop.remove_timeout(timer)
         self.timers.clear()
-        freed = [task for task in self.scheduler.tasks.values() if _is_ours(task)]
-        stuck = [task for task in freed if task in self.scheduler.unrunnable]
-        for task in freed:
-            task.worker_restrictions = None
         self.ranks.clear()
         self.scheduler.task_metadata.pop(METADATA[0], None)
         self.scheduler.plugins.pop(PLUGIN, None)
-        self.scheduler.transitions(dict.fromkeys((t.key for t in stuck), "processing"), PLUGIN)
+        self.free_tasks()
+
+    def free_tasks(self) -> None:
+        """Let every worker play every rank, and all chunks begin."""
+        self.windows.clear()
+        freed = [task for task in self.scheduler.tasks.values() if _is_ours(task)]
+        for task in freed:
+            task.worker_restrictions = None
+        self._begin(freed)
 
     def place(self, world_size: int, rank: int, workers: Collection[str], why: str) -> None:
         """Make exactly these workers the owners of a rank, until all of them are lost."""
@@ -229,11 +251,13 @@ class Ownership(SchedulerPlugin):
     # What happens
 
     def _arrived(self, worker: str) -> None:
+        self._settle_later()
         self.away.discard(worker)
         self.assign(f"{worker} came", shares=1)
-        self._settle_later()
+        self._admit_soon()
 
     def _gone(self, worker: str, how: str) -> None:
+        self._settle_later()
         self._cancel(worker)
         leave_homes(self.scheduler, worker)
         self.assign(f"{worker} {how}", shares=2)
@@ -241,7 +265,6 @@ class Ownership(SchedulerPlugin):
             self._call_back_tasks(worker, lambda task: True)
         else:
             self.away.discard(worker)
-        self._settle_later()
 
     @_seen_by_the_user
     def _status_changed(self, worker: str, status: str) -> None:
@@ -321,13 +344,15 @@ class Ownership(SchedulerPlugin):
 
     def _go_on(self) -> None:
         """Start the tasks that were stuck for want of an owner or of their home."""
-        stuck = [
+        self._begin(
             task
             for task in self.scheduler.unrunnable
             if _is_ours(task) and NOBODY not in task.worker_restrictions
-        ]
-        stuck.sort(key=lambda task: task.priority, reverse=True)  # the last one is started first
-        self.scheduler.transitions(dict.fromkeys((t.key for t in stuck), "processing"), PLUGIN)
+        )
+
+    def _begin(self, tasks: Iterable[TaskState]) -> None:
+        """Give those of the tasks to workers that wait for nothing else."""
+        self._transition((task for task in tasks if task.state == "no-worker"), "processing")
 
     def _call_back_tasks(self, worker: str, which: Callable[[TaskState], bool]) -> None:
         """Give tasks that wait on this worker, and are not running, to where they belong now.
@@ -359,8 +384,34 @@ class Ownership(SchedulerPlugin):
 
     def _release(self, tasks: Iterable[TaskState]) -> None:
         """Take tasks from their workers, for the scheduler to place them again."""
-        keys = [task.key for task in sorted(tasks, key=lambda t: t.priority, reverse=True)]
-        self.scheduler.transitions(dict.fromkeys(keys, "released"), PLUGIN)
+        self._transition(tasks, "released")
+
+    def _transition(self, tasks: Iterable[TaskState], state: str) -> None:
+        last_first = sorted(tasks, key=lambda task: task.priority, reverse=True)
+        # The scheduler takes the last one first.
+        self.scheduler.transitions({task.key: state for task in last_first}, PLUGIN)
+
+    def limit_in_flight(self) -> float:
+        """Count the chunks of a graph that may be under way now."""
+        if self.chunks_in_flight is not None:
+            return self.chunks_in_flight
+        return CHUNKS_PER_THREAD * self.scheduler.total_nthreads + CHUNKS_BESIDE
+
+    def _admit_soon(self) -> None:
+        """Let chunks begin once the scheduler is through with what it is in the midst of."""
+        if self.windows and not self.admission_is_due:
+            self.admission_is_due = True
+            self.scheduler.loop.add_callback(self._admit)
+
+    @_seen_by_the_user
+    def _admit(self) -> None:
+        self.admission_is_due = False
+        limit = self.limit_in_flight()
+        admitted = [entry for window in self.windows for entry in window.admit(limit)]
+        self.windows = [window for window in self.windows if window.held]
+        for entry in admitted:
+            find_home(entry)
+        self._begin(admitted)
 
     def _settle_later(self) -> None:
         now = time.monotonic()
@@ -393,7 +444,7 @@ def _has_rank(key: object) -> bool:
 
 
 def _is_ours(task: TaskState) -> bool:
-    return isinstance(task.worker_restrictions, (OwnersOfRank, Home))
+    return isinstance(task.worker_restrictions, (OwnersOfRank, Home, Held))
 
 
 def _sorted(owners: Collection[str]) -> tuple[str, ...]:

@@ -45,6 +45,7 @@ def own_experts(
     loads: Sequence[float] | None = None,
     settle: float = SETTLE,
     pause_limit: float = PAUSE_LIMIT,
+    chunks_in_flight: float | None = None,
 ) -> Owners:
     """Give every rank an owner on the cluster, and see to it that it keeps one.
 
@@ -65,6 +66,9 @@ def own_experts(
         Seconds without a change of workers before ranks are rebalanced.
     pause_limit : float
         Seconds after which a worker that paused (memory) loses its ranks.
+    chunks_in_flight : float, optional
+        Most token chunks of a graph that are under way at once, so that what waits for a slow rank
+        does not fill the memory. Without it, 4 per thread of the workers and 4; `inf` for no bound.
 
     Returns
     -------
@@ -90,6 +94,10 @@ def own_experts(
     scheduler's `distributed.scheduler.allowed-failures`, 3 by default: set it to the number of
     workers or more, where the scheduler starts. `dask_ep.cluster.check_cluster` tells.
 
+    Chunks begin in the order in which Dask would compute them. They are not held where others need
+    them as well (a sum over all tokens between two layers, a shuffle, another graph), nor if the
+    scheduler's `distributed.scheduler.no-workers-timeout` is set, for it would give them up.
+
     The same workers (by name) give the same map. Results never depend on owners: what a rank
     computes is the same, to the bit, wherever it is.
 
@@ -108,7 +116,7 @@ def own_experts(
         )
     try:
         world_size, is_new = client.run_on_scheduler(
-            _claim, client.id, world_size, replicas, loads, settle, pause_limit
+            _claim, client.id, world_size, replicas, loads, settle, pause_limit, chunks_in_flight
         )
     except ModuleNotFoundError as error:
         raise RuntimeError(
@@ -251,6 +259,7 @@ def _claim(
     loads: Sequence[float] | None,
     settle: float,
     pause_limit: float,
+    chunks_in_flight: float | None,
     dask_scheduler: Scheduler,
 ) -> tuple[int, bool]:
     installed = dask_scheduler.plugins.get(PLUGIN)
@@ -258,8 +267,9 @@ def _claim(
     is_new = client not in plugin.claims
     if world_size is None:
         world_size = plugin.claims.get(client) or plugin.places()
-    _check_claim(world_size, replicas, loads)
+    _check_claim(world_size, replicas, loads, chunks_in_flight)
     plugin.settle, plugin.pause_limit = settle, pause_limit
+    plugin.chunks_in_flight = chunks_in_flight
     if not installed:
         dask_scheduler.add_plugin(plugin, name=PLUGIN)
     plugin.claim(client, world_size, loads, replicas)
@@ -267,7 +277,10 @@ def _claim(
 
 
 def _check_claim(
-    world_size: int, replicas: Mapping[int, int] | None, loads: Sequence[float] | None
+    world_size: int,
+    replicas: Mapping[int, int] | None,
+    loads: Sequence[float] | None,
+    chunks_in_flight: float | None,
 ) -> None:
     if world_size == 0:
         raise ValueError(
@@ -282,6 +295,8 @@ def _check_claim(
                 f"replicas must give 1 or more owners to ranks 0 to {world_size - 1}, but gives "
                 f"{owners} to rank {rank}"
             )
+    if chunks_in_flight is not None and not chunks_in_flight >= 1:
+        raise ValueError(f"chunks_in_flight must be 1 or more, but is {chunks_in_flight}")
     if loads is None:
         return
     if len(loads) != world_size:

@@ -12,19 +12,17 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
-import signal
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from queue import SimpleQueue
 from typing import Any, NamedTuple
 
 from dask.system import CPU_COUNT
 from distributed import (
     Client,
     LocalCluster,
-    Worker,
-    WorkerPlugin,
     as_completed,
     futures_of,
 )
@@ -38,6 +36,7 @@ from dask_ep.cluster import Certificates, OneBlasThread, check_cluster, connect
 from dask_ep.fit import Layout, choose_chunk_rows
 from dask_ep.gpus import THREADS_PER_GPU, Gpus, check_gpus, device_limit, start_gpus
 from dask_ep.in_passes import InPasses, PassesDone, find_passes
+from dask_ep.interrupts import Aside, Wait, deaf_children
 from dask_ep.job import Job
 from dask_ep.output import Output, Receipt, Step, progress_directory
 from dask_ep.ownership import Owners, own_experts
@@ -129,6 +128,7 @@ def run_job(
     on_client: Callable[[Client], Any] | None = None,
     report: str | os.PathLike | None = None,
     on_record: OnRecord | None = None,
+    wait: Wait = SimpleQueue.get,
 ) -> Progress:
     """Compute a job's output and write it.
 
@@ -145,6 +145,8 @@ def run_job(
     report : HTML file that lays the run beside its plan, written at the end if anything was run;
         with workers, Dask's own report goes beside it, as ``NAME-dask.html``
     on_record : called with the `Plan` and the `Record` of the run, at the end if anything was run
+    wait : how to wait for what a queue gives next; what it raises stops the run, as Ctrl-C does by
+        `dask_ep.interrupts.Interrupts.wait`
 
     Returns
     -------
@@ -216,9 +218,9 @@ def run_job(
                 with _watched(output, client, owners, planned, report, on_record):
                     for step in steps:
                         if client is None:
-                            _compute_on_threads(step, threads, watch)
+                            _compute_on_threads(step, threads, watch, wait)
                         else:
-                            _compute_on_client(step, client, watch)
+                            _compute_on_client(step, client, watch, wait)
                 output.finish()
     return watch.progress()._replace(passes=walk and walk.done())
 
@@ -282,22 +284,7 @@ def _started(where: Where, job: Job) -> Iterator[tuple[int, Client | None]]:
         with one_blas_thread():
             yield _count_threads(where), None
     elif isinstance(where, Processes):
-        with (
-            LocalCluster(
-                n_workers=where.count,
-                threads_per_worker=1,
-                processes=True,
-                host="127.0.0.1",
-                scheduler_kwargs={
-                    "dashboard": where.dashboard_port is not None,
-                    "dashboard_address": f"127.0.0.1:{where.dashboard_port or 0}",
-                },
-                memory_limit="auto" if where.memory_limit is None else where.memory_limit,
-                silence_logs=logging.CRITICAL,  # what fails is told by the futures
-            ) as cluster,
-            Client(cluster) as client,
-        ):
-            client.register_plugin(DeafToInterrupts())
+        with _local_cluster(where) as cluster, Client(cluster) as client:
             yield 1, client
     elif isinstance(where, Gpus):
         with start_gpus(where) as client:
@@ -316,13 +303,20 @@ def _started(where: Where, job: Job) -> Iterator[tuple[int, Client | None]]:
             yield 1, client
 
 
-class DeafToInterrupts(WorkerPlugin):
-    """Ctrl-C on a terminal reaches worker processes as well: they leave it to this process."""
-
-    name = "dask-ep-deaf-to-interrupts"
-
-    def setup(self, worker: Worker) -> None:
-        signal.signal(signal.SIGINT, signal.SIG_IGN)
+def _local_cluster(where: Processes) -> LocalCluster:
+    with deaf_children():
+        return LocalCluster(
+            n_workers=where.count,
+            threads_per_worker=1,
+            processes=True,
+            host="127.0.0.1",
+            scheduler_kwargs={
+                "dashboard": where.dashboard_port is not None,
+                "dashboard_address": f"127.0.0.1:{where.dashboard_port or 0}",
+            },
+            memory_limit="auto" if where.memory_limit is None else where.memory_limit,
+            silence_logs=logging.CRITICAL,  # what fails is told by the futures
+        )
 
 
 def _files_of(job: Job) -> dict[str, str]:
@@ -352,12 +346,15 @@ def _owned(client: Client | None, world_size: int) -> contextlib.AbstractContext
     return own_experts(client, world_size)
 
 
-def _compute_on_threads(output: Output | Step, threads: int, watch: _Watch) -> None:
+def _compute_on_threads(output: Output | Step, threads: int, watch: _Watch, wait: Wait) -> None:
     pool = ThreadPoolExecutor(threads, thread_name_prefix="dask-ep")
+    aside = Aside(lambda tell: output.compute(tell, scheduler="threads", pool=pool), wait)
     try:
-        output.compute(watch.tell, scheduler="threads", pool=pool)
+        for receipt in aside:
+            watch.tell(receipt)
     finally:
-        pool.shutdown(cancel_futures=True)  # the blocks at work are finished, no other is begun
+        pool.shutdown(cancel_futures=True)  # the tasks at work are finished, no other is begun
+        aside.join()
 
 
 @contextlib.contextmanager
@@ -386,13 +383,18 @@ def _watched(
         on_record(planned, records[0])
 
 
-def _compute_on_client(output: Output | Step, client: Client, watch: _Watch) -> None:
+def _compute_on_client(output: Output | Step, client: Client, watch: _Watch, wait: Wait) -> None:
     if not output.missing:
         return
     futures = futures_of(client.persist(output))
+
+    def gather(tell: Callable[[Receipt], Any]) -> None:
+        for future in as_completed(futures, loop=client.loop):
+            tell(future.result())
+
     try:
-        for future in as_completed(futures):
-            watch.tell(future.result())
+        for receipt in Aside(gather, wait):
+            watch.tell(receipt)
     except (FutureCancelledError, CommClosedError) as error:
         raise ConnectionError(
             f"the scheduler at {client.scheduler.address} is gone or has dropped the job; the "

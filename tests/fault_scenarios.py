@@ -1,4 +1,4 @@
-"""What can happen to the workers of a running job, and what does it cost?
+"""What can happen to the workers of a running job, and what does it cost? What do owners cost?
 
     undisturbed   ────────────────────────────> same bits
     disturbed     ─────x──── recovery ─────────────> same bits, so many seconds later
@@ -22,6 +22,7 @@ from distributed import Client
 
 from dask_ep import Experts, expert_parallel, own_experts
 from dask_ep.owner_plugin import METADATA
+from dask_ep.pipeline import count_tasks
 from tests.cluster_processes import DEADLINE, Cluster, wait_until, worker_pids
 
 RANKS, WORKERS = 6, ("w0", "w1", "w2")
@@ -106,6 +107,36 @@ def run_uneven(
             owners.replicate(0)
         value = future.result(timeout=DEADLINE)
         return Outcome(value, time.monotonic() - begun, owners.failures)
+
+
+COST_CHUNKS, COST_RANKS = 12, 16
+
+
+def scheduler_seconds_per_task(client: Client, salt: int) -> float:
+    """Run many tasks that do next to nothing, and give the scheduler's CPU time for each."""
+    rows = da.random.default_rng(salt).standard_normal((2 * COST_CHUNKS, 2), chunks=(2, 2))
+    routing = np.random.default_rng(salt).integers(COST_RANKS, size=(2 * COST_CHUNKS, 2))
+    y = expert_parallel(
+        rows,
+        da.from_array(routing, chunks=(2, 2)),
+        np.ones((COST_RANKS, 2, 2)),
+        world_size=COST_RANKS,
+    )
+    before = client.run_on_scheduler(_cpu_seconds)
+    client.compute(y.sum()).result(timeout=DEADLINE)
+    spent = client.run_on_scheduler(_cpu_seconds) - before
+    return spent / count_tasks(COST_CHUNKS, COST_RANKS)
+
+
+def free_and_pinned(client: Client, rounds: int) -> tuple[list[float], list[float]]:
+    """Give the scheduler's seconds per task without and with owners, taken in turns."""
+    scheduler_seconds_per_task(client, 0)  # what the first run pays for nobody shall pay
+    free, pinned = [], []
+    for salt in range(1, rounds + 1):  # in turns, for other processes take their part
+        free.append(scheduler_seconds_per_task(client, 2 * salt))
+        with own_experts(client, COST_RANKS):
+            pinned.append(scheduler_seconds_per_task(client, 2 * salt + 1))
+    return free, pinned
 
 
 def kill_one(cluster: Cluster, client: Client, victim: str) -> None:
@@ -205,6 +236,10 @@ def moments(fault: str, count: int, length: float) -> list[tuple[float, str]]:
     """Draw moments within a run of `length` seconds, and victims, from a seed of the fault."""
     draw = random.Random(fault)
     return [(draw.uniform(0, length), draw.choice(WORKERS)) for _ in range(count)]
+
+
+def _cpu_seconds(dask_scheduler: object) -> float:
+    return time.process_time()
 
 
 def _kill(cluster: Cluster, client: Client, names: list[str]) -> None:

@@ -10,7 +10,6 @@ import sys
 import time
 from pathlib import Path
 
-import click
 import numpy as np
 import psutil
 import pytest
@@ -248,26 +247,6 @@ def test_a_stopped_run_is_resumed(tmp_path, capsys, slow_job, number):
     assert f"{6400 - 32 * done} rows in" in told
     assert f"{32 * done} were there" in told
     assert here(capsys, "verify", slow_job, "--out", out, "--rows", 60)[0] == 0
-
-
-def test_an_interrupt_that_python_drops_is_raised_again(monkeypatch, capsys, small_job):
-    class Dying:
-        def __del__(self):
-            signal.raise_signal(signal.SIGTERM)
-
-    dropped = []
-    monkeypatch.setattr(sys, "unraisablehook", dropped.append)
-
-    def interrupted() -> None:
-        with cli._stoppable(load_job(small_job), os.fspath(small_job)) as check:
-            Dying()
-            check()
-
-    with pytest.raises(click.exceptions.Exit) as end:
-        interrupted()
-    assert [type(what.exc_value) for what in dropped] == [KeyboardInterrupt]
-    assert end.value.exit_code == 1
-    assert f"is not begun. Go on with dask-ep run {small_job} --resume" in capsys.readouterr().err
 
 
 def test_what_processes_began_threads_finish_to_the_same_bits(tmp_path, slow_job):

@@ -4,6 +4,7 @@ import os
 import subprocess
 import sys
 
+import kubernetes_validate
 import pytest
 import yaml
 
@@ -13,6 +14,8 @@ from dask_ep.verify import verify_job
 from tests.cluster_processes import DEADLINE, REPOSITORY
 
 WORKFLOWS = REPOSITORY / "workflows"
+KUBERNETES = "1.33"
+"""The version whose schema the manifest keeps."""
 
 
 def test_a_cluster_by_hand(tmp_path):
@@ -30,7 +33,36 @@ def test_a_cluster_by_hand(tmp_path):
     )
     assert ran.returncode == 0, ran.stderr
     assert "out.zarr: 600 rows in" in ran.stdout
+    assert "dashboard: http://127.0.0.1:" in ran.stderr
+    assert "100 %, 600 of 600 rows" in ran.stderr
     assert verify_job(load_job(job)).good
+
+
+def test_slurm_gets_a_job_for_a_worker_of_one_core(tmp_path):
+    ran = subprocess.run(
+        [sys.executable, WORKFLOWS / "slurm.py", "--print"],
+        env=os.environ
+        | {"PYTHONPATH": str(REPOSITORY), "SLURM_PARTITION": "short", "SLURM_ACCOUNT": "us"}
+        | {"WORKER_MEMORY": "3 GiB"},
+        capture_output=True,
+        text=True,
+        timeout=DEADLINE,
+        cwd=tmp_path,
+        check=True,
+    )
+    asked = {line for line in ran.stdout.splitlines() if line.startswith("#SBATCH")}
+    assert asked == {
+        "#SBATCH -J dask-worker",
+        "#SBATCH -p short",
+        "#SBATCH -A us",
+        "#SBATCH -n 1",
+        "#SBATCH --cpus-per-task=1",
+        "#SBATCH --mem=3G",
+        "#SBATCH -t 04:00:00",
+    }
+    (command,) = [line for line in ran.stdout.splitlines() if "dask_worker" in line]
+    assert "--nthreads 1 " in command
+    subprocess.run(["bash", "-n"], input=ran.stdout, text=True, check=True)
 
 
 @pytest.fixture(scope="module")
@@ -43,6 +75,11 @@ def manifest():
 def _container(resource):
     (container,) = resource["spec"]["template"]["spec"]["containers"]
     return container
+
+
+def test_kubernetes_each_resource_keeps_the_schema_of_its_kind(manifest):
+    for resource in manifest.values():
+        kubernetes_validate.validate(resource, KUBERNETES, strict=True)
 
 
 def test_kubernetes_all_containers_have_one_image(manifest):

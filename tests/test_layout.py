@@ -14,7 +14,8 @@ ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "dask_ep"
 
 GROUND = (
-    "arrays blas corpus costs device files journal memory reference safetensors_header zarr_layout"
+    "arrays blas corpus costs device files interrupts journal memory reference "
+    "safetensors_header zarr_layout"
 )
 KERNEL_AND_DATA = "dispatch kinds local output quantized remote sources spill weights writers"
 MIDDLE = (
@@ -23,7 +24,7 @@ MIDDLE = (
 )
 TOP = (
     "block checkpoint checkpoint_files cluster expert_major families family figures gpus homes "
-    "owner_map ranks owner_plugin ownership passes planner price probe record report storage"
+    "owner_map ranks owner_plugin ownership passes planner price probe record report storage window"
 )
 JOBS = "build example fit in_passes inspect_ job plan_command run run_report verify"
 
@@ -45,6 +46,7 @@ LAYERS = [
 ONLY = {
     "distributed": {
         *("cli", "cluster", "gpus", "homes", "owner_plugin", "ownership", "run", "run_report"),
+        "window",
         "wire",
     },
     "torch": set(),

@@ -1,7 +1,9 @@
 """Owners of ranks on a cluster of real processes: where tasks run, what travels, what is left."""
 
+import signal
 import time
 from collections import defaultdict
+from math import inf
 
 import dask.array as da
 import numpy as np
@@ -14,6 +16,7 @@ from dask_ep.owner_plugin import METADATA, PLUGIN
 from dask_ep.pipeline import count_tasks
 from dask_ep.sources import Source, open_source
 from tests.cluster_processes import DEADLINE, Cluster, addresses, wait_until
+from tests.fault_scenarios import free_and_pinned
 
 WORKERS = ("w0", "w1", "w2")
 CONFIG = {
@@ -213,6 +216,36 @@ def test_chunks_that_are_in_memory_already_stay_where_they_are(client):
         assert max(nbytes for *_, nbytes in received) < rows * width * 4
 
 
+# --- how many chunks are under way ------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("given", "most"), [({}, 4 * 3 + 4), ({"chunks_in_flight": 5}, 5)], ids=["by threads", "five"]
+)
+def test_a_slow_rank_does_not_let_chunks_pile_up(client, recorded, given, most):
+    y, _ = layer(chunks=40, ranks=3, experts=Experts.callables([_at_once, _slowly, _at_once]))
+    with own_experts(client, 3, **given) as owners:
+        assert np.array_equal(client.compute(y.sum(axis=1)).result(DEADLINE), _alone(y.sum(axis=1)))
+        assert owners.failures == []
+    assert 1 < _most_chunks_in_flight(client.run_on_scheduler(_recorded)) <= most
+
+
+def test_without_a_bound_chunks_pile_up(client, recorded):
+    y, _ = layer(chunks=40, ranks=3, experts=Experts.callables([_at_once, _slowly, _at_once]))
+    with own_experts(client, 3, chunks_in_flight=inf):
+        client.compute(y.sum()).result(DEADLINE)
+    assert _most_chunks_in_flight(client.run_on_scheduler(_recorded)) > 4 * 3 + 4
+
+
+def test_chunks_that_are_held_begin_when_the_owners_are_closed(client):
+    y, _ = layer(chunks=24, experts=Experts.callables([_slowly] * 6))
+    owners = own_experts(client, 6, chunks_in_flight=1)
+    future = client.compute(y)
+    wait_until(lambda: client.run_on_scheduler(_has_pending_work), "the job has begun")
+    owners.close()
+    assert np.array_equal(future.result(DEADLINE), _alone(y))
+
+
 # --- how it is installed, changed and removed ------------------------------------------------
 
 
@@ -366,6 +399,7 @@ def test_what_fails_in_the_plugin_can_be_read(client):
         ({"world_size": 2, "loads": [1, float("nan")]}, "must be finite"),
         ({"world_size": 2, "replicas": {2: 2}}, "ranks 0 to 1, but gives 2 to rank 2"),
         ({"world_size": 2, "replicas": {0: 0}}, "1 or more owners"),
+        ({"world_size": 2, "chunks_in_flight": 0}, "chunks_in_flight must be 1 or more, but is 0"),
     ],
 )
 def test_claims_that_make_no_sense_are_refused_and_install_nothing(client, keywords, message):
@@ -441,6 +475,39 @@ def test_a_worker_that_comes_and_goes_moves_a_rank_once_in_ten_settle_times(clus
         )
 
 
+def test_a_worker_that_closes_in_good_order_hands_its_ranks_on(cluster, client):
+    y, _ = layer(chunks=24, experts=Experts.callables([_slowly] * 6))
+    cluster.start_worker("leaving")
+    wait_until(lambda: "leaving" in addresses(client), "the worker has come")
+    leaving = addresses(client)["leaving"]
+    with own_experts(client, 6, settle=0.2) as owners:
+        assert (leaving,) in owners.owners
+        future = client.compute(y)
+        wait_until(lambda: client.run_on_scheduler(_has_pending_work), "the job has begun")
+        cluster.signal(client, "leaving", signal.SIGTERM)
+        assert np.array_equal(future.result(DEADLINE), _alone(y))
+        wait_until(lambda: "leaving" not in addresses(client), "the worker has gone")
+        assert (leaving,) not in owners.owners
+        assert owners.failures == []
+    cluster.stop_worker("leaving")
+
+
+def test_a_plugin_that_fails_when_a_worker_dies_lets_the_tasks_run_anywhere(cluster, client):
+    y, _ = layer(chunks=24, experts=Experts.callables([_slowly] * 6))
+    cluster.start_worker("victim")
+    wait_until(lambda: "victim" in addresses(client), "the victim has come")
+    with own_experts(client, 6, settle=0.2, chunks_in_flight=2) as owners:
+        future = client.compute(y)
+        client.run_on_scheduler(_break_assignment)
+        cluster.stop_worker("victim")
+        assert np.array_equal(future.result(DEADLINE), _alone(y))
+        assert any("remove_worker" in failure for failure in owners.failures)
+        client.run_on_scheduler(_mend_assignment)
+        future = client.compute(y + 1)
+        assert np.array_equal(future.result(DEADLINE), _alone(y + 1))
+        assert all(owners.owners)
+
+
 def test_ranks_wait_for_workers_and_are_spread_when_they_come(tmp_path):
     y, _ = layer()
     with Cluster(tmp_path) as cluster, cluster.client(0) as client:
@@ -456,30 +523,31 @@ def test_ranks_wait_for_workers_and_are_spread_when_they_come(tmp_path):
                 lambda: sorted(len(row.ranks) for row in owners.table()) == [3, 3],
                 "each has three",
             )
+            slow, _ = layer(chunks=24, experts=Experts.callables([_slowly] * 6))
+            future = client.compute(slow)
+            wait_until(lambda: client.run_on_scheduler(_has_pending_work), "the job has begun")
+            for name in ("w0", "w1"):
+                cluster.stop_worker(name)
+            wait_until(lambda: owners.owners == [()] * 6, "all workers are gone")
+            cluster.start_worker("w2")
+            assert np.array_equal(future.result(DEADLINE), _alone(slow))
 
 
 # --- what it costs ---------------------------------------------------------------------------
 
 
-def test_the_scheduler_pays_at_most_three_tenths_more_per_pinned_task(client):
-    def seconds_per_task(salt):
-        y, _ = layer(chunks=12, rows=2, width=2, ranks=16, seed=salt)
-        tasks = client.run_on_scheduler(_ep_tasks_computed)
-        before = client.run_on_scheduler(_cpu_seconds)
-        client.compute(y.sum()).result(DEADLINE)
-        spent = client.run_on_scheduler(_cpu_seconds) - before
-        tasks = client.run_on_scheduler(_ep_tasks_computed) - tasks
-        assert tasks == count_tasks(12, 16) == 12 * (2 * 16 + 1) + 16
-        return spent / tasks
-
+def test_a_layer_makes_as_many_tasks_as_the_formula_says(client):
     client.register_plugin(Recorder())
-    seconds_per_task(0)  # what the first run pays for nobody shall pay
-    free, pinned = [], []
-    for salt in (1, 2, 3):  # in turns, for other processes take their part of the machine
-        free.append(seconds_per_task(salt))
-        with own_experts(client, 16):
-            pinned.append(seconds_per_task(-salt % 100))
+    y, _ = layer(chunks=12, rows=2, width=2, ranks=16)
+    with own_experts(client, 16):
+        client.compute(y.sum()).result(DEADLINE)
+    computed = client.run_on_scheduler(_ep_tasks_computed)
     client.unregister_scheduler_plugin(Recorder.name)
+    assert computed == count_tasks(12, 16) == 12 * (2 * 16 + 1) + 16
+
+
+def test_the_scheduler_pays_at_most_three_tenths_more_per_pinned_task(client):
+    free, pinned = free_and_pinned(client, rounds=3)
     assert min(pinned) <= 1.3 * min(free)
 
 
@@ -504,10 +572,6 @@ def _ep_tasks_computed(dask_scheduler):
     return sum(isinstance(key, tuple) and key[0].startswith("ep_") for key, _ in computed)
 
 
-def _cpu_seconds(dask_scheduler):
-    return time.process_time()
-
-
 def _plugins(dask_scheduler):
     return list(dask_scheduler.plugins)
 
@@ -520,6 +584,18 @@ def _homes(computed):
             homes[key[1]].add(worker)
     assert all(len(workers) == 1 for workers in homes.values())
     return {chunk: workers.pop() for chunk, workers in homes.items()}
+
+
+def _most_chunks_in_flight(computed):
+    """Count the chunks between their first task and their sum, and give the highest count."""
+    begun, ended, most = set(), set(), 0
+    for key, _ in computed:
+        if isinstance(key, tuple) and key[0].startswith(("standard_normal", "ep_send")):
+            begun.add(key[1])
+        elif isinstance(key, tuple) and key[0].startswith("ep_sum"):
+            ended.add(key[1])
+        most = max(most, len(begun - ended))
+    return most
 
 
 def _what_is_left(dask_scheduler):
@@ -538,6 +614,16 @@ def _break_the_plugin(dask_scheduler):
 def _mend_the_plugin(dask_scheduler):
     plugin = dask_scheduler.plugins[PLUGIN]
     plugin.ranks = plugin.hidden
+
+
+def _break_assignment(dask_scheduler):
+    dask_scheduler.plugins[PLUGIN].assign = None
+
+
+def _mend_assignment(dask_scheduler):
+    plugin = dask_scheduler.plugins[PLUGIN]
+    del plugin.assign
+    plugin.assign("mended")
 
 
 def _workers_to_close(count, dask_scheduler):

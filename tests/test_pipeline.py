@@ -459,11 +459,17 @@ def test_a_client_in_use_gives_one_rank_per_worker_and_the_same_bits(client):
 
 def test_the_dashboard_shows_the_four_steps_by_name(client):
     with pytest.warns(UnpinnedWarning):
-        y = build(layer())
-    done = client.persist(y)
+        layers = [build(layer()), build(layer(), world_size=2)]
+    done = client.persist(layers)
     client.gather(client.futures_of(done))
+    steps = {"ep_experts", "ep_send", "ep_dispatch", "ep_sum"}
     shown = client.run_on_scheduler(lambda dask_scheduler: set(dask_scheduler.task_prefixes))
-    assert shown >= {"ep_experts", "ep_send", "ep_dispatch", "ep_sum"}
+    assert shown >= steps
+    groups = client.run_on_scheduler(lambda dask_scheduler: set(dask_scheduler.task_groups))
+    tokens = {y.name.rpartition("-")[2] for y in layers}
+    assert {name for name in groups if name.startswith("ep_")} == {
+        f"{step}-{token}" for step in steps for token in tokens
+    }, "one group for each step of each layer"
 
 
 def test_array_expressions_are_refused():

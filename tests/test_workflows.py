@@ -28,7 +28,9 @@ TOYS = {
     "benchmark.py": Toy(
         ["--rows", "512", "--chunk-rows", "256", "--repeat", "1", "top1-linear"], "kernel"
     ),
-    "faults.py": Toy(["--moments", "1", "--fault", "retired"], "1 of 1"),
+    "faults.py": Toy(
+        ["--moments", "1", "--fault", "retired", "scheduler"], "us per task without owners"
+    ),
     "imbalance.py": Toy(["--seeds", "1", "--layers", "2"], "2 layers of 256 experts"),
     "place_for_serving.py": Toy(
         [

@@ -44,7 +44,7 @@ from dask_ep.dispatch import (
     tiles,
 )
 from dask_ep.experts import Experts
-from dask_ep.output import Receipt
+from dask_ep.output import SERVED, SPILLED, Receipt
 from dask_ep.passes import Passes, cut_pieces
 from dask_ep.pipeline import naming
 from dask_ep.spill import Layout, Run, SpillFiles
@@ -183,7 +183,7 @@ def hold(rows: Rows, walk: Walk, counts: np.ndarray) -> da.Array:
             following = TaskRef((ep_experts, g, b + 1, 0)) if b + 1 < len(blocks) else None
             for c in group:
                 key = (ep_dispatch, c, b, 0)
-                worked = lengths[c] * counts[c, block].sum() / max(counts[c].sum(), 1)
+                share = counts[c, block].sum() / max(counts[c].sum(), 1)
                 tasks[key] = Task(
                     key,
                     _serve_held,
@@ -192,7 +192,7 @@ def hold(rows: Rows, walk: Walk, counts: np.ndarray) -> da.Array:
                     following if alive > 1 else None,
                     tuple(block),
                     b,
-                    float(worked),
+                    float((SPILLED + SERVED) * lengths[c] * share),
                 )
                 last[c] = TaskRef(key)
         for c in group:
@@ -371,8 +371,8 @@ class Spilled:
             for parts in cut:
                 runs = tuple(self._layout.run(block[e], start, stop, e) for e, start, stop in parts)
                 number = len(self.group) + len(pieces)
-                worked = rows * sum(run.count for run in runs) / slots
-                pieces.append(Piece(number, b, runs, float(worked)))
+                share = sum(run.count for run in runs) / slots
+                pieces.append(Piece(number, b, runs, float(SERVED * rows * share)))
         return pieces
 
     def _share_out(self, ranks: int) -> np.ndarray:
@@ -418,7 +418,7 @@ def _spill_chunk(
                 files.write_rows([(int(places[e]), x)])
                 nbytes += x.nbytes
         files.record(number)
-        return Receipt(chunk, 0, nbytes)
+        return Receipt(chunk, 0, nbytes, SPILLED * len(tokens))
 
 
 def _serve_piece(

@@ -33,6 +33,10 @@ from dask_ep import journal
 from dask_ep.device import download
 from dask_ep.writers import Writer
 
+SPILLED, SERVED = 0.05, 0.9
+"""Parts of a row that count as done when it waits on disk, and when its experts have served it. The
+rest of it counts when it is written."""
+
 
 class Receipt(NamedTuple):
     """What a block's task answers when the block is written and recorded."""
@@ -41,7 +45,7 @@ class Receipt(NamedTuple):
     rows: int
     nbytes: int
     worked: float = 0.0
-    #: of rows that are not done: how many such work is worth, counted before they are
+    #: rows that work on blocks which are not written yet is worth: `SPILLED`, `SERVED` of each
     part: int = 0
     #: of the work on a block, where several receipts tell of it
 

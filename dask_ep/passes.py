@@ -220,8 +220,9 @@ def choose_passes(
         spill    + the larger of alive * block + matrix + T * scratch
                    and (3 T + 2) * chunk rows * (the wider of token and output + sort)
 
-    `alive` is T + 1 where that is no more than a quarter of the room: T blocks that are computed
-    and one that is read; else 2; else 1, and nothing is read ahead. On workers a part of the
+    `alive` is T + 1, T blocks that are computed and one that is read, where they fit and do not
+    take more than a quarter of the room from rows that are held; else 2; else 1, and nothing is
+    read ahead. On workers a part of the
     limit is left to Dask (`PART_OF_A_WORKER`).
 
     Seconds that are compared: each pass reads the experts as stored at `rates.read`, and streams
@@ -259,7 +260,7 @@ def _hold(
 ) -> Passes | None:
     """As many rows as fit, in chunks of equal size, one for each thread."""
     row = sizes.token_bytes + sizes.slots * SORT_BYTES + _output_bytes(sizes)
-    alive = _choose_alive(sizes, limit, FEWEST_ROWS * row * sizes.threads)
+    alive = _choose_alive(sizes, limit, FEWEST_ROWS * row * sizes.threads, 1 / 4)
     if alive is None:
         return None
     fixed = _fixed(sizes) + _experts(sizes, alive) + sizes.threads * sizes.scratch
@@ -298,7 +299,7 @@ def _spill(
     if sizes.beside:
         row += sizes.answer_bytes
     chunks_held = 3 * sizes.threads + 2
-    alive = _choose_alive(sizes, limit, 0)
+    alive = _choose_alive(sizes, limit, 0, 1.0)
     room = limit - _fixed(sizes)
     most = room // (chunks_held * row)
     if alive is None or most < (chunk_rows or FEWEST_ROWS):
@@ -397,10 +398,13 @@ def _output_bytes(sizes: Sizes) -> int:
     return sizes.answer_bytes + narrow
 
 
-def _choose_alive(sizes: Sizes, limit: int, rows: int) -> int | None:
-    """Blocks in memory at a time: None if not one fits beside so many bytes of rows."""
+def _choose_alive(sizes: Sizes, limit: int, rows: int, part: float) -> int | None:
+    """Blocks in memory at a time: None if not one fits beside so many bytes of rows.
+
+    `part` of the room is for more than two of them.
+    """
     room = limit - _fixed(sizes) - sizes.threads * sizes.scratch - sizes.matrix_stored - rows
-    wanted = min(sizes.threads + 1, room // (4 * max(sizes.block_bytes, 1)))
+    wanted = min(sizes.threads + 1, int(room * part) // max(sizes.block_bytes, 1))
     alive = max(wanted, 2) if room >= 2 * sizes.block_bytes else 1
     return alive if alive * sizes.block_bytes <= room else None
 

@@ -20,10 +20,12 @@ from rich.table import Table
 
 from dask_ep.build import open_inputs
 from dask_ep.fit import choose_chunk_rows
+from dask_ep.in_passes import find_passes
 from dask_ep.job import PLACEMENTS, load_job
 from dask_ep.planner import Plan, WhatIf, plan, what_if
+from dask_ep.price_passes import price_passes
 from dask_ep.report import write_plan_report
-from dask_ep.run import Processes, Threads, lay_out
+from dask_ep.run import Processes, Threads, count_workers, lay_out
 from dask_ep.storage import open_tokens
 
 BAR = 30
@@ -96,10 +98,14 @@ def priced_job(
     job = load_job(path, world_size=world_size, placement=placement)
     inputs = open_inputs(job)
     size = job.world_size or processes or 1
-    if chunk_rows is None:  # those that a run takes; what is compared may need others
-        limit = None if memory_limit is None or choices else parse_bytes(memory_limit)
-        where = Processes(processes, limit) if processes else Threads(threads, limit)
-        chunk_rows = choose_chunk_rows(inputs, lay_out(job, where, size))
+    limit = None if memory_limit is None or choices else parse_bytes(memory_limit)
+    where = Processes(processes, limit) if processes else Threads(threads, limit)
+    layout = lay_out(job, where, size)
+    passes = find_passes(inputs, layout, count_workers(where), chunk_rows)
+    if passes is not None:
+        chunk_rows, memory_limit = passes.chunk_rows, None
+    elif chunk_rows is None:  # those that a run takes; what is compared may need others
+        chunk_rows = choose_chunk_rows(inputs, layout)
     tokens = open_tokens(inputs.tokens, chunks=chunk_rows, name="tokens")
     routing, experts, topk = None, inputs.layer, None
     if inputs.layer is None:
@@ -116,6 +122,8 @@ def priced_job(
         combined = {"world_size": [size], "placement": [job.placement], **choices}
         return what_if(tokens, routing, experts, **combined, **common)
     one = plan(tokens, routing, experts, world_size=size, placement=job.placement, **common)
+    if passes is not None:
+        one = price_passes(one, passes, limit)
     return WhatIf((one,), one, "")
 
 

@@ -38,7 +38,7 @@ from dask_ep.gpus import THREADS_PER_GPU, Gpus, check_gpus, device_limit, start_
 from dask_ep.in_passes import InPasses, PassesDone, find_passes
 from dask_ep.interrupts import Aside, Wait, deaf_children
 from dask_ep.job import Job
-from dask_ep.output import Output, Receipt, Step, progress_directory
+from dask_ep.output import SERVED, SPILLED, Output, Receipt, Step, progress_directory
 from dask_ep.ownership import Owners, own_experts
 from dask_ep.passes import Passes
 from dask_ep.price import Plan
@@ -421,7 +421,8 @@ class _Watch:
     def tell(self, receipt: Receipt) -> None:
         self._done += receipt.rows
         self._left -= receipt.rows
-        self._worked = max(self._worked + receipt.worked - receipt.rows, 0.0)
+        before = (SPILLED + SERVED) * receipt.rows
+        self._worked = max(self._worked + receipt.worked - before, 0.0)
         if self._tell is not None:
             self._tell(self.progress())
 

@@ -24,7 +24,8 @@ MIDDLE = (
 )
 TOP = (
     "block checkpoint checkpoint_files cluster expert_major families family figures gpus homes "
-    "owner_map ranks owner_plugin ownership passes planner price probe record report storage window"
+    "owner_map ranks owner_plugin ownership passes planner price price_passes probe record report "
+    "storage window"
 )
 JOBS = "build example fit in_passes inspect_ job plan_command run run_report verify"
 

@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 from dataclasses import replace
 
 import dask
 import numpy as np
+import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from dask_ep.costs import PROCESS_BYTES, Rates
 from dask_ep.expert_major import Rows, Spilled, Walk, collect, hold
 from dask_ep.experts import Experts
 from dask_ep.output import Step
-from dask_ep.passes import Passes
+from dask_ep.passes import Passes, Sizes, choose_passes, cut_pieces
 from dask_ep.survey import survey
 from tests.compare import assert_close, whole_layer
 from tests.strategies import Case, cases
@@ -84,3 +87,146 @@ def test_both_ways_give_what_the_plain_loops_give(tmp_path_factory, case, passes
     got = go(case, passes, tmp_path_factory.mktemp("passes"), ranks)
     assert got.dtype == case.tokens.dtype
     assert_close(got, whole_layer(case), case.tolerance)
+
+
+# --- which way, how often, with how much memory --------------------------------------------------
+
+LARGE = Sizes(
+    rows=250_000,
+    slots=2,
+    d=2048,
+    d_out=2048,
+    itemsize=4,
+    wide=4,
+    experts=256,
+    expert_stored=50 * MB,
+    expert_loaded=100 * MB,
+    widest=2048,
+    matrix_stored=17 * MB,
+    threads=2,
+)
+"""12.8 GB of experts in 16 bits, over 2 GB of tokens."""
+
+TABLE = [
+    # what, limit, way, passes, blocks alive
+    (LARGE, 8_000 * MB, "hold", 1, 3),
+    (LARGE, 3_000 * MB, "hold", 2, 3),
+    (LARGE, 1_500 * MB, "spill", 1, 3),
+    (LARGE, 900 * MB, "spill", 1, 3),
+    (LARGE, 700 * MB, "spill", 1, 2),
+    (LARGE, 600 * MB, "spill", 1, 1),
+    (replace(LARGE, rows=10_000_000), 3_000 * MB, "spill", 1, 3),
+    (replace(LARGE, slots=8), 3_000 * MB, "hold", 2, 3),
+    (replace(LARGE, threads=8), 3_000 * MB, "spill", 1, 9),
+    (replace(LARGE, workers=2, threads=1), 3_000 * MB, "spill", 1, 2),
+]
+
+
+@pytest.mark.parametrize(("sizes", "limit", "way", "passes", "alive"), TABLE)
+def test_the_way_follows_from_the_limit(sizes, limit, way, passes, alive):
+    chosen = choose_passes(sizes, limit)
+    assert (chosen.way, chosen.passes, chosen.alive) == (way, passes, alive)
+    assert chosen.memory_bytes <= limit
+    assert chosen.read_bytes == passes * sizes.experts * sizes.expert_stored
+    assert (chosen.spill_bytes > 0) == (way == "spill")
+
+
+def test_dear_weights_are_read_once_and_dear_disks_are_not_spilled_to():
+    slow_reads = choose_passes(LARGE, 3_000 * MB, rates=Rates(flops=1, copy=5e9, read=1e8))
+    slow_writes = choose_passes(LARGE, 1_500 * MB, rates=Rates(flops=1, copy=5e9, write=1e7))
+    assert (slow_reads.way, slow_writes.way) == ("spill", "hold")
+
+
+sizes = st.builds(
+    Sizes,
+    rows=st.integers(0, 10**7),
+    slots=st.integers(1, 8),
+    d=st.integers(1, 8192),
+    d_out=st.integers(1, 8192),
+    itemsize=st.sampled_from([2, 4]),
+    wide=st.just(4),
+    experts=st.integers(1, 512),
+    expert_stored=st.integers(1, 400 * MB),
+    expert_loaded=st.integers(1, 800 * MB),
+    widest=st.integers(1, 8192),
+    matrix_stored=st.integers(0, 100 * MB),
+    stored_rows=st.none() | st.integers(1, 100_000),
+    threads=st.integers(1, 16),
+    workers=st.none() | st.integers(1, 4),
+)
+
+
+@given(
+    sizes=sizes,
+    limit=st.integers(PROCESS_BYTES, 64_000 * MB),
+    free=st.none() | st.integers(0, 10**13),
+)
+def test_what_is_chosen_fits_and_covers_all_rows(sizes, limit, free):
+    found = {}
+    for way in ("hold", "spill"):
+        with contextlib.suppress(MemoryError):
+            found[way] = choose_passes(sizes, limit, free=free, ways=[way])
+    for chosen in found.values():
+        assert PROCESS_BYTES < chosen.memory_bytes <= limit
+        assert free is None or chosen.spill_bytes <= free
+        chunks = -(-sizes.rows // chosen.chunk_rows)
+        assert [c for group in chosen.groups(chunks) for c in group] == list(range(chunks))
+        assert len(list(chosen.groups(chunks))) in (chosen.passes, chosen.passes - 1)
+        assert chosen.chunk_rows % chosen.stored_rows == 0
+        assert Passes.from_dict(chosen.to_dict()) == chosen
+    if found:
+        best = choose_passes(sizes, limit, free=free, ways=list(found))
+        assert best.seconds == min(chosen.seconds for chosen in found.values())
+
+
+def test_more_memory_never_means_more_passes():
+    passes = [
+        choose_passes(LARGE, limit * MB, ways=["hold"]).passes for limit in range(900, 9000, 100)
+    ]
+    assert passes == sorted(passes, reverse=True)
+    assert passes[-1] == 1
+
+
+def test_little_disk_means_more_groups_and_none_means_another_way():
+    whole = choose_passes(LARGE, 1_500 * MB)
+    assert whole.spill_bytes == LARGE.rows * 2 * 2 * 2048 * 4
+    half = choose_passes(LARGE, 1_500 * MB, free=whole.spill_bytes * 2 // 3)
+    assert (half.way, half.passes) == ("spill", 2)
+    assert choose_passes(LARGE, 1_500 * MB, free=10 * MB).way == "hold"
+    with pytest.raises(MemoryError, match="10 MB are free there and a chunk needs"):
+        choose_passes(LARGE, 600 * MB, free=10 * MB, ways=["spill"])
+
+
+def test_what_no_pass_can_fit_is_refused_with_the_numbers():
+    with pytest.raises(
+        MemoryError,
+        match=r"may use 400 MB and must hold 315 MB of its own .* to "
+        r"compute \(1 experts of 100 MB, 2 threads\) .* in all; give more memory",
+    ):
+        choose_passes(LARGE, 400 * MB)
+
+
+def test_chunk_rows_that_are_given_are_kept():
+    for way in ("hold", "spill"):
+        chosen = choose_passes(LARGE, 3_000 * MB, chunk_rows=1000, ways=[way])
+        assert chosen.chunk_rows == 1000
+    assert choose_passes(LARGE, 3_000 * MB, chunk_rows=1000, ways=["hold"]).passes == 125
+    with pytest.raises(MemoryError, match="chunks of 200000 rows"):
+        choose_passes(LARGE, 3_000 * MB, chunk_rows=200_000)
+
+
+@given(
+    rows=st.lists(st.integers(0, 5000), max_size=8),
+    piece_rows=st.integers(1, 2000),
+    threads=st.integers(1, 8),
+)
+def test_pieces_hold_every_row_once_and_are_not_too_large(rows, piece_rows, threads):
+    pieces = cut_pieces(rows, piece_rows, threads)
+    runs = [run for piece in pieces for run in piece]
+    for expert, count in enumerate(rows):
+        mine = [(start, stop) for e, start, stop in runs if e == expert]
+        covered = [row for start, stop in mine for row in range(start, stop)]
+        assert covered == list(range(count))
+    assert [e for e, _, _ in runs] == sorted(e for e, _, _ in runs)
+    for piece in pieces:
+        assert 0 < sum(stop - start for _, start, stop in piece) <= piece_rows

@@ -1,0 +1,100 @@
+"""What does a run cost whose experts go by in passes?
+
+The figures of the ordinary plan, except where passes change them: memory, bytes of experts, time;
+nothing is exchanged between ranks, since rows wait in memory or in files.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields
+from typing import Any
+
+from dask.utils import format_bytes
+
+from dask_ep.passes import Passes, cut_pieces
+from dask_ep.price import Plan
+
+WAYS = {
+    "hold": "rows are held in memory, {chunks} chunks at a time, and all experts go by",
+    "spill": "rows are spilled to disk by expert, {chunks} chunks at a time, and all experts go by",
+}
+
+
+@dataclass(frozen=True, eq=False)
+class PlanInPasses(Plan):
+    """What one way to run a job costs whose experts go by in passes; made by `in_passes`."""
+
+    passes: Passes | None = None
+
+    @property
+    def memory_bytes(self) -> int:
+        """Bytes that a process uses at most."""
+        return self.passes.memory_bytes
+
+    @property
+    def expert_bytes(self) -> int:
+        """Bytes of experts in a process at a time."""
+        return self.passes.alive * self.passes.block_experts * self.work.expert_loaded
+
+    @property
+    def stored_bytes(self) -> int:
+        """Bytes of experts that are read in all passes."""
+        return self.passes.passes * int((self.expert_rows > 0).sum()) * self.work.expert_stored
+
+    @property
+    def exchanged_bytes(self) -> int:
+        """None: rows are not sent to ranks."""
+        return 0
+
+    @property
+    def moved_bytes(self) -> int:
+        """None."""
+        return 0
+
+    @property
+    def tasks(self) -> int:
+        """Tasks of the layer, if every group of chunks has rows for all experts."""
+        used = self.expert_rows[self.expert_rows > 0]
+        step, passes = self.passes.block_experts, self.passes
+        blocks = [used[first : first + step] for first in range(0, used.size, step)]
+        if passes.way == "hold":
+            return len(self.chunks) * (2 + len(blocks)) + passes.passes * len(blocks)
+        rows = [(block // passes.passes).tolist() for block in blocks]
+        pieces = sum(len(cut_pieces(r, passes.piece_rows, passes.threads)) for r in rows)
+        return 2 * len(self.chunks) + passes.passes * (len(blocks) + 2 * pieces)
+
+    @property
+    def seconds(self) -> float:
+        """Time of the run: products and tokens, and what passes add to these."""
+        return self.passes.seconds + max(self.busy_seconds, self.scheduler_seconds)
+
+    @property
+    def advice(self) -> list[str]:
+        """What passes do, in words."""
+        passes = self.passes
+        way = WAYS[passes.way].format(chunks=passes.group_chunks)
+        blocks = f"in blocks of {passes.block_experts}, {passes.alive} of these in memory"
+        said = [f"the experts do not fit, so {way}: {passes.passes} times in all, {blocks}"]
+        if passes.spill_bytes:
+            said.append(
+                f"{format_bytes(passes.spill_bytes)} of disk beside the output while it runs; "
+                f"{format_bytes(passes.moved_bytes)} are written there and read back"
+            )
+        return said
+
+    def to_dict(self) -> dict[str, Any]:
+        """Give all figures as plain numbers, lists and text."""
+        return super().to_dict() | {"passes": self.passes.to_dict()}
+
+
+def price_passes(plan: Plan, passes: Passes, memory_limit: int) -> PlanInPasses:
+    """Price a job that goes through its experts in passes.
+
+    Parameters
+    ----------
+    plan : of the same job and chunks, as if all experts fitted
+    passes : how it goes through them
+    memory_limit : bytes that a process may use
+    """
+    figures = {field.name: getattr(plan, field.name) for field in fields(plan)}
+    return PlanInPasses(**(figures | {"memory_limit": memory_limit}), passes=passes)

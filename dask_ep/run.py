@@ -202,6 +202,7 @@ def run_job(
                 settings=built.settings | ({"passes": passes.to_dict()} if passes else {}),
                 resume=resume,
                 overwrite=overwrite,
+                stored_rows=passes and passes.stored_rows,
                 compute=False,
             )
             with output:

@@ -29,7 +29,7 @@ from dask_ep.arrays import Array
 from dask_ep.device import pinned_empty, upload
 from dask_ep.output import Output, free_bytes, progress_directory
 from dask_ep.sources import ReadError, Source, ZarrSource, open_source
-from dask_ep.writers import Writer, make_writer
+from dask_ep.writers import Writer, make_writer, shorten
 
 CHUNK_BYTES = 32 << 20
 """Bytes of a token chunk unless the user says otherwise: stored chunks are merged up to this."""
@@ -119,6 +119,7 @@ def store(
     overwrite: bool = False,
     compute: bool = True,
     compressors: Any = None,
+    stored_rows: int | None = None,
     sync: bool = False,
     **kwargs: Any,
 ) -> Output:
@@ -136,6 +137,8 @@ def store(
     overwrite : remove what an earlier run has left, finished or not
     compute : whether to write now; if not, see `Output`
     compressors : for Zarr, as `zarr.create_array` takes them; by default none
+    stored_rows : rows of a Zarr chunk, of which every block but the last must have a multiple; by
+        default a block is a chunk
     sync : make each block outlive a power loss before it counts as done
     **kwargs : for the scheduler, as `dask.compute` takes them
 
@@ -178,6 +181,9 @@ def store(
     path = os.path.abspath(os.fspath(path))
     _check(y, path, os.path.splitext(path)[1], compressors)
     wanted = _make_manifest(y, path, inputs, settings)
+    if stored_rows is not None:
+        _check_stored_rows(y, stored_rows)
+        wanted["stored_rows"] = stored_rows
     directory = progress_directory(path)
     _check_existing(path, resume, overwrite)
     os.makedirs(directory, exist_ok=True)
@@ -386,7 +392,17 @@ def _continue(
 def _open_writer(y: da.Array, path: str, manifest: Mapping[str, Any], compressors: Any) -> Writer:
     kind = os.path.splitext(path)[1]
     partial = os.path.join(progress_directory(path), f"partial-{manifest['run']}{kind}")
-    return make_writer(kind, partial, y.shape, y.dtype, y.chunks[0], compressors)
+    stored_rows = manifest.get("stored_rows")
+    return make_writer(kind, partial, y.shape, y.dtype, y.chunks[0], compressors, stored_rows)
+
+
+def _check_stored_rows(y: da.Array, stored_rows: int) -> None:
+    odd = [rows for rows in y.chunks[0][:-1] if rows % stored_rows]
+    if odd or stored_rows < 1:
+        raise ValueError(
+            f"every block but the last must have a multiple of stored_rows={stored_rows} rows, but "
+            f"there are blocks of {shorten(odd)}"
+        )
 
 
 def _check_space(path: str, y: da.Array, done: set[int]) -> None:

@@ -170,6 +170,7 @@ def make_writer(
     dtype: np.dtype,
     blocks: Sequence[int],
     compressors: Any = None,
+    stored_rows: int | None = None,
 ) -> Writer:
     """Choose the writer for a kind of file.
 
@@ -180,6 +181,8 @@ def make_writer(
     shape, dtype : of the array
     blocks : rows of each block
     compressors : for Zarr, as `zarr.create_array` takes them
+    stored_rows : of a Zarr chunk, of which every block has a multiple; by default as many as blocks
+        allow
 
     Raises
     ------
@@ -187,7 +190,7 @@ def make_writer(
         If the format cannot hold this array or these blocks.
     """
     if kind == ".zarr":
-        return ZarrWriter(path, shape, dtype, chunk_rows(blocks), compressors)
+        return ZarrWriter(path, shape, dtype, stored_rows or chunk_rows(blocks), compressors)
     if compressors is not None:
         raise ValueError(f"only Zarr is compressed: with compressors, write .zarr, not {kind}")
     header = _npy_header(shape, dtype) if kind == ".npy" else encode_header("output", shape, dtype)

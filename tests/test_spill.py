@@ -11,6 +11,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import zarr
 
 from dask_ep import run, sources, spill
 from dask_ep.example import Example, write_example
@@ -174,3 +175,15 @@ def test_worker_processes_share_the_files(plain, job, spilling):
     np.testing.assert_allclose(np.load(job.out), plain[1], rtol=0, atol=1e-6)
     assert done.passes.reads == dict.fromkeys(range(EXPERTS), 3)
     assert spill_directories(job) == []
+
+
+def test_large_chunks_that_are_held_are_stored_in_small_ones(monkeypatch, plain, job):
+    held = passes_of("hold", passes=2, chunk_rows=300, group_chunks=2, stored_rows=100)
+    monkeypatch.setattr(run, "find_passes", lambda *_: held)
+    job = replace(job, out=job.out.replace(".npy", ".zarr"))
+    with pytest.raises(Stopped):
+        run_job(job, Threads(2), on_progress=stop_after(600))
+    run_job(job, Threads(2), resume=True)
+    out = zarr.open_array(job.out)
+    assert out.chunks == (100, 32)
+    np.testing.assert_allclose(out[:], plain[1], rtol=0, atol=1e-6)

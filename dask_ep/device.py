@@ -15,9 +15,11 @@ at hand.
 
 from __future__ import annotations
 
+import os
 import sys
 import threading
 from collections import deque
+from collections.abc import Sequence
 from math import prod
 from typing import Any, NamedTuple
 
@@ -123,6 +125,11 @@ def download(array: Array) -> np.ndarray:
     return _lanes(namespace(array)).download(array)
 
 
+def fill(target: Array, host: np.ndarray) -> None:
+    """Start the copy of a pinned array into a contiguous device array of its shape and dtype."""
+    _lanes(namespace(target)).fill(target, host)
+
+
 class Lanes:
     """The streams up to one device and down from it.
 
@@ -151,14 +158,23 @@ class Lanes:
             block.memory.data.ptr, host.nbytes, _Lease(self, block, compute), block.device
         )
         array = xp.ndarray(host.shape, host.dtype, xp.cuda.MemoryPointer(memory, 0))
-        array.set(host, stream=self._up)
+        self._start(array, host, compute)
+        return array
+
+    def fill(self, target: Array, host: np.ndarray) -> None:
+        if host.nbytes:
+            compute = self._xp.cuda.get_current_stream()
+            self._up.wait_event(compute.record())  # the target may be memory still in use there
+            self._start(target, host, compute)
+
+    def _start(self, target: Array, host: np.ndarray, compute: Any) -> None:
+        target.set(host, stream=self._up)
         arrived = self._up.record()
         compute.wait_event(arrived)
         with self._lock:
             self._on_the_way.append((arrived, host))  # the copy reads it until then
             while self._on_the_way[0][0].done and len(self._on_the_way) > 1:
                 self._on_the_way.popleft()
-        return array
 
     def download(self, array: Array) -> np.ndarray:
         self._down.wait_event(self._xp.cuda.get_current_stream().record())
@@ -251,3 +267,127 @@ def free_memory(xp: Any) -> tuple[int, int]:
     if limit:
         free, total = min(free, max(limit - pool.used_bytes(), 0)), min(total, limit)
     return free, total
+
+
+# --- products ----------------------------------------------------------------------------------
+
+STREAMS = 4
+"""Products at a time: enough to fill the gaps that one leaves at its end."""
+
+CUDA_TYPES = {
+    "float16": "CUDA_R_16F",
+    "bfloat16": "CUDA_R_16BF",
+    "float32": "CUDA_R_32F",
+    "float64": "CUDA_R_64F",
+}
+
+
+class Gemms:
+    """Products of many matrices on a device: cuBLAS through CuPy, on several streams.
+
+    Notes
+    -----
+    - float16 and bfloat16: 16-bit numbers multiplied on tensor cores, added up in float32, and
+      rounded once, when written. CuPy's own product of bfloat16 (14.0 on, with ml_dtypes) is the
+      same call of cuBLAS, ``gemmEx`` with ``CUDA_R_16BF`` and ``CUBLAS_COMPUTE_32F``; it costs some
+      microseconds more of the host for each product, and makes an array of each matrix.
+    - float32: in float32, or as TF32 if the environment says ``CUPY_TF32=1``, as CuPy's own are.
+    - cuBLAS promises the same bits each time if a handle works on one stream, so that each stream
+      here has its own handle (NVIDIA's documentation of cuBLAS, "Results reproducibility").
+    - CuPy 14.2 wraps no grouped product of cuBLAS, and of the batched ones those with equal strides
+      only, which would need every expert's rows padded to those of the busiest.
+    """
+
+    def __init__(self, xp: Any):
+        self._xp, self._cublas = xp, xp.cuda.cublas
+        self._streams = [xp.cuda.Stream(non_blocking=True) for _ in range(STREAMS)]
+        self._handles = [self._cublas.create() for _ in self._streams]
+        self._lock = threading.Lock()  # a handle serves one thread at a time
+        self._ones = {np.float32: np.ones(1, np.float32), np.float64: np.ones(1, np.float64)}
+        self._zeros = {np.float32: np.zeros(1, np.float32), np.float64: np.zeros(1, np.float64)}
+
+    def __call__(
+        self,
+        rows: Array,
+        matrices: Sequence[Array],
+        bounds: Sequence[tuple[int, int]],
+        out: Array,
+    ) -> None:
+        """``out[start:stop] = rows[start:stop] @ matrix`` of each; rows and out row by row."""
+        compute, calls = self._xp.cuda.get_current_stream(), []
+        for matrix, (start, stop) in zip(matrices, bounds, strict=True):
+            if stop > start:
+                calls.append((stop - start, *self._arguments(rows, matrix, out, start, stop)))
+        calls.sort(key=lambda call: -call[0])  # the longest first: they end together
+        used = self._streams[: len(calls)]
+        with self._lock:
+            ready = compute.record()
+            for stream in used:
+                stream.wait_event(ready)
+            for nth, (_, _, arguments) in enumerate(calls):
+                with used[nth % len(used)]:  # cuBLAS takes the stream in use
+                    self._cublas.gemmEx(self._handles[nth % len(used)], *arguments)
+            for stream in used:
+                compute.wait_event(stream.record())
+
+    def _arguments(
+        self, rows: Array, matrix: Array, out: Array, start: int, stop: int
+    ) -> tuple[Array, tuple[int, ...]]:
+        """The matrix as it is read, and the arguments of gemmEx for out = rows @ matrix.
+
+        cuBLAS counts along columns first: what lies row by row is for it the transposed matrix, and
+        so it computes out.T = matrix.T @ rows.T.
+        """
+        matrix = matrix.astype(rows.dtype, copy=False)
+        transposed, leading = _lies(matrix)
+        if leading is None:
+            matrix = self._xp.ascontiguousarray(matrix)
+            transposed, leading = _lies(matrix)
+        (width, d_out), itemsize = matrix.shape, rows.dtype.itemsize
+        kind = getattr(self._xp.cuda.runtime, CUDA_TYPES[rows.dtype.name])
+        wide = np.float64 if rows.dtype == np.float64 else np.float32
+        cublas = self._cublas
+        return matrix, (
+            cublas.CUBLAS_OP_T if transposed else cublas.CUBLAS_OP_N,
+            cublas.CUBLAS_OP_N,
+            *(d_out, stop - start, width),
+            self._ones[wide].ctypes.data,
+            *(matrix.data.ptr, kind, leading),
+            *(rows.data.ptr + start * rows.strides[0], kind, rows.strides[0] // itemsize),
+            self._zeros[wide].ctypes.data,
+            *(out.data.ptr + start * out.strides[0], kind, out.strides[0] // itemsize),
+            self._accuracy(rows.dtype),
+            cublas.CUBLAS_GEMM_DEFAULT,
+        )
+
+    def _accuracy(self, dtype: np.dtype) -> int:
+        if dtype == np.float64:
+            return self._cublas.CUBLAS_COMPUTE_64F
+        if dtype == np.float32 and int(os.environ.get("CUPY_TF32", "0")) > 0:
+            return self._cublas.CUBLAS_COMPUTE_32F_FAST_TF32
+        return self._cublas.CUBLAS_COMPUTE_32F
+
+
+def _lies(matrix: Array) -> tuple[bool, int | None]:
+    """Whether a matrix lies column by column, and from where to where its lines go."""
+    (rows, columns), itemsize = matrix.shape, matrix.dtype.itemsize
+    steps = [stride // itemsize for stride in matrix.strides]
+    if steps[1] == 1 and steps[0] >= columns:
+        return False, steps[0]
+    if steps[0] == 1 and steps[1] >= rows:
+        return True, steps[1]
+    return False, None
+
+
+def gemms(xp: Any) -> Gemms | None:
+    """Give the products of the device in use, or None where there is no cuBLAS."""
+    if not hasattr(xp, "cuda") or not hasattr(xp.cuda, "cublas"):
+        return None
+    key = (xp.__name__, xp.cuda.get_device_id())
+    with _lock:
+        if key not in _every_gemms:
+            _every_gemms[key] = Gemms(xp)
+        return _every_gemms[key]
+
+
+_every_gemms: dict[tuple[str, int], Gemms] = {}

@@ -12,21 +12,22 @@ Axis letters: `n` rows, `d` width, `k` slots per row, `E` experts, `R` ranks.
     output [n, d_out]
 
 There is no loop over rows: one stable sort, then one matrix product per expert that has rows.
-NumPy and CuPy arrays take the same path; on a device the only thing that comes to the host is one
-small array of integers, the ends of the experts' segments and what must be known of the values.
+On a device (CuPy) the experts compute together instead of tile by tile, see `grouped`; the only
+thing that comes to the host is one small array of integers, the ends of the experts' segments and
+what must be known of the values.
 """
 
 from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
 import numpy as np
 
-from dask_ep import memory
+from dask_ep import grouped, memory
 from dask_ep.arrays import Array, is_array, namespace, one_namespace, to_host
 
 TILE_BYTES = 8 << 20
@@ -62,9 +63,22 @@ class Expert(ABC):
     def widest(self) -> int:
         return max(self.d, self.d_out)
 
+    @property
+    def kin(self) -> Hashable:
+        """Equal for experts that can compute together; by default each is alone."""
+        return id(self)
+
     @abstractmethod
     def __call__(self, rows: Array, out: Array | None = None) -> Array:
         """Compute the expert on rows (m, d); into `out` (m, d_out) when it is given."""
+
+    @staticmethod
+    def together(
+        experts: Sequence[Expert], rows: Array, bounds: grouped.Bounds, out: Array
+    ) -> None:
+        """On a device: compute experts that are kin, each on its rows, all of them contiguous."""
+        for expert, (start, stop) in zip(experts, bounds, strict=True):
+            expert(rows[start:stop], out=out[start:stop])
 
 
 class Linear(Expert):
@@ -73,6 +87,17 @@ class Linear(Expert):
     def __init__(self, W: Array):
         self.W = W
         self.d, self.d_out = W.shape
+
+    @property
+    def kin(self) -> Hashable:
+        return Linear, self.W.shape
+
+    @staticmethod
+    def together(
+        experts: Sequence[Linear], rows: Array, bounds: grouped.Bounds, out: Array
+    ) -> None:
+        matrices = [expert.W.astype(rows.dtype, copy=False) for expert in experts]
+        grouped.products(rows, matrices, bounds, out)
 
     def __call__(self, rows: Array, out: Array | None = None) -> Array:
         xp = namespace(rows)
@@ -148,7 +173,8 @@ def expert_parallel_dispatch(
 
     Notes
     -----
-    float64 tokens are computed in float64, all others in float32, whatever the weights' dtype.
+    float64 tokens are computed in float64, all others in float32, whatever the weights' dtype; on a
+    device float16 and bfloat16 stay what they are between the steps, and are added up in float32.
     One stable sort of the n * k slots and one matrix product per expert with rows (per tile of
     `TILE_BYTES` on the CPU); additions go in the order of the experts, so that the same input
     gives the same bits. Rows that come sorted by expert with one slot each are neither gathered nor
@@ -174,14 +200,36 @@ def expert_parallel_dispatch(
     check_tokens(tokens)
     check_routing(routing, topk_weights, n=tokens.shape[0])
     check_rank(rank, world_size)
-    compute = computing_dtype(tokens.dtype)
+    compute = computing_dtype(tokens.dtype, on_device=xp is not np)
     experts = as_experts(expert_Ws, d=tokens.shape[1], like=tokens, dtype=compute)
+    if xp is not np:
+        return _on_device(tokens, routing, topk_weights, experts, rank, world_size)
 
     segments = sort_slots(routing, topk_weights, len(experts), rank, world_size)
     served = Served(tokens, segments, topk_weights, experts[0].d_out)
     for e, expert in enumerate(experts):
         served.add(e, expert)
     return served.out.astype(tokens.dtype, copy=False)
+
+
+def _on_device(
+    tokens: Array,
+    routing: Array,
+    topk_weights: Array | None,
+    experts: Sequence[Expert],
+    rank: int,
+    world_size: int,
+) -> Array:
+    sums, weights = computing_dtype(tokens.dtype), None
+    if topk_weights is not None:
+        flat = namespace(tokens).ascontiguousarray(topk_weights).reshape(-1)
+        weights = flat.astype(sums, copy=False)
+    slots = grouped.sort_slots(routing, weights, len(experts), rank, world_size)
+    if slots.bad:
+        _raise_bad_index(routing, len(experts) * world_size, len(experts), world_size)
+    if slots.nan:
+        _raise_nan(topk_weights)
+    return grouped.through_experts(tokens, slots, weights, experts, sums)
 
 
 # --- what is an expert here? -----------------------------------------------------------------
@@ -394,8 +442,6 @@ def tiles(start: int, stop: int, expert: Expert, compute: np.dtype, xp: Any = np
     m = stop - start
     if m == 0:
         return []
-    if xp is not np:
-        return [slice(start, stop)]
     row_bytes = max(expert.widest, 1) * compute.itemsize
     fewest, most = TILE_ROWS
     rows = min(max(TILE_BYTES // row_bytes, fewest), most)
@@ -437,6 +483,9 @@ def assign_rows(out: Array, rows: Array | slice, y: Array) -> None:
 
 def add_rows(out: Array, rows: Array, y: Array) -> None:
     """Add y (m, d) to rows (m,) of out (n, d); the rows must all be different."""
+    if namespace(out) is not np:
+        grouped.add_rows(out, rows, y)
+        return
     total = gather(out, rows, out.dtype)
     total += y
     out[rows] = total
@@ -460,15 +509,13 @@ def _add_repeated_rows(k: int, out: Array, rows: Array, y: Array) -> None:
 
 def gather(tokens: Array, rows: Array, dtype: np.dtype) -> Array:
     """Copy rows (m,) of tokens (n, d) to a new (m, d) array of another dtype or the same."""
-    xp = namespace(tokens)
-    taken = memory.empty((len(rows), tokens.shape[1]), tokens.dtype, like=tokens)
-    if xp is np:
-        np.take(tokens, rows, axis=0, out=taken, mode="clip")  # "raise" would buffer `out`
-    else:
-        xp.take(tokens, rows, axis=0, out=taken)
+    if namespace(tokens) is not np:
+        return grouped.gather(tokens, rows).astype(dtype, copy=False)
+    taken = memory.empty((len(rows), tokens.shape[1]), tokens.dtype)
+    np.take(tokens, rows, axis=0, out=taken, mode="clip")  # "raise" would buffer `out`
     if taken.dtype == dtype:
         return taken
-    converted = memory.empty(taken.shape, dtype, like=tokens)
+    converted = memory.empty(taken.shape, dtype)
     converted[...] = taken
     return converted
 
@@ -483,8 +530,14 @@ def is_float(dtype: np.dtype) -> bool:
     return dtype.kind == "f" or "float" in dtype.name
 
 
-def computing_dtype(dtype: np.dtype) -> np.dtype:
-    """The dtype in which tokens of a dtype are computed: float64 stays, all else is float32."""
+def computing_dtype(dtype: np.dtype, on_device: bool = False) -> np.dtype:
+    """The dtype in which tokens of a dtype are computed, and of which their experts are held.
+
+    float64 stays, all else is float32, in which sums are taken everywhere. On a device 16 bits stay
+    16 bits between two steps.
+    """
+    if on_device and np.dtype(dtype).itemsize == 2:
+        return np.dtype(dtype)
     return np.dtype(np.float64 if dtype == np.float64 else np.float32)
 
 

@@ -227,6 +227,11 @@ class Experts:
         return sum(weight.nbytes for weight in self.weights.values())
 
     @property
+    def num_held(self) -> int:
+        """Experts without the empty slots."""
+        return sum(e >= 0 for e in next(iter(self.weights.values())).ids)
+
+    @property
     def parameters(self) -> int:
         """Numbers in one expert: twice as many FLOPs go into each row."""
         return sum(int(np.prod(weight.shape[1:])) for weight in self.weights.values())
@@ -280,7 +285,7 @@ class Experts:
 
         Notes
         -----
-        Each weight is converted on the host and goes to a device once; none comes back.
+        Each weight goes to a device once, as it is stored, and is converted there; none comes back.
         """
         chosen = self if experts is None else self.subset(experts)
         given = given or {

@@ -62,7 +62,7 @@ class Layout:
 def need(inputs: Inputs, layout: Layout) -> Need:
     """Say what one worker needs of memory, at most, by the rows of a chunk."""
     experts, layer = inputs.experts, inputs.layer
-    itemsize = computing_dtype(inputs.tokens.dtype).itemsize
+    itemsize = computing_dtype(inputs.tokens.dtype, layout.on_devices).itemsize
     ranks = -(-layout.world_size // layout.workers)
     held = ranks * _slots_per_rank(inputs, layout) * experts.parameters
     if layer is not None:

@@ -15,12 +15,13 @@ and `up_offset` it is gpt-oss's.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Hashable, Sequence
 
 import numpy as np
 
-from dask_ep import memory
-from dask_ep.dispatch import Array, Expert, Linear, namespace
+from dask_ep import fused, memory
+from dask_ep.dispatch import Array, Expert, Linear, computing_dtype, namespace
+from dask_ep.grouped import Bounds
 
 RUN_BYTES = 256 << 10
 """Bytes of hidden numbers that go through all passes of an activation together: with their factor
@@ -37,6 +38,16 @@ class Affine(Expert):
         self._product, self._bias = Linear(w), bias
         self.d, self.d_out = w.shape
 
+    @property
+    def kin(self) -> Hashable:
+        return Affine, self._product.kin
+
+    @staticmethod
+    def together(experts: Sequence[Affine], rows: Array, bounds: Bounds, out: Array) -> None:
+        Linear.together([expert._product for expert in experts], rows, bounds, out)
+        for expert, (start, stop) in zip(experts, bounds, strict=True):
+            out[start:stop] += expert._bias
+
     def __call__(self, rows: Array, out: Array | None = None) -> Array:
         out = self._product(rows, out)
         out += self._bias
@@ -48,11 +59,28 @@ class Mlp(Expert):
 
     def __init__(self, up: Expert, down: Expert, activation: str):
         self._up, self._down, self._activate = up, down, ACTIVATIONS[activation]
-        self.d, self.d_out = up.d, down.d_out
+        self.d, self.d_out, self._activation = up.d, down.d_out, activation
 
     @property
     def widest(self) -> int:
         return max(self.d, self._up.d_out, self.d_out)
+
+    @property
+    def kin(self) -> Hashable:
+        return Mlp, self._up.kin, self._down.kin, self._activation
+
+    @staticmethod
+    def together(experts: Sequence[Mlp], rows: Array, bounds: Bounds, out: Array) -> None:
+        one = experts[0]
+        hidden = _hidden(rows, one._up)
+        one._up.together([expert._up for expert in experts], rows, bounds, hidden)
+        if (kernels := fused.kernels(namespace(hidden))) is not None:
+            kernels.activate(hidden, one._activation, 1.0)
+        else:
+            wide = hidden.astype(computing_dtype(hidden.dtype), copy=False)
+            one._activate(wide, 1.0)
+            hidden[...] = wide
+        one._down.together([expert._down for expert in experts], hidden, bounds, out)
 
     def __call__(self, rows: Array, out: Array | None = None) -> Array:
         hidden = self._up(rows, _hidden(rows, self._up))
@@ -102,6 +130,67 @@ class Gated(Expert):
             up += self._up_offset
         self._activate(gate, self._alpha)
         gate *= up
+
+
+class GatedPair(Expert):
+    """`Gated` on a device: gate and up side by side in one matrix, so in one product.
+
+    ``hidden = x @ gate_up`` has the gate in its first f columns, where it is replaced by
+    activation(gate) * up; ``down`` reads it from there.
+    """
+
+    def __init__(
+        self,
+        gate_up: Expert,
+        down: Expert,
+        activation: str,
+        *,
+        limit: float | None = None,
+        alpha: float = 1.0,
+        up_offset: float = 0.0,
+        weigh: str = "output",
+    ):
+        self._gate_up, self._down, self._activation = gate_up, down, activation
+        self._limit, self._alpha, self._up_offset = limit, alpha, up_offset
+        self.d, self.d_out, self.weigh = gate_up.d, down.d_out, weigh
+
+    @property
+    def widest(self) -> int:
+        return max(self.d, self._gate_up.d_out, self.d_out)
+
+    @property
+    def kin(self) -> Hashable:
+        numbers = (self._limit, self._alpha, self._up_offset)
+        parts = (self._gate_up.kin, self._down.kin)
+        return GatedPair, *parts, self._activation, *numbers, self.weigh
+
+    def __call__(self, rows: Array, out: Array | None = None) -> Array:
+        if out is None:
+            out = memory.empty((len(rows), self.d_out), rows.dtype, like=rows)
+        self.together([self], rows, [(0, len(rows))], out)
+        return out
+
+    @staticmethod
+    def together(experts: Sequence[GatedPair], rows: Array, bounds: Bounds, out: Array) -> None:
+        one = experts[0]
+        hidden = _hidden(rows, one._gate_up)
+        one._gate_up.together([expert._gate_up for expert in experts], rows, bounds, hidden)
+        one._combine(hidden)
+        gated = hidden[:, : one._down.d]
+        one._down.together([expert._down for expert in experts], gated, bounds, out)
+
+    def _combine(self, hidden: Array) -> None:
+        if (kernels := fused.kernels(namespace(hidden))) is not None:
+            numbers = (self._limit, self._alpha, self._up_offset)
+            kernels.gate(hidden, self._activation, *numbers)
+            return
+        f, wide = self._down.d, computing_dtype(hidden.dtype)
+        gate, up = hidden[:, :f].astype(wide), hidden[:, f:].astype(wide)
+        if self._limit is not None:
+            gate = namespace(gate).minimum(gate, self._limit)
+            up = up.clip(-self._limit, self._limit)
+        ACTIVATIONS[self._activation](gate, self._alpha)
+        hidden[:, :f] = gate * (up + self._up_offset)
 
 
 class Summed(Expert):

@@ -238,7 +238,7 @@ class MoELayer:
         tasks: dict[Any, Task] = {}
         loaded = None
         if self.shared is not None:
-            dtype = computing_dtype(rows.dtype)
+            dtype = computing_dtype(rows.dtype, on_device=xp_name(rows) != "numpy")
             tasks[shared] = Task(shared, _load_shared, self.shared, gate, xp_name(rows), dtype)
             loaded = TaskRef(shared)
         for c, (row_key, y_key) in enumerate(zip(keys_of(rows), keys_of(routed), strict=True)):
@@ -356,14 +356,16 @@ def _load_shared(
     loaded = shared.load(xp=xp, dtype=dtype)
     if not gate:
         return loaded, None
-    return loaded, xp.asarray(gate["shared_gate"].read().astype(dtype))
+    return loaded, xp.asarray(gate["shared_gate"].read().astype(computing_dtype(dtype)))
 
 
 def _finish(
     rows: Array, routed: Array, shared: tuple[Any, Array | None] | None, residual: bool
 ) -> Array:
-    """Add to the routed output in the computing dtype, rounding once."""
+    """Add to the routed output in float32, or float64 where rows are, rounding once."""
     compute = computing_dtype(rows.dtype)
+    if namespace(rows) is not np and rows.dtype != compute:
+        return _finish_in_16_bits(rows, routed, shared, residual)
     rows = rows.astype(compute, copy=False)
     if shared is None:
         y = memory.empty(routed.shape, compute, like=routed)
@@ -376,6 +378,18 @@ def _finish(
     return y.astype(routed.dtype, copy=False)
 
 
+def _finish_in_16_bits(
+    rows: Array, routed: Array, shared: tuple[Any, Array | None] | None, residual: bool
+) -> Array:
+    """The same on a device, where shared experts take and give 16 bits."""
+    y = routed.astype(np.float32)
+    if shared is not None:
+        y += _apply_shared(rows, *shared).astype(np.float32)
+    if residual:
+        y += rows.astype(np.float32)
+    return y.astype(routed.dtype)
+
+
 def _apply_shared(rows: Array, experts: Any, gate: Array | None) -> Array:
     """Every row through every shared expert: the kernel with a routing that says so."""
     xp, count = namespace(rows), len(experts)
@@ -383,6 +397,6 @@ def _apply_shared(rows: Array, experts: Any, gate: Array | None) -> Array:
     weights = None
     if gate is not None:
         with np.errstate(over="ignore"):
-            weights = 1 / (1 + xp.exp(-(rows @ gate)))
+            weights = 1 / (1 + xp.exp(-(rows.astype(gate.dtype, copy=False) @ gate)))
         weights = xp.broadcast_to(weights[:, None], everyone.shape)
     return expert_parallel_dispatch(rows, everyone, experts, 0, 1, topk_weights=weights)

@@ -11,7 +11,8 @@ import numpy as np
 
 from dask_ep import memory
 from dask_ep.dispatch import Array, Expert, Linear, namespace
-from dask_ep.kinds import Affine, Gated, Mlp, Summed
+from dask_ep.kinds import Affine, Gated, GatedPair, Mlp, Summed
+from dask_ep.weights import Weight
 
 if TYPE_CHECKING:
     from dask_ep.experts import Experts
@@ -31,7 +32,7 @@ class LocalExperts(Sequence):
 
     def __init__(self, experts: Experts, xp: Any, dtype: np.dtype, given: dict[str, np.ndarray]):
         self._origin = (experts, xp.__name__, dtype, given)
-        self.nbytes = experts.parameters * experts.num_experts * dtype.itemsize
+        self.nbytes = experts.parameters * experts.num_held * dtype.itemsize
         self._lock = Lock()
         self._experts: list[Expert] | None = None
 
@@ -69,19 +70,78 @@ def _load(
     experts: Experts, namespace_name: str, dtype: np.dtype, given: dict[str, np.ndarray]
 ) -> list[Expert]:
     xp = import_module(namespace_name)
-    stacks = {name: weight.read(dtype, given.get(name)) for name, weight in experts.weights.items()}
-    if xp is not np:
-        stacks = {
-            name: [None if a is None else xp.asarray(a) for a in stack]
-            for name, stack in stacks.items()
-        }
-    build = BUILDERS[experts.kind]
+    if xp is np:
+        stacks = {n: weight.read(dtype, given.get(n)) for n, weight in experts.weights.items()}
+        build = BUILDERS[experts.kind]
+    else:
+        stacks = _read_to_device(experts, xp, dtype, given)
+        build = _gated_pair if "gate_up" in stacks else BUILDERS[experts.kind]
     local = []
     for e in range(experts.num_experts):
         arrays = {name: stack[e] for name, stack in stacks.items()}
         empty = all(a is None for a in arrays.values())
         local.append(_EmptySlot(experts) if empty else build(arrays, experts.options))
     return local
+
+
+def _read_to_device(
+    experts: Experts, xp: Any, dtype: np.dtype, given: dict[str, np.ndarray]
+) -> dict[str, list[Array | None]]:
+    """Read the experts to a device, gate and up into one matrix; what is there stays there.
+
+    All experts of one weight are one allocation, which is freed with the last of them.
+    """
+    weights = experts.weights
+    if any(weight.on_device for weight in weights.values()):
+        read = {name: weight.read(dtype, given.get(name)) for name, weight in weights.items()}
+        stacks = {n: [None if a is None else xp.asarray(a) for a in s] for n, s in read.items()}
+        return stacks if "gate_up" not in stacks else _side_by_side(stacks, experts.options)
+    axis = 0 if experts.options.get("transposed", False) else 1
+    stacks, targets = {}, {}
+    for name, weight in weights.items():
+        shape = weight.shape[1:]
+        if name in ("gate", "gate_bias"):
+            along = 0 if len(shape) == 1 else axis
+            whole = (*shape[:along], 2 * shape[along], *shape[along + 1 :])
+            pair = stacks[name.replace("gate", "gate_up")] = _allocate(xp, weight, whole, dtype)
+            halves = [(None, None) if a is None else _halves(a, along) for a in pair]
+            targets[name] = [gate for gate, _ in halves]
+            targets[name.replace("gate", "up")] = [up for _, up in halves]
+        elif name not in targets:
+            targets[name] = stacks[name] = _allocate(xp, weight, shape, dtype)
+    for name, weight in weights.items():
+        weight.fill(targets[name], given.get(name))
+    return _side_by_side(stacks, experts.options) if "gate_up" in stacks else stacks
+
+
+def _allocate(
+    xp: Any, weight: Weight, shape: tuple[int, ...], dtype: np.dtype
+) -> list[Array | None]:
+    """Device memory for one weight of all experts that are held, in one piece."""
+    held = sum(e >= 0 for e in weight.ids)
+    stack = iter(xp.empty((held, *shape), dtype=dtype))
+    return [next(stack) if e >= 0 else None for e in weight.ids]
+
+
+def _side_by_side(
+    stacks: dict[str, list[Array | None]], options: dict[str, Any]
+) -> dict[str, list[Array | None]]:
+    """Put gate and up beside each other where they alternate."""
+    if not options.get("interleaved", False):
+        return stacks
+    axis = 0 if options["transposed"] else 1
+    stacks["gate_up"] = [None if a is None else _sorted_out(a, axis) for a in stacks["gate_up"]]
+    if "gate_up_bias" in stacks:
+        biases = stacks["gate_up_bias"]
+        stacks["gate_up_bias"] = [None if a is None else _sorted_out(a, 0) for a in biases]
+    return stacks
+
+
+def _sorted_out(w: Array, axis: int) -> Array:
+    whole = memory.empty(w.shape, w.dtype, like=w)
+    for half, first in zip(_halves(whole, axis), (0, 1), strict=True):
+        half[...] = w[first::2] if axis == 0 else w[:, first::2]
+    return whole
 
 
 class _EmptySlot(Expert):
@@ -150,6 +210,13 @@ def _by_hidden_columns(
                 part[name] = _product(w[:, columns], None if bias is None else bias[columns])
         parts.append(build(part))
     return parts[0] if len(parts) == 1 else Summed(parts)
+
+
+def _gated_pair(arrays: dict[str, Array], options: dict[str, Any]) -> Expert:
+    names = ("activation", "limit", "alpha", "up_offset", "weigh")
+    gate_up = _product(_oriented(arrays["gate_up"], options), arrays.get("gate_up_bias"))
+    down = _product(_oriented(arrays["down"], options), arrays.get("down_bias"))
+    return GatedPair(gate_up, down, **{name: options[name] for name in names})
 
 
 def _gated_fused(arrays: dict[str, Array], options: dict[str, Any]) -> Expert:

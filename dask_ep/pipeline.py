@@ -240,6 +240,7 @@ def _load_tasks(
     """The task per rank that loads its experts, and the Dask arrays that these depend on."""
     tasks, dependencies = {}, []
     xp = namespace(tokens._meta).__name__
+    dtype = computing_dtype(tokens.dtype, on_device=xp != "numpy")
     for r, ids in enumerate(slots):
         local = experts.subset(ids)
         lazy = local.collections()
@@ -248,9 +249,7 @@ def _load_tasks(
         given = {
             n: TaskRef(next(iter(dask.core.flatten(a.__dask_keys__())))) for n, a in lazy.items()
         }
-        tasks[key] = Task(
-            key, _load, local.detached(), xp, computing_dtype(tokens.dtype), r, **given
-        )
+        tasks[key] = Task(key, _load, local.detached(), xp, dtype, r, **given)
     return tasks, dependencies
 
 

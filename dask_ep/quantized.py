@@ -19,6 +19,8 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
+from dask_ep.arrays import Array, namespace
+from dask_ep.device import fill, pinned_empty, upload
 from dask_ep.files import ReadError
 from dask_ep.sources import ArraySource, Source
 
@@ -44,6 +46,10 @@ def pairs_of(values: np.ndarray, first: np.ndarray, second: np.ndarray) -> np.nd
 
 MXFP4_PAIRS = pairs_of(E2M1, np.arange(256) & 15, np.arange(256) >> 4)
 """[256] both values of a byte."""
+
+
+POWERS = np.ldexp(np.float32(1), np.arange(255, dtype=np.int32) - 127)
+"""[255] what the exponent of a scale stands for; 255 would be NaN, and is refused."""
 
 
 @cache
@@ -136,6 +142,17 @@ class Float8Source(Source):
             out[..., rows, :] *= wide[..., band : band + 1, :]
         return out
 
+    def fill(self, start: int, stop: int, out: Array) -> None:
+        """Read whole matrices to a device array ((stop - start,) o, i), and decode them there."""
+        xp = namespace(out)
+        if len(self.shape) == 3:
+            scales = self._read_scales(start, stop)
+        else:
+            scales = self._read_scales(0, self.scales.shape[0])
+        codes = _codes_on(xp, self.values, start, stop)
+        table = np.arange(256, dtype=np.uint8).view(self.values.dtype).astype(np.float32)
+        decode_float8(codes, xp.asarray(scales), xp.asarray(table), self.block, out)
+
     def _read_scales(self, start: int, stop: int) -> np.ndarray:
         scales = self.scales.read(start, stop).astype(np.float32)
         if not np.isfinite(scales).all():
@@ -202,12 +219,24 @@ class Mxfp4Source(Source):
         out = self._destination(start, stop, out)
         packed = self.blocks.read(start, stop).reshape(-1)
         look_up(MXFP4_PAIRS, packed.view(np.uint8), out.reshape(-1).view(np.uint64))
-        exponents = self.scales.read(start, stop).view(np.uint8)
-        if (exponents == 255).any():
-            raise ReadError(f"{self.scales.name} holds the scale 255, which stands for NaN")
+        exponents = self._read_exponents(start, stop)
         groups = out.reshape(*exponents.shape, MXFP4_GROUP)
         groups *= np.ldexp(np.float32(1), exponents.astype(np.int32) - 127)[..., None]
         return out
+
+    def fill(self, start: int, stop: int, out: Array) -> None:
+        """Read matrices to a device array (stop - start, o, i), and decode them there."""
+        xp = namespace(out)
+        exponents = self._read_exponents(start, stop)
+        codes = _codes_on(xp, self.blocks, start, stop)
+        tables = (xp.asarray(MXFP4_PAIRS.view(np.float32).reshape(256, 2)), xp.asarray(POWERS))
+        decode_mxfp4(codes, xp.asarray(exponents), *tables, out)
+
+    def _read_exponents(self, start: int, stop: int) -> np.ndarray:
+        exponents = self.scales.read(start, stop).view(np.uint8)
+        if (exponents == 255).any():
+            raise ReadError(f"{self.scales.name} holds the scale 255, which stands for NaN")
+        return exponents
 
     def fingerprint(self) -> dict[str, Any]:
         return _both(self, self.blocks, self.scales)
@@ -222,6 +251,69 @@ def _decode_float8(codes: np.ndarray, out: np.ndarray) -> None:
     table = float8_pairs(codes.dtype)
     look_up(table, codes[:even].view(np.uint16), out[:even].view(np.uint64))
     out[even:] = codes[even:]
+
+
+# --- on a device ---------------------------------------------------------------------------------
+
+
+def fill_on_device(source: Source, start: int, stop: int, out: Array) -> None:
+    """Read rows of a source into a device array, in one copy of the bytes as they are stored.
+
+    Parameters
+    ----------
+    source : Source
+        Of floats; what is quantized or of another dtype than `out` is converted on the device.
+    start, stop : rows; whole matrices of what is quantized
+    out : (stop - start, *source.shape[1:]) device array
+    """
+    if isinstance(source, (Float8Source, Mxfp4Source)):
+        source.fill(start, stop, out)
+        return
+    xp = namespace(out)
+    host = pinned_empty(xp, (stop - start, *source.shape[1:]), source.dtype)
+    source.read(start, stop, out=host)
+    put(out, host)
+
+
+def put(out: Array, host: np.ndarray) -> None:
+    """Copy a pinned array into a device array of its shape, converted there if need be."""
+    if out.dtype == host.dtype and out.flags.c_contiguous:
+        fill(out, host)
+    else:
+        out[...] = upload(namespace(out), host).astype(out.dtype, copy=False)
+
+
+def decode_float8(
+    codes: Array, scales: Array, table: Array, block: tuple[int, int], out: Array
+) -> None:
+    """Write ``table[codes] * scale of the block`` to `out`, on whatever device they are.
+
+    codes (..., o, i) uint8, scales (..., ceil(o / b0), ceil(i / b1)), table (256,) float32.
+    """
+    xp, (rows, columns) = namespace(out), codes.shape[-2:]
+    wide = xp.repeat(xp.repeat(scales, block[0], axis=-2), block[1], axis=-1)
+    values = xp.take(table, codes.reshape(-1)).reshape(codes.shape)
+    values *= wide[..., :rows, :columns]
+    out[...] = values.reshape(out.shape).astype(out.dtype, copy=False)
+
+
+def decode_mxfp4(codes: Array, exponents: Array, pairs: Array, powers: Array, out: Array) -> None:
+    """Write the values of MXFP4 to `out`, on whatever device they are.
+
+    codes (..., i / 32, 16) and exponents (..., i / 32) uint8, pairs (256, 2) and powers (255,)
+    float32.
+    """
+    xp = namespace(out)
+    values = xp.take(pairs, codes.reshape(-1), axis=0).reshape(*exponents.shape, MXFP4_GROUP)
+    values *= xp.take(powers, exponents.reshape(-1)).reshape(*exponents.shape, 1)
+    out[...] = values.reshape(out.shape).astype(out.dtype, copy=False)
+
+
+def _codes_on(xp: Any, source: Source, start: int, stop: int) -> Array:
+    """Numbers of 8 bits as they are stored, as uint8 on a device, which knows no float8."""
+    host = pinned_empty(xp, (stop - start, *source.shape[1:]), source.dtype)
+    source.read(start, stop, out=host)
+    return upload(xp, host.view(np.uint8))
 
 
 def _both(whole: Source, data: Source, scales: Source) -> dict[str, Any]:

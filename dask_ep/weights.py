@@ -15,8 +15,9 @@ import numpy as np
 from dask.base import normalize_token
 
 from dask_ep import memory
-from dask_ep.arrays import is_array
-from dask_ep.dispatch import Array
+from dask_ep.arrays import Array, is_array, namespace
+from dask_ep.device import pinned_empty
+from dask_ep.quantized import fill_on_device, put
 from dask_ep.sources import ArraySource, Source, open_source
 
 
@@ -108,6 +109,33 @@ class Weight:
                 arrays.append(self.parts.read(e, e + 1)[0])
         return [None if a is None else _converted(a, dtype) for a in arrays]
 
+    @property
+    def on_device(self) -> bool:
+        """Whether these weights are on a device already, and stay where they are."""
+        return isinstance(self.parts, _DeviceSource) or (
+            isinstance(self.parts, tuple) and isinstance(self.parts[0], _DeviceSource)
+        )
+
+    def fill(self, targets: Sequence[Array | None], given: np.ndarray | None = None) -> None:
+        """Read each expert held here into a device array; one of its number, None where empty.
+
+        Notes
+        -----
+        Bytes go there as they are stored, through pinned memory: the next one is read while the
+        last is on its way.
+        """
+        read = iter(() if given is None else given)
+        for e, target in zip(self.ids, targets, strict=True):
+            if e < 0:
+                continue
+            if given is not None:
+                _put(target, next(read))
+            elif isinstance(self.parts, tuple):
+                part = self.parts[e]
+                fill_on_device(part, 0, part.shape[0], target)
+            else:
+                fill_on_device(self.parts, e, e + 1, target[None])
+
     def __dask_tokenize__(self) -> object:
         return normalize_token((self.parts, tuple(self.ids)))
 
@@ -132,6 +160,16 @@ class _Detached(Source):
 
     def fingerprint(self) -> dict[str, Any]:
         return self._describe()
+
+
+def _put(target: Array, value: Array) -> None:
+    """Copy a value that is in memory, here or on the device already."""
+    if not isinstance(value, np.ndarray):
+        target[...] = value.astype(target.dtype, copy=False)
+        return
+    host = pinned_empty(namespace(target), value.shape, value.dtype)
+    host[...] = value
+    put(target, host)
 
 
 def _source(obj: Any, name: str) -> Source:

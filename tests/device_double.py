@@ -641,6 +641,11 @@ def argsort(a, axis=-1, kind=None):
 
 
 @_offer
+def sort(a, axis=-1, kind=None):
+    return _wrap(np.sort(a._a, axis, kind="stable"))
+
+
+@_offer
 def partition(a, kth, axis=-1):
     copied = a.copy("K")
     copied.partition(kth, axis)
@@ -707,8 +712,14 @@ def matmul(
     out=None,
 ):
     a, b = map(_only_device, args[:2])
+    dtype = np.result_type(a, b)
+    if dtype.itemsize == 2:  # cuBLAS adds up in float32, and rounds what it writes
+        a, b = a.astype(np.float32), b.astype(np.float32)
     with np.errstate(all="ignore"):
-        return _into(out, np.matmul(a, b))
+        product = np.matmul(a, b).astype(dtype)
+    if out is not None and out.dtype != dtype:
+        raise TypeError(f"{dtype} cannot be written to {out.dtype}")
+    return _into(out, product)
 
 
 @_offer

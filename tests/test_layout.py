@@ -15,6 +15,7 @@ PACKAGE = ROOT / "dask_ep"
 
 GROUND = (
     "arrays blas corpus costs device files interrupts journal memory reference "
+    "fused grouped "
     "safetensors_header zarr_layout"
 )
 KERNEL_AND_DATA = "dispatch kinds local output quantized remote sources spill weights writers"

@@ -1,0 +1,247 @@
+"""How does a device take a chunk through many experts at once?
+
+    slots, sorted by expert ──one gather──> rows (m, d) ──together──> answers (m, d_out)
+                                                                            │
+    out (n, d_out) <──one pass: each row sums its answers, weighted─────────┘
+
+A device pays for every step that it is told to take, so the steps are few: experts of one kind
+compute together, one matrix product for each and one pass for the activation of all of them.
+What the host must know is where each expert's rows end: one copy of E/R + 3 integers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from itertools import groupby
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from dask_ep import fused
+from dask_ep.arrays import Array, namespace, to_host
+from dask_ep.device import gemms
+
+TOGETHER_BYTES = 2 << 30
+"""Bytes of the widest rows of experts that compute together: it bounds the memory of what they make
+on the way. An expert with more rows computes by itself."""
+
+Bounds = Sequence[tuple[int, int]]
+"""First and last + 1 row of each expert."""
+
+
+class Slots(NamedTuple):
+    """The slots of a chunk, sorted by local expert, on a device."""
+
+    k: int
+    #: slots per row
+    order: Array
+    #: [n * k] slot numbers (row * k + slot), ours first, by local expert, then by number
+    bounds: list[tuple[int, int]]
+    #: of each local expert, in `order`
+    in_order: bool
+    #: whether slots came sorted, one a row
+    bad: int
+    #: how many hold no index of an expert
+    nan: int
+    #: how many others have a weight that is NaN
+
+
+def sort_slots(
+    routing: Array, weights: Array | None, num_local: int, rank: int, world_size: int
+) -> Slots:
+    """Sort the slots of a chunk by local expert; one copy of integers to the host.
+
+    Parameters
+    ----------
+    routing : (n,) or (n, k) integers
+    weights : (n * k,) of the computing dtype of sums, or None
+    num_local, rank, world_size : E/R, r and R
+
+    Notes
+    -----
+    The sort is stable. Slots that nobody here serves come last, and bad ones behind those: so the
+    ends of all segments tell, in one copy, what would be two more reductions.
+    """
+    xp = namespace(routing)
+    k = 1 if routing.ndim == 1 else routing.shape[1]
+    flat = xp.ascontiguousarray(routing).reshape(-1)
+    if flat.size == 0:
+        order = xp.empty(0, dtype=np.int64)
+        return Slots(k, order, [(0, 0)] * num_local, in_order=True, bad=0, nan=0)
+    keys = xp.empty(flat.shape, dtype=np.int16 if num_local < 2**15 - 3 else np.int64)
+    _sort_keys(xp, flat, weights, keys, rank * num_local, num_local, num_local * world_size)
+    order = xp.argsort(keys, kind="stable")
+    kinds = xp.arange(num_local + 3, dtype=keys.dtype)
+    facts = [xp.searchsorted(keys[order], kinds, side="right")]
+    if k == 1:
+        facts.append((keys[1:] >= keys[:-1]).all())
+    ends = to_host(*facts)
+    in_order = k == 1 and bool(ends.pop())
+    ours, (others, bad, _) = ends[:num_local], ends[num_local:]
+    bounds = list(zip([0, *ours[:-1]], ours, strict=True))
+    return Slots(k, order, bounds, in_order, bad - others, flat.size - bad)
+
+
+def through_experts(
+    tokens: Array, slots: Slots, weights: Array | None, experts: Sequence[Any], sums: np.dtype
+) -> Array:
+    """Give each row the sum of what the experts make of it.
+
+    Parameters
+    ----------
+    tokens : (n, d)
+    slots : from `sort_slots`, with nothing bad
+    weights : (n * k,) of dtype `sums`, or None
+    experts : Expert per segment
+    sums : dtype in which answers are weighted and added, in the order of the experts
+
+    Returns
+    -------
+    (n, d_out) of the tokens' dtype
+    """
+    xp, tokens = namespace(tokens), namespace(tokens).ascontiguousarray(tokens)
+    m, shape = slots.bounds[-1][1], (len(tokens), experts[0].d_out)
+    out = xp.empty(shape, dtype=tokens.dtype)
+    answers = out[:m] if slots.in_order else xp.empty((m, shape[1]), dtype=tokens.dtype)
+    late = not slots.in_order and all(expert.weigh == "output" for expert in experts)
+    for some, bounds in _runs(experts, slots.bounds, tokens.dtype.itemsize):
+        part = slice(bounds[0][0], bounds[-1][1])
+        order = None if slots.in_order else slots.order[part]
+        early = weights is not None and some[0].weigh == "input"
+        if order is None:
+            rows = tokens[part]
+            if early:
+                rows = _weigh(rows, None, 1, weights[part])
+        elif early:
+            rows = _weigh(tokens, order, slots.k, weights)
+        else:
+            rows = gather(tokens, order, slots.k)
+        here = [(start - part.start, stop - part.start) for start, stop in bounds]
+        type(some[0]).together(some, rows, here, answers[part])
+        if weights is not None and not early and not late:
+            own = weights[part] if order is None else weights[order]
+            _weigh(answers[part], None, 1, own, out=answers[part])
+    if slots.in_order:
+        out[m:] = 0
+    else:
+        _combine(answers, slots, weights if late else None, out, sums)
+    return out
+
+
+def products(rows: Array, matrices: Sequence[Array], bounds: Bounds, out: Array) -> None:
+    """``out[start:stop] = rows[start:stop] @ matrix`` of each expert.
+
+    Notes
+    -----
+    With cuBLAS one product per expert, on several streams (`device.Gemms`).
+    """
+    xp = namespace(rows)
+    multiply = gemms(xp)
+    if multiply is not None:
+        multiply(rows, matrices, bounds, out)
+        return
+    for matrix, (start, stop) in zip(matrices, bounds, strict=True):
+        xp.matmul(rows[start:stop], matrix, out=out[start:stop])
+
+
+def gather(rows: Array, order: Array, k: int = 1) -> Array:
+    """``rows[order // k]``: rows (n, d) and order (m,) give (m, d)."""
+    xp = namespace(rows)
+    out = xp.empty((len(order), rows.shape[1]), dtype=rows.dtype)
+    if (kernels := fused.kernels(xp)) is not None:
+        kernels.gather(xp.ascontiguousarray(rows), order, k, out)
+    else:
+        xp.take(rows, order // k, axis=0, out=out)
+    return out
+
+
+def add_rows(total: Array, rows: Array, answers: Array) -> None:
+    """``total[rows] += answers``; the rows are all different."""
+    xp = namespace(total)
+    if (kernels := fused.kernels(xp)) is not None:
+        kernels.add_rows(total, rows, xp.ascontiguousarray(answers))
+    else:
+        total[rows] = xp.take(total, rows, axis=0) + answers.astype(total.dtype, copy=False)
+
+
+# --- steps, each as one kernel or as array functions --------------------------------------------
+
+
+def _runs(
+    experts: Sequence[Any], bounds: Bounds, itemsize: int
+) -> Iterator[tuple[list[Any], list[tuple[int, int]]]]:
+    """Neighbours that compute together: of one kind, with rows, and within `TOGETHER_BYTES`."""
+    busy = [(e, b) for e, b in zip(experts, bounds, strict=True) if b[1] > b[0]]
+    for _, of_one_kind in groupby(busy, key=lambda one: one[0].kin):
+        run: list[Any] = []
+        for expert, bound in of_one_kind:
+            rows = bound[1] - (run[0][1][0] if run else bound[0])
+            if run and rows * expert.widest * itemsize > TOGETHER_BYTES:
+                yield [e for e, _ in run], [b for _, b in run]
+                run = []
+            run.append((expert, bound))
+        yield [e for e, _ in run], [b for _, b in run]
+
+
+def _sort_keys(
+    xp: Any,
+    routing: Array,
+    weights: Array | None,
+    keys: Array,
+    first: int,
+    num_local: int,
+    num_experts: int,
+) -> None:
+    """What slots are sorted by: the local expert, then others, bad indices, and NaN weights."""
+    if (kernels := fused.kernels(xp)) is not None:
+        kernels.sort_keys(routing, weights, keys, first, num_local, num_experts)
+        return
+    if routing.dtype == np.uint64:  # which would wrap around to -1
+        routing = xp.minimum(routing, np.uint64(2**63 - 1))
+    expert = routing.astype(np.int64)
+    local = expert - first
+    found = xp.where((local < 0) | (local >= num_local), num_local, local)
+    found = xp.where((expert < -1) | (expert >= num_experts), num_local + 1, found)
+    if weights is not None:
+        found = xp.where(xp.isnan(weights), num_local + 2, found)
+    keys[...] = found
+
+
+def _weigh(
+    rows: Array, order: Array | None, k: int, weights: Array, out: Array | None = None
+) -> Array:
+    """Rows of the slots `order`, or of slot r for row r, times the weights of the slots."""
+    xp = namespace(rows)
+    if out is None:
+        m = len(rows) if order is None else len(order)
+        out = xp.empty((m, rows.shape[1]), dtype=rows.dtype)
+    if (kernels := fused.kernels(xp)) is not None:
+        kernels.weigh(rows, order, k, weights, out)
+        return out
+    if order is not None:
+        rows, weights = xp.take(rows, order // k, axis=0), weights[order]
+    out[...] = rows.astype(weights.dtype, copy=False) * weights[:, None]
+    return out
+
+
+def _combine(
+    answers: Array, slots: Slots, weights: Array | None, out: Array, sums: np.dtype
+) -> None:
+    """``out[i]`` = the sum over row i's slots of weight * answer, in the order of the experts."""
+    xp, n, m = namespace(out), len(out), len(answers)
+    positions = xp.empty(n * slots.k, dtype=np.int64)
+    positions[slots.order] = xp.arange(n * slots.k, dtype=np.int64)
+    positions = positions.reshape(n, slots.k)
+    if (kernels := fused.kernels(xp)) is not None:
+        kernels.combine(answers, positions, slots.order, weights, out)
+        return
+    total = xp.zeros(out.shape, dtype=sums)
+    if m:
+        positions = xp.sort(positions, axis=1)
+        for nth in range(slots.k):
+            at = xp.minimum(positions[:, nth], m - 1)
+            answer = xp.take(answers, at, axis=0).astype(sums, copy=False)
+            if weights is not None:
+                answer = answer * weights[slots.order[at]][:, None]
+            total += xp.where((positions[:, nth] < m)[:, None], answer, sums.type(0))
+    out[...] = total

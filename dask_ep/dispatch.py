@@ -196,7 +196,7 @@ def expert_parallel_dispatch(
            [ 9., 12.],
            [ 0.,  0.]])
     """
-    one_namespace(tokens=tokens, routing=routing, topk_weights=topk_weights)
+    xp = one_namespace(tokens=tokens, routing=routing, topk_weights=topk_weights)
     check_tokens(tokens)
     check_routing(routing, topk_weights, n=tokens.shape[0])
     check_rank(rank, world_size)
@@ -442,6 +442,8 @@ def tiles(start: int, stop: int, expert: Expert, compute: np.dtype, xp: Any = np
     m = stop - start
     if m == 0:
         return []
+    if xp is not np:
+        return [slice(start, stop)]
     row_bytes = max(expert.widest, 1) * compute.itemsize
     fewest, most = TILE_ROWS
     rows = min(max(TILE_BYTES // row_bytes, fewest), most)

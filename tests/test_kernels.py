@@ -1,0 +1,218 @@
+"""The kernels and products for a GPU do what array functions do, compiled for this machine."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import ml_dtypes
+import numpy as np
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from dask_ep import Experts, expert_parallel_dispatch, fused, grouped, reference
+from dask_ep.dispatch import Linear, computing_dtype
+from dask_ep.exchange import send, sum_ranks
+from tests.compare import assert_close
+from tests.device_double import DeviceArray, on_device, watch
+from tests.device_double import namespace as xp
+from tests.device_kernels import COMPILER, Cublas, kernels
+from tests.strategies import Case, cases
+
+pytestmark = pytest.mark.skipif(COMPILER is None, reason="there is no C++ compiler")
+
+DTYPES = [np.float32, np.float64, np.float16, ml_dtypes.bfloat16]
+
+
+@pytest.fixture
+def cublas() -> Iterator[Cublas]:
+    with kernels() as cublas:
+        yield cublas
+
+
+def normal(*shape: int, seed: int = 0, dtype: object = np.float32) -> np.ndarray:
+    return np.random.default_rng([seed, *shape]).standard_normal(shape).astype(dtype)
+
+
+def test_numbers_of_16_bits_are_turned_into_others_as_numpy_does(cublas):
+    """Every one of them, and float32 that lie between: ties, overflow, subnormal, NaN."""
+    for dtype in (np.float16, ml_dtypes.bfloat16):
+        every = np.arange(1 << 16, dtype=np.uint16).view(dtype)
+        some = normal(1000) * 10.0 ** np.random.default_rng(0).uniform(-45, 38, 1000)
+        with np.errstate(all="ignore"):
+            upper = every.astype(np.float32)
+            between = (upper[1:] + upper[:-1]) / 2
+            wide = np.concatenate([upper, between, some.astype("f4")])
+        kernel = fused.kernels(xp)
+        total = on_device(np.zeros((len(every), 1), np.float32))
+        kernel.add_rows(total, xp.arange(len(every)), on_device(every[:, None]))
+        np.testing.assert_array_equal(total.get()[:, 0], upper)
+
+        ones = on_device(np.ones((len(wide), 1), dtype))
+        out = xp.empty((len(wide), 1), dtype=dtype)
+        kernel.weigh(ones, None, 1, on_device(wide), out)
+        with np.errstate(all="ignore"):
+            want = wide.astype(dtype)
+        good = ~np.isnan(want.astype("f4"))
+        assert out.get()[good, 0].tobytes() == want[good].tobytes()
+        assert np.isnan(out.get()[~good, 0].astype("f4")).all()
+
+
+@pytest.mark.parametrize("activation", reference.ACTIVATIONS)
+@pytest.mark.parametrize("dtype", [np.float64, ml_dtypes.bfloat16])
+def test_activations(cublas, activation, dtype):
+    up, gate, down = normal(2, 6, 4, dtype=dtype), normal(2, 6, 4, seed=1), normal(2, 4, 6)
+    for experts in (
+        Experts.gated(gate, up, down, activation=activation, limit=0.7, alpha=1.3, up_offset=1.0),
+        Experts.gated(gate, up, down, activation=activation),
+        Experts.mlp(up, down, activation=activation),
+    ):
+        rows = normal(9, 6, dtype=dtype)
+        got = experts.load(xp=xp, dtype=dtype)[1](on_device(rows))
+        wide = experts.load(dtype=np.float64)[1](rows.astype(np.float64))
+        assert_close(got.get(), wide, 1e-14 if dtype == np.float64 else 2e-2)
+
+
+@settings(max_examples=60, suppress_health_check=list(HealthCheck))
+@given(case=cases(), form=st.sampled_from(["linear", "gated", "weigh input"]))
+def test_the_kernel_by_kernels_is_the_kernel_by_array_functions(case: Case, form: str):
+    """The same bits, and the same copies."""
+    W, transposed = case.local_Ws(0), np.swapaxes(case.local_Ws(0), 1, 2)
+    weigh = "input" if form == "weigh input" else "output"
+    experts = Experts.linear(W)
+    if form != "linear":
+        experts = Experts.gated(W, W, transposed, activation="relu", weigh=weigh)
+    tokens, routing, weights = map(on_device, (case.tokens, case.routing, case.topk_weights))
+    dtype = computing_dtype(case.tokens.dtype, on_device=True)
+
+    def run() -> tuple[bytes, list[int]]:
+        local = experts.load(xp=xp, dtype=dtype)
+        with watch() as traffic:
+            y = expert_parallel_dispatch(
+                tokens, routing, local, 0, case.world_size, topk_weights=weights
+            )
+        assert type(y) is DeviceArray
+        assert traffic.to_device == []
+        return y.get().astype(np.float64) + 0.0, traffic.to_host
+
+    plain, copies = run()
+    with kernels():
+        compiled, copies_compiled = run()
+    assert copies == copies_compiled
+    # Products of other shapes round in other places; all else is the same to the bit.
+    tolerance = {8: 1e-13, 4: 1e-5, 2: case.tolerance}[case.tokens.dtype.itemsize]
+    assert_close(compiled, plain, tolerance)
+
+
+@given(case=cases(dtypes=[np.float32, np.float16]))
+def test_packets_and_their_sums(case: Case):
+    tokens, routing, weights = map(on_device, (case.tokens, case.routing, case.topk_weights))
+    each = case.num_experts // case.world_size
+
+    def run() -> bytes:
+        packets = [
+            send(tokens, routing, weights, rank, each, case.num_experts)
+            for rank in range(case.world_size)
+        ]
+        return sum_ranks(routing, [p.rows for p in packets], each, tokens.dtype).get().tobytes()
+
+    plain = run()
+    with kernels():
+        assert run() == plain
+
+
+@pytest.mark.parametrize("value", [4, -2, 2**63, 2**64 - 1])
+def test_an_index_that_does_not_exist(cublas, value):
+    dtype = np.int64 if abs(value) < 2**63 else np.uint64
+    routing = on_device(np.array([0, value, 1], dtype))
+    W = on_device(np.ones((2, 2, 2)))
+    with pytest.raises(ValueError, match=rf"routing\[1\] is {value}"):
+        expert_parallel_dispatch(on_device(np.ones((3, 2))), routing, W, 0, 2)
+
+
+def test_a_weight_that_is_nan(cublas):
+    weights = np.ones((3, 2), np.float32)
+    weights[2, 1] = np.nan
+    arrays = [on_device(a) for a in (np.ones((3, 2)), np.zeros((3, 2), int), np.ones((1, 2, 2)))]
+    with pytest.raises(ValueError, match=r"topk_weights\[2, 1\] is NaN"):
+        expert_parallel_dispatch(*arrays, 0, 1, topk_weights=on_device(weights))
+
+
+# --- products ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("transposed", [False, True])
+@pytest.mark.parametrize("wider", [0, 3])
+def test_products_of_cublas(cublas, dtype, transposed, wider):
+    """Rows may be part of wider ones; matrices may lie either way."""
+    bounds = [(0, 4), (4, 4), (4, 11), (11, 12), (12, 14), (14, 20)]
+    rows = on_device(normal(20, 5 + wider, dtype=dtype))[:, :5]
+    matrices = [normal(5, 3, seed=e, dtype=dtype) for e in range(len(bounds))]
+    there = [
+        on_device(np.ascontiguousarray(m.T)).T if transposed else on_device(m) for m in matrices
+    ]
+    out = xp.empty((20, 3), dtype=dtype)
+    grouped.products(rows, there, bounds, out)
+    sums = computing_dtype(dtype)
+    for matrix, (start, stop) in zip(matrices, bounds, strict=True):
+        want = (rows.get()[start:stop].astype(sums) @ matrix.astype(sums)).astype(dtype)
+        np.testing.assert_allclose(
+            out.get()[start:stop].astype("f8"),
+            want.astype("f8"),
+            rtol=1e-2 if sums != dtype else 1e-5,
+        )
+    assert len(cublas.calls) == 5, "none for an expert without rows"
+
+
+def test_each_stream_of_cublas_has_a_handle_of_its_own(cublas):
+    bounds = [(2 * e, 2 * e + 2) for e in range(10)]
+    rows, W = on_device(normal(20, 4)), [on_device(normal(4, 4))] * 10
+    grouped.products(rows, W, bounds, xp.empty((20, 4), dtype="f4"))
+    pairs = {(call.handle, id(call.stream)) for call in cublas.calls}
+    assert len(pairs) == len({handle for handle, _ in pairs}) == len({s for _, s in pairs}) == 4
+    assert xp.cuda.get_current_stream() is xp.cuda.Stream.null
+
+
+@pytest.mark.parametrize("asked", ["0", "1"])
+def test_tf32_is_for_float32_and_by_option(cublas, monkeypatch, asked):
+    monkeypatch.setenv("CUPY_TF32", asked)
+    for dtype in DTYPES:
+        one = on_device(np.ones((1, 1), dtype))
+        grouped.products(one, [one], [(0, 1)], xp.empty((1, 1), dtype=dtype))
+    modes = [call.mode for call in cublas.calls]
+    assert modes == [77 if asked == "1" else 68, 70, 68, 68]
+
+
+def test_a_matrix_of_another_dtype_lives_until_it_is_used(cublas):
+    """What is converted for a product must not make room for the next one too early."""
+    W = [on_device(normal(8, 8, seed=e, dtype=np.float16)) for e in range(6)]
+    rows, out = on_device(normal(12, 8)), xp.empty((12, 8), dtype="f4")
+    bounds = [(2 * e, 2 * e + 2) for e in range(6)]
+    Linear.together(list(map(Linear, W)), rows, bounds, out)
+    for matrix, (start, stop) in zip(W, bounds, strict=True):
+        want = rows.get()[start:stop] @ matrix.get().astype("f4")
+        np.testing.assert_allclose(out.get()[start:stop], want, rtol=1e-5, atol=1e-5)
+
+
+def test_experts_of_one_kind_compute_together(cublas):
+    experts = Experts.gated(normal(6, 4, 5), normal(6, 4, 5, seed=1), normal(6, 5, 4))
+    tokens, routing = on_device(normal(40, 4)), on_device(np.arange(80).reshape(40, 2) % 6)
+    expert_parallel_dispatch(tokens, routing, experts.load(xp=xp), 0, 1)
+    assert len(cublas.calls) == 2 * 6, "gate and up in one product"
+
+
+def test_experts_that_would_make_too_much_at_a_time_compute_by_themselves(cublas, monkeypatch):
+    monkeypatch.setattr(grouped, "TOGETHER_BYTES", 30 * 10 * 4)
+    made = []
+    gate = fused.Fused.gate
+    monkeypatch.setattr(
+        fused.Fused,
+        "gate",
+        lambda self, hidden, *rest: [made.append(len(hidden)), gate(self, hidden, *rest)],
+    )
+    experts = Experts.gated(normal(6, 4, 5), normal(6, 4, 5, seed=1), normal(6, 5, 4))
+    routing = np.repeat(np.arange(6), [10, 15, 40, 5, 25, 5])
+    tokens = on_device(normal(100, 4))
+    expert_parallel_dispatch(tokens, on_device(routing), experts.load(xp=xp), 0, 1)
+    assert made == [25, 40, 30, 5]

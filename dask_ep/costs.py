@@ -27,11 +27,12 @@ WORKER_TASK_SECONDS = 1.2e-3
 """Time that a worker spends on each task of a cluster besides its work (measured 1.2 ms over all
 workers: messages, tasks unpacked, results fetched and dropped)."""
 
-WARM_UP_SECONDS = 0.4
-"""Time in which a worker process imports what its first tasks need (measured 0.3 to 0.5 s)."""
-
 LOCAL_TASK_SECONDS = 0.1e-3
 """Scheduler time of one task on threads of one process (measured 0.05 to 0.18 ms)."""
+
+
+PACKED_RANKS = 2
+"""Ranks for which `Rates.pack` holds; each further one has its rows found among all others."""
 
 
 @dataclass(frozen=True)
@@ -42,11 +43,13 @@ class Rates:
     #: floating-point operations per second of one thread in matrix products of the job's width
     copy: float
     #: bytes per second that one thread gathers rows at
+    pack: float = 4e9
+    #: bytes per second of packets and answers that one thread makes and adds up
     sort: float = 3e7
-    #: rows per second among which one thread finds those that go to a rank
+    #: rows per second among which one thread finds those of a rank, where there are many ranks
     link: float = 0.5e9
-    #: bytes per second that a thread sends and receives (measured 2.1 s for 1 GB on loopback, both
-    #: ends together)
+    #: bytes per second that a thread sends and receives: messages packed, copied into the system
+    #: and out of it, into fresh memory (measured 2.1 s for 1 GB on loopback, both ends together)
     read: float = 1e9
     #: bytes per second that one thread reads from storage
     write: float = 0.5e9

@@ -255,9 +255,10 @@ class Plan:
 
     @property
     def handled_tasks(self) -> int:
-        """All tasks that Dask handles: those, the reads of the inputs, and the writes."""
-        reads = len(self.chunks) * (1 + self.work.inputs)
-        return self.tasks + self.other_tasks + reads + len(self.chunks)
+        """All tasks that Dask handles: those and the reads of the inputs; to write is part of the
+        last task of each chunk.
+        """
+        return self.tasks + self.other_tasks + len(self.chunks) * (1 + self.work.inputs)
 
     @property
     def scheduler_seconds(self) -> float:
@@ -309,12 +310,12 @@ class Plan:
             + self.rows * beside.row_bytes / rates.copy
         )
         if self.world_size > 1:
-            seconds += self.exchanged_bytes / rates.copy
-            seconds += 2 * self.rows * self.world_size / rates.sort  # to pack, and to add up
+            seconds += self.exchanged_bytes / rates.pack
+            more_ranks = self.world_size - costs.PACKED_RANKS
+            seconds += 2 * self.rows * max(more_ranks, 0) / rates.sort  # to pack, and to add up
         if self.workers > 1:
             seconds += self.moved_bytes / rates.link
             seconds += self.handled_tasks * costs.WORKER_TASK_SECONDS
-            seconds += self.workers * costs.WARM_UP_SECONDS
         return seconds
 
     @property
@@ -325,7 +326,9 @@ class Plan:
 
     @property
     def seconds(self) -> float:
-        """Time of the run: experts read, then the slower of workers and scheduler."""
+        """Time of the run, from its first task on: experts read, then the slower of workers and
+        scheduler. The start of worker processes, one to three seconds, comes before.
+        """
         return self.load_seconds + max(self.busy_seconds, self.scheduler_seconds)
 
     # --- advice ------------------------------------------------------------------------------

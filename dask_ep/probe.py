@@ -2,9 +2,9 @@
 
 About a second of what a run spends its time on, with as many rows, slots and experts as a task of
 the job has: the matrix products; what the kernel does around them (sorting, gathering and adding up
-rows), which experts that do nothing show; finding the rows of a packet; writing and reading a file,
-which the system keeps in memory. All threads of the run work at once, since they share caches,
-memory and whatever else the machine is doing.
+rows), which experts that do nothing show; packing rows and adding them up again; writing and
+reading a file, which the system keeps in memory. All threads of the run work at once, since they
+share caches, memory and whatever else the machine is doing.
 """
 
 from __future__ import annotations
@@ -19,12 +19,15 @@ import numpy as np
 
 from dask_ep import memory
 from dask_ep.blas import one_blas_thread
-from dask_ep.costs import Rates
+from dask_ep.costs import PACKED_RANKS, Rates
 from dask_ep.dispatch import expert_parallel_dispatch
-from dask_ep.exchange import packet_order
+from dask_ep.exchange import packet_order, send, sum_ranks
 
 MOST_BYTES = 32 << 20
 """Of the rows, and of the matrices, that one thread measures with."""
+
+FILE_PIECES = 4
+"""Of half as many bytes, that make a file."""
 
 
 def probe(
@@ -66,7 +69,7 @@ def probe(
     rows = max(min(rows, MOST_BYTES // (d * itemsize)), 1)
     products = _Products(d, d_out, max(rows * slots // experts, 1), experts, dtype)
     kernel = _Kernel(d, rows, slots, experts, dtype)
-    file = _File()
+    exchange, file = _Exchange(kernel), _File()
     with one_blas_thread(), ThreadPoolExecutor(threads) as pool, file.file:
 
         def mean_rate(work: Callable[[], int], share: float) -> float:
@@ -75,8 +78,9 @@ def probe(
 
         return Rates(
             flops=mean_rate(products, 0.4),
-            copy=mean_rate(kernel, 0.4),
-            sort=mean_rate(kernel.find_packet, 0.1),
+            copy=mean_rate(kernel, 0.2),
+            pack=mean_rate(exchange, 0.2),
+            sort=mean_rate(exchange.find_packet, 0.1),
             read=mean_rate(file.read, 0.05),
             write=mean_rate(file.write, 0.05),
         )
@@ -109,25 +113,42 @@ class _Kernel:
         expert_parallel_dispatch(self.tokens, self.routing, self.experts, 0, 1)
         return 2 * self.tokens.nbytes * self.routing.shape[1]
 
+
+class _Exchange:
+    """Packets to two ranks and back, as they went; called, it gives the bytes of both ways."""
+
+    def __init__(self, kernel: _Kernel):
+        self.tokens, self.routing = kernel.tokens, kernel.routing
+        self.num_local = -(-len(kernel.experts) // PACKED_RANKS)
+        self.small = self.routing.astype(np.min_scalar_type(-2 * self.num_local - 1))
+
+    def __call__(self) -> int:
+        num_experts = PACKED_RANKS * self.num_local
+        packets = [
+            send(self.tokens, self.routing, None, rank, self.num_local, num_experts).rows
+            for rank in range(PACKED_RANKS)
+        ]
+        sum_ranks(self.routing, packets, self.num_local, self.tokens.dtype)
+        return 2 * sum(rows.nbytes for rows in packets)
+
     def find_packet(self) -> int:
-        """Find the rows that go to one of two ranks; give the rows searched."""
-        half = -(-len(self.experts) // 2)
-        packet_order(self.routing.astype(np.min_scalar_type(-2 * half - 1)), 0, half)
-        return len(self.routing)
+        """Find the rows that go to one rank; give the rows searched."""
+        packet_order(self.small, 0, self.num_local)
+        return len(self.small)
 
 
 class _File:
     """A temporary file to write and to read; both give the bytes handled."""
 
     def __init__(self) -> None:
-        self.content = bytes(MOST_BYTES // 2)
+        self.content = np.ones(MOST_BYTES // 2, np.uint8)
         self.file = tempfile.TemporaryFile(prefix="dask-ep-probe-", buffering=0)  # noqa: SIM115
         self.file.write(self.content)
 
     def write(self) -> int:
-        """Write another one."""
+        """Write another one, of some pieces: the system has memory at hand for the first."""
         with tempfile.TemporaryFile(prefix="dask-ep-probe-", buffering=0) as file:
-            return file.write(self.content)
+            return sum(file.write(self.content) for _ in range(FILE_PIECES))
 
     def read(self) -> int:
         """Read what the system has in its cache, into memory as the run's reads do."""

@@ -23,6 +23,7 @@ from distributed import Client, performance_report
 
 from dask_ep.build import Inputs
 from dask_ep.fit import Layout
+from dask_ep.memory import release
 from dask_ep.ownership import Owners
 from dask_ep.planner import plan
 from dask_ep.price import Plan
@@ -124,6 +125,7 @@ def dask_reported(path: str | os.PathLike) -> Iterator[None]:
 @contextmanager
 def _on_threads() -> Iterator[list[Record]]:
     made: list[Record] = []
+    release()
     forget_peak_memory()
     begun = time.perf_counter()
     with Recorder() as recorder:

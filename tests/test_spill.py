@@ -5,6 +5,9 @@ from __future__ import annotations
 
 import errno
 import os
+import signal
+import subprocess
+import sys
 from collections import Counter
 from dataclasses import replace
 from pathlib import Path
@@ -14,13 +17,19 @@ import pytest
 import zarr
 
 from dask_ep import run, sources, spill
+from dask_ep.costs import PROCESS_BYTES
 from dask_ep.example import Example, write_example
 from dask_ep.job import Job, load_job
+from dask_ep.journal import read_manifest
 from dask_ep.output import progress_directory
 from dask_ep.passes import Passes
 from dask_ep.run import Processes, Threads, run_job
 from dask_ep.verify import verify_job
+from tests.cluster_processes import wait_until, worker_pids
+from tests.test_out_of_core import peak_of_tree
 from tests.test_passes import passes_of
+
+ROOT = Path(__file__).parents[1]
 
 ROWS, CHUNK_ROWS, EXPERTS = 900, 100, 12
 WAYS = {
@@ -187,3 +196,96 @@ def test_large_chunks_that_are_held_are_stored_in_small_ones(monkeypatch, plain,
     out = zarr.open_array(job.out)
     assert out.chunks == (100, 32)
     np.testing.assert_allclose(out[:], plain[1], rtol=0, atol=1e-6)
+
+
+# --- killed --------------------------------------------------------------------------------------
+
+SLOW_RUN = """
+import sys, time
+from dask_ep import expert_major, run
+from dask_ep.job import load_job
+from tests.test_spill import WAYS
+plain = expert_major._serve_run
+expert_major._serve_run = lambda *args: (time.sleep(0.02), plain(*args))[1]
+run.find_passes = lambda *_: WAYS["spill in groups"]
+run.run_job(load_job(sys.argv[1], out=sys.argv[2]), run.Threads(2))
+"""
+
+
+def reads_too_many(done: run.Progress) -> int:
+    return sum(done.passes.reads.values()) - done.passes.passes.passes * EXPERTS
+
+
+def test_after_kill_9_a_run_goes_on_and_computes_only_what_is_missing(plain, job, spilling):
+    undisturbed = replace(job, out=f"{job.out}.whole.npy")
+    run_job(undisturbed, Threads(2))
+    command = [sys.executable, "-c", SLOW_RUN, job.name, job.out]
+    pieces = Path(progress_directory(job.out), "spill-1", "done")
+    with subprocess.Popen(command, env=os.environ | {"PYTHONPATH": str(ROOT)}) as process:
+        try:
+            wait_until(lambda: pieces.exists() and sum(pieces.read_bytes()) > 10, "pieces are done")
+        finally:
+            process.send_signal(signal.SIGKILL)
+    served = Counter(pieces.read_bytes())[1]
+    told = []
+    done = run_job(job, Threads(2), resume=True, on_progress=told.append)
+    np.testing.assert_array_equal(np.load(job.out), np.load(undisturbed.out))
+    assert done.rows_before == 3 * CHUNK_ROWS
+    assert served > 10
+    assert 0 <= reads_too_many(done) <= WAYS["spill in groups"].alive
+    assert spill_directories(job) == []
+
+
+def test_a_killed_worker_costs_only_what_it_had_in_memory(plain, job, spilling):
+    undisturbed = replace(job, out=f"{job.out}.whole.npy")
+    run_job(undisturbed, Threads(2))
+    victims = []
+
+    def kill(progress: run.Progress) -> None:
+        if victims and progress.rows_done > 150:
+            os.kill(victims.pop(), signal.SIGKILL)
+
+    done = run_job(
+        job,
+        Processes(2),
+        on_client=lambda client: victims.append(worker_pids(client)["1"]),
+        on_progress=kill,
+    )
+    assert victims == []
+    np.testing.assert_array_equal(np.load(job.out), np.load(undisturbed.out))
+    assert 0 <= reads_too_many(done) <= 2 * WAYS["spill in groups"].alive
+    assert spill_directories(job) == []
+
+
+# --- within the memory limit ---------------------------------------------------------------------
+
+
+def write_large_job(folder: Path, rows: int) -> Path:
+    """256 linear experts of 1 MB in float32, half of that in their file; mostly empty tokens."""
+    d, experts = 512, 256
+    tokens = np.lib.format.open_memmap(folder / "tokens.npy", "w+", np.float32, (rows, d))
+    tokens[-1] = 1
+    routing = np.random.default_rng(0).integers(0, experts, rows, dtype=np.int32)
+    w = np.lib.format.open_memmap(folder / "w.npy", "w+", np.float16, (experts, d, d))
+    w[:] = np.arange(experts, dtype=np.float16)[:, None, None] / 256
+    del tokens, w
+    np.save(folder / "routing.npy", routing)
+    (folder / "job.toml").write_text(
+        'tokens = "tokens.npy"\nrouting = "routing.npy"\nout = "out.npy"\n'
+        'experts = {kind = "linear", w = "w.npy"}\n'
+    )
+    return folder / "job.toml"
+
+
+@pytest.mark.parametrize(("rows", "limit", "way"), [(60_000, 430, "spill"), (20_000, 480, "hold")])
+def test_peak_memory_of_the_process_tree_is_within_the_limit(tmp_path, rows, limit, way):
+    job = write_large_job(tmp_path, rows)
+    command = [sys.executable, "-m", "dask_ep", "run", str(job), "--threads", "2"]
+    peak = peak_of_tree([*command, "--memory-limit", f"{limit}MB"])
+    assert peak <= limit * 10**6 < PROCESS_BYTES + 256 * 512 * 512 * 4, "all experts do not fit"
+    manifest = read_manifest(progress_directory(load_job(job).out))
+    assert manifest["settings"]["passes"]["way"] == way
+    expert = int(np.load(tmp_path / "routing.npy")[-1])
+    out = np.load(tmp_path / "out.npy", mmap_mode="r")
+    np.testing.assert_allclose(out[-1], 512 * expert / 256, rtol=1e-6)
+    assert not out[:100].any()

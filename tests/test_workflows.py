@@ -32,6 +32,13 @@ TOYS = {
         ["--moments", "1", "--fault", "retired", "scheduler"], "us per task without owners"
     ),
     "imbalance.py": Toy(["--seeds", "1", "--layers", "2"], "2 layers of 256 experts"),
+    "larger_experts.py": Toy(
+        [
+            *("--rows", "1000", "--d", "256", "--hidden", "2048", "--experts", "32"),
+            *("--memory-limit", "450MB", "--threads", "1"),
+        ],
+        "dask_ep (hold, 1 passes)",
+    ),
     "place_for_serving.py": Toy(
         [
             *("3=routing.npy", "--experts", "8", "--ranks", "2", "--slots", "10"),

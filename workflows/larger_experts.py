@@ -1,0 +1,360 @@
+"""What does it cost when the experts are several times larger than the memory?
+
+    python workflows/larger_experts.py --directory /fast/disk      # 12 GB in 3 GB
+    python workflows/larger_experts.py --rows 1500 --d 256 --hidden 2048 --experts 32 \
+        --memory-limit 450MB --threads 1
+
+Makes a job of gated bfloat16 experts and skewed routing, runs it under a memory limit, and prints
+ratios to a limit taken on the same files and threads, each with one BLAS thread:
+
+    limit       the products of the same FLOPs on matrices in cache (a sample of them, scaled)
+                + the bytes of all experts read once + the token file copied
+    dask_ep     dask-ep run --memory-limit, and the peak memory of its process tree
+    reread      for each expert the whole token file is read again, as a plain loop over experts
+                does: some experts, scaled
+    resident    fewer experts and rows: dask-ep run without a limit, all experts in memory
+
+Files are dropped from the system's cache before they are read, as far as it lets itself be asked.
+Needs psutil, and disk for experts, tokens, output, and rows that wait: about 21 GB by default.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import dask
+import ml_dtypes
+import numpy as np
+import psutil
+from dask.utils import format_bytes, parse_bytes
+from threadpoolctl import threadpool_limits
+
+from dask_ep.safetensors_header import encode_header
+from dask_ep.sources import open_source
+
+CHUNK_BYTES = 32 << 20
+MATRICES = ("gate", "up", "down")
+BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
+
+
+@dataclass(frozen=True)
+class Layer:
+    """The sizes of a job of gated experts."""
+
+    rows: int
+    d: int
+    hidden: int
+    experts: int
+    k: int
+
+    @property
+    def flops(self) -> int:
+        return 6 * self.d * self.hidden * self.rows * self.k
+
+    @property
+    def expert_bytes(self) -> int:
+        """Of all experts, as stored."""
+        return 3 * self.d * self.hidden * self.experts * BFLOAT16.itemsize
+
+    @property
+    def token_bytes(self) -> int:
+        return self.rows * self.d * 4
+
+    @property
+    def chunk_rows(self) -> int:
+        return max(CHUNK_BYTES // (4 * self.d), 1)
+
+    def shape(self, matrix: str) -> tuple[int, int]:
+        return (self.hidden, self.d) if matrix == "down" else (self.d, self.hidden)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--rows", type=int, default=250_000)
+    parser.add_argument("--d", type=int, default=2048)
+    parser.add_argument("--hidden", type=int, default=4096)
+    parser.add_argument("--experts", type=int, default=256)
+    parser.add_argument("--k", type=int, default=1, help="experts of a row")
+    parser.add_argument("--memory-limit", type=parse_bytes, default="3GB")
+    parser.add_argument("--threads", type=int, default=dask.system.CPU_COUNT)
+    parser.add_argument("--processes", type=int, help="worker processes instead of threads")
+    parser.add_argument("--sample", type=float, default=0.1, help="part of the products timed")
+    parser.add_argument("--directory", help="where the files lie while this runs")
+    asked = parser.parse_args()
+    layer = Layer(asked.rows, asked.d, asked.hidden, asked.experts, asked.k)
+    limit = asked.memory_limit
+    where = ["--threads", str(asked.threads)]
+    if asked.processes:
+        where = ["--processes", str(asked.processes)]
+    with (
+        tempfile.TemporaryDirectory(dir=asked.directory) as folder,
+        threadpool_limits(1, user_api="blas"),
+    ):
+        bench = Bench(layer, Path(folder), asked.threads, where, limit)
+        print(f"{layer}: {format_bytes(layer.expert_bytes)} of experts as stored, "
+              f"{format_bytes(layer.token_bytes)} of tokens, {' '.join(where)}, "
+              f"limit {limit / 1e9:.3g} GB", flush=True)  # fmt: skip
+        print(bench.table(asked.sample), flush=True)
+
+
+class Bench:
+    """One job's files, and everything that is timed on them."""
+
+    def __init__(self, layer: Layer, folder: Path, threads: int, where: list[str], limit: int):
+        self.layer, self.folder, self.threads = layer, folder, threads
+        self.where, self.limit = where, limit
+        write_experts(layer, folder)
+        self.routing, self.topk_weights = write_rows(layer, folder)
+        write_job(layer, folder, "job")
+
+    def table(self, sample: float) -> str:
+        """Time everything once, the limit before and after, and give the ratios."""
+        layer = self.layer
+        before = self.limit_parts(sample)
+        seconds, peak = self.run("job", ["--memory-limit", str(self.limit)])
+        passes = json.loads((self.folder / "job.zarr.progress/manifest.json").read_text())
+        passes = passes["settings"].get("passes")
+        self.verify("job")
+        after = self.limit_parts(sample)
+        parts = {name: (before[name] + after[name]) / 2 for name in before}
+        whole = sum(parts.values())
+        small = replace(
+            layer, rows=max(layer.rows // 8, 1), experts=max(layer.experts // 4, layer.k)
+        )
+        write_job(small, self.folder, "small")
+        resident, resident_peak = self.run("small", [])
+        passing, passing_peak = self.run("small", ["--memory-limit", str(self.limit)])
+        said = (
+            "all experts fit" if passes is None else f"{passes['way']}, {passes['passes']} passes"
+        )
+        shares = ", ".join(f"{name} {100 * part / whole:.0f} %" for name, part in parts.items())
+        lines = [
+            f"limit: {shares}; {whole:.1f} s",
+            "| what | time / limit | peak memory |",
+            "|---|---|---|",
+            f"| dask_ep ({said}) | {seconds / whole:.2f} | {peak / 1e9:.2f} GB |",
+            f"| tokens reread for each expert | {self.reread() / whole:.2f} | |",
+            "",
+            f"{small.experts} experts, {small.rows} rows:",
+            "| what | time / time with all experts in memory | peak memory |",
+            "|---|---|---|",
+            f"| all in memory | 1.00 | {resident_peak / 1e9:.2f} GB |",
+            f"| within the limit | {passing / resident:.2f} | {passing_peak / 1e9:.2f} GB |",
+        ]
+        return "\n".join(lines)
+
+    # --- the limit ---
+
+    def limit_parts(self, sample: float) -> dict[str, float]:
+        """Seconds of what cannot be spared."""
+        self.drop_cache()
+        return {
+            "products": timed(lambda: self.products(sample)) / sample,
+            "reading experts": timed(self.read_experts),
+            "copying tokens": timed(self.copy_tokens),
+        }
+
+    def products(self, sample: float) -> None:
+        """Dense products of part of the job's FLOPs, each of as many rows as pay."""
+        layer, rows = self.layer, 1024
+        rng = np.random.default_rng(0)
+        share = sample * layer.rows * layer.k / self.threads
+
+        def work(thread: int) -> None:
+            x = rng.standard_normal((rows, layer.d), "f4")
+            W = {name: np.full(layer.shape(name), 1e-2, "f4") for name in MATRICES}
+            hidden = [np.full((rows, layer.hidden), 1e-2, "f4") for _ in range(2)]
+            out, done = np.empty((rows, layer.d), "f4"), 0.0
+            while done < share:
+                m = max(int(min(rows, share - done)), 1)
+                np.matmul(x[:m], W["gate"], out=hidden[0][:m])
+                np.matmul(x[:m], W["up"], out=hidden[1][:m])
+                np.matmul(hidden[0][:m], W["down"], out=out[:m])
+                done += m
+
+        self.on_threads(work, range(self.threads))
+
+    def read_experts(self) -> None:
+        buffers = threading.local()
+
+        def read(path: Path) -> None:
+            if not hasattr(buffers, "bytes"):
+                buffers.bytes = bytearray(path.stat().st_size)
+            with path.open("rb", buffering=0) as file:
+                file.readinto(buffers.bytes)
+
+        self.on_threads(read, sorted(self.folder.glob("expert-*.safetensors")))
+
+    def copy_tokens(self) -> None:
+        layer, target = self.layer, self.folder / "copy.npy"
+        step = layer.chunk_rows * layer.d * 4
+        buffers = threading.local()
+        with (self.folder / "tokens.npy").open("rb") as source, target.open("wb") as copy:
+
+            def copy_part(start: int) -> None:
+                if not hasattr(buffers, "bytes"):
+                    buffers.bytes = bytearray(step)
+                got = os.preadv(source.fileno(), [buffers.bytes], start)
+                os.pwrite(copy.fileno(), memoryview(buffers.bytes)[:got], start)
+
+            self.on_threads(copy_part, range(0, layer.token_bytes, step))
+        target.unlink()
+
+    # --- what is measured ---
+
+    def run(self, name: str, options: list[str]) -> tuple[float, int]:
+        """Seconds and peak bytes of the command's process tree."""
+        self.drop_cache()
+        command = [sys.executable, "-m", "dask_ep", "run", str(self.folder / f"{name}.toml")]
+        start, peak = time.perf_counter(), 0
+        with subprocess.Popen(
+            [*command, *self.where, *options, "--overwrite"], stderr=subprocess.DEVNULL
+        ) as process:
+            root = psutil.Process(process.pid)
+            while process.poll() is None:
+                try:
+                    tree = [root, *root.children(recursive=True)]
+                    peak = max(peak, sum(one.memory_info().rss for one in tree))
+                except psutil.NoSuchProcess:
+                    continue
+                time.sleep(0.02)
+        if process.returncode:
+            raise SystemExit(f"{name} has failed: run {' '.join(command)} to see why")
+        return time.perf_counter() - start, peak
+
+    def verify(self, name: str) -> None:
+        job = str(self.folder / f"{name}.toml")
+        subprocess.run(
+            [sys.executable, "-m", "dask_ep", "verify", job, "--rows", "100"], check=True
+        )
+
+    def reread(self) -> float:
+        """Seconds of a loop over experts that reads all tokens for each; some are timed."""
+        layer = self.layer
+        some = np.linspace(0, layer.experts - 1, min(layer.experts, 4)).astype(int)
+        tokens = open_source(str(self.folder / "tokens.npy"))
+        out = np.lib.format.open_memmap(
+            self.folder / "reread.npy", "w+", np.float32, (layer.rows, layer.d)
+        )
+        starts = range(0, layer.rows, layer.chunk_rows)
+
+        def serve(part: tuple[int, dict[str, np.ndarray], int]) -> None:
+            expert, W, start = part
+            stop = min(start + layer.chunk_rows, layer.rows)
+            x = tokens.read(start, stop)
+            rows, slot = np.nonzero(self.routing[start:stop] == expert)
+            taken = x[rows]
+            gate = taken @ W["gate"]
+            y = (gate / (1 + np.exp(-gate)) * (taken @ W["up"])) @ W["down"]
+            out[start + rows] += self.topk_weights[start:stop][rows, slot][:, None] * y
+
+        def loop() -> None:
+            for expert in some.tolist():
+                W = {
+                    name: open_source(str(self.folder / f"expert-{expert:04d}-{name}.safetensors"))
+                    .read(0, layer.shape(name)[0])
+                    .astype("f4")
+                    for name in MATRICES
+                }
+                self.on_threads(serve, [(expert, W, start) for start in starts])
+
+        self.drop_cache()
+        return timed(loop) * layer.experts / len(some)
+
+    # --- helpers ---
+
+    def drop_cache(self) -> None:
+        """Ask the system to forget what it has of our files."""
+        os.sync()
+        for path in self.folder.rglob("*"):
+            if path.is_file() and hasattr(os, "posix_fadvise"):
+                with path.open("rb") as file:
+                    os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+
+    def on_threads(self, work: Callable, parts: object) -> None:
+        with ThreadPoolExecutor(self.threads) as pool:
+            list(pool.map(work, parts))
+
+
+def timed(run: Callable[[], object]) -> float:
+    start = time.perf_counter()
+    run()
+    return time.perf_counter() - start
+
+
+# --- the job ---------------------------------------------------------------------------------
+
+
+def write_experts(layer: Layer, folder: Path) -> None:
+    """One file per matrix of each expert; experts are cut from one run of random numbers."""
+    size = layer.d * layer.hidden
+    rng = np.random.default_rng(0)
+    numbers = rng.standard_normal(size + 64 * layer.experts, "f4")
+    for name in MATRICES:
+        scaled = (numbers / np.sqrt(layer.shape(name)[0], dtype="f4")).astype(BFLOAT16)
+        for expert in range(layer.experts):
+            with (folder / f"expert-{expert:04d}-{name}.safetensors").open("wb") as file:
+                file.write(encode_header(name, layer.shape(name), BFLOAT16))
+                file.write(scaled[64 * expert : 64 * expert + size].view(np.uint16).data)
+
+
+def write_rows(layer: Layer, folder: Path) -> tuple[np.ndarray, np.ndarray]:
+    """Tokens chunk by chunk, routing as uneven as in life, weights."""
+    rng = np.random.default_rng(1)
+    popularity = np.log((1.0 + np.arange(layer.experts)) ** -0.7).astype("f4")
+    popularity = rng.permutation(popularity)
+    routing = np.empty((layer.rows, layer.k), np.int32)
+    topk_weights = rng.random((layer.rows, layer.k), "f4")
+    chunk = rng.standard_normal((layer.chunk_rows, layer.d), "f4")
+    with (folder / "tokens.npy").open("wb") as file:
+        np.lib.format.write_array_header_1_0(
+            file, {"descr": "<f4", "fortran_order": False, "shape": (layer.rows, layer.d)}
+        )
+        for start, stop in spans(layer):
+            scores = popularity + rng.gumbel(size=(stop - start, layer.experts)).astype("f4")
+            routing[start:stop] = np.argsort(-scores, axis=1)[:, : layer.k]
+            file.write(np.roll(chunk, start // layer.chunk_rows, axis=1)[: stop - start].data)
+    np.save(folder / "routing.npy", routing)
+    np.save(folder / "topk_weights.npy", topk_weights)
+    return routing, topk_weights
+
+
+def write_job(layer: Layer, folder: Path, name: str) -> None:
+    """A job over the first rows and experts."""
+    keys = {"tokens": "tokens", "routing": "routing", "topk_weights": "topk_weights"}
+    whole = np.load(folder / "routing.npy", mmap_mode="r")
+    if len(whole) > layer.rows:
+        keys = {key: f"{name}-{key}" for key in keys}
+        for key in keys:
+            part = np.load(folder / f"{key}.npy", mmap_mode="r")[: layer.rows]
+            np.save(
+                folder / f"{name}-{key}.npy", part % layer.experts if key == "routing" else part
+            )
+    lines = [f'{key} = "{file}.npy"' for key, file in keys.items()]
+    lines += [f'out = "{name}.zarr"', "[experts]", 'kind = "gated"']
+    for matrix in MATRICES:
+        files = [f"expert-{e:04d}-{matrix}.safetensors" for e in range(layer.experts)]
+        lines.append(f"{matrix} = {json.dumps(files)}")
+    (folder / f"{name}.toml").write_text("\n".join(lines))
+
+
+def spans(layer: Layer) -> Iterator[tuple[int, int]]:
+    for start in range(0, layer.rows, layer.chunk_rows):
+        yield start, min(start + layer.chunk_rows, layer.rows)
+
+
+if __name__ == "__main__":
+    main()

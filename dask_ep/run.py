@@ -15,7 +15,7 @@ import os
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from queue import SimpleQueue
 from typing import Any, NamedTuple
 
@@ -172,6 +172,9 @@ def run_job(
     -----
     Products use one BLAS thread each; set for the whole process while the job runs on threads, and
     for good on workers. Peak memory on threads: experts + (threads * 4 + 4) token chunks + 300 MB.
+    Where all experts do not fit into `where.memory_limit`, or into that of a cluster's workers,
+    they go by in passes, see `dask_ep.passes`; the result is that of the ordinary way to 1e-6, and
+    the same bits each time for the same passes.
     An exception, KeyboardInterrupt too, leaves an output that `resume` goes on with; on threads the
     blocks at work are finished before it arrives.
     """
@@ -183,8 +186,9 @@ def run_job(
         world_size = job.world_size or begun.get("world_size") or _count_ranks(where, client)
         layout = lay_out(job, where, world_size)
         chunk_rows = chunk_rows or begun.get("chunk_rows")
-        workers = count_workers(where)
-        passes = begun["passes"] if begun else find_passes(inputs, layout, workers, chunk_rows)
+        workers = count_workers(where, client)
+        room = _room(where, layout, client)
+        passes = begun["passes"] if begun else find_passes(inputs, room, workers, chunk_rows)
         walk = None if passes is None else InPasses(inputs, passes, workers or 1)
         chunk_rows = passes.chunk_rows if passes else choose_chunk_rows(inputs, layout, chunk_rows)
         with _owned(client, world_size if passes is None else workers or 1) as owners:
@@ -245,9 +249,21 @@ def _lay_out_on_gpus(job: Job, where: Gpus, world_size: int) -> Layout:
     return Layout(world_size, workers, THREADS_PER_GPU, limit, job.placement, on_devices=True)
 
 
-def count_workers(where: Where) -> int | None:
-    """Count the worker processes of a place on this machine; None where there are none."""
+def count_workers(where: Where, client: Client | None = None) -> int | None:
+    """Count the worker processes of a place; None where there are none, or GPUs."""
+    if isinstance(where, Cluster) and not where.gpus:
+        return len(client.nthreads())
     return where.count if isinstance(where, Processes) else None
+
+
+def _room(where: Where, layout: Layout, client: Client | None) -> Layout:
+    """The layout with the memory that workers have: those of a cluster know it themselves."""
+    if not isinstance(where, Cluster) or where.gpus:
+        return layout
+    workers = client.scheduler_info(n_workers=-1)["workers"].values()
+    limits = [worker["memory_limit"] for worker in workers if worker["memory_limit"]]
+    threads = max((worker["nthreads"] for worker in workers), default=1)
+    return replace(layout, threads=threads, memory_limit=min(limits, default=None))
 
 
 # --- where -----------------------------------------------------------------------------------

@@ -4,6 +4,7 @@ runs go on where they were."""
 from __future__ import annotations
 
 import errno
+import json
 import os
 import signal
 import subprocess
@@ -15,16 +16,22 @@ from pathlib import Path
 import numpy as np
 import pytest
 import zarr
+from click.testing import CliRunner
 
 from dask_ep import run, sources, spill
+from dask_ep.build import open_inputs
 from dask_ep.costs import PROCESS_BYTES
 from dask_ep.example import Example, write_example
+from dask_ep.fit import Layout
+from dask_ep.in_passes import find_passes
 from dask_ep.job import Job, load_job
 from dask_ep.journal import read_manifest
 from dask_ep.output import progress_directory
 from dask_ep.passes import Passes
-from dask_ep.run import Processes, Threads, run_job
+from dask_ep.plan_command import plan_command
+from dask_ep.run import Cluster, Processes, Threads, run_job
 from dask_ep.verify import verify_job
+from tests.cluster_processes import Cluster as RealCluster
 from tests.cluster_processes import wait_until, worker_pids
 from tests.test_out_of_core import peak_of_tree
 from tests.test_passes import passes_of
@@ -277,7 +284,7 @@ def write_large_job(folder: Path, rows: int) -> Path:
     return folder / "job.toml"
 
 
-@pytest.mark.parametrize(("rows", "limit", "way"), [(60_000, 430, "spill"), (20_000, 480, "hold")])
+@pytest.mark.parametrize(("rows", "limit", "way"), [(60_000, 430, "spill"), (14_000, 480, "hold")])
 def test_peak_memory_of_the_process_tree_is_within_the_limit(tmp_path, rows, limit, way):
     job = write_large_job(tmp_path, rows)
     command = [sys.executable, "-m", "dask_ep", "run", str(job), "--threads", "2"]
@@ -289,3 +296,34 @@ def test_peak_memory_of_the_process_tree_is_within_the_limit(tmp_path, rows, lim
     out = np.load(tmp_path / "out.npy", mmap_mode="r")
     np.testing.assert_allclose(out[-1], 512 * expert / 256, rtol=1e-6)
     assert not out[:100].any()
+
+
+def test_plan_says_how_experts_go_by_and_refuses_only_what_no_pass_can_fit(tmp_path):
+    job = write_large_job(tmp_path, 60_000)
+
+    def plan(limit: str, *options: str) -> str:
+        arguments = [str(job), "--threads", "2", "--memory-limit", limit, *options]
+        result = CliRunner().invoke(plan_command, arguments)
+        return f"{result.output} {result.exception or ''}"
+
+    said = " ".join(plan("430 MB").split())
+    assert "the experts do not fit, so rows are spilled to disk by expert" in said
+    assert "234.38 MiB of disk beside the output while it runs" in said
+    content = json.loads(plan("430 MB", "--json"))
+    chosen = find_passes(open_inputs(load_job(job)), Layout(1, 1, 2, 430 * 10**6), None)
+    assert content["passes"] == chosen.to_dict()
+    assert content["memory_bytes"] == chosen.memory_bytes <= content["memory_limit"]
+    assert content["fits"]
+    assert content["stored_bytes"] == 256 * 512 * 512 * 2
+    refused = plan("350 MB")
+    assert "Nor does it fit with experts that go by in passes: a process may use 350 MB" in refused
+
+
+def test_on_a_cluster_the_memory_of_its_workers_decides(tmp_path):
+    job = load_job(write_large_job(tmp_path, 5_000))
+    options = ("--memory-limit", "560MB")
+    with RealCluster(tmp_path, ["w0"], worker_options=options) as cluster:
+        done = run_job(job, Cluster(cluster.address))
+    assert done.passes.passes.way == "spill"
+    assert set(done.passes.reads.values()) == {1}
+    assert verify_job(job, rows=50).good

@@ -22,12 +22,14 @@ import dask.array as da
 from dask_ep import journal, memory
 from dask_ep.build import Inputs
 from dask_ep.dispatch import computing_dtype
-from dask_ep.expert_major import READS, Rows, Spilled, Walk, collect, hold
+from dask_ep.expert_major import READS, Rows, Walk
 from dask_ep.experts import Experts
 from dask_ep.fit import DoesNotFit, Layout, choose_chunk_rows, slots_per_row
+from dask_ep.held_rows import hold
 from dask_ep.local import HIDDEN_COLUMNS
 from dask_ep.output import Output, Step, free_bytes, progress_directory
 from dask_ep.passes import Passes, Sizes, choose_passes
+from dask_ep.spilled_rows import Spilled, collect
 from dask_ep.storage import CHUNK_BYTES, open_tokens
 from dask_ep.survey import survey
 
@@ -158,9 +160,9 @@ class InPasses:
                 spilled = self._spilled[g]
                 row_bytes = prod(output.shape[1:]) * output.dtype.itemsize
                 spilled.create(output.path, sum(output.rows[c] for c in blocks) * row_bytes)
-                yield Step(*spilled.write_step(blocks))
+                yield spilled.write_step(blocks)
                 memory.release()
-                yield Step(*spilled.serve_step())
+                yield spilled.serve_step()
                 memory.release()
             if blocks:
                 yield output.step(blocks)

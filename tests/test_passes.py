@@ -13,10 +13,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dask_ep.costs import PROCESS_BYTES, Rates
-from dask_ep.expert_major import Rows, Spilled, Walk, collect, hold
+from dask_ep.expert_major import Rows, Walk
 from dask_ep.experts import Experts
-from dask_ep.output import Step
+from dask_ep.held_rows import hold
 from dask_ep.passes import Passes, Sizes, choose_passes, cut_pieces
+from dask_ep.spilled_rows import Spilled, collect
 from dask_ep.survey import survey
 from tests.compare import assert_close, whole_layer
 from tests.strategies import Case, cases
@@ -63,8 +64,8 @@ def go(case: Case, passes: Passes, folder: os.PathLike, ranks: int = 1) -> np.nd
     y, parts = collect(rows, walk, spilled), []
     for group in spilled:
         group.create("out", 0)
-        Step(*group.write_step(group.group)).compute(scheduler="threads")
-        Step(*group.serve_step()).compute(scheduler="threads")
+        group.write_step(group.group).compute(scheduler="threads")
+        group.serve_step().compute(scheduler="threads")
         parts += dask.compute(*[y.blocks[c] for c in group.group])
         group.files.remove()
     return np.concatenate(parts)

@@ -209,11 +209,11 @@ def test_large_chunks_that_are_held_are_stored_in_small_ones(monkeypatch, plain,
 
 SLOW_RUN = """
 import sys, time
-from dask_ep import expert_major, run
+from dask_ep import run, spilled_rows
 from dask_ep.job import load_job
 from tests.test_spill import WAYS
-plain = expert_major._serve_run
-expert_major._serve_run = lambda *args: (time.sleep(0.02), plain(*args))[1]
+plain = spilled_rows._serve_run
+spilled_rows._serve_run = lambda *args: (time.sleep(0.02), plain(*args))[1]
 run.find_passes = lambda *_: WAYS["spill in groups"]
 run.run_job(load_job(sys.argv[1], out=sys.argv[2]), run.Threads(2))
 """

@@ -1,0 +1,309 @@
+"""How do rows wait on disk while experts go by?
+
+    tokens c ──> ep_send (c, 0): rows to the file, by expert               first all of these
+    ep_experts (b, r) ──> ep_dispatch (p, r): the pieces of block b        then these
+    answers of c ──> ep_sum (c, 0)                                         then these
+
+A *piece* is some rows of a block's experts, read from front to back. Each rank r goes through
+blocks of its own. What a task has written is recorded; a task that comes again, because its worker
+was lost or the run stopped, finds that and does nothing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import dask.array as da
+import numpy as np
+from dask.base import tokenize
+from dask.highlevelgraph import HighLevelGraph
+from dask.task_spec import Task, TaskRef
+
+from dask_ep import memory
+from dask_ep.ahead import ExpertsAhead
+from dask_ep.dispatch import (
+    TILE_BYTES,
+    Array,
+    Expert,
+    begin_output,
+    check_routing,
+    computing_dtype,
+    gather,
+    sort_slots,
+    tiles,
+)
+from dask_ep.expert_major import Rows, Walk
+from dask_ep.output import SERVED, SPILLED, Receipt, Step
+from dask_ep.passes import cut_pieces
+from dask_ep.pipeline import naming
+from dask_ep.spill import Layout, Run, SpillFiles
+
+
+class Piece(NamedTuple):
+    """Some rows of a block's experts, which one task computes."""
+
+    number: int
+    #: of the task in the group's `done`
+    block: int
+    runs: tuple[Run, ...]
+    worked: float
+    #: token rows that this is worth
+
+
+class Spilled:
+    """A group of chunks whose rows are spilled: its files, and the tasks that fill and empty them.
+
+    Parameters
+    ----------
+    rows : of all chunks of the job
+    walk : how experts go by
+    counts : (C, E) slots of each chunk at each expert
+    group : numbers of the group's chunks
+    directory : for the files
+    ranks : that the experts are shared out to
+    """
+
+    def __init__(
+        self,
+        rows: Rows,
+        walk: Walk,
+        counts: np.ndarray,
+        group: range,
+        directory: str,
+        ranks: int = 1,
+    ):
+        self._rows, self._walk, self.group = rows, walk, group
+        dtype, wide = rows.tokens.dtype, computing_dtype(rows.tokens.dtype)
+        weighted = walk.weigh_input and rows.topk_weights is not None
+        self.files = SpillFiles(
+            directory,
+            rows.tokens.shape[1],
+            walk.experts.d_out,
+            wide if weighted else np.dtype(dtype),
+            wide,
+        )
+        self._layout = Layout(counts[group.start : group.stop])
+        self._blocks = walk.blocks(self._layout.counts.sum(axis=0))
+        self._pieces = list(self._cut())
+        self._rank_of_block = self._share_out(ranks)
+        self._token = tokenize(directory, rows.tokens, rows.routing, rows.topk_weights, walk)
+
+    @property
+    def tasks(self) -> int:
+        """Tasks that `done` tells of: first those of the chunks, then those of the pieces."""
+        return len(self.group) + len(self._pieces)
+
+    def create(self, whose: str, reserve: int) -> None:
+        """Make the files, or find those of a stopped run; see `SpillFiles.create`."""
+        self.files.create(self._layout.slots, self.tasks, whose, reserve)
+
+    def write_step(self, chunks: Sequence[int]) -> Step:
+        """Tasks that write the rows of some of the group's chunks, unless that is done."""
+        done, name, tasks = self.files.find_done(self.tasks), f"ep_send-{self._token}", {}
+        for c in chunks:
+            i = c - self.group.start
+            if i not in done:
+                key = (name, c, 0)
+                tasks[key] = Task(
+                    key, _spill_chunk, *self._rows.keys(c), self._layout.counts[i],
+                    self._layout.rows_at[i], self._walk.weigh_input, self.files, c, i,
+                )  # fmt: skip
+        graph = HighLevelGraph.from_collections(name, tasks, dependencies=self._rows.arrays)
+        return Step(graph, list(tasks))
+
+    def serve_step(self) -> Step:
+        """Tasks that send the spilled rows through their experts, unless that is done."""
+        done = self.files.find_done(self.tasks)
+        ep_experts, ep_dispatch, ep_receipt = (
+            f"ep_{step}-{self._token}" for step in ("experts", "dispatch", "receipt")
+        )
+        waiting: dict[int, list[Piece]] = {}
+        for piece in self._pieces:
+            if piece.number not in done:
+                waiting.setdefault(piece.block, []).append(piece)
+        of_rank: dict[int, list[int]] = {}
+        for b in waiting:
+            of_rank.setdefault(int(self._rank_of_block[b]), []).append(b)
+        alive, tasks, keys = self._walk.passes.alive, {}, []
+        for r, (_, blocks) in enumerate(sorted(of_rank.items())):
+            for at, b in enumerate(blocks):
+                before = waiting[blocks[at - alive]] if at >= alive else []
+                key = (ep_experts, b, r)
+                tasks[key] = self._walk.read_task(
+                    key,
+                    self._blocks[b],
+                    self._rows.tokens._meta,
+                    [TaskRef((ep_dispatch, piece.number, r)) for piece in before],
+                    unless=(self.files, tuple(piece.number for piece in waiting[b])),
+                )
+            for b, following in zip(blocks, [*blocks[1:], None], strict=True):
+                ahead = following is not None and alive > 1
+                for piece in waiting[b]:
+                    key = (ep_dispatch, piece.number, r)
+                    tasks[key] = Task(
+                        key,
+                        _serve_piece,
+                        TaskRef((ep_experts, b, r)),
+                        TaskRef((ep_experts, following, r)) if ahead else None,
+                        piece,
+                        self._rows.tokens.dtype,
+                        self.files,
+                        tuple(self._blocks[b]),
+                    )
+                    # What nothing depends on is what a client may wait for, and cancel.
+                    keys.append((ep_receipt, piece.number, r))
+                    tasks[keys[-1]] = Task(keys[-1], _receipt_of, TaskRef(key))
+        return Step(HighLevelGraph.from_collections(ep_dispatch, tasks), keys)
+
+    def sum_tasks(self, name: str) -> dict[Any, Task]:
+        """The tasks that make the output of the group's chunks of what lies in the files."""
+        tasks = {}
+        for i, c in enumerate(self.group):
+            _, routing, weights = self._rows.keys(c)
+            tasks[name, c, 0] = Task(
+                (name, c, 0), _collect_chunk, routing, None if self._walk.weigh_input else weights,
+                self._layout.counts[i], int(self._layout.answers_at[i, 0]), self.files,
+                self._rows.tokens.dtype, c,
+            )  # fmt: skip
+        return tasks
+
+    def _cut(self) -> list[Piece]:
+        total = self._layout.counts.sum(axis=0)
+        rows = sum(self._rows.tokens.chunks[0][c] for c in self.group)
+        slots = max(self._layout.slots, 1)
+        pieces = []
+        for b, block in enumerate(self._blocks):
+            cut = cut_pieces(
+                total[block].tolist(), self._walk.passes.piece_rows, self._walk.passes.threads
+            )
+            for parts in cut:
+                runs = tuple(self._layout.run(block[e], start, stop, e) for e, start, stop in parts)
+                number = len(self.group) + len(pieces)
+                share = sum(run.count for run in runs) / slots
+                pieces.append(Piece(number, b, runs, float(SERVED * rows * share)))
+        return pieces
+
+    def _share_out(self, ranks: int) -> np.ndarray:
+        """(blocks,) the rank of each: neighbours together, about equal rows each."""
+        total = self._layout.counts.sum(axis=0)
+        rows = np.array([total[block].sum() for block in self._blocks])
+        middle = np.cumsum(rows) - rows / 2
+        return np.minimum(middle * ranks // max(rows.sum(), 1), ranks - 1).astype(int)
+
+
+def collect(rows: Rows, walk: Walk, groups: Sequence[Spilled]) -> da.Array:
+    """Give the output of all groups, from their files: to be computed when these are written."""
+    name = f"ep_sum-{tokenize(rows.tokens, rows.routing, rows.topk_weights, walk)}"
+    tasks = {key: task for group in groups for key, task in group.sum_tasks(name).items()}
+    return rows.output(name, tasks, walk.experts.d_out)
+
+
+def _spill_chunk(
+    tokens: Array,
+    routing: Array,
+    topk_weights: Array | None,
+    counts: np.ndarray,
+    places: np.ndarray,
+    weigh_input: bool,
+    files: SpillFiles,
+    chunk: int,
+    number: int,
+) -> Receipt:
+    with naming(f"token chunk {chunk}, to be spilled"):
+        if files.is_done(number):
+            return Receipt(chunk, 0, 0)
+        check_routing(routing, topk_weights, n=tokens.shape[0])
+        segments = sort_slots(routing, topk_weights, len(counts), 0, 1)
+        _check_counts(segments.bounds, counts)
+        weights = None if topk_weights is None or not weigh_input else topk_weights.reshape(-1)
+        nbytes = 0
+        for e, (start, stop) in enumerate(segments.bounds):
+            if stop > start:
+                slots = segments.slots(slice(start, stop))
+                x = _pick(tokens, segments.rows(slots), files.row_dtype)
+                if weights is not None:
+                    x = x * weights[slots].astype(x.dtype, copy=False)[:, None]
+                files.write_rows([(int(places[e]), x)])
+                nbytes += x.nbytes
+        files.record(number)
+        return Receipt(chunk, 0, nbytes, SPILLED * len(tokens))
+
+
+def _serve_piece(
+    experts: ExpertsAhead | None,
+    following: Any,
+    piece: Piece,
+    dtype: np.dtype,
+    files: SpillFiles,
+    block: tuple[int, ...],
+) -> Receipt:
+    with naming(f"dispatch of spilled rows to experts {block[0]} to {block[-1]}"):
+        nbytes = 0
+        if not files.is_done(piece.number):
+            for run in piece.runs:
+                nbytes += _serve_run(experts[run.expert], run, computing_dtype(dtype), files)
+            files.record(piece.number)
+        return Receipt(piece.number, 0, nbytes, piece.worked)
+
+
+def _receipt_of(receipt: Receipt) -> Receipt:
+    return receipt
+
+
+def _serve_run(expert: Expert, run: Run, compute: np.dtype, files: SpillFiles) -> int:
+    nbytes = 0
+    for tile in tiles(0, run.count, expert, compute):
+        x = files.read_rows(run.first + tile.start, tile.stop - tile.start)
+        if x.dtype != compute:
+            stored, x = x, memory.empty(x.shape, compute)
+            x[...] = stored
+        y = memory.empty((len(x), files.d_out), compute)
+        expert(x, out=y)
+        files.write_answers(y, run, tile.start)
+        nbytes += y.nbytes
+    return nbytes
+
+
+def _collect_chunk(
+    routing: Array,
+    topk_weights: Array | None,
+    counts: np.ndarray,
+    first: int,
+    files: SpillFiles,
+    dtype: np.dtype,
+    chunk: int,
+) -> Array:
+    with naming(f"sum of token chunk {chunk}"):
+        segments = sort_slots(routing, topk_weights, len(counts), 0, 1)
+        _check_counts(segments.bounds, counts)
+        weights = None if topk_weights is None else topk_weights.reshape(-1)
+        out, write = begin_output(len(routing), segments, files.d_out, dtype, routing)
+        for start, stop in segments.bounds:
+            for tile in _tiles_of_answers(start, stop, files):
+                slots = segments.slots(tile)
+                y = files.read_answers(first + tile.start, tile.stop - tile.start)
+                if weights is not None:
+                    y *= weights[slots].astype(y.dtype, copy=False)[:, None]
+                write(out, segments.rows(slots), y)
+        return out.astype(dtype, copy=False)
+
+
+def _pick(tokens: Array, rows: Array | slice, dtype: np.dtype) -> Array:
+    """Rows of a chunk in another dtype or the same; a view where that will do."""
+    if isinstance(rows, slice):
+        return tokens[rows].astype(dtype, copy=False)
+    return gather(tokens, rows, dtype)
+
+
+def _tiles_of_answers(start: int, stop: int, files: SpillFiles) -> list[slice]:
+    step = max(TILE_BYTES // max(files.d_out * files.answer_dtype.itemsize, 1), 1)
+    return [slice(s, min(s + step, stop)) for s in range(start, stop, step)]
+
+
+def _check_counts(bounds: Sequence[tuple[int, int]], counts: np.ndarray) -> None:
+    if [stop - start for start, stop in bounds] != counts.tolist():
+        raise ValueError(
+            "the routing must be what it was when the run began, but the rows of its experts are "
+            "others now; start again with overwrite"
+        )

@@ -6,9 +6,9 @@
     the rows that want it, all that there are in a group of token chunks
 
 A *block* is some experts that go by together. Blocks are in memory `alive` at a time, by
-dependencies: a block is begun to be read when all that needed the one `alive` places before is done;
-and what needs a block waits until the next one is begun to be read. Where the rows are meanwhile is
-told by `held_rows` (in memory) and `spilled_rows` (on disk).
+dependencies: a block is begun to be read when all that needed the one `alive` places before is
+done; and what needs a block waits until the next one is begun to be read. Where the rows are
+meanwhile is told by `held_rows` (in memory) and `spilled_rows` (on disk).
 """
 
 from __future__ import annotations

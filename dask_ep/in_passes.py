@@ -35,11 +35,13 @@ from dask_ep.survey import survey
 
 
 class PassesDone(NamedTuple):
-    """What going through the experts in passes took, resumed runs included."""
+    """What going through the experts in passes took; reads of resumed runs included."""
 
     passes: Passes
     reads: dict[int, int]
     #: how often each expert was read that was read at all
+    spilled_bytes: int
+    #: of rows that this run has written to disk to wait, and of what their experts gave
 
 
 def find_passes(
@@ -170,10 +172,10 @@ class InPasses:
             if self._spilled:
                 self._spilled[g].files.remove()
 
-    def done(self) -> PassesDone:
-        """Say what it took, by the journal."""
+    def done(self, spilled_bytes: int) -> PassesDone:
+        """Say what it took, by the journal and by the receipts of the steps."""
         counted = journal.count_done(self._directory, READS, what=READS)
-        return PassesDone(self.passes, dict(sorted(counted.items())))
+        return PassesDone(self.passes, dict(sorted(counted.items())), spilled_bytes)
 
     def _place(self, group: int) -> str:
         return os.path.join(self._directory, f"spill-{group}")

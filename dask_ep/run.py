@@ -227,7 +227,7 @@ def run_job(
                         else:
                             _compute_on_client(step, client, watch, wait)
                 output.finish()
-    return watch.progress()._replace(passes=walk and walk.done())
+    return watch.progress()._replace(passes=walk and walk.done(watch.spilled_bytes))
 
 
 def lay_out(job: Job, where: Where, world_size: int) -> Layout:
@@ -432,12 +432,14 @@ class _Watch:
         self._before = sum(output.rows[block] for block in output.done_before)
         self._left, self._done = sum(output.rows) - self._before, 0
         self._worked = 0.0  # rows that the work on blocks which are not done is worth
+        self.spilled_bytes = 0
         if tell is not None:
             tell(self.progress())
 
     def tell(self, receipt: Receipt) -> None:
         self._done += receipt.rows
         self._left -= receipt.rows
+        self.spilled_bytes += 0 if receipt.rows else receipt.nbytes
         before = (SPILLED + SERVED) * receipt.rows
         self._worked = max(self._worked + receipt.worked - before, 0.0)
         if self._tell is not None:

@@ -31,6 +31,7 @@ from dask_ep.passes import Passes
 from dask_ep.plan_command import plan_command
 from dask_ep.run import Cluster, Processes, Threads, run_job
 from dask_ep.verify import verify_job
+from tests.checkpoints import FIXTURES, LAYER, expected
 from tests.cluster_processes import Cluster as RealCluster
 from tests.cluster_processes import wait_until, worker_pids
 from tests.test_out_of_core import peak_of_tree
@@ -98,6 +99,8 @@ def test_a_job_in_passes_gives_the_ordinary_output(plain, job, passes):
     np.testing.assert_allclose(np.load(job.out), plain[1], rtol=0, atol=1e-6)
     assert verify_job(job).good
     assert (done.rows_done, done.rows_left) == (ROWS, 0)
+    spilled = 0 if passes.way == "hold" else ROWS * 2 * (32 + 32) * 4
+    assert done.passes.spilled_bytes == spilled
     rows = [progress.rows_done for progress in told]
     assert rows == sorted(rows)
     assert len(set(rows)) > len(range(0, ROWS, CHUNK_ROWS)), "progress is told between blocks too"
@@ -184,6 +187,24 @@ def test_experts_that_fit_go_the_ordinary_way(plain, job):
     done = run_job(job, Threads(2, memory_limit=10**9))
     assert done.passes is None
     np.testing.assert_array_equal(np.load(job.out), plain[1])
+
+
+@pytest.mark.parametrize(
+    "case", ["qwen2_moe", "llama4", "deepseek_v3_fp8", "gpt_oss_mxfp4", "granitemoe"]
+)
+def test_layers_of_checkpoints_go_in_passes_too(tmp_path, monkeypatch, case):
+    hidden = expected(case)["hidden"]
+    np.save(tmp_path / "x.npy", hidden.reshape(-1, hidden.shape[-1]))
+    layer = {"layer": str(FIXTURES / case), "layer_index": LAYER}
+    job = load_job(tokens=str(tmp_path / "x.npy"), out=str(tmp_path / "y.npy"), **layer)
+    plain = replace(job, out=str(tmp_path / "plain.npy"))
+    run_job(plain, Threads(2), chunk_rows=7)
+    passes = passes_of("spill", passes=2, chunk_rows=7, group_chunks=2)
+    monkeypatch.setattr(run, "find_passes", lambda *_: passes)
+    done = run_job(job, Threads(2))
+    want = np.load(plain.out)
+    np.testing.assert_allclose(np.load(job.out), want, rtol=0, atol=1e-6 * np.abs(want).max())
+    assert set(done.passes.reads.values()) <= {1, 2}
 
 
 def test_worker_processes_share_the_files(plain, job, spilling):

@@ -12,12 +12,15 @@ resumed run goes on with them.
 
 from __future__ import annotations
 
+import glob
 import os
+import shutil
 from collections.abc import Iterator
 from math import prod
 from typing import NamedTuple
 
 import dask.array as da
+from dask.base import tokenize
 
 from dask_ep import journal, memory
 from dask_ep.build import Inputs
@@ -32,6 +35,9 @@ from dask_ep.passes import Passes, Sizes, choose_passes
 from dask_ep.spilled_rows import Spilled, collect
 from dask_ep.storage import CHUNK_BYTES, open_tokens
 from dask_ep.survey import survey
+
+SPILL = "spill-"
+"""What the names of directories with rows that wait begin with, beside the output's journal."""
 
 
 class PassesDone(NamedTuple):
@@ -147,8 +153,10 @@ class InPasses:
         walk = Walk(experts, self.passes, self._directory)
         if self.passes.way == "hold":
             return hold(rows, walk, counts)
+        # A task that outlives its run must not write into the files of another one.
+        place = os.path.join(self._directory, f"{SPILL}{tokenize(rows, walk)[:12]}")
         self._spilled = [
-            Spilled(rows, walk, counts, group, self._place(g), self._ranks)
+            Spilled(rows, walk, counts, group, f"{place}-{g}", self._ranks)
             for g, group in enumerate(self.passes.groups(len(counts)))
         ]
         return collect(rows, walk, self._spilled)
@@ -171,14 +179,13 @@ class InPasses:
                 memory.release()
             if self._spilled:
                 self._spilled[g].files.remove()
+        for left in glob.glob(os.path.join(glob.escape(self._directory), f"{SPILL}*")):
+            shutil.rmtree(left, ignore_errors=True)
 
     def done(self, spilled_bytes: int) -> PassesDone:
         """Say what it took, by the journal and by the receipts of the steps."""
         counted = journal.count_done(self._directory, READS, what=READS)
         return PassesDone(self.passes, dict(sorted(counted.items())), spilled_bytes)
-
-    def _place(self, group: int) -> str:
-        return os.path.join(self._directory, f"spill-{group}")
 
     def _small_routing(self, routing: da.Array) -> da.Array:
         """The routing in chunks that may be computed several at a time, if it must be computed."""

@@ -83,6 +83,12 @@ def spill_directories(job: Job) -> list[str]:
     return sorted(p.name for p in Path(progress_directory(job.out)).glob("spill-*"))
 
 
+def done_in(job: Job, group: int) -> bytes:
+    """A byte for each task on a group's spilled rows, 1 if it is done; empty before there is any."""
+    found = Path(progress_directory(job.out)).glob(f"spill-*-{group}/done")
+    return b"".join(path.read_bytes() for path in found)
+
+
 def stop_after(rows: int):
     """Raise when so many rows are done, or work that is worth as many."""
 
@@ -144,13 +150,16 @@ def test_a_stopped_run_goes_on_to_the_same_bits(plain, job, passes, rows):
 def test_what_is_spilled_survives_for_resume_and_goes_with_overwrite(job, spilling):
     with pytest.raises(Stopped):
         run_job(job, Threads(2), on_progress=stop_after(100))
-    assert spill_directories(job) == ["spill-0"]
+    assert len(spill_directories(job)) == 1
+    Path(progress_directory(job.out), "spill-of-another-place-0").mkdir()
     with pytest.raises(FileExistsError):
         run_job(job, Threads(2))
     with pytest.raises(Stopped):
         run_job(job, Threads(2), overwrite=True, on_progress=stop_after(0))
     assert spill_directories(job) == []
+    Path(progress_directory(job.out), "spill-of-another-place-0").mkdir()
     run_job(job, Threads(2), resume=True)
+    assert spill_directories(job) == []
 
 
 def test_a_full_disk_is_an_error_before_any_work(monkeypatch, job, spilling):
@@ -248,15 +257,13 @@ def test_after_kill_9_a_run_goes_on_and_computes_only_what_is_missing(plain, job
     undisturbed = replace(job, out=f"{job.out}.whole.npy")
     run_job(undisturbed, Threads(2))
     command = [sys.executable, "-c", SLOW_RUN, job.name, job.out]
-    pieces = Path(progress_directory(job.out), "spill-1", "done")
     with subprocess.Popen(command, env=os.environ | {"PYTHONPATH": str(ROOT)}) as process:
         try:
-            wait_until(lambda: pieces.exists() and sum(pieces.read_bytes()) > 10, "pieces are done")
+            wait_until(lambda: sum(done_in(job, 1)) > 10, "pieces are done")
         finally:
             process.send_signal(signal.SIGKILL)
-    served = Counter(pieces.read_bytes())[1]
-    told = []
-    done = run_job(job, Threads(2), resume=True, on_progress=told.append)
+    served = sum(done_in(job, 1))
+    done = run_job(job, Threads(2), resume=True)
     np.testing.assert_array_equal(np.load(job.out), np.load(undisturbed.out))
     assert done.rows_before == 3 * CHUNK_ROWS
     assert served > 10
@@ -327,10 +334,10 @@ def test_plan_says_how_experts_go_by_and_refuses_only_what_no_pass_can_fit(tmp_p
         result = CliRunner().invoke(plan_command, arguments)
         return f"{result.output} {result.exception or ''}"
 
-    said = " ".join(plan("430 MB").split())
+    content = json.loads(plan("430 MB", "--json"))
+    said = " ".join(content["advice"])
     assert "the experts do not fit, so rows are spilled to disk by expert" in said
     assert "234.38 MiB of disk beside the output while it runs" in said
-    content = json.loads(plan("430 MB", "--json"))
     chosen = find_passes(open_inputs(load_job(job)), Layout(1, 1, 2, 430 * 10**6), None)
     assert content["passes"] == chosen.to_dict()
     assert content["memory_bytes"] == chosen.memory_bytes <= content["memory_limit"]

@@ -84,7 +84,7 @@ def spill_directories(job: Job) -> list[str]:
 
 
 def done_in(job: Job, group: int) -> bytes:
-    """A byte for each task on a group's spilled rows, 1 if it is done; empty before there is any."""
+    """A byte for each task on a group's spilled rows, 1 if it is done; empty before there are."""
     found = Path(progress_directory(job.out)).glob(f"spill-*-{group}/done")
     return b"".join(path.read_bytes() for path in found)
 

@@ -472,9 +472,13 @@ def _apply(
     in_place = contiguous and write is assign_rows and out.dtype == compute
     y = out[rows] if in_place else memory.empty((len(x), expert.d_out), compute, like=x)
     expert(x, out=y)
-    if weights is not None and expert.weigh == "output":
-        y *= w
-    if not in_place:
+    weighed = weights is not None and expert.weigh == "output"
+    for run in memory.runs_in_cache(y):
+        if weighed:
+            y[run] *= w[run]
+        if not contiguous:
+            write(out, rows[run], y[run])
+    if contiguous and not in_place:
         write(out, rows, y)
 
 
@@ -488,9 +492,10 @@ def add_rows(out: Array, rows: Array, y: Array) -> None:
     if namespace(out) is not np:
         grouped.add_rows(out, rows, y)
         return
-    total = gather(out, rows, out.dtype)
-    total += y
-    out[rows] = total
+    for run in memory.runs_in_cache(y):
+        total = gather(out, rows[run], out.dtype)
+        total += y[run]
+        out[rows[run]] = total
 
 
 def _add_repeated_rows(k: int, out: Array, rows: Array, y: Array) -> None:

@@ -23,10 +23,6 @@ from dask_ep import fused, memory
 from dask_ep.dispatch import Array, Expert, Linear, computing_dtype, namespace
 from dask_ep.grouped import Bounds
 
-RUN_BYTES = 256 << 10
-"""Bytes of hidden numbers that go through all passes of an activation together: with their factor
-and scratch they fit a core's own cache. Halves the time of silu against whole tiles."""
-
 Activation = Callable[[Array, float], None]
 """Replaces its argument by the activation of it; the number is silu's alpha."""
 
@@ -84,7 +80,7 @@ class Mlp(Expert):
 
     def __call__(self, rows: Array, out: Array | None = None) -> Array:
         hidden = self._up(rows, _hidden(rows, self._up))
-        for part in _in_cache(hidden):
+        for part in memory.runs_in_cache(hidden):
             self._activate(hidden[part], 1.0)
         return self._down(hidden, out)
 
@@ -116,7 +112,7 @@ class Gated(Expert):
     def __call__(self, rows: Array, out: Array | None = None) -> Array:
         gate = self._gate(rows, _hidden(rows, self._gate))
         up = self._up(rows, _hidden(rows, self._up))
-        for part in _in_cache(gate):
+        for part in memory.runs_in_cache(gate):
             self._combine(gate[part], up[part])
         return self._down(gate, out)
 
@@ -210,14 +206,6 @@ class Summed(Expert):
         for part in self._parts[1:]:
             out += part(rows, more)
         return out
-
-
-def _in_cache(x: Array) -> list[slice]:
-    """Cut rows into runs that an inner cache keeps from one pass to the next; on a device one."""
-    step = len(x)
-    if namespace(x) is np and x.nbytes > RUN_BYTES:
-        step = max(RUN_BYTES // x[0].nbytes, 1)
-    return [slice(first, first + step) for first in range(0, len(x), max(step, 1))]
 
 
 def _hidden(rows: Array, expert: Expert) -> Array:

@@ -30,6 +30,7 @@ from dask_ep.placement_files import from_file
 from dask_ep.sources import Source, open_source
 from dask_ep.storage import open_tokens
 from dask_ep.survey import survey
+from dask_ep.travel import ALL_ROWS, Travel, choose_travel
 
 
 @dataclass(frozen=True)
@@ -105,8 +106,11 @@ def build(
     chunk_rows: int | None = None,
     xp: str = "numpy",
     exchange: Callable[..., da.Array] | None = None,
+    travel: Travel = ALL_ROWS,
+    slots_beside: int | None = None,
+    begun: Placement | None = None,
 ) -> Built:
-    """Build the output of a job; only a placement by load reads anything (the routing).
+    """Build the output of a job.
 
     Parameters
     ----------
@@ -116,21 +120,36 @@ def build(
     xp : whose arrays the chunks are while they are computed, "numpy" or "cupy"
     exchange : what sends rows through experts, with the first three arguments of `expert_parallel`
         and its `topk_weights`, instead of it; then ranks and placement say nothing
+    travel : whether rows travel to experts, or experts to rows
+    slots_beside : how many experts a rank can hold beside its own; None means all
+    begun : the placement of a run that is gone on with
+
+    Notes
+    -----
+    Only a placement by load, and any travel but that of all rows, reads anything: the routing.
     """
     job, layer, placement = inputs.job, inputs.layer, None
     tokens = open_tokens(inputs.tokens, chunks=chunk_rows, name="tokens", xp=xp)
+
+    def find_placement(routing: Any) -> Placement | None:
+        if begun is not None and begun.local and begun.world_size == world_size:
+            return begun  # as it was chosen then, whatever would be now
+        if travel.how == "rows" or world_size == 1:
+            return _find_placement(job, world_size, routing, inputs)
+        return _find_travel(inputs, world_size, routing(), travel, slots_beside)
+
     if layer is not None and exchange is not None:
         routing, topk = layer.route(tokens)
         routed = exchange(tokens, routing, layer.experts, topk_weights=topk)
         y = layer.add_the_rest(tokens, routed)
     elif layer is not None:
-        placement = _find_placement(job, world_size, lambda: layer.route(tokens)[0], inputs)
+        placement = find_placement(lambda: layer.route(tokens)[0])
         y = layer(tokens, world_size=world_size, placement=placement)
     else:
         routing = open_tokens(inputs.routing, name="routing", like=tokens, xp=xp)
         topk = inputs.topk_weights
         if exchange is None:
-            placement = _find_placement(job, world_size, lambda: routing, inputs)
+            placement = find_placement(lambda: routing)
             exchange = partial(expert_parallel, world_size=world_size, placement=placement)
         topk_weights = None if topk is None else open_tokens(topk, like=tokens, xp=xp)
         y = exchange(tokens, routing, inputs.experts, topk_weights=topk_weights)
@@ -215,3 +234,23 @@ def _find_placement(job: Job, world_size: int, routing: Any, inputs: Inputs) -> 
         load = survey(routing(), inputs.experts.num_experts).by_ticket
         return place(job.placement, load, world_size)
     return from_file(job.placement, layer=job.layer_index, world_size=world_size)
+
+
+def _find_travel(
+    inputs: Inputs, world_size: int, routing: da.Array, travel: Travel, slots_beside: int | None
+) -> Placement:
+    """Read the routing, and add to the job's placement what is read where its rows lie."""
+    job, experts = inputs.job, inputs.experts
+    found = survey(routing, experts.num_experts)
+    if job.placement is None or job.placement in PLACEMENTS:
+        owners = place(job.placement or "contiguous", found.by_ticket, world_size)
+    else:
+        owners = from_file(job.placement, layer=job.layer_index, world_size=world_size)
+    return choose_travel(
+        travel,
+        found,
+        owners,
+        expert_bytes=experts.nbytes / experts.num_experts,
+        row_bytes=(experts.d + experts.d_out) * inputs.tokens.dtype.itemsize,
+        max_slots=None if slots_beside is None else owners.slots_per_rank + slots_beside,
+    )

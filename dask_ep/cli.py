@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import click
-from dask.utils import format_bytes, format_time, parse_bytes
+from dask.utils import format_bytes, format_time
 from distributed import Client
 from rich.console import Console
 from rich.table import Table
@@ -30,7 +30,7 @@ from dask_ep.gpus import PROTOCOLS
 from dask_ep.inspect_ import Finding, describe_output, inspect_path
 from dask_ep.interrupts import Interrupts, Wait
 from dask_ep.job import PLACEMENTS, Job, JobError, load_job, parse_experts
-from dask_ep.plan_command import plan_command
+from dask_ep.plan_command import parse_size, parse_travel, plan_command, travel_options
 from dask_ep.run_report import dask_report
 from dask_ep.terminal import complain, one_line, progress_bar
 from dask_ep.verify import Verification, verify_job
@@ -188,15 +188,6 @@ def job_options(command: Callable) -> Callable:
     return command
 
 
-def _parse_size(context: click.Context, parameter: click.Parameter, value: str | None) -> Any:
-    if value is None:
-        return None
-    try:
-        return parse_bytes(value)
-    except ValueError:
-        raise click.BadParameter(f'{value!r} is no size; give one such as "8 GiB"') from None
-
-
 @click.command()
 @click.argument("job", type=click.Path(dir_okay=False), required=False)
 @job_options
@@ -206,7 +197,7 @@ def _parse_size(context: click.Context, parameter: click.Parameter, value: str |
 @click.option("--protocol", type=click.Choice(PROTOCOLS), help="Between GPUs; UCX where installed.")
 @click.option("--tf32", is_flag=True, help="Multiply float32 as TF32, with --gpu.")
 @click.option(
-    "--device-memory-limit", callback=_parse_size, metavar="SIZE", help="Of each GPU; nine tenths."
+    "--device-memory-limit", callback=parse_size, metavar="SIZE", help="Of each GPU; nine tenths."
 )
 @click.option("--scheduler", metavar="ADDRESS", help="Of a Dask cluster, tcp://host:8786.")
 @click.option("--scheduler-file", type=click.Path(), help="That a Dask scheduler has written.")
@@ -215,7 +206,7 @@ def _parse_size(context: click.Context, parameter: click.Parameter, value: str |
 @click.option("--tls-key", type=click.Path(), help="Its key, if not in the same file.")
 @click.option(
     "--memory-limit",
-    callback=_parse_size,
+    callback=parse_size,
     metavar="SIZE",
     help="For threads: of all in all. For processes: of each.",
 )
@@ -231,6 +222,7 @@ def _parse_size(context: click.Context, parameter: click.Parameter, value: str |
     help="Write planned and measured side by side, HTML; with workers Dask's own report too.",
 )
 @click.option("--chunk-rows", type=click.IntRange(1), help="Rows of a token chunk; about 32 MiB.")
+@travel_options
 @click.option("--resume", is_flag=True, help="Go on with what a stopped run has left.")
 @click.option("--overwrite", is_flag=True, help="Start again, whatever is there.")
 @debug_option
@@ -254,6 +246,11 @@ def run(job: str | None, experts: str | None, **options: Any) -> None:
     given = {key: options.pop(key) for key in keys}
     parsed = load_job(job, experts=None if experts is None else parse_experts(experts), **given)
     where = _choose_where(**{key: options.pop(key) for key in WHERE})
+    options["travel"] = parse_travel(
+        options["travel"], options.pop("link_rate"), options.pop("read_rate")
+    )
+    if options["travel"].how != "rows" and isinstance(where, runs.Threads):
+        raise click.UsageError("threads share memory, and nothing travels; --travel needs workers")
     with _stoppable(parsed, job) as wait, progress_bar("rows") as tell:
 
         def on_progress(how: runs.Progress) -> None:

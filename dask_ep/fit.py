@@ -107,6 +107,16 @@ def choose_chunk_rows(inputs: Inputs, layout: Layout, asked: int | None = None) 
     return rows if asked is not None else fit_stored(rows, inputs.tokens.chunk_rows)
 
 
+def slots_beside(inputs: Inputs, layout: Layout, chunk_rows: int) -> int | None:
+    """Say how many experts each rank can hold beside its own; None without a memory limit."""
+    if layout.memory_limit is None:
+        return None
+    spare = layout.memory_limit - need(inputs, layout).at(chunk_rows)
+    itemsize = computing_dtype(inputs.tokens.dtype).itemsize
+    ranks = -(-layout.world_size // layout.workers)
+    return max(spare, 0) // (ranks * inputs.experts.parameters * itemsize)
+
+
 def fit_stored(rows: int, stored: int | None) -> int:
     """Give about `rows` rows, at most, such that chunks are read whole or in equal parts.
 

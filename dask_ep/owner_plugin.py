@@ -1,8 +1,8 @@
 """How does a scheduler keep every rank's tasks on the rank's owners, while workers come and go?
 
 A plugin in the scheduler pins the two tasks that need a rank's experts, known by their keys, to
-the rank's owners. (What happens at the chunk's end is in `homes`, how many chunks are under way at
-once in `window`; all other tasks stay free.)
+the rank's owners. (What happens at the chunk's end is in `homes` and `at_home`, how many chunks are
+under way at once in `window`; all other tasks stay free.)
 
     ("ep_experts-<tok>", r)      ──┐
     ("ep_dispatch-<tok>", c, r)  ──┴──> worker_restrictions = the owners of r: ONE set
@@ -43,6 +43,7 @@ from distributed import SchedulerPlugin
 from distributed.core import Status
 from distributed.scheduler import Scheduler, TaskState
 
+from dask_ep.at_home import pin_at_home
 from dask_ep.homes import Home, find_home, give_homes, leave_homes
 from dask_ep.owner_map import assign, balance, capacities, natural_order
 from dask_ep.ranks import NOBODY, Change, OwnersOfRank, Ranks
@@ -118,6 +119,7 @@ class Ownership(SchedulerPlugin):
             if world_size > 1 and not task.worker_restrictions:
                 task.worker_restrictions = self.ranks[world_size].owners[key[-1]]
         states = [scheduler.tasks[key] for key in tasks]
+        pin_at_home(states, lambda token: self._owners(world_sizes.get(token, 1)))
         give_homes(states)
         # With a timeout, the scheduler would give up what is held.
         if scheduler.no_workers_timeout is None and any(map(is_sum, tasks)):
@@ -330,6 +332,10 @@ class Ownership(SchedulerPlugin):
                     ranks.by_hand.discard(rank)
         self._publish()
         self._go_on()
+
+    def _owners(self, world_size: int) -> list[OwnersOfRank] | None:
+        """The owners of each rank; None where all workers can play the only one."""
+        return self.ranks[world_size].owners if world_size > 1 else None
 
     def _change(self, world_size: int, rank: int, owners: Collection[str], why: str) -> None:
         of_rank = self.ranks[world_size].owners[rank]

@@ -10,7 +10,8 @@
                 ep_sum (c, 0) <┘ of all r                         where chunk c is
 
 Chunks stream: nothing ever joins them. C chunks and R ranks make C (2 R + 1) + R tasks, each about
-0.45 ms of the scheduler. With one rank nothing has to be exchanged: one task per chunk.
+0.45 ms of the scheduler. With one rank nothing has to be exchanged: one task per chunk. Where the
+placement is local, the key of ep_send is (c, r, home of c), for the scheduler to know (`at_home`).
 """
 
 from __future__ import annotations
@@ -80,7 +81,8 @@ def expert_parallel(
     placement : Placement, or "contiguous", "packed", "balanced" or "exact", optional
         Which rank holds which expert; default: contiguous, rank r owns the next E/R experts. The
         other names place experts by their load: with more than one rank they, and nothing else,
-        read the routing while the graph is built, once and chunk by chunk.
+        read the routing while the graph is built, once and chunk by chunk. Where it is local
+        (`dask_ep.travel`), `own_experts` has each chunk read by an owner of its home.
 
     Returns
     -------

@@ -8,7 +8,7 @@ dask-ep plan job.toml --processes 8 --what-if world_size=2,4,8 placement=contigu
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -27,9 +27,38 @@ from dask_ep.price_passes import price_passes
 from dask_ep.report import write_plan_report
 from dask_ep.run import Processes, Threads, count_workers, lay_out
 from dask_ep.storage import open_tokens
+from dask_ep.travel import TRAVELS, Travel
 
 BAR = 30
 """Characters of the bar of the busiest rank."""
+
+
+def parse_size(context: click.Context, parameter: click.Parameter, value: str | None) -> int | None:
+    """Read an option that is a number of bytes."""
+    if value is None:
+        return None
+    try:
+        return parse_bytes(value)
+    except ValueError:
+        raise click.BadParameter(f'{value!r} is no size; give one such as "8 GiB"') from None
+
+
+def travel_options(command: Callable) -> Callable:
+    """Add the options of `dask_ep.travel`."""
+    size = {"callback": parse_size, "metavar": "SIZE"}
+    for option in (
+        click.option("--read-rate", help="Bytes that a worker reads in a second; 1 GB.", **size),
+        click.option("--link-rate", help="Bytes between workers in a second; 500 MB.", **size),
+        click.option(
+            "--travel",
+            type=click.Choice(TRAVELS),
+            default="rows",
+            show_default=True,
+            help="What goes to what: rows to experts, experts to rows, or the cheaper of the two.",
+        ),
+    ):
+        command = option(command)
+    return command
 
 
 @click.command("plan")
@@ -41,6 +70,7 @@ BAR = 30
 @click.option("--threads", type=click.IntRange(1), help="Threads of this process; all cores.")
 @click.option("--processes", type=click.IntRange(1), help="Worker processes on this machine.")
 @click.option("--memory-limit", metavar="SIZE", help='Of a process, such as "4 GiB".')
+@travel_options
 @click.option("--what-if", "side_by_side", is_flag=True, help="Compare the choices that follow.")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON instead of tables.")
 @click.option("--html", type=click.Path(dir_okay=False), help="Write a report to this file.")
@@ -93,6 +123,9 @@ def priced_job(
     processes: int | None = None,
     threads: int | None = None,
     memory_limit: str | None = None,
+    travel: str = "rows",
+    link_rate: int | None = None,
+    read_rate: int | None = None,
 ) -> WhatIf:
     """Price a job file, in each combination of the choices; a single way if there are none."""
     job = load_job(path, world_size=world_size, placement=placement)
@@ -119,12 +152,21 @@ def priced_job(
         "cores": CPU_COUNT,
     }
     if choices:
-        combined = {"world_size": [size], "placement": [job.placement], **choices}
+        combined = {"world_size": [size], "placement": [job.placement], "travel": [travel]}
+        combined |= choices
+        combined["travel"] = [parse_travel(how, link_rate, read_rate) for how in combined["travel"]]
         return what_if(tokens, routing, experts, **combined, **common)
-    one = plan(tokens, routing, experts, world_size=size, placement=job.placement, **common)
+    common |= {"placement": job.placement, "travel": parse_travel(travel, link_rate, read_rate)}
+    one = plan(tokens, routing, experts, world_size=size, **common)
     if passes is not None:
         one = price_passes(one, passes, limit)
     return WhatIf((one,), one, "")
+
+
+def parse_travel(how: str, link_rate: int | None, read_rate: int | None) -> Travel:
+    """Read `travel_options`."""
+    rates = {"link": link_rate, "read": read_rate}
+    return Travel(how, **{name: rate for name, rate in rates.items() if rate is not None})
 
 
 def parse_choices(choices: Sequence[str]) -> dict[str, list[Any]]:
@@ -135,7 +177,7 @@ def parse_choices(choices: Sequence[str]) -> dict[str, list[Any]]:
     >>> parse_choices(["world_size=2,4", "placement=contiguous,exact"])
     {'world_size': [2, 4], 'placement': ['contiguous', 'exact']}
     """
-    kinds = {"world_size": int, "chunk_rows": int, "placement": str}
+    kinds = {"world_size": int, "chunk_rows": int, "placement": str, "travel": str}
     parsed = {}
     for choice in choices:
         name, _, values = choice.partition("=")
@@ -189,6 +231,7 @@ def plan_tables(one: Plan) -> list[Any]:
     figures = Table(title="plan", show_header=False)
     figures.add_column()
     figures.add_column(justify="right")
+    beside = f", {one.copies_beside} of them again" if one.copies_beside else ""
     limit = "" if one.memory_limit is None else f" of {format_bytes(one.memory_limit)}"
     for name, value in (
         ("token rows", f"{one.rows:,}"),
@@ -198,7 +241,7 @@ def plan_tables(one: Plan) -> list[Any]:
         ("imbalance (max/mean rank)", f"{one.imbalance:.3f}"),
         ("exchanged between ranks", format_bytes(one.exchanged_bytes)),
         ("moved between workers", format_bytes(one.moved_bytes)),
-        ("experts to read", format_bytes(one.stored_bytes)),
+        ("experts to read", format_bytes(one.stored_bytes) + beside),
         ("memory of a worker, at most", format_bytes(one.memory_bytes) + limit),
         (
             "tasks",

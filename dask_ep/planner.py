@@ -35,6 +35,7 @@ from dask_ep.price import Beside, Plan, Work
 from dask_ep.probe import probe
 from dask_ep.rows import rows_of
 from dask_ep.survey import Survey, survey
+from dask_ep.travel import ALL_ROWS, Travel, choose_travel
 
 
 class PlanError(MemoryError):
@@ -78,6 +79,7 @@ def plan(
     threads: int | None = None,
     cores: int | None = None,
     rates: Rates | None = None,
+    travel: Travel = ALL_ROWS,
 ) -> Plan:
     """Say what `expert_parallel` with these arguments will cost.
 
@@ -103,7 +105,9 @@ def plan(
         Cores that the workers share, if they are processes of one machine; by default each thread
         has a core of its own.
     rates : Rates, optional
-        How fast the machine is; default: measured in a second.
+        How fast the machine is; default: measured in a second, with `link` and `read` of `travel`.
+    travel : Travel
+        Whether rows travel to experts, or experts to rows.
 
     Returns
     -------
@@ -139,7 +143,7 @@ def plan(
     if world_size is None:
         given = isinstance(placement, Placement)
         world_size = placement.world_size if given else pipeline.workers_in_use()
-    priced = pricing.plan(world_size, placement, chunk_rows, only)
+    priced = pricing.plan(world_size, placement, chunk_rows, travel, only)
     if not priced.fits:
         proposal = pricing.fitting(priced)
         raise PlanError(_refusal(priced, proposal), priced, proposal)
@@ -160,12 +164,13 @@ def what_if(
     threads: int | None = None,
     cores: int | None = None,
     rates: Rates | None = None,
+    travel: Sequence[Travel] = (ALL_ROWS,),
 ) -> WhatIf:
     """Say what every combination of world sizes, placements and chunk sizes will cost.
 
     Parameters
     ----------
-    world_size, placement, chunk_rows : the values to combine
+    world_size, placement, chunk_rows, travel : the values to combine
     others : as for `plan`
 
     Raises
@@ -180,7 +185,8 @@ def what_if(
     pricing = _Pricing(
         tokens, routing, experts, topk_weights, memory_limit, workers, threads, cores, rates
     )
-    plans = tuple(pricing.plan(*choice) for choice in product(world_size, placement, chunk_rows))
+    choices = product(world_size, placement, chunk_rows, travel)
+    plans = tuple(pricing.plan(*choice) for choice in choices)
     fitting = [p for p in plans if p.fits]
     if not fitting:
         smallest = min(plans, key=lambda p: p.memory_bytes)
@@ -223,7 +229,7 @@ class _Pricing:
         self.chunks = _chunks(tokens, self.survey)
         self.memory_limit = None if memory_limit is None else parse_bytes(memory_limit)
         self.workers, self.threads, self.cores = workers, threads, cores
-        self.rates = rates or self._probe()
+        self.rates, self.are_given = rates or self._probe(), rates is not None
 
     def _probe(self) -> Rates:
         """Measure this machine with rows and experts as many as a task of this job has."""
@@ -242,10 +248,34 @@ class _Pricing:
         world_size: int,
         placement: Placement | str | os.PathLike | None,
         chunk_rows: int | None,
+        travel: Travel = ALL_ROWS,
         only: Sequence[int] | None = None,
     ) -> Plan:
         policy, placement = self._placement(placement, world_size)
         chunks = self.chunks if chunk_rows is None else _equal_chunks(self.survey.rows, chunk_rows)
+        priced = self._priced(policy, placement, chunks, travel, only)
+        if travel.how == "rows" or priced.workers == 1:
+            return priced
+        moved = choose_travel(
+            travel,
+            self.survey,
+            placement,
+            expert_bytes=self.work.expert_stored,
+            row_bytes=priced.packet_row_bytes + priced.reply_row_bytes,
+            chunks=chunks,
+            max_slots=priced.slots_within_limit,
+        )
+        return self._priced(f"{policy}, travel {travel.how}", moved, chunks, travel, only)
+
+    def _priced(
+        self,
+        policy: str,
+        placement: Placement,
+        chunks: tuple[int, ...],
+        travel: Travel,
+        only: Sequence[int] | None,
+    ) -> Plan:
+        world_size = placement.world_size
         workers = min(self.workers or world_size, world_size)
         visits = self.survey.visits(placement, chunks, only)
         of_these = list(range(len(chunks)) if only is None else only)
@@ -260,9 +290,10 @@ class _Pricing:
             rank_rows=visits.slot_rows.sum(axis=1),
             packet_rows=visits.packet_rows[of_these],
             slots_per_row=self.survey.slots_per_row,
-            rates=self.rates,
+            rates=self.rates if self.are_given else travel.rates(self.rates),
             memory_limit=self.memory_limit,
             cores=self.cores,
+            numbers=only,
         )
 
     def fitting(self, refused: Plan) -> Plan | None:

@@ -12,6 +12,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -96,7 +97,7 @@ class Plan:
 
     work: Work
     policy: str
-    #: name of the policy, or "given"
+    #: name of the policy, or "given"; and what travels, if not rows alone
     placement: Placement
     chunks: tuple[int, ...]
     #: rows of each token chunk
@@ -116,6 +117,8 @@ class Plan:
     #: bytes that a worker may use
     cores: int | None = None
     #: that all workers share; None if each thread has its own
+    numbers: Sequence[int] | None = None
+    #: of the chunks; None if these are all
 
     # --- sizes ---------------------------------------------------------------------------
 
@@ -186,7 +189,8 @@ class Plan:
     def _homes(self, places: int) -> np.ndarray:
         """(C,) at which rank, or worker, each chunk lies."""
         if self.placement.local:
-            return np.arange(len(self.chunks)) % self.world_size % places
+            numbers = range(len(self.chunks)) if self.numbers is None else self.numbers
+            return np.array([self.placement.home(c) for c in numbers], int) % places
         return costs.homes(len(self.chunks), places)
 
     # --- memory ----------------------------------------------------------------------------
@@ -195,6 +199,20 @@ class Plan:
     def rank_experts(self) -> np.ndarray:
         """(R,) experts that each rank holds."""
         return (self.placement.slots >= 0).sum(axis=1)
+
+    @property
+    def copies_beside(self) -> int:
+        """Slots that hold an expert which another slot holds too."""
+        return int(self.rank_experts.sum()) - self.placement.num_experts
+
+    @property
+    def slots_within_limit(self) -> int | None:
+        """The most experts that a rank can hold within the memory limit, not fewer than it does."""
+        if self.memory_limit is None:
+            return None
+        ranks = -(-self.world_size // self.workers)
+        spare = max(self.memory_limit - self.memory_bytes, 0)
+        return self.placement.slots_per_rank + spare // max(self.work.expert_loaded * ranks, 1)
 
     @property
     def stored_bytes(self) -> int:
@@ -377,7 +395,7 @@ class Plan:
             *("rows", "slots_per_row", "world_size", "workers", "threads", "policy", "cores"),
             *("chunk_rows", "imbalance", "exchanged_bytes", "moved_bytes", "stored_bytes"),
             *("expert_bytes", "chunk_bytes", "chunks_held", "memory_bytes", "memory_limit", "fits"),
-            *("tasks", "other_tasks", "handled_tasks", "flops_beside"),
+            *("tasks", "other_tasks", "handled_tasks", "flops_beside", "copies_beside"),
             *("scheduler_seconds", "load_seconds", "busy_seconds", "seconds"),
             *("advised_chunk_rows", "advice"),
         ]

@@ -33,7 +33,7 @@ from dask_ep import device, journal
 from dask_ep.blas import one_blas_thread
 from dask_ep.build import WEIGHT_KEYS, build, open_inputs
 from dask_ep.cluster import Certificates, OneBlasThread, check_cluster, connect
-from dask_ep.fit import Layout, choose_chunk_rows
+from dask_ep.fit import Layout, choose_chunk_rows, slots_beside
 from dask_ep.gpus import THREADS_PER_GPU, Gpus, check_gpus, device_limit, start_gpus
 from dask_ep.in_passes import InPasses, PassesDone, find_passes
 from dask_ep.interrupts import Aside, Wait, deaf_children
@@ -45,7 +45,9 @@ from dask_ep.price import Plan
 from dask_ep.record import Record
 from dask_ep.report import check_drawing
 from dask_ep.run_report import dask_reported, plan_run, recorded, write_reports
+from dask_ep.slots import Placement
 from dask_ep.storage import store
+from dask_ep.travel import ALL_ROWS, Travel
 
 CONNECT_SECONDS = 10.0
 """Seconds that a scheduler may take to answer."""
@@ -124,6 +126,7 @@ def run_job(
     resume: bool = False,
     overwrite: bool = False,
     chunk_rows: int | None = None,
+    travel: Travel = ALL_ROWS,
     on_progress: Callable[[Progress], Any] | None = None,
     on_client: Callable[[Client], Any] | None = None,
     report: str | os.PathLike | None = None,
@@ -140,6 +143,8 @@ def run_job(
     overwrite : start again, whatever is there
     chunk_rows : rows of a token chunk; by default about 32 MiB of them, or what fits the memory
         limit
+    travel : whether rows travel to experts, or experts to rows; by default all rows. Everything
+        else reads the routing once before. A resumed run goes on with what was chosen
     on_progress : called at the start, and when blocks are done
     on_client : called when the workers are there, if there are any; such as to show the dashboard
     report : HTML file that lays the run beside its plan, written at the end if anything was run;
@@ -198,6 +203,9 @@ def run_job(
                 chunk_rows=chunk_rows,
                 xp=array_namespace(where),
                 exchange=walk,
+                travel=travel,
+                slots_beside=slots_beside(inputs, room, chunk_rows),
+                begun=begun.get("placement"),
             )
             output = store(
                 built.y,
@@ -452,12 +460,14 @@ class _Watch:
 
 
 def _read_begun(out: str) -> dict[str, Any]:
-    """Read the ranks, chunk rows and passes of the run that is to be resumed, if there is one."""
+    """Read how the run that is to be resumed was laid out, if there is one."""
     manifest = journal.read_manifest(progress_directory(out))
     if manifest is None:
         return {}
     passes = manifest["settings"].get("passes")
+    placement = manifest["settings"].get("placement")
     return {
+        "placement": None if placement is None else Placement.from_json(placement),
         "world_size": manifest["settings"].get("world_size"),
         "chunk_rows": max(manifest["rows"], default=None),
         "passes": passes and Passes.from_dict(passes),

@@ -118,8 +118,15 @@ class Placement:
 
     @cached_property
     def shares(self) -> np.ndarray:
-        """(R, S) float64: the part of its expert's rows that each slot serves; 0 where empty."""
-        return _share_sizes(self.slots, self.stops) / TICKETS
+        """(R, S) float64: the part of its expert's rows that each slot serves; 0 where empty.
+
+        Where the placement is local: if every rank is home to as many of them as any other.
+        """
+        by_ticket = _share_sizes(self.slots, self.stops) / TICKETS
+        if not self.local:
+            return by_ticket
+        elsewhere = 1 - np.append(self.copies, 0)[self.slots] / self.world_size
+        return (self.slots >= 0) / self.world_size + elsewhere * by_ticket
 
     @property
     def even(self) -> bool:
@@ -202,10 +209,7 @@ class Placement:
         return nth
 
     def rank_load(self, load: np.ndarray) -> np.ndarray:
-        """Give the rows that each rank serves, (R,) float64, from those of each expert, (E,).
-
-        On average: of rows as evenly spread over tickets, and over homes, as can be.
-        """
+        """Give the rows that each rank serves, (R,) float64, from those of each expert, (E,)."""
         load = np.append(np.asarray(load, np.float64), 0.0)  # [-1] serves the empty slots
         return (load[self.slots] * self.shares).sum(axis=1)
 

@@ -4,8 +4,8 @@ A row that lies on one worker and wants an expert on another goes there and come
 worker where the row lies reads the expert's weights too, and the row stays. For each expert and
 each rank the cheaper of the two:
 
-    rows travel      rows at home here that must leave × row_bytes (both ways) / rates.link
-    expert travels   expert_bytes / rates.read
+    rows travel      rows at home here that must leave × row_bytes (both ways) / link
+    expert travels   expert_bytes / read
 
                      expert 0 (hot)      expert 1 (hot)      expert 2 (cold)
     rank 0, owner    has it              <── rows            <── rows
@@ -27,7 +27,7 @@ Axis letters: `n` rows, `k` slots per row, `E` experts, `R` ranks, `S` slots per
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import numpy as np
@@ -43,14 +43,42 @@ SAMPLED_ROWS = 1 << 14
 """Rows at home at a rank above which a sample of as many decides."""
 
 
+@dataclass(frozen=True)
+class Travel:
+    """What travels, and at which rates it is chosen.
+
+    Raises
+    ------
+    ValueError
+        If `how` is not one of `TRAVELS`.
+    """
+
+    how: str = "rows"
+    link: float = Rates.link
+    #: bytes per second between two workers
+    read: float = Rates.read
+    #: bytes per second that one worker reads from storage
+
+    def __post_init__(self) -> None:
+        if self.how not in TRAVELS:
+            raise ValueError(f"travel must be one of {', '.join(TRAVELS)}; got {self.how!r}")
+
+    def rates(self, others: Rates) -> Rates:
+        """Give these two rates, and what else is measured."""
+        return replace(others, link=self.link, read=self.read)
+
+
+ALL_ROWS = Travel()
+"""What there is without a choice: nothing has to be known of the routing."""
+
+
 def choose_travel(
-    how: str,
+    travel: Travel,
     found: Survey,
     owners: Placement,
     *,
     expert_bytes: float,
     row_bytes: float,
-    rates: Rates,
     chunks: Sequence[int] | None = None,
     max_slots: int | None = None,
 ) -> Placement:
@@ -58,28 +86,26 @@ def choose_travel(
 
     Parameters
     ----------
-    how : "rows", "auto" or "experts"
-        "rows" gives `owners` back. "experts" lets no row travel.
+    travel : Travel
+        "rows" gives `owners` back; "experts" lets no row travel; "auto" takes the cheaper.
     found : Survey of the routing
     owners : Placement
         What each rank holds in any case. A row without a copy at home goes where it says.
     expert_bytes : bytes of one expert in its file
     row_bytes : bytes of a row on its way there and back
-    rates : Rates
-        Of these `link` and `read`.
     chunks : rows of each token chunk; default: those of the routing
     max_slots : int, optional
         The most experts that a rank can hold (its memory over the bytes of one expert).
 
     Returns
     -------
-    placement : Placement, local, unless `how` is "rows"
+    placement : Placement, local unless all rows travel
 
     Raises
     ------
     ValueError
-        If `how` is not known, if `owners` are for other experts, or if they, or the experts that
-        must be read, do not fit into `max_slots`.
+        If `owners` are for other experts, or if they, or the experts that must be read, do not fit
+        into `max_slots`.
 
     Notes
     -----
@@ -95,31 +121,28 @@ def choose_travel(
     >>> from dask_ep.placement import contiguous
     >>> from dask_ep.survey import survey
     >>> routing = np.array([0, 0, 0, 1, 0, 0, 0, 0])  # chunk 0 is at home at rank 0, 1 at rank 1
-    >>> bytes_only = Rates(flops=1, copy=1, link=1, read=1)
     >>> placement = choose_travel(
-    ...     "auto", survey(routing, 2), contiguous(2, 2), chunks=(4, 4),
-    ...     expert_bytes=300, row_bytes=100, rates=bytes_only,
+    ...     Travel("auto", link=1, read=1), survey(routing, 2), contiguous(2, 2), chunks=(4, 4),
+    ...     expert_bytes=300, row_bytes=100,
     ... )
     >>> placement.slots.tolist()  # 4 rows of rank 1 for expert 0, 1 row of rank 0 for expert 1
     [[0, -1], [1, 0]]
     """
-    if how not in TRAVELS:
-        raise ValueError(f"travel must be one of {', '.join(TRAVELS)}; got {how!r}")
     verify_placement(owners, num_experts=found.num_experts, max_slots=max_slots)
-    if how == "rows" or owners.world_size == 1:
+    if travel.how == "rows" or owners.world_size == 1:
         return owners
     owners = replace(owners, local=True)
-    prices = _Prices(row_bytes / rates.link, expert_bytes / rates.read)
-    read = []
+    prices = _Prices(row_bytes / travel.link, expert_bytes / travel.read)
+    beside = []
     for rank, wants in enumerate(_wants(found, owners, chunks)):
-        if how == "experts":
+        if travel.how == "experts":
             chosen = _wanted(wants.leaving, found.num_experts)
         else:
             chosen = _worth_reading(wants, prices, found.num_experts)
             room = None if max_slots is None else max_slots - int((owners.slots[rank] >= 0).sum())
             chosen = _fitting(chosen, wants, room)
-        read.append(np.flatnonzero(chosen))
-    placement = _reading(owners, read)
+        beside.append(np.flatnonzero(chosen))
+    placement = _reading(owners, beside)
     verify_placement(placement, num_experts=found.num_experts, max_slots=max_slots)
     return placement
 
@@ -233,17 +256,17 @@ def _dropping(held: np.ndarray, wants: np.ndarray) -> Iterator[tuple[np.ndarray,
         stay = stay[(stay != dropped).all(axis=1)]
 
 
-def _reading(owners: Placement, read: Sequence[np.ndarray]) -> Placement:
+def _reading(owners: Placement, beside: Sequence[np.ndarray]) -> Placement:
     """Add the experts that each rank reads besides; these serve only rows at home."""
-    held = [[*row[row >= 0], *more] for row, more in zip(owners.slots, read, strict=True)]
+    held = [[*row[row >= 0], *more] for row, more in zip(owners.slots, beside, strict=True)]
     width = max(map(len, held))
     slots = np.full((owners.world_size, width), -1)
     stops = np.zeros(slots.shape, np.int64)
     for rank, experts in enumerate(held):
         slots[rank, : len(experts)] = experts
-        owned = len(experts) - len(read[rank])
+        owned = len(experts) - len(beside[rank])
         stops[rank, :owned] = owners.stops[rank][owners.slots[rank] >= 0]
-        for column, expert in enumerate(read[rank], start=owned):
+        for column, expert in enumerate(beside[rank], start=owned):
             before = owners.stops[:rank][owners.slots[:rank] == expert]
             stops[rank, column] = before.max(initial=0)  # the stop of the copy before: no tickets
     return Placement(slots, stops, local=True)

@@ -22,7 +22,7 @@ from collections.abc import Collection, Iterable
 from distributed.scheduler import TaskState
 
 from dask_ep.homes import SUM, Home
-from dask_ep.ranks import NOBODY
+from dask_ep.ranks import NOBODY, OwnersOfRank
 
 CHUNKS_PER_THREAD, CHUNKS_BESIDE = 4, 4
 """Chunks under way: so many per thread of the workers, and so many more."""
@@ -104,4 +104,5 @@ def _dependents_first(tasks: Iterable[TaskState]) -> list[TaskState]:
 
 
 def _is_free(task: TaskState) -> bool:
-    return not task.worker_restrictions or isinstance(task.worker_restrictions, Home)
+    """Whether no user restricts it."""
+    return not task.worker_restrictions or isinstance(task.worker_restrictions, Home | OwnersOfRank)

@@ -19,6 +19,7 @@ from dask_ep.example import FORMATS, Example, write_example
 from dask_ep.job import load_job
 from dask_ep.journal import read_done, read_manifest
 from dask_ep.run import Threads, run_job
+from dask_ep.slots import Placement
 from dask_ep.sources import open_source
 from tests.cluster_processes import Cluster as RealCluster
 
@@ -118,6 +119,7 @@ def test_wrong_use_is_2(tmp_path, capsys, small_job):
         (["run"], "'tokens' is missing"),
         (["run", small_job, "--threads", 2, "--processes", 2], "a job runs in one place"),
         (["run", small_job, "--dashboard", 8787], "--dashboard needs --processes"),
+        (["run", small_job, "--travel", "auto"], "nothing travels; --travel needs workers"),
         (["run", small_job, "--memory-limit", "much"], "'much' is no size"),
         (["run", small_job, "--scheduler", "tcp://x:1", "--memory-limit", "1GB"], "is set where"),
         (["run", small_job, "--tls-cert", "c.pem"], "TLS needs --tls-ca-file and --tls-cert"),
@@ -298,7 +300,7 @@ def test_a_cluster_finishes_what_was_stopped_on_it(tmp_path, capsys, slow_job):
     out = tmp_path / "out.npy"
     with RealCluster(tmp_path, ["alice", "bob"]) as cluster:
         where = ("--out", out, "--scheduler-file", cluster.scheduler_file, "--chunk-rows", 64)
-        process = start("run", slow_job, *where)
+        process = start("run", slow_job, *where, "--travel", "experts")
         try:
             wait_for_blocks(out, 3, process)
             code, _, err = stop(process, signal.SIGINT)
@@ -311,6 +313,9 @@ def test_a_cluster_finishes_what_was_stopped_on_it(tmp_path, capsys, slow_job):
     assert here(capsys, "verify", slow_job, "--out", out, "--rows", 60)[0] == 0
     record = json.loads(Path(f"{out}.progress/manifest.json").read_text())
     assert record["settings"]["world_size"] == 2, "one rank per worker"
+    placement = Placement.from_json(record["settings"]["placement"])
+    assert placement.local, "what travelled at first did so to the end"
+    assert placement.slots_per_rank == placement.num_experts
 
 
 def test_a_scheduler_that_does_not_answer(monkeypatch, capsys, small_job):

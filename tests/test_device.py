@@ -240,6 +240,7 @@ PLACEMENTS = {
     "permuted": Placement([[3, 0], [1, 2]]),
     "copies": balanced([80, 10, 10, 20], 2, num_slots=6),
     "many copies": Placement([[0, 1, 2], [0, 1, 3], [0, 2, 3]]),
+    "copies at home": Placement([[0, 1, 2], [0, 1, 3], [0, 2, 3]], local=True),
     "cut at a row's ticket": Placement([[0], [0]], [[1003 * STRIDE % TICKETS], [TICKETS]]),
 }
 
@@ -251,15 +252,16 @@ def test_a_placement_rewrites_on_the_device(placement, shape):
     routing = rng.integers(-1, placement.num_experts, shape)
     routing[3:4] = 0
     with watch() as traffic:
-        got = placement.rewrite(on_device(routing), row_offset=1000)
+        got = placement.rewrite(on_device(routing), 1000, home=placement.home(1))
     assert type(got) is DeviceArray
-    want = placement.rewrite(routing, row_offset=1000)
+    want = placement.rewrite(routing, 1000, home=placement.home(1))
     assert got.dtype == want.dtype
     np.testing.assert_array_equal(got.get(), want)
     assert traffic.to_host == ([2 * 8] if routing.size else [])
     held = int((placement.slots >= 0).sum())
     no_copies = held == placement.num_experts
-    assert sum(traffic.to_device) == (4 * (held + 1) if no_copies else 12 * held)
+    at_home = 4 * (placement.num_experts + 1) if placement.local else 0
+    assert sum(traffic.to_device) == at_home + (4 * (held + 1) if no_copies else 12 * held)
 
 
 # --- the pipeline -------------------------------------------------------------------------------

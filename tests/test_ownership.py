@@ -8,15 +8,16 @@ from math import inf
 import dask.array as da
 import numpy as np
 import pytest
-from distributed import SchedulerPlugin, futures_of, get_worker
+from distributed import futures_of
 from distributed.core import Status
 
 from dask_ep import Experts, expert_parallel, own_experts
 from dask_ep.owner_plugin import METADATA, PLUGIN
 from dask_ep.pipeline import count_tasks
-from dask_ep.sources import Source, open_source
+from dask_ep.sources import open_source
 from tests.cluster_processes import DEADLINE, Cluster, addresses, wait_until
 from tests.fault_scenarios import free_and_pinned
+from tests.observed import NotedSource, Recorder, bytes_read, computed, received
 
 WORKERS = ("w0", "w1", "w2")
 CONFIG = {
@@ -48,19 +49,6 @@ def nothing_left(request):
         assert request.getfixturevalue("client").run_on_scheduler(_what_is_left) == []
 
 
-class Recorder(SchedulerPlugin):
-    """Writes down which worker computed which key."""
-
-    name = "recorder-of-tests"
-
-    def __init__(self):
-        self.computed = []
-
-    def transition(self, key, start, finish, *args, worker=None, **kwargs):
-        if (start, finish) == ("processing", "memory"):
-            self.computed.append((key, worker))
-
-
 @pytest.fixture
 def recorded(client):
     """Give a function that tells {prefix: {rank: workers that computed tasks of it}}."""
@@ -68,30 +56,13 @@ def recorded(client):
 
     def who_computed():
         where = defaultdict(lambda: defaultdict(set))  # step, rank
-        for key, worker in client.run_on_scheduler(_recorded):
+        for key, worker in computed(client):
             if isinstance(key, tuple) and key[0].startswith("ep_"):
                 where[key[0].rpartition("-")[0]][key[-1]].add(worker)
         return where
 
     yield who_computed
     client.unregister_scheduler_plugin(Recorder.name)
-
-
-class NotedSource(Source):
-    """Notes in a file how many bytes each worker read."""
-
-    def __init__(self, source, log):
-        self.source, self.log = source, log
-        self.shape, self.dtype, self.name = source.shape, source.dtype, source.name
-
-    def read(self, start, stop, out=None):
-        rows = self.source.read(start, stop, out)
-        with open(self.log, "a") as log:
-            log.write(f"{get_worker().address} {rows.nbytes}\n")
-        return rows
-
-    def fingerprint(self):
-        return self.source.fingerprint()
 
 
 def _alone(y):
@@ -149,11 +120,7 @@ def noted(tmp_path):
     source = NotedSource(open_source(tmp_path / "w.npy"), str(tmp_path / "read"))
 
     def read():
-        by_worker = defaultdict(int)
-        for line in (tmp_path / "read").read_text().splitlines():
-            address, nbytes = line.split()
-            by_worker[address] += int(nbytes)
-        return by_worker
+        return bytes_read(tmp_path / "read")
 
     return layer(experts=Experts.linear(source), num_experts=12)[0], weights[:2].nbytes, read
 
@@ -186,18 +153,18 @@ def test_no_more_travels_than_the_rows_that_must(client, recorded, slots):
     chunks, rows, width, ranks = 12, 512, 256, 6
     y, routing = layer(chunks, rows, width, ranks, slots, num_experts=12, seed=slots)
     with own_experts(client, ranks) as owners:
-        before = _received(client)
+        before = received(client)
         client.compute(y.sum()).result(DEADLINE)
-        received = _received(client) - before
+        arrived = received(client) - before
         visits = 0  # rows that go to a rank elsewhere, each once whatever its slots there
-        homes = _homes(client.run_on_scheduler(_recorded))
+        homes = _homes(computed(client))
         for chunk, of_chunk in enumerate(np.split(routing, chunks)):
             for rank, (owner,) in enumerate(owners.owners):
                 if owner != homes[chunk]:
                     visits += np.any(of_chunk // 2 == rank, axis=1).sum()
     assert visits
-    assert sum(nbytes for *_, nbytes in received) <= 1.05 * 2 * visits * width * 4
-    assert not [key for key, _, nbytes in received if nbytes >= rows * width * 4]
+    assert sum(nbytes for *_, nbytes in arrived) <= 1.05 * 2 * visits * width * 4
+    assert not [key for key, _, nbytes in arrived if nbytes >= rows * width * 4]
 
 
 def test_chunks_that_are_in_memory_already_stay_where_they_are(client):
@@ -209,11 +176,11 @@ def test_chunks_that_are_in_memory_already_stay_where_they_are(client):
     wait_until(lambda: all(future.done() for future in persisted), "tokens and routing are there")
     y = expert_parallel(tokens, routing, np.ones((6, width, width)), world_size=6)
     with own_experts(client, 6):
-        before = _received(client)
+        before = received(client)
         client.compute(y.sum()).result(DEADLINE)
-        received = _received(client) - before
-        assert received
-        assert max(nbytes for *_, nbytes in received) < rows * width * 4
+        arrived = received(client) - before
+        assert arrived
+        assert max(nbytes for *_, nbytes in arrived) < rows * width * 4
 
 
 # --- how many chunks are under way ------------------------------------------------------------
@@ -227,14 +194,14 @@ def test_a_slow_rank_does_not_let_chunks_pile_up(client, recorded, given, most):
     with own_experts(client, 3, **given) as owners:
         assert np.array_equal(client.compute(y.sum(axis=1)).result(DEADLINE), _alone(y.sum(axis=1)))
         assert owners.failures == []
-    assert 1 < _most_chunks_in_flight(client.run_on_scheduler(_recorded)) <= most
+    assert 1 < _most_chunks_in_flight(computed(client)) <= most
 
 
 def test_without_a_bound_chunks_pile_up(client, recorded):
     y, _ = layer(chunks=40, ranks=3, experts=Experts.callables([_at_once, _slowly, _at_once]))
     with own_experts(client, 3, chunks_in_flight=inf):
         client.compute(y.sum()).result(DEADLINE)
-    assert _most_chunks_in_flight(client.run_on_scheduler(_recorded)) > 4 * 3 + 4
+    assert _most_chunks_in_flight(computed(client)) > 4 * 3 + 4
 
 
 def test_chunks_that_are_held_begin_when_the_owners_are_closed(client):
@@ -563,10 +530,6 @@ def _at_once(rows):
     return rows * 3
 
 
-def _recorded(dask_scheduler):
-    return dask_scheduler.plugins[Recorder.name].computed
-
-
 def _ep_tasks_computed(dask_scheduler):
     computed = dask_scheduler.plugins[Recorder.name].computed
     return sum(isinstance(key, tuple) and key[0].startswith("ep_") for key, _ in computed)
@@ -640,17 +603,3 @@ def _has_pending_work(dask_scheduler):
 
 def _set_status(status, dask_worker):
     dask_worker.status = status
-
-
-def _received(client):
-    """What all workers received by now: a set of (key, when, bytes)."""
-    logs = client.run(_transfers)
-    return {transfer for log in logs.values() for transfer in log}
-
-
-def _transfers(dask_worker):
-    return [
-        (str(key), entry["start"], size)
-        for entry in dask_worker.transfer_incoming_log
-        for key, size in entry["keys"].items()
-    ]

@@ -108,3 +108,44 @@ def test_within_a_limit_the_plan_is_of_the_chunks_that_a_run_takes(job_file, tmp
     manifest = journal.read_manifest(f"{job.out}.progress")
     assert max(manifest["rows"]) == content["chunk_rows"]
     assert len(manifest["rows"]) == content["chunks"]
+
+
+def test_the_command_says_what_travels(job_file, tmp_path):
+    saved = tmp_path / "placement.json"
+    common = (job_file, "--processes", 4, "--chunk-rows", 100, "--json")
+    rows, experts = (
+        json.loads(invoke(*common, "--travel", how, "--save", saved)) for how in ("rows", "experts")
+    )
+    assert Placement.from_json(saved.read_text()).local
+    assert (rows["copies_beside"], experts["moved_bytes"]) == (0, 0)
+    assert experts["stored_bytes"] == (8 + experts["copies_beside"]) * 8 * 8 * 4
+    # The slower of the two is not used.
+    rates = {"slow link": ("--link-rate", "1 kB"), "slow disk": ("--read-rate", "1 kB")}
+    slow_link, slow_disk = (
+        json.loads(invoke(*common, "--travel", "auto", *rate)) for rate in rates.values()
+    )
+    assert slow_link["slots"] == experts["slots"]
+    assert slow_disk["copies_beside"] == 0
+    assert slow_link["policy"] == "contiguous, travel auto"
+    said = invoke(job_file, "--processes", 4, "--travel", "experts", "--chunk-rows", 100)
+    assert f"{experts['copies_beside']} of them again" in said
+
+
+def test_what_travels_is_a_choice_to_compare(job_file):
+    content = json.loads(
+        invoke(job_file, "--processes", 4, "--json", "--what-if", "travel=rows,auto,experts")
+    )
+    assert [p["policy"] for p in content["plans"]] == [
+        *("contiguous", "contiguous, travel auto", "contiguous, travel experts")
+    ]
+
+
+def test_what_is_read_beside_fits_into_memory(job_file):
+    common = (job_file, "--processes", 4, "--json", "--chunk-rows", 100, "--link-rate", "1 kB")
+    rows = json.loads(invoke(*common))
+    limit = rows["memory_bytes"] + 2 * 8 * 8 * 4  # two experts for each rank
+    limited = json.loads(invoke(*common, "--travel", "auto", "--memory-limit", limit))
+    assert limited["fits"]
+    assert limited["rank_experts"] == [4, 4, 4, 4]
+    free = json.loads(invoke(*common, "--travel", "auto"))
+    assert free["rank_experts"] == [8, 8, 8, 8]

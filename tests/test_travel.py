@@ -11,14 +11,17 @@ from dask.base import tokenize
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dask_ep import expert_parallel, reference
-from dask_ep.costs import Rates
+from dask_ep import expert_parallel, reference, travel
 from dask_ep.placement import POLICIES, Placement, contiguous, place, verify_placement
 from dask_ep.placement_files import from_file, write_vllm_ascend
 from dask_ep.survey import survey
-from dask_ep.travel import TRAVELS, choose_travel
+from dask_ep.travel import TRAVELS, Travel, choose_travel
 
-RATES = Rates(flops=1.0, copy=1.0, link=2.0, read=1.0)
+LINK, READ = 2.0, 1.0
+
+
+def choose(how, found, owners, **sizes):
+    return choose_travel(Travel(how, LINK, READ), found, owners, **sizes)
 
 
 def job(seed, *, experts=6, ranks=3, rows=60, slots=2, chunks=7):
@@ -135,14 +138,13 @@ def test_no_more_than_a_twentieth_above_the_least_cost(seed, slots):
     owners = place("packed" if seed % 2 else "contiguous", np.bincount(routing[routing >= 0]), 3)
     found, ratios = survey(routing, 6), []
     for expert_bytes in (3, 8, 20):
-        prices = (2 / RATES.link, expert_bytes / RATES.read)
-        placement = choose_travel(
+        prices = (2 / LINK, expert_bytes / READ)
+        placement = choose(
             "auto",
             found,
             owners,
             expert_bytes=expert_bytes,
             row_bytes=2,
-            rates=RATES,
             chunks=chunks,
         )
         least = least_cost(routing, owners, chunks, *prices)
@@ -158,13 +160,28 @@ def test_nor_with_many_experts_and_slots(seed):
     routing, chunks = job(seed, experts=experts, ranks=ranks, rows=1500, slots=slots, chunks=9)
     owners, found = contiguous(experts, ranks), survey(routing, experts)
     expert_bytes = 1500 * slots / experts / ranks * (1 + seed % 3) / 2
-    sizes = {"expert_bytes": expert_bytes, "row_bytes": 2, "rates": RATES, "chunks": chunks}
+    sizes = {
+        "expert_bytes": expert_bytes,
+        "row_bytes": 2,
+        "chunks": chunks,
+    }
     cost, rows_only, experts_only = (
-        cost_of(found, choose_travel(how, found, owners, **sizes), chunks, 1, expert_bytes)
+        cost_of(found, choose(how, found, owners, **sizes), chunks, 1, expert_bytes)
         for how in ("auto", "rows", "experts")
     )
     assert cost <= 1.05 * least_cost_by_cut(routing, owners, chunks, 1, expert_bytes)
     assert cost <= min(rows_only, experts_only)
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_a_sample_of_the_rows_decides_nearly_as_well(seed, monkeypatch):
+    routing, chunks = job(seed, experts=24, ranks=3, rows=6000, chunks=9)
+    owners, found = contiguous(24, 3), survey(routing, 24)
+    expert_bytes = 6000 * 2 / 24 / 3
+    least = least_cost_by_cut(routing, owners, chunks, 1, expert_bytes)
+    monkeypatch.setattr(travel, "SAMPLED_ROWS", 500)
+    placement = choose("auto", found, owners, expert_bytes=expert_bytes, row_bytes=2, chunks=chunks)
+    assert least <= cost_of(found, placement, chunks, 1, expert_bytes) <= 1.05 * least
 
 
 @settings(max_examples=60, deadline=None)
@@ -180,12 +197,12 @@ def test_what_fits_is_read_and_nothing_else_changes(seed, policy, slots, ranks, 
     found = survey(routing, 6)
     owners = place(policy, found.by_ticket, ranks)
     limit = owners.slots_per_rank + room
-    sizes = {"expert_bytes": 2, "row_bytes": 2, "rates": RATES, "chunks": chunks}
-    placement = choose_travel("auto", found, owners, max_slots=limit, **sizes)
+    sizes = {"expert_bytes": 2, "row_bytes": 2, "chunks": chunks}
+    placement = choose("auto", found, owners, max_slots=limit, **sizes)
     verify_placement(placement, num_experts=6, max_slots=limit)
     for owned, held in zip(owners.slots, placement.slots, strict=True):
         assert set(owned) - {-1} <= set(held)
-    free = choose_travel("auto", found, owners, **sizes)
+    free = choose("auto", found, owners, **sizes)
     costs = [cost_of(found, p, chunks, 1, 2) for p in (free, placement)]
     assert costs[0] <= costs[1] + 1e-9
     if free.slots_per_rank <= limit:
@@ -196,8 +213,13 @@ def test_under_a_limit_the_experts_with_most_rows_are_read():
     found = survey(np.repeat([1, 2, 3], [3, 9, 6]), 4)
     owners = Placement([[0, 1], [2, 3]])  # all rows are at home at rank 0
     for limit, read in ((2, set()), (3, {2}), (4, {2, 3})):
-        placement = choose_travel(
-            "auto", found, owners, expert_bytes=1, row_bytes=2, rates=RATES, max_slots=limit
+        placement = choose(
+            "auto",
+            found,
+            owners,
+            expert_bytes=1,
+            row_bytes=2,
+            max_slots=limit,
         )
         assert set(placement.slots[0]) - {-1} == {0, 1} | read
 
@@ -210,9 +232,9 @@ def test_the_ends_can_be_forced(policy):
     routing, chunks = job(3, slots=3)
     found = survey(routing, 6)
     owners = place(policy, found.by_ticket, 3)
-    sizes = {"expert_bytes": 1e9, "row_bytes": 1, "rates": RATES, "chunks": chunks}
-    assert choose_travel("rows", found, owners, **sizes) is owners
-    placement = choose_travel("experts", found, owners, **sizes)
+    sizes = {"expert_bytes": 1e9, "row_bytes": 1, "chunks": chunks}
+    assert choose("rows", found, owners, **sizes) is owners
+    placement = choose("experts", found, owners, **sizes)
     leaving = found.visits(placement, chunks).packet_rows
     leaving[np.arange(len(chunks)), np.arange(len(chunks)) % 3] = 0
     assert not leaving.any()
@@ -220,13 +242,13 @@ def test_the_ends_can_be_forced(policy):
 
 def test_what_is_refused():
     found, owners = survey(np.arange(6), 6), contiguous(6, 3)
-    sizes = {"expert_bytes": 1, "row_bytes": 1, "rates": RATES}
+    sizes = {"expert_bytes": 1, "row_bytes": 1}
     with pytest.raises(ValueError, match="travel must be one of rows, auto, experts; got 'all'"):
-        choose_travel("all", found, owners, **sizes)
+        Travel("all")
     with pytest.raises(ValueError, match="a rank may have 2 slots and the placement gives it 6"):
-        choose_travel("experts", found, owners, max_slots=2, **sizes)
+        choose("experts", found, owners, max_slots=2, **sizes)
     with pytest.raises(ValueError, match="must place 6 experts and places 4"):
-        choose_travel("auto", found, contiguous(4, 2), **sizes)
+        choose("auto", found, contiguous(4, 2), **sizes)
 
 
 # --- copies at home --------------------------------------------------------------------------
@@ -238,8 +260,8 @@ def test_a_row_is_served_at_home_if_it_can_be_and_by_its_ticket_otherwise(seed, 
     routing, chunks = job(seed, slots=3)
     found = survey(routing, 6)
     owners = place(policy, found.by_ticket, 3)
-    sizes = {"expert_bytes": 4, "row_bytes": 2, "rates": RATES, "chunks": chunks}
-    placement = choose_travel("auto", found, owners, **sizes)
+    sizes = {"expert_bytes": 4, "row_bytes": 2, "chunks": chunks}
+    placement = choose("auto", found, owners, **sizes)
     physical = placement.rewrite(routing, 1000, home)
     by_ticket = owners.rewrite(routing, 1000)
     for row, slot in np.ndindex(routing.shape):
@@ -254,6 +276,20 @@ def test_a_row_is_served_at_home_if_it_can_be_and_by_its_ticket_otherwise(seed, 
         placement.rewrite(routing[20:], 1020, home),
     ]
     np.testing.assert_array_equal(np.concatenate(halves), physical)
+
+
+def test_the_shares_of_copies_at_home_are_those_of_rows_that_are_spread_evenly():
+    owners = Placement(
+        [[0, 1, -1], [2, 3, -1], [4, 5, 0]], [[10**11, 2**40, 0]] + 2 * [[2**40] * 3]
+    )
+    found = survey(np.repeat(np.arange(6), [500, 9, 9, 300, 9, 9])[:, None], 6)
+    sizes = {"expert_bytes": 90, "row_bytes": 2, "chunks": (4,) * 209}
+    placement = choose("auto", found, owners, **sizes)
+    assert placement.copies.tolist() == [3, 1, 1, 3, 1, 1]
+    expert_rows = found.expert_rows
+    assert placement.rank_load(expert_rows).sum() == pytest.approx(expert_rows.sum())
+    served = found.visits(placement, (4,) * 209).slot_rows.sum(axis=1)
+    np.testing.assert_allclose(placement.rank_load(expert_rows), served, atol=10)
 
 
 def test_a_local_placement_outlives_json_and_is_not_the_same_as_another(tmp_path):
@@ -292,9 +328,7 @@ def test_the_result_is_that_of_plain_loops_whatever_travels(slots, known):
             array._chunks = ((np.nan,) * len(chunks), array.chunks[1])
     found = survey(arrays[1], 6, known_rows=known)
     for how in TRAVELS:
-        placement = choose_travel(
-            how, found, contiguous(6, 3), expert_bytes=5, row_bytes=2, rates=RATES
-        )
+        placement = choose(how, found, contiguous(6, 3), expert_bytes=5, row_bytes=2)
         y = expert_parallel(*arrays[:2], W, topk_weights=arrays[2], placement=placement)
         np.testing.assert_allclose(y.compute(scheduler="sync"), expected, atol=1e-12)
     assert how == "experts"

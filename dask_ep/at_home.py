@@ -26,31 +26,22 @@ OwnersByToken = Callable[[str], Sequence[OwnersOfRank] | None]
 
 def pin_at_home(tasks: Collection[TaskState], owners: OwnersByToken) -> None:
     """Pin what is made for one chunk alone to the owners of its home; before homes are given."""
-    if not any(_tells_home(task) for task in tasks):
+    if not any(map(_tells_home, tasks)):
         return
-    homes: dict[TaskState, OwnersOfRank | None] = {}  # by the end of a chunk
-    for task, end in find_ends(tasks).items():
-        if end is None or task.worker_restrictions or task.state != "released":
-            continue
-        if end not in homes:
-            homes[end] = _home_of(end, owners)
-        if homes[end] is not None and not _is_packet_or_sum(task, end):
+    ends, homes = find_ends(tasks), {}
+    for task, end in ends.items():
+        if end is not None and _tells_home(task):
+            ranks = owners(task.key[0].rpartition("-")[2])
+            if ranks is not None:
+                homes[end] = ranks[task.key[3]]
+    for task, end in ends.items():
+        is_free = task.state == "released" and not task.worker_restrictions
+        if end in homes and is_free and task is not end and not _tells_home(task):
             task.worker_restrictions = homes[end]
 
 
-def _home_of(end: TaskState, owners: OwnersByToken) -> OwnersOfRank | None:
-    """Give the owners of a chunk's home, by way of one of its answers and the packet behind it."""
-    packets = (packet for answer in end.dependencies for packet in answer.dependencies)
-    key = next((packet.key for packet in packets if _tells_home(packet)), None)
-    ranks = None if key is None else owners(key[0].rpartition("-")[2])
-    return None if ranks is None else ranks[key[3]]
-
-
 def _tells_home(task: TaskState) -> bool:
+    """Whether this is a packet of a chunk with a home."""
     key = task.key
     is_packet = isinstance(key, tuple) and isinstance(key[0], str) and key[0].startswith(SEND)
     return is_packet and len(key) == 4
-
-
-def _is_packet_or_sum(task: TaskState, end: TaskState) -> bool:
-    return task is end or _tells_home(task)

@@ -231,7 +231,10 @@ def plan_tables(one: Plan) -> list[Any]:
     figures = Table(title="plan", show_header=False)
     figures.add_column()
     figures.add_column(justify="right")
-    beside = f", {one.copies_beside} of them again" if one.copies_beside else ""
+    copies = []
+    if one.copies_beside:
+        read = format_bytes(one.copies_beside * one.work.expert_stored)
+        copies.append(("copies of experts among them", f"{one.copies_beside}, {read}"))
     limit = "" if one.memory_limit is None else f" of {format_bytes(one.memory_limit)}"
     for name, value in (
         ("token rows", f"{one.rows:,}"),
@@ -241,7 +244,8 @@ def plan_tables(one: Plan) -> list[Any]:
         ("imbalance (max/mean rank)", f"{one.imbalance:.3f}"),
         ("exchanged between ranks", format_bytes(one.exchanged_bytes)),
         ("moved between workers", format_bytes(one.moved_bytes)),
-        ("experts to read", format_bytes(one.stored_bytes) + beside),
+        ("experts to read", format_bytes(one.stored_bytes)),
+        *copies,
         ("memory of a worker, at most", format_bytes(one.memory_bytes) + limit),
         (
             "tasks",

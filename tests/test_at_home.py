@@ -5,7 +5,8 @@ import numpy as np
 import pytest
 from distributed import futures_of
 
-from dask_ep import Experts, expert_parallel, own_experts, reference
+from dask_ep import Experts, expert_parallel, own_experts, plan, reference
+from dask_ep.costs import Rates
 from dask_ep.placement import Placement, contiguous
 from dask_ep.sources import open_source
 from dask_ep.survey import survey
@@ -119,6 +120,11 @@ def test_a_hot_expert_is_read_where_its_rows_lie_and_the_rows_of_a_cold_one_trav
     assert bytes_read(layer.log) == {
         owner: held[rank] * EXPERT_BYTES for rank, owner in enumerate(owner_of)
     }
+    # The plan knew.
+    rates = Rates(flops=1, copy=1)
+    priced = plan(layer.tokens, layer.lazy_routing, layer.W, placement=placement, rates=rates)
+    assert travelled == pytest.approx(priced.moved_bytes, rel=0.05)
+    assert priced.stored_bytes == sum(bytes_read(layer.log).values())
     np.testing.assert_allclose(
         client.compute(got).result(DEADLINE), layer.reference(), rtol=0, atol=1e-4
     )

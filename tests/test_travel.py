@@ -3,6 +3,7 @@
 import itertools
 import pickle
 from collections import defaultdict
+from dataclasses import replace
 
 import dask.array as da
 import numpy as np
@@ -12,6 +13,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dask_ep import expert_parallel, reference, travel
+from dask_ep.build import open_inputs
+from dask_ep.example import Example, write_example
+from dask_ep.fit import Layout, need, slots_beside
+from dask_ep.job import load_job
 from dask_ep.placement import POLICIES, Placement, contiguous, place, verify_placement
 from dask_ep.placement_files import from_file, write_vllm_ascend
 from dask_ep.survey import survey
@@ -222,6 +227,18 @@ def test_under_a_limit_the_experts_with_most_rows_are_read():
             max_slots=limit,
         )
         assert set(placement.slots[0]) - {-1} == {0, 1} | read
+
+
+def test_the_memory_limit_says_how_many_are_read(tmp_path):
+    path = write_example(tmp_path / "example", Example(rows=400, d=16, num_experts=6, k=1))
+    inputs = open_inputs(load_job(path))
+    expert = 16 * 16 * 4
+    layout = Layout(world_size=4, workers=2, threads=1)
+    assert slots_beside(inputs, layout, 100) is None
+    enough = need(inputs, layout).at(100)
+    for more, slots in ((0, 0), (2 * expert - 1, 0), (2 * expert, 1), (7 * expert, 3)):
+        limited = replace(layout, memory_limit=enough + more)  # a worker plays two ranks
+        assert slots_beside(inputs, limited, 100) == slots
 
 
 # --- the ends --------------------------------------------------------------------------------

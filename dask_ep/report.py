@@ -96,7 +96,7 @@ def write_run_report(
         If bokeh is not installed.
     """
     received = record.received_rows(plan.reply_row_bytes)
-    measured = received if plan.world_size > 1 and any(received.values()) else None
+    measured = received if plan.exchanged_bytes and any(received.values()) else None
     rate = plan.rows / record.seconds if record.seconds else 0.0
     said = f"{plan.rows:,} rows in {record.seconds:.2f} s, {rate:,.0f} rows per second."
     sections = [
@@ -210,15 +210,16 @@ def _figures_of(plan: Plan) -> list[tuple[str, str]]:
 def _both(plan: Plan, record: Record) -> list[tuple[str, str, str]]:
     """Planned and measured, side by side."""
     peak = "" if record.peak_bytes is None else format_bytes(record.peak_bytes)
-    received = sum(record.received_rows(plan.reply_row_bytes).values())
+    of_ranks = record.received_rows(plan.reply_row_bytes) if plan.exchanged_bytes else {}
+    received = sum(of_ranks.values())
     return [
         ("tasks", f"{plan.tasks:,}", f"{record.tasks:,}"),
         ("rows received by ranks", f"{plan.packet_rows.sum():,}", f"{received:,}" * (received > 0)),
         ("exchanged", format_bytes(plan.exchanged_bytes), format_bytes(record.exchanged_bytes)),
         (
             "imbalance of what ranks receive",
-            f"{_imbalance(plan.packet_rows.sum(axis=0))}",
-            _imbalance(list(record.received_rows(plan.reply_row_bytes).values())) * (received > 0),
+            _imbalance(plan.packet_rows.sum(axis=0)),
+            _imbalance(list(of_ranks.values())),
         ),
         (
             "moved between workers",
@@ -247,7 +248,7 @@ def _ranks(plan: Plan, measured: dict[int, int] | None) -> list[tuple[str, str, 
 
 def _traffic(plan: Plan, record: Record) -> list[object]:
     """Heat maps of the rows from workers to ranks, planned and measured."""
-    if plan.world_size == 1:
+    if not plan.exchanged_bytes:
         return []
     nbytes = row_bytes(plan)
     planned = plan.worker_traffic_rows
@@ -286,8 +287,8 @@ def _said_of_load(plan: Plan) -> str:
 
 
 def _said_of_traffic(plan: Plan) -> str:
-    if plan.world_size == 1:
-        return "One rank owns all experts: no row travels."
+    if not plan.exchanged_bytes:
+        return "No row travels: one rank owns all experts, or they go by where the rows are."
     rows = int(plan.packet_rows.sum())
     return (
         f"{rows:,} rows go to ranks and as many come back, {format_bytes(plan.exchanged_bytes)} "

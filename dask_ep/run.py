@@ -222,7 +222,7 @@ def run_job(
                 if output.missing and (report is not None or on_record is not None):
                     cores = CPU_COUNT if isinstance(where, Threads | Processes) else None
                     planned = plan_run(
-                        inputs, layout, built.placement, chunk_rows, output.missing, cores
+                        inputs, layout, built.placement, chunk_rows, output.missing, cores, passes
                     )
                 if client is not None and on_client is not None:
                     on_client(client)
@@ -234,8 +234,9 @@ def run_job(
                             _compute_on_threads(step, threads, watch, wait)
                         else:
                             _compute_on_client(step, client, watch, wait)
+                    done = watch.progress()
                 output.finish()
-    return watch.progress()._replace(passes=walk and walk.done(watch.spilled_bytes))
+    return done._replace(passes=walk and walk.done(watch.spilled_bytes))
 
 
 def lay_out(job: Job, where: Where, world_size: int) -> Layout:

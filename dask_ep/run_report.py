@@ -25,8 +25,10 @@ from dask_ep.build import Inputs
 from dask_ep.fit import Layout
 from dask_ep.memory import release
 from dask_ep.ownership import Owners
+from dask_ep.passes import Passes
 from dask_ep.planner import plan
 from dask_ep.price import Plan
+from dask_ep.price_passes import price_passes
 from dask_ep.record import Record, Recorder, forget_peak_memory, peak_memory
 from dask_ep.report import write_run_report
 from dask_ep.slots import Placement
@@ -42,6 +44,7 @@ def plan_run(
     chunk_rows: int,
     missing: Sequence[int],
     cores: int | None,
+    passes: Passes | None = None,
 ) -> Plan:
     """Price what is left of a job; with a layer, its router is run for that.
 
@@ -50,6 +53,7 @@ def plan_run(
     inputs, layout, placement, chunk_rows : of the run
     missing : numbers of the chunks that it will compute
     cores : that its workers share, if they are processes of this machine
+    passes : in which its experts go by, if they do not fit
     """
     tokens = open_tokens(inputs.tokens, chunks=chunk_rows, name="tokens")
     routing, experts, topk = None, inputs.layer, None
@@ -69,7 +73,8 @@ def plan_run(
         cores=cores,
     )
     policy = priced.policy if placement is None else layout.placement
-    return replace(priced, policy=policy, memory_limit=layout.memory_limit)
+    priced = replace(priced, policy=policy, memory_limit=layout.memory_limit)
+    return priced if passes is None else price_passes(priced, passes, layout.memory_limit)
 
 
 @contextmanager
@@ -91,11 +96,12 @@ def write_reports(
             f"This run went on with an earlier one: it computed {len(missing)} of {blocks} chunks, "
             "and all figures are of these."
         )
+        record = record.renumbered(missing)
     beside = dask_report(path)
     write_run_report(
         path,
         planned,
-        record.renumbered(missing),
+        record,
         note=note,
         link=beside.name if beside.exists() else None,
     )

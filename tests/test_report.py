@@ -1,8 +1,6 @@
 """Reports draw what they say, in a real browser, without a network, and in colours all can tell."""
 
 import re
-import shutil
-import subprocess
 import sys
 from itertools import combinations
 
@@ -17,73 +15,10 @@ from dask_ep.figures import BLUE, GREEN, ORANGE, PINK, RED, SKY, STEP_COLOURS
 from dask_ep.planner import plan, what_if
 from dask_ep.record import Event, Record, Recorder, peak_memory
 from dask_ep.report import write_plan_report, write_run_report
+from tests.browser import DESK, NARROWEST, PHONE, look_at, print_page
 from tests.cluster_processes import Cluster
 
 RATES = Rates(flops=1e10, copy=1e9)
-BROWSERS = ("chromium", "chromium-browser", "google-chrome", "chrome")
-
-# Runs in the page before anything else: notes errors, then looks at every canvas, also those in the
-# shadow trees that bokeh makes, and writes down how many have been drawn on.
-WATCH = """<script>
-const errors = [];
-window.addEventListener("error", (event) => errors.push(event.message));
-const complain = console.error;
-console.error = (...words) => { errors.push(words.join(" ")); complain(...words); };
-function canvases(root) {
-  const found = [...root.querySelectorAll("canvas")];
-  for (const node of root.querySelectorAll("*")) {
-    if (node.shadowRoot) found.push(...canvases(node.shadowRoot));
-  }
-  return found;
-}
-function drawn(canvas) {
-  const context = canvas.getContext("2d");
-  if (!context || !canvas.width || !canvas.height) return false;
-  const { data } = context.getImageData(0, 0, canvas.width, canvas.height);
-  return new Set(new Uint32Array(data.buffer)).size > 10;
-}
-window.addEventListener("load", () => setTimeout(() => {
-  const all = canvases(document);
-  document.body.dataset.canvases = all.filter(drawn).length;
-  document.body.dataset.width = document.documentElement.scrollWidth;
-  document.body.dataset.errors = errors.join(" | ");
-}, 3000));
-</script>"""
-
-
-@pytest.fixture(scope="module")
-def browser() -> str:
-    for name in BROWSERS:
-        if found := shutil.which(name):
-            return found
-    pytest.skip(f"no browser to look at reports with: install one of {', '.join(BROWSERS)}")
-
-
-def looked_at(browser: str, page, tmp_path, width: int) -> dict[str, str]:
-    """Open a page without a network, and give what the browser found in it."""
-    watched = tmp_path / f"watched{width}.html"
-    watched.write_text(page.read_text().replace("<head>", f"<head>{WATCH}", 1))
-    run = subprocess.run(
-        [
-            browser,
-            "--headless",
-            "--no-sandbox",
-            "--disable-gpu",
-            "--disable-dev-shm-usage",
-            "--host-resolver-rules=MAP * ~NOTFOUND",
-            f"--user-data-dir={tmp_path / 'profile'}",
-            f"--window-size={width},900",
-            "--virtual-time-budget=10000",
-            "--dump-dom",
-            watched.as_uri(),
-        ],
-        capture_output=True,
-        text=True,
-        timeout=120,
-        check=True,
-    )
-    body = re.search(r"<body [^>]*data-canvases[^>]*>", run.stdout).group()
-    return dict(re.findall(r'data-(\w+)="([^"]*)"', body))
 
 
 @pytest.fixture(scope="module")
@@ -116,24 +51,34 @@ def planned_run(job):
     return planned, recorder.record(peak_memory())
 
 
-def test_a_browser_draws_the_plan_on_a_phone(browser, compared, tmp_path):
+@pytest.mark.parametrize("width", [PHONE, DESK])
+def test_a_browser_draws_the_plan(compared, tmp_path, width):
     write_plan_report(tmp_path / "plan.html", compared)
-    found = looked_at(browser, tmp_path / "plan.html", tmp_path, width=390)
+    found = look_at(tmp_path / "plan.html", width)
     assert found["errors"] == ""
     assert int(found["canvases"]) >= 6
-    assert int(found["width"]) <= 500  # no sideways scrolling; 500 is the least window of Chromium
+    assert int(found["width"]) <= max(width, NARROWEST), "no sideways scrolling"
 
 
-def test_a_browser_draws_the_run_on_a_desk(browser, planned_run, tmp_path):
+@pytest.mark.parametrize("width", [PHONE, DESK])
+def test_a_browser_draws_the_run(planned_run, tmp_path, width):
     planned, record = planned_run
     events = (Event(record.seconds / 2, "rank 2 moved from <a> to <b>"),)
     record = Record(record.spans, record.seconds, record.peak_bytes, events)
-    write_run_report(tmp_path / "run.html", planned, record)
-    found = looked_at(browser, tmp_path / "run.html", tmp_path, 1200)
+    write_run_report(tmp_path / "run.html", planned, record, link="run-dask.html")
+    found = look_at(tmp_path / "run.html", width)
     assert found["errors"] == ""
-    assert int(found["canvases"]) >= 6
+    assert int(found["canvases"]) >= 7
+    assert int(found["width"]) <= max(width, NARROWEST), "no sideways scrolling"
     text = (tmp_path / "run.html").read_text()
     assert "rank 2 moved from &lt;a&gt; to &lt;b&gt;" in text
+
+
+def test_a_browser_prints_the_run(planned_run, tmp_path):
+    write_run_report(tmp_path / "run.html", *planned_run)
+    pages, drawings = print_page(tmp_path / "run.html")
+    assert 1 <= pages <= 8
+    assert drawings >= 7
 
 
 def test_a_report_holds_everything_it_shows(compared, tmp_path):

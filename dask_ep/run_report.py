@@ -72,7 +72,7 @@ def plan_run(
         threads=layout.threads,
         cores=cores,
     )
-    policy = priced.policy if placement is None else layout.placement
+    policy = layout.placement or priced.policy
     priced = replace(priced, policy=policy, memory_limit=layout.memory_limit)
     return priced if passes is None else price_passes(priced, passes, layout.memory_limit)
 

@@ -87,14 +87,14 @@ class PlanInPasses(Plan):
         return super().to_dict() | {"passes": self.passes.to_dict()}
 
 
-def price_passes(plan: Plan, passes: Passes, memory_limit: int) -> PlanInPasses:
+def price_passes(plan: Plan, passes: Passes, memory_limit: int | None) -> PlanInPasses:
     """Price a job that goes through its experts in passes.
 
     Parameters
     ----------
     plan : of the same job and chunks, as if all experts fitted
     passes : how it goes through them
-    memory_limit : bytes that a process may use
+    memory_limit : bytes that a process may use, if that is limited
     """
     figures = {field.name: getattr(plan, field.name) for field in fields(plan)}
     return PlanInPasses(**(figures | {"memory_limit": memory_limit}), passes=passes)

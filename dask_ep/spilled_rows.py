@@ -46,6 +46,8 @@ class Piece(NamedTuple):
     number: int
     #: of the task in the group's `done`
     block: int
+    rank: int
+    #: that computes it
     runs: tuple[Run, ...]
     worked: float
     #: token rows that this is worth
@@ -85,8 +87,7 @@ class Spilled:
         )
         self._layout = Layout(counts[group.start : group.stop])
         self._blocks = walk.blocks(self._layout.counts.sum(axis=0))
-        self._pieces = list(self._cut())
-        self._rank_of_block = self._share_out(ranks)
+        self._pieces = self._cut(ranks)
         self._token = tokenize(directory, rows.tokens, rows.routing, rows.topk_weights, walk)
 
     @property
@@ -118,15 +119,13 @@ class Spilled:
         ep_experts, ep_dispatch, ep_receipt = (
             f"ep_{step}-{self._token}" for step in ("experts", "dispatch", "receipt")
         )
-        waiting: dict[int, list[Piece]] = {}
+        of_rank: dict[int, dict[int, list[Piece]]] = {}
         for piece in self._pieces:
             if piece.number not in done:
-                waiting.setdefault(piece.block, []).append(piece)
-        of_rank: dict[int, list[int]] = {}
-        for b in waiting:
-            of_rank.setdefault(int(self._rank_of_block[b]), []).append(b)
+                of_rank.setdefault(piece.rank, {}).setdefault(piece.block, []).append(piece)
         alive, tasks, keys = self._walk.passes.alive, {}, []
-        for r, (_, blocks) in enumerate(sorted(of_rank.items())):
+        for r, (_, waiting) in enumerate(sorted(of_rank.items())):
+            blocks = list(waiting)
             for at, b in enumerate(blocks):
                 before = waiting[blocks[at - alive]] if at >= alive else []
                 key = (ep_experts, b, r)
@@ -168,28 +167,26 @@ class Spilled:
             )  # fmt: skip
         return tasks
 
-    def _cut(self) -> list[Piece]:
-        total = self._layout.counts.sum(axis=0)
-        rows = sum(self._rows.tokens.chunks[0][c] for c in self.group)
-        slots = max(self._layout.slots, 1)
-        pieces = []
-        for b, block in enumerate(self._blocks):
-            cut = cut_pieces(
-                total[block].tolist(), self._walk.passes.piece_rows, self._walk.passes.threads
-            )
-            for parts in cut:
-                runs = tuple(self._layout.run(block[e], start, stop, e) for e, start, stop in parts)
-                number = len(self.group) + len(pieces)
-                share = sum(run.count for run in runs) / slots
-                pieces.append(Piece(number, b, runs, float(SERVED * rows * share)))
-        return pieces
+    def _cut(self, ranks: int) -> list[Piece]:
+        """Cut the blocks into pieces, and share them out: each rank gets about as many rows.
 
-    def _share_out(self, ranks: int) -> np.ndarray:
-        """(blocks,) the rank of each: neighbours together, about equal rows each."""
-        total = self._layout.counts.sum(axis=0)
-        rows = np.array([total[block].sum() for block in self._blocks])
-        middle = np.cumsum(rows) - rows / 2
-        return np.minimum(middle * ranks // max(rows.sum(), 1), ranks - 1).astype(int)
+        A block is one rank's, unless it has more rows than a rank's share.
+        """
+        total, slots = self._layout.counts.sum(axis=0), max(self._layout.slots, 1)
+        worth = SERVED * sum(self._rows.tokens.chunks[0][c] for c in self.group) / slots
+        passes, pieces, before = self._walk.passes, [], 0
+        for b, block in enumerate(self._blocks):
+            rows = total[block].tolist()
+            hot, middle = sum(rows) * ranks > slots, before + sum(rows) / 2
+            for parts in cut_pieces(rows, passes.piece_rows, passes.threads):
+                runs = tuple(self._layout.run(block[e], start, stop, e) for e, start, stop in parts)
+                count = sum(run.count for run in runs)
+                at = before + count / 2 if hot else middle
+                rank = min(int(at * ranks / slots), ranks - 1)
+                number = len(self.group) + len(pieces)
+                pieces.append(Piece(number, b, rank, runs, worth * count))
+                before += count
+        return pieces
 
 
 def collect(rows: Rows, walk: Walk, groups: Sequence[Spilled]) -> da.Array:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import os
+import pickle
+import sys
 from dataclasses import replace
 
 import dask
@@ -12,11 +14,15 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from dask_ep.ahead import ExpertsAhead
 from dask_ep.costs import PROCESS_BYTES, Rates
-from dask_ep.expert_major import Rows, Walk
+from dask_ep.expert_major import READS, Rows, Walk
 from dask_ep.experts import Experts
+from dask_ep.files import ReadError
 from dask_ep.held_rows import hold
+from dask_ep.journal import count_done
 from dask_ep.passes import Passes, Sizes, choose_passes, cut_pieces
+from dask_ep.spill import Layout
 from dask_ep.spilled_rows import Spilled, collect
 from dask_ep.survey import survey
 from tests.compare import assert_close, whole_layer
@@ -231,3 +237,69 @@ def test_pieces_hold_every_row_once_and_are_not_too_large(rows, piece_rows, thre
     assert [e for e, _, _ in runs] == sorted(e for e, _, _ in runs)
     for piece in pieces:
         assert 0 < sum(stop - start for _, start, stop in piece) <= piece_rows
+
+
+@pytest.mark.parametrize(
+    ("popularity", "times_read"),
+    [
+        ([25, 25, 25, 25], [1, 1, 1, 1]),
+        ([90, 4, 3, 3], [2, 1, 1, 1]),
+        ([5, 5, 85, 5], [1, 1, 2, 1]),
+    ],
+)
+def test_an_expert_has_one_rank_unless_it_has_more_rows_than_a_ranks_share(
+    tmp_path, popularity, times_read
+):
+    routing = np.repeat(np.arange(4), popularity)
+    rng = np.random.default_rng(0)
+    case = Case(rng.random((100, 3)), routing, None, rng.random((4, 3, 2)), 1, (60, 40))
+    assert_close(go(case, passes_of("spill"), tmp_path, ranks=2), whole_layer(case), 1e-12)
+    reads = count_done(str(tmp_path), READS, what=READS)
+    assert [reads[e] for e in range(4)] == times_read
+
+
+@given(counts=st.lists(st.lists(st.integers(0, 5), min_size=3, max_size=3), min_size=1, max_size=5))
+def test_every_slot_has_one_place_on_either_side(counts):
+    layout = Layout(np.array(counts))
+    places = []
+    for e in range(3):
+        total = int(layout.counts[:, e].sum())
+        for start in range(0, total, 4):  # an expert's rows in pieces of 4
+            run = layout.run(e, start, min(start + 4, total))
+            ends = [*run.starts[1:].tolist(), run.count]
+            for first, last, place in zip(
+                run.starts.tolist(), ends, run.places.tolist(), strict=True
+            ):
+                places += [(run.first + i, place + i - first) for i in range(first, last)]
+    rows, answers = zip(*sorted(places), strict=True) if places else ((), ())
+    assert list(rows) == list(range(layout.slots))
+    assert sorted(answers) == list(range(layout.slots))
+    # Chunk by chunk, the answers of each expert after those of the one before.
+    owner = {answer: row for row, answer in places}
+    wanted = [
+        layout.rows_at[c, e] + i
+        for c in range(len(counts))
+        for e in range(3)
+        for i in range(counts[c][e])
+    ]
+    assert [owner[answer] for answer in range(layout.slots)] == wanted
+
+
+def test_experts_ahead_tell_their_size_and_are_read_again_elsewhere():
+    experts = Experts.linear(np.arange(24, dtype=np.float16).reshape(2, 3, 4))
+    ahead = ExpertsAhead(experts, "numpy", np.dtype(np.float32))
+    assert sys.getsizeof(ahead) >= ahead.nbytes == 2 * 3 * 4 * 4
+    there = pickle.loads(pickle.dumps(ahead))
+    rows = np.ones((1, 3), np.float32)
+    assert len(there) == 2
+    for e in range(2):
+        np.testing.assert_array_equal(there[e](rows), ahead[e](rows))
+
+
+def test_what_cannot_be_read_ahead_is_an_error_where_it_is_needed(tmp_path):
+    np.save(tmp_path / "w.npy", np.ones((2, 3, 4)))
+    experts = Experts.linear(tmp_path / "w.npy")
+    (tmp_path / "w.npy").write_bytes(b"")
+    ahead = ExpertsAhead(experts, "numpy", np.dtype(np.float32))
+    with pytest.raises(ReadError, match=r"w.npy.* expected .* got 0"):
+        ahead[0]

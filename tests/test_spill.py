@@ -101,7 +101,13 @@ def stop_after(rows: int):
 
 def test_a_job_in_passes_gives_the_ordinary_output(plain, job, passes):
     told = []
-    done = run_job(job, Threads(2), on_progress=told.append)
+    records = []
+    done = run_job(
+        job,
+        Threads(2),
+        on_progress=told.append,
+        on_record=lambda *planned_and_record: records.append(planned_and_record),
+    )
     np.testing.assert_allclose(np.load(job.out), plain[1], rtol=0, atol=1e-6)
     assert verify_job(job).good
     assert (done.rows_done, done.rows_left) == (ROWS, 0)
@@ -111,6 +117,9 @@ def test_a_job_in_passes_gives_the_ordinary_output(plain, job, passes):
     assert rows == sorted(rows)
     assert len(set(rows)) > len(range(0, ROWS, CHUNK_ROWS)), "progress is told between blocks too"
     assert spill_directories(job) == []
+    ((planned, record),) = records
+    assert planned.passes == passes
+    assert {span.step for span in record.spans} >= {"send", "experts", "dispatch"}
 
 
 def test_each_expert_is_read_once_a_pass(monkeypatch, job, passes):

@@ -42,7 +42,6 @@ from dask_ep.output import SERVED, SPILLED, Output, Receipt, Step, progress_dire
 from dask_ep.ownership import Owners, own_experts
 from dask_ep.passes import Passes
 from dask_ep.price import Plan
-from dask_ep.price_passes import price_passes
 from dask_ep.record import Record
 from dask_ep.report import check_drawing
 from dask_ep.run_report import dask_reported, plan_run, recorded, write_reports
@@ -225,8 +224,6 @@ def run_job(
                     planned = plan_run(
                         inputs, layout, built.placement, chunk_rows, output.missing, cores, passes
                     )
-                    if passes is not None:
-                        planned = price_passes(planned, passes, room.memory_limit)
                 if client is not None and on_client is not None:
                     on_client(client)
                 watch = _Watch(output, on_progress)

@@ -87,13 +87,14 @@ def plan_command(
     """Say what a job will cost: rows, bytes, memory, tasks and time.
 
     Reads the routing, and neither tokens nor experts. With --what-if, values of world_size,
-    placement and chunk_rows are compared.
+    placement, chunk_rows and travel are compared.
 
     \b
     Examples:
       dask-ep plan demo/job.toml
       dask-ep plan demo/job.toml --processes 4 --placement exact --save placement.json
       dask-ep plan demo/job.toml --what-if world_size=2,4,8 placement=contiguous,balanced
+      dask-ep plan demo/job.toml --processes 4 --what-if travel=rows,auto,experts
     """
     if choices and not side_by_side:
         raise click.UsageError(f"{choices[0]!r} is a choice to compare; put --what-if before it")

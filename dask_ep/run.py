@@ -144,7 +144,8 @@ def run_job(
     chunk_rows : rows of a token chunk; by default about 32 MiB of them, or what fits the memory
         limit
     travel : whether rows travel to experts, or experts to rows; by default all rows. Everything
-        else reads the routing once before. A resumed run goes on with what was chosen
+        else reads the routing once before. A resumed run goes on with what was chosen, and where
+        experts go by in passes it says nothing
     on_progress : called at the start, and when blocks are done
     on_client : called when the workers are there, if there are any; such as to show the dashboard
     report : HTML file that lays the run beside its plan, written at the end if anything was run;

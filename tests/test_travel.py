@@ -21,6 +21,8 @@ from dask_ep.placement import POLICIES, Placement, contiguous, place, verify_pla
 from dask_ep.placement_files import from_file, write_vllm_ascend
 from dask_ep.survey import survey
 from dask_ep.travel import TRAVELS, Travel, choose_travel
+from tests.compare import assert_close, whole_layer
+from tests.strategies import cases
 
 LINK, READ = 2.0, 1.0
 
@@ -328,6 +330,24 @@ def test_a_local_placement_outlives_json_and_is_not_the_same_as_another(tmp_path
 
 
 # --- the same result -------------------------------------------------------------------------
+
+
+@settings(max_examples=30, deadline=None)
+@given(
+    case=cases(dtypes=[np.float64], even=False),
+    policy=st.sampled_from(POLICIES),
+    how=st.sampled_from(TRAVELS),
+    ranks=st.integers(1, 4),
+    expert_bytes=st.sampled_from([0.5, 2, 10]),
+)
+def test_whatever_the_layer_what_travels_changes_nothing(case, policy, how, ranks, expert_bytes):
+    tokens, routing, topk_weights = case.dask()
+    found = survey(routing, case.num_experts)
+    owners = place(policy, found.by_ticket, ranks)
+    placement = choose(how, found, owners, expert_bytes=expert_bytes, row_bytes=2)
+    verify_placement(placement, num_experts=case.num_experts)
+    y = expert_parallel(tokens, routing, case.W, topk_weights=topk_weights, placement=placement)
+    assert_close(y.compute(scheduler="sync"), whole_layer(case), case.tolerance)
 
 
 @pytest.mark.parametrize("known", [True, False])

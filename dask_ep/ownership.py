@@ -96,7 +96,11 @@ def own_experts(
 
     Chunks begin in the order in which Dask would compute them. They are not held where others need
     them as well (a sum over all tokens between two layers, a shuffle, another graph), nor if the
-    scheduler's `distributed.scheduler.no-workers-timeout` is set, for it would give them up.
+    scheduler's `distributed.scheduler.no-workers-timeout` is set, for it would give them up; Dask's
+    dashboard shows them as waiting for a worker.
+
+    A cluster that scales itself (``cluster.adapt``) keeps the only owner of a rank while work is
+    pending. It counts the work of the chunks under way, so set its ``target_duration`` by these.
 
     The same workers (by name) give the same map. Results never depend on owners: what a rank
     computes is the same, to the bit, wherever it is.

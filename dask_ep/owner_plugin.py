@@ -121,6 +121,8 @@ class Ownership(SchedulerPlugin):
         states = [scheduler.tasks[key] for key in tasks]
         pin_at_home(states, lambda token: self._owners(world_sizes.get(token, 1)))
         give_homes(states)
+        for window in self.windows:
+            window.recount()  # or what has ended could be held by the new one, and counted here
         # With a timeout, the scheduler would give up what is held.
         if scheduler.no_workers_timeout is None and any(map(is_sum, tasks)):
             window = Window(states, self.limit_in_flight())

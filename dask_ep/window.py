@@ -52,9 +52,13 @@ class Window:
                 self.restrictions[entry] = entry.worker_restrictions
                 entry.worker_restrictions = Held({NOBODY})
 
+    def recount(self) -> None:
+        """Forget the chunks that have ended. They may be needed again, but not in this order."""
+        self.under_way = {end for end in self.under_way if end.state in UNFINISHED}
+
     def admit(self, limit: float) -> list[TaskState]:
         """Let chunks begin while fewer than `limit` are under way, and give their entries."""
-        self.under_way = {end for end in self.under_way if end.state in UNFINISHED}
+        self.recount()
         admitted = []
         while self.held and len(self.under_way) < limit:
             end, entries = self.held.popleft()

@@ -165,6 +165,8 @@ class Scheduler:
         self.losses_left = 5
 
     def hand_in(self, tasks: list[Task]) -> None:
+        for window in self.windows:
+            window.recount()
         self.windows.append(Window(tasks, self.limit))
         self.known |= set(tasks)
         for task in tasks:

@@ -186,22 +186,49 @@ def test_chunks_that_are_in_memory_already_stay_where_they_are(client):
 # --- how many chunks are under way ------------------------------------------------------------
 
 
+class Waiting:
+    """An expert that doubles rows, but not while a file is there."""
+
+    def __init__(self, file):
+        self.file = file
+
+    def __call__(self, rows):
+        while self.file.exists():
+            time.sleep(0.01)
+        return rows * 2
+
+
+@pytest.fixture
+def stalled(tmp_path):
+    """Give a layer of 40 chunks of whose three ranks one waits, and what lets it go on."""
+    file = tmp_path / "wait"
+    file.touch()
+    experts = Experts.callables([_at_once, Waiting(file), _at_once])
+    yield layer(chunks=40, ranks=3, experts=experts)[0], file.unlink
+    file.unlink(missing_ok=True)
+
+
 @pytest.mark.parametrize(
     ("given", "most"), [({}, 4 * 3 + 4), ({"chunks_in_flight": 5}, 5)], ids=["by threads", "five"]
 )
-def test_a_slow_rank_does_not_let_chunks_pile_up(client, recorded, given, most):
-    y, _ = layer(chunks=40, ranks=3, experts=Experts.callables([_at_once, _slowly, _at_once]))
+def test_a_slow_rank_does_not_let_chunks_pile_up(client, recorded, stalled, given, most):
+    y, go_on = stalled
     with own_experts(client, 3, **given) as owners:
-        assert np.array_equal(client.compute(y.sum(axis=1)).result(DEADLINE), _alone(y.sum(axis=1)))
+        future = client.compute(y)
+        wait_until(lambda: _chunks_in_flight(computed(client))[-1] >= most // 2, "some wait")
+        go_on()
+        assert np.array_equal(future.result(DEADLINE), _alone(y))
         assert owners.failures == []
-    assert 1 < _most_chunks_in_flight(computed(client)) <= most
+    assert max(_chunks_in_flight(computed(client))) <= most
 
 
-def test_without_a_bound_chunks_pile_up(client, recorded):
-    y, _ = layer(chunks=40, ranks=3, experts=Experts.callables([_at_once, _slowly, _at_once]))
+def test_without_a_bound_chunks_pile_up(client, recorded, stalled):
+    y, go_on = stalled
     with own_experts(client, 3, chunks_in_flight=inf):
-        client.compute(y.sum()).result(DEADLINE)
-    assert _most_chunks_in_flight(computed(client)) > 4 * 3 + 4
+        future = client.compute(y)
+        wait_until(lambda: _chunks_in_flight(computed(client))[-1] > 4 * 3 + 4, "many wait")
+        go_on()
+        assert np.array_equal(future.result(DEADLINE), _alone(y))
 
 
 def test_chunks_that_are_held_begin_when_the_owners_are_closed(client):
@@ -549,16 +576,16 @@ def _homes(computed):
     return {chunk: workers.pop() for chunk, workers in homes.items()}
 
 
-def _most_chunks_in_flight(computed):
-    """Count the chunks between their first task and their sum, and give the highest count."""
-    begun, ended, most = set(), set(), 0
+def _chunks_in_flight(computed):
+    """Count the chunks between their first task and their sum, after each task."""
+    begun, ended, counts = set(), set(), [0]
     for key, _ in computed:
         if isinstance(key, tuple) and key[0].startswith(("standard_normal", "ep_send")):
             begun.add(key[1])
         elif isinstance(key, tuple) and key[0].startswith("ep_sum"):
             ended.add(key[1])
-        most = max(most, len(begun - ended))
-    return most
+        counts.append(len(begun - ended))
+    return counts
 
 
 def _what_is_left(dask_scheduler):

@@ -19,8 +19,10 @@ import os
 import sys
 import threading
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from math import prod
+from traceback import clear_frames
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -201,11 +203,18 @@ class Lanes:
         try:
             block = self._free[size].popleft()  # the oldest: the likeliest to have been read
         except (KeyError, IndexError):
-            with self._up:  # so that CuPy hands it out in the order of this stream
-                block = _Block(self._xp, size)
+            block = self._allocate(size)
         if block.read is not None:
             self._up.wait_event(block.read)
         return block
+
+    def _allocate(self, size: int) -> _Block:
+        with self._up:  # so that CuPy hands it out in the order of this stream
+            try:
+                return _Block(self._xp, size)
+            except self._xp.cuda.memory.OutOfMemoryError:
+                self.release()
+                return _Block(self._xp, size)
 
 
 class _Block:
@@ -252,6 +261,41 @@ def _lanes(xp: Any) -> Lanes:
 
 class DeviceMemoryError(MemoryError):
     """A device has not enough memory for a chunk or for a rank's experts."""
+
+
+@contextmanager
+def telling_memory(xp: Any, needed: int, rows: int | None = None) -> Iterator[None]:
+    """Say, if the device runs out of memory inside, what was needed, what is free, and what fits.
+
+    Parameters
+    ----------
+    xp : namespace of the arrays inside; nothing is done for NumPy
+    needed : bytes that the work inside needs at most
+    rows : rows of the token chunk that this is for; None if it is for experts
+
+    Raises
+    ------
+    DeviceMemoryError
+    """
+    if xp is np:
+        yield
+        return
+    try:
+        yield
+    except xp.cuda.memory.OutOfMemoryError as error:
+        clear_frames(error.__traceback__)  # what the failed work had made is free again
+        free, total = free_memory(xp)
+        numbers = f"it needs {needed} bytes, {free} of {total} are free ({error})"
+        if rows is None:
+            raise DeviceMemoryError(
+                f"the device has not enough memory for the experts: {numbers}; use more GPUs and "
+                "ranks, or experts held_as_stored"
+            ) from error
+        fits = max(min(free * rows // max(needed, 1), rows // 2), 1)
+        raise DeviceMemoryError(
+            f"the device has not enough memory for a chunk of {rows} rows: {numbers}; {fits} rows "
+            f"would fit. Finished blocks stay good: go on with --resume --chunk-rows {fits}"
+        ) from error
 
 
 def free_memory(xp: Any) -> tuple[int, int]:

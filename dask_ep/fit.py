@@ -16,6 +16,7 @@ from typing import Any
 from dask_ep.build import Inputs
 from dask_ep.costs import FEWEST_ROWS, PROCESS_BYTES, Need, chunks_held
 from dask_ep.dispatch import computing_dtype
+from dask_ep.grouped import row_bytes
 from dask_ep.placement import POLICIES, most_slots
 from dask_ep.placement_files import from_file
 from dask_ep.storage import CHUNK_BYTES
@@ -68,7 +69,9 @@ def need(inputs: Inputs, layout: Layout) -> Need:
     if layer is not None:
         held += layer.parameters_beside
     if layout.on_devices:
-        return Need(held * itemsize, layout.threads, _device_row_bytes(inputs, itemsize))
+        widest = 2 * (experts.hidden or 0)
+        row = row_bytes(experts.d, experts.d_out, widest, slots_per_row(inputs), itemsize)
+        return Need(held * itemsize, layout.threads, row)
     spread = min(slots_per_row(inputs), layout.world_size)
     widening = max(itemsize // inputs.tokens.dtype.itemsize, 1)
     chunks = chunks_held(layout.threads, layout.world_size, spread, widening)
@@ -175,14 +178,6 @@ def _alternatives(
             {"processes": workers},
             replace(layout, workers=workers, world_size=world_size, threads=1),
         )
-
-
-def _device_row_bytes(inputs: Inputs, itemsize: int) -> int:
-    """Bytes that a token row takes on a device on its way through the layer: itself, its output
-    and their sums, and for each of its slots what the expert gets, makes on the way, and gives."""
-    ends = inputs.tokens.shape[1] + inputs.experts.d_out
-    slot = ends + 2 * (inputs.experts.hidden or 0)
-    return (2 * ends + slots_per_row(inputs) * slot) * itemsize
 
 
 def _slots_per_rank(inputs: Inputs, layout: Layout) -> int:

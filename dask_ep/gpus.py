@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import logging
 import os
-import signal
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -27,6 +26,7 @@ from distributed.system import MEMORY_LIMIT
 from dask_ep import device, wire
 from dask_ep.blas import limit_blas_for_good
 from dask_ep.device import Device, NoDeviceError
+from dask_ep.interrupts import deaf_children
 from dask_ep.local import LocalExperts
 
 THREADS_PER_GPU = 3
@@ -84,7 +84,9 @@ def start_gpus(where: Gpus) -> Iterator[Client]:
     devices = device.find_devices()
     protocol = choose_protocol(where.protocol)
     make = _dask_cuda_cluster if find_spec("dask_cuda") is not None else _plain_cluster
-    with make(where, devices, protocol) as cluster, Client(cluster) as client:
+    with deaf_children():
+        started = make(where, devices, protocol)
+    with started as cluster, Client(cluster) as client:
         client.register_plugin(OnGpu(device_limit(where, devices), where.tf32))
         yield client
 
@@ -194,7 +196,6 @@ class OnGpu(WorkerPlugin):
 
     def setup(self, worker: Worker) -> None:
         limit_blas_for_good()
-        _leave_interrupts_to_the_client()
         if self.tf32:
             os.environ["CUPY_TF32"] = "1"  # CuPy reads it at its first product
         xp = import_module(self.namespace)
@@ -203,14 +204,6 @@ class OnGpu(WorkerPlugin):
         wire.register(xp)
         if "dask_cuda" in sys.modules:
             _spill_experts_as_device_memory()
-
-
-def _leave_interrupts_to_the_client() -> None:
-    """Ctrl-C on a terminal reaches worker processes as well."""
-    try:
-        signal.signal(signal.SIGINT, signal.SIG_IGN)
-    except ValueError:  # the worker runs in a thread of somebody's process
-        return
 
 
 def _spill_experts_as_device_memory() -> None:

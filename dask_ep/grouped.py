@@ -46,6 +46,20 @@ class Slots(NamedTuple):
     #: how many others have a weight that is NaN
 
 
+def row_bytes(d: int, d_out: int, widest: int, k: int, itemsize: int) -> int:
+    """Bytes that a token row takes on a device on its way, at most.
+
+    Itself, its output and their copies on the way, and for each of its k slots what the expert
+    gets, makes and gives; `widest` is the width of what it makes.
+
+    Examples
+    --------
+    >>> row_bytes(d=4096, d_out=4096, widest=28672, k=2, itemsize=2)
+    180224
+    """
+    return (2 * (d + d_out) + k * (d + d_out + widest)) * itemsize
+
+
 def sort_slots(
     routing: Array, weights: Array | None, num_local: int, rank: int, world_size: int
 ) -> Slots:

@@ -20,7 +20,7 @@ import math
 import sys
 import warnings
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from importlib import import_module
 from typing import Any
 
@@ -31,6 +31,7 @@ from dask.base import tokenize
 from dask.highlevelgraph import HighLevelGraph
 from dask.task_spec import List, Task, TaskRef
 
+from dask_ep.device import DeviceMemoryError, telling_memory
 from dask_ep.dispatch import (
     Array,
     check_routing,
@@ -41,6 +42,7 @@ from dask_ep.dispatch import (
 )
 from dask_ep.exchange import Packet, send, sum_ranks
 from dask_ep.experts import CallableExperts, Experts, as_experts
+from dask_ep.grouped import row_bytes
 from dask_ep.local import LocalExperts
 from dask_ep.placement import POLICIES, Placement, contiguous, place
 from dask_ep.survey import survey
@@ -261,8 +263,9 @@ def _load_tasks(
 def _load(
     experts: Experts | CallableExperts, xp: str, dtype: np.dtype, rank: int, **given: np.ndarray
 ) -> LocalExperts | list:
-    with naming(f"loading the experts of rank {rank}"):
-        return experts.load(xp=import_module(xp), dtype=dtype, given=given or None)
+    namespace, needed = import_module(xp), experts.parameters * experts.num_experts * dtype.itemsize
+    with naming(f"loading the experts of rank {rank}"), telling_memory(namespace, needed):
+        return experts.load(xp=namespace, dtype=dtype, given=given or None)
 
 
 def _dispatch_chunk(
@@ -273,7 +276,8 @@ def _dispatch_chunk(
     chunk: int,
     d_out: int,
 ) -> Array:
-    with naming(f"dispatch of token chunk {chunk} at rank 0 of 1"):
+    place = f"dispatch of token chunk {chunk} at rank 0 of 1"
+    with naming(place), _telling_memory(tokens, routing, experts, d_out):
         out = expert_parallel_dispatch(
             tokens, routing, experts, rank=0, world_size=1, topk_weights=topk_weights
         )
@@ -301,7 +305,8 @@ def _send(
 def _dispatch(
     packet: Packet, experts: LocalExperts, chunk: int, rank: int, world_size: int, d_out: int
 ) -> Array:
-    with naming(f"dispatch of token chunk {chunk} at rank {rank} of {world_size}"):
+    place = f"dispatch of token chunk {chunk} at rank {rank} of {world_size}"
+    with naming(place), _telling_memory(packet.rows, packet.routing, experts, d_out):
         out = expert_parallel_dispatch(
             packet.rows,
             packet.routing,
@@ -333,11 +338,23 @@ def naming(place: str) -> Iterator[None]:
     """Say in an error which step, chunk and rank it comes from."""
     try:
         yield
-    except (ValueError, TypeError) as error:
+    except (ValueError, TypeError, DeviceMemoryError) as error:
         raise type(error)(f"{place}: {error}") from error
     except Exception as error:
         error.add_note(f"dask_ep: {place}")
         raise
+
+
+def _telling_memory(
+    tokens: Array, routing: Array, experts: Sequence[Any], d_out: int
+) -> AbstractContextManager:
+    """Say what a chunk needs, if the device that computes it has not enough memory."""
+    if namespace(tokens) is np:
+        return nullcontext()
+    (n, d), k = tokens.shape, 1 if routing.ndim == 1 else routing.shape[1]
+    widest = max(getattr(expert, "widest", d_out) for expert in experts)
+    one = row_bytes(d, d_out, widest, k, tokens.dtype.itemsize)
+    return telling_memory(namespace(tokens), n * one, n)
 
 
 def _of_width(out: Array, d_out: int) -> Array:

@@ -19,6 +19,7 @@ from dataclasses import dataclass, replace
 from queue import SimpleQueue
 from typing import Any, NamedTuple
 
+import dask.array as da
 from dask.system import CPU_COUNT
 from distributed import (
     Client,
@@ -139,7 +140,8 @@ def run_job(
     ----------
     job : from `dask_ep.job.load_job`
     where : `Threads`, `Processes`, `Gpus` or `Cluster`
-    resume : go on with what a stopped run has left, with its ranks and chunks
+    resume : go on with what a stopped run has left, with its ranks, and its chunks unless
+        `chunk_rows` are others: then smaller ones are computed, and joined to its blocks
     overwrite : start again, whatever is there
     chunk_rows : rows of a token chunk; by default about 32 MiB of them, or what fits the memory
         limit
@@ -209,7 +211,7 @@ def run_job(
                 begun=begun.get("placement"),
             )
             output = store(
-                built.y,
+                _in_blocks(built.y, begun),
                 job.out,
                 inputs=built.inputs,
                 settings=built.settings | ({"passes": passes.to_dict()} if passes else {}),
@@ -238,6 +240,11 @@ def run_job(
                     done = watch.progress()
                 output.finish()
     return done._replace(passes=walk and walk.done(watch.spilled_bytes))
+
+
+def _in_blocks(y: da.Array, begun: dict[str, Any]) -> da.Array:
+    """Give an output the blocks in which it was begun, where its chunks are others now."""
+    return y.rechunk({0: begun["rows"]}) if begun and y.chunks[0] != begun["rows"] else y
 
 
 def lay_out(job: Job, where: Where, world_size: int) -> Layout:
@@ -472,5 +479,6 @@ def _read_begun(out: str) -> dict[str, Any]:
         "placement": None if placement is None else Placement.from_json(placement),
         "world_size": manifest["settings"].get("world_size"),
         "chunk_rows": max(manifest["rows"], default=None),
+        "rows": tuple(manifest["rows"]),
         "passes": passes and Passes.from_dict(passes),
     }

@@ -26,7 +26,7 @@ from dask.task_spec import Task
 
 from dask_ep import journal
 from dask_ep.arrays import Array
-from dask_ep.device import pinned_empty, upload
+from dask_ep.device import pinned_empty, telling_memory, upload
 from dask_ep.output import Output, free_bytes, progress_directory
 from dask_ep.sources import ReadError, Source, ZarrSource, open_source
 from dask_ep.writers import Writer, make_writer, shorten
@@ -216,7 +216,8 @@ def _read_block(source: Source, block: int, start: int, stop: int, xp: str) -> A
 
 def _read_to_device(source: Source, start: int, stop: int, xp: Any) -> Array:
     pinned = pinned_empty(xp, (stop - start, *source.shape[1:]), source.dtype)
-    return upload(xp, source.read(start, stop, out=pinned))
+    with telling_memory(xp, pinned.nbytes, stop - start):
+        return upload(xp, source.read(start, stop, out=pinned))
 
 
 def _refuse_missing_chunks(source: Source) -> None:

@@ -10,8 +10,11 @@ from typing import Any
 
 import numpy as np
 
+from dask_ep.experts import Experts
+from dask_ep.layer import MoELayer
 from dask_ep.safetensors_header import DTYPES
 from dask_ep.sources import open_safetensors
+from dask_ep.weights import Weight
 
 FIXTURES = Path(__file__).parent / "fixtures"
 CASES = sorted(path.parent.name for path in FIXTURES.glob("*/config.json"))
@@ -23,6 +26,23 @@ def expected(case: str) -> dict[str, np.ndarray]:
     """What transformers gave: hidden (3, 8, H), output, indices and weights (24, k)."""
     with np.load(FIXTURES / case / "expected.npz") as found:
         return dict(found)
+
+
+def with_rounded_experts(layer: MoELayer, dtype: Any) -> MoELayer:
+    """The same layer, whose experts have weights that `dtype` can say."""
+
+    def rounded(experts: Experts | None) -> Experts | None:
+        if experts is None:
+            return None
+        weights = {
+            name: Weight.of(np.stack(weight.read(np.dtype(dtype))).astype(np.float32), name)
+            for name, weight in experts.weights.items()
+        }
+        return Experts(experts.kind, weights, experts.options)
+
+    names = {"weight": "router_weight", "bias": "router_bias"}
+    arrays = {names.get(name, name): array.source for name, array in layer.arrays.items()}
+    return MoELayer(layer.router, rounded(layer.experts), shared=rounded(layer.shared), **arrays)
 
 
 def read_tensors(path: Path) -> dict[str, np.ndarray]:

@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import sys
 import threading
+import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
 from types import ModuleType, SimpleNamespace
@@ -381,6 +382,7 @@ def _into(out: DeviceArray | None, result: Any) -> DeviceArray:
 def _garbage(shape: Any, dtype: Any, order: str = "C") -> np.ndarray:
     """Uninitialised memory that is found out when it is used."""
     a = np.empty(shape, dtype, order)
+    _pool.take(a)
     a.view(np.uint8 if a.itemsize == 1 else f"u{a.itemsize}").fill(2 ** (8 * a.itemsize) - 1)
     return a  # floats are NaN, integers -1 or their largest
 
@@ -700,6 +702,11 @@ def repeat(a, repeats, axis=None):
 
 
 @_offer
+def tile(A, reps):
+    return _wrap(np.tile(A._a, reps))
+
+
+@_offer
 def matmul(
     *args,
     axes=None,
@@ -936,22 +943,33 @@ class OutOfMemoryError(MemoryError):
 
 
 class MemoryPool:
-    """One that has `DEVICE_BYTES`, and knows its limit."""
+    """Counts what `empty` and its kind give, while there is a limit."""
 
     def __init__(self):
-        self.limit = 0
+        self._limit = self._used = 0
+
+    def take(self, a):
+        if not self._limit:
+            return
+        if self._used + a.nbytes > self._limit:
+            raise OutOfMemoryError(a.nbytes, self._used, self._limit)
+        self._used += a.nbytes
+        weakref.finalize(a, self._give_back, a.nbytes)
+
+    def _give_back(self, nbytes):
+        self._used -= nbytes
 
     def set_limit(self, size=None, fraction=None):
-        self.limit = size
+        self._limit, self._used = size, 0
 
     def get_limit(self):
-        return self.limit
+        return self._limit
 
     def free_bytes(self):
         return 0
 
     def used_bytes(self):
-        return 0
+        return self._used
 
 
 DEVICE_BYTES = 8 << 30

@@ -34,6 +34,7 @@ from dask_ep import (
 )
 from dask_ep.arrays import is_array, namespace, one_namespace, to_host
 from dask_ep.capacity import Capacity, ExpertChoice
+from dask_ep.checkpoint import load_moe_layer
 from dask_ep.exchange import send, sum_ranks
 from dask_ep.held import held_as_stored
 from dask_ep.placement import Placement, balanced, contiguous
@@ -41,6 +42,7 @@ from dask_ep.quantized import Float8Source, Mxfp4Source
 from dask_ep.routing import look_up, route, weigh_chosen
 from dask_ep.slots import STRIDE, TICKETS
 from dask_ep.sources import open_source
+from tests.checkpoints import CASES, FIXTURES, LAYER, expected, with_rounded_experts
 from tests.compare import assert_close, whole_layer
 from tests.device_double import DeviceArray, on_device, register_with_dask, watch
 from tests.device_double import namespace as xp
@@ -220,11 +222,11 @@ def test_packets_and_sums_are_those_of_the_host_for_one_small_copy_each(case: Ca
             packet = send(tokens, routing, topk_weights, *rest)
         assert traffic.to_host == ([3 * 8] if case.routing.size else [])
         assert traffic.to_device == []
-        for got, expected in zip(packet, want, strict=True):
-            assert type(got) is (type(None) if expected is None else DeviceArray)
-            if expected is not None:
-                assert got.dtype == expected.dtype
-                assert got.get().tobytes() == expected.tobytes()
+        for got, on_host in zip(packet, want, strict=True):
+            assert type(got) is (type(None) if on_host is None else DeviceArray)
+            if on_host is not None:
+                assert got.dtype == on_host.dtype
+                assert got.get().tobytes() == on_host.tobytes()
         answers.append(packet.rows)
     with watch() as traffic:
         y = sum_ranks(routing, answers, each, case.tokens.dtype)
@@ -594,6 +596,27 @@ def test_routing_and_loads_of_a_layer_stay_on_the_device():
         np.testing.assert_array_equal(to_numpy(blocks_of(got, "sync")), want.compute())
     load = layer.load(there)
     np.testing.assert_array_equal(to_numpy(blocks_of(load, "sync")), layer.load(hidden).compute())
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_layers_of_every_family_on_a_device(case):
+    """Against transformers in float32; in bfloat16 against the same weights and rows in float64.
+
+    With 16 bits each step rounds: gate and up, their product, each expert's output and the sum,
+    half a unit in the last place of bfloat16, 1/512 to 1/256 of a value, each time.
+    """
+    layer, want = load_moe_layer(FIXTURES / case, LAYER), expected(case)
+    hidden = da.from_array(want["hidden"], chunks=(2, 3, -1))
+    with dask.config.set(scheduler="sync"):
+        got = layer(device_chunks(hidden)).compute().get()
+        scale = np.abs(want["output"]).max()
+        assert_close(got / scale, want["output"] / scale, 1e-5)
+        narrow = hidden.astype(ml_dtypes.bfloat16)
+        got = layer(device_chunks(narrow)).compute().get()
+        same = with_rounded_experts(layer, ml_dtypes.bfloat16)(narrow.astype("f8")).compute()
+    assert got.dtype == ml_dtypes.bfloat16
+    scale = np.abs(same).max()
+    assert_close(got.astype("f8") / scale, same / scale, 1.2e-2)
 
 
 # --- the double keeps CuPy's rules --------------------------------------------------------------

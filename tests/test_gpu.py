@@ -14,20 +14,43 @@ import dask.array as da
 import ml_dtypes
 import numpy as np
 import pytest
+from distributed.protocol import deserialize, serialize
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dask_ep import Experts, MoELayer, Router, expert_parallel, expert_parallel_dispatch, reference
+from dask_ep import (
+    Experts,
+    MoELayer,
+    Router,
+    expert_parallel,
+    expert_parallel_dispatch,
+    fused,
+    grouped,
+    reference,
+    wire,
+)
 from dask_ep.capacity import Capacity, ExpertChoice
+from dask_ep.checkpoint import load_moe_layer
+from dask_ep.device import DeviceMemoryError, download, pinned_empty, upload
+from dask_ep.dispatch import computing_dtype
+from dask_ep.example import Example, write_example
 from dask_ep.exchange import send, sum_ranks
+from dask_ep.gpus import Gpus
+from dask_ep.job import load_job
+from dask_ep.kinds import ACTIVATIONS
 from dask_ep.placement import Placement, balanced, contiguous
+from dask_ep.quantized import Float8Source, Mxfp4Source
 from dask_ep.routing import route
+from dask_ep.run import run_job
+from dask_ep.sources import open_source
+from dask_ep.verify import verify_job
+from tests.checkpoints import CASES, FIXTURES, LAYER, expected, with_rounded_experts
 from tests.compare import assert_close, whole_layer
 from tests.strategies import Case, cases
 
 pytestmark = pytest.mark.gpu
 
-DTYPES = [np.float32, np.float64, np.float16]
+DTYPES = [np.float32, np.float64, np.float16, ml_dtypes.bfloat16]
 
 
 @pytest.fixture(scope="module")
@@ -86,7 +109,7 @@ def small_numbers(*shape: int) -> np.ndarray:
 @given(case=cases(dtypes=DTYPES), form=st.sampled_from(["stack", "list", "loaded"]))
 def test_the_kernel_equals_the_plain_loops_on_every_rank(cupy, case: Case, form: str):
     tokens, routing, topk_weights = there(cupy, case.tokens, case.routing, case.topk_weights)
-    compute = np.float64 if case.tokens.dtype == np.float64 else np.float32
+    compute = computing_dtype(case.tokens.dtype, on_device=True)
     for rank in range(case.world_size):
         Ws = case.local_Ws(rank)
         experts = {
@@ -109,24 +132,6 @@ def test_the_kernel_equals_the_plain_loops_on_every_rank(cupy, case: Case, form:
             d_out=case.W.shape[2],
         )
         assert_close(y.get(), want, case.tolerance)
-
-
-def test_bfloat16_tokens(cupy):
-    case = Case(
-        tokens=normal(50, 8).astype(ml_dtypes.bfloat16),
-        routing=np.random.default_rng(0).integers(-1, 4, (50, 2)),
-        topk_weights=np.random.default_rng(1).random((50, 2), dtype="f4"),
-        W=normal(4, 8, 8).astype(ml_dtypes.bfloat16),
-        world_size=1,
-        chunks=(50,),
-    )
-    try:
-        arrays = there(cupy, case.tokens, case.routing, case.W, case.topk_weights)
-    except (TypeError, ValueError) as error:
-        pytest.skip(f"this CuPy has no bfloat16 ({error})")
-    y = expert_parallel_dispatch(*arrays[:3], 0, 1, topk_weights=arrays[3])
-    assert y.dtype == ml_dtypes.bfloat16
-    assert_close(y.get().astype("f4"), whole_layer(case), case.tolerance)
 
 
 def test_repeated_slots_give_the_same_bits_each_time(cupy):
@@ -284,3 +289,131 @@ def test_layers_give_what_they_give_on_the_host(cupy, changes, world_size):
     y = layer(device_chunks(cupy, hidden), world_size=world_size)
     assert type(y._meta) is cupy.ndarray
     assert_close(y.compute(scheduler="sync").get(), want, 2e-5)
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_layers_of_every_family(cupy, case):
+    layer, want = load_moe_layer(FIXTURES / case, LAYER), expected(case)
+    hidden = da.from_array(want["hidden"], chunks=(2, 3, -1))
+    with dask.config.set(scheduler="sync"):
+        got = layer(device_chunks(cupy, hidden)).compute().get()
+        scale = np.abs(want["output"]).max()
+        assert_close(got / scale, want["output"] / scale, 1e-5)
+        narrow = hidden.astype(ml_dtypes.bfloat16)
+        got = layer(device_chunks(cupy, narrow)).compute().get()
+        same = with_rounded_experts(layer, ml_dtypes.bfloat16)(narrow.astype("f8")).compute()
+    scale = np.abs(same).max()
+    assert_close(got.astype("f8") / scale, same / scale, 1.2e-2)
+
+
+# --- kernels, products, memory --------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("limit", [None, 0.7])
+@pytest.mark.parametrize("activation", reference.ACTIVATIONS)
+def test_fused_activations(cupy, activation, limit, dtype):
+    hidden = normal(37, 2 * 19).astype(dtype)
+    there = cupy.asarray(hidden)
+    fused.kernels(cupy).gate(there, activation, limit, 1.3, 0.5)
+    gate, up = hidden[:, :19].astype("f8"), hidden[:, 19:].astype("f8")
+    if limit is not None:
+        gate, up = np.minimum(gate, limit), np.clip(up, -limit, limit)
+    ACTIVATIONS[activation](gate, 1.3)
+    tolerance = {8: 1e-14, 4: 1e-6, 2: 1e-2}[np.dtype(dtype).itemsize]
+    assert_close(there[:, :19].get().astype("f8"), gate * (up + 0.5), tolerance)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("transposed", [False, True])
+def test_products_are_those_of_the_host_and_the_same_each_time(cupy, transposed, dtype):
+    bounds = [(0, 40), (40, 40), (40, 47), (47, 48), (48, 200)]
+    rows = normal(200, 64 + 8).astype(dtype)[:, :64]
+    matrices = [normal(64, 32, seed=e).astype(dtype) for e in range(len(bounds))]
+    there = [cupy.asarray(m.T.copy()).T if transposed else cupy.asarray(m) for m in matrices]
+    wide = cupy.asarray(np.ascontiguousarray(np.pad(rows, ((0, 0), (0, 8)))))
+    outs = []
+    for _ in range(3):
+        out = cupy.empty((200, 32), dtype=dtype)
+        grouped.products(wide[:, :64], there, bounds, out)
+        outs.append(out.get())
+    assert len({out.tobytes() for out in outs}) == 1
+    tolerance = {8: 1e-14, 4: 1e-5, 2: 1e-2}[np.dtype(dtype).itemsize]
+    for matrix, (start, stop) in zip(matrices, bounds, strict=True):
+        want = rows[start:stop].astype("f8") @ matrix.astype("f8")
+        assert_close(outs[0][start:stop].astype("f8"), want, tolerance)
+
+
+def test_many_chunks_go_up_and_come_down_beside_the_compute(cupy):
+    """Blocks of memory are used again and again, while kernels are still reading them."""
+    chunks = [normal(1 << 16, 8, seed=c) for c in range(20)]
+    there = []
+    for chunk in chunks:
+        host = pinned_empty(cupy, chunk.shape, chunk.dtype)
+        host[...] = chunk
+        rows = upload(cupy, host)
+        del host
+        for _ in range(20):
+            rows = rows * np.float32(1.0)
+        there.append(rows)
+    for chunk, rows in zip(chunks, there, strict=True):
+        np.testing.assert_array_equal(download(rows), chunk)
+
+
+def test_the_memory_of_experts_is_free_when_their_handle_is_gone(cupy):
+    pool = cupy.get_default_memory_pool()
+    experts = Experts.gated(normal(4, 256, 512), normal(4, 256, 512), normal(4, 512, 256))
+    experts.load(xp=cupy)
+    before = pool.used_bytes()
+    local = experts.load(xp=cupy, dtype=np.dtype(np.float16))
+    assert local.nbytes <= pool.used_bytes() - before <= 1.1 * local.nbytes
+    del local
+    assert pool.used_bytes() == before
+
+
+def test_few_bits_are_decoded_on_the_device(cupy):
+    rng = np.random.default_rng(0)
+    blocks = rng.integers(0, 256, (3, 5, 2, 16), np.uint8)
+    exponents = rng.integers(100, 140, (3, 5, 2), np.uint8)
+    codes = rng.standard_normal((3, 5, 70)).astype(ml_dtypes.float8_e4m3fn)
+    scales = open_source(rng.random((3, 2, 3)).astype("f4"))
+    for source in (
+        Mxfp4Source(open_source(blocks), open_source(exponents)),
+        Float8Source(open_source(codes), scales, (4, 32)),
+    ):
+        experts = Experts.linear(source, transposed=True)
+        for got, want in zip(experts.load(xp=cupy), experts.load(), strict=True):
+            assert got.W.get().tobytes() == want.W.tobytes()
+
+
+def test_a_chunk_that_is_too_large_is_told_what_fits(cupy):
+    pool = cupy.get_default_memory_pool()
+    pool.free_all_blocks()
+    tokens = device_chunks(cupy, da.from_array(normal(1 << 18, 64), chunks=-1))
+    routing = device_chunks(cupy, da.zeros((1 << 18, 4), int, chunks=-1))
+    y = expert_parallel(tokens, routing, normal(2, 64, 64), world_size=1)
+    pool.set_limit(size=pool.used_bytes() + (320 << 20))
+    try:
+        with pytest.raises(DeviceMemoryError, match=r"a chunk of 262144 rows: .* rows would fit"):
+            y.compute(scheduler="sync")
+    finally:
+        pool.set_limit(size=0)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_arrays_and_packets_travel_through_the_host(cupy, dtype):
+    wire.register(cupy)
+    tokens, routing = there(cupy, normal(20, 4).astype(dtype), np.arange(40).reshape(20, 2) % 4)
+    packet = send(tokens, routing, None, 1, 2, 4)
+    got = deserialize(*serialize(packet, serializers=["dask"], on_error="raise"))
+    assert got.rows.dtype == dtype
+    assert got.rows.get().tobytes() == packet.rows.get().tobytes()
+    assert got.routing.get().tobytes() == packet.routing.get().tobytes()
+
+
+@pytest.mark.parametrize("kind", ["gated", "linear"])
+def test_a_job_on_all_devices(cupy, tmp_path, kind):
+    sizes = {"rows": 4000, "d": 32, "num_experts": 8, "chunk_rows": 500, "kind": kind}
+    path = write_example(tmp_path / "job", Example(**sizes))
+    assert run_job(load_job(path), Gpus()).rows_done == 4000
+    assert verify_job(load_job(path)).good

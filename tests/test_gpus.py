@@ -6,18 +6,30 @@ place of CuPy where the package looks its name up. Only `find_devices` is asked 
 
 from __future__ import annotations
 
+import re
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
+import dask
+import dask.array as da
 import ml_dtypes
 import numpy as np
 import pytest
 from distributed.protocol import deserialize, serialize
 
-from dask_ep import cli, device, gpus, wire
+from dask_ep import cli, device, expert_parallel, gpus, wire
 from dask_ep.build import open_inputs
 from dask_ep.costs import PROCESS_BYTES
-from dask_ep.device import Device, Lanes, NoDeviceError, download, pinned_empty, upload
+from dask_ep.device import (
+    Device,
+    DeviceMemoryError,
+    Lanes,
+    NoDeviceError,
+    download,
+    pinned_empty,
+    upload,
+)
 from dask_ep.example import Example, write_example
 from dask_ep.exchange import Packet, send
 from dask_ep.fit import DoesNotFit, choose_chunk_rows
@@ -153,6 +165,78 @@ def test_a_chunk_fits_beside_the_experts(small_job):
             choose_chunk_rows(inputs, lay_out(job, where, 2), asked)
 
 
+# --- out of memory -------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def little_memory() -> Iterator[None]:
+    xp.get_default_memory_pool().set_limit(size=40_000)
+    yield
+    xp.get_default_memory_pool().set_limit(size=0)
+
+
+@pytest.mark.usefixtures("little_memory")
+def test_an_error_says_what_was_needed_what_is_free_and_what_fits():
+    rng = np.random.default_rng(0)
+    tokens, routing = rng.random((800, 8), dtype="f4"), rng.integers(0, 4, (800, 2))
+    W = rng.random((4, 8, 8), dtype="f4")
+
+    def run(chunk_rows: int) -> np.ndarray:
+        there = [
+            da.from_array(a, chunks=(chunk_rows, -1)).map_blocks(
+                on_device, dtype=a.dtype, meta=xp.empty((0, 0), dtype=a.dtype)
+            )
+            for a in (tokens, routing)
+        ]
+        return expert_parallel(*there, W, world_size=1).to_delayed().ravel()
+
+    with pytest.raises(DeviceMemoryError) as error:
+        dask.compute(*run(800), scheduler="sync")
+    needed = 800 * 4 * (2 * 16 + 2 * (16 + 8))
+    assert str(error.value).startswith(
+        "dispatch of token chunk 0 at rank 0 of 1: the device has not enough memory for a chunk of "
+        f"800 rows: it needs {needed} bytes, "
+    )
+    free, total, fits = re.search(
+        r"(\d+) of (\d+) are free.*; (\d+) rows would fit", str(error.value)
+    ).groups()
+    assert (int(total), int(fits)) == (40_000, int(free) * 800 // needed)
+    del error
+    for block in run(int(fits)):
+        block.compute(scheduler="sync")
+
+
+@pytest.mark.usefixtures("little_memory")
+def test_experts_that_do_not_fit_are_told_so():
+    arrays = [np.ones((4, 8), "f4"), np.zeros(4, int)]
+    there = [
+        da.from_array(a).map_blocks(
+            on_device, dtype=a.dtype, meta=xp.empty((0,) * a.ndim, dtype=a.dtype)
+        )
+        for a in arrays
+    ]
+    y = expert_parallel(*there, np.ones((200, 8, 8), "f4"), world_size=1)
+    with pytest.raises(DeviceMemoryError, match=r"experts of rank 0: .* it needs 51200 bytes, 40"):
+        y.compute(scheduler="sync")
+
+
+def test_a_job_that_ran_out_of_memory_goes_on_in_smaller_chunks(
+    two_doubles, monkeypatch, small_job
+):
+    monkeypatch.setattr(gpus, "OnGpu", lambda _, tf32: OnGpu(260_000, tf32))
+    job = load_job(small_job)
+    with pytest.raises(DeviceMemoryError, match="go on with --resume --chunk-rows") as error:
+        run_job(job, Gpus(), chunk_rows=700)
+    fits = int(str(error.value).rpartition(" ")[2])
+    assert fits <= 350
+    done = run_job(job, Gpus(), resume=True, chunk_rows=50)
+    assert done.rows_in_all == 700
+    on_threads = load_job(small_job, out=str(small_job.parent / "threads.zarr"), world_size=2)
+    run_job(on_threads, Threads(1))
+    got, want = (open_source(path).read(0, 700) for path in (job.out, on_threads.out))
+    np.testing.assert_allclose(got, want, rtol=1e-5, atol=1e-6)
+
+
 # --- how rows get there and back ----------------------------------------------------------------
 
 
@@ -269,7 +353,6 @@ def test_packets_on_the_host_travel_as_ever():
 def test_a_worker_is_prepared_once(monkeypatch):
     assert OnGpu.idempotent
     plugin = OnGpu(memory_limit=1 << 30, namespace="device_double")
-    monkeypatch.setattr(gpus, "_leave_interrupts_to_the_client", lambda: None)
     monkeypatch.setattr(gpus, "limit_blas_for_good", lambda: None)
     plugin.setup(None)
     assert xp.get_default_memory_pool().get_limit() == 1 << 30

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import re
+import runpy
 from collections.abc import Iterator
+from pathlib import Path
 
 import ml_dtypes
 import numpy as np
@@ -10,7 +13,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from dask_ep import Experts, expert_parallel_dispatch, fused, grouped, reference
+from dask_ep import Experts, device, expert_parallel_dispatch, fused, grouped, reference
 from dask_ep.dispatch import Linear, computing_dtype
 from dask_ep.exchange import send, sum_ranks
 from tests.compare import assert_close
@@ -216,3 +219,17 @@ def test_experts_that_would_make_too_much_at_a_time_compute_by_themselves(cublas
     tokens = on_device(normal(100, 4))
     expert_parallel_dispatch(tokens, on_device(routing), experts.load(xp=xp), 0, 1)
     assert made == [25, 40, 30, 5]
+
+
+def test_the_benchmark_measures_what_it_says(cublas, monkeypatch, capsys):
+    """Its numbers mean nothing here; that it comes to its end does, and that results agree."""
+    monkeypatch.setattr(device, "NAMESPACE", "device_double")
+    workflow = runpy.run_path(str(Path(__file__).parents[1] / "workflows" / "benchmark_gpu.py"))
+    card = [device.Device(0, "double", 8 << 30)]
+    monkeypatch.setitem(workflow["main"].__globals__, "find_devices", lambda: card)
+    workflow["main"](
+        ["--shrink", "64", "--rows", "32", "--chunks", "2", "--repeat", "1", "mixtral", "deepseek"]
+    )
+    told = capsys.readouterr().out
+    assert "double, 8 GiB, bfloat16" in told
+    assert len(re.findall(r"\| (mixtral|deepseek) \| \d+\.\d\d \(", told)) == 2

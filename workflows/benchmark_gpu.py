@@ -1,0 +1,223 @@
+"""How near do the kernel and a whole job come to what a GPU can do?
+
+    python workflows/benchmark_gpu.py                           # all layers, bfloat16
+    python workflows/benchmark_gpu.py --dtype float16 mixtral
+    python workflows/benchmark_gpu.py --dtype float32 --tf32
+    python workflows/benchmark_gpu.py --directory /dev/shm      # files in memory
+
+Prints ratios, never bare seconds: each is a limit divided by a measured time, both taken in the
+same round on the same card, and each is the median over the rounds.
+
+    kernel   one dense product of the same FLOPs / expert_parallel_dispatch, chunks on the device
+    job      the slower of that product and of the copies up and down / Zarr to Zarr, experts loaded
+
+Without a card, or without CuPy, it says so and ends with 1.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+import os
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+import dask.array as da
+import ml_dtypes
+import numpy as np
+
+import dask_ep
+from dask_ep import device, reference
+from dask_ep.device import NoDeviceError, download, find_devices, gemms, pinned_empty, upload
+from dask_ep.gpus import THREADS_PER_GPU
+
+
+@dataclass(frozen=True)
+class Layer:
+    """A layer of gated experts that one card holds, and the rows of a chunk."""
+
+    d: int
+    hidden: int
+    num_experts: int
+    k: int
+    rows: int
+    to_reach: float
+    #: by the kernel
+
+    @property
+    def slots(self) -> int:
+        return self.rows * self.k
+
+
+LAYERS = {
+    "mixtral": Layer(d=4096, hidden=14336, num_experts=8, k=2, rows=16_384, to_reach=0.85),
+    "qwen3": Layer(d=2048, hidden=768, num_experts=128, k=8, rows=16_384, to_reach=0.70),
+    "deepseek": Layer(d=7168, hidden=2048, num_experts=32, k=8, rows=8_192, to_reach=0.75),
+}
+"""Widths and experts of Mixtral 8x7B, Qwen3 30B-A3B, and one of eight ranks of DeepSeek-V3."""
+
+JOB_TO_REACH = 0.8
+
+DTYPES = {"bfloat16": ml_dtypes.bfloat16, "float16": np.float16, "float32": np.float32}
+
+
+def main(arguments: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("layers", nargs="*", default=list(LAYERS), help=", ".join(LAYERS))
+    parser.add_argument("--dtype", choices=DTYPES, default="bfloat16")
+    parser.add_argument("--tf32", action="store_true", help="multiply float32 as TF32")
+    parser.add_argument("--rows", type=int, help="of a chunk, instead of each layer's own")
+    parser.add_argument("--shrink", type=int, default=1, help="divide all widths, for a try")
+    parser.add_argument("--chunks", type=int, default=16, help="of the job")
+    parser.add_argument("--repeat", type=int, default=5, help="rounds, of which the median counts")
+    parser.add_argument("--directory", help="where the files of the job lie while this runs")
+    options = parser.parse_args(arguments)
+    try:
+        card = find_devices()[0]
+    except NoDeviceError as error:
+        sys.exit(f"nothing is measured: {error}")
+    if options.tf32:
+        os.environ["CUPY_TF32"] = "1"
+    arithmetic = f"{options.dtype}{' as TF32' if options.tf32 else ''}"
+    print(f"{card.name}, {card.memory / 2**30:.0f} GiB, {arithmetic}; medians of {options.repeat}")
+    print("| layer | kernel | to reach | job | to reach |\n|---|---|---|---|---|")
+    for name in options.layers:
+        layer = shrunk(LAYERS[name], options.shrink, options.rows)
+        with tempfile.TemporaryDirectory(dir=options.directory) as folder:
+            bench = Bench(layer, DTYPES[options.dtype], Path(folder), options.chunks)
+            bench.check()
+            bench.round()
+            kernel, job = zip(*(bench.round() for _ in range(options.repeat)), strict=True)
+        print(
+            f"| {name} | {told(kernel)} | {layer.to_reach} | {told(job)} | {JOB_TO_REACH} |",
+            flush=True,
+        )
+
+
+def shrunk(layer: Layer, by: int, rows: int | None) -> Layer:
+    return Layer(
+        layer.d // by, layer.hidden // by, layer.num_experts, layer.k, rows or layer.rows,
+        layer.to_reach,
+    )  # fmt: skip
+
+
+def told(ratios: tuple[float, ...]) -> str:
+    return f"{statistics.median(ratios):.2f} ({min(ratios):.2f} to {max(ratios):.2f})"
+
+
+class Bench:
+    """One layer's data, on the device and on the disk, and everything that is timed on it."""
+
+    def __init__(self, layer: Layer, dtype: Any, folder: Path, chunks: int):
+        self.xp = import_module(device.NAMESPACE)
+        self.layer, self.dtype, self.folder, self.chunks = layer, np.dtype(dtype), folder, chunks
+        rng = np.random.default_rng(0)
+        E, d, f = layer.num_experts, layer.d, layer.hidden
+        self.gate_up, self.down = self.numbers(d, (E, d, 2 * f)), self.numbers(f, (E, f, d))
+        self.experts = dask_ep.Experts.gated_fused(self.gate_up, self.down)
+        self.local = self.experts.load(xp=self.xp, dtype=self.dtype)
+        routing = np.argsort(rng.random((layer.rows, E)), axis=1)[:, : layer.k].astype(np.int32)
+        weights = rng.random(routing.shape, dtype=np.float32)
+        self.routing, self.weights = map(self.xp.asarray, (routing, weights))
+        self.tokens, self.slots = (
+            self.numbers(1, (layer.rows, d)),
+            self.numbers(1, (layer.slots, d)),
+        )
+        self.wide = self.numbers(d, (d, 3 * f))
+        self.product = self.xp.empty((layer.slots, 3 * f), dtype=self.dtype)
+        self.write_files(routing, weights)
+
+    def numbers(self, terms: int, shape: tuple[int, ...]) -> Any:
+        """Normal numbers on the device; a sum of so many `terms` of them is of size 1."""
+        some = np.random.default_rng(len(shape)).standard_normal((1 << 16) - 1)
+        some = (some / math.sqrt(terms)).astype(self.dtype)
+        flat = self.xp.tile(self.xp.asarray(some), -(-math.prod(shape) // some.size))
+        return flat[: math.prod(shape)].reshape(shape)
+
+    def write_files(self, routing: np.ndarray, weights: np.ndarray) -> None:
+        chunks = {"tokens": download(self.tokens), "routing": routing, "weights": weights}
+        for name, chunk in chunks.items():
+            whole = da.concatenate([da.from_array(chunk, chunks=-1)] * self.chunks)
+            dask_ep.store(whole, self.folder / f"{name}.zarr", scheduler="sync")
+
+    def check(self) -> None:
+        """Compare a few rows with plain loops in float64."""
+        f, last = self.layer.hidden, self.layer.rows - 1
+        for row in (0, last // 2, last):
+            token, got = (a[row].get().astype(np.float64) for a in (self.tokens, self.kernel()))
+            want = np.zeros_like(got)
+            for e, weight in zip(self.routing[row].tolist(), self.weights[row].get(), strict=True):
+                gate_up, down = (w[e].get().astype(np.float64) for w in (self.gate_up, self.down))
+                want += weight * reference.gated(gate_up[:, :f], gate_up[:, f:], down)(token)
+            error = np.abs(got - want).max() / np.abs(want).max()
+            if not error < (2e-2 if self.dtype.itemsize == 2 else 5e-3):
+                sys.exit(f"row {row} differs from plain loops by {error:.2g} of its largest value")
+
+    def round(self) -> tuple[float, float]:
+        """The two ratios; limits before and after what is compared with them."""
+        products = [self.on_device(self.dense)]
+        kernel = self.on_device(self.kernel)
+        products.append(self.on_device(self.dense))
+        product = statistics.mean(products)
+        limit = max(product * self.chunks, *self.copies())
+        return product / kernel, limit / timed(self.job)
+
+    def on_device(self, work: Callable[[], Any]) -> float:
+        """Seconds of some work, host included, until the device has done it."""
+        stream = self.xp.cuda.get_current_stream()
+        stream.synchronize()
+        return timed(lambda: (work(), stream.synchronize()))
+
+    def dense(self) -> None:
+        """One product of the kernel's FLOPs, by the same call of cuBLAS."""
+        bounds = [(0, self.layer.slots)]
+        gemms(self.xp)(self.slots, [self.wide], bounds, self.product)
+
+    def kernel(self) -> Any:
+        return dask_ep.expert_parallel_dispatch(
+            self.tokens, self.routing, self.local, 0, 1, topk_weights=self.weights
+        )
+
+    def copies(self) -> tuple[float, float]:
+        """Seconds to bring the tokens of the job up, and as many down."""
+        host = pinned_empty(self.xp, self.tokens.shape, self.dtype)
+        host.fill(0)
+        up = self.on_device(lambda: [upload(self.xp, host) for _ in range(self.chunks)])
+        down = self.on_device(lambda: [download(self.tokens) for _ in range(self.chunks)])
+        return up, down
+
+    def job(self) -> None:
+        """Zarr to Zarr, on as many threads as a worker has."""
+        tokens = dask_ep.open_tokens(
+            self.folder / "tokens.zarr", chunks=self.layer.rows, xp=self.xp.__name__
+        )
+        routing, weights = (
+            dask_ep.open_tokens(self.folder / f"{name}.zarr", like=tokens, xp=self.xp.__name__)
+            for name in ("routing", "weights")
+        )
+        y = dask_ep.expert_parallel(
+            tokens, routing, self.experts, topk_weights=weights, world_size=1
+        )
+        with ThreadPoolExecutor(THREADS_PER_GPU) as pool:
+            out = self.folder / "out.zarr"
+            dask_ep.store(y, out, overwrite=True, scheduler="threads", pool=pool)
+
+
+def timed(work: Callable[[], Any]) -> float:
+    start = time.perf_counter()
+    work()
+    return time.perf_counter() - start
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,98 @@
+"""How does a job run on several GPU nodes?
+
+    python workflows/gpu_cluster.py job.toml --nodes gpu01 gpu02      one worker for each GPU there
+    python workflows/gpu_cluster.py job.toml --nodes gpu01 --resume   go on with what is left
+    python workflows/gpu_cluster.py --nodes gpu01 gpu02 --print       show the commands
+
+This process is the client, and starts the scheduler beside it; dask-cuda's workers are started on
+the nodes by ssh, one process for each GPU, bound to the cores and the network card that are nearest
+to it. It needs CuPy and a GPU as well, for Dask asks the arrays of a graph what they are. All nodes
+see the files of the job, and have the packages: pip install 'dask-ep[gpu]' dask-cuda
+distributed-ucxx-cu12.
+
+With --protocol ucx packets go from device to device, over NVLink within a node and InfiniBand or
+RoCE between nodes, as far as UCX finds them; with tcp through the memory of both hosts.
+
+One machine alone needs none of this: dask-ep run job.toml --gpu
+"""
+
+from __future__ import annotations
+
+import argparse
+import shlex
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from dask_ep.gpus import PROTOCOLS, THREADS_PER_GPU
+from dask_ep.job import load_job
+from dask_ep.run import Cluster, Progress, run_job
+
+
+def main() -> None:
+    options = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    options.add_argument("job", nargs="?", help="a TOML file")
+    options.add_argument("--nodes", nargs="+", required=True, help="localhost needs no ssh")
+    options.add_argument("--protocol", choices=PROTOCOLS, default="ucx")
+    options.add_argument("--interface", default=None, help="network card of the nodes, such as ib0")
+    options.add_argument("--port", type=int, default=8786)
+    options.add_argument("--ranks", type=int, help="GPUs in all; the job waits for so many")
+    options.add_argument("--device-memory-limit", default="0.9", help="of each GPU: share or size")
+    options.add_argument("--resume", action="store_true")
+    options.add_argument("--print", action="store_true", dest="only_print")
+    asked = options.parse_args()
+    if asked.job is None and not asked.only_print:
+        options.error("give a job, or --print")
+    address = f"{asked.protocol}://{socket.gethostname()}:{asked.port}"
+    if asked.nodes == ["localhost"]:
+        address = f"{asked.protocol}://127.0.0.1:{asked.port}"
+    commands = list(commands_of(asked, address))
+    for command in commands:
+        print(shlex.join(command))
+    if not asked.only_print:
+        with started(commands):
+            job = load_job(asked.job, world_size=asked.ranks)
+            where = Cluster(address, gpus=True)
+            print(run_job(job, where, resume=asked.resume, on_progress=tell))
+
+
+def commands_of(asked: argparse.Namespace, address: str) -> Iterator[list[str]]:
+    """The scheduler, and the workers of each node."""
+    card = [] if asked.interface is None else ["--interface", asked.interface]
+    here = ["--host", "127.0.0.1"] if asked.nodes == ["localhost"] else card
+    dask = [sys.executable, "-m", "dask"]
+    yield [*dask, "scheduler", "--protocol", asked.protocol, "--port", str(asked.port), *here]
+    for node in asked.nodes:
+        worker = [
+            *(*dask, "cuda", "worker", address, "--protocol", asked.protocol, *card),
+            *("--nthreads", str(THREADS_PER_GPU), "--resources", "GPU=1"),
+            *("--device-memory-limit", asked.device_memory_limit),
+        ]
+        yield worker if node == "localhost" else ["ssh", node, shlex.join(worker)]
+
+
+@contextmanager
+def started(commands: list[list[str]]) -> Iterator[None]:
+    """Run commands side by side, and end them afterwards."""
+    processes = []
+    try:
+        for command in commands:
+            processes.append(subprocess.Popen(command))
+            time.sleep(5)  # the scheduler first, then nodes one by one
+        yield
+    finally:
+        for process in reversed(processes):
+            process.terminate()
+        for process in processes:
+            process.wait()
+
+
+def tell(progress: Progress) -> None:
+    print(f"{progress.rows_done} rows done, {progress.rows_left} left", flush=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -946,7 +946,7 @@ class MemoryPool:
     """Counts what `empty` and its kind give, while there is a limit."""
 
     def __init__(self):
-        self._limit = self._used = 0
+        self.set_limit(0)
 
     def take(self, a):
         if not self._limit:
@@ -954,13 +954,14 @@ class MemoryPool:
         if self._used + a.nbytes > self._limit:
             raise OutOfMemoryError(a.nbytes, self._used, self._limit)
         self._used += a.nbytes
-        weakref.finalize(a, self._give_back, a.nbytes)
+        weakref.finalize(a, self._give_back, a.nbytes, self._since)
 
-    def _give_back(self, nbytes):
-        self._used -= nbytes
+    def _give_back(self, nbytes, since):
+        if since is self._since:
+            self._used -= nbytes
 
     def set_limit(self, size=None, fraction=None):
-        self._limit, self._used = size, 0
+        self._limit, self._used, self._since = size, 0, object()
 
     def get_limit(self):
         return self._limit

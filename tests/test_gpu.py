@@ -187,9 +187,9 @@ def test_packets_and_sums_are_those_of_the_host(cupy, case: Case):
         rest = (rank, each, case.num_experts)
         want = send(case.tokens, case.routing, case.topk_weights, *rest)
         packet = send(tokens, routing, topk_weights, *rest)
-        for got, expected in zip(packet, want, strict=True):
-            if expected is not None:
-                np.testing.assert_array_equal(got.get(), expected)
+        for got, on_host in zip(packet, want, strict=True):
+            if on_host is not None:
+                np.testing.assert_array_equal(got.get(), on_host)
         answers.append(packet.rows)
     y = sum_ranks(routing, answers, each, case.tokens.dtype)
     on_host = sum_ranks(case.routing, [a.get() for a in answers], each, case.tokens.dtype)
@@ -390,7 +390,7 @@ def test_a_chunk_that_is_too_large_is_told_what_fits(cupy):
     pool = cupy.get_default_memory_pool()
     pool.free_all_blocks()
     tokens = device_chunks(cupy, da.from_array(normal(1 << 18, 64), chunks=-1))
-    routing = device_chunks(cupy, da.zeros((1 << 18, 4), int, chunks=-1))
+    routing = device_chunks(cupy, da.zeros((1 << 18, 4), dtype=int, chunks=-1))
     y = expert_parallel(tokens, routing, normal(2, 64, 64), world_size=1)
     pool.set_limit(size=pool.used_bytes() + (320 << 20))
     try:

@@ -223,7 +223,8 @@ def test_experts_that_do_not_fit_are_told_so():
 def test_a_job_that_ran_out_of_memory_goes_on_in_smaller_chunks(
     two_doubles, monkeypatch, small_job
 ):
-    monkeypatch.setattr(gpus, "OnGpu", lambda _, tf32: OnGpu(260_000, tf32))
+    monkeypatch.setattr(device, "find_devices", lambda: [Device(0, "double", 8 << 30)])
+    monkeypatch.setattr(gpus, "OnGpu", lambda _, tf32: OnGpu(300_000, tf32))
     job = load_job(small_job)
     with pytest.raises(DeviceMemoryError, match="go on with --resume --chunk-rows") as error:
         run_job(job, Gpus(), chunk_rows=700)
@@ -231,7 +232,7 @@ def test_a_job_that_ran_out_of_memory_goes_on_in_smaller_chunks(
     assert fits <= 350
     done = run_job(job, Gpus(), resume=True, chunk_rows=50)
     assert done.rows_in_all == 700
-    on_threads = load_job(small_job, out=str(small_job.parent / "threads.zarr"), world_size=2)
+    on_threads = load_job(small_job, out=str(small_job.parent / "threads.zarr"))
     run_job(on_threads, Threads(1))
     got, want = (open_source(path).read(0, 700) for path in (job.out, on_threads.out))
     np.testing.assert_allclose(got, want, rtol=1e-5, atol=1e-6)

@@ -261,9 +261,10 @@ def run(job: str | None, experts: str | None, **options: Any) -> None:
         )
     report = options["report"]
     before = f", {done.rows_before} were there" if done.rows_before else ""
+    passes = f"; {done.passes}" if done.passes is not None else ""
     click.echo(
         f"{parsed.out}: {done.rows_done} rows in {format_time(done.seconds)}, "
-        f"{done.rows_per_second:.0f} rows/s{before}"
+        f"{done.rows_per_second:.0f} rows/s{before}{passes}"
     )
     if report and done.rows_done:
         beside = "" if isinstance(where, runs.Threads) else f"; Dask's: {dask_report(report)}"

@@ -21,6 +21,7 @@ from typing import NamedTuple
 
 import dask.array as da
 from dask.base import tokenize
+from dask.utils import format_bytes
 
 from dask_ep import journal, memory
 from dask_ep.build import Inputs
@@ -48,6 +49,12 @@ class PassesDone(NamedTuple):
     #: how often each expert was read that was read at all
     spilled_bytes: int
     #: of rows that this run has written to disk to wait, and of what their experts gave
+
+    def __str__(self) -> str:
+        waited = ""
+        if self.passes.way == "spill":
+            waited = f", {format_bytes(self.spilled_bytes)} of rows waited on disk"
+        return f"{sum(self.reads.values())} experts were read in passes{waited}"
 
 
 def find_passes(

@@ -89,7 +89,8 @@ class Output(DaskMethodsMixin):
 
     def step(self, blocks: Iterable[int]) -> Step:
         """The writing of some of the missing blocks, to be computed by itself before `finish`."""
-        return Step(self._graph, [(self._name, b) for b in blocks if b in set(self.missing)])
+        missing = set(self.missing)
+        return Step(self._graph, [(self._name, b) for b in blocks if b in missing])
 
     def compute(
         self, on_block: Callable[[Receipt], Any] | None = None, **kwargs: Any

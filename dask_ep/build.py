@@ -107,6 +107,7 @@ def build(
     xp: str = "numpy",
     exchange: Callable[..., da.Array] | None = None,
     travel: Travel = ALL_ROWS,
+    workers: int | None = None,
     slots_beside: int | None = None,
     begun: Placement | None = None,
 ) -> Built:
@@ -121,6 +122,7 @@ def build(
     exchange : what sends rows through experts, with the first three arguments of `expert_parallel`
         and its `topk_weights`, instead of it; then ranks and placement say nothing
     travel : whether rows travel to experts, or experts to rows
+    workers : processes that play the ranks; None means one for each
     slots_beside : how many experts a rank can hold beside its own; None means all
     begun : the placement of a run that is gone on with
 
@@ -136,7 +138,7 @@ def build(
             return begun  # as it was chosen then, whatever would be now
         if travel.how == "rows" or world_size == 1:
             return _find_placement(job, world_size, routing, inputs)
-        return _find_travel(inputs, world_size, routing(), travel, slots_beside)
+        return _find_travel(inputs, world_size, routing(), travel, workers, slots_beside)
 
     if layer is not None and exchange is not None:
         routing, topk = layer.route(tokens)
@@ -237,7 +239,12 @@ def _find_placement(job: Job, world_size: int, routing: Any, inputs: Inputs) -> 
 
 
 def _find_travel(
-    inputs: Inputs, world_size: int, routing: da.Array, travel: Travel, slots_beside: int | None
+    inputs: Inputs,
+    world_size: int,
+    routing: da.Array,
+    travel: Travel,
+    workers: int | None,
+    slots_beside: int | None,
 ) -> Placement:
     """Read the routing, and add to the job's placement what is read where its rows lie."""
     job, experts = inputs.job, inputs.experts
@@ -252,5 +259,6 @@ def _find_travel(
         owners,
         expert_bytes=experts.nbytes / experts.num_experts,
         row_bytes=(experts.d + experts.d_out) * inputs.tokens.dtype.itemsize,
+        workers=workers,
         max_slots=None if slots_beside is None else owners.slots_per_rank + slots_beside,
     )

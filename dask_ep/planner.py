@@ -263,6 +263,7 @@ class _Pricing:
             expert_bytes=self.work.expert_stored,
             row_bytes=priced.packet_row_bytes + priced.reply_row_bytes,
             chunks=chunks,
+            workers=priced.workers,
             max_slots=priced.slots_within_limit,
         )
         return self._priced(f"{policy}, travel {travel.how}", moved, chunks, travel, only)

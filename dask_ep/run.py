@@ -207,6 +207,7 @@ def run_job(
                 xp=array_namespace(where),
                 exchange=walk,
                 travel=travel,
+                workers=workers,
                 slots_beside=slots_beside(inputs, room, chunk_rows),
                 begun=begun.get("placement"),
             )

@@ -80,6 +80,7 @@ def choose_travel(
     expert_bytes: float,
     row_bytes: float,
     chunks: Sequence[int] | None = None,
+    workers: int | None = None,
     max_slots: int | None = None,
 ) -> Placement:
     """Give every rank, besides the experts that it owns, those that are cheaper read than sent to.
@@ -94,6 +95,9 @@ def choose_travel(
     expert_bytes : bytes of one expert in its file
     row_bytes : bytes of a row on its way there and back
     chunks : rows of each token chunk; default: those of the routing
+    workers : int, optional
+        Processes that play the ranks, rank r on worker r % workers; default: one for each. Between
+        ranks of one worker nothing travels.
     max_slots : int, optional
         The most experts that a rank can hold (its memory over the bytes of one expert).
 
@@ -134,7 +138,7 @@ def choose_travel(
     owners = replace(owners, local=True)
     prices = _Prices(row_bytes / travel.link, expert_bytes / travel.read)
     beside = []
-    for rank, wants in enumerate(_wants(found, owners, chunks)):
+    for rank, wants in enumerate(_wants(found, owners, chunks, workers)):
         if travel.how == "experts":
             chosen = _wanted(wants.leaving, found.num_experts)
         else:
@@ -164,8 +168,10 @@ class _Wants(NamedTuple):
     #: rows that each of these stands for
 
 
-def _wants(found: Survey, owners: Placement, chunks: Sequence[int] | None) -> Iterator[_Wants]:
-    """For each rank, what the rows at home there want of others."""
+def _wants(
+    found: Survey, owners: Placement, chunks: Sequence[int] | None, workers: int | None
+) -> Iterator[_Wants]:
+    """For each rank, what the rows at home there want of ranks on other workers."""
     ranks, slots = owners.slots.shape
     chunks = found.chunks if chunks is None else chunks
     at_home = np.bincount(
@@ -181,13 +187,15 @@ def _wants(found: Survey, owners: Placement, chunks: Sequence[int] | None) -> It
             physical = physical[draw.random(len(physical)) < taken[home]]
         parts[home].append(physical)
     experts = np.append(owners.slots.ravel(), -1)
+    worker = np.arange(ranks) % (workers or ranks)
     none = np.empty((0, found.slots_per_row), np.int32)
     for home in range(ranks):
         physical = _once_per_row(np.concatenate([none, *parts[home]]))
         leaving = []
         for rank in range(ranks):
-            there = np.where(physical // slots == rank, experts[physical], -1)
-            leaving.append(there[(there >= 0).any(axis=1)] if rank != home else there[:0])
+            leave = (physical // slots == rank) & (worker[rank] != worker[home])
+            there = np.where(leave, experts[physical], -1)
+            leaving.append(there[leave.any(axis=1)])
         yield _Wants(leaving, at_home[home] / max(len(physical), 1))
 
 

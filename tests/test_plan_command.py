@@ -131,6 +131,14 @@ def test_the_command_says_what_travels(job_file, tmp_path):
     assert re.search(rf"copies of experts among them\W+{experts['copies_beside']}, ", said)
 
 
+def test_nothing_is_read_for_rows_that_do_not_leave_their_worker(job_file):
+    common = (job_file, "--world-size", 4, "--chunk-rows", 100, "--json", "--travel", "experts")
+    two, four = (json.loads(invoke(*common, "--processes", n)) for n in (2, 4))
+    assert two["moved_bytes"] == four["moved_bytes"] == 0
+    assert two["rank_experts"] == [6, 6, 6, 6]  # its own and those of two ranks elsewhere
+    assert four["rank_experts"] == [8, 8, 8, 8]
+
+
 def test_what_travels_is_a_choice_to_compare(job_file):
     content = json.loads(
         invoke(job_file, "--processes", 4, "--json", "--what-if", "travel=rows,auto,experts")

@@ -26,7 +26,8 @@ When owners move:
   worker that comes and goes does not have slices read again and again.
 
 The fair share is that of the workers that were there when all was last settled. What decides
-(`owner_map`) is apart from what acts (this file) and from what the user holds (`ownership`).
+(`owner_map`) is apart from what hears and acts (this file), from how tasks change hands
+(`handover`), and from what the user holds (`ownership`).
 """
 
 from __future__ import annotations
@@ -34,20 +35,21 @@ from __future__ import annotations
 import logging
 import time
 from collections import defaultdict, deque
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from functools import wraps
 from math import inf
 from typing import Any
 
 from distributed import SchedulerPlugin
 from distributed.core import Status
-from distributed.scheduler import Scheduler, TaskState
+from distributed.scheduler import Scheduler
 
 from dask_ep.at_home import pin_at_home
-from dask_ep.homes import Home, find_home, give_homes, leave_homes
+from dask_ep.handover import begin, call_back, free, go_on, is_ours, spread
+from dask_ep.homes import find_home, give_homes, leave_homes
 from dask_ep.owner_map import assign, balance, capacities, natural_order
 from dask_ep.ranks import NOBODY, Change, OwnersOfRank, Ranks
-from dask_ep.window import CHUNKS_BESIDE, CHUNKS_PER_THREAD, UNFINISHED, Held, Window, is_sum
+from dask_ep.window import CHUNKS_BESIDE, CHUNKS_PER_THREAD, UNFINISHED, Window, is_sum
 
 logger = logging.getLogger(__name__)
 
@@ -217,10 +219,7 @@ class Ownership(SchedulerPlugin):
     def free_tasks(self) -> None:
         """Let every worker play every rank, and all chunks begin."""
         self.windows.clear()
-        freed = [task for task in self.scheduler.tasks.values() if _is_ours(task)]
-        for task in freed:
-            task.worker_restrictions = None
-        self._begin(freed)
+        free(self.scheduler)
 
     def place(self, world_size: int, rank: int, workers: Collection[str], why: str) -> None:
         """Make exactly these workers the owners of a rank, until all of them are lost."""
@@ -229,7 +228,7 @@ class Ownership(SchedulerPlugin):
         ranks.copies[rank] = len(workers)
         self._change(world_size, rank, workers, why)
         self._publish()
-        self._spread([ranks.owners[rank]])
+        spread(self.scheduler, [ranks.owners[rank]])
 
     def workers(self) -> dict[str, float]:
         """Who can play a rank, and their capacities: GPUs where workers declare some, else memory.
@@ -266,7 +265,7 @@ class Ownership(SchedulerPlugin):
         leave_homes(self.scheduler, worker)
         self.assign(f"{worker} {how}", shares=2)
         if worker in self.scheduler.workers:
-            self._call_back_tasks(worker, lambda task: True)
+            call_back(self.scheduler, worker, lambda task: True)
         else:
             self.away.discard(worker)
 
@@ -279,8 +278,8 @@ class Ownership(SchedulerPlugin):
             self._arrived(worker)
         elif status == "paused":
             leave_homes(self.scheduler, worker)
-            self._go_on()
-            self._call_back_tasks(worker, _is_ours)
+            go_on(self.scheduler)
+            call_back(self.scheduler, worker, is_ours)
             self._start(worker, self.pause_limit, self._paused_for_long, worker)
         else:
             self._gone(worker, "retires")
@@ -305,8 +304,8 @@ class Ownership(SchedulerPlugin):
         for world_size, ranks in self.ranks.items():
             fixed = ranks.by_hand | {
                 rank
-                for rank, moved in enumerate(ranks.balanced_at)
-                if now - moved < 10 * self.settle
+                for rank, balanced_at in enumerate(ranks.balanced_at)
+                if now - balanced_at < 10 * self.settle
             }
             before = ranks.living()
             for rank, owners in enumerate(balance(before, workers, ranks.loads, fixed)):
@@ -315,7 +314,7 @@ class Ownership(SchedulerPlugin):
                     self._change(world_size, rank, owners, "rebalanced")
                     moved.append(ranks.owners[rank])
         self._publish()
-        self._spread(moved)
+        spread(self.scheduler, moved)
 
     # How it is done
 
@@ -333,7 +332,7 @@ class Ownership(SchedulerPlugin):
                 if not before[rank] & owners:
                     ranks.by_hand.discard(rank)
         self._publish()
-        self._go_on()
+        go_on(self.scheduler)
 
     def _owners(self, world_size: int) -> list[OwnersOfRank] | None:
         """The owners of each rank; None where all workers can play the only one."""
@@ -349,55 +348,6 @@ class Ownership(SchedulerPlugin):
         change = Change(time.time(), world_size, rank, _sorted(before), _sorted(after), why)
         self.changes.append(change)
         logger.info("rank %d of %d: %s -> %s (%s)", rank, world_size, before, after, why)
-
-    def _go_on(self) -> None:
-        """Start the tasks that were stuck for want of an owner or of their home."""
-        self._begin(
-            task
-            for task in self.scheduler.unrunnable
-            if _is_ours(task) and NOBODY not in task.worker_restrictions
-        )
-
-    def _begin(self, tasks: Iterable[TaskState]) -> None:
-        """Give those of the tasks to workers that wait for nothing else."""
-        self._transition((task for task in tasks if task.state == "no-worker"), "processing")
-
-    def _call_back_tasks(self, worker: str, which: Callable[[TaskState], bool]) -> None:
-        """Give tasks that wait on this worker, and are not running, to where they belong now.
-
-        A worker that is paused for long would keep others' tasks too, such as the reading of a
-        chunk, and ours would wait for them.
-        """
-        state = self.scheduler.workers[worker]
-        self._release(
-            task
-            for task in state.processing
-            if which(task)
-            and task not in state.executing
-            and worker not in (task.worker_restrictions or ())
-        )
-
-    def _spread(self, ranks: Sequence[OwnersOfRank]) -> None:
-        """Give tasks of these ranks that are queued on some owner to all that own them now.
-
-        A worker keeps the next of them, as many as it has threads: it may have begun them since
-        its last heartbeat.
-        """
-        ours = {id(of_rank) for of_rank in ranks}
-        for state in self.scheduler.workers.values():
-            queued = [task for task in state.processing if task not in state.executing]
-            queued.sort(key=lambda task: task.priority)
-            self._release(t for t in queued[state.nthreads :] if id(t.worker_restrictions) in ours)
-        self._go_on()
-
-    def _release(self, tasks: Iterable[TaskState]) -> None:
-        """Take tasks from their workers, for the scheduler to place them again."""
-        self._transition(tasks, "released")
-
-    def _transition(self, tasks: Iterable[TaskState], state: str) -> None:
-        last_first = sorted(tasks, key=lambda task: task.priority, reverse=True)
-        # The scheduler takes the last one first.
-        self.scheduler.transitions({task.key: state for task in last_first}, PLUGIN)
 
     def limit_in_flight(self) -> float:
         """Count the chunks of a graph that may be under way now."""
@@ -419,7 +369,7 @@ class Ownership(SchedulerPlugin):
         self.windows = [window for window in self.windows if window.held]
         for entry in admitted:
             find_home(entry)
-        self._begin(admitted)
+        begin(self.scheduler, admitted)
 
     def _settle_later(self) -> None:
         now = time.monotonic()
@@ -449,10 +399,6 @@ def _is_pinned(name: object) -> bool:
 
 def _has_rank(key: object) -> bool:
     return isinstance(key, tuple) and _is_pinned(key[0]) and isinstance(key[-1], int)
-
-
-def _is_ours(task: TaskState) -> bool:
-    return isinstance(task.worker_restrictions, (OwnersOfRank, Home, Held))
 
 
 def _sorted(owners: Collection[str]) -> tuple[str, ...]:

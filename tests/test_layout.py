@@ -24,9 +24,9 @@ MIDDLE = (
     "rebalance routing rows scores slots survey travel wire"
 )
 TOP = (
-    "at_home block checkpoint checkpoint_files cluster expert_major families family figures gpus "
-    "held_rows homes owner_map ranks owner_plugin ownership passes planner price price_passes "
-    "probe record report spilled_rows storage window"
+    "at_home block checkpoint checkpoint_files cluster expert_major families family figures "
+    "gpus handover held_rows homes owner_map owner_plugin ownership passes planner price "
+    "price_passes probe ranks record report spilled_rows storage window"
 )
 JOBS = "build example fit in_passes inspect_ job plan_command run run_report verify"
 
@@ -47,7 +47,17 @@ LAYERS = [
 
 ONLY = {
     "distributed": {
-        *("at_home", "cli", "cluster", "gpus", "homes", "owner_plugin", "ownership", "run"),
+        *(
+            "at_home",
+            "cli",
+            "cluster",
+            "gpus",
+            "handover",
+            "homes",
+            "owner_plugin",
+            "ownership",
+            "run",
+        ),
         "run_report",
         "window",
         "wire",

@@ -487,7 +487,7 @@ def test_a_worker_that_closes_in_good_order_hands_its_ranks_on(cluster, client):
 
 
 def test_a_plugin_that_fails_when_a_worker_dies_lets_the_tasks_run_anywhere(cluster, client):
-    y, _ = layer(chunks=24, experts=Experts.callables([_slowly] * 6))
+    y, _ = layer(chunks=12, experts=Experts.callables([_slowly] * 6))
     cluster.start_worker("victim")
     wait_until(lambda: "victim" in addresses(client), "the victim has come")
     with own_experts(client, 6, settle=0.2, chunks_in_flight=2) as owners:
@@ -517,7 +517,7 @@ def test_ranks_wait_for_workers_and_are_spread_when_they_come(tmp_path):
                 lambda: sorted(len(row.ranks) for row in owners.table()) == [3, 3],
                 "each has three",
             )
-            slow, _ = layer(chunks=24, experts=Experts.callables([_slowly] * 6))
+            slow, _ = layer(chunks=8, experts=Experts.callables([_slowly] * 6))
             future = client.compute(slow)
             wait_until(lambda: client.run_on_scheduler(_has_pending_work), "the job has begun")
             for name in ("w0", "w1"):

@@ -408,6 +408,11 @@ def begin_output(
     return out, assign_rows
 
 
+def can_be_in_place(k: int, d: int, d_out: int, dtype: np.dtype) -> bool:
+    """Whether outputs fit where the tokens were: one slot a row, of the same width and dtype."""
+    return k == 1 and d == d_out and computing_dtype(dtype) == dtype
+
+
 class Served:
     """The rows of a chunk, and the sum of what the experts that have served them so far gave.
 
@@ -417,16 +422,31 @@ class Served:
     segments : from `sort_slots` of their routing
     topk_weights : of the shape of the routing, or None
     d_out : int
+    in_place : bool
+        Whether the tokens may be overwritten by the output: possible where `can_be_in_place`, for a
+        row with one slot is not needed any more when its expert has served it.
 
     Attributes
     ----------
     out : (n, d_out) array, see `begin_output`; the output when all experts were added
     """
 
-    def __init__(self, tokens: Array, segments: Segments, topk_weights: Array | None, d_out: int):
+    def __init__(
+        self,
+        tokens: Array,
+        segments: Segments,
+        topk_weights: Array | None,
+        d_out: int,
+        *,
+        in_place: bool = False,
+    ):
         self._tokens, self._segments = tokens, segments
         self._weights = None if topk_weights is None else topk_weights.reshape(-1)
-        self.out, self._write = begin_output(len(tokens), segments, d_out, tokens.dtype, tokens)
+        if in_place and can_be_in_place(segments.k, *tokens.shape[1:], d_out, tokens.dtype):
+            tokens[segments.not_ours()] = 0
+            self.out, self._write = tokens, assign_rows
+        else:
+            self.out, self._write = begin_output(len(tokens), segments, d_out, tokens.dtype, tokens)
 
     def add(self, e: int, expert: Expert) -> None:
         """Send the rows of local expert `e` through it, and add what it gives."""
@@ -465,6 +485,8 @@ def _apply(
     contiguous = isinstance(slots, slice)
     rows = slots if contiguous or k == 1 else slots // k
     x = tokens[rows].astype(compute, copy=False) if contiguous else gather(tokens, rows, compute)
+    if contiguous and out is tokens:
+        x = x.copy()  # experts read their rows again while they write
     if weights is not None:
         w = weights[slots].astype(compute, copy=False)[:, None]
         if expert.weigh == "input":

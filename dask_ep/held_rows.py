@@ -36,7 +36,7 @@ class Held:
         self.receipt: Receipt | None = None  # of the last block
 
 
-def hold(rows: Rows, walk: Walk, counts: np.ndarray) -> da.Array:
+def hold(rows: Rows, walk: Walk, counts: np.ndarray, *, in_place: bool = False) -> da.Array:
     """Give the output of all groups of chunks; each group is to be computed by itself.
 
     Parameters
@@ -44,6 +44,8 @@ def hold(rows: Rows, walk: Walk, counts: np.ndarray) -> da.Array:
     rows : in chunks of `walk.passes.chunk_rows`
     walk : how experts go by
     counts : (C, E) slots of each chunk at each expert
+    in_place : whether chunks of tokens may be overwritten: nobody else needs them, nor the memory
+        that they lie in
 
     Returns
     -------
@@ -65,7 +67,7 @@ def hold(rows: Rows, walk: Walk, counts: np.ndarray) -> da.Array:
         last = {c: TaskRef((ep_send, c, 0)) for c in group}
         for c in group:
             tasks[ep_send, c, 0] = Task(
-                (ep_send, c, 0), _hold, *rows.keys(c), num_experts, d_out, c
+                (ep_send, c, 0), _hold, *rows.keys(c), num_experts, d_out, c, in_place
             )
         blocks = walk.blocks(counts[group.start : group.stop].sum(axis=0))
         for b, block in enumerate(blocks):
@@ -100,11 +102,12 @@ def _hold(
     num_experts: int,
     d_out: int,
     chunk: int,
+    in_place: bool,
 ) -> Held:
     with naming(f"token chunk {chunk}"):
         check_routing(routing, topk_weights, n=tokens.shape[0])
         segments = sort_slots(routing, topk_weights, num_experts, 0, 1)
-        return Held(Served(tokens, segments, topk_weights, d_out), chunk)
+        return Held(Served(tokens, segments, topk_weights, d_out, in_place=in_place), chunk)
 
 
 def _serve_held(

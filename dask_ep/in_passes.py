@@ -159,7 +159,7 @@ class InPasses:
         rows = Rows(tokens, routing, topk_weights)
         walk = Walk(experts, self.passes, self._directory)
         if self.passes.way == "hold":
-            return hold(rows, walk, counts)
+            return hold(rows, walk, counts, in_place=True)  # chunks come fresh from their files
         # A task that outlives its run must not write into the files of another one.
         place = os.path.join(self._directory, f"{SPILL}{tokenize(rows, walk)[:12]}")
         self._spilled = [

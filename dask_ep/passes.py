@@ -216,7 +216,8 @@ def choose_passes(
     Memory of a process, at most, T threads and `alive` blocks of experts::
 
         all      300 MB + shared experts
-        hold     + alive * block + matrix + T * (scratch + chunk rows * (token + output + sort))
+        hold     + alive * block + matrix + T * (scratch + chunk rows * (token + output + sort));
+                   no output where it takes the place of the tokens: one slot, same width and dtype
         spill    + the larger of alive * block + matrix + T * scratch
                    and (3 T + 2) * chunk rows * (the wider of token and output + sort)
 
@@ -393,7 +394,12 @@ def _experts(sizes: Sizes, alive: int) -> int:
 
 
 def _output_bytes(sizes: Sizes) -> int:
-    """Bytes of an output row that is held: its sum, and what is written where that is another."""
+    """Bytes of an output row that is held: its sum, and what is written where that is another.
+
+    None where it takes the place of the token row.
+    """
+    if sizes.slots == 1 and sizes.d == sizes.d_out and sizes.wide == sizes.itemsize:
+        return 0
     narrow = 0 if sizes.wide == sizes.itemsize else sizes.d_out * sizes.itemsize
     return sizes.answer_bytes + narrow
 

@@ -25,7 +25,7 @@ from dask.utils import format_bytes, parse_bytes
 
 from dask_ep import pipeline
 from dask_ep.costs import FEWEST_ROWS, PROCESS_BYTES, Rates
-from dask_ep.dispatch import computing_dtype
+from dask_ep.dispatch import Expert, computing_dtype
 from dask_ep.experts import CallableExperts, Experts, as_experts
 from dask_ep.held import StoredExperts
 from dask_ep.layer import MoELayer
@@ -36,6 +36,10 @@ from dask_ep.probe import probe
 from dask_ep.rows import rows_of
 from dask_ep.survey import Survey, survey
 from dask_ep.travel import ALL_ROWS, Travel, choose_travel
+from dask_ep.weights import Weight
+
+SAMPLE_BYTES = 48 << 20
+"""Of experts in memory, with which their speed is measured."""
 
 
 class PlanError(MemoryError):
@@ -229,9 +233,9 @@ class _Pricing:
         self.chunks = _chunks(tokens, self.survey)
         self.memory_limit = None if memory_limit is None else parse_bytes(memory_limit)
         self.workers, self.threads, self.cores = workers, threads, cores
-        self.rates, self.are_given = rates or self._probe(), rates is not None
+        self.rates, self.are_given = rates or self._probe(experts), rates is not None
 
-    def _probe(self) -> Rates:
+    def _probe(self, experts: Experts | CallableExperts) -> Rates:
         """Measure this machine with rows and experts as many as a task of this job has."""
         return probe(
             self.work.d,
@@ -241,6 +245,8 @@ class _Pricing:
             experts=self.survey.num_experts,
             dtype=computing_dtype(self.work.dtype),
             threads=min((self.workers or 1) * (self.threads or CPU_COUNT), CPU_COUNT),
+            sample=_sample(experts, computing_dtype(self.work.dtype)),
+            flops=self.work.expert_flops,
         )
 
     def plan(
@@ -354,6 +360,20 @@ def _beside(layer: MoELayer, tokens: da.Array, router_tasks: int) -> Beside:
         chunk_tasks=per_chunk + finishes,
         tasks=router_tasks - per_chunk * chunks + (shared is not None),
     )
+
+
+def _sample(experts: Experts | CallableExperts, dtype: np.dtype) -> Sequence[Expert]:
+    """Make some experts of the same kind and sizes as these, in memory; none of large ones."""
+    if not isinstance(experts, Experts):
+        return ()
+    count = min(SAMPLE_BYTES // (experts.parameters * dtype.itemsize), experts.num_experts)
+    if not count:
+        return ()
+    weights = {
+        name: Weight.of(np.full((count, *weight.shape[1:]), 0.01, dtype), name)
+        for name, weight in experts.weights.items()
+    }
+    return Experts(experts.kind, weights, experts.options).load(dtype=dtype)
 
 
 def _count_new_tasks(made: Sequence[da.Array], of: da.Array) -> int:

@@ -1,8 +1,8 @@
 """How fast is this machine at what a run does?
 
 About a second of what a run spends its time on, with as many rows, slots and experts as a task of
-the job has: the matrix products; what the kernel does around them (sorting, gathering and adding up
-rows), which experts that do nothing show; packing rows and adding them up again; writing and
+the job has: experts like the job's; what the kernel does around them (sorting, gathering and adding
+up rows), which experts that do nothing show; packing rows and adding them up again; writing and
 reading a file, which the system keeps in memory. All threads of the run work at once, since they
 share caches, memory and whatever else the machine is doing.
 """
@@ -12,7 +12,7 @@ from __future__ import annotations
 import os
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
@@ -20,7 +20,7 @@ import numpy as np
 from dask_ep import memory
 from dask_ep.blas import one_blas_thread
 from dask_ep.costs import PACKED_RANKS, Rates
-from dask_ep.dispatch import expert_parallel_dispatch
+from dask_ep.dispatch import TILE_ROWS, Expert, expert_parallel_dispatch
 from dask_ep.exchange import packet_order, send, sum_ranks
 
 MOST_BYTES = 32 << 20
@@ -40,6 +40,8 @@ def probe(
     dtype: np.dtype = np.float32,
     threads: int = 1,
     seconds: float = 1.0,
+    sample: Sequence[Expert] = (),
+    flops: float = 0.0,
 ) -> Rates:
     """Measure this machine.
 
@@ -52,6 +54,10 @@ def probe(
     dtype : what the experts compute in
     threads : how many work at once
     seconds : how long to measure, about
+    sample : some experts of the job's kind and sizes, whatever their weights
+        What they do between the products is then part of the rate of these; without a sample, bare
+        products of (d, d_out) matrices are measured.
+    flops : floating-point operations of one row at one of these
 
     Returns
     -------
@@ -67,12 +73,15 @@ def probe(
     """
     itemsize = np.dtype(dtype).itemsize
     rows = max(min(rows, MOST_BYTES // (d * itemsize)), 1)
-    products = _Products(d, d_out, max(rows * slots // experts, 1), experts, dtype)
+    of_expert = max(rows * slots // experts, 1)
+    products = _Products(d, d_out, of_expert, experts, dtype)
+    if sample:
+        products = _Sample(sample, flops, min(of_expert, TILE_ROWS[1]), dtype)
     kernel = _Kernel(d, rows, slots, experts, dtype)
     exchange, file = _Exchange(kernel), _File()
     with one_blas_thread(), ThreadPoolExecutor(threads) as pool, file.file:
 
-        def mean_rate(work: Callable[[], int], share: float) -> float:
+        def mean_rate(work: Callable[[], float], share: float) -> float:
             runs = [pool.submit(_rate, work, share * seconds) for _ in range(threads)]
             return sum(run.result() for run in runs) / threads
 
@@ -98,6 +107,20 @@ class _Products:
         for w in self.w:
             self.x @ w
         return 2 * self.x.size * self.w[0, 0].size * len(self.w)
+
+
+class _Sample:
+    """A tile of rows through every expert of a sample; called, it gives the operations done."""
+
+    def __init__(self, sample: Sequence[Expert], flops: float, rows: int, dtype: np.dtype):
+        self.sample, self.flops = sample, flops
+        self.x = np.ones((rows, sample[0].d), dtype)
+
+    def __call__(self) -> float:
+        y = memory.empty((len(self.x), self.sample[0].d_out), self.x.dtype)
+        for expert in self.sample:
+            expert(self.x, out=y)
+        return self.flops * len(self.x) * len(self.sample)
 
 
 class _Kernel:
@@ -160,7 +183,7 @@ def _same(rows: np.ndarray) -> np.ndarray:
     return rows
 
 
-def _rate(work: Callable[[], int], seconds: float) -> float:
+def _rate(work: Callable[[], float], seconds: float) -> float:
     """What `work` does per second, after a call that warms up."""
     work()
     done, passed, start = 0, 0.0, time.perf_counter()

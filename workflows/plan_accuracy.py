@@ -23,7 +23,7 @@ from typing import NamedTuple
 import numpy as np
 from dask.sizeof import sizeof
 
-from dask_ep.example import Example, write_example
+from dask_ep.example import JOB_NAME, Example, write_example
 from dask_ep.exchange import Packet
 from dask_ep.job import load_job
 from dask_ep.price import Plan
@@ -124,6 +124,7 @@ def main() -> int:
         case = CASES[name]
         case = replace(case, rows=max(int(case.rows * options.scale), 64))
         with tempfile.TemporaryDirectory(dir=options.directory) as folder:
+            write_example(folder, case.example())
             outcomes.append(in_a_process(case, folder))
         print(f"| {name} | {spell(outcomes[-1])} |", flush=True)
     return tell(outcomes)
@@ -138,9 +139,8 @@ def in_a_process(case: Case, folder: str) -> Outcome:
 
 
 def plan_and_run(case: Case, folder: Path) -> Outcome:
-    """Write a job's data, plan it, run it, and compare."""
-    path = write_example(folder, case.example())
-    job = load_job(path, world_size=case.ranks, placement=case.placement)
+    """Plan a job, run it, and compare."""
+    job = load_job(folder / JOB_NAME, world_size=case.ranks, placement=case.placement)
     where = Threads(case.threads) if case.processes is None else Processes(case.processes)
     told: list[tuple[Plan, Record]] = []
     done = run_job(

@@ -208,7 +208,8 @@ def job_options(command: Callable) -> Callable:
     "--memory-limit",
     callback=parse_size,
     metavar="SIZE",
-    help="For threads: of all in all. For processes: of each.",
+    help="For threads: of all in all. For processes: of each. Experts that do not fit go by in "
+    "passes.",
 )
 @click.option(
     "--dashboard",

@@ -221,8 +221,8 @@ def choose_passes(
         spill    + the larger of alive * block + matrix + T * scratch
                    and (3 T + 2) * chunk rows * (the wider of token and output + sort)
 
-    `alive` is T + 1, T blocks that are computed and one that is read, where they fit and do not
-    take more than a quarter of the room from rows that are held; else 2; else 1, and nothing is
+    `alive` is T + 1, T blocks that are computed and one that is read, where rows that are held
+    leave room for them, or they take no more than a quarter of it; else 2; else 1, and nothing is
     read ahead. On workers a part of the
     limit is left to Dask (`PART_OF_A_WORKER`).
 
@@ -274,17 +274,19 @@ def _hold(
         chunk_rows = _round_up(-(-sizes.rows // (passes * sizes.threads)), unit) or 1
     chunks = -(-sizes.rows // chunk_rows)
     passes = -(-chunks // sizes.threads) or 1
+    memory = fixed + sizes.threads * chunk_rows * row
+    more = min(sizes.threads + 1 - alive, (limit - memory) // max(sizes.block_bytes, 1))
     return Passes(
         way="hold",
         passes=passes,
         chunk_rows=chunk_rows,
         group_chunks=sizes.threads,
         block_experts=sizes.block_experts,
-        alive=alive,
+        alive=alive + more,
         threads=sizes.threads,
         piece_rows=0,
         stored_rows=_part_of(chunk_rows, unit, CHUNK_BYTES // max(sizes.d_out * sizes.itemsize, 1)),
-        memory_bytes=fixed + sizes.threads * chunk_rows * row,
+        memory_bytes=memory + more * sizes.block_bytes,
         spill_bytes=0,
         read_bytes=passes * sizes.experts * sizes.expert_stored,
         moved_bytes=0,

@@ -74,7 +74,8 @@ class PlanInPasses(Plan):
         passes = self.passes
         way = WAYS[passes.way].format(chunks=passes.group_chunks)
         blocks = f"in blocks of {passes.block_experts}, {passes.alive} of these in memory"
-        said = [f"the experts do not fit, so {way}: {passes.passes} times in all, {blocks}"]
+        times = "once" if passes.passes == 1 else f"{passes.passes} times in all"
+        said = [f"the experts do not fit, so {way} {times}, {blocks}"]
         if passes.spill_bytes:
             said.append(
                 f"{format_bytes(passes.spill_bytes)} of disk beside the output while it runs; "

@@ -299,7 +299,8 @@ def test_a_killed_worker_costs_only_what_it_had_in_memory(plain, job, spilling):
     )
     assert victims == []
     np.testing.assert_array_equal(np.load(job.out), np.load(undisturbed.out))
-    assert 0 <= reads_too_many(done) <= 2 * WAYS["spill in groups"].alive
+    # Blocks are lost with the worker, and move back when another one takes its place.
+    assert 0 <= reads_too_many(done) <= 3 * WAYS["spill in groups"].alive
     assert spill_directories(job) == []
 
 

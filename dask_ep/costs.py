@@ -17,7 +17,7 @@ import numpy as np
 FEWEST_ROWS = 64
 """Rows of a chunk below which the cost of a task outweighs its work many times over."""
 
-PROCESS_BYTES = 300 << 20
+PROCESS_BYTES = 300_000_000
 """What a worker process takes before it holds any data: Python, NumPy, Dask, Zarr."""
 
 CLUSTER_TASK_SECONDS = 0.45e-3
@@ -69,13 +69,14 @@ def chunks_held(threads: int, ranks: int, spread: float, widening: int) -> float
     Notes
     -----
     With one rank each task holds its chunk, its output and scratch of about as much, and two chunks
-    lie between tasks. With more, each task holds 4 chunks at most (rows, packets, answers, sums), 4
-    lie between tasks, and what is sent is `spread` times the chunk. Sums are kept wide.
+    lie between tasks. With more, a chunk under way is itself, its packets, its answers and its sum;
+    packets and answers are `spread` times as large. There is one for each thread, and one more
+    between tasks. Sums are kept wide.
     """
     wide = threads * (widening - 1)
     if ranks == 1:
         return 3 * threads + 2 + wide
-    return (4 * threads + 4) * max(1.0, spread) + wide
+    return (threads + 1) * (2 + 2 * max(1.0, spread)) + wide
 
 
 class Need(NamedTuple):

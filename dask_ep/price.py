@@ -164,7 +164,7 @@ class Plan:
     @property
     def packet_row_bytes(self) -> int:
         """Bytes of one row on its way to a rank: its numbers, and k experts and weights."""
-        index_bytes = np.min_scalar_type(-self.placement.slots.size).itemsize
+        index_bytes = np.min_scalar_type(-self.placement.slots.size - 1).itemsize
         slots = self.slots_per_row * (index_bytes + self.work.weight_bytes)
         return self.work.d * self.work.dtype.itemsize + slots
 

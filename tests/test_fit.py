@@ -54,11 +54,11 @@ def inputs(job_file) -> Inputs:
     ("layout", "chunks", "experts", "remark"),
     [
         (Layout(1, 1, 2), 8, 16, "one rank: a chunk, its output and scratch a thread, two between"),
-        (Layout(2, 2, 1), 16, 8, "a row may go to both ranks"),
-        (Layout(4, 2, 1), 16, 8, "two ranks a worker; a row has two slots, so goes to two ranks"),
-        (Layout(4, 4, 1, placement="balanced"), 16, 5, "a spare slot on every rank"),
-        (Layout(4, 4, 1, placement="exact"), 16, 5, "at most one spare slot"),
-        (Layout(4, 4, 1, placement="packed"), 16, 4, "no copies"),
+        (Layout(2, 2, 1), 12, 8, "a row may go to both ranks"),
+        (Layout(4, 2, 1), 12, 8, "two ranks a worker; a row has two slots, so goes to two ranks"),
+        (Layout(4, 4, 1, placement="balanced"), 12, 5, "a spare slot on every rank"),
+        (Layout(4, 4, 1, placement="exact"), 12, 5, "at most one spare slot"),
+        (Layout(4, 4, 1, placement="packed"), 12, 4, "no copies"),
     ],
 )
 def test_what_a_worker_needs(inputs, layout, chunks, experts, remark):
@@ -120,9 +120,9 @@ def test_a_limit_decides_the_chunks(inputs, threads, ranks):
         (Layout(1, 1, 1), 2000, 16, 5, 500, {"chunk_rows": 500}),
         (Layout(1, 1, 8), None, 16, 10, FEWEST_ROWS, {"threads": 2}),
         (Layout(1, 1, 8), 2000, 16, 10, FEWEST_ROWS, {"threads": 2, "chunk_rows": 80}),
-        (Layout(1, 1, 1), None, 8, 16, FEWEST_ROWS, {"processes": 2}),
-        (Layout(4, 4, 1, placement="exact"), None, 4, 16, FEWEST_ROWS, {"placement": "packed"}),
-        (Layout(2, 2, 1), None, 2, 16, FEWEST_ROWS, {"processes": 8}),
+        (Layout(1, 1, 1), None, 8, 12, FEWEST_ROWS, {"processes": 2}),
+        (Layout(4, 4, 1, placement="exact"), None, 4, 12, FEWEST_ROWS, {"placement": "packed"}),
+        (Layout(2, 2, 1), None, 2, 12, FEWEST_ROWS, {"processes": 8}),
     ],
 )
 def test_what_does_not_fit_comes_with_what_does(
@@ -138,15 +138,15 @@ def test_what_does_not_fit_comes_with_what_does(
 def test_ranks_of_the_job_stay_and_get_more_workers(job_file):
     job = load_job(job_file, world_size=8)
     inputs = open_inputs(job)
-    limit = PROCESS_BYTES + (4 << 20) + 16 * FEWEST_ROWS * inputs.row_bytes
+    limit = PROCESS_BYTES + (4 << 20) + 12 * FEWEST_ROWS * inputs.row_bytes
     with pytest.raises(DoesNotFit) as no:
         choose_chunk_rows(inputs, lay_out(job, Processes(2, limit), 8))
     assert no.value.proposal == {"processes": 4}
 
 
 def test_where_nothing_fits_it_is_said(inputs):
-    with pytest.raises(DoesNotFit, match=r"a memory limit of 300 MB .* in all; give more") as no:
-        choose_chunk_rows(inputs, Layout(1, 1, 2, 300_000_000))
+    with pytest.raises(DoesNotFit, match=r"a memory limit of 299 MB .* in all; give more") as no:
+        choose_chunk_rows(inputs, Layout(1, 1, 2, 299_000_000))
     assert no.value.proposal == {}
 
 

@@ -242,7 +242,7 @@ def test_little_disk_means_more_groups_and_none_means_another_way():
 def test_what_no_pass_can_fit_is_refused_with_the_numbers():
     with pytest.raises(
         MemoryError,
-        match=r"may use 400 MB and must hold 315 MB of its own .* to "
+        match=r"may use 400 MB and must hold 300 MB of its own .* to "
         r"compute \(1 experts of 100 MB, 2 threads\) .* in all; give more memory",
     ):
         choose_passes(LARGE, 400 * MB)

@@ -17,6 +17,7 @@ from hypothesis import strategies as st
 
 from dask_ep.capacity import Capacity
 from dask_ep.costs import PROCESS_BYTES, Rates, chunks_held
+from dask_ep.exchange import send
 from dask_ep.experts import Experts
 from dask_ep.held import held_as_stored
 from dask_ep.layer import MoELayer
@@ -148,7 +149,7 @@ def test_every_figure_of_a_small_job():
     assert priced.exchanged_bytes == packet_rows.sum() * row_bytes
     assert priced.moved_bytes == (by_home.sum() - np.trace(by_home)) * row_bytes
     assert priced.stored_bytes == 8 * 8 * 8 * 4
-    held = 8 * packet_rows.sum() / 400 * (50 * 8 * 4)
+    held = 2 * (2 + 2 * packet_rows.sum() / 400) * (50 * 8 * 4)
     assert priced.memory_bytes == PROCESS_BYTES + 2 * 8 * 8 * 4 + math.ceil(held)
     assert priced.tasks == count_tasks(8, 4) == 8 * 9 + 4
     assert priced.flops.sum() == 800 * 2 * 8 * 8
@@ -173,7 +174,7 @@ def test_experts_held_as_stored_take_their_stored_bytes_and_one_wide_one_a_threa
         (1, 1, 1.0, 1, 5, "a chunk, its output, scratch; two between tasks"),
         (2, 1, 1.0, 2, 10, "sums of bfloat16 rows are twice as wide"),
         (1, 4, 1.0, 1, 8, "every row goes to one rank"),
-        (1, 4, 1.5, 1, 12, "rows go to 1.5 ranks on average"),
+        (1, 4, 1.5, 1, 10, "rows go to 1.5 ranks on average"),
         (1, 4, 0.5, 1, 8, "half of the rows have no expert: the chunk itself stays"),
     ],
 )
@@ -298,6 +299,15 @@ def test_rows_bytes_and_tasks_are_those_of_a_run(data, policy, ranks):
     for key, packet in zip(sent, packets, strict=True):
         served[key[2]] += np.count_nonzero(packet.routing >= 0)
     np.testing.assert_array_equal(served, priced.rank_rows)
+
+
+@pytest.mark.parametrize("experts", [127, 128, 129])
+def test_experts_are_named_in_as_many_bytes_as_they_need(experts):
+    routing = np.arange(2 * experts).reshape(experts, 2) % experts
+    tokens = np.ones((experts, 3), "f4")
+    priced = plan(tokens, routing, np.ones((experts, 3, 3), "f4"), rates=RATES)
+    packet = send(tokens, routing, None, 0, experts, experts)
+    assert packet.rows.nbytes + packet.routing.nbytes == experts * priced.packet_row_bytes
 
 
 def test_a_proposal_runs():

@@ -16,10 +16,10 @@ The answer is a `Placement` with copies at the ranks that read, chosen by the ho
 (`Placement.local`), and nothing else: the graph, the kernel and the sum are those of any placement.
 
 **Rows that want several experts.** A row goes to a rank once, however many of its experts are
-served there, so it stays only if all of these are read. What is read at one rank of the experts of
-another is therefore chosen together: from all that are wanted, the one without which fewest rows
-must leave is dropped, again and again, and of all sets on this way the cheapest is taken. With one
-slot a row that is the optimum, expert by expert.
+served there, so it stays only if all of these are read. What one rank reads of another's experts is
+therefore chosen together: from all that are wanted, the one without which fewest rows must leave is
+dropped, again and again, and of all sets on this way the cheapest is taken. With one slot a row
+that is the optimum, expert by expert; with more it is near it, and a minimum cut would find it.
 
 Axis letters: `n` rows, `k` slots per row, `E` experts, `R` ranks, `S` slots per rank.
 """
@@ -136,17 +136,18 @@ def choose_travel(
     if travel.how == "rows" or owners.world_size == 1:
         return owners
     owners = replace(owners, local=True)
-    prices = _Prices(row_bytes / travel.link, expert_bytes / travel.read)
-    beside = []
-    for rank, wants in enumerate(_wants(found, owners, chunks, workers)):
-        if travel.how == "experts":
-            chosen = _wanted(wants.leaving, found.num_experts)
-        else:
+    chunks = found.chunks if chunks is None else chunks
+    worker = np.arange(owners.world_size) % (workers or owners.world_size)
+    if travel.how == "experts":
+        beside = _all_wanted(found, owners, chunks, worker)
+    else:
+        prices = _Prices(row_bytes / travel.link, expert_bytes / travel.read)
+        beside = []
+        for rank, wants in enumerate(_wants(found, owners, chunks, worker)):
             chosen = _worth_reading(wants, prices, found.num_experts)
             room = None if max_slots is None else max_slots - int((owners.slots[rank] >= 0).sum())
-            chosen = _fitting(chosen, wants, room)
-        beside.append(np.flatnonzero(chosen))
-    placement = _reading(owners, beside)
+            beside.append(_fitting(chosen, wants, room))
+    placement = _reading(owners, [np.flatnonzero(read) for read in beside])
     verify_placement(placement, num_experts=found.num_experts, max_slots=max_slots)
     return placement
 
@@ -168,26 +169,44 @@ class _Wants(NamedTuple):
     #: rows that each of these stands for
 
 
+def _rows_at_home(
+    found: Survey, owners: Placement, chunks: Sequence[int]
+) -> Iterator[tuple[int, np.ndarray]]:
+    """The home of some rows, and the slots that they want, (m, k); until all have come."""
+    for chunk, row_offset, routing in found.blocks(chunks):
+        home = owners.home(chunk)
+        yield home, owners.rewrite(routing, row_offset, home)
+
+
+def _all_wanted(
+    found: Survey, owners: Placement, chunks: Sequence[int], worker: np.ndarray
+) -> np.ndarray:
+    """(R, E) which experts on other workers the rows at home at each rank want."""
+    ranks, slots = owners.slots.shape
+    experts = np.append(owners.slots.ravel(), -1)
+    wanted = np.zeros((ranks, found.num_experts + 1), bool)  # [:, -1] takes slots without expert
+    for home, physical in _rows_at_home(found, owners, chunks):
+        elsewhere = worker[physical // slots] != worker[home]
+        wanted[home, experts[physical[elsewhere]]] = True
+    return wanted[:, :-1]
+
+
 def _wants(
-    found: Survey, owners: Placement, chunks: Sequence[int] | None, workers: int | None
+    found: Survey, owners: Placement, chunks: Sequence[int], worker: np.ndarray
 ) -> Iterator[_Wants]:
     """For each rank, what the rows at home there want of ranks on other workers."""
     ranks, slots = owners.slots.shape
-    chunks = found.chunks if chunks is None else chunks
     at_home = np.bincount(
         [owners.home(c) for c in range(len(chunks))], weights=chunks, minlength=ranks
     )
     taken = np.minimum(1.0, SAMPLED_ROWS / np.maximum(at_home, 1))
     parts: list[list[np.ndarray]] = [[] for _ in range(ranks)]
     draw = np.random.default_rng(0)
-    for chunk, row_offset, routing in found.blocks(chunks):
-        home = owners.home(chunk)
-        physical = owners.rewrite(routing, row_offset, home)
+    for home, physical in _rows_at_home(found, owners, chunks):
         if taken[home] < 1:
             physical = physical[draw.random(len(physical)) < taken[home]]
         parts[home].append(physical)
     experts = np.append(owners.slots.ravel(), -1)
-    worker = np.arange(ranks) % (workers or ranks)
     none = np.empty((0, found.slots_per_row), np.int32)
     for home in range(ranks):
         physical = _once_per_row(np.concatenate([none, *parts[home]]))
@@ -207,27 +226,31 @@ def _once_per_row(physical: np.ndarray) -> np.ndarray:
     return physical
 
 
-def _wanted(leaving: Sequence[np.ndarray], num_experts: int) -> np.ndarray:
-    """(E,) whether any row wants the expert."""
-    wanted = np.zeros(num_experts + 1, bool)  # [-1] takes the slots without an expert
-    for of_rank in leaving:
-        wanted[of_rank] = True
-    wanted[-1] = False
-    return wanted[:-1]
-
-
 def _worth_reading(wants: _Wants, prices: _Prices, num_experts: int) -> np.ndarray:
-    """(E,) the experts of others that are read, chosen for each of the others by itself."""
+    """(E,) the experts of others that are read."""
     chosen = np.zeros(num_experts, bool)
-    for of_rank in wants.leaving:
-        best, best_gain = None, 0.0
-        for held, staying in _dropping(_wanted([of_rank], num_experts), of_rank):
+    for together in _without_common_experts(wants.leaving, num_experts):
+        best, best_gain = np.zeros(num_experts, bool), 0.0
+        wanted = np.isin(np.arange(num_experts), together)
+        for held, staying in _dropping(wanted, together):
             gain = staying * wants.weight * prices.row - held.sum() * prices.expert
-            if gain >= best_gain and held.any():
+            if gain > best_gain:
                 best, best_gain = held, gain
-        if best_gain > 0:
-            chosen |= best
+        chosen |= best
     return chosen
+
+
+def _without_common_experts(leaving: Sequence[np.ndarray], num_experts: int) -> list[np.ndarray]:
+    """Join what is wanted of ranks that hold copies of one expert: reading it once serves both."""
+    groups: list[tuple[np.ndarray, list[np.ndarray]]] = []
+    for of_rank in leaving:
+        wanted, members = np.isin(np.arange(num_experts), of_rank), [of_rank]
+        apart = [group for group in groups if not (group[0] & wanted).any()]
+        for others, their_members in groups:
+            if (others & wanted).any():
+                wanted, members = wanted | others, members + their_members
+        groups = [*apart, (wanted, members)]
+    return [np.concatenate(members) for _, members in groups]
 
 
 def _fitting(chosen: np.ndarray, wants: _Wants, room: int | None) -> np.ndarray:

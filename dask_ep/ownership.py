@@ -102,6 +102,9 @@ def own_experts(
     A cluster that scales itself (``cluster.adapt``) keeps the only owner of a rank while work is
     pending. It counts the work of the chunks under way, so set its ``target_duration`` by these.
 
+    Where the placement of a graph is local (`dask_ep.travel`), its chunks are read by the owners of
+    the ranks that it makes them be at home at.
+
     The same workers (by name) give the same map. Results never depend on owners: what a rank
     computes is the same, to the bit, wherever it is.
 

@@ -9,8 +9,8 @@ that seem less busy, for it does not know that R packets are made of one chunk.
     ep_sum (c, 0)               ──┴──> worker_restrictions = ONE set, empty until home is known
 
 A home is found when everything that a chunk's packets are made of is there, and forgotten when its
-worker leaves: an empty set restricts nothing, and the chunk's tasks find a new one. (Where the placement
-has chosen the home beforehand, `at_home` sees to it that the chunk comes to lie there.)
+worker leaves: an empty set restricts nothing, and the chunk's tasks find a new one. Where the
+placement has chosen the home beforehand, `at_home` sees to it that the chunk comes to lie there.
 """
 
 from __future__ import annotations

@@ -190,6 +190,8 @@ class Description:
     #: hidden width of a routed expert
     router: Router
     #: of the first MoE layer
+    router_biases: tuple[str, ...]
+    #: which it has of "bias" and "selection_bias"
     shared_width: int
     #: hidden width of the shared expert, 0 without one
     shared_gate: bool
@@ -250,6 +252,7 @@ def describe(directory: str | os.PathLike, *, families: Iterable[Family] = ()) -
         d=first.experts.d,
         width=first.experts.hidden,
         router=first.router,
+        router_biases=tuple(n for n in ("bias", "selection_bias") if n in first.arrays),
         shared_width=0 if first.shared is None else first.shared.hidden,
         shared_gate="shared_gate" in first.arrays,
         dtypes=tuple(sorted(dtypes)),

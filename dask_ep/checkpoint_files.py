@@ -18,7 +18,7 @@ from functools import cached_property
 from typing import Any
 
 from dask_ep.files import ReadError
-from dask_ep.remote import file_system, is_remote, open_remote_safetensors
+from dask_ep.remote import file_system, is_remote
 from dask_ep.sources import Source, open_safetensors
 
 INDEX = "model.safetensors.index.json"
@@ -86,9 +86,7 @@ class CheckpointFiles:
                     f"{self._path(INDEX)} says that tensors lie in {file_name}, but "
                     f"{self.directory} has no such file"
                 )
-            remote = is_remote(self.directory)
-            opened = open_remote_safetensors if remote else open_safetensors
-            self._headers[file_name] = opened(self._path(file_name))
+            self._headers[file_name] = open_safetensors(self._path(file_name))
         return self._headers[file_name]
 
     @cached_property

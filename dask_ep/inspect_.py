@@ -17,9 +17,11 @@ from dask.utils import format_bytes
 
 from dask_ep import journal
 from dask_ep.build import open_inputs
-from dask_ep.checkpoint import describe
+from dask_ep.checkpoint import Description, describe
+from dask_ep.checkpoint_files import CheckpointFiles
 from dask_ep.job import load_job
 from dask_ep.output import progress_directory
+from dask_ep.remote import is_remote
 from dask_ep.sources import Source, ZarrSource, open_safetensors, open_source
 from dask_ep.storage import CHUNK_BYTES
 
@@ -49,7 +51,8 @@ def inspect_path(path: str | os.PathLike) -> tuple[Finding, ...]:
     Parameters
     ----------
     path : a ``.npy``, ``.safetensors`` or Zarr array, ``file.safetensors::tensor``, the directory
-        of a checkpoint, a job (``.toml``), or an output, complete or not
+        of a checkpoint (or the address of any of these), a job (``.toml``), or an output, complete
+        or not
 
     Returns
     -------
@@ -74,12 +77,13 @@ def inspect_path(path: str | os.PathLike) -> tuple[Finding, ...]:
     path = os.fspath(path)
     record = journal.read_manifest(progress_directory(path.rstrip("/")))
     found = [_inspect_record(path.rstrip("/"), record)] if record is not None else []
-    if record is None and not os.path.exists(path.partition("::")[0]) and "://" not in path:
+    there = is_remote(path) or os.path.exists(path.partition("::")[0])
+    if record is None and not there:
         raise FileNotFoundError(
             f"{path} does not exist; inspect takes an array (.zarr, .npy, .safetensors), a "
             "checkpoint directory, a job (.toml) or an output"
         )
-    if os.path.exists(path.partition("::")[0]) or "://" in path:
+    if there:
         found.insert(0, _choose(path)(path))
     return tuple(found)
 
@@ -90,8 +94,10 @@ def _choose(path: str) -> Callable[[str], Finding]:
         return _inspect_job
     if path.endswith(".safetensors"):
         return _inspect_safetensors
-    if os.path.isdir(path):
-        inside = set(os.listdir(path))
+    if path.endswith(".npy") or "::" in path:
+        return _inspect_array
+    if is_remote(path) or os.path.isdir(path):
+        inside = set(CheckpointFiles(path).file_names)
         if "config.json" in inside:
             return _inspect_checkpoint
         if not inside & {"zarr.json", ".zarray"}:
@@ -278,7 +284,7 @@ def _inspect_checkpoint(path: str) -> Finding:
         ("layers", f"{len(found.layers)}, of which {len(found.moe_layers)} are MoE"),
         ("experts", f"{router.num_experts} of width {found.width}, {router.k} for each row"),
         ("token rows", f"of width {found.d}"),
-        ("router", f"{router.score} scores, weighing the {router.weigh} of experts"),
+        ("router", _words_of_router(found)),
         ("dtypes", ", ".join(found.dtypes)),
         ("MoE blocks on disk", format_bytes(sum(layer.bytes_on_disk for layer in found.layers))),
     ]
@@ -300,6 +306,19 @@ def _inspect_checkpoint(path: str) -> Finding:
 
 
 # --- words -----------------------------------------------------------------------------------
+
+
+def _words_of_router(found: Description) -> str:
+    router = found.router
+    words = [" and ".join([f"{router.score} scores", *found.router_biases]).replace("_", " ")]
+    if router.topk_groups < router.groups:
+        groups = f"{router.topk_groups} of {router.groups} groups"
+        words.append(f"from the best {groups} by {router.group_worth}")
+    if router.normalise:
+        words.append("normalised")
+    if router.scale != 1:
+        words.append(f"times {router.scale:g}")
+    return ", ".join([*words, f"weighing the {router.weigh} of experts"])
 
 
 def _shape(shape: Sequence[int]) -> str:

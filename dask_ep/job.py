@@ -188,6 +188,11 @@ def _is_weight(value: Any) -> bool:
 
 
 _PATH = _Kind("a path", _is_path, _resolve_path)
+_OUT = _Kind(
+    "a path of a file system that is mounted (an address can be read, but not written)",
+    lambda value: _is_path(value) and "://" not in value,
+    _resolve_path,
+)
 _WEIGHT = _Kind("a path, or a list of paths with one per expert", _is_weight, _resolve_weight)
 _FLAG = _Kind("true or false", lambda value: isinstance(value, bool))
 _NUMBER = _Kind("a number", lambda value: _is_int(value) or isinstance(value, float))
@@ -202,7 +207,7 @@ _JOB_KEYS = {
     ),
     "layer": _PATH,
     "layer_index": _Kind("an integer of at least 0", lambda v: _is_int(v) and v >= 0),
-    "out": _PATH,
+    "out": _OUT,
     "world_size": _Kind("an integer of at least 1", lambda v: _is_int(v) and v >= 1),
     "placement": _Kind(
         f"one of {', '.join(PLACEMENTS)}, or the path of a JSON file", _is_path, _resolve_placement

@@ -13,8 +13,11 @@ from typing import Any
 import numpy as np
 
 from dask_ep.files import ReadError
+from dask_ep.npy_header import parse_npy_header
 from dask_ep.safetensors_header import parse_header
-from dask_ep.sources import Source, checked_dtype
+from dask_ep.source import Source, checked_dtype
+
+_HEADER_BLOCK = 1 << 16  # bytes that are fetched at a time to read a header
 
 
 def is_remote(address: str | os.PathLike) -> bool:
@@ -89,18 +92,63 @@ class RemoteSource(Source):
 
 
 def open_remote_safetensors(address: str) -> dict[str, RemoteSource]:
-    """Open all tensors of a remote safetensors file, reading only its header."""
-    files, path = file_system(address)
-    info = files.info(path)
+    """Open all tensors of a remote safetensors file, reading only its header.
+
+    Raises
+    ------
+    ReadError
+        If there is no such file.
+    ValueError
+        If the header breaks the format's rules.
+    """
+    files, path, size, version = _find(address)
     file_name = path.rpartition("/")[2]
-    with files.open(path, "rb", block_size=1 << 16) as file:
-        header = parse_header(file, info["size"], address)
-    changed = [str(info[key]) for key in ("ETag", "etag", "mtime", "LastModified", "created")
-               if key in info]  # fmt: skip
-    version = " ".join([str(info["size"]), *changed])
+    with files.open(path, "rb", block_size=_HEADER_BLOCK) as file:
+        header = parse_header(file, size, address)
     return {
         name: RemoteSource(
             address, tensor.offset, tensor.shape, tensor.dtype, f"{file_name}:{name}", version
         )
         for name, tensor in header.items()
     }
+
+
+def open_remote_npy(address: str, name: str | None = None, dtype: Any = None) -> RemoteSource:
+    """Open a remote ``.npy`` file, reading only its header.
+
+    Parameters
+    ----------
+    address : of the file
+    name : for messages; the file's name without it
+    dtype : see `parse_npy_header`
+
+    Raises
+    ------
+    ReadError
+        If there is no such file, or it is cut short.
+    ValueError, TypeError
+        If it holds no rows of numbers.
+    """
+    files, path, size, version = _find(address)
+    with files.open(path, "rb", block_size=_HEADER_BLOCK) as file:
+        shape, stored, offset = parse_npy_header(file, address, dtype)
+    name = path.rpartition("/")[2] if name is None else name
+    source = RemoteSource(address, offset, shape, stored, name, version)
+    if offset + source.nbytes > size:
+        raise ReadError(
+            f"{address} is too short for {shape} of {stored}: they end at byte "
+            f"{offset + source.nbytes}, the file at {size}"
+        )
+    return source
+
+
+def _find(address: str) -> tuple[Any, str, int, str]:
+    """Give the file system, the path there, the bytes of the file, and what tells its content."""
+    files, path = file_system(address)
+    try:
+        info = files.info(path)
+    except OSError as error:
+        raise ReadError(f"{address} cannot be opened: {error or 'no such file'}") from error
+    keys = ("ETag", "etag", "mtime", "LastModified", "created")
+    version = [str(info["size"]), *(str(info[key]) for key in keys if key in info)]
+    return files, path, info["size"], " ".join(version)

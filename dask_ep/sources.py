@@ -1,11 +1,10 @@
-"""What is an array that is read piece by piece?
+"""Which `Source` reads an array, wherever it lies?
 
-A `Source` knows the place, shape and dtype of an array and reads rows [start, stop) of it when
-asked; it never holds a file's data, and pickles to a few hundred bytes. `open_source` makes one of
-whatever tokens and weights come in:
+`open_source` makes one of whatever tokens and weights come in:
 
     x.npy  file.safetensors::name     -> RawSource     one contiguous region of a local file
-    x.zarr  s3://...  zarr.Array      -> ZarrSource    chunks; plain local ones read directly
+    s3://... of either                -> RemoteSource  the same, by ranged reads
+    x.zarr  s3://x.zarr  zarr.Array   -> ZarrSource    chunks; plain local ones read directly
     ndarray                           -> ArraySource   memory (a memory map counts as its file)
 
 Where the stored bytes are the rows themselves, a read is one system call per chunk, from the file
@@ -14,116 +13,24 @@ straight to the destination. Reads retry nothing; what cannot be read whole is a
 
 from __future__ import annotations
 
-import json
 import mmap
 import os
 import sys
-from abc import ABC, abstractmethod
 from math import prod
 from typing import TYPE_CHECKING, Any
 
-import ml_dtypes
 import numpy as np
 import xxhash
 
 from dask_ep.files import ReadError, file_size, fill_from_file, fingerprint_files
-from dask_ep.memory import empty
+from dask_ep.npy_header import parse_npy_header
+from dask_ep.remote import is_remote, open_remote_npy, open_remote_safetensors
 from dask_ep.safetensors_header import read_header
+from dask_ep.source import Source, checked_dtype
 from dask_ep.zarr_layout import chunk_files, local_directory, missing_chunks, open_array
 
 if TYPE_CHECKING:
     import zarr
-
-
-class Source(ABC):
-    """An array that is read by ranges of rows.
-
-    Attributes
-    ----------
-    shape : tuple of int
-    dtype : numpy.dtype, in native byte order
-    name : str, for messages
-    path : str or None, the local file or directory that the data lies in
-    chunk_rows : int or None, the rows that are stored together, None where any range is as good
-    """
-
-    shape: tuple[int, ...]
-    dtype: np.dtype
-    name: str
-    path: str | None = None
-    chunk_rows: int | None = None
-
-    @property
-    def ndim(self) -> int:
-        return len(self.shape)
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes of the whole array as its dtype says, uncompressed."""
-        return prod(self.shape) * self.dtype.itemsize
-
-    @abstractmethod
-    def read(self, start: int, stop: int, out: np.ndarray | None = None) -> np.ndarray:
-        """Read rows [start, stop) of the first axis, with all of the other axes.
-
-        Parameters
-        ----------
-        start, stop : int, 0 <= start <= stop <= shape[0]; an array of no axes is one row
-        out : (stop - start, *shape[1:]) array of `dtype`, C-contiguous, to be filled; without it
-            memory from `dask_ep.memory.empty`
-
-        Returns
-        -------
-        `out`, or a C-contiguous array like it
-
-        Raises
-        ------
-        ReadError
-            If the data is not there whole, naming the file, the rows, the bytes expected and got.
-        """
-
-    @abstractmethod
-    def fingerprint(self) -> dict[str, Any]:
-        """Tell this data from other or changed data, as a JSON-able mapping.
-
-        It has `name`, `shape`, `dtype`, and the size and time of change of the files, or a hash of
-        the content for arrays in memory; not where the files lie, so that they may be moved.
-        """
-
-    def __dask_tokenize__(self) -> object:
-        return self._as_text(self.path)
-
-    def _as_text(self, place: str | None) -> str:
-        """One string, which Dask hashes ten times faster than the mappings that it is made of."""
-        return f"{type(self).__name__} {place} {json.dumps(self.fingerprint(), sort_keys=True)}"
-
-    def __repr__(self) -> str:
-        return f"{type(self).__name__}({self.name!r}, shape={self.shape}, dtype={self.dtype})"
-
-    def _shape_of(self, start: int, stop: int) -> tuple[int, ...]:
-        """Check a request to `read`; give the shape of its answer."""
-        length = self.shape[0] if self.shape else 1
-        if not 0 <= start <= stop <= length:
-            raise ValueError(
-                f"rows of {self.name} must be within [0, {length}), not [{start}, {stop})"
-            )
-        return (stop - start, *self.shape[1:]) if self.shape else ()
-
-    def _destination(self, start: int, stop: int, out: np.ndarray | None) -> np.ndarray:
-        """Give the array to fill: `out`, if it fits the request, or a new one."""
-        shape = self._shape_of(start, stop)
-        if out is None:
-            return empty(shape, self.dtype)
-        good = out.shape == shape and out.dtype == self.dtype
-        if not (good and out.flags.c_contiguous and out.flags.writeable):
-            raise ValueError(
-                f"out for rows [{start}, {stop}) of {self.name} must be a writeable C-contiguous "
-                f"{shape} array of {self.dtype}, not {out.shape} of {out.dtype}"
-            )
-        return out
-
-    def _describe(self) -> dict[str, Any]:
-        return {"name": self.name, "shape": list(self.shape), "dtype": self.dtype.name}
 
 
 class ArraySource(Source):
@@ -292,8 +199,8 @@ def open_source(
     Parameters
     ----------
     obj : str or path-like, ndarray, memmap, zarr.Array or Source
-        Paths: ``x.npy``; a Zarr array's directory or URL; ``file.safetensors::tensor``, or just the
-        file if it has one tensor.
+        Paths: ``x.npy``; a Zarr array's directory; ``file.safetensors::tensor``, or just the file
+        if it has one tensor. Each may be an address such as ``s3://bucket/x.npy`` (needs fsspec).
     name : for messages; the file's name without it
     dtype : the type of a ``.npy`` file of raw bytes, such as ``np.save`` makes of bfloat16
     missing : {"fill", "error"}
@@ -332,16 +239,17 @@ def open_source(
     if separator or path.endswith(".safetensors"):
         return _source_in_safetensors(file + ".safetensors" if separator else path, tensor, name)
     if path.endswith(".npy"):
-        return _source_of_npy(path, name, dtype)
+        open_npy = open_remote_npy if is_remote(path) else _source_of_npy
+        return open_npy(path, name, dtype)
     return _source_of_zarr(path, name, missing)
 
 
-def open_safetensors(path: str | os.PathLike) -> dict[str, RawSource]:
-    """Open all tensors of a safetensors file, reading only its header.
+def open_safetensors(path: str | os.PathLike) -> dict[str, Source]:
+    """Open all tensors of a safetensors file, local or at an address, reading only its header.
 
     Returns
     -------
-    dict : tensor name -> RawSource, in the order of their bytes in the file
+    dict : tensor name -> Source, in the order of their bytes in the file
 
     Raises
     ------
@@ -351,6 +259,8 @@ def open_safetensors(path: str | os.PathLike) -> dict[str, RawSource]:
         If the header breaks the format's rules; see `dask_ep.safetensors_header`.
     """
     path = os.fspath(path)
+    if is_remote(path):
+        return open_remote_safetensors(path)
     file_size(path, path)
     file = os.path.basename(path)
     return {
@@ -359,59 +269,15 @@ def open_safetensors(path: str | os.PathLike) -> dict[str, RawSource]:
     }
 
 
-def checked_dtype(dtype: np.dtype, name: str) -> np.dtype:
-    """Give back a dtype of numbers in native byte order; refuse any other.
-
-    Raises
-    ------
-    TypeError
-        For objects, strings, records and raw bytes, and for the other byte order.
-    """
-    numbers = dtype.kind in "biufc" or hasattr(ml_dtypes, dtype.name)
-    if dtype.kind == "V" and not numbers and dtype.names is None:
-        raise TypeError(
-            f"{name} holds raw bytes ({dtype.str}), which could be any type: np.save stores "
-            "bfloat16 and float8 so. Say which with dtype=, or store it as safetensors or Zarr"
-        )
-    if not numbers:
-        raise TypeError(f"{name} must hold numbers, not {dtype}; convert it with astype")
-    if not dtype.isnative:
-        raise TypeError(
-            f"{name} has the byte order of another machine ({dtype.str}); convert it with "
-            f"astype({dtype.name!r})"
-        )
-    return np.dtype(dtype.type)
-
-
 def _source_of_npy(path: str, name: str | None, dtype: Any) -> RawSource:
     name = os.path.basename(path) if name is None else name
     file_size(path, name)
-    readers = {
-        (1, 0): np.lib.format.read_array_header_1_0,
-        (2, 0): np.lib.format.read_array_header_2_0,
-    }
     with open(path, "rb") as file:
-        try:
-            version = np.lib.format.read_magic(file)
-            shape, fortran_order, stored = readers[version](file)
-        except (ValueError, KeyError) as error:
-            raise ValueError(f"{path} is not a .npy file of numbers: {error}") from error
-        offset = file.tell()
-    if fortran_order and prod(shape) > max(shape, default=1):
-        raise ValueError(
-            f"{path} is in Fortran order, so its rows lie scattered; save it in C order: "
-            "np.save(path, np.ascontiguousarray(array))"
-        )
-    if dtype is not None:
-        dtype = np.dtype(dtype)
-        if stored.kind == "V" and stored.itemsize == dtype.itemsize:
-            stored = dtype
-        elif stored != dtype:
-            raise TypeError(f"{path} holds {stored}, not {dtype}")
+        shape, stored, offset = parse_npy_header(file, path, dtype)
     return RawSource(path, offset, shape, stored, name)
 
 
-def _source_in_safetensors(path: str, tensor: str, name: str | None) -> RawSource:
+def _source_in_safetensors(path: str, tensor: str, name: str | None) -> Source:
     tensors = open_safetensors(path)
     if not tensor and len(tensors) == 1:
         (tensor,) = tensors
@@ -428,7 +294,7 @@ def _source_in_safetensors(path: str, tensor: str, name: str | None) -> RawSourc
 
 
 def _source_of_zarr(path: str, name: str | None, missing: str) -> ZarrSource:
-    if "://" not in path:
+    if not is_remote(path):
         if not os.path.exists(path):
             raise ReadError(f"there is nothing at {os.path.abspath(path)}")
         if not os.path.isdir(path):

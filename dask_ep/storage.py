@@ -28,6 +28,7 @@ from dask_ep import journal
 from dask_ep.arrays import Array
 from dask_ep.device import pinned_empty, telling_memory, upload
 from dask_ep.output import Output, free_bytes, progress_directory
+from dask_ep.remote import is_remote
 from dask_ep.sources import ReadError, Source, ZarrSource, open_source
 from dask_ep.writers import Writer, make_writer, shorten
 
@@ -178,6 +179,11 @@ def store(
     ...     output.rows, open_tokens(path).sum().compute(scheduler="sync").item()
     ((4, 2), 12.0)
     """
+    if is_remote(path):
+        raise ValueError(
+            f"an output is written to a file system that is mounted, and {path} is an address; "
+            "write elsewhere, and copy it"
+        )
     path = os.path.abspath(os.fspath(path))
     _check(y, path, os.path.splitext(path)[1], compressors)
     wanted = _make_manifest(y, path, inputs, settings)

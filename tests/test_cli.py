@@ -13,6 +13,7 @@ from pathlib import Path
 import numpy as np
 import psutil
 import pytest
+import zarr
 
 from dask_ep import cli, run, terminal
 from dask_ep.example import FORMATS, Example, write_example
@@ -107,6 +108,24 @@ def test_a_job_of_options_alone(tmp_path, capsys):
     assert "50 rows in" in out
     expected = np.stack([x @ w[e].T for x, e in zip(tokens, routing, strict=True)])
     np.testing.assert_allclose(np.load(tmp_path / "y.npy"), expected, rtol=1e-12)
+
+
+def test_a_layer_of_options_alone_and_as_a_job(tmp_path, capsys):
+    case = ROOT / "tests" / "fixtures" / "qwen3_moe"
+    with np.load(case / "expected.npz") as want:
+        hidden, output = (want[name].reshape(24, -1) for name in ("hidden", "output"))
+    zarr.create_array(tmp_path / "hidden.zarr", data=hidden, chunks=(10, hidden.shape[1]))
+    keys = {"tokens": tmp_path / "hidden.zarr", "layer": case, "out": tmp_path / "out.zarr"}
+    options = [word for key, path in keys.items() for word in (f"--{key}", path)]
+    assert here(capsys, "run", *options, "--layer-index", 1)[0] == 0
+    got = open_source(tmp_path / "out.zarr").read(0, 24)
+    np.testing.assert_allclose(got, output, rtol=0, atol=1e-5 * np.abs(output).max())
+    lines = [f"{key} = {str(path)!r}" for key, path in keys.items()]
+    (tmp_path / "job.toml").write_text("\n".join([*lines, "layer_index = 1"]))
+    assert here(capsys, "verify", tmp_path / "job.toml")[0] == 0
+    code, out, _ = here(capsys, "inspect", case)
+    assert code == 0
+    assert all(word in out for word in ("qwen3_moe", "softmax scores, normalised", "dense", "moe"))
 
 
 # --- exit codes and messages -----------------------------------------------------------------

@@ -110,6 +110,7 @@ def test_the_keys_of_experts_are_the_keywords_of_their_classmethods(kind):
         ('w = "w.npy"', "", r"\[experts\]: 'w' is missing; linear experts need w"),
         ('"tokens.npy"', "7", r"tokens must be a path, but is 7 \(int\)"),
         ('"tokens.npy"', '""', r"tokens must be a path, but is ''"),
+        ('"out.npy"', '"s3://b/y.npy"', r"out must be a path .* not written\), but is 's3://b/y"),
         ('"linear"', '"gatde"', r"kind must be one of .*, but is 'gatde' \(did you mean 'gated'"),
         ('kind = "linear"', "", r"\[experts\]: kind must be one of .*, but is missing"),
         ('"w.npy"', '["w.npy", 3]', r"w must be a path, or a list of paths with one per expert"),

@@ -14,9 +14,9 @@ ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "dask_ep"
 
 GROUND = (
-    "arrays blas corpus costs device files interrupts journal memory reference "
+    "arrays blas corpus costs device files interrupts journal memory npy_header reference "
     "fused grouped "
-    "safetensors_header zarr_layout"
+    "safetensors_header source zarr_layout"
 )
 KERNEL_AND_DATA = "dispatch kinds local output quantized remote sources spill weights writers"
 MIDDLE = (

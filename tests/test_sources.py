@@ -8,6 +8,7 @@ import sys
 import threading
 import warnings
 
+import fsspec
 import ml_dtypes
 import numpy as np
 import pytest
@@ -319,6 +320,46 @@ def test_remote_arrays_are_read_through_zarr(tmp_path):
     with pytest.raises(ReadError, match=r"rows \[5, 8\) of x.zarr: chunk c/3/0 is missing"):
         strict.read(5, 8)
     assert strict.find_missing() == ["c/3/0", "c/4/0"]
+
+
+def put(address: str, path) -> str:
+    """Copy a file to an address."""
+    files, place = fsspec.core.url_to_fs(address)
+    files.pipe_file(place, path.read_bytes())
+    return address
+
+
+@settings(max_examples=20)
+@given(arrays_and_ranges(DTYPES))
+def test_remote_npy_and_safetensors_are_read_as_local_ones(tmp_path_factory, case):
+    array, start, stop = case
+    folder = tmp_path_factory.mktemp("remote")
+    np.save(folder / "x.npy", array)
+    save_file({"w": array, "scale": np.array(2.5, "f4")}, folder / "m.safetensors")
+    npy, tensors = (
+        put(f"memory://{folder.name}/{name}", folder / name) for name in ("x.npy", "m.safetensors")
+    )
+    for place, name in ((npy, "x.npy"), (f"{tensors}::w", "m.safetensors:w")):
+        source = open_source(place)
+        assert source.name == name
+        check_rows(source, array, start, stop)
+        check_rows(pickle.loads(pickle.dumps(source)), array, start, stop)
+        assert tokenize(source) == tokenize(open_source(place))
+
+
+def test_remote_files_that_are_damaged_or_gone_are_named(tmp_path):
+    np.save(tmp_path / "x.npy", np.ones((5, 3)))
+    with open(tmp_path / "x.npy", "r+b") as file:
+        file.truncate(200)
+    cut = put(f"memory://{tmp_path.name}/x.npy", tmp_path / "x.npy")
+    with pytest.raises(ReadError, match=rf"{cut} is too short for \(5, 3\) of float64"):
+        open_source(cut)
+    (tmp_path / "x.npy").write_bytes(b"not an array at all")
+    with pytest.raises(ValueError, match=rf"{cut} is not a .npy file of numbers"):
+        open_source(put(cut, tmp_path / "x.npy"))
+    for name in ("none.npy", "none.safetensors", "none.safetensors::w"):
+        with pytest.raises(ReadError, match=r"memory://gone/none.* cannot be opened"):
+            open_source(f"memory://gone/{name}")
 
 
 @pytest.mark.parametrize("compressors", [None, "auto"])

@@ -379,6 +379,13 @@ def test_what_cannot_be_written(tmp_path):
     assert os.listdir(tmp_path) == []
 
 
+def test_an_address_is_not_written_to(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ValueError, match=r"s3://bucket/y.zarr is an address; write elsewhere"):
+        store(da.ones((2, 2)), "s3://bucket/y.zarr")
+    assert not os.listdir(tmp_path)
+
+
 def test_a_block_that_is_not_what_the_array_says(tmp_path):
     y = da.ones((10, 4), chunks=(3, 4))
     for wrong, found in (

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
+import fsspec
 import ml_dtypes
 import numpy as np
 import pytest
@@ -17,7 +18,7 @@ from dask_ep.example import Example, write_example
 from dask_ep.experts import Experts
 from dask_ep.inspect_ import advise_chunk_rows, count_routing, inspect_path
 from dask_ep.job import load_job
-from dask_ep.run import Threads, run_job
+from dask_ep.run import Processes, Threads, run_job
 from dask_ep.sources import open_source
 from dask_ep.storage import store
 from dask_ep.verify import choose_rows, find_rows_of_experts, plain_expert, read_rows, verify_job
@@ -251,6 +252,35 @@ def test_inspect_tells_tensors_and_checkpoints(tmp_path):
     assert told["model type"] == "qwen2_moe"
     assert told["experts"] == "9 of width 20, 4 for each row"
     assert told["shared experts"] == "of width 24, by a gate"
+    assert told["router"] == "softmax scores, weighing the output of experts"
+    (finding,) = inspect_path(FIXTURES / "deepseek_v3")
+    assert dict(finding.facts)["router"] == (
+        "sigmoid scores and selection bias, from the best 2 of 3 groups by top2, normalised, "
+        "times 2.5, weighing the output of experts"
+    )
+    assert finding.header == ("layer", "kind", "experts", "on disk", "in memory")
+    assert [line[:3] for line in finding.lines] == [("0", "dense", ""), ("1", "moe", "12")]
+    assert all(size.endswith("kiB") for size in finding.lines[1][3:])
+
+
+def to_address(folder: Path, address: str) -> str:
+    files, place = fsspec.core.url_to_fs(address)
+    for path in folder.iterdir():
+        files.pipe_file(f"{place}/{path.name}", path.read_bytes())
+    return address
+
+
+def test_inspect_looks_at_addresses_too(tmp_path):
+    np.save(tmp_path / "routing.npy", np.array([0, 2, 2]))
+    there = to_address(tmp_path, "memory://inspected")
+    assert facts(f"{there}/routing.npy") == facts(tmp_path / "routing.npy")
+    case = FIXTURES / "gpt_oss_mxfp4"
+    there = to_address(case, "memory://inspected/model")
+    assert inspect_path(there) == inspect_path(case)
+    name = "model.safetensors"
+    assert inspect_path(f"{there}/{name}") == inspect_path(case / name)
+    with pytest.raises(OSError, match="memory://inspected/none"):
+        inspect_path("memory://inspected/none")
 
 
 def test_inspect_of_what_is_nothing(tmp_path):
@@ -308,6 +338,31 @@ def test_a_layer_is_run_and_verified(tmp_path, family):
     y[128] *= 1.001
     np.save(job.out, y)
     assert [wrong.row for wrong in verify_job(job, rows=100).worst] == [128]
+
+
+def layer_job(tmp_path, case, **keys):
+    """A job of a fixture's own hidden states through its layer, and what transformers gave."""
+    with np.load(FIXTURES / case / "expected.npz") as want:
+        hidden, output = (want[name].reshape(24, -1) for name in ("hidden", "output"))
+    np.save(tmp_path / "hidden.npy", hidden)
+    keys = {"tokens": str(tmp_path / "hidden.npy"), "layer": str(FIXTURES / case)} | keys
+    return load_job(**keys, layer_index=1, out=str(tmp_path / "out.npy")), output
+
+
+def test_a_layer_and_its_tokens_may_lie_at_addresses(tmp_path):
+    layer = to_address(FIXTURES / "qwen2_moe", "memory://jobs/model")
+    job, want = layer_job(tmp_path, "qwen2_moe", layer=layer, tokens="memory://jobs/in/hidden.npy")
+    to_address(tmp_path, "memory://jobs/in")
+    run_job(job, Threads(2), chunk_rows=5)
+    np.testing.assert_allclose(np.load(job.out), want, rtol=0, atol=1e-5 * np.abs(want).max())
+    assert verify_job(job).good
+
+
+def test_a_layer_runs_on_worker_processes(tmp_path):
+    job, want = layer_job(tmp_path, "deepseek_v3")
+    run_job(job, Processes(2), chunk_rows=5)
+    np.testing.assert_allclose(np.load(job.out), want, rtol=0, atol=1e-6 * np.abs(want).max())
+    assert verify_job(job).good
 
 
 def is_moe(directory, index):

@@ -1,0 +1,64 @@
+"""What does a ``.npy`` file hold, and where do its bytes begin?
+
+The format is NumPy's own (``numpy.lib.format``); what cannot be read by ranges of rows is refused.
+"""
+
+from __future__ import annotations
+
+from math import prod
+from typing import Any, BinaryIO
+
+import numpy as np
+
+_READERS = {
+    (1, 0): np.lib.format.read_array_header_1_0,
+    (2, 0): np.lib.format.read_array_header_2_0,
+}
+
+
+def parse_npy_header(
+    file: BinaryIO, path: str, dtype: Any = None
+) -> tuple[tuple[int, ...], np.dtype, int]:
+    """Read the header of a file that is open at its first byte, and nothing behind it.
+
+    Parameters
+    ----------
+    file, path : `path` is for messages
+    dtype : what raw bytes stand for, such as ``np.save`` makes of bfloat16
+
+    Returns
+    -------
+    shape, dtype as stored, and the bytes before the first element
+
+    Raises
+    ------
+    ValueError
+        If it is no ``.npy`` file, or its rows lie scattered.
+    TypeError
+        If it does not hold `dtype`.
+
+    Examples
+    --------
+    >>> import io
+    >>> file = io.BytesIO()
+    >>> np.save(file, np.zeros((3, 2), np.float32))
+    >>> _ = file.seek(0)
+    >>> parse_npy_header(file, "x.npy")
+    ((3, 2), dtype('float32'), 128)
+    """
+    try:
+        shape, fortran_order, stored = _READERS[np.lib.format.read_magic(file)](file)
+    except (ValueError, KeyError) as error:
+        raise ValueError(f"{path} is not a .npy file of numbers: {error}") from error
+    if fortran_order and prod(shape) > max(shape, default=1):
+        raise ValueError(
+            f"{path} is in Fortran order, so its rows lie scattered; save it in C order: "
+            "np.save(path, np.ascontiguousarray(array))"
+        )
+    if dtype is not None:
+        dtype = np.dtype(dtype)
+        if stored.kind == "V" and stored.itemsize == dtype.itemsize:
+            stored = dtype
+        elif stored != dtype:
+            raise TypeError(f"{path} holds {stored}, not {dtype}")
+    return shape, stored, file.tell()

@@ -374,8 +374,8 @@ def _raise_bad_index(routing: Array, num_experts: int, num_local: int, world_siz
     raise ValueError(
         f"routing must hold expert indices in [-1, {num_experts}): {num_local} experts a rank "
         f"(expert_Ws) times world_size={world_size}; but routing[{', '.join(map(str, where))}] is "
-        f"{int(routing[where])}, and {int(bad.sum())} of {routing.size} values are out of range; each rank must "
-        "have E/R experts, so world_size must divide their number"
+        f"{int(routing[where])}, and {int(bad.sum())} of {routing.size} values are out of range; "
+        "each rank has E/R experts, so world_size must divide their number"
     )
 
 

@@ -339,13 +339,15 @@ class Gemms:
     - cuBLAS promises the same bits each time if a handle works on one stream, so that each stream
       here has its own handle (NVIDIA's documentation of cuBLAS, "Results reproducibility").
     - CuPy 14.2 wraps no grouped product of cuBLAS, and of the batched ones those with equal strides
-      only, which would need every expert's rows padded to those of the busiest.
+      only: they serve where all experts have as many rows (`grouped.PADDED_ROWS`), and their
+      matrices lie at equal distances, as those of loaded experts do.
     """
 
     def __init__(self, xp: Any):
         self._xp, self._cublas = xp, xp.cuda.cublas
         self._streams = [xp.cuda.Stream(non_blocking=True) for _ in range(STREAMS)]
         self._handles = [self._cublas.create() for _ in self._streams]
+        self._own = self._cublas.create()  # for the compute stream
         self._lock = threading.Lock()  # a handle serves one thread at a time
         self._ones = {np.float32: np.ones(1, np.float32), np.float64: np.ones(1, np.float64)}
         self._zeros = {np.float32: np.zeros(1, np.float32), np.float64: np.zeros(1, np.float64)}
@@ -359,6 +361,9 @@ class Gemms:
     ) -> None:
         """``out[start:stop] = rows[start:stop] @ matrix`` of each; rows and out row by row."""
         compute, calls = self._xp.cuda.get_current_stream(), []
+        if (stride := _equal_stride(matrices, bounds, rows.dtype)) is not None:
+            self._multiply_all_at_once(rows, matrices, bounds, out, stride)
+            return
         for matrix, (start, stop) in zip(matrices, bounds, strict=True):
             if stop > start:
                 calls.append((stop - start, *self._arguments(rows, matrix, out, start, stop)))
@@ -373,6 +378,26 @@ class Gemms:
                     self._cublas.gemmEx(self._handles[nth % len(used)], *arguments)
             for stream in used:
                 compute.wait_event(stream.record())
+
+    def _multiply_all_at_once(
+        self,
+        rows: Array,
+        matrices: Sequence[Array],
+        bounds: Sequence[tuple[int, int]],
+        out: Array,
+        stride: int,
+    ) -> None:
+        itemsize = rows.dtype.itemsize
+        _, (op, other, n, m, k, one, W, kind, ld, x, _, ldx, zero, y, _, ldy, sums, algorithm) = (
+            self._arguments(rows, matrices[0], out, 0, bounds[0][1])
+        )
+        steps = (m * rows.strides[0] // itemsize, m * out.strides[0] // itemsize)
+        with self._lock:
+            self._cublas.gemmStridedBatchedEx(
+                *(self._own, op, other, n, m, k, one, W, kind, ld, stride // itemsize),
+                *(x, kind, ldx, steps[0], zero, y, kind, ldy, steps[1]),
+                *(len(matrices), sums, algorithm),
+            )
 
     def _arguments(
         self, rows: Array, matrix: Array, out: Array, start: int, stop: int
@@ -410,6 +435,24 @@ class Gemms:
         if dtype == np.float32 and int(os.environ.get("CUPY_TF32", "0")) > 0:
             return self._cublas.CUBLAS_COMPUTE_32F_FAST_TF32
         return self._cublas.CUBLAS_COMPUTE_32F
+
+
+def _equal_stride(
+    matrices: Sequence[Array], bounds: Sequence[tuple[int, int]], dtype: np.dtype
+) -> int | None:
+    """Bytes from one matrix to the next, if they are as far apart as their rows are; else None."""
+    first, m = matrices[0], bounds[0][1]
+    if len(matrices) < 2 or m == 0 or first.dtype != dtype or _lies(first)[1] is None:
+        return None
+    stride = matrices[1].data.ptr - first.data.ptr
+    even = all(
+        matrix.data.ptr == first.data.ptr + e * stride
+        and (matrix.shape, matrix.strides, matrix.dtype)
+        == (first.shape, first.strides, first.dtype)
+        and bound == (e * m, (e + 1) * m)
+        for e, (matrix, bound) in enumerate(zip(matrices, bounds, strict=True))
+    )
+    return stride if even and stride > 0 else None
 
 
 def _lies(matrix: Array) -> tuple[bool, int | None]:

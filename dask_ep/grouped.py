@@ -25,6 +25,13 @@ TOGETHER_BYTES = 2 << 30
 """Bytes of the widest rows of experts that compute together: it bounds the memory of what they make
 on the way. An expert with more rows computes by itself."""
 
+PADDED_ROWS = (64, 1024)
+"""Experts get as many rows each as the busiest of them, so that one call multiplies for all, if
+these are at most so many (a product of fewer takes as long), or if it makes no more than
+`PADDED_PART` of the rows and the mean is at most so many (with more, a product hides its call)."""
+
+PADDED_PART = 1.25
+
 Bounds = Sequence[tuple[int, int]]
 """First and last + 1 row of each expert."""
 
@@ -44,6 +51,10 @@ class Slots(NamedTuple):
     #: how many hold no index of an expert
     nan: int
     #: how many others have a weight that is NaN
+    keys: Array | None = None
+    #: [n * k] what slots were sorted by: the local expert, or more
+    ends: Array | None = None
+    #: where the slots of each key end, on the device
 
 
 def row_bytes(d: int, d_out: int, widest: int, k: int, itemsize: int) -> int:
@@ -93,7 +104,7 @@ def sort_slots(
     in_order = k == 1 and bool(ends.pop())
     ours, (others, bad, _) = ends[:num_local], ends[num_local:]
     bounds = list(zip([0, *ours[:-1]], ours, strict=True))
-    return Slots(k, order, bounds, in_order, bad - others, flat.size - bad)
+    return Slots(k, order, bounds, in_order, bad - others, flat.size - bad, keys, facts[0])
 
 
 def through_experts(
@@ -114,6 +125,9 @@ def through_experts(
     (n, d_out) of the tokens' dtype
     """
     xp, tokens = namespace(tokens), namespace(tokens).ascontiguousarray(tokens)
+    rows = _padded_rows(slots, experts, tokens.dtype.itemsize)
+    if rows is not None and gemms(xp) is not None:
+        return _through_padded(tokens, slots, weights, experts, sums, rows)
     m, shape = slots.bounds[-1][1], (len(tokens), experts[0].d_out)
     out = xp.empty(shape, dtype=tokens.dtype)
     answers = out[:m] if slots.in_order else xp.empty((m, shape[1]), dtype=tokens.dtype)
@@ -138,7 +152,48 @@ def through_experts(
     if slots.in_order:
         out[m:] = 0
     else:
-        _combine(answers, slots, weights if late else None, out, sums)
+        at = xp.arange(slots.order.size, dtype=np.int64)
+        _combine(answers, slots, at, slots.order, weights if late else None, out, sums)
+    return out
+
+
+def _padded_rows(slots: Slots, experts: Sequence[Any], itemsize: int) -> int | None:
+    """How many rows each expert gets where all of them get the same; None where they do not."""
+    counts = [stop - start for start, stop in slots.bounds]
+    most, m, (few, many) = max(counts), sum(counts), PADDED_ROWS
+    padded = most * len(experts)
+    if slots.in_order or not m or len({expert.kin for expert in experts}) > 1:
+        return None
+    if padded * experts[0].widest * itemsize > TOGETHER_BYTES:
+        return None
+    worth = most <= few or (m <= many * len(experts) and padded <= PADDED_PART * m)
+    return most if worth else None
+
+
+def _through_padded(
+    tokens: Array,
+    slots: Slots,
+    weights: Array | None,
+    experts: Sequence[Any],
+    sums: np.dtype,
+    rows: int,
+) -> Array:
+    """The same, with `rows` rows for each expert, of which the last ones may be for nothing."""
+    xp, E = namespace(tokens), len(experts)
+    starts = xp.concatenate([xp.zeros(1, dtype=np.int64), slots.ends[: E - 1].astype(np.int64)])
+    last = slots.order.size - 1
+    wanted = xp.minimum(starts[:, None] + xp.arange(rows, dtype=np.int64), last).reshape(-1)
+    order = slots.order[wanted]
+    early = weights is not None and experts[0].weigh == "input"
+    given = _weigh(tokens, order, slots.k, weights) if early else gather(tokens, order, slots.k)
+    answers = xp.empty((E * rows, experts[0].d_out), dtype=tokens.dtype)
+    bounds = [(e * rows, (e + 1) * rows) for e in range(E)]
+    type(experts[0]).together(experts, given, bounds, answers)
+    shifts = xp.arange(E, dtype=np.int64) * rows - starts
+    shifts = xp.concatenate([shifts, xp.full(3, E * rows, dtype=np.int64)])
+    at = xp.arange(last + 1, dtype=np.int64) + shifts[slots.keys[slots.order]]
+    out = xp.empty((len(tokens), experts[0].d_out), dtype=tokens.dtype)
+    _combine(answers, slots, at, order, None if early else weights, out, sums)
     return out
 
 
@@ -147,7 +202,8 @@ def products(rows: Array, matrices: Sequence[Array], bounds: Bounds, out: Array)
 
     Notes
     -----
-    With cuBLAS one product per expert, on several streams (`device.Gemms`).
+    With cuBLAS one product per expert, on several streams; one call for all of them if they have as
+    many rows (`device.Gemms`).
     """
     xp = namespace(rows)
     multiply = gemms(xp)
@@ -239,23 +295,33 @@ def _weigh(
 
 
 def _combine(
-    answers: Array, slots: Slots, weights: Array | None, out: Array, sums: np.dtype
+    answers: Array,
+    slots: Slots,
+    at: Array,
+    order: Array,
+    weights: Array | None,
+    out: Array,
+    sums: np.dtype,
 ) -> None:
-    """``out[i]`` = the sum over row i's slots of weight * answer, in the order of the experts."""
+    """``out[i]`` = the sum over row i's slots of weight * answer, in the order of the experts.
+
+    `at` (n * k,) is where the answer of each sorted slot is, m or more if there is none; `order`
+    (m,) is whose slot each answer is.
+    """
     xp, n, m = namespace(out), len(out), len(answers)
     positions = xp.empty(n * slots.k, dtype=np.int64)
-    positions[slots.order] = xp.arange(n * slots.k, dtype=np.int64)
+    positions[slots.order] = at
     positions = positions.reshape(n, slots.k)
     if (kernels := fused.kernels(xp)) is not None:
-        kernels.combine(answers, positions, slots.order, weights, out)
+        kernels.combine(answers, positions, order, weights, out)
         return
     total = xp.zeros(out.shape, dtype=sums)
     if m:
         positions = xp.sort(positions, axis=1)
         for nth in range(slots.k):
-            at = xp.minimum(positions[:, nth], m - 1)
-            answer = xp.take(answers, at, axis=0).astype(sums, copy=False)
+            here = xp.minimum(positions[:, nth], m - 1)
+            answer = xp.take(answers, here, axis=0).astype(sums, copy=False)
             if weights is not None:
-                answer = answer * weights[slots.order[at]][:, None]
+                answer = answer * weights[order[here]][:, None]
             total += xp.where((positions[:, nth] < m)[:, None], answer, sums.type(0))
     out[...] = total

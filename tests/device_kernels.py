@@ -109,6 +109,7 @@ class Cublas:
 
     def __init__(self) -> None:
         self.calls: list[SimpleNamespace] = []
+        self.batches: list[list[SimpleNamespace]] = []
         self._handles = itertools.count(1)
 
     def create(self) -> int:
@@ -132,6 +133,25 @@ class Cublas:
                 out[...] = left.astype(sums) @ right.astype(sums)
 
         stream.start(multiply)
+
+    def gemmStridedBatchedEx(
+        self, handle, transa, transb, m, n, k, alpha, A, Atype, lda, strideA, B, Btype, ldb,
+        strideB, beta, C, Ctype, ldc, strideC, batchCount, computeType, algo,
+    ):  # fmt: skip
+        sizes = [np.dtype(TYPES[kind]).itemsize for kind in (Atype, Btype, Ctype)]
+        for e in range(batchCount):
+            a, b, c = (
+                at + e * stride * size
+                for at, stride, size in zip(
+                    (A, B, C), (strideA, strideB, strideC), sizes, strict=True
+                )
+            )
+            self.gemmEx(
+                handle, transa, transb, m, n, k, alpha, a, Atype, lda, b, Btype, ldb, beta, c,
+                Ctype, ldc, computeType, algo,
+            )  # fmt: skip
+        self.batches.append(self.calls[-batchCount:])
+        del self.calls[-batchCount:]
 
 
 _C = {np.float32: ctypes.c_float, np.float64: ctypes.c_double}

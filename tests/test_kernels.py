@@ -6,6 +6,7 @@ import re
 import runpy
 from collections.abc import Iterator
 from pathlib import Path
+from unittest import mock
 
 import ml_dtypes
 import numpy as np
@@ -77,9 +78,15 @@ def test_activations(cublas, activation, dtype):
 
 
 @settings(max_examples=60, suppress_health_check=list(HealthCheck))
-@given(case=cases(), form=st.sampled_from(["linear", "gated", "weigh input"]))
-def test_the_kernel_by_kernels_is_the_kernel_by_array_functions(case: Case, form: str):
-    """The same bits, and the same copies."""
+@given(
+    case=cases(),
+    form=st.sampled_from(["linear", "gated", "weigh input"]),
+    padded=st.sampled_from([(0, 0), (64, 1024)]),
+)
+def test_the_kernel_by_kernels_is_the_kernel_by_array_functions(
+    case: Case, form: str, padded: tuple[int, int]
+):
+    """The same numbers, and the same copies; with experts of equal rows, and as they come."""
     W, transposed = case.local_Ws(0), np.swapaxes(case.local_Ws(0), 1, 2)
     weigh = "input" if form == "weigh input" else "output"
     experts = Experts.linear(W)
@@ -88,7 +95,7 @@ def test_the_kernel_by_kernels_is_the_kernel_by_array_functions(case: Case, form
     tokens, routing, weights = map(on_device, (case.tokens, case.routing, case.topk_weights))
     dtype = computing_dtype(case.tokens.dtype, on_device=True)
 
-    def run() -> tuple[bytes, list[int]]:
+    def run() -> tuple[np.ndarray, list[int]]:
         local = experts.load(xp=xp, dtype=dtype)
         with watch() as traffic:
             y = expert_parallel_dispatch(
@@ -98,8 +105,9 @@ def test_the_kernel_by_kernels_is_the_kernel_by_array_functions(case: Case, form
         assert traffic.to_device == []
         return y.get().astype(np.float64) + 0.0, traffic.to_host
 
-    plain, copies = run()
-    with kernels():
+    with mock.patch.object(grouped, "PADDED_ROWS", (0, 0)):
+        plain, copies = run()
+    with kernels(), mock.patch.object(grouped, "PADDED_ROWS", padded):
         compiled, copies_compiled = run()
     assert copies == copies_compiled
     # Products of other shapes round in other places; all else is the same to the bit.
@@ -198,11 +206,33 @@ def test_a_matrix_of_another_dtype_lives_until_it_is_used(cublas):
         np.testing.assert_allclose(out.get()[start:stop], want, rtol=1e-5, atol=1e-5)
 
 
-def test_experts_of_one_kind_compute_together(cublas):
+def test_experts_of_one_kind_compute_together(cublas, monkeypatch):
     experts = Experts.gated(normal(6, 4, 5), normal(6, 4, 5, seed=1), normal(6, 5, 4))
     tokens, routing = on_device(normal(40, 4)), on_device(np.arange(80).reshape(40, 2) % 6)
     expert_parallel_dispatch(tokens, routing, experts.load(xp=xp), 0, 1)
-    assert len(cublas.calls) == 2 * 6, "gate and up in one product"
+    assert [len(batch) for batch in cublas.batches] == [6, 6], "gate and up in one product"
+    assert not cublas.calls
+    monkeypatch.setattr(grouped, "PADDED_ROWS", (0, 0))
+    expert_parallel_dispatch(tokens, routing, experts.load(xp=xp), 0, 1)
+    assert len(cublas.calls) == 2 * 6
+
+
+def test_rows_are_padded_where_that_is_little(monkeypatch):
+    experts = [Linear(np.ones((4, 4), np.float32))] * 4
+
+    def padded(*counts: int) -> int | None:
+        ends = np.cumsum(counts).tolist()
+        bounds = list(zip([0, *ends[:-1]], ends, strict=True))
+        slots = grouped.Slots(2, None, bounds, in_order=False, bad=0, nan=0)
+        return grouped._padded_rows(slots, experts, 4)
+
+    assert padded(1, 64, 0, 0) == 64, "few rows"
+    assert padded(1, 65, 0, 0) is None, "few of many"
+    assert padded(400, 500, 400, 380) == 500, "nearly even"
+    assert padded(4000, 5000, 4000, 3800) is None, "a product of so many hides its call"
+    assert padded(0, 0, 0, 0) is None
+    monkeypatch.setattr(grouped, "TOGETHER_BYTES", 4 * 64 * 4 * 4 - 1)
+    assert padded(1, 64, 0, 0) is None, "too much at a time"
 
 
 def test_experts_that_would_make_too_much_at_a_time_compute_by_themselves(cublas, monkeypatch):

@@ -39,6 +39,11 @@ MEMORY_SHARE = 0.9
 CUDA itself, cuBLAS's workspaces and what others have there."""
 
 
+SPILL_SHARE = 0.8
+"""Of that, what results of tasks may fill before dask-cuda moves some to the host: the rest is for
+what tasks make on the way."""
+
+
 @dataclass(frozen=True)
 class Gpus:
     """Run on this machine, in one worker process for each GPU that is visible."""
@@ -152,7 +157,7 @@ def _dask_cuda_cluster(where: Gpus, devices: list[Device], protocol: str) -> Any
         CUDA_VISIBLE_DEVICES=_visible(devices),
         threads_per_worker=THREADS_PER_GPU,
         memory_limit=where.memory_limit or "auto",
-        device_memory_limit=device_limit(where, devices),
+        device_memory_limit=int(SPILL_SHARE * device_limit(where, devices)),
         protocol=protocol,
         host="127.0.0.1",
         scheduler_kwargs=_dashboard(where),

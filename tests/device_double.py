@@ -145,7 +145,7 @@ class DeviceArray:
         if (out.dtype, out.shape) != (self.dtype, self.shape):
             raise TypeError(f"{self.dtype} {self.shape} cannot go to {out.dtype} {out.shape}")
         stream = Stream.null if stream is None else stream
-        stream.start(lambda: np.copyto(out, self._a))
+        stream._start(lambda: np.copyto(out, self._a))
         if blocking:
             stream.synchronize()
         return out
@@ -157,7 +157,7 @@ class DeviceArray:
             raise TypeError(f"{arr.dtype} {arr.shape} cannot go to {self.dtype} {self.shape}")
         _note_to_device(arr.nbytes)
         into = _without_owner(self._a)
-        (Stream.null if stream is None else stream).start(lambda: np.copyto(into, arr))
+        (Stream.null if stream is None else stream)._start(lambda: np.copyto(into, arr))
 
     def item(self) -> Any:
         if self.size != 1:
@@ -819,7 +819,7 @@ class Stream:
         self._waiting = [] if non_blocking else None
         self._before = []
 
-    def start(self, work):
+    def _start(self, work):
         if self._waiting is None:
             work()
         else:
@@ -831,7 +831,7 @@ class Stream:
         return event
 
     def wait_event(self, event):
-        self.start(event.synchronize)
+        self._start(event.synchronize)
 
     def synchronize(self):
         while self._waiting:
@@ -856,7 +856,7 @@ class Event:
     def record(self, stream=None):
         self._stream = get_current_stream() if stream is None else stream
         self.done = False
-        self._stream.start(self._reach)
+        self._stream._start(self._reach)
 
     def _reach(self):
         self.done = True

@@ -132,7 +132,7 @@ class Cublas:
             with np.errstate(all="ignore"):
                 out[...] = left.astype(sums) @ right.astype(sums)
 
-        stream.start(multiply)
+        stream._start(multiply)
 
     def gemmStridedBatchedEx(
         self, handle, transa, transb, m, n, k, alpha, A, Atype, lda, strideA, B, Btype, ldb,

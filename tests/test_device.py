@@ -735,6 +735,13 @@ def test_the_double_offers_what_cupy_offers_with_its_arguments():
         ours = inspect.getattr_static(DeviceArray, name)
         if inspect.isfunction(ours) and not name.startswith("__"):
             assert parameters(ours) == parameters(theirs), name
+    for name, ours in vars(xp.cuda).items():
+        assert hasattr(cupy.cuda, name), name
+        for inner, function in vars(ours).items() if inspect.isclass(ours) else ():
+            if inspect.isfunction(function) and not inner.startswith("_"):
+                theirs = getattr(getattr(cupy.cuda, name), inner)
+                assert parameters(function) == parameters(theirs), (name, inner)
+    assert hasattr(cupy, "get_default_memory_pool")
     assert hasattr(cupy.ndarray, "__array_namespace__") == hasattr(
         DeviceArray, "__array_namespace__"
     )

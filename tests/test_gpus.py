@@ -16,9 +16,10 @@ import dask.array as da
 import ml_dtypes
 import numpy as np
 import pytest
+from distributed import Client
 from distributed.protocol import deserialize, serialize
 
-from dask_ep import cli, device, expert_parallel, gpus, wire
+from dask_ep import cli, device, expert_parallel, gpus, open_tokens, store, wire
 from dask_ep.build import open_inputs
 from dask_ep.costs import PROCESS_BYTES
 from dask_ep.device import (
@@ -150,6 +151,64 @@ def test_a_job_on_two_devices_gives_what_it_gives_on_threads(two_doubles, capsys
     assert here(capsys, "verify", small_job)[0] == 0
     with pytest.raises(ValueError, match="computed_by"):
         run_job(job, Threads(1), resume=True)
+
+
+@pytest.mark.usefixtures("two_doubles")
+def test_dask_cuda_starts_the_workers_where_it_is_installed(monkeypatch):
+    """What it is called with; the names are those of LocalCUDACluster and LocalCluster."""
+    called = {}
+
+    def start(**keywords: object) -> None:
+        called.update(keywords)
+        raise KeyboardInterrupt
+
+    fake = type(sys)("dask_cuda")
+    fake.LocalCUDACluster = start
+    monkeypatch.setitem(sys.modules, "dask_cuda", fake)
+    monkeypatch.setattr(gpus, "find_spec", lambda name: name == "dask_cuda" or None)
+    with pytest.raises(KeyboardInterrupt), start_gpus(Gpus(device_memory_limit=10 << 30)):
+        pass
+    assert called["CUDA_VISIBLE_DEVICES"] == ["5", "GPU-2f"]
+    assert called["device_memory_limit"] == 8 << 30
+    assert (called["protocol"], called["resources"]) == ("tcp", {"GPU": 1})
+
+
+def test_workers_of_a_cluster_without_a_gpu_are_named(monkeypatch):
+    answers = iter([[Device(0, "double", 1)]])
+
+    def find_devices() -> list[Device]:
+        found = next(answers, None)
+        if found is None:
+            raise NoDeviceError("CuPy finds no GPU: none")
+        return found
+
+    monkeypatch.setattr(device, "find_devices", find_devices)
+    with (
+        Client(n_workers=1, processes=False, dashboard_address=":0") as client,
+        pytest.raises(NoDeviceError, match=r"worker inproc://.*: CuPy finds no GPU: none"),
+    ):
+        gpus.check_gpus(client)
+
+
+@pytest.mark.parametrize("scheduler", ["sync", "threads"])
+def test_from_file_to_file_each_byte_goes_up_once_and_down_once(tmp_path, small_job, scheduler):
+    job = load_job(small_job)
+    tokens = open_tokens(job.tokens, chunks=200, xp="device_double")
+    assert type(tokens._meta) is DeviceArray
+    routing, weights = (
+        open_tokens(path, like=tokens, xp="device_double")
+        for path in (job.routing, job.topk_weights)
+    )
+    experts = open_inputs(job).experts
+    y = expert_parallel(tokens, routing, experts, topk_weights=weights, world_size=1)
+    with watch() as traffic:
+        store(y, tmp_path / "out.npy", scheduler=scheduler)
+    chunks = [tokens.nbytes, routing.nbytes, weights.nbytes]
+    assert sum(traffic.to_device) == sum(chunks) + experts.nbytes
+    assert sum(traffic.to_host) == y.nbytes + 4 * 8 * (6 + 3)
+    run_job(job, Threads(1))
+    want = open_source(job.out).read(0, 700)
+    np.testing.assert_allclose(np.load(tmp_path / "out.npy"), want, rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.usefixtures("two_doubles")
@@ -287,7 +346,7 @@ def test_an_upload_waits_until_the_device_has_read_what_was_there():
         address, seen = first.data.ptr, np.zeros(3)
         memory = xp.cuda.MemoryPointer(xp.cuda.UnownedMemory(address, 24, None), 0)
         read = DeviceArray(3, np.float64, memory)
-        compute.start(lambda: np.copyto(seen, read._a))
+        compute._start(lambda: np.copyto(seen, read._a))
         del first
         second = lanes.upload(pinned(4, 5, 6))
         assert second.data.ptr == address

@@ -43,7 +43,7 @@ TOYS = {
             *("--rows", "1000", "--d", "256", "--hidden", "2048", "--experts", "32"),
             *("--memory-limit", "450MB", "--threads", "1"),
         ],
-        "dask_ep (hold, 1 passes)",
+        "dask_ep (hold, passes: 1)",
     ),
     "place_for_serving.py": Toy(
         [

@@ -138,7 +138,7 @@ class Bench:
         resident, resident_peak = self.run("small", [])
         passing, passing_peak = self.run("small", ["--memory-limit", str(self.limit)])
         said = (
-            "all experts fit" if passes is None else f"{passes['way']}, {passes['passes']} passes"
+            "all experts fit" if passes is None else f"{passes['way']}, passes: {passes['passes']}"
         )
         shares = ", ".join(f"{name} {100 * part / whole:.0f} %" for name, part in parts.items())
         lines = [

@@ -16,7 +16,6 @@ here, and the same numbers give the same choice in `plan` and in `run`.
 from __future__ import annotations
 
 import dataclasses
-import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -268,8 +267,9 @@ def _hold(
     most = (limit - fixed) // (sizes.threads * row)
     if most < (chunk_rows or FEWEST_ROWS):
         return None
-    unit = _unit(sizes, most)
+    stored_rows = chunk_rows
     if chunk_rows is None:
+        stored_rows = unit = _written_together(sizes, most)
         passes = -(-sizes.rows // (sizes.threads * (most // unit * unit))) or 1
         chunk_rows = _round_up(-(-sizes.rows // (passes * sizes.threads)), unit) or 1
     chunks = -(-sizes.rows // chunk_rows)
@@ -285,7 +285,7 @@ def _hold(
         alive=alive + more,
         threads=sizes.threads,
         piece_rows=0,
-        stored_rows=_part_of(chunk_rows, unit, CHUNK_BYTES // max(sizes.d_out * sizes.itemsize, 1)),
+        stored_rows=stored_rows,
         memory_bytes=memory + more * sizes.block_bytes,
         spill_bytes=0,
         read_bytes=passes * sizes.experts * sizes.expert_stored,
@@ -311,7 +311,7 @@ def _spill(
         fair = -(-sizes.rows // (4 * sizes.threads * (sizes.workers or 1)))
         usual = max(CHUNK_BYTES // max(sizes.token_bytes, sizes.d_out * sizes.itemsize), 1)
         chunk_rows = min(usual, max(fair, FEWEST_ROWS), most)
-        chunk_rows = chunk_rows // (unit := _unit(sizes, chunk_rows)) * unit
+        chunk_rows = chunk_rows // (unit := _read_together(sizes, chunk_rows)) * unit
     chunks = -(-sizes.rows // chunk_rows)
     group_chunks = max(chunks, 1)
     if free is not None:
@@ -423,25 +423,23 @@ def _weights_seconds(sizes: Sizes, passes: int, uses: int, rates: Rates) -> floa
     return passes * sizes.experts * one
 
 
-def _unit(sizes: Sizes, most: int) -> int:
-    """Rows of which a chunk has a multiple: what is stored together, or a round number."""
+def _read_together(sizes: Sizes, most: int) -> int:
+    """Rows of which a chunk of up to `most` has a multiple, so that stored rows are read once."""
     stored = sizes.stored_rows
-    if stored is not None and stored <= most // 2:
-        return stored
-    return math.gcd(FEWEST_ROWS, 1 << (max(most, 1).bit_length() - 1))
+    return stored if stored is not None and stored <= most // 2 else 1
+
+
+def _written_together(sizes: Sizes, most: int) -> int:
+    """Rows of a stored output chunk, of which a chunk of up to `most` rows has a multiple."""
+    rows = _read_together(sizes, most)
+    usual = CHUNK_BYTES // max(sizes.d_out * sizes.itemsize, 1)
+    while 2 * rows <= min(usual, most // 8):
+        rows *= 2
+    return rows
 
 
 def _round_up(rows: int, unit: int) -> int:
     return -(-rows // unit) * unit
-
-
-def _part_of(rows: int, unit: int, most: int) -> int:
-    """The largest multiple of `unit` up to `most` that divides `rows`, itself a multiple of it."""
-    if rows % unit:
-        return rows
-    count = rows // unit
-    parts = (part for part in range(max(most // unit, 1), 0, -1) if count % part == 0)
-    return unit * next(parts, 1)
 
 
 def _refusal(sizes: Sizes, limit: int, free: int | None, chunk_rows: int | None) -> str:

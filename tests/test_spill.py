@@ -363,6 +363,7 @@ def test_on_a_cluster_the_memory_of_its_workers_decides(tmp_path):
     job = load_job(write_large_job(tmp_path, 5_000))
     options = ("--memory-limit", "560MB")
     with RealCluster(tmp_path, ["w0"], worker_options=options) as cluster:
+        cluster.client().close()  # the worker is there
         done = run_job(job, Cluster(cluster.address))
     assert done.passes.passes.way == "spill"
     assert set(done.passes.reads.values()) == {1}

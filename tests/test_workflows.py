@@ -53,7 +53,7 @@ TOYS = {
         "largest over mean rows of a rank",
     ),
     "plan_accuracy.py": Toy(
-        ["--scale", "0.005", "--only", "threads-4-ranks", "processes-k2"],
+        ["--scale", "0.03", "--only", "threads-many-chunks", "processes-many-chunks"],
         "tasks, rows and bytes are equal in 2 of 2 jobs",
     ),
     "quickstart.py": Toy(["--rows", "600", "--d", "16", "--experts", "4"], "good"),

@@ -26,6 +26,7 @@ from distributed.system import MEMORY_LIMIT
 from dask_ep import device, wire
 from dask_ep.blas import limit_blas_for_good
 from dask_ep.device import Device, NoDeviceError
+from dask_ep.held import LocalStoredExperts
 from dask_ep.interrupts import deaf_children
 from dask_ep.local import LocalExperts
 
@@ -215,4 +216,5 @@ def _spill_experts_as_device_memory() -> None:
     """Let dask-cuda count a rank's experts against the device, not the host."""
     from dask_cuda.is_device_object import is_device_object
 
-    is_device_object.register(LocalExperts, lambda experts: experts.on_device)
+    for held in (LocalExperts, LocalStoredExperts):
+        is_device_object.register(held, lambda experts: experts.on_device)

@@ -6,7 +6,8 @@ come, and only the last one of each thread stays so.
     file ──.load()──> bytes as stored, in memory ──rows come──> one expert in float32, for a while
 
 Half the memory of float32 for 16 bits, a quarter for FP8, an eighth for MXFP4, and the time of one
-conversion per chunk and expert.
+conversion per chunk and expert. On a GPU that is the device's memory, where an expert is decoded to
+the dtype of the rows.
 """
 
 from __future__ import annotations
@@ -92,9 +93,14 @@ class LocalStoredExperts(Sequence):
     def __init__(self, experts: StoredExperts, xp: Any, dtype: np.dtype):
         self._origin = (experts, xp.__name__, dtype)
         self._lately = threading.local()
-        held = [_hold(experts, e) for e in range(experts.num_experts)]
+        held = [_hold(experts, e, xp) for e in range(experts.num_experts)]
         self.nbytes = sum(one.nbytes for one in held)
         self._experts = [_StoredExpert(one, xp, dtype, self._lately) for one in held]
+
+    @property
+    def on_device(self) -> bool:
+        """Whether the weights lie on a device."""
+        return self._origin[1] != "numpy"
 
     def __len__(self) -> int:
         return len(self._experts)
@@ -134,17 +140,17 @@ class _StoredExpert(Expert):
         return expert(rows, out)
 
 
-def _hold(experts: Experts, e: int) -> Experts:
+def _hold(experts: Experts, e: int, xp: Any) -> Experts:
     """Read one expert as it is stored, as an `Experts` of that one alone."""
-    weights = {name: _hold_weight(weight, e) for name, weight in experts.weights.items()}
+    weights = {name: _hold_weight(weight, e, xp) for name, weight in experts.weights.items()}
     return Experts(experts.kind, weights, experts.options)
 
 
-def _hold_weight(weight: Weight, e: int) -> Weight:
+def _hold_weight(weight: Weight, e: int, xp: Any) -> Weight:
     number = weight.ids[e]
     if number < 0:  # an empty slot, which no row may reach
         return Weight(weight.parts, (-1,))
     if isinstance(weight.parts, tuple):
         part = weight.parts[number]
-        return Weight((in_memory(part, 0, part.shape[0]),), (0,))
-    return Weight(in_memory(weight.parts, number, number + 1), (0,))
+        return Weight((in_memory(part, 0, part.shape[0], xp),), (0,))
+    return Weight(in_memory(weight.parts, number, number + 1, xp), (0,))

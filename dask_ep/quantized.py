@@ -15,6 +15,7 @@ from __future__ import annotations
 import json
 from functools import cache
 from typing import Any
+from uuid import uuid4
 
 import ml_dtypes
 import numpy as np
@@ -269,10 +270,27 @@ def fill_on_device(source: Source, start: int, stop: int, out: Array) -> None:
     if isinstance(source, (Float8Source, Mxfp4Source)):
         source.fill(start, stop, out)
         return
-    xp = namespace(out)
-    host = pinned_empty(xp, (stop - start, *source.shape[1:]), source.dtype)
+    if isinstance(source, DeviceSource):
+        out[...] = source.read(start, stop).astype(out.dtype, copy=False)
+        return
+    host = pinned_empty(namespace(out), (stop - start, *source.shape[1:]), source.dtype)
     source.read(start, stop, out=host)
     put(out, host)
+
+
+class DeviceSource(Source):
+    """Numbers that are on a device already; float8, which devices' arrays do not know, as uint8."""
+
+    def __init__(self, array: Array, name: str, dtype: np.dtype | None = None):
+        self.shape, self.name, self.array = array.shape, name, array
+        self.dtype = array.dtype if dtype is None else dtype
+        self._uuid = uuid4().hex  # the content is not brought to the host to be hashed
+
+    def read(self, start: int, stop: int, out: np.ndarray | None = None) -> Array:
+        return self.array[start:stop]
+
+    def fingerprint(self) -> dict[str, Any]:
+        return self._describe() | {"uuid": self._uuid}
 
 
 def put(out: Array, host: np.ndarray) -> None:
@@ -311,6 +329,8 @@ def decode_mxfp4(codes: Array, exponents: Array, pairs: Array, powers: Array, ou
 
 def _codes_on(xp: Any, source: Source, start: int, stop: int) -> Array:
     """Numbers of 8 bits as they are stored, as uint8 on a device, which knows no float8."""
+    if isinstance(source, DeviceSource):
+        return source.read(start, stop)
     host = pinned_empty(xp, (stop - start, *source.shape[1:]), source.dtype)
     source.read(start, stop, out=host)
     return upload(xp, host.view(np.uint8))
@@ -336,7 +356,7 @@ def stored_in_8_bits(source: Source) -> bool:
     return source.dtype in FLOAT8
 
 
-def in_memory(source: Source, start: int, stop: int) -> Source:
+def in_memory(source: Source, start: int, stop: int, xp: Any = np) -> Source:
     """Read rows as they are stored: a source of the same values whose few bits are in memory.
 
     Parameters
@@ -345,14 +365,28 @@ def in_memory(source: Source, start: int, stop: int) -> Source:
         Any; of `Float8Source` matrices (o, i), all rows.
     start, stop : int
         Rows of the first axis, the experts of (e, o, i).
+    xp : in whose memory; scales, which are few, stay on the host
     """
     if isinstance(source, Mxfp4Source):
         return Mxfp4Source(
-            in_memory(source.blocks, start, stop), in_memory(source.scales, start, stop)
+            in_memory(source.blocks, start, stop, xp), in_memory(source.scales, start, stop)
         )
     if isinstance(source, Float8Source):
-        values = in_memory(source.values, start, stop)
+        values = in_memory(source.values, start, stop, xp)
         if len(source.shape) == 2:
             start, stop = 0, source.scales.shape[0]
         return Float8Source(values, in_memory(source.scales, start, stop), source.block)
+    if xp is not np:
+        return _held_on_device(source, start, stop, xp)
     return ArraySource(source.read(start, stop), source.name)
+
+
+def _held_on_device(source: Source, start: int, stop: int, xp: Any) -> DeviceSource:
+    if isinstance(source, DeviceSource):
+        return DeviceSource(source.array[start:stop], source.name, source.dtype)
+    host = pinned_empty(xp, (stop - start, *source.shape[1:]), source.dtype)
+    source.read(start, stop, out=host)
+    few_bits = host.dtype.itemsize == 1
+    array = xp.empty(host.shape, dtype=np.uint8 if few_bits else host.dtype)
+    fill(array, host.view(array.dtype))
+    return DeviceSource(array, source.name, source.dtype)

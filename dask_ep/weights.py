@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from typing import Any
-from uuid import uuid4
 
 import dask.array as da
 import numpy as np
@@ -17,7 +16,7 @@ from dask.base import normalize_token
 from dask_ep import memory
 from dask_ep.arrays import Array, is_array, namespace
 from dask_ep.device import pinned_empty
-from dask_ep.quantized import fill_on_device, put
+from dask_ep.quantized import DeviceSource, fill_on_device, put
 from dask_ep.sources import ArraySource, Source, open_source
 
 
@@ -112,8 +111,8 @@ class Weight:
     @property
     def on_device(self) -> bool:
         """Whether these weights are on a device already, and stay where they are."""
-        return isinstance(self.parts, _DeviceSource) or (
-            isinstance(self.parts, tuple) and isinstance(self.parts[0], _DeviceSource)
+        return isinstance(self.parts, DeviceSource) or (
+            isinstance(self.parts, tuple) and isinstance(self.parts[0], DeviceSource)
         )
 
     def fill(self, targets: Sequence[Array | None], given: np.ndarray | None = None) -> None:
@@ -175,7 +174,7 @@ def _put(target: Array, value: Array) -> None:
 def _source(obj: Any, name: str) -> Source:
     """A Source of a weight; device arrays serve as they are."""
     if not isinstance(obj, np.ndarray) and is_array(obj):
-        return _DeviceSource(obj, name)
+        return DeviceSource(obj, name)
     is_path = isinstance(obj, str) or hasattr(obj, "__fspath__")
     return open_source(obj) if is_path else open_source(obj, name)
 
@@ -185,17 +184,3 @@ def _as_dask(part: Any) -> da.Array:
         return part
     source = open_source(part)
     return da.from_array(source.read(0, source.shape[0]), chunks=-1)
-
-
-class _DeviceSource(Source):
-    """Weights that are on a device already."""
-
-    def __init__(self, array: Array, name: str):
-        self.shape, self.dtype, self.name, self.array = array.shape, array.dtype, name, array
-        self._uuid = uuid4().hex  # the content is not brought to the host to be hashed
-
-    def read(self, start: int, stop: int, out: np.ndarray | None = None) -> Array:
-        return self.array[start:stop]
-
-    def fingerprint(self) -> dict[str, Any]:
-        return self._describe() | {"uuid": self._uuid}

@@ -414,15 +414,24 @@ def test_each_weight_goes_to_the_device_once_and_none_comes_back(kind, dtype):
     assert local.__sizeof__() >= local.nbytes
 
 
-def test_experts_that_are_held_as_stored_are_converted_on_their_way_to_the_device():
-    experts = held_as_stored(Experts.linear(normal(E, D, O, dtype=np.float16)))
-    local = experts.load(xp=xp)
-    rows = normal(7, D)
+@pytest.mark.parametrize("kind", ["float16", "fp8", "fp8, one by one", "mxfp4"])
+@pytest.mark.parametrize("dtype", [np.float32, ml_dtypes.bfloat16])
+def test_experts_that_are_held_as_stored_are_held_so_on_the_device(kind, dtype):
+    whole = Experts.linear(normal(3, 5, 64, dtype=np.float16), transposed=True)
+    if kind != "float16":
+        whole = Experts.linear(quantized_sources()[kind], transposed=True)
     with watch() as traffic:
-        got = local[1](on_device(rows))
-    assert sum(traffic.to_device) == 2 * D * O
+        local = held_as_stored(whole).load([2, 0], xp=xp, dtype=dtype)
+    stored = whole.subset([2, 0]).nbytes
+    assert 0.8 * stored < sum(traffic.to_device) <= stored, "their scales may wait"
+    assert local.on_device
+    rows = on_device(normal(7, whole.d, dtype=dtype))
+    with watch() as traffic:
+        got = local[0](rows)
+    assert sum(traffic.to_device) <= 0.2 * stored + 4 * 256 * 3, "scales and tables"
     assert traffic.to_host == []
-    assert_close(got.get(), experts.load()[1](rows), 1e-6)
+    want = whole.load([2, 0], xp=xp, dtype=dtype)[0](rows)
+    assert got.get().tobytes() == want.get().tobytes()
 
 
 @pytest.mark.parametrize("kind", ["linear", "gated", "interleaved"])

@@ -564,7 +564,7 @@ def computing_dtype(dtype: np.dtype, on_device: bool = False) -> np.dtype:
     """The dtype in which tokens of a dtype are computed, and of which their experts are held.
 
     float64 stays, all else is float32, in which sums are taken everywhere. On a device 16 bits stay
-    16 bits between two steps.
+    16 bits between two steps, so that float16 beyond 65504 becomes infinite there.
     """
     if on_device and np.dtype(dtype).itemsize == 2:
         return np.dtype(dtype)

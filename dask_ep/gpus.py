@@ -39,7 +39,6 @@ MEMORY_SHARE = 0.9
 """Of a device's memory, what CuPy's pool may hold without a limit from the user: the rest is for
 CUDA itself, cuBLAS's workspaces and what others have there."""
 
-
 SPILL_SHARE = 0.8
 """Of that, what results of tasks may fill before dask-cuda moves some to the host: the rest is for
 what tasks make on the way."""
@@ -202,6 +201,8 @@ class OnGpu(WorkerPlugin):
 
     def setup(self, worker: Worker) -> None:
         limit_blas_for_good()
+        # Arrays pass from thread to thread, which only the stream that all share keeps in order.
+        os.environ["CUPY_CUDA_PER_THREAD_DEFAULT_STREAM"] = "0"
         if self.tf32:
             os.environ["CUPY_TF32"] = "1"  # CuPy reads it at its first product
         xp = import_module(self.namespace)

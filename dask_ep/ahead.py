@@ -11,6 +11,7 @@ graph: it begins to read a block when an earlier one is done with.
 
 from __future__ import annotations
 
+import os
 import threading
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -23,8 +24,32 @@ from dask_ep.dispatch import Expert
 from dask_ep.experts import Experts
 from dask_ep.local import LocalExperts
 
-_lock = threading.Lock()
-_readers: list[ThreadPoolExecutor] = []  # none or one
+
+class _Reader:
+    """The thread that reads, from its first use on."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._pool: ThreadPoolExecutor | None = None
+
+    def submit(self, *work: Any) -> Future:
+        with self._lock:
+            if self._pool is None:
+                self._pool = ThreadPoolExecutor(1, thread_name_prefix="dask-ep-reader")
+            return self._pool.submit(*work)
+
+
+_reader = _Reader()
+
+
+def _renew_reader() -> None:
+    """After a fork the child has the parent's lock and none of its threads: start afresh."""
+    global _reader
+    _reader = _Reader()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_renew_reader)
 
 
 class ExpertsAhead(Sequence):
@@ -49,7 +74,7 @@ class ExpertsAhead(Sequence):
     ):
         self._origin = (experts, xp, dtype, tell)
         self.nbytes = experts.parameters * experts.num_experts * np.dtype(dtype).itemsize
-        self._coming: Future[LocalExperts] = _reader().submit(_load, *self._origin)
+        self._coming: Future[LocalExperts] = _reader.submit(_load, *self._origin)
 
     def __len__(self) -> int:
         return self._origin[0].num_experts
@@ -71,10 +96,3 @@ def _load(
     if tell is not None:
         tell()
     return loaded
-
-
-def _reader() -> ThreadPoolExecutor:
-    with _lock:
-        if not _readers:
-            _readers.append(ThreadPoolExecutor(1, thread_name_prefix="dask-ep-reader"))
-        return _readers[0]

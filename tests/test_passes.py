@@ -338,3 +338,14 @@ def test_what_cannot_be_read_ahead_is_an_error_where_it_is_needed(tmp_path):
     ahead = ExpertsAhead(experts, "numpy", np.dtype(np.float32))
     with pytest.raises(ReadError, match=r"w.npy.* expected .* got 0"):
         ahead[0]
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of forks beside threads, meant here
+def test_a_forked_process_reads_for_itself():
+    experts = Experts.linear(np.ones((1, 2, 2), np.float32))
+    assert ExpertsAhead(experts, "numpy", np.dtype(np.float32))[0].d == 2
+    child = os.fork()
+    if child == 0:
+        ahead = ExpertsAhead(experts, "numpy", np.dtype(np.float32))
+        os._exit(ahead._coming.result(timeout=20)[0].d)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 2

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import pickle
 import shutil
 import subprocess
 import sys
 from dataclasses import replace
+from pathlib import Path
 
 import dask
 import dask.array as da
@@ -201,6 +203,72 @@ def test_every_fixture_has_mutations():
     assert sorted(MUTATIONS) == CASES
 
 
+def halves(axis):
+    return lambda array: np.roll(array, array.shape[axis] // 2, axis)
+
+
+def neighbours(array):
+    return array.reshape(*array.shape[:-1], -1, 2)[..., ::-1].reshape(array.shape)
+
+
+def next_along_the_row(scales):
+    return np.roll(scales, 1, axis=-1)
+
+
+def halves_of_bytes(blocks):
+    return blocks << 4 | blocks >> 4
+
+
+SCALES = "_proj.weight_scale_inv"
+STORED_OTHERWISE = [
+    ("granitemoe", "input_linear.weight", halves(1)),
+    ("qwen3_moe_fused", "experts.gate_up_proj", halves(1)),
+    ("qwen3_5_moe", "experts.gate_up_proj", halves(1)),
+    ("qwen3_vl_moe", "experts.gate_up_proj", halves(1)),
+    ("qwen3_vl_moe_hub", "experts.gate_up_proj", halves(2)),
+    ("llama4", "experts.gate_up_proj", halves(2)),
+    ("llama4_text", "experts.gate_up_proj", halves(2)),
+    ("gpt_oss", "experts.gate_up_proj", neighbours),
+    ("gpt_oss", "experts.gate_up_proj_bias", neighbours),
+    ("gpt_oss_mxfp4", "experts.gate_up_proj_blocks", halves_of_bytes),
+    ("gpt_oss_mxfp4", "experts.gate_up_proj_scales", next_along_the_row),
+    ("deepseek_v3_fp8", SCALES, np.ones_like),
+    ("deepseek_v3_fp8", SCALES, next_along_the_row),
+    ("deepseek_v3_fp8_cut", SCALES, np.ones_like),
+    ("deepseek_v3_fp8_cut", SCALES, next_along_the_row),
+]
+"""What a tensor would be if its halves, its bytes or its scales were taken the other way."""
+
+
+@pytest.mark.parametrize(
+    ("case", "ending", "change"),
+    STORED_OTHERWISE,
+    ids=[f"{case}-{i}" for i, (case, *_) in enumerate(STORED_OTHERWISE)],
+)
+def test_a_fixture_notices_when_stored_numbers_are_taken_the_other_way(
+    tmp_path, case, ending, change
+):
+    def other(tensors):
+        assert any(name.endswith(ending) for name in tensors)
+        return {n: change(t) if n.endswith(ending) else t for n, t in tensors.items()}
+
+    folder = altered(tmp_path, case, tensors=other)
+    assert errors(load_moe_layer(folder, LAYER), case)["output"] > 100 * TOLERANCE
+
+
+# --- chunks, ranks and schedulers ---------------------------------------------------------------
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_no_family_depends_on_chunks_ranks_or_schedulers(case):
+    layer, rows = load_moe_layer(FIXTURES / case, LAYER), expected(case)["hidden"].reshape(24, -1)
+    whole = layer(da.from_array(rows, chunks=-1), world_size=1).compute(scheduler="sync")
+    for chunks, world_size, scheduler in [(7, 1, "threads"), (5, 3, "sync"), (24, 2, "threads")]:
+        y = layer(da.from_array(rows, chunks=(chunks, 9)), world_size=world_size)
+        difference = np.abs(y.compute(scheduler=scheduler) - whole).max()
+        assert difference <= 1e-6 * np.abs(whole).max(), (chunks, world_size)
+
+
 # --- formats -------------------------------------------------------------------------------------
 
 
@@ -301,24 +369,29 @@ def test_all_ranks_together_read_each_tensor_of_the_block_once(case, bytes_read)
     assert sum(bytes_read[: -len(tensors)]) == stored  # the last ones are `read_tensors`' own
 
 
+def write_sparse(folder, config, tensors):
+    """A checkpoint of float32 zeros: its bytes can be read, and are not on the disk."""
+    header, end = {}, 0
+    for name, shape in tensors.items():
+        begin, end = end, end + 4 * math.prod(shape)
+        header[name] = {"dtype": "F32", "shape": shape, "data_offsets": [begin, end]}
+    text = json.dumps(header).encode()
+    path = folder / "model.safetensors"
+    path.write_bytes(len(text).to_bytes(8, "little") + text)
+    os.truncate(path, 8 + len(text) + end)
+    (folder / "config.json").write_text(json.dumps(config))
+
+
 def test_opening_a_terabyte_reads_headers_alone(tmp_path, bytes_read):
-    E, H, width = 64, 16384, 81920  # a sparse file: the bytes are counted, and not on the disk
+    E, H, width = 64, 16384, 81920
     tensors = {"model.layers.0.block_sparse_moe.gate.weight": (E, H)}
     for e in range(E):
         stem = f"model.layers.0.block_sparse_moe.experts.{e}."
         tensors |= {f"{stem}w1.weight": (width, H), f"{stem}w2.weight": (H, width)}
         tensors |= {f"{stem}w3.weight": (width, H)}
-    header, end = {}, 0
-    for name, shape in tensors.items():
-        begin, end = end, end + 4 * shape[0] * shape[1]
-        header[name] = {"dtype": "F32", "shape": shape, "data_offsets": [begin, end]}
-    text = json.dumps(header).encode()
-    path = tmp_path / "model.safetensors"
-    path.write_bytes(len(text).to_bytes(8, "little") + text)
-    os.truncate(path, 8 + len(text) + end)
     config = {"model_type": "mixtral", "num_local_experts": E, "num_experts_per_tok": 2,
               "hidden_size": H, "intermediate_size": width, "num_hidden_layers": 1}  # fmt: skip
-    (tmp_path / "config.json").write_text(json.dumps(config))
+    write_sparse(tmp_path, config, tensors)
 
     layer = load_moe_layer(tmp_path, 0)
     hidden = da.zeros((10, H), chunks=(5, -1), dtype=np.float32)
@@ -328,6 +401,42 @@ def test_opening_a_terabyte_reads_headers_alone(tmp_path, bytes_read):
     assert bytes_read == []
     assert len(pickle.dumps(layer)) < 100_000
     assert y.shape == (10, H)
+
+
+def bytes_read_by_this_thread() -> int:
+    """What the system says: of all files, by any way of reading but memory maps."""
+    lines = Path("/proc/thread-self/io").read_text().splitlines()
+    return int(dict(line.split(": ") for line in lines)["rchar"])
+
+
+@pytest.mark.skipif(not os.path.exists("/proc/thread-self/io"), reason="the system does not count")
+def test_a_rank_reads_its_experts_router_shared_and_headers_within_1_percent(tmp_path):
+    E, d, width = 48, 256, 384
+    config = json.loads((FIXTURES / "deepseek_v3" / "config.json").read_text())
+    sizes = {"n_routed_experts": E, "hidden_size": d, "moe_intermediate_size": width}
+    stem = f"model.layers.{LAYER}.mlp."
+    shared = width * config["n_shared_experts"]
+    tensors = {f"{stem}gate.weight": (E, d), f"{stem}gate.e_score_correction_bias": (E,)}
+    for name, f in {"shared_experts": shared, **{f"experts.{e}": width for e in range(E)}}.items():
+        tensors |= {f"{stem}{name}.{m}_proj.weight": (f, d) for m in ("gate", "up")}
+        tensors[f"{stem}{name}.down_proj.weight"] = (d, f)
+    write_sparse(tmp_path, config | sizes, tensors)
+
+    def read_rank_1_of_4(folder, d) -> int:
+        before = bytes_read_by_this_thread()
+        y = load_moe_layer(folder, LAYER)(da.zeros((4, d), chunks=-1, dtype="f4"), world_size=4)
+        graph = y.__dask_graph__()
+        mine = ("ep_experts", "ep_router", "ep_shared")
+        keys = [key for key in graph if str(key).strip("('").startswith(mine)]
+        held = [key for key in keys if not isinstance(key, tuple) or key[1] == 1]
+        assert len(held) == 3
+        dask.get(dict(graph), held)
+        return bytes_read_by_this_thread() - before
+
+    read_rank_1_of_4(FIXTURES / "deepseek_v3", 32)  # whatever is imported on the way
+    layer = load_moe_layer(tmp_path, LAYER)
+    least = layer.experts.nbytes // 4 + layer.bytes_beside
+    assert least <= read_rank_1_of_4(tmp_path, d) <= 1.01 * least
 
 
 def test_loading_needs_no_torch_nor_fsspec():

@@ -33,7 +33,7 @@ def fill_from_file(
     Raises
     ------
     ReadError
-        If the file is not there, has not that size or ends too early.
+        If the file is not there, has not that size, ends too early or cannot be read.
     """
     view = memoryview(out.reshape(-1).view(np.uint8))
     try:
@@ -46,7 +46,10 @@ def fill_from_file(
             raise ReadError(f"{place}: {path} must have {size} bytes, but has {got}")
         done = 0
         while done < len(view):
-            step = os.preadv(file, [view[done:]], offset + done)
+            try:
+                step = os.preadv(file, [view[done:]], offset + done)
+            except OSError as error:
+                raise ReadError(f"{place}: {path} cannot be read: {error.strerror}") from error
             if step == 0:
                 raise ReadError(
                     f"{place}: expected {len(view)} bytes from byte {offset} of {path}, got {done}"

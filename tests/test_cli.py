@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -15,7 +17,7 @@ import psutil
 import pytest
 import zarr
 
-from dask_ep import cli, run, terminal
+from dask_ep import cli, files, run, sources, terminal
 from dask_ep.example import FORMATS, Example, write_example
 from dask_ep.job import load_job
 from dask_ep.journal import read_done, read_manifest
@@ -268,6 +270,39 @@ def test_a_stopped_run_is_resumed(tmp_path, capsys, slow_job, number):
     assert f"{6400 - 32 * done} rows in" in told
     assert f"{32 * done} were there" in told
     assert here(capsys, "verify", slow_job, "--out", out, "--rows", 60)[0] == 0
+
+
+def test_after_a_chunk_that_cannot_be_read_the_finished_ones_are_good(
+    capsys, monkeypatch, small_job
+):
+    """When the disk gives the fourth block after all, only what was left is computed."""
+    job, where = load_job(small_job), ("run", small_job, "--threads", 1, "--chunk-rows", 100)
+    read, fill = [], sources.fill_from_file
+
+    def fail(file, buffers, offset):
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    def count(out, path, *place):
+        if path == job.tokens:
+            read.append(place)
+            if len(read) == 4:
+                monkeypatch.setattr(files.os, "preadv", fail)
+        return fill(out, path, *place)
+
+    monkeypatch.setattr(sources, "fill_from_file", count)
+    code, _, err = here(capsys, *where)
+    assert code == 1
+    assert re.search(r"block \d of tokens.npy could not be read", err)
+    assert f"{job.tokens} cannot be read: Input/output error" in err
+    done = count_blocks(Path(job.out))
+    assert 0 < done < 7
+    monkeypatch.undo()
+    code, out, _ = here(capsys, *where, "--resume")
+    assert code == 0
+    assert f"{100 * done} were there" in out
+    straight = load_job(small_job, out=f"{job.out}.straight.npy")
+    run_job(straight, Threads(1), chunk_rows=100)
+    np.testing.assert_array_equal(np.load(job.out), np.load(straight.out))
 
 
 def test_what_processes_began_threads_finish_to_the_same_bits(tmp_path, slow_job):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import pickle
 import sys
 
@@ -15,7 +16,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.numpy import save_file
 
-from dask_ep import Experts, expert_parallel_dispatch, local, reference
+from dask_ep import Experts, expert_parallel_dispatch, files, local, reference
 from dask_ep.experts import as_experts
 from dask_ep.local import LocalExperts
 from dask_ep.sources import Source
@@ -172,6 +173,9 @@ def stored(kind: str, folder) -> object:
     if kind == "memmap":
         np.save(folder / "w.npy", w)
         return np.load(folder / "w.npy", mmap_mode="r")
+    if kind == "plain zarr":
+        data = {"data": w, "chunks": (3, D, O), "compressors": None}
+        return zarr.create_array(folder / "w.zarr", **data)
     if kind in ("zarr", "zarr path"):
         array = zarr.create_array(folder / "w.zarr", data=w, chunks=(1, D, O))
         return array if kind == "zarr" else str(folder / "w.zarr")
@@ -230,6 +234,33 @@ def test_a_rank_reads_its_own_experts_once_and_nothing_else():
     for _ in range(3):
         local[0](rows().astype("f4"))
     assert source.reads == [(2, 3), (3, 4)]
+
+
+@pytest.mark.parametrize("kind", ["npy", "memmap", "safetensors", "list of files", "plain zarr"])
+def test_of_files_no_byte_of_another_experts_is_read(kind, tmp_path, monkeypatch):
+    experts, read, preadv = Experts.linear(stored(kind, tmp_path)), [], os.preadv
+
+    def count(file, buffers, offset):
+        read.append(preadv(file, buffers, offset))
+        return read[-1]
+
+    monkeypatch.setattr(files.os, "preadv", count)
+    experts.load([1, 2])
+    assert sum(read) == 2 * D * O * 4
+
+
+def test_of_dask_arrays_only_the_blocks_of_ones_own_experts_are_computed():
+    made = []
+
+    def make(block, block_id):
+        made.append(block_id)
+        return block
+
+    w = da.from_array(weight("w"), chunks=(2, 3, -1))
+    experts = Experts.linear(w.map_blocks(make, dtype=w.dtype, meta=w._meta))
+    assert made == []
+    experts.load([2, 3])
+    assert sorted(made) == [(1, 0, 0), (1, 1, 0)]
 
 
 def test_a_subset_of_arrays_in_memory_is_a_view_of_its_part_alone():

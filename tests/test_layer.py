@@ -20,9 +20,10 @@ from dask_ep.checkpoint import load_moe_layer
 from dask_ep.experts import Experts
 from dask_ep.files import ReadError
 from dask_ep.layer import MoELayer
-from dask_ep.pipeline import UnpinnedWarning
+from dask_ep.pipeline import UnpinnedWarning, expert_parallel
 from dask_ep.placement import place, ticket_load
 from dask_ep.routing import Router
+from dask_ep.storage import open_tokens, store
 from tests import plain_routers
 from tests.checkpoints import FIXTURES, LAYER, expected
 
@@ -196,6 +197,17 @@ def test_a_routing_can_be_looked_at_stored_and_replayed():
     assert_eq(layer(hidden, routing=again), layer(hidden).compute())
     other = (da.zeros_like(indices), weights)
     assert not np.allclose(layer(hidden, routing=other), layer(hidden))
+
+
+def test_a_routing_can_be_replayed_from_files(tmp_path):
+    rows = da.from_array(normal(20, D, seed=9), chunks=(6, D))
+    layer = make(capacity=Capacity(0.8), **shared())
+    for name, array in zip(("indices", "weights"), layer.route(rows), strict=True):
+        store(array, tmp_path / f"{name}.zarr")
+    again = [open_tokens(tmp_path / f"{name}.zarr") for name in ("indices", "weights")]
+    assert_eq(layer(rows, routing=tuple(again)), layer(rows), rtol=0, atol=0)
+    y = expert_parallel(rows, again[0], layer.experts, topk_weights=again[1], world_size=2)
+    assert_eq(y, make(capacity=Capacity(0.8))(rows), rtol=1e-6, atol=1e-6)
 
 
 def test_load_counts_the_rows_of_each_expert():

@@ -20,6 +20,7 @@ from dask_ep import Experts, Placement, expert_parallel, reference
 from dask_ep import pipeline as pipeline_module
 from dask_ep.pipeline import UnpinnedWarning, count_tasks
 from dask_ep.placement import POLICIES, balanced, contiguous, place, ticket_load
+from dask_ep.source import Source
 from tests.compare import assert_close, whole_layer
 from tests.strategies import Case, cases
 
@@ -215,6 +216,31 @@ def test_each_chunk_is_read_once(world_size):
     assert source.reads == []
     y.compute(scheduler="threads", num_workers=2)
     assert len(source.reads) == 3
+
+
+class CountingSource(Source):
+    """A source as of a file, in which every read of an expert is noted."""
+
+    def __init__(self, array: np.ndarray):
+        self.shape, self.dtype, self.name = array.shape, array.dtype, "file"
+        self.array, self.read_experts = array, []
+
+    def read(self, start: int, stop: int, out: np.ndarray | None = None) -> np.ndarray:
+        self.read_experts.extend(range(start, stop))
+        return self.array[start:stop]
+
+    def fingerprint(self):
+        return self._describe()
+
+
+@pytest.mark.parametrize("world_size", [1, 4])
+def test_each_expert_is_read_once_by_all_threads_together(world_size):
+    data = layer()
+    source = CountingSource(data["W"])
+    y = build(data | {"W": Experts.linear(source)}, chunks=7, world_size=world_size)
+    assert source.read_experts == []
+    y.compute(scheduler="threads", num_workers=4)
+    assert sorted(source.read_experts) == list(range(E))
 
 
 @pytest.mark.parametrize("world_size", [1, 4])

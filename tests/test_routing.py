@@ -73,13 +73,18 @@ def test_every_router_agrees_with_the_plain_loops(data):
     logits = np.array(
         data.draw(st.lists(st.lists(grid, min_size=E, max_size=E), max_size=6)), np.float32
     ).reshape(-1, E)
+    router_bias = data.draw(st.none() | st.lists(grid, min_size=E, max_size=E))
+    router_bias = None if router_bias is None else np.array(router_bias, np.float32)
     bias = data.draw(st.none() | st.lists(grid.map(lambda b: b / 8), min_size=E, max_size=E))
     if router.score == "sparsemixer":
         bias = None
     selection_bias = None if bias is None else np.array(bias, np.float32)
 
-    indices, topk_weights = route_logits(logits, router, selection_bias=selection_bias)
+    indices, topk_weights = route_logits(
+        logits, router, bias=router_bias, selection_bias=selection_bias
+    )
 
+    logits = logits if router_bias is None else logits + router_bias
     assert (indices.dtype, topk_weights.dtype) == (np.int32, np.float32)
     assert indices.shape == topk_weights.shape == (len(logits), router.k)
     for row, chosen, weights in zip(logits, indices, topk_weights, strict=True):

@@ -1,5 +1,6 @@
 """Reading by rows gives the stored rows, with one read per chunk, or an error that says where."""
 
+import errno
 import json
 import os
 import pickle
@@ -393,6 +394,20 @@ def test_damaged_chunks_are_errors(tmp_path, compressors):
         )
     with pytest.raises(ReadError, match=message):
         source.read(0, 6) if compressors is None else source.read(2, 4)
+
+
+@pytest.mark.parametrize("name", ["x.npy", "x.zarr"])
+def test_what_the_disk_cannot_read_is_named(tmp_path, monkeypatch, name):
+    np.save(tmp_path / "x.npy", np.ones((6, 2), "f4"))
+    create_array(str(tmp_path / "x.zarr"), (6, 2), 2, np.dtype("f4"))[:] = 5
+    source = open_source(tmp_path / name)
+
+    def fail(*_):
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    monkeypatch.setattr(files.os, "preadv", fail)
+    with pytest.raises(ReadError, match=rf"of {name}: /.*{name}.* cannot be read: Input/output"):
+        source.read(2, 4)
 
 
 def test_files_that_are_cut_short_or_gone_are_errors(tmp_path):

@@ -160,7 +160,7 @@ def chunk_files(array: zarr.Array) -> ChunkFiles | None:
     plain = (
         len(metadata.codecs) == 1
         and type(codec) is BytesCodec
-        and (codec.endian is None or codec.endian.value == "little")
+        and getattr(codec.endian, "value", codec.endian) in (None, "little")  # zarr 3.4: a str
         and not metadata.storage_transformers
         and array.dtype.kind in "biufc"
         and array.ndim > 0

@@ -1,7 +1,7 @@
 """How are the weights of the next experts read while the present ones compute?
 
-    ep_experts task ──> ExpertsAhead ──> the reader's queue: one thread per process, one read at a
-                             │           time, straight to what is computed with
+    ep_experts task ──> ExpertsAhead ──> the readers' queue: one thread per process, or a few where
+                             │           there are many cores; straight to what is computed with
                              v
     ep_dispatch tasks: the experts, waiting for them where they have not come yet
 
@@ -19,14 +19,18 @@ from importlib import import_module
 from typing import Any
 
 import numpy as np
+from dask.system import CPU_COUNT
 
 from dask_ep.dispatch import Expert
 from dask_ep.experts import Experts
 from dask_ep.local import LocalExperts
 
+READERS = min(max(CPU_COUNT // 4, 1), 4)
+"""Threads of a process that read: one decodes about 1 GB of 16-bit weights in a second."""
 
-class _Reader:
-    """The thread that reads, from its first use on."""
+
+class _Readers:
+    """The threads that read, from their first use on."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
@@ -35,21 +39,21 @@ class _Reader:
     def submit(self, *work: Any) -> Future:
         with self._lock:
             if self._pool is None:
-                self._pool = ThreadPoolExecutor(1, thread_name_prefix="dask-ep-reader")
+                self._pool = ThreadPoolExecutor(READERS, thread_name_prefix="dask-ep-reader")
             return self._pool.submit(*work)
 
 
-_reader = _Reader()
+_readers = _Readers()
 
 
-def _renew_reader() -> None:
+def _renew_readers() -> None:
     """After a fork the child has the parent's lock and none of its threads: start afresh."""
-    global _reader
-    _reader = _Reader()
+    global _readers
+    _readers = _Readers()
 
 
 if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_renew_reader)
+    os.register_at_fork(after_in_child=_renew_readers)
 
 
 class ExpertsAhead(Sequence):
@@ -74,7 +78,7 @@ class ExpertsAhead(Sequence):
     ):
         self._origin = (experts, xp, dtype, tell)
         self.nbytes = experts.parameters * experts.num_experts * np.dtype(dtype).itemsize
-        self._coming: Future[LocalExperts] = _reader.submit(_load, *self._origin)
+        self._coming: Future[LocalExperts] = _readers.submit(_load, *self._origin)
 
     def __len__(self) -> int:
         return self._origin[0].num_experts

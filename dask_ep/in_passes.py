@@ -24,6 +24,7 @@ from dask.base import tokenize
 from dask.utils import format_bytes
 
 from dask_ep import journal, memory
+from dask_ep.ahead import READERS
 from dask_ep.build import Inputs
 from dask_ep.dispatch import computing_dtype
 from dask_ep.expert_major import READS, Rows, Walk
@@ -117,7 +118,7 @@ def sizes_of(inputs: Inputs, threads: int, workers: int | None) -> Sizes:
         expert_stored=experts.nbytes // experts.num_experts,
         expert_loaded=experts.parameters * wide,
         widest=max(experts.d, min(experts.hidden or 0, HIDDEN_COLUMNS), experts.d_out),
-        matrix_stored=max(matrices) + _split_bytes(experts, wide),
+        matrix_stored=READERS * (max(matrices) + _split_bytes(experts, wide)),
         beside=beside,
         stored_rows=tokens.chunk_rows,
         weigh_input=experts.options.get("weigh", "output") == "input",

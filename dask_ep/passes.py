@@ -77,7 +77,7 @@ class Sizes:
     widest: int
     #: width of the widest row on the way through an expert
     matrix_stored: int = 0
-    #: bytes of its largest matrix as stored, which is in memory while it is converted
+    #: bytes of its largest matrix as stored, in memory while it is converted, for each that reads
     beside: int = 0
     #: bytes of experts that stay in memory all the time: those that all rows share
     stored_rows: int | None = None

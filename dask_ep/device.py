@@ -9,6 +9,10 @@ The compute stream is the one in use, CuPy's default stream unless somebody chos
 threads of a worker start on it runs in the order in which they started it, so that arrays pass from
 task to task, and from thread to thread, without a wait.
 
+Products are cuBLAS's, called directly (`Gemms`): of bfloat16 because CuPy has a product of two such
+matrices since 14.0, and none of many; of all dtypes because an expert's product is short, and must
+not wait for its array to be made.
+
 This is the one module that knows CuPy by name. Everything else works by the namespace of the arrays
 at hand.
 """

@@ -6,6 +6,7 @@ place of CuPy where the package looks its name up. Only `find_devices` is asked 
 
 from __future__ import annotations
 
+import os
 import re
 import sys
 from collections.abc import Iterator
@@ -20,7 +21,7 @@ from distributed import Client
 from distributed.protocol import deserialize, serialize
 
 from dask_ep import cli, device, expert_parallel, gpus, open_tokens, store, wire
-from dask_ep.build import open_inputs
+from dask_ep.build import build, open_inputs
 from dask_ep.costs import PROCESS_BYTES
 from dask_ep.device import (
     Device,
@@ -36,8 +37,9 @@ from dask_ep.exchange import Packet, send
 from dask_ep.fit import DoesNotFit, choose_chunk_rows
 from dask_ep.gpus import Gpus, OnGpu, choose_protocol, start_gpus
 from dask_ep.job import load_job
-from dask_ep.run import Threads, lay_out, run_job
+from dask_ep.run import Cluster, Progress, Threads, lay_out, run_job
 from dask_ep.sources import open_source
+from tests.checkpoints import FIXTURES, LAYER, expected
 from tests.device_double import DeviceArray, on_device, watch
 from tests.device_double import namespace as xp
 
@@ -111,6 +113,25 @@ def test_options_that_say_nothing_are_refused(capsys, small_job):
     ]:
         code, _, err = here(capsys, "run", small_job, *options)
         assert (code, words in err) == (2, True), err
+
+
+def test_options_say_where_and_how(monkeypatch, capsys, small_job):
+    wheres = []
+
+    def run_job(job: object, where: object, **options: object) -> Progress:
+        wheres.append(where)
+        return Progress(1, 0, 0, 1.0)
+
+    monkeypatch.setattr(cli.runs, "run_job", run_job)
+    sizes = ("--device-memory-limit", "2GiB", "--memory-limit", "1GiB", "--dashboard", 8787)
+    assert here(capsys, "run", small_job, "--gpu")[0] == 0
+    assert here(capsys, "run", small_job, "--gpu", "--protocol", "ucx", "--tf32", *sizes)[0] == 0
+    assert here(capsys, "run", small_job, "--gpu", "--scheduler", "tcp://x:1")[0] == 0
+    assert wheres == [
+        Gpus(),
+        Gpus(2 << 30, "ucx", tf32=True, memory_limit=1 << 30, dashboard_port=8787),
+        Cluster("tcp://x:1", gpus=True),
+    ]
 
 
 def test_the_protocol_is_the_best_that_is_there(monkeypatch):
@@ -209,6 +230,21 @@ def test_from_file_to_file_each_byte_goes_up_once_and_down_once(tmp_path, small_
     run_job(job, Threads(1))
     want = open_source(job.out).read(0, 700)
     np.testing.assert_allclose(np.load(tmp_path / "out.npy"), want, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("world_size", [1, 2])
+def test_a_layer_of_a_checkpoint_is_computed_on_devices(tmp_path, world_size):
+    want = expected("qwen2_moe")
+    hidden = want["hidden"].reshape(-1, want["hidden"].shape[-1])
+    np.save(tmp_path / "hidden.npy", hidden)
+    layer = os.fspath(FIXTURES / "qwen2_moe")
+    places = {"tokens": str(tmp_path / "hidden.npy"), "out": str(tmp_path / "out.npy")}
+    inputs = open_inputs(load_job(layer=layer, layer_index=LAYER, **places))
+    y = build(inputs, world_size=world_size, chunk_rows=10, xp="device_double").y
+    got = dask.compute(*y.to_delayed().ravel(), scheduler="sync")
+    assert {type(block) for block in got} == {DeviceArray}
+    got = np.concatenate([block.get() for block in got]).reshape(want["output"].shape)
+    np.testing.assert_allclose(got, want["output"], atol=1e-5 * np.abs(want["output"]).max())
 
 
 @pytest.mark.usefixtures("two_doubles")

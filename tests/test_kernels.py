@@ -18,7 +18,7 @@ from dask_ep import Experts, device, expert_parallel_dispatch, fused, grouped, r
 from dask_ep.dispatch import Linear, computing_dtype
 from dask_ep.exchange import send, sum_ranks
 from tests.compare import assert_close
-from tests.device_double import DeviceArray, on_device, watch
+from tests.device_double import DeviceArray, Event, Stream, on_device, watch
 from tests.device_double import namespace as xp
 from tests.device_kernels import COMPILER, Cublas, kernels
 from tests.strategies import Case, cases
@@ -183,6 +183,43 @@ def test_each_stream_of_cublas_has_a_handle_of_its_own(cublas):
     pairs = {(call.handle, id(call.stream)) for call in cublas.calls}
     assert len(pairs) == len({handle for handle, _ in pairs}) == len({s for _, s in pairs}) == 4
     assert xp.cuda.get_current_stream() is xp.cuda.Stream.null
+
+
+@pytest.fixture
+def waits(monkeypatch) -> list[tuple[Stream, Stream]]:
+    """Which stream waited for which, in their order."""
+    pairs, wait_event = [], Stream.wait_event
+
+    def note(self: Stream, event: Event) -> None:
+        pairs.append((self, event._stream))
+        wait_event(self, event)
+
+    monkeypatch.setattr(Stream, "wait_event", note)
+    return pairs
+
+
+def test_products_begin_when_their_rows_are_there_and_are_waited_for(cublas, waits):
+    bounds = [(0, 5), (5, 6), (6, 20)]
+    rows, W = on_device(normal(20, 4)), [on_device(normal(4, 4)) for _ in bounds]
+    grouped.products(rows, W, bounds, xp.empty((20, 4), dtype="f4"))
+    streams = {call.stream for call in cublas.calls}
+    assert len(streams) == 3
+    assert set(waits[:3]) == {(stream, Stream.null) for stream in streams}
+    assert set(waits[3:]) == {(Stream.null, stream) for stream in streams}
+
+
+def test_copies_wait_for_the_compute_where_they_must_and_only_there(waits):
+    lanes, host = device.Lanes(xp), device.pinned_empty(xp, (3,), np.float32)
+    host[...] = 1
+    up, down, compute = lanes._up, lanes._down, Stream.null
+    there = lanes.upload(host)
+    assert waits == [(compute, up)], "it goes to memory of its own"
+    waits.clear()
+    lanes.fill(there, host)
+    assert waits == [(up, compute), (compute, up)], "what was there may still be read"
+    waits.clear()
+    lanes.download(there)
+    assert waits == [(down, compute)]
 
 
 @pytest.mark.parametrize("asked", ["0", "1"])

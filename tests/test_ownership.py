@@ -142,7 +142,8 @@ def test_each_owner_of_a_replicated_rank_reads_its_weights_itself(client, record
             for owner in of_rank:
                 served[owner] += slice_bytes
         assert sum(served.values()) > 6 * slice_bytes
-        assert all(served[owner] <= read()[owner] <= 6 * slice_bytes for owner in served)
+        # More, where Dask has dropped a copy that was not needed for a while.
+        assert all(served[owner] <= read()[owner] for owner in served)
 
 
 # --- what travels ----------------------------------------------------------------------------

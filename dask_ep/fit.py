@@ -4,12 +4,14 @@ Decided from shapes alone, before anything is read. The law is that of plans (`c
 only the routing knows, to how many ranks a row goes, is taken at its worst.
 
     Inputs, Layout ── need ──> Need ── choose_chunk_rows ──> rows of a chunk
-                                                   └──────> DoesNotFit, with what would
+                                 │                 └──────> DoesNotFit, with what would
+                                 └──── hold_what_fits ─────> Inputs with experts as they are stored
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
+from copy import copy
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -17,6 +19,7 @@ from dask_ep.build import Inputs
 from dask_ep.costs import FEWEST_ROWS, PROCESS_BYTES, Need, chunks_held
 from dask_ep.dispatch import computing_dtype
 from dask_ep.grouped import row_bytes
+from dask_ep.held import StoredExperts, held_as_stored
 from dask_ep.placement import POLICIES, most_slots
 from dask_ep.placement_files import from_file
 from dask_ep.storage import CHUNK_BYTES
@@ -65,17 +68,48 @@ def need(inputs: Inputs, layout: Layout) -> Need:
     experts, layer = inputs.experts, inputs.layer
     itemsize = computing_dtype(inputs.tokens.dtype, layout.on_devices).itemsize
     ranks = -(-layout.world_size // layout.workers)
-    held = ranks * _slots_per_rank(inputs, layout) * experts.parameters
+    wide = stored = experts.parameters * itemsize
+    if isinstance(experts, StoredExperts):
+        stored = experts.nbytes // experts.num_experts
+    held = ranks * _slots_per_rank(inputs, layout) * stored
+    if stored < wide:
+        held += layout.threads * wide  # the one that each thread has in use
     if layer is not None:
-        held += layer.parameters_beside
+        held += layer.parameters_beside * itemsize
     if layout.on_devices:
         widest = 2 * (experts.hidden or 0)
         row = row_bytes(experts.d, experts.d_out, widest, slots_per_row(inputs), itemsize)
-        return Need(held * itemsize, layout.threads, row)
+        return Need(held, layout.threads, row)
     spread = min(slots_per_row(inputs), layout.world_size)
     widening = max(itemsize // inputs.tokens.dtype.itemsize, 1)
     chunks = chunks_held(layout.threads, layout.world_size, spread, widening)
-    return Need(held * itemsize, chunks, max(inputs.row_bytes, 1))
+    return Need(held, chunks, max(inputs.row_bytes, 1))
+
+
+def hold_what_fits(inputs: Inputs, layout: Layout) -> Inputs:
+    """Have experts held in memory as they are stored, where only so they fit into it.
+
+    Parameters
+    ----------
+    inputs, layout : what is to be run, and how
+
+    Returns
+    -------
+    Inputs
+        The same, or with `held_as_stored` experts. Outputs are the same to the last bit; see there
+        for what it costs in time. On GPUs nothing is changed.
+    """
+    if layout.memory_limit is None or layout.on_devices or _fits(inputs, layout):
+        return inputs
+    experts, layer = held_as_stored(inputs.experts), copy(inputs.layer)
+    if layer is not None:
+        layer.experts = experts
+    held = replace(inputs, experts=experts, layer=layer)
+    return held if _fits(held, layout) else inputs
+
+
+def _fits(inputs: Inputs, layout: Layout) -> bool:
+    return need(inputs, layout).rows_within(layout.memory_limit) >= FEWEST_ROWS
 
 
 def choose_chunk_rows(inputs: Inputs, layout: Layout, asked: int | None = None) -> int:

@@ -19,7 +19,7 @@ from rich.console import Console
 from rich.table import Table
 
 from dask_ep.build import open_inputs
-from dask_ep.fit import choose_chunk_rows
+from dask_ep.fit import choose_chunk_rows, hold_what_fits
 from dask_ep.in_passes import find_passes
 from dask_ep.job import PLACEMENTS, load_job
 from dask_ep.planner import Plan, WhatIf, plan, what_if
@@ -135,6 +135,7 @@ def priced_job(
     limit = None if memory_limit is None or choices else parse_bytes(memory_limit)
     where = Processes(processes, limit) if processes else Threads(threads, limit)
     layout = lay_out(job, where, size)
+    inputs = hold_what_fits(inputs, layout)
     passes = find_passes(inputs, layout, count_workers(where), chunk_rows)
     if passes is not None:
         chunk_rows, memory_limit = passes.chunk_rows, None

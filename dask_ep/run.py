@@ -34,7 +34,7 @@ from dask_ep import device, journal
 from dask_ep.blas import one_blas_thread
 from dask_ep.build import WEIGHT_KEYS, build, open_inputs
 from dask_ep.cluster import Certificates, OneBlasThread, check_cluster, connect
-from dask_ep.fit import Layout, choose_chunk_rows, slots_beside
+from dask_ep.fit import Layout, choose_chunk_rows, hold_what_fits, slots_beside
 from dask_ep.gpus import THREADS_PER_GPU, Gpus, check_gpus, device_limit, start_gpus
 from dask_ep.in_passes import InPasses, PassesDone, find_passes
 from dask_ep.interrupts import Aside, Wait, deaf_children
@@ -181,7 +181,8 @@ def run_job(
     Products use one BLAS thread each; set for the whole process while the job runs on threads, and
     for good on workers. Peak memory on threads: experts + (threads * 4 + 4) token chunks + 300 MB.
     Where all experts do not fit into `where.memory_limit`, or into that of a cluster's workers,
-    they go by in passes, see `dask_ep.passes`; the result is that of the ordinary way to 1e-6, and
+    they are held as they are stored, see `dask_ep.held`; where that is too much, they go by in
+    passes, see `dask_ep.passes`; the result is that of the ordinary way to 1e-6, and
     the same bits each time for the same passes.
     An exception, KeyboardInterrupt too, leaves an output that `resume` goes on with; on threads the
     blocks at work are finished before it arrives.
@@ -196,6 +197,7 @@ def run_job(
         chunk_rows = chunk_rows or begun.get("chunk_rows")
         workers = count_workers(where, client)
         room = _room(where, layout, client)
+        inputs = inputs if begun.get("passes") else hold_what_fits(inputs, room)
         passes = begun["passes"] if begun else find_passes(inputs, room, workers, chunk_rows)
         walk = None if passes is None else InPasses(inputs, passes, workers or 1)
         chunk_rows = passes.chunk_rows if passes else choose_chunk_rows(inputs, layout, chunk_rows)

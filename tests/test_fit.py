@@ -16,7 +16,9 @@ from dask_ep import sources
 from dask_ep.build import Inputs, open_inputs
 from dask_ep.costs import FEWEST_ROWS, PROCESS_BYTES, Rates
 from dask_ep.example import Example, write_example
-from dask_ep.fit import DoesNotFit, Layout, choose_chunk_rows, need
+from dask_ep.experts import Experts
+from dask_ep.fit import DoesNotFit, Layout, choose_chunk_rows, hold_what_fits, need
+from dask_ep.held import StoredExperts, held_as_stored
 from dask_ep.job import load_job
 from dask_ep.placement import POLICIES
 from dask_ep.planner import plan
@@ -99,6 +101,33 @@ def test_shared_experts_and_routers_are_held_by_every_worker(tmp_path):
     assert layer.parameters_beside == beside
     assert need(inputs, Layout(1, 1, 1)).expert_bytes == 4 * (9 * layer.experts.parameters + beside)
     assert need(inputs, Layout(3, 3, 1)).expert_bytes == 4 * (3 * layer.experts.parameters + beside)
+
+
+@pytest.mark.parametrize("case", ["gpt_oss_mxfp4", "deepseek_v3_fp8", "deepseek_v3_bfloat16"])
+def test_experts_are_held_as_they_are_stored_where_only_so_they_fit(tmp_path, monkeypatch, case):
+    with np.load(FIXTURES / case / "expected.npz") as found:
+        np.save(tmp_path / "x.npy", found["hidden"].reshape(24, -1))
+    layer = {"layer": str(FIXTURES / case), "layer_index": 1}
+    job = load_job(tokens=str(tmp_path / "x.npy"), out=str(tmp_path / "y.npy"), **layer)
+    plain, layout = open_inputs(job), Layout(1, 1, 1)
+    held = replace(plain, experts=held_as_stored(plain.experts))
+    enough, just = (need(inputs, layout).at(FEWEST_ROWS) for inputs in (plain, held))
+    assert just < enough
+    kinds = {}
+    for limit in (None, enough, just, just - 10_000):
+        inputs = hold_what_fits(plain, replace(layout, memory_limit=limit))
+        assert inputs.layer.experts is inputs.experts
+        kinds[limit] = type(inputs.experts)
+    assert list(kinds.values()) == [Experts, Experts, StoredExperts, Experts]
+
+    wide = run_job(replace(job, out=str(tmp_path / "wide.npy")), Threads(1, enough))
+    loads, load = [], StoredExperts.load
+    monkeypatch.setattr(
+        StoredExperts, "load", lambda *args, **kwargs: loads.append(1) or load(*args, **kwargs)
+    )
+    stored = run_job(job, Threads(1, just))
+    assert (wide.passes, stored.passes, loads) == (None, None, [1])
+    np.testing.assert_array_equal(np.load(job.out), np.load(tmp_path / "wide.npy"))
 
 
 @pytest.mark.parametrize("threads", [1, 2, 8])

@@ -92,7 +92,7 @@ def start_gpus(where: Gpus) -> Iterator[Client]:
     with deaf_children():
         started = make(where, devices, protocol)
     with started as cluster, Client(cluster) as client:
-        client.register_plugin(OnGpu(device_limit(where, devices), where.tf32))
+        _prepare(client, OnGpu(device_limit(where, devices), where.tf32))
         yield client
 
 
@@ -110,7 +110,13 @@ def check_gpus(client: Client) -> None:
     lacking = [f"worker {who}: {why}" for who, why in answers.items() if isinstance(why, Exception)]
     if lacking:
         raise NoDeviceError("; ".join(lacking))
-    client.register_plugin(OnGpu())
+    _prepare(client, OnGpu())
+
+
+def _prepare(client: Client, plugin: OnGpu) -> None:
+    """Let the workers, and this process, which gets what is counted there, know device arrays."""
+    wire.register(import_module(device.NAMESPACE))
+    client.register_plugin(plugin)
 
 
 def device_limit(where: Gpus, devices: list[Device]) -> int:

@@ -119,6 +119,11 @@ class Gated(Expert):
     def _combine(self, gate: Array, up: Array) -> None:
         """Replace `gate` by activation(gate) * up."""
         xp = namespace(gate)
+        if xp is not np and gate.dtype.itemsize == 2:
+            wide = gate.astype(np.float32)
+            self._combine(wide, up.astype(np.float32))
+            gate[...] = wide
+            return
         if self._limit is not None:
             xp.minimum(gate, self._limit, out=gate)
             xp.clip(up, -self._limit, self._limit, out=up)

@@ -344,6 +344,17 @@ def test_weights_that_are_on_the_device_stay_there():
         assert_close(to_numpy(blocks), want, 1e-5)
 
 
+@pytest.mark.parametrize("activation", ["silu", "gelu"])
+def test_gate_and_up_that_are_on_the_device_apart_make_the_activation_in_float32(activation):
+    weights = [normal(2, 4, 6), normal(2, 4, 6, seed=1), normal(2, 6, 4)]
+    narrow = [w.astype(ml_dtypes.bfloat16) for w in weights]
+    rows = normal(9, 4, dtype=ml_dtypes.bfloat16)
+    experts = Experts.gated(*map(on_device, narrow), activation=activation)
+    got = experts.load(xp=xp, dtype=ml_dtypes.bfloat16)[1](on_device(rows))
+    wide = Experts.gated(*(w.astype("f8") for w in narrow), activation=activation)
+    assert_close(got.get(), wide.load(dtype=np.float64)[1](rows.astype("f8")), 1e-2)
+
+
 @pytest.mark.parametrize("name", ["y.zarr", "y.npy"])
 def test_a_stored_output_comes_to_the_host_once(tmp_path, name):
     rng = np.random.default_rng(0)

@@ -162,7 +162,8 @@ def test_each_worker_sees_its_own_device(two_doubles):
 
 
 def test_a_job_on_two_devices_gives_what_it_gives_on_threads(two_doubles, capsys, small_job):
-    job = load_job(small_job)
+    """By a placement whose counts come from the devices to this process."""
+    job = load_job(small_job, placement="balanced")
     done = run_job(job, Gpus(protocol="tcp"), chunk_rows=100)
     assert (done.rows_done, done.rows_left) == (700, 0)
     on_threads = load_job(small_job, out=str(small_job.parent / "threads.zarr"), world_size=2)

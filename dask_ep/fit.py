@@ -27,6 +27,9 @@ from dask_ep.storage import CHUNK_BYTES
 CHUNKS_PER_THREAD = 4
 """Chunks that each thread should get at least, so that all are busy to the end."""
 
+ROWS_THAT_PAY = 256
+"""Rows of a chunk at an expert whose products take about ten times as long as its conversion from
+what is stored."""
 
 DEVICE_CHUNK_BYTES = 128 << 20
 """Bytes of a token chunk on a GPU, which needs more rows at a time than a core to be busy."""
@@ -87,7 +90,7 @@ def need(inputs: Inputs, layout: Layout) -> Need:
 
 
 def hold_what_fits(inputs: Inputs, layout: Layout) -> Inputs:
-    """Have experts held in memory as they are stored, where only so they fit into it.
+    """Have experts held in memory as they are stored, where only so they fit, and where it pays.
 
     Parameters
     ----------
@@ -96,8 +99,9 @@ def hold_what_fits(inputs: Inputs, layout: Layout) -> Inputs:
     Returns
     -------
     Inputs
-        The same, or with `held_as_stored` experts. Outputs are the same to the last bit; see there
-        for what it costs in time. On GPUs nothing is changed.
+        The same, or with `held_as_stored` experts, which give the same to the last bit. It pays
+        where chunks that fit bring an expert `ROWS_THAT_PAY` rows; where not, each would be
+        converted for a few rows, and to go by in passes is less work. On GPUs nothing is changed.
     """
     if layout.memory_limit is None or layout.on_devices or _fits(inputs, layout):
         return inputs
@@ -105,7 +109,10 @@ def hold_what_fits(inputs: Inputs, layout: Layout) -> Inputs:
     if layer is not None:
         layer.experts = experts
     held = replace(inputs, experts=experts, layer=layer)
-    return held if _fits(held, layout) else inputs
+    if not _fits(held, layout):
+        return inputs
+    slots = choose_chunk_rows(held, layout) * slots_per_row(inputs)
+    return held if slots >= ROWS_THAT_PAY * experts.num_experts else inputs
 
 
 def _fits(inputs: Inputs, layout: Layout) -> bool:

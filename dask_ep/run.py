@@ -181,9 +181,9 @@ def run_job(
     Products use one BLAS thread each; set for the whole process while the job runs on threads, and
     for good on workers. Peak memory on threads: experts + (threads * 4 + 4) token chunks + 300 MB.
     Where all experts do not fit into `where.memory_limit`, or into that of a cluster's workers,
-    they are held as they are stored, see `dask_ep.held`; where that is too much, they go by in
-    passes, see `dask_ep.passes`; the result is that of the ordinary way to 1e-6, and
-    the same bits each time for the same passes.
+    they are held as they are stored (see `dask_ep.fit.hold_what_fits`), or else go by in passes
+    (see `dask_ep.passes`); then the result is that of the ordinary way to 1e-6, and the same bits
+    each time for the same passes.
     An exception, KeyboardInterrupt too, leaves an output that `resume` goes on with; on threads the
     blocks at work are finished before it arrives.
     """

@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from dask_ep import sources
+from dask_ep import fit, sources
 from dask_ep.build import Inputs, open_inputs
 from dask_ep.costs import FEWEST_ROWS, PROCESS_BYTES, Rates
 from dask_ep.example import Example, write_example
@@ -113,6 +113,9 @@ def test_experts_are_held_as_they_are_stored_where_only_so_they_fit(tmp_path, mo
     held = replace(plain, experts=held_as_stored(plain.experts))
     enough, just = (need(inputs, layout).at(FEWEST_ROWS) for inputs in (plain, held))
     assert just < enough
+    just_so = replace(layout, memory_limit=just)
+    assert hold_what_fits(plain, just_so) is plain, "a chunk brings each expert a few rows alone"
+    monkeypatch.setattr(fit, "ROWS_THAT_PAY", 1)
     kinds = {}
     for limit in (None, enough, just, just - 10_000):
         inputs = hold_what_fits(plain, replace(layout, memory_limit=limit))
@@ -128,6 +131,21 @@ def test_experts_are_held_as_they_are_stored_where_only_so_they_fit(tmp_path, mo
     stored = run_job(job, Threads(1, just))
     assert (wide.passes, stored.passes, loads) == (None, None, [1])
     np.testing.assert_array_equal(np.load(job.out), np.load(tmp_path / "wide.npy"))
+
+
+def test_experts_of_16_bits_are_held_so_where_each_has_rows_enough(tmp_path):
+    E, d = 4, 1024
+    rng = np.random.default_rng(0)
+    np.save(tmp_path / "w.npy", rng.standard_normal((E, d, d)).astype("f2"))
+    np.save(tmp_path / "x.npy", rng.standard_normal((1500, d), "f4"))
+    np.save(tmp_path / "r.npy", np.argsort(rng.random((1500, E)), axis=1))
+    names = {"tokens": "x", "routing": "r", "experts": "w", "out": "y"}
+    job = load_job(**{key: str(tmp_path / f"{name}.npy") for key, name in names.items()})
+    inputs = open_inputs(job)
+    limit = need(inputs, Layout(1, 1, 1)).at(FEWEST_ROWS) - 1  # a byte too little for float32
+    held = hold_what_fits(inputs, Layout(1, 1, 1, limit))
+    assert isinstance(held.experts, StoredExperts)
+    assert run_job(job, Threads(1, limit)).passes is None
 
 
 @pytest.mark.parametrize("threads", [1, 2, 8])

@@ -89,12 +89,13 @@ def need(inputs: Inputs, layout: Layout) -> Need:
     return Need(held, chunks, max(inputs.row_bytes, 1))
 
 
-def hold_what_fits(inputs: Inputs, layout: Layout) -> Inputs:
+def hold_what_fits(inputs: Inputs, layout: Layout, asked: int | None = None) -> Inputs:
     """Have experts held in memory as they are stored, where only so they fit, and where it pays.
 
     Parameters
     ----------
     inputs, layout : what is to be run, and how
+    asked : rows of a chunk that the user wants
 
     Returns
     -------
@@ -109,14 +110,14 @@ def hold_what_fits(inputs: Inputs, layout: Layout) -> Inputs:
     if layer is not None:
         layer.experts = experts
     held = replace(inputs, experts=experts, layer=layer)
-    if not _fits(held, layout):
+    if not _fits(held, layout, asked):
         return inputs
-    slots = choose_chunk_rows(held, layout) * slots_per_row(inputs)
+    slots = choose_chunk_rows(held, layout, asked) * slots_per_row(inputs)
     return held if slots >= ROWS_THAT_PAY * experts.num_experts else inputs
 
 
-def _fits(inputs: Inputs, layout: Layout) -> bool:
-    return need(inputs, layout).rows_within(layout.memory_limit) >= FEWEST_ROWS
+def _fits(inputs: Inputs, layout: Layout, asked: int | None = None) -> bool:
+    return need(inputs, layout).rows_within(layout.memory_limit) >= (asked or FEWEST_ROWS)
 
 
 def choose_chunk_rows(inputs: Inputs, layout: Layout, asked: int | None = None) -> int:

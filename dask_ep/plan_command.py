@@ -135,7 +135,7 @@ def priced_job(
     limit = None if memory_limit is None or choices else parse_bytes(memory_limit)
     where = Processes(processes, limit) if processes else Threads(threads, limit)
     layout = lay_out(job, where, size)
-    inputs = hold_what_fits(inputs, layout)
+    inputs = hold_what_fits(inputs, layout, chunk_rows)
     passes = find_passes(inputs, layout, count_workers(where), chunk_rows)
     if passes is not None:
         chunk_rows, memory_limit = passes.chunk_rows, None

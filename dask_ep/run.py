@@ -197,7 +197,7 @@ def run_job(
         chunk_rows = chunk_rows or begun.get("chunk_rows")
         workers = count_workers(where, client)
         room = _room(where, layout, client)
-        inputs = inputs if begun.get("passes") else hold_what_fits(inputs, room)
+        inputs = inputs if begun.get("passes") else hold_what_fits(inputs, room, chunk_rows)
         passes = begun["passes"] if begun else find_passes(inputs, room, workers, chunk_rows)
         walk = None if passes is None else InPasses(inputs, passes, workers or 1)
         chunk_rows = passes.chunk_rows if passes else choose_chunk_rows(inputs, layout, chunk_rows)

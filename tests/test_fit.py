@@ -145,6 +145,7 @@ def test_experts_of_16_bits_are_held_so_where_each_has_rows_enough(tmp_path):
     limit = need(inputs, Layout(1, 1, 1)).at(FEWEST_ROWS) - 1  # a byte too little for float32
     held = hold_what_fits(inputs, Layout(1, 1, 1, limit))
     assert isinstance(held.experts, StoredExperts)
+    assert hold_what_fits(inputs, Layout(1, 1, 1, limit), asked=1500) is inputs
     assert run_job(job, Threads(1, limit)).passes is None
 
 

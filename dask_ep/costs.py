@@ -17,8 +17,9 @@ import numpy as np
 FEWEST_ROWS = 64
 """Rows of a chunk below which the cost of a task outweighs its work many times over."""
 
-PROCESS_BYTES = 300_000_000
-"""What a worker process takes before it holds any data: Python, NumPy, Dask, Zarr."""
+PROCESS_BYTES = 210_000_000
+"""What a process takes beside experts and chunks: Python, NumPy, Dask and Zarr (measured 110 to 130
+MB), and scratch."""
 
 CLUSTER_TASK_SECONDS = 0.45e-3
 """Scheduler time of one task on a cluster (measured 0.42 to 0.48 ms, 900 to 13000 tasks)."""
@@ -68,14 +69,14 @@ def chunks_held(threads: int, ranks: int, spread: float, widening: int) -> float
 
     Notes
     -----
-    With one rank each task holds its chunk, its output and scratch of about as much, and two chunks
-    lie between tasks. With more, a chunk under way is itself, its packets, its answers and its sum;
-    packets and answers are `spread` times as large. There is one for each thread, and one more
-    between tasks. Sums are kept wide.
+    With one rank each task holds its chunk, its output and scratch of about as much, and four more
+    lie between tasks or wait for their next user. With more, a chunk under way is itself, its
+    packets, its answers and its sum; packets and answers are `spread` times as large. There is one
+    for each thread, and one more between tasks. Sums are kept wide.
     """
     wide = threads * (widening - 1)
     if ranks == 1:
-        return 3 * threads + 2 + wide
+        return 3 * threads + 4 + wide
     return (threads + 1) * (2 + 2 * max(1.0, spread)) + wide
 
 
@@ -85,8 +86,8 @@ class Need(NamedTuple):
     Examples
     --------
     >>> need = Need(expert_bytes=100 << 20, chunks=8, row_bytes=4096)
-    >>> need.at(8192) >> 20, need.rows_within(656 << 20)
-    (656, 8192)
+    >>> need.at(8192) >> 20, need.rows_within(need.at(8192))
+    (556, 8192)
     """
 
     expert_bytes: int

@@ -55,7 +55,7 @@ def inputs(job_file) -> Inputs:
 @pytest.mark.parametrize(
     ("layout", "chunks", "experts", "remark"),
     [
-        (Layout(1, 1, 2), 8, 16, "one rank: a chunk, its output and scratch a thread, two between"),
+        (Layout(1, 1, 2), 10, 16, "one rank: a chunk, its output and scratch a thread, four beside"),
         (Layout(2, 2, 1), 12, 8, "a row may go to both ranks"),
         (Layout(4, 2, 1), 12, 8, "two ranks a worker; a row has two slots, so goes to two ranks"),
         (Layout(4, 4, 1, placement="balanced"), 12, 5, "a spare slot on every rank"),
@@ -165,9 +165,9 @@ def test_a_limit_decides_the_chunks(inputs, threads, ranks):
 @pytest.mark.parametrize(
     ("layout", "asked", "experts", "chunks", "rows", "proposal"),
     [
-        (Layout(1, 1, 1), 2000, 16, 5, 500, {"chunk_rows": 500}),
-        (Layout(1, 1, 8), None, 16, 10, FEWEST_ROWS, {"threads": 2}),
-        (Layout(1, 1, 8), 2000, 16, 10, FEWEST_ROWS, {"threads": 2, "chunk_rows": 80}),
+        (Layout(1, 1, 1), 2000, 16, 7, 500, {"chunk_rows": 500}),
+        (Layout(1, 1, 8), None, 16, 12, FEWEST_ROWS, {"threads": 2}),
+        (Layout(1, 1, 8), 2000, 16, 12, FEWEST_ROWS, {"threads": 2, "chunk_rows": 76}),
         (Layout(1, 1, 1), None, 8, 12, FEWEST_ROWS, {"processes": 2}),
         (Layout(4, 4, 1, placement="exact"), None, 4, 12, FEWEST_ROWS, {"placement": "packed"}),
         (Layout(2, 2, 1), None, 2, 12, FEWEST_ROWS, {"processes": 8}),

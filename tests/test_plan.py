@@ -171,8 +171,8 @@ def test_experts_held_as_stored_take_their_stored_bytes_and_one_wide_one_a_threa
 @pytest.mark.parametrize(
     ("threads", "ranks", "spread", "widening", "held", "remark"),
     [
-        (1, 1, 1.0, 1, 5, "a chunk, its output, scratch; two between tasks"),
-        (2, 1, 1.0, 2, 10, "sums of bfloat16 rows are twice as wide"),
+        (1, 1, 1.0, 1, 7, "a chunk, its output, scratch; four beside"),
+        (2, 1, 1.0, 2, 12, "sums of bfloat16 rows are twice as wide"),
         (1, 4, 1.0, 1, 8, "every row goes to one rank"),
         (1, 4, 1.5, 1, 10, "rows go to 1.5 ranks on average"),
         (1, 4, 0.5, 1, 8, "half of the rows have no expert: the chunk itself stays"),
@@ -313,7 +313,7 @@ def test_experts_are_named_in_as_many_bytes_as_they_need(experts):
 def test_a_proposal_runs():
     tokens, routing, experts = job(rows=5000, d=64, chunk=2500)
     tokens = da.ones(tokens.shape, chunks=tokens.chunks, dtype="f4")
-    limit = PROCESS_BYTES + 8 * 64 * 64 * 4 + 5 * 512 * 64 * 4
+    limit = PROCESS_BYTES + 8 * 64 * 64 * 4 + 7 * 512 * 64 * 4
     with pytest.raises(PlanError) as refused:
         plan(tokens, routing, experts, threads=1, memory_limit=limit, rates=RATES)
     proposal = refused.value.proposal
@@ -363,7 +363,7 @@ def test_what_if_marks_the_fastest_that_fits():
 
 def test_a_job_that_cannot_fit_is_refused_with_a_proposal_that_does():
     tokens, routing, experts = job(rows=100_000, d=64, chunk=50_000)
-    limit = PROCESS_BYTES + 8 * 64 * 64 * 4 + 5 * 4096 * 64 * 4
+    limit = PROCESS_BYTES + 8 * 64 * 64 * 4 + 7 * 4096 * 64 * 4
     with pytest.raises(PlanError, match=r"a worker needs .* may use .*chunk_rows=4096") as refused:
         plan(tokens, routing, experts, threads=1, memory_limit=limit, rates=RATES)
     assert refused.value.plan.memory_bytes > limit >= refused.value.proposal.memory_bytes

@@ -17,9 +17,9 @@ import numpy as np
 FEWEST_ROWS = 64
 """Rows of a chunk below which the cost of a task outweighs its work many times over."""
 
-PROCESS_BYTES = 210_000_000
+PROCESS_BYTES = 300_000_000
 """What a process takes beside experts and chunks: Python, NumPy, Dask and Zarr (measured 110 to 130
-MB), and scratch."""
+MB), and the tiles of its threads."""
 
 CLUSTER_TASK_SECONDS = 0.45e-3
 """Scheduler time of one task on a cluster (measured 0.42 to 0.48 ms, 900 to 13000 tasks)."""
@@ -87,7 +87,7 @@ class Need(NamedTuple):
     --------
     >>> need = Need(expert_bytes=100 << 20, chunks=8, row_bytes=4096)
     >>> need.at(8192) >> 20, need.rows_within(need.at(8192))
-    (556, 8192)
+    (642, 8192)
     """
 
     expert_bytes: int

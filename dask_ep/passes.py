@@ -20,15 +20,12 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from dask_ep.costs import Rates
+from dask_ep.costs import PROCESS_BYTES, Rates
 from dask_ep.dispatch import TILE_BYTES, TILE_ROWS
 
 RATES = Rates(flops=1.0, copy=5e9)
 """By which the ways are compared: the usual ones of a disk and of memory, so that a plan and a run
 choose alike. Products are the same either way, and are left out."""
-
-BASE_BYTES = 300_000_000
-"""What a process takes beside rows and experts: itself, what its readers convert, and scratch."""
 
 FEWEST_ROWS = 64
 """Rows of a chunk below which the cost of a task outweighs its work many times over."""
@@ -391,7 +388,7 @@ def cut_pieces(
 
 
 def _fixed(sizes: Sizes) -> int:
-    return BASE_BYTES + sizes.beside
+    return PROCESS_BYTES + sizes.beside
 
 
 def _experts(sizes: Sizes, alive: int) -> int:

@@ -55,7 +55,7 @@ def inputs(job_file) -> Inputs:
 @pytest.mark.parametrize(
     ("layout", "chunks", "experts", "remark"),
     [
-        (Layout(1, 1, 2), 10, 16, "one rank: a chunk, its output and scratch a thread, four beside"),
+        (Layout(1, 1, 2), 10, 16, "one rank: a chunk, its output and scratch each, four more"),
         (Layout(2, 2, 1), 12, 8, "a row may go to both ranks"),
         (Layout(4, 2, 1), 12, 8, "two ranks a worker; a row has two slots, so goes to two ranks"),
         (Layout(4, 4, 1, placement="balanced"), 12, 5, "a spare slot on every rank"),
@@ -134,7 +134,7 @@ def test_experts_are_held_as_they_are_stored_where_only_so_they_fit(tmp_path, mo
 
 
 def test_experts_of_16_bits_are_held_so_where_each_has_rows_enough(tmp_path):
-    E, d = 4, 1024
+    E, d = 8, 1024
     rng = np.random.default_rng(0)
     np.save(tmp_path / "w.npy", rng.standard_normal((E, d, d)).astype("f2"))
     np.save(tmp_path / "x.npy", rng.standard_normal((1500, d), "f4"))

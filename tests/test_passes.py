@@ -16,13 +16,13 @@ from hypothesis import strategies as st
 
 from dask_ep import expert_major, local, reference
 from dask_ep.ahead import ExpertsAhead
-from dask_ep.costs import Rates
+from dask_ep.costs import PROCESS_BYTES, Rates
 from dask_ep.expert_major import READS, Rows, Walk
 from dask_ep.experts import Experts
 from dask_ep.files import ReadError
 from dask_ep.held_rows import hold
 from dask_ep.journal import count_done
-from dask_ep.passes import BASE_BYTES, Passes, Sizes, choose_passes, cut_pieces
+from dask_ep.passes import Passes, Sizes, choose_passes, cut_pieces
 from dask_ep.spill import Layout
 from dask_ep.spilled_rows import Spilled, collect
 from dask_ep.survey import survey
@@ -200,7 +200,7 @@ sizes = st.builds(
 
 @given(
     sizes=sizes,
-    limit=st.integers(BASE_BYTES, 64_000 * MB),
+    limit=st.integers(PROCESS_BYTES, 64_000 * MB),
     free=st.none() | st.integers(0, 10**13),
 )
 def test_what_is_chosen_fits_and_covers_all_rows(sizes, limit, free):
@@ -209,7 +209,7 @@ def test_what_is_chosen_fits_and_covers_all_rows(sizes, limit, free):
         with contextlib.suppress(MemoryError):
             found[way] = choose_passes(sizes, limit, free=free, ways=[way])
     for chosen in found.values():
-        assert BASE_BYTES < chosen.memory_bytes <= limit
+        assert PROCESS_BYTES < chosen.memory_bytes <= limit
         assert free is None or chosen.spill_bytes <= free
         chunks = -(-sizes.rows // chosen.chunk_rows)
         assert [c for group in chosen.groups(chunks) for c in group] == list(range(chunks))

@@ -20,13 +20,14 @@ from click.testing import CliRunner
 
 from dask_ep import run, sources, spill
 from dask_ep.build import open_inputs
+from dask_ep.costs import PROCESS_BYTES
 from dask_ep.example import Example, write_example
 from dask_ep.fit import Layout
 from dask_ep.in_passes import find_passes
 from dask_ep.job import Job, load_job
 from dask_ep.journal import read_manifest
 from dask_ep.output import progress_directory
-from dask_ep.passes import BASE_BYTES, Passes
+from dask_ep.passes import Passes
 from dask_ep.plan_command import plan_command
 from dask_ep.run import Cluster, Processes, Threads, run_job
 from dask_ep.verify import verify_job
@@ -328,7 +329,7 @@ def test_peak_memory_of_the_process_tree_is_within_the_limit(tmp_path, rows, lim
     job = write_large_job(tmp_path, rows)
     command = [sys.executable, "-m", "dask_ep", "run", str(job), "--threads", "2"]
     peak = peak_of_tree([*command, "--memory-limit", f"{limit}MB"])
-    assert peak <= limit * 10**6 < BASE_BYTES + 256 * 512 * 512 * 4, "all experts do not fit"
+    assert peak <= limit * 10**6 < PROCESS_BYTES + 256 * 512 * 512 * 4, "all experts do not fit"
     manifest = read_manifest(progress_directory(load_job(job).out))
     assert manifest["settings"]["passes"]["way"] == way
     expert = int(np.load(tmp_path / "routing.npy")[-1])

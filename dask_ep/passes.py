@@ -271,7 +271,7 @@ def _hold(
     if chunk_rows is None:
         stored_rows = unit = _written_together(sizes, most)
         passes = -(-sizes.rows // (sizes.threads * (most // unit * unit))) or 1
-        chunk_rows = _round_up(-(-sizes.rows // (passes * sizes.threads)), unit) or 1
+        chunk_rows = _round_up(-(-sizes.rows // (passes * sizes.threads)), unit) or unit
     chunks = -(-sizes.rows // chunk_rows)
     passes = -(-chunks // sizes.threads) or 1
     memory = fixed + sizes.threads * chunk_rows * row

@@ -11,7 +11,7 @@ from dataclasses import replace
 import dask
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from dask_ep import expert_major, local, reference
@@ -203,6 +203,14 @@ sizes = st.builds(
     limit=st.integers(PROCESS_BYTES, 64_000 * MB),
     free=st.none() | st.integers(0, 10**13),
 )
+@example(
+    sizes=Sizes(
+        rows=0, slots=1, d=1, d_out=1, itemsize=2, wide=4, experts=1, expert_stored=1,
+        expert_loaded=1, widest=1,
+    ),
+    limit=PROCESS_BYTES + 36_353,
+    free=None,
+)  # fmt: skip
 def test_what_is_chosen_fits_and_covers_all_rows(sizes, limit, free):
     found = {}
     for way in ("hold", "spill"):

@@ -322,6 +322,9 @@ def free_memory(xp: Any) -> tuple[int, int]:
 STREAMS = 4
 """Products at a time: enough to fill the gaps that one leaves at its end."""
 
+SUMS_IN_FLOAT32 = 16
+"""cuBLAS's CUBLAS_MATH_DISALLOW_REDUCED_PRECISION_REDUCTION, for which CuPy 14.2 has no name."""
+
 CUDA_TYPES = {
     "float16": "CUDA_R_16F",
     "bfloat16": "CUDA_R_16BF",
@@ -336,9 +339,11 @@ class Gemms:
     Notes
     -----
     - float16 and bfloat16: 16-bit numbers multiplied on tensor cores, added up in float32, and
-      rounded once, when written. CuPy's own product of bfloat16 (14.0 on, with ml_dtypes) is the
-      same call of cuBLAS, ``gemmEx`` with ``CUDA_R_16BF`` and ``CUBLAS_COMPUTE_32F``; it costs some
-      microseconds more of the host for each product, and makes an array of each matrix.
+      written as float32, or rounded once where `out` has 16 bits: sums of parts, which cuBLAS may
+      otherwise keep in the dtype of the output, are float32 by its math mode. CuPy's own product of
+      bfloat16 (14.0 on, with ml_dtypes) is the same call, ``gemmEx`` with ``CUDA_R_16BF`` and
+      ``CUBLAS_COMPUTE_32F``, but gives 16 bits and no other, costs some microseconds more of the
+      host for each product, and makes an array of each matrix.
     - float32: in float32, or as TF32 if the environment says ``CUPY_TF32=1``, as CuPy's own are.
     - cuBLAS promises the same bits each time if a handle works on one stream, so that each stream
       here has its own handle (NVIDIA's documentation of cuBLAS, "Results reproducibility").
@@ -352,6 +357,8 @@ class Gemms:
         self._streams = [xp.cuda.Stream(non_blocking=True) for _ in range(STREAMS)]
         self._handles = [self._cublas.create() for _ in self._streams]
         self._own = self._cublas.create()  # for the compute stream
+        for handle in (*self._handles, self._own):
+            self._cublas.setMathMode(handle, SUMS_IN_FLOAT32)
         self._lock = threading.Lock()  # a handle serves one thread at a time
         self._ones = {np.float32: np.ones(1, np.float32), np.float64: np.ones(1, np.float64)}
         self._zeros = {np.float32: np.zeros(1, np.float32), np.float64: np.zeros(1, np.float64)}
@@ -392,15 +399,14 @@ class Gemms:
         stride: int,
     ) -> None:
         itemsize = rows.dtype.itemsize
-        _, (op, other, n, m, k, one, W, kind, ld, x, _, ldx, zero, y, _, ldy, sums, algorithm) = (
-            self._arguments(rows, matrices[0], out, 0, bounds[0][1])
-        )
-        steps = (m * rows.strides[0] // itemsize, m * out.strides[0] // itemsize)
+        _, arguments = self._arguments(rows, matrices[0], out, 0, bounds[0][1])
+        op, other, n, m, k, one, W, kind, ld, x, _, ldx, zero, y, made, ldy, sums, algo = arguments
+        steps = (m * rows.strides[0] // itemsize, m * out.strides[0] // out.dtype.itemsize)
         with self._lock:
             self._cublas.gemmStridedBatchedEx(
                 *(self._own, op, other, n, m, k, one, W, kind, ld, stride // itemsize),
-                *(x, kind, ldx, steps[0], zero, y, kind, ldy, steps[1]),
-                *(len(matrices), sums, algorithm),
+                *(x, kind, ldx, steps[0], zero, y, made, ldy, steps[1]),
+                *(len(matrices), sums, algo),
             )
 
     def _arguments(
@@ -417,7 +423,9 @@ class Gemms:
             matrix = self._xp.ascontiguousarray(matrix)
             transposed, leading = _lies(matrix)
         (width, d_out), itemsize = matrix.shape, rows.dtype.itemsize
-        kind = getattr(self._xp.cuda.runtime, CUDA_TYPES[rows.dtype.name])
+        kind, made = (
+            getattr(self._xp.cuda.runtime, CUDA_TYPES[array.dtype.name]) for array in (rows, out)
+        )
         wide = np.float64 if rows.dtype == np.float64 else np.float32
         cublas = self._cublas
         return matrix, (
@@ -428,7 +436,7 @@ class Gemms:
             *(matrix.data.ptr, kind, leading),
             *(rows.data.ptr + start * rows.strides[0], kind, rows.strides[0] // itemsize),
             self._zeros[wide].ctypes.data,
-            *(out.data.ptr + start * out.strides[0], kind, out.strides[0] // itemsize),
+            *(out.data.ptr + start * out.strides[0], made, out.strides[0] // out.dtype.itemsize),
             self._accuracy(rows.dtype),
             cublas.CUBLAS_GEMM_DEFAULT,
         )

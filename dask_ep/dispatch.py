@@ -70,7 +70,10 @@ class Expert(ABC):
 
     @abstractmethod
     def __call__(self, rows: Array, out: Array | None = None) -> Array:
-        """Compute the expert on rows (m, d); into `out` (m, d_out) when it is given."""
+        """Compute the expert on rows (m, d); into `out` (m, d_out) when it is given.
+
+        On a device `out` is float32 where rows have 16 bits and answers are still to be added up.
+        """
 
     @staticmethod
     def together(
@@ -100,8 +103,11 @@ class Linear(Expert):
         grouped.products(rows, matrices, bounds, out)
 
     def __call__(self, rows: Array, out: Array | None = None) -> Array:
-        xp = namespace(rows)
-        return xp.matmul(rows, self.W.astype(rows.dtype, copy=False), out=out)
+        xp, W = namespace(rows), self.W.astype(rows.dtype, copy=False)
+        if out is None or out.dtype == rows.dtype:
+            return xp.matmul(rows, W, out=out)
+        grouped.products(rows, [W], [(0, len(rows))], out)
+        return out
 
 
 class _Function(Expert):
@@ -127,7 +133,7 @@ class _Function(Expert):
         y = self._checked(self._function(rows), m=len(rows), d_out=self.d_out)
         if out is None:
             return y
-        out[...] = y
+        out[...] = y.astype(out.dtype, copy=False)
         return out
 
 
@@ -174,7 +180,7 @@ def expert_parallel_dispatch(
     Notes
     -----
     float64 tokens are computed in float64, all others in float32, whatever the weights' dtype; on a
-    device float16 and bfloat16 stay what they are between the steps, and are added up in float32.
+    device products of float16 and bfloat16 take 16 bits and give float32 (see `grouped`).
     One stable sort of the n * k slots and one matrix product per expert with rows (per tile of
     `TILE_BYTES` on the CPU); additions go in the order of the experts, so that the same input
     gives the same bits. Rows that come sorted by expert with one slot each are neither gathered nor
@@ -196,20 +202,34 @@ def expert_parallel_dispatch(
            [ 9., 12.],
            [ 0.,  0.]])
     """
+    return dispatch(tokens, routing, topk_weights, expert_Ws, rank, world_size)
+
+
+def dispatch(
+    tokens: Array,
+    routing: Array,
+    topk_weights: Array | None,
+    expert_Ws: Array | Sequence[Any],
+    rank: int,
+    world_size: int,
+    dtype: np.dtype | None = None,
+) -> Array:
+    """As `expert_parallel_dispatch`, with an output of another dtype, such as that of its sums."""
     xp = one_namespace(tokens=tokens, routing=routing, topk_weights=topk_weights)
     check_tokens(tokens)
     check_routing(routing, topk_weights, n=tokens.shape[0])
     check_rank(rank, world_size)
     compute = computing_dtype(tokens.dtype, on_device=xp is not np)
     experts = as_experts(expert_Ws, d=tokens.shape[1], like=tokens, dtype=compute)
+    dtype = tokens.dtype if dtype is None else dtype
     if xp is not np:
-        return _on_device(tokens, routing, topk_weights, experts, rank, world_size)
+        return _on_device(tokens, routing, topk_weights, experts, rank, world_size, dtype)
 
     segments = sort_slots(routing, topk_weights, len(experts), rank, world_size)
     served = Served(tokens, segments, topk_weights, experts[0].d_out)
     for e, expert in enumerate(experts):
         served.add(e, expert)
-    return served.out.astype(tokens.dtype, copy=False)
+    return served.out.astype(dtype, copy=False)
 
 
 def _on_device(
@@ -219,6 +239,7 @@ def _on_device(
     experts: Sequence[Expert],
     rank: int,
     world_size: int,
+    dtype: np.dtype,
 ) -> Array:
     sums, weights = computing_dtype(tokens.dtype), None
     if topk_weights is not None:
@@ -229,7 +250,7 @@ def _on_device(
         _raise_bad_index(routing, len(experts) * world_size, len(experts), world_size)
     if slots.nan:
         _raise_nan(topk_weights)
-    return grouped.through_experts(tokens, slots, weights, experts, sums)
+    return grouped.through_experts(tokens, slots, weights, experts, sums, dtype)
 
 
 # --- what is an expert here? -----------------------------------------------------------------
@@ -563,8 +584,9 @@ def is_float(dtype: np.dtype) -> bool:
 def computing_dtype(dtype: np.dtype, on_device: bool = False) -> np.dtype:
     """The dtype in which tokens of a dtype are computed, and of which their experts are held.
 
-    float64 stays, all else is float32, in which sums are taken everywhere. On a device 16 bits stay
-    16 bits between two steps, so that float16 beyond 65504 becomes infinite there.
+    float64 stays, all else is float32, in which sums are taken everywhere. On a device products
+    take 16 bits as they are, so that what goes into one is infinite there if it is a float16 beyond
+    65504.
     """
     if on_device and np.dtype(dtype).itemsize == 2:
         return np.dtype(dtype)

@@ -103,37 +103,38 @@ extern "C" __global__ void gather(
 
 // out[r] = rows[slot / k] * weights[slot], of slot = order[r]; of r itself if it is not ORDERED.
 extern "C" __global__ void weigh(
-    const T *rows, const long long *order, const W *weights, T *out,
+    const S *rows, const long long *order, const W *weights, T *out,
     long long m, long long k, long long width)
 {
     for EACH_ROW(r, m) {
         long long slot = ORDERED ? order[r] : r;
-        const T *from = rows + slot / k * width;
+        const S *from = rows + slot / k * width;
         W weight = weights[slot];
         for EACH_COLUMN(c, width) narrow(wide(from[c]) * weight, out[r * width + c]);
     }
 }
 
-// hidden[r, c] = ACTIVATION(gate) * (up + up_offset) of gate = hidden[r, c], up = hidden[r, f + c].
+// out[r, c] = ACTIVATION(gate) * (up + up_offset) of gate = hidden[r, c], up = hidden[r, f + c];
+// rows of out are `step` apart, and it may be hidden itself.
 extern "C" __global__ void gate(
-    T *hidden, long long m, long long f, W limit, W alpha, W up_offset)
+    W *hidden, T *out, long long m, long long f, long long step, W limit, W alpha, W up_offset)
 {
     for EACH_ROW(r, m) {
-        T *row = hidden + r * 2 * f;
+        W *row = hidden + r * 2 * f;
         for EACH_COLUMN(c, f) {
-            W gate = wide(row[c]), up = wide(row[f + c]);
+            W gate = row[c], up = row[f + c];
             if (LIMITED) {
                 gate = gate > limit ? limit : gate;
                 up = up > limit ? limit : (up < -limit ? -limit : up);
             }
-            narrow(ACTIVATION(gate, alpha) * (up + up_offset), row[c]);
+            narrow(ACTIVATION(gate, alpha) * (up + up_offset), out[r * step + c]);
         }
     }
 }
 
-extern "C" __global__ void activate(T *hidden, long long n, W alpha)
+extern "C" __global__ void activate(W *hidden, T *out, long long n, W alpha)
 {
-    for EACH(i, n) narrow(ACTIVATION(wide(hidden[i]), alpha), hidden[i]);
+    for EACH(i, n) narrow(ACTIVATION(hidden[i], alpha), out[i]);
 }
 
 // Each row's k numbers in ascending order.
@@ -151,7 +152,7 @@ extern "C" __global__ void sort_rows(long long *numbers, long long n, long long 
 
 // out[r] = sum of answers[p] * weights[order[p]] over the k positions p of row r that are below m.
 extern "C" __global__ void combine(
-    const T *answers, const long long *positions, const long long *order, const W *weights, T *out,
+    const W *answers, const long long *positions, const long long *order, const W *weights, T *out,
     long long n, long long k, long long m, long long width)
 {
     for EACH_ROW(r, n) {
@@ -159,7 +160,7 @@ extern "C" __global__ void combine(
         for EACH_COLUMN(c, width) {
             W total = 0;
             for (long long j = 0; j < k && of_row[j] < m; ++j) {
-                W answer = wide(answers[of_row[j] * width + c]);
+                W answer = answers[of_row[j] * width + c];
                 if (WEIGHTED) answer *= weights[order[of_row[j]]];
                 total += answer;
             }
@@ -208,6 +209,7 @@ VECTORS = {
 def source_of(
     T: Any = np.float32,
     *,
+    source: Any = None,
     index: Any = np.int64,
     key: Any = np.int16,
     vector: int = 1,
@@ -217,6 +219,9 @@ def source_of(
     limited: bool = False,
 ) -> str:
     """Give the source with its types and switches filled in.
+
+    Rows are read as `source`, `T` where that is None, and written as `T`; what lies between two
+    steps is as wide as sums are.
 
     Examples
     --------
@@ -228,6 +233,7 @@ def source_of(
         [
             NUMBERS,
             f"typedef {TYPES[np.dtype(T).name]} T;",
+            f"typedef {TYPES[np.dtype(T if source is None else source).name]} S;",
             f"typedef {wide} W;",
             f"typedef {TYPES[np.dtype(index).name]} I;",
             f"typedef {TYPES[np.dtype(key).name]} K;",
@@ -283,7 +289,7 @@ class Fused:
 
     def weigh(self, rows: Array, order: Array | None, k: int, weights: Array, out: Array) -> None:
         """``out[r] = rows[s // k] * weights[s]`` of ``s = order[r]``, or r; `out` may be `rows`."""
-        kernel = self._compile("weigh", T=rows.dtype, ordered=order is not None)
+        kernel = self._compile("weigh", T=out.dtype, source=rows.dtype, ordered=order is not None)
         sizes = map(np.int64, (len(out), k, rows.shape[1]))
         order = out if order is None else order  # any pointer: it is not read
         _launch_rows(kernel, len(out), (rows, order, weights, out, *sizes))
@@ -291,24 +297,28 @@ class Fused:
     def gate(
         self,
         hidden: Array,
+        out: Array,
         activation: str,
         limit: float | None,
         alpha: float,
         up_offset: float,
     ) -> None:
-        """``hidden[:, :f] = activation(gate) * (up + up_offset)`` of hidden (m, 2 f)."""
+        """``out[:, :f] = activation(gate) * (up + up_offset)`` of hidden (m, 2 f) in `wide`.
+
+        `out` is (m, f), or `hidden` itself.
+        """
         m, both = hidden.shape
         kernel = self._compile(
-            "gate", T=hidden.dtype, activation=activation, limited=limit is not None
+            "gate", T=out.dtype, activation=activation, limited=limit is not None
         )
-        wide = _wide(hidden.dtype)
-        numbers = map(wide, (0.0 if limit is None else limit, alpha, up_offset))
-        _launch_rows(kernel, m, (hidden, np.int64(m), np.int64(both // 2), *numbers))
+        numbers = map(hidden.dtype.type, (0.0 if limit is None else limit, alpha, up_offset))
+        sizes = map(np.int64, (m, both // 2, out.shape[1]))
+        _launch_rows(kernel, m, (hidden, out, *sizes, *numbers))
 
-    def activate(self, hidden: Array, activation: str, alpha: float) -> None:
-        """``hidden = activation(hidden)``."""
-        kernel = self._compile("activate", T=hidden.dtype, activation=activation)
-        arguments = (hidden, np.int64(hidden.size), _wide(hidden.dtype)(alpha))
+    def activate(self, hidden: Array, out: Array, activation: str, alpha: float) -> None:
+        """``out = activation(hidden)``, which is `wide`; `out` may be `hidden`."""
+        kernel = self._compile("activate", T=out.dtype, activation=activation)
+        arguments = (hidden, out, np.int64(hidden.size), hidden.dtype.type(alpha))
         kernel(_blocks(hidden.size), (THREADS,), arguments)
 
     def combine(
@@ -319,14 +329,14 @@ class Fused:
         weights: Array | None,
         out: Array,
     ) -> None:
-        """Sum answers (m, d_out) into out (n, d_out), in ascending order of the positions (n, k).
+        """Sum wide answers (m, d_out) into out (n, d_out), in ascending order of positions (n, k).
 
         Positions of m and more count for nothing; `positions` is sorted row by row.
         """
         n, k = positions.shape
         sort = self._compile("sort_rows")
         sort(_blocks(n), (THREADS,), (positions, np.int64(n), np.int64(k)))
-        kernel = self._compile("combine", T=answers.dtype, weighted=weights is not None)
+        kernel = self._compile("combine", T=out.dtype, weighted=weights is not None)
         weights = positions if weights is None else weights  # any pointer: it is not read
         sizes = map(np.int64, (n, k, len(answers), out.shape[1]))
         _launch_rows(kernel, n, (answers, positions, order, weights, out, *sizes))
@@ -352,10 +362,6 @@ def kernels(xp: Any) -> Fused | None:
 
         _fused[xp.__name__] = Fused(compile_)
     return _fused[xp.__name__]
-
-
-def _wide(dtype: np.dtype) -> Any:
-    return np.float64 if dtype == np.float64 else np.float32
 
 
 def _blocks(n: int) -> tuple[int]:

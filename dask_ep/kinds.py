@@ -42,11 +42,11 @@ class Affine(Expert):
     def together(experts: Sequence[Affine], rows: Array, bounds: Bounds, out: Array) -> None:
         Linear.together([expert._product for expert in experts], rows, bounds, out)
         for expert, (start, stop) in zip(experts, bounds, strict=True):
-            out[start:stop] += expert._bias
+            out[start:stop] += expert._bias.astype(out.dtype, copy=False)
 
     def __call__(self, rows: Array, out: Array | None = None) -> Array:
         out = self._product(rows, out)
-        out += self._bias
+        out += self._bias.astype(out.dtype, copy=False)
         return out
 
 
@@ -70,19 +70,19 @@ class Mlp(Expert):
         one = experts[0]
         hidden = _hidden(rows, one._up)
         one._up.together([expert._up for expert in experts], rows, bounds, hidden)
+        active = _room_for(hidden, rows.dtype, one._up.d_out)
         if (kernels := fused.kernels(namespace(hidden))) is not None:
-            kernels.activate(hidden, one._activation, 1.0)
+            kernels.activate(hidden, active, one._activation, 1.0)
         else:
-            wide = hidden.astype(computing_dtype(hidden.dtype), copy=False)
-            one._activate(wide, 1.0)
-            hidden[...] = wide
-        one._down.together([expert._down for expert in experts], hidden, bounds, out)
+            one._activate(hidden, 1.0)
+            active[...] = hidden.astype(active.dtype, copy=False)
+        one._down.together([expert._down for expert in experts], active, bounds, out)
 
     def __call__(self, rows: Array, out: Array | None = None) -> Array:
         hidden = self._up(rows, _hidden(rows, self._up))
         for part in memory.runs_in_cache(hidden):
             self._activate(hidden[part], 1.0)
-        return self._down(hidden, out)
+        return self._down(hidden.astype(rows.dtype, copy=False), out)
 
 
 class Gated(Expert):
@@ -114,16 +114,11 @@ class Gated(Expert):
         up = self._up(rows, _hidden(rows, self._up))
         for part in memory.runs_in_cache(gate):
             self._combine(gate[part], up[part])
-        return self._down(gate, out)
+        return self._down(gate.astype(rows.dtype, copy=False), out)
 
     def _combine(self, gate: Array, up: Array) -> None:
         """Replace `gate` by activation(gate) * up."""
         xp = namespace(gate)
-        if xp is not np and gate.dtype.itemsize == 2:
-            wide = gate.astype(np.float32)
-            self._combine(wide, up.astype(np.float32))
-            gate[...] = wide
-            return
         if self._limit is not None:
             xp.minimum(gate, self._limit, out=gate)
             xp.clip(up, -self._limit, self._limit, out=up)
@@ -137,7 +132,8 @@ class GatedPair(Expert):
     """`Gated` on a device: gate and up side by side in one matrix, so in one product.
 
     ``hidden = x @ gate_up`` has the gate in its first f columns, where it is replaced by
-    activation(gate) * up; ``down`` reads it from there.
+    activation(gate) * up; ``down`` reads it from there. Where rows have 16 bits `hidden` is
+    float32, and what ``down`` reads is an array of its own.
     """
 
     def __init__(
@@ -176,22 +172,24 @@ class GatedPair(Expert):
         one = experts[0]
         hidden = _hidden(rows, one._gate_up)
         one._gate_up.together([expert._gate_up for expert in experts], rows, bounds, hidden)
-        one._combine(hidden)
-        gated = hidden[:, : one._down.d]
+        gated = _room_for(hidden, rows.dtype, one._down.d)
+        one._combine(hidden, gated)
+        gated = gated[:, : one._down.d]
         one._down.together([expert._down for expert in experts], gated, bounds, out)
 
-    def _combine(self, hidden: Array) -> None:
+    def _combine(self, hidden: Array, out: Array) -> None:
+        """Write activation(gate) * up to the first f columns of `out`, which may be `hidden`."""
         if (kernels := fused.kernels(namespace(hidden))) is not None:
             numbers = (self._limit, self._alpha, self._up_offset)
-            kernels.gate(hidden, self._activation, *numbers)
+            kernels.gate(hidden, out, self._activation, *numbers)
             return
-        f, wide = self._down.d, computing_dtype(hidden.dtype)
-        gate, up = hidden[:, :f].astype(wide), hidden[:, f:].astype(wide)
+        f = self._down.d
+        gate, up = hidden[:, :f], hidden[:, f:]
         if self._limit is not None:
             gate = namespace(gate).minimum(gate, self._limit)
             up = up.clip(-self._limit, self._limit)
         ACTIVATIONS[self._activation](gate, self._alpha)
-        hidden[:, :f] = gate * (up + self._up_offset)
+        out[:, :f] = (gate * (up + self._up_offset)).astype(out.dtype, copy=False)
 
 
 class Summed(Expert):
@@ -214,7 +212,16 @@ class Summed(Expert):
 
 
 def _hidden(rows: Array, expert: Expert) -> Array:
-    return memory.empty((len(rows), expert.d_out), rows.dtype, like=rows)
+    """Room for what an expert's first product gives: as wide as sums are."""
+    dtype = computing_dtype(rows.dtype)
+    return memory.empty((len(rows), expert.d_out), dtype, like=rows)
+
+
+def _room_for(hidden: Array, dtype: np.dtype, width: int) -> Array:
+    """Room for what the next product reads: `hidden` itself, if its dtype is that of the rows."""
+    if hidden.dtype == dtype:
+        return hidden
+    return memory.empty((len(hidden), width), dtype, like=hidden)
 
 
 # --- activations, in place -------------------------------------------------------------------

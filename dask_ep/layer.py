@@ -25,7 +25,7 @@ from dask.task_spec import Task, TaskRef
 
 from dask_ep import memory
 from dask_ep.capacity import Capacity, ExpertChoice
-from dask_ep.dispatch import Array, computing_dtype, expert_parallel_dispatch, is_float, namespace
+from dask_ep.dispatch import Array, computing_dtype, dispatch, is_float, namespace
 from dask_ep.experts import CallableExperts, Experts, as_experts
 from dask_ep.lazy_routing import SmallArray, count_rows, route_rows
 from dask_ep.pipeline import expert_parallel
@@ -364,33 +364,24 @@ def _finish(
 ) -> Array:
     """Add to the routed output in float32, or float64 where rows are, rounding once."""
     compute = computing_dtype(rows.dtype)
-    if namespace(rows) is not np and rows.dtype != compute:
-        return _finish_in_16_bits(rows, routed, shared, residual)
-    rows = rows.astype(compute, copy=False)
+    if namespace(rows) is np:
+        rows = rows.astype(compute, copy=False)
     if shared is None:
         y = memory.empty(routed.shape, compute, like=routed)
-        namespace(y).add(routed, rows, out=y)
+        namespace(y).add(_wide(routed), _wide(rows), out=y)
         return y.astype(routed.dtype, copy=False)
-    y = _apply_shared(rows, *shared)
-    y += routed
+    y = _apply_shared(rows, *shared, dtype=compute)
+    y += _wide(routed)
     if residual:
-        y += rows
+        y += _wide(rows)
     return y.astype(routed.dtype, copy=False)
 
 
-def _finish_in_16_bits(
-    rows: Array, routed: Array, shared: tuple[Any, Array | None] | None, residual: bool
-) -> Array:
-    """The same on a device, where shared experts take and give 16 bits."""
-    y = routed.astype(np.float32)
-    if shared is not None:
-        y += _apply_shared(rows, *shared).astype(np.float32)
-    if residual:
-        y += rows.astype(np.float32)
-    return y.astype(routed.dtype)
+def _wide(rows: Array) -> Array:
+    return rows.astype(computing_dtype(rows.dtype), copy=False)
 
 
-def _apply_shared(rows: Array, experts: Any, gate: Array | None) -> Array:
+def _apply_shared(rows: Array, experts: Any, gate: Array | None, dtype: np.dtype) -> Array:
     """Every row through every shared expert: the kernel with a routing that says so."""
     xp, count = namespace(rows), len(experts)
     everyone = xp.broadcast_to(xp.arange(count, dtype=np.int32), (len(rows), count))
@@ -399,4 +390,4 @@ def _apply_shared(rows: Array, experts: Any, gate: Array | None) -> Array:
         with np.errstate(over="ignore"):
             weights = 1 / (1 + xp.exp(-(rows.astype(gate.dtype, copy=False) @ gate)))
         weights = xp.broadcast_to(weights[:, None], everyone.shape)
-    return expert_parallel_dispatch(rows, everyone, experts, 0, 1, topk_weights=weights)
+    return dispatch(rows, everyone, weights, experts, 0, 1, dtype=dtype)

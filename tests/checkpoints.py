@@ -22,6 +22,28 @@ LAYER = 1
 """The layer that each of them holds."""
 
 
+BEYOND_BFLOAT16 = {
+    "deepseek_v2": 2.4e-3,
+    "deepseek_v3_fp8_cut": 2.5e-3,
+    "ernie4_5_moe": 2.4e-3,
+    "gpt_oss_mxfp4": 2.3e-3,
+    "llama4_text": 2.7e-3,
+    "llama4_top2": 3.3e-3,
+    "mixtral": 3.3e-3,
+}
+"""Where outputs on a device are further than 2e-3 from float64: few of the numbers that go into the
+second product make the output, each with the rounding of bfloat16; shared experts are added to a
+sum that was rounded; and in Llama 4 a row is weighed before its expert sees it."""
+
+
+def tolerance_in_bfloat16(case: str) -> float:
+    """How far outputs in bfloat16 may be from float64 on a device, of the largest value.
+
+    That is before they are rounded, which takes up to 3.9e-3 more.
+    """
+    return BEYOND_BFLOAT16.get(case, 2e-3)
+
+
 def expected(case: str) -> dict[str, np.ndarray]:
     """What transformers gave: hidden (3, 8, H), output, indices and weights (24, k)."""
     with np.load(FIXTURES / case / "expected.npz") as found:

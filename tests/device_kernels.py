@@ -100,6 +100,9 @@ def _argument(argument: Any) -> Any:
 TYPES = {0: np.float32, 1: np.float64, 2: np.float16, 14: ml_dtypes.bfloat16}
 """What cudaDataType says, by its number."""
 
+SUPPORTED = {(0, 0, 68), (0, 0, 77), (1, 1, 70), (2, 2, 68), (2, 0, 68), (14, 14, 68), (14, 0, 68)}
+"""What goes in, what comes out, and how it is computed, of what cuBLAS has for `gemmEx`."""
+
 
 class Cublas:
     """The part of it that is called; notes each product."""
@@ -110,10 +113,14 @@ class Cublas:
     def __init__(self) -> None:
         self.calls: list[SimpleNamespace] = []
         self.batches: list[list[SimpleNamespace]] = []
+        self.modes: dict[int, int] = {}
         self._handles = itertools.count(1)
 
     def create(self) -> int:
         return next(self._handles)
+
+    def setMathMode(self, handle: int, mode: int) -> None:
+        self.modes[handle] = mode
 
     def gemmEx(
         self, handle, transa, transb, m, n, k, alpha, A, Atype, lda, B, Btype, ldb, beta, C, Ctype,
@@ -122,6 +129,8 @@ class Cublas:
         sums = np.float64 if computeType == self.CUBLAS_COMPUTE_64F else np.float32
         one, zero = (ctypes.cast(p, ctypes.POINTER(_C[sums]))[0] for p in (alpha, beta))
         assert (one, zero) == (1, 0)
+        assert Atype == Btype
+        assert (Atype, Ctype, computeType) in SUPPORTED
         left = _columns(A, Atype, (m, k), lda, transposed=transa)
         right = _columns(B, Btype, (k, n), ldb, transposed=transb)
         out = _columns(C, Ctype, (m, n), ldc, transposed=False)

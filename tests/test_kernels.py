@@ -155,25 +155,33 @@ def test_a_weight_that_is_nan(cublas):
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("transposed", [False, True])
 @pytest.mark.parametrize("wider", [0, 3])
-def test_products_of_cublas(cublas, dtype, transposed, wider):
-    """Rows may be part of wider ones; matrices may lie either way."""
+@pytest.mark.parametrize("wide", [False, True])
+def test_products_of_cublas(cublas, dtype, transposed, wider, wide):
+    """Rows may be part of wider ones; matrices may lie either way; 16 bits may give float32."""
     bounds = [(0, 4), (4, 4), (4, 11), (11, 12), (12, 14), (14, 20)]
     rows = on_device(normal(20, 5 + wider, dtype=dtype))[:, :5]
     matrices = [normal(5, 3, seed=e, dtype=dtype) for e in range(len(bounds))]
     there = [
         on_device(np.ascontiguousarray(m.T)).T if transposed else on_device(m) for m in matrices
     ]
-    out = xp.empty((20, 3), dtype=dtype)
-    grouped.products(rows, there, bounds, out)
     sums = computing_dtype(dtype)
+    out = xp.empty((20, 3), dtype=sums if wide else dtype)
+    grouped.products(rows, there, bounds, out)
     for matrix, (start, stop) in zip(matrices, bounds, strict=True):
-        want = (rows.get()[start:stop].astype(sums) @ matrix.astype(sums)).astype(dtype)
+        want = (rows.get()[start:stop].astype(sums) @ matrix.astype(sums)).astype(out.dtype)
         np.testing.assert_allclose(
             out.get()[start:stop].astype("f8"),
             want.astype("f8"),
-            rtol=1e-2 if sums != dtype else 1e-5,
+            rtol=1e-2 if sums != out.dtype else 1e-5,
         )
     assert len(cublas.calls) == 5, "none for an expert without rows"
+
+
+def test_no_sum_of_cublas_is_kept_in_16_bits(cublas):
+    one = on_device(np.ones((1, 1), np.float16))
+    grouped.products(one, [one], [(0, 1)], xp.empty((1, 1), dtype=np.float16))
+    assert set(cublas.modes.values()) == {16}
+    assert {call.handle for call in cublas.calls} <= set(cublas.modes)
 
 
 def test_each_stream_of_cublas_has_a_handle_of_its_own(cublas):

@@ -1,21 +1,24 @@
 """How are the weights of the next experts read while the present ones compute?
 
     ep_experts task ──> ExpertsAhead ──> the readers' queue: one thread per process, or a few where
-                             │           there are many cores; straight to what is computed with
+                             │           there are many cores; bytes in memory, as they are stored
                              v
-    ep_dispatch tasks: the experts, waiting for them where they have not come yet
+    ep_dispatch tasks: the first to ask for an expert makes them what is computed with, matrix by
+                       matrix, and others that ask meanwhile take a part of it
 
-A task that reads would keep a thread that could compute from doing so. What bounds memory is the
-graph: it begins to read a block when an earlier one is done with.
+A task that reads would keep a thread that could compute from doing so; and bfloat16, FP8 and MXFP4
+wait in the bytes that they have in their files. What bounds memory is the graph: it begins to read
+a block, and to compute one, when an earlier one is done with.
 """
 
 from __future__ import annotations
 
+import contextlib
 import os
 import threading
+from collections import deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from importlib import import_module
 from typing import Any
 
 import numpy as np
@@ -23,10 +26,12 @@ from dask.system import CPU_COUNT
 
 from dask_ep.dispatch import Expert
 from dask_ep.experts import Experts
+from dask_ep.held import held_in_memory
 from dask_ep.local import LocalExperts
+from dask_ep.weights import Weight
 
 READERS = min(max(CPU_COUNT // 4, 1), 4)
-"""Threads of a process that read: one decodes about 1 GB of 16-bit weights in a second."""
+"""Threads of a process that read: each brings about 1 GB in a second."""
 
 
 class _Readers:
@@ -62,29 +67,27 @@ class ExpertsAhead(Sequence):
     Parameters
     ----------
     experts : Experts
-        All of them are read.
-    xp : name of the array namespace that they compute in
+        All of them are read; computed by NumPy.
     dtype : the computing dtype
     tell : called when they have been read, optional
 
     Notes
     -----
-    Its size is told to Dask as if the experts were there. Copied to another process it reads its
+    In memory as they are stored until one of them is asked for, and in the computing dtype from
+    then on. Its size is told to Dask as if that was so. Copied to another process it reads its
     files again.
     """
 
-    def __init__(
-        self, experts: Experts, xp: str, dtype: np.dtype, tell: Callable[[], Any] | None = None
-    ):
-        self._origin = (experts, xp, dtype, tell)
+    def __init__(self, experts: Experts, dtype: np.dtype, tell: Callable[[], Any] | None = None):
+        self._origin = (experts, dtype, tell)
         self.nbytes = experts.parameters * experts.num_experts * np.dtype(dtype).itemsize
-        self._coming: Future[LocalExperts] = _readers.submit(_load, *self._origin)
+        self._coming: Future[_Compressed] = _readers.submit(_read, *self._origin)
 
     def __len__(self) -> int:
         return self._origin[0].num_experts
 
     def __getitem__(self, e: int) -> Expert:
-        return self._coming.result()[e]
+        return self._coming.result().experts()[e]
 
     def __sizeof__(self) -> int:
         return object.__sizeof__(self) + self.nbytes
@@ -93,10 +96,40 @@ class ExpertsAhead(Sequence):
         return type(self), self._origin
 
 
-def _load(
-    experts: Experts, xp: str, dtype: np.dtype, tell: Callable[[], Any] | None
-) -> LocalExperts:
-    loaded = experts.load(xp=import_module(xp), dtype=dtype)
+class _Compressed:
+    """Experts in memory as they are stored, until the first is asked for."""
+
+    def __init__(self, experts: Experts, dtype: np.dtype):
+        self._origin, self._dtype = experts, dtype
+        self._lock, self._local = threading.Lock(), None
+        self._decoded: dict[str, list[Future[np.ndarray]]] = {}
+        self._waiting: deque[tuple[Weight, Future[np.ndarray]]] = deque()
+        for e in range(experts.num_experts):
+            for name, weight in held_in_memory(experts, e).weights.items():
+                self._waiting.append((weight, Future()))
+                self._decoded.setdefault(name, []).append(self._waiting[-1][1])
+
+    def experts(self) -> LocalExperts:
+        """Give them to compute with; whoever asks decodes what nobody has begun with."""
+        while self._waiting:
+            with contextlib.suppress(IndexError):  # another was faster
+                _decode(*self._waiting.popleft(), self._dtype)
+        with self._lock:
+            if self._local is None:
+                given = {n: [one.result() for one in stack] for n, stack in self._decoded.items()}
+                self._local = LocalExperts(self._origin, np, self._dtype, given)
+            return self._local
+
+
+def _decode(weight: Weight, to: Future[np.ndarray], dtype: np.dtype) -> None:
+    try:
+        to.set_result(weight.read(dtype)[0])
+    except BaseException as error:  # for all who wait for it
+        to.set_exception(error)
+
+
+def _read(experts: Experts, dtype: np.dtype, tell: Callable[[], Any] | None) -> _Compressed:
+    read = _Compressed(experts, dtype)
     if tell is not None:
         tell()
-    return loaded
+    return read

@@ -5,18 +5,22 @@
        v           v           v
     the rows that want it, all that there are in a group of token chunks
 
-A *block* is some experts that go by together. Blocks are in memory `alive` at a time, by
-dependencies: a block is begun to be read when all that needed the one `alive` places before is
-done; and what needs a block waits until the next one is begun to be read. Where the rows are
-meanwhile is told by `held_rows` (in memory) and `spilled_rows` (on disk).
+A *block* is some experts that go by together. At most `decoded` blocks are computed with at a time,
+and `ahead` more are read, or wait as they are stored; by dependencies alone:
+
+    a block is begun to be read     when all is done that needed the block `decoded + ahead` before
+    what needs a block is computed  when the block `ahead` after is begun to be read; so all is done
+                                    that needed the block `decoded` before
+
+Where the rows are meanwhile is told by `held_rows` (in memory) and `spilled_rows` (on disk).
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import dask.array as da
 import numpy as np
@@ -25,7 +29,7 @@ from dask.task_spec import List, Task, TaskRef
 
 from dask_ep import journal
 from dask_ep.ahead import ExpertsAhead
-from dask_ep.dispatch import Array, computing_dtype, namespace
+from dask_ep.dispatch import Array, computing_dtype
 from dask_ep.experts import Experts
 from dask_ep.passes import Passes
 from dask_ep.spill import SpillFiles
@@ -56,6 +60,15 @@ class Rows:
         return da.Array(graph, name, (self.tokens.chunks[0], (d_out,)), meta=self.tokens._meta)
 
 
+class Turn(NamedTuple):
+    """What a block waits for."""
+
+    read_after: list[TaskRef]
+    #: until these are done it is not read
+    serve_after: list[TaskRef]
+    #: nor, until these are, what needs it computed
+
+
 @dataclass(frozen=True)
 class Walk:
     """How experts go by in one job."""
@@ -75,6 +88,24 @@ class Walk:
         step = self.passes.block_experts
         return [used[first : first + step] for first in range(0, len(used), step)]
 
+    def turns(self, blocks: Sequence[list[Any]], reads: Sequence[TaskRef]) -> Iterator[Turn]:
+        """Say what is waited for by a sequence of blocks that go by.
+
+        Parameters
+        ----------
+        blocks : for each the tasks that need it
+        reads : the task that begins to read it
+        """
+        decoded, ahead = self.passes.decoded, self.passes.ahead
+
+        def needed(b: int) -> list[TaskRef]:
+            return [TaskRef(key) for key in blocks[b]] if b >= 0 else []
+
+        for b in range(len(blocks)):
+            at_the_end = b + ahead >= len(blocks)
+            before = needed(b - decoded) if at_the_end else [reads[b + ahead]]
+            yield Turn(needed(b - decoded - ahead), before)
+
     def read_task(
         self, key: tuple, block: Sequence[int], like: Array, after: Sequence[TaskRef], **more: Any
     ) -> Task:
@@ -83,7 +114,6 @@ class Walk:
             key,
             _read_ahead,
             self.experts.subset(block),
-            namespace(like).__name__,
             computing_dtype(like.dtype),
             tuple(block),
             self.directory,
@@ -94,7 +124,6 @@ class Walk:
 
 def _read_ahead(
     experts: Experts,
-    xp: str,
     dtype: np.dtype,
     numbers: tuple[int, ...],
     directory: str,
@@ -105,7 +134,7 @@ def _read_ahead(
     """Begin to read experts, unless some tasks are done that alone would need them."""
     if unless is not None and all(map(unless[0].is_done, unless[1])):
         return None
-    return ExpertsAhead(experts, xp, dtype, partial(_count_read, directory, numbers))
+    return ExpertsAhead(experts, dtype, partial(_count_read, directory, numbers))
 
 
 def _count_read(directory: str, numbers: Sequence[int]) -> None:

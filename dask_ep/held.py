@@ -93,7 +93,7 @@ class LocalStoredExperts(Sequence):
     def __init__(self, experts: StoredExperts, xp: Any, dtype: np.dtype):
         self._origin = (experts, xp.__name__, dtype)
         self._lately = threading.local()
-        held = [_hold(experts, e, xp) for e in range(experts.num_experts)]
+        held = [held_in_memory(experts, e, xp) for e in range(experts.num_experts)]
         self.nbytes = sum(one.nbytes for one in held)
         self._experts = [_StoredExpert(one, xp, dtype, self._lately) for one in held]
 
@@ -140,7 +140,7 @@ class _StoredExpert(Expert):
         return expert(rows, out)
 
 
-def _hold(experts: Experts, e: int, xp: Any) -> Experts:
+def held_in_memory(experts: Experts, e: int, xp: Any = np) -> Experts:
     """Read one expert as it is stored, as an `Experts` of that one alone."""
     weights = {name: _hold_weight(weight, e, xp) for name, weight in experts.weights.items()}
     return Experts(experts.kind, weights, experts.options)

@@ -19,7 +19,7 @@ from typing import Any
 import dask.array as da
 import numpy as np
 from dask.base import tokenize
-from dask.task_spec import Task, TaskRef
+from dask.task_spec import List, Task, TaskRef
 
 from dask_ep.ahead import ExpertsAhead
 from dask_ep.dispatch import Array, Served, check_routing, sort_slots
@@ -60,7 +60,7 @@ def hold(rows: Rows, walk: Walk, counts: np.ndarray, *, in_place: bool = False) 
     ep_experts, ep_send, ep_dispatch, ep_sum = (
         f"ep_{step}-{token}" for step in ("experts", "send", "dispatch", "sum")
     )
-    alive, tasks = walk.passes.alive, {}
+    tasks: dict[Any, Task] = {}
     d_out, num_experts = walk.experts.d_out, walk.experts.num_experts
     lengths = rows.tokens.chunks[0]
     for g, group in enumerate(walk.passes.groups(len(counts))):
@@ -70,12 +70,11 @@ def hold(rows: Rows, walk: Walk, counts: np.ndarray, *, in_place: bool = False) 
                 (ep_send, c, 0), _hold, *rows.keys(c), num_experts, d_out, c, in_place
             )
         blocks = walk.blocks(counts[group.start : group.stop].sum(axis=0))
-        for b, block in enumerate(blocks):
-            after = [TaskRef((ep_dispatch, c, b - alive, 0)) for c in group] if b >= alive else []
-            key = (ep_experts, g, b, 0)
-            tasks[key] = walk.read_task(key, block, rows.tokens._meta, after)
-        for b, block in enumerate(blocks):
-            following = TaskRef((ep_experts, g, b + 1, 0)) if b + 1 < len(blocks) else None
+        served = [[(ep_dispatch, c, b, 0) for c in group] for b in range(len(blocks))]
+        reads = [TaskRef((ep_experts, g, b, 0)) for b in range(len(blocks))]
+        for b, turn in enumerate(walk.turns(served, reads)):
+            block, key = blocks[b], reads[b].key
+            tasks[key] = walk.read_task(key, block, rows.tokens._meta, turn.read_after)
             for c in group:
                 key = (ep_dispatch, c, b, 0)
                 share = counts[c, block].sum() / max(counts[c].sum(), 1)
@@ -83,8 +82,8 @@ def hold(rows: Rows, walk: Walk, counts: np.ndarray, *, in_place: bool = False) 
                     key,
                     _serve_held,
                     last[c],
-                    TaskRef((ep_experts, g, b, 0)),
-                    following if alive > 1 else None,
+                    reads[b],
+                    List(turn.serve_after),
                     tuple(block),
                     b,
                     float((SPILLED + SERVED) * lengths[c] * share),
@@ -111,7 +110,7 @@ def _hold(
 
 
 def _serve_held(
-    held: Held, experts: ExpertsAhead, following: Any, block: tuple[int, ...], b: int, worked: float
+    held: Held, experts: ExpertsAhead, after: Any, block: tuple[int, ...], b: int, worked: float
 ) -> Held:
     with naming(f"dispatch of token chunk {held.chunk} to experts {block[0]} to {block[-1]}"):
         for local, e in enumerate(block):

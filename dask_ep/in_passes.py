@@ -24,7 +24,6 @@ from dask.base import tokenize
 from dask.utils import format_bytes
 
 from dask_ep import journal, memory
-from dask_ep.ahead import READERS
 from dask_ep.build import Inputs
 from dask_ep.dispatch import computing_dtype
 from dask_ep.expert_major import READS, Rows, Walk
@@ -105,7 +104,11 @@ def sizes_of(inputs: Inputs, threads: int, workers: int | None) -> Sizes:
     """Put a job, and where it is to run, into numbers."""
     experts, tokens = inputs.experts, inputs.tokens
     wide = computing_dtype(tokens.dtype).itemsize
-    matrices = [weight.nbytes // experts.num_experts for weight in experts.weights.values()]
+    matrices = [
+        weight.nbytes // experts.num_experts
+        for weight in experts.weights.values()
+        if weight.nbytes != experts.num_experts * prod(weight.shape[1:]) * wide
+    ]
     beside = 0 if inputs.layer is None else inputs.layer.parameters_beside * wide
     return Sizes(
         rows=tokens.shape[0],
@@ -118,7 +121,7 @@ def sizes_of(inputs: Inputs, threads: int, workers: int | None) -> Sizes:
         expert_stored=experts.nbytes // experts.num_experts,
         expert_loaded=experts.parameters * wide,
         widest=max(experts.d, min(experts.hidden or 0, HIDDEN_COLUMNS), experts.d_out),
-        matrix_stored=READERS * (max(matrices) + _split_bytes(experts, wide)),
+        matrix_stored=max(matrices, default=0) + _split_bytes(experts, wide),
         beside=beside,
         stored_rows=tokens.chunk_rows,
         weigh_input=experts.options.get("weigh", "output") == "input",

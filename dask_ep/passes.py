@@ -77,7 +77,8 @@ class Sizes:
     widest: int
     #: width of the widest row on the way through an expert
     matrix_stored: int = 0
-    #: bytes of its largest matrix as stored, in memory while it is converted, for each that reads
+    #: bytes of its largest matrix as stored, in memory beside it while a thread decodes it; 0 where
+    #: there is nothing to decode
     beside: int = 0
     #: bytes of experts that stay in memory all the time: those that all rows share
     stored_rows: int | None = None
@@ -121,9 +122,13 @@ class Sizes:
         """Experts that go by together."""
         return min(max(BLOCK_BYTES // max(self.expert_loaded, 1), 1), max(self.experts, 1))
 
-    @property
-    def block_bytes(self) -> int:
-        return self.block_experts * self.expert_loaded
+    def blocks_bytes(self, decoded: int, ahead: int) -> int:
+        """Bytes of so many blocks in the computing dtype, and so many as they are stored."""
+        stored, loaded = (
+            self.block_experts * one for one in (self.expert_stored, self.expert_loaded)
+        )
+        decoding = min(self.threads * self.matrix_stored, decoded * stored)
+        return decoded * max(loaded, stored) + decoding + ahead * stored
 
 
 @dataclass(frozen=True)
@@ -140,8 +145,10 @@ class Passes:
     #: chunks of a group
     block_experts: int
     #: experts that go by together
-    alive: int
-    #: such blocks in memory at a time, the one that is being read included
+    decoded: int
+    #: such blocks at a time that are computed with
+    ahead: int
+    #: such blocks at a time that are read meanwhile, and wait as they are stored
     threads: int
     #: that share a block
     piece_rows: int
@@ -212,18 +219,19 @@ def choose_passes(
 
     Notes
     -----
-    Memory of a process, at most, T threads and `alive` blocks of experts::
+    Memory of a process, at most, T threads::
 
         all      300 MB + shared experts
-        hold     + alive * block + matrix + T * (scratch + chunk rows * (token + output + sort));
+        blocks   decoded * block in the computing dtype, or as stored if that is more
+                   + ahead * block as stored + T * matrix as stored, where it is decoded
+        hold     + blocks + T * (scratch + chunk rows * (token + output + sort));
                    no output where it takes the place of the tokens: one slot, same width and dtype
-        spill    + the larger of alive * block + matrix + T * scratch
+        spill    + the larger of blocks + T * scratch
                    and (3 T + 2) * chunk rows * (the wider of token and output + sort)
 
-    `alive` is T + 1, T blocks that are computed and one that is read, where rows that are held
-    leave room for them, or they take no more than a quarter of it; else 2; else 1, and nothing is
-    read ahead. On workers a part of the
-    limit is left to Dask (`PART_OF_A_WORKER`).
+    T blocks are computed with at a time and two read ahead, where rows that are held leave room for
+    them, or they take no more than a quarter of it; else fewer, down to one, and nothing ahead. On
+    workers a part of the limit is left to Dask (`PART_OF_A_WORKER`).
 
     Seconds that are compared: each pass reads the experts as stored at `rates.read`, and streams
     them to each thread that uses them at `rates.copy`; a spilled byte is written and read once.
@@ -237,8 +245,8 @@ def choose_passes(
     ...     expert_stored=50 << 20, expert_loaded=100 << 20, widest=4096, threads=2,
     ... )
     >>> chosen = choose_passes(sizes, 3_000_000_000)
-    >>> chosen.way, chosen.passes, chosen.alive, chosen.memory_bytes <= 3_000_000_000
-    ('hold', 2, 3, True)
+    >>> chosen.way, chosen.passes, chosen.decoded, chosen.memory_bytes <= 3_000_000_000
+    ('hold', 2, 2, True)
     >>> choose_passes(sizes, 1_000_000_000).way
     'spill'
     """
@@ -260,11 +268,11 @@ def _hold(
 ) -> Passes | None:
     """As many rows as fit, in chunks of equal size, one for each thread."""
     row = sizes.token_bytes + sizes.slots * SORT_BYTES + _output_bytes(sizes)
-    alive = _choose_alive(sizes, limit, FEWEST_ROWS * row * sizes.threads, 1 / 4)
-    if alive is None:
+    fixed = _fixed(sizes) + sizes.threads * sizes.scratch
+    blocks = _choose_blocks(sizes, limit - fixed - FEWEST_ROWS * row * sizes.threads, 1 / 4)
+    if blocks is None:
         return None
-    fixed = _fixed(sizes) + _experts(sizes, alive) + sizes.threads * sizes.scratch
-    most = (limit - fixed) // (sizes.threads * row)
+    most = (limit - fixed - sizes.blocks_bytes(*blocks)) // (sizes.threads * row)
     if most < (chunk_rows or FEWEST_ROWS):
         return None
     stored_rows = chunk_rows
@@ -274,19 +282,20 @@ def _hold(
         chunk_rows = _round_up(-(-sizes.rows // (passes * sizes.threads)), unit) or unit
     chunks = -(-sizes.rows // chunk_rows)
     passes = -(-chunks // sizes.threads) or 1
-    memory = fixed + sizes.threads * chunk_rows * row
-    more = min(sizes.threads + 1 - alive, (limit - memory) // max(sizes.block_bytes, 1))
+    rows_and_fixed = fixed + sizes.threads * chunk_rows * row
+    decoded, ahead = _choose_blocks(sizes, limit - rows_and_fixed, 1.0)
     return Passes(
         way="hold",
         passes=passes,
         chunk_rows=chunk_rows,
         group_chunks=sizes.threads,
         block_experts=sizes.block_experts,
-        alive=alive + more,
+        decoded=decoded,
+        ahead=ahead,
         threads=sizes.threads,
         piece_rows=0,
         stored_rows=stored_rows,
-        memory_bytes=memory + more * sizes.block_bytes,
+        memory_bytes=rows_and_fixed + sizes.blocks_bytes(decoded, ahead),
         spill_bytes=0,
         read_bytes=passes * sizes.experts * sizes.expert_stored,
         moved_bytes=0,
@@ -302,10 +311,10 @@ def _spill(
     if sizes.beside:
         row += sizes.answer_bytes
     chunks_held = 3 * sizes.threads + 2
-    alive = _choose_alive(sizes, limit, 0, 1.0)
     room = limit - _fixed(sizes)
+    blocks = _choose_blocks(sizes, room - sizes.threads * sizes.scratch, 1.0)
     most = room // (chunks_held * row)
-    if alive is None or most < (chunk_rows or FEWEST_ROWS):
+    if blocks is None or most < (chunk_rows or FEWEST_ROWS):
         return None
     if chunk_rows is None:
         fair = -(-sizes.rows // (4 * sizes.threads * (sizes.workers or 1)))
@@ -321,7 +330,7 @@ def _spill(
         if group_chunks == 0:
             return None
     passes = -(-chunks // group_chunks) or 1
-    computing = _experts(sizes, alive) + sizes.threads * sizes.scratch
+    computing = sizes.blocks_bytes(*blocks) + sizes.threads * sizes.scratch
     moved = sizes.rows * sizes.spilled_bytes
     mean_rows = sizes.rows * sizes.slots // max(sizes.experts * passes, 1)
     return Passes(
@@ -330,7 +339,8 @@ def _spill(
         chunk_rows=chunk_rows,
         group_chunks=group_chunks,
         block_experts=sizes.block_experts,
-        alive=alive,
+        decoded=blocks[0],
+        ahead=blocks[1],
         threads=sizes.threads,
         piece_rows=PIECE_ROWS[1],
         stored_rows=chunk_rows,
@@ -391,10 +401,6 @@ def _fixed(sizes: Sizes) -> int:
     return PROCESS_BYTES + sizes.beside
 
 
-def _experts(sizes: Sizes, alive: int) -> int:
-    return alive * sizes.block_bytes + sizes.matrix_stored
-
-
 def _output_bytes(sizes: Sizes) -> int:
     """Bytes of an output row that is held: its sum, and what is written where that is another.
 
@@ -406,15 +412,18 @@ def _output_bytes(sizes: Sizes) -> int:
     return sizes.answer_bytes + narrow
 
 
-def _choose_alive(sizes: Sizes, limit: int, rows: int, part: float) -> int | None:
-    """Blocks in memory at a time: None if not one fits beside so many bytes of rows.
+def _choose_blocks(sizes: Sizes, room: int, part: float) -> tuple[int, int] | None:
+    """Blocks at a time in so many bytes, decoded and ahead; None if there is no room for one.
 
-    `part` of the room is for more than two of them.
+    More than one of either only within a part of the room.
     """
-    room = limit - _fixed(sizes) - sizes.threads * sizes.scratch - sizes.matrix_stored - rows
-    wanted = min(sizes.threads + 1, int(room * part) // max(sizes.block_bytes, 1))
-    alive = max(wanted, 2) if room >= 2 * sizes.block_bytes else 1
-    return alive if alive * sizes.block_bytes <= room else None
+    chosen = (1, 0) if sizes.blocks_bytes(1, 0) <= room else None
+    more = [(1, 1), *((decoded, 1) for decoded in range(2, sizes.threads + 1)), (sizes.threads, 2)]
+    for decoded, ahead in more:
+        share = 1.0 if decoded + ahead <= 2 else part
+        if sizes.blocks_bytes(decoded, ahead) <= share * room:
+            chosen = decoded, ahead
+    return chosen
 
 
 def _weights_seconds(sizes: Sizes, passes: int, uses: int, rates: Rates) -> float:
@@ -445,7 +454,7 @@ def _round_up(rows: int, unit: int) -> int:
 def _refusal(sizes: Sizes, limit: int, free: int | None, chunk_rows: int | None) -> str:
     rows = chunk_rows or FEWEST_ROWS
     row = max(sizes.token_bytes, sizes.answer_bytes) + sizes.slots * SORT_BYTES
-    computing = _experts(sizes, 1) + sizes.threads * sizes.scratch
+    computing = sizes.blocks_bytes(1, 0) + sizes.threads * sizes.scratch
     chunks = (3 * sizes.threads + 2) * rows * row
     needed = _fixed(sizes) + max(computing, chunks)
     words = (

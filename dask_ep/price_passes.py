@@ -34,7 +34,9 @@ class PlanInPasses(Plan):
     @property
     def expert_bytes(self) -> int:
         """Bytes of experts in a process at a time."""
-        return self.passes.alive * self.passes.block_experts * self.work.expert_loaded
+        passes, work = self.passes, self.work
+        a_block = passes.decoded * work.expert_loaded + passes.ahead * work.expert_stored
+        return passes.block_experts * a_block
 
     @property
     def stored_bytes(self) -> int:
@@ -73,7 +75,10 @@ class PlanInPasses(Plan):
         """What passes do, in words."""
         passes = self.passes
         way = WAYS[passes.way].format(chunks=passes.group_chunks)
-        blocks = f"in blocks of {passes.block_experts}, {passes.alive} of these in memory"
+        blocks = (
+            f"in blocks of {passes.block_experts}: {passes.decoded} that compute, and "
+            f"{passes.ahead} ahead, as they are stored"
+        )
         times = "once" if passes.passes == 1 else f"{passes.passes} times in all"
         said = [f"the experts do not fit, so {way} {times}, {blocks}"]
         if passes.spill_bytes:

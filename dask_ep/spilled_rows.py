@@ -18,7 +18,7 @@ import dask.array as da
 import numpy as np
 from dask.base import tokenize
 from dask.highlevelgraph import HighLevelGraph
-from dask.task_spec import Task, TaskRef
+from dask.task_spec import List, Task, TaskRef
 
 from dask_ep import memory
 from dask_ep.ahead import ExpertsAhead
@@ -123,28 +123,28 @@ class Spilled:
         for piece in self._pieces:
             if piece.number not in done:
                 of_rank.setdefault(piece.rank, {}).setdefault(piece.block, []).append(piece)
-        alive, tasks, keys = self._walk.passes.alive, {}, []
+        tasks, keys = {}, []
         for r, (_, waiting) in enumerate(sorted(of_rank.items())):
-            blocks = list(waiting)
-            for at, b in enumerate(blocks):
-                before = waiting[blocks[at - alive]] if at >= alive else []
-                key = (ep_experts, b, r)
-                tasks[key] = self._walk.read_task(
-                    key,
+            served = [
+                [(ep_dispatch, piece.number, r) for piece in pieces] for pieces in waiting.values()
+            ]
+            reads = [TaskRef((ep_experts, b, r)) for b in waiting]
+            turns = self._walk.turns(served, reads)
+            for (b, pieces), read, turn in zip(waiting.items(), reads, turns, strict=True):
+                tasks[read.key] = self._walk.read_task(
+                    read.key,
                     self._blocks[b],
                     self._rows.tokens._meta,
-                    [TaskRef((ep_dispatch, piece.number, r)) for piece in before],
-                    unless=(self.files, tuple(piece.number for piece in waiting[b])),
+                    turn.read_after,
+                    unless=(self.files, tuple(piece.number for piece in pieces)),
                 )
-            for b, following in zip(blocks, [*blocks[1:], None], strict=True):
-                ahead = following is not None and alive > 1
-                for piece in waiting[b]:
+                for piece in pieces:
                     key = (ep_dispatch, piece.number, r)
                     tasks[key] = Task(
                         key,
                         _serve_piece,
-                        TaskRef((ep_experts, b, r)),
-                        TaskRef((ep_experts, following, r)) if ahead else None,
+                        read,
+                        List(turn.serve_after),
                         piece,
                         self._rows.tokens.dtype,
                         self.files,
@@ -229,7 +229,7 @@ def _spill_chunk(
 
 def _serve_piece(
     experts: ExpertsAhead | None,
-    following: Any,
+    after: Any,
     piece: Piece,
     dtype: np.dtype,
     files: SpillFiles,

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import dask.array as da
+import ml_dtypes
 import numpy as np
 from dask.base import normalize_token
 
@@ -18,6 +19,11 @@ from dask_ep.arrays import Array, is_array, namespace
 from dask_ep.device import pinned_empty
 from dask_ep.quantized import DeviceSource, fill_on_device, put
 from dask_ep.sources import ArraySource, Source, open_source
+
+BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
+
+STEP = 1 << 16
+"""Numbers that are widened at once: they stay in cache between the two steps."""
 
 
 class Weight:
@@ -144,8 +150,20 @@ def _converted(array: Array, dtype: np.dtype) -> Array:
     if array.dtype == dtype:
         return array
     out = memory.empty(array.shape, dtype, like=array)
-    out[...] = array
+    on_host = isinstance(array, np.ndarray) and array.flags.c_contiguous
+    if on_host and array.dtype == BFLOAT16 and dtype == np.float32:
+        _widen(array.reshape(-1).view(np.uint16), out.reshape(-1).view(np.uint32))
+    else:
+        out[...] = array
     return out
+
+
+def _widen(bits: np.ndarray, out: np.ndarray) -> None:
+    """Give bfloat16 numbers the 16 bits that float32 has more: twice as fast as ``astype``."""
+    for start in range(0, len(bits), STEP):
+        wide = out[start : start + STEP]
+        wide[...] = bits[start : start + STEP]
+        np.left_shift(wide, 16, out=wide)
 
 
 class _Detached(Source):

@@ -360,3 +360,10 @@ def test_tokens_of_experts_follow_their_content():
 def test_bad_experts_are_refused(build, error, message):
     with pytest.raises(error, match=message):
         build()
+
+
+def test_every_bfloat16_number_is_widened_to_the_same_bits():
+    bits = np.arange(1 << 16, dtype=np.uint16).reshape(1, 256, 256)
+    local = Experts.linear(bits.view(ml_dtypes.bfloat16)).load()
+    found = local[0].W.view(np.uint32)
+    np.testing.assert_array_equal(found, bits[0].astype(np.uint32) << 16)

@@ -6,15 +6,20 @@ import contextlib
 import os
 import pickle
 import sys
+import threading
+import time
+from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 
 import dask
+import ml_dtypes
 import numpy as np
 import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from dask_ep import expert_major, local, reference
+from dask_ep import expert_major, held_rows, local, reference, spilled_rows
 from dask_ep.ahead import ExpertsAhead
 from dask_ep.costs import PROCESS_BYTES, Rates
 from dask_ep.expert_major import READS, Rows, Walk
@@ -23,9 +28,12 @@ from dask_ep.files import ReadError
 from dask_ep.held_rows import hold
 from dask_ep.journal import count_done
 from dask_ep.passes import Passes, Sizes, choose_passes, cut_pieces
+from dask_ep.quantized import Float8Source
+from dask_ep.sources import open_source
 from dask_ep.spill import Layout
 from dask_ep.spilled_rows import Spilled, collect
 from dask_ep.survey import survey
+from dask_ep.weights import Weight
 from tests.compare import assert_close, whole_layer
 from tests.strategies import Case, cases
 
@@ -40,7 +48,8 @@ def passes_of(way: str, **changes: object) -> Passes:
         chunk_rows=1,
         group_chunks=2,
         block_experts=1,
-        alive=2,
+        decoded=1,
+        ahead=1,
         threads=2,
         piece_rows=8,
         stored_rows=1,
@@ -86,7 +95,8 @@ ways = st.builds(
     st.sampled_from(["hold", "spill"]),
     group_chunks=st.integers(1, 5),
     block_experts=st.integers(1, 3),
-    alive=st.integers(1, 4),
+    decoded=st.integers(1, 3),
+    ahead=st.integers(0, 2),
     threads=st.integers(1, 3),
     piece_rows=st.integers(1, 50),
 )
@@ -149,25 +159,28 @@ LARGE = Sizes(
 """12.8 GB of experts in 16 bits, over 2 GB of tokens."""
 
 TABLE = [
-    # what, limit, way, passes, blocks alive
-    (LARGE, 8_000 * MB, "hold", 1, 3),
-    (LARGE, 3_000 * MB, "hold", 2, 3),
-    (replace(LARGE, slots=1), 3_000 * MB, "hold", 1, 3),
-    (LARGE, 1_500 * MB, "spill", 1, 3),
-    (LARGE, 900 * MB, "spill", 1, 3),
-    (LARGE, 700 * MB, "spill", 1, 2),
-    (LARGE, 600 * MB, "spill", 1, 1),
-    (replace(LARGE, rows=10_000_000), 3_000 * MB, "spill", 1, 3),
-    (replace(LARGE, slots=8), 3_000 * MB, "hold", 2, 3),
-    (replace(LARGE, threads=8), 3_000 * MB, "spill", 1, 9),
-    (replace(LARGE, workers=2, threads=1), 3_000 * MB, "spill", 1, 2),
+    # what, limit, way, passes, blocks decoded, ahead
+    (LARGE, 8_000 * MB, "hold", 1, 2, 2),
+    (LARGE, 3_000 * MB, "hold", 2, 2, 2),
+    (replace(LARGE, slots=1), 3_000 * MB, "hold", 1, 2, 2),
+    (LARGE, 1_500 * MB, "spill", 1, 2, 2),
+    (LARGE, 900 * MB, "spill", 1, 2, 2),
+    (LARGE, 750 * MB, "spill", 1, 2, 1),
+    (LARGE, 650 * MB, "spill", 1, 1, 1),
+    (LARGE, 600 * MB, "spill", 1, 1, 0),
+    (replace(LARGE, rows=10_000_000), 3_000 * MB, "spill", 1, 2, 2),
+    (replace(LARGE, slots=8), 3_000 * MB, "hold", 2, 2, 2),
+    (replace(LARGE, threads=8), 3_000 * MB, "spill", 1, 8, 2),
+    (replace(LARGE, workers=2, threads=1), 3_000 * MB, "spill", 1, 1, 2),
 ]
 
 
-@pytest.mark.parametrize(("sizes", "limit", "way", "passes", "alive"), TABLE)
-def test_the_way_follows_from_the_limit(sizes, limit, way, passes, alive):
+@pytest.mark.parametrize(("sizes", "limit", "way", "passes", "decoded", "ahead"), TABLE)
+def test_the_way_follows_from_the_limit(sizes, limit, way, passes, decoded, ahead):
     chosen = choose_passes(sizes, limit)
-    assert (chosen.way, chosen.passes, chosen.alive) == (way, passes, alive)
+    assert (chosen.way, chosen.passes, chosen.decoded, chosen.ahead) == (
+        way, passes, decoded, ahead,
+    )  # fmt: skip
     assert chosen.memory_bytes <= limit
     assert chosen.read_bytes == passes * sizes.experts * sizes.expert_stored
     assert (chosen.spill_bytes > 0) == (way == "spill")
@@ -330,7 +343,7 @@ def test_every_slot_has_one_place_on_either_side(counts):
 
 def test_experts_ahead_tell_their_size_and_are_read_again_elsewhere():
     experts = Experts.linear(np.arange(24, dtype=np.float16).reshape(2, 3, 4))
-    ahead = ExpertsAhead(experts, "numpy", np.dtype(np.float32))
+    ahead = ExpertsAhead(experts, np.dtype(np.float32))
     assert sys.getsizeof(ahead) >= ahead.nbytes == 2 * 3 * 4 * 4
     there = pickle.loads(pickle.dumps(ahead))
     rows = np.ones((1, 3), np.float32)
@@ -339,11 +352,114 @@ def test_experts_ahead_tell_their_size_and_are_read_again_elsewhere():
         np.testing.assert_array_equal(there[e](rows), ahead[e](rows))
 
 
+FEW_BITS = {
+    "float16": (np.float16, 2),
+    "bfloat16": (ml_dtypes.bfloat16, 2),
+    "float32": (np.float32, 4),
+    "float64": (np.float64, 8),
+}
+
+
+@pytest.mark.parametrize("stored", FEW_BITS)
+def test_experts_wait_as_they_are_stored(stored):
+    dtype, nbytes = FEW_BITS[stored]
+    w = np.arange(24).reshape(2, 3, 4).astype(dtype)
+    waiting = ExpertsAhead(Experts.linear(w), np.dtype(np.float32))
+    held = [weight for weight, _ in waiting._coming.result(timeout=20)._waiting]
+    assert [(weight.dtype, weight.nbytes) for weight in held] == [(w.dtype, 12 * nbytes)] * 2
+    for e in range(2):
+        rows = np.eye(3, dtype=np.float32)
+        np.testing.assert_array_equal(waiting[e](rows), w[e].astype(np.float32))
+    assert not waiting._coming.result()._waiting
+
+
+def test_threads_that_want_one_expert_decode_it_together_and_once(monkeypatch):
+    both, read, decoded = threading.Barrier(2), Weight.read, []
+
+    def read_together(self, dtype, given=None):
+        if given is None:
+            decoded.append(self)
+            if len(decoded) <= 2:
+                both.wait(20)  # passed only if two threads decode at a time
+        return read(self, dtype, given)
+
+    w = np.ones((1, 2, 2), np.float16)
+    waiting = ExpertsAhead(Experts.gated(w, w, w), np.dtype(np.float32))
+    waiting._coming.result(timeout=20)
+    monkeypatch.setattr(Weight, "read", read_together)
+    with ThreadPoolExecutor(4) as pool:
+        found = list(pool.map(lambda _: waiting[0], range(8)))
+    assert len(decoded) == 3
+    assert len(set(map(id, found))) == 1
+
+
+def test_what_cannot_be_decoded_is_an_error_for_all_who_want_it():
+    values = open_source(np.ones((1, 2, 2), ml_dtypes.float8_e4m3fn))
+    scales = np.ones((1, 1, 1), np.float32)
+    good = Float8Source(values, open_source(scales), (2, 2))
+    waiting = ExpertsAhead(Experts.linear(good), np.dtype(np.float32))
+    waiting._coming.result(timeout=20)
+    scales[:] = np.nan
+    for _ in range(2):
+        with pytest.raises(ReadError, match="NaN"):
+            waiting[0]
+
+
+@pytest.mark.parametrize("way", ["hold", "spill"])
+@pytest.mark.parametrize(("decoded", "ahead"), [(1, 0), (1, 1), (2, 1), (2, 2), (3, 0)])
+def test_no_more_experts_are_in_memory_than_the_law_counts(
+    monkeypatch, tmp_path, way, decoded, ahead
+):
+    events = []
+
+    def note(module, name, begun, done, expert_of):
+        plain = getattr(module, name)
+
+        def noted(*args, **more):
+            events.append((begun, expert_of(args)))
+            result = plain(*args, **more)
+            time.sleep(0.001)
+            events.append((done, expert_of(args)))
+            return result
+
+        monkeypatch.setattr(module, name, noted)
+
+    note(expert_major, "_read_ahead", "read", "coming", lambda args: args[2][0])
+    note(held_rows, "_serve_held", "serve", "done", lambda args: args[3][0])
+    note(spilled_rows, "_serve_piece", "serve", "done", lambda args: args[-1][0])
+    rng = np.random.default_rng(0)
+    routing = rng.integers(0, 12, (60, 2))
+    case = Case(rng.random((60, 3)), routing, None, rng.random((12, 3, 2)), 1, (15,) * 4)
+    passes = passes_of(way, decoded=decoded, ahead=ahead, group_chunks=4, threads=4, piece_rows=3)
+    with dask.config.set(num_workers=4):
+        assert_close(go(case, passes, tmp_path), whole_layer(case), 1e-12)
+
+    left = Counter(expert for event, expert in events if event == "done")
+    assert sorted(left) == list(range(12))
+    begun, read, computing, most_read, most_computing = set(), set(), set(), 0, 0
+    for event, expert in events:
+        if event == "read":
+            begun.add(expert)
+            read.add(expert)
+        elif event == "serve":
+            assert min(expert + ahead, 11) in begun, "it is read ahead"
+            computing.add(expert)
+        elif event == "done":
+            left[expert] -= 1
+            if left[expert] == 0:
+                read.remove(expert)
+                computing.remove(expert)
+        most_read = max(most_read, len(read))
+        most_computing = max(most_computing, len(computing))
+    assert ahead < most_read <= decoded + ahead
+    assert 1 <= most_computing <= decoded
+
+
 def test_what_cannot_be_read_ahead_is_an_error_where_it_is_needed(tmp_path):
     np.save(tmp_path / "w.npy", np.ones((2, 3, 4)))
     experts = Experts.linear(tmp_path / "w.npy")
     (tmp_path / "w.npy").write_bytes(b"")
-    ahead = ExpertsAhead(experts, "numpy", np.dtype(np.float32))
+    ahead = ExpertsAhead(experts, np.dtype(np.float32))
     with pytest.raises(ReadError, match=r"w.npy.* expected .* got 0"):
         ahead[0]
 
@@ -351,9 +467,9 @@ def test_what_cannot_be_read_ahead_is_an_error_where_it_is_needed(tmp_path):
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of forks beside threads, meant here
 def test_a_forked_process_reads_for_itself():
     experts = Experts.linear(np.ones((1, 2, 2), np.float32))
-    assert ExpertsAhead(experts, "numpy", np.dtype(np.float32))[0].d == 2
+    assert ExpertsAhead(experts, np.dtype(np.float32))[0].d == 2
     child = os.fork()
     if child == 0:
-        ahead = ExpertsAhead(experts, "numpy", np.dtype(np.float32))
-        os._exit(ahead._coming.result(timeout=20)[0].d)
+        ahead = ExpertsAhead(experts, np.dtype(np.float32))
+        os._exit(ahead._coming.result(timeout=20).experts()[0].d)
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 2

@@ -22,12 +22,12 @@ import dask.array as da
 
 from dask_ep.checkpoint import load_moe_layer
 from dask_ep.experts import Experts
-from dask_ep.job import EXPERT_KEYS, PLACEMENTS, Job
+from dask_ep.job import EXPERT_KEYS, PLACEMENTS, Job, JobError, nearest
 from dask_ep.layer import MoELayer
 from dask_ep.pipeline import expert_parallel
 from dask_ep.placement import Placement, place
 from dask_ep.placement_files import from_file
-from dask_ep.sources import Source, open_source
+from dask_ep.sources import ReadError, Source, open_source, refuse_missing
 from dask_ep.storage import open_tokens
 from dask_ep.survey import survey
 from dask_ep.travel import ALL_ROWS, Travel, choose_travel
@@ -43,8 +43,8 @@ class Inputs:
     topk_weights: Source | None
     experts: Experts
     layer: MoELayer | None
-    weights: Mapping[str, Source]
-    #: sources of the expert weights, by their key; of a list, "w[0]", "w[1]", ...
+    weights: Mapping[str, Source | list[Source]]
+    #: of the experts, by their key; a list has one for each expert
 
     @property
     def row_bytes(self) -> int:
@@ -76,6 +76,7 @@ def open_inputs(job: Job) -> Inputs:
     ValueError, TypeError
         If shapes or dtypes do not fit; the message names the key of the job.
     """
+    _check_placement(job)
     tokens = _open(job, "tokens", job.tokens)
     if tokens.ndim != 2:
         raise ValueError(
@@ -88,7 +89,7 @@ def open_inputs(job: Job) -> Inputs:
         routing = _open(job, "routing", job.routing)
         topk = None if job.topk_weights is None else _open(job, "topk_weights", job.topk_weights)
         weights = _open_weights(job)
-        opened = Inputs(job, tokens, routing, topk, _make_experts(job), None, weights)
+        opened = Inputs(job, tokens, routing, topk, _make_experts(job, weights), None, weights)
         _check_rows(opened)
     if opened.experts.d != tokens.shape[1]:
         raise ValueError(
@@ -161,7 +162,7 @@ def build(
     else:
         files = {"tokens": inputs.tokens, "routing": inputs.routing}
         files |= {} if inputs.topk_weights is None else {"topk_weights": inputs.topk_weights}
-        files |= {f"experts.{key}": source for key, source in inputs.weights.items()}
+        files |= _name_weights(inputs.weights)
         settings = {"experts": _options_of(job)}
     settings |= {"world_size": world_size}
     settings["placement"] = None if placement is None else placement.to_json()
@@ -170,21 +171,46 @@ def build(
     return Built(y, files, settings, placement)
 
 
+def _check_placement(job: Job) -> None:
+    if job.placement not in (None, *PLACEMENTS) and not os.path.exists(job.placement):
+        name = os.path.basename(job.placement)
+        raise JobError(
+            f"{job.name}: placement must be one of {', '.join(PLACEMENTS)}, or the path of a file, "
+            f"but there is no {job.placement}{nearest(name, PLACEMENTS)}"
+        )
+
+
 def _open(job: Job, key: str, path: str) -> Source:
     try:
-        return open_source(path)
-    except (ValueError, TypeError) as error:
-        raise type(error)(f"{job.name}: {key}: {error}") from error
+        source = open_source(path, missing=job.missing or "error")
+        refuse_missing(source)
+    except (ReadError, ImportError, TypeError, ValueError) as error:
+        kinds = (ReadError, ImportError, TypeError, ValueError)
+        kind = next(kind for kind in kinds if isinstance(error, kind))
+        raise kind(f"{job.name}: {key}: {error}") from error
+    return source
 
 
-def _open_weights(job: Job) -> dict[str, Source]:
-    sources = {}
-    for key, value in job.experts.items():
+def _open_weights(job: Job) -> dict[str, Source | list[Source]]:
+    weights = {}
+    for key in [key for key in job.experts if key in WEIGHT_KEYS]:
+        value, place = job.experts[key], f"experts.{key}"
         if isinstance(value, list):
-            sources |= {f"{key}[{e}]": _open(job, key, one) for e, one in enumerate(value)}
-        elif key in WEIGHT_KEYS:
-            sources[key] = _open(job, key, value)
-    return sources
+            weights[key] = [_open(job, f"{place}[{e}]", one) for e, one in enumerate(value)]
+        else:
+            weights[key] = _open(job, place, value)
+    return weights
+
+
+def _name_weights(weights: Mapping[str, Source | list[Source]]) -> dict[str, Source]:
+    """Give every file of weights a name: "experts.w", or "experts.w[0]", ... of a list."""
+    named = {}
+    for key, found in weights.items():
+        if isinstance(found, list):
+            named |= {f"experts.{key}[{e}]": source for e, source in enumerate(found)}
+        else:
+            named[f"experts.{key}"] = found
+    return named
 
 
 WEIGHT_KEYS = frozenset(
@@ -193,9 +219,9 @@ WEIGHT_KEYS = frozenset(
 """The keys of an [experts] table that name arrays."""
 
 
-def _make_experts(job: Job) -> Experts:
-    keywords = {key: value for key, value in job.experts.items() if key != "kind"}
-    return getattr(Experts, job.experts["kind"])(**keywords)
+def _make_experts(job: Job, weights: Mapping[str, Source | list[Source]]) -> Experts:
+    options = _options_of(job)
+    return getattr(Experts, options.pop("kind"))(**weights, **options)
 
 
 def _options_of(job: Job) -> dict[str, Any]:

@@ -24,12 +24,12 @@ from rich.table import Table
 from dask_ep import __version__
 from dask_ep import example as examples
 from dask_ep import run as runs
-from dask_ep.cluster import Certificates
+from dask_ep.cluster import Certificates, dashboard_link
 from dask_ep.device import NoDeviceError
 from dask_ep.gpus import PROTOCOLS
 from dask_ep.inspect_ import Finding, describe_output, inspect_path
 from dask_ep.interrupts import Interrupts, Wait
-from dask_ep.job import PLACEMENTS, Job, JobError, load_job, parse_experts
+from dask_ep.job import MISSING, PLACEMENTS, Job, JobError, load_job, parse_experts
 from dask_ep.plan_command import parse_size, parse_travel, plan_command, travel_options
 from dask_ep.run_report import dask_report
 from dask_ep.terminal import complain, one_line, progress_bar
@@ -182,6 +182,11 @@ def job_options(command: Callable) -> Callable:
             metavar="NAME|FILE",
             help=f"{', '.join(PLACEMENTS)}, or a file of `plan --save`.",
         ),
+        click.option(
+            "--missing",
+            type=click.Choice(MISSING),
+            help="Zarr chunks that were never written: an error, or the fill value.",
+        ),
     ]
     for option in reversed(options):
         command = option(command)
@@ -243,7 +248,7 @@ def run(job: str | None, experts: str | None, **options: Any) -> None:
       dask-ep run --tokens x.npy --routing r.npy --experts w.npy --out y.npy
     """
     keys = ("tokens", "routing", "topk_weights", "layer", "layer_index", "out")
-    keys += ("world_size", "placement")
+    keys += ("world_size", "placement", "missing")
     given = {key: options.pop(key) for key in keys}
     parsed = load_job(job, experts=None if experts is None else parse_experts(experts), **given)
     where = _choose_where(**{key: options.pop(key) for key in WHERE})
@@ -273,8 +278,8 @@ def run(job: str | None, experts: str | None, **options: Any) -> None:
 
 
 def _show_dashboard(client: Client) -> None:
-    if "dashboard" in client.scheduler_info(n_workers=0)["services"]:
-        click.echo(f"dashboard: {client.dashboard_link}", err=True)
+    if link := dashboard_link(client):
+        click.echo(f"dashboard: {link}", err=True)
 
 
 WHERE = ("threads", "processes", "scheduler", "scheduler_file", "memory_limit", "dashboard")

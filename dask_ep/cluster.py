@@ -233,6 +233,18 @@ class OneBlasThread(WorkerPlugin):
         limit_blas_for_good()
 
 
+def dashboard_link(client: Client) -> str | None:
+    """Give the address of Dask's dashboard, None where the scheduler shows none.
+
+    Its web server runs in either case, for health checks and metrics.
+    """
+    return client.dashboard_link if client.run_on_scheduler(_shows_dashboard) else None
+
+
+def _shows_dashboard(dask_scheduler: Scheduler) -> bool:
+    return bool(dask_scheduler.http_application.applications)
+
+
 def _look_at(path: str) -> tuple[str, int] | None:
     """A directory's own size differs between file systems, so it counts as 0."""
     try:

@@ -112,7 +112,7 @@ def _choose(path: str) -> Callable[[str], Finding]:
 
 
 def _inspect_array(path: str) -> Finding:
-    source = open_source(path)
+    source = open_source(path, missing="fill")
     kind = "Zarr array" if isinstance(source, ZarrSource) else "array"
     facts = _array_facts(source)
     if isinstance(source, ZarrSource) and source.path is not None:

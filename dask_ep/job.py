@@ -26,7 +26,7 @@ from __future__ import annotations
 import difflib
 import os
 import tomllib
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -35,6 +35,10 @@ from dask_ep.placement import POLICIES
 
 PLACEMENTS = POLICIES
 """Placements by name; any other value is the path of a file that `Placement.to_json` wrote."""
+
+
+MISSING = ("error", "fill")
+"""What Zarr chunks that were never written can mean; "fill": they hold the array's fill value."""
 
 
 class JobError(ValueError):
@@ -66,6 +70,8 @@ class Job:
     #: ranks; None means one per worker, or 1 on threads
     placement: str | None = None
     #: one of `PLACEMENTS`, or the path of a placement in JSON
+    missing: str | None = None
+    #: what Zarr chunks mean that were never written: "error" (as without it), or "fill"
     name: str = "job"
     #: for messages: the job file, or "options"
 
@@ -175,7 +181,7 @@ def _resolve_placement(value: str, base: Path) -> str:
 
 
 def _is_path(value: Any) -> bool:
-    return isinstance(value, str) and value != ""
+    return isinstance(value, str) and value != "" and "\0" not in value
 
 
 def _is_int(value: Any) -> bool:
@@ -212,6 +218,7 @@ _JOB_KEYS = {
     "placement": _Kind(
         f"one of {', '.join(PLACEMENTS)}, or the path of a JSON file", _is_path, _resolve_placement
     ),
+    "missing": _Kind(f"one of {', '.join(MISSING)}", lambda v: v in MISSING),
 }
 assert set(_JOB_KEYS) | {"name"} == {field.name for field in fields(Job)}
 
@@ -267,7 +274,7 @@ def _checked(table: Mapping[str, Any], *, base: Path, place: str) -> dict[str, A
 def _checked_experts(table: Mapping[str, Any], *, base: Path, place: str) -> dict[str, Any]:
     kind = table.get("kind")
     if kind not in EXPERT_KEYS:
-        came = "is missing" if kind is None else f"is {kind!r}{_nearest(str(kind), EXPERT_KEYS)}"
+        came = "is missing" if kind is None else f"is {kind!r}{nearest(str(kind), EXPERT_KEYS)}"
         raise JobError(f"{place}: kind must be one of {', '.join(EXPERT_KEYS)}, but {came}")
     rest = {key: value for key, value in table.items() if key != "kind"}
     whose = f"a table of {kind} experts"
@@ -288,7 +295,7 @@ def _checked_keys(
     for key, value in table.items():
         if key not in kinds:
             raise JobError(
-                f"{place}: unknown key {key!r}{_nearest(key, kinds)}; "
+                f"{place}: unknown key {key!r}{nearest(key, kinds)}; "
                 f"the keys of {whose} are {', '.join(kinds)}"
             )
         if not kinds[key].accepts(value):
@@ -301,7 +308,8 @@ def _checked_keys(
     return values
 
 
-def _nearest(key: str, allowed: Mapping[str, Any]) -> str:
+def nearest(key: str, allowed: Iterable[str]) -> str:
+    """Ask whether a word was meant that is spelt nearly so; say nothing if there is none."""
     near = difflib.get_close_matches(key, allowed, n=1)
     return f" (did you mean {near[0]!r}?)" if near else ""
 

@@ -32,7 +32,7 @@ from dask_ep.pipeline import expert_parallel
 from dask_ep.placement import Placement
 from dask_ep.routing import Router
 from dask_ep.rows import chunked_like, keys_of, row_array, rows_of, unflatten, xp_name
-from dask_ep.sources import Source, open_source
+from dask_ep.sources import Source, open_source, refuse_missing
 
 
 class MoELayer:
@@ -252,6 +252,7 @@ class MoELayer:
     def _small_array(self, name: str, value: Any) -> SmallArray:
         """Check one of the small arrays; what is one row may come with an axis of length 1."""
         source = open_source(value, None if isinstance(value, Source) else name)
+        refuse_missing(source)
         if name == "table":
             if len(source.shape) != 2 or source.dtype.kind not in "iu":
                 raise ValueError(

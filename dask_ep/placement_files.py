@@ -142,7 +142,10 @@ def write_vllm_ascend(path: str | PathLike, placements: Sequence[Placement]) -> 
 
 
 def _read(path: str | PathLike) -> dict:
-    content = json.loads(Path(path).read_text())
+    try:
+        content = json.loads(Path(path).read_text())
+    except ValueError as error:
+        raise ValueError(f"{path} must hold JSON, and does not: {error}") from error
     if not isinstance(content, dict):
         raise ValueError(f"{path} must hold a JSON object, and holds a {type(content).__name__}")
     return content

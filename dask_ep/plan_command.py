@@ -24,7 +24,7 @@ from dask_ep.in_passes import find_passes
 from dask_ep.job import PLACEMENTS, load_job
 from dask_ep.planner import Plan, WhatIf, plan, what_if
 from dask_ep.price_passes import price_passes
-from dask_ep.report import write_plan_report
+from dask_ep.report import check_drawing, write_plan_report
 from dask_ep.run import Processes, Threads, count_workers, lay_out
 from dask_ep.storage import open_tokens
 from dask_ep.travel import TRAVELS, Travel
@@ -98,6 +98,8 @@ def plan_command(
     """
     if choices and not side_by_side:
         raise click.UsageError(f"{choices[0]!r} is a choice to compare; put --what-if before it")
+    if html is not None:
+        check_drawing()
     compared = priced_job(job, parse_choices(choices), **options)
     if save is not None:
         Path(save).write_text(compared.best.placement.to_json())

@@ -114,8 +114,8 @@ class ZarrSource(Source):
     array : zarr.Array
     name : for messages
     dtype : the array's type where `array` has its bits as unsigned integers; see `zarr_layout`
-    missing : {"fill", "error"}
-        What rows are whose chunk was never written: Zarr's fill value, or a `ReadError`. Zarr
+    missing : {"error", "fill"}
+        What rows are whose chunk was never written: a `ReadError`, or Zarr's fill value. Zarr
         writes no chunks that hold only the fill value, unless told to; but a chunk file that got
         lost looks the same, and its rows would silently be zeros.
     """
@@ -125,10 +125,10 @@ class ZarrSource(Source):
         array: zarr.Array,
         name: str,
         dtype: np.dtype | None = None,
-        missing: str = "fill",
+        missing: str = "error",
     ):
-        if missing not in ("fill", "error"):
-            raise ValueError(f'missing must be "fill" or "error", not {missing!r}')
+        if missing not in ("error", "fill"):
+            raise ValueError(f'missing must be "error" or "fill", not {missing!r}')
         dtype = array.dtype.newbyteorder("=") if dtype is None else dtype
         self.array, self.name, self.missing = array, name, missing
         self.shape, self.dtype = array.shape, checked_dtype(dtype, name)
@@ -192,7 +192,7 @@ class ZarrSource(Source):
 
 
 def open_source(
-    obj: Any, name: str | None = None, *, dtype: Any = None, missing: str = "fill"
+    obj: Any, name: str | None = None, *, dtype: Any = None, missing: str = "error"
 ) -> Source:
     """Make a `Source` of a path, an array or a Source.
 
@@ -203,7 +203,7 @@ def open_source(
         if it has one tensor. Each may be an address such as ``s3://bucket/x.npy`` (needs fsspec).
     name : for messages; the file's name without it
     dtype : the type of a ``.npy`` file of raw bytes, such as ``np.save`` makes of bfloat16
-    missing : {"fill", "error"}
+    missing : {"error", "fill"}
         What a Zarr chunk that was never written means; see `ZarrSource`.
 
     Raises
@@ -242,6 +242,21 @@ def open_source(
         open_npy = open_remote_npy if is_remote(path) else _source_of_npy
         return open_npy(path, name, dtype)
     return _source_of_zarr(path, name, missing)
+
+
+def refuse_missing(source: Source) -> None:
+    """Raise a `ReadError` if chunks were never written, and nothing stands for them.
+
+    Reads of a Zarr array that is not local find out by themselves; of it, nothing is asked here.
+    """
+    if not isinstance(source, ZarrSource) or source.missing == "fill" or source.path is None:
+        return
+    if keys := source.find_missing():
+        some = ", ".join(keys[:5]) + (", ..." if len(keys) > 5 else "")
+        raise ReadError(
+            f"{source.name}: {len(keys)} chunks are missing in {source.path} ({some}). If they "
+            'were left out because all of their values are the fill value, say missing="fill"'
+        )
 
 
 def open_safetensors(path: str | os.PathLike) -> dict[str, Source]:

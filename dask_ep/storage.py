@@ -29,7 +29,7 @@ from dask_ep.arrays import Array
 from dask_ep.device import pinned_empty, telling_memory, upload
 from dask_ep.output import Output, free_bytes, progress_directory
 from dask_ep.remote import is_remote
-from dask_ep.sources import ReadError, Source, ZarrSource, open_source
+from dask_ep.sources import ReadError, Source, ZarrSource, open_source, refuse_missing
 from dask_ep.writers import Writer, make_writer, shorten
 
 CHUNK_BYTES = 32 << 20
@@ -45,7 +45,7 @@ def open_tokens(
     *,
     like: da.Array | None = None,
     dtype: Any = None,
-    missing: str = "error",
+    missing: str | None = None,
     xp: str = "numpy",
 ) -> da.Array:
     """Open token rows, routing or top-k weights as a lazy array, chunked along the rows.
@@ -58,9 +58,10 @@ def open_tokens(
     name : for messages; the file's name without it
     like : array whose row chunks to take, so that routing is cut as its tokens are
     dtype : see `open_source`
-    missing : {"error", "fill"}
+    missing : {"error", "fill"}, optional
         Zarr chunks that were never written are an error, found here already where the array is
-        local: they look just like lost ones. "fill" takes Zarr's fill value for their rows.
+        local: they look just like lost ones. "fill" takes Zarr's fill value for their rows. Without
+        it, as a `ZarrSource` that is given says.
     xp : {"numpy", "cupy"}
         Whose arrays the chunks are. "cupy": read into pinned memory, and on their way to the device
         in the same task.
@@ -89,13 +90,12 @@ def open_tokens(
     >>> open_tokens(np.ones((10, 4)), chunks=4).chunks
     ((4, 4, 2), (4,))
     """
-    source = open_source(path, name, dtype=dtype, missing=missing)
-    if isinstance(source, ZarrSource) and source.missing != missing:
+    source = open_source(path, name, dtype=dtype, missing=missing or "error")
+    if missing is not None and isinstance(source, ZarrSource) and source.missing != missing:
         source = ZarrSource(source.array, source.name, source.dtype, missing)
     if source.ndim == 0:
         raise ValueError(f"{source.name} is a single number and has no rows")
-    if missing == "error":
-        _refuse_missing_chunks(source)
+    refuse_missing(source)
     rows = _row_chunks(source, chunks, like)
     key = f"ep_read-{tokenize(source, rows, xp)}"
     rest, tasks, start = (0,) * (source.ndim - 1), {}, 0
@@ -192,7 +192,7 @@ def store(
         wanted["stored_rows"] = stored_rows
     directory = progress_directory(path)
     _check_existing(path, resume, overwrite)
-    os.makedirs(directory, exist_ok=True)
+    _make_directory(directory, path)
     journal.acquire(directory)
     try:
         _check_existing(path, resume, overwrite)  # again, now that nobody else can begin
@@ -224,17 +224,6 @@ def _read_to_device(source: Source, start: int, stop: int, xp: Any) -> Array:
     pinned = pinned_empty(xp, (stop - start, *source.shape[1:]), source.dtype)
     with telling_memory(xp, pinned.nbytes, stop - start):
         return upload(xp, source.read(start, stop, out=pinned))
-
-
-def _refuse_missing_chunks(source: Source) -> None:
-    if isinstance(source, ZarrSource) and source.path is not None:
-        keys = source.find_missing()
-        if keys:
-            some = ", ".join(keys[:5]) + (", ..." if len(keys) > 5 else "")
-            raise ReadError(
-                f"{source.name}: {len(keys)} chunks are missing in {source.path} ({some}). If they "
-                'were left out because all of their values are the fill value, say missing="fill"'
-            )
 
 
 def _row_chunks(
@@ -350,6 +339,19 @@ def _is_replaceable(path: str) -> bool:
             return json.load(file)["node_type"] == "array"
     except (OSError, ValueError, KeyError):
         return os.path.exists(os.path.join(path, ".zarray"))
+
+
+def _make_directory(directory: str, path: str) -> None:
+    try:
+        os.makedirs(directory, exist_ok=True)
+        if os.access(directory, os.W_OK | os.X_OK):
+            return
+        why = "cannot be written to"
+    except OSError as error:
+        why = f"cannot be made a directory ({error.strerror})"
+    raise OSError(
+        f"{directory} {why}, and the output {path} is written there first; write elsewhere"
+    )
 
 
 def _begin(

@@ -82,7 +82,8 @@ def one_line(error: BaseException) -> str:
     words = [str(error).strip() or type(error).__name__]
     cause = error.__cause__
     while cause is not None:
-        if str(cause) and not any(str(cause) in said for said in words):
-            words.append(str(cause).strip())
+        why = str(cause).strip()
+        if why and not any(why in said for said in words):
+            words.append(why)
         cause = cause.__cause__
     return "; because ".join(words)

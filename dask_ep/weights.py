@@ -18,7 +18,7 @@ from dask_ep import memory
 from dask_ep.arrays import Array, is_array, namespace
 from dask_ep.device import pinned_empty
 from dask_ep.quantized import DeviceSource, fill_on_device, put
-from dask_ep.sources import ArraySource, Source, open_source
+from dask_ep.sources import ArraySource, Source, open_source, refuse_missing
 
 BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
 
@@ -190,15 +190,17 @@ def _put(target: Array, value: Array) -> None:
 
 
 def _source(obj: Any, name: str) -> Source:
-    """A Source of a weight; device arrays serve as they are."""
+    """A Source of a weight, of which nothing is missing; device arrays serve as they are."""
     if not isinstance(obj, np.ndarray) and is_array(obj):
         return DeviceSource(obj, name)
     is_path = isinstance(obj, str) or hasattr(obj, "__fspath__")
-    return open_source(obj) if is_path else open_source(obj, name)
+    source = open_source(obj) if is_path else open_source(obj, name)
+    refuse_missing(source)
+    return source
 
 
 def _as_dask(part: Any) -> da.Array:
     if isinstance(part, da.Array):
         return part
-    source = open_source(part)
+    source = _source(part, "weight")
     return da.from_array(source.read(0, source.shape[0]), chunks=-1)

@@ -96,7 +96,9 @@ def open_array(path: str, mode: str = "r") -> tuple[zarr.Array, np.dtype]:
     except (ValueError, FileNotFoundError) as error:
         found = _open_extension_dtype(path, mode)
         if found is None:
-            raise ValueError(f"{path} cannot be opened as a Zarr array: {error}") from error
+            raise ValueError(
+                f"{path} cannot be opened as a Zarr array: {str(error).strip()}{_members(path)}"
+            ) from error
         return found
     return array, array.dtype.newbyteorder("=")
 
@@ -193,6 +195,18 @@ def missing_chunks(array: zarr.Array, start: int, stop: int) -> Iterator[str]:
             there = os.path.exists(os.path.join(directory, key))
         if not there:
             yield key
+
+
+def _members(path: str) -> str:
+    """Say which arrays could have been meant, where a group is; nothing where none is."""
+    import zarr
+
+    try:
+        names = sorted(zarr.open_group(path, mode="r").array_keys())
+    except (ValueError, FileNotFoundError, KeyError):
+        return ""
+    some = ", ".join(f"{path}/{name}" for name in names[:3])
+    return f". It is a group; name an array in it{f', such as {some}' if some else ''}"
 
 
 def _bits(dtype: np.dtype) -> np.dtype:

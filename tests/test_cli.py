@@ -420,3 +420,5 @@ def test_an_error_and_its_causes_are_one_line():
     error = RuntimeError("chunk 2 failed")
     error.__cause__ = ValueError("index 9")
     assert terminal.one_line(error) == "chunk 2 failed; because index 9"
+    error.__cause__ = ValueError("failed ")  # said already
+    assert terminal.one_line(error) == "chunk 2 failed"

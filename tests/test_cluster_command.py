@@ -8,15 +8,17 @@ import subprocess
 import sys
 from pathlib import Path
 
+import dask.array as da
 import numpy as np
 import pytest
 
-from dask_ep import journal
+from dask_ep import journal, load_moe_layer
 from dask_ep.example import Example, write_example
 from dask_ep.job import load_job
 from dask_ep.owner_plugin import PLUGIN
 from dask_ep.run import Threads, run_job
 from tests.certificates import make_certificates, options
+from tests.checkpoints import FIXTURES, LAYER
 from tests.cluster_processes import DEADLINE, REPOSITORY, Cluster, addresses, wait_until
 
 
@@ -96,6 +98,26 @@ def test_a_lost_worker_changes_nothing(cluster, job, tmp_path, expected):
     assert re.search(r"<td>worker tcp://[\d.:]+ left</td>", report)
     assert re.search(r"<td>rank [01] moved from tcp://[\d.:]+ to tcp://[\d.:]+: ", report)
     assert re.search(r"[1-9]\d* tasks ran again", report)
+
+
+@pytest.mark.parametrize("case", ["qwen2_moe", "gpt_oss_mxfp4"])
+def test_a_checkpoints_layer_outlives_a_worker(cluster, tmp_path, case):
+    """Router, shared experts and all, from a directory that every worker opens for itself."""
+    layer = load_moe_layer(FIXTURES / case, layer=LAYER)
+    hidden = np.random.default_rng(0).standard_normal((6400, layer.experts.d), np.float32)
+    np.save(tmp_path / "hidden.npy", hidden)
+    out = tmp_path / "out.npy"
+    layer_options = ("--layer", FIXTURES / case, "--layer-index", LAYER)
+    tokens = ("--tokens", tmp_path / "hidden.npy")
+    process = start(*layer_options, *tokens, "--out", out, *on(cluster))
+    wait_for_blocks(out, 5, process)
+    cluster.stop_worker("w1")
+    code, printed, told = end(process)
+    assert code == 0, told
+    assert "6400 rows in" in printed
+    assert "dashboard" not in told, "this scheduler shows none"
+    one = layer(da.from_array(hidden, chunks=(640, -1)), world_size=1).compute()
+    np.testing.assert_allclose(np.load(out), one, rtol=1e-5, atol=1e-6 * np.abs(one).max())
 
 
 def test_ctrl_c_leaves_nothing_on_the_cluster(cluster, job, tmp_path):

@@ -19,7 +19,7 @@ from safetensors.numpy import save_file
 from dask_ep import Experts, expert_parallel_dispatch, files, local, reference
 from dask_ep.experts import as_experts
 from dask_ep.local import LocalExperts
-from dask_ep.sources import Source
+from dask_ep.sources import ReadError, Source, open_source
 from tests.compare import assert_close
 
 E, D, F, O = 4, 6, 10, 5  # noqa: E741
@@ -209,6 +209,17 @@ def test_weights_wherever_they_lie(kind, tmp_path):
         for expert, e in zip(local, ids, strict=True):
             if e >= 0:
                 np.testing.assert_array_equal(expert(x), x @ weight("w")[e])
+
+
+@pytest.mark.parametrize("compressors", [None, "auto"])
+def test_weights_that_were_lost_are_no_zeros(compressors, tmp_path):
+    path = tmp_path / "w.zarr"
+    zarr.create_array(path, data=weight("w"), chunks=(1, D, O), compressors=compressors)
+    (path / "c" / "2" / "0" / "0").unlink()
+    with pytest.raises(ReadError, match=r"w.zarr: 1 chunks are missing in .* \(c/2/0/0\)"):
+        Experts.linear(path)
+    meant = Experts.linear(open_source(path, missing="fill"))
+    assert not meant.load([2])[0](rows()).any()
 
 
 class FileLike(Source):

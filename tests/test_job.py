@@ -7,11 +7,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import zarr
 
 from dask_ep.build import build, open_inputs
 from dask_ep.experts import Experts
 from dask_ep.job import EXPERT_KEYS, EXPERT_MATRICES, JobError, load_job, parse_experts
 from dask_ep.placement import balanced
+from dask_ep.sources import ReadError
 
 GOOD = """
 tokens = "tokens.npy"
@@ -110,6 +112,8 @@ def test_the_keys_of_experts_are_the_keywords_of_their_classmethods(kind):
         ('w = "w.npy"', "", r"\[experts\]: 'w' is missing; linear experts need w"),
         ('"tokens.npy"', "7", r"tokens must be a path, but is 7 \(int\)"),
         ('"tokens.npy"', '""', r"tokens must be a path, but is ''"),
+        ('"tokens.npy"', '"t\\u0000.npy"', r"tokens must be a path, but is 't"),
+        ("[experts]", 'missing = "fil"\n[experts]', r"missing must be one of error, fill, but is"),
         ('"out.npy"', '"s3://b/y.npy"', r"out must be a path .* not written\), but is 's3://b/y"),
         ('"linear"', '"gatde"', r"kind must be one of .*, but is 'gatde' \(did you mean 'gated'"),
         ('kind = "linear"', "", r"\[experts\]: kind must be one of .*, but is missing"),
@@ -156,12 +160,35 @@ def test_a_table_of_experts_as_an_option():
         ({"tokens": np.zeros((40, 6), "f4")}, r"rows of width 8, but tokens .* have width 6"),
         ({"tokens": np.zeros(40, "f4")}, r"tokens must be \(n, d\), but tokens.npy has shape"),
         ({"tokens": np.array(["a"] * 40)}, r"job\.toml: tokens: .* must hold numbers"),
+        ({"routing": None}, r"job\.toml: routing: .*routing\.npy: No such file"),
+        ({"w": None}, r"job\.toml: experts\.w: .*w\.npy: No such file"),
     ],
 )
 def test_inputs_that_do_not_fit(tmp_path, change, message):
-    write_arrays(tmp_path, **small_arrays() | change)
-    with pytest.raises((ValueError, TypeError), match=message):
+    arrays = small_arrays() | change
+    write_arrays(tmp_path, **{name: array for name, array in arrays.items() if array is not None})
+    with pytest.raises((ValueError, TypeError, ReadError), match=message):
         open_inputs(load_job(write(tmp_path, GOOD)))
+
+
+def test_chunks_that_were_never_written_are_zeros_only_where_the_job_says_so(tmp_path):
+    arrays = small_arrays()
+    arrays["w"][2] = 0
+    write_arrays(tmp_path, **arrays)
+    zarr.create_array(tmp_path / "w.zarr", data=arrays["w"], chunks=(1, *arrays["w"].shape[1:]))
+    path = write(tmp_path, GOOD.replace("w.npy", "w.zarr"))
+    with pytest.raises(ReadError, match=r"job\.toml: experts\.w: .* say missing=\"fill\""):
+        open_inputs(load_job(path))
+    y = build(open_inputs(load_job(path, missing="fill")), world_size=2).y
+    same = build(open_inputs(load_job(write(tmp_path, GOOD))), world_size=2).y
+    np.testing.assert_array_equal(y.compute(scheduler="sync"), same.compute(scheduler="sync"))
+
+
+def test_a_placement_that_is_no_file_is_perhaps_a_name(tmp_path):
+    write_arrays(tmp_path, **small_arrays())
+    job = load_job(write(tmp_path, GOOD), placement="balancd")
+    with pytest.raises(JobError, match=r"but there is no .*/balancd \(did you mean 'balanced'\?\)"):
+        open_inputs(job)
 
 
 def test_building_reads_nothing_but_what_a_placement_needs(tmp_path):

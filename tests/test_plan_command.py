@@ -2,12 +2,14 @@
 
 import json
 import re
+import sys
 
 import numpy as np
 import pytest
 from click.testing import CliRunner
 
 from dask_ep import journal, planner
+from dask_ep import plan_command as plan_command_module
 from dask_ep.costs import Rates
 from dask_ep.job import load_job
 from dask_ep.pipeline import count_tasks
@@ -67,6 +69,13 @@ def test_the_command_writes_a_report(job_file, tmp_path):
     invoke(job_file, "--processes", 2, "--memory-limit", "1 GiB", "--html", tmp_path / "plan.html")
     text = (tmp_path / "plan.html").read_text()
     assert "1,000 token rows of width 8, 2 of 8 experts a row, 2 ranks (contiguous)" in text
+
+
+def test_a_report_that_cannot_be_drawn_is_told_before_anything_is_read(job_file, monkeypatch):
+    monkeypatch.setitem(sys.modules, "bokeh.embed", None)  # as if it were not installed
+    monkeypatch.setattr(plan_command_module, "priced_job", None)
+    result = CliRunner().invoke(plan_command, [str(job_file), "--html", "plan.html"])
+    assert re.search(r'pip install "dask-ep\[report\]"', str(result.exception))
 
 
 def test_the_command_compares_choices(job_file):

@@ -26,6 +26,7 @@ from dask_ep.sources import (
     ReadError,
     open_safetensors,
     open_source,
+    refuse_missing,
 )
 from dask_ep.zarr_layout import EXTENSION_DTYPES, create_array, open_array
 
@@ -145,7 +146,8 @@ def test_direct_reads_agree_with_zarr(tmp_path_factory, layout, data):
     stop = data.draw(st.integers(start, options["shape"][0]))
     expected = zarr.open_array(path, mode="r")[:]
     for obj in (path, array):
-        check_rows(open_source(obj), expected.reshape(options["shape"]), start, stop)
+        source = open_source(obj, missing="fill")
+        check_rows(source, expected.reshape(options["shape"]), start, stop)
 
 
 @pytest.mark.parametrize("dtype", [*EXTENSION_DTYPES.values()], ids=str)
@@ -159,7 +161,7 @@ def test_types_that_zarr_lacks_are_stored_under_their_registered_names(
     assert json.loads((tmp_path / "x.zarr" / "zarr.json").read_text())["data_type"] == dtype.name
     with pytest.raises(ValueError, match=dtype.name):
         zarr.open_array(path)
-    source = open_source(path)
+    source = open_source(path, missing="fill")
     assert not bits(source.read(0, 7)).any()
     array, _ = open_array(path, mode="r+")
     array[:] = rows.view(array.dtype)
@@ -311,12 +313,12 @@ def test_remote_arrays_are_read_through_zarr(tmp_path):
     path = f"memory://{tmp_path.name}/x.zarr"
     array = zarr.create_array(path, shape=(9, 4), chunks=(2, 4), dtype="f4", compressors=None)
     array[:5] = numbers((9, 4), "f4")[:5]
-    source = open_source(path)
+    source = open_source(path, missing="fill")
     assert source.path is None
     assert source.name == "x.zarr"
     check_rows(source, array[:], 1, 8)
-    assert tokenize(source) == tokenize(open_source(path))
-    strict = open_source(path, missing="error")
+    assert tokenize(source) == tokenize(open_source(path, missing="fill"))
+    strict = open_source(path)
     strict.read(0, 6)
     with pytest.raises(ReadError, match=r"rows \[5, 8\) of x.zarr: chunk c/3/0 is missing"):
         strict.read(5, 8)
@@ -368,15 +370,27 @@ def test_missing_chunks_are_the_fill_value_or_an_error(tmp_path, compressors):
     path = str(tmp_path / "x.zarr")
     create_array(path, (6, 2), 2, np.dtype("f4"), compressors)[:] = 5
     os.unlink(f"{path}/c.1.0")
-    filled = open_source(path)
+    filled = open_source(path, missing="fill")
+    refuse_missing(filled)
     assert filled.read(1, 5)[:, 0].tolist() == [5, 0, 0, 5]
     assert filled.find_missing() == ["c.1.0"]
-    strict = open_source(path, missing="error")
+    strict = open_source(path)
     assert strict.read(4, 6)[:, 0].tolist() == [5, 5]
+    with pytest.raises(ReadError, match=r'1 chunks are missing in .*c\.1\.0.*say missing="fill"'):
+        refuse_missing(strict)
     with pytest.raises(ReadError, match=r"rows \[.*c\.1\.0"):
         strict.read(1, 5)
-    with pytest.raises(ValueError, match=r"must be \"fill\" or \"error\", not 'zero'"):
+    with pytest.raises(ValueError, match=r"must be \"error\" or \"fill\", not 'zero'"):
         open_source(path, missing="zero")
+
+
+def test_a_group_is_no_array_but_has_some(tmp_path):
+    group = zarr.create_group(tmp_path / "g.zarr")
+    with pytest.raises(ValueError, match=r"It is a group; name an array in it$"):
+        open_source(tmp_path / "g.zarr")
+    group.create_array("hidden", data=numbers((4, 2), "f4"))
+    with pytest.raises(ValueError, match=r"name an array in it, such as .*g.zarr/hidden"):
+        open_source(tmp_path / "g.zarr")
 
 
 @pytest.mark.parametrize("compressors", [None, "auto"])

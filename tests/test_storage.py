@@ -379,6 +379,12 @@ def test_what_cannot_be_written(tmp_path):
     assert os.listdir(tmp_path) == []
 
 
+def test_where_the_record_cannot_be_is_told(tmp_path):
+    (tmp_path / "y.zarr.progress").write_text("a file")
+    with pytest.raises(OSError, match=r"cannot be made a directory \(File exists\).*elsewhere"):
+        store(da.ones((10, 4), chunks=(3, 4)), tmp_path / "y.zarr")
+
+
 def test_an_address_is_not_written_to(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(ValueError, match=r"s3://bucket/y.zarr is an address; write elsewhere"):

@@ -29,6 +29,7 @@ import numpy as np
 
 from dask_ep import grouped, memory
 from dask_ep.arrays import Array, is_array, namespace, one_namespace, to_host
+from dask_ep.blas import product
 
 TILE_BYTES = 8 << 20
 """Bytes of the widest rows of one matrix product on the CPU: a share of the last-level cache."""
@@ -104,6 +105,8 @@ class Linear(Expert):
 
     def __call__(self, rows: Array, out: Array | None = None) -> Array:
         xp, W = namespace(rows), self.W.astype(rows.dtype, copy=False)
+        if xp is np:
+            return product(rows, W, out)
         if out is None or out.dtype == rows.dtype:
             return xp.matmul(rows, W, out=out)
         grouped.products(rows, [W], [(0, len(rows))], out)

@@ -18,7 +18,7 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 
 from dask_ep import memory
-from dask_ep.blas import one_blas_thread
+from dask_ep.blas import one_blas_thread, product
 from dask_ep.costs import PACKED_RANKS, Rates
 from dask_ep.dispatch import TILE_ROWS, Expert, expert_parallel_dispatch
 from dask_ep.exchange import packet_order, send, sum_ranks
@@ -105,7 +105,7 @@ class _Products:
 
     def __call__(self) -> int:
         for w in self.w:
-            self.x @ w
+            product(self.x, w)
         return 2 * self.x.size * self.w[0, 0].size * len(self.w)
 
 

@@ -32,9 +32,9 @@ import dask
 import dask.array as da
 import numpy as np
 import zarr
-from threadpoolctl import threadpool_limits
 
 import dask_ep
+from dask_ep.blas import one_blas_thread, product
 
 
 @dataclass(frozen=True)
@@ -81,7 +81,7 @@ def main() -> None:
         layer = Layer(**(vars(LAYERS[name]) | sizes))
         with (
             tempfile.TemporaryDirectory(dir=options.directory) as folder,
-            threadpool_limits(1, user_api="blas"),
+            one_blas_thread(),
             dask.config.set(scheduler="threads", num_workers=options.threads),
         ):
             bench = Bench(layer, Path(folder), options.threads)
@@ -150,7 +150,7 @@ class Bench:
                 m = int(min(rows, share - done))
                 for w, y in zip(W, out, strict=True):
                     rows_in = x if w.shape[0] == layer.d else hidden
-                    np.matmul(rows_in[:m], w, out=y[:m])
+                    product(rows_in[:m], w, out=y[:m])
                 done += m
 
         self.on_threads(lambda thread: work(layer.rows * layer.k / self.threads))

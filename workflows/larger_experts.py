@@ -38,8 +38,8 @@ import ml_dtypes
 import numpy as np
 import psutil
 from dask.utils import format_bytes, parse_bytes
-from threadpoolctl import threadpool_limits
 
+from dask_ep.blas import one_blas_thread, product
 from dask_ep.safetensors_header import encode_header
 from dask_ep.sources import open_source
 
@@ -101,7 +101,7 @@ def main() -> None:
         where = ["--processes", str(asked.processes)]
     with (
         tempfile.TemporaryDirectory(dir=asked.directory) as folder,
-        threadpool_limits(1, user_api="blas"),
+        one_blas_thread(),
     ):
         bench = Bench(layer, Path(folder), asked.threads, where, limit)
         print(f"{layer}: {format_bytes(layer.expert_bytes)} of experts as stored, "
@@ -180,9 +180,9 @@ class Bench:
             out, done = np.empty((rows, layer.d), "f4"), 0.0
             while done < share:
                 m = max(int(min(rows, share - done)), 1)
-                np.matmul(x[:m], W["gate"], out=hidden[0][:m])
-                np.matmul(x[:m], W["up"], out=hidden[1][:m])
-                np.matmul(hidden[0][:m], W["down"], out=out[:m])
+                product(x[:m], W["gate"], out=hidden[0][:m])
+                product(x[:m], W["up"], out=hidden[1][:m])
+                product(hidden[0][:m], W["down"], out=out[:m])
                 done += m
 
         self.on_threads(work, range(self.threads))

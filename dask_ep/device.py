@@ -56,7 +56,8 @@ def find_devices() -> list[Device]:
     Raises
     ------
     NoDeviceError
-        If CuPy cannot be imported or there is no GPU, saying what to install or to look at.
+        If CuPy or a library of CUDA cannot be imported or there is no GPU, saying what to install
+        or to look at.
 
     Notes
     -----
@@ -76,6 +77,14 @@ def find_devices() -> list[Device]:
         raise NoDeviceError(_no_device(str(error))) from error
     if not count:
         raise NoDeviceError(_no_device("the driver lists none"))
+    try:
+        cupy.cuda.cublas  # noqa: B018 - imported when it is first asked for
+        cupy.cuda.nvrtc.getVersion()
+    except (ImportError, RuntimeError) as error:
+        raise NoDeviceError(
+            f"CuPy finds a GPU, but not CUDA's libraries ({error}); install them with "
+            "pip install 'cupy-cuda12x[ctk]' (or 'cupy-cuda13x[ctk]'), or the CUDA toolkit"
+        ) from error
     properties = [runtime.getDeviceProperties(index) for index in range(count)]
     return [
         Device(index, one["name"].decode(), one["totalGlobalMem"])
@@ -144,7 +153,8 @@ class Lanes:
     CuPy's pool hands freed memory out again in the order of one stream, so a block that was filled
     on the upload stream and read on the compute stream must not go back there while it is being
     read. Such blocks are therefore kept here: when the last array in one has died, the compute
-    stream marks the place (an event), and the next upload into the block waits for that mark.
+    stream marks the place (an event), and the next upload into the block waits for that mark. Those
+    of other sizes that nobody reads any more go to the pool when a new one must be made.
     """
 
     def __init__(self, xp: Any):
@@ -201,6 +211,17 @@ class Lanes:
                 if block.read is not None:
                     block.read.synchronize()
 
+    def _drop_the_unread(self, size: int) -> None:
+        """Give the blocks of other sizes back to CuPy's pool that the device is done with."""
+        for other, blocks in list(self._free.items()):
+            for _ in range(len(blocks) if other != size else 0):
+                try:
+                    block = blocks.popleft()
+                except IndexError:  # somebody took the last one
+                    break
+                if block.read is not None and not block.read.done:
+                    blocks.append(block)
+
     def _take(self, nbytes: int) -> _Block:
         step = 1 << max(nbytes.bit_length() - 4, 9)
         size = -(-nbytes // step) * step
@@ -213,6 +234,7 @@ class Lanes:
         return block
 
     def _allocate(self, size: int) -> _Block:
+        self._drop_the_unread(size)
         with self._up:  # so that CuPy hands it out in the order of this stream
             try:
                 return _Block(self._xp, size)

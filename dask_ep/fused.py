@@ -3,7 +3,8 @@
 CUDA kernels for what would be several passes as array functions: activation times up, gathering
 with weights, summing what the experts and the ranks give. All of them only move memory, so each row
 is read once and written once; sums and activations are float32 for numbers of 16 bits and for
-float32, float64 for float64, and round where NumPy rounds (no fused multiply-add).
+float32, float64 for float64, and round where NumPy rounds (no fused multiply-add). But CuPy has its
+compiler flush float32 to zero below 1.2e-38, the smallest bfloat16 among them.
 
 The source is plain C++ but for the words in front of a kernel, and needs no header: half and
 bfloat16 are turned into float32 by hand. One kernel per dtype is compiled (by NVRTC, through

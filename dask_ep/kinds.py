@@ -40,9 +40,12 @@ class Affine(Expert):
 
     @staticmethod
     def together(experts: Sequence[Affine], rows: Array, bounds: Bounds, out: Array) -> None:
-        Linear.together([expert._product for expert in experts], rows, bounds, out)
+        sums = _room_for(out, computing_dtype(rows.dtype), out.shape[1])
+        Linear.together([expert._product for expert in experts], rows, bounds, sums)
         for expert, (start, stop) in zip(experts, bounds, strict=True):
-            out[start:stop] += expert._bias.astype(out.dtype, copy=False)
+            sums[start:stop] += expert._bias.astype(sums.dtype, copy=False)
+        if sums is not out:
+            out[...] = sums.astype(out.dtype)
 
     def __call__(self, rows: Array, out: Array | None = None) -> Array:
         out = self._product(rows, out)
@@ -217,11 +220,11 @@ def _hidden(rows: Array, expert: Expert) -> Array:
     return memory.empty((len(rows), expert.d_out), dtype, like=rows)
 
 
-def _room_for(hidden: Array, dtype: np.dtype, width: int) -> Array:
-    """Room for what the next product reads: `hidden` itself, if its dtype is that of the rows."""
-    if hidden.dtype == dtype:
-        return hidden
-    return memory.empty((len(hidden), width), dtype, like=hidden)
+def _room_for(rows: Array, dtype: np.dtype, width: int) -> Array:
+    """Room for as many rows in a dtype: those themselves, if they have it."""
+    if rows.dtype == dtype:
+        return rows
+    return memory.empty((len(rows), width), dtype, like=rows)
 
 
 # --- activations, in place -------------------------------------------------------------------

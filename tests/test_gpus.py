@@ -9,8 +9,10 @@ from __future__ import annotations
 import os
 import re
 import sys
+import weakref
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 
 import dask
 import dask.array as da
@@ -101,6 +103,25 @@ def test_without_a_device_it_says_where_to_look(monkeypatch, capsys, small_job, 
     assert code == 2
     assert "CuPy finds no GPU" in err
     assert "CUDA_VISIBLE_DEVICES" in err
+
+
+@pytest.mark.parametrize("missing", ["cublas", "nvrtc"])
+def test_without_cudas_libraries_it_says_what_to_install(monkeypatch, capsys, small_job, missing):
+    def not_found() -> None:
+        raise RuntimeError("no libnvrtc.so.12")
+
+    cuda = type(sys)("cupy.cuda")
+    cuda.runtime = SimpleNamespace(getDeviceCount=lambda: 1, CUDARuntimeError=OSError)
+    cuda.nvrtc = SimpleNamespace(getVersion=not_found)
+    if missing == "nvrtc":
+        cuda.cublas = object()
+    else:
+        cuda.__getattr__ = lambda name: exec("raise ImportError('no libcublas.so.12')")
+    monkeypatch.setitem(sys.modules, "cupy", SimpleNamespace(cuda=cuda))
+    code, _, err = here(capsys, "run", small_job, "--gpu")
+    assert code == 2
+    assert f"no lib{missing}.so.12" in err
+    assert "cupy-cuda12x[ctk]" in err
 
 
 def test_options_that_say_nothing_are_refused(capsys, small_job):
@@ -373,6 +394,22 @@ def test_memory_on_the_device_is_used_again_when_its_last_view_is_dead():
     assert third.data.ptr == address
     np.testing.assert_array_equal(second.get(), [4, 5, 6])
     np.testing.assert_array_equal(third.get(), [7, 8, 9])
+
+
+def test_memory_of_another_size_is_given_back_when_the_device_is_done_with_it():
+    """A weight's, after the weights are loaded; but not before it has been read."""
+    lanes, compute = Lanes(xp), xp.cuda.Stream(non_blocking=True)
+    with compute:
+        lanes.upload(pinned(*range(1000)))
+        kept = [weakref.ref(block.memory._a) for blocks in lanes._free.values() for block in blocks]
+        second = lanes.upload(pinned(*range(100)))
+        assert [block() is None for block in kept] == [False], "compute has not reached the mark"
+        compute.synchronize()
+        third = lanes.upload(pinned(*range(100)))
+    assert [block() is None for block in kept] == [True]
+    compute.synchronize()
+    for there in (second, third):
+        np.testing.assert_array_equal(there.get(), range(100))
 
 
 def test_an_upload_waits_until_the_device_has_read_what_was_there():

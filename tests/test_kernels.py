@@ -177,6 +177,20 @@ def test_products_of_cublas(cublas, dtype, transposed, wider, wide):
     assert len(cublas.calls) == 5, "none for an expert without rows"
 
 
+def test_a_bias_is_added_before_16_bits_are_rounded(cublas):
+    """Also where rows come sorted by expert, and answers go straight to the output."""
+    rng = np.random.default_rng(0)
+    rows, w, bias = (  # whose sums are exact in float32
+        (rng.integers(-99, 99, shape) / 8).astype("f2") for shape in ((8, 4), (2, 4, 3), (2, 3))
+    )
+    routing = np.repeat([0, 1], 4)
+    local = Experts.linear(w, bias=bias).load(xp=xp, dtype=np.float16)
+    got = expert_parallel_dispatch(on_device(rows), on_device(routing), local, 0, 1)
+    want = np.einsum("nd,ndo->no", rows.astype("f4"), w[routing].astype("f4"))
+    want += bias[routing].astype("f4")
+    assert got.get().tobytes() == want.astype("f2").tobytes()
+
+
 def test_no_sum_of_cublas_is_kept_in_16_bits(cublas):
     one = on_device(np.ones((1, 1), np.float16))
     grouped.products(one, [one], [(0, 1)], xp.empty((1, 1), dtype=np.float16))

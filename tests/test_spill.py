@@ -6,6 +6,7 @@ from __future__ import annotations
 import errno
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -189,6 +190,83 @@ def test_a_full_disk_is_an_error_before_any_work(monkeypatch, job, spilling):
         run_job(job, Threads(2), on_progress=told.append)
     assert told[-1].rows_done == 0
     assert spill_directories(job) == []
+
+
+FILLS_ITS_DISK = """
+import errno, os, shutil, subprocess, sys
+from dask_ep import run
+from dask_ep.job import load_job
+from tests.test_spill import WAYS, spill_directories
+disk, out = os.path.dirname(sys.argv[2]), sys.argv[2]
+os.mkdir(disk)
+subprocess.run(["mount", "-t", "tmpfs", "-o", "size=160k", "none", disk], check=True)
+run.find_passes = lambda *_: WAYS["spill in groups"]
+job = load_job(sys.argv[1], out=out)
+try:
+    run.run_job(job, run.Threads(2))
+except OSError as error:
+    assert error.errno == errno.ENOSPC
+    print(error)
+assert spill_directories(job) == [] and not os.path.exists(out)
+subprocess.run(["mount", "-o", "remount,size=8m", disk], check=True)
+print(run.run_job(job, run.Threads(2), resume=True).rows_done)
+shutil.move(out, sys.argv[3])
+"""
+
+MOUNTS = ["unshare", "--mount", "--map-root-user"]
+"""A command in which a file system can be mounted that nobody else sees."""
+
+
+def can_mount(folder: Path) -> bool:
+    try:
+        tried = ["mount", "-t", "tmpfs", "none", str(folder)]
+        return subprocess.run([*MOUNTS, *tried], capture_output=True).returncode == 0
+    except FileNotFoundError:
+        return False
+
+
+def test_on_a_small_disk_the_error_tells_what_is_missing_and_resume_goes_on(plain, job, tmp_path):
+    if not can_mount(tmp_path):
+        pytest.skip("a file system of its own may not be mounted here")
+    job = replace(job, out=str(tmp_path / "disk" / "out.npy"))
+    moved = tmp_path / "moved.npy"
+    command = [*MOUNTS, sys.executable, "-c", FILLS_ITS_DISK, job.name, job.out, str(moved)]
+    said = subprocess.run(
+        command, env=os.environ | {"PYTHONPATH": str(ROOT)}, capture_output=True, text=True
+    )
+    assert said.returncode == 0, said.stderr
+    needed = 3 * CHUNK_ROWS * 2 * (32 + 32) * 4
+    place = rf"{tmp_path}/disk/out.npy.progress/spill-\w+-0"
+    told = re.search(rf"need (\d+) bytes in {place}, .* but (\d+) are free", said.stdout)
+    assert needed < int(told[1]) < needed + 1000, "a byte for each task"
+    assert 0 < int(told[2]) < 160 << 10
+    assert said.stdout.endswith(f"\n{ROWS}\n")
+    np.testing.assert_allclose(np.load(moved), plain[1], rtol=0, atol=1e-6)
+
+
+TOO_LARGE_FILES = """
+import resource, sys
+from dask_ep import run
+from dask_ep.job import load_job
+from tests.test_spill import WAYS
+resource.setrlimit(resource.RLIMIT_FSIZE, (150_000, resource.RLIM_INFINITY))
+run.find_passes = lambda *_: WAYS["spill"]
+run.run_job(load_job(sys.argv[1], out=sys.argv[2]), run.Threads(2))
+"""
+
+
+def test_files_that_may_not_be_so_large_are_an_error_and_resume_goes_on(plain, job, monkeypatch):
+    command = [sys.executable, "-c", TOO_LARGE_FILES, job.name, job.out]
+    failed = subprocess.run(
+        command, env=os.environ | {"PYTHONPATH": str(ROOT)}, capture_output=True, text=True
+    )
+    needed = ROWS * 2 * (32 + 32) * 4
+    told = re.search(r"need (\d+) bytes in .* \(File too large\)", failed.stderr)
+    assert needed < int(told[1]) < needed + 1000, "a byte for each task"
+    assert spill_directories(job) == []
+    monkeypatch.setattr(run, "find_passes", None)  # what was chosen is kept
+    assert run_job(job, Threads(2), resume=True).rows_done == ROWS
+    np.testing.assert_allclose(np.load(job.out), plain[1], rtol=0, atol=1e-6)
 
 
 def test_a_disk_that_has_no_room_for_the_output_beside_is_full_too(monkeypatch, job, spilling):

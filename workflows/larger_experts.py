@@ -1,6 +1,7 @@
 """What does it cost when the experts are several times larger than the memory?
 
     python workflows/larger_experts.py --directory /fast/disk      # 12 GB in 3 GB
+    python workflows/larger_experts.py --processes 2 --memory-limit 1300MB --kill
     python workflows/larger_experts.py --rows 1500 --d 256 --hidden 2048 --experts 32 \
         --memory-limit 450MB --threads 1
 
@@ -9,7 +10,8 @@ ratios to a limit taken on the same files and threads, each with one BLAS thread
 
     limit       the products of the same FLOPs on matrices in cache (a sample of them, scaled)
                 + the bytes of all experts read once + the token file copied
-    dask_ep     dask-ep run --memory-limit, and the peak memory of its process tree
+    dask_ep     dask-ep run --memory-limit, the peak memory of its process tree, and how many
+                experts it has read; with --kill one worker is killed when half of them are
     reread      for each expert the whole token file is read again, as a plain loop over experts
                 does: some experts, scaled
     resident    fewer experts and rows: dask-ep run without a limit, all experts in memory
@@ -28,6 +30,7 @@ import sys
 import tempfile
 import threading
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
@@ -39,7 +42,9 @@ import numpy as np
 import psutil
 from dask.utils import format_bytes, parse_bytes
 
+from dask_ep import journal
 from dask_ep.blas import one_blas_thread, product
+from dask_ep.expert_major import READS
 from dask_ep.safetensors_header import encode_header
 from dask_ep.sources import open_source
 
@@ -90,7 +95,8 @@ def main() -> None:
     parser.add_argument("--k", type=int, default=1, help="experts of a row")
     parser.add_argument("--memory-limit", type=parse_bytes, default="3GB")
     parser.add_argument("--threads", type=int, default=dask.system.CPU_COUNT)
-    parser.add_argument("--processes", type=int, help="worker processes instead of threads")
+    parser.add_argument("--processes", type=int, help="worker processes, each with the limit")
+    parser.add_argument("--kill", action="store_true", help="one of them in the midst")
     parser.add_argument("--sample", type=float, default=0.1, help="part of the products timed")
     parser.add_argument("--directory", help="where the files lie while this runs")
     asked = parser.parse_args()
@@ -107,7 +113,7 @@ def main() -> None:
         print(f"{layer}: {format_bytes(layer.expert_bytes)} of experts as stored, "
               f"{format_bytes(layer.token_bytes)} of tokens, {' '.join(where)}, "
               f"limit {limit / 1e9:.3g} GB", flush=True)  # fmt: skip
-        print(bench.table(asked.sample), flush=True)
+        print(bench.table(asked.sample, asked.kill), flush=True)
 
 
 class Bench:
@@ -120,13 +126,13 @@ class Bench:
         self.routing, self.topk_weights = write_rows(layer, folder)
         write_job(layer, folder, "job")
 
-    def table(self, sample: float) -> str:
+    def table(self, sample: float, kill: bool = False) -> str:
         """Time everything once, the limit before and after, and give the ratios."""
         layer = self.layer
         before = self.limit_parts(sample)
-        seconds, peak = self.run("job", ["--memory-limit", str(self.limit)])
+        seconds, peak = self.run("job", ["--memory-limit", str(self.limit)], kill)
         passes = json.loads((self.folder / "job.zarr.progress/manifest.json").read_text())
-        passes = passes["settings"].get("passes")
+        passes, reads = passes["settings"].get("passes"), self.reads("job")
         self.verify("job")
         after = self.limit_parts(sample)
         parts = {name: (before[name] + after[name]) / 2 for name in before}
@@ -143,10 +149,11 @@ class Bench:
         shares = ", ".join(f"{name} {100 * part / whole:.0f} %" for name, part in parts.items())
         lines = [
             f"limit: {shares}; {whole:.1f} s",
-            "| what | time / limit | peak memory |",
-            "|---|---|---|",
-            f"| dask_ep ({said}) | {seconds / whole:.2f} | {peak / 1e9:.2f} GB |",
-            f"| tokens reread for each expert | {self.reread() / whole:.2f} | |",
+            "| what | time / limit | peak memory | experts read |",
+            "|---|---|---|---|",
+            f"| dask_ep ({said}) | {seconds / whole:.2f} | {peak / 1e9:.2f} GB "
+            f"| {sum(reads.values())}, each at most {max(reads.values(), default=0)} times |",
+            f"| tokens reread for each expert | {self.reread() / whole:.2f} | | |",
             "",
             f"{small.experts} experts, {small.rows} rows:",
             "| what | time / time with all experts in memory | peak memory |",
@@ -215,8 +222,8 @@ class Bench:
 
     # --- what is measured ---
 
-    def run(self, name: str, options: list[str]) -> tuple[float, int]:
-        """Seconds and peak bytes of the command's process tree."""
+    def run(self, name: str, options: list[str], kill: bool = False) -> tuple[float, int]:
+        """Seconds and peak bytes of the command's process tree; one of its workers is killed."""
         self.drop_cache()
         command = [sys.executable, "-m", "dask_ep", "run", str(self.folder / f"{name}.toml")]
         start, peak = time.perf_counter(), 0
@@ -227,13 +234,23 @@ class Bench:
             while process.poll() is None:
                 try:
                     tree = [root, *root.children(recursive=True)]
-                    peak = max(peak, sum(one.memory_info().rss for one in tree))
+                    memory = [one.memory_info().rss for one in tree]
+                    peak = max(peak, sum(memory))
+                    if kill and sum(self.reads(name).values()) > self.layer.experts // 2:
+                        kill = tree[1 + int(np.argmax(memory[1:]))].kill()
                 except psutil.NoSuchProcess:
                     continue
                 time.sleep(0.02)
         if process.returncode:
             raise SystemExit(f"{name} has failed: run {' '.join(command)} to see why")
         return time.perf_counter() - start, peak
+
+    def reads(self, name: str) -> Counter[int]:
+        """How often each expert was read by a run that went through them in passes."""
+        progress = self.folder / f"{name}.zarr.progress"
+        if not progress.exists():
+            return Counter()
+        return journal.count_done(str(progress), READS, what=READS)
 
     def verify(self, name: str) -> None:
         job = str(self.folder / f"{name}.toml")

@@ -137,7 +137,7 @@ def build(
     def find_placement(routing: Any) -> Placement | None:
         if begun is not None and begun.local and begun.world_size == world_size:
             return begun  # as it was chosen then, whatever would be now
-        if travel.how == "rows" or world_size == 1:
+        if not travel.moves_experts or world_size == 1:
             return _find_placement(job, world_size, routing, inputs)
         return _find_travel(inputs, world_size, routing(), travel, workers, slots_beside)
 

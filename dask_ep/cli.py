@@ -255,8 +255,11 @@ def run(job: str | None, experts: str | None, **options: Any) -> None:
     options["travel"] = parse_travel(
         options["travel"], options.pop("link_rate"), options.pop("read_rate")
     )
-    if options["travel"].how != "rows" and isinstance(where, runs.Threads):
-        raise click.UsageError("threads share memory, and nothing travels; --travel needs workers")
+    only_threads = isinstance(where, runs.Threads) and where.memory_limit is None
+    if options["travel"].how is not None and only_threads:
+        raise click.UsageError(
+            "threads share memory, and nothing travels; --travel needs workers or --memory-limit"
+        )
     with _stoppable(parsed, job) as wait, progress_bar("rows") as tell:
 
         def on_progress(how: runs.Progress) -> None:

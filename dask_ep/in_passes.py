@@ -16,6 +16,7 @@ import glob
 import os
 import shutil
 from collections.abc import Iterator
+from dataclasses import replace
 from math import prod
 from typing import NamedTuple
 
@@ -32,10 +33,11 @@ from dask_ep.fit import DoesNotFit, Layout, choose_chunk_rows, slots_per_row
 from dask_ep.held_rows import hold
 from dask_ep.local import HIDDEN_COLUMNS
 from dask_ep.output import Output, Step, free_bytes, progress_directory
-from dask_ep.passes import Passes, Sizes, choose_passes
+from dask_ep.passes import RATES, Passes, Sizes, choose_passes
 from dask_ep.spilled_rows import Spilled, collect
 from dask_ep.storage import CHUNK_BYTES, open_tokens
 from dask_ep.survey import survey
+from dask_ep.travel import ALL_ROWS, Travel
 
 SPILL = "spill-"
 """What the names of directories with rows that wait begin with, beside the output's journal."""
@@ -57,8 +59,17 @@ class PassesDone(NamedTuple):
         return f"{sum(self.reads.values())} experts were read in passes{waited}"
 
 
+WAYS_OF = {"rows": ("spill",), "experts": ("hold",)}
+"""In what way what travels is asked for: rows are spilled to where their experts go by, experts go
+by where rows are held."""
+
+
 def find_passes(
-    inputs: Inputs, layout: Layout, workers: int | None, chunk_rows: int | None = None
+    inputs: Inputs,
+    layout: Layout,
+    workers: int | None,
+    chunk_rows: int | None = None,
+    travel: Travel = ALL_ROWS,
 ) -> Passes | None:
     """Say how to go through the experts of a job that do not fit; None where they do.
 
@@ -68,11 +79,14 @@ def find_passes(
     layout : where it is to run
     workers : Dask workers that it runs on; None on threads
     chunk_rows : rows of a token chunk, if they are given
+    travel : which way is asked for, if one is, and how fast experts are read
 
     Raises
     ------
     DoesNotFit
         If it can be done in no way within the memory limit.
+    ValueError
+        If experts are to travel to rows that cannot be held.
 
     Notes
     -----
@@ -84,16 +98,22 @@ def find_passes(
         choose_chunk_rows(inputs, layout)
         return None
     except DoesNotFit as refusal:
-        # The rows of a layer are routed, and go through its shared experts, chunk by chunk: small
-        # ones.
-        ways = ("spill",) if inputs.layer is not None else None
+        ways = _ways_to_hold_rows(inputs, workers)
+        asked = WAYS_OF.get(travel.how, ways)
+        if not set(asked) <= set(ways):
+            raise ValueError(
+                "the experts do not fit, and travel by rows or auto is what there is: experts can "
+                "only travel to rows that are held in memory, which is on threads, and for given "
+                "routing"
+            ) from refusal
         try:
             return choose_passes(
                 sizes_of(inputs, layout.threads, workers),
                 layout.memory_limit,
                 free=_free_for_rows(inputs),
                 chunk_rows=chunk_rows,
-                ways=ways,
+                ways=asked,
+                rates=replace(RATES, read=travel.read),
             )
         except MemoryError as error:
             message = f"{refusal}. Nor does it fit with experts that go by in passes: {error}"
@@ -206,6 +226,15 @@ class InPasses:
         rows = max(CHUNK_BYTES // (4 * self._inputs.row_bytes), 1)
         tokens = open_tokens(self._inputs.tokens, chunks=min(rows, self.passes.chunk_rows))
         return layer.route(tokens)[0]
+
+
+def _ways_to_hold_rows(inputs: Inputs, workers: int | None) -> tuple[str, ...]:
+    """In memory and on disk, or on disk alone.
+
+    Workers share no memory. The rows of a layer are routed, and go through its shared experts,
+    chunk by chunk: small ones.
+    """
+    return ("hold", "spill") if workers is None and inputs.layer is None else ("spill",)
 
 
 def _free_for_rows(inputs: Inputs) -> int:

@@ -27,7 +27,7 @@ from dask_ep.price_passes import price_passes
 from dask_ep.report import check_drawing, write_plan_report
 from dask_ep.run import Processes, Threads, count_workers, lay_out
 from dask_ep.storage import open_tokens
-from dask_ep.travel import TRAVELS, Travel
+from dask_ep.travel import ALL_ROWS, TRAVELS, Travel
 
 BAR = 30
 """Characters of the bar of the busiest rank."""
@@ -52,9 +52,8 @@ def travel_options(command: Callable) -> Callable:
         click.option(
             "--travel",
             type=click.Choice(TRAVELS),
-            default="rows",
-            show_default=True,
-            help="What goes to what: rows to experts, experts to rows, or the cheaper of the two.",
+            help="What goes to what: rows to experts, experts to rows, or the cheaper of the two. "
+            "By default rows; where experts do not fit, the cheaper.",
         ),
     ):
         command = option(command)
@@ -126,7 +125,7 @@ def priced_job(
     processes: int | None = None,
     threads: int | None = None,
     memory_limit: str | None = None,
-    travel: str = "rows",
+    travel: str | None = None,
     link_rate: int | None = None,
     read_rate: int | None = None,
 ) -> WhatIf:
@@ -138,9 +137,10 @@ def priced_job(
     where = Processes(processes, limit) if processes else Threads(threads, limit)
     layout = lay_out(job, where, size)
     inputs = hold_what_fits(inputs, layout, chunk_rows)
-    passes = find_passes(inputs, layout, count_workers(where), chunk_rows)
+    moves = parse_travel(travel, link_rate, read_rate)
+    passes = find_passes(inputs, layout, count_workers(where), chunk_rows, moves)
     if passes is not None:
-        chunk_rows, memory_limit = passes.chunk_rows, None
+        chunk_rows, memory_limit, moves = passes.chunk_rows, None, ALL_ROWS
     elif chunk_rows is None:  # those that a run takes; what is compared may need others
         chunk_rows = choose_chunk_rows(inputs, layout)
     tokens = open_tokens(inputs.tokens, chunks=chunk_rows, name="tokens")
@@ -160,14 +160,14 @@ def priced_job(
         combined |= choices
         combined["travel"] = [parse_travel(how, link_rate, read_rate) for how in combined["travel"]]
         return what_if(tokens, routing, experts, **combined, **common)
-    common |= {"placement": job.placement, "travel": parse_travel(travel, link_rate, read_rate)}
+    common |= {"placement": job.placement, "travel": moves}
     one = plan(tokens, routing, experts, world_size=size, **common)
     if passes is not None:
         one = price_passes(one, passes, limit)
     return WhatIf((one,), one, "")
 
 
-def parse_travel(how: str, link_rate: int | None, read_rate: int | None) -> Travel:
+def parse_travel(how: str | None, link_rate: int | None, read_rate: int | None) -> Travel:
     """Read `travel_options`."""
     rates = {"link": link_rate, "read": read_rate}
     return Travel(how, **{name: rate for name, rate in rates.items() if rate is not None})

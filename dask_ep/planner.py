@@ -260,7 +260,7 @@ class _Pricing:
         policy, placement = self._placement(placement, world_size)
         chunks = self.chunks if chunk_rows is None else _equal_chunks(self.survey.rows, chunk_rows)
         priced = self._priced(policy, placement, chunks, travel, only)
-        if travel.how == "rows" or priced.workers == 1:
+        if not travel.moves_experts or priced.workers == 1:
             return priced
         moved = choose_travel(
             travel,

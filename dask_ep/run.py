@@ -145,9 +145,8 @@ def run_job(
     overwrite : start again, whatever is there
     chunk_rows : rows of a token chunk; by default about 32 MiB of them, or what fits the memory
         limit
-    travel : whether rows travel to experts, or experts to rows; by default all rows. Everything
-        else reads the routing once before. A resumed run goes on with what was chosen, and where
-        experts go by in passes it says nothing
+    travel : whether rows travel to experts, or experts to rows; see `dask_ep.travel.Travel`. All
+        but rows alone reads the routing once before. A resumed run goes on with what was chosen
     on_progress : called at the start, and when blocks are done
     on_client : called when the workers are there, if there are any; such as to show the dashboard
     report : HTML file that lays the run beside its plan, written at the end if anything was run;
@@ -198,7 +197,10 @@ def run_job(
         workers = count_workers(where, client)
         room = _room(where, layout, client)
         inputs = inputs if begun.get("passes") else hold_what_fits(inputs, room, chunk_rows)
-        passes = begun["passes"] if begun else find_passes(inputs, room, workers, chunk_rows)
+        passes = (
+            begun["passes"] if begun else find_passes(inputs, room, workers, chunk_rows, travel)
+        )
+        _check_travel(travel, client, passes)
         walk = None if passes is None else InPasses(inputs, passes, workers or 1)
         chunk_rows = passes.chunk_rows if passes else choose_chunk_rows(inputs, layout, chunk_rows)
         with _owned(client, world_size if passes is None else workers or 1) as owners:
@@ -243,6 +245,14 @@ def run_job(
                     done = watch.progress()
                 output.finish()
     return done._replace(passes=walk and walk.done(watch.spilled_bytes))
+
+
+def _check_travel(travel: Travel, client: Client | None, passes: Passes | None) -> None:
+    if travel.how is not None and client is None and passes is None:
+        raise ValueError(
+            "threads share memory, and nothing travels between them; travel is for workers, or for "
+            "experts that do not fit into the memory limit"
+        )
 
 
 def _in_blocks(y: da.Array, begun: dict[str, Any]) -> da.Array:

@@ -51,17 +51,29 @@ class Travel:
     ------
     ValueError
         If `how` is not one of `TRAVELS`.
+
+    Notes
+    -----
+    Where experts do not fit and go by in passes (`dask_ep.passes`), rows travel to experts by being
+    spilled, and experts to rows that are held in memory.
     """
 
-    how: str = "rows"
+    how: str | None = None
+    #: one of `TRAVELS`; None is "auto" where experts go by in passes, whose rows are counted in any
+    #: case, else "rows"
     link: float = Rates.link
     #: bytes per second between two workers
     read: float = Rates.read
     #: bytes per second that one worker reads from storage
 
     def __post_init__(self) -> None:
-        if self.how not in TRAVELS:
+        if self.how not in (None, *TRAVELS):
             raise ValueError(f"travel must be one of {', '.join(TRAVELS)}; got {self.how!r}")
+
+    @property
+    def moves_experts(self) -> bool:
+        """Whether any expert may travel that fits where it is owned."""
+        return self.how in ("auto", "experts")
 
     def rates(self, others: Rates) -> Rates:
         """Give these two rates, and what else is measured."""
@@ -133,7 +145,7 @@ def choose_travel(
     [[0, -1], [1, 0]]
     """
     verify_placement(owners, num_experts=found.num_experts, max_slots=max_slots)
-    if travel.how == "rows" or owners.world_size == 1:
+    if not travel.moves_experts or owners.world_size == 1:
         return owners
     owners = replace(owners, local=True)
     chunks = found.chunks if chunks is None else chunks

@@ -140,7 +140,7 @@ def test_wrong_use_is_2(tmp_path, capsys, small_job):
         (["run"], "'tokens' is missing"),
         (["run", small_job, "--threads", 2, "--processes", 2], "a job runs in one place"),
         (["run", small_job, "--dashboard", 8787], "--dashboard needs --processes"),
-        (["run", small_job, "--travel", "auto"], "nothing travels; --travel needs workers"),
+        (["run", small_job, "--travel", "auto"], "--travel needs workers or --memory-limit"),
         (["run", small_job, "--memory-limit", "much"], "'much' is no size"),
         (["run", small_job, "--scheduler", "tcp://x:1", "--memory-limit", "1GB"], "is set where"),
         (["run", small_job, "--tls-cert", "c.pem"], "TLS needs --tls-ca-file and --tls-cert"),

@@ -31,6 +31,7 @@ from dask_ep.output import progress_directory
 from dask_ep.passes import Passes
 from dask_ep.plan_command import plan_command
 from dask_ep.run import Cluster, Processes, Threads, run_job
+from dask_ep.travel import Travel
 from dask_ep.verify import verify_job
 from tests.checkpoints import FIXTURES, LAYER, expected
 from tests.cluster_processes import Cluster as RealCluster
@@ -440,6 +441,38 @@ def test_plan_says_how_experts_go_by_and_refuses_only_what_no_pass_can_fit(tmp_p
     assert content["stored_bytes"] == 256 * 512 * 512 * 2
     refused = plan("350 MB")
     assert "Nor does it fit with experts that go by in passes: a process may use 350 MB" in refused
+
+
+@pytest.mark.parametrize(
+    ("travel", "way"), [("rows", "spill"), ("experts", "hold"), ("auto", "hold"), (None, "hold")]
+)
+def test_what_travels_is_asked_for_in_passes_too(tmp_path, travel, way):
+    inputs = open_inputs(load_job(write_large_job(tmp_path, 14_000)))
+    layout = Layout(1, 1, 2, 480 * 10**6)
+    chosen = find_passes(inputs, layout, None, None, Travel(travel))
+    slower = find_passes(inputs, layout, None, None, Travel(travel, read=Travel.read / 10))
+    assert (chosen.way, slower.way) == (way, way)
+    assert chosen.seconds < slower.seconds
+
+
+def test_experts_cannot_travel_to_rows_that_wait_on_disk(tmp_path):
+    large = load_job(write_large_job(tmp_path, 14_000))
+    tokens = tmp_path / "hidden.npy"
+    hidden = expected("llama4")["hidden"]
+    np.save(tokens, hidden.reshape(-1, hidden.shape[-1]))
+    layer = load_job(
+        tokens=str(tokens), out=large.out, layer=str(FIXTURES / "llama4"), layer_index=LAYER
+    )
+    told = "travel by rows or auto is what there is: .* held in memory, which is on threads"
+    with pytest.raises(ValueError, match=told):
+        find_passes(open_inputs(large), Layout(2, 2, 1, 420 * 10**6), 2, None, Travel("experts"))
+    with pytest.raises(ValueError, match=told):
+        find_passes(open_inputs(layer), Layout(1, 1, 2, 300_000_001), None, None, Travel("experts"))
+
+
+def test_on_threads_travel_is_for_experts_that_do_not_fit(job):
+    with pytest.raises(ValueError, match="nothing travels between them"):
+        run_job(job, Threads(2), travel=Travel("auto"))
 
 
 def test_on_a_cluster_the_memory_of_its_workers_decides(tmp_path):

@@ -147,12 +147,12 @@ class Bench:
             "all experts fit" if passes is None else f"{passes['way']}, passes: {passes['passes']}"
         )
         shares = ", ".join(f"{name} {100 * part / whole:.0f} %" for name, part in parts.items())
+        read = f"{sum(reads.values())}, each at most {max(reads.values(), default=0)} times"
         lines = [
             f"limit: {shares}; {whole:.1f} s",
             "| what | time / limit | peak memory | experts read |",
             "|---|---|---|---|",
-            f"| dask_ep ({said}) | {seconds / whole:.2f} | {peak / 1e9:.2f} GB "
-            f"| {sum(reads.values())}, each at most {max(reads.values(), default=0)} times |",
+            f"| dask_ep ({said}) | {seconds / whole:.2f} | {peak / 1e9:.2f} GB | {read} |",
             f"| tokens reread for each expert | {self.reread() / whole:.2f} | | |",
             "",
             f"{small.experts} experts, {small.rows} rows:",

@@ -17,9 +17,13 @@ import numpy as np
 FEWEST_ROWS = 64
 """Rows of a chunk below which the cost of a task outweighs its work many times over."""
 
-PROCESS_BYTES = 300_000_000
-"""What a process takes beside experts and chunks: Python, NumPy, Dask and Zarr (measured 110 to 130
-MB), and the tiles of its threads."""
+PROCESS_BYTES = 180_000_000
+"""What a process takes of its own: Python, NumPy, Dask and Zarr (measured 100 to 110 MB), and what
+the C library keeps of small arrays."""
+
+SORT_BYTES = 48
+"""Of memory for each slot while a chunk is sorted by expert: its routing and weight, index arrays
+and keys."""
 
 CLUSTER_TASK_SECONDS = 0.45e-3
 """Scheduler time of one task on a cluster (measured 0.42 to 0.48 ms, 900 to 13000 tasks)."""
@@ -69,14 +73,14 @@ def chunks_held(threads: int, ranks: int, spread: float, widening: int) -> float
 
     Notes
     -----
-    With one rank each task holds its chunk, its output and scratch of about as much, and four more
-    lie between tasks or wait for their next user. With more, a chunk under way is itself, its
-    packets, its answers and its sum; packets and answers are `spread` times as large. There is one
-    for each thread, and one more between tasks. Sums are kept wide.
+    With one rank each task holds its chunk, its output and what the one before has left, and two
+    more are read ahead. With more, a chunk under way is itself, its packets, its answers and its
+    sum; packets and answers are `spread` times as large. There is one for each thread, and one more
+    between tasks. Sums are kept wide.
     """
     wide = threads * (widening - 1)
     if ranks == 1:
-        return 3 * threads + 4 + wide
+        return 3 * threads + 2 + wide
     return (threads + 1) * (2 + 2 * max(1.0, spread)) + wide
 
 
@@ -85,9 +89,9 @@ class Need(NamedTuple):
 
     Examples
     --------
-    >>> need = Need(expert_bytes=100 << 20, chunks=8, row_bytes=4096)
+    >>> need = Need(expert_bytes=100 << 20, chunks=8, row_bytes=4096, tile_bytes=64 << 20)
     >>> need.at(8192) >> 20, need.rows_within(need.at(8192))
-    (642, 8192)
+    (591, 8192)
     """
 
     expert_bytes: int
@@ -96,17 +100,29 @@ class Need(NamedTuple):
     #: token chunks at a time, `chunks_held`
     row_bytes: int
     #: of a token row or an output row, whichever is more
+    tile_bytes: int = 0
+    #: that the threads compute in, together
+    slot_bytes: int = 0
+    #: that all threads sort the slots of a row in, together
+    process_bytes: int = PROCESS_BYTES
 
     def at(self, chunk_rows: int) -> int:
         """Bytes at most, with chunks of so many rows."""
-        return (
-            PROCESS_BYTES + self.expert_bytes + math.ceil(self.chunks * chunk_rows * self.row_bytes)
-        )
+        return sum(self.parts(chunk_rows).values())
+
+    def parts(self, chunk_rows: int) -> dict[str, int]:
+        """Bytes by what they are for."""
+        return {
+            "process": self.process_bytes,
+            "experts": self.expert_bytes,
+            "scratch": self.tile_bytes + chunk_rows * self.slot_bytes,
+            "chunks": math.ceil(self.chunks * chunk_rows * self.row_bytes),
+        }
 
     def rows_within(self, limit: int) -> int:
         """The most rows of a chunk with which that is not above `limit`; negative if none."""
-        room = limit - PROCESS_BYTES - self.expert_bytes
-        return math.floor(room / (self.chunks * self.row_bytes))
+        room = limit - self.at(0)
+        return math.floor(room / (self.chunks * self.row_bytes + self.slot_bytes))
 
 
 def homes(chunks: int, ranks: int) -> np.ndarray:

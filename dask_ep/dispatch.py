@@ -34,6 +34,10 @@ from dask_ep.blas import product
 TILE_BYTES = 8 << 20
 """Bytes of the widest rows of one matrix product on the CPU: a share of the last-level cache."""
 
+TILES_HELD = 8
+"""Tiles that a thread has in memory while it computes: rows, hidden columns, outputs; and those of
+other sizes that wait in the pool for their next user."""
+
 Write = Callable[[Array, Array | slice, Array], None]
 """Adds rows (m, d_out) to rows (m,) of an output, or writes them there."""
 
@@ -489,11 +493,26 @@ def tiles(start: int, stop: int, expert: Expert, compute: np.dtype, xp: Any = np
         return []
     if xp is not np:
         return [slice(start, stop)]
-    row_bytes = max(expert.widest, 1) * compute.itemsize
-    fewest, most = TILE_ROWS
-    rows = min(max(TILE_BYTES // row_bytes, fewest), most)
+    rows = tile_rows(expert.widest * compute.itemsize)
     rows = math.ceil(m / math.ceil(m / rows))
     return [slice(s, min(s + rows, stop)) for s in range(start, stop, rows)]
+
+
+def tile_rows(row_bytes: int) -> int:
+    """Rows of a tile on the CPU, at most, whose widest rows take so many bytes."""
+    fewest, most = TILE_ROWS
+    return min(max(TILE_BYTES // max(row_bytes, 1), fewest), most)
+
+
+def tile_bytes(row_bytes: int) -> int:
+    """Bytes of the tiles that a thread has in memory while it computes such rows, at most.
+
+    Examples
+    --------
+    >>> tile_bytes(4096 * 4) >> 20, tile_bytes(64 * 4) >> 20
+    (64, 2)
+    """
+    return TILES_HELD * tile_rows(row_bytes) * row_bytes
 
 
 def _apply(

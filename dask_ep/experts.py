@@ -82,6 +82,11 @@ class Experts:
         self.num_experts, self.d, self.d_out = sizes["E"], sizes["d"], sizes["o"]
         self.hidden = sizes.get("f")
 
+    @property
+    def widest(self) -> int:
+        """Width of the widest row on the way through an expert."""
+        return max(self.d, self.hidden or 0, self.d_out)
+
     # --- one constructor per kind ---
 
     @classmethod
@@ -301,7 +306,7 @@ class CallableExperts:
 
     kind = "callables"
     d = hidden = dtype = None
-    nbytes = parameters = 0
+    nbytes = parameters = widest = 0
 
     def __init__(self, functions: tuple[Callable[[Array], Array] | None, ...], d_out: int | None):
         for e, function in enumerate(functions):

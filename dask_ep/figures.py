@@ -12,7 +12,6 @@ from typing import Any
 
 import numpy as np
 
-from dask_ep.costs import PROCESS_BYTES
 from dask_ep.price import Plan
 from dask_ep.record import Record
 
@@ -31,6 +30,15 @@ STEP_COLOURS = {
     "transfer": RED,
 }
 """Colours of the steps of a run."""
+
+PART_COLOURS = {
+    "process": SKY,
+    "experts": BLUE,
+    "scratch": YELLOW,
+    "chunks": ORANGE,
+    "rows": ORANGE,
+}
+"""Colours of what memory goes to."""
 
 MOST_SPANS = 5000
 """Tasks that a time line draws: the longest ones."""
@@ -142,24 +150,19 @@ def draw_traffic(
 
 def draw_memory(plan: Plan, measured: int | None = None) -> Figure:
     """What a worker's memory goes to, against the limit and what was measured."""
-    parts = {
-        "process": PROCESS_BYTES,
-        "experts": plan.expert_bytes,
-        "chunks": plan.memory_bytes - PROCESS_BYTES - plan.expert_bytes,
-    }
     names = ["planned"] if measured is None else ["measured", "planned"]
     drawing = _figure(
         "Memory of a worker, at most", "MB", None, y_range=names, height=110 + 40 * len(names)
     )
     left = 0.0
-    for (name, nbytes), colour in zip(parts.items(), (SKY, BLUE, ORANGE), strict=True):
+    for name, nbytes in plan.memory_parts.items():
         right = left + nbytes / 1e6
         drawing.hbar(
             y=["planned"],
             left=left,
             right=right,
             height=0.6,
-            color=colour,
+            color=PART_COLOURS[name],
             legend_label=f"{name} {nbytes / 1e6:,.0f}",
         )
         left = right

@@ -16,8 +16,8 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from dask_ep.build import Inputs
-from dask_ep.costs import FEWEST_ROWS, PROCESS_BYTES, Need, chunks_held
-from dask_ep.dispatch import computing_dtype
+from dask_ep.costs import FEWEST_ROWS, SORT_BYTES, Need, chunks_held
+from dask_ep.dispatch import computing_dtype, tile_bytes
 from dask_ep.grouped import row_bytes
 from dask_ep.held import StoredExperts, held_as_stored
 from dask_ep.placement import POLICIES, most_slots
@@ -33,6 +33,9 @@ what is stored."""
 
 DEVICE_CHUNK_BYTES = 128 << 20
 """Bytes of a token chunk on a GPU, which needs more rows at a time than a core to be busy."""
+
+DEVICE_PROCESS_BYTES = 300_000_000
+"""What a process takes of a GPU's memory beside experts and chunks: CUDA and its libraries."""
 
 
 class DoesNotFit(MemoryError):
@@ -82,11 +85,16 @@ def need(inputs: Inputs, layout: Layout) -> Need:
     if layout.on_devices:
         widest = 2 * (experts.hidden or 0)
         row = row_bytes(experts.d, experts.d_out, widest, slots_per_row(inputs), itemsize)
-        return Need(held, layout.threads, row)
+        return Need(held, layout.threads, row, process_bytes=DEVICE_PROCESS_BYTES)
     spread = min(slots_per_row(inputs), layout.world_size)
     widening = max(itemsize // inputs.tokens.dtype.itemsize, 1)
-    chunks = chunks_held(layout.threads, layout.world_size, spread, widening)
-    return Need(held, chunks, max(inputs.row_bytes, 1))
+    return Need(
+        held,
+        chunks_held(layout.threads, layout.world_size, spread, widening),
+        max(inputs.row_bytes, 1),
+        layout.threads * tile_bytes((layer or experts).widest * itemsize),
+        layout.threads * slots_per_row(inputs) * SORT_BYTES,
+    )
 
 
 def hold_what_fits(inputs: Inputs, layout: Layout, asked: int | None = None) -> Inputs:
@@ -180,10 +188,11 @@ def _refusal(inputs: Inputs, layout: Layout, asked: int | None) -> DoesNotFit:
     law, rows = need(inputs, layout), asked or FEWEST_ROWS
     proposal = next(_proposals(inputs, layout, asked), {})
     whose = "a memory limit" if layout.workers == 1 else "each worker's memory limit"
+    parts = {name: f"{nbytes / 1e6:.0f} MB" for name, nbytes in law.parts(rows).items()}
     message = (
         f"{whose} of {layout.memory_limit / 1e6:.0f} MB must hold "
-        f"{law.expert_bytes / 1e6:.0f} MB of experts, {PROCESS_BYTES / 1e6:.0f} MB for the process "
-        f"and {law.chunks:.3g} chunks of {rows} rows ({law.row_bytes} bytes each), "
+        f"{parts['experts']} of experts, {parts['process']} for the process, {parts['scratch']} of "
+        f"scratch and {law.chunks:.3g} chunks of {rows} rows ({law.row_bytes} bytes each), "
         f"{law.at(rows) / 1e6:.0f} MB in all; "
     )
     if not proposal:

@@ -186,6 +186,11 @@ class MoELayer:
         return numbers + sum(prod(array.shape) for array in self.arrays.values())
 
     @property
+    def widest(self) -> int:
+        """Width of the widest row on the way through an expert, a shared one too."""
+        return max(self.experts.widest, 0 if self.shared is None else self.shared.widest)
+
+    @property
     def bytes_beside(self) -> int:
         """Bytes of them in their files."""
         arrays = [array.source for array in self.arrays.values()]

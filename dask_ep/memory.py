@@ -6,8 +6,8 @@ of the CPU time of a straightforward version. `empty` hands out memory that an e
 died in: its pages are there already.
 
     empty(...) ──> array ──(last reference gone)──> free blocks ──> the next empty(...)
-                                                        │ unused for KEEP_SECONDS
-                                                        v
+                                                        │ unused for KEEP_SECONDS, or for
+                                                        v REPLACE_SECONDS when others are made
                                                   given back to the system
 
 An array from `empty` is an ordinary array, and can be kept, viewed, sliced and returned: its
@@ -30,7 +30,11 @@ SMALLEST = 1 << 20
 """Bytes below which an array is left to the C library, which recycles small blocks well itself."""
 
 KEEP_SECONDS = 2.0
-"""Seconds for which an unused block waits for its next user, at least."""
+"""Seconds for which an unused block waits for its next user, at least, if all find one."""
+
+REPLACE_SECONDS = 0.1
+"""Seconds after which an unused block is replaced, when a block of another size must be made: long
+enough for fresh memory to cost little, short enough for the pool not to keep every size."""
 
 RUN_BYTES = 128 << 10
 """Bytes of rows that go through several steps together: with what they meet there they fit a core's
@@ -76,10 +80,10 @@ class Pool:
     Notes
     -----
     Sizes are rounded up to one of eight steps between powers of two; a request takes a free block
-    of its size or the next larger one below twice that, else a new block. Blocks that nobody wanted
-    for `KEEP_SECONDS` go back to the system, by a thread that lives only while blocks exist. Peak
-    memory is at most that of the same program without a pool plus what it freed in the last
-    2 * `KEEP_SECONDS`.
+    of its size or the next larger one below twice that, else a new block, which replaces those that
+    nobody wanted for `REPLACE_SECONDS`. Blocks that nobody wanted for `KEEP_SECONDS` go back to the
+    system, by a thread that lives only while blocks exist. Peak memory is at most that of the same
+    program without a pool plus what it freed in the last `REPLACE_SECONDS`.
     """
 
     def __init__(self) -> None:
@@ -101,6 +105,7 @@ class Pool:
             except (KeyError, IndexError):
                 continue
         else:
+            self.drop(time.monotonic() - REPLACE_SECONDS)
             block = self._new_block(smallest)
         return np.asarray(_Lease(self, block, nbytes))
 

@@ -20,15 +20,12 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from dask_ep.costs import PROCESS_BYTES, Rates
-from dask_ep.dispatch import TILE_BYTES, TILE_ROWS
+from dask_ep.costs import FEWEST_ROWS, SORT_BYTES, Rates
+from dask_ep.dispatch import tile_bytes
 
 RATES = Rates(flops=1.0, copy=5e9)
 """By which the ways are compared: the usual ones of a disk and of memory, so that a plan and a run
 choose alike. Products are the same either way, and are left out."""
-
-FEWEST_ROWS = 64
-"""Rows of a chunk below which the cost of a task outweighs its work many times over."""
 
 CHUNK_BYTES = 32 << 20
 """Bytes of a token chunk where rows are spilled, at most."""
@@ -40,12 +37,9 @@ PIECE_ROWS = (256, 1024)
 """Fewest and most rows that a task computes where rows are spilled, if an expert has as many:
 enough for fast products, few enough for all threads to share an expert."""
 
-SORT_BYTES = 48
-"""Of memory for each slot while a chunk is sorted by expert: its routing and weight, index arrays
-and keys."""
-
-SCRATCH = 8
-"""Tiles that a thread has in memory while it computes: rows, hidden columns, outputs, sums."""
+PROCESS_BYTES = 300_000_000
+"""What a process takes beside experts, rows and tiles: more than in an ordinary run, since what the
+C library and the pool keep of blocks that have gone by adds to it."""
 
 PART_OF_A_WORKER = 0.7
 """Of its limit that a Dask worker may use: with more it moves data to disk, and then pauses."""
@@ -113,9 +107,7 @@ class Sizes:
     @property
     def scratch(self) -> int:
         """Bytes of a thread's tiles."""
-        row = max(self.widest, self.d, self.d_out) * self.wide
-        fewest, most = TILE_ROWS
-        return SCRATCH * min(max(TILE_BYTES // row, fewest), most) * row
+        return tile_bytes(max(self.widest, self.d, self.d_out) * self.wide)
 
     @property
     def block_experts(self) -> int:

@@ -24,7 +24,7 @@ from dask.system import CPU_COUNT
 from dask.utils import format_bytes, parse_bytes
 
 from dask_ep import pipeline
-from dask_ep.costs import FEWEST_ROWS, PROCESS_BYTES, Rates
+from dask_ep.costs import FEWEST_ROWS, Rates
 from dask_ep.dispatch import Expert, computing_dtype
 from dask_ep.experts import CallableExperts, Experts, as_experts
 from dask_ep.held import StoredExperts
@@ -357,6 +357,7 @@ def _beside(layer: MoELayer, tokens: da.Array, router_tasks: int) -> Beside:
         row_bytes=row_bytes + finishes * 2 * there_and_back,
         stored=layer.bytes_beside,
         loaded=layer.parameters_beside * itemsize,
+        widest=layer.widest,
         chunk_tasks=per_chunk + finishes,
         tasks=router_tasks - per_chunk * chunks + (shared is not None),
     )
@@ -403,6 +404,7 @@ def _work(
         expert_stored=experts.nbytes // experts.num_experts,
         expert_loaded=experts.nbytes // experts.num_experts if as_stored else wide,
         expert_scratch=wide if as_stored else 0,
+        widest=max(experts.widest, beside.widest),
         beside=beside,
     )
 
@@ -430,10 +432,12 @@ def _equal_chunks(rows: int, chunk_rows: int) -> tuple[int, ...]:
 def _refusal(refused: Plan, proposal: Plan | None) -> str:
     """Say why a job cannot run, with the numbers, and what to change."""
     limit = refused.memory_limit
+    parts = {name: format_bytes(nbytes) for name, nbytes in refused.memory_parts.items()}
     need = (
         f"a worker needs {format_bytes(refused.memory_bytes)} and may use {format_bytes(limit)}: "
-        f"{format_bytes(refused.expert_bytes)} of experts, {refused.chunks_held:.3g} chunks of "
-        f"{format_bytes(refused.chunk_bytes)}, {format_bytes(PROCESS_BYTES)} for the process"
+        f"{parts['experts']} of experts, {refused.chunks_held:.3g} chunks of "
+        f"{format_bytes(refused.chunk_bytes)}, {parts['scratch']} of scratch, {parts['process']} "
+        "for the process"
     )
     if proposal is None:
         return (

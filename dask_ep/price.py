@@ -22,7 +22,7 @@ from dask.utils import format_bytes
 
 from dask_ep import costs
 from dask_ep.costs import Rates
-from dask_ep.dispatch import computing_dtype
+from dask_ep.dispatch import computing_dtype, tile_bytes
 from dask_ep.pipeline import count_tasks
 from dask_ep.placement import Placement
 
@@ -53,6 +53,8 @@ class Beside:
     #: bytes of router and shared experts in their files
     loaded: int = 0
     #: bytes of them in the memory of every worker
+    widest: int = 0
+    #: width of the widest row on the way through those
     chunk_tasks: int = 0
     #: tasks for each chunk
     tasks: int = 0
@@ -81,6 +83,8 @@ class Work:
     #: bytes of one expert in memory
     expert_scratch: int
     #: bytes of an expert that each thread converts, where experts are held as they are stored
+    widest: int = 0
+    #: width of the widest row on the way through an expert, if that is wider than d and d_out
     beside: Beside = Beside()
     #: router and shared experts
 
@@ -240,19 +244,30 @@ class Plan:
     def chunks_held(self) -> float:
         """Token chunks that a worker holds at most."""
         spread = float(self.packet_rows.sum()) / max(self.rows, 1)
-        widening = max(computing_dtype(self.work.dtype).itemsize // self.work.dtype.itemsize, 1)
+        widening = max(self._wide // self.work.dtype.itemsize, 1)
         return costs.chunks_held(self.threads, self.world_size, spread, widening)
 
     @property
     def need(self) -> costs.Need:
         """What a worker needs of memory, by the rows of a chunk."""
-        row_bytes = max(self.work.d, self.work.d_out) * self.work.dtype.itemsize
-        return costs.Need(self.expert_bytes, self.chunks_held, row_bytes)
+        width = max(self.work.d, self.work.d_out)
+        return costs.Need(
+            self.expert_bytes,
+            self.chunks_held,
+            width * self.work.dtype.itemsize,
+            self.threads * tile_bytes(max(width, self.work.widest) * self._wide),
+            self.threads * self.slots_per_row * costs.SORT_BYTES,
+        )
+
+    @property
+    def memory_parts(self) -> dict[str, int]:
+        """Bytes that a worker uses at most, by what they are for."""
+        return self.need.parts(self.chunk_rows)
 
     @property
     def memory_bytes(self) -> int:
-        """Bytes that a worker uses at most: the process, its experts, and chunks."""
-        return self.need.at(self.chunk_rows)
+        """Bytes that a worker uses at most."""
+        return sum(self.memory_parts.values())
 
     @property
     def fits(self) -> bool:
@@ -395,6 +410,7 @@ class Plan:
             *("rows", "slots_per_row", "world_size", "workers", "threads", "policy", "cores"),
             *("chunk_rows", "imbalance", "exchanged_bytes", "moved_bytes", "stored_bytes"),
             *("expert_bytes", "chunk_bytes", "chunks_held", "memory_bytes", "memory_limit", "fits"),
+            "memory_parts",
             *("tasks", "other_tasks", "handled_tasks", "flops_beside", "copies_beside"),
             *("scheduler_seconds", "load_seconds", "busy_seconds", "seconds"),
             *("advised_chunk_rows", "advice"),
@@ -425,6 +441,11 @@ class Plan:
             f"{format_bytes(self.memory_bytes)} a worker, imbalance {self.imbalance:.2f}, "
             f"{self.seconds:.1f} s>"
         )
+
+    @property
+    def _wide(self) -> int:
+        """Bytes of a number that is computed with."""
+        return computing_dtype(self.work.dtype).itemsize
 
     def _per_worker(self, per_rank: np.ndarray) -> np.ndarray:
         """(W,) sums over the ranks of each worker, rank r on worker r % workers."""

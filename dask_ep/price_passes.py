@@ -11,7 +11,7 @@ from typing import Any
 
 from dask.utils import format_bytes
 
-from dask_ep.passes import Passes, cut_pieces
+from dask_ep.passes import PROCESS_BYTES, Passes, cut_pieces
 from dask_ep.price import Plan
 
 WAYS = {
@@ -27,9 +27,10 @@ class PlanInPasses(Plan):
     passes: Passes | None = None
 
     @property
-    def memory_bytes(self) -> int:
-        """Bytes that a process uses at most."""
-        return self.passes.memory_bytes
+    def memory_parts(self) -> dict[str, int]:
+        """Bytes that a process uses at most, by what they are for; rows with their scratch."""
+        known = {"process": PROCESS_BYTES, "experts": self.expert_bytes}
+        return known | {"rows": self.passes.memory_bytes - sum(known.values())}
 
     @property
     def expert_bytes(self) -> int:

@@ -24,7 +24,6 @@ from distributed.protocol import deserialize, serialize
 
 from dask_ep import cli, device, expert_parallel, gpus, open_tokens, store, wire
 from dask_ep.build import build, open_inputs
-from dask_ep.costs import PROCESS_BYTES
 from dask_ep.device import (
     Device,
     DeviceMemoryError,
@@ -36,7 +35,7 @@ from dask_ep.device import (
 )
 from dask_ep.example import Example, write_example
 from dask_ep.exchange import Packet, send
-from dask_ep.fit import DoesNotFit, choose_chunk_rows
+from dask_ep.fit import DEVICE_PROCESS_BYTES, DoesNotFit, choose_chunk_rows
 from dask_ep.gpus import Gpus, OnGpu, choose_protocol, start_gpus
 from dask_ep.job import load_job
 from dask_ep.run import Cluster, Progress, Threads, lay_out, run_job
@@ -275,9 +274,9 @@ def test_a_chunk_fits_beside_the_experts(small_job):
     job, inputs = load_job(small_job), open_inputs(load_job(small_job))
     experts, row = 3 * 3 * 16 * 32 * 4, (2 * 32 + 2 * (32 + 64)) * 4
     room = gpus.THREADS_PER_GPU * row * 100
-    fits = Gpus(device_memory_limit=PROCESS_BYTES + experts + room)
+    fits = Gpus(device_memory_limit=DEVICE_PROCESS_BYTES + experts + room)
     assert choose_chunk_rows(inputs, lay_out(job, fits, 2), 100) == 100
-    for where, asked in ((fits, 101), (Gpus(device_memory_limit=PROCESS_BYTES), None)):
+    for where, asked in ((fits, 101), (Gpus(device_memory_limit=DEVICE_PROCESS_BYTES), None)):
         with pytest.raises(DoesNotFit, match="must hold"):
             choose_chunk_rows(inputs, lay_out(job, where, 2), asked)
 

@@ -81,6 +81,22 @@ def test_unused_memory_goes_back_to_the_system(pool, monkeypatch):
         time.sleep(0.02)
 
 
+def test_a_new_block_replaces_those_that_nobody_has_wanted_for_a_while(pool, monkeypatch):
+    smaller, kept = empty((MIB,), "u1"), empty((2 * MIB,), "u1")
+    del smaller
+    larger = empty((4 * MIB,), "u1")
+    assert pool.free_bytes() == MIB, "it was wanted a moment ago"
+    monkeypatch.setattr(memory, "REPLACE_SECONDS", 0.0)
+    place = address(larger)
+    del larger
+    assert address(empty((4 * MIB,), "u1")) == place, "nothing is dropped where a block serves"
+    largest = empty((16 * MIB,), "u1")
+    assert pool.free_bytes() == 0
+    for array in (kept, largest):
+        array.fill(1)
+        assert (array == 1).all()
+
+
 def test_release_gives_everything_back_now(pool):
     kept, dead = empty((MIB,), "f4"), empty((MIB,), "f8")
     del dead

@@ -1,7 +1,6 @@
 """Token files larger than the memory that a run may use go through it.
 
-The bound is experts + (threads * 4 + 4) token chunks + 300 MB for the whole process tree, however
-many rows there are.
+The bound is what `dask_ep.fit.need` says, for the whole process tree, however many rows there are.
 """
 
 from __future__ import annotations
@@ -15,9 +14,12 @@ import numpy as np
 import psutil
 import pytest
 
+from dask_ep.build import open_inputs
+from dask_ep.fit import Layout, need
+from dask_ep.job import load_job
+
 D, D_OUT, EXPERTS, CHUNK_ROWS, THREADS = 512, 64, 8, 4096, 2
 CHUNK_BYTES = CHUNK_ROWS * D * 4
-BOUND = EXPERTS * D * D_OUT * 4 + (THREADS * 4 + 4) * CHUNK_BYTES + 300_000_000
 
 
 def peak_of_tree(command: list[str]) -> int:
@@ -59,8 +61,10 @@ def test_peak_memory_is_bounded_and_does_not_grow_with_the_rows(tmp_path, world_
         peaks[chunks] = peak_of_tree([*command, "--chunk-rows", str(CHUNK_ROWS)])
         out = np.asarray(_last_row(job.parent / "out.zarr"))
         np.testing.assert_array_equal(out, np.full(D_OUT, D))
-    assert 160 * CHUNK_BYTES > 2 * BOUND
-    assert max(peaks.values()) <= BOUND
+    inputs = open_inputs(load_job(job))
+    bound = need(inputs, Layout(world_size, 1, THREADS)).at(CHUNK_ROWS)
+    assert 3 * bound < 160 * CHUNK_BYTES
+    assert max(peaks.values()) <= bound
     assert peaks[160] <= peaks[40] + 4 * CHUNK_BYTES
 
 

@@ -21,13 +21,13 @@ from hypothesis import strategies as st
 
 from dask_ep import expert_major, held_rows, local, reference, spilled_rows
 from dask_ep.ahead import ExpertsAhead
-from dask_ep.costs import PROCESS_BYTES, Rates
+from dask_ep.costs import Rates
 from dask_ep.expert_major import READS, Rows, Walk
 from dask_ep.experts import Experts
 from dask_ep.files import ReadError
 from dask_ep.held_rows import hold
 from dask_ep.journal import count_done
-from dask_ep.passes import Passes, Sizes, choose_passes, cut_pieces
+from dask_ep.passes import PROCESS_BYTES, Passes, Sizes, choose_passes, cut_pieces
 from dask_ep.quantized import Float8Source
 from dask_ep.sources import open_source
 from dask_ep.spill import Layout

@@ -16,7 +16,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dask_ep.capacity import Capacity
-from dask_ep.costs import PROCESS_BYTES, Rates, chunks_held
+from dask_ep.costs import PROCESS_BYTES, SORT_BYTES, Need, Rates, chunks_held
+from dask_ep.dispatch import tile_bytes
 from dask_ep.exchange import send
 from dask_ep.experts import Experts
 from dask_ep.held import held_as_stored
@@ -150,7 +151,14 @@ def test_every_figure_of_a_small_job():
     assert priced.moved_bytes == (by_home.sum() - np.trace(by_home)) * row_bytes
     assert priced.stored_bytes == 8 * 8 * 8 * 4
     held = 2 * (2 + 2 * packet_rows.sum() / 400) * (50 * 8 * 4)
-    assert priced.memory_bytes == PROCESS_BYTES + 2 * 8 * 8 * 4 + math.ceil(held)
+    scratch = tile_bytes(8 * 4) + 50 * 2 * 48
+    assert priced.memory_parts == {
+        "process": PROCESS_BYTES,
+        "experts": 2 * 8 * 8 * 4,
+        "scratch": scratch,
+        "chunks": math.ceil(held),
+    }
+    assert priced.memory_bytes == sum(priced.memory_parts.values())
     assert priced.tasks == count_tasks(8, 4) == 8 * 9 + 4
     assert priced.flops.sum() == 800 * 2 * 8 * 8
     assert json.loads(priced.to_json())["tasks"] == priced.tasks
@@ -171,8 +179,8 @@ def test_experts_held_as_stored_take_their_stored_bytes_and_one_wide_one_a_threa
 @pytest.mark.parametrize(
     ("threads", "ranks", "spread", "widening", "held", "remark"),
     [
-        (1, 1, 1.0, 1, 7, "a chunk, its output, scratch; four beside"),
-        (2, 1, 1.0, 2, 12, "sums of bfloat16 rows are twice as wide"),
+        (1, 1, 1.0, 1, 5, "a chunk, its output, one before; two read ahead"),
+        (2, 1, 1.0, 2, 10, "sums of bfloat16 rows are twice as wide"),
         (1, 4, 1.0, 1, 8, "every row goes to one rank"),
         (1, 4, 1.5, 1, 10, "rows go to 1.5 ranks on average"),
         (1, 4, 0.5, 1, 8, "half of the rows have no expert: the chunk itself stays"),
@@ -310,10 +318,15 @@ def test_experts_are_named_in_as_many_bytes_as_they_need(experts):
     assert packet.rows.nbytes + packet.routing.nbytes == experts * priced.packet_row_bytes
 
 
+def need_of_64(chunks: int) -> Need:
+    """What 8 linear experts of 64 x 64 and so many chunks need on one thread, two slots a row."""
+    return Need(8 * 64 * 64 * 4, chunks, 64 * 4, tile_bytes(64 * 4), 2 * SORT_BYTES)
+
+
 def test_a_proposal_runs():
     tokens, routing, experts = job(rows=5000, d=64, chunk=2500)
     tokens = da.ones(tokens.shape, chunks=tokens.chunks, dtype="f4")
-    limit = PROCESS_BYTES + 8 * 64 * 64 * 4 + 7 * 512 * 64 * 4
+    limit = need_of_64(chunks=5).at(512)
     with pytest.raises(PlanError) as refused:
         plan(tokens, routing, experts, threads=1, memory_limit=limit, rates=RATES)
     proposal = refused.value.proposal
@@ -363,7 +376,7 @@ def test_what_if_marks_the_fastest_that_fits():
 
 def test_a_job_that_cannot_fit_is_refused_with_a_proposal_that_does():
     tokens, routing, experts = job(rows=100_000, d=64, chunk=50_000)
-    limit = PROCESS_BYTES + 8 * 64 * 64 * 4 + 7 * 4096 * 64 * 4
+    limit = need_of_64(chunks=5).at(4096)
     with pytest.raises(PlanError, match=r"a worker needs .* may use .*chunk_rows=4096") as refused:
         plan(tokens, routing, experts, threads=1, memory_limit=limit, rates=RATES)
     assert refused.value.plan.memory_bytes > limit >= refused.value.proposal.memory_bytes
@@ -381,7 +394,7 @@ def test_a_job_that_cannot_fit_is_refused_with_a_proposal_that_does():
 
 def test_more_workers_are_proposed_when_the_experts_are_too_many():
     tokens, routing, experts = job(d=512, experts=16)
-    limit = PROCESS_BYTES + 4 * 512 * 512 * 4 + 16 * 50 * 512 * 4
+    limit = Need(4 * 512 * 512 * 4, 16, 512 * 4, tile_bytes(512 * 4), 2 * SORT_BYTES).at(50)
     with pytest.raises(PlanError, match=r"world_size=4 \(instead of 2\)") as refused:
         plan(tokens, routing, experts, world_size=2, threads=1, memory_limit=limit, rates=RATES)
     assert refused.value.proposal.workers == 4
@@ -390,7 +403,7 @@ def test_more_workers_are_proposed_when_the_experts_are_too_many():
 def test_where_nothing_fits_it_is_said():
     tokens, routing, experts = job(d=512, experts=16)
     with pytest.raises(PlanError, match="No chunk size fits .* up to 16 of 1.00 MiB") as refused:
-        plan(tokens, routing, experts, workers=1, threads=1, memory_limit="301 MiB", rates=RATES)
+        plan(tokens, routing, experts, workers=1, threads=1, memory_limit="181 MiB", rates=RATES)
     assert refused.value.proposal is None
     with pytest.raises(PlanError, match="No chunk size fits"):
         what_if(tokens, routing, experts, workers=1, threads=1, memory_limit="1 MB", rates=RATES)

@@ -96,7 +96,7 @@ def test_the_command_compares_choices(job_file):
         (["--what-if", "world_size=two"], "world_size takes whole numbers; got 'two'"),
         (["--memory-limit", "1 MB"], "a memory limit of 1 MB must hold .* in all; give more"),
         (
-            ["--chunk-rows", 900, "--memory-limit", "300.1 MB"],
+            ["--chunk-rows", 900, "--memory-limit", "180.7 MB"],
             "a worker needs .* chunk_rows=",
         ),
     ],
@@ -109,7 +109,7 @@ def test_what_the_command_refuses(job_file, arguments, message):
 
 
 def test_within_a_limit_the_plan_is_of_the_chunks_that_a_run_takes(job_file, tmp_path):
-    limit = ("--memory-limit", "300.1 MB", "--threads", 1)
+    limit = ("--memory-limit", "180.29 MB", "--threads", 1)
     content = json.loads(invoke(job_file, *limit, "--json"))
     assert content["memory_bytes"] <= content["memory_limit"]
     job = load_job(job_file, out=str(tmp_path / "other.npy"))

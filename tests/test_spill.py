@@ -21,14 +21,13 @@ from click.testing import CliRunner
 
 from dask_ep import run, sources, spill
 from dask_ep.build import open_inputs
-from dask_ep.costs import PROCESS_BYTES
 from dask_ep.example import Example, write_example
 from dask_ep.fit import Layout
 from dask_ep.in_passes import find_passes
 from dask_ep.job import Job, load_job
 from dask_ep.journal import read_manifest
 from dask_ep.output import progress_directory
-from dask_ep.passes import Passes
+from dask_ep.passes import PROCESS_BYTES, Passes
 from dask_ep.plan_command import plan_command
 from dask_ep.run import Cluster, Processes, Threads, run_job
 from dask_ep.travel import Travel

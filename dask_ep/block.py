@@ -35,6 +35,20 @@ class Model:
             return find(value, self.config, layer)
         except ValueError as error:
             raise ValueError(f"{self.directory}: {error}") from error
+        except TypeError as error:
+            raise ValueError(
+                f"{self.directory}: config.json has a value of another type than it should: {error}"
+            ) from error
+
+    def find_size(self, name: str, value: Any, layer: int) -> int:
+        """Look up a whole number from 1 up; `name` is for messages."""
+        size = self.find(value, layer)
+        if type(size) is not int or size < 1:
+            raise ValueError(
+                f"{self.directory}/config.json: {name} of layer {layer} must be a whole number "
+                f"from 1 up, but is {size!r}"
+            )
+        return size
 
 
 class Block:
@@ -53,13 +67,7 @@ class Block:
         return self.model.find(value, self.layer)
 
     def find_size(self, name: str, value: Any) -> int:
-        size = self.find(value)
-        if type(size) is not int or size < 1:
-            raise ValueError(
-                f"{self.model.directory}/config.json: {name} of layer {self.layer} must be a whole "
-                f"number from 1 up, but is {size!r}"
-            )
-        return size
+        return self.model.find_size(name, value, self.layer)
 
     # --- building ---
 
@@ -87,7 +95,7 @@ class Block:
         """Arguments of `Experts.gated`, from the config."""
         options = {name: self.find(value) for name, value in self.family.options.items()}
         if "activation" in options:
-            if options["activation"] not in ACTIVATIONS:
+            if options["activation"] not in list(ACTIVATIONS):
                 raise ValueError(
                     f"{self.model.directory}/config.json: hidden_act must be one of "
                     f"{', '.join(ACTIVATIONS)}, but is {options['activation']!r}"
@@ -231,12 +239,12 @@ class Block:
 
     def _float8_block(self, source: Source) -> tuple[int, int]:
         block = self.model.quantization.get("weight_block_size")
-        if not block or len(block) != 2:
+        if not isinstance(block, list) or [type(size) for size in block] != [int, int]:
             raise ValueError(
                 f"{source.name} is FP8, so config.json must have weight_block_size [rows, columns] "
                 f"in quantization_config, but it says {block!r}"
             )
-        return int(block[0]), int(block[1])
+        return tuple(block)
 
 
 def some_of(names: Iterable[str], most: int = 8) -> str:

@@ -12,14 +12,14 @@ Only headers are read here. A task reads the tensors of its own experts when it 
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from math import prod
 
 from dask_ep.block import Block, Model
 from dask_ep.checkpoint_files import CheckpointFiles
 from dask_ep.families import FAMILIES, PREFIXES, find_family
-from dask_ep.family import Family, Key
+from dask_ep.family import Config, Family, Key
 from dask_ep.held import held_as_stored
 from dask_ep.layer import MoELayer
 from dask_ep.routing import Router
@@ -100,11 +100,12 @@ class Checkpoint:
     def __init__(self, directory: str | os.PathLike, families: Iterable[Family] = ()):
         self.files = CheckpointFiles(directory)
         outer = self.files.config
-        config = outer.get("text_config") or outer
+        config = self._part(outer, "text_config") or outer
+        name = "quantization_config"
+        quantization = self._part(outer, name) or self._part(config, name)
         model_type = config.get("model_type") or outer.get("model_type")
         if model_type is None:
             raise ValueError(f"{self.files.directory}/config.json must have a 'model_type'")
-        quantization = outer.get("quantization_config") or config.get("quantization_config") or {}
         method = quantization.get("quant_method")
         if method not in (None, "fp8", "mxfp4"):
             raise ValueError(
@@ -114,13 +115,24 @@ class Checkpoint:
         family = find_family(model_type, (*families, *FAMILIES))
         self.model_type = model_type
         self.model = Model(self.files.directory, config, family, quantization)
-        self.num_layers = self.model.find(Key("num_hidden_layers"), 0)
+        self.num_layers = self.model.find_size("num_hidden_layers", Key("num_hidden_layers"), 0)
+
+    def _part(self, config: Config, name: str) -> Config:
+        part = config.get(name) or {}
+        if not isinstance(part, Mapping):
+            raise ValueError(
+                f"{self.files.directory}/config.json: {name} must be an object, but is {part!r}"
+            )
+        return part
 
     def is_moe(self, layer: int) -> bool:
         try:
             return self.model.family.is_moe(self.model.config, layer)
-        except ValueError as error:
-            raise ValueError(f"{self.files.directory}: {error}") from error
+        except (ValueError, TypeError, ZeroDivisionError) as error:
+            raise ValueError(
+                f"{self.files.directory}: which layers are MoE cannot be told from config.json: "
+                f"{error}"
+            ) from error
 
     def prefixes(self, layer: int) -> list[str]:
         """The prefixes of the layer's block that occur in the files."""

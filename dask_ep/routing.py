@@ -16,6 +16,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from math import isfinite
+from numbers import Integral, Real
 from typing import Any
 
 import numpy as np
@@ -90,6 +92,16 @@ class Router:
         _check_choice("score", self.score, [*SCORES, *CHOSEN_SCORES, "sparsemixer"])
         _check_choice("group_worth", self.group_worth, GROUP_WORTHS)
         _check_choice("weigh", self.weigh, ["output", "input"])
+        for name in ("num_experts", "k", "groups", "topk_groups"):
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, Integral):
+                raise ValueError(f"{name} must be a whole number, but is {value!r}")
+        for name in ("norm_eps", "norm_min", "scale", "jitter"):
+            value = getattr(self, name)
+            if not isinstance(value, Real) or not isfinite(value):
+                raise ValueError(f"{name} must be a finite number, but is {value!r}")
+        if self.normalise not in (True, False):
+            raise ValueError(f"normalise must be True or False, but is {self.normalise!r}")
         if not 1 <= self.k <= self.num_experts:
             raise ValueError(
                 f"a row chooses k different experts of num_experts={self.num_experts}, so k must "

@@ -300,6 +300,11 @@ def test_all_scores_are_those_that_route_uses():
         ({"groups": 4, "topk_groups": 5}, r"topk_groups must be in \[1, 4\] .*but is 5"),
         ({"groups": 4, "k": 3}, "must hold at least k=3 experts, but topk_groups=1 groups of 2"),
         ({"groups": 8, "topk_groups": 4, "group_worth": "top2"}, "groups of at least 2 experts"),
+        ({"k": 2.5}, "k must be a whole number, but is 2.5"),
+        ({"groups": True}, "groups must be a whole number, but is True"),
+        ({"scale": "2"}, "scale must be a finite number, but is '2'"),
+        ({"norm_min": float("nan")}, "norm_min must be a finite number, but is nan"),
+        ({"normalise": "yes"}, "normalise must be True or False, but is 'yes'"),
         ({"groups": 4, "topk_groups": 2, "score": "sigmoid_chosen"}, "groups need a score of all"),
     ],
 )

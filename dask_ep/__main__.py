@@ -1,6 +1,19 @@
-"""How does ``python -m dask_ep`` start? As the command ``dask-ep``."""
+"""How does the command begin? Both ``dask-ep`` and ``python -m dask_ep`` start here.
 
-from dask_ep.cli import main
+What the command needs takes a second to import; Ctrl-C meanwhile ends it without a word.
+"""
+
+import signal
+
+
+def main() -> None:
+    """Import the command, and run it."""
+    before = signal.signal(signal.SIGINT, signal.SIG_DFL)
+    from dask_ep import cli
+
+    signal.signal(signal.SIGINT, before)
+    cli.main()
+
 
 if __name__ == "__main__":
     main()

@@ -85,7 +85,7 @@ def test_example_run_verify_inspect(tmp_path, capsys, format):
 def test_the_wheel_names_the_command_and_the_module_is_it_too():
     assert "dask-ep, version" in command("--version").stdout
     text = (ROOT / "pyproject.toml").read_text()
-    assert 'dask-ep = "dask_ep.cli:main"' in text
+    assert 'dask-ep = "dask_ep.__main__:main"' in text
 
 
 @pytest.mark.parametrize("name", list(cli.cli.commands))

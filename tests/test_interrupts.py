@@ -36,6 +36,18 @@ def job(job_file) -> Job:
     return load_job(job_file)
 
 
+def test_before_the_command_has_begun_ctrl_c_ends_it_without_a_word(tmp_path):
+    interrupting = "import os, signal\nos.kill(os.getpid(), signal.SIGINT)\n"
+    (tmp_path / "click.py").write_text(interrupting)  # is imported instead of the real one
+    done = subprocess.run(
+        [sys.executable, "-m", "dask_ep", "--version"],
+        env=os.environ | {"PYTHONPATH": f"{tmp_path}{os.pathsep}{REPOSITORY}"},
+        capture_output=True,
+        text=True,
+    )
+    assert (done.returncode, done.stdout, done.stderr) == (-signal.SIGINT, "", "")
+
+
 @pytest.mark.parametrize("where", [Threads(2), Processes(1)], ids=["threads", "processes"])
 def test_while_blocks_are_computed_the_main_thread_shares_no_lock(job, where, monkeypatch):
     """Raised in `Condition.__enter__`, an interrupt leaves the lock taken: others wait for good."""

@@ -157,8 +157,8 @@ def test_without_bokeh_nothing_is_begun(job_file, tmp_path, monkeypatch):
 
 
 def test_experts_that_go_by_in_passes(tmp_path):
-    """67 MB of experts within 50 MB besides the process."""
-    sizes = {"rows": 300, "d": 256, "num_experts": 256, "k": 2}
+    """201 MB of experts within 50 MB besides the process."""
+    sizes = {"rows": 300, "d": 256, "num_experts": 768, "k": 2}
     job = load_job(write_example(tmp_path, Example(**sizes, format="npy")))
     report = tmp_path / "run.html"
     planned, record = run_recorded(job, Threads(1, 348 << 20), report=report)

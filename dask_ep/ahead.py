@@ -24,7 +24,7 @@ from typing import Any
 import numpy as np
 from dask.system import CPU_COUNT
 
-from dask_ep.dispatch import Expert
+from dask_ep.expert import Expert
 from dask_ep.experts import Experts
 from dask_ep.held import held_in_memory
 from dask_ep.local import LocalExperts

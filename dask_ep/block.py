@@ -10,7 +10,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from dask_ep.dispatch import is_float
+from dask_ep.checks import is_float
 from dask_ep.experts import Experts
 from dask_ep.families import ACTIVATIONS
 from dask_ep.family import Family, Fused, Key, Layout, PerExpert, find

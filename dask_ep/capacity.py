@@ -26,7 +26,7 @@ from typing import Any
 import dask.array as da
 import numpy as np
 
-from dask_ep.dispatch import Array, namespace
+from dask_ep.arrays import Array, namespace
 from dask_ep.scores import SCORES
 
 DIGITS = (11, 11, 10)

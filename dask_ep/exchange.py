@@ -23,7 +23,8 @@ import numpy as np
 
 from dask_ep import memory
 from dask_ep.arrays import Array, namespace, to_host
-from dask_ep.dispatch import add_rows, assign_rows, computing_dtype, gather
+from dask_ep.checks import computing_dtype
+from dask_ep.served import add_rows, assign_rows, gather
 
 
 class Packet(NamedTuple):

@@ -29,7 +29,8 @@ from dask.task_spec import List, Task, TaskRef
 
 from dask_ep import journal
 from dask_ep.ahead import ExpertsAhead
-from dask_ep.dispatch import Array, computing_dtype
+from dask_ep.arrays import Array
+from dask_ep.checks import computing_dtype
 from dask_ep.experts import Experts
 from dask_ep.passes import Passes
 from dask_ep.spill import SpillFiles

@@ -16,7 +16,8 @@ import dask.array as da
 import numpy as np
 from dask.base import normalize_token
 
-from dask_ep.dispatch import Array, is_float
+from dask_ep.arrays import Array
+from dask_ep.checks import is_float
 from dask_ep.kinds import ACTIVATIONS
 from dask_ep.local import EmptyFunction, LocalExperts
 from dask_ep.weights import Weight

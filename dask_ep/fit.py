@@ -16,12 +16,13 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from dask_ep.build import Inputs
+from dask_ep.checks import computing_dtype
 from dask_ep.costs import FEWEST_ROWS, SORT_BYTES, Need, chunks_held
-from dask_ep.dispatch import computing_dtype, tile_bytes
 from dask_ep.grouped import row_bytes
 from dask_ep.held import StoredExperts, held_as_stored
 from dask_ep.placement import POLICIES, most_slots
 from dask_ep.placement_files import from_file
+from dask_ep.served import tile_bytes
 from dask_ep.storage import CHUNK_BYTES
 
 CHUNKS_PER_THREAD = 4

@@ -20,7 +20,8 @@ from typing import Any
 import numpy as np
 from dask.base import normalize_token
 
-from dask_ep.dispatch import Array, Expert
+from dask_ep.arrays import Array
+from dask_ep.expert import Expert
 from dask_ep.experts import Experts
 from dask_ep.quantized import in_memory
 from dask_ep.weights import Weight

@@ -26,7 +26,7 @@ from dask.utils import format_bytes
 
 from dask_ep import journal, memory
 from dask_ep.build import Inputs
-from dask_ep.dispatch import computing_dtype
+from dask_ep.checks import computing_dtype
 from dask_ep.expert_major import READS, Rows, Walk
 from dask_ep.experts import Experts
 from dask_ep.fit import DoesNotFit, Layout, choose_chunk_rows, slots_per_row

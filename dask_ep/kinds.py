@@ -20,7 +20,9 @@ from collections.abc import Callable, Hashable, Sequence
 import numpy as np
 
 from dask_ep import fused, memory
-from dask_ep.dispatch import Array, Expert, Linear, computing_dtype, namespace
+from dask_ep.arrays import Array, namespace
+from dask_ep.checks import computing_dtype
+from dask_ep.expert import Expert, Linear
 from dask_ep.grouped import Bounds
 
 Activation = Callable[[Array, float], None]

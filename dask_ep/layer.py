@@ -24,8 +24,10 @@ from dask.base import normalize_token, tokenize
 from dask.task_spec import Task, TaskRef
 
 from dask_ep import memory
+from dask_ep.arrays import Array, namespace
 from dask_ep.capacity import Capacity, ExpertChoice
-from dask_ep.dispatch import Array, computing_dtype, dispatch, is_float, namespace
+from dask_ep.checks import computing_dtype, is_float
+from dask_ep.dispatch import dispatch
 from dask_ep.experts import CallableExperts, Experts, as_experts
 from dask_ep.lazy_routing import SmallArray, count_rows, route_rows
 from dask_ep.pipeline import expert_parallel

@@ -21,8 +21,9 @@ from dask.base import tokenize
 from dask.highlevelgraph import HighLevelGraph
 from dask.task_spec import Task, TaskRef
 
+from dask_ep.arrays import Array, namespace
 from dask_ep.capacity import Capacity, ExpertChoice, choose_rows, limit_capacity
-from dask_ep.dispatch import Array, is_float, namespace
+from dask_ep.checks import is_float
 from dask_ep.files import ReadError
 from dask_ep.routing import Router, all_scores, look_up, route, weigh_chosen
 from dask_ep.rows import keys_of, row_array, xp_name

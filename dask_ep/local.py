@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from dask_ep import memory
-from dask_ep.dispatch import Array, Expert, Linear, namespace
+from dask_ep.arrays import Array, namespace
+from dask_ep.expert import Expert, Linear
 from dask_ep.kinds import Affine, Gated, GatedPair, Mlp, Summed
 from dask_ep.weights import Weight
 

@@ -21,7 +21,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from dask_ep.costs import FEWEST_ROWS, SORT_BYTES, Rates
-from dask_ep.dispatch import tile_bytes
+from dask_ep.served import tile_bytes
 
 RATES = Rates(flops=1.0, copy=5e9)
 """By which the ways are compared: the usual ones of a disk and of memory, so that a plan and a run

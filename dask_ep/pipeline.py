@@ -31,15 +31,10 @@ from dask.base import tokenize
 from dask.highlevelgraph import HighLevelGraph
 from dask.task_spec import List, Task, TaskRef
 
+from dask_ep.arrays import Array, namespace
+from dask_ep.checks import check_routing, check_tokens, computing_dtype
 from dask_ep.device import DeviceMemoryError, telling_memory
-from dask_ep.dispatch import (
-    Array,
-    check_routing,
-    check_tokens,
-    computing_dtype,
-    expert_parallel_dispatch,
-    namespace,
-)
+from dask_ep.dispatch import expert_parallel_dispatch
 from dask_ep.exchange import Packet, send, sum_ranks
 from dask_ep.experts import CallableExperts, Experts, as_experts
 from dask_ep.grouped import row_bytes

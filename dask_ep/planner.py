@@ -24,8 +24,9 @@ from dask.system import CPU_COUNT
 from dask.utils import format_bytes, parse_bytes
 
 from dask_ep import pipeline
+from dask_ep.checks import computing_dtype
 from dask_ep.costs import FEWEST_ROWS, Rates
-from dask_ep.dispatch import Expert, computing_dtype
+from dask_ep.expert import Expert
 from dask_ep.experts import CallableExperts, Experts, as_experts
 from dask_ep.held import StoredExperts
 from dask_ep.layer import MoELayer

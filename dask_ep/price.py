@@ -21,10 +21,11 @@ import numpy as np
 from dask.utils import format_bytes
 
 from dask_ep import costs
+from dask_ep.checks import computing_dtype
 from dask_ep.costs import Rates
-from dask_ep.dispatch import computing_dtype, tile_bytes
 from dask_ep.pipeline import count_tasks
 from dask_ep.placement import Placement
+from dask_ep.served import tile_bytes
 
 LARGEST_CHUNK = 128 << 20
 """Bytes of a token chunk above which larger ones gain nothing and cost memory."""

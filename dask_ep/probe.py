@@ -20,8 +20,10 @@ import numpy as np
 from dask_ep import memory
 from dask_ep.blas import one_blas_thread, product
 from dask_ep.costs import PACKED_RANKS, Rates
-from dask_ep.dispatch import TILE_ROWS, Expert, expert_parallel_dispatch
+from dask_ep.dispatch import expert_parallel_dispatch
 from dask_ep.exchange import packet_order, send, sum_ranks
+from dask_ep.expert import Expert
+from dask_ep.served import TILE_ROWS
 
 MOST_BYTES = 32 << 20
 """Of the rows, and of the matrices, that one thread measures with."""

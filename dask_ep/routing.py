@@ -24,7 +24,7 @@ import numpy as np
 
 from dask_ep import memory
 from dask_ep.arrays import Array, namespace, one_namespace, to_host
-from dask_ep.dispatch import check_tokens, is_float
+from dask_ep.checks import check_tokens, is_float
 from dask_ep.scores import CHOSEN_SCORES, GROUP_WORTHS, SCORES, SMALLEST, largest
 
 TILE_BYTES = 4 << 20

@@ -17,7 +17,7 @@ from dask.base import tokenize
 from dask.highlevelgraph import HighLevelGraph
 from dask.task_spec import Task, TaskRef
 
-from dask_ep.dispatch import Array, namespace
+from dask_ep.arrays import Array, namespace
 
 
 def rows_of(x: da.Array) -> da.Array:

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from dask_ep.dispatch import Array
+from dask_ep.arrays import Array
 
 SMALLEST = float(np.finfo(np.float32).min)
 """What an expert is worth that must not be chosen before all others are."""

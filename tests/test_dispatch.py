@@ -10,8 +10,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dask_ep import dispatch, expert_parallel_dispatch, reference
-from dask_ep.dispatch import Expert, Linear
+from dask_ep import expert_parallel_dispatch, reference, served
+from dask_ep.expert import Expert, Linear
 from tests.compare import assert_close, whole_layer
 from tests.strategies import TOKEN_DTYPES, Case, cases
 
@@ -105,7 +105,7 @@ def test_tiles_cut_a_large_segment(monkeypatch):
     tokens, W = rng.standard_normal((3000, 64), "f4"), rng.standard_normal((2, 64, 32), "f4")
     routing, weights = rng.integers(0, 2, (3000, 2)), rng.random((3000, 2), "f4")
     whole = expert_parallel_dispatch(tokens, routing, W, 0, 1, topk_weights=weights)
-    monkeypatch.setattr(dispatch, "TILE_ROWS", (1, 64))
+    monkeypatch.setattr(served, "TILE_ROWS", (1, 64))
     experts = [Counter(w) for w in W]
     tiled = expert_parallel_dispatch(tokens, routing, experts, 0, 1, topk_weights=weights)
     assert all(max(expert.rows) <= 64 < sum(expert.rows) for expert in experts)

@@ -31,8 +31,8 @@ from dask_ep import (
 )
 from dask_ep.capacity import Capacity, ExpertChoice
 from dask_ep.checkpoint import load_moe_layer
+from dask_ep.checks import computing_dtype
 from dask_ep.device import DeviceMemoryError, download, pinned_empty, upload
-from dask_ep.dispatch import computing_dtype
 from dask_ep.example import Example, write_example
 from dask_ep.exchange import send, sum_ranks
 from dask_ep.gpus import Gpus

@@ -15,8 +15,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from dask_ep import Experts, device, expert_parallel_dispatch, fused, grouped, reference
-from dask_ep.dispatch import Linear, computing_dtype
+from dask_ep.checks import computing_dtype
 from dask_ep.exchange import send, sum_ranks
+from dask_ep.expert import Linear
 from tests.compare import assert_close
 from tests.device_double import DeviceArray, Event, Stream, on_device, watch
 from tests.device_double import namespace as xp

@@ -14,11 +14,14 @@ ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "dask_ep"
 
 GROUND = (
-    "arrays blas corpus costs device files interrupts journal memory npy_header reference "
+    "arrays blas checks corpus costs device files interrupts journal memory npy_header reference "
     "fused grouped "
     "safetensors_header source zarr_layout"
 )
-KERNEL_AND_DATA = "dispatch kinds local output quantized remote sources spill weights writers"
+KERNEL_AND_DATA = (
+    "dispatch expert kinds local output quantized remote segments served sources spill weights "
+    "writers"
+)
 MIDDLE = (
     "ahead capacity exchange experts held lazy_routing packing placement placement_files "
     "rebalance routing rows scores slots survey travel wire"

@@ -17,7 +17,6 @@ from hypothesis import strategies as st
 
 from dask_ep.capacity import Capacity
 from dask_ep.costs import PROCESS_BYTES, SORT_BYTES, Need, Rates, chunks_held
-from dask_ep.dispatch import tile_bytes
 from dask_ep.exchange import send
 from dask_ep.experts import Experts
 from dask_ep.held import held_as_stored
@@ -27,6 +26,7 @@ from dask_ep.placement import POLICIES, Placement, contiguous, exact, place
 from dask_ep.planner import Plan, PlanError, plan, what_if
 from dask_ep.routing import Router
 from dask_ep.rows import rows_of
+from dask_ep.served import tile_bytes
 from dask_ep.survey import survey
 
 RATES = Rates(flops=1e10, copy=1e9)

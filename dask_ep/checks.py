@@ -1,0 +1,78 @@
+"""What must tokens, routing and ranks be, and in what numbers are they computed?"""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+
+from dask_ep.arrays import Array
+
+
+def is_float(dtype: np.dtype) -> bool:
+    """Whether a dtype holds real floats, those of ``ml_dtypes`` included."""
+    dtype = np.dtype(dtype)
+    # ml_dtypes registers its floats as kind "V" (and "f" for some); their names tell.
+    return dtype.kind == "f" or "float" in dtype.name
+
+
+def computing_dtype(dtype: np.dtype, on_device: bool = False) -> np.dtype:
+    """The dtype in which tokens of a dtype are computed, and of which their experts are held.
+
+    float64 stays, all else is float32, in which sums are taken everywhere. On a device products
+    take 16 bits as they are, so that what goes into one is infinite there if it is a float16 beyond
+    65504.
+    """
+    if on_device and np.dtype(dtype).itemsize == 2:
+        return np.dtype(dtype)
+    return np.dtype(np.float64 if dtype == np.float64 else np.float32)
+
+
+def check_tokens(tokens: Array) -> None:
+    if tokens.ndim != 2:
+        raise ValueError(f"tokens must be (n, d), but have shape {tokens.shape}")
+    if not is_float(tokens.dtype):
+        raise TypeError(
+            f"tokens must hold floats, but have dtype {tokens.dtype}; convert them with .astype"
+        )
+
+
+def check_routing(routing: Array, topk_weights: Array | None, *, n: float) -> None:
+    """Check kinds and shapes; `n` is the number of token rows, NaN where it is not known."""
+    if routing.dtype.kind not in "iu":
+        raise TypeError(
+            f"routing must hold integer expert indices, but has dtype {routing.dtype}; "
+            "convert it with .astype('int64') if its values are whole numbers"
+        )
+    if routing.ndim not in (1, 2):
+        raise ValueError(f"routing must be (n,) or (n, k), but has shape {routing.shape}")
+    if routing.ndim == 2 and routing.shape[1] == 0:
+        raise ValueError(f"routing must have at least one slot, but has shape {routing.shape}")
+    if _differ(routing.shape[0], n):
+        raise ValueError(
+            f"routing must have one row per token row, but has {routing.shape[0]} rows "
+            f"(shape {routing.shape}) and tokens have {n}"
+        )
+    if topk_weights is None:
+        return
+    if not is_float(topk_weights.dtype):
+        raise TypeError(f"topk_weights must hold floats, but have dtype {topk_weights.dtype}")
+    if topk_weights.ndim != routing.ndim or any(map(_differ, topk_weights.shape, routing.shape)):
+        raise ValueError(
+            "topk_weights must have the shape of routing, one weight per slot, but "
+            f"topk_weights have {topk_weights.shape} and routing has {routing.shape}"
+        )
+
+
+def _differ(a: float, b: float) -> bool:
+    """Whether two lengths differ for certain: an unknown one (NaN) fits any."""
+    return a != b and not (math.isnan(a) or math.isnan(b))
+
+
+def check_rank(rank: int, world_size: int) -> None:
+    if world_size < 1:
+        raise ValueError(f"world_size must be at least 1, but is {world_size}")
+    if not 0 <= rank < world_size:
+        raise ValueError(
+            f"rank must be in [0, {world_size}) for world_size={world_size}, but is {rank}"
+        )

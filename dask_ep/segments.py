@@ -1,0 +1,115 @@
+"""Which slots of a chunk belong to which expert of a rank?
+
+Sorted by local expert they are runs, and those of other ranks are the last:
+
+    routing [n, k] ──> slots of expert 0 │ slots of expert 1 │ ... │ not ours
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from dask_ep.arrays import Array, namespace, to_host
+
+
+class Segments(NamedTuple):
+    """The slots of a chunk, sorted by local expert."""
+
+    k: int
+    #: slots per row
+    order: Array | None
+    #: [n * k] slot numbers (row * k + slot), ours first, by local expert; None if 0, 1, 2, ...
+    bounds: list[tuple[int, int]]
+    #: first and last + 1 position in `order`, one pair per local expert
+    repeats: bool
+    #: whether some row has two slots at one local expert
+
+    def slots(self, tile: slice) -> Array | slice:
+        """Slot numbers of a run of positions."""
+        return tile if self.order is None else self.order[tile]
+
+    def rows(self, slots: Array | slice) -> Array | slice:
+        """Row numbers of slots."""
+        return slots if self.k == 1 else slots // self.k
+
+    def not_ours(self) -> Array | slice:
+        """Slot numbers that no local expert serves."""
+        return self.slots(slice(self.bounds[-1][1], None))
+
+
+def sort_slots(
+    routing: Array, topk_weights: Array | None, num_local: int, rank: int, world_size: int
+) -> Segments:
+    """Sort the slots by local expert, in one pass over small integers, and check their values.
+
+    Notes
+    -----
+    The sort is stable: the slots of an expert are in the order of the rows. Local expert numbers
+    below 2**15 are sorted as 16-bit integers, which NumPy does in linear time (radix sort).
+    """
+    xp = namespace(routing)
+    k = 1 if routing.ndim == 1 else routing.shape[1]
+    flat = routing.reshape(-1)
+    if flat.size == 0:
+        return Segments(k, None, [(0, 0)] * num_local, repeats=False)
+
+    local = _local_numbers(xp, flat, num_local, rank)
+    order = xp.argsort(local, kind="stable")
+    ordered = local[order]
+    ends = xp.searchsorted(ordered, xp.arange(num_local, dtype=local.dtype), side="right")
+    asked = [flat.min(), flat.max()]
+    asked.append(_in_order(local) if k == 1 else _repeated(ordered, order, k, num_local))
+    if topk_weights is not None:
+        asked.append(xp.isnan(topk_weights).any())
+    facts = to_host(ends, *asked)
+    ends, (low, high, fact, *has_nan) = facts[:num_local], facts[num_local:]
+
+    num_experts = num_local * world_size
+    if low < -1 or high >= num_experts:
+        raise_bad_index(routing, num_experts, num_local, world_size)
+    if any(has_nan):
+        raise_nan(topk_weights)
+    bounds = list(zip([0, *ends[:-1]], ends, strict=True))
+    in_order, repeats = (bool(fact), False) if k == 1 else (False, bool(fact))
+    return Segments(k, None if in_order else order, bounds, repeats)
+
+
+def _local_numbers(xp: Any, flat: Array, num_local: int, rank: int) -> Array:
+    """Local expert number of each slot, and `num_local` for the slots that are not ours."""
+    local = flat.astype(np.int64)
+    local -= rank * num_local
+    local = xp.where((local < 0) | (local >= num_local), num_local, local)
+    return local.astype(np.int16 if num_local < 2**15 else np.int64)
+
+
+def _in_order(local: Array) -> Array:
+    return (local[1:] >= local[:-1]).all()
+
+
+def _repeated(ordered: Array, order: Array, k: int, num_local: int) -> Array:
+    """Whether a row comes twice at one local expert; `ordered` are those of the slots `order`."""
+    rows = order // k
+    same = (ordered[1:] == ordered[:-1]) & (rows[1:] == rows[:-1])
+    return (same & (ordered[1:] < num_local)).any()
+
+
+def raise_bad_index(routing: Array, num_experts: int, num_local: int, world_size: int) -> None:
+    bad = (routing >= num_experts) | (routing < -1)
+    where = tuple(int(i[0]) for i in bad.nonzero())
+    raise ValueError(
+        f"routing must hold expert indices in [-1, {num_experts}): {num_local} experts a rank "
+        f"(expert_Ws) times world_size={world_size}; but routing[{', '.join(map(str, where))}] is "
+        f"{int(routing[where])}, and {int(bad.sum())} of {routing.size} values are out of range; "
+        "each rank has E/R experts, so world_size must divide their number"
+    )
+
+
+def raise_nan(topk_weights: Array) -> None:
+    bad = namespace(topk_weights).isnan(topk_weights)
+    where = ", ".join(str(int(i[0])) for i in bad.nonzero())
+    raise ValueError(
+        f"topk_weights must be numbers, but topk_weights[{where}] is NaN, as are {int(bad.sum())} "
+        f"of {topk_weights.size}; a slot without an expert has routing -1 and any finite weight"
+    )

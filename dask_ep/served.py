@@ -1,0 +1,212 @@
+"""How do experts serve the rows of a chunk, one expert after the other, on the host?
+
+Each a tile at a time, which stays in cache from one step to the next:
+
+    slots of an expert
+         ├─ gather their rows ─> expert ─> times the top-k weight ─> add to the rows
+         v
+    output [n, d_out]
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import numpy as np
+
+from dask_ep import grouped, memory
+from dask_ep.arrays import Array, namespace
+from dask_ep.checks import computing_dtype
+from dask_ep.expert import Expert
+from dask_ep.segments import Segments
+
+TILE_BYTES = 8 << 20
+"""Bytes of the widest rows of one matrix product on the CPU: a share of the last-level cache."""
+
+TILES_HELD = 8
+"""Tiles that a thread has in memory while it computes: rows, hidden columns, outputs; and those of
+other sizes that wait in the pool for their next user."""
+
+TILE_ROWS = (192, 1024)
+"""Fewest and most rows of one product on the CPU, however wide or narrow: with fewer, packing the
+matrix costs more than a tenth of the product; with more, nothing is gained and cache is lost."""
+
+Write = Callable[[Array, Array | slice, Array], None]
+"""Adds rows (m, d_out) to rows (m,) of an output, or writes them there."""
+
+
+class Served:
+    """The rows of a chunk, and the sum of what the experts that have served them so far gave.
+
+    Parameters
+    ----------
+    tokens : (n, d)
+    segments : from `sort_slots` of their routing
+    topk_weights : of the shape of the routing, or None
+    d_out : int
+    in_place : bool
+        Whether the tokens may be overwritten by the output: possible where `can_be_in_place`, for a
+        row with one slot is not needed any more when its expert has served it.
+
+    Attributes
+    ----------
+    out : (n, d_out) array, see `begin_output`; the output when all experts were added
+    """
+
+    def __init__(
+        self,
+        tokens: Array,
+        segments: Segments,
+        topk_weights: Array | None,
+        d_out: int,
+        *,
+        in_place: bool = False,
+    ):
+        self._tokens, self._segments = tokens, segments
+        self._weights = None if topk_weights is None else topk_weights.reshape(-1)
+        if in_place and can_be_in_place(segments.k, *tokens.shape[1:], d_out, tokens.dtype):
+            tokens[segments.not_ours()] = 0
+            self.out, self._write = tokens, assign_rows
+        else:
+            self.out, self._write = begin_output(len(tokens), segments, d_out, tokens.dtype, tokens)
+
+    def add(self, e: int, expert: Expert) -> None:
+        """Send the rows of local expert `e` through it, and add what it gives."""
+        compute = computing_dtype(self._tokens.dtype)
+        xp, k = namespace(self._tokens), self._segments.k
+        for tile in tiles(*self._segments.bounds[e], expert, compute, xp):
+            slots = self._segments.slots(tile)
+            _apply(expert, self._tokens, slots, k, self._weights, compute, self.out, self._write)
+
+
+def begin_output(
+    n: int, segments: Segments, d_out: int, dtype: np.dtype, like: Array
+) -> tuple[Array, Write]:
+    """Make an output (n, d_out) to which experts come to add, and say how they add to it.
+
+    With one slot a row it is of the tokens' dtype, and each row is written once; with more, of the
+    computing dtype, from zero. Expert after expert, in the order of their numbers, gives the same
+    bits each time.
+    """
+    if segments.k > 1:
+        out = memory.empty((n, d_out), computing_dtype(dtype), like=like)
+        out.fill(0)
+        return out, partial(_add_repeated_rows, segments.k) if segments.repeats else add_rows
+    out = memory.empty((n, d_out), dtype, like=like)
+    out[segments.not_ours()] = 0
+    return out, assign_rows
+
+
+def can_be_in_place(k: int, d: int, d_out: int, dtype: np.dtype) -> bool:
+    """Whether outputs fit where the tokens were: one slot a row, of the same width and dtype."""
+    return k == 1 and d == d_out and computing_dtype(dtype) == dtype
+
+
+def tiles(start: int, stop: int, expert: Expert, compute: np.dtype, xp: Any = np) -> list[slice]:
+    """Cut an expert's segment into equal runs that stay in cache; a device takes it whole."""
+    m = stop - start
+    if m == 0:
+        return []
+    if xp is not np:
+        return [slice(start, stop)]
+    rows = tile_rows(expert.widest * compute.itemsize)
+    rows = math.ceil(m / math.ceil(m / rows))
+    return [slice(s, min(s + rows, stop)) for s in range(start, stop, rows)]
+
+
+def tile_rows(row_bytes: int) -> int:
+    """Rows of a tile on the CPU, at most, whose widest rows take so many bytes."""
+    fewest, most = TILE_ROWS
+    return min(max(TILE_BYTES // max(row_bytes, 1), fewest), most)
+
+
+def tile_bytes(row_bytes: int) -> int:
+    """Bytes of the tiles that a thread has in memory while it computes such rows, at most.
+
+    Examples
+    --------
+    >>> tile_bytes(4096 * 4) >> 20, tile_bytes(64 * 4) >> 20
+    (64, 2)
+    """
+    return TILES_HELD * tile_rows(row_bytes) * row_bytes
+
+
+def _apply(
+    expert: Expert,
+    tokens: Array,
+    slots: Array | slice,
+    k: int,
+    weights: Array | None,
+    compute: np.dtype,
+    out: Array,
+    write: Write,
+) -> None:
+    """One tile: gather, expert, weight, write."""
+    contiguous = isinstance(slots, slice)
+    rows = slots if contiguous or k == 1 else slots // k
+    x = tokens[rows].astype(compute, copy=False) if contiguous else gather(tokens, rows, compute)
+    if contiguous and out is tokens:
+        x = x.copy()  # experts read their rows again while they write
+    if weights is not None:
+        w = weights[slots].astype(compute, copy=False)[:, None]
+        if expert.weigh == "input":
+            x = namespace(x).multiply(x, w, out=None if contiguous else x)
+    in_place = contiguous and write is assign_rows and out.dtype == compute
+    y = out[rows] if in_place else memory.empty((len(x), expert.d_out), compute, like=x)
+    expert(x, out=y)
+    weighed = weights is not None and expert.weigh == "output"
+    for run in memory.runs_in_cache(y):
+        if weighed:
+            y[run] *= w[run]
+        if not contiguous:
+            write(out, rows[run], y[run])
+    if contiguous and not in_place:
+        write(out, rows, y)
+
+
+def assign_rows(out: Array, rows: Array | slice, y: Array) -> None:
+    """Write y (m, d) over rows (m,) of out (n, d)."""
+    out[rows] = y
+
+
+def add_rows(out: Array, rows: Array, y: Array) -> None:
+    """Add y (m, d) to rows (m,) of out (n, d); the rows must all be different."""
+    if namespace(out) is not np:
+        grouped.add_rows(out, rows, y)
+        return
+    for run in memory.runs_in_cache(y):
+        total = gather(out, rows[run], out.dtype)
+        total += y[run]
+        out[rows[run]] = total
+
+
+def _add_repeated_rows(k: int, out: Array, rows: Array, y: Array) -> None:
+    """Add y (m, d) to rows (m,) of out (n, d), ascending, of which up to k may be the same.
+
+    ``add.at`` is slow on the host, and adds in any order on a device, and so to other bits each
+    time. Every one of the same rows therefore adds up all of them, in their order, and they write
+    the same.
+    """
+    xp, m = namespace(out), len(rows)
+    first, total = xp.searchsorted(rows, rows, side="left"), gather(out, rows, out.dtype)
+    for nth in range(k):
+        other = xp.minimum(first + nth, m - 1)
+        same = (rows[other] == rows) & (first + nth < m)
+        total += xp.where(same[:, None], y[other], y.dtype.type(0))
+    out[rows] = total
+
+
+def gather(tokens: Array, rows: Array, dtype: np.dtype) -> Array:
+    """Copy rows (m,) of tokens (n, d) to a new (m, d) array of another dtype or the same."""
+    if namespace(tokens) is not np:
+        return grouped.gather(tokens, rows).astype(dtype, copy=False)
+    taken = memory.empty((len(rows), tokens.shape[1]), tokens.dtype)
+    np.take(tokens, rows, axis=0, out=taken, mode="clip")  # "raise" would buffer `out`
+    if taken.dtype == dtype:
+        return taken
+    converted = memory.empty(taken.shape, dtype)
+    converted[...] = taken
+    return converted

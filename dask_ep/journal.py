@@ -31,6 +31,13 @@ FORMAT = 1
 """Version of the manifest and the lines; another version is refused."""
 
 
+MANIFEST = frozenset(("format", "shape", "dtype", "rows", "inputs", "settings", "run", "complete"))
+"""What a manifest says."""
+
+HOLDER = frozenset(("pid", "host", "born", "since"))
+"""What a lock says about the process that holds it."""
+
+
 class OutputInUse(RuntimeError):
     """Another run writes this output now."""
 
@@ -74,6 +81,11 @@ def read_manifest(directory: str) -> dict[str, Any] | None:
         raise ValueError(
             f"{path} must have format {FORMAT}, not {found!r}: it was written by another version. "
             "Finish the run with that version, or start again with overwrite"
+        )
+    if missing := MANIFEST - manifest.keys():
+        raise ValueError(
+            f"{path} is not a manifest: it lacks {', '.join(sorted(missing))}; start again with "
+            "overwrite"
         )
     return manifest
 
@@ -152,10 +164,16 @@ def acquire(directory: str) -> None:
         If another one is at it: a live process of this host, or any of another host, whose life
         cannot be seen from here. The lock of a process of this host that is dead is taken over.
     """
+    path = os.path.join(directory, "lock")
     with _open_lock(directory) as file:
-        holder = json.loads(file.read() or "null")
+        try:
+            holder = _read_holder(file)
+        except ValueError as error:
+            raise OutputInUse(
+                f"{path} is damaged and does not say who writes this output; if nobody does, "
+                "remove it"
+            ) from error
         if holder is not None and _may_be_alive(holder):
-            path = os.path.join(directory, "lock")
             raise OutputInUse(
                 f"process {holder['pid']} on {holder['host']} writes this output since "
                 f"{holder['since']}; wait for it or stop it. If that process is gone, remove {path}"
@@ -168,8 +186,9 @@ def acquire(directory: str) -> None:
 def release(directory: str) -> None:
     """Stop being the one that writes; nothing if this process is not."""
     with contextlib.suppress(FileNotFoundError), _open_lock(directory, create=False) as file:
-        holder = json.loads(file.read() or "null")
-        mine = _this_process()
+        holder, mine = None, _this_process()
+        with contextlib.suppress(ValueError):  # of a damaged lock nobody knows whose it is
+            holder = _read_holder(file)
         if holder is not None and all(holder[k] == mine[k] for k in ("pid", "host", "born")):
             file.seek(0)
             file.truncate()
@@ -225,6 +244,14 @@ def _open_lock(directory: str, create: bool = True) -> Iterator[Any]:
             fcntl.flock(file, fcntl.LOCK_EX)
         yield file
         file.flush()
+
+
+def _read_holder(file: Any) -> dict[str, Any] | None:
+    """Read who holds the lock, None if nobody does; ValueError if it does not say."""
+    holder = json.loads(file.read() or "null")
+    if holder is not None and not (isinstance(holder, dict) and holder.keys() >= HOLDER):
+        raise ValueError(f"a lock says {sorted(HOLDER)}, not {holder!r}")
+    return holder
 
 
 def _this_process() -> dict[str, Any]:

@@ -390,6 +390,17 @@ def test_the_lock_of_a_dead_process_is_taken_over(path, holder, free):
             run(path, Steps(), resume=True)
 
 
+@pytest.mark.parametrize("text", ["[1]", '{"pid": 1}', '{"pid'])
+def test_a_damaged_lock_is_named(path, text):
+    begin(path)
+    with open(f"{progress_directory(path)}/lock", "w") as file:
+        file.write(text)
+    with pytest.raises(OutputInUse, match=r"progress/lock is damaged .* if nobody does, remove it"):
+        run(path, Steps(), resume=True)
+    os.unlink(f"{progress_directory(path)}/lock")
+    run(path, Steps(), resume=True)
+
+
 def test_a_manifest_of_another_version_is_refused(path):
     begin(path)
     manifest = manifest_of(path) | {"format": 99}
@@ -398,6 +409,14 @@ def test_a_manifest_of_another_version_is_refused(path):
         json.dump(manifest, file)
     with pytest.raises(ValueError, match="must have format 1, not 99: it was written by another"):
         run(path, Steps(), resume=True)
+    for text, message in (
+        ('{"format": 1}', "is not a manifest: it lacks complete, dtype, .*again with overwrite"),
+        ("[]", "must have format 1, not None"),
+    ):
+        with open(place, "w") as file:
+            file.write(text)
+        with pytest.raises(ValueError, match=message):
+            run(path, Steps(), resume=True)
     with open(place, "w") as file:
         file.write("{")
     with pytest.raises(ValueError, match=r"is not a manifest: .*; start again with overwrite"):

@@ -240,7 +240,7 @@ def _make_room(directory: Path, names: list[str], overwrite: bool) -> None:
     if there and not overwrite:
         raise FileExistsError(
             f"{directory} already holds {', '.join(there)}; choose another directory, "
-            "or say that these may be overwritten"
+            "or say overwrite (--overwrite)"
         )
     for name in there:
         path = directory / name

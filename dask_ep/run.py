@@ -389,6 +389,12 @@ def _files_of(job: Job) -> dict[str, str]:
 
 
 def _owned(client: Client | None, world_size: int) -> contextlib.AbstractContextManager:
+    """Give the ranks owners for a while; all ranks count as equally loaded.
+
+    Their loads are known where the routing was read, which is where they were made equal: a
+    placement by load does so. Without one the routing is not read before it is needed, and to read
+    it for the loads alone would cost as much as ``placement = "balanced"``, which gains more.
+    """
     if client is None or world_size == 1:
         return contextlib.nullcontext()
     return own_experts(client, world_size)

@@ -30,9 +30,6 @@ CHUNKS_PER_THREAD, CHUNKS_BESIDE = 4, 4
 UNFINISHED = ("waiting", "queued", "no-worker", "processing")
 """States of a sum that somebody waits for."""
 
-Chunk = tuple[TaskState, list[TaskState]]
-"""The end of a chunk, and its entries."""
-
 
 class Held(set):
     """Restrictions of an entry whose chunk may not begin yet."""

@@ -42,7 +42,7 @@ PACKED_RANKS = 2
 
 @dataclass(frozen=True)
 class Rates:
-    """How fast the machine is: one thread of it, and one link between two workers."""
+    """How fast the machine is: one thread of it, or one GPU, and one link between two workers."""
 
     flops: float
     #: floating-point operations per second of one thread in matrix products of the job's width
@@ -59,6 +59,8 @@ class Rates:
     #: bytes per second that one thread reads from storage
     write: float = 0.5e9
     #: bytes per second that one thread writes there
+    lane: float = 20e9
+    #: bytes per second between host and GPU, each way (PCIe 4.0 x 16 is said to give 25e9)
 
 
 def chunks_held(threads: int, ranks: int, spread: float, widening: int) -> float:

@@ -290,7 +290,7 @@ class DeviceMemoryError(MemoryError):
 
 
 @contextmanager
-def telling_memory(xp: Any, needed: int, rows: int | None = None) -> Iterator[None]:
+def telling_memory(xp: Any, needed: int, rows: int | None = None, held: int = 0) -> Iterator[None]:
     """Say, if the device runs out of memory inside, what was needed, what is free, and what fits.
 
     Parameters
@@ -298,6 +298,7 @@ def telling_memory(xp: Any, needed: int, rows: int | None = None) -> Iterator[No
     xp : namespace of the arrays inside; nothing is done for NumPy
     needed : bytes that the work inside needs at most
     rows : rows of the token chunk that this is for; None if it is for experts
+    held : bytes of these that are there already, with the chunk
 
     Raises
     ------
@@ -315,9 +316,10 @@ def telling_memory(xp: Any, needed: int, rows: int | None = None) -> Iterator[No
         if rows is None:
             raise DeviceMemoryError(
                 f"the device has not enough memory for the experts: {numbers}; use more GPUs and "
-                "ranks, or experts held_as_stored"
+                "ranks, experts held_as_stored, or none (--threads or --processes): there experts "
+                "that do not fit go by in passes"
             ) from error
-        fits = max(min(free * rows // max(needed, 1), rows // 2), 1)
+        fits = max(min((free + held) * rows // max(needed, 1), rows // 2), 1)
         raise DeviceMemoryError(
             f"the device has not enough memory for a chunk of {rows} rows: {numbers}; {fits} rows "
             f"would fit. Finished blocks stay good: go on with --resume --chunk-rows {fits}"

@@ -154,8 +154,11 @@ def draw_memory(plan: Plan, measured: int | None = None) -> Figure:
     drawing = _figure(
         "Memory of a worker, at most", "MB", None, y_range=names, height=110 + 40 * len(names)
     )
+    parts, limit = plan.memory_parts, plan.memory_limit
+    if measured is not None:
+        parts, limit = plan.process_parts, plan.process_limit
     left = 0.0
-    for name, nbytes in plan.memory_parts.items():
+    for name, nbytes in parts.items():
         right = left + nbytes / 1e6
         drawing.hbar(
             y=["planned"],
@@ -170,8 +173,8 @@ def draw_memory(plan: Plan, measured: int | None = None) -> Figure:
     if measured is not None:
         drawing.hbar(y=["measured"], right=measured / 1e6, height=0.6, color=GREEN)
         end = max(end, measured / 1e6)
-    if plan.memory_limit is not None:
-        limit = plan.memory_limit / 1e6
+    if limit is not None:
+        limit /= 1e6
         drawing.vspan(x=[limit], line_color=RED, line_width=3, legend_label=f"limit {limit:,.0f}")
         end = max(end, limit)
     drawing.x_range.start, drawing.x_range.end = 0, 1.05 * end

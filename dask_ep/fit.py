@@ -10,6 +10,7 @@ only the routing knows, to how many ranks a row goes, is taken at its worst.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from copy import copy
 from dataclasses import dataclass, replace
@@ -18,7 +19,7 @@ from typing import Any
 from dask_ep.build import Inputs
 from dask_ep.checks import computing_dtype
 from dask_ep.costs import FEWEST_ROWS, SORT_BYTES, Need, chunks_held
-from dask_ep.grouped import row_bytes
+from dask_ep.device_memory import DEVICE_CHUNK_BYTES, OnDevice
 from dask_ep.held import StoredExperts, held_as_stored
 from dask_ep.placement import POLICIES, most_slots
 from dask_ep.placement_files import from_file
@@ -31,12 +32,6 @@ CHUNKS_PER_THREAD = 4
 ROWS_THAT_PAY = 256
 """Rows of a chunk at an expert whose products take about ten times as long as its conversion from
 what is stored."""
-
-DEVICE_CHUNK_BYTES = 128 << 20
-"""Bytes of a token chunk on a GPU, which needs more rows at a time than a core to be busy."""
-
-DEVICE_PROCESS_BYTES = 300_000_000
-"""What a process takes of a GPU's memory beside experts and chunks: CUDA and its libraries."""
 
 
 class DoesNotFit(MemoryError):
@@ -68,10 +63,14 @@ class Layout:
     #: name of a policy, or path of a file
     on_devices: bool = False
     #: whether each worker computes on a GPU, whose memory the limit is
+    host_limit: int | None = None
+    #: bytes of the host that each may use beside that
 
 
 def need(inputs: Inputs, layout: Layout) -> Need:
-    """Say what one worker needs of memory, at most, by the rows of a chunk."""
+    """Say what one worker needs of memory, at most, by the rows of a chunk; of its GPU's, if it
+    computes on one.
+    """
     experts, layer = inputs.experts, inputs.layer
     itemsize = computing_dtype(inputs.tokens.dtype, layout.on_devices).itemsize
     ranks = -(-layout.world_size // layout.workers)
@@ -83,11 +82,9 @@ def need(inputs: Inputs, layout: Layout) -> Need:
         held += layout.threads * wide  # the one that each thread has in use
     if layer is not None:
         held += layer.parameters_beside * itemsize
-    if layout.on_devices:
-        widest = 2 * (experts.hidden or 0)
-        row = row_bytes(experts.d, experts.d_out, widest, slots_per_row(inputs), itemsize)
-        return Need(held, layout.threads, row, process_bytes=DEVICE_PROCESS_BYTES)
     spread = min(slots_per_row(inputs), layout.world_size)
+    if layout.on_devices:
+        return _on_device(inputs).need(held, layout.threads, layout.world_size, spread)
     widening = max(itemsize // inputs.tokens.dtype.itemsize, 1)
     return Need(
         held,
@@ -96,6 +93,27 @@ def need(inputs: Inputs, layout: Layout) -> Need:
         layout.threads * tile_bytes((layer or experts).widest * itemsize),
         layout.threads * slots_per_row(inputs) * SORT_BYTES,
     )
+
+
+def host_need(inputs: Inputs, layout: Layout) -> Need:
+    """Say what a worker that computes on a GPU needs of the host, at most."""
+    spread = min(slots_per_row(inputs), layout.world_size)
+    return _on_device(inputs).host_need(layout.threads, layout.world_size, spread)
+
+
+def _on_device(inputs: Inputs) -> OnDevice:
+    shared = None if inputs.layer is None else inputs.layer.shared
+    return OnDevice.of(inputs.experts, shared, slots_per_row(inputs), inputs.tokens.dtype)
+
+
+def rows_within(inputs: Inputs, layout: Layout) -> float:
+    """The most rows of a chunk with which all limits are kept; infinite without any."""
+    most = math.inf
+    if layout.memory_limit is not None:
+        most = need(inputs, layout).rows_within(layout.memory_limit)
+    if layout.on_devices and layout.host_limit is not None:
+        most = min(most, host_need(inputs, layout).rows_within(layout.host_limit))
+    return most
 
 
 def hold_what_fits(inputs: Inputs, layout: Layout, asked: int | None = None) -> Inputs:
@@ -111,9 +129,10 @@ def hold_what_fits(inputs: Inputs, layout: Layout, asked: int | None = None) -> 
     Inputs
         The same, or with `held_as_stored` experts, which give the same to the last bit. It pays
         where chunks that fit bring an expert `ROWS_THAT_PAY` rows; where not, each would be
-        converted for a few rows, and to go by in passes is less work. On GPUs nothing is changed.
+        converted for a few rows, and to go by in passes is less work. On GPUs, where none go by in
+        passes, it pays wherever only so they fit.
     """
-    if layout.memory_limit is None or layout.on_devices or _fits(inputs, layout):
+    if layout.memory_limit is None or _fits(inputs, layout):
         return inputs
     experts, layer = held_as_stored(inputs.experts), copy(inputs.layer)
     if layer is not None:
@@ -122,11 +141,12 @@ def hold_what_fits(inputs: Inputs, layout: Layout, asked: int | None = None) -> 
     if not _fits(held, layout, asked):
         return inputs
     slots = choose_chunk_rows(held, layout, asked) * slots_per_row(inputs)
-    return held if slots >= ROWS_THAT_PAY * experts.num_experts else inputs
+    pays = layout.on_devices or slots >= ROWS_THAT_PAY * experts.num_experts
+    return held if pays else inputs
 
 
 def _fits(inputs: Inputs, layout: Layout, asked: int | None = None) -> bool:
-    return need(inputs, layout).rows_within(layout.memory_limit) >= (asked or FEWEST_ROWS)
+    return rows_within(inputs, layout) >= (asked or FEWEST_ROWS)
 
 
 def choose_chunk_rows(inputs: Inputs, layout: Layout, asked: int | None = None) -> int:
@@ -153,11 +173,10 @@ def choose_chunk_rows(inputs: Inputs, layout: Layout, asked: int | None = None) 
         rows = min(rows, max(fair, FEWEST_ROWS))
     else:
         rows = asked
-    if layout.memory_limit is not None:
-        most = need(inputs, layout).rows_within(layout.memory_limit)
-        if most < (FEWEST_ROWS if asked is None else asked):
-            raise _refusal(inputs, layout, asked)
-        rows = min(rows, most)
+    most = rows_within(inputs, layout)
+    if most < (FEWEST_ROWS if asked is None else asked):
+        raise _refusal(inputs, layout, asked)
+    rows = int(min(rows, most))
     return rows if asked is not None else fit_stored(rows, inputs.tokens.chunk_rows)
 
 
@@ -166,7 +185,7 @@ def slots_beside(inputs: Inputs, layout: Layout, chunk_rows: int) -> int | None:
     if layout.memory_limit is None:
         return None
     spare = layout.memory_limit - need(inputs, layout).at(chunk_rows)
-    itemsize = computing_dtype(inputs.tokens.dtype).itemsize
+    itemsize = computing_dtype(inputs.tokens.dtype, layout.on_devices).itemsize
     ranks = -(-layout.world_size // layout.workers)
     return max(spare, 0) // (ranks * inputs.experts.parameters * itemsize)
 
@@ -186,18 +205,28 @@ def fit_stored(rows: int, stored: int | None) -> int:
 
 def _refusal(inputs: Inputs, layout: Layout, asked: int | None) -> DoesNotFit:
     """Say why the job cannot run so, with the numbers, and what to change."""
-    law, rows = need(inputs, layout), asked or FEWEST_ROWS
+    law, limit, rows = need(inputs, layout), layout.memory_limit, asked or FEWEST_ROWS
     proposal = next(_proposals(inputs, layout, asked), {})
     whose = "a memory limit" if layout.workers == 1 else "each worker's memory limit"
+    whom, instead = "the process", "give more memory, or more and smaller ranks"
+    if layout.on_devices and limit is not None and law.at(rows) > limit:
+        whose, whom = "the memory limit of a GPU", "CUDA"
+        instead = (
+            "use more GPUs, or none (--threads or --processes): there experts that do not fit go "
+            "by in passes"
+        )
+    elif layout.on_devices:
+        whose, instead = "the memory limit of a GPU's worker on the host", "give more memory"
+        law, limit = host_need(inputs, layout), layout.host_limit
     parts = {name: f"{nbytes / 1e6:.0f} MB" for name, nbytes in law.parts(rows).items()}
     message = (
-        f"{whose} of {layout.memory_limit / 1e6:.0f} MB must hold "
-        f"{parts['experts']} of experts, {parts['process']} for the process, {parts['scratch']} of "
+        f"{whose} of {limit / 1e6:.0f} MB must hold "
+        f"{parts['experts']} of experts, {parts['process']} for {whom}, {parts['scratch']} of "
         f"scratch and {law.chunks:.3g} chunks of {rows} rows ({law.row_bytes} bytes each), "
         f"{law.at(rows) / 1e6:.0f} MB in all; "
     )
     if not proposal:
-        return DoesNotFit(f"{message}give more memory, or more and smaller ranks", {})
+        return DoesNotFit(message + instead, {})
     options = " ".join(f"--{name.replace('_', '-')} {value}" for name, value in proposal.items())
     return DoesNotFit(f"{message}within the same limit it runs with {options}", proposal)
 
@@ -205,8 +234,7 @@ def _refusal(inputs: Inputs, layout: Layout, asked: int | None) -> DoesNotFit:
 def _proposals(inputs: Inputs, layout: Layout, asked: int | None) -> Iterator[dict[str, Any]]:
     """Options with which the job fits, those first that change least."""
     for options, other in _alternatives(inputs, layout, asked):
-        most = need(inputs, other).rows_within(other.memory_limit)
-        if most >= FEWEST_ROWS:
+        if _fits(inputs, other):
             rows = {} if asked is None else {"chunk_rows": choose_chunk_rows(inputs, other)}
             yield {**options, **rows}
 

@@ -13,7 +13,7 @@ from __future__ import annotations
 import logging
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib import import_module
@@ -26,12 +26,10 @@ from distributed.system import MEMORY_LIMIT
 from dask_ep import device, wire
 from dask_ep.blas import limit_blas_for_good
 from dask_ep.device import Device, NoDeviceError
+from dask_ep.device_memory import THREADS_PER_GPU
 from dask_ep.held import LocalStoredExperts
 from dask_ep.interrupts import deaf_children
 from dask_ep.local import LocalExperts
-
-THREADS_PER_GPU = 3
-"""One that computes, one that reads and uploads, one that downloads and writes."""
 
 PROTOCOLS = ("tcp", "ucx")
 
@@ -119,9 +117,17 @@ def _prepare(client: Client, plugin: OnGpu) -> None:
     client.register_plugin(plugin)
 
 
-def device_limit(where: Gpus, devices: list[Device]) -> int:
-    """Bytes that a job may hold on each device."""
-    return where.device_memory_limit or int(MEMORY_SHARE * min(one.memory for one in devices))
+def device_limit(where: Gpus, devices: Sequence[Device]) -> int | None:
+    """Bytes that a job may hold on each device; None if nobody says and there is none."""
+    if where.device_memory_limit is not None or not devices:
+        return where.device_memory_limit
+    return int(MEMORY_SHARE * min(one.memory for one in devices))
+
+
+def limit_of_cluster(client: Client) -> int | None:
+    """Bytes that a job may hold on each device of a cluster: of each worker its first."""
+    firsts = [devices[0].memory for devices in client.run(device.find_devices).values()]
+    return int(MEMORY_SHARE * min(firsts)) if firsts else None
 
 
 def _plain_cluster(where: Gpus, devices: list[Device], protocol: str) -> SpecCluster:

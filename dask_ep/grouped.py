@@ -72,22 +72,31 @@ class Slots(NamedTuple):
     #: where the slots of each key end, on the device
 
 
-def row_bytes(d: int, d_out: int, widest: int, k: int, itemsize: int) -> int:
-    """Bytes that a token row takes on a device on its way, at most.
+INDEX_BYTES = 48
+"""Of a slot while it is sorted by expert and found again: keys, orders and positions."""
 
-    Itself, its output and their copies on the way, and for each of its k slots what the expert
-    gets, makes and gives; `widest` is the width of what it makes. Of 16 bits, what it makes and
-    gives is float32, and what it makes is there once more as the next product takes it.
+
+def slot_bytes(d: int, d_out: int, made: int, itemsize: int) -> int:
+    """Bytes that a slot takes on a device while experts compute, at most.
+
+    What the expert gets, makes and gives; `made` is the width of what it makes. Of 16 bits, what it
+    makes and gives is float32, and what it makes is there once more as the next product takes it.
 
     Examples
     --------
-    >>> row_bytes(d=4096, d_out=4096, widest=28672, k=2, itemsize=2)
-    425984
+    >>> slot_bytes(d=4096, d_out=4096, made=28672, itemsize=2)
+    196656
     """
     sums = max(itemsize, 4)
     again = itemsize if itemsize < sums else 0
-    slot = d * itemsize + widest * (sums + again) + d_out * sums
-    return 2 * (d + d_out) * itemsize + k * slot
+    return d * itemsize + made * (sums + again) + d_out * sums + INDEX_BYTES
+
+
+def row_bytes(d: int, d_out: int, made: int, k: int, itemsize: int) -> int:
+    """Bytes that a token row takes on a device in the kernel, at most: its slots, itself and its
+    output, and copies of those two.
+    """
+    return 2 * (d + d_out) * itemsize + k * slot_bytes(d, d_out, made, itemsize)
 
 
 def sort_slots(

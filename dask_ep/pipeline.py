@@ -349,7 +349,7 @@ def _telling_memory(
     (n, d), k = tokens.shape, 1 if routing.ndim == 1 else routing.shape[1]
     widest = max(getattr(expert, "widest", d_out) for expert in experts)
     one = row_bytes(d, d_out, widest, k, tokens.dtype.itemsize)
-    return telling_memory(namespace(tokens), n * one, n)
+    return telling_memory(namespace(tokens), n * one, n, tokens.nbytes)
 
 
 def _of_width(out: Array, d_out: int) -> Array:

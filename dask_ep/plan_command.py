@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Sequence
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,16 +19,23 @@ from dask.utils import format_bytes, parse_bytes
 from rich.console import Console
 from rich.table import Table
 
+from dask_ep import device
 from dask_ep.build import open_inputs
+from dask_ep.costs import Rates
+from dask_ep.device import Device, NoDeviceError
 from dask_ep.fit import choose_chunk_rows, hold_what_fits
+from dask_ep.gpus import Gpus, device_limit
 from dask_ep.in_passes import find_passes
 from dask_ep.job import PLACEMENTS, load_job
 from dask_ep.planner import Plan, WhatIf, plan, what_if
 from dask_ep.price_passes import price_passes
-from dask_ep.report import check_drawing, write_plan_report
+from dask_ep.report import check_drawing, of_limit, write_plan_report
 from dask_ep.run import Processes, Threads, count_workers, lay_out
 from dask_ep.storage import open_tokens
 from dask_ep.travel import ALL_ROWS, TRAVELS, Travel
+
+RATES = tuple(field.name for field in fields(Rates))
+"""What is measured, or given by --rates."""
 
 BAR = 30
 """Characters of the bar of the busiest rank."""
@@ -68,7 +76,14 @@ def travel_options(command: Callable) -> Callable:
 @click.option("--chunk-rows", type=click.IntRange(1), help="Rows of a token chunk.")
 @click.option("--threads", type=click.IntRange(1), help="Threads of this process; all cores.")
 @click.option("--processes", type=click.IntRange(1), help="Worker processes on this machine.")
+@click.option("--gpu", is_flag=True, help="One worker per GPU; with none here, one GPU per rank.")
+@click.option("--device-memory-limit", metavar="SIZE", help="Of each GPU; nine tenths of it.")
 @click.option("--memory-limit", metavar="SIZE", help='Of a process, such as "4 GiB".')
+@click.option(
+    "--rates",
+    metavar="NAME=NUMBER,...",
+    help=f"Instead of measuring, what is done in a second: {', '.join(RATES)}.",
+)
 @travel_options
 @click.option("--what-if", "side_by_side", is_flag=True, help="Compare the choices that follow.")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON instead of tables.")
@@ -94,6 +109,9 @@ def plan_command(
       dask-ep plan demo/job.toml --processes 4 --placement exact --save placement.json
       dask-ep plan demo/job.toml --what-if world_size=2,4,8 placement=contiguous,balanced
       dask-ep plan demo/job.toml --processes 4 --what-if travel=rows,auto,experts
+      dask-ep plan demo/job.toml --gpu
+      dask-ep plan demo/job.toml --gpu --world-size 8 --device-memory-limit 70GiB \
+        --rates flops=6e14,copy=2e12,lane=2.5e10
     """
     if choices and not side_by_side:
         raise click.UsageError(f"{choices[0]!r} is a choice to compare; put --what-if before it")
@@ -128,14 +146,24 @@ def priced_job(
     travel: str | None = None,
     link_rate: int | None = None,
     read_rate: int | None = None,
+    gpu: bool = False,
+    device_memory_limit: str | None = None,
+    rates: str | None = None,
 ) -> WhatIf:
     """Price a job file, in each combination of the choices; a single way if there are none."""
     job = load_job(path, world_size=world_size, placement=placement)
     inputs = open_inputs(job)
-    size = job.world_size or processes or 1
     limit = None if memory_limit is None or choices else parse_bytes(memory_limit)
-    where = Processes(processes, limit) if processes else Threads(threads, limit)
-    layout = lay_out(job, where, size)
+    if gpu:
+        where, devices = _gpus(processes, threads, limit, device_memory_limit)
+    else:
+        _refuse(device_memory_limit, "--device-memory-limit needs --gpu")
+        where = Processes(processes, limit) if processes else Threads(threads, limit)
+        devices = []
+    size = job.world_size or processes or len(devices) or 1
+    layout = lay_out(job, where, size, devices)
+    if choices and gpu:
+        layout = replace(layout, memory_limit=None)  # plans tell which fit
     inputs = hold_what_fits(inputs, layout, chunk_rows)
     moves = parse_travel(travel, link_rate, read_rate)
     passes = find_passes(inputs, layout, count_workers(where), chunk_rows, moves)
@@ -154,7 +182,11 @@ def priced_job(
         "workers": processes or 1,
         "threads": 1 if processes else threads,
         "cores": CPU_COUNT,
+        "rates": None if rates is None else parse_rates(rates, link=link_rate, read=read_rate),
     }
+    if gpu:
+        of_gpus = {"gpu": True, "device_memory_limit": device_limit(where, devices)}
+        common |= of_gpus | {"workers": len(devices) or None, "threads": None, "cores": None}
     if choices:
         combined = {"world_size": [size], "placement": [job.placement], "travel": [travel]}
         combined |= choices
@@ -165,6 +197,51 @@ def priced_job(
     if passes is not None:
         one = price_passes(one, passes, limit)
     return WhatIf((one,), one, "")
+
+
+def _gpus(
+    processes: int | None, threads: int | None, limit: int | None, device_limit: str | None
+) -> tuple[Gpus, list[Device]]:
+    """Where a run with --gpu runs, and the GPUs that are here; a plan needs none."""
+    _refuse(
+        processes or threads, "--gpu has one worker per GPU; --processes and --threads say nothing"
+    )
+    where = Gpus(None if device_limit is None else parse_bytes(device_limit), memory_limit=limit)
+    try:
+        return where, device.find_devices()
+    except NoDeviceError:
+        return where, []
+
+
+def _refuse(given: Any, why: str) -> None:
+    if given is not None:
+        raise click.UsageError(why)
+
+
+def parse_rates(text: str, **others: float | None) -> Rates:
+    """Read ``--rates``; `others` go before what it says.
+
+    Examples
+    --------
+    >>> parse_rates("flops=6e14,copy=2e12", read=None, link=1e9).link
+    1000000000.0
+    """
+    given = {}
+    for part in text.split(","):
+        name, _, number = part.partition("=")
+        try:
+            given[name.strip()] = float(number)
+        except ValueError:
+            raise click.UsageError(
+                f"a rate is NAME=NUMBER, such as flops=6e14; got {part!r}"
+            ) from None
+    given |= {name: number for name, number in others.items() if number is not None}
+    unknown = [name for name in given if name not in RATES]
+    if unknown or not {"flops", "copy"} <= given.keys():
+        raise click.UsageError(
+            f"--rates needs flops and copy, and takes {', '.join(RATES)}; got {text!r}"
+        )
+    return Rates(**given)
 
 
 def parse_travel(how: str | None, link_rate: int | None, read_rate: int | None) -> Travel:
@@ -239,18 +316,17 @@ def plan_tables(one: Plan) -> list[Any]:
     if one.copies_beside:
         read = format_bytes(one.copies_beside * one.work.expert_stored)
         copies.append(("copies of experts among them", f"{one.copies_beside}, {read}"))
-    limit = "" if one.memory_limit is None else f" of {format_bytes(one.memory_limit)}"
     for name, value in (
         ("token rows", f"{one.rows:,}"),
         ("experts", f"{one.expert_rows.size}, {one.slots_per_row} a row"),
-        ("ranks", f"{one.world_size} ({one.policy}) on {one.workers} x {one.threads} threads"),
+        ("ranks", f"{one.world_size} ({one.policy}) on {one.places}"),
         ("chunks", f"{len(one.chunks):,} of up to {one.chunk_rows:,} rows"),
         ("imbalance (max/mean rank)", f"{one.imbalance:.3f}"),
         ("exchanged between ranks", format_bytes(one.exchanged_bytes)),
         ("moved between workers", format_bytes(one.moved_bytes)),
         ("experts to read", format_bytes(one.stored_bytes)),
         *copies,
-        ("memory of a worker, at most", format_bytes(one.memory_bytes) + limit),
+        *((what, of_limit(*figures)) for what, figures in one.memory_figures.items()),
         (
             "tasks",
             f"{one.tasks + one.other_tasks:,}, {one.scheduler_seconds:.2f} s of the scheduler",

@@ -15,8 +15,9 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import product
-from typing import Any
+from typing import Any, NamedTuple
 
 import dask.array as da
 import numpy as np
@@ -26,6 +27,8 @@ from dask.utils import format_bytes, parse_bytes
 from dask_ep import pipeline
 from dask_ep.checks import computing_dtype
 from dask_ep.costs import FEWEST_ROWS, Rates
+from dask_ep.device_memory import THREADS_PER_GPU, OnDevice
+from dask_ep.device_probe import probe_device
 from dask_ep.expert import Expert
 from dask_ep.experts import CallableExperts, Experts, as_experts
 from dask_ep.held import StoredExperts
@@ -33,6 +36,7 @@ from dask_ep.layer import MoELayer
 from dask_ep.placement import POLICIES, Placement, place
 from dask_ep.placement_files import from_file
 from dask_ep.price import Beside, Plan, Work
+from dask_ep.price_gpus import PlanOnGpus
 from dask_ep.probe import probe
 from dask_ep.rows import rows_of
 from dask_ep.survey import Survey, survey
@@ -85,6 +89,8 @@ def plan(
     cores: int | None = None,
     rates: Rates | None = None,
     travel: Travel = ALL_ROWS,
+    gpu: bool = False,
+    device_memory_limit: int | str | None = None,
 ) -> Plan:
     """Say what `expert_parallel` with these arguments will cost.
 
@@ -113,10 +119,15 @@ def plan(
         How fast the machine is; default: measured in a second, with `link` and `read` of `travel`.
     travel : Travel
         Whether rows travel to experts, or experts to rows.
+    gpu : bool
+        Whether each worker computes on a GPU, as in ``run_job(job, Gpus())``; `memory_limit` is
+        then of the host beside it.
+    device_memory_limit : bytes that a run may use of each GPU, as int or text, optional
 
     Returns
     -------
     plan : Plan
+        A `dask_ep.price_gpus.PlanOnGpus` with `gpu`.
 
     Raises
     ------
@@ -124,6 +135,8 @@ def plan(
         If the job does not fit into the memory limit; with a proposal that does, if there is one.
     ValueError
         If the arrays do not fit together, or an expert index is out of range.
+    NoDeviceError
+        With `gpu`, if neither `rates` are given nor a GPU is here to measure them.
 
     Notes
     -----
@@ -142,8 +155,9 @@ def plan(
     >>> priced.tasks, round(priced.imbalance, 2)
     (7, 1.33)
     """
+    limits = _Limits.of(memory_limit, device_memory_limit, gpu)
     pricing = _Pricing(
-        tokens, routing, experts, topk_weights, memory_limit, workers, threads, cores, rates
+        tokens, routing, experts, topk_weights, limits, workers, threads, cores, rates
     )
     if world_size is None:
         given = isinstance(placement, Placement)
@@ -170,6 +184,8 @@ def what_if(
     cores: int | None = None,
     rates: Rates | None = None,
     travel: Sequence[Travel] = (ALL_ROWS,),
+    gpu: bool = False,
+    device_memory_limit: int | str | None = None,
 ) -> WhatIf:
     """Say what every combination of world sizes, placements and chunk sizes will cost.
 
@@ -187,8 +203,9 @@ def what_if(
     -----
     Reads the routing once for all of them.
     """
+    limits = _Limits.of(memory_limit, device_memory_limit, gpu)
     pricing = _Pricing(
-        tokens, routing, experts, topk_weights, memory_limit, workers, threads, cores, rates
+        tokens, routing, experts, topk_weights, limits, workers, threads, cores, rates
     )
     choices = product(world_size, placement, chunk_rows, travel)
     plans = tuple(pricing.plan(*choice) for choice in choices)
@@ -201,6 +218,28 @@ def what_if(
     return WhatIf(plans, best, _why(best, plans))
 
 
+class _Limits(NamedTuple):
+    """What a worker may use."""
+
+    memory: int | None
+    #: bytes of it, or of its GPU
+    gpu: bool = False
+    host: int | None = None
+    #: bytes of the host, beside a GPU
+
+    @classmethod
+    def of(
+        cls, memory_limit: int | str | None, device_memory_limit: int | str | None, gpu: bool
+    ) -> _Limits:
+        if device_memory_limit is not None and not gpu:
+            raise ValueError("device_memory_limit is of GPUs, so gpu must be True with it")
+        memory, device = (
+            None if limit is None else parse_bytes(limit)
+            for limit in (memory_limit, device_memory_limit)
+        )
+        return cls(device, gpu, memory) if gpu else cls(memory)
+
+
 class _Pricing:
     """One job, surveyed once, priced in any number of ways."""
 
@@ -210,13 +249,13 @@ class _Pricing:
         routing: Any,
         experts: Any,
         topk_weights: Any,
-        memory_limit: int | str | None,
+        limits: _Limits,
         workers: int | None,
         threads: int | None,
         cores: int | None,
         rates: Rates | None,
     ):
-        beside = Beside()
+        beside, shared = Beside(), None
         if isinstance(experts, MoELayer):
             layer, experts, tokens = experts, experts.experts, rows_of(tokens)
             router_tasks = 0
@@ -226,18 +265,31 @@ class _Pricing:
             routing, topk_weights = (
                 None if a is None else rows_of(a) for a in (routing, topk_weights)
             )
-            beside = _beside(layer, tokens, router_tasks)
+            beside, shared = _beside(layer, tokens, router_tasks, limits.gpu), layer.shared
         experts = as_experts(experts)
-        self.work = _work(tokens, experts, topk_weights, beside)
+        self.work = _work(tokens, experts, topk_weights, beside, limits.gpu)
         known_rows = tokens.shape[0] == tokens.shape[0]
         self.survey: Survey = survey(routing, experts.num_experts, known_rows=known_rows)
         self.chunks = _chunks(tokens, self.survey)
-        self.memory_limit = None if memory_limit is None else parse_bytes(memory_limit)
+        self.limits, self.on_device = limits, None
+        if limits.gpu:
+            threads = threads or THREADS_PER_GPU
+            k = self.survey.slots_per_row
+            self.on_device = OnDevice.of(experts, shared, k, self.work.dtype)
         self.workers, self.threads, self.cores = workers, threads, cores
         self.rates, self.are_given = rates or self._probe(experts), rates is not None
 
     def _probe(self, experts: Experts | CallableExperts) -> Rates:
         """Measure this machine with rows and experts as many as a task of this job has."""
+        if self.limits.gpu:
+            return probe_device(
+                self.work.d,
+                self.work.d_out,
+                rows=max(self.chunks, default=1),
+                slots=self.survey.slots_per_row,
+                experts=self.survey.num_experts,
+                dtype=self.work.dtype,
+            )
         return probe(
             self.work.d,
             self.work.d_out,
@@ -287,7 +339,10 @@ class _Pricing:
         workers = min(self.workers or world_size, world_size)
         visits = self.survey.visits(placement, chunks, only)
         of_these = list(range(len(chunks)) if only is None else only)
-        return Plan(
+        made = Plan
+        if self.limits.gpu:
+            made = partial(PlanOnGpus, on_device=self.on_device, host_limit=self.limits.host)
+        return made(
             work=self.work,
             policy=policy,
             placement=placement,
@@ -299,7 +354,7 @@ class _Pricing:
             packet_rows=visits.packet_rows[of_these],
             slots_per_row=self.survey.slots_per_row,
             rates=self.rates if self.are_given else travel.rates(self.rates),
-            memory_limit=self.memory_limit,
+            memory_limit=self.limits.memory,
             cores=self.cores,
             numbers=only,
         )
@@ -340,10 +395,10 @@ class _Pricing:
         return "given", placement
 
 
-def _beside(layer: MoELayer, tokens: da.Array, router_tasks: int) -> Beside:
+def _beside(layer: MoELayer, tokens: da.Array, router_tasks: int, on_device: bool) -> Beside:
     """Put a layer's router, unless that has no tasks, and its shared experts into numbers."""
     d, E, shared = tokens.shape[1], layer.experts.num_experts, layer.shared
-    itemsize = computing_dtype(tokens.dtype).itemsize
+    itemsize = computing_dtype(tokens.dtype, on_device).itemsize
     there_and_back = (d + (layer.experts.d_out or d)) * itemsize
     finishes = shared is not None or layer.residual
     k = getattr(layer.router, "k", E)
@@ -384,7 +439,11 @@ def _count_new_tasks(made: Sequence[da.Array], of: da.Array) -> int:
 
 
 def _work(
-    tokens: Any, experts: Experts | CallableExperts, topk_weights: Any, beside: Beside
+    tokens: Any,
+    experts: Experts | CallableExperts,
+    topk_weights: Any,
+    beside: Beside,
+    on_device: bool,
 ) -> Work:
     """Put the job into numbers."""
     if tokens.ndim != 2 or experts.d not in (None, tokens.shape[1]):
@@ -393,7 +452,7 @@ def _work(
         )
     dtype = np.dtype(tokens.dtype)
     d = int(tokens.shape[1])
-    wide = experts.parameters * computing_dtype(dtype).itemsize
+    wide = experts.parameters * computing_dtype(dtype, on_device).itemsize
     as_stored = isinstance(experts, StoredExperts)
     return Work(
         d=d,
@@ -432,14 +491,14 @@ def _equal_chunks(rows: int, chunk_rows: int) -> tuple[int, ...]:
 
 def _refusal(refused: Plan, proposal: Plan | None) -> str:
     """Say why a job cannot run, with the numbers, and what to change."""
-    limit = refused.memory_limit
-    parts = {name: format_bytes(nbytes) for name, nbytes in refused.memory_parts.items()}
-    need = (
-        f"a worker needs {format_bytes(refused.memory_bytes)} and may use {format_bytes(limit)}: "
-        f"{parts['experts']} of experts, {refused.chunks_held:.3g} chunks of "
-        f"{format_bytes(refused.chunk_bytes)}, {parts['scratch']} of scratch, {parts['process']} "
-        "for the process"
-    )
+    need = refused.said_of_memory
+    if proposal is None and isinstance(refused, PlanOnGpus):
+        return (
+            f"{need}. No chunk size fits beside the experts of one GPU, "
+            f"up to {refused.experts_of_a_worker} of {format_bytes(refused.work.expert_loaded)}: "
+            "use more GPUs, or none: on threads and processes experts that do not fit go by in "
+            "passes"
+        )
     if proposal is None:
         return (
             f"{need}. No chunk size fits beside the experts of one worker, "

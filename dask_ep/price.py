@@ -242,11 +242,15 @@ class Plan:
         return self.chunk_rows * max(self.work.d, self.work.d_out) * self.work.dtype.itemsize
 
     @property
+    def spread(self) -> float:
+        """To how many ranks a row goes."""
+        return float(self.packet_rows.sum()) / max(self.rows, 1)
+
+    @property
     def chunks_held(self) -> float:
         """Token chunks that a worker holds at most."""
-        spread = float(self.packet_rows.sum()) / max(self.rows, 1)
         widening = max(self._wide // self.work.dtype.itemsize, 1)
-        return costs.chunks_held(self.threads, self.world_size, spread, widening)
+        return costs.chunks_held(self.threads, self.world_size, self.spread, widening)
 
     @property
     def need(self) -> costs.Need:
@@ -269,6 +273,42 @@ class Plan:
     def memory_bytes(self) -> int:
         """Bytes that a worker uses at most."""
         return sum(self.memory_parts.values())
+
+    @property
+    def process_parts(self) -> dict[str, int]:
+        """Bytes that its process uses at most: the same, unless it computes on a GPU."""
+        return self.memory_parts
+
+    @property
+    def process_bytes(self) -> int:
+        """Bytes that its process uses at most."""
+        return sum(self.process_parts.values())
+
+    @property
+    def process_limit(self) -> int | None:
+        """Bytes that its process may use."""
+        return self.memory_limit
+
+    @property
+    def memory_figures(self) -> dict[str, tuple[int, int | None]]:
+        """What is used at most, and what may be."""
+        return {"memory of a worker, at most": (self.memory_bytes, self.memory_limit)}
+
+    @property
+    def said_of_memory(self) -> str:
+        """What a worker needs and may use, by what it is for."""
+        parts = {name: format_bytes(nbytes) for name, nbytes in self.memory_parts.items()}
+        return (
+            f"a worker needs {format_bytes(self.memory_bytes)} and may use "
+            f"{format_bytes(self.memory_limit)}: {parts['experts']} of experts, "
+            f"{self.chunks_held:.3g} chunks of {format_bytes(self.chunk_bytes)}, "
+            f"{parts['scratch']} of scratch, {parts['process']} for the process"
+        )
+
+    @property
+    def places(self) -> str:
+        """What plays the ranks."""
+        return f"{self.workers} x {self.threads} threads"
 
     @property
     def fits(self) -> bool:

@@ -84,7 +84,7 @@ def probe(
     with one_blas_thread(), ThreadPoolExecutor(threads) as pool, file.file:
 
         def mean_rate(work: Callable[[], float], share: float) -> float:
-            runs = [pool.submit(_rate, work, share * seconds) for _ in range(threads)]
+            runs = [pool.submit(rate, work, share * seconds) for _ in range(threads)]
             return sum(run.result() for run in runs) / threads
 
         return Rates(
@@ -95,6 +95,13 @@ def probe(
             read=mean_rate(file.read, 0.05),
             write=mean_rate(file.write, 0.05),
         )
+
+
+def probe_files(seconds: float) -> dict[str, float]:
+    """Measure how fast one thread reads and writes a file: `read` and `write` of `Rates`."""
+    file = _File()
+    with file.file:
+        return {"read": rate(file.read, seconds / 2), "write": rate(file.write, seconds / 2)}
 
 
 class _Products:
@@ -185,8 +192,8 @@ def _same(rows: np.ndarray) -> np.ndarray:
     return rows
 
 
-def _rate(work: Callable[[], float], seconds: float) -> float:
-    """What `work` does per second, after a call that warms up."""
+def rate(work: Callable[[], float], seconds: float) -> float:
+    """What `work` says that it does, per second, after a call that warms up."""
     work()
     done, passed, start = 0, 0.0, time.perf_counter()
     while passed < seconds or done == 0:

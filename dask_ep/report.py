@@ -192,19 +192,30 @@ def _table(title: str, head: Sequence[str], rows: Sequence[Sequence[str]]) -> st
 
 
 def _figures_of(plan: Plan) -> list[tuple[str, str]]:
-    limit = "" if plan.memory_limit is None else f" of {format_bytes(plan.memory_limit)}"
     return [
         ("token rows", f"{plan.rows:,}"),
         ("chunks", f"{len(plan.chunks):,} of up to {plan.chunk_rows:,} rows"),
-        ("ranks", f"{plan.world_size} on {plan.workers} x {plan.threads} threads"),
+        ("ranks", f"{plan.world_size} on {plan.places}"),
         ("imbalance", f"{plan.imbalance:.3f}"),
         ("exchanged between ranks", format_bytes(plan.exchanged_bytes)),
         ("experts to read", format_bytes(plan.stored_bytes)),
-        ("memory of a worker, at most", format_bytes(plan.memory_bytes) + limit),
+        *((what, of_limit(*figures)) for what, figures in plan.memory_figures.items()),
         ("tasks", f"{plan.tasks:,}"),
         ("operations", f"{plan.flops.sum():.3g} FLOP"),
         ("time", f"{plan.seconds:.2f} s"),
     ]
+
+
+def of_limit(nbytes: int, limit: int | None) -> str:
+    """What is used, and what may be, for the eye.
+
+    Examples
+    --------
+    >>> of_limit(3 << 20, None), of_limit(3 << 20, 5 << 20)
+    ('3.00 MiB', '3.00 MiB of 5.00 MiB')
+    """
+    used = format_bytes(nbytes)
+    return used if limit is None else f"{used} of {format_bytes(limit)}"
 
 
 def _both(plan: Plan, record: Record) -> list[tuple[str, str, str]]:
@@ -226,7 +237,7 @@ def _both(plan: Plan, record: Record) -> list[tuple[str, str, str]]:
             format_bytes(plan.moved_bytes),
             format_bytes(record.moved_bytes),
         ),
-        ("memory of a worker, at most", format_bytes(plan.memory_bytes), peak),
+        ("memory of a worker, at most", format_bytes(plan.process_bytes), peak),
         ("time", f"{plan.seconds:.2f} s", f"{record.seconds:.2f} s"),
     ]
 
@@ -306,7 +317,9 @@ def _said_of_events(record: Record) -> str:
 
 
 def _said_of_memory(plan: Plan) -> str:
-    limit = "no limit was given"
-    if plan.memory_limit is not None:
-        limit = f"the limit is {format_bytes(plan.memory_limit)}"
-    return f"A worker needs up to {format_bytes(plan.memory_bytes)}; {limit}."
+    said = []
+    for what, (nbytes, limit) in plan.memory_figures.items():
+        of = "no limit was given" if limit is None else f"the limit is {format_bytes(limit)}"
+        said.append(f"{what}: {format_bytes(nbytes)}; {of}")
+    text = ". ".join(said)
+    return f"{text[:1].upper()}{text[1:]}."

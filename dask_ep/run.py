@@ -13,7 +13,7 @@ import contextlib
 import logging
 import os
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from queue import SimpleQueue
@@ -34,8 +34,16 @@ from dask_ep import device, journal
 from dask_ep.blas import one_blas_thread
 from dask_ep.build import WEIGHT_KEYS, build, open_inputs
 from dask_ep.cluster import Certificates, OneBlasThread, check_cluster, connect
+from dask_ep.device import Device
 from dask_ep.fit import Layout, choose_chunk_rows, hold_what_fits, slots_beside
-from dask_ep.gpus import THREADS_PER_GPU, Gpus, check_gpus, device_limit, start_gpus
+from dask_ep.gpus import (
+    THREADS_PER_GPU,
+    Gpus,
+    check_gpus,
+    device_limit,
+    limit_of_cluster,
+    start_gpus,
+)
 from dask_ep.in_passes import InPasses, PassesDone, find_passes
 from dask_ep.interrupts import Aside, Wait, deaf_children
 from dask_ep.job import Job
@@ -197,6 +205,7 @@ def run_job(
         chunk_rows = chunk_rows or begun.get("chunk_rows")
         workers = count_workers(where, client)
         room = _room(where, layout, client)
+        layout = room if room.on_devices else layout
         inputs = inputs if begun.get("passes") else hold_what_fits(inputs, room, chunk_rows)
         passes = (
             begun["passes"] if begun else find_passes(inputs, room, workers, chunk_rows, travel)
@@ -261,23 +270,37 @@ def _in_blocks(y: da.Array, begun: dict[str, Any]) -> da.Array:
     return y.rechunk({0: begun["rows"]}) if begun and y.chunks[0] != begun["rows"] else y
 
 
-def lay_out(job: Job, where: Where, world_size: int) -> Layout:
-    """Say in numbers how a job's ranks lie on the workers of a place."""
+def lay_out(
+    job: Job, where: Where, world_size: int, devices: Sequence[Device] | None = None
+) -> Layout:
+    """Say in numbers how a job's ranks lie on the workers of a place.
+
+    `devices` are the GPUs of `Gpus`; those that are found here, if they are not given. If there are
+    none, each rank has one, whose memory is not known.
+    """
     if isinstance(where, Gpus):
-        return _lay_out_on_gpus(job, where, world_size)
+        found = device.find_devices() if devices is None else devices
+        return _lay_out_on_gpus(job, where, world_size, found)
     if isinstance(where, Threads):
         workers, threads = 1, _count_threads(where)
     else:
         workers, threads = getattr(where, "count", world_size), 1
     limit = getattr(where, "memory_limit", None)
-    return Layout(world_size, min(workers, world_size), threads, limit, job.placement)
+    on_devices = isinstance(where, Cluster) and where.gpus
+    workers = min(workers, world_size)
+    return Layout(world_size, workers, threads, limit, job.placement, on_devices)
 
 
-def _lay_out_on_gpus(job: Job, where: Gpus, world_size: int) -> Layout:
-    devices = device.find_devices()
-    limit = device_limit(where, devices)
-    workers = min(len(devices), world_size)
-    return Layout(world_size, workers, THREADS_PER_GPU, limit, job.placement, on_devices=True)
+def _lay_out_on_gpus(job: Job, where: Gpus, world_size: int, devices: Sequence[Device]) -> Layout:
+    return Layout(
+        world_size,
+        min(len(devices) or world_size, world_size),
+        THREADS_PER_GPU,
+        device_limit(where, devices),
+        job.placement,
+        on_devices=True,
+        host_limit=where.memory_limit,
+    )
 
 
 def count_workers(where: Where, client: Client | None = None) -> int | None:
@@ -289,12 +312,14 @@ def count_workers(where: Where, client: Client | None = None) -> int | None:
 
 def _room(where: Where, layout: Layout, client: Client | None) -> Layout:
     """The layout with the memory that workers have: those of a cluster know it themselves."""
-    if not isinstance(where, Cluster) or where.gpus:
+    if not isinstance(where, Cluster):
         return layout
     workers = client.scheduler_info(n_workers=-1)["workers"].values()
     limits = [worker["memory_limit"] for worker in workers if worker["memory_limit"]]
-    threads = max((worker["nthreads"] for worker in workers), default=1)
-    return replace(layout, threads=threads, memory_limit=min(limits, default=None))
+    threads, limit = max((w["nthreads"] for w in workers), default=1), min(limits, default=None)
+    if not where.gpus:
+        return replace(layout, threads=threads, memory_limit=limit)
+    return replace(layout, threads=threads, memory_limit=limit_of_cluster(client), host_limit=limit)
 
 
 # --- where -----------------------------------------------------------------------------------

@@ -71,9 +71,12 @@ def plan_run(
         workers=layout.workers,
         threads=layout.threads,
         cores=cores,
+        gpu=layout.on_devices,
     )
     policy = layout.placement or priced.policy
     priced = replace(priced, policy=policy, memory_limit=layout.memory_limit)
+    if layout.on_devices:
+        priced = replace(priced, host_limit=layout.host_limit)
     return priced if passes is None else price_passes(priced, passes, layout.memory_limit)
 
 

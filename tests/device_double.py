@@ -361,6 +361,8 @@ class DeviceArray:
 def _wrap(a: Any) -> DeviceArray:
     wrapped = DeviceArray.__new__(DeviceArray)
     wrapped._a = np.asarray(a)
+    if wrapped._a.base is None:
+        _pool.take(wrapped._a)
     return wrapped
 
 
@@ -943,31 +945,41 @@ class OutOfMemoryError(MemoryError):
 
 
 class MemoryPool:
-    """Counts what `empty` and its kind give, while there is a limit."""
+    """Counts the memory of all arrays, while there is a limit; `peak` is the most at a time."""
 
     def __init__(self):
+        self._lock = threading.RLock()  # an array may die while another is counted
         self.set_limit(0)
 
     def take(self, a):
-        if not self._limit:
+        if not self._limit or id(a) in self._known:
             return
-        if self._used + a.nbytes > self._limit:
-            raise OutOfMemoryError(a.nbytes, self._used, self._limit)
-        self._used += a.nbytes
-        weakref.finalize(a, self._give_back, a.nbytes, self._since)
+        with self._lock:
+            if self._used + a.nbytes > self._limit:
+                raise OutOfMemoryError(a.nbytes, self._used, self._limit)
+            self._used += a.nbytes
+            self.peak = max(self.peak, self._used)
+        self._known.add(id(a))
+        weakref.finalize(a, self._give_back, id(a), a.nbytes, self._since)
 
-    def _give_back(self, nbytes, since):
+    def _give_back(self, name, nbytes, since):
         if since is self._since:
-            self._used -= nbytes
+            self._known.discard(name)
+            with self._lock:
+                self._used -= nbytes
 
     def set_limit(self, size=None, fraction=None):
-        self._limit, self._used, self._since = size, 0, object()
+        self._limit, self._used, self.peak, self._since = size, 0, 0, object()
+        self._known = set()
 
     def get_limit(self):
         return self._limit
 
     def free_bytes(self):
         return 0
+
+    def free_all_blocks(self, stream=None):
+        pass
 
     def used_bytes(self):
         return self._used

@@ -17,6 +17,7 @@ import itertools
 import shutil
 import subprocess
 import tempfile
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -57,10 +58,16 @@ GRID = (3, 2)
 """Blocks and threads of each launch: a kernel must be right with any number of them."""
 
 _libraries: dict[str, ctypes.CDLL] = {}
+_compiling = threading.Lock()
 _folder = tempfile.TemporaryDirectory(prefix="kernels-")
 
 
 def _compile(code: str) -> ctypes.CDLL:
+    with _compiling:
+        return _compiled(code)
+
+
+def _compiled(code: str) -> ctypes.CDLL:
     if code not in _libraries:
         path = Path(_folder.name) / hashlib.sha256(code.encode()).hexdigest()[:16]
         path.with_suffix(".cpp").write_text(HERE + code)

@@ -6,6 +6,7 @@ place of CuPy where the package looks its name up. Only `find_devices` is asked 
 
 from __future__ import annotations
 
+import gc
 import os
 import re
 import sys
@@ -22,7 +23,7 @@ import pytest
 from distributed import Client
 from distributed.protocol import deserialize, serialize
 
-from dask_ep import cli, device, expert_parallel, gpus, open_tokens, store, wire
+from dask_ep import cli, device, expert_parallel, gpus, grouped, open_tokens, store, wire
 from dask_ep.build import build, open_inputs
 from dask_ep.device import (
     Device,
@@ -33,9 +34,10 @@ from dask_ep.device import (
     pinned_empty,
     upload,
 )
+from dask_ep.device_memory import DEVICE_PROCESS_BYTES
 from dask_ep.example import Example, write_example
 from dask_ep.exchange import Packet, send
-from dask_ep.fit import DEVICE_PROCESS_BYTES, DoesNotFit, choose_chunk_rows
+from dask_ep.fit import DoesNotFit, choose_chunk_rows, need
 from dask_ep.gpus import Gpus, OnGpu, choose_protocol, start_gpus
 from dask_ep.job import load_job
 from dask_ep.run import Cluster, Progress, Threads, lay_out, run_job
@@ -270,11 +272,11 @@ def test_a_layer_of_a_checkpoint_is_computed_on_devices(tmp_path, world_size):
 
 @pytest.mark.usefixtures("two_doubles")
 def test_a_chunk_fits_beside_the_experts(small_job):
-    """6 gated experts of 3 * 16 * 32 numbers, 3 each; 2 slots of 16 + 16 + 64 numbers a row."""
+    """6 gated experts of 3 * 16 * 32 numbers, 3 on each of two devices."""
     job, inputs = load_job(small_job), open_inputs(load_job(small_job))
-    experts, row = 3 * 3 * 16 * 32 * 4, (2 * 32 + 2 * (32 + 64)) * 4
-    room = gpus.THREADS_PER_GPU * row * 100
-    fits = Gpus(device_memory_limit=DEVICE_PROCESS_BYTES + experts + room)
+    law = need(inputs, lay_out(job, Gpus(), 2))
+    assert law.expert_bytes == 3 * 3 * 16 * 32 * 4
+    fits = Gpus(device_memory_limit=law.at(100))
     assert choose_chunk_rows(inputs, lay_out(job, fits, 2), 100) == 100
     for where, asked in ((fits, 101), (Gpus(device_memory_limit=DEVICE_PROCESS_BYTES), None)):
         with pytest.raises(DoesNotFit, match="must hold"):
@@ -286,7 +288,7 @@ def test_a_chunk_fits_beside_the_experts(small_job):
 
 @pytest.fixture
 def little_memory() -> Iterator[None]:
-    xp.get_default_memory_pool().set_limit(size=40_000)
+    xp.get_default_memory_pool().set_limit(size=100_000)
     yield
     xp.get_default_memory_pool().set_limit(size=0)
 
@@ -308,7 +310,7 @@ def test_an_error_says_what_was_needed_what_is_free_and_what_fits():
 
     with pytest.raises(DeviceMemoryError) as error:
         dask.compute(*run(800), scheduler="sync")
-    needed = 800 * 4 * (2 * 16 + 2 * (16 + 8))
+    needed = 800 * (4 * (2 * 16 + 2 * (16 + 8)) + 2 * grouped.INDEX_BYTES)
     assert str(error.value).startswith(
         "dispatch of token chunk 0 at rank 0 of 1: the device has not enough memory for a chunk of "
         f"800 rows: it needs {needed} bytes, "
@@ -316,8 +318,9 @@ def test_an_error_says_what_was_needed_what_is_free_and_what_fits():
     free, total, fits = re.search(
         r"(\d+) of (\d+) are free.*; (\d+) rows would fit", str(error.value)
     ).groups()
-    assert (int(total), int(fits)) == (40_000, int(free) * 800 // needed)
+    assert (int(total), int(fits)) == (100_000, (int(free) + 800 * 8 * 4) * 800 // needed)
     del error
+    gc.collect()  # its frames hold the chunk
     for block in run(int(fits)):
         block.compute(scheduler="sync")
 
@@ -331,8 +334,9 @@ def test_experts_that_do_not_fit_are_told_so():
         )
         for a in arrays
     ]
-    y = expert_parallel(*there, np.ones((200, 8, 8), "f4"), world_size=1)
-    with pytest.raises(DeviceMemoryError, match=r"experts of rank 0: .* it needs 51200 bytes, 40"):
+    y = expert_parallel(*there, np.ones((500, 8, 8), "f4"), world_size=1)
+    words = r"experts of rank 0: .* it needs 128000 bytes, \d+ of 100000 are free"
+    with pytest.raises(DeviceMemoryError, match=words):
         y.compute(scheduler="sync")
 
 

@@ -19,17 +19,17 @@ GROUND = (
     "safetensors_header source zarr_layout"
 )
 KERNEL_AND_DATA = (
-    "dispatch expert kinds local output quantized remote segments served sources spill weights "
-    "writers"
+    "device_memory dispatch expert kinds local output quantized remote segments served sources "
+    "spill weights writers"
 )
 MIDDLE = (
     "ahead capacity exchange experts held lazy_routing packing placement placement_files "
     "rebalance routing rows scores slots survey travel wire"
 )
 TOP = (
-    "at_home block checkpoint checkpoint_files cluster expert_major families family figures "
-    "gpus handover held_rows homes owner_map owner_plugin ownership passes planner price "
-    "price_passes probe ranks record report spilled_rows storage window"
+    "at_home block checkpoint checkpoint_files cluster device_probe expert_major families family "
+    "figures gpus handover held_rows homes owner_map owner_plugin ownership passes planner price "
+    "price_gpus price_passes probe ranks record report spilled_rows storage window"
 )
 JOBS = "build example fit in_passes inspect_ job plan_command run run_report verify"
 

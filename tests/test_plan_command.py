@@ -8,9 +8,10 @@ import numpy as np
 import pytest
 from click.testing import CliRunner
 
-from dask_ep import journal, planner
+from dask_ep import device, journal, planner
 from dask_ep import plan_command as plan_command_module
 from dask_ep.costs import Rates
+from dask_ep.device import NoDeviceError
 from dask_ep.job import load_job
 from dask_ep.pipeline import count_tasks
 from dask_ep.placement import Placement
@@ -166,3 +167,57 @@ def test_what_is_read_beside_fits_into_memory(job_file):
     assert limited["rank_experts"] == [4, 4, 4, 4]
     free = json.loads(invoke(*common, "--travel", "auto"))
     assert free["rank_experts"] == [8, 8, 8, 8]
+
+
+# --- on GPUs -------------------------------------------------------------------------------------
+
+GPU = ("--gpu", "--rates", "flops=6e14,copy=2e12,lane=2.5e10")
+
+
+@pytest.fixture
+def no_gpu(monkeypatch):
+    def find_devices():
+        raise NoDeviceError("no GPU is here")
+
+    monkeypatch.setattr(device, "find_devices", find_devices)
+
+
+@pytest.mark.usefixtures("no_gpu")
+def test_a_plan_on_gpus_that_are_not_here(job_file):
+    output = invoke(job_file, *GPU, "--world-size", 4, "--device-memory-limit", "1 GiB")
+    assert "4 (contiguous) on 4 GPUs" in output
+    assert re.search(r"memory of a GPU, at most .* of 1.00 GiB", output)
+    assert "of its worker on the host" in output
+    content = json.loads(invoke(job_file, *GPU, "--memory-limit", "2 GiB", "--json"))
+    assert (content["gpu"], content["workers"], content["threads"]) == (True, 1, 3)
+    assert (content["memory_limit"], content["host_limit"]) == (None, 2 << 30)
+    assert content["rates"]["lane"] == 2.5e10
+    compared = json.loads(invoke(job_file, *GPU, "--json", "--what-if", "world_size=1,2"))
+    assert [one["workers"] for one in compared["plans"]] == [1, 2]
+
+
+def test_a_plan_on_gpus_that_are_here(job_file, monkeypatch):
+    cards = [device.Device(index, "card", 10 << 30) for index in range(2)]
+    monkeypatch.setattr(device, "find_devices", lambda: cards)
+    content = json.loads(invoke(job_file, *GPU, "--json"))
+    assert (content["world_size"], content["workers"]) == (2, 2)
+    assert content["memory_limit"] == 9 << 30
+
+
+@pytest.mark.usefixtures("no_gpu")
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (["--gpu"], "no GPU is here. Give them, as rates=Rates.* or --rates flops="),
+        ([*GPU, "--device-memory-limit", "300 MB"], "the memory limit of a GPU of 300 MB must"),
+        ([*GPU, "--processes", 2], "--gpu has one worker per GPU"),
+        (["--device-memory-limit", "1 GB"], "--device-memory-limit needs --gpu"),
+        (["--rates", "flops=1"], "--rates needs flops and copy, and takes flops, .*lane"),
+        (["--rates", "flops=fast,copy=1"], "a rate is NAME=NUMBER, .* got 'flops=fast'"),
+    ],
+)
+def test_what_a_plan_on_gpus_refuses(job_file, options, words):
+    result = CliRunner().invoke(plan_command, [str(job_file), *map(str, options)])
+    said = " ".join(f"{result.output} {result.exception}".split())
+    assert result.exit_code != 0
+    assert re.search(words, said), said

@@ -1,0 +1,128 @@
+"""What does a run on GPUs cost?
+
+The figures of the ordinary plan, except where GPUs change them: memory, which is a GPU's and that
+of the host beside it, and time, since a GPU computes while chunks are read, go up, come down and
+are written. `Rates` are of a GPU then, in products and copies of its memory.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+from dask.utils import format_bytes
+
+from dask_ep.costs import Need
+from dask_ep.device_memory import DEVICE_CHUNK_BYTES, OnDevice
+from dask_ep.price import Plan
+
+
+@dataclass(frozen=True, eq=False)
+class PlanOnGpus(Plan):
+    """What one way to run a job on GPUs costs; `memory_limit` is that of a GPU.
+
+    Notes
+    -----
+    Time is that of the busiest of what goes on side by side: a GPU's products and the steps between
+    them, the copies up, the copies down, reading and writing, packets. How much of that GPUs in
+    fact hide behind each other nobody has measured.
+    """
+
+    on_device: OnDevice | None = None
+    #: what the layer takes there
+    host_limit: int | None = None
+    #: bytes of the host that a worker may use
+
+    # --- memory ----------------------------------------------------------------------------
+
+    @property
+    def chunks_held(self) -> float:
+        """Token chunks that a GPU holds at most."""
+        return self.need.chunks
+
+    @cached_property
+    def need(self) -> Need:
+        """What a GPU needs of memory, by the rows of a chunk."""
+        return self.on_device.need(self.expert_bytes, self.threads, self.world_size, self.spread)
+
+    @cached_property
+    def host_need(self) -> Need:
+        """What its worker needs of the host."""
+        return self.on_device.host_need(self.threads, self.world_size, self.spread)
+
+    @property
+    def process_parts(self) -> dict[str, int]:
+        """Bytes of the host that a worker uses at most, by what they are for."""
+        return self.host_need.parts(self.chunk_rows)
+
+    @property
+    def process_limit(self) -> int | None:
+        """Bytes of the host that it may use."""
+        return self.host_limit
+
+    @property
+    def fits(self) -> bool:
+        """Whether both are within their limits."""
+        within = self.host_limit is None or self.process_bytes <= self.host_limit
+        return within and super().fits
+
+    @property
+    def memory_figures(self) -> dict[str, tuple[int, int | None]]:
+        """What is used at most, and what may be."""
+        return {
+            "memory of a GPU, at most": (self.memory_bytes, self.memory_limit),
+            "of its worker on the host": (self.process_bytes, self.host_limit),
+        }
+
+    @property
+    def said_of_memory(self) -> str:
+        """What a GPU needs and may use; or its worker on the host, if that is what does not fit."""
+        if super().fits and not self.fits:
+            needed, limit = format_bytes(self.process_bytes), format_bytes(self.host_limit)
+            return f"the worker of a GPU needs {needed} of the host and may use {limit}"
+        return super().said_of_memory.replace("a worker", "a GPU").replace("the process", "CUDA")
+
+    @property
+    def places(self) -> str:
+        """What plays the ranks."""
+        return f"{self.workers} GPUs"
+
+    # --- time ------------------------------------------------------------------------------
+
+    @property
+    def load_seconds(self) -> float:
+        """Time to read the experts and to bring them up, for the worker that has most."""
+        stored = self.experts_of_a_worker * self.work.expert_stored + self.work.beside.stored
+        return stored / min(self.rates.read, self.rates.lane)
+
+    @property
+    def busy_seconds(self) -> float:
+        """Time of the slowest of what a worker does side by side."""
+        work, rates, rows = self.work, self.rates, self.rows / self.workers
+        beside = self.flops_beside / self.workers
+        made = self.on_device.made_bytes / self.slots_per_row  # once written, once read
+        on_device = (
+            self._per_worker(self.flops).max() + beside
+        ) / rates.flops + 2 * self._per_worker(self.rank_rows).max() * made / rates.copy
+        up, down = rows * work.d * work.dtype.itemsize, rows * self.reply_row_bytes
+        files = (up / rates.read + down / rates.write) / self.threads
+        packets = self.moved_bytes / self.workers / rates.link
+        return max(on_device, up / rates.lane, down / rates.lane, files, packets)
+
+    # --- advice and forms ------------------------------------------------------------------
+
+    @property
+    def advised_chunk_rows(self) -> int:
+        """Rows of a chunk as a run takes them: large, and within the memory."""
+        advised = DEVICE_CHUNK_BYTES // self.on_device.row_bytes
+        advised = min(advised, -(-self.rows // (4 * self.workers * self.threads)))
+        for need, limit in ((self.need, self.memory_limit), (self.host_need, self.host_limit)):
+            if limit is not None:
+                advised = min(advised, need.rows_within(limit))
+        return max(advised, 1)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Give all figures as plain numbers, lists and text."""
+        host = {"host_bytes": self.process_bytes, "host_limit": self.host_limit}
+        return super().to_dict() | {"gpu": True, **host, "host_parts": self.process_parts}

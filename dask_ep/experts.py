@@ -205,7 +205,8 @@ class Experts:
     ) -> CallableExperts:
         """A user's own functions (m, d) -> (m, d_out), one per expert; m may be 0.
 
-        Without `d_out` they give rows as wide as those that they get.
+        Without `d_out` they give rows as wide as those that they get. NumPy rows are read-only:
+        they may be those of the token chunk itself, and whoever wants to change them copies them.
         """
         return CallableExperts(tuple(functions), d_out)
 
@@ -342,9 +343,22 @@ class CallableExperts:
     ) -> list[Callable[[Array], Array]]:
         chosen = self if experts is None else self.subset(experts)
         return [
-            EmptyFunction(self.d_out) if function is None else function
+            EmptyFunction(self.d_out) if function is None else _ReadingOnly(function)
             for function in chosen.functions
         ]
+
+
+class _ReadingOnly:
+    """A user's function, which cannot change the rows that it gets."""
+
+    def __init__(self, function: Callable[[Array], Array]):
+        self._function = function
+
+    def __call__(self, rows: Array) -> Array:
+        if isinstance(rows, np.ndarray):
+            rows = rows.view()
+            rows.flags.writeable = False
+        return self._function(rows)
 
 
 # --- what must hold ------------------------------------------------------------------------------

@@ -30,7 +30,7 @@ from dask_ep.checks import computing_dtype, is_float
 from dask_ep.dispatch import dispatch
 from dask_ep.experts import CallableExperts, Experts, as_experts
 from dask_ep.lazy_routing import SmallArray, count_rows, route_rows
-from dask_ep.pipeline import expert_parallel
+from dask_ep.pipeline import expert_parallel, refuse_masked
 from dask_ep.placement import Placement
 from dask_ep.routing import Router
 from dask_ep.rows import chunked_like, keys_of, row_array, rows_of, unflatten, xp_name
@@ -328,6 +328,7 @@ class MoELayer:
                 f"hidden must be a Dask array, but is a {type(hidden).__name__}; wrap it with "
                 "dask.array.from_array(hidden, chunks=...)"
             )
+        refuse_masked(hidden, "hidden")
         if hidden.ndim < 2 or not is_float(hidden.dtype):
             raise ValueError(
                 "hidden must be (..., d) floats with at least one axis before d, but has shape "

@@ -22,6 +22,7 @@ import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from importlib import import_module
+from numbers import Integral
 from typing import Any
 
 import dask
@@ -333,9 +334,9 @@ def naming(place: str) -> Iterator[None]:
     """Say in an error which step, chunk and rank it comes from."""
     try:
         yield
-    except (ValueError, TypeError, DeviceMemoryError) as error:
-        raise type(error)(f"{place}: {error}") from error
     except Exception as error:
+        if type(error) in (ValueError, TypeError, DeviceMemoryError):  # others may need more words
+            raise type(error)(f"{place}: {error}") from error
         error.add_note(f"dask_ep: {place}")
         raise
 
@@ -388,6 +389,16 @@ def _check_dask(array: Any, name: str) -> None:
             f"{name} must be a Dask array, but is a {type(array).__name__}; "
             "use da.from_array, dask_ep.open_tokens, or expert_parallel_dispatch on one chunk"
         )
+    refuse_masked(array, name)
+
+
+def refuse_masked(array: da.Array, name: str) -> None:
+    """Refuse masked arrays, whose masks would be lost without a word."""
+    if isinstance(array._meta, np.ma.MaskedArray):
+        raise TypeError(
+            f"{name} must hold all values, but is a masked array; fill it with "
+            f"da.ma.filled({name}, value): for routing, -1 is no expert"
+        )
 
 
 def _one_chunk_wide(array: da.Array) -> da.Array:
@@ -428,6 +439,8 @@ def _ranks(
     given = placement if isinstance(placement, Placement) else None
     if world_size is None:
         world_size = given.world_size if given is not None else workers_in_use()
+    if isinstance(world_size, bool) or not isinstance(world_size, Integral):
+        raise TypeError(f"world_size must be a whole number, but is {world_size!r}")
     if world_size < 1:
         raise ValueError(f"world_size must be at least 1, but is {world_size}")
     if given is None and placement not in (None, "contiguous"):

@@ -80,6 +80,7 @@ def complain(text: str) -> None:
 def one_line(error: BaseException) -> str:
     """Say an error and its causes, without the place in the code."""
     words = [str(error).strip() or type(error).__name__]
+    words[0] += "".join(f" ({note})" for note in getattr(error, "__notes__", ()))
     cause = error.__cause__
     while cause is not None:
         why = str(cause).strip()

@@ -421,4 +421,7 @@ def test_an_error_and_its_causes_are_one_line():
     error.__cause__ = ValueError("index 9")
     assert terminal.one_line(error) == "chunk 2 failed; because index 9"
     error.__cause__ = ValueError("failed ")  # said already
+    error.add_note("dask_ep: rank 3")
+    assert terminal.one_line(error) == "chunk 2 failed (dask_ep: rank 3)"
+    del error.__notes__
     assert terminal.one_line(error) == "chunk 2 failed"

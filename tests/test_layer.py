@@ -372,6 +372,8 @@ def test_parts_that_do_not_fit_are_refused(changes, error, message):
 def test_calls_that_do_not_fit_are_refused():
     hidden = da.zeros((6, D), chunks=(2, D), dtype=np.float32)
     layer = make()
+    with pytest.raises(TypeError, match="hidden must hold all values, but is a masked array"):
+        layer(da.ma.masked_equal(hidden, 0))
     with pytest.raises(TypeError, match="must be a Dask array, but is a ndarray; wrap it"):
         layer(hidden.compute())
     with pytest.raises(ValueError, match=r"layer's width d=6, but has shape \(6, 4\)"):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import subprocess
 import sys
@@ -401,6 +402,14 @@ ROUTING = da.zeros((N, 2), chunks=(20, 2), dtype=int)
     [
         ({"tokens": np.ones((N, D))}, TypeError, "tokens must be a Dask array, but is a ndarray"),
         ({"routing": np.zeros(N, int)}, TypeError, "routing must be a Dask array"),
+        ({"tokens": da.ma.masked_equal(TOKENS, 1)}, TypeError, "tokens must hold all values, but"),
+        (
+            {"routing": da.ma.masked_equal(ROUTING, 0)},
+            TypeError,
+            "is a masked array; .* for routing, -1 is no expert",
+        ),
+        ({"world_size": 2.0}, TypeError, "world_size must be a whole number, but is 2.0"),
+        ({"world_size": True}, TypeError, "world_size must be a whole number, but is True"),
         ({"routing": ROUTING[:50]}, ValueError, "routing has .*50 rows|50 rows .* tokens have 60"),
         ({"routing": ROUTING.astype(float)}, TypeError, "integer expert indices.*float64"),
         ({"tokens": TOKENS.astype(int)}, TypeError, "tokens must hold floats"),
@@ -450,6 +459,25 @@ def test_an_error_of_an_experts_own_says_where_it_came_from():
     assert re.match(
         r"dask_ep: dispatch of token chunk \d at rank 0 of 2", caught.value.__notes__[0]
     )
+
+
+def test_an_error_that_needs_more_than_words_stays_as_it_is():
+    y = expert_parallel(TOKENS, ROUTING, [lambda x: json.loads("[")] * E, world_size=2)
+    with pytest.raises(json.JSONDecodeError) as caught:
+        y.compute(scheduler="sync")
+    assert "dispatch of token chunk" in caught.value.__notes__[0]
+
+
+@pytest.mark.parametrize("world_size", [1, 2])
+def test_functions_cannot_change_the_tokens(world_size):
+    """Rows that come sorted by expert are a view of the token chunk."""
+    held = np.ones((6, D))
+    tokens = da.from_array(held, chunks=(6, D)).persist(scheduler="sync")
+    routing = da.zeros(6, chunks=6, dtype=int)
+    y = expert_parallel(tokens, routing, [lambda x: x.__imul__(2)] * E, world_size=world_size)
+    with pytest.raises(ValueError, match="dispatch of token chunk 0.*read-only"):
+        y.compute(scheduler="sync")
+    assert (tokens.compute(scheduler="sync") == 1).all()
 
 
 def test_functions_that_give_another_width_than_said_are_refused():

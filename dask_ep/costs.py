@@ -17,6 +17,9 @@ import numpy as np
 FEWEST_ROWS = 64
 """Rows of a chunk below which the cost of a task outweighs its work many times over."""
 
+CHUNKS_PER_THREAD = 4
+"""Chunks that each thread should get at least, so that all are busy to the end."""
+
 PROCESS_BYTES = 180_000_000
 """What a process takes of its own: Python, NumPy, Dask and Zarr (measured 100 to 110 MB), and what
 the C library keeps of small arrays."""

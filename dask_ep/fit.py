@@ -18,16 +18,13 @@ from typing import Any
 
 from dask_ep.build import Inputs
 from dask_ep.checks import computing_dtype
-from dask_ep.costs import FEWEST_ROWS, SORT_BYTES, Need, chunks_held
+from dask_ep.costs import CHUNKS_PER_THREAD, FEWEST_ROWS, SORT_BYTES, Need, chunks_held
 from dask_ep.device_memory import DEVICE_CHUNK_BYTES, OnDevice
 from dask_ep.held import StoredExperts, held_as_stored
 from dask_ep.placement import POLICIES, most_slots
 from dask_ep.placement_files import from_file
 from dask_ep.served import tile_bytes
 from dask_ep.storage import CHUNK_BYTES
-
-CHUNKS_PER_THREAD = 4
-"""Chunks that each thread should get at least, so that all are busy to the end."""
 
 ROWS_THAT_PAY = 256
 """Rows of a chunk at an expert whose products take about ten times as long as its conversion from
@@ -66,6 +63,11 @@ class Layout:
     host_limit: int | None = None
     #: bytes of the host that each may use beside that
 
+    @property
+    def ranks_per_worker(self) -> int:
+        """The most ranks that one worker plays."""
+        return -(-self.world_size // self.workers)
+
 
 def need(inputs: Inputs, layout: Layout) -> Need:
     """Say what one worker needs of memory, at most, by the rows of a chunk; of its GPU's, if it
@@ -73,11 +75,10 @@ def need(inputs: Inputs, layout: Layout) -> Need:
     """
     experts, layer = inputs.experts, inputs.layer
     itemsize = computing_dtype(inputs.tokens.dtype, layout.on_devices).itemsize
-    ranks = -(-layout.world_size // layout.workers)
     wide = stored = experts.parameters * itemsize
     if isinstance(experts, StoredExperts):
         stored = experts.nbytes // experts.num_experts
-    held = ranks * _slots_per_rank(inputs, layout) * stored
+    held = layout.ranks_per_worker * _slots_per_rank(inputs, layout) * stored
     if stored < wide:
         held += layout.threads * wide  # the one that each thread has in use
     if layer is not None:
@@ -186,8 +187,7 @@ def slots_beside(inputs: Inputs, layout: Layout, chunk_rows: int) -> int | None:
         return None
     spare = layout.memory_limit - need(inputs, layout).at(chunk_rows)
     itemsize = computing_dtype(inputs.tokens.dtype, layout.on_devices).itemsize
-    ranks = -(-layout.world_size // layout.workers)
-    return max(spare, 0) // (ranks * inputs.experts.parameters * itemsize)
+    return max(spare, 0) // (layout.ranks_per_worker * inputs.experts.parameters * itemsize)
 
 
 def fit_stored(rows: int, stored: int | None) -> int:

@@ -20,7 +20,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from dask_ep.costs import FEWEST_ROWS, SORT_BYTES, Rates
+from dask_ep.costs import CHUNKS_PER_THREAD, FEWEST_ROWS, SORT_BYTES, Rates
 from dask_ep.served import tile_bytes
 
 RATES = Rates(flops=1.0, copy=5e9)
@@ -309,7 +309,7 @@ def _spill(
     if blocks is None or most < (chunk_rows or FEWEST_ROWS):
         return None
     if chunk_rows is None:
-        fair = -(-sizes.rows // (4 * sizes.threads * (sizes.workers or 1)))
+        fair = -(-sizes.rows // (CHUNKS_PER_THREAD * sizes.threads * (sizes.workers or 1)))
         usual = max(CHUNK_BYTES // max(sizes.token_bytes, sizes.d_out * sizes.itemsize), 1)
         chunk_rows = min(usual, max(fair, FEWEST_ROWS), most)
         chunk_rows = chunk_rows // (unit := _read_together(sizes, chunk_rows)) * unit

@@ -29,7 +29,7 @@ from dask_ep.in_passes import find_passes
 from dask_ep.job import PLACEMENTS, load_job
 from dask_ep.planner import Plan, WhatIf, plan, what_if
 from dask_ep.price_passes import price_passes
-from dask_ep.report import check_drawing, of_limit, write_plan_report
+from dask_ep.report import check_drawing, figures_of, write_plan_report
 from dask_ep.run import Processes, Threads, count_workers, lay_out
 from dask_ep.storage import open_tokens
 from dask_ep.travel import ALL_ROWS, TRAVELS, Travel
@@ -312,28 +312,7 @@ def plan_tables(one: Plan) -> list[Any]:
     figures = Table(title="plan", show_header=False)
     figures.add_column()
     figures.add_column(justify="right")
-    copies = []
-    if one.copies_beside:
-        read = format_bytes(one.copies_beside * one.work.expert_stored)
-        copies.append(("copies of experts among them", f"{one.copies_beside}, {read}"))
-    for name, value in (
-        ("token rows", f"{one.rows:,}"),
-        ("experts", f"{one.expert_rows.size}, {one.slots_per_row} a row"),
-        ("ranks", f"{one.world_size} ({one.policy}) on {one.places}"),
-        ("chunks", f"{len(one.chunks):,} of up to {one.chunk_rows:,} rows"),
-        ("imbalance (max/mean rank)", f"{one.imbalance:.3f}"),
-        ("exchanged between ranks", format_bytes(one.exchanged_bytes)),
-        ("moved between workers", format_bytes(one.moved_bytes)),
-        ("experts to read", format_bytes(one.stored_bytes)),
-        *copies,
-        *((what, of_limit(*figures)) for what, figures in one.memory_figures.items()),
-        (
-            "tasks",
-            f"{one.tasks + one.other_tasks:,}, {one.scheduler_seconds:.2f} s of the scheduler",
-        ),
-        ("operations", f"{one.flops.sum() + one.flops_beside:.3g} FLOP"),
-        ("time", f"{one.seconds:.2f} s"),
-    ):
+    for name, value in figures_of(one):
         figures.add_row(name, value)
     ranks = Table(title="ranks")
     for name in ("rank", "experts", "rows served", "rows received"):

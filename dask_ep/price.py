@@ -24,7 +24,7 @@ from dask_ep import costs
 from dask_ep.checks import computing_dtype
 from dask_ep.costs import Rates
 from dask_ep.pipeline import count_tasks
-from dask_ep.placement import Placement
+from dask_ep.placement import Placement, place
 from dask_ep.served import tile_bytes
 
 LARGEST_CHUNK = 128 << 20
@@ -414,7 +414,7 @@ class Plan:
         fast = max(
             ROWS_PER_PRODUCT * self.expert_rows.size // self.slots_per_row, USUAL_CHUNK // row_bytes
         )
-        parallel = self.rows // (4 * self.workers * self.threads)
+        parallel = self.rows // (costs.CHUNKS_PER_THREAD * self.workers * self.threads)
         advised = min(fast, parallel, LARGEST_CHUNK // row_bytes)
         advised = max(advised, SMALLEST_CHUNK // row_bytes)
         if self.memory_limit is not None:
@@ -431,16 +431,19 @@ class Plan:
                 f"chunks of about {advised} rows instead of {self.chunk_rows}: "
                 f"{ROWS_PER_PRODUCT} rows for each expert, within the memory and for all threads"
             )
-        if self.scheduler_seconds > self.busy_seconds and self.chunk_rows < advised:
+        could_grow = len(self.chunks) > 1 and self.chunk_rows < advised
+        if could_grow and self.scheduler_seconds > self.busy_seconds:
             said.append(
                 f"fewer tasks: the scheduler needs {self.scheduler_seconds:.1f} s for "
                 f"{self.tasks}, the workers {self.busy_seconds:.1f} s; larger chunks or fewer ranks"
             )
         if self.imbalance > 1.1 and self.workers > 1:
-            said.append(
-                f'placement="exact": the busiest rank serves {self.imbalance:.2f} times the mean '
-                "rows, and with it 1.00"
-            )
+            exact = place("exact", self.expert_rows, self.world_size).imbalance(self.expert_rows)
+            if self.imbalance > 1.1 * exact:
+                said.append(
+                    f'placement="exact": the busiest rank serves {self.imbalance:.2f} times the '
+                    f"mean rows, and with it {exact:.2f}"
+                )
         return said
 
     # --- forms -------------------------------------------------------------------------------

@@ -51,7 +51,7 @@ def write_plan_report(path: str | PathLike, compared: WhatIf) -> None:
         If bokeh is not installed.
     """
     best = compared.best
-    sections = [_table("Figures", ("", ""), _figures_of(best))]
+    sections = [_table("Figures", ("", ""), figures_of(best))]
     if len(compared.plans) > 1:
         sections.append(_heading("Choices", compared.why))
         sections.append(figures.draw_choices(compared.plans, best))
@@ -191,17 +191,28 @@ def _table(title: str, head: Sequence[str], rows: Sequence[Sequence[str]]) -> st
     return f'{heading}<div class="wide"><table>{top}<tbody>{lines}</tbody></table></div>'
 
 
-def _figures_of(plan: Plan) -> list[tuple[str, str]]:
+def figures_of(plan: Plan) -> list[tuple[str, str]]:
+    """The figures of a plan as text, each with its name."""
+    copies = []
+    if plan.copies_beside:
+        read = format_bytes(plan.copies_beside * plan.work.expert_stored)
+        copies.append(("copies of experts among them", f"{plan.copies_beside}, {read}"))
+    parts = ", ".join(f"{name} {format_bytes(n)}" for name, n in plan.memory_parts.items())
+    tasks = plan.tasks + plan.other_tasks
     return [
         ("token rows", f"{plan.rows:,}"),
+        ("experts", f"{plan.expert_rows.size}, {plan.slots_per_row} a row"),
+        ("ranks", f"{plan.world_size} ({plan.policy}) on {plan.places}"),
         ("chunks", f"{len(plan.chunks):,} of up to {plan.chunk_rows:,} rows"),
-        ("ranks", f"{plan.world_size} on {plan.places}"),
-        ("imbalance", f"{plan.imbalance:.3f}"),
+        ("imbalance (max/mean rank)", f"{plan.imbalance:.3f}"),
         ("exchanged between ranks", format_bytes(plan.exchanged_bytes)),
+        ("moved between workers", format_bytes(plan.moved_bytes)),
         ("experts to read", format_bytes(plan.stored_bytes)),
+        *copies,
         *((what, of_limit(*figures)) for what, figures in plan.memory_figures.items()),
-        ("tasks", f"{plan.tasks:,}"),
-        ("operations", f"{plan.flops.sum():.3g} FLOP"),
+        ("what it is for", parts),
+        ("tasks", f"{tasks:,}, {plan.scheduler_seconds:.2f} s of the scheduler"),
+        ("operations", f"{plan.flops.sum() + plan.flops_beside:.3g} FLOP"),
         ("time", f"{plan.seconds:.2f} s"),
     ]
 

@@ -255,7 +255,8 @@ def _recompute(inputs: Inputs, sample: np.ndarray) -> tuple[np.ndarray, np.ndarr
         routing, weights = dask.compute(*both, scheduler="sync")
         y = _apply_experts(inputs.experts, tokens, routing, weights)
         return routing, y + _apply_shared(inputs.layer, tokens)
-    routing = read_rows(inputs.routing, sample).reshape(len(sample), -1)
+    routing = read_rows(inputs.routing, sample)
+    routing = routing[:, None] if routing.ndim == 1 else routing
     weights = None
     if inputs.topk_weights is not None:
         weights = read_rows(inputs.topk_weights, sample).reshape(routing.shape)

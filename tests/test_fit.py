@@ -17,7 +17,7 @@ from dask_ep.build import Inputs, open_inputs
 from dask_ep.costs import FEWEST_ROWS, PROCESS_BYTES, SORT_BYTES, Need, Rates
 from dask_ep.example import Example, write_example
 from dask_ep.experts import Experts
-from dask_ep.fit import DoesNotFit, Layout, choose_chunk_rows, hold_what_fits, need
+from dask_ep.fit import DoesNotFit, Layout, choose_chunk_rows, hold_what_fits, need, slots_beside
 from dask_ep.held import StoredExperts, held_as_stored
 from dask_ep.job import load_job
 from dask_ep.placement import POLICIES
@@ -148,6 +148,20 @@ def test_experts_of_16_bits_are_held_so_where_each_has_rows_enough(tmp_path):
     assert isinstance(held.experts, StoredExperts)
     assert hold_what_fits(inputs, Layout(1, 1, 1, limit), asked=1500) is inputs
     assert run_job(job, Threads(1, limit)).passes is None
+
+
+def test_on_a_gpu_experts_beside_take_16_bits_where_tokens_do(tmp_path):
+    names = {"tokens": "x", "routing": "r", "experts": "w", "out": "y"}
+    arrays = (np.ones((8, 4), "f2"), np.zeros(8, int), np.ones((4, 4, 4), "f2"))
+    for name, array in zip("xrw", arrays, strict=True):
+        np.save(tmp_path / f"{name}.npy", array)
+    inputs = open_inputs(
+        load_job(**{key: str(tmp_path / f"{name}.npy") for key, name in names.items()})
+    )
+    for on_devices, itemsize in ((False, 4), (True, 2)):
+        layout = Layout(2, 2, 1, on_devices=on_devices)
+        limit = need(inputs, layout).at(8) + 3 * 4 * 4 * itemsize
+        assert slots_beside(inputs, replace(layout, memory_limit=limit), 8) == 3
 
 
 @pytest.mark.parametrize("threads", [1, 2, 8])

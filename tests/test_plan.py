@@ -425,6 +425,9 @@ def test_advice_on_chunks_and_balance():
         rates=RATES,
     )
     assert good.advice == []
+    one_row = plan(*job(rows=1, chunk=1), world_size=4, threads=1, rates=RATES)
+    assert one_row.imbalance >= 2
+    assert one_row.advice == [], "no placement does better"
 
 
 MESSAGES = [

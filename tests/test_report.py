@@ -11,7 +11,7 @@ from distributed import get_task_stream
 
 from dask_ep import expert_parallel, own_experts
 from dask_ep.costs import Rates
-from dask_ep.figures import BLUE, GREEN, ORANGE, PINK, RED, SKY, STEP_COLOURS
+from dask_ep.figures import BLUE, GREEN, ORANGE, PART_COLOURS, PINK, RED, STEP_COLOURS
 from dask_ep.planner import plan, what_if
 from dask_ep.record import Event, Record, Recorder, peak_memory
 from dask_ep.report import write_plan_report, write_run_report
@@ -177,10 +177,13 @@ DEFICIENCIES = {
 }
 
 
+MEMORY_COLOURS = (*set(PART_COLOURS.values()), GREEN, RED)
+
+
 @pytest.mark.parametrize("deficiency", DEFICIENCIES)
 @pytest.mark.parametrize(
     "together",
-    [tuple(STEP_COLOURS.values()), (SKY, BLUE, ORANGE, GREEN, RED), (BLUE, ORANGE), (GREEN, BLUE)],
+    [tuple(STEP_COLOURS.values()), MEMORY_COLOURS, (BLUE, ORANGE), (GREEN, BLUE)],
     ids=["steps", "memory", "loads", "choices"],
 )
 def test_colours_that_are_used_together_can_be_told_apart(deficiency, together):

@@ -57,6 +57,17 @@ def test_a_right_output_is_good(done_job):
     assert 190 <= found.rows <= 200
 
 
+def test_a_job_without_rows_is_run_and_good(tmp_path):
+    np.save(tmp_path / "x.npy", np.empty((0, 8), "f4"))
+    np.save(tmp_path / "r.npy", np.empty((0, 2), "i4"))
+    np.save(tmp_path / "w.npy", np.ones((4, 8, 8), "f4"))
+    names = {"tokens": "x", "routing": "r", "experts": "w", "out": "y"}
+    job = load_job(**{key: str(tmp_path / f"{name}.npy") for key, name in names.items()})
+    run_job(job, Threads(1))
+    found = verify_job(job)
+    assert (found.good, found.rows, found.experts_seen) == (True, 0, 0)
+
+
 def test_one_wrong_number_is_found_and_named(done_job, tmp_path):
     def change(y):
         y[456, 3] += 1e-3 * np.abs(y).max()

@@ -17,6 +17,7 @@ slots, cannot be told to them.
 
 from __future__ import annotations
 
+import errno
 import json
 from collections.abc import Mapping, Sequence
 from os import PathLike
@@ -24,6 +25,7 @@ from pathlib import Path
 
 import numpy as np
 
+from dask_ep.placement import POLICIES
 from dask_ep.slots import Placement
 
 
@@ -43,10 +45,16 @@ def from_file(
 
     Raises
     ------
+    FileNotFoundError
+        If there is no such file.
     ValueError
         If the file is none of them, the layer is not in it, or `world_size` is missing or does not
         fit.
     """
+    if not Path(path).exists():
+        raise FileNotFoundError(
+            errno.ENOENT, f"a placement is one of {', '.join(POLICIES)}, or a file", str(path)
+        )
     content = {"slots": np.load(path)} if Path(path).suffix == ".npy" else _read(path)
     if "slots" in content:
         placement = Placement(

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
@@ -45,10 +46,10 @@ def parse_size(context: click.Context, parameter: click.Parameter, value: str | 
     """Read an option that is a number of bytes."""
     if value is None:
         return None
-    try:
-        return parse_bytes(value)
-    except ValueError:
-        raise click.BadParameter(f'{value!r} is no size; give one such as "8 GiB"') from None
+    with suppress(ValueError):
+        if (size := parse_bytes(value)) > 0:
+            return size
+    raise click.BadParameter(f'{value!r} is no size; give one such as "8 GiB"')
 
 
 def travel_options(command: Callable) -> Callable:
@@ -78,7 +79,9 @@ def travel_options(command: Callable) -> Callable:
 @click.option("--processes", type=click.IntRange(1), help="Worker processes on this machine.")
 @click.option("--gpu", is_flag=True, help="One worker per GPU; with none here, one GPU per rank.")
 @click.option("--device-memory-limit", metavar="SIZE", help="Of each GPU; nine tenths of it.")
-@click.option("--memory-limit", metavar="SIZE", help='Of a process, such as "4 GiB".')
+@click.option(
+    "--memory-limit", callback=parse_size, metavar="SIZE", help='Of a process, such as "4 GiB".'
+)
 @click.option(
     "--rates",
     metavar="NAME=NUMBER,...",
@@ -142,7 +145,7 @@ def priced_job(
     chunk_rows: int | None = None,
     processes: int | None = None,
     threads: int | None = None,
-    memory_limit: str | None = None,
+    memory_limit: int | None = None,
     travel: str | None = None,
     link_rate: int | None = None,
     read_rate: int | None = None,
@@ -153,7 +156,7 @@ def priced_job(
     """Price a job file, in each combination of the choices; a single way if there are none."""
     job = load_job(path, world_size=world_size, placement=placement)
     inputs = open_inputs(job)
-    limit = None if memory_limit is None or choices else parse_bytes(memory_limit)
+    limit = None if choices else memory_limit
     if gpu:
         where, devices = _gpus(processes, threads, limit, device_memory_limit)
     else:

@@ -142,6 +142,8 @@ def test_wrong_use_is_2(tmp_path, capsys, small_job):
         (["run", small_job, "--dashboard", 8787], "--dashboard needs --processes"),
         (["run", small_job, "--travel", "auto"], "--travel needs workers or --memory-limit"),
         (["run", small_job, "--memory-limit", "much"], "'much' is no size"),
+        (["run", small_job, "--memory-limit", "0"], "'0' is no size"),
+        (["plan", small_job, "--memory-limit", "-1GB"], "'-1GB' is no size"),
         (["run", small_job, "--scheduler", "tcp://x:1", "--memory-limit", "1GB"], "is set where"),
         (["run", small_job, "--tls-cert", "c.pem"], "TLS needs --tls-ca-file and --tls-cert"),
         (["example", tmp_path / "new", "--k", 20], "k=20 slots cannot go to different ones"),

@@ -72,6 +72,13 @@ def test_the_command_writes_a_report(job_file, tmp_path):
     assert "1,000 token rows of width 8, 2 of 8 experts a row, 2 ranks (contiguous)" in text
 
 
+def test_a_placement_to_compare_that_is_neither_name_nor_file(job_file):
+    result = CliRunner().invoke(plan_command, [str(job_file), "--what-if", "placement=foo"])
+    assert "a placement is one of contiguous, packed, balanced, exact, or a file: 'foo'" in str(
+        result.exception
+    )
+
+
 def test_a_report_that_cannot_be_drawn_is_told_before_anything_is_read(job_file, monkeypatch):
     monkeypatch.setitem(sys.modules, "bokeh.embed", None)  # as if it were not installed
     monkeypatch.setattr(plan_command_module, "priced_job", None)

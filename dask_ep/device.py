@@ -349,6 +349,8 @@ STREAMS = 4
 SUMS_IN_FLOAT32 = 16
 """cuBLAS's CUBLAS_MATH_DISALLOW_REDUCED_PRECISION_REDUCTION, for which CuPy 14.2 has no name."""
 
+BFLOAT16_CAPABILITY = 80
+
 CUDA_TYPES = {
     "float16": "CUDA_R_16F",
     "bfloat16": "CUDA_R_16BF",
@@ -378,6 +380,7 @@ class Gemms:
 
     def __init__(self, xp: Any):
         self._xp, self._cublas = xp, xp.cuda.cublas
+        self._capability = int(xp.cuda.Device().compute_capability)
         self._streams = [xp.cuda.Stream(non_blocking=True) for _ in range(STREAMS)]
         self._handles = [self._cublas.create() for _ in self._streams]
         self._own = self._cublas.create()  # for the compute stream
@@ -396,6 +399,11 @@ class Gemms:
     ) -> None:
         """``out[start:stop] = rows[start:stop] @ matrix`` of each; rows and out row by row."""
         compute, calls = self._xp.cuda.get_current_stream(), []
+        if rows.dtype.name == "bfloat16" and self._capability < BFLOAT16_CAPABILITY:
+            raise TypeError(
+                "products of bfloat16 need a GPU of compute capability 8.0 (Ampere) or more, and "
+                f"this one has {self._capability / 10}: make the tokens float16 or float32"
+            )
         if (stride := _equal_stride(matrices, bounds, rows.dtype)) is not None:
             self._multiply_all_at_once(rows, matrices, bounds, out, stride)
             return

@@ -33,6 +33,9 @@ from dask_ep.local import LocalExperts
 
 PROTOCOLS = ("tcp", "ucx")
 
+UCX_PACKAGES = ("distributed_ucxx", "rmm")
+"""UCX itself, and what gives it device memory to receive into, without which it refuses to."""
+
 MEMORY_SHARE = 0.9
 """Of a device's memory, what CuPy's pool may hold without a limit from the user: the rest is for
 CUDA itself, cuBLAS's workspaces and what others have there."""
@@ -66,11 +69,12 @@ def choose_protocol(asked: str | None) -> str:
     NoDeviceError
         If UCX is asked for and not installed.
     """
-    has_ucx = find_spec("distributed_ucxx") is not None
+    has_ucx = all(find_spec(package) is not None for package in UCX_PACKAGES)
     if asked == "ucx" and not has_ucx:
         raise NoDeviceError(
-            "the protocol ucx needs the package distributed-ucxx, which is not installed here; "
-            "pip install distributed-ucxx-cu12 (or -cu13), or say --protocol tcp"
+            "the protocol ucx needs the packages distributed-ucxx and rmm, which are not both "
+            "installed here; pip install distributed-ucxx-cu12 rmm-cu12 (or -cu13), or say "
+            "--protocol tcp"
         )
     return asked or ("ucx" if has_ucx else "tcp")
 

@@ -985,6 +985,15 @@ class MemoryPool:
         return self._used
 
 
+class Device:
+    """The card, as far as it is looked at."""
+
+    compute_capability = "90"
+
+    def __init__(self, device=None):
+        pass
+
+
 DEVICE_BYTES = 8 << 30
 _pool = MemoryPool()
 
@@ -994,6 +1003,7 @@ namespace.cuda = SimpleNamespace(
     Event=Event,
     get_current_stream=get_current_stream,
     get_device_id=lambda: 0,
+    Device=Device,
     alloc_pinned_memory=alloc_pinned_memory,
     UnownedMemory=UnownedMemory,
     MemoryPointer=MemoryPointer,

@@ -26,13 +26,16 @@ from dask_ep import (
     expert_parallel_dispatch,
     fused,
     grouped,
+    open_tokens,
     reference,
+    store,
     wire,
 )
 from dask_ep.capacity import Capacity, ExpertChoice
 from dask_ep.checkpoint import load_moe_layer
 from dask_ep.checks import computing_dtype
 from dask_ep.device import DeviceMemoryError, download, pinned_empty, upload
+from dask_ep.device_memory import DEVICE_PROCESS_BYTES, THREADS_PER_GPU, OnDevice
 from dask_ep.example import Example, write_example
 from dask_ep.exchange import send, sum_ranks
 from dask_ep.gpus import Gpus
@@ -406,6 +409,26 @@ def test_a_chunk_that_is_too_large_is_told_what_fits(cupy):
             y.compute(scheduler="sync")
     finally:
         pool.set_limit(size=0)
+
+
+@pytest.mark.parametrize("dtype", [np.float32, ml_dtypes.bfloat16])
+def test_memory_on_the_device_is_within_the_plan(cupy, tmp_path, dtype):
+    N, E, rows, k = 1 << 15, 8, 1 << 12, 2
+    rng, dtype = np.random.default_rng(0), np.dtype(dtype)
+    arrays = [normal(N, 256).astype(dtype), rng.integers(0, E, (N, k))]
+    for array, name in zip(arrays, ("tokens.zarr", "routing.zarr"), strict=True):
+        store(da.from_array(array, chunks=(rows, -1)), tmp_path / name, scheduler="sync")
+    experts = Experts.gated(normal(E, 256, 512), normal(E, 256, 512), normal(E, 512, 256))
+    pool = cupy.get_default_memory_pool()
+    pool.free_all_blocks()
+    before = pool.total_bytes()
+    tokens = open_tokens(tmp_path / "tokens.zarr", chunks=rows, xp="cupy")
+    routing = open_tokens(tmp_path / "routing.zarr", like=tokens, xp="cupy")
+    y = expert_parallel(tokens, routing, experts, world_size=1)
+    store(y, tmp_path / "y.zarr", scheduler="threads", num_workers=THREADS_PER_GPU)
+    held = E * experts.parameters * dtype.itemsize
+    law = OnDevice.of(experts, None, k, dtype).need(held, THREADS_PER_GPU, 1, 1)
+    assert pool.total_bytes() - before <= law.at(rows) - DEVICE_PROCESS_BYTES
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

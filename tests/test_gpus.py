@@ -7,6 +7,7 @@ place of CuPy where the package looks its name up. Only `find_devices` is asked 
 from __future__ import annotations
 
 import gc
+import math
 import os
 import re
 import sys
@@ -157,9 +158,11 @@ def test_options_say_where_and_how(monkeypatch, capsys, small_job):
 
 
 def test_the_protocol_is_the_best_that_is_there(monkeypatch):
-    assert choose_protocol(None) == "tcp"
-    with pytest.raises(NoDeviceError, match="pip install distributed-ucxx-cu12"):
-        choose_protocol("ucx")
+    for found in ([], ["distributed_ucxx"], ["rmm"]):
+        monkeypatch.setattr(gpus, "find_spec", lambda name, found=found: name in found or None)
+        assert choose_protocol(None) == "tcp"
+        with pytest.raises(NoDeviceError, match="pip install distributed-ucxx-cu12 rmm-cu12"):
+            choose_protocol("ucx")
     monkeypatch.setattr(gpus, "find_spec", lambda name: name)
     assert [choose_protocol(asked) for asked in (None, "ucx", "tcp")] == ["ucx", "ucx", "tcp"]
 
@@ -232,6 +235,30 @@ def test_workers_of_a_cluster_without_a_gpu_are_named(monkeypatch):
         pytest.raises(NoDeviceError, match=r"worker inproc://.*: CuPy finds no GPU: none"),
     ):
         gpus.check_gpus(client)
+
+
+@pytest.mark.usefixtures("two_doubles")
+def test_a_job_on_a_cluster_of_gpus_fits_the_memory_that_they_have(monkeypatch, small_job):
+    """The devices of the workers say how much; 300 rows of a chunk are asked for, and too many."""
+    job, inputs = load_job(small_job), open_inputs(load_job(small_job))
+    monkeypatch.setattr(gpus, "limit_blas_for_good", lambda: None)
+    law = need(inputs, lay_out(job, Cluster(gpus=True), 2))
+    with Client(
+        n_workers=2, threads_per_worker=1, processes=False, dashboard_address=":0"
+    ) as client:
+        cluster = Cluster(client.scheduler.address, gpus=True)
+        for rows in (299, 300):
+            memory = math.ceil(law.at(rows) / gpus.MEMORY_SHARE) + 1
+            card = Device(0, "double", memory)
+            monkeypatch.setattr(device, "find_devices", lambda card=card: [card])
+            if rows < 300:
+                with pytest.raises(DoesNotFit, match="the memory limit of a GPU of"):
+                    run_job(job, cluster, chunk_rows=300)
+        assert run_job(job, cluster, chunk_rows=300).rows_done == 700
+    on_threads = load_job(small_job, out=str(small_job.parent / "threads.zarr"), world_size=2)
+    run_job(on_threads, Threads(1))
+    got, want = (open_source(path).read(0, 700) for path in (job.out, on_threads.out))
+    np.testing.assert_allclose(got, want, rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize("scheduler", ["sync", "threads"])

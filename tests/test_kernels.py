@@ -192,6 +192,13 @@ def test_a_bias_is_added_before_16_bits_are_rounded(cublas):
     assert got.get().tobytes() == want.astype("f2").tobytes()
 
 
+def test_a_card_without_bfloat16_says_so(monkeypatch):
+    monkeypatch.setattr(xp.cuda.Device, "compute_capability", "75")
+    rows, W = (on_device(np.ones((2, 2), ml_dtypes.bfloat16)) for _ in range(2))
+    with kernels(), pytest.raises(TypeError, match=r"8.0 \(Ampere\) .* has 7.5: make the tokens"):
+        expert_parallel_dispatch(rows, on_device(np.zeros(2, int)), [W], 0, 1)
+
+
 def test_no_sum_of_cublas_is_kept_in_16_bits(cublas):
     one = on_device(np.ones((1, 1), np.float16))
     grouped.products(one, [one], [(0, 1)], xp.empty((1, 1), dtype=np.float16))

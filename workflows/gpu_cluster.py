@@ -8,7 +8,7 @@ This process is the client, and starts the scheduler beside it; dask-cuda's work
 the nodes by ssh, one process for each GPU, bound to the cores and the network card that are nearest
 to it. It needs CuPy and a GPU as well, for Dask asks the arrays of a graph what they are. All nodes
 see the files of the job, and have the packages: pip install 'dask-ep[gpu]' dask-cuda
-distributed-ucxx-cu12.
+distributed-ucxx-cu12 rmm-cu12.
 
 With --protocol ucx packets go from device to device, over NVLink within a node and InfiniBand or
 RoCE between nodes, as far as UCX finds them; with tcp through the memory of both hosts.

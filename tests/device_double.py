@@ -984,6 +984,9 @@ class MemoryPool:
     def used_bytes(self):
         return self._used
 
+    def total_bytes(self):
+        return self._used
+
 
 class Device:
     """The card, as far as it is looked at."""

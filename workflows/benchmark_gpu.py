@@ -10,6 +10,7 @@ same round on the same card, and each is the median over the rounds.
 
     kernel   one dense product of the same FLOPs / expert_parallel_dispatch, chunks on the device
     job      the slower of that product and of the copies up and down / Zarr to Zarr, experts loaded
+    memory   what the job takes of the card / what its plan says at most
 
 Without a card, or without CuPy, it says so and ends with 1.
 """
@@ -37,7 +38,7 @@ import numpy as np
 import dask_ep
 from dask_ep import device, reference
 from dask_ep.device import NoDeviceError, download, find_devices, gemms, pinned_empty, upload
-from dask_ep.gpus import THREADS_PER_GPU
+from dask_ep.device_memory import DEVICE_PROCESS_BYTES, THREADS_PER_GPU, OnDevice
 
 
 @dataclass(frozen=True)
@@ -90,7 +91,7 @@ def main(arguments: list[str] | None = None) -> None:
         os.environ["CUPY_TF32"] = "1"
     arithmetic = f"{options.dtype}{' as TF32' if options.tf32 else ''}"
     print(f"{card.name}, {card.memory / 2**30:.0f} GiB, {arithmetic}; medians of {options.repeat}")
-    print("| layer | kernel | to reach | job | to reach |\n|---|---|---|---|---|")
+    print("| layer | kernel | to reach | job | to reach | memory |\n|---|---|---|---|---|---|")
     for name in options.layers:
         layer = shrunk(LAYERS[name], options.shrink, options.rows)
         with tempfile.TemporaryDirectory(dir=options.directory) as folder:
@@ -98,10 +99,9 @@ def main(arguments: list[str] | None = None) -> None:
             bench.check()
             bench.round()
             kernel, job = zip(*(bench.round() for _ in range(options.repeat)), strict=True)
-        print(
-            f"| {name} | {told(kernel)} | {layer.to_reach} | {told(job)} | {JOB_TO_REACH} |",
-            flush=True,
-        )
+            memory = bench.memory()
+        ratios = f"{told(kernel)} | {layer.to_reach} | {told(job)} | {JOB_TO_REACH} | {memory:.2f}"
+        print(f"| {name} | {ratios} |", flush=True)
 
 
 def shrunk(layer: Layer, by: int, rows: int | None) -> Layer:
@@ -211,6 +211,17 @@ class Bench:
         with ThreadPoolExecutor(THREADS_PER_GPU) as pool:
             out = self.folder / "out.zarr"
             dask_ep.store(y, out, overwrite=True, scheduler="threads", pool=pool)
+
+    def memory(self) -> float:
+        """Memory that a job takes beside what is there before, over that of its plan."""
+        pool = self.xp.get_default_memory_pool()
+        pool.free_all_blocks()
+        before = pool.total_bytes()
+        self.job()
+        layer = self.layer
+        law = OnDevice.of(self.experts, None, layer.k, self.dtype).need(0, THREADS_PER_GPU, 1, 1)
+        planned = law.at(layer.rows) - DEVICE_PROCESS_BYTES
+        return (pool.total_bytes() - before) / planned
 
 
 def timed(work: Callable[[], Any]) -> float:

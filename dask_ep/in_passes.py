@@ -8,6 +8,14 @@
 
 What a step has done stays done: the files of spilled rows lie beside the output's journal, and a
 resumed run goes on with them.
+
+    any worker           reads a chunk, writes its rows, by expert     ┐
+    the worker of rank r reads blocks r alone wants, their rows,       │ files that all workers see
+                         and writes what they gave, by chunk           │
+    any worker           reads that, adds it up, writes the output     ┘
+
+Between workers, so, nothing goes but by those files, and each expert is read by one of them; by
+more only if its rows are more than one worker's share.
 """
 
 from __future__ import annotations
@@ -72,6 +80,9 @@ def find_passes(
     travel: Travel = ALL_ROWS,
 ) -> Passes | None:
     """Say how to go through the experts of a job that do not fit; None where they do.
+
+    What travels by choice (`Travel.how`) is the way: rows to where their experts go by ("rows":
+    they are spilled), experts to rows that stay ("experts": these are held), or the cheaper.
 
     Parameters
     ----------

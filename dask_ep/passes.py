@@ -11,6 +11,14 @@ Two ways, each in groups of token chunks; every group is one pass over the exper
 Holding pays with weights that are read again and again, spilling with rows that are written and
 read. What fits and costs less is taken. All of it is arithmetic on a few numbers: nothing is read
 here, and the same numbers give the same choice in `plan` and in `run`.
+
+**On Dask workers rows are spilled.** Held rows are changed where they lie, by one task after the
+other, for hundreds of blocks: a worker that is lost would lose all of a pass, and one that is
+retired in the midst could hand on rows to which a block is added twice. And each worker would read
+all experts. What that costs: rows that would fit into the workers' memory together are written and
+read once for each of their slots. With many slots a row it can be the more: 400 000 rows of a layer
+as DeepSeek-V3's (d = 7168, 8 slots, float32) are 180 GB written and read, its experts in bfloat16,
+read by each of two workers, 44 GB. On one machine, threads hold them.
 """
 
 from __future__ import annotations

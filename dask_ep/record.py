@@ -14,7 +14,7 @@ import re
 import resource
 import sys
 import time
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
@@ -24,7 +24,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from dask.callbacks import Callback
 
-STEPS = ("experts", "send", "dispatch", "sum")
+STEPS = ("experts", "send", "dispatch", "receipt", "sum")
 """What the tasks of a layer do: its keys in `pipeline`, without "ep_"."""
 
 BESIDE = ("read", "route", "layer", "store")
@@ -37,7 +37,7 @@ class Span(NamedTuple):
     step: str
     #: one of `STEPS` and `BESIDE`, or "transfer"
     chunk: int
-    #: -1 for the experts of a rank
+    #: -1 for the experts of a rank, and for rows of several chunks
     rank: int
     #: -1 for what no rank does
     worker: str
@@ -46,6 +46,13 @@ class Span(NamedTuple):
     stop: float
     nbytes: int
     #: of the result
+    part: tuple[int, ...] = ()
+    #: which of several tasks of this step, chunk and rank, where there are several
+
+    @property
+    def task(self) -> tuple[Any, ...]:
+        """The same for all runs of a task."""
+        return self.step, self.chunk, self.rank, self.part
 
 
 class Event(NamedTuple):
@@ -70,12 +77,25 @@ class Record:
     @property
     def tasks(self) -> int:
         """Tasks of the layer that ran, each once however often it was run."""
-        return len({(s.step, s.chunk, s.rank) for s in self.spans if s.step in STEPS})
+        return len({s.task for s in self._of_layer})
 
     @property
     def repeated(self) -> int:
         """Runs of tasks beyond their first: work that was lost with a worker."""
-        return sum(s.step in STEPS for s in self.spans) - self.tasks
+        return len(self._of_layer) - self.tasks
+
+    @property
+    def _of_layer(self) -> list[Span]:
+        counted = {*STEPS, self._last}
+        return [s for s in self.spans if s.step in counted]
+
+    @property
+    def _last(self) -> str:
+        """The step that chunks end with: most sums may be made by the tasks that store them."""
+        steps = Counter(span.step for span in self.spans)
+        if steps["sum"] and steps["sum"] >= steps["store"]:
+            return "sum"
+        return "store" if steps["send"] else "dispatch"  # one rank has neither send nor sum
 
     @property
     def exchanged_bytes(self) -> int:
@@ -137,8 +157,7 @@ class Record:
 
     def finished(self) -> list[tuple[float, int]]:
         """When each chunk was done, first to last: (seconds, chunk)."""
-        last = "sum" if any(s.step == "sum" for s in self.spans) else "dispatch"
-        done: dict[int, float] = {}
+        last, done = self._last, dict[int, float]()
         for span in self.spans:
             if span.step == last:
                 done[span.chunk] = max(done.get(span.chunk, 0.0), span.stop)
@@ -172,9 +191,9 @@ class Record:
                     step, nbytes = "transfer", 0
                 else:
                     continue
-                spans.append(
-                    Span(step, *place[1:], task["worker"], part["start"], part["stop"], nbytes)
-                )
+                when = part["start"], part["stop"]
+                number = _part(task["key"])
+                spans.append(Span(step, *place[1:], task["worker"], *when, nbytes, number))
         return _from_zero(spans, peak_bytes, events)
 
 
@@ -212,8 +231,8 @@ class Recorder(Callback):
         place = _place(key)
         if place is not None:
             name = f"thread {self._threads.setdefault(worker, str(len(self._threads)))}"
-            begun = self._begun.pop(key)
-            self._spans.append(Span(*place, name, begun, time.perf_counter(), _nbytes(result)))
+            when = self._begun.pop(key), time.perf_counter()
+            self._spans.append(Span(*place, name, *when, _nbytes(result), _part(key)))
 
 
 def forget_peak_memory() -> None:
@@ -245,25 +264,55 @@ def _place(key: Any) -> tuple[str, int, int] | None:
     ('sum', 0, -1)
     >>> _place(("ep_sum-ep_store-0123", 4)), _place(("ep_indices-0123", 4, 0))
     (('sum', 4, -1), ('route', 4, -1))
+    >>> _place(("ep_send-0123", 4, 1, 0)), _place(("ep_dispatch-0123", 4, 7, 1))
+    (('send', 4, 1), ('dispatch', 4, 1))
     """
     if isinstance(key, str) and key.startswith("ep_") and "-finalize-" in key:
         steps = {part.removeprefix("ep_") for part in key.split("-")}
         return ("sum", 0, -1) if "sum" in steps else ("dispatch", 0, 0)
-    if isinstance(key, str) and key.startswith("("):
-        try:
-            key = ast.literal_eval(key)
-        except (ValueError, SyntaxError):
-            return None
-    if not (isinstance(key, tuple) and isinstance(key[0], str) and key[0].startswith("ep_")):
+    key = _parsed(key)
+    if key is None:
         return None
-    step = key[0].split("-")[0].removeprefix("ep_")  # of several in one task, the first
-    step = {"indices": "route", "weights": "route", "scores": "route"}.get(step, step)
-    if step in ("send", "dispatch"):
+    step = _step(key)
+    if step == "send":  # a fourth number is the home of its chunk
+        return step, key[1], key[2]
+    if step in ("dispatch", "receipt"):
         # With one rank Dask has made one task of dispatch and store, which has no rank in its key.
         return step, key[1], key[-1] if len(key) > 2 else 0
     if step == "experts":
         return step, -1, key[-1]
     return (step, key[1], -1) if step in (*STEPS, *BESIDE) else None
+
+
+def _part(key: Any) -> tuple[int, ...]:
+    """Tell tasks of one step, chunk and rank apart: where experts go by, there are several.
+
+    Examples
+    --------
+    >>> _part(("ep_dispatch-0123", 4, 7, 1)), _part("('ep_experts-0123', 2, 0)")
+    ((7,), (2,))
+    >>> _part(("ep_dispatch-0123", 4, 1)), _part(("ep_send-0123", 4, 1, 0)), _part("sum-0123")
+    ((), (), ())
+    """
+    key = _parsed(key)
+    first = {"experts": 1, "dispatch": 2, "receipt": 2}.get(_step(key)) if key else None
+    return key[first:-1] if first else ()
+
+
+def _parsed(key: Any) -> tuple[Any, ...] | None:
+    """Read a key of a layer, as it is or as text; None if it is none."""
+    if isinstance(key, str) and key.startswith("("):
+        try:
+            key = ast.literal_eval(key)
+        except (ValueError, SyntaxError):
+            return None
+    is_key = isinstance(key, tuple) and isinstance(key[0], str) and key[0].startswith("ep_")
+    return key if is_key else None
+
+
+def _step(key: tuple[Any, ...]) -> str:
+    step = key[0].split("-")[0].removeprefix("ep_")  # of several in one task, the first
+    return {"indices": "route", "weights": "route", "scores": "route"}.get(step, step)
 
 
 def _nbytes(result: Any) -> int:

@@ -1,12 +1,13 @@
 """How do rows wait on disk while experts go by?
 
-    tokens c ──> ep_send (c, 0): rows to the file, by expert               first all of these
-    ep_experts (b, r) ──> ep_dispatch (p, r): the pieces of block b        then these
-    answers of c ──> ep_sum (c, 0)                                         then these
+    tokens c ──> ep_send (c, 0): rows to the file, by expert                      first all of these
+    ep_experts (g, b, r) ──> ep_dispatch (-1, g, p, r): the pieces of block b     then these
+    answers of c ──> ep_sum (c, 0)                                                then these
 
-A *piece* is some rows of a block's experts, read from front to back. Each rank r goes through
-blocks of its own. What a task has written is recorded; a task that comes again, because its worker
-was lost or the run stopped, finds that and does nothing.
+A *piece* is some rows of a block's experts, read from front to back; they are of many chunks, and
+none stands in its key. Each rank r goes through blocks of its own in each group g. What a task has
+written is recorded; a task that comes again, because its worker was lost or the run stopped, finds
+that and does nothing.
 """
 
 from __future__ import annotations
@@ -117,12 +118,13 @@ class Spilled:
         for piece in self._pieces:
             if piece.number not in done:
                 of_rank.setdefault(piece.rank, {}).setdefault(piece.block, []).append(piece)
-        tasks, keys = {}, []
+        tasks, keys, g = {}, [], self.group.start
         for r, (_, waiting) in enumerate(sorted(of_rank.items())):
             served = [
-                [(ep_dispatch, piece.number, r) for piece in pieces] for pieces in waiting.values()
+                [(ep_dispatch, -1, g, piece.number, r) for piece in pieces]
+                for pieces in waiting.values()
             ]
-            reads = [TaskRef((ep_experts, b, r)) for b in waiting]
+            reads = [TaskRef((ep_experts, g, b, r)) for b in waiting]
             turns = self._walk.turns(served, reads)
             for (b, pieces), read, turn in zip(waiting.items(), reads, turns, strict=True):
                 tasks[read.key] = self._walk.read_task(
@@ -133,7 +135,7 @@ class Spilled:
                     unless=(self.files, tuple(piece.number for piece in pieces)),
                 )
                 for piece in pieces:
-                    key = (ep_dispatch, piece.number, r)
+                    key = (ep_dispatch, -1, g, piece.number, r)
                     tasks[key] = Task(
                         key,
                         _serve_piece,
@@ -145,7 +147,7 @@ class Spilled:
                         tuple(self._blocks[b]),
                     )
                     # What nothing depends on is what a client may wait for, and cancel.
-                    keys.append((ep_receipt, piece.number, r))
+                    keys.append((ep_receipt, -1, g, piece.number, r))
                     tasks[keys[-1]] = Task(keys[-1], _receipt_of, TaskRef(key))
         return Step(HighLevelGraph.from_collections(ep_dispatch, tasks), keys)
 

@@ -56,6 +56,11 @@ class Travel:
     -----
     Where experts do not fit and go by in passes (`dask_ep.passes`), rows travel to experts by being
     spilled, and experts to rows that are held in memory.
+
+    Where they fit, not "auto" is what is done unasked, though by its model it is never dearer: it
+    must read the routing beforehand, a layer's router all tokens; copies of experts take what
+    memory there is; and the model believes in rates that nobody has measured, such as that all
+    workers together read a shared disk as fast as each alone.
     """
 
     how: str | None = None
@@ -288,15 +293,26 @@ def _dropping(held: np.ndarray, wants: np.ndarray) -> Iterator[tuple[np.ndarray,
     """
     held = held.copy()
     is_held = np.append(held, True)  # [-1]: no expert is no reason to leave
-    stay = wants[is_held[wants].all(axis=1)]
+    wants = wants[is_held[wants].all(axis=1)]
+    by_expert = np.argsort(wants, axis=None, kind="stable")
+    ends = np.searchsorted(wants.ravel()[by_expert], np.arange(held.size + 1))
+    stays, staying = np.ones(len(wants), bool), len(wants)
+    leave = _count(wants, held.size)
     while True:
-        yield held.copy(), len(stay)
+        yield held.copy(), staying
         if not held.any():
             return
-        leave = np.bincount(stay.ravel() + 1, minlength=held.size + 1)[1:]
-        dropped = int(np.argmin(np.where(held, leave, len(stay) + 1)))
-        held[dropped] = False
-        stay = stay[(stay != dropped).all(axis=1)]
+        dropped = int(np.argmin(np.where(held, leave, staying + 1)))
+        rows = by_expert[ends[dropped] : ends[dropped + 1]] // wants.shape[1]
+        rows = rows[stays[rows]]
+        held[dropped], stays[rows] = False, False
+        staying -= len(rows)
+        leave -= _count(wants[rows], held.size)
+
+
+def _count(wants: np.ndarray, num_experts: int) -> np.ndarray:
+    """(E,) rows that want each expert."""
+    return np.bincount(wants.ravel() + 1, minlength=num_experts + 1)[1:]
 
 
 def _reading(owners: Placement, beside: Sequence[np.ndarray]) -> Placement:

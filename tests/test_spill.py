@@ -126,7 +126,23 @@ def test_a_job_in_passes_gives_the_ordinary_output(plain, job, passes):
     assert spill_directories(job) == []
     ((planned, record),) = records
     assert planned.passes == passes
+    assert record.repeated == 0
+    # Dask gives the key of a collection to its only task, so that a group of one chunk has none.
+    assert {chunk for _, chunk in record.finished()} >= set(range(ROWS // CHUNK_ROWS - 1))
+    if passes.way == "hold":
+        assert planned.tasks - 1 <= record.tasks <= planned.tasks
     assert {span.step for span in record.spans} >= {"send", "experts", "dispatch"}
+
+
+def test_a_report_of_a_run_in_passes_and_of_one_that_went_on(job, passes):
+    report = Path(f"{job.out}.html")
+    with pytest.raises(Stopped):
+        run_job(job, Threads(2), on_progress=stop_after(400), report=report)
+    run_job(job, Threads(2), resume=True, report=report)
+    said = report.read_text()
+    assert "No worker came or went, no rank moved, and no task ran twice." in said
+    went_on = passes is not WAYS["spill"]  # of which no block was done
+    assert ("This run went on with an earlier one" in said) == went_on
 
 
 def test_each_expert_is_read_once_a_pass(monkeypatch, job, passes):

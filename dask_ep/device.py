@@ -106,12 +106,23 @@ def pinned_empty(xp: Any, shape: tuple[int, ...], dtype: Any) -> np.ndarray:
     """Give an uninitialised NumPy array in page-locked memory, which copies run from and to alone.
 
     Its memory comes from CuPy's pool of such memory, and goes back there with the array.
+
+    Raises
+    ------
+    MemoryError
+        If the host has no more of it.
     """
     dtype = np.dtype(dtype)
     nbytes = prod(shape) * dtype.itemsize
     if nbytes == 0:
         return np.empty(shape, dtype)
-    return np.ndarray(shape, dtype, buffer=xp.cuda.alloc_pinned_memory(nbytes))
+    try:
+        return np.ndarray(shape, dtype, buffer=xp.cuda.alloc_pinned_memory(nbytes))
+    except xp.cuda.runtime.CUDARuntimeError as error:
+        raise MemoryError(
+            f"the host gives no {nbytes} bytes of page-locked memory for rows on their way to or "
+            f"from a GPU ({error}); use smaller chunks (--resume --chunk-rows), or free memory"
+        ) from error
 
 
 def upload(xp: Any, host: np.ndarray) -> Array:

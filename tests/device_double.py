@@ -988,6 +988,10 @@ class MemoryPool:
         return self._used
 
 
+class CUDARuntimeError(RuntimeError):
+    """CuPy's, of what CUDA itself refuses."""
+
+
 class Device:
     """The card, as far as it is looked at."""
 
@@ -1011,7 +1015,9 @@ namespace.cuda = SimpleNamespace(
     UnownedMemory=UnownedMemory,
     MemoryPointer=MemoryPointer,
     memory=SimpleNamespace(OutOfMemoryError=OutOfMemoryError),
-    runtime=SimpleNamespace(memGetInfo=lambda: (DEVICE_BYTES, DEVICE_BYTES)),
+    runtime=SimpleNamespace(
+        memGetInfo=lambda: (DEVICE_BYTES, DEVICE_BYTES), CUDARuntimeError=CUDARuntimeError
+    ),
 )
 
 namespace.ndarray = DeviceArray

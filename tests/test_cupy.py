@@ -16,7 +16,7 @@ import pytest
 from dask_ep import fused, reference
 from dask_ep.arrays import namespace
 from dask_ep.device import CUDA_TYPES
-from tests.device_double import DeviceArray
+from tests.device_double import DeviceArray, MemoryPool
 from tests.device_double import namespace as xp
 from tests.device_kernels import TYPES, Cublas, RawKernel
 
@@ -82,6 +82,11 @@ def test_the_double_offers_what_cupy_offers_with_its_arguments(cupy):
                 theirs = getattr(getattr(cupy.cuda, name), inner)
                 assert parameters(function) == parameters(theirs), (name, inner)
     assert hasattr(cupy, "get_default_memory_pool")
+    for name in ("set_limit", "get_limit", "free_bytes", "used_bytes", "total_bytes"):
+        ours, theirs = getattr(MemoryPool, name), getattr(cupy.cuda.MemoryPool, name)
+        assert parameters(ours) == parameters(theirs), name
+    for name in vars(xp.cuda.runtime):
+        assert hasattr(cupy.cuda.runtime, name), name
     assert hasattr(cupy.ndarray, "__array_namespace__") == hasattr(
         DeviceArray, "__array_namespace__"
     )

@@ -26,6 +26,7 @@ from distributed.protocol import deserialize, serialize
 
 from dask_ep import cli, device, expert_parallel, gpus, grouped, open_tokens, store, wire
 from dask_ep.build import build, open_inputs
+from dask_ep.costs import FEWEST_ROWS
 from dask_ep.device import (
     Device,
     DeviceMemoryError,
@@ -310,6 +311,24 @@ def test_a_chunk_fits_beside_the_experts(small_job):
             choose_chunk_rows(inputs, lay_out(job, where, 2), asked)
 
 
+def test_a_job_whose_experts_fit_a_device_only_as_they_are_stored(
+    two_doubles, monkeypatch, tmp_path
+):
+    monkeypatch.setattr(device, "find_devices", lambda: [Device(0, "double", 8 << 30)])
+    want = expected("deepseek_v3_fp8")
+    hidden = want["hidden"].reshape(-1, want["hidden"].shape[-1])
+    np.save(tmp_path / "hidden.npy", hidden)
+    places = {"tokens": str(tmp_path / "hidden.npy"), "out": str(tmp_path / "out.npy")}
+    job = load_job(layer=os.fspath(FIXTURES / "deepseek_v3_fp8"), layer_index=LAYER, **places)
+    law = need(open_inputs(job), lay_out(job, Gpus(), 1))
+    where = Gpus(device_memory_limit=law.at(FEWEST_ROWS) - 1)
+    with pytest.raises(DoesNotFit):
+        choose_chunk_rows(open_inputs(job), lay_out(job, where, 1))
+    assert run_job(job, where).rows_done == len(hidden)
+    got = np.load(job.out).reshape(want["output"].shape)
+    np.testing.assert_allclose(got, want["output"], atol=1e-5 * np.abs(want["output"]).max())
+
+
 # --- out of memory -------------------------------------------------------------------------------
 
 
@@ -403,6 +422,15 @@ def test_rows_go_up_and_come_down_in_one_copy_each(shape, dtype):
     assert got.dtype == there.dtype == dtype
     expected = [host.nbytes] if host.size else []
     assert (traffic.to_device, traffic.to_host) == (expected, expected)
+
+
+def test_a_host_without_page_locked_memory_says_so(monkeypatch):
+    def refuse(size: int) -> None:
+        raise xp.cuda.runtime.CUDARuntimeError("cudaErrorMemoryAllocation: out of memory")
+
+    monkeypatch.setattr(xp.cuda, "alloc_pinned_memory", refuse)
+    with pytest.raises(MemoryError, match=r"no 80 bytes of page-locked memory .* --chunk-rows"):
+        pinned_empty(xp, (10,), np.float64)
 
 
 def pinned(*numbers: float) -> np.ndarray:

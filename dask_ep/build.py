@@ -32,6 +32,9 @@ from dask_ep.storage import open_tokens
 from dask_ep.survey import survey
 from dask_ep.travel import ALL_ROWS, Travel, choose_travel
 
+TF32 = "float32 as TF32"
+"""How an output was computed whose products were TF32."""
+
 
 @dataclass(frozen=True)
 class Inputs:
@@ -106,6 +109,7 @@ def build(
     world_size: int,
     chunk_rows: int | None = None,
     xp: str = "numpy",
+    tf32: bool = False,
     exchange: Callable[..., da.Array] | None = None,
     travel: Travel = ALL_ROWS,
     workers: int | None = None,
@@ -120,6 +124,7 @@ def build(
     world_size : ranks
     chunk_rows : rows of a token chunk; None leaves it to `open_tokens`
     xp : whose arrays the chunks are while they are computed, "numpy" or "cupy"
+    tf32 : whether workers multiply float32 as TF32
     exchange : what sends rows through experts, with the first three arguments of `expert_parallel`
         and its `topk_weights`, instead of it; then ranks and placement say nothing
     travel : whether rows travel to experts, or experts to rows
@@ -167,7 +172,8 @@ def build(
     settings |= {"world_size": world_size}
     settings["placement"] = None if placement is None else placement.to_json()
     if xp != "numpy":
-        settings["computed_by"] = xp  # which rounds in another way: one output has one of them
+        # Each rounds in another way: one output has one of them.
+        settings["computed_by"] = f"{xp}, {TF32}" if tf32 else xp
     return Built(y, files, settings, placement)
 
 

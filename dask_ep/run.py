@@ -219,6 +219,7 @@ def run_job(
                 world_size=world_size,
                 chunk_rows=chunk_rows,
                 xp=array_namespace(where),
+                tf32=isinstance(where, Gpus) and where.tf32,
                 exchange=walk,
                 travel=travel,
                 workers=workers,

@@ -22,7 +22,7 @@ import dask.array as da
 import numpy as np
 
 from dask_ep import journal, reference
-from dask_ep.build import Inputs, open_inputs
+from dask_ep.build import TF32, Inputs, open_inputs
 from dask_ep.experts import Experts
 from dask_ep.job import Job
 from dask_ep.layer import MoELayer
@@ -33,6 +33,9 @@ TOLERANCES = {"float64": 1e-12, "float32": 1e-5, "float16": 4e-3, "bfloat16": 3e
 """Largest error over largest value, by the output's dtype: sums of thousands of products in
 float32 (float64) differ in their last few digits; the others are rounded once more at the end, to
 2**-11 and 2**-8 of their value."""
+
+TF32_TOLERANCE = 5e-3
+"""The same where float32 was multiplied as TF32, whose numbers are rounded to 2**-11 before."""
 
 _ROUTING_BLOCK = 1 << 16  # rows of the routing looked at together
 
@@ -89,7 +92,8 @@ def verify_job(
     job : whose output is complete
     rows : how many to compare, about; all if there are fewer
     seed : of the choice of rows
-    tolerance : of the largest error over the largest value; by default by dtype, see `TOLERANCES`
+    tolerance : of the largest error over the largest value; by default by dtype, see `TOLERANCES`,
+        and `TF32_TOLERANCE` for a run that was asked for it
 
     Raises
     ------
@@ -119,6 +123,8 @@ def verify_job(
     errors = _errors(read_rows(output, sample), expected)
     if tolerance is None:
         tolerance = TOLERANCES[output.dtype.name]
+        if output.dtype == np.float32 and _was_tf32(job.out):
+            tolerance = TF32_TOLERANCE
     largest = float(np.abs(expected[np.isfinite(expected)]).max(initial=0.0))
     return Verification(
         rows=len(sample),
@@ -130,6 +136,12 @@ def verify_job(
         tolerance=tolerance,
         worst=_worst(sample, errors, routing, starts, tolerance * largest),
     )
+
+
+def _was_tf32(path: str) -> bool:
+    """Whether the run that wrote an output says that it multiplied float32 as TF32."""
+    manifest = journal.read_manifest(progress_directory(path)) or {"settings": {}}
+    return TF32 in manifest["settings"].get("computed_by", "")
 
 
 def open_output(path: str) -> Source:

@@ -44,6 +44,7 @@ from dask_ep.gpus import Gpus, OnGpu, choose_protocol, start_gpus
 from dask_ep.job import load_job
 from dask_ep.run import Cluster, Progress, Threads, lay_out, run_job
 from dask_ep.sources import open_source
+from dask_ep.verify import TF32_TOLERANCE, TOLERANCES, verify_job
 from tests.checkpoints import FIXTURES, LAYER, expected
 from tests.device_double import DeviceArray, on_device, watch
 from tests.device_double import namespace as xp
@@ -197,8 +198,12 @@ def test_a_job_on_two_devices_gives_what_it_gives_on_threads(two_doubles, capsys
     got, want = (open_source(path).read(0, 700) for path in (job.out, on_threads.out))
     np.testing.assert_allclose(got, want, rtol=1e-5, atol=1e-6)
     assert here(capsys, "verify", small_job)[0] == 0
-    with pytest.raises(ValueError, match="computed_by"):
-        run_job(job, Threads(1), resume=True)
+    for where in (Threads(1), Gpus(protocol="tcp", tf32=True)):
+        with pytest.raises(ValueError, match="computed_by"):
+            run_job(job, where, resume=True)
+    assert verify_job(job).tolerance == TOLERANCES["float32"]
+    run_job(job, Gpus(protocol="tcp", tf32=True), overwrite=True)
+    assert verify_job(job).tolerance == TF32_TOLERANCE
 
 
 @pytest.mark.usefixtures("two_doubles")

@@ -176,7 +176,7 @@ def job_options(command: Callable) -> Callable:
         click.option("--layer", metavar="DIR", help="A checkpoint, instead of routing, experts."),
         click.option("--layer-index", type=click.IntRange(0), help="Which layer of it."),
         click.option("--out", metavar="PATH", help="Output: .zarr, .npy or .safetensors."),
-        click.option("--world-size", type=click.IntRange(1), help="Ranks; one per worker."),
+        click.option("--world-size", type=click.IntRange(1), help="Ranks; default: workers."),
         click.option(
             "--placement",
             metavar="NAME|FILE",
@@ -196,13 +196,18 @@ def job_options(command: Callable) -> Callable:
 @click.command()
 @click.argument("job", type=click.Path(dir_okay=False), required=False)
 @job_options
-@click.option("--threads", type=click.IntRange(1), help="Threads of this process; all cores.")
+@click.option("--threads", type=click.IntRange(1), help="Threads of this process; default: cores.")
 @click.option("--processes", type=click.IntRange(1), help="Worker processes on this machine.")
 @click.option("--gpu", is_flag=True, help="One worker per GPU, here or of the cluster.")
-@click.option("--protocol", type=click.Choice(PROTOCOLS), help="Between GPUs; UCX where installed.")
+@click.option(
+    "--protocol", type=click.Choice(PROTOCOLS), help="Between GPUs; default: ucx if there."
+)
 @click.option("--tf32", is_flag=True, help="Multiply float32 as TF32, with --gpu.")
 @click.option(
-    "--device-memory-limit", callback=parse_size, metavar="SIZE", help="Of each GPU; nine tenths."
+    "--device-memory-limit",
+    callback=parse_size,
+    metavar="SIZE",
+    help="Of each GPU; default: 0.9.",
 )
 @click.option("--scheduler", metavar="ADDRESS", help="Of a Dask cluster, tcp://host:8786.")
 @click.option("--scheduler-file", type=click.Path(), help="That a Dask scheduler has written.")
@@ -227,7 +232,7 @@ def job_options(command: Callable) -> Callable:
     type=click.Path(dir_okay=False),
     help="Write planned and measured side by side, HTML; with workers Dask's own report too.",
 )
-@click.option("--chunk-rows", type=click.IntRange(1), help="Rows of a token chunk; about 32 MiB.")
+@click.option("--chunk-rows", type=click.IntRange(1), help="Rows of a chunk; default: 32 MiB.")
 @travel_options
 @click.option("--resume", is_flag=True, help="Go on with what a stopped run has left.")
 @click.option("--overwrite", is_flag=True, help="Start again, whatever is there.")
@@ -237,7 +242,7 @@ def run(job: str | None, experts: str | None, **options: Any) -> None:
 
     Every key of a job is an option as well, which goes before what the file says; without a file,
     options make the job. Where it runs is no part of it: by default on all cores of this machine.
-    A stopped run, killed ones too, is gone on with by --resume: only missing blocks are computed.
+    --resume goes on with a run that was stopped, even by kill -9: it computes missing blocks alone.
 
     \b
     Examples:
@@ -246,6 +251,7 @@ def run(job: str | None, experts: str | None, **options: Any) -> None:
       dask-ep run demo/job.toml --gpu --protocol ucx
       dask-ep run demo/job.toml --scheduler tcp://10.0.0.1:8786 --resume
       dask-ep run --tokens x.npy --routing r.npy --experts w.npy --out y.npy
+      dask-ep run --layer checkpoint/ --layer-index 3 --tokens hidden.zarr --out out.zarr
     """
     keys = ("tokens", "routing", "topk_weights", "layer", "layer_index", "out")
     keys += ("world_size", "placement", "missing")
@@ -417,6 +423,7 @@ def inspect(path: str) -> None:
     Examples:
       dask-ep inspect demo/job.toml
       dask-ep inspect demo/routing.zarr
+      dask-ep inspect checkpoint/
       dask-ep inspect model-00001-of-00002.safetensors
     """
     for finding in inspect_path(path):
@@ -437,7 +444,7 @@ def _print_finding(path: str, finding: Finding) -> None:
         console.print(table)
 
 
-for command in (example, plan_command, run, verify, inspect):
+for command in (example, debug_option(plan_command), run, verify, inspect):
     cli.add_command(command)
 
 if __name__ == "__main__":

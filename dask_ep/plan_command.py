@@ -8,6 +8,7 @@ dask-ep plan job.toml --processes 8 --what-if world_size=2,4,8 placement=contigu
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import fields, replace
@@ -41,6 +42,9 @@ RATES = tuple(field.name for field in fields(Rates))
 BAR = 30
 """Characters of the bar of the busiest rank."""
 
+WIDTH = 120
+"""Characters of a line where there is no terminal."""
+
 
 def parse_size(context: click.Context, parameter: click.Parameter, value: str | None) -> int | None:
     """Read an option that is a number of bytes."""
@@ -72,13 +76,13 @@ def travel_options(command: Callable) -> Callable:
 @click.command("plan")
 @click.argument("job", type=click.Path(exists=True, dir_okay=False))
 @click.argument("choices", nargs=-1, metavar="[NAME=VALUE,VALUE...]...")
-@click.option("--world-size", type=click.IntRange(1), help="Ranks; the job's, or one per process.")
+@click.option("--world-size", type=click.IntRange(1), help="Ranks; default: processes.")
 @click.option("--placement", metavar="NAME|FILE", help=f"{', '.join(PLACEMENTS)}, or a file.")
 @click.option("--chunk-rows", type=click.IntRange(1), help="Rows of a token chunk.")
-@click.option("--threads", type=click.IntRange(1), help="Threads of this process; all cores.")
+@click.option("--threads", type=click.IntRange(1), help="Threads of this process; default: cores.")
 @click.option("--processes", type=click.IntRange(1), help="Worker processes on this machine.")
 @click.option("--gpu", is_flag=True, help="One worker per GPU; with none here, one GPU per rank.")
-@click.option("--device-memory-limit", metavar="SIZE", help="Of each GPU; nine tenths of it.")
+@click.option("--device-memory-limit", metavar="SIZE", help="Of each GPU; default: 0.9.")
 @click.option(
     "--memory-limit", callback=parse_size, metavar="SIZE", help='Of a process, such as "4 GiB".'
 )
@@ -128,7 +132,7 @@ def plan_command(
     if as_json:
         click.echo(json_text(compared, side_by_side))
     else:
-        console = Console()
+        console = Console(width=None if sys.stdout.isatty() else WIDTH)
         if side_by_side:
             console.print(choices_table(compared))
             console.print(f"best: {compared.why}")

@@ -66,6 +66,16 @@ class Rates:
     #: bytes per second between host and GPU, each way (PCIe 4.0 x 16 is said to give 25e9)
 
 
+PART_OF_A_WORKER = 0.7
+"""Of its memory limit that a Dask worker may fill: with more it moves data to disk, then pauses,
+and at last is ended."""
+
+
+def usable(limit: int) -> int:
+    """Bytes that are filled by choice in a worker with a memory limit."""
+    return int(limit * PART_OF_A_WORKER)
+
+
 def chunks_held(threads: int, ranks: int, spread: float, widening: int) -> float:
     """How many token chunks a worker holds at most.
 

@@ -18,7 +18,7 @@ from typing import Any
 
 from dask_ep.build import Inputs
 from dask_ep.checks import computing_dtype
-from dask_ep.costs import CHUNKS_PER_THREAD, FEWEST_ROWS, SORT_BYTES, Need, chunks_held
+from dask_ep.costs import CHUNKS_PER_THREAD, FEWEST_ROWS, SORT_BYTES, Need, chunks_held, usable
 from dask_ep.device_memory import DEVICE_CHUNK_BYTES, OnDevice
 from dask_ep.held import StoredExperts, held_as_stored
 from dask_ep.placement import POLICIES, most_slots
@@ -182,10 +182,14 @@ def choose_chunk_rows(inputs: Inputs, layout: Layout, asked: int | None = None) 
 
 
 def slots_beside(inputs: Inputs, layout: Layout, chunk_rows: int) -> int | None:
-    """Say how many experts each rank can hold beside its own; None without a memory limit."""
+    """Say how many experts each rank can hold beside its own; None without a memory limit.
+
+    They fill a worker by choice, and so no more of it than is `usable`.
+    """
     if layout.memory_limit is None:
         return None
-    spare = layout.memory_limit - need(inputs, layout).at(chunk_rows)
+    limit = layout.memory_limit if layout.on_devices else usable(layout.memory_limit)
+    spare = limit - need(inputs, layout).at(chunk_rows)
     itemsize = computing_dtype(inputs.tokens.dtype, layout.on_devices).itemsize
     return max(spare, 0) // (layout.ranks_per_worker * inputs.experts.parameters * itemsize)
 

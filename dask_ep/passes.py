@@ -28,7 +28,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from dask_ep.costs import CHUNKS_PER_THREAD, FEWEST_ROWS, SORT_BYTES, Rates
+from dask_ep.costs import CHUNKS_PER_THREAD, FEWEST_ROWS, SORT_BYTES, Rates, usable
 from dask_ep.served import tile_bytes
 
 RATES = Rates(flops=1.0, copy=5e9)
@@ -48,9 +48,6 @@ enough for fast products, few enough for all threads to share an expert."""
 PROCESS_BYTES = 300_000_000
 """What a process takes beside experts, rows and tiles: more than in an ordinary run, since what the
 C library and the pool keep of blocks that have gone by adds to it."""
-
-PART_OF_A_WORKER = 0.7
-"""Of its limit that a Dask worker may use: with more it moves data to disk, and then pauses."""
 
 FREE_PART = 0.9
 """Of the free disk that is spilled to, at most."""
@@ -231,7 +228,7 @@ def choose_passes(
 
     T blocks are computed with at a time and two read ahead, where rows that are held leave room for
     them, or they take no more than a quarter of it; else fewer, down to one, and nothing ahead. On
-    workers a part of the limit is left to Dask (`PART_OF_A_WORKER`).
+    workers a part of the limit is left to Dask (`costs.PART_OF_A_WORKER`).
 
     Seconds that are compared: each pass reads the experts as stored at `rates.read`, and streams
     them to each thread that uses them at `rates.copy`; a spilled byte is written and read once.
@@ -252,7 +249,7 @@ def choose_passes(
     """
     if ways is None:
         ways = ("hold", "spill") if sizes.workers is None else ("spill",)
-    limit = limit if sizes.workers is None else int(limit * PART_OF_A_WORKER)
+    limit = limit if sizes.workers is None else usable(limit)
     found = [
         passes
         for way in ways

@@ -22,7 +22,7 @@ from dask.utils import format_bytes
 
 from dask_ep import costs
 from dask_ep.checks import computing_dtype
-from dask_ep.costs import Rates
+from dask_ep.costs import Rates, usable
 from dask_ep.pipeline import count_tasks
 from dask_ep.placement import Placement, place
 from dask_ep.served import tile_bytes
@@ -211,12 +211,20 @@ class Plan:
         return int(self.rank_experts.sum()) - self.placement.num_experts
 
     @property
+    def usable_bytes(self) -> int:
+        """Bytes within the memory limit that may be filled by choice."""
+        return usable(self.memory_limit)
+
+    @property
     def slots_within_limit(self) -> int | None:
-        """The most experts that a rank can hold within the memory limit, not fewer than it does."""
+        """The most experts that a rank may hold within the memory limit, not fewer than it does.
+
+        Beyond its own they fill a worker by choice, and so no more of it than `usable_bytes`.
+        """
         if self.memory_limit is None:
             return None
         ranks = -(-self.world_size // self.workers)
-        spare = max(self.memory_limit - self.memory_bytes, 0)
+        spare = max(self.usable_bytes - self.memory_bytes, 0)
         return self.placement.slots_per_rank + spare // max(self.work.expert_loaded * ranks, 1)
 
     @property

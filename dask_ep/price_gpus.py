@@ -52,6 +52,11 @@ class PlanOnGpus(Plan):
         return self.on_device.host_need(self.threads, self.world_size, self.spread)
 
     @property
+    def usable_bytes(self) -> int:
+        """All within the limit of a GPU: Dask does not watch it."""
+        return self.memory_limit
+
+    @property
     def process_parts(self) -> dict[str, int]:
         """Bytes of the host that a worker uses at most, by what they are for."""
         return self.host_need.parts(self.chunk_rows)

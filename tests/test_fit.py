@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import shlex
 import subprocess
@@ -14,7 +15,14 @@ import pytest
 
 from dask_ep import fit, sources
 from dask_ep.build import Inputs, open_inputs
-from dask_ep.costs import FEWEST_ROWS, PROCESS_BYTES, SORT_BYTES, Need, Rates
+from dask_ep.costs import (
+    FEWEST_ROWS,
+    PART_OF_A_WORKER,
+    PROCESS_BYTES,
+    SORT_BYTES,
+    Need,
+    Rates,
+)
 from dask_ep.example import Example, write_example
 from dask_ep.experts import Experts
 from dask_ep.fit import DoesNotFit, Layout, choose_chunk_rows, hold_what_fits, need, slots_beside
@@ -160,7 +168,8 @@ def test_on_a_gpu_experts_beside_take_16_bits_where_tokens_do(tmp_path):
     )
     for on_devices, itemsize in ((False, 4), (True, 2)):
         layout = Layout(2, 2, 1, on_devices=on_devices)
-        limit = need(inputs, layout).at(8) + 3 * 4 * 4 * itemsize
+        enough = need(inputs, layout).at(8) + 3 * 4 * 4 * itemsize
+        limit = enough if on_devices else math.ceil(enough / PART_OF_A_WORKER)
         assert slots_beside(inputs, replace(layout, memory_limit=limit), 8) == 3
 
 

@@ -1,6 +1,7 @@
 """`dask-ep plan` prints figures, JSON and comparisons, and refuses with a sentence."""
 
 import json
+import math
 import re
 import sys
 
@@ -10,7 +11,7 @@ from click.testing import CliRunner
 
 from dask_ep import device, journal, planner
 from dask_ep import plan_command as plan_command_module
-from dask_ep.costs import Rates
+from dask_ep.costs import PART_OF_A_WORKER, Rates
 from dask_ep.device import NoDeviceError
 from dask_ep.job import load_job
 from dask_ep.pipeline import count_tasks
@@ -168,7 +169,8 @@ def test_what_travels_is_a_choice_to_compare(job_file):
 def test_what_is_read_beside_fits_into_memory(job_file):
     common = (job_file, "--processes", 4, "--json", "--chunk-rows", 100, "--link-rate", "1 kB")
     rows = json.loads(invoke(*common))
-    limit = rows["memory_bytes"] + 2 * 8 * 8 * 4  # two experts for each rank
+    enough = rows["memory_bytes"] + 2 * 8 * 8 * 4  # two experts for each rank
+    limit = math.ceil(enough / PART_OF_A_WORKER)
     limited = json.loads(invoke(*common, "--travel", "auto", "--memory-limit", limit))
     assert limited["fits"]
     assert limited["rank_experts"] == [4, 4, 4, 4]

@@ -1,6 +1,7 @@
 """What travels is the cheaper of the two, counted row by row; and the result is the same."""
 
 import itertools
+import math
 import pickle
 from collections import defaultdict
 from dataclasses import replace
@@ -14,6 +15,7 @@ from hypothesis import strategies as st
 
 from dask_ep import expert_parallel, reference, travel
 from dask_ep.build import open_inputs
+from dask_ep.costs import PART_OF_A_WORKER
 from dask_ep.example import Example, write_example
 from dask_ep.fit import Layout, need, slots_beside
 from dask_ep.job import load_job
@@ -239,7 +241,8 @@ def test_the_memory_limit_says_how_many_are_read(tmp_path):
     assert slots_beside(inputs, layout, 100) is None
     enough = need(inputs, layout).at(100)
     for more, slots in ((0, 0), (2 * expert - 1, 0), (2 * expert, 1), (7 * expert, 3)):
-        limited = replace(layout, memory_limit=enough + more)  # a worker plays two ranks
+        limit = math.ceil((enough + more) / PART_OF_A_WORKER)
+        limited = replace(layout, memory_limit=limit)  # a worker plays two ranks
         assert slots_beside(inputs, limited, 100) == slots
 
 

@@ -12,9 +12,18 @@ from hypothesis import strategies as st
 from threadpoolctl import threadpool_info
 
 from dask_ep import blas
-from dask_ep.blas import Cblas, installed_mkl, limit_blas_for_good, one_blas_thread, product
+from dask_ep.blas import (
+    Cblas,
+    installed_mkl,
+    limit_blas_for_good,
+    mkl_where_faster,
+    one_blas_thread,
+    product,
+)
 
-MKL_NEEDED = pytest.mark.skipif(installed_mkl() is None, reason="the package mkl is not installed")
+MKL_NEEDED = pytest.mark.skipif(
+    mkl_where_faster() is None, reason="the package mkl is not installed, or the CPU not Intel's"
+)
 
 
 def numpys_openblas() -> Cblas | None:
@@ -94,7 +103,7 @@ def test_a_large_product_is_the_same_from_any_library(library, dtype, monkeypatc
     rng = np.random.default_rng(0)
     x, w = (rng.standard_normal((100, 100)).astype(dtype) for _ in range(2))
     want = x.astype("f8") @ w.astype("f8")
-    monkeypatch.setattr(blas, "installed_mkl", lambda: library)
+    monkeypatch.setattr(blas, "mkl_where_faster", lambda: library)
     out = np.empty((100, 100), np.matmul(x, w).dtype)
     assert product(x, w, out) is out
     for y in (out, product(x, w)):
@@ -104,10 +113,20 @@ def test_a_large_product_is_the_same_from_any_library(library, dtype, monkeypatc
 
 
 def test_small_products_stay_with_numpy(monkeypatch):
-    monkeypatch.setattr(blas, "installed_mkl", lambda: pytest.fail("asked for"))
+    monkeypatch.setattr(blas, "mkl_where_faster", lambda: pytest.fail("asked for"))
     x = np.ones((8, 64), "f4")
     assert (product(x, x.T) == 64).all()
     assert product(x[:0], x.T).shape == (0, 8)
+
+
+@pytest.mark.parametrize(
+    ("cpuinfo", "taken"),
+    [("vendor_id\t: GenuineIntel\n", "MKL"), ("vendor_id\t: AuthenticAMD\n", None), ("", None)],
+)
+def test_mkl_multiplies_on_intels_cpus_alone(cpuinfo, taken, monkeypatch):
+    monkeypatch.setattr(blas, "installed_mkl", lambda: "MKL")
+    monkeypatch.setattr(blas, "_cpuinfo", lambda: cpuinfo)
+    assert mkl_where_faster.__wrapped__() == taken
 
 
 @MKL_NEEDED
@@ -127,7 +146,7 @@ def test_experts_are_multiplied_by_mkl(monkeypatch):
     assert calls == [True] * 6
 
 
-@MKL_NEEDED
+@pytest.mark.skipif(installed_mkl() is None, reason="the package mkl is not installed")
 def test_mkl_gets_one_thread_in_all_threads():
     """threadpoolctl limits the thread that asks alone."""
 

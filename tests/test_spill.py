@@ -105,6 +105,11 @@ def stop_after(rows: int):
     return look
 
 
+def assert_to_rounding(got: np.ndarray, want: np.ndarray) -> None:
+    """The same but for the order of sums: to 1e-6 of the largest value."""
+    np.testing.assert_allclose(got, want, rtol=0, atol=1e-6 * np.abs(want).max())
+
+
 def test_a_job_in_passes_gives_the_ordinary_output(plain, job, passes):
     told = []
     records = []
@@ -114,7 +119,7 @@ def test_a_job_in_passes_gives_the_ordinary_output(plain, job, passes):
         on_progress=told.append,
         on_record=lambda *planned_and_record: records.append(planned_and_record),
     )
-    np.testing.assert_allclose(np.load(job.out), plain[1], rtol=0, atol=1e-6)
+    assert_to_rounding(np.load(job.out), plain[1])
     assert verify_job(job).good
     assert (done.rows_done, done.rows_left) == (ROWS, 0)
     spilled = 0 if passes.way == "hold" else ROWS * 2 * (32 + 32) * 4
@@ -257,7 +262,7 @@ def test_on_a_small_disk_the_error_tells_what_is_missing_and_resume_goes_on(plai
     assert needed < int(told[1]) < needed + 1000, "a byte for each task"
     assert 0 < int(told[2]) < 160 << 10
     assert said.stdout.endswith(f"\n{ROWS}\n")
-    np.testing.assert_allclose(np.load(moved), plain[1], rtol=0, atol=1e-6)
+    assert_to_rounding(np.load(moved), plain[1])
 
 
 TOO_LARGE_FILES = """
@@ -282,7 +287,7 @@ def test_files_that_may_not_be_so_large_are_an_error_and_resume_goes_on(plain, j
     assert spill_directories(job) == []
     monkeypatch.setattr(run, "find_passes", None)  # what was chosen is kept
     assert run_job(job, Threads(2), resume=True).rows_done == ROWS
-    np.testing.assert_allclose(np.load(job.out), plain[1], rtol=0, atol=1e-6)
+    assert_to_rounding(np.load(job.out), plain[1])
 
 
 def test_a_disk_that_has_no_room_for_the_output_beside_is_full_too(monkeypatch, job, spilling):
@@ -322,13 +327,13 @@ def test_layers_of_checkpoints_go_in_passes_too(tmp_path, monkeypatch, case):
     monkeypatch.setattr(run, "find_passes", lambda *_: passes)
     done = run_job(job, Threads(2))
     want = np.load(plain.out)
-    np.testing.assert_allclose(np.load(job.out), want, rtol=0, atol=1e-6 * np.abs(want).max())
+    assert_to_rounding(np.load(job.out), want)
     assert set(done.passes.reads.values()) <= {1, 2}
 
 
 def test_worker_processes_share_the_files(plain, job, spilling):
     done = run_job(job, Processes(2))
-    np.testing.assert_allclose(np.load(job.out), plain[1], rtol=0, atol=1e-6)
+    assert_to_rounding(np.load(job.out), plain[1])
     assert done.passes.reads == dict.fromkeys(range(EXPERTS), 3)
     assert spill_directories(job) == []
 
@@ -342,7 +347,7 @@ def test_large_chunks_that_are_held_are_stored_in_small_ones(monkeypatch, plain,
     run_job(job, Threads(2), resume=True)
     out = zarr.open_array(job.out)
     assert out.chunks == (100, 32)
-    np.testing.assert_allclose(out[:], plain[1], rtol=0, atol=1e-6)
+    assert_to_rounding(out[:], plain[1])
 
 
 # --- killed --------------------------------------------------------------------------------------
@@ -406,9 +411,9 @@ def test_a_killed_worker_costs_only_what_it_had_in_memory(plain, job, spilling):
 # --- within the memory limit ---------------------------------------------------------------------
 
 
-def write_large_job(folder: Path, rows: int) -> Path:
-    """256 linear experts of 1 MB in float32, half of that in their file; mostly empty tokens."""
-    d, experts = 512, 256
+def write_large_job(folder: Path, rows: int, experts: int = 256) -> Path:
+    """Linear experts of 1 MB in float32, half of that in their file; mostly empty tokens."""
+    d = 512
     tokens = np.lib.format.open_memmap(folder / "tokens.npy", "w+", np.float32, (rows, d))
     tokens[-1] = 1
     routing = np.random.default_rng(0).integers(0, experts, rows, dtype=np.int32)
@@ -480,9 +485,9 @@ def test_experts_cannot_travel_to_rows_that_wait_on_disk(tmp_path):
     )
     told = "travel by rows or auto is what there is: .* held in memory, which is on threads"
     with pytest.raises(ValueError, match=told):
-        find_passes(open_inputs(large), Layout(2, 2, 1, 420 * 10**6), 2, None, Travel("experts"))
+        find_passes(open_inputs(large), Layout(2, 2, 1, 320 * 10**6), 2, None, Travel("experts"))
     with pytest.raises(ValueError, match=told):
-        find_passes(open_inputs(layer), Layout(1, 1, 2, 300_000_001), None, None, Travel("experts"))
+        find_passes(open_inputs(layer), Layout(1, 1, 2, 180_000_001), None, None, Travel("experts"))
 
 
 def test_on_threads_travel_is_for_experts_that_do_not_fit(job):
@@ -491,7 +496,7 @@ def test_on_threads_travel_is_for_experts_that_do_not_fit(job):
 
 
 def test_on_a_cluster_the_memory_of_its_workers_decides(tmp_path):
-    job = load_job(write_large_job(tmp_path, 5_000))
+    job = load_job(write_large_job(tmp_path, 5_000, experts=384))
     options = ("--memory-limit", "560MB")
     with RealCluster(tmp_path, ["w0"], worker_options=options) as cluster:
         cluster.client().close()  # the worker is there

@@ -41,8 +41,8 @@ MEMORY_SHARE = 0.9
 CUDA itself, cuBLAS's workspaces and what others have there."""
 
 SPILL_SHARE = 0.8
-"""Of that, what results of tasks may fill before dask-cuda moves some to the host: the rest is for
-what tasks make on the way."""
+"""Of that, what chunks between tasks may fill before dask-cuda moves some to the host. Experts stay
+where they are and do not count: chunks are chosen to fit beside them (`fit`)."""
 
 
 @dataclass(frozen=True)
@@ -166,7 +166,7 @@ def _plain_cluster(where: Gpus, devices: list[Device], protocol: str) -> SpecClu
 
 
 def _dask_cuda_cluster(where: Gpus, devices: list[Device], protocol: str) -> Any:
-    """The same by dask-cuda, which also spills from the device, and binds to the nearest cores."""
+    """The same by dask-cuda, which also spills chunks, and binds to the nearest cores."""
     from dask_cuda import LocalCUDACluster
 
     return LocalCUDACluster(
@@ -226,12 +226,16 @@ class OnGpu(WorkerPlugin):
             xp.get_default_memory_pool().set_limit(size=self.memory_limit)
         wire.register(xp)
         if "dask_cuda" in sys.modules:
-            _spill_experts_as_device_memory()
+            _keep_experts_on_the_device()
 
 
-def _spill_experts_as_device_memory() -> None:
-    """Let dask-cuda count a rank's experts against the device, not the host."""
-    from dask_cuda.is_device_object import is_device_object
+def _keep_experts_on_the_device() -> None:
+    """Let dask-cuda leave a rank's experts where they are.
+
+    Moved away, they would be read from their files again by every task; it moves nothing that says
+    that it spills by itself.
+    """
+    from dask_cuda.is_spillable_object import is_spillable_object
 
     for held in (LocalExperts, LocalStoredExperts):
-        is_device_object.register(held, lambda experts: experts.on_device)
+        is_spillable_object.register(held, lambda experts: experts.on_device)

@@ -21,10 +21,11 @@ import dask.array as da
 import ml_dtypes
 import numpy as np
 import pytest
+from dask.utils import Dispatch
 from distributed import Client
 from distributed.protocol import deserialize, serialize
 
-from dask_ep import cli, device, expert_parallel, gpus, grouped, open_tokens, store, wire
+from dask_ep import Experts, cli, device, expert_parallel, gpus, grouped, open_tokens, store, wire
 from dask_ep.build import build, open_inputs
 from dask_ep.costs import FEWEST_ROWS
 from dask_ep.device import (
@@ -41,6 +42,7 @@ from dask_ep.example import Example, write_example
 from dask_ep.exchange import Packet, send
 from dask_ep.fit import DoesNotFit, choose_chunk_rows, need
 from dask_ep.gpus import Gpus, OnGpu, choose_protocol, start_gpus
+from dask_ep.held import held_as_stored
 from dask_ep.job import load_job
 from dask_ep.run import Cluster, Progress, Threads, lay_out, run_job
 from dask_ep.sources import open_source
@@ -224,6 +226,22 @@ def test_dask_cuda_starts_the_workers_where_it_is_installed(monkeypatch):
     assert called["CUDA_VISIBLE_DEVICES"] == ["5", "GPU-2f"]
     assert called["device_memory_limit"] == 8 << 30
     assert (called["protocol"], called["resources"]) == ("tcp", {"GPU": 1})
+
+
+def test_dask_cuda_leaves_experts_on_the_device(monkeypatch):
+    """It asks `is_spillable_object` first, and moves nothing of which that says yes."""
+    spills_itself = Dispatch("is_spillable_object")
+    spills_itself.register(object, lambda obj: False)
+    modules = {name: type(sys)(name) for name in ("dask_cuda", "dask_cuda.is_spillable_object")}
+    modules["dask_cuda.is_spillable_object"].is_spillable_object = spills_itself
+    for name, module in modules.items():
+        monkeypatch.setitem(sys.modules, name, module)
+    monkeypatch.setattr(gpus, "limit_blas_for_good", lambda: None)
+    OnGpu(namespace="device_double").setup(None)
+    experts = Experts.linear(np.ones((2, 4, 4), "f4"))
+    for one in (experts, held_as_stored(experts)):
+        assert [spills_itself(one.load(xp=where)) for where in (xp, np)] == [True, False]
+    assert not spills_itself(on_device(np.ones(3)))
 
 
 def test_workers_of_a_cluster_without_a_gpu_are_named(monkeypatch):

@@ -33,7 +33,7 @@ from dask_ep.survey import survey
 from dask_ep.travel import ALL_ROWS, Travel, choose_travel
 
 TF32 = "float32 as TF32"
-"""How an output was computed whose products were TF32."""
+"""How an output was computed whose experts multiplied as TF32."""
 
 
 @dataclass(frozen=True)
@@ -124,7 +124,7 @@ def build(
     world_size : ranks
     chunk_rows : rows of a token chunk; None leaves it to `open_tokens`
     xp : whose arrays the chunks are while they are computed, "numpy" or "cupy"
-    tf32 : whether workers multiply float32 as TF32
+    tf32 : whether experts multiply float32 as TF32
     exchange : what sends rows through experts, with the first three arguments of `expert_parallel`
         and its `topk_weights`, instead of it; then ranks and placement say nothing
     travel : whether rows travel to experts, or experts to rows

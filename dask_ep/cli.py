@@ -202,7 +202,7 @@ def job_options(command: Callable) -> Callable:
 @click.option(
     "--protocol", type=click.Choice(PROTOCOLS), help="Between GPUs; default: ucx if there."
 )
-@click.option("--tf32", is_flag=True, help="Multiply float32 as TF32, with --gpu.")
+@click.option("--tf32", is_flag=True, help="Experts multiply float32 as TF32, with --gpu.")
 @click.option(
     "--device-memory-limit",
     callback=parse_size,

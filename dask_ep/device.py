@@ -362,6 +362,10 @@ SUMS_IN_FLOAT32 = 16
 
 BFLOAT16_CAPABILITY = 80
 
+TF32_SWITCH = "DASK_EP_TF32"
+"""Environment variable that is 1 where float32 experts multiply as TF32. CuPy's own, CUPY_TF32,
+would have routers multiply so too, and send rows to other experts."""
+
 CUDA_TYPES = {
     "float16": "CUDA_R_16F",
     "bfloat16": "CUDA_R_16BF",
@@ -381,7 +385,7 @@ class Gemms:
       bfloat16 (14.0 on, with ml_dtypes) is the same call, ``gemmEx`` with ``CUDA_R_16BF`` and
       ``CUBLAS_COMPUTE_32F``, but gives 16 bits and no other, costs some microseconds more of the
       host for each product, and makes an array of each matrix.
-    - float32: in float32, or as TF32 if the environment says ``CUPY_TF32=1``, as CuPy's own are.
+    - float32: in float32, or as TF32 if the environment says so (`TF32_SWITCH`).
     - cuBLAS promises the same bits each time if a handle works on one stream, so that each stream
       here has its own handle (NVIDIA's documentation of cuBLAS, "Results reproducibility").
     - CuPy 14.2 wraps no grouped product of cuBLAS, and of the batched ones those with equal strides
@@ -487,7 +491,7 @@ class Gemms:
     def _accuracy(self, dtype: np.dtype) -> int:
         if dtype == np.float64:
             return self._cublas.CUBLAS_COMPUTE_64F
-        if dtype == np.float32 and int(os.environ.get("CUPY_TF32", "0")) > 0:
+        if dtype == np.float32 and os.environ.get(TF32_SWITCH) == "1":
             return self._cublas.CUBLAS_COMPUTE_32F_FAST_TF32
         return self._cublas.CUBLAS_COMPUTE_32F
 

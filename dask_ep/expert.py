@@ -83,8 +83,8 @@ class Linear(Expert):
         xp, W = namespace(rows), self.W.astype(rows.dtype, copy=False)
         if xp is np:
             return product(rows, W, out)
-        if out is None or out.dtype == rows.dtype:
-            return xp.matmul(rows, W, out=out)
+        if out is None:
+            out = xp.empty((len(rows), self.d_out), dtype=rows.dtype)
         grouped.products(rows, [W], [(0, len(rows))], out)
         return out
 

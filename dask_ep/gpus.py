@@ -54,7 +54,7 @@ class Gpus:
     protocol: str | None = None
     #: "ucx" or "tcp"; None means UCX where it is installed
     tf32: bool = False
-    #: multiply float32 as TF32: ten bits of mantissa, several times as fast
+    #: experts multiply float32 as TF32: ten bits of mantissa, several times as fast
     memory_limit: int | None = None
     #: bytes of host memory of each worker
     dashboard_port: int | None = None
@@ -202,7 +202,7 @@ class OnGpu(WorkerPlugin):
     Parameters
     ----------
     memory_limit : bytes that CuPy's pool may hold; None leaves it alone
-    tf32 : whether float32 products are TF32
+    tf32 : whether experts' float32 products are TF32; routers' never are
     namespace : whose arrays the chunks are
     """
 
@@ -220,7 +220,7 @@ class OnGpu(WorkerPlugin):
         # Arrays pass from thread to thread, which only the stream that all share keeps in order.
         os.environ["CUPY_CUDA_PER_THREAD_DEFAULT_STREAM"] = "0"
         if self.tf32:
-            os.environ["CUPY_TF32"] = "1"  # CuPy reads it at its first product
+            os.environ[device.TF32_SWITCH] = "1"
         xp = import_module(self.namespace)
         if self.memory_limit is not None:
             xp.get_default_memory_pool().set_limit(size=self.memory_limit)

@@ -176,7 +176,8 @@ def test_the_protocol_is_the_best_that_is_there(monkeypatch):
 
 SEEN = """(
     __import__("os").environ["CUDA_VISIBLE_DEVICES"],
-    __import__("os").environ["CUPY_TF32"],
+    __import__("os").environ["DASK_EP_TF32"],
+    "CUPY_TF32" in __import__("os").environ,
     __import__("device_double").get_default_memory_pool().get_limit(),
 )"""
 
@@ -184,7 +185,10 @@ SEEN = """(
 def test_each_worker_sees_its_own_device(two_doubles):
     with start_gpus(Gpus(device_memory_limit=5 << 30, tf32=True)) as client:
         seen = client.run(eval, SEEN)
-        assert sorted(seen.values()) == [("5", "1", 5 << 30), ("GPU-2f", "1", 5 << 30)]
+        assert sorted(seen.values()) == [
+            ("5", "1", False, 5 << 30),
+            ("GPU-2f", "1", False, 5 << 30),
+        ]
         assert set(client.nthreads().values()) == {gpus.THREADS_PER_GPU}
         workers = client.scheduler_info(n_workers=-1)["workers"].values()
         assert [worker["resources"] for worker in workers] == [{"GPU": 1}] * 2

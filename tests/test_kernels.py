@@ -254,12 +254,18 @@ def test_copies_wait_for_the_compute_where_they_must_and_only_there(waits):
 
 @pytest.mark.parametrize("asked", ["0", "1"])
 def test_tf32_is_for_float32_and_by_option(cublas, monkeypatch, asked):
-    monkeypatch.setenv("CUPY_TF32", asked)
-    for dtype in DTYPES:
-        one = on_device(np.ones((1, 1), dtype))
-        grouped.products(one, [one], [(0, 1)], xp.empty((1, 1), dtype=dtype))
-    modes = [call.mode for call in cublas.calls]
-    assert modes == [77 if asked == "1" else 68, 70, 68, 68]
+    monkeypatch.setenv(device.TF32_SWITCH, asked)
+    wanted = [77 if asked == "1" else 68, 70, 68, 68]
+    one = {dtype: on_device(np.ones((1, 1), dtype)) for dtype in DTYPES}
+    for multiply in (
+        lambda x: grouped.products(x, [x], [(0, 1)], xp.empty((1, 1), dtype=x.dtype)),
+        lambda x: Linear(x)(x),
+        lambda x: Linear(x)(x, xp.empty((1, 1), dtype=x.dtype)),
+    ):
+        for x in one.values():
+            multiply(x)
+        assert [call.mode for call in cublas.calls] == wanted
+        cublas.calls.clear()
 
 
 def test_a_matrix_of_another_dtype_lives_until_it_is_used(cublas):

@@ -88,7 +88,7 @@ def main(arguments: list[str] | None = None) -> None:
     except NoDeviceError as error:
         sys.exit(f"nothing is measured: {error}")
     if options.tf32:
-        os.environ["CUPY_TF32"] = "1"
+        os.environ[device.TF32_SWITCH] = "1"
     arithmetic = f"{options.dtype}{' as TF32' if options.tf32 else ''}"
     print(f"{card.name}, {card.memory / 2**30:.0f} GiB, {arithmetic}; medians of {options.repeat}")
     print("| layer | kernel | to reach | job | to reach | memory |\n|---|---|---|---|---|---|")

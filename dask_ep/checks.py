@@ -29,16 +29,28 @@ def computing_dtype(dtype: np.dtype, on_device: bool = False) -> np.dtype:
 
 
 def check_tokens(tokens: Array) -> None:
+    refuse_masked(tokens, "tokens")
     if tokens.ndim != 2:
         raise ValueError(f"tokens must be (n, d), but have shape {tokens.shape}")
     if not is_float(tokens.dtype):
         raise TypeError(
             f"tokens must hold floats, but have dtype {tokens.dtype}; convert them with .astype"
         )
+    check_byte_order(tokens.dtype, "tokens")
+
+
+def check_byte_order(dtype: np.dtype, name: str) -> None:
+    if not dtype.isnative:
+        raise TypeError(
+            f"{name} must have the byte order of this machine, but dtype is {dtype.str}; convert "
+            f"with astype({dtype.name!r})"
+        )
 
 
 def check_routing(routing: Array, topk_weights: Array | None, *, n: float) -> None:
     """Check kinds and shapes; `n` is the number of token rows, NaN where it is not known."""
+    refuse_masked(routing, "routing")
+    refuse_masked(topk_weights, "topk_weights")
     if routing.dtype.kind not in "iu":
         raise TypeError(
             f"routing must hold integer expert indices, but has dtype {routing.dtype}; "
@@ -67,6 +79,15 @@ def check_routing(routing: Array, topk_weights: Array | None, *, n: float) -> No
 def _differ(a: float, b: float) -> bool:
     """Whether two lengths differ for certain: an unknown one (NaN) fits any."""
     return a != b and not (math.isnan(a) or math.isnan(b))
+
+
+def refuse_masked(array: Array | None, name: str) -> None:
+    """Refuse masked arrays, whose masks would be lost without a word."""
+    if isinstance(getattr(array, "_meta", array), np.ma.MaskedArray):
+        raise TypeError(
+            f"{name} must hold all values, but is a masked array; fill it with np.ma.filled, or "
+            "da.ma.filled where it is a Dask array: for routing, -1 is no expert"
+        )
 
 
 def check_rank(rank: int, world_size: int) -> None:

@@ -48,8 +48,9 @@ def expert_parallel_dispatch(
         Global expert indices, 0 to E - 1; -1 means "no expert", and adds nothing.
     expert_Ws : list of E/R experts, or (E/R, d, d_out) array
         The experts that this rank owns, and only these: each a (d, d_out) matrix, an `Expert`, or
-        a callable (m, d) -> (m, d_out). A callable gets rows in the computing dtype, and is asked
-        once with no rows for its width. Rank r owns the global experts [r * E/R, (r+1) * E/R).
+        a callable (m, d) -> (m, d_out). A callable gets rows in the computing dtype, read-only if
+        they are NumPy's, and is asked once with no rows for its width. Rank r owns the global
+        experts [r * E/R, (r+1) * E/R).
     rank, world_size : int
         r and R; 0 <= r < R. E is ``len(expert_Ws) * world_size``.
     topk_weights : (n, k) array of floats, or (n,) where routing is (n,); optional

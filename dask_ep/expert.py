@@ -90,7 +90,7 @@ class Linear(Expert):
 
 
 class _Function(Expert):
-    """A user's own function (m, d) -> (m, d_out)."""
+    """A user's own function (m, d) -> (m, d_out), which cannot change the rows that it gets."""
 
     def __init__(self, function: Callable[[Array], Array], place: str, probe: Array):
         self._function, self._place = function, place
@@ -109,6 +109,9 @@ class _Function(Expert):
         return y
 
     def __call__(self, rows: Array, out: Array | None = None) -> Array:
+        if isinstance(rows, np.ndarray):
+            rows = rows.view()
+            rows.flags.writeable = False
         y = self._checked(self._function(rows), m=len(rows), d_out=self.d_out)
         if out is None:
             return y

@@ -18,6 +18,7 @@ from dask.base import normalize_token
 
 from dask_ep.arrays import Array
 from dask_ep.checks import is_float
+from dask_ep.expert import Expert
 from dask_ep.kinds import ACTIVATIONS
 from dask_ep.local import EmptyFunction, LocalExperts
 from dask_ep.weights import Weight
@@ -217,6 +218,8 @@ class Experts:
             raise ValueError(f"activation must be one of {list(ACTIVATIONS)}, not {activation!r}")
         if weigh not in ("output", "input"):
             raise ValueError(f'weigh must be "output" or "input", not {weigh!r}')
+        if missing := [n for n, w in weights.items() if w is None and not n.endswith("bias")]:
+            raise TypeError(f"{', '.join(missing)} must be given, but came as None")
         given = {name: Weight.of(w, name) for name, w in weights.items() if w is not None}
         for name, weight in given.items():
             if not is_float(weight.dtype):
@@ -312,6 +315,11 @@ class CallableExperts:
 
     def __init__(self, functions: tuple[Callable[[Array], Array] | None, ...], d_out: int | None):
         for e, function in enumerate(functions):
+            if isinstance(function, Expert):
+                raise TypeError(
+                    f"expert {e} must be a function of its own, but is an Expert that was loaded; "
+                    "pass the Experts that it was loaded from"
+                )
             if function is not None and not callable(function):
                 raise TypeError(f"expert {e} must be callable, but is a {type(function).__name__}")
         self.functions, self.d_out = functions, d_out
@@ -343,22 +351,9 @@ class CallableExperts:
     ) -> list[Callable[[Array], Array]]:
         chosen = self if experts is None else self.subset(experts)
         return [
-            EmptyFunction(self.d_out) if function is None else _ReadingOnly(function)
+            EmptyFunction(self.d_out) if function is None else function
             for function in chosen.functions
         ]
-
-
-class _ReadingOnly:
-    """A user's function, which cannot change the rows that it gets."""
-
-    def __init__(self, function: Callable[[Array], Array]):
-        self._function = function
-
-    def __call__(self, rows: Array) -> Array:
-        if isinstance(rows, np.ndarray):
-            rows = rows.view()
-            rows.flags.writeable = False
-        return self._function(rows)
 
 
 # --- what must hold ------------------------------------------------------------------------------

@@ -26,11 +26,11 @@ from dask.task_spec import Task, TaskRef
 from dask_ep import memory
 from dask_ep.arrays import Array, namespace
 from dask_ep.capacity import Capacity, ExpertChoice
-from dask_ep.checks import computing_dtype, is_float
+from dask_ep.checks import check_byte_order, computing_dtype, is_float, refuse_masked
 from dask_ep.dispatch import dispatch
 from dask_ep.experts import CallableExperts, Experts, as_experts
 from dask_ep.lazy_routing import SmallArray, count_rows, route_rows
-from dask_ep.pipeline import expert_parallel, refuse_masked
+from dask_ep.pipeline import expert_parallel
 from dask_ep.placement import Placement
 from dask_ep.routing import Router
 from dask_ep.rows import chunked_like, keys_of, row_array, rows_of, unflatten, xp_name
@@ -334,6 +334,7 @@ class MoELayer:
                 "hidden must be (..., d) floats with at least one axis before d, but has shape "
                 f"{hidden.shape} and dtype {hidden.dtype}"
             )
+        check_byte_order(hidden.dtype, "hidden")
         d = self.experts.d
         if d is not None and hidden.shape[-1] != d:
             raise ValueError(

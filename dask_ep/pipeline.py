@@ -389,16 +389,6 @@ def _check_dask(array: Any, name: str) -> None:
             f"{name} must be a Dask array, but is a {type(array).__name__}; "
             "use da.from_array, dask_ep.open_tokens, or expert_parallel_dispatch on one chunk"
         )
-    refuse_masked(array, name)
-
-
-def refuse_masked(array: da.Array, name: str) -> None:
-    """Refuse masked arrays, whose masks would be lost without a word."""
-    if isinstance(array._meta, np.ma.MaskedArray):
-        raise TypeError(
-            f"{name} must hold all values, but is a masked array; fill it with "
-            f"da.ma.filled({name}, value): for routing, -1 is no expert"
-        )
 
 
 def _one_chunk_wide(array: da.Array) -> da.Array:

@@ -15,6 +15,7 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
+from dask_ep.checks import check_byte_order
 from dask_ep.memory import empty
 
 
@@ -125,9 +126,5 @@ def checked_dtype(dtype: np.dtype, name: str) -> np.dtype:
         )
     if not numbers:
         raise TypeError(f"{name} must hold numbers, not {dtype}; convert it with astype")
-    if not dtype.isnative:
-        raise TypeError(
-            f"{name} has the byte order of another machine ({dtype.str}); convert it with "
-            f"astype({dtype.name!r})"
-        )
+    check_byte_order(dtype, name)
     return np.dtype(dtype.type)

@@ -41,6 +41,8 @@ class Weight:
         if isinstance(obj, Weight):
             return obj
         if isinstance(obj, (list, tuple)):
+            if not obj:
+                raise ValueError(f"{name} must have one entry per expert, but has none")
             if any(isinstance(part, da.Array) for part in obj):
                 return cls.of(da.stack([_as_dask(part) for part in obj]), name)
             parts = tuple(_source(part, f"{name}[{e}]") for e, part in enumerate(obj))

@@ -225,6 +225,26 @@ REFUSED = {
         TypeError,
         r"routing must hold integer expert indices, but has dtype float64; convert",
     ),
+    "tokens of another byte order": (
+        {"tokens": np.ones((2, 3), ">f8")},
+        TypeError,
+        r"tokens must have the byte order of this machine.* >f8; convert with astype\('float64'\)",
+    ),
+    "masked tokens": (
+        {"tokens": np.ma.ones((2, 3))},
+        TypeError,
+        r"tokens must hold all values, but is a masked array",
+    ),
+    "masked routing": (
+        {"routing": np.ma.zeros(2, int)},
+        TypeError,
+        r"routing must hold all values, but is a masked array; .* for routing, -1 is no expert",
+    ),
+    "masked weights": (
+        {"topk_weights": np.ma.ones(2)},
+        TypeError,
+        r"topk_weights must hold all values, but is a masked array",
+    ),
     "integer tokens": (
         {"tokens": np.ones((2, 3), int)},
         TypeError,
@@ -320,6 +340,16 @@ REFUSED = {
         r"tokens must be .* but is a Array; for Dask arrays use dask_ep.expert_parallel",
     ),
 }
+
+
+@pytest.mark.parametrize("routing", [[0, 0, 1], [1, 0, 1]], ids=["sorted", "unsorted"])
+def test_functions_cannot_change_the_tokens(routing):
+    """Rows that come sorted by expert are a view of the tokens."""
+    tokens = np.ones((3, 2))
+    double = lambda rows: np.multiply(rows, 2, out=rows)  # noqa: E731
+    with pytest.raises(ValueError, match="read-only"):
+        expert_parallel_dispatch(tokens, np.array(routing), [double, double], 0, 1)
+    assert (tokens == 1).all()
 
 
 @pytest.mark.parametrize(("changes", "error", "message"), REFUSED.values(), ids=REFUSED)

@@ -365,6 +365,13 @@ def test_tokens_of_experts_follow_their_content():
             'weigh must be "output" or "input", not \'both\'',
         ),
         (lambda: Experts.callables([1]), TypeError, "expert 0 must be callable, but is a int"),
+        (
+            lambda: as_experts(list(Experts.gated(**weights("gate", "up", "down")).load())),
+            TypeError,
+            "expert 0 .* is an Expert that was loaded; pass the Experts that it was loaded from",
+        ),
+        (lambda: as_experts([]), ValueError, "w must have one entry per expert, but has none"),
+        (lambda: Experts.linear(None), TypeError, "w must be given"),
         (lambda: as_experts(3), TypeError, "experts must be an Experts .* not a int"),
     ],
 )

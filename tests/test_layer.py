@@ -374,6 +374,8 @@ def test_calls_that_do_not_fit_are_refused():
     layer = make()
     with pytest.raises(TypeError, match="hidden must hold all values, but is a masked array"):
         layer(da.ma.masked_equal(hidden, 0))
+    with pytest.raises(TypeError, match="hidden must have the byte order of this machine"):
+        layer(hidden.astype(">f4"))
     with pytest.raises(TypeError, match="must be a Dask array, but is a ndarray; wrap it"):
         layer(hidden.compute())
     with pytest.raises(ValueError, match=r"layer's width d=6, but has shape \(6, 4\)"):

@@ -413,6 +413,7 @@ ROUTING = da.zeros((N, 2), chunks=(20, 2), dtype=int)
         ({"routing": ROUTING[:50]}, ValueError, "routing has .*50 rows|50 rows .* tokens have 60"),
         ({"routing": ROUTING.astype(float)}, TypeError, "integer expert indices.*float64"),
         ({"tokens": TOKENS.astype(int)}, TypeError, "tokens must hold floats"),
+        ({"tokens": TOKENS.astype(">f8")}, TypeError, r"byte order .* >f8; .*'float64'"),
         ({"tokens": TOKENS[:, :4]}, ValueError, "width d=6, but tokens have width 4"),
         ({"topk_weights": TOKENS}, ValueError, r"topk_weights have \(60, 6\) and routing has"),
         ({"world_size": 0}, ValueError, "world_size must be at least 1, but is 0"),

@@ -458,7 +458,7 @@ def test_npy_files_that_are_no_plain_rows_of_numbers(tmp_path):
     with pytest.raises(TypeError, match=r"must hold numbers, not <U1"):
         open_source(path)
     np.save(path, np.ones((3, 2), ">f4"))
-    with pytest.raises(TypeError, match=r"byte order of another machine \(>f4\).*'float32'"):
+    with pytest.raises(TypeError, match=r"byte order of this machine.* >f4.*'float32'"):
         open_source(path)
     path.write_bytes(b"not an array at all")
     with pytest.raises(ValueError, match=r"is not a .npy file of numbers"):

@@ -366,6 +366,9 @@ def test_what_cannot_be_written(tmp_path):
         store(y.astype(ml_dtypes.bfloat16), tmp_path / "y.npy")
     with pytest.raises(ValueError, match="safetensors has no complex128; it has bool, uint8"):
         store(y.astype("c16"), tmp_path / "y.safetensors")
+    for kind in KINDS:
+        with pytest.raises(TypeError, match=r"byte order of this machine.* >f4; .*'float32'"):
+            store(y.astype(">f4"), tmp_path / f"y{kind}")
     with pytest.raises(ValueError, match="only Zarr is compressed"):
         store(y, tmp_path / "y.npy", compressors="auto")
     with pytest.raises(ValueError, match=r"only chunks of 1 rows in common.*rechunk\({0: 100}\)"):

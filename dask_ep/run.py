@@ -201,7 +201,7 @@ def run_job(
     inputs = open_inputs(job)
     with _started(where, job) as (threads, client):
         world_size = job.world_size or begun.get("world_size") or _count_ranks(where, client)
-        layout = lay_out(job, where, world_size)
+        layout = lay_out(job, where, world_size, workers=_count_found(client))
         chunk_rows = chunk_rows or begun.get("chunk_rows")
         workers = count_workers(where, client)
         room = _room(where, layout, client)
@@ -272,12 +272,17 @@ def _in_blocks(y: da.Array, begun: dict[str, Any]) -> da.Array:
 
 
 def lay_out(
-    job: Job, where: Where, world_size: int, devices: Sequence[Device] | None = None
+    job: Job,
+    where: Where,
+    world_size: int,
+    devices: Sequence[Device] | None = None,
+    workers: int | None = None,
 ) -> Layout:
     """Say in numbers how a job's ranks lie on the workers of a place.
 
     `devices` are the GPUs of `Gpus`; those that are found here, if they are not given. If there are
-    none, each rank has one, whose memory is not known.
+    none, each rank has one, whose memory is not known. `workers` are those of a `Cluster`; where
+    none are known, each rank has one.
     """
     if isinstance(where, Gpus):
         found = device.find_devices() if devices is None else devices
@@ -285,7 +290,7 @@ def lay_out(
     if isinstance(where, Threads):
         workers, threads = 1, _count_threads(where)
     else:
-        workers, threads = getattr(where, "count", world_size), 1
+        workers, threads = getattr(where, "count", workers or world_size), 1
     limit = getattr(where, "memory_limit", None)
     on_devices = isinstance(where, Cluster) and where.gpus
     workers = min(workers, world_size)
@@ -302,6 +307,10 @@ def _lay_out_on_gpus(job: Job, where: Gpus, world_size: int, devices: Sequence[D
         on_devices=True,
         host_limit=where.memory_limit,
     )
+
+
+def _count_found(client: Client | None) -> int | None:
+    return None if client is None else len(client.nthreads())
 
 
 def count_workers(where: Where, client: Client | None = None) -> int | None:

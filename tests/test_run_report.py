@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import psutil
 import pytest
+from distributed import LocalCluster
 
 from dask_ep import cli, planner
 from dask_ep.costs import PROCESS_BYTES, Rates
@@ -17,7 +18,7 @@ from dask_ep.example import Example, write_example
 from dask_ep.job import load_job
 from dask_ep.price import Plan
 from dask_ep.record import Record
-from dask_ep.run import Processes, Threads, run_job
+from dask_ep.run import Cluster, Processes, Threads, run_job
 from tests.checkpoints import FIXTURES
 
 
@@ -95,6 +96,15 @@ def test_on_workers(job_file, tmp_path):
     assert '<a href="run-dask.html">' in text
     assert "ep_dispatch" in (tmp_path / "run-dask.html").read_text()
     assert "the limit is 2.00 GiB" in text
+
+
+def test_the_workers_of_a_cluster_share_its_ranks(job_file, tmp_path):
+    job = load_job(job_file, out=str(tmp_path / "y.npy"), world_size=4)
+    with LocalCluster(n_workers=2, threads_per_worker=1, dashboard_address=":0") as cluster:
+        planned, record = run_recorded(job, Cluster(cluster.scheduler_address), chunk_rows=100)
+    check_counts(planned, record)
+    assert planned.workers == len(record.traffic_rows(planned.reply_row_bytes, 4)[0]) == 2
+    assert planned.experts_of_a_worker == 4, "two for each of two ranks"
 
 
 def test_a_resumed_run_is_laid_beside_the_plan_of_what_was_left(job_file, tmp_path):

@@ -20,6 +20,7 @@ from __future__ import annotations
 import errno
 import json
 from collections.abc import Mapping, Sequence
+from operator import itemgetter
 from os import PathLike
 from pathlib import Path
 
@@ -67,7 +68,7 @@ def from_file(
             )
         placement = _one_of(_from_sglang(content, path, world_size), layer, path)
     elif "layer_list" in content:
-        placement = _one_of(_from_vllm_ascend(content), layer, path)
+        placement = _one_of(_from_vllm_ascend(content, path), layer, path)
     else:
         raise ValueError(
             f'{path} holds none of "slots" (dask_ep), "physical_to_logical_map" (SGLang) and '
@@ -122,7 +123,7 @@ def write_sglang(
 
 def read_vllm_ascend(path: str | PathLike) -> list[Placement]:
     """Read vLLM Ascend's expert map, one placement for each MoE layer."""
-    return _from_vllm_ascend(_read(path))
+    return _from_vllm_ascend(_read(path), path)
 
 
 def write_vllm_ascend(path: str | PathLike, placements: Sequence[Placement]) -> None:
@@ -160,26 +161,36 @@ def _read(path: str | PathLike) -> dict:
 
 
 def _from_sglang(content: dict, path: str | PathLike, world_size: int) -> list[Placement]:
-    layers = np.array(content["physical_to_logical_map"])
-    if layers.ndim != 2 or layers.shape[1] % world_size:
+    try:
+        layers = np.array(content.get("physical_to_logical_map"))
+        shape = layers.shape
+    except ValueError:  # of rows that differ in length
+        shape = None
+    if shape is None or len(shape) != 2 or shape[1] % world_size or layers.dtype.kind != "i":
         raise ValueError(
-            f"{path} must hold (layers, slots), slots a multiple of world_size={world_size}; "
-            f"it holds {layers.shape}"
+            f'{path} must hold "physical_to_logical_map", whole numbers (layers, slots), with '
+            f"slots a multiple of world_size={world_size}; it holds "
+            f"{'lists that differ in length' if shape is None else shape}"
         )
     return [Placement(layer.reshape(world_size, -1)) for layer in layers]
 
 
-def _from_vllm_ascend(content: dict) -> list[Placement]:
-    layers = sorted(content["layer_list"], key=lambda layer: layer["layer_id"])
-    return [
-        Placement(
+def _from_vllm_ascend(content: dict, path: str | PathLike) -> list[Placement]:
+    try:
+        layers = sorted(content["layer_list"], key=itemgetter("layer_id"))
+        tables = [
             [
                 device["device_expert"]
-                for device in sorted(layer["device_list"], key=lambda device: device["device_id"])
+                for device in sorted(layer["device_list"], key=itemgetter("device_id"))
             ]
-        )
-        for layer in layers
-    ]
+            for layer in layers
+        ]
+    except (KeyError, TypeError) as error:
+        raise ValueError(
+            f'{path} must hold "layer_list", with "layer_id" and "device_list" in each layer, and '
+            f'"device_id" and "device_expert" in each device (vLLM Ascend): {error!r}'
+        ) from error
+    return [Placement(table) for table in tables]
 
 
 def _one_of(placements: list[Placement], layer: int | None, path: str | PathLike) -> Placement:

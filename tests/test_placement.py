@@ -1,5 +1,6 @@
 """Placements keep their invariants, give the published answers, and are as good as they claim."""
 
+import importlib
 import itertools
 import json
 import math
@@ -12,6 +13,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from click.testing import CliRunner, Result
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
@@ -541,6 +543,69 @@ def test_the_workflow_places_a_deployment_by_measured_loads(tmp_path):
     assert sum(moves(placements[n], after[n]) for n in (1, 2)) <= 6
 
 
+def serve(monkeypatch, folder: Path, *arguments: object) -> Result:
+    """Run the workflow in this process, for 4 experts on 2 ranks."""
+    monkeypatch.syspath_prepend(Path(__file__).parents[1] / "workflows")
+    place_for_serving = importlib.import_module("place_for_serving")
+    monkeypatch.chdir(folder)
+    sizes = ("--experts", 4, "--ranks", 2, "--out", "location.json")
+    return CliRunner().invoke(place_for_serving.main, [str(a) for a in (*arguments, *sizes)])
+
+
+def hot(folder: Path, *experts: int) -> None:
+    """Write a routing for each layer: some rows to all four experts, most to one and the next."""
+    for layer, expert in enumerate(experts):
+        np.save(folder / f"{layer}.npy", np.array([0, 1, 2, 3] * 50 + [expert, expert + 1] * 400))
+
+
+@pytest.mark.parametrize("engine", ["sglang", "vllm-ascend"])
+def test_the_workflow_keeps_layers_in_order_and_those_of_before(tmp_path, monkeypatch, engine):
+    def read() -> list[Placement]:
+        path = tmp_path / "location.json"
+        return read_sglang(path, 2) if engine == "sglang" else read_vllm_ascend(path)
+
+    hot(tmp_path, 0, 1, 2)
+    asked = ("--engine", engine, "--slots", 6)
+    named = ("2=2.npy", "0=0.npy", "1=1.npy")
+    first = serve(monkeypatch, tmp_path, *named, *asked)
+    assert first.exit_code == 0, first.output
+    before = read()
+    copies = [placement.copies.tolist() for placement in before]
+    assert copies == [[2, 2, 1, 1], [1, 2, 2, 1], [1, 1, 2, 2]]
+    hot(tmp_path, 2, 2, 2)
+    again = serve(monkeypatch, tmp_path, "1=1.npy", "--previous", "location.json", *asked)
+    assert again.exit_code == 0, again.output
+    after = read()
+    assert (after[0], after[2]) == (before[0], before[2])
+    assert after[1].copies.tolist() == [1, 1, 2, 2]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["0.npy"], "a routing is LAYER=PATH"),
+        (["x=0.npy"], "a routing is LAYER=PATH"),
+        (["1=0.npy", "1=1.npy"], "layer 1 is given twice"),
+        (["0=0.npy"], "give --slots, or --previous"),
+        (["0=0.npy", "--slots", 5], "engines have no empty slots, and layer 0 has 1"),
+        (["0=0.npy", "--slots", 3], "got num_slots=3"),
+        (["0=none.npy", "--slots", 6], "none.npy"),
+        (["2=0.npy", "--slots", 6, "--model-layers", 2], "there are layers 0 to 1, and 2 is given"),
+        (["1=0.npy", "--slots", 6, "--engine", "vllm-ascend"], "layer 0 is missing"),
+        (["1=0.npy", "--previous", "old.json"], "there are layers 0 to 0, and 1 is given"),
+        (["0=0.npy", "--previous", "old.json", "--slots", 6], "in 4 slots on 2 ranks"),
+        (["0=0.npy", "--previous", "old.json", "--nodes", 2], "--groups and --nodes"),
+        (["0=0.npy", "--previous", "old.json", "--engine", "vllm-ascend"], '"layer_list"'),
+    ],
+)
+def test_what_the_workflow_refuses(tmp_path, monkeypatch, arguments, words):
+    hot(tmp_path, 0, 1)
+    write_sglang(tmp_path / "old.json", {0: contiguous(4, 2)})
+    result = serve(monkeypatch, tmp_path, *arguments)
+    assert (result.exit_code, words in result.output) == (2, True), result.output
+    assert not (tmp_path / "location.json").exists()
+
+
 # --- messages ---------------------------------------------------------------------------------
 
 UNEVEN = exact([80, 10, 10, 20], 3)
@@ -598,6 +663,9 @@ def test_engines_refuse_uneven_shares():
         ({"physical_to_logical_map": [[0, 1]]}, {}, "pass world_size"),
         ({"physical_to_logical_map": [[0, 1]]}, {"world_size": 3}, "multiple of world_size=3"),
         ({"physical_to_logical_map": [[0, 1]] * 2}, {"world_size": 2}, "holds 2 layers"),
+        ({"physical_to_logical_map": [[0, 1], [0]]}, {"world_size": 2}, "differ in length"),
+        ({"physical_to_logical_map": 3}, {"world_size": 2}, "layers, slots"),
+        ({"layer_list": 3}, {}, 'must hold "layer_list", with'),
         ({"slots": [[0], [1]]}, {"world_size": 3}, "on 2 ranks and world_size=3"),
     ],
 )

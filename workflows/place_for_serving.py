@@ -11,11 +11,16 @@ start:
     python -m sglang.launch_server ... --init-expert-location location.json \\
         --ep-num-redundant-experts 32
 
-With --previous, a file of before, no more experts move than are needed to come within --tolerance
-of perfect balance.
+LAYER is the number of a layer in the model for SGLang, and counts its MoE layers from 0 for vLLM
+Ascend, whose file has no others.
+
+With --previous, a file of before, the layers that are not named stay as they are there, and in the
+others no more experts move than are needed to come within --tolerance of perfect balance.
 """
 
 from __future__ import annotations
+
+from collections.abc import Sequence
 
 import click
 import numpy as np
@@ -23,7 +28,7 @@ from rich.console import Console
 from rich.table import Table
 
 from dask_ep.placement import Placement, balance_layers, contiguous
-from dask_ep.placement_files import from_file, write_sglang, write_vllm_ascend
+from dask_ep.placement_files import read_sglang, read_vllm_ascend, write_sglang, write_vllm_ascend
 from dask_ep.rebalance import incremental, moves
 from dask_ep.storage import open_tokens
 from dask_ep.survey import survey
@@ -33,19 +38,21 @@ from dask_ep.survey import survey
 @click.argument("routings", nargs=-1, required=True, metavar="LAYER=PATH...")
 @click.option("--experts", type=click.IntRange(1), required=True, help="Of a layer.")
 @click.option("--ranks", type=click.IntRange(1), required=True, help="GPUs of the deployment.")
-@click.option("--slots", type=click.IntRange(1), required=True, help="On all ranks together.")
+@click.option("--slots", type=click.IntRange(1), help="On all ranks together.")
 @click.option("--groups", type=click.IntRange(1), default=1, help="Of a group-limited router.")
 @click.option("--nodes", type=click.IntRange(1), default=1, help="Machines of the deployment.")
 @click.option("--engine", type=click.Choice(["sglang", "vllm-ascend"]), default="sglang")
 @click.option("--model-layers", type=click.IntRange(1), help="Layers of the model, for SGLang.")
-@click.option("--previous", type=click.Path(exists=True), help="The engine's file of before.")
-@click.option("--tolerance", type=float, default=0.05, show_default=True)
+@click.option(
+    "--previous", type=click.Path(exists=True, dir_okay=False), help="The engine's file of before."
+)
+@click.option("--tolerance", type=click.FloatRange(0), default=0.05, show_default=True)
 @click.option("--out", type=click.Path(dir_okay=False), required=True)
 def main(
     routings: tuple[str, ...],
     experts: int,
     ranks: int,
-    slots: int,
+    slots: int | None,
     groups: int,
     nodes: int,
     engine: str,
@@ -55,25 +62,88 @@ def main(
     out: str,
 ) -> None:
     """Write where each expert goes, by the loads in LAYER=PATH: the routing of each layer."""
-    layers = [int(routing.partition("=")[0]) for routing in routings]
-    paths = [routing.partition("=")[2] for routing in routings]
-    loads = np.stack([survey(open_tokens(path), experts).expert_rows for path in paths])
-    if previous is None:
-        tables = balance_layers(loads, ranks, num_slots=slots, num_groups=groups, num_nodes=nodes)
-        placements = [Placement(table) for table in tables]
-        before = [contiguous(experts, ranks)] * len(layers)
-    else:
-        numbers = layers if engine == "sglang" else range(len(layers))
-        before = [from_file(previous, layer=n, world_size=ranks) for n in numbers]
-        placements = [
-            incremental(old, load, tolerance=tolerance)
-            for old, load in zip(before, loads, strict=True)
-        ]
-    if engine == "sglang":
-        write_sglang(out, dict(zip(layers, placements, strict=True)), num_layers=model_layers)
-    else:
-        write_vllm_ascend(out, placements)
-    Console().print(_table(layers, loads, before, placements))
+    paths = paths_of_layers(routings)
+    if engine == "vllm-ascend" and model_layers is not None:
+        raise click.UsageError("--model-layers is for SGLang: vLLM Ascend counts MoE layers alone")
+    try:
+        before = {}
+        if previous is not None:
+            before = previous_layers(previous, engine, ranks, experts, slots)
+            if (groups, nodes) != (1, 1):
+                raise click.UsageError(
+                    "--groups and --nodes need all experts placed anew; leave "
+                    "them out, or --previous"
+                )
+        elif slots is None:
+            raise click.UsageError("give --slots, or --previous")
+        check_layers(list(paths), list(before), engine, model_layers)
+        loads = np.stack(
+            [survey(open_tokens(path), experts).expert_rows for path in paths.values()]
+        )
+        if before:
+            after = [
+                incremental(before[layer], load, tolerance=tolerance)
+                for layer, load in zip(paths, loads, strict=True)
+            ]
+        else:
+            tables = balance_layers(
+                loads, ranks, num_slots=slots, num_groups=groups, num_nodes=nodes
+            )
+            after = [Placement(table) for table in tables]
+        placements = before | dict(zip(paths, after, strict=True))
+        if engine == "sglang":
+            write_sglang(out, placements, num_layers=model_layers)
+        else:
+            write_vllm_ascend(out, [placements[layer] for layer in sorted(placements)])
+    except (OSError, ValueError) as error:
+        raise click.UsageError(str(error)) from error
+    in_order = contiguous(experts, ranks)
+    old = [before.get(layer, in_order) for layer in paths]
+    Console().print(_table(list(paths), loads, old, after))
+
+
+def paths_of_layers(routings: Sequence[str]) -> dict[int, str]:
+    """Read LAYER=PATH arguments, and give them by layer."""
+    paths: dict[int, str] = {}
+    for routing in routings:
+        number, _, path = routing.partition("=")
+        if not (number.isdecimal() and path):
+            raise click.UsageError(f"a routing is LAYER=PATH, as 3=layer3.zarr; got {routing!r}")
+        if int(number) in paths:
+            raise click.UsageError(f"layer {int(number)} is given twice")
+        paths[int(number)] = path
+    return dict(sorted(paths.items()))
+
+
+def previous_layers(
+    path: str, engine: str, ranks: int, experts: int, slots: int | None
+) -> dict[int, Placement]:
+    """Read all layers of the engine's file of before, and check that it is of this deployment."""
+    read = read_sglang(path, ranks) if engine == "sglang" else read_vllm_ascend(path)
+    for layer, placement in enumerate(read):
+        found = (placement.world_size, placement.num_experts, placement.slots.size)
+        if found != (ranks, experts, slots or found[-1]):
+            raise click.UsageError(
+                f"layer {layer} of {path} has {found[1]} experts in {found[2]} slots on {found[0]} "
+                f"ranks; --experts, --slots (which may be left out) and --ranks must be these"
+            )
+    return dict(enumerate(read))
+
+
+def check_layers(
+    named: Sequence[int], before: Sequence[int], engine: str, model_layers: int | None
+) -> None:
+    """Refuse layers that the engine's file has not, or would lack."""
+    if before and model_layers not in (None, len(before)):
+        raise click.UsageError(f"--previous has {len(before)} layers, not {model_layers}")
+    layers = len(before) or model_layers
+    if layers is not None and named[-1] >= layers:
+        raise click.UsageError(f"there are layers 0 to {layers - 1}, and {named[-1]} is given")
+    if engine == "vllm-ascend" and not before and len(named) <= named[-1]:
+        missing = sorted(set(range(named[-1])) - set(named))
+        raise click.UsageError(
+            f"vLLM Ascend's file has every MoE layer, counted from 0: layer {missing[0]} is missing"
+        )
 
 
 def _table(

@@ -9,6 +9,7 @@ stopped, 2 wrong use, 3 `verify` found a difference.
 from __future__ import annotations
 
 import contextlib
+import math
 import os
 import shlex
 import sys
@@ -19,6 +20,7 @@ import click
 from dask.utils import format_bytes, format_time
 from distributed import Client
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from dask_ep import __version__
@@ -266,7 +268,7 @@ def run(job: str | None, experts: str | None, **options: Any) -> None:
         raise click.UsageError(
             "threads share memory, and nothing travels; --travel needs workers or --memory-limit"
         )
-    with _stoppable(parsed, job) as wait, progress_bar("rows") as tell:
+    with _stoppable(parsed, options["overwrite"]) as wait, progress_bar("rows") as tell:
 
         def on_progress(how: runs.Progress) -> None:
             tell(how.rows_done + how.rows_before, how.rows_in_all, "", how)
@@ -357,32 +359,49 @@ def _read_certificates(
 
 
 @contextlib.contextmanager
-def _stoppable(job: Job, path: str | None) -> Iterator[Wait]:
+def _stoppable(job: Job, overwrite: bool) -> Iterator[Wait]:
     """Give a way to wait that the first SIGINT or SIGTERM ends; at the second all ends at once."""
     try:
         with Interrupts(FAILED) as interrupts:
             yield interrupts.wait
     except KeyboardInterrupt:
-        command = "the same command" if path is None else f"dask-ep run {shlex.quote(path)}"
-        complain(f"stopped; {job.out} is {describe_output(job.out)}. Go on with {command} --resume")
+        state = describe_output(job.out)
+        how = "--resume instead of --overwrite" if overwrite else "--resume"
+        complain(f"stopped; {job.out} is {state}. Go on with the same command with {how}")
         raise click.exceptions.Exit(FAILED) from None
 
 
 # --- verify and inspect ----------------------------------------------------------------------
 
 
+def _check_tolerance(
+    context: click.Context, parameter: click.Parameter, value: float | None
+) -> float | None:
+    if value is not None and not 0 <= value < math.inf:
+        raise click.BadParameter(f"{value} must be a finite number of at least 0")
+    return value
+
+
 @click.command()
 @click.argument("job", type=click.Path(dir_okay=False))
 @click.option("--rows", type=click.IntRange(1), default=1000, show_default=True, help="To compare.")
-@click.option("--seed", type=int, default=0, show_default=True, help="Of the choice of rows.")
-@click.option("--tolerance", type=float, help="Largest error over largest value; by dtype.")
+@click.option(
+    "--seed", type=click.IntRange(0), default=0, show_default=True, help="Of the choice of rows."
+)
+@click.option(
+    "--tolerance",
+    type=float,
+    callback=_check_tolerance,
+    help="Largest error over largest value; default: by dtype.",
+)
 @click.option("--out", metavar="PATH", help="The output to check, if not the job's.")
 @debug_option
 def verify(job: str, rows: int, seed: int, tolerance: float | None, out: str | None) -> int:
     """Compute a sample of rows of JOB's output again, in float64 and in plain loops, and compare.
 
-    The sample has both ends of every block, a row of every expert, and rows at random. Only these
-    rows are read. Exit code 3 if any is beyond the tolerance.
+    The sample has both ends of the blocks, as far as half of it goes, and rows at random; for given
+    routing a row of every expert too. Of tokens and output only these rows are read. Exit code 3 if
+    any is beyond the tolerance.
 
     \b
     Example:
@@ -402,8 +421,13 @@ def _print_verification(found: Verification) -> None:
         f"largest error {found.largest_error:.3g}, that is {found.relative_error:.3g} of the "
         f"largest value {found.largest_value:.3g}; {found.tolerance:.3g} is allowed"
     )
+    if found.not_finite:
+        click.echo(f"{found.not_finite} of {found.values} values are not finite")
     if found.good:
         click.echo("good")
+        return
+    if found.relative_error <= found.tolerance:
+        click.echo("not good: nothing could be compared")
         return
     click.echo(f"{len(found.worst)} rows differ, the worst first:")
     for row in found.worst[:_MOST_WORST]:
@@ -435,12 +459,12 @@ def _print_finding(path: str, finding: Finding) -> None:
     console.print(f"{path}: {finding.kind}", markup=False)
     facts = Table.grid(padding=(0, 2))
     for name, value in finding.facts:
-        facts.add_row(f"  {name}", value)
+        facts.add_row(escape(f"  {name}"), escape(value))
     console.print(facts)
     if finding.lines:
         table = Table(*finding.header)
         for line in finding.lines:
-            table.add_row(*line)
+            table.add_row(*map(escape, line))
         console.print(table)
 
 

@@ -24,6 +24,7 @@ an array is told by `dask_ep.build`.
 from __future__ import annotations
 
 import difflib
+import math
 import os
 import tomllib
 from collections.abc import Iterable, Mapping
@@ -190,6 +191,10 @@ def _is_int(value: Any) -> bool:
     return isinstance(value, int) and not isinstance(value, bool)
 
 
+def _is_number(value: Any) -> bool:
+    return _is_int(value) or (isinstance(value, float) and math.isfinite(value))
+
+
 def _is_weight(value: Any) -> bool:
     one_per_expert = isinstance(value, list) and value and all(map(_is_path, value))
     return _is_path(value) or bool(one_per_expert)
@@ -203,7 +208,8 @@ _OUT = _Kind(
 )
 _WEIGHT = _Kind("a path, or a list of paths with one per expert", _is_weight, _resolve_weight)
 _FLAG = _Kind("true or false", lambda value: isinstance(value, bool))
-_NUMBER = _Kind("a number", lambda value: _is_int(value) or isinstance(value, float))
+_NUMBER = _Kind("a finite number", _is_number)
+_POSITIVE = _Kind("a finite number above 0", lambda value: _is_number(value) and value > 0)
 _WORD = _Kind("a word", _is_path)
 
 _JOB_KEYS = {
@@ -230,7 +236,7 @@ _TWO_MATRICES = {
     "down_bias": _WEIGHT,
     "transposed": _FLAG,
 }
-_GATE = {"limit": _NUMBER, "alpha": _NUMBER, "up_offset": _NUMBER, "weigh": _WORD}
+_GATE = {"limit": _POSITIVE, "alpha": _NUMBER, "up_offset": _NUMBER, "weigh": _WORD}
 
 EXPERT_KEYS: dict[str, dict[str, _Kind]] = {
     "linear": {"w": _WEIGHT, "bias": _WEIGHT, "transposed": _FLAG},
@@ -275,7 +281,7 @@ def _checked(table: Mapping[str, Any], *, base: Path, place: str) -> dict[str, A
 
 def _checked_experts(table: Mapping[str, Any], *, base: Path, place: str) -> dict[str, Any]:
     kind = table.get("kind")
-    if kind not in EXPERT_KEYS:
+    if not isinstance(kind, str) or kind not in EXPERT_KEYS:
         came = "is missing" if kind is None else f"is {kind!r}{nearest(str(kind), EXPERT_KEYS)}"
         raise JobError(f"{place}: kind must be one of {', '.join(EXPERT_KEYS)}, but {came}")
     rest = {key: value for key, value in table.items() if key != "kind"}

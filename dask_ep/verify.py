@@ -58,6 +58,10 @@ class Verification:
     rows: int
     #: compared
     rows_in_all: int
+    values: int
+    #: in these
+    not_finite: int
+    #: of the values, those that are not finite in the output or as recomputed
     experts_seen: int
     num_experts: int
     largest_error: float
@@ -78,8 +82,9 @@ class Verification:
 
     @property
     def good(self) -> bool:
-        """Whether no row is beyond the tolerance."""
-        return self.relative_error <= self.tolerance
+        """Whether no row is beyond the tolerance, and not all values are no numbers."""
+        compared = self.not_finite < self.values or not self.values
+        return compared and self.relative_error <= self.tolerance
 
 
 def verify_job(
@@ -100,7 +105,8 @@ def verify_job(
     FileNotFoundError
         If there is no output, or it is not complete.
     ValueError
-        If the output's shape is not that of the job.
+        If the output's shape is not that of the job, or it holds no floats; if `tolerance` is no
+        finite number of at least 0.
 
     Notes
     -----
@@ -109,6 +115,8 @@ def verify_job(
     by its own router, whose choice for a row does not depend on other rows; experts are those of
     `reference`.
     """
+    if tolerance is not None and not 0 <= tolerance < np.inf:
+        raise ValueError(f"tolerance must be a finite number of at least 0; got {tolerance}")
     output = open_output(job.out)
     inputs = open_inputs(job)
     n = inputs.tokens.shape[0]
@@ -117,10 +125,16 @@ def verify_job(
             f"the output {job.out} must be ({n}, {inputs.experts.d_out}) to be that of {job.name}, "
             f"but has shape {output.shape}; run the job again"
         )
+    if output.dtype.name not in TOLERANCES:
+        raise ValueError(
+            f"the output {job.out} must be of {', '.join(TOLERANCES)}, but is of {output.dtype}; "
+            "run the job again"
+        )
     starts = _block_starts(job.out, output)
     sample = choose_rows(inputs, starts, rows, seed)
     routing, expected = _recompute(inputs, sample)
-    errors = _errors(read_rows(output, sample), expected)
+    got = read_rows(output, sample).astype(np.float64)
+    errors = _errors(got, expected)
     if tolerance is None:
         tolerance = TOLERANCES[output.dtype.name]
         if output.dtype == np.float32 and _was_tf32(job.out):
@@ -129,6 +143,8 @@ def verify_job(
     return Verification(
         rows=len(sample),
         rows_in_all=n,
+        values=expected.size,
+        not_finite=int((~np.isfinite(got) | ~np.isfinite(expected)).sum()),
         experts_seen=int((np.unique(routing) >= 0).sum()),
         num_experts=inputs.experts.num_experts,
         largest_error=float(errors.max(initial=0.0)),
@@ -345,8 +361,7 @@ def _split_fused(
 
 
 def _errors(got: np.ndarray, expected: np.ndarray) -> np.ndarray:
-    """Largest absolute difference of each row; infinite where only one of the two is no number."""
-    got = got.astype(np.float64)
+    """Largest absolute difference of each row; infinite where only one of the two is finite."""
     with np.errstate(invalid="ignore", over="ignore"):
         errors = np.abs(got - expected)
     same = (got == expected) | (np.isnan(got) & np.isnan(expected))

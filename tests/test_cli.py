@@ -16,6 +16,7 @@ import numpy as np
 import psutil
 import pytest
 import zarr
+from safetensors.numpy import save_file
 
 from dask_ep import cli, files, run, sources, terminal
 from dask_ep.example import FORMATS, Example, write_example
@@ -147,6 +148,8 @@ def test_wrong_use_is_2(tmp_path, capsys, small_job):
         (["run", small_job, "--scheduler", "tcp://x:1", "--memory-limit", "1GB"], "is set where"),
         (["run", small_job, "--tls-cert", "c.pem"], "TLS needs --tls-ca-file and --tls-cert"),
         (["example", tmp_path / "new", "--k", 20], "k=20 slots cannot go to different ones"),
+        (["verify", small_job, "--seed", -1], "-1 is not in the range x>=0"),
+        (["verify", small_job, "--tolerance", "nan"], "nan must be a finite number"),
         (["frobnicate"], "No such command"),
     ]:
         code, _, err = here(capsys, *arguments)
@@ -187,6 +190,30 @@ def test_a_bad_index_names_chunk_and_row_and_debug_shows_all(capsys, small_job):
     full = command("run", small_job, "--chunk-rows", 100, "--overwrite", "--debug")
     assert full.returncode == 1
     assert "Traceback" in full.stderr
+
+
+def test_verify_compares_no_numbers_and_says_so(tmp_path, capsys, small_job):
+    job = load_job(small_job)
+    tokens = np.load(job.tokens)
+    tokens[5] = np.nan
+    np.save(job.tokens, tokens)
+    assert here(capsys, "run", small_job)[0] == 0
+    code, out, _ = here(capsys, "verify", small_job)
+    assert code == 0
+    assert "16 of 11200 values are not finite" in out
+    np.save(job.tokens, np.full_like(tokens, np.nan))
+    np.save(job.out, np.full((700, 16), np.nan, "f4"))
+    code, out, _ = here(capsys, "verify", small_job)
+    assert (code, out.splitlines()[-1]) == (3, "not good: nothing could be compared")
+
+
+def test_names_are_no_markup(tmp_path, capsys):
+    path = tmp_path / "t.safetensors"
+    save_file({"[bold]a": np.zeros(2, "f4"), "[/b]": np.zeros(2, "f4")}, path)
+    code, out, err = here(capsys, "inspect", path)
+    assert code == 0, err
+    assert "[bold]a" in out
+    assert "[/b]" in out
 
 
 def test_verify_finds_flipped_bytes_and_says_3(capsys, small_job):
@@ -259,7 +286,7 @@ def test_a_stopped_run_is_resumed(tmp_path, capsys, slow_job, number):
     else:
         assert code == 1
         assert "stopped;" in err
-        assert f"dask-ep run {slow_job} --resume" in err
+        assert "Go on with the same command with --resume" in err
         assert "Traceback" not in err
     done = count_blocks(out)
     assert 5 <= done < 200
@@ -267,7 +294,7 @@ def test_a_stopped_run_is_resumed(tmp_path, capsys, slow_job, number):
 
     refused = here(capsys, "run", slow_job, *where)[0]
     assert refused == 1, "not without --resume"
-    code, told, _ = here(capsys, "run", slow_job, "--out", out, "--threads", 2, "--resume")
+    code, told, _ = here(capsys, "run", slow_job, *where, "--resume")
     assert code == 0
     assert f"{6400 - 32 * done} rows in" in told
     assert f"{32 * done} were there" in told

@@ -102,7 +102,7 @@ def test_an_interrupt_is_raised_where_the_run_waits_and_nowhere_else(job, capsys
     passed = []
 
     def run() -> None:
-        with cli._stoppable(job, "job.toml") as wait:
+        with cli._stoppable(job, overwrite=True) as wait:
             interrupted()
             passed.append("held back")
             wait(SimpleQueue())
@@ -113,7 +113,7 @@ def test_an_interrupt_is_raised_where_the_run_waits_and_nowhere_else(job, capsys
     assert passed == ["held back"]
     assert end.value.exit_code == 1
     assert "stopped;" in (told := capsys.readouterr().err)
-    assert "Go on with dask-ep run job.toml --resume" in told
+    assert "the same command with --resume instead of --overwrite" in told
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
 
 

@@ -116,6 +116,7 @@ def test_the_keys_of_experts_are_the_keywords_of_their_classmethods(kind):
         ("[experts]", 'missing = "fil"\n[experts]', r"missing must be one of error, fill, but is"),
         ('"out.npy"', '"s3://b/y.npy"', r"out must be a path .* not written\), but is 's3://b/y"),
         ('"linear"', '"gatde"', r"kind must be one of .*, but is 'gatde' \(did you mean 'gated'"),
+        ('kind = "linear"', 'kind = ["linear"]', r"kind must be one of .*, but is \['linear'\]"),
         ('kind = "linear"', "", r"\[experts\]: kind must be one of .*, but is missing"),
         ('"w.npy"', '["w.npy", 3]', r"w must be a path, or a list of paths with one per expert"),
         ('w = "w.npy"', 'w = "w.npy"\ntransposed = 1', r"transposed must be true or false, but is"),
@@ -130,6 +131,24 @@ def test_mistakes_are_named(tmp_path, old, new, message):
     assert old in GOOD
     with pytest.raises(JobError, match=message):
         load_job(write(tmp_path, GOOD.replace(old, new, 1)))
+
+
+@pytest.mark.parametrize(
+    ("said", "message"),
+    [
+        ("limit = nan", r"limit must be a finite number above 0, but is nan \(float\)"),
+        ("limit = -7.0", r"limit must be a finite number above 0, but is -7\.0"),
+        ("alpha = inf", r"alpha must be a finite number, but is inf"),
+    ],
+)
+def test_a_gate_is_of_numbers(said, message):
+    with pytest.raises(JobError, match=message):
+        load_job(
+            tokens="x.npy",
+            routing="r.npy",
+            out="y.npy",
+            experts=parse_experts(f'{{kind = "gated", gate = "g", up = "u", down = "d", {said}}}'),
+        )
 
 
 def test_layer_needs_its_number(tmp_path):

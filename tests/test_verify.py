@@ -101,12 +101,39 @@ def test_what_is_no_number_is_a_difference(done_job, tmp_path, bad):
     assert found.largest_error == np.inf
 
 
+def test_one_value_that_is_no_number_in_both_hides_no_difference(tmp_path):
+    path = write_example(tmp_path / "example", Example(**SMALL, format="npy"))
+    job = load_job(path)
+    tokens = np.load(job.tokens)
+    tokens[7] = np.nan
+    np.save(job.tokens, tokens)
+    run_job(job, Threads(1))
+    found = verify_job(job, rows=700)
+    assert (found.good, found.not_finite, found.values) == (True, 16, 700 * 16)
+    y = np.load(job.out)
+    y[7, 0], y[9, 0] = 0.0, np.nan
+    np.save(job.out, y)
+    found = verify_job(job, rows=700)
+    assert not found.good
+    assert ({row.row for row in found.worst}, found.not_finite) == ({7, 9}, 17)
+
+
 @pytest.mark.parametrize("dtype", [np.float16])
 def test_the_tolerance_follows_the_dtype(done_job, tmp_path, dtype):
     job = changed(done_job, tmp_path, lambda y: None, dtype)
     found = verify_job(job, rows=700)
     assert found.good
     assert not verify_job(job, rows=700, tolerance=1e-6).good
+
+
+def test_what_is_no_output_or_no_tolerance_is_told(done_job, tmp_path):
+    job = changed(done_job, tmp_path, lambda y: None, np.int64)
+    with pytest.raises(ValueError, match=r"must be of float64, .*, but is of int64; run the job"):
+        verify_job(job)
+    with pytest.raises(
+        ValueError, match="tolerance must be a finite number of at least 0; got nan"
+    ):
+        verify_job(load_job(done_job), tolerance=np.nan)
 
 
 # --- what cannot be compared -----------------------------------------------------------------

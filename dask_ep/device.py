@@ -24,7 +24,7 @@ import sys
 import threading
 from collections import deque
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from math import prod
 from traceback import clear_frames
 from typing import Any, NamedTuple
@@ -333,8 +333,14 @@ def telling_memory(xp: Any, needed: int, rows: int | None = None, held: int = 0)
         fits = max(min((free + held) * rows // max(needed, 1), rows // 2), 1)
         raise DeviceMemoryError(
             f"the device has not enough memory for a chunk of {rows} rows: {numbers}; {fits} rows "
-            f"would fit. Finished blocks stay good: go on with --resume --chunk-rows {fits}"
+            "would fit into this step, and other steps may take fewer. Finished blocks stay good: "
+            f"go on with --resume --chunk-rows {fits}"
         ) from error
+
+
+def telling_chunk(chunk: Array, row_bytes: int) -> AbstractContextManager[None]:
+    """The same for a step on a chunk that is there: bytes that it takes of each row, at most."""
+    return telling_memory(namespace(chunk), len(chunk) * row_bytes, len(chunk), chunk.nbytes)
 
 
 def free_memory(xp: Any) -> tuple[int, int]:

@@ -27,10 +27,11 @@ from dask_ep import memory
 from dask_ep.arrays import Array, namespace
 from dask_ep.capacity import Capacity, ExpertChoice
 from dask_ep.checks import check_byte_order, computing_dtype, is_float, refuse_masked
+from dask_ep.device import telling_memory
 from dask_ep.dispatch import dispatch
 from dask_ep.experts import CallableExperts, Experts, as_experts
 from dask_ep.lazy_routing import SmallArray, count_rows, route_rows
-from dask_ep.pipeline import expert_parallel
+from dask_ep.pipeline import expert_parallel, naming, telling_kernel
 from dask_ep.placement import Placement
 from dask_ep.routing import Router
 from dask_ep.rows import chunked_like, keys_of, row_array, rows_of, unflatten, xp_name
@@ -250,7 +251,7 @@ class MoELayer:
             loaded = TaskRef(shared)
         for c, (row_key, y_key) in enumerate(zip(keys_of(rows), keys_of(routed), strict=True)):
             tasks[name, c, 0] = Task(
-                (name, c, 0), _finish, TaskRef(row_key), TaskRef(y_key), loaded, self.residual
+                (name, c, 0), _finish, TaskRef(row_key), TaskRef(y_key), loaded, self.residual, c
             )
         return row_array(name, tasks, [rows, routed], routed.chunks[1], rows._meta)
 
@@ -362,14 +363,28 @@ class MoELayer:
 def _load_shared(
     shared: Experts | CallableExperts, gate: dict[str, SmallArray], xp_name: str, dtype: np.dtype
 ) -> tuple[Any, Array | None]:
-    xp = import_module(xp_name)
-    loaded = shared.load(xp=xp, dtype=dtype)
+    xp, needed = import_module(xp_name), shared.parameters * shared.num_experts * dtype.itemsize
+    with naming("loading the shared experts"), telling_memory(xp, needed):
+        loaded = shared.load(xp=xp, dtype=dtype)
     if not gate:
         return loaded, None
     return loaded, xp.asarray(gate["shared_gate"].read().astype(computing_dtype(dtype)))
 
 
 def _finish(
+    rows: Array, routed: Array, shared: tuple[Any, Array | None] | None, residual: bool, chunk: int
+) -> Array:
+    """Add the shared experts and the rows themselves, as far as the layer has them."""
+    experts, d_out = () if shared is None else shared[0], routed.shape[1]
+    sums = 3 * d_out * computing_dtype(rows.dtype).itemsize
+    with (
+        naming(f"shared experts and residual of token chunk {chunk}"),
+        telling_kernel(rows, len(experts), experts, d_out, beside=sums),
+    ):
+        return _added(rows, routed, shared, residual)
+
+
+def _added(
     rows: Array, routed: Array, shared: tuple[Any, Array | None] | None, residual: bool
 ) -> Array:
     """Add to the routed output in float32, or float64 where rows are, rounding once."""

@@ -12,6 +12,8 @@ The rules themselves are those of `routing.py` and `capacity.py`.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from importlib import import_module
 from typing import Any, NamedTuple
 
@@ -24,10 +26,15 @@ from dask.task_spec import Task, TaskRef
 from dask_ep.arrays import Array, namespace
 from dask_ep.capacity import Capacity, ExpertChoice, choose_rows, limit_capacity
 from dask_ep.checks import is_float
+from dask_ep.device import DeviceMemoryError, telling_chunk
 from dask_ep.files import ReadError
+from dask_ep.grouped import INDEX_BYTES
 from dask_ep.routing import Router, all_scores, look_up, route, weigh_chosen
 from dask_ep.rows import keys_of, row_array, xp_name
 from dask_ep.sources import Source
+
+SCORE_BYTES = 32
+"""Of an expert while a row chooses: its logit, its score, and what routers make of them."""
 
 
 class SmallArray(NamedTuple):
@@ -149,7 +156,7 @@ def _route_chunk(
     token_ids: Array | None = None,
 ) -> tuple[Array, Array]:
     xp = namespace(hidden)
-    try:
+    with _routing(hidden, router.num_experts, router.k, chunk):
         if token_ids is None:
             return route(hidden, router, arrays["weight"],
                          bias=arrays.get("bias"),
@@ -159,8 +166,6 @@ def _route_chunk(
             return indices, xp.ones(indices.shape, dtype=np.float32)
         weight = arrays["weight"]
         return indices, weigh_chosen(hidden, indices, router, weight, bias=arrays.get("bias"))
-    except ValueError as error:
-        raise ValueError(f"routing of token chunk {chunk}: {error}") from error
 
 
 def _part(both: tuple[Array, Array], which: int) -> Array:
@@ -168,8 +173,20 @@ def _part(both: tuple[Array, Array], which: int) -> Array:
 
 
 def _score_chunk(hidden: Array, arrays: dict[str, Array], score: str, chunk: int) -> Array:
+    weight = arrays["weight"]
+    with _routing(hidden, weight.shape[0], 0, chunk):
+        return all_scores(hidden, score, weight, bias=arrays.get("bias"))
+
+
+@contextmanager
+def _routing(hidden: Array, num_experts: int, k: int, chunk: int) -> Iterator[None]:
+    """Say in an error which chunk was routed, and what it needs, if the device has too little."""
+    row_bytes = 8 * hidden.shape[1] + SCORE_BYTES * num_experts + INDEX_BYTES * k
     try:
-        return all_scores(hidden, score, arrays["weight"], bias=arrays.get("bias"))
+        with telling_chunk(hidden, row_bytes):
+            yield
+    except DeviceMemoryError as error:
+        raise DeviceMemoryError(f"routing of token chunk {chunk}: {error}") from error
     except ValueError as error:
         raise ValueError(f"routing of token chunk {chunk}: {error}") from error
 

@@ -34,11 +34,11 @@ from dask.task_spec import List, Task, TaskRef
 
 from dask_ep.arrays import Array, namespace
 from dask_ep.checks import check_routing, check_tokens, computing_dtype
-from dask_ep.device import DeviceMemoryError, telling_memory
+from dask_ep.device import DeviceMemoryError, telling_chunk, telling_memory
 from dask_ep.dispatch import expert_parallel_dispatch
 from dask_ep.exchange import Packet, send, sum_ranks
 from dask_ep.experts import CallableExperts, Experts, as_experts
-from dask_ep.grouped import row_bytes
+from dask_ep.grouped import INDEX_BYTES, row_bytes
 from dask_ep.local import LocalExperts
 from dask_ep.placement import POLICIES, Placement, contiguous, place
 from dask_ep.survey import survey
@@ -273,7 +273,7 @@ def _dispatch_chunk(
     d_out: int,
 ) -> Array:
     place = f"dispatch of token chunk {chunk} at rank 0 of 1"
-    with naming(place), _telling_memory(tokens, routing, experts, d_out):
+    with naming(place), telling_kernel(tokens, _slots_of(routing), experts, d_out):
         out = expert_parallel_dispatch(
             tokens, routing, experts, rank=0, world_size=1, topk_weights=topk_weights
         )
@@ -292,7 +292,9 @@ def _send(
     num_local: int,
     num_slots: int,
 ) -> Packet:
-    with naming(f"send of token chunk {chunk} to rank {rank}"):
+    place = f"send of token chunk {chunk} to rank {rank}"
+    one = tokens.shape[1] * tokens.dtype.itemsize + _slots_of(routing) * INDEX_BYTES
+    with naming(place), telling_chunk(tokens, one):
         check_routing(routing, topk_weights, n=tokens.shape[0])
         physical = routing if placement is None else placement.rewrite(routing, first_row, home)
         return send(tokens, physical, topk_weights, rank, num_local, num_slots)
@@ -302,7 +304,7 @@ def _dispatch(
     packet: Packet, experts: LocalExperts, chunk: int, rank: int, world_size: int, d_out: int
 ) -> Array:
     place = f"dispatch of token chunk {chunk} at rank {rank} of {world_size}"
-    with naming(place), _telling_memory(packet.rows, packet.routing, experts, d_out):
+    with naming(place), telling_kernel(packet.rows, _slots_of(packet.routing), experts, d_out):
         out = expert_parallel_dispatch(
             packet.rows,
             packet.routing,
@@ -324,7 +326,9 @@ def _sum(
     num_local: int,
     dtype: np.dtype,
 ) -> Array:
-    with naming(f"sum of token chunk {chunk}"):
+    sums = computing_dtype(dtype).itemsize + dtype.itemsize
+    one = outputs[0].shape[1] * sums + (len(outputs) + _slots_of(routing)) * INDEX_BYTES
+    with naming(f"sum of token chunk {chunk}"), telling_chunk(routing, one):
         physical = routing if placement is None else placement.rewrite(routing, first_row, home)
         return sum_ranks(physical, outputs, num_local, dtype)
 
@@ -341,16 +345,23 @@ def naming(place: str) -> Iterator[None]:
         raise
 
 
-def _telling_memory(
-    tokens: Array, routing: Array, experts: Sequence[Any], d_out: int
-) -> AbstractContextManager:
-    """Say what a chunk needs, if the device that computes it has not enough memory."""
+def telling_kernel(
+    tokens: Array, k: int, experts: Sequence[Any], d_out: int, beside: int = 0
+) -> AbstractContextManager[None]:
+    """Say what a chunk needs, if the device that computes it has not enough memory.
+
+    `beside` is what a row takes beside the kernel.
+    """
     if namespace(tokens) is np:
         return nullcontext()
-    (n, d), k = tokens.shape, 1 if routing.ndim == 1 else routing.shape[1]
-    widest = max(getattr(expert, "widest", d_out) for expert in experts)
-    one = row_bytes(d, d_out, widest, k, tokens.dtype.itemsize)
-    return telling_memory(namespace(tokens), n * one, n, tokens.nbytes)
+    widest = max((getattr(expert, "widest", d_out) for expert in experts), default=0)
+    one = row_bytes(tokens.shape[1], d_out, widest, k, tokens.dtype.itemsize)
+    return telling_chunk(tokens, one + beside)
+
+
+def _slots_of(routing: Array) -> int:
+    """k of a routing (n,) or (n, k)."""
+    return 1 if routing.ndim == 1 else routing.shape[1]
 
 
 def _of_width(out: Array, d_out: int) -> Array:

@@ -25,7 +25,18 @@ from dask.utils import Dispatch
 from distributed import Client
 from distributed.protocol import deserialize, serialize
 
-from dask_ep import Experts, cli, device, expert_parallel, gpus, grouped, open_tokens, store, wire
+from dask_ep import (
+    Experts,
+    Router,
+    cli,
+    device,
+    expert_parallel,
+    gpus,
+    grouped,
+    open_tokens,
+    store,
+    wire,
+)
 from dask_ep.build import build, open_inputs
 from dask_ep.costs import FEWEST_ROWS
 from dask_ep.device import (
@@ -44,11 +55,14 @@ from dask_ep.fit import DoesNotFit, choose_chunk_rows, need
 from dask_ep.gpus import Gpus, OnGpu, choose_protocol, start_gpus
 from dask_ep.held import held_as_stored
 from dask_ep.job import load_job
+from dask_ep.layer import _finish
+from dask_ep.lazy_routing import _route_chunk
+from dask_ep.pipeline import _send, _sum
 from dask_ep.run import Cluster, Progress, Threads, lay_out, run_job
 from dask_ep.sources import open_source
 from dask_ep.verify import TF32_TOLERANCE, TOLERANCES, verify_job
 from tests.checkpoints import FIXTURES, LAYER, expected
-from tests.device_double import DeviceArray, on_device, watch
+from tests.device_double import DeviceArray, MemoryPool, on_device, watch
 from tests.device_double import namespace as xp
 
 ROOT = Path(__file__).parents[1]
@@ -360,10 +374,11 @@ def test_a_job_whose_experts_fit_a_device_only_as_they_are_stored(
 
 
 @pytest.fixture
-def little_memory() -> Iterator[None]:
-    xp.get_default_memory_pool().set_limit(size=100_000)
-    yield
-    xp.get_default_memory_pool().set_limit(size=0)
+def little_memory() -> Iterator[MemoryPool]:
+    pool = xp.get_default_memory_pool()
+    pool.set_limit(size=100_000)
+    yield pool
+    pool.set_limit(size=0)
 
 
 @pytest.mark.usefixtures("little_memory")
@@ -389,13 +404,49 @@ def test_an_error_says_what_was_needed_what_is_free_and_what_fits():
         f"800 rows: it needs {needed} bytes, "
     )
     free, total, fits = re.search(
-        r"(\d+) of (\d+) are free.*; (\d+) rows would fit", str(error.value)
+        r"(\d+) of (\d+) are free.*; (\d+) rows would fit into this step", str(error.value)
     ).groups()
     assert (int(total), int(fits)) == (100_000, (int(free) + 800 * 8 * 4) * 800 // needed)
     del error
     gc.collect()  # its frames hold the chunk
     for block in run(int(fits)):
         block.compute(scheduler="sync")
+
+
+@pytest.mark.parametrize(
+    "name", ["routing", "send", "sum", "shared experts and residual", "residual"]
+)
+def test_every_step_tells_what_it_needs_and_needs_no_more(request, name):
+    rng, (n, d, E) = np.random.default_rng(0), (900, 32, 8)
+    shapes = [(n, d), (E, d), (n, 2)]
+    tokens, weight, weights = (on_device(rng.random(shape, "f4")) for shape in shapes)
+    routing = on_device(rng.integers(0, E, (n, 2)))
+    shared = Experts.gated(*rng.random((2, 2, d, 24), "f4"), rng.random((2, 24, d), "f4"))
+    loaded = shared.load(xp=xp), None
+    answers = [send(tokens, routing, None, rank, 4, E).rows for rank in (0, 1)]
+    step = {
+        "routing": lambda: _route_chunk(tokens, {"weight": weight}, Router(E, 2), 7),
+        "send": lambda: _send(tokens, routing, weights, None, 0, None, 7, 1, 4, E),
+        "sum": lambda: _sum(routing, answers, None, 0, None, 7, 4, tokens.dtype),
+        "shared experts and residual": lambda: _finish(tokens, tokens, loaded, True, 7),
+        "residual": lambda: _finish(tokens, tokens, None, True, 7),
+    }[name]
+    pool = request.getfixturevalue("little_memory")
+    pool.set_limit(size=20_000)
+    with pytest.raises(DeviceMemoryError, match=f"{name} of token chunk 7") as error:
+        step()
+    words = r"a chunk of 900 rows: it needs (\d+) bytes, .* go on with --resume --chunk-rows \d+$"
+    pool.set_limit(size=int(re.search(words, str(error.value))[1]))
+    step()
+
+
+@pytest.mark.usefixtures("little_memory")
+def test_a_chunk_that_cannot_be_read_to_the_device_says_that_later_steps_need_more(tmp_path):
+    np.save(tmp_path / "tokens.npy", np.ones((4000, 8), "f4"))
+    tokens = open_tokens(tmp_path / "tokens.npy", chunks=4000, xp="device_double")
+    words = "it needs 128000 bytes, .*; 2000 rows would fit into this step, and other steps may"
+    with pytest.raises(DeviceMemoryError, match=words):
+        tokens.compute(scheduler="sync")
 
 
 @pytest.mark.usefixtures("little_memory")

@@ -62,6 +62,10 @@ METADATA = ("dask-ep", "owners")
 PREFIXES = ("ep_experts-", "ep_dispatch-")
 """What the names of pinned tasks begin with; the rank is the last element of their keys."""
 
+FUSED = "-ep_experts-"
+"""In the names of tasks that Dask has made of the last step of weights in Dask arrays and of their
+loading, such as ``getitem-ep_experts-<tok>``; the rest of their keys is that of the loading."""
+
 
 def _seen_by_the_user(hook: Callable) -> Callable:
     """The scheduler logs what a plugin raises, and goes on: keep it for `Owners.failures`.
@@ -394,7 +398,7 @@ class Ownership(SchedulerPlugin):
 
 
 def _is_pinned(name: object) -> bool:
-    return isinstance(name, str) and name.startswith(PREFIXES)
+    return isinstance(name, str) and (name.startswith(PREFIXES) or FUSED in name)
 
 
 def _has_rank(key: object) -> bool:

@@ -79,15 +79,18 @@ class Weight:
     def subset(self, ids: Sequence[int]) -> Weight:
         """Keep the experts `ids` (positions here; -1 stays an empty slot)."""
         ids = tuple(self.ids[e] if e >= 0 else -1 for e in ids)
-        if isinstance(self.parts, ArraySource) and ids and min(ids) >= 0:
-            low, high = min(ids), max(ids) + 1  # so that a task carries this rank's part alone
-            part = ArraySource(self.parts.array[low:high], self.parts.name)
-            return Weight(part, tuple(e - low for e in ids))
+        if not isinstance(self.parts, (tuple, ArraySource)):
+            return Weight(self.parts, ids)
+        held = [e for e in ids if e >= 0] or [0]  # one, so that empty slots have a shape
+        renumbered = iter(range(len(held)))
+        ids = tuple(next(renumbered) if e >= 0 else -1 for e in ids)
+        return Weight(tuple(map(self._part, held)), ids)
+
+    def _part(self, e: int) -> Source:
+        """One expert by itself, so that a task carries its rank's part alone."""
         if isinstance(self.parts, tuple):
-            parts = tuple(self.parts[e] for e in ids if e >= 0) or self.parts[:1]
-            renumbered = iter(range(len(parts)))
-            return Weight(parts, tuple(next(renumbered) if e >= 0 else -1 for e in ids))
-        return Weight(self.parts, ids)
+            return self.parts[e]
+        return ArraySource(self.parts.array[e], self.parts.name)
 
     def collection(self) -> da.Array | None:
         """The Dask array that holds these experts in one chunk, if that is where they lie."""

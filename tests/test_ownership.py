@@ -133,6 +133,20 @@ def test_each_worker_reads_the_weights_of_its_own_ranks_and_no_more(client, note
         assert read() == own
 
 
+@pytest.mark.parametrize("chunks", [(1, -1, -1), (4, -1, -1), (5, 16, -1)])
+def test_weights_in_dask_arrays_are_loaded_by_the_owner_alone(client, recorded, chunks):
+    """Dask fuses the last step of the weights' own graph with the loading, and names it so."""
+    weights = da.random.default_rng(0).standard_normal((6, 32, 32), chunks=chunks, dtype="f4")
+    y, _ = layer(experts=weights)
+    with own_experts(client, 6) as owners:
+        assert np.array_equal(client.compute(y).result(DEADLINE), _alone(y))
+        loaded = [
+            (key[-1], worker) for key, worker in computed(client) if "ep_experts-" in str(key[0])
+        ]
+        assert {rank for rank, _ in loaded} == set(range(6))
+        assert {worker for rank, worker in loaded if worker not in owners.owners[rank]} == set()
+
+
 def test_each_owner_of_a_replicated_rank_reads_its_weights_itself(client, recorded, noted):
     y, slice_bytes, read = noted
     with own_experts(client, 6, replicas=dict.fromkeys(range(6), 3)):

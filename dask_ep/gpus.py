@@ -20,6 +20,7 @@ from importlib import import_module
 from importlib.util import find_spec
 from typing import Any
 
+import dask
 from distributed import Client, Nanny, Scheduler, SpecCluster, Worker, WorkerPlugin
 from distributed.system import MEMORY_LIMIT
 
@@ -35,6 +36,10 @@ PROTOCOLS = ("tcp", "ucx")
 
 UCX_PACKAGES = ("distributed_ucxx", "rmm")
 """UCX itself, and what gives it device memory to receive into, without which it refuses to."""
+
+UCX_ON_GPUS = {"distributed-ucxx.create-cuda-context": True}
+"""Dask's configuration wherever UCX may start: it finds no device memory without a CUDA context
+that was there before it. Workers get the configuration of the process that starts them."""
 
 MEMORY_SHARE = 0.9
 """Of a device's memory, what CuPy's pool may hold without a limit from the user: the rest is for
@@ -91,11 +96,12 @@ def start_gpus(where: Gpus) -> Iterator[Client]:
     devices = device.find_devices()
     protocol = choose_protocol(where.protocol)
     make = _dask_cuda_cluster if find_spec("dask_cuda") is not None else _plain_cluster
-    with deaf_children():
-        started = make(where, devices, protocol)
-    with started as cluster, Client(cluster) as client:
-        _prepare(client, OnGpu(device_limit(where, devices), where.tf32))
-        yield client
+    with dask.config.set(UCX_ON_GPUS):
+        with deaf_children():
+            started = make(where, devices, protocol)
+        with started as cluster, Client(cluster) as client:
+            _prepare(client, OnGpu(device_limit(where, devices), where.tf32))
+            yield client
 
 
 def check_gpus(client: Client) -> None:

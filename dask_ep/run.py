@@ -19,6 +19,7 @@ from dataclasses import dataclass, replace
 from queue import SimpleQueue
 from typing import Any, NamedTuple
 
+import dask
 import dask.array as da
 from dask.system import CPU_COUNT
 from distributed import (
@@ -38,6 +39,7 @@ from dask_ep.device import Device
 from dask_ep.fit import Layout, choose_chunk_rows, hold_what_fits, slots_beside
 from dask_ep.gpus import (
     THREADS_PER_GPU,
+    UCX_ON_GPUS,
     Gpus,
     check_gpus,
     device_limit,
@@ -373,12 +375,15 @@ def _started(where: Where, job: Job) -> Iterator[tuple[int, Client | None]]:
         with start_gpus(where) as client:
             yield 1, client
     else:
-        with connect(
-            where.address,
-            scheduler_file=where.scheduler_file,
-            certificates=where.certificates,
-            timeout=CONNECT_SECONDS,
-        ) as client:
+        with (
+            dask.config.set(UCX_ON_GPUS if where.gpus else {}),
+            connect(
+                where.address,
+                scheduler_file=where.scheduler_file,
+                certificates=where.certificates,
+                timeout=CONNECT_SECONDS,
+            ) as client,
+        ):
             check_cluster(client, _files_of(job))
             client.register_plugin(OneBlasThread())
             if where.gpus:

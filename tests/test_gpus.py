@@ -34,6 +34,7 @@ from dask_ep import (
     gpus,
     grouped,
     open_tokens,
+    run,
     store,
     wire,
 )
@@ -192,6 +193,7 @@ SEEN = """(
     __import__("os").environ["CUDA_VISIBLE_DEVICES"],
     __import__("os").environ["DASK_EP_TF32"],
     "CUPY_TF32" in __import__("os").environ,
+    __import__("dask").config.get("distributed-ucxx.create-cuda-context"),
     __import__("device_double").get_default_memory_pool().get_limit(),
 )"""
 
@@ -200,8 +202,8 @@ def test_each_worker_sees_its_own_device(two_doubles):
     with start_gpus(Gpus(device_memory_limit=5 << 30, tf32=True)) as client:
         seen = client.run(eval, SEEN)
         assert sorted(seen.values()) == [
-            ("5", "1", False, 5 << 30),
-            ("GPU-2f", "1", False, 5 << 30),
+            ("5", "1", False, True, 5 << 30),
+            ("GPU-2f", "1", False, True, 5 << 30),
         ]
         assert set(client.nthreads().values()) == {gpus.THREADS_PER_GPU}
         workers = client.scheduler_info(n_workers=-1)["workers"].values()
@@ -244,6 +246,21 @@ def test_dask_cuda_starts_the_workers_where_it_is_installed(monkeypatch):
     assert called["CUDA_VISIBLE_DEVICES"] == ["5", "GPU-2f"]
     assert called["device_memory_limit"] == 8 << 30
     assert (called["protocol"], called["resources"]) == ("tcp", {"GPU": 1})
+
+
+@pytest.mark.parametrize("on_gpus", [False, True])
+def test_a_client_of_gpus_makes_a_cuda_context_before_ucx_starts(monkeypatch, small_job, on_gpus):
+    made = []
+
+    def connect(address: str, **options: object) -> None:
+        made.append(dask.config.get("distributed-ucxx.create-cuda-context", False))
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(run, "connect", connect)
+    monkeypatch.setattr(device, "find_devices", lambda: [Device(0, "double", 8 << 30)])
+    with pytest.raises(KeyboardInterrupt):
+        run_job(load_job(small_job), Cluster("ucx://x:1", gpus=on_gpus))
+    assert made == [on_gpus]
 
 
 def test_dask_cuda_leaves_experts_on_the_device(monkeypatch):

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import os
 import re
+import runpy
 import subprocess
 import sys
 import tomllib
 from pathlib import Path
+from types import SimpleNamespace
 from typing import NamedTuple
 
+import dask
 import numpy as np
 import pytest
 
@@ -79,6 +82,19 @@ def test_script_that_needs_torch_says_so(name):
     header = re.search(r"# /// script\n(.*?)# ///\n", text, re.DOTALL).group(1)
     stated = tomllib.loads(re.sub(r"^# ?", "", header, flags=re.MULTILINE))["dependencies"]
     assert {"torch", "transformers"} <= {re.match(r"[\w-]+", one).group() for one in stated}
+
+
+def test_the_scheduler_of_gpu_nodes_makes_a_cuda_context_before_ucx_starts():
+    workflow = runpy.run_path(str(ROOT / "workflows" / "gpu_cluster.py"))
+    options = {"nodes": ["localhost"], "interface": None, "port": 1, "device_memory_limit": "0.9"}
+    for protocol in ("ucx", "tcp"):
+        asked = SimpleNamespace(protocol=protocol, **options)
+        scheduler, _ = workflow["commands_of"](asked, f"{protocol}://127.0.0.1:1")
+        given = [part for part in scheduler[: scheduler.index(sys.executable)] if "=" in part]
+        said = dask.config.collect_env(dict(part.split("=") for part in given))
+        with dask.config.set(said):
+            made = dask.config.get("distributed-ucxx.create-cuda-context", False)
+        assert made is (protocol == "ucx")
 
 
 @pytest.mark.parametrize("name", list(TOYS))

@@ -64,7 +64,19 @@ def commands_of(asked: argparse.Namespace, address: str) -> Iterator[list[str]]:
     card = [] if asked.interface is None else ["--interface", asked.interface]
     here = ["--host", "127.0.0.1"] if asked.nodes == ["localhost"] else card
     dask = [sys.executable, "-m", "dask"]
-    yield [*dask, "scheduler", "--protocol", asked.protocol, "--port", str(asked.port), *here]
+    # UCX finds the devices only where a CUDA context was there before it; workers see to it.
+    cuda = ["env", "DASK_DISTRIBUTED_UCXX__CREATE_CUDA_CONTEXT=True"]
+    first = cuda if asked.protocol == "ucx" else []
+    yield [
+        *first,
+        *dask,
+        "scheduler",
+        "--protocol",
+        asked.protocol,
+        "--port",
+        str(asked.port),
+        *here,
+    ]
     for node in asked.nodes:
         worker = [
             *(*dask, "cuda", "worker", address, "--protocol", asked.protocol, *card),

@@ -41,6 +41,9 @@ UCX_ON_GPUS = {"distributed-ucxx.create-cuda-context": True}
 """Dask's configuration wherever UCX may start: it finds no device memory without a CUDA context
 that was there before it. Workers get the configuration of the process that starts them."""
 
+STREAM_PER_THREAD = "CUPY_CUDA_PER_THREAD_DEFAULT_STREAM"
+"""Environment variable by which CuPy gives each thread a stream, when it is imported."""
+
 MEMORY_SHARE = 0.9
 """Of a device's memory, what CuPy's pool may hold without a limit from the user: the rest is for
 CUDA itself, cuBLAS's workspaces and what others have there."""
@@ -223,11 +226,16 @@ class OnGpu(WorkerPlugin):
 
     def setup(self, worker: Worker) -> None:
         limit_blas_for_good()
-        # Arrays pass from thread to thread, which only the stream that all share keeps in order.
-        os.environ["CUPY_CUDA_PER_THREAD_DEFAULT_STREAM"] = "0"
+        os.environ[STREAM_PER_THREAD] = "0"
         if self.tf32:
             os.environ[device.TF32_SWITCH] = "1"
         xp = import_module(self.namespace)
+        if xp.cuda.get_current_stream() == xp.cuda.Stream.ptds:  # it was imported before
+            raise NoDeviceError(
+                "arrays pass from thread to thread of a worker, so all must start their work on "
+                f"one stream, but CuPy was imported with {STREAM_PER_THREAD} set; unset it where "
+                "workers start"
+            )
         if self.memory_limit is not None:
             xp.get_default_memory_pool().set_limit(size=self.memory_limit)
         wire.register(xp)

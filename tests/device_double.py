@@ -816,6 +816,7 @@ class Stream:
     """
 
     null: Stream
+    ptds: Stream
 
     def __init__(self, null=False, non_blocking=False, ptds=False, priority=None):
         self._waiting = [] if non_blocking else None
@@ -880,6 +881,7 @@ class _Current(threading.local):
 
 _current = _Current()
 Stream.null = Stream(null=True)
+Stream.ptds = Stream(ptds=True)
 
 
 def get_current_stream(device_id=-1):

@@ -637,6 +637,17 @@ def test_packets_on_the_host_travel_as_ever():
     assert header["serializer"] == "pickle"
 
 
+def test_a_worker_whose_threads_have_a_stream_each_is_refused(monkeypatch):
+    monkeypatch.setattr(gpus, "limit_blas_for_good", lambda: None)
+    monkeypatch.setenv("CUPY_CUDA_PER_THREAD_DEFAULT_STREAM", "1")
+    plugin = OnGpu(namespace="device_double")
+    plugin.setup(None)
+    assert os.environ["CUPY_CUDA_PER_THREAD_DEFAULT_STREAM"] == "0"
+    monkeypatch.setattr(xp.cuda, "get_current_stream", lambda: xp.cuda.Stream.ptds)
+    with pytest.raises(NoDeviceError, match="one stream, but CuPy was imported with CUPY_CUDA_PER"):
+        plugin.setup(None)
+
+
 def test_a_worker_is_prepared_once(monkeypatch):
     assert OnGpu.idempotent
     plugin = OnGpu(memory_limit=1 << 30, namespace="device_double")

@@ -48,6 +48,8 @@ class Device(NamedTuple):
     name: str
     memory: int
     #: bytes in all
+    of_host: bool = False
+    #: whether that is the host's memory, as on a system on a chip
 
 
 def find_devices() -> list[Device]:
@@ -87,7 +89,7 @@ def find_devices() -> list[Device]:
         ) from error
     properties = [runtime.getDeviceProperties(index) for index in range(count)]
     return [
-        Device(index, one["name"].decode(), one["totalGlobalMem"])
+        Device(index, one["name"].decode(), one["totalGlobalMem"], bool(one["integrated"]))
         for index, one in enumerate(properties)
     ]
 

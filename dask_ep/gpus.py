@@ -98,7 +98,9 @@ def start_gpus(where: Gpus) -> Iterator[Client]:
     """
     devices = device.find_devices()
     protocol = choose_protocol(where.protocol)
-    make = _dask_cuda_cluster if find_spec("dask_cuda") is not None else _plain_cluster
+    # dask-cuda spills from a device's own memory to the host's, and takes no limit without it.
+    spills = find_spec("dask_cuda") is not None and not any(one.of_host for one in devices)
+    make = _dask_cuda_cluster if spills else _plain_cluster
     with dask.config.set(UCX_ON_GPUS):
         with deaf_children():
             started = make(where, devices, protocol)

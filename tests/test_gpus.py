@@ -145,6 +145,19 @@ def test_without_cudas_libraries_it_says_what_to_install(monkeypatch, capsys, sm
     assert "cupy-cuda12x[ctk]" in err
 
 
+def test_a_device_without_memory_of_its_own_is_known(monkeypatch):
+    found = {"name": b"chip", "totalGlobalMem": 1 << 30}
+    cupy = type(sys)("cupy")
+    cupy.cuda = type("cuda", (), {"cublas": None, "nvrtc": SimpleNamespace(getVersion=int)})
+    cupy.cuda.runtime = SimpleNamespace(
+        getDeviceCount=lambda: 2,
+        getDeviceProperties=lambda index: found | {"integrated": index},
+        CUDARuntimeError=OSError,
+    )
+    monkeypatch.setitem(sys.modules, "cupy", cupy)
+    assert [one.of_host for one in device.find_devices()] == [False, True]
+
+
 def test_options_that_say_nothing_are_refused(capsys, small_job):
     for options, words in [
         (["--protocol", "tcp"], "--protocol needs --gpu"),
@@ -246,6 +259,12 @@ def test_dask_cuda_starts_the_workers_where_it_is_installed(monkeypatch):
     assert called["CUDA_VISIBLE_DEVICES"] == ["5", "GPU-2f"]
     assert called["device_memory_limit"] == 8 << 30
     assert (called["protocol"], called["resources"]) == ("tcp", {"GPU": 1})
+    called.clear()
+    devices = [one._replace(of_host=True) for one in device.find_devices()]
+    monkeypatch.setattr(device, "find_devices", lambda: devices)
+    with start_gpus(Gpus()) as client:
+        assert len(client.nthreads()) == 2, "plain processes: it has no use for shared memory"
+    assert not called
 
 
 @pytest.mark.parametrize("on_gpus", [False, True])

@@ -1,7 +1,8 @@
 """How fast is a GPU at what a run does with it?
 
 About a second, on the first GPU that is visible: products of as many rows as a chunk brings an
-expert, one expert after the other; gathering rows; copies up and down; and, on the host, files.
+expert, in the calls that a run mostly takes (one for all experts where rows are few, else one for
+each); gathering rows; copies up and down; and, on the host, files.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from dask_ep import device
 from dask_ep.checks import computing_dtype
 from dask_ep.costs import Rates
 from dask_ep.device import NoDeviceError, download, pinned_empty, upload
-from dask_ep.grouped import gather, products
+from dask_ep.grouped import PADDED_ROWS, gather, products
 from dask_ep.probe import probe_files, rate
 
 MOST_BYTES = 256 << 20
@@ -88,7 +89,9 @@ def _measure(
     host.fill(1)
     tokens, order = upload(xp, host), xp.arange(rows, dtype=np.int64)[::-1].copy()
     matrices = list(xp.zeros((count, d, width), dtype=dtype))
-    bounds = [(e * of_expert, (e + 1) * of_expert) for e in range(count)]
+    less = int(of_expert > PADDED_ROWS[0])  # as many for each would go into one call
+    starts = range(0, count * of_expert, of_expert)
+    bounds = [(start, start + of_expert - less * (e % 2)) for e, start in enumerate(starts)]
     out = xp.empty((count * of_expert, width), dtype=computing_dtype(dtype))
 
     def waiting(work: Callable[[], object], amount: float) -> Callable[[], float]:
@@ -99,7 +102,7 @@ def _measure(
 
         return run
 
-    flops = 2.0 * count * of_expert * d * width
+    flops = 2.0 * sum(stop - start for start, stop in bounds) * d * width
     through = waiting(lambda: products(tokens[: count * of_expert], matrices, bounds, out), flops)
     gathered = waiting(lambda: gather(tokens, order), 2.0 * tokens.nbytes)
     copied = waiting(lambda: (upload(xp, host), download(tokens)), 2.0 * tokens.nbytes)

@@ -14,7 +14,15 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from dask_ep import Experts, device, expert_parallel_dispatch, fused, grouped, reference
+from dask_ep import (
+    Experts,
+    device,
+    device_probe,
+    expert_parallel_dispatch,
+    fused,
+    grouped,
+    reference,
+)
 from dask_ep.checks import computing_dtype
 from dask_ep.exchange import send, sum_ranks
 from dask_ep.expert import Linear
@@ -322,6 +330,18 @@ def test_experts_that_would_make_too_much_at_a_time_compute_by_themselves(cublas
     tokens = on_device(normal(100, 4))
     expert_parallel_dispatch(tokens, on_device(routing), experts.load(xp=xp), 0, 1)
     assert made == [25, 40, 30, 5]
+
+
+@pytest.mark.parametrize(("rows", "calls", "batches"), [(512, 4, []), (32, 0, [4])])
+def test_a_device_is_probed_by_the_calls_of_a_run(cublas, monkeypatch, rows, calls, batches):
+    """About 128 rows an expert; and 8, which a run pads."""
+    measured = []
+    monkeypatch.setattr(device_probe, "rate", lambda work, seconds: measured.append(work()) or 1.0)
+    monkeypatch.setattr(device_probe, "probe_files", lambda seconds: {})
+    device_probe._measure(xp, 16, 24, rows, 2, 8, np.dtype("f4"), 1.0)
+    assert (len(cublas.calls), [len(batch) for batch in cublas.batches]) == (calls, batches)
+    multiplied = [*cublas.calls, *(call for batch in cublas.batches for call in batch)]
+    assert measured[0] == sum(2 * call.n * 16 * 24 for call in multiplied)
 
 
 def test_the_benchmark_measures_what_it_says(cublas, monkeypatch, capsys):

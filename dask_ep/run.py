@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import math
 import os
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -35,6 +36,7 @@ from dask_ep import device, journal
 from dask_ep.blas import one_blas_thread
 from dask_ep.build import WEIGHT_KEYS, build, open_inputs
 from dask_ep.cluster import Certificates, OneBlasThread, check_cluster, connect
+from dask_ep.costs import PART_OF_A_WORKER
 from dask_ep.device import Device
 from dask_ep.fit import Layout, choose_chunk_rows, hold_what_fits, slots_beside
 from dask_ep.gpus import (
@@ -151,7 +153,8 @@ def run_job(
     job : from `dask_ep.job.load_job`
     where : `Threads`, `Processes`, `Gpus` or `Cluster`
     resume : go on with what a stopped run has left, with its ranks, and its chunks unless
-        `chunk_rows` are others: then smaller ones are computed, and joined to its blocks
+        `chunk_rows` are others: then smaller ones are computed, and joined to its blocks. A run in
+        passes goes on as it was begun
     overwrite : start again, whatever is there
     chunk_rows : rows of a token chunk; by default about 32 MiB of them, or what fits the memory
         limit
@@ -203,16 +206,17 @@ def run_job(
     inputs = open_inputs(job)
     with _started(where, job) as (threads, client):
         world_size = job.world_size or begun.get("world_size") or _count_ranks(where, client)
-        layout = lay_out(job, where, world_size, workers=_count_found(client))
-        chunk_rows = chunk_rows or begun.get("chunk_rows")
         workers = count_workers(where, client)
-        room = _room(where, layout, client)
-        layout = room if room.on_devices else layout
-        inputs = inputs if begun.get("passes") else hold_what_fits(inputs, room, chunk_rows)
-        passes = (
-            begun["passes"] if begun else find_passes(inputs, room, workers, chunk_rows, travel)
-        )
+        layout = lay_out(job, where, world_size, workers=_count_found(client))
+        layout = _with_memory(layout, where, client)
+        passes = begun.get("passes")
+        if passes is not None and not layout.on_devices:
+            _check_resumed(passes, layout, workers, chunk_rows)
+        chunk_rows = chunk_rows or begun.get("chunk_rows")
+        inputs = inputs if passes else hold_what_fits(inputs, layout, chunk_rows)
+        passes = passes if begun else find_passes(inputs, layout, workers, chunk_rows, travel)
         _check_travel(travel, client, passes)
+        travel = begun.get("travel", travel)
         walk = None if passes is None else InPasses(inputs, passes, workers or 1)
         chunk_rows = passes.chunk_rows if passes else choose_chunk_rows(inputs, layout, chunk_rows)
         with _owned(client, world_size if passes is None else workers or 1) as owners:
@@ -225,7 +229,7 @@ def run_job(
                 exchange=walk,
                 travel=travel,
                 workers=workers,
-                slots_beside=slots_beside(inputs, room, chunk_rows),
+                slots_beside=slots_beside(inputs, layout, chunk_rows),
                 begun=begun.get("placement"),
             )
             output = store(
@@ -265,6 +269,34 @@ def _check_travel(travel: Travel, client: Client | None, passes: Passes | None) 
         raise ValueError(
             "threads share memory, and nothing travels between them; travel is for workers, or for "
             "experts that do not fit into the memory limit"
+        )
+
+
+def _check_resumed(
+    passes: Passes, layout: Layout, workers: int | None, chunk_rows: int | None
+) -> None:
+    """Refuse what a run in passes that was begun cannot keep to."""
+    process = "the process" if workers is None else "each worker"
+    limit = layout.memory_limit or math.inf
+    limit = limit if workers is None else limit * PART_OF_A_WORKER
+    wrong = ""
+    if passes.way == "hold" and workers is not None:
+        wrong = "holds rows in memory, which threads alone share: resume on threads"
+    elif layout.threads > passes.threads:
+        wrong = (
+            f"counts memory for {passes.threads} threads, but {process} has {layout.threads}: "
+            f"resume with {passes.threads}"
+        )
+    elif passes.memory_bytes > limit:
+        wrong = (
+            f"takes up to {passes.memory_bytes / 1e6:.0f} MB, but {process} may fill "
+            f"{limit / 1e6:.0f} MB: resume with more memory"
+        )
+    elif chunk_rows not in (None, passes.chunk_rows):
+        wrong = f"has chunks of {passes.chunk_rows} rows, not {chunk_rows}: resume with those"
+    if wrong:
+        raise ValueError(
+            f"the run to be resumed, whose experts go by in passes, {wrong}, or overwrite it"
         )
 
 
@@ -322,8 +354,8 @@ def count_workers(where: Where, client: Client | None = None) -> int | None:
     return where.count if isinstance(where, Processes) else None
 
 
-def _room(where: Where, layout: Layout, client: Client | None) -> Layout:
-    """The layout with the memory that workers have: those of a cluster know it themselves."""
+def _with_memory(layout: Layout, where: Where, client: Client | None) -> Layout:
+    """The layout with what the workers of a cluster have, which they know themselves."""
     if not isinstance(where, Cluster):
         return layout
     workers = client.scheduler_info(n_workers=-1)["workers"].values()
@@ -535,8 +567,11 @@ def _read_begun(out: str) -> dict[str, Any]:
         return {}
     passes = manifest["settings"].get("passes")
     placement = manifest["settings"].get("placement")
+    placement = None if placement is None else Placement.from_json(placement)
+    experts_moved = placement is not None and placement.local
     return {
-        "placement": None if placement is None else Placement.from_json(placement),
+        "placement": placement,
+        **({} if experts_moved else {"travel": ALL_ROWS}),
         "world_size": manifest["settings"].get("world_size"),
         "chunk_rows": max(manifest["rows"], default=None),
         "rows": tuple(manifest["rows"]),

@@ -11,6 +11,7 @@ import signal
 import subprocess
 import sys
 from collections import Counter
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -18,6 +19,7 @@ import numpy as np
 import pytest
 import zarr
 from click.testing import CliRunner
+from distributed import LocalCluster
 
 from dask_ep import run, sources, spill
 from dask_ep.build import open_inputs
@@ -183,6 +185,72 @@ def test_a_stopped_run_goes_on_to_the_same_bits(monkeypatch, job, passes, rows):
         # A block of experts that was being read when the run stopped is read again, and no more.
         again = sum(done.passes.reads.values()) - passes.passes * EXPERTS
         assert 0 <= again <= alive(passes) * passes.block_experts
+
+
+@pytest.fixture
+def cluster() -> Iterator[Cluster]:
+    """Two workers of two threads in this process, as a scheduler that is there already."""
+    with LocalCluster(
+        n_workers=2,
+        threads_per_worker=2,
+        processes=False,
+        protocol="tcp",
+        dashboard_address=None,
+        memory_limit=10**9,
+    ) as workers:
+        yield Cluster(workers.scheduler_address)
+
+
+def test_rows_that_are_held_are_not_gone_on_with_by_workers(monkeypatch, job, cluster):
+    monkeypatch.setattr(run, "find_passes", lambda *_: WAYS["hold"])
+    with pytest.raises(Stopped):
+        run_job(job, Threads(1), on_progress=stop_after(300))
+    with pytest.raises(ValueError, match="holds rows in memory, which threads alone share: resume"):
+        run_job(job, cluster, resume=True)
+    assert run_job(job, Threads(1), resume=True).rows_left == 0
+
+
+def test_a_run_in_passes_is_not_gone_on_with_where_its_memory_would_be_exceeded(job, monkeypatch):
+    passes = replace(WAYS["spill"], memory_bytes=500 * 10**6)
+    monkeypatch.setattr(run, "find_passes", lambda *_: passes)
+    with pytest.raises(Stopped):
+        run_job(job, Threads(2), on_progress=stop_after(100))
+    for where, more, told in (
+        (Threads(3), {}, "for 2 threads, but the process has 3: resume with 2, or overwrite it"),
+        (Threads(2, 499 * 10**6), {}, "up to 500 MB, but the process may fill 499 MB: resume with"),
+        (Threads(2), {"chunk_rows": 20}, "has chunks of 100 rows, not 20: resume with those"),
+    ):
+        with pytest.raises(ValueError, match=told):
+            run_job(job, where, resume=True, **more)
+    done = run_job(job, Threads(2, 500 * 10**6), resume=True, chunk_rows=CHUNK_ROWS)
+    assert done.rows_left == 0
+
+
+def test_workers_fill_the_part_of_their_memory_that_dask_leaves(job, monkeypatch, cluster):
+    passes = replace(WAYS["spill"], memory_bytes=701 * 10**6)
+    monkeypatch.setattr(run, "find_passes", lambda *_: passes)
+    with pytest.raises(Stopped):
+        run_job(job, Threads(2), on_progress=stop_after(100))
+    with pytest.raises(ValueError, match="up to 701 MB, but each worker may fill 700 MB: resume"):
+        run_job(job, cluster, resume=True)
+
+
+def test_the_layout_of_a_cluster_is_that_of_its_workers(monkeypatch, job, cluster):
+    layouts = []
+    plain = run.choose_chunk_rows
+    monkeypatch.setattr(
+        run, "choose_chunk_rows", lambda *args: layouts.append(args[1]) or plain(*args)
+    )
+    run_job(replace(job, world_size=4), cluster)
+    assert layouts == [Layout(world_size=4, workers=2, threads=2, memory_limit=10**9)]
+
+
+def test_a_run_whose_rows_travelled_goes_on_so(job, cluster):
+    job = replace(job, world_size=2)
+    with pytest.raises(Stopped):
+        run_job(job, Threads(1), chunk_rows=CHUNK_ROWS, on_progress=stop_after(100))
+    run_job(job, cluster, resume=True, travel=Travel("experts"))
+    assert read_manifest(progress_directory(job.out))["settings"]["placement"] is None
 
 
 def test_what_is_spilled_survives_for_resume_and_goes_with_overwrite(job, spilling):

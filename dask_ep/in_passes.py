@@ -23,13 +23,13 @@ from __future__ import annotations
 import glob
 import os
 import shutil
+import uuid
 from collections.abc import Iterator
 from dataclasses import replace
 from math import prod
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import dask.array as da
-from dask.base import tokenize
 from dask.utils import format_bytes
 
 from dask_ep import journal, memory
@@ -169,11 +169,16 @@ class InPasses:
     inputs : of the job
     passes : from `find_passes`
     ranks : that experts are shared out to, where rows are spilled
+    place : of the rows that wait, by the name that `settings` of the run gone on with tell
     """
 
-    def __init__(self, inputs: Inputs, passes: Passes, ranks: int = 1):
+    def __init__(
+        self, inputs: Inputs, passes: Passes, ranks: int = 1, place: str | None = None
+    ) -> None:
         self.passes, self._inputs, self._ranks = passes, inputs, ranks
         self._directory = progress_directory(os.path.abspath(inputs.job.out))
+        # Of this run alone: a task that outlives a run that was overwritten must not reach them.
+        self._place = place or f"{SPILL}{uuid.uuid4().hex[:12]}"
         self._spilled: list[Spilled] = []
 
     def __call__(
@@ -195,13 +200,17 @@ class InPasses:
         walk = Walk(experts, self.passes, self._directory)
         if self.passes.way == "hold":
             return hold(rows, walk, counts, in_place=True)  # chunks come fresh from their files
-        # A task that outlives its run must not write into the files of another one.
-        place = os.path.join(self._directory, f"{SPILL}{tokenize(rows, walk)[:12]}")
+        place = os.path.join(self._directory, self._place)
         self._spilled = [
             Spilled(rows, walk, counts, group, f"{place}-{g}", self._ranks)
             for g, group in enumerate(self.passes.groups(len(counts)))
         ]
         return collect(rows, walk, self._spilled)
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """What a resumed run must know, JSON-able."""
+        return {"passes": self.passes.to_dict(), "spill": self._place}
 
     def steps(self, output: Output) -> Iterator[Step]:
         """Give what is to be computed, one after the other; each must be done before the next."""

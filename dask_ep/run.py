@@ -217,7 +217,7 @@ def run_job(
         passes = passes if begun else find_passes(inputs, layout, workers, chunk_rows, travel)
         _check_travel(travel, client, passes)
         travel = begun.get("travel", travel)
-        walk = None if passes is None else InPasses(inputs, passes, workers or 1)
+        walk = passes and InPasses(inputs, passes, workers or 1, begun.get("place"))
         chunk_rows = passes.chunk_rows if passes else choose_chunk_rows(inputs, layout, chunk_rows)
         with _owned(client, world_size if passes is None else workers or 1) as owners:
             built = build(
@@ -236,7 +236,7 @@ def run_job(
                 _in_blocks(built.y, begun),
                 job.out,
                 inputs=built.inputs,
-                settings=built.settings | ({"passes": passes.to_dict()} if passes else {}),
+                settings=built.settings | (walk.settings if walk else {}),
                 resume=resume,
                 overwrite=overwrite,
                 stored_rows=passes and passes.stored_rows,
@@ -576,4 +576,5 @@ def _read_begun(out: str) -> dict[str, Any]:
         "chunk_rows": max(manifest["rows"], default=None),
         "rows": tuple(manifest["rows"]),
         "passes": passes and Passes.from_dict(passes),
+        "place": manifest["settings"].get("spill"),
     }

@@ -1,6 +1,6 @@
 """Where do the rows lie that wait on disk for their experts, and what of it is done?
 
-    spill-<job>-<group>/
+    spill-<run>-<group>/
       rows       expert 0: chunk 0, chunk 1, ... │ expert 1: chunk 0, ...     as they go in
       answers    chunk 0: expert 0, expert 1, ... │ chunk 1: expert 0, ...    as they come out
       done       a byte for each task, 1 when what it writes is written

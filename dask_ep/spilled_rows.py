@@ -83,7 +83,7 @@ class Spilled:
         self._layout = Layout(counts[group.start : group.stop])
         self._blocks = walk.blocks(self._layout.counts.sum(axis=0))
         self._pieces = self._cut(ranks)
-        self._token = tokenize(directory, rows.tokens, rows.routing, rows.topk_weights, walk)
+        self._token = tokenize(directory, rows, walk)
 
     @property
     def tasks(self) -> int:
@@ -187,7 +187,7 @@ class Spilled:
 
 def collect(rows: Rows, walk: Walk, groups: Sequence[Spilled]) -> da.Array:
     """Give the output of all groups, from their files: to be computed when these are written."""
-    name = f"ep_sum-{tokenize(rows.tokens, rows.routing, rows.topk_weights, walk)}"
+    name = f"ep_sum-{tokenize(rows, walk, [group.files for group in groups])}"
     tasks = {key: task for group in groups for key, task in group.sum_tasks(name).items()}
     return rows.output(name, tasks, walk.experts.d_out)
 

@@ -10,9 +10,12 @@ import re
 import signal
 import subprocess
 import sys
+import threading
+import time
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import replace
+from itertools import count
 from pathlib import Path
 
 import numpy as np
@@ -32,6 +35,7 @@ from dask_ep.output import progress_directory
 from dask_ep.passes import PROCESS_BYTES, Passes
 from dask_ep.plan_command import plan_command
 from dask_ep.run import Cluster, Processes, Threads, run_job
+from dask_ep.spill import SpillFiles
 from dask_ep.travel import Travel
 from dask_ep.verify import verify_job
 from tests.checkpoints import FIXTURES, LAYER, expected
@@ -251,6 +255,38 @@ def test_a_run_whose_rows_travelled_goes_on_so(job, cluster):
         run_job(job, Threads(1), chunk_rows=CHUNK_ROWS, on_progress=stop_after(100))
     run_job(job, cluster, resume=True, travel=Travel("experts"))
     assert read_manifest(progress_directory(job.out))["settings"]["placement"] is None
+
+
+def test_a_task_that_outlives_its_run_says_nothing_of_the_run_that_overwrites_it(
+    monkeypatch, plain, job, cluster
+):
+    monkeypatch.setattr(run, "find_passes", lambda *_: WAYS["spill"])
+    calls, late, begun_again = count(), threading.Event(), threading.Event()
+    write, create = SpillFiles.write_rows, SpillFiles.create
+
+    def write_late(files, rows):
+        write(files, rows)
+        if next(calls) == 30:  # in the midst of a chunk
+            late.set()
+            assert begun_again.wait(30)
+
+    def create_beside(files, *sizes):
+        create(files, *sizes)
+        if late.is_set():
+            begun_again.set()
+            time.sleep(0.3)  # the late task goes on
+
+    monkeypatch.setattr(SpillFiles, "write_rows", write_late)
+    monkeypatch.setattr(SpillFiles, "create", create_beside)
+
+    def stop(_: run.Progress) -> None:
+        if late.is_set():
+            raise Stopped
+
+    with pytest.raises(Stopped):
+        run_job(job, cluster, on_progress=stop)
+    run_job(job, cluster, overwrite=True)
+    assert_to_rounding(np.load(job.out), plain[1])
 
 
 def test_what_is_spilled_survives_for_resume_and_goes_with_overwrite(job, spilling):

@@ -237,10 +237,8 @@ def _options_of(job: Job) -> dict[str, Any]:
 def _fingerprint_layer(layer: MoELayer, job: Job) -> dict[str, Any]:
     """Tell a layer's tensors, not the checkpoint's other files, from other or changed ones."""
     experts = [layer.experts] if layer.shared is None else [layer.experts, layer.shared]
-    parts = [weight.parts for some in experts for weight in some.weights.values()]
-    lists = [[part] if isinstance(part, Source) else part for part in parts]
-    small = [array.source for array in layer.arrays.values()]
-    sources = [*small, *(source for some in lists for source in some)]
+    sources = [array.source for array in layer.arrays.values()]
+    sources += [source for some in experts for source in some.sources()]
     text = json.dumps([source.fingerprint() for source in sources], sort_keys=True)
     digest = hashlib.sha256(text.encode()).hexdigest()[:32]
     return {

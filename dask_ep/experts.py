@@ -21,6 +21,7 @@ from dask_ep.checks import is_float
 from dask_ep.expert import Expert
 from dask_ep.kinds import ACTIVATIONS
 from dask_ep.local import EmptyFunction, LocalExperts
+from dask_ep.source import Source
 from dask_ep.weights import Weight
 
 WEIGHTS = {
@@ -255,6 +256,10 @@ class Experts:
 
     def __dask_tokenize__(self) -> object:
         return normalize_token(("Experts", self.kind, self.weights, self.options))
+
+    def sources(self) -> list[Source]:
+        """Where the weights lie that are no Dask arrays."""
+        return [source for weight in self.weights.values() for source in weight.sources()]
 
     # --- a rank's part ---
 

@@ -13,9 +13,11 @@ import json
 import os
 import shutil
 import uuid
-from collections.abc import Iterable, Mapping
+import warnings
+from collections.abc import Iterable, Iterator, Mapping
 from importlib import import_module
 from math import prod
+from operator import index
 from typing import Any
 
 import dask.array as da
@@ -28,6 +30,7 @@ from dask_ep import journal
 from dask_ep.arrays import Array
 from dask_ep.checks import check_byte_order
 from dask_ep.device import pinned_empty, telling_memory, upload
+from dask_ep.experts import Experts
 from dask_ep.output import Output, free_bytes, progress_directory
 from dask_ep.remote import is_remote
 from dask_ep.sources import ReadError, Source, ZarrSource, open_source, refuse_missing
@@ -135,7 +138,8 @@ def store(
     inputs : what `y` is made of, by name or in a row: whatever `open_source` takes, anything with a
         ``fingerprint()``, or a fingerprint itself (a mapping)
     settings : JSON-able mapping of what else the result depends on
-    resume : go on with what an earlier run has left, from the start if there is nothing
+    resume : go on with what an earlier run has left, from the start if there is nothing. Whether
+        the values are the same is told by `inputs` and `settings` alone
     overwrite : remove what an earlier run has left, finished or not
     compute : whether to write now; if not, see `Output`
     compressors : for Zarr, as `zarr.create_array` takes them; by default none
@@ -153,12 +157,19 @@ def store(
     FileExistsError
         If there is an output, or part of one, and neither `resume` nor `overwrite` is set.
     ValueError
-        If the array cannot be written so; or if, on resuming, the inputs, the settings or the array
-        are not those of the run that began it: the message says which, and how they differ.
+        If the array cannot be written so, or would replace what it is read from; or if, on
+        resuming, the inputs, the settings, or the shape, dtype or row blocks of the array are not
+        those of the run that began it: the message says which, and how they differ.
     OutputInUse
         If another run is writing this output.
     OSError
         If a block cannot be written. A full disk is found at the start where possible.
+
+    Warns
+    -----
+    UserWarning
+        If an array of another name is to resume, without inputs and settings that tell whether it
+        is the same.
 
     Notes
     -----
@@ -189,8 +200,11 @@ def store(
     _check(y, path, os.path.splitext(path)[1], compressors)
     wanted = _make_manifest(y, path, inputs, settings)
     if stored_rows is not None:
-        _check_stored_rows(y, stored_rows)
-        wanted["stored_rows"] = stored_rows
+        wanted["stored_rows"] = index(stored_rows)
+        _check_stored_rows(y, wanted["stored_rows"])
+    if os.path.lexists(path):
+        for read in {source.path for source in _sources_of(y)}:
+            _refuse_to_replace(path, read)
     directory = progress_directory(path)
     _check_existing(path, resume, overwrite)
     _make_directory(directory, path)
@@ -296,6 +310,7 @@ def _make_manifest(
         "shape": [int(length) for length in y.shape],
         "dtype": y.dtype.name,
         "rows": [int(count) for count in y.chunks[0]],
+        "array": y.name,
         "inputs": fingerprints,
         "settings": dict(settings or {}),
     }
@@ -303,6 +318,17 @@ def _make_manifest(
         return json.loads(json.dumps(manifest))
     except TypeError as error:
         raise TypeError(f"settings and fingerprints must be JSON-able: {error}") from error
+
+
+def _sources_of(y: da.Array) -> Iterator[Source]:
+    """What the tasks of an array read: token rows and experts."""
+    for layer in y.dask.layers.values():
+        for task in layer.values() if layer.is_materialized() else ():
+            for argument in getattr(task, "args", ()):
+                if isinstance(argument, Source):
+                    yield argument
+                elif isinstance(argument, Experts):
+                    yield from argument.sources()
 
 
 def _refuse_to_replace(path: str, source: str | None) -> None:
@@ -360,17 +386,21 @@ def _begin(
     y: da.Array, path: str, wanted: dict[str, Any], compressors: Any
 ) -> tuple[Writer, dict[str, Any]]:
     """Remove what is there, and make an output without rows."""
-    _remove(path)
     directory = progress_directory(path)
+    manifest = wanted | {"run": uuid.uuid4().hex[:12], "complete": False}
+    writer = _open_writer(y, path, manifest, compressors)
+    try:
+        writer.create()  # which may refuse what it is given, when nothing is lost yet
+    except BaseException:
+        _remove(writer.path)
+        raise
+    _remove(path)
     # The manifest goes first: without it, whatever else is left counts for nothing.
     for name in sorted(os.listdir(directory), key=lambda name: name != "manifest.json"):
-        if name != "lock":
+        if name not in ("lock", os.path.basename(writer.path)):
             _remove(os.path.join(directory, name))
     if compressors is None:
         _check_space(path, y, set())
-    manifest = wanted | {"run": uuid.uuid4().hex[:12], "complete": False}
-    writer = _open_writer(y, path, manifest, compressors)
-    writer.create()
     journal.write_manifest(directory, manifest)
     return writer, manifest
 
@@ -384,6 +414,14 @@ def _continue(
         raise ValueError(
             f"{path} was begun from something else, and cannot be resumed: "
             f"{'; '.join(differences)}. Overwrite it, or write elsewhere"
+        )
+    told_by_name = not (wanted["inputs"] or wanted["settings"])
+    if told_by_name and manifest.get("array", y.name) != y.name:
+        warnings.warn(
+            f"{path} was begun from an array of another name, and there are neither inputs nor "
+            "settings that tell whether this is the same: what is done is kept. Give store inputs "
+            "or settings, or overwrite it",
+            stacklevel=3,
         )
     writer = _open_writer(y, path, manifest, compressors)
     done = journal.read_done(progress_directory(path), manifest["run"])

@@ -76,6 +76,12 @@ class Weight:
         held = sum(e >= 0 for e in self.ids)
         return held * self.parts.nbytes // max(self.parts.shape[0], 1)
 
+    def sources(self) -> tuple[Source, ...]:
+        """Where these experts lie, if not in a Dask array."""
+        if isinstance(self.parts, da.Array):
+            return ()
+        return self.parts if isinstance(self.parts, tuple) else (self.parts,)
+
     def subset(self, ids: Sequence[int]) -> Weight:
         """Keep the experts `ids` (positions here; -1 stays an empty slot)."""
         ids = tuple(self.ids[e] if e >= 0 else -1 for e in ids)

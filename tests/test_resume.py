@@ -36,7 +36,7 @@ class Steps:
     def __init__(self, stop_after=BLOCKS):
         self.made, self.stop_after = [], stop_after
         x = da.from_array(np.arange(18.0).reshape(9, 2), chunks=(2, 2), asarray=False)
-        self.array = x.map_blocks(self.make, meta=x._meta)
+        self.array = x.map_blocks(self.make, meta=x._meta, name="steps")
         self.expected = np.arange(18.0).reshape(9, 2) * 2
 
     def make(self, rows):
@@ -179,6 +179,26 @@ def test_another_array_is_refused(path, change, message):
     begin(path)
     with pytest.raises(ValueError, match=message):
         store(change(Steps().array), path, resume=True)
+
+
+def test_of_another_array_without_inputs_is_warned(path):
+    begin(path)
+    with pytest.warns(UserWarning, match=r"array of another name.* inputs or settings"):
+        store(Steps().array * 7, path, resume=True, scheduler="sync")
+    begin(path, settings={"factor": 2}, overwrite=True)
+    store(Steps().array * 1, path, resume=True, settings={"factor": 2}, scheduler="sync")
+
+
+def test_what_is_refused_at_the_start_has_overwritten_nothing(tmp_path):
+    path = str(tmp_path / "y.zarr")
+    run(path, Steps())
+    for options in ({"compressors": "nonsense"}, {"stored_rows": 2.5}, {"stored_rows": 3}):
+        with pytest.raises((ValueError, TypeError)):
+            run(path, Steps(), overwrite=True, **options)
+        assert_eq(open_tokens(path), Steps().expected)
+        assert run(path, Steps(), resume=True).done_before == set(range(BLOCKS))
+    run(path, Steps(), overwrite=True, stored_rows=np.int64(1))
+    assert open_source(path).chunk_rows == 1
 
 
 def test_the_same_inputs_are_the_same_wherever_they_lie(tmp_path, path):

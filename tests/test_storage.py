@@ -16,7 +16,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.numpy import load_file, save_file
 
-from dask_ep import files, writers
+from dask_ep import Experts, expert_parallel, files, writers
 from dask_ep.output import Receipt
 from dask_ep.sources import ReadError, Source, open_source
 from dask_ep.storage import open_tokens, store
@@ -414,7 +414,20 @@ def test_an_output_never_replaces_its_own_input(tmp_path, tokens):
     np.save(tmp_path / "x.npy", np.ones(3))
     with pytest.raises(ValueError, match="would replace its own input"):
         store(y, tmp_path / "x.npy", inputs=[tmp_path / "x.npy"], overwrite=True)
+    with pytest.raises(ValueError, match=r"would replace its own input .*tokens.zarr"):
+        store(y, tokens, overwrite=True)
     assert_eq(open_tokens(tokens), numbers((10, 4)))
+
+
+@pytest.mark.parametrize("world_size", [1, 2])
+def test_an_output_never_replaces_its_own_experts(tmp_path, world_size):
+    path = tmp_path / "w.npy"
+    np.save(path, np.ones((2, 4, 4)))
+    rows, routing = da.ones((6, 4), chunks=(2, 4)), da.zeros(6, chunks=2, dtype=int)
+    y = expert_parallel(rows, routing, Experts.linear(path), world_size=world_size)
+    with pytest.raises(ValueError, match=r"would replace its own input .*w.npy"):
+        store(y + 1, path, overwrite=True)
+    assert np.load(path).shape == (2, 4, 4)
 
 
 def test_only_outputs_are_replaced(tmp_path):

@@ -209,7 +209,7 @@ def job_options(command: Callable) -> Callable:
     "--device-memory-limit",
     callback=parse_size,
     metavar="SIZE",
-    help="Of each GPU; default: 0.9.",
+    help="Of each GPU; default: 90 % of it.",
 )
 @click.option("--scheduler", metavar="ADDRESS", help="Of a Dask cluster, tcp://host:8786.")
 @click.option("--scheduler-file", type=click.Path(), help="That a Dask scheduler has written.")
@@ -234,7 +234,11 @@ def job_options(command: Callable) -> Callable:
     type=click.Path(dir_okay=False),
     help="Write planned and measured side by side, HTML; with workers Dask's own report too.",
 )
-@click.option("--chunk-rows", type=click.IntRange(1), help="Rows of a chunk; default: 32 MiB.")
+@click.option(
+    "--chunk-rows",
+    type=click.IntRange(1),
+    help="Rows of a chunk; default: 32 MiB of them or fewer.",
+)
 @travel_options
 @click.option("--resume", is_flag=True, help="Go on with what a stopped run has left.")
 @click.option("--overwrite", is_flag=True, help="Start again, whatever is there.")
@@ -257,6 +261,8 @@ def run(job: str | None, experts: str | None, **options: Any) -> None:
     """
     keys = ("tokens", "routing", "topk_weights", "layer", "layer_index", "out")
     keys += ("world_size", "placement", "missing")
+    if options["resume"] and options["overwrite"]:
+        raise click.UsageError("--resume goes on and --overwrite starts again; give one of them")
     given = {key: options.pop(key) for key in keys}
     parsed = load_job(job, experts=None if experts is None else parse_experts(experts), **given)
     where = _choose_where(**{key: options.pop(key) for key in WHERE})

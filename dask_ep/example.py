@@ -53,6 +53,8 @@ class Example:
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ValueError(f"{name} must be at least 1, but is {value}")
+        if not 0 <= self.seed < 1 << 64:
+            raise ValueError(f"seed must be in [0, 2**64), but is {self.seed}")
         if self.k > self.num_experts:
             raise ValueError(
                 f"k must be at most the number of experts, but k={self.k} slots cannot go to "

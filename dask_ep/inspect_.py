@@ -243,10 +243,12 @@ def _inspect_job(path: str) -> Finding:
 def describe_output(path: str) -> str:
     """Say whether an output is there, and whether it is whole."""
     record = journal.read_manifest(progress_directory(path))
-    if record is None:
-        return "complete" if os.path.exists(path) else "not begun"
-    if record["complete"] or os.path.exists(path):
+    if os.path.exists(path):
         return "complete"
+    if record is None:
+        return "not begun"
+    if record["complete"]:
+        return "was complete and is gone; run again with --resume"
     done = len(journal.read_done(progress_directory(path), record["run"]))
     return f"incomplete, {done} of {len(record['rows'])} blocks are done"
 

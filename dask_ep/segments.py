@@ -102,7 +102,7 @@ def raise_bad_index(routing: Array, num_experts: int, num_local: int, world_size
         f"routing must hold expert indices in [-1, {num_experts}): {num_local} experts a rank "
         f"(expert_Ws) times world_size={world_size}; but routing[{', '.join(map(str, where))}] is "
         f"{int(routing[where])}, and {int(bad.sum())} of {routing.size} values are out of range; "
-        "each rank has E/R experts, so world_size must divide their number"
+        "for the kernel called by itself, world_size must divide the number of experts"
     )
 
 

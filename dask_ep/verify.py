@@ -172,6 +172,10 @@ def open_output(path: str) -> Source:
     if not os.path.exists(path):
         if manifest is None:
             raise FileNotFoundError(errno.ENOENT, "there is no output yet; run the job", path)
+        if manifest["complete"]:
+            raise FileNotFoundError(
+                errno.ENOENT, "the output was complete and is gone; run again with --resume", path
+            )
         done = len(journal.read_done(progress_directory(path), manifest["run"]))
         raise FileNotFoundError(
             errno.ENOENT,

@@ -18,6 +18,7 @@ import json
 import os
 import sys
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from itertools import product
 from math import prod
@@ -44,6 +45,9 @@ EXTENSION_DTYPES = {
     )
 }
 """Names of Zarr data types that NumPy lacks, with the type that `ml_dtypes` gives it."""
+
+UNREADABLE = (ValueError, FileNotFoundError, KeyError, TypeError, AttributeError)
+"""What zarr-python raises at metadata that is missing, or is no JSON, or not that of an array."""
 
 
 @dataclass(frozen=True)
@@ -93,11 +97,15 @@ def open_array(path: str, mode: str = "r") -> tuple[zarr.Array, np.dtype]:
 
     try:
         array = zarr.open_array(path, mode=mode)
-    except (ValueError, FileNotFoundError) as error:
-        found = _open_extension_dtype(path, mode)
+    except UNREADABLE as error:
+        found = None
+        with suppress(*UNREADABLE):  # then the first error says more
+            found = _open_extension_dtype(path, mode)
         if found is None:
+            lacks = "its metadata lacks " if isinstance(error, KeyError) else ""
             raise ValueError(
-                f"{path} cannot be opened as a Zarr array: {str(error).strip()}{_members(path)}"
+                f"{path} cannot be opened as a Zarr array: {lacks}{str(error).strip()}"
+                f"{_members(path)}"
             ) from error
         return found
     return array, array.dtype.newbyteorder("=")
@@ -203,7 +211,7 @@ def _members(path: str) -> str:
 
     try:
         names = sorted(zarr.open_group(path, mode="r").array_keys())
-    except (ValueError, FileNotFoundError, KeyError):
+    except UNREADABLE:
         return ""
     some = ", ".join(f"{path}/{name}" for name in names[:3])
     return f". It is a group; name an array in it{f', such as {some}' if some else ''}"

@@ -141,6 +141,8 @@ def test_wrong_use_is_2(tmp_path, capsys, small_job):
         (["run"], "'tokens' is missing"),
         (["run", small_job, "--threads", 2, "--processes", 2], "a job runs in one place"),
         (["run", small_job, "--dashboard", 8787], "--dashboard needs --processes"),
+        (["run", small_job, "--overwrite", "--resume"], "give one of them"),
+        (["example", tmp_path / "new", "--seed", 1 << 64], "seed must be in [0, 2**64)"),
         (["run", small_job, "--travel", "auto"], "--travel needs workers or --memory-limit"),
         (["run", small_job, "--memory-limit", "much"], "'much' is no size"),
         (["run", small_job, "--memory-limit", "0"], "'0' is no size"),
@@ -155,6 +157,7 @@ def test_wrong_use_is_2(tmp_path, capsys, small_job):
         code, _, err = here(capsys, *arguments)
         assert (code, words in err) == (2, True), (arguments, err)
     assert not Path(load_job(small_job).out).exists()
+    assert not (tmp_path / "new").exists()
 
 
 def test_what_fails_is_1_and_one_line(tmp_path, capsys, monkeypatch, small_job):
@@ -162,7 +165,6 @@ def test_what_fails_is_1_and_one_line(tmp_path, capsys, monkeypatch, small_job):
     assert here(capsys, "run", small_job)[0] == 0
     for arguments, words in [
         (["run", small_job], "resume to go on with it, overwrite to start again"),
-        (["run", small_job, "--overwrite", "--resume"], "give one of them"),
         (["run", tmp_path / "none.toml"], "none.toml"),
         (
             ["run", small_job, "--scheduler-file", tmp_path / "s.json"],
@@ -205,6 +207,19 @@ def test_verify_compares_no_numbers_and_says_so(tmp_path, capsys, small_job):
     np.save(job.out, np.full((700, 16), np.nan, "f4"))
     code, out, _ = here(capsys, "verify", small_job)
     assert (code, out.splitlines()[-1]) == (3, "not good: nothing could be compared")
+
+
+def test_an_output_that_is_gone_is_told_and_made_again(capsys, small_job):
+    out = load_job(small_job).out
+    assert here(capsys, "run", small_job)[0] == 0
+    os.remove(out)
+    words = "was complete and is gone; run again with --resume"
+    for path in (out, small_job):
+        assert words in " ".join(here(capsys, "inspect", path)[1].split())
+    code, _, err = here(capsys, "verify", small_job)
+    assert (code, words in err) == (1, True)
+    assert here(capsys, "run", small_job, "--resume")[0] == 0
+    assert here(capsys, "verify", small_job)[0] == 0
 
 
 def test_names_are_no_markup(tmp_path, capsys):

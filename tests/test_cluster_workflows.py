@@ -1,5 +1,6 @@
 """The recipes for clusters: the script by hand runs, and the Kubernetes manifest fits together."""
 
+import importlib
 import os
 import subprocess
 import sys
@@ -7,6 +8,7 @@ import sys
 import kubernetes_validate
 import pytest
 import yaml
+from distributed import LocalCluster
 
 from dask_ep.example import Example, write_example
 from dask_ep.job import load_job
@@ -137,3 +139,13 @@ def test_kubernetes_one_rank_per_worker(manifest):
     args = _container(manifest["Job", "dask-ep-run"])["args"]
     replicas = manifest["Deployment", "dask-ep-worker"]["spec"]["replicas"]
     assert args[args.index("--world-size") + 1] == str(replicas)
+
+
+def test_a_job_on_gpu_nodes_waits_for_its_workers(monkeypatch):
+    monkeypatch.syspath_prepend(WORKFLOWS)
+    gpu_cluster = importlib.import_module("gpu_cluster")
+    monkeypatch.setattr(gpu_cluster, "WORKERS_SECONDS", 0.5)
+    with LocalCluster(n_workers=1, processes=False, dashboard_address=":0") as cluster:
+        gpu_cluster.wait_for_workers(cluster.scheduler_address, 1)
+        with pytest.raises(TimeoutError, match="1/2 workers"):
+            gpu_cluster.wait_for_workers(cluster.scheduler_address, 2)

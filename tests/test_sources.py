@@ -499,6 +499,17 @@ def test_what_is_no_source(tmp_path):
         open_source(tmp_path / "group.zarr")
 
 
+@pytest.mark.parametrize(
+    "text",
+    ["", "{", "3", "{}", '{"zarr_format": 3, "node_type": "array"}', '{"data_type": "bfloat16"}'],
+)
+def test_metadata_that_is_not_that_of_an_array_is_told_with_its_path(tmp_path, text):
+    (tmp_path / "x.zarr").mkdir()
+    (tmp_path / "x.zarr" / "zarr.json").write_text(text)
+    with pytest.raises(ValueError, match=r"x.zarr cannot be opened as a Zarr array: ."):
+        open_source(tmp_path / "x.zarr")
+
+
 def test_requests_that_cannot_be_met(tmp_path):
     np.save(tmp_path / "x.npy", np.ones((4, 2), "f4"))
     create_array(str(tmp_path / "x.zarr"), (4, 2), 2, np.dtype("f4"))[:] = 1

@@ -27,9 +27,14 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+from distributed import Client
+
 from dask_ep.gpus import PROTOCOLS, THREADS_PER_GPU
 from dask_ep.job import load_job
 from dask_ep.run import Cluster, Progress, run_job
+
+WORKERS_SECONDS = 120.0
+"""Seconds that workers may take to come."""
 
 
 def main() -> None:
@@ -54,6 +59,7 @@ def main() -> None:
         print(shlex.join(command))
     if not asked.only_print:
         with started(commands):
+            wait_for_workers(address, asked.ranks or 1)
             job = load_job(asked.job, world_size=asked.ranks)
             where = Cluster(address, gpus=True)
             print(run_job(job, where, resume=asked.resume, on_progress=tell))
@@ -100,6 +106,12 @@ def started(commands: list[list[str]]) -> Iterator[None]:
             process.terminate()
         for process in processes:
             process.wait()
+
+
+def wait_for_workers(address: str, count: int) -> None:
+    """Wait until so many workers have come; raise TimeoutError if they do not."""
+    with Client(address) as client:
+        client.wait_for_workers(count, timeout=WORKERS_SECONDS)
 
 
 def tell(progress: Progress) -> None:

@@ -20,7 +20,7 @@ from typing import Any
 
 import dask.array as da
 
-from dask_ep.checkpoint import load_moe_layer
+from dask_ep.checkpoint import load_moe_layer, moe_layers
 from dask_ep.experts import Experts
 from dask_ep.job import EXPERT_KEYS, PLACEMENTS, Job, JobError, nearest
 from dask_ep.layer import MoELayer
@@ -265,7 +265,13 @@ def _find_placement(job: Job, world_size: int, routing: Any, inputs: Inputs) -> 
     if job.placement in PLACEMENTS:
         load = survey(routing(), inputs.experts.num_experts).by_ticket
         return place(job.placement, load, world_size)
-    return from_file(job.placement, layer=job.layer_index, world_size=world_size)
+    return read_placement(job.placement, job, world_size)
+
+
+def read_placement(path: str, job: Job, world_size: int) -> Placement:
+    """Read a placement file, which may be of many layers, for the layer of a job."""
+    moe = None if job.layer is None else moe_layers(job.layer)
+    return from_file(path, layer=job.layer_index, moe_layers=moe, world_size=world_size)
 
 
 def _find_travel(
@@ -282,7 +288,7 @@ def _find_travel(
     if job.placement is None or job.placement in PLACEMENTS:
         owners = place(job.placement or "contiguous", found.by_ticket, world_size)
     else:
-        owners = from_file(job.placement, layer=job.layer_index, world_size=world_size)
+        owners = read_placement(job.placement, job, world_size)
     return choose_travel(
         travel,
         found,

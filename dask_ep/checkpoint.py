@@ -94,6 +94,11 @@ def load_moe_layer(
     return opened
 
 
+def moe_layers(directory: str | os.PathLike, *, families: Iterable[Family] = ()) -> list[int]:
+    """Tell which layers of a checkpoint are MoE layers, from its config."""
+    return Checkpoint(directory, families).moe_layers
+
+
 class Checkpoint:
     """A checkpoint whose family is known: which of its layers are MoE, and where they lie."""
 
@@ -134,6 +139,10 @@ class Checkpoint:
                 f"{error}"
             ) from error
 
+    @property
+    def moe_layers(self) -> list[int]:
+        return [layer for layer in range(self.num_layers) if self.is_moe(layer)]
+
     def prefixes(self, layer: int) -> list[str]:
         """The prefixes of the layer's block that occur in the files."""
         candidates = [
@@ -165,10 +174,9 @@ class Checkpoint:
                 f"but is {layer}"
             )
         if not self.is_moe(layer):
-            moe = [n for n in range(self.num_layers) if self.is_moe(n)]
             raise ValueError(
                 f"layer {layer} of {self.files.directory} is dense in this model; MoE layers are "
-                f"{_ranges(moe)}"
+                f"{_ranges(self.moe_layers)}"
             )
 
 

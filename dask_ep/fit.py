@@ -16,13 +16,12 @@ from copy import copy
 from dataclasses import dataclass, replace
 from typing import Any
 
-from dask_ep.build import Inputs
+from dask_ep.build import Inputs, read_placement
 from dask_ep.checks import computing_dtype
 from dask_ep.costs import CHUNKS_PER_THREAD, FEWEST_ROWS, SORT_BYTES, Need, chunks_held, usable
 from dask_ep.device_memory import DEVICE_CHUNK_BYTES, OnDevice
 from dask_ep.held import StoredExperts, held_as_stored
 from dask_ep.placement import POLICIES, most_slots
-from dask_ep.placement_files import from_file
 from dask_ep.served import tile_bytes
 from dask_ep.storage import CHUNK_BYTES
 
@@ -156,7 +155,7 @@ def choose_chunk_rows(inputs: Inputs, layout: Layout, asked: int | None = None) 
     Parameters
     ----------
     inputs, layout : what is to be run, and how
-    asked : rows that the user wants
+    asked : rows that the user wants; more than there are mean all of them
 
     Returns
     -------
@@ -167,6 +166,7 @@ def choose_chunk_rows(inputs: Inputs, layout: Layout, asked: int | None = None) 
     DoesNotFit
         If `asked` is too many, or not even `FEWEST_ROWS` fit; with the numbers and a proposal.
     """
+    asked = asked and min(asked, max(inputs.tokens.shape[0], 1))
     if asked is None:
         chunk_bytes = DEVICE_CHUNK_BYTES if layout.on_devices else CHUNK_BYTES
         rows = max(1, chunk_bytes // max(1, inputs.row_bytes))
@@ -270,10 +270,8 @@ def _slots_per_rank(inputs: Inputs, layout: Layout) -> int:
         policy = layout.placement or "contiguous"
         return most_slots(policy, inputs.experts.num_experts, layout.world_size)
     job = inputs.job
-    placement = from_file(
-        layout.placement, layer=job.layer_index, world_size=job.world_size or layout.world_size
-    )
-    return placement.slots_per_rank
+    world_size = job.world_size or layout.world_size
+    return read_placement(layout.placement, job, world_size).slots_per_rank
 
 
 def slots_per_row(inputs: Inputs) -> int:

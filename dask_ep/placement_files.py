@@ -31,7 +31,11 @@ from dask_ep.slots import Placement
 
 
 def from_file(
-    path: str | PathLike, *, layer: int | None = None, world_size: int | None = None
+    path: str | PathLike,
+    *,
+    layer: int | None = None,
+    world_size: int | None = None,
+    moe_layers: Sequence[int] | None = None,
 ) -> Placement:
     """Read the placement of one layer from any of the files that this module knows.
 
@@ -41,6 +45,8 @@ def from_file(
     layer : int, optional
         The layer of the model (SGLang) or of its MoE layers (vLLM Ascend); may be left out where
         the file has only one.
+    moe_layers : numbers of the model's MoE layers, optional
+        With them `layer` is a layer of the model for either.
     world_size : int, optional
         Ranks; needed for SGLang's file, which does not say it.
 
@@ -68,6 +74,8 @@ def from_file(
             )
         placement = _one_of(_from_sglang(content, path, world_size), layer, path)
     elif "layer_list" in content:
+        if layer is not None and moe_layers is not None:
+            layer = moe_layers.index(layer)
         placement = _one_of(_from_vllm_ascend(content, path), layer, path)
     else:
         raise ValueError(

@@ -8,10 +8,12 @@ dask-ep plan job.toml --processes 8 --what-if world_size=2,4,8 placement=contigu
 from __future__ import annotations
 
 import json
+import math
 import sys
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import fields, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,17 +24,18 @@ from rich.console import Console
 from rich.table import Table
 
 from dask_ep import device
-from dask_ep.build import open_inputs
+from dask_ep.build import open_inputs, read_placement
 from dask_ep.costs import Rates
 from dask_ep.device import Device, NoDeviceError
 from dask_ep.fit import choose_chunk_rows, hold_what_fits
 from dask_ep.gpus import Gpus, device_limit
 from dask_ep.in_passes import find_passes
-from dask_ep.job import PLACEMENTS, load_job
-from dask_ep.planner import Plan, WhatIf, plan, what_if
+from dask_ep.job import PLACEMENTS, Job, load_job
+from dask_ep.planner import Plan, PlanError, WhatIf, plan, what_if
 from dask_ep.price_passes import price_passes
-from dask_ep.report import check_drawing, figures_of, write_plan_report
-from dask_ep.run import Processes, Threads, count_workers, lay_out
+from dask_ep.report import check_drawing, check_place, figures_of, write_plan_report
+from dask_ep.run import Processes, Threads, check_travel, count_workers, lay_out
+from dask_ep.slots import Placement
 from dask_ep.storage import open_tokens
 from dask_ep.travel import ALL_ROWS, TRAVELS, Travel
 
@@ -82,7 +85,12 @@ def travel_options(command: Callable) -> Callable:
 @click.option("--threads", type=click.IntRange(1), help="Threads of this process; default: cores.")
 @click.option("--processes", type=click.IntRange(1), help="Worker processes on this machine.")
 @click.option("--gpu", is_flag=True, help="One worker per GPU; with none here, one GPU per rank.")
-@click.option("--device-memory-limit", metavar="SIZE", help="Of each GPU; default: 0.9.")
+@click.option(
+    "--device-memory-limit",
+    callback=parse_size,
+    metavar="SIZE",
+    help="Of each GPU; default: 90 % of it.",
+)
 @click.option(
     "--memory-limit", callback=parse_size, metavar="SIZE", help='Of a process, such as "4 GiB".'
 )
@@ -107,8 +115,9 @@ def plan_command(
 ) -> None:
     """Say what a job will cost: rows, bytes, memory, tasks and time.
 
-    Reads the routing, and neither tokens nor experts. With --what-if, values of world_size,
-    placement, chunk_rows and travel are compared.
+    Reads the routing, and neither tokens nor experts; for a layer of a checkpoint it reads the
+    tokens and runs the router. With --what-if, values of world_size, placement, chunk_rows and
+    travel are compared.
 
     \b
     Examples:
@@ -124,6 +133,9 @@ def plan_command(
         raise click.UsageError(f"{choices[0]!r} is a choice to compare; put --what-if before it")
     if html is not None:
         check_drawing()
+    for path in (html, save):
+        if path is not None:
+            check_place(path)
     compared = priced_job(job, parse_choices(choices), **options)
     if save is not None:
         Path(save).write_text(compared.best.placement.to_json())
@@ -154,7 +166,7 @@ def priced_job(
     link_rate: int | None = None,
     read_rate: int | None = None,
     gpu: bool = False,
-    device_memory_limit: str | None = None,
+    device_memory_limit: int | None = None,
     rates: str | None = None,
 ) -> WhatIf:
     """Price a job file, in each combination of the choices; a single way if there are none."""
@@ -165,6 +177,8 @@ def priced_job(
         where, devices = _gpus(processes, threads, limit, device_memory_limit)
     else:
         _refuse(device_memory_limit, "--device-memory-limit needs --gpu")
+        if processes:
+            _refuse(threads, "a job runs in one place; give one of --threads and --processes")
         where = Processes(processes, limit) if processes else Threads(threads, limit)
         devices = []
     size = job.world_size or processes or len(devices) or 1
@@ -173,11 +187,17 @@ def priced_job(
         layout = replace(layout, memory_limit=None)  # plans tell which fit
     inputs = hold_what_fits(inputs, layout, chunk_rows)
     moves = parse_travel(travel, link_rate, read_rate)
+    asked = chunk_rows is not None
     passes = find_passes(inputs, layout, count_workers(where), chunk_rows, moves)
     if passes is not None:
         chunk_rows, memory_limit, moves = passes.chunk_rows, None, ALL_ROWS
     elif chunk_rows is None:  # those that a run takes; what is compared may need others
         chunk_rows = choose_chunk_rows(inputs, layout)
+    for how in {travel, *choices.get("travel", ())}:
+        try:
+            check_travel(parse_travel(how, link_rate, read_rate), where, passes)
+        except ValueError as error:
+            raise click.UsageError(str(error)) from error
     tokens = open_tokens(inputs.tokens, chunks=chunk_rows, name="tokens")
     routing, experts, topk = None, inputs.layer, None
     if inputs.layer is None:
@@ -197,23 +217,44 @@ def priced_job(
     if choices:
         combined = {"world_size": [size], "placement": [job.placement], "travel": [travel]}
         combined |= choices
+        combined["placement"] = [_placement(named, job) for named in combined["placement"]]
         combined["travel"] = [parse_travel(how, link_rate, read_rate) for how in combined["travel"]]
-        return what_if(tokens, routing, experts, **combined, **common)
-    common |= {"placement": job.placement, "travel": moves}
+        try:
+            compared = what_if(tokens, routing, experts, **combined, **common)
+        except PlanError as error:
+            if not gpu:
+                error.add_note("so experts may go by in passes: plan without --what-if tells it")
+            raise
+        return compared if asked or "chunk_rows" in choices else _with_own_chunks(compared)
+    common |= {"placement": _placement(job.placement, job), "travel": moves}
     one = plan(tokens, routing, experts, world_size=size, **common)
     if passes is not None:
         one = price_passes(one, passes, limit)
-    return WhatIf((one,), one, "")
+    compared = WhatIf((one,), one, "")
+    return compared if asked else _with_own_chunks(compared)
+
+
+def _placement(named: str | None, job: Job) -> str | Callable[[int], Placement] | None:
+    """Give the name of a placement, or what reads its file for the job's layer."""
+    if named is None or named in PLACEMENTS:
+        return named
+    return partial(read_placement, named, job)
+
+
+def _with_own_chunks(compared: WhatIf) -> WhatIf:
+    """The same plans, of chunks that a run chooses by itself."""
+    plans = tuple(replace(one, chunks_asked=False) for one in compared.plans)
+    return replace(compared, plans=plans, best=plans[compared.plans.index(compared.best)])
 
 
 def _gpus(
-    processes: int | None, threads: int | None, limit: int | None, device_limit: str | None
+    processes: int | None, threads: int | None, limit: int | None, device_limit: int | None
 ) -> tuple[Gpus, list[Device]]:
     """Where a run with --gpu runs, and the GPUs that are here; a plan needs none."""
     _refuse(
         processes or threads, "--gpu has one worker per GPU; --processes and --threads say nothing"
     )
-    where = Gpus(None if device_limit is None else parse_bytes(device_limit), memory_limit=limit)
+    where = Gpus(device_limit, memory_limit=limit)
     try:
         return where, device.find_devices()
     except NoDeviceError:
@@ -248,6 +289,8 @@ def parse_rates(text: str, **others: float | None) -> Rates:
         raise click.UsageError(
             f"--rates needs flops and copy, and takes {', '.join(RATES)}; got {text!r}"
         )
+    if not all(0 < rate < math.inf for rate in given.values()):
+        raise click.UsageError(f"rates must be finite numbers above 0; got {text!r}")
     return Rates(**given)
 
 
@@ -265,19 +308,44 @@ def parse_choices(choices: Sequence[str]) -> dict[str, list[Any]]:
     >>> parse_choices(["world_size=2,4", "placement=contiguous,exact"])
     {'world_size': [2, 4], 'placement': ['contiguous', 'exact']}
     """
-    kinds = {"world_size": int, "chunk_rows": int, "placement": str, "travel": str}
-    parsed = {}
+    readers = {
+        "world_size": _whole_number,
+        "chunk_rows": _whole_number,
+        "placement": _placement_name,
+        "travel": _travel_name,
+    }
+    parsed: dict[str, list[Any]] = {}
     for choice in choices:
         name, _, values = choice.partition("=")
-        if name not in kinds or not values:
-            raise ValueError(
-                f"a choice is one of {', '.join(kinds)} with =value,...; got {choice!r}"
+        if name not in readers or not values:
+            raise click.UsageError(
+                f"a choice is one of {', '.join(readers)} with =value,...; got {choice!r}"
             )
+        if name in parsed:
+            raise click.UsageError(f"{name} is given twice; say {name}=value,value,...")
         try:
-            parsed[name] = [kinds[name](value) for value in values.split(",")]
-        except ValueError:
-            raise ValueError(f"{name} takes whole numbers; got {values!r}") from None
+            parsed[name] = [readers[name](value) for value in values.split(",")]
+        except ValueError as error:
+            raise click.UsageError(f"{name} takes {error}; got {values!r}") from None
     return parsed
+
+
+def _whole_number(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise ValueError("whole numbers of at least 1")
+    return int(text)
+
+
+def _placement_name(text: str) -> str:
+    if text not in PLACEMENTS and not Path(text).exists():
+        raise ValueError(f"{', '.join(PLACEMENTS)}, or files of placements")
+    return text
+
+
+def _travel_name(text: str) -> str:
+    if text not in TRAVELS:
+        raise ValueError(", ".join(TRAVELS))
+    return text
 
 
 def json_text(compared: WhatIf, side_by_side: bool) -> str:
@@ -321,6 +389,9 @@ def plan_tables(one: Plan) -> list[Any]:
     figures.add_column(justify="right")
     for name, value in figures_of(one):
         figures.add_row(name, value)
+    advice = [f"advice: {said}" for said in one.advice]
+    if not one.has_ranks:
+        return [figures, *advice]
     ranks = Table(title="ranks")
     for name in ("rank", "experts", "rows served", "rows received"):
         ranks.add_column(name, justify="right")
@@ -331,4 +402,4 @@ def plan_tables(one: Plan) -> list[Any]:
         bar = "█" * round(BAR * rows / most)
         held = int(one.rank_experts[rank])
         ranks.add_row(str(rank), str(held), f"{rows:,}", f"{received[rank]:,}", bar)
-    return [figures, ranks, *(f"advice: {said}" for said in one.advice)]
+    return [figures, ranks, *advice]

@@ -13,7 +13,7 @@ Axis letters: `N` rows, `k` slots per row, `E` experts, `R` ranks, `S` slots per
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import product
@@ -42,6 +42,9 @@ from dask_ep.rows import rows_of
 from dask_ep.survey import Survey, survey
 from dask_ep.travel import ALL_ROWS, Travel, choose_travel
 from dask_ep.weights import Weight
+
+Asked = Placement | str | os.PathLike | Callable[[int], Placement] | None
+"""How a placement is asked for."""
 
 SAMPLE_BYTES = 48 << 20
 """Of experts in memory, with which their speed is measured."""
@@ -80,7 +83,7 @@ def plan(
     *,
     topk_weights: Any = None,
     world_size: int | None = None,
-    placement: Placement | str | os.PathLike | None = None,
+    placement: Asked = None,
     chunk_rows: int | None = None,
     only: Sequence[int] | None = None,
     memory_limit: int | str | None = None,
@@ -103,6 +106,7 @@ def plan(
     world_size : int, R, optional
         Default: the placement's, else the workers of the Dask client in use, else 1.
     placement : Placement, name of a policy, path of a placement file, or None for contiguous
+        Or a function that makes a `Placement` for a number of ranks.
     chunk_rows : int, optional
         Rows of a token chunk; default: the chunks of `tokens`.
     only : numbers of token chunks, optional
@@ -176,7 +180,7 @@ def what_if(
     *,
     topk_weights: Any = None,
     world_size: Sequence[int] = (1,),
-    placement: Sequence[Placement | str | None] = ("contiguous",),
+    placement: Sequence[Asked] = ("contiguous",),
     chunk_rows: Sequence[int | None] = (None,),
     memory_limit: int | str | None = None,
     workers: int | None = None,
@@ -305,7 +309,7 @@ class _Pricing:
     def plan(
         self,
         world_size: int,
-        placement: Placement | str | os.PathLike | None,
+        placement: Asked,
         chunk_rows: int | None,
         travel: Travel = ALL_ROWS,
         only: Sequence[int] | None = None,
@@ -379,12 +383,12 @@ class _Pricing:
                 return
             ranks = min(2 * ranks, self.survey.num_experts)
 
-    def _placement(
-        self, placement: Placement | str | os.PathLike | None, world_size: int
-    ) -> tuple[str, Placement]:
+    def _placement(self, placement: Asked, world_size: int) -> tuple[str, Placement]:
         if placement is None or placement in POLICIES:
             policy = placement or "contiguous"
             return policy, place(policy, self.survey.by_ticket, world_size)
+        if callable(placement):
+            placement = placement(world_size)
         if not isinstance(placement, Placement):
             placement = from_file(placement, world_size=world_size)
         if (placement.world_size, placement.num_experts) != (world_size, self.survey.num_experts):

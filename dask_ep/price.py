@@ -36,6 +36,9 @@ USUAL_CHUNK = 16 << 20
 SMALLEST_CHUNK = 1 << 20
 """Bytes of a token chunk below which a task costs more than its work."""
 
+SECONDS_THAT_COUNT = 0.1
+"""Time of the scheduler below which nothing is to be gained by fewer tasks."""
+
 ROWS_PER_PRODUCT = 256
 """Rows that an expert should get of a chunk, for its matrix product to run at full speed."""
 
@@ -124,6 +127,8 @@ class Plan:
     #: that all workers share; None if each thread has its own
     numbers: Sequence[int] | None = None
     #: of the chunks; None if these are all
+    chunks_asked: bool = True
+    #: whether the chunks are those of the user, who may be advised to take others
 
     # --- sizes ---------------------------------------------------------------------------
 
@@ -204,6 +209,11 @@ class Plan:
     def rank_experts(self) -> np.ndarray:
         """(R,) experts that each rank holds."""
         return (self.placement.slots >= 0).sum(axis=1)
+
+    @property
+    def has_ranks(self) -> bool:
+        """Whether experts lie at ranks, to which rows go."""
+        return True
 
     @property
     def copies_beside(self) -> int:
@@ -434,13 +444,14 @@ class Plan:
         """What to change, and why; empty if nothing."""
         said = []
         advised = self.advised_chunk_rows
-        if not advised / 2 <= self.chunk_rows <= advised * 2 and self.rows > advised:
+        far = not advised / 2 <= self.chunk_rows <= advised * 2 and self.rows > advised
+        if far and self.chunks_asked:
             said.append(
                 f"chunks of about {advised} rows instead of {self.chunk_rows}: "
                 f"{ROWS_PER_PRODUCT} rows for each expert, within the memory and for all threads"
             )
         could_grow = len(self.chunks) > 1 and self.chunk_rows < advised
-        if could_grow and self.scheduler_seconds > self.busy_seconds:
+        if could_grow and self.scheduler_seconds > max(self.busy_seconds, SECONDS_THAT_COUNT):
             said.append(
                 f"fewer tasks: the scheduler needs {self.scheduler_seconds:.1f} s for "
                 f"{self.tasks}, the workers {self.busy_seconds:.1f} s; larger chunks or fewer ranks"

@@ -45,6 +45,16 @@ class PlanInPasses(Plan):
         return self.passes.passes * int((self.expert_rows > 0).sum()) * self.work.expert_stored
 
     @property
+    def has_ranks(self) -> bool:
+        """None: the experts go by."""
+        return False
+
+    @property
+    def copies_beside(self) -> int:
+        """None."""
+        return 0
+
+    @property
     def exchanged_bytes(self) -> int:
         """None: rows are not sent to ranks."""
         return 0

@@ -9,6 +9,7 @@ without a network, on a phone and on paper. Figures are said in text and tables 
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from html import escape
 from os import PathLike
@@ -55,18 +56,17 @@ def write_plan_report(path: str | PathLike, compared: WhatIf) -> None:
     if len(compared.plans) > 1:
         sections.append(_heading("Choices", compared.why))
         sections.append(figures.draw_choices(compared.plans, best))
-    sections += [
-        _heading("Load", _said_of_load(best)),
-        figures.draw_expert_load(best),
-        figures.draw_rank_load(best),
-        figures.draw_imbalance(_imbalances(best)),
-        _heading("Between ranks", _said_of_traffic(best)),
-        figures.draw_traffic(
-            best.traffic_rows, row_bytes(best), "Rows from the chunks at each rank to each rank"
-        ),
-        _heading("Memory", _said_of_memory(best)),
-        figures.draw_memory(best),
-    ]
+    sections += [_heading("Load", _said_of_load(best)), figures.draw_expert_load(best)]
+    if best.has_ranks:
+        sections += [
+            figures.draw_rank_load(best),
+            figures.draw_imbalance(_imbalances(best)),
+            _heading("Between ranks", _said_of_traffic(best)),
+            figures.draw_traffic(
+                best.traffic_rows, row_bytes(best), "Rows from the chunks at each rank to each rank"
+            ),
+        ]
+    sections += [_heading("Memory", _said_of_memory(best)), figures.draw_memory(best)]
     if best.advice:
         sections.append(_heading("Advice", ". ".join(best.advice)))
     _write(path, "Plan", _title(best), sections)
@@ -95,8 +95,6 @@ def write_run_report(
     ImportError
         If bokeh is not installed.
     """
-    received = record.received_rows(plan.reply_row_bytes)
-    measured = received if plan.exchanged_bytes and any(received.values()) else None
     rate = plan.rows / record.seconds if record.seconds else 0.0
     said = f"{plan.rows:,} rows in {record.seconds:.2f} s, {rate:,.0f} rows per second."
     sections = [
@@ -104,11 +102,7 @@ def write_run_report(
         _table("Planned and measured", ("", "planned", "measured"), _both(plan, record)),
         *([f'<p><a href="{escape(link)}">Dask\'s own report of this run</a></p>'] if link else []),
         _heading("Load", _said_of_load(plan)),
-        figures.draw_rank_load(plan, measured),
-        _table("", ("rank", "planned rows", "measured rows"), _ranks(plan, measured)),
-        figures.draw_imbalance(_imbalances(plan)),
-        _heading("Between ranks", _said_of_traffic(plan)),
-        *_traffic(plan, record),
+        *(_of_ranks(plan, record) if plan.has_ranks else [figures.draw_expert_load(plan)]),
         _heading("Memory", _said_of_memory(plan)),
         figures.draw_memory(plan, record.peak_bytes),
         _heading("Time", said),
@@ -134,6 +128,18 @@ def check_drawing() -> None:
             "a report is drawn with bokeh, which is not installed; "
             'install it with: pip install "dask-ep[report]"'
         ) from error
+
+
+def check_place(path: str | PathLike) -> None:
+    """Make the folder of a file that is written at the end; raise OSError where it cannot be."""
+    path = Path(path)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise OSError(f"{path} cannot be written: {error}; choose another place") from error
+    if path.is_dir() or not os.access(path if path.exists() else path.parent, os.W_OK):
+        what = "is a directory" if path.is_dir() else "cannot be written"
+        raise OSError(f"{path} {what}; choose another place")
 
 
 def _write(path: str | PathLike, kind: str, title: str, sections: Sequence[object]) -> None:
@@ -170,9 +176,10 @@ def _write(path: str | PathLike, kind: str, title: str, sections: Sequence[objec
 
 
 def _title(plan: Plan) -> str:
+    how = f"{plan.world_size} ranks ({plan.policy})" if plan.has_ranks else "which go by in passes"
     return (
         f"{plan.rows:,} token rows of width {plan.work.d}, {plan.slots_per_row} of "
-        f"{plan.expert_rows.size} experts a row, {plan.world_size} ranks ({plan.policy})"
+        f"{plan.expert_rows.size} experts a row, {how}"
     )
 
 
@@ -199,14 +206,21 @@ def figures_of(plan: Plan) -> list[tuple[str, str]]:
         copies.append(("copies of experts among them", f"{plan.copies_beside}, {read}"))
     parts = ", ".join(f"{name} {format_bytes(n)}" for name, n in plan.memory_parts.items())
     tasks = plan.tasks + plan.other_tasks
+    ranks = [("runs on", plan.places)]
+    between = []
+    if plan.has_ranks:
+        ranks = [("ranks", f"{plan.world_size} ({plan.policy}) on {plan.places}")]
+        between = [
+            ("imbalance (max/mean rank)", f"{plan.imbalance:.3f}"),
+            ("exchanged between ranks", format_bytes(plan.exchanged_bytes)),
+            ("moved between workers", format_bytes(plan.moved_bytes)),
+        ]
     return [
         ("token rows", f"{plan.rows:,}"),
         ("experts", f"{plan.expert_rows.size}, {plan.slots_per_row} a row"),
-        ("ranks", f"{plan.world_size} ({plan.policy}) on {plan.places}"),
+        *ranks,
         ("chunks", f"{len(plan.chunks):,} of up to {plan.chunk_rows:,} rows"),
-        ("imbalance (max/mean rank)", f"{plan.imbalance:.3f}"),
-        ("exchanged between ranks", format_bytes(plan.exchanged_bytes)),
-        ("moved between workers", format_bytes(plan.moved_bytes)),
+        *between,
         ("experts to read", format_bytes(plan.stored_bytes)),
         *copies,
         *((what, of_limit(*figures)) for what, figures in plan.memory_figures.items()),
@@ -232,10 +246,19 @@ def of_limit(nbytes: int, limit: int | None) -> str:
 def _both(plan: Plan, record: Record) -> list[tuple[str, str, str]]:
     """Planned and measured, side by side."""
     peak = "" if record.peak_bytes is None else format_bytes(record.peak_bytes)
+    return [
+        ("tasks", f"{plan.tasks:,}", f"{record.tasks:,}"),
+        *(_both_between(plan, record) if plan.has_ranks else []),
+        ("memory of a worker, at most", format_bytes(plan.process_bytes), peak),
+        ("time", f"{plan.seconds:.2f} s", f"{record.seconds:.2f} s"),
+    ]
+
+
+def _both_between(plan: Plan, record: Record) -> list[tuple[str, str, str]]:
+    """What goes between ranks, planned and measured."""
     of_ranks = record.received_rows(plan.reply_row_bytes) if plan.exchanged_bytes else {}
     received = sum(of_ranks.values())
     return [
-        ("tasks", f"{plan.tasks:,}", f"{record.tasks:,}"),
         ("rows received by ranks", f"{plan.packet_rows.sum():,}", f"{received:,}" * (received > 0)),
         ("exchanged", format_bytes(plan.exchanged_bytes), format_bytes(record.exchanged_bytes)),
         (
@@ -248,8 +271,19 @@ def _both(plan: Plan, record: Record) -> list[tuple[str, str, str]]:
             format_bytes(plan.moved_bytes),
             format_bytes(record.moved_bytes),
         ),
-        ("memory of a worker, at most", format_bytes(plan.process_bytes), peak),
-        ("time", f"{plan.seconds:.2f} s", f"{record.seconds:.2f} s"),
+    ]
+
+
+def _of_ranks(plan: Plan, record: Record) -> list[object]:
+    """Load of ranks and traffic between them, planned and measured."""
+    received = record.received_rows(plan.reply_row_bytes)
+    measured = received if plan.exchanged_bytes and any(received.values()) else None
+    return [
+        figures.draw_rank_load(plan, measured),
+        _table("", ("rank", "planned rows", "measured rows"), _ranks(plan, measured)),
+        figures.draw_imbalance(_imbalances(plan)),
+        _heading("Between ranks", _said_of_traffic(plan)),
+        *_traffic(plan, record),
     ]
 
 
@@ -301,16 +335,18 @@ def _imbalances(plan: Plan) -> dict[str, float]:
 def _said_of_load(plan: Plan) -> str:
     hottest = int(plan.expert_rows.argmax())
     pairs = max(int(plan.expert_rows.sum()), 1)
-    return (
-        f"The hottest expert, {hottest}, gets {plan.expert_rows[hottest] / pairs:.1%} of all rows; "
-        f"the busiest rank, {int(plan.rank_rows.argmax())}, serves {plan.imbalance:.2f} times the "
-        "mean."
+    said = (
+        f"The hottest expert, {hottest}, gets {plan.expert_rows[hottest] / pairs:.1%} of all rows"
     )
+    if not plan.has_ranks:
+        return f"{said}."
+    busiest = int(plan.rank_rows.argmax())
+    return f"{said}; the busiest rank, {busiest}, serves {plan.imbalance:.2f} times the mean."
 
 
 def _said_of_traffic(plan: Plan) -> str:
     if not plan.exchanged_bytes:
-        return "No row travels: one rank owns all experts, or they go by where the rows are."
+        return "No row travels: one rank owns all experts, or they are read where the rows are."
     rows = int(plan.packet_rows.sum())
     return (
         f"{rows:,} rows go to ranks and as many come back, {format_bytes(plan.exchanged_bytes)} "

@@ -56,7 +56,7 @@ from dask_ep.ownership import Owners, own_experts
 from dask_ep.passes import Passes
 from dask_ep.price import Plan
 from dask_ep.record import Record
-from dask_ep.report import check_drawing
+from dask_ep.report import check_drawing, check_place
 from dask_ep.run_report import dask_reported, plan_run, recorded, write_reports
 from dask_ep.slots import Placement
 from dask_ep.storage import store
@@ -202,6 +202,7 @@ def run_job(
     """
     if report is not None:
         check_drawing()
+        check_place(report)
     begun = _read_begun(job.out) if resume else {}
     inputs = open_inputs(job)
     with _started(where, job) as (threads, client):
@@ -215,7 +216,7 @@ def run_job(
         chunk_rows = chunk_rows or begun.get("chunk_rows")
         inputs = inputs if passes else hold_what_fits(inputs, layout, chunk_rows)
         passes = passes if begun else find_passes(inputs, layout, workers, chunk_rows, travel)
-        _check_travel(travel, client, passes)
+        check_travel(travel, where, passes)
         travel = begun.get("travel", travel)
         walk = passes and InPasses(inputs, passes, workers or 1, begun.get("place"))
         chunk_rows = passes.chunk_rows if passes else choose_chunk_rows(inputs, layout, chunk_rows)
@@ -260,12 +261,12 @@ def run_job(
                         else:
                             _compute_on_client(step, client, watch, wait)
                     done = watch.progress()
-                output.finish()
     return done._replace(passes=walk and walk.done(watch.spilled_bytes))
 
 
-def _check_travel(travel: Travel, client: Client | None, passes: Passes | None) -> None:
-    if travel.how is not None and client is None and passes is None:
+def check_travel(travel: Travel, where: Where, passes: Passes | None) -> None:
+    """Refuse a choice of what travels where nothing can."""
+    if travel.how is not None and isinstance(where, Threads) and passes is None:
         raise ValueError(
             "threads share memory, and nothing travels between them; travel is for workers, or for "
             "experts that do not fit into the memory limit"
@@ -492,17 +493,17 @@ def _watched(
     report: str | os.PathLike | None,
     on_record: OnRecord | None,
 ) -> Iterator[None]:
-    """Record what runs inside beside its plan, if there is one, for whoever asked."""
+    """Finish the output of what runs inside, which is recorded beside its plan if there is one."""
     if planned is None:
         yield
+        output.finish()
         return
     records: list[Record] = []
     dask_too = report is not None and client is not None
-    with (
-        dask_reported(report) if dask_too else contextlib.nullcontext(),
-        recorded(client, owners, records.append),
-    ):
-        yield
+    with dask_reported(report) if dask_too else contextlib.nullcontext():
+        with recorded(client, owners, records.append):
+            yield
+        output.finish()
     if report is not None:
         write_reports(report, planned, records[0], output.missing, len(output.rows))
     if on_record is not None:

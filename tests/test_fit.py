@@ -223,6 +223,10 @@ def test_ranks_of_the_job_stay_and_get_more_workers(job_file):
     assert no.value.proposal == {"processes": 4}
 
 
+def test_more_rows_than_there_are_mean_all_of_them(inputs):
+    assert choose_chunk_rows(inputs, Layout(1, 1, 1, 400 << 20), 1_000_000) == 2000
+
+
 def test_where_nothing_fits_it_is_said(inputs):
     with pytest.raises(DoesNotFit, match=r"a memory limit of 179 MB .* in all; give more") as no:
         choose_chunk_rows(inputs, Layout(1, 1, 2, 179_000_000))
@@ -236,7 +240,7 @@ def test_nothing_is_read_or_begun_before_a_refusal(job_file, tmp_path, monkeypat
     monkeypatch.setattr(sources.RawSource, "read", refuse)
     job = load_job(job_file, out=str(tmp_path / "out.npy"))
     with pytest.raises(DoesNotFit):
-        run_job(job, Threads(1, 400 << 20), chunk_rows=1_000_000)
+        run_job(job, Threads(1, 220_000_000), chunk_rows=1_000_000)
     assert not list(tmp_path.iterdir())
 
 

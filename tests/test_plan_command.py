@@ -11,13 +11,16 @@ from click.testing import CliRunner
 
 from dask_ep import device, journal, planner
 from dask_ep import plan_command as plan_command_module
+from dask_ep.checkpoint import load_moe_layer, moe_layers
 from dask_ep.costs import PART_OF_A_WORKER, Rates
 from dask_ep.device import NoDeviceError
 from dask_ep.job import load_job
 from dask_ep.pipeline import count_tasks
 from dask_ep.placement import Placement
+from dask_ep.placement_files import write_sglang, write_vllm_ascend
 from dask_ep.plan_command import plan_command
 from dask_ep.run import Threads, run_job
+from tests.checkpoints import FIXTURES, LAYER
 
 
 @pytest.fixture
@@ -75,9 +78,8 @@ def test_the_command_writes_a_report(job_file, tmp_path):
 
 def test_a_placement_to_compare_that_is_neither_name_nor_file(job_file):
     result = CliRunner().invoke(plan_command, [str(job_file), "--what-if", "placement=foo"])
-    assert "a placement is one of contiguous, packed, balanced, exact, or a file: 'foo'" in str(
-        result.exception
-    )
+    assert result.exit_code == 2
+    assert "placement takes contiguous, packed, balanced, exact, or files" in result.output
 
 
 def test_a_report_that_cannot_be_drawn_is_told_before_anything_is_read(job_file, monkeypatch):
@@ -102,7 +104,18 @@ def test_the_command_compares_choices(job_file):
     [
         (["world_size=2"], "put --what-if before it"),
         (["--what-if", "ranks=2"], "a choice is one of world_size, chunk_rows, placement"),
-        (["--what-if", "world_size=two"], "world_size takes whole numbers; got 'two'"),
+        (["--what-if", "world_size=two"], "world_size takes whole numbers of at least 1; got 'two"),
+        (["--what-if", "world_size=0"], "world_size takes whole numbers of at least 1; got '0'"),
+        (["--what-if", "travel=foo"], "travel takes rows, auto, experts; got 'foo'"),
+        (["--what-if", "chunk_rows=5", "chunk_rows=6"], "chunk_rows is given twice"),
+        (["--threads", 2, "--processes", 2], "give one of --threads and --processes"),
+        (["--travel", "auto"], "threads share memory, and nothing travels between them"),
+        (["--what-if", "travel=rows,auto"], "threads share memory, and nothing travels"),
+        (["--html", "job.toml/plan.html"], "plan.html cannot be written: .*choose another place"),
+        (
+            ["--memory-limit", "1 MB", "--what-if", "world_size=1,2"],
+            "plan without --what-if tells it",
+        ),
         (["--memory-limit", "1 MB"], "a memory limit of 1 MB must hold .* in all; give more"),
         (
             ["--chunk-rows", 900, "--memory-limit", "180.7 MB"],
@@ -110,11 +123,49 @@ def test_the_command_compares_choices(job_file):
         ),
     ],
 )
-def test_what_the_command_refuses(job_file, arguments, message):
+def test_what_the_command_refuses(job_file, arguments, message, monkeypatch):
+    monkeypatch.chdir(job_file.parent)
     result = CliRunner().invoke(plan_command, [str(job_file), *map(str, arguments)])
     assert result.exit_code != 0
-    said = f"{result.output} {result.exception}"
+    notes = getattr(result.exception, "__notes__", [])
+    said = f"{result.output} {result.exception} {notes}"
     assert re.search(message, " ".join(said.split())), said
+
+
+def test_chunks_are_advised_where_they_were_asked_for(job_file):
+    np.save(job_file.parent / "tokens.npy", np.ones((70_000, 8), "f4"))
+    np.save(job_file.parent / "routing.npy", np.zeros((70_000, 2), "i4"))
+    common = (job_file, "--threads", 4, "--json")
+    chosen = json.loads(invoke(*common))
+    assert chosen["chunk_rows"] < chosen["advised_chunk_rows"] / 2, "so that all threads have some"
+    assert chosen["advice"] == []
+    asked = json.loads(invoke(*common, "--chunk-rows", chosen["chunk_rows"]))
+    assert any("chunks of about" in said for said in asked["advice"])
+
+
+def test_a_placement_file_of_many_layers_is_read_for_the_layer_of_the_job(tmp_path):
+    """By SGLang's number, and by vLLM Ascend's, which counts MoE layers alone."""
+    checkpoint = FIXTURES / "qwen3_moe"
+    experts = load_moe_layer(checkpoint, LAYER).experts
+    assert moe_layers(checkpoint) == [LAYER] == [1], "layer 0 is dense"
+    placement = Placement(np.arange(experts.num_experts)[::-1].reshape(2, -1))
+    write_sglang(tmp_path / "sglang.json", {1: placement})
+    write_vllm_ascend(tmp_path / "ascend.json", [placement])
+    np.save(tmp_path / "hidden.npy", np.ones((30, experts.d), "f4"))
+    path = tmp_path / "job.toml"
+    path.write_text(
+        f'tokens = "hidden.npy"\nlayer = "{checkpoint}"\nlayer_index = 1\n'
+        'out = "out.npy"\nworld_size = 2\n'
+    )
+    for file in (tmp_path / "sglang.json", tmp_path / "ascend.json"):
+        content = json.loads(invoke(path, "--placement", file, "--json"))
+        compared = json.loads(invoke(path, "--json", "--what-if", f"placement={file}"))
+        for plan in (content, *compared["plans"]):
+            assert plan["slots"] == placement.slots.tolist()
+        job = load_job(path, placement=str(file))
+        run_job(job, Threads(1), overwrite=True)
+        settings = journal.read_manifest(f"{job.out}.progress")["settings"]
+        assert Placement.from_json(settings["placement"]) == placement
 
 
 def test_within_a_limit_the_plan_is_of_the_chunks_that_a_run_takes(job_file, tmp_path):
@@ -221,6 +272,10 @@ def test_a_plan_on_gpus_that_are_here(job_file, monkeypatch):
         ([*GPU, "--device-memory-limit", "300 MB"], "the memory limit of a GPU of 300 MB must"),
         ([*GPU, "--processes", 2], "--gpu has one worker per GPU"),
         (["--device-memory-limit", "1 GB"], "--device-memory-limit needs --gpu"),
+        ([*GPU, "--device-memory-limit", "0.9"], "'0.9' is no size"),
+        ([*GPU, "--device-memory-limit", "-5GB"], "'-5GB' is no size"),
+        (["--rates", "flops=0,copy=1"], "rates must be finite numbers above 0"),
+        (["--rates", "flops=1,copy=-1"], "rates must be finite numbers above 0"),
         (["--rates", "flops=1"], "--rates needs flops and copy, and takes flops, .*lane"),
         (["--rates", "flops=fast,copy=1"], "a rate is NAME=NUMBER, .* got 'flops=fast'"),
     ],

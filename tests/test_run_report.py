@@ -12,7 +12,7 @@ import psutil
 import pytest
 from distributed import LocalCluster
 
-from dask_ep import cli, planner
+from dask_ep import cli, planner, run
 from dask_ep.costs import PROCESS_BYTES, Rates
 from dask_ep.example import Example, write_example
 from dask_ep.job import load_job
@@ -166,6 +166,28 @@ def test_without_bokeh_nothing_is_begun(job_file, tmp_path, monkeypatch):
     assert not list(tmp_path.iterdir())
 
 
+def test_a_report_that_cannot_be_written_is_told_before_anything_is_read(job_file, tmp_path):
+    job = load_job(job_file, out=str(tmp_path / "y.npy"))
+    (tmp_path / "file").touch()
+    for place, words in (("file/run.html", "cannot be written"), ("", "is a directory")):
+        with pytest.raises(OSError, match=f"{words}.*choose another place"):
+            run_job(job, Threads(1), report=tmp_path / place)
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
+    run_job(job, Threads(1), report=tmp_path / "new" / "run.html")
+    assert (tmp_path / "new" / "run.html").exists()
+
+
+def test_the_output_has_its_name_before_the_report_is_written(job_file, tmp_path, monkeypatch):
+    def fail(*_):
+        raise OSError("no space")
+
+    monkeypatch.setattr(run, "write_reports", fail)
+    job = load_job(job_file, out=str(tmp_path / "y.npy"))
+    with pytest.raises(OSError, match="no space"):
+        run_job(job, Threads(1), report=tmp_path / "run.html")
+    assert Path(job.out).exists()
+
+
 def test_experts_that_go_by_in_passes(tmp_path):
     """201 MB of experts within 50 MB besides the process."""
     sizes = {"rows": 300, "d": 256, "num_experts": 768, "k": 2}
@@ -175,4 +197,6 @@ def test_experts_that_go_by_in_passes(tmp_path):
     assert planned.passes is not None
     assert record.peak_bytes <= planned.memory_bytes <= 348 << 20
     assert sum(s.step == "experts" for s in record.spans) > 1
-    assert "No row travels" in report.read_text()
+    text = report.read_text()
+    assert "experts a row, which go by in passes" in text
+    assert not any(word in text for word in ("rows received", "exchanged", "Between ranks"))

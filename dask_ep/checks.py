@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from numbers import Integral
 
 import numpy as np
 
@@ -90,9 +91,15 @@ def refuse_masked(array: Array | None, name: str) -> None:
         )
 
 
-def check_rank(rank: int, world_size: int) -> None:
+def check_world_size(world_size: int) -> None:
+    if isinstance(world_size, bool) or not isinstance(world_size, Integral):
+        raise TypeError(f"world_size must be a whole number, but is {world_size!r}")
     if world_size < 1:
         raise ValueError(f"world_size must be at least 1, but is {world_size}")
+
+
+def check_rank(rank: int, world_size: int) -> None:
+    check_world_size(world_size)
     if not 0 <= rank < world_size:
         raise ValueError(
             f"rank must be in [0, {world_size}) for world_size={world_size}, but is {rank}"

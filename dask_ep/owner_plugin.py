@@ -67,6 +67,15 @@ FUSED = "-ep_experts-"
 loading, such as ``getitem-ep_experts-<tok>``; the rest of their keys is that of the loading."""
 
 
+SETTLE = 2.0
+"""Seconds without a change of workers before ranks are rebalanced, unless the user says otherwise:
+a nanny needs about one to two seconds to bring a killed worker back."""
+
+PAUSE_LIMIT = 30.0
+"""Seconds after which a paused worker loses its ranks, unless the user says otherwise: spilling a
+few gigabytes takes less."""
+
+
 def _seen_by_the_user(hook: Callable) -> Callable:
     """The scheduler logs what a plugin raises, and goes on: keep it for `Owners.failures`.
 
@@ -91,9 +100,9 @@ class Ownership(SchedulerPlugin):
     name = PLUGIN
     idempotent = True
 
-    def __init__(self, scheduler: Scheduler, settle: float, pause_limit: float):
+    def __init__(self, scheduler: Scheduler):
         self.scheduler = scheduler
-        self.settle, self.pause_limit = settle, pause_limit
+        self.settle, self.pause_limit = SETTLE, PAUSE_LIMIT
         self.claims: dict[str, int] = {}  # by client: the world size that it last asked for
         self.ranks: dict[int, Ranks] = {}  # by world size
         self.away: set[str] = set()  # workers that have been paused for too long
@@ -198,8 +207,8 @@ class Ownership(SchedulerPlugin):
         copies: Mapping[int, int] | None,
     ) -> None:
         """Let a client need owners, of ranks with these loads and numbers of owners."""
-        self.claims[client] = world_size
         ranks = self.ranks.setdefault(world_size, Ranks.unowned(world_size))
+        self.claims[client] = world_size
         if loads is not None:
             ranks.loads = [float(load) for load in loads]
         for rank, owners in (copies or {}).items():

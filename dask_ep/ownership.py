@@ -25,16 +25,10 @@ from dask.utils import format_bytes
 from distributed import Client
 from distributed.scheduler import Scheduler
 
+from dask_ep.checks import check_world_size
 from dask_ep.owner_map import burdens
 from dask_ep.owner_plugin import PLUGIN, Ownership
 from dask_ep.ranks import Change
-
-SETTLE = 2.0
-"""Seconds without a change of workers before ranks are rebalanced: a nanny needs about one to two
-seconds to bring a killed worker back."""
-
-PAUSE_LIMIT = 30.0
-"""Seconds after which a paused worker loses its ranks: spilling a few gigabytes takes less."""
 
 
 def own_experts(
@@ -43,8 +37,8 @@ def own_experts(
     *,
     replicas: Mapping[int, int] | None = None,
     loads: Sequence[float] | None = None,
-    settle: float = SETTLE,
-    pause_limit: float = PAUSE_LIMIT,
+    settle: float | None = None,
+    pause_limit: float | None = None,
     chunks_in_flight: float | None = None,
 ) -> Owners:
     """Give every rank an owner on the cluster, and see to it that it keeps one.
@@ -62,13 +56,13 @@ def own_experts(
     loads : R numbers, optional
         Work of each rank in any unit, such as token rows; equal without it. Owners get ranks
         in proportion to their memory.
-    settle : float
-        Seconds without a change of workers before ranks are rebalanced.
-    pause_limit : float
-        Seconds after which a worker that paused (memory) loses its ranks.
+    settle : float, optional
+        Seconds without a change of workers before ranks are rebalanced; 2 at first.
+    pause_limit : float, optional
+        Seconds after which a worker that paused (memory) loses its ranks; 30 at first.
     chunks_in_flight : float, optional
         Most token chunks of a graph that are under way at once, so that what waits for a slow rank
-        does not fill the memory. Without it, 4 per thread of the workers and 4; `inf` for no bound.
+        does not fill the memory; 4 per thread of the workers and 4 at first, `inf` for no bound.
 
     Returns
     -------
@@ -80,15 +74,17 @@ def own_experts(
     ------
     ValueError
         If there is no worker to count, or if `world_size`, `replicas` or `loads` make no sense.
+    TypeError
+        If `world_size` is no whole number, or the client is asynchronous.
     RuntimeError
         If the scheduler cannot import dask_ep.
 
     Notes
     -----
     Calling it again, from this or from another client, gives a handle to the same owners: there is
-    one plugin on a scheduler. It goes when all clients that called it have closed their handles or
-    are gone themselves, and leaves nothing behind. Graphs of another world size than this get
-    owners by the same rules when they arrive.
+    one plugin on a scheduler. A call changes only what it names. The plugin goes when all clients
+    that called have closed their handles or are gone themselves, and leaves nothing behind. Graphs
+    of another world size than this get owners by the same rules when they arrive.
 
     A task is given up (KilledWorker) when more workers have died on which it waited than the
     scheduler's `distributed.scheduler.allowed-failures`, 3 by default: set it to the number of
@@ -231,17 +227,15 @@ class Owners:
             # The scheduler is lost, and with it the plugin: let the first error be heard.
 
     def __repr__(self) -> str:
-        try:
-            rows = self.table()
-        except (RuntimeError, OSError):
+        rows = self._rows()
+        if rows is None:
             return f"<Owners of {self.world_size} ranks: closed>"
         lines = [f"{row.name}: {', '.join(map(str, row.ranks)) or '-'}" for row in rows]
         return f"<Owners of {self.world_size} ranks on {len(rows)} workers: {'; '.join(lines)}>"
 
     def _repr_html_(self) -> str:
-        try:
-            rows = self.table()
-        except (RuntimeError, OSError):
+        rows = self._rows()
+        if rows is None:
             return escape(repr(self))
         head = "<tr><th>worker</th><th>ranks</th><th>load</th><th>memory</th></tr>"
         body = "".join(
@@ -251,6 +245,15 @@ class Owners:
             for row in rows
         )
         return f"<table><caption>Owners of {self.world_size} ranks</caption>{head}{body}</table>"
+
+    def _rows(self) -> list[WorkerRow] | None:
+        """The table, None if the owners are closed or the client is."""
+        if self._client.status != "running":
+            return None
+        try:
+            return self.table()
+        except (RuntimeError, OSError):
+            return None
 
     def _ask(self, question: Any, *args: Any) -> Any:
         return self._client.run_on_scheduler(question, self.world_size, *args)
@@ -264,19 +267,28 @@ def _claim(
     world_size: int | None,
     replicas: Mapping[int, int] | None,
     loads: Sequence[float] | None,
-    settle: float,
-    pause_limit: float,
+    settle: float | None,
+    pause_limit: float | None,
     chunks_in_flight: float | None,
     dask_scheduler: Scheduler,
 ) -> tuple[int, bool]:
     installed = dask_scheduler.plugins.get(PLUGIN)
-    plugin = installed or Ownership(dask_scheduler, settle, pause_limit)
+    plugin = installed or Ownership(dask_scheduler)
     is_new = client not in plugin.claims
     if world_size is None:
         world_size = plugin.claims.get(client) or plugin.places()
+        if world_size == 0:
+            raise ValueError(
+                "world_size is counted from the workers, and there are none; start workers first, "
+                "or give world_size"
+            )
     _check_claim(world_size, replicas, loads, chunks_in_flight)
-    plugin.settle, plugin.pause_limit = settle, pause_limit
-    plugin.chunks_in_flight = chunks_in_flight
+    if settle is not None:
+        plugin.settle = settle
+    if pause_limit is not None:
+        plugin.pause_limit = pause_limit
+    if chunks_in_flight is not None:
+        plugin.chunks_in_flight = chunks_in_flight
     if not installed:
         dask_scheduler.add_plugin(plugin, name=PLUGIN)
     plugin.claim(client, world_size, loads, replicas)
@@ -289,13 +301,7 @@ def _check_claim(
     loads: Sequence[float] | None,
     chunks_in_flight: float | None,
 ) -> None:
-    if world_size == 0:
-        raise ValueError(
-            "world_size is counted from the workers, and there are none; start workers first, or "
-            "give world_size"
-        )
-    if world_size < 1:
-        raise ValueError(f"world_size must be 1 or more, but is {world_size}")
+    check_world_size(world_size)
     for rank, owners in (replicas or {}).items():
         if not 0 <= rank < world_size or owners < 1:
             raise ValueError(

@@ -22,7 +22,6 @@ import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from importlib import import_module
-from numbers import Integral
 from typing import Any
 
 import dask
@@ -33,7 +32,7 @@ from dask.highlevelgraph import HighLevelGraph
 from dask.task_spec import List, Task, TaskRef
 
 from dask_ep.arrays import Array, namespace
-from dask_ep.checks import check_routing, check_tokens, computing_dtype
+from dask_ep.checks import check_routing, check_tokens, check_world_size, computing_dtype
 from dask_ep.device import DeviceMemoryError, telling_chunk, telling_memory
 from dask_ep.dispatch import expert_parallel_dispatch
 from dask_ep.exchange import Packet, send, sum_ranks
@@ -440,10 +439,7 @@ def _ranks(
     given = placement if isinstance(placement, Placement) else None
     if world_size is None:
         world_size = given.world_size if given is not None else workers_in_use()
-    if isinstance(world_size, bool) or not isinstance(world_size, Integral):
-        raise TypeError(f"world_size must be a whole number, but is {world_size!r}")
-    if world_size < 1:
-        raise ValueError(f"world_size must be at least 1, but is {world_size}")
+    check_world_size(world_size)
     if given is None and placement not in (None, "contiguous"):
         given = _place_by_load(placement, experts, world_size, tokens, routing)
     if given is not None:
@@ -505,7 +501,7 @@ def _warn_of_many_tasks(num_chunks: int, world_size: int) -> None:
 
 def _warn_if_unpinned(world_size: int) -> None:
     client = _client_in_use()
-    if client is None or client.get_metadata(["dask-ep", "owners"], default=None) is not None:
+    if client is None or _knows_owners(client):
         return
     warnings.warn(
         f"the {world_size} ranks have no owners, so that every worker may load the experts of "
@@ -520,7 +516,18 @@ def _warn_if_unpinned(world_size: int) -> None:
 
 def workers_in_use() -> int:
     client = _client_in_use()
-    return 1 if client is None else max(len(client.nthreads()), 1)
+    if client is None:
+        return 1
+    if client.asynchronous:  # it cannot be asked here, but hears of its scheduler now and then
+        return max(client.scheduler_info()["n_workers"], 1)
+    return max(len(client.nthreads()), 1)
+
+
+def _knows_owners(client: Any) -> bool:
+    """Whether ranks have owners, as far as the client can be asked."""
+    if client.asynchronous:
+        return False
+    return client.get_metadata(["dask-ep", "owners"], default=None) is not None
 
 
 def _client_in_use() -> Any:

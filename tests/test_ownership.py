@@ -389,6 +389,21 @@ def test_the_handle_shows_workers_and_ranks(client):
             owners.move(0, "w1")
 
 
+def test_the_handle_of_a_closed_client_can_be_shown(cluster, client):
+    with cluster.client(loop=client.loop) as other:
+        owners = own_experts(other, 6)
+    assert repr(owners) == "<Owners of 6 ranks: closed>"
+
+
+def test_a_second_call_changes_only_what_it_names(cluster, client):
+    given = {"settle": 50.0, "pause_limit": 99.0, "chunks_in_flight": 1.0}
+    with own_experts(client, 6, **given), cluster.client() as other:
+        with own_experts(other):
+            assert client.run_on_scheduler(_limits) == given
+        with own_experts(other, settle=3.0):
+            assert client.run_on_scheduler(_limits) == given | {"settle": 3.0}
+
+
 def test_what_fails_in_the_plugin_can_be_read(client):
     with own_experts(client, 6) as owners:
         assert owners.failures == []
@@ -402,7 +417,10 @@ def test_what_fails_in_the_plugin_can_be_read(client):
 @pytest.mark.parametrize(
     ("keywords", "message"),
     [
-        ({"world_size": -1}, "world_size must be 1 or more, but is -1"),
+        ({"world_size": -1}, "world_size must be at least 1, but is -1"),
+        ({"world_size": 0}, "world_size must be at least 1, but is 0"),
+        ({"world_size": 2.5}, "world_size must be a whole number, but is 2.5"),
+        ({"world_size": 4.0}, "world_size must be a whole number, but is 4.0"),
         ({"world_size": 3, "loads": [1, 2]}, "one number per rank, 3, but has 2"),
         ({"world_size": 2, "loads": [0, 0]}, "not all zero"),
         ({"world_size": 2, "loads": [1, float("nan")]}, "must be finite"),
@@ -412,7 +430,7 @@ def test_what_fails_in_the_plugin_can_be_read(client):
     ],
 )
 def test_claims_that_make_no_sense_are_refused_and_install_nothing(client, keywords, message):
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises((ValueError, TypeError), match=message):
         own_experts(client, **keywords)
 
 
@@ -601,6 +619,11 @@ def _chunks_in_flight(computed):
             ended.add(key[1])
         counts.append(len(begun - ended))
     return counts
+
+
+def _limits(dask_scheduler):
+    plugin = dask_scheduler.plugins[PLUGIN]
+    return {name: getattr(plugin, name) for name in ("settle", "pause_limit", "chunks_in_flight")}
 
 
 def _what_is_left(dask_scheduler):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import re
 import subprocess
@@ -510,6 +511,22 @@ def test_a_client_in_use_gives_one_rank_per_worker_and_the_same_bits(client):
     with dask.config.set(scheduler="sync"):
         assert build(data).name.startswith("ep_dispatch")  # that goes before the client: one rank
         np.testing.assert_array_equal(got, build(data, world_size=3).compute())
+
+
+def test_under_an_asynchronous_client():
+    data = layer()
+
+    async def compute():
+        async with Client(
+            n_workers=2, processes=False, dashboard_address="127.0.0.1:0", asynchronous=True
+        ) as client:
+            with pytest.warns(UnpinnedWarning, match="the 2 ranks have no owners"):
+                y = build(data)
+            return await client.compute(y)
+
+    with dask.config.set(scheduler="sync"):
+        expected = build(data, world_size=2).compute()
+    np.testing.assert_array_equal(asyncio.run(compute()), expected)
 
 
 def test_the_dashboard_shows_the_four_steps_by_name(client):

@@ -16,6 +16,7 @@ from __future__ import annotations
 import contextlib
 import os
 import threading
+import weakref
 from collections import deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -27,7 +28,7 @@ from dask.system import CPU_COUNT
 from dask_ep.expert import Expert
 from dask_ep.experts import Experts
 from dask_ep.held import held_in_memory
-from dask_ep.local import LocalExperts
+from dask_ep.local import load_experts
 from dask_ep.weights import Weight
 
 READERS = min(max(CPU_COUNT // 4, 1), 4)
@@ -74,23 +75,21 @@ class ExpertsAhead(Sequence):
     Notes
     -----
     In memory as they are stored until one of them is asked for, and in the computing dtype from
-    then on. Its size is told to Dask as if that was so. Copied to another process it reads its
-    files again.
+    then on. Copied to another process it reads its files again. Its size is not told to Dask: the
+    graph bounds how many there are, and a worker that puts them on disk to make room would read
+    them again and again. What nobody wants any more before it was its turn is not read.
     """
 
     def __init__(self, experts: Experts, dtype: np.dtype, tell: Callable[[], Any] | None = None):
         self._origin = (experts, dtype, tell)
-        self.nbytes = experts.parameters * experts.num_experts * np.dtype(dtype).itemsize
         self._coming: Future[_Compressed] = _readers.submit(_read, *self._origin)
+        weakref.finalize(self, self._coming.cancel)
 
     def __len__(self) -> int:
         return self._origin[0].num_experts
 
     def __getitem__(self, e: int) -> Expert:
         return self._coming.result().experts()[e]
-
-    def __sizeof__(self) -> int:
-        return object.__sizeof__(self) + self.nbytes
 
     def __reduce__(self) -> tuple[Any, ...]:
         return type(self), self._origin
@@ -101,7 +100,8 @@ class _Compressed:
 
     def __init__(self, experts: Experts, dtype: np.dtype):
         self._origin, self._dtype = experts, dtype
-        self._lock, self._local = threading.Lock(), None
+        self._lock = threading.Lock()
+        self._local: list[Expert] | None = None
         self._decoded: dict[str, list[Future[np.ndarray]]] = {}
         self._waiting: deque[tuple[Weight, Future[np.ndarray]]] = deque()
         for e in range(experts.num_experts):
@@ -109,7 +109,7 @@ class _Compressed:
                 self._waiting.append((weight, Future()))
                 self._decoded.setdefault(name, []).append(self._waiting[-1][1])
 
-    def experts(self) -> LocalExperts:
+    def experts(self) -> list[Expert]:
         """Give them to compute with; whoever asks decodes what nobody has begun with."""
         while self._waiting:
             with contextlib.suppress(IndexError):  # another was faster
@@ -117,7 +117,8 @@ class _Compressed:
         with self._lock:
             if self._local is None:
                 given = {n: [one.result() for one in stack] for n, stack in self._decoded.items()}
-                self._local = LocalExperts(self._origin, np, self._dtype, given)
+                self._decoded.clear()
+                self._local = load_experts(self._origin, np, self._dtype, given)
             return self._local
 
 

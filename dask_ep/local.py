@@ -40,7 +40,8 @@ class LocalExperts(Sequence):
     def _loaded(self) -> list[Expert]:
         with self._lock:
             if self._experts is None:
-                self._experts = _load(*self._origin)
+                experts, name, dtype, given = self._origin
+                self._experts = load_experts(experts, import_module(name), dtype, dict(given))
         return self._experts
 
     @property
@@ -67,19 +68,25 @@ def _unloaded(
     return LocalExperts(experts, import_module(namespace_name), dtype, given)
 
 
-def _load(
-    experts: Experts, namespace_name: str, dtype: np.dtype, given: dict[str, np.ndarray]
+def load_experts(
+    experts: Experts, xp: Any, dtype: np.dtype, given: dict[str, Sequence[np.ndarray]]
 ) -> list[Expert]:
-    xp = import_module(namespace_name)
+    """Load the experts of all slots, in their order.
+
+    Takes what it uses out of `given`, and holds no more than one expert both as it was read and as
+    it computes, where these differ.
+    """
     if xp is np:
-        stacks = {n: weight.read(dtype, given.get(n)) for n, weight in experts.weights.items()}
+        stacks = {
+            n: weight.read(dtype, given.pop(n, None)) for n, weight in experts.weights.items()
+        }
         build = BUILDERS[experts.kind]
     else:
         stacks = _read_to_device(experts, xp, dtype, given)
         build = _gated_pair if "gate_up" in stacks else BUILDERS[experts.kind]
     local = []
-    for e in range(experts.num_experts):
-        arrays = {name: stack[e] for name, stack in stacks.items()}
+    for _ in range(experts.num_experts):
+        arrays = {name: stack.pop(0) for name, stack in stacks.items()}
         empty = all(a is None for a in arrays.values())
         local.append(_EmptySlot(experts) if empty else build(arrays, experts.options))
     return local

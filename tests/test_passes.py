@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import contextlib
+import gc
 import os
 import pickle
-import sys
 import threading
 import time
+import tracemalloc
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from functools import partial
 
 import dask
 import ml_dtypes
@@ -19,7 +21,7 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from dask_ep import expert_major, held_rows, local, reference, spilled_rows
+from dask_ep import ahead, expert_major, held_rows, local, memory, reference, spilled_rows
 from dask_ep.ahead import ExpertsAhead
 from dask_ep.costs import Rates
 from dask_ep.expert_major import READS, Rows, Walk
@@ -341,15 +343,50 @@ def test_every_slot_has_one_place_on_either_side(counts):
     assert [owner[answer] for answer in range(layout.slots)] == wanted
 
 
-def test_experts_ahead_tell_their_size_and_are_read_again_elsewhere():
+def test_experts_ahead_are_read_again_elsewhere():
     experts = Experts.linear(np.arange(24, dtype=np.float16).reshape(2, 3, 4))
-    ahead = ExpertsAhead(experts, np.dtype(np.float32))
-    assert sys.getsizeof(ahead) >= ahead.nbytes == 2 * 3 * 4 * 4
-    there = pickle.loads(pickle.dumps(ahead))
+    here = ExpertsAhead(experts, np.dtype(np.float32))
+    there = pickle.loads(pickle.dumps(here))
     rows = np.ones((1, 3), np.float32)
     assert len(there) == 2
     for e in range(2):
-        np.testing.assert_array_equal(there[e](rows), ahead[e](rows))
+        np.testing.assert_array_equal(there[e](rows), here[e](rows))
+
+
+def test_experts_that_nobody_wants_any_more_are_not_read(monkeypatch):
+    monkeypatch.setattr(ahead, "READERS", 1)
+    monkeypatch.setattr(ahead, "_readers", ahead._Readers())
+    busy, told = threading.Event(), []
+    ahead._readers.submit(busy.wait, 20)
+    experts = Experts.linear(np.ones((1, 2, 2), np.float32))
+    wanted, unwanted = (
+        ExpertsAhead(experts, np.dtype(np.float32), partial(told.append, name))
+        for name in ("wanted", "unwanted")
+    )
+    del unwanted
+    gc.collect()
+    busy.set()
+    assert wanted[0].d == 2
+    ahead._readers.submit(int).result(timeout=20)
+    assert told == ["wanted"]
+
+
+@pytest.mark.parametrize("ahead_too", [True, False])
+def test_gate_and_up_that_alternate_are_taken_apart_one_expert_after_the_other(ahead_too):
+    E, d = 8, 128
+    experts = Experts.gated_fused(
+        np.ones((E, d, 2 * d), np.float16), np.ones((E, d, d), np.float16), interleaved=True
+    )
+    one = 3 * d * d * 4
+    memory.release()
+    tracemalloc.start()
+    loaded = ExpertsAhead(experts, np.dtype(np.float32)) if ahead_too else experts.load()
+    assert len([loaded[e] for e in range(E)]) == E
+    memory.release()
+    held, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert E * one <= held < 1.1 * E * one
+    assert peak < 1.1 * (E + 1) * one
 
 
 FEW_BITS = {
@@ -459,9 +496,9 @@ def test_what_cannot_be_read_ahead_is_an_error_where_it_is_needed(tmp_path):
     np.save(tmp_path / "w.npy", np.ones((2, 3, 4)))
     experts = Experts.linear(tmp_path / "w.npy")
     (tmp_path / "w.npy").write_bytes(b"")
-    ahead = ExpertsAhead(experts, np.dtype(np.float32))
+    damaged = ExpertsAhead(experts, np.dtype(np.float32))
     with pytest.raises(ReadError, match=r"w.npy.* expected .* got 0"):
-        ahead[0]
+        damaged[0]
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of forks beside threads, meant here
@@ -470,6 +507,6 @@ def test_a_forked_process_reads_for_itself():
     assert ExpertsAhead(experts, np.dtype(np.float32))[0].d == 2
     child = os.fork()
     if child == 0:
-        ahead = ExpertsAhead(experts, np.dtype(np.float32))
-        os._exit(ahead._coming.result(timeout=20).experts()[0].d)
+        mine = ExpertsAhead(experts, np.dtype(np.float32))
+        os._exit(mine._coming.result(timeout=20).experts()[0].d)
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 2

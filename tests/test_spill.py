@@ -18,6 +18,7 @@ from dataclasses import replace
 from itertools import count
 from pathlib import Path
 
+import dask
 import numpy as np
 import pytest
 import zarr
@@ -199,7 +200,7 @@ def cluster() -> Iterator[Cluster]:
         threads_per_worker=2,
         processes=False,
         protocol="tcp",
-        dashboard_address=None,
+        dashboard_address=":0",
         memory_limit=10**9,
     ) as workers:
         yield Cluster(workers.scheduler_address)
@@ -440,6 +441,24 @@ def test_worker_processes_share_the_files(plain, job, spilling):
     assert_to_rounding(np.load(job.out), plain[1])
     assert done.passes.reads == dict.fromkeys(range(EXPERTS), 3)
     assert spill_directories(job) == []
+
+
+def test_a_worker_keeps_the_blocks_that_the_graph_lets_in(job, spilling):
+    loaded = open_inputs(job).experts.parameters * 4
+    target = 1.5 * loaded / 10**9  # of the memory: less than the two blocks that there are
+    with (
+        dask.config.set({"distributed.worker.memory.target": target}),
+        LocalCluster(
+            n_workers=1,
+            threads_per_worker=1,
+            processes=False,
+            protocol="tcp",
+            dashboard_address=":0",
+            memory_limit=10**9,
+        ) as workers,
+    ):
+        done = run_job(job, Cluster(workers.scheduler_address))
+    assert done.passes.reads == dict.fromkeys(range(EXPERTS), 3)
 
 
 def test_large_chunks_that_are_held_are_stored_in_small_ones(monkeypatch, plain, job):

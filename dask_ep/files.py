@@ -84,3 +84,11 @@ def _walk(directory: str, prefix: str) -> Iterator[tuple[str, os.stat_result]]:
                 yield from _walk(entry.path, f"{prefix}{entry.name}/")
             else:
                 yield prefix + entry.name, entry.stat()
+
+
+def bytes_below(path: str) -> int:
+    """Bytes on the disk of a file, or of all files in a directory; 0 if there is nothing."""
+    found = [os.path.join(place, name) for place, _, names in os.walk(path) for name in names]
+    if os.path.isfile(path):
+        found.append(path)
+    return sum(os.lstat(file).st_blocks * 512 for file in found)

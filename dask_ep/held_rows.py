@@ -14,6 +14,7 @@ does.
 
 from __future__ import annotations
 
+from collections.abc import Collection, Iterable, Iterator
 from typing import Any
 
 import dask.array as da
@@ -39,7 +40,14 @@ class Held:
         self.receipt: Receipt | None = None  # of the last block
 
 
-def hold(rows: Rows, walk: Walk, counts: np.ndarray, *, in_place: bool = False) -> da.Array:
+def hold(
+    rows: Rows,
+    walk: Walk,
+    counts: np.ndarray,
+    *,
+    done: Collection[int] = (),
+    in_place: bool = False,
+) -> da.Array:
     """Give the output of all groups of chunks; each group is to be computed by itself.
 
     Parameters
@@ -47,6 +55,7 @@ def hold(rows: Rows, walk: Walk, counts: np.ndarray, *, in_place: bool = False) 
     rows : in chunks of `walk.passes.chunk_rows`
     walk : how experts go by
     counts : (C, E) slots of each chunk at each expert
+    done : chunks whose output is there; the others of their group wait for none of their tasks
     in_place : whether chunks of tokens may be overwritten: nobody else needs them, nor the memory
         that they lie in
 
@@ -66,13 +75,13 @@ def hold(rows: Rows, walk: Walk, counts: np.ndarray, *, in_place: bool = False) 
     tasks: dict[Any, Task] = {}
     d_out, num_experts = walk.experts.d_out, walk.experts.num_experts
     lengths = rows.tokens.chunks[0]
-    for g, group in enumerate(walk.passes.groups(len(counts))):
+    for g, group in enumerate(_apart(walk.passes.groups(len(counts)), done)):
         last = {c: TaskRef((ep_send, c, 0)) for c in group}
         for c in group:
             tasks[ep_send, c, 0] = Task(
                 (ep_send, c, 0), _hold, *rows.keys(c), num_experts, d_out, c, in_place
             )
-        blocks = walk.blocks(counts[group.start : group.stop].sum(axis=0))
+        blocks = walk.blocks(counts[group].sum(axis=0))
         served = [[(ep_dispatch, c, b, 0) for c in group] for b in range(len(blocks))]
         reads = [TaskRef((ep_experts, g, b, 0)) for b in range(len(blocks))]
         for b, turn in enumerate(walk.turns(served, reads)):
@@ -95,6 +104,14 @@ def hold(rows: Rows, walk: Walk, counts: np.ndarray, *, in_place: bool = False) 
         for c in group:
             tasks[ep_sum, c, 0] = Task((ep_sum, c, 0), _finish_held, last[c], rows.tokens.dtype)
     return rows.output(ep_sum, tasks, d_out)
+
+
+def _apart(groups: Iterable[range], done: Collection[int]) -> Iterator[list[int]]:
+    """The chunks of each group that are not done, and those that are."""
+    for group in groups:
+        for chunks in ([c for c in group if c not in done], [c for c in group if c in done]):
+            if chunks:
+                yield chunks
 
 
 def _hold(

@@ -24,7 +24,7 @@ import glob
 import os
 import shutil
 import uuid
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import replace
 from math import prod
 from typing import Any, NamedTuple
@@ -37,6 +37,7 @@ from dask_ep.build import Inputs
 from dask_ep.checks import computing_dtype
 from dask_ep.expert_major import READS, Rows, Walk
 from dask_ep.experts import Experts
+from dask_ep.files import bytes_below
 from dask_ep.fit import DoesNotFit, Layout, choose_chunk_rows, slots_per_row
 from dask_ep.held_rows import hold
 from dask_ep.local import HIDDEN_COLUMNS
@@ -78,6 +79,7 @@ def find_passes(
     workers: int | None,
     chunk_rows: int | None = None,
     travel: Travel = ALL_ROWS,
+    overwrite: bool = False,
 ) -> Passes | None:
     """Say how to go through the experts of a job that do not fit; None where they do.
 
@@ -91,6 +93,7 @@ def find_passes(
     workers : Dask workers that it runs on; None on threads
     chunk_rows : rows of a token chunk, if they are given
     travel : which way is asked for, if one is, and how fast experts are read
+    overwrite : whether what an earlier run has written goes before
 
     Raises
     ------
@@ -121,7 +124,7 @@ def find_passes(
             return choose_passes(
                 sizes_of(inputs, layout.threads, workers),
                 layout.memory_limit,
-                free=_free_for_rows(inputs),
+                free=_free_for_rows(inputs, overwrite),
                 chunk_rows=chunk_rows,
                 ways=asked,
                 rates=replace(RATES, read=travel.read),
@@ -170,15 +173,21 @@ class InPasses:
     passes : from `find_passes`
     ranks : that experts are shared out to, where rows are spilled
     place : of the rows that wait, by the name that `settings` of the run gone on with tell
+    done : blocks of the output that it has finished
     """
 
     def __init__(
-        self, inputs: Inputs, passes: Passes, ranks: int = 1, place: str | None = None
-    ) -> None:
+        self,
+        inputs: Inputs,
+        passes: Passes,
+        ranks: int = 1,
+        place: str | None = None,
+        done: Collection[int] = (),
+    ):
         self.passes, self._inputs, self._ranks = passes, inputs, ranks
         self._directory = progress_directory(os.path.abspath(inputs.job.out))
         # Of this run alone: a task that outlives a run that was overwritten must not reach them.
-        self._place = place or f"{SPILL}{uuid.uuid4().hex[:12]}"
+        self._done, self._place = done, place or f"{SPILL}{uuid.uuid4().hex[:12]}"
         self._spilled: list[Spilled] = []
 
     def __call__(
@@ -199,7 +208,8 @@ class InPasses:
         rows = Rows(tokens, routing, topk_weights)
         walk = Walk(experts, self.passes, self._directory)
         if self.passes.way == "hold":
-            return hold(rows, walk, counts, in_place=True)  # chunks come fresh from their files
+            # Chunks come fresh from their files.
+            return hold(rows, walk, counts, done=self._done, in_place=True)
         place = os.path.join(self._directory, self._place)
         self._spilled = [
             Spilled(rows, walk, counts, group, f"{place}-{g}", self._ranks)
@@ -257,11 +267,14 @@ def _ways_to_hold_rows(inputs: Inputs, workers: int | None) -> tuple[str, ...]:
     return ("hold", "spill") if workers is None and inputs.layer is None else ("spill",)
 
 
-def _free_for_rows(inputs: Inputs) -> int:
+def _free_for_rows(inputs: Inputs, overwrite: bool) -> int:
     """Bytes of disk that the output leaves free."""
-    folder = os.path.dirname(os.path.abspath(inputs.job.out))
+    out = os.path.abspath(inputs.job.out)
+    free = free_bytes(os.path.dirname(out))
+    if overwrite:
+        free += bytes_below(out) + bytes_below(progress_directory(out))
     written = inputs.tokens.shape[0] * inputs.experts.d_out * inputs.tokens.dtype.itemsize
-    return max(free_bytes(folder) - written, 0)
+    return max(free - written, 0)
 
 
 def _split_bytes(experts: Experts, wide: int) -> int:

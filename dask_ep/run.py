@@ -215,10 +215,13 @@ def run_job(
             _check_resumed(passes, layout, workers, chunk_rows)
         chunk_rows = chunk_rows or begun.get("chunk_rows")
         inputs = inputs if passes else hold_what_fits(inputs, layout, chunk_rows)
-        passes = passes if begun else find_passes(inputs, layout, workers, chunk_rows, travel)
+        if not begun:
+            passes = find_passes(inputs, layout, workers, chunk_rows, travel, overwrite)
         check_travel(travel, where, passes)
         travel = begun.get("travel", travel)
-        walk = passes and InPasses(inputs, passes, workers or 1, begun.get("place"))
+        walk = passes and InPasses(
+            inputs, passes, workers or 1, begun.get("place"), begun.get("done", ())
+        )
         chunk_rows = passes.chunk_rows if passes else choose_chunk_rows(inputs, layout, chunk_rows)
         with _owned(client, world_size if passes is None else workers or 1) as owners:
             built = build(
@@ -563,7 +566,8 @@ class _Watch:
 
 def _read_begun(out: str) -> dict[str, Any]:
     """Read how the run that is to be resumed was laid out, if there is one."""
-    manifest = journal.read_manifest(progress_directory(out))
+    directory = progress_directory(out)
+    manifest = journal.read_manifest(directory)
     if manifest is None:
         return {}
     passes = manifest["settings"].get("passes")
@@ -578,4 +582,5 @@ def _read_begun(out: str) -> dict[str, Any]:
         "rows": tuple(manifest["rows"]),
         "passes": passes and Passes.from_dict(passes),
         "place": manifest["settings"].get("spill"),
+        "done": journal.read_done(directory, manifest["run"]),
     }

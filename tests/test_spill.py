@@ -25,7 +25,7 @@ import zarr
 from click.testing import CliRunner
 from distributed import LocalCluster
 
-from dask_ep import run, sources, spill
+from dask_ep import held_rows, in_passes, output, run, sources, spill
 from dask_ep.build import open_inputs
 from dask_ep.example import Example, write_example
 from dask_ep.fit import Layout
@@ -459,6 +459,55 @@ def test_a_worker_keeps_the_blocks_that_the_graph_lets_in(job, spilling):
     ):
         done = run_job(job, Cluster(workers.scheduler_address))
     assert done.passes.reads == dict.fromkeys(range(EXPERTS), 3)
+
+
+@pytest.mark.parametrize("lost", [False, True])
+def test_chunks_that_are_done_are_not_held_again(monkeypatch, job, lost):
+    held = passes_of("hold", chunk_rows=CHUNK_ROWS, group_chunks=9, threads=1, stored_rows=100)
+    monkeypatch.setattr(run, "find_passes", lambda *_: held)
+    job = replace(job, out=job.out.replace(".npy", ".zarr"))
+    undisturbed = replace(job, out=f"{job.out}.whole.zarr")
+    run_job(undisturbed, Threads(1))
+    store_block, written, begun = output._store_block, [], []
+
+    def fail_later(rows, of, block, *span):
+        if len(written) == 4:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        written.append(block)
+        return store_block(rows, of, block, *span)
+
+    monkeypatch.setattr(output, "_store_block", fail_later)
+    with pytest.raises(OSError, match="No space left"):
+        run_job(job, Threads(1))
+    monkeypatch.setattr(output, "_store_block", store_block)
+    if lost:
+        (file,) = Path(progress_directory(job.out)).glob(f"partial-*.zarr/c.{written[0]}.0")
+        file.unlink()
+    hold_chunk = held_rows._hold
+    monkeypatch.setattr(
+        held_rows, "_hold", lambda *args: begun.append(args[-2]) or hold_chunk(*args)
+    )
+    run_job(job, Threads(1), resume=True)
+    # With a lost one come back those that were done beside it.
+    assert sorted(begun + written * (not lost)) == list(range(9))
+    np.testing.assert_array_equal(zarr.open_array(job.out)[:], zarr.open_array(undisturbed.out)[:])
+
+
+def test_what_is_overwritten_makes_room_for_rows_that_wait(monkeypatch, tmp_path):
+    job = load_job(write_large_job(tmp_path, 14_000))
+    inputs, layout = open_inputs(job), Layout(1, 1, 2, 410 * 10**6)
+    needed = find_passes(inputs, layout, None, None, Travel("rows")).spill_bytes
+    out_bytes = 14_000 * 512 * 4
+    monkeypatch.setattr(in_passes, "free_bytes", lambda _: out_bytes)
+    with pytest.raises(MemoryError, match="0 MB are free there"):
+        find_passes(inputs, layout, None, None, Travel("rows"), True)
+    Path(progress_directory(job.out), "spill-x-0").mkdir(parents=True)
+    with open(f"{progress_directory(job.out)}/spill-x-0/rows", "wb") as file:
+        os.posix_fallocate(file.fileno(), 0, needed)
+    np.save(job.out, np.ones(needed // 4, np.uint8))
+    with pytest.raises(MemoryError, match="0 MB are free there"):
+        find_passes(inputs, layout, None, None, Travel("rows"))
+    assert find_passes(inputs, layout, None, None, Travel("rows"), True).passes == 1
 
 
 def test_large_chunks_that_are_held_are_stored_in_small_ones(monkeypatch, plain, job):

@@ -25,7 +25,7 @@ from dask.system import CPU_COUNT
 from dask.utils import format_bytes, parse_bytes
 
 from dask_ep import pipeline
-from dask_ep.checks import computing_dtype
+from dask_ep.checks import check_routing, check_tokens, computing_dtype
 from dask_ep.costs import FEWEST_ROWS, Rates
 from dask_ep.device_memory import THREADS_PER_GPU, OnDevice
 from dask_ep.device_probe import probe_device
@@ -271,6 +271,8 @@ class _Pricing:
             )
             beside, shared = _beside(layer, tokens, router_tasks, limits.gpu), layer.shared
         experts = as_experts(experts)
+        check_tokens(tokens)
+        check_routing(routing, topk_weights, n=tokens.shape[0])
         self.work = _work(tokens, experts, topk_weights, beside, limits.gpu)
         known_rows = tokens.shape[0] == tokens.shape[0]
         self.survey: Survey = survey(routing, experts.num_experts, known_rows=known_rows)

@@ -447,8 +447,25 @@ def test_arrays_that_do_not_fit_together():
     tokens, routing, experts = job()
     with pytest.raises(ValueError, match=r"tokens must be \(N, d=4\)"):
         plan(tokens, routing, np.ones((8, 4, 4), "f4"), rates=RATES)
-    with pytest.raises(ValueError, match="routing has 300"):
+    with pytest.raises(ValueError, match="one row per token row, but has 300 rows"):
         plan(tokens, routing[:300], experts, rates=RATES)
+
+
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        (lambda x, r: (x, r + 0.5, None), "routing must hold integer expert indices.*float64"),
+        (lambda x, r: (x, r > 0, None), "routing must hold integer expert indices.*bool"),
+        (lambda x, r: (x, r[:, :, None], None), r"routing must be \(n,\) or \(n, k\)"),
+        (lambda x, r: (x.astype(int), r, None), "tokens must hold floats"),
+        (lambda x, r: (x, r, r[:10] * 0.5), "topk_weights must have the shape of routing"),
+    ],
+)
+def test_what_cannot_run_has_no_price(changed, message):
+    tokens, routing, experts = job()
+    tokens, routing, weights = changed(tokens, routing)
+    with pytest.raises((TypeError, ValueError), match=message):
+        plan(tokens, routing, experts, topk_weights=weights, world_size=2, rates=RATES)
 
 
 def test_memory_limits_are_read_as_text():

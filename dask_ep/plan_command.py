@@ -223,7 +223,9 @@ def priced_job(
             compared = what_if(tokens, routing, experts, **combined, **common)
         except PlanError as error:
             if not gpu:
-                error.add_note("so experts may go by in passes: plan without --what-if tells it")
+                error.add_note(
+                    "experts that do not fit can go by in passes: plan without --what-if prices it"
+                )
             raise
         return compared if asked or "chunk_rows" in choices else _with_own_chunks(compared)
     common |= {"placement": _placement(job.placement, job), "travel": moves}

@@ -448,7 +448,7 @@ class Plan:
         if far and self.chunks_asked:
             said.append(
                 f"chunks of about {advised} rows instead of {self.chunk_rows}: "
-                f"{ROWS_PER_PRODUCT} rows for each expert, within the memory and for all threads"
+                "enough rows for fast products and few tasks, within the memory and for all threads"
             )
         could_grow = len(self.chunks) > 1 and self.chunk_rows < advised
         if could_grow and self.scheduler_seconds > max(self.busy_seconds, SECONDS_THAT_COUNT):

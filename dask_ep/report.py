@@ -136,7 +136,9 @@ def check_place(path: str | PathLike) -> None:
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise OSError(f"{path} cannot be written: {error}; choose another place") from error
+        raise OSError(
+            f"{path} cannot be written: {error.strerror}; choose another place"
+        ) from error
     if path.is_dir() or not os.access(path if path.exists() else path.parent, os.W_OK):
         what = "is a directory" if path.is_dir() else "cannot be written"
         raise OSError(f"{path} {what}; choose another place")

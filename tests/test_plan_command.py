@@ -114,7 +114,7 @@ def test_the_command_compares_choices(job_file):
         (["--html", "job.toml/plan.html"], "plan.html cannot be written: .*choose another place"),
         (
             ["--memory-limit", "1 MB", "--what-if", "world_size=1,2"],
-            "plan without --what-if tells it",
+            "can go by in passes: plan without --what-if prices it",
         ),
         (["--memory-limit", "1 MB"], "a memory limit of 1 MB must hold .* in all; give more"),
         (
@@ -141,6 +141,14 @@ def test_chunks_are_advised_where_they_were_asked_for(job_file):
     assert chosen["advice"] == []
     asked = json.loads(invoke(*common, "--chunk-rows", chosen["chunk_rows"]))
     assert any("chunks of about" in said for said in asked["advice"])
+
+
+def test_tasks_that_take_the_scheduler_no_time_are_not_advised_against(job_file):
+    fast = ("--rates", "flops=1e15,copy=1e15,read=1e15,write=1e15")
+    content = json.loads(invoke(job_file, "--chunk-rows", 250, *fast, "--json"))
+    assert content["busy_seconds"] < content["scheduler_seconds"] < 0.01
+    assert content["chunk_rows"] < content["advised_chunk_rows"]
+    assert content["advice"] == []
 
 
 def test_a_placement_file_of_many_layers_is_read_for_the_layer_of_the_job(tmp_path):

@@ -54,6 +54,14 @@ class Inputs:
         """Bytes of a token row or of an output row, whichever is more, in the tokens' dtype."""
         return max(prod(self.tokens.shape[1:]), self.experts.d_out) * self.tokens.dtype.itemsize
 
+    @property
+    def read_bytes(self) -> int:
+        """Bytes that a thread needs to read a chunk, beside its rows: a stored one is decoded
+        whole, unless its rows are as they are in memory.
+        """
+        read = (self.tokens, self.routing, self.topk_weights)
+        return max(source.read_bytes for source in read if source is not None)
+
 
 @dataclass(frozen=True)
 class Built:

@@ -116,7 +116,7 @@ class Need(NamedTuple):
     row_bytes: int
     #: of a token row or an output row, whichever is more
     tile_bytes: int = 0
-    #: that the threads compute in, together
+    #: that the threads compute in, and decode stored chunks in, together
     slot_bytes: int = 0
     #: that all threads sort the slots of a row in, together
     process_bytes: int = PROCESS_BYTES

@@ -108,14 +108,18 @@ class OnDevice(NamedTuple):
             DEVICE_PROCESS_BYTES,
         )
 
-    def host_need(self, threads: int, ranks: int, spread: float) -> Need:
-        """What its worker needs of the host, by the rows of a chunk; packets as over TCP."""
+    def host_need(self, threads: int, ranks: int, spread: float, read_bytes: int = 0) -> Need:
+        """What its worker needs of the host, by the rows of a chunk; packets as over TCP.
+
+        `read_bytes` are those that a thread needs to read a chunk, beside its rows.
+        """
         between = 0.0 if ranks == 1 else 2 * max(1.0, spread)
         return Need(
             0,
             ROUNDED_UP * (threads + 1) * (2 + between),
             self.row_bytes,
-            2 * ROUNDED_UP * self.matrix_bytes,  # one is read while the last is on its way
+            # One matrix is read while the last is on its way.
+            2 * ROUNDED_UP * self.matrix_bytes + threads * read_bytes,
             process_bytes=HOST_PROCESS_BYTES,
         )
 

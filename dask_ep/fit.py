@@ -90,7 +90,7 @@ def need(inputs: Inputs, layout: Layout) -> Need:
         held,
         chunks_held(layout.threads, layout.world_size, spread, widening),
         max(inputs.row_bytes, 1),
-        layout.threads * tile_bytes((layer or experts).widest * itemsize),
+        layout.threads * (tile_bytes((layer or experts).widest * itemsize) + inputs.read_bytes),
         layout.threads * slots_per_row(inputs) * SORT_BYTES,
     )
 
@@ -98,7 +98,9 @@ def need(inputs: Inputs, layout: Layout) -> Need:
 def host_need(inputs: Inputs, layout: Layout) -> Need:
     """Say what a worker that computes on a GPU needs of the host, at most."""
     spread = min(slots_per_row(inputs), layout.world_size)
-    return _on_device(inputs).host_need(layout.threads, layout.world_size, spread)
+    return _on_device(inputs).host_need(
+        layout.threads, layout.world_size, spread, inputs.read_bytes
+    )
 
 
 def _on_device(inputs: Inputs) -> OnDevice:
@@ -223,10 +225,17 @@ def _refusal(inputs: Inputs, layout: Layout, asked: int | None) -> DoesNotFit:
         whose, instead = "the memory limit of a GPU's worker on the host", "give more memory"
         law, limit = host_need(inputs, layout), layout.host_limit
     parts = {name: f"{nbytes / 1e6:.0f} MB" for name, nbytes in law.parts(rows).items()}
+    parts["scratch"] += " of scratch"
+    reading = layout.threads * inputs.read_bytes
+    if reading and not layout.on_devices:
+        parts["scratch"] += (
+            f" (of which {reading / 1e6:.0f} MB to decode stored token chunks whole: store smaller "
+            "ones)"
+        )
     message = (
         f"{whose} of {limit / 1e6:.0f} MB must hold "
-        f"{parts['experts']} of experts, {parts['process']} for {whom}, {parts['scratch']} of "
-        f"scratch and {law.chunks:.3g} chunks of {rows} rows ({law.row_bytes} bytes each), "
+        f"{parts['experts']} of experts, {parts['process']} for {whom}, {parts['scratch']} and "
+        f"{law.chunks:.3g} chunks of {rows} rows ({law.row_bytes} bytes each), "
         f"{law.at(rows) / 1e6:.0f} MB in all; "
     )
     if not proposal:

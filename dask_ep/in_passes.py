@@ -158,6 +158,7 @@ def sizes_of(inputs: Inputs, threads: int, workers: int | None) -> Sizes:
         matrix_stored=max(matrices, default=0) + _split_bytes(experts, wide),
         beside=beside,
         stored_rows=tokens.chunk_rows,
+        read_bytes=inputs.read_bytes,
         weigh_input=experts.options.get("weigh", "output") == "input",
         threads=threads,
         workers=workers,

@@ -82,6 +82,8 @@ class Sizes:
     #: bytes of experts that stay in memory all the time: those that all rows share
     stored_rows: int | None = None
     #: rows of the tokens that are stored together
+    read_bytes: int = 0
+    #: that a thread needs to read a chunk, beside its rows
     weigh_input: bool = False
     #: whether rows are multiplied by their top-k weight before they go to their expert
     threads: int = 1
@@ -218,7 +220,7 @@ def choose_passes(
     -----
     Memory of a process, at most, T threads::
 
-        all      300 MB + shared experts
+        all      300 MB + shared experts + T * what reading a chunk takes beside its rows
         blocks   decoded * block in the computing dtype, or as stored if that is more
                    + ahead * block as stored + T * matrix as stored, where it is decoded
         hold     + blocks + T * (scratch + chunk rows * (token + output + sort));
@@ -395,7 +397,7 @@ def cut_pieces(
 
 
 def _fixed(sizes: Sizes) -> int:
-    return PROCESS_BYTES + sizes.beside
+    return PROCESS_BYTES + sizes.beside + sizes.threads * sizes.read_bytes
 
 
 def _output_bytes(sizes: Sizes) -> int:

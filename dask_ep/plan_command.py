@@ -209,6 +209,7 @@ def priced_job(
         "workers": processes or 1,
         "threads": 1 if processes else threads,
         "cores": CPU_COUNT,
+        "read_bytes": inputs.read_bytes,
         "rates": None if rates is None else parse_rates(rates, link=link_rate, read=read_rate),
     }
     if gpu:

@@ -92,6 +92,7 @@ def plan(
     cores: int | None = None,
     rates: Rates | None = None,
     travel: Travel = ALL_ROWS,
+    read_bytes: int = 0,
     gpu: bool = False,
     device_memory_limit: int | str | None = None,
 ) -> Plan:
@@ -123,6 +124,8 @@ def plan(
         How fast the machine is; default: measured in a second, with `link` and `read` of `travel`.
     travel : Travel
         Whether rows travel to experts, or experts to rows.
+    read_bytes : int
+        Bytes that a thread needs to read a chunk, beside its rows; see `Source.read_bytes`.
     gpu : bool
         Whether each worker computes on a GPU, as in ``run_job(job, Gpus())``; `memory_limit` is
         then of the host beside it.
@@ -161,7 +164,7 @@ def plan(
     """
     limits = _Limits.of(memory_limit, device_memory_limit, gpu)
     pricing = _Pricing(
-        tokens, routing, experts, topk_weights, limits, workers, threads, cores, rates
+        tokens, routing, experts, topk_weights, limits, workers, threads, cores, rates, read_bytes
     )
     if world_size is None:
         given = isinstance(placement, Placement)
@@ -188,6 +191,7 @@ def what_if(
     cores: int | None = None,
     rates: Rates | None = None,
     travel: Sequence[Travel] = (ALL_ROWS,),
+    read_bytes: int = 0,
     gpu: bool = False,
     device_memory_limit: int | str | None = None,
 ) -> WhatIf:
@@ -209,7 +213,7 @@ def what_if(
     """
     limits = _Limits.of(memory_limit, device_memory_limit, gpu)
     pricing = _Pricing(
-        tokens, routing, experts, topk_weights, limits, workers, threads, cores, rates
+        tokens, routing, experts, topk_weights, limits, workers, threads, cores, rates, read_bytes
     )
     choices = product(world_size, placement, chunk_rows, travel)
     plans = tuple(pricing.plan(*choice) for choice in choices)
@@ -258,6 +262,7 @@ class _Pricing:
         threads: int | None,
         cores: int | None,
         rates: Rates | None,
+        read_bytes: int,
     ):
         beside, shared = Beside(), None
         if isinstance(experts, MoELayer):
@@ -273,7 +278,7 @@ class _Pricing:
         experts = as_experts(experts)
         check_tokens(tokens)
         check_routing(routing, topk_weights, n=tokens.shape[0])
-        self.work = _work(tokens, experts, topk_weights, beside, limits.gpu)
+        self.work = _work(tokens, experts, topk_weights, beside, limits.gpu, read_bytes)
         known_rows = tokens.shape[0] == tokens.shape[0]
         self.survey: Survey = survey(routing, experts.num_experts, known_rows=known_rows)
         self.chunks = _chunks(tokens, self.survey)
@@ -450,6 +455,7 @@ def _work(
     topk_weights: Any,
     beside: Beside,
     on_device: bool,
+    read_bytes: int,
 ) -> Work:
     """Put the job into numbers."""
     if tokens.ndim != 2 or experts.d not in (None, tokens.shape[1]):
@@ -471,6 +477,7 @@ def _work(
         expert_loaded=experts.nbytes // experts.num_experts if as_stored else wide,
         expert_scratch=wide if as_stored else 0,
         widest=max(experts.widest, beside.widest),
+        read_bytes=read_bytes,
         beside=beside,
     )
 

@@ -89,6 +89,8 @@ class Work:
     #: bytes of an expert that each thread converts, where experts are held as they are stored
     widest: int = 0
     #: width of the widest row on the way through an expert, if that is wider than d and d_out
+    read_bytes: int = 0
+    #: that a thread needs to read a chunk, beside its rows
     beside: Beside = Beside()
     #: router and shared experts
 
@@ -278,7 +280,8 @@ class Plan:
             self.expert_bytes,
             self.chunks_held,
             width * self.work.dtype.itemsize,
-            self.threads * tile_bytes(max(width, self.work.widest) * self._wide),
+            self.threads
+            * (tile_bytes(max(width, self.work.widest) * self._wide) + self.work.read_bytes),
             self.threads * self.slots_per_row * costs.SORT_BYTES,
         )
 

@@ -49,7 +49,9 @@ class PlanOnGpus(Plan):
     @cached_property
     def host_need(self) -> Need:
         """What its worker needs of the host."""
-        return self.on_device.host_need(self.threads, self.world_size, self.spread)
+        return self.on_device.host_need(
+            self.threads, self.world_size, self.spread, self.work.read_bytes
+        )
 
     @property
     def usable_bytes(self) -> int:

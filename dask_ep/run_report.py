@@ -71,6 +71,7 @@ def plan_run(
         workers=layout.workers,
         threads=layout.threads,
         cores=cores,
+        read_bytes=inputs.read_bytes,
         gpu=layout.on_devices,
     )
     policy = layout.placement or priced.policy

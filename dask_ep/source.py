@@ -29,6 +29,7 @@ class Source(ABC):
     name : str, for messages
     path : str or None, the local file or directory that the data lies in
     chunk_rows : int or None, the rows that are stored together, None where any range is as good
+    read_bytes : int, of memory that a read needs beside the rows that it gives
     """
 
     shape: tuple[int, ...]
@@ -36,6 +37,7 @@ class Source(ABC):
     name: str
     path: str | None = None
     chunk_rows: int | None = None
+    read_bytes: int = 0
 
     @property
     def ndim(self) -> int:

@@ -135,6 +135,9 @@ class ZarrSource(Source):
         self.path = local_directory(array)
         self.files = chunk_files(array)
         self.chunk_rows = (array.shards or array.chunks)[0] if array.shape else None
+        if array.shape and self.files is None:  # as stored, where no more is known, and decoded
+            rows = min(array.chunks[0], array.shape[0])
+            self.read_bytes = 2 * rows * prod(array.shape[1:]) * self.dtype.itemsize
 
     def read(self, start: int, stop: int, out: np.ndarray | None = None) -> np.ndarray:
         out = self._destination(start, stop, out)

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import zarr
 
 from dask_ep import fit, sources
 from dask_ep.build import Inputs, open_inputs
@@ -27,7 +28,9 @@ from dask_ep.example import Example, write_example
 from dask_ep.experts import Experts
 from dask_ep.fit import DoesNotFit, Layout, choose_chunk_rows, hold_what_fits, need, slots_beside
 from dask_ep.held import StoredExperts, held_as_stored
+from dask_ep.in_passes import sizes_of
 from dask_ep.job import load_job
+from dask_ep.passes import choose_passes
 from dask_ep.placement import POLICIES
 from dask_ep.planner import plan
 from dask_ep.run import Processes, Threads, lay_out, run_job
@@ -94,6 +97,37 @@ def test_it_is_the_law_of_plans_and_never_below_what_the_routing_says(inputs, ra
     assert priced.memory_bytes <= at_most
     if ranks == 1:
         assert priced.memory_bytes == at_most
+
+
+def test_stored_chunks_that_are_decoded_whole_are_counted_where_they_are_read(tmp_path):
+    N, d, MB = 8000, 512, 10**6
+    tokens = zarr.create_array(tmp_path / "x.zarr", shape=(N, d), chunks=(N, d), dtype="f4")
+    tokens[:] = 1.0  # compressed, as Zarr does by itself
+    np.save(tmp_path / "r.npy", np.arange(N, dtype="i4") % 4)
+    np.save(tmp_path / "w.npy", np.ones((4, d, d), "f4"))
+    names = {"tokens": "x.zarr", "routing": "r.npy", "experts": "w.npy", "out": "y.npy"}
+    compressed = open_inputs(load_job(**{k: str(tmp_path / name) for k, name in names.items()}))
+    np.save(tmp_path / "x.npy", np.ones((N, d), "f4"))
+    names["tokens"] = "x.npy"
+    plain = open_inputs(load_job(**{k: str(tmp_path / name) for k, name in names.items()}))
+    assert (plain.read_bytes, compressed.read_bytes) == (0, 2 * N * d * 4)
+    layout = Layout(1, 1, 2)
+    law, more = need(compressed, layout), 2 * 2 * N * d * 4
+    assert law.at(100) == need(plain, layout).at(100) + more
+    priced = plan(
+        open_tokens(compressed.tokens, chunks=100), open_tokens(compressed.routing, chunks=100),
+        compressed.experts, threads=2, workers=1, rates=RATES, read_bytes=compressed.read_bytes,
+    )  # fmt: skip
+    assert priced.memory_bytes == law.at(100)
+    limited = replace(layout, memory_limit=230 * MB)
+    assert choose_chunk_rows(plain, limited) > FEWEST_ROWS
+    with pytest.raises(DoesNotFit, match="of which 66 MB to decode stored token chunks whole"):
+        choose_chunk_rows(compressed, limited)
+    in_passes = [
+        choose_passes(sizes_of(inputs, 2, None), 500 * MB, chunk_rows=100, ways=["hold"])
+        for inputs in (compressed, plain)
+    ]
+    assert in_passes[0].memory_bytes == in_passes[1].memory_bytes + more
 
 
 def test_shared_experts_and_routers_are_held_by_every_worker(tmp_path):

@@ -234,6 +234,7 @@ def choose_passes(
 
     Seconds that are compared: each pass reads the experts as stored at `rates.read`, and streams
     them to each thread that uses them at `rates.copy`; a spilled byte is written and read once.
+    Workers share all of that.
 
     Examples
     --------
@@ -348,8 +349,7 @@ def _spill(
         read_bytes=passes * sizes.experts * sizes.expert_stored,
         moved_bytes=moved,
         seconds=_weights_seconds(sizes, passes, -(-mean_rows // PIECE_ROWS[1]), rates)
-        + moved / rates.write
-        + moved / rates.read,
+        + (moved / rates.write + moved / rates.read) / (sizes.workers or 1),
     )
 
 
@@ -426,9 +426,9 @@ def _choose_blocks(sizes: Sizes, room: int, part: float) -> tuple[int, int] | No
 
 
 def _weights_seconds(sizes: Sizes, passes: int, uses: int, rates: Rates) -> float:
-    """Time to read the experts and to stream each to its products."""
+    """Time to read the experts and to stream each to its products; workers share them."""
     one = sizes.expert_stored / rates.read + max(uses, 1) * sizes.expert_loaded / rates.copy
-    return passes * sizes.experts * one
+    return passes * sizes.experts * one / (sizes.workers or 1)
 
 
 def _read_together(sizes: Sizes, most: int) -> int:

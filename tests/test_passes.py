@@ -244,6 +244,14 @@ def test_what_is_chosen_fits_and_covers_all_rows(sizes, limit, free):
         assert best.seconds == min(chosen.seconds for chosen in found.values())
 
 
+def test_workers_share_what_is_read_and_written():
+    one, two = (
+        choose_passes(replace(LARGE, workers=workers), 3_000 * MB, chunk_rows=1000)
+        for workers in (1, 2)
+    )
+    assert two.seconds == pytest.approx(one.seconds / 2)
+
+
 def test_more_memory_never_means_more_passes():
     passes = [
         choose_passes(LARGE, limit * MB, ways=["hold"]).passes for limit in range(900, 9000, 100)

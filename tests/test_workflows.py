@@ -84,6 +84,14 @@ def test_script_that_needs_torch_says_so(name):
     assert {"torch", "transformers"} <= {re.match(r"[\w-]+", one).group() for one in stated}
 
 
+def test_only_a_process_can_be_killed(monkeypatch, capsys):
+    workflow = runpy.run_path(str(ROOT / "workflows" / "larger_experts.py"))
+    monkeypatch.setattr(sys, "argv", ["larger_experts.py", "--kill"])
+    with pytest.raises(SystemExit):
+        workflow["main"]()
+    assert "--kill ends a worker process, so it needs --processes" in capsys.readouterr().err
+
+
 def test_the_scheduler_of_gpu_nodes_makes_a_cuda_context_before_ucx_starts():
     workflow = runpy.run_path(str(ROOT / "workflows" / "gpu_cluster.py"))
     options = {"nodes": ["localhost"], "interface": None, "port": 1, "device_memory_limit": "0.9"}

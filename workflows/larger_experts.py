@@ -100,6 +100,8 @@ def main() -> None:
     parser.add_argument("--sample", type=float, default=0.1, help="part of the products timed")
     parser.add_argument("--directory", help="where the files lie while this runs")
     asked = parser.parse_args()
+    if asked.kill and not asked.processes:
+        parser.error("--kill ends a worker process, so it needs --processes")
     layer = Layer(asked.rows, asked.d, asked.hidden, asked.experts, asked.k)
     limit = asked.memory_limit
     where = ["--threads", str(asked.threads)]

@@ -631,6 +631,9 @@ def test_plan_says_how_experts_go_by_and_refuses_only_what_no_pass_can_fit(tmp_p
     assert content["memory_bytes"] == chosen.memory_bytes <= content["memory_limit"]
     assert content["fits"]
     assert content["stored_bytes"] == 256 * 512 * 512 * 2
+    shown = plan("410 MB", "--placement", "balanced", "--world-size", "4")
+    assert "runs on" in shown
+    assert not any(word in shown for word in ("copies of experts", "rank"))
     refused = plan("350 MB")
     assert "Nor does it fit with experts that go by in passes: a process may use 350 MB" in refused
 

@@ -24,6 +24,7 @@ import numpy as np
 from dask_ep import memory
 from dask_ep.arrays import Array, namespace, to_host
 from dask_ep.checks import computing_dtype
+from dask_ep.segments import raise_nan
 from dask_ep.served import add_rows, assign_rows, gather
 
 
@@ -63,16 +64,17 @@ def send(
     Raises
     ------
     ValueError
-        If an expert index is out of range: such a row would belong to no packet, and be lost.
+        If an expert index is out of range: such a row would belong to no packet, and be lost. If a
+        top-k weight is NaN, be its row in the packet or not.
 
     Notes
     -----
-    On a device, three integers come to the host, in one copy: the smallest and largest index, and
-    the number of rows.
+    On a device, three or four integers come to the host, in one copy: the smallest and largest
+    index, the number of rows, and whether a weight is NaN.
     """
     small = _small(routing, num_experts)
     order, count = packet_order(small, rank, num_local)
-    index = order[: _checked_count(routing, count, num_experts)]
+    index = order[: _checked_count(routing, topk_weights, count, num_experts)]
     served = small[index]
     xp, elsewhere = namespace(served), served.dtype.type(-1)
     return Packet(
@@ -162,11 +164,19 @@ def _small(routing: Array, num_experts: int) -> Array:
     return routing.astype(np.min_scalar_type(-num_experts - 1))
 
 
-def _checked_count(routing: Array, count: Array, num_experts: int) -> int:
-    """Bring a packet's number of rows to the host; refuse an expert index outside [-1, E)."""
+def _checked_count(
+    routing: Array, topk_weights: Array | None, count: Array, num_experts: int
+) -> int:
+    """Bring a packet's number of rows to the host; refuse an index outside [-1, E), and NaN."""
     if routing.size == 0:
         return 0
-    low, high, count = to_host(routing.min(), routing.max(), count)
+    numbers = [routing.min(), routing.max(), count]
+    if topk_weights is not None:
+        weights = topk_weights.astype(computing_dtype(topk_weights.dtype), copy=False)
+        numbers.append(namespace(weights).isnan(weights).any())
+    low, high, count, *nan = to_host(*numbers)
+    if any(nan):
+        raise_nan(topk_weights)
     if low >= -1 and high < num_experts:
         return count
     bad = (routing < -1) | (routing >= num_experts)

@@ -105,7 +105,7 @@ class Output(DaskMethodsMixin):
 
         Returns
         -------
-        list of Receipt, in the order of `missing`
+        list of Receipt, in the order of `missing`; empty once the output is complete
 
         Raises
         ------
@@ -114,7 +114,7 @@ class Output(DaskMethodsMixin):
             needs and that are free. Finished blocks stay good.
         """
         receipts: list[Receipt] = []
-        if self.missing:
+        if self.missing and not self.complete:
             receipts = _compute(self, on_block, kwargs)
         self.finish()
         return receipts

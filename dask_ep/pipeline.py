@@ -410,6 +410,8 @@ def _with_rows_of(tokens: da.Array, array: da.Array, name: str) -> da.Array:
     unknown = any(map(math.isnan, ours + theirs))
     if ours == theirs or (unknown and len(ours) == len(theirs)):
         return array
+    if tokens.shape[0] == 0:  # rechunk would leave no rows in one chunk
+        return da.zeros_like(array, chunks=(ours, *array.chunks[1:]))
     if unknown:
         raise ValueError(
             f"with row chunks of unknown length, tokens and {name} must come in the same chunks, "
@@ -440,7 +442,7 @@ def _ranks(
     if world_size is None:
         world_size = given.world_size if given is not None else workers_in_use()
     check_world_size(world_size)
-    if given is None and placement not in (None, "contiguous"):
+    if given is None and placement is not None:
         given = _place_by_load(placement, experts, world_size, tokens, routing)
     if given is not None:
         _check_placement(given, experts.num_experts, world_size)
@@ -457,13 +459,13 @@ def _place_by_load(
     tokens: da.Array,
     routing: da.Array,
 ) -> Placement | None:
-    """Read the routing, and place the experts by the rows that each gets; one rank has them all."""
-    if policy not in POLICIES:
+    """Read the routing, and place the experts by the rows that each gets, where that matters."""
+    if not isinstance(policy, str) or policy not in POLICIES:
         raise ValueError(
             f"placement must be a Placement or one of {', '.join(POLICIES)}, but is {policy!r}; "
             "read a file with dask_ep.placement_files.from_file"
         )
-    if world_size == 1:
+    if world_size == 1 or policy == "contiguous":
         return None
     known_rows = not any(map(math.isnan, tokens.chunks[0]))
     load = survey(routing, experts.num_experts, known_rows=known_rows).by_ticket

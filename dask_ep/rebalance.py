@@ -31,9 +31,9 @@ def incremental(previous: Placement, load: np.ndarray, *, tolerance: float = 0.0
     Returns
     -------
     placement : Placement
-        With the ranks and slots of `previous`; what does not move keeps its slot, and copies share
-        rows evenly. Where the tolerance is out of reach, the best balanced of what there was, what
-        the changes reach, and what `balanced` gives with as many copies.
+        With the ranks and slots of `previous`, and local if that is; what does not move keeps its
+        slot, and copies share rows evenly. Where the tolerance is out of reach, the best balanced
+        of what there was, what the changes reach, and what `balanced` gives with as many copies.
 
     Raises
     ------
@@ -65,12 +65,13 @@ def incremental(previous: Placement, load: np.ndarray, *, tolerance: float = 0.0
             break
         for at, expert in change.items():
             slots[at] = expert
-    near = Placement(slots)
+    near = Placement(slots, local=previous.local)
     if state.overload == 0:
         return near
     fresh = balanced(load, previous.world_size, num_slots=int(previous.copies.sum()))
     fresh = _aligned(fresh, previous)
-    unmoved = Placement(previous.slots)  # less overload can still be a larger largest load
+    # Less overload can still be a larger largest load.
+    unmoved = Placement(previous.slots, local=previous.local)
     return min(unmoved, near, fresh, key=lambda placement: placement.imbalance(load))
 
 
@@ -208,4 +209,4 @@ def _aligned(placement: Placement, previous: Placement) -> Placement:
             new[source] - old[rank]
         )
         overlap[rank, :] = overlap[:, source] = -1
-    return Placement(slots)
+    return Placement(slots, local=previous.local)

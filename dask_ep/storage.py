@@ -17,6 +17,7 @@ import warnings
 from collections.abc import Iterable, Iterator, Mapping
 from importlib import import_module
 from math import prod
+from numbers import Integral
 from operator import index
 from typing import Any
 
@@ -259,7 +260,8 @@ def _row_chunks(
         stored = source.chunk_rows or 1
         row_bytes = max(1, prod(source.shape[1:]) * source.dtype.itemsize)
         chunks = max(1, CHUNK_BYTES // (stored * row_bytes)) * stored
-    if isinstance(chunks, int):
+    if isinstance(chunks, Integral):
+        chunks = int(chunks)
         if chunks < 1:
             raise ValueError(f"a chunk of {source.name} must have 1 row or more, not {chunks}")
         whole, rest = divmod(length, chunks)

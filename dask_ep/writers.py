@@ -156,6 +156,7 @@ class ZarrWriter(Writer):
 
     @cached_property
     def _array(self) -> Any:
+        os.stat(self.path)  # what is gone is an OSError, as of the other formats
         return open_array(self.path, mode="r+")[0]
 
     @cached_property

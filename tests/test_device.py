@@ -211,6 +211,8 @@ def test_a_nan_weight_is_named():
     arrays = [on_device(a) for a in (np.ones((3, 2)), np.zeros((3, 2), int), np.ones((1, 2, 2)))]
     with pytest.raises(ValueError, match=r"topk_weights\[2, 1\] is NaN"):
         expert_parallel_dispatch(*arrays, 0, 1, topk_weights=on_device(weights))
+    with pytest.raises(ValueError, match=r"topk_weights\[2, 1\] is NaN"):
+        send(*arrays[:2], on_device(weights), 0, 1, 1)
 
 
 # --- the exchange -------------------------------------------------------------------------------
@@ -225,7 +227,8 @@ def test_packets_and_sums_are_those_of_the_host_for_one_small_copy_each(case: Ca
         want = send(case.tokens, case.routing, case.topk_weights, *rest)
         with watch() as traffic:
             packet = send(tokens, routing, topk_weights, *rest)
-        assert traffic.to_host == ([3 * 8] if case.routing.size else [])
+        numbers = 3 if topk_weights is None else 4
+        assert traffic.to_host == ([numbers * 8] if case.routing.size else [])
         assert traffic.to_device == []
         for got, on_host in zip(packet, want, strict=True):
             assert type(got) is (type(None) if on_host is None else DeviceArray)

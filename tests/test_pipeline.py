@@ -419,6 +419,11 @@ ROUTING = da.zeros((N, 2), chunks=(20, 2), dtype=int)
         ({"topk_weights": TOKENS}, ValueError, r"topk_weights have \(60, 6\) and routing has"),
         ({"world_size": 0}, ValueError, "world_size must be at least 1, but is 0"),
         ({"experts": 3}, TypeError, "experts must be an Experts"),
+        (
+            {"placement": np.array([[0, 1, 2, 3], [4, 5, 6, 7]])},
+            ValueError,
+            "placement must be a Placement or one of",
+        ),
         ({"placement": "best"}, ValueError, "one of contiguous, packed, balanced, exact, but is"),
         (
             {"placement": contiguous(4, 2)},
@@ -480,6 +485,32 @@ def test_functions_cannot_change_the_tokens(world_size):
     with pytest.raises(ValueError, match="dispatch of token chunk 0.*read-only"):
         y.compute(scheduler="sync")
     assert (tokens.compute(scheduler="sync") == 1).all()
+
+
+@pytest.mark.parametrize("world_size", [1, 2])
+def test_a_nan_weight_is_found_though_its_row_goes_nowhere(world_size):
+    weights = np.ones((N, 2))
+    weights[45, 1] = np.nan
+    routing = da.where(da.arange(N, chunks=20)[:, None] == 45, -1, ROUTING)
+    y = expert_parallel(
+        TOKENS,
+        routing,
+        np.ones((E, D, D)),
+        topk_weights=da.from_array(weights, chunks=(20, 2)),
+        world_size=world_size,
+    )
+    with pytest.raises(ValueError, match=r"token chunk 2 .*topk_weights\[5, 1\] is NaN, as are 1"):
+        y.compute(scheduler="sync")
+
+
+@pytest.mark.parametrize("world_size", [1, 2])
+@pytest.mark.parametrize("k", [None, 2])
+def test_no_rows_in_several_chunks(world_size, k):
+    routing = da.zeros((0,) if k is None else (0, k), chunks=-1, dtype=int)
+    tokens = da.zeros((0, D), chunks=((0, 0), D))
+    y = expert_parallel(tokens, routing, np.ones((E, D, 3)), world_size=world_size)
+    assert y.chunks == ((0, 0), (3,))
+    assert y.compute(scheduler="sync").shape == (0, 3)
 
 
 def test_functions_that_give_another_width_than_said_are_refused():

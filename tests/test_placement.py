@@ -8,6 +8,7 @@ import os
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 
@@ -412,6 +413,7 @@ def test_incremental_is_legal_and_never_worse_than_both(before, ranks, tolerance
     previous = balanced(before, ranks)
     load = np.random.default_rng(seed).permutation(before)
     after = incremental(previous, load, tolerance=tolerance)
+    assert incremental(replace(previous, local=True), load, tolerance=tolerance).local
     verify_placement(after, len(before), max_slots=previous.slots_per_rank)
     fresh = balanced(load, ranks, num_slots=int(previous.copies.sum()))
     bound = max(1 + tolerance, min(previous.imbalance(load), fresh.imbalance(load)))

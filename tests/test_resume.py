@@ -110,6 +110,12 @@ def test_resuming_a_complete_output_computes_nothing(path):
     assert_eq(open_tokens(path), again.expected)
 
 
+def test_computing_a_complete_output_again_does_nothing(path):
+    with store(Steps().array, path, compute=False) as output:
+        assert len(output.compute(scheduler="sync")) == BLOCKS
+        assert output.compute(scheduler="sync") == []
+
+
 def test_resuming_nothing_begins(path):
     steps = Steps()
     run(path, steps, resume=True)

@@ -307,6 +307,10 @@ def test_chunks(tmp_path, tokens):
     assert open_tokens(tmp_path / "x.npy").chunks[0] == (9,)
 
 
+def test_chunks_in_a_number_of_numpys_own(tokens):
+    assert open_tokens(tokens, chunks=np.int64(7)).chunks == open_tokens(tokens, chunks=7).chunks
+
+
 def test_chunks_that_do_not_fit(tokens):
     x = open_tokens(tokens, 4)
     with pytest.raises(ValueError, match="add up to its 10 rows, not 9"):

@@ -21,6 +21,7 @@ from typing import Any
 import dask.array as da
 
 from dask_ep.checkpoint import load_moe_layer, moe_layers
+from dask_ep.costs import packet_row_bytes
 from dask_ep.experts import Experts
 from dask_ep.job import EXPERT_KEYS, PLACEMENTS, Job, JobError, nearest
 from dask_ep.layer import MoELayer
@@ -147,25 +148,29 @@ def build(
     job, layer, placement = inputs.job, inputs.layer, None
     tokens = open_tokens(inputs.tokens, chunks=chunk_rows, name="tokens", xp=xp)
 
-    def find_placement(routing: Any) -> Placement | None:
+    def find_placement(routing: Any, topk: Any) -> Placement | None:
         if begun is not None and begun.local and begun.world_size == world_size:
             return begun  # as it was chosen then, whatever would be now
         if not travel.moves_experts or world_size == 1:
             return _find_placement(job, world_size, routing, inputs)
-        return _find_travel(inputs, world_size, routing(), travel, workers, slots_beside)
+        weight_bytes = 0 if topk is None else topk.dtype.itemsize
+        return _find_travel(
+            inputs, world_size, routing(), weight_bytes, travel, workers, slots_beside
+        )
 
     if layer is not None and exchange is not None:
         routing, topk = layer.route(tokens)
         routed = exchange(tokens, routing, layer.experts, topk_weights=topk)
         y = layer.add_the_rest(tokens, routed)
     elif layer is not None:
-        placement = find_placement(lambda: layer.route(tokens)[0])
+        routing, topk = layer.route(tokens)
+        placement = find_placement(lambda: routing, topk)
         y = layer(tokens, world_size=world_size, placement=placement)
     else:
         routing = open_tokens(inputs.routing, name="routing", like=tokens, xp=xp)
         topk = inputs.topk_weights
         if exchange is None:
-            placement = find_placement(lambda: routing)
+            placement = find_placement(lambda: routing, topk)
             exchange = partial(expert_parallel, world_size=world_size, placement=placement)
         topk_weights = None if topk is None else open_tokens(topk, like=tokens, xp=xp)
         y = exchange(tokens, routing, inputs.experts, topk_weights=topk_weights)
@@ -286,6 +291,7 @@ def _find_travel(
     inputs: Inputs,
     world_size: int,
     routing: da.Array,
+    weight_bytes: int,
     travel: Travel,
     workers: int | None,
     slots_beside: int | None,
@@ -297,12 +303,16 @@ def _find_travel(
         owners = place(job.placement or "contiguous", found.by_ticket, world_size)
     else:
         owners = read_placement(job.placement, job, world_size)
+    itemsize = inputs.tokens.dtype.itemsize
+    there = packet_row_bytes(
+        experts.d, itemsize, found.slots_per_row, weight_bytes, owners.slots.size
+    )
     return choose_travel(
         travel,
         found,
         owners,
-        expert_bytes=experts.nbytes / experts.num_experts,
-        row_bytes=(experts.d + experts.d_out) * inputs.tokens.dtype.itemsize,
+        expert_bytes=experts.nbytes // experts.num_experts,
+        row_bytes=there + experts.d_out * itemsize,
         workers=workers,
         max_slots=None if slots_beside is None else owners.slots_per_rank + slots_beside,
     )

@@ -140,6 +140,15 @@ class Need(NamedTuple):
         return math.floor(room / (self.chunks * self.row_bytes + self.slot_bytes))
 
 
+def packet_row_bytes(d: int, itemsize: int, slots: int, weight_bytes: int, places: int) -> int:
+    """Bytes of one row on its way to a rank: its numbers, and the k experts and weights of it.
+
+    `places` are all that an expert's number may name.
+    """
+    index_bytes = np.min_scalar_type(-places - 1).itemsize
+    return d * itemsize + slots * (index_bytes + weight_bytes)
+
+
 def homes(chunks: int, ranks: int) -> np.ndarray:
     """(C,) the rank on whose worker each chunk lies: neighbours together, as Dask assigns them.
 

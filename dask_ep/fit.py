@@ -74,9 +74,7 @@ def need(inputs: Inputs, layout: Layout) -> Need:
     """
     experts, layer = inputs.experts, inputs.layer
     itemsize = computing_dtype(inputs.tokens.dtype, layout.on_devices).itemsize
-    wide = stored = experts.parameters * itemsize
-    if isinstance(experts, StoredExperts):
-        stored = experts.nbytes // experts.num_experts
+    wide, stored = experts.parameters * itemsize, _held_bytes(inputs, layout)
     held = layout.ranks_per_worker * _slots_per_rank(inputs, layout) * stored
     if stored < wide:
         held += layout.threads * wide  # the one that each thread has in use
@@ -192,8 +190,15 @@ def slots_beside(inputs: Inputs, layout: Layout, chunk_rows: int) -> int | None:
         return None
     limit = layout.memory_limit if layout.on_devices else usable(layout.memory_limit)
     spare = limit - need(inputs, layout).at(chunk_rows)
-    itemsize = computing_dtype(inputs.tokens.dtype, layout.on_devices).itemsize
-    return max(spare, 0) // (layout.ranks_per_worker * inputs.experts.parameters * itemsize)
+    return max(spare, 0) // (layout.ranks_per_worker * _held_bytes(inputs, layout))
+
+
+def _held_bytes(inputs: Inputs, layout: Layout) -> int:
+    """Bytes of one expert that is held."""
+    experts = inputs.experts
+    if isinstance(experts, StoredExperts):
+        return experts.nbytes // experts.num_experts
+    return experts.parameters * computing_dtype(inputs.tokens.dtype, layout.on_devices).itemsize
 
 
 def fit_stored(rows: int, stored: int | None) -> int:

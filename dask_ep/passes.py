@@ -230,7 +230,8 @@ def choose_passes(
 
     T blocks are computed with at a time and two read ahead, where rows that are held leave room for
     them, or they take no more than a quarter of it; else fewer, down to one, and nothing ahead. On
-    workers a part of the limit is left to Dask (`costs.PART_OF_A_WORKER`).
+    workers a part of the limit is left to Dask (`costs.PART_OF_A_WORKER`). There it holds while no
+    worker is lost: one that takes over another's experts holds the blocks of both.
 
     Seconds that are compared: each pass reads the experts as stored at `rates.read`, and streams
     them to each thread that uses them at `rates.copy`; a spilled byte is written and read once.

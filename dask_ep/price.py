@@ -24,7 +24,7 @@ from dask_ep import costs
 from dask_ep.checks import computing_dtype
 from dask_ep.costs import Rates, usable
 from dask_ep.pipeline import count_tasks
-from dask_ep.placement import Placement, place
+from dask_ep.placement import POLICIES, Placement, most_slots, place
 from dask_ep.served import tile_bytes
 
 LARGEST_CHUNK = 128 << 20
@@ -175,10 +175,11 @@ class Plan:
 
     @property
     def packet_row_bytes(self) -> int:
-        """Bytes of one row on its way to a rank: its numbers, and k experts and weights."""
-        index_bytes = np.min_scalar_type(-self.placement.slots.size - 1).itemsize
-        slots = self.slots_per_row * (index_bytes + self.work.weight_bytes)
-        return self.work.d * self.work.dtype.itemsize + slots
+        """Bytes of one row on its way to a rank."""
+        work, places = self.work, self.placement.slots.size
+        return costs.packet_row_bytes(
+            work.d, work.dtype.itemsize, self.slots_per_row, work.weight_bytes, places
+        )
 
     @property
     def reply_row_bytes(self) -> int:
@@ -231,13 +232,21 @@ class Plan:
     def slots_within_limit(self) -> int | None:
         """The most experts that a rank may hold within the memory limit, not fewer than it does.
 
-        Beyond its own they fill a worker by choice, and so no more of it than `usable_bytes`.
+        Beyond its own they fill a worker by choice, and so no more of it than `usable_bytes`. As in
+        a run (`dask_ep.fit.slots_beside`), what a placement and the routing say is taken at its
+        worst.
         """
         if self.memory_limit is None:
             return None
-        ranks = -(-self.world_size // self.workers)
-        spare = max(self.usable_bytes - self.memory_bytes, 0)
-        return self.placement.slots_per_rank + spare // max(self.work.expert_loaded * ranks, 1)
+        ranks, work, slots = -(-self.world_size // self.workers), self.work, self.placement.slots
+        most = slots.shape[1]
+        if self.policy in POLICIES:
+            most = most_slots(self.policy, self.placement.num_experts, self.world_size)
+        held = ranks * most * work.expert_loaded + work.beside.loaded
+        held += self.threads * work.expert_scratch
+        needed = self._need(held, min(self.slots_per_row, self.world_size)).at(self.chunk_rows)
+        spare = max(self.usable_bytes - needed, 0)
+        return slots.shape[1] + spare // max(work.expert_loaded * ranks, 1)
 
     @property
     def stored_bytes(self) -> int:
@@ -269,16 +278,19 @@ class Plan:
     @property
     def chunks_held(self) -> float:
         """Token chunks that a worker holds at most."""
-        widening = max(self._wide // self.work.dtype.itemsize, 1)
-        return costs.chunks_held(self.threads, self.world_size, self.spread, widening)
+        return self.need.chunks
 
     @property
     def need(self) -> costs.Need:
         """What a worker needs of memory, by the rows of a chunk."""
+        return self._need(self.expert_bytes, self.spread)
+
+    def _need(self, expert_bytes: int, spread: float) -> costs.Need:
         width = max(self.work.d, self.work.d_out)
+        widening = max(self._wide // self.work.dtype.itemsize, 1)
         return costs.Need(
-            self.expert_bytes,
-            self.chunks_held,
+            expert_bytes,
+            costs.chunks_held(self.threads, self.world_size, spread, widening),
             width * self.work.dtype.itemsize,
             self.threads
             * (tile_bytes(max(width, self.work.widest) * self._wide) + self.work.read_bytes),

@@ -36,15 +36,8 @@ class PlanOnGpus(Plan):
 
     # --- memory ----------------------------------------------------------------------------
 
-    @property
-    def chunks_held(self) -> float:
-        """Token chunks that a GPU holds at most."""
-        return self.need.chunks
-
-    @cached_property
-    def need(self) -> Need:
-        """What a GPU needs of memory, by the rows of a chunk."""
-        return self.on_device.need(self.expert_bytes, self.threads, self.world_size, self.spread)
+    def _need(self, expert_bytes: int, spread: float) -> Need:
+        return self.on_device.need(expert_bytes, self.threads, self.world_size, spread)
 
     @cached_property
     def host_need(self) -> Need:

@@ -11,9 +11,11 @@ from click.testing import CliRunner
 
 from dask_ep import device, journal, planner
 from dask_ep import plan_command as plan_command_module
+from dask_ep.build import open_inputs
 from dask_ep.checkpoint import load_moe_layer, moe_layers
 from dask_ep.costs import PART_OF_A_WORKER, Rates
 from dask_ep.device import NoDeviceError
+from dask_ep.fit import Layout, need
 from dask_ep.job import load_job
 from dask_ep.pipeline import count_tasks
 from dask_ep.placement import Placement
@@ -227,8 +229,8 @@ def test_what_travels_is_a_choice_to_compare(job_file):
 
 def test_what_is_read_beside_fits_into_memory(job_file):
     common = (job_file, "--processes", 4, "--json", "--chunk-rows", 100, "--link-rate", "1 kB")
-    rows = json.loads(invoke(*common))
-    enough = rows["memory_bytes"] + 2 * 8 * 8 * 4  # two experts for each rank
+    at_worst = need(open_inputs(load_job(job_file)), Layout(4, 4, 1)).at(100)
+    enough = at_worst + 2 * 8 * 8 * 4  # two experts for each rank
     limit = math.ceil(enough / PART_OF_A_WORKER)
     limited = json.loads(invoke(*common, "--travel", "auto", "--memory-limit", limit))
     assert limited["fits"]

@@ -14,13 +14,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dask_ep import expert_parallel, reference, travel
-from dask_ep.build import open_inputs
-from dask_ep.costs import PART_OF_A_WORKER
+from dask_ep.build import build, open_inputs
+from dask_ep.costs import PART_OF_A_WORKER, Rates
 from dask_ep.example import Example, write_example
 from dask_ep.fit import Layout, need, slots_beside
 from dask_ep.job import load_job
 from dask_ep.placement import POLICIES, Placement, contiguous, place, verify_placement
 from dask_ep.placement_files import from_file, write_vllm_ascend
+from dask_ep.planner import plan
+from dask_ep.storage import open_tokens
 from dask_ep.survey import survey
 from dask_ep.travel import TRAVELS, Travel, choose_travel
 from tests.compare import assert_close, whole_layer
@@ -244,6 +246,37 @@ def test_the_memory_limit_says_how_many_are_read(tmp_path):
         limit = math.ceil((enough + more) / PART_OF_A_WORKER)
         limited = replace(layout, memory_limit=limit)  # a worker plays two ranks
         assert slots_beside(inputs, limited, 100) == slots
+
+
+@pytest.mark.parametrize(("d", "k", "ranks", "policy"), [(16, 4, 2, None), (64, 3, 3, "exact")])
+@pytest.mark.parametrize("spare", [None, 1, 3])
+def test_a_run_reads_beside_what_its_plan_says(tmp_path, d, k, ranks, policy, spare):
+    example = Example(rows=900, d=d, num_experts=20, k=k, chunk_rows=100, format="npy")
+    path = write_example(tmp_path / "example", example)
+    inputs = open_inputs(load_job(path, placement=policy))
+    layout = Layout(ranks, ranks, 1, placement=policy)
+    if spare is not None:
+        expert = inputs.experts.parameters * 4
+        limit = (need(inputs, layout).at(100) + spare * expert) / PART_OF_A_WORKER
+        layout = replace(layout, memory_limit=math.ceil(limit))
+    tokens = open_tokens(inputs.tokens, chunks=100)
+    routing, topk = (open_tokens(a, like=tokens) for a in (inputs.routing, inputs.topk_weights))
+    even = 900 * k / 20 / ranks * 2 * d * 4  # bytes of an expert's rows at a rank
+    beside = set()
+    for times in np.linspace(0.3, 1.3, 11):
+        cheaper = Travel("auto", link=1e9, read=1e9 * d * d * 4 / (even * times))
+        planned = plan(
+            tokens, routing, inputs.experts, topk_weights=topk, world_size=ranks,
+            placement=policy, workers=ranks, threads=1, rates=Rates(flops=1e11, copy=5e9),
+            travel=cheaper, memory_limit=layout.memory_limit,
+        )  # fmt: skip
+        built = build(
+            inputs, world_size=ranks, chunk_rows=100, travel=cheaper, workers=ranks,
+            slots_beside=slots_beside(inputs, layout, 100),
+        )  # fmt: skip
+        np.testing.assert_array_equal(planned.placement.slots, built.placement.slots)
+        beside.add(planned.copies_beside)
+    assert len(beside) > 1
 
 
 # --- the ends --------------------------------------------------------------------------------

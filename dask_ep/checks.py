@@ -100,6 +100,8 @@ def check_world_size(world_size: int) -> None:
 
 def check_rank(rank: int, world_size: int) -> None:
     check_world_size(world_size)
+    if isinstance(rank, bool) or not isinstance(rank, Integral):
+        raise TypeError(f"rank must be a whole number, but is {rank!r}")
     if not 0 <= rank < world_size:
         raise ValueError(
             f"rank must be in [0, {world_size}) for world_size={world_size}, but is {rank}"

@@ -112,6 +112,7 @@ def dispatch(
     check_tokens(tokens)
     check_routing(routing, topk_weights, n=tokens.shape[0])
     check_rank(rank, world_size)
+    rank, world_size = int(rank), int(world_size)  # NumPy's small integers would overflow
     compute = computing_dtype(tokens.dtype, on_device=xp is not np)
     experts = as_experts(expert_Ws, d=tokens.shape[1], like=tokens, dtype=compute)
     dtype = tokens.dtype if dtype is None else dtype

@@ -442,6 +442,7 @@ def _ranks(
     if world_size is None:
         world_size = given.world_size if given is not None else workers_in_use()
     check_world_size(world_size)
+    world_size = int(world_size)
     if given is None and placement is not None:
         given = _place_by_load(placement, experts, world_size, tokens, routing)
     if given is not None:

@@ -260,6 +260,11 @@ def _row_chunks(
         stored = source.chunk_rows or 1
         row_bytes = max(1, prod(source.shape[1:]) * source.dtype.itemsize)
         chunks = max(1, CHUNK_BYTES // (stored * row_bytes)) * stored
+    if isinstance(chunks, str):
+        raise TypeError(
+            f"chunks of {source.name} must be a number of rows or one for each chunk, not "
+            f"{chunks!r}; without it they are of about {CHUNK_BYTES >> 20} MiB"
+        )
     if isinstance(chunks, Integral):
         chunks = int(chunks)
         if chunks < 1:

@@ -213,6 +213,13 @@ def test_an_index_out_of_range_is_never_dropped(dtype, value, rank):
         expert_parallel_dispatch(np.ones((2, 3)), routing, W4[:2], rank, 2)
 
 
+def test_a_rank_in_few_bits_owns_what_it_should():
+    """100 experts a rank are more than an int8 can count."""
+    tokens, routing = np.ones((4, 2)), np.array([0, 100, 200, 299])
+    out = expert_parallel_dispatch(tokens, routing, [np.eye(2)] * 100, np.int8(2), np.int8(3))
+    np.testing.assert_array_equal(out[:, 0], [0, 0, 1, 1])
+
+
 def test_ranks_with_unequal_numbers_of_experts_are_told_what_must_hold():
     five, routing = [*W4, W4[0]], np.array([0, 3, 4])
     message = r"\[-1, 4\).*is 4.*for the kernel called by itself, world_size must divide"
@@ -314,6 +321,7 @@ REFUSED = {
     ),
     "rank too large": ({"rank": 2}, ValueError, r"rank must be in \[0, 2\).* but is 2"),
     "rank below zero": ({"rank": -1}, ValueError, r"rank must be in \[0, 2\).* but is -1"),
+    "rank of half": ({"rank": 0.5}, TypeError, r"rank must be a whole number, but is 0.5"),
     "no ranks": ({"world_size": 0}, ValueError, r"world_size must be at least 1, but is 0"),
     "weights of another shape": (
         {"topk_weights": np.ones((2, 2))},

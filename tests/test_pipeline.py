@@ -519,6 +519,13 @@ def test_functions_that_give_another_width_than_said_are_refused():
         y.compute(scheduler="sync")
 
 
+def test_ranks_in_few_bits():
+    experts = np.ones((300, D, D))
+    made = [expert_parallel(TOKENS, ROUTING, experts, world_size=n) for n in (np.int8(3), 3)]
+    assert made[0].name == made[1].name
+    assert (made[0].compute(scheduler="sync") == 2 * D).all()
+
+
 def test_many_tasks_are_warned_of(monkeypatch):
     monkeypatch.setattr(pipeline_module, "TASKS_ADVISED", 10)
     with pytest.warns(da.PerformanceWarning, match="3 chunks and 2 ranks make 17 tasks"):

@@ -311,6 +311,11 @@ def test_chunks_in_a_number_of_numpys_own(tokens):
     assert open_tokens(tokens, chunks=np.int64(7)).chunks == open_tokens(tokens, chunks=7).chunks
 
 
+def test_chunks_in_words_are_refused(tokens):
+    with pytest.raises(TypeError, match=r"chunks of tokens.zarr must be a number .* not 'auto'"):
+        open_tokens(tokens, chunks="auto")
+
+
 def test_chunks_that_do_not_fit(tokens):
     x = open_tokens(tokens, 4)
     with pytest.raises(ValueError, match="add up to its 10 rows, not 9"):

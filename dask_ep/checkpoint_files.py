@@ -1,8 +1,11 @@
 """Which tensors does a checkpoint directory hold, and in which files?
 
     directory/config.json                     sizes and model type
-              model.safetensors.index.json    tensor name -> file, if there are several
+              model.safetensors               all tensors; it comes first, as in transformers
+              model.safetensors.index.json    or tensor name -> file, if there are several
               model-00001-of-00002.safetensors, ...
+
+``transformers_weights`` in the config names another file or index, which then comes first.
 
 Only headers are read, each file's at most once and only when one of its tensors is asked for. The
 directory is local, or an address that fsspec knows.
@@ -63,27 +66,47 @@ class CheckpointFiles:
         return self._read_json("config.json")
 
     @cached_property
-    def file_of(self) -> dict[str, str]:
-        """File name of every tensor, by tensor name."""
-        if INDEX in self.file_names:
-            index = self._read_json(INDEX)
-            if not isinstance(index.get("weight_map"), dict):
-                raise ValueError(f"{self._path(INDEX)} must have a weight_map: tensor -> file")
-            return index["weight_map"]
-        if SINGLE in self.file_names:
-            return dict.fromkeys(self.header(SINGLE), SINGLE)
+    def first_file(self) -> str:
+        """Name of the file or index that transformers would take."""
+        named = self.config.get("transformers_weights")
+        if named is not None:
+            if not str(named).endswith((".safetensors", ".safetensors.index.json")):
+                raise ValueError(
+                    f"{self._path('config.json')}: transformers_weights must name a .safetensors "
+                    f"file or a .safetensors.index.json, but is {named!r}"
+                )
+            if named not in self.file_names:
+                raise ReadError(
+                    f"{self._path('config.json')} says that the tensors lie in {named}, but "
+                    f"{self.directory} has no such file"
+                )
+            return named
+        for name in (SINGLE, INDEX):
+            if name in self.file_names:
+                return name
         found = [name for name in self.file_names if name.endswith(".safetensors")]
         raise ReadError(
             f"{self.directory} must have {SINGLE} or {INDEX}; it has "
             f"{', '.join(found) or 'no .safetensors file'}"
         )
 
+    @cached_property
+    def file_of(self) -> dict[str, str]:
+        """File name of every tensor, by tensor name."""
+        name = self.first_file
+        if name.endswith(".safetensors"):
+            return dict.fromkeys(self.header(name), name)
+        index = self._read_json(name)
+        if not isinstance(index.get("weight_map"), dict):
+            raise ValueError(f"{self._path(name)} must have a weight_map: tensor -> file")
+        return index["weight_map"]
+
     def header(self, file_name: str) -> Mapping[str, Source]:
         """The tensors of one file."""
         if file_name not in self._headers:
             if file_name not in self.file_names:
                 raise ReadError(
-                    f"{self._path(INDEX)} says that tensors lie in {file_name}, but "
+                    f"{self._path(self.first_file)} says that tensors lie in {file_name}, but "
                     f"{self.directory} has no such file"
                 )
             self._headers[file_name] = open_safetensors(self._path(file_name))
@@ -116,7 +139,7 @@ class CheckpointFiles:
             for name in sorted(here ^ there):
                 where = "only the index has" if name in here else "only the file has"
                 raise ValueError(
-                    f"{self._path(INDEX)} and {file_name} do not agree: {where} {name}"
+                    f"{self._path(self.first_file)} and {file_name} do not agree: {where} {name}"
                 )
             found |= {name.removeprefix(prefix): header[name] for name in here}
         return found

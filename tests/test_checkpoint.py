@@ -33,6 +33,7 @@ from tests.checkpoints import (
     altered,
     expected,
     read_tensors,
+    write_tensors,
 )
 
 TOLERANCE = 1e-5
@@ -559,6 +560,10 @@ def added(name, value):
         ("qwen3_moe", 1, {"model_type": None}, ValueError, "config.json must have a 'model_type'"),
         ("qwen3_moe", 1, {"num_experts_per_tok": None}, ValueError,
          "qwen3_moe: config.json must have 'num_experts_per_tok', but has only architectures"),
+        ("qwen3_moe", 1, {"transformers_weights": "a.bin"}, ValueError,
+         "transformers_weights must name a .safetensors file or .*, but is 'a.bin'"),
+        ("qwen3_moe", 1, {"transformers_weights": "a.safetensors"}, ReadError,
+         "config.json says that the tensors lie in a.safetensors, but .* no such file"),
         ("qwen3_moe", 1, {"num_hidden_layers": None}, ValueError, "must have 'num_hidden_layers'"),
         ("qwen3_moe", 1, {"num_hidden_layers": 2.5}, ValueError,
          "num_hidden_layers of layer 0 must be a whole number from 1 up, but is 2.5"),
@@ -682,6 +687,34 @@ def test_damaged_files_are_refused_by_name(tmp_path, damage, error, message):
     damage(folder)
     with pytest.raises(error, match=message):
         load_moe_layer(folder, LAYER)
+
+
+def write_beside(folder, index, *, sign):
+    """Write the tensors of a folder once more, all times `sign`, in a shard with an index."""
+    tensors = read_tensors(folder / "model.safetensors")
+    shard = index.replace(".safetensors.index.json", "-00001-of-00001.safetensors")
+    write_tensors(folder / shard, {name: sign * array for name, array in tensors.items()})
+    (folder / index).write_text(json.dumps({"weight_map": dict.fromkeys(tensors, shard)}))
+
+
+def test_a_single_file_comes_before_an_index(tmp_path):
+    folder = altered(tmp_path, "mixtral")
+    write_beside(folder, "model.safetensors.index.json", sign=-1)
+    assert errors(load_moe_layer(folder, LAYER), "mixtral")["output"] <= TOLERANCE
+
+
+@pytest.mark.parametrize("by_index", [False, True])
+def test_the_file_that_the_config_names_comes_first(tmp_path, by_index):
+    index = "mine.safetensors.index.json"
+    named = index if by_index else "mine-00001-of-00001.safetensors"
+    folder = altered(
+        tmp_path,
+        "mixtral",
+        tensors=lambda tensors: {name: -array for name, array in tensors.items()},
+        transformers_weights=named,
+    )
+    write_beside(folder, index, sign=-1)
+    assert errors(load_moe_layer(folder, LAYER), "mixtral")["output"] <= TOLERANCE
 
 
 def test_a_folder_that_is_not_there_is_refused(tmp_path):

@@ -168,11 +168,16 @@ class Block:
             return None, None
         row = self.family.shared
         width = self.find(row.width)
+        shapes = {"gate": (width, self.H), "up": (width, self.H), "down": (self.H, width)}
         if width == 0:
+            # Saved all the same: matrices without numbers, and the gate of nothing.
+            empty = {f"{row.block}.{name}_proj.weight": shape for name, shape in shapes.items()}
+            for name, shape in [*empty.items(), (row.gate, (1, self.H))]:
+                if name in self.tensors:
+                    self.take(name, shape)
             return None, None
-        names = {"gate": (width, self.H), "up": (width, self.H), "down": (self.H, width)}
         matrices, biases = {}, {}
-        for name, shape in names.items():
+        for name, shape in shapes.items():
             stem = f"{row.block}.{name}_proj"
             matrices[name] = [self.take(f"{stem}.weight", shape)]
             if f"{stem}.bias" in self.tensors:

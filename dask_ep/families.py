@@ -40,11 +40,15 @@ def after_the_dense_ones(config: Config, layer: int) -> bool:
 
 
 def by_sparse_step(config: Config, layer: int) -> bool:
+    if Key("num_local_experts", "num_experts", default=1).find(config, layer) == 0:
+        return False
     dense = config.get("mlp_only_layers") or []
     return layer not in dense and (layer + 1) % (config.get("decoder_sparse_step") or 1) == 0
 
 
 def by_period(config: Config, layer: int) -> bool:
+    if Key("num_experts", default=16).find(config, layer) <= 1:
+        return False
     period, offset = config.get("expert_layer_period", 2), config.get("expert_layer_offset", 1)
     return layer % period == offset
 
@@ -248,7 +252,7 @@ FAMILIES: tuple[Family, ...] = (
         model_types=("ernie4_5_moe",),
         blocks=("mlp",),
         num_experts=Key("moe_num_experts"),
-        k=Key("moe_k"),
+        k=Key("num_experts_per_tok", "moe_k"),
         width=Key("moe_intermediate_size"),
         router={
             "score": "softmax",
@@ -271,7 +275,7 @@ FAMILIES: tuple[Family, ...] = (
         model_types=("hunyuan_v1_moe",),
         blocks=("mlp",),
         num_experts=Key("num_experts"),
-        k=Key("moe_topk"),
+        k=Key("num_experts_per_tok", "moe_topk"),
         width=Key("intermediate_size"),
         router=SOFTMAX_SUM_1,
         router_weight=("gate.wg.weight",),

@@ -554,6 +554,10 @@ def added(name, value):
     ("case", "layer", "changes", "error", "message"),
     [
         ("qwen3_moe", 0, {}, ValueError, "layer 0 of .*qwen3_moe is dense .*; MoE layers are 1"),
+        ("qwen3_moe", 1, {"num_local_experts": 0}, ValueError,
+         "is dense in .*; MoE layers are none"),
+        ("qwen3_next", 1, {"num_experts": 0}, ValueError, "is dense in .*; MoE layers are none"),
+        ("jamba", 1, {"num_experts": 1}, ValueError, "is dense in .*; MoE layers are none"),
         ("qwen3_moe", 2, {}, ValueError, r"layer must be in \[0, 2\), .* but is 2"),
         ("qwen3_moe", 1, {"model_type": "palm"}, ValueError,
          "one of deepseek_v2, .*qwen3_vl_moe_text; config.json says 'palm'.* one row of data"),
@@ -808,6 +812,53 @@ def test_a_shared_expert_may_have_biases_and_none_is_none(tmp_path):
         tensors=lambda t: {n: v for n, v in t.items() if "shared" not in n},
     )
     np.testing.assert_allclose(load_moe_layer(none, LAYER)(hidden).compute(), plain, atol=1e-4)
+
+
+def emptied(tensors):
+    """What transformers saves of a shared expert of width 0."""
+    axis = {"gate": 0, "up": 0, "down": 1}
+    return {
+        name: np.delete(array, slice(None), axis[name.split(".")[-2].removesuffix("_proj")])
+        if "shared_expert" in name and "_proj" in name
+        else array
+        for name, array in tensors.items()
+    }
+
+
+@pytest.mark.parametrize(
+    ("case", "key"),
+    [
+        ("deepseek_v3", "n_shared_experts"),
+        ("qwen2_moe", "shared_expert_intermediate_size"),
+    ],
+)
+def test_a_shared_expert_of_width_0_is_none(tmp_path, case, key):
+    folder = altered(tmp_path, case, tensors=emptied, **{key: 0})
+    hidden = da.from_array(expected(case)["hidden"], chunks=-1)
+    got = load_moe_layer(folder, LAYER)(hidden).compute(scheduler="sync")
+    without_it = no_shared(load_moe_layer(FIXTURES / case, LAYER))
+    np.testing.assert_array_equal(got, without_it(hidden).compute(scheduler="sync"))
+
+
+def test_the_bias_of_a_shared_expert_of_width_0_is_refused(tmp_path):
+    bias = STEM + "shared_experts.down_proj.bias"
+    folder = altered(
+        tmp_path,
+        "deepseek_v2",
+        tensors=lambda t: emptied(t) | {bias: np.ones(32, np.float32)},
+        n_shared_experts=0,
+    )
+    with pytest.raises(ValueError, match=f"1 would not be: {bias}"):
+        load_moe_layer(folder, LAYER)
+
+
+@pytest.mark.parametrize(
+    ("case", "key"), [("ernie4_5_moe", "moe_k"), ("hunyuan_v1_moe", "moe_topk")]
+)
+def test_num_experts_per_tok_comes_before_the_familys_own_key(tmp_path, case, key):
+    folder = altered(tmp_path, case, num_experts_per_tok=1)
+    assert key in json.loads((folder / "config.json").read_text())
+    assert load_moe_layer(folder, LAYER).router.k == 1
 
 
 def test_float8_experts_in_one_array_are_read(tmp_path):

@@ -25,6 +25,7 @@ class Model:
     """What a block must know about its checkpoint."""
 
     directory: str
+    model_type: str
     config: Mapping[str, Any]
     family: Family
     quantization: Mapping[str, Any]
@@ -221,7 +222,7 @@ class Block:
             raise ValueError(
                 f"every tensor of {self.where} must be used, but {len(left)} would not be: "
                 f"{some_of(self.prefix + name for name in left)}. The model is not quite of the "
-                f"family {self.family.model_types[0]!r} as it is known here"
+                f"family {self.model.model_type!r} as it is known here"
             )
 
     def _take_raw(self, name: str) -> Source:

@@ -118,8 +118,7 @@ class Checkpoint:
                 "'mxfp4' are read. Take the checkpoint before quantisation"
             )
         family = find_family(model_type, (*families, *FAMILIES))
-        self.model_type = model_type
-        self.model = Model(self.files.directory, config, family, quantization)
+        self.model = Model(self.files.directory, model_type, config, family, quantization)
         self.num_layers = self.model.find_size("num_hidden_layers", Key("num_hidden_layers"), 0)
 
     def _part(self, config: Config, name: str) -> Config:
@@ -260,6 +259,13 @@ def describe(directory: str | os.PathLike, *, families: Iterable[Family] = ()) -
             dtypes |= {tensor.dtype.name for tensor in tensors}
         on_disk = sum(tensor.nbytes for tensor in tensors)
         layers.append(LayerDescription(layer, kind, num_experts, on_disk, in_memory))
+    if not opened and checkpoint.moe_layers:
+        first_prefix = PREFIXES[0].format(layer=checkpoint.moe_layers[0])
+        raise ValueError(
+            f"{checkpoint.files.directory} has MoE layers {_ranges(checkpoint.moe_layers)} by "
+            "config.json, but no tensor of theirs lies under a known prefix, such as "
+            f"{first_prefix}{checkpoint.model.family.blocks[0]}"
+        )
     if not opened:
         raise ValueError(
             f"{checkpoint.files.directory} has no MoE layer among its {checkpoint.num_layers}"
@@ -267,7 +273,7 @@ def describe(directory: str | os.PathLike, *, families: Iterable[Family] = ()) -
     first = opened[0]
     return Description(
         directory=checkpoint.files.directory,
-        model_type=checkpoint.model_type,
+        model_type=checkpoint.model.model_type,
         family=checkpoint.model.family,
         d=first.experts.d,
         width=first.experts.hidden,

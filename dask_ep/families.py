@@ -328,8 +328,10 @@ PREFIXES = (
     "language_model.model.layers.{layer}.",
     "language_model.layers.{layer}.",
     "layers.{layer}.",
+    "transformer.layers.{layer}.",
 )
-"""What stands before the block's name: plain models, and the text half of composite ones."""
+"""What stands before the block's name: plain models, the text half of composite ones, and models
+that answer questions."""
 
 ACTIVATIONS = {
     "silu": "silu",

@@ -613,6 +613,8 @@ def added(name, value):
          ValueError, r"every tensor .* used, but 1 would not be: .*experts.10.up_proj.weight"),
         ("qwen3_moe", 1, {"tensors": added("gate.bias", np.ones(10, np.float32))}, ValueError,
          "1 would not be: model.layers.1.mlp.gate.bias"),
+        ("dots1", 1, {"tensors": added("gate.bias", np.ones(10, np.float32))}, ValueError,
+         "not quite of the family 'dots1'"),
         ("qwen3_moe", 1, {"tensors": lambda t: {STEM + "gate.weight": t[STEM + "gate.weight"]}},
          ValueError, "has no experts: it should have experts.0.gate_proj.weight or experts"),
         ("qwen3_moe", 1, {"tensors": lambda t: {"x": np.ones(1, np.float32)}}, ValueError,
@@ -777,6 +779,26 @@ def test_every_checkpoint_can_be_described(case):
     assert LAYER in found.moe_layers
     assert found.layers[LAYER].num_experts == layer.experts.num_experts
     assert (found.shared_width > 0) == (layer.shared is not None)
+
+
+def renamed(old, new):
+    return lambda tensors: {name.replace(old, new): array for name, array in tensors.items()}
+
+
+def test_why_no_moe_layer_can_be_described(tmp_path):
+    dense = altered(tmp_path / "a", "jamba", num_experts=1)
+    with pytest.raises(ValueError, match="jamba has no MoE layer among its 2"):
+        describe(dense)
+    elsewhere = altered(tmp_path / "b", "jamba", tensors=renamed("model.", "strange."))
+    with pytest.raises(
+        ValueError, match="MoE layers 1 by config.json, .* such as model.layers.1.feed_forward"
+    ):
+        describe(elsewhere)
+
+
+def test_a_model_that_answers_questions_is_read(tmp_path):
+    folder = altered(tmp_path, "qwen3_moe", tensors=renamed("model.", "transformer."))
+    assert errors(load_moe_layer(folder, LAYER), "qwen3_moe")["output"] <= TOLERANCE
 
 
 def test_a_shared_expert_may_have_biases_and_none_is_none(tmp_path):

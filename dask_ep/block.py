@@ -177,11 +177,11 @@ class Block:
                 if name in self.tensors:
                     self.take(name, shape)
             return None, None
-        matrices, biases = {}, {}
+        matrices, biases, has_biases = {}, {}, self.find(row.biases)
         for name, shape in shapes.items():
             stem = f"{row.block}.{name}_proj"
             matrices[name] = [self.take(f"{stem}.weight", shape)]
-            if f"{stem}.bias" in self.tensors:
+            if has_biases:
                 biases[f"{name}_bias"] = [self.take(f"{stem}.bias", shape[:1])]
         experts = Experts.gated(**matrices, **biases, transposed=True, **self.options())
         return experts, None if row.gate is None else self.take(row.gate, (1, self.H))

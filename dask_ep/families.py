@@ -75,9 +75,11 @@ SOFTMAX_SUM_1 = {"score": "softmax", "normalise": True}
 QWEN_SHARED = Shared(
     "shared_expert", Key("shared_expert_intermediate_size"), gate="shared_expert_gate.weight"
 )
-DEEPSEEK_SHARED = Shared(
-    "shared_experts", Product((Key("moe_intermediate_size"), Key("n_shared_experts", default=0)))
-)
+
+
+def _shared_experts(number: Key, biases: Any = False) -> Shared:
+    width = Product((Key("moe_intermediate_size"), number))
+    return Shared("shared_experts", width, biases=biases)
 
 
 def _deepseek_v3_router(groups: Key, topk_groups: Key) -> dict[str, Any]:
@@ -86,7 +88,7 @@ def _deepseek_v3_router(groups: Key, topk_groups: Key) -> dict[str, Any]:
         "groups": groups,
         "topk_groups": topk_groups,
         "group_worth": "top2",
-        "normalise": Key("norm_topk_prob"),
+        "normalise": Key("norm_topk_prob", null=False),
         "norm_eps": 1e-20,
         "scale": Key("routed_scaling_factor"),
     }
@@ -219,7 +221,9 @@ FAMILIES: tuple[Family, ...] = (
         },
         router_weight=("gate.weight",),
         experts=(BY_NAME, OUT_IN),
-        shared=DEEPSEEK_SHARED,
+        shared=_shared_experts(
+            Key("n_shared_experts", default=2), biases=Key("mlp_bias", default=False)
+        ),
         is_moe=after_the_dense_ones,
     ),
     Family(
@@ -232,11 +236,11 @@ FAMILIES: tuple[Family, ...] = (
         router_weight=("gate.weight",),
         selection_bias=("gate.e_score_correction_bias",),
         experts=(BY_NAME, OUT_IN),
-        shared=DEEPSEEK_SHARED,
+        shared=_shared_experts(Key("n_shared_experts", default=1)),
         is_moe=after_the_dense_ones,
     ),
     Family(
-        model_types=("glm4_moe", "dots1"),
+        model_types=("glm4_moe",),
         blocks=("mlp",),
         num_experts=Key("n_routed_experts"),
         k=PER_TOKEN,
@@ -245,7 +249,20 @@ FAMILIES: tuple[Family, ...] = (
         router_weight=("gate.weight",),
         selection_bias=("gate.e_score_correction_bias",),
         experts=(BY_NAME, OUT_IN),
-        shared=DEEPSEEK_SHARED,
+        shared=_shared_experts(Key("n_shared_experts", default=1)),
+        is_moe=after_the_dense_ones,
+    ),
+    Family(
+        model_types=("dots1",),
+        blocks=("mlp",),
+        num_experts=Key("n_routed_experts"),
+        k=PER_TOKEN,
+        width=Key("moe_intermediate_size"),
+        router=_deepseek_v3_router(Key("n_group", default=1), Key("topk_group", default=1)),
+        router_weight=("gate.weight",),
+        selection_bias=("gate.e_score_correction_bias",),
+        experts=(BY_NAME, OUT_IN),
+        shared=_shared_experts(Key("n_shared_experts")),
         is_moe=after_the_dense_ones,
     ),
     Family(
@@ -265,9 +282,8 @@ FAMILIES: tuple[Family, ...] = (
             "gate.moe_statics.e_score_correction_bias",
         ),
         experts=(BY_NAME, OUT_IN),
-        shared=Shared(
-            "shared_experts",
-            Product((Key("moe_intermediate_size"), Key("moe_num_shared_experts", default=0))),
+        shared=_shared_experts(
+            Key("moe_num_shared_experts", default=2), biases=Key("use_bias", default=False)
         ),
         is_moe=between_start_and_end,
     ),

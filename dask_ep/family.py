@@ -22,15 +22,20 @@ class MissingKey(ValueError):
 
 
 class Key:
-    """The value of the first of some config keys that is there and not null, else the default."""
+    """The value of the first of some config keys that is there, else the default.
 
-    def __init__(self, *names: str, **default: Any):
-        self.names, self.default = names, default
+    `null` is what a null in the config stands for; one that is None counts as missing.
+    """
+
+    def __init__(self, *names: str, null: Any = None, **default: Any):
+        self.names, self.null, self.default = names, null, default
 
     def find(self, config: Config, layer: int) -> Any:
         for name in self.names:
-            if config.get(name) is not None:
-                value = config[name]
+            value = config.get(name)
+            if value is None and name in config:
+                value = self.null
+            if value is not None:
                 if isinstance(value, list) and layer >= len(value):
                     raise ValueError(
                         f"config.json key {name!r} must have one entry per layer, but has "
@@ -40,8 +45,8 @@ class Key:
         if "default" in self.default:
             return self.default["default"]
         raise MissingKey(
-            f"config.json must have {' or '.join(map(repr, self.names))}, but has only "
-            f"{', '.join(sorted(config))}"
+            f"config.json must have {' or '.join(map(repr, self.names))} (null counts as missing), "
+            f"but has only {', '.join(sorted(k for k, v in config.items() if v is not None))}"
         )
 
 
@@ -130,11 +135,14 @@ class Shared:
         Its hidden width; 0 means that there is none in this model.
     gate : str or None
         A tensor (1, d): the expert counts sigmoid(row · gate) instead of 1.
+    biases : bool or Key
+        Whether each of its matrices has a ``.bias`` beside its ``.weight``.
     """
 
     block: str
     width: Any
     gate: str | None = None
+    biases: Any = False
 
 
 @dataclass(frozen=True)

@@ -563,7 +563,7 @@ def added(name, value):
          "one of deepseek_v2, .*qwen3_vl_moe_text; config.json says 'palm'.* one row of data"),
         ("qwen3_moe", 1, {"model_type": None}, ValueError, "config.json must have a 'model_type'"),
         ("qwen3_moe", 1, {"num_experts_per_tok": None}, ValueError,
-         "qwen3_moe: config.json must have 'num_experts_per_tok', but has only architectures"),
+         r"qwen3_moe: config.json must have 'num_experts_per_tok' \(null .*, but has only archi"),
         ("qwen3_moe", 1, {"transformers_weights": "a.bin"}, ValueError,
          "transformers_weights must name a .safetensors file or .*, but is 'a.bin'"),
         ("qwen3_moe", 1, {"transformers_weights": "a.safetensors"}, ReadError,
@@ -621,6 +621,16 @@ def added(name, value):
          "under one prefix, such as model.layers.1.mlp; it has no tensor under any known one"),
         ("deepseek_v3", 1, {"tensors": changed("shared_experts.up_proj.weight", None)}, ValueError,
          "must have the tensor model.layers.1.mlp.shared_experts.up_proj.weight"),
+        ("deepseek_v3", 1,
+         {"tensors": added("shared_experts.up_proj.bias", np.ones(40, np.float32))}, ValueError,
+         "1 would not be: model.layers.1.mlp.shared_experts.up_proj.bias"),
+        ("ernie4_5_moe", 1, {"use_bias": True}, ValueError,
+         "must have the tensor model.layers.1.mlp.shared_experts.gate_proj.bias"),
+        ("deepseek_v2", 1, {"mlp_bias": True}, ValueError,
+         "must have the tensor model.layers.1.mlp.shared_experts.gate_proj.bias"),
+        ("deepseek_v3", 1, {"n_shared_experts": None}, ValueError,
+         r"shared_experts.gate_proj.weight must have shape \(20, 32\) .* but has \(40, 32\)"),
+        ("dots1", 1, {"n_shared_experts": None}, ValueError, "must have 'n_shared_experts'"),
         ("deepseek_v3_fp8", 1, {"tensors": changed("experts.0.up_proj.weight_scale_inv", None)},
          ValueError, "must have the tensor .*experts.0.up_proj.weight_scale_inv"),
         ("deepseek_v3_fp8", 1,
@@ -809,7 +819,7 @@ def test_a_shared_expert_may_have_biases_and_none_is_none(tmp_path):
         f"{STEM}shared_experts.{name}_proj.bias": rng.standard_normal(n).astype(np.float32)
         for name, n in sizes.items()
     }
-    biased = altered(tmp_path, case, tensors=lambda t: t | biases)
+    biased = altered(tmp_path, case, tensors=lambda t: t | biases, use_bias=True)
     want = expected(case)
     hidden = da.from_array(want["hidden"].reshape(24, 32), chunks=7)
     got = load_moe_layer(biased, LAYER)(hidden).compute()
@@ -860,6 +870,32 @@ def test_a_shared_expert_of_width_0_is_none(tmp_path, case, key):
     got = load_moe_layer(folder, LAYER)(hidden).compute(scheduler="sync")
     without_it = no_shared(load_moe_layer(FIXTURES / case, LAYER))
     np.testing.assert_array_equal(got, without_it(hidden).compute(scheduler="sync"))
+
+
+@pytest.mark.parametrize(
+    ("case", "key"),
+    [
+        ("deepseek_v2", "n_shared_experts"),
+        ("glm4_moe", "n_shared_experts"),
+        ("ernie4_5_moe", "moe_num_shared_experts"),
+    ],
+)
+def test_a_missing_number_of_shared_experts_is_that_of_transformers(tmp_path, case, key):
+    layer = load_moe_layer(altered(tmp_path, case, **{key: None}), LAYER)
+    assert errors(layer, case)["output"] <= TOLERANCE
+
+
+@pytest.mark.parametrize("case", ["deepseek_v3", "glm4_moe", "dots1"])
+def test_norm_topk_prob_of_null_is_false(tmp_path, case):
+    folder = altered(tmp_path, case)
+    path = folder / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"norm_topk_prob": None}))
+    assert load_moe_layer(folder, LAYER).router.normalise is False
+
+
+def test_a_key_of_null_is_missing_and_is_not_listed():
+    with pytest.raises(ValueError, match=r"have 'a' \(null counts as missing\), but has only b$"):
+        Key("a").find({"a": None, "b": 1}, 0)
 
 
 def test_the_bias_of_a_shared_expert_of_width_0_is_refused(tmp_path):

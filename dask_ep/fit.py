@@ -267,25 +267,28 @@ def _alternatives(
         yield {"threads": threads}, replace(layout, threads=threads)
     if layout.placement in ("balanced", "exact"):
         yield {"placement": "packed"}, replace(layout, placement="packed")
-    workers = layout.workers
-    most = inputs.job.world_size or inputs.experts.num_experts
+    workers, ranks = layout.workers, inputs.job.world_size
+    if _placed_by_file(layout):
+        ranks = layout.world_size  # which the file is for
+    most = ranks or inputs.experts.num_experts
     while workers < most and not layout.on_devices:
         workers = min(2 * workers, most)
-        world_size = inputs.job.world_size or workers
         yield (
             {"processes": workers},
-            replace(layout, workers=workers, world_size=world_size, threads=1),
+            replace(layout, workers=workers, world_size=ranks or workers, threads=1),
         )
 
 
 def _slots_per_rank(inputs: Inputs, layout: Layout) -> int:
     """The most experts that one rank holds."""
-    if layout.placement is None or layout.placement in POLICIES:
-        policy = layout.placement or "contiguous"
-        return most_slots(policy, inputs.experts.num_experts, layout.world_size)
-    job = inputs.job
-    world_size = job.world_size or layout.world_size
-    return read_placement(layout.placement, job, world_size).slots_per_rank
+    if _placed_by_file(layout):
+        return read_placement(layout.placement, inputs.job, layout.world_size).slots_per_rank
+    policy = layout.placement or "contiguous"
+    return most_slots(policy, inputs.experts.num_experts, layout.world_size)
+
+
+def _placed_by_file(layout: Layout) -> bool:
+    return layout.placement is not None and layout.placement not in POLICIES
 
 
 def slots_per_row(inputs: Inputs) -> int:

@@ -5,10 +5,11 @@ import os
 import subprocess
 import sys
 
+import dask
 import kubernetes_validate
 import pytest
 import yaml
-from distributed import LocalCluster
+from distributed import Client, LocalCluster
 
 from dask_ep.example import Example, write_example
 from dask_ep.job import load_job
@@ -149,3 +150,29 @@ def test_a_job_on_gpu_nodes_waits_for_its_workers(monkeypatch):
         gpu_cluster.wait_for_workers(cluster.scheduler_address, 1)
         with pytest.raises(TimeoutError, match="1/2 workers"):
             gpu_cluster.wait_for_workers(cluster.scheduler_address, 2)
+
+
+def test_the_client_that_waits_for_gpu_nodes_starts_ucx_with_a_cuda_context(monkeypatch):
+    monkeypatch.syspath_prepend(WORKFLOWS)
+    gpu_cluster = importlib.import_module("gpu_cluster")
+    contexts = []
+
+    class Seen(Client):
+        def __init__(self, address):
+            contexts.append(dask.config.get("distributed-ucxx.create-cuda-context", False))
+            super().__init__(address)
+
+    monkeypatch.setattr(gpu_cluster, "Client", Seen)
+    with LocalCluster(n_workers=1, processes=False, dashboard_address=":0") as cluster:
+        gpu_cluster.wait_for_workers(cluster.scheduler_address, 1)
+    assert contexts == [True]
+
+
+def test_a_job_on_gpu_nodes_is_told_how_many_workers_to_wait_for(monkeypatch, capsys):
+    monkeypatch.syspath_prepend(WORKFLOWS)
+    gpu_cluster = importlib.import_module("gpu_cluster")
+    monkeypatch.setattr(gpu_cluster, "started", None)
+    monkeypatch.setattr(sys, "argv", ["gpu_cluster.py", "job.toml", "--nodes", "localhost"])
+    with pytest.raises(SystemExit):
+        gpu_cluster.main()
+    assert "give a job and --ranks, or --print" in capsys.readouterr().err

@@ -31,7 +31,7 @@ from dask_ep.held import StoredExperts, held_as_stored
 from dask_ep.in_passes import sizes_of
 from dask_ep.job import load_job
 from dask_ep.passes import choose_passes
-from dask_ep.placement import POLICIES
+from dask_ep.placement import POLICIES, contiguous
 from dask_ep.planner import plan
 from dask_ep.run import Processes, Threads, lay_out, run_job
 from dask_ep.storage import open_tokens
@@ -255,6 +255,15 @@ def test_ranks_of_the_job_stay_and_get_more_workers(job_file):
     with pytest.raises(DoesNotFit) as no:
         choose_chunk_rows(inputs, lay_out(job, Processes(2, limit), 8))
     assert no.value.proposal == {"processes": 4}
+
+
+def test_ranks_of_a_placement_file_stay(job_file, tmp_path):
+    placement = tmp_path / "placement.json"
+    placement.write_text(contiguous(16, 2).to_json())
+    job = load_job(job_file, placement=str(placement))
+    with pytest.raises(DoesNotFit, match="give more memory") as no:
+        choose_chunk_rows(open_inputs(job), lay_out(job, Processes(2, 185_000_000), 2))
+    assert no.value.proposal == {}
 
 
 def test_more_rows_than_there_are_mean_all_of_them(inputs):

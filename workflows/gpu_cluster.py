@@ -1,13 +1,15 @@
 """How does a job run on several GPU nodes?
 
-    python workflows/gpu_cluster.py job.toml --nodes gpu01 gpu02      one worker for each GPU there
-    python workflows/gpu_cluster.py job.toml --nodes gpu01 --resume   go on with what is left
-    python workflows/gpu_cluster.py --nodes gpu01 gpu02 --print       show the commands
+    python workflows/gpu_cluster.py job.toml --nodes gpu01 gpu02 --ranks 16    8 GPUs on each
+    python workflows/gpu_cluster.py job.toml --nodes gpu01 --ranks 8 --resume  go on with the rest
+    python workflows/gpu_cluster.py --nodes gpu01 gpu02 --print                show the commands
 
 This process is the client, and starts the scheduler beside it; dask-cuda's workers are started on
-the nodes by ssh, one process for each GPU, bound to the cores and the network card that are nearest
-to it. It needs CuPy and a GPU as well, for Dask asks the arrays of a graph what they are. All nodes
-see the files of the job, and have the packages: pip install 'dask-ep[gpu]' dask-cuda
+the nodes by ssh, one process for each GPU that is there, bound to the cores and the network card
+that are nearest to it. The job begins when as many have come as it has ranks.
+
+This process needs CuPy and a GPU as well, for Dask asks the arrays of a graph what they are. All
+nodes see the files of the job, and have the packages: pip install 'dask-ep[gpu]' dask-cuda
 distributed-ucxx-cu12 rmm-cu12.
 
 With --protocol ucx packets go from device to device, over NVLink within a node and InfiniBand or
@@ -27,9 +29,10 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+import dask
 from distributed import Client
 
-from dask_ep.gpus import PROTOCOLS, THREADS_PER_GPU
+from dask_ep.gpus import PROTOCOLS, THREADS_PER_GPU, UCX_ON_GPUS
 from dask_ep.job import load_job
 from dask_ep.run import Cluster, Progress, run_job
 
@@ -49,8 +52,8 @@ def main() -> None:
     options.add_argument("--resume", action="store_true")
     options.add_argument("--print", action="store_true", dest="only_print")
     asked = options.parse_args()
-    if asked.job is None and not asked.only_print:
-        options.error("give a job, or --print")
+    if not asked.only_print and (asked.job is None or asked.ranks is None):
+        options.error("give a job and --ranks, or --print")
     address = f"{asked.protocol}://{socket.gethostname()}:{asked.port}"
     if asked.nodes == ["localhost"]:
         address = f"{asked.protocol}://127.0.0.1:{asked.port}"
@@ -59,7 +62,7 @@ def main() -> None:
         print(shlex.join(command))
     if not asked.only_print:
         with started(commands):
-            wait_for_workers(address, asked.ranks or 1)
+            wait_for_workers(address, asked.ranks)
             job = load_job(asked.job, world_size=asked.ranks)
             where = Cluster(address, gpus=True)
             print(run_job(job, where, resume=asked.resume, on_progress=tell))
@@ -110,7 +113,7 @@ def started(commands: list[list[str]]) -> Iterator[None]:
 
 def wait_for_workers(address: str, count: int) -> None:
     """Wait until so many workers have come; raise TimeoutError if they do not."""
-    with Client(address) as client:
+    with dask.config.set(UCX_ON_GPUS), Client(address) as client:
         client.wait_for_workers(count, timeout=WORKERS_SECONDS)
 
 

@@ -12,9 +12,10 @@ import errno
 import json
 import os
 import shutil
+import sys
 import uuid
 import warnings
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from importlib import import_module
 from math import prod
 from numbers import Integral
@@ -24,8 +25,9 @@ from typing import Any
 import dask.array as da
 import numpy as np
 from dask.base import tokenize
+from dask.blockwise import Blockwise
 from dask.highlevelgraph import HighLevelGraph
-from dask.task_spec import Task
+from dask.task_spec import DataNode, Task, TaskRef
 
 from dask_ep import journal
 from dask_ep.arrays import Array
@@ -36,11 +38,15 @@ from dask_ep.output import Output, free_bytes, progress_directory
 from dask_ep.remote import is_remote
 from dask_ep.sources import ReadError, Source, ZarrSource, open_source, refuse_missing
 from dask_ep.writers import Writer, make_writer, shorten
+from dask_ep.zarr_layout import local_directory
 
 CHUNK_BYTES = 32 << 20
 """Bytes of a token chunk unless the user says otherwise: stored chunks are merged up to this."""
 
 KINDS = (".zarr", ".npy", ".safetensors")
+
+IN_TASKS = (str, int, float, slice, TaskRef, np.ndarray, type(None))
+"""What most arguments of tasks are, none of which is read from a file when the task runs."""
 
 
 def open_tokens(
@@ -204,8 +210,8 @@ def store(
         wanted["stored_rows"] = index(stored_rows)
         _check_stored_rows(y, wanted["stored_rows"])
     if os.path.lexists(path):
-        for read in {source.path for source in _sources_of(y)}:
-            _refuse_to_replace(path, read)
+        for place in _places_read(y):
+            _refuse_to_replace(path, place)
     directory = progress_directory(path)
     _check_existing(path, resume, overwrite)
     _make_directory(directory, path)
@@ -327,15 +333,37 @@ def _make_manifest(
         raise TypeError(f"settings and fingerprints must be JSON-able: {error}") from error
 
 
-def _sources_of(y: da.Array) -> Iterator[Source]:
-    """What the tasks of an array read: token rows and experts."""
+def _places_read(y: da.Array) -> set[str]:
+    """Local files and directories that the tasks of an array read: token rows, experts, Zarr."""
+    zarr_arrays = sys.modules["zarr"].Array if "zarr" in sys.modules else ()
+    places: set[str | None] = set()
+    seen: set[int] = set()
+    left: list[Any] = []
     for layer in y.dask.layers.values():
-        for task in layer.values() if layer.is_materialized() else ():
-            for argument in getattr(task, "args", ()):
-                if isinstance(argument, Source):
-                    yield argument
-                elif isinstance(argument, Experts):
-                    yield from argument.sources()
+        if layer.is_materialized():
+            left.extend(layer.values())
+        elif isinstance(layer, Blockwise):
+            left += [layer.task, layer.indices]
+    while left:
+        value = left.pop()
+        if isinstance(value, IN_TASKS) or id(value) in seen:
+            continue
+        seen.add(id(value))
+        if isinstance(value, Task):
+            left += [value.args, value.kwargs]
+        elif isinstance(value, (list, tuple)):
+            left.extend(value)
+        elif isinstance(value, Mapping):
+            left.extend(value.values())
+        elif isinstance(value, DataNode):
+            left.append(value.value)
+        elif isinstance(value, Source):
+            places.add(value.path)
+        elif isinstance(value, Experts):
+            places |= {source.path for source in value.sources()}
+        elif isinstance(value, zarr_arrays):
+            places.add(local_directory(value))
+    return places - {None}
 
 
 def _refuse_to_replace(path: str, source: str | None) -> None:
@@ -422,6 +450,22 @@ def _continue(
             f"{path} was begun from something else, and cannot be resumed: "
             f"{'; '.join(differences)}. Overwrite it, or write elsewhere"
         )
+    directory = progress_directory(path)
+    writer = _open_writer(y, path, manifest, compressors)
+    for name in os.listdir(directory):  # of a run that was stopped as it began to overwrite
+        if name.startswith("partial-") and name != os.path.basename(writer.path):
+            _remove(os.path.join(directory, name))
+    done = journal.read_done(directory, manifest["run"])
+    if os.path.exists(writer.path) and done:
+        writer.tidy()
+        if compressors is None:
+            _check_space(path, y, done)
+    elif os.path.exists(path) and len(done) == len(y.chunks[0]):
+        if not manifest["complete"]:  # it was stopped between the rename and the manifest
+            manifest["complete"] = True
+            journal.write_manifest(directory, manifest)
+    else:
+        return _begin(y, path, wanted, compressors)  # nothing is done, or its files were removed
     told_by_name = not (wanted["inputs"] or wanted["settings"])
     if told_by_name and manifest.get("array", y.name) != y.name:
         warnings.warn(
@@ -430,18 +474,6 @@ def _continue(
             "or settings, or overwrite it",
             stacklevel=3,
         )
-    writer = _open_writer(y, path, manifest, compressors)
-    done = journal.read_done(progress_directory(path), manifest["run"])
-    if os.path.exists(writer.path):
-        writer.tidy()
-        if compressors is None:
-            _check_space(path, y, done)
-    elif os.path.exists(path) and len(done) == len(y.chunks[0]):
-        if not manifest["complete"]:  # it was stopped between the rename and the manifest
-            manifest["complete"] = True
-            journal.write_manifest(progress_directory(path), manifest)
-    else:
-        return _begin(y, path, wanted, compressors)  # its files were removed
     return writer, manifest
 
 

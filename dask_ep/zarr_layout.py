@@ -147,16 +147,17 @@ def create_array(
 
 
 def local_directory(array: zarr.Array) -> str | None:
-    """The directory of an array in a local store, else None."""
-    from zarr.storage import LocalStore
+    """The directory of an array in a store of local files, else None."""
+    from zarr.storage import FsspecStore, LocalStore
 
-    if not isinstance(array.store, LocalStore):
+    store = array.store
+    if isinstance(store, LocalStore):
+        root = str(store.root)
+    elif isinstance(store, FsspecStore) and "file" in np.atleast_1d(store.fs.protocol):
+        root = store.path
+    else:
         return None
-    return (
-        os.path.join(array.store.root, array.store_path.path)
-        if array.path
-        else str(array.store.root)
-    )
+    return os.path.join(root, array.path) if array.path else root
 
 
 def chunk_files(array: zarr.Array) -> ChunkFiles | None:

@@ -63,6 +63,11 @@ def path(tmp_path, request):
     return str(tmp_path / f"y{request.param}")
 
 
+def partials(path):
+    names = os.listdir(progress_directory(path))
+    return [name for name in names if name.startswith("partial-")]
+
+
 def manifest_of(path):
     with open(f"{progress_directory(path)}/manifest.json") as file:
         return json.load(file)
@@ -193,6 +198,29 @@ def test_of_another_array_without_inputs_is_warned(path):
         store(Steps().array * 7, path, resume=True, scheduler="sync")
     begin(path, settings={"factor": 2}, overwrite=True)
     store(Steps().array * 1, path, resume=True, settings={"factor": 2}, scheduler="sync")
+
+
+def test_of_another_array_nothing_is_said_where_nothing_is_kept(path):
+    begin(path, stop_after=0)
+    store(Steps().array * 7, path, resume=True, scheduler="sync")
+    assert_eq(open_tokens(path), Steps().expected * 7)
+    storage._remove(path)
+    store(Steps().array * 5, path, resume=True, scheduler="sync")
+    assert_eq(open_tokens(path), Steps().expected * 5)
+
+
+def test_what_a_killed_overwrite_leaves_is_removed(path, monkeypatch):
+    def stop(path):
+        raise Stopped
+
+    made = begin(path)
+    with monkeypatch.context() as patch:
+        patch.setattr(storage, "_remove", stop)
+        with pytest.raises(Stopped):
+            run(path, Steps(), overwrite=True)
+    assert len(partials(path)) == 2
+    assert run(path, Steps(), resume=True).done_before == set(made)
+    assert partials(path) == []
 
 
 def test_what_is_refused_at_the_start_has_overwritten_nothing(tmp_path):

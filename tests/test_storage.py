@@ -428,6 +428,27 @@ def test_an_output_never_replaces_its_own_input(tmp_path, tokens):
     assert_eq(open_tokens(tokens), numbers((10, 4)))
 
 
+@pytest.mark.parametrize(
+    "read",
+    [
+        da.from_zarr,
+        lambda path: da.from_zarr(f"file://{path}", inline_array=True),
+        lambda path: da.from_array(zarr.open_array(path, mode="r"), chunks=(3, 4)),
+        lambda path: open_tokens(path, chunks=3),
+    ],
+)
+@pytest.mark.parametrize("optimize", [False, True])
+def test_an_output_never_replaces_what_its_graph_reads(tmp_path, tokens, read, optimize):
+    y = read(tokens) * 2
+    y = dask.optimize(y)[0] if optimize else y
+    with pytest.raises(ValueError, match=r"would replace its own input .*tokens.zarr"):
+        store(y, tokens, overwrite=True, scheduler="sync")
+    assert_eq(open_tokens(tokens), numbers((10, 4)))
+    for _ in range(2):
+        store(y, tmp_path / "y.zarr", overwrite=True, scheduler="sync")
+    assert_eq(open_tokens(tmp_path / "y.zarr"), numbers((10, 4)) * 2)
+
+
 @pytest.mark.parametrize("world_size", [1, 2])
 def test_an_output_never_replaces_its_own_experts(tmp_path, world_size):
     path = tmp_path / "w.npy"

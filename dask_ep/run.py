@@ -164,7 +164,8 @@ def run_job(
     on_client : called when the workers are there, if there are any; such as to show the dashboard
     report : HTML file that lays the run beside its plan, written at the end if anything was run;
         with workers, Dask's own report goes beside it, as ``NAME-dask.html``
-    on_record : called with the `Plan` and the `Record` of the run, at the end if anything was run
+    on_record : called with the `Plan` and the `Record` of the run, at the end if anything was run;
+        as with `report`, a resumed run keeps its chunks
     wait : how to wait for what a queue gives next; what it raises stops the run, as Ctrl-C does by
         `dask_ep.interrupts.Interrupts.wait`
 
@@ -204,14 +205,16 @@ def run_job(
         check_drawing()
         check_place(report)
     begun = _read_begun(job.out) if resume else {}
+    passes = begun.get("passes")
+    if passes is not None and isinstance(where, Threads) and where.count is None:
+        where = replace(where, count=min(CPU_COUNT, passes.threads))
     inputs = open_inputs(job)
     with _started(where, job) as (threads, client):
         world_size = job.world_size or begun.get("world_size") or _count_ranks(where, client)
         workers = count_workers(where, client)
         layout = lay_out(job, where, world_size, workers=_count_found(client))
         layout = _with_memory(layout, where, client)
-        passes = begun.get("passes")
-        if passes is not None and not layout.on_devices:
+        if passes is not None and not layout.on_devices and not begun["complete"]:
             _check_resumed(passes, layout, workers, chunk_rows)
         chunk_rows = chunk_rows or begun.get("chunk_rows")
         inputs = inputs if passes else hold_what_fits(inputs, layout, chunk_rows)
@@ -249,6 +252,7 @@ def run_job(
             with output:
                 planned = None
                 if output.missing and (report is not None or on_record is not None):
+                    _check_recorded(built.y.chunks[0], output.rows)
                     cores = CPU_COUNT if isinstance(where, Threads | Processes) else None
                     planned = plan_run(
                         inputs, layout, built.placement, chunk_rows, output.missing, cores, passes
@@ -280,7 +284,9 @@ def _check_resumed(
     passes: Passes, layout: Layout, workers: int | None, chunk_rows: int | None
 ) -> None:
     """Refuse what a run in passes that was begun cannot keep to."""
-    process = "the process" if workers is None else "each worker"
+    process, fewer = "the process", f"--threads {passes.threads}"
+    if workers is not None:
+        process, fewer = "each worker", f"workers of {passes.threads}"
     limit = layout.memory_limit or math.inf
     limit = limit if workers is None else limit * PART_OF_A_WORKER
     wrong = ""
@@ -289,7 +295,7 @@ def _check_resumed(
     elif layout.threads > passes.threads:
         wrong = (
             f"counts memory for {passes.threads} threads, but {process} has {layout.threads}: "
-            f"resume with {passes.threads}"
+            f"resume with {fewer}"
         )
     elif passes.memory_bytes > limit:
         wrong = (
@@ -301,6 +307,15 @@ def _check_resumed(
     if wrong:
         raise ValueError(
             f"the run to be resumed, whose experts go by in passes, {wrong}, or overwrite it"
+        )
+
+
+def _check_recorded(chunks: Sequence[int], rows: Sequence[int]) -> None:
+    """Refuse to record a run that computes other chunks than it was begun with."""
+    if tuple(chunks) != tuple(rows):
+        raise ValueError(
+            f"a report lays a run beside its plan chunk by chunk, and this one was begun with "
+            f"chunks of {max(rows)} rows, not {max(chunks)}: resume with those, or without a report"
         )
 
 
@@ -578,9 +593,10 @@ def _read_begun(out: str) -> dict[str, Any]:
         "placement": placement,
         **({} if experts_moved else {"travel": ALL_ROWS}),
         "world_size": manifest["settings"].get("world_size"),
-        "chunk_rows": max(manifest["rows"], default=None),
+        "chunk_rows": max(manifest["rows"], default=0) or None,
         "rows": tuple(manifest["rows"]),
         "passes": passes and Passes.from_dict(passes),
         "place": manifest["settings"].get("spill"),
         "done": journal.read_done(directory, manifest["run"]),
+        "complete": manifest["complete"] and os.path.exists(out),
     }

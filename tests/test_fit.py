@@ -270,6 +270,17 @@ def test_more_rows_than_there_are_mean_all_of_them(inputs):
     assert choose_chunk_rows(inputs, Layout(1, 1, 1, 400 << 20), 1_000_000) == 2000
 
 
+def test_a_job_without_rows_is_run_and_gone_on_with(job_file, tmp_path):
+    arrays = {"tokens": np.zeros((0, 8), "f4"), "routing": np.zeros((0, 2), "i4")}
+    arrays["experts"] = np.ones((4, 8, 8), "f4")
+    for key, array in arrays.items():
+        np.save(tmp_path / f"{key}.npy", array)
+    job = load_job(**{key: str(tmp_path / f"{key}.npy") for key in (*arrays, "out")})
+    for resume in (False, True):
+        assert run_job(job, Threads(1), resume=resume).rows_in_all == 0
+    assert np.load(job.out).shape == (0, 8)
+
+
 def test_where_nothing_fits_it_is_said(inputs):
     with pytest.raises(DoesNotFit, match=r"a memory limit of 179 MB .* in all; give more") as no:
         choose_chunk_rows(inputs, Layout(1, 1, 2, 179_000_000))

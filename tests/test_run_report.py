@@ -129,6 +129,25 @@ def test_a_resumed_run_is_laid_beside_the_plan_of_what_was_left(job_file, tmp_pa
     assert not report.exists(), "nothing was run"
 
 
+@pytest.mark.parametrize("chunk_rows", [50, 500])
+def test_a_run_that_goes_on_in_other_chunks_has_no_report(job_file, tmp_path, chunk_rows):
+    job = load_job(job_file, out=str(tmp_path / "y.npy"), world_size=2)
+
+    def stop(progress):
+        if progress.rows_done >= 300:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        run_job(job, Threads(1), chunk_rows=100, on_progress=stop)
+    report = tmp_path / "run.html"
+    told = f"begun with chunks of 100 rows, not {chunk_rows}: resume with those, or without"
+    with pytest.raises(ValueError, match=told):
+        run_job(job, Threads(1), resume=True, chunk_rows=chunk_rows, report=report)
+    assert not report.exists()
+    assert run_job(job, Threads(1), resume=True, chunk_rows=chunk_rows).rows_left == 0
+    run_job(job, Threads(1), resume=True, chunk_rows=chunk_rows, report=report)
+
+
 def test_a_layer_with_router_and_shared_experts(tmp_path):
     hidden = np.random.default_rng(0).standard_normal((200, 32)).astype("f4")
     np.save(tmp_path / "x.npy", hidden)

@@ -221,7 +221,7 @@ def test_a_run_in_passes_is_not_gone_on_with_where_its_memory_would_be_exceeded(
     with pytest.raises(Stopped):
         run_job(job, Threads(2), on_progress=stop_after(100))
     for where, more, told in (
-        (Threads(3), {}, "for 2 threads, but the process has 3: resume with 2, or overwrite it"),
+        (Threads(3), {}, "2 threads, but the process has 3: resume with --threads 2, or overwrite"),
         (Threads(2, 499 * 10**6), {}, "up to 500 MB, but the process may fill 499 MB: resume with"),
         (Threads(2), {"chunk_rows": 20}, "has chunks of 100 rows, not 20: resume with those"),
     ):
@@ -229,6 +229,24 @@ def test_a_run_in_passes_is_not_gone_on_with_where_its_memory_would_be_exceeded(
             run_job(job, where, resume=True, **more)
     done = run_job(job, Threads(2, 500 * 10**6), resume=True, chunk_rows=CHUNK_ROWS)
     assert done.rows_left == 0
+
+
+def test_a_run_in_passes_goes_on_with_its_threads_wherever_there_are_more(job, monkeypatch):
+    monkeypatch.setattr(run, "find_passes", lambda *_: WAYS["hold"])
+    with pytest.raises(Stopped):
+        run_job(job, Threads(2), on_progress=stop_after(100))
+    monkeypatch.setattr(run, "CPU_COUNT", 8)
+    assert run_job(job, resume=True).rows_left == 0
+
+
+def test_a_complete_run_in_passes_is_gone_on_with_anywhere(job, monkeypatch, cluster):
+    monkeypatch.setattr(run, "find_passes", lambda *_: WAYS["hold"])
+    run_job(job, Threads(2))
+    for where in (Threads(3), cluster):
+        assert run_job(job, where, resume=True).rows_before == ROWS
+    os.remove(job.out)  # so that it is made again
+    with pytest.raises(ValueError, match="resume with --threads 2"):
+        run_job(job, Threads(3), resume=True)
 
 
 def test_workers_fill_the_part_of_their_memory_that_dask_leaves(job, monkeypatch, cluster):

@@ -893,6 +893,17 @@ def test_norm_topk_prob_of_null_is_false(tmp_path, case):
     assert load_moe_layer(folder, LAYER).router.normalise is False
 
 
+@pytest.mark.parametrize("case", ["deepseek_v2", "deepseek_v3", "glm4_moe", "dots1"])
+def test_a_number_of_shared_experts_of_null_is_none(tmp_path, case):
+    def without_shared(tensors):
+        return {name: tensor for name, tensor in tensors.items() if "shared" not in name}
+
+    folder = altered(tmp_path, case, tensors=without_shared)
+    path = folder / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"n_shared_experts": None}))
+    assert load_moe_layer(folder, LAYER).shared is None
+
+
 def test_a_key_of_null_is_missing_and_is_not_listed():
     with pytest.raises(ValueError, match=r"have 'a' \(null counts as missing\), but has only b$"):
         Key("a").find({"a": None, "b": 1}, 0)

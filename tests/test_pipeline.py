@@ -14,13 +14,13 @@ import dask.array as da
 import numpy as np
 import pytest
 from dask.array.utils import assert_eq
-from distributed import Client
+from distributed import Client, Scheduler
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dask_ep import Experts, Placement, expert_parallel, reference
 from dask_ep import pipeline as pipeline_module
-from dask_ep.pipeline import UnpinnedWarning, count_tasks
+from dask_ep.pipeline import UnpinnedWarning, count_tasks, workers_in_use
 from dask_ep.placement import POLICIES, balanced, contiguous, place, ticket_load
 from dask_ep.source import Source
 from tests.compare import assert_close, whole_layer
@@ -454,6 +454,21 @@ def test_a_bad_index_is_found_in_its_chunk(world_size, place):
         build(data, world_size=world_size).compute(scheduler="sync")
 
 
+@pytest.mark.parametrize(
+    ("change", "error", "message"),
+    [
+        (lambda x: np.ma.masked_greater(x, 3), TypeError, "tokens must hold all values, but is a"),
+        (lambda x: x[:, 0], ValueError, r"tokens must be \(n, d\), but have shape \(20,\)"),
+    ],
+)
+@pytest.mark.parametrize("world_size", [1, 2])
+def test_chunks_that_are_not_what_the_array_says_are_refused(world_size, change, error, message):
+    tokens = TOKENS.map_blocks(change, dtype=TOKENS.dtype, meta=TOKENS._meta)
+    y = expert_parallel(tokens, ROUTING, np.ones((E, D, D)), world_size=world_size)
+    with pytest.raises(error, match=r"token chunk \d (at|to) rank.* " + message):
+        y.compute(scheduler="sync")
+
+
 def test_an_error_of_an_experts_own_says_where_it_came_from():
     def fails(x):
         if len(x):
@@ -565,6 +580,19 @@ def test_under_an_asynchronous_client():
     with dask.config.set(scheduler="sync"):
         expected = build(data, world_size=2).compute()
     np.testing.assert_array_equal(asyncio.run(compute()), expected)
+
+
+def test_under_an_asynchronous_client_that_was_not_awaited():
+    async def worlds():
+        async with Scheduler(port=0, dashboard=False, host="127.0.0.1") as scheduler:
+            client = Client(scheduler.address, asynchronous=True)
+            before = workers_in_use()
+            await client
+            after = workers_in_use()
+            await client.close()
+        return before, after
+
+    assert asyncio.run(worlds()) == (1, 1)
 
 
 def test_the_dashboard_shows_the_four_steps_by_name(client):

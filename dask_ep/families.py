@@ -222,7 +222,7 @@ FAMILIES: tuple[Family, ...] = (
         router_weight=("gate.weight",),
         experts=(BY_NAME, OUT_IN),
         shared=_shared_experts(
-            Key("n_shared_experts", default=2), biases=Key("mlp_bias", default=False)
+            Key("n_shared_experts", null=0, default=2), biases=Key("mlp_bias", default=False)
         ),
         is_moe=after_the_dense_ones,
     ),
@@ -236,7 +236,7 @@ FAMILIES: tuple[Family, ...] = (
         router_weight=("gate.weight",),
         selection_bias=("gate.e_score_correction_bias",),
         experts=(BY_NAME, OUT_IN),
-        shared=_shared_experts(Key("n_shared_experts", default=1)),
+        shared=_shared_experts(Key("n_shared_experts", null=0, default=1)),
         is_moe=after_the_dense_ones,
     ),
     Family(
@@ -249,7 +249,7 @@ FAMILIES: tuple[Family, ...] = (
         router_weight=("gate.weight",),
         selection_bias=("gate.e_score_correction_bias",),
         experts=(BY_NAME, OUT_IN),
-        shared=_shared_experts(Key("n_shared_experts", default=1)),
+        shared=_shared_experts(Key("n_shared_experts", null=0, default=1)),
         is_moe=after_the_dense_ones,
     ),
     Family(
@@ -262,7 +262,7 @@ FAMILIES: tuple[Family, ...] = (
         router_weight=("gate.weight",),
         selection_bias=("gate.e_score_correction_bias",),
         experts=(BY_NAME, OUT_IN),
-        shared=_shared_experts(Key("n_shared_experts")),
+        shared=_shared_experts(Key("n_shared_experts", null=0)),
         is_moe=after_the_dense_ones,
     ),
     Family(

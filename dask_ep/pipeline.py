@@ -292,11 +292,13 @@ def _send(
     num_slots: int,
 ) -> Packet:
     place = f"send of token chunk {chunk} to rank {rank}"
-    one = tokens.shape[1] * tokens.dtype.itemsize + _slots_of(routing) * INDEX_BYTES
-    with naming(place), telling_chunk(tokens, one):
+    with naming(place):
+        check_tokens(tokens)
         check_routing(routing, topk_weights, n=tokens.shape[0])
-        physical = routing if placement is None else placement.rewrite(routing, first_row, home)
-        return send(tokens, physical, topk_weights, rank, num_local, num_slots)
+        one = tokens.shape[1] * tokens.dtype.itemsize + _slots_of(routing) * INDEX_BYTES
+        with telling_chunk(tokens, one):
+            physical = routing if placement is None else placement.rewrite(routing, first_row, home)
+            return send(tokens, physical, topk_weights, rank, num_local, num_slots)
 
 
 def _dispatch(
@@ -522,7 +524,7 @@ def workers_in_use() -> int:
     if client is None:
         return 1
     if client.asynchronous:  # it cannot be asked here, but hears of its scheduler now and then
-        return max(client.scheduler_info()["n_workers"], 1)
+        return max(client.scheduler_info().get("n_workers", 0), 1)
     return max(len(client.nthreads()), 1)
 
 

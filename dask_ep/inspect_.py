@@ -226,7 +226,6 @@ def _inspect_job(path: str) -> Finding:
         ("tokens", f"{n} rows of {d}, {inputs.tokens.dtype}, {format_bytes(inputs.tokens.nbytes)}"),
         ("experts", f"{experts.num_experts} {experts.kind}, {format_bytes(experts.nbytes)}"),
         ("output", f"{job.out}, {n} x {experts.d_out}: {describe_output(job.out)}"),
-        ("advised chunk rows", str(advise_chunk_rows(inputs.tokens))),
     ]
     if inputs.routing is not None:
         k = int(np.prod(inputs.routing.shape[1:]))

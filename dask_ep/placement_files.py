@@ -74,9 +74,10 @@ def from_file(
             )
         placement = _one_of(_from_sglang(content, path, world_size), layer, path)
     elif "layer_list" in content:
+        placements = _from_vllm_ascend(content, path)
         if layer is not None and moe_layers is not None:
-            layer = moe_layers.index(layer)
-        placement = _one_of(_from_vllm_ascend(content, path), layer, path)
+            layer = _moe_layer(layer, moe_layers, len(placements), path)
+        placement = _one_of(placements, layer, path)
     else:
         raise ValueError(
             f'{path} holds none of "slots" (dask_ep), "physical_to_logical_map" (SGLang) and '
@@ -178,7 +179,7 @@ def _from_sglang(content: dict, path: str | PathLike, world_size: int) -> list[P
         raise ValueError(
             f'{path} must hold "physical_to_logical_map", whole numbers (layers, slots), with '
             f"slots a multiple of world_size={world_size}; it holds "
-            f"{'lists that differ in length' if shape is None else shape}"
+            f"{'lists that differ in length' if shape is None else f'{shape} of {layers.dtype}'}"
         )
     return [Placement(layer.reshape(world_size, -1)) for layer in layers]
 
@@ -199,6 +200,20 @@ def _from_vllm_ascend(content: dict, path: str | PathLike) -> list[Placement]:
             f'"device_id" and "device_expert" in each device (vLLM Ascend): {error!r}'
         ) from error
     return [Placement(table) for table in tables]
+
+
+def _moe_layer(layer: int, moe_layers: Sequence[int], num_layers: int, path: str | PathLike) -> int:
+    """Count a layer of the model among its MoE layers, as a file of so many does."""
+    if layer not in moe_layers:
+        listed = ", ".join(map(str, moe_layers))
+        raise ValueError(f"layer {layer} of the model is not MoE; its MoE layers are {listed}")
+    number = list(moe_layers).index(layer)
+    if number >= num_layers:
+        raise ValueError(
+            f"layer {layer} of the model is MoE layer {number}, counted from 0, but {path} holds "
+            f"{num_layers}; name a file that was written for this model"
+        )
+    return number
 
 
 def _one_of(placements: list[Placement], layer: int | None, path: str | PathLike) -> Placement:

@@ -509,6 +509,24 @@ def test_engine_files_round_trip(tmp_path):
     assert from_file(tmp_path / "ours.npy") == layers[0]
 
 
+def test_a_layer_that_an_engine_file_does_not_hold_is_named(tmp_path):
+    path = tmp_path / "ascend.json"
+    write_vllm_ascend(path, [Placement([[0, 1], [2, 3]]), Placement([[3, 2], [1, 0]])])
+    assert from_file(path, layer=5, moe_layers=[3, 5]).slots.tolist() == [[3, 2], [1, 0]]
+    with pytest.raises(ValueError, match=r"layer 9 of the model is not MoE; .* are 3, 5$"):
+        from_file(path, layer=9, moe_layers=[3, 5])
+    message = r"layer 5 of the model is MoE layer 2, counted from 0, but .*ascend.json holds 2;"
+    with pytest.raises(ValueError, match=message):
+        from_file(path, layer=5, moe_layers=[3, 4, 5])
+
+
+def test_an_engine_file_of_floats_is_told_so(tmp_path):
+    path = tmp_path / "sglang.json"
+    path.write_text('{"physical_to_logical_map": [[0.0, 1.0]]}')
+    with pytest.raises(ValueError, match=r"whole numbers .*; it holds \(1, 2\) of float64"):
+        read_sglang(path, 2)
+
+
 def test_the_workflow_places_a_deployment_by_measured_loads(tmp_path):
     """Loads of two layers, a file for the engine, then a drifted corpus and few moves."""
     script = Path(__file__).parents[1] / "workflows" / "place_for_serving.py"

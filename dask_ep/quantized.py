@@ -289,6 +289,12 @@ class DeviceSource(Source):
     def read(self, start: int, stop: int, out: np.ndarray | None = None) -> Array:
         return self.array[start:stop]
 
+    def part(self, e: int) -> DeviceSource:
+        """The array at one place of the first axis, by itself; the same one whenever asked."""
+        part = DeviceSource(self.array[e], self.name, self.dtype)
+        part._uuid = f"{self._uuid}-{e}"
+        return part
+
     def fingerprint(self) -> dict[str, Any]:
         return self._describe() | {"uuid": self._uuid}
 

@@ -85,7 +85,7 @@ class Weight:
     def subset(self, ids: Sequence[int]) -> Weight:
         """Keep the experts `ids` (positions here; -1 stays an empty slot)."""
         ids = tuple(self.ids[e] if e >= 0 else -1 for e in ids)
-        if not isinstance(self.parts, (tuple, ArraySource)):
+        if not isinstance(self.parts, (tuple, ArraySource, DeviceSource)):
             return Weight(self.parts, ids)
         held = [e for e in ids if e >= 0] or [0]  # one, so that empty slots have a shape
         renumbered = iter(range(len(held)))
@@ -96,6 +96,8 @@ class Weight:
         """One expert by itself, so that a task carries its rank's part alone."""
         if isinstance(self.parts, tuple):
             return self.parts[e]
+        if isinstance(self.parts, DeviceSource):
+            return self.parts.part(e)
         return ArraySource(self.parts.array[e], self.parts.name)
 
     def collection(self) -> da.Array | None:

@@ -16,6 +16,7 @@ import dask.array as da
 import ml_dtypes
 import numpy as np
 import pytest
+from dask.base import tokenize
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -332,6 +333,18 @@ def test_chunks_of_unknown_length(world_size, scheduler):
         d_out=4,
     )  # fmt: skip
     assert_close(to_numpy(blocks_of(y, scheduler)), want, 1e-12)
+
+
+def test_a_rank_takes_its_own_experts_of_a_device_array_alone():
+    W = on_device(np.arange(8 * 50 * 30, dtype="f4").reshape(8, 50, 30))
+    experts = Experts.linear(W)
+    part = experts.subset([6, -1, 1])
+    assert len(pickle.dumps(part)) < len(pickle.dumps(experts)) / 2
+    assert tokenize(part) == tokenize(experts.subset([6, -1, 1])) != tokenize(experts)
+    assert tokenize(part) != tokenize(experts.subset([6, -1, 2]))
+    local, eye = part.load(xp=xp), on_device(np.eye(50, dtype="f4"))
+    for place, e in ((0, 6), (2, 1)):
+        np.testing.assert_array_equal(local[place](eye).get(), W[e].get())
 
 
 def test_weights_that_are_on_the_device_stay_there():

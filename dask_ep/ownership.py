@@ -229,14 +229,14 @@ class Owners:
     def __repr__(self) -> str:
         rows = self._rows()
         if rows is None:
-            return f"<Owners of {self.world_size} ranks: closed>"
+            return self._closed()
         lines = [f"{row.name}: {', '.join(map(str, row.ranks)) or '-'}" for row in rows]
         return f"<Owners of {self.world_size} ranks on {len(rows)} workers: {'; '.join(lines)}>"
 
     def _repr_html_(self) -> str:
         rows = self._rows()
         if rows is None:
-            return escape(repr(self))
+            return escape(self._closed())
         head = "<tr><th>worker</th><th>ranks</th><th>load</th><th>memory</th></tr>"
         body = "".join(
             f"<tr><td title='{escape(row.address)}'>{escape(row.name)}</td>"
@@ -246,13 +246,16 @@ class Owners:
         )
         return f"<table><caption>Owners of {self.world_size} ranks</caption>{head}{body}</table>"
 
+    def _closed(self) -> str:
+        return f"<Owners of {self.world_size} ranks: closed>"
+
     def _rows(self) -> list[WorkerRow] | None:
         """The table, None if the owners are closed or the client is."""
         if self._client.status != "running":
             return None
         try:
-            return self.table()
-        except (RuntimeError, OSError):
+            return self._ask(_table_if_open)
+        except OSError:
             return None
 
     def _ask(self, question: Any, *args: Any) -> Any:
@@ -318,11 +321,15 @@ def _check_claim(
         raise ValueError(f"loads must be finite, not negative, and not all zero, but are {loads}")
 
 
-def _installed(scheduler: Scheduler, world_size: int) -> Ownership:
+def _is_open(scheduler: Scheduler, world_size: int) -> bool:
     plugin = scheduler.plugins.get(PLUGIN)
-    if plugin is None or world_size not in plugin.ranks:
+    return plugin is not None and world_size in plugin.ranks
+
+
+def _installed(scheduler: Scheduler, world_size: int) -> Ownership:
+    if not _is_open(scheduler, world_size):
         raise RuntimeError("these owners are closed; call own_experts(client) again")
-    return plugin
+    return scheduler.plugins[PLUGIN]
 
 
 def _owners(world_size: int, dask_scheduler: Scheduler) -> list[tuple[str, ...]]:
@@ -356,6 +363,11 @@ def _table(world_size: int, dask_scheduler: Scheduler) -> list[WorkerRow]:
         )
         for address in workers
     ]
+
+
+def _table_if_open(world_size: int, dask_scheduler: Scheduler) -> list[WorkerRow] | None:
+    """The table for display, where an error would be logged by the scheduler."""
+    return _table(world_size, dask_scheduler) if _is_open(dask_scheduler, world_size) else None
 
 
 def _move(world_size: int, rank: int, worker: str | int, dask_scheduler: Scheduler) -> None:

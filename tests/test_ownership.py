@@ -1,5 +1,6 @@
 """Owners of ranks on a cluster of real processes: where tasks run, what travels, what is left."""
 
+import logging
 import signal
 import time
 from collections import defaultdict
@@ -8,7 +9,7 @@ from math import inf
 import dask.array as da
 import numpy as np
 import pytest
-from distributed import futures_of
+from distributed import Client, futures_of
 from distributed.core import Status
 
 from dask_ep import Experts, expert_parallel, own_experts
@@ -387,6 +388,17 @@ def test_the_handle_shows_workers_and_ranks(client):
         assert owners._repr_html_() == "&lt;Owners of 6 ranks: closed&gt;"
         with pytest.raises(RuntimeError, match="these owners are closed"):
             owners.move(0, "w1")
+
+
+def test_to_show_a_closed_handle_is_no_error_on_the_scheduler(monkeypatch, caplog):
+    monkeypatch.setattr(logging.getLogger("distributed"), "propagate", True)
+    with Client(n_workers=1, processes=False, dashboard_address="127.0.0.1:0") as client:
+        owners = own_experts(client, 6)
+        owners.close()
+        assert repr(owners) == "<Owners of 6 ranks: closed>"
+        assert owners._repr_html_() == "&lt;Owners of 6 ranks: closed&gt;"
+    assert "Traceback" not in caplog.text
+    assert "owners are closed" not in caplog.text
 
 
 def test_the_handle_of_a_closed_client_can_be_shown(cluster, client):

@@ -149,13 +149,18 @@ def _fits(inputs: Inputs, layout: Layout, asked: int | None = None) -> bool:
     return rows_within(inputs, layout) >= (asked or FEWEST_ROWS)
 
 
+def at_most_all(inputs: Inputs, asked: int | None) -> int | None:
+    """Give the rows of a chunk that a user wants; more than there are mean all of them."""
+    return asked and min(asked, max(inputs.tokens.shape[0], 1))
+
+
 def choose_chunk_rows(inputs: Inputs, layout: Layout, asked: int | None = None) -> int:
     """Choose the rows of a token chunk: large, but some for every thread, and within memory.
 
     Parameters
     ----------
     inputs, layout : what is to be run, and how
-    asked : rows that the user wants; more than there are mean all of them
+    asked : rows that the user wants
 
     Returns
     -------
@@ -166,7 +171,6 @@ def choose_chunk_rows(inputs: Inputs, layout: Layout, asked: int | None = None) 
     DoesNotFit
         If `asked` is too many, or not even `FEWEST_ROWS` fit; with the numbers and a proposal.
     """
-    asked = asked and min(asked, max(inputs.tokens.shape[0], 1))
     if asked is None:
         chunk_bytes = DEVICE_CHUNK_BYTES if layout.on_devices else CHUNK_BYTES
         rows = max(1, chunk_bytes // max(1, inputs.row_bytes))

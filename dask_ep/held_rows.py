@@ -75,7 +75,7 @@ def hold(
     tasks: dict[Any, Task] = {}
     d_out, num_experts = walk.experts.d_out, walk.experts.num_experts
     lengths = rows.tokens.chunks[0]
-    for g, group in enumerate(_apart(walk.passes.groups(len(counts)), done)):
+    for g, group in enumerate(apart(walk.passes.groups(len(counts)), done)):
         last = {c: TaskRef((ep_send, c, 0)) for c in group}
         for c in group:
             tasks[ep_send, c, 0] = Task(
@@ -106,8 +106,8 @@ def hold(
     return rows.output(ep_sum, tasks, d_out)
 
 
-def _apart(groups: Iterable[range], done: Collection[int]) -> Iterator[list[int]]:
-    """The chunks of each group that are not done, and those that are."""
+def apart(groups: Iterable[Iterable[int]], done: Collection[int]) -> Iterator[list[int]]:
+    """Give the chunks of each group that are not done, and those that are: each for themselves."""
     for group in groups:
         for chunks in ([c for c in group if c not in done], [c for c in group if c in done]):
             if chunks:

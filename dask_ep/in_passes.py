@@ -39,7 +39,7 @@ from dask_ep.expert_major import READS, Rows, Walk
 from dask_ep.experts import Experts
 from dask_ep.files import bytes_below
 from dask_ep.fit import DoesNotFit, Layout, choose_chunk_rows, slots_per_row
-from dask_ep.held_rows import hold
+from dask_ep.held_rows import apart, hold
 from dask_ep.local import HIDDEN_COLUMNS
 from dask_ep.output import Output, Step, free_bytes, progress_directory
 from dask_ep.passes import RATES, Passes, Sizes, choose_passes
@@ -236,8 +236,9 @@ class InPasses:
                 memory.release()
                 yield spilled.serve_step()
                 memory.release()
-            if blocks:
-                yield output.step(blocks)
+            done = self._done if self.passes.way == "hold" else ()
+            for together in apart([blocks], done):  # experts go by for each
+                yield output.step(together)
                 memory.release()
             if self._spilled:
                 self._spilled[g].files.remove()

@@ -27,7 +27,7 @@ from dask_ep import device
 from dask_ep.build import open_inputs, read_placement
 from dask_ep.costs import Rates
 from dask_ep.device import Device, NoDeviceError
-from dask_ep.fit import choose_chunk_rows, hold_what_fits
+from dask_ep.fit import at_most_all, choose_chunk_rows, hold_what_fits
 from dask_ep.gpus import Gpus, device_limit
 from dask_ep.in_passes import find_passes
 from dask_ep.job import PLACEMENTS, Job, load_job
@@ -172,6 +172,7 @@ def priced_job(
     """Price a job file, in each combination of the choices; a single way if there are none."""
     job = load_job(path, world_size=world_size, placement=placement)
     inputs = open_inputs(job)
+    chunk_rows = at_most_all(inputs, chunk_rows)
     limit = None if choices else memory_limit
     if gpu:
         where, devices = _gpus(processes, threads, limit, device_memory_limit)

@@ -38,7 +38,7 @@ from dask_ep.build import WEIGHT_KEYS, build, open_inputs
 from dask_ep.cluster import Certificates, OneBlasThread, check_cluster, connect
 from dask_ep.costs import PART_OF_A_WORKER
 from dask_ep.device import Device
-from dask_ep.fit import Layout, choose_chunk_rows, hold_what_fits, slots_beside
+from dask_ep.fit import Layout, at_most_all, choose_chunk_rows, hold_what_fits, slots_beside
 from dask_ep.gpus import (
     THREADS_PER_GPU,
     UCX_ON_GPUS,
@@ -209,13 +209,14 @@ def run_job(
     if passes is not None and isinstance(where, Threads) and where.count is None:
         where = replace(where, count=min(CPU_COUNT, passes.threads))
     inputs = open_inputs(job)
+    chunk_rows = at_most_all(inputs, chunk_rows)
     with _started(where, job) as (threads, client):
         world_size = job.world_size or begun.get("world_size") or _count_ranks(where, client)
         workers = count_workers(where, client)
         layout = lay_out(job, where, world_size, workers=_count_found(client))
         layout = _with_memory(layout, where, client)
         if passes is not None and not layout.on_devices and not begun["complete"]:
-            _check_resumed(passes, layout, workers, chunk_rows)
+            _check_resumed(passes, layout, workers, chunk_rows, begun["chunk_rows"])
         chunk_rows = chunk_rows or begun.get("chunk_rows")
         inputs = inputs if passes else hold_what_fits(inputs, layout, chunk_rows)
         if not begun:
@@ -281,7 +282,11 @@ def check_travel(travel: Travel, where: Where, passes: Passes | None) -> None:
 
 
 def _check_resumed(
-    passes: Passes, layout: Layout, workers: int | None, chunk_rows: int | None
+    passes: Passes,
+    layout: Layout,
+    workers: int | None,
+    chunk_rows: int | None,
+    begun_rows: int | None,
 ) -> None:
     """Refuse what a run in passes that was begun cannot keep to."""
     process, fewer = "the process", f"--threads {passes.threads}"
@@ -302,8 +307,8 @@ def _check_resumed(
             f"takes up to {passes.memory_bytes / 1e6:.0f} MB, but {process} may fill "
             f"{limit / 1e6:.0f} MB: resume with more memory"
         )
-    elif chunk_rows not in (None, passes.chunk_rows):
-        wrong = f"has chunks of {passes.chunk_rows} rows, not {chunk_rows}: resume with those"
+    elif chunk_rows not in (None, begun_rows):
+        wrong = f"has chunks of {begun_rows} rows, not {chunk_rows}: resume with those"
     if wrong:
         raise ValueError(
             f"the run to be resumed, whose experts go by in passes, {wrong}, or overwrite it"

@@ -26,7 +26,15 @@ from dask_ep.costs import (
 )
 from dask_ep.example import Example, write_example
 from dask_ep.experts import Experts
-from dask_ep.fit import DoesNotFit, Layout, choose_chunk_rows, hold_what_fits, need, slots_beside
+from dask_ep.fit import (
+    DoesNotFit,
+    Layout,
+    at_most_all,
+    choose_chunk_rows,
+    hold_what_fits,
+    need,
+    slots_beside,
+)
 from dask_ep.held import StoredExperts, held_as_stored
 from dask_ep.in_passes import sizes_of
 from dask_ep.job import load_job
@@ -267,7 +275,7 @@ def test_ranks_of_a_placement_file_stay(job_file, tmp_path):
 
 
 def test_more_rows_than_there_are_mean_all_of_them(inputs):
-    assert choose_chunk_rows(inputs, Layout(1, 1, 1, 400 << 20), 1_000_000) == 2000
+    assert [at_most_all(inputs, asked) for asked in (None, 500, 10**6)] == [None, 500, 2000]
 
 
 def test_a_job_without_rows_is_run_and_gone_on_with(job_file, tmp_path):

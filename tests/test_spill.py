@@ -479,6 +479,28 @@ def test_a_worker_keeps_the_blocks_that_the_graph_lets_in(job, spilling):
     assert done.passes.reads == dict.fromkeys(range(EXPERTS), 3)
 
 
+def fill_disk_after(blocks: int, monkeypatch: pytest.MonkeyPatch, job: Job) -> list[int]:
+    """Run a job on a disk that takes so many blocks, and give their numbers."""
+    store_block, written = output._store_block, []
+
+    def fail_later(rows, of, block, *span):
+        if len(written) == blocks:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        written.append(block)
+        return store_block(rows, of, block, *span)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(output, "_store_block", fail_later)
+        with pytest.raises(OSError, match="No space left"):
+            run_job(job, Threads(1))
+    return written
+
+
+def lose_block(job: Job, block: int) -> None:
+    (file,) = Path(progress_directory(job.out)).glob(f"partial-*.zarr/c.{block}.0")
+    file.unlink()
+
+
 @pytest.mark.parametrize("lost", [False, True])
 def test_chunks_that_are_done_are_not_held_again(monkeypatch, job, lost):
     held = passes_of("hold", chunk_rows=CHUNK_ROWS, group_chunks=9, threads=1, stored_rows=100)
@@ -486,21 +508,9 @@ def test_chunks_that_are_done_are_not_held_again(monkeypatch, job, lost):
     job = replace(job, out=job.out.replace(".npy", ".zarr"))
     undisturbed = replace(job, out=f"{job.out}.whole.zarr")
     run_job(undisturbed, Threads(1))
-    store_block, written, begun = output._store_block, [], []
-
-    def fail_later(rows, of, block, *span):
-        if len(written) == 4:
-            raise OSError(errno.ENOSPC, "No space left on device")
-        written.append(block)
-        return store_block(rows, of, block, *span)
-
-    monkeypatch.setattr(output, "_store_block", fail_later)
-    with pytest.raises(OSError, match="No space left"):
-        run_job(job, Threads(1))
-    monkeypatch.setattr(output, "_store_block", store_block)
+    written, begun = fill_disk_after(4, monkeypatch, job), []
     if lost:
-        (file,) = Path(progress_directory(job.out)).glob(f"partial-*.zarr/c.{written[0]}.0")
-        file.unlink()
+        lose_block(job, written[0])
     hold_chunk = held_rows._hold
     monkeypatch.setattr(
         held_rows, "_hold", lambda *args: begun.append(args[-2]) or hold_chunk(*args)
@@ -509,6 +519,47 @@ def test_chunks_that_are_done_are_not_held_again(monkeypatch, job, lost):
     # With a lost one come back those that were done beside it.
     assert sorted(begun + written * (not lost)) == list(range(9))
     np.testing.assert_array_equal(zarr.open_array(job.out)[:], zarr.open_array(undisturbed.out)[:])
+
+
+def test_chunks_that_are_lost_are_served_after_the_others_and_take_no_more_experts(
+    monkeypatch, job
+):
+    held = passes_of("hold", chunk_rows=CHUNK_ROWS, group_chunks=9, ahead=0, stored_rows=CHUNK_ROWS)
+    monkeypatch.setattr(run, "find_passes", lambda *_: held)
+    job = replace(job, out=job.out.replace(".npy", ".zarr"))
+    written = fill_disk_after(4, monkeypatch, job)
+    lose_block(job, written[0])
+    serve, served = held_rows._serve_held, []
+
+    def noted(chunk, *args):
+        served.append(chunk.chunk)
+        time.sleep(0.002)  # so that the other thread begins what it may
+        return serve(chunk, *args)
+
+    monkeypatch.setattr(held_rows, "_serve_held", noted)
+    run_job(job, Threads(2), resume=True)
+    again = [chunk in written for chunk in served]
+    assert set(again) == {False, True}
+    assert again == sorted(again)
+    assert verify_job(job).good
+
+
+def test_chunks_of_more_rows_than_there_are_mean_all_of_them_in_passes_too(tmp_path, monkeypatch):
+    path = write_large_job(tmp_path, 2000)
+    arguments = [str(path), "--threads", "1", "--memory-limit", "380MB", "--json"]
+    rates = ["--rates", "flops=1e10,copy=1e9"]
+    planned = CliRunner().invoke(plan_command, [*arguments, *rates, "--chunk-rows", "1000000"])
+    assert planned.exit_code == 0, planned.exception
+    chosen = []
+
+    def find(*args):
+        chosen.append(find_passes(*args))
+        raise Stopped
+
+    monkeypatch.setattr(run, "find_passes", find)
+    with pytest.raises(Stopped):
+        run_job(load_job(path), Threads(1, 380 * 10**6), chunk_rows=10**6)
+    assert chosen[0].chunk_rows == json.loads(planned.output)["chunk_rows"] == 2000
 
 
 def test_what_is_overwritten_makes_room_for_rows_that_wait(monkeypatch, tmp_path):

@@ -191,11 +191,11 @@ def build(
 
 
 def _check_placement(job: Job) -> None:
-    if job.placement not in (None, *PLACEMENTS) and not os.path.exists(job.placement):
+    if job.placement not in (None, *PLACEMENTS) and not os.path.isfile(job.placement):
         name = os.path.basename(job.placement)
         raise JobError(
             f"{job.name}: placement must be one of {', '.join(PLACEMENTS)}, or the path of a file, "
-            f"but there is no {job.placement}{nearest(name, PLACEMENTS)}"
+            f"but there is no file {job.placement}{nearest(name, PLACEMENTS)}"
         )
 
 

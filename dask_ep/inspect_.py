@@ -247,7 +247,7 @@ def describe_output(path: str) -> str:
     if record is None:
         return "not begun"
     if record["complete"]:
-        return "was complete and is gone; run again with --resume"
+        return "gone, though it was complete; run again with --resume"
     done = len(journal.read_done(progress_directory(path), record["run"]))
     return f"incomplete, {done} of {len(record['rows'])} blocks are done"
 

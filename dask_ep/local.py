@@ -73,7 +73,9 @@ def load_experts(
 ) -> list[Expert]:
     """Load the experts of all slots, in their order.
 
-    Takes what it uses out of `given`, and holds no more than one expert both as it was read and as
+    `given` holds, by the name of a weight, what has been read of it: an array for each expert that
+    a slot holds, in the order of the slots. What is not in it is read here. Takes what it uses out
+    of `given`, and holds no more than one expert both as it was read and as
     it computes, where these differ.
     """
     if xp is np:

@@ -341,7 +341,7 @@ def _whole_number(text: str) -> int:
 
 
 def _placement_name(text: str) -> str:
-    if text not in PLACEMENTS and not Path(text).exists():
+    if text not in PLACEMENTS and not Path(text).is_file():
         raise ValueError(f"{', '.join(PLACEMENTS)}, or files of placements")
     return text
 

@@ -193,7 +193,8 @@ def run_job(
     -----
     Products use one BLAS thread each; set for the whole process while the job runs on threads, and
     for good on workers. Peak memory is at most what `dask_ep.fit.need` says: on threads, with one
-    rank, experts + (threads * 3 + 2) token chunks + tiles of the threads + 180 MB.
+    rank, experts + (threads * 3 + 2) token chunks + tiles of the threads + what threads decode
+    stored chunks in + 180 MB.
     Where all experts do not fit into `where.memory_limit`, or into that of a cluster's workers,
     they are held as they are stored (see `dask_ep.fit.hold_what_fits`), or else go by in passes
     (see `dask_ep.passes`); then the result is that of the ordinary way to 1e-6, and the same bits

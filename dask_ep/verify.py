@@ -174,7 +174,9 @@ def open_output(path: str) -> Source:
             raise FileNotFoundError(errno.ENOENT, "there is no output yet; run the job", path)
         if manifest["complete"]:
             raise FileNotFoundError(
-                errno.ENOENT, "the output was complete and is gone; run again with --resume", path
+                errno.ENOENT,
+                "the output is gone, though it was complete; run again with --resume",
+                path,
             )
         done = len(journal.read_done(progress_directory(path), manifest["run"]))
         raise FileNotFoundError(

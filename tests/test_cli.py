@@ -213,7 +213,7 @@ def test_an_output_that_is_gone_is_told_and_made_again(capsys, small_job):
     out = load_job(small_job).out
     assert here(capsys, "run", small_job)[0] == 0
     os.remove(out)
-    words = "was complete and is gone; run again with --resume"
+    words = "gone, though it was complete; run again with --resume"
     for path in (out, small_job):
         assert words in " ".join(here(capsys, "inspect", path)[1].split())
     code, _, err = here(capsys, "verify", small_job)

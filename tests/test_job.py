@@ -203,6 +203,12 @@ def test_chunks_that_were_never_written_are_zeros_only_where_the_job_says_so(tmp
     np.testing.assert_array_equal(y.compute(scheduler="sync"), same.compute(scheduler="sync"))
 
 
+def test_a_placement_that_is_a_directory(tmp_path):
+    write_arrays(tmp_path, **small_arrays())
+    with pytest.raises(JobError, match="or the path of a file, but there is no file"):
+        open_inputs(load_job(write(tmp_path, GOOD), placement=str(tmp_path)))
+
+
 def test_a_placement_that_is_no_file_is_perhaps_a_name(tmp_path):
     write_arrays(tmp_path, **small_arrays())
     job = load_job(write(tmp_path, GOOD), placement="balancd")

@@ -78,8 +78,10 @@ def test_the_command_writes_a_report(job_file, tmp_path):
     assert "1,000 token rows of width 8, 2 of 8 experts a row, 2 ranks (contiguous)" in text
 
 
-def test_a_placement_to_compare_that_is_neither_name_nor_file(job_file):
-    result = CliRunner().invoke(plan_command, [str(job_file), "--what-if", "placement=foo"])
+@pytest.mark.parametrize("placements", ["foo", ".", "contiguous,"])
+def test_a_placement_to_compare_that_is_neither_name_nor_file(job_file, placements):
+    asked = f"placement={placements}"
+    result = CliRunner().invoke(plan_command, [str(job_file), "--what-if", asked])
     assert result.exit_code == 2
     assert "placement takes contiguous, packed, balanced, exact, or files" in result.output
 

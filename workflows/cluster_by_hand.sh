@@ -22,6 +22,9 @@ RUN_OPTIONS=${RUN_OPTIONS:-}
 # A task is given up when so many workers have died on which it waited: more than there are workers.
 export DASK_DISTRIBUTED__SCHEDULER__ALLOWED_FAILURES=${ALLOWED_FAILURES:-100}
 
+# Workers keep freed memory of a packet's size for the next packet: as Dask starts them, they do not.
+export MALLOC_MMAP_THRESHOLD_=4194304 MALLOC_TRIM_THRESHOLD_=33554432
+
 stop() { # the last started first: workers leave in good order while the scheduler is there
     for ((i = ${#started[@]} - 1; i >= 0; i--)); do
         kill "${started[i]}" 2> /dev/null && wait "${started[i]}" || true

@@ -1,7 +1,6 @@
 """Is a cluster fit for a job: versions, files, deaths allowed, BLAS threads, certificates."""
 
 import asyncio
-import os
 import subprocess
 import sys
 import time
@@ -15,9 +14,6 @@ from threadpoolctl import threadpool_info
 
 from dask_ep import cluster as clusters
 from dask_ep.cluster import OneBlasThread, UnfitClusterError, check_cluster, connect, probe
-from dask_ep.example import Example, write_example
-from dask_ep.job import load_job
-from dask_ep.run import Processes, run_job
 from tests.certificates import make_certificates, options
 from tests.cluster_processes import DEADLINE, REPOSITORY, Cluster, addresses, wait_until
 
@@ -277,15 +273,3 @@ def _blas_threads():
     pools = [pool["num_threads"] for pool in threadpool_info() if pool["user_api"] == "blas"]
     (threads,) = set(pools)
     return threads
-
-
-def test_local_workers_keep_memory_of_the_size_of_packets(tmp_path):
-    write_example(tmp_path, Example(rows=100, d=8, num_experts=2))
-    seen = []
-
-    def look(client):
-        for name in ("MALLOC_MMAP_THRESHOLD_", "MALLOC_TRIM_THRESHOLD_"):
-            seen.extend(client.run(os.getenv, name).values())
-
-    run_job(load_job(tmp_path / "job.toml"), Processes(1), on_client=look)
-    assert seen == [str(4 << 20), str(32 << 20)]

@@ -586,9 +586,10 @@ def test_under_an_asynchronous_client_that_was_not_awaited():
     async def worlds():
         async with Scheduler(port=0, dashboard=False, host="127.0.0.1") as scheduler:
             client = Client(scheduler.address, asynchronous=True)
-            before = workers_in_use()
-            await client
-            after = workers_in_use()
+            with client.as_current():  # whatever other client there is
+                before = workers_in_use()
+                await client
+                after = workers_in_use()
             await client.close()
         return before, after
 

@@ -31,10 +31,11 @@ from dask_ep.fit import at_most_all, choose_chunk_rows, hold_what_fits
 from dask_ep.gpus import Gpus, device_limit
 from dask_ep.in_passes import find_passes
 from dask_ep.job import PLACEMENTS, Job, load_job
+from dask_ep.places import Processes, Threads, count_workers, lay_out
 from dask_ep.planner import Plan, PlanError, WhatIf, plan, what_if
 from dask_ep.price_passes import price_passes
 from dask_ep.report import check_drawing, check_place, figures_of, write_plan_report
-from dask_ep.run import Processes, Threads, check_travel, count_workers, lay_out
+from dask_ep.run import check_travel
 from dask_ep.slots import Placement
 from dask_ep.storage import open_tokens
 from dask_ep.travel import ALL_ROWS, TRAVELS, Travel

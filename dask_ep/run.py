@@ -1,7 +1,7 @@
 """How is a job carried out: on threads, local processes, GPUs, or a cluster?
 
     job ── build ──> y ── store ──> one task per missing block ──> `Progress`, again and again
-                          on `Threads` | `Processes` | `Gpus` | `Cluster`
+                          on `places.Threads` | `Processes` | `Gpus` | `Cluster`
 
 The same job gives the same file everywhere. What is stopped, by Ctrl-C or worse, is gone on with by
 `resume`.
@@ -10,50 +10,45 @@ The same job gives the same file everywhere. What is stopped, by Ctrl-C or worse
 from __future__ import annotations
 
 import contextlib
-import logging
 import math
 import os
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from queue import SimpleQueue
 from typing import Any, NamedTuple
 
-import dask
 import dask.array as da
 from dask.system import CPU_COUNT
-from distributed import (
-    Client,
-    LocalCluster,
-    as_completed,
-    futures_of,
-)
+from distributed import Client, as_completed, futures_of
 from distributed.client import FutureCancelledError
 from distributed.comm import CommClosedError
 
-from dask_ep import device, journal
-from dask_ep.blas import one_blas_thread
-from dask_ep.build import WEIGHT_KEYS, build, open_inputs
-from dask_ep.cluster import Certificates, OneBlasThread, check_cluster, connect
+from dask_ep import journal
+from dask_ep.build import build, open_inputs
 from dask_ep.costs import PART_OF_A_WORKER
-from dask_ep.device import Device
 from dask_ep.fit import Layout, at_most_all, choose_chunk_rows, hold_what_fits, slots_beside
-from dask_ep.gpus import (
-    THREADS_PER_GPU,
-    UCX_ON_GPUS,
-    Gpus,
-    check_gpus,
-    device_limit,
-    limit_of_cluster,
-    start_gpus,
-)
+from dask_ep.gpus import Gpus
 from dask_ep.in_passes import InPasses, PassesDone, find_passes
-from dask_ep.interrupts import Aside, Wait, deaf_children
+from dask_ep.interrupts import Aside, Wait
 from dask_ep.job import Job
 from dask_ep.output import SERVED, SPILLED, Output, Receipt, Step, progress_directory
 from dask_ep.ownership import Owners, own_experts
 from dask_ep.passes import Passes
+from dask_ep.places import (
+    ALL_THREADS,
+    Processes,
+    Threads,
+    Where,
+    array_namespace,
+    count_found,
+    count_ranks,
+    count_workers,
+    lay_out,
+    started,
+    with_memory,
+)
 from dask_ep.price import Plan
 from dask_ep.record import Record
 from dask_ep.report import check_drawing, check_place
@@ -61,53 +56,6 @@ from dask_ep.run_report import dask_reported, plan_run, recorded, write_reports
 from dask_ep.slots import Placement
 from dask_ep.storage import store
 from dask_ep.travel import ALL_ROWS, Travel
-
-CONNECT_SECONDS = 10.0
-"""Seconds that a scheduler may take to answer."""
-
-MALLOC = {
-    "distributed.nanny.pre-spawn-environ.MALLOC_MMAP_THRESHOLD_": 4 << 20,
-    "distributed.nanny.pre-spawn-environ.MALLOC_TRIM_THRESHOLD_": 32 << 20,
-}
-"""What the C library of local workers keeps of freed memory: blocks up to 4 MiB, 32 MiB at most. By
-Dask's default it gives back all of 128 KiB or more, and every packet that comes then costs page
-faults (a sixth to a third of the time of jobs with many small packets)."""
-
-
-@dataclass(frozen=True)
-class Threads:
-    """Run in this process, one task per thread."""
-
-    count: int | None = None
-    #: None means one per core that this process may use
-    memory_limit: int | None = None
-    #: bytes
-
-
-@dataclass(frozen=True)
-class Processes:
-    """Run in worker processes on this machine, one task each."""
-
-    count: int
-    memory_limit: int | None = None
-    #: bytes of each
-    dashboard_port: int | None = None
-    #: of Dask's dashboard on this machine; None means no dashboard
-
-
-@dataclass(frozen=True)
-class Cluster:
-    """Run on the workers of a scheduler that is there already; files lie where all reach them."""
-
-    address: str | None = None
-    scheduler_file: str | None = None
-    certificates: Certificates | None = None
-    #: of a cluster that speaks TLS
-    gpus: bool = False
-    #: whether its workers compute on a GPU each
-
-
-Where = Threads | Processes | Gpus | Cluster
 
 OnRecord = Callable[[Plan, Record], Any]
 
@@ -142,7 +90,7 @@ class Progress(NamedTuple):
 
 def run_job(
     job: Job,
-    where: Where = Threads(),
+    where: Where = ALL_THREADS,
     *,
     resume: bool = False,
     overwrite: bool = False,
@@ -219,11 +167,11 @@ def run_job(
         where = replace(where, count=min(CPU_COUNT, passes.threads))
     inputs = open_inputs(job)
     chunk_rows = at_most_all(inputs, chunk_rows)
-    with _started(where, job) as (threads, client):
-        world_size = job.world_size or begun.get("world_size") or _count_ranks(where, client)
+    with started(where, job) as (threads, client):
+        world_size = job.world_size or begun.get("world_size") or count_ranks(where, client)
         workers = count_workers(where, client)
-        layout = lay_out(job, where, world_size, workers=_count_found(client))
-        layout = _with_memory(layout, where, client)
+        layout = lay_out(job, where, world_size, workers=count_found(client))
+        layout = with_memory(layout, where, client)
         if passes is not None and not layout.on_devices and not begun["complete"]:
             _check_resumed(passes, layout, workers, chunk_rows, begun["chunk_rows"])
         chunk_rows = chunk_rows or begun.get("chunk_rows")
@@ -336,161 +284,6 @@ def _check_recorded(chunks: Sequence[int], rows: Sequence[int]) -> None:
 def _in_blocks(y: da.Array, begun: dict[str, Any]) -> da.Array:
     """Give an output the blocks in which it was begun, where its chunks are others now."""
     return y.rechunk({0: begun["rows"]}) if begun and y.chunks[0] != begun["rows"] else y
-
-
-def lay_out(
-    job: Job,
-    where: Where,
-    world_size: int,
-    devices: Sequence[Device] | None = None,
-    workers: int | None = None,
-) -> Layout:
-    """Say in numbers how a job's ranks lie on the workers of a place.
-
-    `devices` are the GPUs of `Gpus`; those that are found here, if they are not given. If there are
-    none, each rank has one, whose memory is not known. `workers` are those of a `Cluster`; where
-    none are known, each rank has one.
-    """
-    if isinstance(where, Gpus):
-        found = device.find_devices() if devices is None else devices
-        return _lay_out_on_gpus(job, where, world_size, found)
-    if isinstance(where, Threads):
-        workers, threads = 1, _count_threads(where)
-    else:
-        workers, threads = getattr(where, "count", workers or world_size), 1
-    limit = getattr(where, "memory_limit", None)
-    on_devices = isinstance(where, Cluster) and where.gpus
-    workers = min(workers, world_size)
-    return Layout(world_size, workers, threads, limit, job.placement, on_devices)
-
-
-def _lay_out_on_gpus(job: Job, where: Gpus, world_size: int, devices: Sequence[Device]) -> Layout:
-    return Layout(
-        world_size,
-        min(len(devices) or world_size, world_size),
-        THREADS_PER_GPU,
-        device_limit(where, devices),
-        job.placement,
-        on_devices=True,
-        host_limit=where.memory_limit,
-    )
-
-
-def _count_found(client: Client | None) -> int | None:
-    return None if client is None else len(client.nthreads())
-
-
-def count_workers(where: Where, client: Client | None = None) -> int | None:
-    """Count the worker processes of a place; None where there are none, or GPUs."""
-    if isinstance(where, Cluster) and not where.gpus:
-        return len(client.nthreads())
-    return where.count if isinstance(where, Processes) else None
-
-
-def _with_memory(layout: Layout, where: Where, client: Client | None) -> Layout:
-    """The layout with what the workers of a cluster have, which they know themselves."""
-    if not isinstance(where, Cluster):
-        return layout
-    workers = client.scheduler_info(n_workers=-1)["workers"].values()
-    limits = [worker["memory_limit"] for worker in workers if worker["memory_limit"]]
-    threads, limit = max((w["nthreads"] for w in workers), default=1), min(limits, default=None)
-    if not where.gpus:
-        return replace(layout, threads=threads, memory_limit=limit)
-    return replace(layout, threads=threads, memory_limit=limit_of_cluster(client), host_limit=limit)
-
-
-# --- where -----------------------------------------------------------------------------------
-
-
-def _count_threads(where: Threads) -> int:
-    return where.count or CPU_COUNT
-
-
-def _count_ranks(where: Where, client: Client | None) -> int:
-    """One rank per worker; threads share memory, and have nothing to exchange."""
-    if client is None:
-        return 1
-    if isinstance(where, Processes):
-        return where.count
-    workers = client.nthreads()
-    if not workers:
-        raise ValueError(
-            f"the scheduler at {client.scheduler.address} has no workers yet, so the number of "
-            "ranks cannot be told from them; start workers, or give world_size"
-        )
-    return len(workers)
-
-
-def array_namespace(where: Where) -> str:
-    """Whose arrays the chunks are while they are computed."""
-    on_gpus = isinstance(where, Gpus) or (isinstance(where, Cluster) and where.gpus)
-    return device.NAMESPACE if on_gpus else "numpy"
-
-
-@contextlib.contextmanager
-def _started(where: Where, job: Job) -> Iterator[tuple[int, Client | None]]:
-    """Give the number of threads and no client, or a client of the workers."""
-    if isinstance(where, Threads):
-        with one_blas_thread():
-            yield _count_threads(where), None
-    elif isinstance(where, Processes):
-        with _local_cluster(where) as cluster, Client(cluster) as client:
-            yield 1, client
-    elif isinstance(where, Gpus):
-        with start_gpus(where) as client:
-            yield 1, client
-    else:
-        with (
-            dask.config.set(UCX_ON_GPUS if where.gpus else {}),
-            connect(
-                where.address,
-                scheduler_file=where.scheduler_file,
-                certificates=where.certificates,
-                timeout=CONNECT_SECONDS,
-            ) as client,
-        ):
-            check_cluster(client, _files_of(job))
-            client.register_plugin(OneBlasThread())
-            if where.gpus:
-                check_gpus(client)
-            yield 1, client
-
-
-def _local_cluster(where: Processes) -> LocalCluster:
-    with deaf_children(), dask.config.set(MALLOC):
-        return LocalCluster(
-            n_workers=where.count,
-            threads_per_worker=1,
-            processes=True,
-            host="127.0.0.1",
-            scheduler_kwargs={
-                "dashboard": where.dashboard_port is not None,
-                "dashboard_address": f"127.0.0.1:{where.dashboard_port or 0}",
-            },
-            memory_limit="auto" if where.memory_limit is None else where.memory_limit,
-            silence_logs=logging.CRITICAL,  # what fails is told by the futures
-        )
-
-
-def _files_of(job: Job) -> dict[str, str]:
-    """The local files and directories that all workers must see."""
-    paths = {
-        "tokens": job.tokens,
-        "routing": job.routing,
-        "topk_weights": job.topk_weights,
-        "layer": job.layer,
-        "the directory of out": os.path.dirname(job.out),
-        **{
-            f"experts.{key}": value
-            for key, value in (job.experts or {}).items()
-            if key in WEIGHT_KEYS and isinstance(value, str)
-        },
-    }
-    return {
-        what: path.partition("::")[0]
-        for what, path in paths.items()
-        if path is not None and "://" not in path
-    }
 
 
 def _owned(client: Client | None, world_size: int) -> contextlib.AbstractContextManager:

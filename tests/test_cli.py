@@ -18,11 +18,12 @@ import pytest
 import zarr
 from safetensors.numpy import save_file
 
-from dask_ep import cli, files, run, sources, terminal
+from dask_ep import cli, files, places, run, sources, terminal
 from dask_ep.example import FORMATS, Example, write_example
 from dask_ep.job import load_job
 from dask_ep.journal import read_done, read_manifest
-from dask_ep.run import Threads, run_job
+from dask_ep.places import Threads
+from dask_ep.run import run_job
 from dask_ep.slots import Placement
 from dask_ep.sources import open_source
 from tests.cluster_processes import Cluster as RealCluster
@@ -161,7 +162,7 @@ def test_wrong_use_is_2(tmp_path, capsys, small_job):
 
 
 def test_what_fails_is_1_and_one_line(tmp_path, capsys, monkeypatch, small_job):
-    monkeypatch.setattr(run, "CONNECT_SECONDS", 0.3)
+    monkeypatch.setattr(places, "CONNECT_SECONDS", 0.3)
     assert here(capsys, "run", small_job)[0] == 0
     for arguments, words in [
         (["run", small_job], "resume to go on with it, overwrite to start again"),
@@ -417,7 +418,7 @@ def test_a_cluster_finishes_what_was_stopped_on_it(tmp_path, capsys, slow_job):
 
 
 def test_a_scheduler_that_does_not_answer(monkeypatch, capsys, small_job):
-    monkeypatch.setattr(run, "CONNECT_SECONDS", 0.5)
+    monkeypatch.setattr(places, "CONNECT_SECONDS", 0.5)
     code, _, err = here(capsys, "run", small_job, "--scheduler", "tcp://127.0.0.1:1")
     assert code == 1
     assert "no connection to the scheduler at tcp://127.0.0.1:1" in err

@@ -16,7 +16,8 @@ from dask_ep import journal, load_moe_layer
 from dask_ep.example import Example, write_example
 from dask_ep.job import load_job
 from dask_ep.owner_plugin import PLUGIN
-from dask_ep.run import Threads, run_job
+from dask_ep.places import Threads
+from dask_ep.run import run_job
 from tests.certificates import make_certificates, options
 from tests.checkpoints import FIXTURES, LAYER
 from tests.cluster_processes import DEADLINE, REPOSITORY, Cluster, addresses, wait_until

@@ -40,8 +40,9 @@ from dask_ep.in_passes import sizes_of
 from dask_ep.job import load_job
 from dask_ep.passes import choose_passes
 from dask_ep.placement import POLICIES, contiguous
+from dask_ep.places import Processes, Threads, lay_out
 from dask_ep.planner import plan
-from dask_ep.run import Processes, Threads, lay_out, run_job
+from dask_ep.run import run_job
 from dask_ep.storage import open_tokens
 from tests.checkpoints import FIXTURES
 

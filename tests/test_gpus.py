@@ -34,7 +34,7 @@ from dask_ep import (
     gpus,
     grouped,
     open_tokens,
-    run,
+    places,
     store,
     wire,
 )
@@ -59,7 +59,8 @@ from dask_ep.job import load_job
 from dask_ep.layer import _finish
 from dask_ep.lazy_routing import _route_chunk
 from dask_ep.pipeline import _send, _sum
-from dask_ep.run import Cluster, Progress, Threads, lay_out, run_job
+from dask_ep.places import Cluster, Threads, lay_out
+from dask_ep.run import Progress, run_job
 from dask_ep.sources import open_source
 from dask_ep.verify import TF32_TOLERANCE, TOLERANCES, verify_job
 from tests.checkpoints import FIXTURES, LAYER, expected
@@ -275,7 +276,7 @@ def test_a_client_of_gpus_makes_a_cuda_context_before_ucx_starts(monkeypatch, sm
         made.append(dask.config.get("distributed-ucxx.create-cuda-context", False))
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(run, "connect", connect)
+    monkeypatch.setattr(places, "connect", connect)
     monkeypatch.setattr(device, "find_devices", lambda: [Device(0, "double", 8 << 30)])
     with pytest.raises(KeyboardInterrupt):
         run_job(load_job(small_job), Cluster("ucx://x:1", gpus=on_gpus))

@@ -19,7 +19,8 @@ from dask_ep import cli
 from dask_ep.example import Example, write_example
 from dask_ep.interrupts import Interrupts
 from dask_ep.job import Job, load_job
-from dask_ep.run import Processes, Threads, run_job
+from dask_ep.places import Processes, Threads
+from dask_ep.run import run_job
 from tests.cluster_processes import DEADLINE, REPOSITORY, wait_until
 
 ROWS, CHUNK_ROWS = 600, 50

@@ -31,7 +31,7 @@ TOP = (
     "figures gpus handover held_rows homes owner_map owner_plugin ownership passes planner price "
     "price_gpus price_passes probe ranks record report spilled_rows storage window"
 )
-JOBS = "build example fit in_passes inspect_ job plan_command run run_report verify"
+JOBS = "build example fit in_passes inspect_ job places plan_command run run_report verify"
 
 LAYERS = [
     set(layer.split())
@@ -59,6 +59,7 @@ ONLY = {
             "homes",
             "owner_plugin",
             "ownership",
+            "places",
             "run",
         ),
         "run_report",

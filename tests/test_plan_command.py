@@ -20,8 +20,9 @@ from dask_ep.job import load_job
 from dask_ep.pipeline import count_tasks
 from dask_ep.placement import Placement
 from dask_ep.placement_files import write_sglang, write_vllm_ascend
+from dask_ep.places import Threads
 from dask_ep.plan_command import plan_command
-from dask_ep.run import Threads, run_job
+from dask_ep.run import run_job
 from tests.checkpoints import FIXTURES, LAYER
 
 

@@ -16,9 +16,10 @@ from dask_ep import cli, planner, run
 from dask_ep.costs import PROCESS_BYTES, Rates
 from dask_ep.example import Example, write_example
 from dask_ep.job import load_job
+from dask_ep.places import Cluster, Processes, Threads
 from dask_ep.price import Plan
 from dask_ep.record import Record
-from dask_ep.run import Cluster, Processes, Threads, run_job
+from dask_ep.run import run_job
 from tests.checkpoints import FIXTURES
 
 

@@ -34,8 +34,9 @@ from dask_ep.job import Job, load_job
 from dask_ep.journal import read_manifest
 from dask_ep.output import progress_directory
 from dask_ep.passes import PROCESS_BYTES, Passes
+from dask_ep.places import Cluster, Processes, Threads
 from dask_ep.plan_command import plan_command
-from dask_ep.run import Cluster, Processes, Threads, run_job
+from dask_ep.run import run_job
 from dask_ep.spill import SpillFiles
 from dask_ep.travel import Travel
 from dask_ep.verify import verify_job

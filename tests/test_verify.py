@@ -18,7 +18,8 @@ from dask_ep.example import Example, write_example
 from dask_ep.experts import Experts
 from dask_ep.inspect_ import advise_chunk_rows, count_routing, inspect_path
 from dask_ep.job import load_job
-from dask_ep.run import Processes, Threads, run_job
+from dask_ep.places import Processes, Threads
+from dask_ep.run import run_job
 from dask_ep.sources import open_source
 from dask_ep.storage import store
 from dask_ep.verify import choose_rows, find_rows_of_experts, plain_expert, read_rows, verify_job

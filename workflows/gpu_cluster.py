@@ -34,7 +34,8 @@ from distributed import Client
 
 from dask_ep.gpus import PROTOCOLS, THREADS_PER_GPU, UCX_ON_GPUS
 from dask_ep.job import load_job
-from dask_ep.run import Cluster, Progress, run_job
+from dask_ep.places import Cluster
+from dask_ep.run import Progress, run_job
 
 WORKERS_SECONDS = 120.0
 """Seconds that workers may take to come."""

@@ -28,9 +28,10 @@ from dask.sizeof import sizeof
 from dask_ep.example import JOB_NAME, Example, write_example
 from dask_ep.exchange import Packet
 from dask_ep.job import load_job
+from dask_ep.places import Processes, Threads
 from dask_ep.price import Plan
 from dask_ep.record import Record
-from dask_ep.run import Processes, Threads, run_job
+from dask_ep.run import run_job
 
 
 @dataclass(frozen=True)

@@ -19,7 +19,8 @@ import os
 from dask_jobqueue import SLURMCluster
 
 from dask_ep.job import load_job
-from dask_ep.run import Cluster, Progress, run_job
+from dask_ep.places import Cluster
+from dask_ep.run import Progress, run_job
 
 SITE = {
     "queue": os.environ.get("SLURM_PARTITION"),  # the partition; None is the site's default

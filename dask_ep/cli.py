@@ -28,10 +28,11 @@ from dask_ep import example as examples
 from dask_ep import run as runs
 from dask_ep.cluster import Certificates, dashboard_link
 from dask_ep.device import NoDeviceError
-from dask_ep.gpus import PROTOCOLS
+from dask_ep.gpus import PROTOCOLS, Gpus
 from dask_ep.inspect_ import Finding, describe_output, inspect_path
 from dask_ep.interrupts import Interrupts, Wait
 from dask_ep.job import MISSING, PLACEMENTS, Job, JobError, load_job, parse_experts
+from dask_ep.places import Cluster, Processes, Threads, Where
 from dask_ep.plan_command import parse_size, parse_travel, plan_command, travel_options
 from dask_ep.run_report import dask_report
 from dask_ep.terminal import complain, one_line, progress_bar
@@ -269,7 +270,7 @@ def run(job: str | None, experts: str | None, **options: Any) -> None:
     options["travel"] = parse_travel(
         options["travel"], options.pop("link_rate"), options.pop("read_rate")
     )
-    only_threads = isinstance(where, runs.Threads) and where.memory_limit is None
+    only_threads = isinstance(where, Threads) and where.memory_limit is None
     if options["travel"].how is not None and only_threads:
         raise click.UsageError(
             "threads share memory, and nothing travels; --travel needs workers or --memory-limit"
@@ -290,7 +291,7 @@ def run(job: str | None, experts: str | None, **options: Any) -> None:
         f"{done.rows_per_second:.0f} rows/s{before}{passes}"
     )
     if report and done.rows_done:
-        beside = "" if isinstance(where, runs.Threads) else f"; Dask's: {dask_report(report)}"
+        beside = "" if isinstance(where, Threads) else f"; Dask's: {dask_report(report)}"
         click.echo(f"report: {report}{beside}")
 
 
@@ -317,7 +318,7 @@ def _choose_where(
     tls_key: str | None,
     gpu: bool,
     **of_gpus: Any,
-) -> runs.Where:
+) -> Where:
     places = {
         "--threads": threads,
         "--processes": processes,
@@ -335,15 +336,15 @@ def _choose_where(
         if memory_limit is not None:
             raise click.UsageError("the memory of a cluster's workers is set where they start")
         _refuse(of_gpus, "is of the cluster's workers, and is set where they start")
-        return runs.Cluster(scheduler, scheduler_file, certificates, gpu)
+        return Cluster(scheduler, scheduler_file, certificates, gpu)
     if gpu:
         if chosen:
             raise click.UsageError(f"--gpu has one worker per GPU, so {chosen[0]} says nothing")
-        return runs.Gpus(memory_limit=memory_limit, dashboard_port=dashboard, **of_gpus)
+        return Gpus(memory_limit=memory_limit, dashboard_port=dashboard, **of_gpus)
     _refuse(of_gpus, "needs --gpu")
     if processes is not None:
-        return runs.Processes(processes, memory_limit, dashboard)
-    return runs.Threads(threads, memory_limit)
+        return Processes(processes, memory_limit, dashboard)
+    return Threads(threads, memory_limit)
 
 
 def _refuse(options: dict[str, Any], why: str) -> None:

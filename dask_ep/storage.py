@@ -456,8 +456,11 @@ def _continue(
         if name.startswith("partial-") and name != os.path.basename(writer.path):
             _remove(os.path.join(directory, name))
     done = journal.read_done(directory, manifest["run"])
-    if os.path.exists(writer.path) and done:
+    if os.path.exists(writer.path):
         writer.tidy()
+        if not done:
+            manifest["array"] = y.name
+            journal.write_manifest(directory, manifest)
         if compressors is None:
             _check_space(path, y, done)
     elif os.path.exists(path) and len(done) == len(y.chunks[0]):
@@ -465,7 +468,7 @@ def _continue(
             manifest["complete"] = True
             journal.write_manifest(directory, manifest)
     else:
-        return _begin(y, path, wanted, compressors)  # nothing is done, or its files were removed
+        return _begin(y, path, wanted, compressors)  # its files were removed
     told_by_name = not (wanted["inputs"] or wanted["settings"])
     if told_by_name and manifest.get("array", y.name) != y.name:
         warnings.warn(

@@ -584,7 +584,7 @@ def test_under_an_asynchronous_client():
 
 def test_under_an_asynchronous_client_that_was_not_awaited():
     async def worlds():
-        async with Scheduler(port=0, dashboard=False, host="127.0.0.1") as scheduler:
+        async with Scheduler(port=0, dashboard_address=":0", host="127.0.0.1") as scheduler:
             client = Client(scheduler.address, asynchronous=True)
             with client.as_current():  # whatever other client there is
                 before = workers_in_use()

@@ -31,7 +31,7 @@ from dask_ep.example import Example, write_example
 from dask_ep.fit import Layout
 from dask_ep.in_passes import find_passes
 from dask_ep.job import Job, load_job
-from dask_ep.journal import read_manifest
+from dask_ep.journal import read_done, read_manifest
 from dask_ep.output import progress_directory
 from dask_ep.passes import PROCESS_BYTES, Passes
 from dask_ep.places import Cluster, Processes, Threads
@@ -193,6 +193,18 @@ def test_a_stopped_run_goes_on_to_the_same_bits(monkeypatch, job, passes, rows):
         assert 0 <= again <= alive(passes) * passes.block_experts
 
 
+def test_what_waits_is_kept_where_no_output_is_done_yet(monkeypatch, job):
+    monkeypatch.setattr(run, "find_passes", lambda *_: WAYS["spill"])  # all chunks in one group
+    with pytest.raises(Stopped):
+        run_job(job, Threads(2), on_progress=stop_after(ROWS // 2))
+    directory = progress_directory(job.out)
+    assert read_done(directory, read_manifest(directory)["run"]) == set()
+    before, after = sum(done_in(job, 0)), []
+    assert before > ROWS // CHUNK_ROWS, "experts have served rows"
+    run_job(job, Threads(2), resume=True, on_progress=lambda _: after.append(sum(done_in(job, 0))))
+    assert after[0] == before
+
+
 @pytest.fixture
 def cluster() -> Iterator[Cluster]:
     """Two workers of two threads in this process, as a scheduler that is there already."""
@@ -339,7 +351,7 @@ def test_a_full_disk_is_an_error_before_any_work(monkeypatch, job, spilling):
 
 FILLS_ITS_DISK = """
 import errno, os, shutil, subprocess, sys
-from dask_ep import run
+from dask_ep import places, run
 from dask_ep.job import load_job
 from tests.test_spill import WAYS, spill_directories
 disk, out = os.path.dirname(sys.argv[2]), sys.argv[2]
@@ -348,13 +360,13 @@ subprocess.run(["mount", "-t", "tmpfs", "-o", "size=160k", "none", disk], check=
 run.find_passes = lambda *_: WAYS["spill in groups"]
 job = load_job(sys.argv[1], out=out)
 try:
-    run.run_job(job, run.Threads(2))
+    run.run_job(job, places.Threads(2))
 except OSError as error:
     assert error.errno == errno.ENOSPC
     print(error)
 assert spill_directories(job) == [] and not os.path.exists(out)
 subprocess.run(["mount", "-o", "remount,size=8m", disk], check=True)
-print(run.run_job(job, run.Threads(2), resume=True).rows_done)
+print(run.run_job(job, places.Threads(2), resume=True).rows_done)
 shutil.move(out, sys.argv[3])
 """
 
@@ -391,12 +403,12 @@ def test_on_a_small_disk_the_error_tells_what_is_missing_and_resume_goes_on(plai
 
 TOO_LARGE_FILES = """
 import resource, sys
-from dask_ep import run
+from dask_ep import places, run
 from dask_ep.job import load_job
 from tests.test_spill import WAYS
 resource.setrlimit(resource.RLIMIT_FSIZE, (150_000, resource.RLIM_INFINITY))
 run.find_passes = lambda *_: WAYS["spill"]
-run.run_job(load_job(sys.argv[1], out=sys.argv[2]), run.Threads(2))
+run.run_job(load_job(sys.argv[1], out=sys.argv[2]), places.Threads(2))
 """
 
 
@@ -603,13 +615,13 @@ def test_large_chunks_that_are_held_are_stored_in_small_ones(monkeypatch, plain,
 
 SLOW_RUN = """
 import sys, time
-from dask_ep import run, spilled_rows
+from dask_ep import places, run, spilled_rows
 from dask_ep.job import load_job
 from tests.test_spill import WAYS
 plain = spilled_rows._serve_run
 spilled_rows._serve_run = lambda *args: (time.sleep(0.02), plain(*args))[1]
 run.find_passes = lambda *_: WAYS["spill in groups"]
-run.run_job(load_job(sys.argv[1], out=sys.argv[2]), run.Threads(2))
+run.run_job(load_job(sys.argv[1], out=sys.argv[2]), places.Threads(2))
 """
 
 

@@ -22,8 +22,9 @@ import dask.array as da
 
 from dask_ep.checkpoint import load_moe_layer, moe_layers
 from dask_ep.costs import packet_row_bytes
+from dask_ep.errors import JobError
 from dask_ep.experts import Experts
-from dask_ep.job import EXPERT_KEYS, PLACEMENTS, Job, JobError, nearest
+from dask_ep.job import EXPERT_KEYS, PLACEMENTS, Job, nearest
 from dask_ep.layer import MoELayer
 from dask_ep.pipeline import expert_parallel
 from dask_ep.placement import Placement, place

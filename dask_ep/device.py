@@ -32,13 +32,10 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from dask_ep.arrays import Array, namespace
+from dask_ep.errors import NoDeviceError
 
 NAMESPACE = "cupy"
 """The namespace of device arrays; the tests put another here that keeps CuPy's rules on a CPU."""
-
-
-class NoDeviceError(RuntimeError):
-    """CuPy is missing, or finds no device."""
 
 
 class Device(NamedTuple):

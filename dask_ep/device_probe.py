@@ -16,7 +16,8 @@ import numpy as np
 from dask_ep import device
 from dask_ep.checks import computing_dtype
 from dask_ep.costs import Rates
-from dask_ep.device import NoDeviceError, download, pinned_empty, upload
+from dask_ep.device import download, pinned_empty, upload
+from dask_ep.errors import NoDeviceError
 from dask_ep.grouped import PADDED_ROWS, gather, products
 from dask_ep.probe import probe_files, rate
 

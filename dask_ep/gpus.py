@@ -26,8 +26,9 @@ from distributed.system import MEMORY_LIMIT
 
 from dask_ep import device, wire
 from dask_ep.blas import limit_blas_for_good
-from dask_ep.device import Device, NoDeviceError
+from dask_ep.device import Device
 from dask_ep.device_memory import THREADS_PER_GPU
+from dask_ep.errors import NoDeviceError
 from dask_ep.held import LocalStoredExperts
 from dask_ep.interrupts import deaf_children
 from dask_ep.local import LocalExperts

@@ -32,6 +32,7 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
+from dask_ep.errors import JobError
 from dask_ep.placement import POLICIES
 
 PLACEMENTS = POLICIES
@@ -40,10 +41,6 @@ PLACEMENTS = POLICIES
 
 MISSING = ("error", "fill")
 """What Zarr chunks that were never written can mean; "fill": they hold the array's fill value."""
-
-
-class JobError(ValueError):
-    """A job says something that cannot be meant."""
 
 
 @dataclass(frozen=True)

@@ -26,7 +26,8 @@ from rich.table import Table
 from dask_ep import device
 from dask_ep.build import open_inputs, read_placement
 from dask_ep.costs import Rates
-from dask_ep.device import Device, NoDeviceError
+from dask_ep.device import Device
+from dask_ep.errors import NoDeviceError
 from dask_ep.fit import at_most_all, choose_chunk_rows, hold_what_fits
 from dask_ep.gpus import Gpus, device_limit
 from dask_ep.in_passes import find_passes

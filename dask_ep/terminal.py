@@ -71,20 +71,3 @@ def _speed(how: runs.Progress | None) -> str:
         return ""
     left = f", {format_time(how.seconds_left)} left" if how.rows_left else ""
     return f", {how.rows_per_second:.0f} rows/s{left}"
-
-
-def complain(text: str) -> None:
-    click.echo(f"dask-ep: {text}", err=True)
-
-
-def one_line(error: BaseException) -> str:
-    """Say an error and its causes, without the place in the code."""
-    words = [str(error).strip() or type(error).__name__]
-    words[0] += "".join(f" ({note})" for note in getattr(error, "__notes__", ()))
-    cause = error.__cause__
-    while cause is not None:
-        why = str(cause).strip()
-        if why and not any(why in said for said in words):
-            words.append(why)
-        cause = cause.__cause__
-    return "; because ".join(words)

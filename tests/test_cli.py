@@ -19,6 +19,7 @@ import zarr
 from safetensors.numpy import save_file
 
 from dask_ep import cli, files, places, run, sources, terminal
+from dask_ep.command import one_line
 from dask_ep.example import FORMATS, Example, write_example
 from dask_ep.job import load_job
 from dask_ep.journal import read_done, read_manifest
@@ -90,11 +91,13 @@ def test_the_wheel_names_the_command_and_the_module_is_it_too():
     assert 'dask-ep = "dask_ep.__main__:main"' in text
 
 
-@pytest.mark.parametrize("name", list(cli.cli.commands))
+@pytest.mark.parametrize("name", list(cli.COMMANDS))
 def test_help_teaches_by_example(capsys, name):
     code, out, _ = here(capsys, name, "--help")
     assert code == 0
     assert f"dask-ep {name}" in out.split("Options:")[0].split("\n", 1)[1], "an example"
+    words, first = out.split(), cli.COMMANDS[name].split()
+    assert first in [words[i : i + len(first)] for i in range(len(words))], "as the list says"
 
 
 def test_a_job_of_options_alone(tmp_path, capsys):
@@ -464,9 +467,9 @@ def test_without_one_lines_come_every_few_seconds(monkeypatch, capsys):
 def test_an_error_and_its_causes_are_one_line():
     error = RuntimeError("chunk 2 failed")
     error.__cause__ = ValueError("index 9")
-    assert terminal.one_line(error) == "chunk 2 failed; because index 9"
+    assert one_line(error) == "chunk 2 failed; because index 9"
     error.__cause__ = ValueError("failed ")  # said already
     error.add_note("dask_ep: rank 3")
-    assert terminal.one_line(error) == "chunk 2 failed (dask_ep: rank 3)"
+    assert one_line(error) == "chunk 2 failed (dask_ep: rank 3)"
     del error.__notes__
-    assert terminal.one_line(error) == "chunk 2 failed"
+    assert one_line(error) == "chunk 2 failed"

@@ -15,7 +15,7 @@ import click
 import psutil
 import pytest
 
-from dask_ep import cli
+from dask_ep import run_command
 from dask_ep.example import Example, write_example
 from dask_ep.interrupts import Interrupts
 from dask_ep.job import Job, load_job
@@ -103,7 +103,7 @@ def test_an_interrupt_is_raised_where_the_run_waits_and_nowhere_else(job, capsys
     passed = []
 
     def run() -> None:
-        with cli._stoppable(job, overwrite=True) as wait:
+        with run_command._stoppable(job, overwrite=True) as wait:
             interrupted()
             passed.append("held back")
             wait(SimpleQueue())

@@ -10,8 +10,9 @@ import pytest
 import zarr
 
 from dask_ep.build import build, open_inputs
+from dask_ep.errors import JobError
 from dask_ep.experts import Experts
-from dask_ep.job import EXPERT_KEYS, EXPERT_MATRICES, JobError, load_job, parse_experts
+from dask_ep.job import EXPERT_KEYS, EXPERT_MATRICES, load_job, parse_experts
 from dask_ep.placement import balanced
 from dask_ep.sources import ReadError
 

@@ -14,9 +14,8 @@ ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "dask_ep"
 
 GROUND = (
-    "arrays blas checks corpus costs device files interrupts journal memory npy_header reference "
-    "fused grouped "
-    "safetensors_header source zarr_layout"
+    "arrays blas checks command corpus costs device errors files fused grouped interrupts journal "
+    "memory npy_header reference safetensors_header source zarr_layout"
 )
 KERNEL_AND_DATA = (
     "device_memory dispatch expert kinds local output quantized remote segments served sources "
@@ -31,7 +30,9 @@ TOP = (
     "figures gpus handover held_rows homes owner_map owner_plugin ownership passes planner price "
     "price_gpus price_passes probe ranks record report spilled_rows storage window"
 )
-JOBS = "build example fit in_passes inspect_ job places plan_command run run_report verify"
+JOBS = "build example fit in_passes inspect_ job places run run_report terminal verify"
+
+COMMANDS = "example_command inspect_command plan_command run_command verify_command"
 
 LAYERS = [
     set(layer.split())
@@ -43,7 +44,8 @@ LAYERS = [
         "layer",
         TOP,
         JOBS,
-        "cli terminal",
+        COMMANDS,
+        "cli",
     )
 ]
 """From the bottom up. A module may import those below it, and others of its own layer."""
@@ -52,7 +54,6 @@ ONLY = {
     "distributed": {
         *(
             "at_home",
-            "cli",
             "cluster",
             "gpus",
             "handover",
@@ -61,6 +62,7 @@ ONLY = {
             "ownership",
             "places",
             "run",
+            "run_command",
         ),
         "run_report",
         "window",
@@ -170,6 +172,25 @@ def test_an_import_costs_only_what_it_uses(code, absent):
         [sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, check=True
     ).stdout.split()
     assert not loaded
+
+
+HELP = """
+import sys
+from dask_ep import cli
+try:
+    cli.main(["--help"])
+except SystemExit:
+    print("imported", *{name.partition(".")[0] for name in sys.modules})
+"""
+
+
+def test_help_imports_nothing_heavy():
+    said, _, loaded = subprocess.run(
+        [sys.executable, "-c", HELP], cwd=ROOT, capture_output=True, text=True, check=True
+    ).stdout.partition("imported")
+    assert "verify  " in said
+    heavy = {"dask", "numpy", "distributed", "zarr", "scipy", "safetensors", "rich", "bokeh"}
+    assert not heavy & set(loaded.split())
 
 
 def test_ruff_finds_nothing():

@@ -14,7 +14,7 @@ from dask_ep import plan_command as plan_command_module
 from dask_ep.build import open_inputs
 from dask_ep.checkpoint import load_moe_layer, moe_layers
 from dask_ep.costs import PART_OF_A_WORKER, Rates
-from dask_ep.device import NoDeviceError
+from dask_ep.errors import NoDeviceError
 from dask_ep.fit import Layout, need
 from dask_ep.job import load_job
 from dask_ep.pipeline import count_tasks

@@ -37,8 +37,9 @@ import numpy as np
 
 import dask_ep
 from dask_ep import device, reference
-from dask_ep.device import NoDeviceError, download, find_devices, gemms, pinned_empty, upload
+from dask_ep.device import download, find_devices, gemms, pinned_empty, upload
 from dask_ep.device_memory import DEVICE_PROCESS_BYTES, THREADS_PER_GPU, OnDevice
+from dask_ep.errors import NoDeviceError
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,42 @@
+"""What do all commands share: exit codes, how an error is said, ``--debug``?
+
+Imports nothing heavy, so that help comes at once.
+"""
+
+from __future__ import annotations
+
+import click
+
+FAILED, WRONG_USE, DIFFERENT = 1, 2, 3
+"""Exit codes: failed or stopped, wrong use, `verify` found a difference."""
+
+
+def _set_debug(context: click.Context, _: click.Parameter, value: bool) -> None:
+    if value:
+        context.find_root().obj["debug"] = True
+
+
+debug_option = click.option(
+    "--debug",
+    is_flag=True,
+    expose_value=False,
+    callback=_set_debug,
+    help="Show the whole traceback of an error.",
+)
+
+
+def complain(text: str) -> None:
+    click.echo(f"dask-ep: {text}", err=True)
+
+
+def one_line(error: BaseException) -> str:
+    """Say an error and its causes, without the place in the code."""
+    words = [str(error).strip() or type(error).__name__]
+    words[0] += "".join(f" ({note})" for note in getattr(error, "__notes__", ()))
+    cause = error.__cause__
+    while cause is not None:
+        why = str(cause).strip()
+        if why and not any(why in said for said in words):
+            words.append(why)
+        cause = cause.__cause__
+    return "; because ".join(words)

@@ -1,0 +1,244 @@
+"""How is a run asked for and told on the command line?
+
+dask-ep run job.toml
+dask-ep run job.toml --processes 4 --memory-limit 2GiB --overwrite
+dask-ep run job.toml --scheduler tcp://10.0.0.1:8786 --resume
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import click
+from dask.utils import format_time
+from distributed import Client
+
+from dask_ep import run as runs
+from dask_ep.cluster import Certificates, dashboard_link
+from dask_ep.command import FAILED, complain, debug_option
+from dask_ep.gpus import PROTOCOLS, Gpus
+from dask_ep.inspect_ import describe_output
+from dask_ep.interrupts import Interrupts, Wait
+from dask_ep.job import MISSING, PLACEMENTS, Job, load_job, parse_experts
+from dask_ep.places import Cluster, Processes, Threads, Where
+from dask_ep.plan_command import parse_size, parse_travel, travel_options
+from dask_ep.run_report import dask_report
+from dask_ep.terminal import progress_bar
+
+
+def job_options(command: Callable) -> Callable:
+    """Add an option for every key of a job."""
+    options = [
+        click.option(
+            "--tokens", metavar="PATH", help="Token rows (n, d): .zarr, .npy, .safetensors::name."
+        ),
+        click.option("--routing", metavar="PATH", help="Expert indices (n,) or (n, k)."),
+        click.option("--topk-weights", metavar="PATH", help="Weights of the slots (n, k)."),
+        click.option(
+            "--experts",
+            metavar="PATH|TABLE",
+            help="Linear experts (E, d, d_out), or "
+            """'{kind = "gated", gate = "g.zarr", ...}'.""",
+        ),
+        click.option("--layer", metavar="DIR", help="A checkpoint, instead of routing, experts."),
+        click.option("--layer-index", type=click.IntRange(0), help="Which layer of it."),
+        click.option("--out", metavar="PATH", help="Output: .zarr, .npy or .safetensors."),
+        click.option("--world-size", type=click.IntRange(1), help="Ranks; default: workers."),
+        click.option(
+            "--placement",
+            metavar="NAME|FILE",
+            help=f"{', '.join(PLACEMENTS)}, or a file of `plan --save`.",
+        ),
+        click.option(
+            "--missing",
+            type=click.Choice(MISSING),
+            help="Zarr chunks that were never written: an error, or the fill value.",
+        ),
+    ]
+    for option in reversed(options):
+        command = option(command)
+    return command
+
+
+@click.command("run")
+@click.argument("job", type=click.Path(dir_okay=False), required=False)
+@job_options
+@click.option("--threads", type=click.IntRange(1), help="Threads of this process; default: cores.")
+@click.option("--processes", type=click.IntRange(1), help="Worker processes on this machine.")
+@click.option("--gpu", is_flag=True, help="One worker per GPU, here or of the cluster.")
+@click.option(
+    "--protocol", type=click.Choice(PROTOCOLS), help="Between GPUs; default: ucx if there."
+)
+@click.option("--tf32", is_flag=True, help="Experts multiply float32 as TF32, with --gpu.")
+@click.option(
+    "--device-memory-limit",
+    callback=parse_size,
+    metavar="SIZE",
+    help="Of each GPU; default: 90 % of it.",
+)
+@click.option("--scheduler", metavar="ADDRESS", help="Of a Dask cluster, tcp://host:8786.")
+@click.option("--scheduler-file", type=click.Path(), help="That a Dask scheduler has written.")
+@click.option("--tls-ca-file", type=click.Path(), help="Of a cluster with TLS: its authority, PEM.")
+@click.option("--tls-cert", type=click.Path(), help="One's own certificate, PEM.")
+@click.option("--tls-key", type=click.Path(), help="Its key, if not in the same file.")
+@click.option(
+    "--memory-limit",
+    callback=parse_size,
+    metavar="SIZE",
+    help="For threads: of all in all. For processes: of each. Experts that do not fit go by in "
+    "passes.",
+)
+@click.option(
+    "--dashboard",
+    type=click.IntRange(1, 65535),
+    metavar="PORT",
+    help="Serve Dask's dashboard there, with --processes.",
+)
+@click.option(
+    "--report",
+    type=click.Path(dir_okay=False),
+    help="Write planned and measured side by side, HTML; with workers Dask's own report too.",
+)
+@click.option(
+    "--chunk-rows",
+    type=click.IntRange(1),
+    help="Rows of a chunk; default: 32 MiB of them or fewer.",
+)
+@travel_options
+@click.option("--resume", is_flag=True, help="Go on with what a stopped run has left.")
+@click.option("--overwrite", is_flag=True, help="Start again, whatever is there.")
+@debug_option
+def run_command(job: str | None, experts: str | None, **options: Any) -> None:
+    """Compute the output of JOB, a TOML file, and write it.
+
+    Every key of a job is an option as well, which goes before what the file says; without a file,
+    options make the job. Where it runs is no part of it: by default on all cores of this machine.
+    --resume goes on with a run that was stopped, even by kill -9: it computes missing blocks alone.
+
+    \b
+    Examples:
+      dask-ep run demo/job.toml
+      dask-ep run demo/job.toml --processes 4 --memory-limit 2GiB --overwrite
+      dask-ep run demo/job.toml --gpu --protocol ucx
+      dask-ep run demo/job.toml --scheduler tcp://10.0.0.1:8786 --resume
+      dask-ep run --tokens x.npy --routing r.npy --experts w.npy --out y.npy
+      dask-ep run --layer checkpoint/ --layer-index 3 --tokens hidden.zarr --out out.zarr
+    """
+    keys = ("tokens", "routing", "topk_weights", "layer", "layer_index", "out")
+    keys += ("world_size", "placement", "missing")
+    if options["resume"] and options["overwrite"]:
+        raise click.UsageError("--resume goes on and --overwrite starts again; give one of them")
+    given = {key: options.pop(key) for key in keys}
+    parsed = load_job(job, experts=None if experts is None else parse_experts(experts), **given)
+    where = _choose_where(**{key: options.pop(key) for key in WHERE})
+    options["travel"] = parse_travel(
+        options["travel"], options.pop("link_rate"), options.pop("read_rate")
+    )
+    only_threads = isinstance(where, Threads) and where.memory_limit is None
+    if options["travel"].how is not None and only_threads:
+        raise click.UsageError(
+            "threads share memory, and nothing travels; --travel needs workers or --memory-limit"
+        )
+    with _stoppable(parsed, options["overwrite"]) as wait, progress_bar("rows") as tell:
+
+        def on_progress(how: runs.Progress) -> None:
+            tell(how.rows_done + how.rows_before, how.rows_in_all, "", how)
+
+        done = runs.run_job(
+            parsed, where, on_progress=on_progress, on_client=_show_dashboard, wait=wait, **options
+        )
+    report = options["report"]
+    before = f", {done.rows_before} were there" if done.rows_before else ""
+    passes = f"; {done.passes}" if done.passes is not None else ""
+    click.echo(
+        f"{parsed.out}: {done.rows_done} rows in {format_time(done.seconds)}, "
+        f"{done.rows_per_second:.0f} rows/s{before}{passes}"
+    )
+    if report and done.rows_done:
+        beside = "" if isinstance(where, Threads) else f"; Dask's: {dask_report(report)}"
+        click.echo(f"report: {report}{beside}")
+
+
+def _show_dashboard(client: Client) -> None:
+    if link := dashboard_link(client):
+        click.echo(f"dashboard: {link}", err=True)
+
+
+WHERE = ("threads", "processes", "scheduler", "scheduler_file", "memory_limit", "dashboard")
+WHERE += ("tls_ca_file", "tls_cert", "tls_key", "gpu", "protocol", "tf32", "device_memory_limit")
+"""The options of `run` that say where."""
+
+
+def _choose_where(
+    *,
+    threads: int | None,
+    processes: int | None,
+    scheduler: str | None,
+    scheduler_file: str | None,
+    memory_limit: int | None,
+    dashboard: int | None,
+    tls_ca_file: str | None,
+    tls_cert: str | None,
+    tls_key: str | None,
+    gpu: bool,
+    **of_gpus: Any,
+) -> Where:
+    places = {
+        "--threads": threads,
+        "--processes": processes,
+        "--scheduler": scheduler,
+        "--scheduler-file": scheduler_file,
+    }
+    chosen = [name for name, value in places.items() if value is not None]
+    if len(chosen) > 1:
+        raise click.UsageError(f"a job runs in one place; give one of {' and '.join(chosen)}")
+    if dashboard is not None and processes is None and not (gpu and not chosen):
+        raise click.UsageError("--dashboard needs --processes or --gpu")
+    on_cluster = scheduler is not None or scheduler_file is not None
+    certificates = _read_certificates(on_cluster, tls_ca_file, tls_cert, tls_key)
+    if on_cluster:
+        if memory_limit is not None:
+            raise click.UsageError("the memory of a cluster's workers is set where they start")
+        _refuse(of_gpus, "is of the cluster's workers, and is set where they start")
+        return Cluster(scheduler, scheduler_file, certificates, gpu)
+    if gpu:
+        if chosen:
+            raise click.UsageError(f"--gpu has one worker per GPU, so {chosen[0]} says nothing")
+        return Gpus(memory_limit=memory_limit, dashboard_port=dashboard, **of_gpus)
+    _refuse(of_gpus, "needs --gpu")
+    if processes is not None:
+        return Processes(processes, memory_limit, dashboard)
+    return Threads(threads, memory_limit)
+
+
+def _refuse(options: dict[str, Any], why: str) -> None:
+    for name, value in options.items():
+        if value:
+            raise click.UsageError(f"--{name.replace('_', '-')} {why}")
+
+
+def _read_certificates(
+    on_cluster: bool, ca_file: str | None, cert: str | None, key: str | None
+) -> Certificates | None:
+    if ca_file is None and cert is None and key is None:
+        return None
+    if not on_cluster or ca_file is None or cert is None:
+        raise click.UsageError(
+            "TLS needs --tls-ca-file and --tls-cert, and --scheduler or --scheduler-file"
+        )
+    return Certificates(ca_file, cert, key)
+
+
+@contextlib.contextmanager
+def _stoppable(job: Job, overwrite: bool) -> Iterator[Wait]:
+    """Give a way to wait that the first SIGINT or SIGTERM ends; at the second all ends at once."""
+    try:
+        with Interrupts(FAILED) as interrupts:
+            yield interrupts.wait
+    except KeyboardInterrupt:
+        state = describe_output(job.out)
+        how = "--resume instead of --overwrite" if overwrite else "--resume"
+        complain(f"stopped; {job.out} is {state}. Go on with the same command with {how}")
+        raise click.exceptions.Exit(FAILED) from None

@@ -39,7 +39,8 @@ from dask_ep.exchange import Packet, send, sum_ranks
 from dask_ep.experts import CallableExperts, Experts, as_experts
 from dask_ep.grouped import INDEX_BYTES, row_bytes
 from dask_ep.local import LocalExperts
-from dask_ep.placement import POLICIES, Placement, contiguous, place
+from dask_ep.placement import Placement, contiguous
+from dask_ep.placement_files import Asked, find_placement
 from dask_ep.survey import survey
 
 TASKS_ADVISED = 100_000
@@ -57,7 +58,7 @@ def expert_parallel(
     *,
     topk_weights: da.Array | None = None,
     world_size: int | None = None,
-    placement: Placement | str | None = None,
+    placement: Asked = None,
 ) -> da.Array:
     """Apply a layer's experts to chunked token rows, each row to the experts it is routed to.
 
@@ -75,10 +76,11 @@ def expert_parallel(
     world_size : int, optional
         R, into how many ranks the experts are divided. Default: the workers of the Dask client in
         use; 1 without one, since threads share memory.
-    placement : Placement, or "contiguous", "packed", "balanced" or "exact", optional
-        Which rank holds which expert; default: contiguous, rank r owns the next E/R experts. The
-        other names place experts by their load: with more than one rank they, and nothing else,
-        read the routing while the graph is built, once and chunk by chunk. Where it is local
+    placement : Placement, name of a policy, or path of a placement file, optional
+        Which rank holds which expert; default: "contiguous", rank r owns the next E/R experts. The
+        other policies ("packed", "balanced", "exact") place experts by their load: with more than
+        one rank they, and nothing else, read the routing while the graph is built, once and chunk
+        by chunk. Where it is local
         (`dask_ep.travel`), `own_experts` has each chunk read by an owner of its home.
 
     Returns
@@ -435,52 +437,28 @@ def _check_widths(tokens: da.Array, experts: Experts | CallableExperts) -> None:
 def _ranks(
     experts: Experts | CallableExperts,
     world_size: int | None,
-    placement: Placement | str | None,
+    placement: Asked,
     tokens: da.Array,
     routing: da.Array,
 ) -> tuple[int, Placement | None]:
     """How many ranks there are, and the placement where it is not E/R experts each in order."""
-    given = placement if isinstance(placement, Placement) else None
     if world_size is None:
-        world_size = given.world_size if given is not None else workers_in_use()
+        given = isinstance(placement, Placement)
+        world_size = placement.world_size if given else workers_in_use()
     check_world_size(world_size)
     world_size = int(world_size)
-    if given is None and placement is not None:
-        given = _place_by_load(placement, experts, world_size, tokens, routing)
-    if given is not None:
-        _check_placement(given, experts.num_experts, world_size)
-        return world_size, None if world_size == 1 else given
-    if experts.num_experts % world_size:
-        return world_size, contiguous(experts.num_experts, world_size)
-    return world_size, None
-
-
-def _place_by_load(
-    policy: Any,
-    experts: Experts | CallableExperts,
-    world_size: int,
-    tokens: da.Array,
-    routing: da.Array,
-) -> Placement | None:
-    """Read the routing, and place the experts by the rows that each gets, where that matters."""
-    if not isinstance(policy, str) or policy not in POLICIES:
-        raise ValueError(
-            f"placement must be a Placement or one of {', '.join(POLICIES)}, but is {policy!r}; "
-            "read a file with dask_ep.placement_files.from_file"
-        )
-    if world_size == 1 or policy == "contiguous":
-        return None
     known_rows = not any(map(math.isnan, tokens.chunks[0]))
-    load = survey(routing, experts.num_experts, known_rows=known_rows).by_ticket
-    return place(policy, load, world_size)
-
-
-def _check_placement(placement: Placement, num_experts: int, world_size: int) -> None:
-    if (placement.num_experts, placement.world_size) != (num_experts, world_size):
-        raise ValueError(
-            f"the placement is for {placement.num_experts} experts on {placement.world_size} "
-            f"ranks, but there are {num_experts} experts and world_size={world_size}"
-        )
+    found = find_placement(
+        placement,
+        experts.num_experts,
+        world_size,
+        lambda: survey(routing, experts.num_experts, known_rows=known_rows).by_ticket,
+    )
+    if world_size == 1:
+        return 1, None
+    if found is None and experts.num_experts % world_size:
+        found = contiguous(experts.num_experts, world_size)
+    return world_size, found
 
 
 def _refuse_array_expressions() -> None:

@@ -19,15 +19,56 @@ from __future__ import annotations
 
 import errno
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from operator import itemgetter
 from os import PathLike
 from pathlib import Path
 
 import numpy as np
 
-from dask_ep.placement import POLICIES
+from dask_ep.placement import POLICIES, place
 from dask_ep.slots import Placement
+
+Asked = Placement | str | PathLike | None
+"""How a placement is asked for: itself, the name of a policy, the path of a file, or contiguous."""
+
+
+def find_placement(
+    asked: Asked, num_experts: int, world_size: int, load: Callable[[], np.ndarray]
+) -> Placement | None:
+    """Make the placement that is asked for; None where that is E/R experts for each rank in order.
+
+    Parameters
+    ----------
+    asked : Placement, name of a policy, path of a placement file, or None for "contiguous"
+    num_experts, world_size : E, R
+    load : function that counts the rows of each expert, for `place`
+        Called only where a policy needs it: for neither "contiguous" nor a single rank.
+
+    Raises
+    ------
+    ValueError
+        If it is none of these, or for other experts or ranks.
+    """
+    if asked is None:
+        return None
+    if isinstance(asked, str) and asked in POLICIES:
+        by_order = asked == "contiguous" or world_size == 1
+        return None if by_order else place(asked, load(), world_size)
+    placement = asked
+    if not isinstance(asked, Placement):
+        if not isinstance(asked, str | PathLike) or not Path(asked).exists():
+            raise ValueError(
+                f"placement must be a Placement, one of {', '.join(POLICIES)}, or the path of a "
+                f"file, but is {asked!r}"
+            )
+        placement = from_file(asked, world_size=world_size)
+    if (placement.num_experts, placement.world_size) != (num_experts, world_size):
+        raise ValueError(
+            f"the placement is for {placement.num_experts} experts on {placement.world_size} "
+            f"ranks, but there are {num_experts} experts and world_size={world_size}"
+        )
+    return placement
 
 
 def from_file(

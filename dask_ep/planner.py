@@ -33,8 +33,8 @@ from dask_ep.expert import Expert
 from dask_ep.experts import CallableExperts, Experts, as_experts
 from dask_ep.held import StoredExperts
 from dask_ep.layer import MoELayer
-from dask_ep.placement import POLICIES, Placement, place
-from dask_ep.placement_files import from_file
+from dask_ep.placement import POLICIES, Placement, contiguous
+from dask_ep.placement_files import find_placement
 from dask_ep.price import Beside, Plan, Work
 from dask_ep.price_gpus import PlanOnGpus
 from dask_ep.probe import probe
@@ -391,19 +391,13 @@ class _Pricing:
             ranks = min(2 * ranks, self.survey.num_experts)
 
     def _placement(self, placement: Asked, world_size: int) -> tuple[str, Placement]:
-        if placement is None or placement in POLICIES:
-            policy = placement or "contiguous"
-            return policy, place(policy, self.survey.by_ticket, world_size)
+        named = placement is None or (isinstance(placement, str) and placement in POLICIES)
+        policy = (placement or "contiguous") if named else "given"
         if callable(placement):
             placement = placement(world_size)
-        if not isinstance(placement, Placement):
-            placement = from_file(placement, world_size=world_size)
-        if (placement.world_size, placement.num_experts) != (world_size, self.survey.num_experts):
-            raise ValueError(
-                f"the placement is for {placement.num_experts} experts on {placement.world_size} "
-                f"ranks, and the job has {self.survey.num_experts} on world_size={world_size}"
-            )
-        return "given", placement
+        experts, load = self.survey.num_experts, self.survey.by_ticket
+        found = find_placement(placement, experts, world_size, lambda: load)
+        return policy, found or contiguous(experts, world_size)
 
 
 def _beside(layer: MoELayer, tokens: da.Array, router_tasks: int, on_device: bool) -> Beside:

@@ -380,6 +380,13 @@ def test_a_policy_changes_nothing_but_the_place(case: Case, policy: str):
         assert_close(y.compute(), whole_layer(case), case.tolerance)
 
 
+def test_a_placement_file_serves_as_well_as_what_it_holds(tmp_path):
+    data, placement = layer(), place("balanced", np.arange(1, E + 1), 4)
+    (tmp_path / "placement.json").write_text(placement.to_json())
+    asked = (placement, tmp_path / "placement.json", str(tmp_path / "placement.json"))
+    assert len({build(data, world_size=4, placement=one).name for one in asked}) == 1
+
+
 def test_a_policy_on_chunks_of_unknown_length():
     data = layer()
     keep = da.from_array(np.arange(N) % 3 > 0, chunks=20)
@@ -422,9 +429,13 @@ ROUTING = da.zeros((N, 2), chunks=(20, 2), dtype=int)
         (
             {"placement": np.array([[0, 1, 2, 3], [4, 5, 6, 7]])},
             ValueError,
-            "placement must be a Placement or one of",
+            "placement must be a Placement, one of",
         ),
-        ({"placement": "best"}, ValueError, "one of contiguous, packed, balanced, exact, but is"),
+        (
+            {"placement": "best"},
+            ValueError,
+            "or the path of a file, but is 'best'",
+        ),
         (
             {"placement": contiguous(4, 2)},
             ValueError,

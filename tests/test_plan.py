@@ -431,8 +431,8 @@ def test_advice_on_chunks_and_balance():
 
 
 MESSAGES = [
-    ({"placement": "best"}, "a placement is one of contiguous, .* or a file: 'best'"),
-    ({"placement": contiguous(8, 2)}, "8 experts on 2 ranks, and the job has 8 on world_size=4"),
+    ({"placement": "best"}, "one of contiguous, .*, or the path of a file, but is 'best'"),
+    ({"placement": contiguous(8, 2)}, "8 experts on 2 ranks, but .* and world_size=4"),
     ({"chunk_rows": 0}, "chunk_rows must be at least 1; got 0"),
 ]
 

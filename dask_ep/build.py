@@ -9,8 +9,6 @@ resumed with the same inputs, ranks and placement.
 
 from __future__ import annotations
 
-import hashlib
-import json
 import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -33,9 +31,6 @@ from dask_ep.sources import ReadError, Source, open_source, refuse_missing
 from dask_ep.storage import open_tokens
 from dask_ep.survey import survey
 from dask_ep.travel import ALL_ROWS, Travel, choose_travel
-
-TF32 = "float32 as TF32"
-"""How an output was computed whose experts multiplied as TF32."""
 
 
 @dataclass(frozen=True)
@@ -175,20 +170,14 @@ def build(
             exchange = partial(expert_parallel, world_size=world_size, placement=placement)
         topk_weights = None if topk is None else open_tokens(topk, like=tokens, xp=xp)
         y = exchange(tokens, routing, inputs.experts, topk_weights=topk_weights)
-    if layer is not None:
-        files = {"tokens": inputs.tokens, "layer": _fingerprint_layer(layer, job)}
-        settings = {"layer_index": job.layer_index}
-    else:
-        files = {"tokens": inputs.tokens, "routing": inputs.routing}
-        files |= {} if inputs.topk_weights is None else {"topk_weights": inputs.topk_weights}
-        files |= _name_weights(inputs.weights)
-        settings = {"experts": _options_of(job)}
-    settings |= {"world_size": world_size}
-    settings["placement"] = None if placement is None else placement.to_json()
-    if xp != "numpy":
+    settings = {
+        "layer_index": job.layer_index,
+        "world_size": world_size,
+        "placement": None if placement is None else placement.to_json(),
         # Each rounds in another way: one output has one of them.
-        settings["computed_by"] = f"{xp}, {TF32}" if tf32 else xp
-    return Built(y, files, settings, placement)
+        "computed_by": {"arrays": xp, "tf32": tf32},
+    }
+    return Built(y, _name_inputs(inputs), settings, placement)
 
 
 def _check_placement(job: Job) -> None:
@@ -222,15 +211,13 @@ def _open_weights(job: Job) -> dict[str, Source | list[Source]]:
     return weights
 
 
-def _name_weights(weights: Mapping[str, Source | list[Source]]) -> dict[str, Source]:
-    """Give every file of weights a name: "experts.w", or "experts.w[0]", ... of a list."""
-    named = {}
-    for key, found in weights.items():
-        if isinstance(found, list):
-            named |= {f"experts.{key}[{e}]": source for e, source in enumerate(found)}
-        else:
-            named[f"experts.{key}"] = found
-    return named
+def _name_inputs(inputs: Inputs) -> dict[str, Any]:
+    """Give all that decides the values of the output, by the keys of the job."""
+    named = {"tokens": inputs.tokens}
+    if inputs.layer is not None:
+        return named | {"layer": inputs.layer}
+    named |= {"routing": inputs.routing, "experts": inputs.experts}
+    return named if inputs.topk_weights is None else named | {"topk_weights": inputs.topk_weights}
 
 
 WEIGHT_KEYS = frozenset(
@@ -240,26 +227,8 @@ WEIGHT_KEYS = frozenset(
 
 
 def _make_experts(job: Job, weights: Mapping[str, Source | list[Source]]) -> Experts:
-    options = _options_of(job)
+    options = {key: value for key, value in job.experts.items() if key not in WEIGHT_KEYS}
     return getattr(Experts, options.pop("kind"))(**weights, **options)
-
-
-def _options_of(job: Job) -> dict[str, Any]:
-    return {key: value for key, value in job.experts.items() if key not in WEIGHT_KEYS}
-
-
-def _fingerprint_layer(layer: MoELayer, job: Job) -> dict[str, Any]:
-    """Tell a layer's tensors, not the checkpoint's other files, from other or changed ones."""
-    experts = [layer.experts] if layer.shared is None else [layer.experts, layer.shared]
-    sources = [array.source for array in layer.arrays.values()]
-    sources += [source for some in experts for source in some.sources()]
-    text = json.dumps([source.fingerprint() for source in sources], sort_keys=True)
-    digest = hashlib.sha256(text.encode()).hexdigest()[:32]
-    return {
-        "name": os.path.basename(job.layer.rstrip("/")),
-        "tensors": len(sources),
-        "digest": digest,
-    }
 
 
 def _check_rows(inputs: Inputs) -> None:

@@ -19,6 +19,7 @@ from dask.base import normalize_token
 from dask_ep.arrays import Array
 from dask_ep.checks import is_float
 from dask_ep.expert import Expert
+from dask_ep.fingerprint import describe
 from dask_ep.kinds import ACTIVATIONS
 from dask_ep.local import EmptyFunction, LocalExperts
 from dask_ep.source import Source
@@ -256,6 +257,10 @@ class Experts:
 
     def __dask_tokenize__(self) -> object:
         return normalize_token(("Experts", self.kind, self.weights, self.options))
+
+    def fingerprint(self) -> dict[str, Any]:
+        """Tell these experts from others: kind, options and weights; not how they are held."""
+        return describe(vars(self))
 
     def sources(self) -> list[Source]:
         """Where the weights lie that are no Dask arrays."""

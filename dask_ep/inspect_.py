@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -266,15 +266,19 @@ def _inspect_record(path: str, record: dict[str, Any]) -> Finding:
         *settings,
     )
     lines = [
-        (
-            name,
-            str(source.get("name", "")),
-            _shape(source.get("shape", ())),
-            source.get("dtype", ""),
-        )
-        for name, source in record["inputs"].items()
+        (name, str(array["name"]), _shape(array["shape"]), array["dtype"])
+        for name, array in _recorded_arrays(record["inputs"])
     ]
     return Finding("output", facts, ("made from", "file", "shape", "dtype"), _shorten(lines))
+
+
+def _recorded_arrays(inputs: Mapping[str, Any], under: str = "") -> Iterator[tuple[str, Any]]:
+    """Give the arrays that an output's record names, each by its dotted name there."""
+    for name, value in inputs.items():
+        if isinstance(value, dict) and {"name", "shape", "dtype"} <= value.keys():
+            yield under + name, value
+        elif isinstance(value, dict):
+            yield from _recorded_arrays(value, f"{under}{name}.")
 
 
 def _inspect_checkpoint(path: str) -> Finding:

@@ -27,7 +27,7 @@ from collections import Counter
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-FORMAT = 1
+FORMAT = 2
 """Version of the manifest and the lines; another version is refused."""
 
 
@@ -136,6 +136,9 @@ def describe_differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> list
     >>> new = {"inputs": {"tokens": {"size": 96, "shape": [12, 2]}}, "settings": {"world_size": 4}}
     >>> describe_differences(old, new)
     ['input tokens: size was 80, is 96', 'input tokens: shape was [10, 2], is [12, 2]']
+    >>> old, new = ({"inputs": {"layer": {"router": {"k": k}}}} for k in (2, 1))
+    >>> describe_differences(old, new)
+    ['input layer: router.k was 2, is 1']
     """
     words = []
     for key in ("shape", "dtype", "rows"):
@@ -147,12 +150,8 @@ def describe_differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> list
         elif name not in before:
             words.append(f"input {name} is new")
         else:
-            for key in [*before[name], *(key for key in now[name] if key not in before[name])]:
-                words += _compare(f"input {name}: {key}", before[name].get(key), now[name].get(key))
-    before, now = old.get("settings", {}), new.get("settings", {})
-    for key in [*before, *(key for key in now if key not in before)]:
-        words += _compare(f"setting {key}", before.get(key), now.get(key))
-    return words
+            words += _compare(f"input {name}: ", before[name], now[name])
+    return words + _compare("setting ", old.get("settings", {}), new.get("settings", {}))
 
 
 def acquire(directory: str) -> None:
@@ -213,9 +212,15 @@ def _parse_lines(text: bytes, run: str) -> Iterator[int]:
 
 
 def _compare(what: str, old: Any, new: Any) -> list[str]:
+    """Say what differs between two values; of mappings, each entry by its dotted name."""
     if old == new:
         return []
-    if what.endswith("mtime_ns") and old and new:
+    if isinstance(old, dict) and isinstance(new, dict):
+        keys = [*old, *(key for key in new if key not in old)]
+        dot = "" if what.endswith(" ") else "."
+        pairs = [_compare(f"{what}{dot}{key}", old.get(key), new.get(key)) for key in keys]
+        return [words for found in pairs for words in found]
+    if what.endswith("mtime_ns") and isinstance(old, int) and isinstance(new, int):
         old, new = _clock(old), _clock(new)
     old, new = ("absent" if value is None else _shorten(value) for value in (old, new))
     return [f"{what} was {old}, is {new}"]

@@ -30,6 +30,7 @@ from dask_ep.checks import check_byte_order, computing_dtype, is_float, refuse_m
 from dask_ep.device import telling_memory
 from dask_ep.dispatch import dispatch
 from dask_ep.experts import CallableExperts, Experts, as_experts
+from dask_ep.fingerprint import describe
 from dask_ep.lazy_routing import SmallArray, count_rows, route_rows
 from dask_ep.pipeline import expert_parallel, naming, telling_kernel
 from dask_ep.placement import Placement
@@ -199,6 +200,10 @@ class MoELayer:
         arrays = [array.source for array in self.arrays.values()]
         small = sum(prod(source.shape) * source.dtype.itemsize for source in arrays)
         return small + (0 if self.shared is None else self.shared.nbytes)
+
+    def fingerprint(self) -> dict[str, Any]:
+        """Tell this layer from others: all that it computes with; for `store`."""
+        return describe(vars(self))
 
     def __repr__(self) -> str:
         parts = [repr(self.router), repr(self.experts)]

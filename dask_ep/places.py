@@ -18,7 +18,13 @@ from distributed import Client, LocalCluster
 from dask_ep import device
 from dask_ep.blas import one_blas_thread
 from dask_ep.build import WEIGHT_KEYS
-from dask_ep.cluster import Certificates, OneBlasThread, check_cluster, connect
+from dask_ep.cluster import (
+    Certificates,
+    OneBlasThread,
+    UnfitClusterError,
+    check_cluster,
+    connect,
+)
 from dask_ep.device import Device
 from dask_ep.fit import Layout
 from dask_ep.gpus import (
@@ -168,6 +174,30 @@ def array_namespace(where: Where) -> str:
     """Whose arrays the chunks are while they are computed."""
     on_gpus = isinstance(where, Gpus) or (isinstance(where, Cluster) and where.gpus)
     return device.NAMESPACE if on_gpus else "numpy"
+
+
+def multiplies_as_tf32(where: Where, client: Client | None) -> bool:
+    """Whether experts multiply float32 as TF32; the GPU workers of a cluster know by themselves.
+
+    Raises
+    ------
+    UnfitClusterError
+        If some of them do and others do not.
+    """
+    if isinstance(where, Cluster) and where.gpus:
+        found = client.run(_tf32_by_environment)
+        if len(set(found.values())) > 1:
+            some = ", ".join(sorted(worker for worker, tf32 in found.items() if tf32))
+            problem = (
+                f"only some GPU workers have {device.TF32_SWITCH}=1 in their environment, {some}"
+            )
+            raise UnfitClusterError([f"{problem}; start all of them with it, or none"])
+        return True in found.values()
+    return isinstance(where, Gpus) and where.tf32
+
+
+def _tf32_by_environment() -> bool:
+    return os.environ.get(device.TF32_SWITCH) == "1"
 
 
 @contextlib.contextmanager

@@ -29,7 +29,6 @@ from dask_ep import journal
 from dask_ep.build import build, open_inputs
 from dask_ep.costs import PART_OF_A_WORKER
 from dask_ep.fit import Layout, at_most_all, choose_chunk_rows, hold_what_fits, slots_beside
-from dask_ep.gpus import Gpus
 from dask_ep.in_passes import InPasses, PassesDone, find_passes
 from dask_ep.interrupts import Aside, Wait
 from dask_ep.job import Job
@@ -46,6 +45,7 @@ from dask_ep.places import (
     count_ranks,
     count_workers,
     lay_out,
+    multiplies_as_tf32,
     started,
     with_memory,
 )
@@ -190,7 +190,7 @@ def run_job(
                 world_size=world_size,
                 chunk_rows=chunk_rows,
                 xp=array_namespace(where),
-                tf32=isinstance(where, Gpus) and where.tf32,
+                tf32=multiplies_as_tf32(where, client),
                 exchange=walk,
                 travel=travel,
                 workers=workers,

@@ -22,7 +22,7 @@ import dask.array as da
 import numpy as np
 
 from dask_ep import journal, reference
-from dask_ep.build import TF32, Inputs, open_inputs
+from dask_ep.build import Inputs, open_inputs
 from dask_ep.experts import Experts
 from dask_ep.job import Job
 from dask_ep.layer import MoELayer
@@ -157,7 +157,7 @@ def verify_job(
 def _was_tf32(path: str) -> bool:
     """Whether the run that wrote an output says that it multiplied float32 as TF32."""
     manifest = journal.read_manifest(progress_directory(path)) or {"settings": {}}
-    return TF32 in manifest["settings"].get("computed_by", "")
+    return manifest["settings"].get("computed_by", {}).get("tf32", False)
 
 
 def open_output(path: str) -> Source:

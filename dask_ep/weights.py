@@ -17,6 +17,7 @@ from dask.base import normalize_token
 from dask_ep import memory
 from dask_ep.arrays import Array, is_array, namespace
 from dask_ep.device import pinned_empty
+from dask_ep.fingerprint import describe
 from dask_ep.quantized import DeviceSource, fill_on_device, put
 from dask_ep.sources import ArraySource, Source, open_source, refuse_missing
 
@@ -153,6 +154,11 @@ class Weight:
                 fill_on_device(part, 0, part.shape[0], target)
             else:
                 fill_on_device(self.parts, e, e + 1, target[None])
+
+    def fingerprint(self) -> dict[str, Any]:
+        """Tell these weights from other or changed ones; see `Source.fingerprint`."""
+        ids = self.ids if isinstance(self.ids, range) else list(self.ids)
+        return describe(self.parts) | describe({"ids": ids})
 
     def __dask_tokenize__(self) -> object:
         return normalize_token((self.parts, tuple(self.ids)))

@@ -461,11 +461,11 @@ def test_a_manifest_of_another_version_is_refused(path):
     place = f"{progress_directory(path)}/manifest.json"
     with open(place, "w") as file:
         json.dump(manifest, file)
-    with pytest.raises(ValueError, match="must have format 1, not 99: it was written by another"):
+    with pytest.raises(ValueError, match="must have format 2, not 99: it was written by another"):
         run(path, Steps(), resume=True)
     for text, message in (
-        ('{"format": 1}', "is not a manifest: it lacks complete, dtype, .*again with overwrite"),
-        ("[]", "must have format 1, not None"),
+        ('{"format": 2}', "is not a manifest: it lacks complete, dtype, .*again with overwrite"),
+        ("[]", "must have format 2, not None"),
     ):
         with open(place, "w") as file:
             file.write(text)

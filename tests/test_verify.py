@@ -277,7 +277,7 @@ def test_inspect_tells_a_job_its_arrays_and_its_output(done_job):
     assert told["slots without an expert (-1)"] == "0"
     assert facts(job.out, 1)["blocks"] == "7 of up to 100 rows"
     made_from = [line[:2] for line in inspect_path(job.out)[1].lines]
-    assert ("experts.w", "w.npy") in made_from
+    assert ("experts.weights.w", "w.npy") in made_from
 
 
 def test_inspect_tells_tensors_and_checkpoints(tmp_path):

@@ -29,16 +29,23 @@ COMMANDS = {
 """The first line of each command's help, in the order of their use."""
 
 
-def main(arguments: list[str] | None = None) -> None:
+def main(
+    arguments: list[str] | None = None,
+    command: click.Command | None = None,
+    name: str = "dask-ep",
+) -> None:
     """Run the command; whatever goes wrong becomes one line and an exit code.
 
     Parameters
     ----------
     arguments : without the program's name; by default those of this process
+    command : by default `cli`; a script may give its own
+    name : of the program, as usage shows it
     """
     settings: dict[str, Any] = {"debug": False}
+    command = cli if command is None else command
     try:
-        sys.exit(cli.main(arguments, "dask-ep", standalone_mode=False, obj=settings))
+        sys.exit(command.main(arguments, name, standalone_mode=False, obj=settings))
     except click.ClickException as error:
         error.show()
         sys.exit(error.exit_code)

@@ -8,8 +8,10 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from queue import SimpleQueue
+from typing import Any
 
 import dask
 from dask.system import CPU_COUNT
@@ -36,8 +38,9 @@ from dask_ep.gpus import (
     limit_of_cluster,
     start_gpus,
 )
-from dask_ep.interrupts import deaf_children
+from dask_ep.interrupts import Wait, deaf_children
 from dask_ep.job import Job
+from dask_ep.workers import Workers, counted_workers
 
 CONNECT_SECONDS = 10.0
 """Seconds that a scheduler may take to answer."""
@@ -82,6 +85,19 @@ class Cluster:
     #: of a cluster that speaks TLS
     gpus: bool = False
     #: whether its workers compute on a GPU each
+    workers: int | None = None
+    #: to wait for, which is the number of ranks too unless that is given; None: those there now
+
+
+@dataclass(frozen=True)
+class Deployed:
+    """Run on a cluster that is started for this job and ended with it.
+
+    It starts when inputs and output have been checked, so that a job that is refused costs nothing.
+    """
+
+    start: Callable[[], contextlib.AbstractContextManager[Cluster]]
+    #: whose context ends it, whatever happened; an error raised there is that of the run
 
 
 Where = Threads | Processes | Gpus | Cluster
@@ -161,11 +177,14 @@ def count_ranks(where: Where, client: Client | None) -> int:
         return 1
     if isinstance(where, Processes):
         return where.count
+    if isinstance(where, Cluster) and where.workers is not None:
+        return where.workers
     workers = client.nthreads()
     if not workers:
         raise ValueError(
             f"the scheduler at {client.scheduler.address} has no workers yet, so the number of "
-            "ranks cannot be told from them; start workers, or give world_size"
+            "ranks cannot be told from them; start workers, or say how many to wait for "
+            "(--workers)"
         )
     return len(workers)
 
@@ -200,9 +219,22 @@ def _tf32_by_environment() -> bool:
     return os.environ.get(device.TF32_SWITCH) == "1"
 
 
+def deployed(where: Where | Deployed) -> contextlib.AbstractContextManager[Where]:
+    """Give the place itself, started if it has to be."""
+    return where.start() if isinstance(where, Deployed) else contextlib.nullcontext(where)
+
+
 @contextlib.contextmanager
-def started(where: Where, job: Job) -> Iterator[tuple[int, Client | None]]:
-    """Give the number of threads and no client, or a client of the workers."""
+def started(
+    where: Where,
+    job: Job,
+    wait: Wait = SimpleQueue.get,
+    on_workers: Callable[[Workers], Any] | None = None,
+) -> Iterator[tuple[int, Client | None]]:
+    """Give the number of threads and no client, or a client of the workers.
+
+    `wait` and `on_workers` are those of `dask_ep.run.run_job`, for a cluster.
+    """
     if isinstance(where, Threads):
         with one_blas_thread():
             yield _count_threads(where), None
@@ -221,6 +253,7 @@ def started(where: Where, job: Job) -> Iterator[tuple[int, Client | None]]:
                 certificates=where.certificates,
                 timeout=CONNECT_SECONDS,
             ) as client,
+            counted_workers(client, where.workers, wait, on_workers),
         ):
             check_cluster(client, _files_of(job))
             client.register_plugin(OneBlasThread())

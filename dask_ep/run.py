@@ -37,6 +37,7 @@ from dask_ep.ownership import Owners, own_experts
 from dask_ep.passes import Passes
 from dask_ep.places import (
     ALL_THREADS,
+    Deployed,
     Processes,
     Threads,
     Where,
@@ -44,6 +45,7 @@ from dask_ep.places import (
     count_found,
     count_ranks,
     count_workers,
+    deployed,
     lay_out,
     multiplies_as_tf32,
     started,
@@ -54,8 +56,9 @@ from dask_ep.record import Record
 from dask_ep.report import check_drawing, check_place
 from dask_ep.run_report import dask_reported, plan_run, recorded, write_reports
 from dask_ep.slots import Placement
-from dask_ep.storage import store
+from dask_ep.storage import check_existing, store
 from dask_ep.travel import ALL_ROWS, Travel
+from dask_ep.workers import Workers
 
 OnRecord = Callable[[Plan, Record], Any]
 
@@ -90,7 +93,7 @@ class Progress(NamedTuple):
 
 def run_job(
     job: Job,
-    where: Where = ALL_THREADS,
+    where: Where | Deployed = ALL_THREADS,
     *,
     resume: bool = False,
     overwrite: bool = False,
@@ -98,6 +101,7 @@ def run_job(
     travel: Travel = ALL_ROWS,
     on_progress: Callable[[Progress], Any] | None = None,
     on_client: Callable[[Client], Any] | None = None,
+    on_workers: Callable[[Workers], Any] | None = None,
     report: str | os.PathLike | None = None,
     on_record: OnRecord | None = None,
     wait: Wait = SimpleQueue.get,
@@ -107,7 +111,8 @@ def run_job(
     Parameters
     ----------
     job : from `dask_ep.job.load_job`
-    where : `Threads`, `Processes`, `Gpus` or `Cluster`
+    where : `Threads`, `Processes`, `Gpus`, `Cluster`, or a cluster that is started for the job and
+        ended with it, as `Deployed`
     resume : go on with what a stopped run has left, with its ranks, and its chunks unless
         `chunk_rows` are others: then smaller ones are computed, and joined to its blocks. A run in
         passes goes on as it was begun
@@ -118,6 +123,8 @@ def run_job(
         but rows alone reads the routing once before. A resumed run goes on with what was chosen
     on_progress : called at the start, and when blocks are done
     on_client : called when the workers are there, if there are any; such as to show the dashboard
+    on_workers : called with the `Workers` of a cluster while they are waited for, and when one
+        joins or is lost; from another thread
     report : HTML file that lays the run beside its plan, written at the end if anything was run;
         with workers, Dask's own report goes beside it, as ``NAME-dask.html``
     on_record : called with the `Plan` and the `Record` of the run, at the end if anything was run;
@@ -161,13 +168,17 @@ def run_job(
     if report is not None:
         check_drawing()
         check_place(report)
+    check_existing(job.out, resume, overwrite)
     begun = _read_begun(job.out) if resume else {}
     passes = begun.get("passes")
     if passes is not None and isinstance(where, Threads) and where.count is None:
         where = replace(where, count=min(CPU_COUNT, passes.threads))
     inputs = open_inputs(job)
     chunk_rows = at_most_all(inputs, chunk_rows)
-    with started(where, job) as (threads, client):
+    with (
+        deployed(where) as where,
+        started(where, job, wait, on_workers) as (threads, client),
+    ):
         world_size = job.world_size or begun.get("world_size") or count_ranks(where, client)
         workers = count_workers(where, client)
         layout = lay_out(job, where, world_size, workers=count_found(client))

@@ -8,7 +8,7 @@ dask-ep run job.toml --scheduler tcp://10.0.0.1:8786 --resume
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import click
@@ -26,11 +26,19 @@ from dask_ep.places import Cluster, Processes, Threads, Where
 from dask_ep.plan_command import parse_size, parse_travel, travel_options
 from dask_ep.run_report import dask_report
 from dask_ep.terminal import progress_bar
+from dask_ep.workers import Workers
+
+
+def _add(options: Sequence[Callable], command: Callable) -> Callable:
+    for option in reversed(options):
+        command = option(command)
+    return command
 
 
 def job_options(command: Callable) -> Callable:
-    """Add an option for every key of a job."""
+    """Add the job file, and an option for every key of a job."""
     options = [
+        click.argument("job", type=click.Path(dir_okay=False), required=False),
         click.option(
             "--tokens", metavar="PATH", help="Token rows (n, d): .zarr, .npy, .safetensors::name."
         ),
@@ -57,13 +65,44 @@ def job_options(command: Callable) -> Callable:
             help="Zarr chunks that were never written: an error, or the fill value.",
         ),
     ]
-    for option in reversed(options):
-        command = option(command)
-    return command
+    return _add(options, command)
+
+
+def how_options(command: Callable) -> Callable:
+    """Add the options that say how a job is run, wherever that is."""
+    options = [
+        click.option(
+            "--report",
+            type=click.Path(dir_okay=False),
+            help="Write planned and measured side by side, HTML; with workers Dask's own report "
+            "too.",
+        ),
+        click.option(
+            "--chunk-rows",
+            type=click.IntRange(1),
+            help="Rows of a chunk; default: 32 MiB of them or fewer.",
+        ),
+        travel_options,
+        click.option("--resume", is_flag=True, help="Go on with what a stopped run has left."),
+        click.option("--overwrite", is_flag=True, help="Start again, whatever is there."),
+        debug_option,
+    ]
+    return _add(options, command)
+
+
+def tls_options(command: Callable) -> Callable:
+    """Add the certificates of a cluster with TLS, which `read_certificates` reads."""
+    options = [
+        click.option(
+            "--tls-ca-file", type=click.Path(), help="Of a cluster with TLS: its authority, PEM."
+        ),
+        click.option("--tls-cert", type=click.Path(), help="One's own certificate, PEM."),
+        click.option("--tls-key", type=click.Path(), help="Its key, if not in the same file."),
+    ]
+    return _add(options, command)
 
 
 @click.command("run")
-@click.argument("job", type=click.Path(dir_okay=False), required=False)
 @job_options
 @click.option("--threads", type=click.IntRange(1), help="Threads of this process; default: cores.")
 @click.option("--processes", type=click.IntRange(1), help="Worker processes on this machine.")
@@ -80,9 +119,12 @@ def job_options(command: Callable) -> Callable:
 )
 @click.option("--scheduler", metavar="ADDRESS", help="Of a Dask cluster, tcp://host:8786.")
 @click.option("--scheduler-file", type=click.Path(), help="That a Dask scheduler has written.")
-@click.option("--tls-ca-file", type=click.Path(), help="Of a cluster with TLS: its authority, PEM.")
-@click.option("--tls-cert", type=click.Path(), help="One's own certificate, PEM.")
-@click.option("--tls-key", type=click.Path(), help="Its key, if not in the same file.")
+@click.option(
+    "--workers",
+    type=click.IntRange(1),
+    help="Of a cluster: wait for so many; default: those that are there.",
+)
+@tls_options
 @click.option(
     "--memory-limit",
     callback=parse_size,
@@ -96,21 +138,8 @@ def job_options(command: Callable) -> Callable:
     metavar="PORT",
     help="Serve Dask's dashboard there, with --processes.",
 )
-@click.option(
-    "--report",
-    type=click.Path(dir_okay=False),
-    help="Write planned and measured side by side, HTML; with workers Dask's own report too.",
-)
-@click.option(
-    "--chunk-rows",
-    type=click.IntRange(1),
-    help="Rows of a chunk; default: 32 MiB of them or fewer.",
-)
-@travel_options
-@click.option("--resume", is_flag=True, help="Go on with what a stopped run has left.")
-@click.option("--overwrite", is_flag=True, help="Start again, whatever is there.")
-@debug_option
-def run_command(job: str | None, experts: str | None, **options: Any) -> None:
+@how_options
+def run_command(**options: Any) -> None:
     """Compute the output of JOB, a TOML file, and write it.
 
     Every key of a job is an option as well, which goes before what the file says; without a file,
@@ -122,17 +151,34 @@ def run_command(job: str | None, experts: str | None, **options: Any) -> None:
       dask-ep run demo/job.toml
       dask-ep run demo/job.toml --processes 4 --memory-limit 2GiB --overwrite
       dask-ep run demo/job.toml --gpu --protocol ucx
-      dask-ep run demo/job.toml --scheduler tcp://10.0.0.1:8786 --resume
+      dask-ep run demo/job.toml --scheduler tcp://10.0.0.1:8786 --workers 8
       dask-ep run --tokens x.npy --routing r.npy --experts w.npy --out y.npy
       dask-ep run --layer checkpoint/ --layer-index 3 --tokens hidden.zarr --out out.zarr
     """
-    keys = ("tokens", "routing", "topk_weights", "layer", "layer_index", "out")
-    keys += ("world_size", "placement", "missing")
+    where = _choose_where(**{key: options.pop(key) for key in WHERE})
+    carry_out(where, **options)
+
+
+def carry_out(where: Where, job: str | None, experts: str | None, **options: Any) -> None:
+    """Run a job as `job_options` and `how_options` say, and tell how it goes.
+
+    Parameters
+    ----------
+    where : the place; a command of its own may start one, as `dask_ep.places.Deployed`
+    job : path of the job file, None where options make the job
+    experts, **options : what those options gave
+
+    Raises
+    ------
+    click.exceptions.Exit
+        If Ctrl-C or SIGTERM stopped it, which has been told.
+    Exception
+        What `dask_ep.run.run_job` raises, for `dask_ep.cli.main` to tell in one line.
+    """
     if options["resume"] and options["overwrite"]:
         raise click.UsageError("--resume goes on and --overwrite starts again; give one of them")
-    given = {key: options.pop(key) for key in keys}
+    given = {key: options.pop(key) for key in JOB_KEYS}
     parsed = load_job(job, experts=None if experts is None else parse_experts(experts), **given)
-    where = _choose_where(**{key: options.pop(key) for key in WHERE})
     options["travel"] = parse_travel(
         options["travel"], options.pop("link_rate"), options.pop("read_rate")
     )
@@ -147,7 +193,13 @@ def run_command(job: str | None, experts: str | None, **options: Any) -> None:
             tell(how.rows_done + how.rows_before, how.rows_in_all, "", how)
 
         done = runs.run_job(
-            parsed, where, on_progress=on_progress, on_client=_show_dashboard, wait=wait, **options
+            parsed,
+            where,
+            on_progress=on_progress,
+            on_client=_show_dashboard,
+            on_workers=_show_workers,
+            wait=wait,
+            **options,
         )
     report = options["report"]
     before = f", {done.rows_before} were there" if done.rows_before else ""
@@ -166,7 +218,15 @@ def _show_dashboard(client: Client) -> None:
         click.echo(f"dashboard: {link}", err=True)
 
 
-WHERE = ("threads", "processes", "scheduler", "scheduler_file", "memory_limit", "dashboard")
+def _show_workers(count: Workers) -> None:
+    click.echo(f"workers: {count}", err=True)
+
+
+JOB_KEYS = ("tokens", "routing", "topk_weights", "layer", "layer_index", "out")
+JOB_KEYS += ("world_size", "placement", "missing")
+
+WHERE = ("threads", "processes", "scheduler", "scheduler_file", "workers")
+WHERE += ("memory_limit", "dashboard")
 WHERE += ("tls_ca_file", "tls_cert", "tls_key", "gpu", "protocol", "tf32", "device_memory_limit")
 """The options of `run` that say where."""
 
@@ -177,6 +237,7 @@ def _choose_where(
     processes: int | None,
     scheduler: str | None,
     scheduler_file: str | None,
+    workers: int | None,
     memory_limit: int | None,
     dashboard: int | None,
     tls_ca_file: str | None,
@@ -197,12 +258,15 @@ def _choose_where(
     if dashboard is not None and processes is None and not (gpu and not chosen):
         raise click.UsageError("--dashboard needs --processes or --gpu")
     on_cluster = scheduler is not None or scheduler_file is not None
-    certificates = _read_certificates(on_cluster, tls_ca_file, tls_cert, tls_key)
+    certificates = read_certificates(tls_ca_file, tls_cert, tls_key)
+    if not on_cluster and (certificates is not None or workers is not None):
+        what = "--workers needs" if certificates is None else "TLS needs"
+        raise click.UsageError(f"{what} --scheduler or --scheduler-file")
     if on_cluster:
         if memory_limit is not None:
             raise click.UsageError("the memory of a cluster's workers is set where they start")
         _refuse(of_gpus, "is of the cluster's workers, and is set where they start")
-        return Cluster(scheduler, scheduler_file, certificates, gpu)
+        return Cluster(scheduler, scheduler_file, certificates, gpu, workers)
     if gpu:
         if chosen:
             raise click.UsageError(f"--gpu has one worker per GPU, so {chosen[0]} says nothing")
@@ -219,15 +283,14 @@ def _refuse(options: dict[str, Any], why: str) -> None:
             raise click.UsageError(f"--{name.replace('_', '-')} {why}")
 
 
-def _read_certificates(
-    on_cluster: bool, ca_file: str | None, cert: str | None, key: str | None
+def read_certificates(
+    ca_file: str | None, cert: str | None, key: str | None
 ) -> Certificates | None:
+    """Read what `tls_options` gave; None if nothing was given."""
     if ca_file is None and cert is None and key is None:
         return None
-    if not on_cluster or ca_file is None or cert is None:
-        raise click.UsageError(
-            "TLS needs --tls-ca-file and --tls-cert, and --scheduler or --scheduler-file"
-        )
+    if ca_file is None or cert is None:
+        raise click.UsageError("TLS needs --tls-ca-file and --tls-cert")
     return Certificates(ca_file, cert, key)
 
 

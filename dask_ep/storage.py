@@ -213,11 +213,11 @@ def store(
         for place in _places_read(y):
             _refuse_to_replace(path, place)
     directory = progress_directory(path)
-    _check_existing(path, resume, overwrite)
+    check_existing(path, resume, overwrite)
     _make_directory(directory, path)
     journal.acquire(directory)
     try:
-        _check_existing(path, resume, overwrite)  # again, now that nobody else can begin
+        check_existing(path, resume, overwrite)  # again, now that nobody else can begin
         manifest = None if overwrite else journal.read_manifest(directory)
         if manifest is None:
             writer, manifest = _begin(y, path, wanted, compressors)
@@ -373,7 +373,8 @@ def _refuse_to_replace(path: str, source: str | None) -> None:
             raise ValueError(f"the output {path} would replace its own input {source}")
 
 
-def _check_existing(path: str, resume: bool, overwrite: bool) -> None:
+def check_existing(path: str, resume: bool, overwrite: bool) -> None:
+    """Refuse an output that is there, unless it is to be resumed or overwritten."""
     if resume and overwrite:
         raise ValueError("resume goes on and overwrite starts again; give one of them")
     began = journal.has_manifest(progress_directory(path))

@@ -171,7 +171,7 @@ def test_what_fails_is_1_and_one_line(tmp_path, capsys, monkeypatch, small_job):
         (["run", small_job], "resume to go on with it, overwrite to start again"),
         (["run", tmp_path / "none.toml"], "none.toml"),
         (
-            ["run", small_job, "--scheduler-file", tmp_path / "s.json"],
+            ["run", small_job, "--out", tmp_path / "z.npy", *("--scheduler-file", "s.json")],
             "must hold a scheduler's address",
         ),
         (["inspect", tmp_path / "none.npy"], "does not exist"),

@@ -30,7 +30,7 @@ TOP = (
     "figures gpus handover held_rows homes owner_map owner_plugin ownership passes planner price "
     "price_gpus price_passes probe ranks record report spilled_rows storage window"
 )
-JOBS = "build example fit in_passes inspect_ job places run run_report terminal verify"
+JOBS = "build example fit in_passes inspect_ job places run run_report terminal verify workers"
 
 COMMANDS = "example_command inspect_command plan_command run_command verify_command"
 
@@ -67,6 +67,7 @@ ONLY = {
         "run_report",
         "window",
         "wire",
+        "workers",
     },
     "torch": set(),
     "cupy": {"device"},

@@ -14,10 +14,12 @@ a task.
 from __future__ import annotations
 
 import ctypes
+import platform
+import re
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import cache
-from importlib.metadata import PackageNotFoundError, files
+from importlib.metadata import PackageNotFoundError, files, version
 from pathlib import Path
 
 import numpy as np
@@ -100,6 +102,43 @@ class Cblas:
         if down == size and along >= rows * size and along % size == 0:
             return cls._TRANSPOSED, along // size
         return None
+
+
+def multiplies_by() -> str:
+    """Name the library that multiplies float32 and float64 on the host.
+
+    Examples
+    --------
+    >>> from dask_ep.blas import multiplies_by, numpys_blas
+    >>> multiplies_by() in (numpys_blas(), f"MKL {mkl_version()}")
+    True
+    """
+    return numpys_blas() if mkl_where_faster() is None else f"MKL {mkl_version()}"
+
+
+def mkl_version() -> str | None:
+    """Version of the package ``mkl``; None where it is not installed."""
+    with suppress(PackageNotFoundError):
+        return version("mkl")
+    return None
+
+
+def numpys_blas() -> str:
+    """Name the BLAS that NumPy is linked with, and the CPU that its kernels are made for."""
+    found = [lib.info() for lib in ThreadpoolController().lib_controllers if lib.user_api == "blas"]
+    found.sort(key=lambda lib: "numpy" not in lib["filepath"])  # SciPy may bring one of its own
+    if not found:
+        return "NumPy's own loops"
+    names = {"openblas": "OpenBLAS", "mkl": "MKL", "blis": "BLIS"}
+    words = [names.get(found[0]["internal_api"], found[0]["internal_api"]), found[0]["version"]]
+    kernels = found[0].get("architecture")
+    return " ".join(filter(None, [*words, f"({kernels})" if kernels else None]))
+
+
+def cpu_name() -> str:
+    """Name this machine's CPU as the system does."""
+    named = re.search(r"model name\s*: (.*)", _cpuinfo())
+    return named[1] if named else platform.processor() or platform.machine()
 
 
 @cache

@@ -71,8 +71,13 @@ NEED_TORCH = {"capture_hidden_states.py", "compare_with_transformers.py"}
 """Scripts with requirements that the tests do not have: those stand in the script's header."""
 
 
+SHARED = {"measured.py"}
+"""What scripts import from beside them."""
+
+
 def test_every_script_is_in_the_table():
-    assert {path.name for path in (ROOT / "workflows").glob("*.py")} == set(TOYS) | NEED_TORCH
+    scripts = {path.name for path in (ROOT / "workflows").glob("*.py")}
+    assert scripts == set(TOYS) | NEED_TORCH | SHARED
 
 
 @pytest.mark.parametrize("name", sorted(NEED_TORCH))
@@ -119,3 +124,12 @@ def test_script(name, tmp_path):
     )
     assert ran.returncode == TOYS[name].exit_code, ran.stderr
     assert TOYS[name].says in (ran.stderr if ran.returncode else ran.stdout)
+
+
+def test_a_ratio_above_its_limit_is_a_failed_measurement():
+    table = runpy.run_path(str(ROOT / "workflows" / "measured.py"))["table"]
+    said = table([{"kernel": 0.9, "copy": 0.9}, {"kernel": 0.8, "copy": 1.1}]).splitlines()
+    assert said[2:] == [
+        "| copy | failed, 1 of 2 are above 1 | 0.90 to 1.10 |",
+        "| kernel | 0.85 | 0.80 to 0.90 |",
+    ]

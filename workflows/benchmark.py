@@ -4,64 +4,53 @@
     python workflows/benchmark.py --rows 4096 --repeat 1 top1-linear
 
 Prints ratios, never bare seconds: each is a limit divided by a measured time, both taken in the
-same round on the same threads with one BLAS thread each, and each is the median over the rounds.
+same round on the same threads with one BLAS thread each; median and range over the rounds. What
+comes first in one round comes last in the next.
 
     kernel     the dense products of the same FLOPs / expert_parallel_dispatch
     pipeline   (the same products + a plain copy of the same files) / Zarr to Zarr
 
-Beside the pipeline stands what a user would write instead: a careful NumPy loop over experts with
-its buffers kept, one `map_blocks` with all experts inside, and R zero-filled outputs summed. They
-read and write through `zarr` and Dask as their users do.
+The products are those of the fastest BLAS in this environment, NumPy's own or MKL, in blocks of the
+number of rows that suits it best. Before a time is taken, inputs are read and former outputs are
+written to the disk, so that both sides read and write through the page cache. A ratio above 1 means
+that its limit was measured wrongly: that line is said to have failed, and has no median.
+
+The pipeline runs on threads, on worker processes, and through Dask's own `from_zarr` and `to_zarr`.
+Beside it stands what a user would write instead: a careful NumPy loop over experts with its buffers
+kept, one `map_blocks` with all experts inside, and R zero-filled outputs summed. They read and
+write through `zarr` and Dask as their users do.
 """
 
 from __future__ import annotations
 
 import argparse
-import shutil
-import statistics
 import tempfile
 import threading
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
-from dataclasses import dataclass
+from math import inf
 from pathlib import Path
 
 import dask
 import dask.array as da
 import numpy as np
 import zarr
+from distributed import Client
+from measured import LAYERS, Job, Layer, matrix_shapes, table, timed
 
 import dask_ep
-from dask_ep.blas import one_blas_thread, product
+from dask_ep.blas import cpu_name, installed_mkl, multiplies_by, numpys_blas, one_blas_thread
 
-
-@dataclass(frozen=True)
-class Layer:
-    """A layer to measure, and the sizes of its job."""
-
-    d: int
-    num_experts: int
-    k: int
-    hidden: int | None = None
-    zipf: float = 0.0
-    rows: int = 131_072
-    chunk_rows: int = 8192
-
-    @property
-    def flops(self) -> int:
-        """Of the whole job."""
-        width = self.d * self.d if self.hidden is None else 3 * self.d * self.hidden
-        return 2 * width * self.rows * self.k
-
-
-LAYERS = {
-    "top1-linear": Layer(d=1024, num_experts=8, k=1, rows=262_144),
-    "top2-gated": Layer(d=512, num_experts=8, k=2, hidden=2048, chunk_rows=16_384),
-    "top8-small": Layer(d=512, num_experts=128, k=8, hidden=256, zipf=1.0, chunk_rows=16_384),
-}
 RANKS_OF_THE_LITERAL_PIPELINE = 4
+
+BLOCKS = (1024, 4096, 16_384)
+"""Rows of a product of the limit; those that are fastest count."""
+
+PART = 8
+"""Of the job, what the search for the fastest products takes: one in so many rows."""
+
+Multiply = Callable[[np.ndarray, np.ndarray, np.ndarray], object]
+"""Writes the product of two matrices to a third."""
 
 
 def main() -> None:
@@ -75,90 +64,113 @@ def main() -> None:
     parser.add_argument("--repeat", type=int, default=5, help="rounds, of which the median counts")
     parser.add_argument("--directory", help="where the files lie while this runs")
     options = parser.parse_args()
-    print(f"{options.threads} threads, one BLAS thread each; medians of {options.repeat} rounds")
+    print(f"{cpu_name()}; {options.threads} threads or processes, one BLAS thread each")
+    print(f"dask_ep multiplies by {multiplies_by()}; medians of {options.repeat} rounds")
     for name in options.layers:
         sizes = {n: v for n in ("rows", "chunk_rows") if (v := getattr(options, n)) is not None}
         layer = Layer(**(vars(LAYERS[name]) | sizes))
-        with (
-            tempfile.TemporaryDirectory(dir=options.directory) as folder,
-            one_blas_thread(),
-            dask.config.set(scheduler="threads", num_workers=options.threads),
-        ):
-            bench = Bench(layer, Path(folder), options.threads)
-            print(f"\n{name}: {layer}", flush=True)
-            print(table(bench.rounds(options.repeat)), flush=True)
+        with tempfile.TemporaryDirectory(dir=options.directory) as folder:
+            rounds = measure(name, layer, Path(folder), options.threads, options.repeat)
+            print(table(rounds), flush=True)
 
 
-def table(rounds: list[dict[str, float]]) -> str:
-    """Median, and range over the rounds, of each ratio."""
-    lines = ["| what | ratio to its limit | range |", "|---|---|---|"]
-    for what in rounds[0]:
-        values = sorted(r[what] for r in rounds)
-        lines.append(
-            f"| {what} | {statistics.median(values):.2f} | {values[0]:.2f} to {values[-1]:.2f} |"
-        )
-    return "\n".join(lines)
+def measure(
+    name: str, layer: Layer, folder: Path, threads: int, repeat: int
+) -> list[dict[str, float]]:
+    """The ratios of each round."""
+    workers = {"n_workers": threads, "threads_per_worker": 1, "dashboard_address": ":0"}
+    with (
+        one_blas_thread(),
+        Client(**workers) as client,
+        dask_ep.own_experts(client, world_size=threads),
+        dask.config.set(scheduler="threads", num_workers=threads),
+    ):
+        bench = Bench(layer, folder, threads, client)
+        print(f"\n{name}: {layer}\nlimit: products by {bench.fastest}", flush=True)
+        return bench.rounds(repeat)
 
 
-class Bench:
-    """One layer's data, and everything that is timed on it."""
+class Bench(Job):
+    """Everything that is timed on a job."""
 
-    def __init__(self, layer: Layer, folder: Path, threads: int):
-        self.layer, self.folder, self.threads = layer, folder, threads
-        self.tokens, self.routing, self.topk_weights = write_inputs(layer, folder)
-        self.experts = make_experts(layer)
+    def __init__(self, layer: Layer, folder: Path, threads: int, client: Client):
+        super().__init__(layer, folder)
+        self.threads, self.client = threads, client
         self.local = self.experts.load()
+        self.fastest, self.multiply, self.block = self.find_fastest()
 
     def rounds(self, repeat: int) -> list[dict[str, float]]:
         self.check_results_agree()
-        self.round()
-        return [self.round() for _ in range(repeat)]
+        return [self.round(backwards=n % 2 == 1) for n in range(repeat + 1)][1:]
 
-    def round(self) -> dict[str, float]:
-        """Time everything once, limits between the others, and give the ratios."""
-        products = timed(self.products)
-        kernel = timed(self.kernel)
-        limits = [products + self.timed_output(self.copy)]
-        times = {"pipeline": self.timed_output(self.pipeline)} | {
-            f"instead: {name}": self.timed_output(run) for name, run in self.alternatives().items()
+    def round(self, backwards: bool) -> dict[str, float]:
+        """Time everything once, the limits at both ends, and give the ratios."""
+        limits = {
+            "products": lambda: timed(self.products),
+            "copy": lambda: self.timed_output(self.copy),
         }
-        limits.append(timed(self.products) + self.timed_output(self.copy))
-        limit = statistics.mean(limits)  # before and after, since the machine's speed drifts
-        return {"kernel": products / kernel} | {name: limit / t for name, t in times.items()}
+        runs = {"kernel": lambda: timed(self.kernel)} | {
+            name: lambda run=run: self.timed_output(run) for name, run in self.pipelines().items()
+        }
+        ordered = list(runs.items())[:: -1 if backwards else 1]
+        times: dict[str, float] = {}
+        for name, seconds in [*limits.items(), *ordered, *limits.items()]:
+            times[name] = min(seconds(), times.get(name, inf))
+        products, copy, kernel = (times.pop(name) for name in (*limits, "kernel"))
+        whole = {name: (products + copy) / seconds for name, seconds in times.items()}
+        return {"kernel": products / kernel} | whole
 
-    def alternatives(self) -> dict[str, Callable[[Path], None]]:
+    def pipelines(self) -> dict[str, Callable[[Path], None]]:
+        """What goes from files to files."""
         return {
-            "NumPy loop over experts": self.numpy_loop,
-            "one map_blocks": self.one_map_blocks,
-            "R outputs summed": self.outputs_summed,
+            "pipeline, threads": self.pipeline,
+            "pipeline, threads, from_zarr and to_zarr": self.pipeline_by_dask,
+            "pipeline, processes": self.pipeline_on_processes,
+            "instead: NumPy loop over experts": self.numpy_loop,
+            "instead: one map_blocks": self.one_map_blocks,
+            "instead: R outputs summed": self.outputs_summed,
         }
 
     # --- limits ---
 
+    def find_fastest(self) -> tuple[str, Multiply, int]:
+        """Which library multiplies fastest here, in blocks of how many rows."""
+        libraries: dict[str, Multiply] = {numpys_blas(): lambda x, w, out: np.matmul(x, w, out=out)}
+        if (mkl := installed_mkl()) is not None:
+            libraries["MKL"] = mkl.multiply
+        ways = [(name, by, rows) for name, by in libraries.items() for rows in BLOCKS]
+        best = [inf] * len(ways)
+        for _ in range(3):
+            for n, (_, multiply, block) in enumerate(ways):
+                seconds = timed(lambda m=multiply, b=block: self.multiply_all(m, b, PART))
+                best[n] = min(best[n], seconds)
+        name, multiply, block = ways[int(np.argmin(best))]
+        return f"{name}, {block} rows each", multiply, block
+
     def products(self) -> None:
-        """Dense products of the job's FLOPs, on all threads, each product a chunk's size."""
+        self.multiply_all(self.multiply, self.block)
+
+    def multiply_all(self, multiply: Multiply, block: int, part: int = 1) -> None:
+        """Dense products of the job's FLOPs or a part, on all threads, a block of rows each."""
         layer, rng = self.layer, np.random.default_rng(0)
-        rows = min(layer.chunk_rows * layer.k, 16_384)
         W = [rng.standard_normal(shape, "f4") for shape in matrix_shapes(layer)]
-        x = rng.standard_normal((rows, layer.d), "f4")
+        x = rng.standard_normal((block, layer.d), "f4")
 
         def work(share: float) -> None:
-            out = [np.empty((rows, w.shape[1]), "f4") for w in W]
+            out = [np.empty((block, w.shape[1]), "f4") for w in W]
             hidden = np.full_like(out[0], 0.1)
             done = 0
             while done < share:
-                m = int(min(rows, share - done))
+                m = int(min(block, share - done))
                 for w, y in zip(W, out, strict=True):
-                    rows_in = x if w.shape[0] == layer.d else hidden
-                    product(rows_in[:m], w, out=y[:m])
+                    multiply((x if w.shape[0] == layer.d else hidden)[:m], w, y[:m])
                 done += m
 
-        self.on_threads(lambda thread: work(layer.rows * layer.k / self.threads))
+        self.on_threads(lambda thread: work(layer.rows * layer.k / self.threads / part))
 
     def copy(self, out: Path) -> None:
         """Copy the token files to output files, through one buffer per thread."""
         out.mkdir()
-        files = [f for f in (self.folder / "tokens.zarr").rglob("*") if f.is_file()]
         buffers = threading.local()
 
         def copy_one(file: Path) -> None:
@@ -173,7 +185,7 @@ class Bench:
                 target.write(view)
 
         with ThreadPoolExecutor(self.threads) as pool:
-            list(pool.map(copy_one, files))
+            list(pool.map(copy_one, self.token_files()))
 
     # --- ours ---
 
@@ -188,13 +200,20 @@ class Bench:
         self.on_threads(work)
 
     def pipeline(self, out: Path) -> None:
-        tokens = dask_ep.open_tokens(self.folder / "tokens.zarr")
-        routing = dask_ep.open_tokens(self.folder / "routing.zarr", like=tokens)
-        weights = dask_ep.open_tokens(self.folder / "topk_weights.zarr", like=tokens)
+        dask_ep.store(self.layer_output(world_size=1), out)
+
+    def pipeline_by_dask(self, out: Path) -> None:
+        """The same through Dask's own functions for Zarr."""
+        tokens, routing, weights = self.dask_inputs()
         y = dask_ep.expert_parallel(
             tokens, routing, self.experts, topk_weights=weights, world_size=1
         )
-        dask_ep.store(y, out)
+        y.to_zarr(self.create_output(out))
+
+    def pipeline_on_processes(self, out: Path) -> None:
+        """On worker processes that run already and each own a share of the experts."""
+        with dask.config.set(scheduler=self.client):
+            dask_ep.store(self.layer_output(world_size=self.threads), out)
 
     # --- what a user would write instead ---
 
@@ -274,52 +293,15 @@ class Bench:
     def check_results_agree(self) -> None:
         """Every way of running the job gives the same output."""
         results = {}
-        for name, run in {"pipeline": self.pipeline, **self.alternatives()}.items():
+        for name, run in self.pipelines().items():
             with self.output() as out:
                 run(out)
                 results[name] = zarr.open_array(out)[: self.layer.chunk_rows]
-        scale = np.abs(results["pipeline"]).max()
+        ours = results["pipeline, threads"]
         for name, result in results.items():
-            error = np.abs(result - results["pipeline"]).max() / scale
+            error = np.abs(result - ours).max() / np.abs(ours).max()
             if not error < 1e-4:
                 raise SystemExit(f"{name} differs from the pipeline by {error:.2g} of the largest")
-
-    def timed_output(self, run: Callable[[Path], None]) -> float:
-        with self.output() as out:
-            return timed(lambda: run(out))
-
-    @contextmanager
-    def output(self) -> Iterator[Path]:
-        """A fresh place for an output, removed afterwards."""
-        place = self.folder / "out"
-        place.mkdir()
-        try:
-            yield place / "out.zarr"
-        finally:
-            shutil.rmtree(place)
-
-    def create_output(self, out: Path) -> zarr.Array:
-        """An array like the one that our own pipeline writes."""
-        layer = self.layer
-        return zarr.create_array(
-            out,
-            shape=(layer.rows, layer.d),
-            chunks=(layer.chunk_rows, layer.d),
-            dtype="f4",
-            compressors=None,
-        )
-
-    def arrays(self) -> list[np.ndarray]:
-        return [weight.parts.array for weight in self.experts.weights.values()]
-
-    def chunks(self) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:
-        for start in range(0, self.layer.rows, self.layer.chunk_rows):
-            rows = slice(start, start + self.layer.chunk_rows)
-            yield self.tokens[rows], self.routing[rows], self.topk_weights[rows]
-
-    def dask_inputs(self) -> list[da.Array]:
-        names = ("tokens", "routing", "topk_weights")
-        return [da.from_zarr(str(self.folder / f"{name}.zarr")) for name in names]
 
     def on_threads(self, work: Callable[[int], None]) -> None:
         with ThreadPoolExecutor(self.threads) as pool:
@@ -339,45 +321,6 @@ def plain_moe(x, routing, weights, W, first):
             y = (gate / (1 + np.exp(-gate)) * (taken @ W[1][e])) @ W[2][e]
         out[rows] += weights[rows, slot][:, None] * y
     return out
-
-
-def matrix_shapes(layer: Layer) -> list[tuple[int, int]]:
-    if layer.hidden is None:
-        return [(layer.d, layer.d)]
-    return [(layer.d, layer.hidden), (layer.d, layer.hidden), (layer.hidden, layer.d)]
-
-
-def make_experts(layer: Layer) -> dask_ep.Experts:
-    rng = np.random.default_rng(1)
-    W = [
-        rng.standard_normal((layer.num_experts, *shape), "f4") / np.float32(shape[0] ** 0.5)
-        for shape in matrix_shapes(layer)
-    ]
-    return dask_ep.Experts.linear(*W) if layer.hidden is None else dask_ep.Experts.gated(*W)
-
-
-def write_inputs(layer: Layer, folder: Path) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Tokens, routing with Zipf-skewed popularity, and weights: as Zarr files, and in memory."""
-    rng = np.random.default_rng(0)
-    tokens = rng.standard_normal((layer.rows, layer.d), "f4")
-    popularity = np.log((1.0 + np.arange(layer.num_experts)) ** -layer.zipf).astype("f4")
-    scores = popularity + rng.gumbel(size=(layer.rows, layer.num_experts)).astype("f4")
-    routing = np.argpartition(-scores, layer.k - 1, axis=1)[:, : layer.k].astype("i4")
-    weights = rng.random((layer.rows, layer.k), "f4")
-    for name, array in {"tokens": tokens, "routing": routing, "topk_weights": weights}.items():
-        zarr.create_array(
-            folder / f"{name}.zarr",
-            data=array,
-            chunks=(layer.chunk_rows, array.shape[1]),
-            compressors=None,
-        )
-    return tokens, routing, weights
-
-
-def timed(run: Callable[[], None]) -> float:
-    start = time.perf_counter()
-    run()
-    return time.perf_counter() - start
 
 
 if __name__ == "__main__":

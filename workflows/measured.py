@@ -1,0 +1,162 @@
+"""What do the benchmarks measure: which layers, on which files, and how is a time taken?
+
+Imported by the scripts beside it.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import statistics
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import dask.array as da
+import numpy as np
+import zarr
+
+import dask_ep
+
+
+@dataclass(frozen=True)
+class Layer:
+    """A layer to measure, and the sizes of its job."""
+
+    d: int
+    num_experts: int
+    k: int
+    hidden: int | None = None
+    zipf: float = 0.0
+    rows: int = 131_072
+    chunk_rows: int = 8192
+
+    @property
+    def flops(self) -> int:
+        """Of the whole job."""
+        width = self.d * self.d if self.hidden is None else 3 * self.d * self.hidden
+        return 2 * width * self.rows * self.k
+
+
+LAYERS = {
+    "top1-linear": Layer(d=1024, num_experts=8, k=1, rows=262_144),
+    "top2-gated": Layer(d=512, num_experts=8, k=2, hidden=1792, chunk_rows=16_384),
+    "top8-small": Layer(d=512, num_experts=128, k=8, hidden=256, zipf=1.0, chunk_rows=16_384),
+}
+
+
+class Job:
+    """One layer's data, in files and in memory, and where its outputs go."""
+
+    def __init__(self, layer: Layer, folder: Path):
+        self.layer, self.folder = layer, folder
+        self.tokens, self.routing, self.topk_weights = write_inputs(layer, folder)
+        self.experts = write_experts(layer, folder)
+
+    def timed_output(self, run: Callable[[Path], None]) -> float:
+        """Seconds of what writes an output, with its inputs in the page cache."""
+        for file in self.token_files():
+            file.read_bytes()
+        with self.output() as out:
+            os.sync()  # else it may have to wait until what others wrote is on the disk
+            return timed(lambda: run(out))
+
+    def token_files(self) -> list[Path]:
+        return [f for f in (self.folder / "tokens.zarr").rglob("*") if f.is_file()]
+
+    @contextmanager
+    def output(self) -> Iterator[Path]:
+        """A fresh place for an output, removed afterwards."""
+        place = self.folder / "out"
+        place.mkdir()
+        try:
+            yield place / "out.zarr"
+        finally:
+            shutil.rmtree(place)
+
+    def create_output(self, out: Path) -> zarr.Array:
+        """An array like the one that our own pipeline writes."""
+        layer = self.layer
+        return zarr.create_array(
+            out,
+            shape=(layer.rows, layer.d),
+            chunks=(layer.chunk_rows, layer.d),
+            dtype="f4",
+            compressors=None,
+        )
+
+    def arrays(self) -> list[np.ndarray]:
+        """The matrices of the experts, in memory."""
+        return [np.load(file) for file in sorted(self.folder.glob("w*.npy"))]
+
+    def chunks(self) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:
+        for start in range(0, self.layer.rows, self.layer.chunk_rows):
+            rows = slice(start, start + self.layer.chunk_rows)
+            yield self.tokens[rows], self.routing[rows], self.topk_weights[rows]
+
+    def dask_inputs(self) -> list[da.Array]:
+        names = ("tokens", "routing", "topk_weights")
+        return [da.from_zarr(str(self.folder / f"{name}.zarr")) for name in names]
+
+    def layer_output(self, world_size: int) -> da.Array:
+        """The lazy output, of inputs that `dask_ep` opens."""
+        tokens = dask_ep.open_tokens(self.folder / "tokens.zarr")
+        routing = dask_ep.open_tokens(self.folder / "routing.zarr", like=tokens)
+        weights = dask_ep.open_tokens(self.folder / "topk_weights.zarr", like=tokens)
+        return dask_ep.expert_parallel(
+            tokens, routing, self.experts, topk_weights=weights, world_size=world_size
+        )
+
+
+def matrix_shapes(layer: Layer) -> list[tuple[int, int]]:
+    if layer.hidden is None:
+        return [(layer.d, layer.d)]
+    return [(layer.d, layer.hidden), (layer.d, layer.hidden), (layer.hidden, layer.d)]
+
+
+def write_experts(layer: Layer, folder: Path) -> dask_ep.Experts:
+    """Experts in files, one for each of their matrices."""
+    rng = np.random.default_rng(1)
+    files = [folder / f"w{n}.npy" for n in range(len(matrix_shapes(layer)))]
+    for file, shape in zip(files, matrix_shapes(layer), strict=True):
+        W = rng.standard_normal((layer.num_experts, *shape), "f4") / np.float32(shape[0] ** 0.5)
+        np.save(file, W)
+    return dask_ep.Experts.linear(*files) if len(files) == 1 else dask_ep.Experts.gated(*files)
+
+
+def write_inputs(layer: Layer, folder: Path) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Tokens, routing with Zipf-skewed popularity, and weights: as Zarr files, and in memory."""
+    rng = np.random.default_rng(0)
+    tokens = rng.standard_normal((layer.rows, layer.d), "f4")
+    popularity = np.log((1.0 + np.arange(layer.num_experts)) ** -layer.zipf).astype("f4")
+    scores = popularity + rng.gumbel(size=(layer.rows, layer.num_experts)).astype("f4")
+    routing = np.argpartition(-scores, layer.k - 1, axis=1)[:, : layer.k].astype("i4")
+    weights = rng.random((layer.rows, layer.k), "f4")
+    for name, array in {"tokens": tokens, "routing": routing, "topk_weights": weights}.items():
+        zarr.create_array(
+            folder / f"{name}.zarr",
+            data=array,
+            chunks=(layer.chunk_rows, array.shape[1]),
+            compressors=None,
+        )
+    return tokens, routing, weights
+
+
+def timed(run: Callable[[], None]) -> float:
+    start = time.perf_counter()
+    run()
+    return time.perf_counter() - start
+
+
+def table(rounds: list[dict[str, float]]) -> str:
+    """Median, and range over the rounds, of each ratio; one above 1 is said to have failed."""
+    lines = ["| what | ratio to its limit | range |", "|---|---|---|"]
+    for what in sorted(rounds[0]):
+        values = sorted(r[what] for r in rounds)
+        above = sum(value > 1 for value in values)
+        said = f"failed, {above} of {len(values)} are above 1" if above else ""
+        said = said or f"{statistics.median(values):.2f}"
+        lines.append(f"| {what} | {said} | {values[0]:.2f} to {values[-1]:.2f} |")
+    return "\n".join(lines)

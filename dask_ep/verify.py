@@ -6,6 +6,8 @@ A sample of the rows is computed again from the inputs in float64, by the plain 
     both ends of every block │ a row of every expert │ rows at random
                              v
           tokens, routing, weights, output: only these rows are read, and one expert at a time
+
+Each value is judged by what its own terms add up to (see `rounding`), never by other rows.
 """
 
 from __future__ import annotations
@@ -14,30 +16,35 @@ import errno
 import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from itertools import pairwise
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import dask
 import dask.array as da
+import ml_dtypes
 import numpy as np
 
 from dask_ep import journal, reference
 from dask_ep.build import Inputs, open_inputs
+from dask_ep.checks import computing_dtype
 from dask_ep.experts import Experts
 from dask_ep.job import Job
 from dask_ep.layer import MoELayer
 from dask_ep.output import progress_directory
+from dask_ep.rounding import QUIET, Arithmetic, Scaled, exact
+from dask_ep.sample import block_starts, choose_rows, read_rows
 from dask_ep.sources import Source, ZarrSource, open_source
 
 TOLERANCES = {"float64": 1e-12, "float32": 1e-5, "float16": 4e-3, "bfloat16": 3e-2}
-"""Largest error over largest value, by the output's dtype: sums of thousands of products in
-float32 (float64) differ in their last few digits; the others are rounded once more at the end, to
-2**-11 and 2**-8 of their value."""
+"""Largest error of a value over what its terms add up to, by the output's dtype: sums of thousands
+of products in float32 (float64) differ in their last few digits; the others are rounded once more
+at the end, to 2**-11 and 2**-8 of their value, and on a device between steps too."""
+
+SUMS = {"float64": 2e-13, "float32": 2e-6}
+"""What long sums lose, as a part of the sum of the absolute values of their terms, by the computing
+dtype: up to 3e-6 of it was seen with 16 384 terms of one sign followed by as many of the other."""
 
 TF32_TOLERANCE = 5e-3
 """The same where float32 was multiplied as TF32, whose numbers are rounded to 2**-11 before."""
-
-_ROUTING_BLOCK = 1 << 16  # rows of the routing looked at together
 
 
 class RowError(NamedTuple):
@@ -48,6 +55,8 @@ class RowError(NamedTuple):
     #: of the output, -1 if its blocks are not known
     error: float
     #: largest absolute difference in the row
+    relative: float
+    #: largest error of one of its values over what the value's terms add up to
     experts: tuple[int, ...]
 
 
@@ -62,23 +71,21 @@ class Verification:
     #: in these
     not_finite: int
     #: of the values, those that are not finite in the output or as recomputed
+    not_finite_rows: tuple[int, ...]
+    #: that hold them, ascending
+    overflowed: int
+    #: of these values, those that are finite as recomputed, but not in the output, because numbers
+    #: on the way are too large for the dtype in which the output was computed
     experts_seen: int
     num_experts: int
     largest_error: float
     #: absolute
-    largest_value: float
-    #: of the recomputed rows, absolute
+    relative_error: float
+    #: largest error of a value over what its terms add up to
     tolerance: float
-    #: of error over value
+    #: of the relative error
     worst: tuple[RowError, ...]
     #: rows beyond the tolerance, the worst first; if there is none, the worst row
-
-    @property
-    def relative_error(self) -> float:
-        """The largest error over the largest value."""
-        if self.largest_error == 0:
-            return 0.0
-        return self.largest_error / self.largest_value if self.largest_value else float("inf")
 
     @property
     def good(self) -> bool:
@@ -97,8 +104,8 @@ def verify_job(
     job : whose output is complete
     rows : how many to compare, about; all if there are fewer
     seed : of the choice of rows
-    tolerance : of the largest error over the largest value; by default by dtype, see `TOLERANCES`,
-        and `TF32_TOLERANCE` for a run that was asked for it
+    tolerance : of the error of a value over what its terms add up to; by default by dtype, see
+        `TOLERANCES`, and `TF32_TOLERANCE` for a run that was asked for it
 
     Raises
     ------
@@ -110,10 +117,12 @@ def verify_job(
 
     Notes
     -----
-    Cost: rows * k experts on single rows, in float64; and the routing is read until every expert
-    was met. Memory: the sample, and one expert in float64. A checkpoint's layer routes the sample
-    by its own router, whose choice for a row does not depend on other rows; experts are those of
-    `reference`.
+    Cost: rows * k experts on single rows, in float64, and four times that in products of all rows
+    of an expert; and the routing is read until every expert was met. Memory: the sample, and one
+    expert in float64, its largest matrix twice. A checkpoint's layer routes the sample by its own
+    router, whose choice for a row does not depend on other rows; experts are those of `reference`.
+    A value that is infinite or NaN must be so in the same way on both sides, unless numbers on the
+    way to it overflow the dtype in which it was computed.
     """
     if tolerance is not None and not 0 <= tolerance < np.inf:
         raise ValueError(f"tolerance must be a finite number of at least 0; got {tolerance}")
@@ -130,34 +139,41 @@ def verify_job(
             f"the output {job.out} must be of {', '.join(TOLERANCES)}, but is of {output.dtype}; "
             "run the job again"
         )
-    starts = _block_starts(job.out, output)
+    starts = block_starts(job.out, output)
     sample = choose_rows(inputs, starts, rows, seed)
-    routing, expected = _recompute(inputs, sample)
-    got = read_rows(output, sample).astype(np.float64)
-    errors = _errors(got, expected)
-    if tolerance is None:
-        tolerance = TOLERANCES[output.dtype.name]
-        if output.dtype == np.float32 and _was_tf32(job.out):
-            tolerance = TF32_TOLERANCE
-    largest = float(np.abs(expected[np.isfinite(expected)]).max(initial=0.0))
+    arithmetic = _arithmetic(job, inputs, output, tolerance)
+    routing, expected = _recompute(inputs, sample, arithmetic)
+    got = read_rows(output, sample)
+    found = _compare(got, expected, arithmetic)
+    not_finite = ~(np.isfinite(found.got) & np.isfinite(expected.value))
     return Verification(
         rows=len(sample),
         rows_in_all=n,
-        values=expected.size,
-        not_finite=int((~np.isfinite(got) | ~np.isfinite(expected)).sum()),
+        values=expected.value.size,
+        not_finite=int(not_finite.sum()),
+        not_finite_rows=tuple(sample[not_finite.any(axis=1)].tolist()),
+        overflowed=int(found.overflowed.sum()),
         experts_seen=int((np.unique(routing) >= 0).sum()),
         num_experts=inputs.experts.num_experts,
-        largest_error=float(errors.max(initial=0.0)),
-        largest_value=largest,
-        tolerance=tolerance,
-        worst=_worst(sample, errors, routing, starts, tolerance * largest),
+        largest_error=float(found.errors.max(initial=0.0)),
+        relative_error=float(found.relative.max(initial=0.0)),
+        tolerance=arithmetic.tolerance,
+        worst=_worst(sample, found, routing, starts, arithmetic.tolerance),
     )
 
 
-def _was_tf32(path: str) -> bool:
-    """Whether the run that wrote an output says that it multiplied float32 as TF32."""
-    manifest = journal.read_manifest(progress_directory(path)) or {"settings": {}}
-    return manifest["settings"].get("computed_by", {}).get("tf32", False)
+def _arithmetic(job: Job, inputs: Inputs, output: Source, tolerance: float | None) -> Arithmetic:
+    """How the output was computed, as far as the record of its run tells."""
+    manifest = journal.read_manifest(progress_directory(job.out)) or {"settings": {}}
+    computed_by = manifest["settings"].get("computed_by", {})
+    usual = TOLERANCES[output.dtype.name]
+    if output.dtype == np.float32 and computed_by.get("tf32", False):
+        usual = TF32_TOLERANCE
+    on_device = computed_by.get("arrays", "numpy") != "numpy"
+    sums = computing_dtype(inputs.tokens.dtype)
+    between = np.float16 if on_device and inputs.tokens.dtype == np.float16 else sums
+    tolerance = usual if tolerance is None else tolerance
+    return Arithmetic(tolerance, SUMS[sums.name] / usual, np.dtype(between))
 
 
 def open_output(path: str) -> Source:
@@ -196,143 +212,99 @@ def open_output(path: str) -> Source:
     return source
 
 
-# --- which rows ------------------------------------------------------------------------------
-
-
-def choose_rows(inputs: Inputs, starts: np.ndarray, rows: int, seed: int) -> np.ndarray:
-    """Choose about `rows` rows: at block ends, of every expert, and at random.
-
-    Parameters
-    ----------
-    inputs : of the job
-    starts : (blocks + 1,) the first row of each block, and n
-    rows, seed : see `verify_job`
-
-    Returns
-    -------
-    (m,) int64, ascending, without repeats
-    """
-    n = inputs.tokens.shape[0]
-    if rows >= n:
-        return np.arange(n)
-    random = np.random.default_rng(seed)
-    ends = np.concatenate([starts[:-1], starts[1:] - 1])
-    if len(ends) > rows // 2:
-        ends = random.choice(ends, rows // 2, replace=False)
-    of_experts = np.empty(0, np.int64)
-    if inputs.routing is not None:
-        of_experts = find_rows_of_experts(inputs.routing, inputs.experts.num_experts)
-    special = np.union1d(ends, of_experts)
-    more = max(0, rows - len(special))
-    return np.union1d(special, random.choice(n, more, replace=False)).astype(np.int64)
-
-
-def find_rows_of_experts(routing: Source, num_experts: int) -> np.ndarray:
-    """Find one row of each expert that has any; reads no further than it has to.
-
-    Examples
-    --------
-    >>> routing = open_source(np.array([[0, 0], [2, 0], [2, -1], [1, 2]]))
-    >>> find_rows_of_experts(routing, 4).tolist()
-    [0, 3, 1]
-    """
-    found = np.full(num_experts, -1, np.int64)
-    k = int(np.prod(routing.shape[1:]))
-    for start in range(0, routing.shape[0], _ROUTING_BLOCK):
-        block = routing.read(start, min(start + _ROUTING_BLOCK, routing.shape[0]))
-        experts, at = np.unique(block, return_index=True)
-        good = (experts >= 0) & (experts < num_experts)
-        experts, at = experts[good], at[good]
-        is_new = found[experts] < 0
-        found[experts[is_new]] = start + at[is_new] // k
-        if (found >= 0).all():
-            break
-    return found[found >= 0]
-
-
-def read_rows(source: Source, rows: np.ndarray) -> np.ndarray:
-    """Read single rows, ascending, one read for each run of neighbours or stored chunk.
-
-    Examples
-    --------
-    >>> read_rows(open_source(np.arange(10) ** 2), np.array([2, 3, 7])).tolist()
-    [4, 9, 49]
-    """
-    plain = not isinstance(source, ZarrSource) or source.files is not None
-    together = rows - np.arange(len(rows)) if plain else rows // source.chunk_rows
-    bounds = [0, *(np.flatnonzero(np.diff(together)) + 1), len(rows)]
-    parts = [
-        source.read(int(rows[first]), int(rows[last - 1]) + 1)[rows[first:last] - rows[first]]
-        for first, last in pairwise(bounds)
-        if last > first
-    ]
-    return np.concatenate(parts) if parts else source.read(0, 0)
-
-
-def _block_starts(path: str, output: Source) -> np.ndarray:
-    """First row of each block of the output, and the number of rows."""
-    manifest = journal.read_manifest(progress_directory(path))
-    n = output.shape[0]
-    if manifest is not None and sum(manifest["rows"]) == n:
-        return np.concatenate([[0], np.cumsum(manifest["rows"])]).astype(np.int64)
-    return np.append(np.arange(0, n, output.chunk_rows or max(1, n)), n).astype(np.int64)
-
-
 # --- computing them again --------------------------------------------------------------------
 
 
-def _recompute(inputs: Inputs, sample: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+def _recompute(
+    inputs: Inputs, sample: np.ndarray, arithmetic: Arithmetic
+) -> tuple[np.ndarray, Scaled]:
     """Give the routing (m, k) of the sample's rows, and their output (m, d_out) in float64."""
     tokens = read_rows(inputs.tokens, sample)
     if inputs.layer is not None:
         both = inputs.layer.route(da.from_array(tokens, chunks=-1))
         routing, weights = dask.compute(*both, scheduler="sync")
-        y = _apply_experts(inputs.experts, tokens, routing, weights)
-        return routing, y + _apply_shared(inputs.layer, tokens)
+        y = _apply_experts(inputs.experts, tokens, routing, weights, arithmetic)
+        return routing, _with_shared(inputs.layer, tokens, y, arithmetic)
     routing = read_rows(inputs.routing, sample)
     routing = routing[:, None] if routing.ndim == 1 else routing
     weights = None
     if inputs.topk_weights is not None:
         weights = read_rows(inputs.topk_weights, sample).reshape(routing.shape)
-    return routing, _apply_experts(inputs.experts, tokens, routing, weights)
+    return routing, _apply_experts(inputs.experts, tokens, routing, weights, arithmetic)
 
 
+@QUIET
 def _apply_experts(
-    experts: Experts, tokens: np.ndarray, routing: np.ndarray, weights: np.ndarray | None
-) -> np.ndarray:
+    experts: Experts,
+    tokens: np.ndarray,
+    routing: np.ndarray,
+    weights: np.ndarray | None,
+    arithmetic: Arithmetic,
+) -> Scaled:
     """Sum what each expert gives, one expert in memory at a time, as the only one of its rank."""
-    y = np.zeros((len(tokens), experts.d_out))
+    y, scale = np.zeros((2, len(tokens), experts.d_out))
+    peak = np.zeros(len(tokens))
     weigh = experts.options.get("weigh", "output")
+    weighed = np.ones(routing.shape) if weights is None else weights.astype(np.float64)
     for e in np.unique(routing[routing >= 0]).tolist():
         rows = np.flatnonzero((routing == e).any(axis=1))
+        kind, arrays, options = _plain_parts(experts, e)
         y[rows] += reference.expert_parallel_dispatch(
             tokens[rows],
             routing[rows],
-            [plain_expert(experts, e)],
+            [_plain(kind, arrays, options)],
             e,
             experts.num_experts,
             None if weights is None else weights[rows],
             d_out=experts.d_out,
             weigh=weigh,
         )
-    return y
+        for slot in range(routing.shape[1]):
+            rows = np.flatnonzero(routing[:, slot] == e)
+            w = np.abs(weighed[rows, slot, None])
+            x = exact(tokens[rows].astype(np.float64) * (w if weigh == "input" else 1.0))
+            found = arithmetic.expert(kind, arrays, options, x)
+            w = 1.0 if weigh == "input" else w
+            scale[rows] += w * found.scale
+            peak[rows] = np.maximum.reduce(
+                [peak[rows], found.peak, (w * np.abs(found.value)).max(axis=1, initial=0.0)]
+            )
+    return Scaled(y, scale, peak)
 
 
-def _apply_shared(layer: MoELayer, tokens: np.ndarray) -> np.ndarray:
-    """Sum what the experts give that all rows share, and the rows themselves if the layer does."""
-    y = np.zeros((len(tokens), layer.experts.d_out))
+@QUIET
+def _with_shared(layer: MoELayer, tokens: np.ndarray, y: Scaled, arithmetic: Arithmetic) -> Scaled:
+    """Add what the experts give that all rows share, and the rows themselves if the layer does."""
+    more = [y]
     if layer.shared is not None:
         everyone = np.arange(layer.shared.num_experts)[None].repeat(len(tokens), axis=0)
-        y += _apply_experts(layer.shared, tokens, everyone, None)
-    if "shared_gate" in layer.arrays:
-        gate = layer.arrays["shared_gate"].read().astype(np.float64)
-        logits = tokens.astype(np.float64) @ gate.ravel()
-        y *= 0.5 * (1 + np.tanh(0.5 * logits[:, None]))
-    return y + tokens if layer.residual else y
+        shared = _apply_experts(layer.shared, tokens, everyone, None, arithmetic)
+        if "shared_gate" in layer.arrays:
+            gate = layer.arrays["shared_gate"].read().reshape(-1, 1)
+            logits = arithmetic.product(exact(tokens), gate)
+            gate = arithmetic.through(lambda v: 0.5 * (1 + np.tanh(0.5 * v)), logits)
+            shared = arithmetic.times(shared, gate)
+        more.append(shared)
+    if layer.residual:
+        rows = exact(tokens)
+        more.append(rows._replace(scale=np.abs(rows.value)))
+    value, scale = (np.sum([part[i] for part in more], axis=0) for i in (0, 1))
+    return Scaled(value, scale, np.max([part.peak for part in more], axis=0))
 
 
 def plain_expert(experts: Experts, e: int) -> Callable[[np.ndarray], np.ndarray]:
     """Make the function of one row, in float64, that expert `e` is."""
+    return _plain(*_plain_parts(experts, e))
+
+
+def _plain(
+    kind: str, arrays: dict[str, np.ndarray], options: dict[str, Any]
+) -> Callable[[np.ndarray], np.ndarray]:
+    return getattr(reference, kind)(**arrays, **options)
+
+
+def _plain_parts(experts: Experts, e: int) -> tuple[str, dict[str, np.ndarray], dict[str, Any]]:
+    """Read expert `e` as `reference` takes it: the kind, matrices (in, out) and its options."""
     options = dict(experts.options)
     transposed = options.pop("transposed")
     arrays = {
@@ -341,10 +313,11 @@ def plain_expert(experts: Experts, e: int) -> Callable[[np.ndarray], np.ndarray]
     }
     arrays = {n: a.T if transposed and a.ndim == 2 else a for n, a in arrays.items()}
     options.pop("weigh", None)
-    if experts.kind == "gated_fused":
+    kind = experts.kind
+    if kind == "gated_fused":
+        kind = "gated"
         arrays = dict(_split_fused(arrays, interleaved=options.pop("interleaved")))
-    kind = {"linear": reference.linear, "mlp": reference.mlp}.get(experts.kind, reference.gated)
-    return kind(**{{"w": "W"}.get(name, name): a for name, a in arrays.items()}, **options)
+    return kind, {{"w": "W"}.get(name, name): a for name, a in arrays.items()}, options
 
 
 def _split_fused(
@@ -366,26 +339,53 @@ def _split_fused(
 # --- comparing -------------------------------------------------------------------------------
 
 
-def _errors(got: np.ndarray, expected: np.ndarray) -> np.ndarray:
-    """Largest absolute difference of each row; infinite where only one of the two is finite."""
-    with np.errstate(invalid="ignore", over="ignore"):
-        errors = np.abs(got - expected)
-    same = (got == expected) | (np.isnan(got) & np.isnan(expected))
-    errors[same] = 0.0
+class _Compared(NamedTuple):
+    """Output and expectation of the sample, value by value."""
+
+    got: np.ndarray
+    #: (m, d_out) in float64
+    errors: np.ndarray
+    #: (m, d_out), absolute; infinite where only one of the two is finite
+    relative: np.ndarray
+    #: (m, d_out), over what the terms add up to
+    overflowed: np.ndarray
+    #: (m, d_out) bool, see `Verification`
+
+
+@QUIET
+def _compare(rows: np.ndarray, expected: Scaled, arithmetic: Arithmetic) -> _Compared:
+    info = ml_dtypes.finfo(rows.dtype)
+    got, want = rows.astype(np.float64), expected.value
+    errors = np.abs(got - want)
+    same = (got == want) | (np.isnan(got) & np.isnan(want))
+    # Near the largest number of the dtype and beyond it, infinity may be right.
+    reach = np.abs(want) + arithmetic.tolerance * expected.scale >= float(info.max)
+    same |= reach & np.isinf(got) & (np.sign(got) == np.sign(want))
+    overflowed = arithmetic.overflows(expected.peak)[:, None] & np.isfinite(want)
+    overflowed &= ~np.isfinite(got) & ~same
+    errors[same | overflowed] = 0.0
     errors[np.isnan(errors)] = np.inf
-    return errors.max(axis=1, initial=0.0)
+    beyond = np.maximum(errors - float(info.smallest_subnormal), 0.0)
+    relative = np.where(beyond > 0, beyond / (expected.scale + arithmetic.least), 0.0)
+    return _Compared(got, errors, relative, overflowed)
 
 
 def _worst(
-    sample: np.ndarray, errors: np.ndarray, routing: np.ndarray, starts: np.ndarray, limit: float
+    sample: np.ndarray,
+    found: _Compared,
+    routing: np.ndarray,
+    starts: np.ndarray,
+    tolerance: float,
 ) -> tuple[RowError, ...]:
-    order = np.argsort(-errors, kind="stable")
-    beyond = order[errors[order] > limit]
+    errors, relative = (a.max(axis=1, initial=0.0) for a in (found.errors, found.relative))
+    order = np.argsort(-relative, kind="stable")
+    beyond = order[relative[order] > tolerance]
     return tuple(
         RowError(
             row=int(sample[i]),
             block=int(np.searchsorted(starts, sample[i], side="right")) - 1,
             error=float(errors[i]),
+            relative=float(relative[i]),
             experts=tuple(routing[i].tolist()),
         )
         for i in (beyond if len(beyond) else order[:1])

@@ -34,7 +34,7 @@ def _check_tolerance(
     "--tolerance",
     type=float,
     callback=_check_tolerance,
-    help="Largest error over largest value; default: by dtype.",
+    help="Largest error of a value, as a part of what its terms add up to; default: by dtype.",
 )
 @click.option("--out", metavar="PATH", help="The output to check, if not the job's.")
 @debug_option
@@ -60,11 +60,11 @@ def _print_verification(found: Verification) -> None:
         f"with {found.experts_seen} of {found.num_experts} experts"
     )
     click.echo(
-        f"largest error {found.largest_error:.3g}, that is {found.relative_error:.3g} of the "
-        f"largest value {found.largest_value:.3g}; {found.tolerance:.3g} is allowed"
+        f"largest error {found.relative_error:.3g} of what a value's terms add up to; "
+        f"{found.tolerance:.3g} is allowed"
     )
     if found.not_finite:
-        click.echo(f"{found.not_finite} of {found.values} values are not finite")
+        click.echo(_words_of_not_finite(found))
     if found.good:
         click.echo("good")
         return
@@ -74,4 +74,18 @@ def _print_verification(found: Verification) -> None:
     click.echo(f"{len(found.worst)} rows differ, the worst first:")
     for row in found.worst[:_MOST_WORST]:
         experts = ", ".join(map(str, row.experts))
-        click.echo(f"  row {row.row} (block {row.block}, experts {experts}): {row.error:.3g}")
+        click.echo(
+            f"  row {row.row} (block {row.block}, experts {experts}): {row.error:.3g}, "
+            f"that is {row.relative:.3g} of its terms"
+        )
+
+
+def _words_of_not_finite(found: Verification) -> str:
+    rows = found.not_finite_rows
+    words = (
+        f"{found.not_finite} of {found.values} values are infinite or NaN ({len(rows)} rows, the "
+        f"first is row {rows[0]})"
+    )
+    if found.overflowed:
+        return f"{words}; {found.overflowed} of them because numbers on the way are too large"
+    return f"{words}, in the output as in the rows computed again" if found.good else words

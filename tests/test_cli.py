@@ -206,7 +206,7 @@ def test_verify_compares_no_numbers_and_says_so(tmp_path, capsys, small_job):
     assert here(capsys, "run", small_job)[0] == 0
     code, out, _ = here(capsys, "verify", small_job)
     assert code == 0
-    assert "16 of 11200 values are not finite" in out
+    assert "16 of 11200 values are infinite or NaN (1 rows, the first is row 5)" in out
     np.save(job.tokens, np.full_like(tokens, np.nan))
     np.save(job.out, np.full((700, 16), np.nan, "f4"))
     code, out, _ = here(capsys, "verify", small_job)

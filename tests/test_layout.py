@@ -28,9 +28,11 @@ MIDDLE = (
 TOP = (
     "at_home block checkpoint checkpoint_files cluster device_probe expert_major families family "
     "figures gpus handover held_rows homes owner_map owner_plugin ownership passes planner price "
-    "price_gpus price_passes probe ranks record report spilled_rows storage window"
+    "price_gpus price_passes probe ranks record report rounding spilled_rows storage window"
 )
-JOBS = "build example fit in_passes inspect_ job places run run_report terminal verify workers"
+JOBS = (
+    "build example fit in_passes inspect_ job places run run_report sample terminal verify workers"
+)
 
 COMMANDS = "example_command inspect_command plan_command run_command verify_command"
 

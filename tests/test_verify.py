@@ -20,9 +20,10 @@ from dask_ep.inspect_ import advise_chunk_rows, count_routing, inspect_path
 from dask_ep.job import load_job
 from dask_ep.places import Processes, Threads
 from dask_ep.run import run_job
+from dask_ep.sample import choose_rows, find_rows_of_experts, read_rows
 from dask_ep.sources import open_source
 from dask_ep.storage import store
-from dask_ep.verify import choose_rows, find_rows_of_experts, plain_expert, read_rows, verify_job
+from dask_ep.verify import plain_expert, verify_job
 
 FIXTURES = Path(__file__).parent / "fixtures"
 SMALL = {"rows": 700, "d": 16, "num_experts": 6, "k": 2, "chunk_rows": 100}
@@ -371,7 +372,6 @@ def test_a_layer_is_run_and_verified(tmp_path, family):
     run_job(job, Threads(2), chunk_rows=64)
     found = verify_job(job, rows=100)
     assert found.good, found
-    assert found.largest_value > 0
 
     y = np.load(job.out)
     y[128] *= 1.001

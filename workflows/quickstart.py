@@ -45,7 +45,7 @@ def main() -> None:
         print("stored:", output.path, output.shape)
 
         found = verify_job(job)
-        print(f"checked {found.rows} rows: error {found.relative_error:.1e} of the largest value,")
+        print(f"checked {found.rows} rows: error {found.relative_error:.1e} of their terms,")
         print("good" if found.good else "DIFFERENT")
 
 

@@ -27,6 +27,7 @@ import dask.array as da
 import numpy as np
 
 from dask_ep.arrays import Array, namespace
+from dask_ep.rows import block_by_block
 from dask_ep.scores import SCORES
 
 DIGITS = (11, 11, 10)
@@ -185,29 +186,29 @@ def _keep_best(indices: da.Array, weights: da.Array, state: da.Array) -> da.Arra
     below = 32
     for bits in DIGITS:
         below -= bits
-        counts = da.blockwise(
+        counts = block_by_block(
             _count_digits, "ceb", indices, "ck", keys, "ck", state, "se",
             shift=below, bits=bits, new_axes={"b": 1 << bits}, adjust_chunks={"c": 1},
-            concatenate=True, dtype=np.int64, meta=_meta(indices, 3, "i8"),
+            dtype=np.int64, meta=_meta(indices, 3, "i8"),
         ).sum(axis=0)  # fmt: skip
-        state = da.blockwise(
+        state = block_by_block(
             _next_digit, "se", counts, "eb", state, "se",
-            concatenate=True, dtype=np.int64, meta=_meta(indices, 2, "i8"),
+            dtype=np.int64, meta=_meta(indices, 2, "i8"),
         )  # fmt: skip
     return _keep(indices, keys, state)
 
 
 def _keep(indices: da.Array, keys: da.Array, state: da.Array) -> da.Array:
-    counts = da.blockwise(
+    counts = block_by_block(
         _count_equals, "ce", indices, "ck", keys, "ck", state, "se",
-        adjust_chunks={"c": 1}, concatenate=True, dtype=np.int64, meta=_meta(indices, 2, "i8"),
+        adjust_chunks={"c": 1}, dtype=np.int64, meta=_meta(indices, 2, "i8"),
     )  # fmt: skip
     before = counts.rechunk(-1).map_blocks(
         _sums_before, dtype=np.int64, meta=_meta(indices, 2, "i8")
     )
-    return da.blockwise(
+    return block_by_block(
         _keep_block, "ck", indices, "ck", keys, "ck", state, "se", before.rechunk((1, -1)), "ce",
-        concatenate=True, align_arrays=False, dtype=np.int32, meta=_meta(indices, 2, "i4"),
+        dtype=np.int32, meta=_meta(indices, 2, "i4"),
     )  # fmt: skip
 
 
@@ -215,11 +216,11 @@ def _room(indices: da.Array, num_experts: int, slots_per_row: float) -> da.Array
     """The state (2, E) in which each expert has ceil(slots_per_row * n) free slots."""
     n = da.asarray(indices.shape[0])
     if _unknown(indices):
-        n = da.blockwise(
-            _count_rows, "c", indices, "ck", adjust_chunks={"c": 1}, concatenate=True,
+        n = block_by_block(
+            _count_rows, "c", indices, "ck", adjust_chunks={"c": 1},
             dtype=np.int64, meta=_meta(indices, 1, "i8"),
         ).sum()  # fmt: skip
-    return da.blockwise(
+    return block_by_block(
         _all_free, "se", n, "", num_experts=num_experts, slots_per_row=slots_per_row,
         xp_name=namespace(indices._meta).__name__,
         new_axes={"s": 2, "e": num_experts}, dtype=np.int64, meta=_meta(indices, 2, "i8"),

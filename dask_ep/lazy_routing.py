@@ -30,7 +30,7 @@ from dask_ep.device import DeviceMemoryError, telling_chunk
 from dask_ep.files import ReadError
 from dask_ep.grouped import INDEX_BYTES
 from dask_ep.routing import Router, all_scores, look_up, route, weigh_chosen
-from dask_ep.rows import keys_of, row_array, xp_name
+from dask_ep.rows import block_by_block, keys_of, row_array, xp_name
 from dask_ep.sources import Source
 
 SCORE_BYTES = 32
@@ -89,9 +89,9 @@ def route_rows(
 def count_rows(indices: da.Array, num_experts: int) -> da.Array:
     """Count the slots of each expert in a routing (n, k): a lazy (E,) Dask array of int64."""
     meta = namespace(indices._meta).empty((0, 0), dtype=np.int64)
-    counts = da.blockwise(
+    counts = block_by_block(
         _count_chunk, "ce", indices, "ck", num_experts=num_experts, new_axes={"e": num_experts},
-        adjust_chunks={"c": 1}, concatenate=True, dtype=np.int64, meta=meta,
+        adjust_chunks={"c": 1}, dtype=np.int64, meta=meta,
     )  # fmt: skip
     return counts.sum(axis=0)
 

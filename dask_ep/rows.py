@@ -8,7 +8,7 @@ Each chunk is reshaped where it lies; nothing is joined or rechunked along the r
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import dask.array as da
@@ -69,6 +69,17 @@ def chunked_like(x: da.Array, hidden: da.Array, name: str) -> da.Array:
             f"{x.shape[:-1]}"
         )
     return x.rechunk((*hidden.chunks[:-1], -1)) if known else x
+
+
+def block_by_block(function: Callable[..., Array], out: str, *args: Any, **kwargs: Any) -> da.Array:
+    """As `dask.array.blockwise`, on arrays whose chunks match as they are.
+
+    Notes
+    -----
+    Left to align chunks, Dask takes an axis of length 1 for one to broadcast: the chunks (0, 1) of
+    a single row behind an empty chunk would become (1,), and the row would be in both blocks.
+    """
+    return da.blockwise(function, out, *args, concatenate=True, align_arrays=False, **kwargs)
 
 
 def row_array(

@@ -26,6 +26,7 @@ from dask_ep.routing import Router
 from dask_ep.storage import open_tokens, store
 from tests import plain_routers
 from tests.checkpoints import FIXTURES, LAYER, expected
+from tests.strategies import row_chunks
 
 E, D, F = 5, 6, 4
 
@@ -79,19 +80,8 @@ def chunked_hidden(draw):
     """Hidden states of two to four axes, with any chunks along all of them."""
     leading = draw(st.lists(st.integers(0, 4), min_size=1, max_size=3))
     shape = (*leading, D)
-    chunks = tuple(
-        draw(st.lists(st.integers(1, max(n, 1)), min_size=1).map(lambda c, n=n: _cut(n, c)))
-        for n in shape
-    )
+    chunks = tuple(draw(row_chunks(n)) for n in shape)
     return da.from_array(normal(*shape, seed=9), chunks=chunks)
-
-
-def _cut(n, sizes):
-    cut = []
-    for size in sizes:
-        if sum(cut) + size <= n:
-            cut.append(size)
-    return (*cut, n - sum(cut)) if sum(cut) < n or not cut else tuple(cut)
 
 
 @given(
@@ -116,6 +106,42 @@ def test_any_layer_on_any_chunks_and_ranks_is_the_plain_one(
     assert y.chunks[:-1] == hidden.chunks[:-1]
     assert y.dtype == np.float32
     assert_eq(y, want.reshape(hidden.shape).astype(np.float32), rtol=1e-4, atol=1e-4)
+
+
+BATCHES = {
+    "capacity": lambda: make(capacity=Capacity(0.8), **shared()),
+    "capacity by position": lambda: make(capacity=Capacity(0.8, "position")),
+    "expert choice": lambda: make(ExpertChoice(E, factor=1.5)),
+    "table": lambda: make(table=np.arange(14).reshape(7, 2) % E),
+}
+
+
+@pytest.mark.parametrize("kind", BATCHES)
+@given(hidden=chunked_hidden(), world_size=st.integers(1, 3))
+@settings(max_examples=10, deadline=None)
+def test_a_layer_gives_each_row_the_same_in_any_chunks(kind, hidden, world_size):
+    assert_same_in_one_chunk(kind, hidden, world_size)
+
+
+@pytest.mark.parametrize("kind", BATCHES)
+@pytest.mark.parametrize("chunks", [(0, 1), (1, 0), (0, 1, 0)], ids=str)
+def test_a_single_row_beside_an_empty_chunk_is_one_row(kind, chunks):
+    """Dask broadcasts an axis of length 1, if it is left to align the chunks."""
+    hidden = da.from_array(normal(1, D, seed=9), chunks=(chunks, D))
+    assert_same_in_one_chunk(kind, hidden, world_size=2)
+
+
+def assert_same_in_one_chunk(kind, hidden, world_size):
+    layer = BATCHES[kind]()
+    ids = np.arange(hidden.size // D).reshape(hidden.shape[:-1]) % 7
+    together = hidden.rechunk(-1)
+    results = []
+    for x in (hidden, together):
+        token_ids = da.from_array(ids, chunks=x.chunks[:-1]) if kind == "table" else None
+        y = layer(x, token_ids=token_ids, world_size=world_size)
+        results += [(y, *layer.route(x, token_ids=token_ids), layer.load(x, token_ids=token_ids))]
+    for some, all_in_one in zip(*results, strict=True):
+        assert_eq(some, all_in_one, rtol=1e-5, atol=1e-5)
 
 
 def test_results_do_not_depend_on_chunks_ranks_and_schedulers():

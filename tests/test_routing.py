@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 from dask_ep.capacity import Capacity, ExpertChoice, choose_rows, limit_capacity
 from dask_ep.routing import Router, all_scores, look_up, route, weigh_chosen
 from tests import plain_routers
+from tests.strategies import row_chunks
 
 SCORES = ["softmax", "sigmoid", "sqrtsoftplus", "softmax_chosen", "sigmoid_chosen", "sparsemixer"]
 
@@ -215,11 +216,11 @@ def routed_batches(draw):
     # Few different weights, of either sign: most are equal to some other.
     value = st.sampled_from([-2.0, -0.0, 0.0, 1e-30, 0.5, 0.5000001, 3.0])
     weights = draw(st.lists(st.lists(value, min_size=k, max_size=k), min_size=n, max_size=n))
-    rows = draw(st.integers(1, n))
+    chunks = (draw(row_chunks(n)), -1)
     return (
         E,
-        da.from_array(np.array(indices), chunks=(rows, -1)),
-        da.from_array(np.array(weights, np.float32), chunks=(rows, -1)),
+        da.from_array(np.array(indices), chunks=chunks),
+        da.from_array(np.array(weights, np.float32), chunks=chunks),
     )
 
 

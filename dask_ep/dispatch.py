@@ -21,12 +21,12 @@ from typing import Any
 
 import numpy as np
 
-from dask_ep import grouped
+from dask_ep import grouped, memory
 from dask_ep.arrays import Array, namespace, one_namespace
 from dask_ep.checks import check_rank, check_routing, check_tokens, computing_dtype
 from dask_ep.expert import Expert, as_experts
-from dask_ep.segments import raise_bad_index, raise_nan, sort_slots
-from dask_ep.served import Served
+from dask_ep.segments import Segments, raise_bad_index, raise_nan, sort_slots
+from dask_ep.served import Answer, Served
 
 
 def expert_parallel_dispatch(
@@ -119,11 +119,56 @@ def dispatch(
     if xp is not np:
         return _on_device(tokens, routing, topk_weights, experts, rank, world_size, dtype)
 
+    tokens = aligned(tokens)
     segments = sort_slots(routing, topk_weights, len(experts), rank, world_size)
     served = Served(tokens, segments, topk_weights, experts[0].d_out)
     for e, expert in enumerate(experts):
         served.add(e, expert)
     return served.out.astype(dtype, copy=False)
+
+
+def answer_of_rank(
+    tokens: Array,
+    segments: Segments,
+    topk_weights: Array | None,
+    expert_Ws: Array | Sequence[Any],
+    rank: int,
+    d_out: int | None = None,
+) -> Array:
+    """As `expert_parallel_dispatch` on the host, with the rank's own rows alone, already sorted.
+
+    Parameters
+    ----------
+    tokens, topk_weights : of a chunk or packet, checked
+    segments : of its slots at all physical experts
+    expert_Ws : the experts of the rank
+    rank : r
+    d_out : width of the experts' rows, where it is known
+
+    Returns
+    -------
+    (m, d_out), see `served.Answer`
+    """
+    compute = computing_dtype(tokens.dtype)
+    experts = as_experts(expert_Ws, d=tokens.shape[1], like=tokens, dtype=compute)
+    d_out = experts[0].d_out if d_out is None else d_out
+    answer = Answer(tokens, segments, topk_weights, d_out, rank, len(experts))
+    for e, expert in enumerate(experts, rank * len(experts)):
+        answer.add(e, expert)
+    return answer.out
+
+
+def aligned(array: Array) -> Array:
+    """The array, or a copy of it in memory that is aligned to its numbers.
+
+    NumPy copies an unaligned array whole each time that rows are taken from it. Arrays that Dask
+    has received over a network often are: their frames lie one after the other.
+    """
+    if namespace(array) is not np or array.flags.aligned:
+        return array
+    copy = memory.empty(array.shape, array.dtype)
+    copy[...] = array
+    return copy
 
 
 def _on_device(

@@ -25,9 +25,9 @@ from dask.task_spec import List, Task, TaskRef
 from dask_ep.ahead import ExpertsAhead
 from dask_ep.arrays import Array
 from dask_ep.checks import check_routing
+from dask_ep.context import naming
 from dask_ep.expert_major import Rows, Walk
 from dask_ep.output import SERVED, SPILLED, Receipt
-from dask_ep.pipeline import naming
 from dask_ep.segments import sort_slots
 from dask_ep.served import Served
 

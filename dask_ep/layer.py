@@ -27,12 +27,13 @@ from dask_ep import memory
 from dask_ep.arrays import Array, namespace
 from dask_ep.capacity import Capacity, ExpertChoice
 from dask_ep.checks import check_byte_order, computing_dtype, is_float, refuse_masked
+from dask_ep.context import naming, telling_kernel
 from dask_ep.device import telling_memory
 from dask_ep.dispatch import dispatch
 from dask_ep.experts import CallableExperts, Experts, as_experts
 from dask_ep.fingerprint import describe
 from dask_ep.lazy_routing import SmallArray, count_rows, route_rows
-from dask_ep.pipeline import expert_parallel, naming, telling_kernel
+from dask_ep.pipeline import expert_parallel
 from dask_ep.placement import Placement
 from dask_ep.routing import Router
 from dask_ep.rows import chunked_like, keys_of, row_array, rows_of, unflatten, xp_name

@@ -1,33 +1,23 @@
-"""How does a scheduler keep every rank's tasks on the rank's owners, while workers come and go?
+"""Who shall serve which rank, while workers come and go?
 
-A plugin in the scheduler pins the two tasks that need a rank's experts, known by their keys, to
-the rank's owners. (What happens at the chunk's end is in `homes` and `at_home`, how many chunks are
-under way at once in `window`; all other tasks stay free.)
-
-    ("ep_experts-<tok>", r)      ──┐
-    ("ep_dispatch-<tok>", c, r)  ──┴──> worker_restrictions = the owners of r: ONE set
-
-All tasks of a rank share one set object, so that moving a rank is a change of that set, however
-many tasks there are. (Annotations would be lost when Dask optimises an array graph, and names of
-workers would hang after a restart.) One map of owners serves all graphs of one world size; graphs
-of one rank are not pinned, since every worker can play it.
-
-When owners move:
+A plugin in the scheduler keeps, for each world size, the owners of every rank; one map serves all graphs
+of that world size. `layer_map` lets the owners load what they serve. Tasks of experts that go by in
+passes run on the owners of their rank as well: all tasks of a rank share one set of addresses, so that
+moving the rank is a change of that set. (Annotations would be lost when Dask optimises an array graph,
+and names of workers would hang after a restart.) Nothing else is restricted.
 
 - A worker dies, leaves, retires, or is paused for longer than `pause_limit`: its ranks go to the
-  others at once, tasks stuck for want of an owner go on, and tasks that wait on a worker that will
-  not start them are called back. A survivor takes at once up to twice its fair share; what is over
-  waits for `settle`, lest the last one left reads everything.
+  others at once. A survivor takes at once up to twice its fair share; what is over waits for `settle`,
+  lest the last one left reads everything.
 - A worker comes: it adopts ranks without an owner at once, up to its fair share.
 - No worker came or left for `settle` seconds (or 5 × `settle` since the first change): ranks that
   still lack an owner get one, then as few ranks move as bring the workers within 10 % or one rank
-  of their shares. This stops nobody: what a worker has begun it finishes, what waits goes to the
-  new owners. A rank that moved so stays for 10 × `settle`, unless its owner is lost, so that a
-  worker that comes and goes does not have slices read again and again.
+  of their shares. This stops nobody: until a new owner has loaded its experts, the old one serves. A
+  rank that moved so stays for 10 × `settle`, unless its owner is lost, so that a worker that comes and
+  goes does not have slices read again and again.
 
 The fair share is that of the workers that were there when all was last settled. What decides
-(`owner_map`) is apart from what hears and acts (this file), from how tasks change hands
-(`handover`), and from what the user holds (`ownership`).
+(`owner_map`) is apart from what hears and acts (this file), and from what the user holds (`ownership`).
 """
 
 from __future__ import annotations
@@ -44,12 +34,11 @@ from distributed import SchedulerPlugin
 from distributed.core import Status
 from distributed.scheduler import Scheduler
 
-from dask_ep.at_home import pin_at_home
-from dask_ep.handover import begin, call_back, free, go_on, is_ours, spread
-from dask_ep.homes import find_home, give_homes, leave_homes
+from dask_ep import dask_internals
+from dask_ep.keys import read_rank
+from dask_ep.layer_map import LayerMap
 from dask_ep.owner_map import assign, balance, capacities, natural_order
 from dask_ep.ranks import NOBODY, Change, OwnersOfRank, Ranks
-from dask_ep.window import CHUNKS_BESIDE, CHUNKS_PER_THREAD, UNFINISHED, Window, is_sum
 
 logger = logging.getLogger(__name__)
 
@@ -58,14 +47,6 @@ PLUGIN = "dask-ep-owners"
 
 METADATA = ("dask-ep", "owners")
 """Where the scheduler's metadata says who owns what: {world size: [[owner, ...] of each rank]}."""
-
-PREFIXES = ("ep_experts-", "ep_dispatch-")
-"""What the names of pinned tasks begin with; the rank is the last element of their keys."""
-
-FUSED = "-ep_experts-"
-"""In the names of tasks that Dask has made of the last step of weights in Dask arrays and of their
-loading, such as ``getitem-ep_experts-<tok>``; the rest of their keys is that of the loading."""
-
 
 SETTLE = 2.0
 """Seconds without a change of workers before ranks are rebalanced, unless the user says otherwise:
@@ -79,7 +60,7 @@ few gigabytes takes less."""
 def _seen_by_the_user(hook: Callable) -> Callable:
     """The scheduler logs what a plugin raises, and goes on: keep it for `Owners.failures`.
 
-    What is pinned or held may wait for what has not been done, so it is freed: correct anywhere.
+    Chunks may wait for what has not been done, so they end with an error.
     """
 
     @wraps(hook)
@@ -87,8 +68,9 @@ def _seen_by_the_user(hook: Callable) -> Callable:
         try:
             return hook(self, *args, **kwargs)
         except Exception as error:
-            self.failures.append(f"{time.strftime('%X')} {hook.__name__}: {error!r}")
-            self.scheduler.loop.add_callback(self.free_tasks)
+            failure = f"{time.strftime('%X')} {hook.__name__}: {error!r}"
+            self.failures.append(failure)
+            self.layers.fail(f"the owners of ranks are not known any more: {failure}")
             raise
 
     return guarded
@@ -107,9 +89,9 @@ class Ownership(SchedulerPlugin):
         self.ranks: dict[int, Ranks] = {}  # by world size
         self.away: set[str] = set()  # workers that have been paused for too long
         self.settled_capacity = 0.0  # of all workers, when all was last settled
-        self.windows: list[Window] = []  # of graphs with chunks that are held
-        self.chunks_in_flight: float | None = None  # of a graph; None: by the workers' threads
-        self.admission_is_due = False
+        self.layers = LayerMap(scheduler, lambda size, rank: self.ranks[size].owners[rank])
+        self.chunks_in_flight: int | None = None  # on each worker; None: by its threads
+        self.is_leaving = False
         self.timers: dict[str, object] = {}  # by what they wait for
         self.unsettled_since = inf  # monotonic seconds
         self.failures: deque[str] = deque(maxlen=100)
@@ -119,40 +101,33 @@ class Ownership(SchedulerPlugin):
 
     @_seen_by_the_user
     def update_graph(self, scheduler: Scheduler, *, tasks: Collection, **kwargs: Any) -> None:
-        """Pin the new tasks. Runs before the first of them is given to a worker."""
-        pinned = [key for key in tasks if _has_rank(key)]
+        """Give owners to the ranks of new graphs. Runs before the first task is given to a worker."""
+        if self.is_leaving:
+            return
+        for world_size in self.layers.world_sizes(tasks):
+            self.add_ranks(world_size)
+        self.layers.add(tasks)
+        self._pin_passes(tasks)
+
+    def _pin_passes(self, tasks: Collection) -> None:
+        """Let the tasks of experts that go by in passes run on the owners of their rank."""
+        found = [(key, read_rank(key)) for key in tasks if isinstance(key, tuple) and len(key) > 2]
+        found = [(key, of_rank) for key, of_rank in found if of_rank is not None]
         world_sizes: defaultdict[str, int] = defaultdict(int)
-        for key in pinned:
-            token = key[0].rpartition("-")[2]
-            world_sizes[token] = max(world_sizes[token], key[-1] + 1)
+        for _, (token, rank) in found:
+            world_sizes[token] = max(world_sizes[token], rank + 1)
         for world_size in set(world_sizes.values()) - {1}:
             self.add_ranks(world_size)
-        for key in pinned:
-            world_size = world_sizes[key[0].rpartition("-")[2]]
-            task = scheduler.tasks[key]
-            # Whoever restricts a task by an annotation wants it there.
-            if world_size > 1 and not task.worker_restrictions:
-                task.worker_restrictions = self.ranks[world_size].owners[key[-1]]
-        states = [scheduler.tasks[key] for key in tasks]
-        pin_at_home(states, lambda token: self._owners(world_sizes.get(token, 1)))
-        give_homes(states)
-        for window in self.windows:
-            window.recount()  # or what has ended could be held by the new one, and counted here
-        # With a timeout, the scheduler would give up what is held.
-        if scheduler.no_workers_timeout is None and any(map(is_sum, tasks)):
-            window = Window(states, self.limit_in_flight())
-            if window.held:
-                self.windows.append(window)
-                self._admit_soon()
+        for key, (token, rank) in found:
+            if world_sizes[token] > 1:
+                owners = self.ranks[world_sizes[token]].owners[rank]
+                dask_internals.restrict(self.scheduler.tasks[key], owners)
 
     @_seen_by_the_user
     def transition(self, key: object, start: str, finish: str, *args: Any, **kwargs: Any) -> None:
-        """Find the home of a chunk when all that its packets need has come; count ended chunks."""
-        if finish == "memory":
-            for dependent in self.scheduler.tasks[key].dependents:
-                find_home(dependent)
-        if self.windows and finish not in UNFINISHED and is_sum(key):
-            self._admit_soon()
+        self.layers.heard(key, start, finish)
+        if self.is_leaving and not len(self.layers):
+            self.scheduler.loop.add_callback(self._leave)
 
     @_seen_by_the_user
     def add_worker(self, scheduler: Scheduler, worker: str) -> None:
@@ -171,12 +146,14 @@ class Ownership(SchedulerPlugin):
 
     @_seen_by_the_user
     def restart(self, scheduler: Scheduler) -> None:
+        self.layers.clear()
         self._publish()  # the restart has cleared all metadata
 
     @_seen_by_the_user
     def valid_workers_downscaling(self, scheduler: Scheduler, workers: list) -> list:
         """Spare the only owner of a rank while work is pending; afterwards all may go."""
-        if all(group.done for group in scheduler.task_groups.values() if _is_pinned(group.name)):
+        passes = (g for g in scheduler.task_groups.values() if g.name.startswith("ep_dispatch-"))
+        if not any(layer.is_open for layer in self.layers) and all(g.done for g in passes):
             return workers
         needed = {
             owner
@@ -218,21 +195,22 @@ class Ownership(SchedulerPlugin):
             self._settle_later()
 
     def release(self, client: str) -> None:
-        """Drop the claim of a client; with the last one, free all tasks and go."""
+        """Drop the claim of a client; with the last one, go when what has begun is done."""
         if self.claims.pop(client, None) is None or self.claims:
+            return
+        self.is_leaving = True
+        self.scheduler.task_metadata.pop(METADATA[0], None)
+        if not len(self.layers):
+            self._leave()
+
+    def _leave(self) -> None:
+        if not self.is_leaving or self.scheduler.plugins.get(PLUGIN) is not self:
             return
         for timer in self.timers.values():
             self.scheduler.loop.remove_timeout(timer)
         self.timers.clear()
-        self.ranks.clear()
-        self.scheduler.task_metadata.pop(METADATA[0], None)
-        self.scheduler.plugins.pop(PLUGIN, None)
-        self.free_tasks()
-
-    def free_tasks(self) -> None:
-        """Let every worker play every rank, and all chunks begin."""
-        self.windows.clear()
-        free(self.scheduler)
+        self.scheduler.plugins.pop(PLUGIN)
+        dask_internals.free_stuck(self.scheduler, OwnersOfRank)
 
     def place(self, world_size: int, rank: int, workers: Collection[str], why: str) -> None:
         """Make exactly these workers the owners of a rank, until all of them are lost."""
@@ -241,7 +219,6 @@ class Ownership(SchedulerPlugin):
         ranks.copies[rank] = len(workers)
         self._change(world_size, rank, workers, why)
         self._publish()
-        spread(self.scheduler, [ranks.owners[rank]])
 
     def workers(self) -> dict[str, float]:
         """Who can play a rank, and their capacities: GPUs where workers declare some, else memory.
@@ -269,18 +246,19 @@ class Ownership(SchedulerPlugin):
     def _arrived(self, worker: str) -> None:
         self._settle_later()
         self.away.discard(worker)
+        self.layers.welcome(worker)
+        self._limit([worker])
         self.assign(f"{worker} came", shares=1)
-        self._admit_soon()
 
     def _gone(self, worker: str, how: str) -> None:
         self._settle_later()
         self._cancel(worker)
-        leave_homes(self.scheduler, worker)
+        if worker not in self.scheduler.workers:
+            self.away.discard(worker)
+            self.layers.lose(worker)
         self.assign(f"{worker} {how}", shares=2)
         if worker in self.scheduler.workers:
-            call_back(self.scheduler, worker, lambda task: True)
-        else:
-            self.away.discard(worker)
+            dask_internals.call_back(self.scheduler, worker, OwnersOfRank)
 
     @_seen_by_the_user
     def _status_changed(self, worker: str, status: str) -> None:
@@ -290,9 +268,6 @@ class Ownership(SchedulerPlugin):
         if status == "running":
             self._arrived(worker)
         elif status == "paused":
-            leave_homes(self.scheduler, worker)
-            go_on(self.scheduler)
-            call_back(self.scheduler, worker, is_ours)
             self._start(worker, self.pause_limit, self._paused_for_long, worker)
         else:
             self._gone(worker, "retires")
@@ -313,7 +288,6 @@ class Ownership(SchedulerPlugin):
         self.settled_capacity = sum(workers.values())
         self.assign("settled")
         now = time.monotonic()
-        moved = []
         for world_size, ranks in self.ranks.items():
             fixed = ranks.by_hand | {
                 rank
@@ -325,9 +299,7 @@ class Ownership(SchedulerPlugin):
                 if owners != before[rank]:
                     ranks.balanced_at[rank] = now
                     self._change(world_size, rank, owners, "rebalanced")
-                    moved.append(ranks.owners[rank])
         self._publish()
-        spread(self.scheduler, moved)
 
     # How it is done
 
@@ -345,11 +317,6 @@ class Ownership(SchedulerPlugin):
                 if not before[rank] & owners:
                     ranks.by_hand.discard(rank)
         self._publish()
-        go_on(self.scheduler)
-
-    def _owners(self, world_size: int) -> list[OwnersOfRank] | None:
-        """The owners of each rank; None where all workers can play the only one."""
-        return self.ranks[world_size].owners if world_size > 1 else None
 
     def _change(self, world_size: int, rank: int, owners: Collection[str], why: str) -> None:
         of_rank = self.ranks[world_size].owners[rank]
@@ -361,28 +328,16 @@ class Ownership(SchedulerPlugin):
         change = Change(time.time(), world_size, rank, _sorted(before), _sorted(after), why)
         self.changes.append(change)
         logger.info("rank %d of %d: %s -> %s (%s)", rank, world_size, before, after, why)
+        self.layers.serve(world_size, rank)
 
-    def limit_in_flight(self) -> float:
-        """Count the chunks of a graph that may be under way now."""
-        if self.chunks_in_flight is not None:
-            return self.chunks_in_flight
-        return CHUNKS_PER_THREAD * self.scheduler.total_nthreads + CHUNKS_BESIDE
+    def limit(self, chunks: int | None) -> None:
+        """Bound the chunks under way on each worker; None: by its threads."""
+        self.chunks_in_flight = chunks
+        self._limit(self.scheduler.workers)
 
-    def _admit_soon(self) -> None:
-        """Let chunks begin once the scheduler is through with what it is in the midst of."""
-        if self.windows and not self.admission_is_due:
-            self.admission_is_due = True
-            self.scheduler.loop.add_callback(self._admit)
-
-    @_seen_by_the_user
-    def _admit(self) -> None:
-        self.admission_is_due = False
-        limit = self.limit_in_flight()
-        admitted = [entry for window in self.windows for entry in window.admit(limit)]
-        self.windows = [window for window in self.windows if window.held]
-        for entry in admitted:
-            find_home(entry)
-        begin(self.scheduler, admitted)
+    def _limit(self, workers: Collection[str]) -> None:
+        message = {"op": "ep-limit", "chunks": self.chunks_in_flight}
+        dask_internals.tell(self.scheduler, list(workers), message)
 
     def _settle_later(self) -> None:
         now = time.monotonic()
@@ -399,19 +354,13 @@ class Ownership(SchedulerPlugin):
             self.scheduler.loop.remove_timeout(timer)
 
     def _publish(self) -> None:
+        """Let clients read who owns what, and begin tasks that were stuck for want of an owner."""
         owners = {
             str(world_size): [_sorted(of_rank) for of_rank in ranks.living()]
             for world_size, ranks in self.ranks.items()
         }
         self.scheduler.set_metadata(list(METADATA), owners)
-
-
-def _is_pinned(name: object) -> bool:
-    return isinstance(name, str) and (name.startswith(PREFIXES) or FUSED in name)
-
-
-def _has_rank(key: object) -> bool:
-    return isinstance(key, tuple) and _is_pinned(key[0]) and isinstance(key[-1], int)
+        dask_internals.begin_stuck(self.scheduler, OwnersOfRank)
 
 
 def _sorted(owners: Collection[str]) -> tuple[str, ...]:

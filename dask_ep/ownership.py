@@ -17,7 +17,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from html import escape
-from math import isfinite
+from math import isfinite, isinf
 from types import TracebackType
 from typing import Any
 
@@ -29,6 +29,7 @@ from dask_ep.checks import check_world_size
 from dask_ep.owner_map import burdens
 from dask_ep.owner_plugin import PLUGIN, Ownership
 from dask_ep.ranks import Change
+from dask_ep.services import Services
 
 
 def own_experts(
@@ -118,6 +119,7 @@ def own_experts(
             "make it with Client(address)"
         )
     try:
+        client.register_plugin(Services())
         world_size, is_new = client.run_on_scheduler(
             _claim, client.id, world_size, replicas, loads, settle, pause_limit, chunks_in_flight
         )
@@ -290,10 +292,11 @@ def _claim(
         plugin.settle = settle
     if pause_limit is not None:
         plugin.pause_limit = pause_limit
-    if chunks_in_flight is not None:
-        plugin.chunks_in_flight = chunks_in_flight
     if not installed:
         dask_scheduler.add_plugin(plugin, name=PLUGIN)
+    plugin.is_leaving = False
+    if chunks_in_flight is not None:
+        plugin.limit(None if isinf(chunks_in_flight) else int(chunks_in_flight))
     plugin.claim(client, world_size, loads, replicas)
     return world_size, is_new
 

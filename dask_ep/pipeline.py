@@ -1,17 +1,17 @@
-"""How does a layer's exchange become a Dask graph?
+"""How does a layer become a Dask graph?
 
-    tokens (c)   routing (c)           experts, wherever they lie
-       │   ┌────────┤                             │
-       v   v        │                             v
-    ep_send (c, r)  │                       ep_experts (r)        on the owner of r
-       │            │                             │
-       └────────────┼──> ep_dispatch (c, r) <─────┘               on the owner of r
-                    v          │
-                ep_sum (c, 0) <┘ of all r                         where chunk c is
+    tokens (c)   routing (c)             experts, wherever they lie
+       │              │                             │
+       │              │                             v
+       │              │                      ep_experts (r)      where rank r is served
+       │              │                             │
+       │              │                         ep_layer         all ranks are there
+       v              v                             │
+    ep_chunk (c) <──────────────────────────────────┘            where the chunk is read
 
-Chunks stream: nothing ever joins them. C chunks and R ranks make C (2 R + 1) + R tasks, each about
-0.45 ms of the scheduler. With one rank nothing has to be exchanged: one task per chunk. Where the
-placement is local, the key of ep_send is (c, r, home of c), for the scheduler to know (`at_home`).
+C chunks and R ranks make C + R + 1 tasks; with one rank, which exchanges nothing, C + 1. `ep_chunk` is
+a Blockwise layer, which Dask fuses with the reading before and the writing after. What happens in it
+is in `chunk`, who serves a rank in `services` and `ownership`.
 """
 
 from __future__ import annotations
@@ -19,32 +19,36 @@ from __future__ import annotations
 import math
 import sys
 import warnings
-from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
-from importlib import import_module
+from collections.abc import Sequence
 from typing import Any
 
 import dask
 import dask.array as da
 import numpy as np
 from dask.base import tokenize
+from dask.blockwise import BlockwiseDepDict, blockwise
+from dask.core import flatten
 from dask.highlevelgraph import HighLevelGraph
 from dask.task_spec import List, Task, TaskRef
 
-from dask_ep.arrays import Array, namespace
+from dask_ep.arrays import namespace
 from dask_ep.checks import check_routing, check_tokens, check_world_size, computing_dtype
-from dask_ep.device import DeviceMemoryError, telling_chunk, telling_memory
-from dask_ep.dispatch import expert_parallel_dispatch
-from dask_ep.exchange import Packet, send, sum_ranks
+from dask_ep.chunk import (
+    Exchange,
+    Where,
+    compute_chunk,
+    compute_chunk_of_one_rank,
+    join_ranks,
+    load_rank,
+)
 from dask_ep.experts import CallableExperts, Experts, as_experts
-from dask_ep.grouped import INDEX_BYTES, row_bytes
-from dask_ep.local import LocalExperts
+from dask_ep.keys import chunk_name, experts_key, layer_key
 from dask_ep.placement import Placement, contiguous
 from dask_ep.placement_files import Asked, find_placement
 from dask_ep.survey import survey
 
 TASKS_ADVISED = 100_000
-"""Tasks above which building warns: 45 s of the scheduler."""
+"""Tasks above which building warns: 50 s of the scheduler."""
 
 
 class UnpinnedWarning(UserWarning):
@@ -102,8 +106,8 @@ def expert_parallel(
 
     Notes
     -----
-    C (2 R + 1) + R tasks for C chunks; with R = 1, C + 1. A row travels to a rank once, however
-    many of its slots are served there, and one summed row comes back (DeepEP's two savings).
+    C + R + 1 tasks for C chunks; with R = 1, C + 1. A row travels to the owner of its ranks once,
+    however many of its slots are served there, and one summed row comes back from each rank.
     In memory at once: a few chunks per thread and the experts. The same chunks, ranks and
     placement give the same bits on every scheduler, after any failure. Nothing is computed here,
     but for the load that a placement by name asks for; tokens are never read.
@@ -127,21 +131,31 @@ def expert_parallel(
     _check_widths(tokens, experts)
     world_size, placement = _ranks(experts, world_size, placement, tokens, routing)
     token = tokenize(tokens, routing, topk_weights, experts, world_size, placement)
-    build = _build_one_rank if world_size == 1 else _build_exchange
-    return build(token, tokens, routing, topk_weights, experts, world_size, placement)
+    _warn_of_many_tasks(len(tokens.chunks[0]), world_size)
+    if world_size > 1:
+        _warn_if_unpinned(world_size)
+    return _build(token, tokens, routing, topk_weights, experts, world_size, placement)
 
 
 def count_tasks(num_chunks: int, world_size: int) -> int:
     """How many tasks `expert_parallel` makes, besides those of its inputs."""
-    if world_size == 1:
-        return num_chunks + 1
-    return num_chunks * (2 * world_size + 1) + world_size
+    return num_chunks + (1 if world_size == 1 else world_size + 1)
 
 
-# --- the two graphs --------------------------------------------------------------------------
+# --- the graph ---------------------------------------------------------------------------------
 
 
-def _build_one_rank(
+class _Unfused(Task):
+    """A task that Dask joins with no other: its key is looked for."""
+
+    __slots__ = ()
+
+    @property
+    def block_fusion(self) -> bool:
+        return True
+
+
+def _build(
     token: str,
     tokens: da.Array,
     routing: da.Array,
@@ -150,230 +164,68 @@ def _build_one_rank(
     world_size: int,
     placement: Placement | None,
 ) -> da.Array:
-    """One task per chunk, as `dask.array.map_blocks` would make it.
-
-    Written out, because Dask's optimisation loses a Delayed argument of map_blocks, the loaded
-    experts here, where a layer below is no Blockwise one (seen in 2026.8.0 with a rechunk).
-    """
-    tasks, dependencies = _load_tasks(token, experts, [range(experts.num_experts)], tokens)
-    name, d_out = f"ep_dispatch-{token}", _d_out(experts, tokens)
-    token_keys, routing_keys, weight_keys = map(_row_keys, (tokens, routing, topk_weights))
-    for c, token_key in enumerate(token_keys):
-        key = (name, c, 0)
-        tasks[key] = Task(
-            key,
-            _dispatch_chunk,
-            TaskRef(token_key),
-            TaskRef(routing_keys[c]),
-            TaskRef(weight_keys[c]) if weight_keys else None,
-            TaskRef((f"ep_experts-{token}", 0)),
-            c,
-            d_out,
-        )
-    return _as_array(name, tasks, tokens, d_out, [tokens, routing, topk_weights, *dependencies])
-
-
-def _build_exchange(
-    token: str,
-    tokens: da.Array,
-    routing: da.Array,
-    topk_weights: da.Array | None,
-    experts: Experts | CallableExperts,
-    world_size: int,
-    placement: Placement | None,
-) -> da.Array:
-    _warn_of_many_tasks(len(tokens.chunks[0]), world_size)
-    _warn_if_unpinned(world_size)
     order = list(range(experts.num_experts)) if placement is None else placement.order()
-    num_local = len(order) // world_size
+    num_local, d_out = len(order) // world_size, _d_out(experts, tokens)
     slots = [order[r * num_local : (r + 1) * num_local] for r in range(world_size)]
-    tasks, dependencies = _load_tasks(token, experts, slots, tokens)
+    layer = _layer(token, experts, slots, tokens, at_home=placement is not None and placement.local)
 
-    ep_experts, ep_send, ep_dispatch, ep_sum = (
-        f"ep_{step}-{token}" for step in ("experts", "send", "dispatch", "sum")
-    )
-    token_keys, routing_keys, weight_keys = map(_row_keys, (tokens, routing, topk_weights))
-    d_out = _d_out(experts, tokens)
-    for c, first_row in enumerate(_first_rows(tokens.chunks[0])):
-        here = TaskRef(routing_keys[c])
-        weights = TaskRef(weight_keys[c]) if weight_keys else None
-        home = None if placement is None else placement.home(c)
-        answers = []
-        for r in range(world_size):
-            sent = (ep_send, c, r) if home is None else (ep_send, c, r, home)
-            answer = (ep_dispatch, c, r)
-            tasks[sent] = Task(
-                sent, _send, TaskRef(token_keys[c]), here, weights,
-                placement, first_row, home, c, r, num_local, len(order),
-            )  # fmt: skip
-            tasks[answer] = Task(
-                answer, _dispatch, TaskRef(sent), TaskRef((ep_experts, r)), c, r, world_size, d_out
-            )
-            answers.append(TaskRef(answer))
-        key = (ep_sum, c, 0)
-        tasks[key] = Task(
-            key, _sum, here, List(answers), placement, first_row, home, c, num_local, tokens.dtype
-        )
-    return _as_array(ep_sum, tasks, tokens, d_out, [tokens, routing, topk_weights, *dependencies])
-
-
-def _as_array(
-    name: str,
-    tasks: dict[Any, Task],
-    tokens: da.Array,
-    d_out: int,
-    dependencies: Sequence[da.Array | None],
-) -> da.Array:
+    chunks, name = tokens.chunks[0], chunk_name(token)
+    places = {
+        (c,): Where(c, first_row, None if placement is None else placement.home(c))
+        for c, first_row in enumerate(_first_rows(chunks))
+    }
+    inputs = [
+        pair
+        for array in (tokens, routing, topk_weights)
+        for pair in ((None, None) if array is None else (array.name, "nd"[: array.ndim]))
+    ]
     graph = HighLevelGraph.from_collections(
-        name, tasks, dependencies=[a for a in dependencies if a is not None]
+        name,
+        blockwise(
+            compute_chunk_of_one_rank if world_size == 1 else compute_chunk,
+            name,
+            "nd",
+            *inputs,
+            layer.name,
+            "",
+            BlockwiseDepDict(places, numblocks=(len(chunks),)),
+            "n",
+            Exchange(token, world_size, num_local, d_out, placement),
+            None,
+            numblocks={
+                a.name: a.numblocks for a in (tokens, routing, topk_weights, layer) if a is not None
+            },
+        ),
+        dependencies=[a for a in (tokens, routing, topk_weights, layer) if a is not None],
     )
-    return da.Array(
-        graph, name, chunks=(tokens.chunks[0], (d_out,)), meta=tokens._meta, dtype=tokens.dtype
-    )
+    return da.Array(graph, name, (chunks, (d_out,)), meta=tokens._meta, dtype=tokens.dtype)
 
 
-def _load_tasks(
+def _layer(
     token: str,
     experts: Experts | CallableExperts,
     slots: Sequence[Sequence[int]],
     tokens: da.Array,
-) -> tuple[dict[Any, Task], list[da.Array]]:
-    """The task per rank that loads its experts, and the Dask arrays that these depend on."""
+    at_home: bool,
+) -> da.Array:
+    """The experts of all ranks as an array without axes, which every chunk depends on."""
     tasks, dependencies = {}, []
     xp = namespace(tokens._meta).__name__
     dtype = computing_dtype(tokens.dtype, on_device=xp != "numpy")
+    several = len(slots) > 1
     for r, ids in enumerate(slots):
         local = experts.subset(ids)
         lazy = local.collections()
         dependencies.extend(lazy.values())
-        key = (f"ep_experts-{token}", r)
-        given = {
-            n: TaskRef(next(iter(dask.core.flatten(a.__dask_keys__())))) for n, a in lazy.items()
-        }
-        tasks[key] = Task(key, _load, local.detached(), xp, dtype, r, **given)
-    return tasks, dependencies
-
-
-# --- the tasks -------------------------------------------------------------------------------
-
-
-def _load(
-    experts: Experts | CallableExperts, xp: str, dtype: np.dtype, rank: int, **given: np.ndarray
-) -> LocalExperts | list:
-    namespace, needed = import_module(xp), experts.parameters * experts.num_experts * dtype.itemsize
-    with naming(f"loading the experts of rank {rank}"), telling_memory(namespace, needed):
-        return experts.load(xp=namespace, dtype=dtype, given=given or None)
-
-
-def _dispatch_chunk(
-    tokens: Array,
-    routing: Array,
-    topk_weights: Array | None,
-    experts: LocalExperts,
-    chunk: int,
-    d_out: int,
-) -> Array:
-    place = f"dispatch of token chunk {chunk} at rank 0 of 1"
-    with naming(place), telling_kernel(tokens, _slots_of(routing), experts, d_out):
-        out = expert_parallel_dispatch(
-            tokens, routing, experts, rank=0, world_size=1, topk_weights=topk_weights
-        )
-        return _of_width(out, d_out)
-
-
-def _send(
-    tokens: Array,
-    routing: Array,
-    topk_weights: Array | None,
-    placement: Placement | None,
-    first_row: int,
-    home: int | None,
-    chunk: int,
-    rank: int,
-    num_local: int,
-    num_slots: int,
-) -> Packet:
-    place = f"send of token chunk {chunk} to rank {rank}"
-    with naming(place):
-        check_tokens(tokens)
-        check_routing(routing, topk_weights, n=tokens.shape[0])
-        one = tokens.shape[1] * tokens.dtype.itemsize + _slots_of(routing) * INDEX_BYTES
-        with telling_chunk(tokens, one):
-            physical = routing if placement is None else placement.rewrite(routing, first_row, home)
-            return send(tokens, physical, topk_weights, rank, num_local, num_slots)
-
-
-def _dispatch(
-    packet: Packet, experts: LocalExperts, chunk: int, rank: int, world_size: int, d_out: int
-) -> Array:
-    place = f"dispatch of token chunk {chunk} at rank {rank} of {world_size}"
-    with naming(place), telling_kernel(packet.rows, _slots_of(packet.routing), experts, d_out):
-        out = expert_parallel_dispatch(
-            packet.rows,
-            packet.routing,
-            experts,
-            rank,
-            world_size,
-            topk_weights=packet.topk_weights,
-        )
-        return _of_width(out, d_out)
-
-
-def _sum(
-    routing: Array,
-    outputs: Sequence[Array],
-    placement: Placement | None,
-    first_row: int,
-    home: int | None,
-    chunk: int,
-    num_local: int,
-    dtype: np.dtype,
-) -> Array:
-    sums = computing_dtype(dtype).itemsize + dtype.itemsize
-    one = outputs[0].shape[1] * sums + (len(outputs) + _slots_of(routing)) * INDEX_BYTES
-    with naming(f"sum of token chunk {chunk}"), telling_chunk(routing, one):
-        physical = routing if placement is None else placement.rewrite(routing, first_row, home)
-        return sum_ranks(physical, outputs, num_local, dtype)
-
-
-@contextmanager
-def naming(place: str) -> Iterator[None]:
-    """Say in an error which step, chunk and rank it comes from."""
-    try:
-        yield
-    except Exception as error:
-        if type(error) in (ValueError, TypeError, DeviceMemoryError):  # others may need more words
-            raise type(error)(f"{place}: {error}") from error
-        error.add_note(f"dask_ep: {place}")
-        raise
-
-
-def telling_kernel(
-    tokens: Array, k: int, experts: Sequence[Any], d_out: int, beside: int = 0
-) -> AbstractContextManager[None]:
-    """Say what a chunk needs, if the device that computes it has not enough memory.
-
-    `beside` is what a row takes beside the kernel.
-    """
-    if namespace(tokens) is np:
-        return nullcontext()
-    widest = max((getattr(expert, "widest", d_out) for expert in experts), default=0)
-    one = row_bytes(tokens.shape[1], d_out, widest, k, tokens.dtype.itemsize)
-    return telling_chunk(tokens, one + beside)
-
-
-def _slots_of(routing: Array) -> int:
-    """k of a routing (n,) or (n, k)."""
-    return 1 if routing.ndim == 1 else routing.shape[1]
-
-
-def _of_width(out: Array, d_out: int) -> Array:
-    if out.shape[1] != d_out:
-        raise ValueError(
-            f"the experts must give rows of width {d_out}, but gave {out.shape[1]}; "
-            f"say Experts.callables(functions, d_out={out.shape[1]})"
-        )
-    return out
+        key = experts_key(token, r if several else None)
+        given = {n: TaskRef(next(iter(flatten(a.__dask_keys__())))) for n, a in lazy.items()}
+        served_as = token if several else None
+        tasks[key] = _Unfused(key, load_rank, local.detached(), xp, dtype, r, served_as, **given)
+    if several:
+        key = layer_key(token, at_home=at_home)
+        tasks[key] = _Unfused(key, join_ranks, List([TaskRef(rank) for rank in list(tasks)]))
+    graph = HighLevelGraph.from_collections(key[0], tasks, dependencies=dependencies)
+    return da.Array(graph, key[0], chunks=(), meta=np.empty((), object))
 
 
 # --- what must hold --------------------------------------------------------------------------
@@ -474,9 +326,8 @@ def _warn_of_many_tasks(num_chunks: int, world_size: int) -> None:
     tasks = count_tasks(num_chunks, world_size)
     if tasks > TASKS_ADVISED:
         warnings.warn(
-            f"{num_chunks} chunks and {world_size} ranks make {tasks} tasks "
-            f"(C (2 R + 1) + R), about {tasks * 0.45e-3:.0f} s of the scheduler; use larger "
-            "token chunks or fewer ranks",
+            f"{num_chunks} chunks and {world_size} ranks make {tasks} tasks (C + R + 1), about "
+            f"{tasks * 0.5e-3:.0f} s of the scheduler; use larger token chunks",
             da.PerformanceWarning,
             stacklevel=4,
         )
@@ -522,10 +373,6 @@ def _client_in_use() -> Any:
         return distributed.default_client()
     except ValueError:
         return None
-
-
-def _row_keys(array: da.Array | None) -> list[Any]:
-    return [] if array is None else list(dask.core.flatten(array.__dask_keys__()))
 
 
 def _first_rows(chunks: tuple[float, ...]) -> list[int]:

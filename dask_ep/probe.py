@@ -21,8 +21,8 @@ from dask_ep import memory
 from dask_ep.blas import one_blas_thread, product
 from dask_ep.costs import PACKED_RANKS, Rates
 from dask_ep.dispatch import expert_parallel_dispatch
-from dask_ep.exchange import packet_order, send, sum_ranks
 from dask_ep.expert import Expert
+from dask_ep.pack import packet_order, send, sum_ranks
 from dask_ep.served import TILE_ROWS
 
 MOST_BYTES = 32 << 20

@@ -32,7 +32,29 @@ class Segments(NamedTuple):
 
     def rows(self, slots: Array | slice) -> Array | slice:
         """Row numbers of slots."""
-        return slots if self.k == 1 else slots // self.k
+        return slots if self.k == 1 or isinstance(slots, slice) else slots // self.k
+
+    def of_rank(self, rank: int, num_local: int) -> tuple[int, int]:
+        """First and last + 1 position of the slots of some neighbouring experts, a rank's."""
+        if not self.bounds:
+            return 0, 0
+        return self.bounds[rank * num_local][0], self.bounds[(rank + 1) * num_local - 1][1]
+
+    def rows_of_slots(self, rank: int, num_local: int) -> Array | slice:
+        """Row number of each of a rank's slots, by expert, then by row."""
+        return self.rows(self.slots(slice(*self.of_rank(rank, num_local))))
+
+    def rows_of(self, rank: int, num_local: int, n: int) -> Array | slice:
+        """Row numbers of a rank's rows, of `n`, each once.
+
+        With one slot a row they are sorted by expert, then by row; else by row.
+        """
+        rows = self.rows_of_slots(rank, num_local)
+        if self.k == 1 or isinstance(rows, slice):
+            return rows
+        here = np.zeros(n, bool)
+        here[rows] = True
+        return np.flatnonzero(here)
 
     def not_ours(self) -> Array | slice:
         """Slot numbers that no local expert serves."""

@@ -56,6 +56,10 @@ class Served:
     out : (n, d_out) array, see `begin_output`; the output when all experts were added
     """
 
+    def _target(self, tile: slice, rows: Array | slice) -> Array | slice:
+        """Where the rows of a tile belong in the output."""
+        return rows
+
     def __init__(
         self,
         tokens: Array,
@@ -76,10 +80,57 @@ class Served:
     def add(self, e: int, expert: Expert) -> None:
         """Send the rows of local expert `e` through it, and add what it gives."""
         compute = computing_dtype(self._tokens.dtype)
-        xp, k = namespace(self._tokens), self._segments.k
-        for tile in tiles(*self._segments.bounds[e], expert, compute, xp):
+        for tile in tiles(*self._segments.bounds[e], expert, compute, namespace(self._tokens)):
             slots = self._segments.slots(tile)
-            _apply(expert, self._tokens, slots, k, self._weights, compute, self.out, self._write)
+            rows = self._segments.rows(slots)
+            to = self._target(tile, rows)
+            _apply(
+                expert, self._tokens, rows, slots, self._weights, compute, self.out, to, self._write
+            )
+
+
+class Answer(Served):
+    """What one rank answers: the sums of its own experts alone, and only its own rows of a chunk.
+
+    Parameters
+    ----------
+    tokens, segments, topk_weights, d_out : see `Served`; segments of all physical experts
+    rank, num_local : r, which owns the experts [r * num_local, (r + 1) * num_local)
+
+    Attributes
+    ----------
+    out : (m, d_out), of the tokens' dtype with one slot a row, else of the computing dtype; its
+        rows are those of `Segments.rows_of`, in that order
+    """
+
+    def __init__(
+        self,
+        tokens: Array,
+        segments: Segments,
+        topk_weights: Array | None,
+        d_out: int,
+        rank: int,
+        num_local: int,
+    ):
+        self._tokens, self._segments = tokens, segments
+        self._weights = None if topk_weights is None else topk_weights.reshape(-1)
+        self._first, last = segments.of_rank(rank, num_local)
+        if segments.k == 1:
+            shape = (last - self._first, d_out)
+            self.out, self._write = memory.empty(shape, tokens.dtype, like=tokens), assign_rows
+            return
+        rows = segments.rows_of(rank, num_local, len(tokens))
+        count = rows.stop - rows.start if isinstance(rows, slice) else len(rows)
+        self.out = memory.empty((count, d_out), computing_dtype(tokens.dtype), like=tokens)
+        self.out.fill(0)
+        self._write = partial(_add_repeated_rows, segments.k) if segments.repeats else add_rows
+        self._place = np.empty(len(tokens), np.intp)
+        self._place[rows] = np.arange(count)
+
+    def _target(self, tile: slice, rows: Array | slice) -> Array | slice:
+        if self._segments.k == 1:
+            return slice(tile.start - self._first, tile.stop - self._first)
+        return self._place[rows]
 
 
 def begin_output(
@@ -137,16 +188,16 @@ def tile_bytes(row_bytes: int) -> int:
 def _apply(
     expert: Expert,
     tokens: Array,
+    rows: Array | slice,
     slots: Array | slice,
-    k: int,
     weights: Array | None,
     compute: np.dtype,
     out: Array,
+    to: Array | slice,
     write: Write,
 ) -> None:
-    """One tile: gather, expert, weight, write."""
-    contiguous = isinstance(slots, slice)
-    rows = slots if contiguous or k == 1 else slots // k
+    """One tile: gather its rows, expert, weight, write to rows `to` of the output."""
+    contiguous, whole = isinstance(rows, slice), isinstance(to, slice)
     x = tokens[rows].astype(compute, copy=False) if contiguous else gather(tokens, rows, compute)
     if contiguous and out is tokens:
         x = x.copy()  # experts read their rows again while they write
@@ -154,17 +205,17 @@ def _apply(
         w = weights[slots].astype(compute, copy=False)[:, None]
         if expert.weigh == "input":
             x = namespace(x).multiply(x, w, out=None if contiguous else x)
-    in_place = contiguous and write is assign_rows and out.dtype == compute
-    y = out[rows] if in_place else memory.empty((len(x), expert.d_out), compute, like=x)
+    in_place = whole and write is assign_rows and out.dtype == compute
+    y = out[to] if in_place else memory.empty((len(x), expert.d_out), compute, like=x)
     expert(x, out=y)
     weighed = weights is not None and expert.weigh == "output"
     for run in memory.runs_in_cache(y):
         if weighed:
             y[run] *= w[run]
-        if not contiguous:
-            write(out, rows[run], y[run])
-    if contiguous and not in_place:
-        write(out, rows, y)
+        if not whole:
+            write(out, to[run], y[run])
+    if whole and not in_place:
+        write(out, to, y)
 
 
 def assign_rows(out: Array, rows: Array | slice, y: Array) -> None:

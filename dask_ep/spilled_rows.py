@@ -25,11 +25,11 @@ from dask_ep import memory
 from dask_ep.ahead import ExpertsAhead
 from dask_ep.arrays import Array
 from dask_ep.checks import check_routing, computing_dtype
+from dask_ep.context import naming
 from dask_ep.expert import Expert
 from dask_ep.expert_major import Rows, Walk
 from dask_ep.output import SERVED, SPILLED, Receipt, Step
 from dask_ep.passes import cut_pieces
-from dask_ep.pipeline import naming
 from dask_ep.segments import sort_slots
 from dask_ep.served import TILE_BYTES, begin_output, gather, tiles
 from dask_ep.spill import Layout, Run, SpillFiles

@@ -21,7 +21,7 @@ from distributed.protocol.cuda import cuda_deserialize, cuda_serialize
 
 from dask_ep.arrays import Array, namespace
 from dask_ep.device import download
-from dask_ep.exchange import Packet
+from dask_ep.pack import Packet
 
 Header = dict[str, Any]
 

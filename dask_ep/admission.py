@@ -1,0 +1,103 @@
+"""How many chunks may be under way on a worker at once?
+
+Each chunk that is under way holds its rows, packets and answers, so there is a limit, and the others
+wait in their threads, in Dask's order:
+
+    enter   waits while as many are under way as may be, then gives the thread back to Dask (`secede`)
+    leave   lets the next one begin
+
+A thread that waits would keep the worker from other tasks, and one of these may be what the chunks
+under way are waiting for: the experts of a rank that has lost its owner, say. So a thread that waits
+is lent to any task that is ready here and comes before its own in Dask's order.
+"""
+
+from __future__ import annotations
+
+import heapq
+import itertools
+import threading
+from collections.abc import Callable
+
+LOOK_SECONDS = 0.1
+"""How often a thread that waits looks for a task that comes before its own."""
+
+
+class Admission:
+    """Bounds the chunks that are under way, of all layers of a worker.
+
+    Parameters
+    ----------
+    limit : int, chunks under way at once
+
+    Examples
+    --------
+    >>> admission = Admission(limit=1)
+    >>> admission.enter((0,), lambda: False, lambda: None)
+    >>> admission.under_way
+    1
+    >>> admission.leave()
+    """
+
+    def __init__(self, limit: int):
+        self._limit, self._changed = limit, threading.Condition()
+        self._waiting: list[tuple[tuple, int]] = []
+        self._number = itertools.count()
+        self._is_closed = False
+        self.under_way = 0
+
+    def set_limit(self, limit: int) -> None:
+        with self._changed:
+            self._limit = limit
+            self._changed.notify_all()
+
+    def enter(
+        self, priority: tuple, earlier_is_ready: Callable[[], bool], secede: Callable[[], None]
+    ) -> None:
+        """Wait until a chunk may begin.
+
+        Parameters
+        ----------
+        priority : place of its task in Dask's order, smallest first
+        earlier_is_ready : whether a task that comes before it lacks a thread
+        secede : gives this thread back; called once, when the chunk begins or the thread is lent
+
+        Raises
+        ------
+        RuntimeError
+            If the worker closes meanwhile.
+        """
+        me, is_lent = (priority, next(self._number)), False
+        with self._changed:
+            heapq.heappush(self._waiting, me)
+        while not self._may_begin(me):
+            if not is_lent and earlier_is_ready():
+                secede()
+                is_lent = True
+        if not is_lent:
+            secede()
+
+    def leave(self) -> None:
+        with self._changed:
+            self.under_way -= 1
+            self._changed.notify_all()
+
+    def close(self) -> None:
+        """Let those that wait end with an error."""
+        with self._changed:
+            self._is_closed = True
+            self._changed.notify_all()
+
+    def _may_begin(self, me: tuple[tuple, int]) -> bool:
+        with self._changed:
+            self._changed.wait_for(lambda: self._is_next(me) or self._is_closed, LOOK_SECONDS)
+            if self._is_closed:
+                raise RuntimeError("the worker closes")
+            if not self._is_next(me):
+                return False
+            heapq.heappop(self._waiting)
+            self.under_way += 1
+            self._changed.notify_all()
+            return True
+
+    def _is_next(self, me: tuple[tuple, int]) -> bool:
+        return self.under_way < self._limit and self._waiting[0] is me

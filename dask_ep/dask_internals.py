@@ -1,0 +1,176 @@
+"""What of distributed do we use beyond its documented API?
+
+All of it is here, so that one look tells what a new release may break; a test holds each line against
+the lowest and the newest version that we allow. Dask's own P2P shuffle uses the same: handlers and
+streams of workers, the scheduler's transitions and the restrictions of its tasks.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+from distributed.core import clean_exception
+from distributed.scheduler import Scheduler, TaskState
+from distributed.worker import Worker, get_worker, thread_state
+
+STIMULUS = "dask-ep"
+"""What the scheduler's log says of the cause."""
+
+
+# --- on a worker ---------------------------------------------------------------------------------
+
+
+def current_worker() -> Worker | None:
+    """The worker whose task runs in this thread, if one does."""
+    try:
+        return get_worker()
+    except ValueError:
+        return None
+
+
+def plugin_of(worker: Worker, name: str) -> Any:
+    return worker.plugins.get(name)
+
+
+def threads_of(worker: Worker) -> int:
+    return worker.state.nthreads
+
+
+def loop_of(worker: Worker) -> asyncio.AbstractEventLoop:
+    return worker.loop.asyncio_loop
+
+
+def install(
+    worker: Worker,
+    requests: Mapping[str, Callable],
+    messages: Mapping[str, Callable],
+    metrics: Mapping[str, Callable],
+) -> None:
+    """Let a worker answer requests of other workers and hear messages of the scheduler, for good.
+
+    `metrics` go to the scheduler with each heartbeat. A message that nobody hears would end the
+    worker's connection to the scheduler.
+    """
+    worker.handlers.update(requests)
+    worker.stream_handlers.update(messages)
+    worker.metrics.update(metrics)
+
+
+async def call(worker: Worker, address: str, op: str, message: dict[str, Any]) -> dict[str, Any]:
+    """Ask another worker, over a connection of this one's pool, and wait for the answer.
+
+    What is sent is not kept until the answer comes, as `worker.rpc(address)` would. What the other
+    one raised is in the answer: see `raise_remote`.
+
+    Raises
+    ------
+    OSError
+        If there is no connection, or none any more.
+    """
+    comm = await worker.rpc.connect(address)
+    reusable = False
+    try:
+        message["op"], message["reply"] = op, True
+        await comm.write(message, serializers=worker.rpc.serializers, on_error="raise")
+        message.clear()
+        answer = await comm.read(deserializers=worker.rpc.deserializers)
+        reusable = True
+    finally:
+        if not reusable:
+            comm.abort()
+        worker.rpc.reuse(address, comm)
+    return answer
+
+
+def raise_remote(answer: dict[str, Any]) -> None:
+    """Raise what another worker raised instead of answering."""
+    if answer.get("status") == "uncaught-error":
+        _, error, trace = clean_exception(**answer)
+        raise error.with_traceback(trace)
+
+
+def priority_here() -> tuple:
+    """The place in Dask's order of the task that runs in this thread: smaller comes first."""
+    worker = get_worker()
+    task = worker.state.tasks.get(thread_state.key)
+    return (task.priority or ()) if task is not None else ()
+
+
+async def earlier_is_ready(worker: Worker, priority: tuple) -> bool:
+    """Whether a task that comes before `priority` is ready on this worker and lacks a thread."""
+    ready = worker.state.ready
+    return bool(ready) and tuple(ready.peek().priority or ()) < priority
+
+
+# --- on the scheduler ------------------------------------------------------------------------------
+
+
+def tell(scheduler: Scheduler, workers: Iterable[str], message: dict[str, Any]) -> None:
+    """Send a message to workers; it arrives before what is sent to them later."""
+    for address in workers:
+        if address in scheduler.stream_comms:
+            scheduler.worker_send(address, dict(message))
+
+
+def pin(task: TaskState, workers: set[str]) -> None:
+    """Let a task run on these workers alone, whatever else restricted it. The set is kept."""
+    task.worker_restrictions = workers
+    task.host_restrictions = None
+    task.resource_restrictions = None
+    task.loose_restrictions = False
+
+
+def restrict(task: TaskState, workers: set[str]) -> bool:
+    """Let a task run on these workers alone, unless somebody restricts it; the set is kept."""
+    if task.worker_restrictions or task.host_restrictions or task.resource_restrictions:
+        return False
+    task.worker_restrictions = workers
+    return True
+
+
+def run_again(scheduler: Scheduler, task: TaskState) -> None:
+    """Compute a task whose result is not kept."""
+    scheduler.transitions({task.key: "waiting"}, STIMULUS)
+
+
+def place_again(scheduler: Scheduler, task: TaskState) -> None:
+    """Take a task that no worker has begun to where it may run now."""
+    if task.state == "no-worker":
+        _transition(scheduler, [task], "processing")
+    elif task.state == "processing" and task not in task.processing_on.executing:
+        _transition(scheduler, [task], "released")
+
+
+def begin_stuck(scheduler: Scheduler, kind: type[set]) -> None:
+    """Give tasks to workers that wait for want of one, restricted to sets of this kind."""
+    stuck = [t for t in scheduler.unrunnable if isinstance(t.worker_restrictions, kind)]
+    _transition(scheduler, stuck, "processing")
+
+
+def free_stuck(scheduler: Scheduler, kind: type[set]) -> None:
+    """Let all tasks run anywhere that are restricted to sets of this kind."""
+    freed = [t for t in scheduler.tasks.values() if isinstance(t.worker_restrictions, kind)]
+    for task in freed:
+        task.worker_restrictions = None
+    _transition(scheduler, (task for task in freed if task.state == "no-worker"), "processing")
+
+
+def call_back(scheduler: Scheduler, worker: str, kind: type[set]) -> None:
+    """Take tasks that this worker may not run any more, and has not begun, to those that may."""
+    state = scheduler.workers[worker]
+    waiting = [
+        task
+        for task in state.processing
+        if task not in state.executing
+        and isinstance(task.worker_restrictions, kind)
+        and worker not in task.worker_restrictions
+    ]
+    _transition(scheduler, waiting, "released")
+
+
+def _transition(scheduler: Scheduler, tasks: Iterable[TaskState], state: str) -> None:
+    # The scheduler takes the last of them first.
+    last_first = sorted(tasks, key=lambda task: task.priority, reverse=True)
+    scheduler.transitions({task.key: state for task in last_first}, STIMULUS)

@@ -1,0 +1,123 @@
+"""What have services done?
+
+    of a process    rows, bytes in and out, seconds busy, rows that wait     always, in worker metrics
+    of a run        which rank of which chunk was served where and when      while it is recorded
+
+Ranks that a chunk serves itself count the same.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections import defaultdict
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any, NamedTuple
+
+
+class Serving(NamedTuple):
+    """One rank's part of one chunk, served once."""
+
+    chunk: int
+    rank: int
+    rows: int
+    asked_by: str
+    #: worker of the chunk
+    served_by: str
+    start: float
+    #: seconds since the epoch
+    stop: float
+    bytes_in: int = 0
+    #: of the packet that brought it, with the first rank of the packet; 0 without a packet
+    bytes_out: int = 0
+    #: of the answer; 0 without a packet
+
+
+class Tally:
+    """Counts what one worker's services do."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._waiting: defaultdict[tuple[str, int], int] = defaultdict(int)
+        self.rows = self.bytes_in = self.bytes_out = self.packets = self.chunks = 0
+        self.busy = 0.0
+
+    @contextmanager
+    def queued(self, token: str, ranks: list[int], rows: int) -> Iterator[None]:
+        """Count rows as waiting for some ranks of a layer."""
+        with self._lock:
+            for rank in ranks:
+                self._waiting[token, rank] += rows
+        try:
+            yield
+        finally:
+            with self._lock:
+                for rank in ranks:
+                    self._waiting[token, rank] -= rows
+                    if not self._waiting[token, rank]:
+                        del self._waiting[token, rank]
+
+    @property
+    def waiting(self) -> int:
+        """Rows of packets that wait or are computed."""
+        return sum(list(self._waiting.values()))
+
+    def count(self, seconds: float, servings: list[Serving]) -> None:
+        """Count packets that were served."""
+        with self._lock:
+            self.busy += seconds
+            for serving in servings:
+                self.rows += serving.rows
+                self.bytes_in += serving.bytes_in
+                self.bytes_out += serving.bytes_out
+                self.packets += bool(serving.bytes_in)
+        note(servings)
+
+    def count_chunk(self) -> None:
+        with self._lock:
+            self.chunks += 1
+
+    def metric(self) -> dict[str, Any]:
+        """What the scheduler hears with each heartbeat."""
+        with self._lock:
+            queues = [[token, rank, rows] for (token, rank), rows in self._waiting.items()]
+        return {
+            "rows": self.rows,
+            "bytes_in": self.bytes_in,
+            "bytes_out": self.bytes_out,
+            "packets": self.packets,
+            "chunks": self.chunks,
+            "busy": self.busy,
+            "queues": queues,
+        }
+
+
+_record: list[Serving] | None = None
+
+
+def record() -> None:
+    """Keep from now on what this process serves, until it is taken."""
+    global _record
+    _record = []
+
+
+def take() -> list[Serving]:
+    """Give what has been kept, and keep no more."""
+    global _record
+    taken, _record = _record or [], None
+    return taken
+
+
+def note(servings: list[Serving]) -> None:
+    """Keep what was served, if that is wanted."""
+    kept = _record
+    if kept is not None:
+        kept.extend(servings)
+
+
+def is_recorded() -> bool:
+    return _record is not None
+
+
+now = time.time

@@ -25,7 +25,7 @@ from typing import Any
 import dask.array as da
 import numpy as np
 from dask.base import tokenize
-from dask.blockwise import Blockwise
+from dask.blockwise import Blockwise, BlockwiseDepDict, blockwise
 from dask.highlevelgraph import HighLevelGraph
 from dask.task_spec import DataNode, Task, TaskRef
 
@@ -109,14 +109,17 @@ def open_tokens(
     refuse_missing(source)
     rows = _row_chunks(source, chunks, like)
     key = f"ep_read-{tokenize(source, rows, xp)}"
-    rest, tasks, start = (0,) * (source.ndim - 1), {}, 0
+    rest, spans, start = (0,) * (source.ndim - 1), {}, 0
     for block, count in enumerate(rows):
-        task_key = (key, block, *rest)
-        tasks[task_key] = Task(
-            task_key, _read_block, source, block, start, start + count, xp, _data_producer=True
-        )
+        spans[block, *rest] = (block, start, start + count)
         start += count
-    graph = HighLevelGraph.from_collections(key, tasks)
+    axes = tuple(range(source.ndim))
+    layer = blockwise(
+        _read_block, key, axes, source, None,
+        BlockwiseDepDict(spans, numblocks=(len(rows), *(1 for _ in rest))), axes, xp, None,
+        numblocks={}, _data_producer=True,
+    )  # fmt: skip
+    graph = HighLevelGraph.from_collections(key, layer)
     meta = import_module(xp).empty((0,) * source.ndim, dtype=source.dtype)
     return da.Array(graph, key, (rows, *((n,) for n in source.shape[1:])), meta=meta)
 
@@ -233,7 +236,8 @@ def store(
     return output
 
 
-def _read_block(source: Source, block: int, start: int, stop: int, xp: str) -> Array:
+def _read_block(source: Source, span: tuple[int, int, int], xp: str) -> Array:
+    block, start, stop = span
     try:
         if xp == "numpy":
             return source.read(start, stop)

@@ -1,14 +1,14 @@
 """How many chunks may be under way on a worker at once?
 
-Each chunk that is under way holds its rows, packets and answers, so there is a limit, and the others
-wait in their threads, in Dask's order:
+Each chunk that is under way holds its rows, packets and answers, so there is a limit, and the
+others wait in their threads, in Dask's order:
 
-    enter   waits while as many are under way as may be, then gives the thread back to Dask (`secede`)
+    enter   waits while as many are under way as may be, then gives its thread to Dask (`secede`)
     leave   lets the next one begin
 
 A thread that waits would keep the worker from other tasks, and one of these may be what the chunks
-under way are waiting for: the experts of a rank that has lost its owner, say. So a thread that waits
-is lent to any task that is ready here and comes before its own in Dask's order.
+under way are waiting for: the experts of a rank that has lost its owner, say. So it is lent to any
+task that is ready here and comes before its own in Dask's order.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """What does the task of a token chunk do?
 
-    tokens, routing ── pack ──> one packet for each owner ──> services ──> answers ── combine ──> output
-                         └────> ranks that are served here: no packet     ──┘
+    tokens, routing ── pack ──> a packet for each owner ──> services ──> answers ── combine ──> out
+                         └────> ranks that are served here: no packet   ──┘
 
 The same for all schedulers: where ranks are not served by workers (local threads, a cluster without
 `own_experts`), the chunk serves them itself, by the same sort and in the same order.
@@ -62,7 +62,7 @@ def load_rank(
     token: str | None,
     **given: np.ndarray,
 ) -> LocalExperts | list | None:
-    """Load the experts of a rank: for the service of this worker if ranks are served, else as result.
+    """Load the experts of a rank: for the service of this worker if there is one, else as result.
 
     `given` are the weights that are Dask arrays.
     """
@@ -83,7 +83,7 @@ def load_rank(
 
 
 def join_ranks(ranks: Sequence[LocalExperts | list | None]) -> list | None:
-    """Give the experts of all ranks for the chunks that serve them in place, None where services do.
+    """Give the experts of all ranks to chunks that serve them in place, None where services do.
 
     Raises
     ------
@@ -126,7 +126,7 @@ def compute_chunk(
     where: Where,
     exchange: Exchange,
 ) -> Array:
-    """The output of a chunk of several ranks; `ranks` are their experts if it serves them itself."""
+    """The output of a chunk of several ranks; `ranks` has their experts if it serves them."""
     if ranks is None:
         services = find_services(exchange.token)
         if services is None:
@@ -176,7 +176,7 @@ def combine(
     return total.output()
 
 
-# --- serving: what the experts of a rank make of a packet, or of the chunk itself ------------------
+# --- serving: what the experts of a rank make of a packet, or of the chunk itself ---------------
 
 
 def serve_in_place(

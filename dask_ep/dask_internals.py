@@ -1,8 +1,8 @@
 """What of distributed do we use beyond its documented API?
 
-All of it is here, so that one look tells what a new release may break; a test holds each line against
-the lowest and the newest version that we allow. Dask's own P2P shuffle uses the same: handlers and
-streams of workers, the scheduler's transitions and the restrictions of its tasks.
+All of it is here, so that one look tells what a new release may break; a test holds each line
+against the lowest and the newest version that we allow. Dask's own P2P shuffle uses the same:
+handlers and streams of workers, the scheduler's transitions and the restrictions of its tasks.
 """
 
 from __future__ import annotations
@@ -104,7 +104,7 @@ async def earlier_is_ready(worker: Worker, priority: tuple) -> bool:
     return bool(ready) and tuple(ready.peek().priority or ()) < priority
 
 
-# --- on the scheduler ------------------------------------------------------------------------------
+# --- on the scheduler ----------------------------------------------------------------------------
 
 
 def tell(scheduler: Scheduler, workers: Iterable[str], message: dict[str, Any]) -> None:

@@ -1,21 +1,21 @@
 """What are a layer's tasks called?
 
     ("ep_experts-<token>", r)      loads the experts of rank r, where the rank is served
-    ("ep_layer-<token>",)          all ranks are there
+    ("ep_ranks-<token>",)          joins them: all ranks are there
     ("ep_chunk-<token>", c, 0)     one token chunk, from its rows to its output
 
 Names are made here and recognised here, nowhere else. The token tells one layer over one input from
-all others. `ep_layer_at_home` says that each chunk has a home, the rank c mod R.
+all others. `ep_ranks_at_home` says that each chunk has a home, the rank c mod R.
 """
 
 from __future__ import annotations
 
 from typing import NamedTuple
 
-EXPERTS, LAYER, LAYER_AT_HOME, CHUNK = "ep_experts-", "ep_layer-", "ep_layer_at_home-", "ep_chunk-"
+EXPERTS, RANKS, RANKS_AT_HOME, CHUNK = "ep_experts-", "ep_ranks-", "ep_ranks_at_home-", "ep_chunk-"
 
 BY_RANK = (EXPERTS, "ep_dispatch-")
-"""What the names of tasks begin with that run on the owner of a rank, the last number of the key."""
+"""What the names of tasks begin with that run on a rank's owner; the rank is last in their keys."""
 
 
 def experts_key(token: str, rank: int | None) -> tuple:
@@ -23,33 +23,33 @@ def experts_key(token: str, rank: int | None) -> tuple:
     return (f"{EXPERTS}{token}",) if rank is None else (f"{EXPERTS}{token}", rank)
 
 
-def layer_key(token: str, *, at_home: bool = False) -> tuple[str]:
-    return (f"{LAYER_AT_HOME if at_home else LAYER}{token}",)
+def ranks_key(token: str, *, at_home: bool = False) -> tuple[str]:
+    return (f"{RANKS_AT_HOME if at_home else RANKS}{token}",)
 
 
 def chunk_name(token: str) -> str:
     return f"{CHUNK}{token}"
 
 
-class LayerKey(NamedTuple):
-    """What the key of an ``ep_layer`` task says."""
+class RanksKey(NamedTuple):
+    """What the key of an ``ep_ranks`` task says."""
 
     token: str
     at_home: bool
 
 
-def read_layer_key(key: object) -> LayerKey | None:
-    """Give what a key says if it is that of a layer.
+def read_ranks_key(key: object) -> RanksKey | None:
+    """Give what a key says if it is that of the task which joins the ranks of a layer.
 
     Examples
     --------
-    >>> read_layer_key(layer_key("0123")), read_layer_key(("ep_chunk-0123", 4, 0))
-    (LayerKey(token='0123', at_home=False), None)
+    >>> read_ranks_key(ranks_key("0123")), read_ranks_key(("ep_chunk-0123", 4, 0))
+    (RanksKey(token='0123', at_home=False), None)
     """
     if isinstance(key, tuple) and len(key) == 1 and isinstance(key[0], str):
-        for start in (LAYER, LAYER_AT_HOME):
+        for start in (RANKS, RANKS_AT_HOME):
             if key[0].startswith(start):
-                return LayerKey(key[0].removeprefix(start), start is LAYER_AT_HOME)
+                return RanksKey(key[0].removeprefix(start), start is RANKS_AT_HOME)
     return None
 
 

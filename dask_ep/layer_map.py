@@ -1,15 +1,15 @@
 """Who serves which rank of which layer now?
 
-`owner_plugin` decides who shall serve a rank. This file sees to it that they do, and tells the workers:
+`owner_plugin` decides who shall serve a rank. This file sees to it, and tells the workers:
 
     update_graph       ep_experts (r) of a new layer ──> pinned to the owners of r
-    ep_layer is there  every rank is served          ──> the map goes to all workers, with a version
+    ep_ranks is there  every rank is served          ──> the map goes to all workers, with a version
     owners change      ep_experts (r) is computed once more, on the new owner; when it has loaded,
                        the map says so, and whoever served the rank before drops it
-    ep_layer is freed  no chunk needs it any more    ──> services drop the layer
+    ep_ranks is freed  no chunk needs it any more    ──> services drop the layer
 
-So experts are loaded by tasks and by nothing else: they come from where the graph has them, files or
-memory, and Dask computes again what they are made of. Until a new owner has loaded, the old one serves.
+So experts are loaded by tasks alone: they come from where the graph has them, files or memory, and Dask computes again what they are made of. Until a new owner has loaded, the old one
+serves.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from dataclasses import dataclass, field
 from distributed.scheduler import Scheduler, TaskState
 
 from dask_ep import dask_internals
-from dask_ep.keys import read_layer_key, read_rank
+from dask_ep.keys import read_rank, read_ranks_key
 from dask_ep.owner_map import natural_order
 
 
@@ -67,23 +67,23 @@ class LayerMap:
 
     def world_sizes(self, keys: Iterable[object]) -> set[int]:
         """World sizes of the layers among the keys of a new graph."""
-        sizes = {len(self._ranks(key)) for key in keys if read_layer_key(key) is not None}
+        sizes = {len(self._ranks(key)) for key in keys if read_ranks_key(key) is not None}
         return sizes - {0}
 
     def add(self, keys: Iterable[object]) -> None:
         """Let owners load the layers of a new graph, before the first of its tasks is given out."""
         for key in keys:
-            layer_key = read_layer_key(key)
-            if layer_key is None or layer_key.token in self._layers:
+            ranks_key = read_ranks_key(key)
+            if ranks_key is None or ranks_key.token in self._layers:
                 continue
             tasks = self._ranks(key)
             if not tasks:
                 continue
-            layer = Layer(layer_key.token, tasks, [set() for _ in tasks])
+            layer = Layer(ranks_key.token, tasks, [set() for _ in tasks])
             self._layers[layer.token] = layer
             for rank, task in enumerate(tasks):
                 dask_internals.pin(task, self._owners(layer.world_size, rank))
-            if layer_key.at_home:
+            if ranks_key.at_home:
                 self._keep_at_home(layer, self._scheduler.tasks[key])
             self._tell(layer, self._scheduler.workers)
 
@@ -151,8 +151,8 @@ class LayerMap:
             dask_internals.restrict(chunk, self._owners(layer.world_size, home))
 
     def _heard_of_layer(self, key: tuple, start: str, finish: str) -> None:
-        layer_key = read_layer_key(key)
-        layer = self._layers.get(layer_key.token) if layer_key is not None else None
+        ranks_key = read_ranks_key(key)
+        layer = self._layers.get(ranks_key.token) if ranks_key is not None else None
         if layer is None:
             return
         if finish == "memory":
@@ -176,7 +176,9 @@ class LayerMap:
             if layer.is_open:
                 self._tell(layer, self._scheduler.workers)
         elif finish == "erred" and layer.is_open:
-            layer.error = f"rank {rank}: its experts could not be loaded again: {task.exception_text}"
+            layer.error = (
+                f"rank {rank}: its experts could not be loaded again: {task.exception_text}"
+            )
             self._tell(layer, self._scheduler.workers)
         if finish in ("memory", "released"):
             # The scheduler is in the midst of the change: act when it is done.
@@ -206,11 +208,10 @@ class LayerMap:
             layer.loading[rank] = worker
             dask_internals.pin(task, {worker})
             dask_internals.run_again(self._scheduler, task)
-        elif task.state in ("no-worker", "waiting", "processing", "queued"):
-            if layer.loading.get(rank) not in missing:
-                layer.loading[rank] = min(missing, key=natural_order)
-                dask_internals.pin(task, {layer.loading[rank]})
-                dask_internals.place_again(self._scheduler, task)
+        elif task.state != "erred" and layer.loading.get(rank) not in missing:
+            layer.loading[rank] = min(missing, key=natural_order)
+            dask_internals.pin(task, {layer.loading[rank]})
+            dask_internals.place_again(self._scheduler, task)
 
     def _tell(self, layer: Layer, workers: Iterable[str]) -> None:
         self._version += 1

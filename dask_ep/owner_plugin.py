@@ -1,23 +1,25 @@
 """Who shall serve which rank, while workers come and go?
 
-A plugin in the scheduler keeps, for each world size, the owners of every rank; one map serves all graphs
-of that world size. `layer_map` lets the owners load what they serve. Tasks of experts that go by in
-passes run on the owners of their rank as well: all tasks of a rank share one set of addresses, so that
-moving the rank is a change of that set. (Annotations would be lost when Dask optimises an array graph,
-and names of workers would hang after a restart.) Nothing else is restricted.
+A plugin in the scheduler keeps, for each world size, the owners of every rank; one map serves all
+graphs of that world size. `layer_map` lets the owners load what they serve. Tasks of experts that
+go by in passes run on the owners of their rank as well: all tasks of a rank share one set of
+addresses, so that moving the rank is a change of that set. (Annotations would be lost when Dask
+optimises an array graph, and names of workers would hang after a restart.) Nothing else is
+restricted.
 
 - A worker dies, leaves, retires, or is paused for longer than `pause_limit`: its ranks go to the
-  others at once. A survivor takes at once up to twice its fair share; what is over waits for `settle`,
-  lest the last one left reads everything.
+  others at once. A survivor takes at once up to twice its fair share; what is over waits for
+  `settle`, lest the last one left reads everything.
 - A worker comes: it adopts ranks without an owner at once, up to its fair share.
 - No worker came or left for `settle` seconds (or 5 × `settle` since the first change): ranks that
   still lack an owner get one, then as few ranks move as bring the workers within 10 % or one rank
-  of their shares. This stops nobody: until a new owner has loaded its experts, the old one serves. A
-  rank that moved so stays for 10 × `settle`, unless its owner is lost, so that a worker that comes and
-  goes does not have slices read again and again.
+  of their shares. This stops nobody: until a new owner has loaded its experts, the old one serves.
+  A rank that moved so stays for 10 × `settle`, unless its owner is lost, so that a worker that comes
+  and goes does not have slices read again and again.
 
 The fair share is that of the workers that were there when all was last settled. What decides
-(`owner_map`) is apart from what hears and acts (this file), and from what the user holds (`ownership`).
+(`owner_map`) is apart from what hears and acts (this file), and from what the user holds
+(`ownership`).
 """
 
 from __future__ import annotations
@@ -101,7 +103,7 @@ class Ownership(SchedulerPlugin):
 
     @_seen_by_the_user
     def update_graph(self, scheduler: Scheduler, *, tasks: Collection, **kwargs: Any) -> None:
-        """Give owners to the ranks of new graphs. Runs before the first task is given to a worker."""
+        """Give owners to the ranks of new graphs, before a worker gets the first task."""
         if self.is_leaving:
             return
         for world_size in self.layers.world_sizes(tasks):

@@ -1,12 +1,12 @@
 """Which rows of a chunk go where, and how do they come back?
 
-    chunk c                       owner of ranks 0, 2        owner of rank 1
-    row  routing       pack       experts 0 1, 4 5           experts 2 3
-     0   [0 3]    ──────────────> rows 0, 2, 3               rows 0, 1     each row once to each owner,
-     1   [3 2]                        │     │                    │         however many of its experts
-     2   [1 0]                        v     v                    v         are there
-     3   [5 4]       combine       rank 0  rank 2             rank 1
-     out (4, d_out) <──────────────────┴─────┴───────────────────┘         one summed row from each rank
+    chunk c                  owner of ranks 0, 2     owner of rank 1
+    row  routing     pack    experts 0 1, 4 5        experts 2 3
+     0   [0 3]     ────────> rows 0, 2, 3            rows 0, 1     each row once to each owner,
+     1   [3 2]                   │     │                 │         however many of its experts
+     2   [1 0]                   v     v                 v         are there
+     3   [5 4]    combine     rank 0  rank 2          rank 1
+     out (4, d_out) <────────────┴─────┴─────────────────┘         one summed row from each rank
 
 One sort of the chunk's slots serves all ranks. Where the rows of a packet belong is not sent along:
 the chunk keeps that. What a rank computes does not depend on the packet that brought it: an

@@ -5,13 +5,13 @@
        │              │                             v
        │              │                      ep_experts (r)      where rank r is served
        │              │                             │
-       │              │                         ep_layer         all ranks are there
+       │              │                         ep_ranks         all ranks are there
        v              v                             │
     ep_chunk (c) <──────────────────────────────────┘            where the chunk is read
 
-C chunks and R ranks make C + R + 1 tasks; with one rank, which exchanges nothing, C + 1. `ep_chunk` is
-a Blockwise layer, which Dask fuses with the reading before and the writing after. What happens in it
-is in `chunk`, who serves a rank in `services` and `ownership`.
+C chunks and R ranks make C + R + 1 tasks; with one rank, which exchanges nothing, C + 1. `ep_chunk`
+is a Blockwise layer, which Dask fuses with the reading before and the writing after. What happens
+in it is in `chunk`, who serves a rank in `services` and `ownership`.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ from dask_ep.chunk import (
     load_rank,
 )
 from dask_ep.experts import CallableExperts, Experts, as_experts
-from dask_ep.keys import chunk_name, experts_key, layer_key
+from dask_ep.keys import chunk_name, experts_key, ranks_key
 from dask_ep.placement import Placement, contiguous
 from dask_ep.placement_files import Asked, find_placement
 from dask_ep.survey import survey
@@ -222,7 +222,7 @@ def _layer(
         served_as = token if several else None
         tasks[key] = _Unfused(key, load_rank, local.detached(), xp, dtype, r, served_as, **given)
     if several:
-        key = layer_key(token, at_home=at_home)
+        key = ranks_key(token, at_home=at_home)
         tasks[key] = _Unfused(key, join_ranks, List([TaskRef(rank) for rank in list(tasks)]))
     graph = HighLevelGraph.from_collections(key[0], tasks, dependencies=dependencies)
     return da.Array(graph, key[0], chunks=(), meta=np.empty((), object))

@@ -3,18 +3,19 @@
 A plugin on every worker serves the ranks that the scheduler has given it, and sends the packets of
 its own chunks to the services of others:
 
-    task of chunk c, a thread            event loops              service of the owner
-    admission, secede                        :                          :
-    pack ─────────────── packet ────────────>: ─────── message ────────>: a thread of its own computes
-    ranks that are served here, in place     :                          :
-    combine <───────────────────────────────── : <────── answers ───────:
+    task of chunk c, a thread          event loops          service of the owner
+    admission, secede                      :                      :
+    pack ────────────── packet ───────────>: ───── message ──────>: a thread of its own computes
+    ranks that are served here, in place   :                      :
+    combine <───────────────────────────── : <───── answers ──────:
 
-Packing, serving and combining share as many cores as the worker has threads. A chunk under way holds
-none of Dask's threads, so that the next one packs while it waits; `Admission` bounds how many there are.
+Packing, serving and combining share as many cores as the worker has threads. A chunk under way
+holds none of Dask's threads, so that the next one packs while it waits; `Admission` bounds how many
+there are.
 
-The scheduler tells whom to ask (`layer_map`). Where an owner is lost or does not serve a rank any more,
-the chunk waits for news from the scheduler and asks again: experts hold no state, so a packet may be
-answered twice.
+The scheduler tells whom to ask (`layer_map`). Where an owner is lost or does not serve a rank any
+more, the chunk waits for news from the scheduler and asks again: experts hold no state, so a packet
+may be answered twice.
 """
 
 from __future__ import annotations
@@ -80,7 +81,8 @@ class Services(WorkerPlugin):
 
     Notes
     -----
-    `own_experts` installs it on every worker, where it stays; it is idle while no layer is computed.
+    `own_experts` installs it on every worker, where it stays; it is idle while no layer is
+    computed.
     """
 
     name = PLUGIN
@@ -184,9 +186,7 @@ class Services(WorkerPlugin):
         priority = dask_internals.priority_here()
 
         def earlier_is_ready() -> bool:
-            return self._on_loop(
-                dask_internals.earlier_is_ready(self._worker, priority)
-            ).result()
+            return self._on_loop(dask_internals.earlier_is_ready(self._worker, priority)).result()
 
         self._admission.enter(priority, earlier_is_ready, secede)
         try:
@@ -247,7 +247,7 @@ class Services(WorkerPlugin):
     def _by_owner(
         self, route: Route, job: Job, ranks: Sequence[int] | None = None
     ) -> dict[str, list[int]]:
-        """Choose an owner for each rank, the one with the fewest rows waiting as far as is known."""
+        """Choose an owner for each rank: the one with the fewest rows waiting, so far as known."""
         groups: dict[str, list[int]] = {}
         for rank in job.packing.ranks if ranks is None else ranks:
             owners = route.owners[rank]
@@ -336,7 +336,7 @@ class Services(WorkerPlugin):
     async def _request(
         self, job: Job, owner: str, ranks: list[int], packet: list[Packet]
     ) -> Answers | None:
-        """What an owner answers; None if it is lost, cannot be reached, or does not serve a rank."""
+        """What an owner answers; None if it is lost or out of reach, or does not serve a rank."""
         if owner in self._lost:
             return None
         rows = len(packet[0].rows)

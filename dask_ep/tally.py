@@ -1,7 +1,7 @@
 """What have services done?
 
-    of a process    rows, bytes in and out, seconds busy, rows that wait     always, in worker metrics
-    of a run        which rank of which chunk was served where and when      while it is recorded
+    of a process    rows, bytes in and out, seconds busy, rows that wait    always, as metrics
+    of a run        which rank of which chunk was served where and when     while it is recorded
 
 Ranks that a chunk serves itself count the same.
 """

@@ -8,8 +8,8 @@
                        the map says so, and whoever served the rank before drops it
     ep_ranks is freed  no chunk needs it any more    ──> services drop the layer
 
-So experts are loaded by tasks alone: they come from where the graph has them, files or memory, and Dask computes again what they are made of. Until a new owner has loaded, the old one
-serves.
+So experts are loaded by tasks alone: they come from where the graph has them, files or memory, and
+Dask computes again what they are made of. Until a new owner has loaded, the old one serves.
 """
 
 from __future__ import annotations

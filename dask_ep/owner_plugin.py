@@ -14,8 +14,8 @@ restricted.
 - No worker came or left for `settle` seconds (or 5 × `settle` since the first change): ranks that
   still lack an owner get one, then as few ranks move as bring the workers within 10 % or one rank
   of their shares. This stops nobody: until a new owner has loaded its experts, the old one serves.
-  A rank that moved so stays for 10 × `settle`, unless its owner is lost, so that a worker that comes
-  and goes does not have slices read again and again.
+  A rank that moved so stays for 10 × `settle`, unless its owner is lost, so that a worker that
+  comes and goes does not have slices read again and again.
 
 The fair share is that of the workers that were there when all was last settled. What decides
 (`owner_map`) is apart from what hears and acts (this file), and from what the user holds

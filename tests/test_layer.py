@@ -357,8 +357,8 @@ def test_the_graph_grows_by_few_tasks_per_chunk():
     y = make(**shared())(rows, world_size=2)
     graph = dict(y.__dask_graph__())
     mine = [k for k in graph if str(k[0] if isinstance(k, tuple) else k).startswith("ep_")]
-    # route, indices, weights, layer and 2 R + 1 of the exchange a chunk; R slices, router, shared
-    assert len(mine) == 10 * (3 + 1 + 2 * 2 + 1) + 2 + 1 + 1
+    # route, indices, weights, layer, exchange a chunk; R slices and their join, router, shared
+    assert len(mine) == 10 * (3 + 1 + 1) + 2 + 1 + 1 + 1
 
 
 # --- messages ------------------------------------------------------------------------------------

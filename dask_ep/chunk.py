@@ -149,16 +149,22 @@ def pack(
     tokens: Array, routing: Array, topk_weights: Array | None, where: Where, exchange: Exchange
 ) -> Packing:
     """Check a chunk and sort its slots by physical expert."""
-    with naming(f"pack of token chunk {where.chunk}"):
+    with naming(_pack_of(where.chunk)):
         check_tokens(tokens)
         check_routing(routing, topk_weights, n=tokens.shape[0])
-        one = tokens.shape[1] * tokens.dtype.itemsize + slots_of(routing) * INDEX_BYTES
-        with telling_chunk(tokens, one):
+        with telling_chunk(tokens, _packed_row_bytes(tokens, slots_of(routing))):
             if exchange.placement is not None:
                 routing = exchange.placement.rewrite(routing, where.first_row, where.home)
             return Packing(
                 aligned(tokens), routing, topk_weights, exchange.num_local, exchange.world_size
             )
+
+
+def cut(packing: Packing, ranks: Sequence[int], chunk: int) -> Packet:
+    """Gather what the owner of some ranks needs of a chunk."""
+    tokens = packing.tokens
+    with naming(_pack_of(chunk)), telling_chunk(tokens, _packed_row_bytes(tokens, packing.k)):
+        return packing.packet(ranks)
 
 
 def combine(
@@ -168,10 +174,11 @@ def combine(
     tokens = packing.tokens
     sums = computing_dtype(tokens.dtype).itemsize + tokens.dtype.itemsize
     one = exchange.d_out * sums + (exchange.world_size + packing.k) * INDEX_BYTES
-    with telling_chunk(tokens, one):
+    place = f"combine of token chunk {where.chunk}"
+    with naming(place), telling_chunk(tokens, one):
         total = Combining(packing, exchange.d_out, tokens.dtype)
     for rank, answer in answers:
-        with naming(f"combine of token chunk {where.chunk}"), telling_chunk(tokens, one):
+        with naming(place), telling_chunk(tokens, one):
             total.add(rank, answer)
     return total.output()
 
@@ -184,7 +191,8 @@ def serve_in_place(
 ) -> Array:
     """The answer of a rank whose experts are here, without a packet."""
     if packing.on_device:
-        return _serve_on_device(packing.packet([rank]), rank, experts, packing, chunk, d_out)
+        packet = cut(packing, [rank], chunk)
+        return _serve_on_device(packet, rank, experts, packing, chunk, d_out)
     with naming(_place(chunk, rank, packing.world_size)):
         out = answer_of_rank(packing.tokens, packing.segments, packing.topk_weights, experts, rank)
         return check_width(out, d_out)
@@ -203,7 +211,7 @@ def serve_packet(
     if namespace(rows) is not np:
         return [
             _serve_on_device(
-                packet if len(ranks) == 1 else _cut(packet, rank, exchange.num_local),
+                packet if len(ranks) == 1 else _part_of(packet, rank, exchange.num_local),
                 rank, local, exchange, chunk, exchange.d_out,
             )
             for rank, local in zip(ranks, experts, strict=True)
@@ -255,7 +263,7 @@ def _serve_on_device(
         return check_width(out, d_out)
 
 
-def _cut(packet: Packet, rank: int, num_local: int) -> Packet:
+def _part_of(packet: Packet, rank: int, num_local: int) -> Packet:
     """Those rows of a packet that one of its ranks serves, on a device."""
     order, count = packet_order(packet.routing, rank, num_local)
     index = order[: to_host(count)[0]]
@@ -263,6 +271,15 @@ def _cut(packet: Packet, rank: int, num_local: int) -> Packet:
     here = xp.where(slots_at(served, rank, num_local), served, served.dtype.type(-1))
     weights = None if packet.topk_weights is None else packet.topk_weights[index]
     return Packet(gather(packet.rows, index, packet.rows.dtype), here, weights)
+
+
+def _packed_row_bytes(tokens: Array, k: int) -> int:
+    """Bytes that a row takes on a device while it is packed."""
+    return tokens.shape[1] * tokens.dtype.itemsize + k * INDEX_BYTES
+
+
+def _pack_of(chunk: int) -> str:
+    return f"pack of token chunk {chunk}"
 
 
 def _place(chunk: int, rank: int, world_size: int) -> str:

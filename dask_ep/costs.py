@@ -54,7 +54,7 @@ class Rates:
     pack: float = 4e9
     #: bytes per second of packets and answers that one thread makes and adds up
     sort: float = 3e7
-    #: rows per second among which one thread finds those of a rank, where there are many ranks
+    #: slots per second that one thread sorts by expert
     link: float = 0.5e9
     #: bytes per second that a thread sends and receives: messages packed, copied into the system
     #: and out of it, into fresh memory (measured 2.1 s for 1 GB on loopback, both ends together)

@@ -74,7 +74,7 @@ async def call(worker: Worker, address: str, op: str, message: dict[str, Any]) -
     try:
         message["op"], message["reply"] = op, True
         await comm.write(message, serializers=worker.rpc.serializers, on_error="raise")
-        message.clear()
+        del message
         answer = await comm.read(deserializers=worker.rpc.deserializers)
         reusable = True
     finally:

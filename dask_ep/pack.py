@@ -196,15 +196,16 @@ def slots_at(routing: Array, rank: int, num_local: int) -> Array:
 def packet_order(routing: Array, rank: int, num_local: int) -> tuple[Array, Array]:
     """Row numbers (n,), those with a slot at a rank first, and how many these are.
 
-    They are sorted by their first expert at the rank, then by row. The number stays where the
-    routing is; no expert may be the largest number of its dtype, as `small` sees to.
+    With one slot a row they are sorted by expert, then by row; else by row. The number stays where
+    the routing is; no expert may be the largest number of its dtype, as `small` sees to.
     """
-    xp = namespace(routing)
+    xp, here = namespace(routing), slots_at(routing, rank, num_local)
+    if routing.ndim == 2 and routing.shape[1] > 1:
+        here = here.any(axis=1)
+        return xp.argsort(~here, kind="stable"), here.sum()
     beyond = routing.dtype.type(np.iinfo(routing.dtype).max)
-    first = xp.where(slots_at(routing, rank, num_local), routing, beyond)
-    if first.ndim == 2:
-        first = first.min(axis=1)
-    return xp.argsort(first, kind="stable"), (first != beyond).sum()
+    keys = xp.where(here, routing, beyond).reshape(-1)
+    return xp.argsort(keys, kind="stable"), here.sum()
 
 
 def small(routing: Array, places: int) -> Array:

@@ -22,7 +22,7 @@ from dask_ep.blas import one_blas_thread, product
 from dask_ep.costs import PACKED_RANKS, Rates
 from dask_ep.dispatch import expert_parallel_dispatch
 from dask_ep.expert import Expert
-from dask_ep.pack import packet_order, send, sum_ranks
+from dask_ep.pack import Combining, Packing
 from dask_ep.served import TILE_ROWS
 
 MOST_BYTES = 32 << 20
@@ -91,7 +91,7 @@ def probe(
             flops=mean_rate(products, 0.4),
             copy=mean_rate(kernel, 0.2),
             pack=mean_rate(exchange, 0.2),
-            sort=mean_rate(exchange.find_packet, 0.1),
+            sort=mean_rate(exchange.sort, 0.1),
             read=mean_rate(file.read, 0.05),
             write=mean_rate(file.write, 0.05),
         )
@@ -152,21 +152,20 @@ class _Exchange:
     def __init__(self, kernel: _Kernel):
         self.tokens, self.routing = kernel.tokens, kernel.routing
         self.num_local = -(-len(kernel.experts) // PACKED_RANKS)
-        self.small = self.routing.astype(np.min_scalar_type(-2 * self.num_local - 1))
+        self.packing = Packing(self.tokens, self.routing, None, self.num_local, PACKED_RANKS)
 
     def __call__(self) -> int:
-        num_experts = PACKED_RANKS * self.num_local
-        packets = [
-            send(self.tokens, self.routing, None, rank, self.num_local, num_experts).rows
-            for rank in range(PACKED_RANKS)
-        ]
-        sum_ranks(self.routing, packets, self.num_local, self.tokens.dtype)
-        return 2 * sum(rows.nbytes for rows in packets)
+        total, handled = Combining(self.packing, self.tokens.shape[1], self.tokens.dtype), 0
+        for rank in self.packing.ranks:
+            rows = self.packing.packet([rank]).rows
+            total.add(rank, rows)
+            handled += 2 * rows.nbytes
+        return handled
 
-    def find_packet(self) -> int:
-        """Find the rows that go to one rank; give the rows searched."""
-        packet_order(self.small, 0, self.num_local)
-        return len(self.small)
+    def sort(self) -> int:
+        """Sort the slots of a chunk; give how many."""
+        Packing(self.tokens, self.routing, None, self.num_local, PACKED_RANKS)
+        return self.routing.size
 
 
 class _File:

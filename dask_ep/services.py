@@ -34,7 +34,7 @@ from distributed.protocol import to_serialize
 from dask_ep import dask_internals, tally
 from dask_ep.admission import Admission
 from dask_ep.arrays import Array
-from dask_ep.chunk import Exchange, Where, combine, pack, serve_in_place, serve_packet
+from dask_ep.chunk import Exchange, Where, combine, cut, pack, serve_in_place, serve_packet
 from dask_ep.pack import Packet, Packing
 from dask_ep.tally import Serving, Tally
 
@@ -205,7 +205,7 @@ class Services(WorkerPlugin):
             here = groups.pop(self._worker.address, [])
             for owner, ranks in groups.items():
                 with self._cores:
-                    packet = [job.packing.packet(ranks)]
+                    packet = [cut(job.packing, ranks, job.where.chunk)]
                 asked.append(self._on_loop(self._ask(job, owner, ranks, packet, route.version, 0)))
             served = self._serve_here(job, here)
             if served is None:
@@ -331,7 +331,7 @@ class Services(WorkerPlugin):
 
     def _pack_under_core(self, job: Job, ranks: list[int]) -> Packet:
         with self._cores:
-            return job.packing.packet(ranks)
+            return cut(job.packing, ranks, job.where.chunk)
 
     async def _request(
         self, job: Job, owner: str, ranks: list[int], packet: list[Packet]
@@ -340,10 +340,10 @@ class Services(WorkerPlugin):
         if owner in self._lost:
             return None
         rows = len(packet[0].rows)
-        message = self._message(job, ranks, packet.pop())
-        request = asyncio.ensure_future(
-            dask_internals.call(self._worker, owner, "ep_serve", message)
+        asking = dask_internals.call(
+            self._worker, owner, "ep_serve", self._message(job, ranks, packet.pop())
         )
+        request = asyncio.ensure_future(asking)
         self._asked[owner].add(request)
         self._queues[owner] += rows
         try:

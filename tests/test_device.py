@@ -34,8 +34,8 @@ from dask_ep import (
 from dask_ep.arrays import is_array, namespace, one_namespace, to_host
 from dask_ep.capacity import Capacity, ExpertChoice
 from dask_ep.checkpoint import load_moe_layer
-from dask_ep.exchange import send, sum_ranks
 from dask_ep.held import held_as_stored
+from dask_ep.pack import Combining, Packing
 from dask_ep.placement import Placement, balanced, contiguous
 from dask_ep.quantized import Float8Source, Mxfp4Source
 from dask_ep.routing import look_up, route, weigh_chosen
@@ -195,7 +195,7 @@ def test_an_index_out_of_range_is_found_on_a_device_too(value):
     with pytest.raises(ValueError, match=rf"routing\[1\] is {value}"):
         expert_parallel_dispatch(tokens, routing, W, 0, 2)
     with pytest.raises(ValueError, match=f"row 1 holds {value}"):
-        send(tokens, routing, None, 0, 2, 4)
+        Packing(tokens, routing, None, 2, 2)
     with pytest.raises(ValueError, match=f"row 8 holds {value}"):
         contiguous(4, 2).rewrite(routing, row_offset=7)
 
@@ -213,36 +213,43 @@ def test_a_nan_weight_is_named():
     with pytest.raises(ValueError, match=r"topk_weights\[2, 1\] is NaN"):
         expert_parallel_dispatch(*arrays, 0, 1, topk_weights=on_device(weights))
     with pytest.raises(ValueError, match=r"topk_weights\[2, 1\] is NaN"):
-        send(*arrays[:2], on_device(weights), 0, 1, 1)
+        Packing(*arrays[:2], on_device(weights), 1, 1)
 
 
 # --- the exchange -------------------------------------------------------------------------------
 
 
-@given(cases())
-def test_packets_and_sums_are_those_of_the_host_for_one_small_copy_each(case: Case):
+@given(cases(), st.booleans())
+def test_packets_and_sums_are_those_of_the_host_for_one_small_copy(case: Case, together: bool):
     tokens, routing, topk_weights = on_device_all(case)
-    each, answers = case.num_experts // case.world_size, []
-    for rank in range(case.world_size):
-        rest = (rank, each, case.num_experts)
-        want = send(case.tokens, case.routing, case.topk_weights, *rest)
-        with watch() as traffic:
-            packet = send(tokens, routing, topk_weights, *rest)
-        numbers = 3 if topk_weights is None else 4
-        assert traffic.to_host == ([numbers * 8] if case.routing.size else [])
-        assert traffic.to_device == []
-        for got, on_host in zip(packet, want, strict=True):
-            assert type(got) is (type(None) if on_host is None else DeviceArray)
-            if on_host is not None:
-                assert got.dtype == on_host.dtype
-                assert got.get().tobytes() == on_host.tobytes()
-        answers.append(packet.rows)
+    each, ranks = case.num_experts // case.world_size, range(case.world_size)
+    on_host = Packing(case.tokens, case.routing, case.topk_weights, each, case.world_size)
     with watch() as traffic:
-        y = sum_ranks(routing, answers, each, case.tokens.dtype)
-    assert traffic.to_host == [8 * case.world_size]
-    assert traffic.to_device == []
-    on_host = sum_ranks(case.routing, [a.get() for a in answers], each, case.tokens.dtype)
-    assert y.get().tobytes() == on_host.tobytes()
+        packing = Packing(tokens, routing, topk_weights, each, case.world_size)
+    numbers = 2 + case.world_size + (topk_weights is not None)
+    assert traffic.to_host == ([numbers * 8] if case.routing.size else [])
+    assert packing.ranks == on_host.ranks
+    for owned in [list(ranks)] if together else [[rank] for rank in ranks]:
+        owned = [rank for rank in owned if rank in packing.ranks]
+        if not owned:
+            continue
+        with watch() as traffic:
+            packet = packing.packet(owned)
+        assert len(traffic.to_host) <= (len(owned) > 1)
+        assert traffic.to_device == []
+        for got, want in zip(packet, on_host.packet(owned), strict=True):
+            assert type(got) is (type(None) if want is None else DeviceArray)
+            if want is not None:
+                assert got.dtype == want.dtype
+                assert got.get().tobytes() == want.tobytes()
+    with watch() as traffic:
+        sums = [Combining(p, case.tokens.shape[1], case.tokens.dtype) for p in (packing, on_host)]
+        for rank in packing.ranks:
+            sums[0].add(rank, packing.packet([rank]).rows)
+    assert traffic.to_host == traffic.to_device == []
+    for rank in on_host.ranks:
+        sums[1].add(rank, on_host.packet([rank]).rows)
+    assert sums[0].output().get().tobytes() == sums[1].output().tobytes()
 
 
 PLACEMENTS = {
@@ -282,8 +289,7 @@ def copies_to_host(case: Case, world_size: int, *, placed: bool) -> int:
     """How many small copies a run makes, at most: as the docstrings of its steps say."""
     if world_size == 1:
         return len(case.chunks)
-    packets, sums = world_size * len(case.chunks), len(case.chunks)
-    return 2 * packets + sums + (packets + sums if placed else 0)
+    return len(case.chunks) * (1 + world_size + placed)
 
 
 @settings(max_examples=30)

@@ -14,6 +14,7 @@ import dask.array as da
 import ml_dtypes
 import numpy as np
 import pytest
+from dask_ep.exchange import send, sum_ranks
 from distributed.protocol import deserialize, serialize
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -37,7 +38,6 @@ from dask_ep.checks import computing_dtype
 from dask_ep.device import DeviceMemoryError, download, pinned_empty, upload
 from dask_ep.device_memory import DEVICE_PROCESS_BYTES, THREADS_PER_GPU, OnDevice
 from dask_ep.example import Example, write_example
-from dask_ep.exchange import send, sum_ranks
 from dask_ep.gpus import Gpus
 from dask_ep.job import load_job
 from dask_ep.kinds import ACTIVATIONS

@@ -39,6 +39,7 @@ from dask_ep import (
     wire,
 )
 from dask_ep.build import build, open_inputs
+from dask_ep.chunk import Exchange, Where, combine, cut, pack
 from dask_ep.costs import FEWEST_ROWS
 from dask_ep.device import (
     Device,
@@ -51,14 +52,13 @@ from dask_ep.device import (
 )
 from dask_ep.device_memory import DEVICE_PROCESS_BYTES
 from dask_ep.example import Example, write_example
-from dask_ep.exchange import Packet, send
 from dask_ep.fit import DoesNotFit, choose_chunk_rows, need
 from dask_ep.gpus import Gpus, OnGpu, choose_protocol, start_gpus
 from dask_ep.held import held_as_stored
 from dask_ep.job import load_job
 from dask_ep.layer import _finish
 from dask_ep.lazy_routing import _route_chunk
-from dask_ep.pipeline import _send, _sum
+from dask_ep.pack import Packing
 from dask_ep.places import Cluster, Threads, lay_out
 from dask_ep.run import Progress, run_job
 from dask_ep.sources import open_source
@@ -451,7 +451,7 @@ def test_an_error_says_what_was_needed_what_is_free_and_what_fits():
 
 
 @pytest.mark.parametrize(
-    "name", ["routing", "send", "sum", "shared experts and residual", "residual"]
+    "name", ["routing", "pack", "combine", "shared experts and residual", "residual"]
 )
 def test_every_step_tells_what_it_needs_and_needs_no_more(request, name):
     rng, (n, d, E) = np.random.default_rng(0), (900, 32, 8)
@@ -460,11 +460,13 @@ def test_every_step_tells_what_it_needs_and_needs_no_more(request, name):
     routing = on_device(rng.integers(0, E, (n, 2)))
     shared = Experts.gated(*rng.random((2, 2, d, 24), "f4"), rng.random((2, 24, d), "f4"))
     loaded = shared.load(xp=xp), None
-    answers = [send(tokens, routing, None, rank, 4, E).rows for rank in (0, 1)]
+    packing = Packing(tokens, routing, None, 4, 2)
+    answers = [(rank, packing.packet([rank]).rows) for rank in (0, 1)]
+    exchange, where = Exchange("", 2, 4, d, None), Where(7, 0, None)
     step = {
         "routing": lambda: _route_chunk(tokens, {"weight": weight}, Router(E, 2), 7),
-        "send": lambda: _send(tokens, routing, weights, None, 0, None, 7, 1, 4, E),
-        "sum": lambda: _sum(routing, answers, None, 0, None, 7, 4, tokens.dtype),
+        "pack": lambda: cut(pack(tokens, routing, weights, where, exchange), [1], 7),
+        "combine": lambda: combine(packing, answers, where, exchange),
         "shared experts and residual": lambda: _finish(tokens, tokens, loaded, True, 7),
         "residual": lambda: _finish(tokens, tokens, None, True, 7),
     }[name]
@@ -631,30 +633,6 @@ def test_arrays_travel_with_their_dtype(family, dtype, shape):
     copies = [host.nbytes] if family == "dask" and host.size else []
     assert traffic.to_host == copies
     assert sum(traffic.to_device) == sum(copies)
-
-
-@pytest.mark.usefixtures("registered")
-@pytest.mark.parametrize("family", ["dask", "cuda"])
-@pytest.mark.parametrize("weighted", [False, True])
-def test_packets_travel_whole(family, weighted):
-    rng = np.random.default_rng(0)
-    arrays = [rng.random((20, 4), dtype="f4"), rng.integers(0, 4, (20, 2))]
-    weights = on_device(rng.random((20, 2))) if weighted else None
-    packet = send(*map(on_device, arrays), weights, 1, 2, 4)
-    with watch() as traffic:
-        got = travel(packet, family)
-    assert type(got) is Packet
-    for ours, theirs in zip(got, packet, strict=True):
-        assert (ours is None) == (theirs is None)
-        assert ours is None or ours.get().tobytes() == theirs.get().tobytes()
-    assert len(traffic.to_host) == (0 if family == "cuda" else 2 + weighted)
-
-
-@pytest.mark.usefixtures("registered")
-def test_packets_on_the_host_travel_as_ever():
-    packet = send(np.ones((4, 2)), np.zeros((4, 1), int), None, 0, 1, 1)
-    header, _ = serialize(packet)
-    assert header["serializer"] == "pickle"
 
 
 def test_a_worker_whose_threads_have_a_stream_each_is_refused(monkeypatch):

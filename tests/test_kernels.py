@@ -24,8 +24,8 @@ from dask_ep import (
     reference,
 )
 from dask_ep.checks import computing_dtype
-from dask_ep.exchange import send, sum_ranks
 from dask_ep.expert import Linear
+from dask_ep.pack import Combining, Packing
 from tests.compare import assert_close
 from tests.device_double import DeviceArray, Event, Stream, on_device, watch
 from tests.device_double import namespace as xp
@@ -130,11 +130,11 @@ def test_packets_and_their_sums(case: Case):
     each = case.num_experts // case.world_size
 
     def run() -> bytes:
-        packets = [
-            send(tokens, routing, weights, rank, each, case.num_experts)
-            for rank in range(case.world_size)
-        ]
-        return sum_ranks(routing, [p.rows for p in packets], each, tokens.dtype).get().tobytes()
+        packing = Packing(tokens, routing, weights, each, case.world_size)
+        total = Combining(packing, tokens.shape[1], tokens.dtype)
+        for rank in packing.ranks:
+            total.add(rank, packing.packet([rank]).rows)
+        return total.output().get().tobytes()
 
     plain = run()
     with kernels():

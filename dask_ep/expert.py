@@ -15,7 +15,7 @@ import numpy as np
 from dask_ep import grouped
 from dask_ep.arrays import Array, is_array, namespace
 from dask_ep.blas import product
-from dask_ep.checks import is_float
+from dask_ep.checks import is_float, refuse_masked
 
 
 class Expert(ABC):
@@ -106,6 +106,12 @@ class _Function(Expert):
                 f"rows ({m}, {self.d}) must give ({m}, {'d_out' if d_out is None else d_out}), "
                 f"but gave {came}"
             )
+        refuse_masked(y, f"rows that {self._place} gives")
+        if y.dtype.kind not in "iub" and not is_float(y.dtype):
+            raise TypeError(
+                f"{self._place} must give rows of real numbers, but gave {y.dtype}; of complex "
+                "ones return the real part, or both parts side by side"
+            )
         return y
 
     def __call__(self, rows: Array, out: Array | None = None) -> Array:
@@ -123,6 +129,7 @@ def as_experts(
     expert_Ws: Array | Sequence[Any], *, d: int, like: Array, dtype: np.dtype
 ) -> Sequence[Expert]:
     """Make `Expert`s of matrices, a stacked array, callables, or experts; check their widths."""
+    refuse_masked(expert_Ws, "expert_Ws")
     if hasattr(expert_Ws, "ndim") and expert_Ws.ndim != 3:
         raise ValueError(
             f"expert_Ws as one array must be (E/R, d, d_out), but has shape {expert_Ws.shape}; "
@@ -155,6 +162,7 @@ def _as_expert(W: Any, place: str, *, d: int, like: Array, dtype: np.dtype) -> E
     if isinstance(W, Expert):
         return W
     if is_array(W):
+        refuse_masked(W, place)
         if W.ndim != 2:
             raise ValueError(f"{place} must be a (d, d_out) matrix, but has shape {W.shape}")
         if not is_float(W.dtype):

@@ -16,6 +16,7 @@ from dask.base import normalize_token
 
 from dask_ep import memory
 from dask_ep.arrays import Array, is_array, namespace
+from dask_ep.checks import refuse_masked
 from dask_ep.device import pinned_empty
 from dask_ep.fingerprint import describe
 from dask_ep.quantized import DeviceSource, fill_on_device, put
@@ -45,7 +46,8 @@ class Weight:
             if not obj:
                 raise ValueError(f"{name} must have one entry per expert, but has none")
             if any(isinstance(part, da.Array) for part in obj):
-                return cls.of(da.stack([_as_dask(part) for part in obj]), name)
+                whole = [_as_dask(part, f"{name}[{e}]") for e, part in enumerate(obj)]
+                return cls.of(da.stack(whole), name)
             parts = tuple(_source(part, f"{name}[{e}]") for e, part in enumerate(obj))
             if len({part.shape for part in parts}) > 1:
                 odd = next(e for e, part in enumerate(parts) if part.shape != parts[0].shape)
@@ -54,6 +56,8 @@ class Weight:
                     f"{parts[odd].shape} and {name}[0] is {parts[0].shape}"
                 )
             return cls(parts, range(len(parts)))
+        if isinstance(obj, da.Array):
+            refuse_masked(obj, name)
         parts = obj if isinstance(obj, da.Array) else _source(obj, name)
         if parts.ndim == 0:
             raise ValueError(f"{name} must have the experts along its first axis, but is a number")
@@ -120,7 +124,7 @@ class Weight:
             if e < 0:
                 arrays.append(None)
             elif given is not None:
-                arrays.append(next(read))
+                arrays.append(_checked(next(read)))
             elif isinstance(self.parts, tuple):
                 part = self.parts[e]
                 arrays.append(part.read(0, part.shape[0]))
@@ -148,7 +152,7 @@ class Weight:
             if e < 0:
                 continue
             if given is not None:
-                _put(target, next(read))
+                _put(target, _checked(next(read)))
             elif isinstance(self.parts, tuple):
                 part = self.parts[e]
                 fill_on_device(part, 0, part.shape[0], target)
@@ -198,6 +202,12 @@ class _Detached(Source):
         return self._describe()
 
 
+def _checked(value: Array) -> Array:
+    """A value of a Dask array, whose blocks can be masked though the array did not say so."""
+    refuse_masked(value, "a Dask array of weights")
+    return value
+
+
 def _put(target: Array, value: Array) -> None:
     """Copy a value that is in memory, here or on the device already."""
     if not isinstance(value, np.ndarray):
@@ -218,8 +228,9 @@ def _source(obj: Any, name: str) -> Source:
     return source
 
 
-def _as_dask(part: Any) -> da.Array:
+def _as_dask(part: Any, name: str) -> da.Array:
     if isinstance(part, da.Array):
+        refuse_masked(part, name)
         return part
-    source = _source(part, "weight")
+    source = _source(part, name)
     return da.from_array(source.read(0, source.shape[0]), chunks=-1)

@@ -16,6 +16,8 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from math import prod
 
+import numpy as np
+
 from dask_ep.block import Block, Model
 from dask_ep.checkpoint_files import CheckpointFiles
 from dask_ep.families import FAMILIES, PREFIXES, find_family
@@ -287,9 +289,9 @@ def describe(directory: str | os.PathLike, *, families: Iterable[Family] = ()) -
 
 
 def _bytes_in_memory(layer: MoELayer) -> int:
-    numbers = layer.experts.num_experts * layer.experts.parameters
-    numbers += 0 if layer.shared is None else layer.shared.num_experts * layer.shared.parameters
-    return 4 * (numbers + sum(prod(array.shape) for array in layer.arrays.values()))
+    float32 = np.dtype(np.float32)
+    experts = layer.experts.num_experts * layer.experts.loaded_bytes(float32)
+    return experts + layer.loaded_beside(float32)
 
 
 # --- words -----------------------------------------------------------------------------------

@@ -147,12 +147,14 @@ def _apply(
     """One tile: gather, expert, weight, write."""
     contiguous = isinstance(slots, slice)
     rows = slots if contiguous or k == 1 else slots // k
-    x = tokens[rows].astype(compute, copy=False) if contiguous else gather(tokens, rows, compute)
+    weighed_before = weights is not None and expert.weigh == "input"
+    dtype = compute if weighed_before else expert.takes(tokens.dtype)
+    x = tokens[rows].astype(dtype, copy=False) if contiguous else gather(tokens, rows, dtype)
     if contiguous and out is tokens:
         x = x.copy()  # experts read their rows again while they write
     if weights is not None:
         w = weights[slots].astype(compute, copy=False)[:, None]
-        if expert.weigh == "input":
+        if weighed_before:
             x = namespace(x).multiply(x, w, out=None if contiguous else x)
     in_place = contiguous and write is assign_rows and out.dtype == compute
     y = out[rows] if in_place else memory.empty((len(x), expert.d_out), compute, like=x)

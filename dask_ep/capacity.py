@@ -26,7 +26,7 @@ from typing import Any
 import dask.array as da
 import numpy as np
 
-from dask_ep.arrays import Array, namespace
+from dask_ep.arrays import UNDERFLOW_IS_ZERO, Array, namespace
 from dask_ep.checks import refuse_masked
 from dask_ep.rows import block_by_block
 from dask_ep.scores import SCORES
@@ -272,6 +272,7 @@ def _every_expert(scores: Array) -> Array:
     return xp.broadcast_to(xp.arange(scores.shape[1], dtype=np.int32), scores.shape)
 
 
+@UNDERFLOW_IS_ZERO
 def _ordered_keys(weights: Array) -> Array:
     """Unsigned integers in the order of the floats; 0.0 and -0.0 are equal."""
     xp = namespace(weights)

@@ -25,7 +25,7 @@ from dask.base import normalize_token, tokenize
 from dask.task_spec import Task, TaskRef
 
 from dask_ep import memory
-from dask_ep.arrays import Array, namespace
+from dask_ep.arrays import UNDERFLOW_IS_ZERO, Array, namespace
 from dask_ep.capacity import Capacity, ExpertChoice
 from dask_ep.checks import check_byte_order, computing_dtype, is_float, refuse_masked
 from dask_ep.device import telling_memory
@@ -391,6 +391,7 @@ def _load_shared(
     return loaded, xp.asarray(gate["shared_gate"].read().astype(computing_dtype(dtype)))
 
 
+@UNDERFLOW_IS_ZERO
 def _finish(
     rows: Array, routed: Array, shared: tuple[Any, Array | None] | None, residual: bool, chunk: int
 ) -> Array:

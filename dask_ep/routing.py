@@ -32,8 +32,8 @@ TILE_BYTES = 4 << 20
 stay in cache from one step to the next, and rows enough to be worth packing the weights for."""
 
 
-WITHOUT_WARNINGS = np.errstate(over="ignore", divide="ignore", invalid="ignore")
-"""What overflows is the limit that is meant, and what is NaN is refused at the end."""
+WITHOUT_WARNINGS = np.errstate(all="ignore")
+"""What overflows or underflows is the limit that is meant; what is NaN is refused at the end."""
 
 
 @dataclass(frozen=True)

@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 
 from dask_ep import grouped, memory
-from dask_ep.arrays import Array, namespace
+from dask_ep.arrays import UNDERFLOW_IS_ZERO, Array, namespace
 from dask_ep.checks import computing_dtype
 from dask_ep.expert import Expert
 from dask_ep.segments import Segments
@@ -73,6 +73,7 @@ class Served:
         else:
             self.out, self._write = begin_output(len(tokens), segments, d_out, tokens.dtype, tokens)
 
+    @UNDERFLOW_IS_ZERO
     def add(self, e: int, expert: Expert) -> None:
         """Send the rows of local expert `e` through it, and add what it gives."""
         compute = computing_dtype(self._tokens.dtype)

@@ -16,7 +16,7 @@ import numpy as np
 from dask.base import normalize_token
 
 from dask_ep import blas, memory
-from dask_ep.arrays import Array, is_array, namespace
+from dask_ep.arrays import UNDERFLOW_IS_ZERO, Array, is_array, namespace
 from dask_ep.bfloat16 import BFLOAT16, narrowed, serves
 from dask_ep.checks import refuse_masked
 from dask_ep.device import pinned_empty
@@ -120,6 +120,7 @@ class Weight:
             return self
         return Weight(_Detached(self.parts.shape, self.parts.dtype), self.ids)
 
+    @UNDERFLOW_IS_ZERO
     def read(self, dtype: np.dtype, given: np.ndarray | None = None) -> list[np.ndarray | None]:
         """Read one array per expert, None for an empty slot; each converted by itself.
 

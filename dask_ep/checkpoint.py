@@ -46,7 +46,8 @@ def load_moe_layer(
         Number of the decoder layer, from 0.
     families : of the user's own, which come before those that are known; see `Family`
     residual : bool
-        Add the hidden states to the output.
+        Add the rows that the block gets to its output, see `MoELayer`. Refused where they are not
+        what the model adds (`Family.pre_norm`), as in all known families.
     as_stored : bool
         A rank holds its routed experts in memory as they are stored, and converts each when its
         rows come: less memory, more time; see `held_as_stored`.
@@ -62,7 +63,8 @@ def load_moe_layer(
         If a file is missing or cut short.
     ValueError
         If the family is not known, the layer is dense or out of range, a config key or tensor is
-        missing, a tensor has the wrong shape, or a tensor of the block would not be used.
+        missing, a tensor has the wrong shape, or a tensor of the block would not be used; if
+        `residual` is asked for where the model adds other rows.
     TypeError
         If a tensor has a dtype that it cannot have.
 
@@ -155,6 +157,13 @@ class Checkpoint:
 
     def open_layer(self, layer: int, *, residual: bool = False) -> MoELayer:
         self._check_layer(layer)
+        if residual and self.model.family.pre_norm:
+            raise ValueError(
+                f"residual=True adds the rows that the block gets, but in {self.model.model_type} "
+                "models these were normalised just before, and the block's output is added to the "
+                "rows from before that: open the layer without residual and add those, "
+                "x + layer(norm(x))"
+            )
         found = self.prefixes(layer)
         if len(found) != 1:
             wanted = [PREFIXES[0].format(layer=layer) + block for block in self.model.family.blocks]

@@ -61,7 +61,10 @@ class MoELayer:
     table : (vocabulary, k) integers, optional
         Experts of each token id: the call then needs token ids, and `router_weight` only weighs.
     residual : bool
-        Add the hidden states themselves to the output.
+        Add the rows that the layer gets to its output. That is the whole of a decoder's MoE step
+        only where the model adds the block's output to the block's own input. Nearly all models
+        are pre-norm: they add it to the rows from before the norm. There leave it False, and write
+        ``x + layer(norm(x))``.
 
     Raises
     ------

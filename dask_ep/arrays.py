@@ -14,6 +14,10 @@ import numpy as np
 Array = Any
 """A NumPy or CuPy array, or any other with `__array_namespace__` and NumPy's functions."""
 
+UNDERFLOW_IS_ZERO = np.errstate(under="ignore")
+"""For functions whose numbers may become too small for their dtype: that is harmless, whatever
+``np.seterr`` says."""
+
 
 def namespace(array: Array, name: str = "array") -> Any:
     """Give the module whose functions work on an array: ``numpy``, ``cupy``, ...

@@ -21,9 +21,13 @@ from contextlib import contextmanager, suppress
 from functools import cache
 from importlib.metadata import PackageNotFoundError, files, version
 from pathlib import Path
+from typing import Any
 
+import ml_dtypes
 import numpy as np
 from threadpoolctl import ThreadpoolController, threadpool_limits
+
+BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
 
 SMALLEST = 1 << 18
 """Multiplications below which a product takes less time than the way to another library."""
@@ -59,14 +63,16 @@ class Cblas:
     ----------
     library : a loaded library
     names : {dtype: name} of its functions for 64-bit lengths
+        That for bfloat16 sums in float32, and so writes it.
     """
 
     _ROW_MAJOR, _AS_IS, _TRANSPOSED = 101, 111, 112
 
-    def __init__(self, library: ctypes.CDLL, names: dict[str, str]):
+    def __init__(self, library: ctypes.CDLL, names: dict[Any, str]):
         self._gemm = {}
         for dtype, name in names.items():
-            number = np.ctypeslib.as_ctypes_type(dtype)
+            sums = _sums(np.dtype(dtype))
+            number = np.ctypeslib.as_ctypes_type(sums)
             flag, length, matrix = ctypes.c_int, ctypes.c_int64, ctypes.c_void_p
             gemm = getattr(library, name)
             gemm.argtypes = [
@@ -76,17 +82,18 @@ class Cblas:
             gemm.restype = None
             self._gemm[np.dtype(dtype)] = gemm
 
-    def multiply(self, x: np.ndarray, w: np.ndarray, out: np.ndarray) -> bool:
-        """Write x @ w to `out`, and say so; False if they lie in a way that the library cannot."""
+    def multiply(self, x: np.ndarray, w: np.ndarray, out: np.ndarray, *, add: bool = False) -> bool:
+        """Write x @ w to `out`, or add it, and say so; False if the library cannot as they lie."""
         gemm = self._gemm.get(x.dtype)
         lie = [self._lie(a) for a in (x, w, out)]
-        if gemm is None or not x.dtype == w.dtype == out.dtype or None in lie:
+        if gemm is None or x.dtype != w.dtype or out.dtype != _sums(x.dtype) or None in lie:
             return False
         (x_flag, x_lead), (w_flag, w_lead), (out_flag, out_lead) = lie
         if out_flag != self._AS_IS:
             return False
         sizes = (*out.shape, x.shape[1])
-        places = (x.ctypes.data, x_lead, w.ctypes.data, w_lead, 0.0, out.ctypes.data, out_lead)
+        there = (out.ctypes.data, out_lead)
+        places = (x.ctypes.data, x_lead, w.ctypes.data, w_lead, float(add), *there)
         gemm(self._ROW_MAJOR, x_flag, w_flag, *sizes, 1.0, *places)
         return True
 
@@ -141,6 +148,19 @@ def cpu_name() -> str:
     return named[1] if named else platform.processor() or platform.machine()
 
 
+def _sums(dtype: np.dtype) -> np.dtype:
+    """The dtype that products of a dtype are summed in."""
+    return np.dtype(np.float32) if dtype == BFLOAT16 else dtype
+
+
+@cache
+def bfloat16_library() -> Cblas | None:
+    """MKL, on a CPU of Intel's with AMX, where it multiplies bfloat16 four to six times as fast as
+    float32; with AVX512-BF16 alone it takes longer than for float32 (85 to 146 GFLOP/s).
+    """
+    return mkl_where_faster() if "amx_bf16" in _cpuinfo().split() else None
+
+
 @cache
 def mkl_where_faster() -> Cblas | None:
     """MKL, on a CPU of Intel's: by its maker, not by a timing, so that runs repeat their bits."""
@@ -164,7 +184,8 @@ def installed_mkl() -> Cblas | None:
     if not found:
         return None
     library = ctypes.CDLL(str(found[0].locate()))
-    return Cblas(library, {"float32": "cblas_sgemm_64", "float64": "cblas_dgemm_64"})
+    names = {"float32": "cblas_sgemm_64", "float64": "cblas_dgemm_64"}
+    return Cblas(library, names | {BFLOAT16: "cblas_gemm_bf16bf16f32_64"})
 
 
 @contextmanager

@@ -26,7 +26,8 @@ from typing import Any
 import dask.array as da
 import numpy as np
 
-from dask_ep.arrays import Array, namespace
+from dask_ep.arrays import UNDERFLOW_IS_ZERO, Array, namespace
+from dask_ep.checks import refuse_masked
 from dask_ep.rows import block_by_block
 from dask_ep.scores import SCORES
 
@@ -135,6 +136,8 @@ def limit_capacity(
     >>> limit_capacity(indices, weights, 2, Capacity(1.0, drop="position")).compute().ravel()
     array([ 0,  0,  1, -1], dtype=int32)
     """
+    refuse_masked(indices, "indices")
+    refuse_masked(topk_weights, "topk_weights")
     indices, topk_weights = _one_block_of_slots(indices), _one_block_of_slots(topk_weights)
     if indices.chunks != topk_weights.chunks and not _unknown(indices):
         topk_weights = topk_weights.rechunk(indices.chunks)
@@ -172,6 +175,7 @@ def choose_rows(scores: da.Array, factor: float) -> da.Array:
     array([[-1, -1],
            [ 0,  1]], dtype=int32)
     """
+    refuse_masked(scores, "scores")
     scores = _one_block_of_slots(scores)
     E = scores.shape[1]
     indices = da.map_blocks(_every_expert, scores, dtype=np.int32, meta=_meta(scores, 2, "i4"))
@@ -268,6 +272,7 @@ def _every_expert(scores: Array) -> Array:
     return xp.broadcast_to(xp.arange(scores.shape[1], dtype=np.int32), scores.shape)
 
 
+@UNDERFLOW_IS_ZERO
 def _ordered_keys(weights: Array) -> Array:
     """Unsigned integers in the order of the floats; 0.0 and -0.0 are equal."""
     xp = namespace(weights)

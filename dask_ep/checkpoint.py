@@ -16,6 +16,8 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from math import prod
 
+import numpy as np
+
 from dask_ep.block import Block, Model
 from dask_ep.checkpoint_files import CheckpointFiles
 from dask_ep.families import FAMILIES, PREFIXES, find_family
@@ -44,7 +46,8 @@ def load_moe_layer(
         Number of the decoder layer, from 0.
     families : of the user's own, which come before those that are known; see `Family`
     residual : bool
-        Add the hidden states to the output.
+        Add the rows that the block gets to its output, see `MoELayer`. Refused where they are not
+        what the model adds (`Family.pre_norm`), as in all known families.
     as_stored : bool
         A rank holds its routed experts in memory as they are stored, and converts each when its
         rows come: less memory, more time; see `held_as_stored`.
@@ -60,7 +63,8 @@ def load_moe_layer(
         If a file is missing or cut short.
     ValueError
         If the family is not known, the layer is dense or out of range, a config key or tensor is
-        missing, a tensor has the wrong shape, or a tensor of the block would not be used.
+        missing, a tensor has the wrong shape, or a tensor of the block would not be used; if
+        `residual` is asked for where the model adds other rows.
     TypeError
         If a tensor has a dtype that it cannot have.
 
@@ -153,6 +157,13 @@ class Checkpoint:
 
     def open_layer(self, layer: int, *, residual: bool = False) -> MoELayer:
         self._check_layer(layer)
+        if residual and self.model.family.pre_norm:
+            raise ValueError(
+                f"residual=True adds the rows that the block gets, but in {self.model.model_type} "
+                "models these were normalised just before, and the block's output is added to the "
+                "rows from before that: open the layer without residual and add those, "
+                "x + layer(norm(x))"
+            )
         found = self.prefixes(layer)
         if len(found) != 1:
             wanted = [PREFIXES[0].format(layer=layer) + block for block in self.model.family.blocks]
@@ -287,9 +298,9 @@ def describe(directory: str | os.PathLike, *, families: Iterable[Family] = ()) -
 
 
 def _bytes_in_memory(layer: MoELayer) -> int:
-    numbers = layer.experts.num_experts * layer.experts.parameters
-    numbers += 0 if layer.shared is None else layer.shared.num_experts * layer.shared.parameters
-    return 4 * (numbers + sum(prod(array.shape) for array in layer.arrays.values()))
+    float32 = np.dtype(np.float32)
+    experts = layer.experts.num_experts * layer.experts.loaded_bytes(float32)
+    return experts + layer.loaded_beside(float32)
 
 
 # --- words -----------------------------------------------------------------------------------

@@ -22,7 +22,7 @@ from typing import Any
 import numpy as np
 
 from dask_ep import grouped, memory
-from dask_ep.arrays import Array, namespace, one_namespace
+from dask_ep.arrays import UNDERFLOW_IS_ZERO, Array, namespace, one_namespace
 from dask_ep.checks import check_rank, check_routing, check_tokens, computing_dtype
 from dask_ep.expert import Expert, as_experts
 from dask_ep.segments import Segments, raise_bad_index, raise_nan, sort_slots
@@ -98,6 +98,7 @@ def expert_parallel_dispatch(
     return dispatch(tokens, routing, topk_weights, expert_Ws, rank, world_size)
 
 
+@UNDERFLOW_IS_ZERO
 def dispatch(
     tokens: Array,
     routing: Array,
@@ -127,6 +128,7 @@ def dispatch(
     return served.out.astype(dtype, copy=False)
 
 
+@UNDERFLOW_IS_ZERO
 def answer_of_rank(
     tokens: Array,
     segments: Segments,

@@ -12,10 +12,11 @@ from typing import Any
 
 import numpy as np
 
-from dask_ep import grouped
+from dask_ep import bfloat16, grouped
 from dask_ep.arrays import Array, is_array, namespace
+from dask_ep.bfloat16 import BFLOAT16
 from dask_ep.blas import product
-from dask_ep.checks import is_float
+from dask_ep.checks import computing_dtype, is_float, refuse_masked
 
 
 class Expert(ABC):
@@ -45,6 +46,10 @@ class Expert(ABC):
         """Equal for experts that can compute together; by default each is alone."""
         return id(self)
 
+    def takes(self, dtype: np.dtype) -> np.dtype:
+        """The dtype of the rows that it gets on the host, of tokens of a dtype."""
+        return computing_dtype(dtype)
+
     @abstractmethod
     def __call__(self, rows: Array, out: Array | None = None) -> Array:
         """Compute the expert on rows (m, d); into `out` (m, d_out) when it is given.
@@ -62,11 +67,15 @@ class Expert(ABC):
 
 
 class Linear(Expert):
-    """The expert `rows @ W`; a `W` of another dtype is converted at each use, not held."""
+    """The expert `rows @ W`; a `W` of another dtype is converted at each use, not held.
 
-    def __init__(self, W: Array):
-        self.W = W
+    On a host that multiplies bfloat16 faster a `W` of it is no other dtype, see `bfloat16`.
+    """
+
+    def __init__(self, W: Array, precision: str = "float32"):
+        self.W, self._precision = W, precision
         self.d, self.d_out = W.shape
+        self._in_16_bits = bfloat16.serves(W)
 
     @property
     def kin(self) -> Hashable:
@@ -79,7 +88,12 @@ class Linear(Expert):
         matrices = [expert.W.astype(rows.dtype, copy=False) for expert in experts]
         grouped.products(rows, matrices, bounds, out)
 
+    def takes(self, dtype: np.dtype) -> np.dtype:
+        return dtype if self._in_16_bits and dtype == BFLOAT16 else computing_dtype(dtype)
+
     def __call__(self, rows: Array, out: Array | None = None) -> Array:
+        if self._in_16_bits and rows.dtype in (BFLOAT16, np.float32):
+            return bfloat16.multiply(rows, self.W, out, self._precision)
         xp, W = namespace(rows), self.W.astype(rows.dtype, copy=False)
         if xp is np:
             return product(rows, W, out)
@@ -106,6 +120,12 @@ class _Function(Expert):
                 f"rows ({m}, {self.d}) must give ({m}, {'d_out' if d_out is None else d_out}), "
                 f"but gave {came}"
             )
+        refuse_masked(y, f"rows that {self._place} gives")
+        if y.dtype.kind not in "iub" and not is_float(y.dtype):
+            raise TypeError(
+                f"{self._place} must give rows of real numbers, but gave {y.dtype}; of complex "
+                "ones return the real part, or both parts side by side"
+            )
         return y
 
     def __call__(self, rows: Array, out: Array | None = None) -> Array:
@@ -123,6 +143,7 @@ def as_experts(
     expert_Ws: Array | Sequence[Any], *, d: int, like: Array, dtype: np.dtype
 ) -> Sequence[Expert]:
     """Make `Expert`s of matrices, a stacked array, callables, or experts; check their widths."""
+    refuse_masked(expert_Ws, "expert_Ws")
     if hasattr(expert_Ws, "ndim") and expert_Ws.ndim != 3:
         raise ValueError(
             f"expert_Ws as one array must be (E/R, d, d_out), but has shape {expert_Ws.shape}; "
@@ -155,6 +176,7 @@ def _as_expert(W: Any, place: str, *, d: int, like: Array, dtype: np.dtype) -> E
     if isinstance(W, Expert):
         return W
     if is_array(W):
+        refuse_masked(W, place)
         if W.ndim != 2:
             raise ValueError(f"{place} must be a (d, d_out) matrix, but has shape {W.shape}")
         if not is_float(W.dtype):

@@ -17,6 +17,7 @@ import numpy as np
 from dask.base import normalize_token
 
 from dask_ep.arrays import Array
+from dask_ep.bfloat16 import PARTS
 from dask_ep.checks import is_float
 from dask_ep.expert import Expert
 from dask_ep.fingerprint import describe
@@ -62,7 +63,8 @@ class Experts:
     Notes
     -----
     Weights are held in the computing dtype (float32, or float64 for float64 tokens) once they are
-    loaded, in the orientation in which they are stored: products take either.
+    loaded, in the orientation in which they are stored: products take either. Matrices of bfloat16
+    stay so where the CPU multiplies them faster (`dask_ep.bfloat16`).
 
     Examples
     --------
@@ -228,7 +230,31 @@ class Experts:
                 raise TypeError(f"{name} must hold floats, but has dtype {weight.dtype}")
         return cls(kind, given, options)
 
+    def with_precision(self, precision: str) -> Experts:
+        """The same experts, whose float32 values are rounded in 16-bit products, or are not.
+
+        Parameters
+        ----------
+        precision : "float32" or "bfloat16"
+            What a CPU that multiplies bfloat16 faster makes of what is float32 on the way through
+            bfloat16 matrices. "float32", as without it: three bfloat16 numbers for each, for the
+            accuracy of float32 products. "bfloat16": one, rounded, as a model in bfloat16 computes
+            (errors of about 2e-3 of the largest value). Elsewhere all is float32 anyway.
+        """
+        if precision not in PARTS:
+            raise ValueError(f"precision must be one of {', '.join(PARTS)}, not {precision!r}")
+        return type(self)(self.kind, self.weights, {**self.options, "precision": precision})
+
     # --- what they are ---
+
+    @property
+    def precision(self) -> str:
+        """How exact products in 16 bits are, see `with_precision`."""
+        return self.options.get("precision", "float32")
+
+    def loaded_bytes(self, dtype: np.dtype, *, on_device: bool = False) -> int:
+        """Bytes of one expert that is loaded to compute in a dtype."""
+        return sum(w.loaded_bytes(dtype, on_device=on_device) for w in self.weights.values())
 
     @property
     def dtype(self) -> np.dtype:
@@ -319,7 +345,7 @@ class Experts:
 class CallableExperts:
     """Experts that are a user's functions; see `Experts.callables`."""
 
-    kind = "callables"
+    kind, precision = "callables", "float32"
     d = hidden = dtype = None
     nbytes = parameters = widest = 0
 
@@ -337,6 +363,17 @@ class CallableExperts:
     @property
     def num_experts(self) -> int:
         return len(self.functions)
+
+    def with_precision(self, precision: str) -> CallableExperts:
+        if precision != self.precision:
+            raise ValueError(
+                f"precision must be {self.precision} for experts that are functions, which "
+                f"multiply by themselves, not {precision!r}"
+            )
+        return self
+
+    def loaded_bytes(self, dtype: np.dtype, *, on_device: bool = False) -> int:
+        return 0
 
     def __dask_tokenize__(self) -> object:
         return normalize_token(("CallableExperts", self.functions, self.d_out))

@@ -160,6 +160,8 @@ class Family:
     options : arguments of `Experts.gated` or `Experts.gated_fused`
     shared : Shared or None
     is_moe : whether a layer is MoE, from config and layer number
+    pre_norm : whether the rows that the block gets were normalised just before, while the model
+        adds the block's output to the rows as they were before that: so nearly all models do
 
     Examples
     --------
@@ -188,3 +190,4 @@ class Family:
     )
     shared: Shared | None = None
     is_moe: Callable[[Config, int], bool] = every_layer
+    pre_norm: bool = True

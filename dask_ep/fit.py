@@ -73,13 +73,14 @@ def need(inputs: Inputs, layout: Layout) -> Need:
     computes on one.
     """
     experts, layer = inputs.experts, inputs.layer
-    itemsize = computing_dtype(inputs.tokens.dtype, layout.on_devices).itemsize
-    wide, stored = experts.parameters * itemsize, _held_bytes(inputs, layout)
+    compute = computing_dtype(inputs.tokens.dtype, layout.on_devices)
+    wide = experts.loaded_bytes(compute, on_device=layout.on_devices)
+    itemsize, stored = compute.itemsize, _held_bytes(inputs, layout)
     held = layout.ranks_per_worker * _slots_per_rank(inputs, layout) * stored
     if stored < wide:
         held += layout.threads * wide  # the one that each thread has in use
     if layer is not None:
-        held += layer.parameters_beside * itemsize
+        held += layer.loaded_beside(compute, on_device=layout.on_devices)
     spread = min(slots_per_row(inputs), layout.world_size)
     if layout.on_devices:
         return _on_device(inputs).need(held, layout.threads, layout.world_size, spread)
@@ -202,7 +203,8 @@ def _held_bytes(inputs: Inputs, layout: Layout) -> int:
     experts = inputs.experts
     if isinstance(experts, StoredExperts):
         return experts.nbytes // experts.num_experts
-    return experts.parameters * computing_dtype(inputs.tokens.dtype, layout.on_devices).itemsize
+    compute = computing_dtype(inputs.tokens.dtype, layout.on_devices)
+    return experts.loaded_bytes(compute, on_device=layout.on_devices)
 
 
 def fit_stored(rows: int, stored: int | None) -> int:

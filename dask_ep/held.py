@@ -6,8 +6,8 @@ come, and only the last one of each thread stays so.
     file ──.load()──> bytes as stored, in memory ──rows come──> one expert in float32, for a while
 
 Half the memory of float32 for 16 bits, a quarter for FP8, an eighth for MXFP4, and the time of one
-conversion per chunk and expert. On a GPU that is the device's memory, where an expert is decoded to
-the dtype of the rows.
+conversion per chunk and expert; none for bfloat16 where products take it as it is (`bfloat16`). On
+a GPU that is the device's memory, where an expert is decoded to the dtype of the rows.
 """
 
 from __future__ import annotations
@@ -46,9 +46,9 @@ def held_as_stored(experts: Experts) -> StoredExperts:
 
     Examples
     --------
-    >>> import ml_dtypes, numpy as np
+    >>> import numpy as np
     >>> from dask_ep import Experts
-    >>> experts = Experts.linear(np.ones((4, 8, 8), ml_dtypes.bfloat16))
+    >>> experts = Experts.linear(np.ones((4, 8, 8), np.float16))
     >>> experts.load().nbytes, held_as_stored(experts).load().nbytes
     (1024, 512)
     """
@@ -132,13 +132,19 @@ class _StoredExpert(Expert):
     def widest(self) -> int:
         return max(self.d, self._one.hidden or 0, self.d_out)
 
+    def takes(self, dtype: np.dtype) -> np.dtype:
+        return self._loaded().takes(dtype)
+
     def __call__(self, rows: Array, out: Array | None = None) -> Array:
+        return self._loaded()(rows, out)
+
+    def _loaded(self) -> Expert:
         who, expert = getattr(self._lately, "expert", (None, None))
         if who is not self:
             self._lately.expert = (None, None)  # the memory of the last is free for this one
             expert = self._one.load(xp=self._xp, dtype=self._dtype)[0]
             self._lately.expert = (self, expert)
-        return expert(rows, out)
+        return expert
 
 
 def held_in_memory(experts: Experts, e: int, xp: Any = np) -> Experts:

@@ -30,6 +30,7 @@ from math import prod
 from typing import Any, NamedTuple
 
 import dask.array as da
+import numpy as np
 from dask.utils import format_bytes
 
 from dask_ep import journal, memory
@@ -137,13 +138,14 @@ def find_passes(
 def sizes_of(inputs: Inputs, threads: int, workers: int | None) -> Sizes:
     """Put a job, and where it is to run, into numbers."""
     experts, tokens = inputs.experts, inputs.tokens
-    wide = computing_dtype(tokens.dtype).itemsize
+    compute = computing_dtype(tokens.dtype)
+    wide = compute.itemsize
     matrices = [
         weight.nbytes // experts.num_experts
         for weight in experts.weights.values()
-        if weight.nbytes != experts.num_experts * prod(weight.shape[1:]) * wide
+        if weight.nbytes != experts.num_experts * weight.loaded_bytes(compute)
     ]
-    beside = 0 if inputs.layer is None else inputs.layer.parameters_beside * wide
+    beside = 0 if inputs.layer is None else inputs.layer.loaded_beside(compute)
     return Sizes(
         rows=tokens.shape[0],
         slots=slots_per_row(inputs),
@@ -153,9 +155,9 @@ def sizes_of(inputs: Inputs, threads: int, workers: int | None) -> Sizes:
         wide=wide,
         experts=experts.num_experts,
         expert_stored=experts.nbytes // experts.num_experts,
-        expert_loaded=experts.parameters * wide,
+        expert_loaded=experts.loaded_bytes(compute),
         widest=max(experts.d, min(experts.hidden or 0, HIDDEN_COLUMNS), experts.d_out),
-        matrix_stored=max(matrices, default=0) + _split_bytes(experts, wide),
+        matrix_stored=max(matrices, default=0) + _split_bytes(experts, compute),
         beside=beside,
         stored_rows=tokens.chunk_rows,
         read_bytes=inputs.read_bytes,
@@ -279,8 +281,8 @@ def _free_for_rows(inputs: Inputs, overwrite: bool) -> int:
     return max(free - written, 0)
 
 
-def _split_bytes(experts: Experts, wide: int) -> int:
+def _split_bytes(experts: Experts, compute: np.dtype) -> int:
     """Bytes of the matrix that is copied when gate and up are taken apart."""
     if not experts.options.get("interleaved", False):
         return 0
-    return prod(experts.weights["gate_up"].shape[1:]) * wide
+    return experts.weights["gate_up"].loaded_bytes(compute)

@@ -32,9 +32,12 @@ Activation = Callable[[Array, float], None]
 class Affine(Expert):
     """``x @ w + bias``."""
 
-    def __init__(self, w: Array, bias: Array):
-        self._product, self._bias = Linear(w), bias
+    def __init__(self, w: Array, bias: Array, precision: str = "float32"):
+        self._product, self._bias = Linear(w, precision), bias
         self.d, self.d_out = w.shape
+
+    def takes(self, dtype: np.dtype) -> np.dtype:
+        return self._product.takes(dtype)
 
     @property
     def kin(self) -> Hashable:
@@ -66,6 +69,9 @@ class Mlp(Expert):
     def widest(self) -> int:
         return max(self.d, self._up.d_out, self.d_out)
 
+    def takes(self, dtype: np.dtype) -> np.dtype:
+        return self._up.takes(dtype)
+
     @property
     def kin(self) -> Hashable:
         return Mlp, self._up.kin, self._down.kin, self._activation
@@ -87,7 +93,7 @@ class Mlp(Expert):
         hidden = self._up(rows, _hidden(rows, self._up))
         for part in memory.runs_in_cache(hidden):
             self._activate(hidden[part], 1.0)
-        return self._down(hidden.astype(rows.dtype, copy=False), out)
+        return self._down(hidden, out)
 
 
 class Gated(Expert):
@@ -114,12 +120,16 @@ class Gated(Expert):
     def widest(self) -> int:
         return max(self.d, self._up.d_out, self.d_out)
 
+    def takes(self, dtype: np.dtype) -> np.dtype:
+        narrow, wide = self._gate.takes(dtype), self._up.takes(dtype)
+        return narrow if narrow == wide else computing_dtype(dtype)
+
     def __call__(self, rows: Array, out: Array | None = None) -> Array:
         gate = self._gate(rows, _hidden(rows, self._gate))
         up = self._up(rows, _hidden(rows, self._up))
         for part in memory.runs_in_cache(gate):
             self._combine(gate[part], up[part])
-        return self._down(gate.astype(rows.dtype, copy=False), out)
+        return self._down(gate, out)
 
     def _combine(self, gate: Array, up: Array) -> None:
         """Replace `gate` by activation(gate) * up."""
@@ -207,6 +217,9 @@ class Summed(Expert):
     @property
     def widest(self) -> int:
         return max(part.widest for part in self._parts)
+
+    def takes(self, dtype: np.dtype) -> np.dtype:
+        return self._parts[0].takes(dtype)
 
     def __call__(self, rows: Array, out: Array | None = None) -> Array:
         out = self._parts[0](rows, out)

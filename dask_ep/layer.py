@@ -14,6 +14,7 @@ added up by tasks of its own. Only capacity limits and expert choice look at the
 
 from __future__ import annotations
 
+from copy import copy
 from importlib import import_module
 from math import prod
 from typing import Any
@@ -24,7 +25,7 @@ from dask.base import normalize_token, tokenize
 from dask.task_spec import Task, TaskRef
 
 from dask_ep import memory
-from dask_ep.arrays import Array, namespace
+from dask_ep.arrays import UNDERFLOW_IS_ZERO, Array, namespace
 from dask_ep.capacity import Capacity, ExpertChoice
 from dask_ep.checks import check_byte_order, computing_dtype, is_float, refuse_masked
 from dask_ep.context import naming, telling_kernel
@@ -61,7 +62,10 @@ class MoELayer:
     table : (vocabulary, k) integers, optional
         Experts of each token id: the call then needs token ids, and `router_weight` only weighs.
     residual : bool
-        Add the hidden states themselves to the output.
+        Add the rows that the layer gets to its output. That is the whole of a decoder's MoE step
+        only where the model adds the block's output to the block's own input. Nearly all models
+        are pre-norm: they add it to the rows from before the norm. There leave it False, and write
+        ``x + layer(norm(x))``.
 
     Raises
     ------
@@ -127,6 +131,7 @@ class MoELayer:
         routing: tuple[da.Array, da.Array] | None = None,
         world_size: int | None = None,
         placement: Placement | str | None = None,
+        precision: str | None = None,
     ) -> da.Array:
         """Compute the layer.
 
@@ -140,12 +145,19 @@ class MoELayer:
         world_size, placement : as in `expert_parallel`
             A placement by name counts the rows of each expert while the graph is built: it routes
             all hidden states once more than the run does, unless `routing` is given.
+        precision : "float32" or "bfloat16", optional
+            See `Experts.with_precision`. The router is float32 in any case.
 
         Returns
         -------
         Dask array of the shape and dtype of `hidden`, lazy
             In its chunks; where the whole batch counts, axes after the first come in one chunk.
         """
+        if precision is not None:
+            return self.with_precision(precision)(
+                hidden, token_ids=token_ids, routing=routing, world_size=world_size,
+                placement=placement,
+            )  # fmt: skip
         hidden = self._checked(hidden)
         rows = rows_of(hidden)
         if routing is None:
@@ -161,6 +173,13 @@ class MoELayer:
             placement=placement,
         )
         return unflatten(self.add_the_rest(rows, y), hidden)
+
+    def with_precision(self, precision: str) -> MoELayer:
+        """The same layer with experts, shared ones too, of another `Experts.with_precision`."""
+        layer = copy(self)
+        layer.experts = self.experts.with_precision(precision)
+        layer.shared = None if self.shared is None else self.shared.with_precision(precision)
+        return layer
 
     def route(
         self, hidden: da.Array, *, token_ids: da.Array | None = None
@@ -183,12 +202,11 @@ class MoELayer:
         indices, _ = self._route(rows_of(hidden), self._ids(token_ids, hidden))
         return count_rows(indices, self.experts.num_experts)
 
-    @property
-    def parameters_beside(self) -> int:
-        """Numbers in the shared experts and the router: what every worker holds."""
-        shared = self.shared
-        numbers = 0 if shared is None else shared.num_experts * shared.parameters
-        return numbers + sum(prod(array.shape) for array in self.arrays.values())
+    def loaded_beside(self, dtype: np.dtype, *, on_device: bool = False) -> int:
+        """Bytes of the shared experts and the router, which every worker holds to compute."""
+        shared, small = self.shared, sum(prod(array.shape) for array in self.arrays.values())
+        held = 0 if shared is None else shared.loaded_bytes(dtype, on_device=on_device)
+        return small * dtype.itemsize + (0 if shared is None else shared.num_experts * held)
 
     @property
     def widest(self) -> int:
@@ -377,6 +395,7 @@ def _load_shared(
     return loaded, xp.asarray(gate["shared_gate"].read().astype(computing_dtype(dtype)))
 
 
+@UNDERFLOW_IS_ZERO
 def _finish(
     rows: Array, routed: Array, shared: tuple[Any, Array | None] | None, residual: bool, chunk: int
 ) -> Array:

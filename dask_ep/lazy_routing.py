@@ -23,7 +23,7 @@ from dask.base import tokenize
 from dask.highlevelgraph import HighLevelGraph
 from dask.task_spec import Task, TaskRef
 
-from dask_ep.arrays import Array, namespace
+from dask_ep.arrays import UNDERFLOW_IS_ZERO, Array, namespace
 from dask_ep.capacity import Capacity, ExpertChoice, choose_rows, limit_capacity
 from dask_ep.checks import is_float
 from dask_ep.device import DeviceMemoryError, telling_chunk
@@ -43,6 +43,7 @@ class SmallArray(NamedTuple):
     source: Source
     shape: tuple[int, ...]
 
+    @UNDERFLOW_IS_ZERO
     def read(self) -> np.ndarray:
         """Read it: floats in float32, integers as they are."""
         array = self.source.read(0, self.source.shape[0]).reshape(self.shape)

@@ -33,7 +33,8 @@ class LocalExperts(Sequence):
 
     def __init__(self, experts: Experts, xp: Any, dtype: np.dtype, given: dict[str, np.ndarray]):
         self._origin = (experts, xp.__name__, dtype, given)
-        self.nbytes = experts.parameters * experts.num_held * dtype.itemsize
+        on_device = xp.__name__ != "numpy"
+        self.nbytes = experts.num_held * experts.loaded_bytes(dtype, on_device=on_device)
         self._lock = Lock()
         self._experts: list[Expert] | None = None
 
@@ -174,12 +175,13 @@ def _refuse_rows(rows: Array) -> None:
 # --- from arrays to experts that compute -------------------------------------------------------
 
 
-def _product(w: Array, bias: Array | None) -> Expert:
-    return Linear(w) if bias is None else Affine(w, bias)
+def _product(w: Array, bias: Array | None, options: dict[str, Any]) -> Expert:
+    precision = options.get("precision", "float32")
+    return Linear(w, precision) if bias is None else Affine(w, bias, precision)
 
 
 def _linear(arrays: dict[str, Array], options: dict[str, Any]) -> Expert:
-    return _product(_oriented(arrays["w"], options), arrays.get("bias"))
+    return _product(_oriented(arrays["w"], options), arrays.get("bias"), options)
 
 
 def _mlp(arrays: dict[str, Array], options: dict[str, Any]) -> Expert:
@@ -215,17 +217,18 @@ def _by_hidden_columns(
         for name, w in oriented.items():
             bias = arrays.get(f"{name}_bias")
             if name == "down":
-                part[name] = _product(w[columns], bias if first == 0 else None)
+                part[name] = _product(w[columns], bias if first == 0 else None, options)
             else:
-                part[name] = _product(w[:, columns], None if bias is None else bias[columns])
+                bias = None if bias is None else bias[columns]
+                part[name] = _product(w[:, columns], bias, options)
         parts.append(build(part))
     return parts[0] if len(parts) == 1 else Summed(parts)
 
 
 def _gated_pair(arrays: dict[str, Array], options: dict[str, Any]) -> Expert:
     names = ("activation", "limit", "alpha", "up_offset", "weigh")
-    gate_up = _product(_oriented(arrays["gate_up"], options), arrays.get("gate_up_bias"))
-    down = _product(_oriented(arrays["down"], options), arrays.get("down_bias"))
+    gate_up = _product(_oriented(arrays["gate_up"], options), arrays.get("gate_up_bias"), options)
+    down = _product(_oriented(arrays["down"], options), arrays.get("down_bias"), options)
     return GatedPair(gate_up, down, **{name: options[name] for name in names})
 
 

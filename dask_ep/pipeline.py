@@ -63,6 +63,7 @@ def expert_parallel(
     topk_weights: da.Array | None = None,
     world_size: int | None = None,
     placement: Asked = None,
+    precision: str | None = None,
 ) -> da.Array:
     """Apply a layer's experts to chunked token rows, each row to the experts it is routed to.
 
@@ -86,6 +87,8 @@ def expert_parallel(
         one rank they, and nothing else, read the routing while the graph is built, once and chunk
         by chunk. Where it is local
         (`dask_ep.travel`), `own_experts` has each chunk read by an owner of its home.
+    precision : "float32" or "bfloat16", optional
+        Of 16-bit products, see `Experts.with_precision`; default: that of the experts, "float32".
 
     Returns
     -------
@@ -127,6 +130,8 @@ def expert_parallel(
     """
     _refuse_array_expressions()
     experts = as_experts(experts)
+    if precision is not None and precision != experts.precision:
+        experts = experts.with_precision(precision)
     tokens, routing, topk_weights = _aligned(tokens, routing, topk_weights)
     _check_widths(tokens, experts)
     world_size, placement = _ranks(experts, world_size, placement, tokens, routing)

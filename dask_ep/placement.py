@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import numpy as np
 
+from dask_ep.checks import refuse_masked
 from dask_ep.packing import copy_hottest, look_up, pack
 from dask_ep.slots import TICKETS, Placement, ticket_load, verify_placement
 
@@ -136,6 +137,7 @@ def balance_layers(
     -------
     slots : (L, R, S) int64, each a table for `Placement`
     """
+    refuse_masked(loads, "loads")
     loads = np.asarray(loads, np.float64)
     layers, num_experts = loads.shape
     _check_sizes(num_experts, world_size)
@@ -200,7 +202,7 @@ def exact(load: np.ndarray, world_size: int, *, max_slots: int | None = None) ->
     >>> placement.slots.tolist(), placement.rank_load([80, 10, 10, 20]).tolist()
     ([[0, 3], [0, 2], [0, 1]], [40.0, 40.0, 40.0])
     """
-    by_ticket = np.asarray(load)
+    by_ticket = np.asanyarray(load)
     by_ticket = by_ticket[:, None] if by_ticket.ndim == 1 else by_ticket
     rows = _integer_loads(by_ticket.sum(axis=1))
     _check_sizes(rows.size, world_size)
@@ -248,7 +250,7 @@ def place(
     """
     if policy not in POLICIES:
         raise ValueError(f"placement must be one of {', '.join(POLICIES)}; got {policy!r}")
-    load = np.asarray(load)
+    load = np.asanyarray(load)
     rows = load.sum(axis=1) if load.ndim == 2 else load
     if policy == "exact":
         return exact(load, world_size, max_slots=max_slots)
@@ -333,6 +335,7 @@ def _table(ranks: list) -> np.ndarray:
 
 def _loads(load: np.ndarray) -> np.ndarray:
     """Check the load of each expert."""
+    refuse_masked(load, "load")
     load = np.asarray(load, np.float64)
     if load.ndim != 1 or load.size == 0 or not (load >= 0).all() or not np.isfinite(load).all():
         raise ValueError(

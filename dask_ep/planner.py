@@ -403,7 +403,8 @@ class _Pricing:
 def _beside(layer: MoELayer, tokens: da.Array, router_tasks: int, on_device: bool) -> Beside:
     """Put a layer's router, unless that has no tasks, and its shared experts into numbers."""
     d, E, shared = tokens.shape[1], layer.experts.num_experts, layer.shared
-    itemsize = computing_dtype(tokens.dtype, on_device).itemsize
+    compute = computing_dtype(tokens.dtype, on_device)
+    itemsize = compute.itemsize
     there_and_back = (d + (layer.experts.d_out or d)) * itemsize
     finishes = shared is not None or layer.residual
     k = getattr(layer.router, "k", E)
@@ -417,7 +418,7 @@ def _beside(layer: MoELayer, tokens: da.Array, router_tasks: int, on_device: boo
         shared_flops=0 if shared is None else 2 * shared.num_experts * shared.parameters,
         row_bytes=row_bytes + finishes * 2 * there_and_back,
         stored=layer.bytes_beside,
-        loaded=layer.parameters_beside * itemsize,
+        loaded=layer.loaded_beside(compute, on_device=on_device),
         widest=layer.widest,
         chunk_tasks=per_chunk + finishes,
         tasks=router_tasks - per_chunk * chunks + (shared is not None),
@@ -458,7 +459,7 @@ def _work(
         )
     dtype = np.dtype(tokens.dtype)
     d = int(tokens.shape[1])
-    wide = experts.parameters * computing_dtype(dtype, on_device).itemsize
+    wide = experts.loaded_bytes(computing_dtype(dtype, on_device), on_device=on_device)
     as_stored = isinstance(experts, StoredExperts)
     return Work(
         d=d,

@@ -24,7 +24,7 @@ import numpy as np
 
 from dask_ep import memory
 from dask_ep.arrays import Array, namespace, one_namespace, to_host
-from dask_ep.checks import check_tokens, is_float
+from dask_ep.checks import check_tokens, is_float, refuse_masked
 from dask_ep.scores import CHOSEN_SCORES, GROUP_WORTHS, SCORES, SMALLEST, largest
 
 TILE_BYTES = 4 << 20
@@ -32,8 +32,8 @@ TILE_BYTES = 4 << 20
 stay in cache from one step to the next, and rows enough to be worth packing the weights for."""
 
 
-WITHOUT_WARNINGS = np.errstate(over="ignore", divide="ignore", invalid="ignore")
-"""What overflows is the limit that is meant, and what is NaN is refused at the end."""
+WITHOUT_WARNINGS = np.errstate(all="ignore")
+"""What overflows or underflows is the limit that is meant; what is NaN is refused at the end."""
 
 
 @dataclass(frozen=True)
@@ -255,6 +255,8 @@ def look_up(token_ids: Array, table: Array) -> Array:
            [7]], dtype=int32)
     """
     xp = one_namespace(token_ids=token_ids, table=table)
+    refuse_masked(token_ids, "token_ids")
+    refuse_masked(table, "table")
     if table.ndim != 2 or table.dtype.kind not in "iu":
         raise ValueError(
             "table must be a (vocabulary, k) array of integers, but has shape "
@@ -295,6 +297,7 @@ def weigh_chosen(
         raise ValueError("sparsemixer weighs only what it chose itself; use another score")
     biases = _check(hidden, router.num_experts, weight, bias, None)
     xp = one_namespace(hidden=hidden, indices=indices)
+    refuse_masked(indices, "indices")
     if indices.shape != (hidden.shape[0], router.k):
         raise ValueError(
             f"indices must have one row per row of hidden and k={router.k} columns, "
@@ -417,6 +420,7 @@ def _check(
     check_tokens(hidden)
     arrays = {"weight": weight, **{name: b for name, b in biases.items() if b is not None}}
     for name, array in arrays.items():
+        refuse_masked(array, name)
         if not is_float(array.dtype):
             raise TypeError(f"{name} must hold floats, but has dtype {array.dtype}")
         expected = (num_experts, hidden.shape[1]) if name == "weight" else (num_experts,)

@@ -18,6 +18,7 @@ from dask.highlevelgraph import HighLevelGraph
 from dask.task_spec import Task, TaskRef
 
 from dask_ep.arrays import Array, namespace
+from dask_ep.checks import refuse_masked
 
 
 def rows_of(x: da.Array) -> da.Array:
@@ -62,6 +63,7 @@ def unflatten(rows: da.Array, like: da.Array) -> da.Array:
 
 def chunked_like(x: da.Array, hidden: da.Array, name: str) -> da.Array:
     """Give (..., k) the leading chunks of `hidden`."""
+    refuse_masked(x, name)
     known = not any(math.isnan(n) for n in (*x.shape, *hidden.shape))
     if x.ndim != hidden.ndim or (known and x.shape[:-1] != hidden.shape[:-1]):
         raise ValueError(

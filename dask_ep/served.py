@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 
 from dask_ep import grouped, memory
-from dask_ep.arrays import Array, namespace
+from dask_ep.arrays import UNDERFLOW_IS_ZERO, Array, namespace
 from dask_ep.checks import computing_dtype
 from dask_ep.expert import Expert
 from dask_ep.segments import Segments
@@ -77,6 +77,7 @@ class Served:
         else:
             self.out, self._write = begin_output(len(tokens), segments, d_out, tokens.dtype, tokens)
 
+    @UNDERFLOW_IS_ZERO
     def add(self, e: int, expert: Expert) -> None:
         """Send the rows of local expert `e` through it, and add what it gives."""
         compute = computing_dtype(self._tokens.dtype)
@@ -198,12 +199,14 @@ def _apply(
 ) -> None:
     """One tile: gather its rows, expert, weight, write to rows `to` of the output."""
     contiguous, whole = isinstance(rows, slice), isinstance(to, slice)
-    x = tokens[rows].astype(compute, copy=False) if contiguous else gather(tokens, rows, compute)
+    weighed_before = weights is not None and expert.weigh == "input"
+    dtype = compute if weighed_before else expert.takes(tokens.dtype)
+    x = tokens[rows].astype(dtype, copy=False) if contiguous else gather(tokens, rows, dtype)
     if contiguous and out is tokens:
         x = x.copy()  # experts read their rows again while they write
     if weights is not None:
         w = weights[slots].astype(compute, copy=False)[:, None]
-        if expert.weigh == "input":
+        if weighed_before:
             x = namespace(x).multiply(x, w, out=None if contiguous else x)
     in_place = whole and write is assign_rows and out.dtype == compute
     y = out[to] if in_place else memory.empty((len(x), expert.d_out), compute, like=x)

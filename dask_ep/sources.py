@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import xxhash
 
+from dask_ep.checks import refuse_masked
 from dask_ep.files import ReadError, file_size, fill_from_file, fingerprint_files
 from dask_ep.npy_header import parse_npy_header
 from dask_ep.remote import is_remote, open_remote_npy, open_remote_safetensors
@@ -37,6 +38,7 @@ class ArraySource(Source):
     """An array in memory. Without `out`, rows are a read-only view wherever they are contiguous."""
 
     def __init__(self, array: np.ndarray, name: str = "array"):
+        refuse_masked(array, name)
         self.shape, self.dtype, self.name = array.shape, checked_dtype(array.dtype, name), name
         self.array = array
 

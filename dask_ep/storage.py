@@ -31,7 +31,7 @@ from dask.task_spec import DataNode, Task, TaskRef
 
 from dask_ep import journal
 from dask_ep.arrays import Array
-from dask_ep.checks import check_byte_order
+from dask_ep.checks import check_byte_order, refuse_masked
 from dask_ep.device import pinned_empty, telling_memory, upload
 from dask_ep.experts import Experts
 from dask_ep.output import Output, free_bytes, progress_directory
@@ -304,6 +304,7 @@ def _check(y: da.Array, path: str, kind: str, compressors: Any) -> None:
             f"an output is written in whole rows, but its chunks are {y.numblocks} along the axes; "
             f"use y.rechunk({dict.fromkeys(range(1, y.ndim), -1)})"
         )
+    refuse_masked(y, "an output")
     check_byte_order(y.dtype, "an output")
     make_writer(kind, path, y.shape, y.dtype, y.chunks[0], compressors)
 

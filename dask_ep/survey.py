@@ -21,6 +21,7 @@ import dask.array as da
 import numpy as np
 from dask.system import CPU_COUNT
 
+from dask_ep.checks import refuse_masked
 from dask_ep.slots import Placement, ticket_load
 
 BLOCK_ROWS = 1 << 16
@@ -152,6 +153,7 @@ def survey(routing: da.Array | np.ndarray, num_experts: int, *, known_rows: bool
     >>> found.visits(contiguous(4, 2)).packet_rows  # row 1 goes to both ranks
     array([[2, 2]])
     """
+    refuse_masked(routing, "routing")
     dtype = np.result_type(np.min_scalar_type(-1), np.min_scalar_type(-num_experts - 1))
     spool = _Spool(dtype, 1 if routing.ndim == 1 else routing.shape[1])
     by_ticket = ticket_load(np.empty((0, spool.width), dtype), num_experts)

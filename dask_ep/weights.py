@@ -7,6 +7,7 @@ them are read, each by itself.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from math import prod
 from typing import Any
 
 import dask.array as da
@@ -14,14 +15,17 @@ import ml_dtypes
 import numpy as np
 from dask.base import normalize_token
 
-from dask_ep import memory
-from dask_ep.arrays import Array, is_array, namespace
+from dask_ep import blas, memory
+from dask_ep.arrays import UNDERFLOW_IS_ZERO, Array, is_array, namespace
+from dask_ep.bfloat16 import BFLOAT16, narrowed, serves
+from dask_ep.checks import refuse_masked
 from dask_ep.device import pinned_empty
 from dask_ep.fingerprint import describe
-from dask_ep.quantized import DeviceSource, fill_on_device, put
+from dask_ep.quantized import DeviceSource, Float8Source, Mxfp4Source, fill_on_device, put
 from dask_ep.sources import ArraySource, Source, open_source, refuse_missing
 
-BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
+FLOAT8_SCALE = np.dtype(ml_dtypes.float8_e8m0fnu)
+"""Powers of two: of 8-bit floats they make numbers that bfloat16 holds."""
 
 STEP = 1 << 16
 """Numbers that are widened at once: they stay in cache between the two steps."""
@@ -45,7 +49,8 @@ class Weight:
             if not obj:
                 raise ValueError(f"{name} must have one entry per expert, but has none")
             if any(isinstance(part, da.Array) for part in obj):
-                return cls.of(da.stack([_as_dask(part) for part in obj]), name)
+                whole = [_as_dask(part, f"{name}[{e}]") for e, part in enumerate(obj)]
+                return cls.of(da.stack(whole), name)
             parts = tuple(_source(part, f"{name}[{e}]") for e, part in enumerate(obj))
             if len({part.shape for part in parts}) > 1:
                 odd = next(e for e, part in enumerate(parts) if part.shape != parts[0].shape)
@@ -54,6 +59,8 @@ class Weight:
                     f"{parts[odd].shape} and {name}[0] is {parts[0].shape}"
                 )
             return cls(parts, range(len(parts)))
+        if isinstance(obj, da.Array):
+            refuse_masked(obj, name)
         parts = obj if isinstance(obj, da.Array) else _source(obj, name)
         if parts.ndim == 0:
             raise ValueError(f"{name} must have the experts along its first axis, but is a number")
@@ -113,20 +120,50 @@ class Weight:
             return self
         return Weight(_Detached(self.parts.shape, self.parts.dtype), self.ids)
 
+    @UNDERFLOW_IS_ZERO
     def read(self, dtype: np.dtype, given: np.ndarray | None = None) -> list[np.ndarray | None]:
-        """Read one array per expert, None for an empty slot; each converted by itself."""
+        """Read one array per expert, None for an empty slot; each converted by itself.
+
+        Matrices that are bfloat16, or become it when they are decoded without losing a bit, stay
+        so instead of float32 where products with them take 16 bits (`dask_ep.bfloat16`).
+        """
         read, arrays = iter(() if given is None else given), []
         for e in self.ids:
             if e < 0:
                 arrays.append(None)
             elif given is not None:
-                arrays.append(next(read))
+                arrays.append(_checked(next(read)))
             elif isinstance(self.parts, tuple):
                 part = self.parts[e]
                 arrays.append(part.read(0, part.shape[0]))
             else:
                 arrays.append(self.parts.read(e, e + 1)[0])
-        return [None if a is None else _converted(a, dtype) for a in arrays]
+        return [None if a is None else self._as_computed(a, dtype) for a in arrays]
+
+    def loaded_bytes(self, dtype: np.dtype, *, on_device: bool = False) -> int:
+        """Bytes of one expert's as it computes in a dtype, at most."""
+        itemsize = dtype.itemsize
+        if not on_device and dtype == np.float32 and self._becomes_bfloat16():
+            itemsize = BFLOAT16.itemsize
+        return prod(self.shape[1:]) * itemsize
+
+    def _becomes_bfloat16(self) -> bool:
+        """Whether matrices stay, or are decoded to, bfloat16: as far as can be told by dtypes."""
+        if len(self.shape) != 3 or blas.bfloat16_library() is None:
+            return False
+        one = self.parts[0] if isinstance(self.parts, tuple) else self.parts
+        powers = isinstance(one, Float8Source) and one.scales.dtype == FLOAT8_SCALE
+        return one.dtype == BFLOAT16 or powers or isinstance(one, Mxfp4Source)
+
+    def _as_computed(self, array: Array, dtype: np.dtype) -> Array:
+        if array.ndim == 2 and dtype == np.float32 and serves(array):
+            return array
+        wide = _converted(array, dtype)
+        return narrowed(wide) if wide.ndim == 2 and self._is_quantized() else wide
+
+    def _is_quantized(self) -> bool:
+        one = self.parts[0] if isinstance(self.parts, tuple) else self.parts
+        return isinstance(one, (Float8Source, Mxfp4Source))
 
     @property
     def on_device(self) -> bool:
@@ -148,7 +185,7 @@ class Weight:
             if e < 0:
                 continue
             if given is not None:
-                _put(target, next(read))
+                _put(target, _checked(next(read)))
             elif isinstance(self.parts, tuple):
                 part = self.parts[e]
                 fill_on_device(part, 0, part.shape[0], target)
@@ -198,6 +235,12 @@ class _Detached(Source):
         return self._describe()
 
 
+def _checked(value: Array) -> Array:
+    """A value of a Dask array, whose blocks can be masked though the array did not say so."""
+    refuse_masked(value, "a Dask array of weights")
+    return value
+
+
 def _put(target: Array, value: Array) -> None:
     """Copy a value that is in memory, here or on the device already."""
     if not isinstance(value, np.ndarray):
@@ -218,8 +261,9 @@ def _source(obj: Any, name: str) -> Source:
     return source
 
 
-def _as_dask(part: Any) -> da.Array:
+def _as_dask(part: Any, name: str) -> da.Array:
     if isinstance(part, da.Array):
+        refuse_masked(part, name)
         return part
-    source = _source(part, "weight")
+    source = _source(part, name)
     return da.from_array(source.read(0, source.shape[0]), chunks=-1)

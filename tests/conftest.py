@@ -8,11 +8,19 @@ from unittest import mock
 import pytest
 from hypothesis import HealthCheck, settings
 
+from dask_ep import blas
+
 settings.register_profile(
     "default", deadline=None, max_examples=60, suppress_health_check=[HealthCheck.too_slow]
 )
 settings.register_profile("thorough", parent=settings.get_profile("default"), max_examples=1000)
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "default"))
+
+
+@pytest.fixture
+def float32_products(monkeypatch):
+    """A CPU, or an environment, that multiplies bfloat16 no faster than float32."""
+    monkeypatch.setattr(blas, "bfloat16_library", lambda: None)
 
 
 @pytest.fixture(autouse=True)

@@ -530,6 +530,24 @@ def test_a_private_family_is_one_row_of_data(tmp_path):
     assert describe(folder, families=[mine]).family is mine
 
 
+# --- the residual of a decoder layer -------------------------------------------------------------
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_rows_that_were_normalised_before_the_block_are_not_added_as_its_residual(case):
+    message = "residual=True adds the rows that the block gets, but in .* normalised just before"
+    with pytest.raises(ValueError, match=message):
+        load_moe_layer(FIXTURES / case, LAYER, residual=True)
+
+
+def test_a_family_whose_model_adds_what_the_block_gets_may_have_it_added():
+    mine = replace(find_family("mixtral", FAMILIES), pre_norm=False)
+    both = load_moe_layer(FIXTURES / "mixtral", LAYER, families=[mine], residual=True)
+    want = expected("mixtral")
+    got = both(da.from_array(want["hidden"], chunks=(2, 3, -1))).compute(scheduler="sync")
+    np.testing.assert_allclose(got, want["output"] + want["hidden"], rtol=1e-5, atol=1e-5)
+
+
 # --- what is refused -----------------------------------------------------------------------------
 
 STEM = f"model.layers.{LAYER}.mlp."

@@ -41,33 +41,6 @@ def test_a_cluster_by_hand(tmp_path):
     assert verify_job(load_job(job)).good
 
 
-def test_slurm_gets_a_job_for_a_worker_of_one_core(tmp_path):
-    ran = subprocess.run(
-        [sys.executable, WORKFLOWS / "slurm.py", "--print"],
-        env=os.environ
-        | {"PYTHONPATH": str(REPOSITORY), "SLURM_PARTITION": "short", "SLURM_ACCOUNT": "us"}
-        | {"WORKER_MEMORY": "3 GiB"},
-        capture_output=True,
-        text=True,
-        timeout=DEADLINE,
-        cwd=tmp_path,
-        check=True,
-    )
-    asked = {line for line in ran.stdout.splitlines() if line.startswith("#SBATCH")}
-    assert asked == {
-        "#SBATCH -J dask-worker",
-        "#SBATCH -p short",
-        "#SBATCH -A us",
-        "#SBATCH -n 1",
-        "#SBATCH --cpus-per-task=1",
-        "#SBATCH --mem=3G",
-        "#SBATCH -t 04:00:00",
-    }
-    (command,) = [line for line in ran.stdout.splitlines() if "dask_worker" in line]
-    assert "--nthreads 1 " in command
-    subprocess.run(["bash", "-n"], input=ran.stdout, text=True, check=True)
-
-
 @pytest.fixture(scope="module")
 def manifest():
     """Give the resources of the manifest by kind and name."""

@@ -290,7 +290,7 @@ def test_a_subset_of_arrays_in_memory_is_views_of_its_part_alone(ids):
 
 
 @pytest.mark.parametrize("dtype", [np.float16, np.float64, ml_dtypes.bfloat16])
-def test_weights_of_other_dtypes_are_held_in_the_computing_dtype(dtype):
+def test_weights_of_other_dtypes_are_held_in_the_computing_dtype(dtype, float32_products):
     experts = Experts.linear(weight("w", dtype=dtype))
     local = experts.load(dtype=np.float32)
     assert local.nbytes == E * D * O * 4

@@ -150,13 +150,15 @@ def test_shared_experts_and_routers_are_held_by_every_worker(tmp_path):
     inputs = open_inputs(job)
     layer = inputs.layer
     beside = layer.shared.num_experts * layer.shared.parameters + 9 * 32 + 32
-    assert layer.parameters_beside == beside
+    assert layer.loaded_beside(np.dtype("f4")) == 4 * beside
     assert need(inputs, Layout(1, 1, 1)).expert_bytes == 4 * (9 * layer.experts.parameters + beside)
     assert need(inputs, Layout(3, 3, 1)).expert_bytes == 4 * (3 * layer.experts.parameters + beside)
 
 
 @pytest.mark.parametrize("case", ["gpt_oss_mxfp4", "deepseek_v3_fp8", "deepseek_v3_bfloat16"])
-def test_experts_are_held_as_they_are_stored_where_only_so_they_fit(tmp_path, monkeypatch, case):
+def test_experts_are_held_as_they_are_stored_where_only_so_they_fit(
+    tmp_path, monkeypatch, case, float32_products
+):
     with np.load(FIXTURES / case / "expected.npz") as found:
         np.save(tmp_path / "x.npy", found["hidden"].reshape(24, -1))
     layer = {"layer": str(FIXTURES / case), "layer_index": 1}

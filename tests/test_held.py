@@ -31,7 +31,7 @@ def test_a_layer_held_as_stored_gives_the_same_bits(case):
     ("case", "least"),
     [("deepseek_v3_bfloat16", 2), ("deepseek_v3_fp8", 3.5), ("gpt_oss_mxfp4", 5)],
 )
-def test_memory_is_that_of_the_file(case, least):
+def test_memory_is_that_of_the_file(case, least, float32_products):
     experts = load_moe_layer(FIXTURES / case, LAYER, as_stored=True).experts
     local = experts.load([1, 2])
     assert local.nbytes == experts.nbytes * 2 // experts.num_experts

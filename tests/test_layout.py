@@ -14,8 +14,8 @@ ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "dask_ep"
 
 GROUND = (
-    "arrays blas checks command corpus costs device errors files fingerprint fused grouped "
-    "interrupts journal memory npy_header reference safetensors_header source zarr_layout"
+    "arrays bfloat16 blas checks command corpus costs device errors files fingerprint fused "
+    "grouped interrupts journal memory npy_header reference safetensors_header source zarr_layout"
 )
 KERNEL_AND_DATA = (
     "device_memory dispatch expert kinds local output quantized remote segments served sources "

@@ -164,7 +164,7 @@ def test_every_figure_of_a_small_job():
     assert json.loads(priced.to_json())["tasks"] == priced.tasks
 
 
-def test_experts_held_as_stored_take_their_stored_bytes_and_one_wide_one_a_thread():
+def test_experts_held_as_stored_take_their_stored_bytes_and_one_wide_one_a_thread(float32_products):
     tokens, routing, _ = job()
     experts = Experts.linear(np.ones((8, 8, 8), ml_dtypes.bfloat16))
     wide, stored = (

@@ -63,7 +63,7 @@ TOYS = {
     "skewed.py": Toy(
         ["--rows", "1024", "--chunks", "4", "--rounds", "1", "time-4"], "| time-4 | exact | 1.0"
     ),
-    "slurm.py": Toy(["--print"], "distributed.cli.dask_worker tcp://"),
+    "slurm.py": Toy(["--print"], "distributed.cli.dask_worker SCHEDULER"),
 }
 
 

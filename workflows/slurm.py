@@ -1,65 +1,343 @@
 """How does a job run on a SLURM cluster?
 
-    python workflows/slurm.py job.toml --workers 8          run it, each worker a SLURM job
-    python workflows/slurm.py job.toml --resume             go on with what is left
-    python workflows/slurm.py --print                       show the script that SLURM gets
+    python workflows/slurm.py job.toml --workers 8 --partition cpu    each worker a SLURM job
+    python workflows/slurm.py job.toml --resume                       go on with what is left
+    python workflows/slurm.py --print                                 show what SLURM gets
 
-This process is the scheduler and the client: start it on a node that stays, such as a login node or
-within an allocation of its own. Workers may come late and be preempted, others are asked for in
-their place, and ranks move to those that are there. All nodes see the files of the job.
+Options, messages and exit codes are those of `dask-ep run`. This process is the scheduler and the
+client: start it on a node that stays, such as a login node, or in an allocation of its own. All
+nodes see the files of the job, and this Python.
 
-Needs dask-jobqueue. Change the five lines of SITE for your own site.
+The run begins when all workers run. One that is lost later, to `scancel`, a broken node or the end
+of its walltime, is replaced, and its ranks move to the others meanwhile. However this process ends,
+its SLURM jobs end too.
 """
 
 from __future__ import annotations
 
-import argparse
-import os
+import secrets
+import shlex
+import shutil
+import subprocess
+import sys
+from collections import deque
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from threading import Event, Thread
+from typing import Any
 
-from dask_jobqueue import SLURMCluster
+import click
+import dask
+from distributed import LocalCluster
+from distributed.security import Security
+from distributed.utils import get_ip
 
-from dask_ep.job import load_job
-from dask_ep.places import Cluster
-from dask_ep.run import Progress, run_job
+from dask_ep.cli import main
+from dask_ep.cluster import Certificates
+from dask_ep.places import Cluster, Deployed
+from dask_ep.plan_command import parse_size
+from dask_ep.run_command import (
+    carry_out,
+    how_options,
+    job_options,
+    read_certificates,
+    tls_options,
+)
 
-SITE = {
-    "queue": os.environ.get("SLURM_PARTITION"),  # the partition; None is the site's default
-    "account": os.environ.get("SLURM_ACCOUNT"),  # whom it is charged to
-    "memory": os.environ.get("WORKER_MEMORY", "8 GiB"),  # a worker's: its experts, a few chunks
-    "walltime": "04:00:00",  # after which SLURM ends a worker; --resume goes on
-    "job_script_prologue": [],  # what makes dask_ep importable: "source ~/venv/bin/activate"
-}
+SECONDS_BETWEEN_LOOKS = 5.0
+"""How often the queue is looked at."""
+
+FAILED_STARTS = 3
+"""SLURM jobs in a row that may end before their worker has reached the scheduler."""
+
+LOG_LINES = 5
+"""Of a SLURM job that failed, shown in the error."""
+
+PART_OF_A_WORKER = 0.9
+"""Of a SLURM job's memory; the rest is for the process that watches over the worker."""
 
 
-def main() -> None:
-    options = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    options.add_argument("job", nargs="?", help="a TOML file")
-    options.add_argument(
-        "--workers", type=int, default=4, help="SLURM jobs of one core each; ranks"
+@dataclass(frozen=True)
+class Request:
+    """What SLURM is asked for each worker."""
+
+    name: str
+    #: of the SLURM jobs of this run, and of no others
+    partition: str | None
+    account: str | None
+    cores: int
+    memory: int
+    #: bytes
+    walltime: str
+    interface: str | None
+    prologue: tuple[str, ...]
+    log_directory: Path
+    sbatch: tuple[str, ...]
+    #: further options
+    certificates: Certificates | None
+
+    def command(self, count: int) -> list[str]:
+        """The command that submits so many workers, as the elements of one array job."""
+        command = ["sbatch", "--parsable", f"--job-name={self.name}", f"--array=0-{count - 1}"]
+        command += ["--nodes=1", "--ntasks=1", f"--cpus-per-task={self.cores}"]
+        command += [f"--mem={self.memory >> 20}M", f"--time={self.walltime}"]
+        command += [f"--output={self.log_directory}/%x-%A_%a.log"]
+        command += [f"--partition={self.partition}"] if self.partition else []
+        command += [f"--account={self.account}"] if self.account else []
+        return [*command, *self.sbatch]
+
+    def log(self, job: str) -> Path:
+        return self.log_directory / f"{self.name}-{job}.log"
+
+    def script(self, address: str) -> str:
+        """What each SLURM job does: serve as a worker of the scheduler at this address."""
+        worker = [sys.executable, "-m", "distributed.cli.dask_worker", address]
+        worker += ["--nthreads", str(self.cores), "--no-dashboard", "--death-timeout", "60"]
+        worker += ["--memory-limit", str(int(self.memory * PART_OF_A_WORKER))]
+        worker += ["--interface", self.interface] if self.interface else []
+        if (tls := self.certificates) is not None:
+            worker += ["--tls-ca-file", tls.ca_file, "--tls-cert", tls.cert]
+            worker += ["--tls-key", tls.key or tls.cert]
+        lines = [
+            "#!/usr/bin/env bash",
+            *self.prologue,
+            "# Workers keep freed memory of a packet's size for the next one.",
+            "export MALLOC_MMAP_THRESHOLD_=4194304 MALLOC_TRIM_THRESHOLD_=33554432",
+            f"exec {shlex.join(worker)} --name ${{SLURM_ARRAY_JOB_ID}}_${{SLURM_ARRAY_TASK_ID}}",
+        ]
+        return "\n".join(lines) + "\n"
+
+
+class Jobs:
+    """The SLURM jobs of a run: submitted, looked after, and replaced when they end.
+
+    Parameters
+    ----------
+    request : Request
+    cluster : LocalCluster
+        Whose scheduler the workers find.
+    guard : file descriptor
+        As `ended_with_this_process` gives it.
+    """
+
+    def __init__(self, request: Request, cluster: LocalCluster, guard: int):
+        self._request, self._cluster, self._guard = request, cluster, guard
+        self._ids: set[str] = set()  # not known to have ended
+        self._came: set[str] = set()  # whose worker has reached the scheduler
+        self._failed_starts = 0  # in a row
+        self._said = ""
+        self.error: RuntimeError | None = None
+        self.stopped = Event()
+
+    def submit(self, count: int) -> None:
+        script = self._request.script(self._cluster.scheduler_address)
+        done = slurm(self._request.command(count), input=script, pass_fds=[self._guard])
+        if done.returncode:
+            raise RuntimeError(f"SLURM refused the workers: {in_one_line(done.stderr)}")
+        job = done.stdout.partition(";")[0].strip()
+        self._ids |= {f"{job}_{index}" for index in range(count)}
+
+    def look_after(self) -> None:
+        """Replace jobs that end, until stopped; give up and close the cluster if none starts."""
+        while not self.stopped.wait(SECONDS_BETWEEN_LOOKS):
+            if (queue := self._look()) is not None:
+                self._say_why_they_wait(queue)
+                try:
+                    self._replace(self._ids - queue.keys())
+                except RuntimeError as error:
+                    self.error = error
+                    self._cluster.close()
+                    return
+
+    def _look(self) -> dict[str, tuple[str, str]] | None:
+        """Job -> (state, why it waits); None where SLURM does not answer at the moment."""
+        select = [f"--name={self._request.name}", "--array", "--noheader"]
+        done = slurm(["squeue", *select, "--format=%i %t %r"])
+        if done.returncode:
+            return None
+        rows = (line.split(maxsplit=2) for line in done.stdout.splitlines())
+        return {job: (state, why) for job, state, why in rows}
+
+    def _say_why_they_wait(self, queue: dict[str, tuple[str, str]]) -> None:
+        reasons = {why for state, why in queue.values() if state == "PD" and why != "None"}
+        said = ", ".join(sorted(reasons))
+        if said not in ("", self._said):
+            click.echo(f"SLURM: jobs wait: {said}", err=True)
+        self._said = said
+
+    def _replace(self, ended: set[str]) -> None:
+        names = {worker.name for worker in list(self._cluster.scheduler.workers.values())}
+        if not names <= self._came:
+            self._failed_starts = 0
+        self._came |= names
+        failed = ended - self._came
+        self._failed_starts += len(failed)
+        if self._failed_starts >= FAILED_STARTS:
+            raise RuntimeError(
+                f"{self._failed_starts} SLURM jobs ended before their worker had reached the "
+                f"scheduler; {tail(self._request.log(min(failed)))}"
+            )
+        if ended:
+            click.echo(f"SLURM: {', '.join(sorted(ended))} ended and will be replaced", err=True)
+            self.submit(len(ended))
+            self._ids -= ended
+
+
+def slurm(command: list[str], **keywords: Any) -> subprocess.CompletedProcess:
+    """Run a command of SLURM, which Ctrl-C does not reach."""
+    keywords |= {"capture_output": True, "text": True, "start_new_session": True}
+    return subprocess.run(command, check=False, **keywords)
+
+
+def in_one_line(said: str) -> str:
+    return "; ".join(line.removeprefix("sbatch: error: ") for line in said.splitlines())
+
+
+def tail(log: Path) -> str:
+    if not log.exists():
+        return f"there is no log at {log}"
+    with log.open(errors="replace") as lines:
+        return f"the end of {log}:\n{''.join(deque(lines, LOG_LINES)).rstrip()}"
+
+
+@contextmanager
+def ended_with_this_process(name: str) -> Iterator[int]:
+    """Cancel the SLURM jobs of this name at the end of the body, or of this process.
+
+    A shell waits for the end of its input, a pipe which nobody but this process holds, so that even
+    `kill -9` closes it. It is given as a descriptor for `sbatch` to hold as well: no job that is
+    being submitted is missed.
+    """
+    cancel = f"scancel --quiet --name={name}"  # tried again if SLURM does not answer
+    script = f"cat; for again in 1 2 3 4 5 6 7 8 9; do {cancel} && exit; sleep 10; done"
+    shell = subprocess.Popen(["sh", "-c", script], stdin=subprocess.PIPE, start_new_session=True)
+    try:
+        yield shell.stdin.fileno()
+    finally:
+        shell.stdin.close()
+        shell.wait()
+
+
+def start_scheduler(request: Request, count: int) -> LocalCluster:
+    """Start a scheduler in this process, and no workers."""
+    security = None
+    if (tls := request.certificates) is not None:
+        own = {"cert": tls.cert, "key": tls.key or tls.cert}
+        roles = ("scheduler", "client")
+        security = Security(
+            tls_ca_file=tls.ca_file,
+            require_encryption=True,
+            **{f"tls_{role}_{what}": path for role in roles for what, path in own.items()},
+        )
+    # A task is given up when so many workers have died on which it waited.
+    with dask.config.set({"distributed.scheduler.allowed-failures": max(100, count)}):
+        return LocalCluster(
+            n_workers=0,
+            threads_per_worker=1,
+            host=None if request.interface else get_ip(),
+            interface=request.interface,
+            security=security,
+            dashboard_address=":0",
+            silence_logs="CRITICAL",  # what fails is told by the run
+        )
+
+
+@contextmanager
+def slurm_workers(request: Request, count: int) -> Iterator[Cluster]:
+    """Give a cluster of so many workers, which are SLURM jobs, and end them afterwards."""
+    if shutil.which("sbatch") is None:
+        raise FileNotFoundError(
+            "sbatch: command not found; start this where SLURM's commands are installed"
+        )
+    request.log_directory.mkdir(parents=True, exist_ok=True)
+    with (
+        ended_with_this_process(request.name) as guard,
+        start_scheduler(request, count) as cluster,
+    ):
+        jobs = Jobs(request, cluster, guard)
+        jobs.submit(count)
+        click.echo(f"SLURM: {count} jobs, {request.name}, submitted", err=True)
+        looking_after = Thread(target=jobs.look_after, daemon=True)
+        looking_after.start()
+        try:
+            yield Cluster(
+                cluster.scheduler_address, certificates=request.certificates, workers=count
+            )
+        except Exception:
+            if jobs.error is not None:
+                raise jobs.error from None
+            raise
+        finally:
+            jobs.stopped.set()
+            looking_after.join()
+
+
+@click.command()
+@job_options
+@click.option("--workers", type=click.IntRange(1), default=4, show_default=True, help="SLURM jobs.")
+@click.option("--partition", help="Where they run; default: the site's.")
+@click.option("--account", help="Who is charged.")
+@click.option(
+    "--cores", type=click.IntRange(1), default=1, show_default=True, help="Of each, its threads."
+)
+@click.option(
+    "--memory",
+    callback=parse_size,
+    default="8 GiB",
+    show_default=True,
+    metavar="SIZE",
+    help="Of each: its experts and a few token chunks.",
+)
+@click.option(
+    "--walltime", default="04:00:00", show_default=True, help="After which one is replaced."
+)
+@click.option("--interface", help="Network card of this node and of workers, such as ib0.")
+@click.option(
+    "--prologue", multiple=True, metavar="LINE", help="Of the script, such as 'module load gcc'."
+)
+@click.option(
+    "--log-directory",
+    type=click.Path(file_okay=False, path_type=Path),
+    default="slurm-logs",
+    show_default=True,
+    help="For what workers print.",
+)
+@click.option(
+    "--sbatch", multiple=True, metavar="OPTION", help="Another one of sbatch, such as --qos=low."
+)
+@click.option("--print", "only_print", is_flag=True, help="Show what SLURM gets, and stop.")
+@tls_options
+@how_options
+def on_slurm(workers: int, only_print: bool, **options: Any) -> None:
+    """Compute the output of JOB, a TOML file, on workers that are SLURM jobs, and write it.
+
+    Keys of the job are options, and --resume and --overwrite are those of `dask-ep run`. There are
+    as many ranks as workers, unless --world-size says otherwise; a resumed run keeps its ranks.
+
+    \b
+    Examples:
+      python workflows/slurm.py job.toml --workers 8 --partition cpu --memory 16GiB
+      python workflows/slurm.py job.toml --resume --workers 3
+      python workflows/slurm.py --workers 8 --prologue "source /shared/venv/bin/activate" --print
+    """
+    certificates = read_certificates(
+        *(options.pop(f"tls_{it}") for it in ("ca_file", "cert", "key"))
     )
-    options.add_argument("--resume", action="store_true")
-    options.add_argument("--print", action="store_true", dest="only_print")
-    asked = options.parse_args()
-    if asked.job is None and not asked.only_print:
-        options.error("give a job, or --print")
-    with SLURMCluster(
-        cores=1,
-        processes=1,
-        scheduler_options={"dashboard_address": ":0"},
-        **SITE,
-    ) as cluster:
-        print(cluster.job_script())
-        if not asked.only_print:
-            cluster.adapt(minimum_jobs=asked.workers, maximum_jobs=asked.workers)
-            cluster.wait_for_workers(1)  # the others find their ranks when they come
-            job = load_job(asked.job, world_size=asked.workers)
-            where = Cluster(cluster.scheduler_address)
-            print(run_job(job, where, resume=asked.resume, on_progress=tell))
-
-
-def tell(progress: Progress) -> None:
-    print(f"{progress.rows_done} rows done, {progress.rows_left} left", flush=True)
+    asked = ("partition", "account", "cores", "memory", "walltime", "interface", "prologue")
+    request = Request(
+        name=f"dask-ep-{secrets.token_hex(4)}",
+        certificates=certificates,
+        **{key: options.pop(key) for key in (*asked, "log_directory", "sbatch")},
+    )
+    if only_print:
+        click.echo(f"{shlex.join(request.command(workers))} <<'EOF'")
+        click.echo(f"{request.script('SCHEDULER')}EOF")
+        return
+    carry_out(Deployed(partial(slurm_workers, request, workers)), **options)
 
 
 if __name__ == "__main__":
-    main()
+    main(command=on_slurm, name="slurm.py")

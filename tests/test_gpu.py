@@ -14,7 +14,6 @@ import dask.array as da
 import ml_dtypes
 import numpy as np
 import pytest
-from dask_ep.exchange import send, sum_ranks
 from distributed.protocol import deserialize, serialize
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -41,6 +40,7 @@ from dask_ep.example import Example, write_example
 from dask_ep.gpus import Gpus
 from dask_ep.job import load_job
 from dask_ep.kinds import ACTIVATIONS
+from dask_ep.pack import Combining, Packing
 from dask_ep.placement import Placement, balanced, contiguous
 from dask_ep.quantized import Float8Source, Mxfp4Source
 from dask_ep.routing import route
@@ -161,28 +161,31 @@ def test_an_index_out_of_range_is_named(cupy, value):
     with pytest.raises(ValueError, match=rf"routing\[1\] is {value}"):
         expert_parallel_dispatch(tokens, routing, W, 0, 2)
     with pytest.raises(ValueError, match=f"row 1 holds {value}"):
-        send(tokens, routing, None, 0, 2, 4)
+        Packing(tokens, routing, None, 2, 2)
     with pytest.raises(ValueError, match=f"row 8 holds {value}"):
         contiguous(4, 2).rewrite(routing, row_offset=7)
 
 
 @pytest.mark.parametrize("k", [1, 2])
-def test_the_kernel_the_packet_and_the_sum_wait_once_each(cupy, waits, k):
+def test_the_kernel_and_packing_wait_once_each_and_combining_never(cupy, waits, k):
     rng = np.random.default_rng(0)
     tokens, routing, W = there(cupy, normal(60, 4), rng.integers(-1, 4, (60, k)), normal(4, 4, 4))
     local = Experts.linear(normal(2, 4, 4)).load(xp=cupy)
     for step in (
         lambda: expert_parallel_dispatch(tokens, routing, W, 0, 1),
         lambda: expert_parallel_dispatch(tokens, routing, local, 1, 2),
-        lambda: send(tokens, routing, None, 1, 2, 4),
+        lambda: Packing(tokens, routing, None, 2, 2).packet([1]),
     ):
         waits.clear()
         step()
         assert len(waits) == 1
-    answers = [send(tokens, routing, None, rank, 2, 4).rows for rank in range(2)]
+    packing = Packing(tokens, routing, None, 2, 2)
+    answers = [packing.packet([rank]).rows for rank in packing.ranks]
     waits.clear()
-    sum_ranks(routing, answers, 2, tokens.dtype)
-    assert len(waits) == 1
+    total = Combining(packing, 4, tokens.dtype)
+    for rank, answer in zip(packing.ranks, answers, strict=True):
+        total.add(rank, answer)
+    assert len(waits) == 0
 
 
 # --- exchange, placement, pipeline ---------------------------------------------------------------
@@ -192,18 +195,24 @@ def test_the_kernel_the_packet_and_the_sum_wait_once_each(cupy, waits, k):
 @given(case=cases(dtypes=DTYPES))
 def test_packets_and_sums_are_those_of_the_host(cupy, case: Case):
     tokens, routing, topk_weights = there(cupy, case.tokens, case.routing, case.topk_weights)
-    each, answers = case.num_experts // case.world_size, []
-    for rank in range(case.world_size):
-        rest = (rank, each, case.num_experts)
-        want = send(case.tokens, case.routing, case.topk_weights, *rest)
-        packet = send(tokens, routing, topk_weights, *rest)
-        for got, on_host in zip(packet, want, strict=True):
-            if on_host is not None:
-                np.testing.assert_array_equal(got.get(), on_host)
-        answers.append(packet.rows)
-    y = sum_ranks(routing, answers, each, case.tokens.dtype)
-    on_host = sum_ranks(case.routing, [a.get() for a in answers], each, case.tokens.dtype)
-    np.testing.assert_array_equal(y.get(), on_host)
+    each = case.num_experts // case.world_size
+    packings = [
+        Packing(*arrays, each, case.world_size)
+        for arrays in (
+            (tokens, routing, topk_weights),
+            (case.tokens, case.routing, case.topk_weights),
+        )
+    ]
+    assert packings[0].ranks == packings[1].ranks
+    sums = [Combining(p, case.tokens.shape[1], case.tokens.dtype) for p in packings]
+    for rank in packings[0].ranks:
+        packet, on_host = (p.packet([rank]) for p in packings)
+        for got, want in zip(packet, on_host, strict=True):
+            if want is not None:
+                np.testing.assert_array_equal(got.get(), want)
+        for total, rows in zip(sums, (packet.rows, on_host.rows), strict=True):
+            total.add(rank, rows)
+    np.testing.assert_array_equal(sums[0].output().get(), sums[1].output())
 
 
 @pytest.mark.parametrize("shape", [(0, 2), (50,), (50, 2)])
@@ -432,14 +441,12 @@ def test_memory_on_the_device_is_within_the_plan(cupy, tmp_path, dtype):
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_arrays_and_packets_travel_through_the_host(cupy, dtype):
+def test_arrays_travel_through_the_host(cupy, dtype):
     wire.register(cupy)
-    tokens, routing = there(cupy, normal(20, 4).astype(dtype), np.arange(40).reshape(20, 2) % 4)
-    packet = send(tokens, routing, None, 1, 2, 4)
-    got = deserialize(*serialize(packet, serializers=["dask"], on_error="raise"))
-    assert got.rows.dtype == dtype
-    assert got.rows.get().tobytes() == packet.rows.get().tobytes()
-    assert got.routing.get().tobytes() == packet.routing.get().tobytes()
+    (rows,) = there(cupy, normal(20, 4).astype(dtype))
+    got = deserialize(*serialize(rows, serializers=["dask"], on_error="raise"))
+    assert got.dtype == dtype
+    assert got.get().tobytes() == rows.get().tobytes()
 
 
 @pytest.mark.parametrize("kind", ["gated", "linear"])

@@ -90,14 +90,16 @@ def open_inputs(job: Job) -> Inputs:
         raise ValueError(
             f"{job.name}: tokens must be (n, d), but {tokens.name} has shape {tokens.shape}"
         )
+    precision = job.precision or "float32"
     if job.layer is not None:
-        layer = load_moe_layer(job.layer, job.layer_index)
+        layer = load_moe_layer(job.layer, job.layer_index).with_precision(precision)
         opened = Inputs(job, tokens, None, None, layer.experts, layer, {})
     else:
         routing = _open(job, "routing", job.routing)
         topk = None if job.topk_weights is None else _open(job, "topk_weights", job.topk_weights)
         weights = _open_weights(job)
-        opened = Inputs(job, tokens, routing, topk, _make_experts(job, weights), None, weights)
+        experts = _make_experts(job, weights).with_precision(precision)
+        opened = Inputs(job, tokens, routing, topk, experts, None, weights)
         _check_rows(opened)
     if opened.experts.d != tokens.shape[1]:
         raise ValueError(
@@ -115,6 +117,7 @@ def build(
     chunk_rows: int | None = None,
     xp: str = "numpy",
     tf32: bool = False,
+    multiplied_by: str | None = None,
     exchange: Callable[..., da.Array] | None = None,
     travel: Travel = ALL_ROWS,
     workers: int | None = None,
@@ -130,6 +133,7 @@ def build(
     chunk_rows : rows of a token chunk; None leaves it to `open_tokens`
     xp : whose arrays the chunks are while they are computed, "numpy" or "cupy"
     tf32 : whether experts multiply float32 as TF32
+    multiplied_by : what multiplies on the host, see `dask_ep.bfloat16.multiplied_by`
     exchange : what sends rows through experts, with the first three arguments of `expert_parallel`
         and its `topk_weights`, instead of it; then ranks and placement say nothing
     travel : whether rows travel to experts, or experts to rows
@@ -177,6 +181,8 @@ def build(
         # Each rounds in another way: one output has one of them.
         "computed_by": {"arrays": xp, "tf32": tf32},
     }
+    if inputs.experts.precision == "bfloat16":
+        settings["computed_by"]["rounded_by"] = multiplied_by
     return Built(y, _name_inputs(inputs), settings, placement)
 
 

@@ -126,7 +126,7 @@ def expert_parallel(
     """
     _refuse_array_expressions()
     experts = as_experts(experts)
-    if precision is not None and precision != experts.precision:
+    if precision is not None:
         experts = experts.with_precision(precision)
     tokens, routing, topk_weights = _aligned(tokens, routing, topk_weights)
     _check_widths(tokens, experts)

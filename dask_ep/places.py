@@ -17,9 +17,9 @@ import dask
 from dask.system import CPU_COUNT
 from distributed import Client, LocalCluster
 
-from dask_ep import device
+from dask_ep import bfloat16, device
 from dask_ep.blas import one_blas_thread
-from dask_ep.build import WEIGHT_KEYS
+from dask_ep.build import WEIGHT_KEYS, Inputs
 from dask_ep.cluster import (
     Certificates,
     OneBlasThread,
@@ -213,6 +213,20 @@ def multiplies_as_tf32(where: Where, client: Client | None) -> bool:
             raise UnfitClusterError([f"{problem}; start all of them with it, or none"])
         return True in found.values()
     return isinstance(where, Gpus) and where.tf32
+
+
+def multiplied_by(where: Where, client: Client | None, inputs: Inputs) -> str | None:
+    """Say what multiplies on the host, `dask_ep.bfloat16.multiplied_by`; None on GPUs.
+
+    Workers say it for themselves; those of several kinds are all named.
+    """
+    if array_namespace(where) != "numpy":
+        return None
+    experts = inputs.experts
+    asked = (inputs.tokens.dtype, experts.is_bfloat16, experts.precision)
+    if client is None:
+        return bfloat16.multiplied_by(*asked)
+    return "; ".join(sorted(set(client.run(bfloat16.multiplied_by, *asked).values())))
 
 
 def _tf32_by_environment() -> bool:

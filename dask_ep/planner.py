@@ -25,6 +25,7 @@ from dask.system import CPU_COUNT
 from dask.utils import format_bytes, parse_bytes
 
 from dask_ep import pipeline
+from dask_ep.bfloat16 import BFLOAT16, multiplied_by
 from dask_ep.checks import check_routing, check_tokens, computing_dtype
 from dask_ep.costs import FEWEST_ROWS, Rates
 from dask_ep.device_memory import THREADS_PER_GPU, OnDevice
@@ -432,10 +433,10 @@ def _sample(experts: Experts | CallableExperts, dtype: np.dtype) -> Sequence[Exp
     count = min(SAMPLE_BYTES // (experts.parameters * dtype.itemsize), experts.num_experts)
     if not count:
         return ()
-    weights = {
-        name: Weight.of(np.full((count, *weight.shape[1:]), 0.01, dtype), name)
-        for name, weight in experts.weights.items()
-    }
+    weights = {}
+    for name, weight in experts.weights.items():
+        stored = BFLOAT16 if weight.is_bfloat16 and dtype == np.float32 else dtype
+        weights[name] = Weight.of(np.full((count, *weight.shape[1:]), 0.01, stored), name)
     return Experts(experts.kind, weights, experts.options).load(dtype=dtype)
 
 
@@ -472,6 +473,9 @@ def _work(
         expert_loaded=experts.nbytes // experts.num_experts if as_stored else wide,
         expert_scratch=wide if as_stored else 0,
         widest=max(experts.widest, beside.widest),
+        multiplied_by=None
+        if on_device
+        else multiplied_by(dtype, experts.is_bfloat16, experts.precision),
         read_bytes=read_bytes,
         beside=beside,
     )

@@ -89,6 +89,8 @@ class Work:
     #: bytes of an expert that each thread converts, where experts are held as they are stored
     widest: int = 0
     #: width of the widest row on the way through an expert, if that is wider than d and d_out
+    multiplied_by: str | None = None
+    #: the library of this machine, and how, see `dask_ep.bfloat16.multiplied_by`; None on GPUs
     read_bytes: int = 0
     #: that a thread needs to read a chunk, beside its rows
     beside: Beside = Beside()

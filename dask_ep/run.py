@@ -47,6 +47,7 @@ from dask_ep.places import (
     count_workers,
     deployed,
     lay_out,
+    multiplied_by,
     multiplies_as_tf32,
     started,
     with_memory,
@@ -75,6 +76,8 @@ class Progress(NamedTuple):
     #: since the first block of this run was begun
     passes: PassesDone | None = None
     #: at the end, where experts went by in passes
+    multiplied_by: str | None = None
+    #: at the end, on the host: the library, and how
 
     @property
     def rows_in_all(self) -> int:
@@ -181,6 +184,7 @@ def run_job(
     ):
         world_size = job.world_size or begun.get("world_size") or count_ranks(where, client)
         workers = count_workers(where, client)
+        library = multiplied_by(where, client, inputs)
         layout = lay_out(job, where, world_size, workers=count_found(client))
         layout = with_memory(layout, where, client)
         if passes is not None and not layout.on_devices and not begun["complete"]:
@@ -202,6 +206,7 @@ def run_job(
                 chunk_rows=chunk_rows,
                 xp=array_namespace(where),
                 tf32=multiplies_as_tf32(where, client),
+                multiplied_by=library,
                 exchange=walk,
                 travel=travel,
                 workers=workers,
@@ -237,7 +242,8 @@ def run_job(
                         else:
                             _compute_on_client(step, client, watch, wait)
                     done = watch.progress()
-    return done._replace(passes=walk and walk.done(watch.spilled_bytes))
+    passes_done = walk and walk.done(watch.spilled_bytes)
+    return done._replace(passes=passes_done, multiplied_by=library)
 
 
 def check_travel(travel: Travel, where: Where, passes: Passes | None) -> None:

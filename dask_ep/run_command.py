@@ -21,7 +21,7 @@ from dask_ep.command import FAILED, complain, debug_option
 from dask_ep.gpus import PROTOCOLS, Gpus
 from dask_ep.inspect_ import describe_output
 from dask_ep.interrupts import Interrupts, Wait
-from dask_ep.job import MISSING, PLACEMENTS, Job, load_job, parse_experts
+from dask_ep.job import MISSING, PLACEMENTS, PRECISIONS, Job, load_job, parse_experts
 from dask_ep.places import Cluster, Processes, Threads, Where
 from dask_ep.plan_command import parse_size, parse_travel, travel_options
 from dask_ep.run_report import dask_report
@@ -58,6 +58,12 @@ def job_options(command: Callable) -> Callable:
             "--placement",
             metavar="NAME|FILE",
             help=f"{', '.join(PLACEMENTS)}, or a file of `plan --save`.",
+        ),
+        click.option(
+            "--precision",
+            type=click.Choice(PRECISIONS),
+            help="Of bfloat16 experts on CPUs that multiply 16 bits faster: as accurate as float32 "
+            "(default), or rounded to bfloat16 between products, which takes less time.",
         ),
         click.option(
             "--missing",
@@ -204,9 +210,10 @@ def carry_out(where: Where, job: str | None, experts: str | None, **options: Any
     report = options["report"]
     before = f", {done.rows_before} were there" if done.rows_before else ""
     passes = f"; {done.passes}" if done.passes is not None else ""
+    library = f"; products by {done.multiplied_by}" if done.multiplied_by else ""
     click.echo(
         f"{parsed.out}: {done.rows_done} rows in {format_time(done.seconds)}, "
-        f"{done.rows_per_second:.0f} rows/s{before}{passes}"
+        f"{done.rows_per_second:.0f} rows/s{before}{passes}{library}"
     )
     if report and done.rows_done:
         beside = "" if isinstance(where, Threads) else f"; Dask's: {dask_report(report)}"
@@ -223,7 +230,7 @@ def _show_workers(count: Workers) -> None:
 
 
 JOB_KEYS = ("tokens", "routing", "topk_weights", "layer", "layer_index", "out")
-JOB_KEYS += ("world_size", "placement", "missing")
+JOB_KEYS += ("world_size", "placement", "precision", "missing")
 
 WHERE = ("threads", "processes", "scheduler", "scheduler_file", "workers")
 WHERE += ("memory_limit", "dashboard")

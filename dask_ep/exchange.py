@@ -24,7 +24,7 @@ import numpy as np
 from dask_ep import memory
 from dask_ep.arrays import Array, namespace, to_host
 from dask_ep.checks import computing_dtype
-from dask_ep.segments import raise_nan
+from dask_ep.segments import raise_bad_index, raise_nan
 from dask_ep.served import add_rows, assign_rows, gather
 
 
@@ -177,11 +177,6 @@ def _checked_count(
     low, high, count, *nan = to_host(*numbers)
     if any(nan):
         raise_nan(topk_weights)
-    if low >= -1 and high < num_experts:
-        return count
-    bad = (routing < -1) | (routing >= num_experts)
-    where = tuple(int(i[0]) for i in bad.nonzero())
-    raise ValueError(
-        f"routing must hold expert indices in [-1, {num_experts}), but row {where[0]} holds "
-        f"{int(routing[where])}, and {int(bad.sum())} of {routing.size} values are out of range"
-    )
+    if low < -1 or high >= num_experts:
+        raise_bad_index(routing, num_experts)
+    return count

@@ -32,7 +32,14 @@ from dask.highlevelgraph import HighLevelGraph
 from dask.task_spec import List, Task, TaskRef
 
 from dask_ep.arrays import Array, namespace
-from dask_ep.checks import check_routing, check_tokens, check_world_size, computing_dtype
+from dask_ep.checks import (
+    BadRow,
+    check_routing,
+    check_tokens,
+    check_world_size,
+    computing_dtype,
+    place_of_row,
+)
 from dask_ep.device import DeviceMemoryError, telling_chunk, telling_memory
 from dask_ep.dispatch import expert_parallel_dispatch
 from dask_ep.exchange import Packet, send, sum_ranks
@@ -41,6 +48,7 @@ from dask_ep.grouped import INDEX_BYTES, row_bytes
 from dask_ep.local import LocalExperts
 from dask_ep.placement import Placement, contiguous
 from dask_ep.placement_files import Asked, find_placement
+from dask_ep.rows import first_rows
 from dask_ep.survey import survey
 
 TASKS_ADVISED = 100_000
@@ -163,16 +171,17 @@ def _build_one_rank(
     tasks, dependencies = _load_tasks(token, experts, [range(experts.num_experts)], tokens)
     name, d_out = f"ep_dispatch-{token}", _d_out(experts, tokens)
     token_keys, routing_keys, weight_keys = map(_row_keys, (tokens, routing, topk_weights))
-    for c, token_key in enumerate(token_keys):
+    for c, first_row in enumerate(first_rows(tokens.chunks[0])):
         key = (name, c, 0)
         tasks[key] = Task(
             key,
             _dispatch_chunk,
-            TaskRef(token_key),
+            TaskRef(token_keys[c]),
             TaskRef(routing_keys[c]),
             TaskRef(weight_keys[c]) if weight_keys else None,
             TaskRef((f"ep_experts-{token}", 0)),
             c,
+            first_row,
             d_out,
         )
     return _as_array(name, tasks, tokens, d_out, [tokens, routing, topk_weights, *dependencies])
@@ -199,7 +208,7 @@ def _build_exchange(
     )
     token_keys, routing_keys, weight_keys = map(_row_keys, (tokens, routing, topk_weights))
     d_out = _d_out(experts, tokens)
-    for c, first_row in enumerate(_first_rows(tokens.chunks[0])):
+    for c, first_row in enumerate(first_rows(tokens.chunks[0])):
         here = TaskRef(routing_keys[c])
         weights = TaskRef(weight_keys[c]) if weight_keys else None
         home = None if placement is None else placement.home(c)
@@ -276,10 +285,11 @@ def _dispatch_chunk(
     topk_weights: Array | None,
     experts: LocalExperts,
     chunk: int,
+    first_row: int | None,
     d_out: int,
 ) -> Array:
     place = f"dispatch of token chunk {chunk} at rank 0 of 1"
-    with naming(place), telling_kernel(tokens, _slots_of(routing), experts, d_out):
+    with naming(place, first_row), telling_kernel(tokens, _slots_of(routing), experts, d_out):
         out = expert_parallel_dispatch(
             tokens, routing, experts, rank=0, world_size=1, topk_weights=topk_weights
         )
@@ -291,7 +301,7 @@ def _send(
     routing: Array,
     topk_weights: Array | None,
     placement: Placement | None,
-    first_row: int,
+    first_row: int | None,
     home: int | None,
     chunk: int,
     rank: int,
@@ -299,12 +309,14 @@ def _send(
     num_slots: int,
 ) -> Packet:
     place = f"send of token chunk {chunk} to rank {rank}"
-    with naming(place):
+    with naming(place, first_row):
         check_tokens(tokens)
         check_routing(routing, topk_weights, n=tokens.shape[0])
         one = tokens.shape[1] * tokens.dtype.itemsize + _slots_of(routing) * INDEX_BYTES
         with telling_chunk(tokens, one):
-            physical = routing if placement is None else placement.rewrite(routing, first_row, home)
+            physical = (
+                routing if placement is None else placement.rewrite(routing, first_row or 0, home)
+            )
             return send(tokens, physical, topk_weights, rank, num_local, num_slots)
 
 
@@ -328,7 +340,7 @@ def _sum(
     routing: Array,
     outputs: Sequence[Array],
     placement: Placement | None,
-    first_row: int,
+    first_row: int | None,
     home: int | None,
     chunk: int,
     num_local: int,
@@ -337,15 +349,22 @@ def _sum(
     sums = computing_dtype(dtype).itemsize + dtype.itemsize
     one = outputs[0].shape[1] * sums + (len(outputs) + _slots_of(routing)) * INDEX_BYTES
     with naming(f"sum of token chunk {chunk}"), telling_chunk(routing, one):
-        physical = routing if placement is None else placement.rewrite(routing, first_row, home)
+        physical = (
+            routing if placement is None else placement.rewrite(routing, first_row or 0, home)
+        )
         return sum_ranks(physical, outputs, num_local, dtype)
 
 
 @contextmanager
-def naming(place: str) -> Iterator[None]:
-    """Say in an error which step, chunk and rank it comes from."""
+def naming(place: str, first_row: int | None = None) -> Iterator[None]:
+    """Say in an error which step, chunk and rank it comes from, and which row if it is of one.
+
+    `first_row` is that of the chunk in the whole array, as far as it is known.
+    """
     try:
         yield
+    except BadRow as error:
+        raise ValueError(f"{place_of_row(place, error, first_row)}: {error}") from error
     except Exception as error:
         if type(error) in (ValueError, TypeError, DeviceMemoryError):  # others may need more words
             raise type(error)(f"{place}: {error}") from error
@@ -531,12 +550,6 @@ def _client_in_use() -> Any:
 
 def _row_keys(array: da.Array | None) -> list[Any]:
     return [] if array is None else list(dask.core.flatten(array.__dask_keys__()))
-
-
-def _first_rows(chunks: tuple[float, ...]) -> list[int]:
-    """Global number of each chunk's first row; 0 where lengths before it are not known."""
-    firsts = np.cumsum([0, *chunks[:-1]])
-    return [0 if math.isnan(first) else int(first) for first in firsts]
 
 
 def _d_out(experts: Experts | CallableExperts, tokens: da.Array) -> int:

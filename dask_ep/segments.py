@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from dask_ep.arrays import Array, namespace, to_host
+from dask_ep.checks import raise_bad_index, raise_nan
 
 
 class Segments(NamedTuple):
@@ -68,7 +69,7 @@ def sort_slots(
 
     num_experts = num_local * world_size
     if low < -1 or high >= num_experts:
-        raise_bad_index(routing, num_experts, num_local, world_size)
+        raise_bad_index(routing, num_experts, kernel_hint(num_local, world_size))
     if any(has_nan):
         raise_nan(topk_weights)
     bounds = list(zip([0, *ends[:-1]], ends, strict=True))
@@ -95,21 +96,9 @@ def _repeated(ordered: Array, order: Array, k: int, num_local: int) -> Array:
     return (same & (ordered[1:] < num_local)).any()
 
 
-def raise_bad_index(routing: Array, num_experts: int, num_local: int, world_size: int) -> None:
-    bad = (routing >= num_experts) | (routing < -1)
-    where = tuple(int(i[0]) for i in bad.nonzero())
-    raise ValueError(
-        f"routing must hold expert indices in [-1, {num_experts}): {num_local} experts a rank "
-        f"(expert_Ws) times world_size={world_size}; but routing[{', '.join(map(str, where))}] is "
-        f"{int(routing[where])}, and {int(bad.sum())} of {routing.size} values are out of range; "
-        "for the kernel called by itself, world_size must divide the number of experts"
-    )
-
-
-def raise_nan(topk_weights: Array) -> None:
-    bad = namespace(topk_weights).isnan(topk_weights)
-    where = ", ".join(str(int(i[0])) for i in bad.nonzero())
-    raise ValueError(
-        f"topk_weights must be numbers, but topk_weights[{where}] is NaN, as are {int(bad.sum())} "
-        f"of {topk_weights.size}; a slot without an expert has routing -1 and any finite weight"
+def kernel_hint(num_local: int, world_size: int) -> str:
+    """How the kernel knows the number of experts, for an error about an index."""
+    return (
+        f"; there are {num_local} experts a rank (expert_Ws) times world_size={world_size}: for "
+        "the kernel called by itself, world_size must divide the number of experts"
     )

@@ -71,7 +71,9 @@ def test_little_travels_beside_the_rows(case: Case):
 def test_an_index_out_of_range_is_refused_at_every_rank(value):
     routing = np.array([[0, 1], [value, 2]])
     for rank in range(2):
-        with pytest.raises(ValueError, match=rf"\[-1, 4\), but row 1 holds {value}, and 1 of 4"):
+        with pytest.raises(
+            ValueError, match=rf"\[-1, 4\), but routing\[1.*\] is {value}, and 1 of 4"
+        ):
             send(np.ones((2, 3)), routing, None, rank, 2, 4)
 
 

@@ -24,8 +24,6 @@ class Segments(NamedTuple):
     #: [n * k] slot numbers (row * k + slot), ours first, by local expert; None if 0, 1, 2, ...
     bounds: list[tuple[int, int]]
     #: first and last + 1 position in `order`, one pair per local expert
-    repeats: bool
-    #: whether some row has two slots at one local expert
 
     def slots(self, tile: slice) -> Array | slice:
         """Slot numbers of a run of positions."""
@@ -54,18 +52,16 @@ def sort_slots(
     k = 1 if routing.ndim == 1 else routing.shape[1]
     flat = routing.reshape(-1)
     if flat.size == 0:
-        return Segments(k, None, [(0, 0)] * num_local, repeats=False)
+        return Segments(k, None, [(0, 0)] * num_local)
 
     local = _local_numbers(xp, flat, num_local, rank)
     order = xp.argsort(local, kind="stable")
-    ordered = local[order]
-    ends = xp.searchsorted(ordered, xp.arange(num_local, dtype=local.dtype), side="right")
-    asked = [flat.min(), flat.max()]
-    asked.append(_in_order(local) if k == 1 else _repeated(ordered, order, k, num_local))
+    ends = xp.searchsorted(local[order], xp.arange(num_local, dtype=local.dtype), side="right")
+    asked = [flat.min(), flat.max(), _in_order(local) if k == 1 else xp.asarray(False)]
     if topk_weights is not None:
         asked.append(xp.isnan(topk_weights).any())
     facts = to_host(ends, *asked)
-    ends, (low, high, fact, *has_nan) = facts[:num_local], facts[num_local:]
+    ends, (low, high, in_order, *has_nan) = facts[:num_local], facts[num_local:]
 
     num_experts = num_local * world_size
     if low < -1 or high >= num_experts:
@@ -73,8 +69,7 @@ def sort_slots(
     if any(has_nan):
         raise_nan(topk_weights)
     bounds = list(zip([0, *ends[:-1]], ends, strict=True))
-    in_order, repeats = (bool(fact), False) if k == 1 else (False, bool(fact))
-    return Segments(k, None if in_order else order, bounds, repeats)
+    return Segments(k, None if in_order else order, bounds)
 
 
 def _local_numbers(xp: Any, flat: Array, num_local: int, rank: int) -> Array:
@@ -87,13 +82,6 @@ def _local_numbers(xp: Any, flat: Array, num_local: int, rank: int) -> Array:
 
 def _in_order(local: Array) -> Array:
     return (local[1:] >= local[:-1]).all()
-
-
-def _repeated(ordered: Array, order: Array, k: int, num_local: int) -> Array:
-    """Whether a row comes twice at one local expert; `ordered` are those of the slots `order`."""
-    rows = order // k
-    same = (ordered[1:] == ordered[:-1]) & (rows[1:] == rows[:-1])
-    return (same & (ordered[1:] < num_local)).any()
 
 
 def kernel_hint(num_local: int, world_size: int) -> str:

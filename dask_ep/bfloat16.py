@@ -100,6 +100,21 @@ def multiply(
     return out
 
 
+def multiplied_by(dtype: np.dtype, is_bfloat16: bool, precision: str = "float32") -> str:
+    """Say what multiplies on this machine: the library, and how where products take 16 bits.
+
+    Parameters
+    ----------
+    dtype : of the tokens
+    is_bfloat16 : whether the experts' matrices are
+    precision : of the experts
+    """
+    library = blas.multiplies_by()
+    if not is_bfloat16 or dtype == np.float64 or blas.bfloat16_library() is None:
+        return library
+    return f"{library} in 16 bits, {'rounded' if PARTS[precision] == 1 else 'as exact as float32'}"
+
+
 def _add_products(parts: list[np.ndarray], w: np.ndarray, out: np.ndarray) -> None:
     """Write the sum of the products to `out`, the smallest first."""
     library = blas.bfloat16_library()

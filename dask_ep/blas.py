@@ -80,21 +80,20 @@ class Cblas:
                 *(number, matrix, length, matrix, length, number, matrix, length),
             ]
             gemm.restype = None
-            self._gemm[np.dtype(dtype)] = gemm
+            self._gemm[np.dtype(dtype)] = gemm, sums
 
     def multiply(self, x: np.ndarray, w: np.ndarray, out: np.ndarray, *, add: bool = False) -> bool:
         """Write x @ w to `out`, or add it, and say so; False if the library cannot as they lie."""
-        gemm = self._gemm.get(x.dtype)
-        lie = [self._lie(a) for a in (x, w, out)]
-        if gemm is None or x.dtype != w.dtype or out.dtype != _sums(x.dtype) or None in lie:
+        gemm, sums = self._gemm.get(x.dtype, (None, None))
+        if gemm is None or x.dtype != w.dtype or out.dtype != sums:
             return False
-        (x_flag, x_lead), (w_flag, w_lead), (out_flag, out_lead) = lie
-        if out_flag != self._AS_IS:
+        x_lies, w_lies, out_lies = self._lie(x), self._lie(w), self._lie(out)
+        if x_lies is None or w_lies is None or out_lies is None or out_lies[0] != self._AS_IS:
             return False
         sizes = (*out.shape, x.shape[1])
-        there = (out.ctypes.data, out_lead)
-        places = (x.ctypes.data, x_lead, w.ctypes.data, w_lead, float(add), *there)
-        gemm(self._ROW_MAJOR, x_flag, w_flag, *sizes, 1.0, *places)
+        places = (_address(x), x_lies[1], _address(w), w_lies[1])
+        flags = (self._ROW_MAJOR, x_lies[0], w_lies[0])
+        gemm(*flags, *sizes, 1.0, *places, float(add), _address(out), out_lies[1])
         return True
 
     @classmethod
@@ -109,6 +108,14 @@ class Cblas:
         if down == size and along >= rows * size and along % size == 0:
             return cls._TRANSPOSED, along // size
         return None
+
+
+def _address(a: np.ndarray) -> int:
+    """Where an array lies; the buffer tells it three times sooner than NumPy."""
+    try:
+        return ctypes.addressof(ctypes.c_char.from_buffer(a))
+    except (TypeError, ValueError):  # read-only, with gaps, empty, or of a dtype not Python's
+        return a.ctypes.data
 
 
 def multiplies_by() -> str:

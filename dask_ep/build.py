@@ -11,26 +11,29 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from copy import copy
+from dataclasses import dataclass, replace
 from functools import partial
 from math import prod
 from typing import Any
 
 import dask.array as da
+import numpy as np
 
 from dask_ep.checkpoint import load_moe_layer, moe_layers
-from dask_ep.costs import packet_row_bytes
+from dask_ep.decide import Decision
 from dask_ep.errors import JobError
 from dask_ep.experts import Experts
+from dask_ep.held import held_as_stored
 from dask_ep.job import EXPERT_KEYS, PLACEMENTS, Job, nearest
 from dask_ep.layer import MoELayer
 from dask_ep.pipeline import expert_parallel
-from dask_ep.placement import Placement, place
-from dask_ep.placement_files import from_file
+from dask_ep.placement import Placement
+from dask_ep.placement_files import resolve
 from dask_ep.sources import ReadError, Source, open_source, refuse_missing
 from dask_ep.storage import open_tokens
 from dask_ep.survey import survey
-from dask_ep.travel import ALL_ROWS, Travel, choose_travel
+from dask_ep.work import Work
 
 
 @dataclass(frozen=True)
@@ -58,6 +61,36 @@ class Inputs:
         """
         read = (self.tokens, self.routing, self.topk_weights)
         return max(source.read_bytes for source in read if source is not None)
+
+    @property
+    def slots_per_row(self) -> int:
+        """k; E where experts choose their rows."""
+        if self.layer is not None:
+            return getattr(self.layer.router, "k", self.experts.num_experts)
+        return 1 if self.routing.ndim == 1 else self.routing.shape[1]
+
+    def work(self, on_devices: bool = False) -> Work:
+        """Put the job into numbers."""
+        topk = np.float32 if self.layer is not None else getattr(self.topk_weights, "dtype", None)
+        return Work.of(
+            self.tokens,
+            self.experts,
+            self.layer,
+            rows=self.tokens.shape[0],
+            slots=self.slots_per_row,
+            topk_dtype=topk,
+            routes=self.layer is not None,
+            stored_rows=self.tokens.chunk_rows,
+            read_bytes=self.read_bytes,
+            on_devices=on_devices,
+        )
+
+    def held_as_stored(self) -> Inputs:
+        """The same inputs, with experts that are held in memory as they are stored."""
+        experts, layer = held_as_stored(self.experts), copy(self.layer)
+        if layer is not None:
+            layer.experts = experts
+        return replace(self, experts=experts, layer=layer)
 
 
 @dataclass(frozen=True)
@@ -90,14 +123,16 @@ def open_inputs(job: Job) -> Inputs:
         raise ValueError(
             f"{job.name}: tokens must be (n, d), but {tokens.name} has shape {tokens.shape}"
         )
+    precision = job.precision or "float32"
     if job.layer is not None:
-        layer = load_moe_layer(job.layer, job.layer_index)
+        layer = load_moe_layer(job.layer, job.layer_index).with_precision(precision)
         opened = Inputs(job, tokens, None, None, layer.experts, layer, {})
     else:
         routing = _open(job, "routing", job.routing)
         topk = None if job.topk_weights is None else _open(job, "topk_weights", job.topk_weights)
         weights = _open_weights(job)
-        opened = Inputs(job, tokens, routing, topk, _make_experts(job, weights), None, weights)
+        experts = _make_experts(job, weights).with_precision(precision)
+        opened = Inputs(job, tokens, routing, topk, experts, None, weights)
         _check_rows(opened)
     if opened.experts.d != tokens.shape[1]:
         raise ValueError(
@@ -110,73 +145,53 @@ def open_inputs(job: Job) -> Inputs:
 
 def build(
     inputs: Inputs,
+    decision: Decision,
     *,
-    world_size: int,
-    chunk_rows: int | None = None,
     xp: str = "numpy",
     tf32: bool = False,
+    multiplied_by: str | None = None,
     exchange: Callable[..., da.Array] | None = None,
-    travel: Travel = ALL_ROWS,
-    workers: int | None = None,
-    slots_beside: int | None = None,
-    begun: Placement | None = None,
 ) -> Built:
     """Build the output of a job.
 
     Parameters
     ----------
     inputs : of the job
-    world_size : ranks
-    chunk_rows : rows of a token chunk; None leaves it to `open_tokens`
+    decision : how it will run
     xp : whose arrays the chunks are while they are computed, "numpy" or "cupy"
     tf32 : whether experts multiply float32 as TF32
+    multiplied_by : what multiplies on the host, see `dask_ep.bfloat16.multiplied_by`
     exchange : what sends rows through experts, with the first three arguments of `expert_parallel`
         and its `topk_weights`, instead of it; then ranks and placement say nothing
-    travel : whether rows travel to experts, or experts to rows
-    workers : processes that play the ranks; None means one for each
-    slots_beside : how many experts a rank can hold beside its own; None means all
-    begun : the placement of a run that is gone on with
 
     Notes
     -----
     Only a placement by load, and any travel but that of all rows, reads anything: the routing.
     """
-    job, layer, placement = inputs.job, inputs.layer, None
-    tokens = open_tokens(inputs.tokens, chunks=chunk_rows, name="tokens", xp=xp)
-
-    def find_placement(routing: Any, topk: Any) -> Placement | None:
-        if begun is not None and begun.local and begun.world_size == world_size:
-            return begun  # as it was chosen then, whatever would be now
-        if not travel.moves_experts or world_size == 1:
-            return _find_placement(job, world_size, routing, inputs)
-        weight_bytes = 0 if topk is None else topk.dtype.itemsize
-        return _find_travel(
-            inputs, world_size, routing(), weight_bytes, travel, workers, slots_beside
-        )
-
-    if layer is not None and exchange is not None:
+    inputs = inputs.held_as_stored() if decision.as_stored else inputs
+    layer, placement, world_size = inputs.layer, None, decision.layout.world_size
+    tokens = open_tokens(inputs.tokens, chunks=decision.chunk_rows, name="tokens", xp=xp)
+    if layer is not None:
         routing, topk = layer.route(tokens)
-        routed = exchange(tokens, routing, layer.experts, topk_weights=topk)
-        y = layer.add_the_rest(tokens, routed)
-    elif layer is not None:
-        routing, topk = layer.route(tokens)
-        placement = find_placement(lambda: routing, topk)
-        y = layer(tokens, world_size=world_size, placement=placement)
     else:
         routing = open_tokens(inputs.routing, name="routing", like=tokens, xp=xp)
         topk = inputs.topk_weights
-        if exchange is None:
-            placement = find_placement(lambda: routing, topk)
-            exchange = partial(expert_parallel, world_size=world_size, placement=placement)
-        topk_weights = None if topk is None else open_tokens(topk, like=tokens, xp=xp)
-        y = exchange(tokens, routing, inputs.experts, topk_weights=topk_weights)
+        topk = None if topk is None else open_tokens(topk, like=tokens, xp=xp)
+    if exchange is None:
+        placement = decision.place(partial(survey, routing, inputs.experts.num_experts))
+        exchange = partial(expert_parallel, world_size=world_size, placement=placement)
+    y = exchange(tokens, routing, inputs.experts, topk_weights=topk)
+    if layer is not None:
+        y = layer.add_the_rest(tokens, y)
     settings = {
-        "layer_index": job.layer_index,
+        "layer_index": inputs.job.layer_index,
         "world_size": world_size,
         "placement": None if placement is None else placement.to_json(),
         # Each rounds in another way: one output has one of them.
         "computed_by": {"arrays": xp, "tf32": tf32},
     }
+    if inputs.experts.precision == "bfloat16":
+        settings["computed_by"]["rounded_by"] = multiplied_by
     return Built(y, _name_inputs(inputs), settings, placement)
 
 
@@ -241,48 +256,7 @@ def _check_rows(inputs: Inputs) -> None:
             )
 
 
-def _find_placement(job: Job, world_size: int, routing: Any, inputs: Inputs) -> Placement | None:
-    """Make the placement that the job names; one by load counts the routing first."""
-    if job.placement is None or job.placement == "contiguous":
-        return None
-    if job.placement in PLACEMENTS:
-        load = survey(routing(), inputs.experts.num_experts).by_ticket
-        return place(job.placement, load, world_size)
-    return read_placement(job.placement, job, world_size)
-
-
-def read_placement(path: str, job: Job, world_size: int) -> Placement:
-    """Read a placement file, which may be of many layers, for the layer of a job."""
+def resolve_placement(job: Job, world_size: int) -> Placement | str | None:
+    """Give the placement that a job names: a policy, or what its file holds for the job's layer."""
     moe = None if job.layer is None else moe_layers(job.layer)
-    return from_file(path, layer=job.layer_index, moe_layers=moe, world_size=world_size)
-
-
-def _find_travel(
-    inputs: Inputs,
-    world_size: int,
-    routing: da.Array,
-    weight_bytes: int,
-    travel: Travel,
-    workers: int | None,
-    slots_beside: int | None,
-) -> Placement:
-    """Read the routing, and add to the job's placement what is read where its rows lie."""
-    job, experts = inputs.job, inputs.experts
-    found = survey(routing, experts.num_experts)
-    if job.placement is None or job.placement in PLACEMENTS:
-        owners = place(job.placement or "contiguous", found.by_ticket, world_size)
-    else:
-        owners = read_placement(job.placement, job, world_size)
-    itemsize = inputs.tokens.dtype.itemsize
-    there = packet_row_bytes(
-        experts.d, itemsize, found.slots_per_row, weight_bytes, owners.slots.size
-    )
-    return choose_travel(
-        travel,
-        found,
-        owners,
-        expert_bytes=experts.nbytes // experts.num_experts,
-        row_bytes=there + experts.d_out * itemsize,
-        workers=workers,
-        max_slots=None if slots_beside is None else owners.slots_per_rank + slots_beside,
-    )
+    return resolve(job.placement, world_size, layer=job.layer_index, moe_layers=moe)

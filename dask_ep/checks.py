@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import math
 from numbers import Integral
+from typing import NoReturn
 
 import numpy as np
 
-from dask_ep.arrays import Array
+from dask_ep.arrays import Array, namespace
 
 
 def is_float(dtype: np.dtype) -> bool:
@@ -89,6 +90,68 @@ def refuse_masked(array: Array | None, name: str) -> None:
             f"{name} must hold all values, but is a masked array; fill it with np.ma.filled, or "
             "da.ma.filled where it is a Dask array: for routing, -1 is no expert"
         )
+
+
+class BadRow(ValueError):
+    """A row holds what it must not.
+
+    `row` is its number in the array that was looked at, a chunk mostly; whoever knows where that
+    begins in the whole array says so with `place_of_row`.
+    """
+
+    row: int
+
+    @classmethod
+    def at(cls, row: int, message: str) -> BadRow:
+        error = cls(message)
+        error.row = row
+        return error
+
+
+def place_of_row(place: str, error: Exception, first_row: int | None) -> str:
+    """Add to the name of a step in which row of the whole array an error lies, where it is known.
+
+    `first_row` is that of the chunk, in the order of the chunks; None where lengths of chunks
+    before it are not known.
+
+    Examples
+    --------
+    >>> place_of_row("dispatch of token chunk 2", BadRow.at(3, "routing must ..."), first_row=200)
+    'dispatch of token chunk 2 (row 3 of the chunk is row 203 of the whole array)'
+    """
+    if first_row is None or not isinstance(error, BadRow):
+        return place
+    whole = first_row + error.row
+    return f"{place} (row {error.row} of the chunk is row {whole} of the whole array)"
+
+
+def raise_bad_index(routing: Array, num_experts: int, why_so_many: str = "") -> NoReturn:
+    """Raise for a routing that holds an index outside [-1, E), naming the first.
+
+    `why_so_many` says where E comes from.
+    """
+    bad = (routing >= num_experts) | (routing < -1)
+    where = tuple(int(i[0]) for i in bad.nonzero())
+    from_one = not (routing == 0).any() and int(routing.max()) == num_experts
+    hint = "; no index here is 0: they count from 0, not from 1" if from_one else ""
+    raise BadRow.at(
+        where[0],
+        f"routing must hold expert indices in [-1, {num_experts}), but "
+        f"routing[{', '.join(map(str, where))}] is {int(routing[where])}, and {int(bad.sum())} of "
+        f"{routing.size} values are out of range{hint}{why_so_many}",
+    )
+
+
+def raise_nan(topk_weights: Array) -> NoReturn:
+    """Raise for top-k weights that hold NaN, naming the first."""
+    bad = namespace(topk_weights).isnan(topk_weights)
+    where = tuple(int(i[0]) for i in bad.nonzero())
+    raise BadRow.at(
+        where[0],
+        f"topk_weights must be numbers, but topk_weights[{', '.join(map(str, where))}] is NaN, as "
+        f"are {int(bad.sum())} of {topk_weights.size}; a slot without an expert has routing -1 and "
+        "any finite weight",
+    )
 
 
 def check_world_size(world_size: int) -> None:

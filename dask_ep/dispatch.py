@@ -25,8 +25,13 @@ from dask_ep import grouped, memory
 from dask_ep.arrays import UNDERFLOW_IS_ZERO, Array, namespace, one_namespace
 from dask_ep.checks import check_rank, check_routing, check_tokens, computing_dtype
 from dask_ep.expert import Expert, as_experts
+<<<<<<< HEAD
 from dask_ep.segments import Segments, raise_bad_index, raise_nan, sort_slots
 from dask_ep.served import Answer, Served
+=======
+from dask_ep.segments import kernel_hint, raise_bad_index, raise_nan, sort_slots
+from dask_ep.served import Served
+>>>>>>> main
 
 
 def expert_parallel_dispatch(
@@ -188,7 +193,7 @@ def _on_device(
         weights = flat.astype(sums, copy=False)
     slots = grouped.sort_slots(routing, weights, len(experts), rank, world_size)
     if slots.bad:
-        raise_bad_index(routing, len(experts) * world_size, len(experts), world_size)
+        raise_bad_index(routing, len(experts) * world_size, kernel_hint(len(experts), world_size))
     if slots.nan:
         raise_nan(topk_weights)
     return grouped.through_experts(tokens, slots, weights, experts, sums, dtype)

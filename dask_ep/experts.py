@@ -243,6 +243,8 @@ class Experts:
         """
         if precision not in PARTS:
             raise ValueError(f"precision must be one of {', '.join(PARTS)}, not {precision!r}")
+        if precision == self.precision:
+            return self
         return type(self)(self.kind, self.weights, {**self.options, "precision": precision})
 
     # --- what they are ---
@@ -251,6 +253,11 @@ class Experts:
     def precision(self) -> str:
         """How exact products in 16 bits are, see `with_precision`."""
         return self.options.get("precision", "float32")
+
+    @property
+    def is_bfloat16(self) -> bool:
+        """Whether matrices are bfloat16, or are decoded to it, as far as dtypes tell."""
+        return any(weight.is_bfloat16 for weight in self.weights.values())
 
     def loaded_bytes(self, dtype: np.dtype, *, on_device: bool = False) -> int:
         """Bytes of one expert that is loaded to compute in a dtype."""
@@ -345,7 +352,7 @@ class Experts:
 class CallableExperts:
     """Experts that are a user's functions; see `Experts.callables`."""
 
-    kind, precision = "callables", "float32"
+    kind, precision, is_bfloat16 = "callables", "float32", False
     d = hidden = dtype = None
     nbytes = parameters = widest = 0
 

@@ -16,6 +16,7 @@ import numpy as np
 from dask.utils import format_bytes
 
 from dask_ep import journal
+from dask_ep.bfloat16 import multiplied_by
 from dask_ep.build import open_inputs
 from dask_ep.checkpoint import Description, describe
 from dask_ep.checkpoint_files import CheckpointFiles
@@ -233,6 +234,8 @@ def _inspect_job(path: str) -> Finding:
         facts.insert(1, ("routing", f"{k} slots per row, {weighted} top-k weights"))
     else:
         facts.insert(1, ("layer", f"{job.layer_index} of {job.layer}"))
+    by = multiplied_by(inputs.tokens.dtype, experts.is_bfloat16, experts.precision)
+    facts.append(("products here", f"by {by}"))
     for name, value in (("ranks", job.world_size), ("placement", job.placement)):
         if value is not None:
             facts.append((name, str(value)))

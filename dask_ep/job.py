@@ -39,6 +39,9 @@ PLACEMENTS = POLICIES
 """Placements by name; any other value is the path of a file that `Placement.to_json` wrote."""
 
 
+PRECISIONS = ("float32", "bfloat16")
+"""How exact products in 16 bits are, see `dask_ep.Experts.with_precision`."""
+
 MISSING = ("error", "fill")
 """What Zarr chunks that were never written can mean; "fill": they hold the array's fill value."""
 
@@ -68,6 +71,8 @@ class Job:
     #: ranks; None means one per worker, or 1 on threads
     placement: str | None = None
     #: one of `PLACEMENTS`, or the path of a placement in JSON
+    precision: str | None = None
+    #: of 16-bit products, one of `PRECISIONS`; None means "float32"
     missing: str | None = None
     #: what Zarr chunks mean that were never written: "error" (as without it), or "fill"
     name: str = "job"
@@ -223,6 +228,7 @@ _JOB_KEYS = {
     "placement": _Kind(
         f"one of {', '.join(PLACEMENTS)}, or the path of a JSON file", _is_path, _resolve_placement
     ),
+    "precision": _Kind(f"one of {', '.join(PRECISIONS)}", lambda v: v in PRECISIONS),
     "missing": _Kind(f"one of {', '.join(MISSING)}", lambda v: v in MISSING),
 }
 assert set(_JOB_KEYS) | {"name"} == {field.name for field in fields(Job)}

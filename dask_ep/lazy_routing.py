@@ -25,12 +25,12 @@ from dask.task_spec import Task, TaskRef
 
 from dask_ep.arrays import UNDERFLOW_IS_ZERO, Array, namespace
 from dask_ep.capacity import Capacity, ExpertChoice, choose_rows, limit_capacity
-from dask_ep.checks import is_float
+from dask_ep.checks import is_float, place_of_row
 from dask_ep.device import DeviceMemoryError, telling_chunk
 from dask_ep.files import ReadError
 from dask_ep.grouped import INDEX_BYTES
 from dask_ep.routing import Router, all_scores, look_up, route, weigh_chosen
-from dask_ep.rows import block_by_block, keys_of, row_array, xp_name
+from dask_ep.rows import block_by_block, first_rows, keys_of, row_array, xp_name
 from dask_ep.sources import Source
 
 SCORE_BYTES = 32
@@ -107,10 +107,11 @@ def _route_chunks(
     both, loaded = f"ep_route-{token}", f"ep_router-{token}"
     tasks: dict[Any, Task] = {loaded: Task(loaded, _read_all, arrays, xp_name(rows))}
     ids = None if token_ids is None else keys_of(token_ids)
+    starts = first_rows(rows.chunks[0])
     for c, key in enumerate(keys_of(rows)):
         chunk_ids = None if ids is None else TaskRef(ids[c])
         tasks[both, c] = Task(
-            (both, c), _route_chunk, TaskRef(key), TaskRef(loaded), router, c, chunk_ids
+            (both, c), _route_chunk, TaskRef(key), TaskRef(loaded), router, c, starts[c], chunk_ids
         )
     inputs = [rows] if token_ids is None else [rows, token_ids]
     graph = HighLevelGraph.from_collections(both, tasks, dependencies=inputs)
@@ -133,9 +134,10 @@ def _scores(
 ) -> da.Array:
     name, loaded = f"ep_scores-{token}", f"ep_router-{token}"
     tasks: dict[Any, Task] = {loaded: Task(loaded, _read_all, arrays, xp_name(rows))}
+    starts = first_rows(rows.chunks[0])
     for c, key in enumerate(keys_of(rows)):
         tasks[name, c, 0] = Task(
-            (name, c, 0), _score_chunk, TaskRef(key), TaskRef(loaded), router.score, c
+            (name, c, 0), _score_chunk, TaskRef(key), TaskRef(loaded), router.score, c, starts[c]
         )
     meta = namespace(rows._meta).empty((0, 0), dtype=np.float32)
     return row_array(name, tasks, [rows], (router.num_experts,), meta)
@@ -154,10 +156,11 @@ def _route_chunk(
     arrays: dict[str, Array],
     router: Router,
     chunk: int,
+    first_row: int | None = None,
     token_ids: Array | None = None,
 ) -> tuple[Array, Array]:
     xp = namespace(hidden)
-    with _routing(hidden, router.num_experts, router.k, chunk):
+    with _routing(hidden, router.num_experts, router.k, chunk, first_row):
         if token_ids is None:
             return route(hidden, router, arrays["weight"],
                          bias=arrays.get("bias"),
@@ -173,14 +176,18 @@ def _part(both: tuple[Array, Array], which: int) -> Array:
     return both[which]
 
 
-def _score_chunk(hidden: Array, arrays: dict[str, Array], score: str, chunk: int) -> Array:
+def _score_chunk(
+    hidden: Array, arrays: dict[str, Array], score: str, chunk: int, first_row: int | None
+) -> Array:
     weight = arrays["weight"]
-    with _routing(hidden, weight.shape[0], 0, chunk):
+    with _routing(hidden, weight.shape[0], 0, chunk, first_row):
         return all_scores(hidden, score, weight, bias=arrays.get("bias"))
 
 
 @contextmanager
-def _routing(hidden: Array, num_experts: int, k: int, chunk: int) -> Iterator[None]:
+def _routing(
+    hidden: Array, num_experts: int, k: int, chunk: int, first_row: int | None
+) -> Iterator[None]:
     """Say in an error which chunk was routed, and what it needs, if the device has too little."""
     row_bytes = 8 * hidden.shape[1] + SCORE_BYTES * num_experts + INDEX_BYTES * k
     try:
@@ -189,7 +196,8 @@ def _routing(hidden: Array, num_experts: int, k: int, chunk: int) -> Iterator[No
     except DeviceMemoryError as error:
         raise DeviceMemoryError(f"routing of token chunk {chunk}: {error}") from error
     except ValueError as error:
-        raise ValueError(f"routing of token chunk {chunk}: {error}") from error
+        place = place_of_row(f"routing of token chunk {chunk}", error, first_row)
+        raise ValueError(f"{place}: {error}") from error
 
 
 def _count_chunk(indices: Array, *, num_experts: int) -> Array:

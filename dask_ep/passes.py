@@ -29,7 +29,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from dask_ep.costs import CHUNKS_PER_THREAD, FEWEST_ROWS, SORT_BYTES, Rates, usable
-from dask_ep.served import tile_bytes
+from dask_ep.memory_law import Layout
+from dask_ep.work import Work
 
 RATES = Rates(flops=1.0, copy=5e9)
 """By which the ways are compared: the usual ones of a disk and of memory, so that a plan and a run
@@ -51,83 +52,6 @@ C library and the pool keep of blocks that have gone by adds to it."""
 
 FREE_PART = 0.9
 """Of the free disk that is spilled to, at most."""
-
-
-@dataclass(frozen=True)
-class Sizes:
-    """A job in plain numbers, as far as memory and bytes follow from them."""
-
-    rows: int
-    #: of the tokens
-    slots: int
-    #: of a row
-    d: int
-    d_out: int
-    itemsize: int
-    #: bytes of a number of the tokens
-    wide: int
-    #: bytes of a number that is computed with
-    experts: int
-    #: that have rows
-    expert_stored: int
-    #: bytes of one in its file
-    expert_loaded: int
-    #: bytes of one in memory
-    widest: int
-    #: width of the widest row on the way through an expert
-    matrix_stored: int = 0
-    #: bytes of its largest matrix as stored, in memory beside it while a thread decodes it; 0 where
-    #: there is nothing to decode
-    beside: int = 0
-    #: bytes of experts that stay in memory all the time: those that all rows share
-    stored_rows: int | None = None
-    #: rows of the tokens that are stored together
-    read_bytes: int = 0
-    #: that a thread needs to read a chunk, beside its rows
-    weigh_input: bool = False
-    #: whether rows are multiplied by their top-k weight before they go to their expert
-    threads: int = 1
-    #: tasks at a time in a process
-    workers: int | None = None
-    #: Dask workers that share the work; None: one process, whose threads share memory
-
-    @property
-    def token_bytes(self) -> int:
-        """Bytes of a token row."""
-        return self.d * self.itemsize
-
-    @property
-    def spilled_token_bytes(self) -> int:
-        """Bytes of a token row in a spill file."""
-        return self.d * (self.wide if self.weigh_input else self.itemsize)
-
-    @property
-    def answer_bytes(self) -> int:
-        """Bytes of an output row in the computing dtype."""
-        return self.d_out * self.wide
-
-    @property
-    def spilled_bytes(self) -> int:
-        """Bytes that one row takes on the disk, out and back."""
-        return self.slots * (self.spilled_token_bytes + self.answer_bytes)
-
-    @property
-    def scratch(self) -> int:
-        """Bytes of a thread's tiles."""
-        return tile_bytes(max(self.widest, self.d, self.d_out) * self.wide)
-
-    @property
-    def block_experts(self) -> int:
-        """Experts that go by together."""
-        return min(max(BLOCK_BYTES // max(self.expert_loaded, 1), 1), max(self.experts, 1))
-
-    def blocks_bytes(self, decoded: int, ahead: int) -> int:
-        """Bytes of so many blocks in the computing dtype, and so many as they are stored."""
-        stored, loaded = (
-            self.block_experts * one for one in (self.expert_stored, self.expert_loaded)
-        )
-        decoding = min(self.threads * self.matrix_stored, decoded * stored)
-        return decoded * max(loaded, stored) + decoding + ahead * stored
 
 
 @dataclass(frozen=True)
@@ -177,8 +101,10 @@ class Passes:
 
         Examples
         --------
-        >>> sizes = Sizes(100, 1, 8, 8, 4, 4, experts=4, expert_stored=1, expert_loaded=1, widest=8)
-        >>> list(choose_passes(sizes, 1 << 30, chunk_rows=64, ways=["spill"]).groups(2))
+        >>> import numpy as np
+        >>> work = Work(100, 1, 8, 8, np.dtype("f4"), 4, expert_stored=1, expert_loaded=1, widest=8)
+        >>> layout = Layout(1, 1, 1, memory_limit=1 << 30, in_process=True)
+        >>> list(choose_passes(work, layout, chunk_rows=64, ways=["spill"]).groups(2))
         [range(0, 2)]
         """
         for first in range(0, chunks, self.group_chunks):
@@ -186,8 +112,8 @@ class Passes:
 
 
 def choose_passes(
-    sizes: Sizes,
-    limit: int,
+    work: Work,
+    layout: Layout,
     *,
     free: int | None = None,
     chunk_rows: int | None = None,
@@ -198,12 +124,10 @@ def choose_passes(
 
     Parameters
     ----------
-    sizes : of the job, and of where it runs
-    limit : bytes that a process may use
+    work, layout : what is computed, and on what, with a memory limit
     free : bytes of disk for spilled rows; as many as wanted without it
     chunk_rows : rows of a token chunk, if that is given
-    ways : "hold", "spill" or both: what may be chosen; by default both on threads, and "spill" on
-        Dask workers, which share no memory to hold rows in
+    ways : "hold", "spill" or both: what may be chosen; by default `ways_to_wait`
     rates : at which bytes are read, written and copied
 
     Returns
@@ -241,116 +165,135 @@ def choose_passes(
     --------
     12 GB of bfloat16 experts and 2 GB of tokens, 2 slots a row, in 3 GB:
 
-    >>> sizes = Sizes(
-    ...     rows=250_000, slots=2, d=2048, d_out=2048, itemsize=4, wide=4, experts=256,
-    ...     expert_stored=50 << 20, expert_loaded=100 << 20, widest=4096, threads=2,
+    >>> import numpy as np
+    >>> work = Work(
+    ...     rows=250_000, slots=2, d=2048, d_out=2048, dtype=np.dtype("f4"), experts=256,
+    ...     expert_stored=50 << 20, expert_loaded=100 << 20, widest=4096,
     ... )
-    >>> chosen = choose_passes(sizes, 3_000_000_000)
+    >>> layout = Layout(1, 1, threads=2, memory_limit=3_000_000_000, in_process=True)
+    >>> chosen = choose_passes(work, layout)
     >>> chosen.way, chosen.passes, chosen.decoded, chosen.memory_bytes <= 3_000_000_000
     ('hold', 2, 2, True)
-    >>> choose_passes(sizes, 1_000_000_000).way
+    >>> choose_passes(work, dataclasses.replace(layout, memory_limit=1_000_000_000)).way
     'spill'
     """
-    if ways is None:
-        ways = ("hold", "spill") if sizes.workers is None else ("spill",)
-    limit = limit if sizes.workers is None else usable(limit)
+    limit = layout.memory_limit if layout.in_process else usable(layout.memory_limit)
     found = [
         passes
-        for way in ways
-        if (passes := _WAYS[way](sizes, limit, free, chunk_rows, rates)) is not None
+        for way in ways or ways_to_wait(work, layout)
+        if (passes := _WAYS[way](work, layout, limit, free, chunk_rows, rates)) is not None
     ]
     if not found:
-        raise MemoryError(_refusal(sizes, limit, free, chunk_rows))
+        raise MemoryError(_refusal(work, layout, limit, free, chunk_rows))
     return min(found, key=lambda passes: (passes.seconds, passes.memory_bytes))
 
 
+def ways_to_wait(work: Work, layout: Layout) -> tuple[str, ...]:
+    """Where rows can wait for their experts: in memory and on disk, or on disk alone.
+
+    Dask workers share no memory. The rows of a layer are routed, and go through its shared experts,
+    chunk by chunk: small ones.
+    """
+    return ("hold", "spill") if layout.in_process and not work.of_layer else ("spill",)
+
+
 def _hold(
-    sizes: Sizes, limit: int, free: int | None, chunk_rows: int | None, rates: Rates
+    work: Work,
+    layout: Layout,
+    limit: int,
+    free: int | None,
+    chunk_rows: int | None,
+    rates: Rates,
 ) -> Passes | None:
     """As many rows as fit, in chunks of equal size, one for each thread."""
-    row = sizes.token_bytes + sizes.slots * SORT_BYTES + _output_bytes(sizes)
-    fixed = _fixed(sizes) + sizes.threads * sizes.scratch
-    blocks = _choose_blocks(sizes, limit - fixed - FEWEST_ROWS * row * sizes.threads, 1 / 4)
+    row = work.token_bytes + work.slots * SORT_BYTES + _output_bytes(work)
+    fixed = _fixed(work, layout) + layout.threads * work.scratch
+    blocks = _choose_blocks(work, layout, limit - fixed - FEWEST_ROWS * row * layout.threads, 1 / 4)
     if blocks is None:
         return None
-    most = (limit - fixed - sizes.blocks_bytes(*blocks)) // (sizes.threads * row)
+    most = (limit - fixed - _blocks_bytes(work, layout, *blocks)) // (layout.threads * row)
     if most < (chunk_rows or FEWEST_ROWS):
         return None
     stored_rows = chunk_rows
     if chunk_rows is None:
-        stored_rows = unit = _written_together(sizes, most)
-        passes = -(-sizes.rows // (sizes.threads * (most // unit * unit))) or 1
-        chunk_rows = _round_up(-(-sizes.rows // (passes * sizes.threads)), unit) or unit
-    chunks = -(-sizes.rows // chunk_rows)
-    passes = -(-chunks // sizes.threads) or 1
-    rows_and_fixed = fixed + sizes.threads * chunk_rows * row
-    decoded, ahead = _choose_blocks(sizes, limit - rows_and_fixed, 1.0)
+        stored_rows = unit = _written_together(work, most)
+        passes = -(-work.rows // (layout.threads * (most // unit * unit))) or 1
+        chunk_rows = _round_up(-(-work.rows // (passes * layout.threads)), unit) or unit
+    chunks = -(-work.rows // chunk_rows)
+    passes = -(-chunks // layout.threads) or 1
+    rows_and_fixed = fixed + layout.threads * chunk_rows * row
+    decoded, ahead = _choose_blocks(work, layout, limit - rows_and_fixed, 1.0)
     return Passes(
         way="hold",
         passes=passes,
         chunk_rows=chunk_rows,
-        group_chunks=sizes.threads,
-        block_experts=sizes.block_experts,
+        group_chunks=layout.threads,
+        block_experts=_block_experts(work),
         decoded=decoded,
         ahead=ahead,
-        threads=sizes.threads,
+        threads=layout.threads,
         piece_rows=0,
         stored_rows=stored_rows,
-        memory_bytes=rows_and_fixed + sizes.blocks_bytes(decoded, ahead),
+        memory_bytes=rows_and_fixed + _blocks_bytes(work, layout, decoded, ahead),
         spill_bytes=0,
-        read_bytes=passes * sizes.experts * sizes.expert_stored,
+        read_bytes=passes * work.experts * work.expert_stored,
         moved_bytes=0,
-        seconds=_weights_seconds(sizes, passes, sizes.threads, rates),
+        seconds=_weights_seconds(work, layout, passes, layout.threads, rates),
     )
 
 
 def _spill(
-    sizes: Sizes, limit: int, free: int | None, chunk_rows: int | None, rates: Rates
+    work: Work,
+    layout: Layout,
+    limit: int,
+    free: int | None,
+    chunk_rows: int | None,
+    rates: Rates,
 ) -> Passes | None:
     """Chunks of the usual size, or what fits; as few groups as the disk allows."""
-    row = max(sizes.token_bytes, sizes.answer_bytes) + sizes.slots * SORT_BYTES
-    if sizes.beside:
-        row += sizes.answer_bytes
-    chunks_held = 3 * sizes.threads + 2
-    room = limit - _fixed(sizes)
-    blocks = _choose_blocks(sizes, room - sizes.threads * sizes.scratch, 1.0)
+    row = max(work.token_bytes, work.answer_bytes) + work.slots * SORT_BYTES
+    if work.beside.loaded:
+        row += work.answer_bytes
+    chunks_held = 3 * layout.threads + 2
+    room = limit - _fixed(work, layout)
+    blocks = _choose_blocks(work, layout, room - layout.threads * work.scratch, 1.0)
     most = room // (chunks_held * row)
     if blocks is None or most < (chunk_rows or FEWEST_ROWS):
         return None
     if chunk_rows is None:
-        fair = -(-sizes.rows // (CHUNKS_PER_THREAD * sizes.threads * (sizes.workers or 1)))
-        usual = max(CHUNK_BYTES // max(sizes.token_bytes, sizes.d_out * sizes.itemsize), 1)
+        fair = -(-work.rows // (CHUNKS_PER_THREAD * layout.threads * (layout.dask_workers or 1)))
+        usual = max(CHUNK_BYTES // max(work.token_bytes, work.d_out * work.dtype.itemsize), 1)
         chunk_rows = min(usual, max(fair, FEWEST_ROWS), most)
-        chunk_rows = chunk_rows // (unit := _read_together(sizes, chunk_rows)) * unit
-    chunks = -(-sizes.rows // chunk_rows)
+        chunk_rows = chunk_rows // (unit := _read_together(work, chunk_rows)) * unit
+    chunks = -(-work.rows // chunk_rows)
     group_chunks = max(chunks, 1)
     if free is not None:
         group_chunks = min(
-            group_chunks, int(free * FREE_PART) // (chunk_rows * sizes.spilled_bytes)
+            group_chunks, int(free * FREE_PART) // (chunk_rows * _spilled_bytes(work))
         )
         if group_chunks == 0:
             return None
     passes = -(-chunks // group_chunks) or 1
-    computing = sizes.blocks_bytes(*blocks) + sizes.threads * sizes.scratch
-    moved = sizes.rows * sizes.spilled_bytes
-    mean_rows = sizes.rows * sizes.slots // max(sizes.experts * passes, 1)
+    computing = _blocks_bytes(work, layout, *blocks) + layout.threads * work.scratch
+    moved = work.rows * _spilled_bytes(work)
+    mean_rows = work.rows * work.slots // max(work.experts * passes, 1)
     return Passes(
         way="spill",
         passes=passes,
         chunk_rows=chunk_rows,
         group_chunks=group_chunks,
-        block_experts=sizes.block_experts,
+        block_experts=_block_experts(work),
         decoded=blocks[0],
         ahead=blocks[1],
-        threads=sizes.threads,
+        threads=layout.threads,
         piece_rows=PIECE_ROWS[1],
         stored_rows=chunk_rows,
-        memory_bytes=_fixed(sizes) + max(computing, chunks_held * chunk_rows * row),
-        spill_bytes=min(group_chunks * chunk_rows, sizes.rows) * sizes.spilled_bytes,
-        read_bytes=passes * sizes.experts * sizes.expert_stored,
+        memory_bytes=_fixed(work, layout) + max(computing, chunks_held * chunk_rows * row),
+        spill_bytes=min(group_chunks * chunk_rows, work.rows) * _spilled_bytes(work),
+        read_bytes=passes * work.experts * work.expert_stored,
         moved_bytes=moved,
-        seconds=_weights_seconds(sizes, passes, -(-mean_rows // PIECE_ROWS[1]), rates)
-        + (moved / rates.write + moved / rates.read) / (sizes.workers or 1),
+        seconds=_weights_seconds(work, layout, passes, -(-mean_rows // PIECE_ROWS[1]), rates)
+        + (moved / rates.write + moved / rates.read) / (layout.dask_workers or 1),
     )
 
 
@@ -397,51 +340,75 @@ def cut_pieces(
 # --- small laws ------------------------------------------------------------------------------
 
 
-def _fixed(sizes: Sizes) -> int:
-    return PROCESS_BYTES + sizes.beside + sizes.threads * sizes.read_bytes
+def _fixed(work: Work, layout: Layout) -> int:
+    return PROCESS_BYTES + work.beside.loaded + layout.threads * work.read_bytes
 
 
-def _output_bytes(sizes: Sizes) -> int:
+def _spilled_bytes(work: Work) -> int:
+    """Bytes that one row takes on the disk, out and back."""
+    itemsize = work.wide if work.weigh_input else work.dtype.itemsize
+    return work.slots * (work.d * itemsize + work.answer_bytes)
+
+
+def _block_experts(work: Work) -> int:
+    """Experts that go by together."""
+    return min(max(BLOCK_BYTES // max(work.expert_loaded, 1), 1), max(work.experts, 1))
+
+
+def _blocks_bytes(work: Work, layout: Layout, decoded: int, ahead: int) -> int:
+    """Bytes of so many blocks in the computing dtype, and so many as they are stored."""
+    stored, loaded = (
+        _block_experts(work) * one for one in (work.expert_stored, work.expert_loaded)
+    )
+    decoding = min(layout.threads * work.matrix_stored, decoded * stored)
+    return decoded * max(loaded, stored) + decoding + ahead * stored
+
+
+def _output_bytes(work: Work) -> int:
     """Bytes of an output row that is held: its sum, and what is written where that is another.
 
     None where it takes the place of the token row.
     """
-    if sizes.slots == 1 and sizes.d == sizes.d_out and sizes.wide == sizes.itemsize:
+    if work.slots == 1 and work.d == work.d_out and work.wide == work.dtype.itemsize:
         return 0
-    narrow = 0 if sizes.wide == sizes.itemsize else sizes.d_out * sizes.itemsize
-    return sizes.answer_bytes + narrow
+    narrow = 0 if work.wide == work.dtype.itemsize else work.d_out * work.dtype.itemsize
+    return work.answer_bytes + narrow
 
 
-def _choose_blocks(sizes: Sizes, room: int, part: float) -> tuple[int, int] | None:
+def _choose_blocks(work: Work, layout: Layout, room: int, part: float) -> tuple[int, int] | None:
     """Blocks at a time in so many bytes, decoded and ahead; None if there is no room for one.
 
     More than one of either only within a part of the room.
     """
-    chosen = (1, 0) if sizes.blocks_bytes(1, 0) <= room else None
-    more = [(1, 1), *((decoded, 1) for decoded in range(2, sizes.threads + 1)), (sizes.threads, 2)]
+    chosen = (1, 0) if _blocks_bytes(work, layout, 1, 0) <= room else None
+    more = [
+        (1, 1),
+        *((decoded, 1) for decoded in range(2, layout.threads + 1)),
+        (layout.threads, 2),
+    ]
     for decoded, ahead in more:
         share = 1.0 if decoded + ahead <= 2 else part
-        if sizes.blocks_bytes(decoded, ahead) <= share * room:
+        if _blocks_bytes(work, layout, decoded, ahead) <= share * room:
             chosen = decoded, ahead
     return chosen
 
 
-def _weights_seconds(sizes: Sizes, passes: int, uses: int, rates: Rates) -> float:
+def _weights_seconds(work: Work, layout: Layout, passes: int, uses: int, rates: Rates) -> float:
     """Time to read the experts and to stream each to its products; workers share them."""
-    one = sizes.expert_stored / rates.read + max(uses, 1) * sizes.expert_loaded / rates.copy
-    return passes * sizes.experts * one / (sizes.workers or 1)
+    one = work.expert_stored / rates.read + max(uses, 1) * work.expert_loaded / rates.copy
+    return passes * work.experts * one / (layout.dask_workers or 1)
 
 
-def _read_together(sizes: Sizes, most: int) -> int:
+def _read_together(work: Work, most: int) -> int:
     """Rows of which a chunk of up to `most` has a multiple, so that stored rows are read once."""
-    stored = sizes.stored_rows
+    stored = work.stored_rows
     return stored if stored is not None and stored <= most // 2 else 1
 
 
-def _written_together(sizes: Sizes, most: int) -> int:
+def _written_together(work: Work, most: int) -> int:
     """Rows of a stored output chunk, of which a chunk of up to `most` rows has a multiple."""
-    rows = _read_together(sizes, most)
-    usual = CHUNK_BYTES // max(sizes.d_out * sizes.itemsize, 1)
+    rows = _read_together(work, most)
+    usual = CHUNK_BYTES // max(work.d_out * work.dtype.itemsize, 1)
     while 2 * rows <= min(usual, most // 8):
         rows *= 2
     return rows
@@ -451,22 +418,25 @@ def _round_up(rows: int, unit: int) -> int:
     return -(-rows // unit) * unit
 
 
-def _refusal(sizes: Sizes, limit: int, free: int | None, chunk_rows: int | None) -> str:
+def _refusal(
+    work: Work, layout: Layout, limit: int, free: int | None, chunk_rows: int | None
+) -> str:
     rows = chunk_rows or FEWEST_ROWS
-    row = max(sizes.token_bytes, sizes.answer_bytes) + sizes.slots * SORT_BYTES
-    computing = sizes.blocks_bytes(1, 0) + sizes.threads * sizes.scratch
-    chunks = (3 * sizes.threads + 2) * rows * row
-    needed = _fixed(sizes) + max(computing, chunks)
+    row = max(work.token_bytes, work.answer_bytes) + work.slots * SORT_BYTES
+    computing = _blocks_bytes(work, layout, 1, 0) + layout.threads * work.scratch
+    chunks = (3 * layout.threads + 2) * rows * row
+    fixed = _fixed(work, layout)
+    needed = fixed + max(computing, chunks)
     words = (
-        f"a process may use {limit / 1e6:.0f} MB and must hold {_fixed(sizes) / 1e6:.0f} MB of its "
-        f"own and either {computing / 1e6:.0f} MB to compute ({sizes.block_experts} experts of "
-        f"{sizes.expert_loaded / 1e6:.3g} MB, {sizes.threads} threads) or {chunks / 1e6:.0f} MB of "
-        f"{3 * sizes.threads + 2} chunks of {rows} rows, {needed / 1e6:.0f} MB in all"
+        f"a process may use {limit / 1e6:.0f} MB and must hold {fixed / 1e6:.0f} MB of its own "
+        f" and either {computing / 1e6:.0f} MB to compute ({_block_experts(work)} experts of "
+        f"{work.expert_loaded / 1e6:.3g} MB, {layout.threads} threads) or {chunks / 1e6:.0f} MB of "
+        f"{3 * layout.threads + 2} chunks of {rows} rows, {needed / 1e6:.0f} MB in all"
     )
     if needed <= limit and free is not None:
         return (
             f"{words}; that would fit, with rows spilled to disk, but {free / 1e6:.0f} MB are free "
-            f"there and a chunk needs {rows * sizes.spilled_bytes / 1e6:.0f} MB: make room, or "
+            f"there and a chunk needs {rows * _spilled_bytes(work) / 1e6:.0f} MB: make room, or "
             "allow more memory"
         )
     return f"{words}; give more memory or fewer threads"

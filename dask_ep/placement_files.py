@@ -33,6 +33,40 @@ Asked = Placement | str | PathLike | None
 """How a placement is asked for: itself, the name of a policy, the path of a file, or contiguous."""
 
 
+def resolve(
+    asked: Asked,
+    world_size: int,
+    *,
+    layer: int | None = None,
+    moe_layers: Sequence[int] | None = None,
+) -> Placement | str | None:
+    """Read the file of a placement, if that is how it is asked for; leave all else as it is.
+
+    Parameters
+    ----------
+    asked : Placement, name of a policy, path of a placement file, or None for "contiguous"
+    world_size : R
+    layer, moe_layers : as in `from_file`
+
+    Raises
+    ------
+    ValueError
+        If it is none of these, or for other ranks.
+    """
+    if (
+        asked is None
+        or isinstance(asked, Placement)
+        or (isinstance(asked, str) and asked in POLICIES)
+    ):
+        return asked
+    if not isinstance(asked, str | PathLike) or not Path(asked).exists():
+        raise ValueError(
+            f"placement must be a Placement, one of {', '.join(POLICIES)}, or the path of a file, "
+            f"but is {asked!r}"
+        )
+    return from_file(asked, layer=layer, moe_layers=moe_layers, world_size=world_size)
+
+
 def find_placement(
     asked: Asked, num_experts: int, world_size: int, load: Callable[[], np.ndarray]
 ) -> Placement | None:
@@ -40,7 +74,7 @@ def find_placement(
 
     Parameters
     ----------
-    asked : Placement, name of a policy, path of a placement file, or None for "contiguous"
+    asked : as for `resolve`
     num_experts, world_size : E, R
     load : function that counts the rows of each expert, for `place`
         Called only where a policy needs it: for neither "contiguous" nor a single rank.
@@ -48,27 +82,18 @@ def find_placement(
     Raises
     ------
     ValueError
-        If it is none of these, or for other experts or ranks.
+        If it is for other experts or ranks, or none that `resolve` knows.
     """
-    if asked is None:
-        return None
-    if isinstance(asked, str) and asked in POLICIES:
-        by_order = asked == "contiguous" or world_size == 1
-        return None if by_order else place(asked, load(), world_size)
-    placement = asked
-    if not isinstance(asked, Placement):
-        if not isinstance(asked, str | PathLike) or not Path(asked).exists():
-            raise ValueError(
-                f"placement must be a Placement, one of {', '.join(POLICIES)}, or the path of a "
-                f"file, but is {asked!r}"
-            )
-        placement = from_file(asked, world_size=world_size)
-    if (placement.num_experts, placement.world_size) != (num_experts, world_size):
+    found = resolve(asked, world_size)
+    if not isinstance(found, Placement):
+        by_order = found in (None, "contiguous") or world_size == 1
+        return None if by_order else place(found, load(), world_size)
+    if (found.num_experts, found.world_size) != (num_experts, world_size):
         raise ValueError(
-            f"the placement is for {placement.num_experts} experts on {placement.world_size} "
-            f"ranks, but there are {num_experts} experts and world_size={world_size}"
+            f"the placement is for {found.num_experts} experts on {found.world_size} ranks, but "
+            f"there are {num_experts} experts and world_size={world_size}"
         )
-    return placement
+    return found
 
 
 def from_file(

@@ -9,7 +9,7 @@ import contextlib
 import logging
 import os
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from queue import SimpleQueue
 from typing import Any
 
@@ -17,9 +17,9 @@ import dask
 from dask.system import CPU_COUNT
 from distributed import Client, LocalCluster
 
-from dask_ep import device
+from dask_ep import bfloat16, device
 from dask_ep.blas import one_blas_thread
-from dask_ep.build import WEIGHT_KEYS
+from dask_ep.build import WEIGHT_KEYS, Inputs, resolve_placement
 from dask_ep.cluster import (
     Certificates,
     OneBlasThread,
@@ -28,7 +28,6 @@ from dask_ep.cluster import (
     connect,
 )
 from dask_ep.device import Device
-from dask_ep.fit import Layout
 from dask_ep.gpus import (
     THREADS_PER_GPU,
     UCX_ON_GPUS,
@@ -40,6 +39,7 @@ from dask_ep.gpus import (
 )
 from dask_ep.interrupts import Wait, deaf_children
 from dask_ep.job import Job
+from dask_ep.memory_law import Layout
 from dask_ep.workers import Workers, counted_workers
 
 CONNECT_SECONDS = 10.0
@@ -109,90 +109,90 @@ ALL_THREADS = Threads()
 def lay_out(
     job: Job,
     where: Where,
-    world_size: int,
+    client: Client | None = None,
+    *,
     devices: Sequence[Device] | None = None,
-    workers: int | None = None,
+    begun_ranks: int | None = None,
 ) -> Layout:
-    """Say in numbers how a job's ranks lie on the workers of a place.
+    """Say in numbers how a job lies on what it runs on.
 
-    `devices` are the GPUs of `Gpus`; those that are found here, if they are not given. If there are
-    none, each rank has one, whose memory is not known. `workers` are those of a `Cluster`; where
-    none are known, each rank has one.
+    Parameters
+    ----------
+    job, where : what runs, and where
+    client : of the workers; without one, those of a cluster are one for each rank
+    devices : GPUs of `Gpus`; by default those that are found here. Where there are none, each rank
+        has one, whose memory is not known.
+    begun_ranks : of the run that is resumed
+
+    Raises
+    ------
+    ValueError
+        If neither the job nor workers say how many ranks there are; if its placement is for others.
     """
-    if isinstance(where, Gpus):
-        found = device.find_devices() if devices is None else devices
-        return _lay_out_on_gpus(job, where, world_size, found)
+    workers, cores = 1, CPU_COUNT
+    threads, limit, host_limit = 1, getattr(where, "memory_limit", None), None
     if isinstance(where, Threads):
-        workers, threads = 1, _count_threads(where)
+        threads = _count_threads(where)
+    elif isinstance(where, Processes):
+        workers = where.count
+    elif isinstance(where, Gpus):
+        found = device.find_devices() if devices is None else devices
+        workers, threads, cores = len(found), THREADS_PER_GPU, None
+        limit, host_limit = device_limit(where, found), where.memory_limit
     else:
-        workers, threads = getattr(where, "count", workers or world_size), 1
-    limit = getattr(where, "memory_limit", None)
-    on_devices = isinstance(where, Cluster) and where.gpus
-    workers = min(workers, world_size)
-    return Layout(world_size, workers, threads, limit, job.placement, on_devices)
-
-
-def _lay_out_on_gpus(job: Job, where: Gpus, world_size: int, devices: Sequence[Device]) -> Layout:
+        workers, threads, limit, host_limit = _workers_of(where, client)
+        cores = None
+    awaited = getattr(where, "workers", None)
+    ranks = job.world_size or begun_ranks or awaited or workers or _no_ranks(client)
     return Layout(
-        world_size,
-        min(len(devices) or world_size, world_size),
-        THREADS_PER_GPU,
-        device_limit(where, devices),
-        job.placement,
-        on_devices=True,
-        host_limit=where.memory_limit,
+        ranks,
+        workers or ranks,
+        threads,
+        limit,
+        resolve_placement(job, ranks),
+        on_gpus(where),
+        host_limit,
+        in_process=isinstance(where, Threads),
+        ranks_given=job.world_size is not None,
+        cores=cores,
     )
 
 
-def count_found(client: Client | None) -> int | None:
-    return None if client is None else len(client.nthreads())
-
-
-def count_workers(where: Where, client: Client | None = None) -> int | None:
-    """Count the worker processes of a place; None where there are none, or GPUs."""
-    if isinstance(where, Cluster) and not where.gpus:
-        return len(client.nthreads())
-    return where.count if isinstance(where, Processes) else None
-
-
-def with_memory(layout: Layout, where: Where, client: Client | None) -> Layout:
-    """The layout with what the workers of a cluster have, which they know themselves."""
-    if not isinstance(where, Cluster):
-        return layout
+def _workers_of(where: Cluster, client: Client | None) -> tuple[int, int, int | None, int | None]:
+    """Count a cluster's workers and their threads; their memory limits, of a GPU and of the host,
+    which they know themselves.
+    """
+    if client is None:
+        return 0, 1, None, None
     workers = client.scheduler_info(n_workers=-1)["workers"].values()
     limits = [worker["memory_limit"] for worker in workers if worker["memory_limit"]]
     threads, limit = max((w["nthreads"] for w in workers), default=1), min(limits, default=None)
-    if not where.gpus:
-        return replace(layout, threads=threads, memory_limit=limit)
-    return replace(layout, threads=threads, memory_limit=limit_of_cluster(client), host_limit=limit)
+    if where.gpus:
+        return len(workers), threads, limit_of_cluster(client), limit
+    return len(workers), threads, limit, None
+
+
+def _no_ranks(client: Client | None) -> int:
+    if client is None:
+        return 1
+    raise ValueError(
+        f"the scheduler at {client.scheduler.address} has no workers yet, so the number of "
+        "ranks cannot be told from them; start workers, or say how many to wait for (--workers)"
+    )
 
 
 def _count_threads(where: Threads) -> int:
     return where.count or CPU_COUNT
 
 
-def count_ranks(where: Where, client: Client | None) -> int:
-    """One rank per worker; threads share memory, and have nothing to exchange."""
-    if client is None:
-        return 1
-    if isinstance(where, Processes):
-        return where.count
-    if isinstance(where, Cluster) and where.workers is not None:
-        return where.workers
-    workers = client.nthreads()
-    if not workers:
-        raise ValueError(
-            f"the scheduler at {client.scheduler.address} has no workers yet, so the number of "
-            "ranks cannot be told from them; start workers, or say how many to wait for "
-            "(--workers)"
-        )
-    return len(workers)
+def on_gpus(where: Where) -> bool:
+    """Whether chunks are computed on GPUs."""
+    return isinstance(where, Gpus) or (isinstance(where, Cluster) and where.gpus)
 
 
 def array_namespace(where: Where) -> str:
     """Whose arrays the chunks are while they are computed."""
-    on_gpus = isinstance(where, Gpus) or (isinstance(where, Cluster) and where.gpus)
-    return device.NAMESPACE if on_gpus else "numpy"
+    return device.NAMESPACE if on_gpus(where) else "numpy"
 
 
 def multiplies_as_tf32(where: Where, client: Client | None) -> bool:
@@ -213,6 +213,20 @@ def multiplies_as_tf32(where: Where, client: Client | None) -> bool:
             raise UnfitClusterError([f"{problem}; start all of them with it, or none"])
         return True in found.values()
     return isinstance(where, Gpus) and where.tf32
+
+
+def multiplied_by(where: Where, client: Client | None, inputs: Inputs) -> str | None:
+    """Say what multiplies on the host, `dask_ep.bfloat16.multiplied_by`; None on GPUs.
+
+    Workers say it for themselves; those of several kinds are all named.
+    """
+    if array_namespace(where) != "numpy":
+        return None
+    experts = inputs.experts
+    asked = (inputs.tokens.dtype, experts.is_bfloat16, experts.precision)
+    if client is None:
+        return bfloat16.multiplied_by(*asked)
+    return "; ".join(sorted(set(client.run(bfloat16.multiplied_by, *asked).values())))
 
 
 def _tf32_by_environment() -> bool:

@@ -10,36 +10,39 @@ from __future__ import annotations
 import json
 import math
 import sys
-from collections.abc import Callable, Sequence
-from contextlib import suppress
+from collections.abc import Sequence
 from dataclasses import fields, replace
 from functools import partial
+from itertools import product
 from pathlib import Path
 from typing import Any
 
 import click
-from dask.system import CPU_COUNT
-from dask.utils import format_bytes, parse_bytes
+from dask.utils import format_bytes
 from rich.console import Console
 from rich.table import Table
 
 from dask_ep import device
-from dask_ep.build import open_inputs, read_placement
+from dask_ep.build import open_inputs
 from dask_ep.costs import Rates
+from dask_ep.decide import attempt
 from dask_ep.device import Device
-from dask_ep.errors import NoDeviceError
-from dask_ep.fit import at_most_all, choose_chunk_rows, hold_what_fits
-from dask_ep.gpus import Gpus, device_limit
-from dask_ep.in_passes import find_passes
-from dask_ep.job import PLACEMENTS, Job, load_job
-from dask_ep.places import Processes, Threads, count_workers, lay_out
-from dask_ep.planner import Plan, PlanError, WhatIf, plan, what_if
-from dask_ep.price_passes import price_passes
+from dask_ep.errors import DoesNotFit, NoDeviceError
+from dask_ep.gpus import Gpus
+from dask_ep.in_passes import free_for_rows
+from dask_ep.job import PLACEMENTS, load_job
+from dask_ep.options import (
+    choose_local,
+    chunks_options,
+    local_options,
+    parse_travel,
+    ranks_options,
+)
+from dask_ep.places import lay_out
+from dask_ep.planner import Pricing, WhatIf
+from dask_ep.price import Plan
 from dask_ep.report import check_drawing, check_place, figures_of, write_plan_report
-from dask_ep.run import check_travel
-from dask_ep.slots import Placement
-from dask_ep.storage import open_tokens
-from dask_ep.travel import ALL_ROWS, TRAVELS, Travel
+from dask_ep.travel import TRAVELS
 
 RATES = tuple(field.name for field in fields(Rates))
 """What is measured, or given by --rates."""
@@ -51,57 +54,17 @@ WIDTH = 120
 """Characters of a line where there is no terminal."""
 
 
-def parse_size(context: click.Context, parameter: click.Parameter, value: str | None) -> int | None:
-    """Read an option that is a number of bytes."""
-    if value is None:
-        return None
-    with suppress(ValueError):
-        if (size := parse_bytes(value)) > 0:
-            return size
-    raise click.BadParameter(f'{value!r} is no size; give one such as "8 GiB"')
-
-
-def travel_options(command: Callable) -> Callable:
-    """Add the options of `dask_ep.travel`."""
-    size = {"callback": parse_size, "metavar": "SIZE"}
-    for option in (
-        click.option("--read-rate", help="Bytes that a worker reads in a second; 1 GB.", **size),
-        click.option("--link-rate", help="Bytes between workers in a second; 500 MB.", **size),
-        click.option(
-            "--travel",
-            type=click.Choice(TRAVELS),
-            help="What goes to what: rows to experts, experts to rows, or the cheaper of the two. "
-            "By default rows; where experts do not fit, the cheaper.",
-        ),
-    ):
-        command = option(command)
-    return command
-
-
 @click.command("plan")
 @click.argument("job", type=click.Path(exists=True, dir_okay=False))
 @click.argument("choices", nargs=-1, metavar="[NAME=VALUE,VALUE...]...")
-@click.option("--world-size", type=click.IntRange(1), help="Ranks; default: processes.")
-@click.option("--placement", metavar="NAME|FILE", help=f"{', '.join(PLACEMENTS)}, or a file.")
-@click.option("--chunk-rows", type=click.IntRange(1), help="Rows of a token chunk.")
-@click.option("--threads", type=click.IntRange(1), help="Threads of this process; default: cores.")
-@click.option("--processes", type=click.IntRange(1), help="Worker processes on this machine.")
-@click.option("--gpu", is_flag=True, help="One worker per GPU; with none here, one GPU per rank.")
-@click.option(
-    "--device-memory-limit",
-    callback=parse_size,
-    metavar="SIZE",
-    help="Of each GPU; default: 90 % of it.",
-)
-@click.option(
-    "--memory-limit", callback=parse_size, metavar="SIZE", help='Of a process, such as "4 GiB".'
-)
+@ranks_options
+@local_options
+@chunks_options
 @click.option(
     "--rates",
     metavar="NAME=NUMBER,...",
     help=f"Instead of measuring, what is done in a second: {', '.join(RATES)}.",
 )
-@travel_options
 @click.option("--what-if", "side_by_side", is_flag=True, help="Compare the choices that follow.")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON instead of tables.")
 @click.option("--html", type=click.Path(dir_okay=False), help="Write a report to this file.")
@@ -161,115 +124,49 @@ def priced_job(
     world_size: int | None = None,
     placement: str | None = None,
     chunk_rows: int | None = None,
-    processes: int | None = None,
-    threads: int | None = None,
-    memory_limit: int | None = None,
     travel: str | None = None,
     link_rate: int | None = None,
     read_rate: int | None = None,
-    gpu: bool = False,
-    device_memory_limit: int | None = None,
     rates: str | None = None,
+    **local: Any,
 ) -> WhatIf:
     """Price a job file, in each combination of the choices; a single way if there are none."""
     job = load_job(path, world_size=world_size, placement=placement)
-    inputs = open_inputs(job)
-    chunk_rows = at_most_all(inputs, chunk_rows)
-    limit = None if choices else memory_limit
-    if gpu:
-        where, devices = _gpus(processes, threads, limit, device_memory_limit)
-    else:
-        _refuse(device_memory_limit, "--device-memory-limit needs --gpu")
-        if processes:
-            _refuse(threads, "a job runs in one place; give one of --threads and --processes")
-        where = Processes(processes, limit) if processes else Threads(threads, limit)
-        devices = []
-    size = job.world_size or processes or len(devices) or 1
-    layout = lay_out(job, where, size, devices)
-    if choices and gpu:
-        layout = replace(layout, memory_limit=None)  # plans tell which fit
-    inputs = hold_what_fits(inputs, layout, chunk_rows)
-    moves = parse_travel(travel, link_rate, read_rate)
-    asked = chunk_rows is not None
-    passes = find_passes(inputs, layout, count_workers(where), chunk_rows, moves)
-    if passes is not None:
-        chunk_rows, memory_limit, moves = passes.chunk_rows, None, ALL_ROWS
-    elif chunk_rows is None:  # those that a run takes; what is compared may need others
-        chunk_rows = choose_chunk_rows(inputs, layout)
-    for how in {travel, *choices.get("travel", ())}:
-        try:
-            check_travel(parse_travel(how, link_rate, read_rate), where, passes)
-        except ValueError as error:
-            raise click.UsageError(str(error)) from error
-    tokens = open_tokens(inputs.tokens, chunks=chunk_rows, name="tokens")
-    routing, experts, topk = None, inputs.layer, None
-    if inputs.layer is None:
-        routing = open_tokens(inputs.routing, like=tokens, name="routing")
-        experts, topk = inputs.experts, inputs.topk_weights
-    common = {
-        "topk_weights": topk,
-        "memory_limit": memory_limit,
-        "workers": processes or 1,
-        "threads": 1 if processes else threads,
-        "cores": CPU_COUNT,
-        "read_bytes": inputs.read_bytes,
-        "rates": None if rates is None else parse_rates(rates, link=link_rate, read=read_rate),
+    inputs, where = open_inputs(job), choose_local(**local)
+    devices = _devices_here() if isinstance(where, Gpus) else None
+    values = {
+        "world_size": [job.world_size],
+        "placement": [job.placement],
+        "chunk_rows": [chunk_rows],
+        "travel": [travel],
     }
-    if gpu:
-        of_gpus = {"gpu": True, "device_memory_limit": device_limit(where, devices)}
-        common |= of_gpus | {"workers": len(devices) or None, "threads": None, "cores": None}
+    decided = []
+    for ranks, named, rows, how in product(*(values | choices).values()):
+        one = replace(job, world_size=ranks, placement=named)
+        layout = lay_out(one, where, devices=devices)
+        moves = parse_travel(how, link_rate, read_rate)
+        free = partial(free_for_rows, inputs)
+        work = inputs.work(layout.on_devices)
+        decided.append(attempt(work, layout, chunk_rows=rows, travel=moves, free=free))
+    first = decided[0]
+    if isinstance(first, DoesNotFit):
+        if not choices:
+            raise first
+        first = first.decision
+    known = None if rates is None else parse_rates(rates, link=link_rate, read=read_rate)
+    pricing = Pricing.of_job(inputs, first, known)
     if choices:
-        combined = {"world_size": [size], "placement": [job.placement], "travel": [travel]}
-        combined |= choices
-        combined["placement"] = [_placement(named, job) for named in combined["placement"]]
-        combined["travel"] = [parse_travel(how, link_rate, read_rate) for how in combined["travel"]]
-        try:
-            compared = what_if(tokens, routing, experts, **combined, **common)
-        except PlanError as error:
-            if not gpu:
-                error.add_note(
-                    "experts that do not fit can go by in passes: plan without --what-if prices it"
-                )
-            raise
-        return compared if asked or "chunk_rows" in choices else _with_own_chunks(compared)
-    common |= {"placement": _placement(job.placement, job), "travel": moves}
-    one = plan(tokens, routing, experts, world_size=size, **common)
-    if passes is not None:
-        one = price_passes(one, passes, limit)
-    compared = WhatIf((one,), one, "")
-    return compared if asked else _with_own_chunks(compared)
+        return pricing.compare(decided)
+    priced = pricing.price(first)
+    return WhatIf((priced,), priced, "")
 
 
-def _placement(named: str | None, job: Job) -> str | Callable[[int], Placement] | None:
-    """Give the name of a placement, or what reads its file for the job's layer."""
-    if named is None or named in PLACEMENTS:
-        return named
-    return partial(read_placement, named, job)
-
-
-def _with_own_chunks(compared: WhatIf) -> WhatIf:
-    """The same plans, of chunks that a run chooses by itself."""
-    plans = tuple(replace(one, chunks_asked=False) for one in compared.plans)
-    return replace(compared, plans=plans, best=plans[compared.plans.index(compared.best)])
-
-
-def _gpus(
-    processes: int | None, threads: int | None, limit: int | None, device_limit: int | None
-) -> tuple[Gpus, list[Device]]:
-    """Where a run with --gpu runs, and the GPUs that are here; a plan needs none."""
-    _refuse(
-        processes or threads, "--gpu has one worker per GPU; --processes and --threads say nothing"
-    )
-    where = Gpus(device_limit, memory_limit=limit)
+def _devices_here() -> list[Device]:
+    """The GPUs that are here; a plan needs none."""
     try:
-        return where, device.find_devices()
+        return device.find_devices()
     except NoDeviceError:
-        return where, []
-
-
-def _refuse(given: Any, why: str) -> None:
-    if given is not None:
-        raise click.UsageError(why)
+        return []
 
 
 def parse_rates(text: str, **others: float | None) -> Rates:
@@ -298,12 +195,6 @@ def parse_rates(text: str, **others: float | None) -> Rates:
     if not all(0 < rate < math.inf for rate in given.values()):
         raise click.UsageError(f"rates must be finite numbers above 0; got {text!r}")
     return Rates(**given)
-
-
-def parse_travel(how: str | None, link_rate: int | None, read_rate: int | None) -> Travel:
-    """Read `travel_options`."""
-    rates = {"link": link_rate, "read": read_rate}
-    return Travel(how, **{name: rate for name, rate in rates.items() if rate is not None})
 
 
 def parse_choices(choices: Sequence[str]) -> dict[str, list[Any]]:

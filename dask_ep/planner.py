@@ -1,69 +1,55 @@
 """What will a run cost?
 
 The routing is known before any expert runs, and is cheap to know. One pass over it says how many
-rows every expert, rank and packet will have; the rest is arithmetic (`costs`). `plan` prices one
-way to run a job and refuses what cannot fit; `what_if` prices many side by side.
+rows every expert, rank and packet will have; the rest is arithmetic (`costs`). How a job runs is
+decided as for a run (`decide`); `plan` prices that, and `what_if` prices many ways side by side.
 
     tokens, routing, experts ──survey──> rows per chunk, expert, rank ──> Plan
-                                    world_size, placement, chunk_rows ─────^
+                                                            Decision ──────^
 
 Axis letters: `N` rows, `k` slots per row, `E` experts, `R` ranks, `S` slots per rank, `C` chunks.
 """
 
 from __future__ import annotations
 
-import os
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
-from functools import partial
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from itertools import product
-from typing import Any, NamedTuple
+from typing import Any
 
 import dask.array as da
 import numpy as np
 from dask.system import CPU_COUNT
-from dask.utils import format_bytes, parse_bytes
+from dask.utils import parse_bytes
 
 from dask_ep import pipeline
+from dask_ep.bfloat16 import BFLOAT16
+from dask_ep.build import Inputs
 from dask_ep.checks import check_routing, check_tokens, computing_dtype
-from dask_ep.costs import FEWEST_ROWS, Rates
-from dask_ep.device_memory import THREADS_PER_GPU, OnDevice
+from dask_ep.costs import Rates
+from dask_ep.decide import Decision, attempt, decide
+from dask_ep.device_memory import THREADS_PER_GPU
 from dask_ep.device_probe import probe_device
+from dask_ep.errors import DoesNotFit
 from dask_ep.expert import Expert
 from dask_ep.experts import CallableExperts, Experts, as_experts
-from dask_ep.held import StoredExperts
 from dask_ep.layer import MoELayer
-from dask_ep.placement import POLICIES, Placement, contiguous
-from dask_ep.placement_files import find_placement
-from dask_ep.price import Beside, Plan, Work
+from dask_ep.memory_law import Layout
+from dask_ep.placement import Placement, contiguous
+from dask_ep.placement_files import Asked, resolve
+from dask_ep.price import Plan
 from dask_ep.price_gpus import PlanOnGpus
+from dask_ep.price_passes import PlanInPasses
 from dask_ep.probe import probe
 from dask_ep.rows import rows_of
+from dask_ep.storage import open_tokens
 from dask_ep.survey import Survey, survey
-from dask_ep.travel import ALL_ROWS, Travel, choose_travel
+from dask_ep.travel import ALL_ROWS, Travel
 from dask_ep.weights import Weight
-
-Asked = Placement | str | os.PathLike | Callable[[int], Placement] | None
-"""How a placement is asked for."""
+from dask_ep.work import Work
 
 SAMPLE_BYTES = 48 << 20
 """Of experts in memory, with which their speed is measured."""
-
-
-class PlanError(MemoryError):
-    """A job cannot run within its memory limit.
-
-    Attributes
-    ----------
-    plan : Plan
-        Of the job as it was asked for.
-    proposal : Plan or None
-        A way to run it that fits, if one was found.
-    """
-
-    def __init__(self, message: str, plan: Plan, proposal: Plan | None):
-        super().__init__(message)
-        self.plan, self.proposal = plan, proposal
 
 
 @dataclass(frozen=True)
@@ -96,7 +82,7 @@ def plan(
     gpu: bool = False,
     device_memory_limit: int | str | None = None,
 ) -> Plan:
-    """Say what `expert_parallel` with these arguments will cost.
+    """Say how a run of these inputs will go, and what it will cost.
 
     Parameters
     ----------
@@ -107,9 +93,9 @@ def plan(
     world_size : int, R, optional
         Default: the placement's, else the workers of the Dask client in use, else 1.
     placement : Placement, name of a policy, path of a placement file, or None for contiguous
-        Or a function that makes a `Placement` for a number of ranks.
     chunk_rows : int, optional
-        Rows of a token chunk; default: the chunks of `tokens`.
+        Rows of a token chunk. Default: the chunks of `tokens`; where these do not fit into the
+        memory limit, or experts go by in passes, those that a run takes (`Plan.chunks`).
     only : numbers of token chunks, optional
         Those that are to be computed, as in a run that goes on with what another has left.
     memory_limit : bytes that one worker may use, as int or text ("4 GiB"), optional
@@ -134,14 +120,17 @@ def plan(
     Returns
     -------
     plan : Plan
-        A `dask_ep.price_gpus.PlanOnGpus` with `gpu`.
+        A `dask_ep.price_gpus.PlanOnGpus` with `gpu`, a `dask_ep.price_passes.PlanInPasses` where
+        experts do not fit into the memory limit and go by in passes.
 
     Raises
     ------
-    PlanError
-        If the job does not fit into the memory limit; with a proposal that does, if there is one.
+    DoesNotFit
+        If a run within the memory limit is refused; with options with which it is not, if there are
+        any.
     ValueError
-        If the arrays do not fit together, or an expert index is out of range.
+        If the arrays do not fit together, or an expert index is out of range; if nothing can travel
+        as it is asked to.
     NoDeviceError
         With `gpu`, if neither `rates` are given nor a GPU is here to measure them.
 
@@ -149,6 +138,10 @@ def plan(
     -----
     Reads the routing once (or runs the router once), no token and no expert besides. Of callables
     neither operations nor bytes are known, and both count as none.
+
+    How the run goes is decided as for `dask_ep.run.run_job` (`dask_ep.decide.decide`). A graph of
+    `expert_parallel` is what is planned where all experts fit: it has no passes, and holds experts
+    as they are stored only if they come from `dask_ep.held.held_as_stored`.
 
     Examples
     --------
@@ -162,18 +155,14 @@ def plan(
     >>> priced.tasks, round(priced.imbalance, 2)
     (7, 1.33)
     """
-    limits = _Limits.of(memory_limit, device_memory_limit, gpu)
-    pricing = _Pricing(
-        tokens, routing, experts, topk_weights, limits, workers, threads, cores, rates, read_bytes
+    pricing = Pricing(
+        tokens, routing, experts, topk_weights, gpu=gpu, read_bytes=read_bytes, rates=rates
     )
-    if world_size is None:
-        given = isinstance(placement, Placement)
-        world_size = placement.world_size if given else pipeline.workers_in_use()
-    priced = pricing.plan(world_size, placement, chunk_rows, travel, only)
-    if not priced.fits:
-        proposal = pricing.fitting(priced)
-        raise PlanError(_refusal(priced, proposal), priced, proposal)
-    return priced
+    layout = _lay_out(
+        world_size, placement, memory_limit, workers, threads, cores, gpu, device_memory_limit
+    )
+    decision = decide(pricing.work, layout, chunk_rows=chunk_rows, travel=travel)
+    return pricing.price(decision, only=only, own_chunks=True)
 
 
 def what_if(
@@ -204,225 +193,242 @@ def what_if(
 
     Raises
     ------
-    PlanError
+    DoesNotFit
         If none of them fits into the memory limit.
 
     Notes
     -----
     Reads the routing once for all of them.
     """
-    limits = _Limits.of(memory_limit, device_memory_limit, gpu)
-    pricing = _Pricing(
-        tokens, routing, experts, topk_weights, limits, workers, threads, cores, rates, read_bytes
+    pricing = Pricing(
+        tokens, routing, experts, topk_weights, gpu=gpu, read_bytes=read_bytes, rates=rates
     )
-    choices = product(world_size, placement, chunk_rows, travel)
-    plans = tuple(pricing.plan(*choice) for choice in choices)
-    fitting = [p for p in plans if p.fits]
-    if not fitting:
-        smallest = min(plans, key=lambda p: p.memory_bytes)
-        proposal = pricing.fitting(smallest)
-        raise PlanError(_refusal(smallest, proposal), smallest, proposal)
-    best = min(fitting, key=lambda p: (p.seconds, p.moved_bytes, p.tasks))
-    return WhatIf(plans, best, _why(best, plans))
-
-
-class _Limits(NamedTuple):
-    """What a worker may use."""
-
-    memory: int | None
-    #: bytes of it, or of its GPU
-    gpu: bool = False
-    host: int | None = None
-    #: bytes of the host, beside a GPU
-
-    @classmethod
-    def of(
-        cls, memory_limit: int | str | None, device_memory_limit: int | str | None, gpu: bool
-    ) -> _Limits:
-        if device_memory_limit is not None and not gpu:
-            raise ValueError("device_memory_limit is of GPUs, so gpu must be True with it")
-        memory, device = (
-            None if limit is None else parse_bytes(limit)
-            for limit in (memory_limit, device_memory_limit)
+    decided = []
+    for ranks, asked, rows, moves in product(world_size, placement, chunk_rows, travel):
+        layout = _lay_out(
+            ranks, asked, memory_limit, workers, threads, cores, gpu, device_memory_limit
         )
-        return cls(device, gpu, memory) if gpu else cls(memory)
+        decided.append(attempt(pricing.work, layout, chunk_rows=rows, travel=moves))
+    return pricing.compare(decided, own_chunks=True)
 
 
-class _Pricing:
-    """One job, surveyed once, priced in any number of ways."""
+def _lay_out(
+    world_size: int | None,
+    placement: Asked,
+    memory_limit: int | str | None,
+    workers: int | None,
+    threads: int | None,
+    cores: int | None,
+    gpu: bool,
+    device_memory_limit: int | str | None,
+) -> Layout:
+    """Put what a plan is asked to run on into numbers."""
+    if device_memory_limit is not None and not gpu:
+        raise ValueError("device_memory_limit is of GPUs, so gpu must be True with it")
+    host, of_device = (
+        None if limit is None else parse_bytes(limit)
+        for limit in (memory_limit, device_memory_limit)
+    )
+    if world_size is None:
+        given = isinstance(placement, Placement)
+        world_size = placement.world_size if given else pipeline.workers_in_use()
+    workers = workers or world_size
+    of_cores = max(CPU_COUNT // min(workers, world_size), 1)
+    return Layout(
+        world_size,
+        workers,
+        threads or (THREADS_PER_GPU if gpu else of_cores),
+        of_device if gpu else host,
+        resolve(placement, world_size),
+        gpu,
+        host if gpu else None,
+        in_process=workers == 1 and not gpu,
+        cores=cores,
+    )
+
+
+class Pricing:
+    """One job, surveyed once, priced in any number of ways.
+
+    Parameters
+    ----------
+    tokens, routing, experts, topk_weights, gpu, read_bytes, rates : as for `plan`
+    stored_rows : rows of the tokens that are stored together
+    """
 
     def __init__(
         self,
         tokens: Any,
         routing: Any,
         experts: Any,
-        topk_weights: Any,
-        limits: _Limits,
-        workers: int | None,
-        threads: int | None,
-        cores: int | None,
-        rates: Rates | None,
-        read_bytes: int,
+        topk_weights: Any = None,
+        *,
+        gpu: bool = False,
+        read_bytes: int = 0,
+        stored_rows: int | None = None,
+        rates: Rates | None = None,
     ):
-        beside, shared = Beside(), None
+        layer, routes, router_tasks = None, False, 0
         if isinstance(experts, MoELayer):
             layer, experts, tokens = experts, experts.experts, rows_of(tokens)
-            router_tasks = 0
-            if routing is None:
+            if routes := routing is None:
                 routing, topk_weights = layer.route(tokens)
                 router_tasks = _count_new_tasks([routing, topk_weights], tokens)
             routing, topk_weights = (
                 None if a is None else rows_of(a) for a in (routing, topk_weights)
             )
-            beside, shared = _beside(layer, tokens, router_tasks, limits.gpu), layer.shared
-        experts = as_experts(experts)
+        self._experts, self._rates, self._probed = as_experts(experts), rates, None
         check_tokens(tokens)
         check_routing(routing, topk_weights, n=tokens.shape[0])
-        self.work = _work(tokens, experts, topk_weights, beside, limits.gpu, read_bytes)
-        known_rows = tokens.shape[0] == tokens.shape[0]
-        self.survey: Survey = survey(routing, experts.num_experts, known_rows=known_rows)
-        self.chunks = _chunks(tokens, self.survey)
-        self.limits, self.on_device = limits, None
-        if limits.gpu:
-            threads = threads or THREADS_PER_GPU
-            k = self.survey.slots_per_row
-            self.on_device = OnDevice.of(experts, shared, k, self.work.dtype)
-        self.workers, self.threads, self.cores = workers, threads, cores
-        self.rates, self.are_given = rates or self._probe(experts), rates is not None
-
-    def _probe(self, experts: Experts | CallableExperts) -> Rates:
-        """Measure this machine with rows and experts as many as a task of this job has."""
-        if self.limits.gpu:
-            return probe_device(
-                self.work.d,
-                self.work.d_out,
-                rows=max(self.chunks, default=1),
-                slots=self.survey.slots_per_row,
-                experts=self.survey.num_experts,
-                dtype=self.work.dtype,
+        if self._experts.d not in (None, tokens.shape[1]):
+            raise ValueError(
+                f"tokens must be (N, d={self._experts.d}) for these experts; "
+                f"tokens.shape={tokens.shape}"
             )
-        return probe(
-            self.work.d,
-            self.work.d_out,
-            rows=max(self.chunks, default=1),
+        known_rows = tokens.shape[0] == tokens.shape[0]
+        self.survey = survey(routing, self._experts.num_experts, known_rows=known_rows)
+        self.chunks = _chunks(tokens, self.survey)
+        work = Work.of(
+            tokens,
+            self._experts,
+            layer,
+            rows=self.survey.rows,
             slots=self.survey.slots_per_row,
-            experts=self.survey.num_experts,
-            dtype=computing_dtype(self.work.dtype),
-            threads=min((self.workers or 1) * (self.threads or CPU_COUNT), CPU_COUNT),
-            sample=_sample(experts, computing_dtype(self.work.dtype)),
-            flops=self.work.expert_flops,
+            topk_dtype=getattr(topk_weights, "dtype", None),
+            routes=routes,
+            read_bytes=read_bytes,
+            stored_rows=stored_rows,
+            on_devices=gpu,
+        )
+        self.work = work if layer is None else _with_tasks(work, layer, tokens, router_tasks)
+
+    @classmethod
+    def of_job(cls, inputs: Inputs, decision: Decision, rates: Rates | None = None) -> Pricing:
+        """Survey the routing of a job, in the chunks of a run; of a layer, run its router."""
+        tokens = open_tokens(inputs.tokens, chunks=decision.chunk_rows, name="tokens")
+        experts, routing, topk = inputs.layer or inputs.experts, None, inputs.topk_weights
+        if inputs.layer is None:
+            routing = open_tokens(inputs.routing, like=tokens, name="routing")
+        return cls(
+            tokens,
+            routing,
+            experts,
+            topk,
+            gpu=decision.layout.on_devices,
+            read_bytes=inputs.read_bytes,
+            stored_rows=inputs.tokens.chunk_rows,
+            rates=rates,
         )
 
-    def plan(
+    def price(
         self,
-        world_size: int,
-        placement: Asked,
-        chunk_rows: int | None,
-        travel: Travel = ALL_ROWS,
+        decision: Decision,
+        *,
+        placement: Placement | None = None,
         only: Sequence[int] | None = None,
+        own_chunks: bool = False,
     ) -> Plan:
-        policy, placement = self._placement(placement, world_size)
-        chunks = self.chunks if chunk_rows is None else _equal_chunks(self.survey.rows, chunk_rows)
-        priced = self._priced(policy, placement, chunks, travel, only)
-        if not travel.moves_experts or priced.workers == 1:
-            return priced
-        moved = choose_travel(
-            travel,
-            self.survey,
-            placement,
-            expert_bytes=self.work.expert_stored,
-            row_bytes=priced.packet_row_bytes + priced.reply_row_bytes,
-            chunks=chunks,
-            workers=priced.workers,
-            max_slots=priced.slots_within_limit,
-        )
-        return self._priced(f"{policy}, travel {travel.how}", moved, chunks, travel, only)
+        """Price one way to run the job.
 
-    def _priced(
-        self,
-        policy: str,
-        placement: Placement,
-        chunks: tuple[int, ...],
-        travel: Travel,
-        only: Sequence[int] | None,
-    ) -> Plan:
-        world_size = placement.world_size
-        workers = min(self.workers or world_size, world_size)
+        Parameters
+        ----------
+        decision : how it will run
+        placement : of its experts, if it is made already
+        only : numbers of the chunks that are computed; default: all
+        own_chunks : whether the chunks of the tokens are wanted, if no others were asked for, and
+            where they fit
+        """
+        own = max(self.chunks, default=0)
+        own_chunks = own_chunks and not decision.chunks_asked
+        if own_chunks and decision.passes is None:
+            with_own = replace(decision, chunk_rows=own)
+            decision = with_own if with_own.fits or not decision.fits else decision
+        kept = own_chunks and decision.chunk_rows == own
+        chunks = self.chunks if kept else _equal_chunks(self.survey.rows, decision.chunk_rows)
+        if placement is None:
+            placement = decision.place(lambda: self.survey, chunks) or contiguous(
+                self.work.experts, decision.layout.world_size
+            )
         visits = self.survey.visits(placement, chunks, only)
         of_these = list(range(len(chunks)) if only is None else only)
-        made = Plan
-        if self.limits.gpu:
-            made = partial(PlanOnGpus, on_device=self.on_device, host_limit=self.limits.host)
+        made = PlanOnGpus if decision.layout.on_devices else Plan
+        if decision.passes is not None:
+            made = PlanInPasses
         return made(
             work=self.work,
-            policy=policy,
+            decision=decision,
             placement=placement,
             chunks=tuple(chunks[chunk] for chunk in of_these),
-            workers=workers,
-            threads=self.threads or max(CPU_COUNT // workers, 1),
             expert_rows=visits.expert_rows(placement),
             rank_rows=visits.slot_rows.sum(axis=1),
             packet_rows=visits.packet_rows[of_these],
-            slots_per_row=self.survey.slots_per_row,
-            rates=self.rates if self.are_given else travel.rates(self.rates),
-            memory_limit=self.limits.memory,
-            cores=self.cores,
+            rates=self._rates_of(decision),
             numbers=only,
+            own_chunk_rows=own if own_chunks else None,
         )
 
-    def fitting(self, refused: Plan) -> Plan | None:
-        """Find a way to run the refused plan's job within the limit, changing as little."""
-        return next((p for p in self._alternatives(refused) if p.fits), None)
+    def compare(
+        self, decided: Sequence[Decision | DoesNotFit], *, own_chunks: bool = False
+    ) -> WhatIf:
+        """Price many ways to run the job, those that are refused among them.
 
-    def _alternatives(self, refused: Plan) -> Iterator[Plan]:
-        """Smaller chunks, then no copies, then more workers, each with the ones before."""
-        chunk_rows = None if refused.chunks == self.chunks else refused.chunk_rows
-        asked = refused.policy if refused.policy in POLICIES else refused.placement
-        ranks = refused.world_size
-        while True:
-            for placement in (asked, "packed"):
-                if isinstance(placement, str) or ranks == refused.world_size:
-                    same = self.plan(ranks, placement, chunk_rows)
-                    yield same
-                    if FEWEST_ROWS <= same.advised_chunk_rows < same.chunk_rows:
-                        yield self.plan(ranks, placement, same.advised_chunk_rows)
-            if self.workers is not None or ranks >= self.survey.num_experts:
-                return
-            ranks = min(2 * ranks, self.survey.num_experts)
+        Raises
+        ------
+        DoesNotFit
+            If all are refused.
+        """
+        plans = tuple(
+            self.price(one.decision if isinstance(one, DoesNotFit) else one, own_chunks=own_chunks)
+            for one in decided
+        )
+        fitting = [p for p in plans if p.fits]
+        if not fitting:
+            smallest = min(range(len(plans)), key=lambda number: plans[number].memory_bytes)
+            raise decided[smallest]
+        best = min(fitting, key=lambda p: (p.seconds, p.moved_bytes, p.tasks))
+        return WhatIf(plans, best, _why(best, plans))
 
-    def _placement(self, placement: Asked, world_size: int) -> tuple[str, Placement]:
-        named = placement is None or (isinstance(placement, str) and placement in POLICIES)
-        policy = (placement or "contiguous") if named else "given"
-        if callable(placement):
-            placement = placement(world_size)
-        experts, load = self.survey.num_experts, self.survey.by_ticket
-        found = find_placement(placement, experts, world_size, lambda: load)
-        return policy, found or contiguous(experts, world_size)
+    def _rates_of(self, decision: Decision) -> Rates:
+        """Rates that are given, or measured once; what travels may have its own."""
+        if self._rates is not None:
+            return self._rates
+        return decision.travel.rates(self._measured(decision.layout))
+
+    def _measured(self, layout: Layout) -> Rates:
+        """Measure this machine with rows and experts as many as a task of this job has."""
+        if self._probed is not None:
+            return self._probed
+        work = self.work
+        sizes = {
+            "rows": max(self.chunks, default=1),
+            "slots": work.slots,
+            "experts": work.experts,
+        }
+        if layout.on_devices:
+            self._probed = probe_device(work.d, work.d_out, dtype=work.dtype, **sizes)
+        else:
+            dtype = computing_dtype(work.dtype)
+            self._probed = probe(
+                work.d,
+                work.d_out,
+                dtype=dtype,
+                threads=min(layout.workers * layout.threads, CPU_COUNT),
+                sample=_sample(self._experts, dtype),
+                flops=work.expert_flops,
+                **sizes,
+            )
+        return self._probed
 
 
-def _beside(layer: MoELayer, tokens: da.Array, router_tasks: int, on_device: bool) -> Beside:
-    """Put a layer's router, unless that has no tasks, and its shared experts into numbers."""
-    d, E, shared = tokens.shape[1], layer.experts.num_experts, layer.shared
-    compute = computing_dtype(tokens.dtype, on_device)
-    itemsize = compute.itemsize
-    there_and_back = (d + (layer.experts.d_out or d)) * itemsize
-    finishes = shared is not None or layer.residual
-    k = getattr(layer.router, "k", E)
-    chunks = tokens.numblocks[0]
+def _with_tasks(work: Work, layer: MoELayer, tokens: da.Array, router_tasks: int) -> Work:
+    """Count the tasks of a layer's router, shared experts and residual."""
+    chunks, shared = tokens.numblocks[0], layer.shared is not None
     per_chunk = max(router_tasks - 1, 0) // max(chunks, 1)  # one reads the router's arrays
-    row_bytes = (k + 5) * E * 4 if router_tasks else 0  # as `dask_ep.routing.route` says
-    if shared is not None:
-        row_bytes += shared.num_experts * there_and_back
-    return Beside(
-        router_flops=2 * d * E if router_tasks and "weight" in layer.arrays else 0,
-        shared_flops=0 if shared is None else 2 * shared.num_experts * shared.parameters,
-        row_bytes=row_bytes + finishes * 2 * there_and_back,
-        stored=layer.bytes_beside,
-        loaded=layer.loaded_beside(compute, on_device=on_device),
-        widest=layer.widest,
-        chunk_tasks=per_chunk + finishes,
-        tasks=router_tasks - per_chunk * chunks + (shared is not None),
-    )
+    tasks = {
+        "chunk_tasks": per_chunk + (shared or layer.residual),
+        "tasks": router_tasks - per_chunk * chunks + shared,
+    }
+    return replace(work, beside=replace(work.beside, **tasks))
 
 
 def _sample(experts: Experts | CallableExperts, dtype: np.dtype) -> Sequence[Expert]:
@@ -432,49 +438,16 @@ def _sample(experts: Experts | CallableExperts, dtype: np.dtype) -> Sequence[Exp
     count = min(SAMPLE_BYTES // (experts.parameters * dtype.itemsize), experts.num_experts)
     if not count:
         return ()
-    weights = {
-        name: Weight.of(np.full((count, *weight.shape[1:]), 0.01, dtype), name)
-        for name, weight in experts.weights.items()
-    }
+    weights = {}
+    for name, weight in experts.weights.items():
+        stored = BFLOAT16 if weight.is_bfloat16 and dtype == np.float32 else dtype
+        weights[name] = Weight.of(np.full((count, *weight.shape[1:]), 0.01, stored), name)
     return Experts(experts.kind, weights, experts.options).load(dtype=dtype)
 
 
 def _count_new_tasks(made: Sequence[da.Array], of: da.Array) -> int:
     """How many tasks these arrays have that the array which they are made of has not."""
     return len(set().union(*(dict(a.__dask_graph__()) for a in made)) - set(of.__dask_graph__()))
-
-
-def _work(
-    tokens: Any,
-    experts: Experts | CallableExperts,
-    topk_weights: Any,
-    beside: Beside,
-    on_device: bool,
-    read_bytes: int,
-) -> Work:
-    """Put the job into numbers."""
-    if tokens.ndim != 2 or experts.d not in (None, tokens.shape[1]):
-        raise ValueError(
-            f"tokens must be (N, d={experts.d}) for these experts; tokens.shape={tokens.shape}"
-        )
-    dtype = np.dtype(tokens.dtype)
-    d = int(tokens.shape[1])
-    wide = experts.loaded_bytes(computing_dtype(dtype, on_device), on_device=on_device)
-    as_stored = isinstance(experts, StoredExperts)
-    return Work(
-        d=d,
-        d_out=experts.d_out or d,
-        dtype=dtype,
-        weight_bytes=0 if topk_weights is None else np.dtype(topk_weights.dtype).itemsize,
-        inputs=0 if beside.router_flops else 1 + (topk_weights is not None),
-        expert_flops=2 * experts.parameters,
-        expert_stored=experts.nbytes // experts.num_experts,
-        expert_loaded=experts.nbytes // experts.num_experts if as_stored else wide,
-        expert_scratch=wide if as_stored else 0,
-        widest=max(experts.widest, beside.widest),
-        read_bytes=read_bytes,
-        beside=beside,
-    )
 
 
 def _chunks(tokens: Any, found: Survey) -> tuple[int, ...]:
@@ -491,39 +464,8 @@ def _chunks(tokens: Any, found: Survey) -> tuple[int, ...]:
 
 def _equal_chunks(rows: int, chunk_rows: int) -> tuple[int, ...]:
     """`rows` in chunks of `chunk_rows`, the last one smaller."""
-    if chunk_rows < 1:
-        raise ValueError(f"chunk_rows must be at least 1; got {chunk_rows}")
     whole, rest = divmod(rows, chunk_rows)
     return (chunk_rows,) * whole + (rest,) * (rest > 0)
-
-
-def _refusal(refused: Plan, proposal: Plan | None) -> str:
-    """Say why a job cannot run, with the numbers, and what to change."""
-    need = refused.said_of_memory
-    if proposal is None and isinstance(refused, PlanOnGpus):
-        return (
-            f"{need}. No chunk size fits beside the experts of one GPU, "
-            f"up to {refused.experts_of_a_worker} of {format_bytes(refused.work.expert_loaded)}: "
-            "use more GPUs, or none: on threads and processes experts that do not fit go by in "
-            "passes"
-        )
-    if proposal is None:
-        return (
-            f"{need}. No chunk size fits beside the experts of one worker, "
-            f"up to {refused.experts_of_a_worker} of {format_bytes(refused.work.expert_loaded)}: "
-            "use more workers, or allow more memory"
-        )
-    changes = [
-        f"{name}={new!r} (instead of {old!r})"
-        for name, old, new in (
-            ("world_size", refused.world_size, proposal.world_size),
-            ("workers", refused.workers, proposal.workers),
-            ("placement", refused.policy, proposal.policy),
-            ("chunk_rows", refused.chunk_rows, proposal.chunk_rows),
-        )
-        if old != new
-    ]
-    return f"{need}. With {', '.join(changes)} it needs {format_bytes(proposal.memory_bytes)}"
 
 
 def _why(best: Plan, plans: Sequence[Plan]) -> str:

@@ -21,11 +21,12 @@ import numpy as np
 from dask.utils import format_bytes
 
 from dask_ep import costs
-from dask_ep.checks import computing_dtype
-from dask_ep.costs import Rates, usable
+from dask_ep.costs import Rates
+from dask_ep.decide import Decision
+from dask_ep.memory_law import Layout, need
 from dask_ep.pipeline import count_tasks
-from dask_ep.placement import POLICIES, Placement, most_slots, place
-from dask_ep.served import tile_bytes
+from dask_ep.placement import Placement, place
+from dask_ep.work import Work
 
 LARGEST_CHUNK = 128 << 20
 """Bytes of a token chunk above which larger ones gain nothing and cost memory."""
@@ -43,58 +44,6 @@ ROWS_PER_PRODUCT = 256
 """Rows that an expert should get of a chunk, for its matrix product to run at full speed."""
 
 
-@dataclass(frozen=True)
-class Beside:
-    """What a whole layer does besides its routed experts; nothing, for experts alone."""
-
-    router_flops: int = 0
-    #: floating-point operations of one row in the router, in float64
-    shared_flops: int = 0
-    #: of one row in the experts that all rows share
-    row_bytes: int = 0
-    #: bytes of one row that are read and written around those
-    stored: int = 0
-    #: bytes of router and shared experts in their files
-    loaded: int = 0
-    #: bytes of them in the memory of every worker
-    widest: int = 0
-    #: width of the widest row on the way through those
-    chunk_tasks: int = 0
-    #: tasks for each chunk
-    tasks: int = 0
-    #: tasks for the whole layer
-
-
-@dataclass(frozen=True)
-class Work:
-    """What is to be computed, in plain numbers."""
-
-    d: int
-    #: width of a token row
-    d_out: int
-    #: width of an output row
-    dtype: np.dtype
-    #: of tokens and outputs
-    weight_bytes: int
-    #: of one top-k weight; 0 without them
-    inputs: int
-    #: arrays that are read chunk by chunk besides the tokens: routing, top-k weights
-    expert_flops: float
-    #: floating-point operations of one row at one expert
-    expert_stored: int
-    #: bytes of one expert in its file
-    expert_loaded: int
-    #: bytes of one expert in memory
-    expert_scratch: int
-    #: bytes of an expert that each thread converts, where experts are held as they are stored
-    widest: int = 0
-    #: width of the widest row on the way through an expert, if that is wider than d and d_out
-    read_bytes: int = 0
-    #: that a thread needs to read a chunk, beside its rows
-    beside: Beside = Beside()
-    #: router and shared experts
-
-
 @dataclass(frozen=True, eq=False)
 class Plan:
     """What one way to run a job costs; rows, bytes and tasks are exact.
@@ -106,31 +55,62 @@ class Plan:
     """
 
     work: Work
-    policy: str
-    #: name of the policy, or "given"; and what travels, if not rows alone
+    decision: Decision
+    #: how it will run
     placement: Placement
     chunks: tuple[int, ...]
     #: rows of each token chunk
-    workers: int
-    #: processes that play the ranks
-    threads: int
-    #: tasks that run in each at a time
     expert_rows: np.ndarray
     #: (E,) (row, slot) pairs of each expert
     rank_rows: np.ndarray
     #: (R,) (row, slot) pairs that each rank serves
     packet_rows: np.ndarray
     #: (C, R) rows that each chunk sends to each rank, each row once
-    slots_per_row: int
     rates: Rates
-    memory_limit: int | None = None
-    #: bytes that a worker may use
-    cores: int | None = None
-    #: that all workers share; None if each thread has its own
     numbers: Sequence[int] | None = None
     #: of the chunks; None if these are all
-    chunks_asked: bool = True
-    #: whether the chunks are those of the user, who may be advised to take others
+    own_chunk_rows: int | None = None
+    #: of the tokens, where they are planned if they fit; None where chunks are not theirs
+
+    # --- how it runs -------------------------------------------------------------------------
+
+    @property
+    def layout(self) -> Layout:
+        """On what the job runs."""
+        return self.decision.layout
+
+    @property
+    def workers(self) -> int:
+        """Processes that play the ranks."""
+        return self.layout.serving
+
+    @property
+    def threads(self) -> int:
+        """Tasks that run in each at a time."""
+        return self.layout.threads
+
+    @property
+    def cores(self) -> int | None:
+        """Cores that all workers share; None if each thread has its own."""
+        return self.layout.cores
+
+    @property
+    def memory_limit(self) -> int | None:
+        """Bytes that a worker may use."""
+        return self.layout.memory_limit
+
+    @property
+    def policy(self) -> str:
+        """Name of the policy, or "given"; and what travels, if not rows alone."""
+        asked, travel = self.layout.placement, self.decision.travel
+        name = asked if isinstance(asked, str) else "contiguous" if asked is None else "given"
+        moved = travel.moves_experts and self.workers > 1
+        return f"{name}, travel {travel.how}" if moved else name
+
+    @property
+    def slots_per_row(self) -> int:
+        """k."""
+        return self.work.slots
 
     # --- sizes ---------------------------------------------------------------------------
 
@@ -176,15 +156,12 @@ class Plan:
     @property
     def packet_row_bytes(self) -> int:
         """Bytes of one row on its way to a rank."""
-        work, places = self.work, self.placement.slots.size
-        return costs.packet_row_bytes(
-            work.d, work.dtype.itemsize, self.slots_per_row, work.weight_bytes, places
-        )
+        return self.work.packet_row_bytes(self.placement.slots.size)
 
     @property
     def reply_row_bytes(self) -> int:
         """Bytes of one row on its way back."""
-        return self.work.d_out * self.work.dtype.itemsize
+        return self.work.reply_bytes
 
     @property
     def exchanged_bytes(self) -> int:
@@ -224,31 +201,6 @@ class Plan:
         return int(self.rank_experts.sum()) - self.placement.num_experts
 
     @property
-    def usable_bytes(self) -> int:
-        """Bytes within the memory limit that may be filled by choice."""
-        return usable(self.memory_limit)
-
-    @property
-    def slots_within_limit(self) -> int | None:
-        """The most experts that a rank may hold within the memory limit, not fewer than it does.
-
-        Beyond its own they fill a worker by choice, and so no more of it than `usable_bytes`. As in
-        a run (`dask_ep.fit.slots_beside`), what a placement and the routing say is taken at its
-        worst.
-        """
-        if self.memory_limit is None:
-            return None
-        ranks, work, slots = -(-self.world_size // self.workers), self.work, self.placement.slots
-        most = slots.shape[1]
-        if self.policy in POLICIES:
-            most = most_slots(self.policy, self.placement.num_experts, self.world_size)
-        held = ranks * most * work.expert_loaded + work.beside.loaded
-        held += self.threads * work.expert_scratch
-        needed = self._need(held, min(self.slots_per_row, self.world_size)).at(self.chunk_rows)
-        spare = max(self.usable_bytes - needed, 0)
-        return slots.shape[1] + spare // max(work.expert_loaded * ranks, 1)
-
-    @property
     def stored_bytes(self) -> int:
         """Bytes of experts that all ranks read from their files, and workers of what all share."""
         of_ranks = int(self.rank_experts.sum()) * self.work.expert_stored
@@ -262,13 +214,12 @@ class Plan:
     @property
     def expert_bytes(self) -> int:
         """Bytes of experts, of shared ones and the router too, in the worker that holds most."""
-        held = self.experts_of_a_worker * self.work.expert_loaded + self.work.beside.loaded
-        return held + self.threads * self.work.expert_scratch
+        return self.need.expert_bytes
 
     @property
     def chunk_bytes(self) -> int:
         """Bytes of the largest token chunk, or of its output if that is larger."""
-        return self.chunk_rows * max(self.work.d, self.work.d_out) * self.work.dtype.itemsize
+        return self.chunk_rows * self.work.row_bytes
 
     @property
     def spread(self) -> float:
@@ -280,22 +231,11 @@ class Plan:
         """Token chunks that a worker holds at most."""
         return self.need.chunks
 
-    @property
+    @cached_property
     def need(self) -> costs.Need:
-        """What a worker needs of memory, by the rows of a chunk."""
-        return self._need(self.expert_bytes, self.spread)
-
-    def _need(self, expert_bytes: int, spread: float) -> costs.Need:
-        width = max(self.work.d, self.work.d_out)
-        widening = max(self._wide // self.work.dtype.itemsize, 1)
-        return costs.Need(
-            expert_bytes,
-            costs.chunks_held(self.threads, self.world_size, spread, widening),
-            width * self.work.dtype.itemsize,
-            self.threads
-            * (tile_bytes(max(width, self.work.widest) * self._wide) + self.work.read_bytes),
-            self.threads * self.slots_per_row * costs.SORT_BYTES,
-        )
+        """What a worker needs of memory, by the rows of a chunk, as the routing is."""
+        held, as_stored = self.experts_of_a_worker, self.decision.as_stored
+        return need(self.work, self.layout, as_stored, held, self.spread)
 
     @property
     def memory_parts(self) -> dict[str, int]:
@@ -328,25 +268,14 @@ class Plan:
         return {"memory of a worker, at most": (self.memory_bytes, self.memory_limit)}
 
     @property
-    def said_of_memory(self) -> str:
-        """What a worker needs and may use, by what it is for."""
-        parts = {name: format_bytes(nbytes) for name, nbytes in self.memory_parts.items()}
-        return (
-            f"a worker needs {format_bytes(self.memory_bytes)} and may use "
-            f"{format_bytes(self.memory_limit)}: {parts['experts']} of experts, "
-            f"{self.chunks_held:.3g} chunks of {format_bytes(self.chunk_bytes)}, "
-            f"{parts['scratch']} of scratch, {parts['process']} for the process"
-        )
-
-    @property
     def places(self) -> str:
         """What plays the ranks."""
         return f"{self.workers} x {self.threads} threads"
 
     @property
     def fits(self) -> bool:
-        """Whether that is within the limit."""
-        return self.memory_limit is None or self.memory_bytes <= self.memory_limit
+        """Whether it is within the limit, whatever the routing says."""
+        return self.decision.fits
 
     # --- tasks and time ----------------------------------------------------------------------
 
@@ -451,16 +380,24 @@ class Plan:
         advised = min(fast, parallel, LARGEST_CHUNK // row_bytes)
         advised = max(advised, SMALLEST_CHUNK // row_bytes)
         if self.memory_limit is not None:
-            advised = min(advised, self.need.rows_within(self.memory_limit))
+            law = self.decision.need  # by which chunks are refused
+            advised = min(advised, law.rows_within(self.memory_limit))
         return max(advised, 1)
 
     @property
     def advice(self) -> list[str]:
         """What to change, and why; empty if nothing."""
         said = []
+        if self.decision.as_stored and not self.work.as_stored:
+            said.append("only so all experts fit: they are held in memory as they are stored")
+        if self.own_chunk_rows is not None and self.own_chunk_rows > self.decision.chunk_rows:
+            said.append(
+                f"chunks of {self.decision.chunk_rows} rows, since those of the tokens, of "
+                f"{self.own_chunk_rows} rows, do not fit into the memory limit: rechunk them"
+            )
         advised = self.advised_chunk_rows
         far = not advised / 2 <= self.chunk_rows <= advised * 2 and self.rows > advised
-        if far and self.chunks_asked:
+        if far and (self.decision.chunks_asked or self.own_chunk_rows is not None):
             said.append(
                 f"chunks of about {advised} rows instead of {self.chunk_rows}: "
                 "enough rows for fast products and few tasks, within the memory and for all threads"
@@ -519,11 +456,6 @@ class Plan:
             f"{format_bytes(self.memory_bytes)} a worker, imbalance {self.imbalance:.2f}, "
             f"{self.seconds:.1f} s>"
         )
-
-    @property
-    def _wide(self) -> int:
-        """Bytes of a number that is computed with."""
-        return computing_dtype(self.work.dtype).itemsize
 
     def _per_worker(self, per_rank: np.ndarray) -> np.ndarray:
         """(W,) sums over the ranks of each worker, rank r on worker r % workers."""

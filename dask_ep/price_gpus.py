@@ -11,10 +11,9 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
-from dask.utils import format_bytes
-
 from dask_ep.costs import Need
-from dask_ep.device_memory import DEVICE_CHUNK_BYTES, OnDevice
+from dask_ep.device_memory import DEVICE_CHUNK_BYTES
+from dask_ep.memory_law import host_need
 from dask_ep.price import Plan
 
 
@@ -29,27 +28,17 @@ class PlanOnGpus(Plan):
     fact hide behind each other nobody has measured.
     """
 
-    on_device: OnDevice | None = None
-    #: what the layer takes there
-    host_limit: int | None = None
-    #: bytes of the host that a worker may use
-
     # --- memory ----------------------------------------------------------------------------
-
-    def _need(self, expert_bytes: int, spread: float) -> Need:
-        return self.on_device.need(expert_bytes, self.threads, self.world_size, spread)
 
     @cached_property
     def host_need(self) -> Need:
-        """What its worker needs of the host."""
-        return self.on_device.host_need(
-            self.threads, self.world_size, self.spread, self.work.read_bytes
-        )
+        """What its worker needs of the host, as the routing is."""
+        return host_need(self.work, self.layout, self.spread)
 
     @property
-    def usable_bytes(self) -> int:
-        """All within the limit of a GPU: Dask does not watch it."""
-        return self.memory_limit
+    def host_limit(self) -> int | None:
+        """Bytes of the host that a worker may use."""
+        return self.layout.host_limit
 
     @property
     def process_parts(self) -> dict[str, int]:
@@ -62,26 +51,12 @@ class PlanOnGpus(Plan):
         return self.host_limit
 
     @property
-    def fits(self) -> bool:
-        """Whether both are within their limits."""
-        within = self.host_limit is None or self.process_bytes <= self.host_limit
-        return within and super().fits
-
-    @property
     def memory_figures(self) -> dict[str, tuple[int, int | None]]:
         """What is used at most, and what may be."""
         return {
             "memory of a GPU, at most": (self.memory_bytes, self.memory_limit),
             "of its worker on the host": (self.process_bytes, self.host_limit),
         }
-
-    @property
-    def said_of_memory(self) -> str:
-        """What a GPU needs and may use; or its worker on the host, if that is what does not fit."""
-        if super().fits and not self.fits:
-            needed, limit = format_bytes(self.process_bytes), format_bytes(self.host_limit)
-            return f"the worker of a GPU needs {needed} of the host and may use {limit}"
-        return super().said_of_memory.replace("a worker", "a GPU").replace("the process", "CUDA")
 
     @property
     def places(self) -> str:
@@ -101,7 +76,7 @@ class PlanOnGpus(Plan):
         """Time of the slowest of what a worker does side by side."""
         work, rates, rows = self.work, self.rates, self.rows / self.workers
         beside = self.flops_beside / self.workers
-        made = self.on_device.made_bytes / self.slots_per_row  # once written, once read
+        made = self.work.on_device.made_bytes / self.slots_per_row  # once written, once read
         on_device = (
             self._per_worker(self.flops).max() + beside
         ) / rates.flops + 2 * self._per_worker(self.rank_rows).max() * made / rates.copy
@@ -115,11 +90,18 @@ class PlanOnGpus(Plan):
     @property
     def advised_chunk_rows(self) -> int:
         """Rows of a chunk as a run takes them: large, and within the memory."""
-        advised = DEVICE_CHUNK_BYTES // self.on_device.row_bytes
+        advised = DEVICE_CHUNK_BYTES // self.work.on_device.row_bytes
         advised = min(advised, -(-self.rows // (4 * self.workers * self.threads)))
-        for need, limit in ((self.need, self.memory_limit), (self.host_need, self.host_limit)):
+        laws = (
+            (self.decision.need, self.memory_limit),
+            (
+                host_need(self.work, self.layout),
+                self.host_limit,
+            ),
+        )
+        for law, limit in laws:
             if limit is not None:
-                advised = min(advised, need.rows_within(limit))
+                advised = min(advised, law.rows_within(limit))
         return max(advised, 1)
 
     def to_dict(self) -> dict[str, Any]:

@@ -6,7 +6,7 @@ nothing is exchanged between ranks, since rows wait in memory or in files.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from typing import Any
 
 from dask.utils import format_bytes
@@ -22,9 +22,12 @@ WAYS = {
 
 @dataclass(frozen=True, eq=False)
 class PlanInPasses(Plan):
-    """What one way to run a job costs whose experts go by in passes; made by `in_passes`."""
+    """What one way to run a job costs whose experts go by in passes."""
 
-    passes: Passes | None = None
+    @property
+    def passes(self) -> Passes:
+        """How they go by."""
+        return self.decision.passes
 
     @property
     def memory_parts(self) -> dict[str, int]:
@@ -102,16 +105,3 @@ class PlanInPasses(Plan):
     def to_dict(self) -> dict[str, Any]:
         """Give all figures as plain numbers, lists and text."""
         return super().to_dict() | {"passes": self.passes.to_dict()}
-
-
-def price_passes(plan: Plan, passes: Passes, memory_limit: int | None) -> PlanInPasses:
-    """Price a job that goes through its experts in passes.
-
-    Parameters
-    ----------
-    plan : of the same job and chunks, as if all experts fitted
-    passes : how it goes through them
-    memory_limit : bytes that a process may use, if that is limited
-    """
-    figures = {field.name: getattr(plan, field.name) for field in fields(plan)}
-    return PlanInPasses(**(figures | {"memory_limit": memory_limit}), passes=passes)

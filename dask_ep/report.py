@@ -208,6 +208,7 @@ def figures_of(plan: Plan) -> list[tuple[str, str]]:
         copies.append(("copies of experts among them", f"{plan.copies_beside}, {read}"))
     parts = ", ".join(f"{name} {format_bytes(n)}" for name, n in plan.memory_parts.items())
     tasks = plan.tasks + plan.other_tasks
+    library = f", by {plan.work.multiplied_by} here" if plan.work.multiplied_by else ""
     ranks = [("runs on", plan.places)]
     between = []
     if plan.has_ranks:
@@ -228,7 +229,7 @@ def figures_of(plan: Plan) -> list[tuple[str, str]]:
         *((what, of_limit(*figures)) for what, figures in plan.memory_figures.items()),
         ("what it is for", parts),
         ("tasks", f"{tasks:,}, {plan.scheduler_seconds:.2f} s of the scheduler"),
-        ("operations", f"{plan.flops.sum() + plan.flops_beside:.3g} FLOP"),
+        ("operations", f"{plan.flops.sum() + plan.flops_beside:.3g} FLOP{library}"),
         ("time", f"{plan.seconds:.2f} s"),
     ]
 

@@ -24,7 +24,7 @@ import numpy as np
 
 from dask_ep import memory
 from dask_ep.arrays import Array, namespace, one_namespace, to_host
-from dask_ep.checks import check_tokens, is_float, refuse_masked
+from dask_ep.checks import BadRow, check_tokens, is_float, refuse_masked
 from dask_ep.scores import CHOSEN_SCORES, GROUP_WORTHS, SCORES, SMALLEST, largest
 
 TILE_BYTES = 4 << 20
@@ -270,9 +270,10 @@ def look_up(token_ids: Array, table: Array) -> Array:
     bad = (token_ids < 0) | (token_ids >= len(table))
     if bad.any():
         at = int(bad.argmax())
-        raise ValueError(
+        raise BadRow.at(
+            at,
             f"token ids must be in [0, {len(table)}), the rows of the table, but token_ids[{at}] "
-            f"is {int(token_ids[at])}"
+            f"is {int(token_ids[at])}",
         )
     return xp.take(table, token_ids, axis=0).astype(xp.int32)
 
@@ -444,8 +445,9 @@ def _without_nan(topk_weights: Array, biases: dict[str, Array | None]) -> Array:
     for name, found in nan.items():
         if found.any():
             raise ValueError(f"{name} must not hold NaN, but {name}[{int(found.argmax())}] is")
-    raise ValueError(
+    raise BadRow.at(
+        int(bad.argmax()),
         f"the router gives row {int(bad.argmax())} NaN for weights, and {int(bad.sum())} of "
         f"{len(bad)} rows in all: look for NaN or infinity in these rows of the hidden states, "
-        "or else in the router's weights"
+        "or else in the router's weights",
     )

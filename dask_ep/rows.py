@@ -91,6 +91,18 @@ def row_array(
     return da.Array(graph, name, chunks=(inputs[0].chunks[0], width), meta=meta)
 
 
+def first_rows(chunks: Sequence[float]) -> list[int | None]:
+    """Number of each chunk's first row; None where lengths of chunks before it are not known.
+
+    Examples
+    --------
+    >>> first_rows((3, 4, float("nan"), 2))
+    [0, 3, 7, None]
+    """
+    firsts = np.cumsum([0, *chunks[:-1]]).tolist()
+    return [None if math.isnan(first) else int(first) for first in firsts[: len(chunks)]]
+
+
 def keys_of(x: da.Array) -> list[Any]:
     """Keys of the row chunks of an array (n, ...) with one chunk along its other axes."""
     return [(x.name, c, *([0] * (x.ndim - 1))) for c in range(x.numblocks[0])]

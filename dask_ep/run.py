@@ -10,12 +10,12 @@ The same job gives the same file everywhere. What is stopped, by Ctrl-C or worse
 from __future__ import annotations
 
 import contextlib
-import math
 import os
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from functools import partial
 from queue import SimpleQueue
 from typing import Any, NamedTuple
 
@@ -25,37 +25,30 @@ from distributed import Client, as_completed, futures_of
 from distributed.client import FutureCancelledError
 from distributed.comm import CommClosedError
 
-from dask_ep import journal
+from dask_ep.begun import Begun, read_begun
 from dask_ep.build import build, open_inputs
-from dask_ep.costs import PART_OF_A_WORKER
-from dask_ep.fit import Layout, at_most_all, choose_chunk_rows, hold_what_fits, slots_beside
-from dask_ep.in_passes import InPasses, PassesDone, find_passes
+from dask_ep.decide import decide
+from dask_ep.in_passes import InPasses, PassesDone, free_for_rows
 from dask_ep.interrupts import Aside, Wait
 from dask_ep.job import Job
-from dask_ep.output import SERVED, SPILLED, Output, Receipt, Step, progress_directory
+from dask_ep.output import SERVED, SPILLED, Output, Receipt, Step
 from dask_ep.ownership import Owners, own_experts
-from dask_ep.passes import Passes
 from dask_ep.places import (
     ALL_THREADS,
     Deployed,
-    Processes,
     Threads,
     Where,
     array_namespace,
-    count_found,
-    count_ranks,
-    count_workers,
     deployed,
     lay_out,
+    multiplied_by,
     multiplies_as_tf32,
     started,
-    with_memory,
 )
 from dask_ep.price import Plan
 from dask_ep.record import Record
 from dask_ep.report import check_drawing, check_place
 from dask_ep.run_report import dask_reported, plan_run, recorded, write_reports
-from dask_ep.slots import Placement
 from dask_ep.storage import check_existing, store
 from dask_ep.travel import ALL_ROWS, Travel
 from dask_ep.workers import Workers
@@ -75,6 +68,8 @@ class Progress(NamedTuple):
     #: since the first block of this run was begun
     passes: PassesDone | None = None
     #: at the end, where experts went by in passes
+    multiplied_by: str | None = None
+    #: at the end, on the host: the library, and how
 
     @property
     def rows_in_all(self) -> int:
@@ -155,13 +150,13 @@ def run_job(
     Notes
     -----
     Products use one BLAS thread each; set for the whole process while the job runs on threads, and
-    for good on workers. Peak memory is at most what `dask_ep.fit.need` says: on threads, with one
-    rank, experts + (threads * 3 + 2) token chunks + tiles of the threads + what threads decode
-    stored chunks in + 180 MB.
-    Where all experts do not fit into `where.memory_limit`, or into that of a cluster's workers,
-    they are held as they are stored (see `dask_ep.fit.hold_what_fits`), or else go by in passes
-    (see `dask_ep.passes`); then the result is that of the ordinary way to 1e-6, and the same bits
-    each time for the same passes.
+    for good on workers. Peak memory is at most what `dask_ep.memory_law.need` says: on threads,
+    with one rank, experts + (threads * 3 + 2) token chunks + tiles of the threads + what threads
+    decode stored chunks in + 180 MB.
+    How it runs is decided by `dask_ep.decide.decide`: where all experts do not fit into
+    `where.memory_limit`, or into that of a cluster's workers, they are held as they are stored, or
+    else go by in passes (`dask_ep.passes`); then the result is that of the ordinary way to 1e-6,
+    and the same bits each time for the same passes.
     An exception, KeyboardInterrupt too, leaves an output that `resume` goes on with; on threads the
     blocks at work are finished before it arrives.
     """
@@ -169,44 +164,35 @@ def run_job(
         check_drawing()
         check_place(report)
     check_existing(job.out, resume, overwrite)
-    begun = _read_begun(job.out) if resume else {}
-    passes = begun.get("passes")
+    begun = read_begun(job.out) if resume else None
+    passes = begun and begun.passes
     if passes is not None and isinstance(where, Threads) and where.count is None:
         where = replace(where, count=min(CPU_COUNT, passes.threads))
     inputs = open_inputs(job)
-    chunk_rows = at_most_all(inputs, chunk_rows)
     with (
         deployed(where) as where,
         started(where, job, wait, on_workers) as (threads, client),
     ):
-        world_size = job.world_size or begun.get("world_size") or count_ranks(where, client)
-        workers = count_workers(where, client)
-        layout = lay_out(job, where, world_size, workers=count_found(client))
-        layout = with_memory(layout, where, client)
-        if passes is not None and not layout.on_devices and not begun["complete"]:
-            _check_resumed(passes, layout, workers, chunk_rows, begun["chunk_rows"])
-        chunk_rows = chunk_rows or begun.get("chunk_rows")
-        inputs = inputs if passes else hold_what_fits(inputs, layout, chunk_rows)
-        if not begun:
-            passes = find_passes(inputs, layout, workers, chunk_rows, travel, overwrite)
-        check_travel(travel, where, passes)
-        travel = begun.get("travel", travel)
-        walk = passes and InPasses(
-            inputs, passes, workers or 1, begun.get("place"), begun.get("done", ())
+        library = multiplied_by(where, client, inputs)
+        layout = lay_out(job, where, client, begun_ranks=begun and begun.world_size)
+        decision = decide(
+            inputs.work(layout.on_devices),
+            layout,
+            chunk_rows=chunk_rows,
+            travel=travel,
+            free=partial(free_for_rows, inputs),
+            begun=begun,
         )
-        chunk_rows = passes.chunk_rows if passes else choose_chunk_rows(inputs, layout, chunk_rows)
-        with _owned(client, world_size if passes is None else workers or 1) as owners:
+        passes = decision.passes
+        walk = passes and InPasses(inputs, passes, layout.workers, begun)
+        with _owned(client, layout.workers if passes else layout.world_size) as owners:
             built = build(
                 inputs,
-                world_size=world_size,
-                chunk_rows=chunk_rows,
+                decision,
                 xp=array_namespace(where),
                 tf32=multiplies_as_tf32(where, client),
+                multiplied_by=library,
                 exchange=walk,
-                travel=travel,
-                workers=workers,
-                slots_beside=slots_beside(inputs, layout, chunk_rows),
-                begun=begun.get("placement"),
             )
             output = store(
                 _in_blocks(built.y, begun),
@@ -222,10 +208,7 @@ def run_job(
                 planned = None
                 if output.missing and (report is not None or on_record is not None):
                     _check_recorded(built.y.chunks[0], output.rows)
-                    cores = CPU_COUNT if isinstance(where, Threads | Processes) else None
-                    planned = plan_run(
-                        inputs, layout, built.placement, chunk_rows, output.missing, cores, passes
-                    )
+                    planned = plan_run(inputs, decision, built.placement, output.missing)
                 if client is not None and on_client is not None:
                     on_client(client)
                 watch = _Watch(output, on_progress)
@@ -237,50 +220,8 @@ def run_job(
                         else:
                             _compute_on_client(step, client, watch, wait)
                     done = watch.progress()
-    return done._replace(passes=walk and walk.done(watch.spilled_bytes))
-
-
-def check_travel(travel: Travel, where: Where, passes: Passes | None) -> None:
-    """Refuse a choice of what travels where nothing can."""
-    if travel.how is not None and isinstance(where, Threads) and passes is None:
-        raise ValueError(
-            "threads share memory, and nothing travels between them; travel is for workers, or for "
-            "experts that do not fit into the memory limit"
-        )
-
-
-def _check_resumed(
-    passes: Passes,
-    layout: Layout,
-    workers: int | None,
-    chunk_rows: int | None,
-    begun_rows: int | None,
-) -> None:
-    """Refuse what a run in passes that was begun cannot keep to."""
-    process, fewer = "the process", f"--threads {passes.threads}"
-    if workers is not None:
-        process, fewer = "each worker", f"workers of {passes.threads}"
-    limit = layout.memory_limit or math.inf
-    limit = limit if workers is None else limit * PART_OF_A_WORKER
-    wrong = ""
-    if passes.way == "hold" and workers is not None:
-        wrong = "holds rows in memory, which threads alone share: resume on threads"
-    elif layout.threads > passes.threads:
-        wrong = (
-            f"counts memory for {passes.threads} threads, but {process} has {layout.threads}: "
-            f"resume with {fewer}"
-        )
-    elif passes.memory_bytes > limit:
-        wrong = (
-            f"takes up to {passes.memory_bytes / 1e6:.0f} MB, but {process} may fill "
-            f"{limit / 1e6:.0f} MB: resume with more memory"
-        )
-    elif chunk_rows not in (None, begun_rows):
-        wrong = f"has chunks of {begun_rows} rows, not {chunk_rows}: resume with those"
-    if wrong:
-        raise ValueError(
-            f"the run to be resumed, whose experts go by in passes, {wrong}, or overwrite it"
-        )
+    passes_done = walk and walk.done(watch.spilled_bytes)
+    return done._replace(passes=passes_done, multiplied_by=library)
 
 
 def _check_recorded(chunks: Sequence[int], rows: Sequence[int]) -> None:
@@ -292,9 +233,9 @@ def _check_recorded(chunks: Sequence[int], rows: Sequence[int]) -> None:
         )
 
 
-def _in_blocks(y: da.Array, begun: dict[str, Any]) -> da.Array:
+def _in_blocks(y: da.Array, begun: Begun | None) -> da.Array:
     """Give an output the blocks in which it was begun, where its chunks are others now."""
-    return y.rechunk({0: begun["rows"]}) if begun and y.chunks[0] != begun["rows"] else y
+    return y.rechunk({0: begun.rows}) if begun and y.chunks[0] != begun.rows else y
 
 
 def _owned(client: Client | None, world_size: int) -> contextlib.AbstractContextManager:
@@ -395,26 +336,3 @@ class _Watch:
         worked = min(int(self._worked), self._left)
         seconds = time.monotonic() - self._start
         return Progress(self._done + worked, self._left - worked, self._before, seconds)
-
-
-def _read_begun(out: str) -> dict[str, Any]:
-    """Read how the run that is to be resumed was laid out, if there is one."""
-    directory = progress_directory(out)
-    manifest = journal.read_manifest(directory)
-    if manifest is None:
-        return {}
-    passes = manifest["settings"].get("passes")
-    placement = manifest["settings"].get("placement")
-    placement = None if placement is None else Placement.from_json(placement)
-    experts_moved = placement is not None and placement.local
-    return {
-        "placement": placement,
-        **({} if experts_moved else {"travel": ALL_ROWS}),
-        "world_size": manifest["settings"].get("world_size"),
-        "chunk_rows": max(manifest["rows"], default=0) or None,
-        "rows": tuple(manifest["rows"]),
-        "passes": passes and Passes.from_dict(passes),
-        "place": manifest["settings"].get("spill"),
-        "done": journal.read_done(directory, manifest["run"]),
-        "complete": manifest["complete"] and os.path.exists(out),
-    }

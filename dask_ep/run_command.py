@@ -8,7 +8,7 @@ dask-ep run job.toml --scheduler tcp://10.0.0.1:8786 --resume
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import click
@@ -18,21 +18,23 @@ from distributed import Client
 from dask_ep import run as runs
 from dask_ep.cluster import Certificates, dashboard_link
 from dask_ep.command import FAILED, complain, debug_option
-from dask_ep.gpus import PROTOCOLS, Gpus
+from dask_ep.gpus import PROTOCOLS
 from dask_ep.inspect_ import describe_output
 from dask_ep.interrupts import Interrupts, Wait
-from dask_ep.job import MISSING, PLACEMENTS, Job, load_job, parse_experts
-from dask_ep.places import Cluster, Processes, Threads, Where
-from dask_ep.plan_command import parse_size, parse_travel, travel_options
+from dask_ep.job import MISSING, PRECISIONS, Job, load_job, parse_experts
+from dask_ep.options import (
+    add_options,
+    choose_local,
+    chunks_options,
+    local_options,
+    parse_travel,
+    ranks_options,
+    refuse,
+)
+from dask_ep.places import Cluster, Threads, Where
 from dask_ep.run_report import dask_report
 from dask_ep.terminal import progress_bar
 from dask_ep.workers import Workers
-
-
-def _add(options: Sequence[Callable], command: Callable) -> Callable:
-    for option in reversed(options):
-        command = option(command)
-    return command
 
 
 def job_options(command: Callable) -> Callable:
@@ -53,11 +55,12 @@ def job_options(command: Callable) -> Callable:
         click.option("--layer", metavar="DIR", help="A checkpoint, instead of routing, experts."),
         click.option("--layer-index", type=click.IntRange(0), help="Which layer of it."),
         click.option("--out", metavar="PATH", help="Output: .zarr, .npy or .safetensors."),
-        click.option("--world-size", type=click.IntRange(1), help="Ranks; default: workers."),
+        ranks_options,
         click.option(
-            "--placement",
-            metavar="NAME|FILE",
-            help=f"{', '.join(PLACEMENTS)}, or a file of `plan --save`.",
+            "--precision",
+            type=click.Choice(PRECISIONS),
+            help="Of bfloat16 experts on CPUs that multiply 16 bits faster: as accurate as float32 "
+            "(default), or rounded to bfloat16 between products, which takes less time.",
         ),
         click.option(
             "--missing",
@@ -65,7 +68,7 @@ def job_options(command: Callable) -> Callable:
             help="Zarr chunks that were never written: an error, or the fill value.",
         ),
     ]
-    return _add(options, command)
+    return add_options(options, command)
 
 
 def how_options(command: Callable) -> Callable:
@@ -77,17 +80,12 @@ def how_options(command: Callable) -> Callable:
             help="Write planned and measured side by side, HTML; with workers Dask's own report "
             "too.",
         ),
-        click.option(
-            "--chunk-rows",
-            type=click.IntRange(1),
-            help="Rows of a chunk; default: 32 MiB of them or fewer.",
-        ),
-        travel_options,
+        chunks_options,
         click.option("--resume", is_flag=True, help="Go on with what a stopped run has left."),
         click.option("--overwrite", is_flag=True, help="Start again, whatever is there."),
         debug_option,
     ]
-    return _add(options, command)
+    return add_options(options, command)
 
 
 def tls_options(command: Callable) -> Callable:
@@ -99,24 +97,16 @@ def tls_options(command: Callable) -> Callable:
         click.option("--tls-cert", type=click.Path(), help="One's own certificate, PEM."),
         click.option("--tls-key", type=click.Path(), help="Its key, if not in the same file."),
     ]
-    return _add(options, command)
+    return add_options(options, command)
 
 
 @click.command("run")
 @job_options
-@click.option("--threads", type=click.IntRange(1), help="Threads of this process; default: cores.")
-@click.option("--processes", type=click.IntRange(1), help="Worker processes on this machine.")
-@click.option("--gpu", is_flag=True, help="One worker per GPU, here or of the cluster.")
+@local_options
 @click.option(
     "--protocol", type=click.Choice(PROTOCOLS), help="Between GPUs; default: ucx if there."
 )
 @click.option("--tf32", is_flag=True, help="Experts multiply float32 as TF32, with --gpu.")
-@click.option(
-    "--device-memory-limit",
-    callback=parse_size,
-    metavar="SIZE",
-    help="Of each GPU; default: 90 % of it.",
-)
 @click.option("--scheduler", metavar="ADDRESS", help="Of a Dask cluster, tcp://host:8786.")
 @click.option("--scheduler-file", type=click.Path(), help="That a Dask scheduler has written.")
 @click.option(
@@ -125,13 +115,6 @@ def tls_options(command: Callable) -> Callable:
     help="Of a cluster: wait for so many; default: those that are there.",
 )
 @tls_options
-@click.option(
-    "--memory-limit",
-    callback=parse_size,
-    metavar="SIZE",
-    help="For threads: of all in all. For processes: of each. Experts that do not fit go by in "
-    "passes.",
-)
 @click.option(
     "--dashboard",
     type=click.IntRange(1, 65535),
@@ -182,11 +165,6 @@ def carry_out(where: Where, job: str | None, experts: str | None, **options: Any
     options["travel"] = parse_travel(
         options["travel"], options.pop("link_rate"), options.pop("read_rate")
     )
-    only_threads = isinstance(where, Threads) and where.memory_limit is None
-    if options["travel"].how is not None and only_threads:
-        raise click.UsageError(
-            "threads share memory, and nothing travels; --travel needs workers or --memory-limit"
-        )
     with _stoppable(parsed, options["overwrite"]) as wait, progress_bar("rows") as tell:
 
         def on_progress(how: runs.Progress) -> None:
@@ -204,9 +182,10 @@ def carry_out(where: Where, job: str | None, experts: str | None, **options: Any
     report = options["report"]
     before = f", {done.rows_before} were there" if done.rows_before else ""
     passes = f"; {done.passes}" if done.passes is not None else ""
+    library = f"; products by {done.multiplied_by}" if done.multiplied_by else ""
     click.echo(
         f"{parsed.out}: {done.rows_done} rows in {format_time(done.seconds)}, "
-        f"{done.rows_per_second:.0f} rows/s{before}{passes}"
+        f"{done.rows_per_second:.0f} rows/s{before}{passes}{library}"
     )
     if report and done.rows_done:
         beside = "" if isinstance(where, Threads) else f"; Dask's: {dask_report(report)}"
@@ -223,7 +202,7 @@ def _show_workers(count: Workers) -> None:
 
 
 JOB_KEYS = ("tokens", "routing", "topk_weights", "layer", "layer_index", "out")
-JOB_KEYS += ("world_size", "placement", "missing")
+JOB_KEYS += ("world_size", "placement", "precision", "missing")
 
 WHERE = ("threads", "processes", "scheduler", "scheduler_file", "workers")
 WHERE += ("memory_limit", "dashboard")
@@ -233,54 +212,30 @@ WHERE += ("tls_ca_file", "tls_cert", "tls_key", "gpu", "protocol", "tf32", "devi
 
 def _choose_where(
     *,
-    threads: int | None,
-    processes: int | None,
     scheduler: str | None,
     scheduler_file: str | None,
     workers: int | None,
-    memory_limit: int | None,
-    dashboard: int | None,
     tls_ca_file: str | None,
     tls_cert: str | None,
     tls_key: str | None,
     gpu: bool,
-    **of_gpus: Any,
+    protocol: str | None,
+    tf32: bool,
+    **local: Any,
 ) -> Where:
-    places = {
-        "--threads": threads,
-        "--processes": processes,
-        "--scheduler": scheduler,
-        "--scheduler-file": scheduler_file,
-    }
-    chosen = [name for name, value in places.items() if value is not None]
-    if len(chosen) > 1:
-        raise click.UsageError(f"a job runs in one place; give one of {' and '.join(chosen)}")
-    if dashboard is not None and processes is None and not (gpu and not chosen):
-        raise click.UsageError("--dashboard needs --processes or --gpu")
-    on_cluster = scheduler is not None or scheduler_file is not None
     certificates = read_certificates(tls_ca_file, tls_cert, tls_key)
-    if not on_cluster and (certificates is not None or workers is not None):
-        what = "--workers needs" if certificates is None else "TLS needs"
-        raise click.UsageError(f"{what} --scheduler or --scheduler-file")
-    if on_cluster:
-        if memory_limit is not None:
-            raise click.UsageError("the memory of a cluster's workers is set where they start")
-        _refuse(of_gpus, "is of the cluster's workers, and is set where they start")
-        return Cluster(scheduler, scheduler_file, certificates, gpu, workers)
-    if gpu:
-        if chosen:
-            raise click.UsageError(f"--gpu has one worker per GPU, so {chosen[0]} says nothing")
-        return Gpus(memory_limit=memory_limit, dashboard_port=dashboard, **of_gpus)
-    _refuse(of_gpus, "needs --gpu")
-    if processes is not None:
-        return Processes(processes, memory_limit, dashboard)
-    return Threads(threads, memory_limit)
-
-
-def _refuse(options: dict[str, Any], why: str) -> None:
-    for name, value in options.items():
-        if value:
-            raise click.UsageError(f"--{name.replace('_', '-')} {why}")
+    of_gpus = {"protocol": protocol, "tf32": tf32}
+    if scheduler is None and scheduler_file is None:
+        refuse({"workers": workers}, "needs --scheduler or --scheduler-file")
+        if certificates is not None:
+            raise click.UsageError("TLS needs --scheduler or --scheduler-file")
+        if local["dashboard"] is not None and local["processes"] is None and not gpu:
+            raise click.UsageError("--dashboard needs --processes or --gpu")
+        return choose_local(gpu=gpu, **local, **of_gpus)
+    if scheduler is not None and scheduler_file is not None:
+        raise click.UsageError("--scheduler and --scheduler-file are mutually exclusive")
+    refuse(local | of_gpus, "has no effect on a cluster: set it where the workers start")
+    return Cluster(scheduler, scheduler_file, certificates, gpu, workers)
 
 
 def read_certificates(

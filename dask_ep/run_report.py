@@ -22,63 +22,30 @@ from typing import Any
 from distributed import Client, performance_report
 
 from dask_ep.build import Inputs
-from dask_ep.fit import Layout
+from dask_ep.decide import Decision
 from dask_ep.memory import release
 from dask_ep.ownership import Owners
-from dask_ep.passes import Passes
-from dask_ep.planner import plan
+from dask_ep.planner import Pricing
 from dask_ep.price import Plan
-from dask_ep.price_passes import price_passes
 from dask_ep.record import Record, Recorder, forget_peak_memory, peak_memory
 from dask_ep.report import write_run_report
 from dask_ep.slots import Placement
-from dask_ep.storage import open_tokens
 
 OnRecord = Callable[[Record], Any]
 
 
 def plan_run(
-    inputs: Inputs,
-    layout: Layout,
-    placement: Placement | None,
-    chunk_rows: int,
-    missing: Sequence[int],
-    cores: int | None,
-    passes: Passes | None = None,
+    inputs: Inputs, decision: Decision, placement: Placement | None, missing: Sequence[int]
 ) -> Plan:
     """Price what is left of a job; with a layer, its router is run for that.
 
     Parameters
     ----------
-    inputs, layout, placement, chunk_rows : of the run
+    inputs, decision, placement : of the run
     missing : numbers of the chunks that it will compute
-    cores : that its workers share, if they are processes of this machine
-    passes : in which its experts go by, if they do not fit
     """
-    tokens = open_tokens(inputs.tokens, chunks=chunk_rows, name="tokens")
-    routing, experts, topk = None, inputs.layer, None
-    if inputs.layer is None:
-        routing = open_tokens(inputs.routing, like=tokens, name="routing")
-        experts, topk = inputs.experts, inputs.topk_weights
-    priced = plan(
-        tokens,
-        routing,
-        experts,
-        topk_weights=topk,
-        world_size=layout.world_size,
-        placement=placement,
-        only=missing,
-        workers=layout.workers,
-        threads=layout.threads,
-        cores=cores,
-        read_bytes=inputs.read_bytes,
-        gpu=layout.on_devices,
-    )
-    policy = layout.placement or priced.policy
-    priced = replace(priced, policy=policy, memory_limit=layout.memory_limit)
-    if layout.on_devices:
-        priced = replace(priced, host_limit=layout.host_limit)
-    return priced if passes is None else price_passes(priced, passes, layout.memory_limit)
+    pricing = Pricing.of_job(inputs, decision)
+    return pricing.price(decision, placement=placement, only=missing)
 
 
 @contextmanager

@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from dask_ep.arrays import Array, namespace, to_host
+from dask_ep.checks import raise_bad_index, raise_nan
 
 
 class Segments(NamedTuple):
@@ -23,8 +24,6 @@ class Segments(NamedTuple):
     #: [n * k] slot numbers (row * k + slot), ours first, by local expert; None if 0, 1, 2, ...
     bounds: list[tuple[int, int]]
     #: first and last + 1 position in `order`, one pair per local expert
-    repeats: bool
-    #: whether some row has two slots at one local expert
 
     def slots(self, tile: slice) -> Array | slice:
         """Slot numbers of a run of positions."""
@@ -75,27 +74,24 @@ def sort_slots(
     k = 1 if routing.ndim == 1 else routing.shape[1]
     flat = routing.reshape(-1)
     if flat.size == 0:
-        return Segments(k, None, [(0, 0)] * num_local, repeats=False)
+        return Segments(k, None, [(0, 0)] * num_local)
 
     local = _local_numbers(xp, flat, num_local, rank)
     order = xp.argsort(local, kind="stable")
-    ordered = local[order]
-    ends = xp.searchsorted(ordered, xp.arange(num_local, dtype=local.dtype), side="right")
-    asked = [flat.min(), flat.max()]
-    asked.append(_in_order(local) if k == 1 else _repeated(ordered, order, k, num_local))
+    ends = xp.searchsorted(local[order], xp.arange(num_local, dtype=local.dtype), side="right")
+    asked = [flat.min(), flat.max(), _in_order(local) if k == 1 else xp.asarray(False)]
     if topk_weights is not None:
         asked.append(xp.isnan(topk_weights).any())
     facts = to_host(ends, *asked)
-    ends, (low, high, fact, *has_nan) = facts[:num_local], facts[num_local:]
+    ends, (low, high, in_order, *has_nan) = facts[:num_local], facts[num_local:]
 
     num_experts = num_local * world_size
     if low < -1 or high >= num_experts:
-        raise_bad_index(routing, num_experts, num_local, world_size)
+        raise_bad_index(routing, num_experts, kernel_hint(num_local, world_size))
     if any(has_nan):
         raise_nan(topk_weights)
     bounds = list(zip([0, *ends[:-1]], ends, strict=True))
-    in_order, repeats = (bool(fact), False) if k == 1 else (False, bool(fact))
-    return Segments(k, None if in_order else order, bounds, repeats)
+    return Segments(k, None if in_order else order, bounds)
 
 
 def _local_numbers(xp: Any, flat: Array, num_local: int, rank: int) -> Array:
@@ -110,28 +106,9 @@ def _in_order(local: Array) -> Array:
     return (local[1:] >= local[:-1]).all()
 
 
-def _repeated(ordered: Array, order: Array, k: int, num_local: int) -> Array:
-    """Whether a row comes twice at one local expert; `ordered` are those of the slots `order`."""
-    rows = order // k
-    same = (ordered[1:] == ordered[:-1]) & (rows[1:] == rows[:-1])
-    return (same & (ordered[1:] < num_local)).any()
-
-
-def raise_bad_index(routing: Array, num_experts: int, num_local: int, world_size: int) -> None:
-    bad = (routing >= num_experts) | (routing < -1)
-    where = tuple(int(i[0]) for i in bad.nonzero())
-    raise ValueError(
-        f"routing must hold expert indices in [-1, {num_experts}): {num_local} experts a rank "
-        f"(expert_Ws) times world_size={world_size}; but routing[{', '.join(map(str, where))}] is "
-        f"{int(routing[where])}, and {int(bad.sum())} of {routing.size} values are out of range; "
-        "for the kernel called by itself, world_size must divide the number of experts"
-    )
-
-
-def raise_nan(topk_weights: Array) -> None:
-    bad = namespace(topk_weights).isnan(topk_weights)
-    where = ", ".join(str(int(i[0])) for i in bad.nonzero())
-    raise ValueError(
-        f"topk_weights must be numbers, but topk_weights[{where}] is NaN, as are {int(bad.sum())} "
-        f"of {topk_weights.size}; a slot without an expert has routing -1 and any finite weight"
+def kernel_hint(num_local: int, world_size: int) -> str:
+    """How the kernel knows the number of experts, for an error about an index."""
+    return (
+        f"; there are {num_local} experts a rank (expert_Ws) times world_size={world_size}: for "
+        "the kernel called by itself, world_size must divide the number of experts"
     )

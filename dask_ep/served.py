@@ -12,10 +12,10 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from functools import partial
 from typing import Any
 
 import numpy as np
+from scipy.sparse._sparsetools import csc_matvecs  # public `csc_array @ y` allocates
 
 from dask_ep import grouped, memory
 from dask_ep.arrays import UNDERFLOW_IS_ZERO, Array, namespace
@@ -34,8 +34,8 @@ TILE_ROWS = (192, 1024)
 """Fewest and most rows of one product on the CPU, however wide or narrow: with fewer, packing the
 matrix costs more than a tenth of the product; with more, nothing is gained and cache is lost."""
 
-Write = Callable[[Array, Array | slice, Array], None]
-"""Adds rows (m, d_out) to rows (m,) of an output, or writes them there."""
+Write = Callable[..., None]
+"""Adds rows (m, d_out) to rows (m,) of an output, or writes them: `add_rows`, `assign_rows`."""
 
 
 class Served:
@@ -146,7 +146,7 @@ def begin_output(
     if segments.k > 1:
         out = memory.empty((n, d_out), computing_dtype(dtype), like=like)
         out.fill(0)
-        return out, partial(_add_repeated_rows, segments.k) if segments.repeats else add_rows
+        return out, add_rows
     out = memory.empty((n, d_out), dtype, like=like)
     out[segments.not_ours()] = 0
     return out, assign_rows
@@ -204,53 +204,66 @@ def _apply(
     x = tokens[rows].astype(dtype, copy=False) if contiguous else gather(tokens, rows, dtype)
     if contiguous and out is tokens:
         x = x.copy()  # experts read their rows again while they write
+<<<<<<< HEAD
     if weights is not None:
         w = weights[slots].astype(compute, copy=False)[:, None]
         if weighed_before:
             x = namespace(x).multiply(x, w, out=None if contiguous else x)
     in_place = whole and write is assign_rows and out.dtype == compute
     y = out[to] if in_place else memory.empty((len(x), expert.d_out), compute, like=x)
+=======
+    w = None if weights is None else weights[slots].astype(compute, copy=False)
+    if weighed_before:
+        x = namespace(x).multiply(x, w[:, None], out=None if contiguous else x)
+        w = None
+    in_place = contiguous and write is assign_rows and out.dtype == compute
+    y = out[rows] if in_place else memory.empty((len(x), expert.d_out), compute, like=x)
+>>>>>>> main
     expert(x, out=y)
-    weighed = weights is not None and expert.weigh == "output"
+    if not in_place:
+        write(out, rows, y, w)
+    elif w is not None:
+        y *= w[:, None]
+
+
+def assign_rows(out: Array, rows: Array | slice, y: Array, weights: Array | None = None) -> None:
+    """Write y (m, d), times weights (m,), over rows (m,) of out (n, d); `y` is lost."""
     for run in memory.runs_in_cache(y):
+<<<<<<< HEAD
         if weighed:
             y[run] *= w[run]
         if not whole:
             write(out, to[run], y[run])
     if whole and not in_place:
         write(out, to, y)
+=======
+        if weights is not None:
+            y[run] *= weights[run, None]
+        if not isinstance(rows, slice):
+            out[rows[run]] = y[run]
+    if isinstance(rows, slice):
+        out[rows] = y
+>>>>>>> main
 
 
-def assign_rows(out: Array, rows: Array | slice, y: Array) -> None:
-    """Write y (m, d) over rows (m,) of out (n, d)."""
-    out[rows] = y
+def add_rows(out: Array, rows: Array, y: Array, weights: Array | None = None) -> None:
+    """Add y (m, d), times weights (m,), to rows (m,) of out (n, d), one after the other.
 
+    On the host rows may be the same; on a device they must be different.
 
-def add_rows(out: Array, rows: Array, y: Array) -> None:
-    """Add y (m, d) to rows (m,) of out (n, d); the rows must all be different."""
-    if namespace(out) is not np:
-        grouped.add_rows(out, rows, y)
-        return
-    for run in memory.runs_in_cache(y):
-        total = gather(out, rows[run], out.dtype)
-        total += y[run]
-        out[rows[run]] = total
-
-
-def _add_repeated_rows(k: int, out: Array, rows: Array, y: Array) -> None:
-    """Add y (m, d) to rows (m,) of out (n, d), ascending, of which up to k may be the same.
-
-    ``add.at`` is slow on the host, and adds in any order on a device, and so to other bits each
-    time. Every one of the same rows therefore adds up all of them, in their order, and they write
-    the same.
+    Notes
+    -----
+    The host adds in one pass over `y` and `out`: as a matrix (n, m) with one weight in each column,
+    times `y`. SciPy does that outside Python's lock, in order, and so to the same bits each time.
     """
-    xp, m = namespace(out), len(rows)
-    first, total = xp.searchsorted(rows, rows, side="left"), gather(out, rows, out.dtype)
-    for nth in range(k):
-        other = xp.minimum(first + nth, m - 1)
-        same = (rows[other] == rows) & (first + nth < m)
-        total += xp.where(same[:, None], y[other], y.dtype.type(0))
-    out[rows] = total
+    if namespace(out) is not np:
+        grouped.add_rows(out, rows, y if weights is None else y * weights[:, None])
+        return
+    m, (n, d) = len(rows), out.shape
+    one_each = np.arange(m + 1, dtype=rows.dtype)
+    weights = np.ones(m, out.dtype) if weights is None else weights
+    y = np.ascontiguousarray(y, out.dtype).reshape(-1)
+    csc_matvecs(n, m, d, one_each, rows, weights, y, out.reshape(-1, copy=False))
 
 
 def gather(tokens: Array, rows: Array, dtype: np.dtype) -> Array:

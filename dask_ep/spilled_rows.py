@@ -276,9 +276,8 @@ def _collect_chunk(
             for tile in _tiles_of_answers(start, stop, files):
                 slots = segments.slots(tile)
                 y = files.read_answers(first + tile.start, tile.stop - tile.start)
-                if weights is not None:
-                    y *= weights[slots].astype(y.dtype, copy=False)[:, None]
-                write(out, segments.rows(slots), y)
+                w = None if weights is None else weights[slots].astype(y.dtype, copy=False)
+                write(out, segments.rows(slots), y, w)
         return out.astype(dtype, copy=False)
 
 

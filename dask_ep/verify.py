@@ -46,6 +46,9 @@ dtype: up to 3e-6 of it was seen with 16 384 terms of one sign followed by as ma
 TF32_TOLERANCE = 5e-3
 """The same where float32 was multiplied as TF32, whose numbers are rounded to 2**-11 before."""
 
+ROUNDED_TOLERANCE = 2e-2
+"""The same where float32 was multiplied as bfloat16, rounded to 2**-9 before."""
+
 
 class RowError(NamedTuple):
     """A row that is wrong, or the least right."""
@@ -105,7 +108,7 @@ def verify_job(
     rows : how many to compare, about; all if there are fewer
     seed : of the choice of rows
     tolerance : of the error of a value over what its terms add up to; by default by dtype, see
-        `TOLERANCES`, and `TF32_TOLERANCE` for a run that was asked for it
+        `TOLERANCES`, and `TF32_TOLERANCE` or `ROUNDED_TOLERANCE` for a run that was asked for it
 
     Raises
     ------
@@ -169,6 +172,8 @@ def _arithmetic(job: Job, inputs: Inputs, output: Source, tolerance: float | Non
     usual = TOLERANCES[output.dtype.name]
     if output.dtype == np.float32 and computed_by.get("tf32", False):
         usual = TF32_TOLERANCE
+    elif computed_by.get("rounded_by") is not None:
+        usual = max(usual, ROUNDED_TOLERANCE)
     on_device = computed_by.get("arrays", "numpy") != "numpy"
     sums = computing_dtype(inputs.tokens.dtype)
     between = np.float16 if on_device and inputs.tokens.dtype == np.float16 else sums
@@ -312,7 +317,8 @@ def _plain_parts(experts: Experts, e: int) -> tuple[str, dict[str, np.ndarray], 
         for name, weight in experts.subset([e]).weights.items()
     }
     arrays = {n: a.T if transposed and a.ndim == 2 else a for n, a in arrays.items()}
-    options.pop("weigh", None)
+    for other in ("weigh", "precision"):
+        options.pop(other, None)
     kind = experts.kind
     if kind == "gated_fused":
         kind = "gated"

@@ -142,14 +142,15 @@ class Weight:
 
     def loaded_bytes(self, dtype: np.dtype, *, on_device: bool = False) -> int:
         """Bytes of one expert's as it computes in a dtype, at most."""
-        itemsize = dtype.itemsize
-        if not on_device and dtype == np.float32 and self._becomes_bfloat16():
-            itemsize = BFLOAT16.itemsize
-        return prod(self.shape[1:]) * itemsize
+        narrow = not on_device and dtype == np.float32 and self.is_bfloat16
+        if narrow and blas.bfloat16_library() is not None:
+            dtype = BFLOAT16
+        return prod(self.shape[1:]) * dtype.itemsize
 
-    def _becomes_bfloat16(self) -> bool:
-        """Whether matrices stay, or are decoded to, bfloat16: as far as can be told by dtypes."""
-        if len(self.shape) != 3 or blas.bfloat16_library() is None:
+    @property
+    def is_bfloat16(self) -> bool:
+        """Whether these are matrices of bfloat16, or decoded to it, as far as dtypes tell."""
+        if len(self.shape) != 3:
             return False
         one = self.parts[0] if isinstance(self.parts, tuple) else self.parts
         powers = isinstance(one, Float8Source) and one.scales.dtype == FLOAT8_SCALE

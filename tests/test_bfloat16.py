@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import NamedTuple
 
 import dask.array as da
@@ -10,15 +11,41 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from safetensors.numpy import save_file
 
-from dask_ep import Experts, blas, expert_parallel, expert_parallel_dispatch, reference
-from dask_ep.bfloat16 import BFLOAT16, LARGEST, SMALLEST, multiply, narrowed, serves
+from dask_ep import (
+    Experts,
+    MoELayer,
+    Router,
+    blas,
+    expert_parallel,
+    expert_parallel_dispatch,
+    reference,
+)
+from dask_ep.bfloat16 import (
+    BFLOAT16,
+    LARGEST,
+    SMALLEST,
+    multiplied_by,
+    multiply,
+    narrowed,
+    serves,
+)
 from dask_ep.blas import bfloat16_library
+from dask_ep.build import open_inputs
 from dask_ep.checkpoint import load_moe_layer
 from dask_ep.dispatch import dispatch
+from dask_ep.errors import JobError
 from dask_ep.held import held_as_stored
+from dask_ep.inspect_ import inspect_path
+from dask_ep.job import load_job
+from dask_ep.places import Threads
+from dask_ep.planner import plan
 from dask_ep.quantized import Float8Source
+from dask_ep.report import figures_of
+from dask_ep.run import run_job
 from dask_ep.sources import open_source
+from dask_ep.verify import ROUNDED_TOLERANCE, TOLERANCES, verify_job
 from tests.checkpoints import FIXTURES, LAYER
 
 bf16 = ml_dtypes.bfloat16
@@ -397,3 +424,89 @@ def test_8_bits_with_powers_of_two_become_bfloat16(scales, library):
     assert experts.load()[0].W.dtype == bf16
     known = scales != np.float32  # the plan reads no scales
     assert experts.loaded_bytes(np.dtype("f4")) == 8 * 12 * (2 if known else 4)
+
+
+# --- jobs ----------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def job(tmp_path):
+    """A job of float32 tokens and bfloat16 experts."""
+    E, d, f = 4, 32, 48
+    np.save(tmp_path / "x.npy", some(200, d))
+    np.save(tmp_path / "routing.npy", np.arange(400).reshape(200, 2) % E)
+    weights = {"gate": some(E, d, f), "up": some(E, d, f, seed=1), "down": some(E, f, d, seed=2)}
+    save_file({n: (w * 0.2).astype(bf16) for n, w in weights.items()}, tmp_path / "w.safetensors")
+    experts = {n: f"{tmp_path}/w.safetensors::{n}" for n in weights}
+    return load_job(
+        tokens=str(tmp_path / "x.npy"),
+        routing=str(tmp_path / "routing.npy"),
+        experts={"kind": "gated", **experts},
+        out=str(tmp_path / "y.npy"),
+    )
+
+
+def test_a_job_tells_its_precision_and_is_verified_by_it(job, library):
+    errors = {}
+    for precision in ("float32", "bfloat16"):
+        done = run_job(replace(job, precision=precision), Threads(1), overwrite=True)
+        assert done.multiplied_by == multiplied_by(np.dtype("f4"), True, precision)
+        found = verify_job(job)
+        assert found.good
+        errors[precision] = found.relative_error
+        tolerated = {"float32": TOLERANCES["float32"], "bfloat16": ROUNDED_TOLERANCE}
+        assert found.tolerance == tolerated[precision]
+    assert errors["float32"] < 1e-6 < 1e-4 < errors["bfloat16"]
+
+
+def test_a_job_says_what_multiplies(job, library, float32_products):
+    assert run_job(job, Threads(1)).multiplied_by == blas.multiplies_by()
+
+
+def test_a_rounded_run_is_not_resumed_without_rounding(job, library):
+    run_job(replace(job, precision="bfloat16"), Threads(1))
+    with pytest.raises(ValueError, match=r"options\.precision was bfloat16, is absent"):
+        run_job(job, Threads(1), resume=True)
+
+
+def test_a_job_with_an_unknown_precision_is_refused():
+    with pytest.raises(JobError, match="precision must be one of float32, bfloat16, but is 'half'"):
+        load_job(tokens="x", routing="r", experts="w", out="y.npy", precision="half")
+
+
+@pytest.mark.parametrize(
+    ("dtype", "is_bfloat16", "precision", "words"),
+    [
+        ("float32", True, "float32", " in 16 bits, as exact as float32"),
+        ("float32", True, "bfloat16", " in 16 bits, rounded"),
+        ("float32", False, "float32", ""),
+        ("float64", True, "float32", ""),
+    ],
+)
+def test_what_multiplies_is_said(dtype, is_bfloat16, precision, words, library):
+    said = multiplied_by(np.dtype(dtype), is_bfloat16, precision)
+    assert said == blas.multiplies_by() + words
+
+
+def test_plan_and_inspect_say_what_multiplies(job, library, tmp_path):
+    inputs = open_inputs(job)
+    priced = plan(da.from_array(some(200, 32)), da.from_array(np.arange(200) % 4), inputs.experts)
+    words = multiplied_by(np.dtype("f4"), True)
+    assert dict(figures_of(priced))["operations"].endswith(f"FLOP, by {words} here")
+    keys = ("tokens", "routing", "out")
+    table = ", ".join(f'{name} = "{value}"' for name, value in job.experts.items())
+    text = "".join(f'{key} = "{getattr(job, key)}"\n' for key in keys)
+    (tmp_path / "job.toml").write_text(f"{text}experts = {{{table}}}\n")
+    assert dict(inspect_path(tmp_path / "job.toml")[0].facts)["products here"] == f"by {words}"
+
+
+def test_a_layer_takes_the_precision(library):
+    case = a_layer("gated", seed=2)
+    d = case.experts.d
+    shared = Experts.gated(*(w.parts.array[:1] for w in list(case.experts.weights.values())[:3]))
+    layer = MoELayer(Router(4, k=2), case.experts, some(4, d), shared=shared)
+    hidden = da.from_array(some(20, d, seed=9))
+    exactly, rounded = (layer(hidden, precision=p).compute() for p in (None, "bfloat16"))
+    assert 1e-4 < error(rounded, exactly.astype("f8")) < 2e-2
+    assert layer.with_precision("bfloat16").shared.precision == "bfloat16"
+    assert layer.shared.precision == "float32"

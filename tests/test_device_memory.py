@@ -16,12 +16,12 @@ import pytest
 from dask_ep import Experts, expert_parallel, open_tokens, plan, store
 from dask_ep.build import open_inputs
 from dask_ep.costs import FEWEST_ROWS, Rates
+from dask_ep.decide import decide
 from dask_ep.device_memory import DEVICE_PROCESS_BYTES, THREADS_PER_GPU, OnDevice
+from dask_ep.errors import DoesNotFit
 from dask_ep.example import Example, write_example
-from dask_ep.fit import DoesNotFit, Layout, choose_chunk_rows, hold_what_fits, host_need, need
-from dask_ep.held import StoredExperts
 from dask_ep.job import load_job
-from dask_ep.planner import PlanError
+from dask_ep.memory_law import Layout, host_need, need
 from tests.checkpoints import FIXTURES, LAYER
 from tests.device_double import namespace as xp
 from tests.device_kernels import COMPILER, kernels
@@ -102,7 +102,7 @@ def test_a_plan_has_the_law_of_a_run(job_file, ranks):
     layout = Layout(ranks, ranks, THREADS_PER_GPU, on_devices=True)
     one = planned(inputs, ranks)
     assert (one.threads, one.workers) == (THREADS_PER_GPU, ranks)
-    most, beside = need(inputs, layout), host_need(inputs, layout)
+    most, beside = need(inputs.work(True), layout), host_need(inputs.work(True), layout)
     assert one.memory_bytes <= most.at(500)
     assert one.process_bytes <= beside.at(500)
     if ranks == 1:
@@ -115,12 +115,14 @@ def test_a_plan_refuses_what_does_not_fit_and_proposes_what_does(job_file):
     fits = planned(inputs, 1)
     limits = {"device_memory_limit": fits.memory_bytes, "memory_limit": fits.process_bytes}
     assert planned(inputs, 1, **limits).fits
-    with pytest.raises(PlanError, match=r"a GPU needs .* for CUDA\. With chunk_rows=\d+") as error:
-        planned(inputs, 1, **limits | {"device_memory_limit": fits.memory_bytes - 1})
-    assert error.value.proposal.chunk_rows < 500
-    with pytest.raises(PlanError, match="the worker of a GPU needs .* of the host and may use"):
-        planned(inputs, 1, **limits | {"memory_limit": fits.process_bytes - 1})
-    with pytest.raises(PlanError, match="use more GPUs, or none: on threads and processes"):
+    with pytest.raises(DoesNotFit, match="of a GPU of .* it runs with --chunk-rows") as error:
+        planned(
+            inputs, 1, chunk_rows=500, **limits | {"device_memory_limit": fits.memory_bytes - 1}
+        )
+    assert error.value.proposal["chunk_rows"] < 500
+    with pytest.raises(DoesNotFit, match="memory limit of a GPU's worker on the host of"):
+        planned(inputs, 1, chunk_rows=500, **limits | {"memory_limit": fits.process_bytes - 1})
+    with pytest.raises(DoesNotFit, match=r"use more GPUs, or none \(--threads or --processes"):
         planned(inputs, 1, device_memory_limit=DEVICE_PROCESS_BYTES, workers=1)
 
 
@@ -141,16 +143,16 @@ def test_time_is_that_of_the_slowest_of_what_goes_on_side_by_side(job_file):
 def test_a_run_is_refused_by_the_memory_of_either_side(job_file):
     inputs = open_inputs(load_job(job_file))
     gpu = Layout(1, 1, THREADS_PER_GPU, on_devices=True)
-    enough, beside = (law(inputs, gpu).at(FEWEST_ROWS) for law in (need, host_need))
+    enough, beside = (law(inputs.work(True), gpu).at(FEWEST_ROWS) for law in (need, host_need))
     just = Layout(1, 1, THREADS_PER_GPU, enough, on_devices=True, host_limit=beside)
-    assert choose_chunk_rows(inputs, just) >= FEWEST_ROWS
+    assert decide(inputs.work(True), just).chunk_rows >= FEWEST_ROWS
     for limits, words in (
         ((enough - 1, beside), r"of a GPU of .* for CUDA, .* use more GPUs, or none \(--threads"),
         ((enough, beside - 1), "of a GPU's worker on the host of .*; give more memory"),
     ):
         small = Layout(1, 1, THREADS_PER_GPU, limits[0], on_devices=True, host_limit=limits[1])
         with pytest.raises(DoesNotFit, match=words):
-            choose_chunk_rows(inputs, small)
+            decide(inputs.work(True), small)
 
 
 def test_experts_stay_as_they_are_stored_on_a_gpu_where_only_so_they_fit(tmp_path):
@@ -160,8 +162,7 @@ def test_experts_stay_as_they_are_stored_on_a_gpu_where_only_so_they_fit(tmp_pat
     places = {"tokens": str(tmp_path / "x.npy"), "out": str(tmp_path / "y.npy")}
     inputs = open_inputs(load_job(layer=str(case), layer_index=LAYER, **places))
     layout = Layout(1, 1, 1, on_devices=True)
-    enough = need(inputs, layout).at(FEWEST_ROWS)
-    for limit, kind in ((enough, Experts), (enough - 1, StoredExperts)):
-        held = hold_what_fits(inputs, Layout(1, 1, 1, limit, on_devices=True))
-        assert type(held.experts) is kind
-    assert type(held.layer.experts) is StoredExperts
+    enough = need(inputs.work(True), layout).at(FEWEST_ROWS)
+    for limit, as_stored in ((enough, False), (enough - 1, True)):
+        decision = decide(inputs.work(True), Layout(1, 1, 1, limit, on_devices=True))
+        assert decision.as_stored == as_stored

@@ -163,11 +163,11 @@ def test_an_attribute_that_nobody_has_named_here_counts_too(data):
         owner = getattr(layer, place) if place else layer
         # Options of experts are shared by name between the two; each layer gets its own.
         own = owner if not place else Experts(owner.kind, owner.weights, owner.options)
-        own.precision = said
+        own.never_heard_of = said
         if place:
             setattr(layer, place, own)
     (words,) = differences(old, new)
-    assert words.startswith(f"input layer: {place + '.' if place else ''}precision was")
+    assert words.startswith(f"input layer: {place + '.' if place else ''}never_heard_of was")
 
 
 @given(st.data())

@@ -13,6 +13,7 @@ import re
 import sys
 import weakref
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -35,12 +36,14 @@ from dask_ep import (
     grouped,
     open_tokens,
     places,
+    run_command,
     store,
     wire,
 )
 from dask_ep.build import build, open_inputs
 from dask_ep.chunk import Exchange, Where, combine, cut, pack
 from dask_ep.costs import FEWEST_ROWS
+from dask_ep.decide import decide
 from dask_ep.device import (
     Device,
     DeviceMemoryError,
@@ -51,14 +54,24 @@ from dask_ep.device import (
     upload,
 )
 from dask_ep.device_memory import DEVICE_PROCESS_BYTES
+from dask_ep.errors import DoesNotFit
 from dask_ep.example import Example, write_example
+<<<<<<< HEAD
 from dask_ep.fit import DoesNotFit, choose_chunk_rows, need
+=======
+from dask_ep.exchange import Packet, send
+>>>>>>> main
 from dask_ep.gpus import Gpus, OnGpu, choose_protocol, start_gpus
 from dask_ep.held import held_as_stored
 from dask_ep.job import load_job
 from dask_ep.layer import _finish
 from dask_ep.lazy_routing import _route_chunk
+<<<<<<< HEAD
 from dask_ep.pack import Packing
+=======
+from dask_ep.memory_law import Layout, need
+from dask_ep.pipeline import _send, _sum
+>>>>>>> main
 from dask_ep.places import Cluster, Threads, lay_out
 from dask_ep.run import Progress, run_job
 from dask_ep.sources import open_source
@@ -163,9 +176,12 @@ def test_options_that_say_nothing_are_refused(capsys, small_job):
     for options, words in [
         (["--protocol", "tcp"], "--protocol needs --gpu"),
         (["--tf32", "--threads", 2], "--tf32 needs --gpu"),
-        (["--gpu", "--processes", 2], "so --processes says nothing"),
+        (["--gpu", "--processes", 2], "--processes has no effect with --gpu"),
         (["--device-memory-limit", "1GB"], "--device-memory-limit needs --gpu"),
-        (["--gpu", "--scheduler", "tcp://x:1", "--tf32"], "is set where they start"),
+        (
+            ["--gpu", "--scheduler", "tcp://x:1", "--tf32"],
+            "has no effect on a cluster: set it where the workers start",
+        ),
     ]:
         code, _, err = here(capsys, "run", small_job, *options)
         assert (code, words in err) == (2, True), err
@@ -178,7 +194,7 @@ def test_options_say_where_and_how(monkeypatch, capsys, small_job):
         wheres.append(where)
         return Progress(1, 0, 0, 1.0)
 
-    monkeypatch.setattr(cli.runs, "run_job", run_job)
+    monkeypatch.setattr(run_command.runs, "run_job", run_job)
     sizes = ("--device-memory-limit", "2GiB", "--memory-limit", "1GiB", "--dashboard", 8787)
     assert here(capsys, "run", small_job, "--gpu")[0] == 0
     assert here(capsys, "run", small_job, "--gpu", "--protocol", "ucx", "--tf32", *sizes)[0] == 0
@@ -321,7 +337,7 @@ def test_a_job_on_a_cluster_of_gpus_fits_the_memory_that_they_have(monkeypatch, 
     """The devices of the workers say how much; 300 rows of a chunk are asked for, and too many."""
     job, inputs = load_job(small_job), open_inputs(load_job(small_job))
     monkeypatch.setattr(gpus, "limit_blas_for_good", lambda: None)
-    law = need(inputs, lay_out(job, Cluster(gpus=True), 2))
+    law = need(inputs.work(True), lay_out(replace(job, world_size=2), Cluster(gpus=True)))
     with Client(
         n_workers=2, threads_per_worker=1, processes=False, dashboard_address=":0"
     ) as client:
@@ -369,7 +385,8 @@ def test_a_layer_of_a_checkpoint_is_computed_on_devices(tmp_path, world_size):
     layer = os.fspath(FIXTURES / "qwen2_moe")
     places = {"tokens": str(tmp_path / "hidden.npy"), "out": str(tmp_path / "out.npy")}
     inputs = open_inputs(load_job(layer=layer, layer_index=LAYER, **places))
-    y = build(inputs, world_size=world_size, chunk_rows=10, xp="device_double").y
+    decision = decide(inputs.work(), Layout(world_size, world_size, 1), chunk_rows=10)
+    y = build(inputs, decision, xp="device_double").y
     got = dask.compute(*y.to_delayed().ravel(), scheduler="sync")
     assert {type(block) for block in got} == {DeviceArray}
     got = np.concatenate([block.get() for block in got]).reshape(want["output"].shape)
@@ -380,13 +397,13 @@ def test_a_layer_of_a_checkpoint_is_computed_on_devices(tmp_path, world_size):
 def test_a_chunk_fits_beside_the_experts(small_job):
     """6 gated experts of 3 * 16 * 32 numbers, 3 on each of two devices."""
     job, inputs = load_job(small_job), open_inputs(load_job(small_job))
-    law = need(inputs, lay_out(job, Gpus(), 2))
+    law = need(inputs.work(True), lay_out(job, Gpus()))
     assert law.expert_bytes == 3 * 3 * 16 * 32 * 4
     fits = Gpus(device_memory_limit=law.at(100))
-    assert choose_chunk_rows(inputs, lay_out(job, fits, 2), 100) == 100
+    assert decide(inputs.work(True), lay_out(job, fits), chunk_rows=100).chunk_rows == 100
     for where, asked in ((fits, 101), (Gpus(device_memory_limit=DEVICE_PROCESS_BYTES), None)):
         with pytest.raises(DoesNotFit, match="must hold"):
-            choose_chunk_rows(inputs, lay_out(job, where, 2), asked)
+            decide(inputs.work(True), lay_out(job, where), chunk_rows=asked)
 
 
 def test_a_job_whose_experts_fit_a_device_only_as_they_are_stored(
@@ -398,10 +415,10 @@ def test_a_job_whose_experts_fit_a_device_only_as_they_are_stored(
     np.save(tmp_path / "hidden.npy", hidden)
     places = {"tokens": str(tmp_path / "hidden.npy"), "out": str(tmp_path / "out.npy")}
     job = load_job(layer=os.fspath(FIXTURES / "deepseek_v3_fp8"), layer_index=LAYER, **places)
-    law = need(open_inputs(job), lay_out(job, Gpus(), 1))
+    work = open_inputs(job).work(True)
+    law = need(work, lay_out(job, Gpus()))
     where = Gpus(device_memory_limit=law.at(FEWEST_ROWS) - 1)
-    with pytest.raises(DoesNotFit):
-        choose_chunk_rows(open_inputs(job), lay_out(job, where, 1))
+    assert decide(work, lay_out(job, where)).as_stored
     assert run_job(job, where).rows_done == len(hidden)
     got = np.load(job.out).reshape(want["output"].shape)
     np.testing.assert_allclose(got, want["output"], atol=1e-5 * np.abs(want["output"]).max())

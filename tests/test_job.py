@@ -9,11 +9,13 @@ import numpy as np
 import pytest
 import zarr
 
-from dask_ep.build import build, open_inputs
+from dask_ep.build import Built, build, open_inputs
+from dask_ep.decide import decide
 from dask_ep.errors import JobError
 from dask_ep.experts import Experts
-from dask_ep.job import EXPERT_KEYS, EXPERT_MATRICES, load_job, parse_experts
+from dask_ep.job import EXPERT_KEYS, EXPERT_MATRICES, Job, load_job, parse_experts
 from dask_ep.placement import balanced
+from dask_ep.places import Processes, lay_out
 from dask_ep.sources import ReadError
 
 GOOD = """
@@ -31,6 +33,12 @@ def write(tmp_path: Path, text: str) -> Path:
     path = tmp_path / "job.toml"
     path.write_text(text)
     return path
+
+
+def build_of(job: Job, ranks: int = 2, **asked: int) -> Built:
+    """Build the output of a job on so many workers."""
+    inputs, layout = open_inputs(job), lay_out(job, Processes(ranks))
+    return build(inputs, decide(inputs.work(), layout, **asked))
 
 
 def write_arrays(tmp_path: Path, **arrays: np.ndarray) -> None:
@@ -199,8 +207,8 @@ def test_chunks_that_were_never_written_are_zeros_only_where_the_job_says_so(tmp
     path = write(tmp_path, GOOD.replace("w.npy", "w.zarr"))
     with pytest.raises(ReadError, match=r"job\.toml: experts\.w: .* say missing=\"fill\""):
         open_inputs(load_job(path))
-    y = build(open_inputs(load_job(path, missing="fill")), world_size=2).y
-    same = build(open_inputs(load_job(write(tmp_path, GOOD))), world_size=2).y
+    y = build_of(load_job(path, missing="fill")).y
+    same = build_of(load_job(write(tmp_path, GOOD))).y
     np.testing.assert_array_equal(y.compute(scheduler="sync"), same.compute(scheduler="sync"))
 
 
@@ -220,8 +228,7 @@ def test_a_placement_that_is_no_file_is_perhaps_a_name(tmp_path):
 def test_building_reads_nothing_but_what_a_placement_needs(tmp_path):
     arrays = small_arrays()
     write_arrays(tmp_path, **arrays)
-    inputs = open_inputs(load_job(write(tmp_path, GOOD)))
-    built = build(inputs, world_size=2, chunk_rows=16)
+    built = build_of(load_job(write(tmp_path, GOOD)), chunk_rows=16)
     assert built.y.chunks[0] == (16, 16, 8)
     assert built.settings["world_size"] == 2
     assert sorted(built.inputs) == ["experts", "routing", "tokens"]
@@ -231,9 +238,8 @@ def test_a_placement_for_other_ranks(tmp_path):
     write_arrays(tmp_path, **small_arrays())
     (tmp_path / "p.json").write_text(balanced([4, 4, 4, 4], 3, num_slots=6).to_json())
     job = load_job(write(tmp_path, GOOD), placement=str(tmp_path / "p.json"))
-    inputs = open_inputs(job)
     with pytest.raises(ValueError, match="on 3 ranks and world_size=2 is asked for"):
-        build(inputs, world_size=2)
+        build_of(job)
 
 
 @pytest.mark.parametrize("placement", ["packed", "balanced", "exact", "p.json"])
@@ -243,6 +249,6 @@ def test_a_placement_does_not_change_the_output(tmp_path, placement):
     (tmp_path / "p.json").write_text(balanced([9, 1, 1, 1], 3, num_slots=6).to_json())
     path = write(tmp_path, GOOD)
     job = load_job(path, placement=placement if "." not in placement else str(tmp_path / "p.json"))
-    y = build(open_inputs(job), world_size=3, chunk_rows=16).y.compute(scheduler="sync")
-    straight = build(open_inputs(load_job(path)), world_size=1).y.compute(scheduler="sync")
+    y = build_of(job, 3, chunk_rows=16).y.compute(scheduler="sync")
+    straight = build_of(load_job(path), 1).y.compute(scheduler="sync")
     np.testing.assert_allclose(y, straight, rtol=1e-5, atol=1e-5)

@@ -26,12 +26,14 @@ MIDDLE = (
     "rebalance routing rows scores slots survey travel wire"
 )
 TOP = (
-    "at_home block checkpoint checkpoint_files cluster device_probe expert_major families family "
-    "figures gpus handover held_rows homes owner_map owner_plugin ownership passes planner price "
-    "price_gpus price_passes probe ranks record report rounding spilled_rows storage window"
+    "at_home block checkpoint checkpoint_files cluster decide device_probe expert_major families "
+    "family figures gpus handover held_rows homes memory_law owner_map owner_plugin ownership "
+    "passes price price_gpus price_passes probe ranks record rounding spilled_rows storage window "
+    "work"
 )
 JOBS = (
-    "build example fit in_passes inspect_ job places run run_report sample terminal verify workers"
+    "begun build example in_passes inspect_ job options places planner report run run_report "
+    "sample terminal verify workers"
 )
 
 COMMANDS = "example_command inspect_command plan_command run_command verify_command"

@@ -1,6 +1,7 @@
 """Token files larger than the memory that a run may use go through it.
 
-The bound is what `dask_ep.fit.need` says, for the whole process tree, however many rows there are.
+The bound is what `dask_ep.memory_law.need` says, for the whole process tree, however many rows
+there are.
 """
 
 from __future__ import annotations
@@ -15,8 +16,8 @@ import psutil
 import pytest
 
 from dask_ep.build import open_inputs
-from dask_ep.fit import Layout, need
 from dask_ep.job import load_job
+from dask_ep.memory_law import Layout, need
 
 D, D_OUT, EXPERTS, CHUNK_ROWS, THREADS = 512, 64, 8, 4096, 2
 CHUNK_BYTES = CHUNK_ROWS * D * 4
@@ -62,7 +63,7 @@ def test_peak_memory_is_bounded_and_does_not_grow_with_the_rows(tmp_path, world_
         out = np.asarray(_last_row(job.parent / "out.zarr"))
         np.testing.assert_array_equal(out, np.full(D_OUT, D))
     inputs = open_inputs(load_job(job))
-    bound = need(inputs, Layout(world_size, 1, THREADS)).at(CHUNK_ROWS)
+    bound = need(inputs.work(), Layout(world_size, 1, THREADS)).at(CHUNK_ROWS)
     assert 3 * bound < 160 * CHUNK_BYTES
     assert max(peaks.values()) <= bound
     assert peaks[160] <= peaks[40] + 4 * CHUNK_BYTES

@@ -29,13 +29,15 @@ from dask_ep.experts import Experts
 from dask_ep.files import ReadError
 from dask_ep.held_rows import hold
 from dask_ep.journal import count_done
-from dask_ep.passes import PROCESS_BYTES, Passes, Sizes, choose_passes, cut_pieces
+from dask_ep.memory_law import Layout
+from dask_ep.passes import PROCESS_BYTES, Passes, choose_passes, cut_pieces
 from dask_ep.quantized import Float8Source
 from dask_ep.sources import open_source
-from dask_ep.spill import Layout
+from dask_ep.spill import Layout as SpillLayout
 from dask_ep.spilled_rows import Spilled, collect
 from dask_ep.survey import survey
 from dask_ep.weights import Weight
+from dask_ep.work import Work
 from tests.compare import assert_close, whole_layer
 from tests.strategies import Case, cases
 
@@ -144,130 +146,133 @@ def test_outputs_may_take_the_place_of_the_tokens(case, passes, contiguous, weig
 
 # --- which way, how often, with how much memory --------------------------------------------------
 
-LARGE = Sizes(
+LARGE = Work(
     rows=250_000,
     slots=2,
     d=2048,
     d_out=2048,
-    itemsize=4,
-    wide=4,
+    dtype=np.dtype("f4"),
     experts=256,
     expert_stored=50 * MB,
     expert_loaded=100 * MB,
     widest=2048,
     matrix_stored=17 * MB,
-    threads=2,
 )
 """12.8 GB of experts in 16 bits, over 2 GB of tokens."""
 
+
+def choose(
+    work: Work, limit: int, threads: int = 2, workers: int | None = None, **asked: object
+) -> Passes:
+    """Choose passes on threads, or on so many Dask workers."""
+    layout = Layout(1, workers or 1, threads, limit, in_process=workers is None)
+    return choose_passes(work, layout, **asked)
+
+
 TABLE = [
-    # what, limit, way, passes, blocks decoded, ahead
-    (LARGE, 8_000 * MB, "hold", 1, 2, 2),
-    (LARGE, 3_000 * MB, "hold", 2, 2, 2),
-    (replace(LARGE, slots=1), 3_000 * MB, "hold", 1, 2, 2),
-    (LARGE, 1_500 * MB, "spill", 1, 2, 2),
-    (LARGE, 900 * MB, "spill", 1, 2, 2),
-    (LARGE, 750 * MB, "spill", 1, 2, 1),
-    (LARGE, 650 * MB, "spill", 1, 1, 1),
-    (LARGE, 600 * MB, "spill", 1, 1, 0),
-    (replace(LARGE, rows=10_000_000), 3_000 * MB, "spill", 1, 2, 2),
-    (replace(LARGE, slots=8), 3_000 * MB, "hold", 2, 2, 2),
-    (replace(LARGE, threads=8), 3_000 * MB, "spill", 1, 8, 2),
-    (replace(LARGE, workers=2, threads=1), 3_000 * MB, "spill", 1, 1, 2),
+    # what, where, limit, way, passes, blocks decoded, ahead
+    (LARGE, {}, 8_000 * MB, "hold", 1, 2, 2),
+    (LARGE, {}, 3_000 * MB, "hold", 2, 2, 2),
+    (replace(LARGE, slots=1), {}, 3_000 * MB, "hold", 1, 2, 2),
+    (LARGE, {}, 1_500 * MB, "spill", 1, 2, 2),
+    (LARGE, {}, 900 * MB, "spill", 1, 2, 2),
+    (LARGE, {}, 750 * MB, "spill", 1, 2, 1),
+    (LARGE, {}, 650 * MB, "spill", 1, 1, 1),
+    (LARGE, {}, 600 * MB, "spill", 1, 1, 0),
+    (replace(LARGE, rows=10_000_000), {}, 3_000 * MB, "spill", 1, 2, 2),
+    (replace(LARGE, slots=8), {}, 3_000 * MB, "hold", 2, 2, 2),
+    (LARGE, {"threads": 8}, 3_000 * MB, "spill", 1, 8, 2),
+    (LARGE, {"workers": 2, "threads": 1}, 3_000 * MB, "spill", 1, 1, 2),
 ]
 
 
-@pytest.mark.parametrize(("sizes", "limit", "way", "passes", "decoded", "ahead"), TABLE)
-def test_the_way_follows_from_the_limit(sizes, limit, way, passes, decoded, ahead):
-    chosen = choose_passes(sizes, limit)
+@pytest.mark.parametrize(("work", "where", "limit", "way", "passes", "decoded", "ahead"), TABLE)
+def test_the_way_follows_from_the_limit(work, where, limit, way, passes, decoded, ahead):
+    chosen = choose(work, limit, **where)
     assert (chosen.way, chosen.passes, chosen.decoded, chosen.ahead) == (
         way, passes, decoded, ahead,
     )  # fmt: skip
     assert chosen.memory_bytes <= limit
-    assert chosen.read_bytes == passes * sizes.experts * sizes.expert_stored
+    assert chosen.read_bytes == passes * work.experts * work.expert_stored
     assert (chosen.spill_bytes > 0) == (way == "spill")
 
 
 def test_dear_weights_are_read_once_and_dear_disks_are_not_spilled_to():
-    slow_reads = choose_passes(LARGE, 3_000 * MB, rates=Rates(flops=1, copy=5e9, read=1e8))
-    slow_writes = choose_passes(LARGE, 1_500 * MB, rates=Rates(flops=1, copy=5e9, write=1e7))
+    slow_reads = choose(LARGE, 3_000 * MB, rates=Rates(flops=1, copy=5e9, read=1e8))
+    slow_writes = choose(LARGE, 1_500 * MB, rates=Rates(flops=1, copy=5e9, write=1e7))
     assert (slow_reads.way, slow_writes.way) == ("spill", "hold")
 
 
-sizes = st.builds(
-    Sizes,
+works = st.builds(
+    Work,
     rows=st.integers(0, 10**7),
     slots=st.integers(1, 8),
     d=st.integers(1, 8192),
     d_out=st.integers(1, 8192),
-    itemsize=st.sampled_from([2, 4]),
-    wide=st.just(4),
+    dtype=st.sampled_from([np.dtype("f2"), np.dtype("f4")]),
     experts=st.integers(1, 512),
     expert_stored=st.integers(1, 400 * MB),
     expert_loaded=st.integers(1, 800 * MB),
     widest=st.integers(1, 8192),
     matrix_stored=st.integers(0, 100 * MB),
     stored_rows=st.none() | st.integers(1, 100_000),
-    threads=st.integers(1, 16),
-    workers=st.none() | st.integers(1, 4),
 )
 
 
 @given(
-    sizes=sizes,
+    work=works,
     limit=st.integers(PROCESS_BYTES, 64_000 * MB),
     free=st.none() | st.integers(0, 10**13),
+    threads=st.integers(1, 16),
+    workers=st.none() | st.integers(1, 4),
 )
 @example(
-    sizes=Sizes(
-        rows=0, slots=1, d=1, d_out=1, itemsize=2, wide=4, experts=1, expert_stored=1,
+    work=Work(
+        rows=0, slots=1, d=1, d_out=1, dtype=np.dtype("f2"), experts=1, expert_stored=1,
         expert_loaded=1, widest=1,
     ),
     limit=PROCESS_BYTES + 36_353,
     free=None,
+    threads=1,
+    workers=None,
 )  # fmt: skip
-def test_what_is_chosen_fits_and_covers_all_rows(sizes, limit, free):
+def test_what_is_chosen_fits_and_covers_all_rows(work, limit, free, threads, workers):
     found = {}
     for way in ("hold", "spill"):
         with contextlib.suppress(MemoryError):
-            found[way] = choose_passes(sizes, limit, free=free, ways=[way])
+            found[way] = choose(work, limit, threads, workers, free=free, ways=[way])
     for chosen in found.values():
         assert PROCESS_BYTES < chosen.memory_bytes <= limit
         assert free is None or chosen.spill_bytes <= free
-        chunks = -(-sizes.rows // chosen.chunk_rows)
+        chunks = -(-work.rows // chosen.chunk_rows)
         assert [c for group in chosen.groups(chunks) for c in group] == list(range(chunks))
         assert len(list(chosen.groups(chunks))) in (chosen.passes, chosen.passes - 1)
         assert chosen.chunk_rows % chosen.stored_rows == 0
         assert Passes.from_dict(chosen.to_dict()) == chosen
     if found:
-        best = choose_passes(sizes, limit, free=free, ways=list(found))
+        best = choose(work, limit, threads, workers, free=free, ways=list(found))
         assert best.seconds == min(chosen.seconds for chosen in found.values())
 
 
 def test_workers_share_what_is_read_and_written():
-    one, two = (
-        choose_passes(replace(LARGE, workers=workers), 3_000 * MB, chunk_rows=1000)
-        for workers in (1, 2)
-    )
+    one, two = (choose(LARGE, 3_000 * MB, workers=workers, chunk_rows=1000) for workers in (1, 2))
     assert two.seconds == pytest.approx(one.seconds / 2)
 
 
 def test_more_memory_never_means_more_passes():
-    passes = [
-        choose_passes(LARGE, limit * MB, ways=["hold"]).passes for limit in range(900, 9000, 100)
-    ]
+    passes = [choose(LARGE, limit * MB, ways=["hold"]).passes for limit in range(900, 9000, 100)]
     assert passes == sorted(passes, reverse=True)
     assert passes[-1] == 1
 
 
 def test_little_disk_means_more_groups_and_none_means_another_way():
-    whole = choose_passes(LARGE, 1_500 * MB)
+    whole = choose(LARGE, 1_500 * MB)
     assert whole.spill_bytes == LARGE.rows * 2 * 2 * 2048 * 4
-    half = choose_passes(LARGE, 1_500 * MB, free=whole.spill_bytes * 2 // 3)
+    half = choose(LARGE, 1_500 * MB, free=whole.spill_bytes * 2 // 3)
     assert (half.way, half.passes) == ("spill", 2)
-    assert choose_passes(LARGE, 1_500 * MB, free=10 * MB).way == "hold"
+    assert choose(LARGE, 1_500 * MB, free=10 * MB).way == "hold"
     with pytest.raises(MemoryError, match="10 MB are free there and a chunk needs"):
-        choose_passes(LARGE, 600 * MB, free=10 * MB, ways=["spill"])
+        choose(LARGE, 600 * MB, free=10 * MB, ways=["spill"])
 
 
 def test_what_no_pass_can_fit_is_refused_with_the_numbers():
@@ -276,16 +281,16 @@ def test_what_no_pass_can_fit_is_refused_with_the_numbers():
         match=r"may use 400 MB and must hold 300 MB of its own .* to "
         r"compute \(1 experts of 100 MB, 2 threads\) .* in all; give more memory",
     ):
-        choose_passes(LARGE, 400 * MB)
+        choose(LARGE, 400 * MB)
 
 
 def test_chunk_rows_that_are_given_are_kept():
     for way in ("hold", "spill"):
-        chosen = choose_passes(LARGE, 3_000 * MB, chunk_rows=1000, ways=[way])
+        chosen = choose(LARGE, 3_000 * MB, chunk_rows=1000, ways=[way])
         assert chosen.chunk_rows == 1000
-    assert choose_passes(LARGE, 3_000 * MB, chunk_rows=1000, ways=["hold"]).passes == 125
+    assert choose(LARGE, 3_000 * MB, chunk_rows=1000, ways=["hold"]).passes == 125
     with pytest.raises(MemoryError, match="chunks of 200000 rows"):
-        choose_passes(LARGE, 3_000 * MB, chunk_rows=200_000)
+        choose(LARGE, 3_000 * MB, chunk_rows=200_000)
 
 
 @given(
@@ -326,7 +331,7 @@ def test_an_expert_has_one_rank_unless_it_has_more_rows_than_a_ranks_share(
 
 @given(counts=st.lists(st.lists(st.integers(0, 5), min_size=3, max_size=3), min_size=1, max_size=5))
 def test_every_slot_has_one_place_on_either_side(counts):
-    layout = Layout(np.array(counts))
+    layout = SpillLayout(np.array(counts))
     places = []
     for e in range(3):
         total = int(layout.counts[:, e].sum())

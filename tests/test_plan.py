@@ -12,18 +12,20 @@ import ml_dtypes
 import numpy as np
 import pytest
 from dask.utils import parse_bytes
-from dask_ep.exchange import send
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dask_ep.capacity import Capacity
 from dask_ep.costs import PROCESS_BYTES, SORT_BYTES, Need, Rates, chunks_held
+from dask_ep.errors import DoesNotFit
+from dask_ep.exchange import send
 from dask_ep.experts import Experts
 from dask_ep.held import held_as_stored
 from dask_ep.layer import MoELayer
 from dask_ep.pipeline import count_tasks, expert_parallel
 from dask_ep.placement import POLICIES, Placement, contiguous, exact, place
-from dask_ep.planner import Plan, PlanError, plan, what_if
+from dask_ep.planner import plan, what_if
+from dask_ep.price import Plan
 from dask_ep.routing import Router
 from dask_ep.rows import rows_of
 from dask_ep.served import tile_bytes
@@ -327,13 +329,13 @@ def test_a_proposal_runs():
     tokens, routing, experts = job(rows=5000, d=64, chunk=2500)
     tokens = da.ones(tokens.shape, chunks=tokens.chunks, dtype="f4")
     limit = need_of_64(chunks=5).at(512)
-    with pytest.raises(PlanError) as refused:
-        plan(tokens, routing, experts, threads=1, memory_limit=limit, rates=RATES)
-    proposal = refused.value.proposal
-    y = expert_parallel(
-        tokens.rechunk({0: proposal.chunks}), routing, experts, world_size=proposal.world_size
-    )
-    assert y.chunks[0] == proposal.chunks
+    arguments = {"threads": 1, "memory_limit": limit, "rates": RATES}
+    with pytest.raises(DoesNotFit) as refused:
+        plan(tokens, routing, experts, chunk_rows=2500, **arguments)
+    assert refused.value.proposal == {"chunk_rows": 512}
+    proposed = plan(tokens, routing, experts, **refused.value.proposal, **arguments)
+    y = expert_parallel(tokens.rechunk({0: proposed.chunks}), routing, experts, world_size=1)
+    assert y.chunks[0] == proposed.chunks
     np.testing.assert_array_equal(y.compute(scheduler="sync"), np.full((5000, 64), 128.0))
 
 
@@ -374,39 +376,56 @@ def test_what_if_marks_the_fastest_that_fits():
 # --- refusing ----------------------------------------------------------------------------------
 
 
-def test_a_job_that_cannot_fit_is_refused_with_a_proposal_that_does():
+def test_chunks_that_do_not_fit_are_refused_where_they_are_asked_for_and_made_smaller_elsewhere():
     tokens, routing, experts = job(rows=100_000, d=64, chunk=50_000)
     limit = need_of_64(chunks=5).at(4096)
-    with pytest.raises(PlanError, match=r"a worker needs .* may use .*chunk_rows=4096") as refused:
-        plan(tokens, routing, experts, threads=1, memory_limit=limit, rates=RATES)
-    assert refused.value.plan.memory_bytes > limit >= refused.value.proposal.memory_bytes
-    again = plan(
-        tokens,
-        routing,
-        experts,
-        chunk_rows=refused.value.proposal.chunk_rows,
-        threads=1,
-        memory_limit=limit,
-        rates=RATES,
-    )
-    assert again.fits
+    arguments = {"threads": 1, "memory_limit": limit, "rates": RATES}
+    with pytest.raises(DoesNotFit, match=r"a memory limit of .* must hold .*--chunk-rows 4096"):
+        plan(tokens, routing, experts, chunk_rows=50_000, **arguments)
+    free = plan(tokens, routing, experts, **arguments)
+    assert free.chunk_rows == 4096
+    assert free.fits
+    assert "those of the tokens, of 50000 rows, do not fit" in free.advice[0]
+    again = plan(tokens.rechunk({0: 4096}), routing, experts, **arguments)
+    assert again.chunks == free.chunks
+    assert not again.advice
 
 
 def test_more_workers_are_proposed_when_the_experts_are_too_many():
     tokens, routing, experts = job(d=512, experts=16)
-    limit = Need(4 * 512 * 512 * 4, 16, 512 * 4, tile_bytes(512 * 4), 2 * SORT_BYTES).at(50)
-    with pytest.raises(PlanError, match=r"world_size=4 \(instead of 2\)") as refused:
-        plan(tokens, routing, experts, world_size=2, threads=1, memory_limit=limit, rates=RATES)
-    assert refused.value.proposal.workers == 4
+    limit = Need(4 * 512 * 512 * 4, 16, 512 * 4, tile_bytes(512 * 4), 2 * SORT_BYTES).at(64)
+    arguments = {"world_size": 2, "threads": 1, "memory_limit": limit, "rates": RATES}
+    with pytest.raises(DoesNotFit, match="each worker's memory limit .* with --processes 4"):
+        plan(tokens, routing, experts, **arguments)
+    assert plan(tokens, routing, experts, **arguments | {"world_size": 4}).fits
 
 
 def test_where_nothing_fits_it_is_said():
     tokens, routing, experts = job(d=512, experts=16)
-    with pytest.raises(PlanError, match="No chunk size fits .* up to 16 of 1.00 MiB") as refused:
-        plan(tokens, routing, experts, workers=1, threads=1, memory_limit="181 MiB", rates=RATES)
-    assert refused.value.proposal is None
-    with pytest.raises(PlanError, match="No chunk size fits"):
-        what_if(tokens, routing, experts, workers=1, threads=1, memory_limit="1 MB", rates=RATES)
+    arguments = {"workers": 1, "threads": 1, "memory_limit": "180 MB", "rates": RATES}
+    with pytest.raises(DoesNotFit, match="must hold 17 MB of experts, .*; give more") as refused:
+        plan(tokens, routing, experts, **arguments)
+    assert refused.value.proposal == {}
+    with pytest.raises(DoesNotFit, match="must hold .* Nor does it fit with experts that go by"):
+        what_if(tokens, routing, experts, **arguments)
+
+
+def test_experts_that_do_not_fit_go_by_in_passes_or_stay_as_they_are_stored():
+    """As in a run: 400 MB of experts within 450 MB, which are read from their files."""
+    tokens, routing, _ = job(rows=20_000, d=1024, experts=100, k=1, chunk=10_000)
+    wide, half = (np.broadcast_to(np.ones((), dtype), (100, 1024, 1024)) for dtype in ("f4", "f2"))
+    arguments = {"workers": 1, "threads": 1, "rates": RATES}
+    priced = plan(tokens, routing, wide, memory_limit="450 MB", **arguments)
+    assert priced.passes.way in ("hold", "spill")
+    assert priced.memory_bytes == priced.passes.memory_bytes <= 450e6
+    assert priced.chunk_rows == priced.passes.chunk_rows
+    few = plan(tokens, routing, half, memory_limit="580 MB", **arguments)
+    assert few.passes is not None, "each expert gets too few rows of a chunk to be converted for"
+    tokens, routing, _ = job(rows=20_000, d=1024, experts=64, k=8, chunk=10_000)
+    half = Experts.linear(half[:64])
+    stored = plan(tokens, routing, half, memory_limit="450 MB", **arguments)
+    assert (type(stored), stored.decision.as_stored) == (Plan, True)
+    assert "they are held in memory as they are stored" in stored.advice[0]
 
 
 def test_advice_on_chunks_and_balance():

@@ -15,8 +15,8 @@ from dask_ep.build import open_inputs
 from dask_ep.checkpoint import load_moe_layer, moe_layers
 from dask_ep.costs import PART_OF_A_WORKER, Rates
 from dask_ep.errors import NoDeviceError
-from dask_ep.fit import Layout, need
 from dask_ep.job import load_job
+from dask_ep.memory_law import Layout, need
 from dask_ep.pipeline import count_tasks
 from dask_ep.placement import Placement
 from dask_ep.placement_files import write_sglang, write_vllm_ascend
@@ -113,18 +113,18 @@ def test_the_command_compares_choices(job_file):
         (["--what-if", "world_size=0"], "world_size takes whole numbers of at least 1; got '0'"),
         (["--what-if", "travel=foo"], "travel takes rows, auto, experts; got 'foo'"),
         (["--what-if", "chunk_rows=5", "chunk_rows=6"], "chunk_rows is given twice"),
-        (["--threads", 2, "--processes", 2], "give one of --threads and --processes"),
+        (["--threads", 2, "--processes", 2], "--threads and --processes are mutually exclusive"),
         (["--travel", "auto"], "threads share memory, and nothing travels between them"),
         (["--what-if", "travel=rows,auto"], "threads share memory, and nothing travels"),
         (["--html", "job.toml/plan.html"], "plan.html cannot be written: .*choose another place"),
         (
             ["--memory-limit", "1 MB", "--what-if", "world_size=1,2"],
-            "can go by in passes: plan without --what-if prices it",
+            "Nor does it fit with experts that go by in passes",
         ),
         (["--memory-limit", "1 MB"], "a memory limit of 1 MB must hold .* in all; give more"),
         (
             ["--chunk-rows", 900, "--memory-limit", "180.7 MB"],
-            "a worker needs .* chunk_rows=",
+            "a memory limit of 181 MB must hold .* it runs with --chunk-rows",
         ),
     ],
 )
@@ -232,7 +232,7 @@ def test_what_travels_is_a_choice_to_compare(job_file):
 
 def test_what_is_read_beside_fits_into_memory(job_file):
     common = (job_file, "--processes", 4, "--json", "--chunk-rows", 100, "--link-rate", "1 kB")
-    at_worst = need(open_inputs(load_job(job_file)), Layout(4, 4, 1)).at(100)
+    at_worst = need(open_inputs(load_job(job_file)).work(), Layout(4, 4, 1)).at(100)
     enough = at_worst + 2 * 8 * 8 * 4  # two experts for each rank
     limit = math.ceil(enough / PART_OF_A_WORKER)
     limited = json.loads(invoke(*common, "--travel", "auto", "--memory-limit", limit))
@@ -283,10 +283,10 @@ def test_a_plan_on_gpus_that_are_here(job_file, monkeypatch):
     [
         (["--gpu"], "no GPU is here. Give them, as rates=Rates.* or --rates flops="),
         ([*GPU, "--device-memory-limit", "300 MB"], "the memory limit of a GPU of 300 MB must"),
-        ([*GPU, "--processes", 2], "--gpu has one worker per GPU"),
+        ([*GPU, "--processes", 2], "--processes has no effect with --gpu"),
         (["--device-memory-limit", "1 GB"], "--device-memory-limit needs --gpu"),
-        ([*GPU, "--device-memory-limit", "0.9"], "'0.9' is no size"),
-        ([*GPU, "--device-memory-limit", "-5GB"], "'-5GB' is no size"),
+        ([*GPU, "--device-memory-limit", "0.9"], "invalid size: '0.9'"),
+        ([*GPU, "--device-memory-limit", "-5GB"], "invalid size: '-5GB'"),
         (["--rates", "flops=0,copy=1"], "rates must be finite numbers above 0"),
         (["--rates", "flops=1,copy=-1"], "rates must be finite numbers above 0"),
         (["--rates", "flops=1"], "--rates needs flops and copy, and takes flops, .*lane"),

@@ -13,8 +13,9 @@ import sys
 import threading
 import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
+from functools import partial
 from itertools import count
 from pathlib import Path
 
@@ -25,13 +26,17 @@ import zarr
 from click.testing import CliRunner
 from distributed import LocalCluster
 
+from dask_ep import decide as decisions
 from dask_ep import held_rows, in_passes, output, run, sources, spill
+from dask_ep.begun import Begun
 from dask_ep.build import open_inputs
+from dask_ep.decide import Decision, decide
+from dask_ep.errors import DoesNotFit
 from dask_ep.example import Example, write_example
-from dask_ep.fit import Layout
-from dask_ep.in_passes import find_passes
+from dask_ep.in_passes import free_for_rows
 from dask_ep.job import Job, load_job
 from dask_ep.journal import read_done, read_manifest
+from dask_ep.memory_law import Layout
 from dask_ep.output import progress_directory
 from dask_ep.passes import PROCESS_BYTES, Passes
 from dask_ep.places import Cluster, Processes, Threads
@@ -54,6 +59,23 @@ WAYS = {
     "spill": passes_of("spill", chunk_rows=CHUNK_ROWS, group_chunks=9, block_experts=2),
     "spill in groups": passes_of("spill", passes=3, chunk_rows=CHUNK_ROWS, group_chunks=3),
 }
+
+
+def taking(passes: Passes) -> Callable[..., Decision]:
+    """Decide as a run does, but that experts go by so, although they would fit."""
+
+    def decide_so(*args: object, begun: Begun | None = None, **asked: object) -> Decision:
+        decision = decide(*args, begun=begun, **asked)
+        if begun is not None:
+            return decision
+        return replace(decision, passes=passes, chunk_rows=passes.chunk_rows)
+
+    return decide_so
+
+
+def on_threads(threads: int, memory_limit: int) -> Layout:
+    """So many threads of this process, which may use so many bytes."""
+    return Layout(1, 1, threads, memory_limit, in_process=True)
 
 
 class Stopped(Exception):
@@ -79,13 +101,13 @@ def job(plain, tmp_path) -> Job:
 @pytest.fixture(params=WAYS)
 def passes(request, monkeypatch) -> Passes:
     """A way to go through the experts, taken although they would fit."""
-    monkeypatch.setattr(run, "find_passes", lambda *_: WAYS[request.param])
+    monkeypatch.setattr(run, "decide", taking(WAYS[request.param]))
     return WAYS[request.param]
 
 
 @pytest.fixture
 def spilling(monkeypatch) -> None:
-    monkeypatch.setattr(run, "find_passes", lambda *_: WAYS["spill in groups"])
+    monkeypatch.setattr(run, "decide", taking(WAYS["spill in groups"]))
 
 
 def spill_directories(job: Job) -> list[str]:
@@ -182,7 +204,7 @@ def test_a_stopped_run_goes_on_to_the_same_bits(monkeypatch, job, passes, rows):
     with pytest.raises(Stopped):
         run_job(job, Threads(2), on_progress=stop_after(rows))
     assert not os.path.exists(job.out)
-    monkeypatch.setattr(run, "find_passes", None)  # what was chosen is kept
+    monkeypatch.setattr(decisions, "choose_passes", None)  # what was chosen is kept
     done = run_job(job, Threads(2), resume=True)
     np.testing.assert_array_equal(np.load(job.out), np.load(undisturbed.out))
     assert done.rows_before + done.rows_done == ROWS
@@ -194,7 +216,7 @@ def test_a_stopped_run_goes_on_to_the_same_bits(monkeypatch, job, passes, rows):
 
 
 def test_what_waits_is_kept_where_no_output_is_done_yet(monkeypatch, job):
-    monkeypatch.setattr(run, "find_passes", lambda *_: WAYS["spill"])  # all chunks in one group
+    monkeypatch.setattr(run, "decide", taking(WAYS["spill"]))  # all chunks in one group
     with pytest.raises(Stopped):
         run_job(job, Threads(2), on_progress=stop_after(ROWS // 2))
     directory = progress_directory(job.out)
@@ -220,7 +242,7 @@ def cluster() -> Iterator[Cluster]:
 
 
 def test_rows_that_are_held_are_not_gone_on_with_by_workers(monkeypatch, job, cluster):
-    monkeypatch.setattr(run, "find_passes", lambda *_: WAYS["hold"])
+    monkeypatch.setattr(run, "decide", taking(WAYS["hold"]))
     with pytest.raises(Stopped):
         run_job(job, Threads(1), on_progress=stop_after(300))
     with pytest.raises(ValueError, match="holds rows in memory, which threads alone share: resume"):
@@ -230,7 +252,7 @@ def test_rows_that_are_held_are_not_gone_on_with_by_workers(monkeypatch, job, cl
 
 def test_a_run_in_passes_is_not_gone_on_with_where_its_memory_would_be_exceeded(job, monkeypatch):
     passes = replace(WAYS["spill"], memory_bytes=500 * 10**6)
-    monkeypatch.setattr(run, "find_passes", lambda *_: passes)
+    monkeypatch.setattr(run, "decide", taking(passes))
     with pytest.raises(Stopped):
         run_job(job, Threads(2), on_progress=stop_after(100))
     for where, more, told in (
@@ -245,7 +267,7 @@ def test_a_run_in_passes_is_not_gone_on_with_where_its_memory_would_be_exceeded(
 
 
 def test_a_run_in_passes_goes_on_with_its_threads_wherever_there_are_more(job, monkeypatch):
-    monkeypatch.setattr(run, "find_passes", lambda *_: WAYS["hold"])
+    monkeypatch.setattr(run, "decide", taking(WAYS["hold"]))
     with pytest.raises(Stopped):
         run_job(job, Threads(2), on_progress=stop_after(100))
     monkeypatch.setattr(run, "CPU_COUNT", 8)
@@ -253,7 +275,7 @@ def test_a_run_in_passes_goes_on_with_its_threads_wherever_there_are_more(job, m
 
 
 def test_a_complete_run_in_passes_is_gone_on_with_anywhere(job, monkeypatch, cluster):
-    monkeypatch.setattr(run, "find_passes", lambda *_: WAYS["hold"])
+    monkeypatch.setattr(run, "decide", taking(WAYS["hold"]))
     run_job(job, Threads(2))
     for where in (Threads(3), cluster):
         assert run_job(job, where, resume=True).rows_before == ROWS
@@ -264,7 +286,7 @@ def test_a_complete_run_in_passes_is_gone_on_with_anywhere(job, monkeypatch, clu
 
 def test_workers_fill_the_part_of_their_memory_that_dask_leaves(job, monkeypatch, cluster):
     passes = replace(WAYS["spill"], memory_bytes=701 * 10**6)
-    monkeypatch.setattr(run, "find_passes", lambda *_: passes)
+    monkeypatch.setattr(run, "decide", taking(passes))
     with pytest.raises(Stopped):
         run_job(job, Threads(2), on_progress=stop_after(100))
     with pytest.raises(ValueError, match="up to 701 MB, but each worker may fill 700 MB: resume"):
@@ -273,12 +295,11 @@ def test_workers_fill_the_part_of_their_memory_that_dask_leaves(job, monkeypatch
 
 def test_the_layout_of_a_cluster_is_that_of_its_workers(monkeypatch, job, cluster):
     layouts = []
-    plain = run.choose_chunk_rows
     monkeypatch.setattr(
-        run, "choose_chunk_rows", lambda *args: layouts.append(args[1]) or plain(*args)
+        run, "decide", lambda *args, **asked: layouts.append(args[1]) or decide(*args, **asked)
     )
     run_job(replace(job, world_size=4), cluster)
-    assert layouts == [Layout(world_size=4, workers=2, threads=2, memory_limit=10**9)]
+    assert layouts == [Layout(4, workers=2, threads=2, memory_limit=10**9, ranks_given=True)]
 
 
 def test_a_run_whose_rows_travelled_goes_on_so(job, cluster):
@@ -292,7 +313,7 @@ def test_a_run_whose_rows_travelled_goes_on_so(job, cluster):
 def test_a_task_that_outlives_its_run_says_nothing_of_the_run_that_overwrites_it(
     monkeypatch, plain, job, cluster
 ):
-    monkeypatch.setattr(run, "find_passes", lambda *_: WAYS["spill"])
+    monkeypatch.setattr(run, "decide", taking(WAYS["spill"]))
     calls, late, begun_again = count(), threading.Event(), threading.Event()
     write, create = SpillFiles.write_rows, SpillFiles.create
 
@@ -353,11 +374,11 @@ FILLS_ITS_DISK = """
 import errno, os, shutil, subprocess, sys
 from dask_ep import places, run
 from dask_ep.job import load_job
-from tests.test_spill import WAYS, spill_directories
+from tests.test_spill import WAYS, spill_directories, taking
 disk, out = os.path.dirname(sys.argv[2]), sys.argv[2]
 os.mkdir(disk)
 subprocess.run(["mount", "-t", "tmpfs", "-o", "size=160k", "none", disk], check=True)
-run.find_passes = lambda *_: WAYS["spill in groups"]
+run.decide = taking(WAYS["spill in groups"])
 job = load_job(sys.argv[1], out=out)
 try:
     run.run_job(job, places.Threads(2))
@@ -405,9 +426,9 @@ TOO_LARGE_FILES = """
 import resource, sys
 from dask_ep import places, run
 from dask_ep.job import load_job
-from tests.test_spill import WAYS
+from tests.test_spill import WAYS, taking
 resource.setrlimit(resource.RLIMIT_FSIZE, (150_000, resource.RLIM_INFINITY))
-run.find_passes = lambda *_: WAYS["spill"]
+run.decide = taking(WAYS["spill"])
 run.run_job(load_job(sys.argv[1], out=sys.argv[2]), places.Threads(2))
 """
 
@@ -421,7 +442,7 @@ def test_files_that_may_not_be_so_large_are_an_error_and_resume_goes_on(plain, j
     told = re.search(r"need (\d+) bytes in .* \(File too large\)", failed.stderr)
     assert needed < int(told[1]) < needed + 1000, "a byte for each task"
     assert spill_directories(job) == []
-    monkeypatch.setattr(run, "find_passes", None)  # what was chosen is kept
+    monkeypatch.setattr(decisions, "choose_passes", None)  # what was chosen is kept
     assert run_job(job, Threads(2), resume=True).rows_done == ROWS
     assert_to_rounding(np.load(job.out), plain[1])
 
@@ -460,7 +481,7 @@ def test_layers_of_checkpoints_go_in_passes_too(tmp_path, monkeypatch, case):
     plain = replace(job, out=str(tmp_path / "plain.npy"))
     run_job(plain, Threads(2), chunk_rows=7)
     passes = passes_of("spill", passes=2, chunk_rows=7, group_chunks=2)
-    monkeypatch.setattr(run, "find_passes", lambda *_: passes)
+    monkeypatch.setattr(run, "decide", taking(passes))
     done = run_job(job, Threads(2))
     want = np.load(plain.out)
     assert_to_rounding(np.load(job.out), want)
@@ -524,7 +545,7 @@ def lose_block(job: Job, block: int) -> None:
 @pytest.mark.parametrize("lost", [False, True])
 def test_chunks_that_are_done_are_not_held_again(monkeypatch, job, lost):
     held = passes_of("hold", chunk_rows=CHUNK_ROWS, group_chunks=9, threads=1, stored_rows=100)
-    monkeypatch.setattr(run, "find_passes", lambda *_: held)
+    monkeypatch.setattr(run, "decide", taking(held))
     job = replace(job, out=job.out.replace(".npy", ".zarr"))
     undisturbed = replace(job, out=f"{job.out}.whole.zarr")
     run_job(undisturbed, Threads(1))
@@ -545,7 +566,7 @@ def test_chunks_that_are_lost_are_served_after_the_others_and_take_no_more_exper
     monkeypatch, job
 ):
     held = passes_of("hold", chunk_rows=CHUNK_ROWS, group_chunks=9, ahead=0, stored_rows=CHUNK_ROWS)
-    monkeypatch.setattr(run, "find_passes", lambda *_: held)
+    monkeypatch.setattr(run, "decide", taking(held))
     job = replace(job, out=job.out.replace(".npy", ".zarr"))
     written = fill_disk_after(4, monkeypatch, job)
     lose_block(job, written[0])
@@ -564,44 +585,37 @@ def test_chunks_that_are_lost_are_served_after_the_others_and_take_no_more_exper
     assert verify_job(job).good
 
 
-def test_chunks_of_more_rows_than_there_are_mean_all_of_them_in_passes_too(tmp_path, monkeypatch):
+def test_chunks_of_more_rows_than_there_are_mean_all_of_them_in_passes_too(tmp_path):
     path = write_large_job(tmp_path, 2000)
     arguments = [str(path), "--threads", "1", "--memory-limit", "380MB", "--json"]
     rates = ["--rates", "flops=1e10,copy=1e9"]
     planned = CliRunner().invoke(plan_command, [*arguments, *rates, "--chunk-rows", "1000000"])
     assert planned.exit_code == 0, planned.exception
-    chosen = []
-
-    def find(*args):
-        chosen.append(find_passes(*args))
-        raise Stopped
-
-    monkeypatch.setattr(run, "find_passes", find)
-    with pytest.raises(Stopped):
-        run_job(load_job(path), Threads(1, 380 * 10**6), chunk_rows=10**6)
-    assert chosen[0].chunk_rows == json.loads(planned.output)["chunk_rows"] == 2000
+    done = run_job(load_job(path), Threads(1, 380 * 10**6), chunk_rows=10**6)
+    assert done.passes.passes.chunk_rows == json.loads(planned.output)["chunk_rows"] == 2000
 
 
 def test_what_is_overwritten_makes_room_for_rows_that_wait(monkeypatch, tmp_path):
     job = load_job(write_large_job(tmp_path, 14_000))
-    inputs, layout = open_inputs(job), Layout(1, 1, 2, 410 * 10**6)
-    needed = find_passes(inputs, layout, None, None, Travel("rows")).spill_bytes
-    out_bytes = 14_000 * 512 * 4
-    monkeypatch.setattr(in_passes, "free_bytes", lambda _: out_bytes)
-    with pytest.raises(MemoryError, match="0 MB are free there"):
-        find_passes(inputs, layout, None, None, Travel("rows"), True)
+    inputs, layout = open_inputs(job), on_threads(2, 410 * 10**6)
+
+    def choose(**asked: object) -> Passes:
+        return decide(inputs.work(), layout, travel=Travel("rows"), **asked).passes
+
+    needed = choose().spill_bytes
+    monkeypatch.setattr(in_passes, "free_bytes", lambda _: 14_000 * 512 * 4)
+    with pytest.raises(DoesNotFit, match="0 MB are free there"):
+        choose(free=partial(free_for_rows, inputs))
     Path(progress_directory(job.out), "spill-x-0").mkdir(parents=True)
     with open(f"{progress_directory(job.out)}/spill-x-0/rows", "wb") as file:
         os.posix_fallocate(file.fileno(), 0, needed)
     np.save(job.out, np.ones(needed // 4, np.uint8))
-    with pytest.raises(MemoryError, match="0 MB are free there"):
-        find_passes(inputs, layout, None, None, Travel("rows"))
-    assert find_passes(inputs, layout, None, None, Travel("rows"), True).passes == 1
+    assert choose(free=partial(free_for_rows, inputs)).passes == 1
 
 
 def test_large_chunks_that_are_held_are_stored_in_small_ones(monkeypatch, plain, job):
     held = passes_of("hold", passes=2, chunk_rows=300, group_chunks=2, stored_rows=100)
-    monkeypatch.setattr(run, "find_passes", lambda *_: held)
+    monkeypatch.setattr(run, "decide", taking(held))
     job = replace(job, out=job.out.replace(".npy", ".zarr"))
     with pytest.raises(Stopped):
         run_job(job, Threads(2), on_progress=stop_after(600))
@@ -617,10 +631,10 @@ SLOW_RUN = """
 import sys, time
 from dask_ep import places, run, spilled_rows
 from dask_ep.job import load_job
-from tests.test_spill import WAYS
+from tests.test_spill import WAYS, taking
 plain = spilled_rows._serve_run
 spilled_rows._serve_run = lambda *args: (time.sleep(0.02), plain(*args))[1]
-run.find_passes = lambda *_: WAYS["spill in groups"]
+run.decide = taking(WAYS["spill in groups"])
 run.run_job(load_job(sys.argv[1], out=sys.argv[2]), places.Threads(2))
 """
 
@@ -715,7 +729,7 @@ def test_plan_says_how_experts_go_by_and_refuses_only_what_no_pass_can_fit(tmp_p
     said = " ".join(content["advice"])
     assert "the experts do not fit, so rows are spilled to disk by expert" in said
     assert "234.38 MiB of disk beside the output while it runs" in said
-    chosen = find_passes(open_inputs(load_job(job)), Layout(1, 1, 2, 410 * 10**6), None)
+    chosen = decide(open_inputs(load_job(job)).work(), on_threads(2, 410 * 10**6)).passes
     assert content["passes"] == chosen.to_dict()
     assert content["memory_bytes"] == chosen.memory_bytes <= content["memory_limit"]
     assert content["fits"]
@@ -732,9 +746,11 @@ def test_plan_says_how_experts_go_by_and_refuses_only_what_no_pass_can_fit(tmp_p
 )
 def test_what_travels_is_asked_for_in_passes_too(tmp_path, travel, way):
     inputs = open_inputs(load_job(write_large_job(tmp_path, 14_000)))
-    layout = Layout(1, 1, 2, 480 * 10**6)
-    chosen = find_passes(inputs, layout, None, None, Travel(travel))
-    slower = find_passes(inputs, layout, None, None, Travel(travel, read=Travel.read / 10))
+    rates = (Travel.read, Travel.read / 10)
+    chosen, slower = (
+        decide(inputs.work(), on_threads(2, 480 * 10**6), travel=Travel(travel, read=read)).passes
+        for read in rates
+    )
     assert (chosen.way, slower.way) == (way, way)
     assert chosen.seconds < slower.seconds
 
@@ -749,9 +765,9 @@ def test_experts_cannot_travel_to_rows_that_wait_on_disk(tmp_path):
     )
     told = "travel by rows or auto is what there is: .* held in memory, which is on threads"
     with pytest.raises(ValueError, match=told):
-        find_passes(open_inputs(large), Layout(2, 2, 1, 320 * 10**6), 2, None, Travel("experts"))
+        decide(open_inputs(large).work(), Layout(2, 2, 1, 320 * 10**6), travel=Travel("experts"))
     with pytest.raises(ValueError, match=told):
-        find_passes(open_inputs(layer), Layout(1, 1, 2, 180_000_001), None, None, Travel("experts"))
+        decide(open_inputs(layer).work(), on_threads(2, 180_000_001), travel=Travel("experts"))
 
 
 def test_on_threads_travel_is_for_experts_that_do_not_fit(job):

@@ -16,9 +16,10 @@ from hypothesis import strategies as st
 from dask_ep import expert_parallel, reference, travel
 from dask_ep.build import build, open_inputs
 from dask_ep.costs import PART_OF_A_WORKER, Rates
+from dask_ep.decide import Decision, decide
 from dask_ep.example import Example, write_example
-from dask_ep.fit import Layout, need, slots_beside
 from dask_ep.job import load_job
+from dask_ep.memory_law import Layout, need
 from dask_ep.placement import POLICIES, Placement, contiguous, place, verify_placement
 from dask_ep.placement_files import from_file, write_vllm_ascend
 from dask_ep.planner import plan
@@ -240,12 +241,13 @@ def test_the_memory_limit_says_how_many_are_read(tmp_path):
     inputs = open_inputs(load_job(path))
     expert = 16 * 16 * 4
     layout = Layout(world_size=4, workers=2, threads=1)
-    assert slots_beside(inputs, layout, 100) is None
-    enough = need(inputs, layout).at(100)
+    work = inputs.work()
+    assert Decision(work, layout, 100).slots_beside is None
+    enough = need(inputs.work(), layout).at(100)
     for more, slots in ((0, 0), (2 * expert - 1, 0), (2 * expert, 1), (7 * expert, 3)):
         limit = math.ceil((enough + more) / PART_OF_A_WORKER)
         limited = replace(layout, memory_limit=limit)  # a worker plays two ranks
-        assert slots_beside(inputs, limited, 100) == slots
+        assert Decision(work, limited, 100).slots_beside == slots
 
 
 @pytest.mark.parametrize(("d", "k", "ranks", "policy"), [(16, 4, 2, None), (64, 3, 3, "exact")])
@@ -257,7 +259,7 @@ def test_a_run_reads_beside_what_its_plan_says(tmp_path, d, k, ranks, policy, sp
     layout = Layout(ranks, ranks, 1, placement=policy)
     if spare is not None:
         expert = inputs.experts.parameters * 4
-        limit = (need(inputs, layout).at(100) + spare * expert) / PART_OF_A_WORKER
+        limit = (need(inputs.work(), layout).at(100) + spare * expert) / PART_OF_A_WORKER
         layout = replace(layout, memory_limit=math.ceil(limit))
     tokens = open_tokens(inputs.tokens, chunks=100)
     routing, topk = (open_tokens(a, like=tokens) for a in (inputs.routing, inputs.topk_weights))
@@ -270,10 +272,7 @@ def test_a_run_reads_beside_what_its_plan_says(tmp_path, d, k, ranks, policy, sp
             placement=policy, workers=ranks, threads=1, rates=Rates(flops=1e11, copy=5e9),
             travel=cheaper, memory_limit=layout.memory_limit,
         )  # fmt: skip
-        built = build(
-            inputs, world_size=ranks, chunk_rows=100, travel=cheaper, workers=ranks,
-            slots_beside=slots_beside(inputs, layout, 100),
-        )  # fmt: skip
+        built = build(inputs, decide(inputs.work(), layout, chunk_rows=100, travel=cheaper))
         np.testing.assert_array_equal(planned.placement.slots, built.placement.slots)
         beside.add(planned.copies_beside)
     assert len(beside) > 1

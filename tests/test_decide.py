@@ -14,7 +14,8 @@ import numpy as np
 import pytest
 import zarr
 
-from dask_ep import fit, sources
+from dask_ep import decide as decisions
+from dask_ep import sources
 from dask_ep.build import Inputs, open_inputs
 from dask_ep.costs import (
     FEWEST_ROWS,
@@ -24,20 +25,13 @@ from dask_ep.costs import (
     Need,
     Rates,
 )
+from dask_ep.decide import Decision, decide
+from dask_ep.errors import DoesNotFit
 from dask_ep.example import Example, write_example
 from dask_ep.experts import Experts
-from dask_ep.fit import (
-    DoesNotFit,
-    Layout,
-    at_most_all,
-    choose_chunk_rows,
-    hold_what_fits,
-    need,
-    slots_beside,
-)
-from dask_ep.held import StoredExperts, held_as_stored
-from dask_ep.in_passes import sizes_of
+from dask_ep.held import StoredExperts
 from dask_ep.job import load_job
+from dask_ep.memory_law import Layout, need
 from dask_ep.passes import choose_passes
 from dask_ep.placement import POLICIES, contiguous
 from dask_ep.places import Processes, Threads, lay_out
@@ -87,7 +81,7 @@ def inputs(job_file) -> Inputs:
     ],
 )
 def test_what_a_worker_needs(inputs, layout, chunks, experts, remark):
-    law = need(inputs, layout)
+    law = need(inputs.work(), layout)
     assert (law.chunks, law.expert_bytes) == (chunks, experts << 20), remark
     scratch = layout.threads * (TILE_BYTES + 100 * 2 * 48)
     assert law.at(100) == PROCESS_BYTES + (experts << 20) + scratch + chunks * 100 * 512 * 4
@@ -102,7 +96,7 @@ def test_it_is_the_law_of_plans_and_never_below_what_the_routing_says(inputs, ra
     priced = plan(
         tokens, routing, inputs.experts, world_size=ranks, placement=policy, threads=1, rates=RATES
     )
-    at_most = need(inputs, layout).at(500)
+    at_most = need(inputs.work(), layout).at(500)
     assert priced.memory_bytes <= at_most
     if ranks == 1:
         assert priced.memory_bytes == at_most
@@ -121,19 +115,24 @@ def test_stored_chunks_that_are_decoded_whole_are_counted_where_they_are_read(tm
     plain = open_inputs(load_job(**{k: str(tmp_path / name) for k, name in names.items()}))
     assert (plain.read_bytes, compressed.read_bytes) == (0, 2 * N * d * 4)
     layout = Layout(1, 1, 2)
-    law, more = need(compressed, layout), 2 * 2 * N * d * 4
-    assert law.at(100) == need(plain, layout).at(100) + more
+    law, more = need(compressed.work(), layout), 2 * 2 * N * d * 4
+    assert law.at(100) == need(plain.work(), layout).at(100) + more
     priced = plan(
         open_tokens(compressed.tokens, chunks=100), open_tokens(compressed.routing, chunks=100),
         compressed.experts, threads=2, workers=1, rates=RATES, read_bytes=compressed.read_bytes,
     )  # fmt: skip
     assert priced.memory_bytes == law.at(100)
     limited = replace(layout, memory_limit=230 * MB)
-    assert choose_chunk_rows(plain, limited) > FEWEST_ROWS
+    assert decide(plain.work(), limited).chunk_rows > FEWEST_ROWS
     with pytest.raises(DoesNotFit, match="of which 66 MB to decode stored token chunks whole"):
-        choose_chunk_rows(compressed, limited)
+        decide(compressed.work(), limited)
     in_passes = [
-        choose_passes(sizes_of(inputs, 2, None), 500 * MB, chunk_rows=100, ways=["hold"])
+        choose_passes(
+            inputs.work(),
+            replace(layout, memory_limit=500 * MB, in_process=True),
+            chunk_rows=100,
+            ways=["hold"],
+        )
         for inputs in (compressed, plain)
     ]
     assert in_passes[0].memory_bytes == in_passes[1].memory_bytes + more
@@ -151,8 +150,12 @@ def test_shared_experts_and_routers_are_held_by_every_worker(tmp_path):
     layer = inputs.layer
     beside = layer.shared.num_experts * layer.shared.parameters + 9 * 32 + 32
     assert layer.loaded_beside(np.dtype("f4")) == 4 * beside
-    assert need(inputs, Layout(1, 1, 1)).expert_bytes == 4 * (9 * layer.experts.parameters + beside)
-    assert need(inputs, Layout(3, 3, 1)).expert_bytes == 4 * (3 * layer.experts.parameters + beside)
+    assert need(inputs.work(), Layout(1, 1, 1)).expert_bytes == 4 * (
+        9 * layer.experts.parameters + beside
+    )
+    assert need(inputs.work(), Layout(3, 3, 1)).expert_bytes == 4 * (
+        3 * layer.experts.parameters + beside
+    )
 
 
 @pytest.mark.parametrize("case", ["gpt_oss_mxfp4", "deepseek_v3_fp8", "deepseek_v3_bfloat16"])
@@ -163,19 +166,24 @@ def test_experts_are_held_as_they_are_stored_where_only_so_they_fit(
         np.save(tmp_path / "x.npy", found["hidden"].reshape(24, -1))
     layer = {"layer": str(FIXTURES / case), "layer_index": 1}
     job = load_job(tokens=str(tmp_path / "x.npy"), out=str(tmp_path / "y.npy"), **layer)
-    plain, layout = open_inputs(job), Layout(1, 1, 1)
-    held = replace(plain, experts=held_as_stored(plain.experts))
-    enough, just = (need(inputs, layout).at(FEWEST_ROWS) for inputs in (plain, held))
+    inputs, layout = open_inputs(job), Layout(1, 1, 1)
+    enough, just = (
+        need(inputs.work(), layout, as_stored).at(FEWEST_ROWS) for as_stored in (False, True)
+    )
     assert just < enough
     just_so = replace(layout, memory_limit=just)
-    assert hold_what_fits(plain, just_so) is plain, "a chunk brings each expert a few rows alone"
-    monkeypatch.setattr(fit, "ROWS_THAT_PAY", 1)
-    kinds = {}
-    for limit in (None, enough, just, just - 10_000):
-        inputs = hold_what_fits(plain, replace(layout, memory_limit=limit))
-        assert inputs.layer.experts is inputs.experts
-        kinds[limit] = type(inputs.experts)
-    assert list(kinds.values()) == [Experts, Experts, StoredExperts, Experts]
+    with pytest.raises(DoesNotFit):  # a chunk brings each expert a few rows alone
+        decide(inputs.work(), just_so)
+    monkeypatch.setattr(decisions, "ROWS_THAT_PAY", 1)
+    for limit, as_stored in ((None, False), (enough, False), (just, True)):
+        decision = decide(inputs.work(), replace(layout, memory_limit=limit))
+        assert (decision.as_stored, decision.passes) == (as_stored, None)
+        assert limit is None or decision.need.at(decision.chunk_rows) <= limit
+    with pytest.raises(DoesNotFit):
+        decide(inputs.work(), replace(layout, memory_limit=just - 10_000))
+    held = inputs.held_as_stored()
+    assert type(inputs.experts) is Experts
+    assert held.layer.experts is held.experts
 
     wide = run_job(replace(job, out=str(tmp_path / "wide.npy")), Threads(1, enough))
     loads, load = [], StoredExperts.load
@@ -196,10 +204,12 @@ def test_experts_of_16_bits_are_held_so_where_each_has_rows_enough(tmp_path):
     names = {"tokens": "x", "routing": "r", "experts": "w", "out": "y"}
     job = load_job(**{key: str(tmp_path / f"{name}.npy") for key, name in names.items()})
     inputs = open_inputs(job)
-    limit = need(inputs, Layout(1, 1, 1)).at(FEWEST_ROWS) - 1  # a byte too little for float32
-    held = hold_what_fits(inputs, Layout(1, 1, 1, limit))
-    assert isinstance(held.experts, StoredExperts)
-    assert hold_what_fits(inputs, Layout(1, 1, 1, limit), asked=1500) is inputs
+    limit = (
+        need(inputs.work(), Layout(1, 1, 1)).at(FEWEST_ROWS) - 1
+    )  # a byte too little for float32
+    assert decide(inputs.work(), Layout(1, 1, 1, limit)).as_stored
+    with pytest.raises(DoesNotFit):
+        decide(inputs.work(), Layout(1, 1, 1, limit), chunk_rows=1500)
     assert run_job(job, Threads(1, limit)).passes is None
 
 
@@ -212,23 +222,23 @@ def test_on_a_gpu_experts_beside_take_16_bits_where_tokens_do(tmp_path):
         load_job(**{key: str(tmp_path / f"{name}.npy") for key, name in names.items()})
     )
     for on_devices, itemsize in ((False, 4), (True, 2)):
-        layout = Layout(2, 2, 1, on_devices=on_devices)
-        enough = need(inputs, layout).at(8) + 3 * 4 * 4 * itemsize
+        layout, work = Layout(2, 2, 1, on_devices=on_devices), inputs.work(on_devices)
+        enough = need(work, layout).at(8) + 3 * 4 * 4 * itemsize
         limit = enough if on_devices else math.ceil(enough / PART_OF_A_WORKER)
-        assert slots_beside(inputs, replace(layout, memory_limit=limit), 8) == 3
+        assert Decision(work, replace(layout, memory_limit=limit), 8).slots_beside == 3
 
 
 @pytest.mark.parametrize("threads", [1, 2, 8])
 @pytest.mark.parametrize("ranks", [1, 2])
 def test_a_limit_decides_the_chunks(inputs, threads, ranks):
-    free = choose_chunk_rows(inputs, Layout(ranks, 1, threads))
+    free = decide(inputs.work(), Layout(ranks, 1, threads)).chunk_rows
     assert free <= 2000 / threads / 4 + 1 or free == FEWEST_ROWS, "some for every thread"
-    law = need(inputs, Layout(ranks, 1, threads))
+    law = need(inputs.work(), Layout(ranks, 1, threads))
     limit = law.at(FEWEST_ROWS)
-    rows = choose_chunk_rows(inputs, Layout(ranks, 1, threads, limit))
+    rows = decide(inputs.work(), Layout(ranks, 1, threads, limit)).chunk_rows
     assert law.at(rows) <= limit
     with pytest.raises(DoesNotFit):
-        choose_chunk_rows(inputs, Layout(ranks, 1, threads, limit - 1))
+        decide(inputs.work(), Layout(ranks, 1, threads, limit - 1))
 
 
 def make_need(inputs: Inputs, experts: int, chunks: int, threads: int = 1) -> Need:
@@ -253,18 +263,18 @@ def test_what_does_not_fit_comes_with_what_does(
     inputs, layout, asked, experts, chunks, rows, proposal
 ):
     """The limit holds the process, so many experts of 1 MB, and chunks of so many rows."""
-    limit = make_need(inputs, experts, chunks, proposal.get("threads", 1)).at(rows)
+    limit = make_need(inputs.work(), experts, chunks, proposal.get("threads", 1)).at(rows)
     with pytest.raises(DoesNotFit, match=r"must hold .* in all; within the same limit") as no:
-        choose_chunk_rows(inputs, replace(layout, memory_limit=limit), asked)
+        decide(inputs.work(), replace(layout, memory_limit=limit), chunk_rows=asked)
     assert no.value.proposal == proposal
 
 
 def test_ranks_of_the_job_stay_and_get_more_workers(job_file):
     job = load_job(job_file, world_size=8)
     inputs = open_inputs(job)
-    limit = make_need(inputs, experts=4, chunks=12).at(FEWEST_ROWS)
+    limit = make_need(inputs.work(), experts=4, chunks=12).at(FEWEST_ROWS)
     with pytest.raises(DoesNotFit) as no:
-        choose_chunk_rows(inputs, lay_out(job, Processes(2, limit), 8))
+        decide(inputs.work(), lay_out(job, Processes(2, limit)))
     assert no.value.proposal == {"processes": 4}
 
 
@@ -273,12 +283,14 @@ def test_ranks_of_a_placement_file_stay(job_file, tmp_path):
     placement.write_text(contiguous(16, 2).to_json())
     job = load_job(job_file, placement=str(placement))
     with pytest.raises(DoesNotFit, match="give more memory") as no:
-        choose_chunk_rows(open_inputs(job), lay_out(job, Processes(2, 185_000_000), 2))
+        decide(open_inputs(job).work(), lay_out(job, Processes(2, 185_000_000)))
     assert no.value.proposal == {}
 
 
 def test_more_rows_than_there_are_mean_all_of_them(inputs):
-    assert [at_most_all(inputs, asked) for asked in (None, 500, 10**6)] == [None, 500, 2000]
+    asked = [500, 10**6]
+    decided = [decide(inputs.work(), Layout(1, 1, 1), chunk_rows=rows).chunk_rows for rows in asked]
+    assert decided == [500, 2000]
 
 
 def test_a_job_without_rows_is_run_and_gone_on_with(job_file, tmp_path):
@@ -294,7 +306,7 @@ def test_a_job_without_rows_is_run_and_gone_on_with(job_file, tmp_path):
 
 def test_where_nothing_fits_it_is_said(inputs):
     with pytest.raises(DoesNotFit, match=r"a memory limit of 179 MB .* in all; give more") as no:
-        choose_chunk_rows(inputs, Layout(1, 1, 2, 179_000_000))
+        decide(inputs.work(), Layout(1, 1, 2, 179_000_000))
     assert no.value.proposal == {}
 
 

@@ -1,0 +1,207 @@
+"""What does the exchange cost, by ranks, workers and bytes?
+
+    python workflows/exchange_cost.py                        # all four parts: ten minutes
+    python workflows/exchange_cost.py scheduler bytes        # some of them
+    python workflows/exchange_cost.py --scale 0.1            # smaller ones, to try it
+
+scheduler   processor time of the scheduler for each chunk, from Zarr to Zarr, by ranks; chunks hold
+            little, so that hardly anything but their tasks costs time.
+ranks       one job on two worker processes by ranks: 100 000 rows of 512, top 8 of 128 small gated
+            experts, chunks of 1 024 rows; time over that of two ranks.
+workers     experts that take time and no core (20 ms a packet), one rank on each of 32 workers of
+            one thread, 4 000 chunks: the time that one rank's packets take, over the time taken.
+bytes       bytes that services received and sent over the law: each row once to each other worker that
+            serves it, one row back from each rank; top 1, 2 and 8, one and three ranks a worker.
+"""
+
+from __future__ import annotations
+
+import argparse
+import tempfile
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import dask
+import dask.array as da
+import numpy as np
+import zarr
+from distributed import Client, SubprocessCluster
+
+from dask_ep import Experts, expert_parallel, open_tokens, own_experts, store, tally
+from dask_ep.blas import limit_blas_for_good
+from dask_ep.places import MALLOC
+
+
+@contextmanager
+def cluster(workers: int) -> Iterator[Client]:
+    """Processes of their own for the scheduler and each worker, which has one thread."""
+    with (
+        dask.config.set(MALLOC),
+        SubprocessCluster(
+            n_workers=workers,
+            threads_per_worker=1,
+            host="127.0.0.1",
+            worker_kwargs={"memory_limit": 0},
+            scheduler_kwargs={"dashboard": False},
+        ) as started,
+        Client(started) as client,
+    ):
+        client.wait_for_workers(workers)
+        client.run(limit_blas_for_good)
+        yield client
+
+
+def write(folder: Path, rows: int, d: int, chunk_rows: int, E: int, k: int) -> dict[str, da.Array]:
+    """Token rows and a routing of k different experts each, in Zarr."""
+    rng = np.random.default_rng(0)
+    arrays = {
+        "tokens": rng.standard_normal((rows, d), dtype=np.float32),
+        "routing": np.argsort(rng.random((rows, E), dtype=np.float32), axis=1)[:, :k].astype("i4"),
+        "weights": rng.random((rows, k), dtype=np.float32),
+    }
+    for name, array in arrays.items():
+        path = str(folder / f"{name}.zarr")
+        stored = zarr.create_array(
+            path, shape=array.shape, chunks=(chunk_rows, array.shape[1]), dtype=array.dtype,
+            compressors=None, overwrite=True,
+        )  # fmt: skip
+        stored[:] = array
+    return {name: open_tokens(folder / f"{name}.zarr", chunks=chunk_rows) for name in arrays}
+
+
+def scheduler_seconds(dask_scheduler: object) -> float:
+    return time.process_time()
+
+
+def of_scheduler(folder: Path, scale: float) -> None:
+    chunks = max(int(1000 * scale), 20)
+    print(f"\nscheduler: {chunks} chunks of 64 rows, two workers")
+    print("\n| R | ms of the scheduler a chunk |\n|---|---|")
+    for ranks in (2, 16, 64, 256):
+        inputs = write(folder, 64 * chunks, 8, 64, 256, 2)
+        experts = Experts.linear(np.ones((256, 8, 8), np.float32))
+        with cluster(2) as client, own_experts(client, ranks):
+            y = expert_parallel(
+                inputs["tokens"], inputs["routing"], experts, topk_weights=inputs["weights"],
+                world_size=ranks,
+            )  # fmt: skip
+            before = client.run_on_scheduler(scheduler_seconds)
+            store(y, folder / "y.zarr", overwrite=True)
+            spent = client.run_on_scheduler(scheduler_seconds) - before
+        print(f"| {ranks} | {1e3 * spent / chunks:.2f} |", flush=True)
+
+
+def of_ranks(folder: Path, scale: float) -> None:
+    rows, d, E, f = int(100_000 * scale), 512, 128, 64
+    inputs, rng = write(folder, rows, d, 1024, E, 8), np.random.default_rng(1)
+    for name, shape in (("gate", (E, d, f)), ("up", (E, d, f)), ("down", (E, f, d))):
+        np.save(folder / f"{name}.npy", 0.05 * rng.standard_normal(shape, dtype=np.float32))
+    experts = Experts.gated(*(folder / f"{name}.npy" for name in ("gate", "up", "down")))
+    print(f"\nranks: {rows} rows, two workers, the better of two runs")
+    print("\n| R | seconds | over R = 2 |\n|---|---|---|")
+    taken: dict[int, float] = {}
+    with cluster(2) as client:
+        for ranks in (2, 16, 64, 2, 16, 64):
+            with own_experts(client, ranks):
+                y = expert_parallel(
+                    inputs["tokens"], inputs["routing"], experts, topk_weights=inputs["weights"],
+                    world_size=ranks,
+                )  # fmt: skip
+                begun = time.perf_counter()
+                store(y, folder / "y.zarr", overwrite=True)
+                seconds = time.perf_counter() - begun
+            taken[ranks] = min(seconds, taken.get(ranks, seconds))
+    for ranks, seconds in taken.items():
+        print(f"| {ranks} | {seconds:.2f} | {seconds / taken[2]:.2f} |", flush=True)
+
+
+def slow(rows: np.ndarray) -> np.ndarray:
+    """An expert that takes 20 ms and no core."""
+    if len(rows):
+        time.sleep(0.02)
+    return rows
+
+
+def of_workers(folder: Path, scale: float, workers: int) -> None:
+    chunks = max(int(4000 * scale), 4 * workers)
+    rows = np.arange(workers)
+    tokens = da.ones((workers * chunks, 8), chunks=(workers, 8), dtype=np.float32)
+    routing = da.from_array(np.tile(rows, chunks), chunks=workers)
+    with cluster(workers) as client, own_experts(client, workers):
+        y = expert_parallel(
+            tokens, routing, Experts.callables([slow] * workers), world_size=workers
+        )
+        begun = time.perf_counter()
+        y.sum().compute()
+        seconds = time.perf_counter() - begun
+    print(
+        f"\nworkers: {workers} of one thread, {chunks} chunks, a packet to each: {seconds:.1f} s, "
+        f"{0.02 * chunks / seconds:.2f} of the ideal time ({0.02 * chunks:.1f} s)",
+        flush=True,
+    )
+
+
+def of_bytes(folder: Path, scale: float) -> None:
+    rows, d, E, workers = max(int(20_000 * scale), 2000), 512, 12, 4
+    print("\nbytes: four workers\n\n| k | ranks a worker | received / law | sent / law |")
+    print("|---|---|---|---|")
+    with cluster(workers) as client:
+        for k in (1, 2, 8):
+            inputs = write(folder, rows, d, 1000, E, k)
+            routing = inputs["routing"].compute()
+            for each in (1, 3):
+                ranks = workers * each
+                with own_experts(client, ranks) as owners:
+                    y = expert_parallel(
+                        inputs["tokens"], inputs["routing"],
+                        Experts.linear(np.ones((E, d, d), np.float32)),
+                        topk_weights=inputs["weights"], world_size=ranks,
+                    )  # fmt: skip
+                    client.run(tally.record)
+                    y.sum().compute()
+                    served = [s for taken in client.run(tally.take).values() for s in taken]
+                    owner = [of_rank[0] for of_rank in owners.owners]
+                home = {s.chunk: s.asked_by for s in served}
+                received = sum(s.bytes_in for s in served)
+                sent = sum(s.bytes_out for s in served)
+                law_in = law_out = 0
+                for chunk, at in home.items():
+                    there = routing[1000 * chunk : 1000 * (chunk + 1)] // (E // ranks)
+                    names = np.array(owner)[there]
+                    for worker in set(owner) - {at}:
+                        law_in += (names == worker).any(axis=1).sum() * d * 4
+                    for rank in range(ranks):
+                        if owner[rank] != at:
+                            law_out += (there == rank).any(axis=1).sum() * d * 4
+                shares = f"{received / law_in:.3f} | {sent / law_out:.3f}"
+                print(f"| {k} | {each} | {shares} |", flush=True)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__.partition("\n")[0], formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parts = ("scheduler", "ranks", "workers", "bytes")
+    parser.add_argument("parts", nargs="*", metavar="PART", help=f"of {', '.join(parts)}")
+    parser.add_argument("--scale", type=float, default=1.0, help="of rows and chunks")
+    parser.add_argument("--workers", type=int, default=32, help="of the part workers")
+    arguments = parser.parse_args()
+    if unknown := set(arguments.parts) - set(parts):
+        parser.error(f"parts are {', '.join(parts)}, not {', '.join(sorted(unknown))}")
+    wanted = arguments.parts or parts
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        if "scheduler" in wanted:
+            of_scheduler(folder, arguments.scale)
+        if "ranks" in wanted:
+            of_ranks(folder, arguments.scale)
+        if "workers" in wanted:
+            of_workers(folder, arguments.scale, arguments.workers)
+        if "bytes" in wanted:
+            of_bytes(folder, arguments.scale)
+
+
+if __name__ == "__main__":
+    main()

@@ -48,8 +48,8 @@ class Where(NamedTuple):
     """Which chunk this is."""
 
     chunk: int
-    first_row: int
-    #: its number in the whole array; 0 where lengths before it are not known
+    first_row: int | None
+    #: its number in the whole array; None where lengths before it are not known
     home: int | None
     #: rank at which the chunk is at home, where the placement is local
 
@@ -111,7 +111,10 @@ def compute_chunk_of_one_rank(
 ) -> Array:
     """The output of a chunk where one rank has all experts: nothing is exchanged."""
     place = f"dispatch of token chunk {where.chunk} at rank 0 of 1"
-    with naming(place), telling_kernel(tokens, slots_of(routing), experts, exchange.d_out):
+    with (
+        naming(place, where.first_row),
+        telling_kernel(tokens, slots_of(routing), experts, exchange.d_out),
+    ):
         out = expert_parallel_dispatch(
             tokens, routing, experts, rank=0, world_size=1, topk_weights=topk_weights
         )
@@ -149,12 +152,12 @@ def pack(
     tokens: Array, routing: Array, topk_weights: Array | None, where: Where, exchange: Exchange
 ) -> Packing:
     """Check a chunk and sort its slots by physical expert."""
-    with naming(_pack_of(where.chunk)):
+    with naming(_pack_of(where.chunk), where.first_row):
         check_tokens(tokens)
         check_routing(routing, topk_weights, n=tokens.shape[0])
         with telling_chunk(tokens, _packed_row_bytes(tokens, slots_of(routing))):
             if exchange.placement is not None:
-                routing = exchange.placement.rewrite(routing, where.first_row, where.home)
+                routing = exchange.placement.rewrite(routing, where.first_row or 0, where.home)
             return Packing(
                 aligned(tokens), routing, topk_weights, exchange.num_local, exchange.world_size
             )

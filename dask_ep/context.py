@@ -9,15 +9,21 @@ from typing import Any
 import numpy as np
 
 from dask_ep.arrays import Array, namespace
+from dask_ep.checks import BadRow, place_of_row
 from dask_ep.device import DeviceMemoryError, telling_chunk
 from dask_ep.grouped import row_bytes
 
 
 @contextmanager
-def naming(place: str) -> Iterator[None]:
-    """Say in an error which step, chunk and rank it comes from."""
+def naming(place: str, first_row: int | None = None) -> Iterator[None]:
+    """Say in an error which step, chunk and rank it comes from, and which row if it is of one.
+
+    `first_row` is that of the chunk in the whole array, as far as it is known.
+    """
     try:
         yield
+    except BadRow as error:
+        raise ValueError(f"{place_of_row(place, error, first_row)}: {error}") from error
     except Exception as error:
         if type(error) in (ValueError, TypeError, DeviceMemoryError):  # others may need more words
             raise type(error)(f"{place}: {error}") from error

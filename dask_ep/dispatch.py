@@ -25,13 +25,8 @@ from dask_ep import grouped, memory
 from dask_ep.arrays import UNDERFLOW_IS_ZERO, Array, namespace, one_namespace
 from dask_ep.checks import check_rank, check_routing, check_tokens, computing_dtype
 from dask_ep.expert import Expert, as_experts
-<<<<<<< HEAD
-from dask_ep.segments import Segments, raise_bad_index, raise_nan, sort_slots
+from dask_ep.segments import Segments, kernel_hint, raise_bad_index, raise_nan, sort_slots
 from dask_ep.served import Answer, Served
-=======
-from dask_ep.segments import kernel_hint, raise_bad_index, raise_nan, sort_slots
-from dask_ep.served import Served
->>>>>>> main
 
 
 def expert_parallel_dispatch(

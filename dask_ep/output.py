@@ -24,10 +24,9 @@ import dask
 import dask.array as da
 import numpy as np
 from dask.base import DaskMethodsMixin
+from dask.blockwise import BlockwiseDepDict, blockwise
 from dask.callbacks import Callback
-from dask.core import flatten
 from dask.highlevelgraph import HighLevelGraph
-from dask.task_spec import Task, TaskRef
 
 from dask_ep import journal
 from dask_ep.device import download
@@ -183,16 +182,16 @@ class Output(DaskMethodsMixin):
 
     def _build_graph(self, y: da.Array, sync: bool) -> HighLevelGraph:
         starts = np.concatenate([[0], np.cumsum(self.rows)]).tolist()
-        keys = list(flatten(y.__dask_keys__()))
         job = _Job(
             self._writer, self.directory, self._manifest["run"], self.shape, self.dtype, sync
         )
-        tasks = {}
-        for block in self.missing:
-            key = (self._name, block)
-            span = starts[block], starts[block + 1]
-            tasks[key] = Task(key, _store_block, TaskRef(keys[block]), job, block, *span)
-        return HighLevelGraph.from_collections(self._name, tasks, dependencies=[y])
+        spans = {(b,): (b, starts[b], starts[b + 1]) for b in range(len(self.rows))}
+        layer = blockwise(
+            _store_block, self._name, (0,), y.name, tuple(range(y.ndim)), job, None,
+            BlockwiseDepDict(spans, numblocks=(len(spans),)), (0,),
+            numblocks={y.name: y.numblocks},
+        )  # fmt: skip
+        return HighLevelGraph.from_collections(self._name, layer, dependencies=[y])
 
     def _find_done(self) -> set[int]:
         starts = np.concatenate([[0], np.cumsum(self.rows)]).tolist()
@@ -288,7 +287,10 @@ class _Watch(Callback):
             self.tell(receipt)
 
 
-def _store_block(rows: np.ndarray, job: _Job, block: int, start: int, stop: int) -> Receipt:
+def _store_block(rows: Any, job: _Job, span: tuple[int, int, int]) -> Receipt:
+    while isinstance(rows, list):  # the one block along each axis but the first
+        (rows,) = rows
+    block, start, stop = span
     if not isinstance(rows, np.ndarray):
         rows = download(rows)
     place = f"block {block} (rows [{start}, {stop})) of {job.writer.path}"

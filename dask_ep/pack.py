@@ -26,8 +26,8 @@ import numpy as np
 
 from dask_ep import memory
 from dask_ep.arrays import Array, namespace, to_host
-from dask_ep.checks import computing_dtype
-from dask_ep.segments import raise_nan, sort_slots
+from dask_ep.checks import computing_dtype, raise_bad_index, raise_nan
+from dask_ep.segments import sort_slots
 from dask_ep.served import add_rows, assign_rows, gather
 
 
@@ -246,11 +246,6 @@ def _checked_counts(
     counts, nan = rest[: packing.world_size], rest[packing.world_size :]
     if any(nan):
         raise_nan(topk_weights)
-    if low >= -1 and high < places:
-        return counts
-    bad = (routing < -1) | (routing >= places)
-    where = tuple(int(i[0]) for i in bad.nonzero())
-    raise ValueError(
-        f"routing must hold expert indices in [-1, {places}), but row {where[0]} holds "
-        f"{int(routing[where])}, and {int(bad.sum())} of {routing.size} values are out of range"
-    )
+    if low < -1 or high >= places:
+        raise_bad_index(routing, places)
+    return counts

@@ -31,7 +31,6 @@ from dask.core import flatten
 from dask.highlevelgraph import HighLevelGraph
 from dask.task_spec import List, Task, TaskRef
 
-<<<<<<< HEAD
 from dask_ep.arrays import namespace
 from dask_ep.checks import check_routing, check_tokens, check_world_size, computing_dtype
 from dask_ep.chunk import (
@@ -42,20 +41,6 @@ from dask_ep.chunk import (
     join_ranks,
     load_rank,
 )
-=======
-from dask_ep.arrays import Array, namespace
-from dask_ep.checks import (
-    BadRow,
-    check_routing,
-    check_tokens,
-    check_world_size,
-    computing_dtype,
-    place_of_row,
-)
-from dask_ep.device import DeviceMemoryError, telling_chunk, telling_memory
-from dask_ep.dispatch import expert_parallel_dispatch
-from dask_ep.exchange import Packet, send, sum_ranks
->>>>>>> main
 from dask_ep.experts import CallableExperts, Experts, as_experts
 from dask_ep.keys import chunk_name, experts_key, ranks_key
 from dask_ep.placement import Placement, contiguous
@@ -185,97 +170,21 @@ def _build(
     world_size: int,
     placement: Placement | None,
 ) -> da.Array:
-<<<<<<< HEAD
-=======
-    """One task per chunk, as `dask.array.map_blocks` would make it.
-
-    Written out, because Dask's optimisation loses a Delayed argument of map_blocks, the loaded
-    experts here, where a layer below is no Blockwise one (seen in 2026.8.0 with a rechunk).
-    """
-    tasks, dependencies = _load_tasks(token, experts, [range(experts.num_experts)], tokens)
-    name, d_out = f"ep_dispatch-{token}", _d_out(experts, tokens)
-    token_keys, routing_keys, weight_keys = map(_row_keys, (tokens, routing, topk_weights))
-    for c, first_row in enumerate(first_rows(tokens.chunks[0])):
-        key = (name, c, 0)
-        tasks[key] = Task(
-            key,
-            _dispatch_chunk,
-            TaskRef(token_keys[c]),
-            TaskRef(routing_keys[c]),
-            TaskRef(weight_keys[c]) if weight_keys else None,
-            TaskRef((f"ep_experts-{token}", 0)),
-            c,
-            first_row,
-            d_out,
-        )
-    return _as_array(name, tasks, tokens, d_out, [tokens, routing, topk_weights, *dependencies])
-
-
-def _build_exchange(
-    token: str,
-    tokens: da.Array,
-    routing: da.Array,
-    topk_weights: da.Array | None,
-    experts: Experts | CallableExperts,
-    world_size: int,
-    placement: Placement | None,
-) -> da.Array:
-    _warn_of_many_tasks(len(tokens.chunks[0]), world_size)
-    _warn_if_unpinned(world_size)
->>>>>>> main
     order = list(range(experts.num_experts)) if placement is None else placement.order()
     num_local, d_out = len(order) // world_size, _d_out(experts, tokens)
     slots = [order[r * num_local : (r + 1) * num_local] for r in range(world_size)]
     layer = _layer(token, experts, slots, tokens, at_home=placement is not None and placement.local)
 
-<<<<<<< HEAD
     chunks, name = tokens.chunks[0], chunk_name(token)
     places = {
         (c,): Where(c, first_row, None if placement is None else placement.home(c))
-        for c, first_row in enumerate(_first_rows(chunks))
+        for c, first_row in enumerate(first_rows(chunks))
     }
     inputs = [
         pair
         for array in (tokens, routing, topk_weights)
         for pair in ((None, None) if array is None else (array.name, "nd"[: array.ndim]))
     ]
-=======
-    ep_experts, ep_send, ep_dispatch, ep_sum = (
-        f"ep_{step}-{token}" for step in ("experts", "send", "dispatch", "sum")
-    )
-    token_keys, routing_keys, weight_keys = map(_row_keys, (tokens, routing, topk_weights))
-    d_out = _d_out(experts, tokens)
-    for c, first_row in enumerate(first_rows(tokens.chunks[0])):
-        here = TaskRef(routing_keys[c])
-        weights = TaskRef(weight_keys[c]) if weight_keys else None
-        home = None if placement is None else placement.home(c)
-        answers = []
-        for r in range(world_size):
-            sent = (ep_send, c, r) if home is None else (ep_send, c, r, home)
-            answer = (ep_dispatch, c, r)
-            tasks[sent] = Task(
-                sent, _send, TaskRef(token_keys[c]), here, weights,
-                placement, first_row, home, c, r, num_local, len(order),
-            )  # fmt: skip
-            tasks[answer] = Task(
-                answer, _dispatch, TaskRef(sent), TaskRef((ep_experts, r)), c, r, world_size, d_out
-            )
-            answers.append(TaskRef(answer))
-        key = (ep_sum, c, 0)
-        tasks[key] = Task(
-            key, _sum, here, List(answers), placement, first_row, home, c, num_local, tokens.dtype
-        )
-    return _as_array(ep_sum, tasks, tokens, d_out, [tokens, routing, topk_weights, *dependencies])
-
-
-def _as_array(
-    name: str,
-    tasks: dict[Any, Task],
-    tokens: da.Array,
-    d_out: int,
-    dependencies: Sequence[da.Array | None],
-) -> da.Array:
->>>>>>> main
     graph = HighLevelGraph.from_collections(
         name,
         blockwise(
@@ -314,7 +223,6 @@ def _layer(
         local = experts.subset(ids)
         lazy = local.collections()
         dependencies.extend(lazy.values())
-<<<<<<< HEAD
         key = experts_key(token, r if several else None)
         given = {n: TaskRef(next(iter(flatten(a.__dask_keys__())))) for n, a in lazy.items()}
         served_as = token if several else None
@@ -324,146 +232,6 @@ def _layer(
         tasks[key] = _Unfused(key, join_ranks, List([TaskRef(rank) for rank in list(tasks)]))
     graph = HighLevelGraph.from_collections(key[0], tasks, dependencies=dependencies)
     return da.Array(graph, key[0], chunks=(), meta=np.empty((), object))
-=======
-        key = (f"ep_experts-{token}", r)
-        given = {
-            n: TaskRef(next(iter(dask.core.flatten(a.__dask_keys__())))) for n, a in lazy.items()
-        }
-        tasks[key] = Task(key, _load, local.detached(), xp, dtype, r, **given)
-    return tasks, dependencies
-
-
-# --- the tasks -------------------------------------------------------------------------------
-
-
-def _load(
-    experts: Experts | CallableExperts, xp: str, dtype: np.dtype, rank: int, **given: np.ndarray
-) -> LocalExperts | list:
-    namespace, needed = import_module(xp), experts.parameters * experts.num_experts * dtype.itemsize
-    with naming(f"loading the experts of rank {rank}"), telling_memory(namespace, needed):
-        return experts.load(xp=namespace, dtype=dtype, given=given or None)
-
-
-def _dispatch_chunk(
-    tokens: Array,
-    routing: Array,
-    topk_weights: Array | None,
-    experts: LocalExperts,
-    chunk: int,
-    first_row: int | None,
-    d_out: int,
-) -> Array:
-    place = f"dispatch of token chunk {chunk} at rank 0 of 1"
-    with naming(place, first_row), telling_kernel(tokens, _slots_of(routing), experts, d_out):
-        out = expert_parallel_dispatch(
-            tokens, routing, experts, rank=0, world_size=1, topk_weights=topk_weights
-        )
-        return _of_width(out, d_out)
-
-
-def _send(
-    tokens: Array,
-    routing: Array,
-    topk_weights: Array | None,
-    placement: Placement | None,
-    first_row: int | None,
-    home: int | None,
-    chunk: int,
-    rank: int,
-    num_local: int,
-    num_slots: int,
-) -> Packet:
-    place = f"send of token chunk {chunk} to rank {rank}"
-    with naming(place, first_row):
-        check_tokens(tokens)
-        check_routing(routing, topk_weights, n=tokens.shape[0])
-        one = tokens.shape[1] * tokens.dtype.itemsize + _slots_of(routing) * INDEX_BYTES
-        with telling_chunk(tokens, one):
-            physical = (
-                routing if placement is None else placement.rewrite(routing, first_row or 0, home)
-            )
-            return send(tokens, physical, topk_weights, rank, num_local, num_slots)
-
-
-def _dispatch(
-    packet: Packet, experts: LocalExperts, chunk: int, rank: int, world_size: int, d_out: int
-) -> Array:
-    place = f"dispatch of token chunk {chunk} at rank {rank} of {world_size}"
-    with naming(place), telling_kernel(packet.rows, _slots_of(packet.routing), experts, d_out):
-        out = expert_parallel_dispatch(
-            packet.rows,
-            packet.routing,
-            experts,
-            rank,
-            world_size,
-            topk_weights=packet.topk_weights,
-        )
-        return _of_width(out, d_out)
-
-
-def _sum(
-    routing: Array,
-    outputs: Sequence[Array],
-    placement: Placement | None,
-    first_row: int | None,
-    home: int | None,
-    chunk: int,
-    num_local: int,
-    dtype: np.dtype,
-) -> Array:
-    sums = computing_dtype(dtype).itemsize + dtype.itemsize
-    one = outputs[0].shape[1] * sums + (len(outputs) + _slots_of(routing)) * INDEX_BYTES
-    with naming(f"sum of token chunk {chunk}"), telling_chunk(routing, one):
-        physical = (
-            routing if placement is None else placement.rewrite(routing, first_row or 0, home)
-        )
-        return sum_ranks(physical, outputs, num_local, dtype)
-
-
-@contextmanager
-def naming(place: str, first_row: int | None = None) -> Iterator[None]:
-    """Say in an error which step, chunk and rank it comes from, and which row if it is of one.
-
-    `first_row` is that of the chunk in the whole array, as far as it is known.
-    """
-    try:
-        yield
-    except BadRow as error:
-        raise ValueError(f"{place_of_row(place, error, first_row)}: {error}") from error
-    except Exception as error:
-        if type(error) in (ValueError, TypeError, DeviceMemoryError):  # others may need more words
-            raise type(error)(f"{place}: {error}") from error
-        error.add_note(f"dask_ep: {place}")
-        raise
-
-
-def telling_kernel(
-    tokens: Array, k: int, experts: Sequence[Any], d_out: int, beside: int = 0
-) -> AbstractContextManager[None]:
-    """Say what a chunk needs, if the device that computes it has not enough memory.
-
-    `beside` is what a row takes beside the kernel.
-    """
-    if namespace(tokens) is np:
-        return nullcontext()
-    widest = max((getattr(expert, "widest", d_out) for expert in experts), default=0)
-    one = row_bytes(tokens.shape[1], d_out, widest, k, tokens.dtype.itemsize)
-    return telling_chunk(tokens, one + beside)
-
-
-def _slots_of(routing: Array) -> int:
-    """k of a routing (n,) or (n, k)."""
-    return 1 if routing.ndim == 1 else routing.shape[1]
-
-
-def _of_width(out: Array, d_out: int) -> Array:
-    if out.shape[1] != d_out:
-        raise ValueError(
-            f"the experts must give rows of width {d_out}, but gave {out.shape[1]}; "
-            f"say Experts.callables(functions, d_out={out.shape[1]})"
-        )
-    return out
->>>>>>> main
 
 
 # --- what must hold --------------------------------------------------------------------------
@@ -611,17 +379,6 @@ def _client_in_use() -> Any:
         return distributed.default_client()
     except ValueError:
         return None
-
-
-<<<<<<< HEAD
-def _first_rows(chunks: tuple[float, ...]) -> list[int]:
-    """Global number of each chunk's first row; 0 where lengths before it are not known."""
-    firsts = np.cumsum([0, *chunks[:-1]])
-    return [0 if math.isnan(first) else int(first) for first in firsts]
-=======
-def _row_keys(array: da.Array | None) -> list[Any]:
-    return [] if array is None else list(dask.core.flatten(array.__dask_keys__()))
->>>>>>> main
 
 
 def _d_out(experts: Experts | CallableExperts, tokens: da.Array) -> int:

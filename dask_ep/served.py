@@ -56,10 +56,6 @@ class Served:
     out : (n, d_out) array, see `begin_output`; the output when all experts were added
     """
 
-    def _target(self, tile: slice, rows: Array | slice) -> Array | slice:
-        """Where the rows of a tile belong in the output."""
-        return rows
-
     def __init__(
         self,
         tokens: Array,
@@ -76,6 +72,10 @@ class Served:
             self.out, self._write = tokens, assign_rows
         else:
             self.out, self._write = begin_output(len(tokens), segments, d_out, tokens.dtype, tokens)
+
+    def _target(self, tile: slice, rows: Array | slice) -> Array | slice:
+        """Where the rows of a tile belong in the output."""
+        return rows
 
     @UNDERFLOW_IS_ZERO
     def add(self, e: int, expert: Expert) -> None:
@@ -124,7 +124,7 @@ class Answer(Served):
         count = rows.stop - rows.start if isinstance(rows, slice) else len(rows)
         self.out = memory.empty((count, d_out), computing_dtype(tokens.dtype), like=tokens)
         self.out.fill(0)
-        self._write = partial(_add_repeated_rows, segments.k) if segments.repeats else add_rows
+        self._write = add_rows
         self._place = np.empty(len(tokens), np.intp)
         self._place[rows] = np.arange(count)
 
@@ -198,30 +198,21 @@ def _apply(
     write: Write,
 ) -> None:
     """One tile: gather its rows, expert, weight, write to rows `to` of the output."""
-    contiguous, whole = isinstance(rows, slice), isinstance(to, slice)
+    contiguous = isinstance(rows, slice)
     weighed_before = weights is not None and expert.weigh == "input"
     dtype = compute if weighed_before else expert.takes(tokens.dtype)
     x = tokens[rows].astype(dtype, copy=False) if contiguous else gather(tokens, rows, dtype)
     if contiguous and out is tokens:
         x = x.copy()  # experts read their rows again while they write
-<<<<<<< HEAD
-    if weights is not None:
-        w = weights[slots].astype(compute, copy=False)[:, None]
-        if weighed_before:
-            x = namespace(x).multiply(x, w, out=None if contiguous else x)
-    in_place = whole and write is assign_rows and out.dtype == compute
-    y = out[to] if in_place else memory.empty((len(x), expert.d_out), compute, like=x)
-=======
     w = None if weights is None else weights[slots].astype(compute, copy=False)
     if weighed_before:
         x = namespace(x).multiply(x, w[:, None], out=None if contiguous else x)
         w = None
-    in_place = contiguous and write is assign_rows and out.dtype == compute
-    y = out[rows] if in_place else memory.empty((len(x), expert.d_out), compute, like=x)
->>>>>>> main
+    in_place = isinstance(to, slice) and write is assign_rows and out.dtype == compute
+    y = out[to] if in_place else memory.empty((len(x), expert.d_out), compute, like=x)
     expert(x, out=y)
     if not in_place:
-        write(out, rows, y, w)
+        write(out, to, y, w)
     elif w is not None:
         y *= w[:, None]
 
@@ -229,21 +220,12 @@ def _apply(
 def assign_rows(out: Array, rows: Array | slice, y: Array, weights: Array | None = None) -> None:
     """Write y (m, d), times weights (m,), over rows (m,) of out (n, d); `y` is lost."""
     for run in memory.runs_in_cache(y):
-<<<<<<< HEAD
-        if weighed:
-            y[run] *= w[run]
-        if not whole:
-            write(out, to[run], y[run])
-    if whole and not in_place:
-        write(out, to, y)
-=======
         if weights is not None:
             y[run] *= weights[run, None]
         if not isinstance(rows, slice):
             out[rows[run]] = y[run]
     if isinstance(rows, slice):
         out[rows] = y
->>>>>>> main
 
 
 def add_rows(out: Array, rows: Array, y: Array, weights: Array | None = None) -> None:

@@ -194,13 +194,8 @@ def test_an_index_out_of_range_is_found_on_a_device_too(value):
     W = on_device(np.ones((2, 2, 2)))
     with pytest.raises(ValueError, match=rf"routing\[1\] is {value}"):
         expert_parallel_dispatch(tokens, routing, W, 0, 2)
-<<<<<<< HEAD
-    with pytest.raises(ValueError, match=f"row 1 holds {value}"):
-        Packing(tokens, routing, None, 2, 2)
-=======
     with pytest.raises(ValueError, match=rf"routing\[1\] is {value}"):
-        send(tokens, routing, None, 0, 2, 4)
->>>>>>> main
+        Packing(tokens, routing, None, 2, 2)
     with pytest.raises(ValueError, match=f"row 8 holds {value}"):
         contiguous(4, 2).rewrite(routing, row_offset=7)
 

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+from dask_ep.exchange import Packet, send, sum_ranks
 from hypothesis import given
 
-from dask_ep.exchange import Packet, send, sum_ranks
 from tests.strategies import Case, cases
 
 

@@ -56,22 +56,13 @@ from dask_ep.device import (
 from dask_ep.device_memory import DEVICE_PROCESS_BYTES
 from dask_ep.errors import DoesNotFit
 from dask_ep.example import Example, write_example
-<<<<<<< HEAD
-from dask_ep.fit import DoesNotFit, choose_chunk_rows, need
-=======
-from dask_ep.exchange import Packet, send
->>>>>>> main
 from dask_ep.gpus import Gpus, OnGpu, choose_protocol, start_gpus
 from dask_ep.held import held_as_stored
 from dask_ep.job import load_job
 from dask_ep.layer import _finish
 from dask_ep.lazy_routing import _route_chunk
-<<<<<<< HEAD
-from dask_ep.pack import Packing
-=======
 from dask_ep.memory_law import Layout, need
-from dask_ep.pipeline import _send, _sum
->>>>>>> main
+from dask_ep.pack import Packing
 from dask_ep.places import Cluster, Threads, lay_out
 from dask_ep.run import Progress, run_job
 from dask_ep.sources import open_source

@@ -12,13 +12,13 @@ import ml_dtypes
 import numpy as np
 import pytest
 from dask.utils import parse_bytes
+from dask_ep.exchange import send
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dask_ep.capacity import Capacity
 from dask_ep.costs import PROCESS_BYTES, SORT_BYTES, Need, Rates, chunks_held
 from dask_ep.errors import DoesNotFit
-from dask_ep.exchange import send
 from dask_ep.experts import Experts
 from dask_ep.held import held_as_stored
 from dask_ep.layer import MoELayer

@@ -42,6 +42,7 @@ from dask_ep.places import lay_out
 from dask_ep.planner import Pricing, WhatIf
 from dask_ep.price import Plan
 from dask_ep.report import check_drawing, check_place, figures_of, write_plan_report
+from dask_ep.terminal import hint_at_faster_blas
 from dask_ep.travel import TRAVELS
 
 RATES = tuple(field.name for field in fields(Rates))
@@ -106,6 +107,8 @@ def plan_command(
         Path(save).write_text(compared.best.placement.to_json())
     if html is not None:
         write_plan_report(html, compared)
+    if not options["gpu"]:
+        hint_at_faster_blas()
     if as_json:
         click.echo(json_text(compared, side_by_side))
     else:

@@ -31,9 +31,9 @@ from dask_ep.options import (
     ranks_options,
     refuse,
 )
-from dask_ep.places import Cluster, Threads, Where
+from dask_ep.places import Cluster, Processes, Threads, Where
 from dask_ep.run_report import dask_report
-from dask_ep.terminal import progress_bar
+from dask_ep.terminal import hint_at_faster_blas, progress_bar
 from dask_ep.workers import Workers
 
 
@@ -165,6 +165,8 @@ def carry_out(where: Where, job: str | None, experts: str | None, **options: Any
     options["travel"] = parse_travel(
         options["travel"], options.pop("link_rate"), options.pop("read_rate")
     )
+    if isinstance(where, Threads | Processes):
+        hint_at_faster_blas()
     with _stoppable(parsed, options["overwrite"]) as wait, progress_bar("rows") as tell:
 
         def on_progress(how: runs.Progress) -> None:

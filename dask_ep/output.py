@@ -30,6 +30,7 @@ from dask.highlevelgraph import HighLevelGraph
 from dask.task_spec import Task, TaskRef
 
 from dask_ep import journal
+from dask_ep.checks import count_not_finite
 from dask_ep.device import download
 from dask_ep.writers import Writer
 
@@ -48,6 +49,10 @@ class Receipt(NamedTuple):
     #: rows that work on blocks which are not written yet is worth: `SPILLED`, `SERVED` of each
     part: int = 0
     #: of the work on a block, where several receipts tell of it
+    not_finite: int = 0
+    #: rows of the block that hold NaN or infinity
+    first_not_finite: int = -1
+    #: the first of them in the whole output; -1 without one
 
 
 class Output(DaskMethodsMixin):
@@ -303,7 +308,9 @@ def _store_block(rows: np.ndarray, job: _Job, block: int, start: int, stop: int)
         journal.record_done(job.directory, job.run, block, sync=job.sync)
     except OSError as error:
         raise _explain(error, place, rows.nbytes, job.directory) from error
-    return Receipt(block, len(rows), rows.nbytes)
+    count, first = count_not_finite(rows)
+    first = start + first if count else -1
+    return Receipt(block, len(rows), rows.nbytes, not_finite=count, first_not_finite=first)
 
 
 def _explain(error: OSError, place: str, nbytes: int, directory: str) -> OSError:

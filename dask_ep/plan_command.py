@@ -24,6 +24,7 @@ from rich.table import Table
 
 from dask_ep import device
 from dask_ep.build import open_inputs
+from dask_ep.command import tell_note
 from dask_ep.costs import Rates
 from dask_ep.decide import attempt
 from dask_ep.device import Device
@@ -31,6 +32,7 @@ from dask_ep.errors import DoesNotFit, NoDeviceError
 from dask_ep.gpus import Gpus
 from dask_ep.in_passes import free_for_rows
 from dask_ep.job import PLACEMENTS, load_job
+from dask_ep.notes import find_notes
 from dask_ep.options import (
     choose_local,
     chunks_options,
@@ -136,6 +138,8 @@ def priced_job(
     """Price a job file, in each combination of the choices; a single way if there are none."""
     job = load_job(path, world_size=world_size, placement=placement)
     inputs, where = open_inputs(job), choose_local(**local)
+    for note in find_notes(inputs):
+        tell_note(note)
     devices = _devices_here() if isinstance(where, Gpus) else None
     values = {
         "world_size": [job.world_size],

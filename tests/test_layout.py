@@ -32,7 +32,7 @@ TOP = (
     "work"
 )
 JOBS = (
-    "begun build example in_passes inspect_ job options places planner report run run_report "
+    "begun build example in_passes inspect_ job notes options places planner report run run_report "
     "sample terminal verify workers"
 )
 

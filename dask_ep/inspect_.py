@@ -248,14 +248,16 @@ def _inspect_job(path: str) -> Finding:
 def describe_output(path: str) -> str:
     """Say whether an output is there, and whether it is whole."""
     record = journal.read_manifest(progress_directory(path))
-    if os.path.exists(path):
+    there = os.path.exists(path)
+    if there and (record is None or record["complete"]):
         return "complete"
     if record is None:
         return "not begun"
     if record["complete"]:
         return "gone, though it was complete; run again with --resume"
     done = len(journal.read_done(progress_directory(path), record["run"]))
-    return f"incomplete, {done} of {len(record['rows'])} blocks are done"
+    old = "; an older output is still there" if there else ""
+    return f"incomplete, {done} of {len(record['rows'])} blocks are done{old}"
 
 
 def _inspect_record(path: str, record: dict[str, Any]) -> Finding:

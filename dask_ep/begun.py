@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from dask_ep import journal
 from dask_ep.output import progress_directory
 from dask_ep.passes import Passes
+from dask_ep.resume import find_good
 from dask_ep.slots import Placement
 
 
@@ -50,6 +51,7 @@ def read_begun(out: str) -> Begun | None:
     manifest = journal.read_manifest(directory)
     if manifest is None:
         return None
+    done = frozenset(find_good(out, manifest))
     settings = manifest["settings"]
     placement, passes = settings.get("placement"), settings.get("passes")
     return Begun(
@@ -58,6 +60,6 @@ def read_begun(out: str) -> Begun | None:
         placement=None if placement is None else Placement.from_json(placement),
         passes=None if passes is None else Passes.from_dict(passes),
         place=settings.get("spill"),
-        done=frozenset(journal.read_done(directory, manifest["run"])),
-        complete=manifest["complete"] and os.path.exists(out),
+        done=done,
+        complete=len(done) == len(manifest["rows"]) and os.path.exists(out),
     )

@@ -174,6 +174,20 @@ def mkl_where_faster() -> Cblas | None:
     return installed_mkl() if "GenuineIntel" in _cpuinfo() else None
 
 
+def faster_blas() -> str | None:
+    """Say what would multiply faster on this machine, and how to install it; None if nothing."""
+    cpu = _cpuinfo()
+    if "GenuineIntel" not in cpu or "avx512f" not in cpu:
+        return None
+    if installed_mkl() is not None or numpys_blas().startswith("MKL"):
+        return None
+    narrow = ", and would multiply bfloat16 experts in 16 bits" if "amx_bf16" in cpu else ""
+    return (
+        f"Intel's MKL multiplies about 10 % faster on this CPU than {numpys_blas()}{narrow}; "
+        "install it in a copy of the repository: pip install -e '.[mkl]'"
+    )
+
+
 def _cpuinfo() -> str:
     try:
         return Path("/proc/cpuinfo").read_text()

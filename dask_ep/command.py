@@ -29,6 +29,11 @@ def complain(text: str) -> None:
     click.echo(f"dask-ep: {text}", err=True)
 
 
+def tell_note(text: str) -> None:
+    """Say what looks like a mistake, and may be none."""
+    click.echo(f"note: {text}", err=True)
+
+
 def one_line(error: BaseException) -> str:
     """Say an error and its causes, without the place in the code."""
     words = [str(error).strip() or type(error).__name__]

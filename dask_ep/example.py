@@ -286,5 +286,6 @@ def _job_text(example: Example, names: dict[str, str]) -> str:
         "[experts]",
         f'kind = "{example.kind}"',
         *(f"{key} = {quoted[key]}" for key in example.matrices()),
+        "transposed = false",
     ]
     return "\n".join(lines) + "\n"

@@ -281,6 +281,12 @@ class Experts:
         """Numbers in one expert: twice as many FLOPs go into each row."""
         return sum(int(np.prod(weight.shape[1:])) for weight in self.weights.values())
 
+    @property
+    def is_square(self) -> bool:
+        """Whether all matrices are square, so that their shapes do not tell in from out."""
+        shapes = [w.shape for name, w in self.weights.items() if not name.endswith("bias")]
+        return all(rows == columns for _, rows, columns in shapes)
+
     def __repr__(self) -> str:
         hidden = "" if self.hidden is None else f", hidden={self.hidden}"
         return (

@@ -158,10 +158,13 @@ class InPasses:
 
 
 def free_for_rows(inputs: Inputs) -> int:
-    """Bytes of disk that the output leaves free; what it replaces, if anything, goes before."""
+    """Bytes of disk that the output leaves free.
+
+    What an unfinished run has left goes before, a finished output only when this one is complete.
+    """
     out = directory = os.path.abspath(inputs.job.out)
     while not os.path.isdir(directory):
         directory = os.path.dirname(directory)
     written = inputs.tokens.shape[0] * inputs.experts.d_out * inputs.tokens.dtype.itemsize
-    replaced = bytes_below(out) + bytes_below(progress_directory(out))
-    return max(free_bytes(directory) + replaced - written, 0)
+    removed = bytes_below(progress_directory(out))
+    return max(free_bytes(directory) + removed - written, 0)

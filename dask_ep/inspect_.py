@@ -21,6 +21,7 @@ from dask_ep.build import open_inputs
 from dask_ep.checkpoint import Description, describe
 from dask_ep.checkpoint_files import CheckpointFiles
 from dask_ep.job import load_job
+from dask_ep.notes import find_notes
 from dask_ep.output import progress_directory
 from dask_ep.remote import is_remote
 from dask_ep.sources import Source, ZarrSource, open_safetensors, open_source
@@ -178,6 +179,7 @@ def _with_routing(kind: str, facts: list[tuple[str, str]], source: Source) -> Fi
     facts += [
         ("experts, as routing", f"{count.size} (the largest index is {count.size - 1})"),
         ("slots without an expert (-1)", str(empty)),
+        *([] if count[0] else [("note", "expert 0 has no row; indices count from 0, not from 1")]),
         ("rows per expert", f"{count.min()} to {count.max()}, {mean:.1f} on average"),
         ("imbalance (largest / mean)", f"{count.max() / mean if mean else 1.0:.3f}"),
     ]
@@ -236,6 +238,7 @@ def _inspect_job(path: str) -> Finding:
         facts.insert(1, ("layer", f"{job.layer_index} of {job.layer}"))
     by = multiplied_by(inputs.tokens.dtype, experts.is_bfloat16, experts.precision)
     facts.append(("products here", f"by {by}"))
+    facts += [("note", note) for note in find_notes(inputs)]
     for name, value in (("ranks", job.world_size), ("placement", job.placement)):
         if value is not None:
             facts.append((name, str(value)))
@@ -245,14 +248,16 @@ def _inspect_job(path: str) -> Finding:
 def describe_output(path: str) -> str:
     """Say whether an output is there, and whether it is whole."""
     record = journal.read_manifest(progress_directory(path))
-    if os.path.exists(path):
+    there = os.path.exists(path)
+    if there and (record is None or record["complete"]):
         return "complete"
     if record is None:
         return "not begun"
     if record["complete"]:
         return "gone, though it was complete; run again with --resume"
     done = len(journal.read_done(progress_directory(path), record["run"]))
-    return f"incomplete, {done} of {len(record['rows'])} blocks are done"
+    old = "; an older output is still there" if there else ""
+    return f"incomplete, {done} of {len(record['rows'])} blocks are done{old}"
 
 
 def _inspect_record(path: str, record: dict[str, Any]) -> Finding:

@@ -204,8 +204,8 @@ def _is_weight(value: Any) -> bool:
 
 _PATH = _Kind("a path", _is_path, _resolve_path)
 _OUT = _Kind(
-    "a path of a file system that is mounted (an address can be read, but not written)",
-    lambda value: _is_path(value) and "://" not in value,
+    "a local path without '::' (an address can be read, but not written)",
+    lambda value: _is_path(value) and "://" not in value and "::" not in value,
     _resolve_path,
 )
 _WEIGHT = _Kind("a path, or a list of paths with one per expert", _is_weight, _resolve_weight)
@@ -315,7 +315,10 @@ def _checked_keys(
                 f"but is {value!r} ({type(value).__name__})"
             )
         resolve = kinds[key].resolve
-        values[key] = value if resolve is None else resolve(value, base)
+        try:
+            values[key] = value if resolve is None else resolve(value, base)
+        except (RuntimeError, OSError) as error:  # of a home directory, or links in a circle
+            raise JobError(f"{place}: {key}: {value!r} cannot be found: {error}") from error
     return values
 
 

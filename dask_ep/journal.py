@@ -4,7 +4,8 @@ Beside an output lies a directory that answers:
 
     y.zarr.progress/
       manifest.json          shape, dtype, row blocks, inputs, settings; replaced as a whole
-      done-<host>-<pid>      one line per finished block, appended by the process that wrote it
+      done-<host>-<pid>      one line per finished block, with a hash of its rows, appended by the
+                             process that wrote it
       lock                   the process that runs, empty when none does
       partial-<run>.zarr     the output itself until it is complete (see `storage`)
 
@@ -31,8 +32,13 @@ FORMAT = 2
 """Version of the manifest and the lines; another version is refused."""
 
 
-MANIFEST = frozenset(("format", "shape", "dtype", "rows", "inputs", "settings", "run", "complete"))
-"""What a manifest says."""
+MANIFEST = frozenset(
+    (
+        *("format", "shape", "dtype", "rows", "inputs", "settings", "run", "overwrite"),
+        *("complete", "output"),
+    )
+)
+"""What a manifest says. "output": of a complete output, what tells it from a changed one."""
 
 HOLDER = frozenset(("pid", "host", "born", "since"))
 """What a lock says about the process that holds it."""
@@ -51,6 +57,12 @@ def write_manifest(directory: str, manifest: Mapping[str, Any]) -> None:
         os.fsync(file.fileno())
     os.replace(path + ".new", path)
     sync_path(directory)
+
+
+def write_complete(directory: str, manifest: dict[str, Any], output: Mapping[str, Any]) -> None:
+    """Say in the manifest that the output is complete, and how it can be told from another."""
+    manifest |= {"complete": True, "output": json.loads(json.dumps(output))}
+    write_manifest(directory, manifest)
 
 
 def has_manifest(directory: str) -> bool:
@@ -91,16 +103,21 @@ def read_manifest(directory: str) -> dict[str, Any] | None:
 
 
 def record_done(
-    directory: str, run: str, block: int, *, sync: bool = False, what: str = "done"
+    directory: str,
+    run: str,
+    block: int,
+    digest: str = "",
+    *,
+    sync: bool = False,
+    what: str = "done",
 ) -> None:
-    """Append that a block is done. Its data must have been written before.
+    """Append that a block is done, and a hash of its rows. Its data must have been written before.
 
     With another word than "done" the line goes to files of that name, and means what it says.
     """
     name = f"{what}-{socket.gethostname()}-{os.getpid()}"
-    text = f"{run} {block}"
     # The line break in front ends what a process of the same number may have left torn.
-    line = f"\n{text} {zlib.crc32(text.encode()):08x}\n".encode()
+    line = b"\n" + _line(run, block, digest)
     flags = os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC
     file = os.open(os.path.join(directory, name), flags, 0o666)
     try:
@@ -114,17 +131,30 @@ def record_done(
 
 def read_done(directory: str, run: str) -> set[int]:
     """Give the blocks that the lines of this run call done."""
-    return set(count_done(directory, run))
+    return set(read_digests(directory, run))
+
+
+def read_digests(directory: str, run: str) -> dict[int, str]:
+    """Give the hash of the rows of each block that the lines of this run call done."""
+    return dict(_read_lines(directory, run, "done"))
+
+
+def keep_done(directory: str, run: str, digests: Mapping[int, str]) -> None:
+    """Have these blocks, and no others, be done; when nobody writes."""
+    kept = os.path.join(directory, "kept")
+    with open(kept, "wb") as file:
+        file.writelines(_line(run, block, digest) for block, digest in digests.items())
+        file.flush()
+        os.fsync(file.fileno())
+    for name in os.listdir(directory):
+        if name.startswith("done-"):
+            os.unlink(os.path.join(directory, name))
+    os.replace(kept, os.path.join(directory, "done-kept"))
 
 
 def count_done(directory: str, run: str, what: str = "done") -> Counter[int]:
     """Count the lines of this run for each block."""
-    counted: Counter[int] = Counter()
-    for name in os.listdir(directory):
-        if name.startswith(f"{what}-"):
-            with open(os.path.join(directory, name), "rb") as file:
-                counted.update(_parse_lines(file.read(), run))
-    return counted
+    return Counter(block for block, _ in _read_lines(directory, run, what))
 
 
 def describe_differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
@@ -202,13 +232,24 @@ def sync_path(path: str) -> None:
         os.close(file)
 
 
-def _parse_lines(text: bytes, run: str) -> Iterator[int]:
-    for line in text.split(b"\n"):
-        content, _, checksum = line.rpartition(b" ")
-        if content and checksum == b"%08x" % zlib.crc32(content):
-            owner, block = content.decode().split(" ")
-            if owner == run:
-                yield int(block)
+def _line(run: str, block: int, digest: str) -> bytes:
+    text = f"{run} {block} {digest}".encode()
+    return b"%s %08x\n" % (text, zlib.crc32(text))
+
+
+def _read_lines(directory: str, run: str, what: str) -> Iterator[tuple[int, str]]:
+    """Give the block and the hash of each whole line of this run."""
+    for name in os.listdir(directory):
+        if not name.startswith(f"{what}-"):
+            continue
+        with open(os.path.join(directory, name), "rb") as file:
+            lines = file.read().split(b"\n")
+        for line in lines:
+            content, _, checksum = line.rpartition(b" ")
+            if content and checksum == b"%08x" % zlib.crc32(content):
+                owner, block, digest = content.decode().split(" ")
+                if owner == run:
+                    yield int(block), digest
 
 
 def _compare(what: str, old: Any, new: Any) -> list[str]:

@@ -4,10 +4,10 @@
     all blocks recorded ──> finish ──> the output gets its name
 
 While it is written, an output lies in ``<path>.progress/``, with the record of what is done (see
-`journal`); when the last block is done it gets its name, by one rename. So at `path` there is never
-half an output that a reader could take for a whole one: unwritten rows of a ``.npy``, and missing
-chunks of a Zarr array, would read as zeros. Whoever wants to look at a run under way finds the
-unfinished array in the directory.
+`journal`); when the last block is done it gets its name, and what had that name before goes. So at
+`path` there is never half an output that a reader could take for a whole one: unwritten rows of a
+``.npy``, and missing chunks of a Zarr array, would read as zeros. Whoever wants to look at a run
+under way finds the unfinished array in the directory.
 """
 
 from __future__ import annotations
@@ -23,14 +23,19 @@ from typing import Any, NamedTuple
 import dask
 import dask.array as da
 import numpy as np
+import xxhash
 from dask.base import DaskMethodsMixin
 from dask.blockwise import BlockwiseDepDict, blockwise
 from dask.callbacks import Callback
 from dask.highlevelgraph import HighLevelGraph
 
 from dask_ep import journal
+from dask_ep.checks import count_not_finite
 from dask_ep.device import download
+from dask_ep.replace import is_replaceable, replace
+from dask_ep.sources import open_source
 from dask_ep.writers import Writer
+from dask_ep.writing import release_when_written
 
 SPILLED, SERVED = 0.05, 0.9
 """Parts of a row that count as done when it waits on disk, and when its experts have served it. The
@@ -47,13 +52,18 @@ class Receipt(NamedTuple):
     #: rows that work on blocks which are not written yet is worth: `SPILLED`, `SERVED` of each
     part: int = 0
     #: of the work on a block, where several receipts tell of it
+    not_finite: int = 0
+    #: rows of the block that hold NaN or infinity
+    first_not_finite: int = -1
+    #: the first of them in the whole output; -1 without one
 
 
 class Output(DaskMethodsMixin):
     """An output that is being written: a Dask collection whose tasks write the missing blocks.
 
     Made by ``store(..., compute=False)``. It holds the output's lock until `finish` or `close`, or
-    until the `with` block that it opens ends.
+    until the `with` block that it opens ends. If it is dropped before, the lock is held until no
+    task that writes the output is left on a cluster.
 
     Attributes
     ----------
@@ -79,12 +89,14 @@ class Output(DaskMethodsMixin):
         self.path, self.shape, self.dtype = path, y.shape, y.dtype
         self.rows: tuple[int, ...] = tuple(map(int, y.chunks[0]))
         self.directory, self._writer, self._manifest = progress_directory(path), writer, manifest
-        self._release = weakref.finalize(self, journal.release, self.directory)
         self.complete = manifest["complete"]
         self.done_before = frozenset(range(len(self.rows)) if self.complete else self._find_done())
         self.missing = tuple(b for b in range(len(self.rows)) if b not in self.done_before)
         self._name = f"ep_store-{uuid.uuid4().hex}"  # writing is an act: no two of them are one
         self._graph = self._build_graph(y, sync)
+        self._dropped = weakref.finalize(
+            self, release_when_written, self.directory, self.__dask_keys__()
+        )
 
     def step(self, blocks: Iterable[int]) -> Step:
         """The writing of some of the missing blocks, to be computed by itself before `finish`."""
@@ -125,6 +137,8 @@ class Output(DaskMethodsMixin):
         ------
         ValueError
             If blocks are missing.
+        FileExistsError
+            If something came to be at `path` meanwhile, and was not to be overwritten.
         """
         if not self.complete:
             left = len(self.rows) - len(self._find_done())
@@ -134,15 +148,17 @@ class Output(DaskMethodsMixin):
                     "before finish()"
                 )
             self._writer.tidy()
-            os.replace(self._writer.path, self.path)
+            self._check_place()
+            replace(self._writer.path, self.path, self.directory)
             journal.sync_path(os.path.dirname(self.path))
-            self._manifest["complete"] = self.complete = True
-            journal.write_manifest(self.directory, self._manifest)
+            journal.write_complete(self.directory, self._manifest, fingerprint_output(self.path))
+            self.complete = True
         self.close()
 
     def close(self) -> None:
         """Release the lock; what is done stays done."""
-        self._release()
+        if self._dropped.detach() is not None:
+            journal.release(self.directory)
 
     def count_done(self) -> int:
         """Count the blocks that are done by now, whoever wrote them."""
@@ -193,6 +209,15 @@ class Output(DaskMethodsMixin):
         )  # fmt: skip
         return HighLevelGraph.from_collections(self._name, layer, dependencies=[y])
 
+    def _check_place(self) -> None:
+        """Refuse to take the place of what nobody allowed to overwrite."""
+        there = os.path.lexists(self.path)
+        if there and not (self._manifest["overwrite"] and is_replaceable(self.path)):
+            raise FileExistsError(
+                f"the output is complete in {self._writer.path}, but meanwhile something else came "
+                f"to be at {self.path}: move that away and resume"
+            )
+
     def _find_done(self) -> set[int]:
         starts = np.concatenate([[0], np.cumsum(self.rows)]).tolist()
         done = journal.read_done(self.directory, self._manifest["run"])
@@ -208,6 +233,16 @@ def free_bytes(directory: str) -> int:
     """Bytes that can be written to the file system of a directory."""
     stat = os.statvfs(directory)
     return stat.f_bavail * stat.f_frsize
+
+
+def fingerprint_output(path: str) -> dict[str, Any]:
+    """What tells a complete output from one that was changed since: sizes and times of files."""
+    return open_source(path).fingerprint()
+
+
+def hash_rows(rows: np.ndarray) -> str:
+    """What tells the rows of a block from others."""
+    return xxhash.xxh3_64_hexdigest(np.ascontiguousarray(rows).reshape(-1).view(np.uint8))
 
 
 class _Job(NamedTuple):
@@ -301,11 +336,14 @@ def _store_block(rows: Any, job: _Job, span: tuple[int, int, int]) -> Receipt:
             f"{rows.shape} of {rows.dtype}; check the meta and chunks of the array"
         )
     try:
-        job.writer.write(np.ascontiguousarray(rows), start, job.sync)
-        journal.record_done(job.directory, job.run, block, sync=job.sync)
+        rows = np.ascontiguousarray(rows)
+        job.writer.write(rows, start, job.sync)
+        journal.record_done(job.directory, job.run, block, hash_rows(rows), sync=job.sync)
     except OSError as error:
         raise _explain(error, place, rows.nbytes, job.directory) from error
-    return Receipt(block, len(rows), rows.nbytes)
+    count, first = count_not_finite(rows)
+    first = start + first if count else -1
+    return Receipt(block, len(rows), rows.nbytes, not_finite=count, first_not_finite=first)
 
 
 def _explain(error: OSError, place: str, nbytes: int, directory: str) -> OSError:

@@ -24,6 +24,7 @@ from rich.table import Table
 
 from dask_ep import device
 from dask_ep.build import open_inputs
+from dask_ep.command import tell_note
 from dask_ep.costs import Rates
 from dask_ep.decide import attempt
 from dask_ep.device import Device
@@ -31,6 +32,7 @@ from dask_ep.errors import DoesNotFit, NoDeviceError
 from dask_ep.gpus import Gpus
 from dask_ep.in_passes import free_for_rows
 from dask_ep.job import PLACEMENTS, load_job
+from dask_ep.notes import find_notes
 from dask_ep.options import (
     choose_local,
     chunks_options,
@@ -42,6 +44,7 @@ from dask_ep.places import lay_out
 from dask_ep.planner import Pricing, WhatIf
 from dask_ep.price import Plan
 from dask_ep.report import check_drawing, check_place, figures_of, write_plan_report
+from dask_ep.terminal import hint_at_faster_blas
 from dask_ep.travel import TRAVELS
 
 RATES = tuple(field.name for field in fields(Rates))
@@ -106,6 +109,8 @@ def plan_command(
         Path(save).write_text(compared.best.placement.to_json())
     if html is not None:
         write_plan_report(html, compared)
+    if not options["gpu"]:
+        hint_at_faster_blas()
     if as_json:
         click.echo(json_text(compared, side_by_side))
     else:
@@ -133,6 +138,8 @@ def priced_job(
     """Price a job file, in each combination of the choices; a single way if there are none."""
     job = load_job(path, world_size=world_size, placement=placement)
     inputs, where = open_inputs(job), choose_local(**local)
+    for note in find_notes(inputs):
+        tell_note(note)
     devices = _devices_here() if isinstance(where, Gpus) else None
     values = {
         "world_size": [job.world_size],

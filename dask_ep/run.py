@@ -31,6 +31,7 @@ from dask_ep.decide import decide
 from dask_ep.in_passes import InPasses, PassesDone, free_for_rows
 from dask_ep.interrupts import Aside, Wait
 from dask_ep.job import Job
+from dask_ep.notes import find_notes
 from dask_ep.output import SERVED, SPILLED, Output, Receipt, Step
 from dask_ep.ownership import Owners, own_experts
 from dask_ep.places import (
@@ -70,6 +71,10 @@ class Progress(NamedTuple):
     #: at the end, where experts went by in passes
     multiplied_by: str | None = None
     #: at the end, on the host: the library, and how
+    not_finite: int = 0
+    #: of the rows done by this run, those that hold NaN or infinity
+    first_not_finite: int = -1
+    #: the first of them
 
     @property
     def rows_in_all(self) -> int:
@@ -94,6 +99,7 @@ def run_job(
     overwrite: bool = False,
     chunk_rows: int | None = None,
     travel: Travel = ALL_ROWS,
+    on_note: Callable[[str], Any] | None = None,
     on_progress: Callable[[Progress], Any] | None = None,
     on_client: Callable[[Client], Any] | None = None,
     on_workers: Callable[[Workers], Any] | None = None,
@@ -116,6 +122,8 @@ def run_job(
         limit
     travel : whether rows travel to experts, or experts to rows; see `dask_ep.travel.Travel`. All
         but rows alone reads the routing once before. A resumed run goes on with what was chosen
+    on_note : called at the start with each sentence on what looks like a mistake in the job; see
+        `dask_ep.notes`
     on_progress : called at the start, and when blocks are done
     on_client : called when the workers are there, if there are any; such as to show the dashboard
     on_workers : called with the `Workers` of a cluster while they are waited for, and when one
@@ -169,6 +177,8 @@ def run_job(
     if passes is not None and isinstance(where, Threads) and where.count is None:
         where = replace(where, count=min(CPU_COUNT, passes.threads))
     inputs = open_inputs(job)
+    for note in () if on_note is None else find_notes(inputs):
+        on_note(note)
     with (
         deployed(where) as where,
         started(where, job, wait, on_workers) as (threads, client),
@@ -320,6 +330,7 @@ class _Watch:
         self._left, self._done = sum(output.rows) - self._before, 0
         self._worked = 0.0  # rows that the work on blocks which are not done is worth
         self.spilled_bytes = 0
+        self._not_finite, self._first_not_finite = 0, -1
         if tell is not None:
             tell(self.progress())
 
@@ -327,6 +338,10 @@ class _Watch:
         self._done += receipt.rows
         self._left -= receipt.rows
         self.spilled_bytes += 0 if receipt.rows else receipt.nbytes
+        if receipt.not_finite:
+            self._not_finite += receipt.not_finite
+            firsts = {self._first_not_finite, receipt.first_not_finite} - {-1}
+            self._first_not_finite = min(firsts)
         before = (SPILLED + SERVED) * receipt.rows
         self._worked = max(self._worked + receipt.worked - before, 0.0)
         if self._tell is not None:
@@ -335,4 +350,11 @@ class _Watch:
     def progress(self) -> Progress:
         worked = min(int(self._worked), self._left)
         seconds = time.monotonic() - self._start
-        return Progress(self._done + worked, self._left - worked, self._before, seconds)
+        return Progress(
+            self._done + worked,
+            self._left - worked,
+            self._before,
+            seconds,
+            not_finite=self._not_finite,
+            first_not_finite=self._first_not_finite,
+        )

@@ -17,7 +17,7 @@ from distributed import Client
 
 from dask_ep import run as runs
 from dask_ep.cluster import Certificates, dashboard_link
-from dask_ep.command import FAILED, complain, debug_option
+from dask_ep.command import FAILED, complain, debug_option, tell_note
 from dask_ep.gpus import PROTOCOLS
 from dask_ep.inspect_ import describe_output
 from dask_ep.interrupts import Interrupts, Wait
@@ -31,9 +31,9 @@ from dask_ep.options import (
     ranks_options,
     refuse,
 )
-from dask_ep.places import Cluster, Threads, Where
+from dask_ep.places import Cluster, Processes, Threads, Where
 from dask_ep.run_report import dask_report
-from dask_ep.terminal import progress_bar
+from dask_ep.terminal import hint_at_faster_blas, progress_bar
 from dask_ep.workers import Workers
 
 
@@ -165,6 +165,8 @@ def carry_out(where: Where, job: str | None, experts: str | None, **options: Any
     options["travel"] = parse_travel(
         options["travel"], options.pop("link_rate"), options.pop("read_rate")
     )
+    if isinstance(where, Threads | Processes):
+        hint_at_faster_blas()
     with _stoppable(parsed, options["overwrite"]) as wait, progress_bar("rows") as tell:
 
         def on_progress(how: runs.Progress) -> None:
@@ -173,11 +175,17 @@ def carry_out(where: Where, job: str | None, experts: str | None, **options: Any
         done = runs.run_job(
             parsed,
             where,
+            on_note=tell_note,
             on_progress=on_progress,
             on_client=_show_dashboard,
             on_workers=_show_workers,
             wait=wait,
             **options,
+        )
+    if done.not_finite:
+        click.echo(
+            f"{done.not_finite} of the {done.rows_done} rows computed hold NaN or infinity, the "
+            f"first is row {done.first_not_finite}"
         )
     report = options["report"]
     before = f", {done.rows_before} were there" if done.rows_before else ""

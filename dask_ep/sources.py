@@ -24,11 +24,12 @@ import xxhash
 
 from dask_ep.checks import refuse_masked
 from dask_ep.files import ReadError, file_size, fill_from_file, fingerprint_files
+from dask_ep.mapped import is_of_its_file
 from dask_ep.npy_header import parse_npy_header
 from dask_ep.remote import is_remote, open_remote_npy, open_remote_safetensors
 from dask_ep.safetensors_header import read_header
 from dask_ep.source import Source, checked_dtype
-from dask_ep.zarr_layout import chunk_files, local_directory, missing_chunks, open_array
+from dask_ep.zarr_layout import anchored, chunk_files, local_directory, missing_chunks, open_array
 
 if TYPE_CHECKING:
     import zarr
@@ -131,6 +132,7 @@ class ZarrSource(Source):
     ):
         if missing not in ("error", "fill"):
             raise ValueError(f'missing must be "error" or "fill", not {missing!r}')
+        array = anchored(array)
         dtype = array.dtype.newbyteorder("=") if dtype is None else dtype
         self.array, self.name, self.missing = array, name, missing
         self.shape, self.dtype = array.shape, checked_dtype(dtype, name)
@@ -332,9 +334,21 @@ def _source_of_zarr(path: str, name: str | None, missing: str) -> ZarrSource:
 
 
 def _source_of_memmap(array: np.memmap, name: str | None) -> Source:
-    """A memory map is its file, unless it is a private copy or not plain rows."""
+    """A memory map is its file, unless it is a private copy or not plain rows.
+
+    Raises
+    ------
+    ReadError
+        If its file has lost its name: what has it now is not what the map shows.
+    """
     if array.mode == "c" or array.filename is None or not array.flags.c_contiguous:
         return ArraySource(array, "array" if name is None else name)
+    if not is_of_its_file(array):
+        raise ReadError(
+            f"{array.filename} was replaced or moved since it was mapped into memory, and workers "
+            "would read other numbers than the map shows: map it again, or give a copy of the map, "
+            "np.array(x)"
+        )
     # A slice keeps the offset of the map it was cut from, so the place is told by addresses: the
     # map starts at the page that holds `offset`.
     first = array.offset - array.offset % mmap.ALLOCATIONGRANULARITY

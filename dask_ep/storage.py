@@ -8,13 +8,7 @@ Rows are never joined: what is in memory at once is what Dask computes at once.
 
 from __future__ import annotations
 
-import errno
-import json
 import os
-import shutil
-import sys
-import uuid
-import warnings
 from collections.abc import Iterable, Mapping
 from importlib import import_module
 from math import prod
@@ -25,28 +19,26 @@ from typing import Any
 import dask.array as da
 import numpy as np
 from dask.base import tokenize
-from dask.blockwise import Blockwise, BlockwiseDepDict, blockwise
+from dask.blockwise import BlockwiseDepDict, blockwise
 from dask.highlevelgraph import HighLevelGraph
-from dask.task_spec import DataNode, Task, TaskRef
 
 from dask_ep import journal
 from dask_ep.arrays import Array
 from dask_ep.checks import check_byte_order, refuse_masked
 from dask_ep.device import pinned_empty, telling_memory, upload
-from dask_ep.experts import Experts
-from dask_ep.output import Output, free_bytes, progress_directory
+from dask_ep.guard import refuse_to_replace_inputs
+from dask_ep.output import Output, progress_directory
 from dask_ep.remote import is_remote
+from dask_ep.replace import restore
+from dask_ep.resume import begin, check_existing, go_on, make_manifest
 from dask_ep.sources import ReadError, Source, ZarrSource, open_source, refuse_missing
-from dask_ep.writers import Writer, make_writer, shorten
-from dask_ep.zarr_layout import local_directory
+from dask_ep.writers import make_writer, shorten
+from dask_ep.writing import wait_until_asked
 
 CHUNK_BYTES = 32 << 20
 """Bytes of a token chunk unless the user says otherwise: stored chunks are merged up to this."""
 
 KINDS = (".zarr", ".npy", ".safetensors")
-
-IN_TASKS = (str, int, float, slice, TaskRef, np.ndarray, type(None))
-"""What most arguments of tasks are, none of which is read from a file when the task runs."""
 
 
 def open_tokens(
@@ -144,13 +136,14 @@ def store(
     ----------
     y : (N, ...) array, chunked along the rows only, with known chunks
     path : ``.zarr`` (Zarr 3, a chunk per block), ``.npy`` or ``.safetensors`` (one tensor,
-        "output"); on a file system that all workers share
-    inputs : what `y` is made of, by name or in a row: whatever `open_source` takes, anything with a
-        ``fingerprint()``, or a fingerprint itself (a mapping)
+        "output"); on a file system that all workers share. Of a link, its target is written
+    inputs : what `y` is made of, by name or in a row: whatever `open_source` takes, `Experts`, a
+        `MoELayer`, anything else with a ``fingerprint()``, or a fingerprint itself (a mapping)
     settings : JSON-able mapping of what else the result depends on
     resume : go on with what an earlier run has left, from the start if there is nothing. Whether
         the values are the same is told by `inputs` and `settings` alone
-    overwrite : remove what an earlier run has left, finished or not
+    overwrite : start again. What an earlier run has finished stays until this one has, so that
+        there must be space for both; what it has left unfinished is removed
     compute : whether to write now; if not, see `Output`
     compressors : for Zarr, as `zarr.create_array` takes them; by default none
     stored_rows : rows of a Zarr chunk, of which every block but the last must have a multiple; by
@@ -165,7 +158,8 @@ def store(
     Raises
     ------
     FileExistsError
-        If there is an output, or part of one, and neither `resume` nor `overwrite` is set.
+        If there is an output, or part of one, and neither `resume` nor `overwrite` is set; or if,
+        on resuming, what is there is not what the earlier run wrote.
     ValueError
         If the array cannot be written so, or would replace what it is read from; or if, on
         resuming, the inputs, the settings, or the shape, dtype or row blocks of the array are not
@@ -185,6 +179,8 @@ def store(
     -----
     A block counts as done when its data was written and, after that, its line in the journal.
     Resuming computes exactly the blocks that do not count, and nothing that only the others need.
+    So does resuming a finished output: blocks whose files were removed or cut short since are
+    computed again. The rows of the others are read if files have changed, and must be as they were.
 
     - After the process was killed (``kill -9`` too), every block that counts is good.
     - After a power loss or a crash of the system, that holds with ``sync=True``. Without it the
@@ -206,26 +202,32 @@ def store(
             f"an output is written to a file system that is mounted, and {path} is an address; "
             "write elsewhere, and copy it"
         )
-    path = os.path.abspath(os.fspath(path))
+    if "::" in os.fspath(path):
+        raise ValueError(
+            f"an output must be a file or directory of its own, but '::' in {path} names an array "
+            "within one; write elsewhere"
+        )
+    path = os.path.realpath(os.fspath(path))  # what a link points to is written, not the link
     _check(y, path, os.path.splitext(path)[1], compressors)
-    wanted = _make_manifest(y, path, inputs, settings)
+    inputs = _name_inputs(inputs)
+    wanted = make_manifest(y, inputs, settings or {}, overwrite)
     if stored_rows is not None:
         wanted["stored_rows"] = index(stored_rows)
         _check_stored_rows(y, wanted["stored_rows"])
-    if os.path.lexists(path):
-        for place in _places_read(y):
-            _refuse_to_replace(path, place)
+    refuse_to_replace_inputs(path, y, inputs.values())
     directory = progress_directory(path)
     check_existing(path, resume, overwrite)
     _make_directory(directory, path)
+    wait_until_asked(directory)
     journal.acquire(directory)
     try:
+        restore(path, directory)
         check_existing(path, resume, overwrite)  # again, now that nobody else can begin
         manifest = None if overwrite else journal.read_manifest(directory)
         if manifest is None:
-            writer, manifest = _begin(y, path, wanted, compressors)
+            writer, manifest = begin(y, path, wanted, compressors)
         else:
-            writer, manifest = _continue(y, path, manifest, wanted, compressors)
+            writer, manifest = go_on(y, path, manifest, wanted, compressors)
         output = Output(y, path, writer, manifest, sync)
     except BaseException:
         journal.release(directory)
@@ -309,105 +311,20 @@ def _check(y: da.Array, path: str, kind: str, compressors: Any) -> None:
     make_writer(kind, path, y.shape, y.dtype, y.chunks[0], compressors)
 
 
-def _make_manifest(
-    y: da.Array, path: str, inputs: Any, settings: Mapping[str, Any] | None
-) -> dict[str, Any]:
-    named = inputs.items() if isinstance(inputs, Mapping) else ((None, obj) for obj in inputs)
-    fingerprints: dict[str, Any] = {}
-    for name, obj in named:
-        if not isinstance(obj, Mapping):
-            obj = obj if hasattr(obj, "fingerprint") else open_source(obj)
-            _refuse_to_replace(path, getattr(obj, "path", None))
-            obj = obj.fingerprint()
-        name = obj.get("name", "input") if name is None else name
-        if name in fingerprints:
+def _name_inputs(inputs: Mapping[str, Any] | Iterable[Any]) -> dict[str, Any]:
+    """Open inputs that are places or arrays, and give each its name."""
+    named: dict[str, Any] = {}
+    pairs = inputs.items() if isinstance(inputs, Mapping) else ((None, obj) for obj in inputs)
+    for name, obj in pairs:
+        if not (isinstance(obj, Mapping) or hasattr(obj, "fingerprint")):
+            obj = open_source(obj)
+        if name is None:
+            found = obj if isinstance(obj, Mapping) else vars(obj)
+            name = found.get("name", "input")
+        if name in named:
             raise ValueError(f"two inputs have the name {name!r}; give them as a mapping by name")
-        fingerprints[name] = obj
-    manifest = {
-        "format": journal.FORMAT,
-        "shape": [int(length) for length in y.shape],
-        "dtype": y.dtype.name,
-        "rows": [int(count) for count in y.chunks[0]],
-        "array": y.name,
-        "inputs": fingerprints,
-        "settings": dict(settings or {}),
-    }
-    try:
-        return json.loads(json.dumps(manifest))
-    except TypeError as error:
-        raise TypeError(f"settings and fingerprints must be JSON-able: {error}") from error
-
-
-def _places_read(y: da.Array) -> set[str]:
-    """Local files and directories that the tasks of an array read: token rows, experts, Zarr."""
-    zarr_arrays = sys.modules["zarr"].Array if "zarr" in sys.modules else ()
-    places: set[str | None] = set()
-    seen: set[int] = set()
-    left: list[Any] = []
-    for layer in y.dask.layers.values():
-        if layer.is_materialized():
-            left.extend(layer.values())
-        elif isinstance(layer, Blockwise):
-            left += [layer.task, layer.indices]
-    while left:
-        value = left.pop()
-        if isinstance(value, IN_TASKS) or id(value) in seen:
-            continue
-        seen.add(id(value))
-        if isinstance(value, Task):
-            left += [value.args, value.kwargs]
-        elif isinstance(value, (list, tuple)):
-            left.extend(value)
-        elif isinstance(value, Mapping):
-            left.extend(value.values())
-        elif isinstance(value, DataNode):
-            left.append(value.value)
-        elif isinstance(value, Source):
-            places.add(value.path)
-        elif isinstance(value, Experts):
-            places |= {source.path for source in value.sources()}
-        elif isinstance(value, zarr_arrays):
-            places.add(local_directory(value))
-    return places - {None}
-
-
-def _refuse_to_replace(path: str, source: str | None) -> None:
-    if source is not None:
-        source, path = os.path.realpath(source), os.path.realpath(path)
-        if os.path.commonpath([source, path]) in (source, path):
-            raise ValueError(f"the output {path} would replace its own input {source}")
-
-
-def check_existing(path: str, resume: bool, overwrite: bool) -> None:
-    """Refuse an output that is there, unless it is to be resumed or overwritten."""
-    if resume and overwrite:
-        raise ValueError("resume goes on and overwrite starts again; give one of them")
-    began = journal.has_manifest(progress_directory(path))
-    there = os.path.lexists(path)
-    if there and resume and not began:
-        raise FileExistsError(
-            f"{path} exists, but {progress_directory(path)} does not say what it was made of, so "
-            "it cannot be resumed; overwrite it, or write elsewhere"
-        )
-    if (there or began) and not (resume or overwrite):
-        what = "exists" if there else "was begun by an earlier run"
-        raise FileExistsError(
-            f"{path} {what}; resume to go on with it, overwrite to start again, or write elsewhere"
-        )
-    if there and overwrite and not _is_replaceable(path):
-        raise FileExistsError(
-            f"{path} is a directory but no Zarr array, and is not removed; write elsewhere"
-        )
-
-
-def _is_replaceable(path: str) -> bool:
-    if not os.path.isdir(path):
-        return True
-    try:
-        with open(os.path.join(path, "zarr.json")) as file:
-            return json.load(file)["node_type"] == "array"
-    except (OSError, ValueError, KeyError):
-        return os.path.exists(os.path.join(path, ".zarray"))
+        named[name] = obj
+    return named
 
 
 def _make_directory(directory: str, path: str) -> None:
@@ -423,76 +340,6 @@ def _make_directory(directory: str, path: str) -> None:
     )
 
 
-def _begin(
-    y: da.Array, path: str, wanted: dict[str, Any], compressors: Any
-) -> tuple[Writer, dict[str, Any]]:
-    """Remove what is there, and make an output without rows."""
-    directory = progress_directory(path)
-    manifest = wanted | {"run": uuid.uuid4().hex[:12], "complete": False}
-    writer = _open_writer(y, path, manifest, compressors)
-    try:
-        writer.create()  # which may refuse what it is given, when nothing is lost yet
-    except BaseException:
-        _remove(writer.path)
-        raise
-    _remove(path)
-    # The manifest goes first: without it, whatever else is left counts for nothing.
-    for name in sorted(os.listdir(directory), key=lambda name: name != "manifest.json"):
-        if name not in ("lock", os.path.basename(writer.path)):
-            _remove(os.path.join(directory, name))
-    if compressors is None:
-        _check_space(path, y, set())
-    journal.write_manifest(directory, manifest)
-    return writer, manifest
-
-
-def _continue(
-    y: da.Array, path: str, manifest: dict[str, Any], wanted: dict[str, Any], compressors: Any
-) -> tuple[Writer, dict[str, Any]]:
-    """Take up what an earlier run has left, if it was the same run."""
-    differences = journal.describe_differences(manifest, wanted)
-    if differences:
-        raise ValueError(
-            f"{path} was begun from something else, and cannot be resumed: "
-            f"{'; '.join(differences)}. Overwrite it, or write elsewhere"
-        )
-    directory = progress_directory(path)
-    writer = _open_writer(y, path, manifest, compressors)
-    for name in os.listdir(directory):  # of a run that was stopped as it began to overwrite
-        if name.startswith("partial-") and name != os.path.basename(writer.path):
-            _remove(os.path.join(directory, name))
-    done = journal.read_done(directory, manifest["run"])
-    if os.path.exists(writer.path):
-        writer.tidy()
-        if not done:
-            manifest["array"] = y.name
-            journal.write_manifest(directory, manifest)
-        if compressors is None:
-            _check_space(path, y, done)
-    elif os.path.exists(path) and len(done) == len(y.chunks[0]):
-        if not manifest["complete"]:  # it was stopped between the rename and the manifest
-            manifest["complete"] = True
-            journal.write_manifest(directory, manifest)
-    else:
-        return _begin(y, path, wanted, compressors)  # its files were removed
-    told_by_name = not (wanted["inputs"] or wanted["settings"])
-    if told_by_name and manifest.get("array", y.name) != y.name:
-        warnings.warn(
-            f"{path} was begun from an array of another name, and there are neither inputs nor "
-            "settings that tell whether this is the same: what is done is kept. Give store inputs "
-            "or settings, or overwrite it",
-            stacklevel=3,
-        )
-    return writer, manifest
-
-
-def _open_writer(y: da.Array, path: str, manifest: Mapping[str, Any], compressors: Any) -> Writer:
-    kind = os.path.splitext(path)[1]
-    partial = os.path.join(progress_directory(path), f"partial-{manifest['run']}{kind}")
-    stored_rows = manifest.get("stored_rows")
-    return make_writer(kind, partial, y.shape, y.dtype, y.chunks[0], compressors, stored_rows)
-
-
 def _check_stored_rows(y: da.Array, stored_rows: int) -> None:
     odd = [rows for rows in y.chunks[0][:-1] if rows % stored_rows]
     if odd or stored_rows < 1:
@@ -500,23 +347,3 @@ def _check_stored_rows(y: da.Array, stored_rows: int) -> None:
             f"every block but the last must have a multiple of stored_rows={stored_rows} rows, but "
             f"there are blocks of {shorten(odd)}"
         )
-
-
-def _check_space(path: str, y: da.Array, done: set[int]) -> None:
-    """Find a full disk before the work; a compressed output may need less, and is not judged."""
-    rows = [count for block, count in enumerate(y.chunks[0]) if block not in done]
-    needed = sum(rows) * prod(y.shape[1:]) * y.dtype.itemsize
-    free = free_bytes(progress_directory(path))
-    if needed > free:
-        raise OSError(
-            errno.ENOSPC,
-            f"no space for the {len(rows)} missing blocks of {path}: they need {needed} bytes, "
-            f"{free} are free. Make room, or write elsewhere",
-        )
-
-
-def _remove(path: str) -> None:
-    if os.path.isdir(path) and not os.path.islink(path):
-        shutil.rmtree(path)
-    elif os.path.lexists(path):
-        os.unlink(path)

@@ -17,6 +17,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn
 
 from dask_ep import run as runs
+from dask_ep.blas import faster_blas
 
 SECONDS_BETWEEN_LINES = 3.0
 """How often progress is told where there is no terminal."""
@@ -58,6 +59,12 @@ class _Lines:
         share = f"{100 * done / total:.0f} %" if total else "100 %"
         words = f"{share}, {_amount(done, total, self._unit)}{_speed(how)}"
         click.echo(f"{name}: {words}" if name else words, err=True)
+
+
+def hint_at_faster_blas() -> None:
+    """Tell what would multiply faster on this machine, if anything would."""
+    if said := faster_blas():
+        click.echo(f"hint: {said}", err=True)
 
 
 def _amount(done: int, total: int, unit: str) -> str:

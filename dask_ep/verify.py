@@ -190,15 +190,16 @@ def open_output(path: str) -> Source:
         If there is none, or only a part of one: it says how much.
     """
     manifest = journal.read_manifest(progress_directory(path))
-    if not os.path.exists(path):
-        if manifest is None:
-            raise FileNotFoundError(errno.ENOENT, "there is no output yet; run the job", path)
-        if manifest["complete"]:
-            raise FileNotFoundError(
-                errno.ENOENT,
-                "the output is gone, though it was complete; run again with --resume",
-                path,
-            )
+    there = os.path.exists(path)
+    if not there and manifest is None:
+        raise FileNotFoundError(errno.ENOENT, "there is no output yet; run the job", path)
+    if not there and manifest["complete"]:
+        raise FileNotFoundError(
+            errno.ENOENT,
+            "the output is gone, though it was complete; run again with --resume",
+            path,
+        )
+    if manifest is not None and not manifest["complete"]:
         done = len(journal.read_done(progress_directory(path), manifest["run"]))
         raise FileNotFoundError(
             errno.ENOENT,
@@ -211,7 +212,7 @@ def open_output(path: str) -> Source:
         raise FileNotFoundError(
             errno.ENOENT,
             f"{len(missing)} chunks of the output are missing, {missing[0]} the first; "
-            "run the job with --overwrite",
+            "run the job with --resume",
             path,
         )
     return source

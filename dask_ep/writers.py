@@ -24,8 +24,10 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
+from dask_ep.files import fill_from_file
 from dask_ep.journal import sync_path
 from dask_ep.safetensors_header import encode_header
+from dask_ep.sources import Source, open_source
 from dask_ep.zarr_layout import (
     ChunkFiles,
     chunk_files,
@@ -60,8 +62,16 @@ class Writer(ABC):
         """Put C-contiguous `rows` at row `start`; with `sync`, so that it outlives power loss."""
 
     @abstractmethod
+    def fits(self) -> bool:
+        """Tell whether what lies there is this array, as far as its header or metadata says."""
+
+    @abstractmethod
     def holds(self, start: int, stop: int) -> bool:
         """Tell whether the files of rows [start, stop) are there with the right sizes."""
+
+    @abstractmethod
+    def read(self, start: int, stop: int) -> np.ndarray:
+        """Read the bytes of rows that `holds` says are there; `ReadError` if they are damaged."""
 
     @abstractmethod
     def tidy(self) -> None:
@@ -96,9 +106,23 @@ class FileWriter(Writer):
         finally:
             os.close(file)
 
-    def holds(self, start: int, stop: int) -> bool:
+    def fits(self) -> bool:
+        try:
+            with open(self.path, "rb") as file:
+                found = file.read(len(self.header))
+        except OSError:
+            return False
         whole = len(self.header) + self.rows * self.row_bytes
-        return _size(self.path) == whole
+        return self.header.startswith(found) and _size(self.path) <= whole  # it may be cut short
+
+    def holds(self, start: int, stop: int) -> bool:
+        return _size(self.path) >= len(self.header) + stop * self.row_bytes
+
+    def read(self, start: int, stop: int) -> np.ndarray:
+        rows = np.empty((stop - start, self.row_bytes), np.uint8)
+        offset = len(self.header) + start * self.row_bytes
+        fill_from_file(rows, self.path, offset, f"rows [{start}, {stop})")
+        return rows
 
     def tidy(self) -> None:
         """Nothing: a stopped write leaves no more than rows that will be written again."""
@@ -141,6 +165,14 @@ class ZarrWriter(Writer):
         if sync:
             sync_path(self.path)
 
+    def fits(self) -> bool:
+        try:
+            array, dtype = open_array(self.path)
+        except (OSError, ValueError):
+            return False
+        chunks = (self.chunk_rows, *(max(1, length) for length in self.shape[1:]))
+        return (array.shape, array.chunks, dtype) == (self.shape, chunks, self.dtype)
+
     def holds(self, start: int, stop: int) -> bool:
         if not os.path.isdir(self.path):
             return False
@@ -148,6 +180,9 @@ class ZarrWriter(Writer):
             return not any(missing_chunks(self._array, start, stop))
         paths = [self._files.path(chunk) for chunk, _, _ in self._files.spans(start, stop)]
         return all(_size(path) == self._files.chunk_bytes for path in paths)
+
+    def read(self, start: int, stop: int) -> np.ndarray:
+        return self._source.read(start, stop)
 
     def tidy(self) -> None:
         for entry in os.scandir(self.path):
@@ -158,6 +193,10 @@ class ZarrWriter(Writer):
     def _array(self) -> Any:
         os.stat(self.path)  # what is gone is an OSError, as of the other formats
         return open_array(self.path, mode="r+")[0]
+
+    @cached_property
+    def _source(self) -> Source:
+        return open_source(self.path)
 
     @cached_property
     def _files(self) -> ChunkFiles | None:

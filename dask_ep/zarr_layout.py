@@ -19,7 +19,7 @@ import os
 import sys
 from collections.abc import Iterator
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import product
 from math import prod
 from typing import TYPE_CHECKING, Any
@@ -158,6 +158,19 @@ def local_directory(array: zarr.Array) -> str | None:
     else:
         return None
     return os.path.join(root, array.path) if array.path else root
+
+
+def anchored(array: zarr.Array) -> zarr.Array:
+    """The same array; one that was opened by a relative path, from wherever it is used."""
+    import zarr
+    from zarr.storage import LocalStore, StorePath
+
+    store = array.store
+    if not isinstance(store, LocalStore) or store.root.is_absolute():
+        return array
+    place = StorePath(LocalStore(store.root.absolute(), read_only=store.read_only), array.path)
+    opened = replace(array._async_array, store_path=place)
+    return zarr.Array(opened)
 
 
 def chunk_files(array: zarr.Array) -> ChunkFiles | None:

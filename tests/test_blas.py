@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import ctypes
+import re
 import threading
+import tomllib
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -167,3 +170,30 @@ def test_mkl_gets_one_thread_in_all_threads():
     assert numbers() == {1}
     for library in blas._loaded_mkls():
         library.MKL_Set_Num_Threads(max(before))
+
+
+@pytest.mark.parametrize(
+    ("cpuinfo", "mkl", "said"),
+    [
+        (
+            "GenuineIntel avx512f",
+            None,
+            r"MKL multiplies about 10 % faster .* pip install -e '\.\[mk",
+        ),
+        ("GenuineIntel avx512f amx_bf16", None, "and would multiply bfloat16 experts in 16 bits; "),
+        ("GenuineIntel avx512f", "MKL", None),
+        ("GenuineIntel avx2", None, None),
+        ("AuthenticAMD avx512f", None, None),
+    ],
+)
+def test_what_would_multiply_faster_is_said(cpuinfo, mkl, said, monkeypatch):
+    monkeypatch.setattr(blas, "installed_mkl", lambda: mkl)
+    monkeypatch.setattr(blas, "_cpuinfo", lambda: cpuinfo)
+    monkeypatch.setattr(blas, "numpys_blas", lambda: "OpenBLAS")
+    hint = blas.faster_blas()
+    assert (hint is None) if said is None else re.search(said, hint)
+
+
+def test_the_extra_that_the_hint_names_is_there():
+    text = (Path(__file__).parents[1] / "pyproject.toml").read_text()
+    assert "mkl" in tomllib.loads(text)["project"]["optional-dependencies"]

@@ -482,3 +482,14 @@ def test_an_error_and_its_causes_are_one_line():
     assert one_line(error) == "chunk 2 failed (dask_ep: rank 3)"
     del error.__notes__
     assert one_line(error) == "chunk 2 failed"
+
+
+@pytest.mark.parametrize("name", ["plan", "run"])
+def test_what_would_multiply_faster_is_said_once(name, small_job, capsys, monkeypatch):
+    monkeypatch.setattr(terminal, "faster_blas", lambda: "another library")
+    code, out, said = here(capsys, name, small_job)
+    assert code == 0
+    assert said.splitlines().count("hint: another library") == 1
+    assert "another library" not in out
+    monkeypatch.setattr(terminal, "faster_blas", lambda: None)
+    assert "hint" not in here(capsys, name, small_job)[2]

@@ -1,44 +1,110 @@
 """The recipes for clusters: the script by hand runs, and the Kubernetes manifest fits together."""
 
+import contextlib
 import importlib
 import os
+import re
+import signal
 import subprocess
 import sys
 
 import dask
 import kubernetes_validate
+import psutil
 import pytest
 import yaml
 from distributed import Client, LocalCluster
 
+from dask_ep.command import WRONG_USE
 from dask_ep.example import Example, write_example
 from dask_ep.job import load_job
+from dask_ep.run_command import run_command
 from dask_ep.verify import verify_job
-from tests.cluster_processes import DEADLINE, REPOSITORY
+from tests.cluster_processes import REPOSITORY
+from tests.test_cluster_command import end, wait_for_blocks
 
 WORKFLOWS = REPOSITORY / "workflows"
 KUBERNETES = "1.33"
 """The version whose schema the manifest keeps."""
 
 
-def test_a_cluster_by_hand(tmp_path):
-    job = write_example(tmp_path / "job", Example(rows=600, d=16, num_experts=4, chunk_rows=100))
+@pytest.fixture
+def job(tmp_path):
+    return write_example(
+        tmp_path / "job", Example(rows=600, d=16, num_experts=4, chunk_rows=100, format="npy")
+    )
+
+
+def by_hand(directory, *arguments, **environment):
+    """Start the script, in a session of its own."""
     commands = os.path.dirname(sys.executable)
-    ran = subprocess.run(
-        [WORKFLOWS / "cluster_by_hand.sh", job],
+    return subprocess.Popen(
+        [WORKFLOWS / "cluster_by_hand.sh", *map(str, arguments)],
         env=os.environ
         | {"PATH": f"{commands}:{os.environ['PATH']}", "PYTHONPATH": str(REPOSITORY)}
-        | {"SHARED": str(tmp_path), "TMPDIR": str(tmp_path)},
-        capture_output=True,
+        | {"SHARED": str(directory), "TMPDIR": str(directory)}
+        | environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
         text=True,
-        timeout=DEADLINE,
-        check=False,
+        start_new_session=True,
     )
-    assert ran.returncode == 0, ran.stderr
-    assert "out.zarr: 600 rows in" in ran.stdout
-    assert "dashboard: http://127.0.0.1:" in ran.stderr
-    assert "100 %, 600 of 600 rows" in ran.stderr
+
+
+def in_session(leader):
+    """Processes that the script has started and that still run."""
+    found = []
+    for process in psutil.process_iter():
+        with contextlib.suppress(psutil.Error, ProcessLookupError):
+            if os.getsid(process.pid) == leader and process.status() != psutil.STATUS_ZOMBIE:
+                found.append(process)
+    return found
+
+
+def test_a_cluster_by_hand_prints_what_run_prints(tmp_path, job):
+    process = by_hand(tmp_path, job)
+    code, printed, told = end(process)
+    assert code == 0, told
+    assert re.fullmatch(r".*out.npy: 600 rows in .*\n", printed)
+    lines = told.splitlines()
+    assert lines[-1].startswith("100 %, 600 of 600 rows")
+    assert "workers: 2 running" in lines
+    assert all(re.match(r"workers: |dashboard: http://127.0.0.1:|\d+ %", line) for line in lines)
     assert verify_job(load_job(job)).good
+    assert not in_session(process.pid)
+
+    code, printed, told = end(by_hand(tmp_path, job))
+    assert (code, printed) == (1, "")
+    (line,) = told.splitlines()
+    assert "out.npy exists; resume to go on with it, overwrite to start again" in line
+    assert end(by_hand(tmp_path, job, "--resume"))[0] == 0
+
+
+def test_ctrl_c_on_a_cluster_by_hand(tmp_path):
+    """Sent to the script alone, as a terminal does: what it starts has groups of its own."""
+    sizes = {"rows": 6400, "d": 256, "num_experts": 2, "k": 1, "kind": "gated", "hidden": 4096}
+    job = write_example(tmp_path / "job", Example(**sizes, format="npy"))
+    process = by_hand(tmp_path, job, "--chunk-rows", 64)
+    wait_for_blocks(load_job(job).out, 5, process)
+    os.killpg(process.pid, signal.SIGINT)
+    code, printed, told = end(process)
+    assert (code, printed) == (1, "")
+    assert "stopped;" in told
+    assert "Traceback" not in told
+    assert not in_session(process.pid)
+    code, printed, told = end(by_hand(tmp_path, job, "--resume", WORKERS="1"))
+    assert code == 0, told
+    assert "were there" in printed
+    assert verify_job(load_job(job)).good
+
+
+def test_workers_by_hand_that_do_not_start_end_the_run(tmp_path, job):
+    process = by_hand(tmp_path, job, MEMORY="a lot")
+    code, printed, told = end(process)
+    assert (code, printed) == (1, "")
+    assert f"workers ended; the end of {tmp_path}/workers.log:" in told
+    assert "Could not interpret" in told
+    assert not in_session(process.pid)
 
 
 @pytest.fixture(scope="module")
@@ -109,10 +175,27 @@ def test_kubernetes_a_worker_spills_before_its_pod_is_killed(manifest):
     )
 
 
-def test_kubernetes_one_rank_per_worker(manifest):
+def test_kubernetes_the_run_waits_for_all_workers_and_ranks_are_not_tied_to_them(manifest):
     args = _container(manifest["Job", "dask-ep-run"])["args"]
     replicas = manifest["Deployment", "dask-ep-worker"]["spec"]["replicas"]
-    assert args[args.index("--world-size") + 1] == str(replicas)
+    assert args[args.index("--workers") + 1] == str(replicas)
+    assert "--world-size" not in args
+
+
+def test_kubernetes_a_run_starts_again_unless_it_was_asked_wrongly(manifest):
+    job = manifest["Job", "dask-ep-run"]["spec"]
+    assert "--resume" in _container({"spec": job})["args"]
+    fatal, evicted = job["podFailurePolicy"]["rules"]
+    assert fatal["onExitCodes"]["values"] == [WRONG_USE]
+    assert fatal["onExitCodes"]["containerName"] == _container({"spec": job})["name"]
+    assert (fatal["action"], evicted["action"]) == ("FailJob", "Ignore")
+    assert job["template"]["spec"]["restartPolicy"] == "Never", "or no policy is allowed"
+
+
+def test_kubernetes_the_arguments_are_those_of_the_command(manifest):
+    args = _container(manifest["Job", "dask-ep-run"])["args"]
+    context = run_command.make_context("run", list(args))
+    assert context.params["workers"] == 4
 
 
 def test_a_job_on_gpu_nodes_waits_for_its_workers(monkeypatch):

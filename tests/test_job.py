@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import os
 from pathlib import Path
 
 import numpy as np
@@ -17,6 +18,10 @@ from dask_ep.job import EXPERT_KEYS, EXPERT_MATRICES, Job, load_job, parse_exper
 from dask_ep.placement import balanced
 from dask_ep.places import Processes, lay_out
 from dask_ep.sources import ReadError
+
+EXPERT_WEIGHTS = [
+    f"{kind}.{key}" for kind, keys in EXPERT_KEYS.items() for key in keys if keys[key].is_weight
+]
 
 GOOD = """
 tokens = "tokens.npy"
@@ -123,7 +128,12 @@ def test_the_keys_of_experts_are_the_keywords_of_their_classmethods(kind):
         ('"tokens.npy"', '""', r"tokens must be a path, but is ''"),
         ('"tokens.npy"', '"t\\u0000.npy"', r"tokens must be a path, but is 't"),
         ("[experts]", 'missing = "fil"\n[experts]', r"missing must be one of error, fill, but is"),
-        ('"out.npy"', '"s3://b/y.npy"', r"out must be a path .* not written\), but is 's3://b/y"),
+        (
+            '"out.npy"',
+            '"s3://b/y.npy"',
+            r"out must be a local path .* not written\), but is 's3://",
+        ),
+        ('"out.npy"', '"we::ird.zarr"', r"out must be a local path without '::' .* 'we::ird.zarr'"),
         ('"linear"', '"gatde"', r"kind must be one of .*, but is 'gatde' \(did you mean 'gated'"),
         ('kind = "linear"', 'kind = ["linear"]', r"kind must be one of .*, but is \['linear'\]"),
         ('kind = "linear"', "", r"\[experts\]: kind must be one of .*, but is missing"),
@@ -140,6 +150,29 @@ def test_mistakes_are_named(tmp_path, old, new, message):
     assert old in GOOD
     with pytest.raises(JobError, match=message):
         load_job(write(tmp_path, GOOD.replace(old, new, 1)))
+
+
+@pytest.mark.parametrize(
+    "key", [*("tokens", "routing", "topk_weights", "layer", "out", "placement"), *EXPERT_WEIGHTS]
+)
+def test_a_home_that_is_nobodys_is_named_with_its_key(key):
+    """Every path of a job, be it a key of its own or of its experts."""
+    kind, _, weight = key.partition(".")
+    value = "~nobody-of-this-name/x.npy"
+    keys = {key: value}
+    if weight:
+        table = dict.fromkeys(EXPERT_MATRICES[kind], "w.npy") | {weight: ["w.npy", value]}
+        keys = {"experts": {"kind": kind} | table}
+    message = rf"{weight or key}: .*'~nobody-of-this-name/x.npy'.* cannot be found"
+    with pytest.raises(JobError, match=message):
+        load_job(**keys)
+
+
+def test_links_in_a_circle_are_named(tmp_path):
+    os.symlink(tmp_path / "a", tmp_path / "b")
+    os.symlink(tmp_path / "b", tmp_path / "a")
+    with pytest.raises(JobError, match=r"options: tokens: .*a/x.npy' cannot be found"):
+        load_job(tokens=str(tmp_path / "a" / "x.npy"))
 
 
 @pytest.mark.parametrize(

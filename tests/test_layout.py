@@ -15,11 +15,12 @@ PACKAGE = ROOT / "dask_ep"
 
 GROUND = (
     "arrays bfloat16 blas checks command corpus costs device errors files fingerprint fused "
-    "grouped interrupts journal memory npy_header reference safetensors_header source zarr_layout"
+    "grouped interrupts journal mapped memory npy_header reference replace safetensors_header "
+    "source zarr_layout"
 )
 KERNEL_AND_DATA = (
     "device_memory dispatch expert kinds local output quantized remote segments served sources "
-    "spill weights writers"
+    "spill weights writers writing"
 )
 MIDDLE = (
     "ahead capacity exchange experts held lazy_routing packing placement placement_files "
@@ -27,12 +28,12 @@ MIDDLE = (
 )
 TOP = (
     "at_home block checkpoint checkpoint_files cluster decide device_probe expert_major families "
-    "family figures gpus handover held_rows homes memory_law owner_map owner_plugin ownership "
-    "passes price price_gpus price_passes probe ranks record rounding spilled_rows storage window "
-    "work"
+    "family figures gpus guard handover held_rows homes memory_law owner_map owner_plugin "
+    "ownership passes price price_gpus price_passes probe ranks record resume rounding "
+    "spilled_rows storage window work"
 )
 JOBS = (
-    "begun build example in_passes inspect_ job options places planner report run run_report "
+    "begun build example in_passes inspect_ job notes options places planner report run run_report "
     "sample terminal verify workers"
 )
 

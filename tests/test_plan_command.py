@@ -37,7 +37,7 @@ def job_file(tmp_path):
     path = tmp_path / "job.toml"
     path.write_text(
         'tokens = "tokens.npy"\nrouting = "routing.npy"\nout = "out.npy"\n'
-        '[experts]\nkind = "linear"\nw = "w.npy"\n'
+        '[experts]\nkind = "linear"\nw = "w.npy"\ntransposed = false\n'
     )
     return path
 

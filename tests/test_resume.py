@@ -1,10 +1,12 @@
 """Whatever stops a run, resuming computes the missing blocks only, and gives the same bits."""
 
 import errno
+import gc
 import json
 import multiprocessing
 import os
 import runpy
+import shutil
 import time
 from itertools import pairwise
 
@@ -13,10 +15,11 @@ import dask.array as da
 import numpy as np
 import pytest
 from dask.array.utils import assert_eq
+from distributed import Client, futures_of, wait
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dask_ep import journal, output, storage, writers
+from dask_ep import journal, output, replace, resume, writers
 from dask_ep.journal import OutputInUse, read_done, record_done
 from dask_ep.output import progress_directory
 from dask_ep.sources import open_source
@@ -136,6 +139,7 @@ def test_an_existing_output_is_left_alone(path):
     steps = Steps()
     run(path, steps, overwrite=True)
     assert len(steps.made) == BLOCKS
+    replace.remove(path)
     begin(path, overwrite=True)
     with pytest.raises(FileExistsError, match="was begun by an earlier run; resume"):
         run(path, Steps())
@@ -204,7 +208,7 @@ def test_of_another_array_nothing_is_said_where_nothing_is_kept(path):
     begin(path, stop_after=0)
     store(Steps().array * 7, path, resume=True, scheduler="sync")
     assert_eq(open_tokens(path), Steps().expected * 7)
-    storage._remove(path)
+    replace.remove(path)
     store(Steps().array * 5, path, resume=True, scheduler="sync")
     assert_eq(open_tokens(path), Steps().expected * 5)
 
@@ -215,7 +219,7 @@ def test_what_a_killed_overwrite_leaves_is_removed(path, monkeypatch):
 
     made = begin(path)
     with monkeypatch.context() as patch:
-        patch.setattr(storage, "_remove", stop)
+        patch.setattr(resume, "remove", stop)
         with pytest.raises(Stopped):
             run(path, Steps(), overwrite=True)
     assert len(partials(path)) == 2
@@ -305,11 +309,11 @@ def test_data_that_was_removed_is_made_again(tmp_path):
 def test_an_output_whose_files_are_gone_is_made_from_the_start(path):
     begin(path)
     partial = f"{progress_directory(path)}/partial-{manifest_of(path)['run']}"
-    storage._remove(partial + os.path.splitext(path)[1])
+    replace.remove(partial + os.path.splitext(path)[1])
     rest = Steps()
     run(path, rest, resume=True)
     assert sorted(rest.made) == list(range(BLOCKS))
-    storage._remove(path)
+    replace.remove(path)
     again = Steps()
     run(path, again, resume=True)
     assert sorted(again.made) == list(range(BLOCKS))
@@ -391,7 +395,7 @@ def test_a_disk_that_is_too_small_is_found_at_the_start(path):
 
 def test_a_disk_that_became_too_small_is_found_when_resuming(path, monkeypatch):
     begin(path)
-    monkeypatch.setattr(storage, "free_bytes", lambda _: 5)
+    monkeypatch.setattr(resume, "free_bytes", lambda _: 5)
     with pytest.raises(OSError, match=r"2 missing blocks of .* need \d+ bytes, 5 are free"):
         run(path, Steps(), resume=True)
     monkeypatch.undo()
@@ -421,6 +425,80 @@ def test_a_lock_goes_with_its_owner(path):
     unfinished = store(Steps().array, path, compute=False)
     del unfinished
     run(path, Steps(), resume=True)
+
+
+@pytest.fixture(scope="module")
+def client():
+    with Client(
+        n_workers=1, threads_per_worker=1, processes=False, dashboard_address=":0"
+    ) as client:
+        yield client
+
+
+def waiting_array(gate):
+    """An array whose blocks wait for a file."""
+
+    def wait(rows):
+        while not gate.exists():
+            time.sleep(0.01)
+        return rows * 2
+
+    x = da.from_array(np.arange(18.0).reshape(9, 2), chunks=(2, 2))
+    return x.map_blocks(wait, meta=x._meta)
+
+
+HANDED = {
+    "persist": lambda client, output: output.persist(),
+    "futures": lambda client, output: futures_of(client.persist(output)),
+    "compute": lambda client, output: client.compute(output),
+    "dask.persist": lambda client, output: dask.persist(output),
+}
+"""Ways to give an output's tasks to a cluster, and what is left of it in the user's hands."""
+
+
+@pytest.mark.parametrize("how", HANDED)
+def test_a_lock_is_held_as_long_as_a_cluster_writes(tmp_path, client, how):
+    path, gate = tmp_path / "y.zarr", tmp_path / "gate"
+    held = HANDED[how](
+        client, store(waiting_array(gate), path, compute=False, settings={"factor": 2})
+    )
+    gc.collect()
+    for options in ({"resume": True}, {"overwrite": True}):
+        with pytest.raises(OutputInUse, match=rf"process {os.getpid()} on .* since 20"):
+            run(path, Steps(), **options)
+    gate.touch()
+    wait(held if how == "compute" else futures_of(held))
+    rest = Steps()
+    run(path, rest, resume=True, settings={"factor": 2})
+    assert rest.made == [], "all blocks were written by the first"
+    assert_eq(open_tokens(path), rest.expected)
+
+
+def test_a_lock_goes_when_nobody_waits_for_what_a_cluster_writes(tmp_path, client):
+    path, gate = tmp_path / "y.zarr", tmp_path / "gate"
+    held = store(waiting_array(gate), path, compute=False).persist()
+    gc.collect()
+    with pytest.raises(OutputInUse):
+        run(path, Steps(), resume=True)
+    del held
+    gc.collect()
+    gate.touch()
+    steps = Steps()
+    run(path, steps, overwrite=True)
+    assert len(steps.made) == BLOCKS
+
+
+def test_a_lock_goes_with_the_client_that_wrote(tmp_path):
+    path, gate = tmp_path / "y.zarr", tmp_path / "gate"
+    y = waiting_array(gate)
+    with Client(n_workers=1, processes=False, dashboard_address=":0") as client:
+        held = client.persist(store(y, path, compute=False))
+        gc.collect()
+        gate.touch()
+        wait(futures_of(held))
+        held = client.persist(store(y, path, compute=False, overwrite=True))
+        gc.collect()
+    run(path, Steps(), overwrite=True)
 
 
 @pytest.mark.parametrize(
@@ -547,3 +625,132 @@ def test_kill_9_at_five_moments(tmp_path, kind, forkserver):
     assert len(made) <= 40 + 5 * 2
     made_last = made[-(40 - len(counted[-1])) :]
     assert set(made_last) == set(range(40)) - counted[-1]
+
+
+# --- finished outputs that are not what they were ------------------------------------------------
+
+
+def finished(path):
+    """Give the rows of a finished output, and the size of its header where it is one file."""
+    steps = Steps()
+    run(path, steps)
+    header = 0 if path.endswith(".zarr") else os.path.getsize(path) - steps.expected.nbytes
+    return steps.expected, header
+
+
+@given(st.data())
+def test_what_is_missing_of_a_finished_output_is_made_again(tmp_path_factory, data):
+    kind = data.draw(st.sampled_from(KINDS))
+    path = str(tmp_path_factory.mktemp("finished") / f"y{kind}")
+    expected, header = finished(path)
+    if kind == ".zarr":
+        gone = data.draw(st.sets(st.integers(0, BLOCKS - 1), min_size=1))
+        for block in gone:
+            place = f"{path}/c.{block}.0"
+            if data.draw(st.booleans()):
+                os.unlink(place)
+            else:
+                os.truncate(place, data.draw(st.integers(0, 31)))
+    else:
+        size = data.draw(st.integers(0, header + expected.nbytes - 1))
+        os.truncate(path, size)
+        gone = {b for b in range(BLOCKS) if header + min(32 * (b + 1), 144) > size}
+    rest = Steps()
+    again = run(path, rest, resume=True)
+    assert set(rest.made) == gone
+    assert again.complete
+    assert_eq(open_tokens(path), expected)
+    whole = Steps()
+    run(path, whole, resume=True)
+    assert whole.made == []
+
+
+@pytest.mark.parametrize("compressors", [None, "auto"])
+def test_of_compressed_chunks_the_lost_and_the_damaged_are_made_again(tmp_path, compressors):
+    path = str(tmp_path / "y.zarr")
+    run(path, Steps(), compressors=compressors)
+    os.unlink(f"{path}/c.1.0")
+    os.truncate(f"{path}/c.3.0", 9)
+    rest = Steps()
+    run(path, rest, resume=True, compressors=compressors)
+    assert sorted(rest.made) == [1, 3]
+    assert_eq(open_tokens(path), rest.expected)
+
+
+def test_a_run_stopped_as_it_makes_what_is_missing_goes_on(path):
+    expected, header = finished(path)
+    if path.endswith(".zarr"):
+        for block in (1, 3, 4):
+            os.unlink(f"{path}/c.{block}.0")
+        gone = {1, 3, 4}
+    else:
+        os.truncate(path, header + 64)
+        gone = {2, 3, 4}
+    made = begin(path, stop_after=1, resume=True)
+    assert not os.path.exists(path), "no output that lacks rows is taken for a whole one"
+    rest = Steps()
+    run(path, rest, resume=True)
+    assert {*made, *rest.made} == gone
+    assert len(rest.made) == 2
+    assert_eq(open_tokens(path), expected)
+
+
+@given(st.data())
+def test_other_rows_in_a_finished_output_are_refused_and_kept(tmp_path_factory, data):
+    kind = data.draw(st.sampled_from(KINDS))
+    path = str(tmp_path_factory.mktemp("finished") / f"y{kind}")
+    expected, header = finished(path)
+    block = data.draw(st.integers(0, BLOCKS - 1))
+    place, offset = (f"{path}/c.{block}.0", 0) if kind == ".zarr" else (path, header + 32 * block)
+    with open(place, "r+b") as file:
+        file.seek(offset + data.draw(st.integers(0, 15)))
+        byte = file.read(1)
+        file.seek(-1, os.SEEK_CUR)
+        file.write(bytes([byte[0] ^ data.draw(st.integers(1, 255))]))
+    os.utime(place, ns=(1, data.draw(st.integers(1, 10**18))))
+    with open(place, "rb") as file:
+        changed = file.read()
+    with pytest.raises(
+        FileExistsError, match=rf"rows \[{2 * block}, \d\) have other values. Overwrite it"
+    ):
+        run(path, Steps(), resume=True)
+    with open(place, "rb") as file:
+        assert file.read() == changed
+    run(path, Steps(), overwrite=True)
+    assert_eq(open_tokens(path), expected)
+
+
+@pytest.mark.parametrize("other", [np.ones((9, 2), "f4"), np.ones((8, 2)), np.ones((2, 9))])
+def test_another_array_in_its_place_is_refused(path, other):
+    finished(path)
+    replace.remove(path)
+    store(da.from_array(other), f"{path}2{os.path.splitext(path)[1]}", scheduler="sync")
+    os.rename(f"{path}2{os.path.splitext(path)[1]}", path)
+    with pytest.raises(FileExistsError, match="of another format, shape or dtype. Overwrite it"):
+        run(path, Steps(), resume=True)
+    assert_eq(open_tokens(path), other)
+
+
+def test_a_file_of_another_kind_in_its_place_is_refused(path):
+    finished(path)
+    replace.remove(path)
+    with open(path, "wb") as file:
+        file.write(b"something else, and longer than any header is" * 9)
+    with pytest.raises(FileExistsError, match="of another format, shape or dtype. Overwrite it"):
+        run(path, Steps(), resume=True)
+
+
+def test_a_copy_of_a_finished_output_is_as_good(path):
+    expected, _ = finished(path)
+    if os.path.isdir(path):
+        shutil.copytree(path, f"{path}.copy", copy_function=shutil.copyfile)
+    else:
+        shutil.copyfile(path, f"{path}.copy")
+    replace.remove(path)
+    os.rename(f"{path}.copy", path)
+    for _ in range(2):
+        again = Steps()
+        assert run(path, again, resume=True).complete
+        assert again.made == []
+    assert manifest_of(path)["output"] == output.fingerprint_output(path)
+    assert_eq(open_tokens(path), expected)

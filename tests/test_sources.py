@@ -618,3 +618,63 @@ def test_importing_sources_loads_no_storage_library():
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
+
+
+# --- places that do not stay what they were ------------------------------------------------------
+
+
+@pytest.mark.parametrize("how", ["replaced", "removed", "moved"])
+@pytest.mark.parametrize("part", [slice(None), slice(1, 3)])
+def test_a_memory_map_whose_file_lost_its_name_is_refused(tmp_path, how, part):
+    path = tmp_path / "x.npy"
+    np.save(path, np.arange(8.0))
+    mapped = np.load(path, mmap_mode="r")[part]
+    np.testing.assert_array_equal(open_source(mapped).read(0, 2), mapped[:2])
+    if how == "replaced":
+        np.save(tmp_path / "new.npy", np.ones(8))
+        os.replace(tmp_path / "new.npy", path)
+    elif how == "removed":
+        os.unlink(path)
+    else:
+        os.rename(path, tmp_path / "elsewhere.npy")
+    with pytest.raises(
+        ReadError, match=r"x\.npy was replaced or moved since it was mapped .* again"
+    ):
+        open_source(mapped)
+    np.testing.assert_array_equal(open_source(np.array(mapped)).read(0, 2), mapped[:2])
+
+
+def test_a_memory_map_by_a_link_or_of_a_file_with_two_names(tmp_path):
+    path = tmp_path / "a file\nof two lines.npy"
+    np.save(path, np.arange(8.0))
+    os.link(path, tmp_path / "other.npy")
+    os.symlink(path, tmp_path / "link.npy")
+    for name in (path, tmp_path / "other.npy", tmp_path / "link.npy"):
+        mapped = np.load(name, mmap_mode="r")
+        assert isinstance(open_source(mapped), RawSource)
+    mapped = np.load(tmp_path / "other.npy", mmap_mode="r")
+    os.unlink(tmp_path / "other.npy")
+    with pytest.raises(ReadError, match="was replaced or moved"):
+        open_source(mapped)
+
+
+@pytest.mark.parametrize("options", [{}, {"compressors": None}, {"zarr_format": 2}])
+@pytest.mark.parametrize("member", [False, True])
+def test_a_zarr_array_opened_by_a_relative_path_is_read_from_anywhere(
+    tmp_path, monkeypatch, options, member
+):
+    """As by a worker that was started in another directory."""
+    monkeypatch.chdir(tmp_path)
+    data = np.arange(8.0).reshape(4, 2)
+    if member:
+        group = zarr.open_group("g.zarr", mode="w", zarr_format=options.get("zarr_format", 3))
+        rest = {key: value for key, value in options.items() if key != "zarr_format"}
+        array = group.create_array("x", data=data, chunks=(2, 2), **rest)
+    else:
+        array = zarr.create_array("x.zarr", data=data, chunks=(2, 2), **options)
+    source = open_source(array)
+    assert os.path.isabs(source.path)
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    np.testing.assert_array_equal(pickle.loads(pickle.dumps(source)).read(0, 4), data)
+    assert source.find_missing() == []

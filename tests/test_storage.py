@@ -489,3 +489,10 @@ def test_a_zarr_output_is_readable_by_anybody(tmp_path):
         "c.3.0",
         "zarr.json",
     ]
+
+
+@pytest.mark.parametrize("name", ["we::ird.zarr", "y.safetensors::y.npy"])
+def test_an_output_is_not_an_array_within_a_file(tmp_path, name):
+    with pytest.raises(ValueError, match="must be a file or directory of its own, but '::' in"):
+        store(da.ones((4, 2)), tmp_path / name)
+    assert os.listdir(tmp_path) == []

@@ -37,8 +37,8 @@ from distributed.utils import get_ip
 
 from dask_ep.cli import main
 from dask_ep.cluster import Certificates
+from dask_ep.options import parse_size
 from dask_ep.places import Cluster, Deployed
-from dask_ep.plan_command import parse_size
 from dask_ep.run_command import (
     carry_out,
     how_options,

@@ -169,7 +169,7 @@ def test_a_lost_chunk_is_an_error(tmp_path):
     run_job(job, Threads(1))
     lost = sorted(name for name in os.listdir(job.out) if name.startswith("c"))[0]
     os.unlink(os.path.join(job.out, lost))
-    with pytest.raises(FileNotFoundError, match=r"1 chunks of the output are missing, .*--over"):
+    with pytest.raises(FileNotFoundError, match=r"1 chunks of the output are missing, .*--resume"):
         verify_job(job)
 
 

@@ -202,7 +202,8 @@ def _choose_chunk_rows(work: Work, layout: Layout, as_stored: bool, asked: int |
     most = rows_within(work, layout, as_stored)
     if most < (asked or FEWEST_ROWS):
         raise _refusal(work, layout, as_stored, asked)
-    return asked or fit_stored(int(min(_usual_rows(work, layout), most)), work.stored_rows)
+    rows = fit_stored(int(min(_usual_rows(work, layout), most)), work.stored_rows)
+    return asked or min(rows, max(work.rows, 1))
 
 
 def _usual_rows(work: Work, layout: Layout) -> int:

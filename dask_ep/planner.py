@@ -79,6 +79,7 @@ def plan(
     rates: Rates | None = None,
     travel: Travel = ALL_ROWS,
     read_bytes: int = 0,
+    stored_rows: int | None = None,
     gpu: bool = False,
     device_memory_limit: int | str | None = None,
 ) -> Plan:
@@ -112,6 +113,8 @@ def plan(
         Whether rows travel to experts, or experts to rows.
     read_bytes : int
         Bytes that a thread needs to read a chunk, beside its rows; see `Source.read_bytes`.
+    stored_rows : int, optional
+        Rows of the tokens that are stored together; see `Source.chunk_rows`.
     gpu : bool
         Whether each worker computes on a GPU, as in ``run_job(job, Gpus())``; `memory_limit` is
         then of the host beside it.
@@ -156,7 +159,14 @@ def plan(
     (7, 1.33)
     """
     pricing = Pricing(
-        tokens, routing, experts, topk_weights, gpu=gpu, read_bytes=read_bytes, rates=rates
+        tokens,
+        routing,
+        experts,
+        topk_weights,
+        gpu=gpu,
+        read_bytes=read_bytes,
+        stored_rows=stored_rows,
+        rates=rates,
     )
     layout = _lay_out(
         world_size, placement, memory_limit, workers, threads, cores, gpu, device_memory_limit
@@ -181,6 +191,7 @@ def what_if(
     rates: Rates | None = None,
     travel: Sequence[Travel] = (ALL_ROWS,),
     read_bytes: int = 0,
+    stored_rows: int | None = None,
     gpu: bool = False,
     device_memory_limit: int | str | None = None,
 ) -> WhatIf:
@@ -201,7 +212,14 @@ def what_if(
     Reads the routing once for all of them.
     """
     pricing = Pricing(
-        tokens, routing, experts, topk_weights, gpu=gpu, read_bytes=read_bytes, rates=rates
+        tokens,
+        routing,
+        experts,
+        topk_weights,
+        gpu=gpu,
+        read_bytes=read_bytes,
+        stored_rows=stored_rows,
+        rates=rates,
     )
     decided = []
     for ranks, asked, rows, moves in product(world_size, placement, chunk_rows, travel):
@@ -229,6 +247,7 @@ def _lay_out(
         None if limit is None else parse_bytes(limit)
         for limit in (memory_limit, device_memory_limit)
     )
+    fixed = world_size is not None and workers is not None
     if world_size is None:
         given = isinstance(placement, Placement)
         world_size = placement.world_size if given else pipeline.workers_in_use()
@@ -243,6 +262,7 @@ def _lay_out(
         gpu,
         host if gpu else None,
         in_process=workers == 1 and not gpu,
+        ranks_given=fixed,
         cores=cores,
     )
 
@@ -252,8 +272,7 @@ class Pricing:
 
     Parameters
     ----------
-    tokens, routing, experts, topk_weights, gpu, read_bytes, rates : as for `plan`
-    stored_rows : rows of the tokens that are stored together
+    tokens, routing, experts, topk_weights, gpu, read_bytes, stored_rows, rates : as for `plan`
     """
 
     def __init__(
@@ -338,7 +357,7 @@ class Pricing:
         own_chunks : whether the chunks of the tokens are wanted, if no others were asked for, and
             where they fit
         """
-        own = max(self.chunks, default=0)
+        own = max([*self.chunks, 1])
         own_chunks = own_chunks and not decision.chunks_asked
         if own_chunks and decision.passes is None:
             with_own = replace(decision, chunk_rows=own)
@@ -465,7 +484,7 @@ def _chunks(tokens: Any, found: Survey) -> tuple[int, ...]:
 def _equal_chunks(rows: int, chunk_rows: int) -> tuple[int, ...]:
     """`rows` in chunks of `chunk_rows`, the last one smaller."""
     whole, rest = divmod(rows, chunk_rows)
-    return (chunk_rows,) * whole + (rest,) * (rest > 0)
+    return (chunk_rows,) * whole + (rest,) * (rest > 0) or (0,)
 
 
 def _why(best: Plan, plans: Sequence[Plan]) -> str:

@@ -51,7 +51,7 @@ def known_rates(monkeypatch):
 def invoke(*arguments) -> str:
     result = CliRunner().invoke(plan_command, [str(a) for a in arguments])
     assert result.exit_code == 0, result.output
-    return result.output
+    return result.stdout
 
 
 def test_the_command_prints_figures_and_ranks(job_file):

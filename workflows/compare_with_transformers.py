@@ -7,8 +7,12 @@
     python workflows/compare_with_transformers.py qwen3-like mixtral-like
 
 Prints the ratio of transformers' best time (its eager and its grouped experts) to dask_ep's, both
-taken in this run in turn, float32, on the same number of cores; and how far the outputs differ.
-torch brings MKL along for its products; dask_ep uses it too, if the package ``mkl`` is installed.
+taken in this run in turn, on the same number of cores; and how far the outputs differ. torch brings
+MKL along for its products; dask_ep uses it too, if the package ``mkl`` is installed.
+
+With ``--dtype bfloat16`` hidden states and weights are bfloat16. dask_ep then computes three times:
+in float32 products, as it does on CPUs without AMX; with the precision "float32", and "bfloat16".
+transformers' router is bfloat16 too, and chooses other experts for some rows.
 """
 
 import argparse
@@ -18,14 +22,15 @@ from typing import NamedTuple
 
 import dask
 import dask.array as da
+import ml_dtypes
 import numpy as np
 import torch
 from transformers import MixtralConfig, Qwen3MoeConfig
 from transformers.models.mixtral.modeling_mixtral import MixtralSparseMoeBlock
 from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeSparseMoeBlock
 
-from dask_ep import Experts, MoELayer, Router
-from dask_ep.blas import one_blas_thread
+from dask_ep import Experts, MoELayer, Router, blas
+from dask_ep.blas import multiplies_by, one_blas_thread
 
 
 class Size(NamedTuple):
@@ -50,25 +55,28 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("sizes", nargs="+", choices=SIZES)
     parser.add_argument("--rows", type=int, default=20_000)
+    parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
     parser.add_argument("--chunks", type=int, default=None, help="of the rows; default: 1 a thread")
     parser.add_argument("--repeat", type=int, default=3)
     parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)))
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
+    print(f"dask_ep multiplies by {multiplies_by()}")
     for name in options.sizes:
         compare(name, SIZES[name], options)
 
 
 def compare(name: str, size: Size, options) -> None:
     hidden = np.random.default_rng(0).standard_normal((options.rows, size.d), dtype=np.float32)
-    blocks = {kind: make_block(size, kind) for kind in ("eager", "grouped_mm")}
+    hidden = hidden.astype(ml_dtypes.bfloat16 if options.dtype == "bfloat16" else np.float32)
+    blocks = {kind: make_block(size, kind, options.dtype) for kind in ("eager", "grouped_mm")}
     layer = same_layer(blocks["eager"], size)
     rows = -(-options.rows // (options.chunks or options.threads))
-    y = layer(da.from_array(hidden, chunks=(rows, size.d), name=False), world_size=1)
-    routing = layer.route(da.from_array(hidden, chunks=(rows, size.d), name=False))
+    x = da.from_array(hidden, chunks=(rows, size.d), name=False)
     contestants = {kind: lambda b=block: run_block(b, hidden) for kind, block in blocks.items()}
-    contestants["dask_ep"] = lambda: compute(options.threads, y)[0]
-    contestants["routing"] = lambda: compute(options.threads, *routing)
+    contestants["routing"] = lambda: compute(options.threads, *layer.route(x))
+    for kind, (library, precision) in ways(options.dtype).items():
+        contestants[kind] = ours(layer, x, options.threads, library, precision)
 
     times, outputs = {kind: [] for kind in contestants}, {}
     for _ in range(options.repeat):
@@ -77,18 +85,45 @@ def compare(name: str, size: Size, options) -> None:
             outputs[kind] = contestant()
             times[kind].append(time.perf_counter() - start)
     best = {kind: min(all_) for kind, all_ in times.items()}
-    fastest = min(("eager", "grouped_mm"), key=best.get)
-    difference = (
-        np.abs(outputs["dask_ep"] - outputs[fastest]).max() / np.abs(outputs[fastest]).max()
-    )
-    print(
-        f"{name}: transformers ({fastest}) / dask_ep = {best[fastest] / best['dask_ep']:.2f}; "
-        f"routing / layer = {best['routing'] / best['dask_ep']:.3f}; "
-        f"largest difference over largest value = {difference:.1e}"
-    )
+    fastest = min(blocks, key=best.get)
+    theirs = outputs[fastest].astype(np.float32)
+    print(f"{name}: {', '.join(f'{kind} {seconds:.2f} s' for kind, seconds in best.items())}")
+    for kind in ways(options.dtype):
+        rest = np.abs(outputs[kind].astype(np.float32) - theirs).max(axis=1) / np.abs(theirs).max()
+        print(
+            f"  transformers ({fastest}) / {kind} = {best[fastest] / best[kind]:.2f}; "
+            f"routing / layer = {best['routing'] / best[kind]:.3f}; largest difference over "
+            f"largest value = {rest.max():.1e}, in the median row {np.median(rest):.1e}"
+        )
 
 
-def make_block(size: Size, implementation: str) -> torch.nn.Module:
+def ways(dtype: str) -> dict[str, tuple[bool, str]]:
+    """What dask_ep is timed at: whether products may take 16 bits, and their precision."""
+    if dtype == "float32":
+        return {"dask_ep": (True, "float32")}
+    return {
+        "dask_ep, float32 products": (False, "float32"),
+        "dask_ep": (True, "float32"),
+        "dask_ep, rounded": (True, "bfloat16"),
+    }
+
+
+def ours(layer: MoELayer, x: da.Array, threads: int, in_16_bits: bool, precision: str):
+    """A function that computes the layer, whose weights are loaded before, in one of the ways."""
+    library = blas.bfloat16_library if in_16_bits else lambda: None
+
+    def run() -> np.ndarray:
+        before, blas.bfloat16_library = blas.bfloat16_library, library
+        try:
+            return compute(threads, y)[0]
+        finally:
+            blas.bfloat16_library = before
+
+    y = layer(x, world_size=1, precision=precision)
+    return run
+
+
+def make_block(size: Size, implementation: str, dtype: str) -> torch.nn.Module:
     config = size.config(
         hidden_size=size.d, moe_intermediate_size=size.f, intermediate_size=size.f,
         num_experts=size.E, num_local_experts=size.E, num_experts_per_tok=size.k,
@@ -102,12 +137,12 @@ def make_block(size: Size, implementation: str) -> torch.nn.Module:
             tensor.copy_(
                 torch.empty_like(tensor).normal_(generator=generator) * tensor.shape[-1] ** -0.5
             )
-    return block
+    return block.to(getattr(torch, dtype))
 
 
 def same_layer(block: torch.nn.Module, size: Size) -> MoELayer:
     """The block's own memory as a layer: nothing is copied."""
-    weights = {name: tensor.detach().numpy() for name, tensor in block.named_parameters()}
+    weights = {name: as_numpy(tensor.detach()) for name, tensor in block.named_parameters()}
     experts = Experts.gated_fused(
         weights["experts.gate_up_proj"], weights["experts.down_proj"], transposed=True
     )
@@ -116,7 +151,20 @@ def same_layer(block: torch.nn.Module, size: Size) -> MoELayer:
 
 def run_block(block: torch.nn.Module, hidden: np.ndarray) -> np.ndarray:
     with torch.no_grad():
-        return block(torch.from_numpy(hidden)[None])[0].numpy()
+        return as_numpy(block(as_tensor(hidden)[None])[0])
+
+
+def as_numpy(tensor: torch.Tensor) -> np.ndarray:
+    """The same memory as NumPy's array, whose bfloat16 is that of ``ml_dtypes``."""
+    if tensor.dtype != torch.bfloat16:
+        return tensor.numpy()
+    return tensor.view(torch.int16).numpy().view(ml_dtypes.bfloat16)
+
+
+def as_tensor(array: np.ndarray) -> torch.Tensor:
+    if array.dtype != ml_dtypes.bfloat16:
+        return torch.from_numpy(array)
+    return torch.from_numpy(array.view(np.int16)).view(torch.bfloat16)
 
 
 def compute(threads: int, *arrays: da.Array) -> tuple[np.ndarray, ...]:

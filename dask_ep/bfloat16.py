@@ -90,10 +90,9 @@ def multiply(
     if 0 in (*x.shape, w.shape[1]):
         out[...] = 0
         return out
-    largest = _largest(x)
+    parts, largest = ([x], _largest(x)) if x.dtype == BFLOAT16 else _split(x, PARTS[precision])
     apart = np.flatnonzero(~((largest == 0) | (largest >= SMALLEST) & (largest <= LARGEST)))
     if len(apart) < len(x):
-        parts = [x] if x.dtype == BFLOAT16 else _split(x, PARTS[precision])
         _add_products(parts, w, out)
     if len(apart):
         out[apart] = product(x[apart].astype(np.float32), w.astype(np.float32))
@@ -124,26 +123,36 @@ def _add_products(parts: list[np.ndarray], w: np.ndarray, out: np.ndarray) -> No
             out[...] = y + out if n > 0 else y
 
 
-def _split(x: np.ndarray, count: int) -> list[np.ndarray]:
-    """Parts of float32 rows, the largest first, without those that are zero throughout."""
-    if count == 1:
-        return [_rounded(x)]
-    parts = memory.empty((count, *x.shape), np.uint16)
-    with np.errstate(invalid="ignore"):  # an infinity less itself, in a row that is left apart
-        for run in memory.runs_in_cache(x):
-            rest = x[run] if x.flags.c_contiguous else np.ascontiguousarray(x[run])
-            for part in parts:
-                bits = rest.view(np.uint32)
-                np.right_shift(bits, 16, out=part[run], casting="unsafe")
-                rest = rest - (bits & np.uint32(0xFFFF0000)).view(np.float32)
-    return [part.view(BFLOAT16) for n, part in enumerate(parts) if n == 0 or part.any()]
+def _split(x: np.ndarray, count: int) -> tuple[list[np.ndarray], np.ndarray]:
+    """Parts of float32 rows, the largest first, and the largest magnitude of each row.
+
+    Parts that are zero throughout are left out, but for the first.
+    """
+    parts, largest = memory.empty((count, *x.shape), np.uint16), np.empty(len(x), np.float32)
+    runs = memory.runs_in_cache(x)
+    scratch = np.empty((2, *x[runs[0]].shape), np.float32)
+    # Of an infinity nothing is left, and beyond bfloat16 there is one, in rows that are left apart.
+    with np.errstate(invalid="ignore", over="ignore"):
+        for run in runs:
+            rows = x[run]
+            largest[run] = _largest(rows)
+            if count == 1:
+                parts[0, run].view(BFLOAT16)[...] = rows
+            else:
+                _cut(rows, parts[:, run], scratch[:, : len(rows)])
+    every = [part.view(BFLOAT16) for part in parts]
+    return [every[0], *(part for part in every[1:] if part.view(np.uint16).any())], largest
 
 
-def _rounded(x: np.ndarray) -> np.ndarray:
-    out = memory.empty(x.shape, BFLOAT16)
-    with np.errstate(over="ignore", invalid="ignore"):
-        out[...] = x
-    return out
+def _cut(rows: np.ndarray, parts: np.ndarray, scratch: np.ndarray) -> None:
+    """Write the high halves of numbers to each part, and go on with what these leave."""
+    rest, high = scratch
+    for n, part in enumerate(parts):
+        bits = rows.view(np.uint32)
+        np.right_shift(bits, 16, out=part, casting="unsafe")
+        if n + 1 < len(parts):
+            np.bitwise_and(bits, np.uint32(0xFFFF0000), out=high.view(np.uint32))
+            rows = np.subtract(rows, high, out=rest)
 
 
 def _largest(x: np.ndarray) -> np.ndarray:

@@ -25,7 +25,7 @@ from typing import NamedTuple
 import numpy as np
 
 from dask_ep import memory
-from dask_ep.arrays import Array, namespace, to_host
+from dask_ep.arrays import UNDERFLOW_IS_ZERO, Array, namespace, to_host
 from dask_ep.checks import computing_dtype, raise_bad_index, raise_nan
 from dask_ep.segments import sort_slots
 from dask_ep.served import add_rows, assign_rows, gather
@@ -163,6 +163,7 @@ class Combining:
         else:
             self._total.fill(0)
 
+    @UNDERFLOW_IS_ZERO
     def add(self, rank: int, answer: Array) -> None:
         """Add the answer of the next rank, one row for each that it was sent.
 
@@ -183,6 +184,7 @@ class Combining:
         else:
             add_rows(self._total, rows, answer)
 
+    @UNDERFLOW_IS_ZERO
     def output(self) -> Array:
         """(n, d_out), in the order of the chunk, when all ranks are added."""
         return self._total.astype(self._dtype, copy=False)

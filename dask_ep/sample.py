@@ -52,6 +52,7 @@ def find_rows_of_experts(routing: Source, num_experts: int) -> np.ndarray:
 
     Examples
     --------
+    >>> from dask_ep.sources import open_source
     >>> routing = open_source(np.array([[0, 0], [2, 0], [2, -1], [1, 2]]))
     >>> find_rows_of_experts(routing, 4).tolist()
     [0, 3, 1]
@@ -75,6 +76,7 @@ def read_rows(source: Source, rows: np.ndarray) -> np.ndarray:
 
     Examples
     --------
+    >>> from dask_ep.sources import open_source
     >>> read_rows(open_source(np.arange(10) ** 2), np.array([2, 3, 7])).tolist()
     [4, 9, 49]
     """

@@ -10,8 +10,9 @@ ranks       one job on two worker processes by ranks: 100 000 rows of 512, top 8
             experts, chunks of 1 024 rows; time over that of two ranks.
 workers     experts that take time and no core (20 ms a packet), one rank on each of 32 workers of
             one thread, 4 000 chunks: the time that one rank's packets take, over the time taken.
-bytes       bytes that services received and sent over the law: each row once to each other worker that
-            serves it, one row back from each rank; top 1, 2 and 8, one and three ranks a worker.
+bytes       bytes that services received and sent over the law: each row once to each other worker
+            that serves it, one row back from each rank; top 1, 2 and 8, one and three ranks a
+            worker.
 """
 
 from __future__ import annotations

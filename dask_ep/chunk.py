@@ -10,12 +10,13 @@ The same for all schedulers: where ranks are not served by workers (local thread
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from importlib import import_module
 from typing import Any, NamedTuple
 
 import numpy as np
 
+from dask_ep import tally
 from dask_ep.arrays import Array, namespace, to_host
 from dask_ep.checks import check_routing, check_tokens, computing_dtype
 from dask_ep.context import naming, slots_of, telling_kernel
@@ -115,9 +116,12 @@ def compute_chunk_of_one_rank(
         naming(place, where.first_row),
         telling_kernel(tokens, slots_of(routing), experts, exchange.d_out),
     ):
+        start = tally.now()
         out = expert_parallel_dispatch(
             tokens, routing, experts, rank=0, world_size=1, topk_weights=topk_weights
         )
+        if tally.is_recorded():
+            tally.note_in_place(where.chunk, 0, _rows_with_expert(routing), start)
         return check_width(out, exchange.d_out)
 
 
@@ -141,11 +145,7 @@ def compute_chunk(
     packing = pack(tokens, routing, topk_weights, where, exchange)
     if packing.k == 1 and not packing.on_device:
         return _serve_one_slot(packing, ranks, where, exchange)
-    answers = (
-        (rank, serve_in_place(packing, rank, ranks[rank], where.chunk, exchange.d_out))
-        for rank in packing.ranks
-    )
-    return combine(packing, answers, where, exchange)
+    return combine(packing, _serve_in_turn(packing, ranks, where, exchange), where, exchange)
 
 
 def pack(
@@ -229,6 +229,17 @@ def serve_packet(
     return answers
 
 
+def _serve_in_turn(
+    packing: Packing, ranks: Sequence[Sequence[Any]], where: Where, exchange: Exchange
+) -> Iterator[tuple[int, Array]]:
+    """Ranks with their answers, one after the other, where the chunk serves them itself."""
+    for rank in packing.ranks:
+        start = tally.now()
+        answer = serve_in_place(packing, rank, ranks[rank], where.chunk, exchange.d_out)
+        tally.note_in_place(where.chunk, rank, len(answer), start)
+        yield rank, answer
+
+
 def _serve_one_slot(
     packing: Packing, ranks: Sequence[Sequence[Any]], where: Where, exchange: Exchange
 ) -> Array:
@@ -238,11 +249,12 @@ def _serve_one_slot(
     served = Served(tokens, packing.segments, weights, exchange.d_out)
     for rank in packing.ranks:
         with naming(_place(where.chunk, rank, exchange.world_size)):
-            first = rank * exchange.num_local
+            start, first = tally.now(), rank * exchange.num_local
             local = as_experts(ranks[rank], d=packing.d, like=tokens, dtype=compute)
             for e, expert in enumerate(local, first):
                 check_width_of(expert.d_out, exchange.d_out)
                 served.add(e, expert)
+        tally.note_in_place(where.chunk, rank, packing.count(rank), start)
     return served.out.astype(tokens.dtype, copy=False)
 
 
@@ -283,6 +295,13 @@ def _packed_row_bytes(tokens: Array, k: int) -> int:
 
 def _pack_of(chunk: int) -> str:
     return f"pack of token chunk {chunk}"
+
+
+def _rows_with_expert(routing: Array) -> int:
+    """Rows of a chunk that have an expert."""
+    served = routing >= 0
+    (count,) = to_host((served if served.ndim == 1 else served.any(axis=1)).sum())
+    return count
 
 
 def _place(chunk: int, rank: int, world_size: int) -> str:

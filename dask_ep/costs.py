@@ -3,7 +3,7 @@
 The laws that a plan adds up, each a small function of plain numbers. Rows, bytes and tasks are
 exact; memory is an upper bound; time is an estimate from rates.
 
-Axis letters: `C` token chunks, `R` ranks, `d` width.
+Axis letters: `C` token chunks, `R` ranks, `W` workers that serve them, `d` width.
 """
 
 from __future__ import annotations
@@ -13,6 +13,9 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np
+
+from dask_ep.admission import CHUNKS_WAITING
+from dask_ep.checks import computing_dtype
 
 FEWEST_ROWS = 64
 """Rows of a chunk below which the cost of a task outweighs its work many times over."""
@@ -28,8 +31,9 @@ SORT_BYTES = 48
 """Of memory for each slot while a chunk is sorted by expert: its routing and weight, index arrays
 and keys."""
 
-CLUSTER_TASK_SECONDS = 0.45e-3
-"""Scheduler time of one task on a cluster (measured 0.42 to 0.48 ms, 900 to 13000 tasks)."""
+CLUSTER_TASK_SECONDS = 0.5e-3
+"""Scheduler time of one task on a cluster (measured 0.42 to 0.48 ms, 900 to 13000 tasks; of a
+chunk's task a little more, since its thread is given back)."""
 
 WORKER_TASK_SECONDS = 1.2e-3
 """Time that a worker spends on each task of a cluster besides its work (measured 1.2 ms over all
@@ -37,10 +41,6 @@ workers: messages, tasks unpacked, results fetched and dropped)."""
 
 LOCAL_TASK_SECONDS = 0.1e-3
 """Scheduler time of one task on threads of one process (measured 0.05 to 0.18 ms)."""
-
-
-PACKED_RANKS = 2
-"""Ranks for which `Rates.pack` holds; each further one has its rows found among all others."""
 
 
 @dataclass(frozen=True)
@@ -52,9 +52,7 @@ class Rates:
     copy: float
     #: bytes per second that one thread gathers rows at
     pack: float = 4e9
-    #: bytes per second of packets and answers that one thread makes and adds up
-    sort: float = 3e7
-    #: slots per second that one thread sorts by expert
+    #: bytes per second of packets and answers that one thread makes and adds up, sorts included
     link: float = 0.5e9
     #: bytes per second that a thread sends and receives: messages packed, copied into the system
     #: and out of it, into fresh memory (measured 2.1 s for 1 GB on loopback, both ends together)
@@ -76,27 +74,100 @@ def usable(limit: int) -> int:
     return int(limit * PART_OF_A_WORKER)
 
 
-def chunks_held(threads: int, ranks: int, spread: float, widening: int) -> float:
-    """How many token chunks a worker holds at most.
+class Spread(NamedTuple):
+    """How many rows of packets and answers a chunk makes, at most, over its own rows."""
+
+    workers: int
+    #: W; 0 where chunks serve their ranks in place
+    answered: float
+    #: rows of answers that a chunk has at once
+    sent: float = 0.0
+    #: rows in its packets: each once for each other worker that serves it
+    received: float = 0.0
+    #: rows in the one of its packets that has most
+    replied: float = 0.0
+    #: rows in the answers to that one
+
+    @classmethod
+    def at_worst(cls, slots: int, ranks: int, workers: int) -> Spread:
+        """Of any routing of k slots a row to R ranks on W workers; 0 workers serve in place."""
+        if not workers:
+            return cls(0, 2 * (slots > 1))
+        of_a_worker = -(-ranks // workers)
+        return cls(
+            workers,
+            min(slots, ranks),
+            min(slots, workers - 1),
+            min(1, workers - 1),
+            min(slots, of_a_worker) if workers > 1 else 0,
+        )
+
+    @classmethod
+    def of(
+        cls,
+        packet_rows: np.ndarray,
+        worker_rows: np.ndarray,
+        chunk_rows: int,
+        slots: int,
+        in_place: bool,
+    ) -> Spread:
+        """Of rows that are known.
+
+        Parameters
+        ----------
+        packet_rows : (C, R) rows of each chunk that each rank serves
+        worker_rows : (C, W) rows of each chunk that some rank of each worker serves
+        chunk_rows : of the largest chunk
+        slots : k
+        in_place : whether chunks serve their ranks themselves
+        """
+        workers, chunk_rows = worker_rows.shape[1], max(chunk_rows, 1)
+        if in_place:
+            return cls(0, 2 * (slots > 1) * packet_rows.max(initial=0) / chunk_rows)
+        if workers == 1:
+            return cls(1, packet_rows.sum(axis=1).max(initial=0) / chunk_rows)
+        replies = np.stack([packet_rows[:, w::workers].sum(axis=1) for w in range(workers)])
+        sent = worker_rows.sum(axis=1) - worker_rows.min(axis=1)
+        at_most = (packet_rows.sum(axis=1), sent, worker_rows, replies)
+        return cls(workers, *(float(rows.max(initial=0)) / chunk_rows for rows in at_most))
+
+
+def chunks_held(threads: int, ranks: int, spread: Spread, widening: int) -> float:
+    """How many token chunks a worker holds at most: the memory law, without experts and scratch.
 
     Parameters
     ----------
-    threads : tasks that run in it at a time
+    threads : T, of it
     ranks : R
-    spread : rows of all packets over token rows: to how many ranks a row goes
-    widening : bytes of a number that is computed with over one that is stored
+    spread : rows of packets and answers
+    widening : bytes of a number that is computed with over one of a token; 1 with one slot a row,
+        whose answers are of the tokens' dtype
 
     Notes
     -----
-    With one rank each task holds its chunk, its output and what the one before has left, and two
-    more are read ahead. With more, a chunk under way is itself, its packets, its answers and its
-    sum; packets and answers are `spread` times as large. There is one for each thread, and one more
-    between tasks. Sums are kept wide.
+    Where each task serves its chunk in place, a thread holds its chunk, its output and what the one
+    before has left, and two more are read ahead; sums are kept wide. With several ranks and slots,
+    there is the answer that is made beside the one that is added.
+
+    On workers T + `CHUNKS_WAITING` chunks are under way, each of them itself, its packets,
+    whose memory is kept for the next ones, and its answers. Each thread adds up one of them, to a
+    sum and an output, and another waits in it to begin. As many are under way on each other worker,
+    of each of which the packet or its answers can be here; a thread has those that it serves at
+    once, and the packet twice, as it came and aligned.
     """
-    wide = threads * (widening - 1)
-    if ranks == 1:
-        return 3 * threads + 2 + wide
-    return (threads + 1) * (2 + 2 * max(1.0, spread)) + wide
+    if ranks == 1 or not spread.workers:
+        answers = 0.0 if ranks == 1 else spread.answered * widening
+        return 3 * threads + 2 + threads * (widening - 1 + answers)
+    served = spread.received + min(spread.received, widening * spread.replied)
+    chunks = threads + CHUNKS_WAITING + threads * (2 + widening + served)
+    return chunks + exchanged_held(threads, spread, widening)
+
+
+def exchanged_held(threads: int, spread: Spread, widening: int) -> float:
+    """How many token chunks packets and answers that travel take at most: see `chunks_held`."""
+    own = spread.sent + widening * spread.answered
+    of_others = max(spread.received, widening * spread.replied)
+    return (threads + CHUNKS_WAITING) * (own + (spread.workers - 1) * of_others)
 
 
 class Need(NamedTuple):
@@ -141,7 +212,7 @@ class Need(NamedTuple):
 
 
 def packet_row_bytes(d: int, itemsize: int, slots: int, weight_bytes: int, places: int) -> int:
-    """Bytes of one row on its way to a rank: its numbers, and the k experts and weights of it.
+    """Bytes of one row on its way to a worker: its numbers, and the k experts and weights of it.
 
     `places` are all that an expert's number may name.
     """
@@ -149,26 +220,23 @@ def packet_row_bytes(d: int, itemsize: int, slots: int, weight_bytes: int, place
     return d * itemsize + slots * (index_bytes + weight_bytes)
 
 
-def homes(chunks: int, ranks: int) -> np.ndarray:
-    """(C,) the rank on whose worker each chunk lies: neighbours together, as Dask assigns them.
+def reply_row_bytes(d_out: int, dtype: np.dtype, slots: int) -> int:
+    """Bytes of one row on its way back from a rank: a sum over its slots there, if there are more.
+
+    Examples
+    --------
+    >>> reply_row_bytes(8, np.dtype("f2"), slots=1), reply_row_bytes(8, np.dtype("f2"), slots=2)
+    (16, 32)
+    """
+    return d_out * (dtype if slots == 1 else computing_dtype(dtype)).itemsize
+
+
+def homes(chunks: int, workers: int) -> np.ndarray:
+    """(C,) the worker where each chunk lies: neighbours together, as Dask assigns them.
 
     Examples
     --------
     >>> homes(5, 2)
     array([0, 0, 0, 1, 1])
     """
-    return np.arange(chunks) * ranks // max(chunks, 1)
-
-
-def traffic(packet_rows: np.ndarray, home: np.ndarray) -> np.ndarray:
-    """Add up packet_rows (C, R) to (R, R): rows from the worker of each rank to each rank.
-
-    Parameters
-    ----------
-    packet_rows : (C, R) rows of each chunk that go to each rank
-    home : (C,) rank on whose worker each chunk lies
-    """
-    ranks = packet_rows.shape[1]
-    rows = np.zeros((ranks, ranks), packet_rows.dtype)
-    np.add.at(rows, home, packet_rows)
-    return rows
+    return np.arange(chunks) * workers // max(chunks, 1)

@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from dask_ep.checks import computing_dtype
-from dask_ep.costs import Need, chunks_held
+from dask_ep.costs import Need, Spread, chunks_held, exchanged_held
 from dask_ep.grouped import PADDED_PART, PADDED_ROWS, slot_bytes
 
 THREADS_PER_GPU = 3
@@ -88,7 +88,7 @@ class OnDevice(NamedTuple):
             *(max(sizes) for sizes in zip(*matrices, strict=True)),
         )
 
-    def need(self, expert_bytes: int, threads: int, ranks: int, spread: float) -> Need:
+    def need(self, expert_bytes: int, threads: int, ranks: int, spread: Spread) -> Need:
         """What a GPU needs, by the rows of a chunk.
 
         Parameters
@@ -96,27 +96,29 @@ class OnDevice(NamedTuple):
         expert_bytes : of the experts that stay there
         threads : tasks of its worker at a time
         ranks : R
-        spread : to how many ranks a row goes
+        spread : rows of packets and answers
         """
         at_a_rank = min(2 * -(-self.experts // ranks), self.experts)  # with copies
+        # Ranks here are served from packets as well: one a thread, in place with two answers.
+        packets = 0 if ranks == 1 else 1 if spread.workers else 3
         return Need(
             expert_bytes,
-            chunks_held(threads, ranks, spread, self.widening),
+            chunks_held(threads, ranks, spread, self.widening) + threads * packets,
             self.row_bytes,
             self.decoding_bytes + threads * at_a_rank * self.few_bytes,
             threads * self.made_bytes,
             DEVICE_PROCESS_BYTES,
         )
 
-    def host_need(self, threads: int, ranks: int, spread: float, read_bytes: int = 0) -> Need:
+    def host_need(self, threads: int, ranks: int, spread: Spread, read_bytes: int = 0) -> Need:
         """What its worker needs of the host, by the rows of a chunk; packets as over TCP.
 
         `read_bytes` are those that a thread needs to read a chunk, beside its rows.
         """
-        between = 0.0 if ranks == 1 else 2 * max(1.0, spread)
+        between = exchanged_held(threads, spread, self.widening) if spread.workers > 1 else 0.0
         return Need(
             0,
-            ROUNDED_UP * (threads + 1) * (2 + between),
+            ROUNDED_UP * ((threads + 1) * 2 + between),
             self.row_bytes,
             # One matrix is read while the last is on its way.
             2 * ROUNDED_UP * self.matrix_bytes + threads * read_bytes,

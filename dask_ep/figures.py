@@ -7,8 +7,8 @@ and cividis for quantities; what a colour says, a label or a tooltip says too.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -22,8 +22,8 @@ STEP_COLOURS = {
     "experts": PINK,
     "read": GREEN,
     "route": INK,
-    "send": SKY,
-    "dispatch": BLUE,
+    "chunk": SKY,
+    "serve": BLUE,
     "sum": ORANGE,
     "layer": GREY,
     "store": YELLOW,
@@ -41,7 +41,7 @@ PART_COLOURS = {
 """Colours of what memory goes to."""
 
 MOST_SPANS = 5000
-"""Tasks that a time line draws: the longest ones."""
+"""Tasks and services that a time line draws: the longest ones."""
 
 Figure = Any
 
@@ -105,17 +105,15 @@ def draw_imbalance(imbalance: dict[str, float]) -> Figure:
     return drawing
 
 
-def draw_traffic(
-    rows: np.ndarray, row_bytes: int, title: str, sources: Sequence[str] | None = None
-) -> Figure:
-    """Rows (S, R) from each source to each rank, as a heat map; sources are ranks if not named."""
+def draw_traffic(rows: np.ndarray, title: str, workers: Sequence[str]) -> Figure:
+    """Rows (W, R) from the chunks of each worker to each rank, as a heat map."""
     ranks = [str(rank) for rank in range(rows.shape[1])]
-    names = ranks if sources is None else list(sources)
+    names = list(workers)
     source, target = np.divmod(np.arange(rows.size), len(ranks))
     drawing = _figure(
         title,
         "to rank",
-        "from rank" if sources is None else "from worker",
+        "from worker",
         x_range=ranks,
         y_range=names[::-1],
         height=120 + min(26 * len(names), 480),
@@ -123,14 +121,12 @@ def draw_traffic(
             ("from", "@from"),
             ("to", "@to"),
             ("rows", "@rows{0,0}"),
-            ("bytes", "@size{0 b}"),
         ],
     )
     data = {
         "from": [names[s] for s in source],
         "to": [ranks[t] for t in target],
         "rows": rows.ravel(),
-        "size": rows.ravel() * row_bytes,
     }
     from bokeh.transform import linear_cmap
 
@@ -211,13 +207,9 @@ def draw_choices(plans: Sequence[Plan], best: Plan) -> Figure:
 
 
 def draw_time_line(record: Record) -> Figure:
-    """Tasks as bars from start to stop: those of a rank in its row, the others by worker."""
-    spans = sorted(record.spans, key=lambda s: s.start - s.stop)[:MOST_SPANS]
-    rows = [
-        f"rank {s.rank}" if s.step in ("experts", "dispatch") else f"at {short(s.worker)}"
-        for s in spans
-    ]
-    names = sorted(set(rows), key=lambda name: (name[0] == "a", len(name), name), reverse=True)
+    """Tasks and services as bars from start to stop, by worker: several chunks may be under way."""
+    bars = sorted(_bars(record), key=lambda bar: bar.start - bar.stop)[:MOST_SPANS]
+    names = sorted({bar.row for bar in bars}, key=lambda name: (len(name), name), reverse=True)
     drawing = _figure(
         "Tasks over time",
         "seconds",
@@ -228,30 +220,22 @@ def draw_time_line(record: Record) -> Figure:
             ("step", "@step"),
             ("chunk", "@chunk"),
             ("rank", "@rank"),
-            ("on", "@worker"),
-            ("seconds", "@left{0.000} to @right{0.000}"),
+            ("at", "@row"),
+            ("seconds", "@start{0.000} to @stop{0.000}"),
         ],
     )
     for step, colour in STEP_COLOURS.items():
-        chosen = [(row, s) for row, s in zip(rows, spans, strict=True) if s.step == step]
+        chosen = [bar for bar in bars if bar.step == step]
         if chosen:
-            data = {
-                "y": [row for row, _ in chosen],
-                "left": [s.start for _, s in chosen],
-                "right": [s.stop for _, s in chosen],
-                "chunk": [s.chunk for _, s in chosen],
-                "rank": [s.rank for _, s in chosen],
-                "worker": [s.worker for _, s in chosen],
-                "step": [step] * len(chosen),
-            }
             drawing.hbar(
-                y="y",
-                left="left",
-                right="right",
+                y="row",
+                left="start",
+                right="stop",
                 height=0.8,
                 color=colour,
+                alpha=0.7,
                 legend_label=step,
-                source=data,
+                source={name: [getattr(bar, name) for bar in chosen] for name in Bar._fields},
             )
     if record.events:
         times = [event.time for event in record.events]
@@ -259,6 +243,30 @@ def draw_time_line(record: Record) -> Figure:
     drawing.add_layout(drawing.legend[0], "below")
     drawing.legend.orientation = "horizontal"
     return drawing
+
+
+class Bar(NamedTuple):
+    """A bar of the time line; its step is one of `STEP_COLOURS`."""
+
+    row: str
+    step: str
+    chunk: int
+    rank: int
+    start: float
+    stop: float
+
+
+def _bars(record: Record) -> Iterator[Bar]:
+    steps = {"dispatch": "serve", "send": "chunk", "receipt": "store"}
+    for span in record.spans:
+        step = steps.get(span.step, span.step)
+        where = "services" if step in ("experts", "serve") else "tasks"
+        if step in STEP_COLOURS:
+            row = f"{short(span.worker)} {where}"
+            yield Bar(row, step, span.chunk, span.rank, span.start, span.stop)
+    for served in record.servings:
+        row = f"{short(served.served_by)} services"
+        yield Bar(row, "serve", served.chunk, served.rank, served.start, served.stop)
 
 
 def draw_progress(plan: Plan, record: Record) -> Figure:

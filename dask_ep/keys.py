@@ -6,16 +6,27 @@
 
 Names are made here and recognised here, nowhere else. The token tells one layer over one input from
 all others. `ep_ranks_at_home` says that each chunk has a home, the rank c mod R.
+
+Around a layer, and where its experts go by in passes, there are others, which are read here too:
+``("ep_<step>-<token>", c, ...)``, and those of the steps in `OF_BLOCKS`, which end with a rank.
 """
 
 from __future__ import annotations
 
+import ast
 from typing import NamedTuple
 
 EXPERTS, RANKS, RANKS_AT_HOME, CHUNK = "ep_experts-", "ep_ranks-", "ep_ranks_at_home-", "ep_chunk-"
 
 BY_RANK = (EXPERTS, "ep_dispatch-")
 """What the names of tasks begin with that run on a rank's owner; the rank is last in their keys."""
+
+OF_BLOCKS = {"experts": 1, "dispatch": 2, "receipt": 2}
+"""Steps whose keys end with a rank, and where what stands before it begins: which of several tasks
+of one step, chunk and rank this is."""
+
+ROUTING = {"indices": "route", "weights": "route", "scores": "route"}
+"""Steps that are one to whoever looks at a run."""
 
 
 def experts_key(token: str, rank: int | None) -> tuple:
@@ -64,3 +75,53 @@ def read_rank(key: object) -> tuple[str, int] | None:
     if not (isinstance(key, tuple) and isinstance(key[0], str) and isinstance(key[-1], int)):
         return None
     return (key[0].partition("-")[2], key[-1]) if key[0].startswith(BY_RANK) else None
+
+
+class TaskKey(NamedTuple):
+    """What the key of any task of a layer says."""
+
+    step: str
+    #: what the name says; where Dask has made one task of several, the first of them
+    chunk: int = -1
+    #: -1 for what is done for no chunk, or for several
+    rank: int = -1
+    #: -1 for what no rank does
+    part: tuple[int, ...] = ()
+    #: which of several tasks of this step, chunk and rank, where experts go by in passes
+
+
+def read_key(key: object) -> TaskKey | None:
+    """Give what a key says, as it is or as text; None if it is not of a layer.
+
+    Examples
+    --------
+    >>> read_key(("ep_chunk-ep_store-0123", 4))
+    TaskKey(step='chunk', chunk=4, rank=-1, part=())
+    >>> read_key("('ep_experts-0123', 1)"), read_key("sum-0123")
+    (TaskKey(step='experts', chunk=-1, rank=1, part=()), None)
+    >>> read_key(("ep_dispatch-0123", 4, 7, 1))
+    TaskKey(step='dispatch', chunk=4, rank=1, part=(7,))
+    >>> read_key("ep_chunk-finalize-hlgfinalizecompute-0123")  # of a single chunk
+    TaskKey(step='chunk', chunk=0, rank=-1, part=())
+    """
+    if isinstance(key, str):
+        key = _parse(key)
+    if not (isinstance(key, tuple) and isinstance(key[0], str) and key[0].startswith("ep_")):
+        return None
+    step = key[0].removeprefix("ep_").partition("-")[0]
+    step, numbers = ROUTING.get(step, step), key[1:]
+    if step not in OF_BLOCKS:
+        return TaskKey(step, *numbers[:1])
+    chunk = -1 if step == "experts" else numbers[0]
+    return TaskKey(step, chunk, numbers[-1] if numbers else 0, key[OF_BLOCKS[step] : -1])
+
+
+def _parse(key: str) -> object:
+    if key.startswith("ep_") and "-finalize-" in key:
+        return key, 0
+    if not key.startswith("("):
+        return None
+    try:
+        return ast.literal_eval(key)
+    except (ValueError, SyntaxError):
+        return None

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-from dask_ep.costs import SORT_BYTES, Need, chunks_held, usable
+from dask_ep.costs import SORT_BYTES, Need, Spread, chunks_held, usable
 from dask_ep.placement import most_slots
 from dask_ep.slots import Placement
 from dask_ep.work import Work
@@ -63,6 +63,11 @@ class Layout:
         """The most ranks that one worker plays."""
         return -(-self.world_size // self.serving)
 
+    def spread_at_worst(self, slots: int) -> Spread:
+        """Rows of packets and answers of any routing of so many slots a row."""
+        workers = 0 if self.in_process else self.serving
+        return Spread.at_worst(slots, self.world_size, workers)
+
     @property
     def usable_bytes(self) -> int | None:
         """Bytes within the memory limit that may be filled by choice: Dask watches its workers'."""
@@ -75,7 +80,7 @@ def need(
     layout: Layout,
     as_stored: bool = False,
     experts: int | None = None,
-    spread: float | None = None,
+    spread: Spread | None = None,
 ) -> Need:
     """Say what one worker needs at most, by the rows of a chunk; of its GPU, if it computes on one.
 
@@ -84,14 +89,14 @@ def need(
     work, layout : what is computed, and on what
     as_stored : whether experts are held as they are stored, one wide in each thread
     experts : that the worker holds
-    spread : to how many ranks a row goes
+    spread : rows of packets and answers
 
     Notes
     -----
     Experts and spread follow from the routing; where they are not given, they are at their worst.
     """
     experts = layout.slots_of_a_worker(work.experts) if experts is None else experts
-    spread = min(work.slots, layout.world_size) if spread is None else spread
+    spread = layout.spread_at_worst(work.slots) if spread is None else spread
     held = experts * work.held_bytes(as_stored) + work.beside.loaded
     if as_stored:
         held += layout.threads * work.expert_loaded
@@ -106,9 +111,9 @@ def need(
     )
 
 
-def host_need(work: Work, layout: Layout, spread: float | None = None) -> Need:
+def host_need(work: Work, layout: Layout, spread: Spread | None = None) -> Need:
     """Say what a worker that computes on a GPU needs of the host, at most."""
-    spread = min(work.slots, layout.world_size) if spread is None else spread
+    spread = layout.spread_at_worst(work.slots) if spread is None else spread
     return work.on_device.host_need(layout.threads, layout.world_size, spread, work.read_bytes)
 
 

@@ -267,7 +267,7 @@ def json_text(compared: WhatIf, side_by_side: bool) -> str:
 def choices_table(compared: WhatIf) -> Table:
     """Show plans side by side, the best one marked."""
     table = Table(title="what if")
-    for name in ("", "ranks", "placement", "chunk rows", "imbalance", "memory", "moved", "tasks"):
+    for name in ("", "ranks", "placement", "chunk rows", "imbalance", "memory", "sent", "tasks"):
         table.add_column(name, justify="left" if name in ("", "placement") else "right")
     table.add_column("time", justify="right")
     for one in compared.plans:
@@ -278,7 +278,7 @@ def choices_table(compared: WhatIf) -> Table:
             str(one.chunk_rows),
             f"{one.imbalance:.3f}",
             format_bytes(one.memory_bytes),
-            format_bytes(one.moved_bytes),
+            format_bytes(one.exchanged_bytes),
             str(one.tasks),
             f"{one.seconds:.2f} s",
             style="bold" if one is compared.best else "" if one.fits else "dim",

@@ -156,7 +156,7 @@ def plan(
     >>> priced.expert_rows.tolist(), priced.rank_rows.tolist(), priced.traffic_rows.tolist()
     ([5, 3, 2, 2], [8, 4], [[5, 3], [0, 0]])
     >>> priced.tasks, round(priced.imbalance, 2)
-    (7, 1.33)
+    (4, 1.33)
     """
     pricing = Pricing(
         tokens,
@@ -368,7 +368,7 @@ class Pricing:
             placement = decision.place(lambda: self.survey, chunks) or contiguous(
                 self.work.experts, decision.layout.world_size
             )
-        visits = self.survey.visits(placement, chunks, only)
+        visits = self.survey.visits(placement, chunks, only, decision.layout.serving)
         of_these = list(range(len(chunks)) if only is None else only)
         made = PlanOnGpus if decision.layout.on_devices else Plan
         if decision.passes is not None:
@@ -381,6 +381,7 @@ class Pricing:
             expert_rows=visits.expert_rows(placement),
             rank_rows=visits.slot_rows.sum(axis=1),
             packet_rows=visits.packet_rows[of_these],
+            worker_rows=visits.worker_rows[of_these],
             rates=self._rates_of(decision),
             numbers=only,
             own_chunk_rows=own if own_chunks else None,
@@ -404,7 +405,7 @@ class Pricing:
         if not fitting:
             smallest = min(range(len(plans)), key=lambda number: plans[number].memory_bytes)
             raise decided[smallest]
-        best = min(fitting, key=lambda p: (p.seconds, p.moved_bytes, p.tasks))
+        best = min(fitting, key=lambda p: (p.seconds, p.exchanged_bytes, p.tasks))
         return WhatIf(plans, best, _why(best, plans))
 
     def _rates_of(self, decision: Decision) -> Rates:

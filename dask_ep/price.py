@@ -21,7 +21,7 @@ import numpy as np
 from dask.utils import format_bytes
 
 from dask_ep import costs
-from dask_ep.costs import Rates
+from dask_ep.costs import Rates, Spread
 from dask_ep.decide import Decision
 from dask_ep.memory_law import Layout, need
 from dask_ep.pipeline import count_tasks
@@ -50,8 +50,9 @@ class Plan:
 
     Notes
     -----
-    `traffic_rows` assumes that neighbouring chunks lie on one worker, as Dask assigns them, or each
-    at its home, where the placement is local; what each rank receives is exact wherever they lie.
+    `traffic_rows` and `exchanged_bytes` assume that neighbouring chunks lie on one worker, as Dask
+    assigns them, or each at its home, where the placement is local. What each rank receives is
+    exact wherever they lie, and so is `exchanged_at`.
     """
 
     work: Work
@@ -65,7 +66,9 @@ class Plan:
     rank_rows: np.ndarray
     #: (R,) (row, slot) pairs that each rank serves
     packet_rows: np.ndarray
-    #: (C, R) rows that each chunk sends to each rank, each row once
+    #: (C, R) rows of each chunk that each rank serves, each row once
+    worker_rows: np.ndarray
+    #: (C, W) those that some rank of each worker serves, rank r being on worker r % W
     rates: Rates
     numbers: Sequence[int] | None = None
     #: of the chunks; None if these are all
@@ -134,54 +137,52 @@ class Plan:
         """The largest over the mean rank_rows."""
         return float(self.rank_rows.max() / self.rank_rows.mean()) if self.rank_rows.any() else 1.0
 
-    # --- bytes between ranks ---------------------------------------------------------------
+    # --- bytes between workers -------------------------------------------------------------
 
     @cached_property
     def traffic_rows(self) -> np.ndarray:
-        """(R, R) rows from the worker of each rank to each rank; as many come back."""
-        return costs.traffic(self.packet_rows, self._homes(self.world_size))
-
-    @cached_property
-    def worker_traffic_rows(self) -> np.ndarray:
-        """(W, R) rows from each worker to each rank; as many come back."""
+        """(W, R) rows from the chunks of each worker to each rank."""
         rows = np.zeros((self.workers, self.world_size), self.packet_rows.dtype)
-        np.add.at(rows, self._homes(self.workers), self.packet_rows)
+        np.add.at(rows, self._homes, self.packet_rows)
         return rows
 
     @property
-    def traffic_bytes(self) -> np.ndarray:
-        """(R, R) bytes there and back."""
-        return self.traffic_rows * (self.packet_row_bytes + self.reply_row_bytes)
-
-    @property
     def packet_row_bytes(self) -> int:
-        """Bytes of one row on its way to a rank."""
+        """Bytes of one row on its way to a worker."""
         return self.work.packet_row_bytes(self.placement.slots.size)
 
     @property
     def reply_row_bytes(self) -> int:
-        """Bytes of one row on its way back."""
+        """Bytes of one row on its way back from a rank."""
         return self.work.reply_bytes
 
     @property
     def exchanged_bytes(self) -> int:
-        """Bytes of all packets and all replies; none where one rank owns everything."""
-        return 0 if self.world_size == 1 else int(self.traffic_bytes.sum())
+        """Bytes of all packets and answers between workers."""
+        return self.exchanged_at(self._homes)
+
+    def exchanged_at(self, homes: Sequence[int]) -> int:
+        """Bytes of all packets and answers with each chunk on the worker of that number, (C,).
+
+        A row goes once to each other worker that serves it, and comes back once from each rank
+        there; between a chunk and the ranks on its own worker nothing goes.
+        """
+        there, back = self._rows_exchanged(np.asarray(homes, int))
+        return there * self.packet_row_bytes + back * self.reply_row_bytes
+
+    def _rows_exchanged(self, homes: np.ndarray) -> tuple[int, int]:
+        """Rows that go to other workers, and rows that come back."""
+        there = self.worker_rows[homes[:, None] != np.arange(self.workers)]
+        back = self.packet_rows[homes[:, None] != np.arange(self.world_size) % self.workers]
+        return int(there.sum()), int(back.sum())
 
     @cached_property
-    def moved_bytes(self) -> int:
-        """Bytes of those that leave their worker, with rank r on worker r % workers."""
-        home = self._homes(self.workers)
-        stays = home[:, None] == np.arange(self.world_size) % self.workers
-        rows = int(self.packet_rows[~stays].sum())
-        return rows * (self.packet_row_bytes + self.reply_row_bytes)
-
-    def _homes(self, places: int) -> np.ndarray:
-        """(C,) at which rank, or worker, each chunk lies."""
+    def _homes(self) -> np.ndarray:
+        """(C,) the number of the worker where each chunk lies."""
         if self.placement.local:
             numbers = range(len(self.chunks)) if self.numbers is None else self.numbers
-            return np.array([self.placement.home(c) for c in numbers], int) % places
-        return costs.homes(len(self.chunks), places)
+            return np.array([self.placement.home(c) for c in numbers], int) % self.workers
+        return costs.homes(len(self.chunks), self.workers)
 
     # --- memory ----------------------------------------------------------------------------
 
@@ -222,9 +223,15 @@ class Plan:
         return self.chunk_rows * self.work.row_bytes
 
     @property
-    def spread(self) -> float:
-        """To how many ranks a row goes."""
-        return float(self.packet_rows.sum()) / max(self.rows, 1)
+    def spread(self) -> Spread:
+        """Rows of packets and answers over those of a chunk."""
+        return Spread.of(
+            self.packet_rows,
+            self.worker_rows,
+            self.chunk_rows,
+            self.slots_per_row,
+            self.layout.in_process,
+        )
 
     @property
     def chunks_held(self) -> float:
@@ -281,7 +288,7 @@ class Plan:
 
     @property
     def tasks(self) -> int:
-        """Tasks of `expert_parallel`: C (2R + 1) + R; C + 1 for one rank."""
+        """Tasks of `expert_parallel`: C + R + 1; C + 1 for one rank."""
         return count_tasks(len(self.chunks), self.world_size)
 
     @property
@@ -291,10 +298,10 @@ class Plan:
 
     @property
     def handled_tasks(self) -> int:
-        """All tasks that Dask handles: those and the reads of the inputs; to write is part of the
-        last task of each chunk.
+        """All tasks that Dask handles. To read is part of a chunk's first task, unless several need
+        what is read, as in a whole layer; to write is part of its last.
         """
-        return self.tasks + self.other_tasks + len(self.chunks) * (1 + self.work.inputs)
+        return self.tasks + self.other_tasks + len(self.chunks) * (self.other_tasks > 0)
 
     @property
     def scheduler_seconds(self) -> float:
@@ -340,25 +347,25 @@ class Plan:
         work, rates, beside = self.work, self.rates, self.work.beside
         seconds = (
             self.rows * work.d * work.dtype.itemsize / rates.read
-            + self.rows * self.reply_row_bytes / rates.write
+            + self.rows * work.d_out * work.dtype.itemsize / rates.write
             # Matrix products in float64, as those of a router, take twice the time.
             + self.rows * (2 * beside.router_flops + beside.shared_flops) / rates.flops
             + self.rows * beside.row_bytes / rates.copy
         )
-        if self.world_size > 1:
-            seconds += self.exchanged_bytes / rates.pack
-            more_ranks = self.world_size - costs.PACKED_RANKS
-            seconds += 2 * self.rows * max(more_ranks, 0) / rates.sort  # to pack, and to add up
+        if self.workers > 1 or (self.world_size > 1 and self.slots_per_row > 1):
+            sent, _ = self._rows_exchanged(self._homes)
+            answers = int(self.packet_rows.sum()) * self.reply_row_bytes
+            seconds += (sent * self.packet_row_bytes + answers) / rates.pack
         if self.workers > 1:
-            seconds += self.moved_bytes / rates.link
+            seconds += self.exchanged_bytes / rates.link
             seconds += self.handled_tasks * costs.WORKER_TASK_SECONDS
         return seconds
 
     @property
     def _idle_at_the_end(self) -> float:
-        """Time over that without threads waiting for the last chunks; ranks share those."""
+        """Time over that without threads waiting for the last chunks; workers share those."""
         rounds = len(self.chunks) / self.threads
-        return math.ceil(rounds) / rounds if self.world_size == 1 and self.chunks else 1.0
+        return math.ceil(rounds) / rounds if self.workers == 1 and self.chunks else 1.0
 
     @property
     def seconds(self) -> float:
@@ -406,7 +413,7 @@ class Plan:
         if could_grow and self.scheduler_seconds > max(self.busy_seconds, SECONDS_THAT_COUNT):
             said.append(
                 f"fewer tasks: the scheduler needs {self.scheduler_seconds:.1f} s for "
-                f"{self.tasks}, the workers {self.busy_seconds:.1f} s; larger chunks or fewer ranks"
+                f"{self.tasks}, the workers {self.busy_seconds:.1f} s; larger chunks"
             )
         if self.imbalance > 1.1 and self.workers > 1:
             exact = place("exact", self.expert_rows, self.world_size).imbalance(self.expert_rows)
@@ -423,17 +430,14 @@ class Plan:
         """Give all figures as plain numbers, lists and text."""
         figures = [
             *("rows", "slots_per_row", "world_size", "workers", "threads", "policy", "cores"),
-            *("chunk_rows", "imbalance", "exchanged_bytes", "moved_bytes", "stored_bytes"),
+            *("chunk_rows", "imbalance", "exchanged_bytes", "stored_bytes"),
             *("expert_bytes", "chunk_bytes", "chunks_held", "memory_bytes", "memory_limit", "fits"),
             "memory_parts",
             *("tasks", "other_tasks", "handled_tasks", "flops_beside", "copies_beside"),
             *("scheduler_seconds", "load_seconds", "busy_seconds", "seconds"),
             *("advised_chunk_rows", "advice"),
         ]
-        arrays = [
-            *("expert_rows", "rank_rows", "rank_experts", "flops"),
-            *("traffic_rows", "traffic_bytes"),
-        ]
+        arrays = ["expert_rows", "rank_rows", "rank_experts", "flops", "traffic_rows"]
         return {
             **{name: getattr(self, name) for name in figures},
             **{name: getattr(self, name).tolist() for name in arrays},

@@ -80,9 +80,9 @@ class PlanOnGpus(Plan):
         on_device = (
             self._per_worker(self.flops).max() + beside
         ) / rates.flops + 2 * self._per_worker(self.rank_rows).max() * made / rates.copy
-        up, down = rows * work.d * work.dtype.itemsize, rows * self.reply_row_bytes
+        up, down = (rows * width * work.dtype.itemsize for width in (work.d, work.d_out))
         files = (up / rates.read + down / rates.write) / self.threads
-        packets = self.moved_bytes / self.workers / rates.link
+        packets = self.exchanged_bytes / self.workers / rates.link
         return max(on_device, up / rates.lane, down / rates.lane, files, packets)
 
     # --- advice and forms ------------------------------------------------------------------

@@ -63,11 +63,6 @@ class PlanInPasses(Plan):
         return 0
 
     @property
-    def moved_bytes(self) -> int:
-        """None."""
-        return 0
-
-    @property
     def tasks(self) -> int:
         """Tasks of the layer, if every group of chunks has rows for all experts."""
         used = self.expert_rows[self.expert_rows > 0]

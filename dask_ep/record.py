@@ -1,19 +1,18 @@
-"""What did a run do, task by task?
+"""What did a run do, task by task, and who served what?
 
     threads     with Recorder() as recorder: ...        ──> recorder.record()
-    cluster     with get_task_stream(client) as s: ...  ──> Record.of_task_stream(s.data)
+    cluster     Dask's task stream, and what services note (`run_report`)
+                                                        ──> Record.of_task_stream(stream, servings)
 
-A `Record` holds when and where each task of a layer ran and how much it passed on, to be laid
-beside the plan: `dask_ep.report`.
+A `Record` holds when and where each task of a layer ran and each rank's part of each chunk was
+served (`tally`), to be laid beside the plan: `dask_ep.report`.
 """
 
 from __future__ import annotations
 
-import ast
 import re
 import resource
 import sys
-import time
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
@@ -24,35 +23,51 @@ from typing import Any, NamedTuple
 import numpy as np
 from dask.callbacks import Callback
 
-STEPS = ("experts", "send", "dispatch", "receipt", "sum")
-"""What the tasks of a layer do: its keys in `pipeline`, without "ep_"."""
+from dask_ep import tally
+from dask_ep.keys import TaskKey, read_key
+from dask_ep.tally import HERE, Serving
+
+STEPS = ("experts", "ranks", "chunk", "send", "dispatch", "receipt", "sum")
+"""What the tasks of a layer do, by their names; from "send" on where experts go by in passes."""
 
 BESIDE = ("read", "route", "layer", "store")
-"""What the tasks around it do: its keys in `storage`, `lazy_routing` and `layer`."""
+"""What the tasks around it do."""
 
 
 class Span(NamedTuple):
     """One task, from its start to its stop."""
 
+    key: TaskKey
     step: str
     #: one of `STEPS` and `BESIDE`, or "transfer"
-    chunk: int
-    #: -1 for the experts of a rank, and for rows of several chunks
-    rank: int
-    #: -1 for what no rank does
     worker: str
     start: float
     #: seconds since the first task began
     stop: float
-    nbytes: int
-    #: of the result
-    part: tuple[int, ...] = ()
-    #: which of several tasks of this step, chunk and rank, where there are several
 
     @property
-    def task(self) -> tuple[Any, ...]:
-        """The same for all runs of a task."""
-        return self.step, self.chunk, self.rank, self.part
+    def chunk(self) -> int:
+        """-1 for the experts of a rank, and for rows of several chunks."""
+        return self.key.chunk
+
+    @property
+    def rank(self) -> int:
+        """-1 for what no rank does."""
+        return self.key.rank
+
+
+class Service(NamedTuple):
+    """What one rank has served at one worker."""
+
+    rank: int
+    worker: str
+    rows: int
+    bytes_in: int
+    bytes_out: int
+    busy: float
+    #: share of the run's time
+    queue: float
+    #: rows that waited, on average over the run
 
 
 class Event(NamedTuple):
@@ -73,11 +88,15 @@ class Record:
     peak_bytes: int | None = None
     #: memory of the process that used most, if it was measured
     events: tuple[Event, ...] = ()
+    servings: tuple[Serving, ...] = ()
+    #: each rank's part of each chunk, times as those of the spans
+
+    # --- tasks ---
 
     @property
     def tasks(self) -> int:
         """Tasks of the layer that ran, each once however often it was run."""
-        return len({s.task for s in self._of_layer})
+        return len({s.key for s in self._of_layer})
 
     @property
     def repeated(self) -> int:
@@ -91,82 +110,110 @@ class Record:
 
     @property
     def _last(self) -> str:
-        """The step that chunks end with: most sums may be made by the tasks that store them."""
+        """The step that chunks end with: on workers these are named after their storing."""
         steps = Counter(span.step for span in self.spans)
-        if steps["sum"] and steps["sum"] >= steps["store"]:
-            return "sum"
-        return "store" if steps["send"] else "dispatch"  # one rank has neither send nor sum
+        named = (s for s in ("chunk", "sum") if steps[s] and steps[s] >= steps["store"])
+        return next(named, "store")
+
+    def finished(self) -> list[tuple[float, int]]:
+        """When each chunk was done, first to last: (seconds, chunk)."""
+        done = {chunk: span.stop for chunk, span in self._last_runs().items()}
+        return sorted((when, chunk) for chunk, when in done.items())
+
+    def chunks_of_workers(self) -> dict[str, int]:
+        """How many chunks each worker has finished."""
+        counted = Counter(span.worker for span in self._last_runs().values())
+        return dict(sorted(counted.items()))
+
+    def _last_runs(self) -> dict[int, Span]:
+        """The last run of the task that each chunk ends with."""
+        spans = sorted((s for s in self.spans if s.step == self._last), key=lambda s: s.stop)
+        return {span.chunk: span for span in spans}
+
+    # --- what ranks have served ---
+
+    @property
+    def served_again(self) -> int:
+        """How often a rank's part of a chunk was served beyond the first time."""
+        return len(self.servings) - len(self._once())
 
     @property
     def exchanged_bytes(self) -> int:
-        """Bytes of all packets and all answers, each counted once."""
-        size = {
-            (s.step, s.chunk, s.rank): s.nbytes
-            for s in self.spans
-            if s.step in ("send", "dispatch")
-        }
-        return sum(size.values()) if any(step == "send" for step, _, _ in size) else 0
+        """Bytes of all packets and answers between workers."""
+        return sum(s.bytes_in + s.bytes_out for s in self.servings)
 
-    def received_rows(self, reply_row_bytes: int) -> dict[int, int]:
-        """Rows that each rank answered, from the bytes of its answers."""
-        size = {(s.chunk, s.rank): s.nbytes for s in self.spans if s.step == "dispatch"}
-        rows: dict[int, int] = defaultdict(int)
-        for (_, rank), nbytes in size.items():
-            rows[rank] += nbytes // reply_row_bytes
+    def received_rows(self) -> dict[int, int]:
+        """Rows that each rank has answered, each chunk's once."""
+        rows: Counter[int] = Counter()
+        for serving in self._once():
+            rows[serving.rank] += serving.rows
         return dict(sorted(rows.items()))
 
-    def traffic_rows(self, reply_row_bytes: int, world_size: int) -> tuple[list[str], np.ndarray]:
-        """Rows from each worker to each rank.
-
-        Returns
-        -------
-        workers : list of W addresses, by the lowest rank that they played; others last
-        rows : (W, R) int64
-        """
-        made = {(s.chunk, s.rank): s.worker for s in self.spans if s.step == "send"}
-        answers = {(s.chunk, s.rank): s for s in self.spans if s.step == "dispatch"}
+    def workers(self) -> list[str]:
+        """All workers with chunks or ranks, by the lowest rank that they served; others last."""
         lowest: dict[str, int] = {}
-        for (_, rank), span in answers.items():
-            lowest[span.worker] = min(rank, lowest.get(span.worker, world_size))
-        present = {*made.values(), *lowest}
-        workers = sorted(present, key=lambda worker: (lowest.get(worker, world_size), worker))
-        number = {worker: n for n, worker in enumerate(workers)}
-        rows = np.zeros((len(workers), world_size), np.int64)
-        for (chunk, rank), worker in made.items():
-            if (chunk, rank) in answers:
-                answered = answers[chunk, rank].nbytes // reply_row_bytes
-                rows[number[worker], rank] += answered
-        return workers, rows
+        for serving in self._once():
+            lowest[serving.served_by] = min(
+                serving.rank, lowest.get(serving.served_by, serving.rank)
+            )
+        present = {*lowest, *self.chunks_of_workers()}
+        return sorted(present, key=lambda worker: (lowest.get(worker, sys.maxsize), worker))
 
-    @property
-    def moved_bytes(self) -> int:
-        """Bytes of the packets and answers that were used on another worker than they were made."""
-        at = {(s.step, s.chunk, s.rank): s for s in self.spans if s.step in STEPS}
-        moved = 0
-        for (step, chunk, rank), span in at.items():
-            to = {"send": ("dispatch", chunk, rank), "dispatch": ("sum", chunk, -1)}.get(step)
-            if to in at and at[to].worker != span.worker:
-                moved += span.nbytes
-        return moved
+    def homes(self) -> dict[int, int]:
+        """The number of each chunk's worker in `workers`."""
+        number = {worker: n for n, worker in enumerate(self.workers())}
+        return {chunk: number[span.worker] for chunk, span in sorted(self._last_runs().items())}
+
+    def traffic_rows(self, world_size: int) -> np.ndarray:
+        """(W, R) rows from the chunks of each of the `workers` to each rank."""
+        workers = self.workers()
+        rows = np.zeros((len(workers), world_size), np.int64)
+        number = {worker: n for n, worker in enumerate(workers)}
+        for serving in self._once():
+            if serving.asked_by in number:
+                rows[number[serving.asked_by], serving.rank] += serving.rows
+        return rows
+
+    def services(self) -> list[Service]:
+        """What each rank has served at each worker, in the order of ranks."""
+        parts: dict[tuple[int, str], list[Serving]] = defaultdict(list)
+        for serving in self.servings:
+            parts[serving.rank, serving.served_by].append(serving)
+        seconds = self.seconds or 1.0
+        return [
+            Service(
+                rank,
+                worker,
+                sum(s.rows for s in of),
+                sum(s.bytes_in for s in of),
+                sum(s.bytes_out for s in of),
+                sum(s.stop - s.start for s in of) / seconds,
+                sum(s.waited * s.rows for s in of) / seconds,
+            )
+            for (rank, worker), of in sorted(parts.items())
+        ]
+
+    def _once(self) -> list[Serving]:
+        """The last serving of each rank's part of each chunk."""
+        return list({(s.chunk, s.rank): s for s in self.servings}.values())
+
+    # --- forms ---
 
     def renumbered(self, chunks: Sequence[int]) -> Record:
         """Number chunks by their place in `chunks`: those that a resumed run has computed."""
         place = {chunk: n for n, chunk in enumerate(chunks)} | {-1: -1}
-        spans = tuple(s._replace(chunk=place[s.chunk]) for s in self.spans if s.chunk in place)
-        return replace(self, spans=spans)
-
-    def finished(self) -> list[tuple[float, int]]:
-        """When each chunk was done, first to last: (seconds, chunk)."""
-        last, done = self._last, dict[int, float]()
-        for span in self.spans:
-            if span.step == last:
-                done[span.chunk] = max(done.get(span.chunk, 0.0), span.stop)
-        return sorted((when, chunk) for chunk, when in done.items())
+        spans, servings = (
+            tuple(s for s in some if s.chunk in place) for some in (self.spans, self.servings)
+        )
+        spans = tuple(s._replace(key=s.key._replace(chunk=place[s.chunk])) for s in spans)
+        servings = tuple(s._replace(chunk=place[s.chunk]) for s in servings)
+        return replace(self, spans=spans, servings=servings)
 
     @classmethod
     def of_task_stream(
         cls,
         stream: Iterable[Mapping[str, Any]],
+        servings: Iterable[Serving] = (),
         *,
         peak_bytes: int | None = None,
         events: Sequence[tuple[float, str]] = (),
@@ -175,26 +222,21 @@ class Record:
 
         Parameters
         ----------
-        stream : records with "key", "worker", "nbytes" and "startstops"
+        stream : records with "key", "worker" and "startstops"
+        servings : what the workers have noted meanwhile
         peak_bytes : see `Record`
         events : (time, text), times as the stream has them (seconds since 1970)
         """
         spans = []
         for task in stream:
-            place = _place(task["key"])
-            if place is None:
+            key = _layer_key(task["key"])
+            if key is None:
                 continue
             for part in task["startstops"]:
-                if part["action"] == "compute":
-                    step, nbytes = place[0], int(task.get("nbytes") or 0)
-                elif part["action"] == "transfer":
-                    step, nbytes = "transfer", 0
-                else:
-                    continue
-                when = part["start"], part["stop"]
-                number = _part(task["key"])
-                spans.append(Span(step, *place[1:], task["worker"], *when, nbytes, number))
-        return _from_zero(spans, peak_bytes, events)
+                if part["action"] in ("compute", "transfer"):
+                    step = key.step if part["action"] == "compute" else "transfer"
+                    spans.append(Span(key, step, task["worker"], part["start"], part["stop"]))
+        return _from_zero(spans, servings, peak_bytes, events)
 
 
 class Recorder(Callback):
@@ -210,8 +252,8 @@ class Recorder(Callback):
     >>> with Recorder() as recorder:
     ...     _ = y.compute(scheduler="sync")
     >>> record = recorder.record()
-    >>> record.tasks, record.received_rows(reply_row_bytes=3 * 8)
-    (12, {0: 1, 1: 3})
+    >>> record.tasks, record.received_rows()
+    (5, {0: 1, 1: 3})
     """
 
     def __init__(self) -> None:
@@ -219,20 +261,34 @@ class Recorder(Callback):
         self._begun: dict[Any, float] = {}
         self._threads: dict[Any, str] = {}
         self._spans: list[Span] = []
+        self._servings: list[Serving] = []
+
+    def __enter__(self) -> Recorder:
+        tally.record()
+        return super().__enter__()
+
+    def __exit__(self, *exception: object) -> None:
+        super().__exit__(*exception)
+        self._servings += tally.take()
 
     def record(self, peak_bytes: int | None = None) -> Record:
-        """What has been recorded so far."""
-        return _from_zero(self._spans, peak_bytes, ())
+        """What has been recorded in the block."""
+        thread = {span.chunk: span.worker for span in self._spans if span.step == "chunk"}
+        servings = [
+            s._replace(asked_by=where, served_by=where)
+            for s in self._servings
+            for where in [thread.get(s.chunk, HERE)]
+        ]
+        return _from_zero(self._spans, servings, peak_bytes, ())
 
     def _begin(self, key: Any, graph: Any, state: Any) -> None:
-        self._begun[key] = time.perf_counter()
+        self._begun[key] = tally.now()
 
     def _end(self, key: Any, result: Any, graph: Any, state: Any, worker: Any) -> None:
-        place = _place(key)
-        if place is not None:
+        start, of_layer = self._begun.pop(key), _layer_key(key)
+        if of_layer is not None:
             name = f"thread {self._threads.setdefault(worker, str(len(self._threads)))}"
-            when = self._begun.pop(key), time.perf_counter()
-            self._spans.append(Span(*place, name, *when, _nbytes(result), _part(key)))
+            self._spans.append(Span(of_layer, of_layer.step, name, start, tally.now()))
 
 
 def forget_peak_memory() -> None:
@@ -251,86 +307,29 @@ def peak_memory() -> int:
     return peak if sys.platform == "darwin" else peak * 1024
 
 
-def _place(key: Any) -> tuple[str, int, int] | None:
-    """Step, chunk and rank of a task key; None for tasks that are not of a layer.
-
-    Examples
-    --------
-    >>> _place(("ep_send-0123", 4, 1)), _place("('ep_experts-0123', 1)"), _place("sum-0123")
-    (('send', 4, 1), ('experts', -1, 1), None)
-    >>> _place(("ep_read-0123", 4, 0)), _place(("ep_dispatch-ep_store-0123", 4))
-    (('read', 4, -1), ('dispatch', 4, 0))
-    >>> _place("ep_store-ep_sum-finalize-hlgfinalizecompute-0123")  # of a single chunk
-    ('sum', 0, -1)
-    >>> _place(("ep_sum-ep_store-0123", 4)), _place(("ep_indices-0123", 4, 0))
-    (('sum', 4, -1), ('route', 4, -1))
-    >>> _place(("ep_send-0123", 4, 1, 0)), _place(("ep_dispatch-0123", 4, 7, 1))
-    (('send', 4, 1), ('dispatch', 4, 1))
-    """
-    if isinstance(key, str) and key.startswith("ep_") and "-finalize-" in key:
-        steps = {part.removeprefix("ep_") for part in key.split("-")}
-        return ("sum", 0, -1) if "sum" in steps else ("dispatch", 0, 0)
-    key = _parsed(key)
-    if key is None:
-        return None
-    step = _step(key)
-    if step == "send":  # a fourth number is the home of its chunk
-        return step, key[1], key[2]
-    if step in ("dispatch", "receipt"):
-        # With one rank Dask has made one task of dispatch and store, which has no rank in its key.
-        return step, key[1], key[-1] if len(key) > 2 else 0
-    if step == "experts":
-        return step, -1, key[-1]
-    return (step, key[1], -1) if step in (*STEPS, *BESIDE) else None
-
-
-def _part(key: Any) -> tuple[int, ...]:
-    """Tell tasks of one step, chunk and rank apart: where experts go by, there are several.
-
-    Examples
-    --------
-    >>> _part(("ep_dispatch-0123", 4, 7, 1)), _part("('ep_experts-0123', 2, 0)")
-    ((7,), (2,))
-    >>> _part(("ep_dispatch-0123", 4, 1)), _part(("ep_send-0123", 4, 1, 0)), _part("sum-0123")
-    ((), (), ())
-    """
-    key = _parsed(key)
-    first = {"experts": 1, "dispatch": 2, "receipt": 2}.get(_step(key)) if key else None
-    return key[first:-1] if first else ()
-
-
-def _parsed(key: Any) -> tuple[Any, ...] | None:
-    """Read a key of a layer, as it is or as text; None if it is none."""
-    if isinstance(key, str) and key.startswith("("):
-        try:
-            key = ast.literal_eval(key)
-        except (ValueError, SyntaxError):
-            return None
-    is_key = isinstance(key, tuple) and isinstance(key[0], str) and key[0].startswith("ep_")
-    return key if is_key else None
-
-
-def _step(key: tuple[Any, ...]) -> str:
-    step = key[0].split("-")[0].removeprefix("ep_")  # of several in one task, the first
-    return {"indices": "route", "weights": "route", "scores": "route"}.get(step, step)
-
-
-def _nbytes(result: Any) -> int:
-    """Bytes of the arrays in a result."""
-    if isinstance(result, tuple) and not hasattr(result, "nbytes"):
-        return sum(map(_nbytes, result))
-    return int(getattr(result, "nbytes", 0))
+def _layer_key(key: Any) -> TaskKey | None:
+    """What a key says, if it is of a step that a record keeps."""
+    of_layer = read_key(key)
+    return of_layer if of_layer is not None and of_layer.step in (*STEPS, *BESIDE) else None
 
 
 def _from_zero(
-    spans: Iterable[Span], peak_bytes: int | None, events: Sequence[tuple[float, str]]
+    spans: Iterable[Span],
+    servings: Iterable[Serving],
+    peak_bytes: int | None,
+    events: Sequence[tuple[float, str]],
 ) -> Record:
-    spans = sorted(spans, key=lambda span: span.start)
+    """A record whose times begin with its first task."""
+    spans, servings = (sorted(some, key=lambda one: one.start) for some in (spans, servings))
     zero = spans[0].start if spans else 0.0
-    moved = tuple(s._replace(start=s.start - zero, stop=s.stop - zero) for s in spans)
+    spans, servings = (
+        tuple(one._replace(start=one.start - zero, stop=one.stop - zero) for one in some)
+        for some in (spans, servings)
+    )
     return Record(
-        moved,
-        max((s.stop for s in moved), default=0.0),
+        spans,
+        max((s.stop for s in spans), default=0.0),
         peak_bytes,
         tuple(Event(when - zero, what) for when, what in events),
+        servings,
     )

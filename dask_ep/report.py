@@ -61,10 +61,8 @@ def write_plan_report(path: str | PathLike, compared: WhatIf) -> None:
         sections += [
             figures.draw_rank_load(best),
             figures.draw_imbalance(_imbalances(best)),
-            _heading("Between ranks", _said_of_traffic(best)),
-            figures.draw_traffic(
-                best.traffic_rows, row_bytes(best), "Rows from the chunks at each rank to each rank"
-            ),
+            _heading("Between chunks and ranks", _said_of_traffic(best)),
+            _planned_traffic(best),
         ]
     sections += [_heading("Memory", _said_of_memory(best)), figures.draw_memory(best)]
     if best.advice:
@@ -109,9 +107,10 @@ def write_run_report(
         figures.draw_time_line(record),
         figures.draw_progress(plan, record),
     ]
-    if len(record.spans) > figures.MOST_SPANS:
-        most, all_ = figures.MOST_SPANS, len(record.spans)
-        sections.append(_heading("", f"The time line shows the longest {most} of {all_} tasks."))
+    most, bars = figures.MOST_SPANS, len(record.spans) + len(record.servings)
+    if bars > most:
+        said = f"The time line shows the longest {most:,} of {bars:,} tasks and servings."
+        sections.append(_heading("", said))
     sections.append(_heading("Faults and moves", _said_of_events(record)))
     if record.events:
         rows = [(f"{event.time:.2f} s", event.what) for event in record.events]
@@ -215,8 +214,7 @@ def figures_of(plan: Plan) -> list[tuple[str, str]]:
         ranks = [("ranks", f"{plan.world_size} ({plan.policy}) on {plan.places}")]
         between = [
             ("imbalance (max/mean rank)", f"{plan.imbalance:.3f}"),
-            ("exchanged between ranks", format_bytes(plan.exchanged_bytes)),
-            ("moved between workers", format_bytes(plan.moved_bytes)),
+            ("exchanged between workers", format_bytes(plan.exchanged_bytes)),
         ]
     return [
         ("token rows", f"{plan.rows:,}"),
@@ -258,36 +256,65 @@ def _both(plan: Plan, record: Record) -> list[tuple[str, str, str]]:
 
 
 def _both_between(plan: Plan, record: Record) -> list[tuple[str, str, str]]:
-    """What goes between ranks, planned and measured."""
-    of_ranks = record.received_rows(plan.reply_row_bytes) if plan.exchanged_bytes else {}
-    received = sum(of_ranks.values())
+    """What goes between chunks and ranks, planned and measured."""
+    received = record.received_rows()
     return [
-        ("rows received by ranks", f"{plan.packet_rows.sum():,}", f"{received:,}" * (received > 0)),
-        ("exchanged", format_bytes(plan.exchanged_bytes), format_bytes(record.exchanged_bytes)),
+        ("rows that ranks serve", f"{plan.packet_rows.sum():,}", f"{sum(received.values()):,}"),
         (
-            "imbalance of what ranks receive",
+            "imbalance of these",
             _imbalance(plan.packet_rows.sum(axis=0)),
-            _imbalance(list(of_ranks.values())),
+            _imbalance(list(received.values())),
         ),
         (
-            "moved between workers",
-            format_bytes(plan.moved_bytes),
-            format_bytes(record.moved_bytes),
+            "exchanged between workers",
+            format_bytes(plan.exchanged_bytes),
+            format_bytes(record.exchanged_bytes),
         ),
     ]
 
 
 def _of_ranks(plan: Plan, record: Record) -> list[object]:
-    """Load of ranks and traffic between them, planned and measured."""
-    received = record.received_rows(plan.reply_row_bytes)
-    measured = received if plan.exchanged_bytes and any(received.values()) else None
+    """Load of ranks and traffic to them, planned and measured; what services and workers did."""
+    received = record.received_rows()
     return [
-        figures.draw_rank_load(plan, measured),
-        _table("", ("rank", "planned rows", "measured rows"), _ranks(plan, measured)),
+        figures.draw_rank_load(plan, received),
+        _table("", ("rank", "planned rows", "measured rows"), _ranks(plan, received)),
         figures.draw_imbalance(_imbalances(plan)),
-        _heading("Between ranks", _said_of_traffic(plan)),
-        *_traffic(plan, record),
+        _heading("Between chunks and ranks", _said_of_traffic(plan)),
+        _planned_traffic(plan),
+        *_measured_traffic(plan, record),
+        _table("Services", SERVICE_COLUMNS, _services(record)),
+        _heading("", SAID_OF_SERVICES),
+        _table("Chunks", ("worker", "chunks"), _chunks(record)),
     ]
+
+
+SERVICE_COLUMNS = ("rank", "worker", "rows", "bytes in", "bytes out", "busy", "queue")
+
+SAID_OF_SERVICES = (
+    "Busy is the share of the time in which a service computed; queue the rows that waited for it, "
+    "on average. Rows of chunks on its own worker come without bytes and do not queue."
+)
+
+
+def _services(record: Record) -> list[tuple[str, ...]]:
+    return [
+        (
+            str(service.rank),
+            figures.short(service.worker),
+            f"{service.rows:,}",
+            format_bytes(service.bytes_in),
+            format_bytes(service.bytes_out),
+            f"{service.busy:.0%}",
+            f"{service.queue:,.0f}",
+        )
+        for service in record.services()
+    ]
+
+
+def _chunks(record: Record) -> list[tuple[str, str]]:
+    chunks = record.chunks_of_workers()
+    return [(figures.short(worker), f"{chunks.get(worker, 0):,}") for worker in record.workers()]
 
 
 def _imbalance(rows: Sequence[float]) -> str:
@@ -296,36 +323,27 @@ def _imbalance(rows: Sequence[float]) -> str:
     return f"{rows.max() / rows.mean():.3f}" if rows.any() else ""
 
 
-def _ranks(plan: Plan, measured: dict[int, int] | None) -> list[tuple[str, str, str]]:
-    """Rows that each rank receives, planned and measured."""
+def _ranks(plan: Plan, measured: dict[int, int]) -> list[tuple[str, str, str]]:
+    """Rows that each rank serves, each row once, planned and measured."""
     planned = plan.packet_rows.sum(axis=0).tolist()
     return [
-        (str(rank), f"{rows:,}", "" if measured is None else f"{measured.get(rank, 0):,}")
-        for rank, rows in enumerate(planned)
+        (str(rank), f"{rows:,}", f"{measured.get(rank, 0):,}") for rank, rows in enumerate(planned)
     ]
 
 
-def _traffic(plan: Plan, record: Record) -> list[object]:
-    """Heat maps of the rows from workers to ranks, planned and measured."""
-    if not plan.exchanged_bytes:
+def _planned_traffic(plan: Plan) -> object:
+    names = [str(worker) for worker in range(plan.workers)]
+    return figures.draw_traffic(plan.traffic_rows, "Planned: rows to each rank", names)
+
+
+def _measured_traffic(plan: Plan, record: Record) -> list[object]:
+    workers, rows = record.workers(), record.traffic_rows(plan.world_size)
+    if plan.workers == 1:  # threads are one worker
+        workers, rows = ["0"], rows.sum(axis=0, keepdims=True)
+    names = [f"{number}: {figures.short(who)}" for number, who in enumerate(workers)]
+    if not rows.any():
         return []
-    nbytes = row_bytes(plan)
-    planned = plan.worker_traffic_rows
-    names = [str(worker) for worker in range(len(planned))]
-    drawn = [figures.draw_traffic(planned, nbytes, "Planned: rows to each rank", names)]
-    workers, measured = record.traffic_rows(plan.reply_row_bytes, plan.world_size)
-    if plan.workers == 1:  # threads are no workers: what lies in memory lies with all of them
-        workers, measured = ["0"], measured.sum(axis=0, keepdims=True)
-    if measured.any():
-        names = [f"{number}: {figures.short(who)}" for number, who in enumerate(workers)]
-        names = names if plan.workers > 1 else ["0"]
-        drawn.append(figures.draw_traffic(measured, nbytes, "Measured: rows to each rank", names))
-    return drawn
-
-
-def row_bytes(plan: Plan) -> int:
-    """Bytes of a row there and back."""
-    return plan.packet_row_bytes + plan.reply_row_bytes
+    return [figures.draw_traffic(rows, "Measured: rows to each rank", names)]
 
 
 def _imbalances(plan: Plan) -> dict[str, float]:
@@ -348,22 +366,28 @@ def _said_of_load(plan: Plan) -> str:
 
 
 def _said_of_traffic(plan: Plan) -> str:
-    if not plan.exchanged_bytes:
-        return "No row travels: one rank owns all experts, or they are read where the rows are."
     rows = int(plan.packet_rows.sum())
+    said = (
+        f"Ranks serve {rows:,} rows, {rows / max(plan.rows, 1):.2f} for each token row, however "
+        f"many of its {plan.slots_per_row} experts a rank has. "
+    )
+    if not plan.exchanged_bytes:
+        return f"{said}None of them leaves its worker."
     return (
-        f"{rows:,} rows go to ranks and as many come back, {format_bytes(plan.exchanged_bytes)} "
-        f"in all: {rows / max(plan.rows, 1):.2f} for each token row, which goes to a rank once, "
-        f"however many of its {plan.slots_per_row} experts are there. "
-        f"{format_bytes(plan.moved_bytes)} leave their worker if neighbouring chunks lie together."
+        f"{said}A row goes to another worker once, whatever it has of its ranks, and comes back "
+        f"once from each: {format_bytes(plan.exchanged_bytes)} if neighbouring chunks lie together."
     )
 
 
 def _said_of_events(record: Record) -> str:
-    if not record.events and not record.repeated:
-        return "No worker came or went, no rank moved, and no task ran twice."
-    again = f"{record.repeated:,} tasks ran again, lost with a worker or moved with a rank"
-    return f"{again}; {len(record.events)} events, dotted lines in the time line."
+    again = record.repeated + record.served_again
+    if not record.events and not again:
+        return "No worker came or went, no rank moved, and nothing was computed twice."
+    return (
+        f"{record.repeated:,} tasks ran again, and {record.served_again:,} packets were served "
+        "again, lost with a worker or moved with a rank; what a lost worker had served is not "
+        f"counted. {len(record.events)} events, dotted lines in the time line."
+    )
 
 
 def _said_of_memory(plan: Plan) -> str:

@@ -2,11 +2,12 @@
 
     before    plan_run: the blocks that are missing, priced; the routing is read once for it
     during    on threads    Recorder
-              on workers    Dask's task stream, events, changes of owners, memory of the processes
+              on workers    Dask's task stream, what services note, events, changes of owners,
+                            memory of the processes
     after     report.html, and on workers report-dask.html, which Dask writes
 
 What is asked of the workers is asked before the first task and after the last. Dask keeps the last
-100,000 tasks; of a longer run the record has these.
+100,000 tasks; of a longer run the record has these. What a worker has served is lost with it.
 """
 
 from __future__ import annotations
@@ -14,13 +15,14 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from distributed import Client, performance_report
+from distributed import Client, WorkerPlugin, performance_report
 
+from dask_ep import tally
 from dask_ep.build import Inputs
 from dask_ep.decide import Decision
 from dask_ep.memory import release
@@ -30,6 +32,7 @@ from dask_ep.price import Plan
 from dask_ep.record import Record, Recorder, forget_peak_memory, peak_memory
 from dask_ep.report import write_run_report
 from dask_ep.slots import Placement
+from dask_ep.tally import HERE, Serving
 
 OnRecord = Callable[[Record], Any]
 
@@ -118,15 +121,59 @@ def _on_workers(client: Client, owners: Owners | None) -> Iterator[list[Record]]
     clock = client.run_on_scheduler(time.time)
     client.get_task_stream(start=0, stop=0)  # from now on it is kept
     begun = time.perf_counter()
-    yield made
-    seconds = time.perf_counter() - begun
+    with servings_of(client) as servings:
+        yield made
+        seconds = time.perf_counter() - begun
     peaks = client.run(peak_memory, on_error="ignore").values()
     record = Record.of_task_stream(
         client.get_task_stream(start=clock),
+        servings,
         peak_bytes=max(peaks, default=None),
         events=[event for event in _events(client, owners) if event[0] >= clock],
     )
     made.append(replace(record, seconds=seconds))
+
+
+class _Keep(WorkerPlugin):
+    """Has a worker keep what it serves, also one that comes later."""
+
+    name = "dask-ep-record"
+
+    def setup(self, worker: Any) -> None:
+        tally.record()
+
+    def teardown(self, worker: Any) -> None:
+        tally.take()
+
+
+@contextmanager
+def servings_of(client: Client) -> Iterator[list[Serving]]:
+    """Keep what the workers serve inside; the list has it at the end, unless that fails."""
+    kept: list[Serving] = []
+    client.register_plugin(_Keep())
+    try:
+        yield kept
+    except BaseException:
+        with suppress(Exception):  # the cluster may be what has failed
+            client.unregister_worker_plugin(_Keep.name)
+        raise
+    for of_worker in client.run(_take, on_error="ignore").values():
+        kept += of_worker
+    client.unregister_worker_plugin(_Keep.name)
+
+
+def _take(dask_worker: Any) -> list[Serving]:
+    """What a worker has kept, in the scheduler's time."""
+    late, place = dask_worker.scheduler_delay, {HERE: dask_worker.address}
+    return [
+        s._replace(
+            asked_by=place.get(s.asked_by, s.asked_by),
+            served_by=place.get(s.served_by, s.served_by),
+            start=s.start + late,
+            stop=s.stop + late,
+        )
+        for s in tally.take()
+    ]
 
 
 def _events(client: Client, owners: Owners | None) -> list[tuple[float, str]]:

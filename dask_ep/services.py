@@ -26,13 +26,14 @@ from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
+from functools import partial
 from typing import Any, NamedTuple
 
 from distributed import Reschedule, WorkerPlugin, secede
 from distributed.protocol import to_serialize
 
 from dask_ep import dask_internals, tally
-from dask_ep.admission import Admission
+from dask_ep.admission import CHUNKS_WAITING, Admission
 from dask_ep.arrays import Array
 from dask_ep.chunk import Exchange, Where, combine, cut, pack, serve_in_place, serve_packet
 from dask_ep.pack import Packet, Packing
@@ -40,9 +41,6 @@ from dask_ep.tally import Serving, Tally
 
 PLUGIN = "dask-ep-services"
 """The plugin's name on the workers."""
-
-CHUNKS_WAITING = 2
-"""Chunks under way on a worker besides one for each of its threads: those that wait for answers."""
 
 NEWS_SECONDS = 3.0
 """How long news of an owner that did not answer may take before it is asked again."""
@@ -392,10 +390,9 @@ class Services(WorkerPlugin):
             return {"status": "OK", "answers": None}
         exchange, packet = Exchange(token, *sizes, None), [Packet(*arrays)]
         del arrays
+        serve = partial(self._serve_packet, packet, ranks, slices, chunk, exchange, sender)
         with self.tally.queued(token, ranks, len(packet[0].rows)):
-            answers = await self._loop.run_in_executor(
-                self._pool, self._serve_packet, packet, ranks, slices, chunk, exchange, sender
-            )
+            answers = await self._loop.run_in_executor(self._pool, serve, tally.now())
         return {"status": "OK", "answers": [to_serialize(answer) for answer in answers]}
 
     def _serve_packet(
@@ -406,6 +403,7 @@ class Services(WorkerPlugin):
         chunk: int,
         exchange: Exchange,
         sender: str,
+        came: float,
     ) -> list[Array]:
         with self._cores:
             start = tally.now()
@@ -418,7 +416,7 @@ class Services(WorkerPlugin):
             [
                 Serving(
                     chunk, rank, len(answer), sender, me, start + i * step, start + (i + 1) * step,
-                    nbytes if i == 0 else 0, answer.nbytes,
+                    nbytes if i == 0 else 0, answer.nbytes, start - came,
                 )
                 for i, (rank, answer) in enumerate(zip(ranks, answers, strict=True))
             ],

@@ -33,6 +33,8 @@ class Visits(NamedTuple):
 
     packet_rows: np.ndarray
     #: (C, R) int64: the rows of chunk c with a slot at rank r, each row once
+    worker_rows: np.ndarray
+    #: (C, W) int64: those with a slot at any rank of worker w, each row once
     slot_rows: np.ndarray
     #: (R, S) int64: the (row, slot) pairs that each physical slot serves
 
@@ -72,18 +74,22 @@ class Survey:
         placement: Placement,
         chunks: Sequence[int] | None = None,
         only: Collection[int] | None = None,
+        workers: int | None = None,
     ) -> Visits:
-        """Count the rows that each chunk sends to each rank.
+        """Count the rows of each chunk that each rank serves, and each worker.
 
         Parameters
         ----------
         placement : Placement of these experts
         chunks : rows of each token chunk, summing to N; default: those of the routing
         only : numbers of the chunks to count, the others being nothing; default: all
+        workers : W, rank r being on worker r % W; default: one for each rank
         """
         chunks = self.chunks if chunks is None else tuple(chunks)
         ranks, slots = placement.slots.shape
         packet_rows = np.zeros((len(chunks), ranks), np.int64)
+        workers = ranks if workers is None else workers
+        worker_rows = np.zeros((len(chunks), workers), np.int64)
         slot_rows = np.zeros(ranks * slots + 1, np.int64)
         counted = range(len(chunks)) if only is None else frozenset(only)
         for chunk, row_offset, routing in self.blocks(chunks):
@@ -91,8 +97,10 @@ class Survey:
                 continue
             physical = placement.rewrite(routing, row_offset, placement.home(chunk))
             slot_rows += np.bincount(physical.ravel() + 1, minlength=slot_rows.size)
-            packet_rows[chunk] += _rows_per_rank(physical, ranks, slots)
-        return Visits(packet_rows, slot_rows[1:].reshape(ranks, slots))
+            rank = np.where(physical < 0, -1, physical // slots)
+            packet_rows[chunk] += _rows_by_place(rank, ranks)
+            worker_rows[chunk] += _rows_by_place(np.where(rank < 0, -1, rank % workers), workers)
+        return Visits(packet_rows, worker_rows, slot_rows[1:].reshape(ranks, slots))
 
     def blocks(self, chunks: Sequence[int]) -> Iterator[tuple[int, int, np.ndarray]]:
         """Read the routing again: chunk, what to rewrite by as first row, and up to `BLOCK_ROWS`
@@ -199,9 +207,8 @@ def _blocks(routing: da.Array | np.ndarray) -> Iterator[np.ndarray]:
             yield np.asarray(block.get() if hasattr(block, "get") else block)  # CuPy's way to NumPy
 
 
-def _rows_per_rank(physical: np.ndarray, ranks: int, slots: int) -> np.ndarray:
-    """(R,): how many rows have a slot at each rank, each row once."""
-    visited = np.zeros((len(physical), ranks + 1), bool)
-    rank = np.where(physical < 0, ranks, physical // slots)
-    visited[np.arange(len(physical))[:, None], rank] = True
-    return np.count_nonzero(visited[:, :ranks], axis=0)
+def _rows_by_place(place: np.ndarray, places: int) -> np.ndarray:
+    """(places,): how many rows have a slot at each place, each row once; -1 is none."""
+    visited = np.zeros((len(place), places + 1), bool)
+    visited[np.arange(len(place))[:, None], place] = True
+    return np.count_nonzero(visited[:, :places], axis=0)

@@ -23,7 +23,7 @@ class Serving(NamedTuple):
     rank: int
     rows: int
     asked_by: str
-    #: worker of the chunk
+    #: worker of the chunk; HERE where that is the process which notes it
     served_by: str
     start: float
     #: seconds since the epoch
@@ -32,6 +32,12 @@ class Serving(NamedTuple):
     #: of the packet that brought it, with the first rank of the packet; 0 without a packet
     bytes_out: int = 0
     #: of the answer; 0 without a packet
+    waited: float = 0.0
+    #: seconds from the arrival of its packet to the start
+
+
+HERE = ""
+"""Stands for the process itself, where a chunk serves its ranks without a service."""
 
 
 class Tally:
@@ -99,7 +105,7 @@ _record: list[Serving] | None = None
 def record() -> None:
     """Keep from now on what this process serves, until it is taken."""
     global _record
-    _record = []
+    _record = [] if _record is None else _record
 
 
 def take() -> list[Serving]:
@@ -114,6 +120,12 @@ def note(servings: list[Serving]) -> None:
     kept = _record
     if kept is not None:
         kept.extend(servings)
+
+
+def note_in_place(chunk: int, rank: int, rows: int, start: float) -> None:
+    """Keep that a chunk has served a rank itself, since `start`, if that is wanted."""
+    if is_recorded():
+        note([Serving(chunk, rank, rows, HERE, HERE, start, now())])
 
 
 def is_recorded() -> bool:

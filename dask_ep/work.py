@@ -13,7 +13,7 @@ import numpy as np
 
 from dask_ep.bfloat16 import multiplied_by
 from dask_ep.checks import computing_dtype
-from dask_ep.costs import packet_row_bytes
+from dask_ep.costs import packet_row_bytes, reply_row_bytes
 from dask_ep.device_memory import OnDevice
 from dask_ep.experts import CallableExperts, Experts
 from dask_ep.held import StoredExperts
@@ -74,8 +74,6 @@ class Work:
     #: the library of this machine, and how, see `dask_ep.bfloat16.multiplied_by`; None on GPUs
     weight_bytes: int = 0
     #: of one top-k weight; 0 without them
-    inputs: int = 1
-    #: arrays that are read chunk by chunk besides the tokens: routing, top-k weights
     stored_rows: int | None = None
     #: rows of the tokens that are stored together
     read_bytes: int = 0
@@ -106,7 +104,7 @@ class Work:
     @property
     def reply_bytes(self) -> int:
         """Bytes of one row on its way back from a rank."""
-        return self.d_out * self.dtype.itemsize
+        return reply_row_bytes(self.d_out, self.dtype, self.slots)
 
     @property
     def answer_bytes(self) -> int:
@@ -115,8 +113,8 @@ class Work:
 
     @property
     def widening(self) -> int:
-        """Bytes of a number that is computed with over one of a token."""
-        return max(self.wide // self.dtype.itemsize, 1)
+        """Bytes of a number in a sum over one of a token; with one slot a row there are no sums."""
+        return max(self.wide // self.dtype.itemsize, 1) if self.slots > 1 else 1
 
     @property
     def scratch(self) -> int:
@@ -191,7 +189,6 @@ class Work:
             if on_devices
             else multiplied_by(dtype, experts.is_bfloat16, experts.precision),
             weight_bytes=0 if topk_dtype is None else np.dtype(topk_dtype).itemsize,
-            inputs=0 if beside.router_flops else 1 + (topk_dtype is not None),
             stored_rows=stored_rows,
             read_bytes=read_bytes,
             weigh_input=options.get("weigh", "output") == "input",

@@ -73,11 +73,11 @@ def inputs(job_file) -> Inputs:
     ("layout", "chunks", "experts", "remark"),
     [
         (Layout(1, 1, 2), 8, 16, "one rank: a chunk, its output, one before each; two read ahead"),
-        (Layout(2, 2, 1), 12, 8, "a row may go to both ranks"),
-        (Layout(4, 2, 1), 12, 8, "two ranks a worker; a row has two slots, so goes to two ranks"),
-        (Layout(4, 4, 1, placement="balanced"), 12, 5, "a spare slot on every rank"),
-        (Layout(4, 4, 1, placement="exact"), 12, 5, "at most one spare slot"),
-        (Layout(4, 4, 1, placement="packed"), 12, 4, "no copies"),
+        (Layout(2, 2, 1), 20, 8, "a row may go to both ranks"),
+        (Layout(4, 2, 1), 23, 8, "two ranks a worker; a row has two slots, so goes to two ranks"),
+        (Layout(4, 4, 1, placement="balanced"), 29, 5, "a spare slot on every rank"),
+        (Layout(4, 4, 1, placement="exact"), 29, 5, "at most one spare slot"),
+        (Layout(4, 4, 1, placement="packed"), 29, 4, "no copies"),
     ],
 )
 def test_what_a_worker_needs(inputs, layout, chunks, experts, remark):
@@ -254,9 +254,9 @@ def make_need(inputs: Inputs, experts: int, chunks: int, threads: int = 1) -> Ne
         (Layout(1, 1, 1), 2000, 16, 5, 500, {"chunk_rows": 500}),
         (Layout(1, 1, 8), None, 16, 10, FEWEST_ROWS, {"threads": 2}),
         (Layout(1, 1, 8), 2000, 16, 10, FEWEST_ROWS, {"threads": 2, "chunk_rows": 79}),
-        (Layout(1, 1, 1), None, 8, 12, FEWEST_ROWS, {"processes": 2}),
-        (Layout(4, 4, 1, placement="exact"), None, 4, 12, FEWEST_ROWS, {"placement": "packed"}),
-        (Layout(2, 2, 1), None, 2, 12, FEWEST_ROWS, {"processes": 8}),
+        (Layout(1, 1, 1), None, 8, 20, FEWEST_ROWS, {"processes": 2}),
+        (Layout(4, 4, 1, placement="exact"), None, 4, 29, FEWEST_ROWS, {"placement": "packed"}),
+        (Layout(2, 2, 1), None, 4, 29, FEWEST_ROWS, {"processes": 4}),
     ],
 )
 def test_what_does_not_fit_comes_with_what_does(
@@ -272,7 +272,7 @@ def test_what_does_not_fit_comes_with_what_does(
 def test_ranks_of_the_job_stay_and_get_more_workers(job_file):
     job = load_job(job_file, world_size=8)
     inputs = open_inputs(job)
-    limit = make_need(inputs.work(), experts=4, chunks=12).at(FEWEST_ROWS)
+    limit = make_need(inputs.work(), experts=4, chunks=38).at(FEWEST_ROWS)
     with pytest.raises(DoesNotFit) as no:
         decide(inputs.work(), lay_out(job, Processes(2, limit)))
     assert no.value.proposal == {"processes": 4}

@@ -15,7 +15,7 @@ import pytest
 
 from dask_ep import Experts, expert_parallel, open_tokens, plan, store
 from dask_ep.build import open_inputs
-from dask_ep.costs import FEWEST_ROWS, Rates
+from dask_ep.costs import FEWEST_ROWS, Rates, Spread
 from dask_ep.decide import decide
 from dask_ep.device_memory import DEVICE_PROCESS_BYTES, THREADS_PER_GPU, OnDevice
 from dask_ep.errors import DoesNotFit
@@ -75,7 +75,8 @@ def test_a_run_holds_no_more_than_the_law_says_nor_much_less(tmp_path, pool, kin
         y = expert_parallel(tokens, routing, experts, topk_weights=weights, world_size=ranks)
         store(y, tmp_path / "y.zarr", scheduler="threads", num_workers=THREADS_PER_GPU)
     held = E * experts.parameters * dtype.itemsize
-    law = OnDevice.of(experts, None, K, dtype).need(held, THREADS_PER_GPU, ranks, min(K, ranks))
+    spread = Spread.at_worst(K, ranks, workers=0)
+    law = OnDevice.of(experts, None, K, dtype).need(held, THREADS_PER_GPU, ranks, spread)
     most = law.at(ROWS) - DEVICE_PROCESS_BYTES
     assert 0.1 * most < pool.peak <= most
 

@@ -199,7 +199,7 @@ def test_the_command_says_what_travels(job_file, tmp_path):
         json.loads(invoke(*common, "--travel", how, "--save", saved)) for how in ("rows", "experts")
     )
     assert Placement.from_json(saved.read_text()).local
-    assert (rows["copies_beside"], experts["moved_bytes"]) == (0, 0)
+    assert (rows["copies_beside"], experts["exchanged_bytes"]) == (0, 0)
     assert experts["stored_bytes"] == (8 + experts["copies_beside"]) * 8 * 8 * 4
     # The slower of the two is not used.
     rates = {"slow link": ("--link-rate", "1 kB"), "slow disk": ("--read-rate", "1 kB")}
@@ -216,7 +216,7 @@ def test_the_command_says_what_travels(job_file, tmp_path):
 def test_nothing_is_read_for_rows_that_do_not_leave_their_worker(job_file):
     common = (job_file, "--world-size", 4, "--chunk-rows", 100, "--json", "--travel", "experts")
     two, four = (json.loads(invoke(*common, "--processes", n)) for n in (2, 4))
-    assert two["moved_bytes"] == four["moved_bytes"] == 0
+    assert two["exchanged_bytes"] == four["exchanged_bytes"] == 0
     assert two["rank_experts"] == [6, 6, 6, 6]  # its own and those of two ranks elsewhere
     assert four["rank_experts"] == [8, 8, 8, 8]
 

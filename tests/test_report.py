@@ -2,19 +2,23 @@
 
 import re
 import sys
+from dataclasses import replace
 from itertools import combinations
 
 import dask.array as da
 import numpy as np
 import pytest
+from dask.utils import format_bytes
 from distributed import get_task_stream
 
-from dask_ep import expert_parallel, own_experts
+from dask_ep import expert_parallel, own_experts, tally
 from dask_ep.costs import Rates
-from dask_ep.figures import BLUE, GREEN, ORANGE, PART_COLOURS, PINK, RED, STEP_COLOURS
+from dask_ep.figures import BLUE, GREEN, ORANGE, PART_COLOURS, PINK, RED, STEP_COLOURS, short
 from dask_ep.planner import plan, what_if
-from dask_ep.record import Event, Record, Recorder, peak_memory
+from dask_ep.record import Event, Record, Recorder, Service, peak_memory
 from dask_ep.report import write_plan_report, write_run_report
+from dask_ep.run_report import servings_of
+from dask_ep.tally import Serving
 from tests.browser import DESK, NARROWEST, PHONE, look_at, print_page
 from tests.cluster_processes import Cluster
 
@@ -64,7 +68,7 @@ def test_a_browser_draws_the_plan(compared, tmp_path, width):
 def test_a_browser_draws_the_run(planned_run, tmp_path, width):
     planned, record = planned_run
     events = (Event(record.seconds / 2, "rank 2 moved from <a> to <b>"),)
-    record = Record(record.spans, record.seconds, record.peak_bytes, events)
+    record = replace(record, events=events)
     write_run_report(tmp_path / "run.html", planned, record, link="run-dask.html")
     found = look_at(tmp_path / "run.html", width)
     assert found["errors"] == ""
@@ -95,9 +99,11 @@ def test_planned_and_measured_agree(planned_run, tmp_path):
     planned, record = planned_run
     assert record.tasks == planned.tasks
     assert record.repeated == 0
-    assert record.exchanged_bytes == planned.exchanged_bytes
+    assert record.exchanged_bytes == 0, "threads share memory"
     received = planned.packet_rows.sum(axis=0)
-    assert record.received_rows(planned.reply_row_bytes) == dict(enumerate(received.tolist()))
+    assert record.received_rows() == dict(enumerate(received.tolist()))
+    assert sum(record.chunks_of_workers().values()) == 6
+    assert record.traffic_rows(4).sum() == received.sum()
     assert {chunk for _, chunk in record.finished()} == set(range(6))
     write_run_report(tmp_path / "run.html", planned, record)
     cells = re.findall(r"<td>(.*?)</td>", (tmp_path / "run.html").read_text())
@@ -109,29 +115,44 @@ def test_a_task_stream_is_read():
     stream = [
         {
             "key": key,
-            "worker": "tcp://w",
-            "nbytes": nbytes,
+            "worker": worker,
             "startstops": [
                 {"action": "transfer", "start": start, "stop": start + 1},
                 {"action": "compute", "start": start + 1, "stop": start + 2},
             ],
         }
-        for key, nbytes, start in [
-            (("ep_experts-f", 0), 100, 10.0),
-            ("('ep_send-f', 0, 1)", 30, 11.0),
-            ("('ep_dispatch-f', 0, 1)", 12, 12.0),
-            ("('ep_dispatch-f', 0, 1)", 12, 14.0),
-            ("('ep_sum-f', 0, 0)", 24, 16.0),
-            ("finalize-f", 1, 20.0),
+        for key, worker, start in [
+            (("ep_experts-f", 0), "tcp://v", 10.0),
+            (("ep_experts-f", 1), "tcp://w", 10.0),
+            ("('ep_ranks-f',)", "tcp://w", 11.0),
+            ("('ep_store-f', 0)", "tcp://v", 12.0),
+            ("('ep_store-f', 1)", "tcp://v", 13.0),
+            ("('ep_store-f', 1)", "tcp://w", 16.0),
+            ("finalize-f", "tcp://w", 20.0),
         ]
     ]
-    record = Record.of_task_stream(stream, peak_bytes=7, events=[(15.0, "worker lost")])
-    assert (record.tasks, record.repeated, record.seconds) == (4, 1, 8.0)
-    assert record.exchanged_bytes == 42
-    assert record.received_rows(reply_row_bytes=4) == {1: 3}
-    assert record.finished() == [(8.0, 0)]
+    lost = Serving(1, 1, 3, "tcp://v", "tcp://w", 13.5, 14.5, 36, 24, 0.5)
+    servings = [
+        Serving(0, 1, 5, "tcp://v", "tcp://w", 12.5, 13.5, 60, 40, 2.0),
+        lost,
+        lost._replace(asked_by="tcp://w", start=17.0, stop=17.5, bytes_in=0, bytes_out=0, waited=0),
+    ]
+    record = Record.of_task_stream(stream, servings, peak_bytes=7, events=[(15.0, "worker lost")])
+    assert (record.tasks, record.repeated, record.seconds) == (5, 1, 8.0)
+    assert record.finished() == [(4.0, 0), (8.0, 1)]
+    assert record.chunks_of_workers() == {"tcp://v": 1, "tcp://w": 1}
     assert record.events == (Event(5.0, "worker lost"),)
-    assert sum(span.step == "transfer" for span in record.spans) == 5
+    assert sum(span.step == "transfer" for span in record.spans) == 6
+    # Bytes of all that went, also of what was lost; rows of each chunk once.
+    assert (record.exchanged_bytes, record.served_again) == (160, 1)
+    assert record.received_rows() == {1: 8}
+    assert record.workers() == ["tcp://w", "tcp://v"]
+    assert record.traffic_rows(2).tolist() == [[0, 3], [0, 5]]
+    assert record.homes() == {0: 1, 1: 0}
+    (service,) = record.services()
+    assert service == Service(1, "tcp://w", 11, 96, 64, busy=2.5 / 8, queue=(5 * 2 + 3 * 0.5) / 8)
+    later = record.renumbered([1])
+    assert (later.tasks, later.received_rows()) == (4, {1: 3})
 
 
 def test_a_process_cluster_does_what_was_planned(job, tmp_path):
@@ -143,18 +164,26 @@ def test_a_process_cluster_does_what_was_planned(job, tmp_path):
         own_experts(client, 3),
     ):
         y = expert_parallel(*job, world_size=3, placement=planned.placement)
-        with get_task_stream(client=client) as stream:
+        with servings_of(client) as servings, get_task_stream(client=client) as stream:
             client.gather(client.compute(y))
         peak = max(client.run(peak_memory).values())
-    record = Record.of_task_stream(stream.data, peak_bytes=peak)
-    assert (record.tasks, record.repeated) == (planned.tasks, 0)
+        assert not any(client.run(tally.is_recorded).values()), "it is kept no more"
+    record = Record.of_task_stream(stream.data, servings, peak_bytes=peak)
+    assert (record.tasks, record.repeated, record.served_again) == (planned.tasks, 0, 0)
     received = planned.packet_rows.sum(axis=0)
-    assert record.received_rows(planned.reply_row_bytes) == dict(enumerate(received.tolist()))
-    beside = record.exchanged_bytes - planned.exchanged_bytes  # what Python puts around a packet
-    assert 0 <= beside <= 200 * planned.packet_rows.size
+    assert record.received_rows() == dict(enumerate(received.tolist()))
+    homes = record.homes()
+    assert record.exchanged_bytes == planned.exchanged_at([homes[c] for c in range(6)]) > 0
     assert record.peak_bytes <= planned.memory_bytes
+    assert sum(s.bytes_in + s.bytes_out for s in record.services()) == record.exchanged_bytes
     write_run_report(tmp_path / "run.html", planned, record)
-    assert f"<td>{planned.tasks}</td><td>{record.tasks}</td>" in (tmp_path / "run.html").read_text()
+    text = (tmp_path / "run.html").read_text()
+    assert f"<td>{planned.tasks}</td><td>{record.tasks}</td>" in text
+    for service in record.services():
+        size = format_bytes(service.bytes_in)
+        where = short(service.worker)
+        row = f"<td>{service.rank}</td><td>{where}</td><td>{service.rows:,}</td><td>{size}</td>"
+        assert row in text
 
 
 def lab(colour: str, deficiency: np.ndarray) -> np.ndarray:

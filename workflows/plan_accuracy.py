@@ -1,14 +1,15 @@
 """How near do plans come to what runs do?
 
-    python workflows/plan_accuracy.py               # twenty jobs: five minutes
+    python workflows/plan_accuracy.py               # twenty-one jobs: five minutes
     python workflows/plan_accuracy.py --scale 0.02 --only threads-linear
 
-Twenty jobs of many sizes, half on threads and half on worker processes, each planned and run by a
-process of its own. Prints a table in Markdown: tasks, rows of each rank and bytes between ranks are
-counted and must be equal; peak memory and time are measured over planned. Exit code 1 if anything
-that must be equal is not, or if a process took more memory than planned, or less than half of it:
-a plan that is far too large refuses jobs that would fit. With fewer rows than the jobs have, chunks
-are not filled, and only the first two are asked for.
+Jobs of many sizes, half on threads and half on worker processes, each planned and run by a process
+of its own; in the last one a rank is ten times slower than the others. Prints a table in Markdown:
+tasks, rows of each rank and bytes between workers are counted and must be equal, bytes for the
+workers where the chunks were; peak memory and time are measured over planned. Exit code 1 if
+anything that must be equal is not, or if a process took more memory than planned, or less than half
+of it: a plan that is far too large refuses jobs that would fit. With fewer rows than the jobs have,
+chunks are not filled, and only the first two are asked for.
 """
 
 from __future__ import annotations
@@ -18,15 +19,17 @@ import json
 import subprocess
 import sys
 import tempfile
+import time
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
-from dask.sizeof import sizeof
+from distributed import Client
 
+from dask_ep import chunk
 from dask_ep.example import JOB_NAME, Example, write_example
-from dask_ep.exchange import Packet
 from dask_ep.job import load_job
 from dask_ep.places import Processes, Threads
 from dask_ep.price import Plan
@@ -51,6 +54,8 @@ class Case:
     #: None: one on threads, one per process
     placement: str = "contiguous"
     format: str = "npy"
+    slower: float = 1.0
+    #: how much longer rank 0 takes than its experts
 
     def example(self) -> Example:
         return Example(
@@ -92,6 +97,7 @@ CASES = {
     "processes-8-ranks": Case(80_000, 1024, 16, 2, 4096, processes=2, ranks=8),
     "processes-one": Case(80_000, 1024, 8, 1, 4096, processes=1),
     "processes-many-chunks": Case(60_000, 512, 16, 2, 1024, processes=2),
+    "processes-slow-rank": Case(48_000, 512, 16, 2, 4096, processes=3, slower=10.0),
 }
 
 
@@ -151,30 +157,43 @@ def plan_and_run(case: Case, folder: Path) -> Outcome:
     where = Threads(case.threads) if case.processes is None else Processes(case.processes)
     told: list[tuple[Plan, Record]] = []
     done = run_job(
-        job, where, chunk_rows=case.chunk_rows, on_record=lambda *both: told.append(both)
+        job,
+        where,
+        chunk_rows=case.chunk_rows,
+        on_record=lambda *both: told.append(both),
+        on_client=partial(slow_down, factor=case.slower) if case.slower > 1 else None,
     )
     ((planned, record),) = told
     received = planned.packet_rows.sum(axis=0)
-    counted = record.received_rows(planned.reply_row_bytes)
-    one_rank = planned.world_size == 1  # nothing is exchanged, and nothing of that to count
+    homes = record.homes() if planned.workers > 1 else dict.fromkeys(range(len(planned.chunks)), 0)
     return Outcome(
         (planned.tasks, record.tasks),
-        one_rank or counted == dict(enumerate(received.tolist())),
-        (planned.exchanged_bytes, record.exchanged_bytes - framing(planned, case)),
+        record.received_rows() == dict(enumerate(received.tolist())),
+        (
+            planned.exchanged_at([homes[chunk] for chunk in range(len(planned.chunks))]),
+            record.exchanged_bytes,
+        ),
         (planned.memory_bytes, record.peak_bytes),
         (planned.seconds, done.seconds),
     )
 
 
-def framing(planned: Plan, case: Case) -> int:
-    """Bytes that Dask counts on workers for the Python objects around the arrays of all packets."""
-    if case.processes is None or planned.world_size == 1:
-        return 0
-    d, k, itemsize = planned.work.d, planned.slots_per_row, planned.work.dtype.itemsize
-    rows = np.empty((1, d), planned.work.dtype)
-    slots = np.empty((1, k), np.int8), np.empty((1, k), np.float32)
-    around = sizeof(Packet(rows, *slots)) - d * itemsize - 5 * k
-    return around * planned.packet_rows.size
+def slow_down(client: Client, factor: float) -> None:
+    """Let rank 0 take that many times as long, wherever it is served."""
+    client.run(take_longer, factor)
+
+
+def take_longer(factor: float) -> None:
+    answer_of_rank = chunk.answer_of_rank
+
+    def slow(*arguments: Any) -> np.ndarray:
+        start = time.perf_counter()
+        answer = answer_of_rank(*arguments)
+        if arguments[4] == 0:
+            time.sleep((factor - 1) * (time.perf_counter() - start))
+        return answer
+
+    chunk.answer_of_rank = slow
 
 
 def spell(outcome: Outcome) -> str:

@@ -115,8 +115,8 @@ def expert_parallel(
     In memory at once: a few chunks per thread and the experts. The same chunks, ranks and
     placement give the same bits on every scheduler, after any failure. Nothing is computed here,
     but for the load that a placement by name asks for; tokens are never read.
-    Chunks on a device stay there: each packet, dispatch and sum brings one copy of a few integers
-    to the host, each use of a placement another; only experts and a placement's tables go there.
+    Chunks on a device stay there: packing one and serving a rank bring one copy of a few integers
+    to the host each, a placement another; only experts and a placement's tables go to the device.
 
     Examples
     --------

@@ -30,7 +30,7 @@ class Admission:
 
     Parameters
     ----------
-    limit : int, chunks under way at once
+    limit : chunks under way at once; inf for no bound
 
     Examples
     --------
@@ -41,14 +41,14 @@ class Admission:
     >>> admission.leave()
     """
 
-    def __init__(self, limit: int):
+    def __init__(self, limit: float):
         self._limit, self._changed = limit, threading.Condition()
         self._waiting: list[tuple[tuple, int]] = []
         self._number = itertools.count()
         self._is_closed = False
         self.under_way = 0
 
-    def set_limit(self, limit: int) -> None:
+    def set_limit(self, limit: float) -> None:
         with self._changed:
             self._limit = limit
             self._changed.notify_all()
@@ -72,12 +72,16 @@ class Admission:
         me, is_lent = (priority, next(self._number)), False
         with self._changed:
             heapq.heappush(self._waiting, me)
-        while not self._may_begin(me):
-            if not is_lent and earlier_is_ready():
+        try:
+            while not self._may_begin(me):
+                if not is_lent and earlier_is_ready():
+                    secede()
+                    is_lent = True
+            if not is_lent:
                 secede()
-                is_lent = True
-        if not is_lent:
-            secede()
+        except BaseException:
+            self._give_up(me)
+            raise
 
     def leave(self) -> None:
         with self._changed:
@@ -101,6 +105,15 @@ class Admission:
             self.under_way += 1
             self._changed.notify_all()
             return True
+
+    def _give_up(self, me: tuple[tuple, int]) -> None:
+        with self._changed:
+            if me in self._waiting:
+                self._waiting.remove(me)
+                heapq.heapify(self._waiting)
+            else:
+                self.under_way -= 1
+            self._changed.notify_all()
 
     def _is_next(self, me: tuple[tuple, int]) -> bool:
         return self.under_way < self._limit and self._waiting[0] is me

@@ -13,7 +13,10 @@ from typing import Any
 
 from distributed.core import clean_exception
 from distributed.scheduler import Scheduler, TaskState
-from distributed.worker import Worker, get_worker, thread_state
+from distributed.worker import WORKER_ANY_RUNNING, Worker, get_worker, thread_state
+
+FIRST = -(2**40)
+"""A priority before any that users give; Dask takes the smallest number first."""
 
 STIMULUS = "dask-ep"
 """What the scheduler's log says of the cause."""
@@ -32,6 +35,10 @@ def current_worker() -> Worker | None:
 
 def plugin_of(worker: Worker, name: str) -> Any:
     return worker.plugins.get(name)
+
+
+def is_closing(worker: Worker) -> bool:
+    return worker.status not in WORKER_ANY_RUNNING
 
 
 def threads_of(worker: Worker) -> int:
@@ -128,6 +135,50 @@ def restrict(task: TaskState, workers: set[str]) -> bool:
         return False
     task.worker_restrictions = workers
     return True
+
+
+def hasten(task: TaskState, able: Callable[[Mapping[str, float]], set[str]]) -> list[TaskState]:
+    """Let a task, and what it is made of, come before all else if it has to be computed again.
+
+    It must not wait for a task that waits for it. So it goes to the front of each queue, holds no
+    resources, and is not kept back on the scheduler, as it would be without a restriction: unless
+    somebody restricts it, it may run on the workers that are `able` to give the resources that it
+    needs. Gives the tasks to `release_hastened`.
+    """
+    seen, todo, restricted = {task}, [task], []
+    while todo:
+        for made_of in todo.pop().dependencies - seen:
+            seen.add(made_of)
+            todo.append(made_of)
+            free = not (made_of.worker_restrictions or made_of.host_restrictions)
+            if free and made_of.state != "processing":
+                made_of.worker_restrictions = able(made_of.resource_restrictions or {})
+                made_of.resource_restrictions = None
+                restricted.append(made_of)
+    for each in seen:
+        each.priority = (FIRST, *each.priority[1:])
+    return restricted
+
+
+def release_hastened(
+    scheduler: Scheduler, tasks: Iterable[TaskState], kind: type[set]
+) -> list[TaskState]:
+    """Restrict tasks as before `hasten`, but for those that run, which are given back.
+
+    `kind` is that of the sets of workers, which keep the resources that a task `needs`.
+    """
+    running = []
+    for task in tasks:
+        if not isinstance(task.worker_restrictions, kind) or task.state == "forgotten":
+            continue
+        if task.state == "processing":
+            running.append(task)
+            continue
+        task.resource_restrictions = task.worker_restrictions.needs or None
+        task.worker_restrictions = None
+        if task.state == "no-worker":
+            _transition(scheduler, [task], "processing")
+    return running
 
 
 def run_again(scheduler: Scheduler, task: TaskState) -> None:

@@ -14,7 +14,7 @@ Dask computes again what they are made of. Until a new owner has loaded, the old
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 
 from distributed.scheduler import Scheduler, TaskState
@@ -22,6 +22,7 @@ from distributed.scheduler import Scheduler, TaskState
 from dask_ep import dask_internals
 from dask_ep.keys import read_rank, read_ranks_key
 from dask_ep.owner_map import natural_order
+from dask_ep.ranks import Able
 
 
 @dataclass
@@ -38,6 +39,8 @@ class Layer:
     error: str | None = None
     loading: dict[int, str] = field(default_factory=dict)
     #: for ranks that are loaded once more: where
+    hastened: list[TaskState] = field(default_factory=list)
+    #: what these are made of: tasks that nothing may hold up meanwhile
 
     @property
     def world_size(self) -> int:
@@ -57,6 +60,7 @@ class LayerMap:
     def __init__(self, scheduler: Scheduler, owners: Callable[[int, int], set[str]]):
         self._scheduler, self._owners = scheduler, owners
         self._layers: dict[str, Layer] = {}
+        self._able: dict[frozenset, Able] = {}
         self._version = 0
 
     def __iter__(self) -> Iterator[Layer]:
@@ -104,6 +108,8 @@ class LayerMap:
 
     def lose(self, worker: str) -> None:
         """Forget a worker, and let nobody wait for it any more."""
+        for able in self._able.values():
+            able.discard(worker)
         dask_internals.tell(
             self._scheduler, self._scheduler.workers, {"op": "ep-lost", "worker": worker}
         )
@@ -120,6 +126,8 @@ class LayerMap:
 
     def welcome(self, worker: str) -> None:
         """Tell a new worker of all layers."""
+        for able in self._able.values():
+            able.hear(worker, self._scheduler.workers[worker].resources)
         for layer in self:
             self._tell(layer, [worker])
 
@@ -171,11 +179,12 @@ class LayerMap:
             return
         task = layer.tasks[rank]
         if finish == "memory":
-            layer.loading.pop(rank, None)
+            self._loaded(layer, rank)
             layer.serving[rank] |= {worker.address for worker in task.who_has or ()}
             if layer.is_open:
                 self._tell(layer, self._scheduler.workers)
         elif finish == "erred" and layer.is_open:
+            self._loaded(layer, rank)
             layer.error = (
                 f"rank {rank}: its experts could not be loaded again: {task.exception_text}"
             )
@@ -204,14 +213,38 @@ class LayerMap:
                 dask_internals.tell(self._scheduler, extra, drop)
             return
         if task.state == "released":
-            worker = min(missing, key=natural_order)
-            layer.loading[rank] = worker
-            dask_internals.pin(task, {worker})
+            self._load_on(layer, rank, min(missing, key=natural_order))
             dask_internals.run_again(self._scheduler, task)
         elif task.state != "erred" and layer.loading.get(rank) not in missing:
-            layer.loading[rank] = min(missing, key=natural_order)
-            dask_internals.pin(task, {layer.loading[rank]})
+            self._load_on(layer, rank, min(missing, key=natural_order))
             dask_internals.place_again(self._scheduler, task)
+
+    def _load_on(self, layer: Layer, rank: int, worker: str) -> None:
+        """Let the experts of a rank be loaded there, before all else: chunks wait for them."""
+        layer.loading[rank] = worker
+        dask_internals.pin(layer.tasks[rank], {worker})
+        layer.hastened += dask_internals.hasten(layer.tasks[rank], self._workers_with)
+
+    def _loaded(self, layer: Layer, *ranks: int) -> None:
+        """These ranks are not being loaded any more."""
+        for rank in ranks:
+            layer.loading.pop(rank, None)
+        if layer.hastened:
+            # The scheduler is in the midst of the change: act when it is done.
+            self._scheduler.loop.add_callback(self._release_hastened, layer)
+
+    def _release_hastened(self, layer: Layer) -> None:
+        if not layer.loading:
+            layer.hastened = dask_internals.release_hastened(self._scheduler, layer.hastened, Able)
+
+    def _workers_with(self, needs: Mapping[str, float]) -> Able:
+        """The workers that have these resources, now and later."""
+        kind = frozenset(needs.items())
+        if kind not in self._able:
+            self._able[kind] = Able(needs)
+            for address, worker in self._scheduler.workers.items():
+                self._able[kind].hear(address, worker.resources)
+        return self._able[kind]
 
     def _tell(self, layer: Layer, workers: Iterable[str]) -> None:
         self._version += 1
@@ -238,14 +271,15 @@ class LayerMap:
         dask_internals.tell(
             self._scheduler, self._scheduler.workers, {"op": "ep-close", "token": layer.token}
         )
-        layer.serving = [set() for _ in layer.tasks]
-        layer.loading.clear()
+        layer.serving, layer.error = [set() for _ in layer.tasks], None
+        self._loaded(layer, *range(layer.world_size))
         for rank, task in enumerate(layer.tasks):
             dask_internals.pin(task, self._owners(layer.world_size, rank))
         self._tell(layer, self._scheduler.workers)
 
     def _close(self, token: str) -> None:
-        del self._layers[token]
+        layer = self._layers.pop(token)
+        self._loaded(layer, *range(layer.world_size))
         dask_internals.tell(
             self._scheduler, self._scheduler.workers, {"op": "ep-close", "token": token}
         )

@@ -62,7 +62,8 @@ few gigabytes takes less."""
 def _seen_by_the_user(hook: Callable) -> Callable:
     """The scheduler logs what a plugin raises, and goes on: keep it for `Owners.failures`.
 
-    Chunks may wait for what has not been done, so they end with an error.
+    Chunks may wait for what has not been done, so they end with an error; and tasks may be pinned
+    to a worker that is lost, so they may run anywhere.
     """
 
     @wraps(hook)
@@ -73,6 +74,9 @@ def _seen_by_the_user(hook: Callable) -> Callable:
             failure = f"{time.strftime('%X')} {hook.__name__}: {error!r}"
             self.failures.append(failure)
             self.layers.fail(f"the owners of ranks are not known any more: {failure}")
+            # The scheduler may be in the midst of a change: act when it is done.
+            free = dask_internals.free_stuck
+            self.scheduler.loop.add_callback(free, self.scheduler, OwnersOfRank)
             raise
 
     return guarded
@@ -92,7 +96,7 @@ class Ownership(SchedulerPlugin):
         self.away: set[str] = set()  # workers that have been paused for too long
         self.settled_capacity = 0.0  # of all workers, when all was last settled
         self.layers = LayerMap(scheduler, lambda size, rank: self.ranks[size].owners[rank])
-        self.chunks_in_flight: int | None = None  # on each worker; None: by its threads
+        self.chunks_in_flight: float | None = None  # on each worker; None: by its threads
         self.is_leaving = False
         self.timers: dict[str, object] = {}  # by what they wait for
         self.unsettled_since = inf  # monotonic seconds
@@ -201,7 +205,7 @@ class Ownership(SchedulerPlugin):
         if self.claims.pop(client, None) is None or self.claims:
             return
         self.is_leaving = True
-        self.scheduler.task_metadata.pop(METADATA[0], None)
+        self._publish()
         if not len(self.layers):
             self._leave()
 
@@ -332,7 +336,7 @@ class Ownership(SchedulerPlugin):
         logger.info("rank %d of %d: %s -> %s (%s)", rank, world_size, before, after, why)
         self.layers.serve(world_size, rank)
 
-    def limit(self, chunks: int | None) -> None:
+    def limit(self, chunks: float | None) -> None:
         """Bound the chunks under way on each worker; None: by its threads."""
         self.chunks_in_flight = chunks
         self._limit(self.scheduler.workers)
@@ -361,7 +365,10 @@ class Ownership(SchedulerPlugin):
             str(world_size): [_sorted(of_rank) for of_rank in ranks.living()]
             for world_size, ranks in self.ranks.items()
         }
-        self.scheduler.set_metadata(list(METADATA), owners)
+        if self.is_leaving:
+            self.scheduler.task_metadata.pop(METADATA[0], None)
+        else:
+            self.scheduler.set_metadata(list(METADATA), owners)
         dask_internals.begin_stuck(self.scheduler, OwnersOfRank)
 
 

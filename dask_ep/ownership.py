@@ -62,8 +62,9 @@ def own_experts(
     pause_limit : float, optional
         Seconds after which a worker that paused (memory) loses its ranks; 30 at first.
     chunks_in_flight : float, optional
-        Most token chunks of a graph that are under way at once, so that what waits for a slow rank
-        does not fill the memory; 4 per thread of the workers and 4 at first, `inf` for no bound.
+        Most token chunks that are under way on a worker at once, whatever graphs they are of, so
+        that what waits for a slow rank does not fill its memory. Two more than the worker has
+        threads at first; `inf` for no bound.
 
     Returns
     -------
@@ -91,10 +92,9 @@ def own_experts(
     scheduler's `distributed.scheduler.allowed-failures`, 3 by default: set it to the number of
     workers or more, where the scheduler starts. `dask_ep.cluster.check_cluster` tells.
 
-    Chunks begin in the order in which Dask would compute them. They are not held where others need
-    them as well (a sum over all tokens between two layers, a shuffle, another graph), nor if the
-    scheduler's `distributed.scheduler.no-workers-timeout` is set, for it would give them up; Dask's
-    dashboard shows them as waiting for a worker.
+    Chunks begin in the order in which Dask would compute them. What a user restricts
+    (``workers=``, ``resources=``, annotations) applies to the chunks; services are where
+    the owners are.
 
     A cluster that scales itself (``cluster.adapt``) keeps the only owner of a rank while work is
     pending. It counts the work of the chunks under way, so set its ``target_duration`` by these.
@@ -294,9 +294,10 @@ def _claim(
         plugin.pause_limit = pause_limit
     if not installed:
         dask_scheduler.add_plugin(plugin, name=PLUGIN)
+        plugin.limit(None)  # whatever was said before
     plugin.is_leaving = False
     if chunks_in_flight is not None:
-        plugin.limit(None if isinf(chunks_in_flight) else int(chunks_in_flight))
+        plugin.limit(chunks_in_flight if isinf(chunks_in_flight) else int(chunks_in_flight))
     plugin.claim(client, world_size, loads, replicas)
     return world_size, is_new
 

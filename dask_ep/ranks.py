@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from math import inf
 
@@ -11,6 +12,19 @@ NOBODY = "no worker: the rank waits for one"
 
 class OwnersOfRank(set):
     """Addresses of the workers that play a rank: the worker restrictions of all its tasks."""
+
+
+class Able(OwnersOfRank):
+    """Addresses of the workers that have certain resources."""
+
+    def __init__(self, needs: Mapping[str, float]):
+        super().__init__({NOBODY})
+        self.needs = dict(needs)
+
+    def hear(self, worker: str, resources: Mapping[str, float]) -> None:
+        """Take a worker in if it has what is needed."""
+        if all(resources.get(name, 0) >= amount for name, amount in self.needs.items()):
+            self.add(worker)
 
 
 @dataclass

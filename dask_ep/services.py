@@ -98,6 +98,7 @@ class Services(WorkerPlugin):
         self._asked: defaultdict[str, set[asyncio.Task]] = defaultdict(set)
         self._queues: defaultdict[str, int] = defaultdict(int)
         self._lost: set[str] = set()
+        self._is_closing = False
         self.tally = Tally()
         dask_internals.install(
             worker,
@@ -113,6 +114,8 @@ class Services(WorkerPlugin):
         )
 
     def teardown(self, worker: Any) -> None:
+        """Let chunks under way go to other workers, and whoever asks look for another owner."""
+        self._is_closing = True
         self._admission.close()
         self._pool.shutdown(wait=False, cancel_futures=True)
         for route in self._routes.values():
@@ -133,7 +136,7 @@ class Services(WorkerPlugin):
 
     def _hear_lost(self, worker: str) -> None:
         self._lost.add(worker)
-        for request in list(self._asked.get(worker, ())):
+        for request in self._asked.pop(worker, ()):
             request.cancel()
 
     def _hear_drop(self, token: str, rank: int) -> None:
@@ -143,11 +146,11 @@ class Services(WorkerPlugin):
         route = self._routes.pop(token, None)
         if route is not None:
             route.is_old.set()
-        for key in [key for key in self._slices if key[0] == token]:
-            del self._slices[key]
-            self._loading.pop(key, None)
+        for kept in (self._slices, self._loading):
+            for key in [key for key in list(kept) if key[0] == token]:
+                kept.pop(key, None)
 
-    def _hear_limit(self, chunks: int | None) -> None:
+    def _hear_limit(self, chunks: float | None) -> None:
         self._admission.set_limit(self._threads + CHUNKS_WAITING if chunks is None else chunks)
 
     # --- what tasks ask; in their threads ---
@@ -161,6 +164,8 @@ class Services(WorkerPlugin):
         with self._loading[token, rank]:
             if (token, rank) not in self._slices:
                 self._slices[token, rank] = load()
+            if token not in self._routes:  # closed meanwhile: nobody would drop them
+                self._slices.pop((token, rank), None)
 
     def compute(
         self,
@@ -170,7 +175,28 @@ class Services(WorkerPlugin):
         where: Where,
         exchange: Exchange,
     ) -> Array:
-        """Exchange the rows of a chunk whose ranks workers serve, and give its output."""
+        """Exchange the rows of a chunk whose ranks workers serve, and give its output.
+
+        Raises
+        ------
+        Reschedule
+            If this worker closes meanwhile: another one computes the chunk.
+        """
+        try:
+            return self._compute(tokens, routing, topk_weights, where, exchange)
+        except Exception:
+            if self._is_closing:
+                raise Reschedule from None
+            raise
+
+    def _compute(
+        self,
+        tokens: Array,
+        routing: Array,
+        topk_weights: Array | None,
+        where: Where,
+        exchange: Exchange,
+    ) -> Array:
         with self._under_way():
             with self._cores:
                 packing = pack(tokens, routing, topk_weights, where, exchange)
@@ -255,7 +281,7 @@ class Services(WorkerPlugin):
 
     def _queue_of(self, owner: str) -> tuple[int, bool, str]:
         is_me = owner == self._worker.address
-        return (self.tally.waiting if is_me else self._queues[owner]), not is_me, owner
+        return (self.tally.waiting if is_me else self._queues.get(owner, 0)), not is_me, owner
 
     async def _news(self, job: Job, ranks: Sequence[int], version: int) -> Route:
         """Wait for a route that is newer and names an owner for each of these ranks.
@@ -336,6 +362,7 @@ class Services(WorkerPlugin):
     ) -> Answers | None:
         """What an owner answers; None if it is lost or out of reach, or does not serve a rank."""
         if owner in self._lost:
+            packet.clear()
             return None
         rows = len(packet[0].rows)
         asking = dask_internals.call(
@@ -347,14 +374,17 @@ class Services(WorkerPlugin):
         try:
             answer = await request
         except asyncio.CancelledError:
-            if owner in self._lost:
+            if owner in self._lost and not asyncio.current_task().cancelling():
                 return None
             raise
         except OSError:
             return None
         finally:
-            self._asked[owner].discard(request)
             self._queues[owner] -= rows
+            if not self._queues[owner]:
+                del self._queues[owner]
+            if owner in self._asked:
+                self._asked[owner].discard(request)
         dask_internals.raise_remote(answer)
         if answer["answers"] is None:
             return None
@@ -386,7 +416,7 @@ class Services(WorkerPlugin):
     ) -> dict[str, Any]:
         """Answer a packet: one array for each rank, or None if one of them is not served here."""
         slices = [self._slices.get((token, rank)) for rank in ranks]
-        if any(experts is None for experts in slices):
+        if self._is_closing or any(experts is None for experts in slices):
             return {"status": "OK", "answers": None}
         exchange, packet = Exchange(token, *sizes, None), [Packet(*arrays)]
         del arrays
@@ -425,7 +455,17 @@ class Services(WorkerPlugin):
 
 
 def find(token: str) -> Services | None:
-    """The services of the worker whose task runs in this thread, if they serve this layer."""
+    """The services of the worker whose task runs in this thread, if they serve this layer.
+
+    Raises
+    ------
+    Reschedule
+        If the worker closes: another one computes the task.
+    """
     worker = dask_internals.current_worker()
-    services = None if worker is None else dask_internals.plugin_of(worker, PLUGIN)
+    if worker is None:
+        return None
+    if dask_internals.is_closing(worker):
+        raise Reschedule
+    services = dask_internals.plugin_of(worker, PLUGIN)
     return services if services is not None and services.serves(token) else None

@@ -10,11 +10,13 @@ cluster serves many faults. Used by the tests at a few moments, and by `workflow
 
 from __future__ import annotations
 
+import os
 import random
 import signal
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 
 import dask.array as da
 import numpy as np
@@ -22,11 +24,12 @@ from distributed import Client
 
 from dask_ep import Experts, expert_parallel, own_experts
 from dask_ep.owner_plugin import METADATA
-from dask_ep.pipeline import count_tasks
 from tests.cluster_processes import DEADLINE, Cluster, wait_until, worker_pids
 
 RANKS, WORKERS = 6, ("w0", "w1", "w2")
 CHUNKS, ROWS, WIDTH, SLOTS = 24, 64, 16, 2
+FATAL = "fatal"
+"""Name of the file that makes an expert kill its process."""
 
 CONFIG = {
     "distributed.scheduler.worker-ttl": "2s",  # in effect 5 s, ten heartbeats
@@ -37,25 +40,34 @@ CONFIG = {
 
 
 class SlowExpert:
-    """A linear expert that takes its time, so that a fault finds it at work."""
+    """A linear expert that takes its time, so that a fault finds it at work.
 
-    def __init__(self, expert: int, seconds: float):
-        self.expert, self.seconds = expert, seconds
+    It kills its process in the midst of that if a file is there, which it takes away.
+    """
+
+    def __init__(self, expert: int, seconds: float, fatal: Path | None = None):
+        self.expert, self.seconds, self.fatal = expert, seconds, fatal
 
     def __call__(self, rows: np.ndarray) -> np.ndarray:
         if len(rows):
             time.sleep(self.seconds)
+            if self.fatal is not None and self.fatal.exists():
+                self.fatal.unlink()
+                os.kill(os.getpid(), signal.SIGKILL)
         generator = np.random.default_rng(self.expert)
         return rows @ generator.standard_normal((WIDTH, WIDTH)).astype(rows.dtype)
 
 
-def job(seconds_per_product: float = 0.02, salt: int = 0) -> da.Array:
+def job(
+    seconds_per_product: float = 0.02, salt: int = 0, directory: Path | None = None
+) -> da.Array:
     """Build the layer's output: 24 chunks through 6 ranks, one expert each; `salt` renames it."""
     tokens = da.random.default_rng(7).standard_normal(
         (CHUNKS * ROWS, WIDTH), chunks=(ROWS, WIDTH), dtype=np.float32
     )
     routing = np.random.default_rng(8).integers(RANKS, size=(CHUNKS * ROWS, SLOTS))
-    experts = [SlowExpert(e, seconds_per_product + 1e-9 * salt) for e in range(RANKS)]
+    fatal = None if directory is None else directory / FATAL
+    experts = [SlowExpert(e, seconds_per_product + 1e-9 * salt, fatal) for e in range(RANKS)]
     return expert_parallel(
         tokens,
         da.from_array(routing, chunks=(ROWS, SLOTS)),
@@ -109,11 +121,11 @@ def run_uneven(
         return Outcome(value, time.monotonic() - begun, owners.failures)
 
 
-COST_CHUNKS, COST_RANKS = 12, 16
+COST_CHUNKS, COST_RANKS = 200, 16
 
 
-def scheduler_seconds_per_task(client: Client, salt: int) -> float:
-    """Run many tasks that do next to nothing, and give the scheduler's CPU time for each."""
+def scheduler_seconds_per_chunk(client: Client, salt: int) -> float:
+    """Run many chunks that do next to nothing, and give the scheduler's CPU time for each."""
     rows = da.random.default_rng(salt).standard_normal((2 * COST_CHUNKS, 2), chunks=(2, 2))
     routing = np.random.default_rng(salt).integers(COST_RANKS, size=(2 * COST_CHUNKS, 2))
     y = expert_parallel(
@@ -125,23 +137,30 @@ def scheduler_seconds_per_task(client: Client, salt: int) -> float:
     before = client.run_on_scheduler(_cpu_seconds)
     client.compute(y.sum()).result(timeout=DEADLINE)
     spent = client.run_on_scheduler(_cpu_seconds) - before
-    return spent / count_tasks(COST_CHUNKS, COST_RANKS)
+    return spent / COST_CHUNKS
 
 
 def free_and_pinned(client: Client, rounds: int) -> tuple[list[float], list[float]]:
-    """Give the scheduler's seconds per task without and with owners, taken in turns."""
-    scheduler_seconds_per_task(client, 0)  # what the first run pays for nobody shall pay
+    """Give the scheduler's seconds per chunk without and with owners, taken in turns."""
+    scheduler_seconds_per_chunk(client, 0)  # what the first run pays for nobody shall pay
     free, pinned = [], []
     for salt in range(1, rounds + 1):  # in turns, for other processes take their part
-        free.append(scheduler_seconds_per_task(client, 2 * salt))
+        free.append(scheduler_seconds_per_chunk(client, 2 * salt))
         with own_experts(client, COST_RANKS):
-            pinned.append(scheduler_seconds_per_task(client, 2 * salt + 1))
+            pinned.append(scheduler_seconds_per_chunk(client, 2 * salt + 1))
     return free, pinned
 
 
 def kill_one(cluster: Cluster, client: Client, victim: str) -> None:
     """`kill -9` the process of one owner."""
     _kill(cluster, client, [victim])
+
+
+def kill_answering(cluster: Cluster, client: Client, victim: str) -> None:
+    """`kill -9` an owner in the midst of answering: its expert does it."""
+    before = worker_pids(client)
+    (cluster.directory / FATAL).touch()
+    wait_until(lambda: set(worker_pids(client)) != set(before), "an owner died")
 
 
 def kill_two(cluster: Cluster, client: Client, victim: str) -> None:
@@ -164,6 +183,19 @@ def stop_one(cluster: Cluster, client: Client, victim: str) -> None:
     _bring_back(cluster, client, [victim])
 
 
+def stop_for_good(cluster: Cluster, client: Client, victim: str) -> None:
+    """SIGSTOP one owner; the others end the job."""
+    cluster.signal(client, victim, signal.SIGSTOP)
+
+
+def move_all(cluster: Cluster, client: Client, victim: str) -> None:
+    """Move all ranks to one worker, while packets wait at the others, and then to another one."""
+    owners = own_experts(client)
+    for name in (victim, WORKERS[WORKERS.index(victim) - 1]):
+        for rank in range(RANKS):
+            owners.move(rank, name)
+
+
 def retire_one(cluster: Cluster, client: Client, victim: str) -> None:
     """Retire one owner in an orderly way."""
     client.retire_workers(names=[victim])
@@ -183,10 +215,13 @@ def restart(cluster: Cluster, client: Client, victim: str) -> None:
 
 FAULTS: dict[str, tuple[Callable[[Cluster, Client, str], None], bool]] = {
     "one owner killed": (kill_one, False),
+    "one owner killed while it answers": (kill_answering, False),
     "two of three owners killed": (kill_two, False),
     "all workers killed, nannies restart them": (kill_all, True),
     "one owner stopped for 5 s, then continued": (stop_one, True),
+    "one owner stopped for good": (stop_for_good, False),
     "one owner retired": (retire_one, False),
+    "all ranks moved, twice": (move_all, False),
     "one worker added": (add_one, False),
     "client.restart() and submitted again": (restart, True),
 }
@@ -217,11 +252,12 @@ def run_disturbed(
     disturb, _ = FAULTS[fault]
     with own_experts(client, RANKS, settle=0.5) as owners:
         begun = time.monotonic()
-        future = client.compute(job(salt=salt))
+        y = job(salt=salt, directory=cluster.directory)
+        future = client.compute(y)
         time.sleep(moment)
         disturb(cluster, client, victim)
         if disturb is restart:
-            future = client.compute(job(salt=salt))
+            future = client.compute(y)
         value = future.result(timeout=DEADLINE)
         seconds, failures = time.monotonic() - begun, owners.failures
         if client.get_metadata(list(METADATA), default=None) is None:
@@ -265,4 +301,19 @@ def _restore(cluster: Cluster, client: Client) -> None:
     """Bring the cluster back to the workers that it began with."""
     if "added" in cluster.processes:
         cluster.stop_worker("added")
+    (cluster.directory / FATAL).unlink(missing_ok=True)
+    if not cluster.nanny:
+        _bring_back(cluster, client, [name for name in WORKERS if not _answers(client, name)])
     wait_until(lambda: set(worker_pids(client)) == set(WORKERS), "all workers are back")
+
+
+def _answers(client: Client, name: str) -> bool:
+    """Whether the process of a worker runs: neither ended nor stopped."""
+    pid = worker_pids(client).get(name)
+    if pid is None:
+        return False
+    try:
+        state = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
+    except FileNotFoundError:
+        return False
+    return state not in "TZ"

@@ -1,13 +1,19 @@
-"""What did a cluster do: who computed what, who read what, what travelled?"""
+"""What did a cluster do: who computed and served what, who read what, what travelled?"""
 
 from __future__ import annotations
 
+import threading
 from collections import defaultdict
 from pathlib import Path
 
+import dask.array as da
+import numpy as np
 from distributed import Client, SchedulerPlugin, get_worker
 
+from dask_ep import tally
+from dask_ep.services import PLUGIN
 from dask_ep.sources import Source
+from dask_ep.tally import Serving
 
 
 class Recorder(SchedulerPlugin):
@@ -58,8 +64,26 @@ def bytes_read(log: Path) -> dict[str, int]:
     return by_worker
 
 
+def record_services(client: Client) -> None:
+    """Let all workers write down from now on what they serve; see `servings`."""
+    client.run(tally.record)
+
+
+def servings(client: Client) -> list[Serving]:
+    """What was served since `record_services`."""
+    return [serving for of_worker in client.run(tally.take).values() for serving in of_worker]
+
+
+def servers(servings: list[Serving]) -> dict[int, set[str]]:
+    """By rank: the workers that served it."""
+    where = defaultdict(set)
+    for serving in servings:
+        where[serving.rank].add(serving.served_by)
+    return dict(where)
+
+
 def received(client: Client) -> set[tuple[str, float, int]]:
-    """What all workers received by now: (key, when, bytes)."""
+    """What all workers received by now of results of tasks: (key, when, bytes)."""
     logs = client.run(_transfers)
     return {transfer for log in logs.values() for transfer in log}
 
@@ -70,3 +94,61 @@ def _transfers(dask_worker):
         for entry in dask_worker.transfer_incoming_log
         for key, size in entry["keys"].items()
     ]
+
+
+class Counted:
+    """How many chunks this process has read and not given out yet, and how many at most."""
+
+    now = most = 0
+    lock = threading.Lock()
+
+    @classmethod
+    def add(cls, number: int) -> None:
+        with cls.lock:
+            cls.now += number
+            cls.most = max(cls.most, cls.now)
+
+
+def counted(layer, tokens: da.Array) -> da.Array:
+    """Apply a layer to tokens, and let each worker count the chunks that it has in memory."""
+    read = tokens.map_blocks(_count, 1, meta=tokens._meta)
+    return layer(read).map_blocks(_count, -1, meta=tokens._meta)
+
+
+def _count(block: np.ndarray, number: int) -> np.ndarray:
+    Counted.add(number)
+    return block
+
+
+def chunks_held(client: Client) -> dict[str, tuple[int, int]]:
+    """By worker: chunks of a `counted` layer that it has in memory now, and had at most."""
+    return client.run(lambda: (Counted.now, Counted.most))
+
+
+def forget_chunks(client: Client) -> None:
+    """Let `chunks_held` count from nothing."""
+    client.run(_forget_chunks)
+
+
+def _forget_chunks():
+    Counted.now = Counted.most = 0
+
+
+def slots_taken(client: Client) -> dict[str, int]:
+    """By worker: chunks that are under way by its own count."""
+    return client.run(_slots_taken)
+
+
+def _slots_taken(dask_worker):
+    services = dask_worker.plugins.get(PLUGIN)
+    return 0 if services is None else services._admission.under_way
+
+
+def slices_kept(client: Client) -> dict[str, int]:
+    """By worker: ranks of layers whose experts its services hold."""
+    return client.run(_slices_kept)
+
+
+def _slices_kept(dask_worker):
+    services = dask_worker.plugins.get(PLUGIN)
+    return 0 if services is None else len(services._slices)

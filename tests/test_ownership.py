@@ -1,24 +1,40 @@
-"""Owners of ranks on a cluster of real processes: where tasks run, what travels, what is left."""
+"""Owners of ranks on a cluster of real processes: who serves what, what travels, what is left."""
 
 import logging
 import signal
 import time
 from collections import defaultdict
+from contextlib import suppress
 from math import inf
 
+import dask
 import dask.array as da
 import numpy as np
 import pytest
-from distributed import Client, futures_of
+from distributed import Client
 from distributed.core import Status
 
 from dask_ep import Experts, expert_parallel, own_experts
 from dask_ep.owner_plugin import METADATA, PLUGIN
 from dask_ep.pipeline import count_tasks
+from dask_ep.services import LostOwnerError
 from dask_ep.sources import open_source
 from tests.cluster_processes import DEADLINE, Cluster, addresses, wait_until
-from tests.fault_scenarios import free_and_pinned
-from tests.observed import NotedSource, Recorder, bytes_read, computed, received
+from tests.observed import (
+    NotedSource,
+    Recorder,
+    bytes_read,
+    chunks_held,
+    computed,
+    counted,
+    forget_chunks,
+    received,
+    record_services,
+    servers,
+    servings,
+    slices_kept,
+    slots_taken,
+)
 
 WORKERS = ("w0", "w1", "w2")
 CONFIG = {
@@ -44,26 +60,39 @@ def client(cluster):
 
 @pytest.fixture(autouse=True)
 def nothing_left(request):
-    """After every test: no plugin, no metadata, no restriction on any task."""
+    """After every test: no plugin, metadata or restriction, no experts, no chunk under way."""
     yield
     if "client" in request.fixturenames:
-        assert request.getfixturevalue("client").run_on_scheduler(_what_is_left) == []
+        client = request.getfixturevalue("client")
+        left = {}
+
+        def is_clean():
+            left["on the scheduler"] = client.run_on_scheduler(_what_is_left)
+            left["chunks under way"] = sum(slots_taken(client).values())
+            left["ranks kept"] = sum(slices_kept(client).values())
+            return not any(left.values())
+
+        with suppress(TimeoutError):
+            wait_until(is_clean, "nothing is left", 10)
+        assert not any(left.values()), left
 
 
 @pytest.fixture
 def recorded(client):
-    """Give a function that tells {prefix: {rank: workers that computed tasks of it}}."""
+    """Write down from now on which worker computes and serves what."""
     client.register_plugin(Recorder())
-
-    def who_computed():
-        where = defaultdict(lambda: defaultdict(set))  # step, rank
-        for key, worker in computed(client):
-            if isinstance(key, tuple) and key[0].startswith("ep_"):
-                where[key[0].rpartition("-")[0]][key[-1]].add(worker)
-        return where
-
-    yield who_computed
+    record_services(client)
+    yield
     client.unregister_scheduler_plugin(Recorder.name)
+
+
+def workers_of(client, step):
+    """The workers that computed tasks of this step, by what their keys end with."""
+    where = defaultdict(set)
+    for key, worker in computed(client):
+        if isinstance(key, tuple) and key[0].startswith(step):
+            where[key[-1]].add(worker)
+    return where
 
 
 def _alone(y):
@@ -71,43 +100,82 @@ def _alone(y):
     return y.compute(scheduler="threads", num_workers=16)
 
 
-def layer(chunks=8, rows=64, width=32, ranks=6, slots=2, num_experts=None, experts=None, seed=0):
-    """Build a layer whose tokens and routing are made where they are used; and the routing."""
+def layer(
+    chunks=8,
+    rows=64,
+    width=32,
+    ranks=6,
+    slots=2,
+    num_experts=None,
+    experts=None,
+    seed=0,
+    count=False,
+):
+    """Build a layer whose tokens and routing each chunk reads itself; and the routing."""
     num_experts = num_experts or ranks
-    routing = np.random.default_rng(seed).integers(num_experts, size=(chunks * rows, slots))
-    tokens = da.random.default_rng(seed).standard_normal(
-        (chunks * rows, width), chunks=(rows, width), dtype=np.float32
-    )
+    tokens = da.map_blocks(
+        _tokens_of_chunk, seed, rows, width,
+        chunks=((rows,) * chunks, (width,)), dtype="f4", meta=np.empty((0, 0), "f4"),
+    )  # fmt: skip
+    lazy_routing = da.map_blocks(
+        _routing_of_chunk, seed, rows, slots, num_experts,
+        chunks=((rows,) * chunks, (slots,)), dtype="i8", meta=np.empty((0, 0), "i8"),
+    )  # fmt: skip
     if experts is None:
         experts = np.random.default_rng(seed).standard_normal((num_experts, width, width))
-    y = expert_parallel(
-        tokens, da.from_array(routing, chunks=(rows, slots)), experts, world_size=ranks
-    )
-    return y, routing
+
+    def of(tokens):
+        return expert_parallel(tokens, lazy_routing, experts, world_size=ranks)
+
+    routing = lazy_routing.compute(scheduler="sync")
+    return counted(of, tokens) if count else of(tokens), routing
+
+
+def _tokens_of_chunk(seed, rows, width, block_id=(0, 0)):
+    rng = np.random.default_rng((seed, block_id[0]))
+    return rng.standard_normal((rows, width), np.float32)
+
+
+def _routing_of_chunk(seed, rows, slots, num_experts, block_id=(0, 0)):
+    return np.random.default_rng((seed, block_id[0])).integers(num_experts, size=(rows, slots))
 
 
 # --- where -----------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("ranks", [6, 3, 2], ids=["more ranks", "as many", "fewer ranks"])
-def test_a_ranks_tasks_run_on_its_owner(client, recorded, ranks):
+def test_a_rank_is_loaded_and_served_by_its_owner(client, recorded, ranks):
     y, _ = layer(ranks=ranks)
     with own_experts(client, ranks) as owners:
         assert np.array_equal(client.compute(y).result(DEADLINE), _alone(y))
-        where = recorded()
-        assert len(where["ep_dispatch"]) == len(where["ep_experts"]) == ranks
+        served, loaded = servers(servings(client)), workers_of(client, "ep_experts")
+        assert len(served) == len(loaded) == ranks
         for rank, of_rank in enumerate(owners.owners):
-            assert where["ep_dispatch"][rank] == where["ep_experts"][rank] == set(of_rank)
+            assert served[rank] == loaded[rank] == set(of_rank)
         assert len({owner for of_rank in owners.owners for owner in of_rank}) == min(ranks, 3)
 
 
-def test_pins_outlive_optimisation_and_what_is_built_upon(client, recorded):
+def test_every_row_of_every_chunk_is_served_once_by_each_of_its_ranks(client, recorded):
+    chunks, rows, ranks = 8, 64, 6
+    y, routing = layer(chunks, rows, ranks=ranks)
+    with own_experts(client, ranks):
+        client.compute(y).result(DEADLINE)
+    served = sorted((s.chunk, s.rank, s.rows) for s in servings(client))
+    expected = [
+        (chunk, rank, int(np.any(of_chunk == rank, axis=1).sum()))
+        for chunk, of_chunk in enumerate(np.split(routing, chunks))
+        for rank in range(ranks)
+    ]
+    assert served == expected
+
+
+def test_owners_outlive_optimisation_and_what_is_built_upon(client, recorded):
     y, _ = layer()
     with own_experts(client, 6) as owners:
         total = (y.astype("f8") * 2).sum()
         future = client.compute(client.persist(total))
         assert future.result(DEADLINE) == pytest.approx(_alone(total))
-        where = recorded()["ep_dispatch"]
+        where = servers(servings(client))
         assert {rank: tuple(workers) for rank, workers in where.items()} == dict(
             enumerate(owners.owners)
         )
@@ -136,29 +204,24 @@ def test_each_worker_reads_the_weights_of_its_own_ranks_and_no_more(client, note
 
 @pytest.mark.parametrize("chunks", [(1, -1, -1), (4, -1, -1), (5, 16, -1)])
 def test_weights_in_dask_arrays_are_loaded_by_the_owner_alone(client, recorded, chunks):
-    """Dask fuses the last step of the weights' own graph with the loading, and names it so."""
     weights = da.random.default_rng(0).standard_normal((6, 32, 32), chunks=chunks, dtype="f4")
     y, _ = layer(experts=weights)
     with own_experts(client, 6) as owners:
         assert np.array_equal(client.compute(y).result(DEADLINE), _alone(y))
-        loaded = [
-            (key[-1], worker) for key, worker in computed(client) if "ep_experts-" in str(key[0])
-        ]
-        assert {rank for rank, _ in loaded} == set(range(6))
-        assert {worker for rank, worker in loaded if worker not in owners.owners[rank]} == set()
+        loaded = workers_of(client, "ep_experts-")
+        assert loaded == {rank: set(of_rank) for rank, of_rank in enumerate(owners.owners)}
 
 
-def test_each_owner_of_a_replicated_rank_reads_its_weights_itself(client, recorded, noted):
+def test_each_owner_of_a_replicated_rank_reads_its_weights_once(client, recorded, noted):
     y, slice_bytes, read = noted
     with own_experts(client, 6, replicas=dict.fromkeys(range(6), 3)):
         client.compute(y).result(DEADLINE)
-        served = defaultdict(int)
-        for of_rank in recorded()["ep_dispatch"].values():
-            for owner in of_rank:
-                served[owner] += slice_bytes
-        assert sum(served.values()) > 6 * slice_bytes
-        # More, where Dask has dropped a copy that was not needed for a while.
-        assert all(served[owner] <= read()[owner] for owner in served)
+        served = servers(servings(client))
+        assert set(served) == set(range(6))
+        # A layer that is done before a replica was loaded does not load it any more.
+        for worker, nbytes in read().items():
+            its_ranks = sum(worker in of_rank for of_rank in served.values())
+            assert its_ranks * slice_bytes <= nbytes <= 6 * slice_bytes
 
 
 # --- what travels ----------------------------------------------------------------------------
@@ -166,37 +229,31 @@ def test_each_owner_of_a_replicated_rank_reads_its_weights_itself(client, record
 
 @pytest.mark.parametrize("slots", [1, 2, 8])
 def test_no_more_travels_than_the_rows_that_must(client, recorded, slots):
+    """To each other worker a row once, whatever its slots there, and from each rank a row back."""
     chunks, rows, width, ranks = 12, 512, 256, 6
     y, routing = layer(chunks, rows, width, ranks, slots, num_experts=12, seed=slots)
     with own_experts(client, ranks) as owners:
         before = received(client)
         client.compute(y.sum()).result(DEADLINE)
         arrived = received(client) - before
-        visits = 0  # rows that go to a rank elsewhere, each once whatever its slots there
-        homes = _homes(computed(client))
-        for chunk, of_chunk in enumerate(np.split(routing, chunks)):
-            for rank, (owner,) in enumerate(owners.owners):
-                if owner != homes[chunk]:
-                    visits += np.any(of_chunk // 2 == rank, axis=1).sum()
-    assert visits
-    assert sum(nbytes for *_, nbytes in arrived) <= 1.05 * 2 * visits * width * 4
-    assert not [key for key, _, nbytes in arrived if nbytes >= rows * width * 4]
-
-
-def test_chunks_that_are_in_memory_already_stay_where_they_are(client):
-    rows, width = 512, 256
-    tokens = da.random.default_rng(1).standard_normal((12 * rows, width), chunks=(rows, width))
-    routing = da.random.default_rng(2).integers(6, size=(12 * rows, 2), chunks=(rows, 2))
-    tokens, routing = client.persist([tokens.astype("f4"), routing])
-    persisted = futures_of([tokens, routing])
-    wait_until(lambda: all(future.done() for future in persisted), "tokens and routing are there")
-    y = expert_parallel(tokens, routing, np.ones((6, width, width)), world_size=6)
-    with own_experts(client, 6):
-        before = received(client)
-        client.compute(y.sum()).result(DEADLINE)
-        arrived = received(client) - before
-        assert arrived
-        assert max(nbytes for *_, nbytes in arrived) < rows * width * 4
+        owner_of = np.array([addresses(client)[name] for name in WORKERS])
+        ranks_of = [
+            [r for r, (owner,) in enumerate(owners.owners) if owner == worker]
+            for worker in owner_of
+        ]
+    served = servings(client)
+    homes = {s.chunk: s.asked_by for s in served}
+    sent = back = 0
+    for chunk, of_chunk in enumerate(np.split(routing, chunks)):
+        for worker, its_ranks in zip(owner_of, ranks_of, strict=True):
+            if worker != homes[chunk]:
+                sent += np.isin(of_chunk // 2, its_ranks).any(axis=1).sum()
+                back += sum(np.any(of_chunk // 2 == rank, axis=1).sum() for rank in its_ranks)
+    index = 2 if slots == 1 else slots  # bytes of a row's experts, small integers
+    assert sent
+    assert sum(s.bytes_in for s in served) <= sent * (width * 4 + index)
+    assert sum(s.bytes_out for s in served) == back * width * 4
+    assert sum(nbytes for *_, nbytes in arrived) < rows * width * 4  # results of tasks: no rows
 
 
 # --- how many chunks are under way ------------------------------------------------------------
@@ -215,43 +272,62 @@ class Waiting:
 
 
 @pytest.fixture
-def stalled(tmp_path):
+def stalled(client, tmp_path):
     """Give a layer of 40 chunks of whose three ranks one waits, and what lets it go on."""
     file = tmp_path / "wait"
     file.touch()
     experts = Experts.callables([_at_once, Waiting(file), _at_once])
-    yield layer(chunks=40, ranks=3, experts=experts)[0], file.unlink
+    forget_chunks(client)
+    yield layer(chunks=40, ranks=3, experts=experts, count=True)[0], file.unlink
     file.unlink(missing_ok=True)
 
 
 @pytest.mark.parametrize(
-    ("given", "most"), [({}, 4 * 3 + 4), ({"chunks_in_flight": 5}, 5)], ids=["by threads", "five"]
+    ("given", "most"),
+    [({}, 1 + 2), ({"chunks_in_flight": 5}, 5), ({"chunks_in_flight": 1}, 1)],
+    ids=["by threads", "five", "one"],
 )
-def test_a_slow_rank_does_not_let_chunks_pile_up(client, recorded, stalled, given, most):
+def test_a_slow_rank_does_not_let_chunks_pile_up(client, stalled, given, most):
     y, go_on = stalled
     with own_experts(client, 3, **given) as owners:
         future = client.compute(y)
-        wait_until(lambda: _chunks_in_flight(computed(client))[-1] >= most // 2, "some wait")
+        # One more is read by the thread that waits until it may begin.
+        wait_until(
+            lambda: {now for now, _ in chunks_held(client).values()} == {most + 1}, "some wait"
+        )
+        time.sleep(0.3)
+        assert set(slots_taken(client).values()) == {most}
         go_on()
         assert np.array_equal(future.result(DEADLINE), _alone(y))
         assert owners.failures == []
-    assert max(_chunks_in_flight(computed(client))) <= most
+    assert {most_held for _, most_held in chunks_held(client).values()} == {most + 1}
+    assert {now for now, _ in chunks_held(client).values()} == {0}
 
 
-def test_without_a_bound_chunks_pile_up(client, recorded, stalled):
+def test_without_a_bound_chunks_pile_up(client, stalled):
     y, go_on = stalled
     with own_experts(client, 3, chunks_in_flight=inf):
         future = client.compute(y)
-        wait_until(lambda: _chunks_in_flight(computed(client))[-1] > 4 * 3 + 4, "many wait")
+        wait_until(lambda: sum(now for now, _ in chunks_held(client).values()) == 40, "all wait")
         go_on()
         assert np.array_equal(future.result(DEADLINE), _alone(y))
 
 
-def test_chunks_that_are_held_begin_when_the_owners_are_closed(client):
+def test_a_bound_does_not_outlive_the_owners(client, stalled):
+    y, go_on = stalled
+    own_experts(client, 3, chunks_in_flight=1).close()
+    with own_experts(client, 3):
+        future = client.compute(y)
+        wait_until(lambda: set(slots_taken(client).values()) == {1 + 2}, "some wait")
+        go_on()
+        future.result(DEADLINE)
+
+
+def test_chunks_that_wait_begin_when_the_owners_are_closed(client):
     y, _ = layer(chunks=24, experts=Experts.callables([_slowly] * 6))
     owners = own_experts(client, 6, chunks_in_flight=1)
     future = client.compute(y)
-    wait_until(lambda: client.run_on_scheduler(_has_pending_work), "the job has begun")
+    wait_until(lambda: client.run_on_scheduler(_has_begun), "the job has begun")
     owners.close()
     assert np.array_equal(future.result(DEADLINE), _alone(y))
 
@@ -311,7 +387,7 @@ def test_a_graph_of_another_world_size_gets_owners_too(client, recorded):
     y, _ = layer(ranks=4)
     with own_experts(client, 6):
         client.compute(y).result(DEADLINE)
-        assert all(len(workers) == 1 for workers in recorded()["ep_dispatch"].values())
+        assert all(len(workers) == 1 for workers in servers(servings(client)).values())
         assert set(client.get_metadata(list(METADATA))) == {"4", "6"}
 
 
@@ -320,15 +396,99 @@ def test_a_graph_of_one_rank_runs_on_all_workers(client, recorded):
     y, _ = layer(chunks=12, ranks=1, experts=slow)
     with own_experts(client, 3):
         client.compute(y).result(DEADLINE)
-        assert len(recorded()["ep_dispatch"][0]) == 3
+        ran = set().union(*workers_of(client, "ep_chunk").values())
+        assert ran == set(addresses(client).values())
 
 
-def test_a_task_that_the_user_restricts_stays_restricted(client, recorded):
+# --- what the user restricts -------------------------------------------------------------------
+
+
+def _chunks_ran_on(client):
+    """Names of the workers on which chunks ran, by their tasks and by who asked the services."""
+    names = {address: name for name, address in addresses(client).items()}
+    ran = set().union(*workers_of(client, "ep_chunk").values())
+    assert {s.asked_by for s in servings(client)} == ran
+    return {names[address] for address in ran}
+
+
+def test_chunks_run_on_the_workers_that_the_user_names(client, recorded):
     y, _ = layer()
     with own_experts(client, 6):
-        client.compute(y, workers=["w1"], allow_other_workers=False).result(DEADLINE)
-        everywhere = set().union(*recorded()["ep_dispatch"].values())
-        assert everywhere == {addresses(client)["w1"]}
+        got = client.compute(y, workers=["w1"], allow_other_workers=False).result(DEADLINE)
+        assert np.array_equal(got, _alone(y))
+        assert _chunks_ran_on(client) == {"w1"}
+
+
+def test_chunks_run_on_the_workers_that_an_annotation_names(client, recorded):
+    with dask.annotate(workers=["w2"], allow_other_workers=False):
+        y, _ = layer()
+    with own_experts(client, 6), dask.config.set({"optimization.fuse.active": False}):
+        got = client.compute(y, optimize_graph=False).result(DEADLINE)
+        assert np.array_equal(got, _alone(y))
+        assert _chunks_ran_on(client) == {"w2"}
+
+
+@pytest.fixture
+def another_host(cluster, client):
+    """A further worker, on a host of its own as far as Dask knows, with a resource."""
+    cluster.start_worker("far", "--host", "127.0.0.2", "--resources", "fast=1")
+    wait_until(lambda: "far" in addresses(client), "the worker has come")
+    record_services(client)
+    yield
+    cluster.stop_worker("far")
+    wait_until(lambda: "far" not in addresses(client), "the worker has gone")
+
+
+@pytest.mark.parametrize(
+    ("host", "names"), [("127.0.0.1", set(WORKERS)), ("127.0.0.2", {"far"})], ids=["near", "far"]
+)
+def test_chunks_run_on_the_host_that_the_user_names(client, recorded, another_host, host, names):
+    y, _ = layer(chunks=24)
+    with own_experts(client, 6) as owners:
+        got = client.compute(y, workers=host).result(DEADLINE)
+        assert np.array_equal(got, _alone(y))
+        assert _chunks_ran_on(client) <= names
+        assert owners.failures == []
+
+
+@pytest.mark.parametrize("how", ["compute", "annotate"])
+def test_chunks_run_where_there_are_the_resources_that_the_user_asks_for(
+    client, recorded, another_host, how
+):
+    if how == "compute":
+        y, asked = layer()[0], {"resources": {"fast": 1}}
+    else:
+        with dask.annotate(resources={"fast": 1}):
+            y, asked = layer()[0], {"optimize_graph": False}
+    with own_experts(client, 6) as owners:
+        got = client.compute(y, **asked).result(DEADLINE)
+        assert np.array_equal(got, _alone(y))
+        assert _chunks_ran_on(client) == {"far"}
+        assert len(set(servers(servings(client)))) == 0 or owners.failures == []
+
+
+def test_a_lost_owner_is_replaced_though_chunks_hold_the_resource_that_its_experts_need(
+    cluster, client, tmp_path
+):
+    """The weights are Dask arrays, whose tasks ask for it too, and each chunk holds all of it."""
+    for name in ("fast", "owner"):
+        cluster.start_worker(name, "--resources", "fast=1")
+    wait_until(lambda: {"fast", "owner"} <= set(addresses(client)), "the workers have come")
+    weights = da.random.default_rng(0).standard_normal((6, 32, 32), chunks=(1, -1, -1), dtype="f4")
+    y, _ = layer(chunks=40, experts=weights)
+    with own_experts(client, 6) as owners:
+        for rank in range(6):
+            owners.move(rank, "owner")
+        future = client.compute(y, resources={"fast": 1})
+        wait_until(lambda: any(slots_taken(client).values()), "a chunk is under way")
+        cluster.stop_worker("owner")
+        assert np.array_equal(future.result(DEADLINE), _alone(y))
+        assert owners.failures == []
+    cluster.stop_worker("fast")
+    wait_until(lambda: "fast" not in addresses(client), "the worker has gone")
+
+
+# --- what changes in the midst -----------------------------------------------------------------
 
 
 def test_closing_in_the_midst_of_a_job_frees_its_tasks(client):
@@ -339,34 +499,39 @@ def test_closing_in_the_midst_of_a_job_frees_its_tasks(client):
     assert np.array_equal(future.result(DEADLINE), _alone(y))
 
 
-def test_a_moved_rank_runs_where_it_was_moved(client, recorded):
+def test_a_moved_rank_is_served_where_it_was_moved(client, recorded):
     y, _ = layer()
     target = addresses(client)["w2"]
     with own_experts(client, 6) as owners:
         owners.move(0, "w2")
         assert owners.owners[0] == (target,)
         client.compute(y).result(DEADLINE)
-        assert recorded()["ep_dispatch"][0] == {target}
+        assert servers(servings(client))[0] == {target}
         assert [change.why for change in owners.changes][-1] == "moved by hand"
 
 
-def test_a_rank_moved_off_a_busy_worker_in_the_midst_of_a_job(client):
-    y, _ = layer(chunks=24, experts=Experts.callables([_slowly] * 6))
+def test_a_rank_moved_off_a_busy_worker_in_the_midst_of_a_job(client, recorded):
+    y, _ = layer(chunks=60, experts=Experts.callables([_slowly] * 6))
     with own_experts(client, 6) as owners:
         future = client.compute(y)
-        time.sleep(0.3)
+        wait_until(lambda: any(slots_taken(client).values()), "chunks are under way")
+        left = addresses(client)["w2"]
         for rank in range(6):
             owners.move(rank, WORKERS[rank % 2])
+        wait_until(lambda: slices_kept(client)[left] == 0, "the ranks are served elsewhere")
+        assert not future.done()
         assert np.array_equal(future.result(DEADLINE), _alone(y))
+    of_left = {(s.chunk, s.rank) for s in servings(client) if s.served_by == left}
+    assert 0 < len(of_left) < 60
 
 
 def test_a_replica_takes_its_part(client, recorded):
-    y, _ = layer(chunks=24, ranks=2, experts=Experts.callables([_slowly, _at_once]))
+    y, _ = layer(chunks=60, ranks=2, experts=Experts.callables([_slowly, _at_once]))
     with own_experts(client, 2, replicas={1: 2}) as owners:
         assert [len(of_rank) for of_rank in owners.owners] == [1, 2]
         owners.replicate(0, "w2" if owners.owners[0] != (addresses(client)["w2"],) else "w1")
         client.compute(y).result(DEADLINE)
-        assert recorded()["ep_dispatch"][0] == set(owners.owners[0])
+        assert servers(servings(client))[0] == set(owners.owners[0])
         assert len(owners.owners[0]) == 2
         owners.replicate(0)
         assert len(owners.owners[0]) == 3
@@ -486,7 +651,7 @@ def test_downscaling_spares_owners_while_work_is_pending(client):
     y, _ = layer(chunks=24, ranks=2, experts=Experts.callables([_slowly] * 2))
     with own_experts(client, 2) as owners:
         future = client.compute(y)
-        wait_until(lambda: client.run_on_scheduler(_has_pending_work), "the job has begun")
+        wait_until(lambda: client.run_on_scheduler(_has_begun), "the job has begun")
         spared = {owner for (owner,) in owners.owners}
         closing = client.run_on_scheduler(_workers_to_close, 3)
         assert set(closing) == set(addresses(client).values()) - spared
@@ -522,7 +687,7 @@ def test_a_worker_that_closes_in_good_order_hands_its_ranks_on(cluster, client):
     with own_experts(client, 6, settle=0.2) as owners:
         assert (leaving,) in owners.owners
         future = client.compute(y)
-        wait_until(lambda: client.run_on_scheduler(_has_pending_work), "the job has begun")
+        wait_until(lambda: client.run_on_scheduler(_has_begun), "the job has begun")
         cluster.signal(client, "leaving", signal.SIGTERM)
         assert np.array_equal(future.result(DEADLINE), _alone(y))
         wait_until(lambda: "leaving" not in addresses(client), "the worker has gone")
@@ -531,17 +696,20 @@ def test_a_worker_that_closes_in_good_order_hands_its_ranks_on(cluster, client):
     cluster.stop_worker("leaving")
 
 
-def test_a_plugin_that_fails_when_a_worker_dies_lets_the_tasks_run_anywhere(cluster, client):
-    y, _ = layer(chunks=12, experts=Experts.callables([_slowly] * 6))
+def test_a_plugin_that_fails_when_a_worker_dies_ends_the_job_with_an_error(cluster, client):
+    y, _ = layer(chunks=60, experts=Experts.callables([_slowly] * 6))
     cluster.start_worker("victim")
     wait_until(lambda: "victim" in addresses(client), "the victim has come")
     with own_experts(client, 6, settle=0.2, chunks_in_flight=2) as owners:
         future = client.compute(y)
+        wait_until(lambda: client.run_on_scheduler(_has_begun), "the job has begun")
         client.run_on_scheduler(_break_assignment)
         cluster.stop_worker("victim")
-        assert np.array_equal(future.result(DEADLINE), _alone(y))
+        with pytest.raises(LostOwnerError, match="owners of ranks are not known any more"):
+            future.result(DEADLINE)
         assert any("remove_worker" in failure for failure in owners.failures)
         client.run_on_scheduler(_mend_assignment)
+        future.release()  # which its error would keep
         future = client.compute(y + 1)
         assert np.array_equal(future.result(DEADLINE), _alone(y + 1))
         assert all(owners.owners)
@@ -564,7 +732,7 @@ def test_ranks_wait_for_workers_and_are_spread_when_they_come(tmp_path):
             )
             slow, _ = layer(chunks=8, experts=Experts.callables([_slowly] * 6))
             future = client.compute(slow)
-            wait_until(lambda: client.run_on_scheduler(_has_pending_work), "the job has begun")
+            wait_until(lambda: client.run_on_scheduler(_has_begun), "the job has begun")
             for name in ("w0", "w1"):
                 cluster.stop_worker(name)
             wait_until(lambda: owners.owners == [()] * 6, "all workers are gone")
@@ -575,19 +743,17 @@ def test_ranks_wait_for_workers_and_are_spread_when_they_come(tmp_path):
 # --- what it costs ---------------------------------------------------------------------------
 
 
-def test_a_layer_makes_as_many_tasks_as_the_formula_says(client):
-    client.register_plugin(Recorder())
+def test_a_layer_makes_as_many_tasks_as_the_formula_says(client, recorded):
     y, _ = layer(chunks=12, rows=2, width=2, ranks=16)
     with own_experts(client, 16):
         client.compute(y.sum()).result(DEADLINE)
-    computed = client.run_on_scheduler(_ep_tasks_computed)
-    client.unregister_scheduler_plugin(Recorder.name)
-    assert computed == count_tasks(12, 16) == 12 * (2 * 16 + 1) + 16
-
-
-def test_the_scheduler_pays_at_most_three_tenths_more_per_pinned_task(client):
-    free, pinned = free_and_pinned(client, rounds=3)
-    assert min(pinned) <= 1.3 * min(free)
+    steps = [key[0] for key, _ in computed(client) if isinstance(key, tuple)]
+    ours = [step for step in steps if step.startswith(("ep_experts", "ep_ranks"))]
+    later = ("sum-partial", "sum-aggregate")
+    fused = [step for step in steps if step.startswith("sum-") and not step.startswith(later)]
+    assert len(ours) == 16 + 1
+    assert len(fused) == 12
+    assert len(ours) + len(fused) == count_tasks(12, 16)
 
 
 # --- what runs on the cluster ----------------------------------------------------------------
@@ -602,35 +768,8 @@ def _at_once(rows):
     return rows * 3
 
 
-def _ep_tasks_computed(dask_scheduler):
-    computed = dask_scheduler.plugins[Recorder.name].computed
-    return sum(isinstance(key, tuple) and key[0].startswith("ep_") for key, _ in computed)
-
-
 def _plugins(dask_scheduler):
     return list(dask_scheduler.plugins)
-
-
-def _homes(computed):
-    """Tell where each chunk was sent from and summed: one and the same worker."""
-    homes = defaultdict(set)
-    for key, worker in computed:
-        if isinstance(key, tuple) and key[0].startswith(("ep_send", "ep_sum")):
-            homes[key[1]].add(worker)
-    assert all(len(workers) == 1 for workers in homes.values())
-    return {chunk: workers.pop() for chunk, workers in homes.items()}
-
-
-def _chunks_in_flight(computed):
-    """Count the chunks between their first task and their sum, after each task."""
-    begun, ended, counts = set(), set(), [0]
-    for key, _ in computed:
-        if isinstance(key, tuple) and key[0].startswith(("standard_normal", "ep_send")):
-            begun.add(key[1])
-        elif isinstance(key, tuple) and key[0].startswith("ep_sum"):
-            ended.add(key[1])
-        counts.append(len(begun - ended))
-    return counts
 
 
 def _limits(dask_scheduler):
@@ -670,12 +809,8 @@ def _workers_to_close(count, dask_scheduler):
     return dask_scheduler.workers_to_close(n=count)
 
 
-def _has_pending_work(dask_scheduler):
-    return not all(
-        group.done
-        for name, group in dask_scheduler.task_groups.items()
-        if name.startswith("ep_dispatch")
-    )
+def _has_begun(dask_scheduler):
+    return any(layer.is_open for layer in dask_scheduler.plugins[PLUGIN].layers)
 
 
 def _set_status(status, dask_worker):

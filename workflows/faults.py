@@ -3,7 +3,7 @@
     PYTHONPATH=. python workflows/faults.py    # every fault at ten moments: 15 minutes
     PYTHONPATH=. python workflows/faults.py --moments 2 --fault killed
     PYTHONPATH=. python workflows/faults.py --fault replica      # time with and without one
-    PYTHONPATH=. python workflows/faults.py --fault scheduler    # what owners cost it per task
+    PYTHONPATH=. python workflows/faults.py --fault scheduler    # what owners cost it per chunk
 
 Real scheduler and worker processes on this machine. Prints a table in Markdown; exit code 1 if any
 result differs by a bit from that of the undisturbed run.
@@ -101,7 +101,7 @@ def measure_replica() -> int:
 
 
 def measure_scheduler(rounds: int) -> None:
-    """Take the scheduler's CPU time per task, without and with owners."""
+    """Take the scheduler's CPU time per chunk, without and with owners."""
     with (
         tempfile.TemporaryDirectory() as directory,
         Cluster(Path(directory), WORKERS, config=CONFIG) as cluster,
@@ -109,7 +109,7 @@ def measure_scheduler(rounds: int) -> None:
     ):
         free, pinned = map(min, free_and_pinned(client, rounds))
     print(
-        f"\nscheduler: {1e6 * free:.0f} us per task without owners, {1e6 * pinned:.0f} us with, "
+        f"\nscheduler: {1e6 * free:.0f} us per chunk without owners, {1e6 * pinned:.0f} us with, "
         f"{pinned / free:.2f} x; least of {rounds} runs in turns"
     )
 

@@ -37,6 +37,7 @@ from distributed.core import Status
 from distributed.scheduler import Scheduler
 
 from dask_ep import dask_internals
+from dask_ep.hot_ranks import LOOK_SECONDS, MEMORY, HotRanks, Rank, Sample
 from dask_ep.keys import read_rank
 from dask_ep.layer_map import LayerMap
 from dask_ep.owner_map import assign, balance, capacities, natural_order
@@ -98,6 +99,9 @@ class Ownership(SchedulerPlugin):
         self.layers = LayerMap(scheduler, lambda size, rank: self.ranks[size].owners[rank])
         self.chunks_in_flight: float | None = None  # on each worker; None: by its threads
         self.is_leaving = False
+        self.replicate_hot = True  # whether hot ranks get further owners
+        self.hot = HotRanks()
+        self.grown: dict[Rank, str] = {}  # ranks that have got one, and which
         self.timers: dict[str, object] = {}  # by what they wait for
         self.unsettled_since = inf  # monotonic seconds
         self.failures: deque[str] = deque(maxlen=100)
@@ -132,8 +136,8 @@ class Ownership(SchedulerPlugin):
     @_seen_by_the_user
     def transition(self, key: object, start: str, finish: str, *args: Any, **kwargs: Any) -> None:
         self.layers.heard(key, start, finish)
-        if self.is_leaving and not len(self.layers):
-            self.scheduler.loop.add_callback(self._leave)
+        if not len(self.layers) and (self.is_leaving or self.grown):
+            self.scheduler.loop.add_callback(self._leave if self.is_leaving else self._shrink)
 
     @_seen_by_the_user
     def add_worker(self, scheduler: Scheduler, worker: str) -> None:
@@ -197,6 +201,8 @@ class Ownership(SchedulerPlugin):
         for rank, owners in (copies or {}).items():
             ranks.copies[rank] = owners
         self.assign("first owner")
+        if "look" not in self.timers:
+            self._look()
         if loads is not None:
             self._settle_later()
 
@@ -344,6 +350,62 @@ class Ownership(SchedulerPlugin):
     def _limit(self, workers: Collection[str]) -> None:
         message = {"op": "ep-limit", "chunks": self.chunks_in_flight}
         dask_internals.tell(self.scheduler, list(workers), message)
+
+    @_seen_by_the_user
+    def _look(self) -> None:
+        """Give a further owner to a rank that is hot, if there is one."""
+        self._start("look", LOOK_SECONDS, self._look)
+        if not self.replicate_hot or not len(self.layers):
+            return
+        sizes = {layer.token: layer.world_size for layer in self.layers}
+        told, nbytes = {}, dict[Rank, int]()
+        for address in self.workers():
+            sample = self._sample(address, sizes, nbytes)
+            if sample is not None:
+                told[address] = sample
+        owners = {
+            (size, rank): set(of_rank)
+            for size, ranks in self.ranks.items()
+            for rank, of_rank in enumerate(ranks.living())
+        }
+        replica = self.hot.look(told, owners, nbytes)
+        if replica is not None:
+            size, rank = replica.rank
+            self.grown[replica.rank] = replica.worker
+            self.ranks[size].copies[rank] = len(owners[replica.rank]) + 1
+            self._change(size, rank, owners[replica.rank] | {replica.worker}, replica.why)
+            self._publish()
+
+    def _sample(
+        self, address: str, sizes: Mapping[str, int], nbytes: dict[Rank, int]
+    ) -> Sample | None:
+        """What a worker told of its services last; `nbytes` learns the sizes of its ranks."""
+        worker = self.scheduler.workers[address]
+        told = worker.metrics.get("dask_ep")
+        if told is None or worker.status != Status.running:
+            return None
+        waiting: defaultdict[Rank, int] = defaultdict(int)
+        for token, rank, rows in told["queues"]:
+            if token in sizes:
+                waiting[sizes[token], rank] += rows
+        for token, rank, held in told["slices"]:
+            if token in sizes:
+                nbytes[sizes[token], rank] = max(held, nbytes.get((sizes[token], rank), 0))
+        used, limit = worker.metrics.get("memory", 0), worker.memory_limit
+        room = MEMORY * limit - used if limit else inf
+        return Sample(told["time"], told["core"], told["threads"], waiting, room)
+
+    def _shrink(self) -> None:
+        """Take the further owners of hot ranks back when no layer is computed any more."""
+        if len(self.layers):
+            return
+        for (size, rank), worker in self.grown.items():
+            of_rank = self.ranks[size].living()[rank]
+            if len(of_rank) > 1:
+                self.ranks[size].copies[rank] -= 1
+                self._change(size, rank, of_rank - {worker}, "hot no more")
+        self.grown.clear()
+        self._publish()
 
     def _settle_later(self) -> None:
         now = time.monotonic()

@@ -41,6 +41,7 @@ def own_experts(
     settle: float | None = None,
     pause_limit: float | None = None,
     chunks_in_flight: float | None = None,
+    replicate_hot: bool | None = None,
 ) -> Owners:
     """Give every rank an owner on the cluster, and see to it that it keeps one.
 
@@ -65,6 +66,10 @@ def own_experts(
         Most token chunks that are under way on a worker at once, whatever graphs they are of, so
         that what waits for a slow rank does not fill its memory. Two more than the worker has
         threads at first; `inf` for no bound.
+    replicate_hot : bool, optional
+        Whether a rank gets a further owner without being asked, for as long as layers are computed:
+        where its worker is busy all the time while rows wait for it, and another one has time and
+        room for its experts (`hot_ranks`). True at first. `Owners.changes` says why.
 
     Returns
     -------
@@ -121,8 +126,9 @@ def own_experts(
     try:
         client.register_plugin(Services())
         world_size, is_new = client.run_on_scheduler(
-            _claim, client.id, world_size, replicas, loads, settle, pause_limit, chunks_in_flight
-        )
+            _claim, client.id, world_size, replicas, loads, settle, pause_limit, chunks_in_flight,
+            replicate_hot,
+        )  # fmt: skip
     except ModuleNotFoundError as error:
         raise RuntimeError(
             f"the scheduler at {client.scheduler.address} cannot import {error.name}; install "
@@ -275,6 +281,7 @@ def _claim(
     settle: float | None,
     pause_limit: float | None,
     chunks_in_flight: float | None,
+    replicate_hot: bool | None,
     dask_scheduler: Scheduler,
 ) -> tuple[int, bool]:
     installed = dask_scheduler.plugins.get(PLUGIN)
@@ -298,6 +305,8 @@ def _claim(
     plugin.is_leaving = False
     if chunks_in_flight is not None:
         plugin.limit(chunks_in_flight if isinf(chunks_in_flight) else int(chunks_in_flight))
+    if replicate_hot is not None:
+        plugin.replicate_hot = replicate_hot
     plugin.claim(client, world_size, loads, replicas)
     return world_size, is_new
 

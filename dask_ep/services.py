@@ -110,7 +110,7 @@ class Services(WorkerPlugin):
                 "ep-close": self._hear_close,
                 "ep-limit": self._hear_limit,
             },
-            metrics={"dask_ep": lambda worker: self.tally.metric()},
+            metrics={"dask_ep": lambda worker: self._metric()},
         )
 
     def teardown(self, worker: Any) -> None:
@@ -149,6 +149,10 @@ class Services(WorkerPlugin):
         for kept in (self._slices, self._loading):
             for key in [key for key in list(kept) if key[0] == token]:
                 kept.pop(key, None)
+
+    def _metric(self) -> dict[str, Any]:
+        slices = [[*key, getattr(experts, "nbytes", 0)] for key, experts in self._slices.items()]
+        return {**self.tally.metric(), "threads": self._threads, "slices": slices}
 
     def _hear_limit(self, chunks: float | None) -> None:
         self._admission.set_limit(self._threads + CHUNKS_WAITING if chunks is None else chunks)
@@ -198,12 +202,22 @@ class Services(WorkerPlugin):
         exchange: Exchange,
     ) -> Array:
         with self._under_way():
-            with self._cores:
+            with self._core():
                 packing = pack(tokens, routing, topk_weights, where, exchange)
             answers = self._exchange(Job(packing, where, exchange))
             in_order = ((rank, answers.pop(rank)) for rank in packing.ranks)
-            with self._cores:
+            with self._core():
                 return combine(packing, in_order, where, exchange)
+
+    @contextmanager
+    def _core(self) -> Iterator[None]:
+        """Hold one of the cores that packing, serving and combining share."""
+        with self._cores:
+            start = tally.now()
+            try:
+                yield
+            finally:
+                self.tally.count_core(tally.now() - start)
 
     @contextmanager
     def _under_way(self) -> Iterator[None]:
@@ -228,7 +242,7 @@ class Services(WorkerPlugin):
             groups = self._by_owner(route, job)
             here = groups.pop(self._worker.address, [])
             for owner, ranks in groups.items():
-                with self._cores:
+                with self._core():
                     packet = [cut(job.packing, ranks, job.where.chunk)]
                 asked.append(self._on_loop(self._ask(job, owner, ranks, packet, route.version, 0)))
             served = self._serve_here(job, here)
@@ -255,7 +269,7 @@ class Services(WorkerPlugin):
                 experts = self._slices[token, rank]
             except KeyError:
                 return None
-            with self._cores:
+            with self._core():
                 start = tally.now()
                 answer = serve_in_place(
                     job.packing, rank, experts, job.where.chunk, job.exchange.d_out
@@ -354,7 +368,7 @@ class Services(WorkerPlugin):
         return await self._ask(job, owner, ranks, packet, version, attempt)
 
     def _pack_under_core(self, job: Job, ranks: list[int]) -> Packet:
-        with self._cores:
+        with self._core():
             return cut(job.packing, ranks, job.where.chunk)
 
     async def _request(
@@ -435,7 +449,7 @@ class Services(WorkerPlugin):
         sender: str,
         came: float,
     ) -> list[Array]:
-        with self._cores:
+        with self._core():
             start = tally.now()
             nbytes = sum(array.nbytes for array in packet[0] if array is not None)
             answers = serve_packet(packet.pop(), ranks, slices, chunk, exchange)

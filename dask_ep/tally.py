@@ -47,7 +47,7 @@ class Tally:
         self._lock = threading.Lock()
         self._waiting: defaultdict[tuple[str, int], int] = defaultdict(int)
         self.rows = self.bytes_in = self.bytes_out = self.packets = self.chunks = 0
-        self.busy = 0.0
+        self.busy = self.core = 0.0
 
     @contextmanager
     def queued(self, token: str, ranks: list[int], rows: int) -> Iterator[None]:
@@ -80,6 +80,11 @@ class Tally:
                 self.packets += bool(serving.bytes_in)
         note(servings)
 
+    def count_core(self, seconds: float) -> None:
+        """Count the time that a core has computed: packing, serving or combining."""
+        with self._lock:
+            self.core += seconds
+
     def count_chunk(self) -> None:
         with self._lock:
             self.chunks += 1
@@ -95,6 +100,8 @@ class Tally:
             "packets": self.packets,
             "chunks": self.chunks,
             "busy": self.busy,
+            "core": self.core,
+            "time": now(),
             "queues": queues,
         }
 

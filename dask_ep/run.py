@@ -19,14 +19,13 @@ from functools import partial
 from queue import SimpleQueue
 from typing import Any, NamedTuple
 
-import dask.array as da
 from dask.system import CPU_COUNT
 from distributed import Client, as_completed, futures_of
 from distributed.client import FutureCancelledError
 from distributed.comm import CommClosedError
 
 from dask_ep.begun import Begun, read_begun
-from dask_ep.build import build, open_inputs
+from dask_ep.build import Built, build, open_inputs
 from dask_ep.decide import decide
 from dask_ep.in_passes import InPasses, PassesDone, free_for_rows
 from dask_ep.interrupts import Aside, Wait
@@ -185,14 +184,9 @@ def run_job(
     ):
         library = multiplied_by(where, client, inputs)
         layout = lay_out(job, where, client, begun_ranks=begun and begun.world_size)
-        decision = decide(
-            inputs.work(layout.on_devices),
-            layout,
-            chunk_rows=chunk_rows,
-            travel=travel,
-            free=partial(free_for_rows, inputs),
-            begun=begun,
-        )
+        work, free = inputs.work(layout.on_devices), partial(free_for_rows, inputs)
+        asked = {"chunk_rows": chunk_rows, "travel": travel}
+        decision = decide(work, layout, **asked, free=free, begun=begun)
         passes = decision.passes
         walk = passes and InPasses(inputs, passes, layout.workers, begun)
         with _owned(client, layout.workers if passes else layout.world_size) as owners:
@@ -204,34 +198,42 @@ def run_job(
                 multiplied_by=library,
                 exchange=walk,
             )
-            output = store(
-                _in_blocks(built.y, begun),
-                job.out,
-                inputs=built.inputs,
-                settings=built.settings | (walk.settings if walk else {}),
-                resume=resume,
-                overwrite=overwrite,
-                stored_rows=passes and passes.stored_rows,
-                compute=False,
-            )
-            with output:
+            with _stored(built, walk, job, begun, resume, overwrite) as output:
                 planned = None
-                if output.missing and (report is not None or on_record is not None):
+                if output.missing and (report or on_record):
                     _check_recorded(built.y.chunks[0], output.rows)
                     planned = plan_run(inputs, decision, built.placement, output.missing)
                 if client is not None and on_client is not None:
                     on_client(client)
                 watch = _Watch(output, on_progress)
-                steps = [output] if walk is None else walk.steps(output)
                 with _watched(output, client, owners, planned, report, on_record):
-                    for step in steps:
-                        if client is None:
-                            _compute_on_threads(step, threads, watch, wait)
-                        else:
-                            _compute_on_client(step, client, watch, wait)
+                    for step in [output] if walk is None else walk.steps(output):
+                        _compute(step, client, threads, watch, wait)
                     done = watch.progress()
     passes_done = walk and walk.done(watch.spilled_bytes)
     return done._replace(passes=passes_done, multiplied_by=library)
+
+
+def _stored(
+    built: Built,
+    walk: InPasses | None,
+    job: Job,
+    begun: Begun | None,
+    resume: bool,
+    overwrite: bool,
+) -> Output:
+    """Begin or resume the output, in the blocks in which it was begun."""
+    y, rows = built.y, begun and begun.rows
+    return store(
+        y if rows is None or y.chunks[0] == rows else y.rechunk({0: rows}),
+        job.out,
+        inputs=built.inputs,
+        settings=built.settings | (walk.settings if walk else {}),
+        resume=resume,
+        overwrite=overwrite,
+        stored_rows=walk and walk.passes.stored_rows,
+        compute=False,
+    )
 
 
 def _check_recorded(chunks: Sequence[int], rows: Sequence[int]) -> None:
@@ -241,11 +243,6 @@ def _check_recorded(chunks: Sequence[int], rows: Sequence[int]) -> None:
             f"a report lays a run beside its plan chunk by chunk, and this one was begun with "
             f"chunks of {max(rows)} rows, not {max(chunks)}: resume with those, or without a report"
         )
-
-
-def _in_blocks(y: da.Array, begun: Begun | None) -> da.Array:
-    """Give an output the blocks in which it was begun, where its chunks are others now."""
-    return y.rechunk({0: begun.rows}) if begun and y.chunks[0] != begun.rows else y
 
 
 def _owned(client: Client | None, world_size: int) -> contextlib.AbstractContextManager:
@@ -258,6 +255,15 @@ def _owned(client: Client | None, world_size: int) -> contextlib.AbstractContext
     if client is None or world_size == 1:
         return contextlib.nullcontext()
     return own_experts(client, world_size)
+
+
+def _compute(
+    step: Output | Step, client: Client | None, threads: int, watch: _Watch, wait: Wait
+) -> None:
+    if client is None:
+        _compute_on_threads(step, threads, watch, wait)
+    else:
+        _compute_on_client(step, client, watch, wait)
 
 
 def _compute_on_threads(output: Output | Step, threads: int, watch: _Watch, wait: Wait) -> None:

@@ -157,6 +157,10 @@ WAYS = {
     "as stored": (replace(LARGE, rows=40_000), Asked(Threads(1, 700 * 10**6))),
     "hold": (LARGE, Asked(Threads(2, 600 * 10**6))),
     "spill": (replace(LARGE, num_experts=256), Asked(Processes(2, 640 * 10**6))),
+    "hold what is stored in chunks": (
+        replace(LARGE, stored_rows=70),
+        Asked(Threads(2, 700 * 10**6)),
+    ),
     "asked to spill": (LARGE, Asked(Threads(1, 500 * 10**6), travel="rows")),
     "asked to hold on workers": (
         replace(LARGE, num_experts=256),
@@ -300,6 +304,7 @@ def test_a_plan_and_a_run_go_every_way_alike(tmp_path, name):
     assert ("as stored" if ran["as stored"] else way) == {
         "in memory, several a rank": "in memory",
         "experts travel": "in memory",
+        "hold what is stored in chunks": "hold",
         "asked to spill": "spill",
     }.get(name, name)
 

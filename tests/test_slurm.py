@@ -2,22 +2,27 @@
 
 from __future__ import annotations
 
+import contextlib
+import importlib
 import os
 import re
 import shlex
 import signal
 import subprocess
 import sys
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
 import pytest
 
+from dask_ep.cluster import connect
 from dask_ep.example import Example, write_example
 from dask_ep.job import load_job
 from dask_ep.places import Threads
 from dask_ep.run import run_job
-from tests.cluster_processes import REPOSITORY, wait_until
+from tests.certificates import make_certificates, options
+from tests.cluster_processes import DEADLINE, REPOSITORY, wait_until
 from tests.slurm_processes import Slurm, missing_programs
 from tests.test_cluster_command import end, wait_for_blocks
 
@@ -51,16 +56,26 @@ def expected(job, tmp_path_factory):
     return np.load(out)
 
 
-def start(slurm: Slurm, directory: Path, *arguments: object) -> subprocess.Popen:
-    own = ("--interface", "lo", "--memory", "700MiB", "--log-directory", directory / "logs")
-    return subprocess.Popen(
-        [sys.executable, SCRIPT, *map(str, (*own, "--chunk-rows", 64, *arguments))],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        env=slurm.environment | {"PYTHONPATH": str(REPOSITORY)},
-        start_new_session=True,
-    )
+@pytest.fixture
+def start(slurm, tmp_path) -> Iterator[Callable[..., subprocess.Popen]]:
+    """Start the script; what a test that fails has left of it is killed."""
+    own = ("--interface", "lo", "--memory", "700MiB", "--log-directory", tmp_path / "logs")
+    with contextlib.ExitStack() as started:
+
+        def start(*arguments: object) -> subprocess.Popen:
+            process = subprocess.Popen(
+                [sys.executable, SCRIPT, *map(str, (*own, "--chunk-rows", 64, *arguments))],
+                stdout=subprocess.PIPE,
+                stderr=subprocess.PIPE,
+                text=True,
+                env=slurm.environment | {"PYTHONPATH": str(REPOSITORY)},
+                start_new_session=True,
+            )
+            started.enter_context(process)
+            started.callback(process.kill)
+            return process
+
+        yield start
 
 
 def wait_for_no_jobs(slurm: Slurm) -> None:
@@ -68,9 +83,9 @@ def wait_for_no_jobs(slurm: Slurm) -> None:
 
 
 @needs_slurm
-def test_a_run(slurm, job, tmp_path, expected):
+def test_a_run(slurm, start, job, tmp_path, expected):
     out = tmp_path / "out.npy"
-    code, printed, told = end(start(slurm, tmp_path, job, "--out", out, "--workers", 2))
+    code, printed, told = end(start(job, "--out", out, "--workers", 2))
     assert code == 0, told
     assert f"{out}: 6400 rows in" in printed
     np.testing.assert_array_equal(np.load(out), expected)
@@ -84,10 +99,10 @@ def test_a_run(slurm, job, tmp_path, expected):
 
 
 @needs_slurm
-def test_a_worker_that_is_cancelled_is_replaced(slurm, job, tmp_path, expected):
+def test_a_worker_that_is_cancelled_is_replaced(slurm, start, job, tmp_path, expected):
     """The only one of two ranks: without another one the run would not end."""
     out = tmp_path / "out.npy"
-    process = start(slurm, tmp_path, job, "--out", out, "--workers", 1, "--world-size", 2)
+    process = start(job, "--out", out, "--workers", 1, "--world-size", 2)
     wait_for_blocks(out, 5, process)
     (cancelled,) = slurm.jobs()
     slurm.ask("scancel", cancelled)
@@ -101,10 +116,12 @@ def test_a_worker_that_is_cancelled_is_replaced(slurm, job, tmp_path, expected):
 
 @needs_slurm
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_a_run_that_is_stopped_leaves_no_jobs_and_goes_on(slurm, job, tmp_path, expected, number):
+def test_a_run_that_is_stopped_leaves_no_jobs_and_goes_on(
+    slurm, start, job, tmp_path, expected, number
+):
     """Sent to the whole group, as a terminal does with Ctrl-C; resumed on other workers."""
     out = tmp_path / "out.npy"
-    process = start(slurm, tmp_path, job, "--out", out, "--workers", 2)
+    process = start(job, "--out", out, "--workers", 2)
     wait_for_blocks(out, 5, process)
     os.killpg(process.pid, number)
     code, _, told = end(process)
@@ -114,7 +131,7 @@ def test_a_run_that_is_stopped_leaves_no_jobs_and_goes_on(slurm, job, tmp_path, 
     assert "Traceback" not in told
     wait_for_no_jobs(slurm)
     assert not out.exists()
-    code, printed, told = end(start(slurm, tmp_path, job, "--out", out, "--resume"))
+    code, printed, told = end(start(job, "--out", out, "--resume"))
     assert code == 0, told
     assert "were there" in printed
     assert "workers: 4 running" in told, "by default, and not as many as there are ranks"
@@ -123,11 +140,14 @@ def test_a_run_that_is_stopped_leaves_no_jobs_and_goes_on(slurm, job, tmp_path, 
 
 @needs_slurm
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
-def test_pending_jobs_end_with_a_run_that_waits_for_them(slurm, job, tmp_path, number):
-    process = start(slurm, tmp_path, job, "--out", tmp_path / "out.npy", "--workers", 9)
+def test_pending_jobs_end_with_a_run_that_waits_for_them(slurm, start, job, tmp_path, number):
+    process = start(job, "--out", tmp_path / "out.npy", "--workers", 9)
     wait_until(lambda: len(slurm.jobs("PENDING")) == 5, "four of nine jobs run")
-    wait_until(lambda: "4 running, 5 waited for" in process.stderr.readline(), "that is told")
-    wait_until(lambda: "jobs wait: Resources" in process.stderr.readline(), "and why")
+    said = ""
+    while not ("4 running, 5 waited for" in said and "jobs wait: Resources" in said):
+        line = process.stderr.readline()
+        assert line, said
+        said += line
     os.kill(process.pid, number)
     code, _, told = end(process)
     assert code == (1 if number == signal.SIGTERM else -signal.SIGKILL)
@@ -136,9 +156,9 @@ def test_pending_jobs_end_with_a_run_that_waits_for_them(slurm, job, tmp_path, n
 
 
 @needs_slurm
-def test_what_slurm_refuses_is_an_error(slurm, job, tmp_path):
+def test_what_slurm_refuses_is_an_error(slurm, start, job, tmp_path):
     out = tmp_path / "out.npy"
-    code, printed, told = end(start(slurm, tmp_path, job, "--out", out, "--partition", "nowhere"))
+    code, printed, told = end(start(job, "--out", out, "--partition", "nowhere"))
     assert (code, printed) == (1, "")
     assert told == (
         "dask-ep: SLURM refused the workers: invalid partition specified: nowhere; Batch job "
@@ -148,10 +168,10 @@ def test_what_slurm_refuses_is_an_error(slurm, job, tmp_path):
 
 
 @needs_slurm
-def test_workers_that_do_not_start_end_the_run(slurm, job, tmp_path):
+def test_workers_that_do_not_start_end_the_run(slurm, start, job, tmp_path):
     out = tmp_path / "out.npy"
     prologue = ("--prologue", "echo no such environment; exit 1")
-    code, _, told = end(start(slurm, tmp_path, job, "--out", out, "--workers", 2, *prologue))
+    code, _, told = end(start(job, "--out", out, "--workers", 2, *prologue))
     assert code == 1
     assert "SLURM jobs ended before their worker had reached the scheduler; the end of" in told
     assert told.endswith(".log:\nno such environment\n")
@@ -160,20 +180,63 @@ def test_workers_that_do_not_start_end_the_run(slurm, job, tmp_path):
 
 
 @needs_slurm
-def test_an_output_that_is_there_is_refused_as_by_run_and_asks_for_no_workers(slurm, job, tmp_path):
+def test_an_output_that_is_there_is_refused_as_by_run_and_asks_for_no_workers(
+    slurm, start, job, tmp_path
+):
     out = tmp_path / "out.npy"
     out.touch()
-    code, printed, told = end(start(slurm, tmp_path, job, "--out", out))
+    code, printed, told = end(start(job, "--out", out))
     assert (code, printed) == (1, "")
     by_run = subprocess.run(
         [sys.executable, "-m", "dask_ep", "run", job, "--out", out],
         capture_output=True, text=True, cwd=REPOSITORY, check=False,
     )  # fmt: skip
-    assert told == by_run.stderr
+    assert [told] == by_run.stderr.splitlines(keepends=True)[-1:]  # run may hint at BLAS before
     assert "overwrite to start again" in told
     assert (by_run.returncode, "SLURM" in told) == (1, False)
-    code, _, told = end(start(slurm, tmp_path, job, "--out", out, "--overwrite", "--workers", 1))
+    code, _, told = end(start(job, "--out", out, "--overwrite", "--workers", 1))
     assert code == 0, told
+
+
+@needs_slurm
+def test_a_replacement_that_slurm_refuses_is_asked_for_again(slurm, tmp_path, monkeypatch, capsys):
+    monkeypatch.syspath_prepend(SCRIPT.parent)
+    script = importlib.import_module("slurm")
+    monkeypatch.setattr(script, "SECONDS_BETWEEN_LOOKS", 0.2)
+    monkeypatch.setenv("SLURM_CONF", slurm.environment["SLURM_CONF"])
+    monkeypatch.setenv("PYTHONPATH", str(REPOSITORY))
+    request = script.Request(
+        *("dask-ep-refused", None, None, 1, 700 << 20, "01:00:00", "lo", (), tmp_path, (), None)
+    )
+    told = []
+
+    def is_told(words: str) -> bool:
+        told.append(capsys.readouterr().err)
+        return words in "".join(told)
+
+    with script.slurm_workers(request, 2) as where, connect(where.address) as client:
+        client.wait_for_workers(2, timeout=DEADLINE)
+        slurm.ask("scontrol", "update", "PartitionName=all", "State=INACTIVE")
+        try:
+            slurm.ask("scancel", slurm.jobs()[0])
+            wait_until(lambda: is_told("SLURM refused the workers: "), "the refusal is told")
+        finally:
+            slurm.ask("scontrol", "update", "PartitionName=all", "State=UP")
+        wait_until(lambda: len(client.nthreads()) == 2, "another worker has come")
+    wait_for_no_jobs(slurm)
+
+
+@needs_slurm
+def test_with_certificates(slurm, start, job, tmp_path, expected):
+    own = options(make_certificates(tmp_path))
+    out = tmp_path / "out.npy"
+    code, _, told = end(start(job, "--out", out, "--workers", 2, *own))
+    assert code == 0, told
+    np.testing.assert_array_equal(np.load(out), expected)
+    (log, *_) = (tmp_path / "logs").iterdir()
+    assert "tls://" in log.read_text()
+    assert "tcp://" not in log.read_text()
+    wait_for_no_jobs(slurm)
 
 
 def show(*arguments: str) -> tuple[list[str], str]:

@@ -15,6 +15,7 @@ its SLURM jobs end too.
 
 from __future__ import annotations
 
+import logging
 import secrets
 import shlex
 import shutil
@@ -128,7 +129,8 @@ class Jobs:
         self._ids: set[str] = set()  # not known to have ended
         self._came: set[str] = set()  # whose worker has reached the scheduler
         self._failed_starts = 0  # in a row
-        self._said = ""
+        self._missing = 0  # to be submitted
+        self._said: set[str] = set()  # each is told once
         self.error: RuntimeError | None = None
         self.stopped = Event()
 
@@ -163,10 +165,13 @@ class Jobs:
 
     def _say_why_they_wait(self, queue: dict[str, tuple[str, str]]) -> None:
         reasons = {why for state, why in queue.values() if state == "PD" and why != "None"}
-        said = ", ".join(sorted(reasons))
-        if said not in ("", self._said):
-            click.echo(f"SLURM: jobs wait: {said}", err=True)
-        self._said = said
+        if reasons:
+            self._say(f"jobs wait: {', '.join(sorted(reasons))}")
+
+    def _say(self, what: str) -> None:
+        if what not in self._said:
+            self._said.add(what)
+            click.echo(f"SLURM: {what}", err=True)
 
     def _replace(self, ended: set[str]) -> None:
         names = {worker.name for worker in list(self._cluster.scheduler.workers.values())}
@@ -182,8 +187,16 @@ class Jobs:
             )
         if ended:
             click.echo(f"SLURM: {', '.join(sorted(ended))} ended and will be replaced", err=True)
-            self.submit(len(ended))
             self._ids -= ended
+            self._missing += len(ended)
+        try:
+            if self._missing:
+                self.submit(self._missing)
+                self._missing = 0
+        except RuntimeError as error:
+            if not self._ids:
+                raise
+            self._say(f"{error}; asked again while others run")
 
 
 def slurm(command: list[str], **keywords: Any) -> subprocess.CompletedProcess:
@@ -241,7 +254,6 @@ def start_scheduler(request: Request, count: int) -> LocalCluster:
             interface=request.interface,
             security=security,
             dashboard_address=":0",
-            silence_logs="CRITICAL",  # what fails is told by the run
         )
 
 
@@ -336,6 +348,9 @@ def on_slurm(workers: int, only_print: bool, **options: Any) -> None:
         click.echo(f"{shlex.join(request.command(workers))} <<'EOF'")
         click.echo(f"{request.script('SCHEDULER')}EOF")
         return
+    logging.disable(
+        logging.ERROR
+    )  # Dask's, for good: workers that leave are no news, the run tells
     carry_out(Deployed(partial(slurm_workers, request, workers)), **options)
 
 

@@ -18,9 +18,6 @@ import itertools
 import threading
 from collections.abc import Callable
 
-CHUNKS_WAITING = 2
-"""Chunks under way on a worker besides one for each of its threads: those that wait for answers."""
-
 LOOK_SECONDS = 0.1
 """How often a thread that waits looks for a task that comes before its own."""
 

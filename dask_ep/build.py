@@ -21,7 +21,7 @@ import dask.array as da
 import numpy as np
 
 from dask_ep.checkpoint import load_moe_layer, moe_layers
-from dask_ep.decide import Decision
+from dask_ep.decision import Decision
 from dask_ep.errors import JobError
 from dask_ep.experts import Experts
 from dask_ep.held import held_as_stored

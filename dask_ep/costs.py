@@ -14,8 +14,10 @@ from typing import NamedTuple
 
 import numpy as np
 
-from dask_ep.admission import CHUNKS_WAITING
 from dask_ep.checks import computing_dtype
+
+CHUNKS_WAITING = 2
+"""Chunks under way on a worker besides one for each of its threads: those that wait for answers."""
 
 FEWEST_ROWS = 64
 """Rows of a chunk below which the cost of a task outweighs its work many times over."""

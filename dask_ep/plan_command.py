@@ -41,8 +41,8 @@ from dask_ep.options import (
     ranks_options,
 )
 from dask_ep.places import lay_out
-from dask_ep.planner import Pricing, WhatIf
-from dask_ep.price import Plan
+from dask_ep.planner import Pricing
+from dask_ep.price import Plan, WhatIf
 from dask_ep.report import check_drawing, check_place, figures_of, write_plan_report
 from dask_ep.terminal import hint_at_faster_blas
 from dask_ep.travel import TRAVELS

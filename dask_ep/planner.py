@@ -13,7 +13,7 @@ Axis letters: `N` rows, `k` slots per row, `E` experts, `R` ranks, `S` slots per
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from itertools import product
 from typing import Any
 
@@ -27,7 +27,8 @@ from dask_ep.bfloat16 import BFLOAT16
 from dask_ep.build import Inputs
 from dask_ep.checks import check_routing, check_tokens, computing_dtype
 from dask_ep.costs import Rates
-from dask_ep.decide import Decision, attempt, decide
+from dask_ep.decide import attempt, decide
+from dask_ep.decision import Decision
 from dask_ep.device_memory import THREADS_PER_GPU
 from dask_ep.device_probe import probe_device
 from dask_ep.errors import DoesNotFit
@@ -37,7 +38,7 @@ from dask_ep.layer import MoELayer
 from dask_ep.memory_law import Layout
 from dask_ep.placement import Placement, contiguous
 from dask_ep.placement_files import Asked, resolve
-from dask_ep.price import Plan
+from dask_ep.price import Plan, WhatIf
 from dask_ep.price_gpus import PlanOnGpus
 from dask_ep.price_passes import PlanInPasses
 from dask_ep.probe import probe
@@ -50,16 +51,6 @@ from dask_ep.work import Work
 
 SAMPLE_BYTES = 48 << 20
 """Of experts in memory, with which their speed is measured."""
-
-
-@dataclass(frozen=True)
-class WhatIf:
-    """Several plans of one job side by side."""
-
-    plans: tuple[Plan, ...]
-    best: Plan
-    #: the fastest that fits; of equals the one that moves fewer bytes, then with fewer tasks
-    why: str
 
 
 def plan(

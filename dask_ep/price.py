@@ -22,7 +22,7 @@ from dask.utils import format_bytes
 
 from dask_ep import costs
 from dask_ep.costs import Rates, Spread
-from dask_ep.decide import Decision
+from dask_ep.decision import Decision
 from dask_ep.memory_law import Layout, need
 from dask_ep.pipeline import count_tasks
 from dask_ep.placement import Placement, place
@@ -466,3 +466,13 @@ class Plan:
         return np.bincount(
             np.arange(self.world_size) % self.workers, per_rank, minlength=self.workers
         )
+
+
+@dataclass(frozen=True)
+class WhatIf:
+    """Several plans of one job side by side."""
+
+    plans: tuple[Plan, ...]
+    best: Plan
+    #: the fastest that fits; of equals the one that moves fewer bytes, then with fewer tasks
+    why: str

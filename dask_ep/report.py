@@ -20,8 +20,7 @@ from dask.utils import format_bytes
 
 from dask_ep import figures
 from dask_ep.placement import POLICIES, place
-from dask_ep.planner import WhatIf
-from dask_ep.price import Plan
+from dask_ep.price import Plan, WhatIf
 from dask_ep.record import Record
 
 STYLE = """

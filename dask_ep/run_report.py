@@ -24,7 +24,7 @@ from distributed import Client, WorkerPlugin, performance_report
 
 from dask_ep import tally
 from dask_ep.build import Inputs
-from dask_ep.decide import Decision
+from dask_ep.decision import Decision
 from dask_ep.memory import release
 from dask_ep.ownership import Owners
 from dask_ep.planner import Pricing

@@ -33,9 +33,10 @@ from distributed import Reschedule, WorkerPlugin, secede
 from distributed.protocol import to_serialize
 
 from dask_ep import dask_internals, tally
-from dask_ep.admission import CHUNKS_WAITING, Admission
+from dask_ep.admission import Admission
 from dask_ep.arrays import Array
 from dask_ep.chunk import Exchange, Where, combine, cut, pack, serve_in_place, serve_packet
+from dask_ep.costs import CHUNKS_WAITING
 from dask_ep.pack import Packet, Packing
 from dask_ep.tally import Serving, Tally
 

@@ -17,7 +17,6 @@ from dask_ep.costs import packet_row_bytes, reply_row_bytes
 from dask_ep.device_memory import OnDevice
 from dask_ep.experts import CallableExperts, Experts
 from dask_ep.held import StoredExperts
-from dask_ep.layer import MoELayer
 from dask_ep.served import tile_bytes
 
 
@@ -134,7 +133,7 @@ class Work:
         cls,
         tokens: Any,
         experts: Experts | CallableExperts,
-        layer: MoELayer | None = None,
+        layer: Any = None,
         *,
         rows: int,
         slots: int,
@@ -150,6 +149,7 @@ class Work:
         ----------
         tokens : array or source, of which shape and dtype are looked at
         experts : of `layer`, if there is one
+        layer : MoELayer or None
         rows, slots : N, k
         topk_dtype : of the top-k weights, if there are any
         routes : whether the layer's router says the routing
@@ -200,7 +200,7 @@ class Work:
         )
 
 
-def _beside(layer: MoELayer, d: int, compute: np.dtype, routes: bool, on_devices: bool) -> Beside:
+def _beside(layer: Any, d: int, compute: np.dtype, routes: bool, on_devices: bool) -> Beside:
     """Put a layer's router, unless another says the routing, and its shared experts into numbers.
 
     Tasks are not counted here: they are those of a graph.

@@ -25,7 +25,8 @@ from dask_ep.costs import (
     Need,
     Rates,
 )
-from dask_ep.decide import Decision, decide
+from dask_ep.decide import decide
+from dask_ep.decision import Decision
 from dask_ep.errors import DoesNotFit
 from dask_ep.example import Example, write_example
 from dask_ep.experts import Experts

@@ -22,7 +22,8 @@ from hypothesis import strategies as st
 from dask_ep import run
 from dask_ep.build import Inputs, build, open_inputs
 from dask_ep.costs import Rates
-from dask_ep.decide import Decision, decide
+from dask_ep.decide import decide
+from dask_ep.decision import Decision
 from dask_ep.job import EXPERT_MATRICES, Job, load_job
 from dask_ep.journal import read_manifest
 from dask_ep.output import progress_directory

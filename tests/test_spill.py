@@ -30,7 +30,8 @@ from dask_ep import decide as decisions
 from dask_ep import held_rows, in_passes, output, run, sources, spill
 from dask_ep.begun import Begun
 from dask_ep.build import open_inputs
-from dask_ep.decide import Decision, decide
+from dask_ep.decide import decide
+from dask_ep.decision import Decision
 from dask_ep.errors import DoesNotFit
 from dask_ep.example import Example, write_example
 from dask_ep.in_passes import free_for_rows

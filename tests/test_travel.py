@@ -16,7 +16,8 @@ from hypothesis import strategies as st
 from dask_ep import expert_parallel, reference, travel
 from dask_ep.build import build, open_inputs
 from dask_ep.costs import PART_OF_A_WORKER, Rates
-from dask_ep.decide import Decision, decide
+from dask_ep.decide import decide
+from dask_ep.decision import Decision
 from dask_ep.example import Example, write_example
 from dask_ep.job import load_job
 from dask_ep.memory_law import Layout, need

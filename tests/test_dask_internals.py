@@ -268,6 +268,23 @@ def test_metrics_reach_the_scheduler(client, workers, installed):
     wait_until(lambda: on_scheduler(client, metrics) == [7, 7], "heartbeats came")
 
 
+def test_a_task_gives_its_thread_back_once(client, workers):
+    GATES["aside"] = go_on = threading.Event()
+
+    def leave():
+        dask_internals.leave_pool()
+        dask_internals.leave_pool()
+        _hold("aside")
+
+    LOOKS["leave"] = leave
+    here = {"workers": [workers[0].address], "pure": False}
+    aside = [client.submit(_look, "leave", **here) for _ in range(3)]
+    assert client.submit(_address, **here).result(DEADLINE) == workers[0].address
+    assert not any(future.done() for future in aside)
+    go_on.set()
+    client.gather(aside)
+
+
 def test_a_task_learns_whether_an_earlier_one_lacks_a_thread(client, workers):
     worker, found = workers[0], []
     GATES["later is there"], GATES["earlier is there"] = threading.Event(), threading.Event()

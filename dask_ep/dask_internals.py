@@ -13,7 +13,8 @@ from typing import Any
 
 from distributed.core import clean_exception
 from distributed.scheduler import Scheduler, TaskState
-from distributed.worker import WORKER_ANY_RUNNING, Worker, get_worker, thread_state
+from distributed.threadpoolexecutor import thread_state as pool_state
+from distributed.worker import WORKER_ANY_RUNNING, Worker, get_worker, secede, thread_state
 
 FIRST = -(2**40)
 """A priority before any that users give; Dask takes the smallest number first."""
@@ -96,6 +97,12 @@ def raise_remote(answer: dict[str, Any]) -> None:
     if answer.get("status") == "uncaught-error":
         _, error, trace = clean_exception(**answer)
         raise error.with_traceback(trace)
+
+
+def leave_pool() -> None:
+    """Give the thread of this task back to Dask, unless that has been done: tasks are fused."""
+    if pool_state.proceed:
+        secede()
 
 
 def priority_here() -> tuple:

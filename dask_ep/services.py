@@ -29,7 +29,7 @@ from contextlib import contextmanager
 from functools import partial
 from typing import Any, NamedTuple
 
-from distributed import Reschedule, WorkerPlugin, secede
+from distributed import Reschedule, WorkerPlugin
 from distributed.protocol import to_serialize
 
 from dask_ep import dask_internals, tally
@@ -227,7 +227,7 @@ class Services(WorkerPlugin):
         def earlier_is_ready() -> bool:
             return self._on_loop(dask_internals.earlier_is_ready(self._worker, priority)).result()
 
-        self._admission.enter(priority, earlier_is_ready, secede)
+        self._admission.enter(priority, earlier_is_ready, dask_internals.leave_pool)
         try:
             yield
         finally:

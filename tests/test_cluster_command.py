@@ -93,7 +93,7 @@ def test_a_lost_worker_changes_nothing(cluster, job, tmp_path, expected):
     assert "6400 rows in" in printed
     np.testing.assert_array_equal(np.load(out), expected)
     assert f"report: {tmp_path}/run.html; Dask's: {tmp_path}/run-dask.html" in printed
-    assert "ep_dispatch" in (tmp_path / "run-dask.html").read_text()
+    assert "ep_chunk" in (tmp_path / "run-dask.html").read_text()
     report = (tmp_path / "run.html").read_text()
     assert '<a href="run-dask.html">' in report
     assert re.search(r"<td>worker tcp://[\d.:]+ left</td>", report)

@@ -5,17 +5,17 @@ from __future__ import annotations
 from importlib import import_module
 
 _HOME = {
-    "expert_parallel_dispatch": "dispatch",
-    "Experts": "experts",
-    "expert_parallel": "pipeline",
-    "MoELayer": "layer",
-    "Router": "routing",
-    "Placement": "placement",
-    "load_moe_layer": "checkpoint",
-    "own_experts": "ownership",
-    "open_tokens": "storage",
-    "plan": "planner",
-    "store": "storage",
+    "expert_parallel_dispatch": "kernel.dispatch",
+    "Experts": "experts.experts",
+    "expert_parallel": "graph.pipeline",
+    "MoELayer": "layers.layer",
+    "Router": "layers.routing",
+    "Placement": "placement.policies",
+    "load_moe_layer": "layers.checkpoint",
+    "own_experts": "cluster.ownership",
+    "open_tokens": "storage.storage",
+    "plan": "jobs.plan",
+    "store": "storage.storage",
 }
 """Where each public name lives; a module is imported when one of its names is first used."""
 

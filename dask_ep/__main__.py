@@ -9,7 +9,7 @@ import signal
 def main() -> None:
     """Import the command, and run it."""
     before = signal.signal(signal.SIGINT, signal.SIG_DFL)
-    from dask_ep import cli
+    from dask_ep.cli import main as cli
 
     signal.signal(signal.SIGINT, before)
     cli.main()

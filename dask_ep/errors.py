@@ -8,7 +8,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from dask_ep.decision import Decision
+    from dask_ep.laws.decision import Decision
 
 
 class JobError(ValueError):

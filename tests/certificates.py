@@ -8,7 +8,7 @@ from __future__ import annotations
 import subprocess
 from pathlib import Path
 
-from dask_ep.cluster import Certificates
+from dask_ep.cluster.checks import Certificates
 
 
 def make_certificates(directory: Path) -> Certificates:

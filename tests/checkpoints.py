@@ -10,11 +10,11 @@ from typing import Any
 
 import numpy as np
 
-from dask_ep.experts import Experts
-from dask_ep.layer import MoELayer
-from dask_ep.safetensors_header import DTYPES
-from dask_ep.sources import open_safetensors
-from dask_ep.weights import Weight
+from dask_ep.experts.experts import Experts
+from dask_ep.experts.weights import Weight
+from dask_ep.layers.layer import MoELayer
+from dask_ep.storage.safetensors_header import DTYPES
+from dask_ep.storage.sources import open_safetensors
 
 FIXTURES = Path(__file__).parent / "fixtures"
 CASES = sorted(path.parent.name for path in FIXTURES.glob("*/config.json"))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import ml_dtypes
 import numpy as np
 
-from dask_ep import reference
+from dask_ep.kernel import reference
 from tests.strategies import Case
 
 

@@ -1,4 +1,4 @@
-"""What do the kernels of `fused` and the calls of cuBLAS do, without a card?
+"""What do the kernels of `cuda_kernels` and the calls of cuBLAS do, without a card?
 
 The CUDA source is C++ but for a few words, so a C++ compiler makes functions of it that run here on
 the double's memory, thread by thread. `gemmEx` is done by NumPy at the addresses, leading
@@ -27,7 +27,8 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
-from dask_ep import device, fused
+from dask_ep.arrays import device
+from dask_ep.kernel import cuda_kernels
 from tests.device_double import (
     DeviceArray,
     MemoryPointer,
@@ -198,6 +199,6 @@ def kernels() -> Iterator[Cublas]:
         yield cublas
     finally:
         del namespace.RawKernel, namespace.cuda.cublas
-        fused._fused.pop("device_double", None)
+        cuda_kernels._fused.pop("device_double", None)
         for key in [key for key in device._every_gemms if key[0] == "device_double"]:
             del device._every_gemms[key]

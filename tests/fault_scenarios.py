@@ -23,7 +23,7 @@ import numpy as np
 from distributed import Client
 
 from dask_ep import Experts, expert_parallel, own_experts
-from dask_ep.owner_plugin import METADATA
+from dask_ep.cluster.owner_plugin import METADATA
 from tests.cluster_processes import DEADLINE, Cluster, wait_until, worker_pids
 
 RANKS, WORKERS = 6, ("w0", "w1", "w2")

@@ -10,10 +10,10 @@ import dask.array as da
 import numpy as np
 from distributed import Client, SchedulerPlugin, get_worker
 
-from dask_ep import tally
-from dask_ep.services import PLUGIN
-from dask_ep.sources import Source
-from dask_ep.tally import Serving
+from dask_ep.cluster.services import PLUGIN
+from dask_ep.graph import tally
+from dask_ep.graph.tally import Serving
+from dask_ep.storage.sources import Source
 
 
 class Recorder(SchedulerPlugin):

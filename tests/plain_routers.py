@@ -1,6 +1,7 @@
 """What must each router give, said in plain loops over one row's logits in Python floats?
 
-Nothing of the package is used; the tests compare `dask_ep.routing` and `dask_ep.capacity` with it.
+Nothing of the package is used; the tests compare `dask_ep.layers.routing` and
+`dask_ep.layers.capacity` with it.
 """
 
 from __future__ import annotations

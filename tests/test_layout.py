@@ -13,75 +13,40 @@ import pytest
 ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "dask_ep"
 
-GROUND = (
-    "arrays bfloat16 blas checks command corpus costs device errors files fingerprint fused "
-    "grouped interrupts journal mapped memory npy_header reference replace safetensors_header "
-    "source zarr_layout"
-)
-KERNEL_AND_DATA = (
-    "device_memory dispatch expert kinds local output quantized remote segments served sources "
-    "spill weights writers writing"
-)
-MIDDLE = (
-    "ahead capacity exchange experts held lazy_routing packing placement placement_files "
-    "rebalance routing rows scores slots survey travel wire"
-)
-TOP = (
-    "at_home block checkpoint checkpoint_files cluster decide device_probe expert_major families "
-    "family figures gpus guard handover held_rows homes memory_law owner_map owner_plugin "
-    "ownership passes price price_gpus price_passes probe ranks record resume rounding "
-    "spilled_rows storage window work"
-)
-JOBS = (
-    "begun build example in_passes inspect_ job notes options places planner report run run_report "
-    "sample terminal verify workers"
-)
-
-COMMANDS = "example_command inspect_command plan_command run_command verify_command"
-
-LAYERS = [
-    set(layer.split())
-    for layer in (
-        GROUND,
-        KERNEL_AND_DATA,
-        MIDDLE,
-        "pipeline",
-        "layer",
-        TOP,
-        JOBS,
-        COMMANDS,
-        "cli",
-    )
+ROOMS = [
+    "arrays",
+    "kernel",
+    "storage",
+    "experts",
+    "placement",
+    "laws",
+    "graph",
+    "layers",
+    "pricing",
+    "cluster",
+    "jobs",
+    "cli",
 ]
-"""From the bottom up. A module may import those below it, and others of its own layer."""
+"""From the bottom up. A room may use those below it and itself; errors may be used everywhere."""
 
-ONLY = {
-    "distributed": {
-        *(
-            "at_home",
-            "cluster",
-            "gpus",
-            "handover",
-            "homes",
-            "owner_plugin",
-            "ownership",
-            "places",
-            "run",
-            "run_command",
-        ),
-        "run_report",
-        "window",
-        "wire",
-        "workers",
-    },
-    "torch": set(),
-    "cupy": {"device"},
-}
-"""Who may import what, anywhere in the module."""
+DISTRIBUTED = {"cluster", "jobs", "cli"}
+"""Rooms that may import distributed; the others work without it."""
+
+ONLY = {"torch": set(), "cupy": {"arrays.device"}}
+"""Modules that may import what, anywhere in them."""
 
 
 def modules() -> dict[str, Path]:
-    return {path.stem: path for path in PACKAGE.glob("*.py") if not path.stem.startswith("__")}
+    """All modules of rooms, by room and name: ``kernel.dispatch``."""
+    return {
+        f"{path.parent.name}.{path.stem}": path
+        for path in PACKAGE.glob("*/*.py")
+        if not path.stem.startswith("__")
+    }
+
+
+def room_of(module: str) -> str:
+    return module.partition(".")[0]
 
 
 def imports(path: Path, *, top_level: bool = False) -> set[str]:
@@ -107,11 +72,8 @@ def imports(path: Path, *, top_level: bool = False) -> set[str]:
 
 def own_imports(path: Path, **kwargs: bool) -> set[str]:
     """Modules of the package that a module imports."""
-    return {
-        name.split(".")[1]
-        for name in imports(path, **kwargs)
-        if name.startswith("dask_ep.") and name.split(".")[1] in modules()
-    }
+    names = {name.removeprefix("dask_ep.") for name in imports(path, **kwargs)}
+    return {".".join(name.split(".")[:2]) for name in names} & modules().keys()
 
 
 def test_the_visible_top_level_is_what_it_should_be():
@@ -122,20 +84,39 @@ def test_the_visible_top_level_is_what_it_should_be():
     assert visible == {"pyproject.toml", "README.md", "dask_ep", "workflows", "tests"}
 
 
-def test_every_module_has_its_layer():
-    listed = [name for layer in LAYERS for name in layer]
-    assert sorted(listed) == sorted(modules())
+def test_every_module_is_in_a_room():
+    beside = {path.stem for path in PACKAGE.glob("*.py")}
+    assert beside == {"__init__", "__main__", "errors"}
+    assert {room_of(module) for module in modules()} == set(ROOMS)
 
 
-def test_arrows_point_down_only():
-    height = {name: level for level, layer in enumerate(LAYERS) for name in layer}
+def test_rooms_and_modules_say_their_question():
+    for path in PACKAGE.rglob("*.py"):
+        assert ast.get_docstring(ast.parse(path.read_text())), path
+
+
+def test_arrows_between_rooms_point_down_only():
     upward = [
         f"{name} imports {other}"
         for name, path in modules().items()
         for other in own_imports(path)
-        if height[other] > height[name]
+        if ROOMS.index(room_of(other)) > ROOMS.index(room_of(name))
     ]
     assert not upward
+
+
+def test_only_rooms_that_know_a_cluster_import_distributed():
+    users = {
+        name
+        for name, path in modules().items()
+        if any(found.split(".")[0] == "distributed" for found in imports(path))
+    }
+    assert {room_of(name) for name in users} <= DISTRIBUTED
+
+
+def test_tests_are_in_the_same_rooms():
+    rooms = {path.parent.name for path in (ROOT / "tests").glob("*/test_*.py")}
+    assert rooms - {"workflows"} <= set(ROOMS)
 
 
 def test_there_are_no_import_cycles():
@@ -182,9 +163,9 @@ def test_an_import_costs_only_what_it_uses(code, absent):
 
 HELP = """
 import sys
-from dask_ep import cli
+from dask_ep.cli import main
 try:
-    cli.main(["--help"])
+    main.main(["--help"])
 except SystemExit:
     print("imported", *{name.partition(".")[0] for name in sys.modules})
 """

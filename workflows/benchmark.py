@@ -39,7 +39,7 @@ from distributed import Client
 from measured import LAYERS, Job, Layer, matrix_shapes, table, timed
 
 import dask_ep
-from dask_ep.blas import cpu_name, installed_mkl, multiplies_by, numpys_blas, one_blas_thread
+from dask_ep.arrays.blas import cpu_name, installed_mkl, multiplies_by, numpys_blas, one_blas_thread
 
 RANKS_OF_THE_LITERAL_PIPELINE = 4
 

@@ -36,10 +36,11 @@ import ml_dtypes
 import numpy as np
 
 import dask_ep
-from dask_ep import device, reference
-from dask_ep.device import download, find_devices, gemms, pinned_empty, upload
-from dask_ep.device_memory import DEVICE_PROCESS_BYTES, THREADS_PER_GPU, OnDevice
+from dask_ep.arrays import device
+from dask_ep.arrays.device import download, find_devices, gemms, pinned_empty, upload
 from dask_ep.errors import NoDeviceError
+from dask_ep.kernel import reference
+from dask_ep.laws.device_memory import DEVICE_PROCESS_BYTES, THREADS_PER_GPU, OnDevice
 
 
 @dataclass(frozen=True)

@@ -32,14 +32,15 @@ import ml_dtypes
 import numpy as np
 from distributed import Client
 
-from dask_ep import journal, open_tokens
-from dask_ep.job import Job, load_job
-from dask_ep.places import Cluster as AtScheduler
-from dask_ep.places import Threads
-from dask_ep.run import run_job
-from dask_ep.travel import ALL_ROWS, Travel
-from dask_ep.verify import verify_job
-from dask_ep.writers import make_writer
+from dask_ep import open_tokens
+from dask_ep.jobs.backends import Cluster as AtScheduler
+from dask_ep.jobs.backends import Threads
+from dask_ep.jobs.job import Job, load_job
+from dask_ep.jobs.run import run_job
+from dask_ep.jobs.verify import verify_job
+from dask_ep.laws.travel import ALL_ROWS, Travel
+from dask_ep.storage import journal
+from dask_ep.storage.writers import make_writer
 from tests.cluster_processes import Cluster, wait_until, worker_pids
 
 WORKERS = ("w0", "w1", "w2")

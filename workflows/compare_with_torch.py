@@ -44,7 +44,7 @@ from distributed import Client
 from measured import LAYERS, Job, Layer
 
 import dask_ep
-from dask_ep.blas import cpu_name, multiplies_by, one_blas_thread
+from dask_ep.arrays.blas import cpu_name, multiplies_by, one_blas_thread
 
 
 def main() -> None:

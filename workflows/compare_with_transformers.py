@@ -29,8 +29,9 @@ from transformers import MixtralConfig, Qwen3MoeConfig
 from transformers.models.mixtral.modeling_mixtral import MixtralSparseMoeBlock
 from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeSparseMoeBlock
 
-from dask_ep import Experts, MoELayer, Router, blas
-from dask_ep.blas import multiplies_by, one_blas_thread
+from dask_ep import Experts, MoELayer, Router
+from dask_ep.arrays import blas
+from dask_ep.arrays.blas import multiplies_by, one_blas_thread
 
 
 class Size(NamedTuple):

@@ -30,9 +30,10 @@ import numpy as np
 import zarr
 from distributed import Client, SubprocessCluster
 
-from dask_ep import Experts, expert_parallel, open_tokens, own_experts, store, tally
-from dask_ep.blas import limit_blas_for_good
-from dask_ep.places import MALLOC
+from dask_ep import Experts, expert_parallel, open_tokens, own_experts, store
+from dask_ep.arrays.blas import limit_blas_for_good
+from dask_ep.graph import tally
+from dask_ep.jobs.backends import MALLOC
 
 
 @contextmanager

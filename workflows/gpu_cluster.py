@@ -32,10 +32,10 @@ from contextlib import contextmanager
 import dask
 from distributed import Client
 
-from dask_ep.gpus import PROTOCOLS, THREADS_PER_GPU, UCX_ON_GPUS
-from dask_ep.job import load_job
-from dask_ep.places import Cluster
-from dask_ep.run import Progress, run_job
+from dask_ep.cluster.gpus import PROTOCOLS, THREADS_PER_GPU, UCX_ON_GPUS
+from dask_ep.jobs.backends import Cluster
+from dask_ep.jobs.job import load_job
+from dask_ep.jobs.run import Progress, run_job
 
 WORKERS_SECONDS = 120.0
 """Seconds that workers may take to come."""

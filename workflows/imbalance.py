@@ -16,7 +16,7 @@ from collections.abc import Callable
 
 import numpy as np
 
-from dask_ep.placement import balance_layers, balanced, contiguous, exact, packed
+from dask_ep.placement.policies import balance_layers, balanced, contiguous, exact, packed
 from tests.plain_placement import published_balance, zipf_load
 
 SIZES = [(64, 8, 8), (128, 8, 16), (256, 32, 32), (256, 64, 64)]

@@ -42,11 +42,11 @@ import numpy as np
 import psutil
 from dask.utils import format_bytes, parse_bytes
 
-from dask_ep import journal
-from dask_ep.blas import one_blas_thread, product
-from dask_ep.expert_major import READS
-from dask_ep.safetensors_header import encode_header
-from dask_ep.sources import open_source
+from dask_ep.arrays.blas import one_blas_thread, product
+from dask_ep.graph.expert_schedule import READS
+from dask_ep.storage import journal
+from dask_ep.storage.safetensors_header import encode_header
+from dask_ep.storage.sources import open_source
 
 CHUNK_BYTES = 32 << 20
 MATRICES = ("gate", "up", "down")

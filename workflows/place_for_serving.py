@@ -27,11 +27,16 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
-from dask_ep.placement import Placement, balance_layers, contiguous
-from dask_ep.placement_files import read_sglang, read_vllm_ascend, write_sglang, write_vllm_ascend
-from dask_ep.rebalance import incremental, moves
-from dask_ep.storage import open_tokens
-from dask_ep.survey import survey
+from dask_ep.placement.placement_files import (
+    read_sglang,
+    read_vllm_ascend,
+    write_sglang,
+    write_vllm_ascend,
+)
+from dask_ep.placement.policies import Placement, balance_layers, contiguous
+from dask_ep.placement.rebalance import incremental, moves
+from dask_ep.placement.routing_stats import survey
+from dask_ep.storage.storage import open_tokens
 
 
 @click.command()

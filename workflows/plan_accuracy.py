@@ -28,13 +28,13 @@ from typing import Any, NamedTuple
 import numpy as np
 from distributed import Client
 
-from dask_ep import chunk
-from dask_ep.example import JOB_NAME, Example, write_example
-from dask_ep.job import load_job
-from dask_ep.places import Processes, Threads
-from dask_ep.price import Plan
-from dask_ep.record import Record
-from dask_ep.run import run_job
+from dask_ep.graph import chunk
+from dask_ep.jobs.backends import Processes, Threads
+from dask_ep.jobs.example import JOB_NAME, Example, write_example
+from dask_ep.jobs.job import load_job
+from dask_ep.jobs.run import run_job
+from dask_ep.pricing.price import Plan
+from dask_ep.pricing.trace import Record
 
 
 @dataclass(frozen=True)

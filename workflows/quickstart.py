@@ -11,10 +11,10 @@ import tempfile
 from pathlib import Path
 
 from dask_ep import Experts, expert_parallel, open_tokens, store
-from dask_ep.blas import one_blas_thread
-from dask_ep.example import Example, write_example
-from dask_ep.job import load_job
-from dask_ep.verify import verify_job
+from dask_ep.arrays.blas import one_blas_thread
+from dask_ep.jobs.example import Example, write_example
+from dask_ep.jobs.job import load_job
+from dask_ep.jobs.verify import verify_job
 
 
 def main() -> None:

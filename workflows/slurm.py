@@ -36,17 +36,17 @@ from distributed import LocalCluster
 from distributed.security import Security
 from distributed.utils import get_ip
 
-from dask_ep.cli import main
-from dask_ep.cluster import Certificates
-from dask_ep.options import parse_size
-from dask_ep.places import Cluster, Deployed
-from dask_ep.run_command import (
+from dask_ep.cli.main import main
+from dask_ep.cli.options import parse_size
+from dask_ep.cli.run_command import (
     carry_out,
     how_options,
     job_options,
     read_certificates,
     tls_options,
 )
+from dask_ep.cluster.checks import Certificates
+from dask_ep.jobs.backends import Cluster, Deployed
 
 SECONDS_BETWEEN_LOOKS = 5.0
 """How often the queue is looked at."""

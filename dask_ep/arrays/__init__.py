@@ -1,0 +1,1 @@
+"""What is an array, and where is its memory?"""

@@ -1,0 +1,309 @@
+"""How is a plan asked for and shown on the command line?
+
+dask-ep plan job.toml
+dask-ep plan job.toml --processes 4 --placement exact --save placement.json
+dask-ep plan job.toml --processes 8 --what-if world_size=2,4,8 placement=contiguous,balanced
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import sys
+from collections.abc import Sequence
+from dataclasses import fields, replace
+from functools import partial
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+import click
+from dask.utils import format_bytes
+from rich.console import Console
+from rich.table import Table
+
+from dask_ep.arrays import device
+from dask_ep.arrays.device import Device
+from dask_ep.cli.command import tell_note
+from dask_ep.cli.options import (
+    choose_local,
+    chunks_options,
+    local_options,
+    parse_travel,
+    ranks_options,
+)
+from dask_ep.cli.terminal import hint_at_faster_blas
+from dask_ep.cluster.gpus import Gpus
+from dask_ep.errors import DoesNotFit, NoDeviceError
+from dask_ep.jobs.backends import lay_out
+from dask_ep.jobs.build import open_inputs
+from dask_ep.jobs.decide import attempt
+from dask_ep.jobs.in_passes import free_for_rows
+from dask_ep.jobs.job import PLACEMENTS, load_job
+from dask_ep.jobs.notes import find_notes
+from dask_ep.jobs.plan import Pricing
+from dask_ep.laws.costs import Rates
+from dask_ep.laws.travel import TRAVELS
+from dask_ep.pricing.price import Plan, WhatIf
+from dask_ep.pricing.report import check_drawing, check_place, figures_of, write_plan_report
+
+RATES = tuple(field.name for field in fields(Rates))
+"""What is measured, or given by --rates."""
+
+BAR = 30
+"""Characters of the bar of the busiest rank."""
+
+WIDTH = 120
+"""Characters of a line where there is no terminal."""
+
+
+@click.command("plan")
+@click.argument("job", type=click.Path(exists=True, dir_okay=False))
+@click.argument("choices", nargs=-1, metavar="[NAME=VALUE,VALUE...]...")
+@ranks_options
+@local_options
+@chunks_options
+@click.option(
+    "--rates",
+    metavar="NAME=NUMBER,...",
+    help=f"Instead of measuring, what is done in a second: {', '.join(RATES)}.",
+)
+@click.option("--what-if", "side_by_side", is_flag=True, help="Compare the choices that follow.")
+@click.option("--json", "as_json", is_flag=True, help="Print JSON instead of tables.")
+@click.option("--html", type=click.Path(dir_okay=False), help="Write a report to this file.")
+@click.option("--save", type=click.Path(dir_okay=False), help="Write the placement to this file.")
+def plan_command(
+    job: str,
+    choices: tuple[str, ...],
+    side_by_side: bool,
+    as_json: bool,
+    html: str | None,
+    save: str | None,
+    **options: Any,
+) -> None:
+    """Say what a job will cost: rows, bytes, memory, tasks and time.
+
+    Reads the routing, and neither tokens nor experts; for a layer of a checkpoint it reads the
+    tokens and runs the router. With --what-if, values of world_size, placement, chunk_rows and
+    travel are compared.
+
+    \b
+    Examples:
+      dask-ep plan demo/job.toml
+      dask-ep plan demo/job.toml --processes 4 --placement exact --save placement.json
+      dask-ep plan demo/job.toml --what-if world_size=2,4,8 placement=contiguous,balanced
+      dask-ep plan demo/job.toml --processes 4 --what-if travel=rows,auto,experts
+      dask-ep plan demo/job.toml --gpu
+      dask-ep plan demo/job.toml --gpu --world-size 8 --device-memory-limit 70GiB \
+        --rates flops=6e14,copy=2e12,lane=2.5e10
+    """
+    if choices and not side_by_side:
+        raise click.UsageError(f"{choices[0]!r} is a choice to compare; put --what-if before it")
+    if html is not None:
+        check_drawing()
+    for path in (html, save):
+        if path is not None:
+            check_place(path)
+    compared = priced_job(job, parse_choices(choices), **options)
+    if save is not None:
+        Path(save).write_text(compared.best.placement.to_json())
+    if html is not None:
+        write_plan_report(html, compared)
+    if not options["gpu"]:
+        hint_at_faster_blas()
+    if as_json:
+        click.echo(json_text(compared, side_by_side))
+    else:
+        console = Console(width=None if sys.stdout.isatty() else WIDTH)
+        if side_by_side:
+            console.print(choices_table(compared))
+            console.print(f"best: {compared.why}")
+        for part in plan_tables(compared.best):
+            console.print(part)
+
+
+def priced_job(
+    path: str,
+    choices: dict[str, list[Any]],
+    *,
+    world_size: int | None = None,
+    placement: str | None = None,
+    chunk_rows: int | None = None,
+    travel: str | None = None,
+    link_rate: int | None = None,
+    read_rate: int | None = None,
+    rates: str | None = None,
+    **local: Any,
+) -> WhatIf:
+    """Price a job file, in each combination of the choices; a single way if there are none."""
+    job = load_job(path, world_size=world_size, placement=placement)
+    inputs, where = open_inputs(job), choose_local(**local)
+    for note in find_notes(inputs):
+        tell_note(note)
+    devices = _devices_here() if isinstance(where, Gpus) else None
+    values = {
+        "world_size": [job.world_size],
+        "placement": [job.placement],
+        "chunk_rows": [chunk_rows],
+        "travel": [travel],
+    }
+    decided = []
+    for ranks, named, rows, how in product(*(values | choices).values()):
+        one = replace(job, world_size=ranks, placement=named)
+        layout = lay_out(one, where, devices=devices)
+        moves = parse_travel(how, link_rate, read_rate)
+        free = partial(free_for_rows, inputs)
+        work = inputs.work(layout.on_devices)
+        decided.append(attempt(work, layout, chunk_rows=rows, travel=moves, free=free))
+    first = decided[0]
+    if isinstance(first, DoesNotFit):
+        if not choices:
+            raise first
+        first = first.decision
+    known = None if rates is None else parse_rates(rates, link=link_rate, read=read_rate)
+    pricing = Pricing.of_job(inputs, first, known)
+    if choices:
+        return pricing.compare(decided)
+    priced = pricing.price(first)
+    return WhatIf((priced,), priced, "")
+
+
+def _devices_here() -> list[Device]:
+    """The GPUs that are here; a plan needs none."""
+    try:
+        return device.find_devices()
+    except NoDeviceError:
+        return []
+
+
+def parse_rates(text: str, **others: float | None) -> Rates:
+    """Read ``--rates``; `others` go before what it says.
+
+    Examples
+    --------
+    >>> parse_rates("flops=6e14,copy=2e12", read=None, link=1e9).link
+    1000000000.0
+    """
+    given = {}
+    for part in text.split(","):
+        name, _, number = part.partition("=")
+        try:
+            given[name.strip()] = float(number)
+        except ValueError:
+            raise click.UsageError(
+                f"a rate is NAME=NUMBER, such as flops=6e14; got {part!r}"
+            ) from None
+    given |= {name: number for name, number in others.items() if number is not None}
+    unknown = [name for name in given if name not in RATES]
+    if unknown or not {"flops", "copy"} <= given.keys():
+        raise click.UsageError(
+            f"--rates needs flops and copy, and takes {', '.join(RATES)}; got {text!r}"
+        )
+    if not all(0 < rate < math.inf for rate in given.values()):
+        raise click.UsageError(f"rates must be finite numbers above 0; got {text!r}")
+    return Rates(**given)
+
+
+def parse_choices(choices: Sequence[str]) -> dict[str, list[Any]]:
+    """Read ``name=value,value`` arguments.
+
+    Examples
+    --------
+    >>> parse_choices(["world_size=2,4", "placement=contiguous,exact"])
+    {'world_size': [2, 4], 'placement': ['contiguous', 'exact']}
+    """
+    readers = {
+        "world_size": _whole_number,
+        "chunk_rows": _whole_number,
+        "placement": _placement_name,
+        "travel": _travel_name,
+    }
+    parsed: dict[str, list[Any]] = {}
+    for choice in choices:
+        name, _, values = choice.partition("=")
+        if name not in readers or not values:
+            raise click.UsageError(
+                f"a choice is one of {', '.join(readers)} with =value,...; got {choice!r}"
+            )
+        if name in parsed:
+            raise click.UsageError(f"{name} is given twice; say {name}=value,value,...")
+        try:
+            parsed[name] = [readers[name](value) for value in values.split(",")]
+        except ValueError as error:
+            raise click.UsageError(f"{name} takes {error}; got {values!r}") from None
+    return parsed
+
+
+def _whole_number(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise ValueError("whole numbers of at least 1")
+    return int(text)
+
+
+def _placement_name(text: str) -> str:
+    if text not in PLACEMENTS and not Path(text).is_file():
+        raise ValueError(f"{', '.join(PLACEMENTS)}, or files of placements")
+    return text
+
+
+def _travel_name(text: str) -> str:
+    if text not in TRAVELS:
+        raise ValueError(", ".join(TRAVELS))
+    return text
+
+
+def json_text(compared: WhatIf, side_by_side: bool) -> str:
+    """One plan, or all plans with the number of the best one."""
+    if not side_by_side:
+        return compared.best.to_json()
+    content = {
+        "best": compared.plans.index(compared.best),
+        "why": compared.why,
+        "plans": [p.to_dict() for p in compared.plans],
+    }
+    return json.dumps(content)
+
+
+def choices_table(compared: WhatIf) -> Table:
+    """Show plans side by side, the best one marked."""
+    table = Table(title="what if")
+    for name in ("", "ranks", "placement", "chunk rows", "imbalance", "memory", "sent", "tasks"):
+        table.add_column(name, justify="left" if name in ("", "placement") else "right")
+    table.add_column("time", justify="right")
+    for one in compared.plans:
+        table.add_row(
+            "best" if one is compared.best else "" if one.fits else "too large",
+            str(one.world_size),
+            one.policy,
+            str(one.chunk_rows),
+            f"{one.imbalance:.3f}",
+            format_bytes(one.memory_bytes),
+            format_bytes(one.exchanged_bytes),
+            str(one.tasks),
+            f"{one.seconds:.2f} s",
+            style="bold" if one is compared.best else "" if one.fits else "dim",
+        )
+    return table
+
+
+def plan_tables(one: Plan) -> list[Any]:
+    """Show one plan: its figures, its ranks, and what to change."""
+    figures = Table(title="plan", show_header=False)
+    figures.add_column()
+    figures.add_column(justify="right")
+    for name, value in figures_of(one):
+        figures.add_row(name, value)
+    advice = [f"advice: {said}" for said in one.advice]
+    if not one.has_ranks:
+        return [figures, *advice]
+    ranks = Table(title="ranks")
+    for name in ("rank", "experts", "rows served", "rows received"):
+        ranks.add_column(name, justify="right")
+    ranks.add_column("load")
+    most = max(int(one.rank_rows.max()), 1)
+    received = one.packet_rows.sum(axis=0)
+    for rank, rows in enumerate(one.rank_rows.tolist()):
+        bar = "█" * round(BAR * rows / most)
+        held = int(one.rank_experts[rank])
+        ranks.add_row(str(rank), str(held), f"{rows:,}", f"{received[rank]:,}", bar)
+    return [figures, ranks, *advice]

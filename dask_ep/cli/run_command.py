@@ -1,0 +1,270 @@
+"""How is a run asked for and told on the command line?
+
+dask-ep run job.toml
+dask-ep run job.toml --processes 4 --memory-limit 2GiB --overwrite
+dask-ep run job.toml --scheduler tcp://10.0.0.1:8786 --resume
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import click
+from dask.utils import format_time
+from distributed import Client
+
+from dask_ep.cli.command import FAILED, complain, debug_option, tell_note
+from dask_ep.cli.options import (
+    add_options,
+    choose_local,
+    chunks_options,
+    local_options,
+    parse_travel,
+    ranks_options,
+    refuse,
+)
+from dask_ep.cli.terminal import hint_at_faster_blas, progress_bar
+from dask_ep.cluster.checks import Certificates, dashboard_link
+from dask_ep.cluster.gpus import PROTOCOLS
+from dask_ep.cluster.interrupts import Interrupts, Wait
+from dask_ep.cluster.workers import Workers
+from dask_ep.jobs import run as runs
+from dask_ep.jobs.backends import Cluster, Processes, Threads, Where
+from dask_ep.jobs.inspect import describe_output
+from dask_ep.jobs.job import MISSING, PRECISIONS, Job, load_job, parse_experts
+from dask_ep.jobs.run_report import dask_report
+
+
+def job_options(command: Callable) -> Callable:
+    """Add the job file, and an option for every key of a job."""
+    options = [
+        click.argument("job", type=click.Path(dir_okay=False), required=False),
+        click.option(
+            "--tokens", metavar="PATH", help="Token rows (n, d): .zarr, .npy, .safetensors::name."
+        ),
+        click.option("--routing", metavar="PATH", help="Expert indices (n,) or (n, k)."),
+        click.option("--topk-weights", metavar="PATH", help="Weights of the slots (n, k)."),
+        click.option(
+            "--experts",
+            metavar="PATH|TABLE",
+            help="Linear experts (E, d, d_out), or "
+            """'{kind = "gated", gate = "g.zarr", ...}'.""",
+        ),
+        click.option("--layer", metavar="DIR", help="A checkpoint, instead of routing, experts."),
+        click.option("--layer-index", type=click.IntRange(0), help="Which layer of it."),
+        click.option("--out", metavar="PATH", help="Output: .zarr, .npy or .safetensors."),
+        ranks_options,
+        click.option(
+            "--precision",
+            type=click.Choice(PRECISIONS),
+            help="Of bfloat16 experts on CPUs that multiply 16 bits faster: as accurate as float32 "
+            "(default), or rounded to bfloat16 between products, which takes less time.",
+        ),
+        click.option(
+            "--missing",
+            type=click.Choice(MISSING),
+            help="Zarr chunks that were never written: an error, or the fill value.",
+        ),
+    ]
+    return add_options(options, command)
+
+
+def how_options(command: Callable) -> Callable:
+    """Add the options that say how a job is run, wherever that is."""
+    options = [
+        click.option(
+            "--report",
+            type=click.Path(dir_okay=False),
+            help="Write planned and measured side by side, HTML; with workers Dask's own report "
+            "too.",
+        ),
+        chunks_options,
+        click.option("--resume", is_flag=True, help="Go on with what a stopped run has left."),
+        click.option("--overwrite", is_flag=True, help="Start again, whatever is there."),
+        debug_option,
+    ]
+    return add_options(options, command)
+
+
+def tls_options(command: Callable) -> Callable:
+    """Add the certificates of a cluster with TLS, which `read_certificates` reads."""
+    options = [
+        click.option(
+            "--tls-ca-file", type=click.Path(), help="Of a cluster with TLS: its authority, PEM."
+        ),
+        click.option("--tls-cert", type=click.Path(), help="One's own certificate, PEM."),
+        click.option("--tls-key", type=click.Path(), help="Its key, if not in the same file."),
+    ]
+    return add_options(options, command)
+
+
+@click.command("run")
+@job_options
+@local_options
+@click.option(
+    "--protocol", type=click.Choice(PROTOCOLS), help="Between GPUs; default: ucx if there."
+)
+@click.option("--tf32", is_flag=True, help="Experts multiply float32 as TF32, with --gpu.")
+@click.option("--scheduler", metavar="ADDRESS", help="Of a Dask cluster, tcp://host:8786.")
+@click.option("--scheduler-file", type=click.Path(), help="That a Dask scheduler has written.")
+@click.option(
+    "--workers",
+    type=click.IntRange(1),
+    help="Of a cluster: wait for so many; default: those that are there.",
+)
+@tls_options
+@click.option(
+    "--dashboard",
+    type=click.IntRange(1, 65535),
+    metavar="PORT",
+    help="Serve Dask's dashboard there, with --processes.",
+)
+@how_options
+def run_command(**options: Any) -> None:
+    """Compute the output of JOB, a TOML file, and write it.
+
+    Every key of a job is an option as well, which goes before what the file says; without a file,
+    options make the job. Where it runs is no part of it: by default on all cores of this machine.
+    --resume goes on with a run that was stopped, even by kill -9: it computes missing blocks alone.
+
+    \b
+    Examples:
+      dask-ep run demo/job.toml
+      dask-ep run demo/job.toml --processes 4 --memory-limit 2GiB --overwrite
+      dask-ep run demo/job.toml --gpu --protocol ucx
+      dask-ep run demo/job.toml --scheduler tcp://10.0.0.1:8786 --workers 8
+      dask-ep run --tokens x.npy --routing r.npy --experts w.npy --out y.npy
+      dask-ep run --layer checkpoint/ --layer-index 3 --tokens hidden.zarr --out out.zarr
+    """
+    where = _choose_where(**{key: options.pop(key) for key in WHERE})
+    carry_out(where, **options)
+
+
+def carry_out(where: Where, job: str | None, experts: str | None, **options: Any) -> None:
+    """Run a job as `job_options` and `how_options` say, and tell how it goes.
+
+    Parameters
+    ----------
+    where : the place; a command of its own may start one, as `dask_ep.jobs.backends.Deployed`
+    job : path of the job file, None where options make the job
+    experts, **options : what those options gave
+
+    Raises
+    ------
+    click.exceptions.Exit
+        If Ctrl-C or SIGTERM stopped it, which has been told.
+    Exception
+        What `dask_ep.jobs.run.run_job` raises, for `dask_ep.cli.main.main` to tell in one line.
+    """
+    if options["resume"] and options["overwrite"]:
+        raise click.UsageError("--resume goes on and --overwrite starts again; give one of them")
+    given = {key: options.pop(key) for key in JOB_KEYS}
+    parsed = load_job(job, experts=None if experts is None else parse_experts(experts), **given)
+    options["travel"] = parse_travel(
+        options["travel"], options.pop("link_rate"), options.pop("read_rate")
+    )
+    if isinstance(where, Threads | Processes):
+        hint_at_faster_blas()
+    with _stoppable(parsed, options["overwrite"]) as wait, progress_bar("rows") as tell:
+
+        def on_progress(how: runs.Progress) -> None:
+            tell(how.rows_done + how.rows_before, how.rows_in_all, "", how)
+
+        done = runs.run_job(
+            parsed,
+            where,
+            on_note=tell_note,
+            on_progress=on_progress,
+            on_client=_show_dashboard,
+            on_workers=_show_workers,
+            wait=wait,
+            **options,
+        )
+    if done.not_finite:
+        click.echo(
+            f"{done.not_finite} of the {done.rows_done} rows computed hold NaN or infinity, the "
+            f"first is row {done.first_not_finite}"
+        )
+    report = options["report"]
+    before = f", {done.rows_before} were there" if done.rows_before else ""
+    passes = f"; {done.passes}" if done.passes is not None else ""
+    library = f"; products by {done.multiplied_by}" if done.multiplied_by else ""
+    click.echo(
+        f"{parsed.out}: {done.rows_done} rows in {format_time(done.seconds)}, "
+        f"{done.rows_per_second:.0f} rows/s{before}{passes}{library}"
+    )
+    if report and done.rows_done:
+        beside = "" if isinstance(where, Threads) else f"; Dask's: {dask_report(report)}"
+        click.echo(f"report: {report}{beside}")
+
+
+def _show_dashboard(client: Client) -> None:
+    if link := dashboard_link(client):
+        click.echo(f"dashboard: {link}", err=True)
+
+
+def _show_workers(count: Workers) -> None:
+    click.echo(f"workers: {count}", err=True)
+
+
+JOB_KEYS = ("tokens", "routing", "topk_weights", "layer", "layer_index", "out")
+JOB_KEYS += ("world_size", "placement", "precision", "missing")
+
+WHERE = ("threads", "processes", "scheduler", "scheduler_file", "workers")
+WHERE += ("memory_limit", "dashboard")
+WHERE += ("tls_ca_file", "tls_cert", "tls_key", "gpu", "protocol", "tf32", "device_memory_limit")
+"""The options of `run` that say where."""
+
+
+def _choose_where(
+    *,
+    scheduler: str | None,
+    scheduler_file: str | None,
+    workers: int | None,
+    tls_ca_file: str | None,
+    tls_cert: str | None,
+    tls_key: str | None,
+    gpu: bool,
+    protocol: str | None,
+    tf32: bool,
+    **local: Any,
+) -> Where:
+    certificates = read_certificates(tls_ca_file, tls_cert, tls_key)
+    of_gpus = {"protocol": protocol, "tf32": tf32}
+    if scheduler is None and scheduler_file is None:
+        refuse({"workers": workers}, "needs --scheduler or --scheduler-file")
+        if certificates is not None:
+            raise click.UsageError("TLS needs --scheduler or --scheduler-file")
+        if local["dashboard"] is not None and local["processes"] is None and not gpu:
+            raise click.UsageError("--dashboard needs --processes or --gpu")
+        return choose_local(gpu=gpu, **local, **of_gpus)
+    if scheduler is not None and scheduler_file is not None:
+        raise click.UsageError("--scheduler and --scheduler-file are mutually exclusive")
+    refuse(local | of_gpus, "has no effect on a cluster: set it where the workers start")
+    return Cluster(scheduler, scheduler_file, certificates, gpu, workers)
+
+
+def read_certificates(
+    ca_file: str | None, cert: str | None, key: str | None
+) -> Certificates | None:
+    """Read what `tls_options` gave; None if nothing was given."""
+    if ca_file is None and cert is None and key is None:
+        return None
+    if ca_file is None or cert is None:
+        raise click.UsageError("TLS needs --tls-ca-file and --tls-cert")
+    return Certificates(ca_file, cert, key)
+
+
+@contextlib.contextmanager
+def _stoppable(job: Job, overwrite: bool) -> Iterator[Wait]:
+    """Give a way to wait that the first SIGINT or SIGTERM ends; at the second all ends at once."""
+    try:
+        with Interrupts(FAILED) as interrupts:
+            yield interrupts.wait
+    except KeyboardInterrupt:
+        state = describe_output(job.out)
+        how = "--resume instead of --overwrite" if overwrite else "--resume"
+        complain(f"stopped; {job.out} is {state}. Go on with the same command with {how}")
+        raise click.exceptions.Exit(FAILED) from None

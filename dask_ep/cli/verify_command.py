@@ -1,0 +1,91 @@
+"""How is an output checked on the command line?
+
+dask-ep verify demo/job.toml --rows 5000
+"""
+
+from __future__ import annotations
+
+import math
+
+import click
+
+from dask_ep.cli.command import DIFFERENT, debug_option
+from dask_ep.jobs.job import load_job
+from dask_ep.jobs.verify import Verification, verify_job
+
+_MOST_WORST = 10  # rows named
+
+
+def _check_tolerance(
+    context: click.Context, parameter: click.Parameter, value: float | None
+) -> float | None:
+    if value is not None and not 0 <= value < math.inf:
+        raise click.BadParameter(f"{value} must be a finite number of at least 0")
+    return value
+
+
+@click.command("verify")
+@click.argument("job", type=click.Path(dir_okay=False))
+@click.option("--rows", type=click.IntRange(1), default=1000, show_default=True, help="To compare.")
+@click.option(
+    "--seed", type=click.IntRange(0), default=0, show_default=True, help="Of the choice of rows."
+)
+@click.option(
+    "--tolerance",
+    type=float,
+    callback=_check_tolerance,
+    help="Largest error of a value, as a part of what its terms add up to; default: by dtype.",
+)
+@click.option("--out", metavar="PATH", help="The output to check, if not the job's.")
+@debug_option
+def verify_command(job: str, rows: int, seed: int, tolerance: float | None, out: str | None) -> int:
+    """Compute a sample of rows of JOB's output again in plain loops, and compare.
+
+    The sample, in float64, has both ends of the blocks, as far as half of it goes, and rows at
+    random; for given routing a row of every expert too. Of tokens and output only these rows are
+    read. Exit code 3 if any is beyond the tolerance.
+
+    \b
+    Example:
+      dask-ep verify demo/job.toml --rows 5000
+    """
+    found = verify_job(load_job(job, out=out), rows=rows, seed=seed, tolerance=tolerance)
+    _print_verification(found)
+    return 0 if found.good else DIFFERENT
+
+
+def _print_verification(found: Verification) -> None:
+    click.echo(
+        f"{found.rows} of {found.rows_in_all} rows compared, "
+        f"with {found.experts_seen} of {found.num_experts} experts"
+    )
+    click.echo(
+        f"largest error {found.relative_error:.3g} of what a value's terms add up to; "
+        f"{found.tolerance:.3g} is allowed"
+    )
+    if found.not_finite:
+        click.echo(_words_of_not_finite(found))
+    if found.good:
+        click.echo("good")
+        return
+    if found.relative_error <= found.tolerance:
+        click.echo("not good: nothing could be compared")
+        return
+    click.echo(f"{len(found.worst)} rows differ, the worst first:")
+    for row in found.worst[:_MOST_WORST]:
+        experts = ", ".join(map(str, row.experts))
+        click.echo(
+            f"  row {row.row} (block {row.block}, experts {experts}): {row.error:.3g}, "
+            f"that is {row.relative:.3g} of its terms"
+        )
+
+
+def _words_of_not_finite(found: Verification) -> str:
+    rows = found.not_finite_rows
+    words = (
+        f"{found.not_finite} of {found.values} values are infinite or NaN ({len(rows)} rows, the "
+        f"first is row {rows[0]})"
+    )
+    if found.overflowed:
+        return f"{words}; {found.overflowed} of them because numbers on the way are too large"
+    return f"{words}, in the output as in the rows computed again" if found.good else words

@@ -1,0 +1,434 @@
+"""Which worker plays which rank?
+
+One call gives every rank an owner, for all graphs and clients of a cluster, until it is closed:
+
+    client = Client("tcp://scheduler:8786")
+    with own_experts(client, world_size=16, replicas={3: 2}) as owners:
+        expert_parallel(tokens, routing, experts, world_size=16).to_zarr("y.zarr")
+        owners.replicate(5)          # a second owner for a hot rank, while it runs
+        owners                       # in a notebook: the table of workers and their ranks
+
+Without it everything is computed just the same, but any worker may come to read any slice. The
+rules by which owners change are those of `owner_plugin`; this file is what the user holds.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from html import escape
+from math import isfinite, isinf
+from types import TracebackType
+from typing import Any
+
+from dask.utils import format_bytes
+from distributed import Client
+from distributed.scheduler import Scheduler
+
+from dask_ep.arrays.checks import check_world_size
+from dask_ep.cluster.owner_plugin import PLUGIN, Ownership
+from dask_ep.cluster.owner_rules import burdens
+from dask_ep.cluster.ranks import Change
+from dask_ep.cluster.services import Services
+
+
+def own_experts(
+    client: Client,
+    world_size: int | None = None,
+    *,
+    replicas: Mapping[int, int] | None = None,
+    loads: Sequence[float] | None = None,
+    settle: float | None = None,
+    pause_limit: float | None = None,
+    chunks_in_flight: float | None = None,
+    replicate_hot: bool | None = None,
+) -> Owners:
+    """Give every rank an owner on the cluster, and see to it that it keeps one.
+
+    Parameters
+    ----------
+    client : distributed.Client
+        Of a real cluster or a local one; not an asynchronous client.
+    world_size : int, optional
+        Number of ranks; may be more than, equal to or fewer than the workers. Without it: one per
+        GPU if workers declare the resource `GPU`, else one per worker; on a second call of the
+        same client, what it was.
+    replicas : mapping of rank to number of owners, optional
+        The scheduler balances the load between the owners of a rank. One owner where not named.
+    loads : R numbers, optional
+        Work of each rank in any unit, such as token rows; equal without it. Owners get ranks
+        in proportion to their memory.
+    settle : float, optional
+        Seconds without a change of workers before ranks are rebalanced; 2 at first.
+    pause_limit : float, optional
+        Seconds after which a worker that paused (memory) loses its ranks; 30 at first.
+    chunks_in_flight : float, optional
+        Most token chunks that are under way on a worker at once, whatever graphs they are of, so
+        that what waits for a slow rank does not fill its memory. Two more than the worker has
+        threads at first; `inf` for no bound.
+    replicate_hot : bool, optional
+        Whether a rank gets a further owner without being asked, for as long as layers are computed:
+        where its worker is busy all the time while rows wait for it, and another one has time and
+        room for its experts (`hot_ranks`). True at first. `Owners.changes` says why.
+
+    Returns
+    -------
+    Owners
+        Shows and changes who owns what; its `close`, or the end of its `with` block, frees the
+        ranks again.
+
+    Raises
+    ------
+    ValueError
+        If there is no worker to count, or if `world_size`, `replicas` or `loads` make no sense.
+    TypeError
+        If `world_size` is no whole number, or the client is asynchronous.
+    RuntimeError
+        If the scheduler cannot import dask_ep.
+
+    Notes
+    -----
+    Calling it again, from this or from another client, gives a handle to the same owners: there is
+    one plugin on a scheduler. A call changes only what it names. The plugin goes when all clients
+    that called have closed their handles or are gone themselves, and leaves nothing behind. Graphs
+    of another world size than this get owners by the same rules when they arrive.
+
+    A task is given up (KilledWorker) when more workers have died on which it waited than the
+    scheduler's `distributed.scheduler.allowed-failures`, 3 by default: set it to the number of
+    workers or more, where the scheduler starts. `dask_ep.cluster.checks.check_cluster` tells.
+
+    Chunks begin in the order in which Dask would compute them. What a user restricts
+    (``workers=``, ``resources=``, annotations) applies to the chunks; services are where
+    the owners are.
+
+    A cluster that scales itself (``checks.adapt``) keeps the only owner of a rank while work is
+    pending. It counts the work of the chunks under way, so set its ``target_duration`` by these.
+
+    Where the placement of a graph is local (`dask_ep.laws.travel`), each chunk is read by an owner
+    of the rank that is its home.
+
+    The same workers (by name) give the same map. Results never depend on owners: what a rank
+    computes is the same, to the bit, wherever it is.
+
+    Examples
+    --------
+    >>> from distributed import Client
+    >>> with Client(n_workers=2, processes=False, dashboard_address=":0") as client:
+    ...     with own_experts(client, world_size=4) as owners:
+    ...         [len(of_rank) for of_rank in owners.owners]
+    [1, 1, 1, 1]
+    """
+    if client.asynchronous:
+        raise TypeError(
+            "own_experts needs a synchronous client but this one is asynchronous; "
+            "make it with Client(address)"
+        )
+    try:
+        client.register_plugin(Services())
+        world_size, is_new = client.run_on_scheduler(
+            _claim, client.id, world_size, replicas, loads, settle, pause_limit, chunks_in_flight,
+            replicate_hot,
+        )  # fmt: skip
+    except ModuleNotFoundError as error:
+        raise RuntimeError(
+            f"the scheduler at {client.scheduler.address} cannot import {error.name}; install "
+            "there what the client has, at the same versions"
+        ) from error
+    return Owners(client, world_size, is_new)
+
+
+@dataclass(frozen=True)
+class WorkerRow:
+    """One line of the table: a worker and the ranks that it plays."""
+
+    name: str
+    address: str
+    memory: int
+    """Bytes; 0 where the worker states no limit."""
+    ranks: tuple[int, ...]
+    load: float
+    """Its part of all load, 0 to 1."""
+
+
+class Owners:
+    """Who owns which rank now: the handle of `own_experts`, which makes it.
+
+    Attributes
+    ----------
+    world_size : int
+
+    Notes
+    -----
+    Holds nothing itself: each question is one round trip to the scheduler, and the answer is true
+    at that moment. As a context manager it frees the ranks at the end of the block, unless the
+    client had them before the block.
+    """
+
+    def __init__(self, client: Client, world_size: int, is_new: bool):
+        self.world_size = world_size
+        self._client = client
+        self._is_new = is_new
+
+    @property
+    def owners(self) -> list[tuple[str, ...]]:
+        """Addresses of the workers of each rank, R tuples; an empty one waits for a worker."""
+        return self._ask(_owners)
+
+    @property
+    def changes(self) -> list[Change]:
+        """The changes of owners until now, oldest first; the last 10,000 of them."""
+        return self._ask(_changes)
+
+    @property
+    def failures(self) -> list[str]:
+        """What went wrong inside the plugin: if anything, tasks may have run unpinned."""
+        return self._client.run_on_scheduler(_failures)
+
+    def move(self, rank: int, worker: str | int) -> None:
+        """Make one worker, by address or name, the only owner of a rank.
+
+        What the old owner has begun it finishes; what waits there goes to the new one. The rank
+        stays until that worker is lost, or until it is moved again.
+
+        Raises
+        ------
+        ValueError
+            If there is no such rank or no such worker.
+        """
+        self._ask(_move, rank, worker)
+
+    def replicate(self, rank: int, worker: str | int | None = None) -> None:
+        """Give a rank a further owner: this worker, or the one that has least to do.
+
+        Raises
+        ------
+        ValueError
+            If there is no such rank or worker, or if the worker (or every worker) owns it already.
+        """
+        self._ask(_replicate, rank, worker)
+
+    def table(self) -> list[WorkerRow]:
+        """List the workers in their order, with their ranks."""
+        return self._ask(_table)
+
+    def close(self) -> None:
+        """Free the ranks, unless another client has asked for owners too. Safe to call twice."""
+        if self._client.status == "running":
+            self._client.run_on_scheduler(_release, self._client.id)
+
+    def __enter__(self) -> Owners:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        if not self._is_new:
+            return
+        try:
+            self.close()
+        except OSError:
+            if error is None:
+                raise
+            # The scheduler is lost, and with it the plugin: let the first error be heard.
+
+    def __repr__(self) -> str:
+        rows = self._rows()
+        if rows is None:
+            return self._closed()
+        lines = [f"{row.name}: {', '.join(map(str, row.ranks)) or '-'}" for row in rows]
+        return f"<Owners of {self.world_size} ranks on {len(rows)} workers: {'; '.join(lines)}>"
+
+    def _repr_html_(self) -> str:
+        rows = self._rows()
+        if rows is None:
+            return escape(self._closed())
+        head = "<tr><th>worker</th><th>ranks</th><th>load</th><th>memory</th></tr>"
+        body = "".join(
+            f"<tr><td title='{escape(row.address)}'>{escape(row.name)}</td>"
+            f"<td>{', '.join(map(str, row.ranks)) or '-'}</td><td>{row.load:.0%}</td>"
+            f"<td>{format_bytes(row.memory) if row.memory else 'no limit'}</td></tr>"
+            for row in rows
+        )
+        return f"<table><caption>Owners of {self.world_size} ranks</caption>{head}{body}</table>"
+
+    def _closed(self) -> str:
+        return f"<Owners of {self.world_size} ranks: closed>"
+
+    def _rows(self) -> list[WorkerRow] | None:
+        """The table, None if the owners are closed or the client is."""
+        if self._client.status != "running":
+            return None
+        try:
+            return self._ask(_table_if_open)
+        except OSError:
+            return None
+
+    def _ask(self, question: Any, *args: Any) -> Any:
+        return self._client.run_on_scheduler(question, self.world_size, *args)
+
+
+# What follows runs on the scheduler, which calls it with itself.
+
+
+def _claim(
+    client: str,
+    world_size: int | None,
+    replicas: Mapping[int, int] | None,
+    loads: Sequence[float] | None,
+    settle: float | None,
+    pause_limit: float | None,
+    chunks_in_flight: float | None,
+    replicate_hot: bool | None,
+    dask_scheduler: Scheduler,
+) -> tuple[int, bool]:
+    installed = dask_scheduler.plugins.get(PLUGIN)
+    plugin = installed or Ownership(dask_scheduler)
+    is_new = client not in plugin.claims
+    if world_size is None:
+        world_size = plugin.claims.get(client) or plugin.places()
+        if world_size == 0:
+            raise ValueError(
+                "world_size is counted from the workers, and there are none; start workers first, "
+                "or give world_size"
+            )
+    _check_claim(world_size, replicas, loads, chunks_in_flight)
+    if settle is not None:
+        plugin.settle = settle
+    if pause_limit is not None:
+        plugin.pause_limit = pause_limit
+    if not installed:
+        dask_scheduler.add_plugin(plugin, name=PLUGIN)
+        plugin.limit(None)  # whatever was said before
+    plugin.is_leaving = False
+    if chunks_in_flight is not None:
+        plugin.limit(chunks_in_flight if isinf(chunks_in_flight) else int(chunks_in_flight))
+    if replicate_hot is not None:
+        plugin.replicate_hot = replicate_hot
+    plugin.claim(client, world_size, loads, replicas)
+    return world_size, is_new
+
+
+def _check_claim(
+    world_size: int,
+    replicas: Mapping[int, int] | None,
+    loads: Sequence[float] | None,
+    chunks_in_flight: float | None,
+) -> None:
+    check_world_size(world_size)
+    for rank, owners in (replicas or {}).items():
+        if not 0 <= rank < world_size or owners < 1:
+            raise ValueError(
+                f"replicas must give 1 or more owners to ranks 0 to {world_size - 1}, but gives "
+                f"{owners} to rank {rank}"
+            )
+    if chunks_in_flight is not None and not chunks_in_flight >= 1:
+        raise ValueError(f"chunks_in_flight must be 1 or more, but is {chunks_in_flight}")
+    if loads is None:
+        return
+    if len(loads) != world_size:
+        raise ValueError(f"loads must have one number per rank, {world_size}, but has {len(loads)}")
+    if not all(isfinite(load) and load >= 0 for load in loads) or not sum(loads):
+        raise ValueError(f"loads must be finite, not negative, and not all zero, but are {loads}")
+
+
+def _is_open(scheduler: Scheduler, world_size: int) -> bool:
+    plugin = scheduler.plugins.get(PLUGIN)
+    return plugin is not None and world_size in plugin.ranks
+
+
+def _installed(scheduler: Scheduler, world_size: int) -> Ownership:
+    if not _is_open(scheduler, world_size):
+        raise RuntimeError("these owners are closed; call own_experts(client) again")
+    return scheduler.plugins[PLUGIN]
+
+
+def _owners(world_size: int, dask_scheduler: Scheduler) -> list[tuple[str, ...]]:
+    plugin = _installed(dask_scheduler, world_size)
+    return [tuple(sorted(of_rank)) for of_rank in plugin.ranks[world_size].living()]
+
+
+def _changes(world_size: int, dask_scheduler: Scheduler) -> list[Change]:
+    plugin = _installed(dask_scheduler, world_size)
+    return [change for change in plugin.changes if change.world_size == world_size]
+
+
+def _failures(dask_scheduler: Scheduler) -> list[str]:
+    plugin = dask_scheduler.plugins.get(PLUGIN)
+    return list(plugin.failures) if plugin else []
+
+
+def _table(world_size: int, dask_scheduler: Scheduler) -> list[WorkerRow]:
+    plugin = _installed(dask_scheduler, world_size)
+    ranks = plugin.ranks[world_size]
+    owners, workers = ranks.living(), plugin.workers()
+    present = [frozenset(of_rank & workers.keys()) for of_rank in owners]
+    burden = burdens(present, workers, ranks.loads)
+    return [
+        WorkerRow(
+            name=str(dask_scheduler.workers[address].name),
+            address=address,
+            memory=dask_scheduler.workers[address].memory_limit,
+            ranks=tuple(rank for rank, of_rank in enumerate(owners) if address in of_rank),
+            load=burden[address] / sum(ranks.loads),
+        )
+        for address in workers
+    ]
+
+
+def _table_if_open(world_size: int, dask_scheduler: Scheduler) -> list[WorkerRow] | None:
+    """The table for display, where an error would be logged by the scheduler."""
+    return _table(world_size, dask_scheduler) if _is_open(dask_scheduler, world_size) else None
+
+
+def _move(world_size: int, rank: int, worker: str | int, dask_scheduler: Scheduler) -> None:
+    plugin = _installed(dask_scheduler, world_size)
+    _check_rank(rank, world_size)
+    address = _address(plugin, worker)
+    plugin.place(world_size, rank, {address}, "moved by hand")
+
+
+def _replicate(
+    world_size: int, rank: int, worker: str | int | None, dask_scheduler: Scheduler
+) -> None:
+    plugin = _installed(dask_scheduler, world_size)
+    _check_rank(rank, world_size)
+    ranks = plugin.ranks[world_size]
+    owners, workers = ranks.living(), plugin.workers()
+    burden = burdens([of_rank & workers.keys() for of_rank in owners], workers, ranks.loads)
+    free = [address for address in workers if address not in owners[rank]]
+    if worker is not None:
+        free = [address for address in (_address(plugin, worker),) if address in free]
+    if not free:
+        raise ValueError(
+            f"rank {rank} needs a worker that does not own it yet, but its owners are "
+            f"{sorted(owners[rank])} and the workers {list(workers)}; start one more, or name "
+            "another"
+        )
+    chosen = min(free, key=lambda address: burden[address] / workers[address])
+    plugin.place(world_size, rank, owners[rank] | {chosen}, "replica by hand")
+
+
+def _release(client: str, dask_scheduler: Scheduler) -> None:
+    plugin = dask_scheduler.plugins.get(PLUGIN)
+    if plugin is not None:
+        plugin.release(client)
+
+
+def _check_rank(rank: int, world_size: int) -> None:
+    if not 0 <= rank < world_size:
+        raise ValueError(f"rank must be 0 to {world_size - 1}, but is {rank}")
+
+
+def _address(plugin: Ownership, worker: str | int) -> str:
+    """Find the address of a worker that is given by its address or its name."""
+    able = {address: str(plugin.scheduler.workers[address].name) for address in plugin.workers()}
+    for address, name in able.items():
+        if str(worker) in (address, name):
+            return address
+    raise ValueError(
+        f"worker must be one that can play a rank, by address or name, but {worker!r} is none of "
+        f"{able}"
+    )

@@ -1,0 +1,477 @@
+"""What is an expert?
+
+`Experts` is data: a kind, and one array per weight with the experts along its first axis, each left
+where it lies (a file, an array, a Dask array) until a rank asks for its own.
+
+    Experts (all E)  ──.subset(ids)──>  Experts (a rank's)  ──.load()──>  LocalExperts
+     handles of files                    still handles                    arrays, ready to compute
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import dask.array as da
+import numpy as np
+from dask.base import normalize_token
+
+from dask_ep.arrays.checks import is_float
+from dask_ep.arrays.namespaces import Array
+from dask_ep.experts.local_experts import EmptyFunction, LocalExperts
+from dask_ep.experts.weights import Weight
+from dask_ep.kernel.bfloat16 import PARTS
+from dask_ep.kernel.expert import Expert
+from dask_ep.kernel.kinds import ACTIVATIONS
+from dask_ep.storage.fingerprint import describe
+from dask_ep.storage.source import Source
+
+WEIGHTS = {
+    "linear": {"w": "d o", "bias": "o"},
+    "mlp": {"up": "d f", "up_bias": "f", "down": "f o", "down_bias": "o"},
+    "gated": {
+        "gate": "d f",
+        "gate_bias": "f",
+        "up": "d f",
+        "up_bias": "f",
+        "down": "f o",
+        "down_bias": "o",
+    },
+    "gated_fused": {"gate_up": "d 2f", "gate_up_bias": "2f", "down": "f o", "down_bias": "o"},
+}
+"""The weights of each kind and their axes after the first: d in, f hidden, o out."""
+
+
+class Experts:
+    """The experts of a layer: their kind, and where the weights of each lie.
+
+    Made by `Experts.linear`, `Experts.mlp`, `Experts.gated`, `Experts.gated_fused` and
+    `Experts.callables`. Each weight is (E, in, out), or (E, out, in) with ``transposed=True``:
+    a NumPy array, a memory map, a path (``.npy``, a Zarr array, ``file.safetensors::tensor``),
+    a Zarr array, a Source, a Dask array, or a list with one of these per expert. Biases are
+    (E, out). Building one reads headers alone.
+
+    Attributes
+    ----------
+    kind : "linear", "mlp", "gated", "gated_fused" or "callables"
+    num_experts : E
+    d, d_out : widths of the rows that come and go; None for callables of unknown width
+    hidden : f, None where there is no hidden layer
+    dtype : of the weights as stored
+    nbytes : bytes of all weights as stored
+
+    Notes
+    -----
+    Weights are held in the computing dtype (float32, or float64 for float64 tokens) once they are
+    loaded, in the orientation in which they are stored: products take either. Matrices of bfloat16
+    stay so where the CPU multiplies them faster (`dask_ep.kernel.bfloat16`).
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> from dask_ep import Experts
+    >>> experts = Experts.mlp(up=np.ones((4, 8, 16), "f4"), down=np.ones((4, 16, 8), "f4"))
+    >>> experts.num_experts, experts.d, experts.hidden, experts.nbytes
+    (4, 8, 16, 4096)
+    >>> local = experts.load([2, 3])
+    >>> local[0](np.ones((1, 8), "f4"))[0, :3]
+    array([128., 128., 128.], dtype=float32)
+    """
+
+    def __init__(self, kind: str, weights: dict[str, Weight], options: dict[str, Any]):
+        self.kind, self.weights, self.options = kind, weights, options
+        axes = {
+            name: reversed_axes(WEIGHTS[kind][name], options.get("transposed", False))
+            for name in weights
+        }
+        sizes = _bind_axes(kind, weights, axes)
+        self.num_experts, self.d, self.d_out = sizes["E"], sizes["d"], sizes["o"]
+        self.hidden = sizes.get("f")
+
+    @property
+    def widest(self) -> int:
+        """Width of the widest row on the way through an expert."""
+        return max(self.d, self.hidden or 0, self.d_out)
+
+    # --- one constructor per kind ---
+
+    @classmethod
+    def linear(cls, w: Any, *, transposed: bool = False, bias: Any = None) -> Experts:
+        """``rows @ w + bias``; w (E, d, d_out)."""
+        return cls._of("linear", {"w": w, "bias": bias}, transposed=transposed)
+
+    @classmethod
+    def mlp(
+        cls,
+        up: Any,
+        down: Any,
+        *,
+        activation: str = "relu",
+        up_bias: Any = None,
+        down_bias: Any = None,
+        transposed: bool = False,
+    ) -> Experts:
+        """``activation(rows @ up) @ down``; up (E, d, f), down (E, f, d_out)."""
+        weights = {"up": up, "down": down, "up_bias": up_bias, "down_bias": down_bias}
+        return cls._of("mlp", weights, transposed=transposed, activation=activation)
+
+    @classmethod
+    def gated(
+        cls,
+        gate: Any,
+        up: Any,
+        down: Any,
+        *,
+        activation: str = "silu",
+        gate_bias: Any = None,
+        up_bias: Any = None,
+        down_bias: Any = None,
+        transposed: bool = False,
+        limit: float | None = None,
+        alpha: float = 1.0,
+        up_offset: float = 0.0,
+        weigh: str = "output",
+    ) -> Experts:
+        """``(activation(rows @ gate) * (rows @ up)) @ down``: SwiGLU and its relatives.
+
+        Parameters
+        ----------
+        gate, up : (E, d, f)
+        down : (E, f, d_out)
+        activation : "silu", "gelu", "gelu_tanh", "relu" or "relu2"
+        gate_bias, up_bias, down_bias : (E, f), (E, f), (E, d_out), optional
+        transposed : the matrices are (E, out, in)
+        limit : before the activation, gate = min(gate, limit), up = clip(up, -limit, limit)
+        alpha : silu is gate * sigmoid(alpha * gate)
+        up_offset : added to up after it is clamped
+        weigh : what the top-k weight multiplies, "output" or "input" of the expert
+        """
+        weights = {
+            "gate": gate,
+            "up": up,
+            "down": down,
+            "gate_bias": gate_bias,
+            "up_bias": up_bias,
+            "down_bias": down_bias,
+        }
+        return cls._of(
+            "gated",
+            weights,
+            transposed=transposed,
+            activation=activation,
+            limit=limit,
+            alpha=alpha,
+            up_offset=up_offset,
+            weigh=weigh,
+        )
+
+    @classmethod
+    def gated_fused(
+        cls,
+        gate_up: Any,
+        down: Any,
+        *,
+        interleaved: bool = False,
+        gate_up_bias: Any = None,
+        down_bias: Any = None,
+        activation: str = "silu",
+        transposed: bool = False,
+        limit: float | None = None,
+        alpha: float = 1.0,
+        up_offset: float = 0.0,
+        weigh: str = "output",
+    ) -> Experts:
+        """As `gated`, with gate and up in one (E, d, 2 f) matrix.
+
+        Their halves follow each other, or alternate (gate in the even columns) if `interleaved`;
+        a bias is split in the same way.
+        """
+        weights = {
+            "gate_up": gate_up,
+            "down": down,
+            "gate_up_bias": gate_up_bias,
+            "down_bias": down_bias,
+        }
+        return cls._of(
+            "gated_fused",
+            weights,
+            transposed=transposed,
+            interleaved=interleaved,
+            activation=activation,
+            limit=limit,
+            alpha=alpha,
+            up_offset=up_offset,
+            weigh=weigh,
+        )
+
+    @staticmethod
+    def callables(
+        functions: Sequence[Callable[[Array], Array]], d_out: int | None = None
+    ) -> CallableExperts:
+        """A user's own functions (m, d) -> (m, d_out), one per expert; m may be 0.
+
+        Without `d_out` they give rows as wide as those that they get. NumPy rows are read-only:
+        they may be those of the token chunk itself, and whoever wants to change them copies them.
+        """
+        return CallableExperts(tuple(functions), d_out)
+
+    @classmethod
+    def _of(cls, kind: str, weights: dict[str, Any], **options: Any) -> Experts:
+        activation, weigh = options.get("activation", "silu"), options.get("weigh", "output")
+        if activation not in ACTIVATIONS:
+            raise ValueError(f"activation must be one of {list(ACTIVATIONS)}, not {activation!r}")
+        if weigh not in ("output", "input"):
+            raise ValueError(f'weigh must be "output" or "input", not {weigh!r}')
+        if missing := [n for n, w in weights.items() if w is None and not n.endswith("bias")]:
+            raise TypeError(f"{', '.join(missing)} must be given, but came as None")
+        given = {name: Weight.of(w, name) for name, w in weights.items() if w is not None}
+        for name, weight in given.items():
+            if not is_float(weight.dtype):
+                raise TypeError(f"{name} must hold floats, but has dtype {weight.dtype}")
+        return cls(kind, given, options)
+
+    def with_precision(self, precision: str) -> Experts:
+        """The same experts, whose float32 values are rounded in 16-bit products, or are not.
+
+        Parameters
+        ----------
+        precision : "float32" or "bfloat16"
+            What a CPU that multiplies bfloat16 faster makes of what is float32 on the way through
+            bfloat16 matrices. "float32", as without it: three bfloat16 numbers for each, for the
+            accuracy of float32 products. "bfloat16": one, rounded, as a model in bfloat16 computes
+            (errors of about 2e-3 of the largest value). Elsewhere all is float32 anyway.
+        """
+        if precision not in PARTS:
+            raise ValueError(f"precision must be one of {', '.join(PARTS)}, not {precision!r}")
+        if precision == self.precision:
+            return self
+        return type(self)(self.kind, self.weights, {**self.options, "precision": precision})
+
+    # --- what they are ---
+
+    @property
+    def precision(self) -> str:
+        """How exact products in 16 bits are, see `with_precision`."""
+        return self.options.get("precision", "float32")
+
+    @property
+    def is_bfloat16(self) -> bool:
+        """Whether matrices are bfloat16, or are decoded to it, as far as dtypes tell."""
+        return any(weight.is_bfloat16 for weight in self.weights.values())
+
+    def loaded_bytes(self, dtype: np.dtype, *, on_device: bool = False) -> int:
+        """Bytes of one expert that is loaded to compute in a dtype."""
+        return sum(w.loaded_bytes(dtype, on_device=on_device) for w in self.weights.values())
+
+    @property
+    def dtype(self) -> np.dtype:
+        return next(iter(self.weights.values())).dtype
+
+    @property
+    def nbytes(self) -> int:
+        return sum(weight.nbytes for weight in self.weights.values())
+
+    @property
+    def num_held(self) -> int:
+        """Experts without the empty slots."""
+        return sum(e >= 0 for e in next(iter(self.weights.values())).ids)
+
+    @property
+    def parameters(self) -> int:
+        """Numbers in one expert: twice as many FLOPs go into each row."""
+        return sum(int(np.prod(weight.shape[1:])) for weight in self.weights.values())
+
+    @property
+    def is_square(self) -> bool:
+        """Whether all matrices are square, so that their shapes do not tell in from out."""
+        shapes = [w.shape for name, w in self.weights.items() if not name.endswith("bias")]
+        return all(rows == columns for _, rows, columns in shapes)
+
+    def __repr__(self) -> str:
+        hidden = "" if self.hidden is None else f", hidden={self.hidden}"
+        return (
+            f"Experts({self.kind}, num_experts={self.num_experts}, d={self.d}{hidden}, "
+            f"d_out={self.d_out}, dtype={self.dtype}, nbytes={self.nbytes})"
+        )
+
+    def __dask_tokenize__(self) -> object:
+        return normalize_token(("Experts", self.kind, self.weights, self.options))
+
+    def fingerprint(self) -> dict[str, Any]:
+        """Tell these experts from others: kind, options and weights; not how they are held."""
+        return describe(vars(self))
+
+    def sources(self) -> list[Source]:
+        """Where the weights lie that are no Dask arrays."""
+        return [source for weight in self.weights.values() for source in weight.sources()]
+
+    # --- a rank's part ---
+
+    def subset(self, ids: Sequence[int]) -> Experts:
+        """Keep some experts, in the order of `ids`; -1 is an empty slot, which no row may reach."""
+        weights = {name: weight.subset(ids) for name, weight in self.weights.items()}
+        return Experts(self.kind, weights, self.options)
+
+    def collections(self) -> dict[str, da.Array]:
+        """The weights that are Dask arrays, each the experts held here in one chunk."""
+        found = {name: weight.collection() for name, weight in self.weights.items()}
+        return {name: array for name, array in found.items() if array is not None}
+
+    def detached(self) -> Experts:
+        """The same without its Dask arrays, whose values `load` then gets as `given`."""
+        weights = {name: weight.detached() for name, weight in self.weights.items()}
+        return Experts(self.kind, weights, self.options)
+
+    def load(
+        self,
+        experts: Sequence[int] | None = None,
+        xp: Any = np,
+        dtype: Any = np.float32,
+        given: dict[str, np.ndarray] | None = None,
+    ) -> LocalExperts:
+        """Read experts, and nothing else, to where they will compute.
+
+        Parameters
+        ----------
+        experts : their indices, in the order wanted, -1 for an empty slot; all without it
+        xp : the array namespace of the tokens, NumPy or CuPy
+        dtype : the computing dtype
+        given : values of the weights that are Dask arrays
+
+        Returns
+        -------
+        LocalExperts, a sequence: the `expert_Ws` of the kernel
+
+        Notes
+        -----
+        Each weight goes to a device once, as it is stored, and is converted there; none comes back.
+        """
+        chosen = self if experts is None else self.subset(experts)
+        given = given or {
+            name: array.compute(scheduler="sync") for name, array in chosen.collections().items()
+        }
+        local = LocalExperts(chosen, xp, np.dtype(dtype), given)
+        local[0]
+        return local
+
+
+class CallableExperts:
+    """Experts that are a user's functions; see `Experts.callables`."""
+
+    kind, precision, is_bfloat16 = "callables", "float32", False
+    d = hidden = dtype = None
+    nbytes = parameters = widest = 0
+
+    def __init__(self, functions: tuple[Callable[[Array], Array] | None, ...], d_out: int | None):
+        for e, function in enumerate(functions):
+            if isinstance(function, Expert):
+                raise TypeError(
+                    f"expert {e} must be a function of its own, but is an Expert that was loaded; "
+                    "pass the Experts that it was loaded from"
+                )
+            if function is not None and not callable(function):
+                raise TypeError(f"expert {e} must be callable, but is a {type(function).__name__}")
+        self.functions, self.d_out = functions, d_out
+
+    @property
+    def num_experts(self) -> int:
+        return len(self.functions)
+
+    def with_precision(self, precision: str) -> CallableExperts:
+        if precision != self.precision:
+            raise ValueError(
+                f"precision must be {self.precision} for experts that are functions, which "
+                f"multiply by themselves, not {precision!r}"
+            )
+        return self
+
+    def loaded_bytes(self, dtype: np.dtype, *, on_device: bool = False) -> int:
+        return 0
+
+    def __dask_tokenize__(self) -> object:
+        return normalize_token(("CallableExperts", self.functions, self.d_out))
+
+    def subset(self, ids: Sequence[int]) -> CallableExperts:
+        return CallableExperts(
+            tuple(self.functions[e] if e >= 0 else None for e in ids), self.d_out
+        )
+
+    def collections(self) -> dict[str, da.Array]:
+        return {}
+
+    def detached(self) -> CallableExperts:
+        return self
+
+    def load(
+        self,
+        experts: Sequence[int] | None = None,
+        xp: Any = np,
+        dtype: Any = np.float32,
+        given: dict[str, np.ndarray] | None = None,
+    ) -> list[Callable[[Array], Array]]:
+        chosen = self if experts is None else self.subset(experts)
+        return [
+            EmptyFunction(self.d_out) if function is None else function
+            for function in chosen.functions
+        ]
+
+
+# --- what must hold ------------------------------------------------------------------------------
+
+
+def as_experts(experts: Any) -> Experts | CallableExperts:
+    """Take experts as users give them: a bare (E, d, d_out) array or list of matrices is linear.
+
+    Raises
+    ------
+    TypeError
+        If it is neither, saying what serves.
+    """
+    if isinstance(experts, (Experts, CallableExperts)):
+        return experts
+    if isinstance(experts, (list, tuple)) and experts and all(map(callable, experts)):
+        return Experts.callables(experts)
+    try:
+        return Experts.linear(experts)
+    except TypeError as error:
+        raise TypeError(
+            "experts must be an Experts (Experts.linear, .mlp, .gated, .gated_fused, .callables), "
+            "an (E, d, d_out) array, a list of (d, d_out) matrices, or a list of callables, not "
+            f"a {type(experts).__name__} ({error})"
+        ) from error
+
+
+def reversed_axes(axes: str, transposed: bool) -> tuple[str, ...]:
+    """Axis letters of a weight after the first, last two swapped if it is (E, out, in)."""
+    letters = tuple(axes.split())
+    return letters[::-1] if transposed else letters
+
+
+def _bind_axes(
+    kind: str, weights: dict[str, Weight], axes: dict[str, tuple[str, ...]]
+) -> dict[str, int]:
+    """Give every axis letter its one size; an error shows all bindings."""
+    sizes: dict[str, int] = {}
+    for name, weight in weights.items():
+        letters = ("E", *axes[name])
+        if len(weight.shape) != len(letters):
+            raise ValueError(
+                f"{name} of {kind} experts must be ({', '.join(letters)}), "
+                f"but has shape {weight.shape}"
+            )
+        for letter, size in zip(letters, weight.shape, strict=True):
+            if letter == "2f":
+                if size % 2:
+                    raise ValueError(f"{name} holds gate and up, so {size} must be even")
+                letter, size = "f", size // 2
+            if sizes.setdefault(letter, size) != size:
+                shapes = "; ".join(
+                    f"{n} ({', '.join(('E', *axes[n]))}) = {w.shape}" for n, w in weights.items()
+                )
+                raise ValueError(
+                    f"the weights of {kind} experts do not fit: axis {letter} is "
+                    f"{sizes[letter]} and {size}. They are {shapes}"
+                )
+    if sizes["E"] == 0:
+        raise ValueError(f"{kind} experts must be at least one, but there are none")
+    return sizes

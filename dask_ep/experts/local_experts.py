@@ -1,0 +1,282 @@
+"""What does a rank hold of its experts?"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from importlib import import_module
+from threading import Lock
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from dask_ep.arrays import memory
+from dask_ep.arrays.namespaces import Array, namespace
+from dask_ep.experts.weights import Weight
+from dask_ep.kernel.expert import Expert, Linear
+from dask_ep.kernel.kinds import Affine, Gated, GatedPair, Mlp, Summed
+
+if TYPE_CHECKING:
+    from dask_ep.experts.experts import Experts
+
+
+HIDDEN_COLUMNS = 2048
+"""Hidden columns that are computed together on the CPU: 1024 rows of them stay in the last-level
+cache, and fewer rows a product would cost a tenth of its speed in packing the matrices."""
+
+
+class LocalExperts(Sequence):
+    """A rank's experts in memory, in the order of its slots.
+
+    Its size in memory is told honestly to Dask. Copied to another process it does not carry the
+    weights of files along: they are read again from where they lie, when the first is asked for.
+    """
+
+    def __init__(self, experts: Experts, xp: Any, dtype: np.dtype, given: dict[str, np.ndarray]):
+        self._origin = (experts, xp.__name__, dtype, given)
+        on_device = xp.__name__ != "numpy"
+        self.nbytes = experts.num_held * experts.loaded_bytes(dtype, on_device=on_device)
+        self._lock = Lock()
+        self._experts: list[Expert] | None = None
+
+    def _loaded(self) -> list[Expert]:
+        with self._lock:
+            if self._experts is None:
+                experts, name, dtype, given = self._origin
+                self._experts = load_experts(experts, import_module(name), dtype, dict(given))
+        return self._experts
+
+    @property
+    def on_device(self) -> bool:
+        """Whether the weights lie on a device, once they are loaded."""
+        return self._origin[1] != "numpy"
+
+    def __len__(self) -> int:
+        return self._origin[0].num_experts
+
+    def __getitem__(self, e: int) -> Expert:
+        return (self._experts or self._loaded())[e]
+
+    def __sizeof__(self) -> int:
+        return object.__sizeof__(self) + self.nbytes
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _unloaded, self._origin
+
+
+def _unloaded(
+    experts: Experts, namespace_name: str, dtype: np.dtype, given: dict[str, np.ndarray]
+) -> LocalExperts:
+    return LocalExperts(experts, import_module(namespace_name), dtype, given)
+
+
+def load_experts(
+    experts: Experts, xp: Any, dtype: np.dtype, given: dict[str, Sequence[np.ndarray]]
+) -> list[Expert]:
+    """Load the experts of all slots, in their order.
+
+    `given` holds, by the name of a weight, what has been read of it: an array for each expert that
+    a slot holds, in the order of the slots. What is not in it is read here. Takes what it uses out
+    of `given`, and holds no more than one expert both as it was read and as
+    it computes, where these differ.
+    """
+    if xp is np:
+        stacks = {
+            n: weight.read(dtype, given.pop(n, None)) for n, weight in experts.weights.items()
+        }
+        build = BUILDERS[experts.kind]
+    else:
+        stacks = _read_to_device(experts, xp, dtype, given)
+        build = _gated_pair if "gate_up" in stacks else BUILDERS[experts.kind]
+    local = []
+    for _ in range(experts.num_experts):
+        arrays = {name: stack.pop(0) for name, stack in stacks.items()}
+        empty = all(a is None for a in arrays.values())
+        local.append(_EmptySlot(experts) if empty else build(arrays, experts.options))
+    return local
+
+
+def _read_to_device(
+    experts: Experts, xp: Any, dtype: np.dtype, given: dict[str, np.ndarray]
+) -> dict[str, list[Array | None]]:
+    """Read the experts to a device, gate and up into one matrix; what is there stays there.
+
+    All experts of one weight are one allocation, which is freed with the last of them.
+    """
+    weights = experts.weights
+    if any(weight.on_device for weight in weights.values()):
+        read = {name: weight.read(dtype, given.get(name)) for name, weight in weights.items()}
+        stacks = {n: [None if a is None else xp.asarray(a) for a in s] for n, s in read.items()}
+        return stacks if "gate_up" not in stacks else _side_by_side(stacks, experts.options)
+    axis = 0 if experts.options.get("transposed", False) else 1
+    stacks, targets = {}, {}
+    for name, weight in weights.items():
+        shape = weight.shape[1:]
+        if name in ("gate", "gate_bias"):
+            along = 0 if len(shape) == 1 else axis
+            whole = (*shape[:along], 2 * shape[along], *shape[along + 1 :])
+            pair = stacks[name.replace("gate", "gate_up")] = _allocate(xp, weight, whole, dtype)
+            halves = [(None, None) if a is None else _halves(a, along) for a in pair]
+            targets[name] = [gate for gate, _ in halves]
+            targets[name.replace("gate", "up")] = [up for _, up in halves]
+        elif name not in targets:
+            targets[name] = stacks[name] = _allocate(xp, weight, shape, dtype)
+    for name, weight in weights.items():
+        weight.fill(targets[name], given.get(name))
+    return _side_by_side(stacks, experts.options) if "gate_up" in stacks else stacks
+
+
+def _allocate(
+    xp: Any, weight: Weight, shape: tuple[int, ...], dtype: np.dtype
+) -> list[Array | None]:
+    """Device memory for one weight of all experts that are held, in one piece."""
+    held = sum(e >= 0 for e in weight.ids)
+    stack = iter(xp.empty((held, *shape), dtype=dtype))
+    return [next(stack) if e >= 0 else None for e in weight.ids]
+
+
+def _side_by_side(
+    stacks: dict[str, list[Array | None]], options: dict[str, Any]
+) -> dict[str, list[Array | None]]:
+    """Put gate and up beside each other where they alternate."""
+    if not options.get("interleaved", False):
+        return stacks
+    axis = 0 if options["transposed"] else 1
+    stacks["gate_up"] = [None if a is None else _sorted_out(a, axis) for a in stacks["gate_up"]]
+    if "gate_up_bias" in stacks:
+        biases = stacks["gate_up_bias"]
+        stacks["gate_up_bias"] = [None if a is None else _sorted_out(a, 0) for a in biases]
+    return stacks
+
+
+def _sorted_out(w: Array, axis: int) -> Array:
+    whole = memory.empty(w.shape, w.dtype, like=w)
+    for half, first in zip(_halves(whole, axis), (0, 1), strict=True):
+        half[...] = w[first::2] if axis == 0 else w[:, first::2]
+    return whole
+
+
+class _EmptySlot(Expert):
+    """A slot that holds no expert."""
+
+    def __init__(self, experts: Experts):
+        self.d, self.d_out = experts.d, experts.d_out
+
+    def __call__(self, rows: Array, out: Array | None = None) -> Array:
+        _refuse_rows(rows)
+
+
+def _refuse_rows(rows: Array) -> None:
+    raise ValueError(
+        f"{len(rows)} rows are routed to an empty slot, which holds no expert; "
+        "the routing must be rewritten by the placement that made the slot"
+    )
+
+
+# --- from arrays to experts that compute -------------------------------------------------------
+
+
+def _product(w: Array, bias: Array | None, options: dict[str, Any]) -> Expert:
+    precision = options.get("precision", "float32")
+    return Linear(w, precision) if bias is None else Affine(w, bias, precision)
+
+
+def _linear(arrays: dict[str, Array], options: dict[str, Any]) -> Expert:
+    return _product(_oriented(arrays["w"], options), arrays.get("bias"), options)
+
+
+def _mlp(arrays: dict[str, Array], options: dict[str, Any]) -> Expert:
+    return _by_hidden_columns(
+        arrays,
+        options,
+        lambda part: Mlp(part["up"], part["down"], options["activation"]),
+    )
+
+
+def _gated(arrays: dict[str, Array], options: dict[str, Any]) -> Expert:
+    names = ("activation", "limit", "alpha", "up_offset", "weigh")
+    chosen = {name: options[name] for name in names}
+    return _by_hidden_columns(
+        arrays, options, lambda part: Gated(part["gate"], part["up"], part["down"], **chosen)
+    )
+
+
+def _by_hidden_columns(
+    arrays: dict[str, Array],
+    options: dict[str, Any],
+    build: Callable[[dict[str, Expert]], Expert],
+) -> Expert:
+    """Build an expert of at most `HIDDEN_COLUMNS`, or the sum of several that share its columns."""
+    matrices = {name: w for name, w in arrays.items() if not name.endswith("_bias")}
+    oriented = {name: _oriented(w, options) for name, w in matrices.items()}
+    hidden = oriented["down"].shape[0]
+    step = HIDDEN_COLUMNS if namespace(oriented["down"]) is np else max(hidden, 1)
+    parts = []
+    for first in range(0, max(hidden, 1), step):
+        columns = slice(first, first + step)
+        part = {}
+        for name, w in oriented.items():
+            bias = arrays.get(f"{name}_bias")
+            if name == "down":
+                part[name] = _product(w[columns], bias if first == 0 else None, options)
+            else:
+                bias = None if bias is None else bias[columns]
+                part[name] = _product(w[:, columns], bias, options)
+        parts.append(build(part))
+    return parts[0] if len(parts) == 1 else Summed(parts)
+
+
+def _gated_pair(arrays: dict[str, Array], options: dict[str, Any]) -> Expert:
+    names = ("activation", "limit", "alpha", "up_offset", "weigh")
+    gate_up = _product(_oriented(arrays["gate_up"], options), arrays.get("gate_up_bias"), options)
+    down = _product(_oriented(arrays["down"], options), arrays.get("down_bias"), options)
+    return GatedPair(gate_up, down, **{name: options[name] for name in names})
+
+
+def _gated_fused(arrays: dict[str, Array], options: dict[str, Any]) -> Expert:
+    arrays = dict(arrays)
+    axis = 0 if options["transposed"] else 1
+    split = _deinterleave if options["interleaved"] else _halves
+    arrays["gate"], arrays["up"] = split(arrays.pop("gate_up"), axis)
+    if "gate_up_bias" in arrays:
+        arrays["gate_bias"], arrays["up_bias"] = split(arrays.pop("gate_up_bias"), 0)
+    return _gated(arrays, options)
+
+
+def _oriented(w: Array, options: dict[str, Any]) -> Array:
+    return w.T if options["transposed"] else w
+
+
+def _halves(w: Array, axis: int) -> tuple[Array, Array]:
+    f = w.shape[axis] // 2
+    return (w[:f], w[f:]) if axis == 0 else (w[:, :f], w[:, f:])
+
+
+def _deinterleave(w: Array, axis: int) -> tuple[Array, Array]:
+    """Split into contiguous matrices: products of every other column would copy at each use."""
+    pair = []
+    for first in (0, 1):
+        alternate = w[first::2] if axis == 0 else w[:, first::2]
+        half = memory.empty(alternate.shape, w.dtype, like=w)
+        half[...] = alternate
+        pair.append(half)
+    return pair[0], pair[1]
+
+
+BUILDERS: dict[str, Callable[[dict[str, Array], dict[str, Any]], Expert]] = {
+    "linear": _linear,
+    "mlp": _mlp,
+    "gated": _gated,
+    "gated_fused": _gated_fused,
+}
+
+
+class EmptyFunction:
+    """A slot that holds no function."""
+
+    def __init__(self, d_out: int | None):
+        self.d_out = d_out
+
+    def __call__(self, rows: Array) -> Array:
+        if len(rows):
+            _refuse_rows(rows)
+        return namespace(rows).empty((0, self.d_out or rows.shape[1]), dtype=rows.dtype)

@@ -1,0 +1,136 @@
+"""How are the weights of the next experts read while the present ones compute?
+
+    ep_experts task ──> ExpertsAhead ──> the readers' queue: one thread per process, or a few where
+                             │           there are many cores; bytes in memory, as they are stored
+                             v
+    ep_dispatch tasks: the first to ask for an expert makes them what is computed with, matrix by
+                       matrix, and others that ask meanwhile take a part of it
+
+A task that reads would keep a thread that could compute from doing so; and bfloat16, FP8 and MXFP4
+wait in the bytes that they have in their files. What bounds memory is the graph: it begins to read
+a block, and to compute one, when an earlier one is done with.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import threading
+import weakref
+from collections import deque
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Any
+
+import numpy as np
+from dask.system import CPU_COUNT
+
+from dask_ep.experts.experts import Experts
+from dask_ep.experts.local_experts import load_experts
+from dask_ep.experts.stored_experts import held_in_memory
+from dask_ep.experts.weights import Weight
+from dask_ep.kernel.expert import Expert
+
+READERS = min(max(CPU_COUNT // 4, 1), 4)
+"""Threads of a process that read: each brings about 1 GB in a second."""
+
+
+class _Readers:
+    """The threads that read, from their first use on."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._pool: ThreadPoolExecutor | None = None
+
+    def submit(self, *work: Any) -> Future:
+        with self._lock:
+            if self._pool is None:
+                self._pool = ThreadPoolExecutor(READERS, thread_name_prefix="dask-ep-reader")
+            return self._pool.submit(*work)
+
+
+_readers = _Readers()
+
+
+def _renew_readers() -> None:
+    """After a fork the child has the parent's lock and none of its threads: start afresh."""
+    global _readers
+    _readers = _Readers()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_renew_readers)
+
+
+class ExpertsAhead(Sequence):
+    """Experts that are being read, or will be when it is their turn.
+
+    Parameters
+    ----------
+    experts : Experts
+        All of them are read; computed by NumPy.
+    dtype : the computing dtype
+    tell : called when they have been read, optional
+
+    Notes
+    -----
+    In memory as they are stored until one of them is asked for, and in the computing dtype from
+    then on. Copied to another process it reads its files again. Its size is not told to Dask: the
+    graph bounds how many there are, and a worker that puts them on disk to make room would read
+    them again and again. What nobody wants any more before it was its turn is not read.
+    """
+
+    def __init__(self, experts: Experts, dtype: np.dtype, tell: Callable[[], Any] | None = None):
+        self._origin = (experts, dtype, tell)
+        self._coming: Future[_Compressed] = _readers.submit(_read, *self._origin)
+        weakref.finalize(self, self._coming.cancel)
+
+    def __len__(self) -> int:
+        return self._origin[0].num_experts
+
+    def __getitem__(self, e: int) -> Expert:
+        return self._coming.result().experts()[e]
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(self), self._origin
+
+
+class _Compressed:
+    """Experts in memory as they are stored, until the first is asked for."""
+
+    def __init__(self, experts: Experts, dtype: np.dtype):
+        self._origin, self._dtype = experts, dtype
+        self._lock = threading.Lock()
+        self._local: list[Expert] | None = None
+        self._decoded: dict[str, list[Future[np.ndarray]]] = {}
+        self._waiting: deque[tuple[Weight, Future[np.ndarray]]] = deque()
+        for e in range(experts.num_experts):
+            for name, weight in held_in_memory(experts, e).weights.items():
+                self._waiting.append((weight, Future()))
+                self._decoded.setdefault(name, []).append(self._waiting[-1][1])
+
+    def experts(self) -> list[Expert]:
+        """Give them to compute with; whoever asks decodes what nobody has begun with."""
+        while self._waiting:
+            with contextlib.suppress(IndexError):  # another was faster
+                _decode(*self._waiting.popleft(), self._dtype)
+        with self._lock:
+            if self._local is None:
+                given = {n: [one.result() for one in stack] for n, stack in self._decoded.items()}
+                self._decoded.clear()
+                self._local = load_experts(self._origin, np, self._dtype, given)
+            return self._local
+
+
+def _decode(weight: Weight, to: Future[np.ndarray], dtype: np.dtype) -> None:
+    try:
+        to.set_result(weight.read(dtype)[0])
+    except BaseException as error:  # for all who wait for it
+        to.set_exception(error)
+
+
+def _read(experts: Experts, dtype: np.dtype, tell: Callable[[], Any] | None) -> _Compressed:
+    read = _Compressed(experts, dtype)
+    if tell is not None:
+        tell()
+    return read

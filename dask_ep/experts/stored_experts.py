@@ -1,0 +1,163 @@
+"""How does a rank hold more experts than it has memory for in float32?
+
+As they are stored: bfloat16, FP8 with its scales, MXFP4. An expert becomes float32 when its rows
+come, and only the last one of each thread stays so.
+
+    file ──.load()──> bytes as stored, in memory ──rows come──> one expert in float32, for a while
+
+Half the memory of float32 for 16 bits, a quarter for FP8, an eighth for MXFP4, and the time of one
+conversion per chunk and expert; none for bfloat16 where products take it as it is (`bfloat16`). On
+a GPU that is the device's memory, where an expert is decoded to the dtype of the rows.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Sequence
+from importlib import import_module
+from typing import Any
+
+import numpy as np
+from dask.base import normalize_token
+
+from dask_ep.arrays.namespaces import Array
+from dask_ep.experts.experts import Experts
+from dask_ep.experts.quantized import in_memory
+from dask_ep.experts.weights import Weight
+from dask_ep.kernel.expert import Expert
+
+
+def held_as_stored(experts: Experts) -> StoredExperts:
+    """Give the same experts, which a rank then holds in memory as they are stored.
+
+    Parameters
+    ----------
+    experts : Experts
+        Not of Dask arrays, which have no stored form.
+
+    Returns
+    -------
+    StoredExperts, for wherever an `Experts` serves
+
+    Notes
+    -----
+    What comes out is the same to the last bit. Each (chunk, expert) pair converts the expert once,
+    which pays when an expert gets some hundred rows of a chunk: choose large chunks.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> from dask_ep import Experts
+    >>> experts = Experts.linear(np.ones((4, 8, 8), np.float16))
+    >>> experts.load().nbytes, held_as_stored(experts).load().nbytes
+    (1024, 512)
+    """
+    lazy = list(experts.collections())
+    if lazy:
+        raise ValueError(
+            f"experts held as stored must lie in files or NumPy arrays, but {', '.join(lazy)} is a "
+            "Dask array"
+        )
+    return StoredExperts(experts.kind, experts.weights, experts.options)
+
+
+class StoredExperts(Experts):
+    """Experts that are loaded as they are stored; made by `held_as_stored`."""
+
+    def subset(self, ids: Sequence[int]) -> StoredExperts:
+        return held_as_stored(super().subset(ids))
+
+    def detached(self) -> StoredExperts:
+        return self
+
+    def load(
+        self,
+        experts: Sequence[int] | None = None,
+        xp: Any = np,
+        dtype: Any = np.float32,
+        given: dict[str, np.ndarray] | None = None,
+    ) -> LocalStoredExperts:
+        """Read experts as they are stored; the arguments are those of `Experts.load`."""
+        chosen = self if experts is None else self.subset(experts)
+        return LocalStoredExperts(chosen, xp, np.dtype(dtype))
+
+    def __dask_tokenize__(self) -> object:
+        return normalize_token((type(self).__name__, super().__dask_tokenize__()))
+
+
+class LocalStoredExperts(Sequence):
+    """A rank's experts in memory, as they are stored, in the order of its slots.
+
+    Told to Dask with its size; copied to another process it reads its files again.
+    """
+
+    def __init__(self, experts: StoredExperts, xp: Any, dtype: np.dtype):
+        self._origin = (experts, xp.__name__, dtype)
+        self._lately = threading.local()
+        held = [held_in_memory(experts, e, xp) for e in range(experts.num_experts)]
+        self.nbytes = sum(one.nbytes for one in held)
+        self._experts = [_StoredExpert(one, xp, dtype, self._lately) for one in held]
+
+    @property
+    def on_device(self) -> bool:
+        """Whether the weights lie on a device."""
+        return self._origin[1] != "numpy"
+
+    def __len__(self) -> int:
+        return len(self._experts)
+
+    def __getitem__(self, e: int) -> Expert:
+        return self._experts[e]
+
+    def __sizeof__(self) -> int:
+        return object.__sizeof__(self) + self.nbytes
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _reload, self._origin
+
+
+def _reload(experts: StoredExperts, namespace_name: str, dtype: np.dtype) -> LocalStoredExperts:
+    return LocalStoredExperts(experts, import_module(namespace_name), dtype)
+
+
+class _StoredExpert(Expert):
+    """One expert as it is stored. Converted at its use, and kept until its thread uses another."""
+
+    def __init__(self, one: Experts, xp: Any, dtype: np.dtype, lately: threading.local):
+        self._one, self._xp, self._dtype, self._lately = one, xp, dtype, lately
+        self.d, self.d_out = one.d, one.d_out
+        self.weigh = one.options.get("weigh", "output")
+
+    @property
+    def widest(self) -> int:
+        return max(self.d, self._one.hidden or 0, self.d_out)
+
+    def takes(self, dtype: np.dtype) -> np.dtype:
+        return self._loaded().takes(dtype)
+
+    def __call__(self, rows: Array, out: Array | None = None) -> Array:
+        return self._loaded()(rows, out)
+
+    def _loaded(self) -> Expert:
+        who, expert = getattr(self._lately, "expert", (None, None))
+        if who is not self:
+            self._lately.expert = (None, None)  # the memory of the last is free for this one
+            expert = self._one.load(xp=self._xp, dtype=self._dtype)[0]
+            self._lately.expert = (self, expert)
+        return expert
+
+
+def held_in_memory(experts: Experts, e: int, xp: Any = np) -> Experts:
+    """Read one expert as it is stored, as an `Experts` of that one alone."""
+    weights = {name: _hold_weight(weight, e, xp) for name, weight in experts.weights.items()}
+    return Experts(experts.kind, weights, experts.options)
+
+
+def _hold_weight(weight: Weight, e: int, xp: Any) -> Weight:
+    number = weight.ids[e]
+    if number < 0:  # an empty slot, which no row may reach
+        return Weight(weight.parts, (-1,))
+    if isinstance(weight.parts, tuple):
+        part = weight.parts[number]
+        return Weight((in_memory(part, 0, part.shape[0], xp),), (0,))
+    return Weight(in_memory(weight.parts, number, number + 1, xp), (0,))

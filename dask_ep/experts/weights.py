@@ -1,0 +1,270 @@
+"""Where does one weight of all experts lie?
+
+A `Weight` is one array per expert, left where it is (a file, an array, a Dask array) until some of
+them are read, each by itself.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from math import prod
+from typing import Any
+
+import dask.array as da
+import ml_dtypes
+import numpy as np
+from dask.base import normalize_token
+
+from dask_ep.arrays import blas, memory
+from dask_ep.arrays.checks import refuse_masked
+from dask_ep.arrays.device import pinned_empty
+from dask_ep.arrays.namespaces import UNDERFLOW_IS_ZERO, Array, is_array, namespace
+from dask_ep.experts.quantized import DeviceSource, Float8Source, Mxfp4Source, fill_on_device, put
+from dask_ep.kernel.bfloat16 import BFLOAT16, narrowed, serves
+from dask_ep.storage.fingerprint import describe
+from dask_ep.storage.sources import ArraySource, Source, open_source, refuse_missing
+
+FLOAT8_SCALE = np.dtype(ml_dtypes.float8_e8m0fnu)
+"""Powers of two: of 8-bit floats they make numbers that bfloat16 holds."""
+
+STEP = 1 << 16
+"""Numbers that are widened at once: they stay in cache between the two steps."""
+
+
+class Weight:
+    """One weight of every expert.
+
+    `parts` is a Source or Dask array (E, ...), or a tuple of Sources, one per expert.
+    """
+
+    def __init__(self, parts: Source | da.Array | tuple[Source, ...], ids: range | tuple[int, ...]):
+        self.parts, self.ids = parts, ids
+
+    @classmethod
+    def of(cls, obj: Any, name: str) -> Weight:
+        """Take whatever weights come in; lists have one entry per expert."""
+        if isinstance(obj, Weight):
+            return obj
+        if isinstance(obj, (list, tuple)):
+            if not obj:
+                raise ValueError(f"{name} must have one entry per expert, but has none")
+            if any(isinstance(part, da.Array) for part in obj):
+                whole = [_as_dask(part, f"{name}[{e}]") for e, part in enumerate(obj)]
+                return cls.of(da.stack(whole), name)
+            parts = tuple(_source(part, f"{name}[{e}]") for e, part in enumerate(obj))
+            if len({part.shape for part in parts}) > 1:
+                odd = next(e for e, part in enumerate(parts) if part.shape != parts[0].shape)
+                raise ValueError(
+                    f"all experts must have weights of one shape, but {name}[{odd}] is "
+                    f"{parts[odd].shape} and {name}[0] is {parts[0].shape}"
+                )
+            return cls(parts, range(len(parts)))
+        if isinstance(obj, da.Array):
+            refuse_masked(obj, name)
+        parts = obj if isinstance(obj, da.Array) else _source(obj, name)
+        if parts.ndim == 0:
+            raise ValueError(f"{name} must have the experts along its first axis, but is a number")
+        return cls(parts, range(parts.shape[0]))
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """(E, ...) of the experts held here."""
+        one = self.parts[0].shape if isinstance(self.parts, tuple) else self.parts.shape[1:]
+        return (len(self.ids), *one)
+
+    @property
+    def dtype(self) -> np.dtype:
+        return (self.parts[0] if isinstance(self.parts, tuple) else self.parts).dtype
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes as stored, of the experts held here."""
+        if isinstance(self.parts, tuple):
+            return sum(self.parts[e].nbytes for e in self.ids if e >= 0)
+        held = sum(e >= 0 for e in self.ids)
+        return held * self.parts.nbytes // max(self.parts.shape[0], 1)
+
+    def sources(self) -> tuple[Source, ...]:
+        """Where these experts lie, if not in a Dask array."""
+        if isinstance(self.parts, da.Array):
+            return ()
+        return self.parts if isinstance(self.parts, tuple) else (self.parts,)
+
+    def subset(self, ids: Sequence[int]) -> Weight:
+        """Keep the experts `ids` (positions here; -1 stays an empty slot)."""
+        ids = tuple(self.ids[e] if e >= 0 else -1 for e in ids)
+        if not isinstance(self.parts, (tuple, ArraySource, DeviceSource)):
+            return Weight(self.parts, ids)
+        held = [e for e in ids if e >= 0] or [0]  # one, so that empty slots have a shape
+        renumbered = iter(range(len(held)))
+        ids = tuple(next(renumbered) if e >= 0 else -1 for e in ids)
+        return Weight(tuple(map(self._part, held)), ids)
+
+    def _part(self, e: int) -> Source:
+        """One expert by itself, so that a task carries its rank's part alone."""
+        if isinstance(self.parts, tuple):
+            return self.parts[e]
+        if isinstance(self.parts, DeviceSource):
+            return self.parts.part(e)
+        return ArraySource(self.parts.array[e], self.parts.name)
+
+    def collection(self) -> da.Array | None:
+        """The Dask array that holds these experts in one chunk, if that is where they lie."""
+        if not isinstance(self.parts, da.Array):
+            return None
+        return self.parts[[e for e in self.ids if e >= 0]].rechunk(-1)
+
+    def detached(self) -> Weight:
+        """The same without its Dask array, for a task that gets it as an argument."""
+        if not isinstance(self.parts, da.Array):
+            return self
+        return Weight(_Detached(self.parts.shape, self.parts.dtype), self.ids)
+
+    @UNDERFLOW_IS_ZERO
+    def read(self, dtype: np.dtype, given: np.ndarray | None = None) -> list[np.ndarray | None]:
+        """Read one array per expert, None for an empty slot; each converted by itself.
+
+        Matrices that are bfloat16, or become it when they are decoded without losing a bit, stay
+        so instead of float32 where products with them take 16 bits (`dask_ep.kernel.bfloat16`).
+        """
+        read, arrays = iter(() if given is None else given), []
+        for e in self.ids:
+            if e < 0:
+                arrays.append(None)
+            elif given is not None:
+                arrays.append(_checked(next(read)))
+            elif isinstance(self.parts, tuple):
+                part = self.parts[e]
+                arrays.append(part.read(0, part.shape[0]))
+            else:
+                arrays.append(self.parts.read(e, e + 1)[0])
+        return [None if a is None else self._as_computed(a, dtype) for a in arrays]
+
+    def loaded_bytes(self, dtype: np.dtype, *, on_device: bool = False) -> int:
+        """Bytes of one expert's as it computes in a dtype, at most."""
+        narrow = not on_device and dtype == np.float32 and self.is_bfloat16
+        if narrow and blas.bfloat16_library() is not None:
+            dtype = BFLOAT16
+        return prod(self.shape[1:]) * dtype.itemsize
+
+    @property
+    def is_bfloat16(self) -> bool:
+        """Whether these are matrices of bfloat16, or decoded to it, as far as dtypes tell."""
+        if len(self.shape) != 3:
+            return False
+        one = self.parts[0] if isinstance(self.parts, tuple) else self.parts
+        powers = isinstance(one, Float8Source) and one.scales.dtype == FLOAT8_SCALE
+        return one.dtype == BFLOAT16 or powers or isinstance(one, Mxfp4Source)
+
+    def _as_computed(self, array: Array, dtype: np.dtype) -> Array:
+        if array.ndim == 2 and dtype == np.float32 and serves(array):
+            return array
+        wide = _converted(array, dtype)
+        return narrowed(wide) if wide.ndim == 2 and self._is_quantized() else wide
+
+    def _is_quantized(self) -> bool:
+        one = self.parts[0] if isinstance(self.parts, tuple) else self.parts
+        return isinstance(one, (Float8Source, Mxfp4Source))
+
+    @property
+    def on_device(self) -> bool:
+        """Whether these weights are on a device already, and stay where they are."""
+        return isinstance(self.parts, DeviceSource) or (
+            isinstance(self.parts, tuple) and isinstance(self.parts[0], DeviceSource)
+        )
+
+    def fill(self, targets: Sequence[Array | None], given: np.ndarray | None = None) -> None:
+        """Read each expert held here into a device array; one of its number, None where empty.
+
+        Notes
+        -----
+        Bytes go there as they are stored, through pinned memory: the next one is read while the
+        last is on its way.
+        """
+        read = iter(() if given is None else given)
+        for e, target in zip(self.ids, targets, strict=True):
+            if e < 0:
+                continue
+            if given is not None:
+                _put(target, _checked(next(read)))
+            elif isinstance(self.parts, tuple):
+                part = self.parts[e]
+                fill_on_device(part, 0, part.shape[0], target)
+            else:
+                fill_on_device(self.parts, e, e + 1, target[None])
+
+    def fingerprint(self) -> dict[str, Any]:
+        """Tell these weights from other or changed ones; see `Source.fingerprint`."""
+        ids = self.ids if isinstance(self.ids, range) else list(self.ids)
+        return describe(self.parts) | describe({"ids": ids})
+
+    def __dask_tokenize__(self) -> object:
+        return normalize_token((self.parts, tuple(self.ids)))
+
+
+def _converted(array: Array, dtype: np.dtype) -> Array:
+    """The array in another dtype; in recycled memory, whose pages are there already."""
+    if array.dtype == dtype:
+        return array
+    out = memory.empty(array.shape, dtype, like=array)
+    on_host = isinstance(array, np.ndarray) and array.flags.c_contiguous
+    if on_host and array.dtype == BFLOAT16 and dtype == np.float32:
+        _widen(array.reshape(-1).view(np.uint16), out.reshape(-1).view(np.uint32))
+    else:
+        out[...] = array
+    return out
+
+
+def _widen(bits: np.ndarray, out: np.ndarray) -> None:
+    """Give bfloat16 numbers the 16 bits that float32 has more: twice as fast as ``astype``."""
+    for start in range(0, len(bits), STEP):
+        wide = out[start : start + STEP]
+        wide[...] = bits[start : start + STEP]
+        np.left_shift(wide, 16, out=wide)
+
+
+class _Detached(Source):
+    """Stands for a Dask array whose value comes as a task's argument."""
+
+    def __init__(self, shape: tuple[int, ...], dtype: np.dtype):
+        self.shape, self.dtype, self.name = shape, dtype, "Dask array"
+
+    def read(self, start: int, stop: int, out: np.ndarray | None = None) -> np.ndarray:
+        raise TypeError("a Dask array of weights is read by the graph: pass its value to load")
+
+    def fingerprint(self) -> dict[str, Any]:
+        return self._describe()
+
+
+def _checked(value: Array) -> Array:
+    """A value of a Dask array, whose blocks can be masked though the array did not say so."""
+    refuse_masked(value, "a Dask array of weights")
+    return value
+
+
+def _put(target: Array, value: Array) -> None:
+    """Copy a value that is in memory, here or on the device already."""
+    if not isinstance(value, np.ndarray):
+        target[...] = value.astype(target.dtype, copy=False)
+        return
+    host = pinned_empty(namespace(target), value.shape, value.dtype)
+    host[...] = value
+    put(target, host)
+
+
+def _source(obj: Any, name: str) -> Source:
+    """A Source of a weight, of which nothing is missing; device arrays serve as they are."""
+    if not isinstance(obj, np.ndarray) and is_array(obj):
+        return DeviceSource(obj, name)
+    is_path = isinstance(obj, str) or hasattr(obj, "__fspath__")
+    source = open_source(obj) if is_path else open_source(obj, name)
+    refuse_missing(source)
+    return source
+
+
+def _as_dask(part: Any, name: str) -> da.Array:
+    if isinstance(part, da.Array):
+        refuse_masked(part, name)
+        return part
+    source = _source(part, name)
+    return da.from_array(source.read(0, source.shape[0]), chunks=-1)

@@ -1,0 +1,328 @@
+"""What does the task of a token chunk do?
+
+    tokens, routing ── pack ──> a packet for each owner ──> services ──> answers ── combine ──> out
+                         └────> ranks that are served here: no packet   ──┘
+
+The same for all schedulers: where ranks are not served by workers (local threads, a cluster without
+`own_experts`), the chunk serves them itself, by the same sort and in the same order.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterable, Iterator, Sequence
+from importlib import import_module
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from dask_ep.arrays.checks import check_routing, check_tokens, computing_dtype
+from dask_ep.arrays.device import telling_chunk, telling_memory
+from dask_ep.arrays.namespaces import Array, namespace, to_host
+from dask_ep.experts.experts import CallableExperts, Experts
+from dask_ep.experts.local_experts import LocalExperts
+from dask_ep.graph import tally
+from dask_ep.kernel.context import naming, slots_of, telling_kernel
+from dask_ep.kernel.device_kernel import INDEX_BYTES
+from dask_ep.kernel.dispatch import aligned, answer_of_rank, dispatch, expert_parallel_dispatch
+from dask_ep.kernel.expert import as_experts
+from dask_ep.kernel.host_kernel import Served, gather
+from dask_ep.kernel.pack import Combining, Packet, Packing, packet_order, slots_at
+from dask_ep.kernel.segments import sort_slots
+from dask_ep.placement.policies import Placement
+
+
+class Exchange(NamedTuple):
+    """What all chunks of a layer have in common."""
+
+    token: str
+    #: of the layer, in the names of its tasks
+    world_size: int
+    num_local: int
+    #: physical experts of a rank
+    d_out: int
+    placement: Placement | None
+    #: None where physical experts are the experts
+
+
+class Where(NamedTuple):
+    """Which chunk this is."""
+
+    chunk: int
+    first_row: int | None
+    #: its number in the whole array; None where lengths before it are not known
+    home: int | None
+    #: rank at which the chunk is at home, where the placement is local
+
+
+def load_rank(
+    experts: Experts | CallableExperts,
+    xp: str,
+    dtype: np.dtype,
+    rank: int,
+    token: str | None,
+    **given: np.ndarray,
+) -> LocalExperts | list | None:
+    """Load the experts of a rank: for the service of this worker if there is one, else as result.
+
+    `given` are the weights that are Dask arrays.
+    """
+
+    def load() -> LocalExperts | list:
+        namespace, needed = (
+            import_module(xp),
+            experts.parameters * experts.num_experts * dtype.itemsize,
+        )
+        with naming(f"loading the experts of rank {rank}"), telling_memory(namespace, needed):
+            return experts.load(xp=namespace, dtype=dtype, given=given or None)
+
+    services = find_services(token)
+    if services is None:
+        return load()
+    services.open(token, rank, load)
+    return None
+
+
+def join_ranks(ranks: Sequence[LocalExperts | list | None]) -> list | None:
+    """Give the experts of all ranks to chunks that serve them in place, None where services do.
+
+    Raises
+    ------
+    RuntimeError
+        If some ranks are served by workers and others not.
+    """
+    served = sum(rank is None for rank in ranks)
+    if served == len(ranks):
+        return None
+    if served:
+        raise RuntimeError(
+            f"{served} of {len(ranks)} ranks were loaded by services and the others not, because "
+            "owners were closed or asked for while experts were loaded; compute it again"
+        )
+    return list(ranks)
+
+
+def compute_chunk_of_one_rank(
+    tokens: Array,
+    routing: Array,
+    topk_weights: Array | None,
+    experts: LocalExperts,
+    where: Where,
+    exchange: Exchange,
+) -> Array:
+    """The output of a chunk where one rank has all experts: nothing is exchanged."""
+    place = f"dispatch of token chunk {where.chunk} at rank 0 of 1"
+    with (
+        naming(place, where.first_row),
+        telling_kernel(tokens, slots_of(routing), experts, exchange.d_out),
+    ):
+        start = tally.now()
+        out = expert_parallel_dispatch(
+            tokens, routing, experts, rank=0, world_size=1, topk_weights=topk_weights
+        )
+        if tally.is_recorded():
+            tally.note_in_place(where.chunk, 0, _rows_with_expert(routing), start)
+        return check_width(out, exchange.d_out)
+
+
+def compute_chunk(
+    tokens: Array,
+    routing: Array,
+    topk_weights: Array | None,
+    ranks: list | None,
+    where: Where,
+    exchange: Exchange,
+) -> Array:
+    """The output of a chunk of several ranks; `ranks` has their experts if it serves them."""
+    if ranks is None:
+        services = find_services(exchange.token)
+        if services is None:
+            raise RuntimeError(
+                f"token chunk {where.chunk}: its ranks are served by workers, but this worker does "
+                "not know their owners; has it been restarted with another version of dask_ep?"
+            )
+        return services.compute(tokens, routing, topk_weights, where, exchange)
+    packing = pack(tokens, routing, topk_weights, where, exchange)
+    if packing.k == 1 and not packing.on_device:
+        return _serve_one_slot(packing, ranks, where, exchange)
+    return combine(packing, _serve_in_turn(packing, ranks, where, exchange), where, exchange)
+
+
+def pack(
+    tokens: Array, routing: Array, topk_weights: Array | None, where: Where, exchange: Exchange
+) -> Packing:
+    """Check a chunk and sort its slots by physical expert."""
+    with naming(_pack_of(where.chunk), where.first_row):
+        check_tokens(tokens)
+        check_routing(routing, topk_weights, n=tokens.shape[0])
+        with telling_chunk(tokens, _packed_row_bytes(tokens, slots_of(routing))):
+            if exchange.placement is not None:
+                routing = exchange.placement.rewrite(routing, where.first_row or 0, where.home)
+            return Packing(
+                aligned(tokens), routing, topk_weights, exchange.num_local, exchange.world_size
+            )
+
+
+def cut(packing: Packing, ranks: Sequence[int], chunk: int) -> Packet:
+    """Gather what the owner of some ranks needs of a chunk."""
+    tokens = packing.tokens
+    with naming(_pack_of(chunk)), telling_chunk(tokens, _packed_row_bytes(tokens, packing.k)):
+        return packing.packet(ranks)
+
+
+def combine(
+    packing: Packing, answers: Iterable[tuple[int, Array]], where: Where, exchange: Exchange
+) -> Array:
+    """Add up (rank, answer) pairs, which come in the order of ranks, to the output of a chunk."""
+    tokens = packing.tokens
+    sums = computing_dtype(tokens.dtype).itemsize + tokens.dtype.itemsize
+    one = exchange.d_out * sums + (exchange.world_size + packing.k) * INDEX_BYTES
+    place = f"combine of token chunk {where.chunk}"
+    with naming(place), telling_chunk(tokens, one):
+        total = Combining(packing, exchange.d_out, tokens.dtype)
+    for rank, answer in answers:
+        with naming(place), telling_chunk(tokens, one):
+            total.add(rank, answer)
+    return total.output()
+
+
+# --- serving: what the experts of a rank make of a packet, or of the chunk itself ---------------
+
+
+def serve_in_place(
+    packing: Packing, rank: int, experts: Sequence[Any], chunk: int, d_out: int
+) -> Array:
+    """The answer of a rank whose experts are here, without a packet."""
+    if packing.on_device:
+        packet = cut(packing, [rank], chunk)
+        return _serve_on_device(packet, rank, experts, packing, chunk, d_out)
+    with naming(_place(chunk, rank, packing.world_size)):
+        out = answer_of_rank(packing.tokens, packing.segments, packing.topk_weights, experts, rank)
+        return check_width(out, d_out)
+
+
+def serve_packet(
+    packet: Packet,
+    ranks: Sequence[int],
+    experts: Sequence[Sequence[Any]],
+    chunk: int,
+    exchange: Exchange,
+) -> list[Array]:
+    """The answers of some ranks to the one packet that they share: one sort for all of them."""
+    rows, routing, weights = (None if a is None else aligned(a) for a in packet)
+    packet = Packet(rows, routing, weights)
+    if namespace(rows) is not np:
+        return [
+            _serve_on_device(
+                packet if len(ranks) == 1 else _part_of(packet, rank, exchange.num_local),
+                rank, local, exchange, chunk, exchange.d_out,
+            )
+            for rank, local in zip(ranks, experts, strict=True)
+        ]  # fmt: skip
+    places = exchange.num_local * exchange.world_size
+    segments = sort_slots(routing, weights, places, 0, 1)
+    answers = []
+    for rank, local in zip(ranks, experts, strict=True):
+        with naming(_place(chunk, rank, exchange.world_size)):
+            out = answer_of_rank(rows, segments, weights, local, rank)
+            answers.append(check_width(out, exchange.d_out))
+    return answers
+
+
+def _serve_in_turn(
+    packing: Packing, ranks: Sequence[Sequence[Any]], where: Where, exchange: Exchange
+) -> Iterator[tuple[int, Array]]:
+    """Ranks with their answers, one after the other, where the chunk serves them itself."""
+    for rank in packing.ranks:
+        start = tally.now()
+        answer = serve_in_place(packing, rank, ranks[rank], where.chunk, exchange.d_out)
+        tally.note_in_place(where.chunk, rank, len(answer), start)
+        yield rank, answer
+
+
+def _serve_one_slot(
+    packing: Packing, ranks: Sequence[Sequence[Any]], where: Where, exchange: Exchange
+) -> Array:
+    """With one slot a row there is nothing to add up: experts write to the output itself."""
+    tokens, weights = packing.tokens, packing.topk_weights
+    compute = computing_dtype(tokens.dtype)
+    served = Served(tokens, packing.segments, weights, exchange.d_out)
+    for rank in packing.ranks:
+        with naming(_place(where.chunk, rank, exchange.world_size)):
+            start, first = tally.now(), rank * exchange.num_local
+            local = as_experts(ranks[rank], d=packing.d, like=tokens, dtype=compute)
+            for e, expert in enumerate(local, first):
+                check_width_of(expert.d_out, exchange.d_out)
+                served.add(e, expert)
+        tally.note_in_place(where.chunk, rank, packing.count(rank), start)
+    return served.out.astype(tokens.dtype, copy=False)
+
+
+def _serve_on_device(
+    packet: Packet,
+    rank: int,
+    experts: Sequence[Any],
+    layer: Packing | Exchange,
+    chunk: int,
+    d_out: int,
+) -> Array:
+    """The answer of one rank to its own rows, on a device."""
+    rows, routing, weights = packet
+    k = slots_of(routing)
+    sums = rows.dtype if k == 1 else computing_dtype(rows.dtype)
+    with (
+        naming(_place(chunk, rank, layer.world_size)),
+        telling_kernel(rows, k, experts, d_out),
+    ):
+        out = dispatch(rows, routing, weights, experts, rank, layer.world_size, dtype=sums)
+        return check_width(out, d_out)
+
+
+def _part_of(packet: Packet, rank: int, num_local: int) -> Packet:
+    """Those rows of a packet that one of its ranks serves, on a device."""
+    order, count = packet_order(packet.routing, rank, num_local)
+    index = order[: to_host(count)[0]]
+    xp, served = namespace(order), packet.routing[index]
+    here = xp.where(slots_at(served, rank, num_local), served, served.dtype.type(-1))
+    weights = None if packet.topk_weights is None else packet.topk_weights[index]
+    return Packet(gather(packet.rows, index, packet.rows.dtype), here, weights)
+
+
+def _packed_row_bytes(tokens: Array, k: int) -> int:
+    """Bytes that a row takes on a device while it is packed."""
+    return tokens.shape[1] * tokens.dtype.itemsize + k * INDEX_BYTES
+
+
+def _pack_of(chunk: int) -> str:
+    return f"pack of token chunk {chunk}"
+
+
+def _rows_with_expert(routing: Array) -> int:
+    """Rows of a chunk that have an expert."""
+    served = routing >= 0
+    (count,) = to_host((served if served.ndim == 1 else served.any(axis=1)).sum())
+    return count
+
+
+def _place(chunk: int, rank: int, world_size: int) -> str:
+    return f"dispatch of token chunk {chunk} at rank {rank} of {world_size}"
+
+
+def check_width(out: Array, d_out: int) -> Array:
+    """Give the rows back if the experts made them as wide as was said."""
+    check_width_of(out.shape[1], d_out)
+    return out
+
+
+def check_width_of(width: int, d_out: int) -> None:
+    if width != d_out:
+        raise ValueError(
+            f"the experts must give rows of width {d_out}, but gave {width}; "
+            f"say Experts.callables(functions, d_out={width})"
+        )
+
+
+def find_services(token: str | None) -> Any:
+    """The services of the worker that runs this task, if they serve the ranks of this layer."""
+    module = sys.modules.get("dask_ep.cluster.services")
+    return None if module is None or token is None else module.find(token)

@@ -1,0 +1,143 @@
+"""How do experts that do not fit go by, block after block?
+
+    block 0 ──> block 1 ──> block 2 ──> ...        each read once, in the order of the experts
+       │           │           │
+       v           v           v
+    the rows that want it, all that there are in a group of token chunks
+
+A *block* is some experts that go by together. At most `decoded` blocks are computed with at a time,
+and `ahead` more are read, or wait as they are stored; by dependencies alone:
+
+    a block is begun to be read     when all is done that needed the block `decoded + ahead` before
+    what needs a block is computed  when the block `ahead` after is begun to be read; so all is done
+                                    that needed the block `decoded` before
+
+Where the rows are meanwhile is told by `passes_memory` (in memory) and `passes_disk` (on disk).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, NamedTuple
+
+import dask.array as da
+import numpy as np
+from dask.highlevelgraph import HighLevelGraph
+from dask.task_spec import List, Task, TaskRef
+
+from dask_ep.arrays.checks import computing_dtype
+from dask_ep.arrays.namespaces import Array
+from dask_ep.experts.experts import Experts
+from dask_ep.experts.prefetch import ExpertsAhead
+from dask_ep.graph.spill_files import SpillFiles
+from dask_ep.laws.passes import Passes
+from dask_ep.storage import journal
+
+READS = "reads"
+"""What lines of the journal say that experts were read."""
+
+
+@dataclass(frozen=True)
+class Rows:
+    """What goes through the experts: arrays of the same row chunks, each one chunk wide."""
+
+    tokens: da.Array
+    routing: da.Array
+    topk_weights: da.Array | None
+
+    def keys(self, c: int) -> list[TaskRef | None]:
+        """The chunks of a number, as arguments of a task."""
+        arrays = (self.tokens, self.routing, self.topk_weights)
+        return [None if a is None else TaskRef((a.name, c, *[0] * (a.ndim - 1))) for a in arrays]
+
+    @property
+    def arrays(self) -> list[da.Array]:
+        return [a for a in (self.tokens, self.routing, self.topk_weights) if a is not None]
+
+    def output(self, name: str, tasks: dict[Any, Task], d_out: int) -> da.Array:
+        graph = HighLevelGraph.from_collections(name, tasks, dependencies=self.arrays)
+        return da.Array(graph, name, (self.tokens.chunks[0], (d_out,)), meta=self.tokens._meta)
+
+
+class Turn(NamedTuple):
+    """What a block waits for."""
+
+    read_after: list[TaskRef]
+    #: until these are done it is not read
+    serve_after: list[TaskRef]
+    #: nor, until these are, what needs it computed
+
+
+@dataclass(frozen=True)
+class Walk:
+    """How experts go by in one job."""
+
+    experts: Experts
+    passes: Passes
+    directory: str
+    #: of the output's journal, which counts the experts that are read
+
+    @property
+    def weigh_input(self) -> bool:
+        return self.experts.options.get("weigh", "output") == "input"
+
+    def blocks(self, rows: np.ndarray) -> list[list[int]]:
+        """Cut the experts that have rows, (E,) of each, into blocks."""
+        used = np.flatnonzero(rows).tolist()
+        step = self.passes.block_experts
+        return [used[first : first + step] for first in range(0, len(used), step)]
+
+    def turns(self, blocks: Sequence[list[Any]], reads: Sequence[TaskRef]) -> Iterator[Turn]:
+        """Say what is waited for by a sequence of blocks that go by.
+
+        Parameters
+        ----------
+        blocks : for each the tasks that need it
+        reads : the task that begins to read it
+        """
+        decoded, ahead = self.passes.decoded, self.passes.ahead
+
+        def needed(b: int) -> list[TaskRef]:
+            return [TaskRef(key) for key in blocks[b]] if b >= 0 else []
+
+        for b in range(len(blocks)):
+            at_the_end = b + ahead >= len(blocks)
+            before = needed(b - decoded) if at_the_end else [reads[b + ahead]]
+            yield Turn(needed(b - decoded - ahead), before)
+
+    def read_task(
+        self, key: tuple, block: Sequence[int], like: Array, after: Sequence[TaskRef], **more: Any
+    ) -> Task:
+        """A task that begins to read a block, when others are done."""
+        return Task(
+            key,
+            _read_ahead,
+            self.experts.subset(block),
+            computing_dtype(like.dtype),
+            tuple(block),
+            self.directory,
+            List(list(after)),
+            **more,
+        )
+
+
+def _read_ahead(
+    experts: Experts,
+    dtype: np.dtype,
+    numbers: tuple[int, ...],
+    directory: str,
+    after: Sequence[Any],
+    *,
+    unless: tuple[SpillFiles, tuple[int, ...]] | None = None,
+) -> ExpertsAhead | None:
+    """Begin to read experts, unless some tasks are done that alone would need them."""
+    if unless is not None and all(map(unless[0].is_done, unless[1])):
+        return None
+    return ExpertsAhead(experts, dtype, partial(_count_read, directory, numbers))
+
+
+def _count_read(directory: str, numbers: Sequence[int]) -> None:
+    for expert in numbers:
+        journal.record_done(directory, READS, expert, what=READS)

@@ -1,0 +1,116 @@
+"""How do arrays of any number of axes become rows, and back?
+
+    [batch, sequence, d]  ── rows_of ──>  [n, d]  ── unflatten ──>  [batch, sequence, d]
+
+Each chunk is reshaped where it lies; nothing is joined or rechunked along the rows.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import dask.array as da
+import numpy as np
+from dask.base import tokenize
+from dask.highlevelgraph import HighLevelGraph
+from dask.task_spec import Task, TaskRef
+
+from dask_ep.arrays.checks import refuse_masked
+from dask_ep.arrays.namespaces import Array, namespace
+
+
+def rows_of(x: da.Array) -> da.Array:
+    """Give (..., d) as rows (n, d), one row chunk per chunk of the leading axes, in C order.
+
+    Notes
+    -----
+    Chunks are reshaped where they lie and never joined. If an axis after the first is chunked, rows
+    come in the order of the chunks, which `unflatten` turns back.
+    """
+    if x.numblocks[-1] > 1:
+        x = x.rechunk({x.ndim - 1: -1})
+    if x.ndim == 2:
+        return x
+    name = f"ep_rows-{tokenize(x)}"
+    tasks, lengths = {}, []
+    for c, block in enumerate(np.ndindex(*x.numblocks)):
+        lengths.append(math.prod(x.chunks[axis][i] for axis, i in enumerate(block[:-1])))
+        tasks[name, c, 0] = Task(
+            (name, c, 0), _reshape, TaskRef((x.name, *block)), (-1, x.shape[-1])
+        )
+    graph = HighLevelGraph.from_collections(name, tasks, dependencies=[x])
+    meta = namespace(x._meta).empty((0, 0), dtype=x.dtype)
+    return da.Array(graph, name, chunks=(tuple(lengths), (x.shape[-1],)), meta=meta)
+
+
+def unflatten(rows: da.Array, like: da.Array) -> da.Array:
+    """Undo `rows_of`: give rows the leading axes and chunks of `like`."""
+    if like.ndim == 2:
+        return rows
+    name = f"ep_unflatten-{tokenize(rows, like.chunks)}"
+    leading, width, tasks = like.chunks[:-1], rows.shape[1], {}
+    for c, block in enumerate(np.ndindex(*map(len, leading))):
+        shape = [leading[axis][i] for axis, i in enumerate(block)]
+        shape = tuple(-1 if np.isnan(length) else length for length in shape)
+        key = (name, *block, 0)
+        tasks[key] = Task(key, _reshape, TaskRef((rows.name, c, 0)), (*shape, width))
+    graph = HighLevelGraph.from_collections(name, tasks, dependencies=[rows])
+    meta = namespace(rows._meta).empty((0,) * like.ndim, dtype=rows.dtype)
+    return da.Array(graph, name, chunks=(*leading, (width,)), meta=meta)
+
+
+def chunked_like(x: da.Array, hidden: da.Array, name: str) -> da.Array:
+    """Give (..., k) the leading chunks of `hidden`."""
+    refuse_masked(x, name)
+    known = not any(math.isnan(n) for n in (*x.shape, *hidden.shape))
+    if x.ndim != hidden.ndim or (known and x.shape[:-1] != hidden.shape[:-1]):
+        raise ValueError(
+            f"{name} must have the leading axes of the hidden states, {hidden.shape[:-1]}, but has "
+            f"{x.shape[:-1]}"
+        )
+    return x.rechunk((*hidden.chunks[:-1], -1)) if known else x
+
+
+def block_by_block(function: Callable[..., Array], out: str, *args: Any, **kwargs: Any) -> da.Array:
+    """As `dask.array.blockwise`, on arrays whose chunks match as they are.
+
+    Notes
+    -----
+    Left to align chunks, Dask takes an axis of length 1 for one to broadcast: the chunks (0, 1) of
+    a single row behind an empty chunk would become (1,), and the row would be in both blocks.
+    """
+    return da.blockwise(function, out, *args, concatenate=True, align_arrays=False, **kwargs)
+
+
+def row_array(
+    name: str, tasks: dict[Any, Task], inputs: Sequence[da.Array], width: Any, meta: Array
+) -> da.Array:
+    graph = HighLevelGraph.from_collections(name, tasks, dependencies=inputs)
+    return da.Array(graph, name, chunks=(inputs[0].chunks[0], width), meta=meta)
+
+
+def first_rows(chunks: Sequence[float]) -> list[int | None]:
+    """Number of each chunk's first row; None where lengths of chunks before it are not known.
+
+    Examples
+    --------
+    >>> first_rows((3, 4, float("nan"), 2))
+    [0, 3, 7, None]
+    """
+    firsts = np.cumsum([0, *chunks[:-1]]).tolist()
+    return [None if math.isnan(first) else int(first) for first in firsts[: len(chunks)]]
+
+
+def keys_of(x: da.Array) -> list[Any]:
+    """Keys of the row chunks of an array (n, ...) with one chunk along its other axes."""
+    return [(x.name, c, *([0] * (x.ndim - 1))) for c in range(x.numblocks[0])]
+
+
+def xp_name(x: da.Array) -> str:
+    return namespace(x._meta).__name__
+
+
+def _reshape(x: Array, shape: tuple[int, ...]) -> Array:
+    return x.reshape(shape)

@@ -1,0 +1,314 @@
+"""Where does a job run, and what is there to run it?
+
+`Threads` | `Processes` | `Gpus` | `Cluster` ──> threads or a client, workers, memory
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from queue import SimpleQueue
+from typing import Any
+
+import dask
+from dask.system import CPU_COUNT
+from distributed import Client, LocalCluster
+
+from dask_ep.arrays import device
+from dask_ep.arrays.blas import one_blas_thread
+from dask_ep.arrays.device import Device
+from dask_ep.cluster.checks import (
+    Certificates,
+    OneBlasThread,
+    UnfitClusterError,
+    check_cluster,
+    connect,
+)
+from dask_ep.cluster.gpus import (
+    THREADS_PER_GPU,
+    UCX_ON_GPUS,
+    Gpus,
+    check_gpus,
+    device_limit,
+    limit_of_cluster,
+    start_gpus,
+)
+from dask_ep.cluster.interrupts import Wait, deaf_children
+from dask_ep.cluster.workers import Workers, counted_workers
+from dask_ep.jobs.build import WEIGHT_KEYS, Inputs, resolve_placement
+from dask_ep.jobs.job import Job
+from dask_ep.kernel import bfloat16
+from dask_ep.laws.memory_law import Layout
+
+CONNECT_SECONDS = 10.0
+"""Seconds that a scheduler may take to answer."""
+
+MALLOC = {
+    "distributed.nanny.pre-spawn-environ.MALLOC_MMAP_THRESHOLD_": 4 << 20,
+    "distributed.nanny.pre-spawn-environ.MALLOC_TRIM_THRESHOLD_": 32 << 20,
+}
+"""What the C library of local workers keeps of freed memory: blocks up to 4 MiB, 32 MiB at most. By
+Dask's default it gives back all of 128 KiB or more, and every packet that comes then costs page
+faults (a sixth to a third of the time of jobs with many small packets)."""
+
+
+@dataclass(frozen=True)
+class Threads:
+    """Run in this process, one task per thread."""
+
+    count: int | None = None
+    #: None means one per core that this process may use
+    memory_limit: int | None = None
+    #: bytes
+
+
+@dataclass(frozen=True)
+class Processes:
+    """Run in worker processes on this machine, one task each."""
+
+    count: int
+    memory_limit: int | None = None
+    #: bytes of each
+    dashboard_port: int | None = None
+    #: of Dask's dashboard on this machine; None means no dashboard
+
+
+@dataclass(frozen=True)
+class Cluster:
+    """Run on the workers of a scheduler that is there already; files lie where all reach them."""
+
+    address: str | None = None
+    scheduler_file: str | None = None
+    certificates: Certificates | None = None
+    #: of a cluster that speaks TLS
+    gpus: bool = False
+    #: whether its workers compute on a GPU each
+    workers: int | None = None
+    #: to wait for, which is the number of ranks too unless that is given; None: those there now
+
+
+@dataclass(frozen=True)
+class Deployed:
+    """Run on a cluster that is started for this job and ended with it.
+
+    It starts when inputs and output have been checked, so that a job that is refused costs nothing.
+    """
+
+    start: Callable[[], contextlib.AbstractContextManager[Cluster]]
+    #: whose context ends it, whatever happened; an error raised there is that of the run
+
+
+Where = Threads | Processes | Gpus | Cluster
+
+ALL_THREADS = Threads()
+"""One per core, in this process."""
+
+
+def lay_out(
+    job: Job,
+    where: Where,
+    client: Client | None = None,
+    *,
+    devices: Sequence[Device] | None = None,
+    begun_ranks: int | None = None,
+) -> Layout:
+    """Say in numbers how a job lies on what it runs on.
+
+    Parameters
+    ----------
+    job, where : what runs, and where
+    client : of the workers; without one, those of a cluster are one for each rank
+    devices : GPUs of `Gpus`; by default those that are found here. Where there are none, each rank
+        has one, whose memory is not known.
+    begun_ranks : of the run that is resumed
+
+    Raises
+    ------
+    ValueError
+        If neither the job nor workers say how many ranks there are; if its placement is for others.
+    """
+    workers, cores = 1, CPU_COUNT
+    threads, limit, host_limit = 1, getattr(where, "memory_limit", None), None
+    if isinstance(where, Threads):
+        threads = _count_threads(where)
+    elif isinstance(where, Processes):
+        workers = where.count
+    elif isinstance(where, Gpus):
+        found = device.find_devices() if devices is None else devices
+        workers, threads, cores = len(found), THREADS_PER_GPU, None
+        limit, host_limit = device_limit(where, found), where.memory_limit
+    else:
+        workers, threads, limit, host_limit = _workers_of(where, client)
+        cores = None
+    awaited = getattr(where, "workers", None)
+    ranks = job.world_size or begun_ranks or awaited or workers or _no_ranks(client)
+    return Layout(
+        ranks,
+        workers or ranks,
+        threads,
+        limit,
+        resolve_placement(job, ranks),
+        on_gpus(where),
+        host_limit,
+        in_process=isinstance(where, Threads),
+        ranks_given=job.world_size is not None,
+        cores=cores,
+    )
+
+
+def _workers_of(where: Cluster, client: Client | None) -> tuple[int, int, int | None, int | None]:
+    """Count a cluster's workers and their threads; their memory limits, of a GPU and of the host,
+    which they know themselves.
+    """
+    if client is None:
+        return 0, 1, None, None
+    workers = client.scheduler_info(n_workers=-1)["workers"].values()
+    limits = [worker["memory_limit"] for worker in workers if worker["memory_limit"]]
+    threads, limit = max((w["nthreads"] for w in workers), default=1), min(limits, default=None)
+    if where.gpus:
+        return len(workers), threads, limit_of_cluster(client), limit
+    return len(workers), threads, limit, None
+
+
+def _no_ranks(client: Client | None) -> int:
+    if client is None:
+        return 1
+    raise ValueError(
+        f"the scheduler at {client.scheduler.address} has no workers yet, so the number of "
+        "ranks cannot be told from them; start workers, or say how many to wait for (--workers)"
+    )
+
+
+def _count_threads(where: Threads) -> int:
+    return where.count or CPU_COUNT
+
+
+def on_gpus(where: Where) -> bool:
+    """Whether chunks are computed on GPUs."""
+    return isinstance(where, Gpus) or (isinstance(where, Cluster) and where.gpus)
+
+
+def array_namespace(where: Where) -> str:
+    """Whose arrays the chunks are while they are computed."""
+    return device.NAMESPACE if on_gpus(where) else "numpy"
+
+
+def multiplies_as_tf32(where: Where, client: Client | None) -> bool:
+    """Whether experts multiply float32 as TF32; the GPU workers of a cluster know by themselves.
+
+    Raises
+    ------
+    UnfitClusterError
+        If some of them do and others do not.
+    """
+    if isinstance(where, Cluster) and where.gpus:
+        found = client.run(_tf32_by_environment)
+        if len(set(found.values())) > 1:
+            some = ", ".join(sorted(worker for worker, tf32 in found.items() if tf32))
+            problem = (
+                f"only some GPU workers have {device.TF32_SWITCH}=1 in their environment, {some}"
+            )
+            raise UnfitClusterError([f"{problem}; start all of them with it, or none"])
+        return True in found.values()
+    return isinstance(where, Gpus) and where.tf32
+
+
+def multiplied_by(where: Where, client: Client | None, inputs: Inputs) -> str | None:
+    """Say what multiplies on the host, `dask_ep.kernel.bfloat16.multiplied_by`; None on GPUs.
+
+    Workers say it for themselves; those of several kinds are all named.
+    """
+    if array_namespace(where) != "numpy":
+        return None
+    experts = inputs.experts
+    asked = (inputs.tokens.dtype, experts.is_bfloat16, experts.precision)
+    if client is None:
+        return bfloat16.multiplied_by(*asked)
+    return "; ".join(sorted(set(client.run(bfloat16.multiplied_by, *asked).values())))
+
+
+def _tf32_by_environment() -> bool:
+    return os.environ.get(device.TF32_SWITCH) == "1"
+
+
+def deployed(where: Where | Deployed) -> contextlib.AbstractContextManager[Where]:
+    """Give the place itself, started if it has to be."""
+    return where.start() if isinstance(where, Deployed) else contextlib.nullcontext(where)
+
+
+@contextlib.contextmanager
+def started(
+    where: Where,
+    job: Job,
+    wait: Wait = SimpleQueue.get,
+    on_workers: Callable[[Workers], Any] | None = None,
+) -> Iterator[tuple[int, Client | None]]:
+    """Give the number of threads and no client, or a client of the workers.
+
+    `wait` and `on_workers` are those of `dask_ep.jobs.run.run_job`, for a cluster.
+    """
+    if isinstance(where, Threads):
+        with one_blas_thread():
+            yield _count_threads(where), None
+    elif isinstance(where, Processes):
+        with _local_cluster(where) as cluster, Client(cluster) as client:
+            yield 1, client
+    elif isinstance(where, Gpus):
+        with start_gpus(where) as client:
+            yield 1, client
+    else:
+        with (
+            dask.config.set(UCX_ON_GPUS if where.gpus else {}),
+            connect(
+                where.address,
+                scheduler_file=where.scheduler_file,
+                certificates=where.certificates,
+                timeout=CONNECT_SECONDS,
+            ) as client,
+            counted_workers(client, where.workers, wait, on_workers),
+        ):
+            check_cluster(client, _files_of(job))
+            client.register_plugin(OneBlasThread())
+            if where.gpus:
+                check_gpus(client)
+            yield 1, client
+
+
+def _local_cluster(where: Processes) -> LocalCluster:
+    with deaf_children(), dask.config.set(MALLOC):
+        return LocalCluster(
+            n_workers=where.count,
+            threads_per_worker=1,
+            processes=True,
+            host="127.0.0.1",
+            scheduler_kwargs={
+                "dashboard": where.dashboard_port is not None,
+                "dashboard_address": f"127.0.0.1:{where.dashboard_port or 0}",
+            },
+            memory_limit="auto" if where.memory_limit is None else where.memory_limit,
+            silence_logs=logging.CRITICAL,  # what fails is told by the futures
+        )
+
+
+def _files_of(job: Job) -> dict[str, str]:
+    """The local files and directories that all workers must see."""
+    paths = {
+        "tokens": job.tokens,
+        "routing": job.routing,
+        "topk_weights": job.topk_weights,
+        "layer": job.layer,
+        "the directory of out": os.path.dirname(job.out),
+        **{
+            f"experts.{key}": value
+            for key, value in (job.experts or {}).items()
+            if key in WEIGHT_KEYS and isinstance(value, str)
+        },
+    }
+    return {
+        what: path.partition("::")[0]
+        for what, path in paths.items()
+        if path is not None and "://" not in path
+    }

@@ -1,0 +1,65 @@
+"""How was the run laid out that is to be resumed?
+
+Read from the record beside the output, before anything is decided: a resumed run keeps its ranks,
+its chunks where no others are asked for, the placement of experts that travelled, and its passes.
+"""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+
+from dask_ep.laws.passes import Passes
+from dask_ep.placement.placement import Placement
+from dask_ep.storage import journal
+from dask_ep.storage.output import progress_directory
+from dask_ep.storage.resume import find_good
+
+
+@dataclass(frozen=True)
+class Begun:
+    """A run that was begun."""
+
+    world_size: int
+    rows: tuple[int, ...]
+    #: of its blocks
+    placement: Placement | None
+    #: None where rank r owns the next E/R experts
+    passes: Passes | None
+    #: in which its experts go by, if they do
+    place: str | None
+    #: of rows that wait on disk, by name
+    done: frozenset[int]
+    #: blocks that are finished
+    complete: bool
+    #: whether all are, and the output has its name
+
+    @property
+    def chunk_rows(self) -> int | None:
+        """Rows of its chunks; None if it has none."""
+        return max(self.rows, default=0) or None
+
+    @property
+    def moves_experts(self) -> bool:
+        """Whether experts travelled to rows that stayed."""
+        return self.placement is not None and self.placement.local
+
+
+def read_begun(out: str) -> Begun | None:
+    """Read how the run that writes an output was begun; None if there is none."""
+    directory = progress_directory(out)
+    manifest = journal.read_manifest(directory)
+    if manifest is None:
+        return None
+    done = frozenset(find_good(out, manifest))
+    settings = manifest["settings"]
+    placement, passes = settings.get("placement"), settings.get("passes")
+    return Begun(
+        world_size=settings.get("world_size"),
+        rows=tuple(manifest["rows"]),
+        placement=None if placement is None else Placement.from_json(placement),
+        passes=None if passes is None else Passes.from_dict(passes),
+        place=settings.get("spill"),
+        done=done,
+        complete=len(done) == len(manifest["rows"]) and os.path.exists(out),
+    )

@@ -1,0 +1,262 @@
+"""What does a job give, as a lazy array?
+
+    job ── open ──> Inputs: tokens, and routing and experts, or a layer      no data is read
+    Inputs ── build ──> Built: the output (n, d_out), and what it depends on
+
+What the output depends on goes into its record (`dask_ep.storage.storage`), so that a stopped run
+is only resumed with the same inputs, ranks and placement.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Mapping
+from copy import copy
+from dataclasses import dataclass, replace
+from functools import partial
+from math import prod
+from typing import Any
+
+import dask.array as da
+import numpy as np
+
+from dask_ep.errors import JobError
+from dask_ep.experts.experts import Experts
+from dask_ep.experts.stored_experts import held_as_stored
+from dask_ep.graph.pipeline import expert_parallel
+from dask_ep.jobs.job import EXPERT_KEYS, PLACEMENTS, Job, nearest
+from dask_ep.laws.decision import Decision
+from dask_ep.laws.work import Work
+from dask_ep.layers.checkpoint import load_moe_layer, moe_layers
+from dask_ep.layers.layer import MoELayer
+from dask_ep.placement.placement_files import resolve
+from dask_ep.placement.policies import Placement
+from dask_ep.placement.routing_stats import survey
+from dask_ep.storage.sources import ReadError, Source, open_source, refuse_missing
+from dask_ep.storage.storage import open_tokens
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """The opened inputs of a job: shapes are known, data is not read."""
+
+    job: Job
+    tokens: Source
+    routing: Source | None
+    topk_weights: Source | None
+    experts: Experts
+    layer: MoELayer | None
+    weights: Mapping[str, Source | list[Source]]
+    #: of the experts, by their key; a list has one for each expert
+
+    @property
+    def row_bytes(self) -> int:
+        """Bytes of a token row or of an output row, whichever is more, in the tokens' dtype."""
+        return max(prod(self.tokens.shape[1:]), self.experts.d_out) * self.tokens.dtype.itemsize
+
+    @property
+    def read_bytes(self) -> int:
+        """Bytes that a thread needs to read a chunk, beside its rows: a stored one is decoded
+        whole, unless its rows are as they are in memory.
+        """
+        read = (self.tokens, self.routing, self.topk_weights)
+        return max(source.read_bytes for source in read if source is not None)
+
+    @property
+    def slots_per_row(self) -> int:
+        """k; E where experts choose their rows."""
+        if self.layer is not None:
+            return getattr(self.layer.router, "k", self.experts.num_experts)
+        return 1 if self.routing.ndim == 1 else self.routing.shape[1]
+
+    def work(self, on_devices: bool = False) -> Work:
+        """Put the job into numbers."""
+        topk = np.float32 if self.layer is not None else getattr(self.topk_weights, "dtype", None)
+        return Work.of(
+            self.tokens,
+            self.experts,
+            self.layer,
+            rows=self.tokens.shape[0],
+            slots=self.slots_per_row,
+            topk_dtype=topk,
+            routes=self.layer is not None,
+            stored_rows=self.tokens.chunk_rows,
+            read_bytes=self.read_bytes,
+            on_devices=on_devices,
+        )
+
+    def held_as_stored(self) -> Inputs:
+        """The same inputs, with experts that are held in memory as they are stored."""
+        experts, layer = held_as_stored(self.experts), copy(self.layer)
+        if layer is not None:
+            layer.experts = experts
+        return replace(self, experts=experts, layer=layer)
+
+
+@dataclass(frozen=True)
+class Built:
+    """The output of a job, and what it depends on."""
+
+    y: da.Array
+    #: (n, d_out), lazy
+    inputs: Mapping[str, Any]
+    #: by name, for `store`
+    settings: Mapping[str, Any]
+    #: JSON-able, for `store`
+    placement: Placement | None
+    #: of the experts; None for contiguous
+
+
+def open_inputs(job: Job) -> Inputs:
+    """Open what a job names, and check that it belongs together.
+
+    Raises
+    ------
+    OSError
+        If a file is not there or is damaged.
+    ValueError, TypeError
+        If shapes or dtypes do not fit; the message names the key of the job.
+    """
+    _check_placement(job)
+    tokens = _open(job, "tokens", job.tokens)
+    if tokens.ndim != 2:
+        raise ValueError(
+            f"{job.name}: tokens must be (n, d), but {tokens.name} has shape {tokens.shape}"
+        )
+    precision = job.precision or "float32"
+    if job.layer is not None:
+        layer = load_moe_layer(job.layer, job.layer_index).with_precision(precision)
+        opened = Inputs(job, tokens, None, None, layer.experts, layer, {})
+    else:
+        routing = _open(job, "routing", job.routing)
+        topk = None if job.topk_weights is None else _open(job, "topk_weights", job.topk_weights)
+        weights = _open_weights(job)
+        experts = _make_experts(job, weights).with_precision(precision)
+        opened = Inputs(job, tokens, routing, topk, experts, None, weights)
+        _check_rows(opened)
+    if opened.experts.d != tokens.shape[1]:
+        raise ValueError(
+            f"{job.name}: the experts take rows of width {opened.experts.d}, but tokens "
+            f"({tokens.name}) have width {tokens.shape[1]}; transposed = true in [experts] is for "
+            "weights stored (E, out, in)"
+        )
+    return opened
+
+
+def build(
+    inputs: Inputs,
+    decision: Decision,
+    *,
+    xp: str = "numpy",
+    tf32: bool = False,
+    multiplied_by: str | None = None,
+    exchange: Callable[..., da.Array] | None = None,
+) -> Built:
+    """Build the output of a job.
+
+    Parameters
+    ----------
+    inputs : of the job
+    decision : how it will run
+    xp : whose arrays the chunks are while they are computed, "numpy" or "cupy"
+    tf32 : whether experts multiply float32 as TF32
+    multiplied_by : what multiplies on the host, see `dask_ep.kernel.bfloat16.multiplied_by`
+    exchange : what sends rows through experts, with the first three arguments of `expert_parallel`
+        and its `topk_weights`, instead of it; then ranks and placement say nothing
+
+    Notes
+    -----
+    Only a placement by load, and any travel but that of all rows, reads anything: the routing.
+    """
+    inputs = inputs.held_as_stored() if decision.as_stored else inputs
+    layer, placement, world_size = inputs.layer, None, decision.layout.world_size
+    tokens = open_tokens(inputs.tokens, chunks=decision.chunk_rows, name="tokens", xp=xp)
+    if layer is not None:
+        routing, topk = layer.route(tokens)
+    else:
+        routing = open_tokens(inputs.routing, name="routing", like=tokens, xp=xp)
+        topk = inputs.topk_weights
+        topk = None if topk is None else open_tokens(topk, like=tokens, xp=xp)
+    if exchange is None:
+        placement = decision.place(partial(survey, routing, inputs.experts.num_experts))
+        exchange = partial(expert_parallel, world_size=world_size, placement=placement)
+    y = exchange(tokens, routing, inputs.experts, topk_weights=topk)
+    if layer is not None:
+        y = layer.add_the_rest(tokens, y)
+    settings = {
+        "layer_index": inputs.job.layer_index,
+        "world_size": world_size,
+        "placement": None if placement is None else placement.to_json(),
+        # Each rounds in another way: one output has one of them.
+        "computed_by": {"arrays": xp, "tf32": tf32},
+    }
+    if inputs.experts.precision == "bfloat16":
+        settings["computed_by"]["rounded_by"] = multiplied_by
+    return Built(y, _name_inputs(inputs), settings, placement)
+
+
+def _check_placement(job: Job) -> None:
+    if job.placement not in (None, *PLACEMENTS) and not os.path.isfile(job.placement):
+        name = os.path.basename(job.placement)
+        raise JobError(
+            f"{job.name}: placement must be one of {', '.join(PLACEMENTS)}, or the path of a file, "
+            f"but there is no file {job.placement}{nearest(name, PLACEMENTS)}"
+        )
+
+
+def _open(job: Job, key: str, path: str) -> Source:
+    try:
+        source = open_source(path, missing=job.missing or "error")
+        refuse_missing(source)
+    except (ReadError, ImportError, TypeError, ValueError) as error:
+        kinds = (ReadError, ImportError, TypeError, ValueError)
+        kind = next(kind for kind in kinds if isinstance(error, kind))
+        raise kind(f"{job.name}: {key}: {error}") from error
+    return source
+
+
+def _open_weights(job: Job) -> dict[str, Source | list[Source]]:
+    weights = {}
+    for key in [key for key in job.experts if key in WEIGHT_KEYS]:
+        value, place = job.experts[key], f"experts.{key}"
+        if isinstance(value, list):
+            weights[key] = [_open(job, f"{place}[{e}]", one) for e, one in enumerate(value)]
+        else:
+            weights[key] = _open(job, place, value)
+    return weights
+
+
+def _name_inputs(inputs: Inputs) -> dict[str, Any]:
+    """Give all that decides the values of the output, by the keys of the job."""
+    named = {"tokens": inputs.tokens}
+    if inputs.layer is not None:
+        return named | {"layer": inputs.layer}
+    named |= {"routing": inputs.routing, "experts": inputs.experts}
+    return named if inputs.topk_weights is None else named | {"topk_weights": inputs.topk_weights}
+
+
+WEIGHT_KEYS = frozenset(
+    key for keys in EXPERT_KEYS.values() for key, kind in keys.items() if kind.is_weight
+)
+"""The keys of an [experts] table that name arrays."""
+
+
+def _make_experts(job: Job, weights: Mapping[str, Source | list[Source]]) -> Experts:
+    options = {key: value for key, value in job.experts.items() if key not in WEIGHT_KEYS}
+    return getattr(Experts, options.pop("kind"))(**weights, **options)
+
+
+def _check_rows(inputs: Inputs) -> None:
+    n = inputs.tokens.shape[0]
+    for key, source in (("routing", inputs.routing), ("topk_weights", inputs.topk_weights)):
+        if source is not None and source.shape[:1] != (n,):
+            raise ValueError(
+                f"{inputs.job.name}: {key} must have a row for each of the {n} token rows, but "
+                f"{source.name} has shape {source.shape}"
+            )
+
+
+def resolve_placement(job: Job, world_size: int) -> Placement | str | None:
+    """Give the placement that a job names: a policy, or what its file holds for the job's layer."""
+    moe = None if job.layer is None else moe_layers(job.layer)
+    return resolve(job.placement, world_size, layer=job.layer_index, moe_layers=moe)

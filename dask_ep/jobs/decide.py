@@ -1,0 +1,304 @@
+"""How will a job run?
+
+On which workers, with how many ranks, in chunks of how many rows; with all experts in memory, as
+they are stored, or going by in passes; what travels. Decided once, from plain numbers and before
+any data is read: `run`, `plan` and their reports all ask here, and are refused in the same words.
+
+    Work, Layout, what is asked for ── decide ──> Decision
+                                            └───> DoesNotFit, with what would
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from contextlib import suppress
+from dataclasses import replace
+from functools import partial
+from typing import Any
+
+from dask_ep.errors import DoesNotFit, JobError
+from dask_ep.jobs.begun import Begun
+from dask_ep.laws.costs import CHUNKS_PER_THREAD, FEWEST_ROWS, PART_OF_A_WORKER
+from dask_ep.laws.decision import Decision
+from dask_ep.laws.device_memory import DEVICE_CHUNK_BYTES
+from dask_ep.laws.memory_law import Layout, host_need, need, rows_within
+from dask_ep.laws.passes import RATES, Passes, choose_passes, ways_to_wait
+from dask_ep.laws.travel import ALL_ROWS, Travel
+from dask_ep.laws.work import Work
+from dask_ep.placement.policies import Placement
+from dask_ep.storage.storage import CHUNK_BYTES
+
+ROWS_THAT_PAY = 256
+"""Rows of a chunk at an expert whose products take about ten times as long as its conversion from
+what is stored."""
+
+WAYS_OF = {"rows": ("spill",), "experts": ("hold",)}
+"""In what way what travels is asked for where experts go by in passes: rows are spilled to where
+their experts go by, experts go by where rows are held."""
+
+
+def decide(
+    work: Work,
+    layout: Layout,
+    *,
+    chunk_rows: int | None = None,
+    travel: Travel = ALL_ROWS,
+    free: Callable[[], int] | None = None,
+    begun: Begun | None = None,
+) -> Decision:
+    """Decide how a job will run.
+
+    Parameters
+    ----------
+    work, layout : what is computed, and on what
+    chunk_rows : rows of a token chunk, if they are asked for; more than there are mean all of them
+    travel : what is asked to travel, and at which rates that is chosen
+    free : function that tells the bytes of disk for rows that wait; as many as wanted without it
+    begun : the run that is resumed, which keeps its placement, and its passes
+
+    Raises
+    ------
+    DoesNotFit
+        If it can be done in no way within the memory limit, with the numbers and what would fit.
+    JobError
+        A ValueError: nothing can travel so.
+    ValueError
+        If a resumed run cannot be kept to.
+
+    Notes
+    -----
+    Where all experts fit, they stay in memory. Where they do so only as they are stored, they are
+    held so if that pays: if chunks that fit bring each expert `ROWS_THAT_PAY` rows, so that it is
+    not converted for a few. Otherwise they go by in passes. On GPUs, where none go by in passes,
+    holding experts as they are stored pays wherever only so they fit.
+    """
+    if chunk_rows is not None and chunk_rows < 1:
+        raise ValueError(f"chunk_rows must be at least 1; got {chunk_rows}")
+    asked = chunk_rows and min(chunk_rows, max(work.rows, 1))
+    if begun is not None and begun.passes is not None:
+        if not (layout.on_devices or begun.complete):
+            _check_resumed(begun, layout, asked)
+        return Decision(work, layout, begun.passes.chunk_rows, passes=begun.passes)
+    if begun is not None:
+        asked = asked or begun.chunk_rows
+        if begun.moves_experts and begun.world_size == layout.world_size:
+            layout = replace(layout, placement=begun.placement)  # whatever would be chosen now
+    as_stored = work.as_stored or _pays_as_stored(work, layout, asked)
+    passes = None
+    if begun is None and not _fits(work, layout, as_stored):
+        passes = _find_passes(work, layout, as_stored, asked, travel, free)
+    if travel.how is not None and layout.in_process and passes is None:
+        raise JobError(
+            "threads share memory, and nothing travels between them; travel is for workers, or for "
+            "experts that do not fit into the memory limit"
+        )
+    if begun is not None:
+        travel = ALL_ROWS
+    rows = passes.chunk_rows if passes else _choose_chunk_rows(work, layout, as_stored, asked)
+    as_stored = as_stored and passes is None
+    return Decision(work, layout, rows, as_stored, passes, travel, chunk_rows is not None)
+
+
+def attempt(work: Work, layout: Layout, **asked: Any) -> Decision | DoesNotFit:
+    """Do as `decide` does, and give the refusal of what does not fit instead of raising it."""
+    try:
+        return decide(work, layout, **asked)
+    except DoesNotFit as refusal:
+        return refusal
+
+
+# --- in memory -------------------------------------------------------------------------------
+
+
+def _fits(work: Work, layout: Layout, as_stored: bool, asked: int | None = None) -> bool:
+    return rows_within(work, layout, as_stored) >= (asked or FEWEST_ROWS)
+
+
+def _pays_as_stored(work: Work, layout: Layout, asked: int | None) -> bool:
+    """Whether experts fit only as they are stored, and that pays."""
+    if _fits(work, layout, False) or not work.in_files or not _fits(work, layout, True, asked):
+        return False
+    slots = _choose_chunk_rows(work, layout, True, asked) * work.slots
+    return layout.on_devices or slots >= ROWS_THAT_PAY * work.experts
+
+
+def _choose_chunk_rows(work: Work, layout: Layout, as_stored: bool, asked: int | None) -> int:
+    """Choose the rows of a token chunk: large, but some for every thread, and within memory.
+
+    A multiple or a whole part of the stored chunks where possible; those asked for, if they are.
+    """
+    most = rows_within(work, layout, as_stored)
+    if most < (asked or FEWEST_ROWS):
+        raise _refusal(work, layout, as_stored, asked)
+    rows = fit_stored(int(min(_usual_rows(work, layout), most)), work.stored_rows)
+    return asked or min(rows, max(work.rows, 1))
+
+
+def _usual_rows(work: Work, layout: Layout) -> int:
+    """Rows of a chunk where memory is ample."""
+    chunk_bytes = DEVICE_CHUNK_BYTES if layout.on_devices else CHUNK_BYTES
+    fair = -(-work.rows // (CHUNKS_PER_THREAD * layout.threads * layout.serving))
+    return min(max(chunk_bytes // max(work.row_bytes, 1), 1), max(fair, FEWEST_ROWS))
+
+
+def fit_stored(rows: int, stored: int | None) -> int:
+    """Give about `rows` rows, at most, such that chunks are read whole or in equal parts.
+
+    Examples
+    --------
+    >>> fit_stored(1000, 300), fit_stored(100, 300), fit_stored(100, None)
+    (900, 100, 100)
+    """
+    if stored is None:
+        return rows
+    return rows // stored * stored if rows >= stored else -(-stored // -(-stored // rows))
+
+
+# --- in passes -------------------------------------------------------------------------------
+
+
+def _find_passes(
+    work: Work,
+    layout: Layout,
+    as_stored: bool,
+    asked: int | None,
+    travel: Travel,
+    free: Callable[[], int] | None,
+) -> Passes:
+    """Choose the way in which experts that do not fit go by.
+
+    What travels by choice (`Travel.how`) is the way: rows to where their experts go by ("rows":
+    they are spilled), experts to rows that stay ("experts": these are held), or the cheaper.
+    """
+    refusal = _refusal(work, layout, as_stored, asked)
+    if layout.on_devices or not work.in_files:
+        raise refusal
+    possible = ways_to_wait(work, layout)
+    ways = WAYS_OF.get(travel.how, possible)
+    if not set(ways) <= set(possible):
+        raise JobError(
+            "the experts do not fit, and travel by rows or auto is what there is: experts can only "
+            "travel to rows that are held in memory, which is on threads, and for given routing"
+        ) from refusal
+    choose = partial(
+        choose_passes,
+        work,
+        layout,
+        free=None if free is None else free(),
+        ways=ways,
+        rates=replace(RATES, read=travel.read),
+    )
+    try:
+        return choose(chunk_rows=asked)
+    except MemoryError as error:
+        message = f"{refusal}. Nor does it fit with experts that go by in passes: {error}"
+        if asked is not None and not refusal.proposal:
+            with suppress(MemoryError):
+                refusal.proposal["chunk_rows"] = choose().chunk_rows
+                message += f"; it runs so with --chunk-rows {refusal.proposal['chunk_rows']}"
+        raise DoesNotFit(message, refusal.proposal, refusal.decision) from error
+
+
+def _check_resumed(begun: Begun, layout: Layout, asked: int | None) -> None:
+    """Refuse what a run in passes that was begun cannot keep to."""
+    passes, wrong = begun.passes, ""
+    process, fewer = "the process", f"--threads {passes.threads}"
+    limit = layout.memory_limit or math.inf
+    if not layout.in_process:
+        process, fewer = "each worker", f"workers of {passes.threads}"
+        limit *= PART_OF_A_WORKER
+    if passes.way == "hold" and not layout.in_process:
+        wrong = "holds rows in memory, which threads alone share: resume on threads"
+    elif layout.threads > passes.threads:
+        wrong = (
+            f"counts memory for {passes.threads} threads, but {process} has {layout.threads}: "
+            f"resume with {fewer}"
+        )
+    elif passes.memory_bytes > limit:
+        wrong = (
+            f"takes up to {passes.memory_bytes / 1e6:.0f} MB, but {process} may fill "
+            f"{limit / 1e6:.0f} MB: resume with more memory"
+        )
+    elif asked not in (None, begun.chunk_rows):
+        wrong = f"has chunks of {begun.chunk_rows} rows, not {asked}: resume with those"
+    if wrong:
+        raise ValueError(
+            f"the run to be resumed, whose experts go by in passes, {wrong}, or overwrite it"
+        )
+
+
+# --- what does not fit -----------------------------------------------------------------------
+
+
+def _refusal(work: Work, layout: Layout, as_stored: bool, asked: int | None) -> DoesNotFit:
+    """Say why the job cannot run so, with the numbers, and what to change."""
+    law, limit, rows = need(work, layout, as_stored), layout.memory_limit, asked or FEWEST_ROWS
+    whose = "a memory limit" if layout.serving == 1 else "each worker's memory limit"
+    whom, instead = "the process", "give more memory, or more and smaller ranks"
+    if layout.on_devices and limit is not None and law.at(rows) > limit:
+        whose, whom = "the memory limit of a GPU", "CUDA"
+        instead = (
+            "use more GPUs, or none (--threads or --processes): there experts that do not fit go "
+            "by in passes"
+        )
+    elif layout.on_devices:
+        whose, instead = "the memory limit of a GPU's worker on the host", "give more memory"
+        law, limit = host_need(work, layout), layout.host_limit
+    parts = {name: f"{nbytes / 1e6:.0f} MB" for name, nbytes in law.parts(rows).items()}
+    reading = layout.threads * work.read_bytes
+    decoding = ""
+    if reading and not layout.on_devices:
+        decoding = (
+            f" (of which {reading / 1e6:.0f} MB to decode stored token chunks whole: store smaller "
+            "ones)"
+        )
+    message = (
+        f"{whose} of {limit / 1e6:.0f} MB must hold "
+        f"{parts['experts']} of experts, {parts['process']} for {whom}, {parts['scratch']} of "
+        f"scratch{decoding} and "
+        f"{law.chunks:.3g} chunks of {rows} rows ({law.row_bytes} bytes each), "
+        f"{law.at(rows) / 1e6:.0f} MB in all; "
+    )
+    proposal = next(_proposals(work, layout, as_stored, asked), {})
+    if proposal:
+        options = " ".join(f"--{key.replace('_', '-')} {value}" for key, value in proposal.items())
+        instead = f"within the same limit it runs with {options}"
+    usual = asked or max(_usual_rows(work, layout), FEWEST_ROWS)
+    refused = Decision(work, layout, usual, as_stored, chunks_asked=asked is not None)
+    return DoesNotFit(message + instead, proposal, refused)
+
+
+def _proposals(
+    work: Work, layout: Layout, as_stored: bool, asked: int | None
+) -> Iterator[dict[str, Any]]:
+    """Options with which the job fits, those first that change least."""
+    for options, other in _alternatives(work, layout, asked):
+        if _fits(work, other, as_stored):
+            rows = {}
+            if asked is not None:
+                rows = {"chunk_rows": _choose_chunk_rows(work, other, as_stored, None)}
+            yield {**options, **rows}
+
+
+def _alternatives(
+    work: Work, layout: Layout, asked: int | None
+) -> Iterator[tuple[dict[str, Any], Layout]]:
+    """Other layouts: smaller chunks, fewer threads, no copies of experts, more processes."""
+    if asked is not None:
+        yield {}, layout
+    if layout.on_devices:
+        return
+    for threads in range(layout.threads - 1, 0, -1):
+        yield {"threads": threads}, replace(layout, threads=threads)
+    if layout.placement in ("balanced", "exact"):
+        yield {"placement": "packed"}, replace(layout, placement="packed")
+    fixed = layout.ranks_given or isinstance(layout.placement, Placement)
+    workers, most = layout.workers, layout.world_size if fixed else work.experts
+    while workers < most:
+        workers = min(2 * workers, most)
+        ranks = layout.world_size if fixed else workers
+        yield (
+            {"processes": workers},
+            replace(layout, workers=workers, world_size=ranks, threads=1, in_process=False),
+        )

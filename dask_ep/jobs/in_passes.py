@@ -1,0 +1,171 @@
+"""How is a job whose experts do not fit carried out?
+
+    InPasses ──> y, for `build`; then the steps of one group of chunks after the other, for `run`
+
+        hold     output blocks of the group
+        spill    rows to disk │ experts │ output blocks of the group │ files removed
+
+What a step has done stays done: the files of spilled rows lie beside the output's journal, and a
+resumed run goes on with them.
+
+    any worker           reads a chunk, writes its rows, by expert     ┐
+    the worker of rank r reads blocks r alone wants, their rows,       │ files that all workers see
+                         and writes what they gave, by chunk           │
+    any worker           reads that, adds it up, writes the output     ┘
+
+Between workers, so, nothing goes but by those files, and each expert is read by one of them; by
+more only if its rows are more than one worker's share.
+"""
+
+from __future__ import annotations
+
+import glob
+import os
+import shutil
+import uuid
+from collections.abc import Collection, Iterator
+from math import prod
+from typing import Any, NamedTuple
+
+import dask.array as da
+from dask.utils import format_bytes
+
+from dask_ep.arrays import memory
+from dask_ep.experts.experts import Experts
+from dask_ep.graph.expert_schedule import READS, Rows, Walk
+from dask_ep.graph.passes_disk import Spilled, collect
+from dask_ep.graph.passes_memory import apart, hold
+from dask_ep.jobs.begun import Begun
+from dask_ep.jobs.build import Inputs
+from dask_ep.laws.passes import Passes
+from dask_ep.placement.routing_stats import survey
+from dask_ep.storage import journal
+from dask_ep.storage.files import bytes_below
+from dask_ep.storage.output import Output, Step, free_bytes, progress_directory
+from dask_ep.storage.storage import CHUNK_BYTES, open_tokens
+
+SPILL = "spill-"
+"""What the names of directories with rows that wait begin with, beside the output's journal."""
+
+
+class PassesDone(NamedTuple):
+    """What going through the experts in passes took; reads of resumed runs included."""
+
+    passes: Passes
+    reads: dict[int, int]
+    #: how often each expert was read that was read at all
+    spilled_bytes: int
+    #: of rows that this run has written to disk to wait, and of what their experts gave
+
+    def __str__(self) -> str:
+        waited = ""
+        if self.passes.way == "spill":
+            waited = f", {format_bytes(self.spilled_bytes)} of rows waited on disk"
+        return f"{sum(self.reads.values())} experts were read in passes{waited}"
+
+
+class InPasses:
+    """One job that goes through its experts in passes.
+
+    Parameters
+    ----------
+    inputs : of the job
+    passes : as decided
+    ranks : that experts are shared out to, where rows are spilled
+    begun : the run that is resumed
+    """
+
+    def __init__(
+        self,
+        inputs: Inputs,
+        passes: Passes,
+        ranks: int = 1,
+        begun: Begun | None = None,
+    ):
+        self.passes, self._inputs, self._ranks = passes, inputs, ranks
+        self._directory = progress_directory(os.path.abspath(inputs.job.out))
+        # Of this run alone: a task that outlives a run that was overwritten must not reach them.
+        self._place = (begun and begun.place) or f"{SPILL}{uuid.uuid4().hex[:12]}"
+        self._done: Collection[int] = begun.done if begun else ()
+        self._spilled: list[Spilled] = []
+
+    def __call__(
+        self,
+        tokens: da.Array,
+        routing: da.Array,
+        experts: Experts,
+        *,
+        topk_weights: da.Array | None = None,
+    ) -> da.Array:
+        """Give the lazy output (N, d_out), as `expert_parallel` does, to be computed by `steps`.
+
+        Reads the routing once.
+        """
+        counts = survey(self._small_routing(routing), experts.num_experts).rows_by_chunk(
+            tokens.chunks[0]
+        )
+        rows = Rows(tokens, routing, topk_weights)
+        walk = Walk(experts, self.passes, self._directory)
+        if self.passes.way == "hold":
+            # Chunks come fresh from their files.
+            return hold(rows, walk, counts, done=self._done, in_place=True)
+        place = os.path.join(self._directory, self._place)
+        self._spilled = [
+            Spilled(rows, walk, counts, group, f"{place}-{g}", self._ranks)
+            for g, group in enumerate(self.passes.groups(len(counts)))
+        ]
+        return collect(rows, walk, self._spilled)
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """What a resumed run must know, JSON-able."""
+        return {"passes": self.passes.to_dict(), "spill": self._place}
+
+    def steps(self, output: Output) -> Iterator[Step]:
+        """Give what is to be computed, one after the other; each must be done before the next."""
+        missing = set(output.missing)
+        for g, group in enumerate(self.passes.groups(len(output.rows))):
+            blocks = [c for c in group if c in missing]
+            if blocks and self.passes.way == "spill":
+                spilled = self._spilled[g]
+                row_bytes = prod(output.shape[1:]) * output.dtype.itemsize
+                spilled.create(output.path, sum(output.rows[c] for c in blocks) * row_bytes)
+                yield spilled.write_step(blocks)
+                memory.release()
+                yield spilled.serve_step()
+                memory.release()
+            done = self._done if self.passes.way == "hold" else ()
+            for together in apart([blocks], done):  # experts go by for each
+                yield output.step(together)
+                memory.release()
+            if self._spilled:
+                self._spilled[g].files.remove()
+        for left in glob.glob(os.path.join(glob.escape(self._directory), f"{SPILL}*")):
+            shutil.rmtree(left, ignore_errors=True)
+
+    def done(self, spilled_bytes: int) -> PassesDone:
+        """Say what it took, by the journal and by the receipts of the steps."""
+        counted = journal.count_done(self._directory, READS, what=READS)
+        return PassesDone(self.passes, dict(sorted(counted.items())), spilled_bytes)
+
+    def _small_routing(self, routing: da.Array) -> da.Array:
+        """The routing in chunks that may be computed several at a time, if it must be computed."""
+        layer = self._inputs.layer
+        if layer is None:
+            return routing
+        rows = max(CHUNK_BYTES // (4 * self._inputs.row_bytes), 1)
+        tokens = open_tokens(self._inputs.tokens, chunks=min(rows, self.passes.chunk_rows))
+        return layer.route(tokens)[0]
+
+
+def free_for_rows(inputs: Inputs) -> int:
+    """Bytes of disk that the output leaves free.
+
+    What an unfinished run has left goes before, a finished output only when this one is complete.
+    """
+    out = directory = os.path.abspath(inputs.job.out)
+    while not os.path.isdir(directory):
+        directory = os.path.dirname(directory)
+    written = inputs.tokens.shape[0] * inputs.experts.d_out * inputs.tokens.dtype.itemsize
+    removed = bytes_below(progress_directory(out))
+    return max(free_bytes(directory) + removed - written, 0)

@@ -1,0 +1,343 @@
+"""What is to be computed, from which files, into which file?
+
+A job is a TOML file. Its keys are those of `Job`; each is an option of ``dask-ep run`` with the
+same name. Where a job runs is no part of it: the same file serves threads, local processes and a
+cluster.
+
+    tokens = "tokens.zarr"              # (n, d) floats
+    routing = "routing.zarr"            # (n,) or (n, k) expert indices
+    topk_weights = "topk_weights.zarr"  # (n, k) floats; without them every weight is 1
+    out = "out.zarr"                    # (n, d_out), written
+
+    [experts]
+    kind = "gated"
+    gate = "gate.zarr"                  # (E, d, f)
+    up = "up.zarr"
+    down = "down.zarr"                  # (E, f, d_out)
+
+Instead of routing and experts, ``layer = "checkpoint/"`` and ``layer_index = 3`` take router,
+experts and shared experts from a checkpoint. Paths are relative to the job file; a tensor of a
+safetensors file is ``"file.safetensors::name"``. This file reads and checks; what a job gives as
+an array is told by `dask_ep.jobs.build`.
+"""
+
+from __future__ import annotations
+
+import difflib
+import math
+import os
+import tomllib
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any
+
+from dask_ep.errors import JobError
+from dask_ep.placement.policies import POLICIES
+
+PLACEMENTS = POLICIES
+"""Placements by name; any other value is the path of a file that `Placement.to_json` wrote."""
+
+
+PRECISIONS = ("float32", "bfloat16")
+"""How exact products in 16 bits are, see `dask_ep.Experts.with_precision`."""
+
+MISSING = ("error", "fill")
+"""What Zarr chunks that were never written can mean; "fill": they hold the array's fill value."""
+
+
+@dataclass(frozen=True)
+class Job:
+    """A job whose keys are known, typed, complete and consistent; its files are not opened yet.
+
+    Paths are absolute; addresses with "://" stay as they are.
+    """
+
+    tokens: str
+    #: (n, d) array file
+    out: str
+    #: where the (n, d_out) output goes: .zarr, .npy or .safetensors
+    routing: str | None = None
+    #: (n,) or (n, k) array file of expert indices
+    topk_weights: str | None = None
+    #: (n, k) array file
+    experts: Mapping[str, Any] | None = None
+    #: `kind` and the keywords of the `Experts` classmethod of that name
+    layer: str | None = None
+    #: checkpoint directory
+    layer_index: int | None = None
+    #: which of its layers
+    world_size: int | None = None
+    #: ranks; None means one per worker, or 1 on threads
+    placement: str | None = None
+    #: one of `PLACEMENTS`, or the path of a placement in JSON
+    precision: str | None = None
+    #: of 16-bit products, one of `PRECISIONS`; None means "float32"
+    missing: str | None = None
+    #: what Zarr chunks mean that were never written: "error" (as without it), or "fill"
+    name: str = "job"
+    #: for messages: the job file, or "options"
+
+
+# --- reading ---------------------------------------------------------------------------------
+
+
+def load_job(path: str | os.PathLike | None = None, **options: Any) -> Job:
+    """Read a job file, options over it; or make a job of options alone.
+
+    Parameters
+    ----------
+    path : path of a TOML file, optional
+    **options : values for the keys of `Job`
+        They replace those of the file; None means "not given". Their paths are relative to the
+        working directory.
+
+    Raises
+    ------
+    JobError
+        If the file is no TOML; for an unknown, missing or contradicting key; for a wrong type. The
+        message names the file and the key, and what is allowed.
+    FileNotFoundError
+        If there is no such file.
+
+    Examples
+    --------
+    >>> from dask_ep.jobs.job import load_job
+    >>> job = load_job(tokens="x.npy", routing="r.npy", experts="w.npy", out="y.npy")
+    >>> job.experts["kind"]
+    'linear'
+    """
+    name = "options" if path is None else os.fspath(path)
+    values: dict[str, Any] = {}
+    if path is not None:
+        values |= _checked(_parse(Path(path)), base=Path(path).resolve().parent, place=name)
+    given = {key: value for key, value in options.items() if value is not None}
+    values |= _checked(given, base=Path.cwd(), place="options")
+    _check_complete(values, name)
+    return Job(**values, name=name)
+
+
+def parse_experts(text: str) -> str | dict[str, Any]:
+    """Read the value of the option `experts`: a path (linear experts), or an inline TOML table.
+
+    Examples
+    --------
+    >>> from dask_ep.jobs.job import parse_experts
+    >>> parse_experts("w.zarr")
+    'w.zarr'
+    >>> parse_experts('{kind = "linear", w = "w.zarr", transposed = true}')
+    {'kind': 'linear', 'w': 'w.zarr', 'transposed': True}
+    """
+    if not text.lstrip().startswith("{"):
+        return text
+    try:
+        return tomllib.loads(f"experts = {text}")["experts"]
+    except tomllib.TOMLDecodeError as error:
+        raise JobError(
+            f"options: experts must be a path or an inline table such as "
+            f'\'{{kind = "linear", w = "w.zarr"}}\', but {text!r} is neither: {error}'
+        ) from error
+
+
+def _parse(path: Path) -> dict[str, Any]:
+    try:
+        return tomllib.loads(path.read_text(encoding="utf-8"))
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise JobError(f"{path} must be a TOML file, but cannot be read as one: {error}") from error
+    except FileNotFoundError as error:
+        raise FileNotFoundError(error.errno, "there is no job file", str(path)) from None
+    except IsADirectoryError:
+        raise JobError(
+            f"{path} must be a TOML file, but is a directory; give the job file in it"
+        ) from None
+
+
+# --- checking --------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class _Kind:
+    """What a value must be: the words for it, a test, and how its paths become absolute."""
+
+    words: str
+    accepts: Any
+    resolve: Any = None
+
+    @property
+    def is_weight(self) -> bool:
+        return self.resolve is _resolve_weight
+
+
+def _resolve_path(value: str, base: Path) -> str:
+    if "://" in value:
+        return value
+    file, separator, tensor = value.partition("::")
+    return f"{(base / Path(file).expanduser()).resolve()}{separator}{tensor}"
+
+
+def _resolve_weight(value: str | list[str], base: Path) -> str | list[str]:
+    if isinstance(value, list):
+        return [_resolve_path(one, base) for one in value]
+    return _resolve_path(value, base)
+
+
+def _resolve_placement(value: str, base: Path) -> str:
+    return value if value in PLACEMENTS else _resolve_path(value, base)
+
+
+def _is_path(value: Any) -> bool:
+    return isinstance(value, str) and value != "" and "\0" not in value
+
+
+def _is_int(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _is_number(value: Any) -> bool:
+    return _is_int(value) or (isinstance(value, float) and math.isfinite(value))
+
+
+def _is_weight(value: Any) -> bool:
+    one_per_expert = isinstance(value, list) and value and all(map(_is_path, value))
+    return _is_path(value) or bool(one_per_expert)
+
+
+_PATH = _Kind("a path", _is_path, _resolve_path)
+_OUT = _Kind(
+    "a local path without '::' (an address can be read, but not written)",
+    lambda value: _is_path(value) and "://" not in value and "::" not in value,
+    _resolve_path,
+)
+_WEIGHT = _Kind("a path, or a list of paths with one per expert", _is_weight, _resolve_weight)
+_FLAG = _Kind("true or false", lambda value: isinstance(value, bool))
+_NUMBER = _Kind("a finite number", _is_number)
+_POSITIVE = _Kind("a finite number above 0", lambda value: _is_number(value) and value > 0)
+_WORD = _Kind("a word", _is_path)
+
+_JOB_KEYS = {
+    "tokens": _PATH,
+    "routing": _PATH,
+    "topk_weights": _PATH,
+    "experts": _Kind(
+        "a table, or a path (linear experts)", lambda v: isinstance(v, dict) or _is_path(v)
+    ),
+    "layer": _PATH,
+    "layer_index": _Kind("an integer of at least 0", lambda v: _is_int(v) and v >= 0),
+    "out": _OUT,
+    "world_size": _Kind("an integer of at least 1", lambda v: _is_int(v) and v >= 1),
+    "placement": _Kind(
+        f"one of {', '.join(PLACEMENTS)}, or the path of a JSON file", _is_path, _resolve_placement
+    ),
+    "precision": _Kind(f"one of {', '.join(PRECISIONS)}", lambda v: v in PRECISIONS),
+    "missing": _Kind(f"one of {', '.join(MISSING)}", lambda v: v in MISSING),
+}
+assert set(_JOB_KEYS) | {"name"} == {field.name for field in fields(Job)}
+
+_TWO_MATRICES = {
+    "down": _WEIGHT,
+    "activation": _WORD,
+    "down_bias": _WEIGHT,
+    "transposed": _FLAG,
+}
+_GATE = {"limit": _POSITIVE, "alpha": _NUMBER, "up_offset": _NUMBER, "weigh": _WORD}
+
+EXPERT_KEYS: dict[str, dict[str, _Kind]] = {
+    "linear": {"w": _WEIGHT, "bias": _WEIGHT, "transposed": _FLAG},
+    "mlp": {"up": _WEIGHT, "up_bias": _WEIGHT, **_TWO_MATRICES},
+    "gated": {
+        "gate": _WEIGHT,
+        "up": _WEIGHT,
+        "gate_bias": _WEIGHT,
+        "up_bias": _WEIGHT,
+        **_TWO_MATRICES,
+        **_GATE,
+    },
+    "gated_fused": {
+        "gate_up": _WEIGHT,
+        "gate_up_bias": _WEIGHT,
+        "interleaved": _FLAG,
+        **_TWO_MATRICES,
+        **_GATE,
+    },
+}
+"""The keys of an [experts] table by kind: the keywords of the `Experts` classmethods."""
+
+EXPERT_MATRICES = {
+    "linear": ("w",),
+    "mlp": ("up", "down"),
+    "gated": ("gate", "up", "down"),
+    "gated_fused": ("gate_up", "down"),
+}
+"""The keys without which an [experts] table is nothing."""
+
+
+def _checked(table: Mapping[str, Any], *, base: Path, place: str) -> dict[str, Any]:
+    """Check names and types of a job's keys, and make its paths absolute."""
+    values = _checked_keys(table, _JOB_KEYS, base=base, place=place, whose="a job")
+    experts = values.get("experts")
+    if isinstance(experts, str):
+        experts = {"kind": "linear", "w": experts}
+    if experts is not None:
+        values["experts"] = _checked_experts(experts, base=base, place=f"{place} [experts]")
+    return values
+
+
+def _checked_experts(table: Mapping[str, Any], *, base: Path, place: str) -> dict[str, Any]:
+    kind = table.get("kind")
+    if not isinstance(kind, str) or kind not in EXPERT_KEYS:
+        came = "is missing" if kind is None else f"is {kind!r}{nearest(str(kind), EXPERT_KEYS)}"
+        raise JobError(f"{place}: kind must be one of {', '.join(EXPERT_KEYS)}, but {came}")
+    rest = {key: value for key, value in table.items() if key != "kind"}
+    whose = f"a table of {kind} experts"
+    values = _checked_keys(rest, EXPERT_KEYS[kind], base=base, place=place, whose=whose)
+    for key in EXPERT_MATRICES[kind]:
+        if key not in values:
+            raise JobError(
+                f"{place}: {key!r} is missing; {kind} experts need "
+                f"{', '.join(EXPERT_MATRICES[kind])}"
+            )
+    return {"kind": kind, **values}
+
+
+def _checked_keys(
+    table: Mapping[str, Any], kinds: Mapping[str, _Kind], *, base: Path, place: str, whose: str
+) -> dict[str, Any]:
+    values = {}
+    for key, value in table.items():
+        if key not in kinds:
+            raise JobError(
+                f"{place}: unknown key {key!r}{nearest(key, kinds)}; "
+                f"the keys of {whose} are {', '.join(kinds)}"
+            )
+        if not kinds[key].accepts(value):
+            raise JobError(
+                f"{place}: {key} must be {kinds[key].words}, "
+                f"but is {value!r} ({type(value).__name__})"
+            )
+        resolve = kinds[key].resolve
+        try:
+            values[key] = value if resolve is None else resolve(value, base)
+        except (RuntimeError, OSError) as error:  # of a home directory, or links in a circle
+            raise JobError(f"{place}: {key}: {value!r} cannot be found: {error}") from error
+    return values
+
+
+def nearest(key: str, allowed: Iterable[str]) -> str:
+    """Ask whether a word was meant that is spelt nearly so; say nothing if there is none."""
+    near = difflib.get_close_matches(key, allowed, n=1)
+    return f" (did you mean {near[0]!r}?)" if near else ""
+
+
+def _check_complete(values: Mapping[str, Any], place: str) -> None:
+    needs = "a job needs tokens and out, and either routing and experts or layer and layer_index"
+    has_layer = "layer" in values or "layer_index" in values
+    for key in ("routing", "topk_weights", "experts"):
+        if has_layer and key in values:
+            raise JobError(
+                f"{place}: {key} and layer contradict each other: a layer has its own router and "
+                f"experts; {needs}"
+            )
+    pair = ("layer", "layer_index") if has_layer else ("routing", "experts")
+    for key in ("tokens", *pair, "out"):
+        if key not in values:
+            raise JobError(f"{place}: {key!r} is missing; {needs}")

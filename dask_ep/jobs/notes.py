@@ -1,0 +1,60 @@
+"""What in a job is often a mistake, though it runs?
+
+Nobody but its author can know, so it is told once, before a run, and not refused.
+"""
+
+from __future__ import annotations
+
+from dask_ep.jobs.build import Inputs
+from dask_ep.storage.sources import Source
+
+_BLOCK = 1 << 16  # rows of the routing looked at together
+
+
+def find_notes(inputs: Inputs) -> list[str]:
+    """Find what looks like a mistake, a sentence each.
+
+    Notes
+    -----
+    Reads no token and no weight; of the routing as much as it takes to meet expert 0, which is
+    mostly the first block.
+    """
+    found = (note_square_weights(inputs), note_indices_from_1(inputs))
+    return [note for note in found if note is not None]
+
+
+def note_square_weights(inputs: Inputs) -> str | None:
+    """Whether weights fit (E, in, out) and (E, out, in) alike, and the job does not say which."""
+    experts, job = inputs.experts, inputs.job
+    if inputs.layer is not None or "transposed" in job.experts or not experts.is_square:
+        return None
+    return (
+        f"the experts' weights are square, {experts.d} x {experts.d}, and are read as "
+        "(E, in, out): if they come from nn.Linear they are (E, out, in), so say transposed = true "
+        "in [experts]; transposed = false if they are not"
+    )
+
+
+def note_indices_from_1(inputs: Inputs) -> str | None:
+    """Whether expert 0 has no row and the largest index is E - 1 or E, as if counted from 1."""
+    if inputs.routing is None:
+        return None
+    E, largest = inputs.experts.num_experts, _largest_without_0(inputs.routing)
+    if largest not in (E - 1, E):
+        return None
+    return (
+        f"no row goes to expert 0, and the largest index in {inputs.routing.name} is {largest}: "
+        f"the {E} experts are 0 to {E - 1}; if these indices count from 1, subtract 1"
+    )
+
+
+def _largest_without_0(routing: Source) -> int | None:
+    """The largest index of a routing that holds no 0; None if it does."""
+    largest = None
+    for start in range(0, routing.shape[0], _BLOCK):
+        block = routing.read(start, min(start + _BLOCK, routing.shape[0]))
+        if (block == 0).any():
+            return None
+        if block.size:
+            largest = max(int(block.max()), -1 if largest is None else largest)
+    return largest

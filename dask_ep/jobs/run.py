@@ -1,0 +1,366 @@
+"""How is a job carried out: on threads, local processes, GPUs, or a cluster?
+
+    job ── build ──> y ── store ──> one task per missing block ──> `Progress`, again and again
+                          on `backends.Threads` | `Processes` | `Gpus` | `Cluster`
+
+The same job gives the same file everywhere. What is stopped, by Ctrl-C or worse, is gone on with by
+`resume`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import time
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from functools import partial
+from queue import SimpleQueue
+from typing import Any, NamedTuple
+
+from dask.system import CPU_COUNT
+from distributed import Client, as_completed, futures_of
+from distributed.client import FutureCancelledError
+from distributed.comm import CommClosedError
+
+from dask_ep.cluster.interrupts import Aside, Wait
+from dask_ep.cluster.ownership import Owners, own_experts
+from dask_ep.cluster.workers import Workers
+from dask_ep.jobs.backends import (
+    ALL_THREADS,
+    Deployed,
+    Threads,
+    Where,
+    array_namespace,
+    deployed,
+    lay_out,
+    multiplied_by,
+    multiplies_as_tf32,
+    started,
+)
+from dask_ep.jobs.begun import Begun, read_begun
+from dask_ep.jobs.build import Built, build, open_inputs
+from dask_ep.jobs.decide import decide
+from dask_ep.jobs.in_passes import InPasses, PassesDone, free_for_rows
+from dask_ep.jobs.job import Job
+from dask_ep.jobs.notes import find_notes
+from dask_ep.jobs.run_report import dask_reported, plan_run, recorded, write_reports
+from dask_ep.laws.travel import ALL_ROWS, Travel
+from dask_ep.pricing.price import Plan
+from dask_ep.pricing.report import check_drawing, check_place
+from dask_ep.pricing.trace import Record
+from dask_ep.storage.output import SERVED, SPILLED, Output, Receipt, Step
+from dask_ep.storage.storage import check_existing, store
+
+OnRecord = Callable[[Plan, Record], Any]
+
+
+class Progress(NamedTuple):
+    """How far a run is."""
+
+    rows_done: int
+    #: by this run
+    rows_left: int
+    rows_before: int
+    #: done by the run that is resumed
+    seconds: float
+    #: since the first block of this run was begun
+    passes: PassesDone | None = None
+    #: at the end, where experts went by in passes
+    multiplied_by: str | None = None
+    #: at the end, on the host: the library, and how
+    not_finite: int = 0
+    #: of the rows done by this run, those that hold NaN or infinity
+    first_not_finite: int = -1
+    #: the first of them
+
+    @property
+    def rows_in_all(self) -> int:
+        return self.rows_done + self.rows_left + self.rows_before
+
+    @property
+    def rows_per_second(self) -> float:
+        return self.rows_done / self.seconds if self.seconds > 0 else 0.0
+
+    @property
+    def seconds_left(self) -> float | None:
+        """Seconds until the end at the speed so far; None before the first block is done."""
+        speed = self.rows_per_second
+        return self.rows_left / speed if speed else None
+
+
+def run_job(
+    job: Job,
+    where: Where | Deployed = ALL_THREADS,
+    *,
+    resume: bool = False,
+    overwrite: bool = False,
+    chunk_rows: int | None = None,
+    travel: Travel = ALL_ROWS,
+    on_note: Callable[[str], Any] | None = None,
+    on_progress: Callable[[Progress], Any] | None = None,
+    on_client: Callable[[Client], Any] | None = None,
+    on_workers: Callable[[Workers], Any] | None = None,
+    report: str | os.PathLike | None = None,
+    on_record: OnRecord | None = None,
+    wait: Wait = SimpleQueue.get,
+) -> Progress:
+    """Compute a job's output and write it.
+
+    Parameters
+    ----------
+    job : from `dask_ep.jobs.job.load_job`
+    where : `Threads`, `Processes`, `Gpus`, `Cluster`, or a cluster that is started for the job and
+        ended with it, as `Deployed`
+    resume : go on with what a stopped run has left, with its ranks, and its chunks unless
+        `chunk_rows` are others: then smaller ones are computed, and joined to its blocks. A run in
+        passes goes on as it was begun
+    overwrite : start again, whatever is there
+    chunk_rows : rows of a token chunk; by default about 32 MiB of them, or what fits the memory
+        limit
+    travel : whether rows travel to experts, or experts to rows; see `laws.travel.Travel`. All
+        but rows alone reads the routing once before. A resumed run goes on with what was chosen
+    on_note : called at the start with each sentence on what looks like a mistake in the job; see
+        `dask_ep.jobs.notes`
+    on_progress : called at the start, and when blocks are done
+    on_client : called when the workers are there, if there are any; such as to show the dashboard
+    on_workers : called with the `Workers` of a cluster while they are waited for, and when one
+        joins or is lost; from another thread
+    report : HTML file that lays the run beside its plan, written at the end if anything was run;
+        with workers, Dask's own report goes beside it, as ``NAME-dask.html``
+    on_record : called with the `Plan` and the `Record` of the run, at the end if anything was run;
+        as with `report`, a resumed run keeps its chunks
+    wait : how to wait for what a queue gives next; what it raises stops the run, as Ctrl-C does by
+        `dask_ep.cluster.interrupts.Interrupts.wait`
+
+    Returns
+    -------
+    Progress, with nothing left
+
+    Raises
+    ------
+    FileExistsError
+        If the output exists, and neither `resume` nor `overwrite` is set.
+    ValueError
+        If the inputs do not fit, or are not those of the run to be resumed.
+    DoesNotFit
+        A MemoryError: the job cannot be done so within `where.memory_limit`. Its `proposal` says
+        how it can. Nothing has been read then.
+    ConnectionError
+        If there is no scheduler, or it is lost in the midst.
+    UnfitClusterError
+        If workers lack the job's files, or versions differ; nothing has run then.
+    NoDeviceError
+        If a GPU is asked for and CuPy or the GPU is missing; nothing has run then.
+
+    Notes
+    -----
+    Products use one BLAS thread each; set for the whole process while the job runs on threads, and
+    for good on workers. Peak memory is at most what `laws.memory_law.need` says: on threads,
+    with one rank, experts + (threads * 3 + 2) token chunks + tiles of the threads + what threads
+    decode stored chunks in + 180 MB.
+    How it runs is decided by `dask_ep.jobs.decide.decide`: where all experts do not fit into
+    `where.memory_limit`, or into that of a cluster's workers, they are held as they are stored, or
+    else go by in passes (`dask_ep.laws.passes`); then the result is that of the ordinary way to
+    1e-6, and the same bits each time for the same passes. An exception, KeyboardInterrupt too,
+    leaves an output that `resume` goes on with; on threads the blocks at work are finished before
+    it arrives.
+    """
+    if report is not None:
+        check_drawing()
+        check_place(report)
+    check_existing(job.out, resume, overwrite)
+    begun = read_begun(job.out) if resume else None
+    passes = begun and begun.passes
+    if passes is not None and isinstance(where, Threads) and where.count is None:
+        where = replace(where, count=min(CPU_COUNT, passes.threads))
+    inputs = open_inputs(job)
+    for note in () if on_note is None else find_notes(inputs):
+        on_note(note)
+    with (
+        deployed(where) as where,
+        started(where, job, wait, on_workers) as (threads, client),
+    ):
+        library = multiplied_by(where, client, inputs)
+        layout = lay_out(job, where, client, begun_ranks=begun and begun.world_size)
+        work, free = inputs.work(layout.on_devices), partial(free_for_rows, inputs)
+        asked = {"chunk_rows": chunk_rows, "travel": travel}
+        decision = decide(work, layout, **asked, free=free, begun=begun)
+        passes = decision.passes
+        walk = passes and InPasses(inputs, passes, layout.workers, begun)
+        with _owned(client, layout.workers if passes else layout.world_size) as owners:
+            built = build(
+                inputs,
+                decision,
+                xp=array_namespace(where),
+                tf32=multiplies_as_tf32(where, client),
+                multiplied_by=library,
+                exchange=walk,
+            )
+            with _stored(built, walk, job, begun, resume, overwrite) as output:
+                planned = None
+                if output.missing and (report or on_record):
+                    _check_recorded(built.y.chunks[0], output.rows)
+                    planned = plan_run(inputs, decision, built.placement, output.missing)
+                if client is not None and on_client is not None:
+                    on_client(client)
+                watch = _Watch(output, on_progress)
+                with _watched(output, client, owners, planned, report, on_record):
+                    for step in [output] if walk is None else walk.steps(output):
+                        _compute(step, client, threads, watch, wait)
+                    done = watch.progress()
+    passes_done = walk and walk.done(watch.spilled_bytes)
+    return done._replace(passes=passes_done, multiplied_by=library)
+
+
+def _stored(
+    built: Built,
+    walk: InPasses | None,
+    job: Job,
+    begun: Begun | None,
+    resume: bool,
+    overwrite: bool,
+) -> Output:
+    """Begin or resume the output, in the blocks in which it was begun."""
+    y, rows = built.y, begun and begun.rows
+    return store(
+        y if rows is None or y.chunks[0] == rows else y.rechunk({0: rows}),
+        job.out,
+        inputs=built.inputs,
+        settings=built.settings | (walk.settings if walk else {}),
+        resume=resume,
+        overwrite=overwrite,
+        stored_rows=walk and walk.passes.stored_rows,
+        compute=False,
+    )
+
+
+def _check_recorded(chunks: Sequence[int], rows: Sequence[int]) -> None:
+    """Refuse to record a run that computes other chunks than it was begun with."""
+    if tuple(chunks) != tuple(rows):
+        raise ValueError(
+            f"a report lays a run beside its plan chunk by chunk, and this one was begun with "
+            f"chunks of {max(rows)} rows, not {max(chunks)}: resume with those, or without a report"
+        )
+
+
+def _owned(client: Client | None, world_size: int) -> contextlib.AbstractContextManager:
+    """Give the ranks owners for a while; all ranks count as equally loaded.
+
+    Their loads are known where the routing was read, which is where they were made equal: a
+    placement by load does so. Without one the routing is not read before it is needed, and to read
+    it for the loads alone would cost as much as ``placement = "balanced"``, which gains more.
+    """
+    if client is None or world_size == 1:
+        return contextlib.nullcontext()
+    return own_experts(client, world_size)
+
+
+def _compute(
+    step: Output | Step, client: Client | None, threads: int, watch: _Watch, wait: Wait
+) -> None:
+    if client is None:
+        _compute_on_threads(step, threads, watch, wait)
+    else:
+        _compute_on_client(step, client, watch, wait)
+
+
+def _compute_on_threads(output: Output | Step, threads: int, watch: _Watch, wait: Wait) -> None:
+    pool = ThreadPoolExecutor(threads, thread_name_prefix="dask-ep")
+    aside = Aside(lambda tell: output.compute(tell, scheduler="threads", pool=pool), wait)
+    try:
+        for receipt in aside:
+            watch.tell(receipt)
+    finally:
+        pool.shutdown(cancel_futures=True)  # the tasks at work are finished, no other is begun
+        aside.join()
+
+
+@contextlib.contextmanager
+def _watched(
+    output: Output,
+    client: Client | None,
+    owners: Owners | None,
+    planned: Plan | None,
+    report: str | os.PathLike | None,
+    on_record: OnRecord | None,
+) -> Iterator[None]:
+    """Finish the output of what runs inside, which is recorded beside its plan if there is one."""
+    if planned is None:
+        yield
+        output.finish()
+        return
+    records: list[Record] = []
+    dask_too = report is not None and client is not None
+    with dask_reported(report) if dask_too else contextlib.nullcontext():
+        with recorded(client, owners, records.append):
+            yield
+        output.finish()
+    if report is not None:
+        write_reports(report, planned, records[0], output.missing, len(output.rows))
+    if on_record is not None:
+        on_record(planned, records[0])
+
+
+def _compute_on_client(output: Output | Step, client: Client, watch: _Watch, wait: Wait) -> None:
+    if not output.missing:
+        return
+    futures = futures_of(client.persist(output))
+
+    def gather(tell: Callable[[Receipt], Any]) -> None:
+        for future in as_completed(futures, loop=client.loop):
+            tell(future.result())
+
+    try:
+        for receipt in Aside(gather, wait):
+            watch.tell(receipt)
+    except (FutureCancelledError, CommClosedError) as error:
+        raise ConnectionError(
+            f"the scheduler at {client.scheduler.address} is gone or has dropped the job; the "
+            "blocks that are done are kept, and --resume computes the others"
+        ) from error
+    finally:
+        client.cancel(futures)
+
+
+# --- what is told ----------------------------------------------------------------------------
+
+
+class _Watch:
+    """Counts rows, and tells about them."""
+
+    def __init__(self, output: Output, tell: Callable[[Progress], Any] | None):
+        self._tell, self._start = tell, time.monotonic()
+        self._before = sum(output.rows[block] for block in output.done_before)
+        self._left, self._done = sum(output.rows) - self._before, 0
+        self._worked = 0.0  # rows that the work on blocks which are not done is worth
+        self.spilled_bytes = 0
+        self._not_finite, self._first_not_finite = 0, -1
+        if tell is not None:
+            tell(self.progress())
+
+    def tell(self, receipt: Receipt) -> None:
+        self._done += receipt.rows
+        self._left -= receipt.rows
+        self.spilled_bytes += 0 if receipt.rows else receipt.nbytes
+        if receipt.not_finite:
+            self._not_finite += receipt.not_finite
+            firsts = {self._first_not_finite, receipt.first_not_finite} - {-1}
+            self._first_not_finite = min(firsts)
+        before = (SPILLED + SERVED) * receipt.rows
+        self._worked = max(self._worked + receipt.worked - before, 0.0)
+        if self._tell is not None:
+            self._tell(self.progress())
+
+    def progress(self) -> Progress:
+        worked = min(int(self._worked), self._left)
+        seconds = time.monotonic() - self._start
+        return Progress(
+            self._done + worked,
+            self._left - worked,
+            self._before,
+            seconds,
+            not_finite=self._not_finite,
+            first_not_finite=self._first_not_finite,
+        )

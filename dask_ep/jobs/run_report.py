@@ -1,0 +1,194 @@
+"""How does a run come to the report that lays it beside its plan?
+
+    before    plan_run: the blocks that are missing, priced; the routing is read once for it
+    during    on threads    Recorder
+              on workers    Dask's task stream, what services note, events, changes of owners,
+                            memory of the processes
+    after     report.html, and on workers report-dask.html, which Dask writes
+
+What is asked of the workers is asked before the first task and after the last. Dask keeps the last
+100,000 tasks; of a longer run the record has these. What a worker has served is lost with it.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from distributed import Client, WorkerPlugin, performance_report
+
+from dask_ep.arrays.memory import release
+from dask_ep.cluster.ownership import Owners
+from dask_ep.graph import tally
+from dask_ep.graph.tally import HERE, Serving
+from dask_ep.jobs.build import Inputs
+from dask_ep.jobs.plan import Pricing
+from dask_ep.laws.decision import Decision
+from dask_ep.placement.placement import Placement
+from dask_ep.pricing.price import Plan
+from dask_ep.pricing.report import write_run_report
+from dask_ep.pricing.trace import Record, Recorder, forget_peak_memory, peak_memory
+
+OnRecord = Callable[[Record], Any]
+
+
+def plan_run(
+    inputs: Inputs, decision: Decision, placement: Placement | None, missing: Sequence[int]
+) -> Plan:
+    """Price what is left of a job; with a layer, its router is run for that.
+
+    Parameters
+    ----------
+    inputs, decision, placement : of the run
+    missing : numbers of the chunks that it will compute
+    """
+    pricing = Pricing.of_job(inputs, decision)
+    return pricing.price(decision, placement=placement, only=missing)
+
+
+@contextmanager
+def recorded(client: Client | None, owners: Owners | None, tell: OnRecord) -> Iterator[None]:
+    """Record what runs inside, and tell it at the end, if that is a good one."""
+    record = _on_threads() if client is None else _on_workers(client, owners)
+    with record as made:
+        yield
+    tell(made[0])
+
+
+def write_reports(
+    path: str | os.PathLike, planned: Plan, record: Record, missing: Sequence[int], blocks: int
+) -> None:
+    """Write a run's report, with a link to Dask's if that is there."""
+    note = ""
+    if len(missing) < blocks:
+        note = (
+            f"This run went on with an earlier one: it computed {len(missing)} of {blocks} chunks, "
+            "and all figures are of these."
+        )
+        record = record.renumbered(missing)
+    beside = dask_report(path)
+    write_run_report(
+        path,
+        planned,
+        record,
+        note=note,
+        link=beside.name if beside.exists() else None,
+    )
+
+
+def dask_report(path: str | os.PathLike) -> Path:
+    """Where Dask's report lies beside ours.
+
+    Examples
+    --------
+    >>> dask_report("out/run.html").as_posix()
+    'out/run-dask.html'
+    """
+    path = Path(path)
+    return path.with_name(f"{path.stem}-dask{path.suffix}")
+
+
+@contextmanager
+def dask_reported(path: str | os.PathLike) -> Iterator[None]:
+    """Write Dask's own report of what runs inside, if that ends well."""
+    report = performance_report(filename=os.fspath(dask_report(path)))
+    report.__enter__()
+    yield
+    report.__exit__(None, None, None)
+
+
+@contextmanager
+def _on_threads() -> Iterator[list[Record]]:
+    made: list[Record] = []
+    release()
+    forget_peak_memory()
+    begun = time.perf_counter()
+    with Recorder() as recorder:
+        yield made
+    seconds = time.perf_counter() - begun
+    made.append(replace(recorder.record(peak_memory()), seconds=seconds))
+
+
+@contextmanager
+def _on_workers(client: Client, owners: Owners | None) -> Iterator[list[Record]]:
+    made: list[Record] = []
+    client.run(forget_peak_memory)
+    clock = client.run_on_scheduler(time.time)
+    client.get_task_stream(start=0, stop=0)  # from now on it is kept
+    begun = time.perf_counter()
+    with servings_of(client) as servings:
+        yield made
+        seconds = time.perf_counter() - begun
+    peaks = client.run(peak_memory, on_error="ignore").values()
+    record = Record.of_task_stream(
+        client.get_task_stream(start=clock),
+        servings,
+        peak_bytes=max(peaks, default=None),
+        events=[event for event in _events(client, owners) if event[0] >= clock],
+    )
+    made.append(replace(record, seconds=seconds))
+
+
+class _Keep(WorkerPlugin):
+    """Has a worker keep what it serves, also one that comes later."""
+
+    name = "dask-ep-record"
+
+    def setup(self, worker: Any) -> None:
+        tally.record()
+
+    def teardown(self, worker: Any) -> None:
+        tally.take()
+
+
+@contextmanager
+def servings_of(client: Client) -> Iterator[list[Serving]]:
+    """Keep what the workers serve inside; the list has it at the end, unless that fails."""
+    kept: list[Serving] = []
+    client.register_plugin(_Keep())
+    try:
+        yield kept
+    except BaseException:
+        with suppress(Exception):  # the cluster may be what has failed
+            client.unregister_worker_plugin(_Keep.name)
+        raise
+    for of_worker in client.run(_take, on_error="ignore").values():
+        kept += of_worker
+    client.unregister_worker_plugin(_Keep.name)
+
+
+def _take(dask_worker: Any) -> list[Serving]:
+    """What a worker has kept, in the scheduler's time."""
+    late, place = dask_worker.scheduler_delay, {HERE: dask_worker.address}
+    return [
+        s._replace(
+            asked_by=place.get(s.asked_by, s.asked_by),
+            served_by=place.get(s.served_by, s.served_by),
+            start=s.start + late,
+            stop=s.stop + late,
+        )
+        for s in tally.take()
+    ]
+
+
+def _events(client: Client, owners: Owners | None) -> list[tuple[float, str]]:
+    """Workers that came and went, and ranks that changed hands: (time, text), in order."""
+    words = {"add-worker": "came", "remove-worker": "left"}
+    events = [
+        (when, f"worker {said['worker']} {words[said['action']]}")
+        for when, said in client.get_events("all")
+        if isinstance(said, dict) and said.get("action") in words
+    ]
+    for change in [] if owners is None else owners.changes:
+        before, after = (
+            ", ".join(of_rank) or "nobody" for of_rank in (change.before, change.after)
+        )
+        events.append(
+            (change.time, f"rank {change.rank} moved from {before} to {after}: {change.why}")
+        )
+    return sorted(events)

@@ -1,0 +1,50 @@
+"""Where did an error happen, and what memory was missing?"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import Any
+
+import numpy as np
+
+from dask_ep.arrays.checks import BadRow, place_of_row
+from dask_ep.arrays.device import DeviceMemoryError, telling_chunk
+from dask_ep.arrays.namespaces import Array, namespace
+from dask_ep.kernel.device_kernel import row_bytes
+
+
+@contextmanager
+def naming(place: str, first_row: int | None = None) -> Iterator[None]:
+    """Say in an error which step, chunk and rank it comes from, and which row if it is of one.
+
+    `first_row` is that of the chunk in the whole array, as far as it is known.
+    """
+    try:
+        yield
+    except BadRow as error:
+        raise ValueError(f"{place_of_row(place, error, first_row)}: {error}") from error
+    except Exception as error:
+        if type(error) in (ValueError, TypeError, DeviceMemoryError):  # others may need more words
+            raise type(error)(f"{place}: {error}") from error
+        error.add_note(f"dask_ep: {place}")
+        raise
+
+
+def telling_kernel(
+    tokens: Array, k: int, experts: Sequence[Any], d_out: int, beside: int = 0
+) -> AbstractContextManager[None]:
+    """Say what a chunk needs, if the device that computes it has not enough memory.
+
+    `beside` is what a row takes besides the kernel.
+    """
+    if namespace(tokens) is np:
+        return nullcontext()
+    widest = max((getattr(expert, "widest", d_out) for expert in experts), default=0)
+    one = row_bytes(tokens.shape[1], d_out, widest, k, tokens.dtype.itemsize)
+    return telling_chunk(tokens, one + beside)
+
+
+def slots_of(routing: Array) -> int:
+    """k of a routing (n,) or (n, k)."""
+    return 1 if routing.ndim == 1 else routing.shape[1]

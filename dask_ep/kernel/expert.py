@@ -1,0 +1,190 @@
+"""What is an expert?
+
+A function from rows (m, d) to rows (m, d_out): a matrix, a user's own function, or one of those in
+`kinds`.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Hashable, Sequence
+from typing import Any
+
+import numpy as np
+
+from dask_ep.arrays.blas import product
+from dask_ep.arrays.checks import computing_dtype, is_float, refuse_masked
+from dask_ep.arrays.namespaces import Array, is_array, namespace
+from dask_ep.kernel import bfloat16, device_kernel
+from dask_ep.kernel.bfloat16 import BFLOAT16
+
+
+class Expert(ABC):
+    """A function from rows (m, d) to rows (m, d_out) that can write where it is told.
+
+    Attributes
+    ----------
+    d, d_out : int
+        Widths of the rows that come and go.
+    widest : int
+        Width of the widest row that it makes on the way; tells how many rows stay in cache.
+    weigh : {"output", "input"}
+        What the top-k weight multiplies: the expert's output, or the row before the expert
+        sees it (as in Llama 4).
+    """
+
+    d: int
+    d_out: int
+    weigh: str = "output"
+
+    @property
+    def widest(self) -> int:
+        return max(self.d, self.d_out)
+
+    @property
+    def kin(self) -> Hashable:
+        """Equal for experts that can compute together; by default each is alone."""
+        return id(self)
+
+    def takes(self, dtype: np.dtype) -> np.dtype:
+        """The dtype of the rows that it gets on the host, of tokens of a dtype."""
+        return computing_dtype(dtype)
+
+    @abstractmethod
+    def __call__(self, rows: Array, out: Array | None = None) -> Array:
+        """Compute the expert on rows (m, d); into `out` (m, d_out) when it is given.
+
+        On a device `out` is float32 where rows have 16 bits and answers are still to be added up.
+        """
+
+    @staticmethod
+    def together(
+        experts: Sequence[Expert], rows: Array, bounds: device_kernel.Bounds, out: Array
+    ) -> None:
+        """On a device: compute experts that are kin, each on its rows, all of them contiguous."""
+        for expert, (start, stop) in zip(experts, bounds, strict=True):
+            expert(rows[start:stop], out=out[start:stop])
+
+
+class Linear(Expert):
+    """The expert `rows @ W`; a `W` of another dtype is converted at each use, not held.
+
+    On a host that multiplies bfloat16 faster a `W` of it is no other dtype, see `bfloat16`.
+    """
+
+    def __init__(self, W: Array, precision: str = "float32"):
+        self.W, self._precision = W, precision
+        self.d, self.d_out = W.shape
+        self._in_16_bits = bfloat16.serves(W)
+
+    @property
+    def kin(self) -> Hashable:
+        return Linear, self.W.shape
+
+    @staticmethod
+    def together(
+        experts: Sequence[Linear], rows: Array, bounds: device_kernel.Bounds, out: Array
+    ) -> None:
+        matrices = [expert.W.astype(rows.dtype, copy=False) for expert in experts]
+        device_kernel.products(rows, matrices, bounds, out)
+
+    def takes(self, dtype: np.dtype) -> np.dtype:
+        return dtype if self._in_16_bits and dtype == BFLOAT16 else computing_dtype(dtype)
+
+    def __call__(self, rows: Array, out: Array | None = None) -> Array:
+        if self._in_16_bits and rows.dtype in (BFLOAT16, np.float32):
+            return bfloat16.multiply(rows, self.W, out, self._precision)
+        xp, W = namespace(rows), self.W.astype(rows.dtype, copy=False)
+        if xp is np:
+            return product(rows, W, out)
+        if out is None:
+            out = xp.empty((len(rows), self.d_out), dtype=rows.dtype)
+        device_kernel.products(rows, [W], [(0, len(rows))], out)
+        return out
+
+
+class _Function(Expert):
+    """A user's own function (m, d) -> (m, d_out), which cannot change the rows that it gets."""
+
+    def __init__(self, function: Callable[[Array], Array], place: str, probe: Array):
+        self._function, self._place = function, place
+        self.d = probe.shape[1]
+        self.d_out = self._checked(function(probe), m=0, d_out=None).shape[1]
+
+    def _checked(self, y: Array, *, m: int, d_out: int | None) -> Array:
+        shape = getattr(y, "shape", None)
+        if shape is None or len(shape) != 2 or shape[0] != m or d_out not in (None, shape[1]):
+            came = f"shape {shape}" if shape is not None else f"a {type(y).__name__}"
+            raise ValueError(
+                f"{self._place} must map rows (m, d) to rows (m, d_out) for any m, 0 included: "
+                f"rows ({m}, {self.d}) must give ({m}, {'d_out' if d_out is None else d_out}), "
+                f"but gave {came}"
+            )
+        refuse_masked(y, f"rows that {self._place} gives")
+        if y.dtype.kind not in "iub" and not is_float(y.dtype):
+            raise TypeError(
+                f"{self._place} must give rows of real numbers, but gave {y.dtype}; of complex "
+                "ones return the real part, or both parts side by side"
+            )
+        return y
+
+    def __call__(self, rows: Array, out: Array | None = None) -> Array:
+        if isinstance(rows, np.ndarray):
+            rows = rows.view()
+            rows.flags.writeable = False
+        y = self._checked(self._function(rows), m=len(rows), d_out=self.d_out)
+        if out is None:
+            return y
+        out[...] = y.astype(out.dtype, copy=False)
+        return out
+
+
+def as_experts(
+    expert_Ws: Array | Sequence[Any], *, d: int, like: Array, dtype: np.dtype
+) -> Sequence[Expert]:
+    """Make `Expert`s of matrices, a stacked array, callables, or experts; check their widths."""
+    refuse_masked(expert_Ws, "expert_Ws")
+    if hasattr(expert_Ws, "ndim") and expert_Ws.ndim != 3:
+        raise ValueError(
+            f"expert_Ws as one array must be (E/R, d, d_out), but has shape {expert_Ws.shape}; "
+            "a single expert is a list of one matrix"
+        )
+    if len(expert_Ws) == 0:
+        raise ValueError(
+            "expert_Ws is empty, but a rank must own at least one expert; "
+            "use a world_size that divides the number of experts"
+        )
+    experts = [
+        _as_expert(W, f"expert_Ws[{e}]", d=d, like=like, dtype=dtype)
+        for e, W in enumerate(expert_Ws)
+    ]
+    for e, expert in enumerate(experts):
+        if expert.d != d:
+            raise ValueError(
+                f"expert_Ws[{e}] takes rows of width {expert.d}, but tokens have width d={d}; "
+                "each expert must be (d, d_out) with the width of the tokens"
+            )
+        if expert.d_out != experts[0].d_out:
+            raise ValueError(
+                f"all experts must have the same output width, but expert_Ws[{e}] has "
+                f"d_out={expert.d_out} and expert_Ws[0] has d_out={experts[0].d_out}"
+            )
+    return experts
+
+
+def _as_expert(W: Any, place: str, *, d: int, like: Array, dtype: np.dtype) -> Expert:
+    if isinstance(W, Expert):
+        return W
+    if is_array(W):
+        refuse_masked(W, place)
+        if W.ndim != 2:
+            raise ValueError(f"{place} must be a (d, d_out) matrix, but has shape {W.shape}")
+        if not is_float(W.dtype):
+            raise TypeError(f"{place} must hold floats, but has dtype {W.dtype}")
+        return Linear(W)
+    if callable(W):
+        return _Function(W, place, namespace(like).empty((0, d), dtype=dtype))
+    raise TypeError(
+        f"{place} must be a (d, d_out) matrix, an Expert, or a callable (m, d) -> (m, d_out), "
+        f"but is a {type(W).__name__}"
+    )

@@ -1,0 +1,262 @@
+"""How do experts serve the rows of a chunk, one expert after the other, on the host?
+
+Each a tile at a time, which stays in cache from one step to the next:
+
+    slots of an expert
+         ├─ gather their rows ─> expert ─> times the top-k weight ─> add to the rows
+         v
+    output [n, d_out]
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+from scipy.sparse._sparsetools import csc_matvecs  # public `csc_array @ y` allocates
+
+from dask_ep.arrays import memory
+from dask_ep.arrays.checks import computing_dtype
+from dask_ep.arrays.namespaces import UNDERFLOW_IS_ZERO, Array, namespace
+from dask_ep.kernel import device_kernel
+from dask_ep.kernel.expert import Expert
+from dask_ep.kernel.segments import Segments
+
+TILE_BYTES = 8 << 20
+"""Bytes of the widest rows of one matrix product on the CPU: a share of the last-level cache."""
+
+TILES_HELD = 8
+"""Tiles that a thread has in memory while it computes: rows, hidden columns, outputs; and those of
+other sizes that wait in the pool for their next user."""
+
+TILE_ROWS = (192, 1024)
+"""Fewest and most rows of one product on the CPU, however wide or narrow: with fewer, packing the
+matrix costs more than a tenth of the product; with more, nothing is gained and cache is lost."""
+
+Write = Callable[..., None]
+"""Adds rows (m, d_out) to rows (m,) of an output, or writes them: `add_rows`, `assign_rows`."""
+
+
+class Served:
+    """The rows of a chunk, and the sum of what the experts that have served them so far gave.
+
+    Parameters
+    ----------
+    tokens : (n, d)
+    segments : from `sort_slots` of their routing
+    topk_weights : of the shape of the routing, or None
+    d_out : int
+    in_place : bool
+        Whether the tokens may be overwritten by the output: possible where `can_be_in_place`, for a
+        row with one slot is not needed any more when its expert has served it.
+
+    Attributes
+    ----------
+    out : (n, d_out) array, see `begin_output`; the output when all experts were added
+    """
+
+    def __init__(
+        self,
+        tokens: Array,
+        segments: Segments,
+        topk_weights: Array | None,
+        d_out: int,
+        *,
+        in_place: bool = False,
+    ):
+        self._tokens, self._segments = tokens, segments
+        self._weights = None if topk_weights is None else topk_weights.reshape(-1)
+        if in_place and can_be_in_place(segments.k, *tokens.shape[1:], d_out, tokens.dtype):
+            tokens[segments.not_ours()] = 0
+            self.out, self._write = tokens, assign_rows
+        else:
+            self.out, self._write = begin_output(len(tokens), segments, d_out, tokens.dtype, tokens)
+
+    def _target(self, tile: slice, rows: Array | slice) -> Array | slice:
+        """Where the rows of a tile belong in the output."""
+        return rows
+
+    @UNDERFLOW_IS_ZERO
+    def add(self, e: int, expert: Expert) -> None:
+        """Send the rows of local expert `e` through it, and add what it gives."""
+        compute = computing_dtype(self._tokens.dtype)
+        for tile in tiles(*self._segments.bounds[e], expert, compute, namespace(self._tokens)):
+            slots = self._segments.slots(tile)
+            rows = self._segments.rows(slots)
+            to = self._target(tile, rows)
+            _apply(
+                expert, self._tokens, rows, slots, self._weights, compute, self.out, to, self._write
+            )
+
+
+class Answer(Served):
+    """What one rank answers: the sums of its own experts alone, and only its own rows of a chunk.
+
+    Parameters
+    ----------
+    tokens, segments, topk_weights, d_out : see `Served`; segments of all physical experts
+    rank, num_local : r, which owns the experts [r * num_local, (r + 1) * num_local)
+
+    Attributes
+    ----------
+    out : (m, d_out), of the tokens' dtype with one slot a row, else of the computing dtype; its
+        rows are those of `Segments.rows_of`, in that order
+    """
+
+    def __init__(
+        self,
+        tokens: Array,
+        segments: Segments,
+        topk_weights: Array | None,
+        d_out: int,
+        rank: int,
+        num_local: int,
+    ):
+        self._tokens, self._segments = tokens, segments
+        self._weights = None if topk_weights is None else topk_weights.reshape(-1)
+        self._first, last = segments.of_rank(rank, num_local)
+        if segments.k == 1:
+            shape = (last - self._first, d_out)
+            self.out, self._write = memory.empty(shape, tokens.dtype, like=tokens), assign_rows
+            return
+        rows = segments.rows_of(rank, num_local, len(tokens))
+        count = rows.stop - rows.start if isinstance(rows, slice) else len(rows)
+        self.out = memory.empty((count, d_out), computing_dtype(tokens.dtype), like=tokens)
+        self.out.fill(0)
+        self._write = add_rows
+        self._place = np.empty(len(tokens), np.intp)
+        self._place[rows] = np.arange(count)
+
+    def _target(self, tile: slice, rows: Array | slice) -> Array | slice:
+        if self._segments.k == 1:
+            return slice(tile.start - self._first, tile.stop - self._first)
+        return self._place[rows]
+
+
+def begin_output(
+    n: int, segments: Segments, d_out: int, dtype: np.dtype, like: Array
+) -> tuple[Array, Write]:
+    """Make an output (n, d_out) to which experts come to add, and say how they add to it.
+
+    With one slot a row it is of the tokens' dtype, and each row is written once; with more, of the
+    computing dtype, from zero. Expert after expert, in the order of their numbers, gives the same
+    bits each time.
+    """
+    if segments.k > 1:
+        out = memory.empty((n, d_out), computing_dtype(dtype), like=like)
+        out.fill(0)
+        return out, add_rows
+    out = memory.empty((n, d_out), dtype, like=like)
+    out[segments.not_ours()] = 0
+    return out, assign_rows
+
+
+def can_be_in_place(k: int, d: int, d_out: int, dtype: np.dtype) -> bool:
+    """Whether outputs fit where the tokens were: one slot a row, of the same width and dtype."""
+    return k == 1 and d == d_out and computing_dtype(dtype) == dtype
+
+
+def tiles(start: int, stop: int, expert: Expert, compute: np.dtype, xp: Any = np) -> list[slice]:
+    """Cut an expert's segment into equal runs that stay in cache; a device takes it whole."""
+    m = stop - start
+    if m == 0:
+        return []
+    if xp is not np:
+        return [slice(start, stop)]
+    rows = tile_rows(expert.widest * compute.itemsize)
+    rows = math.ceil(m / math.ceil(m / rows))
+    return [slice(s, min(s + rows, stop)) for s in range(start, stop, rows)]
+
+
+def tile_rows(row_bytes: int) -> int:
+    """Rows of a tile on the CPU, at most, whose widest rows take so many bytes."""
+    fewest, most = TILE_ROWS
+    return min(max(TILE_BYTES // max(row_bytes, 1), fewest), most)
+
+
+def tile_bytes(row_bytes: int) -> int:
+    """Bytes of the tiles that a thread has in memory while it computes such rows, at most.
+
+    Examples
+    --------
+    >>> tile_bytes(4096 * 4) >> 20, tile_bytes(64 * 4) >> 20
+    (64, 2)
+    """
+    return TILES_HELD * tile_rows(row_bytes) * row_bytes
+
+
+def _apply(
+    expert: Expert,
+    tokens: Array,
+    rows: Array | slice,
+    slots: Array | slice,
+    weights: Array | None,
+    compute: np.dtype,
+    out: Array,
+    to: Array | slice,
+    write: Write,
+) -> None:
+    """One tile: gather its rows, expert, weight, write to rows `to` of the output."""
+    contiguous = isinstance(rows, slice)
+    weighed_before = weights is not None and expert.weigh == "input"
+    dtype = compute if weighed_before else expert.takes(tokens.dtype)
+    x = tokens[rows].astype(dtype, copy=False) if contiguous else gather(tokens, rows, dtype)
+    if contiguous and out is tokens:
+        x = x.copy()  # experts read their rows again while they write
+    w = None if weights is None else weights[slots].astype(compute, copy=False)
+    if weighed_before:
+        x = namespace(x).multiply(x, w[:, None], out=None if contiguous else x)
+        w = None
+    in_place = isinstance(to, slice) and write is assign_rows and out.dtype == compute
+    y = out[to] if in_place else memory.empty((len(x), expert.d_out), compute, like=x)
+    expert(x, out=y)
+    if not in_place:
+        write(out, to, y, w)
+    elif w is not None:
+        y *= w[:, None]
+
+
+def assign_rows(out: Array, rows: Array | slice, y: Array, weights: Array | None = None) -> None:
+    """Write y (m, d), times weights (m,), over rows (m,) of out (n, d); `y` is lost."""
+    for run in memory.runs_in_cache(y):
+        if weights is not None:
+            y[run] *= weights[run, None]
+        if not isinstance(rows, slice):
+            out[rows[run]] = y[run]
+    if isinstance(rows, slice):
+        out[rows] = y
+
+
+def add_rows(out: Array, rows: Array, y: Array, weights: Array | None = None) -> None:
+    """Add y (m, d), times weights (m,), to rows (m,) of out (n, d), one after the other.
+
+    On the host rows may be the same; on a device they must be different.
+
+    Notes
+    -----
+    The host adds in one pass over `y` and `out`: as a matrix (n, m) with one weight in each column,
+    times `y`. SciPy does that outside Python's lock, in order, and so to the same bits each time.
+    """
+    if namespace(out) is not np:
+        device_kernel.add_rows(out, rows, y if weights is None else y * weights[:, None])
+        return
+    m, (n, d) = len(rows), out.shape
+    one_each = np.arange(m + 1, dtype=rows.dtype)
+    weights = np.ones(m, out.dtype) if weights is None else weights
+    y = np.ascontiguousarray(y, out.dtype).reshape(-1)
+    csc_matvecs(n, m, d, one_each, rows, weights, y, out.reshape(-1, copy=False))
+
+
+def gather(tokens: Array, rows: Array, dtype: np.dtype) -> Array:
+    """Copy rows (m,) of tokens (n, d) to a new (m, d) array of another dtype or the same."""
+    if namespace(tokens) is not np:
+        return device_kernel.gather(tokens, rows).astype(dtype, copy=False)
+    taken = memory.empty((len(rows), tokens.shape[1]), tokens.dtype)
+    np.take(tokens, rows, axis=0, out=taken, mode="clip")  # "raise" would buffer `out`
+    if taken.dtype == dtype:
+        return taken
+    converted = memory.empty(taken.shape, dtype)
+    converted[...] = taken
+    return converted

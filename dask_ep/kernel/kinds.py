@@ -1,0 +1,302 @@
+"""What does each kind of expert compute?
+
+Rows (m, d) go through one, two or three matrices, each (in, out). Products and activations are
+written into recycled memory, in place wherever that is possible.
+
+    linear   x @ w + bias
+    mlp      activation(x @ up + up_bias) @ down + down_bias
+    gated    (activation(gate) * (up + up_offset)) @ down + down_bias,
+             gate = min(x @ gate + gate_bias, limit), up = clip(x @ up + up_bias, -limit, limit)
+
+Gated with silu is SwiGLU (Shazeer, "GLU Variants Improve Transformer", 2020); with `limit`, `alpha`
+and `up_offset` it is gpt-oss's.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Hashable, Sequence
+
+import numpy as np
+
+from dask_ep.arrays import memory
+from dask_ep.arrays.checks import computing_dtype
+from dask_ep.arrays.namespaces import Array, namespace
+from dask_ep.kernel import cuda_kernels
+from dask_ep.kernel.device_kernel import Bounds
+from dask_ep.kernel.expert import Expert, Linear
+
+Activation = Callable[[Array, float], None]
+"""Replaces its argument by the activation of it; the number is silu's alpha."""
+
+
+class Affine(Expert):
+    """``x @ w + bias``."""
+
+    def __init__(self, w: Array, bias: Array, precision: str = "float32"):
+        self._product, self._bias = Linear(w, precision), bias
+        self.d, self.d_out = w.shape
+
+    def takes(self, dtype: np.dtype) -> np.dtype:
+        return self._product.takes(dtype)
+
+    @property
+    def kin(self) -> Hashable:
+        return Affine, self._product.kin
+
+    @staticmethod
+    def together(experts: Sequence[Affine], rows: Array, bounds: Bounds, out: Array) -> None:
+        sums = _room_for(out, computing_dtype(rows.dtype), out.shape[1])
+        Linear.together([expert._product for expert in experts], rows, bounds, sums)
+        for expert, (start, stop) in zip(experts, bounds, strict=True):
+            sums[start:stop] += expert._bias.astype(sums.dtype, copy=False)
+        if sums is not out:
+            out[...] = sums.astype(out.dtype)
+
+    def __call__(self, rows: Array, out: Array | None = None) -> Array:
+        out = self._product(rows, out)
+        out += self._bias.astype(out.dtype, copy=False)
+        return out
+
+
+class Mlp(Expert):
+    """``activation(x @ up) @ down``."""
+
+    def __init__(self, up: Expert, down: Expert, activation: str):
+        self._up, self._down, self._activate = up, down, ACTIVATIONS[activation]
+        self.d, self.d_out, self._activation = up.d, down.d_out, activation
+
+    @property
+    def widest(self) -> int:
+        return max(self.d, self._up.d_out, self.d_out)
+
+    def takes(self, dtype: np.dtype) -> np.dtype:
+        return self._up.takes(dtype)
+
+    @property
+    def kin(self) -> Hashable:
+        return Mlp, self._up.kin, self._down.kin, self._activation
+
+    @staticmethod
+    def together(experts: Sequence[Mlp], rows: Array, bounds: Bounds, out: Array) -> None:
+        one = experts[0]
+        hidden = _hidden(rows, one._up)
+        one._up.together([expert._up for expert in experts], rows, bounds, hidden)
+        active = _room_for(hidden, rows.dtype, one._up.d_out)
+        if (kernels := cuda_kernels.kernels(namespace(hidden))) is not None:
+            kernels.activate(hidden, active, one._activation, 1.0)
+        else:
+            one._activate(hidden, 1.0)
+            active[...] = hidden.astype(active.dtype, copy=False)
+        one._down.together([expert._down for expert in experts], active, bounds, out)
+
+    def __call__(self, rows: Array, out: Array | None = None) -> Array:
+        hidden = self._up(rows, _hidden(rows, self._up))
+        for part in memory.runs_in_cache(hidden):
+            self._activate(hidden[part], 1.0)
+        return self._down(hidden, out)
+
+
+class Gated(Expert):
+    """``(activation(x @ gate) * (x @ up)) @ down``."""
+
+    def __init__(
+        self,
+        gate: Expert,
+        up: Expert,
+        down: Expert,
+        activation: str,
+        *,
+        limit: float | None = None,
+        alpha: float = 1.0,
+        up_offset: float = 0.0,
+        weigh: str = "output",
+    ):
+        self._gate, self._up, self._down = gate, up, down
+        self._activate = ACTIVATIONS[activation]
+        self._limit, self._alpha, self._up_offset = limit, alpha, up_offset
+        self.d, self.d_out, self.weigh = up.d, down.d_out, weigh
+
+    @property
+    def widest(self) -> int:
+        return max(self.d, self._up.d_out, self.d_out)
+
+    def takes(self, dtype: np.dtype) -> np.dtype:
+        narrow, wide = self._gate.takes(dtype), self._up.takes(dtype)
+        return narrow if narrow == wide else computing_dtype(dtype)
+
+    def __call__(self, rows: Array, out: Array | None = None) -> Array:
+        gate = self._gate(rows, _hidden(rows, self._gate))
+        up = self._up(rows, _hidden(rows, self._up))
+        for part in memory.runs_in_cache(gate):
+            self._combine(gate[part], up[part])
+        return self._down(gate, out)
+
+    def _combine(self, gate: Array, up: Array) -> None:
+        """Replace `gate` by activation(gate) * up."""
+        xp = namespace(gate)
+        if self._limit is not None:
+            xp.minimum(gate, self._limit, out=gate)
+            xp.clip(up, -self._limit, self._limit, out=up)
+        if self._up_offset:
+            up += self._up_offset
+        self._activate(gate, self._alpha)
+        gate *= up
+
+
+class GatedPair(Expert):
+    """`Gated` on a device: gate and up side by side in one matrix, so in one product.
+
+    ``hidden = x @ gate_up`` has the gate in its first f columns, where it is replaced by
+    activation(gate) * up; ``down`` reads it from there. Where rows have 16 bits `hidden` is
+    float32, and what ``down`` reads is an array of its own.
+    """
+
+    def __init__(
+        self,
+        gate_up: Expert,
+        down: Expert,
+        activation: str,
+        *,
+        limit: float | None = None,
+        alpha: float = 1.0,
+        up_offset: float = 0.0,
+        weigh: str = "output",
+    ):
+        self._gate_up, self._down, self._activation = gate_up, down, activation
+        self._limit, self._alpha, self._up_offset = limit, alpha, up_offset
+        self.d, self.d_out, self.weigh = gate_up.d, down.d_out, weigh
+
+    @property
+    def widest(self) -> int:
+        return max(self.d, self._gate_up.d_out, self.d_out)
+
+    @property
+    def kin(self) -> Hashable:
+        numbers = (self._limit, self._alpha, self._up_offset)
+        parts = (self._gate_up.kin, self._down.kin)
+        return GatedPair, *parts, self._activation, *numbers, self.weigh
+
+    def __call__(self, rows: Array, out: Array | None = None) -> Array:
+        if out is None:
+            out = memory.empty((len(rows), self.d_out), rows.dtype, like=rows)
+        self.together([self], rows, [(0, len(rows))], out)
+        return out
+
+    @staticmethod
+    def together(experts: Sequence[GatedPair], rows: Array, bounds: Bounds, out: Array) -> None:
+        one = experts[0]
+        hidden = _hidden(rows, one._gate_up)
+        one._gate_up.together([expert._gate_up for expert in experts], rows, bounds, hidden)
+        gated = _room_for(hidden, rows.dtype, one._down.d)
+        one._combine(hidden, gated)
+        gated = gated[:, : one._down.d]
+        one._down.together([expert._down for expert in experts], gated, bounds, out)
+
+    def _combine(self, hidden: Array, out: Array) -> None:
+        """Write activation(gate) * up to the first f columns of `out`, which may be `hidden`."""
+        if (kernels := cuda_kernels.kernels(namespace(hidden))) is not None:
+            numbers = (self._limit, self._alpha, self._up_offset)
+            kernels.gate(hidden, out, self._activation, *numbers)
+            return
+        f = self._down.d
+        gate, up = hidden[:, :f], hidden[:, f:]
+        if self._limit is not None:
+            gate = namespace(gate).minimum(gate, self._limit)
+            up = up.clip(-self._limit, self._limit)
+        ACTIVATIONS[self._activation](gate, self._alpha)
+        out[:, :f] = (gate * (up + self._up_offset)).astype(out.dtype, copy=False)
+
+
+class Summed(Expert):
+    """The sum of experts that hold some hidden columns each: one expert with all of them."""
+
+    def __init__(self, parts: list[Expert]):
+        self._parts = parts
+        self.d, self.d_out, self.weigh = parts[0].d, parts[0].d_out, parts[0].weigh
+
+    @property
+    def widest(self) -> int:
+        return max(part.widest for part in self._parts)
+
+    def takes(self, dtype: np.dtype) -> np.dtype:
+        return self._parts[0].takes(dtype)
+
+    def __call__(self, rows: Array, out: Array | None = None) -> Array:
+        out = self._parts[0](rows, out)
+        more = memory.empty(out.shape, out.dtype, like=out)
+        for part in self._parts[1:]:
+            out += part(rows, more)
+        return out
+
+
+def _hidden(rows: Array, expert: Expert) -> Array:
+    """Room for what an expert's first product gives: as wide as sums are."""
+    dtype = computing_dtype(rows.dtype)
+    return memory.empty((len(rows), expert.d_out), dtype, like=rows)
+
+
+def _room_for(rows: Array, dtype: np.dtype, width: int) -> Array:
+    """Room for as many rows in a dtype: those themselves, if they have it."""
+    if rows.dtype == dtype:
+        return rows
+    return memory.empty((len(rows), width), dtype, like=rows)
+
+
+# --- activations, in place -------------------------------------------------------------------
+
+
+def _silu(x: Array, alpha: float) -> None:
+    xp = namespace(x)
+    scratch = memory.empty(x.shape, x.dtype, like=x)
+    xp.multiply(x, -alpha, out=scratch)
+    # exp overflows to infinity below -88 / alpha in float32, and x / infinity is the right 0.
+    with np.errstate(over="ignore"):
+        xp.exp(scratch, out=scratch)
+    scratch += 1
+    x /= scratch
+
+
+def _gelu(x: Array, _: float) -> None:
+    from scipy.special import erf  # slow to import, and only here
+
+    scratch = memory.empty(x.shape, x.dtype, like=x)
+    namespace(x).multiply(x, math.sqrt(0.5), out=scratch)
+    erf(scratch, out=scratch)  # CuPy's arrays hand this to their own erf
+    scratch += 1
+    scratch *= 0.5
+    x *= scratch
+
+
+def _gelu_tanh(x: Array, _: float) -> None:
+    xp = namespace(x)
+    scratch = memory.empty(x.shape, x.dtype, like=x)
+    xp.multiply(x, x, out=scratch)
+    scratch *= 0.044715
+    scratch += 1
+    scratch *= x
+    scratch *= math.sqrt(2 / math.pi)
+    xp.tanh(scratch, out=scratch)
+    scratch += 1
+    scratch *= 0.5
+    x *= scratch
+
+
+def _relu(x: Array, _: float) -> None:
+    namespace(x).maximum(x, 0, out=x)
+
+
+def _relu2(x: Array, _: float) -> None:
+    xp = namespace(x)
+    xp.maximum(x, 0, out=x)
+    xp.multiply(x, x, out=x)
+
+
+ACTIVATIONS: dict[str, Activation] = {
+    "silu": _silu,
+    "gelu": _gelu,
+    "gelu_tanh": _gelu_tanh,
+    "relu": _relu,
+    "relu2": _relu2,
+}
+"""silu is x * sigmoid(alpha * x), gelu the exact one (with erf), relu2 the square of relu."""

@@ -1,0 +1,141 @@
+"""How far may rounding take a value of the output from its exact one?
+
+A value is a sum of terms, and where they cancel it is much smaller than they are: rounding errs by
+a part of the terms. So each step gives, next to its exact values, their *scale*:
+
+    x [m, d] ── products, activations ──> value [m, d_out]   in float64
+                                          scale [m, d_out]   what the value's terms add up to
+
+and a right value, computed with a relative error of `tolerance` in each step, is within about
+`tolerance` times its scale. Terms have errors of their own, so that they add up as the root of the
+sum of their squares; in a long sum errors are also carried along, which is a small part, `sums`, of
+the sum of the terms' absolute values (Higham, "Accuracy and Stability of Numerical Algorithms",
+2002, sections 3.1 and 4.2).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from dask_ep.kernel import reference
+
+QUIET = np.errstate(all="ignore")
+"""Rows may hold anything, and what overflows here is told by what comes out."""
+
+
+class Scaled(NamedTuple):
+    """Values, and what their terms add up to."""
+
+    value: np.ndarray
+    #: (m, width) float64
+    scale: np.ndarray
+    #: (m, width) float64; 0 where a value is infinite or NaN
+    peak: np.ndarray
+    #: (m,) at least the largest finite number on the way to a row
+
+
+@dataclass(frozen=True)
+class Arithmetic:
+    """How the values that are judged were computed.
+
+    Attributes
+    ----------
+    tolerance : relative error of a step
+    sums : part of the sum of the absolute values of terms that counts in a scale
+    dtype : in which hidden values are held
+    """
+
+    tolerance: float
+    sums: float
+    dtype: np.dtype
+
+    @property
+    def least(self) -> float:
+        """A scale that covers what underflows, such as silu far below zero."""
+        return 1024 * float(np.finfo(self.dtype).tiny) / self.step
+
+    @property
+    def step(self) -> float:
+        """How far a function's argument is moved, in scales, to see what becomes of its error."""
+        return max(self.tolerance, 1e-12)
+
+    def expert(
+        self, kind: str, arrays: Mapping[str, np.ndarray], options: Mapping[str, Any], x: Scaled
+    ) -> Scaled:
+        """Send rows through one expert; arrays and options are those of `reference`."""
+        if kind == "linear":
+            return self.product(x, arrays["W"], arrays.get("bias"))
+        up = self.product(x, arrays["up"], arrays.get("up_bias"))
+        act = ACTIVATIONS[options.get("activation", "silu")]
+        if kind == "mlp":
+            hidden = self.through(lambda u: act(u, 1.0), up)
+        else:
+            limit = options.get("limit")
+            limit = np.inf if limit is None else limit
+            gate = self.product(x, arrays["gate"], arrays.get("gate_bias"))
+            alpha, offset = options.get("alpha", 1.0), options.get("up_offset", 0.0)
+            hidden = self.times(
+                self.through(lambda g: act(np.minimum(g, limit), alpha), gate),
+                self.through(lambda u: np.clip(u, -limit, limit) + offset, up),
+            )
+        return self.product(hidden, arrays["down"], arrays.get("down_bias"))
+
+    @QUIET
+    def product(self, x: Scaled, w: np.ndarray, bias: np.ndarray | None = None) -> Scaled:
+        """``x @ w + bias``."""
+        w, bias = w.astype(np.float64, copy=False), 0.0 if bias is None else bias
+        value, magnitude = x.value @ w + bias, np.abs(x.value) @ np.abs(w) + np.abs(bias)
+        squares = w * w
+        size = np.sqrt(x.value**2 @ squares + np.square(bias))
+        scale = np.maximum(size, np.abs(value)) + self.sums * magnitude
+        if x.scale.any():
+            scale += np.sqrt(x.scale**2 @ squares)
+        return _known(value, scale, x.peak, magnitude)
+
+    @QUIET
+    def through(self, function: Callable[[np.ndarray], np.ndarray], x: Scaled) -> Scaled:
+        """Apply a function to each value."""
+        value, moved = function(x.value), self.step * x.scale
+        change = np.maximum(
+            np.abs(function(x.value + moved) - value), np.abs(function(x.value - moved) - value)
+        )
+        scale = change / self.step + np.abs(value) + self.least
+        return _known(value, scale, x.peak, np.abs(value))
+
+    @QUIET
+    def times(self, a: Scaled, b: Scaled) -> Scaled:
+        """``a * b``."""
+        value = a.value * b.value
+        scale = np.abs(value) + a.scale * np.abs(b.value) + np.abs(a.value) * b.scale
+        return _known(value, scale, np.maximum(a.peak, b.peak), np.abs(value))
+
+    def overflows(self, peak: np.ndarray) -> np.ndarray:
+        """Whether a number on the way to a row may be beyond the computing dtype: (m,)."""
+        return peak > 0.5 * float(np.finfo(self.dtype).max)
+
+
+@QUIET
+def exact(rows: np.ndarray) -> Scaled:
+    """Rows as they came, without an error."""
+    rows = rows.astype(np.float64)
+    return _known(rows, np.zeros_like(rows), np.zeros(len(rows)), np.abs(rows))
+
+
+def _known(value: np.ndarray, scale: np.ndarray, peak: np.ndarray, magnitude: np.ndarray) -> Scaled:
+    """Infinity and NaN have no error: what they come from says which of them it is."""
+    finite = np.isfinite(value)
+    largest = np.where(np.isfinite(magnitude), magnitude, 0.0).max(axis=1, initial=0.0)
+    return Scaled(value, np.where(finite, scale, 0.0), np.maximum(peak, largest))
+
+
+def _gelu(x: np.ndarray, _: float) -> np.ndarray:
+    from scipy.special import erf  # slow to import; that of `reference` takes one number
+
+    return x * 0.5 * (1.0 + erf(x * 0.5**0.5))
+
+
+ACTIVATIONS = {**reference.ACTIVATIONS, "gelu": _gelu}

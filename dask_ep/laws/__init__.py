@@ -1,0 +1,1 @@
+"""What do rows, bytes, memory and time of a run follow from?"""

@@ -1,0 +1,83 @@
+"""How will a job run, once that is decided?"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from dask_ep.laws.costs import Need
+from dask_ep.laws.memory_law import Layout, need, rows_within
+from dask_ep.laws.passes import Passes
+from dask_ep.laws.travel import ALL_ROWS, Travel, choose_travel
+from dask_ep.laws.work import Work
+from dask_ep.placement.placement_files import find_placement
+from dask_ep.placement.policies import Placement, contiguous
+from dask_ep.placement.routing_stats import Survey
+
+
+@dataclass(frozen=True)
+class Decision:
+    """How a job will run; made by `decide`."""
+
+    work: Work
+    layout: Layout
+    chunk_rows: int
+    #: of a token chunk
+    as_stored: bool = False
+    #: whether experts are held in memory as they are stored
+    passes: Passes | None = None
+    #: how experts go by that do not fit
+    travel: Travel = ALL_ROWS
+    #: whether rows travel to experts, or experts to rows
+    chunks_asked: bool = False
+    #: whether so many rows of a chunk were asked for
+
+    @property
+    def need(self) -> Need:
+        """What a worker needs at most where experts do not go by in passes."""
+        return need(self.work, self.layout, self.as_stored)
+
+    @property
+    def fits(self) -> bool:
+        """Whether all limits are kept."""
+        most = rows_within(self.work, self.layout, self.as_stored)
+        return self.passes is not None or self.chunk_rows <= most
+
+    @property
+    def slots_beside(self) -> int | None:
+        """How many experts each rank can hold beside its own; None without a memory limit."""
+        usable = self.layout.usable_bytes
+        if usable is None:
+            return None
+        spare = max(usable - self.need.at(self.chunk_rows), 0)
+        held = self.layout.ranks_of_a_worker * self.work.held_bytes(self.as_stored)
+        return spare // max(held, 1)
+
+    def place(
+        self, count: Callable[[], Survey], chunks: Sequence[int] | None = None
+    ) -> Placement | None:
+        """Make the placement; None where each rank owns the next E/R experts, and no more.
+
+        Parameters
+        ----------
+        count : function that counts the routing
+            Called only for a placement by load, and for experts that travel.
+        chunks : rows of each token chunk; default: those of the routing
+        """
+        work, layout = self.work, self.layout
+        ranks = layout.world_size
+        owners = find_placement(layout.placement, work.experts, ranks, lambda: count().by_ticket)
+        if not self.travel.moves_experts or ranks == 1 or self.passes is not None:
+            return owners
+        owners = owners or contiguous(work.experts, ranks)
+        beside = self.slots_beside
+        return choose_travel(
+            self.travel,
+            count(),
+            owners,
+            expert_bytes=work.expert_stored,
+            row_bytes=work.packet_row_bytes(owners.slots.size) + work.reply_bytes,
+            chunks=chunks,
+            workers=layout.serving,
+            max_slots=None if beside is None else owners.slots_per_rank + beside,
+        )

@@ -1,0 +1,331 @@
+"""What travels: the rows to their expert, or the expert to its rows?
+
+A row that lies on one worker and wants an expert on another goes there and comes back. Or the
+worker where the row lies reads the expert's weights too, and the row stays. For each expert and
+each rank the cheaper of the two:
+
+    rows travel      rows at home here that must leave × row_bytes (both ways) / link
+    expert travels   expert_bytes / read
+
+                     expert 0 (hot)      expert 1 (hot)      expert 2 (cold)
+    rank 0, owner    has it              <── rows            <── rows
+    rank 1           reads it too        owner, has it       <── rows
+    rank 2           reads it too        reads it too        owner, has it
+
+The answer is a `Placement` with copies at the ranks that read, chosen by the home of a row's chunk
+(`Placement.local`), and nothing else: the graph, the kernel and the sum are those of any placement.
+
+**Rows that want several experts.** A row goes to a rank once, however many of its experts are
+served there, so it stays only if all of these are read. What one rank reads of another's experts is
+therefore chosen together: from all that are wanted, the one without which fewest rows must leave is
+dropped, again and again, and of all sets on this way the cheapest is taken. With one slot a row
+that is the optimum, expert by expert; with more it is near it, and a minimum cut would find it.
+
+Axis letters: `n` rows, `k` slots per row, `E` experts, `R` ranks, `S` slots per rank.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import NamedTuple
+
+import numpy as np
+
+from dask_ep.laws.costs import Rates
+from dask_ep.placement.placement import Placement, verify_placement
+from dask_ep.placement.routing_stats import Survey
+
+TRAVELS = ("rows", "auto", "experts")
+"""All rows to their owners; for each expert and rank the cheaper; every expert to all its rows."""
+
+SAMPLED_ROWS = 1 << 14
+"""Rows at home at a rank above which a sample of as many decides."""
+
+
+@dataclass(frozen=True)
+class Travel:
+    """What travels, and at which rates it is chosen.
+
+    Raises
+    ------
+    ValueError
+        If `how` is not one of `TRAVELS`.
+
+    Notes
+    -----
+    Where experts do not fit and go by in passes (`dask_ep.laws.passes`), rows travel to experts by
+    being spilled, and experts to rows that are held in memory.
+
+    Where they fit, not "auto" is what is done unasked, though by its model it is never dearer: it
+    must read the routing beforehand, a layer's router all tokens; copies of experts take what
+    memory there is; and the model believes in rates that nobody has measured, such as that all
+    workers together read a shared disk as fast as each alone.
+    """
+
+    how: str | None = None
+    #: one of `TRAVELS`; None is "auto" where experts go by in passes, whose rows are counted in any
+    #: case, else "rows"
+    link: float = Rates.link
+    #: bytes per second between two workers
+    read: float = Rates.read
+    #: bytes per second that one worker reads from storage
+
+    def __post_init__(self) -> None:
+        if self.how not in (None, *TRAVELS):
+            raise ValueError(f"travel must be one of {', '.join(TRAVELS)}; got {self.how!r}")
+
+    @property
+    def moves_experts(self) -> bool:
+        """Whether any expert may travel that fits where it is owned."""
+        return self.how in ("auto", "experts")
+
+    def rates(self, others: Rates) -> Rates:
+        """Give these two rates, and what else is measured."""
+        return replace(others, link=self.link, read=self.read)
+
+
+ALL_ROWS = Travel()
+"""What there is without a choice: nothing has to be known of the routing."""
+
+
+def choose_travel(
+    travel: Travel,
+    found: Survey,
+    owners: Placement,
+    *,
+    expert_bytes: float,
+    row_bytes: float,
+    chunks: Sequence[int] | None = None,
+    workers: int | None = None,
+    max_slots: int | None = None,
+) -> Placement:
+    """Give every rank, besides the experts that it owns, those that are cheaper read than sent to.
+
+    Parameters
+    ----------
+    travel : Travel
+        "rows" gives `owners` back; "experts" lets no row travel; "auto" takes the cheaper.
+    found : Survey of the routing
+    owners : Placement
+        What each rank holds in any case. A row without a copy at home goes where it says.
+    expert_bytes : bytes of one expert in its file
+    row_bytes : bytes of a row on its way there and back
+    chunks : rows of each token chunk; default: those of the routing
+    workers : int, optional
+        Processes that play the ranks, rank r on worker r % workers; default: one for each. Between
+        ranks of one worker nothing travels.
+    max_slots : int, optional
+        The most experts that a rank can hold (its memory over the bytes of one expert).
+
+    Returns
+    -------
+    placement : Placement, local unless all rows travel
+
+    Raises
+    ------
+    ValueError
+        If `owners` are for other experts, or if they, or the experts that must be read, do not fit
+        into `max_slots`.
+
+    Notes
+    -----
+    Under "auto", where the limit is too small for all that is worth reading, experts are dropped as
+    above until the others fit. Rows are counted exactly up to `SAMPLED_ROWS` at a home. The cost
+    counted is that of all workers together; that they differ in load is the business of `owners`.
+    Results are those of any other placement up to rounding: the same experts, added up in another
+    order of ranks.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> from dask_ep.placement.policies import contiguous
+    >>> from dask_ep.placement.routing_stats import survey
+    >>> routing = np.array([0, 0, 0, 1, 0, 0, 0, 0])  # chunk 0 is at home at rank 0, 1 at rank 1
+    >>> placement = choose_travel(
+    ...     Travel("auto", link=1, read=1), survey(routing, 2), contiguous(2, 2), chunks=(4, 4),
+    ...     expert_bytes=300, row_bytes=100,
+    ... )
+    >>> placement.slots.tolist()  # 4 rows of rank 1 for expert 0, 1 row of rank 0 for expert 1
+    [[0, -1], [1, 0]]
+    """
+    verify_placement(owners, num_experts=found.num_experts, max_slots=max_slots)
+    if not travel.moves_experts or owners.world_size == 1:
+        return owners
+    owners = replace(owners, local=True)
+    chunks = found.chunks if chunks is None else chunks
+    worker = np.arange(owners.world_size) % (workers or owners.world_size)
+    if travel.how == "experts":
+        beside = _all_wanted(found, owners, chunks, worker)
+    else:
+        prices = _Prices(row_bytes / travel.link, expert_bytes / travel.read)
+        beside = []
+        for rank, wants in enumerate(_wants(found, owners, chunks, worker)):
+            chosen = _worth_reading(wants, prices, found.num_experts)
+            room = None if max_slots is None else max_slots - int((owners.slots[rank] >= 0).sum())
+            beside.append(_fitting(chosen, wants, room))
+    placement = _reading(owners, [np.flatnonzero(read) for read in beside])
+    verify_placement(placement, num_experts=found.num_experts, max_slots=max_slots)
+    return placement
+
+
+class _Prices(NamedTuple):
+    """What one of each costs, in seconds."""
+
+    row: float
+    #: there and back
+    expert: float
+
+
+class _Wants(NamedTuple):
+    """What the rows at home at one rank want of others."""
+
+    leaving: list[np.ndarray]
+    #: for each rank, (m, k): experts that one row wants there, each once, -1 for none
+    weight: float
+    #: rows that each of these stands for
+
+
+def _rows_at_home(
+    found: Survey, owners: Placement, chunks: Sequence[int]
+) -> Iterator[tuple[int, np.ndarray]]:
+    """The home of some rows, and the slots that they want, (m, k); until all have come."""
+    for chunk, row_offset, routing in found.blocks(chunks):
+        home = owners.home(chunk)
+        yield home, owners.rewrite(routing, row_offset, home)
+
+
+def _all_wanted(
+    found: Survey, owners: Placement, chunks: Sequence[int], worker: np.ndarray
+) -> np.ndarray:
+    """(R, E) which experts on other workers the rows at home at each rank want."""
+    ranks, slots = owners.slots.shape
+    experts = np.append(owners.slots.ravel(), -1)
+    wanted = np.zeros((ranks, found.num_experts + 1), bool)  # [:, -1] takes slots without expert
+    for home, physical in _rows_at_home(found, owners, chunks):
+        elsewhere = worker[physical // slots] != worker[home]
+        wanted[home, experts[physical[elsewhere]]] = True
+    return wanted[:, :-1]
+
+
+def _wants(
+    found: Survey, owners: Placement, chunks: Sequence[int], worker: np.ndarray
+) -> Iterator[_Wants]:
+    """For each rank, what the rows at home there want of ranks on other workers."""
+    ranks, slots = owners.slots.shape
+    at_home = np.bincount(
+        [owners.home(c) for c in range(len(chunks))], weights=chunks, minlength=ranks
+    )
+    taken = np.minimum(1.0, SAMPLED_ROWS / np.maximum(at_home, 1))
+    parts: list[list[np.ndarray]] = [[] for _ in range(ranks)]
+    draw = np.random.default_rng(0)
+    for home, physical in _rows_at_home(found, owners, chunks):
+        if taken[home] < 1:
+            physical = physical[draw.random(len(physical)) < taken[home]]
+        parts[home].append(physical)
+    experts = np.append(owners.slots.ravel(), -1)
+    none = np.empty((0, found.slots_per_row), np.int32)
+    for home in range(ranks):
+        physical = _once_per_row(np.concatenate([none, *parts[home]]))
+        leaving = []
+        for rank in range(ranks):
+            leave = (physical // slots == rank) & (worker[rank] != worker[home])
+            there = np.where(leave, experts[physical], -1)
+            leaving.append(there[leave.any(axis=1)])
+        yield _Wants(leaving, at_home[home] / max(len(physical), 1))
+
+
+def _once_per_row(physical: np.ndarray) -> np.ndarray:
+    """The same slots, each once in a row, -1 in place of the others."""
+    physical = np.sort(physical, axis=1)
+    again = physical[:, 1:] == physical[:, :-1]
+    physical[:, 1:][again] = -1
+    return physical
+
+
+def _worth_reading(wants: _Wants, prices: _Prices, num_experts: int) -> np.ndarray:
+    """(E,) the experts of others that are read."""
+    chosen = np.zeros(num_experts, bool)
+    for together in _without_common_experts(wants.leaving, num_experts):
+        best, best_gain = np.zeros(num_experts, bool), 0.0
+        wanted = np.isin(np.arange(num_experts), together)
+        for held, staying in _dropping(wanted, together):
+            gain = staying * wants.weight * prices.row - held.sum() * prices.expert
+            if gain > best_gain:
+                best, best_gain = held, gain
+        chosen |= best
+    return chosen
+
+
+def _without_common_experts(leaving: Sequence[np.ndarray], num_experts: int) -> list[np.ndarray]:
+    """Join what is wanted of ranks that hold copies of one expert: reading it once serves both."""
+    groups: list[tuple[np.ndarray, list[np.ndarray]]] = []
+    for of_rank in leaving:
+        wanted, members = np.isin(np.arange(num_experts), of_rank), [of_rank]
+        apart = [group for group in groups if not (group[0] & wanted).any()]
+        for others, their_members in groups:
+            if (others & wanted).any():
+                wanted, members = wanted | others, members + their_members
+        groups = [*apart, (wanted, members)]
+    return [np.concatenate(members) for _, members in groups]
+
+
+def _fitting(chosen: np.ndarray, wants: _Wants, room: int | None) -> np.ndarray:
+    """Drop from the chosen experts, (E,), as many as are too many."""
+    if room is None or chosen.sum() <= room:
+        return chosen
+    way = _dropping(chosen, np.concatenate(wants.leaving))
+    return next(held for held, _ in way if held.sum() <= room)
+
+
+def _dropping(held: np.ndarray, wants: np.ndarray) -> Iterator[tuple[np.ndarray, int]]:
+    """Drop experts, always the one without which fewest rows must leave.
+
+    Parameters
+    ----------
+    held : (E,) bool, the experts to begin with
+    wants : (m, k) experts that one row wants, each once, -1 for none
+
+    Yields
+    ------
+    held : (E,) bool
+    staying : the rows all of whose experts are held
+    """
+    held = held.copy()
+    is_held = np.append(held, True)  # [-1]: no expert is no reason to leave
+    wants = wants[is_held[wants].all(axis=1)]
+    by_expert = np.argsort(wants, axis=None, kind="stable")
+    ends = np.searchsorted(wants.ravel()[by_expert], np.arange(held.size + 1))
+    stays, staying = np.ones(len(wants), bool), len(wants)
+    leave = _count(wants, held.size)
+    while True:
+        yield held.copy(), staying
+        if not held.any():
+            return
+        dropped = int(np.argmin(np.where(held, leave, staying + 1)))
+        rows = by_expert[ends[dropped] : ends[dropped + 1]] // wants.shape[1]
+        rows = rows[stays[rows]]
+        held[dropped], stays[rows] = False, False
+        staying -= len(rows)
+        leave -= _count(wants[rows], held.size)
+
+
+def _count(wants: np.ndarray, num_experts: int) -> np.ndarray:
+    """(E,) rows that want each expert."""
+    return np.bincount(wants.ravel() + 1, minlength=num_experts + 1)[1:]
+
+
+def _reading(owners: Placement, beside: Sequence[np.ndarray]) -> Placement:
+    """Add the experts that each rank reads besides; these serve only rows at home."""
+    held = [[*row[row >= 0], *more] for row, more in zip(owners.slots, beside, strict=True)]
+    width = max(map(len, held))
+    slots = np.full((owners.world_size, width), -1)
+    stops = np.zeros(slots.shape, np.int64)
+    for rank, experts in enumerate(held):
+        slots[rank, : len(experts)] = experts
+        owned = len(experts) - len(beside[rank])
+        stops[rank, :owned] = owners.stops[rank][owners.slots[rank] >= 0]
+        for column, expert in enumerate(beside[rank], start=owned):
+            before = owners.stops[:rank][owners.slots[:rank] == expert]
+            stops[rank, column] = before.max(initial=0)  # the stop of the copy before: no tickets
+    return Placement(slots, stops, local=True)

@@ -1,0 +1,220 @@
+"""What is to be computed, in plain numbers?
+
+Rows, widths and bytes of a job, from the shapes of its arrays or files: nothing is read. What
+memory, tasks, bytes and time follow from (`memory_law`, `passes`, `price`).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from dask_ep.arrays.checks import computing_dtype
+from dask_ep.experts.experts import CallableExperts, Experts
+from dask_ep.experts.stored_experts import StoredExperts
+from dask_ep.kernel.bfloat16 import multiplied_by
+from dask_ep.kernel.host_kernel import tile_bytes
+from dask_ep.laws.costs import packet_row_bytes, reply_row_bytes
+from dask_ep.laws.device_memory import OnDevice
+
+
+@dataclass(frozen=True)
+class Beside:
+    """What a whole layer does besides its routed experts; nothing, for experts alone."""
+
+    router_flops: int = 0
+    #: floating-point operations of one row in the router, in float64
+    shared_flops: int = 0
+    #: of one row in the experts that all rows share
+    row_bytes: int = 0
+    #: bytes of one row that are read and written around those
+    stored: int = 0
+    #: bytes of router and shared experts in their files
+    loaded: int = 0
+    #: bytes of them in the memory of every worker
+    chunk_tasks: int = 0
+    #: tasks for each chunk
+    tasks: int = 0
+    #: tasks for the whole layer
+
+
+@dataclass(frozen=True)
+class Work:
+    """A job in plain numbers."""
+
+    rows: int
+    #: of the tokens
+    slots: int
+    #: of a row, k; E where experts choose their rows
+    d: int
+    #: width of a token row
+    d_out: int
+    #: width of an output row
+    dtype: np.dtype
+    #: of tokens and outputs
+    experts: int
+    #: E
+    expert_stored: int
+    #: bytes of one expert in its file
+    expert_loaded: int
+    #: bytes of one expert in the dtype that is computed with
+    widest: int
+    #: width of the widest row on the way through an expert, a shared one too
+    wide: int = 4
+    #: bytes of a number that is computed with
+    matrix_stored: int = 0
+    #: bytes of its largest matrix as stored, in memory beside it while a thread decodes it; 0 where
+    #: there is nothing to decode
+    expert_flops: float = 0.0
+    #: floating-point operations of one row at one expert
+    multiplied_by: str | None = None
+    #: the library of this machine, and how, see `kernel.bfloat16`; None on GPUs
+    weight_bytes: int = 0
+    #: of one top-k weight; 0 without them
+    stored_rows: int | None = None
+    #: rows of the tokens that are stored together
+    read_bytes: int = 0
+    #: that a thread needs to read a chunk, beside its rows
+    weigh_input: bool = False
+    #: whether rows are multiplied by their top-k weight before they go to their expert
+    as_stored: bool = False
+    #: whether experts are held as they are stored, whatever the memory
+    in_files: bool = True
+    #: whether all experts lie in files or NumPy arrays, so that they can be, or go by in passes
+    of_layer: bool = False
+    #: whether rows are routed by a layer
+    beside: Beside = Beside()
+    #: router and shared experts
+    on_device: OnDevice | None = None
+    #: what the layer takes on a GPU, if it is computed there
+
+    @property
+    def row_bytes(self) -> int:
+        """Bytes of a token row or of an output row, whichever is more."""
+        return max(self.d, self.d_out) * self.dtype.itemsize
+
+    @property
+    def token_bytes(self) -> int:
+        """Bytes of a token row."""
+        return self.d * self.dtype.itemsize
+
+    @property
+    def reply_bytes(self) -> int:
+        """Bytes of one row on its way back from a rank."""
+        return reply_row_bytes(self.d_out, self.dtype, self.slots)
+
+    @property
+    def answer_bytes(self) -> int:
+        """Bytes of an output row in the computing dtype."""
+        return self.d_out * self.wide
+
+    @property
+    def widening(self) -> int:
+        """Bytes of a number in a sum over one of a token; with one slot a row there are no sums."""
+        return max(self.wide // self.dtype.itemsize, 1) if self.slots > 1 else 1
+
+    @property
+    def scratch(self) -> int:
+        """Bytes of a thread's tiles."""
+        return tile_bytes(max(self.widest, self.d, self.d_out) * self.wide)
+
+    def packet_row_bytes(self, places: int) -> int:
+        """Bytes of one row on its way to a rank, where `backends` are all that may be named."""
+        return packet_row_bytes(self.d, self.dtype.itemsize, self.slots, self.weight_bytes, places)
+
+    def held_bytes(self, as_stored: bool) -> int:
+        """Bytes of one expert that is held."""
+        return self.expert_stored if as_stored else self.expert_loaded
+
+    @classmethod
+    def of(
+        cls,
+        tokens: Any,
+        experts: Experts | CallableExperts,
+        layer: Any = None,
+        *,
+        rows: int,
+        slots: int,
+        topk_dtype: Any = None,
+        routes: bool = False,
+        stored_rows: int | None = None,
+        read_bytes: int = 0,
+        on_devices: bool = False,
+    ) -> Work:
+        """Put a job into numbers.
+
+        Parameters
+        ----------
+        tokens : array or source, of which shape and dtype are looked at
+        experts : of `layer`, if there is one
+        layer : MoELayer or None
+        rows, slots : N, k
+        topk_dtype : of the top-k weights, if there are any
+        routes : whether the layer's router says the routing
+        stored_rows, read_bytes : as the fields
+        on_devices : whether it is computed on GPUs
+        """
+        dtype, E = np.dtype(tokens.dtype), experts.num_experts
+        compute = computing_dtype(dtype, on_devices)
+        wide = compute.itemsize
+        d = int(tokens.shape[1])
+        weights = getattr(experts, "weights", {})
+        options = getattr(experts, "options", {})
+        decoded = [
+            weight.nbytes // E
+            for weight in weights.values()
+            if weight.nbytes != E * weight.loaded_bytes(compute, on_device=on_devices)
+        ]
+        apart = 0  # the copy of gate and up
+        if options.get("interleaved", False):
+            apart = weights["gate_up"].loaded_bytes(compute, on_device=on_devices)
+        shared = None if layer is None else layer.shared
+        beside = Beside() if layer is None else _beside(layer, d, compute, routes, on_devices)
+        return cls(
+            rows=rows,
+            slots=slots,
+            d=d,
+            d_out=experts.d_out or d,
+            dtype=dtype,
+            experts=E,
+            expert_stored=experts.nbytes // E,
+            expert_loaded=experts.loaded_bytes(compute, on_device=on_devices),
+            widest=max(experts.widest, 0 if shared is None else shared.widest),
+            wide=wide,
+            matrix_stored=max(decoded, default=0) + apart,
+            expert_flops=2 * experts.parameters,
+            multiplied_by=None
+            if on_devices
+            else multiplied_by(dtype, experts.is_bfloat16, experts.precision),
+            weight_bytes=0 if topk_dtype is None else np.dtype(topk_dtype).itemsize,
+            stored_rows=stored_rows,
+            read_bytes=read_bytes,
+            weigh_input=options.get("weigh", "output") == "input",
+            as_stored=isinstance(experts, StoredExperts),
+            in_files=isinstance(experts, Experts) and not experts.collections(),
+            of_layer=layer is not None,
+            beside=beside,
+            on_device=OnDevice.of(experts, shared, slots, dtype) if on_devices else None,
+        )
+
+
+def _beside(layer: Any, d: int, compute: np.dtype, routes: bool, on_devices: bool) -> Beside:
+    """Put a layer's router, unless another says the routing, and its shared experts into numbers.
+
+    Tasks are not counted here: they are those of a graph.
+    """
+    E, shared = layer.experts.num_experts, layer.shared
+    there_and_back = (d + (layer.experts.d_out or d)) * compute.itemsize
+    finishes = shared is not None or layer.residual
+    row_bytes = (getattr(layer.router, "k", E) + 5) * E * 4 if routes else 0  # as `route` says
+    if shared is not None:
+        row_bytes += shared.num_experts * there_and_back
+    return Beside(
+        router_flops=2 * d * E if routes and "weight" in layer.arrays else 0,
+        shared_flops=0 if shared is None else 2 * shared.num_experts * shared.parameters,
+        row_bytes=row_bytes + finishes * 2 * there_and_back,
+        stored=layer.bytes_beside,
+        loaded=layer.loaded_beside(compute, on_device=on_devices),
+    )

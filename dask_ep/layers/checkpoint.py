@@ -1,0 +1,317 @@
+"""How does a checkpoint directory become a layer?
+
+    config.json ── model_type ──> a row of `families.FAMILIES` ──> names, shapes, router
+    headers of the files ───────> tensors under the block's prefix
+                                       │ each is taken once, by its name, and its shape compared
+                                       v
+                                  MoELayer over Sources; whatever nobody took is an error
+
+Only headers are read here. A task reads the tensors of its own experts when it runs.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from math import prod
+
+import numpy as np
+
+from dask_ep.experts.stored_experts import held_as_stored
+from dask_ep.layers.block import Block, Model
+from dask_ep.layers.checkpoint_files import CheckpointFiles
+from dask_ep.layers.families import FAMILIES, PREFIXES, find_family
+from dask_ep.layers.family import Config, Family, Key
+from dask_ep.layers.layer import MoELayer
+from dask_ep.layers.routing import Router
+
+
+def load_moe_layer(
+    directory: str | os.PathLike,
+    layer: int,
+    *,
+    families: Iterable[Family] = (),
+    residual: bool = False,
+    as_stored: bool = False,
+) -> MoELayer:
+    """Open one MoE layer of a Hugging Face checkpoint.
+
+    Parameters
+    ----------
+    directory : str or path-like
+        With ``config.json`` and safetensors files; local, or an address such as ``s3://bucket/x``
+        (needs fsspec).
+    layer : int
+        Number of the decoder layer, from 0.
+    families : of the user's own, which come before those that are known; see `Family`
+    residual : bool
+        Add the rows that the block gets to its output, see `MoELayer`. Refused where they are not
+        what the model adds (`Family.pre_norm`), as in all known families.
+    as_stored : bool
+        A rank holds its routed experts in memory as they are stored, and converts each when its
+        rows come: less memory, more time; see `held_as_stored`.
+
+    Returns
+    -------
+    MoELayer
+        Routed and shared experts as the model computes them, in float32.
+
+    Raises
+    ------
+    ReadError
+        If a file is missing or cut short.
+    ValueError
+        If the family is not known, the layer is dense or out of range, a config key or tensor is
+        missing, a tensor has the wrong shape, or a tensor of the block would not be used; if
+        `residual` is asked for where the model adds other rows.
+    TypeError
+        If a tensor has a dtype that it cannot have.
+
+    Notes
+    -----
+    Reads config, index and the headers of the files that hold the block: its time depends on the
+    number of the tensors, not on their bytes. F32, F16, BF16, FP8 with block scales and MXFP4 are
+    read; the last two are decoded expert by expert when a rank loads its own.
+
+    Examples
+    --------
+    >>> import json, pathlib, tempfile
+    >>> import numpy as np
+    >>> from safetensors.numpy import save_file
+    >>> config = {"model_type": "mixtral", "num_hidden_layers": 1, "hidden_size": 8,
+    ...           "intermediate_size": 6, "num_local_experts": 4, "num_experts_per_tok": 2}
+    >>> shapes = {"gate": (4, 8)}
+    >>> for e in range(4):
+    ...     shapes |= {f"experts.{e}.w{i}": (8, 6) if i == 2 else (6, 8) for i in (1, 2, 3)}
+    >>> tensors = {f"model.layers.0.block_sparse_moe.{name}.weight": np.ones(shape, "f4")
+    ...            for name, shape in shapes.items()}
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     _ = pathlib.Path(folder, "config.json").write_text(json.dumps(config))
+    ...     save_file(tensors, pathlib.Path(folder, "model.safetensors"))
+    ...     load_moe_layer(folder, 0).experts
+    Experts(gated, num_experts=4, d=8, hidden=6, d_out=8, dtype=float32, nbytes=2304)
+    """
+    opened = Checkpoint(directory, families).open_layer(layer, residual=residual)
+    if as_stored:
+        opened.experts = held_as_stored(opened.experts)
+    return opened
+
+
+def moe_layers(directory: str | os.PathLike, *, families: Iterable[Family] = ()) -> list[int]:
+    """Tell which layers of a checkpoint are MoE layers, from its config."""
+    return Checkpoint(directory, families).moe_layers
+
+
+class Checkpoint:
+    """A checkpoint whose family is known: which of its layers are MoE, and where they lie."""
+
+    def __init__(self, directory: str | os.PathLike, families: Iterable[Family] = ()):
+        self.files = CheckpointFiles(directory)
+        outer = self.files.config
+        config = self._part(outer, "text_config") or outer
+        name = "quantization_config"
+        quantization = self._part(outer, name) or self._part(config, name)
+        model_type = config.get("model_type") or outer.get("model_type")
+        if model_type is None:
+            raise ValueError(f"{self.files.directory}/config.json must have a 'model_type'")
+        method = quantization.get("quant_method")
+        if method not in (None, "fp8", "mxfp4"):
+            raise ValueError(
+                f"{self.files.directory} is quantised by {method!r}; only 'fp8' (block scales) and "
+                "'mxfp4' are read. Take the checkpoint before quantisation"
+            )
+        family = find_family(model_type, (*families, *FAMILIES))
+        self.model = Model(self.files.directory, model_type, config, family, quantization)
+        self.num_layers = self.model.find_size("num_hidden_layers", Key("num_hidden_layers"), 0)
+
+    def _part(self, config: Config, name: str) -> Config:
+        part = config.get(name) or {}
+        if not isinstance(part, Mapping):
+            raise ValueError(
+                f"{self.files.directory}/config.json: {name} must be an object, but is {part!r}"
+            )
+        return part
+
+    def is_moe(self, layer: int) -> bool:
+        try:
+            return self.model.family.is_moe(self.model.config, layer)
+        except (ValueError, TypeError, ZeroDivisionError) as error:
+            raise ValueError(
+                f"{self.files.directory}: which layers are MoE cannot be told from config.json: "
+                f"{error}"
+            ) from error
+
+    @property
+    def moe_layers(self) -> list[int]:
+        return [layer for layer in range(self.num_layers) if self.is_moe(layer)]
+
+    def prefixes(self, layer: int) -> list[str]:
+        """The prefixes of the layer's block that occur in the files."""
+        candidates = [
+            f"{prefix.format(layer=layer)}{block}."
+            for block in self.model.family.blocks
+            for prefix in PREFIXES
+        ]
+        return [prefix for prefix in candidates if self.files.names_under(prefix)]
+
+    def open_layer(self, layer: int, *, residual: bool = False) -> MoELayer:
+        self._check_layer(layer)
+        if residual and self.model.family.pre_norm:
+            raise ValueError(
+                f"residual=True adds the rows that the block gets, but in {self.model.model_type} "
+                "models these were normalised just before, and the block's output is added to the "
+                "rows from before that: open the layer without residual and add those, "
+                "x + layer(norm(x))"
+            )
+        found = self.prefixes(layer)
+        if len(found) != 1:
+            wanted = [PREFIXES[0].format(layer=layer) + block for block in self.model.family.blocks]
+            raise ValueError(
+                f"{self.files.directory} must have the MoE block of layer {layer} under one "
+                f"prefix, such as {' or '.join(wanted)}; it has "
+                f"{' and '.join(found) or 'no tensor under any known one'}"
+            )
+        block = Block(self.model, layer, found[0], self.files.under(found[0]))
+        built = block.build(residual=residual)
+        block.check_all_taken()
+        return built
+
+    def _check_layer(self, layer: int) -> None:
+        if not 0 <= layer < self.num_layers:
+            raise ValueError(
+                f"layer must be in [0, {self.num_layers}), the layers of {self.files.directory}, "
+                f"but is {layer}"
+            )
+        if not self.is_moe(layer):
+            raise ValueError(
+                f"layer {layer} of {self.files.directory} is dense in this model; MoE layers are "
+                f"{_ranges(self.moe_layers)}"
+            )
+
+
+# --- a checkpoint at a glance ----------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class LayerDescription:
+    """What one decoder layer's block is."""
+
+    layer: int
+    kind: str
+    #: "moe" or "dense", by the config
+    num_experts: int
+    #: 0 in a dense layer, and where the block is not in these files
+    bytes_on_disk: int
+    #: of the block's tensors, 0 if they are not in these files
+    bytes_in_memory: int
+    #: of the same in float32
+
+
+@dataclass(frozen=True)
+class Description:
+    """What a checkpoint is, as data for the eye."""
+
+    directory: str
+    model_type: str
+    family: Family
+    d: int
+    width: int
+    #: hidden width of a routed expert
+    router: Router
+    #: of the first MoE layer
+    router_biases: tuple[str, ...]
+    #: which it has of "bias" and "selection_bias"
+    shared_width: int
+    #: hidden width of the shared expert, 0 without one
+    shared_gate: bool
+    #: whether the shared expert counts by a sigmoid
+    dtypes: tuple[str, ...]
+    #: of the tensors in MoE blocks, as stored
+    layers: tuple[LayerDescription, ...]
+
+    @property
+    def moe_layers(self) -> list[int]:
+        return [layer.layer for layer in self.layers if layer.kind == "moe"]
+
+
+def describe(directory: str | os.PathLike, *, families: Iterable[Family] = ()) -> Description:
+    """Tell what a checkpoint is, from its config and the headers of its files alone.
+
+    Parameters
+    ----------
+    directory, families : as in `load_moe_layer`
+
+    Returns
+    -------
+    Description
+        Sizes in bytes, on disk as the tensors are stored, and in memory as float32.
+
+    Raises
+    ------
+    ReadError, ValueError, TypeError
+        As `load_moe_layer`: each MoE layer that lies in these files is opened.
+    """
+    checkpoint = Checkpoint(directory, families)
+    dtypes: set[str] = set()
+    layers, opened = [], []
+    for layer in range(checkpoint.num_layers):
+        tensors = [
+            tensor
+            for prefix in checkpoint.prefixes(layer)
+            for tensor in checkpoint.files.under(prefix).values()
+        ]
+        kind = "moe" if checkpoint.is_moe(layer) else "dense"
+        num_experts, in_memory = 0, 4 * sum(prod(tensor.shape) for tensor in tensors)
+        if kind == "moe" and tensors:
+            opened.append(checkpoint.open_layer(layer))
+            num_experts = opened[-1].experts.num_experts
+            in_memory = _bytes_in_memory(opened[-1])
+            dtypes |= {tensor.dtype.name for tensor in tensors}
+        on_disk = sum(tensor.nbytes for tensor in tensors)
+        layers.append(LayerDescription(layer, kind, num_experts, on_disk, in_memory))
+    if not opened and checkpoint.moe_layers:
+        first_prefix = PREFIXES[0].format(layer=checkpoint.moe_layers[0])
+        raise ValueError(
+            f"{checkpoint.files.directory} has MoE layers {_ranges(checkpoint.moe_layers)} by "
+            "config.json, but no tensor of theirs lies under a known prefix, such as "
+            f"{first_prefix}{checkpoint.model.family.blocks[0]}"
+        )
+    if not opened:
+        raise ValueError(
+            f"{checkpoint.files.directory} has no MoE layer among its {checkpoint.num_layers}"
+        )
+    first = opened[0]
+    return Description(
+        directory=checkpoint.files.directory,
+        model_type=checkpoint.model.model_type,
+        family=checkpoint.model.family,
+        d=first.experts.d,
+        width=first.experts.hidden,
+        router=first.router,
+        router_biases=tuple(n for n in ("bias", "selection_bias") if n in first.arrays),
+        shared_width=0 if first.shared is None else first.shared.hidden,
+        shared_gate="shared_gate" in first.arrays,
+        dtypes=tuple(sorted(dtypes)),
+        layers=tuple(layers),
+    )
+
+
+def _bytes_in_memory(layer: MoELayer) -> int:
+    float32 = np.dtype(np.float32)
+    experts = layer.experts.num_experts * layer.experts.loaded_bytes(float32)
+    return experts + layer.loaded_beside(float32)
+
+
+# --- words -----------------------------------------------------------------------------------
+
+
+def _ranges(numbers: list[int]) -> str:
+    """Write [1, 2, 3, 7] as "1-3, 7"."""
+    runs: list[list[int]] = []
+    for n in numbers:
+        if runs and n == runs[-1][-1] + 1:
+            runs[-1] = [runs[-1][0], n]
+        else:
+            runs.append([n, n])
+    return ", ".join(str(a) if a == b else f"{a}-{b}" for a, b in runs) or "none"

@@ -1,0 +1,170 @@
+"""Which tensors does a checkpoint directory hold, and in which files?
+
+    directory/config.json                     sizes and model type
+              model.safetensors               all tensors; it comes first, as in transformers
+              model.safetensors.index.json    or tensor name -> file, if there are several
+              model-00001-of-00002.safetensors, ...
+
+``transformers_weights`` in the config names another file or index, which then comes first.
+
+Only headers are read, each file's at most once and only when one of its tensors is asked for. The
+directory is local, or an address that fsspec knows.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from bisect import bisect_left
+from collections.abc import Mapping
+from functools import cached_property
+from typing import Any
+
+from dask_ep.storage.files import ReadError
+from dask_ep.storage.remote import file_system, is_remote
+from dask_ep.storage.sources import Source, open_safetensors
+
+INDEX = "model.safetensors.index.json"
+SINGLE = "model.safetensors"
+
+
+class CheckpointFiles:
+    """The files of a checkpoint: its config, and its tensors by name.
+
+    Parameters
+    ----------
+    directory : str or path-like
+        A local directory, or an address such as ``s3://bucket/model``.
+
+    Raises
+    ------
+    ReadError
+        If there is no such directory, or a file that it must have is not there.
+    ValueError
+        If a file is not what it should be; the message names it.
+    """
+
+    def __init__(self, directory: str | os.PathLike):
+        self.directory = os.fspath(directory).rstrip("/")
+        self._headers: dict[str, Mapping[str, Source]] = {}
+
+    # --- what lies there ---
+
+    @cached_property
+    def file_names(self) -> list[str]:
+        try:
+            if is_remote(self.directory):
+                files, path = file_system(self.directory)
+                return sorted(p.rpartition("/")[2] for p in files.ls(path, detail=False))
+            return sorted(os.listdir(self.directory))
+        except OSError as error:
+            raise ReadError(f"{self.directory} is no directory of a checkpoint: {error}") from error
+
+    @cached_property
+    def config(self) -> dict[str, Any]:
+        """What ``config.json`` says."""
+        return self._read_json("config.json")
+
+    @cached_property
+    def first_file(self) -> str:
+        """Name of the file or index that transformers would take."""
+        named = self.config.get("transformers_weights")
+        if named is not None:
+            if not str(named).endswith((".safetensors", ".safetensors.index.json")):
+                raise ValueError(
+                    f"{self._path('config.json')}: transformers_weights must name a .safetensors "
+                    f"file or a .safetensors.index.json, but is {named!r}"
+                )
+            if named not in self.file_names:
+                raise ReadError(
+                    f"{self._path('config.json')} says that the tensors lie in {named}, but "
+                    f"{self.directory} has no such file"
+                )
+            return named
+        for name in (SINGLE, INDEX):
+            if name in self.file_names:
+                return name
+        found = [name for name in self.file_names if name.endswith(".safetensors")]
+        raise ReadError(
+            f"{self.directory} must have {SINGLE} or {INDEX}; it has "
+            f"{', '.join(found) or 'no .safetensors file'}"
+        )
+
+    @cached_property
+    def file_of(self) -> dict[str, str]:
+        """File name of every tensor, by tensor name."""
+        name = self.first_file
+        if name.endswith(".safetensors"):
+            return dict.fromkeys(self.header(name), name)
+        index = self._read_json(name)
+        if not isinstance(index.get("weight_map"), dict):
+            raise ValueError(f"{self._path(name)} must have a weight_map: tensor -> file")
+        return index["weight_map"]
+
+    def header(self, file_name: str) -> Mapping[str, Source]:
+        """The tensors of one file."""
+        if file_name not in self._headers:
+            if file_name not in self.file_names:
+                raise ReadError(
+                    f"{self._path(self.first_file)} says that tensors lie in {file_name}, but "
+                    f"{self.directory} has no such file"
+                )
+            self._headers[file_name] = open_safetensors(self._path(file_name))
+        return self._headers[file_name]
+
+    @cached_property
+    def _sorted_names(self) -> list[str]:
+        return sorted(self.file_of)
+
+    def names_under(self, prefix: str) -> list[str]:
+        """The names that begin with `prefix`, found without looking at the others."""
+        first = bisect_left(self._sorted_names, prefix)
+        last = bisect_left(self._sorted_names, prefix + chr(0x10FFFF))
+        return self._sorted_names[first:last]
+
+    def under(self, prefix: str) -> dict[str, Source]:
+        """The tensors whose names begin with `prefix`, by the rest of the name.
+
+        Raises
+        ------
+        ValueError
+            If the index and a file do not agree on them.
+        """
+        named = {name: self.file_of[name] for name in self.names_under(prefix)}
+        found = {}
+        for file_name in sorted(set(named.values())):
+            header = self.header(file_name)
+            here = {name for name, file in named.items() if file == file_name}
+            there = {name for name in header if name.startswith(prefix)}
+            for name in sorted(here ^ there):
+                where = "only the index has" if name in here else "only the file has"
+                raise ValueError(
+                    f"{self._path(self.first_file)} and {file_name} do not agree: {where} {name}"
+                )
+            found |= {name.removeprefix(prefix): header[name] for name in here}
+        return found
+
+    # --- reading ---
+
+    def _path(self, file_name: str) -> str:
+        return f"{self.directory}/{file_name}"
+
+    def _read_json(self, file_name: str) -> dict[str, Any]:
+        path = self._path(file_name)
+        if file_name not in self.file_names:
+            raise ReadError(
+                f"{self.directory} must have {file_name}, but has {', '.join(self.file_names[:20])}"
+            )
+        if is_remote(path):
+            files, remote_path = file_system(path)
+            text = files.cat_file(remote_path)
+        else:
+            with open(path, "rb") as file:
+                text = file.read()
+        try:
+            value = json.loads(text)
+        except ValueError as error:
+            raise ValueError(f"{path} is not valid JSON: {error}") from error
+        if not isinstance(value, dict):
+            raise ValueError(f"{path} must hold a JSON object, not {type(value).__name__}")
+        return value

@@ -1,0 +1,205 @@
+"""Which experts do the rows of a Dask array want?
+
+    rows (c)      the router's small arrays, wherever they lie
+      │               │
+      v               v
+    ep_route (c)   ep_router                 one task per chunk
+      ├──> ep_indices (c)   [n, k]
+      └──> ep_weights (c)   [n, k]           what comes out is two Dask arrays
+
+The rules themselves are those of `routing.py` and `capacity.py`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from importlib import import_module
+from typing import Any, NamedTuple
+
+import dask.array as da
+import numpy as np
+from dask.base import tokenize
+from dask.highlevelgraph import HighLevelGraph
+from dask.task_spec import Task, TaskRef
+
+from dask_ep.arrays.checks import is_float, place_of_row
+from dask_ep.arrays.device import DeviceMemoryError, telling_chunk
+from dask_ep.arrays.namespaces import UNDERFLOW_IS_ZERO, Array, namespace
+from dask_ep.graph.rows import block_by_block, first_rows, keys_of, row_array, xp_name
+from dask_ep.kernel.device_kernel import INDEX_BYTES
+from dask_ep.layers.capacity import Capacity, ExpertChoice, choose_rows, limit_capacity
+from dask_ep.layers.routing import Router, all_scores, look_up, route, weigh_chosen
+from dask_ep.storage.files import ReadError
+from dask_ep.storage.sources import Source
+
+SCORE_BYTES = 32
+"""Of an expert while a row chooses: its logit, its score, and what routers make of them."""
+
+
+class SmallArray(NamedTuple):
+    """A router's array, left where it lies."""
+
+    source: Source
+    shape: tuple[int, ...]
+
+    @UNDERFLOW_IS_ZERO
+    def read(self) -> np.ndarray:
+        """Read it: floats in float32, integers as they are."""
+        array = self.source.read(0, self.source.shape[0]).reshape(self.shape)
+        if not is_float(array.dtype):
+            return array
+        array = array.astype(np.float32)
+        if np.isnan(array).any():
+            raise ReadError(f"{self.source.name} holds NaN")
+        return array
+
+
+def route_rows(
+    rows: da.Array,
+    router: Router | ExpertChoice,
+    arrays: dict[str, SmallArray],
+    *,
+    token_ids: da.Array | None = None,
+    capacity: Capacity | None = None,
+) -> tuple[da.Array, da.Array]:
+    """Route rows (n, d) lazily: give indices (n, k) int32 and top-k weights (n, k) float32.
+
+    Parameters
+    ----------
+    rows : (n, d) Dask array, one chunk along d
+    router : Router or ExpertChoice
+    arrays : "weight", "bias", "selection_bias" and "table", those that there are
+    token_ids : (n, 1) Dask array of integers in the row chunks of `rows`, with a table
+    capacity : Capacity, optional
+
+    Notes
+    -----
+    3 C + 1 tasks for C chunks; capacity and expert choice add some of their own.
+    """
+    token = tokenize(rows, token_ids, arrays, router)
+    if isinstance(router, ExpertChoice):
+        scores = _scores(token, rows, router, arrays)
+        return choose_rows(scores, router.factor), scores
+    indices, weights = _route_chunks(token, rows, router, arrays, token_ids)
+    if capacity is not None:
+        indices = limit_capacity(indices, weights, router.num_experts, capacity)
+    return indices, weights
+
+
+def count_rows(indices: da.Array, num_experts: int) -> da.Array:
+    """Count the slots of each expert in a routing (n, k): a lazy (E,) Dask array of int64."""
+    meta = namespace(indices._meta).empty((0, 0), dtype=np.int64)
+    counts = block_by_block(
+        _count_chunk, "ce", indices, "ck", num_experts=num_experts, new_axes={"e": num_experts},
+        adjust_chunks={"c": 1}, dtype=np.int64, meta=meta,
+    )  # fmt: skip
+    return counts.sum(axis=0)
+
+
+def _route_chunks(
+    token: str,
+    rows: da.Array,
+    router: Router,
+    arrays: dict[str, SmallArray],
+    token_ids: da.Array | None,
+) -> tuple[da.Array, da.Array]:
+    both, loaded = f"ep_route-{token}", f"ep_router-{token}"
+    tasks: dict[Any, Task] = {loaded: Task(loaded, _read_all, arrays, xp_name(rows))}
+    ids = None if token_ids is None else keys_of(token_ids)
+    starts = first_rows(rows.chunks[0])
+    for c, key in enumerate(keys_of(rows)):
+        chunk_ids = None if ids is None else TaskRef(ids[c])
+        tasks[both, c] = Task(
+            (both, c), _route_chunk, TaskRef(key), TaskRef(loaded), router, c, starts[c], chunk_ids
+        )
+    inputs = [rows] if token_ids is None else [rows, token_ids]
+    graph = HighLevelGraph.from_collections(both, tasks, dependencies=inputs)
+    k = arrays["table"].shape[1] if "table" in arrays else router.k
+    parts = []
+    for which, (word, dtype) in enumerate((("indices", np.int32), ("weights", np.float32))):
+        name = f"ep_{word}-{token}"
+        taken = {
+            (name, c, 0): Task((name, c, 0), _part, TaskRef((both, c)), which)
+            for c in range(rows.numblocks[0])
+        }
+        whole = HighLevelGraph({**graph.layers, name: taken}, {**graph.dependencies, name: {both}})
+        meta = namespace(rows._meta).empty((0, 0), dtype=dtype)
+        parts.append(da.Array(whole, name, chunks=(rows.chunks[0], (k,)), meta=meta))
+    return parts[0], parts[1]
+
+
+def _scores(
+    token: str, rows: da.Array, router: ExpertChoice, arrays: dict[str, SmallArray]
+) -> da.Array:
+    name, loaded = f"ep_scores-{token}", f"ep_router-{token}"
+    tasks: dict[Any, Task] = {loaded: Task(loaded, _read_all, arrays, xp_name(rows))}
+    starts = first_rows(rows.chunks[0])
+    for c, key in enumerate(keys_of(rows)):
+        tasks[name, c, 0] = Task(
+            (name, c, 0), _score_chunk, TaskRef(key), TaskRef(loaded), router.score, c, starts[c]
+        )
+    meta = namespace(rows._meta).empty((0, 0), dtype=np.float32)
+    return row_array(name, tasks, [rows], (router.num_experts,), meta)
+
+
+# --- the tasks -----------------------------------------------------------------------------------
+
+
+def _read_all(arrays: dict[str, SmallArray], xp_name: str) -> dict[str, Array]:
+    xp = import_module(xp_name)
+    return {name: xp.asarray(array.read()) for name, array in arrays.items()}
+
+
+def _route_chunk(
+    hidden: Array,
+    arrays: dict[str, Array],
+    router: Router,
+    chunk: int,
+    first_row: int | None = None,
+    token_ids: Array | None = None,
+) -> tuple[Array, Array]:
+    xp = namespace(hidden)
+    with _routing(hidden, router.num_experts, router.k, chunk, first_row):
+        if token_ids is None:
+            return route(hidden, router, arrays["weight"],
+                         bias=arrays.get("bias"),
+                         selection_bias=arrays.get("selection_bias"))  # fmt: skip
+        indices = look_up(token_ids.reshape(-1), arrays["table"])
+        if "weight" not in arrays:
+            return indices, xp.ones(indices.shape, dtype=np.float32)
+        weight = arrays["weight"]
+        return indices, weigh_chosen(hidden, indices, router, weight, bias=arrays.get("bias"))
+
+
+def _part(both: tuple[Array, Array], which: int) -> Array:
+    return both[which]
+
+
+def _score_chunk(
+    hidden: Array, arrays: dict[str, Array], score: str, chunk: int, first_row: int | None
+) -> Array:
+    weight = arrays["weight"]
+    with _routing(hidden, weight.shape[0], 0, chunk, first_row):
+        return all_scores(hidden, score, weight, bias=arrays.get("bias"))
+
+
+@contextmanager
+def _routing(
+    hidden: Array, num_experts: int, k: int, chunk: int, first_row: int | None
+) -> Iterator[None]:
+    """Say in an error which chunk was routed, and what it needs, if the device has too little."""
+    row_bytes = 8 * hidden.shape[1] + SCORE_BYTES * num_experts + INDEX_BYTES * k
+    try:
+        with telling_chunk(hidden, row_bytes):
+            yield
+    except DeviceMemoryError as error:
+        raise DeviceMemoryError(f"routing of token chunk {chunk}: {error}") from error
+    except ValueError as error:
+        place = place_of_row(f"routing of token chunk {chunk}", error, first_row)
+        raise ValueError(f"{place}: {error}") from error
+
+
+def _count_chunk(indices: Array, *, num_experts: int) -> Array:
+    xp = namespace(indices)
+    return xp.bincount(indices[indices >= 0], minlength=num_experts)[None].astype(np.int64)

@@ -1,0 +1,471 @@
+"""Given a placement, to which slot does a row go?
+
+A placement says which expert each physical slot holds; some slots may be empty, and a hot expert
+may have several. To the rest of the package it is two things only: a rewriting of the routing
+(logical expert -> physical slot) and an ordering of the experts (physical slot -> logical expert).
+
+    slots      rank 0: [ 0 2 ]      rank 1: [ 0 1 ]      rank 2: [ 3 - ]
+    physical            0 1                  2 3                  4 5
+
+    routing of row 7: [ 0 3 -1 ]  ──rewrite──>  [ 0 or 2, by row 7's ticket;  4;  -1 ]
+
+**Tickets.** A row draws a ticket from its global row number, `row * STRIDE mod TICKETS`, with
+`STRIDE / TICKETS` the golden ratio: any run of rows, and any regular stride through them (the first
+token of every sequence), spreads evenly over the tickets. Every copy of an expert serves a range of
+tickets. A row's copies therefore depend on nothing but its number: not on chunks, ranks or time.
+
+**Homes.** Where a placement is local, every token chunk has a home, the rank on whose worker it
+lies: chunk c that of rank c mod R. A row is served by the copy at home if there is one, and by its
+ticket otherwise. Its copies then depend on its number, its chunk's number and R.
+
+Axis letters: `n` rows, `k` slots per row, `E` experts, `R` ranks, `S` slots per rank.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from functools import cached_property
+
+import numpy as np
+
+from dask_ep.arrays.namespaces import namespace, to_host
+
+_TICKET_BITS = 40
+TICKETS = 1 << _TICKET_BITS
+"""How many tickets there are: distinct for as many rows, and E * TICKETS fits an int64."""
+
+STRIDE = 0x9E3779B97F
+"""Odd (so that row numbers and tickets are one to one) and TICKETS times the golden ratio."""
+
+_BIN_BITS = _TICKET_BITS - 6  # a copy is looked up by the 64th part of the tickets, then compared
+
+
+@dataclass(frozen=True, eq=False)
+class Placement:
+    """Which expert each physical slot holds, and which rows each copy serves.
+
+    Parameters
+    ----------
+    slots : (R, S) integer array
+        The expert in each slot of each rank; -1 is an empty slot. Every expert from 0 to the
+        largest one has at least one slot, and at most one on each rank.
+    stops : (R, S) integer array, optional
+        The copy serves the tickets from the stop of the expert's copy before it (in slot order; 0
+        for the first) up to, not including, its own; the last copy's is `TICKETS`. Without it the
+        copies of an expert share its rows evenly.
+    local : bool
+        Whether the rows of a chunk go to the copy at the chunk's home, where there is one; only the
+        others go by ticket.
+
+    Raises
+    ------
+    ValueError
+        If an invariant is broken; the message says where.
+
+    Notes
+    -----
+    Physical slot p is slot p % S of rank p // S, so that rank r owns the contiguous physical slots
+    [r * S, (r + 1) * S): the kernel's layout.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> from dask_ep.placement.placement import Placement
+    >>> placement = Placement([[0, 2], [0, 1], [3, -1]])
+    >>> placement.rewrite(np.array([[0, 3], [0, 1], [2, -1]]))
+    array([[ 0,  4],
+           [ 2,  3],
+           [ 1, -1]], dtype=int32)
+    >>> placement.order()
+    [0, 2, 0, 1, 3, -1]
+    """
+
+    slots: np.ndarray
+    stops: np.ndarray | None = None
+    local: bool = False
+
+    def __post_init__(self) -> None:
+        slots = _integers(self.slots, "slots", np.int32)
+        stops = None if self.stops is None else _integers(self.stops, "stops", np.int64)
+        _check_slots(slots)
+        stops = _even_stops(slots) if stops is None else stops
+        _check_stops(slots, stops)
+        for array in (slots, stops):
+            array.flags.writeable = False
+        object.__setattr__(self, "slots", slots)
+        object.__setattr__(self, "stops", stops)
+
+    @property
+    def world_size(self) -> int:
+        """R, the ranks."""
+        return self.slots.shape[0]
+
+    @property
+    def slots_per_rank(self) -> int:
+        """S, the physical slots of each rank, empty ones included."""
+        return self.slots.shape[1]
+
+    @property
+    def num_experts(self) -> int:
+        """E, the logical experts."""
+        return int(self.slots.max()) + 1
+
+    @cached_property
+    def copies(self) -> np.ndarray:
+        """(E,) int64: how many slots hold each expert."""
+        return np.bincount(self.slots[self.slots >= 0], minlength=self.num_experts)
+
+    @cached_property
+    def shares(self) -> np.ndarray:
+        """(R, S) float64: the part of its expert's rows that each slot serves; 0 where empty.
+
+        Where the placement is local: if every rank is home to as many of them as any other.
+        """
+        by_ticket = _share_sizes(self.slots, self.stops) / TICKETS
+        if not self.local:
+            return by_ticket
+        elsewhere = 1 - np.append(self.copies, 0)[self.slots] / self.world_size
+        return (self.slots >= 0) / self.world_size + elsewhere * by_ticket
+
+    @property
+    def even(self) -> bool:
+        """Whether the copies of every expert share its rows evenly."""
+        return np.array_equal(self.stops, _even_stops(self.slots))
+
+    def home(self, chunk: int) -> int | None:
+        """Give the rank at which a token chunk is at home: neighbours at different ones, so that
+        all ranks go through the chunks side by side. None where copies are chosen by ticket only.
+        """
+        return chunk % self.world_size if self.local else None
+
+    def order(self) -> list[int]:
+        """Give the expert of each physical slot, -1 for an empty one: what `Experts.load` takes."""
+        return self.slots.ravel().tolist()
+
+    def rewrite(
+        self, routing: np.ndarray, row_offset: int = 0, home: int | None = None
+    ) -> np.ndarray:
+        """Turn logical experts into physical slots.
+
+        Parameters
+        ----------
+        routing : (n, k) or (n,) array of any integer dtype, NumPy or CuPy
+            Logical experts; -1 means no expert.
+        row_offset : int
+            The global number of the first row.
+        home : int, optional
+            The rank at which these rows are at home; needed where the placement is local.
+
+        Returns
+        -------
+        physical : int32 array of the same shape, -1 where `routing` is -1
+
+        Raises
+        ------
+        ValueError
+            If an index lies outside [-1, E), or if the home is missing.
+
+        Notes
+        -----
+        Depends on the routing, the global row numbers and the home only. Slots of one row at one
+        expert go to one copy. Cost: one gather where no expert has copies, else a search among them
+        and three; with a home, a gather more. On a device two integers come to the host, in one
+        copy, and tables go there: 4 (E + 1) bytes without copies, else 12 per slot that holds
+        something; with a home, 4 (E + 1) more.
+        """
+        if not self.local:
+            return self._by_ticket(routing, row_offset)
+        if home is None:
+            raise ValueError(
+                "this placement chooses copies by the home of a chunk; pass home=placement.home(c)"
+            )
+        by_ticket = self._by_ticket(routing, row_offset)
+        xp = namespace(routing)
+        at_home = xp.asarray(self._at_home[home])[routing]
+        return xp.where(at_home < 0, by_ticket, at_home)
+
+    def _by_ticket(self, routing: np.ndarray, row_offset: int) -> np.ndarray:
+        """The copies that the rows' tickets choose."""
+        xp = namespace(routing)
+        _check_routing(routing, self.num_experts, row_offset)
+        if self._holders.size == self.num_experts:  # one copy each: nothing to choose
+            return xp.asarray(self._home)[routing]
+        key = _keys(routing, row_offset, xp).ravel()
+        if xp is np:
+            nth = self._nth_holder(key)
+        else:
+            nth = xp.searchsorted(xp.asarray(self._last_keys), key, side="right")
+        physical = xp.asarray(self._holders)[nth].reshape(routing.shape)
+        return xp.where(routing < 0, np.int32(-1), physical)
+
+    def _nth_holder(self, key: np.ndarray) -> np.ndarray:
+        """Which of `_holders` serves each key: a binary search that begins next to the answer."""
+        nth = self._first_guess[key >> _BIN_BITS]
+        passed = np.flatnonzero(key >= self._last_keys[nth])
+        while passed.size:
+            nth[passed] += 1
+            passed = passed[key[passed] >= self._last_keys[nth[passed]]]
+        return nth
+
+    def rank_load(self, load: np.ndarray) -> np.ndarray:
+        """Give the rows that each rank serves, (R,) float64, from those of each expert, (E,)."""
+        load = np.append(np.asarray(load, np.float64), 0.0)  # [-1] serves the empty slots
+        return (load[self.slots] * self.shares).sum(axis=1)
+
+    def imbalance(self, load: np.ndarray) -> float:
+        """Give the largest over the mean rank load: 1.0 is perfect; 1.0 also without any load."""
+        ranks = self.rank_load(load)
+        return float(ranks.max() / ranks.mean()) if ranks.any() else 1.0
+
+    def to_json(self) -> str:
+        """Write the placement as JSON text that `from_json` reads back, equal to the last bit."""
+        content: dict[str, object] = {"slots": self.slots.tolist()}
+        if not self.even:
+            content["stops"] = self.stops.tolist()
+        if self.local:
+            content["local"] = True
+        return json.dumps(content)
+
+    @classmethod
+    def from_json(cls, text: str) -> Placement:
+        """Read what `to_json` wrote.
+
+        Examples
+        --------
+        >>> Placement.from_json('{"slots": [[1], [0]]}').order()
+        [1, 0]
+        """
+        content = json.loads(text)
+        if not isinstance(content, dict) or "slots" not in content:
+            raise ValueError(f'a placement is a JSON object with "slots"; got {text[:40]!r}')
+        return cls(content["slots"], content.get("stops"), content.get("local", False))
+
+    @cached_property
+    def _holders(self) -> np.ndarray:
+        """(copies,) int32: the physical slots that hold something, by expert, then by slot."""
+        return _by_expert(self.slots).astype(np.int32)
+
+    @cached_property
+    def _last_keys(self) -> np.ndarray:
+        """(copies,) int64, ascending: expert * TICKETS + stop of each of `_holders`."""
+        experts = self.slots.ravel()[self._holders].astype(np.int64)
+        return experts * TICKETS + self.stops.ravel()[self._holders]
+
+    @cached_property
+    def _first_guess(self) -> np.ndarray:
+        """(E * bins,) int32: the first of `_holders` that serves any ticket of the bin."""
+        bins = self.num_experts << (_TICKET_BITS - _BIN_BITS)
+        starts = np.arange(bins, dtype=np.int64) << _BIN_BITS
+        return np.searchsorted(self._last_keys, starts, side="right").astype(np.int32)
+
+    @cached_property
+    def _home(self) -> np.ndarray:
+        """(E + 1,) int32: the slot of each expert if each has one; [-1] answers the routing -1."""
+        return np.append(self._holders, np.int32(-1))
+
+    @cached_property
+    def _at_home(self) -> np.ndarray:
+        """(R, E + 1) int32: the slot of each expert at each rank, -1 where it has none."""
+        table = np.full((self.world_size, self.num_experts + 1), -1, np.int32)
+        rank, column = np.nonzero(self.slots >= 0)
+        table[rank, self.slots[rank, column]] = rank * self.slots_per_rank + column
+        return table
+
+    def __eq__(self, other: object) -> bool:
+        if not isinstance(other, Placement):
+            return NotImplemented
+        same = np.array_equal(self.slots, other.slots) and np.array_equal(self.stops, other.stops)
+        return same and self.local == other.local
+
+    def __hash__(self) -> int:
+        return hash((self.slots.shape, self.slots.tobytes(), self.stops.tobytes(), self.local))
+
+    def __getstate__(self) -> dict[str, np.ndarray | bool]:
+        # What is looked up by is made again.
+        return {"slots": self.slots, "stops": self.stops, "local": self.local}
+
+    def __dask_tokenize__(self) -> tuple[str, list, list, bool]:
+        return ("dask_ep.Placement", self.slots.tolist(), self.stops.tolist(), self.local)
+
+    def __repr__(self) -> str:
+        return (
+            f"<Placement: {self.num_experts} experts in {self._holders.size} of "
+            f"{self.world_size} x {self.slots_per_rank} slots>"
+        )
+
+
+def ticket_load(
+    routing: np.ndarray, num_experts: int, row_offset: int = 0, bins: int = 1024
+) -> np.ndarray:
+    """Count the rows of each expert by ticket.
+
+    Parameters
+    ----------
+    routing : (n, k) or (n,) integer array, -1 for no expert
+    num_experts : int, E
+    row_offset : int, the global number of the first row
+    bins : int, a power of two: into how many equal ranges the tickets are divided
+
+    Returns
+    -------
+    load : (E, bins) int64; summed over chunks it is the load that `exact` cuts best, and summed
+        over the last axis it is the plain load of each expert
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> from dask_ep.placement.placement import ticket_load
+    >>> ticket_load(np.array([[0, 1], [1, -1]]), num_experts=3, bins=2)
+    array([[1, 0],
+           [1, 1],
+           [0, 0]])
+    """
+    _check_routing(routing, num_experts, row_offset)
+    key = _keys(routing, row_offset, np)[routing >= 0]
+    shift = (TICKETS // bins).bit_length() - 1
+    return np.bincount(key >> shift, minlength=num_experts * bins).reshape(num_experts, bins)
+
+
+def verify_placement(
+    placement: Placement, num_experts: int | None = None, max_slots: int | None = None
+) -> None:
+    """Raise unless every invariant of a placement holds.
+
+    Parameters
+    ----------
+    placement : Placement
+    num_experts : int, optional
+        The experts that it must place: all of them, and no others.
+    max_slots : int, optional
+        The slots that a rank may have.
+
+    Raises
+    ------
+    ValueError
+        If an expert is missing, lies twice on one rank or does not exist, if the copies of an
+        expert do not serve every ticket exactly once, or if a limit is passed.
+    """
+    _check_slots(placement.slots)
+    _check_stops(placement.slots, placement.stops)
+    if num_experts is not None and placement.num_experts != num_experts:
+        raise ValueError(
+            f"the placement must place {num_experts} experts and places {placement.num_experts}; "
+            "make it for these experts"
+        )
+    if max_slots is not None and placement.slots_per_rank > max_slots:
+        raise ValueError(
+            f"a rank may have {max_slots} slots and the placement gives it "
+            f"{placement.slots_per_rank}; raise the limit, or use more ranks or fewer copies"
+        )
+
+
+def _integers(values: object, name: str, dtype: type) -> np.ndarray:
+    """Copy a table of integers, refusing anything else."""
+    array = np.array(values)
+    if array.ndim != 2 or array.size == 0 or array.dtype.kind not in "iu":
+        raise ValueError(
+            f"{name} must be a table (ranks, slots) of integers with at least one of each; "
+            f"got shape {array.shape}, dtype {array.dtype}"
+        )
+    return array.astype(dtype)
+
+
+def _check_slots(slots: np.ndarray) -> None:
+    """Every expert somewhere, none twice on a rank."""
+    if slots.min() < -1:
+        raise ValueError(f"a slot holds an expert or -1 (empty), and one holds {slots.min()}")
+    missing = np.flatnonzero(np.bincount(slots[slots >= 0], minlength=1) == 0)
+    if missing.size:
+        raise ValueError(
+            f"every expert needs a slot, and expert {missing[0]} of {slots.max() + 1} has none; "
+            "place all experts from 0 to the largest one"
+        )
+    rows = np.sort(slots, axis=1)
+    rank, at = np.nonzero((rows[:, 1:] == rows[:, :-1]) & (rows[:, 1:] >= 0))
+    if rank.size:
+        raise ValueError(
+            f"a rank holds an expert once, and rank {rank[0]} holds expert {rows[rank[0], at[0]]} "
+            "twice; give the second slot to another expert or leave it empty (-1)"
+        )
+
+
+def _check_stops(slots: np.ndarray, stops: np.ndarray) -> None:
+    """The copies of every expert serve every ticket exactly once."""
+    if stops.shape != slots.shape:
+        raise ValueError(f"stops {stops.shape} must have the shape of slots {slots.shape}")
+    sizes = _share_sizes(slots, stops)
+    if (sizes < 0).any() or (stops < 0).any():
+        rank, slot = np.argwhere((sizes < 0) | (stops < 0))[0]
+        raise ValueError(
+            f"the stops of an expert's copies must not fall, and that of expert "
+            f"{slots[rank, slot]} on rank {rank} does ({stops[rank, slot]})"
+        )
+    served = np.zeros(slots.max() + 1, np.int64)
+    np.add.at(served, slots[slots >= 0], sizes[slots >= 0])
+    wrong = np.flatnonzero(served != TICKETS)
+    if wrong.size:
+        raise ValueError(
+            f"the last copy of an expert must stop at {TICKETS}, and that of expert {wrong[0]} "
+            f"stops at {served[wrong[0]]}"
+        )
+
+
+def _check_routing(routing: np.ndarray, num_experts: int, row_offset: int) -> None:
+    """Refuse an index outside [-1, E), naming the row."""
+    if routing.size == 0:
+        return
+    low, high = to_host(routing.min(), routing.max())
+    if low >= -1 and high < num_experts:
+        return
+    outside = ((routing < -1) | (routing >= num_experts)).nonzero()
+    at = tuple(int(index[0]) for index in outside)
+    raise ValueError(
+        f"routing must lie in [-1, {num_experts}), and row {row_offset + at[0]} holds "
+        f"{int(routing[at])}; pass routing made for these {num_experts} experts"
+    )
+
+
+def _keys(routing: np.ndarray, row_offset: int, xp: object) -> np.ndarray:
+    """expert * TICKETS + ticket of the row, int64, in the shape of the routing."""
+    ticket = xp.arange(routing.shape[0], dtype=np.uint64)
+    ticket *= np.uint64(STRIDE)  # wraps at 2**64, a multiple of TICKETS
+    ticket += np.uint64(row_offset * STRIDE % TICKETS)
+    ticket &= np.uint64(TICKETS - 1)
+    key = routing.astype(np.int64)
+    key *= TICKETS
+    key += ticket.astype(np.int64).reshape(-1, *[1] * (routing.ndim - 1))
+    return key
+
+
+def _by_expert(slots: np.ndarray) -> np.ndarray:
+    """(copies,): the flat positions of the slots that hold something, by expert, then position."""
+    flat = slots.ravel()
+    used = np.flatnonzero(flat >= 0)
+    return used[np.argsort(flat[used], kind="stable")]
+
+
+def _nth_copies(slots: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """For each of `_by_expert`: its position, its expert, and how many copies come before it."""
+    at = _by_expert(slots)
+    experts = slots.ravel()[at]
+    first = np.searchsorted(experts, experts, side="left")
+    return at, experts, np.arange(at.size) - first
+
+
+def _even_stops(slots: np.ndarray) -> np.ndarray:
+    """(R, S) int64: the stops with which the copies of each expert share its rows evenly."""
+    at, experts, nth = _nth_copies(slots)
+    copies = np.bincount(experts)[experts]
+    stops = np.zeros(slots.size, np.int64)
+    stops[at] = (nth + 1) * TICKETS // copies
+    return stops.reshape(slots.shape)
+
+
+def _share_sizes(slots: np.ndarray, stops: np.ndarray) -> np.ndarray:
+    """(R, S) int64: how many tickets each slot serves."""
+    at, _, nth = _nth_copies(slots)
+    ends = stops.ravel()[at]
+    sizes = np.zeros(slots.size, np.int64)
+    sizes[at] = ends - np.where(nth > 0, np.roll(ends, 1), 0)
+    return sizes.reshape(slots.shape)

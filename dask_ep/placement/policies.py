@@ -1,0 +1,381 @@
+"""Which slot should hold which expert, given how many rows each expert gets?
+
+Pure functions on integers, from the load of each expert to a `Placement`. From the simplest to the
+best balanced:
+
+    contiguous   rank r owns the experts [r * E/R, (r+1) * E/R): needs no load
+    packed       one copy each, heaviest first, each to the lightest rank with room
+    balanced     copies for the hottest experts first, then packed: EPLB's hierarchical and global
+                 policies, but never two copies of an expert on one rank
+    exact        every rank serves the same number of rows, with about one spare slot per rank;
+                 the copies of an expert share its rows unevenly
+
+Axis letters: `E` experts, `R` ranks, `S` slots per rank, `L` layers, `X` independent problems that
+are solved side by side.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+from dask_ep.arrays.checks import refuse_masked
+from dask_ep.placement.packing import copy_hottest, look_up, pack
+from dask_ep.placement.placement import TICKETS, Placement, ticket_load, verify_placement
+
+__all__ = [
+    "POLICIES",
+    "Placement",
+    "balance_layers",
+    "balanced",
+    "contiguous",
+    "exact",
+    "most_slots",
+    "packed",
+    "place",
+    "ticket_load",
+    "verify_placement",
+]
+
+
+def contiguous(num_experts: int, world_size: int) -> Placement:
+    """Give each rank the next E/R experts; where E/R is uneven, the first ranks get one more.
+
+    Examples
+    --------
+    >>> contiguous(5, 3).slots
+    array([[ 0,  1],
+           [ 2,  3],
+           [ 4, -1]], dtype=int32)
+    """
+    _check_sizes(num_experts, world_size)
+    ranks = np.array_split(np.arange(num_experts), world_size)
+    return Placement(_table(ranks))
+
+
+def packed(load: np.ndarray, world_size: int) -> Placement:
+    """Give every expert one slot, heaviest first, each to the lightest rank with room.
+
+    Parameters
+    ----------
+    load : (E,) rows of each expert, or anything proportional to them
+    world_size : int, R
+
+    Notes
+    -----
+    The longest-processing-time rule under the limit of ceil(E/R) experts per rank. The best that a
+    placement without copies can do is bounded by the hottest expert: max/mean >= R * its share.
+    """
+    load = _loads(load)
+    _check_sizes(load.size, world_size)
+    return balanced(load, world_size, num_slots=load.size)
+
+
+def balanced(
+    load: np.ndarray,
+    world_size: int,
+    *,
+    num_slots: int | None = None,
+    num_groups: int = 1,
+    num_nodes: int = 1,
+) -> Placement:
+    """Copy the hottest experts into the spare slots, then spread the copies over the ranks.
+
+    Parameters
+    ----------
+    load : (E,) rows of each expert, or anything proportional to them
+    world_size : int, R
+    num_slots : int, optional
+        Copies in all, E <= num_slots <= E * R. Default: one spare slot on every rank.
+    num_groups, num_nodes : int
+        With more than one node, whole groups of E / num_groups experts are kept on one node.
+
+    Raises
+    ------
+    ValueError
+        If the numbers do not divide, or there are more slots than experts on every rank.
+
+    Notes
+    -----
+    DeepSeek's EPLB: each spare slot goes to the expert with the most rows per copy; then the
+    copies, heaviest first, each to the lightest rank with room. Hierarchical (groups to nodes
+    first) where num_nodes divides num_groups, else global. Unlike EPLB a rank never gets two copies
+    of an expert, which would cost memory and buy nothing. Ties go to the lowest index. Copies share
+    rows evenly.
+
+    Examples
+    --------
+    >>> placement = balanced([80, 10, 10, 20], world_size=2, num_slots=6)
+    >>> placement.slots.tolist(), placement.imbalance([80, 10, 10, 20])
+    ([[0, 1, 3], [0, 2, 3]], 1.0)
+    """
+    slots = balance_layers(
+        _loads(load)[None],
+        world_size,
+        num_slots=num_slots,
+        num_groups=num_groups,
+        num_nodes=num_nodes,
+    )
+    return Placement(slots[0])
+
+
+def balance_layers(
+    loads: np.ndarray,
+    world_size: int,
+    *,
+    num_slots: int | None = None,
+    num_groups: int = 1,
+    num_nodes: int = 1,
+) -> np.ndarray:
+    """Do what `balanced` does for many layers at once.
+
+    Parameters
+    ----------
+    loads : (L, E) rows of each expert of each layer
+    world_size, num_slots, num_groups, num_nodes : as in `balanced`
+
+    Returns
+    -------
+    slots : (L, R, S) int64, each a table for `Placement`
+    """
+    refuse_masked(loads, "loads")
+    loads = np.asarray(loads, np.float64)
+    layers, num_experts = loads.shape
+    _check_sizes(num_experts, world_size)
+    if num_slots is None:
+        num_slots = min(-(-num_experts // world_size) + 1, num_experts) * world_size
+    if num_groups % num_nodes:
+        num_groups = num_nodes = 1  # the global policy
+    _check_divides(num_experts, world_size, num_slots, num_groups, num_nodes)
+
+    # 1. Whole groups of experts to nodes.
+    group = num_experts // num_groups
+    groups = np.broadcast_to(np.arange(num_groups), (layers, num_groups))
+    group_loads = loads.reshape(layers, num_groups, group).sum(axis=2)
+    groups_of_node = pack(group_loads, groups, num_nodes, num_groups // num_nodes)
+    expert_of = groups_of_node[..., None] * group + np.arange(group)
+    expert_of = expert_of.reshape(layers * num_nodes, -1)
+
+    # 2. Copies of the hottest experts of each node.
+    ranks = world_size // num_nodes
+    loads = np.take_along_axis(np.repeat(loads, num_nodes, axis=0), expert_of, axis=1)
+    copy_of, copies = copy_hottest(loads, num_slots // num_nodes, max_copies=ranks)
+
+    # 3. The copies of each node to its ranks.
+    copy_loads = np.take_along_axis(loads / copies, copy_of, axis=1)
+    packs = pack(copy_loads, copy_of, ranks, -(-num_slots // world_size))
+    local = look_up(copy_of, packs.reshape(len(packs), -1))
+    return look_up(expert_of, local).reshape(layers, world_size, -1)
+
+
+def exact(load: np.ndarray, world_size: int, *, max_slots: int | None = None) -> Placement:
+    """Give every rank the same number of rows, to one, with few resident experts.
+
+    Parameters
+    ----------
+    load : (E,) or (E, bins) integer array
+        Rows of each expert; or the same by ticket (`ticket_load`), which makes the shares of the
+        copies right for these very rows instead of on average.
+    world_size : int, R
+    max_slots : int, optional
+        The most experts that a rank can hold (its memory over the bytes of one expert).
+
+    Raises
+    ------
+    ValueError
+        If max_slots is below ceil((E - 1) / R) + 1, with which an exact placement always exists.
+
+    Notes
+    -----
+    McNaughton's wrap-around rule (Management Science 6(1), 1959) cuts the list of all (row, expert)
+    pairs, sorted by expert, into R equal runs; then a rank full of cold experts holds many. Here
+    the experts are taken in another order: sorted by load, each rank takes a window of w whole
+    experts and a part of the next that make exactly its rows. With m = ceil((E - 1) / R), A ranks
+    to fill and M <= A m + 1 experts left, such a window exists for some w <= m that leaves the
+    other A - 1 ranks no more than (A - 1) m + 1: the lightest w weigh no more than a rank's rows
+    for the least such w, the heaviest w + 1 no less for w = m, and moving the window up by one
+    never jumps over both. So no rank holds more than m + 1 experts, about one more than E/R, and
+    there are at most R - 1 copies beyond the first ones.
+
+    Examples
+    --------
+    >>> placement = exact([80, 10, 10, 20], world_size=3)
+    >>> placement.slots.tolist(), placement.rank_load([80, 10, 10, 20]).tolist()
+    ([[0, 3], [0, 2], [0, 1]], [40.0, 40.0, 40.0])
+    """
+    by_ticket = np.asanyarray(load)
+    by_ticket = by_ticket[:, None] if by_ticket.ndim == 1 else by_ticket
+    rows = _integer_loads(by_ticket.sum(axis=1))
+    _check_sizes(rows.size, world_size)
+    needed = -(-(rows.size - 1) // world_size) + 1
+    if max_slots is not None and max_slots < needed:
+        raise ValueError(
+            f"{rows.size} experts on {world_size} ranks with equal rows need {needed} slots a "
+            f"rank, and the limit is {max_slots}; allow {needed}, use more ranks, or use balanced"
+        )
+    pieces = _equal_windows(rows, world_size)
+    slots = _table([sorted(rank) for rank in pieces])
+    stops = np.zeros(slots.shape, np.int64)
+    served = np.zeros(rows.size, np.int64)
+    for rank, column in np.argwhere(slots >= 0):
+        expert = slots[rank, column]
+        served[expert] += pieces[rank][expert]
+        stops[rank, column] = _ticket_at(by_ticket[expert], served[expert], rows[expert])
+    last = {int(expert): at for at, expert in enumerate(slots.ravel()) if expert >= 0}
+    stops.ravel()[list(last.values())] = TICKETS
+    return Placement(slots, stops)
+
+
+def place(
+    policy: str, load: np.ndarray, world_size: int, *, max_slots: int | None = None
+) -> Placement:
+    """Make the placement that a policy of `POLICIES` gives, within a limit of slots per rank.
+
+    Parameters
+    ----------
+    policy : "contiguous", "packed", "balanced" or "exact"
+    load : (E,) or (E, bins) integer array, as in `exact`
+    world_size : int, R
+    max_slots : int, optional
+        The most experts that a rank can hold.
+
+    Raises
+    ------
+    ValueError
+        If the policy is not known, or its placement needs more slots.
+
+    Examples
+    --------
+    >>> place("packed", [9, 1, 1, 7], world_size=2).slots.tolist()
+    [[0, 2], [3, 1]]
+    """
+    if policy not in POLICIES:
+        raise ValueError(f"placement must be one of {', '.join(POLICIES)}; got {policy!r}")
+    load = np.asanyarray(load)
+    rows = load.sum(axis=1) if load.ndim == 2 else load
+    if policy == "exact":
+        return exact(load, world_size, max_slots=max_slots)
+    if policy == "contiguous":
+        placement = contiguous(rows.size, world_size)
+    elif policy == "packed":
+        placement = packed(rows, world_size)
+    else:
+        slots = min(most_slots(policy, rows.size, world_size), max_slots or rows.size)
+        placement = balanced(rows, world_size, num_slots=max(slots * world_size, rows.size))
+    verify_placement(placement, max_slots=max_slots)
+    return placement
+
+
+POLICIES = ("contiguous", "packed", "balanced", "exact")
+"""The names that `place` knows, from the simplest to the best balanced."""
+
+
+def most_slots(policy: str, num_experts: int, world_size: int) -> int:
+    """Give the most slots per rank that `place` uses for a policy, whatever the load.
+
+    Examples
+    --------
+    >>> [most_slots(policy, 10, 4) for policy in POLICIES]
+    [3, 3, 4, 4]
+    """
+    if policy == "exact":
+        return min(-(-(num_experts - 1) // world_size) + 1, num_experts)
+    spare = policy == "balanced"
+    return min(-(-num_experts // world_size) + spare, num_experts)
+
+
+def _equal_windows(rows: np.ndarray, world_size: int) -> list[dict[int, int]]:
+    """Cut the experts' rows into equal ranks: for each rank, how many rows of which expert."""
+    left = rows.copy()
+    waiting = np.argsort(rows, kind="stable")  # experts not wholly given out, lightest first
+    most = -(-(rows.size - 1) // world_size)  # whole experts that a rank may take
+    pieces = []
+    for others in range(world_size - 1, -1, -1):
+        piece: dict[int, int] = {}
+        pieces.append(piece)
+        if waiting.size == 0:
+            continue
+        total = np.concatenate([[0], np.cumsum(left[waiting])])
+        quota = int(total[-1]) // (others + 1)
+        # As few whole experts as leave no more than the other ranks can take ...
+        whole = max(waiting.size - others * most - 1, 0)
+        # ... and as many as make the quota, together with a part of one more.
+        while total[-1] - total[-whole - 2] < quota:
+            whole += 1
+        start = int(np.argmax(total[whole + 1 :] - total[: -whole - 1] >= quota))
+        for expert in waiting[start : start + whole].tolist():
+            piece[expert] = int(left[expert])
+            left[expert] = 0
+        cut = int(waiting[start + whole])
+        part = quota - int(total[start + whole] - total[start])
+        taken = start + whole
+        if part == left[cut]:
+            taken += 1
+        if part > 0 or part == left[cut]:
+            piece[cut] = part
+            left[cut] -= part
+        waiting = np.delete(waiting, np.arange(start, taken))
+        waiting = waiting[np.argsort(left[waiting], kind="stable")]
+    return pieces
+
+
+def _ticket_at(by_ticket: np.ndarray, served: int, rows: int) -> int:
+    """Give the ticket below which `host_kernel` of an expert's `rows` rows lie."""
+    below = np.concatenate([[0], np.cumsum(by_ticket, dtype=np.float64)])
+    edges = np.linspace(0, TICKETS, below.size)
+    return round(float(np.interp(served / max(rows, 1) * below[-1], below, edges)))
+
+
+def _table(ranks: list) -> np.ndarray:
+    """The experts of each rank as a table, shorter rows filled with -1."""
+    table = np.full((len(ranks), max(1, *map(len, ranks))), -1)
+    for row, experts in zip(table, ranks, strict=True):
+        row[: len(experts)] = experts
+    return table
+
+
+def _loads(load: np.ndarray) -> np.ndarray:
+    """Check the load of each expert."""
+    refuse_masked(load, "load")
+    load = np.asarray(load, np.float64)
+    if load.ndim != 1 or load.size == 0 or not (load >= 0).all() or not np.isfinite(load).all():
+        raise ValueError(
+            f"load must hold one finite number >= 0 for each expert; got shape {load.shape}, "
+            f"least {load.min() if load.size else None}"
+        )
+    return load
+
+
+def _integer_loads(load: np.ndarray) -> np.ndarray:
+    """The same, as int64; fractions are scaled up until rounding is harmless."""
+    if load.dtype.kind in "iu":
+        _loads(load)
+        return load.astype(np.int64)
+    load = _loads(load)
+    return np.rint(load * (2**40 / max(load.sum(), 1.0))).astype(np.int64)
+
+
+def _check_sizes(num_experts: int, world_size: int) -> None:
+    if num_experts < 1 or world_size < 1:
+        raise ValueError(
+            f"a placement needs experts and ranks; got num_experts={num_experts}, "
+            f"world_size={world_size}"
+        )
+
+
+def _check_divides(
+    num_experts: int, world_size: int, num_slots: int, num_groups: int, num_nodes: int
+) -> None:
+    for whole, part, names in (
+        (num_experts, num_groups, "num_groups must divide the experts"),
+        (world_size, num_nodes, "num_nodes must divide world_size"),
+        (num_slots, num_nodes, "num_nodes must divide num_slots"),
+    ):
+        if whole % part:
+            raise ValueError(f"{names}; got {part} for {whole}")
+    most = num_experts * world_size // num_nodes
+    if not num_experts <= num_slots <= most:
+        raise ValueError(
+            f"{num_experts} experts take from {num_experts} slots (one each) to {most} (one each "
+            f"on every rank of their node, {world_size} ranks on {num_nodes} nodes); "
+            f"got num_slots={num_slots}"
+        )

@@ -1,0 +1,212 @@
+"""Given the placement of before and the load of now, which few experts should move?
+
+A placement that was made for yesterday's load is nearly right for today's, and every expert that
+moves must be loaded again. Here only enough of them move.
+
+A *change* is one of: two ranks swap an expert (2 loads), an expert moves to an empty slot (1), a
+spare copy or an empty slot becomes a further copy of a hot expert (1).
+"""
+
+from __future__ import annotations
+
+from operator import itemgetter
+from typing import NamedTuple
+
+import numpy as np
+
+from dask_ep.placement.placement import Placement, verify_placement
+from dask_ep.placement.policies import balanced
+
+
+def incremental(previous: Placement, load: np.ndarray, *, tolerance: float = 0.05) -> Placement:
+    """Bring the placement of before within a tolerance of perfect balance, moving few experts.
+
+    Parameters
+    ----------
+    previous : Placement
+    load : (E,) rows of each expert now, or anything proportional to them
+    tolerance : float
+        The largest rank load may be up to 1 + tolerance times the mean.
+
+    Returns
+    -------
+    placement : Placement
+        With the ranks and slots of `previous`, and local if that is; what does not move keeps its
+        slot, and copies share rows evenly. Where the tolerance is out of reach, the best balanced
+        of what there was, what the changes reach, and what `balanced` gives with as many copies.
+
+    Raises
+    ------
+    ValueError
+        If `load` has not one number for each expert of `previous`.
+
+    Notes
+    -----
+    Steepest descent: always the change that takes away most overload (the sum over ranks of the
+    squared rows above the tolerance) per expert loaded. Each lowers the overload, so it ends.
+
+    Examples
+    --------
+    >>> from dask_ep.placement.policies import contiguous
+    >>> before = contiguous(4, 2)
+    >>> after = incremental(before, [30, 30, 10, 10])
+    >>> after.slots.tolist(), moves(before, after)
+    ([[2, 1], [0, 3]], 2)
+    """
+    load = np.asarray(load, np.float64)
+    verify_placement(previous, num_experts=load.size)
+    limit = (1 + tolerance) * load.sum() / previous.world_size
+    slots = previous.slots.astype(np.int64)
+    while (state := _State.of(slots, load, limit)).overload > 0:
+        gain, change = max(
+            (_best_exchange(state), _best_copy(state), _best_drop(state)), key=itemgetter(0)
+        )
+        if gain <= 1e-12 * state.overload:
+            break
+        for at, expert in change.items():
+            slots[at] = expert
+    near = Placement(slots, local=previous.local)
+    if state.overload == 0:
+        return near
+    fresh = balanced(load, previous.world_size, num_slots=int(previous.copies.sum()))
+    fresh = _aligned(fresh, previous)
+    # Less overload can still be a larger largest load.
+    unmoved = Placement(previous.slots, local=previous.local)
+    return min(unmoved, near, fresh, key=lambda placement: placement.imbalance(load))
+
+
+def moves(before: Placement, after: Placement) -> int:
+    """Count the experts that some rank must load because it did not hold them before.
+
+    Examples
+    --------
+    >>> moves(Placement([[0, 1], [2, 3]]), Placement([[1, 0], [2, 0], [3, -1]]))
+    2
+    """
+    held, wanted = (
+        {(rank, expert) for rank, row in enumerate(p.slots.tolist()) for expert in row}
+        for p in (before, after)
+    )
+    return sum(expert >= 0 for _, expert in wanted - held)
+
+
+Change = tuple[float, dict[tuple[int, int], int]]
+"""Overload that a change takes away per expert loaded, and the new expert of each slot."""
+
+NO_CHANGE: Change = (0.0, {})
+
+
+class _State(NamedTuple):
+    """A placement on its way, and what all changes are scored from."""
+
+    slots: np.ndarray
+    #: (R, S)
+    limit: float
+    #: rows of a rank that are no overload
+    per_copy: np.ndarray
+    #: (E + 1,) rows of one copy of each expert; [-1] is 0, for empty slots
+    copies: np.ndarray
+    #: (E + 1,); [-1] is 2, so that an empty slot counts as one that can be given away
+    holds: np.ndarray
+    #: (R, E + 1) whether a rank holds an expert; [:, -1] is False
+    rank_load: np.ndarray
+    #: (R,)
+    heavy: int
+    #: the rank with the most rows
+
+    @classmethod
+    def of(cls, slots: np.ndarray, load: np.ndarray, limit: float) -> _State:
+        copies = np.append(np.bincount(slots[slots >= 0], minlength=load.size), 2)
+        per_copy = np.append(load, 0.0) / copies
+        holds = np.zeros((len(slots), copies.size), bool)
+        np.put_along_axis(holds, slots, True, axis=1)  # -1 is the last column
+        holds[:, -1] = False
+        rank_load = per_copy[slots].sum(axis=1)
+        heavy = int(rank_load.argmax())
+        return cls(slots, limit * (1 + 1e-12), per_copy, copies, holds, rank_load, heavy)
+
+    def over(self, rank_load: np.ndarray) -> np.ndarray:
+        """Overload of ranks with these rows."""
+        return np.maximum(rank_load - self.limit, 0.0) ** 2
+
+    @property
+    def overload(self) -> float:
+        return float(self.over(self.rank_load).sum())
+
+    def split(self, expert: np.ndarray, further: int) -> np.ndarray:
+        """(..., R) change of rank loads if each expert had `further` copies more."""
+        rows = self.per_copy[expert] * self.copies[expert]
+        change = rows / np.maximum(self.copies[expert] + further, 1) - self.per_copy[expert]
+        return self.holds[:, expert].T * change[..., None]
+
+
+def _best_exchange(state: _State) -> Change:
+    """The heaviest rank swaps an expert with another rank, or moves it to an empty slot there."""
+    mine = state.slots[state.heavy][:, None, None]  # (S, 1, 1), against (R, S)
+    gives, takes = state.per_copy[mine], state.per_copy[state.slots]
+    before = state.over(state.rank_load)[:, None] + state.over(state.rank_load[state.heavy])
+    after = state.over(state.rank_load[state.heavy] - gives + takes) + state.over(
+        state.rank_load[:, None] + gives - takes
+    )
+    legal = ~state.holds[:, mine[:, 0, 0]].T[..., None] & ~state.holds[state.heavy, state.slots]
+    legal = legal & (mine >= 0)
+    legal[:, state.heavy] = False
+    gain = np.where(legal, before - after, 0.0) / np.where(state.slots >= 0, 2, 1)
+    column, rank, other = np.unravel_index(gain.argmax(), gain.shape)
+    change = {
+        (rank, other): state.slots[state.heavy, column],
+        (state.heavy, column): state.slots[rank, other],
+    }
+    return float(gain[column, rank, other]), change
+
+
+def _best_copy(state: _State) -> Change:
+    """An expert of the heaviest rank gets a further copy, in place of a spare one or in a gap."""
+    hot = state.slots[state.heavy]
+    hot = hot[hot >= 0]
+    rank, other = np.nonzero(state.copies[state.slots] > 1)
+    if rank.size == 0:
+        return NO_CHANGE
+    spare = state.slots[rank, other]
+    grown = state.split(hot, 1)  # (hot, R)
+    shrunk = state.split(spare, -1)  # (spare, R)
+    loads = state.rank_load + grown[:, None] + shrunk[None]  # (hot, spare, R)
+    each = np.arange(rank.size)
+    rows = state.per_copy * state.copies
+    loads[:, each, rank] += (rows[hot] / (state.copies[hot] + 1))[:, None]
+    loads[:, each, rank] -= np.where(spare < 0, 0.0, rows[spare] / (state.copies[spare] - 1))
+    legal = ~state.holds[rank][:, hot].T
+    gain = np.where(legal, state.overload - state.over(loads).sum(axis=2), 0.0)
+    which, at = np.unravel_index(gain.argmax(), gain.shape)
+    return float(gain[which, at]), {(rank[at], other[at]): hot[which]}
+
+
+def _best_drop(state: _State) -> Change:
+    """The heaviest rank gives up a spare copy: the other copies take its rows."""
+    mine = state.slots[state.heavy]
+    columns = np.flatnonzero((mine >= 0) & (state.copies[mine] > 1))
+    if columns.size == 0:
+        return NO_CHANGE
+    loads = state.rank_load + state.split(mine[columns], -1)  # (columns, R)
+    rows = (state.per_copy * state.copies)[mine[columns]]
+    loads[:, state.heavy] -= rows / (state.copies[mine[columns]] - 1)
+    gain = state.overload - state.over(loads).sum(axis=1)
+    best = int(gain.argmax())
+    return float(gain[best]), {(state.heavy, columns[best]): -1}
+
+
+def _aligned(placement: Placement, previous: Placement) -> Placement:
+    """Number the ranks, and the slots in them, so that most experts stay where they were."""
+    old = [set(row) - {-1} for row in previous.slots.tolist()]
+    new = [set(row) - {-1} for row in placement.slots.tolist()]
+    overlap = np.array([[len(a & b) for b in new] for a in old])
+    slots = np.full(previous.slots.shape, -1)
+    for _ in old:
+        rank, source = np.unravel_index(overlap.argmax(), overlap.shape)
+        stay = np.isin(previous.slots[rank], list(new[source]))
+        slots[rank, stay] = previous.slots[rank, stay]
+        slots[rank, np.flatnonzero(~stay)[: len(new[source] - old[rank])]] = sorted(
+            new[source] - old[rank]
+        )
+        overlap[rank, :] = overlap[:, source] = -1
+    return Placement(slots, local=previous.local)

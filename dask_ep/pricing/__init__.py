@@ -1,0 +1,1 @@
+"""What will a run cost, and what did it cost?"""

@@ -1,0 +1,115 @@
+"""How fast is a GPU at what a run does with it?
+
+About a second, on the first GPU that is visible: products of as many rows as a chunk brings an
+expert, in the calls that a run mostly takes (one for all experts where rows are few, else one for
+each); gathering rows; copies up and down; and, on the host, files.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from importlib import import_module
+from typing import Any
+
+import numpy as np
+
+from dask_ep.arrays import device
+from dask_ep.arrays.checks import computing_dtype
+from dask_ep.arrays.device import download, pinned_empty, upload
+from dask_ep.errors import NoDeviceError
+from dask_ep.kernel.device_kernel import PADDED_ROWS, gather, products
+from dask_ep.laws.costs import Rates
+from dask_ep.pricing.probe import probe_files, rate
+
+MOST_BYTES = 256 << 20
+"""Of the rows, and of the matrices, that are measured with."""
+
+
+def probe_device(
+    d: int,
+    width: int,
+    *,
+    rows: int = 16_384,
+    slots: int = 2,
+    experts: int = 8,
+    dtype: np.dtype = np.float32,
+    seconds: float = 1.0,
+) -> Rates:
+    """Measure the first GPU here.
+
+    Parameters
+    ----------
+    d, width : of a token row, and of what an expert makes of it
+    rows : of a token chunk
+    slots : of a row
+    experts : that the slots of a chunk are spread over
+    dtype : of the tokens
+    seconds : how long to measure, about
+
+    Returns
+    -------
+    rates : Rates
+        `flops` and `copy` of the GPU, `lane` of its copies; the rest as `probe` has it.
+
+    Raises
+    ------
+    NoDeviceError
+        If there is none here, saying what a plan needs instead.
+    """
+    try:
+        device.find_devices()
+    except NoDeviceError as error:
+        raise NoDeviceError(
+            "the time of a run on GPUs follows from their rates, and no GPU is here to measure "
+            f"them: {error}. Give them, as rates=Rates(flops=..., copy=..., lane=...) or --rates "
+            "flops=...,copy=...,lane=...: operations of a GPU, bytes copied in its memory, and "
+            "bytes from and to the host, in a second"
+        ) from error
+    xp = import_module(device.NAMESPACE)
+    try:
+        return _measure(xp, d, width, rows, slots, experts, np.dtype(dtype), seconds)
+    finally:
+        xp.get_default_memory_pool().free_all_blocks()  # a worker may have the same GPU
+
+
+def _measure(
+    xp: Any,
+    d: int,
+    width: int,
+    rows: int,
+    slots: int,
+    experts: int,
+    dtype: np.dtype,
+    seconds: float,
+) -> Rates:
+    rows = max(min(rows, MOST_BYTES // (d * dtype.itemsize)), 1)
+    of_expert = max(rows * slots // experts, 1)
+    count = max(min(experts, MOST_BYTES // (d * width * dtype.itemsize), rows // of_expert), 1)
+    of_expert = min(of_expert, rows)
+    host = pinned_empty(xp, (rows, d), dtype)
+    host.fill(1)
+    tokens, order = upload(xp, host), xp.arange(rows, dtype=np.int64)[::-1].copy()
+    matrices = list(xp.zeros((count, d, width), dtype=dtype))
+    less = int(of_expert > PADDED_ROWS[0])  # as many for each would go into one call
+    starts = range(0, count * of_expert, of_expert)
+    bounds = [(start, start + of_expert - less * (e % 2)) for e, start in enumerate(starts)]
+    out = xp.empty((count * of_expert, width), dtype=computing_dtype(dtype))
+
+    def waiting(work: Callable[[], object], amount: float) -> Callable[[], float]:
+        def run() -> float:
+            work()
+            xp.cuda.get_current_stream().synchronize()
+            return amount
+
+        return run
+
+    flops = 2.0 * sum(stop - start for start, stop in bounds) * d * width
+    through = waiting(lambda: products(tokens[: count * of_expert], matrices, bounds, out), flops)
+    gathered = waiting(lambda: gather(tokens, order), 2.0 * tokens.nbytes)
+    copied = waiting(lambda: (upload(xp, host), download(tokens)), 2.0 * tokens.nbytes)
+    return Rates(
+        flops=rate(through, 0.4 * seconds),
+        copy=rate(gathered, 0.2 * seconds),
+        lane=rate(copied, 0.2 * seconds),
+        **probe_files(0.1 * seconds),
+    )

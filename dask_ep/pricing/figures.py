@@ -1,0 +1,323 @@
+"""How are loads, traffic, memory and time drawn?
+
+Each function gives one bokeh figure that fills the width it is put into. Colours are those of Okabe
+and Ito (https://jfly.uni-koeln.de/color/), which people with any kind of colour vision tell apart,
+and cividis for quantities; what a colour says, a label or a tooltip says too.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from dask_ep.pricing.price import Plan
+from dask_ep.pricing.trace import Record
+
+INK, BLUE, ORANGE, GREEN = "#000000", "#0072B2", "#E69F00", "#009E73"
+RED, SKY, PINK, YELLOW = "#D55E00", "#56B4E9", "#CC79A7", "#F0E442"
+GREY = "#777777"
+STEP_COLOURS = {
+    "experts": PINK,
+    "read": GREEN,
+    "route": INK,
+    "chunk": SKY,
+    "serve": BLUE,
+    "sum": ORANGE,
+    "layer": GREY,
+    "store": YELLOW,
+    "transfer": RED,
+}
+"""Colours of the steps of a run."""
+
+PART_COLOURS = {
+    "process": SKY,
+    "experts": BLUE,
+    "scratch": YELLOW,
+    "chunks": ORANGE,
+    "rows": ORANGE,
+}
+"""Colours of what memory goes to."""
+
+MOST_SPANS = 5000
+"""Tasks and services that a time line draws: the longest ones."""
+
+Figure = Any
+
+
+def draw_expert_load(plan: Plan) -> Figure:
+    """Rows of each expert, as bars."""
+    experts = np.arange(plan.expert_rows.size)
+    drawing = _figure(
+        "Rows of each expert", "expert", "rows", tooltips=[("expert", "@x"), ("rows", "@top{0,0}")]
+    )
+    drawing.vbar(x=experts, top=plan.expert_rows, width=0.9, color=BLUE)
+    mean = plan.expert_rows.mean()
+    drawing.hspan(y=[mean], line_color=INK, line_dash="dashed", line_width=1.5)
+    _from_nothing(drawing.y_range)
+    return drawing
+
+
+def draw_rank_load(plan: Plan, measured: dict[int, int] | None = None) -> Figure:
+    """Rows of each rank as bars, their mean as a line; measured rows as diamonds."""
+    rows = plan.rank_rows if measured is None else plan.packet_rows.sum(axis=0)
+    what = "served" if measured is None else "received"
+    drawing = _figure(
+        f"Rows {what} by each rank (dashed: mean)",
+        "rank",
+        "rows",
+        tooltips=[("rank", "@x"), ("rows", "@top{0,0}")],
+    )
+    drawing.vbar(x=np.arange(rows.size), top=rows, width=0.8, color=BLUE, legend_label="planned")
+    drawing.hspan(y=[rows.mean()], line_color=INK, line_dash="dashed", line_width=1.5)
+    if measured is not None:
+        drawing.scatter(
+            x=list(measured),
+            y=list(measured.values()),
+            marker="diamond",
+            size=12,
+            fill_color=ORANGE,
+            line_color=INK,
+            legend_label="measured",
+        )
+    drawing.add_layout(drawing.legend[0], "below")
+    _from_nothing(drawing.y_range)
+    return drawing
+
+
+def draw_imbalance(imbalance: dict[str, float]) -> Figure:
+    """Largest over mean rank load of each policy, as bars from 1.0."""
+    names = list(imbalance)[::-1]
+    values = [imbalance[name] for name in names]
+    drawing = _figure(
+        "Imbalance of each placement (1.0 is perfect)",
+        "largest / mean rows of a rank",
+        None,
+        y_range=names,
+        height=80 + 34 * len(names),
+        tooltips=[("placement", "@y"), ("imbalance", "@right{0.000}")],
+    )
+    drawing.hbar(y=names, left=1.0, right=values, height=0.7, color=BLUE)
+    labels = [f" {value:.3f}" for value in values]
+    drawing.text(x=values, y=names, text=labels, text_baseline="middle", text_font_size="12px")
+    drawing.x_range.start, drawing.x_range.end = 1.0, 1.0 + 1.25 * max(max(values) - 1.0, 0.04)
+    return drawing
+
+
+def draw_traffic(rows: np.ndarray, title: str, workers: Sequence[str]) -> Figure:
+    """Rows (W, R) from the chunks of each worker to each rank, as a heat map."""
+    ranks = [str(rank) for rank in range(rows.shape[1])]
+    names = list(workers)
+    source, target = np.divmod(np.arange(rows.size), len(ranks))
+    drawing = _figure(
+        title,
+        "to rank",
+        "from worker",
+        x_range=ranks,
+        y_range=names[::-1],
+        height=120 + min(26 * len(names), 480),
+        tooltips=[
+            ("from", "@from"),
+            ("to", "@to"),
+            ("rows", "@rows{0,0}"),
+        ],
+    )
+    data = {
+        "from": [names[s] for s in source],
+        "to": [ranks[t] for t in target],
+        "rows": rows.ravel(),
+    }
+    from bokeh.transform import linear_cmap
+
+    cells = drawing.rect(
+        x="to",
+        y="from",
+        width=1,
+        height=1,
+        source=data,
+        line_color="white",
+        fill_color=linear_cmap("rows", "Cividis256", 0, max(int(rows.max()), 1)),
+    )
+    drawing.add_layout(cells.construct_color_bar(width=12), "right")
+    drawing.grid.visible = False
+    return drawing
+
+
+def draw_memory(plan: Plan, measured: int | None = None) -> Figure:
+    """What a worker's memory goes to, against the limit and what was measured."""
+    names = ["planned"] if measured is None else ["measured", "planned"]
+    drawing = _figure(
+        "Memory of a worker, at most", "MB", None, y_range=names, height=110 + 40 * len(names)
+    )
+    parts, limit = plan.memory_parts, plan.memory_limit
+    if measured is not None:
+        parts, limit = plan.process_parts, plan.process_limit
+    left = 0.0
+    for name, nbytes in parts.items():
+        right = left + nbytes / 1e6
+        drawing.hbar(
+            y=["planned"],
+            left=left,
+            right=right,
+            height=0.6,
+            color=PART_COLOURS[name],
+            legend_label=f"{name} {nbytes / 1e6:,.0f}",
+        )
+        left = right
+    end = left
+    if measured is not None:
+        drawing.hbar(y=["measured"], right=measured / 1e6, height=0.6, color=GREEN)
+        end = max(end, measured / 1e6)
+    if limit is not None:
+        limit /= 1e6
+        drawing.vspan(x=[limit], line_color=RED, line_width=3, legend_label=f"limit {limit:,.0f}")
+        end = max(end, limit)
+    drawing.x_range.start, drawing.x_range.end = 0, 1.05 * end
+    drawing.add_layout(drawing.legend[0], "below")
+    drawing.legend.orientation = "horizontal"
+    return drawing
+
+
+def draw_choices(plans: Sequence[Plan], best: Plan) -> Figure:
+    """Predicted time of each choice; the best in another colour, and marked."""
+    names = [
+        f"{n}: {p.world_size} ranks, {p.policy}, {p.chunk_rows:,} rows"
+        for n, p in enumerate(plans, start=1)
+    ][::-1]
+    shown = list(plans)[::-1]
+    drawing = _figure(
+        "Predicted time of each choice",
+        "seconds",
+        None,
+        y_range=names,
+        height=90 + 26 * len(names),
+        tooltips=[("choice", "@y"), ("seconds", "@right{0.00}")],
+    )
+    seconds = [p.seconds for p in shown]
+    colours = [GREEN if p is best else BLUE if p.fits else "#BBBBBB" for p in shown]
+    drawing.hbar(y=names, right=seconds, height=0.75, color=colours)
+    notes = [
+        f" {p.seconds:.2f}{' best' if p is best else '' if p.fits else ' does not fit'}"
+        for p in shown
+    ]
+    drawing.text(x=seconds, y=names, text=notes, text_baseline="middle", text_font_size="12px")
+    drawing.x_range.start, drawing.x_range.end = 0, 1.35 * max(seconds)
+    return drawing
+
+
+def draw_time_line(record: Record) -> Figure:
+    """Tasks and services as bars from start to stop, by worker: several chunks may be under way."""
+    bars = sorted(_bars(record), key=lambda bar: bar.start - bar.stop)[:MOST_SPANS]
+    names = sorted({bar.row for bar in bars}, key=lambda name: (len(name), name), reverse=True)
+    drawing = _figure(
+        "Tasks over time",
+        "seconds",
+        None,
+        y_range=names,
+        height=130 + min(24 * len(names), 700),
+        tooltips=[
+            ("step", "@step"),
+            ("chunk", "@chunk"),
+            ("rank", "@rank"),
+            ("at", "@row"),
+            ("seconds", "@start{0.000} to @stop{0.000}"),
+        ],
+    )
+    for step, colour in STEP_COLOURS.items():
+        chosen = [bar for bar in bars if bar.step == step]
+        if chosen:
+            drawing.hbar(
+                y="row",
+                left="start",
+                right="stop",
+                height=0.8,
+                color=colour,
+                alpha=0.7,
+                legend_label=step,
+                source={name: [getattr(bar, name) for bar in chosen] for name in Bar._fields},
+            )
+    if record.events:
+        times = [event.time for event in record.events]
+        drawing.vspan(x=times, line_color=INK, line_dash="dotted", line_width=2)
+    drawing.add_layout(drawing.legend[0], "below")
+    drawing.legend.orientation = "horizontal"
+    return drawing
+
+
+class Bar(NamedTuple):
+    """A bar of the time line; its step is one of `STEP_COLOURS`."""
+
+    row: str
+    step: str
+    chunk: int
+    rank: int
+    start: float
+    stop: float
+
+
+def _bars(record: Record) -> Iterator[Bar]:
+    steps = {"dispatch": "serve", "send": "chunk", "receipt": "store"}
+    for span in record.spans:
+        step = steps.get(span.step, span.step)
+        where = "services" if step in ("experts", "serve") else "tasks"
+        if step in STEP_COLOURS:
+            row = f"{short(span.worker)} {where}"
+            yield Bar(row, step, span.chunk, span.rank, span.start, span.stop)
+    for served in record.servings:
+        row = f"{short(served.served_by)} services"
+        yield Bar(row, "serve", served.chunk, served.rank, served.start, served.stop)
+
+
+def draw_progress(plan: Plan, record: Record) -> Figure:
+    """Rows that were done by each time; a straight line is an even speed."""
+    drawing = _figure("Rows done", "seconds", "rows")
+    finished = record.finished()
+    done = np.cumsum([plan.chunks[chunk] for _, chunk in finished])
+    times = [when for when, _ in finished]
+    drawing.step(x=[0, *times], y=[0, *done.tolist()], mode="after", line_width=3, color=BLUE)
+    drawing.line(
+        x=[0, plan.seconds],
+        y=[0, plan.rows],
+        color=ORANGE,
+        line_dash="dashed",
+        line_width=2,
+        legend_label="planned",
+    )
+    drawing.legend.location = "bottom_right"
+    return drawing
+
+
+def _figure(title: str, x: str | None, y: str | None, height: int = 280, **options: Any) -> Figure:
+    """An empty figure in the style of all of them."""
+    from bokeh.plotting import figure
+
+    drawing = figure(
+        title=title,
+        x_axis_label=x,
+        y_axis_label=y,
+        height=height,
+        sizing_mode="stretch_width",
+        toolbar_location=None,
+        tools="hover" if "tooltips" in options else "",
+        **options,
+    )
+    drawing.title.text_font_size = "15px"
+    drawing.axis.axis_label_text_font_size = "13px"
+    drawing.axis.major_label_text_font_size = "12px"
+    drawing.outline_line_color = None
+    if not isinstance(options.get("x_range"), list):
+        drawing.xaxis.formatter.use_scientific = False
+    if not isinstance(options.get("y_range"), list):
+        drawing.yaxis.formatter.use_scientific = False
+    return drawing
+
+
+def _from_nothing(data_range: Any) -> None:
+    """Let an axis begin at zero."""
+    data_range.start = 0
+
+
+def short(worker: str) -> str:
+    """A worker's address without what all addresses share."""
+    return worker.rsplit("//", 1)[-1]

@@ -1,0 +1,102 @@
+"""What does a run cost whose experts go by in passes?
+
+The figures of the ordinary plan, except where passes change them: memory, bytes of experts, time;
+nothing is exchanged between ranks, since rows wait in memory or in files.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from dask.utils import format_bytes
+
+from dask_ep.laws.passes import PROCESS_BYTES, Passes, cut_pieces
+from dask_ep.pricing.price import Plan
+
+WAYS = {
+    "hold": "rows are held in memory, {chunks} chunks at a time, and all experts go by",
+    "spill": "rows are spilled to disk by expert, {chunks} chunks at a time, and all experts go by",
+}
+
+
+@dataclass(frozen=True, eq=False)
+class PlanInPasses(Plan):
+    """What one way to run a job costs whose experts go by in passes."""
+
+    @property
+    def passes(self) -> Passes:
+        """How they go by."""
+        return self.decision.passes
+
+    @property
+    def memory_parts(self) -> dict[str, int]:
+        """Bytes that a process uses at most, by what they are for; rows with their scratch."""
+        known = {"process": PROCESS_BYTES, "experts": self.expert_bytes}
+        return known | {"rows": self.passes.memory_bytes - sum(known.values())}
+
+    @property
+    def expert_bytes(self) -> int:
+        """Bytes of experts in a process at a time."""
+        passes, work = self.passes, self.work
+        a_block = passes.decoded * work.expert_loaded + passes.ahead * work.expert_stored
+        return passes.block_experts * a_block
+
+    @property
+    def stored_bytes(self) -> int:
+        """Bytes of experts that are read in all passes."""
+        return self.passes.passes * int((self.expert_rows > 0).sum()) * self.work.expert_stored
+
+    @property
+    def has_ranks(self) -> bool:
+        """None: the experts go by."""
+        return False
+
+    @property
+    def copies_beside(self) -> int:
+        """None."""
+        return 0
+
+    @property
+    def exchanged_bytes(self) -> int:
+        """None: rows are not sent to ranks."""
+        return 0
+
+    @property
+    def tasks(self) -> int:
+        """Tasks of the layer, if every group of chunks has rows for all experts."""
+        used = self.expert_rows[self.expert_rows > 0]
+        step, passes = self.passes.block_experts, self.passes
+        blocks = [used[first : first + step] for first in range(0, used.size, step)]
+        if passes.way == "hold":
+            return len(self.chunks) * (2 + len(blocks)) + passes.passes * len(blocks)
+        rows = [(block // passes.passes).tolist() for block in blocks]
+        pieces = sum(len(cut_pieces(r, passes.piece_rows, passes.threads)) for r in rows)
+        return 2 * len(self.chunks) + passes.passes * (len(blocks) + 2 * pieces)
+
+    @property
+    def seconds(self) -> float:
+        """Time of the run: products and tokens, and what passes add to these."""
+        return self.passes.seconds + max(self.busy_seconds, self.scheduler_seconds)
+
+    @property
+    def advice(self) -> list[str]:
+        """What passes do, in words."""
+        passes = self.passes
+        way = WAYS[passes.way].format(chunks=passes.group_chunks)
+        blocks = (
+            f"in blocks of {passes.block_experts}: {passes.decoded} that compute, and "
+            f"{passes.ahead} ahead, as they are stored"
+        )
+        times = "once" if passes.passes == 1 else f"{passes.passes} times in all"
+        said = [f"the experts do not fit, so {way} {times}, {blocks}"]
+        if passes.spill_bytes:
+            said.append(
+                f"{format_bytes(passes.spill_bytes)} of disk beside the output while it runs; "
+                f"{format_bytes(passes.moved_bytes)} are written there and read back"
+            )
+        return said
+
+    def to_dict(self) -> dict[str, Any]:
+        """Give all figures as plain numbers, lists and text."""
+        return super().to_dict() | {"passes": self.passes.to_dict()}

@@ -1,0 +1,398 @@
+"""How does a plan, or a run beside its plan, look to the eye?
+
+One HTML file that holds everything it shows, scripts included: it opens from a mail or a disk
+without a network, on a phone and on paper. Figures are said in text and tables as well.
+
+    plan     loads, imbalance of each placement, traffic, memory against the limit
+    run      the same, planned against measured; tasks on a time line, rows over time, events
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from html import escape
+from os import PathLike
+from pathlib import Path
+
+import numpy as np
+from dask.utils import format_bytes
+
+from dask_ep.placement.policies import POLICIES, place
+from dask_ep.pricing import figures
+from dask_ep.pricing.price import Plan, WhatIf
+from dask_ep.pricing.trace import Record
+
+STYLE = """
+:root { color-scheme: light; }
+body { font: 16px/1.5 system-ui, sans-serif; color: #111; background: #fff; margin: 0 auto;
+  max-width: 60rem; padding: 1rem; }
+h1 { font-size: 1.5rem; margin: 0 0 .25rem; } h2 { font-size: 1.15rem; margin: 2rem 0 .5rem; }
+table { border-collapse: collapse; width: 100%; font-variant-numeric: tabular-nums; }
+th, td { text-align: left; padding: .3rem .5rem; border-bottom: 1px solid #ccc; }
+td + td, th + th { text-align: right; } .wide { overflow-x: auto; }
+figure { margin: 1rem 0; } figcaption { color: #444; font-size: .9rem; }
+@media print { body { max-width: none; font-size: 11pt; } figure, table { break-inside: avoid; } }
+"""
+
+
+def write_plan_report(path: str | PathLike, compared: WhatIf) -> None:
+    """Write what a plan says, and how the choices compare if there are several.
+
+    Parameters
+    ----------
+    path : of the HTML file
+    compared : WhatIf
+        Of `what_if`; or of one plan, ``WhatIf((plan,), plan, "")``.
+
+    Raises
+    ------
+    ImportError
+        If bokeh is not installed.
+    """
+    best = compared.best
+    sections = [_table("Figures", ("", ""), figures_of(best))]
+    if len(compared.plans) > 1:
+        sections.append(_heading("Choices", compared.why))
+        sections.append(figures.draw_choices(compared.plans, best))
+    sections += [_heading("Load", _said_of_load(best)), figures.draw_expert_load(best)]
+    if best.has_ranks:
+        sections += [
+            figures.draw_rank_load(best),
+            figures.draw_imbalance(_imbalances(best)),
+            _heading("Between chunks and ranks", _said_of_traffic(best)),
+            _planned_traffic(best),
+        ]
+    sections += [_heading("Memory", _said_of_memory(best)), figures.draw_memory(best)]
+    if best.advice:
+        sections.append(_heading("Advice", ". ".join(best.advice)))
+    _write(path, "Plan", _title(best), sections)
+
+
+def write_run_report(
+    path: str | PathLike,
+    plan: Plan,
+    record: Record,
+    *,
+    note: str = "",
+    link: str | None = None,
+) -> None:
+    """Write what a run did beside what was planned.
+
+    Parameters
+    ----------
+    path : of the HTML file
+    plan : Plan, of the run's ranks, placement and chunks
+    record : Record, its chunks numbered as those of the plan
+    note : what else is to be said, such as that the run went on with another's output
+    link : address of a further report, such as Dask's own
+
+    Raises
+    ------
+    ImportError
+        If bokeh is not installed.
+    """
+    rate = plan.rows / record.seconds if record.seconds else 0.0
+    said = f"{plan.rows:,} rows in {record.seconds:.2f} s, {rate:,.0f} rows per second."
+    sections = [
+        *([_heading("", note)] if note else []),
+        _table("Planned and measured", ("", "planned", "measured"), _both(plan, record)),
+        *([f'<p><a href="{escape(link)}">Dask\'s own report of this run</a></p>'] if link else []),
+        _heading("Load", _said_of_load(plan)),
+        *(_of_ranks(plan, record) if plan.has_ranks else [figures.draw_expert_load(plan)]),
+        _heading("Memory", _said_of_memory(plan)),
+        figures.draw_memory(plan, record.peak_bytes),
+        _heading("Time", said),
+        figures.draw_time_line(record),
+        figures.draw_progress(plan, record),
+    ]
+    most, bars = figures.MOST_SPANS, len(record.spans) + len(record.servings)
+    if bars > most:
+        said = f"The time line shows the longest {most:,} of {bars:,} tasks and servings."
+        sections.append(_heading("", said))
+    sections.append(_heading("Faults and moves", _said_of_events(record)))
+    if record.events:
+        rows = [(f"{event.time:.2f} s", event.what) for event in record.events]
+        sections.append(_table("", ("at", "what"), rows))
+    _write(path, "Run", _title(plan), sections)
+
+
+def check_drawing() -> None:
+    """Raise ImportError where bokeh is not installed; better before a run than after it."""
+    try:
+        import bokeh.embed  # noqa: F401
+    except ImportError as error:
+        raise ImportError(
+            "a report is drawn with bokeh, which is not installed; "
+            'install it with: pip install "dask-ep[report]"'
+        ) from error
+
+
+def check_place(path: str | PathLike) -> None:
+    """Make the folder of a file that is written at the end; raise OSError where it cannot be."""
+    path = Path(path)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise OSError(
+            f"{path} cannot be written: {error.strerror}; choose another place"
+        ) from error
+    if path.is_dir() or not os.access(path if path.exists() else path.parent, os.W_OK):
+        what = "is a directory" if path.is_dir() else "cannot be written"
+        raise OSError(f"{path} {what}; choose another place")
+
+
+def _write(path: str | PathLike, kind: str, title: str, sections: Sequence[object]) -> None:
+    """Put sections, HTML text or bokeh figures, into one page."""
+    check_drawing()
+    from bokeh.embed import components
+    from bokeh.resources import INLINE
+
+    drawings = [part for part in sections if not isinstance(part, str)]
+    script, holders = components(drawings)
+    waiting = iter(holders)
+    body = "\n".join(
+        part if isinstance(part, str) else f"<figure>{next(waiting)}</figure>" for part in sections
+    )
+    page = f"""<!DOCTYPE html>
+<html lang="en">
+<head>
+<meta charset="utf-8">
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<link rel="icon" href="data:,">
+<title>{escape(kind)}: {escape(title)}</title>
+<style>{STYLE}</style>
+{INLINE.render()}
+</head>
+<body>
+<h1>{escape(kind)}</h1>
+<p>{escape(title)}</p>
+{body}
+{script}
+</body>
+</html>
+"""
+    Path(path).write_text(page, encoding="utf-8")
+
+
+def _title(plan: Plan) -> str:
+    how = f"{plan.world_size} ranks ({plan.policy})" if plan.has_ranks else "which go by in passes"
+    return (
+        f"{plan.rows:,} token rows of width {plan.work.d}, {plan.slots_per_row} of "
+        f"{plan.expert_rows.size} experts a row, {how}"
+    )
+
+
+def _heading(title: str, said: str) -> str:
+    heading = f"<h2>{escape(title)}</h2>" if title else ""
+    return f"{heading}<p>{escape(said)}</p>"
+
+
+def _table(title: str, head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    cells = "".join(f"<th>{escape(name)}</th>" for name in head)
+    lines = "".join(
+        f"<tr>{''.join(f'<td>{escape(cell)}</td>' for cell in row)}</tr>" for row in rows
+    )
+    top = f"<thead><tr>{cells}</tr></thead>" if any(head) else ""
+    heading = f"<h2>{escape(title)}</h2>" if title else ""
+    return f'{heading}<div class="wide"><table>{top}<tbody>{lines}</tbody></table></div>'
+
+
+def figures_of(plan: Plan) -> list[tuple[str, str]]:
+    """The figures of a plan as text, each with its name."""
+    copies = []
+    if plan.copies_beside:
+        read = format_bytes(plan.copies_beside * plan.work.expert_stored)
+        copies.append(("copies of experts among them", f"{plan.copies_beside}, {read}"))
+    parts = ", ".join(f"{name} {format_bytes(n)}" for name, n in plan.memory_parts.items())
+    tasks = plan.tasks + plan.other_tasks
+    library = f", by {plan.work.multiplied_by} here" if plan.work.multiplied_by else ""
+    ranks = [("runs on", plan.places)]
+    between = []
+    if plan.has_ranks:
+        ranks = [("ranks", f"{plan.world_size} ({plan.policy}) on {plan.places}")]
+        between = [
+            ("imbalance (max/mean rank)", f"{plan.imbalance:.3f}"),
+            ("exchanged between workers", format_bytes(plan.exchanged_bytes)),
+        ]
+    return [
+        ("token rows", f"{plan.rows:,}"),
+        ("experts", f"{plan.expert_rows.size}, {plan.slots_per_row} a row"),
+        *ranks,
+        ("chunks", f"{len(plan.chunks):,} of up to {plan.chunk_rows:,} rows"),
+        *between,
+        ("experts to read", format_bytes(plan.stored_bytes)),
+        *copies,
+        *((what, of_limit(*figures)) for what, figures in plan.memory_figures.items()),
+        ("what it is for", parts),
+        ("tasks", f"{tasks:,}, {plan.scheduler_seconds:.2f} s of the scheduler"),
+        ("operations", f"{plan.flops.sum() + plan.flops_beside:.3g} FLOP{library}"),
+        ("time", f"{plan.seconds:.2f} s"),
+    ]
+
+
+def of_limit(nbytes: int, limit: int | None) -> str:
+    """What is used, and what may be, for the eye.
+
+    Examples
+    --------
+    >>> of_limit(3 << 20, None), of_limit(3 << 20, 5 << 20)
+    ('3.00 MiB', '3.00 MiB of 5.00 MiB')
+    """
+    used = format_bytes(nbytes)
+    return used if limit is None else f"{used} of {format_bytes(limit)}"
+
+
+def _both(plan: Plan, record: Record) -> list[tuple[str, str, str]]:
+    """Planned and measured, side by side."""
+    peak = "" if record.peak_bytes is None else format_bytes(record.peak_bytes)
+    return [
+        ("tasks", f"{plan.tasks:,}", f"{record.tasks:,}"),
+        *(_both_between(plan, record) if plan.has_ranks else []),
+        ("memory of a worker, at most", format_bytes(plan.process_bytes), peak),
+        ("time", f"{plan.seconds:.2f} s", f"{record.seconds:.2f} s"),
+    ]
+
+
+def _both_between(plan: Plan, record: Record) -> list[tuple[str, str, str]]:
+    """What goes between chunks and ranks, planned and measured."""
+    received = record.received_rows()
+    return [
+        ("rows that ranks serve", f"{plan.packet_rows.sum():,}", f"{sum(received.values()):,}"),
+        (
+            "imbalance of these",
+            _imbalance(plan.packet_rows.sum(axis=0)),
+            _imbalance(list(received.values())),
+        ),
+        (
+            "exchanged between workers",
+            format_bytes(plan.exchanged_bytes),
+            format_bytes(record.exchanged_bytes),
+        ),
+    ]
+
+
+def _of_ranks(plan: Plan, record: Record) -> list[object]:
+    """Load of ranks and traffic to them, planned and measured; what services and workers did."""
+    received = record.received_rows()
+    return [
+        figures.draw_rank_load(plan, received),
+        _table("", ("rank", "planned rows", "measured rows"), _ranks(plan, received)),
+        figures.draw_imbalance(_imbalances(plan)),
+        _heading("Between chunks and ranks", _said_of_traffic(plan)),
+        _planned_traffic(plan),
+        *_measured_traffic(plan, record),
+        _table("Services", SERVICE_COLUMNS, _services(record)),
+        _heading("", SAID_OF_SERVICES),
+        _table("Chunks", ("worker", "chunks"), _chunks(record)),
+    ]
+
+
+SERVICE_COLUMNS = ("rank", "worker", "rows", "bytes in", "bytes out", "busy", "queue")
+
+SAID_OF_SERVICES = (
+    "Busy is the share of the time in which a service computed; queue the rows that waited for it, "
+    "on average. Rows of chunks on its own worker come without bytes and do not queue."
+)
+
+
+def _services(record: Record) -> list[tuple[str, ...]]:
+    return [
+        (
+            str(service.rank),
+            figures.short(service.worker),
+            f"{service.rows:,}",
+            format_bytes(service.bytes_in),
+            format_bytes(service.bytes_out),
+            f"{service.busy:.0%}",
+            f"{service.queue:,.0f}",
+        )
+        for service in record.services()
+    ]
+
+
+def _chunks(record: Record) -> list[tuple[str, str]]:
+    chunks = record.chunks_of_workers()
+    return [(figures.short(worker), f"{chunks.get(worker, 0):,}") for worker in record.workers()]
+
+
+def _imbalance(rows: Sequence[float]) -> str:
+    """Largest over mean, as text."""
+    rows = np.asarray(rows)
+    return f"{rows.max() / rows.mean():.3f}" if rows.any() else ""
+
+
+def _ranks(plan: Plan, measured: dict[int, int]) -> list[tuple[str, str, str]]:
+    """Rows that each rank serves, each row once, planned and measured."""
+    planned = plan.packet_rows.sum(axis=0).tolist()
+    return [
+        (str(rank), f"{rows:,}", f"{measured.get(rank, 0):,}") for rank, rows in enumerate(planned)
+    ]
+
+
+def _planned_traffic(plan: Plan) -> object:
+    names = [str(worker) for worker in range(plan.workers)]
+    return figures.draw_traffic(plan.traffic_rows, "Planned: rows to each rank", names)
+
+
+def _measured_traffic(plan: Plan, record: Record) -> list[object]:
+    workers, rows = record.workers(), record.traffic_rows(plan.world_size)
+    if plan.workers == 1:  # threads are one worker
+        workers, rows = ["0"], rows.sum(axis=0, keepdims=True)
+    names = [f"{number}: {figures.short(who)}" for number, who in enumerate(workers)]
+    if not rows.any():
+        return []
+    return [figures.draw_traffic(rows, "Measured: rows to each rank", names)]
+
+
+def _imbalances(plan: Plan) -> dict[str, float]:
+    """Imbalance of the plan's placement and of each policy, for the plan's load."""
+    load = plan.expert_rows
+    found = {p: place(p, load, plan.world_size).imbalance(load) for p in POLICIES}
+    return found if plan.policy in found else {"this placement": plan.imbalance, **found}
+
+
+def _said_of_load(plan: Plan) -> str:
+    hottest = int(plan.expert_rows.argmax())
+    pairs = max(int(plan.expert_rows.sum()), 1)
+    said = (
+        f"The hottest expert, {hottest}, gets {plan.expert_rows[hottest] / pairs:.1%} of all rows"
+    )
+    if not plan.has_ranks:
+        return f"{said}."
+    busiest = int(plan.rank_rows.argmax())
+    return f"{said}; the busiest rank, {busiest}, serves {plan.imbalance:.2f} times the mean."
+
+
+def _said_of_traffic(plan: Plan) -> str:
+    rows = int(plan.packet_rows.sum())
+    said = (
+        f"Ranks serve {rows:,} rows, {rows / max(plan.rows, 1):.2f} for each token row, however "
+        f"many of its {plan.slots_per_row} experts a rank has. "
+    )
+    if not plan.exchanged_bytes:
+        return f"{said}None of them leaves its worker."
+    return (
+        f"{said}A row goes to another worker once, whatever it has of its ranks, and comes back "
+        f"once from each: {format_bytes(plan.exchanged_bytes)} if neighbouring chunks lie together."
+    )
+
+
+def _said_of_events(record: Record) -> str:
+    again = record.repeated + record.served_again
+    if not record.events and not again:
+        return "No worker came or went, no rank moved, and nothing was computed twice."
+    return (
+        f"{record.repeated:,} tasks ran again, and {record.served_again:,} packets were served "
+        "again, lost with a worker or moved with a rank; what a lost worker had served is not "
+        f"counted. {len(record.events)} events, dotted lines in the time line."
+    )
+
+
+def _said_of_memory(plan: Plan) -> str:
+    said = []
+    for what, (nbytes, limit) in plan.memory_figures.items():
+        of = "no limit was given" if limit is None else f"the limit is {format_bytes(limit)}"
+        said.append(f"{what}: {format_bytes(nbytes)}; {of}")
+    text = ". ".join(said)
+    return f"{text[:1].upper()}{text[1:]}."

@@ -1,0 +1,335 @@
+"""What did a run do, task by task, and who served what?
+
+    threads     with Recorder() as recorder: ...        ──> recorder.record()
+    cluster     Dask's task stream, and what services note (`run_report`)
+                                                        ──> Record.of_task_stream(stream, servings)
+
+A `Record` holds when and where each task of a layer ran and each rank's part of each chunk was
+served (`tally`), to be laid beside the plan: `dask_ep.pricing.report`.
+"""
+
+from __future__ import annotations
+
+import re
+import resource
+import sys
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+from dask.callbacks import Callback
+
+from dask_ep.graph import tally
+from dask_ep.graph.keys import TaskKey, read_key
+from dask_ep.graph.tally import HERE, Serving
+
+STEPS = ("experts", "ranks", "chunk", "send", "dispatch", "receipt", "sum")
+"""What the tasks of a layer do, by their names; from "send" on where experts go by in passes."""
+
+BESIDE = ("read", "route", "layer", "store")
+"""What the tasks around it do."""
+
+
+class Span(NamedTuple):
+    """One task, from its start to its stop."""
+
+    key: TaskKey
+    step: str
+    #: one of `STEPS` and `BESIDE`, or "transfer"
+    worker: str
+    start: float
+    #: seconds since the first task began
+    stop: float
+
+    @property
+    def chunk(self) -> int:
+        """-1 for the experts of a rank, and for rows of several chunks."""
+        return self.key.chunk
+
+    @property
+    def rank(self) -> int:
+        """-1 for what no rank does."""
+        return self.key.rank
+
+
+class Service(NamedTuple):
+    """What one rank has served at one worker."""
+
+    rank: int
+    worker: str
+    rows: int
+    bytes_in: int
+    bytes_out: int
+    busy: float
+    #: share of the run's time
+    queue: float
+    #: rows that waited, on average over the run
+
+
+class Event(NamedTuple):
+    """Something that befell the run: a worker lost, a rank moved."""
+
+    time: float
+    #: seconds since the first task began
+    what: str
+
+
+@dataclass(frozen=True)
+class Record:
+    """What a run did."""
+
+    spans: tuple[Span, ...]
+    seconds: float
+    #: from the first start to the last stop
+    peak_bytes: int | None = None
+    #: memory of the process that used most, if it was measured
+    events: tuple[Event, ...] = ()
+    servings: tuple[Serving, ...] = ()
+    #: each rank's part of each chunk, times as those of the spans
+
+    # --- tasks ---
+
+    @property
+    def tasks(self) -> int:
+        """Tasks of the layer that ran, each once however often it was run."""
+        return len({s.key for s in self._of_layer})
+
+    @property
+    def repeated(self) -> int:
+        """Runs of tasks beyond their first: work that was lost with a worker."""
+        return len(self._of_layer) - self.tasks
+
+    @property
+    def _of_layer(self) -> list[Span]:
+        counted = {*STEPS, self._last}
+        return [s for s in self.spans if s.step in counted]
+
+    @property
+    def _last(self) -> str:
+        """The step that chunks end with: on workers these are named after their storing."""
+        steps = Counter(span.step for span in self.spans)
+        named = (s for s in ("chunk", "sum") if steps[s] and steps[s] >= steps["store"])
+        return next(named, "store")
+
+    def finished(self) -> list[tuple[float, int]]:
+        """When each chunk was done, first to last: (seconds, chunk)."""
+        done = {chunk: span.stop for chunk, span in self._last_runs().items()}
+        return sorted((when, chunk) for chunk, when in done.items())
+
+    def chunks_of_workers(self) -> dict[str, int]:
+        """How many chunks each worker has finished."""
+        counted = Counter(span.worker for span in self._last_runs().values())
+        return dict(sorted(counted.items()))
+
+    def _last_runs(self) -> dict[int, Span]:
+        """The last run of the task that each chunk ends with."""
+        spans = sorted((s for s in self.spans if s.step == self._last), key=lambda s: s.stop)
+        return {span.chunk: span for span in spans}
+
+    # --- what ranks have served ---
+
+    @property
+    def served_again(self) -> int:
+        """How often a rank's part of a chunk was served beyond the first time."""
+        return len(self.servings) - len(self._once())
+
+    @property
+    def exchanged_bytes(self) -> int:
+        """Bytes of all packets and answers between workers."""
+        return sum(s.bytes_in + s.bytes_out for s in self.servings)
+
+    def received_rows(self) -> dict[int, int]:
+        """Rows that each rank has answered, each chunk's once."""
+        rows: Counter[int] = Counter()
+        for serving in self._once():
+            rows[serving.rank] += serving.rows
+        return dict(sorted(rows.items()))
+
+    def workers(self) -> list[str]:
+        """All workers with chunks or ranks, by the lowest rank that they served; others last."""
+        lowest: dict[str, int] = {}
+        for serving in self._once():
+            lowest[serving.served_by] = min(
+                serving.rank, lowest.get(serving.served_by, serving.rank)
+            )
+        present = {*lowest, *self.chunks_of_workers()}
+        return sorted(present, key=lambda worker: (lowest.get(worker, sys.maxsize), worker))
+
+    def homes(self) -> dict[int, int]:
+        """The number of each chunk's worker in `workers`."""
+        number = {worker: n for n, worker in enumerate(self.workers())}
+        return {chunk: number[span.worker] for chunk, span in sorted(self._last_runs().items())}
+
+    def traffic_rows(self, world_size: int) -> np.ndarray:
+        """(W, R) rows from the chunks of each of the `workers` to each rank."""
+        workers = self.workers()
+        rows = np.zeros((len(workers), world_size), np.int64)
+        number = {worker: n for n, worker in enumerate(workers)}
+        for serving in self._once():
+            if serving.asked_by in number:
+                rows[number[serving.asked_by], serving.rank] += serving.rows
+        return rows
+
+    def services(self) -> list[Service]:
+        """What each rank has served at each worker, in the order of ranks."""
+        parts: dict[tuple[int, str], list[Serving]] = defaultdict(list)
+        for serving in self.servings:
+            parts[serving.rank, serving.served_by].append(serving)
+        seconds = self.seconds or 1.0
+        return [
+            Service(
+                rank,
+                worker,
+                sum(s.rows for s in of),
+                sum(s.bytes_in for s in of),
+                sum(s.bytes_out for s in of),
+                sum(s.stop - s.start for s in of) / seconds,
+                sum(s.waited * s.rows for s in of) / seconds,
+            )
+            for (rank, worker), of in sorted(parts.items())
+        ]
+
+    def _once(self) -> list[Serving]:
+        """The last serving of each rank's part of each chunk."""
+        return list({(s.chunk, s.rank): s for s in self.servings}.values())
+
+    # --- forms ---
+
+    def renumbered(self, chunks: Sequence[int]) -> Record:
+        """Number chunks by their place in `chunks`: those that a resumed run has computed."""
+        place = {chunk: n for n, chunk in enumerate(chunks)} | {-1: -1}
+        spans, servings = (
+            tuple(s for s in some if s.chunk in place) for some in (self.spans, self.servings)
+        )
+        spans = tuple(s._replace(key=s.key._replace(chunk=place[s.chunk])) for s in spans)
+        servings = tuple(s._replace(chunk=place[s.chunk]) for s in servings)
+        return replace(self, spans=spans, servings=servings)
+
+    @classmethod
+    def of_task_stream(
+        cls,
+        stream: Iterable[Mapping[str, Any]],
+        servings: Iterable[Serving] = (),
+        *,
+        peak_bytes: int | None = None,
+        events: Sequence[tuple[float, str]] = (),
+    ) -> Record:
+        """Read what `distributed.get_task_stream` gives.
+
+        Parameters
+        ----------
+        stream : records with "key", "worker" and "startstops"
+        servings : what the workers have noted meanwhile
+        peak_bytes : see `Record`
+        events : (time, text), times as the stream has them (seconds since 1970)
+        """
+        spans = []
+        for task in stream:
+            key = _layer_key(task["key"])
+            if key is None:
+                continue
+            for part in task["startstops"]:
+                if part["action"] in ("compute", "transfer"):
+                    step = key.step if part["action"] == "compute" else "transfer"
+                    spans.append(Span(key, step, task["worker"], part["start"], part["stop"]))
+        return _from_zero(spans, servings, peak_bytes, events)
+
+
+class Recorder(Callback):
+    """Records the tasks of layers that Dask's local schedulers run inside its `with` block.
+
+    Examples
+    --------
+    >>> import dask.array as da, numpy as np
+    >>> from dask_ep import expert_parallel
+    >>> from dask_ep.pricing.trace import Recorder
+    >>> tokens, routing = da.ones((4, 2), chunks=2), da.from_array(np.array([0, 1, 1, 1]), chunks=2)
+    >>> y = expert_parallel(tokens, routing, np.ones((2, 2, 3)), world_size=2)
+    >>> with Recorder() as recorder:
+    ...     _ = y.compute(scheduler="sync")
+    >>> record = recorder.record()
+    >>> record.tasks, record.received_rows()
+    (5, {0: 1, 1: 3})
+    """
+
+    def __init__(self) -> None:
+        super().__init__(pretask=self._begin, posttask=self._end)
+        self._begun: dict[Any, float] = {}
+        self._threads: dict[Any, str] = {}
+        self._spans: list[Span] = []
+        self._servings: list[Serving] = []
+
+    def __enter__(self) -> Recorder:
+        tally.record()
+        return super().__enter__()
+
+    def __exit__(self, *exception: object) -> None:
+        super().__exit__(*exception)
+        self._servings += tally.take()
+
+    def record(self, peak_bytes: int | None = None) -> Record:
+        """What has been recorded in the block."""
+        thread = {span.chunk: span.worker for span in self._spans if span.step == "chunk"}
+        servings = [
+            s._replace(asked_by=where, served_by=where)
+            for s in self._servings
+            for where in [thread.get(s.chunk, HERE)]
+        ]
+        return _from_zero(self._spans, servings, peak_bytes, ())
+
+    def _begin(self, key: Any, graph: Any, state: Any) -> None:
+        self._begun[key] = tally.now()
+
+    def _end(self, key: Any, result: Any, graph: Any, state: Any, worker: Any) -> None:
+        start, of_layer = self._begun.pop(key), _layer_key(key)
+        if of_layer is not None:
+            name = f"thread {self._threads.setdefault(worker, str(len(self._threads)))}"
+            self._spans.append(Span(of_layer, of_layer.step, name, start, tally.now()))
+
+
+def forget_peak_memory() -> None:
+    """Let `peak_memory` begin anew, where the system can: on Linux."""
+    with suppress(OSError):
+        Path("/proc/self/clear_refs").write_text("5")
+
+
+def peak_memory() -> int:
+    """Bytes of memory that this process has used at most so far."""
+    try:  # the resource usage of a process begins with the peak of the one that started it
+        status = Path("/proc/self/status").read_text()
+        return int(re.search(r"^VmHWM:\s+(\d+) kB$", status, re.MULTILINE)[1]) * 1024
+    except OSError:
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
+
+
+def _layer_key(key: Any) -> TaskKey | None:
+    """What a key says, if it is of a step that a record keeps."""
+    of_layer = read_key(key)
+    return of_layer if of_layer is not None and of_layer.step in (*STEPS, *BESIDE) else None
+
+
+def _from_zero(
+    spans: Iterable[Span],
+    servings: Iterable[Serving],
+    peak_bytes: int | None,
+    events: Sequence[tuple[float, str]],
+) -> Record:
+    """A record whose times begin with its first task."""
+    spans, servings = (sorted(some, key=lambda one: one.start) for some in (spans, servings))
+    zero = spans[0].start if spans else 0.0
+    spans, servings = (
+        tuple(one._replace(start=one.start - zero, stop=one.stop - zero) for one in some)
+        for some in (spans, servings)
+    )
+    return Record(
+        spans,
+        max((s.stop for s in spans), default=0.0),
+        peak_bytes,
+        tuple(Event(when - zero, what) for when, what in events),
+        servings,
+    )

@@ -1,0 +1,1 @@
+"""How do arrays come in and go out?"""

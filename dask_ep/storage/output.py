@@ -1,0 +1,356 @@
+"""How are the missing blocks of an output written, and when is it complete?
+
+    block of y ──> ep_store (write, then record) ──> receipt     one task per missing block
+    all blocks recorded ──> finish ──> the output gets its name
+
+While it is written, an output lies in ``<path>.progress/``, with the record of what is done (see
+`journal`); when the last block is done it gets its name, and what had that name before goes. So at
+`path` there is never half an output that a reader could take for a whole one: unwritten rows of a
+``.npy``, and missing chunks of a Zarr array, would read as zeros. Whoever wants to look at a run
+under way finds the unfinished array in the directory.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import os
+import uuid
+import weakref
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any, NamedTuple
+
+import dask
+import dask.array as da
+import numpy as np
+import xxhash
+from dask.base import DaskMethodsMixin
+from dask.blockwise import BlockwiseDepDict, blockwise
+from dask.callbacks import Callback
+from dask.highlevelgraph import HighLevelGraph
+
+from dask_ep.arrays.checks import count_not_finite
+from dask_ep.arrays.device import download
+from dask_ep.storage import journal
+from dask_ep.storage.replace import is_replaceable, replace
+from dask_ep.storage.sources import open_source
+from dask_ep.storage.writers import Writer
+from dask_ep.storage.writing import release_when_written
+
+SPILLED, SERVED = 0.05, 0.9
+"""Parts of a row that count as done when it waits on disk, and when its experts have served it. The
+rest of it counts when it is written."""
+
+
+class Receipt(NamedTuple):
+    """What a block's task answers when the block is written and recorded."""
+
+    block: int
+    rows: int
+    nbytes: int
+    worked: float = 0.0
+    #: rows that work on blocks which are not written yet is worth: `SPILLED`, `SERVED` of each
+    part: int = 0
+    #: of the work on a block, where several receipts tell of it
+    not_finite: int = 0
+    #: rows of the block that hold NaN or infinity
+    first_not_finite: int = -1
+    #: the first of them in the whole output; -1 without one
+
+
+class Output(DaskMethodsMixin):
+    """An output that is being written: a Dask collection whose tasks write the missing blocks.
+
+    Made by ``store(..., compute=False)``. It holds the output's lock until `finish` or `close`, or
+    until the `with` block that it opens ends. If it is dropped before, the lock is held until no
+    task that writes the output is left on a cluster.
+
+    Attributes
+    ----------
+    path : str, where the output will be
+    shape : tuple of int
+    dtype : numpy.dtype
+    rows : tuple of int, of each block
+    done_before : frozenset of int, blocks that an earlier run has finished
+    missing : tuple of int, blocks that this one writes, in order
+    complete : bool, whether the output has its name
+
+    Notes
+    -----
+    On the local schedulers, ``output.compute(on_block=...)`` calls back for each block. On a
+    cluster, ``output.persist()`` returns at once and ``distributed.futures_of`` of it are the
+    futures of the receipts, in the order of `missing`; call `finish` when all of them are done.
+    `count_done` tells from the files how far it is, to anybody.
+    """
+
+    def __init__(
+        self, y: da.Array, path: str, writer: Writer, manifest: dict[str, Any], sync: bool
+    ):
+        self.path, self.shape, self.dtype = path, y.shape, y.dtype
+        self.rows: tuple[int, ...] = tuple(map(int, y.chunks[0]))
+        self.directory, self._writer, self._manifest = progress_directory(path), writer, manifest
+        self.complete = manifest["complete"]
+        self.done_before = frozenset(range(len(self.rows)) if self.complete else self._find_done())
+        self.missing = tuple(b for b in range(len(self.rows)) if b not in self.done_before)
+        self._name = f"ep_store-{uuid.uuid4().hex}"  # writing is an act: no two of them are one
+        self._graph = self._build_graph(y, sync)
+        self._dropped = weakref.finalize(
+            self, release_when_written, self.directory, self.__dask_keys__()
+        )
+
+    def step(self, blocks: Iterable[int]) -> Step:
+        """The writing of some of the missing blocks, to be computed by itself before `finish`."""
+        missing = set(self.missing)
+        return Step(self._graph, [(self._name, b) for b in blocks if b in missing])
+
+    def compute(
+        self, on_block: Callable[[Receipt], Any] | None = None, **kwargs: Any
+    ) -> list[Receipt]:
+        """Write all missing blocks, and give the output its name.
+
+        Parameters
+        ----------
+        on_block : called with the receipt of each block, in the thread that called `compute`: when
+            the block is done on the local schedulers, when all are done on a cluster
+        **kwargs : for the scheduler, as `dask.compute` takes them
+
+        Returns
+        -------
+        list of Receipt, in the order of `missing`; empty once the output is complete
+
+        Raises
+        ------
+        OSError
+            If a block cannot be written, naming it, the file and, on a full disk, the bytes that it
+            needs and that are free. Finished blocks stay good.
+        """
+        receipts: list[Receipt] = []
+        if self.missing and not self.complete:
+            receipts = _compute(self, on_block, kwargs)
+        self.finish()
+        return receipts
+
+    def finish(self) -> None:
+        """Give the complete output its name, and release the lock.
+
+        Raises
+        ------
+        ValueError
+            If blocks are missing.
+        FileExistsError
+            If something came to be at `path` meanwhile, and was not to be overwritten.
+        """
+        if not self.complete:
+            left = len(self.rows) - len(self._find_done())
+            if left:
+                raise ValueError(
+                    f"{left} of {len(self.rows)} blocks of {self.path} are missing; compute them "
+                    "before finish()"
+                )
+            self._writer.tidy()
+            self._check_place()
+            replace(self._writer.path, self.path, self.directory)
+            journal.sync_path(os.path.dirname(self.path))
+            journal.write_complete(self.directory, self._manifest, fingerprint_output(self.path))
+            self.complete = True
+        self.close()
+
+    def close(self) -> None:
+        """Release the lock; what is done stays done."""
+        if self._dropped.detach() is not None:
+            journal.release(self.directory)
+
+    def count_done(self) -> int:
+        """Count the blocks that are done by now, whoever wrote them."""
+        done = journal.read_done(self.directory, self._manifest["run"])
+        return len(self.rows) if self.complete else len(done)
+
+    def __enter__(self) -> Output:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.close()
+
+    def __repr__(self) -> str:
+        done = len(self.done_before)
+        return f"Output({self.path!r}, shape={self.shape}, {done} of {len(self.rows)} blocks done)"
+
+    def __dask_graph__(self) -> HighLevelGraph:
+        return self._graph
+
+    def __dask_keys__(self) -> list[tuple[str, int]]:
+        return [(self._name, block) for block in self.missing]
+
+    def __dask_layers__(self) -> tuple[str, ...]:
+        return (self._name,)
+
+    def __dask_tokenize__(self) -> str:
+        return self._name
+
+    def __dask_postcompute__(self) -> tuple[Callable, tuple]:
+        return list, ()
+
+    def __dask_postpersist__(self) -> tuple[Callable, tuple]:
+        return Step, (self.__dask_keys__(),)
+
+    __dask_optimize__ = staticmethod(da.optimize)
+    __dask_scheduler__ = staticmethod(da.Array.__dask_scheduler__)
+
+    def _build_graph(self, y: da.Array, sync: bool) -> HighLevelGraph:
+        starts = np.concatenate([[0], np.cumsum(self.rows)]).tolist()
+        job = _Job(
+            self._writer, self.directory, self._manifest["run"], self.shape, self.dtype, sync
+        )
+        spans = {(b,): (b, starts[b], starts[b + 1]) for b in range(len(self.rows))}
+        layer = blockwise(
+            _store_block, self._name, (0,), y.name, tuple(range(y.ndim)), job, None,
+            BlockwiseDepDict(spans, numblocks=(len(spans),)), (0,),
+            numblocks={y.name: y.numblocks},
+        )  # fmt: skip
+        return HighLevelGraph.from_collections(self._name, layer, dependencies=[y])
+
+    def _check_place(self) -> None:
+        """Refuse to take the place of what nobody allowed to overwrite."""
+        there = os.path.lexists(self.path)
+        if there and not (self._manifest["overwrite"] and is_replaceable(self.path)):
+            raise FileExistsError(
+                f"the output is complete in {self._writer.path}, but meanwhile something else came "
+                f"to be at {self.path}: move that away and resume"
+            )
+
+    def _find_done(self) -> set[int]:
+        starts = np.concatenate([[0], np.cumsum(self.rows)]).tolist()
+        done = journal.read_done(self.directory, self._manifest["run"])
+        return {b for b in done if self._writer.holds(starts[b], starts[b + 1])}
+
+
+def progress_directory(path: str) -> str:
+    """Where the record of an output lies, and the output itself while it is incomplete."""
+    return path + ".progress"
+
+
+def free_bytes(directory: str) -> int:
+    """Bytes that can be written to the file system of a directory."""
+    stat = os.statvfs(directory)
+    return stat.f_bavail * stat.f_frsize
+
+
+def fingerprint_output(path: str) -> dict[str, Any]:
+    """What tells a complete output from one that was changed since: sizes and times of files."""
+    return open_source(path).fingerprint()
+
+
+def hash_rows(rows: np.ndarray) -> str:
+    """What tells the rows of a block from others."""
+    return xxhash.xxh3_64_hexdigest(np.ascontiguousarray(rows).reshape(-1).view(np.uint8))
+
+
+class _Job(NamedTuple):
+    """What all tasks of an output share."""
+
+    writer: Writer
+    directory: str
+    run: str
+    shape: tuple[int, ...]
+    dtype: np.dtype
+    sync: bool
+
+
+class Step(DaskMethodsMixin):
+    """Some tasks that answer with receipts, as a Dask collection.
+
+    Parameters
+    ----------
+    graph : of the tasks and all that they need
+    keys : of the tasks
+    """
+
+    def __init__(self, graph: Mapping, keys: list, rename: Mapping | None = None):
+        self._graph = graph
+        self._keys = self.missing = [(rename or {}).get(key, key) for key in keys]
+
+    def compute(
+        self, on_block: Callable[[Receipt], Any] | None = None, **kwargs: Any
+    ) -> list[Receipt]:
+        """Do the tasks; the arguments are those of `Output.compute`."""
+        return _compute(self, on_block, kwargs) if self._keys else []
+
+    def __dask_graph__(self) -> Mapping:
+        return self._graph
+
+    def __dask_keys__(self) -> list:
+        return self._keys
+
+    def __dask_postcompute__(self) -> tuple[Callable, tuple]:
+        return list, ()
+
+    def __dask_postpersist__(self) -> tuple[Callable, tuple]:
+        return Step, (self._keys,)
+
+    __dask_optimize__ = staticmethod(da.optimize)
+    __dask_scheduler__ = staticmethod(da.Array.__dask_scheduler__)
+
+
+def _compute(
+    collection: Output | Step, on_block: Callable[[Receipt], Any] | None, kwargs: dict[str, Any]
+) -> list[Receipt]:
+    watch = None if on_block is None else _Watch(on_block)
+    with watch or contextlib.nullcontext():
+        (receipts,) = dask.compute(collection, **kwargs)
+    if watch is not None:
+        for receipt in receipts:
+            watch.tell(receipt)
+    return receipts
+
+
+class _Watch(Callback):
+    """Hands each receipt on, once, as the local schedulers see it."""
+
+    def __init__(self, on_block: Callable[[Receipt], Any]):
+        super().__init__(posttask=self._look)
+        self._on_block = on_block
+        self._seen: set[Receipt] = set()
+
+    def tell(self, receipt: Receipt) -> None:
+        if receipt not in self._seen:
+            self._seen.add(receipt)
+            self._on_block(receipt)
+
+    def _look(self, key: Any, result: Any, *_: Any) -> None:
+        receipt = getattr(result, "receipt", result)  # of a task that passes something on as well
+        if isinstance(receipt, Receipt):
+            self.tell(receipt)
+
+
+def _store_block(rows: Any, job: _Job, span: tuple[int, int, int]) -> Receipt:
+    while isinstance(rows, list):  # the one block along each axis but the first
+        (rows,) = rows
+    block, start, stop = span
+    if not isinstance(rows, np.ndarray):
+        rows = download(rows)
+    place = f"block {block} (rows [{start}, {stop})) of {job.writer.path}"
+    expected = (stop - start, *job.shape[1:])
+    if rows.shape != expected or rows.dtype != job.dtype:
+        raise ValueError(
+            f"{place} must be {expected} of {job.dtype}, as the array says, but the task gave "
+            f"{rows.shape} of {rows.dtype}; check the meta and chunks of the array"
+        )
+    try:
+        rows = np.ascontiguousarray(rows)
+        job.writer.write(rows, start, job.sync)
+        journal.record_done(job.directory, job.run, block, hash_rows(rows), sync=job.sync)
+    except OSError as error:
+        raise _explain(error, place, rows.nbytes, job.directory) from error
+    count, first = count_not_finite(rows)
+    first = start + first if count else -1
+    return Receipt(block, len(rows), rows.nbytes, not_finite=count, first_not_finite=first)
+
+
+def _explain(error: OSError, place: str, nbytes: int, directory: str) -> OSError:
+    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return OSError(
+            error.errno,
+            f"no space left for {place}: it needs {nbytes} bytes, {free_bytes(directory)} are "
+            "free. Finished blocks stay good: make room and go on with resume",
+        )
+    return OSError(error.errno, f"{place} could not be written: {error}")

@@ -1,0 +1,289 @@
+"""How does an output begin, and what of an earlier run counts?
+
+    nothing there, or overwrite ──> begin: space checked, an output without rows in ``.progress/``
+    resume ──> find_good, wherever the output lies ──> go on with the blocks that are missing
+
+What an earlier run has finished stays at its place until the new output is complete. A finished
+output that is no longer what was written, because files of it are missing or cut short, goes back
+to where it was incomplete, and its missing blocks are computed again; what has other rows than
+those that were written is refused.
+"""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import uuid
+import warnings
+from collections.abc import Mapping
+from itertools import accumulate, pairwise
+from math import prod
+from typing import Any
+
+import dask.array as da
+import numpy as np
+
+from dask_ep.storage import journal
+from dask_ep.storage.files import bytes_below
+from dask_ep.storage.fingerprint import describe
+from dask_ep.storage.output import fingerprint_output, free_bytes, hash_rows, progress_directory
+from dask_ep.storage.replace import is_replaceable, remove
+from dask_ep.storage.sources import ReadError
+from dask_ep.storage.writers import Writer, make_writer
+
+
+def make_manifest(
+    y: da.Array, inputs: Mapping[str | None, Any], settings: Mapping[str, Any], overwrite: bool
+) -> dict[str, Any]:
+    """Say what an output is and what it is made of, as a new run of it would be recorded.
+
+    Parameters
+    ----------
+    y, inputs, settings, overwrite : as `store` takes them; inputs by name or one
+        without a name, each a mapping or an object with a ``fingerprint()``
+
+    Raises
+    ------
+    TypeError
+        If settings are not JSON-able, or an input cannot be told from another.
+    """
+    fingerprints = {
+        name: obj if isinstance(obj, Mapping) else describe(obj) for name, obj in inputs.items()
+    }
+    manifest = {
+        "format": journal.FORMAT,
+        "shape": [int(length) for length in y.shape],
+        "dtype": y.dtype.name,
+        "rows": [int(count) for count in y.chunks[0]],
+        "array": y.name,
+        "inputs": fingerprints,
+        "settings": dict(settings),
+        "overwrite": overwrite,
+        "complete": False,
+        "output": None,
+    }
+    try:
+        return json.loads(json.dumps(manifest))
+    except TypeError as error:
+        raise TypeError(f"settings and fingerprints must be JSON-able: {error}") from error
+
+
+def check_existing(path: str, resume: bool, overwrite: bool) -> None:
+    """Refuse to touch what is there, unless the user has said what is to become of it."""
+    if resume and overwrite:
+        raise ValueError("resume goes on and overwrite starts again; give one of them")
+    began = journal.has_manifest(progress_directory(path))
+    there = os.path.lexists(path)
+    if there and resume and not began:
+        raise FileExistsError(
+            f"{path} exists, but {progress_directory(path)} does not say what it was made of, so "
+            "it cannot be resumed; overwrite it, or write elsewhere"
+        )
+    if (there or began) and not (resume or overwrite):
+        what = "exists" if there else "was begun by an earlier run"
+        raise FileExistsError(
+            f"{path} {what}; resume to go on with it, overwrite to start again, or write elsewhere"
+        )
+    if there and overwrite and not is_replaceable(path):
+        raise FileExistsError(
+            f"{path} is a directory but no Zarr array, and is not removed; write elsewhere"
+        )
+
+
+def begin(
+    y: da.Array, path: str, wanted: dict[str, Any], compressors: Any = None
+) -> tuple[Writer, dict[str, Any]]:
+    """Make an output without rows, and remove what an unfinished run has left.
+
+    What is at `path` stays there.
+    """
+    directory = progress_directory(path)
+    manifest = wanted | {"run": uuid.uuid4().hex[:12]}
+    writer = _open_writer(path, manifest, _partial(path, manifest), compressors)
+    if compressors is None:
+        _check_space(path, y, set(), bytes_below(directory))
+    try:
+        writer.create()  # which may refuse what it is given, when nothing is lost yet
+    except BaseException:
+        remove(writer.path)
+        raise
+    for name in os.listdir(directory):
+        if name not in ("lock", "manifest.json", os.path.basename(writer.path)):
+            remove(os.path.join(directory, name))
+    journal.write_manifest(directory, manifest)
+    return writer, manifest
+
+
+def go_on(
+    y: da.Array, path: str, manifest: dict[str, Any], wanted: dict[str, Any], compressors: Any
+) -> tuple[Writer, dict[str, Any]]:
+    """Take up what an earlier run has left, if it was the same run.
+
+    Raises
+    ------
+    ValueError
+        If it was another: the message says what differs.
+    FileExistsError
+        If what is at `path` is not what that run wrote.
+    """
+    differences = journal.describe_differences(manifest, wanted)
+    if differences:
+        raise ValueError(
+            f"{path} was begun from something else, and cannot be resumed: "
+            f"{_some(differences)}. Overwrite it, or write elsewhere"
+        )
+    directory, partial = progress_directory(path), _partial(path, manifest)
+    for name in os.listdir(directory):  # of a run that was stopped as it began to overwrite
+        if name.startswith("partial-") and name != os.path.basename(partial):
+            remove(os.path.join(directory, name))
+    done = find_good(path, manifest)
+    if not (done or os.path.exists(partial)):
+        overwrite = manifest["overwrite"] or os.path.lexists(path)  # nothing of it is left
+        return begin(y, path, wanted | {"overwrite": overwrite}, compressors)
+    writer = _open_writer(path, manifest, partial, compressors)
+    if os.path.exists(partial):
+        writer.tidy()
+        if manifest["complete"] or not done:
+            manifest |= {"complete": False, "output": None} | ({} if done else {"array": y.name})
+            journal.write_manifest(directory, manifest)
+        if compressors is None:
+            _check_space(path, y, set(done))
+    elif len(done) < len(manifest["rows"]):
+        _take_back(path, manifest, done)
+    else:  # complete; or stopped between the rename and the manifest, or copied since
+        found = fingerprint_output(path)
+        if not manifest["complete"] or manifest["output"] != found:
+            journal.write_complete(directory, manifest, found)
+    _warn_of_another_array(path, y, manifest, wanted)
+    return writer, manifest
+
+
+def find_good(path: str, manifest: Mapping[str, Any]) -> dict[int, str]:
+    """Find the blocks of an output that are there, wherever it lies.
+
+    Parameters
+    ----------
+    path : of the output
+    manifest : of the run that wrote it
+
+    Returns
+    -------
+    dict : block -> hash of its rows
+
+    Raises
+    ------
+    FileExistsError
+        If there is something else at `path` than what that run wrote.
+
+    Notes
+    -----
+    Of an unfinished output the journal and the sizes of files tell, of a finished one the sizes and
+    times of change of its files. Where those are others than they were, its rows are read.
+    """
+    digests = journal.read_digests(progress_directory(path), manifest["run"])
+    partial = _open_writer(path, manifest, _partial(path, manifest))
+    spans = _spans(manifest)
+    if os.path.exists(partial.path):
+        return {b: digests[b] for b in sorted(digests) if partial.holds(*spans[b])}
+    if not os.path.lexists(path):
+        return {}
+    if manifest["complete"] and _is_unchanged(path, manifest):
+        return digests
+    return _compare_rows(path, _open_writer(path, manifest, path), spans, digests)
+
+
+def _is_unchanged(path: str, manifest: Mapping[str, Any]) -> bool:
+    try:
+        return json.loads(json.dumps(fingerprint_output(path))) == manifest["output"]
+    except (OSError, ValueError, TypeError):
+        return False
+
+
+def _compare_rows(
+    path: str, writer: Writer, spans: list[tuple[int, int]], digests: Mapping[int, str]
+) -> dict[int, str]:
+    """Give the blocks of a finished output that are there; refuse if one has other rows."""
+    other = f"{path} is not what its run wrote, and cannot be resumed: "
+    instead = "Overwrite it, or write elsewhere"
+    if not writer.fits():
+        raise FileExistsError(f"{other}it is of another format, shape or dtype. {instead}")
+    there = [block for block in sorted(digests) if writer.holds(*spans[block])]
+    good = {}
+    for block in there:
+        start, stop = spans[block]
+        try:
+            rows = writer.read(start, stop)
+        except ReadError:
+            continue  # damaged, and computed again
+        if hash_rows(rows) != digests[block]:
+            raise FileExistsError(f"{other}rows [{start}, {stop}) have other values. {instead}")
+        good[block] = digests[block]
+    return good
+
+
+def _take_back(path: str, manifest: dict[str, Any], done: Mapping[int, str]) -> None:
+    """Make a finished output of which blocks are missing an unfinished one."""
+    directory = progress_directory(path)
+    journal.keep_done(directory, manifest["run"], done)
+    os.rename(path, _partial(path, manifest))
+    manifest |= {"complete": False, "output": None}
+    journal.write_manifest(directory, manifest)
+
+
+def _warn_of_another_array(
+    path: str, y: da.Array, manifest: Mapping[str, Any], wanted: Mapping[str, Any]
+) -> None:
+    told_by_name = not (wanted["inputs"] or wanted["settings"])
+    if told_by_name and manifest.get("array", y.name) != y.name:
+        warnings.warn(
+            f"{path} was begun from an array of another name, and there are neither inputs nor "
+            "settings that tell whether this is the same: what is done is kept. Give store inputs "
+            "or settings, or overwrite it",
+            stacklevel=4,
+        )
+
+
+def _partial(path: str, manifest: Mapping[str, Any]) -> str:
+    """Where an output lies while it is incomplete."""
+    kind = os.path.splitext(path)[1]
+    return os.path.join(progress_directory(path), f"partial-{manifest['run']}{kind}")
+
+
+def _open_writer(
+    path: str, manifest: Mapping[str, Any], place: str, compressors: Any = None
+) -> Writer:
+    return make_writer(
+        os.path.splitext(path)[1],
+        place,
+        tuple(manifest["shape"]),
+        np.dtype(manifest["dtype"]),
+        manifest["rows"],
+        compressors,
+        manifest.get("stored_rows"),
+    )
+
+
+def _spans(manifest: Mapping[str, Any]) -> list[tuple[int, int]]:
+    """First and last row + 1 of each block."""
+    return list(pairwise(accumulate(manifest["rows"], initial=0)))
+
+
+def _some(differences: list[str], most: int = 8) -> str:
+    more = f"; and {len(differences) - most} more" if len(differences) > most else ""
+    return "; ".join(differences[:most]) + more
+
+
+def _check_space(path: str, y: da.Array, done: set[int], freed: int = 0) -> None:
+    """Find a full disk before the work; a compressed output may need less, and is not judged."""
+    rows = [count for block, count in enumerate(y.chunks[0]) if block not in done]
+    needed = sum(rows) * prod(y.shape[1:]) * y.dtype.itemsize
+    free = free_bytes(progress_directory(path)) + freed
+    if needed > free:
+        old = bytes_below(path)
+        stays = f"; the old output, {old} bytes, stays until the new one is complete" if old else ""
+        raise OSError(
+            errno.ENOSPC,
+            f"no space for the {len(rows)} missing blocks of {path}: they need {needed} bytes, "
+            f"{free} are free{stays}. Make room, or write elsewhere",
+        )

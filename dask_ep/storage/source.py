@@ -1,0 +1,132 @@
+"""What can be read by ranges of rows?
+
+A `Source` knows the place, shape and dtype of an array and reads rows [start, stop) of it when
+asked; it never holds a file's data, and pickles to a few hundred bytes. `sources` has those of
+memory and local files, `remote` those of object stores.
+"""
+
+from __future__ import annotations
+
+import json
+from abc import ABC, abstractmethod
+from math import prod
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+
+from dask_ep.arrays.checks import check_byte_order
+from dask_ep.arrays.memory import empty
+
+
+class Source(ABC):
+    """An array that is read by ranges of rows.
+
+    Attributes
+    ----------
+    shape : tuple of int
+    dtype : numpy.dtype, in native byte order
+    name : str, for messages
+    path : str or None, the local file or directory that the data lies in
+    chunk_rows : int or None, the rows that are stored together, None where any range is as good
+    read_bytes : int, of memory that a read needs beside the rows that it gives
+    """
+
+    shape: tuple[int, ...]
+    dtype: np.dtype
+    name: str
+    path: str | None = None
+    chunk_rows: int | None = None
+    read_bytes: int = 0
+
+    @property
+    def ndim(self) -> int:
+        return len(self.shape)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the whole array as its dtype says, uncompressed."""
+        return prod(self.shape) * self.dtype.itemsize
+
+    @abstractmethod
+    def read(self, start: int, stop: int, out: np.ndarray | None = None) -> np.ndarray:
+        """Read rows [start, stop) of the first axis, with all of the other axes.
+
+        Parameters
+        ----------
+        start, stop : int, 0 <= start <= stop <= shape[0]; an array of no axes is one row
+        out : (stop - start, *shape[1:]) array of `dtype`, C-contiguous, to be filled; without it
+            memory from `dask_ep.arrays.memory.empty`
+
+        Returns
+        -------
+        `out`, or a C-contiguous array like it
+
+        Raises
+        ------
+        ReadError
+            If the data is not there whole, naming the file, the rows, the bytes expected and got.
+        """
+
+    @abstractmethod
+    def fingerprint(self) -> dict[str, Any]:
+        """Tell this data from other or changed data, as a JSON-able mapping.
+
+        It has `name`, `shape`, `dtype`, and the size and time of change of the files, or a hash of
+        the content for arrays in memory; not where the files lie, so that they may be moved.
+        """
+
+    def __dask_tokenize__(self) -> object:
+        return self._as_text(self.path)
+
+    def _as_text(self, place: str | None) -> str:
+        """One string, which Dask hashes ten times faster than the mappings that it is made of."""
+        return f"{type(self).__name__} {place} {json.dumps(self.fingerprint(), sort_keys=True)}"
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({self.name!r}, shape={self.shape}, dtype={self.dtype})"
+
+    def _shape_of(self, start: int, stop: int) -> tuple[int, ...]:
+        """Check a request to `read`; give the shape of its answer."""
+        length = self.shape[0] if self.shape else 1
+        if not 0 <= start <= stop <= length:
+            raise ValueError(
+                f"rows of {self.name} must be within [0, {length}), not [{start}, {stop})"
+            )
+        return (stop - start, *self.shape[1:]) if self.shape else ()
+
+    def _destination(self, start: int, stop: int, out: np.ndarray | None) -> np.ndarray:
+        """Give the array to fill: `out`, if it fits the request, or a new one."""
+        shape = self._shape_of(start, stop)
+        if out is None:
+            return empty(shape, self.dtype)
+        good = out.shape == shape and out.dtype == self.dtype
+        if not (good and out.flags.c_contiguous and out.flags.writeable):
+            raise ValueError(
+                f"out for rows [{start}, {stop}) of {self.name} must be a writeable C-contiguous "
+                f"{shape} array of {self.dtype}, not {out.shape} of {out.dtype}"
+            )
+        return out
+
+    def _describe(self) -> dict[str, Any]:
+        return {"name": self.name, "shape": list(self.shape), "dtype": self.dtype.name}
+
+
+def checked_dtype(dtype: np.dtype, name: str) -> np.dtype:
+    """Give back a dtype of numbers in native byte order; refuse any other.
+
+    Raises
+    ------
+    TypeError
+        For objects, strings, records and raw bytes, and for the other byte order.
+    """
+    numbers = dtype.kind in "biufc" or hasattr(ml_dtypes, dtype.name)
+    if dtype.kind == "V" and not numbers and dtype.names is None:
+        raise TypeError(
+            f"{name} holds raw bytes ({dtype.str}), which could be any type: np.save stores "
+            "bfloat16 and float8 so. Say which with dtype=, or store it as safetensors or Zarr"
+        )
+    if not numbers:
+        raise TypeError(f"{name} must hold numbers, not {dtype}; convert it with astype")
+    check_byte_order(dtype, name)
+    return np.dtype(dtype.type)

@@ -1,0 +1,363 @@
+"""Which `Source` reads an array, wherever it lies?
+
+`open_source` makes one of whatever tokens and weights come in:
+
+    x.npy  file.safetensors::name     -> RawSource     one contiguous region of a local file
+    s3://... of either                -> RemoteSource  the same, by ranged reads
+    x.zarr  s3://x.zarr  zarr.Array   -> ZarrSource    chunks; plain local ones read directly
+    ndarray                           -> ArraySource   memory (a memory map counts as its file)
+
+Where the stored bytes are the rows themselves, a read is one system call per chunk, from the file
+straight to the destination. Reads retry nothing; what cannot be read whole is a `ReadError`.
+"""
+
+from __future__ import annotations
+
+import mmap
+import os
+import sys
+from math import prod
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import xxhash
+
+from dask_ep.arrays.checks import refuse_masked
+from dask_ep.storage.files import ReadError, file_size, fill_from_file, fingerprint_files
+from dask_ep.storage.mapped import is_of_its_file
+from dask_ep.storage.npy_header import parse_npy_header
+from dask_ep.storage.remote import is_remote, open_remote_npy, open_remote_safetensors
+from dask_ep.storage.safetensors_header import read_header
+from dask_ep.storage.source import Source, checked_dtype
+from dask_ep.storage.zarr_layout import (
+    anchored,
+    chunk_files,
+    local_directory,
+    missing_chunks,
+    open_array,
+)
+
+if TYPE_CHECKING:
+    import zarr
+
+
+class ArraySource(Source):
+    """An array in memory. Without `out`, rows are a read-only view wherever they are contiguous."""
+
+    def __init__(self, array: np.ndarray, name: str = "array"):
+        refuse_masked(array, name)
+        self.shape, self.dtype, self.name = array.shape, checked_dtype(array.dtype, name), name
+        self.array = array
+
+    def read(self, start: int, stop: int, out: np.ndarray | None = None) -> np.ndarray:
+        self._shape_of(start, stop)
+        rows = self.array[start:stop] if self.shape else self.array
+        if out is None and rows.flags.c_contiguous:
+            rows = rows.view()
+            rows.flags.writeable = False
+            return rows
+        out = self._destination(start, stop, out)
+        out[...] = rows
+        return out
+
+    def fingerprint(self) -> dict[str, Any]:
+        data = np.ascontiguousarray(self.array).reshape(-1).view(np.uint8)
+        return self._describe() | {"xxh3_128": xxhash.xxh3_128_hexdigest(data)}
+
+
+class RawSource(Source):
+    """A contiguous region of a local file that holds the array's bytes in C order.
+
+    Parameters
+    ----------
+    path : of the file
+    offset : bytes before the array's first element
+    shape, dtype : of the array
+    name : for messages; the file's name without it
+
+    Raises
+    ------
+    ReadError
+        If the file ends before the array does.
+    """
+
+    def __init__(
+        self,
+        path: str,
+        offset: int,
+        shape: tuple[int, ...],
+        dtype: np.dtype,
+        name: str | None = None,
+    ):
+        self.path, self.offset = os.path.abspath(path), offset
+        self.name = os.path.basename(path) if name is None else name
+        self.shape, self.dtype = tuple(shape), checked_dtype(np.dtype(dtype), self.name)
+        size = file_size(self.path, self.name)
+        if offset + self.nbytes > size:
+            raise ReadError(
+                f"{self.path} is too short for {self.name}: {self.shape} of {self.dtype} from byte "
+                f"{offset} on ends at byte {offset + self.nbytes}, the file at {size}"
+            )
+
+    def read(self, start: int, stop: int, out: np.ndarray | None = None) -> np.ndarray:
+        out = self._destination(start, stop, out)
+        row_bytes = prod(self.shape[1:]) * self.dtype.itemsize
+        place = f"rows [{start}, {stop}) of {self.name}"
+        fill_from_file(out, self.path, self.offset + start * row_bytes, place)
+        return out
+
+    def fingerprint(self) -> dict[str, Any]:
+        stat = os.stat(self.path)
+        return self._describe() | {
+            "offset": self.offset,
+            "size": stat.st_size,
+            "mtime_ns": stat.st_mtime_ns,
+        }
+
+
+class ZarrSource(Source):
+    """A Zarr array. Local chunks of plain rows are read directly, all others through Zarr.
+
+    Parameters
+    ----------
+    array : zarr.Array
+    name : for messages
+    dtype : the array's type where `array` has its bits as unsigned integers; see `zarr_layout`
+    missing : {"error", "fill"}
+        What rows are whose chunk was never written: a `ReadError`, or Zarr's fill value. Zarr
+        writes no chunks that hold only the fill value, unless told to; but a chunk file that got
+        lost looks the same, and its rows would silently be zeros.
+    """
+
+    def __init__(
+        self,
+        array: zarr.Array,
+        name: str,
+        dtype: np.dtype | None = None,
+        missing: str = "error",
+    ):
+        if missing not in ("error", "fill"):
+            raise ValueError(f'missing must be "error" or "fill", not {missing!r}')
+        array = anchored(array)
+        dtype = array.dtype.newbyteorder("=") if dtype is None else dtype
+        self.array, self.name, self.missing = array, name, missing
+        self.shape, self.dtype = array.shape, checked_dtype(dtype, name)
+        self.path = local_directory(array)
+        self.files = chunk_files(array)
+        self.chunk_rows = (array.shards or array.chunks)[0] if array.shape else None
+        if array.shape and self.files is None:  # as stored, where no more is known, and decoded
+            rows = min(array.chunks[0], array.shape[0])
+            self.read_bytes = 2 * rows * prod(array.shape[1:]) * self.dtype.itemsize
+
+    def read(self, start: int, stop: int, out: np.ndarray | None = None) -> np.ndarray:
+        out = self._destination(start, stop, out)
+        if self.files is None:
+            self._read_through_zarr(start, stop, out)
+        else:
+            for chunk, first, last in self.files.spans(start, stop):
+                self._read_chunk(chunk, first, last, out[first - start : last - start])
+        return out
+
+    def find_missing(self) -> list[str]:
+        """Give the keys of all chunks (shards) that were never written, without reading any."""
+        return list(missing_chunks(self.array, 0, self.shape[0])) if self.shape else []
+
+    def fingerprint(self) -> dict[str, Any]:
+        """See `Source.fingerprint`; the files of a local array are counted, summed and hashed.
+
+        For an array that is not in a local directory only its metadata is known cheaply: changed
+        chunks of it are not noticed.
+        """
+        metadata = repr(sorted(self.array.metadata.to_dict().items())).encode()
+        mine = self._describe() | {"metadata": xxhash.xxh3_128_hexdigest(metadata)}
+        return mine if self.path is None else mine | fingerprint_files(self.path)
+
+    def __dask_tokenize__(self) -> object:
+        place = str(self.array.store_path) if self.path is None else self.path
+        return self._as_text(f"{place} {self.missing}")
+
+    def _read_chunk(self, chunk: int, first: int, last: int, out: np.ndarray) -> None:
+        files, place = self.files, f"chunk {chunk} (rows [{first}, {last})) of {self.name}"
+        path = files.path(chunk)
+        offset = (first - chunk * files.rows) * files.row_bytes
+        if self.missing == "fill" and not os.path.exists(path):
+            out.view(self.array.dtype)[...] = self.array.fill_value
+        else:
+            fill_from_file(out, path, offset, place, files.chunk_bytes)
+
+    def _read_through_zarr(self, start: int, stop: int, out: np.ndarray) -> None:
+        from zarr.core.buffer import default_buffer_prototype
+
+        place = f"rows [{start}, {stop}) of {self.name}"
+        if self.missing == "error":
+            for key in missing_chunks(self.array, start, stop):
+                raise ReadError(f"{place}: chunk {key} is missing in {self.array.store_path}")
+        buffer = default_buffer_prototype().nd_buffer
+        selection = slice(start, stop) if self.shape else ()
+        try:
+            target = buffer.from_numpy_array(out.view(self.array.dtype.newbyteorder("=")))
+            self.array.get_basic_selection(selection, out=target)
+        except Exception as error:  # codecs and stores raise anything for damaged data
+            raise ReadError(
+                f"{place} could not be read from {self.array.store_path}: "
+                f"{type(error).__name__}: {error}"
+            ) from error
+
+
+def open_source(
+    obj: Any, name: str | None = None, *, dtype: Any = None, missing: str = "error"
+) -> Source:
+    """Make a `Source` of a path, an array or a Source.
+
+    Parameters
+    ----------
+    obj : str or path-like, ndarray, memmap, zarr.Array or Source
+        Paths: ``x.npy``; a Zarr array's directory; ``file.safetensors::tensor``, or just the file
+        if it has one tensor. Each may be an address such as ``s3://bucket/x.npy`` (needs fsspec).
+    name : for messages; the file's name without it
+    dtype : the type of a ``.npy`` file of raw bytes, such as ``np.save`` makes of bfloat16
+    missing : {"error", "fill"}
+        What a Zarr chunk that was never written means; see `ZarrSource`.
+
+    Raises
+    ------
+    ReadError
+        If there is nothing at the path, or it is cut short.
+    ValueError, TypeError
+        If what is there is no array, or of a type or layout that is not read.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> open_source(np.arange(6.0).reshape(3, 2)).read(1, 3)
+    array([[2., 3.], [4., 5.]])
+    """
+    if isinstance(obj, Source):
+        return obj
+    if isinstance(obj, np.memmap):
+        return _source_of_memmap(obj, name)
+    if isinstance(obj, np.ndarray):
+        return ArraySource(obj, "array" if name is None else name)
+    if "zarr" in sys.modules and isinstance(obj, sys.modules["zarr"].Array):
+        return ZarrSource(
+            obj, obj.basename or "Zarr array" if name is None else name, None, missing
+        )
+    if not isinstance(obj, (str, os.PathLike)):
+        raise TypeError(
+            "a source is a path, a NumPy or Zarr array or a Source, not "
+            f"{type(obj).__module__}.{type(obj).__qualname__}"
+        )
+    path = os.fspath(obj)
+    file, separator, tensor = path.partition(".safetensors::")
+    if separator or path.endswith(".safetensors"):
+        return _source_in_safetensors(file + ".safetensors" if separator else path, tensor, name)
+    if path.endswith(".npy"):
+        open_npy = open_remote_npy if is_remote(path) else _source_of_npy
+        return open_npy(path, name, dtype)
+    return _source_of_zarr(path, name, missing)
+
+
+def refuse_missing(source: Source) -> None:
+    """Raise a `ReadError` if chunks were never written, and nothing stands for them.
+
+    Reads of a Zarr array that is not local find out by themselves; of it, nothing is asked here.
+    """
+    if not isinstance(source, ZarrSource) or source.missing == "fill" or source.path is None:
+        return
+    if keys := source.find_missing():
+        some = ", ".join(keys[:5]) + (", ..." if len(keys) > 5 else "")
+        raise ReadError(
+            f"{source.name}: {len(keys)} chunks are missing in {source.path} ({some}). If they "
+            'were left out because all of their values are the fill value, say missing="fill"'
+        )
+
+
+def open_safetensors(path: str | os.PathLike) -> dict[str, Source]:
+    """Open all tensors of a safetensors file, local or at an address, reading only its header.
+
+    Returns
+    -------
+    dict : tensor name -> Source, in the order of their bytes in the file
+
+    Raises
+    ------
+    ReadError
+        If there is no such file.
+    ValueError
+        If the header breaks the format's rules; see `dask_ep.storage.safetensors_header`.
+    """
+    path = os.fspath(path)
+    if is_remote(path):
+        return open_remote_safetensors(path)
+    file_size(path, path)
+    file = os.path.basename(path)
+    return {
+        name: RawSource(path, tensor.offset, tensor.shape, tensor.dtype, f"{file}:{name}")
+        for name, tensor in read_header(path).items()
+    }
+
+
+def _source_of_npy(path: str, name: str | None, dtype: Any) -> RawSource:
+    name = os.path.basename(path) if name is None else name
+    file_size(path, name)
+    with open(path, "rb") as file:
+        shape, stored, offset = parse_npy_header(file, path, dtype)
+    return RawSource(path, offset, shape, stored, name)
+
+
+def _source_in_safetensors(path: str, tensor: str, name: str | None) -> Source:
+    tensors = open_safetensors(path)
+    if not tensor and len(tensors) == 1:
+        (tensor,) = tensors
+    if tensor not in tensors:
+        some = ", ".join(list(tensors)[:5]) + (", ..." if len(tensors) > 5 else "")
+        what = f"has no tensor {tensor!r}" if tensor else f"has {len(tensors)} tensors"
+        raise ValueError(
+            f"{path} {what}; name one as {os.path.basename(path)}::<tensor>. It has {some}"
+        )
+    source = tensors[tensor]
+    if name is not None:
+        source.name = name
+    return source
+
+
+def _source_of_zarr(path: str, name: str | None, missing: str) -> ZarrSource:
+    if not is_remote(path):
+        if not os.path.exists(path):
+            raise ReadError(f"there is nothing at {os.path.abspath(path)}")
+        if not os.path.isdir(path):
+            raise ValueError(
+                f"{path} is not an array that is read: those are .npy and .safetensors files and "
+                "the directories of Zarr arrays"
+            )
+        path = os.path.abspath(path)
+    array, dtype = open_array(path)
+    if name is None:
+        parts = path.rstrip("/").split("/")
+        roots = [i for i, part in enumerate(parts) if part.endswith(".zarr")]
+        name = "/".join(parts[roots[0] if roots else -1 :])
+    return ZarrSource(array, name, dtype, missing)
+
+
+def _source_of_memmap(array: np.memmap, name: str | None) -> Source:
+    """A memory map is its file, unless it is a private copy or not plain rows.
+
+    Raises
+    ------
+    ReadError
+        If its file has lost its name: what has it now is not what the map shows.
+    """
+    if array.mode == "c" or array.filename is None or not array.flags.c_contiguous:
+        return ArraySource(array, "array" if name is None else name)
+    if not is_of_its_file(array):
+        raise ReadError(
+            f"{array.filename} was replaced or moved since it was mapped into memory, and workers "
+            "would read other numbers than the map shows: map it again, or give a copy of the map, "
+            "np.array(x)"
+        )
+    # A slice keeps the offset of the map it was cut from, so the place is told by addresses: the
+    # map starts at the page that holds `offset`.
+    first = array.offset - array.offset % mmap.ALLOCATIONGRANULARITY
+    start = np.frombuffer(array._mmap, np.uint8).ctypes.data
+    offset = first + array.ctypes.data - start
+    return RawSource(os.fspath(array.filename), offset, array.shape, array.dtype, name)

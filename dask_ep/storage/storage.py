@@ -1,0 +1,349 @@
+"""How do token rows come in, and outputs go out so that a stopped run can go on?
+
+    open_tokens(path)     a lazy array: one task per row chunk reads it from its place
+    store(y, path)        one task per row block writes it to its place (see `output`)
+
+Rows are never joined: what is in memory at once is what Dask computes at once.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Mapping
+from importlib import import_module
+from math import prod
+from numbers import Integral
+from operator import index
+from typing import Any
+
+import dask.array as da
+import numpy as np
+from dask.base import tokenize
+from dask.blockwise import BlockwiseDepDict, blockwise
+from dask.highlevelgraph import HighLevelGraph
+
+from dask_ep.arrays.checks import check_byte_order, refuse_masked
+from dask_ep.arrays.device import pinned_empty, telling_memory, upload
+from dask_ep.arrays.namespaces import Array
+from dask_ep.storage import journal
+from dask_ep.storage.guard import refuse_to_replace_inputs
+from dask_ep.storage.output import Output, progress_directory
+from dask_ep.storage.remote import is_remote
+from dask_ep.storage.replace import restore
+from dask_ep.storage.resume import begin, check_existing, go_on, make_manifest
+from dask_ep.storage.sources import ReadError, Source, ZarrSource, open_source, refuse_missing
+from dask_ep.storage.writers import make_writer, shorten
+from dask_ep.storage.writing import wait_until_asked
+
+CHUNK_BYTES = 32 << 20
+"""Bytes of a token chunk unless the user says otherwise: stored chunks are merged up to this."""
+
+KINDS = (".zarr", ".npy", ".safetensors")
+
+
+def open_tokens(
+    path: Any,
+    chunks: int | tuple[int, ...] | None = None,
+    name: str | None = None,
+    *,
+    like: da.Array | None = None,
+    dtype: Any = None,
+    missing: str | None = None,
+    xp: str = "numpy",
+) -> da.Array:
+    """Open token rows, routing or top-k weights as a lazy array, chunked along the rows.
+
+    Parameters
+    ----------
+    path : whatever `open_source` takes
+    chunks : rows per chunk, or the rows of every chunk. By default whole stored chunks, as many as
+        make about 32 MiB
+    name : for messages; the file's name without it
+    like : array whose row chunks to take, so that routing is cut as its tokens are
+    dtype : see `open_source`
+    missing : {"error", "fill"}, optional
+        Zarr chunks that were never written are an error, found here already where the array is
+        local: they look just like lost ones. "fill" takes Zarr's fill value for their rows. Without
+        it, as a `ZarrSource` that is given says.
+    xp : {"numpy", "cupy"}
+        Whose arrays the chunks are. "cupy": read into pinned memory, and on their way to the device
+        in the same task.
+
+    Returns
+    -------
+    array of (N, ...), one chunk wide. The name follows from the place, size and time of change of
+    the files, so that the same data has the same name.
+
+    Raises
+    ------
+    ReadError
+        If there is nothing there or chunks are missing; when computed, if a chunk cannot be read
+        whole, naming the block.
+    ValueError
+        If the chunks do not add up to the rows.
+
+    Notes
+    -----
+    One task per chunk, with one read per stored chunk, straight into the array. Tasks are marked as
+    data producers: the distributed scheduler starts no more of them than workers keep up with.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> open_tokens(np.ones((10, 4)), chunks=4).chunks
+    ((4, 4, 2), (4,))
+    """
+    source = open_source(path, name, dtype=dtype, missing=missing or "error")
+    if missing is not None and isinstance(source, ZarrSource) and source.missing != missing:
+        source = ZarrSource(source.array, source.name, source.dtype, missing)
+    if source.ndim == 0:
+        raise ValueError(f"{source.name} is a single number and has no rows")
+    refuse_missing(source)
+    rows = _row_chunks(source, chunks, like)
+    key = f"ep_read-{tokenize(source, rows, xp)}"
+    rest, spans, start = (0,) * (source.ndim - 1), {}, 0
+    for block, count in enumerate(rows):
+        spans[block, *rest] = (block, start, start + count)
+        start += count
+    axes = tuple(range(source.ndim))
+    layer = blockwise(
+        _read_block, key, axes, source, None,
+        BlockwiseDepDict(spans, numblocks=(len(rows), *(1 for _ in rest))), axes, xp, None,
+        numblocks={}, _data_producer=True,
+    )  # fmt: skip
+    graph = HighLevelGraph.from_collections(key, layer)
+    meta = import_module(xp).empty((0,) * source.ndim, dtype=source.dtype)
+    return da.Array(graph, key, (rows, *((n,) for n in source.shape[1:])), meta=meta)
+
+
+def store(
+    y: da.Array,
+    path: str | os.PathLike,
+    *,
+    inputs: Mapping[str, Any] | Iterable[Any] = (),
+    settings: Mapping[str, Any] | None = None,
+    resume: bool = False,
+    overwrite: bool = False,
+    compute: bool = True,
+    compressors: Any = None,
+    stored_rows: int | None = None,
+    sync: bool = False,
+    **kwargs: Any,
+) -> Output:
+    """Write an array to a file, block by block, such that a stopped run can go on.
+
+    Parameters
+    ----------
+    y : (N, ...) array, chunked along the rows only, with known chunks
+    path : ``.zarr`` (Zarr 3, a chunk per block), ``.npy`` or ``.safetensors`` (one tensor,
+        "output"); on a file system that all workers share. Of a link, its target is written
+    inputs : what `y` is made of, by name or in a row: whatever `open_source` takes, `Experts`, a
+        `MoELayer`, anything else with a ``fingerprint()``, or a fingerprint itself (a mapping)
+    settings : JSON-able mapping of what else the result depends on
+    resume : go on with what an earlier run has left, from the start if there is nothing. Whether
+        the values are the same is told by `inputs` and `settings` alone
+    overwrite : start again. What an earlier run has finished stays until this one has, so that
+        there must be space for both; what it has left unfinished is removed
+    compute : whether to write now; if not, see `Output`
+    compressors : for Zarr, as `zarr.create_array` takes them; by default none
+    stored_rows : rows of a Zarr chunk, of which every block but the last must have a multiple; by
+        default a block is a chunk
+    sync : make each block outlive a power loss before it counts as done
+    **kwargs : for the scheduler, as `dask.compute` takes them
+
+    Returns
+    -------
+    Output
+
+    Raises
+    ------
+    FileExistsError
+        If there is an output, or part of one, and neither `resume` nor `overwrite` is set; or if,
+        on resuming, what is there is not what the earlier run wrote.
+    ValueError
+        If the array cannot be written so, or would replace what it is read from; or if, on
+        resuming, the inputs, the settings, or the shape, dtype or row blocks of the array are not
+        those of the run that began it: the message says which, and how they differ.
+    OutputInUse
+        If another run is writing this output.
+    OSError
+        If a block cannot be written. A full disk is found at the start where possible.
+
+    Warns
+    -----
+    UserWarning
+        If an array of another name is to resume, without inputs and settings that tell whether it
+        is the same.
+
+    Notes
+    -----
+    A block counts as done when its data was written and, after that, its line in the journal.
+    Resuming computes exactly the blocks that do not count, and nothing that only the others need.
+    So does resuming a finished output: blocks whose files were removed or cut short since are
+    computed again. The rows of the others are read if files have changed, and must be as they were.
+
+    - After the process was killed (``kill -9`` too), every block that counts is good.
+    - After a power loss or a crash of the system, that holds with ``sync=True``. Without it the
+      system may have kept lines and lost data that it had not put on the disk yet: overwrite then.
+    - The rename to `path` comes last, so what is at `path` is complete.
+
+    Examples
+    --------
+    >>> import os, tempfile
+    >>> import dask.array as da
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     path = os.path.join(folder, "y.npy")
+    ...     output = store(da.ones((6, 2), chunks=(4, 2)), path, scheduler="sync")
+    ...     output.rows, open_tokens(path).sum().compute(scheduler="sync").item()
+    ((4, 2), 12.0)
+    """
+    if is_remote(path):
+        raise ValueError(
+            f"an output is written to a file system that is mounted, and {path} is an address; "
+            "write elsewhere, and copy it"
+        )
+    if "::" in os.fspath(path):
+        raise ValueError(
+            f"an output must be a file or directory of its own, but '::' in {path} names an array "
+            "within one; write elsewhere"
+        )
+    path = os.path.realpath(os.fspath(path))  # what a link points to is written, not the link
+    _check(y, path, os.path.splitext(path)[1], compressors)
+    inputs = _name_inputs(inputs)
+    wanted = make_manifest(y, inputs, settings or {}, overwrite)
+    if stored_rows is not None:
+        wanted["stored_rows"] = index(stored_rows)
+        _check_stored_rows(y, wanted["stored_rows"])
+    refuse_to_replace_inputs(path, y, inputs.values())
+    directory = progress_directory(path)
+    check_existing(path, resume, overwrite)
+    _make_directory(directory, path)
+    wait_until_asked(directory)
+    journal.acquire(directory)
+    try:
+        restore(path, directory)
+        check_existing(path, resume, overwrite)  # again, now that nobody else can begin
+        manifest = None if overwrite else journal.read_manifest(directory)
+        if manifest is None:
+            writer, manifest = begin(y, path, wanted, compressors)
+        else:
+            writer, manifest = go_on(y, path, manifest, wanted, compressors)
+        output = Output(y, path, writer, manifest, sync)
+    except BaseException:
+        journal.release(directory)
+        raise
+    if compute:
+        with output:
+            output.compute(**kwargs)
+    return output
+
+
+def _read_block(source: Source, span: tuple[int, int, int], xp: str) -> Array:
+    block, start, stop = span
+    try:
+        if xp == "numpy":
+            return source.read(start, stop)
+        return _read_to_device(source, start, stop, import_module(xp))
+    except ReadError as error:
+        raise ReadError(f"block {block} of {source.name} could not be read: {error}") from error
+
+
+def _read_to_device(source: Source, start: int, stop: int, xp: Any) -> Array:
+    pinned = pinned_empty(xp, (stop - start, *source.shape[1:]), source.dtype)
+    with telling_memory(xp, pinned.nbytes, stop - start):
+        return upload(xp, source.read(start, stop, out=pinned))
+
+
+def _row_chunks(
+    source: Source, chunks: int | tuple[int, ...] | None, like: da.Array | None
+) -> tuple[int, ...]:
+    """Decide how many rows each chunk has."""
+    length = source.shape[0]
+    if like is not None:
+        if chunks is not None:
+            raise ValueError("chunks and like both say how the rows are cut; give one of them")
+        if len(like) != length:
+            raise ValueError(
+                f"{source.name} must have as many rows as the array that it is cut like: "
+                f"{len(like)}, not {length}"
+            )
+        return like.chunks[0]
+    if chunks is None:
+        stored = source.chunk_rows or 1
+        row_bytes = max(1, prod(source.shape[1:]) * source.dtype.itemsize)
+        chunks = max(1, CHUNK_BYTES // (stored * row_bytes)) * stored
+    if isinstance(chunks, str):
+        raise TypeError(
+            f"chunks of {source.name} must be a number of rows or one for each chunk, not "
+            f"{chunks!r}; without it they are of about {CHUNK_BYTES >> 20} MiB"
+        )
+    if isinstance(chunks, Integral):
+        chunks = int(chunks)
+        if chunks < 1:
+            raise ValueError(f"a chunk of {source.name} must have 1 row or more, not {chunks}")
+        whole, rest = divmod(length, chunks)
+        return (chunks,) * whole + ((rest,) if rest or not whole else ())
+    if sum(chunks) != length or min(chunks, default=0) < 0:
+        raise ValueError(
+            f"the row chunks of {source.name} must add up to its {length} rows, not {sum(chunks)}"
+        )
+    return tuple(chunks)
+
+
+def _check(y: da.Array, path: str, kind: str, compressors: Any) -> None:
+    """Refuse what cannot be written, before anything is touched."""
+    if kind not in KINDS:
+        raise ValueError(f"an output ends in {', '.join(KINDS)}, which {path} does not")
+    if y.ndim == 0:
+        raise ValueError("an output has rows; a single number has none")
+    if any(np.isnan(n) for n in y.chunks[0]):
+        raise ValueError(
+            "an output is written to known places, but the row chunks are unknown (nan): call "
+            "y.compute_chunk_sizes() first"
+        )
+    if any(len(chunks) != 1 for chunks in y.chunks[1:]):
+        raise ValueError(
+            f"an output is written in whole rows, but its chunks are {y.numblocks} along the axes; "
+            f"use y.rechunk({dict.fromkeys(range(1, y.ndim), -1)})"
+        )
+    refuse_masked(y, "an output")
+    check_byte_order(y.dtype, "an output")
+    make_writer(kind, path, y.shape, y.dtype, y.chunks[0], compressors)
+
+
+def _name_inputs(inputs: Mapping[str, Any] | Iterable[Any]) -> dict[str, Any]:
+    """Open inputs that are places or arrays, and give each its name."""
+    named: dict[str, Any] = {}
+    pairs = inputs.items() if isinstance(inputs, Mapping) else ((None, obj) for obj in inputs)
+    for name, obj in pairs:
+        if not (isinstance(obj, Mapping) or hasattr(obj, "fingerprint")):
+            obj = open_source(obj)
+        if name is None:
+            found = obj if isinstance(obj, Mapping) else vars(obj)
+            name = found.get("name", "input")
+        if name in named:
+            raise ValueError(f"two inputs have the name {name!r}; give them as a mapping by name")
+        named[name] = obj
+    return named
+
+
+def _make_directory(directory: str, path: str) -> None:
+    try:
+        os.makedirs(directory, exist_ok=True)
+        if os.access(directory, os.W_OK | os.X_OK):
+            return
+        why = "cannot be written to"
+    except OSError as error:
+        why = f"cannot be made a directory ({error.strerror})"
+    raise OSError(
+        f"{directory} {why}, and the output {path} is written there first; write elsewhere"
+    )
+
+
+def _check_stored_rows(y: da.Array, stored_rows: int) -> None:
+    odd = [rows for rows in y.chunks[0][:-1] if rows % stored_rows]
+    if odd or stored_rows < 1:
+        raise ValueError(
+            f"every block but the last must have a multiple of stored_rows={stored_rows} rows, but "
+            f"there are blocks of {shorten(odd)}"
+        )

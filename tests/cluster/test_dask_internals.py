@@ -1,0 +1,492 @@
+"""What is used of distributed beyond its documented API does what its docstrings say.
+
+Needs only Dask and this package, so that it can be run against each version that is allowed:
+
+    python -m venv low && low/bin/pip install 'dask[array]==2026.7.0' distributed==2026.7.0 pytest .
+    low/bin/python -m pytest -c /dev/null tests/test_dask_internals.py
+"""
+
+import asyncio
+import threading
+import time
+import weakref
+from collections.abc import Callable
+
+import dask
+import numpy as np
+import pytest
+from distributed import Client, SchedulerPlugin, WorkerPlugin
+from distributed.protocol import to_serialize
+
+from dask_ep.cluster import dask_internals
+from dask_ep.cluster.ranks import Able
+
+DEADLINE = 30.0
+
+
+class Kind(set):
+    """Sets of workers that the tests tell from others."""
+
+
+@pytest.fixture(scope="module")
+def client():
+    """Two workers of one thread each, in this process, so that tests can look at all of it."""
+    with Client(
+        n_workers=2,
+        threads_per_worker=1,
+        processes=False,
+        protocol="tcp://",
+        host="127.0.0.1",
+        dashboard_address="127.0.0.1:0",
+        set_as_default=False,
+    ) as connected:
+        yield connected
+
+
+@pytest.fixture
+def workers(client):
+    """The two workers."""
+    return list(client.cluster.workers.values())
+
+
+ASKED: list[Callable] = []
+
+
+def on_scheduler(client, question):
+    """Call a function with the scheduler, on its event loop."""
+    answers = []
+    ASKED.append(lambda scheduler: answers.append(question(scheduler)))
+    client.run_on_scheduler(_ask_scheduler)
+    return answers.pop()
+
+
+def _ask_scheduler(dask_scheduler):
+    ASKED.pop()(dask_scheduler)
+
+
+def wait_until(holds, what):
+    deadline = time.monotonic() + DEADLINE
+    while not (answer := holds()):
+        assert time.monotonic() < deadline, f"waited in vain until {what}"
+        time.sleep(0.01)
+    return answer
+
+
+def state_of(client, key):
+    return on_scheduler(client, lambda s: s.tasks[key].state if key in s.tasks else "forgotten")
+
+
+class Hook(SchedulerPlugin):
+    """Calls a function with the tasks of each new graph, before the first is given out."""
+
+    name = "hook-of-tests"
+
+    def update_graph(self, scheduler, *, tasks, **kwargs):
+        for act in HOOKED:
+            act(scheduler, [scheduler.tasks[key] for key in tasks])
+
+
+HOOKED: list[Callable] = []
+
+
+@pytest.fixture
+def hook(client):
+    """Give a function that lets another one act on the tasks of each new graph."""
+    client.register_plugin(Hook())
+    yield HOOKED.append
+    HOOKED.clear()
+    client.unregister_scheduler_plugin(Hook.name)
+
+
+@pytest.fixture
+def busy(client, workers):
+    """Keep the first worker's only thread until the test ends, or says so."""
+    go_on = threading.Event()
+    GATES["busy"] = go_on
+    future = client.submit(_hold, "busy", workers=[workers[0].address], pure=False)
+    wait_until(lambda: workers[0].state.executing_count == 1, "it is busy")
+    yield go_on
+    go_on.set()
+    future.result(DEADLINE)
+
+
+GATES: dict[str, threading.Event] = {}
+
+
+def _hold(name):
+    assert GATES[name].wait(DEADLINE)
+
+
+# --- on a worker -------------------------------------------------------------------------------
+
+
+class Named(WorkerPlugin):
+    name = "named-of-tests"
+
+
+def test_a_task_finds_its_worker_and_what_belongs_to_it(client, workers):
+    assert dask_internals.current_worker() is None
+    client.register_plugin(Named())
+
+    async def where():
+        return threading.get_ident()
+
+    def look():
+        worker = dask_internals.current_worker()
+        loop = dask_internals.loop_of(worker)
+        assert isinstance(dask_internals.plugin_of(worker, Named.name), Named)
+        assert dask_internals.plugin_of(worker, "none of this name") is None
+        assert dask_internals.threads_of(worker) == 1
+        assert not dask_internals.is_closing(worker)
+        thread = asyncio.run_coroutine_threadsafe(where(), loop).result(DEADLINE)
+        assert thread != threading.get_ident()
+        return worker.address
+
+    for worker in workers:
+        asked = client.submit(look, workers=[worker.address], pure=False)
+        assert asked.result(DEADLINE) == worker.address
+    client.unregister_worker_plugin(Named.name)
+
+
+def test_a_worker_that_closes_says_so():
+    with Client(
+        n_workers=1, processes=False, dashboard_address="127.0.0.1:0", set_as_default=False
+    ) as other:
+        (worker,) = other.cluster.workers.values()
+        seen = []
+        worker.plugins["watch"] = watch = Named()
+        watch.teardown = lambda worker: seen.append(dask_internals.is_closing(worker))
+        assert not dask_internals.is_closing(worker)
+    assert seen == [True]
+    assert dask_internals.is_closing(worker)
+
+
+HEARD: list = []
+
+
+async def _double(comm=None, *, rows):
+    return {"status": "OK", "rows": to_serialize(2 * rows)}
+
+
+ANSWERING: dict[str, asyncio.Event] = {}
+
+
+async def _answer_later(comm=None, *, rows):
+    await ANSWERING["gate"].wait()
+    return {"status": "OK"}
+
+
+async def _fail(comm=None):
+    raise ValueError("this cannot be doubled")
+
+
+def _hear(what):
+    HEARD.append(what)
+
+
+@pytest.fixture
+def installed(client, workers):
+    for worker in workers:
+        dask_internals.install(
+            worker,
+            requests={
+                "test_double": _double,
+                "test_answer_later": _answer_later,
+                "test_fail": _fail,
+            },
+            messages={"test-hear": _hear},
+            metrics={"of_tests": lambda worker: 7},
+        )
+
+
+def test_a_worker_answers_another_one(client, workers, installed):
+    here, there = workers
+    message = {"rows": to_serialize(np.arange(3.0))}
+    answer = client.sync(dask_internals.call, here, there.address, "test_double", message)
+    np.testing.assert_array_equal(answer["rows"], [0, 2, 4])
+    dask_internals.raise_remote(answer)
+
+
+def test_what_was_sent_is_not_kept_until_the_answer_comes(client, workers, installed):
+    here, there = workers
+    ANSWERING["gate"] = gate = asyncio.Event()
+    rows = np.arange(3.0)
+    sent = weakref.ref(rows)
+
+    async def ask(message):
+        asked = asyncio.ensure_future(
+            dask_internals.call(here, there.address, "test_answer_later", message.pop())
+        )
+        for _ in range(500):
+            await asyncio.sleep(0.01)
+            if sent() is None:
+                break
+        assert not asked.done()
+        gate.set()
+        return await asked
+
+    message = [{"rows": to_serialize(rows)}]
+    del rows
+    assert client.sync(ask, message)["status"] == "OK"
+    assert sent() is None
+
+
+def test_what_another_worker_raises_is_raised_here(client, workers, installed):
+    here, there = workers
+    answer = client.sync(dask_internals.call, here, there.address, "test_fail", {})
+    with pytest.raises(ValueError, match="this cannot be doubled"):
+        dask_internals.raise_remote(answer)
+
+
+def test_a_worker_that_is_not_there_is_an_os_error(client, workers):
+    with (
+        dask.config.set({"distributed.comm.timeouts.connect": "0.2s"}),
+        pytest.raises(OSError, match="Timed out|in connect"),
+    ):
+        client.sync(dask_internals.call, workers[0], "tcp://127.0.0.1:9", "test_double", {})
+
+
+def test_the_scheduler_tells_workers_in_order_and_forgets_those_that_are_gone(
+    client, workers, installed
+):
+    addresses = [workers[0].address, "tcp://127.0.0.1:9"]
+    HEARD.clear()
+    on_scheduler(
+        client,
+        lambda s: [
+            dask_internals.tell(s, addresses, {"op": "test-hear", "what": n}) for n in range(20)
+        ],
+    )
+    wait_until(lambda: len(HEARD) == 20, "all messages have come")
+    assert list(range(20)) == HEARD
+
+
+def test_metrics_reach_the_scheduler(client, workers, installed):
+    def metrics(scheduler):
+        return [worker.metrics.get("of_tests") for worker in scheduler.workers.values()]
+
+    wait_until(lambda: on_scheduler(client, metrics) == [7, 7], "heartbeats came")
+
+
+def test_a_task_gives_its_thread_back_once(client, workers):
+    GATES["aside"] = go_on = threading.Event()
+
+    def leave():
+        dask_internals.leave_pool()
+        dask_internals.leave_pool()
+        _hold("aside")
+
+    LOOKS["leave"] = leave
+    here = {"workers": [workers[0].address], "pure": False}
+    aside = [client.submit(_look, "leave", **here) for _ in range(3)]
+    assert client.submit(_address, **here).result(DEADLINE) == workers[0].address
+    assert not any(future.done() for future in aside)
+    go_on.set()
+    client.gather(aside)
+
+
+def test_a_task_learns_whether_an_earlier_one_lacks_a_thread(client, workers):
+    worker, found = workers[0], []
+    GATES["later is there"], GATES["earlier is there"] = threading.Event(), threading.Event()
+
+    def look():
+        priority = dask_internals.priority_here()
+
+        def earlier():
+            question = dask_internals.earlier_is_ready(worker, priority)
+            loop = dask_internals.loop_of(worker)
+            return asyncio.run_coroutine_threadsafe(question, loop).result(DEADLINE)
+
+        found.append(earlier())
+        for gate in ("later is there", "earlier is there"):
+            _hold(gate)
+            found.append(earlier())
+
+    LOOKS["look"] = look
+    here = {"workers": [worker.address], "pure": False}
+    asked = client.submit(_look, "look", **here)
+    wait_until(lambda: found, "it runs")
+    others = []
+    for priority, gate in ((-1, "later is there"), (1, "earlier is there")):
+        others.append(client.submit(time.sleep, 0, priority=priority, **here))
+        wait_until(lambda: len(worker.state.ready) == len(others), "it is ready")
+        GATES[gate].set()
+    asked.result(DEADLINE)
+    assert found == [False, False, True]
+    client.gather(others)
+
+
+LOOKS: dict[str, Callable] = {}
+
+
+def _look(name):
+    LOOKS[name]()
+
+
+# --- on the scheduler --------------------------------------------------------------------------
+
+
+def test_a_pinned_task_runs_there_whatever_restricted_it(client, workers, hook):
+    there = workers[1].address
+    hook(lambda scheduler, tasks: [dask_internals.pin(task, {there}) for task in tasks])
+    for asked in ({"resources": {"nobody has": 1}}, {"workers": [workers[0].address]}):
+        where = client.submit(_address, pure=False, **asked)
+        assert where.result(DEADLINE) == there
+
+
+def _address():
+    return dask_internals.current_worker().address
+
+
+def test_a_restriction_of_the_user_holds(client, workers, hook):
+    here, there = (worker.address for worker in workers)
+    given = []
+
+    def act(scheduler, tasks):
+        given.extend(dask_internals.restrict(task, {there}) for task in tasks)
+
+    hook(act)
+    assert client.submit(_address, pure=False).result(DEADLINE) == there
+    assert client.submit(_address, workers=[here], pure=False).result(DEADLINE) == here
+    stuck = client.submit(_address, resources={"nobody has": 1}, pure=False)
+    wait_until(lambda: len(given) == 3, "it is known")
+    assert given == [True, False, False]
+    stuck.release()
+
+
+RUNS: list[str] = []
+
+
+def _run(name, *made_of):
+    RUNS.append(name)
+    return name
+
+
+_count = dask.delayed(_run, pure=False)
+
+
+def _chain(client, *names):
+    """Compute tasks each of which is made of the one before, and give their keys and the last."""
+    RUNS.clear()
+    task, keys = None, []
+    for name in names:
+        task = _count(name, *([] if task is None else [task]))
+        keys.append(task.key)
+    future = client.compute(task, optimize_graph=False)
+    return keys, future
+
+
+def test_a_task_whose_result_is_not_kept_is_computed_again(client):
+    (first, second), future = _chain(client, "first", "second")
+    future.result(DEADLINE)
+    wait_until(lambda: state_of(client, first) == "released", "the result is not kept")
+    on_scheduler(client, lambda s: dask_internals.run_again(s, s.tasks[first]))
+    wait_until(lambda: RUNS == ["first", "second", "first"], "it is computed again")
+    wait_until(lambda: state_of(client, first) == "released", "the result is not kept")
+    assert state_of(client, second) == "memory"
+
+
+def test_a_task_that_waits_for_a_worker_is_placed_when_there_is_one(client, workers, hook):
+    hook(lambda scheduler, tasks: [dask_internals.pin(task, {"nobody"}) for task in tasks])
+    future = client.submit(_address, pure=False)
+    wait_until(lambda: state_of(client, future.key) == "no-worker", "it waits")
+    there = workers[1].address
+
+    def place(scheduler):
+        task = scheduler.tasks[future.key]
+        dask_internals.pin(task, {there})
+        dask_internals.place_again(scheduler, task)
+
+    on_scheduler(client, place)
+    assert future.result(DEADLINE) == there
+
+
+def test_a_task_that_was_not_begun_is_placed_elsewhere(client, workers, busy):
+    here, there = (worker.address for worker in workers)
+    future = client.submit(_address, workers=[here], pure=False)
+    wait_until(lambda: workers[0].state.ready, "it lies there")
+
+    def place(scheduler):
+        task = scheduler.tasks[future.key]
+        dask_internals.pin(task, {there})
+        dask_internals.place_again(scheduler, task)
+
+    on_scheduler(client, place)
+    assert future.result(DEADLINE) == there
+
+
+def test_tasks_that_wait_for_a_worker_of_a_set_begin_when_it_has_one(client, workers, hook):
+    owners = Kind({"nobody"})
+    hook(lambda scheduler, tasks: [dask_internals.pin(task, owners) for task in tasks])
+    futures = [client.submit(_address, pure=False) for _ in range(3)]
+    wait_until(lambda: {state_of(client, f.key) for f in futures} == {"no-worker"}, "they wait")
+    owners.add(workers[1].address)
+    on_scheduler(client, lambda s: dask_internals.begin_stuck(s, Kind))
+    assert set(client.gather(futures)) == {workers[1].address}
+
+
+def test_tasks_of_sets_are_freed_and_others_are_not(client, workers, hook):
+    sets = iter((Kind({"nobody"}), {"nobody"}))
+    hook(lambda scheduler, tasks: [dask_internals.pin(task, next(sets)) for task in tasks])
+    ours, other = (client.submit(_address, pure=False) for _ in range(2))
+    wait_until(
+        lambda: {state_of(client, f.key) for f in (ours, other)} == {"no-worker"}, "they wait"
+    )
+    on_scheduler(client, lambda s: dask_internals.free_stuck(s, Kind))
+    ours.result(DEADLINE)
+    assert on_scheduler(client, lambda s: s.tasks[ours.key].worker_restrictions) is None
+    assert state_of(client, other.key) == "no-worker"
+    other.release()
+
+
+def test_tasks_that_a_worker_has_not_begun_are_called_back(client, workers, hook, busy):
+    here, there = (worker.address for worker in workers)
+    owners = Kind({here})
+    hook(lambda scheduler, tasks: [dask_internals.pin(task, owners) for task in tasks])
+    futures = [client.submit(_address, pure=False) for _ in range(3)]
+    wait_until(lambda: len(workers[0].state.ready) == 3, "they lie there")
+    owners.clear()
+    owners.add(there)
+    on_scheduler(client, lambda s: dask_internals.call_back(s, here, Kind))
+    assert set(client.gather(futures)) == {there}
+
+
+def test_what_a_hastened_task_is_made_of_comes_first_and_is_not_kept_back(client, busy, workers):
+    """Many like it would wait on the scheduler, and it holds none of the resources it needs."""
+    many = [_count(f"of {n}") for n in range(20)]
+    with dask.annotate(resources={"fast": 1}):
+        needy = _count("needy")
+    last = _count("last", *many, needy)
+    RUNS.clear()
+    able = {frozenset(): Kind({worker.address for worker in workers})}
+
+    def workers_with(needs):
+        return able.setdefault(frozenset(needs.items()), Able(needs))
+
+    future = client.compute(last, optimize_graph=False)
+    wait_until(lambda: len(RUNS) == 20, "all but one ran")
+    assert state_of(client, needy.key) == "no-worker"
+    hastened = on_scheduler(
+        client, lambda s: dask_internals.hasten(s.tasks[last.key], workers_with)
+    )
+    assert {task.key for task in hastened} == {task.key for task in (*many, needy)}
+    first = on_scheduler(client, lambda s: [task.priority[0] for task in hastened])
+    assert set(first) == {dask_internals.FIRST}
+    assert not any(on_scheduler(client, lambda s: [s.is_rootish(task) for task in hastened]))
+    of_needy = able[frozenset({("fast", 1)})]
+    of_needy.hear("one without", {})
+    assert "one without" not in of_needy
+    of_needy.hear(workers[1].address, {"fast": 2})
+    on_scheduler(client, lambda s: dask_internals.begin_stuck(s, Able))
+    future.result(DEADLINE)
+    left = on_scheduler(client, lambda s: dask_internals.release_hastened(s, hastened, Able))
+    assert left == []
+    restored = on_scheduler(
+        client,
+        lambda s: [
+            (task.worker_restrictions, task.resource_restrictions)
+            for task in hastened
+            if task.key == needy.key
+        ],
+    )
+    assert restored == [(None, {"fast": 1})]

@@ -13,20 +13,10 @@ import pytest
 ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "dask_ep"
 
-ROOMS = [
-    "arrays",
-    "kernel",
-    "storage",
-    "experts",
-    "placement",
-    "laws",
-    "graph",
-    "layers",
-    "pricing",
-    "cluster",
-    "jobs",
-    "cli",
-]
+ROOMS = (
+    "arrays", "kernel", "storage", "experts", "placement", "laws", "graph", "layers", "pricing",
+    "cluster", "jobs", "cli",
+)  # fmt: skip
 """From the bottom up. A room may use those below it and itself; errors may be used everywhere."""
 
 DISTRIBUTED = {"cluster", "jobs", "cli"}
@@ -93,6 +83,16 @@ def test_every_module_is_in_a_room():
 def test_rooms_and_modules_say_their_question():
     for path in PACKAGE.rglob("*.py"):
         assert ast.get_docstring(ast.parse(path.read_text())), path
+
+
+def test_the_reading_order_lists_every_file_once():
+    text = (ROOT / "README.md").read_text()
+    listed = []
+    for line in text[text.index("## The files, in reading order") :].splitlines():
+        if line.startswith("| `"):
+            room, _, files = line.strip("| ").split(" | ")
+            listed += [room.strip("`/") + "." + name.strip("`") for name in files.split(", ")]
+    assert sorted(listed) == sorted(modules())
 
 
 def test_arrows_between_rooms_point_down_only():

@@ -4,12 +4,12 @@
     python workflows/plan_accuracy.py --scale 0.02 --only threads-linear
 
 Jobs of many sizes, half on threads and half on worker processes, each planned and run by a process
-of its own; in the last one a rank is ten times slower than the others. Prints a table in Markdown:
-tasks, rows of each rank and bytes between workers are counted and must be equal, bytes for the
-workers where the chunks were; peak memory and time are measured over planned. Exit code 1 if
-anything that must be equal is not, or if a process took more memory than planned, or less than half
-of it: a plan that is far too large refuses jobs that would fit. With fewer rows than the jobs have,
-chunks are not filled, and only the first two are asked for.
+of its own; in the last one a rank is ten times slower than planned, and so the run. Prints a table
+in Markdown: tasks, rows of each rank and bytes between workers are counted and must be equal, bytes
+for the workers where the chunks were; peak memory and time are measured over planned. Exit code 1
+if anything that must be equal is not, or if a process took more memory than planned, or less than
+half of it: a plan that is far too large refuses jobs that would fit. With fewer rows than the jobs
+have, chunks are not filled, and only the first two are asked for.
 """
 
 from __future__ import annotations

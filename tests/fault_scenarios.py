@@ -304,7 +304,15 @@ def _restore(cluster: Cluster, client: Client) -> None:
     (cluster.directory / FATAL).unlink(missing_ok=True)
     if not cluster.nanny:
         _bring_back(cluster, client, [name for name in WORKERS if not _answers(client, name)])
-    wait_until(lambda: set(worker_pids(client)) == set(WORKERS), "all workers are back")
+
+    def are_back() -> bool:
+        for name in WORKERS:  # a nanny goes with a worker that the scheduler has told to go
+            if cluster.processes[name].poll() is not None:
+                cluster.stop_worker(name)
+                cluster.start_worker(name)
+        return set(worker_pids(client)) == set(WORKERS)
+
+    wait_until(are_back, "all workers are back")
 
 
 def _answers(client: Client, name: str) -> bool:

@@ -34,8 +34,9 @@ TOYS = {
     ),
     "benchmark_gpu.py": Toy(["qwen3"], "nothing is measured: ", exit_code=1),
     "faults.py": Toy(
-        ["--moments", "1", "--fault", "retired", "scheduler"], "us per task without owners"
+        ["--moments", "1", "--fault", "retired", "scheduler"], "us per chunk without owners"
     ),
+    "chaos.py": Toy(["--seeds", "3"], "3 of 3 seeds are right"),
     "gpu_cluster.py": Toy(
         ["--nodes", "gpu01", "gpu02", "--print"],
         "ssh gpu02 '",

@@ -11,6 +11,7 @@ import asyncio
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
+from dask.typing import Key
 from distributed.core import clean_exception
 from distributed.scheduler import Scheduler, TaskState
 from distributed.threadpoolexecutor import thread_state as pool_state
@@ -105,11 +106,21 @@ def leave_pool() -> None:
         secede()
 
 
+def key_here() -> Key:
+    """The key of the task that runs in this thread."""
+    return thread_state.key
+
+
 def priority_here() -> tuple:
     """The place in Dask's order of the task that runs in this thread: smaller comes first."""
     worker = get_worker()
     task = worker.state.tasks.get(thread_state.key)
     return (task.priority or ()) if task is not None else ()
+
+
+def is_running(state: str) -> bool:
+    """Whether a task in this state of a worker may still be running in a thread."""
+    return state in ("executing", "long-running", "cancelled", "resumed")
 
 
 async def earlier_is_ready(worker: Worker, priority: tuple) -> bool:

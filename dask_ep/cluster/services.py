@@ -29,6 +29,7 @@ from contextlib import contextmanager
 from functools import partial
 from typing import Any, NamedTuple
 
+from dask.typing import Key
 from distributed import Reschedule, WorkerPlugin
 from distributed.protocol import to_serialize
 
@@ -94,6 +95,7 @@ class Services(WorkerPlugin):
         self._threads, self._cores = threads, threading.Semaphore(threads)
         self._pool = ThreadPoolExecutor(threads, thread_name_prefix="dask-ep-serve")
         self._admission = Admission(threads + CHUNKS_WAITING)
+        self._under_way: set[Key] = set()  # chunks that were admitted
         self._routes: dict[str, Route] = {}
         self._slices: dict[tuple[str, int], Any] = {}
         self._loading: defaultdict[tuple[str, int], threading.Lock] = defaultdict(threading.Lock)
@@ -123,6 +125,13 @@ class Services(WorkerPlugin):
         for route in self._routes.values():
             route.error = "the worker closes"
             route.is_old.set()
+
+    def transition(self, key: Key, start: str, finish: str, **kwargs: Any) -> None:
+        """Let the next chunk begin when the task of one has ended, however it has."""
+        ended = dask_internals.is_running(start) and not dask_internals.is_running(finish)
+        if ended and key in self._under_way:
+            self._under_way.discard(key)
+            self._admission.leave()
 
     # --- what the scheduler tells; on the event loop ---
 
@@ -203,13 +212,14 @@ class Services(WorkerPlugin):
         where: Where,
         exchange: Exchange,
     ) -> Array:
-        with self._under_way():
-            with self._core():
-                packing = pack(tokens, routing, topk_weights, where, exchange)
-            answers = self._exchange(Job(packing, where, exchange))
-            in_order = ((rank, answers.pop(rank)) for rank in packing.ranks)
-            with self._core():
-                return combine(packing, in_order, where, exchange)
+        self._admit()
+        with self._core():
+            packing = pack(tokens, routing, topk_weights, where, exchange)
+        answers = self._exchange(Job(packing, where, exchange))
+        self.tally.count_chunk()
+        in_order = ((rank, answers.pop(rank)) for rank in packing.ranks)
+        with self._core():
+            return combine(packing, in_order, where, exchange)
 
     @contextmanager
     def _core(self) -> Iterator[None]:
@@ -221,19 +231,21 @@ class Services(WorkerPlugin):
             finally:
                 self.tally.count_core(tally.now() - start)
 
-    @contextmanager
-    def _under_way(self) -> Iterator[None]:
-        priority = dask_internals.priority_here()
+    def _admit(self) -> None:
+        """Wait until this chunk may begin; its task is under way until it ends (`transition`).
+
+        What Dask has fused behind the exchange counts as well, above all the writing of its output,
+        and a second layer, which waits for nothing then.
+        """
+        key, priority = dask_internals.key_here(), dask_internals.priority_here()
+        if key in self._under_way:
+            return
 
         def earlier_is_ready() -> bool:
             return self._on_loop(dask_internals.earlier_is_ready(self._worker, priority)).result()
 
         self._admission.enter(priority, earlier_is_ready, dask_internals.leave_pool)
-        try:
-            yield
-        finally:
-            self._admission.leave()
-            self.tally.count_chunk()
+        self._under_way.add(key)
 
     def _exchange(self, job: Job) -> Answers:
         """Ask all owners at once, serve what is served here meanwhile, and wait for the rest."""

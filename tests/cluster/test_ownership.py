@@ -34,6 +34,7 @@ from tests.observed import (
     servings,
     slices_kept,
     slots_taken,
+    written_slowly,
 )
 
 WORKERS = ("w0", "w1", "w2")
@@ -311,6 +312,26 @@ def test_without_a_bound_chunks_pile_up(client, stalled):
         wait_until(lambda: sum(now for now, _ in chunks_held(client).values()) == 40, "all wait")
         go_on()
         assert np.array_equal(future.result(DEADLINE), _alone(y))
+
+
+def test_outputs_that_are_being_written_count_as_under_way(client):
+    """Dask fuses what follows into a chunk's task; on slow storage outputs must not pile up."""
+    y, _ = layer(chunks=24)
+    forget_chunks(client)
+    with own_experts(client, 3, chunks_in_flight=2):
+        written_slowly(y).sum().compute()
+        wait_until(lambda: not any(slots_taken(client).values()), "all slots are free again")
+    assert max(most for _, most in chunks_held(client).values()) in (1, 2)
+
+
+def test_two_layers_in_one_task_take_one_slot(client):
+    y, _ = layer(chunks=12)
+    routing = da.zeros((len(y), 1), chunks=(y.chunks[0], 1), dtype=int)
+    with own_experts(client, 3, chunks_in_flight=1):
+        twice = expert_parallel(y, routing, np.ones((6, y.shape[1], 2)), world_size=3)
+        want = y.compute(scheduler="sync").sum(axis=1)
+        np.testing.assert_allclose(twice.compute()[:, 0], want, rtol=1e-4, atol=1e-4)
+        wait_until(lambda: not any(slots_taken(client).values()), "all slots are free again")
 
 
 def test_a_bound_does_not_outlive_the_owners(client, stalled):

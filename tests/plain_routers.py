@@ -71,7 +71,7 @@ def sparsemixer(logits, k, eps):
 
 def scaled(pairs, router):
     weights = [w for _, w in pairs]
-    if router.normalise:
+    if router.norm_topk_prob:
         divisor = max(sum(weights) + router.norm_eps, router.norm_min)
         weights = [w / divisor for w in weights]
     return [(e, w * router.scale) for (e, _), w in zip(pairs, weights, strict=True)]

@@ -327,7 +327,7 @@ def _words_of_router(found: Description) -> str:
     if router.topk_groups < router.groups:
         groups = f"{router.topk_groups} of {router.groups} groups"
         words.append(f"from the best {groups} by {router.group_worth}")
-    if router.normalise:
+    if router.norm_topk_prob:
         words.append("normalised")
     if router.scale != 1:
         words.append(f"times {router.scale:g}")

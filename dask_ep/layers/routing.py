@@ -54,7 +54,7 @@ class Router:
         best `topk_groups` groups. Equal numbers mean no groups.
     group_worth : {"max", "top2"}
         What a group is worth to a row: its largest score, or the sum of its two largest.
-    normalise : bool
+    norm_topk_prob : bool
         Divide the k weights by their sum.
     norm_eps, norm_min : float
         The divisor is ``max(sum + norm_eps, norm_min)``.
@@ -72,7 +72,7 @@ class Router:
 
     >>> from dask_ep import Router
     >>> router = Router(256, 8, "sigmoid", groups=8, topk_groups=4, group_worth="top2",
-    ...                 normalise=True, norm_eps=1e-20, scale=2.5)
+    ...                 norm_topk_prob=True, norm_eps=1e-20, scale=2.5)
     """
 
     num_experts: int
@@ -81,7 +81,7 @@ class Router:
     groups: int = 1
     topk_groups: int = 1
     group_worth: str = "max"
-    normalise: bool = False
+    norm_topk_prob: bool = False
     norm_eps: float = 0.0
     norm_min: float = 0.0
     scale: float = 1.0
@@ -100,8 +100,10 @@ class Router:
             value = getattr(self, name)
             if not isinstance(value, Real) or not isfinite(value):
                 raise ValueError(f"{name} must be a finite number, but is {value!r}")
-        if self.normalise not in (True, False):
-            raise ValueError(f"normalise must be True or False, but is {self.normalise!r}")
+        if self.norm_topk_prob not in (True, False):
+            raise ValueError(
+                f"norm_topk_prob must be True or False, but is {self.norm_topk_prob!r}"
+            )
         if not 1 <= self.k <= self.num_experts:
             raise ValueError(
                 f"a row chooses k different experts of num_experts={self.num_experts}, so k must "
@@ -368,7 +370,7 @@ def _weigh(xp: Any, scores: Array, indices: Array, router: Router) -> Array:
 
 def _scaled(xp: Any, weights: Array, router: Router) -> Array:
     """Normalise and scale weights (n, k), in place."""
-    if router.normalise:
+    if router.norm_topk_prob:
         total = weights.sum(axis=1, keepdims=True) + xp.float32(router.norm_eps)
         weights /= xp.maximum(total, xp.float32(router.norm_min))
     weights *= xp.float32(router.scale)

@@ -278,7 +278,7 @@ def test_every_expert_equals_the_plain_one(cupy, kind):
 
 
 @pytest.mark.parametrize("router", [
-    Router(8, 2, normalise=True), Router(8, 2, "sigmoid"), Router(8, 2, "sqrtsoftplus"),
+    Router(8, 2, norm_topk_prob=True), Router(8, 2, "sigmoid"), Router(8, 2, "sqrtsoftplus"),
     Router(8, 2, "softmax_chosen"), Router(8, 2, "sigmoid_chosen"), Router(8, 2, "sparsemixer"),
     Router(8, 2, "sigmoid", groups=4, topk_groups=2),
     Router(8, 2, "sigmoid", groups=4, topk_groups=2, group_worth="top2"),

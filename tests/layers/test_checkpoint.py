@@ -137,7 +137,7 @@ def swap(w):
     return w | {"gate": w["up"], "up": w["gate"]}
 
 
-NO_SUM, SUM = router(normalise=False), router(normalise=True)
+NO_SUM, SUM = router(norm_topk_prob=False), router(norm_topk_prob=True)
 SWAPPED = experts(weights=swap)
 ALTERNATING, HALVES = experts(interleaved=True), experts(interleaved=False)
 GELU = experts(activation="gelu")
@@ -908,7 +908,7 @@ def test_norm_topk_prob_of_null_is_false(tmp_path, case):
     folder = altered(tmp_path, case)
     path = folder / "config.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | {"norm_topk_prob": None}))
-    assert load_moe_layer(folder, LAYER).router.normalise is False
+    assert load_moe_layer(folder, LAYER).router.norm_topk_prob is False
 
 
 @pytest.mark.parametrize("case", ["deepseek_v2", "deepseek_v3", "glm4_moe", "dots1"])

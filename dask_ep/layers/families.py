@@ -87,7 +87,7 @@ def _deepseek_v3_router(groups: Key, topk_groups: Key) -> dict[str, Any]:
         "score": "sigmoid",
         "groups": groups,
         "topk_groups": topk_groups,
-        "group_worth": "top2",
+        "group_score": "top2",
         "norm_topk_prob": Key("norm_topk_prob", null=False),
         "norm_eps": 1e-20,
         "scale": Key("routed_scaling_factor"),
@@ -216,7 +216,7 @@ FAMILIES: tuple[Family, ...] = (
             "topk_groups": By(
                 Key("topk_method"), {"greedy": 1, "group_limited_greedy": Key("topk_group")}
             ),
-            "group_worth": "max",
+            "group_score": "max",
             "scale": Key("routed_scaling_factor"),
         },
         router_weight=("gate.weight",),

@@ -71,7 +71,7 @@ CHOSEN_SCORES: dict[str, Callable[[Any, Array], Array]] = {
 }
 """Scores of the chosen experts only, [n, k] from [n, k]."""
 
-GROUP_WORTHS: dict[str, Callable[[Any, Array], Array]] = {
+GROUP_SCORES: dict[str, Callable[[Any, Array], Array]] = {
     "max": lambda xp, grouped: grouped.max(axis=2),
     "top2": two_largest,
 }

@@ -532,7 +532,7 @@ ROUTERS = {
     "sigmoid_chosen": Router(8, 2, "sigmoid_chosen"),
     "sparsemixer": Router(8, 2, "sparsemixer"),
     "groups": Router(8, 2, "sigmoid", groups=4, topk_groups=2, norm_topk_prob=True),
-    "top2 groups": Router(8, 2, "sigmoid", groups=4, topk_groups=2, group_worth="top2"),
+    "top2 groups": Router(8, 2, "sigmoid", groups=4, topk_groups=2, group_score="top2"),
 }
 
 

@@ -161,13 +161,13 @@ MUTATIONS = {
     "olmoe": [SUM, SWAPPED, router(k=4)],
     "jamba": [SUM, SWAPPED],
     "deepseek_v2": [
-        SUM, SWAPPED, no_shared, router(scale=1.0), router(group_worth="top2"),
+        SUM, SWAPPED, no_shared, router(scale=1.0), router(group_score="top2"),
         router(groups=1, topk_groups=1), router(score="sigmoid"),
     ],
     "deepseek_v2_greedy": [SUM, SWAPPED, no_shared, router(scale=2.0),
                            router(groups=3, topk_groups=2)],
     "deepseek_v3": [
-        NO_SUM, SWAPPED, no_shared, NO_BIAS, router(scale=1.0), router(group_worth="max"),
+        NO_SUM, SWAPPED, no_shared, NO_BIAS, router(scale=1.0), router(group_score="max"),
         router(groups=1, topk_groups=1), router(score="softmax"),
     ],
     "deepseek_v3_bfloat16": [NO_BIAS, SWAPPED],

@@ -34,7 +34,7 @@ def routers(draw) -> Router:
         score=score,
         groups=groups,
         topk_groups=topk_groups,
-        group_worth=draw(st.sampled_from(["max", "top2"])),
+        group_score=draw(st.sampled_from(["max", "top2"])),
         norm_topk_prob=draw(st.booleans()),
         norm_eps=draw(st.sampled_from([0.0, 1e-20, 0.25])),
         norm_min=draw(st.sampled_from([0.0, 2.0])),
@@ -103,18 +103,18 @@ def test_among_equal_scores_the_lowest_index_is_chosen(score):
     assert indices.tolist() == [[1, 2, 3], [0, 1, 2]]
 
 
-@pytest.mark.parametrize("worth", ["max", "top2"])
-def test_among_equal_groups_the_lowest_is_chosen(worth):
+@pytest.mark.parametrize("group_score", ["max", "top2"])
+def test_among_equal_groups_the_lowest_is_chosen(group_score):
     logits = np.array([[1, 2, 4, 3, 4, 3, 4, 3]], np.float32)
-    router = Router(8, 3, "sigmoid", groups=4, topk_groups=2, group_worth=worth)
+    router = Router(8, 3, "sigmoid", groups=4, topk_groups=2, group_score=group_score)
     indices, _ = route_logits(logits, router)
     assert indices.tolist() == [[2, 4, 3]]
 
 
-def test_group_worth_changes_the_choice():
+def test_group_score_changes_the_choice():
     logits = np.array([[5, -5, 3, 3]], np.float32)
-    best = Router(4, 1, "sigmoid", groups=2, topk_groups=1, group_worth="max")
-    pair = dataclasses.replace(best, group_worth="top2")
+    best = Router(4, 1, "sigmoid", groups=2, topk_groups=1, group_score="max")
+    pair = dataclasses.replace(best, group_score="top2")
     assert route_logits(logits, best)[0].tolist() == [[0]]
     assert route_logits(logits, pair)[0].tolist() == [[2]]
 
@@ -294,13 +294,13 @@ def test_all_scores_are_those_that_route_uses():
     [
         ({"score": "tanh"}, "score must be one of 'softmax'.* but is 'tanh'"),
         ({"weigh": "both"}, "weigh must be one of 'output', 'input', but is 'both'"),
-        ({"group_worth": "mean"}, "group_worth must be one of 'max', 'top2', but is 'mean'"),
+        ({"group_score": "mean"}, "group_score must be one of 'max', 'top2', but is 'mean'"),
         ({"k": 9}, r"k must be in \[1, 8\], but is 9"),
         ({"k": 0}, r"k must be in \[1, 8\], but is 0"),
         ({"groups": 3}, "groups must divide num_experts=8, but is 3"),
         ({"groups": 4, "topk_groups": 5}, r"topk_groups must be in \[1, 4\] .*but is 5"),
         ({"groups": 4, "k": 3}, "must hold at least k=3 experts, but topk_groups=1 groups of 2"),
-        ({"groups": 8, "topk_groups": 4, "group_worth": "top2"}, "groups of at least 2 experts"),
+        ({"groups": 8, "topk_groups": 4, "group_score": "top2"}, "groups of at least 2 experts"),
         ({"k": 2.5}, "k must be a whole number, but is 2.5"),
         ({"groups": True}, "groups must be a whole number, but is True"),
         ({"scale": "2"}, "scale must be a finite number, but is '2'"),

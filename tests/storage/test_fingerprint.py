@@ -59,7 +59,7 @@ OTHER_ROUTERS = {
     "score": "softmax",
     "groups": 2,
     "topk_groups": 3,
-    "group_worth": "top2",
+    "group_score": "top2",
     "norm_topk_prob": True,
     "norm_eps": 1e-3,
     "norm_min": 0.25,

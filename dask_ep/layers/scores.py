@@ -75,4 +75,4 @@ GROUP_SCORES: dict[str, Callable[[Any, Array], Array]] = {
     "max": lambda xp, grouped: grouped.max(axis=2),
     "top2": two_largest,
 }
-"""What groups are worth, [n, G] from [n, G, E / G]."""
+"""Scores of groups, [n, G] from [n, G, E / G]."""

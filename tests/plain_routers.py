@@ -51,9 +51,9 @@ def add(values, bias):
 def only_best_groups(choice, router):
     size = len(choice) // router.groups
     groups = [choice[g * size : (g + 1) * size] for g in range(router.groups)]
-    how_many = {"max": 1, "top2": 2}[router.group_worth]
-    worth = [sum(sorted(group)[-how_many:]) for group in groups]
-    kept = best(worth, router.topk_groups)
+    how_many = {"max": 1, "top2": 2}[router.group_score]
+    group_score = [sum(sorted(group)[-how_many:]) for group in groups]
+    kept = best(group_score, router.topk_groups)
     return [c if e // size in kept else -math.inf for e, c in enumerate(choice)]
 
 
@@ -71,7 +71,7 @@ def sparsemixer(logits, k, eps):
 
 def scaled(pairs, router):
     weights = [w for _, w in pairs]
-    if router.normalise:
+    if router.norm_topk_prob:
         divisor = max(sum(weights) + router.norm_eps, router.norm_min)
         weights = [w / divisor for w in weights]
     return [(e, w * router.scale) for (e, _), w in zip(pairs, weights, strict=True)]

@@ -147,7 +147,7 @@ def same_layer(block: torch.nn.Module, size: Size) -> MoELayer:
     experts = Experts.gated_fused(
         weights["experts.gate_up_proj"], weights["experts.down_proj"], transposed=True
     )
-    return MoELayer(Router(size.E, size.k, normalise=True), experts, weights["gate.weight"])
+    return MoELayer(Router(size.E, size.k, norm_topk_prob=True), experts, weights["gate.weight"])
 
 
 def run_block(block: torch.nn.Module, hidden: np.ndarray) -> np.ndarray:

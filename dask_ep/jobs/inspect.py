@@ -326,8 +326,8 @@ def _words_of_router(found: Description) -> str:
     words = [" and ".join([f"{router.score} scores", *found.router_biases]).replace("_", " ")]
     if router.topk_groups < router.groups:
         groups = f"{router.topk_groups} of {router.groups} groups"
-        words.append(f"from the best {groups} by {router.group_worth}")
-    if router.normalise:
+        words.append(f"from the best {groups} by {router.group_score}")
+    if router.norm_topk_prob:
         words.append("normalised")
     if router.scale != 1:
         words.append(f"times {router.scale:g}")

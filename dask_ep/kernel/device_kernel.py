@@ -201,7 +201,7 @@ def _padded_rows(slots: Slots, experts: Sequence[Any], itemsize: int) -> int | N
     counts = [stop - start for start, stop in slots.bounds]
     most, m, (few, many) = max(counts), sum(counts), PADDED_ROWS
     padded = most * len(experts)
-    if slots.in_order or not m or len({expert.kin for expert in experts}) > 1:
+    if slots.in_order or not m or len({expert.batch_key for expert in experts}) > 1:
         return None
     if padded * experts[0].widest * itemsize > TOGETHER_BYTES:
         return None
@@ -285,7 +285,7 @@ def _runs(
 ) -> Iterator[tuple[list[Any], list[tuple[int, int]]]]:
     """Neighbours that compute together: of one kind, with rows, and within `TOGETHER_BYTES`."""
     busy = [(e, b) for e, b in zip(experts, bounds, strict=True) if b[1] > b[0]]
-    for _, of_one_kind in groupby(busy, key=lambda one: one[0].kin):
+    for _, of_one_kind in groupby(busy, key=lambda one: one[0].batch_key):
         run: list[Any] = []
         for expert, bound in of_one_kind:
             rows = bound[1] - (run[0][1][0] if run else bound[0])

@@ -42,8 +42,8 @@ class Expert(ABC):
         return max(self.d, self.d_out)
 
     @property
-    def kin(self) -> Hashable:
-        """Equal for experts that can compute together; by default each is alone."""
+    def batch_key(self) -> Hashable:
+        """Equal for experts that one batch can compute; by default each is alone."""
         return id(self)
 
     def takes(self, dtype: np.dtype) -> np.dtype:
@@ -61,7 +61,7 @@ class Expert(ABC):
     def together(
         experts: Sequence[Expert], rows: Array, bounds: device_kernel.Bounds, out: Array
     ) -> None:
-        """On a device: compute experts that are kin, each on its rows, all of them contiguous."""
+        """On a device: compute experts of one batch key, each on its own contiguous rows."""
         for expert, (start, stop) in zip(experts, bounds, strict=True):
             expert(rows[start:stop], out=out[start:stop])
 
@@ -78,7 +78,7 @@ class Linear(Expert):
         self._in_16_bits = bfloat16.serves(W)
 
     @property
-    def kin(self) -> Hashable:
+    def batch_key(self) -> Hashable:
         return Linear, self.W.shape
 
     @staticmethod

@@ -41,8 +41,8 @@ class Affine(Expert):
         return self._product.takes(dtype)
 
     @property
-    def kin(self) -> Hashable:
-        return Affine, self._product.kin
+    def batch_key(self) -> Hashable:
+        return Affine, self._product.batch_key
 
     @staticmethod
     def together(experts: Sequence[Affine], rows: Array, bounds: Bounds, out: Array) -> None:
@@ -74,8 +74,8 @@ class Mlp(Expert):
         return self._up.takes(dtype)
 
     @property
-    def kin(self) -> Hashable:
-        return Mlp, self._up.kin, self._down.kin, self._activation
+    def batch_key(self) -> Hashable:
+        return Mlp, self._up.batch_key, self._down.batch_key, self._activation
 
     @staticmethod
     def together(experts: Sequence[Mlp], rows: Array, bounds: Bounds, out: Array) -> None:
@@ -172,9 +172,9 @@ class GatedPair(Expert):
         return max(self.d, self._gate_up.d_out, self.d_out)
 
     @property
-    def kin(self) -> Hashable:
+    def batch_key(self) -> Hashable:
         numbers = (self._limit, self._alpha, self._up_offset)
-        parts = (self._gate_up.kin, self._down.kin)
+        parts = (self._gate_up.batch_key, self._down.batch_key)
         return GatedPair, *parts, self._activation, *numbers, self.weigh
 
     def __call__(self, rows: Array, out: Array | None = None) -> Array:

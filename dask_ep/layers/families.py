@@ -70,8 +70,8 @@ def listed_or_by_step(config: Config, layer: int) -> bool:
 
 PER_TOKEN = Key("num_experts_per_tok")
 MIXTRAL_BLOCKS = ("block_sparse_moe", "mlp")
-SOFTMAX = {"score": "softmax", "normalise": False}
-SOFTMAX_SUM_1 = {"score": "softmax", "normalise": True}
+SOFTMAX = {"score": "softmax", "norm_topk_prob": False}
+SOFTMAX_SUM_1 = {"score": "softmax", "norm_topk_prob": True}
 QWEN_SHARED = Shared(
     "shared_expert", Key("shared_expert_intermediate_size"), gate="shared_expert_gate.weight"
 )
@@ -87,8 +87,8 @@ def _deepseek_v3_router(groups: Key, topk_groups: Key) -> dict[str, Any]:
         "score": "sigmoid",
         "groups": groups,
         "topk_groups": topk_groups,
-        "group_worth": "top2",
-        "normalise": Key("norm_topk_prob", null=False),
+        "group_score": "top2",
+        "norm_topk_prob": Key("norm_topk_prob", null=False),
         "norm_eps": 1e-20,
         "scale": Key("routed_scaling_factor"),
     }
@@ -111,7 +111,7 @@ FAMILIES: tuple[Family, ...] = (
         num_experts=Key("num_local_experts"),
         k=PER_TOKEN,
         width=Key("intermediate_size"),
-        router={"score": "sigmoid", "normalise": True},
+        router={"score": "sigmoid", "norm_topk_prob": True},
         router_weight=("gate.weight",),
         selection_bias=("e_score_correction_bias",),
         experts=(BY_NUMBER, OUT_IN),
@@ -132,7 +132,7 @@ FAMILIES: tuple[Family, ...] = (
         num_experts=Key("num_experts"),
         k=PER_TOKEN,
         width=Key("moe_intermediate_size"),
-        router={"score": "softmax", "normalise": Key("norm_topk_prob", default=False)},
+        router={"score": "softmax", "norm_topk_prob": Key("norm_topk_prob", default=False)},
         router_weight=("gate.weight",),
         experts=(BY_NAME, OUT_IN),
         shared=QWEN_SHARED,
@@ -144,7 +144,7 @@ FAMILIES: tuple[Family, ...] = (
         num_experts=Key("num_experts"),
         k=PER_TOKEN,
         width=Key("moe_intermediate_size"),
-        router={"score": "softmax", "normalise": Key("norm_topk_prob", default=True)},
+        router={"score": "softmax", "norm_topk_prob": Key("norm_topk_prob", default=True)},
         router_weight=("gate.weight",),
         experts=(BY_NAME, OUT_IN),
         shared=QWEN_SHARED,
@@ -167,7 +167,7 @@ FAMILIES: tuple[Family, ...] = (
         num_experts=Key("num_local_experts", "num_experts"),
         k=PER_TOKEN,
         width=Key("moe_intermediate_size"),
-        router={"score": "softmax", "normalise": Key("norm_topk_prob", default=False)},
+        router={"score": "softmax", "norm_topk_prob": Key("norm_topk_prob", default=False)},
         router_weight=("gate.weight",),
         experts=(BY_NAME, OUT_IN),
         is_moe=by_sparse_step,
@@ -189,7 +189,7 @@ FAMILIES: tuple[Family, ...] = (
         num_experts=Key("num_experts"),
         k=PER_TOKEN,
         width=Key("intermediate_size"),
-        router={"score": "softmax", "normalise": Key("norm_topk_prob", default=False)},
+        router={"score": "softmax", "norm_topk_prob": Key("norm_topk_prob", default=False)},
         router_weight=("gate.weight",),
         experts=(BY_NAME, OUT_IN),
     ),
@@ -216,7 +216,7 @@ FAMILIES: tuple[Family, ...] = (
             "topk_groups": By(
                 Key("topk_method"), {"greedy": 1, "group_limited_greedy": Key("topk_group")}
             ),
-            "group_worth": "max",
+            "group_score": "max",
             "scale": Key("routed_scaling_factor"),
         },
         router_weight=("gate.weight",),
@@ -273,7 +273,7 @@ FAMILIES: tuple[Family, ...] = (
         width=Key("moe_intermediate_size"),
         router={
             "score": "softmax",
-            "normalise": True,
+            "norm_topk_prob": True,
             "norm_min": Key("moe_norm_min", default=1e-12),
         },
         router_weight=("gate.weight",),

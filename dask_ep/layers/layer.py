@@ -84,7 +84,7 @@ class MoELayer:
     >>> from dask_ep import Experts, MoELayer, Router
     >>> rng = np.random.default_rng(0)
     >>> experts = Experts.linear(rng.standard_normal((4, 8, 8), dtype="f4"))
-    >>> router = Router(num_experts=4, k=2, normalise=True)
+    >>> router = Router(num_experts=4, k=2, norm_topk_prob=True)
     >>> layer = MoELayer(router, experts, rng.standard_normal((4, 8), dtype="f4"))
     >>> hidden = da.random.default_rng(1).standard_normal((2, 6, 8), chunks=(1, 3, 8))
     >>> layer(hidden)

@@ -25,7 +25,7 @@ import numpy as np
 from dask_ep.arrays import memory
 from dask_ep.arrays.checks import BadRow, check_tokens, is_float, refuse_masked
 from dask_ep.arrays.namespaces import Array, namespace, one_namespace, to_host
-from dask_ep.layers.scores import CHOSEN_SCORES, GROUP_WORTHS, SCORES, SMALLEST, largest
+from dask_ep.layers.scores import CHOSEN_SCORES, GROUP_SCORES, SCORES, SMALLEST, largest
 
 TILE_BYTES = 4 << 20
 """Bytes of hidden states, in float64, whose logits are computed together on the CPU: few enough to
@@ -52,9 +52,9 @@ class Router:
     groups, topk_groups : int
         The experts are `groups` runs of E / groups neighbours, and a row chooses among those of its
         best `topk_groups` groups. Equal numbers mean no groups.
-    group_worth : {"max", "top2"}
-        What a group is worth to a row: its largest score, or the sum of its two largest.
-    normalise : bool
+    group_score : {"max", "top2"}
+        The score of a group for a row: its largest score, or the sum of its two largest.
+    norm_topk_prob : bool
         Divide the k weights by their sum.
     norm_eps, norm_min : float
         The divisor is ``max(sum + norm_eps, norm_min)``.
@@ -71,8 +71,8 @@ class Router:
     DeepSeek-V3's router, with its published sizes:
 
     >>> from dask_ep import Router
-    >>> router = Router(256, 8, "sigmoid", groups=8, topk_groups=4, group_worth="top2",
-    ...                 normalise=True, norm_eps=1e-20, scale=2.5)
+    >>> router = Router(256, 8, "sigmoid", groups=8, topk_groups=4, group_score="top2",
+    ...                 norm_topk_prob=True, norm_eps=1e-20, scale=2.5)
     """
 
     num_experts: int
@@ -80,8 +80,8 @@ class Router:
     score: str = "softmax"
     groups: int = 1
     topk_groups: int = 1
-    group_worth: str = "max"
-    normalise: bool = False
+    group_score: str = "max"
+    norm_topk_prob: bool = False
     norm_eps: float = 0.0
     norm_min: float = 0.0
     scale: float = 1.0
@@ -90,7 +90,7 @@ class Router:
 
     def __post_init__(self) -> None:
         _check_choice("score", self.score, [*SCORES, *CHOSEN_SCORES, "sparsemixer"])
-        _check_choice("group_worth", self.group_worth, GROUP_WORTHS)
+        _check_choice("group_score", self.group_score, GROUP_SCORES)
         _check_choice("weigh", self.weigh, ["output", "input"])
         for name in ("num_experts", "k", "groups", "topk_groups"):
             value = getattr(self, name)
@@ -100,8 +100,10 @@ class Router:
             value = getattr(self, name)
             if not isinstance(value, Real) or not isfinite(value):
                 raise ValueError(f"{name} must be a finite number, but is {value!r}")
-        if self.normalise not in (True, False):
-            raise ValueError(f"normalise must be True or False, but is {self.normalise!r}")
+        if self.norm_topk_prob not in (True, False):
+            raise ValueError(
+                f"norm_topk_prob must be True or False, but is {self.norm_topk_prob!r}"
+            )
         if not 1 <= self.k <= self.num_experts:
             raise ValueError(
                 f"a row chooses k different experts of num_experts={self.num_experts}, so k must "
@@ -120,9 +122,9 @@ class Router:
                 f"the chosen groups must hold at least k={self.k} experts, but topk_groups="
                 f"{self.topk_groups} groups of {E // G} hold {self.topk_groups * (E // G)}"
             )
-        if self.grouped and self.group_worth == "top2" and E // G < 2:
+        if self.grouped and self.group_score == "top2" and E // G < 2:
             raise ValueError(
-                f"group_worth='top2' needs groups of at least 2 experts, but {G} groups of "
+                f"group_score='top2' needs groups of at least 2 experts, but {G} groups of "
                 f"num_experts={E} hold {E // G}"
             )
         if self.grouped and self.score not in SCORES:
@@ -368,7 +370,7 @@ def _weigh(xp: Any, scores: Array, indices: Array, router: Router) -> Array:
 
 def _scaled(xp: Any, weights: Array, router: Router) -> Array:
     """Normalise and scale weights (n, k), in place."""
-    if router.normalise:
+    if router.norm_topk_prob:
         total = weights.sum(axis=1, keepdims=True) + xp.float32(router.norm_eps)
         weights /= xp.maximum(total, xp.float32(router.norm_min))
     weights *= xp.float32(router.scale)
@@ -378,7 +380,7 @@ def _scaled(xp: Any, weights: Array, router: Router) -> Array:
 def _mask_groups(xp: Any, choice: Array, router: Router) -> None:
     """Set the choice to the smallest number outside each row's best groups."""
     grouped = choice.reshape(len(choice), router.groups, -1)  # [n, G, E / G]
-    best = largest(xp, GROUP_WORTHS[router.group_worth](xp, grouped), router.topk_groups)
+    best = largest(xp, GROUP_SCORES[router.group_score](xp, grouped), router.topk_groups)
     out_of_them = xp.ones((len(choice), router.groups), dtype=bool)
     out_of_them[xp.arange(len(choice))[:, None], best] = False
     xp.copyto(grouped, xp.float32(SMALLEST), where=out_of_them[:, :, None])

@@ -71,8 +71,8 @@ CHOSEN_SCORES: dict[str, Callable[[Any, Array], Array]] = {
 }
 """Scores of the chosen experts only, [n, k] from [n, k]."""
 
-GROUP_WORTHS: dict[str, Callable[[Any, Array], Array]] = {
+GROUP_SCORES: dict[str, Callable[[Any, Array], Array]] = {
     "max": lambda xp, grouped: grouped.max(axis=2),
     "top2": two_largest,
 }
-"""What groups are worth, [n, G] from [n, G, E / G]."""
+"""Scores of groups, [n, G] from [n, G, E / G]."""

@@ -525,14 +525,14 @@ def test_few_bits_are_decoded_on_the_device_to_what_they_are_on_the_host(kind, d
 
 ROUTERS = {
     "softmax": Router(8, 2),
-    "normalised": Router(8, 3, normalise=True, norm_eps=1e-20, scale=2.5),
+    "normalised": Router(8, 3, norm_topk_prob=True, norm_eps=1e-20, scale=2.5),
     "sigmoid": Router(8, 2, "sigmoid"),
     "sqrtsoftplus": Router(8, 2, "sqrtsoftplus"),
     "softmax_chosen": Router(8, 2, "softmax_chosen"),
     "sigmoid_chosen": Router(8, 2, "sigmoid_chosen"),
     "sparsemixer": Router(8, 2, "sparsemixer"),
-    "groups": Router(8, 2, "sigmoid", groups=4, topk_groups=2, normalise=True),
-    "top2 groups": Router(8, 2, "sigmoid", groups=4, topk_groups=2, group_worth="top2"),
+    "groups": Router(8, 2, "sigmoid", groups=4, topk_groups=2, norm_topk_prob=True),
+    "top2 groups": Router(8, 2, "sigmoid", groups=4, topk_groups=2, group_score="top2"),
 }
 
 
@@ -577,7 +577,7 @@ def a_layer(kind: str) -> MoELayer:
     experts = Experts.gated(normal(8, D, F), normal(8, D, F, seed=1), normal(8, F, D))
     weight = np.random.default_rng(5).integers(-2, 3, (8, D)).astype("f4")
     shared = Experts.gated(normal(2, D, F, seed=3), normal(2, D, F, seed=4), normal(2, F, D))
-    router = Router(8, 2, normalise=True)
+    router = Router(8, 2, norm_topk_prob=True)
     return {
         "plain": lambda: MoELayer(router, experts, weight),
         "shared": lambda: MoELayer(router, experts, weight, shared=shared),

@@ -278,11 +278,11 @@ def test_every_expert_equals_the_plain_one(cupy, kind):
 
 
 @pytest.mark.parametrize("router", [
-    Router(8, 2, normalise=True), Router(8, 2, "sigmoid"), Router(8, 2, "sqrtsoftplus"),
+    Router(8, 2, norm_topk_prob=True), Router(8, 2, "sigmoid"), Router(8, 2, "sqrtsoftplus"),
     Router(8, 2, "softmax_chosen"), Router(8, 2, "sigmoid_chosen"), Router(8, 2, "sparsemixer"),
     Router(8, 2, "sigmoid", groups=4, topk_groups=2),
-    Router(8, 2, "sigmoid", groups=4, topk_groups=2, group_worth="top2"),
-], ids=lambda router: f"{router.score}-{router.groups}-{router.group_worth}")  # fmt: skip
+    Router(8, 2, "sigmoid", groups=4, topk_groups=2, group_score="top2"),
+], ids=lambda router: f"{router.score}-{router.groups}-{router.group_score}")  # fmt: skip
 @pytest.mark.parametrize("n", [0, 40])
 def test_routers_route_as_on_the_host(cupy, router, n):
     hidden, weight = small_numbers(n, 4), small_numbers(8, 4)

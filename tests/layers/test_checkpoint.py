@@ -137,7 +137,7 @@ def swap(w):
     return w | {"gate": w["up"], "up": w["gate"]}
 
 
-NO_SUM, SUM = router(normalise=False), router(normalise=True)
+NO_SUM, SUM = router(norm_topk_prob=False), router(norm_topk_prob=True)
 SWAPPED = experts(weights=swap)
 ALTERNATING, HALVES = experts(interleaved=True), experts(interleaved=False)
 GELU = experts(activation="gelu")
@@ -161,13 +161,13 @@ MUTATIONS = {
     "olmoe": [SUM, SWAPPED, router(k=4)],
     "jamba": [SUM, SWAPPED],
     "deepseek_v2": [
-        SUM, SWAPPED, no_shared, router(scale=1.0), router(group_worth="top2"),
+        SUM, SWAPPED, no_shared, router(scale=1.0), router(group_score="top2"),
         router(groups=1, topk_groups=1), router(score="sigmoid"),
     ],
     "deepseek_v2_greedy": [SUM, SWAPPED, no_shared, router(scale=2.0),
                            router(groups=3, topk_groups=2)],
     "deepseek_v3": [
-        NO_SUM, SWAPPED, no_shared, NO_BIAS, router(scale=1.0), router(group_worth="max"),
+        NO_SUM, SWAPPED, no_shared, NO_BIAS, router(scale=1.0), router(group_score="max"),
         router(groups=1, topk_groups=1), router(score="softmax"),
     ],
     "deepseek_v3_bfloat16": [NO_BIAS, SWAPPED],
@@ -908,7 +908,7 @@ def test_norm_topk_prob_of_null_is_false(tmp_path, case):
     folder = altered(tmp_path, case)
     path = folder / "config.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | {"norm_topk_prob": None}))
-    assert load_moe_layer(folder, LAYER).router.normalise is False
+    assert load_moe_layer(folder, LAYER).router.norm_topk_prob is False
 
 
 @pytest.mark.parametrize("case", ["deepseek_v2", "deepseek_v3", "glm4_moe", "dots1"])

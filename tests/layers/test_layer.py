@@ -43,7 +43,7 @@ PLAIN = {
     "shared": (normal(1, D, 3, seed=5), normal(1, D, 3, seed=6), normal(1, 3, D, seed=7)),
     "shared_gate": normal(D, seed=8),
 }
-ROUTER = Router(E, 2, normalise=True)
+ROUTER = Router(E, 2, norm_topk_prob=True)
 
 
 def make(router=ROUTER, **changes) -> MoELayer:
@@ -96,7 +96,7 @@ def chunked_hidden(draw):
 def test_any_layer_on_any_chunks_and_ranks_is_the_plain_one(
     hidden, world_size, with_shared, gated, residual, weigh
 ):
-    router = Router(E, 2, normalise=True, weigh=weigh)
+    router = Router(E, 2, norm_topk_prob=True, weigh=weigh)
     options = shared() if with_shared else {}
     if not gated:
         options.pop("shared_gate", None)
@@ -311,7 +311,7 @@ def test_a_table_routes_by_token_id():
     indices, weights = dask.compute(*layer.route(hidden, token_ids=token_ids))
     np.testing.assert_array_equal(indices, table[token_ids.compute()])
     assert (weights == 1).all()
-    weighed = make(Router(E, 2, "sqrtsoftplus", normalise=True), table=table)
+    weighed = make(Router(E, 2, "sqrtsoftplus", norm_topk_prob=True), table=table)
     _, weights = weighed.route(hidden, token_ids=token_ids)
     np.testing.assert_allclose(weights.compute().sum(axis=-1), 1, rtol=1e-6)
     assert weighed(hidden, token_ids=token_ids).shape == hidden.shape

@@ -34,8 +34,8 @@ def routers(draw) -> Router:
         score=score,
         groups=groups,
         topk_groups=topk_groups,
-        group_worth=draw(st.sampled_from(["max", "top2"])),
-        normalise=draw(st.booleans()),
+        group_score=draw(st.sampled_from(["max", "top2"])),
+        norm_topk_prob=draw(st.booleans()),
         norm_eps=draw(st.sampled_from([0.0, 1e-20, 0.25])),
         norm_min=draw(st.sampled_from([0.0, 2.0])),
         scale=draw(st.sampled_from([1.0, 2.5])),
@@ -51,7 +51,7 @@ def route_logits(logits, router, **biases):
 def choices_that_are_close(logits, router, selection_bias) -> bool:
     """Whether float32 and float64 may choose differently without either being wrong."""
     unbiased = dataclasses.replace(router, k=router.num_experts, groups=1, topk_groups=1,
-                                   normalise=False, scale=1.0)  # fmt: skip
+                                   norm_topk_prob=False, scale=1.0)  # fmt: skip
     if router.score in ("softmax_chosen", "sigmoid_chosen", "sparsemixer"):
         choice = list(map(float, logits))
     else:
@@ -103,18 +103,18 @@ def test_among_equal_scores_the_lowest_index_is_chosen(score):
     assert indices.tolist() == [[1, 2, 3], [0, 1, 2]]
 
 
-@pytest.mark.parametrize("worth", ["max", "top2"])
-def test_among_equal_groups_the_lowest_is_chosen(worth):
+@pytest.mark.parametrize("group_score", ["max", "top2"])
+def test_among_equal_groups_the_lowest_is_chosen(group_score):
     logits = np.array([[1, 2, 4, 3, 4, 3, 4, 3]], np.float32)
-    router = Router(8, 3, "sigmoid", groups=4, topk_groups=2, group_worth=worth)
+    router = Router(8, 3, "sigmoid", groups=4, topk_groups=2, group_score=group_score)
     indices, _ = route_logits(logits, router)
     assert indices.tolist() == [[2, 4, 3]]
 
 
-def test_group_worth_changes_the_choice():
+def test_group_score_changes_the_choice():
     logits = np.array([[5, -5, 3, 3]], np.float32)
-    best = Router(4, 1, "sigmoid", groups=2, topk_groups=1, group_worth="max")
-    pair = dataclasses.replace(best, group_worth="top2")
+    best = Router(4, 1, "sigmoid", groups=2, topk_groups=1, group_score="max")
+    pair = dataclasses.replace(best, group_score="top2")
     assert route_logits(logits, best)[0].tolist() == [[0]]
     assert route_logits(logits, pair)[0].tolist() == [[2]]
 
@@ -139,7 +139,7 @@ def test_an_expert_can_be_shut_by_a_bias_of_minus_infinity():
 def test_routing_is_float32_whatever_comes(dtype):
     rng = np.random.default_rng(1)
     hidden, weight = rng.standard_normal((30, 8)).astype(dtype), rng.standard_normal((6, 8))
-    router = Router(6, 2, normalise=True)
+    router = Router(6, 2, norm_topk_prob=True)
     expected = route(hidden.astype(np.float32), router, weight.astype(np.float32))
     for got, want in zip(route(hidden, router, weight), expected, strict=True):
         assert got.dtype == want.dtype
@@ -162,7 +162,7 @@ def test_a_row_is_routed_alike_whatever_rows_stand_around_it(d, E):
     rng = np.random.default_rng(d)
     hidden = rng.standard_normal((700, d), dtype=np.float32)
     weight = rng.standard_normal((E, d), dtype=np.float32) / d**0.5
-    router = Router(E, 4, "sigmoid", normalise=True)
+    router = Router(E, 4, "sigmoid", norm_topk_prob=True)
     whole = route(hidden, router, weight)
     for rows in (1, 7, 100):
         parts = [route(hidden[i : i + rows], router, weight) for i in range(0, 700, rows)]
@@ -187,7 +187,7 @@ def test_a_table_gives_each_token_its_experts_and_a_router_weighs_them():
     indices = look_up(token_ids, table)
     assert indices.tolist() == [[3, 0], [3, 0], [0, 3], [2, 1]]
     logits = rng.standard_normal((4, 4)).astype(np.float32)
-    router = Router(4, 2, "sqrtsoftplus", normalise=True, norm_eps=1e-20, scale=1.5)
+    router = Router(4, 2, "sqrtsoftplus", norm_topk_prob=True, norm_eps=1e-20, scale=1.5)
     weights = weigh_chosen(logits, indices, router, np.eye(4, dtype=np.float32))
     for row, chosen, got in zip(logits, indices, weights, strict=True):
         scores = [np.log1p(np.exp(float(row[e]))) ** 0.5 for e in chosen]
@@ -199,7 +199,7 @@ def test_weigh_chosen_gives_back_what_route_gave():
     hidden = rng.standard_normal((20, 6)).astype(np.float32)
     weight, bias = rng.standard_normal((8, 6)).astype(np.float32), rng.standard_normal(8)
     for score in SCORES[:5]:
-        router = Router(8, 3, score, normalise=score in SCORES[:3], scale=2.0)
+        router = Router(8, 3, score, norm_topk_prob=score in SCORES[:3], scale=2.0)
         indices, weights = route(hidden, router, weight, bias=bias)
         again = weigh_chosen(hidden, indices, router, weight, bias=bias)
         np.testing.assert_array_equal(again, weights)
@@ -294,18 +294,18 @@ def test_all_scores_are_those_that_route_uses():
     [
         ({"score": "tanh"}, "score must be one of 'softmax'.* but is 'tanh'"),
         ({"weigh": "both"}, "weigh must be one of 'output', 'input', but is 'both'"),
-        ({"group_worth": "mean"}, "group_worth must be one of 'max', 'top2', but is 'mean'"),
+        ({"group_score": "mean"}, "group_score must be one of 'max', 'top2', but is 'mean'"),
         ({"k": 9}, r"k must be in \[1, 8\], but is 9"),
         ({"k": 0}, r"k must be in \[1, 8\], but is 0"),
         ({"groups": 3}, "groups must divide num_experts=8, but is 3"),
         ({"groups": 4, "topk_groups": 5}, r"topk_groups must be in \[1, 4\] .*but is 5"),
         ({"groups": 4, "k": 3}, "must hold at least k=3 experts, but topk_groups=1 groups of 2"),
-        ({"groups": 8, "topk_groups": 4, "group_worth": "top2"}, "groups of at least 2 experts"),
+        ({"groups": 8, "topk_groups": 4, "group_score": "top2"}, "groups of at least 2 experts"),
         ({"k": 2.5}, "k must be a whole number, but is 2.5"),
         ({"groups": True}, "groups must be a whole number, but is True"),
         ({"scale": "2"}, "scale must be a finite number, but is '2'"),
         ({"norm_min": float("nan")}, "norm_min must be a finite number, but is nan"),
-        ({"normalise": "yes"}, "normalise must be True or False, but is 'yes'"),
+        ({"norm_topk_prob": "yes"}, "norm_topk_prob must be True or False, but is 'yes'"),
         ({"groups": 4, "topk_groups": 2, "score": "sigmoid_chosen"}, "groups need a score of all"),
     ],
 )

@@ -59,8 +59,8 @@ OTHER_ROUTERS = {
     "score": "softmax",
     "groups": 2,
     "topk_groups": 3,
-    "group_worth": "top2",
-    "normalise": True,
+    "group_score": "top2",
+    "norm_topk_prob": True,
     "norm_eps": 1e-3,
     "norm_min": 0.25,
     "scale": 2.5,
@@ -120,7 +120,7 @@ LAYER_OF = {
 """Arguments of a layer."""
 
 OTHER_IN_LAYER = {
-    "router": Router(E, 2, normalise=True),
+    "router": Router(E, 2, norm_topk_prob=True),
     "experts": Experts.linear(np.ones((E, D, D), "f4"), bias=np.ones((E, D), "f4")),
     "router_weight": np.zeros((E, D), "f4"),
     "router_bias": None,
@@ -242,7 +242,7 @@ def half_done(tmp_path, case):
     ("case", "change", "said"),
     [
         ("mixtral", {"num_experts_per_tok": 1}, "layer: router.k was 2, is 1"),
-        ("qwen3_moe", {"norm_topk_prob": False}, "layer: router.normalise was True, is False"),
+        ("qwen3_moe", {"norm_topk_prob": False}, "layer: router.norm_topk_prob was True, is False"),
         ("mixtral", {"hidden_act": "gelu"}, r"experts.options.activation was silu, is gelu"),
         ("deepseek_v3_fp8_cut", {"routed_scaling_factor": 9.0}, r"router.scale was .*, is 9.0"),
     ],

@@ -319,7 +319,7 @@ def test_outputs_that_are_being_written_count_as_under_way(client):
     y, _ = layer(chunks=24)
     forget_chunks(client)
     with own_experts(client, 3, chunks_in_flight=2):
-        written_slowly(y).sum().compute()
+        client.compute(written_slowly(y).sum()).result(DEADLINE)
         wait_until(lambda: not any(slots_taken(client).values()), "all slots are free again")
     assert max(most for _, most in chunks_held(client).values()) in (1, 2)
 
@@ -330,7 +330,8 @@ def test_two_layers_in_one_task_take_one_slot(client):
     with own_experts(client, 3, chunks_in_flight=1):
         twice = expert_parallel(y, routing, np.ones((6, y.shape[1], 2)), world_size=3)
         want = y.compute(scheduler="sync").sum(axis=1)
-        np.testing.assert_allclose(twice.compute()[:, 0], want, rtol=1e-4, atol=1e-4)
+        got = client.compute(twice).result(DEADLINE)
+        np.testing.assert_allclose(got[:, 0], want, rtol=1e-4, atol=1e-4)
         wait_until(lambda: not any(slots_taken(client).values()), "all slots are free again")
 
 

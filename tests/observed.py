@@ -128,7 +128,7 @@ def written_slowly(y: da.Array) -> da.Array:
 
 def _write_slowly(block: np.ndarray) -> np.ndarray:
     Counted.add(1)
-    time.sleep(0.05)
+    time.sleep(0.4)
     Counted.add(-1)
     return block
 

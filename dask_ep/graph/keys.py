@@ -102,13 +102,17 @@ def read_key(key: object) -> TaskKey | None:
     >>> read_key(("ep_dispatch-0123", 4, 7, 1))
     TaskKey(step='dispatch', chunk=4, rank=1, part=(7,))
     >>> read_key("ep_chunk-finalize-hlgfinalizecompute-0123")  # of a single chunk
-    TaskKey(step='chunk', chunk=0, rank=-1, part=())
+    TaskKey(step='chunk', chunk=0, rank=-1, part=(-1,))
     """
+    if isinstance(key, str) and key.startswith("ep_") and "-finalize-" in key:
+        only = read_key((key.partition("-finalize-")[0], 0))
+        return None if only is None else only._replace(part=(-1,))  # its number is not told
     if isinstance(key, str):
         key = _parse(key)
     if not (isinstance(key, tuple) and isinstance(key[0], str) and key[0].startswith("ep_")):
         return None
-    step = key[0].removeprefix("ep_").partition("-")[0]
+    fused = [word.removeprefix("ep_") for word in key[0].split("-") if word.startswith("ep_")]
+    step = "sum" if "sum" in fused else fused[0]  # what a chunk ends with has its number
     step, numbers = ROUTING.get(step, step), key[1:]
     if step not in OF_BLOCKS:
         return TaskKey(step, *numbers[:1])
@@ -117,8 +121,6 @@ def read_key(key: object) -> TaskKey | None:
 
 
 def _parse(key: str) -> object:
-    if key.startswith("ep_") and "-finalize-" in key:
-        return key, 0
     if not key.startswith("("):
         return None
     try:

@@ -527,11 +527,11 @@ def fill_disk_after(blocks: int, monkeypatch: pytest.MonkeyPatch, job: Job) -> l
     """Run a job on a disk that takes so many blocks, and give their numbers."""
     store_block, written = output._store_block, []
 
-    def fail_later(rows, of, block, *span):
+    def fail_later(rows, of, span):
         if len(written) == blocks:
             raise OSError(errno.ENOSPC, "No space left on device")
-        written.append(block)
-        return store_block(rows, of, block, *span)
+        written.append(span[0])
+        return store_block(rows, of, span)
 
     with monkeypatch.context() as patch:
         patch.setattr(output, "_store_block", fail_later)
@@ -557,7 +557,7 @@ def test_chunks_that_are_done_are_not_held_again(monkeypatch, job, lost):
         lose_block(job, written[0])
     hold_chunk = passes_memory._hold
     monkeypatch.setattr(
-        passes_memory, "_hold", lambda *args: begun.append(args[-2]) or hold_chunk(*args)
+        passes_memory, "_hold", lambda *args: begun.append(args[5]) or hold_chunk(*args)
     )
     run_job(job, Threads(1), resume=True)
     assert sorted(begun + written[lost:]) == list(range(9))
@@ -599,7 +599,7 @@ def test_chunks_of_more_rows_than_there_are_mean_all_of_them_in_passes_too(tmp_p
     planned = CliRunner().invoke(plan_command, [*arguments, *rates, "--chunk-rows", "1000000"])
     assert planned.exit_code == 0, planned.exception
     done = run_job(load_job(path), Threads(1, 380 * 10**6), chunk_rows=10**6)
-    assert done.passes.passes.chunk_rows == json.loads(planned.output)["chunk_rows"] == 2000
+    assert done.passes.passes.chunk_rows == json.loads(planned.stdout)["chunk_rows"] == 2000
 
 
 def test_what_an_overwritten_run_left_unfinished_makes_room_for_rows_that_wait(
@@ -733,7 +733,8 @@ def test_plan_says_how_experts_go_by_and_refuses_only_what_no_pass_can_fit(tmp_p
     def plan(limit: str, *options: str) -> str:
         arguments = [str(job), "--threads", "2", "--memory-limit", limit, *options]
         result = CliRunner().invoke(plan_command, arguments)
-        return f"{result.output} {result.exception or ''}"
+        said = result.stdout if "--json" in options else result.output
+        return f"{said} {result.exception or ''}"
 
     content = json.loads(plan("410 MB", "--json"))
     said = " ".join(content["advice"])

@@ -34,7 +34,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from dask_ep.arrays.device import gemms
+from dask_ep.arrays.gemms import gemms
 from dask_ep.arrays.namespaces import Array, namespace, to_host
 from dask_ep.kernel import cuda_kernels
 
@@ -245,7 +245,7 @@ def products(rows: Array, matrices: Sequence[Array], bounds: Bounds, out: Array)
     Notes
     -----
     With cuBLAS one product per expert, on several streams; one call for all of them if they have as
-    many rows (`device.Gemms`).
+    many rows (`gemms.Gemms`).
     """
     xp = namespace(rows)
     multiply = gemms(xp)

@@ -15,8 +15,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from dask_ep import Experts, expert_parallel_dispatch
-from dask_ep.arrays import device
+from dask_ep.arrays import device, gemms
 from dask_ep.arrays.checks import computing_dtype
+from dask_ep.arrays.lanes import Lanes, pinned_empty
 from dask_ep.kernel import cuda_kernels, device_kernel, reference
 from dask_ep.kernel.expert import Linear
 from dask_ep.kernel.pack import Combining, Packing
@@ -242,7 +243,7 @@ def test_products_begin_when_their_rows_are_there_and_are_waited_for(cublas, wai
 
 
 def test_copies_wait_for_the_compute_where_they_must_and_only_there(waits):
-    lanes, host = device.Lanes(xp), device.pinned_empty(xp, (3,), np.float32)
+    lanes, host = Lanes(xp), pinned_empty(xp, (3,), np.float32)
     host[...] = 1
     up, down, compute = lanes._up, lanes._down, Stream.null
     there = lanes.upload(host)
@@ -257,7 +258,7 @@ def test_copies_wait_for_the_compute_where_they_must_and_only_there(waits):
 
 @pytest.mark.parametrize("asked", ["0", "1"])
 def test_tf32_is_for_float32_and_by_option(cublas, monkeypatch, asked):
-    monkeypatch.setenv(device.TF32_SWITCH, asked)
+    monkeypatch.setenv(gemms.TF32_SWITCH, asked)
     wanted = [77 if asked == "1" else 68, 70, 68, 68]
     one = {dtype: on_device(np.ones((1, 1), dtype)) for dtype in DTYPES}
     for multiply in (

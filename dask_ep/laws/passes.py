@@ -346,7 +346,7 @@ def _fixed(work: Work, layout: Layout) -> int:
 
 def _spilled_bytes(work: Work) -> int:
     """Bytes that one row takes on the disk, out and back."""
-    itemsize = work.wide if work.weigh_input else work.dtype.itemsize
+    itemsize = work.wide if work.apply_router_weight_on_input else work.dtype.itemsize
     return work.slots * (work.d * itemsize + work.answer_bytes)
 
 

@@ -77,7 +77,7 @@ class Work:
     #: rows of the tokens that are stored together
     read_bytes: int = 0
     #: that a thread needs to read a chunk, beside its rows
-    weigh_input: bool = False
+    apply_router_weight_on_input: bool = False
     #: whether rows are multiplied by their top-k weight before they go to their expert
     as_stored: bool = False
     #: whether experts are held as they are stored, whatever the memory
@@ -191,7 +191,7 @@ class Work:
             weight_bytes=0 if topk_dtype is None else np.dtype(topk_dtype).itemsize,
             stored_rows=stored_rows,
             read_bytes=read_bytes,
-            weigh_input=options.get("weigh", "output") == "input",
+            apply_router_weight_on_input=options.get("apply_router_weight_on_input", False),
             as_stored=isinstance(experts, StoredExperts),
             in_files=isinstance(experts, Experts) and not experts.collections(),
             of_layer=layer is not None,

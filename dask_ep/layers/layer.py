@@ -315,11 +315,11 @@ class MoELayer:
                 f"router and experts must agree on E, but the router chooses among num_experts={E} "
                 f"and there are {self.experts.num_experts} experts"
             )
-        weigh = getattr(self.experts, "options", {}).get("weigh", "output")
-        if weigh != self.router.weigh:
+        on_input = getattr(self.experts, "options", {}).get("apply_router_weight_on_input", False)
+        if on_input != self.router.apply_router_weight_on_input:
             raise ValueError(
-                "router and experts must agree on what the top-k weight multiplies, but the router "
-                f"has weigh={self.router.weigh!r} and the experts {weigh!r}"
+                "router and experts must agree on apply_router_weight_on_input, but the router "
+                f"has {self.router.apply_router_weight_on_input!r} and the experts {on_input!r}"
             )
         if self.capacity is not None and isinstance(self.router, ExpertChoice):
             raise ValueError("expert choice has its own capacity, so capacity must be None with it")

@@ -85,7 +85,7 @@ def test_activations(cublas, activation, dtype):
 @settings(max_examples=60, suppress_health_check=list(HealthCheck))
 @given(
     case=cases(),
-    form=st.sampled_from(["linear", "gated", "weigh input"]),
+    form=st.sampled_from(["linear", "gated", "weights on input"]),
     padded=st.sampled_from([(0, 0), (64, 1024)]),
 )
 def test_the_kernel_by_kernels_is_the_kernel_by_array_functions(
@@ -93,10 +93,12 @@ def test_the_kernel_by_kernels_is_the_kernel_by_array_functions(
 ):
     """The same numbers, and the same copies; with experts of equal rows, and as they come."""
     W, transposed = case.local_Ws(0), np.swapaxes(case.local_Ws(0), 1, 2)
-    weigh = "input" if form == "weigh input" else "output"
     experts = Experts.linear(W)
     if form != "linear":
-        experts = Experts.gated(W, W, transposed, activation="relu", weigh=weigh)
+        on_input = form == "weights on input"
+        experts = Experts.gated(
+            W, W, transposed, activation="relu", apply_router_weight_on_input=on_input
+        )
     tokens, routing, weights = map(on_device, (case.tokens, case.routing, case.topk_weights))
     dtype = computing_dtype(case.tokens.dtype, on_device=True)
 

@@ -120,11 +120,11 @@ def no_shared(layer):
 
 
 def weight_on_the_other_side(layer):
-    side = "input" if layer.router.weigh == "output" else "output"
-    options = {**layer.experts.options, "weigh": side}
+    side = not layer.router.apply_router_weight_on_input
+    options = {**layer.experts.options, "apply_router_weight_on_input": side}
     return remade(
         layer,
-        router=replace(layer.router, weigh=side),
+        router=replace(layer.router, apply_router_weight_on_input=side),
         experts=Experts(layer.experts.kind, layer.experts.weights, options),
     )
 

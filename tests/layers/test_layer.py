@@ -47,7 +47,12 @@ ROUTER = Router(E, 2, norm_topk_prob=True)
 
 
 def make(router=ROUTER, **changes) -> MoELayer:
-    experts = Experts.gated(PLAIN["gate"], PLAIN["up"], PLAIN["down"], weigh=router.weigh)
+    experts = Experts.gated(
+        PLAIN["gate"],
+        PLAIN["up"],
+        PLAIN["down"],
+        apply_router_weight_on_input=router.apply_router_weight_on_input,
+    )
     arguments = {"router": router, "experts": experts, "router_weight": PLAIN["router_weight"]}
     return MoELayer(**arguments | changes)
 
@@ -66,7 +71,14 @@ def plain_layer(hidden, router=ROUTER, *, with_shared=False, gated=False, residu
     experts = [
         reference.gated(PLAIN["gate"][e], PLAIN["up"][e], PLAIN["down"][e]) for e in range(E)
     ]
-    y = reference.moe(hidden, indices, experts, weights, d_out=D, weigh=router.weigh)
+    y = reference.moe(
+        hidden,
+        indices,
+        experts,
+        weights,
+        d_out=D,
+        apply_router_weight_on_input=router.apply_router_weight_on_input,
+    )
     if with_shared:
         one = reference.gated(*(matrix[0] for matrix in PLAIN["shared"]))
         for row, x in enumerate(hidden):
@@ -90,13 +102,13 @@ def chunked_hidden(draw):
     with_shared=st.booleans(),
     gated=st.booleans(),
     residual=st.booleans(),
-    weigh=st.sampled_from(["output", "input"]),
+    on_input=st.booleans(),
 )
 @settings(max_examples=60, deadline=None)
 def test_any_layer_on_any_chunks_and_ranks_is_the_plain_one(
-    hidden, world_size, with_shared, gated, residual, weigh
+    hidden, world_size, with_shared, gated, residual, on_input
 ):
-    router = Router(E, 2, norm_topk_prob=True, weigh=weigh)
+    router = Router(E, 2, norm_topk_prob=True, apply_router_weight_on_input=on_input)
     options = shared() if with_shared else {}
     if not gated:
         options.pop("shared_gate", None)
@@ -376,8 +388,9 @@ def test_the_graph_grows_by_few_tasks_per_chunk():
         ({"shared_gate": normal(D)}, ValueError, "must be None without them"),
         ({"shared": Experts.linear(normal(1, 3, 3))}, ValueError,
          "as wide as the others, 6 to 6, but are 3 to 3"),
-        ({"router": Router(E, 2, weigh="input"), "experts": Experts.linear(normal(E, D, D))},
-         ValueError, "router has weigh='input' and the experts 'output'"),
+        ({"router": Router(E, 2, apply_router_weight_on_input=True),
+          "experts": Experts.linear(normal(E, D, D))},
+         ValueError, "agree on apply_router_weight_on_input, but the router has True and the"),
         ({"experts": Experts.linear(normal(E, D, 3)), "residual": True}, ValueError,
          "experts go from 6 to 3"),
         ({"router": ExpertChoice(E, 1.0), "capacity": Capacity(1.0)}, ValueError,

@@ -298,7 +298,7 @@ def test_a_subset_of_arrays_in_memory_is_views_of_its_part_alone(ids):
 def test_weights_of_other_dtypes_are_held_in_the_computing_dtype(dtype, float32_products):
     experts = Experts.linear(weight("w", dtype=dtype))
     local = experts.load(dtype=np.float32)
-    assert local_experts.nbytes == E * D * O * 4
+    assert local.nbytes == E * D * O * 4
     x = rows().astype("f4")
     np.testing.assert_array_equal(local[1](x), x @ weight("w", dtype=dtype)[1].astype("f4"))
 

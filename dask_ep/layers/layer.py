@@ -89,7 +89,7 @@ class MoELayer:
     >>> hidden = da.random.default_rng(1).standard_normal((2, 6, 8), chunks=(1, 3, 8))
     >>> layer(hidden)
     dask.array<..., shape=(2, 6, 8), dtype=float64, chunksize=(1, 3, 8), chunktype=numpy.ndarray>
-    >>> int(layer.load(hidden).sum())  # 12 rows, 2 experts each
+    >>> int(layer.tokens_per_expert(hidden).sum())  # 12 rows, 2 experts each
     24
     """
 
@@ -196,8 +196,8 @@ class MoELayer:
         indices, weights = self._route(rows_of(hidden), self._ids(token_ids, hidden))
         return unflatten(indices, hidden), unflatten(weights, hidden)
 
-    def load(self, hidden: da.Array, *, token_ids: da.Array | None = None) -> da.Array:
-        """Count the rows that go to each expert: a lazy (E,) Dask array of int64."""
+    def tokens_per_expert(self, hidden: da.Array, *, token_ids: da.Array | None = None) -> da.Array:
+        """Count the rows that choose each expert: a lazy (E,) Dask array of int64."""
         hidden = self._checked(hidden)
         indices, _ = self._route(rows_of(hidden), self._ids(token_ids, hidden))
         return count_rows(indices, self.experts.num_experts)

@@ -643,8 +643,10 @@ def test_routing_and_loads_of_a_layer_stay_on_the_device():
     there = device_chunks(hidden)
     for got, want in zip(layer.route(there), layer.route(hidden), strict=True):
         np.testing.assert_array_equal(to_numpy(blocks_of(got, "sync")), want.compute())
-    load = layer.load(there)
-    np.testing.assert_array_equal(to_numpy(blocks_of(load, "sync")), layer.load(hidden).compute())
+    load = layer.tokens_per_expert(there)
+    np.testing.assert_array_equal(
+        to_numpy(blocks_of(load, "sync")), layer.tokens_per_expert(hidden).compute()
+    )
 
 
 @pytest.mark.parametrize("case", CASES)

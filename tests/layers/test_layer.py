@@ -151,7 +151,8 @@ def assert_same_in_one_chunk(kind, hidden, world_size):
     for x in (hidden, together):
         token_ids = da.from_array(ids, chunks=x.chunks[:-1]) if kind == "table" else None
         y = layer(x, token_ids=token_ids, world_size=world_size)
-        results += [(y, *layer.route(x, token_ids=token_ids), layer.load(x, token_ids=token_ids))]
+        load = layer.tokens_per_expert(x, token_ids=token_ids)
+        results += [(y, *layer.route(x, token_ids=token_ids), load)]
     for some, all_in_one in zip(*results, strict=True):
         assert_eq(some, all_in_one, rtol=1e-5, atol=1e-5)
 
@@ -248,10 +249,10 @@ def test_a_routing_can_be_replayed_from_files(tmp_path):
     assert_eq(y, make(capacity=Capacity(0.8))(rows), rtol=1e-6, atol=1e-6)
 
 
-def test_load_counts_the_rows_of_each_expert():
+def test_tokens_per_expert_counts_the_rows_of_each_expert():
     hidden = da.from_array(normal(3, 5, D, seed=9), chunks=(2, 2, -1))
     layer = make()
-    load = layer.load(hidden)
+    load = layer.tokens_per_expert(hidden)
     indices = layer.route(hidden)[0].compute()
     assert isinstance(load, da.Array)
     assert_eq(load, np.bincount(indices.ravel(), minlength=E))
@@ -295,14 +296,14 @@ def test_a_capacity_counts_over_the_whole_batch_in_c_order(drop, chunks):
     rows, weights = data.reshape(-1, D), weights.reshape(-1, 2)
     plain = reference.moe(rows, np.array(want), experts, weights, d_out=D)
     np.testing.assert_allclose(y.reshape(-1, D), plain, rtol=1e-4, atol=1e-4)
-    assert int(limited.load(hidden).max()) <= capacity
+    assert int(limited.tokens_per_expert(hidden).max()) <= capacity
 
 
 def test_experts_may_choose_their_rows():
     data = normal(11, D, seed=9)
     hidden = da.from_array(data, chunks=(4, D))
     layer = make(ExpertChoice(E, factor=1.5))
-    assert layer.load(hidden).compute().tolist() == [int(np.ceil(1.5 * 11 / E))] * E
+    assert layer.tokens_per_expert(hidden).compute().tolist() == [int(np.ceil(1.5 * 11 / E))] * E
     logits = data.astype(np.float64) @ PLAIN["router_weight"].T.astype(np.float64)
     scores = [plain_routers.softmax(list(map(float, row))) for row in logits]
     want = np.zeros((11, D))
@@ -327,7 +328,8 @@ def test_a_table_routes_by_token_id():
     _, weights = weighed.route(hidden, token_ids=token_ids)
     np.testing.assert_allclose(weights.compute().sum(axis=-1), 1, rtol=1e-6)
     assert weighed(hidden, token_ids=token_ids).shape == hidden.shape
-    assert layer.load(hidden, token_ids=token_ids).compute().tolist() == [6, 3, 2, 3, 2]
+    load = layer.tokens_per_expert(hidden, token_ids=token_ids)
+    assert load.compute().tolist() == [6, 3, 2, 3, 2]
 
 
 # --- graphs --------------------------------------------------------------------------------------
@@ -344,7 +346,7 @@ def test_building_computes_nothing_and_names_follow_from_the_inputs():
             hidden = da.zeros((6, 4, D), chunks=(2, 3, D), dtype=np.float32)
             layer = make(residual=True, capacity=Capacity(1.0), **shared())
             names.append([layer(hidden).name, *(a.name for a in layer.route(hidden))])
-            names[-1].append(layer.load(hidden).name)
+            names[-1].append(layer.tokens_per_expert(hidden).name)
     assert names[0] == names[1]
     assert len(set(names[0])) == 4
 

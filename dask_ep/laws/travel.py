@@ -12,8 +12,9 @@ each rank the cheaper of the two:
     rank 1           reads it too        owner, has it       <── rows
     rank 2           reads it too        reads it too        owner, has it
 
-The answer is a `Placement` with copies at the ranks that read, chosen by the home of a row's chunk
-(`Placement.local`), and nothing else: the graph, the kernel and the sum are those of any placement.
+The answer is a `Placement` with replicas at the ranks that read, chosen by the home of a row's
+chunk (`Placement.local`), and nothing else: the graph, the kernel and the sum are those of any
+placement.
 
 **Rows that want several experts.** A row goes to a rank once, however many of its experts are
 served there, so it stays only if all of these are read. What one rank reads of another's experts is
@@ -58,7 +59,7 @@ class Travel:
     being spilled, and experts to rows that are held in memory.
 
     Where they fit, not "auto" is what is done unasked, though by its model it is never dearer: it
-    must read the routing beforehand, a layer's router all tokens; copies of experts take what
+    must read the routing beforehand, a layer's router all tokens; replicas of experts take what
     memory there is; and the model believes in rates that nobody has measured, such as that all
     workers together read a shared disk as fast as each alone.
     """
@@ -108,7 +109,7 @@ def choose_travel(
         "rows" gives `owners` back; "experts" lets no row travel; "auto" takes the cheaper.
     found : Survey of the routing
     owners : Placement
-        What each rank holds in any case. A row without a copy at home goes where it says.
+        What each rank holds in any case. A row without a replica at home goes where it says.
     expert_bytes : bytes of one expert in its file
     row_bytes : bytes of a row on its way there and back
     chunks : rows of each token chunk; default: those of the routing
@@ -258,7 +259,7 @@ def _worth_reading(wants: _Wants, prices: _Prices, num_experts: int) -> np.ndarr
 
 
 def _without_common_experts(leaving: Sequence[np.ndarray], num_experts: int) -> list[np.ndarray]:
-    """Join what is wanted of ranks that hold copies of one expert: reading it once serves both."""
+    """Join the wants of ranks that hold replicas of one expert: reading it once serves both."""
     groups: list[tuple[np.ndarray, list[np.ndarray]]] = []
     for of_rank in leaving:
         wanted, members = np.isin(np.arange(num_experts), of_rank), [of_rank]
@@ -327,5 +328,5 @@ def _reading(owners: Placement, beside: Sequence[np.ndarray]) -> Placement:
         stops[rank, :owned] = owners.stops[rank][owners.slots[rank] >= 0]
         for column, expert in enumerate(beside[rank], start=owned):
             before = owners.stops[:rank][owners.slots[:rank] == expert]
-            stops[rank, column] = before.max(initial=0)  # the stop of the copy before: no tickets
+            stops[rank, column] = before.max(initial=0)  # the stop before it: no tickets
     return Placement(slots, stops, local=True)

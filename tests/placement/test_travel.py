@@ -309,7 +309,7 @@ def test_what_is_refused():
         choose("auto", found, contiguous(4, 2), **sizes)
 
 
-# --- copies at home --------------------------------------------------------------------------
+# --- replicas at home --------------------------------------------------------------------------
 
 
 @settings(max_examples=60, deadline=None)
@@ -336,14 +336,14 @@ def test_a_row_is_served_at_home_if_it_can_be_and_by_its_ticket_otherwise(seed, 
     np.testing.assert_array_equal(np.concatenate(halves), physical)
 
 
-def test_the_shares_of_copies_at_home_are_those_of_rows_that_are_spread_evenly():
+def test_the_shares_of_replicas_at_home_are_those_of_rows_that_are_spread_evenly():
     owners = Placement(
         [[0, 1, -1], [2, 3, -1], [4, 5, 0]], [[10**11, 2**40, 0]] + 2 * [[2**40] * 3]
     )
     found = survey(np.repeat(np.arange(6), [500, 9, 9, 300, 9, 9])[:, None], 6)
     sizes = {"expert_bytes": 90, "row_bytes": 2, "chunks": (4,) * 209}
     placement = choose("auto", found, owners, **sizes)
-    assert placement.copies.tolist() == [3, 1, 1, 3, 1, 1]
+    assert placement.replica_counts.tolist() == [3, 1, 1, 3, 1, 1]
     expert_rows = found.expert_rows
     assert placement.rank_load(expert_rows).sum() == pytest.approx(expert_rows.sum())
     served = found.visits(placement, (4,) * 209).slot_rows.sum(axis=1)

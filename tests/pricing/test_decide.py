@@ -78,7 +78,7 @@ def inputs(job_file) -> Inputs:
         (Layout(4, 2, 1), 23, 8, "two ranks a worker; a row has two slots, so goes to two ranks"),
         (Layout(4, 4, 1, placement="balanced"), 29, 5, "a spare slot on every rank"),
         (Layout(4, 4, 1, placement="exact"), 29, 5, "at most one spare slot"),
-        (Layout(4, 4, 1, placement="packed"), 29, 4, "no copies"),
+        (Layout(4, 4, 1, placement="packed"), 29, 4, "no replicas"),
     ],
 )
 def test_what_a_worker_needs(inputs, layout, chunks, experts, remark):

@@ -157,15 +157,15 @@ def choose_travel(
     chunks = found.chunks if chunks is None else chunks
     worker = np.arange(owners.world_size) % (workers or owners.world_size)
     if travel.how == "experts":
-        beside = _all_wanted(found, owners, chunks, worker)
+        extra = _all_wanted(found, owners, chunks, worker)
     else:
         prices = _Prices(row_bytes / travel.link, expert_bytes / travel.read)
-        beside = []
+        extra = []
         for rank, wants in enumerate(_wants(found, owners, chunks, worker)):
             chosen = _worth_reading(wants, prices, found.num_experts)
             room = None if max_slots is None else max_slots - int((owners.slots[rank] >= 0).sum())
-            beside.append(_fitting(chosen, wants, room))
-    placement = _reading(owners, [np.flatnonzero(read) for read in beside])
+            extra.append(_fitting(chosen, wants, room))
+    placement = _reading(owners, [np.flatnonzero(read) for read in extra])
     verify_placement(placement, num_experts=found.num_experts, max_slots=max_slots)
     return placement
 
@@ -316,17 +316,17 @@ def _count(wants: np.ndarray, num_experts: int) -> np.ndarray:
     return np.bincount(wants.ravel() + 1, minlength=num_experts + 1)[1:]
 
 
-def _reading(owners: Placement, beside: Sequence[np.ndarray]) -> Placement:
+def _reading(owners: Placement, extra: Sequence[np.ndarray]) -> Placement:
     """Add the experts that each rank reads besides; these serve only rows at home."""
-    held = [[*row[row >= 0], *more] for row, more in zip(owners.slots, beside, strict=True)]
+    held = [[*row[row >= 0], *more] for row, more in zip(owners.slots, extra, strict=True)]
     width = max(map(len, held))
     slots = np.full((owners.world_size, width), -1)
     stops = np.zeros(slots.shape, np.int64)
     for rank, experts in enumerate(held):
         slots[rank, : len(experts)] = experts
-        owned = len(experts) - len(beside[rank])
+        owned = len(experts) - len(extra[rank])
         stops[rank, :owned] = owners.stops[rank][owners.slots[rank] >= 0]
-        for column, expert in enumerate(beside[rank], start=owned):
+        for column, expert in enumerate(extra[rank], start=owned):
             before = owners.stops[:rank][owners.slots[:rank] == expert]
             stops[rank, column] = before.max(initial=0)  # the stop before it: no tickets
     return Placement(slots, stops, local=True)

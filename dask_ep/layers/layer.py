@@ -202,7 +202,7 @@ class MoELayer:
         indices, _ = self._route(rows_of(hidden), self._ids(token_ids, hidden))
         return count_rows(indices, self.experts.num_experts)
 
-    def loaded_beside(self, dtype: np.dtype, *, on_device: bool = False) -> int:
+    def resident_bytes(self, dtype: np.dtype, *, on_device: bool = False) -> int:
         """Bytes of the shared experts and the router, which every worker holds to compute."""
         shared, small = self.shared, sum(prod(array.shape) for array in self.arrays.values())
         held = 0 if shared is None else shared.loaded_bytes(dtype, on_device=on_device)
@@ -214,7 +214,7 @@ class MoELayer:
         return max(self.experts.widest, 0 if self.shared is None else self.shared.widest)
 
     @property
-    def bytes_beside(self) -> int:
+    def resident_stored_bytes(self) -> int:
         """Bytes of them in their files."""
         arrays = [array.source for array in self.arrays.values()]
         small = sum(prod(source.shape) * source.dtype.itemsize for source in arrays)
@@ -404,7 +404,7 @@ def _finish(
     sums = 3 * d_out * computing_dtype(rows.dtype).itemsize
     with (
         naming(f"shared experts and residual of token chunk {chunk}"),
-        telling_kernel(rows, len(experts), experts, d_out, beside=sums),
+        telling_kernel(rows, len(experts), experts, d_out, extra_row_bytes=sums),
     ):
         return _added(rows, routed, shared, residual)
 

@@ -245,12 +245,12 @@ def test_the_memory_limit_says_how_many_are_read(tmp_path):
     expert = 16 * 16 * 4
     layout = Layout(world_size=4, workers=2, threads=1)
     work = inputs.work()
-    assert Decision(work, layout, 100).slots_beside is None
+    assert Decision(work, layout, 100).spare_slots is None
     enough = need(inputs.work(), layout).at(100)
     for more, slots in ((0, 0), (2 * expert - 1, 0), (2 * expert, 1), (7 * expert, 3)):
         limit = math.ceil((enough + more) / PART_OF_A_WORKER)
         limited = replace(layout, memory_limit=limit)  # a worker plays two ranks
-        assert Decision(work, limited, 100).slots_beside == slots
+        assert Decision(work, limited, 100).spare_slots == slots
 
 
 @pytest.mark.parametrize(("d", "k", "ranks", "policy"), [(16, 4, 2, None), (64, 3, 3, "exact")])
@@ -277,7 +277,7 @@ def test_a_run_reads_beside_what_its_plan_says(tmp_path, d, k, ranks, policy, sp
         )  # fmt: skip
         built = build(inputs, decide(inputs.work(), layout, chunk_rows=100, travel=cheaper))
         np.testing.assert_array_equal(planned.placement.slots, built.placement.slots)
-        beside.add(planned.copies_beside)
+        beside.add(planned.replicas)
     assert len(beside) > 1
 
 

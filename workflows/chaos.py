@@ -449,6 +449,8 @@ def main() -> int:
     print("| seed | job | fault | blocks before | runs | seconds | result |")
     print("|--:|---|---|--:|--:|--:|---|")
     wrong = 0
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, lambda *_: sys.exit(1))  # and end the cluster first
     with tempfile.TemporaryDirectory() as scratch:
         place = asked.keep or Path(scratch)
         place.mkdir(parents=True, exist_ok=True)

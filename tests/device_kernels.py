@@ -27,7 +27,7 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
-from dask_ep.arrays import device
+from dask_ep.arrays import gemms
 from dask_ep.kernel import cuda_kernels
 from tests.device_double import (
     DeviceArray,
@@ -200,5 +200,5 @@ def kernels() -> Iterator[Cublas]:
     finally:
         del namespace.RawKernel, namespace.cuda.cublas
         cuda_kernels._fused.pop("device_double", None)
-        for key in [key for key in device._every_gemms if key[0] == "device_double"]:
-            del device._every_gemms[key]
+        for key in [key for key in gemms._every_gemms if key[0] == "device_double"]:
+            del gemms._every_gemms[key]

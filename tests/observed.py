@@ -67,7 +67,12 @@ def bytes_read(log: Path) -> dict[str, int]:
 
 def record_services(client: Client) -> None:
     """Let all workers write down from now on what they serve; see `servings`."""
-    client.run(tally.record)
+    client.run(_record_anew)
+
+
+def _record_anew():
+    tally.take()
+    tally.record()
 
 
 def servings(client: Client) -> list[Serving]:

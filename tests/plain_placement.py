@@ -35,15 +35,15 @@ def published_balance(load, num_slots: int, groups: int, nodes: int, ranks: int)
     result = []
     for node in published_pack(group_load, nodes):
         experts = [g * size + i for g in node for i in range(size)]
-        copy_of, copies = list(range(len(experts))), [1] * len(experts)
-        while len(copy_of) < num_slots // nodes:
-            per_copy = [load[e] / c for e, c in zip(experts, copies, strict=True)]
-            hottest = per_copy.index(max(per_copy))
-            copy_of.append(hottest)
-            copies[hottest] += 1
-        copy_load = [load[experts[i]] / copies[i] for i in copy_of]
+        replica_of, replicas = list(range(len(experts))), [1] * len(experts)
+        while len(replica_of) < num_slots // nodes:
+            per_replica = [load[e] / c for e, c in zip(experts, replicas, strict=True)]
+            hottest = per_replica.index(max(per_replica))
+            replica_of.append(hottest)
+            replicas[hottest] += 1
+        replica_load = [load[experts[i]] / replicas[i] for i in replica_of]
         result += [
-            [experts[copy_of[c]] for c in pack]
-            for pack in published_pack(copy_load, ranks // nodes)
+            [experts[replica_of[c]] for c in pack]
+            for pack in published_pack(replica_load, ranks // nodes)
         ]
     return result

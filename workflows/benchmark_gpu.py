@@ -37,7 +37,9 @@ import numpy as np
 
 import dask_ep
 from dask_ep.arrays import device
-from dask_ep.arrays.device import download, find_devices, gemms, pinned_empty, upload
+from dask_ep.arrays.device import find_devices
+from dask_ep.arrays.gemms import TF32_SWITCH, gemms
+from dask_ep.arrays.lanes import download, pinned_empty, upload
 from dask_ep.errors import NoDeviceError
 from dask_ep.kernel import reference
 from dask_ep.laws.device_memory import DEVICE_PROCESS_BYTES, THREADS_PER_GPU, OnDevice
@@ -90,7 +92,7 @@ def main(arguments: list[str] | None = None) -> None:
     except NoDeviceError as error:
         sys.exit(f"nothing is measured: {error}")
     if options.tf32:
-        os.environ[device.TF32_SWITCH] = "1"
+        os.environ[TF32_SWITCH] = "1"
     arithmetic = f"{options.dtype}{' as TF32' if options.tf32 else ''}"
     print(f"{card.name}, {card.memory / 2**30:.0f} GiB, {arithmetic}; medians of {options.repeat}")
     print("| layer | kernel | to reach | job | to reach | memory |\n|---|---|---|---|---|---|")

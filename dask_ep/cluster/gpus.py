@@ -24,7 +24,7 @@ import dask
 from distributed import Client, Nanny, Scheduler, SpecCluster, Worker, WorkerPlugin
 from distributed.system import MEMORY_LIMIT
 
-from dask_ep.arrays import device
+from dask_ep.arrays import device, gemms
 from dask_ep.arrays.blas import limit_blas_for_good
 from dask_ep.arrays.device import Device
 from dask_ep.cluster import device_serialize
@@ -232,7 +232,7 @@ class OnGpu(WorkerPlugin):
         limit_blas_for_good()
         os.environ[STREAM_PER_THREAD] = "0"
         if self.tf32:
-            os.environ[device.TF32_SWITCH] = "1"
+            os.environ[gemms.TF32_SWITCH] = "1"
         xp = import_module(self.namespace)
         if xp.cuda.get_current_stream() == xp.cuda.Stream.ptds:  # it was imported before
             raise NoDeviceError(

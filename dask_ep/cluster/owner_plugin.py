@@ -191,15 +191,15 @@ class Ownership(SchedulerPlugin):
         client: str,
         world_size: int,
         loads: Sequence[float] | None,
-        copies: Mapping[int, int] | None,
+        replicas: Mapping[int, int] | None,
     ) -> None:
         """Let a client need owners, of ranks with these loads and numbers of owners."""
         ranks = self.ranks.setdefault(world_size, Ranks.unowned(world_size))
         self.claims[client] = world_size
         if loads is not None:
             ranks.loads = [float(load) for load in loads]
-        for rank, owners in (copies or {}).items():
-            ranks.copies[rank] = owners
+        for rank, owners in (replicas or {}).items():
+            ranks.replicas[rank] = owners
         self.assign("first owner")
         if "look" not in self.timers:
             self._look()
@@ -228,7 +228,7 @@ class Ownership(SchedulerPlugin):
         """Make exactly these workers the owners of a rank, until all of them are lost."""
         ranks = self.ranks[world_size]
         ranks.by_hand.add(rank)
-        ranks.copies[rank] = len(workers)
+        ranks.replicas[rank] = len(workers)
         self._change(world_size, rank, workers, why)
         self._publish()
 
@@ -323,7 +323,7 @@ class Ownership(SchedulerPlugin):
         for world_size, ranks in self.ranks.items():
             before = ranks.living()
             limit = shares * sum(ranks.loads) / (self.settled_capacity or 1.0)
-            chosen = assign(before, workers, ranks.loads, ranks.copies, limit)
+            chosen = assign(before, workers, ranks.loads, ranks.replicas, limit)
             for rank, owners in enumerate(chosen):
                 self._change(world_size, rank, owners, why)
                 if not before[rank] & owners:
@@ -372,7 +372,7 @@ class Ownership(SchedulerPlugin):
         if replica is not None:
             size, rank = replica.rank
             self.grown[replica.rank] = replica.worker
-            self.ranks[size].copies[rank] = len(owners[replica.rank]) + 1
+            self.ranks[size].replicas[rank] = len(owners[replica.rank]) + 1
             self._change(size, rank, owners[replica.rank] | {replica.worker}, replica.why)
             self._publish()
 
@@ -402,7 +402,7 @@ class Ownership(SchedulerPlugin):
         for (size, rank), worker in self.grown.items():
             of_rank = self.ranks[size].living()[rank]
             if len(of_rank) > 1:
-                self.ranks[size].copies[rank] -= 1
+                self.ranks[size].replicas[rank] -= 1
                 self._change(size, rank, of_rank - {worker}, "hot no more")
         self.grown.clear()
         self._publish()

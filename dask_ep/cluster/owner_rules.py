@@ -1,7 +1,7 @@
 """Which worker should own which rank?
 
 Plain arithmetic on plain data: ranks have loads, workers have capacities, and every rank needs as
-many owners as it has copies. Two functions answer, and neither knows a scheduler:
+many owners as it has replicas. Two functions answer, and neither knows a scheduler:
 
     assign    gives owners to the ranks that lack them, and moves nothing
     balance   moves as few ranks as bring the workers close to their shares
@@ -80,7 +80,7 @@ def assign(
     previous: Sequence[Collection[str]],
     workers: Mapping[str, float],
     loads: Sequence[float],
-    copies: Sequence[int] | None = None,
+    replicas: Sequence[int] | None = None,
     limit: float = inf,
 ) -> Owners:
     """Give an owner to every rank that lacks one, and take none away from a worker that is there.
@@ -92,7 +92,7 @@ def assign(
     workers : mapping of worker to capacity, in the order in which equals are preferred
     loads : R numbers
         The work of each rank.
-    copies : R ints, optional
+    replicas : R ints, optional
         How many owners each rank shall have; 1 without it. Never more than there are workers.
     limit : float
         A worker takes a further rank only while its load per capacity is below this.
@@ -115,7 +115,7 @@ def assign(
     [frozenset({'a'}), frozenset({'b'}), frozenset({'a'})]
     """
     owners = [frozenset(worker for worker in of_rank if worker in workers) for of_rank in previous]
-    wanted = [min(n, len(workers)) for n in (copies or [1] * len(owners))]
+    wanted = [min(n, len(workers)) for n in (replicas or [1] * len(owners))]
     burden = burdens(owners, workers, loads)
     share = [load / max(n, 1) for load, n in zip(loads, wanted, strict=True)]
     for rank in sorted(range(len(owners)), key=lambda r: (-share[r], r)):

@@ -35,7 +35,7 @@ class Ranks:
     """Per rank."""
     loads: list[float]
     """Work per rank, any unit."""
-    copies: list[int]
+    replicas: list[int]
     """Owners wanted per rank."""
     by_hand: set[int] = field(default_factory=set)
     """Ranks that somebody moved: no rebalancing."""
@@ -47,7 +47,7 @@ class Ranks:
         return cls(
             owners=[OwnersOfRank({NOBODY}) for _ in range(world_size)],
             loads=[1.0] * world_size,
-            copies=[1] * world_size,
+            replicas=[1] * world_size,
             balanced_at=[-inf] * world_size,
         )
 

@@ -130,7 +130,7 @@ class Experts:
         limit: float | None = None,
         alpha: float = 1.0,
         up_offset: float = 0.0,
-        weigh: str = "output",
+        apply_router_weight_on_input: bool = False,
     ) -> Experts:
         """``(activation(rows @ gate) * (rows @ up)) @ down``: SwiGLU and its relatives.
 
@@ -144,7 +144,8 @@ class Experts:
         limit : before the activation, gate = min(gate, limit), up = clip(up, -limit, limit)
         alpha : silu is gate * sigmoid(alpha * gate)
         up_offset : added to up after it is clamped
-        weigh : what the top-k weight multiplies, "output" or "input" of the expert
+        apply_router_weight_on_input : the top-k weight multiplies the row that the expert
+            reads (as in Llama 4) instead of its output
         """
         weights = {
             "gate": gate,
@@ -162,7 +163,7 @@ class Experts:
             limit=limit,
             alpha=alpha,
             up_offset=up_offset,
-            weigh=weigh,
+            apply_router_weight_on_input=apply_router_weight_on_input,
         )
 
     @classmethod
@@ -179,7 +180,7 @@ class Experts:
         limit: float | None = None,
         alpha: float = 1.0,
         up_offset: float = 0.0,
-        weigh: str = "output",
+        apply_router_weight_on_input: bool = False,
     ) -> Experts:
         """As `gated`, with gate and up in one (E, d, 2 f) matrix.
 
@@ -201,7 +202,7 @@ class Experts:
             limit=limit,
             alpha=alpha,
             up_offset=up_offset,
-            weigh=weigh,
+            apply_router_weight_on_input=apply_router_weight_on_input,
         )
 
     @staticmethod
@@ -217,11 +218,14 @@ class Experts:
 
     @classmethod
     def _of(cls, kind: str, weights: dict[str, Any], **options: Any) -> Experts:
-        activation, weigh = options.get("activation", "silu"), options.get("weigh", "output")
+        activation = options.get("activation", "silu")
         if activation not in ACTIVATIONS:
             raise ValueError(f"activation must be one of {list(ACTIVATIONS)}, not {activation!r}")
-        if weigh not in ("output", "input"):
-            raise ValueError(f'weigh must be "output" or "input", not {weigh!r}')
+        on_input = options.get("apply_router_weight_on_input", False)
+        if not isinstance(on_input, bool):
+            raise ValueError(
+                f"apply_router_weight_on_input must be True or False, not {on_input!r}"
+            )
         if missing := [n for n, w in weights.items() if w is None and not n.endswith("bias")]:
             raise TypeError(f"{', '.join(missing)} must be given, but came as None")
         given = {name: Weight.of(w, name) for name, w in weights.items() if w is not None}

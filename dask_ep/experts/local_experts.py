@@ -193,7 +193,7 @@ def _mlp(arrays: dict[str, Array], options: dict[str, Any]) -> Expert:
 
 
 def _gated(arrays: dict[str, Array], options: dict[str, Any]) -> Expert:
-    names = ("activation", "limit", "alpha", "up_offset", "weigh")
+    names = ("activation", "limit", "alpha", "up_offset", "apply_router_weight_on_input")
     chosen = {name: options[name] for name in names}
     return _by_hidden_columns(
         arrays, options, lambda part: Gated(part["gate"], part["up"], part["down"], **chosen)
@@ -226,7 +226,7 @@ def _by_hidden_columns(
 
 
 def _gated_pair(arrays: dict[str, Array], options: dict[str, Any]) -> Expert:
-    names = ("activation", "limit", "alpha", "up_offset", "weigh")
+    names = ("activation", "limit", "alpha", "up_offset", "apply_router_weight_on_input")
     gate_up = _product(_oriented(arrays["gate_up"], options), arrays.get("gate_up_bias"), options)
     down = _product(_oriented(arrays["down"], options), arrays.get("down_bias"), options)
     return GatedPair(gate_up, down, **{name: options[name] for name in names})

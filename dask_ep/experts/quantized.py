@@ -20,7 +20,7 @@ from uuid import uuid4
 import ml_dtypes
 import numpy as np
 
-from dask_ep.arrays.device import fill, pinned_empty, upload
+from dask_ep.arrays.lanes import fill, pinned_empty, upload
 from dask_ep.arrays.namespaces import Array, namespace
 from dask_ep.storage.files import ReadError
 from dask_ep.storage.sources import ArraySource, Source

@@ -126,7 +126,7 @@ class _StoredExpert(Expert):
     def __init__(self, one: Experts, xp: Any, dtype: np.dtype, lately: threading.local):
         self._one, self._xp, self._dtype, self._lately = one, xp, dtype, lately
         self.d, self.d_out = one.d, one.d_out
-        self.weigh = one.options.get("weigh", "output")
+        self.apply_router_weight_on_input = one.options.get("apply_router_weight_on_input", False)
 
     @property
     def widest(self) -> int:

@@ -17,7 +17,7 @@ from dask.base import normalize_token
 
 from dask_ep.arrays import blas, memory
 from dask_ep.arrays.checks import refuse_masked
-from dask_ep.arrays.device import pinned_empty
+from dask_ep.arrays.lanes import pinned_empty
 from dask_ep.arrays.namespaces import UNDERFLOW_IS_ZERO, Array, is_array, namespace
 from dask_ep.experts.quantized import DeviceSource, Float8Source, Mxfp4Source, fill_on_device, put
 from dask_ep.kernel.bfloat16 import BFLOAT16, narrowed, serves

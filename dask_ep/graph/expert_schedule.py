@@ -80,8 +80,8 @@ class Walk:
     #: of the output's journal, which counts the experts that are read
 
     @property
-    def weigh_input(self) -> bool:
-        return self.experts.options.get("weigh", "output") == "input"
+    def apply_router_weight_on_input(self) -> bool:
+        return self.experts.options.get("apply_router_weight_on_input", False)
 
     def blocks(self, rows: np.ndarray) -> list[list[int]]:
         """Cut the experts that have rows, (E,) of each, into blocks."""

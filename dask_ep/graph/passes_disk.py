@@ -72,7 +72,7 @@ class Spilled:
     ):
         self._rows, self._walk, self.group = rows, walk, group
         dtype, wide = rows.tokens.dtype, computing_dtype(rows.tokens.dtype)
-        weighted = walk.weigh_input and rows.topk_weights is not None
+        weighted = walk.apply_router_weight_on_input and rows.topk_weights is not None
         self.files = SpillFiles(
             directory,
             rows.tokens.shape[1],
@@ -103,7 +103,8 @@ class Spilled:
                 key = (name, c, 0)
                 tasks[key] = Task(
                     key, _spill_chunk, *self._rows.keys(c), self._layout.counts[i],
-                    self._layout.rows_at[i], self._walk.weigh_input, self.files, c, i,
+                    self._layout.rows_at[i], self._walk.apply_router_weight_on_input, self.files,
+                    c, i,
                 )  # fmt: skip
         graph = HighLevelGraph.from_collections(name, tasks, dependencies=self._rows.arrays)
         return Step(graph, list(tasks))
@@ -156,8 +157,10 @@ class Spilled:
         tasks = {}
         for i, c in enumerate(self.group):
             _, routing, weights = self._rows.keys(c)
+            if self._walk.apply_router_weight_on_input:
+                weights = None
             tasks[name, c, 0] = Task(
-                (name, c, 0), _collect_chunk, routing, None if self._walk.weigh_input else weights,
+                (name, c, 0), _collect_chunk, routing, weights,
                 self._layout.counts[i], int(self._layout.answers_at[i, 0]), self.files,
                 self._rows.tokens.dtype, c,
             )  # fmt: skip
@@ -198,7 +201,7 @@ def _spill_chunk(
     topk_weights: Array | None,
     counts: np.ndarray,
     places: np.ndarray,
-    weigh_input: bool,
+    apply_router_weight_on_input: bool,
     files: SpillFiles,
     chunk: int,
     number: int,
@@ -209,7 +212,8 @@ def _spill_chunk(
         check_routing(routing, topk_weights, n=tokens.shape[0])
         segments = sort_slots(routing, topk_weights, len(counts), 0, 1)
         _check_counts(segments.bounds, counts)
-        weights = None if topk_weights is None or not weigh_input else topk_weights.reshape(-1)
+        on_input = topk_weights is not None and apply_router_weight_on_input
+        weights = topk_weights.reshape(-1) if on_input else None
         nbytes = 0
         for e, (start, stop) in enumerate(segments.bounds):
             if stop > start:

@@ -17,7 +17,7 @@ import dask
 from dask.system import CPU_COUNT
 from distributed import Client, LocalCluster
 
-from dask_ep.arrays import device
+from dask_ep.arrays import device, gemms
 from dask_ep.arrays.blas import one_blas_thread
 from dask_ep.arrays.device import Device
 from dask_ep.cluster.checks import (
@@ -209,7 +209,7 @@ def multiplies_as_tf32(where: Where, client: Client | None) -> bool:
         if len(set(found.values())) > 1:
             some = ", ".join(sorted(worker for worker, tf32 in found.items() if tf32))
             problem = (
-                f"only some GPU workers have {device.TF32_SWITCH}=1 in their environment, {some}"
+                f"only some GPU workers have {gemms.TF32_SWITCH}=1 in their environment, {some}"
             )
             raise UnfitClusterError([f"{problem}; start all of them with it, or none"])
         return True in found.values()
@@ -231,7 +231,7 @@ def multiplied_by(where: Where, client: Client | None, inputs: Inputs) -> str | 
 
 
 def _tf32_by_environment() -> bool:
-    return os.environ.get(device.TF32_SWITCH) == "1"
+    return os.environ.get(gemms.TF32_SWITCH) == "1"
 
 
 def deployed(where: Where | Deployed) -> contextlib.AbstractContextManager[Where]:

@@ -284,7 +284,7 @@ def _proposals(
 def _alternatives(
     work: Work, layout: Layout, asked: int | None
 ) -> Iterator[tuple[dict[str, Any], Layout]]:
-    """Other layouts: smaller chunks, fewer threads, no copies of experts, more processes."""
+    """Other layouts: smaller chunks, fewer threads, no replicas of experts, more processes."""
     if asked is not None:
         yield {}, layout
     if layout.on_devices:

@@ -331,7 +331,8 @@ def _words_of_router(found: Description) -> str:
         words.append("normalised")
     if router.scale != 1:
         words.append(f"times {router.scale:g}")
-    return ", ".join([*words, f"weighing the {router.weigh} of experts"])
+    side = "input" if router.apply_router_weight_on_input else "output"
+    return ", ".join([*words, f"weights on the experts' {side}"])
 
 
 def _shape(shape: Sequence[int]) -> str:

@@ -239,7 +239,12 @@ _TWO_MATRICES = {
     "down_bias": _WEIGHT,
     "transposed": _FLAG,
 }
-_GATE = {"limit": _POSITIVE, "alpha": _NUMBER, "up_offset": _NUMBER, "weigh": _WORD}
+_GATE = {
+    "limit": _POSITIVE,
+    "alpha": _NUMBER,
+    "up_offset": _NUMBER,
+    "apply_router_weight_on_input": _FLAG,
+}
 
 EXPERT_KEYS: dict[str, dict[str, _Kind]] = {
     "linear": {"w": _WEIGHT, "bias": _WEIGHT, "transposed": _FLAG},

@@ -441,7 +441,7 @@ def _with_tasks(work: Work, layer: MoELayer, tokens: da.Array, router_tasks: int
         "chunk_tasks": per_chunk + (shared or layer.residual),
         "tasks": router_tasks - per_chunk * chunks + shared,
     }
-    return replace(work, beside=replace(work.beside, **tasks))
+    return replace(work, layer=replace(work.layer, **tasks))
 
 
 def _sample(experts: Experts | CallableExperts, dtype: np.dtype) -> Sequence[Expert]:

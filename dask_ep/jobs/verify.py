@@ -251,7 +251,7 @@ def _apply_experts(
     """Sum what each expert gives, one expert in memory at a time, as the only one of its rank."""
     y, scale = np.zeros((2, len(tokens), experts.d_out))
     peak = np.zeros(len(tokens))
-    weigh = experts.options.get("weigh", "output")
+    on_input = experts.options.get("apply_router_weight_on_input", False)
     weighed = np.ones(routing.shape) if weights is None else weights.astype(np.float64)
     for e in np.unique(routing[routing >= 0]).tolist():
         rows = np.flatnonzero((routing == e).any(axis=1))
@@ -264,14 +264,14 @@ def _apply_experts(
             experts.num_experts,
             None if weights is None else weights[rows],
             d_out=experts.d_out,
-            weigh=weigh,
+            apply_router_weight_on_input=on_input,
         )
         for slot in range(routing.shape[1]):
             rows = np.flatnonzero(routing[:, slot] == e)
             w = np.abs(weighed[rows, slot, None])
-            x = exact(tokens[rows].astype(np.float64) * (w if weigh == "input" else 1.0))
+            x = exact(tokens[rows].astype(np.float64) * (w if on_input else 1.0))
             found = arithmetic.expert(kind, arrays, options, x)
-            w = 1.0 if weigh == "input" else w
+            w = 1.0 if on_input else w
             scale[rows] += w * found.scale
             peak[rows] = np.maximum.reduce(
                 [peak[rows], found.peak, (w * np.abs(found.value)).max(axis=1, initial=0.0)]
@@ -319,7 +319,7 @@ def _plain_parts(experts: Experts, e: int) -> tuple[str, dict[str, np.ndarray], 
         for name, weight in experts.subset([e]).weights.items()
     }
     arrays = {n: a.T if transposed and a.ndim == 2 else a for n, a in arrays.items()}
-    for other in ("weigh", "precision"):
+    for other in ("apply_router_weight_on_input", "precision"):
         options.pop(other, None)
     kind = experts.kind
     if kind == "gated_fused":

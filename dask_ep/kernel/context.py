@@ -32,17 +32,17 @@ def naming(place: str, first_row: int | None = None) -> Iterator[None]:
 
 
 def telling_kernel(
-    tokens: Array, k: int, experts: Sequence[Any], d_out: int, beside: int = 0
+    tokens: Array, k: int, experts: Sequence[Any], d_out: int, extra_row_bytes: int = 0
 ) -> AbstractContextManager[None]:
     """Say what a chunk needs, if the device that computes it has not enough memory.
 
-    `beside` is what a row takes besides the kernel.
+    `extra_row_bytes` are those that a row takes besides the kernel.
     """
     if namespace(tokens) is np:
         return nullcontext()
     widest = max((getattr(expert, "widest", d_out) for expert in experts), default=0)
     one = row_bytes(tokens.shape[1], d_out, widest, k, tokens.dtype.itemsize)
-    return telling_chunk(tokens, one + beside)
+    return telling_chunk(tokens, one + extra_row_bytes)
 
 
 def slots_of(routing: Array) -> int:

@@ -34,7 +34,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from dask_ep.arrays.device import gemms
+from dask_ep.arrays.gemms import gemms
 from dask_ep.arrays.namespaces import Array, namespace, to_host
 from dask_ep.kernel import cuda_kernels
 
@@ -167,11 +167,11 @@ def through_experts(
     m, d_out = slots.bounds[-1][1], experts[0].d_out
     out = xp.empty((len(tokens), d_out), dtype=dtype)
     answers = out[:m] if slots.in_order else xp.empty((m, d_out), dtype=sums)
-    late = not slots.in_order and all(expert.weigh == "output" for expert in experts)
+    late = not slots.in_order and not any(expert.apply_router_weight_on_input for expert in experts)
     for some, bounds in _runs(experts, slots.bounds, sums.itemsize):
         part = slice(bounds[0][0], bounds[-1][1])
         order = None if slots.in_order else slots.order[part]
-        early = weights is not None and some[0].weigh == "input"
+        early = weights is not None and some[0].apply_router_weight_on_input
         weighed = weights is not None and not early and not late
         if order is None:
             rows = tokens[part]
@@ -224,7 +224,7 @@ def _through_padded(
     last = slots.order.size - 1
     wanted = xp.minimum(starts[:, None] + xp.arange(rows, dtype=np.int64), last).reshape(-1)
     order = slots.order[wanted]
-    early = weights is not None and experts[0].weigh == "input"
+    early = weights is not None and experts[0].apply_router_weight_on_input
     given = _weigh(tokens, order, slots.k, weights) if early else gather(tokens, order, slots.k)
     answers = xp.empty((E * rows, experts[0].d_out), dtype=sums)
     bounds = [(e * rows, (e + 1) * rows) for e in range(E)]
@@ -245,7 +245,7 @@ def products(rows: Array, matrices: Sequence[Array], bounds: Bounds, out: Array)
     Notes
     -----
     With cuBLAS one product per expert, on several streams; one call for all of them if they have as
-    many rows (`device.Gemms`).
+    many rows (`gemms.Gemms`).
     """
     xp = namespace(rows)
     multiply = gemms(xp)

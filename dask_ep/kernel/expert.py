@@ -28,14 +28,14 @@ class Expert(ABC):
         Widths of the rows that come and go.
     widest : int
         Width of the widest row that it makes on the way; tells how many rows stay in cache.
-    weigh : {"output", "input"}
-        What the top-k weight multiplies: the expert's output, or the row before the expert
-        sees it (as in Llama 4).
+    apply_router_weight_on_input : bool
+        Whether the top-k weight multiplies the row that the expert reads (as in Llama 4) instead
+        of its output.
     """
 
     d: int
     d_out: int
-    weigh: str = "output"
+    apply_router_weight_on_input: bool = False
 
     @property
     def widest(self) -> int:

@@ -200,7 +200,7 @@ def _apply(
 ) -> None:
     """One tile: gather its rows, expert, weight, write to rows `to` of the output."""
     contiguous = isinstance(rows, slice)
-    weighed_before = weights is not None and expert.weigh == "input"
+    weighed_before = weights is not None and expert.apply_router_weight_on_input
     dtype = compute if weighed_before else expert.takes(tokens.dtype)
     x = tokens[rows].astype(dtype, copy=False) if contiguous else gather(tokens, rows, dtype)
     if contiguous and out is tokens:

@@ -110,12 +110,13 @@ class Gated(Expert):
         limit: float | None = None,
         alpha: float = 1.0,
         up_offset: float = 0.0,
-        weigh: str = "output",
+        apply_router_weight_on_input: bool = False,
     ):
         self._gate, self._up, self._down = gate, up, down
         self._activate = ACTIVATIONS[activation]
         self._limit, self._alpha, self._up_offset = limit, alpha, up_offset
-        self.d, self.d_out, self.weigh = up.d, down.d_out, weigh
+        self.d, self.d_out = up.d, down.d_out
+        self.apply_router_weight_on_input = apply_router_weight_on_input
 
     @property
     def widest(self) -> int:
@@ -161,11 +162,12 @@ class GatedPair(Expert):
         limit: float | None = None,
         alpha: float = 1.0,
         up_offset: float = 0.0,
-        weigh: str = "output",
+        apply_router_weight_on_input: bool = False,
     ):
         self._gate_up, self._down, self._activation = gate_up, down, activation
         self._limit, self._alpha, self._up_offset = limit, alpha, up_offset
-        self.d, self.d_out, self.weigh = gate_up.d, down.d_out, weigh
+        self.d, self.d_out = gate_up.d, down.d_out
+        self.apply_router_weight_on_input = apply_router_weight_on_input
 
     @property
     def widest(self) -> int:
@@ -175,7 +177,7 @@ class GatedPair(Expert):
     def batch_key(self) -> Hashable:
         numbers = (self._limit, self._alpha, self._up_offset)
         parts = (self._gate_up.batch_key, self._down.batch_key)
-        return GatedPair, *parts, self._activation, *numbers, self.weigh
+        return GatedPair, *parts, self._activation, *numbers, self.apply_router_weight_on_input
 
     def __call__(self, rows: Array, out: Array | None = None) -> Array:
         if out is None:
@@ -213,7 +215,8 @@ class Summed(Expert):
 
     def __init__(self, parts: list[Expert]):
         self._parts = parts
-        self.d, self.d_out, self.weigh = parts[0].d, parts[0].d_out, parts[0].weigh
+        self.d, self.d_out = parts[0].d, parts[0].d_out
+        self.apply_router_weight_on_input = parts[0].apply_router_weight_on_input
 
     @property
     def widest(self) -> int:

@@ -23,7 +23,7 @@ def expert_parallel_dispatch(
     topk_weights: np.ndarray | None = None,
     *,
     d_out: int,
-    weigh: str = "output",
+    apply_router_weight_on_input: bool = False,
 ) -> np.ndarray:
     """Give (n, d_out), the sum over each row's slots that are owned by `rank`, in float64.
 
@@ -41,7 +41,10 @@ def expert_parallel_dispatch(
             if not 0 <= expert < len(experts):
                 continue
             x, w = tokens[row].astype(np.float64), float(weights[row, slot])
-            out[row] += experts[expert](w * x) if weigh == "input" else w * experts[expert](x)
+            if apply_router_weight_on_input:
+                out[row] += experts[expert](w * x)
+            else:
+                out[row] += w * experts[expert](x)
     return out
 
 
@@ -52,11 +55,18 @@ def moe(
     topk_weights: np.ndarray | None = None,
     *,
     d_out: int,
-    weigh: str = "output",
+    apply_router_weight_on_input: bool = False,
 ) -> np.ndarray:
     """Give (n, d_out), the whole layer in float64: one rank owns everything."""
     return expert_parallel_dispatch(
-        tokens, routing, experts, 0, 1, topk_weights, d_out=d_out, weigh=weigh
+        tokens,
+        routing,
+        experts,
+        0,
+        1,
+        topk_weights,
+        d_out=d_out,
+        apply_router_weight_on_input=apply_router_weight_on_input,
     )
 
 

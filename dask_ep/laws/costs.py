@@ -149,7 +149,7 @@ def chunks_held(threads: int, ranks: int, spread: Spread, widening: int) -> floa
     -----
     Where each task serves its chunk in place, a thread holds its chunk, its output and what the one
     before has left, and two more are read ahead; sums are kept wide. With several ranks and slots,
-    there is the answer that is made beside the one that is added.
+    there is the answer being made and the one being added.
 
     On workers T + `CHUNKS_WAITING` chunks are under way, each of them itself, its packets,
     whose memory is kept for the next ones, and its answers. Each thread adds up one of them, to a

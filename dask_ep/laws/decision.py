@@ -44,8 +44,8 @@ class Decision:
         return self.passes is not None or self.chunk_rows <= most
 
     @property
-    def slots_beside(self) -> int | None:
-        """How many experts each rank can hold beside its own; None without a memory limit."""
+    def spare_slots(self) -> int | None:
+        """How many experts each rank can hold besides its own; None without a memory limit."""
         usable = self.layout.usable_bytes
         if usable is None:
             return None
@@ -70,7 +70,7 @@ class Decision:
         if not self.travel.moves_experts or ranks == 1 or self.passes is not None:
             return owners
         owners = owners or contiguous(work.experts, ranks)
-        beside = self.slots_beside
+        spare = self.spare_slots
         return choose_travel(
             self.travel,
             count(),
@@ -79,5 +79,5 @@ class Decision:
             row_bytes=work.packet_row_bytes(owners.slots.size) + work.reply_bytes,
             chunks=chunks,
             workers=layout.serving,
-            max_slots=None if beside is None else owners.slots_per_rank + beside,
+            max_slots=None if spare is None else owners.slots_per_rank + spare,
         )

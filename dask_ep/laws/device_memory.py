@@ -1,4 +1,4 @@
-"""What does a run need of a GPU's memory, and of the host's beside it?
+"""How much memory does a run need on a GPU, and on its host?
 
     GPU     CUDA ─ experts ─ what is made of a chunk in each thread ─ chunks between tasks
     host    Python and CUDA ─ pinned: chunks on their way up and down, matrices of experts
@@ -27,11 +27,11 @@ DEVICE_CHUNK_BYTES = 128 << 20
 """Bytes of a token chunk on a GPU, which needs more rows at a time than a core to be busy."""
 
 DEVICE_PROCESS_BYTES = 300_000_000
-"""What a process takes of a GPU beside experts and chunks: CUDA, its libraries and their
+"""What a process takes of a GPU besides experts and chunks: CUDA, its libraries and their
 workspaces."""
 
 HOST_PROCESS_BYTES = 1_000_000_000
-"""What a process with a GPU takes of the host beside buffers: Python, Dask, CuPy and CUDA."""
+"""What a process with a GPU takes of the host besides buffers: Python, Dask, CuPy and CUDA."""
 
 ROUNDED_UP = 2
 """Pinned memory comes in powers of two, and is kept for the next of its size."""
@@ -113,7 +113,7 @@ class OnDevice(NamedTuple):
     def host_need(self, threads: int, ranks: int, spread: Spread, read_bytes: int = 0) -> Need:
         """What its worker needs of the host, by the rows of a chunk; packets as over TCP.
 
-        `read_bytes` are those that a thread needs to read a chunk, beside its rows.
+        `read_bytes` are those that a thread needs to read a chunk, besides its rows.
         """
         between = exchanged_held(threads, spread, self.widening) if spread.workers > 1 else 0.0
         return Need(

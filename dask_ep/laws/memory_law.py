@@ -32,7 +32,7 @@ class Layout:
     on_devices: bool = False
     #: whether each worker computes on a GPU
     host_limit: int | None = None
-    #: bytes of the host that each may use beside that
+    #: bytes of the host that each may use besides that
     in_process: bool = False
     #: whether that is this process alone, whose threads share memory: there are no Dask workers
     ranks_given: bool = False
@@ -97,7 +97,7 @@ def need(
     """
     experts = layout.slots_of_a_worker(work.experts) if experts is None else experts
     spread = layout.spread_at_worst(work.slots) if spread is None else spread
-    held = experts * work.held_bytes(as_stored) + work.beside.loaded
+    held = experts * work.held_bytes(as_stored) + work.layer.loaded
     if as_stored:
         held += layout.threads * work.expert_loaded
     if work.on_device is not None:

@@ -47,8 +47,8 @@ PIECE_ROWS = (256, 1024)
 enough for fast products, few enough for all threads to share an expert."""
 
 PROCESS_BYTES = 300_000_000
-"""What a process takes beside experts, rows and tiles: more than in an ordinary run, since what the
-C library and the pool keep of blocks that have gone by adds to it."""
+"""What a process takes besides experts, rows and tiles: more than in an ordinary run, since the C
+library and the pool keep some memory of earlier blocks."""
 
 FREE_PART = 0.9
 """Of the free disk that is spilled to, at most."""
@@ -144,7 +144,7 @@ def choose_passes(
     -----
     Memory of a process, at most, T threads::
 
-        all      300 MB + shared experts + T * what reading a chunk takes beside its rows
+        all      300 MB + shared experts + T * what reading a chunk takes besides its rows
         blocks   decoded * block in the computing dtype, or as stored if that is more
                    + ahead * block as stored + T * matrix as stored, where it is decoded
         hold     + blocks + T * (scratch + chunk rows * (token + output + sort));
@@ -252,7 +252,7 @@ def _spill(
 ) -> Passes | None:
     """Chunks of the usual size, or what fits; as few groups as the disk allows."""
     row = max(work.token_bytes, work.answer_bytes) + work.slots * SORT_BYTES
-    if work.beside.loaded:
+    if work.layer.loaded:
         row += work.answer_bytes
     chunks_held = 3 * layout.threads + 2
     room = limit - _fixed(work, layout)
@@ -341,12 +341,12 @@ def cut_pieces(
 
 
 def _fixed(work: Work, layout: Layout) -> int:
-    return PROCESS_BYTES + work.beside.loaded + layout.threads * work.read_bytes
+    return PROCESS_BYTES + work.layer.loaded + layout.threads * work.read_bytes
 
 
 def _spilled_bytes(work: Work) -> int:
     """Bytes that one row takes on the disk, out and back."""
-    itemsize = work.wide if work.weigh_input else work.dtype.itemsize
+    itemsize = work.wide if work.apply_router_weight_on_input else work.dtype.itemsize
     return work.slots * (work.d * itemsize + work.answer_bytes)
 
 

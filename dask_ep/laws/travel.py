@@ -12,8 +12,9 @@ each rank the cheaper of the two:
     rank 1           reads it too        owner, has it       <── rows
     rank 2           reads it too        reads it too        owner, has it
 
-The answer is a `Placement` with copies at the ranks that read, chosen by the home of a row's chunk
-(`Placement.local`), and nothing else: the graph, the kernel and the sum are those of any placement.
+The answer is a `Placement` with replicas at the ranks that read, chosen by the home of a row's
+chunk (`Placement.local`), and nothing else: the graph, the kernel and the sum are those of any
+placement.
 
 **Rows that want several experts.** A row goes to a rank once, however many of its experts are
 served there, so it stays only if all of these are read. What one rank reads of another's experts is
@@ -58,7 +59,7 @@ class Travel:
     being spilled, and experts to rows that are held in memory.
 
     Where they fit, not "auto" is what is done unasked, though by its model it is never dearer: it
-    must read the routing beforehand, a layer's router all tokens; copies of experts take what
+    must read the routing beforehand, a layer's router all tokens; replicas of experts take what
     memory there is; and the model believes in rates that nobody has measured, such as that all
     workers together read a shared disk as fast as each alone.
     """
@@ -108,7 +109,7 @@ def choose_travel(
         "rows" gives `owners` back; "experts" lets no row travel; "auto" takes the cheaper.
     found : Survey of the routing
     owners : Placement
-        What each rank holds in any case. A row without a copy at home goes where it says.
+        What each rank holds in any case. A row without a replica at home goes where it says.
     expert_bytes : bytes of one expert in its file
     row_bytes : bytes of a row on its way there and back
     chunks : rows of each token chunk; default: those of the routing
@@ -156,15 +157,15 @@ def choose_travel(
     chunks = found.chunks if chunks is None else chunks
     worker = np.arange(owners.world_size) % (workers or owners.world_size)
     if travel.how == "experts":
-        beside = _all_wanted(found, owners, chunks, worker)
+        extra = _all_wanted(found, owners, chunks, worker)
     else:
         prices = _Prices(row_bytes / travel.link, expert_bytes / travel.read)
-        beside = []
+        extra = []
         for rank, wants in enumerate(_wants(found, owners, chunks, worker)):
             chosen = _worth_reading(wants, prices, found.num_experts)
             room = None if max_slots is None else max_slots - int((owners.slots[rank] >= 0).sum())
-            beside.append(_fitting(chosen, wants, room))
-    placement = _reading(owners, [np.flatnonzero(read) for read in beside])
+            extra.append(_fitting(chosen, wants, room))
+    placement = _reading(owners, [np.flatnonzero(read) for read in extra])
     verify_placement(placement, num_experts=found.num_experts, max_slots=max_slots)
     return placement
 
@@ -258,7 +259,7 @@ def _worth_reading(wants: _Wants, prices: _Prices, num_experts: int) -> np.ndarr
 
 
 def _without_common_experts(leaving: Sequence[np.ndarray], num_experts: int) -> list[np.ndarray]:
-    """Join what is wanted of ranks that hold copies of one expert: reading it once serves both."""
+    """Join the wants of ranks that hold replicas of one expert: reading it once serves both."""
     groups: list[tuple[np.ndarray, list[np.ndarray]]] = []
     for of_rank in leaving:
         wanted, members = np.isin(np.arange(num_experts), of_rank), [of_rank]
@@ -315,17 +316,17 @@ def _count(wants: np.ndarray, num_experts: int) -> np.ndarray:
     return np.bincount(wants.ravel() + 1, minlength=num_experts + 1)[1:]
 
 
-def _reading(owners: Placement, beside: Sequence[np.ndarray]) -> Placement:
+def _reading(owners: Placement, extra: Sequence[np.ndarray]) -> Placement:
     """Add the experts that each rank reads besides; these serve only rows at home."""
-    held = [[*row[row >= 0], *more] for row, more in zip(owners.slots, beside, strict=True)]
+    held = [[*row[row >= 0], *more] for row, more in zip(owners.slots, extra, strict=True)]
     width = max(map(len, held))
     slots = np.full((owners.world_size, width), -1)
     stops = np.zeros(slots.shape, np.int64)
     for rank, experts in enumerate(held):
         slots[rank, : len(experts)] = experts
-        owned = len(experts) - len(beside[rank])
+        owned = len(experts) - len(extra[rank])
         stops[rank, :owned] = owners.stops[rank][owners.slots[rank] >= 0]
-        for column, expert in enumerate(beside[rank], start=owned):
+        for column, expert in enumerate(extra[rank], start=owned):
             before = owners.stops[:rank][owners.slots[:rank] == expert]
-            stops[rank, column] = before.max(initial=0)  # the stop of the copy before: no tickets
+            stops[rank, column] = before.max(initial=0)  # the stop before it: no tickets
     return Placement(slots, stops, local=True)

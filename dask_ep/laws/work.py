@@ -21,8 +21,8 @@ from dask_ep.laws.device_memory import OnDevice
 
 
 @dataclass(frozen=True)
-class Beside:
-    """What a whole layer does besides its routed experts; nothing, for experts alone."""
+class LayerWork:
+    """What a whole layer does besides its routed experts; all 0 for experts alone."""
 
     router_flops: int = 0
     #: floating-point operations of one row in the router, in float64
@@ -65,7 +65,7 @@ class Work:
     wide: int = 4
     #: bytes of a number that is computed with
     matrix_stored: int = 0
-    #: bytes of its largest matrix as stored, in memory beside it while a thread decodes it; 0 where
+    #: bytes of its largest matrix as stored, in memory too while a thread decodes it; 0 where
     #: there is nothing to decode
     expert_flops: float = 0.0
     #: floating-point operations of one row at one expert
@@ -76,8 +76,8 @@ class Work:
     stored_rows: int | None = None
     #: rows of the tokens that are stored together
     read_bytes: int = 0
-    #: that a thread needs to read a chunk, beside its rows
-    weigh_input: bool = False
+    #: that a thread needs to read a chunk, besides its rows
+    apply_router_weight_on_input: bool = False
     #: whether rows are multiplied by their top-k weight before they go to their expert
     as_stored: bool = False
     #: whether experts are held as they are stored, whatever the memory
@@ -85,7 +85,7 @@ class Work:
     #: whether all experts lie in files or NumPy arrays, so that they can be, or go by in passes
     of_layer: bool = False
     #: whether rows are routed by a layer
-    beside: Beside = Beside()
+    layer: LayerWork = LayerWork()
     #: router and shared experts
     on_device: OnDevice | None = None
     #: what the layer takes on a GPU, if it is computed there
@@ -171,7 +171,9 @@ class Work:
         if options.get("interleaved", False):
             apart = weights["gate_up"].loaded_bytes(compute, on_device=on_devices)
         shared = None if layer is None else layer.shared
-        beside = Beside() if layer is None else _beside(layer, d, compute, routes, on_devices)
+        layer_work = (
+            LayerWork() if layer is None else _layer_work(layer, d, compute, routes, on_devices)
+        )
         return cls(
             rows=rows,
             slots=slots,
@@ -191,16 +193,16 @@ class Work:
             weight_bytes=0 if topk_dtype is None else np.dtype(topk_dtype).itemsize,
             stored_rows=stored_rows,
             read_bytes=read_bytes,
-            weigh_input=options.get("weigh", "output") == "input",
+            apply_router_weight_on_input=options.get("apply_router_weight_on_input", False),
             as_stored=isinstance(experts, StoredExperts),
             in_files=isinstance(experts, Experts) and not experts.collections(),
             of_layer=layer is not None,
-            beside=beside,
+            layer=layer_work,
             on_device=OnDevice.of(experts, shared, slots, dtype) if on_devices else None,
         )
 
 
-def _beside(layer: Any, d: int, compute: np.dtype, routes: bool, on_devices: bool) -> Beside:
+def _layer_work(layer: Any, d: int, compute: np.dtype, routes: bool, on_devices: bool) -> LayerWork:
     """Put a layer's router, unless another says the routing, and its shared experts into numbers.
 
     Tasks are not counted here: they are those of a graph.
@@ -211,10 +213,10 @@ def _beside(layer: Any, d: int, compute: np.dtype, routes: bool, on_devices: boo
     row_bytes = (getattr(layer.router, "k", E) + 5) * E * 4 if routes else 0  # as `route` says
     if shared is not None:
         row_bytes += shared.num_experts * there_and_back
-    return Beside(
+    return LayerWork(
         router_flops=2 * d * E if routes and "weight" in layer.arrays else 0,
         shared_flops=0 if shared is None else 2 * shared.num_experts * shared.parameters,
         row_bytes=row_bytes + finishes * 2 * there_and_back,
-        stored=layer.bytes_beside,
-        loaded=layer.loaded_beside(compute, on_device=on_devices),
+        stored=layer.resident_stored_bytes,
+        loaded=layer.resident_bytes(compute, on_device=on_devices),
     )

@@ -84,7 +84,8 @@ class Block:
             "selection_bias": self.take_any(self.family.selection_bias, (self.E,)),
         }
         layout = self.find_layout()
-        options = self.options() | {"weigh": router.weigh}
+        options = self.options()
+        options["apply_router_weight_on_input"] = router.apply_router_weight_on_input
         build = self.per_expert if isinstance(layout, PerExpert) else self.fused
         experts = build(layout, options)
         shared, gate = self.shared()

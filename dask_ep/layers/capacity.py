@@ -75,7 +75,7 @@ class ExpertChoice:
         Each expert takes its ``ceil(factor * n / E)`` best rows: `factor` experts a row on average.
     score : {"softmax", "sigmoid", "sqrtsoftplus"}
         Of all E logits; the score is also the weight.
-    weigh : {"output", "input"}
+    apply_router_weight_on_input : bool
         What the weight multiplies, as in `Router`.
 
     Notes
@@ -87,7 +87,7 @@ class ExpertChoice:
     num_experts: int
     factor: float
     score: str = "softmax"
-    weigh: str = "output"
+    apply_router_weight_on_input: bool = False
 
     def __post_init__(self) -> None:
         _check_factor(self.factor)
@@ -95,8 +95,11 @@ class ExpertChoice:
             raise ValueError(f"num_experts must be at least 1, but is {self.num_experts}")
         if self.score not in SCORES:
             raise ValueError(f"score must be one of {list(SCORES)}, but is {self.score!r}")
-        if self.weigh not in ("output", "input"):
-            raise ValueError(f"weigh must be 'output' or 'input', but is {self.weigh!r}")
+        if not isinstance(self.apply_router_weight_on_input, bool):
+            raise ValueError(
+                "apply_router_weight_on_input must be True or False, but is "
+                f"{self.apply_router_weight_on_input!r}"
+            )
 
 
 def limit_capacity(

@@ -300,7 +300,7 @@ def describe(directory: str | os.PathLike, *, families: Iterable[Family] = ()) -
 def _bytes_in_memory(layer: MoELayer) -> int:
     float32 = np.dtype(np.float32)
     experts = layer.experts.num_experts * layer.experts.loaded_bytes(float32)
-    return experts + layer.loaded_beside(float32)
+    return experts + layer.resident_bytes(float32)
 
 
 # --- words -----------------------------------------------------------------------------------

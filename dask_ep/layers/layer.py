@@ -89,7 +89,7 @@ class MoELayer:
     >>> hidden = da.random.default_rng(1).standard_normal((2, 6, 8), chunks=(1, 3, 8))
     >>> layer(hidden)
     dask.array<..., shape=(2, 6, 8), dtype=float64, chunksize=(1, 3, 8), chunktype=numpy.ndarray>
-    >>> int(layer.load(hidden).sum())  # 12 rows, 2 experts each
+    >>> int(layer.tokens_per_expert(hidden).sum())  # 12 rows, 2 experts each
     24
     """
 
@@ -196,13 +196,13 @@ class MoELayer:
         indices, weights = self._route(rows_of(hidden), self._ids(token_ids, hidden))
         return unflatten(indices, hidden), unflatten(weights, hidden)
 
-    def load(self, hidden: da.Array, *, token_ids: da.Array | None = None) -> da.Array:
-        """Count the rows that go to each expert: a lazy (E,) Dask array of int64."""
+    def tokens_per_expert(self, hidden: da.Array, *, token_ids: da.Array | None = None) -> da.Array:
+        """Count the rows that choose each expert: a lazy (E,) Dask array of int64."""
         hidden = self._checked(hidden)
         indices, _ = self._route(rows_of(hidden), self._ids(token_ids, hidden))
         return count_rows(indices, self.experts.num_experts)
 
-    def loaded_beside(self, dtype: np.dtype, *, on_device: bool = False) -> int:
+    def resident_bytes(self, dtype: np.dtype, *, on_device: bool = False) -> int:
         """Bytes of the shared experts and the router, which every worker holds to compute."""
         shared, small = self.shared, sum(prod(array.shape) for array in self.arrays.values())
         held = 0 if shared is None else shared.loaded_bytes(dtype, on_device=on_device)
@@ -214,7 +214,7 @@ class MoELayer:
         return max(self.experts.widest, 0 if self.shared is None else self.shared.widest)
 
     @property
-    def bytes_beside(self) -> int:
+    def resident_stored_bytes(self) -> int:
         """Bytes of them in their files."""
         arrays = [array.source for array in self.arrays.values()]
         small = sum(prod(source.shape) * source.dtype.itemsize for source in arrays)
@@ -315,11 +315,11 @@ class MoELayer:
                 f"router and experts must agree on E, but the router chooses among num_experts={E} "
                 f"and there are {self.experts.num_experts} experts"
             )
-        weigh = getattr(self.experts, "options", {}).get("weigh", "output")
-        if weigh != self.router.weigh:
+        on_input = getattr(self.experts, "options", {}).get("apply_router_weight_on_input", False)
+        if on_input != self.router.apply_router_weight_on_input:
             raise ValueError(
-                "router and experts must agree on what the top-k weight multiplies, but the router "
-                f"has weigh={self.router.weigh!r} and the experts {weigh!r}"
+                "router and experts must agree on apply_router_weight_on_input, but the router "
+                f"has {self.router.apply_router_weight_on_input!r} and the experts {on_input!r}"
             )
         if self.capacity is not None and isinstance(self.router, ExpertChoice):
             raise ValueError("expert choice has its own capacity, so capacity must be None with it")
@@ -404,7 +404,7 @@ def _finish(
     sums = 3 * d_out * computing_dtype(rows.dtype).itemsize
     with (
         naming(f"shared experts and residual of token chunk {chunk}"),
-        telling_kernel(rows, len(experts), experts, d_out, beside=sums),
+        telling_kernel(rows, len(experts), experts, d_out, extra_row_bytes=sums),
     ):
         return _added(rows, routed, shared, residual)
 

@@ -60,9 +60,9 @@ class Router:
         The divisor is ``max(sum + norm_eps, norm_min)``.
     scale : float
         Multiplies the weights at the end.
-    weigh : {"output", "input"}
-        What the weight multiplies: the expert's output, or the row before the expert sees it. The
-        experts carry it out; it stands here because families differ in it as they do in the rest.
+    apply_router_weight_on_input : bool
+        Whether the weight multiplies the row that the expert reads instead of its output. The
+        experts do it; it is here because families differ in it as they do in the rest.
     jitter : float
         sparsemixer's epsilon: a logit s counts where ``(max - s) / max(|s|, max) <= 2 * jitter``.
 
@@ -85,13 +85,12 @@ class Router:
     norm_eps: float = 0.0
     norm_min: float = 0.0
     scale: float = 1.0
-    weigh: str = "output"
+    apply_router_weight_on_input: bool = False
     jitter: float = 0.01
 
     def __post_init__(self) -> None:
         _check_choice("score", self.score, [*SCORES, *CHOSEN_SCORES, "sparsemixer"])
         _check_choice("group_score", self.group_score, GROUP_SCORES)
-        _check_choice("weigh", self.weigh, ["output", "input"])
         for name in ("num_experts", "k", "groups", "topk_groups"):
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, Integral):
@@ -100,10 +99,9 @@ class Router:
             value = getattr(self, name)
             if not isinstance(value, Real) or not isfinite(value):
                 raise ValueError(f"{name} must be a finite number, but is {value!r}")
-        if self.norm_topk_prob not in (True, False):
-            raise ValueError(
-                f"norm_topk_prob must be True or False, but is {self.norm_topk_prob!r}"
-            )
+        for name in ("norm_topk_prob", "apply_router_weight_on_input"):
+            if (value := getattr(self, name)) not in (True, False):
+                raise ValueError(f"{name} must be True or False, but is {value!r}")
         if not 1 <= self.k <= self.num_experts:
             raise ValueError(
                 f"a row chooses k different experts of num_experts={self.num_experts}, so k must "

@@ -9,23 +9,23 @@ from __future__ import annotations
 import numpy as np
 
 
-def copy_hottest(
-    loads: np.ndarray, num_copies: int, max_copies: int
+def replicate_hottest(
+    loads: np.ndarray, num_replicas: int, max_replicas: int
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Give every expert one copy, and each further one to the expert with most rows per copy.
+    """Give every expert one replica, and each further one to the expert with most rows per replica.
 
-    loads (X, E) -> copy_of (X, num_copies), the expert of each copy; copies (X, E).
+    loads (X, E) -> replica_of (X, num_replicas), the expert of each replica; replicas (X, E).
     """
     problems, experts = loads.shape
     every = np.arange(problems)
-    copy_of = np.empty((problems, num_copies), np.int64)
-    copy_of[:, :experts] = np.arange(experts)
-    copies = np.ones((problems, experts), np.int64)
-    for nth in range(experts, num_copies):
-        hottest = np.where(copies < max_copies, loads / copies, -1.0).argmax(axis=1)
-        copy_of[:, nth] = hottest
-        copies[every, hottest] += 1
-    return copy_of, copies
+    replica_of = np.empty((problems, num_replicas), np.int64)
+    replica_of[:, :experts] = np.arange(experts)
+    replicas = np.ones((problems, experts), np.int64)
+    for nth in range(experts, num_replicas):
+        hottest = np.where(replicas < max_replicas, loads / replicas, -1.0).argmax(axis=1)
+        replica_of[:, nth] = hottest
+        replicas[every, hottest] += 1
+    return replica_of, replicas
 
 
 def pack(loads: np.ndarray, expert_of: np.ndarray, packs: int, capacity: int) -> np.ndarray:

@@ -11,12 +11,13 @@ may have several. To the rest of the package it is two things only: a rewriting 
 
 **Tickets.** A row draws a ticket from its global row number, `row * STRIDE mod TICKETS`, with
 `STRIDE / TICKETS` the golden ratio: any run of rows, and any regular stride through them (the first
-token of every sequence), spreads evenly over the tickets. Every copy of an expert serves a range of
-tickets. A row's copies therefore depend on nothing but its number: not on chunks, ranks or time.
+token of every sequence), spreads evenly over the tickets. Every replica of an expert serves a range
+of tickets. A row's replicas therefore depend on nothing but its number: not on chunks, ranks or
+time.
 
 **Homes.** Where a placement is local, every token chunk has a home, the rank on whose worker it
-lies: chunk c that of rank c mod R. A row is served by the copy at home if there is one, and by its
-ticket otherwise. Its copies then depend on its number, its chunk's number and R.
+is: chunk c that of rank c mod R. A row is served by the replica at home if there is one, and by
+its ticket otherwise. Its replicas then depend on its number, its chunk's number and R.
 
 Axis letters: `n` rows, `k` slots per row, `E` experts, `R` ranks, `S` slots per rank.
 """
@@ -38,12 +39,12 @@ TICKETS = 1 << _TICKET_BITS
 STRIDE = 0x9E3779B97F
 """Odd (so that row numbers and tickets are one to one) and TICKETS times the golden ratio."""
 
-_BIN_BITS = _TICKET_BITS - 6  # a copy is looked up by the 64th part of the tickets, then compared
+_BIN_BITS = _TICKET_BITS - 6  # a replica is found by the 64th part of the tickets, then compared
 
 
 @dataclass(frozen=True, eq=False)
 class Placement:
-    """Which expert each physical slot holds, and which rows each copy serves.
+    """Which expert each physical slot holds, and which rows each replica serves.
 
     Parameters
     ----------
@@ -51,12 +52,12 @@ class Placement:
         The expert in each slot of each rank; -1 is an empty slot. Every expert from 0 to the
         largest one has at least one slot, and at most one on each rank.
     stops : (R, S) integer array, optional
-        The copy serves the tickets from the stop of the expert's copy before it (in slot order; 0
-        for the first) up to, not including, its own; the last copy's is `TICKETS`. Without it the
-        copies of an expert share its rows evenly.
+        The replica serves the tickets from the stop of the expert's replica before it (in slot
+        order; 0 for the first) up to, not including, its own; the last replica's is `TICKETS`.
+        Without `stops` the replicas of an expert share its rows evenly.
     local : bool
-        Whether the rows of a chunk go to the copy at the chunk's home, where there is one; only the
-        others go by ticket.
+        Whether the rows of a chunk go to the replica at the chunk's home, where there is one. The
+        others are chosen by ticket.
 
     Raises
     ------
@@ -112,7 +113,7 @@ class Placement:
         return int(self.slots.max()) + 1
 
     @cached_property
-    def copies(self) -> np.ndarray:
+    def replica_counts(self) -> np.ndarray:
         """(E,) int64: how many slots hold each expert."""
         return np.bincount(self.slots[self.slots >= 0], minlength=self.num_experts)
 
@@ -125,17 +126,17 @@ class Placement:
         by_ticket = _share_sizes(self.slots, self.stops) / TICKETS
         if not self.local:
             return by_ticket
-        elsewhere = 1 - np.append(self.copies, 0)[self.slots] / self.world_size
+        elsewhere = 1 - np.append(self.replica_counts, 0)[self.slots] / self.world_size
         return (self.slots >= 0) / self.world_size + elsewhere * by_ticket
 
     @property
     def even(self) -> bool:
-        """Whether the copies of every expert share its rows evenly."""
+        """Whether the replicas of every expert share its rows evenly."""
         return np.array_equal(self.stops, _even_stops(self.slots))
 
     def home(self, chunk: int) -> int | None:
         """Give the rank at which a token chunk is at home: neighbours at different ones, so that
-        all ranks go through the chunks side by side. None where copies are chosen by ticket only.
+        all ranks go through the chunks side by side. None where replicas are chosen by ticket only.
         """
         return chunk % self.world_size if self.local else None
 
@@ -169,16 +170,16 @@ class Placement:
         Notes
         -----
         Depends on the routing, the global row numbers and the home only. Slots of one row at one
-        expert go to one copy. Cost: one gather where no expert has copies, else a search among them
-        and three; with a home, a gather more. On a device two integers come to the host, in one
-        copy, and tables go there: 4 (E + 1) bytes without copies, else 12 per slot that holds
-        something; with a home, 4 (E + 1) more.
+        expert go to one replica. Cost: one gather where every expert has one replica, else a search
+        among them and three; with a home, a gather more. On a device two integers come to the host,
+        in one copy, and tables go there: 4 (E + 1) bytes with one replica each, else 12 per slot
+        that holds something; with a home, 4 (E + 1) more.
         """
         if not self.local:
             return self._by_ticket(routing, row_offset)
         if home is None:
             raise ValueError(
-                "this placement chooses copies by the home of a chunk; pass home=placement.home(c)"
+                "this placement chooses replicas by a chunk's home; pass home=placement.home(c)"
             )
         by_ticket = self._by_ticket(routing, row_offset)
         xp = namespace(routing)
@@ -186,10 +187,10 @@ class Placement:
         return xp.where(at_home < 0, by_ticket, at_home)
 
     def _by_ticket(self, routing: np.ndarray, row_offset: int) -> np.ndarray:
-        """The copies that the rows' tickets choose."""
+        """The replicas that the rows' tickets choose."""
         xp = namespace(routing)
         _check_routing(routing, self.num_experts, row_offset)
-        if self._holders.size == self.num_experts:  # one copy each: nothing to choose
+        if self._holders.size == self.num_experts:  # one replica each: nothing to choose
             return xp.asarray(self._home)[routing]
         key = _keys(routing, row_offset, xp).ravel()
         if xp is np:
@@ -243,12 +244,12 @@ class Placement:
 
     @cached_property
     def _holders(self) -> np.ndarray:
-        """(copies,) int32: the physical slots that hold something, by expert, then by slot."""
+        """(replicas,) int32: the physical slots that hold something, by expert, then by slot."""
         return _by_expert(self.slots).astype(np.int32)
 
     @cached_property
     def _last_keys(self) -> np.ndarray:
-        """(copies,) int64, ascending: expert * TICKETS + stop of each of `_holders`."""
+        """(replicas,) int64, ascending: expert * TICKETS + stop of each of `_holders`."""
         experts = self.slots.ravel()[self._holders].astype(np.int64)
         return experts * TICKETS + self.stops.ravel()[self._holders]
 
@@ -343,7 +344,7 @@ def verify_placement(
     Raises
     ------
     ValueError
-        If an expert is missing, lies twice on one rank or does not exist, if the copies of an
+        If an expert is missing, lies twice on one rank or does not exist, if the replicas of an
         expert do not serve every ticket exactly once, or if a limit is passed.
     """
     _check_slots(placement.slots)
@@ -356,7 +357,7 @@ def verify_placement(
     if max_slots is not None and placement.slots_per_rank > max_slots:
         raise ValueError(
             f"a rank may have {max_slots} slots and the placement gives it "
-            f"{placement.slots_per_rank}; raise the limit, or use more ranks or fewer copies"
+            f"{placement.slots_per_rank}; raise the limit, or use more ranks or fewer replicas"
         )
 
 
@@ -391,14 +392,14 @@ def _check_slots(slots: np.ndarray) -> None:
 
 
 def _check_stops(slots: np.ndarray, stops: np.ndarray) -> None:
-    """The copies of every expert serve every ticket exactly once."""
+    """The replicas of every expert serve every ticket exactly once."""
     if stops.shape != slots.shape:
         raise ValueError(f"stops {stops.shape} must have the shape of slots {slots.shape}")
     sizes = _share_sizes(slots, stops)
     if (sizes < 0).any() or (stops < 0).any():
         rank, slot = np.argwhere((sizes < 0) | (stops < 0))[0]
         raise ValueError(
-            f"the stops of an expert's copies must not fall, and that of expert "
+            f"the stops of an expert's replicas must not fall, and that of expert "
             f"{slots[rank, slot]} on rank {rank} does ({stops[rank, slot]})"
         )
     served = np.zeros(slots.max() + 1, np.int64)
@@ -406,7 +407,7 @@ def _check_stops(slots: np.ndarray, stops: np.ndarray) -> None:
     wrong = np.flatnonzero(served != TICKETS)
     if wrong.size:
         raise ValueError(
-            f"the last copy of an expert must stop at {TICKETS}, and that of expert {wrong[0]} "
+            f"the last replica of an expert must stop at {TICKETS}, and that of expert {wrong[0]} "
             f"stops at {served[wrong[0]]}"
         )
 
@@ -439,14 +440,14 @@ def _keys(routing: np.ndarray, row_offset: int, xp: object) -> np.ndarray:
 
 
 def _by_expert(slots: np.ndarray) -> np.ndarray:
-    """(copies,): the flat positions of the slots that hold something, by expert, then position."""
+    """(replicas,): the flat positions of used slots, by expert, then position."""
     flat = slots.ravel()
     used = np.flatnonzero(flat >= 0)
     return used[np.argsort(flat[used], kind="stable")]
 
 
-def _nth_copies(slots: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """For each of `_by_expert`: its position, its expert, and how many copies come before it."""
+def _nth_replicas(slots: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """For each of `_by_expert`: its position, its expert, and how many replicas come before it."""
     at = _by_expert(slots)
     experts = slots.ravel()[at]
     first = np.searchsorted(experts, experts, side="left")
@@ -454,17 +455,17 @@ def _nth_copies(slots: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
 
 
 def _even_stops(slots: np.ndarray) -> np.ndarray:
-    """(R, S) int64: the stops with which the copies of each expert share its rows evenly."""
-    at, experts, nth = _nth_copies(slots)
-    copies = np.bincount(experts)[experts]
+    """(R, S) int64: the stops with which the replicas of each expert share its rows evenly."""
+    at, experts, nth = _nth_replicas(slots)
+    replicas = np.bincount(experts)[experts]
     stops = np.zeros(slots.size, np.int64)
-    stops[at] = (nth + 1) * TICKETS // copies
+    stops[at] = (nth + 1) * TICKETS // replicas
     return stops.reshape(slots.shape)
 
 
 def _share_sizes(slots: np.ndarray, stops: np.ndarray) -> np.ndarray:
     """(R, S) int64: how many tickets each slot serves."""
-    at, _, nth = _nth_copies(slots)
+    at, _, nth = _nth_replicas(slots)
     ends = stops.ravel()[at]
     sizes = np.zeros(slots.size, np.int64)
     sizes[at] = ends - np.where(nth > 0, np.roll(ends, 1), 0)

@@ -11,7 +11,7 @@ files that engines read at their start hold the placement of every MoE layer:
 
 SGLang's list has one row for every layer of the model, dense ones included (they are ignored);
 vLLM Ascend's only the MoE layers. vLLM itself reads no such file as of 0.32. Engines choose among
-the copies of an expert evenly and have no empty slots: a placement of `exact`, or one with empty
+the replicas of an expert evenly and have no empty slots: a placement of `exact`, or one with empty
 slots, cannot be told to them.
 """
 
@@ -308,12 +308,12 @@ def _check_engine(placements: Sequence[Placement]) -> Placement:
             )
         if not placement.even:
             raise ValueError(
-                f"engines spread rows evenly over copies, and layer {layer} does not (exact); "
+                f"engines spread rows evenly over replicas, and layer {layer} does not (exact); "
                 "use balanced"
             )
         if placement.local:
             raise ValueError(
-                f"engines spread rows evenly over copies, and layer {layer} chooses them by the "
+                f"engines spread rows evenly over replicas, and layer {layer} chooses them by the "
                 "home of a token chunk; use balanced"
             )
     return placements[0]

@@ -4,11 +4,11 @@ Pure functions on integers, from the load of each expert to a `Placement`. From 
 best balanced:
 
     contiguous   rank r owns the experts [r * E/R, (r+1) * E/R): needs no load
-    packed       one copy each, heaviest first, each to the lightest rank with room
-    balanced     copies for the hottest experts first, then packed: EPLB's hierarchical and global
-                 policies, but never two copies of an expert on one rank
+    packed       one replica each, heaviest first, each to the lightest rank with room
+    balanced     replicas for the hottest experts first, then packed: EPLB's hierarchical and global
+                 policies, but never two replicas of an expert on one rank
     exact        every rank serves the same number of rows, with about one spare slot per rank;
-                 the copies of an expert share its rows unevenly
+                 the replicas of an expert share its rows unevenly
 
 Axis letters: `E` experts, `R` ranks, `S` slots per rank, `L` layers, `X` independent problems that
 are solved side by side.
@@ -19,7 +19,7 @@ from __future__ import annotations
 import numpy as np
 
 from dask_ep.arrays.checks import refuse_masked
-from dask_ep.placement.packing import copy_hottest, look_up, pack
+from dask_ep.placement.packing import look_up, pack, replicate_hottest
 from dask_ep.placement.placement import TICKETS, Placement, ticket_load, verify_placement
 
 __all__ = [
@@ -63,7 +63,7 @@ def packed(load: np.ndarray, world_size: int) -> Placement:
     Notes
     -----
     The longest-processing-time rule under the limit of ceil(E/R) experts per rank. The best that a
-    placement without copies can do is bounded by the hottest expert: max/mean >= R * its share.
+    placement without replicas can do is bounded by the hottest expert: max/mean >= R * its share.
     """
     load = _loads(load)
     _check_sizes(load.size, world_size)
@@ -78,7 +78,7 @@ def balanced(
     num_groups: int = 1,
     num_nodes: int = 1,
 ) -> Placement:
-    """Copy the hottest experts into the spare slots, then spread the copies over the ranks.
+    """Replicate the hottest experts in the spare slots, then spread the replicas over the ranks.
 
     Parameters
     ----------
@@ -96,11 +96,11 @@ def balanced(
 
     Notes
     -----
-    DeepSeek's EPLB: each spare slot goes to the expert with the most rows per copy; then the
-    copies, heaviest first, each to the lightest rank with room. Hierarchical (groups to nodes
-    first) where num_nodes divides num_groups, else global. Unlike EPLB a rank never gets two copies
-    of an expert, which would cost memory and buy nothing. Ties go to the lowest index. Copies share
-    rows evenly.
+    DeepSeek's EPLB: each spare slot goes to the expert with the most rows per replica; then the
+    replicas, heaviest first, each to the lightest rank with room. Hierarchical (groups to nodes
+    first) where num_nodes divides num_groups, else global. Unlike EPLB a rank never gets two
+    replicas of an expert, which would cost memory and gain nothing. Ties go to the lowest index.
+    Replicas share rows evenly.
 
     Examples
     --------
@@ -158,12 +158,12 @@ def balance_layers(
     # 2. Copies of the hottest experts of each node.
     ranks = world_size // num_nodes
     loads = np.take_along_axis(np.repeat(loads, num_nodes, axis=0), expert_of, axis=1)
-    copy_of, copies = copy_hottest(loads, num_slots // num_nodes, max_copies=ranks)
+    replica_of, replicas = replicate_hottest(loads, num_slots // num_nodes, max_replicas=ranks)
 
-    # 3. The copies of each node to its ranks.
-    copy_loads = np.take_along_axis(loads / copies, copy_of, axis=1)
-    packs = pack(copy_loads, copy_of, ranks, -(-num_slots // world_size))
-    local = look_up(copy_of, packs.reshape(len(packs), -1))
+    # 3. The replicas of each node to its ranks.
+    replica_loads = np.take_along_axis(loads / replicas, replica_of, axis=1)
+    packs = pack(replica_loads, replica_of, ranks, -(-num_slots // world_size))
+    local = look_up(replica_of, packs.reshape(len(packs), -1))
     return look_up(expert_of, local).reshape(layers, world_size, -1)
 
 
@@ -174,7 +174,7 @@ def exact(load: np.ndarray, world_size: int, *, max_slots: int | None = None) ->
     ----------
     load : (E,) or (E, bins) integer array
         Rows of each expert; or the same by ticket (`ticket_load`), which makes the shares of the
-        copies right for these very rows instead of on average.
+        replicas right for these very rows instead of on average.
     world_size : int, R
     max_slots : int, optional
         The most experts that a rank can hold (its memory over the bytes of one expert).
@@ -194,7 +194,7 @@ def exact(load: np.ndarray, world_size: int, *, max_slots: int | None = None) ->
     other A - 1 ranks no more than (A - 1) m + 1: the lightest w weigh no more than a rank's rows
     for the least such w, the heaviest w + 1 no less for w = m, and moving the window up by one
     never jumps over both. So no rank holds more than m + 1 experts, about one more than E/R, and
-    there are at most R - 1 copies beyond the first ones.
+    there are at most R - 1 replicas beyond the first ones.
 
     Examples
     --------

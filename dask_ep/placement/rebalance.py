@@ -4,7 +4,7 @@ A placement that was made for yesterday's load is nearly right for today's, and 
 moves must be loaded again. Here only enough of them move.
 
 A *change* is one of: two ranks swap an expert (2 loads), an expert moves to an empty slot (1), a
-spare copy or an empty slot becomes a further copy of a hot expert (1).
+spare replica or an empty slot becomes a further replica of a hot expert (1).
 """
 
 from __future__ import annotations
@@ -32,8 +32,8 @@ def incremental(previous: Placement, load: np.ndarray, *, tolerance: float = 0.0
     -------
     placement : Placement
         With the ranks and slots of `previous`, and local if that is; what does not move keeps its
-        slot, and copies share rows evenly. Where the tolerance is out of reach, the best balanced
-        of what there was, what the changes reach, and what `balanced` gives with as many copies.
+        slot, and replicas share rows evenly. Where the tolerance is out of reach, the best balanced
+        of what there was, what the changes reach, and what `balanced` gives with as many replicas.
 
     Raises
     ------
@@ -59,7 +59,7 @@ def incremental(previous: Placement, load: np.ndarray, *, tolerance: float = 0.0
     slots = previous.slots.astype(np.int64)
     while (state := _State.of(slots, load, limit)).overload > 0:
         gain, change = max(
-            (_best_exchange(state), _best_copy(state), _best_drop(state)), key=itemgetter(0)
+            (_best_exchange(state), _best_replica(state), _best_drop(state)), key=itemgetter(0)
         )
         if gain <= 1e-12 * state.overload:
             break
@@ -68,7 +68,7 @@ def incremental(previous: Placement, load: np.ndarray, *, tolerance: float = 0.0
     near = Placement(slots, local=previous.local)
     if state.overload == 0:
         return near
-    fresh = balanced(load, previous.world_size, num_slots=int(previous.copies.sum()))
+    fresh = balanced(load, previous.world_size, num_slots=int(previous.replica_counts.sum()))
     fresh = _aligned(fresh, previous)
     # Less overload can still be a larger largest load.
     unmoved = Placement(previous.slots, local=previous.local)
@@ -103,9 +103,9 @@ class _State(NamedTuple):
     #: (R, S)
     limit: float
     #: rows of a rank that are no overload
-    per_copy: np.ndarray
-    #: (E + 1,) rows of one copy of each expert; [-1] is 0, for empty slots
-    copies: np.ndarray
+    per_replica: np.ndarray
+    #: (E + 1,) rows of one replica of each expert; [-1] is 0, for empty slots
+    replicas: np.ndarray
     #: (E + 1,); [-1] is 2, so that an empty slot counts as one that can be given away
     holds: np.ndarray
     #: (R, E + 1) whether a rank holds an expert; [:, -1] is False
@@ -116,14 +116,14 @@ class _State(NamedTuple):
 
     @classmethod
     def of(cls, slots: np.ndarray, load: np.ndarray, limit: float) -> _State:
-        copies = np.append(np.bincount(slots[slots >= 0], minlength=load.size), 2)
-        per_copy = np.append(load, 0.0) / copies
-        holds = np.zeros((len(slots), copies.size), bool)
+        replicas = np.append(np.bincount(slots[slots >= 0], minlength=load.size), 2)
+        per_replica = np.append(load, 0.0) / replicas
+        holds = np.zeros((len(slots), replicas.size), bool)
         np.put_along_axis(holds, slots, True, axis=1)  # -1 is the last column
         holds[:, -1] = False
-        rank_load = per_copy[slots].sum(axis=1)
+        rank_load = per_replica[slots].sum(axis=1)
         heavy = int(rank_load.argmax())
-        return cls(slots, limit * (1 + 1e-12), per_copy, copies, holds, rank_load, heavy)
+        return cls(slots, limit * (1 + 1e-12), per_replica, replicas, holds, rank_load, heavy)
 
     def over(self, rank_load: np.ndarray) -> np.ndarray:
         """Overload of ranks with these rows."""
@@ -134,16 +134,16 @@ class _State(NamedTuple):
         return float(self.over(self.rank_load).sum())
 
     def split(self, expert: np.ndarray, further: int) -> np.ndarray:
-        """(..., R) change of rank loads if each expert had `further` copies more."""
-        rows = self.per_copy[expert] * self.copies[expert]
-        change = rows / np.maximum(self.copies[expert] + further, 1) - self.per_copy[expert]
+        """(..., R) change of rank loads if each expert had `further` replicas more."""
+        rows = self.per_replica[expert] * self.replicas[expert]
+        change = rows / np.maximum(self.replicas[expert] + further, 1) - self.per_replica[expert]
         return self.holds[:, expert].T * change[..., None]
 
 
 def _best_exchange(state: _State) -> Change:
     """The heaviest rank swaps an expert with another rank, or moves it to an empty slot there."""
     mine = state.slots[state.heavy][:, None, None]  # (S, 1, 1), against (R, S)
-    gives, takes = state.per_copy[mine], state.per_copy[state.slots]
+    gives, takes = state.per_replica[mine], state.per_replica[state.slots]
     before = state.over(state.rank_load)[:, None] + state.over(state.rank_load[state.heavy])
     after = state.over(state.rank_load[state.heavy] - gives + takes) + state.over(
         state.rank_load[:, None] + gives - takes
@@ -160,11 +160,11 @@ def _best_exchange(state: _State) -> Change:
     return float(gain[column, rank, other]), change
 
 
-def _best_copy(state: _State) -> Change:
-    """An expert of the heaviest rank gets a further copy, in place of a spare one or in a gap."""
+def _best_replica(state: _State) -> Change:
+    """An expert of the heaviest rank gets another replica, for a spare one or in an empty slot."""
     hot = state.slots[state.heavy]
     hot = hot[hot >= 0]
-    rank, other = np.nonzero(state.copies[state.slots] > 1)
+    rank, other = np.nonzero(state.replicas[state.slots] > 1)
     if rank.size == 0:
         return NO_CHANGE
     spare = state.slots[rank, other]
@@ -172,9 +172,9 @@ def _best_copy(state: _State) -> Change:
     shrunk = state.split(spare, -1)  # (spare, R)
     loads = state.rank_load + grown[:, None] + shrunk[None]  # (hot, spare, R)
     each = np.arange(rank.size)
-    rows = state.per_copy * state.copies
-    loads[:, each, rank] += (rows[hot] / (state.copies[hot] + 1))[:, None]
-    loads[:, each, rank] -= np.where(spare < 0, 0.0, rows[spare] / (state.copies[spare] - 1))
+    rows = state.per_replica * state.replicas
+    loads[:, each, rank] += (rows[hot] / (state.replicas[hot] + 1))[:, None]
+    loads[:, each, rank] -= np.where(spare < 0, 0.0, rows[spare] / (state.replicas[spare] - 1))
     legal = ~state.holds[rank][:, hot].T
     gain = np.where(legal, state.overload - state.over(loads).sum(axis=2), 0.0)
     which, at = np.unravel_index(gain.argmax(), gain.shape)
@@ -182,14 +182,14 @@ def _best_copy(state: _State) -> Change:
 
 
 def _best_drop(state: _State) -> Change:
-    """The heaviest rank gives up a spare copy: the other copies take its rows."""
+    """The heaviest rank gives up a spare replica: the other replicas take its rows."""
     mine = state.slots[state.heavy]
-    columns = np.flatnonzero((mine >= 0) & (state.copies[mine] > 1))
+    columns = np.flatnonzero((mine >= 0) & (state.replicas[mine] > 1))
     if columns.size == 0:
         return NO_CHANGE
     loads = state.rank_load + state.split(mine[columns], -1)  # (columns, R)
-    rows = (state.per_copy * state.copies)[mine[columns]]
-    loads[:, state.heavy] -= rows / (state.copies[mine[columns]] - 1)
+    rows = (state.per_replica * state.replicas)[mine[columns]]
+    loads[:, state.heavy] -= rows / (state.replicas[mine[columns]] - 1)
     gain = state.overload - state.over(loads).sum(axis=1)
     best = int(gain.argmax())
     return float(gain[best]), {(state.heavy, columns[best]): -1}

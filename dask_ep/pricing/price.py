@@ -197,7 +197,7 @@ class Plan:
         return True
 
     @property
-    def copies_beside(self) -> int:
+    def replicas(self) -> int:
         """Slots that hold an expert which another slot holds too."""
         return int(self.rank_experts.sum()) - self.placement.num_experts
 
@@ -205,7 +205,7 @@ class Plan:
     def stored_bytes(self) -> int:
         """Bytes of experts that all ranks read from their files, and workers of what all share."""
         of_ranks = int(self.rank_experts.sum()) * self.work.expert_stored
-        return of_ranks + self.workers * self.work.beside.stored
+        return of_ranks + self.workers * self.work.layer.stored
 
     @property
     def experts_of_a_worker(self) -> int:
@@ -294,7 +294,7 @@ class Plan:
     @property
     def other_tasks(self) -> int:
         """Tasks of a layer's router, shared experts and residual."""
-        return len(self.chunks) * self.work.beside.chunk_tasks + self.work.beside.tasks
+        return len(self.chunks) * self.work.layer.chunk_tasks + self.work.layer.tasks
 
     @property
     def handled_tasks(self) -> int:
@@ -305,7 +305,7 @@ class Plan:
 
     @property
     def scheduler_seconds(self) -> float:
-        """Time that the scheduler needs for them, beside the workers' work."""
+        """Time that the scheduler needs for them, besides the workers' work."""
         local = self.workers == 1
         seconds = costs.LOCAL_TASK_SECONDS if local else costs.CLUSTER_TASK_SECONDS
         return self.handled_tasks * seconds
@@ -316,14 +316,14 @@ class Plan:
         return self.rank_rows * self.work.expert_flops
 
     @property
-    def flops_beside(self) -> int:
+    def layer_flops(self) -> int:
         """Floating-point operations of the router and of shared experts, where the chunks lie."""
-        return self.rows * (self.work.beside.router_flops + self.work.beside.shared_flops)
+        return self.rows * (self.work.layer.router_flops + self.work.layer.shared_flops)
 
     @property
     def load_seconds(self) -> float:
         """Time to read the experts, for the worker that reads most."""
-        stored = self.experts_of_a_worker * self.work.expert_stored + self.work.beside.stored
+        stored = self.experts_of_a_worker * self.work.expert_stored + self.work.layer.stored
         return stored / self.rates.read
 
     @property
@@ -344,13 +344,13 @@ class Plan:
     @property
     def _seconds_anywhere(self) -> float:
         """Work of one thread that all workers share evenly: whatever is done where chunks lie."""
-        work, rates, beside = self.work, self.rates, self.work.beside
+        work, rates, layer = self.work, self.rates, self.work.layer
         seconds = (
             self.rows * work.d * work.dtype.itemsize / rates.read
             + self.rows * work.d_out * work.dtype.itemsize / rates.write
             # Matrix products in float64, as those of a router, take twice the time.
-            + self.rows * (2 * beside.router_flops + beside.shared_flops) / rates.flops
-            + self.rows * beside.row_bytes / rates.copy
+            + self.rows * (2 * layer.router_flops + layer.shared_flops) / rates.flops
+            + self.rows * layer.row_bytes / rates.copy
         )
         if self.workers > 1 or (self.world_size > 1 and self.slots_per_row > 1):
             sent, _ = self._rows_exchanged(self._homes)
@@ -433,7 +433,7 @@ class Plan:
             *("chunk_rows", "imbalance", "exchanged_bytes", "stored_bytes"),
             *("expert_bytes", "chunk_bytes", "chunks_held", "memory_bytes", "memory_limit", "fits"),
             "memory_parts",
-            *("tasks", "other_tasks", "handled_tasks", "flops_beside", "copies_beside"),
+            *("tasks", "other_tasks", "handled_tasks", "layer_flops", "replicas"),
             *("scheduler_seconds", "load_seconds", "busy_seconds", "seconds"),
             *("advised_chunk_rows", "advice"),
         ]

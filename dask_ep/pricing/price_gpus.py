@@ -1,7 +1,7 @@
 """What does a run on GPUs cost?
 
 The figures of the ordinary plan, except where GPUs change them: memory, which is a GPU's and that
-of the host beside it, and time, since a GPU computes while chunks are read, go up, come down and
+of its host, and time, since a GPU computes while chunks are read, go up, come down and
 are written. `Rates` are of a GPU then, in products and copies of its memory.
 """
 
@@ -68,17 +68,17 @@ class PlanOnGpus(Plan):
     @property
     def load_seconds(self) -> float:
         """Time to read the experts and to bring them up, for the worker that has most."""
-        stored = self.experts_of_a_worker * self.work.expert_stored + self.work.beside.stored
+        stored = self.experts_of_a_worker * self.work.expert_stored + self.work.layer.stored
         return stored / min(self.rates.read, self.rates.lane)
 
     @property
     def busy_seconds(self) -> float:
         """Time of the slowest of what a worker does side by side."""
         work, rates, rows = self.work, self.rates, self.rows / self.workers
-        beside = self.flops_beside / self.workers
+        of_layer = self.layer_flops / self.workers
         made = self.work.on_device.made_bytes / self.slots_per_row  # once written, once read
         on_device = (
-            self._per_worker(self.flops).max() + beside
+            self._per_worker(self.flops).max() + of_layer
         ) / rates.flops + 2 * self._per_worker(self.rank_rows).max() * made / rates.copy
         up, down = (rows * width * work.dtype.itemsize for width in (work.d, work.d_out))
         files = (up / rates.read + down / rates.write) / self.threads

@@ -53,7 +53,7 @@ class PlanInPasses(Plan):
         return False
 
     @property
-    def copies_beside(self) -> int:
+    def replicas(self) -> int:
         """None."""
         return 0
 
@@ -92,7 +92,7 @@ class PlanInPasses(Plan):
         said = [f"the experts do not fit, so {way} {times}, {blocks}"]
         if passes.spill_bytes:
             said.append(
-                f"{format_bytes(passes.spill_bytes)} of disk beside the output while it runs; "
+                f"{format_bytes(passes.spill_bytes)} of disk next to the output while it runs; "
                 f"{format_bytes(passes.moved_bytes)} are written there and read back"
             )
         return said

@@ -200,10 +200,10 @@ def _table(title: str, head: Sequence[str], rows: Sequence[Sequence[str]]) -> st
 
 def figures_of(plan: Plan) -> list[tuple[str, str]]:
     """The figures of a plan as text, each with its name."""
-    copies = []
-    if plan.copies_beside:
-        read = format_bytes(plan.copies_beside * plan.work.expert_stored)
-        copies.append(("copies of experts among them", f"{plan.copies_beside}, {read}"))
+    replicas = []
+    if plan.replicas:
+        read = format_bytes(plan.replicas * plan.work.expert_stored)
+        replicas.append(("replicas among them", f"{plan.replicas}, {read}"))
     parts = ", ".join(f"{name} {format_bytes(n)}" for name, n in plan.memory_parts.items())
     tasks = plan.tasks + plan.other_tasks
     library = f", by {plan.work.multiplied_by} here" if plan.work.multiplied_by else ""
@@ -222,11 +222,11 @@ def figures_of(plan: Plan) -> list[tuple[str, str]]:
         ("chunks", f"{len(plan.chunks):,} of up to {plan.chunk_rows:,} rows"),
         *between,
         ("experts to read", format_bytes(plan.stored_bytes)),
-        *copies,
+        *replicas,
         *((what, of_limit(*figures)) for what, figures in plan.memory_figures.items()),
         ("what it is for", parts),
         ("tasks", f"{tasks:,}, {plan.scheduler_seconds:.2f} s of the scheduler"),
-        ("operations", f"{plan.flops.sum() + plan.flops_beside:.3g} FLOP{library}"),
+        ("operations", f"{plan.flops.sum() + plan.layer_flops:.3g} FLOP{library}"),
         ("time", f"{plan.seconds:.2f} s"),
     ]
 

@@ -5,7 +5,7 @@
                                                         ──> Record.of_task_stream(stream, servings)
 
 A `Record` holds when and where each task of a layer ran and each rank's part of each chunk was
-served (`tally`), to be laid beside the plan: `dask_ep.pricing.report`.
+served (`tally`), to be compared with the plan: `dask_ep.pricing.report`.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from dask_ep.graph.tally import HERE, Serving
 STEPS = ("experts", "ranks", "chunk", "send", "dispatch", "receipt", "sum")
 """What the tasks of a layer do, by their names; from "send" on where experts go by in passes."""
 
-BESIDE = ("read", "route", "layer", "store")
+LAYER_STEPS = ("read", "route", "layer", "store")
 """What the tasks around it do."""
 
 
@@ -39,7 +39,7 @@ class Span(NamedTuple):
 
     key: TaskKey
     step: str
-    #: one of `STEPS` and `BESIDE`, or "transfer"
+    #: one of `STEPS` and `LAYER_STEPS`, or "transfer"
     worker: str
     start: float
     #: seconds since the first task began
@@ -310,7 +310,7 @@ def peak_memory() -> int:
 def _layer_key(key: Any) -> TaskKey | None:
     """What a key says, if it is of a step that a record keeps."""
     of_layer = read_key(key)
-    return of_layer if of_layer is not None and of_layer.step in (*STEPS, *BESIDE) else None
+    return of_layer if of_layer is not None and of_layer.step in (*STEPS, *LAYER_STEPS) else None
 
 
 def _from_zero(

@@ -23,7 +23,8 @@ from dask.blockwise import BlockwiseDepDict, blockwise
 from dask.highlevelgraph import HighLevelGraph
 
 from dask_ep.arrays.checks import check_byte_order, refuse_masked
-from dask_ep.arrays.device import pinned_empty, telling_memory, upload
+from dask_ep.arrays.device import telling_memory
+from dask_ep.arrays.lanes import pinned_empty, upload
 from dask_ep.arrays.namespaces import Array
 from dask_ep.storage import journal
 from dask_ep.storage.guard import refuse_to_replace_inputs

@@ -201,18 +201,18 @@ def test_the_command_says_what_travels(job_file, tmp_path):
         json.loads(invoke(*common, "--travel", how, "--save", saved)) for how in ("rows", "experts")
     )
     assert Placement.from_json(saved.read_text()).local
-    assert (rows["copies_beside"], experts["exchanged_bytes"]) == (0, 0)
-    assert experts["stored_bytes"] == (8 + experts["copies_beside"]) * 8 * 8 * 4
+    assert (rows["replicas"], experts["exchanged_bytes"]) == (0, 0)
+    assert experts["stored_bytes"] == (8 + experts["replicas"]) * 8 * 8 * 4
     # The slower of the two is not used.
     rates = {"slow link": ("--link-rate", "1 kB"), "slow disk": ("--read-rate", "1 kB")}
     slow_link, slow_disk = (
         json.loads(invoke(*common, "--travel", "auto", *rate)) for rate in rates.values()
     )
     assert slow_link["slots"] == experts["slots"]
-    assert slow_disk["copies_beside"] == 0
+    assert slow_disk["replicas"] == 0
     assert slow_link["policy"] == "contiguous, travel auto"
     said = invoke(job_file, "--processes", 4, "--travel", "experts", "--chunk-rows", 100)
-    assert re.search(rf"copies of experts among them\W+{experts['copies_beside']}, ", said)
+    assert re.search(rf"replicas among them\W+{experts['replicas']}, ", said)
 
 
 def test_nothing_is_read_for_rows_that_do_not_leave_their_worker(job_file):

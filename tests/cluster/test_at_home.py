@@ -120,7 +120,7 @@ def test_a_hot_expert_is_read_where_its_rows_lie_and_the_rows_of_a_cold_one_trav
     layer = Layer(tmp_path, slots)
     placement = layer.placement("auto", expert_bytes=ROW_BYTES * CHUNKS * ROWS * slots // 20)
     assert all(0 in held and 5 not in held for held in placement.slots[:-1].tolist())
-    assert placement.copies.tolist() == [3, 1, 1, 1, 1, 1]
+    assert placement.replica_counts.tolist() == [3, 1, 1, 1, 1, 1]
     with own_experts(client, RANKS) as owners:
         before = received(client)
         got = client.persist(layer.build(placement))

@@ -28,15 +28,8 @@ from distributed.protocol import deserialize, serialize
 
 from dask_ep import Experts, Router, expert_parallel, open_tokens, store
 from dask_ep.arrays import device
-from dask_ep.arrays.device import (
-    Device,
-    DeviceMemoryError,
-    Lanes,
-    NoDeviceError,
-    download,
-    pinned_empty,
-    upload,
-)
+from dask_ep.arrays.device import Device, DeviceMemoryError, NoDeviceError
+from dask_ep.arrays.lanes import Lanes, download, pinned_empty, upload
 from dask_ep.cli import main, run_command
 from dask_ep.cluster import device_serialize, gpus
 from dask_ep.cluster.gpus import Gpus, OnGpu, choose_protocol, start_gpus

@@ -13,37 +13,37 @@ NAMES = [f"w{number}" for number in range(12)]
 
 @st.composite
 def clusters(draw):
-    """Workers with capacities, R loads, R numbers of copies, and what was owned before."""
+    """Workers with capacities, R loads, R numbers of replicas, and what was owned before."""
     names = draw(st.lists(st.sampled_from(NAMES), unique=True, min_size=1, max_size=8))
     workers = {name: draw(st.sampled_from([1.0, 2.0, 3.5])) for name in names}
     ranks = draw(st.integers(1, 12))
     loads = [draw(st.sampled_from([0.0, 1.0, 1.0, 2.0, 7.0])) for _ in range(ranks)]
-    copies = [draw(st.sampled_from([1, 1, 1, 2, 9])) for _ in range(ranks)]
+    replicas = [draw(st.sampled_from([1, 1, 1, 2, 9])) for _ in range(ranks)]
     before = [draw(st.frozensets(st.sampled_from(NAMES), max_size=3)) for _ in range(ranks)]
-    return workers, loads, copies, before
+    return workers, loads, replicas, before
 
 
 @given(clusters())
 def test_every_rank_gets_as_many_owners_as_it_shall_have(cluster):
-    workers, loads, copies, before = cluster
-    for rank, owners in enumerate(assign(before, workers, loads, copies)):
+    workers, loads, replicas, before = cluster
+    for rank, owners in enumerate(assign(before, workers, loads, replicas)):
         kept = before[rank] & workers.keys()
         assert owners <= workers.keys()
-        assert len(owners) == max(len(kept), min(copies[rank], len(workers)))
+        assert len(owners) == max(len(kept), min(replicas[rank], len(workers)))
 
 
 @given(clusters())
 def test_assign_takes_no_rank_from_a_worker_that_is_there(cluster):
-    workers, loads, copies, before = cluster
-    for rank, owners in enumerate(assign(before, workers, loads, copies)):
+    workers, loads, replicas, before = cluster
+    for rank, owners in enumerate(assign(before, workers, loads, replicas)):
         assert before[rank] & workers.keys() <= owners
 
 
 @given(clusters())
 def test_assigning_twice_changes_nothing(cluster):
-    workers, loads, copies, before = cluster
-    owners = assign(before, workers, loads, copies)
-    assert assign(owners, workers, loads, copies) == owners
+    workers, loads, replicas, before = cluster
+    owners = assign(before, workers, loads, replicas)
+    assert assign(owners, workers, loads, replicas) == owners
 
 
 @given(clusters())
@@ -74,8 +74,8 @@ def test_below_a_limit_a_worker_takes_at_most_one_rank_over_it(cluster, limit):
 
 @given(clusters())
 def test_balance_never_makes_the_last_worker_later_and_rests_when_done(cluster):
-    workers, loads, copies, before = cluster
-    owners = assign(before, workers, loads, copies)
+    workers, loads, replicas, before = cluster
+    owners = assign(before, workers, loads, replicas)
     balanced = balance(owners, workers, loads)
     assert [len(of_rank) for of_rank in balanced] == [len(of_rank) for of_rank in owners]
     assert _latest(balanced, workers, loads) <= _latest(owners, workers, loads) + 1e-9
@@ -84,8 +84,8 @@ def test_balance_never_makes_the_last_worker_later_and_rests_when_done(cluster):
 
 @given(clusters(), st.sets(st.integers(0, 11)))
 def test_balance_leaves_fixed_ranks_alone(cluster, fixed):
-    workers, loads, copies, before = cluster
-    owners = assign(before, workers, loads, copies)
+    workers, loads, replicas, before = cluster
+    owners = assign(before, workers, loads, replicas)
     balanced = balance(owners, workers, loads, fixed)
     assert all(balanced[rank] == owners[rank] for rank in fixed if rank < len(owners))
 

@@ -158,10 +158,12 @@ def test_weights_on_the_input_are_not_weights_on_the_output():
     given, x = weights("gate", "up", "down"), rows()
     routing, topk = np.arange(7) % E, np.linspace(0.1, 2.0, 7)
     plain = [reference.gated(**{n: w[e] for n, w in given.items()}) for e in range(E)]
-    for weigh in ("input", "output"):
-        local = Experts.gated(**given, weigh=weigh).load(dtype="f8")
+    for on_input in (True, False):
+        local = Experts.gated(**given, apply_router_weight_on_input=on_input).load(dtype="f8")
         got = expert_parallel_dispatch(x, routing, local, 0, 1, topk_weights=topk)
-        want = reference.moe(x, routing, plain, topk, d_out=O, weigh=weigh)
+        want = reference.moe(
+            x, routing, plain, topk, d_out=O, apply_router_weight_on_input=on_input
+        )
         assert_close(got, want, 1e-12)
 
 
@@ -370,9 +372,11 @@ def test_tokens_of_experts_follow_their_content():
             r"activation must be one of \['silu', .*not 'swish'",
         ),
         (
-            lambda: Experts.gated(**weights("gate", "up", "down"), weigh="both"),
+            lambda: Experts.gated(
+                **weights("gate", "up", "down"), apply_router_weight_on_input="both"
+            ),
             ValueError,
-            'weigh must be "output" or "input", not \'both\'',
+            "apply_router_weight_on_input must be True or False, not 'both'",
         ),
         (lambda: Experts.callables([1]), TypeError, "expert 0 must be callable, but is a int"),
         (

@@ -121,15 +121,15 @@ def test_both_ways_give_what_the_plain_loops_give(tmp_path_factory, case, passes
     case=cases(dtypes=[np.float32, np.float64], max_k=1),
     passes=ways,
     contiguous=st.booleans(),
-    weigh=st.sampled_from(["input", "output"]),
+    on_input=st.booleans(),
 )
-def test_outputs_may_take_the_place_of_the_tokens(case, passes, contiguous, weigh):
+def test_outputs_may_take_the_place_of_the_tokens(case, passes, contiguous, on_input):
     n, d = case.tokens.shape
     rng = np.random.default_rng(n)
     W = [rng.standard_normal((case.num_experts, d, d), dtype=np.float32) for _ in range(3)]
     if contiguous:
         case = case.with_(routing=np.sort(case.routing, axis=0))
-    experts = Experts.gated(*W, activation="relu", weigh=weigh)
+    experts = Experts.gated(*W, activation="relu", apply_router_weight_on_input=on_input)
     tokens, routing, topk_weights = case.dask()
     counts = survey(routing, case.num_experts).rows_by_chunk(case.chunks)
     rows = Rows(tokens.map_blocks(np.copy), routing, topk_weights)
@@ -143,7 +143,14 @@ def test_outputs_may_take_the_place_of_the_tokens(case, passes, contiguous, weig
     alone = [
         reference.gated(*(w[e] for w in W), activation="relu") for e in range(case.num_experts)
     ]
-    want = reference.moe(case.tokens, case.routing, alone, case.topk_weights, d_out=d, weigh=weigh)
+    want = reference.moe(
+        case.tokens,
+        case.routing,
+        alone,
+        case.topk_weights,
+        d_out=d,
+        apply_router_weight_on_input=on_input,
+    )
     assert_close(got, want, 1e-4)
 
 

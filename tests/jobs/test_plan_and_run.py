@@ -266,7 +266,7 @@ def answer_of(ask: Any, *args: Any) -> dict[str, Any] | str:
         "as stored": decision.as_stored,
         "passes": None if decision.passes is None else asdict(decision.passes),
         "travel": decision.travel,
-        "copies": decision.slots_beside,
+        "spare slots": decision.spare_slots,
         "memory": decision.need.at(decision.chunk_rows),
     }
 

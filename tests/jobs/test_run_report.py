@@ -163,7 +163,7 @@ def test_a_layer_with_router_and_shared_experts(tmp_path):
     )
     planned, record = run_recorded(job, Threads(1), chunk_rows=50, report=tmp_path / "run.html")
     check_counts(planned, record)
-    assert planned.flops_beside > 0
+    assert planned.layer_flops > 0
     assert {"route", "layer", "experts", "ranks", "chunk"} <= {s.step for s in record.spans}
     assert record.finished()[-1][0] <= record.seconds
 

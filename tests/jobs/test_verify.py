@@ -292,11 +292,11 @@ def test_inspect_tells_tensors_and_checkpoints(tmp_path):
     assert told["model type"] == "qwen2_moe"
     assert told["experts"] == "9 of width 20, 4 for each row"
     assert told["shared experts"] == "of width 24, by a gate"
-    assert told["router"] == "softmax scores, weighing the output of experts"
+    assert told["router"] == "softmax scores, weights on the experts' output"
     (finding,) = inspect_path(FIXTURES / "deepseek_v3")
     assert dict(finding.facts)["router"] == (
         "sigmoid scores and selection bias, from the best 2 of 3 groups by top2, normalised, "
-        "times 2.5, weighing the output of experts"
+        "times 2.5, weights on the experts' output"
     )
     assert finding.header == ("layer", "kind", "experts", "on disk", "in memory")
     assert [line[:3] for line in finding.lines] == [("0", "dense", ""), ("1", "moe", "12")]

@@ -323,7 +323,9 @@ def test_float64_tokens_are_computed_in_float64(library):
 def test_weights_on_rows_before_experts_are_float32_products(library):
     """As in Llama 4: the row times its weight is no bfloat16 number."""
     arrays = [some(4, 16, 24, dtype=bf16), some(4, 16, 24, seed=1, dtype=bf16)]
-    experts = Experts.gated(*arrays, some(4, 24, 16, seed=2, dtype=bf16), weigh="input")
+    experts = Experts.gated(
+        *arrays, some(4, 24, 16, seed=2, dtype=bf16), apply_router_weight_on_input=True
+    )
     tokens, routing = some(40, 16, seed=3, dtype=bf16), np.arange(40) % 4
     weights = np.random.default_rng(4).random(40, np.float32)
     y = expert_parallel_dispatch(tokens, routing, experts.load(), 0, 1, topk_weights=weights)

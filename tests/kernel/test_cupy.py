@@ -13,7 +13,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from dask_ep.arrays.device import CUDA_TYPES
+from dask_ep.arrays.gemms import CUDA_TYPES
 from dask_ep.arrays.namespaces import namespace
 from dask_ep.kernel import cuda_kernels, reference
 from tests.device_double import DeviceArray, MemoryPool

@@ -171,7 +171,9 @@ def test_weights_on_the_input_and_rows_that_come_sorted(case: Case, by_expert: b
             topk_weights=None if case.topk_weights is None else case.topk_weights[order],
         )
     tokens, routing, topk_weights = on_device_all(case)
-    experts = Experts.gated(case.W, case.W, np.swapaxes(case.W, 1, 2), weigh="input")
+    experts = Experts.gated(
+        case.W, case.W, np.swapaxes(case.W, 1, 2), apply_router_weight_on_input=True
+    )
     local = experts.load(xp=xp, dtype=case.tokens.dtype)
     with watch() as traffic:
         y = expert_parallel_dispatch(tokens, routing, local, 0, 1, topk_weights=topk_weights)
@@ -181,7 +183,7 @@ def test_weights_on_the_input_and_rows_that_come_sorted(case: Case, by_expert: b
         [reference.gated(W, W, W.T) for W in case.W],
         case.topk_weights,
         d_out=case.W.shape[1],
-        weigh="input",
+        apply_router_weight_on_input=True,
     )
     assert_close(y.get(), want, 10 * case.tolerance)
     assert len(traffic.to_host) <= 1
@@ -641,8 +643,10 @@ def test_routing_and_loads_of_a_layer_stay_on_the_device():
     there = device_chunks(hidden)
     for got, want in zip(layer.route(there), layer.route(hidden), strict=True):
         np.testing.assert_array_equal(to_numpy(blocks_of(got, "sync")), want.compute())
-    load = layer.load(there)
-    np.testing.assert_array_equal(to_numpy(blocks_of(load, "sync")), layer.load(hidden).compute())
+    load = layer.tokens_per_expert(there)
+    np.testing.assert_array_equal(
+        to_numpy(blocks_of(load, "sync")), layer.tokens_per_expert(hidden).compute()
+    )
 
 
 @pytest.mark.parametrize("case", CASES)

@@ -130,8 +130,9 @@ class Recorder(Expert):
 
     d = d_out = 4
 
-    def __init__(self, weigh: str = "output"):
-        self.weigh, self.rows, self.outs = weigh, [], []
+    def __init__(self, apply_router_weight_on_input: bool = False):
+        self.apply_router_weight_on_input = apply_router_weight_on_input
+        self.rows, self.outs = [], []
 
     def __call__(self, rows, out=None):
         self.rows.append(rows)
@@ -160,7 +161,7 @@ def test_each_expert_gets_its_rows_in_order_and_only_if_it_has_some():
 def test_a_weight_on_the_input_leaves_the_tokens_as_they_are(routing):
     tokens = np.arange(12.0).reshape(3, 4)
     before, weights = tokens.copy(), np.array([0.5, 2.0, 3.0])
-    experts = [Recorder("input"), Recorder("input")]
+    experts = [Recorder(True), Recorder(True)]
     out = expert_parallel_dispatch(tokens, np.array(routing), experts, 0, 1, topk_weights=weights)
     np.testing.assert_array_equal(tokens, before)
     np.testing.assert_array_equal(out, tokens * weights[:, None])

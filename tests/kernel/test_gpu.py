@@ -28,7 +28,8 @@ from dask_ep import (
     store,
 )
 from dask_ep.arrays.checks import computing_dtype
-from dask_ep.arrays.device import DeviceMemoryError, download, pinned_empty, upload
+from dask_ep.arrays.device import DeviceMemoryError
+from dask_ep.arrays.lanes import download, pinned_empty, upload
 from dask_ep.cluster import device_serialize
 from dask_ep.cluster.gpus import Gpus
 from dask_ep.experts.quantized import Float8Source, Mxfp4Source

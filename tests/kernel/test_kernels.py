@@ -15,8 +15,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from dask_ep import Experts, expert_parallel_dispatch
-from dask_ep.arrays import device
+from dask_ep.arrays import device, gemms
 from dask_ep.arrays.checks import computing_dtype
+from dask_ep.arrays.lanes import Lanes, pinned_empty
 from dask_ep.kernel import cuda_kernels, device_kernel, reference
 from dask_ep.kernel.expert import Linear
 from dask_ep.kernel.pack import Combining, Packing
@@ -84,7 +85,7 @@ def test_activations(cublas, activation, dtype):
 @settings(max_examples=60, suppress_health_check=list(HealthCheck))
 @given(
     case=cases(),
-    form=st.sampled_from(["linear", "gated", "weigh input"]),
+    form=st.sampled_from(["linear", "gated", "weights on input"]),
     padded=st.sampled_from([(0, 0), (64, 1024)]),
 )
 def test_the_kernel_by_kernels_is_the_kernel_by_array_functions(
@@ -92,10 +93,12 @@ def test_the_kernel_by_kernels_is_the_kernel_by_array_functions(
 ):
     """The same numbers, and the same copies; with experts of equal rows, and as they come."""
     W, transposed = case.local_Ws(0), np.swapaxes(case.local_Ws(0), 1, 2)
-    weigh = "input" if form == "weigh input" else "output"
     experts = Experts.linear(W)
     if form != "linear":
-        experts = Experts.gated(W, W, transposed, activation="relu", weigh=weigh)
+        on_input = form == "weights on input"
+        experts = Experts.gated(
+            W, W, transposed, activation="relu", apply_router_weight_on_input=on_input
+        )
     tokens, routing, weights = map(on_device, (case.tokens, case.routing, case.topk_weights))
     dtype = computing_dtype(case.tokens.dtype, on_device=True)
 
@@ -242,7 +245,7 @@ def test_products_begin_when_their_rows_are_there_and_are_waited_for(cublas, wai
 
 
 def test_copies_wait_for_the_compute_where_they_must_and_only_there(waits):
-    lanes, host = device.Lanes(xp), device.pinned_empty(xp, (3,), np.float32)
+    lanes, host = Lanes(xp), pinned_empty(xp, (3,), np.float32)
     host[...] = 1
     up, down, compute = lanes._up, lanes._down, Stream.null
     there = lanes.upload(host)
@@ -257,7 +260,7 @@ def test_copies_wait_for_the_compute_where_they_must_and_only_there(waits):
 
 @pytest.mark.parametrize("asked", ["0", "1"])
 def test_tf32_is_for_float32_and_by_option(cublas, monkeypatch, asked):
-    monkeypatch.setenv(device.TF32_SWITCH, asked)
+    monkeypatch.setenv(gemms.TF32_SWITCH, asked)
     wanted = [77 if asked == "1" else 68, 70, 68, 68]
     one = {dtype: on_device(np.ones((1, 1), dtype)) for dtype in DTYPES}
     for multiply in (

@@ -120,11 +120,11 @@ def no_shared(layer):
 
 
 def weight_on_the_other_side(layer):
-    side = "input" if layer.router.weigh == "output" else "output"
-    options = {**layer.experts.options, "weigh": side}
+    side = not layer.router.apply_router_weight_on_input
+    options = {**layer.experts.options, "apply_router_weight_on_input": side}
     return remade(
         layer,
-        router=replace(layer.router, weigh=side),
+        router=replace(layer.router, apply_router_weight_on_input=side),
         experts=Experts(layer.experts.kind, layer.experts.weights, options),
     )
 
@@ -436,7 +436,7 @@ def test_a_rank_reads_its_experts_router_shared_and_headers_within_1_percent(tmp
 
     read_rank_1_of_4(FIXTURES / "deepseek_v3", 32)  # whatever is imported on the way
     layer = load_moe_layer(tmp_path, LAYER)
-    least = layer.experts.nbytes // 4 + layer.bytes_beside
+    least = layer.experts.nbytes // 4 + layer.resident_stored_bytes
     assert least <= read_rank_1_of_4(tmp_path, d) <= 1.01 * least
 
 

@@ -47,7 +47,12 @@ ROUTER = Router(E, 2, norm_topk_prob=True)
 
 
 def make(router=ROUTER, **changes) -> MoELayer:
-    experts = Experts.gated(PLAIN["gate"], PLAIN["up"], PLAIN["down"], weigh=router.weigh)
+    experts = Experts.gated(
+        PLAIN["gate"],
+        PLAIN["up"],
+        PLAIN["down"],
+        apply_router_weight_on_input=router.apply_router_weight_on_input,
+    )
     arguments = {"router": router, "experts": experts, "router_weight": PLAIN["router_weight"]}
     return MoELayer(**arguments | changes)
 
@@ -66,7 +71,14 @@ def plain_layer(hidden, router=ROUTER, *, with_shared=False, gated=False, residu
     experts = [
         reference.gated(PLAIN["gate"][e], PLAIN["up"][e], PLAIN["down"][e]) for e in range(E)
     ]
-    y = reference.moe(hidden, indices, experts, weights, d_out=D, weigh=router.weigh)
+    y = reference.moe(
+        hidden,
+        indices,
+        experts,
+        weights,
+        d_out=D,
+        apply_router_weight_on_input=router.apply_router_weight_on_input,
+    )
     if with_shared:
         one = reference.gated(*(matrix[0] for matrix in PLAIN["shared"]))
         for row, x in enumerate(hidden):
@@ -90,13 +102,13 @@ def chunked_hidden(draw):
     with_shared=st.booleans(),
     gated=st.booleans(),
     residual=st.booleans(),
-    weigh=st.sampled_from(["output", "input"]),
+    on_input=st.booleans(),
 )
 @settings(max_examples=60, deadline=None)
 def test_any_layer_on_any_chunks_and_ranks_is_the_plain_one(
-    hidden, world_size, with_shared, gated, residual, weigh
+    hidden, world_size, with_shared, gated, residual, on_input
 ):
-    router = Router(E, 2, norm_topk_prob=True, weigh=weigh)
+    router = Router(E, 2, norm_topk_prob=True, apply_router_weight_on_input=on_input)
     options = shared() if with_shared else {}
     if not gated:
         options.pop("shared_gate", None)
@@ -139,7 +151,8 @@ def assert_same_in_one_chunk(kind, hidden, world_size):
     for x in (hidden, together):
         token_ids = da.from_array(ids, chunks=x.chunks[:-1]) if kind == "table" else None
         y = layer(x, token_ids=token_ids, world_size=world_size)
-        results += [(y, *layer.route(x, token_ids=token_ids), layer.load(x, token_ids=token_ids))]
+        load = layer.tokens_per_expert(x, token_ids=token_ids)
+        results += [(y, *layer.route(x, token_ids=token_ids), load)]
     for some, all_in_one in zip(*results, strict=True):
         assert_eq(some, all_in_one, rtol=1e-5, atol=1e-5)
 
@@ -236,10 +249,10 @@ def test_a_routing_can_be_replayed_from_files(tmp_path):
     assert_eq(y, make(capacity=Capacity(0.8))(rows), rtol=1e-6, atol=1e-6)
 
 
-def test_load_counts_the_rows_of_each_expert():
+def test_tokens_per_expert_counts_the_rows_of_each_expert():
     hidden = da.from_array(normal(3, 5, D, seed=9), chunks=(2, 2, -1))
     layer = make()
-    load = layer.load(hidden)
+    load = layer.tokens_per_expert(hidden)
     indices = layer.route(hidden)[0].compute()
     assert isinstance(load, da.Array)
     assert_eq(load, np.bincount(indices.ravel(), minlength=E))
@@ -283,14 +296,14 @@ def test_a_capacity_counts_over_the_whole_batch_in_c_order(drop, chunks):
     rows, weights = data.reshape(-1, D), weights.reshape(-1, 2)
     plain = reference.moe(rows, np.array(want), experts, weights, d_out=D)
     np.testing.assert_allclose(y.reshape(-1, D), plain, rtol=1e-4, atol=1e-4)
-    assert int(limited.load(hidden).max()) <= capacity
+    assert int(limited.tokens_per_expert(hidden).max()) <= capacity
 
 
 def test_experts_may_choose_their_rows():
     data = normal(11, D, seed=9)
     hidden = da.from_array(data, chunks=(4, D))
     layer = make(ExpertChoice(E, factor=1.5))
-    assert layer.load(hidden).compute().tolist() == [int(np.ceil(1.5 * 11 / E))] * E
+    assert layer.tokens_per_expert(hidden).compute().tolist() == [int(np.ceil(1.5 * 11 / E))] * E
     logits = data.astype(np.float64) @ PLAIN["router_weight"].T.astype(np.float64)
     scores = [plain_routers.softmax(list(map(float, row))) for row in logits]
     want = np.zeros((11, D))
@@ -315,7 +328,8 @@ def test_a_table_routes_by_token_id():
     _, weights = weighed.route(hidden, token_ids=token_ids)
     np.testing.assert_allclose(weights.compute().sum(axis=-1), 1, rtol=1e-6)
     assert weighed(hidden, token_ids=token_ids).shape == hidden.shape
-    assert layer.load(hidden, token_ids=token_ids).compute().tolist() == [6, 3, 2, 3, 2]
+    load = layer.tokens_per_expert(hidden, token_ids=token_ids)
+    assert load.compute().tolist() == [6, 3, 2, 3, 2]
 
 
 # --- graphs --------------------------------------------------------------------------------------
@@ -332,7 +346,7 @@ def test_building_computes_nothing_and_names_follow_from_the_inputs():
             hidden = da.zeros((6, 4, D), chunks=(2, 3, D), dtype=np.float32)
             layer = make(residual=True, capacity=Capacity(1.0), **shared())
             names.append([layer(hidden).name, *(a.name for a in layer.route(hidden))])
-            names[-1].append(layer.load(hidden).name)
+            names[-1].append(layer.tokens_per_expert(hidden).name)
     assert names[0] == names[1]
     assert len(set(names[0])) == 4
 
@@ -376,8 +390,9 @@ def test_the_graph_grows_by_few_tasks_per_chunk():
         ({"shared_gate": normal(D)}, ValueError, "must be None without them"),
         ({"shared": Experts.linear(normal(1, 3, 3))}, ValueError,
          "as wide as the others, 6 to 6, but are 3 to 3"),
-        ({"router": Router(E, 2, weigh="input"), "experts": Experts.linear(normal(E, D, D))},
-         ValueError, "router has weigh='input' and the experts 'output'"),
+        ({"router": Router(E, 2, apply_router_weight_on_input=True),
+          "experts": Experts.linear(normal(E, D, D))},
+         ValueError, "agree on apply_router_weight_on_input, but the router has True and the"),
         ({"experts": Experts.linear(normal(E, D, 3)), "residual": True}, ValueError,
          "experts go from 6 to 3"),
         ({"router": ExpertChoice(E, 1.0), "capacity": Capacity(1.0)}, ValueError,

@@ -293,7 +293,10 @@ def test_all_scores_are_those_that_route_uses():
     ("changes", "message"),
     [
         ({"score": "tanh"}, "score must be one of 'softmax'.* but is 'tanh'"),
-        ({"weigh": "both"}, "weigh must be one of 'output', 'input', but is 'both'"),
+        (
+            {"apply_router_weight_on_input": "both"},
+            "apply_router_weight_on_input must be True or False, but is 'both'",
+        ),
         ({"group_score": "mean"}, "group_score must be one of 'max', 'top2', but is 'mean'"),
         ({"k": 9}, r"k must be in \[1, 8\], but is 9"),
         ({"k": 0}, r"k must be in \[1, 8\], but is 0"),
@@ -365,7 +368,10 @@ def test_tables_and_chosen_experts_that_do_not_fit_are_refused():
         (lambda: ExpertChoice(0, 1), "num_experts must be at least 1, but is 0"),
         (lambda: ExpertChoice(4, -1), "factor must be a positive number, but is -1"),
         (lambda: ExpertChoice(4, 1, "max"), "score must be one of .* but is 'max'"),
-        (lambda: ExpertChoice(4, 1, weigh="no"), "weigh must be 'output' or 'input'"),
+        (
+            lambda: ExpertChoice(4, 1, apply_router_weight_on_input="no"),
+            "apply_router_weight_on_input must be True or False",
+        ),
     ],
 )
 def test_limits_that_cannot_be_are_refused(make, message):

@@ -43,7 +43,7 @@ from dask_ep.placement.policies import (
 from dask_ep.placement.rebalance import incremental, moves
 from tests.plain_placement import published_balance, zipf_load
 
-# The example that EPLB prints: 2 layers of 12 experts, 16 copies, 4 groups, 2 nodes, 8 ranks.
+# The example that EPLB prints: 2 layers of 12 experts, 16 replicas, 4 groups, 2 nodes, 8 ranks.
 EPLB_LOADS = np.array(
     [
         [90, 132, 40, 61, 104, 165, 39, 4, 73, 56, 183, 86],
@@ -63,7 +63,7 @@ world_sizes = st.integers(1, 9)
 
 @st.composite
 def placements(draw) -> Placement:
-    """Any legal placement: every expert somewhere, further copies and empty slots anywhere."""
+    """Any legal placement: every expert somewhere, further replicas and empty slots anywhere."""
     experts, ranks = draw(st.integers(1, 12)), draw(world_sizes)
     first = draw(st.lists(st.integers(0, ranks - 1), min_size=experts, max_size=experts))
     holds = [{e for e in range(experts) if first[e] == r} for r in range(ranks)]
@@ -90,7 +90,7 @@ def test_the_printed_example_gets_its_printed_answer():
 
 @settings(max_examples=150, deadline=None)
 @given(data=st.data())
-def test_balanced_is_the_published_answer_wherever_that_has_no_two_copies_on_a_rank(data):
+def test_balanced_is_the_published_answer_wherever_that_has_no_two_replicas_on_a_rank(data):
     nodes = data.draw(st.sampled_from([1, 2, 3]))
     ranks = nodes * data.draw(st.integers(1, 3))
     groups = data.draw(st.integers(1, 4)) * data.draw(st.sampled_from([1, nodes]))
@@ -117,7 +117,7 @@ def test_balanced_is_the_published_answer_wherever_that_has_no_two_copies_on_a_r
             np.testing.assert_array_equal(table, published)
 
 
-def test_two_copies_of_an_expert_never_share_a_rank_where_the_published_ones_do():
+def test_two_replicas_of_an_expert_never_share_a_rank_where_the_published_ones_do():
     differing = 0
     for seed in range(30):
         load = zipf_load(8, 1.2, seed=seed)
@@ -125,7 +125,7 @@ def test_two_copies_of_an_expert_never_share_a_rank_where_the_published_ones_do(
         differing += any(len(set(rank)) < len(rank) for rank in published)
         placement = balanced(load, 4, num_slots=12)
         verify_placement(placement, num_experts=8, max_slots=3)
-        assert placement.copies.sum() == 12
+        assert placement.replica_counts.sum() == 12
     assert differing > 0, "the case that this test is about did not come up"
 
 
@@ -169,13 +169,13 @@ def test_equal_parts_are_as_many_as_combinatorics_says():
         assert len(np.unique(divided.reshape(count, -1), axis=0)) == count
 
 
-def best_max_load(load, copy_of, ranks: int, capacity: int) -> float:
-    """Try all assignments of copies to ranks for the smallest largest rank load."""
-    empty = ranks * capacity - len(copy_of)
+def best_max_load(load, replica_of, ranks: int, capacity: int) -> float:
+    """Try all assignments of replicas to ranks for the smallest largest rank load."""
+    empty = ranks * capacity - len(replica_of)
     load = np.append(load, np.zeros(empty))
-    copy_of = np.append(copy_of, -1 - np.arange(empty))  # empty slots may lie together
+    replica_of = np.append(replica_of, -1 - np.arange(empty))  # empty slots may lie together
     assign = equal_parts(ranks * capacity, capacity)
-    held = np.sort(copy_of[assign], axis=2)
+    held = np.sort(replica_of[assign], axis=2)
     legal = (held[..., 1:] != held[..., :-1]).all(axis=(1, 2))
     return load[assign[legal]].sum(axis=2).max(axis=1).min()
 
@@ -192,9 +192,9 @@ def test_balanced_is_within_a_half_of_brute_force(load, ranks, spare):
     load = np.array(load)
     num_slots = min(load.size + spare, load.size * ranks)
     placement = balanced(load, ranks, num_slots=num_slots)
-    copy_of = np.repeat(np.arange(load.size), placement.copies)
+    replica_of = np.repeat(np.arange(load.size), placement.replica_counts)
     best = best_max_load(
-        (load / placement.copies)[copy_of], copy_of, ranks, placement.slots_per_rank
+        (load / placement.replica_counts)[replica_of], replica_of, ranks, placement.slots_per_rank
     )
     assert best - 1e-9 <= placement.rank_load(load).max() <= 3 / 2 * best + 1e-6
 
@@ -205,16 +205,16 @@ def test_balanced_is_as_good_as_brute_force_where_popularity_falls_as_in_life(ex
     for seed in range(10):
         load = zipf_load(8, exponent, seed=seed)
         placement = balanced(load, 4, num_slots=8 + spare)
-        copy_of = np.repeat(np.arange(8), placement.copies)
-        copy_load = (load / placement.copies)[copy_of]
-        best = best_max_load(copy_load, copy_of, 4, placement.slots_per_rank)
+        replica_of = np.repeat(np.arange(8), placement.replica_counts)
+        replica_load = (load / placement.replica_counts)[replica_of]
+        best = best_max_load(replica_load, replica_of, 4, placement.slots_per_rank)
         assert placement.rank_load(load).max() == pytest.approx(best)
 
 
 @settings(max_examples=40, deadline=None)
 @given(load=st.lists(st.integers(0, 60), min_size=2, max_size=8), ranks=st.integers(2, 4))
 @example(load=[60, 33, 21, 15, 12, 10, 8, 7], ranks=4)
-def test_exact_is_never_worse_than_brute_force_without_copies(load, ranks):
+def test_exact_is_never_worse_than_brute_force_without_replicas(load, ranks):
     load = np.array(load)
     whole = best_max_load(load, np.arange(load.size), ranks, -(-load.size // ranks))
     assert exact(load, ranks).rank_load(load).max() <= whole + 1
@@ -225,15 +225,15 @@ def test_exact_is_never_worse_than_brute_force_without_copies(load, ranks):
     load=st.lists(st.integers(0, 60), min_size=1, max_size=5),
     spare=st.integers(0, 3),
 )
-def test_no_other_choice_of_copies_has_a_smaller_hottest_copy(load, spare):
+def test_no_other_choice_of_replicas_has_a_smaller_hottest_replica(load, spare):
     ranks = 4
     num_slots = min(len(load) + spare, len(load) * ranks)
-    copies = balanced(load, ranks, num_slots=num_slots).copies
+    replicas = balanced(load, ranks, num_slots=num_slots).replica_counts
     choices = (
         c for c in itertools.product(range(1, ranks + 1), repeat=len(load)) if sum(c) == num_slots
     )
     best = min(max(np.divide(load, c)) for c in choices)
-    assert max(load / copies) == pytest.approx(best)
+    assert max(load / replicas) == pytest.approx(best)
 
 
 @settings(max_examples=300, deadline=None)
@@ -241,7 +241,7 @@ def test_no_other_choice_of_copies_has_a_smaller_hottest_copy(load, spare):
 def test_exact_gives_every_rank_the_same_rows_with_one_spare_slot(load, ranks):
     placement = exact(load, ranks)
     verify_placement(placement, load.size, max_slots=-(-(load.size - 1) // ranks) + 1)
-    assert placement.copies.sum() <= load.size + ranks - 1
+    assert placement.replica_counts.sum() <= load.size + ranks - 1
     served = placement.rank_load(load)
     assert served.max() <= math.ceil(load.sum() / ranks) + 1e-3
     assert served.min() >= load.sum() // ranks - 1e-3
@@ -293,7 +293,7 @@ def test_every_policy_keeps_the_invariants(load, ranks, policy):
     assert placement.rank_load(load).sum() == pytest.approx(load.sum())
     assert len(placement.order()) == ranks * placement.slots_per_rank
     if policy in ("contiguous", "packed"):
-        assert (placement.copies == 1).all()
+        assert (placement.replica_counts == 1).all()
 
 
 CASES = [
@@ -359,13 +359,13 @@ def test_unsigned_routing_is_rewritten_too(dtype):
 
 
 @pytest.mark.parametrize("stride", [1, 2, 3, 64, 89, 377, 1000, 4096])
-@pytest.mark.parametrize("copies", [2, 3, 8])
-def test_copies_share_rows_evenly_also_when_an_expert_takes_every_nth_row(stride, copies):
-    placement = Placement([[0]] * copies)
+@pytest.mark.parametrize("replicas", [2, 3, 8])
+def test_replicas_share_rows_evenly_also_when_an_expert_takes_every_nth_row(stride, replicas):
+    placement = Placement([[0]] * replicas)
     rows = np.zeros((min(4096 * stride, 1 << 22), 1), np.int8)
     rows[np.arange(rows.shape[0]) % stride > 0] = -1
     physical = placement.rewrite(rows, row_offset=777)
-    served = np.bincount(physical[physical >= 0], minlength=copies)
+    served = np.bincount(physical[physical >= 0], minlength=replicas)
     assert served.sum() >= 1000
     # Worst where the stride is a Fibonacci number (89, 377), and 1.01 elsewhere.
     assert served.max() / served.mean() < 1.05
@@ -415,7 +415,7 @@ def test_incremental_is_legal_and_never_worse_than_both(before, ranks, tolerance
     after = incremental(previous, load, tolerance=tolerance)
     assert incremental(replace(previous, local=True), load, tolerance=tolerance).local
     verify_placement(after, len(before), max_slots=previous.slots_per_rank)
-    fresh = balanced(load, ranks, num_slots=int(previous.copies.sum()))
+    fresh = balanced(load, ranks, num_slots=int(previous.replica_counts.sum()))
     bound = max(1 + tolerance, min(previous.imbalance(load), fresh.imbalance(load)))
     assert after.imbalance(load) <= bound + 1e-9
     if previous.imbalance(load) <= 1 + tolerance:
@@ -430,7 +430,7 @@ def test_a_change_takes_away_the_overload_that_it_was_chosen_for(placement, seed
     limit = 1.02 * load.sum() / placement.world_size
     slots = placement.slots.astype(np.int64)
     state = rebalance._State.of(slots, load, limit)
-    for choose in (rebalance._best_exchange, rebalance._best_copy, rebalance._best_drop):
+    for choose in (rebalance._best_exchange, rebalance._best_replica, rebalance._best_drop):
         gain, change = choose(state)
         if gain <= 0:
             continue
@@ -590,14 +590,14 @@ def test_the_workflow_keeps_layers_in_order_and_those_of_before(tmp_path, monkey
     first = serve(monkeypatch, tmp_path, *named, *asked)
     assert first.exit_code == 0, first.output
     before = read()
-    copies = [placement.copies.tolist() for placement in before]
-    assert copies == [[2, 2, 1, 1], [1, 2, 2, 1], [1, 1, 2, 2]]
+    replicas = [placement.replica_counts.tolist() for placement in before]
+    assert replicas == [[2, 2, 1, 1], [1, 2, 2, 1], [1, 1, 2, 2]]
     hot(tmp_path, 2, 2, 2)
     again = serve(monkeypatch, tmp_path, "1=1.npy", "--previous", "location.json", *asked)
     assert again.exit_code == 0, again.output
     after = read()
     assert (after[0], after[2]) == (before[0], before[2])
-    assert after[1].copies.tolist() == [1, 1, 2, 2]
+    assert after[1].replica_counts.tolist() == [1, 1, 2, 2]
 
 
 @pytest.mark.parametrize(
@@ -671,7 +671,7 @@ def test_engines_refuse_uneven_shares():
     placement = exact(load, 2)
     full = Placement([[0, 1, 2], [2, 3, 4]], [[TICKETS, TICKETS, 5], [TICKETS] * 3])
     assert not placement.even
-    with pytest.raises(ValueError, match="spread rows evenly over copies, and layer 0 does not"):
+    with pytest.raises(ValueError, match="spread rows evenly over replicas, and layer 0 does not"):
         write_vllm_ascend("x.json", [full])
 
 

@@ -245,12 +245,12 @@ def test_the_memory_limit_says_how_many_are_read(tmp_path):
     expert = 16 * 16 * 4
     layout = Layout(world_size=4, workers=2, threads=1)
     work = inputs.work()
-    assert Decision(work, layout, 100).slots_beside is None
+    assert Decision(work, layout, 100).spare_slots is None
     enough = need(inputs.work(), layout).at(100)
     for more, slots in ((0, 0), (2 * expert - 1, 0), (2 * expert, 1), (7 * expert, 3)):
         limit = math.ceil((enough + more) / PART_OF_A_WORKER)
         limited = replace(layout, memory_limit=limit)  # a worker plays two ranks
-        assert Decision(work, limited, 100).slots_beside == slots
+        assert Decision(work, limited, 100).spare_slots == slots
 
 
 @pytest.mark.parametrize(("d", "k", "ranks", "policy"), [(16, 4, 2, None), (64, 3, 3, "exact")])
@@ -277,7 +277,7 @@ def test_a_run_reads_beside_what_its_plan_says(tmp_path, d, k, ranks, policy, sp
         )  # fmt: skip
         built = build(inputs, decide(inputs.work(), layout, chunk_rows=100, travel=cheaper))
         np.testing.assert_array_equal(planned.placement.slots, built.placement.slots)
-        beside.add(planned.copies_beside)
+        beside.add(planned.replicas)
     assert len(beside) > 1
 
 
@@ -309,7 +309,7 @@ def test_what_is_refused():
         choose("auto", found, contiguous(4, 2), **sizes)
 
 
-# --- copies at home --------------------------------------------------------------------------
+# --- replicas at home --------------------------------------------------------------------------
 
 
 @settings(max_examples=60, deadline=None)
@@ -336,14 +336,14 @@ def test_a_row_is_served_at_home_if_it_can_be_and_by_its_ticket_otherwise(seed, 
     np.testing.assert_array_equal(np.concatenate(halves), physical)
 
 
-def test_the_shares_of_copies_at_home_are_those_of_rows_that_are_spread_evenly():
+def test_the_shares_of_replicas_at_home_are_those_of_rows_that_are_spread_evenly():
     owners = Placement(
         [[0, 1, -1], [2, 3, -1], [4, 5, 0]], [[10**11, 2**40, 0]] + 2 * [[2**40] * 3]
     )
     found = survey(np.repeat(np.arange(6), [500, 9, 9, 300, 9, 9])[:, None], 6)
     sizes = {"expert_bytes": 90, "row_bytes": 2, "chunks": (4,) * 209}
     placement = choose("auto", found, owners, **sizes)
-    assert placement.copies.tolist() == [3, 1, 1, 3, 1, 1]
+    assert placement.replica_counts.tolist() == [3, 1, 1, 3, 1, 1]
     expert_rows = found.expert_rows
     assert placement.rank_load(expert_rows).sum() == pytest.approx(expert_rows.sum())
     served = found.visits(placement, (4,) * 209).slot_rows.sum(axis=1)

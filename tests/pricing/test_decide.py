@@ -78,7 +78,7 @@ def inputs(job_file) -> Inputs:
         (Layout(4, 2, 1), 23, 8, "two ranks a worker; a row has two slots, so goes to two ranks"),
         (Layout(4, 4, 1, placement="balanced"), 29, 5, "a spare slot on every rank"),
         (Layout(4, 4, 1, placement="exact"), 29, 5, "at most one spare slot"),
-        (Layout(4, 4, 1, placement="packed"), 29, 4, "no copies"),
+        (Layout(4, 4, 1, placement="packed"), 29, 4, "no replicas"),
     ],
 )
 def test_what_a_worker_needs(inputs, layout, chunks, experts, remark):
@@ -150,7 +150,7 @@ def test_shared_experts_and_routers_are_held_by_every_worker(tmp_path):
     inputs = open_inputs(job)
     layer = inputs.layer
     beside = layer.shared.num_experts * layer.shared.parameters + 9 * 32 + 32
-    assert layer.loaded_beside(np.dtype("f4")) == 4 * beside
+    assert layer.resident_bytes(np.dtype("f4")) == 4 * beside
     assert need(inputs.work(), Layout(1, 1, 1)).expert_bytes == 4 * (
         9 * layer.experts.parameters + beside
     )
@@ -226,7 +226,7 @@ def test_on_a_gpu_experts_beside_take_16_bits_where_tokens_do(tmp_path):
         layout, work = Layout(2, 2, 1, on_devices=on_devices), inputs.work(on_devices)
         enough = need(work, layout).at(8) + 3 * 4 * 4 * itemsize
         limit = enough if on_devices else math.ceil(enough / PART_OF_A_WORKER)
-        assert Decision(work, replace(layout, memory_limit=limit), 8).slots_beside == 3
+        assert Decision(work, replace(layout, memory_limit=limit), 8).spare_slots == 3
 
 
 @pytest.mark.parametrize("threads", [1, 2, 8])

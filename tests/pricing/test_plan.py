@@ -294,7 +294,7 @@ def test_a_layer_is_priced_with_its_router_and_shared_experts(capacity, replayed
     ours = [key for key in ours if "ep_unflatten" not in str(key)]
     assert priced.tasks == count_tasks(len(priced.chunks), 3)
     assert priced.tasks + priced.other_tasks == len(ours)
-    assert priced.flops_beside == 20 * (2 * 2 * 2 * 8 * 12 + (0 if replayed else 2 * 8 * 6))
+    assert priced.layer_flops == 20 * (2 * 2 * 2 * 8 * 12 + (0 if replayed else 2 * 8 * 6))
     beside = 4 * (2 * 2 * 8 * 12 + 6 * 8 + 8)
     assert priced.expert_bytes == 4 * 2 * 8 * 8 + beside
     assert priced.stored_bytes == 4 * 6 * 8 * 8 + 3 * beside

@@ -48,7 +48,7 @@ OTHER = {
     "limit": 7.0,
     "alpha": 1.7,
     "up_offset": 1.0,
-    "weigh": "input",
+    "apply_router_weight_on_input": True,
 }
 """A value of each option that is not its default."""
 
@@ -64,7 +64,7 @@ OTHER_ROUTERS = {
     "norm_eps": 1e-3,
     "norm_min": 0.25,
     "scale": 2.5,
-    "weigh": "input",
+    "apply_router_weight_on_input": True,
     "jitter": 0.02,
 }
 
@@ -145,7 +145,7 @@ def test_every_argument_of_a_layer_counts():
         assert differences(before, MoELayer(**changed)), name
     drops = [MoELayer(**LAYER_OF, capacity=Capacity(1.0, drop)) for drop in ("score", "position")]
     assert differences(*drops) == ["input layer: capacity.drop was score, is position"]
-    choosing = [ExpertChoice(E, 2.0, weigh="output"), Router(E, 2)]
+    choosing = [ExpertChoice(E, 2.0, apply_router_weight_on_input=False), Router(E, 2)]
     assert "router.kind was ExpertChoice, is Router" in differences(
         *({"router": router} for router in choosing)
     )[0].removeprefix("input layer: ")

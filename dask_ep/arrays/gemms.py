@@ -1,0 +1,202 @@
+"""How are many matrices multiplied on a GPU?
+
+By cuBLAS, called directly: of bfloat16 because CuPy has a product of two such matrices since 14.0,
+and none of many; of all dtypes because an expert's product is short, and must not wait for its
+array to be made.
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from dask_ep.arrays.namespaces import Array
+
+STREAMS = 4
+"""Products at a time: enough to fill the gaps that one leaves at its end."""
+
+SUMS_IN_FLOAT32 = 16
+"""cuBLAS's CUBLAS_MATH_DISALLOW_REDUCED_PRECISION_REDUCTION, for which CuPy 14.2 has no name."""
+
+BFLOAT16_CAPABILITY = 80
+
+TF32_SWITCH = "DASK_EP_TF32"
+"""Environment variable that is 1 where float32 experts multiply as TF32. CuPy's own, CUPY_TF32,
+would have routers multiply so too, and send rows to other experts."""
+
+CUDA_TYPES = {
+    "float16": "CUDA_R_16F",
+    "bfloat16": "CUDA_R_16BF",
+    "float32": "CUDA_R_32F",
+    "float64": "CUDA_R_64F",
+}
+
+
+class Gemms:
+    """Products of many matrices on a device: cuBLAS through CuPy, on several streams.
+
+    Notes
+    -----
+    - float16 and bfloat16: 16-bit numbers multiplied on tensor cores, added up in float32, and
+      written as float32, or rounded once where `out` has 16 bits: sums of parts, which cuBLAS may
+      otherwise keep in the dtype of the output, are float32 by its math mode. CuPy's own product of
+      bfloat16 (14.0 on, with ml_dtypes) is the same call, ``gemmEx`` with ``CUDA_R_16BF`` and
+      ``CUBLAS_COMPUTE_32F``, but gives 16 bits and no other, costs some microseconds more of the
+      host for each product, and makes an array of each matrix.
+    - float32: in float32, or as TF32 if the environment says so (`TF32_SWITCH`).
+    - cuBLAS promises the same bits each time if a handle works on one stream, so that each stream
+      here has its own handle (NVIDIA's documentation of cuBLAS, "Results reproducibility").
+    - CuPy 14.2 wraps no grouped product of cuBLAS, and of the batched ones those with equal strides
+      only: they serve where all experts have as many rows (`device_kernel.PADDED_ROWS`), and their
+      matrices lie at equal distances, as those of loaded experts do.
+    """
+
+    def __init__(self, xp: Any):
+        self._xp, self._cublas = xp, xp.cuda.cublas
+        self._capability = int(xp.cuda.Device().compute_capability)
+        self._streams = [xp.cuda.Stream(non_blocking=True) for _ in range(STREAMS)]
+        self._handles = [self._cublas.create() for _ in self._streams]
+        self._own = self._cublas.create()  # for the compute stream
+        for handle in (*self._handles, self._own):
+            self._cublas.setMathMode(handle, SUMS_IN_FLOAT32)
+        self._lock = threading.Lock()  # a handle serves one thread at a time
+        self._ones = {np.float32: np.ones(1, np.float32), np.float64: np.ones(1, np.float64)}
+        self._zeros = {np.float32: np.zeros(1, np.float32), np.float64: np.zeros(1, np.float64)}
+
+    def __call__(
+        self,
+        rows: Array,
+        matrices: Sequence[Array],
+        bounds: Sequence[tuple[int, int]],
+        out: Array,
+    ) -> None:
+        """``out[start:stop] = rows[start:stop] @ matrix`` of each; rows and out row by row."""
+        compute, calls = self._xp.cuda.get_current_stream(), []
+        if rows.dtype.name == "bfloat16" and self._capability < BFLOAT16_CAPABILITY:
+            raise TypeError(
+                "products of bfloat16 need a GPU of compute capability 8.0 (Ampere) or more, and "
+                f"this one has {self._capability / 10}: make the tokens float16 or float32"
+            )
+        if (stride := _equal_stride(matrices, bounds, rows.dtype)) is not None:
+            self._multiply_all_at_once(rows, matrices, bounds, out, stride)
+            return
+        for matrix, (start, stop) in zip(matrices, bounds, strict=True):
+            if stop > start:
+                calls.append((stop - start, *self._arguments(rows, matrix, out, start, stop)))
+        calls.sort(key=lambda call: -call[0])  # the longest first: they end together
+        used = self._streams[: len(calls)]
+        with self._lock:
+            ready = compute.record()
+            for stream in used:
+                stream.wait_event(ready)
+            for nth, (_, _, arguments) in enumerate(calls):
+                with used[nth % len(used)]:  # cuBLAS takes the stream in use
+                    self._cublas.gemmEx(self._handles[nth % len(used)], *arguments)
+            for stream in used:
+                compute.wait_event(stream.record())
+
+    def _multiply_all_at_once(
+        self,
+        rows: Array,
+        matrices: Sequence[Array],
+        bounds: Sequence[tuple[int, int]],
+        out: Array,
+        stride: int,
+    ) -> None:
+        itemsize = rows.dtype.itemsize
+        _, arguments = self._arguments(rows, matrices[0], out, 0, bounds[0][1])
+        op, other, n, m, k, one, W, kind, ld, x, _, ldx, zero, y, made, ldy, sums, algo = arguments
+        steps = (m * rows.strides[0] // itemsize, m * out.strides[0] // out.dtype.itemsize)
+        with self._lock:
+            self._cublas.gemmStridedBatchedEx(
+                *(self._own, op, other, n, m, k, one, W, kind, ld, stride // itemsize),
+                *(x, kind, ldx, steps[0], zero, y, made, ldy, steps[1]),
+                *(len(matrices), sums, algo),
+            )
+
+    def _arguments(
+        self, rows: Array, matrix: Array, out: Array, start: int, stop: int
+    ) -> tuple[Array, tuple[int, ...]]:
+        """The matrix as it is read, and the arguments of gemmEx for out = rows @ matrix.
+
+        cuBLAS counts along columns first: what lies row by row is for it the transposed matrix, and
+        so it computes out.T = matrix.T @ rows.T.
+        """
+        matrix = matrix.astype(rows.dtype, copy=False)
+        transposed, leading = _lies(matrix)
+        if leading is None:
+            matrix = self._xp.ascontiguousarray(matrix)
+            transposed, leading = _lies(matrix)
+        (width, d_out), itemsize = matrix.shape, rows.dtype.itemsize
+        kind, made = (
+            getattr(self._xp.cuda.runtime, CUDA_TYPES[array.dtype.name]) for array in (rows, out)
+        )
+        wide = np.float64 if rows.dtype == np.float64 else np.float32
+        cublas = self._cublas
+        return matrix, (
+            cublas.CUBLAS_OP_T if transposed else cublas.CUBLAS_OP_N,
+            cublas.CUBLAS_OP_N,
+            *(d_out, stop - start, width),
+            self._ones[wide].ctypes.data,
+            *(matrix.data.ptr, kind, leading),
+            *(rows.data.ptr + start * rows.strides[0], kind, rows.strides[0] // itemsize),
+            self._zeros[wide].ctypes.data,
+            *(out.data.ptr + start * out.strides[0], made, out.strides[0] // out.dtype.itemsize),
+            self._accuracy(rows.dtype),
+            cublas.CUBLAS_GEMM_DEFAULT,
+        )
+
+    def _accuracy(self, dtype: np.dtype) -> int:
+        if dtype == np.float64:
+            return self._cublas.CUBLAS_COMPUTE_64F
+        if dtype == np.float32 and os.environ.get(TF32_SWITCH) == "1":
+            return self._cublas.CUBLAS_COMPUTE_32F_FAST_TF32
+        return self._cublas.CUBLAS_COMPUTE_32F
+
+
+def _equal_stride(
+    matrices: Sequence[Array], bounds: Sequence[tuple[int, int]], dtype: np.dtype
+) -> int | None:
+    """Bytes from one matrix to the next, if they are as far apart as their rows are; else None."""
+    first, m = matrices[0], bounds[0][1]
+    if len(matrices) < 2 or m == 0 or first.dtype != dtype or _lies(first)[1] is None:
+        return None
+    stride = matrices[1].data.ptr - first.data.ptr
+    even = all(
+        matrix.data.ptr == first.data.ptr + e * stride
+        and (matrix.shape, matrix.strides, matrix.dtype)
+        == (first.shape, first.strides, first.dtype)
+        and bound == (e * m, (e + 1) * m)
+        for e, (matrix, bound) in enumerate(zip(matrices, bounds, strict=True))
+    )
+    return stride if even and stride > 0 else None
+
+
+def _lies(matrix: Array) -> tuple[bool, int | None]:
+    """Whether a matrix lies column by column, and from where to where its lines go."""
+    (rows, columns), itemsize = matrix.shape, matrix.dtype.itemsize
+    steps = [stride // itemsize for stride in matrix.strides]
+    if steps[1] == 1 and steps[0] >= columns:
+        return False, steps[0]
+    if steps[0] == 1 and steps[1] >= rows:
+        return True, steps[1]
+    return False, None
+
+
+def gemms(xp: Any) -> Gemms | None:
+    """Give the products of the device in use, or None where there is no cuBLAS."""
+    if not hasattr(xp, "cuda") or not hasattr(xp.cuda, "cublas"):
+        return None
+    key = (xp.__name__, xp.cuda.get_device_id())
+    with _lock:
+        if key not in _every_gemms:
+            _every_gemms[key] = Gemms(xp)
+        return _every_gemms[key]
+
+
+_every_gemms: dict[tuple[str, int], Gemms] = {}
+_lock = threading.Lock()

@@ -111,8 +111,7 @@ def read_key(key: object) -> TaskKey | None:
         key = _parse(key)
     if not (isinstance(key, tuple) and isinstance(key[0], str) and key[0].startswith("ep_")):
         return None
-    fused = [word.removeprefix("ep_") for word in key[0].split("-") if word.startswith("ep_")]
-    step = "sum" if "sum" in fused else fused[0]  # what a chunk ends with has its number
+    step = key[0].removeprefix("ep_").partition("-")[0]
     step, numbers = ROUTING.get(step, step), key[1:]
     if step not in OF_BLOCKS:
         return TaskKey(step, *numbers[:1])

@@ -87,8 +87,8 @@ def refuse_masked(array: Array | None, name: str) -> None:
     """Refuse masked arrays, whose masks would be lost without a word."""
     if isinstance(getattr(array, "_meta", array), np.ma.MaskedArray):
         raise TypeError(
-            f"{name} must hold all values, but is a masked array; fill it with np.ma.filled, or "
-            "da.ma.filled where it is a Dask array: for routing, -1 is no expert"
+            f"{name} must not be a masked array; fill it with np.ma.filled, or da.ma.filled for a "
+            "Dask array (in routing, -1 means no expert)"
         )
 
 
@@ -148,9 +148,9 @@ def raise_nan(topk_weights: Array) -> NoReturn:
     where = tuple(int(i[0]) for i in bad.nonzero())
     raise BadRow.at(
         where[0],
-        f"topk_weights must be numbers, but topk_weights[{', '.join(map(str, where))}] is NaN, as "
-        f"are {int(bad.sum())} of {topk_weights.size}; a slot without an expert has routing -1 and "
-        "any finite weight",
+        f"topk_weights must not be NaN, but topk_weights[{', '.join(map(str, where))}] is, like "
+        f"{int(bad.sum())} of {topk_weights.size}; a slot without an expert has routing -1 and any "
+        "finite weight",
     )
 
 

@@ -75,8 +75,8 @@ def find_devices() -> list[Device]:
 
 def _no_device(why: str) -> str:
     return (
-        f"CuPy finds no GPU: {why}; see what nvidia-smi lists, and that CUDA_VISIBLE_DEVICES hides "
-        "no device that is meant to be used"
+        f"CuPy finds no GPU: {why}; check what nvidia-smi lists, and that CUDA_VISIBLE_DEVICES "
+        "does not hide the device"
     )
 
 
@@ -113,15 +113,15 @@ def telling_memory(xp: Any, needed: int, rows: int | None = None, held: int = 0)
         numbers = f"it needs {needed} bytes, {free} of {total} are free ({error})"
         if rows is None:
             raise DeviceMemoryError(
-                f"the device has not enough memory for the experts: {numbers}; use more GPUs and "
-                "ranks, experts held_as_stored, or none (--threads or --processes): there experts "
-                "that do not fit go by in passes"
+                f"not enough device memory for the experts: {numbers}; use more GPUs and ranks, "
+                "experts held_as_stored, or none (--threads or --processes): there experts that "
+                "do not fit are processed in passes"
             ) from error
         fits = max(min((free + held) * rows // max(needed, 1), rows // 2), 1)
         raise DeviceMemoryError(
-            f"the device has not enough memory for a chunk of {rows} rows: {numbers}; {fits} rows "
-            "would fit into this step, and other steps may take fewer. Finished blocks stay good: "
-            f"go on with --resume --chunk-rows {fits}"
+            f"not enough device memory for a chunk of {rows} rows: {numbers}; {fits} rows would "
+            "fit into this step, and other steps may take fewer. Finished blocks are kept: "
+            f"continue with --resume --chunk-rows {fits}"
         ) from error
 
 

@@ -41,7 +41,7 @@ def pinned_empty(xp: Any, shape: tuple[int, ...], dtype: Any) -> np.ndarray:
         return np.ndarray(shape, dtype, buffer=xp.cuda.alloc_pinned_memory(nbytes))
     except xp.cuda.runtime.CUDARuntimeError as error:
         raise MemoryError(
-            f"the host gives no {nbytes} bytes of page-locked memory for rows on their way to or "
+            f"could not allocate {nbytes} bytes of page-locked host memory for rows going to or "
             f"from a GPU ({error}); use smaller chunks (--resume --chunk-rows), or free memory"
         ) from error
 

@@ -51,7 +51,7 @@ def one_namespace(**arrays: Array | None) -> Any:
     found = {name: namespace(array, name) for name, array in arrays.items() if array is not None}
     if len({id(xp) for xp in found.values()}) > 1:
         came = ", ".join(f"{name} from {xp.__name__}" for name, xp in found.items())
-        raise TypeError(f"all arrays must live in one namespace, but came {came}; convert them")
+        raise TypeError(f"all arrays must come from one library, but are {came}; convert them")
     return next(iter(found.values()))
 
 

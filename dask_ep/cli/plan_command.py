@@ -226,7 +226,7 @@ def parse_choices(choices: Sequence[str]) -> dict[str, list[Any]]:
                 f"a choice is one of {', '.join(readers)} with =value,...; got {choice!r}"
             )
         if name in parsed:
-            raise click.UsageError(f"{name} is given twice; say {name}=value,value,...")
+            raise click.UsageError(f"{name} is given twice; use {name}=value,value,...")
         try:
             parsed[name] = [readers[name](value) for value in values.split(",")]
         except ValueError as error:

@@ -159,7 +159,7 @@ def carry_out(where: Where, job: str | None, experts: str | None, **options: Any
         What `dask_ep.jobs.run.run_job` raises, for `dask_ep.cli.main.main` to tell in one line.
     """
     if options["resume"] and options["overwrite"]:
-        raise click.UsageError("--resume goes on and --overwrite starts again; give one of them")
+        raise click.UsageError("--resume and --overwrite are mutually exclusive")
     given = {key: options.pop(key) for key in JOB_KEYS}
     parsed = load_job(job, experts=None if experts is None else parse_experts(experts), **given)
     options["travel"] = parse_travel(

@@ -104,7 +104,7 @@ async def _knock(address: str, security: Security, timeout: float) -> None:
         if "ssl_context" not in str(error):
             raise
         raise ConnectionError(
-            f"the scheduler at {address} speaks TLS, and no certificates were given; give "
+            f"the scheduler at {address} uses TLS, but no certificates were given; pass "
             "--tls-ca-file, --tls-cert and --tls-key"
         ) from error
     except (OSError, RuntimeError) as error:
@@ -114,7 +114,7 @@ async def _knock(address: str, security: Security, timeout: float) -> None:
             hint = "check that it runs; if it speaks TLS, give certificates and a tls:// address"
         reason = str(error) or type(error).__name__
         raise ConnectionError(
-            f"no connection to the scheduler at {address}: {reason}; {hint}"
+            f"could not connect to the scheduler at {address}: {reason}; {hint}"
         ) from error
 
 
@@ -273,13 +273,13 @@ def _compare_files(
     for what, path in paths.items():
         if there[path] is None:
             problems.append(
-                f"{who} does not see {what}: there is no {path}; put it where all workers see it "
-                "under the same path, such as a shared file system"
+                f"{who} does not see {what}: {path} does not exist there; put it on a file system "
+                "that all workers share, at the same path"
             )
         elif there[path] != here[path]:
             problems.append(
-                f"{who} sees another {what}: {path} is a {_spell(there[path])} there and a "
-                f"{_spell(here[path])} at the client; give both the same file"
+                f"{who} sees a different {what}: {path} is a {_spell(there[path])} there and a "
+                f"{_spell(here[path])} at the client; make it the same file on both"
             )
     return problems
 
@@ -290,4 +290,4 @@ def _spell(seen: tuple[str, int]) -> str:
 
 
 def _cannot_import(who: str, error: BaseException) -> str:
-    return f"{who} cannot run this check: {error}; install there what the client has"
+    return f"{who} cannot run this check: {error}; install the same packages there as on the client"

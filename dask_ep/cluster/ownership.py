@@ -131,8 +131,8 @@ def own_experts(
         )  # fmt: skip
     except ModuleNotFoundError as error:
         raise RuntimeError(
-            f"the scheduler at {client.scheduler.address} cannot import {error.name}; install "
-            "there what the client has, at the same versions"
+            f"the scheduler at {client.scheduler.address} cannot import {error.name}; install the "
+            "same packages there as on the client, at the same versions"
         ) from error
     return Owners(client, world_size, is_new)
 
@@ -291,8 +291,8 @@ def _claim(
         world_size = plugin.claims.get(client) or plugin.places()
         if world_size == 0:
             raise ValueError(
-                "world_size is counted from the workers, and there are none; start workers first, "
-                "or give world_size"
+                "world_size defaults to the number of workers, but there are none; start workers "
+                "first, or pass world_size"
             )
     _check_claim(world_size, replicas, loads, chunks_in_flight)
     if settle is not None:
@@ -429,6 +429,6 @@ def _address(plugin: Ownership, worker: str | int) -> str:
         if str(worker) in (address, name):
             return address
     raise ValueError(
-        f"worker must be one that can play a rank, by address or name, but {worker!r} is none of "
+        f"worker must be the address or name of one that can own ranks, but {worker!r} is none of "
         f"{able}"
     )

@@ -227,7 +227,7 @@ class Experts:
                 f"apply_router_weight_on_input must be True or False, not {on_input!r}"
             )
         if missing := [n for n, w in weights.items() if w is None and not n.endswith("bias")]:
-            raise TypeError(f"{', '.join(missing)} must be given, but came as None")
+            raise TypeError(f"{', '.join(missing)} must be given, but got None")
         given = {name: Weight.of(w, name) for name, w in weights.items() if w is not None}
         for name, weight in given.items():
             if not is_float(weight.dtype):

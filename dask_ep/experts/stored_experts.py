@@ -55,7 +55,7 @@ def held_as_stored(experts: Experts) -> StoredExperts:
     lazy = list(experts.collections())
     if lazy:
         raise ValueError(
-            f"experts held as stored must lie in files or NumPy arrays, but {', '.join(lazy)} is a "
+            f"experts held as stored must be in files or NumPy arrays, but {', '.join(lazy)} is a "
             "Dask array"
         )
     return StoredExperts(experts.kind, experts.weights, experts.options)

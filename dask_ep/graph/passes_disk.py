@@ -300,6 +300,6 @@ def _tiles_of_answers(start: int, stop: int, files: SpillFiles) -> list[slice]:
 def _check_counts(bounds: Sequence[tuple[int, int]], counts: np.ndarray) -> None:
     if [stop - start for start, stop in bounds] != counts.tolist():
         raise ValueError(
-            "the routing must be what it was when the run began, but the rows of its experts are "
-            "others now; start again with overwrite"
+            "the routing has changed since the run began: its experts get other rows now; start "
+            "again with overwrite"
         )

@@ -139,10 +139,10 @@ class SpillFiles:
             free = free_bytes(os.path.dirname(self.directory))
             raise OSError(
                 error.errno,
-                f"no room for the rows that wait for their experts: those of {whose} need "
+                f"not enough disk space for spilled rows: those of {whose} need "
                 f"{sum(sizes.values())} bytes in {self.directory}, and the output {reserve}, but "
-                f"{free} are free ({error.strerror}). Make room, write the output elsewhere, or "
-                "allow more memory, so that fewer rows wait",
+                f"{free} are free ({error.strerror}). Free some space, write the output elsewhere, "
+                "or allow more memory to spill fewer rows",
             ) from error
 
     def remove(self) -> None:

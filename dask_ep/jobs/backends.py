@@ -177,8 +177,8 @@ def _no_ranks(client: Client | None) -> int:
     if client is None:
         return 1
     raise ValueError(
-        f"the scheduler at {client.scheduler.address} has no workers yet, so the number of "
-        "ranks cannot be told from them; start workers, or say how many to wait for (--workers)"
+        f"the scheduler at {client.scheduler.address} has no workers yet, so the number of ranks "
+        "is unknown; start workers, or say how many to wait for (--workers)"
     )
 
 

@@ -200,7 +200,7 @@ def _check_placement(job: Job) -> None:
         name = os.path.basename(job.placement)
         raise JobError(
             f"{job.name}: placement must be one of {', '.join(PLACEMENTS)}, or the path of a file, "
-            f"but there is no file {job.placement}{nearest(name, PLACEMENTS)}"
+            f"but there is no such file: {job.placement}{nearest(name, PLACEMENTS)}"
         )
 
 

@@ -90,8 +90,8 @@ def decide(
         passes = _find_passes(work, layout, as_stored, asked, travel, free)
     if travel.how is not None and layout.in_process and passes is None:
         raise JobError(
-            "threads share memory, and nothing travels between them; travel is for workers, or for "
-            "experts that do not fit into the memory limit"
+            "threads share memory, so nothing travels between them; travel is for workers, and "
+            "for experts that do not fit into the memory limit"
         )
     if begun is not None:
         travel = ALL_ROWS
@@ -178,8 +178,8 @@ def _find_passes(
     ways = WAYS_OF.get(travel.how, possible)
     if not set(ways) <= set(possible):
         raise JobError(
-            "the experts do not fit, and travel by rows or auto is what there is: experts can only "
-            "travel to rows that are held in memory, which is on threads, and for given routing"
+            "the experts do not fit, so travel must be rows or auto: experts can travel only to "
+            "rows that are held in memory, which needs threads and a given routing"
         ) from refusal
     choose = partial(
         choose_passes,
@@ -192,7 +192,7 @@ def _find_passes(
     try:
         return choose(chunk_rows=asked)
     except MemoryError as error:
-        message = f"{refusal}. Nor does it fit with experts that go by in passes: {error}"
+        message = f"{refusal}. It does not fit with experts in passes either: {error}"
         if asked is not None and not refusal.proposal:
             with suppress(MemoryError):
                 refusal.proposal["chunk_rows"] = choose().chunk_rows
@@ -223,9 +223,7 @@ def _check_resumed(begun: Begun, layout: Layout, asked: int | None) -> None:
     elif asked not in (None, begun.chunk_rows):
         wrong = f"has chunks of {begun.chunk_rows} rows, not {asked}: resume with those"
     if wrong:
-        raise ValueError(
-            f"the run to be resumed, whose experts go by in passes, {wrong}, or overwrite it"
-        )
+        raise ValueError(f"the run to resume, with experts in passes, {wrong}, or overwrite it")
 
 
 # --- what does not fit -----------------------------------------------------------------------

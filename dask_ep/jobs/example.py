@@ -241,8 +241,8 @@ def _make_room(directory: Path, names: list[str], overwrite: bool) -> None:
     there = [name for name in names if (directory / name).exists()]
     if there and not overwrite:
         raise FileExistsError(
-            f"{directory} already holds {', '.join(there)}; choose another directory, "
-            "or say overwrite (--overwrite)"
+            f"{directory} already holds {', '.join(there)}; choose another directory, or use "
+            "overwrite (--overwrite)"
         )
     for name in there:
         path = directory / name

@@ -105,7 +105,8 @@ def _choose(path: str) -> Callable[[str], Finding]:
         if not inside & {"zarr.json", ".zarray"}:
             hint = f"; the job is {os.path.join(path, 'job.toml')}" if "job.toml" in inside else ""
             raise ValueError(
-                f"{path} is neither a Zarr array (zarr.json) nor a checkpoint (config.json){hint}"
+                f"{path} is neither a Zarr array (no zarr.json) nor a checkpoint (no "
+                f"config.json){hint}"
             )
     return _inspect_array
 
@@ -254,7 +255,7 @@ def describe_output(path: str) -> str:
     if record is None:
         return "not begun"
     if record["complete"]:
-        return "gone, though it was complete; run again with --resume"
+        return "missing, though it was complete; run again with --resume"
     done = len(journal.read_done(progress_directory(path), record["run"]))
     old = "; an older output is still there" if there else ""
     return f"incomplete, {done} of {len(record['rows'])} blocks are done{old}"

@@ -145,7 +145,7 @@ def _parse(path: Path) -> dict[str, Any]:
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise JobError(f"{path} must be a TOML file, but cannot be read as one: {error}") from error
     except FileNotFoundError as error:
-        raise FileNotFoundError(error.errno, "there is no job file", str(path)) from None
+        raise FileNotFoundError(error.errno, "no such job file", str(path)) from None
     except IsADirectoryError:
         raise JobError(
             f"{path} must be a TOML file, but is a directory; give the job file in it"

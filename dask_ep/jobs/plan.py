@@ -235,7 +235,7 @@ def _lay_out(
 ) -> Layout:
     """Put what a plan is asked to run on into numbers."""
     if device_memory_limit is not None and not gpu:
-        raise ValueError("device_memory_limit is of GPUs, so gpu must be True with it")
+        raise ValueError("device_memory_limit needs gpu=True")
     host, of_device = (
         None if limit is None else parse_bytes(limit)
         for limit in (memory_limit, device_memory_limit)

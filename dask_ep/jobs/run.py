@@ -240,8 +240,8 @@ def _check_recorded(chunks: Sequence[int], rows: Sequence[int]) -> None:
     """Refuse to record a run that computes other chunks than it was begun with."""
     if tuple(chunks) != tuple(rows):
         raise ValueError(
-            f"a report lays a run beside its plan chunk by chunk, and this one was begun with "
-            f"chunks of {max(rows)} rows, not {max(chunks)}: resume with those, or without a report"
+            "a report compares run and plan chunk by chunk, but this run began with chunks of "
+            f"{max(rows)} rows, not {max(chunks)}: resume with those, or without a report"
         )
 
 
@@ -317,8 +317,8 @@ def _compute_on_client(output: Output | Step, client: Client, watch: _Watch, wai
             watch.tell(receipt)
     except (FutureCancelledError, CommClosedError) as error:
         raise ConnectionError(
-            f"the scheduler at {client.scheduler.address} is gone or has dropped the job; the "
-            "blocks that are done are kept, and --resume computes the others"
+            f"the scheduler at {client.scheduler.address} is gone or has dropped the job; finished "
+            "blocks are kept, and --resume computes the others"
         ) from error
     finally:
         client.cancel(futures)

@@ -193,11 +193,11 @@ def open_output(path: str) -> Source:
     manifest = journal.read_manifest(progress_directory(path))
     there = os.path.exists(path)
     if not there and manifest is None:
-        raise FileNotFoundError(errno.ENOENT, "there is no output yet; run the job", path)
+        raise FileNotFoundError(errno.ENOENT, "no output yet; run the job", path)
     if not there and manifest["complete"]:
         raise FileNotFoundError(
             errno.ENOENT,
-            "the output is gone, though it was complete; run again with --resume",
+            "the output is missing, though it was complete; run again with --resume",
             path,
         )
     if manifest is not None and not manifest["complete"]:
@@ -212,8 +212,8 @@ def open_output(path: str) -> Source:
     if isinstance(source, ZarrSource) and (missing := source.find_missing()):
         raise FileNotFoundError(
             errno.ENOENT,
-            f"{len(missing)} chunks of the output are missing, {missing[0]} the first; "
-            "run the job with --resume",
+            f"{len(missing)} chunks of the output are missing, the first is {missing[0]}; run the "
+            "job with --resume",
             path,
         )
     return source

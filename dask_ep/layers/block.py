@@ -222,8 +222,8 @@ class Block:
         if left:
             raise ValueError(
                 f"every tensor of {self.where} must be used, but {len(left)} would not be: "
-                f"{some_of(self.prefix + name for name in left)}. The model is not quite of the "
-                f"family {self.model.model_type!r} as it is known here"
+                f"{some_of(self.prefix + name for name in left)}. This model differs from the "
+                f"family {self.model.model_type!r}"
             )
 
     def _take_raw(self, name: str) -> Source:

@@ -119,7 +119,7 @@ class Checkpoint:
         if method not in (None, "fp8", "mxfp4"):
             raise ValueError(
                 f"{self.files.directory} is quantised by {method!r}; only 'fp8' (block scales) and "
-                "'mxfp4' are read. Take the checkpoint before quantisation"
+                "'mxfp4' are supported. Use the unquantised checkpoint"
             )
         family = find_family(model_type, (*families, *FAMILIES))
         self.model = Model(self.files.directory, model_type, config, family, quantization)
@@ -273,8 +273,8 @@ def describe(directory: str | os.PathLike, *, families: Iterable[Family] = ()) -
     if not opened and checkpoint.moe_layers:
         first_prefix = PREFIXES[0].format(layer=checkpoint.moe_layers[0])
         raise ValueError(
-            f"{checkpoint.files.directory} has MoE layers {_ranges(checkpoint.moe_layers)} by "
-            "config.json, but no tensor of theirs lies under a known prefix, such as "
+            f"{checkpoint.files.directory} has MoE layers {_ranges(checkpoint.moe_layers)} "
+            "according to config.json, but none of their tensors has a known prefix, such as "
             f"{first_prefix}{checkpoint.model.family.blocks[0]}"
         )
     if not opened:

@@ -368,6 +368,6 @@ def find_family(model_type: str, families: tuple[Family, ...]) -> Family:
             return family
     known = sorted({name for family in families for name in family.model_types})
     raise ValueError(
-        f"the model type must be one of {', '.join(known)}; config.json says {model_type!r}. A "
-        "family that is not among them is one row of data: see dask_ep.layers.families.Family"
+        f"the model type must be one of {', '.join(known)}; config.json says {model_type!r}. To "
+        "add a family, see dask_ep.layers.families.Family"
     )

@@ -447,7 +447,7 @@ def _without_nan(topk_weights: Array, biases: dict[str, Array | None]) -> Array:
             raise ValueError(f"{name} must not hold NaN, but {name}[{int(found.argmax())}] is")
     raise BadRow.at(
         int(bad.argmax()),
-        f"the router gives row {int(bad.argmax())} NaN for weights, and {int(bad.sum())} of "
-        f"{len(bad)} rows in all: look for NaN or infinity in these rows of the hidden states, "
-        "or else in the router's weights",
+        f"the router's weights are NaN for row {int(bad.argmax())}, and for {int(bad.sum())} of "
+        f"{len(bad)} rows in all: look for NaN or infinity in these rows of the hidden states, or "
+        "in the router's weights",
     )

@@ -239,7 +239,7 @@ class Placement:
         """
         content = json.loads(text)
         if not isinstance(content, dict) or "slots" not in content:
-            raise ValueError(f'a placement is a JSON object with "slots"; got {text[:40]!r}')
+            raise ValueError(f'a placement must be a JSON object with "slots"; got {text[:40]!r}')
         return cls(content["slots"], content.get("stops"), content.get("local", False))
 
     @cached_property
@@ -351,12 +351,12 @@ def verify_placement(
     _check_stops(placement.slots, placement.stops)
     if num_experts is not None and placement.num_experts != num_experts:
         raise ValueError(
-            f"the placement must place {num_experts} experts and places {placement.num_experts}; "
+            f"the placement must place {num_experts} experts, but places {placement.num_experts}; "
             "make it for these experts"
         )
     if max_slots is not None and placement.slots_per_rank > max_slots:
         raise ValueError(
-            f"a rank may have {max_slots} slots and the placement gives it "
+            f"a rank may have at most {max_slots} slots, but the placement gives it "
             f"{placement.slots_per_rank}; raise the limit, or use more ranks or fewer replicas"
         )
 
@@ -375,19 +375,20 @@ def _integers(values: object, name: str, dtype: type) -> np.ndarray:
 def _check_slots(slots: np.ndarray) -> None:
     """Every expert somewhere, none twice on a rank."""
     if slots.min() < -1:
-        raise ValueError(f"a slot holds an expert or -1 (empty), and one holds {slots.min()}")
+        raise ValueError(f"a slot must hold an expert or -1 (empty), but one holds {slots.min()}")
     missing = np.flatnonzero(np.bincount(slots[slots >= 0], minlength=1) == 0)
     if missing.size:
         raise ValueError(
-            f"every expert needs a slot, and expert {missing[0]} of {slots.max() + 1} has none; "
+            f"every expert needs a slot, but expert {missing[0]} of {slots.max() + 1} has none; "
             "place all experts from 0 to the largest one"
         )
     rows = np.sort(slots, axis=1)
     rank, at = np.nonzero((rows[:, 1:] == rows[:, :-1]) & (rows[:, 1:] >= 0))
     if rank.size:
         raise ValueError(
-            f"a rank holds an expert once, and rank {rank[0]} holds expert {rows[rank[0], at[0]]} "
-            "twice; give the second slot to another expert or leave it empty (-1)"
+            f"a rank must hold an expert at most once, but rank {rank[0]} holds expert "
+            f"{rows[rank[0], at[0]]} twice; give the second slot to another expert or leave it "
+            "empty (-1)"
         )
 
 
@@ -399,7 +400,7 @@ def _check_stops(slots: np.ndarray, stops: np.ndarray) -> None:
     if (sizes < 0).any() or (stops < 0).any():
         rank, slot = np.argwhere((sizes < 0) | (stops < 0))[0]
         raise ValueError(
-            f"the stops of an expert's replicas must not fall, and that of expert "
+            "the stops of an expert's replicas must not decrease, but that of expert "
             f"{slots[rank, slot]} on rank {rank} does ({stops[rank, slot]})"
         )
     served = np.zeros(slots.max() + 1, np.int64)
@@ -407,7 +408,7 @@ def _check_stops(slots: np.ndarray, stops: np.ndarray) -> None:
     wrong = np.flatnonzero(served != TICKETS)
     if wrong.size:
         raise ValueError(
-            f"the last replica of an expert must stop at {TICKETS}, and that of expert {wrong[0]} "
+            f"the last replica of an expert must stop at {TICKETS}, but that of expert {wrong[0]} "
             f"stops at {served[wrong[0]]}"
         )
 
@@ -422,7 +423,7 @@ def _check_routing(routing: np.ndarray, num_experts: int, row_offset: int) -> No
     outside = ((routing < -1) | (routing >= num_experts)).nonzero()
     at = tuple(int(index[0]) for index in outside)
     raise ValueError(
-        f"routing must lie in [-1, {num_experts}), and row {row_offset + at[0]} holds "
+        f"routing must be in [-1, {num_experts}), but row {row_offset + at[0]} holds "
         f"{int(routing[at])}; pass routing made for these {num_experts} experts"
     )
 

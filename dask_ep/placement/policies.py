@@ -210,7 +210,7 @@ def exact(load: np.ndarray, world_size: int, *, max_slots: int | None = None) ->
     if max_slots is not None and max_slots < needed:
         raise ValueError(
             f"{rows.size} experts on {world_size} ranks with equal rows need {needed} slots a "
-            f"rank, and the limit is {max_slots}; allow {needed}, use more ranks, or use balanced"
+            f"rank, but the limit is {max_slots}; allow {needed}, use more ranks, or use balanced"
         )
     pieces = _equal_windows(rows, world_size)
     slots = _table([sorted(rank) for rank in pieces])

@@ -64,8 +64,8 @@ def describe(obj: Any) -> Any:
     if is_dataclass(obj):
         return {"kind": type(obj).__name__} | describe(vars(obj))
     raise TypeError(
-        f"nobody can tell whether a {type(obj).__name__} has changed since a run was stopped: give "
-        "store a number or a word for its version in settings instead"
+        f"cannot tell whether a {type(obj).__name__} has changed since a run was stopped: pass a "
+        "version number or name in settings instead"
     )
 
 

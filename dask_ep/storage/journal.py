@@ -176,7 +176,7 @@ def describe_differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> list
     before, now = old.get("inputs", {}), new.get("inputs", {})
     for name in [*before, *(name for name in now if name not in before)]:
         if name not in now:
-            words.append(f"input {name} is not there any more")
+            words.append(f"input {name} is missing now")
         elif name not in before:
             words.append(f"input {name} is new")
         else:
@@ -204,7 +204,7 @@ def acquire(directory: str) -> None:
             ) from error
         if holder is not None and _may_be_alive(holder):
             raise OutputInUse(
-                f"process {holder['pid']} on {holder['host']} writes this output since "
+                f"process {holder['pid']} on {holder['host']} has been writing this output since "
                 f"{holder['since']}; wait for it or stop it. If that process is gone, remove {path}"
             )
         file.seek(0)

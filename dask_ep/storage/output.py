@@ -214,8 +214,8 @@ class Output(DaskMethodsMixin):
         there = os.path.lexists(self.path)
         if there and not (self._manifest["overwrite"] and is_replaceable(self.path)):
             raise FileExistsError(
-                f"the output is complete in {self._writer.path}, but meanwhile something else came "
-                f"to be at {self.path}: move that away and resume"
+                f"the output is complete in {self._writer.path}, but {self.path} was created by "
+                "something else meanwhile: move that away and resume"
             )
 
     def _find_done(self) -> set[int]:
@@ -351,6 +351,6 @@ def _explain(error: OSError, place: str, nbytes: int, directory: str) -> OSError
         return OSError(
             error.errno,
             f"no space left for {place}: it needs {nbytes} bytes, {free_bytes(directory)} are "
-            "free. Finished blocks stay good: make room and go on with resume",
+            "free. Finished blocks are kept: free some space and resume",
         )
     return OSError(error.errno, f"{place} could not be written: {error}")

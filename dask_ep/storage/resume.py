@@ -72,7 +72,7 @@ def make_manifest(
 def check_existing(path: str, resume: bool, overwrite: bool) -> None:
     """Refuse to touch what is there, unless the user has said what is to become of it."""
     if resume and overwrite:
-        raise ValueError("resume goes on and overwrite starts again; give one of them")
+        raise ValueError("resume and overwrite are mutually exclusive")
     began = journal.has_manifest(progress_directory(path))
     there = os.path.lexists(path)
     if there and resume and not began:
@@ -83,11 +83,11 @@ def check_existing(path: str, resume: bool, overwrite: bool) -> None:
     if (there or began) and not (resume or overwrite):
         what = "exists" if there else "was begun by an earlier run"
         raise FileExistsError(
-            f"{path} {what}; resume to go on with it, overwrite to start again, or write elsewhere"
+            f"{path} {what}; resume to continue it, overwrite to start again, or write elsewhere"
         )
     if there and overwrite and not is_replaceable(path):
         raise FileExistsError(
-            f"{path} is a directory but no Zarr array, and is not removed; write elsewhere"
+            f"{path} is a directory but not a Zarr array, so it is not overwritten; write elsewhere"
         )
 
 
@@ -130,7 +130,7 @@ def go_on(
     differences = journal.describe_differences(manifest, wanted)
     if differences:
         raise ValueError(
-            f"{path} was begun from something else, and cannot be resumed: "
+            f"{path} cannot be resumed, since inputs or settings have changed: "
             f"{_some(differences)}. Overwrite it, or write elsewhere"
         )
     directory, partial = progress_directory(path), _partial(path, manifest)
@@ -237,9 +237,9 @@ def _warn_of_another_array(
     told_by_name = not (wanted["inputs"] or wanted["settings"])
     if told_by_name and manifest.get("array", y.name) != y.name:
         warnings.warn(
-            f"{path} was begun from an array of another name, and there are neither inputs nor "
-            "settings that tell whether this is the same: what is done is kept. Give store inputs "
-            "or settings, or overwrite it",
+            f"{path} was begun from an array of another name, and without inputs or settings "
+            "nothing tells whether this is the same: what is done is kept. Pass inputs or "
+            "settings to store, or overwrite it",
             stacklevel=4,
         )
 
@@ -284,6 +284,6 @@ def _check_space(path: str, y: da.Array, done: set[int], freed: int = 0) -> None
         stays = f"; the old output, {old} bytes, stays until the new one is complete" if old else ""
         raise OSError(
             errno.ENOSPC,
-            f"no space for the {len(rows)} missing blocks of {path}: they need {needed} bytes, "
-            f"{free} are free{stays}. Make room, or write elsewhere",
+            f"not enough space for the {len(rows)} missing blocks of {path}: they need {needed} "
+            f"bytes, {free} are free{stays}. Free some space, or write elsewhere",
         )

@@ -132,7 +132,8 @@ def encode_header(name: str, shape: tuple[int, ...], dtype: np.dtype) -> bytes:
     names = {known: label for label, known in DTYPES.items()}
     if dtype not in names:
         raise ValueError(
-            f"safetensors has no {dtype}; it has {', '.join(map(str, names))}. Convert with astype"
+            f"safetensors cannot store {dtype}; it supports {', '.join(map(str, names))}. Convert "
+            "with astype"
         )
     end = prod(shape) * dtype.itemsize
     entry = {"dtype": names[dtype], "shape": list(shape), "data_offsets": [0, end]}
@@ -157,8 +158,8 @@ def _parse_entry(place: str, entry: Any) -> tuple[np.dtype, tuple[int, ...], int
         )
     if label not in DTYPES:
         raise ValueError(
-            f"{place} has dtype {label!r}; known are {', '.join(DTYPES)}. Convert the file to one "
-            "of these"
+            f"{place} has dtype {label!r}; supported are {', '.join(DTYPES)}. Convert the file to "
+            "one of these"
         )
     dtype = DTYPES[label]
     if end - begin != prod(shape) * dtype.itemsize:
@@ -174,5 +175,5 @@ def _without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     if len(entries) != len(pairs):
         names = [name for name, _ in pairs]
         twice = next(name for name in names if names.count(name) > 1)
-        raise ValueError(f"the name {twice!r} stands there twice")
+        raise ValueError(f"the name {twice!r} is there twice")
     return entries

@@ -324,11 +324,11 @@ def _source_in_safetensors(path: str, tensor: str, name: str | None) -> Source:
 def _source_of_zarr(path: str, name: str | None, missing: str) -> ZarrSource:
     if not is_remote(path):
         if not os.path.exists(path):
-            raise ReadError(f"there is nothing at {os.path.abspath(path)}")
+            raise ReadError(f"no such file or directory: {os.path.abspath(path)}")
         if not os.path.isdir(path):
             raise ValueError(
-                f"{path} is not an array that is read: those are .npy and .safetensors files and "
-                "the directories of Zarr arrays"
+                f"{path} is not a supported array; supported are .npy and .safetensors files and "
+                "Zarr directories"
             )
         path = os.path.abspath(path)
     array, dtype = open_array(path)
@@ -351,8 +351,8 @@ def _source_of_memmap(array: np.memmap, name: str | None) -> Source:
         return ArraySource(array, "array" if name is None else name)
     if not is_of_its_file(array):
         raise ReadError(
-            f"{array.filename} was replaced or moved since it was mapped into memory, and workers "
-            "would read other numbers than the map shows: map it again, or give a copy of the map, "
+            f"{array.filename} was replaced or moved since it was mapped into memory, so workers "
+            "would read other numbers than this map: map it again, or pass a copy of it, "
             "np.array(x)"
         )
     # A slice keeps the offset of the map it was cut from, so the place is told by addresses: the

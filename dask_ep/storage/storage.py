@@ -200,8 +200,8 @@ def store(
     """
     if is_remote(path):
         raise ValueError(
-            f"an output is written to a file system that is mounted, and {path} is an address; "
-            "write elsewhere, and copy it"
+            f"an output must be a local path, not a URL ({path}); write to a mounted file system, "
+            "then copy it"
         )
     if "::" in os.fspath(path):
         raise ValueError(
@@ -262,11 +262,10 @@ def _row_chunks(
     length = source.shape[0]
     if like is not None:
         if chunks is not None:
-            raise ValueError("chunks and like both say how the rows are cut; give one of them")
+            raise ValueError("chunks and like are mutually exclusive")
         if len(like) != length:
             raise ValueError(
-                f"{source.name} must have as many rows as the array that it is cut like: "
-                f"{len(like)}, not {length}"
+                f"{source.name} must have as many rows as `like`, {len(like)}, not {length}"
             )
         return like.chunks[0]
     if chunks is None:
@@ -294,18 +293,18 @@ def _row_chunks(
 def _check(y: da.Array, path: str, kind: str, compressors: Any) -> None:
     """Refuse what cannot be written, before anything is touched."""
     if kind not in KINDS:
-        raise ValueError(f"an output ends in {', '.join(KINDS)}, which {path} does not")
+        raise ValueError(f"unsupported output format: {path}; use one of {', '.join(KINDS)}")
     if y.ndim == 0:
-        raise ValueError("an output has rows; a single number has none")
+        raise ValueError("an output must have rows, but this is a single number")
     if any(np.isnan(n) for n in y.chunks[0]):
         raise ValueError(
-            "an output is written to known places, but the row chunks are unknown (nan): call "
-            "y.compute_chunk_sizes() first"
+            "the row chunks of an output must be known, but are nan: call y.compute_chunk_sizes() "
+            "first"
         )
     if any(len(chunks) != 1 for chunks in y.chunks[1:]):
         raise ValueError(
-            f"an output is written in whole rows, but its chunks are {y.numblocks} along the axes; "
-            f"use y.rechunk({dict.fromkeys(range(1, y.ndim), -1)})"
+            f"an output must be chunked along its rows only, but its chunks are {y.numblocks} "
+            f"along the axes; use y.rechunk({dict.fromkeys(range(1, y.ndim), -1)})"
         )
     refuse_masked(y, "an output")
     check_byte_order(y.dtype, "an output")

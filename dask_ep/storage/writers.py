@@ -232,7 +232,7 @@ def make_writer(
     if kind == ".zarr":
         return ZarrWriter(path, shape, dtype, stored_rows or chunk_rows(blocks), compressors)
     if compressors is not None:
-        raise ValueError(f"only Zarr is compressed: with compressors, write .zarr, not {kind}")
+        raise ValueError(f"compressors need a .zarr output, not {kind}")
     header = _npy_header(shape, dtype) if kind == ".npy" else encode_header("output", shape, dtype)
     return FileWriter(path, header, shape[0], math.prod(shape[1:]) * dtype.itemsize)
 
@@ -294,7 +294,7 @@ def _write_chunk(files: ChunkFiles, chunk: int, rows: np.ndarray, sync: bool) ->
 def _npy_header(shape: tuple[int, ...], dtype: np.dtype) -> bytes:
     if hasattr(ml_dtypes, dtype.name):
         raise ValueError(
-            f".npy cannot say {dtype}: NumPy would read it as raw bytes. Write .zarr or "
+            f".npy cannot store {dtype}: NumPy would read it as raw bytes. Write .zarr or "
             ".safetensors, or convert with astype('float32')"
         )
     descr = np.lib.format.dtype_to_descr(dtype)

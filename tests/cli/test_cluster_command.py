@@ -143,7 +143,7 @@ def test_after_a_lost_scheduler_the_run_goes_on(cluster, job, tmp_path, expected
     cluster.processes["scheduler"].kill()
     code, _, told = end(process)
     assert code == 1
-    assert "is gone or has dropped the job; the blocks that are done are kept" in told
+    assert "is gone or has dropped the job; finished blocks are kept" in told
     (tmp_path / "another").mkdir()
     with Cluster(tmp_path / "another", ["w0", "w1"]) as another:
         another.client().close()
@@ -160,7 +160,7 @@ def test_a_cluster_with_certificates(tmp_path, job, expected):
         cluster.client(security=certificates.security()).close()
         code, _, told = end(start(job, "--out", out, *on(cluster)))
         assert code == 1
-        assert "speaks TLS, and no certificates were given; give --tls-ca-file" in told
+        assert "uses TLS, but no certificates were given; pass --tls-ca-file" in told
         assert not out.exists()
         code, _, told = end(start(job, "--out", out, *on(cluster), *options(certificates)))
     assert code == 0, told

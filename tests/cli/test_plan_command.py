@@ -116,12 +116,12 @@ def test_the_command_compares_choices(job_file):
         (["--what-if", "travel=foo"], "travel takes rows, auto, experts; got 'foo'"),
         (["--what-if", "chunk_rows=5", "chunk_rows=6"], "chunk_rows is given twice"),
         (["--threads", 2, "--processes", 2], "--threads and --processes are mutually exclusive"),
-        (["--travel", "auto"], "threads share memory, and nothing travels between them"),
-        (["--what-if", "travel=rows,auto"], "threads share memory, and nothing travels"),
+        (["--travel", "auto"], "threads share memory, so nothing travels between them"),
+        (["--what-if", "travel=rows,auto"], "threads share memory, so nothing travels"),
         (["--html", "job.toml/plan.html"], "plan.html cannot be written: .*choose another place"),
         (
             ["--memory-limit", "1 MB", "--what-if", "world_size=1,2"],
-            "Nor does it fit with experts that go by in passes",
+            "It does not fit with experts in passes either",
         ),
         (["--memory-limit", "1 MB"], "a memory limit of 1 MB must hold .* in all; give more"),
         (

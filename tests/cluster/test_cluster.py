@@ -87,12 +87,12 @@ def test_files_that_a_worker_does_not_see_are_named(checks, client, tmp_path):
         check_cluster(client, {"tokens": seen, "experts.w": unseen, "routing": other})
     unseen_there, other_there = error.value.problems
     assert unseen_there == (
-        f"{far} does not see experts.w: there is no {unseen}; put it where all workers see it "
-        "under the same path, such as a shared file system"
+        f"{far} does not see experts.w: {unseen} does not exist there; put it on a file system "
+        "that all workers share, at the same path"
     )
     assert other_there == (
-        f"{far} sees another routing: {other} is a file of 1 bytes there and a file of 152 bytes "
-        "at the client; give both the same file"
+        f"{far} sees a different routing: {other} is a file of 1 bytes there and a file of 152 "
+        "bytes at the client; make it the same file on both"
     )
     checks.stop_worker("far")
     wait_until(lambda: "far" not in addresses(client), "the far worker has gone")
@@ -109,7 +109,7 @@ def dask_setup(worker):
 
 
 def test_a_file_that_is_not_there_is_the_clients_mistake(client, tmp_path):
-    with pytest.raises(UnfitClusterError, match=r"tokens: there is no .*nowhere\.npy"):
+    with pytest.raises(UnfitClusterError, match=r"tokens: .*nowhere\.npy does not exist there"):
         check_cluster(client, {"tokens": tmp_path / "nowhere.npy"})
 
 
@@ -238,9 +238,9 @@ def test_nobody_without_a_certificate_reads_a_row(tls_client, other_certificates
 @pytest.mark.parametrize(
     ("proof", "message"),
     [
-        ("none", "speaks TLS, and no certificates were given; give --tls-ca-file"),
+        ("none", "uses TLS, but no certificates were given; pass --tls-ca-file"),
         ("foreign", "TLS certificate does not match.*signed by its authority"),
-        ("plain tcp", "no connection.*if it speaks TLS, give certificates"),
+        ("plain tcp", "could not connect.*if it speaks TLS, give certificates"),
     ],
 )
 def test_a_client_without_a_certificate_is_told(tls_cluster, other_certificates, proof, message):

@@ -749,7 +749,7 @@ def test_plan_says_how_experts_go_by_and_refuses_only_what_no_pass_can_fit(tmp_p
     assert "runs on" in shown
     assert not any(word in shown for word in ("replicas", "rank"))
     refused = plan("350 MB")
-    assert "Nor does it fit with experts that go by in passes: a process may use 350 MB" in refused
+    assert "It does not fit with experts in passes either: a process may use 350 MB" in refused
 
 
 @pytest.mark.parametrize(
@@ -774,7 +774,7 @@ def test_experts_cannot_travel_to_rows_that_wait_on_disk(tmp_path):
     layer = load_job(
         tokens=str(tokens), out=large.out, layer=str(FIXTURES / "llama4"), layer_index=LAYER
     )
-    told = "travel by rows or auto is what there is: .* held in memory, which is on threads"
+    told = "travel must be rows or auto: .* held in memory, which needs threads"
     with pytest.raises(ValueError, match=told):
         decide(open_inputs(large).work(), Layout(2, 2, 1, 320 * 10**6), travel=Travel("experts"))
     with pytest.raises(ValueError, match=told):

@@ -243,17 +243,17 @@ REFUSED = {
     "masked tokens": (
         {"tokens": np.ma.ones((2, 3))},
         TypeError,
-        r"tokens must hold all values, but is a masked array",
+        r"tokens must not be a masked array",
     ),
     "masked routing": (
         {"routing": np.ma.zeros(2, int)},
         TypeError,
-        r"routing must hold all values, but is a masked array; .* for routing, -1 is no expert",
+        r"routing must not be a masked array; .* in routing, -1 means no expert",
     ),
     "masked weights": (
         {"topk_weights": np.ma.ones(2)},
         TypeError,
-        r"topk_weights must hold all values, but is a masked array",
+        r"topk_weights must not be a masked array",
     ),
     "integer tokens": (
         {"tokens": np.ones((2, 3), int)},

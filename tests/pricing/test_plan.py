@@ -479,7 +479,7 @@ def test_where_nothing_fits_it_is_said():
     with pytest.raises(DoesNotFit, match="must hold 17 MB of experts, .*; give more") as refused:
         plan(tokens, routing, experts, **arguments)
     assert refused.value.proposal == {}
-    with pytest.raises(DoesNotFit, match="must hold .* Nor does it fit with experts that go by"):
+    with pytest.raises(DoesNotFit, match="must hold .* It does not fit with experts in passes"):
         what_if(tokens, routing, experts, **arguments)
 
 

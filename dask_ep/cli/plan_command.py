@@ -54,7 +54,7 @@ BAR = 30
 """Characters of the bar of the busiest rank."""
 
 WIDTH = 120
-"""Characters of a line where there is no terminal."""
+"""Characters of a line without a terminal."""
 
 
 @click.command("plan")
@@ -66,7 +66,7 @@ WIDTH = 120
 @click.option(
     "--rates",
     metavar="NAME=NUMBER,...",
-    help=f"Instead of measuring, what is done in a second: {', '.join(RATES)}.",
+    help=f"Rates per second to use instead of measuring: {', '.join(RATES)}.",
 )
 @click.option("--what-if", "side_by_side", is_flag=True, help="Compare the choices that follow.")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON instead of tables.")
@@ -81,9 +81,9 @@ def plan_command(
     save: str | None,
     **options: Any,
 ) -> None:
-    """Say what a job will cost: rows, bytes, memory, tasks and time.
+    """Show what a job will cost: rows, bytes, memory, tasks and time.
 
-    Reads the routing, and neither tokens nor experts; for a layer of a checkpoint it reads the
+    Reads the routing, but neither tokens nor experts; for a layer of a checkpoint it reads the
     tokens and runs the router. With --what-if, values of world_size, placement, chunk_rows and
     travel are compared.
 
@@ -94,8 +94,7 @@ def plan_command(
       dask-ep plan demo/job.toml --what-if world_size=2,4,8 placement=contiguous,balanced
       dask-ep plan demo/job.toml --processes 4 --what-if travel=rows,auto,experts
       dask-ep plan demo/job.toml --gpu
-      dask-ep plan demo/job.toml --gpu --world-size 8 --device-memory-limit 70GiB \
-        --rates flops=6e14,copy=2e12,lane=2.5e10
+      dask-ep plan demo/job.toml --gpu --world-size 8 --rates flops=6e14,copy=2e12,lane=2.5e10
     """
     if choices and not side_by_side:
         raise click.UsageError(f"{choices[0]!r} is a choice to compare; put --what-if before it")

@@ -20,7 +20,7 @@ from dask_ep.arrays.blas import faster_blas
 from dask_ep.jobs import run as runs
 
 SECONDS_BETWEEN_LINES = 3.0
-"""How often progress is told where there is no terminal."""
+"""Seconds between progress lines without a terminal."""
 
 
 @contextlib.contextmanager

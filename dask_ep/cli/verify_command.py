@@ -26,24 +26,27 @@ def _check_tolerance(
 
 @click.command("verify")
 @click.argument("job", type=click.Path(dir_okay=False))
-@click.option("--rows", type=click.IntRange(1), default=1000, show_default=True, help="To compare.")
 @click.option(
-    "--seed", type=click.IntRange(0), default=0, show_default=True, help="Of the choice of rows."
+    "--rows", type=click.IntRange(1), default=1000, show_default=True, help="Rows to compare."
+)
+@click.option(
+    "--seed", type=click.IntRange(0), default=0, show_default=True, help="Seed of the sample."
 )
 @click.option(
     "--tolerance",
     type=float,
     callback=_check_tolerance,
-    help="Largest error of a value, as a part of what its terms add up to; default: by dtype.",
+    help="Largest error of a value, relative to the sum of the sizes of its terms; default: by "
+    "dtype.",
 )
 @click.option("--out", metavar="PATH", help="The output to check, if not the job's.")
 @debug_option
 def verify_command(job: str, rows: int, seed: int, tolerance: float | None, out: str | None) -> int:
-    """Compute a sample of rows of JOB's output again in plain loops, and compare.
+    """Recompute a sample of JOB's output in plain loops, and compare.
 
-    The sample, in float64, has both ends of the blocks, as far as half of it goes, and rows at
-    random; for given routing a row of every expert too. Of tokens and output only these rows are
-    read. Exit code 3 if any is beyond the tolerance.
+    The sample, computed in float64, has the first and last rows of blocks (at most half of it)
+    and random rows; with a given routing also a row of every expert. Only these rows of tokens and
+    output are read. Exit code 3 if any is beyond the tolerance.
 
     \b
     Example:

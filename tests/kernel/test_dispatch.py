@@ -248,7 +248,7 @@ REFUSED = {
     "masked routing": (
         {"routing": np.ma.zeros(2, int)},
         TypeError,
-        r"routing must not be a masked array; .* in routing, -1 means no expert",
+        r"routing must not be a masked array; .*in routing, -1 means no expert",
     ),
     "masked weights": (
         {"topk_weights": np.ma.ones(2)},

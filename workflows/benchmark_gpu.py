@@ -217,7 +217,7 @@ class Bench:
             dask_ep.store(y, out, overwrite=True, scheduler="threads", pool=pool)
 
     def memory(self) -> float:
-        """Memory that a job takes beside what is there before, over that of its plan."""
+        """Memory that a job takes on top of what was in use, divided by that of its plan."""
         pool = self.xp.get_default_memory_pool()
         pool.free_all_blocks()
         before = pool.total_bytes()

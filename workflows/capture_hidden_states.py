@@ -42,7 +42,7 @@ def main() -> None:
     parser.add_argument("--device", default="cpu")
     options = parser.parse_args()
     if options.out.exists():
-        parser.error(f"{options.out} is there already; remove it or choose another --out")
+        parser.error(f"{options.out} exists already; remove it or choose another --out")
 
     tokenizer = AutoTokenizer.from_pretrained(options.model)
     if tokenizer.pad_token is None:

@@ -7,7 +7,7 @@
 # It prints what `dask-ep run` prints and ends with its exit code; scheduler and workers print to log
 # files, whose end is shown if one of them fails. On several machines, run the three commands where
 # they belong. For your own site, change:
-#   1. SHARED     a directory that all machines see; the files of the job lie in such a one as well
+#   1. SHARED     a directory that all machines see; the files of the job are in such a one too
 #   2. HOST       the address of the scheduler's machine that the others reach, instead of 127.0.0.1
 #   3. WORKERS    workers per machine; one thread each, so one per core (per GPU on GPU machines)
 #   4. MEMORY     of each worker: its experts and a few token chunks; above 0.8 of it a worker pauses

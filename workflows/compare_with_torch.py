@@ -13,7 +13,7 @@ rounds. What comes first in one round comes last in the next.
     data parallel     torch: a process per core, each with all experts and a share of the chunks
                       dask_ep: a thread per core, by its own files and by `from_zarr` and `store`
     expert parallel   torch: a process per core, each with a share of the experts and of the
-                      chunks; rows go by gloo's `all_to_all_single`, once to each process that
+                      chunks; rows are sent by gloo's `all_to_all_single`, once to each process that
                       serves them, and come back as one sum
                       dask_ep: a worker process per core
 

@@ -4,9 +4,9 @@
     python workflows/gpu_cluster.py job.toml --nodes gpu01 --ranks 8 --resume  go on with the rest
     python workflows/gpu_cluster.py --nodes gpu01 gpu02 --print                show the commands
 
-This process is the client, and starts the scheduler beside it; dask-cuda's workers are started on
-the nodes by ssh, one process for each GPU that is there, bound to the cores and the network card
-that are nearest to it. The job begins when as many have come as it has ranks.
+This process is the client, and starts the scheduler on the same machine; dask-cuda's workers are
+started on the nodes by ssh, one process for each GPU, bound to the cores and the
+network card that are nearest to it. The job begins when as many have come as it has ranks.
 
 This process needs CuPy and a GPU as well, for Dask asks the arrays of a graph what they are. All
 nodes see the files of the job, and have the packages: pip install 'dask-ep[gpu]' dask-cuda

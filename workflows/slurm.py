@@ -348,9 +348,7 @@ def on_slurm(workers: int, only_print: bool, **options: Any) -> None:
         click.echo(f"{shlex.join(request.command(workers))} <<'EOF'")
         click.echo(f"{request.script('SCHEDULER')}EOF")
         return
-    logging.disable(
-        logging.ERROR
-    )  # Dask's, for good: workers that leave are no news, the run tells
+    logging.disable(logging.ERROR)  # Dask's, for good: the run itself tells which workers leave
     carry_out(Deployed(partial(slurm_workers, request, workers)), **options)
 
 

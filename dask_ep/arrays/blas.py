@@ -1,6 +1,6 @@
 """Which library multiplies matrices on the host, and with how many threads?
 
-NumPy's own; or, on a CPU of Intel's, its MKL, where the package ``mkl`` is installed beside
+NumPy's own; or, on a CPU of Intel's, its MKL, where the package ``mkl`` is installed next to
 (``dask-ep[mkl]``). With AVX-512 its products of few rows, as each expert has, are 10 to 20 % faster
 there than those of the OpenBLAS in NumPy's wheels (312 and 625 rows). On AMD's Zen 5 it has half
 their speed (104 against 231 GFLOP/s a core at 625 rows), and is left alone.

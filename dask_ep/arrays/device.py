@@ -96,7 +96,7 @@ def telling_memory(xp: Any, needed: int, rows: int | None = None, held: int = 0)
     xp : namespace of the arrays inside; nothing is done for NumPy
     needed : bytes that the work inside needs at most
     rows : rows of the token chunk that this is for; None if it is for experts
-    held : bytes of these that are there already, with the chunk
+    held : bytes of these that are in use already, with the chunk
 
     Raises
     ------
@@ -126,7 +126,7 @@ def telling_memory(xp: Any, needed: int, rows: int | None = None, held: int = 0)
 
 
 def telling_chunk(chunk: Array, row_bytes: int) -> AbstractContextManager[None]:
-    """The same for a step on a chunk that is there: bytes that it takes of each row, at most."""
+    """The same for a step on a loaded chunk: bytes that it takes of each row, at most."""
     return telling_memory(namespace(chunk), len(chunk) * row_bytes, len(chunk), chunk.nbytes)
 
 

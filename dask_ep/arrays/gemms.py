@@ -52,7 +52,7 @@ class Gemms:
       here has its own handle (NVIDIA's documentation of cuBLAS, "Results reproducibility").
     - CuPy 14.2 wraps no grouped product of cuBLAS, and of the batched ones those with equal strides
       only: they serve where all experts have as many rows (`device_kernel.PADDED_ROWS`), and their
-      matrices lie at equal distances, as those of loaded experts do.
+      matrices are at equal distances, as those of loaded experts do.
     """
 
     def __init__(self, xp: Any):

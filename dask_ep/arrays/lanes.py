@@ -63,7 +63,7 @@ def upload(xp: Any, host: np.ndarray) -> Array:
 
 
 def download(array: Array) -> np.ndarray:
-    """Copy a device array to pinned memory beside what the device computes, and wait for that copy.
+    """Copy a device array to pinned memory while the device computes, and wait for the copy.
 
     Returns
     -------

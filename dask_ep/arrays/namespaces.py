@@ -25,7 +25,7 @@ def namespace(array: Array, name: str = "array") -> Any:
     Raises
     ------
     TypeError
-        If it is no array, under the `name` given.
+        If it is not an array; the message has the `name`.
 
     Examples
     --------

@@ -209,8 +209,8 @@ def carry_out(where: Where, job: str | None, experts: str | None, **options: Any
         f"{done.rows_per_second:.0f} rows/s{before}{passes}{library}"
     )
     if report and done.rows_done:
-        beside = "" if isinstance(where, Threads) else f"; Dask's: {dask_report(report)}"
-        click.echo(f"report: {report}{beside}")
+        other = "" if isinstance(where, Threads) else f"; Dask's: {dask_report(report)}"
+        click.echo(f"report: {report}{other}")
 
 
 def _show_dashboard(client: Client) -> None:

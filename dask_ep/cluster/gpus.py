@@ -52,7 +52,7 @@ CUDA itself, cuBLAS's workspaces and what others have there."""
 
 SPILL_SHARE = 0.8
 """Of that, what chunks between tasks may fill before dask-cuda moves some to the host. Experts stay
-where they are and do not count: chunks are chosen to fit beside them (`fit`)."""
+where they are and do not count: chunks are chosen to fit next to them (`fit`)."""
 
 
 @dataclass(frozen=True)
@@ -72,7 +72,7 @@ class Gpus:
 
 
 def choose_protocol(asked: str | None) -> str:
-    """Give the protocol between workers, the one asked for or the best that is there.
+    """Give the protocol between workers, the one asked for or the best one available.
 
     Raises
     ------
@@ -156,7 +156,7 @@ def _plain_cluster(where: Gpus, devices: list[Device], protocol: str) -> SpecClu
         "memory_limit": where.memory_limit or MEMORY_LIMIT // len(devices),
         "resources": {"GPU": 1},
         "silence_logs": logging.CRITICAL,
-        # Dask counts what lies on the device as if it were on the host: it must not spill by that.
+        # Dask counts device memory as if it were the host's: it must not spill because of that.
         "config": {
             "distributed.worker.memory.target": False,
             "distributed.worker.memory.spill": False,

@@ -2,8 +2,8 @@
 
 A plugin in the scheduler keeps, for each world size, the owners of every rank; one map serves all
 graphs of that world size. `layer_map` lets the owners load what they serve. Tasks of experts that
-go by in passes run on the owners of their rank as well: all tasks of a rank share one set of
-addresses, so that moving the rank is a change of that set. (Annotations would be lost when Dask
+are processed in passes run on the owners of their rank as well: all tasks of a rank share one set
+of addresses, so that moving the rank is a change of that set. (Annotations would be lost when Dask
 optimises an array graph, and names of workers would hang after a restart.) Nothing else is
 restricted.
 
@@ -120,7 +120,7 @@ class Ownership(SchedulerPlugin):
         self._pin_passes(tasks)
 
     def _pin_passes(self, tasks: Collection) -> None:
-        """Let the tasks of experts that go by in passes run on the owners of their rank."""
+        """Let the tasks of experts that are processed in passes run on the owners of their rank."""
         found = [(key, read_rank(key)) for key in tasks if isinstance(key, tuple) and len(key) > 2]
         found = [(key, of_rank) for key, of_rank in found if of_rank is not None]
         world_sizes: defaultdict[str, int] = defaultdict(int)

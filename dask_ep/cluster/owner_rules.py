@@ -83,7 +83,7 @@ def assign(
     replicas: Sequence[int] | None = None,
     limit: float = inf,
 ) -> Owners:
-    """Give an owner to every rank that lacks one, and take none away from a worker that is there.
+    """Give an owner to every rank that lacks one, and take none away from a present worker.
 
     Parameters
     ----------

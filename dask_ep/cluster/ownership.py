@@ -82,7 +82,7 @@ def own_experts(
     ValueError
         If there is no worker to count, or if `world_size`, `replicas` or `loads` make no sense.
     TypeError
-        If `world_size` is no whole number, or the client is asynchronous.
+        If `world_size` is not a whole number, or the client is asynchronous.
     RuntimeError
         If the scheduler cannot import dask_ep.
 

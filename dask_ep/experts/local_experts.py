@@ -47,7 +47,7 @@ class LocalExperts(Sequence):
 
     @property
     def on_device(self) -> bool:
-        """Whether the weights lie on a device, once they are loaded."""
+        """Whether the weights are on a device, once they are loaded."""
         return self._origin[1] != "numpy"
 
     def __len__(self) -> int:
@@ -137,7 +137,7 @@ def _allocate(
 def _side_by_side(
     stacks: dict[str, list[Array | None]], options: dict[str, Any]
 ) -> dict[str, list[Array | None]]:
-    """Put gate and up beside each other where they alternate."""
+    """Put gate and up side by side where they alternate."""
     if not options.get("interleaved", False):
         return stacks
     axis = 0 if options["transposed"] else 1

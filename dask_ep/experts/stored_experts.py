@@ -100,7 +100,7 @@ class LocalStoredExperts(Sequence):
 
     @property
     def on_device(self) -> bool:
-        """Whether the weights lie on a device."""
+        """Whether the weights are on a device."""
         return self._origin[1] != "numpy"
 
     def __len__(self) -> int:

@@ -7,8 +7,9 @@
 Names are made here and recognised here, nowhere else. The token tells one layer over one input from
 all others. `ep_ranks_at_home` says that each chunk has a home, the rank c mod R.
 
-Around a layer, and where its experts go by in passes, there are others, which are read here too:
-``("ep_<step>-<token>", c, ...)``, and those of the steps in `OF_BLOCKS`, which end with a rank.
+Around a layer, and where its experts are processed in passes, there are others, which are read here
+too: ``("ep_<step>-<token>", c, ...)``, and those of the steps in `OF_BLOCKS`, which end with a
+rank.
 """
 
 from __future__ import annotations
@@ -87,7 +88,7 @@ class TaskKey(NamedTuple):
     rank: int = -1
     #: -1 for what no rank does
     part: tuple[int, ...] = ()
-    #: which of several tasks of this step, chunk and rank, where experts go by in passes
+    #: which of several tasks of this step, chunk and rank, with experts in passes
 
 
 def read_key(key: object) -> TaskKey | None:

@@ -1,4 +1,4 @@
-"""How do rows wait on disk while experts go by?
+"""How do rows wait on disk for experts that are loaded in passes?
 
     tokens c ──> ep_send (c, 0): rows to the file, by expert                      first all of these
     ep_experts (g, b, r) ──> ep_dispatch (-1, g, p, r): the pieces of block b     then these
@@ -54,7 +54,7 @@ class Spilled:
     Parameters
     ----------
     rows : of all chunks of the job
-    walk : how experts go by
+    walk : how experts are loaded
     counts : (C, E) slots of each chunk at each expert
     group : numbers of the group's chunks
     directory : for the files
@@ -153,7 +153,7 @@ class Spilled:
         return Step(HighLevelGraph.from_collections(ep_dispatch, tasks), keys)
 
     def sum_tasks(self, name: str) -> dict[Any, Task]:
-        """The tasks that make the output of the group's chunks of what lies in the files."""
+        """The tasks that make the output of the group's chunks from the files."""
         tasks = {}
         for i, c in enumerate(self.group):
             _, routing, weights = self._rows.keys(c)

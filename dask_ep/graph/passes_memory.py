@@ -1,4 +1,4 @@
-"""How do rows wait in memory while experts go by?
+"""How do rows wait in memory for experts that are loaded in passes?
 
     tokens c ──> ep_send (c, 0): a chunk that is held, with its output in the making
                      │
@@ -33,7 +33,7 @@ from dask_ep.storage.output import SERVED, SPILLED, Receipt
 
 
 class Held:
-    """A chunk in memory, and its output as far as experts have gone by."""
+    """A chunk in memory, and its output of the experts so far."""
 
     def __init__(self, served: Served, chunk: int):
         self.served, self.chunk = served, chunk
@@ -53,7 +53,7 @@ def hold(
     Parameters
     ----------
     rows : in chunks of `walk.passes.chunk_rows`
-    walk : how experts go by
+    walk : how experts are loaded
     counts : (C, E) slots of each chunk at each expert
     done : chunks whose output is there; the others of their group wait for none of their tasks
     in_place : whether chunks of tokens may be overwritten: nobody else needs them, nor the memory

@@ -78,7 +78,7 @@ class Processes:
 
 @dataclass(frozen=True)
 class Cluster:
-    """Run on the workers of a scheduler that is there already; files lie where all reach them."""
+    """Run on the workers of an existing scheduler; all of them see the files."""
 
     address: str | None = None
     scheduler_file: str | None = None
@@ -115,7 +115,7 @@ def lay_out(
     devices: Sequence[Device] | None = None,
     begun_ranks: int | None = None,
 ) -> Layout:
-    """Say in numbers how a job lies on what it runs on.
+    """Put into numbers how a job is laid out on its backend.
 
     Parameters
     ----------

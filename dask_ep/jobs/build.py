@@ -56,7 +56,7 @@ class Inputs:
 
     @property
     def read_bytes(self) -> int:
-        """Bytes that a thread needs to read a chunk, beside its rows: a stored one is decoded
+        """Bytes that a thread needs to read a chunk, besides its rows: a stored one is decoded
         whole, unless its rows are as they are in memory.
         """
         read = (self.tokens, self.routing, self.topk_weights)

@@ -1,4 +1,4 @@
-"""Which real text lies on every machine, and how does it become token rows?
+"""Which real text is on every machine, and how does it become token rows?
 
 The words of the Python standard library's own sources, file after file, the names sorted.
 Their frequencies follow Zipf's law, as those of any text do, so that a router sends more rows to

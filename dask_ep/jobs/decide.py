@@ -34,8 +34,8 @@ ROWS_THAT_PAY = 256
 what is stored."""
 
 WAYS_OF = {"rows": ("spill",), "experts": ("hold",)}
-"""In what way what travels is asked for where experts go by in passes: rows are spilled to where
-their experts go by, experts go by where rows are held."""
+"""How `travel` is read with experts in passes: rows are spilled to where their experts are loaded,
+or experts are loaded where rows are held."""
 
 
 def decide(
@@ -70,7 +70,7 @@ def decide(
     -----
     Where all experts fit, they stay in memory. Where they do so only as they are stored, they are
     held so if that pays: if chunks that fit bring each expert `ROWS_THAT_PAY` rows, so that it is
-    not converted for a few. Otherwise they go by in passes. On GPUs, where none go by in passes,
+    not converted for a few. Otherwise they are processed in passes. On GPUs, which have no passes,
     holding experts as they are stored pays wherever only so they fit.
     """
     if chunk_rows is not None and chunk_rows < 1:
@@ -166,10 +166,11 @@ def _find_passes(
     travel: Travel,
     free: Callable[[], int] | None,
 ) -> Passes:
-    """Choose the way in which experts that do not fit go by.
+    """Choose how experts that do not fit are processed in passes.
 
-    What travels by choice (`Travel.how`) is the way: rows to where their experts go by ("rows":
-    they are spilled), experts to rows that stay ("experts": these are held), or the cheaper.
+    What travels by choice (`Travel.how`) is the way: rows to where their experts are loaded
+    ("rows": they are spilled), experts to rows that stay ("experts": these are held), or the
+    cheaper.
     """
     refusal = _refusal(work, layout, as_stored, asked)
     if layout.on_devices or not work.in_files:

@@ -101,7 +101,7 @@ def write_example(
     ----------
     directory : made if it is not there
     example : the sizes
-    overwrite : whether an example that is there already is replaced
+    overwrite : whether an existing example is replaced
     on_progress : called after each block with (bytes written, bytes in all, file name)
 
     Returns

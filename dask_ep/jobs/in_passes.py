@@ -5,7 +5,7 @@
         hold     output blocks of the group
         spill    rows to disk │ experts │ output blocks of the group │ files removed
 
-What a step has done stays done: the files of spilled rows lie beside the output's journal, and a
+What a step has done stays done: the files of spilled rows are next to the output's journal, and a
 resumed run goes on with them.
 
     any worker           reads a chunk, writes its rows, by expert     ┐
@@ -45,7 +45,7 @@ from dask_ep.storage.output import Output, Step, free_bytes, progress_directory
 from dask_ep.storage.storage import CHUNK_BYTES, open_tokens
 
 SPILL = "spill-"
-"""What the names of directories with rows that wait begin with, beside the output's journal."""
+"""How the names of directories with spilled rows begin, next to the output's journal."""
 
 
 class PassesDone(NamedTuple):
@@ -135,7 +135,7 @@ class InPasses:
                 yield spilled.serve_step()
                 memory.release()
             done = self._done if self.passes.way == "hold" else ()
-            for together in apart([blocks], done):  # experts go by for each
+            for together in apart([blocks], done):  # experts are loaded for each
                 yield output.step(together)
                 memory.release()
             if self._spilled:

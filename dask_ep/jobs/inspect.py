@@ -48,7 +48,7 @@ class Finding:
 
 
 def inspect_path(path: str | os.PathLike) -> tuple[Finding, ...]:
-    """Tell what lies at a path.
+    """Tell what a path is.
 
     Parameters
     ----------
@@ -195,7 +195,7 @@ def count_routing(source: Source) -> tuple[np.ndarray, int]:
     Returns
     -------
     (E,) int64, E being the largest index + 1; empty if an index is below -1 or absurdly large, so
-    that this is no routing
+    that this is not a routing
     int, how many are -1
 
     Examples

@@ -87,7 +87,7 @@ def plan(
     placement : Placement, name of a policy, path of a placement file, or None for contiguous
     chunk_rows : int, optional
         Rows of a token chunk. Default: the chunks of `tokens`; where these do not fit into the
-        memory limit, or experts go by in passes, those that a run takes (`Plan.chunks`).
+        memory limit, or experts are processed in passes, those that a run takes (`Plan.chunks`).
     only : numbers of token chunks, optional
         Those that are to be computed, as in a run that goes on with what another has left.
     memory_limit : bytes that one worker may use, as int or text ("4 GiB"), optional
@@ -103,12 +103,12 @@ def plan(
     travel : Travel
         Whether rows travel to experts, or experts to rows.
     read_bytes : int
-        Bytes that a thread needs to read a chunk, beside its rows; see `Source.read_bytes`.
+        Bytes that a thread needs to read a chunk, besides its rows; see `Source.read_bytes`.
     stored_rows : int, optional
         Rows of the tokens that are stored together; see `Source.chunk_rows`.
     gpu : bool
         Whether each worker computes on a GPU, as in ``run_job(job, Gpus())``; `memory_limit` is
-        then of the host beside it.
+        then of its host.
     device_memory_limit : bytes that a run may use of each GPU, as int or text, optional
 
     Returns
@@ -116,7 +116,7 @@ def plan(
     plan : Plan
         A `dask_ep.pricing.price_gpus.PlanOnGpus` with `gpu`, a
         `dask_ep.pricing.price_passes.PlanInPasses` where experts do not fit into the memory limit
-        and go by in passes.
+        and are processed in passes.
 
     Raises
     ------

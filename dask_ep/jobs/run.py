@@ -3,8 +3,8 @@
     job ── build ──> y ── store ──> one task per missing block ──> `Progress`, again and again
                           on `backends.Threads` | `Processes` | `Gpus` | `Cluster`
 
-The same job gives the same file everywhere. What is stopped, by Ctrl-C or worse, is gone on with by
-`resume`.
+The same job gives the same file everywhere. A run that was stopped, by Ctrl-C or worse, is resumed
+by `resume`.
 """
 
 from __future__ import annotations
@@ -127,8 +127,8 @@ def run_job(
     on_client : called when the workers are there, if there are any; such as to show the dashboard
     on_workers : called with the `Workers` of a cluster while they are waited for, and when one
         joins or is lost; from another thread
-    report : HTML file that lays the run beside its plan, written at the end if anything was run;
-        with workers, Dask's own report goes beside it, as ``NAME-dask.html``
+    report : HTML file that compares the run with its plan, written at the end if anything was run;
+        with workers, Dask's own report is written next to it, as ``NAME-dask.html``
     on_record : called with the `Plan` and the `Record` of the run, at the end if anything was run;
         as with `report`, a resumed run keeps its chunks
     wait : how to wait for what a queue gives next; what it raises stops the run, as Ctrl-C does by
@@ -162,10 +162,10 @@ def run_job(
     decode stored chunks in + 180 MB.
     How it runs is decided by `dask_ep.jobs.decide.decide`: where all experts do not fit into
     `where.memory_limit`, or into that of a cluster's workers, they are held as they are stored, or
-    else go by in passes (`dask_ep.laws.passes`); then the result is that of the ordinary way to
-    1e-6, and the same bits each time for the same passes. An exception, KeyboardInterrupt too,
-    leaves an output that `resume` goes on with; on threads the blocks at work are finished before
-    it arrives.
+    else are processed in passes (`dask_ep.laws.passes`); then the result is that of the ordinary
+    way to 1e-6, and the same bits each time for the same passes. An exception, KeyboardInterrupt
+    too, leaves an output that `resume` goes on with; on threads the blocks at work are finished
+    before it arrives.
     """
     if report is not None:
         check_drawing()
@@ -286,7 +286,7 @@ def _watched(
     report: str | os.PathLike | None,
     on_record: OnRecord | None,
 ) -> Iterator[None]:
-    """Finish the output of what runs inside, which is recorded beside its plan if there is one."""
+    """Finish the output of what runs inside, which is recorded with its plan if there is one."""
     if planned is None:
         yield
         output.finish()

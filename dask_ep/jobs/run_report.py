@@ -1,4 +1,4 @@
-"""How does a run come to the report that lays it beside its plan?
+"""How is the report of a run made, which compares it with its plan?
 
     before    plan_run: the blocks that are missing, priced; the routing is read once for it
     during    on threads    Recorder
@@ -63,7 +63,7 @@ def recorded(client: Client | None, owners: Owners | None, tell: OnRecord) -> It
 def write_reports(
     path: str | os.PathLike, planned: Plan, record: Record, missing: Sequence[int], blocks: int
 ) -> None:
-    """Write a run's report, with a link to Dask's if that is there."""
+    """Write a run's report, with a link to Dask's if there is one."""
     note = ""
     if len(missing) < blocks:
         note = (
@@ -71,18 +71,18 @@ def write_reports(
             "and all figures are of these."
         )
         record = record.renumbered(missing)
-    beside = dask_report(path)
+    other = dask_report(path)
     write_run_report(
         path,
         planned,
         record,
         note=note,
-        link=beside.name if beside.exists() else None,
+        link=other.name if other.exists() else None,
     )
 
 
 def dask_report(path: str | os.PathLike) -> Path:
-    """Where Dask's report lies beside ours.
+    """The path of Dask's report, next to ours.
 
     Examples
     --------

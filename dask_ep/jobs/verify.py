@@ -1,7 +1,7 @@
 """Is an output what its inputs say, row by row?
 
 A sample of the rows is computed again from the inputs in float64, by the plain loops of
-`reference`, and compared with what lies in the output file:
+`reference`, and compared with the output file:
 
     both ends of every block │ a row of every expert │ rows at random
                              v
@@ -93,7 +93,7 @@ class Verification:
 
     @property
     def good(self) -> bool:
-        """Whether no row is beyond the tolerance, and not all values are no numbers."""
+        """Whether no row is beyond the tolerance, and some values are numbers."""
         compared = self.not_finite < self.values or not self.values
         return compared and self.relative_error <= self.tolerance
 

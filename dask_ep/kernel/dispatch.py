@@ -66,8 +66,8 @@ def expert_parallel_dispatch(
     Raises
     ------
     TypeError
-        If tokens or top-k weights are not floats, routing is not integers, something is no array,
-        or arrays of two namespaces (NumPy, CuPy) are mixed.
+        If tokens or top-k weights are not floats, routing is not integers, something is not an
+        array, or arrays of two namespaces (NumPy, CuPy) are mixed.
     ValueError
         If shapes do not fit, rank or an expert index is out of range, or a top-k weight is NaN.
 

@@ -82,7 +82,7 @@ class Work:
     as_stored: bool = False
     #: whether experts are held as they are stored, whatever the memory
     in_files: bool = True
-    #: whether all experts lie in files or NumPy arrays, so that they can be, or go by in passes
+    #: whether all experts are in files or NumPy arrays, so that they can be, or be used in passes
     of_layer: bool = False
     #: whether rows are routed by a layer
     layer: LayerWork = LayerWork()

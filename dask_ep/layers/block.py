@@ -213,7 +213,7 @@ class Block:
         return self._of_shape(name, source, shape)
 
     def take_packed(self, name: str, shape: tuple[int, ...]) -> Source:
-        """Take a matrix that lies in MXFP4 blocks."""
+        """Take a matrix that is stored in MXFP4 blocks."""
         source = Mxfp4Source(self._take_raw(name + "_blocks"), self._take_raw(name + "_scales"))
         return self._of_shape(name + "_blocks", source, shape)
 

@@ -250,7 +250,7 @@ def describe(directory: str | os.PathLike, *, families: Iterable[Family] = ()) -
     Raises
     ------
     ReadError, ValueError, TypeError
-        As `load_moe_layer`: each MoE layer that lies in these files is opened.
+        As `load_moe_layer`: each MoE layer in these files is opened.
     """
     checkpoint = Checkpoint(directory, families)
     dtypes: set[str] = set()

@@ -75,7 +75,7 @@ class MoELayer:
     Notes
     -----
     Routing is float32. Rows of a (batch, sequence, d) array are numbered in C order where the whole
-    batch counts (`capacity`, `ExpertChoice`). Reading is left to the tasks: a layer that lies in
+    batch counts (`capacity`, `ExpertChoice`). Reading is left to the tasks: a layer that is in
     files holds their names, and pickles to a few kB.
 
     Examples

@@ -169,7 +169,7 @@ def write_sglang(
 
     Parameters
     ----------
-    path : path, ending in .json (SGLang goes by the ending)
+    path : path, ending in .json (SGLang looks at the ending)
     placements : for each MoE layer of the model, by its number, its placement; all of one size
     num_layers : int, optional
         Layers of the model; the ones that are not in `placements` get the experts in order.

@@ -50,7 +50,7 @@ class Plan:
 
     Notes
     -----
-    `traffic_rows` and `exchanged_bytes` assume that neighbouring chunks lie on one worker, as Dask
+    `traffic_rows` and `exchanged_bytes` assume that neighbouring chunks are on one worker, as Dask
     assigns them, or each at its home, where the placement is local. What each rank receives is
     exact wherever they lie, and so is `exchanged_at`.
     """
@@ -193,7 +193,7 @@ class Plan:
 
     @property
     def has_ranks(self) -> bool:
-        """Whether experts lie at ranks, to which rows go."""
+        """Whether ranks hold experts, to which rows go."""
         return True
 
     @property

@@ -1,4 +1,4 @@
-"""What does a run cost whose experts go by in passes?
+"""What does a run with experts in passes cost?
 
 The figures of the ordinary plan, except where passes change them: memory, bytes of experts, time;
 nothing is exchanged between ranks, since rows wait in memory or in files.
@@ -15,18 +15,18 @@ from dask_ep.laws.passes import PROCESS_BYTES, Passes, cut_pieces
 from dask_ep.pricing.price import Plan
 
 WAYS = {
-    "hold": "rows are held in memory, {chunks} chunks at a time, and all experts go by",
-    "spill": "rows are spilled to disk by expert, {chunks} chunks at a time, and all experts go by",
+    "hold": "rows of {chunks} chunks at a time are held in memory, and all experts are loaded",
+    "spill": "rows of {chunks} chunks at a time are spilled to disk, and all experts are loaded",
 }
 
 
 @dataclass(frozen=True, eq=False)
 class PlanInPasses(Plan):
-    """What one way to run a job costs whose experts go by in passes."""
+    """What one way to run a job with experts in passes costs."""
 
     @property
     def passes(self) -> Passes:
-        """How they go by."""
+        """How they are processed."""
         return self.decision.passes
 
     @property
@@ -49,7 +49,7 @@ class PlanInPasses(Plan):
 
     @property
     def has_ranks(self) -> bool:
-        """None: the experts go by."""
+        """None: ranks hold no experts."""
         return False
 
     @property

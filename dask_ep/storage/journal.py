@@ -1,6 +1,6 @@
 """Which blocks of an output are done, from which inputs, and who is at it?
 
-Beside an output lies a directory that answers:
+Next to an output is a directory that answers:
 
     y.zarr.progress/
       manifest.json          shape, dtype, row blocks, inputs, settings; replaced as a whole

@@ -3,7 +3,7 @@
     block of y ──> ep_store (write, then record) ──> receipt     one task per missing block
     all blocks recorded ──> finish ──> the output gets its name
 
-While it is written, an output lies in ``<path>.progress/``, with the record of what is done (see
+While it is written, an output is in ``<path>.progress/``, with the record of what is done (see
 `journal`); when the last block is done it gets its name, and what had that name before goes. So at
 `path` there is never half an output that a reader could take for a whole one: unwritten rows of a
 ``.npy``, and missing chunks of a Zarr array, would read as zeros. Whoever wants to look at a run

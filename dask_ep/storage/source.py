@@ -27,9 +27,9 @@ class Source(ABC):
     shape : tuple of int
     dtype : numpy.dtype, in native byte order
     name : str, for messages
-    path : str or None, the local file or directory that the data lies in
+    path : str or None, the local file or directory of the data
     chunk_rows : int or None, the rows that are stored together, None where any range is as good
-    read_bytes : int, of memory that a read needs beside the rows that it gives
+    read_bytes : int, of memory that a read needs besides the rows that it returns
     """
 
     shape: tuple[int, ...]

@@ -1,4 +1,4 @@
-"""Experts that do not fit go by in passes, and rows get what they would get otherwise."""
+"""Experts that do not fit are processed in passes, and rows get what they would get otherwise."""
 
 from __future__ import annotations
 

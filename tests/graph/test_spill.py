@@ -1,4 +1,4 @@
-"""Jobs whose experts go by in passes: the same output, each expert read once a pass, and stopped
+"""Jobs with experts in passes: the same output, each expert read once a pass, and stopped
 runs go on where they were."""
 
 from __future__ import annotations
@@ -65,7 +65,7 @@ WAYS = {
 
 
 def taking(passes: Passes) -> Callable[..., Decision]:
-    """Decide as a run does, but that experts go by so, although they would fit."""
+    """Decide as a run does, but in passes although the experts would fit."""
 
     def decide_so(*args: object, begun: Begun | None = None, **asked: object) -> Decision:
         decision = decide(*args, begun=begun, **asked)

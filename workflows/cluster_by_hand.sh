@@ -59,7 +59,7 @@ start scheduler dask scheduler --host "$HOST" --port 0 --dashboard-address "$HOS
 start workers dask worker --scheduler-file "$SHARED/scheduler.json" --nworkers "$WORKERS" \
     --nthreads 1 --host "$HOST" --memory-limit "$MEMORY" --local-directory "${TMPDIR:-/tmp}" $TLS
 
-# 3. Anywhere, the job, which waits for the workers; stopped by anything, --resume goes on with it.
+# 3. Anywhere, the job, which waits for the workers; whatever stops it, --resume continues it.
 until [ -s "$SHARED/scheduler.json" ]; do check; sleep 0.1; done
 python -m dask_ep run --scheduler-file "$SHARED/scheduler.json" --workers "$WORKERS" $TLS "$@" &
 run=$!

@@ -1,8 +1,8 @@
 """How does a job run on several GPU nodes?
 
     python workflows/gpu_cluster.py job.toml --nodes gpu01 gpu02 --ranks 16    8 GPUs on each
-    python workflows/gpu_cluster.py job.toml --nodes gpu01 --ranks 8 --resume  go on with the rest
-    python workflows/gpu_cluster.py --nodes gpu01 gpu02 --print                show the commands
+    python workflows/gpu_cluster.py job.toml --nodes gpu01 --ranks 8 --resume  continue a stopped
+    job python workflows/gpu_cluster.py --nodes gpu01 gpu02 --print                show the commands
 
 This process is the client, and starts the scheduler on the same machine; dask-cuda's workers are
 started on the nodes by ssh, one process for each GPU, bound to the cores and the

@@ -1,7 +1,7 @@
 """How does a job run on a SLURM cluster?
 
     python workflows/slurm.py job.toml --workers 8 --partition cpu    each worker a SLURM job
-    python workflows/slurm.py job.toml --resume                       go on with what is left
+    python workflows/slurm.py job.toml --resume                       continue a stopped job
     python workflows/slurm.py --print                                 show what SLURM gets
 
 Options, messages and exit codes are those of `dask-ep run`. This process is the scheduler and the

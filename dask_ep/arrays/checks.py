@@ -84,7 +84,7 @@ def _differ(a: float, b: float) -> bool:
 
 
 def refuse_masked(array: Array | None, name: str) -> None:
-    """Refuse masked arrays, whose masks would be lost without a word."""
+    """Refuse masked arrays, whose masks would be lost silently."""
     if isinstance(getattr(array, "_meta", array), np.ma.MaskedArray):
         raise TypeError(
             f"{name} must not be a masked array; fill it with np.ma.filled, or da.ma.filled for a "

@@ -135,7 +135,7 @@ def _prepare(client: Client, plugin: OnGpu) -> None:
 
 
 def device_limit(where: Gpus, devices: Sequence[Device]) -> int | None:
-    """Bytes that a job may hold on each device; None if nobody says and there is none."""
+    """Bytes that a job may hold on each device; None without a limit and without a device."""
     if where.device_memory_limit is not None or not devices:
         return where.device_memory_limit
     return int(MEMORY_SHARE * min(one.memory for one in devices))

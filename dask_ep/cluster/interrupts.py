@@ -76,7 +76,7 @@ class Interrupts:
         if self._heard:
             os._exit(self._exit_code)
         self._heard = True
-        # Not by sys.stderr, which the program may be in the midst of writing to.
+        # Not by sys.stderr, which the program may be writing to.
         os.write(2, b"stopping; again to stop at once\n")
         if self._is_waiting:
             raise KeyboardInterrupt
@@ -131,7 +131,7 @@ class Aside:
 def deaf_children() -> Iterator[None]:
     """Let threads and processes that start meanwhile never hear SIGINT: they leave it to this one.
 
-    Ctrl-C on a terminal reaches worker processes as well, which would end in the midst of a task.
+    Ctrl-C on a terminal reaches worker processes as well, which would end in the middle of a task.
     """
     # Who starts it hears SIGINT afterwards: that shall not be the thread of the first child.
     resource_tracker.ensure_running()

@@ -1,6 +1,6 @@
 """Who serves which rank of which layer now?
 
-`owner_plugin` decides who shall serve a rank. This file sees to it, and tells the workers:
+`owner_plugin` decides who shall serve a rank. This file carries it out, and tells the workers:
 
     update_graph       ep_experts (r) of a new layer ──> pinned to the owners of r
     ep_ranks is there  every rank is served          ──> the map goes to all workers, with a version
@@ -107,7 +107,7 @@ class LayerMap:
                 self._serve(layer, rank)
 
     def lose(self, worker: str) -> None:
-        """Forget a worker, and let nobody wait for it any more."""
+        """Forget a worker, and make nothing wait for it."""
         for able in self._able.values():
             able.discard(worker)
         dask_internals.tell(
@@ -132,7 +132,7 @@ class LayerMap:
             self._tell(layer, [worker])
 
     def fail(self, error: str) -> None:
-        """Let whoever asks for a rank get an error, since the map can be relied on no more."""
+        """Answer every request for a rank with an error: the map is no longer reliable."""
         for layer in self:
             layer.error = error
             self._tell(layer, self._scheduler.workers)
@@ -190,7 +190,7 @@ class LayerMap:
             )
             self._tell(layer, self._scheduler.workers)
         if finish in ("memory", "released"):
-            # The scheduler is in the midst of the change: act when it is done.
+            # The scheduler is making the change: act when it is done.
             self._scheduler.loop.add_callback(self._serve, layer, rank)
 
     def _serve_all(self, layer: Layer) -> None:
@@ -230,7 +230,7 @@ class LayerMap:
         for rank in ranks:
             layer.loading.pop(rank, None)
         if layer.hastened:
-            # The scheduler is in the midst of the change: act when it is done.
+            # The scheduler is making the change: act when it is done.
             self._scheduler.loop.add_callback(self._release_hastened, layer)
 
     def _release_hastened(self, layer: Layer) -> None:

@@ -13,7 +13,7 @@ restricted.
 - A worker comes: it adopts ranks without an owner at once, up to its fair share.
 - No worker came or left for `settle` seconds (or 5 × `settle` since the first change): ranks that
   still lack an owner get one, then as few ranks move as bring the workers within 10 % or one rank
-  of their shares. This stops nobody: until a new owner has loaded its experts, the old one serves.
+  of their shares. This stops no task: until a new owner has loaded its experts, the old one serves.
   A rank that moved so stays for 10 × `settle`, unless its owner is lost, so that a worker that
   comes and goes does not have slices read again and again.
 
@@ -75,7 +75,7 @@ def _seen_by_the_user(hook: Callable) -> Callable:
             failure = f"{time.strftime('%X')} {hook.__name__}: {error!r}"
             self.failures.append(failure)
             self.layers.fail(f"the owners of ranks are not known any more: {failure}")
-            # The scheduler may be in the midst of a change: act when it is done.
+            # The scheduler may be making a change: act when it is done.
             free = dask_internals.free_stuck
             self.scheduler.loop.add_callback(free, self.scheduler, OwnersOfRank)
             raise
@@ -149,9 +149,9 @@ class Ownership(SchedulerPlugin):
 
     @_seen_by_the_user
     def log_event(self, topic: str, msg: Any) -> None:
-        """Hear of workers that pause, go on or retire: no other hook tells."""
+        """React to workers that pause, resume or retire: no other hook tells."""
         if isinstance(msg, dict) and msg.get("action") == "worker-status-change":
-            # The scheduler is in the midst of the change: act when it is done.
+            # The scheduler is making the change: act when it is done.
             self.scheduler.loop.add_callback(self._status_changed, topic, msg["status"])
 
     @_seen_by_the_user
@@ -233,7 +233,7 @@ class Ownership(SchedulerPlugin):
         self._publish()
 
     def workers(self) -> dict[str, float]:
-        """Who can play a rank, and their capacities: GPUs where workers declare some, else memory.
+        """Who can own a rank, and their capacities: GPUs where workers declare some, else memory.
 
         In an order that depends on names only, so that the same workers get the same ranks.
         """
@@ -248,7 +248,7 @@ class Ownership(SchedulerPlugin):
         return gpus or capacities({w.address: w.memory_limit for w in able})
 
     def places(self) -> int:
-        """Count the ranks that the workers can play one at a time: GPUs if any, else workers."""
+        """Count the ranks that the workers can own one at a time: GPUs if any, else workers."""
         workers = self.workers()
         has_gpus = any(self.scheduler.workers[w].resources.get("GPU") for w in workers)
         return int(sum(workers.values())) if has_gpus else len(workers)
@@ -343,7 +343,7 @@ class Ownership(SchedulerPlugin):
         self.layers.serve(world_size, rank)
 
     def limit(self, chunks: float | None) -> None:
-        """Bound the chunks under way on each worker; None: by its threads."""
+        """Bound the chunks in flight on each worker; None: by its threads."""
         self.chunks_in_flight = chunks
         self._limit(self.scheduler.workers)
 
@@ -422,7 +422,7 @@ class Ownership(SchedulerPlugin):
             self.scheduler.loop.remove_timeout(timer)
 
     def _publish(self) -> None:
-        """Let clients read who owns what, and begin tasks that were stuck for want of an owner."""
+        """Let clients read who owns what, and start tasks that waited for an owner."""
         owners = {
             str(world_size): [_sorted(of_rank) for of_rank in ranks.living()]
             for world_size, ranks in self.ranks.items()

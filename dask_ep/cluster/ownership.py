@@ -1,4 +1,4 @@
-"""Which worker plays which rank?
+"""Which worker owns which rank?
 
 One call gives every rank an owner, for all graphs and clients of a cluster, until it is closed:
 
@@ -43,7 +43,7 @@ def own_experts(
     chunks_in_flight: float | None = None,
     replicate_hot: bool | None = None,
 ) -> Owners:
-    """Give every rank an owner on the cluster, and see to it that it keeps one.
+    """Give every rank an owner on the cluster, and a new one when it is lost.
 
     Parameters
     ----------
@@ -63,7 +63,7 @@ def own_experts(
     pause_limit : float, optional
         Seconds after which a worker that paused (memory) loses its ranks; 30 at first.
     chunks_in_flight : float, optional
-        Most token chunks that are under way on a worker at once, whatever graphs they are of, so
+        Most token chunks that are in flight on a worker at once, whatever graphs they are of, so
         that what waits for a slow rank does not fill its memory. Two more than the worker has
         threads at first; `inf` for no bound.
     replicate_hot : bool, optional
@@ -102,7 +102,7 @@ def own_experts(
     the owners are.
 
     A cluster that scales itself (``checks.adapt``) keeps the only owner of a rank while work is
-    pending. It counts the work of the chunks under way, so set its ``target_duration`` by these.
+    pending. It counts the work of the chunks in flight, so set its ``target_duration`` by these.
 
     Where the placement of a graph is local (`dask_ep.laws.travel`), each chunk is read by an owner
     of the rank that is its home.
@@ -139,7 +139,7 @@ def own_experts(
 
 @dataclass(frozen=True)
 class WorkerRow:
-    """One line of the table: a worker and the ranks that it plays."""
+    """One line of the table: a worker and the ranks that it owns."""
 
     name: str
     address: str

@@ -9,7 +9,7 @@ its own chunks to the services of others:
     ranks that are served here, in place   :                      :
     combine <───────────────────────────── : <───── answers ──────:
 
-Packing, serving and combining share as many cores as the worker has threads. A chunk under way
+Packing, serving and combining share as many cores as the worker has threads. A chunk in flight
 holds none of Dask's threads, so that the next one packs while it waits; `Admission` bounds how many
 there are.
 
@@ -70,7 +70,7 @@ class Route:
 
 
 class Job(NamedTuple):
-    """A chunk that is under way."""
+    """A chunk that is in flight."""
 
     packing: Packing
     where: Where
@@ -118,7 +118,7 @@ class Services(WorkerPlugin):
         )
 
     def teardown(self, worker: Any) -> None:
-        """Let chunks under way go to other workers, and whoever asks look for another owner."""
+        """Let chunks in flight go to other workers, and whoever asks look for another owner."""
         self._is_closing = True
         self._admission.close()
         self._pool.shutdown(wait=False, cancel_futures=True)
@@ -232,7 +232,7 @@ class Services(WorkerPlugin):
                 self.tally.count_core(tally.now() - start)
 
     def _admit(self) -> None:
-        """Wait until this chunk may begin; its task is under way until it ends (`transition`).
+        """Wait until this chunk may begin; its task is in flight until it ends (`transition`).
 
         What Dask has fused behind the exchange counts as well, above all the writing of its output,
         and a second layer, which waits for nothing then.

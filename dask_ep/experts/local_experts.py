@@ -27,7 +27,7 @@ cache, and fewer rows a product would cost a tenth of its speed in packing the m
 class LocalExperts(Sequence):
     """A rank's experts in memory, in the order of its slots.
 
-    Its size in memory is told honestly to Dask. Copied to another process it does not carry the
+    Dask is told its true size in memory. Copied to another process it does not carry the
     weights of files along: they are read again from where they lie, when the first is asked for.
     """
 

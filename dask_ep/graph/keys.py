@@ -27,7 +27,7 @@ OF_BLOCKS = {"experts": 1, "dispatch": 2, "receipt": 2}
 of one step, chunk and rank this is."""
 
 ROUTING = {"indices": "route", "weights": "route", "scores": "route"}
-"""Steps that are one to whoever looks at a run."""
+"""Steps that a run shows as one."""
 
 
 def experts_key(token: str, rank: int | None) -> tuple:

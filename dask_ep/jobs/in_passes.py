@@ -6,7 +6,7 @@
         spill    rows to disk │ experts │ output blocks of the group │ files removed
 
 What a step has done stays done: the files of spilled rows are next to the output's journal, and a
-resumed run goes on with them.
+resumed run continues with them.
 
     any worker           reads a chunk, writes its rows, by expert     ┐
     the worker of rank r reads blocks r alone wants, their rows,       │ files that all workers see

@@ -63,9 +63,9 @@ def inspect_path(path: str | os.PathLike) -> tuple[Finding, ...]:
     Raises
     ------
     FileNotFoundError
-        If nothing lies there.
+        If the path does not exist.
     ValueError
-        If what lies there is none of these.
+        If it is none of these.
 
     Examples
     --------
@@ -91,7 +91,7 @@ def inspect_path(path: str | os.PathLike) -> tuple[Finding, ...]:
 
 
 def _choose(path: str) -> Callable[[str], Finding]:
-    """Find out what lies there by its ending and by what is in it."""
+    """Find out what a path is by its ending and content."""
     if path.endswith(".toml"):
         return _inspect_job
     if path.endswith(".safetensors"):

@@ -89,7 +89,7 @@ def plan(
         Rows of a token chunk. Default: the chunks of `tokens`; where these do not fit into the
         memory limit, or experts are processed in passes, those that a run takes (`Plan.chunks`).
     only : numbers of token chunks, optional
-        Those that are to be computed, as in a run that goes on with what another has left.
+        Those that are to be computed, as in a resumed run.
     memory_limit : bytes that one worker may use, as int or text ("4 GiB"), optional
     workers : int, optional
         Processes that share the ranks; default one per rank. 1 means threads of this process.

@@ -113,14 +113,14 @@ def run_job(
     job : from `dask_ep.jobs.job.load_job`
     where : `Threads`, `Processes`, `Gpus`, `Cluster`, or a cluster that is started for the job and
         ended with it, as `Deployed`
-    resume : go on with what a stopped run has left, with its ranks, and its chunks unless
+    resume : continue a stopped run, with its ranks, and its chunks unless
         `chunk_rows` are others: then smaller ones are computed, and joined to its blocks. A run in
-        passes goes on as it was begun
+        passes continues as it began
     overwrite : start again, whatever is there
     chunk_rows : rows of a token chunk; by default about 32 MiB of them, or what fits the memory
         limit
     travel : whether rows travel to experts, or experts to rows; see `laws.travel.Travel`. All
-        but rows alone reads the routing once before. A resumed run goes on with what was chosen
+        but rows alone reads the routing once before. A resumed run keeps what was chosen
     on_note : called at the start with each sentence on what looks like a mistake in the job; see
         `dask_ep.jobs.notes`
     on_progress : called at the start, and when blocks are done
@@ -148,7 +148,7 @@ def run_job(
         A MemoryError: the job cannot be done so within `where.memory_limit`. Its `proposal` says
         how it can. Nothing has been read then.
     ConnectionError
-        If there is no scheduler, or it is lost in the midst.
+        If there is no scheduler, or it is lost meanwhile.
     UnfitClusterError
         If workers lack the job's files, or versions differ; nothing has run then.
     NoDeviceError
@@ -164,7 +164,7 @@ def run_job(
     `where.memory_limit`, or into that of a cluster's workers, they are held as they are stored, or
     else are processed in passes (`dask_ep.laws.passes`); then the result is that of the ordinary
     way to 1e-6, and the same bits each time for the same passes. An exception, KeyboardInterrupt
-    too, leaves an output that `resume` goes on with; on threads the blocks at work are finished
+    too, leaves an output that `resume` continues; on threads the blocks at work are finished
     before it arrives.
     """
     if report is not None:

@@ -47,7 +47,7 @@ class Layout:
 
     @property
     def serving(self) -> int:
-        """Workers that play ranks: each as many as the others, or one more."""
+        """Workers that serve ranks: each as many as the others, or one more."""
         return min(self.workers, self.world_size)
 
     def slots_of_a_worker(self, num_experts: int) -> int:
@@ -60,7 +60,7 @@ class Layout:
 
     @property
     def ranks_of_a_worker(self) -> int:
-        """The most ranks that one worker plays."""
+        """The most ranks that one worker serves."""
         return -(-self.world_size // self.serving)
 
     def spread_at_worst(self, slots: int) -> Spread:

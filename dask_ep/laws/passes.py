@@ -14,7 +14,7 @@ here, and the same numbers give the same choice in `plan` and in `run`.
 
 **On Dask workers rows are spilled.** Held rows are changed in place, by one task after the
 other, for hundreds of blocks: a worker that is lost would lose all of a pass, and one that is
-retired in the midst could hand on rows to which a block is added twice. And each worker would read
+retired meanwhile could hand on rows to which a block is added twice. And each worker would read
 all experts. What that costs: rows that would fit into the workers' memory together are written and
 read once for each of their slots. With many slots a row it can be the more: 400 000 rows of a layer
 as DeepSeek-V3's (d = 7168, 8 slots, float32) are 180 GB written and read, its experts in bfloat16,

@@ -114,7 +114,7 @@ def choose_travel(
     row_bytes : bytes of a row on its way there and back
     chunks : rows of each token chunk; default: those of the routing
     workers : int, optional
-        Processes that play the ranks, rank r on worker r % workers; default: one for each. Between
+        Processes that serve the ranks, rank r on worker r % workers; default: one for each. Between
         ranks of one worker nothing travels.
     max_slots : int, optional
         The most experts that a rank can hold (its memory over the bytes of one expert).

@@ -121,7 +121,7 @@ class Work:
         return tile_bytes(max(self.widest, self.d, self.d_out) * self.wide)
 
     def packet_row_bytes(self, places: int) -> int:
-        """Bytes of one row on its way to a rank, where `backends` are all that may be named."""
+        """Bytes of one row on its way to a rank, where `places` are all that may be named."""
         return packet_row_bytes(self.d, self.dtype.itemsize, self.slots, self.weight_bytes, places)
 
     def held_bytes(self, as_stored: bool) -> int:

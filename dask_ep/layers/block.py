@@ -1,7 +1,7 @@
 """Which tensors make up a MoE block, and which layer do they make?
 
 Each tensor under the block's prefix is taken once, by its name, and its shape and dtype are
-compared with what ``config.json`` says. What nobody took is an error.
+compared with what ``config.json`` says. What is left over is an error.
 """
 
 from __future__ import annotations

@@ -4,7 +4,7 @@
     headers of the files ───────> tensors under the block's prefix
                                        │ each is taken once, by its name, and its shape compared
                                        v
-                                  MoELayer over Sources; whatever nobody took is an error
+                                  MoELayer over Sources; whatever is left over is an error
 
 Only headers are read here. A task reads the tensors of its own experts when it runs.
 """
@@ -210,7 +210,7 @@ class LayerDescription:
 
 @dataclass(frozen=True)
 class Description:
-    """What a checkpoint is, as data for the eye."""
+    """What a checkpoint is, as data to show."""
 
     directory: str
     model_type: str

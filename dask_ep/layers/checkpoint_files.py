@@ -48,7 +48,7 @@ class CheckpointFiles:
         self.directory = os.fspath(directory).rstrip("/")
         self._headers: dict[str, Mapping[str, Source]] = {}
 
-    # --- what lies there ---
+    # --- which files there are ---
 
     @cached_property
     def file_names(self) -> list[str]:

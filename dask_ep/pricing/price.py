@@ -84,7 +84,7 @@ class Plan:
 
     @property
     def workers(self) -> int:
-        """Processes that play the ranks."""
+        """Processes that serve the ranks."""
         return self.layout.serving
 
     @property
@@ -276,7 +276,7 @@ class Plan:
 
     @property
     def places(self) -> str:
-        """What plays the ranks."""
+        """What serves the ranks."""
         return f"{self.workers} x {self.threads} threads"
 
     @property

@@ -60,7 +60,7 @@ class PlanOnGpus(Plan):
 
     @property
     def places(self) -> str:
-        """What plays the ranks."""
+        """What serves the ranks."""
         return f"{self.workers} GPUs"
 
     # --- time ------------------------------------------------------------------------------

@@ -232,7 +232,7 @@ def figures_of(plan: Plan) -> list[tuple[str, str]]:
 
 
 def of_limit(nbytes: int, limit: int | None) -> str:
-    """What is used, and what may be, for the eye.
+    """What is used, and what may be, as text.
 
     Examples
     --------

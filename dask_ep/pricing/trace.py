@@ -71,7 +71,7 @@ class Service(NamedTuple):
 
 
 class Event(NamedTuple):
-    """Something that befell the run: a worker lost, a rank moved."""
+    """Something that happened in the run: a worker lost, a rank moved."""
 
     time: float
     #: seconds since the first task began

@@ -36,7 +36,7 @@ def describe(obj: Any) -> Any:
     Raises
     ------
     TypeError
-        If it is or holds anything else, of which nobody can tell whether it has changed.
+        If it is or holds anything else, of which it cannot be told whether it has changed.
 
     Examples
     --------

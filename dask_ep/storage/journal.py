@@ -49,7 +49,7 @@ class OutputInUse(RuntimeError):
 
 
 def write_manifest(directory: str, manifest: Mapping[str, Any]) -> None:
-    """Replace the manifest as a whole: whoever reads sees the old one or the new one."""
+    """Replace the manifest as a whole: readers see the old one or the new one."""
     path = os.path.join(directory, "manifest.json")
     with open(path + ".new", "w") as file:
         json.dump(manifest, file, indent=1)
@@ -140,7 +140,7 @@ def read_digests(directory: str, run: str) -> dict[int, str]:
 
 
 def keep_done(directory: str, run: str, digests: Mapping[int, str]) -> None:
-    """Have these blocks, and no others, be done; when nobody writes."""
+    """Mark these blocks, and no others, as done; only while nothing writes."""
     kept = os.path.join(directory, "kept")
     with open(kept, "wb") as file:
         file.writelines(_line(run, block, digest) for block, digest in digests.items())

@@ -210,7 +210,7 @@ class Output(DaskMethodsMixin):
         return HighLevelGraph.from_collections(self._name, layer, dependencies=[y])
 
     def _check_place(self) -> None:
-        """Refuse to take the place of what nobody allowed to overwrite."""
+        """Refuse to replace what may not be overwritten."""
         there = os.path.lexists(self.path)
         if there and not (self._manifest["overwrite"] and is_replaceable(self.path)):
             raise FileExistsError(

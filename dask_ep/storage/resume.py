@@ -1,7 +1,7 @@
 """How does an output begin, and what of an earlier run counts?
 
     nothing there, or overwrite ──> begin: space checked, an output without rows in ``.progress/``
-    resume ──> find_good, wherever the output lies ──> go on with the blocks that are missing
+    resume ──> find_good, wherever the output is ──> compute the missing blocks
 
 What an earlier run has finished stays at its place until the new output is complete. A finished
 output that is no longer what was written, because files of it are missing or cut short, goes back

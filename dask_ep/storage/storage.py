@@ -1,4 +1,4 @@
-"""How do token rows come in, and outputs go out so that a stopped run can go on?
+"""How are token rows read, and outputs written so that a stopped run can resume?
 
     open_tokens(path)     a lazy array: one task per row chunk reads it from its place
     store(y, path)        one task per row block writes it to its place (see `output`)
@@ -131,7 +131,7 @@ def store(
     sync: bool = False,
     **kwargs: Any,
 ) -> Output:
-    """Write an array to a file, block by block, such that a stopped run can go on.
+    """Write an array to a file, block by block, such that a stopped run can resume.
 
     Parameters
     ----------
@@ -141,7 +141,7 @@ def store(
     inputs : what `y` is made of, by name or in a row: whatever `open_source` takes, `Experts`, a
         `MoELayer`, anything else with a ``fingerprint()``, or a fingerprint itself (a mapping)
     settings : JSON-able mapping of what else the result depends on
-    resume : go on with what an earlier run has left, from the start if there is nothing. Whether
+    resume : continue what an earlier run has left; start if there is nothing. Whether
         the values are the same is told by `inputs` and `settings` alone
     overwrite : start again. What an earlier run has finished stays until this one has, so that
         there must be space for both; what it has left unfinished is removed

@@ -63,7 +63,7 @@ class Writer(ABC):
 
     @abstractmethod
     def fits(self) -> bool:
-        """Tell whether what lies there is this array, as far as its header or metadata says."""
+        """Tell whether the path holds this array, as far as its header or metadata says."""
 
     @abstractmethod
     def holds(self, start: int, stop: int) -> bool:
@@ -75,7 +75,7 @@ class Writer(ABC):
 
     @abstractmethod
     def tidy(self) -> None:
-        """Remove what stopped writes have left; call when nobody writes."""
+        """Remove what stopped writes have left; only while nothing writes."""
 
 
 class FileWriter(Writer):

@@ -56,7 +56,7 @@ def main() -> None:
 
 
 def hidden_states(model, tokenizer, options) -> Iterator[np.ndarray]:
-    """Give the block's input rows (tokens, d) of each batch, in float32."""
+    """Return the block's input rows (tokens, d) of each batch, in float32."""
     caught: list[torch.Tensor] = []
 
     def catch(_module, args, kwargs):

@@ -259,7 +259,7 @@ def start_scheduler(request: Request, count: int) -> LocalCluster:
 
 @contextmanager
 def slurm_workers(request: Request, count: int) -> Iterator[Cluster]:
-    """Give a cluster of so many workers, which are SLURM jobs, and end them afterwards."""
+    """Yield a cluster of so many workers, which are SLURM jobs, and end them afterwards."""
     if shutil.which("sbatch") is None:
         raise FileNotFoundError(
             "sbatch: command not found; start this where SLURM's commands are installed"

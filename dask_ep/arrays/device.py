@@ -131,7 +131,7 @@ def telling_chunk(chunk: Array, row_bytes: int) -> AbstractContextManager[None]:
 
 
 def free_memory(xp: Any) -> tuple[int, int]:
-    """Give the bytes that can still be allocated on the device in use, and those in all.
+    """Return the bytes that can still be allocated on the device in use, and those in all.
 
     What CuPy's pool has set aside and not given out counts as free; a limit of the pool counts as
     the device's size.

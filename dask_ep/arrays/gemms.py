@@ -188,7 +188,7 @@ def _lies(matrix: Array) -> tuple[bool, int | None]:
 
 
 def gemms(xp: Any) -> Gemms | None:
-    """Give the products of the device in use, or None where there is no cuBLAS."""
+    """Return the products of the device in use, or None where there is no cuBLAS."""
     if not hasattr(xp, "cuda") or not hasattr(xp.cuda, "cublas"):
         return None
     key = (xp.__name__, xp.cuda.get_device_id())

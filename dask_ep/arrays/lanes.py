@@ -24,7 +24,7 @@ from dask_ep.arrays.namespaces import Array, namespace
 
 
 def pinned_empty(xp: Any, shape: tuple[int, ...], dtype: Any) -> np.ndarray:
-    """Give an uninitialised NumPy array in page-locked memory, which copies run from and to alone.
+    """Return an uninitialised NumPy array in page-locked memory, as asynchronous copies need.
 
     Its memory comes from CuPy's pool of such memory, and goes back there with the array.
 

@@ -95,7 +95,7 @@ class Pool:
         self._janitor: threading.Thread | None = None
 
     def lease(self, nbytes: int) -> np.ndarray:
-        """Give `nbytes` uninitialised bytes as a (nbytes,) uint8 array."""
+        """Return `nbytes` uninitialised bytes as a (nbytes,) uint8 array."""
         step = 1 << max(nbytes.bit_length() - 4, 0)
         smallest = -(-nbytes // step) * step
         for size in range(smallest, 2 * smallest, step):
@@ -169,7 +169,7 @@ if hasattr(os, "register_at_fork"):
 
 
 def empty(shape: tuple[int, ...], dtype: object, like: object = None) -> np.ndarray:
-    """Give an uninitialised C-contiguous array, in recycled memory where that pays.
+    """Return an uninitialised C-contiguous array, in recycled memory where that pays.
 
     Parameters
     ----------

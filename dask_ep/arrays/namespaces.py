@@ -20,7 +20,7 @@ UNDERFLOW_IS_ZERO = np.errstate(under="ignore")
 
 
 def namespace(array: Array, name: str = "array") -> Any:
-    """Give the module whose functions work on an array: ``numpy``, ``cupy``, ...
+    """Return the module whose functions work on an array: ``numpy``, ``cupy``, ...
 
     Raises
     ------
@@ -47,7 +47,7 @@ def namespace(array: Array, name: str = "array") -> Any:
 
 
 def one_namespace(**arrays: Array | None) -> Any:
-    """Give the namespace that all arrays share; their names are for the message."""
+    """Return the namespace that all arrays share; their names are for the message."""
     found = {name: namespace(array, name) for name, array in arrays.items() if array is not None}
     if len({id(xp) for xp in found.values()}) > 1:
         came = ", ".join(f"{name} from {xp.__name__}" for name, xp in found.items())

@@ -25,7 +25,7 @@ SECONDS_BETWEEN_LINES = 3.0
 
 @contextlib.contextmanager
 def progress_bar(unit: str) -> Iterator[Callable[..., None]]:
-    """Give a function that tells progress: a bar on a terminal, lines otherwise, both on stderr."""
+    """Yield a function that shows progress: a bar on a terminal, lines otherwise, on stderr."""
     if not sys.stderr.isatty():
         yield _Lines(unit).tell
         return

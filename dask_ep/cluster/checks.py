@@ -234,7 +234,7 @@ class OneBlasThread(WorkerPlugin):
 
 
 def dashboard_link(client: Client) -> str | None:
-    """Give the address of Dask's dashboard, None where the scheduler shows none.
+    """Return the address of Dask's dashboard, None where the scheduler shows none.
 
     Its web server runs in either case, for health checks and metrics.
     """

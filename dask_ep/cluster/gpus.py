@@ -72,7 +72,7 @@ class Gpus:
 
 
 def choose_protocol(asked: str | None) -> str:
-    """Give the protocol between workers, the one asked for or the best one available.
+    """Return the protocol between workers, the one asked for or the best one available.
 
     Raises
     ------

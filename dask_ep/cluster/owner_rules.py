@@ -31,7 +31,7 @@ GAIN = 0.1
 
 
 def natural_order(name: str) -> tuple[tuple[str, int], ...]:
-    """Give a sort key under which `w2` comes before `w10`.
+    """Return a sort key under which `w2` comes before `w10`.
 
     Examples
     --------

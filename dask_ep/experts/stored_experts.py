@@ -28,7 +28,7 @@ from dask_ep.kernel.expert import Expert
 
 
 def held_as_stored(experts: Experts) -> StoredExperts:
-    """Give the same experts, which a rank then holds in memory as they are stored.
+    """Return the same experts, which a rank then holds in memory as they are stored.
 
     Parameters
     ----------

@@ -51,7 +51,7 @@ class RanksKey(NamedTuple):
 
 
 def read_ranks_key(key: object) -> RanksKey | None:
-    """Give what a key says if it is that of the task which joins the ranks of a layer.
+    """Return what a key says if it is that of the task which joins the ranks of a layer.
 
     Examples
     --------
@@ -66,7 +66,7 @@ def read_ranks_key(key: object) -> RanksKey | None:
 
 
 def read_rank(key: object) -> tuple[str, int] | None:
-    """Give token and rank if the key is that of a task which runs on a rank's owner.
+    """Return token and rank if the key is that of a task which runs on a rank's owner.
 
     Examples
     --------
@@ -92,7 +92,7 @@ class TaskKey(NamedTuple):
 
 
 def read_key(key: object) -> TaskKey | None:
-    """Give what a key says, as it is or as text; None if it is not of a layer.
+    """Return what a key says, as it is or as text; None if it is not of a layer.
 
     Examples
     --------

@@ -189,7 +189,7 @@ class Spilled:
 
 
 def collect(rows: Rows, walk: Walk, groups: Sequence[Spilled]) -> da.Array:
-    """Give the output of all groups, from their files: to be computed when these are written."""
+    """Return the output of all groups, from their files: to be computed when these are written."""
     name = f"ep_sum-{tokenize(rows, walk, [group.files for group in groups])}"
     tasks = {key: task for group in groups for key, task in group.sum_tasks(name).items()}
     return rows.output(name, tasks, walk.experts.d_out)

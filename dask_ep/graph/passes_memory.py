@@ -48,7 +48,7 @@ def hold(
     done: Collection[int] = (),
     in_place: bool = False,
 ) -> da.Array:
-    """Give the output of all groups of chunks; each group is to be computed by itself.
+    """Return the output of all groups of chunks; each group is to be computed by itself.
 
     Parameters
     ----------
@@ -107,7 +107,7 @@ def hold(
 
 
 def apart(groups: Iterable[Iterable[int]], done: Collection[int]) -> Iterator[list[int]]:
-    """Give the chunks of each group that are not done, and those that are: each for themselves."""
+    """Return the chunks of each group that are not done, and those that are, separately."""
     for group in groups:
         for chunks in ([c for c in group if c not in done], [c for c in group if c in done]):
             if chunks:

@@ -22,7 +22,7 @@ from dask_ep.arrays.namespaces import Array, namespace
 
 
 def rows_of(x: da.Array) -> da.Array:
-    """Give (..., d) as rows (n, d), one row chunk per chunk of the leading axes, in C order.
+    """Return (..., d) as rows (n, d), one row chunk per chunk of the leading axes, in C order.
 
     Notes
     -----

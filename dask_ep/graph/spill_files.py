@@ -154,7 +154,7 @@ class SpillFiles:
         self._write("rows", rows, self.d * self.row_dtype.itemsize)
 
     def read_rows(self, first: int, count: int) -> np.ndarray:
-        """Give (count, d) rows from a place on."""
+        """Return (count, d) rows from a place on."""
         return self._read("rows", first, (count, self.d), self.row_dtype)
 
     def write_answers(self, answers: np.ndarray, run: Run, start: int) -> None:
@@ -170,7 +170,7 @@ class SpillFiles:
         self._write("answers", pieces, self.d_out * self.answer_dtype.itemsize)
 
     def read_answers(self, first: int, count: int) -> np.ndarray:
-        """Give (count, d_out) answers from a place on."""
+        """Return (count, d_out) answers from a place on."""
         return self._read("answers", first, (count, self.d_out), self.answer_dtype)
 
     def record(self, task: int) -> None:
@@ -184,7 +184,7 @@ class SpillFiles:
         return bool(done[0])
 
     def find_done(self, tasks: int) -> frozenset[int]:
-        """Give the numbers of the tasks that are done."""
+        """Return the numbers of the tasks that are done."""
         done = np.empty(tasks, np.uint8)
         fill_from_file(done, os.path.join(self.directory, "done"), 0, "spilled rows")
         return frozenset(np.flatnonzero(done).tolist())

@@ -235,7 +235,7 @@ def _tf32_by_environment() -> bool:
 
 
 def deployed(where: Where | Deployed) -> contextlib.AbstractContextManager[Where]:
-    """Give the place itself, started if it has to be."""
+    """Return the place itself, started if it has to be."""
     return where.start() if isinstance(where, Deployed) else contextlib.nullcontext(where)
 
 
@@ -246,7 +246,7 @@ def started(
     wait: Wait = SimpleQueue.get,
     on_workers: Callable[[Workers], Any] | None = None,
 ) -> Iterator[tuple[int, Client | None]]:
-    """Give the number of threads and no client, or a client of the workers.
+    """Yield the number of threads and no client, or a client of the workers.
 
     `wait` and `on_workers` are those of `dask_ep.jobs.run.run_job`, for a cluster.
     """

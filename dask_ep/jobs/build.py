@@ -227,7 +227,7 @@ def _open_weights(job: Job) -> dict[str, Source | list[Source]]:
 
 
 def _name_inputs(inputs: Inputs) -> dict[str, Any]:
-    """Give all that decides the values of the output, by the keys of the job."""
+    """Return all that decides the values of the output, by the keys of the job."""
     named = {"tokens": inputs.tokens}
     if inputs.layer is not None:
         return named | {"layer": inputs.layer}
@@ -257,6 +257,6 @@ def _check_rows(inputs: Inputs) -> None:
 
 
 def resolve_placement(job: Job, world_size: int) -> Placement | str | None:
-    """Give the placement that a job names: a policy, or what its file holds for the job's layer."""
+    """Return the placement that a job names: a policy, or what its file has for the layer."""
     moe = None if job.layer is None else moe_layers(job.layer)
     return resolve(job.placement, world_size, layer=job.layer_index, moe_layers=moe)

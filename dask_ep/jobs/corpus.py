@@ -53,7 +53,7 @@ class WordIds(dict):
 
 
 def find_files() -> list[str]:
-    """Give the standard library's sources in a fixed order, without tests and installed packages.
+    """Return the standard library's sources in a fixed order, without tests and installed packages.
 
     Raises
     ------
@@ -115,7 +115,7 @@ class TokenRows:
             done += m
 
     def _read(self, word_ids: WordIds) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-        """Give each file's word ids and its vector, for ever."""
+        """Yield each file's word ids and its vector, for ever."""
         files = find_files()
         number = 0
         while True:

@@ -143,7 +143,7 @@ def _usual_rows(work: Work, layout: Layout) -> int:
 
 
 def fit_stored(rows: int, stored: int | None) -> int:
-    """Give about `rows` rows, at most, such that chunks are read whole or in equal parts.
+    """Return about `rows` rows, at most, such that chunks are read whole or in equal parts.
 
     Examples
     --------

@@ -76,7 +76,7 @@ class Example:
         return min(large, max(256, -(-small // 256) * 256))
 
     def matrices(self) -> dict[str, tuple[int, int, int]]:
-        """Give the shapes of the expert weights, by their key in the job."""
+        """Return the shapes of the expert weights, by their key in the job."""
         E, d, f = self.num_experts, self.d, 2 * self.d if self.hidden is None else self.hidden
         if self.kind == "linear":
             return {"w": (E, d, d)}
@@ -164,7 +164,7 @@ def write_example(
 
 
 def _token_blocks(example: Example) -> Iterator[tuple[int, dict[str, np.ndarray]]]:
-    """Give the first row and the arrays of each block, in order."""
+    """Yield the first row and the arrays of each block, in order."""
     text = TokenRows(example.d, example.seed)
     random = np.random.Generator(np.random.Philox(key=[example.seed, _ROUTER_STREAM]))
     router = random.standard_normal((example.d, example.num_experts), dtype=np.float32)
@@ -208,7 +208,7 @@ def choose_experts(logits: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _expert_weights(example: Example, key: str) -> Iterator[np.ndarray]:
-    """Give one matrix (in, out) per expert, scaled so that outputs are as large as inputs."""
+    """Return one matrix (in, out) per expert, scaled so that outputs are as large as inputs."""
     _, width, d_out = example.matrices()[key]
     matrix = list(example.matrices()).index(key)
     for expert in range(example.num_experts):

@@ -97,7 +97,7 @@ class InPasses:
         *,
         topk_weights: da.Array | None = None,
     ) -> da.Array:
-        """Give the lazy output (N, d_out), as `expert_parallel` does, to be computed by `steps`.
+        """Return the lazy output (N, d_out), as `expert_parallel` does, to be computed by `steps`.
 
         Reads the routing once.
         """
@@ -122,7 +122,7 @@ class InPasses:
         return {"passes": self.passes.to_dict(), "spill": self._place}
 
     def steps(self, output: Output) -> Iterator[Step]:
-        """Give what is to be computed, one after the other; each must be done before the next."""
+        """Yield what is to be computed; each must be done before the next."""
         missing = set(output.missing)
         for g, group in enumerate(self.passes.groups(len(output.rows))):
             blocks = [c for c in group if c in missing]

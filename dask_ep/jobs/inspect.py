@@ -153,7 +153,7 @@ def _array_facts(source: Source) -> list[tuple[str, str]]:
 
 
 def advise_chunk_rows(source: Source) -> int:
-    """Give the rows that make a token chunk of about 32 MiB, of whole stored chunks.
+    """Return the rows that make a token chunk of about 32 MiB, of whole stored chunks.
 
     Examples
     --------
@@ -282,7 +282,7 @@ def _inspect_record(path: str, record: dict[str, Any]) -> Finding:
 
 
 def _recorded_arrays(inputs: Mapping[str, Any], under: str = "") -> Iterator[tuple[str, Any]]:
-    """Give the arrays that an output's record names, each by its dotted name there."""
+    """Return the arrays that an output's record names, each by its dotted name there."""
     for name, value in inputs.items():
         if isinstance(value, dict) and {"name", "shape", "dtype"} <= value.keys():
             yield under + name, value

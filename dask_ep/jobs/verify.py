@@ -225,7 +225,7 @@ def open_output(path: str) -> Source:
 def _recompute(
     inputs: Inputs, sample: np.ndarray, arithmetic: Arithmetic
 ) -> tuple[np.ndarray, Scaled]:
-    """Give the routing (m, k) of the sample's rows, and their output (m, d_out) in float64."""
+    """Return the routing (m, k) of the sample's rows, and their output (m, d_out) in float64."""
     tokens = read_rows(inputs.tokens, sample)
     if inputs.layer is not None:
         both = inputs.layer.route(da.from_array(tokens, chunks=-1))
@@ -331,7 +331,7 @@ def _plain_parts(experts: Experts, e: int) -> tuple[str, dict[str, np.ndarray], 
 def _split_fused(
     arrays: dict[str, np.ndarray], *, interleaved: bool
 ) -> Iterator[tuple[str, np.ndarray]]:
-    """Give gate and up, each by itself, of what holds both in its columns."""
+    """Return gate and up, each by itself, of what holds both in its columns."""
     for name, array in arrays.items():
         if not name.startswith("gate_up"):
             yield name, array

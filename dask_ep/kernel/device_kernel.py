@@ -145,7 +145,7 @@ def through_experts(
     sums: np.dtype,
     dtype: np.dtype,
 ) -> Array:
-    """Give each row the sum of what the experts make of it.
+    """Return for each row the sum of what the experts make of it.
 
     Parameters
     ----------

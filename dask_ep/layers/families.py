@@ -362,7 +362,7 @@ ACTIVATIONS = {
 
 
 def find_family(model_type: str, families: tuple[Family, ...]) -> Family:
-    """Give the first family that a model type belongs to."""
+    """Return the first family that a model type belongs to."""
     for family in families:
         if model_type in family.model_types:
             return family

@@ -209,7 +209,7 @@ def route(
 
 @WITHOUT_WARNINGS
 def all_scores(hidden: Array, score: str, weight: Array, *, bias: Array | None = None) -> Array:
-    """Give each row's score for every expert, (n, E) float32: softmax or sigmoid of the logits.
+    """Return each row's score for every expert, (n, E) float32: softmax or sigmoid of the logits.
 
     `score` is one of ``"softmax"``, ``"sigmoid"``, ``"sqrtsoftplus"``; the arrays and errors are
     those of `route`.
@@ -282,7 +282,7 @@ def look_up(token_ids: Array, table: Array) -> Array:
 def weigh_chosen(
     hidden: Array, indices: Array, router: Router, weight: Array, *, bias: Array | None = None
 ) -> Array:
-    """Give the weights (n, k) that a router gives to experts that were chosen without it.
+    """Return the weights (n, k) that a router gives to experts that were chosen without it.
 
     `indices` (n, k) come from `look_up` or anywhere else; the other arrays and the errors are those
     of `route`. DeepSeek-V4's hash layers are ``look_up`` with a ``"sqrtsoftplus"`` router.

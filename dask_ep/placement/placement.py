@@ -135,13 +135,14 @@ class Placement:
         return np.array_equal(self.stops, _even_stops(self.slots))
 
     def home(self, chunk: int) -> int | None:
-        """Give the rank at which a token chunk is at home: neighbours at different ones, so that
+        """Return the home rank of a token chunk: neighbours have different ones, so that
         all ranks go through the chunks side by side. None where replicas are chosen by ticket only.
         """
         return chunk % self.world_size if self.local else None
 
     def order(self) -> list[int]:
-        """Give the expert of each physical slot, -1 for an empty one: what `Experts.load` takes."""
+        """Return the expert of each physical slot, -1 for an empty one, as `Experts.load` takes
+        it."""
         return self.slots.ravel().tolist()
 
     def rewrite(
@@ -210,12 +211,12 @@ class Placement:
         return nth
 
     def rank_load(self, load: np.ndarray) -> np.ndarray:
-        """Give the rows that each rank serves, (R,) float64, from those of each expert, (E,)."""
+        """Return the rows that each rank serves, (R,) float64, from those of each expert, (E,)."""
         load = np.append(np.asarray(load, np.float64), 0.0)  # [-1] serves the empty slots
         return (load[self.slots] * self.shares).sum(axis=1)
 
     def imbalance(self, load: np.ndarray) -> float:
-        """Give the largest over the mean rank load: 1.0 is perfect; 1.0 also without any load."""
+        """Return the largest over the mean rank load: 1.0 is perfect; 1.0 also without any load."""
         ranks = self.rank_load(load)
         return float(ranks.max() / ranks.mean()) if ranks.any() else 1.0
 

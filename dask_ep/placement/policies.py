@@ -270,7 +270,7 @@ POLICIES = ("contiguous", "packed", "balanced", "exact")
 
 
 def most_slots(policy: str, num_experts: int, world_size: int) -> int:
-    """Give the most slots per rank that `place` uses for a policy, whatever the load.
+    """Return the most slots per rank that `place` uses for a policy, whatever the load.
 
     Examples
     --------
@@ -319,7 +319,7 @@ def _equal_windows(rows: np.ndarray, world_size: int) -> list[dict[int, int]]:
 
 
 def _ticket_at(by_ticket: np.ndarray, served: int, rows: int) -> int:
-    """Give the ticket below which `served` of an expert's `rows` rows lie."""
+    """Return the ticket below which `served` of an expert's `rows` rows are."""
     below = np.concatenate([[0], np.cumsum(by_ticket, dtype=np.float64)])
     edges = np.linspace(0, TICKETS, below.size)
     return round(float(np.interp(served / max(rows, 1) * below[-1], below, edges)))

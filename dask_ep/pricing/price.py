@@ -427,7 +427,7 @@ class Plan:
     # --- forms -------------------------------------------------------------------------------
 
     def to_dict(self) -> dict[str, Any]:
-        """Give all figures as plain numbers, lists and text."""
+        """Return all figures as plain numbers, lists and text."""
         figures = [
             *("rows", "slots_per_row", "world_size", "workers", "threads", "policy", "cores"),
             *("chunk_rows", "imbalance", "exchanged_bytes", "stored_bytes"),
@@ -451,7 +451,7 @@ class Plan:
         }
 
     def to_json(self) -> str:
-        """Give `to_dict` as JSON text."""
+        """Return `to_dict` as JSON text."""
         return json.dumps(self.to_dict())
 
     def __repr__(self) -> str:

@@ -98,5 +98,5 @@ class PlanInPasses(Plan):
         return said
 
     def to_dict(self) -> dict[str, Any]:
-        """Give all figures as plain numbers, lists and text."""
+        """Return all figures as plain numbers, lists and text."""
         return super().to_dict() | {"passes": self.passes.to_dict()}

@@ -91,7 +91,7 @@ def merge(values: Sequence[Any]) -> Any:
 
 
 def find_sources(obj: Any) -> Iterator[Source]:
-    """Give all sources that an object is made of, those that others are made of too."""
+    """Return all sources that an object is made of, those that others are made of too."""
     if isinstance(obj, Source):
         yield obj
     if isinstance(obj, Mapping):

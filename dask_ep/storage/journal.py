@@ -135,7 +135,7 @@ def read_done(directory: str, run: str) -> set[int]:
 
 
 def read_digests(directory: str, run: str) -> dict[int, str]:
-    """Give the hash of the rows of each block that the lines of this run call done."""
+    """Return the hash of the rows of each block that the lines of this run call done."""
     return dict(_read_lines(directory, run, "done"))
 
 
@@ -238,7 +238,7 @@ def _line(run: str, block: int, digest: str) -> bytes:
 
 
 def _read_lines(directory: str, run: str, what: str) -> Iterator[tuple[int, str]]:
-    """Give the block and the hash of each whole line of this run."""
+    """Return the block and the hash of each whole line of this run."""
     for name in os.listdir(directory):
         if not name.startswith(f"{what}-"):
             continue

@@ -26,7 +26,7 @@ def is_remote(address: str | os.PathLike) -> bool:
 
 
 def file_system(address: str) -> tuple[Any, str]:
-    """Give the fsspec file system of an address, and the path there.
+    """Return the fsspec file system of an address, and the path there.
 
     Raises
     ------
@@ -143,7 +143,7 @@ def open_remote_npy(address: str, name: str | None = None, dtype: Any = None) ->
 
 
 def _find(address: str) -> tuple[Any, str, int, str]:
-    """Give the file system, the path there, the bytes of the file, and what tells its content."""
+    """Return the file system, the path there, the bytes of the file, and what tells its content."""
     files, path = file_system(address)
     try:
         info = files.info(path)

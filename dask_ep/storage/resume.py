@@ -203,7 +203,7 @@ def _is_unchanged(path: str, manifest: Mapping[str, Any]) -> bool:
 def _compare_rows(
     path: str, writer: Writer, spans: list[tuple[int, int]], digests: Mapping[int, str]
 ) -> dict[int, str]:
-    """Give the existing blocks of a finished output; refuse if one has other rows."""
+    """Return the existing blocks of a finished output; refuse if one has other rows."""
     other = f"{path} is not what its run wrote, and cannot be resumed: "
     instead = "Overwrite it, or write elsewhere"
     if not writer.fits():

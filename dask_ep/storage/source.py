@@ -96,7 +96,7 @@ class Source(ABC):
         return (stop - start, *self.shape[1:]) if self.shape else ()
 
     def _destination(self, start: int, stop: int, out: np.ndarray | None) -> np.ndarray:
-        """Give the array to fill: `out`, if it fits the request, or a new one."""
+        """Return the array to fill: `out`, if it fits the request, or a new one."""
         shape = self._shape_of(start, stop)
         if out is None:
             return empty(shape, self.dtype)

@@ -159,7 +159,7 @@ class ZarrSource(Source):
         return out
 
     def find_missing(self) -> list[str]:
-        """Give the keys of all chunks (shards) that were never written, without reading any."""
+        """Return the keys of all chunks (shards) that were never written, without reading any."""
         return list(missing_chunks(self.array, 0, self.shape[0])) if self.shape else []
 
     def fingerprint(self) -> dict[str, Any]:

@@ -238,7 +238,7 @@ def make_writer(
 
 
 def chunk_rows(blocks: Sequence[int]) -> int:
-    """Give the longest Zarr chunk, in rows, such that no two blocks share one.
+    """Return the longest Zarr chunk, in rows, such that no two blocks share one.
 
     Examples
     --------

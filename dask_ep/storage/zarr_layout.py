@@ -198,7 +198,7 @@ def chunk_files(array: zarr.Array) -> ChunkFiles | None:
 
 
 def chunk_keys(array: zarr.Array, start: int, stop: int) -> Iterator[str]:
-    """Give the keys under which the chunks (shards) of rows [start, stop) are stored."""
+    """Return the keys under which the chunks (shards) of rows [start, stop) are stored."""
     lengths = array.shards or array.chunks
     grid = [range(start // lengths[0], -(-stop // lengths[0]))]
     grid += [range(-(-n // c)) for n, c in zip(array.shape[1:], lengths[1:], strict=True)]
@@ -206,7 +206,7 @@ def chunk_keys(array: zarr.Array, start: int, stop: int) -> Iterator[str]:
 
 
 def missing_chunks(array: zarr.Array, start: int, stop: int) -> Iterator[str]:
-    """Give the keys of the stored chunks (shards) of rows [start, stop) that the store lacks."""
+    """Return the keys of the stored chunks (shards) of rows [start, stop) that the store lacks."""
     from zarr.core.sync import sync
 
     directory = local_directory(array)

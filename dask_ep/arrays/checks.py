@@ -148,9 +148,9 @@ def raise_nan(topk_weights: Array) -> NoReturn:
     where = tuple(int(i[0]) for i in bad.nonzero())
     raise BadRow.at(
         where[0],
-        f"topk_weights must not be NaN, but topk_weights[{', '.join(map(str, where))}] is, like "
-        f"{int(bad.sum())} of {topk_weights.size}; a slot without an expert has routing -1 and any "
-        "finite weight",
+        f"topk_weights must not be NaN, but topk_weights[{', '.join(map(str, where))}] is "
+        f"({int(bad.sum())} of {topk_weights.size} are); a slot without an expert has routing -1 "
+        "and any finite weight",
     )
 
 

@@ -154,7 +154,7 @@ def test_wrong_use_is_2(tmp_path, capsys, small_job):
         (["example", tmp_path / "new", "--seed", 1 << 64], "seed must be in [0, 2**64)"),
         (
             ["run", small_job, "--travel", "auto"],
-            "travel is for workers, or for experts that do not fit",
+            "travel is for workers, and for experts that do not fit",
         ),
         (["run", small_job, "--memory-limit", "much"], "invalid size: 'much'"),
         (["run", small_job, "--memory-limit", "0"], "invalid size: '0'"),

@@ -562,7 +562,7 @@ def test_a_nan_weight_is_found_though_its_row_goes_nowhere(world_size):
         topk_weights=da.from_array(weights, chunks=(20, 2)),
         world_size=world_size,
     )
-    with pytest.raises(ValueError, match=r"token chunk 2.*topk_weights\[5, 1\] is NaN, as are 1"):
+    with pytest.raises(ValueError, match=r"token chunk 2.*topk_weights\[5, 1\] is \(1"):
         y.compute(scheduler="sync")
 
 

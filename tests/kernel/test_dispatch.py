@@ -338,7 +338,7 @@ REFUSED = {
     "NaN weight": (
         {"topk_weights": np.array([1.0, np.nan])},
         ValueError,
-        r"topk_weights\[1\] is NaN, as are 1 of 2",
+        r"must not be NaN, but topk_weights\[1\] is \(1 of 2 are\)",
     ),
     "a list of tokens": (
         {"tokens": [[1.0]]},

@@ -21,7 +21,7 @@ WORKERS=${WORKERS:-2}
 MEMORY=${MEMORY:-auto}
 TLS=${TLS:-}
 
-# A task is given up when so many workers have died on which it waited: more than there are workers.
+# A task is given up when this many of its workers have died: more than there are workers.
 export DASK_DISTRIBUTED__SCHEDULER__ALLOWED_FAILURES=${ALLOWED_FAILURES:-100}
 
 # Workers keep freed memory of a packet's size for the next packet: as Dask starts them, they do not.

@@ -44,12 +44,16 @@ WORKERS_SECONDS = 120.0
 def main() -> None:
     options = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     options.add_argument("job", nargs="?", help="a TOML file")
-    options.add_argument("--nodes", nargs="+", required=True, help="localhost needs no ssh")
+    options.add_argument(
+        "--nodes", nargs="+", required=True, help="host names; localhost needs no ssh"
+    )
     options.add_argument("--protocol", choices=PROTOCOLS, default="ucx")
     options.add_argument("--interface", default=None, help="network card of the nodes, such as ib0")
     options.add_argument("--port", type=int, default=8786)
-    options.add_argument("--ranks", type=int, help="GPUs in all; the job waits for so many")
-    options.add_argument("--device-memory-limit", default="0.9", help="of each GPU: share or size")
+    options.add_argument("--ranks", type=int, help="number of GPUs that the job waits for")
+    options.add_argument(
+        "--device-memory-limit", default="0.9", help="memory limit of each GPU: share or size"
+    )
     options.add_argument("--resume", action="store_true")
     options.add_argument("--print", action="store_true", dest="only_print")
     asked = options.parse_args()
@@ -113,7 +117,7 @@ def started(commands: list[list[str]]) -> Iterator[None]:
 
 
 def wait_for_workers(address: str, count: int) -> None:
-    """Wait until so many workers have come; raise TimeoutError if they do not."""
+    """Wait until this many workers have joined; raise TimeoutError otherwise."""
     with dask.config.set(UCX_ON_GPUS), Client(address) as client:
         client.wait_for_workers(count, timeout=WORKERS_SECONDS)
 

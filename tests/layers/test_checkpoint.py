@@ -578,7 +578,7 @@ def added(name, value):
         ("jamba", 1, {"num_experts": 1}, ValueError, "is dense in .*; MoE layers are none"),
         ("qwen3_moe", 2, {}, ValueError, r"layer must be in \[0, 2\), .* but is 2"),
         ("qwen3_moe", 1, {"model_type": "palm"}, ValueError,
-         "one of deepseek_v2, .*qwen3_vl_moe_text; config.json says 'palm'.* one row of data"),
+         "one of deepseek_v2, .*qwen3_vl_moe_text; config.json says 'palm'.* To add a family"),
         ("qwen3_moe", 1, {"model_type": None}, ValueError, "config.json must have a 'model_type'"),
         ("qwen3_moe", 1, {"num_experts_per_tok": None}, ValueError,
          r"qwen3_moe: config.json must have 'num_experts_per_tok' \(null .*, but has only archi"),
@@ -819,7 +819,8 @@ def test_why_no_moe_layer_can_be_described(tmp_path):
         describe(dense)
     elsewhere = altered(tmp_path / "b", "jamba", tensors=renamed("model.", "strange."))
     with pytest.raises(
-        ValueError, match="MoE layers 1 by config.json, .* such as model.layers.1.feed_forward"
+        ValueError,
+        match="MoE layers 1 according to config.json, .* such as model.layers.1.feed_forward",
     ):
         describe(elsewhere)
 

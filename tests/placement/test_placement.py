@@ -654,9 +654,9 @@ MESSAGES = [
     (lambda: incremental(contiguous(4, 2), [1, 2]), "must place 2 experts, but places 4"),
     (
         lambda: contiguous(4, 2).rewrite(np.array([[0, 1], [3, 4]]), 100),
-        r"\[-1, 4\), and row 101 holds 4",
+        r"\[-1, 4\), but row 101 holds 4",
     ),
-    (lambda: ticket_load(np.array([0, -2]), 3), r"\[-1, 3\), and row 1 holds -2"),
+    (lambda: ticket_load(np.array([0, -2]), 3), r"\[-1, 3\), but row 1 holds -2"),
     (lambda: write_sglang("x.txt", {0: contiguous(2, 1)}), "ending .json"),
     (lambda: write_sglang("x.json", {0: contiguous(3, 2)}), "no empty slots, but layer 0 has 1"),
     (lambda: write_vllm_ascend("x", [contiguous(2, 1), contiguous(4, 2)]), "2 different sizes"),

@@ -365,7 +365,7 @@ def test_a_full_disk_says_where_and_how_much_and_loses_nothing(path, monkeypatch
     with pytest.raises(OSError, match=message) as caught:
         run(path, Steps())
     assert caught.value.errno == errno.ENOSPC
-    assert "go on with resume" in str(caught.value)
+    assert "free some space and resume" in str(caught.value)
     monkeypatch.undo()
     rest = Steps()
     run(path, rest, resume=True)

@@ -451,7 +451,7 @@ ROUTING = da.zeros((N, 2), chunks=(20, 2), dtype=int)
         (
             {"routing": da.ma.masked_equal(ROUTING, 0)},
             TypeError,
-            "is a masked array; .* for routing, -1 is no expert",
+            "be a masked array; .*in routing, -1 means no expert",
         ),
         ({"world_size": 2.0}, TypeError, "world_size must be a whole number, but is 2.0"),
         ({"world_size": True}, TypeError, "world_size must be a whole number, but is True"),
@@ -578,7 +578,7 @@ def test_no_rows_in_several_chunks(world_size, k):
 
 def test_functions_that_give_another_width_than_said_are_refused():
     y = expert_parallel(TOKENS, ROUTING, [lambda x: x[:, :2]] * E)
-    with pytest.raises(ValueError, match=r"width 6, but gave 2; say .*d_out=2"):
+    with pytest.raises(ValueError, match=r"width 6, but gave 2; use .*d_out=2"):
         y.compute(scheduler="sync")
 
 

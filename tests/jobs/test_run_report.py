@@ -142,7 +142,7 @@ def test_a_run_that_goes_on_in_other_chunks_has_no_report(job_file, tmp_path, ch
     with pytest.raises(KeyboardInterrupt):
         run_job(job, Threads(1), chunk_rows=100, on_progress=stop)
     report = tmp_path / "run.html"
-    told = f"begun with chunks of 100 rows, not {chunk_rows}: resume with those, or without"
+    told = f"began with chunks of 100 rows, not {chunk_rows}: resume with those, or without"
     with pytest.raises(ValueError, match=told):
         run_job(job, Threads(1), resume=True, chunk_rows=chunk_rows, report=report)
     assert not report.exists()

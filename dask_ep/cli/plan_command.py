@@ -41,7 +41,7 @@ from dask_ep.jobs.decide import attempt
 from dask_ep.jobs.in_passes import free_for_rows
 from dask_ep.jobs.job import PLACEMENTS, load_job
 from dask_ep.jobs.notes import find_notes
-from dask_ep.jobs.plan import Pricing
+from dask_ep.jobs.price_job import Pricing
 from dask_ep.laws.costs import Rates
 from dask_ep.laws.travel import TRAVELS
 from dask_ep.pricing.price import Plan, WhatIf

@@ -24,7 +24,6 @@ The fair share is that of the workers that were there when all was last settled.
 
 from __future__ import annotations
 
-import logging
 import time
 from collections import defaultdict, deque
 from collections.abc import Callable, Collection, Mapping, Sequence
@@ -37,13 +36,12 @@ from distributed.core import Status
 from distributed.scheduler import Scheduler
 
 from dask_ep.cluster import dask_internals
-from dask_ep.cluster.hot_ranks import LOOK_SECONDS, MEMORY, HotRanks, Rank, Sample
+from dask_ep.cluster.hot_ranks import LOOK_SECONDS
 from dask_ep.cluster.layer_map import LayerMap
-from dask_ep.cluster.owner_rules import assign, balance, capacities, natural_order
-from dask_ep.cluster.ranks import NOBODY, Change, OwnersOfRank, Ranks
+from dask_ep.cluster.owner_rules import capacities, natural_order
+from dask_ep.cluster.ranks import OwnersOfRank, RankMap, Ranks
+from dask_ep.cluster.replicas import Replicas
 from dask_ep.graph.keys import read_rank
-
-logger = logging.getLogger(__name__)
 
 PLUGIN = "dask-ep-owners"
 """The plugin's name on the scheduler."""
@@ -83,6 +81,25 @@ def _seen_by_the_user(hook: Callable) -> Callable:
     return guarded
 
 
+class Timers(dict[str, object]):
+    """What is to be done later, once, by what it waits for."""
+
+    def __init__(self, loop: Any):
+        super().__init__()
+        self._loop = loop
+
+    def start(self, what: str, seconds: float, then: Callable, *args: Any) -> None:
+        self[what] = self._loop.call_later(seconds, then, *args)
+
+    def cancel(self, what: str) -> None:
+        if timer := self.pop(what, None):
+            self._loop.remove_timeout(timer)
+
+    def clear(self) -> None:
+        for what in list(self):
+            self.cancel(what)
+
+
 class Ownership(SchedulerPlugin):
     """The plugin: lives in the scheduler from the first claim of a client to the last's end."""
 
@@ -93,19 +110,16 @@ class Ownership(SchedulerPlugin):
         self.scheduler = scheduler
         self.settle, self.pause_limit = SETTLE, PAUSE_LIMIT
         self.claims: dict[str, int] = {}  # by client: the world size that it last asked for
-        self.ranks: dict[int, Ranks] = {}  # by world size
+        self.ranks = RankMap(lambda size, rank: self.layers.serve(size, rank))
         self.away: set[str] = set()  # workers that have been paused for too long
-        self.settled_capacity = 0.0  # of all workers, when all was last settled
         self.layers = LayerMap(scheduler, lambda size, rank: self.ranks[size].owners[rank])
         self.chunks_in_flight: float | None = None  # on each worker; None: by its threads
         self.is_leaving = False
         self.replicate_hot = True  # whether hot ranks get further owners
-        self.hot = HotRanks()
-        self.grown: dict[Rank, str] = {}  # ranks that have got one, and which
-        self.timers: dict[str, object] = {}  # by what they wait for
+        self.replicas = Replicas(self.ranks)
+        self.timers = Timers(scheduler.loop)
         self.unsettled_since = inf  # monotonic seconds
         self.failures: deque[str] = deque(maxlen=100)
-        self.changes: deque[Change] = deque(maxlen=10_000)
 
     # What the scheduler tells
 
@@ -136,7 +150,7 @@ class Ownership(SchedulerPlugin):
     @_seen_by_the_user
     def transition(self, key: object, start: str, finish: str, *args: Any, **kwargs: Any) -> None:
         self.layers.heard(key, start, finish)
-        if not len(self.layers) and (self.is_leaving or self.grown):
+        if not len(self.layers) and (self.is_leaving or self.replicas):
             self.scheduler.loop.add_callback(self._leave if self.is_leaving else self._shrink)
 
     @_seen_by_the_user
@@ -165,13 +179,7 @@ class Ownership(SchedulerPlugin):
         passes = (g for g in scheduler.task_groups.values() if g.name.startswith("ep_dispatch-"))
         if not any(layer.is_open for layer in self.layers) and all(g.done for g in passes):
             return workers
-        needed = {
-            owner
-            for ranks in self.ranks.values()
-            for of_rank in ranks.living()
-            if len(of_rank) == 1
-            for owner in of_rank
-        }
+        needed = self.ranks.only_owners()
         return [worker for worker in workers if worker.address not in needed]
 
     @_seen_by_the_user
@@ -218,8 +226,6 @@ class Ownership(SchedulerPlugin):
     def _leave(self) -> None:
         if not self.is_leaving or self.scheduler.plugins.get(PLUGIN) is not self:
             return
-        for timer in self.timers.values():
-            self.scheduler.loop.remove_timeout(timer)
         self.timers.clear()
         self.scheduler.plugins.pop(PLUGIN)
         dask_internals.free_stuck(self.scheduler, OwnersOfRank)
@@ -229,7 +235,7 @@ class Ownership(SchedulerPlugin):
         ranks = self.ranks[world_size]
         ranks.by_hand.add(rank)
         ranks.replicas[rank] = len(workers)
-        self._change(world_size, rank, workers, why)
+        self.ranks.change(world_size, rank, workers, why)
         self._publish()
 
     def workers(self) -> dict[str, float]:
@@ -247,12 +253,6 @@ class Ownership(SchedulerPlugin):
         gpus = {w.address: w.resources["GPU"] for w in able if w.resources.get("GPU", 0) > 0}
         return gpus or capacities({w.address: w.memory_limit for w in able})
 
-    def places(self) -> int:
-        """Count the ranks that the workers can own one at a time: GPUs if any, else workers."""
-        workers = self.workers()
-        has_gpus = any(self.scheduler.workers[w].resources.get("GPU") for w in workers)
-        return int(sum(workers.values())) if has_gpus else len(workers)
-
     # What happens
 
     def _arrived(self, worker: str) -> None:
@@ -264,7 +264,7 @@ class Ownership(SchedulerPlugin):
 
     def _gone(self, worker: str, how: str) -> None:
         self._settle_later()
-        self._cancel(worker)
+        self.timers.cancel(worker)
         if worker not in self.scheduler.workers:
             self.away.discard(worker)
             self.layers.lose(worker)
@@ -274,13 +274,13 @@ class Ownership(SchedulerPlugin):
 
     @_seen_by_the_user
     def _status_changed(self, worker: str, status: str) -> None:
-        self._cancel(worker)
+        self.timers.cancel(worker)
         if worker not in self.scheduler.workers or PLUGIN not in self.scheduler.plugins:
             return
         if status == "running":
             self._arrived(worker)
         elif status == "paused":
-            self._start(worker, self.pause_limit, self._paused_for_long, worker)
+            self.timers.start(worker, self.pause_limit, self._paused_for_long, worker)
         else:
             self._gone(worker, "retires")
 
@@ -292,55 +292,22 @@ class Ownership(SchedulerPlugin):
     @_seen_by_the_user
     def _settle(self) -> None:
         """Once no worker comes or goes any more: owners for all, then balance."""
-        self.timers.pop("settle", None)
+        self.timers.cancel("settle")
         self.unsettled_since = inf
         workers = self.workers()
         if not workers:
             return
-        self.settled_capacity = sum(workers.values())
+        self.ranks.settled_capacity = sum(workers.values())
         self.assign("settled")
-        now = time.monotonic()
-        for world_size, ranks in self.ranks.items():
-            fixed = ranks.by_hand | {
-                rank
-                for rank, balanced_at in enumerate(ranks.balanced_at)
-                if now - balanced_at < 10 * self.settle
-            }
-            before = ranks.living()
-            for rank, owners in enumerate(balance(before, workers, ranks.loads, fixed)):
-                if owners != before[rank]:
-                    ranks.balanced_at[rank] = now
-                    self._change(world_size, rank, owners, "rebalanced")
+        self.ranks.balance(workers, keep=10 * self.settle)
         self._publish()
 
     # How it is done
 
     def assign(self, why: str, shares: float = inf) -> None:
         """Give owners to the ranks that lack one, to each worker up to so many fair shares."""
-        workers = self.workers()
-        if not self.settled_capacity:
-            self.settled_capacity = sum(workers.values())
-        for world_size, ranks in self.ranks.items():
-            before = ranks.living()
-            limit = shares * sum(ranks.loads) / (self.settled_capacity or 1.0)
-            chosen = assign(before, workers, ranks.loads, ranks.replicas, limit)
-            for rank, owners in enumerate(chosen):
-                self._change(world_size, rank, owners, why)
-                if not before[rank] & owners:
-                    ranks.by_hand.discard(rank)
+        self.ranks.assign(self.workers(), why, shares)
         self._publish()
-
-    def _change(self, world_size: int, rank: int, owners: Collection[str], why: str) -> None:
-        of_rank = self.ranks[world_size].owners[rank]
-        before, after = of_rank - {NOBODY}, set(owners)
-        if before == after:
-            return
-        of_rank.clear()
-        of_rank.update(after or {NOBODY})
-        change = Change(time.time(), world_size, rank, _sorted(before), _sorted(after), why)
-        self.changes.append(change)
-        logger.info("rank %d of %d: %s -> %s (%s)", rank, world_size, before, after, why)
-        self.layers.serve(world_size, rank)
 
     def limit(self, chunks: float | None) -> None:
         """Bound the chunks in flight on each worker; None: by its threads."""
@@ -354,85 +321,31 @@ class Ownership(SchedulerPlugin):
     @_seen_by_the_user
     def _look(self) -> None:
         """Give a further owner to a rank that is hot, if there is one."""
-        self._start("look", LOOK_SECONDS, self._look)
+        self.timers.start("look", LOOK_SECONDS, self._look)
         if not self.replicate_hot or not len(self.layers):
             return
         sizes = {layer.token: layer.world_size for layer in self.layers}
-        told, nbytes = {}, dict[Rank, int]()
-        for address in self.workers():
-            sample = self._sample(address, sizes, nbytes)
-            if sample is not None:
-                told[address] = sample
-        owners = {
-            (size, rank): set(of_rank)
-            for size, ranks in self.ranks.items()
-            for rank, of_rank in enumerate(ranks.living())
-        }
-        replica = self.hot.look(told, owners, nbytes)
-        if replica is not None:
-            size, rank = replica.rank
-            self.grown[replica.rank] = replica.worker
-            self.ranks[size].replicas[rank] = len(owners[replica.rank]) + 1
-            self._change(size, rank, owners[replica.rank] | {replica.worker}, replica.why)
+        workers = [self.scheduler.workers[address] for address in self.workers()]
+        if self.replicas.grow(workers, sizes):
             self._publish()
-
-    def _sample(
-        self, address: str, sizes: Mapping[str, int], nbytes: dict[Rank, int]
-    ) -> Sample | None:
-        """What a worker told of its services last; `nbytes` learns the sizes of its ranks."""
-        worker = self.scheduler.workers[address]
-        told = worker.metrics.get("dask_ep")
-        if told is None or worker.status != Status.running:
-            return None
-        waiting: defaultdict[Rank, int] = defaultdict(int)
-        for token, rank, rows in told["queues"]:
-            if token in sizes:
-                waiting[sizes[token], rank] += rows
-        for token, rank, held in told["slices"]:
-            if token in sizes:
-                nbytes[sizes[token], rank] = max(held, nbytes.get((sizes[token], rank), 0))
-        used, limit = worker.metrics.get("memory", 0), worker.memory_limit
-        room = MEMORY * limit - used if limit else inf
-        return Sample(told["time"], told["core"], told["threads"], waiting, room)
 
     def _shrink(self) -> None:
         """Take the further owners of hot ranks back when no layer is computed any more."""
-        if len(self.layers):
-            return
-        for (size, rank), worker in self.grown.items():
-            of_rank = self.ranks[size].living()[rank]
-            if len(of_rank) > 1:
-                self.ranks[size].replicas[rank] -= 1
-                self._change(size, rank, of_rank - {worker}, "hot no more")
-        self.grown.clear()
-        self._publish()
+        if not len(self.layers):
+            self.replicas.shrink()
+            self._publish()
 
     def _settle_later(self) -> None:
         now = time.monotonic()
         self.unsettled_since = min(self.unsettled_since, now)
         latest = self.unsettled_since + 5 * self.settle
-        self._cancel("settle")
-        self._start("settle", max(0.0, min(self.settle, latest - now)), self._settle)
-
-    def _start(self, what: str, seconds: float, then: Callable, *args: Any) -> None:
-        self.timers[what] = self.scheduler.loop.call_later(seconds, then, *args)
-
-    def _cancel(self, what: str) -> None:
-        if timer := self.timers.pop(what, None):
-            self.scheduler.loop.remove_timeout(timer)
+        self.timers.cancel("settle")
+        self.timers.start("settle", max(0.0, min(self.settle, latest - now)), self._settle)
 
     def _publish(self) -> None:
         """Let clients read who owns what, and start tasks that waited for an owner."""
-        owners = {
-            str(world_size): [_sorted(of_rank) for of_rank in ranks.living()]
-            for world_size, ranks in self.ranks.items()
-        }
         if self.is_leaving:
             self.scheduler.task_metadata.pop(METADATA[0], None)
         else:
-            self.scheduler.set_metadata(list(METADATA), owners)
+            self.scheduler.set_metadata(list(METADATA), self.ranks.published())
         dask_internals.begin_stuck(self.scheduler, OwnersOfRank)
-
-
-def _sorted(owners: Collection[str]) -> tuple[str, ...]:
-    return tuple(sorted(owners, key=natural_order))

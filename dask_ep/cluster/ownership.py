@@ -288,7 +288,7 @@ def _claim(
     plugin = installed or Ownership(dask_scheduler)
     is_new = client not in plugin.claims
     if world_size is None:
-        world_size = plugin.claims.get(client) or plugin.places()
+        world_size = plugin.claims.get(client) or _places(plugin)
         if world_size == 0:
             raise ValueError(
                 "world_size defaults to the number of workers, but there are none; start workers "
@@ -309,6 +309,13 @@ def _claim(
         plugin.replicate_hot = replicate_hot
     plugin.claim(client, world_size, loads, replicas)
     return world_size, is_new
+
+
+def _places(plugin: Ownership) -> int:
+    """Count the ranks that the workers can play one at a time: GPUs if any, else workers."""
+    workers = plugin.workers()
+    has_gpus = any(plugin.scheduler.workers[w].resources.get("GPU") for w in workers)
+    return int(sum(workers.values())) if has_gpus else len(workers)
 
 
 def _check_claim(
@@ -352,7 +359,7 @@ def _owners(world_size: int, dask_scheduler: Scheduler) -> list[tuple[str, ...]]
 
 def _changes(world_size: int, dask_scheduler: Scheduler) -> list[Change]:
     plugin = _installed(dask_scheduler, world_size)
-    return [change for change in plugin.changes if change.world_size == world_size]
+    return [change for change in plugin.ranks.changes if change.world_size == world_size]
 
 
 def _failures(dask_scheduler: Scheduler) -> list[str]:

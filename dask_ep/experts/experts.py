@@ -12,37 +12,21 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
-import dask.array as da
 import numpy as np
 from dask.base import normalize_token
 
 from dask_ep.arrays.checks import is_float
 from dask_ep.arrays.namespaces import Array
-from dask_ep.experts.local_experts import EmptyFunction, LocalExperts
-from dask_ep.experts.weights import Weight
+from dask_ep.experts.callables import CallableExperts
+from dask_ep.experts.expert_kinds import EXPERT_KINDS
+from dask_ep.experts.local_experts import LocalExperts
+from dask_ep.experts.weights import Weight, Weights
 from dask_ep.kernel.bfloat16 import PARTS
-from dask_ep.kernel.expert import Expert
 from dask_ep.kernel.kinds import ACTIVATIONS
 from dask_ep.storage.fingerprint import describe
-from dask_ep.storage.source import Source
-
-WEIGHTS = {
-    "linear": {"w": "d o", "bias": "o"},
-    "mlp": {"up": "d f", "up_bias": "f", "down": "f o", "down_bias": "o"},
-    "gated": {
-        "gate": "d f",
-        "gate_bias": "f",
-        "up": "d f",
-        "up_bias": "f",
-        "down": "f o",
-        "down_bias": "o",
-    },
-    "gated_fused": {"gate_up": "d 2f", "gate_up_bias": "2f", "down": "f o", "down_bias": "o"},
-}
-"""The weights of each kind and their axes after the first: d in, f hidden, o out."""
 
 
-class Experts:
+class Experts(Weights):
     """The experts of a layer: their kind, and where the weights of each lie.
 
     Made by `Experts.linear`, `Experts.mlp`, `Experts.gated`, `Experts.gated_fused` and
@@ -81,7 +65,7 @@ class Experts:
     def __init__(self, kind: str, weights: dict[str, Weight], options: dict[str, Any]):
         self.kind, self.weights, self.options = kind, weights, options
         axes = {
-            name: reversed_axes(WEIGHTS[kind][name], options.get("transposed", False))
+            name: reversed_axes(EXPERT_KINDS[kind].weights[name], options.get("transposed", False))
             for name in weights
         }
         sizes = _bind_axes(kind, weights, axes)
@@ -147,14 +131,8 @@ class Experts:
         apply_router_weight_on_input : the top-k weight multiplies the row that the expert
             reads (as in Llama 4) instead of its output
         """
-        weights = {
-            "gate": gate,
-            "up": up,
-            "down": down,
-            "gate_bias": gate_bias,
-            "up_bias": up_bias,
-            "down_bias": down_bias,
-        }
+        weights = {"gate": gate, "up": up, "down": down}
+        weights |= {"gate_bias": gate_bias, "up_bias": up_bias, "down_bias": down_bias}
         return cls._of(
             "gated",
             weights,
@@ -187,12 +165,8 @@ class Experts:
         Their halves follow each other, or alternate (gate in the even columns) if `interleaved`;
         a bias is split in the same way.
         """
-        weights = {
-            "gate_up": gate_up,
-            "down": down,
-            "gate_up_bias": gate_up_bias,
-            "down_bias": down_bias,
-        }
+        weights = {"gate_up": gate_up, "down": down}
+        weights |= {"gate_up_bias": gate_up_bias, "down_bias": down_bias}
         return cls._of(
             "gated_fused",
             weights,
@@ -218,21 +192,8 @@ class Experts:
 
     @classmethod
     def _of(cls, kind: str, weights: dict[str, Any], **options: Any) -> Experts:
-        activation = options.get("activation", "silu")
-        if activation not in ACTIVATIONS:
-            raise ValueError(f"activation must be one of {list(ACTIVATIONS)}, not {activation!r}")
-        on_input = options.get("apply_router_weight_on_input", False)
-        if not isinstance(on_input, bool):
-            raise ValueError(
-                f"apply_router_weight_on_input must be True or False, not {on_input!r}"
-            )
-        if missing := [n for n, w in weights.items() if w is None and not n.endswith("bias")]:
-            raise TypeError(f"{', '.join(missing)} must be given, but got None")
-        given = {name: Weight.of(w, name) for name, w in weights.items() if w is not None}
-        for name, weight in given.items():
-            if not is_float(weight.dtype):
-                raise TypeError(f"{name} must hold floats, but has dtype {weight.dtype}")
-        return cls(kind, given, options)
+        _check_options(options)
+        return cls(kind, _opened(weights), options)
 
     def with_precision(self, precision: str) -> Experts:
         """The same experts, whose float32 values are rounded in 16-bit products, or are not.
@@ -258,39 +219,6 @@ class Experts:
         """How exact products in 16 bits are, see `with_precision`."""
         return self.options.get("precision", "float32")
 
-    @property
-    def is_bfloat16(self) -> bool:
-        """Whether matrices are bfloat16, or are decoded to it, as far as dtypes tell."""
-        return any(weight.is_bfloat16 for weight in self.weights.values())
-
-    def loaded_bytes(self, dtype: np.dtype, *, on_device: bool = False) -> int:
-        """Bytes of one expert that is loaded to compute in a dtype."""
-        return sum(w.loaded_bytes(dtype, on_device=on_device) for w in self.weights.values())
-
-    @property
-    def dtype(self) -> np.dtype:
-        return next(iter(self.weights.values())).dtype
-
-    @property
-    def nbytes(self) -> int:
-        return sum(weight.nbytes for weight in self.weights.values())
-
-    @property
-    def num_held(self) -> int:
-        """Experts without the empty slots."""
-        return sum(e >= 0 for e in next(iter(self.weights.values())).ids)
-
-    @property
-    def parameters(self) -> int:
-        """Numbers in one expert: twice as many FLOPs go into each row."""
-        return sum(int(np.prod(weight.shape[1:])) for weight in self.weights.values())
-
-    @property
-    def is_square(self) -> bool:
-        """Whether all matrices are square, so that their shapes do not tell in from out."""
-        shapes = [w.shape for name, w in self.weights.items() if not name.endswith("bias")]
-        return all(rows == columns for _, rows, columns in shapes)
-
     def __repr__(self) -> str:
         hidden = "" if self.hidden is None else f", hidden={self.hidden}"
         return (
@@ -305,21 +233,12 @@ class Experts:
         """Tell these experts from others: kind, options and weights; not how they are held."""
         return describe(vars(self))
 
-    def sources(self) -> list[Source]:
-        """Where the weights lie that are no Dask arrays."""
-        return [source for weight in self.weights.values() for source in weight.sources()]
-
     # --- a rank's part ---
 
     def subset(self, ids: Sequence[int]) -> Experts:
         """Keep some experts, in the order of `ids`; -1 is an empty slot, which no row may reach."""
         weights = {name: weight.subset(ids) for name, weight in self.weights.items()}
         return Experts(self.kind, weights, self.options)
-
-    def collections(self) -> dict[str, da.Array]:
-        """The weights that are Dask arrays, each the experts held here in one chunk."""
-        found = {name: weight.collection() for name, weight in self.weights.items()}
-        return {name: array for name, array in found.items() if array is not None}
 
     def detached(self) -> Experts:
         """The same without its Dask arrays, whose values `load` then gets as `given`."""
@@ -359,67 +278,6 @@ class Experts:
         return local
 
 
-class CallableExperts:
-    """Experts that are a user's functions; see `Experts.callables`."""
-
-    kind, precision, is_bfloat16 = "callables", "float32", False
-    d = hidden = dtype = None
-    nbytes = parameters = widest = 0
-
-    def __init__(self, functions: tuple[Callable[[Array], Array] | None, ...], d_out: int | None):
-        for e, function in enumerate(functions):
-            if isinstance(function, Expert):
-                raise TypeError(
-                    f"expert {e} must be a function of its own, but is an Expert that was loaded; "
-                    "pass the Experts that it was loaded from"
-                )
-            if function is not None and not callable(function):
-                raise TypeError(f"expert {e} must be callable, but is a {type(function).__name__}")
-        self.functions, self.d_out = functions, d_out
-
-    @property
-    def num_experts(self) -> int:
-        return len(self.functions)
-
-    def with_precision(self, precision: str) -> CallableExperts:
-        if precision != self.precision:
-            raise ValueError(
-                f"precision must be {self.precision} for experts that are functions, which "
-                f"multiply by themselves, not {precision!r}"
-            )
-        return self
-
-    def loaded_bytes(self, dtype: np.dtype, *, on_device: bool = False) -> int:
-        return 0
-
-    def __dask_tokenize__(self) -> object:
-        return normalize_token(("CallableExperts", self.functions, self.d_out))
-
-    def subset(self, ids: Sequence[int]) -> CallableExperts:
-        return CallableExperts(
-            tuple(self.functions[e] if e >= 0 else None for e in ids), self.d_out
-        )
-
-    def collections(self) -> dict[str, da.Array]:
-        return {}
-
-    def detached(self) -> CallableExperts:
-        return self
-
-    def load(
-        self,
-        experts: Sequence[int] | None = None,
-        xp: Any = np,
-        dtype: Any = np.float32,
-        given: dict[str, np.ndarray] | None = None,
-    ) -> list[Callable[[Array], Array]]:
-        chosen = self if experts is None else self.subset(experts)
-        return [
-            EmptyFunction(self.d_out) if function is None else function
-            for function in chosen.functions
-        ]
-
-
 # --- what must hold ------------------------------------------------------------------------------
 
 
@@ -443,6 +301,26 @@ def as_experts(experts: Any) -> Experts | CallableExperts:
             "an (E, d, d_out) array, a list of (d, d_out) matrices, or a list of callables, not "
             f"a {type(experts).__name__} ({error})"
         ) from error
+
+
+def _check_options(options: dict[str, Any]) -> None:
+    activation = options.get("activation", "silu")
+    if activation not in ACTIVATIONS:
+        raise ValueError(f"activation must be one of {list(ACTIVATIONS)}, not {activation!r}")
+    on_input = options.get("apply_router_weight_on_input", False)
+    if not isinstance(on_input, bool):
+        raise ValueError(f"apply_router_weight_on_input must be True or False, not {on_input!r}")
+
+
+def _opened(weights: dict[str, Any]) -> dict[str, Weight]:
+    """The weights that are given, none of the matrices missing."""
+    if missing := [n for n, w in weights.items() if w is None and not n.endswith("bias")]:
+        raise TypeError(f"{', '.join(missing)} must be given, but got None")
+    given = {name: Weight.of(w, name) for name, w in weights.items() if w is not None}
+    for name, weight in given.items():
+        if not is_float(weight.dtype):
+            raise TypeError(f"{name} must hold floats, but has dtype {weight.dtype}")
+    return given
 
 
 def reversed_axes(axes: str, transposed: bool) -> tuple[str, ...]:

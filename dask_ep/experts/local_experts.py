@@ -11,6 +11,7 @@ import numpy as np
 
 from dask_ep.arrays import memory
 from dask_ep.arrays.namespaces import Array, namespace
+from dask_ep.experts.expert_kinds import GATE_OPTIONS
 from dask_ep.experts.weights import Weight
 from dask_ep.kernel.expert import Expert, Linear
 from dask_ep.kernel.kinds import Affine, Gated, GatedPair, Mlp, Summed
@@ -162,10 +163,10 @@ class _EmptySlot(Expert):
         self.d, self.d_out = experts.d, experts.d_out
 
     def __call__(self, rows: Array, out: Array | None = None) -> Array:
-        _refuse_rows(rows)
+        refuse_rows(rows)
 
 
-def _refuse_rows(rows: Array) -> None:
+def refuse_rows(rows: Array) -> None:
     raise ValueError(
         f"{len(rows)} rows are routed to an empty slot, which holds no expert; "
         "the routing must be rewritten by the placement that made the slot"
@@ -193,8 +194,7 @@ def _mlp(arrays: dict[str, Array], options: dict[str, Any]) -> Expert:
 
 
 def _gated(arrays: dict[str, Array], options: dict[str, Any]) -> Expert:
-    names = ("activation", "limit", "alpha", "up_offset", "apply_router_weight_on_input")
-    chosen = {name: options[name] for name in names}
+    chosen = {name: options[name] for name in GATE_OPTIONS}
     return _by_hidden_columns(
         arrays, options, lambda part: Gated(part["gate"], part["up"], part["down"], **chosen)
     )
@@ -226,10 +226,9 @@ def _by_hidden_columns(
 
 
 def _gated_pair(arrays: dict[str, Array], options: dict[str, Any]) -> Expert:
-    names = ("activation", "limit", "alpha", "up_offset", "apply_router_weight_on_input")
     gate_up = _product(_oriented(arrays["gate_up"], options), arrays.get("gate_up_bias"), options)
     down = _product(_oriented(arrays["down"], options), arrays.get("down_bias"), options)
-    return GatedPair(gate_up, down, **{name: options[name] for name in names})
+    return GatedPair(gate_up, down, **{name: options[name] for name in GATE_OPTIONS})
 
 
 def _gated_fused(arrays: dict[str, Array], options: dict[str, Any]) -> Expert:
@@ -268,15 +267,3 @@ BUILDERS: dict[str, Callable[[dict[str, Array], dict[str, Any]], Expert]] = {
     "gated": _gated,
     "gated_fused": _gated_fused,
 }
-
-
-class EmptyFunction:
-    """A slot that holds no function."""
-
-    def __init__(self, d_out: int | None):
-        self.d_out = d_out
-
-    def __call__(self, rows: Array) -> Array:
-        if len(rows):
-            _refuse_rows(rows)
-        return namespace(rows).empty((0, self.d_out or rows.shape[1]), dtype=rows.dtype)

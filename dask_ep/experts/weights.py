@@ -268,3 +268,51 @@ def _as_dask(part: Any, name: str) -> da.Array:
         return part
     source = _source(part, name)
     return da.from_array(source.read(0, source.shape[0]), chunks=-1)
+
+
+class Weights:
+    """The weights of some experts, by name: how large they are, and where they lie."""
+
+    weights: dict[str, Weight]
+
+    @property
+    def is_bfloat16(self) -> bool:
+        """Whether matrices are bfloat16, or are decoded to it, as far as dtypes tell."""
+        return any(weight.is_bfloat16 for weight in self.weights.values())
+
+    def loaded_bytes(self, dtype: np.dtype, *, on_device: bool = False) -> int:
+        """Bytes of one expert that is loaded to compute in a dtype."""
+        return sum(w.loaded_bytes(dtype, on_device=on_device) for w in self.weights.values())
+
+    @property
+    def dtype(self) -> np.dtype:
+        return next(iter(self.weights.values())).dtype
+
+    @property
+    def nbytes(self) -> int:
+        return sum(weight.nbytes for weight in self.weights.values())
+
+    @property
+    def num_held(self) -> int:
+        """Experts without the empty slots."""
+        return sum(e >= 0 for e in next(iter(self.weights.values())).ids)
+
+    @property
+    def parameters(self) -> int:
+        """Numbers in one expert: twice as many FLOPs go into each row."""
+        return sum(int(np.prod(weight.shape[1:])) for weight in self.weights.values())
+
+    @property
+    def is_square(self) -> bool:
+        """Whether all matrices are square, so that their shapes do not tell in from out."""
+        shapes = [w.shape for name, w in self.weights.items() if not name.endswith("bias")]
+        return all(rows == columns for _, rows, columns in shapes)
+
+    def sources(self) -> list[Source]:
+        """Where the weights lie that are no Dask arrays."""
+        return [source for weight in self.weights.values() for source in weight.sources()]
+
+    def collections(self) -> dict[str, da.Array]:
+        """The weights that are Dask arrays, each the experts held here in one chunk."""
+        found = {name: weight.collection() for name, weight in self.weights.items()}
+        return {name: array for name, array in found.items() if array is not None}

@@ -33,6 +33,7 @@ from pathlib import Path
 from typing import Any
 
 from dask_ep.errors import JobError
+from dask_ep.experts.expert_kinds import EXPERT_KINDS
 from dask_ep.placement.policies import POLICIES
 
 PLACEMENTS = POLICIES
@@ -233,13 +234,10 @@ _JOB_KEYS = {
 }
 assert set(_JOB_KEYS) | {"name"} == {field.name for field in fields(Job)}
 
-_TWO_MATRICES = {
-    "down": _WEIGHT,
-    "activation": _WORD,
-    "down_bias": _WEIGHT,
+_EXPERT_OPTIONS = {
     "transposed": _FLAG,
-}
-_GATE = {
+    "interleaved": _FLAG,
+    "activation": _WORD,
     "limit": _POSITIVE,
     "alpha": _NUMBER,
     "up_offset": _NUMBER,
@@ -247,32 +245,12 @@ _GATE = {
 }
 
 EXPERT_KEYS: dict[str, dict[str, _Kind]] = {
-    "linear": {"w": _WEIGHT, "bias": _WEIGHT, "transposed": _FLAG},
-    "mlp": {"up": _WEIGHT, "up_bias": _WEIGHT, **_TWO_MATRICES},
-    "gated": {
-        "gate": _WEIGHT,
-        "up": _WEIGHT,
-        "gate_bias": _WEIGHT,
-        "up_bias": _WEIGHT,
-        **_TWO_MATRICES,
-        **_GATE,
-    },
-    "gated_fused": {
-        "gate_up": _WEIGHT,
-        "gate_up_bias": _WEIGHT,
-        "interleaved": _FLAG,
-        **_TWO_MATRICES,
-        **_GATE,
-    },
+    name: dict.fromkeys(kind.weights, _WEIGHT) | {o: _EXPERT_OPTIONS[o] for o in kind.options}
+    for name, kind in EXPERT_KINDS.items()
 }
 """The keys of an [experts] table by kind: the keywords of the `Experts` classmethods."""
 
-EXPERT_MATRICES = {
-    "linear": ("w",),
-    "mlp": ("up", "down"),
-    "gated": ("gate", "up", "down"),
-    "gated_fused": ("gate_up", "down"),
-}
+EXPERT_MATRICES = {name: kind.matrices for name, kind in EXPERT_KINDS.items()}
 """The keys without which an [experts] table is nothing."""
 
 

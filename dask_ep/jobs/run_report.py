@@ -27,7 +27,7 @@ from dask_ep.cluster.ownership import Owners
 from dask_ep.graph import tally
 from dask_ep.graph.tally import HERE, Serving
 from dask_ep.jobs.build import Inputs
-from dask_ep.jobs.plan import Pricing
+from dask_ep.jobs.price_job import Pricing
 from dask_ep.laws.decision import Decision
 from dask_ep.placement.placement import Placement
 from dask_ep.pricing.price import Plan

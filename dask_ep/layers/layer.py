@@ -25,7 +25,7 @@ from dask.base import normalize_token, tokenize
 from dask.task_spec import Task, TaskRef
 
 from dask_ep.arrays import memory
-from dask_ep.arrays.checks import check_byte_order, computing_dtype, is_float, refuse_masked
+from dask_ep.arrays.checks import computing_dtype
 from dask_ep.arrays.device import telling_memory
 from dask_ep.arrays.namespaces import UNDERFLOW_IS_ZERO, Array, namespace
 from dask_ep.experts.experts import CallableExperts, Experts, as_experts
@@ -34,11 +34,17 @@ from dask_ep.graph.rows import chunked_like, keys_of, row_array, rows_of, unflat
 from dask_ep.kernel.context import naming, telling_kernel
 from dask_ep.kernel.dispatch import dispatch
 from dask_ep.layers.capacity import Capacity, ExpertChoice
+from dask_ep.layers.layer_checks import (
+    check_hidden,
+    check_parts,
+    check_routes,
+    check_token_ids,
+    small_array,
+)
 from dask_ep.layers.lazy_routing import SmallArray, count_rows, route_rows
 from dask_ep.layers.routing import Router
 from dask_ep.placement.policies import Placement
 from dask_ep.storage.fingerprint import describe
-from dask_ep.storage.sources import Source, open_source, refuse_missing
 
 
 class MoELayer:
@@ -117,11 +123,11 @@ class MoELayer:
             "shared_gate": shared_gate,
         }
         self.arrays = {
-            name: self._small_array(name, value)
+            name: small_array(name, value, self.router, self.experts)
             for name, value in given.items()
             if value is not None
         }
-        self._check()
+        check_parts(self.router, self.experts, self.shared, self.arrays, capacity, residual)
 
     def __call__(
         self,
@@ -242,10 +248,7 @@ class MoELayer:
     # --- steps on rows (n, d) ---
 
     def _route(self, rows: da.Array, token_ids: da.Array | None) -> tuple[da.Array, da.Array]:
-        if "weight" not in self.arrays and "table" not in self.arrays:
-            raise ValueError(
-                "this layer has no router_weight and no table; pass routing=(indices, topk_weights)"
-            )
+        check_routes(self.arrays)
         names = ("weight", "bias", "selection_bias", "table")
         arrays = {name: self.arrays[name] for name in names if name in self.arrays}
         return route_rows(rows, self.router, arrays, token_ids=token_ids, capacity=self.capacity)
@@ -281,101 +284,15 @@ class MoELayer:
 
     # --- what must hold ---
 
-    def _small_array(self, name: str, value: Any) -> SmallArray:
-        """Check one of the small arrays; what is one row may come with an axis of length 1."""
-        source = open_source(value, None if isinstance(value, Source) else name)
-        refuse_missing(source)
-        if name == "table":
-            if len(source.shape) != 2 or source.dtype.kind not in "iu":
-                raise ValueError(
-                    f"{source.name} must be a (vocabulary, k) table of integers, but has shape "
-                    f"{source.shape} and dtype {source.dtype}"
-                )
-            if isinstance(self.router, ExpertChoice) or source.shape[1] != self.router.k:
-                raise ValueError(
-                    f"{source.name} must have k columns for the slots of a Router, but has shape "
-                    f"{source.shape} and the router is {self.router}"
-                )
-            return SmallArray(source, source.shape)
-        if not is_float(source.dtype):
-            raise TypeError(f"{source.name} must hold floats, but has dtype {source.dtype}")
-        E = self.router.num_experts
-        d = source.shape[-1] if self.experts.d is None else self.experts.d  # None: callables
-        shape = {"weight": (E, d), "shared_gate": (d,)}.get(name, (E,))
-        if source.shape not in (shape, (1, *shape)):
-            raise ValueError(
-                f"{source.name} must be {shape} for E={E} and d={d}, but has shape {source.shape}"
-            )
-        return SmallArray(source, shape)
-
-    def _check(self) -> None:
-        E, d = self.router.num_experts, self.experts.d
-        if self.experts.num_experts != E:
-            raise ValueError(
-                f"router and experts must agree on E, but the router chooses among num_experts={E} "
-                f"and there are {self.experts.num_experts} experts"
-            )
-        on_input = getattr(self.experts, "options", {}).get("apply_router_weight_on_input", False)
-        if on_input != self.router.apply_router_weight_on_input:
-            raise ValueError(
-                "router and experts must agree on apply_router_weight_on_input, but the router "
-                f"has {self.router.apply_router_weight_on_input!r} and the experts {on_input!r}"
-            )
-        if self.capacity is not None and isinstance(self.router, ExpertChoice):
-            raise ValueError("expert choice has its own capacity, so capacity must be None with it")
-        if (
-            self.shared is not None
-            and None not in (self.shared.d, d)
-            and ((self.shared.d, self.shared.d_out) != (d, self.experts.d_out))
-        ):
-            raise ValueError(
-                f"shared experts must be as wide as the others, {d} to {self.experts.d_out}, but "
-                f"are {self.shared.d} to {self.shared.d_out}"
-            )
-        if "selection_bias" in self.arrays and (
-            "table" in self.arrays or isinstance(self.router, ExpertChoice)
-        ):
-            raise ValueError(
-                "a selection_bias changes which experts a row chooses, so it must be None where a "
-                "table or the experts choose"
-            )
-        if self.shared is None and "shared_gate" in self.arrays:
-            raise ValueError("shared_gate weighs shared experts, so it must be None without them")
-        if self.residual and None not in (d, self.experts.d_out) and d != self.experts.d_out:
-            raise ValueError(
-                f"a residual needs outputs as wide as the rows, but experts go from {d} to "
-                f"{self.experts.d_out}"
-            )
-
     def _checked(self, hidden: da.Array) -> da.Array:
-        if not isinstance(hidden, da.Array):
-            raise TypeError(
-                f"hidden must be a Dask array, but is a {type(hidden).__name__}; wrap it with "
-                "dask.array.from_array(hidden, chunks=...)"
-            )
-        refuse_masked(hidden, "hidden")
-        if hidden.ndim < 2 or not is_float(hidden.dtype):
-            raise ValueError(
-                "hidden must be (..., d) floats with at least one axis before d, but has shape "
-                f"{hidden.shape} and dtype {hidden.dtype}"
-            )
-        check_byte_order(hidden.dtype, "hidden")
-        d = self.experts.d
-        if d is not None and hidden.shape[-1] != d:
-            raise ValueError(
-                f"hidden must have the layer's width d={d}, but has shape {hidden.shape}"
-            )
+        check_hidden(hidden, self.experts.d)
         if self.capacity is not None or isinstance(self.router, ExpertChoice):
             return hidden.rechunk(dict.fromkeys(range(1, hidden.ndim), -1))
         return hidden
 
     def _ids(self, token_ids: da.Array | None, hidden: da.Array) -> da.Array | None:
         """Token ids as rows (n, 1), where this layer needs them."""
-        if ("table" in self.arrays) != (token_ids is not None):
-            raise ValueError(
-                "token_ids must be given to a layer with a table, and to no other; this layer has "
-                f"{'a' if 'table' in self.arrays else 'no'} table"
-            )
+        check_token_ids(token_ids, self.arrays)
         if token_ids is None:
             return None
         return rows_of(chunked_like(da.asarray(token_ids)[..., None], hidden, "token_ids"))

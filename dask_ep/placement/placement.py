@@ -9,11 +9,8 @@ may have several. To the rest of the package it is two things only: a rewriting 
 
     routing of row 7: [ 0 3 -1 ]  ──rewrite──>  [ 0 or 2, by row 7's ticket;  4;  -1 ]
 
-**Tickets.** A row draws a ticket from its global row number, `row * STRIDE mod TICKETS`, with
-`STRIDE / TICKETS` the golden ratio: any run of rows, and any regular stride through them (the first
-token of every sequence), spreads evenly over the tickets. Every replica of an expert serves a range
-of tickets. A row's replicas therefore depend on nothing but its number: not on chunks, ranks or
-time.
+**Tickets.** Every replica of an expert serves a range of tickets, which rows draw by their
+number (`tickets`).
 
 **Homes.** Where a placement is local, every token chunk has a home, the rank on whose worker it
 is: chunk c that of rank c mod R. A row is served by the replica at home if there is one, and by
@@ -30,16 +27,8 @@ from functools import cached_property
 
 import numpy as np
 
-from dask_ep.arrays.namespaces import namespace, to_host
-
-_TICKET_BITS = 40
-TICKETS = 1 << _TICKET_BITS
-"""How many tickets there are: distinct for as many rows, and E * TICKETS fits an int64."""
-
-STRIDE = 0x9E3779B97F
-"""Odd (so that row numbers and tickets are one to one) and TICKETS times the golden ratio."""
-
-_BIN_BITS = _TICKET_BITS - 6  # a replica is found by the 64th part of the tickets, then compared
+from dask_ep.arrays.namespaces import namespace
+from dask_ep.placement.tickets import TICKETS, Tickets, even_stops, share_sizes
 
 
 @dataclass(frozen=True, eq=False)
@@ -90,7 +79,7 @@ class Placement:
         slots = _integers(self.slots, "slots", np.int32)
         stops = None if self.stops is None else _integers(self.stops, "stops", np.int64)
         _check_slots(slots)
-        stops = _even_stops(slots) if stops is None else stops
+        stops = even_stops(slots) if stops is None else stops
         _check_stops(slots, stops)
         for array in (slots, stops):
             array.flags.writeable = False
@@ -123,7 +112,7 @@ class Placement:
 
         Where the placement is local: if every rank is home to as many of them as any other.
         """
-        by_ticket = _share_sizes(self.slots, self.stops) / TICKETS
+        by_ticket = share_sizes(self.slots, self.stops) / TICKETS
         if not self.local:
             return by_ticket
         elsewhere = 1 - np.append(self.replica_counts, 0)[self.slots] / self.world_size
@@ -132,7 +121,7 @@ class Placement:
     @property
     def even(self) -> bool:
         """Whether the replicas of every expert share its rows evenly."""
-        return np.array_equal(self.stops, _even_stops(self.slots))
+        return np.array_equal(self.stops, even_stops(self.slots))
 
     def home(self, chunk: int) -> int | None:
         """Return the home rank of a token chunk: neighbours have different ones, so that
@@ -177,38 +166,15 @@ class Placement:
         that holds something; with a home, 4 (E + 1) more.
         """
         if not self.local:
-            return self._by_ticket(routing, row_offset)
+            return self._tickets.choose(routing, row_offset)
         if home is None:
             raise ValueError(
                 "this placement chooses replicas by a chunk's home; pass home=placement.home(c)"
             )
-        by_ticket = self._by_ticket(routing, row_offset)
+        by_ticket = self._tickets.choose(routing, row_offset)
         xp = namespace(routing)
         at_home = xp.asarray(self._at_home[home])[routing]
         return xp.where(at_home < 0, by_ticket, at_home)
-
-    def _by_ticket(self, routing: np.ndarray, row_offset: int) -> np.ndarray:
-        """The replicas that the rows' tickets choose."""
-        xp = namespace(routing)
-        _check_routing(routing, self.num_experts, row_offset)
-        if self._holders.size == self.num_experts:  # one replica each: nothing to choose
-            return xp.asarray(self._home)[routing]
-        key = _keys(routing, row_offset, xp).ravel()
-        if xp is np:
-            nth = self._nth_holder(key)
-        else:
-            nth = xp.searchsorted(xp.asarray(self._last_keys), key, side="right")
-        physical = xp.asarray(self._holders)[nth].reshape(routing.shape)
-        return xp.where(routing < 0, np.int32(-1), physical)
-
-    def _nth_holder(self, key: np.ndarray) -> np.ndarray:
-        """Which of `_holders` serves each key: a binary search that begins next to the answer."""
-        nth = self._first_guess[key >> _BIN_BITS]
-        passed = np.flatnonzero(key >= self._last_keys[nth])
-        while passed.size:
-            nth[passed] += 1
-            passed = passed[key[passed] >= self._last_keys[nth[passed]]]
-        return nth
 
     def rank_load(self, load: np.ndarray) -> np.ndarray:
         """Return the rows that each rank serves, (R,) float64, from those of each expert, (E,)."""
@@ -244,27 +210,8 @@ class Placement:
         return cls(content["slots"], content.get("stops"), content.get("local", False))
 
     @cached_property
-    def _holders(self) -> np.ndarray:
-        """(replicas,) int32: the physical slots that hold something, by expert, then by slot."""
-        return _by_expert(self.slots).astype(np.int32)
-
-    @cached_property
-    def _last_keys(self) -> np.ndarray:
-        """(replicas,) int64, ascending: expert * TICKETS + stop of each of `_holders`."""
-        experts = self.slots.ravel()[self._holders].astype(np.int64)
-        return experts * TICKETS + self.stops.ravel()[self._holders]
-
-    @cached_property
-    def _first_guess(self) -> np.ndarray:
-        """(E * bins,) int32: the first of `_holders` that serves any ticket of the bin."""
-        bins = self.num_experts << (_TICKET_BITS - _BIN_BITS)
-        starts = np.arange(bins, dtype=np.int64) << _BIN_BITS
-        return np.searchsorted(self._last_keys, starts, side="right").astype(np.int32)
-
-    @cached_property
-    def _home(self) -> np.ndarray:
-        """(E + 1,) int32: the slot of each expert if each has one; [-1] answers the routing -1."""
-        return np.append(self._holders, np.int32(-1))
+    def _tickets(self) -> Tickets:
+        return Tickets(self.slots, self.stops)
 
     @cached_property
     def _at_home(self) -> np.ndarray:
@@ -292,41 +239,9 @@ class Placement:
 
     def __repr__(self) -> str:
         return (
-            f"<Placement: {self.num_experts} experts in {self._holders.size} of "
+            f"<Placement: {self.num_experts} experts in {self.replica_counts.sum()} of "
             f"{self.world_size} x {self.slots_per_rank} slots>"
         )
-
-
-def ticket_load(
-    routing: np.ndarray, num_experts: int, row_offset: int = 0, bins: int = 1024
-) -> np.ndarray:
-    """Count the rows of each expert by ticket.
-
-    Parameters
-    ----------
-    routing : (n, k) or (n,) integer array, -1 for no expert
-    num_experts : int, E
-    row_offset : int, the global number of the first row
-    bins : int, a power of two: into how many equal ranges the tickets are divided
-
-    Returns
-    -------
-    load : (E, bins) int64; summed over chunks it is the load that `exact` cuts best, and summed
-        over the last axis it is the plain load of each expert
-
-    Examples
-    --------
-    >>> import numpy as np
-    >>> from dask_ep.placement.placement import ticket_load
-    >>> ticket_load(np.array([[0, 1], [1, -1]]), num_experts=3, bins=2)
-    array([[1, 0],
-           [1, 1],
-           [0, 0]])
-    """
-    _check_routing(routing, num_experts, row_offset)
-    key = _keys(routing, row_offset, np)[routing >= 0]
-    shift = (TICKETS // bins).bit_length() - 1
-    return np.bincount(key >> shift, minlength=num_experts * bins).reshape(num_experts, bins)
 
 
 def verify_placement(
@@ -397,7 +312,7 @@ def _check_stops(slots: np.ndarray, stops: np.ndarray) -> None:
     """The replicas of every expert serve every ticket exactly once."""
     if stops.shape != slots.shape:
         raise ValueError(f"stops {stops.shape} must have the shape of slots {slots.shape}")
-    sizes = _share_sizes(slots, stops)
+    sizes = share_sizes(slots, stops)
     if (sizes < 0).any() or (stops < 0).any():
         rank, slot = np.argwhere((sizes < 0) | (stops < 0))[0]
         raise ValueError(
@@ -412,63 +327,3 @@ def _check_stops(slots: np.ndarray, stops: np.ndarray) -> None:
             f"the last replica of an expert must stop at {TICKETS}, but that of expert {wrong[0]} "
             f"stops at {served[wrong[0]]}"
         )
-
-
-def _check_routing(routing: np.ndarray, num_experts: int, row_offset: int) -> None:
-    """Refuse an index outside [-1, E), naming the row."""
-    if routing.size == 0:
-        return
-    low, high = to_host(routing.min(), routing.max())
-    if low >= -1 and high < num_experts:
-        return
-    outside = ((routing < -1) | (routing >= num_experts)).nonzero()
-    at = tuple(int(index[0]) for index in outside)
-    raise ValueError(
-        f"routing must be in [-1, {num_experts}), but row {row_offset + at[0]} holds "
-        f"{int(routing[at])}; pass routing made for these {num_experts} experts"
-    )
-
-
-def _keys(routing: np.ndarray, row_offset: int, xp: object) -> np.ndarray:
-    """expert * TICKETS + ticket of the row, int64, in the shape of the routing."""
-    ticket = xp.arange(routing.shape[0], dtype=np.uint64)
-    ticket *= np.uint64(STRIDE)  # wraps at 2**64, a multiple of TICKETS
-    ticket += np.uint64(row_offset * STRIDE % TICKETS)
-    ticket &= np.uint64(TICKETS - 1)
-    key = routing.astype(np.int64)
-    key *= TICKETS
-    key += ticket.astype(np.int64).reshape(-1, *[1] * (routing.ndim - 1))
-    return key
-
-
-def _by_expert(slots: np.ndarray) -> np.ndarray:
-    """(replicas,): the flat positions of used slots, by expert, then position."""
-    flat = slots.ravel()
-    used = np.flatnonzero(flat >= 0)
-    return used[np.argsort(flat[used], kind="stable")]
-
-
-def _nth_replicas(slots: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """For each of `_by_expert`: its position, its expert, and how many replicas come before it."""
-    at = _by_expert(slots)
-    experts = slots.ravel()[at]
-    first = np.searchsorted(experts, experts, side="left")
-    return at, experts, np.arange(at.size) - first
-
-
-def _even_stops(slots: np.ndarray) -> np.ndarray:
-    """(R, S) int64: the stops with which the replicas of each expert share its rows evenly."""
-    at, experts, nth = _nth_replicas(slots)
-    replicas = np.bincount(experts)[experts]
-    stops = np.zeros(slots.size, np.int64)
-    stops[at] = (nth + 1) * TICKETS // replicas
-    return stops.reshape(slots.shape)
-
-
-def _share_sizes(slots: np.ndarray, stops: np.ndarray) -> np.ndarray:
-    """(R, S) int64: how many tickets each slot serves."""
-    at, _, nth = _nth_replicas(slots)
-    ends = stops.ravel()[at]
-    sizes = np.zeros(slots.size, np.int64)
-    sizes[at] = ends - np.where(nth > 0, np.roll(ends, 1), 0)
-    return sizes.reshape(slots.shape)

@@ -20,7 +20,8 @@ import numpy as np
 
 from dask_ep.arrays.checks import refuse_masked
 from dask_ep.placement.packing import look_up, pack, replicate_hottest
-from dask_ep.placement.placement import TICKETS, Placement, ticket_load, verify_placement
+from dask_ep.placement.placement import Placement, verify_placement
+from dask_ep.placement.tickets import TICKETS, ticket_load
 
 __all__ = [
     "POLICIES",

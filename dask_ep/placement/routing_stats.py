@@ -22,7 +22,8 @@ import numpy as np
 from dask.system import CPU_COUNT
 
 from dask_ep.arrays.checks import refuse_masked
-from dask_ep.placement.placement import Placement, ticket_load
+from dask_ep.placement.placement import Placement
+from dask_ep.placement.tickets import ticket_load
 
 BLOCK_ROWS = 1 << 16
 """Rows that are counted at a time."""

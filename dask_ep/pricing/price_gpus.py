@@ -17,7 +17,7 @@ from dask_ep.laws.memory_law import host_need
 from dask_ep.pricing.price import Plan
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, kw_only=True)
 class PlanOnGpus(Plan):
     """What one way to run a job on GPUs costs; `memory_limit` is that of a GPU.
 

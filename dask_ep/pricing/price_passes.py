@@ -20,7 +20,7 @@ WAYS = {
 }
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, kw_only=True)
 class PlanInPasses(Plan):
     """What one way to run a job with experts in passes costs."""
 

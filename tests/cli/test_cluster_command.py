@@ -170,9 +170,9 @@ def test_a_cluster_with_certificates(tmp_path, job, expected):
 def test_a_worker_that_does_not_see_the_files_is_named_before_anything_runs(cluster, job, tmp_path):
     far_machine = tmp_path / "far_machine.py"
     far_machine.write_text(
-        "from dask_ep import cluster\n"
+        "from dask_ep.cluster import checks\n"
         "def dask_setup(worker):\n"
-        "    cluster._look_at = lambda path: None\n"
+        "    checks._look_at = lambda path: None\n"
     )
     cluster.start_worker("far", "--preload", str(far_machine))
     with cluster.client() as client:

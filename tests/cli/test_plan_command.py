@@ -14,7 +14,7 @@ from dask_ep.cli import plan_command as plan_command_module
 from dask_ep.cli.plan_command import plan_command
 from dask_ep.errors import NoDeviceError
 from dask_ep.graph.pipeline import count_tasks
-from dask_ep.jobs import plan
+from dask_ep.jobs import price_job
 from dask_ep.jobs.backends import Threads
 from dask_ep.jobs.build import open_inputs
 from dask_ep.jobs.job import load_job
@@ -47,7 +47,7 @@ def job_file(tmp_path):
 @pytest.fixture(autouse=True)
 def known_rates(monkeypatch):
     """Measure this machine in no time."""
-    monkeypatch.setattr(plan, "probe", lambda *_, **__: Rates(flops=1e10, copy=1e9))
+    monkeypatch.setattr(price_job, "probe", lambda *_, **__: Rates(flops=1e10, copy=1e9))
 
 
 def invoke(*arguments) -> str:

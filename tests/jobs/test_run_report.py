@@ -13,7 +13,7 @@ import pytest
 from distributed import LocalCluster
 
 from dask_ep.cli import main
-from dask_ep.jobs import plan, run
+from dask_ep.jobs import price_job, run
 from dask_ep.jobs.backends import Cluster, Processes, Threads
 from dask_ep.jobs.example import Example, write_example
 from dask_ep.jobs.job import load_job
@@ -27,7 +27,7 @@ from tests.checkpoints import FIXTURES
 @pytest.fixture(autouse=True)
 def known_rates(monkeypatch):
     """Measure this machine in no time."""
-    monkeypatch.setattr(plan, "probe", lambda *_, **__: Rates(flops=1e10, copy=1e9))
+    monkeypatch.setattr(price_job, "probe", lambda *_, **__: Rates(flops=1e10, copy=1e9))
 
 
 @pytest.fixture(scope="module")

@@ -20,7 +20,6 @@ from hypothesis import strategies as st
 
 from dask_ep.kernel.dispatch import expert_parallel_dispatch
 from dask_ep.placement import rebalance
-from dask_ep.placement.placement import STRIDE, TICKETS
 from dask_ep.placement.placement_files import (
     from_file,
     read_sglang,
@@ -41,6 +40,7 @@ from dask_ep.placement.policies import (
     verify_placement,
 )
 from dask_ep.placement.rebalance import incremental, moves
+from dask_ep.placement.tickets import STRIDE, TICKETS
 from tests.plain_placement import published_balance, zipf_load
 
 # The example that EPLB prints: 2 layers of 12 experts, 16 replicas, 4 groups, 2 nodes, 8 ranks.

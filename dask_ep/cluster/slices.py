@@ -1,0 +1,165 @@
+"""Which ranks are served on this worker, and how is a packet for them answered?
+
+Packing, serving and combining share as many cores as the worker has threads (`core`).
+"""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from functools import partial
+from typing import Any, NamedTuple
+
+from distributed.protocol import to_serialize
+
+from dask_ep.arrays.namespaces import Array
+from dask_ep.graph import tally
+from dask_ep.graph.chunk import Exchange, Where, serve_in_place, serve_packet
+from dask_ep.graph.tally import Serving, Tally
+from dask_ep.kernel.pack import Packet, Packing
+
+Answers = dict[int, Array]
+"""By rank."""
+
+
+class Chunk(NamedTuple):
+    """A token chunk that is in flight."""
+
+    packing: Packing
+    where: Where
+    exchange: Exchange
+
+    @property
+    def number(self) -> int:
+        return self.where.chunk
+
+
+class Slices:
+    """The experts of the ranks that a worker serves, by layer and rank."""
+
+    def __init__(self, address: str, threads: int):
+        self.address, self.threads = address, threads
+        self.pool = ThreadPoolExecutor(threads, thread_name_prefix="dask-ep-serve")
+        self.tally = Tally()
+        self._cores = threading.Semaphore(threads)
+        self._held: dict[tuple[str, int], Any] = {}
+        self._loading: defaultdict[tuple[str, int], threading.Lock] = defaultdict(threading.Lock)
+        self._is_closing = False
+
+    def __len__(self) -> int:
+        return len(self._held)
+
+    def open(
+        self, token: str, rank: int, load: Callable[[], Any], is_wanted: Callable[[str], bool]
+    ) -> None:
+        """Load the experts of a rank, unless they are here, and serve it from now on."""
+        with self._loading[token, rank]:
+            if (token, rank) not in self._held:
+                self._held[token, rank] = load()
+            if not is_wanted(token):  # closed meanwhile: nobody would drop them
+                self._held.pop((token, rank), None)
+
+    def drop(self, token: str, rank: int) -> None:
+        """Serve a rank no more."""
+        self._held.pop((token, rank), None)
+
+    def drop_layer(self, token: str) -> None:
+        """Serve no rank of a layer any more."""
+        for kept in (self._held, self._loading):
+            for key in [key for key in list(kept) if key[0] == token]:
+                kept.pop(key, None)
+
+    def close(self) -> None:
+        """Answer nobody any more."""
+        self._is_closing = True
+        self.pool.shutdown(wait=False, cancel_futures=True)
+
+    def metric(self) -> dict[str, Any]:
+        """What the scheduler hears with each heartbeat."""
+        held = [[*key, getattr(experts, "nbytes", 0)] for key, experts in self._held.items()]
+        return {**self.tally.metric(), "threads": self.threads, "slices": held}
+
+    @contextmanager
+    def core(self) -> Iterator[None]:
+        """Hold one of the cores that packing, serving and combining share."""
+        with self._cores:
+            start = tally.now()
+            try:
+                yield
+            finally:
+                self.tally.count_core(tally.now() - start)
+
+    def serve_here(self, chunk: Chunk, ranks: Sequence[int]) -> Answers | None:
+        """Serve ranks in place, without a packet; None if one of them has moved away."""
+        token, me, answers = chunk.exchange.token, self.address, {}
+        for rank in ranks:
+            try:
+                experts = self._held[token, rank]
+            except KeyError:
+                return None
+            with self.core():
+                start = tally.now()
+                answer = serve_in_place(
+                    chunk.packing, rank, experts, chunk.number, chunk.exchange.d_out
+                )
+                stop = tally.now()
+            answers[rank] = answer
+            serving = Serving(chunk.number, rank, len(answer), me, me, start, stop)
+            self.tally.count(stop - start, [serving])
+        return answers
+
+    async def answer(
+        self,
+        comm: Any = None,
+        *,
+        token: str,
+        ranks: list[int],
+        chunk: int,
+        sizes: list[int],
+        sender: str,
+        arrays: list[Array | None],
+    ) -> dict[str, Any]:
+        """Answer a packet: one array for each rank, or None if one of them is not served here."""
+        slices = [self._held.get((token, rank)) for rank in ranks]
+        if self._is_closing or any(experts is None for experts in slices):
+            return {"status": "OK", "answers": None}
+        exchange, packet = Exchange(token, *sizes, None), [Packet(*arrays)]
+        del arrays
+        serve = partial(self._serve_packet, packet, ranks, slices, chunk, exchange, sender)
+        with self.tally.queued(token, ranks, len(packet[0].rows)):
+            answers = await asyncio.get_running_loop().run_in_executor(
+                self.pool, serve, tally.now()
+            )
+        return {"status": "OK", "answers": [to_serialize(answer) for answer in answers]}
+
+    def _serve_packet(
+        self,
+        packet: list[Packet],
+        ranks: list[int],
+        slices: list[Any],
+        chunk: int,
+        exchange: Exchange,
+        sender: str,
+        came: float,
+    ) -> list[Array]:
+        with self.core():
+            start = tally.now()
+            nbytes = sum(array.nbytes for array in packet[0] if array is not None)
+            answers = serve_packet(packet.pop(), ranks, slices, chunk, exchange)
+            stop = tally.now()
+        step, me = (stop - start) / len(ranks), self.address
+        self.tally.count(
+            stop - start,
+            [
+                Serving(
+                    chunk, rank, len(answer), sender, me, start + i * step, start + (i + 1) * step,
+                    nbytes if i == 0 else 0, answer.nbytes, start - came,
+                )
+                for i, (rank, answer) in enumerate(zip(ranks, answers, strict=True))
+            ],
+        )  # fmt: skip
+        return answers

@@ -1,0 +1,36 @@
+"""Which kinds of experts are there, with which weights and options?"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+
+class Kind(NamedTuple):
+    """What an expert of one kind is made of: the keywords of the classmethod of `Experts`."""
+
+    weights: dict[str, str]
+    #: their axes after the first: d in, f hidden, o out
+    options: tuple[str, ...]
+
+    @property
+    def matrices(self) -> tuple[str, ...]:
+        """The weights that must be there."""
+        return tuple(name for name in self.weights if not name.endswith("bias"))
+
+
+GATE_OPTIONS = ("activation", "limit", "alpha", "up_offset", "apply_router_weight_on_input")
+
+_DOWN = {"down": "f o", "down_bias": "o"}
+
+EXPERT_KINDS = {
+    "linear": Kind({"w": "d o", "bias": "o"}, ("transposed",)),
+    "mlp": Kind({"up": "d f", "up_bias": "f", **_DOWN}, ("transposed", "activation")),
+    "gated": Kind(
+        {"gate": "d f", "gate_bias": "f", "up": "d f", "up_bias": "f", **_DOWN},
+        ("transposed", *GATE_OPTIONS),
+    ),
+    "gated_fused": Kind(
+        {"gate_up": "d 2f", "gate_up_bias": "2f", **_DOWN},
+        ("transposed", "interleaved", *GATE_OPTIONS),
+    ),
+}

@@ -1,0 +1,173 @@
+"""Which replica of an expert serves a row?
+
+A row draws a ticket from its global row number, `row * STRIDE mod TICKETS`, with
+`STRIDE / TICKETS` the golden ratio: any run of rows, and any regular stride through them (the first
+token of every sequence), spreads evenly over the tickets. Every replica of an expert serves a range
+of tickets. A row's replicas therefore depend on nothing but its number: not on chunks, ranks or
+time.
+
+Axis letters: `n` rows, `k` slots per row, `E` experts, `R` ranks, `S` slots per rank.
+"""
+
+from __future__ import annotations
+
+from functools import cached_property
+
+import numpy as np
+
+from dask_ep.arrays.namespaces import namespace, to_host
+
+_TICKET_BITS = 40
+TICKETS = 1 << _TICKET_BITS
+"""How many tickets there are: distinct for as many rows, and E * TICKETS fits an int64."""
+
+STRIDE = 0x9E3779B97F
+"""Odd (so that row numbers and tickets are one to one) and TICKETS times the golden ratio."""
+
+_BIN_BITS = _TICKET_BITS - 6  # a replica is found by the 64th part of the tickets, then compared
+
+
+class Tickets:
+    """The replicas of the experts in these slots, to be looked up by ticket."""
+
+    def __init__(self, slots: np.ndarray, stops: np.ndarray):
+        self._slots, self._stops = slots, stops
+        self._num_experts = int(slots.max()) + 1
+
+    def choose(self, routing: np.ndarray, row_offset: int) -> np.ndarray:
+        """The replicas that the rows' tickets choose, as `Placement.rewrite` gives them."""
+        xp = namespace(routing)
+        _check_routing(routing, self._num_experts, row_offset)
+        if self._holders.size == self._num_experts:  # one replica each: nothing to choose
+            return xp.asarray(self._home)[routing]
+        key = _keys(routing, row_offset, xp).ravel()
+        if xp is np:
+            nth = self._nth_holder(key)
+        else:
+            nth = xp.searchsorted(xp.asarray(self._last_keys), key, side="right")
+        physical = xp.asarray(self._holders)[nth].reshape(routing.shape)
+        return xp.where(routing < 0, np.int32(-1), physical)
+
+    def _nth_holder(self, key: np.ndarray) -> np.ndarray:
+        """Which of `_holders` serves each key: a binary search that begins next to the answer."""
+        nth = self._first_guess[key >> _BIN_BITS]
+        passed = np.flatnonzero(key >= self._last_keys[nth])
+        while passed.size:
+            nth[passed] += 1
+            passed = passed[key[passed] >= self._last_keys[nth[passed]]]
+        return nth
+
+    @cached_property
+    def _holders(self) -> np.ndarray:
+        """(replicas,) int32: the physical slots that hold something, by expert, then by slot."""
+        return _by_expert(self._slots).astype(np.int32)
+
+    @cached_property
+    def _last_keys(self) -> np.ndarray:
+        """(replicas,) int64, ascending: expert * TICKETS + stop of each of `_holders`."""
+        experts = self._slots.ravel()[self._holders].astype(np.int64)
+        return experts * TICKETS + self._stops.ravel()[self._holders]
+
+    @cached_property
+    def _first_guess(self) -> np.ndarray:
+        """(E * bins,) int32: the first of `_holders` that serves any ticket of the bin."""
+        bins = self._num_experts << (_TICKET_BITS - _BIN_BITS)
+        starts = np.arange(bins, dtype=np.int64) << _BIN_BITS
+        return np.searchsorted(self._last_keys, starts, side="right").astype(np.int32)
+
+    @cached_property
+    def _home(self) -> np.ndarray:
+        """(E + 1,) int32: the slot of each expert if each has one; [-1] answers the routing -1."""
+        return np.append(self._holders, np.int32(-1))
+
+
+def ticket_load(
+    routing: np.ndarray, num_experts: int, row_offset: int = 0, bins: int = 1024
+) -> np.ndarray:
+    """Count the rows of each expert by ticket.
+
+    Parameters
+    ----------
+    routing : (n, k) or (n,) integer array, -1 for no expert
+    num_experts : int, E
+    row_offset : int, the global number of the first row
+    bins : int, a power of two: into how many equal ranges the tickets are divided
+
+    Returns
+    -------
+    load : (E, bins) int64; summed over chunks it is the load that `exact` cuts best, and summed
+        over the last axis it is the plain load of each expert
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> from dask_ep.placement.tickets import ticket_load
+    >>> ticket_load(np.array([[0, 1], [1, -1]]), num_experts=3, bins=2)
+    array([[1, 0],
+           [1, 1],
+           [0, 0]])
+    """
+    _check_routing(routing, num_experts, row_offset)
+    key = _keys(routing, row_offset, np)[routing >= 0]
+    shift = (TICKETS // bins).bit_length() - 1
+    return np.bincount(key >> shift, minlength=num_experts * bins).reshape(num_experts, bins)
+
+
+def _keys(routing: np.ndarray, row_offset: int, xp: object) -> np.ndarray:
+    """expert * TICKETS + ticket of the row, int64, in the shape of the routing."""
+    ticket = xp.arange(routing.shape[0], dtype=np.uint64)
+    ticket *= np.uint64(STRIDE)  # wraps at 2**64, a multiple of TICKETS
+    ticket += np.uint64(row_offset * STRIDE % TICKETS)
+    ticket &= np.uint64(TICKETS - 1)
+    key = routing.astype(np.int64)
+    key *= TICKETS
+    key += ticket.astype(np.int64).reshape(-1, *[1] * (routing.ndim - 1))
+    return key
+
+
+def _by_expert(slots: np.ndarray) -> np.ndarray:
+    """(replicas,): the flat positions of used slots, by expert, then position."""
+    flat = slots.ravel()
+    used = np.flatnonzero(flat >= 0)
+    return used[np.argsort(flat[used], kind="stable")]
+
+
+def _nth_replicas(slots: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """For each of `_by_expert`: its position, its expert, and how many replicas come before it."""
+    at = _by_expert(slots)
+    experts = slots.ravel()[at]
+    first = np.searchsorted(experts, experts, side="left")
+    return at, experts, np.arange(at.size) - first
+
+
+def even_stops(slots: np.ndarray) -> np.ndarray:
+    """(R, S) int64: the stops with which the replicas of each expert share its rows evenly."""
+    at, experts, nth = _nth_replicas(slots)
+    replicas = np.bincount(experts)[experts]
+    stops = np.zeros(slots.size, np.int64)
+    stops[at] = (nth + 1) * TICKETS // replicas
+    return stops.reshape(slots.shape)
+
+
+def share_sizes(slots: np.ndarray, stops: np.ndarray) -> np.ndarray:
+    """(R, S) int64: how many tickets each slot serves."""
+    at, _, nth = _nth_replicas(slots)
+    ends = stops.ravel()[at]
+    sizes = np.zeros(slots.size, np.int64)
+    sizes[at] = ends - np.where(nth > 0, np.roll(ends, 1), 0)
+    return sizes.reshape(slots.shape)
+
+
+def _check_routing(routing: np.ndarray, num_experts: int, row_offset: int) -> None:
+    """Refuse an index outside [-1, E), naming the row."""
+    if routing.size == 0:
+        return
+    low, high = to_host(routing.min(), routing.max())
+    if low >= -1 and high < num_experts:
+        return
+    outside = ((routing < -1) | (routing >= num_experts)).nonzero()
+    at = tuple(int(index[0]) for index in outside)
+    raise ValueError(
+        f"routing must be in [-1, {num_experts}), but row {row_offset + at[0]} holds "
+        f"{int(routing[at])}; pass routing made for these {num_experts} experts"
+    )

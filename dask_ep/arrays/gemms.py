@@ -177,7 +177,7 @@ def _equal_stride(
 
 
 def _lies(matrix: Array) -> tuple[bool, int | None]:
-    """Whether a matrix lies column by column, and from where to where its lines go."""
+    """Whether a matrix is stored column by column, and the stride of its lines."""
     (rows, columns), itemsize = matrix.shape, matrix.dtype.itemsize
     steps = [stride // itemsize for stride in matrix.strides]
     if steps[1] == 1 and steps[0] >= columns:

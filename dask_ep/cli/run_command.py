@@ -272,7 +272,8 @@ def read_certificates(
 
 @contextlib.contextmanager
 def _stoppable(job: Job, overwrite: bool) -> Iterator[Wait]:
-    """Give a way to wait that the first SIGINT or SIGTERM ends; at the second all ends at once."""
+    """Yield a way to wait that ends at the first SIGINT or SIGTERM; at the second all ends at
+    once."""
     try:
         with Interrupts(FAILED) as interrupts:
             yield interrupts.wait

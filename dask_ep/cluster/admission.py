@@ -7,7 +7,7 @@ others wait in their threads, in Dask's order:
     leave   lets the next one begin
 
 A thread that waits would keep the worker from other tasks, and one of these may be what the chunks
-under way are waiting for: the experts of a rank that has lost its owner, say. So it is lent to any
+in flight are waiting for: the experts of a rank that has lost its owner, say. So it is lent to any
 task that is ready here and comes before its own in Dask's order.
 """
 

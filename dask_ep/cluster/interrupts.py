@@ -1,7 +1,7 @@
 """When may Ctrl-C stop a run?
 
 Python raises an interrupt between any two steps of the main thread. One that comes just when a lock
-has been taken leaves it taken, and whoever waits for it (Dask's event loop, a thread of the pool)
+has been taken leaves it taken, and what waits for it (Dask's event loop, a thread of the pool)
 waits for ever. So a run computes aside, in other threads and processes, while the main thread waits
 for what they tell, and only there are interrupts raised:
 
@@ -55,7 +55,7 @@ class Interrupts:
         self._before: dict[int, Any] = {}
 
     def wait(self, queue: SimpleQueue) -> Any:
-        """Give what the queue gives next, or raise KeyboardInterrupt if a signal has come."""
+        """Return the next item of the queue, or raise KeyboardInterrupt if a signal has come."""
         self._is_waiting = True
         try:
             if self._heard:

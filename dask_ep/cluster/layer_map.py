@@ -5,7 +5,7 @@
     update_graph       ep_experts (r) of a new layer ──> pinned to the owners of r
     ep_ranks is there  every rank is served          ──> the map goes to all workers, with a version
     owners change      ep_experts (r) is computed once more, on the new owner; when it has loaded,
-                       the map says so, and whoever served the rank before drops it
+                       the map says so, and the worker that served the rank before drops it
     ep_ranks is freed  no chunk needs it any more    ──> services drop the layer
 
 So experts are loaded by tasks alone: they come from where the graph has them, files or memory, and
@@ -259,7 +259,8 @@ class LayerMap:
         dask_internals.tell(self._scheduler, list(workers), message)
 
     def _routes(self, layer: Layer) -> list[Collection[str]]:
-        """Whom chunks ask for each rank: its owners that have loaded it, else whoever has."""
+        """The workers that chunks ask for each rank: owners that have loaded it, else others that
+        have."""
         routes = []
         for rank, serving in enumerate(layer.serving):
             owners = self._owners(layer.world_size, rank)

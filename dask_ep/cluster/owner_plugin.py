@@ -59,7 +59,7 @@ few gigabytes takes less."""
 
 
 def _seen_by_the_user(hook: Callable) -> Callable:
-    """The scheduler logs what a plugin raises, and goes on: keep it for `Owners.failures`.
+    """The scheduler only logs what a plugin raises: keep it for `Owners.failures`.
 
     Chunks may wait for what has not been done, so they end with an error; and tasks may be pinned
     to a worker that is lost, so they may run anywhere.

@@ -23,7 +23,7 @@ from collections.abc import Collection, Mapping, Sequence
 from math import inf
 
 Owners = list[frozenset[str]]
-"""owners[rank]: the workers that serve the rank; empty where nobody does."""
+"""owners[rank]: the workers that serve the rank; empty where none does."""
 
 GAIN = 0.1
 """How much earlier than the giver the taker has to finish, as a part, for a slice to be read again.

@@ -27,7 +27,7 @@ from dask_ep.storage.fingerprint import describe
 
 
 class Experts(Weights):
-    """The experts of a layer: their kind, and where the weights of each lie.
+    """The experts of a layer: their kind, and where the weights of each are.
 
     Made by `Experts.linear`, `Experts.mlp`, `Experts.gated`, `Experts.gated_fused` and
     `Experts.callables`. Each weight is (E, in, out), or (E, out, in) with ``transposed=True``:
@@ -186,7 +186,7 @@ class Experts(Weights):
         """A user's own functions (m, d) -> (m, d_out), one per expert; m may be 0.
 
         Without `d_out` they give rows as wide as those that they get. NumPy rows are read-only:
-        they may be those of the token chunk itself, and whoever wants to change them copies them.
+        they may be those of the token chunk itself, so copy them before changing them.
         """
         return CallableExperts(tuple(functions), d_out)
 

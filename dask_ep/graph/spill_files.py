@@ -1,4 +1,4 @@
-"""Where do the rows lie that wait on disk for their experts, and what of it is done?
+"""Where on disk are the rows that wait for their experts, and what of it is done?
 
     spill-<run>-<group>/
       rows       expert 0: chunk 0, chunk 1, ... │ expert 1: chunk 0, ...     as they go in

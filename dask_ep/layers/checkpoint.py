@@ -104,7 +104,7 @@ def moe_layers(directory: str | os.PathLike, *, families: Iterable[Family] = ())
 
 
 class Checkpoint:
-    """A checkpoint whose family is known: which of its layers are MoE, and where they lie."""
+    """A checkpoint whose family is known: which of its layers are MoE, and where they are."""
 
     def __init__(self, directory: str | os.PathLike, families: Iterable[Family] = ()):
         self.files = CheckpointFiles(directory)

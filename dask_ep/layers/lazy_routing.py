@@ -38,7 +38,7 @@ SCORE_BYTES = 32
 
 
 class SmallArray(NamedTuple):
-    """A router's array, left where it lies."""
+    """A router's array, not read yet."""
 
     source: Source
     shape: tuple[int, ...]

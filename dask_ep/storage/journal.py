@@ -130,12 +130,12 @@ def record_done(
 
 
 def read_done(directory: str, run: str) -> set[int]:
-    """Give the blocks that the lines of this run call done."""
+    """Return the blocks that are done by the lines of this run."""
     return set(read_digests(directory, run))
 
 
 def read_digests(directory: str, run: str) -> dict[int, str]:
-    """Return the hash of the rows of each block that the lines of this run call done."""
+    """Return the hash of the rows of each block that is done by the lines of this run."""
     return dict(_read_lines(directory, run, "done"))
 
 
@@ -293,7 +293,7 @@ def _open_lock(directory: str, create: bool = True) -> Iterator[Any]:
 
 
 def _read_holder(file: Any) -> dict[str, Any] | None:
-    """Read who holds the lock, None if nobody does; ValueError if it does not say."""
+    """Read who holds the lock, None if no process does; ValueError if it does not say."""
     holder = json.loads(file.read() or "null")
     if holder is not None and not (isinstance(holder, dict) and holder.keys() >= HOLDER):
         raise ValueError(f"a lock says {sorted(HOLDER)}, not {holder!r}")

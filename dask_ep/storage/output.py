@@ -106,7 +106,7 @@ class Output(DaskMethodsMixin):
     def compute(
         self, on_block: Callable[[Receipt], Any] | None = None, **kwargs: Any
     ) -> list[Receipt]:
-        """Write all missing blocks, and give the output its name.
+        """Write all missing blocks, and rename the output to its path.
 
         Parameters
         ----------
@@ -131,7 +131,7 @@ class Output(DaskMethodsMixin):
         return receipts
 
     def finish(self) -> None:
-        """Give the complete output its name, and release the lock.
+        """Rename the complete output to its path, and release the lock.
 
         Raises
         ------
@@ -161,7 +161,7 @@ class Output(DaskMethodsMixin):
             journal.release(self.directory)
 
     def count_done(self) -> int:
-        """Count the blocks that are done by now, whoever wrote them."""
+        """Count the blocks that are done by now, by any process."""
         done = journal.read_done(self.directory, self._manifest["run"])
         return len(self.rows) if self.complete else len(done)
 
@@ -225,7 +225,7 @@ class Output(DaskMethodsMixin):
 
 
 def progress_directory(path: str) -> str:
-    """Where the record of an output lies, and the output itself while it is incomplete."""
+    """The directory of the record of an output, and of the output itself while it is incomplete."""
     return path + ".progress"
 
 

@@ -70,7 +70,7 @@ def make_manifest(
 
 
 def check_existing(path: str, resume: bool, overwrite: bool) -> None:
-    """Refuse to touch what is there, unless the user has said what is to become of it."""
+    """Refuse to touch an existing output, unless told to resume or overwrite it."""
     if resume and overwrite:
         raise ValueError("resume and overwrite are mutually exclusive")
     began = journal.has_manifest(progress_directory(path))
@@ -118,7 +118,7 @@ def begin(
 def go_on(
     y: da.Array, path: str, manifest: dict[str, Any], wanted: dict[str, Any], compressors: Any
 ) -> tuple[Writer, dict[str, Any]]:
-    """Take up what an earlier run has left, if it was the same run.
+    """Continue what an earlier run has left, if it was the same run.
 
     Raises
     ------
@@ -245,7 +245,7 @@ def _warn_of_another_array(
 
 
 def _partial(path: str, manifest: Mapping[str, Any]) -> str:
-    """Where an output lies while it is incomplete."""
+    """The path of an output while it is incomplete."""
     kind = os.path.splitext(path)[1]
     return os.path.join(progress_directory(path), f"partial-{manifest['run']}{kind}")
 

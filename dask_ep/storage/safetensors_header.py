@@ -1,4 +1,4 @@
-"""Which tensors does a safetensors file hold, and where do their bytes lie?
+"""Which tensors does a safetensors file hold, and where are their bytes?
 
     ┌────────────┬──────────────────────────────┬────────────────────────┐
     │ 8 bytes: H │ H bytes of JSON: the header  │ the tensors' bytes     │

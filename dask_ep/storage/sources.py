@@ -1,4 +1,4 @@
-"""Which `Source` reads an array, wherever it lies?
+"""Which `Source` reads an array, wherever it is?
 
 `open_source` makes one of whatever tokens and weights come in:
 

@@ -272,7 +272,7 @@ def shorten(blocks: Sequence[int]) -> str:
 
 
 def _write_chunk(files: ChunkFiles, chunk: int, rows: np.ndarray, sync: bool) -> None:
-    """Write one chunk file under another name, and give it its own when it is whole."""
+    """Write one chunk file under another name, and rename it when it is whole."""
     path = files.path(chunk)
     draft = f"{path}.{os.getpid()}-{threading.get_ident()}{_WRITING}"
     file = os.open(draft, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o666)

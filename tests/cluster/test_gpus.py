@@ -541,7 +541,9 @@ def test_a_host_without_page_locked_memory_says_so(monkeypatch):
         raise xp.cuda.runtime.CUDARuntimeError("cudaErrorMemoryAllocation: out of memory")
 
     monkeypatch.setattr(xp.cuda, "alloc_pinned_memory", refuse)
-    with pytest.raises(MemoryError, match=r"no 80 bytes of page-locked memory .* --chunk-rows"):
+    with pytest.raises(
+        MemoryError, match=r"allocate 80 bytes of page-locked host memory .* --chunk-rows"
+    ):
         pinned_empty(xp, (10,), np.float64)
 
 

@@ -169,7 +169,7 @@ def check_cluster(client: Client, files: Mapping[str, str | os.PathLike] | None 
     """
     paths = {what: os.path.abspath(path) for what, path in (files or {}).items()}
     here = probe(list(paths.values()))
-    missing = [f"{what}: there is no {path}" for what, path in paths.items() if not here[path]]
+    missing = [f"{what}: {path} does not exist" for what, path in paths.items() if not here[path]]
     if missing:
         raise UnfitClusterError(missing)
     names = {

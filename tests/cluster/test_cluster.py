@@ -109,7 +109,7 @@ def dask_setup(worker):
 
 
 def test_a_file_that_is_not_there_is_the_clients_mistake(client, tmp_path):
-    with pytest.raises(UnfitClusterError, match=r"tokens: .*nowhere\.npy does not exist there"):
+    with pytest.raises(UnfitClusterError, match=r"tokens: .*nowhere\.npy does not exist$"):
         check_cluster(client, {"tokens": tmp_path / "nowhere.npy"})
 
 

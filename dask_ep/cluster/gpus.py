@@ -31,7 +31,6 @@ from dask_ep.cluster import device_serialize
 from dask_ep.cluster.interrupts import deaf_children
 from dask_ep.errors import NoDeviceError
 from dask_ep.experts.local_experts import LocalExperts
-from dask_ep.experts.stored_experts import LocalStoredExperts
 from dask_ep.laws.device_memory import THREADS_PER_GPU
 
 PROTOCOLS = ("tcp", "ucx")
@@ -255,5 +254,4 @@ def _keep_experts_on_the_device() -> None:
     """
     from dask_cuda.is_spillable_object import is_spillable_object
 
-    for held in (LocalExperts, LocalStoredExperts):
-        is_spillable_object.register(held, lambda experts: experts.on_device)
+    is_spillable_object.register(LocalExperts, lambda experts: experts.on_device)

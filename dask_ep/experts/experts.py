@@ -19,7 +19,7 @@ from dask_ep.arrays.checks import is_float
 from dask_ep.arrays.namespaces import Array
 from dask_ep.experts.callables import CallableExperts
 from dask_ep.experts.expert_kinds import EXPERT_KINDS
-from dask_ep.experts.local_experts import LocalExperts
+from dask_ep.experts.local_experts import LocalExperts, load_experts
 from dask_ep.experts.weights import Weight, Weights
 from dask_ep.kernel.bfloat16 import PARTS
 from dask_ep.kernel.kinds import ACTIVATIONS
@@ -64,11 +64,7 @@ class Experts(Weights):
 
     def __init__(self, kind: str, weights: dict[str, Weight], options: dict[str, Any]):
         self.kind, self.weights, self.options = kind, weights, options
-        axes = {
-            name: reversed_axes(EXPERT_KINDS[kind].weights[name], options.get("transposed", False))
-            for name in weights
-        }
-        sizes = _bind_axes(kind, weights, axes)
+        sizes = _bind_axes(kind, weights, options.get("transposed", False))
         self.num_experts, self.d, self.d_out = sizes["E"], sizes["d"], sizes["o"]
         self.hidden = sizes.get("f")
 
@@ -245,6 +241,8 @@ class Experts(Weights):
         weights = {name: weight.detached() for name, weight in self.weights.items()}
         return Experts(self.kind, weights, self.options)
 
+    build = load_experts
+
     def load(
         self,
         experts: Sequence[int] | None = None,
@@ -323,16 +321,10 @@ def _opened(weights: dict[str, Any]) -> dict[str, Weight]:
     return given
 
 
-def reversed_axes(axes: str, transposed: bool) -> tuple[str, ...]:
-    """Axis letters of a weight after the first, last two swapped if it is (E, out, in)."""
-    letters = tuple(axes.split())
-    return letters[::-1] if transposed else letters
-
-
-def _bind_axes(
-    kind: str, weights: dict[str, Weight], axes: dict[str, tuple[str, ...]]
-) -> dict[str, int]:
+def _bind_axes(kind: str, weights: dict[str, Weight], transposed: bool) -> dict[str, int]:
     """Give every axis letter its one size; an error shows all bindings."""
+    in_out = {name: tuple(EXPERT_KINDS[kind].weights[name].split()) for name in weights}
+    axes = {name: of[::-1] if transposed else of for name, of in in_out.items()}
     sizes: dict[str, int] = {}
     for name, weight in weights.items():
         letters = ("E", *axes[name])

@@ -34,8 +34,7 @@ class LocalExperts(Sequence):
 
     def __init__(self, experts: Experts, xp: Any, dtype: np.dtype, given: dict[str, np.ndarray]):
         self._origin = (experts, xp.__name__, dtype, given)
-        on_device = xp.__name__ != "numpy"
-        self.nbytes = experts.num_held * experts.loaded_bytes(dtype, on_device=on_device)
+        self.nbytes = experts.held_bytes(dtype, on_device=xp.__name__ != "numpy")
         self._lock = Lock()
         self._experts: list[Expert] | None = None
 
@@ -43,7 +42,7 @@ class LocalExperts(Sequence):
         with self._lock:
             if self._experts is None:
                 experts, name, dtype, given = self._origin
-                self._experts = load_experts(experts, import_module(name), dtype, dict(given))
+                self._experts = experts.build(import_module(name), dtype, dict(given))
         return self._experts
 
     @property

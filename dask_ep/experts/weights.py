@@ -284,6 +284,10 @@ class Weights:
         """Bytes of one expert that is loaded to compute in a dtype."""
         return sum(w.loaded_bytes(dtype, on_device=on_device) for w in self.weights.values())
 
+    def held_bytes(self, dtype: np.dtype, *, on_device: bool = False) -> int:
+        """Bytes of all experts that are held, loaded to compute in a dtype."""
+        return self.num_held * self.loaded_bytes(dtype, on_device=on_device)
+
     @property
     def dtype(self) -> np.dtype:
         return next(iter(self.weights.values())).dtype

@@ -24,13 +24,13 @@ from typing import Any, NamedTuple
 
 import dask.array as da
 import numpy as np
-from dask.highlevelgraph import HighLevelGraph
 from dask.task_spec import List, Task, TaskRef
 
 from dask_ep.arrays.checks import computing_dtype
 from dask_ep.arrays.namespaces import Array
 from dask_ep.experts.experts import Experts
 from dask_ep.experts.prefetch import ExpertsAhead
+from dask_ep.graph.rows import array_of
 from dask_ep.graph.spill_files import SpillFiles
 from dask_ep.laws.passes import Passes
 from dask_ep.storage import journal
@@ -57,8 +57,8 @@ class Rows:
         return [a for a in (self.tokens, self.routing, self.topk_weights) if a is not None]
 
     def output(self, name: str, tasks: dict[Any, Task], d_out: int) -> da.Array:
-        graph = HighLevelGraph.from_collections(name, tasks, dependencies=self.arrays)
-        return da.Array(graph, name, (self.tokens.chunks[0], (d_out,)), meta=self.tokens._meta)
+        chunks = (self.tokens.chunks[0], (d_out,))
+        return array_of(name, tasks, self.arrays, chunks, self.tokens._meta)
 
 
 class Turn(NamedTuple):

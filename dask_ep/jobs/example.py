@@ -18,6 +18,7 @@ from pathlib import Path
 import numpy as np
 
 from dask_ep.jobs.corpus import TokenRows
+from dask_ep.layers.scores import largest, softmax
 from dask_ep.storage.writers import Writer, make_writer
 
 FORMATS = ("zarr", "npy", "safetensors")
@@ -196,15 +197,8 @@ def choose_experts(logits: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
     >>> sorted(routing[0].tolist()), routing[1].tolist(), weights[0].tolist()
     ([1, 2], [0, 1], [0.5, 0.5])
     """
-    E = logits.shape[1]
-    routing = np.argpartition(logits, E - k, axis=1)[:, E - k :]
-    chosen = np.take_along_axis(logits, routing, axis=1)
-    order = np.argsort(-chosen, axis=1, kind="stable")
-    routing = np.take_along_axis(routing, order, axis=1).astype(np.int32)
-    chosen = np.take_along_axis(chosen, order, axis=1)
-    weights = np.exp(chosen - chosen[:, :1])
-    weights /= weights.sum(axis=1, keepdims=True)
-    return routing, weights
+    routing = largest(np, logits.copy(), k)
+    return routing, softmax(np, np.take_along_axis(logits, routing, axis=1))
 
 
 def _expert_weights(example: Example, key: str) -> Iterator[np.ndarray]:

@@ -46,7 +46,7 @@ PIECE_ROWS = (256, 1024)
 """Fewest and most rows that a task computes where rows are spilled, if an expert has as many:
 enough for fast products, few enough for all threads to share an expert."""
 
-PROCESS_BYTES = 300_000_000
+PASSES_PROCESS_BYTES = 300_000_000
 """What a process takes besides experts, rows and tiles: more than in an ordinary run, since the C
 library and the pool keep some memory of earlier blocks."""
 
@@ -341,7 +341,7 @@ def cut_pieces(
 
 
 def _fixed(work: Work, layout: Layout) -> int:
-    return PROCESS_BYTES + work.layer.loaded + layout.threads * work.read_bytes
+    return PASSES_PROCESS_BYTES + work.layer.loaded + layout.threads * work.read_bytes
 
 
 def _spilled_bytes(work: Work) -> int:

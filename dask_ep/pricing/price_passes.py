@@ -11,7 +11,7 @@ from typing import Any
 
 from dask.utils import format_bytes
 
-from dask_ep.laws.passes import PROCESS_BYTES, Passes, cut_pieces
+from dask_ep.laws.passes import PASSES_PROCESS_BYTES, Passes, cut_pieces
 from dask_ep.pricing.price import Plan
 
 WAYS = {
@@ -32,7 +32,7 @@ class PlanInPasses(Plan):
     @property
     def memory_parts(self) -> dict[str, int]:
         """Bytes that a process uses at most, by what they are for; rows with their scratch."""
-        known = {"process": PROCESS_BYTES, "experts": self.expert_bytes}
+        known = {"process": PASSES_PROCESS_BYTES, "experts": self.expert_bytes}
         return known | {"rows": self.passes.memory_bytes - sum(known.values())}
 
     @property

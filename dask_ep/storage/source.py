@@ -17,6 +17,7 @@ import numpy as np
 
 from dask_ep.arrays.checks import check_byte_order
 from dask_ep.arrays.memory import empty
+from dask_ep.storage.files import ReadError
 
 
 class Source(ABC):
@@ -110,6 +111,52 @@ class Source(ABC):
 
     def _describe(self) -> dict[str, Any]:
         return {"name": self.name, "shape": list(self.shape), "dtype": self.dtype.name}
+
+
+class Region(Source):
+    """A contiguous region of a file that holds the array's bytes in C order.
+
+    Parameters
+    ----------
+    file : path or address
+    size : bytes of the file
+    offset : bytes before the array's first element
+    shape, dtype : of the array
+    name : for messages
+
+    Raises
+    ------
+    ReadError
+        If the file ends before the array does.
+    """
+
+    def __init__(
+        self,
+        file: str,
+        size: int,
+        offset: int,
+        shape: tuple[int, ...],
+        dtype: np.dtype,
+        name: str,
+    ):
+        self.offset, self.name = offset, name
+        self.shape, self.dtype = tuple(shape), checked_dtype(np.dtype(dtype), name)
+        if offset + self.nbytes > size:
+            raise ReadError(
+                f"{file} is too short for {name}: {self.shape} of {self.dtype} from byte "
+                f"{offset} on ends at byte {offset + self.nbytes}, the file at {size}"
+            )
+
+    def read(self, start: int, stop: int, out: np.ndarray | None = None) -> np.ndarray:
+        out = self._destination(start, stop, out)
+        row_bytes = prod(self.shape[1:]) * self.dtype.itemsize
+        place = f"rows [{start}, {stop}) of {self.name}"
+        self._fill(out, self.offset + start * row_bytes, place)
+        return out
+
+    @abstractmethod
+    def _fill(self, out: np.ndarray, first: int, place: str) -> None:
+        """Fill an array with the bytes of the file from the first on."""
 
 
 def checked_dtype(dtype: np.dtype, name: str) -> np.dtype:

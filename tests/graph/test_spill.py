@@ -43,7 +43,7 @@ from dask_ep.jobs.run import run_job
 from dask_ep.jobs.verify import verify_job
 from dask_ep.laws.decision import Decision
 from dask_ep.laws.memory_law import Layout
-from dask_ep.laws.passes import PROCESS_BYTES, Passes
+from dask_ep.laws.passes import PASSES_PROCESS_BYTES, Passes
 from dask_ep.laws.travel import Travel
 from dask_ep.storage import output, sources
 from dask_ep.storage.journal import read_done, read_manifest
@@ -718,7 +718,9 @@ def test_peak_memory_of_the_process_tree_is_within_the_limit(tmp_path, rows, lim
     job = write_large_job(tmp_path, rows)
     command = [sys.executable, "-m", "dask_ep", "run", str(job), "--threads", "2"]
     peak = peak_of_tree([*command, "--memory-limit", f"{limit}MB"])
-    assert peak <= limit * 10**6 < PROCESS_BYTES + 256 * 512 * 512 * 4, "all experts do not fit"
+    assert peak <= limit * 10**6 < PASSES_PROCESS_BYTES + 256 * 512 * 512 * 4, (
+        "all experts do not fit"
+    )
     manifest = read_manifest(progress_directory(load_job(job).out))
     assert manifest["settings"]["passes"]["way"] == way
     expert = int(np.load(tmp_path / "routing.npy")[-1])

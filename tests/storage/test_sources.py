@@ -355,7 +355,7 @@ def test_remote_files_that_are_damaged_or_gone_are_named(tmp_path):
     with open(tmp_path / "x.npy", "r+b") as file:
         file.truncate(200)
     cut = put(f"memory://{tmp_path.name}/x.npy", tmp_path / "x.npy")
-    with pytest.raises(ReadError, match=rf"{cut} is too short for \(5, 3\) of float64"):
+    with pytest.raises(ReadError, match=rf"{cut} is too short for x.npy: \(5, 3\) of float64"):
         open_source(cut)
     (tmp_path / "x.npy").write_bytes(b"not an array at all")
     with pytest.raises(ValueError, match=rf"{cut} is not a .npy file of numbers"):

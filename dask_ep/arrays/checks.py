@@ -95,7 +95,7 @@ def refuse_masked(array: Array | None, name: str) -> None:
 class BadRow(ValueError):
     """A row holds what it must not.
 
-    `row` is its number in the array that was looked at, a chunk mostly; whoever knows where that
+    `row` is its number in the array that was looked at, a chunk mostly; code that knows where that
     begins in the whole array says so with `place_of_row`.
     """
 

@@ -149,7 +149,7 @@ class Lanes:
             for _ in range(len(blocks) if other != size else 0):
                 try:
                     block = blocks.popleft()
-                except IndexError:  # somebody took the last one
+                except IndexError:  # another thread took the last one
                     break
                 if block.read is not None and not block.read.done:
                     blocks.append(block)
@@ -167,7 +167,7 @@ class Lanes:
 
     def _allocate(self, size: int) -> _Block:
         self._drop_the_unread(size)
-        with self._up:  # so that CuPy hands it out in the order of this stream
+        with self._up:  # so that CuPy reuses it in the order of this stream
             try:
                 return _Block(self._xp, size)
             except self._xp.cuda.memory.OutOfMemoryError:

@@ -88,7 +88,7 @@ def connect(
         address = _read_address(scheduler_file, timeout)
     security = certificates.security() if certificates else Security()
     # A Client that fails to connect is closed by the garbage collector, which can lock up in Dask
-    # (2026.8): make one only where somebody answers. In a thread, for a notebook has a loop.
+    # (2026.8): make one only where a scheduler answers. In a thread, since a notebook has a loop.
     with ThreadPoolExecutor(1) as thread:
         thread.submit(asyncio.run, _knock(address, security, timeout)).result()
     return Client(address, security=security, timeout=timeout)

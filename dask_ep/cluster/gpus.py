@@ -173,7 +173,7 @@ def _plain_cluster(where: Gpus, devices: list[Device], protocol: str) -> SpecClu
         workers=workers,
         scheduler=scheduler,
         name="dask-ep GPUs",
-        silence_logs=logging.CRITICAL,  # what fails is told by the futures
+        silence_logs=logging.CRITICAL,  # failures are reported by the futures
     )
 
 

@@ -133,7 +133,7 @@ def deaf_children() -> Iterator[None]:
 
     Ctrl-C on a terminal reaches worker processes as well, which would end in the middle of a task.
     """
-    # Who starts it hears SIGINT afterwards: that shall not be the thread of the first child.
+    # The thread that starts it gets SIGINT afterwards: not the thread of the first child.
     resource_tracker.ensure_running()
     before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})  # children inherit it
     try:

@@ -1,6 +1,6 @@
 """Who serves which rank of which layer now?
 
-`owner_plugin` decides who shall serve a rank. This file carries it out, and tells the workers:
+`owner_plugin` decides who should serve a rank. This file carries it out, and tells the workers:
 
     update_graph       ep_experts (r) of a new layer ──> pinned to the owners of r
     ep_ranks is there  every rank is served          ──> the map goes to all workers, with a version
@@ -54,7 +54,7 @@ class LayerMap:
     ----------
     scheduler : Scheduler
     owners : function of a world size and a rank
-        Gives the set of addresses that shall serve the rank; the same set object each time.
+        Gives the set of addresses that should serve the rank; the same set object each time.
     """
 
     def __init__(self, scheduler: Scheduler, owners: Callable[[int, int], set[str]]):
@@ -198,7 +198,7 @@ class LayerMap:
             self._serve(layer, rank)
 
     def _serve(self, layer: Layer, rank: int) -> None:
-        """Load a rank where it shall be served and is not; drop it where it shall not be."""
+        """Load a rank where it should be served and is not; drop it where it should not be."""
         if self._layers.get(layer.token) is not layer or not layer.is_open:
             return
         owners = self._owners(layer.world_size, rank)

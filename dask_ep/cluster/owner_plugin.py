@@ -1,4 +1,4 @@
-"""Who shall serve which rank, while workers come and go?
+"""Who should serve which rank, while workers come and go?
 
 A plugin in the scheduler keeps, for each world size, the owners of every rank; one map serves all
 graphs of that world size. `layer_map` lets the owners load what they serve. Tasks of experts that

@@ -93,7 +93,7 @@ def assign(
     loads : R numbers
         The work of each rank.
     replicas : R ints, optional
-        How many owners each rank shall have; 1 without it. Never more than there are workers.
+        How many owners each rank should have; 1 without it. Never more than there are workers.
     limit : float
         A worker takes a further rank only while its load per capacity is below this.
 

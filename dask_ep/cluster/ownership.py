@@ -232,7 +232,7 @@ class Owners:
         except OSError:
             if error is None:
                 raise
-            # The scheduler is lost, and with it the plugin: let the first error be heard.
+            # The scheduler is lost, and with it the plugin: let the first error be raised.
 
     def __repr__(self) -> str:
         rows = self._rows()
@@ -301,7 +301,7 @@ def _claim(
         plugin.pause_limit = pause_limit
     if not installed:
         dask_scheduler.add_plugin(plugin, name=PLUGIN)
-        plugin.limit(None)  # whatever was said before
+        plugin.limit(None)  # whatever was set before
     plugin.is_leaving = False
     if chunks_in_flight is not None:
         plugin.limit(chunks_in_flight if isinf(chunks_in_flight) else int(chunks_in_flight))

@@ -203,7 +203,7 @@ class Weight:
 
 
 def _converted(array: Array, dtype: np.dtype) -> Array:
-    """The array in another dtype; in recycled memory, whose pages are there already."""
+    """The array in another dtype; in recycled memory, whose pages are mapped already."""
     if array.dtype == dtype:
         return array
     out = memory.empty(array.shape, dtype, like=array)

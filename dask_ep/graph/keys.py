@@ -107,7 +107,7 @@ def read_key(key: object) -> TaskKey | None:
     """
     if isinstance(key, str) and key.startswith("ep_") and "-finalize-" in key:
         only = read_key((key.partition("-finalize-")[0], 0))
-        return None if only is None else only._replace(part=(-1,))  # its number is not told
+        return None if only is None else only._replace(part=(-1,))  # its number is not in the key
     if isinstance(key, str):
         key = _parse(key)
     if not (isinstance(key, tuple) and isinstance(key[0], str) and key[0].startswith("ep_")):

@@ -57,7 +57,7 @@ def hold(
     counts : (C, E) slots of each chunk at each expert
     done : chunks whose output is there; the others of their group wait for none of their tasks
     in_place : whether chunks of tokens may be overwritten: nobody else needs them, nor the memory
-        that they lie in
+        that they are in
 
     Returns
     -------

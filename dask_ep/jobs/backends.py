@@ -289,7 +289,7 @@ def _local_cluster(where: Processes) -> LocalCluster:
                 "dashboard_address": f"127.0.0.1:{where.dashboard_port or 0}",
             },
             memory_limit="auto" if where.memory_limit is None else where.memory_limit,
-            silence_logs=logging.CRITICAL,  # what fails is told by the futures
+            silence_logs=logging.CRITICAL,  # failures are reported by the futures
         )
 
 

@@ -273,7 +273,7 @@ def _compute_on_threads(output: Output | Step, threads: int, watch: _Watch, wait
         for receipt in aside:
             watch.tell(receipt)
     finally:
-        pool.shutdown(cancel_futures=True)  # the tasks at work are finished, no other is begun
+        pool.shutdown(cancel_futures=True)  # running tasks finish, and no other starts
         aside.join()
 
 
@@ -324,7 +324,7 @@ def _compute_on_client(output: Output | Step, client: Client, watch: _Watch, wai
         client.cancel(futures)
 
 
-# --- what is told ----------------------------------------------------------------------------
+# --- progress --------------------------------------------------------------------------------
 
 
 class _Watch:

@@ -119,7 +119,7 @@ def _on_workers(client: Client, owners: Owners | None) -> Iterator[list[Record]]
     made: list[Record] = []
     client.run(forget_peak_memory)
     clock = client.run_on_scheduler(time.time)
-    client.get_task_stream(start=0, stop=0)  # from now on it is kept
+    client.get_task_stream(start=0, stop=0)  # from now on it is recorded
     begun = time.perf_counter()
     with servings_of(client) as servings:
         yield made
@@ -154,7 +154,7 @@ def servings_of(client: Client) -> Iterator[list[Serving]]:
     try:
         yield kept
     except BaseException:
-        with suppress(Exception):  # the cluster may be what has failed
+        with suppress(Exception):  # the cluster itself may have failed
             client.unregister_worker_plugin(_Keep.name)
         raise
     for of_worker in client.run(_take, on_error="ignore").values():

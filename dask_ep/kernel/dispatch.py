@@ -165,7 +165,7 @@ def aligned(array: Array) -> Array:
     """The array, or a copy of it in memory that is aligned to its numbers.
 
     NumPy copies an unaligned array whole each time that rows are taken from it. Arrays that Dask
-    has received over a network often are: their frames lie one after the other.
+    has received over a network often are: their frames follow one another.
     """
     if namespace(array) is not np or array.flags.aligned:
         return array

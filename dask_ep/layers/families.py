@@ -10,7 +10,7 @@ from typing import Any
 
 from dask_ep.layers.family import By, Config, Family, Fused, Key, PerExpert, Product, Shared
 
-# --- how the tensors of experts lie --------------------------------------------------------------
+# --- how experts are stored -----------------------------------------------------------------
 
 BY_NAME = PerExpert(
     "experts.{e}.gate_proj.weight", "experts.{e}.up_proj.weight", "experts.{e}.down_proj.weight"

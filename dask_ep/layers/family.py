@@ -85,7 +85,7 @@ def find(value: Any, config: Config, layer: int) -> Any:
     return value.find(config, layer) if isinstance(value, (Key, Product, By)) else value
 
 
-# --- how the tensors of experts lie --------------------------------------------------------------
+# --- how experts are stored -----------------------------------------------------------------
 
 
 @dataclass(frozen=True)

@@ -156,7 +156,7 @@ def balance_layers(
     expert_of = groups_of_node[..., None] * group + np.arange(group)
     expert_of = expert_of.reshape(layers * num_nodes, -1)
 
-    # 2. Copies of the hottest experts of each node.
+    # 2. Replicas of the hottest experts of each node.
     ranks = world_size // num_nodes
     loads = np.take_along_axis(np.repeat(loads, num_nodes, axis=0), expert_of, axis=1)
     replica_of, replicas = replicate_hottest(loads, num_slots // num_nodes, max_replicas=ranks)

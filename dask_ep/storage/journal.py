@@ -216,7 +216,7 @@ def release(directory: str) -> None:
     """Stop being the one that writes; nothing if this process is not."""
     with contextlib.suppress(FileNotFoundError), _open_lock(directory, create=False) as file:
         holder, mine = None, _this_process()
-        with contextlib.suppress(ValueError):  # of a damaged lock nobody knows whose it is
+        with contextlib.suppress(ValueError):  # a damaged lock does not say whose it is
             holder = _read_holder(file)
         if holder is not None and all(holder[k] == mine[k] for k in ("pid", "host", "born")):
             file.seek(0)

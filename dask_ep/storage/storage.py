@@ -223,7 +223,7 @@ def store(
     journal.acquire(directory)
     try:
         restore(path, directory)
-        check_existing(path, resume, overwrite)  # again, now that nobody else can begin
+        check_existing(path, resume, overwrite)  # again, now that no other run can begin
         manifest = None if overwrite else journal.read_manifest(directory)
         if manifest is None:
             writer, manifest = begin(y, path, wanted, compressors)

@@ -165,7 +165,7 @@ def check_cluster(client: Client, files: Mapping[str, str | os.PathLike] | None 
     ...     check_cluster(client, {"tokens": "/nowhere/tokens.npy"})
     Traceback (most recent call last):
         ...
-    dask_ep.cluster.checks.UnfitClusterError: tokens: there is no /nowhere/tokens.npy
+    dask_ep.cluster.checks.UnfitClusterError: tokens: /nowhere/tokens.npy does not exist
     """
     paths = {what: os.path.abspath(path) for what, path in (files or {}).items()}
     here = probe(list(paths.values()))

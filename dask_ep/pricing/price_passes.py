@@ -48,21 +48,6 @@ class PlanInPasses(Plan):
         return self.passes.passes * int((self.expert_rows > 0).sum()) * self.work.expert_stored
 
     @property
-    def has_ranks(self) -> bool:
-        """None: ranks hold no experts."""
-        return False
-
-    @property
-    def replicas(self) -> int:
-        """None."""
-        return 0
-
-    @property
-    def exchanged_bytes(self) -> int:
-        """None: rows are not sent to ranks."""
-        return 0
-
-    @property
     def tasks(self) -> int:
         """Tasks of the layer, if every group of chunks has rows for all experts."""
         used = self.expert_rows[self.expert_rows > 0]

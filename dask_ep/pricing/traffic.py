@@ -57,6 +57,11 @@ class Traffic:
         return self.decision.layout
 
     @property
+    def has_ranks(self) -> bool:
+        """Whether ranks hold experts, to which rows go; otherwise experts go by in passes."""
+        return self.decision.passes is None
+
+    @property
     def workers(self) -> int:
         """Processes that play the ranks."""
         return self.layout.serving
@@ -133,7 +138,7 @@ class Traffic:
     @property
     def exchanged_bytes(self) -> int:
         """Bytes of all packets and answers between workers."""
-        return self.exchanged_at(self._homes)
+        return self.exchanged_at(self._homes) if self.has_ranks else 0
 
     def exchanged_at(self, homes: Sequence[int]) -> int:
         """Bytes of all packets and answers with each chunk on the worker of that number, (C,).

@@ -232,7 +232,7 @@ def test_what_waits_is_kept_where_no_output_is_done_yet(monkeypatch, job):
 
 @pytest.fixture
 def cluster() -> Iterator[Cluster]:
-    """Two workers of two threads in this process, as a scheduler that is there already."""
+    """Two workers of two threads in this process, as an existing scheduler."""
     with LocalCluster(
         n_workers=2,
         threads_per_worker=2,

@@ -186,7 +186,7 @@ def faster_blas() -> str | None:
     narrow = ", and would multiply bfloat16 experts in 16 bits" if "amx_bf16" in cpu else ""
     return (
         f"Intel's MKL multiplies about 10 % faster on this CPU than {numpys_blas()}{narrow}; "
-        "install it in a copy of the repository: pip install -e '.[mkl]'"
+        "install it in a clone of the repository: pip install -e '.[mkl]'"
     )
 
 

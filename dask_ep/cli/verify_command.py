@@ -63,7 +63,7 @@ def _print_verification(found: Verification) -> None:
         f"with {found.experts_seen} of {found.num_experts} experts"
     )
     click.echo(
-        f"largest error {found.relative_error:.3g} of what a value's terms add up to; "
+        f"largest error {found.relative_error:.3g}, relative to the terms of a value; "
         f"{found.tolerance:.3g} is allowed"
     )
     if found.not_finite:
@@ -72,14 +72,14 @@ def _print_verification(found: Verification) -> None:
         click.echo("good")
         return
     if found.relative_error <= found.tolerance:
-        click.echo("not good: nothing could be compared")
+        click.echo("not good: no value could be compared")
         return
     click.echo(f"{len(found.worst)} rows differ, the worst first:")
     for row in found.worst[:_MOST_WORST]:
         experts = ", ".join(map(str, row.experts))
         click.echo(
-            f"  row {row.row} (block {row.block}, experts {experts}): {row.error:.3g}, "
-            f"that is {row.relative:.3g} of its terms"
+            f"  row {row.row} (block {row.block}, experts {experts}): off by {row.error:.3g}, "
+            f"{row.relative:.3g} of its terms"
         )
 
 
@@ -90,5 +90,5 @@ def _words_of_not_finite(found: Verification) -> str:
         f"first is row {rows[0]})"
     )
     if found.overflowed:
-        return f"{words}; {found.overflowed} of them because numbers on the way are too large"
-    return f"{words}, in the output as in the rows computed again" if found.good else words
+        return f"{words}; {found.overflowed} of them because intermediate values are too large"
+    return f"{words}, in the output and in the recomputed rows alike" if found.good else words

@@ -146,7 +146,7 @@ def _array_facts(source: Source) -> list[tuple[str, str]]:
         ("size", format_bytes(source.nbytes)),
     ]
     if source.chunk_rows:
-        facts.append(("rows stored together", str(source.chunk_rows)))
+        facts.append(("rows per stored chunk", str(source.chunk_rows)))
     if source.ndim == 2 and not _is_routing(source):
         facts.append(("advised chunk rows", str(advise_chunk_rows(source))))
     return facts

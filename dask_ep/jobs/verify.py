@@ -135,8 +135,8 @@ def verify_job(
     n = inputs.tokens.shape[0]
     if output.shape != (n, inputs.experts.d_out):
         raise ValueError(
-            f"the output {job.out} must be ({n}, {inputs.experts.d_out}) to be that of {job.name}, "
-            f"but has shape {output.shape}; run the job again"
+            f"the output {job.out} must be ({n}, {inputs.experts.d_out}) for {job.name}, but has "
+            f"shape {output.shape}; run the job again"
         )
     if output.dtype.name not in TOLERANCES:
         raise ValueError(

@@ -436,7 +436,7 @@ def _refusal(
     if needed <= limit and free is not None:
         return (
             f"{words}; that would fit, with rows spilled to disk, but {free / 1e6:.0f} MB are free "
-            f"there and a chunk needs {rows * _spilled_bytes(work) / 1e6:.0f} MB: make room, or "
-            "allow more memory"
+            f"there and a chunk needs {rows * _spilled_bytes(work) / 1e6:.0f} MB: free some space, "
+            "or allow more memory"
         )
     return f"{words}; give more memory or fewer threads"

@@ -221,7 +221,7 @@ def test_verify_compares_no_numbers_and_says_so(tmp_path, capsys, small_job):
     np.save(job.tokens, np.full_like(tokens, np.nan))
     np.save(job.out, np.full((700, 16), np.nan, "f4"))
     code, out, _ = here(capsys, "verify", small_job)
-    assert (code, out.splitlines()[-1]) == (3, "not good: nothing could be compared")
+    assert (code, out.splitlines()[-1]) == (3, "not good: no value could be compared")
 
 
 def test_an_output_that_is_gone_is_told_and_made_again(capsys, small_job):

@@ -283,7 +283,7 @@ def test_a_plan_on_gpus_that_are_here(job_file, monkeypatch):
 @pytest.mark.parametrize(
     ("options", "words"),
     [
-        (["--gpu"], "no GPU is here. Give them, as rates=Rates.* or --rates flops="),
+        (["--gpu"], "no GPU is here. Give the rates as rates=Rates.* or --rates flops="),
         ([*GPU, "--device-memory-limit", "300 MB"], "the memory limit of a GPU of 300 MB must"),
         ([*GPU, "--processes", 2], "--processes has no effect with --gpu"),
         (["--device-memory-limit", "1 GB"], "--device-memory-limit needs --gpu"),

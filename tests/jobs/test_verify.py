@@ -176,7 +176,7 @@ def test_a_lost_chunk_is_an_error(tmp_path):
 def test_an_output_of_another_shape(done_job, tmp_path):
     job = load_job(done_job, out=str(tmp_path / "out.npy"))
     np.save(job.out, np.zeros((700, 15), "f4"))
-    with pytest.raises(ValueError, match=r"must be \(700, 16\) to be that of .*\(700, 15\)"):
+    with pytest.raises(ValueError, match=r"must be \(700, 16\) for .*\(700, 15\)"):
         verify_job(job)
 
 

@@ -1,6 +1,6 @@
 """How does the command begin? Both ``dask-ep`` and ``python -m dask_ep`` start here.
 
-What the command needs takes a second to import; Ctrl-C meanwhile ends it without a word.
+What the command needs takes a second to import; Ctrl-C meanwhile ends it silently.
 """
 
 import signal

@@ -157,7 +157,7 @@ def kill_one(cluster: Cluster, client: Client, victim: str) -> None:
 
 
 def kill_answering(cluster: Cluster, client: Client, victim: str) -> None:
-    """`kill -9` an owner in the midst of answering: its expert does it."""
+    """`kill -9` an owner while it answers: its expert does it."""
     before = worker_pids(client)
     (cluster.directory / FATAL).touch()
     wait_until(lambda: set(worker_pids(client)) != set(before), "an owner died")

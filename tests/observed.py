@@ -153,7 +153,7 @@ def _forget_chunks():
 
 
 def slots_taken(client: Client) -> dict[str, int]:
-    """By worker: chunks that are under way by its own count."""
+    """By worker: chunks that are in flight by its own count."""
     return client.run(_slots_taken)
 
 

@@ -102,7 +102,7 @@ def test_files_functions_and_classes_are_short(trees):
                 classes[f"{module}.{node.name}"] = node.end_lineno - node.lineno + 1
     total = sum(len(path.read_text().splitlines()) for path in PACKAGE.rglob("*.py"))
     print(f"\n{total} lines in {len(files)} files; before the rooms {LINES_BEFORE_THE_ROOMS}")
-    limits = (("file", files, 500), ("function", functions, 45), ("class", classes, 250))
+    limits = (("file", files, 455), ("function", functions, 45), ("class", classes, 250))
     for what, sizes, _ in limits:
         longest = sorted(sizes, key=sizes.get, reverse=True)[:5]
         print(f"longest {what}:", ", ".join(f"{name} {sizes[name]}" for name in longest))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import re
 import subprocess
 import sys
 import tomllib
@@ -198,3 +199,11 @@ def test_the_version_is_said_once():
 def test_ci_runs_the_test_command_of_the_readme():
     command = (ROOT / ".ci" / "run").read_text().splitlines()[-1]
     assert command in (ROOT / "README.md").read_text()
+
+
+def test_contributing_names_files_that_exist():
+    text = (ROOT / ".github" / "CONTRIBUTING.md").read_text()
+    named = set(re.findall(r"[\w./]+/[\w]+\.py", text)) - {"tests/ROOM/test_FILE.py"}
+    assert len(named) > 20
+    missing = {n for n in named if not ((ROOT / n).exists() or (PACKAGE / n).exists())}
+    assert missing <= {"cli/NAME_command.py"}

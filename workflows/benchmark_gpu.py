@@ -81,11 +81,13 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("layers", nargs="*", default=list(LAYERS), help=", ".join(LAYERS))
     parser.add_argument("--dtype", choices=DTYPES, default="bfloat16")
     parser.add_argument("--tf32", action="store_true", help="multiply float32 as TF32")
-    parser.add_argument("--rows", type=int, help="of a chunk, instead of each layer's own")
-    parser.add_argument("--shrink", type=int, default=1, help="divide all widths, for a try")
-    parser.add_argument("--chunks", type=int, default=16, help="of the job")
-    parser.add_argument("--repeat", type=int, default=5, help="rounds, of which the median counts")
-    parser.add_argument("--directory", help="where the files of the job lie while this runs")
+    parser.add_argument("--rows", type=int, help="rows of a chunk, instead of each layer's own")
+    parser.add_argument(
+        "--shrink", type=int, default=1, help="divide all widths by this, for a quick try"
+    )
+    parser.add_argument("--chunks", type=int, default=16, help="chunks of the job")
+    parser.add_argument("--repeat", type=int, default=5, help="number of rounds; medians are shown")
+    parser.add_argument("--directory", help="directory for temporary files")
     options = parser.parse_args(arguments)
     try:
         card = find_devices()[0]
@@ -217,7 +219,7 @@ class Bench:
             dask_ep.store(y, out, overwrite=True, scheduler="threads", pool=pool)
 
     def memory(self) -> float:
-        """Memory that a job takes beside what is there before, over that of its plan."""
+        """Memory that a job takes on top of what was in use, divided by that of its plan."""
         pool = self.xp.get_default_memory_pool()
         pool.free_all_blocks()
         before = pool.total_bytes()

@@ -34,15 +34,17 @@ def main() -> None:
     parser.add_argument("model")
     parser.add_argument("text", type=Path)
     parser.add_argument("--layer", type=int, required=True, help="number of the decoder layer")
-    parser.add_argument("--out", type=Path, required=True, help="a Zarr array, made anew")
-    parser.add_argument("--batch", type=int, default=8, help="documents at once")
+    parser.add_argument("--out", type=Path, required=True, help="a new Zarr array")
+    parser.add_argument("--batch", type=int, default=8, help="documents per batch")
     parser.add_argument("--length", type=int, default=512, help="tokens of a document, at most")
     parser.add_argument("--chunk-rows", type=int, default=4096)
-    parser.add_argument("--dtype", default="auto", help="of the model: auto, float32, bfloat16")
+    parser.add_argument(
+        "--dtype", default="auto", help="dtype of the model: auto, float32, bfloat16"
+    )
     parser.add_argument("--device", default="cpu")
     options = parser.parse_args()
     if options.out.exists():
-        parser.error(f"{options.out} is there already; remove it or choose another --out")
+        parser.error(f"{options.out} exists already; remove it or choose another --out")
 
     tokenizer = AutoTokenizer.from_pretrained(options.model)
     if tokenizer.pad_token is None:
@@ -56,7 +58,7 @@ def main() -> None:
 
 
 def hidden_states(model, tokenizer, options) -> Iterator[np.ndarray]:
-    """Give the block's input rows (tokens, d) of each batch, in float32."""
+    """Return the block's input rows (tokens, d) of each batch, in float32."""
     caught: list[torch.Tensor] = []
 
     def catch(_module, args, kwargs):

@@ -440,9 +440,9 @@ def _told(directory: Path) -> str:
 
 def main() -> int:
     options = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    options.add_argument("--seeds", type=int, default=100, help="how many, from --first")
-    options.add_argument("--first", type=int, default=0, help="the first of them")
-    options.add_argument("--seed", type=int, help="this one alone")
+    options.add_argument("--seeds", type=int, default=100, help="number of seeds, from --first")
+    options.add_argument("--first", type=int, default=0, help="first seed")
+    options.add_argument("--seed", type=int, help="only this seed")
     options.add_argument("--keep", type=Path, help="keep all files in this directory")
     asked = options.parse_args()
     seeds = range(asked.first, asked.first + asked.seeds) if asked.seed is None else [asked.seed]

@@ -7,7 +7,7 @@
 # It prints what `dask-ep run` prints and ends with its exit code; scheduler and workers print to log
 # files, whose end is shown if one of them fails. On several machines, run the three commands where
 # they belong. For your own site, change:
-#   1. SHARED     a directory that all machines see; the files of the job lie in such a one as well
+#   1. SHARED     a directory that all machines see; the files of the job are in such a one too
 #   2. HOST       the address of the scheduler's machine that the others reach, instead of 127.0.0.1
 #   3. WORKERS    workers per machine; one thread each, so one per core (per GPU on GPU machines)
 #   4. MEMORY     of each worker: its experts and a few token chunks; above 0.8 of it a worker pauses
@@ -21,7 +21,7 @@ WORKERS=${WORKERS:-2}
 MEMORY=${MEMORY:-auto}
 TLS=${TLS:-}
 
-# A task is given up when so many workers have died on which it waited: more than there are workers.
+# A task is given up when this many of its workers have died: more than there are workers.
 export DASK_DISTRIBUTED__SCHEDULER__ALLOWED_FAILURES=${ALLOWED_FAILURES:-100}
 
 # Workers keep freed memory of a packet's size for the next packet: as Dask starts them, they do not.
@@ -59,7 +59,7 @@ start scheduler dask scheduler --host "$HOST" --port 0 --dashboard-address "$HOS
 start workers dask worker --scheduler-file "$SHARED/scheduler.json" --nworkers "$WORKERS" \
     --nthreads 1 --host "$HOST" --memory-limit "$MEMORY" --local-directory "${TMPDIR:-/tmp}" $TLS
 
-# 3. Anywhere, the job, which waits for the workers; stopped by anything, --resume goes on with it.
+# 3. Anywhere, the job, which waits for the workers; whatever stops it, --resume continues it.
 until [ -s "$SHARED/scheduler.json" ]; do check; sleep 0.1; done
 python -m dask_ep run --scheduler-file "$SHARED/scheduler.json" --workers "$WORKERS" $TLS "$@" &
 run=$!

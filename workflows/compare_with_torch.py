@@ -13,7 +13,7 @@ rounds. What comes first in one round comes last in the next.
     data parallel     torch: a process per core, each with all experts and a share of the chunks
                       dask_ep: a thread per core, by its own files and by `from_zarr` and `store`
     expert parallel   torch: a process per core, each with a share of the experts and of the
-                      chunks; rows go by gloo's `all_to_all_single`, once to each process that
+                      chunks; rows are sent by gloo's `all_to_all_single`, once to each process that
                       serves them, and come back as one sum
                       dask_ep: a worker process per core
 
@@ -55,8 +55,8 @@ def main() -> None:
     parser.add_argument("--rows", type=int, help="token rows, instead of each layer's own")
     parser.add_argument("--chunk-rows", type=int, help="rows of a token chunk")
     parser.add_argument("--cores", type=int, default=dask.system.CPU_COUNT)
-    parser.add_argument("--repeat", type=int, default=5, help="rounds, of which the median counts")
-    parser.add_argument("--directory", help="where the files lie while this runs")
+    parser.add_argument("--repeat", type=int, default=5, help="number of rounds; medians are shown")
+    parser.add_argument("--directory", help="directory for temporary files")
     options = parser.parse_args()
     print(f"{cpu_name()}, {options.cores} cores; torch {torch.__version__}")
     print(f"dask_ep multiplies by {multiplies_by()}; medians of {options.repeat} rounds")

@@ -57,7 +57,9 @@ def main() -> None:
     parser.add_argument("sizes", nargs="+", choices=SIZES)
     parser.add_argument("--rows", type=int, default=20_000)
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
-    parser.add_argument("--chunks", type=int, default=None, help="of the rows; default: 1 a thread")
+    parser.add_argument(
+        "--chunks", type=int, default=None, help="number of chunks; default: one per thread"
+    )
     parser.add_argument("--repeat", type=int, default=3)
     parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)))
     options = parser.parse_args()

@@ -187,8 +187,8 @@ def main() -> None:
     )
     parts = ("scheduler", "ranks", "workers", "bytes")
     parser.add_argument("parts", nargs="*", metavar="PART", help=f"of {', '.join(parts)}")
-    parser.add_argument("--scale", type=float, default=1.0, help="of rows and chunks")
-    parser.add_argument("--workers", type=int, default=32, help="of the part workers")
+    parser.add_argument("--scale", type=float, default=1.0, help="factor for rows and chunks")
+    parser.add_argument("--workers", type=int, default=32, help="workers of the part `workers`")
     arguments = parser.parse_args()
     if unknown := set(arguments.parts) - set(parts):
         parser.error(f"parts are {', '.join(parts)}, not {', '.join(sorted(unknown))}")

@@ -35,8 +35,8 @@ from tests.fault_scenarios import (
 
 def main() -> int:
     options = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    options.add_argument("--moments", type=int, default=10, help="of each fault")
-    options.add_argument("--fault", nargs="*", help="only those with one of these in their name")
+    options.add_argument("--moments", type=int, default=10, help="moments for each fault")
+    options.add_argument("--fault", nargs="*", help="only faults with one of these in their name")
     asked = options.parse_args()
 
     def is_asked(name: str) -> bool:

@@ -1,12 +1,12 @@
 """How does a job run on several GPU nodes?
 
     python workflows/gpu_cluster.py job.toml --nodes gpu01 gpu02 --ranks 16    8 GPUs on each
-    python workflows/gpu_cluster.py job.toml --nodes gpu01 --ranks 8 --resume  go on with the rest
-    python workflows/gpu_cluster.py --nodes gpu01 gpu02 --print                show the commands
+    python workflows/gpu_cluster.py job.toml --nodes gpu01 --ranks 8 --resume  continue a stopped
+    job python workflows/gpu_cluster.py --nodes gpu01 gpu02 --print                show the commands
 
-This process is the client, and starts the scheduler beside it; dask-cuda's workers are started on
-the nodes by ssh, one process for each GPU that is there, bound to the cores and the network card
-that are nearest to it. The job begins when as many have come as it has ranks.
+This process is the client, and starts the scheduler on the same machine; dask-cuda's workers are
+started on the nodes by ssh, one process for each GPU, bound to the cores and the
+network card that are nearest to it. The job begins when as many have come as it has ranks.
 
 This process needs CuPy and a GPU as well, for Dask asks the arrays of a graph what they are. All
 nodes see the files of the job, and have the packages: pip install 'dask-ep[gpu]' dask-cuda
@@ -44,12 +44,16 @@ WORKERS_SECONDS = 120.0
 def main() -> None:
     options = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     options.add_argument("job", nargs="?", help="a TOML file")
-    options.add_argument("--nodes", nargs="+", required=True, help="localhost needs no ssh")
+    options.add_argument(
+        "--nodes", nargs="+", required=True, help="host names; localhost needs no ssh"
+    )
     options.add_argument("--protocol", choices=PROTOCOLS, default="ucx")
     options.add_argument("--interface", default=None, help="network card of the nodes, such as ib0")
     options.add_argument("--port", type=int, default=8786)
-    options.add_argument("--ranks", type=int, help="GPUs in all; the job waits for so many")
-    options.add_argument("--device-memory-limit", default="0.9", help="of each GPU: share or size")
+    options.add_argument("--ranks", type=int, help="number of GPUs that the job waits for")
+    options.add_argument(
+        "--device-memory-limit", default="0.9", help="memory limit of each GPU: share or size"
+    )
     options.add_argument("--resume", action="store_true")
     options.add_argument("--print", action="store_true", dest="only_print")
     asked = options.parse_args()
@@ -113,7 +117,7 @@ def started(commands: list[list[str]]) -> Iterator[None]:
 
 
 def wait_for_workers(address: str, count: int) -> None:
-    """Wait until so many workers have come; raise TimeoutError if they do not."""
+    """Wait until this many workers have joined; raise TimeoutError otherwise."""
     with dask.config.set(UCX_ON_GPUS), Client(address) as client:
         client.wait_for_workers(count, timeout=WORKERS_SECONDS)
 

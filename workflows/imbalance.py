@@ -28,7 +28,9 @@ EXPONENTS = (0.3, 1.0, 1.5)
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--seeds", type=int, default=5, help="orders of popularity")
-    parser.add_argument("--layers", type=int, default=58, help="of 256 experts, balanced at once")
+    parser.add_argument(
+        "--layers", type=int, default=58, help="layers of 256 experts to balance at once"
+    )
     options = parser.parse_args()
     print("| experts, ranks, spare | Zipf | contiguous | packed | balanced | exact | its slots |")
     print("|---|---|---|---|---|---|---|")

@@ -96,9 +96,9 @@ def main() -> None:
     parser.add_argument("--memory-limit", type=parse_bytes, default="3GB")
     parser.add_argument("--threads", type=int, default=dask.system.CPU_COUNT)
     parser.add_argument("--processes", type=int, help="worker processes, each with the limit")
-    parser.add_argument("--kill", action="store_true", help="one of them in the midst")
+    parser.add_argument("--kill", action="store_true", help="kill one of them during the run")
     parser.add_argument("--sample", type=float, default=0.1, help="part of the products timed")
-    parser.add_argument("--directory", help="where the files lie while this runs")
+    parser.add_argument("--directory", help="directory for temporary files")
     asked = parser.parse_args()
     if asked.kill and not asked.processes:
         parser.error("--kill ends a worker process, so it needs --processes")

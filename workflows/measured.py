@@ -1,6 +1,6 @@
 """What do the benchmarks measure: which layers, on which files, and how is a time taken?
 
-Imported by the scripts beside it.
+Imported by the scripts in this folder.
 """
 
 from __future__ import annotations

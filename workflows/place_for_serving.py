@@ -41,10 +41,12 @@ from dask_ep.storage.storage import open_tokens
 
 @click.command()
 @click.argument("routings", nargs=-1, required=True, metavar="LAYER=PATH...")
-@click.option("--experts", type=click.IntRange(1), required=True, help="Of a layer.")
+@click.option("--experts", type=click.IntRange(1), required=True, help="Experts per layer.")
 @click.option("--ranks", type=click.IntRange(1), required=True, help="GPUs of the deployment.")
-@click.option("--slots", type=click.IntRange(1), help="On all ranks together.")
-@click.option("--groups", type=click.IntRange(1), default=1, help="Of a group-limited router.")
+@click.option("--slots", type=click.IntRange(1), help="Physical experts on all ranks together.")
+@click.option(
+    "--groups", type=click.IntRange(1), default=1, help="Expert groups of a group-limited router."
+)
 @click.option("--nodes", type=click.IntRange(1), default=1, help="Machines of the deployment.")
 @click.option("--engine", type=click.Choice(["sglang", "vllm-ascend"]), default="sglang")
 @click.option("--model-layers", type=click.IntRange(1), help="Layers of the model, for SGLang.")

@@ -124,7 +124,7 @@ def main() -> int:
     )
     parser.add_argument("--only", nargs="*", default=list(CASES), help=", ".join(CASES))
     parser.add_argument("--scale", type=float, default=1.0, help="of the token rows of each job")
-    parser.add_argument("--directory", help="where the files lie while this runs")
+    parser.add_argument("--directory", help="directory for temporary files")
     parser.add_argument("--one", help=argparse.SUPPRESS)  # in a process of its own: a case as JSON
     options = parser.parse_args()
     if options.one is not None:

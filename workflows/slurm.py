@@ -1,7 +1,7 @@
 """How does a job run on a SLURM cluster?
 
     python workflows/slurm.py job.toml --workers 8 --partition cpu    each worker a SLURM job
-    python workflows/slurm.py job.toml --resume                       go on with what is left
+    python workflows/slurm.py job.toml --resume                       continue a stopped job
     python workflows/slurm.py --print                                 show what SLURM gets
 
 Options, messages and exit codes are those of `dask-ep run`. This process is the scheduler and the
@@ -81,7 +81,7 @@ class Request:
     certificates: Certificates | None
 
     def command(self, count: int) -> list[str]:
-        """The command that submits so many workers, as the elements of one array job."""
+        """The command that submits this many workers, as elements of one array job."""
         command = ["sbatch", "--parsable", f"--job-name={self.name}", f"--array=0-{count - 1}"]
         command += ["--nodes=1", "--ntasks=1", f"--cpus-per-task={self.cores}"]
         command += [f"--mem={self.memory >> 20}M", f"--time={self.walltime}"]
@@ -245,7 +245,7 @@ def start_scheduler(request: Request, count: int) -> LocalCluster:
             require_encryption=True,
             **{f"tls_{role}_{what}": path for role in roles for what, path in own.items()},
         )
-    # A task is given up when so many workers have died on which it waited.
+    # A task is given up when this many of its workers have died.
     with dask.config.set({"distributed.scheduler.allowed-failures": max(100, count)}):
         return LocalCluster(
             n_workers=0,
@@ -259,7 +259,7 @@ def start_scheduler(request: Request, count: int) -> LocalCluster:
 
 @contextmanager
 def slurm_workers(request: Request, count: int) -> Iterator[Cluster]:
-    """Give a cluster of so many workers, which are SLURM jobs, and end them afterwards."""
+    """Yield a cluster of this many workers, which are SLURM jobs, and end them afterwards."""
     if shutil.which("sbatch") is None:
         raise FileNotFoundError(
             "sbatch: command not found; start this where SLURM's commands are installed"
@@ -348,9 +348,7 @@ def on_slurm(workers: int, only_print: bool, **options: Any) -> None:
         click.echo(f"{shlex.join(request.command(workers))} <<'EOF'")
         click.echo(f"{request.script('SCHEDULER')}EOF")
         return
-    logging.disable(
-        logging.ERROR
-    )  # Dask's, for good: workers that leave are no news, the run tells
+    logging.disable(logging.ERROR)  # Dask's, for good: the run itself tells which workers leave
     carry_out(Deployed(partial(slurm_workers, request, workers)), **options)
 
 

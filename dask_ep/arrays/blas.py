@@ -1,6 +1,6 @@
 """Which library multiplies matrices on the host, and with how many threads?
 
-NumPy's own; or, on a CPU of Intel's, its MKL, where the package ``mkl`` is installed beside
+NumPy's own; or, on a CPU of Intel's, its MKL, where the package ``mkl`` is installed next to
 (``dask-ep[mkl]``). With AVX-512 its products of few rows, as each expert has, are 10 to 20 % faster
 there than those of the OpenBLAS in NumPy's wheels (312 and 625 rows). On AMD's Zen 5 it has half
 their speed (104 against 231 GFLOP/s a core at 625 rows), and is left alone.
@@ -83,7 +83,8 @@ class Cblas:
             self._gemm[np.dtype(dtype)] = gemm, sums
 
     def multiply(self, x: np.ndarray, w: np.ndarray, out: np.ndarray, *, add: bool = False) -> bool:
-        """Write x @ w to `out`, or add it, and say so; False if the library cannot as they lie."""
+        """Write x @ w to `out`, or add it, and say so; False if the library cannot with this memory
+        layout."""
         gemm, sums = self._gemm.get(x.dtype, (None, None))
         if gemm is None or x.dtype != w.dtype or out.dtype != sums:
             return False
@@ -98,7 +99,8 @@ class Cblas:
 
     @classmethod
     def _lie(cls, a: np.ndarray) -> tuple[int, int] | None:
-        """Whether a matrix lies by rows or by columns, and the numbers from one to the next."""
+        """Whether a matrix is stored by rows or by columns, and the numbers from one to the
+        next."""
         size = a.itemsize
         (rows, columns), (down, along) = a.shape, a.strides
         if not a.flags.aligned:
@@ -111,7 +113,7 @@ class Cblas:
 
 
 def _address(a: np.ndarray) -> int:
-    """Where an array lies; the buffer tells it three times sooner than NumPy."""
+    """Address of an array; the buffer tells it three times faster than NumPy."""
     try:
         return ctypes.addressof(ctypes.c_char.from_buffer(a))
     except (TypeError, ValueError):  # read-only, with gaps, empty, or of a dtype not Python's
@@ -184,7 +186,7 @@ def faster_blas() -> str | None:
     narrow = ", and would multiply bfloat16 experts in 16 bits" if "amx_bf16" in cpu else ""
     return (
         f"Intel's MKL multiplies about 10 % faster on this CPU than {numpys_blas()}{narrow}; "
-        "install it in a copy of the repository: pip install -e '.[mkl]'"
+        "install it in a clone of the repository: pip install -e '.[mkl]'"
     )
 
 
@@ -211,7 +213,7 @@ def installed_mkl() -> Cblas | None:
 
 @contextmanager
 def one_blas_thread() -> Iterator[None]:
-    """Give BLAS one thread while the block runs, and the former number afterwards.
+    """Give BLAS one thread while the block runs, and the previous number afterwards.
 
     Notes
     -----

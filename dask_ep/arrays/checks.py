@@ -84,18 +84,18 @@ def _differ(a: float, b: float) -> bool:
 
 
 def refuse_masked(array: Array | None, name: str) -> None:
-    """Refuse masked arrays, whose masks would be lost without a word."""
+    """Refuse masked arrays, whose masks would be lost silently."""
     if isinstance(getattr(array, "_meta", array), np.ma.MaskedArray):
         raise TypeError(
-            f"{name} must hold all values, but is a masked array; fill it with np.ma.filled, or "
-            "da.ma.filled where it is a Dask array: for routing, -1 is no expert"
+            f"{name} must not be a masked array; fill it with np.ma.filled, or da.ma.filled for a "
+            "Dask array (in routing, -1 means no expert)"
         )
 
 
 class BadRow(ValueError):
     """A row holds what it must not.
 
-    `row` is its number in the array that was looked at, a chunk mostly; whoever knows where that
+    `row` is its number in the array that was looked at, a chunk mostly; code that knows where that
     begins in the whole array says so with `place_of_row`.
     """
 
@@ -148,9 +148,9 @@ def raise_nan(topk_weights: Array) -> NoReturn:
     where = tuple(int(i[0]) for i in bad.nonzero())
     raise BadRow.at(
         where[0],
-        f"topk_weights must be numbers, but topk_weights[{', '.join(map(str, where))}] is NaN, as "
-        f"are {int(bad.sum())} of {topk_weights.size}; a slot without an expert has routing -1 and "
-        "any finite weight",
+        f"topk_weights must not be NaN, but topk_weights[{', '.join(map(str, where))}] is "
+        f"({int(bad.sum())} of {topk_weights.size} are); a slot without an expert has routing -1 "
+        "and any finite weight",
     )
 
 

@@ -75,8 +75,8 @@ def find_devices() -> list[Device]:
 
 def _no_device(why: str) -> str:
     return (
-        f"CuPy finds no GPU: {why}; see what nvidia-smi lists, and that CUDA_VISIBLE_DEVICES hides "
-        "no device that is meant to be used"
+        f"CuPy finds no GPU: {why}; check what nvidia-smi lists, and that CUDA_VISIBLE_DEVICES "
+        "does not hide the device"
     )
 
 
@@ -96,7 +96,7 @@ def telling_memory(xp: Any, needed: int, rows: int | None = None, held: int = 0)
     xp : namespace of the arrays inside; nothing is done for NumPy
     needed : bytes that the work inside needs at most
     rows : rows of the token chunk that this is for; None if it is for experts
-    held : bytes of these that are there already, with the chunk
+    held : bytes of these that are in use already, with the chunk
 
     Raises
     ------
@@ -113,25 +113,25 @@ def telling_memory(xp: Any, needed: int, rows: int | None = None, held: int = 0)
         numbers = f"it needs {needed} bytes, {free} of {total} are free ({error})"
         if rows is None:
             raise DeviceMemoryError(
-                f"the device has not enough memory for the experts: {numbers}; use more GPUs and "
-                "ranks, experts held_as_stored, or none (--threads or --processes): there experts "
-                "that do not fit go by in passes"
+                f"not enough device memory for the experts: {numbers}; use more GPUs and ranks, "
+                "experts held_as_stored, or none (--threads or --processes): there experts that "
+                "do not fit are processed in passes"
             ) from error
         fits = max(min((free + held) * rows // max(needed, 1), rows // 2), 1)
         raise DeviceMemoryError(
-            f"the device has not enough memory for a chunk of {rows} rows: {numbers}; {fits} rows "
-            "would fit into this step, and other steps may take fewer. Finished blocks stay good: "
-            f"go on with --resume --chunk-rows {fits}"
+            f"not enough device memory for a chunk of {rows} rows: {numbers}; {fits} rows would "
+            "fit into this step, and other steps may take fewer. Finished blocks are kept: "
+            f"continue with --resume --chunk-rows {fits}"
         ) from error
 
 
 def telling_chunk(chunk: Array, row_bytes: int) -> AbstractContextManager[None]:
-    """The same for a step on a chunk that is there: bytes that it takes of each row, at most."""
+    """The same for a step on a loaded chunk: bytes that it takes of each row, at most."""
     return telling_memory(namespace(chunk), len(chunk) * row_bytes, len(chunk), chunk.nbytes)
 
 
 def free_memory(xp: Any) -> tuple[int, int]:
-    """Give the bytes that can still be allocated on the device in use, and those in all.
+    """Return the bytes that can still be allocated on the device in use, and those in all.
 
     What CuPy's pool has set aside and not given out counts as free; a limit of the pool counts as
     the device's size.

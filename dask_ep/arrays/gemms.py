@@ -52,7 +52,7 @@ class Gemms:
       here has its own handle (NVIDIA's documentation of cuBLAS, "Results reproducibility").
     - CuPy 14.2 wraps no grouped product of cuBLAS, and of the batched ones those with equal strides
       only: they serve where all experts have as many rows (`device_kernel.PADDED_ROWS`), and their
-      matrices lie at equal distances, as those of loaded experts do.
+      matrices are at equal distances, as those of loaded experts do.
     """
 
     def __init__(self, xp: Any):
@@ -177,7 +177,7 @@ def _equal_stride(
 
 
 def _lies(matrix: Array) -> tuple[bool, int | None]:
-    """Whether a matrix lies column by column, and from where to where its lines go."""
+    """Whether a matrix is stored column by column, and the stride of its lines."""
     (rows, columns), itemsize = matrix.shape, matrix.dtype.itemsize
     steps = [stride // itemsize for stride in matrix.strides]
     if steps[1] == 1 and steps[0] >= columns:
@@ -188,7 +188,7 @@ def _lies(matrix: Array) -> tuple[bool, int | None]:
 
 
 def gemms(xp: Any) -> Gemms | None:
-    """Give the products of the device in use, or None where there is no cuBLAS."""
+    """Return the products of the device in use, or None where there is no cuBLAS."""
     if not hasattr(xp, "cuda") or not hasattr(xp.cuda, "cublas"):
         return None
     key = (xp.__name__, xp.cuda.get_device_id())

@@ -24,7 +24,7 @@ from dask_ep.arrays.namespaces import Array, namespace
 
 
 def pinned_empty(xp: Any, shape: tuple[int, ...], dtype: Any) -> np.ndarray:
-    """Give an uninitialised NumPy array in page-locked memory, which copies run from and to alone.
+    """Return an uninitialised NumPy array in page-locked memory, as asynchronous copies need.
 
     Its memory comes from CuPy's pool of such memory, and goes back there with the array.
 
@@ -41,7 +41,7 @@ def pinned_empty(xp: Any, shape: tuple[int, ...], dtype: Any) -> np.ndarray:
         return np.ndarray(shape, dtype, buffer=xp.cuda.alloc_pinned_memory(nbytes))
     except xp.cuda.runtime.CUDARuntimeError as error:
         raise MemoryError(
-            f"the host gives no {nbytes} bytes of page-locked memory for rows on their way to or "
+            f"could not allocate {nbytes} bytes of page-locked host memory for rows going to or "
             f"from a GPU ({error}); use smaller chunks (--resume --chunk-rows), or free memory"
         ) from error
 
@@ -63,7 +63,7 @@ def upload(xp: Any, host: np.ndarray) -> Array:
 
 
 def download(array: Array) -> np.ndarray:
-    """Copy a device array to pinned memory beside what the device computes, and wait for that copy.
+    """Copy a device array to pinned memory while the device computes, and wait for the copy.
 
     Returns
     -------
@@ -149,7 +149,7 @@ class Lanes:
             for _ in range(len(blocks) if other != size else 0):
                 try:
                     block = blocks.popleft()
-                except IndexError:  # somebody took the last one
+                except IndexError:  # another thread took the last one
                     break
                 if block.read is not None and not block.read.done:
                     blocks.append(block)
@@ -167,7 +167,7 @@ class Lanes:
 
     def _allocate(self, size: int) -> _Block:
         self._drop_the_unread(size)
-        with self._up:  # so that CuPy hands it out in the order of this stream
+        with self._up:  # so that CuPy reuses it in the order of this stream
             try:
                 return _Block(self._xp, size)
             except self._xp.cuda.memory.OutOfMemoryError:

@@ -3,7 +3,7 @@
 A batch job makes the same few large arrays for every chunk: the chunk read, the rows gathered, the
 products, the result. Fresh memory for each of them costs a page fault per page, a fifth to a half
 of the CPU time of a straightforward version. `empty` hands out memory that an earlier array has
-died in: its pages are there already.
+died in: its pages are mapped already.
 
     empty(...) ──> array ──(last reference gone)──> free blocks ──> the next empty(...)
                                                         │ unused for KEEP_SECONDS, or for
@@ -88,14 +88,14 @@ class Pool:
 
     def __init__(self) -> None:
         # Leases die wherever the garbage collector runs, so giving back takes no lock: appending
-        # to and popping from a deque are atomic. In each deque the oldest stand on the left.
+        # to and popping from a deque are atomic. In each deque the oldest are on the left.
         self._free: dict[int, deque[_Block]] = {}
         self._lock = threading.Lock()  # for the two below
         self._blocks = 0
         self._janitor: threading.Thread | None = None
 
     def lease(self, nbytes: int) -> np.ndarray:
-        """Give `nbytes` uninitialised bytes as a (nbytes,) uint8 array."""
+        """Return `nbytes` uninitialised bytes as a (nbytes,) uint8 array."""
         step = 1 << max(nbytes.bit_length() - 4, 0)
         smallest = -(-nbytes // step) * step
         for size in range(smallest, 2 * smallest, step):
@@ -129,7 +129,7 @@ class Pool:
                 try:
                     blocks.popleft()
                     dropped += 1
-                except IndexError:  # somebody took the last one
+                except IndexError:  # another thread took the last one
                     break
         with self._lock:
             self._blocks -= dropped
@@ -169,7 +169,7 @@ if hasattr(os, "register_at_fork"):
 
 
 def empty(shape: tuple[int, ...], dtype: object, like: object = None) -> np.ndarray:
-    """Give an uninitialised C-contiguous array, in recycled memory where that pays.
+    """Return an uninitialised C-contiguous array, in recycled memory where that pays.
 
     Parameters
     ----------

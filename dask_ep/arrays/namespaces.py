@@ -20,12 +20,12 @@ UNDERFLOW_IS_ZERO = np.errstate(under="ignore")
 
 
 def namespace(array: Array, name: str = "array") -> Any:
-    """Give the module whose functions work on an array: ``numpy``, ``cupy``, ...
+    """Return the module whose functions work on an array: ``numpy``, ``cupy``, ...
 
     Raises
     ------
     TypeError
-        If it is no array, under the `name` given.
+        If it is not an array; the message has the `name`.
 
     Examples
     --------
@@ -47,11 +47,11 @@ def namespace(array: Array, name: str = "array") -> Any:
 
 
 def one_namespace(**arrays: Array | None) -> Any:
-    """Give the namespace that all arrays share; their names are for the message."""
+    """Return the namespace that all arrays share; their names are for the message."""
     found = {name: namespace(array, name) for name, array in arrays.items() if array is not None}
     if len({id(xp) for xp in found.values()}) > 1:
         came = ", ".join(f"{name} from {xp.__name__}" for name, xp in found.items())
-        raise TypeError(f"all arrays must live in one namespace, but came {came}; convert them")
+        raise TypeError(f"all arrays must come from one library, but are {came}; convert them")
     return next(iter(found.values()))
 
 

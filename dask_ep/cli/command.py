@@ -1,4 +1,4 @@
-"""What do all commands share: exit codes, how an error is said, ``--debug``?
+"""What do all commands share: exit codes, how errors are shown, ``--debug``?
 
 Imports nothing heavy, so that help comes at once.
 """
@@ -21,7 +21,7 @@ debug_option = click.option(
     is_flag=True,
     expose_value=False,
     callback=_set_debug,
-    help="Show the whole traceback of an error.",
+    help="Show full tracebacks.",
 )
 
 
@@ -30,12 +30,12 @@ def complain(text: str) -> None:
 
 
 def tell_note(text: str) -> None:
-    """Say what looks like a mistake, and may be none."""
+    """Show a note about what looks like a mistake, but may not be one."""
     click.echo(f"note: {text}", err=True)
 
 
 def one_line(error: BaseException) -> str:
-    """Say an error and its causes, without the place in the code."""
+    """Put an error and its causes into words, without the traceback."""
     words = [str(error).strip() or type(error).__name__]
     words[0] += "".join(f" ({note})" for note in getattr(error, "__notes__", ()))
     cause = error.__cause__

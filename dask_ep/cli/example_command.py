@@ -32,20 +32,22 @@ from dask_ep.jobs import example as examples
     type=click.IntRange(1),
     default=2,
     show_default=True,
-    help="Experts that each row goes to.",
+    help="Experts per row.",
 )
 @click.option("--kind", type=click.Choice(examples.KINDS), default="linear", show_default=True)
-@click.option("--hidden", type=click.IntRange(1), help="Hidden width of gated experts; 2 d.")
-@click.option("--chunk-rows", type=click.IntRange(1), help="Token rows stored together.")
+@click.option(
+    "--hidden", type=click.IntRange(1), help="Hidden width of gated experts; default: 2 d."
+)
+@click.option("--chunk-rows", type=click.IntRange(1), help="Token rows per stored chunk.")
 @click.option("--format", type=click.Choice(examples.FORMATS), default="zarr", show_default=True)
 @click.option("--seed", type=click.IntRange(0), default=0, show_default=True)
-@click.option("--overwrite", is_flag=True, help="Replace an example that is there already.")
+@click.option("--overwrite", is_flag=True, help="Replace an existing example.")
 @debug_option
 def example_command(directory: str, overwrite: bool, **sizes: Any) -> None:
     """Write a job and its data into DIRECTORY, to try things out.
 
     Token rows are words of real text (the sources of Python's standard library), so that some
-    experts are far more popular than others, as they are in life. Any size works: data is written
+    experts are far more popular than others, as in real models. Any size works: data is written
     chunk by chunk.
 
     \b

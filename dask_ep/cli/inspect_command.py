@@ -18,9 +18,9 @@ from dask_ep.jobs.inspect import Finding, inspect_path
 @click.argument("path")
 @debug_option
 def inspect_command(path: str) -> None:
-    """Tell what PATH is: an array, a checkpoint, a job, or an output and how far it is.
+    """Show what PATH is: an array, a checkpoint, a job, or an output and its progress.
 
-    Of a routing: how many rows each expert gets, and how uneven that is.
+    For a routing, show how many rows each expert gets, and how uneven that is.
 
     \b
     Examples:

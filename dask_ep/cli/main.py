@@ -21,10 +21,10 @@ from dask_ep.errors import JobError, NoDeviceError
 
 COMMANDS = {
     "example": "Write a job and its data into DIRECTORY, to try things out.",
-    "plan": "Say what a job will cost: rows, bytes, memory, tasks and time.",
+    "plan": "Show what a job will cost: rows, bytes, memory, tasks and time.",
     "run": "Compute the output of JOB, a TOML file, and write it.",
-    "verify": "Compute a sample of rows of JOB's output again in plain loops, and compare.",
-    "inspect": "Tell what PATH is: an array, a checkpoint, a job, or an output and how far it is.",
+    "verify": "Recompute a sample of JOB's output in plain loops, and compare.",
+    "inspect": "Show what PATH is: an array, a checkpoint, a job, or an output and its progress.",
 }
 """The first line of each command's help, in the order of their use."""
 
@@ -34,7 +34,7 @@ def main(
     command: click.Command | None = None,
     name: str = "dask-ep",
 ) -> None:
-    """Run the command; whatever goes wrong becomes one line and an exit code.
+    """Run the command; any error becomes one line and an exit code.
 
     Parameters
     ----------

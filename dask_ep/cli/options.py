@@ -1,4 +1,4 @@
-"""Which options do `plan` and `run` share, and what do they say?"""
+"""Which options do `plan` and `run` share, and what do they mean?"""
 
 from __future__ import annotations
 
@@ -36,20 +36,22 @@ SIZE = {"callback": parse_size, "metavar": "SIZE"}
 
 
 def ranks_options(command: Callable) -> Callable:
-    """Add the number of ranks and the placement of experts, which are keys of a job."""
-    named = f"{', '.join(PLACEMENTS)}, or a file of `plan --save`."
+    """Add the number of ranks and the placement of experts, which are job keys too."""
+    named = f"{', '.join(PLACEMENTS)}, or a file written by `plan --save`."
     options = [
-        click.option("--world-size", type=click.IntRange(1), help="Ranks; default: workers."),
+        click.option(
+            "--world-size", type=click.IntRange(1), help="Number of ranks; default: one per worker."
+        ),
         click.option("--placement", metavar="NAME|FILE", help=named),
     ]
     return add_options(options, command)
 
 
 def local_options(command: Callable) -> Callable:
-    """Add what a job runs on on this machine, which `choose_local` reads."""
+    """Add the options for running on this machine, which `choose_local` reads."""
     options = [
         click.option(
-            "--threads", type=click.IntRange(1), help="Threads of this process; default: cores."
+            "--threads", type=click.IntRange(1), help="Threads of this process; default: all cores."
         ),
         click.option(
             "--processes", type=click.IntRange(1), help="Worker processes on this machine."
@@ -57,13 +59,18 @@ def local_options(command: Callable) -> Callable:
         click.option(
             "--gpu",
             is_flag=True,
-            help="One worker per GPU, here or of the cluster; planned without any, one per rank.",
+            help="One worker per GPU, here or on the cluster; a plan without GPUs assumes one per "
+            "rank.",
         ),
-        click.option("--device-memory-limit", help="Of each GPU; default: 90 % of it.", **SIZE),
+        click.option(
+            "--device-memory-limit",
+            help="Memory limit of each GPU; default: 90 % of its memory.",
+            **SIZE,
+        ),
         click.option(
             "--memory-limit",
-            help="Threads: for the whole process. Processes: for each. Experts that do not fit go "
-            "by in passes.",
+            help="Memory limit of the process (threads) or of each worker process. Experts that "
+            "do not fit are processed in passes.",
             **SIZE,
         ),
     ]
@@ -71,21 +78,25 @@ def local_options(command: Callable) -> Callable:
 
 
 def chunks_options(command: Callable) -> Callable:
-    """Add the rows of a chunk, and what travels, which `parse_travel` reads."""
+    """Add the rows of a chunk and what travels, which `parse_travel` reads."""
     options = [
         click.option(
             "--chunk-rows",
             type=click.IntRange(1),
-            help="Rows of a chunk; default: 32 MiB of them or fewer.",
+            help="Rows per chunk; default: at most 32 MiB of rows.",
         ),
         click.option(
             "--travel",
             type=click.Choice(TRAVELS),
-            help="What goes to what: rows to experts, experts to rows, or the cheaper of the two. "
-            "By default rows; where experts do not fit, the cheaper.",
+            help="What is sent: rows to experts, experts to rows, or whichever is cheaper (auto). "
+            "Default: rows; auto where experts do not fit.",
         ),
-        click.option("--link-rate", help="Bytes between workers in a second; 500 MB.", **SIZE),
-        click.option("--read-rate", help="Bytes that a worker reads in a second; 1 GB.", **SIZE),
+        click.option(
+            "--link-rate", help="Bytes per second between workers; default: 500 MB.", **SIZE
+        ),
+        click.option(
+            "--read-rate", help="Bytes per second that a worker reads; default: 1 GB.", **SIZE
+        ),
     ]
     return add_options(options, command)
 
@@ -122,6 +133,6 @@ def refuse(options: dict[str, Any], why: str) -> None:
 
 
 def parse_travel(how: str | None, link_rate: int | None, read_rate: int | None) -> Travel:
-    """Read what `chunks_options` say of travel."""
+    """Read the travel options of `chunks_options`."""
     rates = {"link": link_rate, "read": read_rate}
     return Travel(how, **{name: rate for name, rate in rates.items() if rate is not None})

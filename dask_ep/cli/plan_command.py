@@ -41,7 +41,7 @@ from dask_ep.jobs.decide import attempt
 from dask_ep.jobs.in_passes import free_for_rows
 from dask_ep.jobs.job import PLACEMENTS, load_job
 from dask_ep.jobs.notes import find_notes
-from dask_ep.jobs.plan import Pricing
+from dask_ep.jobs.price_job import Pricing
 from dask_ep.laws.costs import Rates
 from dask_ep.laws.travel import TRAVELS
 from dask_ep.pricing.price import Plan, WhatIf
@@ -54,7 +54,7 @@ BAR = 30
 """Characters of the bar of the busiest rank."""
 
 WIDTH = 120
-"""Characters of a line where there is no terminal."""
+"""Characters of a line without a terminal."""
 
 
 @click.command("plan")
@@ -66,7 +66,7 @@ WIDTH = 120
 @click.option(
     "--rates",
     metavar="NAME=NUMBER,...",
-    help=f"Instead of measuring, what is done in a second: {', '.join(RATES)}.",
+    help=f"Rates per second to use instead of measuring: {', '.join(RATES)}.",
 )
 @click.option("--what-if", "side_by_side", is_flag=True, help="Compare the choices that follow.")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON instead of tables.")
@@ -81,9 +81,9 @@ def plan_command(
     save: str | None,
     **options: Any,
 ) -> None:
-    """Say what a job will cost: rows, bytes, memory, tasks and time.
+    """Show what a job will cost: rows, bytes, memory, tasks and time.
 
-    Reads the routing, and neither tokens nor experts; for a layer of a checkpoint it reads the
+    Reads the routing, but neither tokens nor experts; for a layer of a checkpoint it reads the
     tokens and runs the router. With --what-if, values of world_size, placement, chunk_rows and
     travel are compared.
 
@@ -94,8 +94,7 @@ def plan_command(
       dask-ep plan demo/job.toml --what-if world_size=2,4,8 placement=contiguous,balanced
       dask-ep plan demo/job.toml --processes 4 --what-if travel=rows,auto,experts
       dask-ep plan demo/job.toml --gpu
-      dask-ep plan demo/job.toml --gpu --world-size 8 --device-memory-limit 70GiB \
-        --rates flops=6e14,copy=2e12,lane=2.5e10
+      dask-ep plan demo/job.toml --gpu --world-size 8 --rates flops=6e14,copy=2e12,lane=2.5e10
     """
     if choices and not side_by_side:
         raise click.UsageError(f"{choices[0]!r} is a choice to compare; put --what-if before it")
@@ -226,7 +225,7 @@ def parse_choices(choices: Sequence[str]) -> dict[str, list[Any]]:
                 f"a choice is one of {', '.join(readers)} with =value,...; got {choice!r}"
             )
         if name in parsed:
-            raise click.UsageError(f"{name} is given twice; say {name}=value,value,...")
+            raise click.UsageError(f"{name} is given twice; use {name}=value,value,...")
         try:
             parsed[name] = [readers[name](value) for value in values.split(",")]
         except ValueError as error:

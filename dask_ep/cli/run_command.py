@@ -52,37 +52,40 @@ def job_options(command: Callable) -> Callable:
             help="Linear experts (E, d, d_out), or "
             """'{kind = "gated", gate = "g.zarr", ...}'.""",
         ),
-        click.option("--layer", metavar="DIR", help="A checkpoint, instead of routing, experts."),
-        click.option("--layer-index", type=click.IntRange(0), help="Which layer of it."),
+        click.option(
+            "--layer", metavar="DIR", help="A checkpoint directory, instead of routing and experts."
+        ),
+        click.option("--layer-index", type=click.IntRange(0), help="Layer of the checkpoint."),
         click.option("--out", metavar="PATH", help="Output: .zarr, .npy or .safetensors."),
         ranks_options,
         click.option(
             "--precision",
             type=click.Choice(PRECISIONS),
-            help="Of bfloat16 experts on CPUs that multiply 16 bits faster: as accurate as float32 "
-            "(default), or rounded to bfloat16 between products, which takes less time.",
+            help="For bfloat16 experts on CPUs with fast 16-bit products: as accurate as float32 "
+            "(default), or faster, rounded to bfloat16 between products.",
         ),
         click.option(
             "--missing",
             type=click.Choice(MISSING),
-            help="Zarr chunks that were never written: an error, or the fill value.",
+            help="Zarr chunks that were never written are an error (default) or hold the fill "
+            "value.",
         ),
     ]
     return add_options(options, command)
 
 
 def how_options(command: Callable) -> Callable:
-    """Add the options that say how a job is run, wherever that is."""
+    """Add the options that say how a job is run, on any backend."""
     options = [
         click.option(
             "--report",
             type=click.Path(dir_okay=False),
-            help="Write planned and measured side by side, HTML; with workers Dask's own report "
-            "too.",
+            help="Write an HTML report that compares plan and run; with workers, also Dask's own "
+            "report.",
         ),
         chunks_options,
-        click.option("--resume", is_flag=True, help="Go on with what a stopped run has left."),
-        click.option("--overwrite", is_flag=True, help="Start again, whatever is there."),
+        click.option("--resume", is_flag=True, help="Continue a stopped run."),
+        click.option("--overwrite", is_flag=True, help="Replace an existing output."),
         debug_option,
     ]
     return add_options(options, command)
@@ -92,10 +95,14 @@ def tls_options(command: Callable) -> Callable:
     """Add the certificates of a cluster with TLS, which `read_certificates` reads."""
     options = [
         click.option(
-            "--tls-ca-file", type=click.Path(), help="Of a cluster with TLS: its authority, PEM."
+            "--tls-ca-file", type=click.Path(), help="CA certificate of a cluster with TLS (PEM)."
         ),
-        click.option("--tls-cert", type=click.Path(), help="One's own certificate, PEM."),
-        click.option("--tls-key", type=click.Path(), help="Its key, if not in the same file."),
+        click.option("--tls-cert", type=click.Path(), help="Client certificate (PEM)."),
+        click.option(
+            "--tls-key",
+            type=click.Path(),
+            help="Key of the client certificate, if in another file.",
+        ),
     ]
     return add_options(options, command)
 
@@ -104,30 +111,36 @@ def tls_options(command: Callable) -> Callable:
 @job_options
 @local_options
 @click.option(
-    "--protocol", type=click.Choice(PROTOCOLS), help="Between GPUs; default: ucx if there."
+    "--protocol",
+    type=click.Choice(PROTOCOLS),
+    help="Protocol between GPUs; default: ucx if installed.",
 )
-@click.option("--tf32", is_flag=True, help="Experts multiply float32 as TF32, with --gpu.")
-@click.option("--scheduler", metavar="ADDRESS", help="Of a Dask cluster, tcp://host:8786.")
-@click.option("--scheduler-file", type=click.Path(), help="That a Dask scheduler has written.")
+@click.option("--tf32", is_flag=True, help="Multiply float32 as TF32 in experts (with --gpu).")
+@click.option(
+    "--scheduler", metavar="ADDRESS", help="Address of a Dask scheduler, tcp://host:8786."
+)
+@click.option(
+    "--scheduler-file", type=click.Path(), help="File written by dask scheduler --scheduler-file."
+)
 @click.option(
     "--workers",
     type=click.IntRange(1),
-    help="Of a cluster: wait for so many; default: those that are there.",
+    help="Wait for this many workers of the cluster; default: those that run.",
 )
 @tls_options
 @click.option(
     "--dashboard",
     type=click.IntRange(1, 65535),
     metavar="PORT",
-    help="Serve Dask's dashboard there, with --processes.",
+    help="Serve Dask's dashboard on this port (with --processes or --gpu).",
 )
 @how_options
 def run_command(**options: Any) -> None:
     """Compute the output of JOB, a TOML file, and write it.
 
-    Every key of a job is an option as well, which goes before what the file says; without a file,
-    options make the job. Where it runs is no part of it: by default on all cores of this machine.
-    --resume goes on with a run that was stopped, even by kill -9: it computes missing blocks alone.
+    Every job key is an option too, and overrides the file; without a file, options make the job.
+    Where it runs is not part of the job: by default on all cores of this machine. --resume
+    continues a run that was stopped, even by kill -9: it computes only the missing blocks.
 
     \b
     Examples:
@@ -159,7 +172,7 @@ def carry_out(where: Where, job: str | None, experts: str | None, **options: Any
         What `dask_ep.jobs.run.run_job` raises, for `dask_ep.cli.main.main` to tell in one line.
     """
     if options["resume"] and options["overwrite"]:
-        raise click.UsageError("--resume goes on and --overwrite starts again; give one of them")
+        raise click.UsageError("--resume and --overwrite are mutually exclusive")
     given = {key: options.pop(key) for key in JOB_KEYS}
     parsed = load_job(job, experts=None if experts is None else parse_experts(experts), **given)
     options["travel"] = parse_travel(
@@ -196,8 +209,8 @@ def carry_out(where: Where, job: str | None, experts: str | None, **options: Any
         f"{done.rows_per_second:.0f} rows/s{before}{passes}{library}"
     )
     if report and done.rows_done:
-        beside = "" if isinstance(where, Threads) else f"; Dask's: {dask_report(report)}"
-        click.echo(f"report: {report}{beside}")
+        other = "" if isinstance(where, Threads) else f"; Dask's: {dask_report(report)}"
+        click.echo(f"report: {report}{other}")
 
 
 def _show_dashboard(client: Client) -> None:
@@ -259,7 +272,8 @@ def read_certificates(
 
 @contextlib.contextmanager
 def _stoppable(job: Job, overwrite: bool) -> Iterator[Wait]:
-    """Give a way to wait that the first SIGINT or SIGTERM ends; at the second all ends at once."""
+    """Yield a way to wait that ends at the first SIGINT or SIGTERM; at the second all ends at
+    once."""
     try:
         with Interrupts(FAILED) as interrupts:
             yield interrupts.wait

@@ -20,12 +20,12 @@ from dask_ep.arrays.blas import faster_blas
 from dask_ep.jobs import run as runs
 
 SECONDS_BETWEEN_LINES = 3.0
-"""How often progress is told where there is no terminal."""
+"""Seconds between progress lines without a terminal."""
 
 
 @contextlib.contextmanager
 def progress_bar(unit: str) -> Iterator[Callable[..., None]]:
-    """Give a function that tells progress: a bar on a terminal, lines otherwise, both on stderr."""
+    """Yield a function that shows progress: a bar on a terminal, lines otherwise, on stderr."""
     if not sys.stderr.isatty():
         yield _Lines(unit).tell
         return

@@ -26,24 +26,27 @@ def _check_tolerance(
 
 @click.command("verify")
 @click.argument("job", type=click.Path(dir_okay=False))
-@click.option("--rows", type=click.IntRange(1), default=1000, show_default=True, help="To compare.")
 @click.option(
-    "--seed", type=click.IntRange(0), default=0, show_default=True, help="Of the choice of rows."
+    "--rows", type=click.IntRange(1), default=1000, show_default=True, help="Rows to compare."
+)
+@click.option(
+    "--seed", type=click.IntRange(0), default=0, show_default=True, help="Seed of the sample."
 )
 @click.option(
     "--tolerance",
     type=float,
     callback=_check_tolerance,
-    help="Largest error of a value, as a part of what its terms add up to; default: by dtype.",
+    help="Largest error of a value, relative to the sum of the sizes of its terms; default: by "
+    "dtype.",
 )
 @click.option("--out", metavar="PATH", help="The output to check, if not the job's.")
 @debug_option
 def verify_command(job: str, rows: int, seed: int, tolerance: float | None, out: str | None) -> int:
-    """Compute a sample of rows of JOB's output again in plain loops, and compare.
+    """Recompute a sample of JOB's output in plain loops, and compare.
 
-    The sample, in float64, has both ends of the blocks, as far as half of it goes, and rows at
-    random; for given routing a row of every expert too. Of tokens and output only these rows are
-    read. Exit code 3 if any is beyond the tolerance.
+    The sample, computed in float64, has the first and last rows of blocks (at most half of it)
+    and random rows; with a given routing also a row of every expert. Only these rows of tokens and
+    output are read. Exit code 3 if any is beyond the tolerance.
 
     \b
     Example:
@@ -60,7 +63,7 @@ def _print_verification(found: Verification) -> None:
         f"with {found.experts_seen} of {found.num_experts} experts"
     )
     click.echo(
-        f"largest error {found.relative_error:.3g} of what a value's terms add up to; "
+        f"largest error {found.relative_error:.3g}, relative to the terms of a value; "
         f"{found.tolerance:.3g} is allowed"
     )
     if found.not_finite:
@@ -69,14 +72,14 @@ def _print_verification(found: Verification) -> None:
         click.echo("good")
         return
     if found.relative_error <= found.tolerance:
-        click.echo("not good: nothing could be compared")
+        click.echo("not good: no value could be compared")
         return
     click.echo(f"{len(found.worst)} rows differ, the worst first:")
     for row in found.worst[:_MOST_WORST]:
         experts = ", ".join(map(str, row.experts))
         click.echo(
-            f"  row {row.row} (block {row.block}, experts {experts}): {row.error:.3g}, "
-            f"that is {row.relative:.3g} of its terms"
+            f"  row {row.row} (block {row.block}, experts {experts}): off by {row.error:.3g}, "
+            f"{row.relative:.3g} of its terms"
         )
 
 
@@ -87,5 +90,5 @@ def _words_of_not_finite(found: Verification) -> str:
         f"first is row {rows[0]})"
     )
     if found.overflowed:
-        return f"{words}; {found.overflowed} of them because numbers on the way are too large"
-    return f"{words}, in the output as in the rows computed again" if found.good else words
+        return f"{words}; {found.overflowed} of them because intermediate values are too large"
+    return f"{words}, in the output and in the recomputed rows alike" if found.good else words

@@ -1,13 +1,13 @@
-"""How many chunks may be under way on a worker at once?
+"""How many chunks may be in flight on a worker at once?
 
-Each chunk that is under way holds its rows, packets and answers, so there is a limit, and the
+Each chunk that is in flight holds its rows, packets and answers, so there is a limit, and the
 others wait in their threads, in Dask's order:
 
-    enter   waits while as many are under way as may be, then gives its thread to Dask (`secede`)
+    enter   waits while as many are in flight as may be, then gives its thread to Dask (`secede`)
     leave   lets the next one begin
 
 A thread that waits would keep the worker from other tasks, and one of these may be what the chunks
-under way are waiting for: the experts of a rank that has lost its owner, say. So it is lent to any
+in flight are waiting for: the experts of a rank that has lost its owner, say. So it is lent to any
 task that is ready here and comes before its own in Dask's order.
 """
 
@@ -23,11 +23,11 @@ LOOK_SECONDS = 0.1
 
 
 class Admission:
-    """Bounds the chunks that are under way, of all layers of a worker.
+    """Bounds the chunks that are in flight, of all layers of a worker.
 
     Parameters
     ----------
-    limit : chunks under way at once; inf for no bound
+    limit : chunks in flight at once; inf for no bound
 
     Examples
     --------

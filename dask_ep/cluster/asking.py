@@ -1,4 +1,4 @@
-"""Whom does a chunk ask for its ranks, and what if nobody answers?
+"""Which workers does a chunk ask for its ranks, and what if none answers?
 
 The scheduler tells who serves which rank (`layer_map`). Where an owner is lost or does not serve a
 rank any more, the chunk waits for news from the scheduler and asks again: experts hold no state, so
@@ -80,7 +80,7 @@ class Asking:
             route.is_old.set()
 
     def close(self) -> None:
-        """Let whoever asks look for another worker."""
+        """Make every request look for another worker."""
         for route in self._routes.values():
             route.error = "the worker closes"
             route.is_old.set()
@@ -131,7 +131,7 @@ class Asking:
         version: int,
         attempt: int,
     ) -> Answers:
-        """Ask an owner for some ranks, and whoever serves them then if it does not answer.
+        """Ask an owner for some ranks; if it does not answer, ask the next one.
 
         The packet comes in a list, out of which it is taken when it is sent.
         """

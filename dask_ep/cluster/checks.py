@@ -88,7 +88,7 @@ def connect(
         address = _read_address(scheduler_file, timeout)
     security = certificates.security() if certificates else Security()
     # A Client that fails to connect is closed by the garbage collector, which can lock up in Dask
-    # (2026.8): make one only where somebody answers. In a thread, for a notebook has a loop.
+    # (2026.8): make one only where a scheduler answers. In a thread, since a notebook has a loop.
     with ThreadPoolExecutor(1) as thread:
         thread.submit(asyncio.run, _knock(address, security, timeout)).result()
     return Client(address, security=security, timeout=timeout)
@@ -104,7 +104,7 @@ async def _knock(address: str, security: Security, timeout: float) -> None:
         if "ssl_context" not in str(error):
             raise
         raise ConnectionError(
-            f"the scheduler at {address} speaks TLS, and no certificates were given; give "
+            f"the scheduler at {address} uses TLS, but no certificates were given; pass "
             "--tls-ca-file, --tls-cert and --tls-key"
         ) from error
     except (OSError, RuntimeError) as error:
@@ -114,7 +114,7 @@ async def _knock(address: str, security: Security, timeout: float) -> None:
             hint = "check that it runs; if it speaks TLS, give certificates and a tls:// address"
         reason = str(error) or type(error).__name__
         raise ConnectionError(
-            f"no connection to the scheduler at {address}: {reason}; {hint}"
+            f"could not connect to the scheduler at {address}: {reason}; {hint}"
         ) from error
 
 
@@ -165,11 +165,11 @@ def check_cluster(client: Client, files: Mapping[str, str | os.PathLike] | None 
     ...     check_cluster(client, {"tokens": "/nowhere/tokens.npy"})
     Traceback (most recent call last):
         ...
-    dask_ep.cluster.checks.UnfitClusterError: tokens: there is no /nowhere/tokens.npy
+    dask_ep.cluster.checks.UnfitClusterError: tokens: /nowhere/tokens.npy does not exist
     """
     paths = {what: os.path.abspath(path) for what, path in (files or {}).items()}
     here = probe(list(paths.values()))
-    missing = [f"{what}: there is no {path}" for what, path in paths.items() if not here[path]]
+    missing = [f"{what}: {path} does not exist" for what, path in paths.items() if not here[path]]
     if missing:
         raise UnfitClusterError(missing)
     names = {
@@ -234,7 +234,7 @@ class OneBlasThread(WorkerPlugin):
 
 
 def dashboard_link(client: Client) -> str | None:
-    """Give the address of Dask's dashboard, None where the scheduler shows none.
+    """Return the address of Dask's dashboard, None where the scheduler shows none.
 
     Its web server runs in either case, for health checks and metrics.
     """
@@ -273,13 +273,13 @@ def _compare_files(
     for what, path in paths.items():
         if there[path] is None:
             problems.append(
-                f"{who} does not see {what}: there is no {path}; put it where all workers see it "
-                "under the same path, such as a shared file system"
+                f"{who} does not see {what}: {path} does not exist there; put it on a file system "
+                "that all workers share, at the same path"
             )
         elif there[path] != here[path]:
             problems.append(
-                f"{who} sees another {what}: {path} is a {_spell(there[path])} there and a "
-                f"{_spell(here[path])} at the client; give both the same file"
+                f"{who} sees a different {what}: {path} is a {_spell(there[path])} there and a "
+                f"{_spell(here[path])} at the client; make it the same file on both"
             )
     return problems
 
@@ -290,4 +290,4 @@ def _spell(seen: tuple[str, int]) -> str:
 
 
 def _cannot_import(who: str, error: BaseException) -> str:
-    return f"{who} cannot run this check: {error}; install there what the client has"
+    return f"{who} cannot run this check: {error}; install the same packages there as on the client"

@@ -213,7 +213,7 @@ def place_again(scheduler: Scheduler, task: TaskState) -> None:
 
 
 def begin_stuck(scheduler: Scheduler, kind: type[set]) -> None:
-    """Give tasks to workers that wait for want of one, restricted to sets of this kind."""
+    """Give workers the tasks that wait for one, restricted to sets of this kind."""
     stuck = [t for t in scheduler.unrunnable if isinstance(t.worker_restrictions, kind)]
     _transition(scheduler, stuck, "processing")
 

@@ -31,7 +31,6 @@ from dask_ep.cluster import device_serialize
 from dask_ep.cluster.interrupts import deaf_children
 from dask_ep.errors import NoDeviceError
 from dask_ep.experts.local_experts import LocalExperts
-from dask_ep.experts.stored_experts import LocalStoredExperts
 from dask_ep.laws.device_memory import THREADS_PER_GPU
 
 PROTOCOLS = ("tcp", "ucx")
@@ -52,7 +51,7 @@ CUDA itself, cuBLAS's workspaces and what others have there."""
 
 SPILL_SHARE = 0.8
 """Of that, what chunks between tasks may fill before dask-cuda moves some to the host. Experts stay
-where they are and do not count: chunks are chosen to fit beside them (`fit`)."""
+where they are and do not count: chunks are chosen to fit next to them (`fit`)."""
 
 
 @dataclass(frozen=True)
@@ -72,7 +71,7 @@ class Gpus:
 
 
 def choose_protocol(asked: str | None) -> str:
-    """Give the protocol between workers, the one asked for or the best that is there.
+    """Return the protocol between workers, the one asked for or the best one available.
 
     Raises
     ------
@@ -135,7 +134,7 @@ def _prepare(client: Client, plugin: OnGpu) -> None:
 
 
 def device_limit(where: Gpus, devices: Sequence[Device]) -> int | None:
-    """Bytes that a job may hold on each device; None if nobody says and there is none."""
+    """Bytes that a job may hold on each device; None without a limit and without a device."""
     if where.device_memory_limit is not None or not devices:
         return where.device_memory_limit
     return int(MEMORY_SHARE * min(one.memory for one in devices))
@@ -156,7 +155,7 @@ def _plain_cluster(where: Gpus, devices: list[Device], protocol: str) -> SpecClu
         "memory_limit": where.memory_limit or MEMORY_LIMIT // len(devices),
         "resources": {"GPU": 1},
         "silence_logs": logging.CRITICAL,
-        # Dask counts what lies on the device as if it were on the host: it must not spill by that.
+        # Dask counts device memory as if it were the host's: it must not spill because of that.
         "config": {
             "distributed.worker.memory.target": False,
             "distributed.worker.memory.spill": False,
@@ -174,7 +173,7 @@ def _plain_cluster(where: Gpus, devices: list[Device], protocol: str) -> SpecClu
         workers=workers,
         scheduler=scheduler,
         name="dask-ep GPUs",
-        silence_logs=logging.CRITICAL,  # what fails is told by the futures
+        silence_logs=logging.CRITICAL,  # failures are reported by the futures
     )
 
 
@@ -255,5 +254,4 @@ def _keep_experts_on_the_device() -> None:
     """
     from dask_cuda.is_spillable_object import is_spillable_object
 
-    for held in (LocalExperts, LocalStoredExperts):
-        is_spillable_object.register(held, lambda experts: experts.on_device)
+    is_spillable_object.register(LocalExperts, lambda experts: experts.on_device)

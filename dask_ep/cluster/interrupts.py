@@ -1,7 +1,7 @@
 """When may Ctrl-C stop a run?
 
 Python raises an interrupt between any two steps of the main thread. One that comes just when a lock
-has been taken leaves it taken, and whoever waits for it (Dask's event loop, a thread of the pool)
+has been taken leaves it taken, and what waits for it (Dask's event loop, a thread of the pool)
 waits for ever. So a run computes aside, in other threads and processes, while the main thread waits
 for what they tell, and only there are interrupts raised:
 
@@ -55,7 +55,7 @@ class Interrupts:
         self._before: dict[int, Any] = {}
 
     def wait(self, queue: SimpleQueue) -> Any:
-        """Give what the queue gives next, or raise KeyboardInterrupt if a signal has come."""
+        """Return the next item of the queue, or raise KeyboardInterrupt if a signal has come."""
         self._is_waiting = True
         try:
             if self._heard:
@@ -76,7 +76,7 @@ class Interrupts:
         if self._heard:
             os._exit(self._exit_code)
         self._heard = True
-        # Not by sys.stderr, which the program may be in the midst of writing to.
+        # Not by sys.stderr, which the program may be writing to.
         os.write(2, b"stopping; again to stop at once\n")
         if self._is_waiting:
             raise KeyboardInterrupt
@@ -131,9 +131,9 @@ class Aside:
 def deaf_children() -> Iterator[None]:
     """Let threads and processes that start meanwhile never hear SIGINT: they leave it to this one.
 
-    Ctrl-C on a terminal reaches worker processes as well, which would end in the midst of a task.
+    Ctrl-C on a terminal reaches worker processes as well, which would end in the middle of a task.
     """
-    # Who starts it hears SIGINT afterwards: that shall not be the thread of the first child.
+    # The thread that starts it gets SIGINT afterwards: not the thread of the first child.
     resource_tracker.ensure_running()
     before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})  # children inherit it
     try:

@@ -1,11 +1,11 @@
 """Who serves which rank of which layer now?
 
-`owner_plugin` decides who shall serve a rank. This file sees to it, and tells the workers:
+`owner_plugin` decides who should serve a rank. This file carries it out, and tells the workers:
 
     update_graph       ep_experts (r) of a new layer ──> pinned to the owners of r
     ep_ranks is there  every rank is served          ──> the map goes to all workers, with a version
     owners change      ep_experts (r) is computed once more, on the new owner; when it has loaded,
-                       the map says so, and whoever served the rank before drops it
+                       the map says so, and the worker that served the rank before drops it
     ep_ranks is freed  no chunk needs it any more    ──> services drop the layer
 
 So experts are loaded by tasks alone: they come from where the graph has them, files or memory, and
@@ -54,7 +54,7 @@ class LayerMap:
     ----------
     scheduler : Scheduler
     owners : function of a world size and a rank
-        Gives the set of addresses that shall serve the rank; the same set object each time.
+        Gives the set of addresses that should serve the rank; the same set object each time.
     """
 
     def __init__(self, scheduler: Scheduler, owners: Callable[[int, int], set[str]]):
@@ -107,7 +107,7 @@ class LayerMap:
                 self._serve(layer, rank)
 
     def lose(self, worker: str) -> None:
-        """Forget a worker, and let nobody wait for it any more."""
+        """Forget a worker, and make nothing wait for it."""
         for able in self._able.values():
             able.discard(worker)
         dask_internals.tell(
@@ -132,7 +132,7 @@ class LayerMap:
             self._tell(layer, [worker])
 
     def fail(self, error: str) -> None:
-        """Let whoever asks for a rank get an error, since the map can be relied on no more."""
+        """Answer every request for a rank with an error: the map is no longer reliable."""
         for layer in self:
             layer.error = error
             self._tell(layer, self._scheduler.workers)
@@ -190,7 +190,7 @@ class LayerMap:
             )
             self._tell(layer, self._scheduler.workers)
         if finish in ("memory", "released"):
-            # The scheduler is in the midst of the change: act when it is done.
+            # The scheduler is making the change: act when it is done.
             self._scheduler.loop.add_callback(self._serve, layer, rank)
 
     def _serve_all(self, layer: Layer) -> None:
@@ -198,7 +198,7 @@ class LayerMap:
             self._serve(layer, rank)
 
     def _serve(self, layer: Layer, rank: int) -> None:
-        """Load a rank where it shall be served and is not; drop it where it shall not be."""
+        """Load a rank where it should be served and is not; drop it where it should not be."""
         if self._layers.get(layer.token) is not layer or not layer.is_open:
             return
         owners = self._owners(layer.world_size, rank)
@@ -230,7 +230,7 @@ class LayerMap:
         for rank in ranks:
             layer.loading.pop(rank, None)
         if layer.hastened:
-            # The scheduler is in the midst of the change: act when it is done.
+            # The scheduler is making the change: act when it is done.
             self._scheduler.loop.add_callback(self._release_hastened, layer)
 
     def _release_hastened(self, layer: Layer) -> None:
@@ -259,7 +259,8 @@ class LayerMap:
         dask_internals.tell(self._scheduler, list(workers), message)
 
     def _routes(self, layer: Layer) -> list[Collection[str]]:
-        """Whom chunks ask for each rank: its owners that have loaded it, else whoever has."""
+        """The workers that chunks ask for each rank: owners that have loaded it, else others that
+        have."""
         routes = []
         for rank, serving in enumerate(layer.serving):
             owners = self._owners(layer.world_size, rank)

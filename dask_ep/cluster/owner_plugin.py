@@ -1,9 +1,9 @@
-"""Who shall serve which rank, while workers come and go?
+"""Who should serve which rank, while workers come and go?
 
 A plugin in the scheduler keeps, for each world size, the owners of every rank; one map serves all
 graphs of that world size. `layer_map` lets the owners load what they serve. Tasks of experts that
-go by in passes run on the owners of their rank as well: all tasks of a rank share one set of
-addresses, so that moving the rank is a change of that set. (Annotations would be lost when Dask
+are processed in passes run on the owners of their rank as well: all tasks of a rank share one set
+of addresses, so that moving the rank is a change of that set. (Annotations would be lost when Dask
 optimises an array graph, and names of workers would hang after a restart.) Nothing else is
 restricted.
 
@@ -13,7 +13,7 @@ restricted.
 - A worker comes: it adopts ranks without an owner at once, up to its fair share.
 - No worker came or left for `settle` seconds (or 5 × `settle` since the first change): ranks that
   still lack an owner get one, then as few ranks move as bring the workers within 10 % or one rank
-  of their shares. This stops nobody: until a new owner has loaded its experts, the old one serves.
+  of their shares. This stops no task: until a new owner has loaded its experts, the old one serves.
   A rank that moved so stays for 10 × `settle`, unless its owner is lost, so that a worker that
   comes and goes does not have slices read again and again.
 
@@ -59,7 +59,7 @@ few gigabytes takes less."""
 
 
 def _seen_by_the_user(hook: Callable) -> Callable:
-    """The scheduler logs what a plugin raises, and goes on: keep it for `Owners.failures`.
+    """The scheduler only logs what a plugin raises: keep it for `Owners.failures`.
 
     Chunks may wait for what has not been done, so they end with an error; and tasks may be pinned
     to a worker that is lost, so they may run anywhere.
@@ -73,7 +73,7 @@ def _seen_by_the_user(hook: Callable) -> Callable:
             failure = f"{time.strftime('%X')} {hook.__name__}: {error!r}"
             self.failures.append(failure)
             self.layers.fail(f"the owners of ranks are not known any more: {failure}")
-            # The scheduler may be in the midst of a change: act when it is done.
+            # The scheduler may be making a change: act when it is done.
             free = dask_internals.free_stuck
             self.scheduler.loop.add_callback(free, self.scheduler, OwnersOfRank)
             raise
@@ -134,7 +134,7 @@ class Ownership(SchedulerPlugin):
         self._pin_passes(tasks)
 
     def _pin_passes(self, tasks: Collection) -> None:
-        """Let the tasks of experts that go by in passes run on the owners of their rank."""
+        """Let the tasks of experts that are processed in passes run on the owners of their rank."""
         found = [(key, read_rank(key)) for key in tasks if isinstance(key, tuple) and len(key) > 2]
         found = [(key, of_rank) for key, of_rank in found if of_rank is not None]
         world_sizes: defaultdict[str, int] = defaultdict(int)
@@ -163,9 +163,9 @@ class Ownership(SchedulerPlugin):
 
     @_seen_by_the_user
     def log_event(self, topic: str, msg: Any) -> None:
-        """Hear of workers that pause, go on or retire: no other hook tells."""
+        """React to workers that pause, resume or retire: no other hook tells."""
         if isinstance(msg, dict) and msg.get("action") == "worker-status-change":
-            # The scheduler is in the midst of the change: act when it is done.
+            # The scheduler is making the change: act when it is done.
             self.scheduler.loop.add_callback(self._status_changed, topic, msg["status"])
 
     @_seen_by_the_user
@@ -239,7 +239,7 @@ class Ownership(SchedulerPlugin):
         self._publish()
 
     def workers(self) -> dict[str, float]:
-        """Who can play a rank, and their capacities: GPUs where workers declare some, else memory.
+        """Who can own a rank, and their capacities: GPUs where workers declare some, else memory.
 
         In an order that depends on names only, so that the same workers get the same ranks.
         """
@@ -310,7 +310,7 @@ class Ownership(SchedulerPlugin):
         self._publish()
 
     def limit(self, chunks: float | None) -> None:
-        """Bound the chunks under way on each worker; None: by its threads."""
+        """Bound the chunks in flight on each worker; None: by its threads."""
         self.chunks_in_flight = chunks
         self._limit(self.scheduler.workers)
 
@@ -343,7 +343,7 @@ class Ownership(SchedulerPlugin):
         self.timers.start("settle", max(0.0, min(self.settle, latest - now)), self._settle)
 
     def _publish(self) -> None:
-        """Let clients read who owns what, and begin tasks that were stuck for want of an owner."""
+        """Let clients read who owns what, and start tasks that waited for an owner."""
         if self.is_leaving:
             self.scheduler.task_metadata.pop(METADATA[0], None)
         else:

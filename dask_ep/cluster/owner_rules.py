@@ -23,7 +23,7 @@ from collections.abc import Collection, Mapping, Sequence
 from math import inf
 
 Owners = list[frozenset[str]]
-"""owners[rank]: the workers that play the rank; empty where nobody does."""
+"""owners[rank]: the workers that serve the rank; empty where none does."""
 
 GAIN = 0.1
 """How much earlier than the giver the taker has to finish, as a part, for a slice to be read again.
@@ -31,7 +31,7 @@ GAIN = 0.1
 
 
 def natural_order(name: str) -> tuple[tuple[str, int], ...]:
-    """Give a sort key under which `w2` comes before `w10`.
+    """Return a sort key under which `w2` comes before `w10`.
 
     Examples
     --------
@@ -83,7 +83,7 @@ def assign(
     replicas: Sequence[int] | None = None,
     limit: float = inf,
 ) -> Owners:
-    """Give an owner to every rank that lacks one, and take none away from a worker that is there.
+    """Give an owner to every rank that lacks one, and take none away from a present worker.
 
     Parameters
     ----------
@@ -93,7 +93,7 @@ def assign(
     loads : R numbers
         The work of each rank.
     replicas : R ints, optional
-        How many owners each rank shall have; 1 without it. Never more than there are workers.
+        How many owners each rank should have; 1 without it. Never more than there are workers.
     limit : float
         A worker takes a further rank only while its load per capacity is below this.
 

@@ -1,4 +1,4 @@
-"""Which worker plays which rank?
+"""Which worker owns which rank?
 
 One call gives every rank an owner, for all graphs and clients of a cluster, until it is closed:
 
@@ -43,7 +43,7 @@ def own_experts(
     chunks_in_flight: float | None = None,
     replicate_hot: bool | None = None,
 ) -> Owners:
-    """Give every rank an owner on the cluster, and see to it that it keeps one.
+    """Give every rank an owner on the cluster, and a new one when it is lost.
 
     Parameters
     ----------
@@ -63,7 +63,7 @@ def own_experts(
     pause_limit : float, optional
         Seconds after which a worker that paused (memory) loses its ranks; 30 at first.
     chunks_in_flight : float, optional
-        Most token chunks that are under way on a worker at once, whatever graphs they are of, so
+        Most token chunks that are in flight on a worker at once, whatever graphs they are of, so
         that what waits for a slow rank does not fill its memory. Two more than the worker has
         threads at first; `inf` for no bound.
     replicate_hot : bool, optional
@@ -82,7 +82,7 @@ def own_experts(
     ValueError
         If there is no worker to count, or if `world_size`, `replicas` or `loads` make no sense.
     TypeError
-        If `world_size` is no whole number, or the client is asynchronous.
+        If `world_size` is not a whole number, or the client is asynchronous.
     RuntimeError
         If the scheduler cannot import dask_ep.
 
@@ -102,7 +102,7 @@ def own_experts(
     the owners are.
 
     A cluster that scales itself (``checks.adapt``) keeps the only owner of a rank while work is
-    pending. It counts the work of the chunks under way, so set its ``target_duration`` by these.
+    pending. It counts the work of the chunks in flight, so set its ``target_duration`` by these.
 
     Where the placement of a graph is local (`dask_ep.laws.travel`), each chunk is read by an owner
     of the rank that is its home.
@@ -131,15 +131,15 @@ def own_experts(
         )  # fmt: skip
     except ModuleNotFoundError as error:
         raise RuntimeError(
-            f"the scheduler at {client.scheduler.address} cannot import {error.name}; install "
-            "there what the client has, at the same versions"
+            f"the scheduler at {client.scheduler.address} cannot import {error.name}; install the "
+            "same packages there as on the client, at the same versions"
         ) from error
     return Owners(client, world_size, is_new)
 
 
 @dataclass(frozen=True)
 class WorkerRow:
-    """One line of the table: a worker and the ranks that it plays."""
+    """One line of the table: a worker and the ranks that it owns."""
 
     name: str
     address: str
@@ -232,7 +232,7 @@ class Owners:
         except OSError:
             if error is None:
                 raise
-            # The scheduler is lost, and with it the plugin: let the first error be heard.
+            # The scheduler is lost, and with it the plugin: let the first error be raised.
 
     def __repr__(self) -> str:
         rows = self._rows()
@@ -291,8 +291,8 @@ def _claim(
         world_size = plugin.claims.get(client) or _places(plugin)
         if world_size == 0:
             raise ValueError(
-                "world_size is counted from the workers, and there are none; start workers first, "
-                "or give world_size"
+                "world_size defaults to the number of workers, but there are none; start workers "
+                "first, or pass world_size"
             )
     _check_claim(world_size, replicas, loads, chunks_in_flight)
     if settle is not None:
@@ -301,7 +301,7 @@ def _claim(
         plugin.pause_limit = pause_limit
     if not installed:
         dask_scheduler.add_plugin(plugin, name=PLUGIN)
-        plugin.limit(None)  # whatever was said before
+        plugin.limit(None)  # whatever was set before
     plugin.is_leaving = False
     if chunks_in_flight is not None:
         plugin.limit(chunks_in_flight if isinf(chunks_in_flight) else int(chunks_in_flight))
@@ -436,6 +436,6 @@ def _address(plugin: Ownership, worker: str | int) -> str:
         if str(worker) in (address, name):
             return address
     raise ValueError(
-        f"worker must be one that can play a rank, by address or name, but {worker!r} is none of "
+        f"worker must be the address or name of one that can own ranks, but {worker!r} is none of "
         f"{able}"
     )

@@ -18,7 +18,7 @@ NOBODY = "no worker: the rank waits for one"
 
 
 class OwnersOfRank(set):
-    """Addresses of the workers that play a rank: the worker restrictions of all its tasks."""
+    """Addresses of the workers that own a rank: the worker restrictions of all its tasks."""
 
 
 class Able(OwnersOfRank):

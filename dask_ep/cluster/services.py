@@ -9,7 +9,7 @@ its own chunks to the services of others:
     ranks that are served here, in place   :                      :
     combine <───────────────────────────── : <───── answers ──────:
 
-Packing, serving and combining share as many cores as the worker has threads. A chunk under way
+Packing, serving and combining share as many cores as the worker has threads. A chunk in flight
 holds none of Dask's threads, so that the next one packs while it waits; `Admission` bounds how many
 there are.
 
@@ -56,7 +56,7 @@ class Services(WorkerPlugin):
         self._slices = Slices(worker.address, threads)
         self._asking = Asking(worker, self._slices)
         self._admission = Admission(threads + CHUNKS_WAITING)
-        self._under_way: set[Key] = set()  # chunks that were admitted
+        self._in_flight: set[Key] = set()  # chunks that were admitted
         self._is_closing = False
         dask_internals.install(
             worker,
@@ -72,7 +72,7 @@ class Services(WorkerPlugin):
         )
 
     def teardown(self, worker: Any) -> None:
-        """Let chunks under way go to other workers, and whoever asks look for another owner."""
+        """Let chunks in flight move to other workers, and requests look for another owner."""
         self._is_closing = True
         self._admission.close()
         self._slices.close()
@@ -81,8 +81,8 @@ class Services(WorkerPlugin):
     def transition(self, key: Key, start: str, finish: str, **kwargs: Any) -> None:
         """Let the next chunk begin when the task of one has ended, however it has."""
         ended = dask_internals.is_running(start) and not dask_internals.is_running(finish)
-        if ended and key in self._under_way:
-            self._under_way.discard(key)
+        if ended and key in self._in_flight:
+            self._in_flight.discard(key)
             self._admission.leave()
 
     # --- what the scheduler tells; on the event loop ---
@@ -145,20 +145,20 @@ class Services(WorkerPlugin):
             return combine(packing, in_order, where, exchange)
 
     def _admit(self) -> None:
-        """Wait until this chunk may begin; its task is under way until it ends (`transition`).
+        """Wait until this chunk may begin; its task is in flight until it ends (`transition`).
 
         What Dask has fused behind the exchange counts as well, above all the writing of its output,
         and a second layer, which waits for nothing then.
         """
         key, priority = dask_internals.key_here(), dask_internals.priority_here()
-        if key in self._under_way:
+        if key in self._in_flight:
             return
 
         def earlier_is_ready() -> bool:
             return self._on_loop(dask_internals.earlier_is_ready(self._worker, priority)).result()
 
         self._admission.enter(priority, earlier_is_ready, dask_internals.leave_pool)
-        self._under_way.add(key)
+        self._in_flight.add(key)
 
     def _exchange(self, chunk: Chunk) -> Answers:
         """Ask all owners at once, serve what is served here meanwhile, and wait for the rest."""

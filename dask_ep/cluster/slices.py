@@ -27,7 +27,7 @@ Answers = dict[int, Array]
 
 
 class Chunk(NamedTuple):
-    """A token chunk that is under way."""
+    """A token chunk that is in flight."""
 
     packing: Packing
     where: Where
@@ -60,7 +60,7 @@ class Slices:
         with self._loading[token, rank]:
             if (token, rank) not in self._held:
                 self._held[token, rank] = load()
-            if not is_wanted(token):  # closed meanwhile: nobody would drop them
+            if not is_wanted(token):  # closed meanwhile: nothing would drop them
                 self._held.pop((token, rank), None)
 
     def drop(self, token: str, rank: int) -> None:

@@ -73,7 +73,7 @@ class _Counts:
         self._client, self._tell = client, tell
         self._running = set(client.nthreads())
         self._wanted, self._lost = len(self._running) if wanted is None else wanted, 0
-        # Those that are there from the start are not news, unless they were waited for.
+        # Those present from the start are not reported, unless they were waited for.
         self._told = self._now() if wanted is None else None
         self.stopped = Event()
 

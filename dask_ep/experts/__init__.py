@@ -1,1 +1,1 @@
-"""Where do weights lie, and what is loaded?"""
+"""Where are weights, and what is loaded?"""

@@ -19,7 +19,7 @@ from dask_ep.arrays.checks import is_float
 from dask_ep.arrays.namespaces import Array
 from dask_ep.experts.callables import CallableExperts
 from dask_ep.experts.expert_kinds import EXPERT_KINDS
-from dask_ep.experts.local_experts import LocalExperts
+from dask_ep.experts.local_experts import LocalExperts, load_experts
 from dask_ep.experts.weights import Weight, Weights
 from dask_ep.kernel.bfloat16 import PARTS
 from dask_ep.kernel.kinds import ACTIVATIONS
@@ -27,7 +27,7 @@ from dask_ep.storage.fingerprint import describe
 
 
 class Experts(Weights):
-    """The experts of a layer: their kind, and where the weights of each lie.
+    """The experts of a layer: their kind, and where the weights of each are.
 
     Made by `Experts.linear`, `Experts.mlp`, `Experts.gated`, `Experts.gated_fused` and
     `Experts.callables`. Each weight is (E, in, out), or (E, out, in) with ``transposed=True``:
@@ -64,11 +64,7 @@ class Experts(Weights):
 
     def __init__(self, kind: str, weights: dict[str, Weight], options: dict[str, Any]):
         self.kind, self.weights, self.options = kind, weights, options
-        axes = {
-            name: reversed_axes(EXPERT_KINDS[kind].weights[name], options.get("transposed", False))
-            for name in weights
-        }
-        sizes = _bind_axes(kind, weights, axes)
+        sizes = _bind_axes(kind, weights, options.get("transposed", False))
         self.num_experts, self.d, self.d_out = sizes["E"], sizes["d"], sizes["o"]
         self.hidden = sizes.get("f")
 
@@ -186,7 +182,7 @@ class Experts(Weights):
         """A user's own functions (m, d) -> (m, d_out), one per expert; m may be 0.
 
         Without `d_out` they give rows as wide as those that they get. NumPy rows are read-only:
-        they may be those of the token chunk itself, and whoever wants to change them copies them.
+        they may be those of the token chunk itself, so copy them before changing them.
         """
         return CallableExperts(tuple(functions), d_out)
 
@@ -244,6 +240,8 @@ class Experts(Weights):
         """The same without its Dask arrays, whose values `load` then gets as `given`."""
         weights = {name: weight.detached() for name, weight in self.weights.items()}
         return Experts(self.kind, weights, self.options)
+
+    build = load_experts
 
     def load(
         self,
@@ -315,7 +313,7 @@ def _check_options(options: dict[str, Any]) -> None:
 def _opened(weights: dict[str, Any]) -> dict[str, Weight]:
     """The weights that are given, none of the matrices missing."""
     if missing := [n for n, w in weights.items() if w is None and not n.endswith("bias")]:
-        raise TypeError(f"{', '.join(missing)} must be given, but came as None")
+        raise TypeError(f"{', '.join(missing)} must be given, but got None")
     given = {name: Weight.of(w, name) for name, w in weights.items() if w is not None}
     for name, weight in given.items():
         if not is_float(weight.dtype):
@@ -323,16 +321,10 @@ def _opened(weights: dict[str, Any]) -> dict[str, Weight]:
     return given
 
 
-def reversed_axes(axes: str, transposed: bool) -> tuple[str, ...]:
-    """Axis letters of a weight after the first, last two swapped if it is (E, out, in)."""
-    letters = tuple(axes.split())
-    return letters[::-1] if transposed else letters
-
-
-def _bind_axes(
-    kind: str, weights: dict[str, Weight], axes: dict[str, tuple[str, ...]]
-) -> dict[str, int]:
+def _bind_axes(kind: str, weights: dict[str, Weight], transposed: bool) -> dict[str, int]:
     """Give every axis letter its one size; an error shows all bindings."""
+    in_out = {name: tuple(EXPERT_KINDS[kind].weights[name].split()) for name in weights}
+    axes = {name: of[::-1] if transposed else of for name, of in in_out.items()}
     sizes: dict[str, int] = {}
     for name, weight in weights.items():
         letters = ("E", *axes[name])

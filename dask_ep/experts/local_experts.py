@@ -28,14 +28,13 @@ cache, and fewer rows a product would cost a tenth of its speed in packing the m
 class LocalExperts(Sequence):
     """A rank's experts in memory, in the order of its slots.
 
-    Its size in memory is told honestly to Dask. Copied to another process it does not carry the
+    Dask is told its true size in memory. Copied to another process it does not carry the
     weights of files along: they are read again from where they lie, when the first is asked for.
     """
 
     def __init__(self, experts: Experts, xp: Any, dtype: np.dtype, given: dict[str, np.ndarray]):
         self._origin = (experts, xp.__name__, dtype, given)
-        on_device = xp.__name__ != "numpy"
-        self.nbytes = experts.num_held * experts.loaded_bytes(dtype, on_device=on_device)
+        self.nbytes = experts.held_bytes(dtype, on_device=xp.__name__ != "numpy")
         self._lock = Lock()
         self._experts: list[Expert] | None = None
 
@@ -43,12 +42,12 @@ class LocalExperts(Sequence):
         with self._lock:
             if self._experts is None:
                 experts, name, dtype, given = self._origin
-                self._experts = load_experts(experts, import_module(name), dtype, dict(given))
+                self._experts = experts.build(import_module(name), dtype, dict(given))
         return self._experts
 
     @property
     def on_device(self) -> bool:
-        """Whether the weights lie on a device, once they are loaded."""
+        """Whether the weights are on a device, once they are loaded."""
         return self._origin[1] != "numpy"
 
     def __len__(self) -> int:
@@ -138,7 +137,7 @@ def _allocate(
 def _side_by_side(
     stacks: dict[str, list[Array | None]], options: dict[str, Any]
 ) -> dict[str, list[Array | None]]:
-    """Put gate and up beside each other where they alternate."""
+    """Put gate and up side by side where they alternate."""
     if not options.get("interleaved", False):
         return stacks
     axis = 0 if options["transposed"] else 1

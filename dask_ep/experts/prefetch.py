@@ -110,9 +110,9 @@ class _Compressed:
                 self._decoded.setdefault(name, []).append(self._waiting[-1][1])
 
     def experts(self) -> list[Expert]:
-        """Give them to compute with; whoever asks decodes what nobody has begun with."""
+        """Return them to compute with; the caller decodes what has not been started."""
         while self._waiting:
-            with contextlib.suppress(IndexError):  # another was faster
+            with contextlib.suppress(IndexError):  # another thread was faster
                 _decode(*self._waiting.popleft(), self._dtype)
         with self._lock:
             if self._local is None:

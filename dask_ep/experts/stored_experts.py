@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Sequence
-from importlib import import_module
 from typing import Any
 
 import numpy as np
@@ -28,7 +27,7 @@ from dask_ep.kernel.expert import Expert
 
 
 def held_as_stored(experts: Experts) -> StoredExperts:
-    """Give the same experts, which a rank then holds in memory as they are stored.
+    """Return the same experts, which a rank then holds in memory as they are stored.
 
     Parameters
     ----------
@@ -55,7 +54,7 @@ def held_as_stored(experts: Experts) -> StoredExperts:
     lazy = list(experts.collections())
     if lazy:
         raise ValueError(
-            f"experts held as stored must lie in files or NumPy arrays, but {', '.join(lazy)} is a "
+            f"experts held as stored must be in files or NumPy arrays, but {', '.join(lazy)} is a "
             "Dask array"
         )
     return StoredExperts(experts.kind, experts.weights, experts.options)
@@ -70,54 +69,16 @@ class StoredExperts(Experts):
     def detached(self) -> StoredExperts:
         return self
 
-    def load(
-        self,
-        experts: Sequence[int] | None = None,
-        xp: Any = np,
-        dtype: Any = np.float32,
-        given: dict[str, np.ndarray] | None = None,
-    ) -> LocalStoredExperts:
-        """Read experts as they are stored; the arguments are those of `Experts.load`."""
-        chosen = self if experts is None else self.subset(experts)
-        return LocalStoredExperts(chosen, xp, np.dtype(dtype))
+    def held_bytes(self, dtype: np.dtype, *, on_device: bool = False) -> int:
+        return self.nbytes
+
+    def build(self, xp: Any, dtype: np.dtype, given: dict[str, np.ndarray]) -> list[Expert]:
+        lately = threading.local()
+        held = [held_in_memory(self, e, xp) for e in range(self.num_experts)]
+        return [_StoredExpert(one, xp, dtype, lately) for one in held]
 
     def __dask_tokenize__(self) -> object:
         return normalize_token((type(self).__name__, super().__dask_tokenize__()))
-
-
-class LocalStoredExperts(Sequence):
-    """A rank's experts in memory, as they are stored, in the order of its slots.
-
-    Told to Dask with its size; copied to another process it reads its files again.
-    """
-
-    def __init__(self, experts: StoredExperts, xp: Any, dtype: np.dtype):
-        self._origin = (experts, xp.__name__, dtype)
-        self._lately = threading.local()
-        held = [held_in_memory(experts, e, xp) for e in range(experts.num_experts)]
-        self.nbytes = sum(one.nbytes for one in held)
-        self._experts = [_StoredExpert(one, xp, dtype, self._lately) for one in held]
-
-    @property
-    def on_device(self) -> bool:
-        """Whether the weights lie on a device."""
-        return self._origin[1] != "numpy"
-
-    def __len__(self) -> int:
-        return len(self._experts)
-
-    def __getitem__(self, e: int) -> Expert:
-        return self._experts[e]
-
-    def __sizeof__(self) -> int:
-        return object.__sizeof__(self) + self.nbytes
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        return _reload, self._origin
-
-
-def _reload(experts: StoredExperts, namespace_name: str, dtype: np.dtype) -> LocalStoredExperts:
-    return LocalStoredExperts(experts, import_module(namespace_name), dtype)
 
 
 class _StoredExpert(Expert):

@@ -1,4 +1,4 @@
-"""Where does one weight of all experts lie?
+"""Where is one weight of all experts?
 
 A `Weight` is one array per expert, left where it is (a file, an array, a Dask array) until some of
 them are read, each by itself.
@@ -85,7 +85,7 @@ class Weight:
         return held * self.parts.nbytes // max(self.parts.shape[0], 1)
 
     def sources(self) -> tuple[Source, ...]:
-        """Where these experts lie, if not in a Dask array."""
+        """The source of these experts, if not a Dask array."""
         if isinstance(self.parts, da.Array):
             return ()
         return self.parts if isinstance(self.parts, tuple) else (self.parts,)
@@ -109,7 +109,7 @@ class Weight:
         return ArraySource(self.parts.array[e], self.parts.name)
 
     def collection(self) -> da.Array | None:
-        """The Dask array that holds these experts in one chunk, if that is where they lie."""
+        """The Dask array that holds these experts in one chunk, if there is one."""
         if not isinstance(self.parts, da.Array):
             return None
         return self.parts[[e for e in self.ids if e >= 0]].rechunk(-1)
@@ -203,7 +203,7 @@ class Weight:
 
 
 def _converted(array: Array, dtype: np.dtype) -> Array:
-    """The array in another dtype; in recycled memory, whose pages are there already."""
+    """The array in another dtype; in recycled memory, whose pages are mapped already."""
     if array.dtype == dtype:
         return array
     out = memory.empty(array.shape, dtype, like=array)
@@ -283,6 +283,10 @@ class Weights:
     def loaded_bytes(self, dtype: np.dtype, *, on_device: bool = False) -> int:
         """Bytes of one expert that is loaded to compute in a dtype."""
         return sum(w.loaded_bytes(dtype, on_device=on_device) for w in self.weights.values())
+
+    def held_bytes(self, dtype: np.dtype, *, on_device: bool = False) -> int:
+        """Bytes of all experts that are held, loaded to compute in a dtype."""
+        return self.num_held * self.loaded_bytes(dtype, on_device=on_device)
 
     @property
     def dtype(self) -> np.dtype:

@@ -317,8 +317,8 @@ def check_width(out: Array, d_out: int) -> Array:
 def check_width_of(width: int, d_out: int) -> None:
     if width != d_out:
         raise ValueError(
-            f"the experts must give rows of width {d_out}, but gave {width}; "
-            f"say Experts.callables(functions, d_out={width})"
+            f"the experts must give rows of width {d_out}, but gave {width}; use "
+            f"Experts.callables(functions, d_out={width})"
         )
 
 

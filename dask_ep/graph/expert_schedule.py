@@ -1,12 +1,12 @@
-"""How do experts that do not fit go by, block after block?
+"""In which order are experts that do not fit loaded and used, block after block?
 
     block 0 ──> block 1 ──> block 2 ──> ...        each read once, in the order of the experts
        │           │           │
        v           v           v
     the rows that want it, all that there are in a group of token chunks
 
-A *block* is some experts that go by together. At most `decoded` blocks are computed with at a time,
-and `ahead` more are read, or wait as they are stored; by dependencies alone:
+A *block* is some experts that are loaded together. At most `decoded` blocks are computed with at a
+time, and `ahead` more are read, or wait as they are stored; by dependencies alone:
 
     a block is begun to be read     when all is done that needed the block `decoded + ahead` before
     what needs a block is computed  when the block `ahead` after is begun to be read; so all is done
@@ -24,13 +24,13 @@ from typing import Any, NamedTuple
 
 import dask.array as da
 import numpy as np
-from dask.highlevelgraph import HighLevelGraph
 from dask.task_spec import List, Task, TaskRef
 
 from dask_ep.arrays.checks import computing_dtype
 from dask_ep.arrays.namespaces import Array
 from dask_ep.experts.experts import Experts
 from dask_ep.experts.prefetch import ExpertsAhead
+from dask_ep.graph.rows import array_of
 from dask_ep.graph.spill_files import SpillFiles
 from dask_ep.laws.passes import Passes
 from dask_ep.storage import journal
@@ -57,8 +57,8 @@ class Rows:
         return [a for a in (self.tokens, self.routing, self.topk_weights) if a is not None]
 
     def output(self, name: str, tasks: dict[Any, Task], d_out: int) -> da.Array:
-        graph = HighLevelGraph.from_collections(name, tasks, dependencies=self.arrays)
-        return da.Array(graph, name, (self.tokens.chunks[0], (d_out,)), meta=self.tokens._meta)
+        chunks = (self.tokens.chunks[0], (d_out,))
+        return array_of(name, tasks, self.arrays, chunks, self.tokens._meta)
 
 
 class Turn(NamedTuple):
@@ -72,7 +72,7 @@ class Turn(NamedTuple):
 
 @dataclass(frozen=True)
 class Walk:
-    """How experts go by in one job."""
+    """How experts are loaded in passes in one job."""
 
     experts: Experts
     passes: Passes
@@ -90,7 +90,7 @@ class Walk:
         return [used[first : first + step] for first in range(0, len(used), step)]
 
     def turns(self, blocks: Sequence[list[Any]], reads: Sequence[TaskRef]) -> Iterator[Turn]:
-        """Say what is waited for by a sequence of blocks that go by.
+        """Tell what each of a sequence of blocks waits for.
 
         Parameters
         ----------

@@ -7,8 +7,9 @@
 Names are made here and recognised here, nowhere else. The token tells one layer over one input from
 all others. `ep_ranks_at_home` says that each chunk has a home, the rank c mod R.
 
-Around a layer, and where its experts go by in passes, there are others, which are read here too:
-``("ep_<step>-<token>", c, ...)``, and those of the steps in `OF_BLOCKS`, which end with a rank.
+Around a layer, and where its experts are processed in passes, there are others, which are read here
+too: ``("ep_<step>-<token>", c, ...)``, and those of the steps in `OF_BLOCKS`, which end with a
+rank.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ OF_BLOCKS = {"experts": 1, "dispatch": 2, "receipt": 2}
 of one step, chunk and rank this is."""
 
 ROUTING = {"indices": "route", "weights": "route", "scores": "route"}
-"""Steps that are one to whoever looks at a run."""
+"""Steps that a run shows as one."""
 
 
 def experts_key(token: str, rank: int | None) -> tuple:
@@ -50,7 +51,7 @@ class RanksKey(NamedTuple):
 
 
 def read_ranks_key(key: object) -> RanksKey | None:
-    """Give what a key says if it is that of the task which joins the ranks of a layer.
+    """Return what a key says if it is that of the task which joins the ranks of a layer.
 
     Examples
     --------
@@ -65,7 +66,7 @@ def read_ranks_key(key: object) -> RanksKey | None:
 
 
 def read_rank(key: object) -> tuple[str, int] | None:
-    """Give token and rank if the key is that of a task which runs on a rank's owner.
+    """Return token and rank if the key is that of a task which runs on a rank's owner.
 
     Examples
     --------
@@ -87,11 +88,11 @@ class TaskKey(NamedTuple):
     rank: int = -1
     #: -1 for what no rank does
     part: tuple[int, ...] = ()
-    #: which of several tasks of this step, chunk and rank, where experts go by in passes
+    #: which of several tasks of this step, chunk and rank, with experts in passes
 
 
 def read_key(key: object) -> TaskKey | None:
-    """Give what a key says, as it is or as text; None if it is not of a layer.
+    """Return what a key says, as it is or as text; None if it is not of a layer.
 
     Examples
     --------
@@ -106,7 +107,7 @@ def read_key(key: object) -> TaskKey | None:
     """
     if isinstance(key, str) and key.startswith("ep_") and "-finalize-" in key:
         only = read_key((key.partition("-finalize-")[0], 0))
-        return None if only is None else only._replace(part=(-1,))  # its number is not told
+        return None if only is None else only._replace(part=(-1,))  # its number is not in the key
     if isinstance(key, str):
         key = _parse(key)
     if not (isinstance(key, tuple) and isinstance(key[0], str) and key[0].startswith("ep_")):

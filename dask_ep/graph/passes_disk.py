@@ -1,4 +1,4 @@
-"""How do rows wait on disk while experts go by?
+"""How do rows wait on disk for experts that are loaded in passes?
 
     tokens c ──> ep_send (c, 0): rows to the file, by expert                      first all of these
     ep_experts (g, b, r) ──> ep_dispatch (-1, g, p, r): the pieces of block b     then these
@@ -54,7 +54,7 @@ class Spilled:
     Parameters
     ----------
     rows : of all chunks of the job
-    walk : how experts go by
+    walk : how experts are loaded
     counts : (C, E) slots of each chunk at each expert
     group : numbers of the group's chunks
     directory : for the files
@@ -153,7 +153,7 @@ class Spilled:
         return Step(HighLevelGraph.from_collections(ep_dispatch, tasks), keys)
 
     def sum_tasks(self, name: str) -> dict[Any, Task]:
-        """The tasks that make the output of the group's chunks of what lies in the files."""
+        """The tasks that make the output of the group's chunks from the files."""
         tasks = {}
         for i, c in enumerate(self.group):
             _, routing, weights = self._rows.keys(c)
@@ -189,7 +189,7 @@ class Spilled:
 
 
 def collect(rows: Rows, walk: Walk, groups: Sequence[Spilled]) -> da.Array:
-    """Give the output of all groups, from their files: to be computed when these are written."""
+    """Return the output of all groups, from their files: to be computed when these are written."""
     name = f"ep_sum-{tokenize(rows, walk, [group.files for group in groups])}"
     tasks = {key: task for group in groups for key, task in group.sum_tasks(name).items()}
     return rows.output(name, tasks, walk.experts.d_out)
@@ -300,6 +300,6 @@ def _tiles_of_answers(start: int, stop: int, files: SpillFiles) -> list[slice]:
 def _check_counts(bounds: Sequence[tuple[int, int]], counts: np.ndarray) -> None:
     if [stop - start for start, stop in bounds] != counts.tolist():
         raise ValueError(
-            "the routing must be what it was when the run began, but the rows of its experts are "
-            "others now; start again with overwrite"
+            "the routing has changed since the run began: its experts get other rows now; start "
+            "again with overwrite"
         )

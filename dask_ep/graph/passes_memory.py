@@ -1,4 +1,4 @@
-"""How do rows wait in memory while experts go by?
+"""How do rows wait in memory for experts that are loaded in passes?
 
     tokens c ──> ep_send (c, 0): a chunk that is held, with its output in the making
                      │
@@ -33,7 +33,7 @@ from dask_ep.storage.output import SERVED, SPILLED, Receipt
 
 
 class Held:
-    """A chunk in memory, and its output as far as experts have gone by."""
+    """A chunk in memory, and its output of the experts so far."""
 
     def __init__(self, served: Served, chunk: int):
         self.served, self.chunk = served, chunk
@@ -48,16 +48,16 @@ def hold(
     done: Collection[int] = (),
     in_place: bool = False,
 ) -> da.Array:
-    """Give the output of all groups of chunks; each group is to be computed by itself.
+    """Return the output of all groups of chunks; each group is to be computed by itself.
 
     Parameters
     ----------
     rows : in chunks of `walk.passes.chunk_rows`
-    walk : how experts go by
+    walk : how experts are loaded
     counts : (C, E) slots of each chunk at each expert
     done : chunks whose output is there; the others of their group wait for none of their tasks
     in_place : whether chunks of tokens may be overwritten: nobody else needs them, nor the memory
-        that they lie in
+        that they are in
 
     Returns
     -------
@@ -107,7 +107,7 @@ def hold(
 
 
 def apart(groups: Iterable[Iterable[int]], done: Collection[int]) -> Iterator[list[int]]:
-    """Give the chunks of each group that are not done, and those that are: each for themselves."""
+    """Return the chunks of each group that are not done, and those that are, separately."""
     for group in groups:
         for chunks in ([c for c in group if c not in done], [c for c in group if c in done]):
             if chunks:

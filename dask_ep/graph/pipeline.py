@@ -43,7 +43,7 @@ from dask_ep.graph.chunk import (
     load_rank,
 )
 from dask_ep.graph.keys import chunk_name, experts_key, ranks_key
-from dask_ep.graph.rows import first_rows
+from dask_ep.graph.rows import array_of, first_rows
 from dask_ep.placement.placement_files import Asked, find_placement
 from dask_ep.placement.policies import Placement, contiguous
 from dask_ep.placement.routing_stats import survey
@@ -230,8 +230,7 @@ def _layer(
     if several:
         key = ranks_key(token, at_home=at_home)
         tasks[key] = _Unfused(key, join_ranks, List([TaskRef(rank) for rank in list(tasks)]))
-    graph = HighLevelGraph.from_collections(key[0], tasks, dependencies=dependencies)
-    return da.Array(graph, key[0], chunks=(), meta=np.empty((), object))
+    return array_of(key[0], tasks, dependencies, (), np.empty((), object))
 
 
 # --- what must hold --------------------------------------------------------------------------

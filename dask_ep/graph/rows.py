@@ -22,7 +22,7 @@ from dask_ep.arrays.namespaces import Array, namespace
 
 
 def rows_of(x: da.Array) -> da.Array:
-    """Give (..., d) as rows (n, d), one row chunk per chunk of the leading axes, in C order.
+    """Return (..., d) as rows (n, d), one row chunk per chunk of the leading axes, in C order.
 
     Notes
     -----
@@ -40,9 +40,8 @@ def rows_of(x: da.Array) -> da.Array:
         tasks[name, c, 0] = Task(
             (name, c, 0), _reshape, TaskRef((x.name, *block)), (-1, x.shape[-1])
         )
-    graph = HighLevelGraph.from_collections(name, tasks, dependencies=[x])
     meta = namespace(x._meta).empty((0, 0), dtype=x.dtype)
-    return da.Array(graph, name, chunks=(tuple(lengths), (x.shape[-1],)), meta=meta)
+    return array_of(name, tasks, [x], (tuple(lengths), (x.shape[-1],)), meta)
 
 
 def unflatten(rows: da.Array, like: da.Array) -> da.Array:
@@ -56,9 +55,8 @@ def unflatten(rows: da.Array, like: da.Array) -> da.Array:
         shape = tuple(-1 if np.isnan(length) else length for length in shape)
         key = (name, *block, 0)
         tasks[key] = Task(key, _reshape, TaskRef((rows.name, c, 0)), (*shape, width))
-    graph = HighLevelGraph.from_collections(name, tasks, dependencies=[rows])
     meta = namespace(rows._meta).empty((0,) * like.ndim, dtype=rows.dtype)
-    return da.Array(graph, name, chunks=(*leading, (width,)), meta=meta)
+    return array_of(name, tasks, [rows], (*leading, (width,)), meta)
 
 
 def chunked_like(x: da.Array, hidden: da.Array, name: str) -> da.Array:
@@ -84,11 +82,12 @@ def block_by_block(function: Callable[..., Array], out: str, *args: Any, **kwarg
     return da.blockwise(function, out, *args, concatenate=True, align_arrays=False, **kwargs)
 
 
-def row_array(
-    name: str, tasks: dict[Any, Task], inputs: Sequence[da.Array], width: Any, meta: Array
+def array_of(
+    name: str, tasks: dict[Any, Task], inputs: Sequence[da.Array], chunks: Any, meta: Array
 ) -> da.Array:
+    """The array that tasks make of others; they have its name and the numbers of its chunks."""
     graph = HighLevelGraph.from_collections(name, tasks, dependencies=inputs)
-    return da.Array(graph, name, chunks=(inputs[0].chunks[0], width), meta=meta)
+    return da.Array(graph, name, chunks=chunks, meta=meta)
 
 
 def first_rows(chunks: Sequence[float]) -> list[int | None]:
@@ -105,7 +104,7 @@ def first_rows(chunks: Sequence[float]) -> list[int | None]:
 
 def keys_of(x: da.Array) -> list[Any]:
     """Keys of the row chunks of an array (n, ...) with one chunk along its other axes."""
-    return [(x.name, c, *([0] * (x.ndim - 1))) for c in range(x.numblocks[0])]
+    return [(x.name, c, *[0] * (x.ndim - 1)) for c in range(x.numblocks[0])]
 
 
 def xp_name(x: da.Array) -> str:

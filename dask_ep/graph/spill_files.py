@@ -1,4 +1,4 @@
-"""Where do the rows lie that wait on disk for their experts, and what of it is done?
+"""Where on disk are the rows that wait for their experts, and what of it is done?
 
     spill-<run>-<group>/
       rows       expert 0: chunk 0, chunk 1, ... │ expert 1: chunk 0, ...     as they go in
@@ -139,10 +139,10 @@ class SpillFiles:
             free = free_bytes(os.path.dirname(self.directory))
             raise OSError(
                 error.errno,
-                f"no room for the rows that wait for their experts: those of {whose} need "
+                f"not enough disk space for spilled rows: those of {whose} need "
                 f"{sum(sizes.values())} bytes in {self.directory}, and the output {reserve}, but "
-                f"{free} are free ({error.strerror}). Make room, write the output elsewhere, or "
-                "allow more memory, so that fewer rows wait",
+                f"{free} are free ({error.strerror}). Free some space, write the output elsewhere, "
+                "or allow more memory to spill fewer rows",
             ) from error
 
     def remove(self) -> None:
@@ -154,7 +154,7 @@ class SpillFiles:
         self._write("rows", rows, self.d * self.row_dtype.itemsize)
 
     def read_rows(self, first: int, count: int) -> np.ndarray:
-        """Give (count, d) rows from a place on."""
+        """Return (count, d) rows from a place on."""
         return self._read("rows", first, (count, self.d), self.row_dtype)
 
     def write_answers(self, answers: np.ndarray, run: Run, start: int) -> None:
@@ -170,7 +170,7 @@ class SpillFiles:
         self._write("answers", pieces, self.d_out * self.answer_dtype.itemsize)
 
     def read_answers(self, first: int, count: int) -> np.ndarray:
-        """Give (count, d_out) answers from a place on."""
+        """Return (count, d_out) answers from a place on."""
         return self._read("answers", first, (count, self.d_out), self.answer_dtype)
 
     def record(self, task: int) -> None:
@@ -184,7 +184,7 @@ class SpillFiles:
         return bool(done[0])
 
     def find_done(self, tasks: int) -> frozenset[int]:
-        """Give the numbers of the tasks that are done."""
+        """Return the numbers of the tasks that are done."""
         done = np.empty(tasks, np.uint8)
         fill_from_file(done, os.path.join(self.directory, "done"), 0, "spilled rows")
         return frozenset(np.flatnonzero(done).tolist())

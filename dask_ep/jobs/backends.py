@@ -78,7 +78,7 @@ class Processes:
 
 @dataclass(frozen=True)
 class Cluster:
-    """Run on the workers of a scheduler that is there already; files lie where all reach them."""
+    """Run on the workers of an existing scheduler; all of them see the files."""
 
     address: str | None = None
     scheduler_file: str | None = None
@@ -115,7 +115,7 @@ def lay_out(
     devices: Sequence[Device] | None = None,
     begun_ranks: int | None = None,
 ) -> Layout:
-    """Say in numbers how a job lies on what it runs on.
+    """Put into numbers how a job is laid out on its backend.
 
     Parameters
     ----------
@@ -177,8 +177,8 @@ def _no_ranks(client: Client | None) -> int:
     if client is None:
         return 1
     raise ValueError(
-        f"the scheduler at {client.scheduler.address} has no workers yet, so the number of "
-        "ranks cannot be told from them; start workers, or say how many to wait for (--workers)"
+        f"the scheduler at {client.scheduler.address} has no workers yet, so the number of ranks "
+        "is unknown; start workers, or say how many to wait for (--workers)"
     )
 
 
@@ -235,7 +235,7 @@ def _tf32_by_environment() -> bool:
 
 
 def deployed(where: Where | Deployed) -> contextlib.AbstractContextManager[Where]:
-    """Give the place itself, started if it has to be."""
+    """Return the place itself, started if it has to be."""
     return where.start() if isinstance(where, Deployed) else contextlib.nullcontext(where)
 
 
@@ -246,7 +246,7 @@ def started(
     wait: Wait = SimpleQueue.get,
     on_workers: Callable[[Workers], Any] | None = None,
 ) -> Iterator[tuple[int, Client | None]]:
-    """Give the number of threads and no client, or a client of the workers.
+    """Yield the number of threads and no client, or a client of the workers.
 
     `wait` and `on_workers` are those of `dask_ep.jobs.run.run_job`, for a cluster.
     """
@@ -289,7 +289,7 @@ def _local_cluster(where: Processes) -> LocalCluster:
                 "dashboard_address": f"127.0.0.1:{where.dashboard_port or 0}",
             },
             memory_limit="auto" if where.memory_limit is None else where.memory_limit,
-            silence_logs=logging.CRITICAL,  # what fails is told by the futures
+            silence_logs=logging.CRITICAL,  # failures are reported by the futures
         )
 
 

@@ -1,6 +1,6 @@
 """How was the run laid out that is to be resumed?
 
-Read from the record beside the output, before anything is decided: a resumed run keeps its ranks,
+Read from the record next to the output, before anything is decided: a resumed run keeps its ranks,
 its chunks where no others are asked for, the placement of experts that travelled, and its passes.
 """
 
@@ -26,7 +26,7 @@ class Begun:
     placement: Placement | None
     #: None where rank r owns the next E/R experts
     passes: Passes | None
-    #: in which its experts go by, if they do
+    #: in which its experts are processed, if they are
     place: str | None
     #: of rows that wait on disk, by name
     done: frozenset[int]

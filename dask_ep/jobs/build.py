@@ -56,7 +56,7 @@ class Inputs:
 
     @property
     def read_bytes(self) -> int:
-        """Bytes that a thread needs to read a chunk, beside its rows: a stored one is decoded
+        """Bytes that a thread needs to read a chunk, besides its rows: a stored one is decoded
         whole, unless its rows are as they are in memory.
         """
         read = (self.tokens, self.routing, self.topk_weights)
@@ -200,7 +200,7 @@ def _check_placement(job: Job) -> None:
         name = os.path.basename(job.placement)
         raise JobError(
             f"{job.name}: placement must be one of {', '.join(PLACEMENTS)}, or the path of a file, "
-            f"but there is no file {job.placement}{nearest(name, PLACEMENTS)}"
+            f"but there is no such file: {job.placement}{nearest(name, PLACEMENTS)}"
         )
 
 
@@ -227,7 +227,7 @@ def _open_weights(job: Job) -> dict[str, Source | list[Source]]:
 
 
 def _name_inputs(inputs: Inputs) -> dict[str, Any]:
-    """Give all that decides the values of the output, by the keys of the job."""
+    """Return all that decides the values of the output, by the keys of the job."""
     named = {"tokens": inputs.tokens}
     if inputs.layer is not None:
         return named | {"layer": inputs.layer}
@@ -257,6 +257,6 @@ def _check_rows(inputs: Inputs) -> None:
 
 
 def resolve_placement(job: Job, world_size: int) -> Placement | str | None:
-    """Give the placement that a job names: a policy, or what its file holds for the job's layer."""
+    """Return the placement that a job names: a policy, or what its file has for the layer."""
     moe = None if job.layer is None else moe_layers(job.layer)
     return resolve(job.placement, world_size, layer=job.layer_index, moe_layers=moe)

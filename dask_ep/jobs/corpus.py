@@ -1,4 +1,4 @@
-"""Which real text lies on every machine, and how does it become token rows?
+"""Which real text is on every machine, and how does it become token rows?
 
 The words of the Python standard library's own sources, file after file, the names sorted.
 Their frequencies follow Zipf's law, as those of any text do, so that a router sends more rows to
@@ -53,7 +53,7 @@ class WordIds(dict):
 
 
 def find_files() -> list[str]:
-    """Give the standard library's sources in a fixed order, without tests and installed packages.
+    """Return the standard library's sources in a fixed order, without tests and installed packages.
 
     Raises
     ------
@@ -115,7 +115,7 @@ class TokenRows:
             done += m
 
     def _read(self, word_ids: WordIds) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-        """Give each file's word ids and its vector, for ever."""
+        """Yield each file's word ids and its vector, for ever."""
         files = find_files()
         number = 0
         while True:

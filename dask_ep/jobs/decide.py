@@ -34,8 +34,8 @@ ROWS_THAT_PAY = 256
 what is stored."""
 
 WAYS_OF = {"rows": ("spill",), "experts": ("hold",)}
-"""In what way what travels is asked for where experts go by in passes: rows are spilled to where
-their experts go by, experts go by where rows are held."""
+"""How `travel` is read with experts in passes: rows are spilled to where their experts are loaded,
+or experts are loaded where rows are held."""
 
 
 def decide(
@@ -70,7 +70,7 @@ def decide(
     -----
     Where all experts fit, they stay in memory. Where they do so only as they are stored, they are
     held so if that pays: if chunks that fit bring each expert `ROWS_THAT_PAY` rows, so that it is
-    not converted for a few. Otherwise they go by in passes. On GPUs, where none go by in passes,
+    not converted for a few. Otherwise they are processed in passes. On GPUs, which have no passes,
     holding experts as they are stored pays wherever only so they fit.
     """
     if chunk_rows is not None and chunk_rows < 1:
@@ -90,8 +90,8 @@ def decide(
         passes = _find_passes(work, layout, as_stored, asked, travel, free)
     if travel.how is not None and layout.in_process and passes is None:
         raise JobError(
-            "threads share memory, and nothing travels between them; travel is for workers, or for "
-            "experts that do not fit into the memory limit"
+            "threads share memory, so nothing travels between them; travel is for workers, and "
+            "for experts that do not fit into the memory limit"
         )
     if begun is not None:
         travel = ALL_ROWS
@@ -143,7 +143,7 @@ def _usual_rows(work: Work, layout: Layout) -> int:
 
 
 def fit_stored(rows: int, stored: int | None) -> int:
-    """Give about `rows` rows, at most, such that chunks are read whole or in equal parts.
+    """Return about `rows` rows, at most, such that chunks are read whole or in equal parts.
 
     Examples
     --------
@@ -166,10 +166,11 @@ def _find_passes(
     travel: Travel,
     free: Callable[[], int] | None,
 ) -> Passes:
-    """Choose the way in which experts that do not fit go by.
+    """Choose how experts that do not fit are processed in passes.
 
-    What travels by choice (`Travel.how`) is the way: rows to where their experts go by ("rows":
-    they are spilled), experts to rows that stay ("experts": these are held), or the cheaper.
+    What travels by choice (`Travel.how`) is the way: rows to where their experts are loaded
+    ("rows": they are spilled), experts to rows that stay ("experts": these are held), or the
+    cheaper.
     """
     refusal = _refusal(work, layout, as_stored, asked)
     if layout.on_devices or not work.in_files:
@@ -178,8 +179,8 @@ def _find_passes(
     ways = WAYS_OF.get(travel.how, possible)
     if not set(ways) <= set(possible):
         raise JobError(
-            "the experts do not fit, and travel by rows or auto is what there is: experts can only "
-            "travel to rows that are held in memory, which is on threads, and for given routing"
+            "the experts do not fit, so travel must be rows or auto: experts can travel only to "
+            "rows that are held in memory, which needs threads and a given routing"
         ) from refusal
     choose = partial(
         choose_passes,
@@ -192,7 +193,7 @@ def _find_passes(
     try:
         return choose(chunk_rows=asked)
     except MemoryError as error:
-        message = f"{refusal}. Nor does it fit with experts that go by in passes: {error}"
+        message = f"{refusal}. It does not fit with experts in passes either: {error}"
         if asked is not None and not refusal.proposal:
             with suppress(MemoryError):
                 refusal.proposal["chunk_rows"] = choose().chunk_rows
@@ -223,9 +224,7 @@ def _check_resumed(begun: Begun, layout: Layout, asked: int | None) -> None:
     elif asked not in (None, begun.chunk_rows):
         wrong = f"has chunks of {begun.chunk_rows} rows, not {asked}: resume with those"
     if wrong:
-        raise ValueError(
-            f"the run to be resumed, whose experts go by in passes, {wrong}, or overwrite it"
-        )
+        raise ValueError(f"the run to resume, with experts in passes, {wrong}, or overwrite it")
 
 
 # --- what does not fit -----------------------------------------------------------------------

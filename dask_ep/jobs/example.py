@@ -18,6 +18,7 @@ from pathlib import Path
 import numpy as np
 
 from dask_ep.jobs.corpus import TokenRows
+from dask_ep.layers.scores import largest, softmax
 from dask_ep.storage.writers import Writer, make_writer
 
 FORMATS = ("zarr", "npy", "safetensors")
@@ -76,7 +77,7 @@ class Example:
         return min(large, max(256, -(-small // 256) * 256))
 
     def matrices(self) -> dict[str, tuple[int, int, int]]:
-        """Give the shapes of the expert weights, by their key in the job."""
+        """Return the shapes of the expert weights, by their key in the job."""
         E, d, f = self.num_experts, self.d, 2 * self.d if self.hidden is None else self.hidden
         if self.kind == "linear":
             return {"w": (E, d, d)}
@@ -101,7 +102,7 @@ def write_example(
     ----------
     directory : made if it is not there
     example : the sizes
-    overwrite : whether an example that is there already is replaced
+    overwrite : whether an existing example is replaced
     on_progress : called after each block with (bytes written, bytes in all, file name)
 
     Returns
@@ -164,7 +165,7 @@ def write_example(
 
 
 def _token_blocks(example: Example) -> Iterator[tuple[int, dict[str, np.ndarray]]]:
-    """Give the first row and the arrays of each block, in order."""
+    """Yield the first row and the arrays of each block, in order."""
     text = TokenRows(example.d, example.seed)
     random = np.random.Generator(np.random.Philox(key=[example.seed, _ROUTER_STREAM]))
     router = random.standard_normal((example.d, example.num_experts), dtype=np.float32)
@@ -196,19 +197,12 @@ def choose_experts(logits: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
     >>> sorted(routing[0].tolist()), routing[1].tolist(), weights[0].tolist()
     ([1, 2], [0, 1], [0.5, 0.5])
     """
-    E = logits.shape[1]
-    routing = np.argpartition(logits, E - k, axis=1)[:, E - k :]
-    chosen = np.take_along_axis(logits, routing, axis=1)
-    order = np.argsort(-chosen, axis=1, kind="stable")
-    routing = np.take_along_axis(routing, order, axis=1).astype(np.int32)
-    chosen = np.take_along_axis(chosen, order, axis=1)
-    weights = np.exp(chosen - chosen[:, :1])
-    weights /= weights.sum(axis=1, keepdims=True)
-    return routing, weights
+    routing = largest(np, logits.copy(), k)
+    return routing, softmax(np, np.take_along_axis(logits, routing, axis=1))
 
 
 def _expert_weights(example: Example, key: str) -> Iterator[np.ndarray]:
-    """Give one matrix (in, out) per expert, scaled so that outputs are as large as inputs."""
+    """Return one matrix (in, out) per expert, scaled so that outputs are as large as inputs."""
     _, width, d_out = example.matrices()[key]
     matrix = list(example.matrices()).index(key)
     for expert in range(example.num_experts):
@@ -241,8 +235,8 @@ def _make_room(directory: Path, names: list[str], overwrite: bool) -> None:
     there = [name for name in names if (directory / name).exists()]
     if there and not overwrite:
         raise FileExistsError(
-            f"{directory} already holds {', '.join(there)}; choose another directory, "
-            "or say overwrite (--overwrite)"
+            f"{directory} already holds {', '.join(there)}; choose another directory, or use "
+            "overwrite (--overwrite)"
         )
     for name in there:
         path = directory / name

@@ -5,8 +5,8 @@
         hold     output blocks of the group
         spill    rows to disk │ experts │ output blocks of the group │ files removed
 
-What a step has done stays done: the files of spilled rows lie beside the output's journal, and a
-resumed run goes on with them.
+What a step has done stays done: the files of spilled rows are next to the output's journal, and a
+resumed run continues with them.
 
     any worker           reads a chunk, writes its rows, by expert     ┐
     the worker of rank r reads blocks r alone wants, their rows,       │ files that all workers see
@@ -45,7 +45,7 @@ from dask_ep.storage.output import Output, Step, free_bytes, progress_directory
 from dask_ep.storage.storage import CHUNK_BYTES, open_tokens
 
 SPILL = "spill-"
-"""What the names of directories with rows that wait begin with, beside the output's journal."""
+"""How the names of directories with spilled rows begin, next to the output's journal."""
 
 
 class PassesDone(NamedTuple):
@@ -97,7 +97,7 @@ class InPasses:
         *,
         topk_weights: da.Array | None = None,
     ) -> da.Array:
-        """Give the lazy output (N, d_out), as `expert_parallel` does, to be computed by `steps`.
+        """Return the lazy output (N, d_out), as `expert_parallel` does, to be computed by `steps`.
 
         Reads the routing once.
         """
@@ -122,7 +122,7 @@ class InPasses:
         return {"passes": self.passes.to_dict(), "spill": self._place}
 
     def steps(self, output: Output) -> Iterator[Step]:
-        """Give what is to be computed, one after the other; each must be done before the next."""
+        """Yield what is to be computed; each must be done before the next."""
         missing = set(output.missing)
         for g, group in enumerate(self.passes.groups(len(output.rows))):
             blocks = [c for c in group if c in missing]
@@ -135,7 +135,7 @@ class InPasses:
                 yield spilled.serve_step()
                 memory.release()
             done = self._done if self.passes.way == "hold" else ()
-            for together in apart([blocks], done):  # experts go by for each
+            for together in apart([blocks], done):  # experts are loaded for each
                 yield output.step(together)
                 memory.release()
             if self._spilled:

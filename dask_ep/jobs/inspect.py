@@ -48,7 +48,7 @@ class Finding:
 
 
 def inspect_path(path: str | os.PathLike) -> tuple[Finding, ...]:
-    """Tell what lies at a path.
+    """Tell what a path is.
 
     Parameters
     ----------
@@ -63,9 +63,9 @@ def inspect_path(path: str | os.PathLike) -> tuple[Finding, ...]:
     Raises
     ------
     FileNotFoundError
-        If nothing lies there.
+        If the path does not exist.
     ValueError
-        If what lies there is none of these.
+        If it is none of these.
 
     Examples
     --------
@@ -91,7 +91,7 @@ def inspect_path(path: str | os.PathLike) -> tuple[Finding, ...]:
 
 
 def _choose(path: str) -> Callable[[str], Finding]:
-    """Find out what lies there by its ending and by what is in it."""
+    """Find out what a path is by its ending and content."""
     if path.endswith(".toml"):
         return _inspect_job
     if path.endswith(".safetensors"):
@@ -105,7 +105,8 @@ def _choose(path: str) -> Callable[[str], Finding]:
         if not inside & {"zarr.json", ".zarray"}:
             hint = f"; the job is {os.path.join(path, 'job.toml')}" if "job.toml" in inside else ""
             raise ValueError(
-                f"{path} is neither a Zarr array (zarr.json) nor a checkpoint (config.json){hint}"
+                f"{path} is neither a Zarr array (no zarr.json) nor a checkpoint (no "
+                f"config.json){hint}"
             )
     return _inspect_array
 
@@ -145,14 +146,14 @@ def _array_facts(source: Source) -> list[tuple[str, str]]:
         ("size", format_bytes(source.nbytes)),
     ]
     if source.chunk_rows:
-        facts.append(("rows stored together", str(source.chunk_rows)))
+        facts.append(("rows per stored chunk", str(source.chunk_rows)))
     if source.ndim == 2 and not _is_routing(source):
         facts.append(("advised chunk rows", str(advise_chunk_rows(source))))
     return facts
 
 
 def advise_chunk_rows(source: Source) -> int:
-    """Give the rows that make a token chunk of about 32 MiB, of whole stored chunks.
+    """Return the rows that make a token chunk of about 32 MiB, of whole stored chunks.
 
     Examples
     --------
@@ -194,7 +195,7 @@ def count_routing(source: Source) -> tuple[np.ndarray, int]:
     Returns
     -------
     (E,) int64, E being the largest index + 1; empty if an index is below -1 or absurdly large, so
-    that this is no routing
+    that this is not a routing
     int, how many are -1
 
     Examples
@@ -254,7 +255,7 @@ def describe_output(path: str) -> str:
     if record is None:
         return "not begun"
     if record["complete"]:
-        return "gone, though it was complete; run again with --resume"
+        return "missing, though it was complete; run again with --resume"
     done = len(journal.read_done(progress_directory(path), record["run"]))
     old = "; an older output is still there" if there else ""
     return f"incomplete, {done} of {len(record['rows'])} blocks are done{old}"
@@ -281,7 +282,7 @@ def _inspect_record(path: str, record: dict[str, Any]) -> Finding:
 
 
 def _recorded_arrays(inputs: Mapping[str, Any], under: str = "") -> Iterator[tuple[str, Any]]:
-    """Give the arrays that an output's record names, each by its dotted name there."""
+    """Return the arrays that an output's record names, each by its dotted name there."""
     for name, value in inputs.items():
         if isinstance(value, dict) and {"name", "shape", "dtype"} <= value.keys():
             yield under + name, value

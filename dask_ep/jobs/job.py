@@ -1,7 +1,7 @@
 """What is to be computed, from which files, into which file?
 
 A job is a TOML file. Its keys are those of `Job`; each is an option of ``dask-ep run`` with the
-same name. Where a job runs is no part of it: the same file serves threads, local processes and a
+same name. Where a job runs is not part of it: the same file serves threads, local processes and a
 cluster.
 
     tokens = "tokens.zarr"              # (n, d) floats
@@ -96,7 +96,7 @@ def load_job(path: str | os.PathLike | None = None, **options: Any) -> Job:
     Raises
     ------
     JobError
-        If the file is no TOML; for an unknown, missing or contradicting key; for a wrong type. The
+        If the file is not TOML; for an unknown, missing or contradicting key; for a wrong type. The
         message names the file and the key, and what is allowed.
     FileNotFoundError
         If there is no such file.
@@ -146,7 +146,7 @@ def _parse(path: Path) -> dict[str, Any]:
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise JobError(f"{path} must be a TOML file, but cannot be read as one: {error}") from error
     except FileNotFoundError as error:
-        raise FileNotFoundError(error.errno, "there is no job file", str(path)) from None
+        raise FileNotFoundError(error.errno, "no such job file", str(path)) from None
     except IsADirectoryError:
         raise JobError(
             f"{path} must be a TOML file, but is a directory; give the job file in it"

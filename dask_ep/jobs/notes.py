@@ -29,9 +29,9 @@ def note_square_weights(inputs: Inputs) -> str | None:
     if inputs.layer is not None or "transposed" in job.experts or not experts.is_square:
         return None
     return (
-        f"the experts' weights are square, {experts.d} x {experts.d}, and are read as "
-        "(E, in, out): if they come from nn.Linear they are (E, out, in), so say transposed = true "
-        "in [experts]; transposed = false if they are not"
+        f"the experts' weights are square, {experts.d} x {experts.d}, and are read as (E, in, "
+        "out). Weights of nn.Linear are (E, out, in): for these set transposed = true in "
+        "[experts], else transposed = false"
     )
 
 
@@ -44,7 +44,7 @@ def note_indices_from_1(inputs: Inputs) -> str | None:
         return None
     return (
         f"no row goes to expert 0, and the largest index in {inputs.routing.name} is {largest}: "
-        f"the {E} experts are 0 to {E - 1}; if these indices count from 1, subtract 1"
+        f"the {E} experts are numbered 0 to {E - 1}. If these indices count from 1, subtract 1"
     )
 
 

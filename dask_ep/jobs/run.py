@@ -3,8 +3,8 @@
     job ── build ──> y ── store ──> one task per missing block ──> `Progress`, again and again
                           on `backends.Threads` | `Processes` | `Gpus` | `Cluster`
 
-The same job gives the same file everywhere. What is stopped, by Ctrl-C or worse, is gone on with by
-`resume`.
+The same job gives the same file everywhere. A run that was stopped, by Ctrl-C or worse, is resumed
+by `resume`.
 """
 
 from __future__ import annotations
@@ -113,22 +113,22 @@ def run_job(
     job : from `dask_ep.jobs.job.load_job`
     where : `Threads`, `Processes`, `Gpus`, `Cluster`, or a cluster that is started for the job and
         ended with it, as `Deployed`
-    resume : go on with what a stopped run has left, with its ranks, and its chunks unless
+    resume : continue a stopped run, with its ranks, and its chunks unless
         `chunk_rows` are others: then smaller ones are computed, and joined to its blocks. A run in
-        passes goes on as it was begun
+        passes continues as it began
     overwrite : start again, whatever is there
     chunk_rows : rows of a token chunk; by default about 32 MiB of them, or what fits the memory
         limit
     travel : whether rows travel to experts, or experts to rows; see `laws.travel.Travel`. All
-        but rows alone reads the routing once before. A resumed run goes on with what was chosen
+        but rows alone reads the routing once before. A resumed run keeps what was chosen
     on_note : called at the start with each sentence on what looks like a mistake in the job; see
         `dask_ep.jobs.notes`
     on_progress : called at the start, and when blocks are done
     on_client : called when the workers are there, if there are any; such as to show the dashboard
     on_workers : called with the `Workers` of a cluster while they are waited for, and when one
         joins or is lost; from another thread
-    report : HTML file that lays the run beside its plan, written at the end if anything was run;
-        with workers, Dask's own report goes beside it, as ``NAME-dask.html``
+    report : HTML file that compares the run with its plan, written at the end if anything was run;
+        with workers, Dask's own report is written next to it, as ``NAME-dask.html``
     on_record : called with the `Plan` and the `Record` of the run, at the end if anything was run;
         as with `report`, a resumed run keeps its chunks
     wait : how to wait for what a queue gives next; what it raises stops the run, as Ctrl-C does by
@@ -148,7 +148,7 @@ def run_job(
         A MemoryError: the job cannot be done so within `where.memory_limit`. Its `proposal` says
         how it can. Nothing has been read then.
     ConnectionError
-        If there is no scheduler, or it is lost in the midst.
+        If there is no scheduler, or it is lost meanwhile.
     UnfitClusterError
         If workers lack the job's files, or versions differ; nothing has run then.
     NoDeviceError
@@ -162,10 +162,10 @@ def run_job(
     decode stored chunks in + 180 MB.
     How it runs is decided by `dask_ep.jobs.decide.decide`: where all experts do not fit into
     `where.memory_limit`, or into that of a cluster's workers, they are held as they are stored, or
-    else go by in passes (`dask_ep.laws.passes`); then the result is that of the ordinary way to
-    1e-6, and the same bits each time for the same passes. An exception, KeyboardInterrupt too,
-    leaves an output that `resume` goes on with; on threads the blocks at work are finished before
-    it arrives.
+    else are processed in passes (`dask_ep.laws.passes`); then the result is that of the ordinary
+    way to 1e-6, and the same bits each time for the same passes. An exception, KeyboardInterrupt
+    too, leaves an output that `resume` continues; on threads the blocks at work are finished
+    before it arrives.
     """
     if report is not None:
         check_drawing()
@@ -240,8 +240,8 @@ def _check_recorded(chunks: Sequence[int], rows: Sequence[int]) -> None:
     """Refuse to record a run that computes other chunks than it was begun with."""
     if tuple(chunks) != tuple(rows):
         raise ValueError(
-            f"a report lays a run beside its plan chunk by chunk, and this one was begun with "
-            f"chunks of {max(rows)} rows, not {max(chunks)}: resume with those, or without a report"
+            "a report compares run and plan chunk by chunk, but this run began with chunks of "
+            f"{max(rows)} rows, not {max(chunks)}: resume with those, or without a report"
         )
 
 
@@ -273,7 +273,7 @@ def _compute_on_threads(output: Output | Step, threads: int, watch: _Watch, wait
         for receipt in aside:
             watch.tell(receipt)
     finally:
-        pool.shutdown(cancel_futures=True)  # the tasks at work are finished, no other is begun
+        pool.shutdown(cancel_futures=True)  # running tasks finish, and no other starts
         aside.join()
 
 
@@ -286,7 +286,7 @@ def _watched(
     report: str | os.PathLike | None,
     on_record: OnRecord | None,
 ) -> Iterator[None]:
-    """Finish the output of what runs inside, which is recorded beside its plan if there is one."""
+    """Finish the output of what runs inside, which is recorded with its plan if there is one."""
     if planned is None:
         yield
         output.finish()
@@ -317,14 +317,14 @@ def _compute_on_client(output: Output | Step, client: Client, watch: _Watch, wai
             watch.tell(receipt)
     except (FutureCancelledError, CommClosedError) as error:
         raise ConnectionError(
-            f"the scheduler at {client.scheduler.address} is gone or has dropped the job; the "
-            "blocks that are done are kept, and --resume computes the others"
+            f"the scheduler at {client.scheduler.address} is gone or has dropped the job; finished "
+            "blocks are kept, and --resume computes the others"
         ) from error
     finally:
         client.cancel(futures)
 
 
-# --- what is told ----------------------------------------------------------------------------
+# --- progress --------------------------------------------------------------------------------
 
 
 class _Watch:

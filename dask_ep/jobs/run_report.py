@@ -1,4 +1,4 @@
-"""How does a run come to the report that lays it beside its plan?
+"""How is the report of a run made, which compares it with its plan?
 
     before    plan_run: the blocks that are missing, priced; the routing is read once for it
     during    on threads    Recorder
@@ -27,7 +27,7 @@ from dask_ep.cluster.ownership import Owners
 from dask_ep.graph import tally
 from dask_ep.graph.tally import HERE, Serving
 from dask_ep.jobs.build import Inputs
-from dask_ep.jobs.plan import Pricing
+from dask_ep.jobs.price_job import Pricing
 from dask_ep.laws.decision import Decision
 from dask_ep.placement.placement import Placement
 from dask_ep.pricing.price import Plan
@@ -63,7 +63,7 @@ def recorded(client: Client | None, owners: Owners | None, tell: OnRecord) -> It
 def write_reports(
     path: str | os.PathLike, planned: Plan, record: Record, missing: Sequence[int], blocks: int
 ) -> None:
-    """Write a run's report, with a link to Dask's if that is there."""
+    """Write a run's report, with a link to Dask's if there is one."""
     note = ""
     if len(missing) < blocks:
         note = (
@@ -71,18 +71,18 @@ def write_reports(
             "and all figures are of these."
         )
         record = record.renumbered(missing)
-    beside = dask_report(path)
+    other = dask_report(path)
     write_run_report(
         path,
         planned,
         record,
         note=note,
-        link=beside.name if beside.exists() else None,
+        link=other.name if other.exists() else None,
     )
 
 
 def dask_report(path: str | os.PathLike) -> Path:
-    """Where Dask's report lies beside ours.
+    """The path of Dask's report, next to ours.
 
     Examples
     --------
@@ -119,7 +119,7 @@ def _on_workers(client: Client, owners: Owners | None) -> Iterator[list[Record]]
     made: list[Record] = []
     client.run(forget_peak_memory)
     clock = client.run_on_scheduler(time.time)
-    client.get_task_stream(start=0, stop=0)  # from now on it is kept
+    client.get_task_stream(start=0, stop=0)  # from now on it is recorded
     begun = time.perf_counter()
     with servings_of(client) as servings:
         yield made
@@ -154,7 +154,7 @@ def servings_of(client: Client) -> Iterator[list[Serving]]:
     try:
         yield kept
     except BaseException:
-        with suppress(Exception):  # the cluster may be what has failed
+        with suppress(Exception):  # the cluster itself may have failed
             client.unregister_worker_plugin(_Keep.name)
         raise
     for of_worker in client.run(_take, on_error="ignore").values():

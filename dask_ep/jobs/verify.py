@@ -1,7 +1,7 @@
 """Is an output what its inputs say, row by row?
 
 A sample of the rows is computed again from the inputs in float64, by the plain loops of
-`reference`, and compared with what lies in the output file:
+`reference`, and compared with the output file:
 
     both ends of every block │ a row of every expert │ rows at random
                              v
@@ -93,7 +93,7 @@ class Verification:
 
     @property
     def good(self) -> bool:
-        """Whether no row is beyond the tolerance, and not all values are no numbers."""
+        """Whether no row is beyond the tolerance, and some values are numbers."""
         compared = self.not_finite < self.values or not self.values
         return compared and self.relative_error <= self.tolerance
 
@@ -135,8 +135,8 @@ def verify_job(
     n = inputs.tokens.shape[0]
     if output.shape != (n, inputs.experts.d_out):
         raise ValueError(
-            f"the output {job.out} must be ({n}, {inputs.experts.d_out}) to be that of {job.name}, "
-            f"but has shape {output.shape}; run the job again"
+            f"the output {job.out} must be ({n}, {inputs.experts.d_out}) for {job.name}, but has "
+            f"shape {output.shape}; run the job again"
         )
     if output.dtype.name not in TOLERANCES:
         raise ValueError(
@@ -193,11 +193,11 @@ def open_output(path: str) -> Source:
     manifest = journal.read_manifest(progress_directory(path))
     there = os.path.exists(path)
     if not there and manifest is None:
-        raise FileNotFoundError(errno.ENOENT, "there is no output yet; run the job", path)
+        raise FileNotFoundError(errno.ENOENT, "no output yet; run the job", path)
     if not there and manifest["complete"]:
         raise FileNotFoundError(
             errno.ENOENT,
-            "the output is gone, though it was complete; run again with --resume",
+            "the output is missing, though it was complete; run again with --resume",
             path,
         )
     if manifest is not None and not manifest["complete"]:
@@ -212,8 +212,8 @@ def open_output(path: str) -> Source:
     if isinstance(source, ZarrSource) and (missing := source.find_missing()):
         raise FileNotFoundError(
             errno.ENOENT,
-            f"{len(missing)} chunks of the output are missing, {missing[0]} the first; "
-            "run the job with --resume",
+            f"{len(missing)} chunks of the output are missing, the first is {missing[0]}; run the "
+            "job with --resume",
             path,
         )
     return source
@@ -225,7 +225,7 @@ def open_output(path: str) -> Source:
 def _recompute(
     inputs: Inputs, sample: np.ndarray, arithmetic: Arithmetic
 ) -> tuple[np.ndarray, Scaled]:
-    """Give the routing (m, k) of the sample's rows, and their output (m, d_out) in float64."""
+    """Return the routing (m, k) of the sample's rows, and their output (m, d_out) in float64."""
     tokens = read_rows(inputs.tokens, sample)
     if inputs.layer is not None:
         both = inputs.layer.route(da.from_array(tokens, chunks=-1))
@@ -331,7 +331,7 @@ def _plain_parts(experts: Experts, e: int) -> tuple[str, dict[str, np.ndarray], 
 def _split_fused(
     arrays: dict[str, np.ndarray], *, interleaved: bool
 ) -> Iterator[tuple[str, np.ndarray]]:
-    """Give gate and up, each by itself, of what holds both in its columns."""
+    """Return gate and up, each by itself, of what holds both in its columns."""
     for name, array in arrays.items():
         if not name.startswith("gate_up"):
             yield name, array

@@ -100,7 +100,7 @@ def multiply(
 
 
 def multiplied_by(dtype: np.dtype, is_bfloat16: bool, precision: str = "float32") -> str:
-    """Say what multiplies on this machine: the library, and how where products take 16 bits.
+    """Say what multiplies on this machine: the library, and for 16-bit products how.
 
     Parameters
     ----------
@@ -118,7 +118,7 @@ def _add_products(parts: list[np.ndarray], w: np.ndarray, out: np.ndarray) -> No
     """Write the sum of the products to `out`, the smallest first."""
     library = blas.bfloat16_library()
     for n, part in enumerate(reversed(parts)):
-        if not library.multiply(part, w, out, add=n > 0):  # as they lie in memory
+        if not library.multiply(part, w, out, add=n > 0):  # in their order in memory
             y = product(part.astype(np.float32), w.astype(np.float32))
             out[...] = y + out if n > 0 else y
 

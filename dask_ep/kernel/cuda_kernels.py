@@ -219,7 +219,7 @@ def source_of(
     ordered: bool = False,
     limited: bool = False,
 ) -> str:
-    """Give the source with its types and switches filled in.
+    """Return the source with its types and switches filled in.
 
     Rows are read as `source`, `T` where that is None, and written as `T`; what lies between two
     steps is as wide as sums are.
@@ -353,7 +353,7 @@ _fused: dict[str, Fused] = {}
 
 
 def kernels(xp: Any) -> Fused | None:
-    """Give the kernels of a namespace, or None if it compiles none."""
+    """Return the kernels of a namespace, or None if it compiles none."""
     if not hasattr(xp, "RawKernel"):
         return None
     if xp.__name__ not in _fused:

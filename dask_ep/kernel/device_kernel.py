@@ -17,7 +17,7 @@ float32 up to the second product alone, 1.8e-3 and 3.2e-3; with float32 answers 
 7.0e-3. What is left is the second product's: its rows as a sum of two bfloat16 would take that away
 for a third more products, and ``float32`` rows with ``--tf32`` for about twice the time of all.
 
-float32 costs memory traffic: 4 f + 2 d bytes a slot more to read, beside the 6 f + 6 d that are
+float32 costs memory traffic: 4 f + 2 d bytes a slot more to read, besides the 6 f + 6 d that are
 gathered, activated and summed, and as many more that products write while they compute. By the
 figures of an H100's makers, 3.35 TB/s and seven tenths of 990 TFLOP/s, the products' share of all
 time is then at most 0.91, not 0.94, for d = 4096, f = 14336; 0.85, not 0.89, for d = 7168,
@@ -145,7 +145,7 @@ def through_experts(
     sums: np.dtype,
     dtype: np.dtype,
 ) -> Array:
-    """Give each row the sum of what the experts make of it.
+    """Return for each row the sum of what the experts make of it.
 
     Parameters
     ----------

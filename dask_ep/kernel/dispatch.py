@@ -66,8 +66,8 @@ def expert_parallel_dispatch(
     Raises
     ------
     TypeError
-        If tokens or top-k weights are not floats, routing is not integers, something is no array,
-        or arrays of two namespaces (NumPy, CuPy) are mixed.
+        If tokens or top-k weights are not floats, routing is not integers, something is not an
+        array, or arrays of two namespaces (NumPy, CuPy) are mixed.
     ValueError
         If shapes do not fit, rank or an expert index is out of range, or a top-k weight is NaN.
 
@@ -165,7 +165,7 @@ def aligned(array: Array) -> Array:
     """The array, or a copy of it in memory that is aligned to its numbers.
 
     NumPy copies an unaligned array whole each time that rows are taken from it. Arrays that Dask
-    has received over a network often are: their frames lie one after the other.
+    has received over a network often are: their frames follow one another.
     """
     if namespace(array) is not np or array.flags.aligned:
         return array

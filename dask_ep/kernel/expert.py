@@ -69,7 +69,7 @@ class Expert(ABC):
 class Linear(Expert):
     """The expert `rows @ W`; a `W` of another dtype is converted at each use, not held.
 
-    On a host that multiplies bfloat16 faster a `W` of it is no other dtype, see `bfloat16`.
+    On a host that multiplies bfloat16 faster, a bfloat16 `W` is used as it is; see `bfloat16`.
     """
 
     def __init__(self, W: Array, precision: str = "float32"):

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import Any
 
 import numpy as np
 from scipy.sparse._sparsetools import csc_matvecs  # public `csc_array @ y` allocates
@@ -82,7 +81,7 @@ class Served:
     def add(self, e: int, expert: Expert) -> None:
         """Send the rows of local expert `e` through it, and add what it gives."""
         compute = computing_dtype(self._tokens.dtype)
-        for tile in tiles(*self._segments.bounds[e], expert, compute, namespace(self._tokens)):
+        for tile in tiles(*self._segments.bounds[e], expert, compute):
             slots = self._segments.slots(tile)
             rows = self._segments.rows(slots)
             to = self._target(tile, rows)
@@ -158,13 +157,11 @@ def can_be_in_place(k: int, d: int, d_out: int, dtype: np.dtype) -> bool:
     return k == 1 and d == d_out and computing_dtype(dtype) == dtype
 
 
-def tiles(start: int, stop: int, expert: Expert, compute: np.dtype, xp: Any = np) -> list[slice]:
-    """Cut an expert's segment into equal runs that stay in cache; a device takes it whole."""
+def tiles(start: int, stop: int, expert: Expert, compute: np.dtype) -> list[slice]:
+    """Cut an expert's segment into equal runs that stay in cache."""
     m = stop - start
     if m == 0:
         return []
-    if xp is not np:
-        return [slice(start, stop)]
     rows = tile_rows(expert.widest * compute.itemsize)
     rows = math.ceil(m / math.ceil(m / rows))
     return [slice(s, min(s + rows, stop)) for s in range(start, stop, rows)]
@@ -207,7 +204,7 @@ def _apply(
         x = x.copy()  # experts read their rows again while they write
     w = None if weights is None else weights[slots].astype(compute, copy=False)
     if weighed_before:
-        x = namespace(x).multiply(x, w[:, None], out=None if contiguous else x)
+        x = np.multiply(x, w[:, None], out=None if contiguous else x)
         w = None
     in_place = isinstance(to, slice) and write is assign_rows and out.dtype == compute
     y = out[to] if in_place else memory.empty((len(x), expert.d_out), compute, like=x)
@@ -232,16 +229,12 @@ def assign_rows(out: Array, rows: Array | slice, y: Array, weights: Array | None
 def add_rows(out: Array, rows: Array, y: Array, weights: Array | None = None) -> None:
     """Add y (m, d), times weights (m,), to rows (m,) of out (n, d), one after the other.
 
-    On the host rows may be the same; on a device they must be different.
-
     Notes
     -----
-    The host adds in one pass over `y` and `out`: as a matrix (n, m) with one weight in each column,
-    times `y`. SciPy does that outside Python's lock, in order, and so to the same bits each time.
+    Rows may be the same. One pass over `y` and `out` adds all: as a matrix (n, m) with one weight
+    in each column, times `y`. SciPy does that outside Python's lock, in order, and so to the same
+    bits each time.
     """
-    if namespace(out) is not np:
-        device_kernel.add_rows(out, rows, y if weights is None else y * weights[:, None])
-        return
     m, (n, d) = len(rows), out.shape
     one_each = np.arange(m + 1, dtype=rows.dtype)
     weights = np.ones(m, out.dtype) if weights is None else weights

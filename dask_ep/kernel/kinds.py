@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Hashable, Sequence
+from typing import Any
 
 import numpy as np
 
@@ -97,14 +98,14 @@ class Mlp(Expert):
         return self._down(hidden, out)
 
 
-class Gated(Expert):
-    """``(activation(x @ gate) * (x @ up)) @ down``."""
+class _Gate(Expert):
+    """What gated experts have in common: all between the products of gate and up, and down."""
 
     def __init__(
         self,
-        gate: Expert,
-        up: Expert,
         down: Expert,
+        d: int,
+        hidden: int,
         activation: str,
         *,
         limit: float | None = None,
@@ -112,15 +113,22 @@ class Gated(Expert):
         up_offset: float = 0.0,
         apply_router_weight_on_input: bool = False,
     ):
-        self._gate, self._up, self._down = gate, up, down
-        self._activate = ACTIVATIONS[activation]
+        self._down, self._hidden_width, self._activation = down, hidden, activation
         self._limit, self._alpha, self._up_offset = limit, alpha, up_offset
-        self.d, self.d_out = up.d, down.d_out
+        self.d, self.d_out = d, down.d_out
         self.apply_router_weight_on_input = apply_router_weight_on_input
 
     @property
     def widest(self) -> int:
-        return max(self.d, self._up.d_out, self.d_out)
+        return max(self.d, self._hidden_width, self.d_out)
+
+
+class Gated(_Gate):
+    """``(activation(x @ gate) * (x @ up)) @ down``; options are those of `Experts.gated`."""
+
+    def __init__(self, gate: Expert, up: Expert, down: Expert, activation: str, **options: Any):
+        super().__init__(down, up.d, up.d_out, activation, **options)
+        self._gate, self._up = gate, up
 
     def takes(self, dtype: np.dtype) -> np.dtype:
         narrow, wide = self._gate.takes(dtype), self._up.takes(dtype)
@@ -141,11 +149,11 @@ class Gated(Expert):
             xp.clip(up, -self._limit, self._limit, out=up)
         if self._up_offset:
             up += self._up_offset
-        self._activate(gate, self._alpha)
+        ACTIVATIONS[self._activation](gate, self._alpha)
         gate *= up
 
 
-class GatedPair(Expert):
+class GatedPair(_Gate):
     """`Gated` on a device: gate and up side by side in one matrix, so in one product.
 
     ``hidden = x @ gate_up`` has the gate in its first f columns, where it is replaced by
@@ -153,25 +161,9 @@ class GatedPair(Expert):
     float32, and what ``down`` reads is an array of its own.
     """
 
-    def __init__(
-        self,
-        gate_up: Expert,
-        down: Expert,
-        activation: str,
-        *,
-        limit: float | None = None,
-        alpha: float = 1.0,
-        up_offset: float = 0.0,
-        apply_router_weight_on_input: bool = False,
-    ):
-        self._gate_up, self._down, self._activation = gate_up, down, activation
-        self._limit, self._alpha, self._up_offset = limit, alpha, up_offset
-        self.d, self.d_out = gate_up.d, down.d_out
-        self.apply_router_weight_on_input = apply_router_weight_on_input
-
-    @property
-    def widest(self) -> int:
-        return max(self.d, self._gate_up.d_out, self.d_out)
+    def __init__(self, gate_up: Expert, down: Expert, activation: str, **options: Any):
+        super().__init__(down, gate_up.d, gate_up.d_out, activation, **options)
+        self._gate_up = gate_up
 
     @property
     def batch_key(self) -> Hashable:

@@ -27,6 +27,7 @@ import numpy as np
 from dask_ep.arrays import memory
 from dask_ep.arrays.checks import computing_dtype, raise_bad_index, raise_nan
 from dask_ep.arrays.namespaces import UNDERFLOW_IS_ZERO, Array, namespace, to_host
+from dask_ep.kernel import device_kernel
 from dask_ep.kernel.host_kernel import add_rows, assign_rows, gather
 from dask_ep.kernel.segments import sort_slots
 
@@ -182,7 +183,8 @@ class Combining:
         if self._one_slot:
             assign_rows(self._total, rows, answer)
         else:
-            add_rows(self._total, rows, answer)
+            add = device_kernel.add_rows if self._packing.on_device else add_rows
+            add(self._total, rows, answer)
 
     @UNDERFLOW_IS_ZERO
     def output(self) -> Array:

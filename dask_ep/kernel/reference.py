@@ -25,7 +25,7 @@ def expert_parallel_dispatch(
     d_out: int,
     apply_router_weight_on_input: bool = False,
 ) -> np.ndarray:
-    """Give (n, d_out), the sum over each row's slots that are owned by `rank`, in float64.
+    """Return (n, d_out), the sum over each row's slots that are owned by `rank`, in float64.
 
     `experts` are those of this rank alone.
     """
@@ -57,7 +57,7 @@ def moe(
     d_out: int,
     apply_router_weight_on_input: bool = False,
 ) -> np.ndarray:
-    """Give (n, d_out), the whole layer in float64: one rank owns everything."""
+    """Return (n, d_out), the whole layer in float64: one rank owns everything."""
     return expert_parallel_dispatch(
         tokens,
         routing,

@@ -1,4 +1,4 @@
-"""Which slots of a chunk belong to which expert of a rank?
+"""Which slots of a chunk belong to which expert of a rank, on the host?
 
 Sorted by local expert they are runs, and those of other ranks are the last:
 
@@ -7,12 +7,11 @@ Sorted by local expert they are runs, and those of other ranks are the last:
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 
 from dask_ep.arrays.checks import raise_bad_index, raise_nan
-from dask_ep.arrays.namespaces import Array, namespace, to_host
 
 
 class Segments(NamedTuple):
@@ -20,16 +19,16 @@ class Segments(NamedTuple):
 
     k: int
     #: slots per row
-    order: Array | None
+    order: np.ndarray | None
     #: [n * k] slot numbers (row * k + slot), ours first, by local expert; None if 0, 1, 2, ...
     bounds: list[tuple[int, int]]
     #: first and last + 1 position in `order`, one pair per local expert
 
-    def slots(self, tile: slice) -> Array | slice:
+    def slots(self, tile: slice) -> np.ndarray | slice:
         """Slot numbers of a run of positions."""
         return tile if self.order is None else self.order[tile]
 
-    def rows(self, slots: Array | slice) -> Array | slice:
+    def rows(self, slots: np.ndarray | slice) -> np.ndarray | slice:
         """Row numbers of slots."""
         return slots if self.k == 1 or isinstance(slots, slice) else slots // self.k
 
@@ -39,11 +38,11 @@ class Segments(NamedTuple):
             return 0, 0
         return self.bounds[rank * num_local][0], self.bounds[(rank + 1) * num_local - 1][1]
 
-    def rows_of_slots(self, rank: int, num_local: int) -> Array | slice:
+    def rows_of_slots(self, rank: int, num_local: int) -> np.ndarray | slice:
         """Row number of each of a rank's slots, by expert, then by row."""
         return self.rows(self.slots(slice(*self.of_rank(rank, num_local))))
 
-    def rows_of(self, rank: int, num_local: int, n: int) -> Array | slice:
+    def rows_of(self, rank: int, num_local: int, n: int) -> np.ndarray | slice:
         """Row numbers of a rank's rows, of `n`, each once.
 
         With one slot a row they are sorted by expert, then by row; else by row.
@@ -55,13 +54,13 @@ class Segments(NamedTuple):
         here[rows] = True
         return np.flatnonzero(here)
 
-    def not_ours(self) -> Array | slice:
+    def not_ours(self) -> np.ndarray | slice:
         """Slot numbers that no local expert serves."""
         return self.slots(slice(self.bounds[-1][1], None))
 
 
 def sort_slots(
-    routing: Array, topk_weights: Array | None, num_local: int, rank: int, world_size: int
+    routing: np.ndarray, topk_weights: np.ndarray | None, num_local: int, rank: int, world_size: int
 ) -> Segments:
     """Sort the slots by local expert, in one pass over small integers, and check their values.
 
@@ -70,40 +69,31 @@ def sort_slots(
     The sort is stable: the slots of an expert are in the order of the rows. Local expert numbers
     below 2**15 are sorted as 16-bit integers, which NumPy does in linear time (radix sort).
     """
-    xp = namespace(routing)
     k = 1 if routing.ndim == 1 else routing.shape[1]
     flat = routing.reshape(-1)
     if flat.size == 0:
         return Segments(k, None, [(0, 0)] * num_local)
 
-    local = _local_numbers(xp, flat, num_local, rank)
-    order = xp.argsort(local, kind="stable")
-    ends = xp.searchsorted(local[order], xp.arange(num_local, dtype=local.dtype), side="right")
-    asked = [flat.min(), flat.max(), _in_order(local) if k == 1 else xp.asarray(False)]
-    if topk_weights is not None:
-        asked.append(xp.isnan(topk_weights).any())
-    facts = to_host(ends, *asked)
-    ends, (low, high, in_order, *has_nan) = facts[:num_local], facts[num_local:]
-
     num_experts = num_local * world_size
-    if low < -1 or high >= num_experts:
+    if flat.min() < -1 or flat.max() >= num_experts:
         raise_bad_index(routing, num_experts, kernel_hint(num_local, world_size))
-    if any(has_nan):
+    if topk_weights is not None and np.isnan(topk_weights).any():
         raise_nan(topk_weights)
+    local = _local_numbers(flat, num_local, rank)
+    order = np.argsort(local, kind="stable")
+    numbers = np.arange(num_local, dtype=local.dtype)
+    ends = np.searchsorted(local[order], numbers, side="right").tolist()
     bounds = list(zip([0, *ends[:-1]], ends, strict=True))
+    in_order = k == 1 and (local[1:] >= local[:-1]).all()
     return Segments(k, None if in_order else order, bounds)
 
 
-def _local_numbers(xp: Any, flat: Array, num_local: int, rank: int) -> Array:
+def _local_numbers(flat: np.ndarray, num_local: int, rank: int) -> np.ndarray:
     """Local expert number of each slot, and `num_local` for the slots that are not ours."""
     local = flat.astype(np.int64)
     local -= rank * num_local
-    local = xp.where((local < 0) | (local >= num_local), num_local, local)
+    local = np.where((local < 0) | (local >= num_local), num_local, local)
     return local.astype(np.int16 if num_local < 2**15 else np.int64)
-
-
-def _in_order(local: Array) -> Array:
-    return (local[1:] >= local[:-1]).all()
 
 
 def kernel_hint(num_local: int, world_size: int) -> str:

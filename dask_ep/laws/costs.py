@@ -17,7 +17,7 @@ import numpy as np
 from dask_ep.arrays.checks import computing_dtype
 
 CHUNKS_WAITING = 2
-"""Chunks under way on a worker besides one for each of its threads: those that wait for answers."""
+"""Chunks in flight on a worker besides one for each of its threads: those that wait for answers."""
 
 FEWEST_ROWS = 64
 """Rows of a chunk below which the cost of a task outweighs its work many times over."""
@@ -151,9 +151,9 @@ def chunks_held(threads: int, ranks: int, spread: Spread, widening: int) -> floa
     before has left, and two more are read ahead; sums are kept wide. With several ranks and slots,
     there is the answer being made and the one being added.
 
-    On workers T + `CHUNKS_WAITING` chunks are under way, each of them itself, its packets,
+    On workers T + `CHUNKS_WAITING` chunks are in flight, each of them itself, its packets,
     whose memory is kept for the next ones, and its answers. Each thread adds up one of them, to a
-    sum and an output, and another waits in it to begin. As many are under way on each other worker,
+    sum and an output, and another waits in it to begin. As many are in flight on each other worker,
     of each of which the packet or its answers can be here; a thread has those that it serves at
     once, and the packet twice, as it came and aligned.
     """
@@ -216,7 +216,7 @@ class Need(NamedTuple):
 def packet_row_bytes(d: int, itemsize: int, slots: int, weight_bytes: int, places: int) -> int:
     """Bytes of one row on its way to a worker: its numbers, and the k experts and weights of it.
 
-    `backends` are all that an expert's number may name.
+    `places` are all that an expert's number may name.
     """
     index_bytes = np.min_scalar_type(-places - 1).itemsize
     return d * itemsize + slots * (index_bytes + weight_bytes)

@@ -26,7 +26,7 @@ class Decision:
     as_stored: bool = False
     #: whether experts are held in memory as they are stored
     passes: Passes | None = None
-    #: how experts go by that do not fit
+    #: how experts that do not fit are processed
     travel: Travel = ALL_ROWS
     #: whether rows travel to experts, or experts to rows
     chunks_asked: bool = False
@@ -34,7 +34,7 @@ class Decision:
 
     @property
     def need(self) -> Need:
-        """What a worker needs at most where experts do not go by in passes."""
+        """What a worker needs at most without passes."""
         return need(self.work, self.layout, self.as_stored)
 
     @property

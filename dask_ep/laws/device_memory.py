@@ -98,7 +98,7 @@ class OnDevice(NamedTuple):
         ranks : R
         spread : rows of packets and answers
         """
-        at_a_rank = min(2 * -(-self.experts // ranks), self.experts)  # with copies
+        at_a_rank = min(2 * -(-self.experts // ranks), self.experts)  # with replicas
         # Ranks here are served from packets as well: one a thread, in place with two answers.
         packets = 0 if ranks == 1 else 1 if spread.workers else 3
         return Need(
@@ -120,7 +120,7 @@ class OnDevice(NamedTuple):
             0,
             ROUNDED_UP * ((threads + 1) * 2 + between),
             self.row_bytes,
-            # One matrix is read while the last is on its way.
+            # One matrix is read while the last one is uploaded.
             2 * ROUNDED_UP * self.matrix_bytes + threads * read_bytes,
             process_bytes=HOST_PROCESS_BYTES,
         )

@@ -1,7 +1,7 @@
 """What does a worker need of memory, where its experts stay in it?
 
 One law for every decision, plan and report, from a job and the workers that it runs on in plain
-numbers. Where experts go by in passes, `passes` has the law.
+numbers. With experts in passes, `passes` has the law.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from dask_ep.placement.policies import most_slots
 
 @dataclass(frozen=True)
 class Layout:
-    """How a job lies on what it runs on, in numbers."""
+    """How a job is laid out on its backend, in numbers."""
 
     world_size: int
     #: R
@@ -47,7 +47,7 @@ class Layout:
 
     @property
     def serving(self) -> int:
-        """Workers that play ranks: each as many as the others, or one more."""
+        """Workers that serve ranks: each as many as the others, or one more."""
         return min(self.workers, self.world_size)
 
     def slots_of_a_worker(self, num_experts: int) -> int:
@@ -60,7 +60,7 @@ class Layout:
 
     @property
     def ranks_of_a_worker(self) -> int:
-        """The most ranks that one worker plays."""
+        """The most ranks that one worker serves."""
         return -(-self.world_size // self.serving)
 
     def spread_at_worst(self, slots: int) -> Spread:

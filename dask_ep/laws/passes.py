@@ -3,7 +3,7 @@
 Two ways, each in groups of token chunks; every group is one pass over the experts:
 
     hold    the rows of a group and their outputs stay in memory, one large chunk for each thread;
-            the experts go by: each is read once a pass, and serves all chunks of the group
+            the experts are loaded: each is read once a pass, and serves all chunks of the group
     spill   the rows of a group go to a file, laid out by expert, and what the experts gave comes
             back in another, laid out by chunk; mostly the group is the whole job, and every expert
             is read once
@@ -12,9 +12,9 @@ Holding pays with weights that are read again and again, spilling with rows that
 read. What fits and costs less is taken. All of it is arithmetic on a few numbers: nothing is read
 here, and the same numbers give the same choice in `plan` and in `run`.
 
-**On Dask workers rows are spilled.** Held rows are changed where they lie, by one task after the
+**On Dask workers rows are spilled.** Held rows are changed in place, by one task after the
 other, for hundreds of blocks: a worker that is lost would lose all of a pass, and one that is
-retired in the midst could hand on rows to which a block is added twice. And each worker would read
+retired meanwhile could hand on rows to which a block is added twice. And each worker would read
 all experts. What that costs: rows that would fit into the workers' memory together are written and
 read once for each of their slots. With many slots a row it can be the more: 400 000 rows of a layer
 as DeepSeek-V3's (d = 7168, 8 slots, float32) are 180 GB written and read, its experts in bfloat16,
@@ -40,13 +40,13 @@ CHUNK_BYTES = 32 << 20
 """Bytes of a token chunk where rows are spilled, at most."""
 
 BLOCK_BYTES = 32 << 20
-"""Bytes of loaded experts that are worth a task: smaller experts go by several at a time."""
+"""Bytes of loaded experts that are worth a task: smaller experts are loaded several at a time."""
 
 PIECE_ROWS = (256, 1024)
 """Fewest and most rows that a task computes where rows are spilled, if an expert has as many:
 enough for fast products, few enough for all threads to share an expert."""
 
-PROCESS_BYTES = 300_000_000
+PASSES_PROCESS_BYTES = 300_000_000
 """What a process takes besides experts, rows and tiles: more than in an ordinary run, since the C
 library and the pool keep some memory of earlier blocks."""
 
@@ -67,7 +67,7 @@ class Passes:
     group_chunks: int
     #: chunks of a group
     block_experts: int
-    #: experts that go by together
+    #: experts that are loaded together
     decoded: int
     #: such blocks at a time that are computed with
     ahead: int
@@ -341,7 +341,7 @@ def cut_pieces(
 
 
 def _fixed(work: Work, layout: Layout) -> int:
-    return PROCESS_BYTES + work.layer.loaded + layout.threads * work.read_bytes
+    return PASSES_PROCESS_BYTES + work.layer.loaded + layout.threads * work.read_bytes
 
 
 def _spilled_bytes(work: Work) -> int:
@@ -351,7 +351,7 @@ def _spilled_bytes(work: Work) -> int:
 
 
 def _block_experts(work: Work) -> int:
-    """Experts that go by together."""
+    """Experts that are loaded together."""
     return min(max(BLOCK_BYTES // max(work.expert_loaded, 1), 1), max(work.experts, 1))
 
 
@@ -436,7 +436,7 @@ def _refusal(
     if needed <= limit and free is not None:
         return (
             f"{words}; that would fit, with rows spilled to disk, but {free / 1e6:.0f} MB are free "
-            f"there and a chunk needs {rows * _spilled_bytes(work) / 1e6:.0f} MB: make room, or "
-            "allow more memory"
+            f"there and a chunk needs {rows * _spilled_bytes(work) / 1e6:.0f} MB: free some space, "
+            "or allow more memory"
         )
     return f"{words}; give more memory or fewer threads"

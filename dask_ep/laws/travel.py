@@ -1,6 +1,6 @@
 """What travels: the rows to their expert, or the expert to its rows?
 
-A row that lies on one worker and wants an expert on another goes there and comes back. Or the
+A row that is on one worker and wants an expert on another goes there and comes back. Or the
 worker where the row lies reads the expert's weights too, and the row stays. For each expert and
 each rank the cheaper of the two:
 
@@ -55,8 +55,8 @@ class Travel:
 
     Notes
     -----
-    Where experts do not fit and go by in passes (`dask_ep.laws.passes`), rows travel to experts by
-    being spilled, and experts to rows that are held in memory.
+    Where experts do not fit and are processed in passes (`dask_ep.laws.passes`), rows travel to
+    experts by being spilled, and experts to rows that are held in memory.
 
     Where they fit, not "auto" is what is done unasked, though by its model it is never dearer: it
     must read the routing beforehand, a layer's router all tokens; replicas of experts take what
@@ -65,7 +65,7 @@ class Travel:
     """
 
     how: str | None = None
-    #: one of `TRAVELS`; None is "auto" where experts go by in passes, whose rows are counted in any
+    #: one of `TRAVELS`; None is "auto" with experts in passes, whose rows are counted in any
     #: case, else "rows"
     link: float = Rates.link
     #: bytes per second between two workers
@@ -114,7 +114,7 @@ def choose_travel(
     row_bytes : bytes of a row on its way there and back
     chunks : rows of each token chunk; default: those of the routing
     workers : int, optional
-        Processes that play the ranks, rank r on worker r % workers; default: one for each. Between
+        Processes that serve the ranks, rank r on worker r % workers; default: one for each. Between
         ranks of one worker nothing travels.
     max_slots : int, optional
         The most experts that a rank can hold (its memory over the bytes of one expert).

@@ -82,7 +82,7 @@ class Work:
     as_stored: bool = False
     #: whether experts are held as they are stored, whatever the memory
     in_files: bool = True
-    #: whether all experts lie in files or NumPy arrays, so that they can be, or go by in passes
+    #: whether all experts are in files or NumPy arrays, so that they can be, or be used in passes
     of_layer: bool = False
     #: whether rows are routed by a layer
     layer: LayerWork = LayerWork()
@@ -121,7 +121,7 @@ class Work:
         return tile_bytes(max(self.widest, self.d, self.d_out) * self.wide)
 
     def packet_row_bytes(self, places: int) -> int:
-        """Bytes of one row on its way to a rank, where `backends` are all that may be named."""
+        """Bytes of one row on its way to a rank, where `places` are all that may be named."""
         return packet_row_bytes(self.d, self.dtype.itemsize, self.slots, self.weight_bytes, places)
 
     def held_bytes(self, as_stored: bool) -> int:

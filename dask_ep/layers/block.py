@@ -1,7 +1,7 @@
 """Which tensors make up a MoE block, and which layer do they make?
 
 Each tensor under the block's prefix is taken once, by its name, and its shape and dtype are
-compared with what ``config.json`` says. What nobody took is an error.
+compared with what ``config.json`` says. What is left over is an error.
 """
 
 from __future__ import annotations
@@ -213,7 +213,7 @@ class Block:
         return self._of_shape(name, source, shape)
 
     def take_packed(self, name: str, shape: tuple[int, ...]) -> Source:
-        """Take a matrix that lies in MXFP4 blocks."""
+        """Take a matrix that is stored in MXFP4 blocks."""
         source = Mxfp4Source(self._take_raw(name + "_blocks"), self._take_raw(name + "_scales"))
         return self._of_shape(name + "_blocks", source, shape)
 
@@ -222,8 +222,8 @@ class Block:
         if left:
             raise ValueError(
                 f"every tensor of {self.where} must be used, but {len(left)} would not be: "
-                f"{some_of(self.prefix + name for name in left)}. The model is not quite of the "
-                f"family {self.model.model_type!r} as it is known here"
+                f"{some_of(self.prefix + name for name in left)}. This model differs from the "
+                f"family {self.model.model_type!r}"
             )
 
     def _take_raw(self, name: str) -> Source:

@@ -4,7 +4,7 @@
     headers of the files ───────> tensors under the block's prefix
                                        │ each is taken once, by its name, and its shape compared
                                        v
-                                  MoELayer over Sources; whatever nobody took is an error
+                                  MoELayer over Sources; whatever is left over is an error
 
 Only headers are read here. A task reads the tensors of its own experts when it runs.
 """
@@ -104,7 +104,7 @@ def moe_layers(directory: str | os.PathLike, *, families: Iterable[Family] = ())
 
 
 class Checkpoint:
-    """A checkpoint whose family is known: which of its layers are MoE, and where they lie."""
+    """A checkpoint whose family is known: which of its layers are MoE, and where they are."""
 
     def __init__(self, directory: str | os.PathLike, families: Iterable[Family] = ()):
         self.files = CheckpointFiles(directory)
@@ -119,7 +119,7 @@ class Checkpoint:
         if method not in (None, "fp8", "mxfp4"):
             raise ValueError(
                 f"{self.files.directory} is quantised by {method!r}; only 'fp8' (block scales) and "
-                "'mxfp4' are read. Take the checkpoint before quantisation"
+                "'mxfp4' are supported. Use the unquantised checkpoint"
             )
         family = find_family(model_type, (*families, *FAMILIES))
         self.model = Model(self.files.directory, model_type, config, family, quantization)
@@ -210,7 +210,7 @@ class LayerDescription:
 
 @dataclass(frozen=True)
 class Description:
-    """What a checkpoint is, as data for the eye."""
+    """What a checkpoint is, as data to show."""
 
     directory: str
     model_type: str
@@ -250,7 +250,7 @@ def describe(directory: str | os.PathLike, *, families: Iterable[Family] = ()) -
     Raises
     ------
     ReadError, ValueError, TypeError
-        As `load_moe_layer`: each MoE layer that lies in these files is opened.
+        As `load_moe_layer`: each MoE layer in these files is opened.
     """
     checkpoint = Checkpoint(directory, families)
     dtypes: set[str] = set()
@@ -273,8 +273,8 @@ def describe(directory: str | os.PathLike, *, families: Iterable[Family] = ()) -
     if not opened and checkpoint.moe_layers:
         first_prefix = PREFIXES[0].format(layer=checkpoint.moe_layers[0])
         raise ValueError(
-            f"{checkpoint.files.directory} has MoE layers {_ranges(checkpoint.moe_layers)} by "
-            "config.json, but no tensor of theirs lies under a known prefix, such as "
+            f"{checkpoint.files.directory} has MoE layers {_ranges(checkpoint.moe_layers)} "
+            "according to config.json, but none of their tensors has a known prefix, such as "
             f"{first_prefix}{checkpoint.model.family.blocks[0]}"
         )
     if not opened:

@@ -48,7 +48,7 @@ class CheckpointFiles:
         self.directory = os.fspath(directory).rstrip("/")
         self._headers: dict[str, Mapping[str, Source]] = {}
 
-    # --- what lies there ---
+    # --- which files there are ---
 
     @cached_property
     def file_names(self) -> list[str]:
@@ -58,7 +58,7 @@ class CheckpointFiles:
                 return sorted(p.rpartition("/")[2] for p in files.ls(path, detail=False))
             return sorted(os.listdir(self.directory))
         except OSError as error:
-            raise ReadError(f"{self.directory} is no directory of a checkpoint: {error}") from error
+            raise ReadError(f"{self.directory} is not a checkpoint directory: {error}") from error
 
     @cached_property
     def config(self) -> dict[str, Any]:
@@ -77,7 +77,7 @@ class CheckpointFiles:
                 )
             if named not in self.file_names:
                 raise ReadError(
-                    f"{self._path('config.json')} says that the tensors lie in {named}, but "
+                    f"{self._path('config.json')} says that the tensors are in {named}, but "
                     f"{self.directory} has no such file"
                 )
             return named
@@ -106,7 +106,7 @@ class CheckpointFiles:
         if file_name not in self._headers:
             if file_name not in self.file_names:
                 raise ReadError(
-                    f"{self._path(self.first_file)} says that tensors lie in {file_name}, but "
+                    f"{self._path(self.first_file)} says that tensors are in {file_name}, but "
                     f"{self.directory} has no such file"
                 )
             self._headers[file_name] = open_safetensors(self._path(file_name))

@@ -10,7 +10,7 @@ from typing import Any
 
 from dask_ep.layers.family import By, Config, Family, Fused, Key, PerExpert, Product, Shared
 
-# --- how the tensors of experts lie --------------------------------------------------------------
+# --- how experts are stored -----------------------------------------------------------------
 
 BY_NAME = PerExpert(
     "experts.{e}.gate_proj.weight", "experts.{e}.up_proj.weight", "experts.{e}.down_proj.weight"
@@ -362,12 +362,12 @@ ACTIVATIONS = {
 
 
 def find_family(model_type: str, families: tuple[Family, ...]) -> Family:
-    """Give the first family that a model type belongs to."""
+    """Return the first family that a model type belongs to."""
     for family in families:
         if model_type in family.model_types:
             return family
     known = sorted({name for family in families for name in family.model_types})
     raise ValueError(
-        f"the model type must be one of {', '.join(known)}; config.json says {model_type!r}. A "
-        "family that is not among them is one row of data: see dask_ep.layers.families.Family"
+        f"the model type must be one of {', '.join(known)}; config.json says {model_type!r}. To "
+        "add a family, see dask_ep.layers.families.Family"
     )

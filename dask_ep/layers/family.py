@@ -22,7 +22,7 @@ class MissingKey(ValueError):
 
 
 class Key:
-    """The value of the first of some config keys that is there, else the default.
+    """The value of the first of some config keys that exists, else the default.
 
     `null` is what a null in the config stands for; one that is None counts as missing.
     """
@@ -85,7 +85,7 @@ def find(value: Any, config: Config, layer: int) -> Any:
     return value.find(config, layer) if isinstance(value, (Key, Product, By)) else value
 
 
-# --- how the tensors of experts lie --------------------------------------------------------------
+# --- how experts are stored -----------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -136,7 +136,7 @@ class Shared:
     gate : str or None
         A tensor (1, d): the expert counts sigmoid(row · gate) instead of 1.
     biases : bool or Key
-        Whether each of its matrices has a ``.bias`` beside its ``.weight``.
+        Whether each of its matrices has a ``.bias`` as well as a ``.weight``.
     """
 
     block: str

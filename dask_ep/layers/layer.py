@@ -30,7 +30,7 @@ from dask_ep.arrays.device import telling_memory
 from dask_ep.arrays.namespaces import UNDERFLOW_IS_ZERO, Array, namespace
 from dask_ep.experts.experts import CallableExperts, Experts, as_experts
 from dask_ep.graph.pipeline import expert_parallel
-from dask_ep.graph.rows import chunked_like, keys_of, row_array, rows_of, unflatten, xp_name
+from dask_ep.graph.rows import array_of, chunked_like, keys_of, rows_of, unflatten, xp_name
 from dask_ep.kernel.context import naming, telling_kernel
 from dask_ep.kernel.dispatch import dispatch
 from dask_ep.layers.capacity import Capacity, ExpertChoice
@@ -81,7 +81,7 @@ class MoELayer:
     Notes
     -----
     Routing is float32. Rows of a (batch, sequence, d) array are numbered in C order where the whole
-    batch counts (`capacity`, `ExpertChoice`). Reading is left to the tasks: a layer that lies in
+    batch counts (`capacity`, `ExpertChoice`). Reading is left to the tasks: a layer that is in
     files holds their names, and pickles to a few kB.
 
     Examples
@@ -280,7 +280,7 @@ class MoELayer:
             tasks[name, c, 0] = Task(
                 (name, c, 0), _finish, TaskRef(row_key), TaskRef(y_key), loaded, self.residual, c
             )
-        return row_array(name, tasks, [rows, routed], routed.chunks[1], rows._meta)
+        return array_of(name, tasks, [rows, routed], (rows.chunks[0], routed.chunks[1]), rows._meta)
 
     # --- what must hold ---
 

@@ -26,7 +26,7 @@ from dask.task_spec import Task, TaskRef
 from dask_ep.arrays.checks import is_float, place_of_row
 from dask_ep.arrays.device import DeviceMemoryError, telling_chunk
 from dask_ep.arrays.namespaces import UNDERFLOW_IS_ZERO, Array, namespace
-from dask_ep.graph.rows import block_by_block, first_rows, keys_of, row_array, xp_name
+from dask_ep.graph.rows import array_of, block_by_block, first_rows, keys_of, xp_name
 from dask_ep.kernel.device_kernel import INDEX_BYTES
 from dask_ep.layers.capacity import Capacity, ExpertChoice, choose_rows, limit_capacity
 from dask_ep.layers.routing import Router, all_scores, look_up, route, weigh_chosen
@@ -38,7 +38,7 @@ SCORE_BYTES = 32
 
 
 class SmallArray(NamedTuple):
-    """A router's array, left where it lies."""
+    """A router's array, not read yet."""
 
     source: Source
     shape: tuple[int, ...]
@@ -140,7 +140,7 @@ def _scores(
             (name, c, 0), _score_chunk, TaskRef(key), TaskRef(loaded), router.score, c, starts[c]
         )
     meta = namespace(rows._meta).empty((0, 0), dtype=np.float32)
-    return row_array(name, tasks, [rows], (router.num_experts,), meta)
+    return array_of(name, tasks, [rows], (rows.chunks[0], (router.num_experts,)), meta)
 
 
 # --- the tasks -----------------------------------------------------------------------------------

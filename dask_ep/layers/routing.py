@@ -209,7 +209,7 @@ def route(
 
 @WITHOUT_WARNINGS
 def all_scores(hidden: Array, score: str, weight: Array, *, bias: Array | None = None) -> Array:
-    """Give each row's score for every expert, (n, E) float32: softmax or sigmoid of the logits.
+    """Return each row's score for every expert, (n, E) float32: softmax or sigmoid of the logits.
 
     `score` is one of ``"softmax"``, ``"sigmoid"``, ``"sqrtsoftplus"``; the arrays and errors are
     those of `route`.
@@ -282,7 +282,7 @@ def look_up(token_ids: Array, table: Array) -> Array:
 def weigh_chosen(
     hidden: Array, indices: Array, router: Router, weight: Array, *, bias: Array | None = None
 ) -> Array:
-    """Give the weights (n, k) that a router gives to experts that were chosen without it.
+    """Return the weights (n, k) that a router gives to experts that were chosen without it.
 
     `indices` (n, k) come from `look_up` or anywhere else; the other arrays and the errors are those
     of `route`. DeepSeek-V4's hash layers are ``look_up`` with a ``"sqrtsoftplus"`` router.
@@ -447,7 +447,7 @@ def _without_nan(topk_weights: Array, biases: dict[str, Array | None]) -> Array:
             raise ValueError(f"{name} must not hold NaN, but {name}[{int(found.argmax())}] is")
     raise BadRow.at(
         int(bad.argmax()),
-        f"the router gives row {int(bad.argmax())} NaN for weights, and {int(bad.sum())} of "
-        f"{len(bad)} rows in all: look for NaN or infinity in these rows of the hidden states, "
-        "or else in the router's weights",
+        f"the router's weights are NaN for row {int(bad.argmax())}, and for {int(bad.sum())} of "
+        f"{len(bad)} rows in all: look for NaN or infinity in these rows of the hidden states, or "
+        "in the router's weights",
     )

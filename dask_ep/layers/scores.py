@@ -1,4 +1,4 @@
-"""What is a logit worth, and which are the largest?
+"""What is the score of a logit, and which are the largest?
 
 Axis letters: `n` rows, `E` experts, `k` slots per row, `G` groups of neighbours. Functions take the
 array namespace first, and are float32 throughout. Whoever calls them silences NumPy's warnings.

@@ -1,1 +1,1 @@
-"""Which expert lies where?"""
+"""Which expert is where?"""

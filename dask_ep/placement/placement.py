@@ -124,13 +124,14 @@ class Placement:
         return np.array_equal(self.stops, even_stops(self.slots))
 
     def home(self, chunk: int) -> int | None:
-        """Give the rank at which a token chunk is at home: neighbours at different ones, so that
+        """Return the home rank of a token chunk: neighbours have different ones, so that
         all ranks go through the chunks side by side. None where replicas are chosen by ticket only.
         """
         return chunk % self.world_size if self.local else None
 
     def order(self) -> list[int]:
-        """Give the expert of each physical slot, -1 for an empty one: what `Experts.load` takes."""
+        """Return the expert of each physical slot, -1 for an empty one, as `Experts.load` takes
+        it."""
         return self.slots.ravel().tolist()
 
     def rewrite(
@@ -176,12 +177,12 @@ class Placement:
         return xp.where(at_home < 0, by_ticket, at_home)
 
     def rank_load(self, load: np.ndarray) -> np.ndarray:
-        """Give the rows that each rank serves, (R,) float64, from those of each expert, (E,)."""
+        """Return the rows that each rank serves, (R,) float64, from those of each expert, (E,)."""
         load = np.append(np.asarray(load, np.float64), 0.0)  # [-1] serves the empty slots
         return (load[self.slots] * self.shares).sum(axis=1)
 
     def imbalance(self, load: np.ndarray) -> float:
-        """Give the largest over the mean rank load: 1.0 is perfect; 1.0 also without any load."""
+        """Return the largest over the mean rank load: 1.0 is perfect; 1.0 also without any load."""
         ranks = self.rank_load(load)
         return float(ranks.max() / ranks.mean()) if ranks.any() else 1.0
 
@@ -205,7 +206,7 @@ class Placement:
         """
         content = json.loads(text)
         if not isinstance(content, dict) or "slots" not in content:
-            raise ValueError(f'a placement is a JSON object with "slots"; got {text[:40]!r}')
+            raise ValueError(f'a placement must be a JSON object with "slots"; got {text[:40]!r}')
         return cls(content["slots"], content.get("stops"), content.get("local", False))
 
     @cached_property
@@ -266,12 +267,12 @@ def verify_placement(
     _check_stops(placement.slots, placement.stops)
     if num_experts is not None and placement.num_experts != num_experts:
         raise ValueError(
-            f"the placement must place {num_experts} experts and places {placement.num_experts}; "
+            f"the placement must place {num_experts} experts, but places {placement.num_experts}; "
             "make it for these experts"
         )
     if max_slots is not None and placement.slots_per_rank > max_slots:
         raise ValueError(
-            f"a rank may have {max_slots} slots and the placement gives it "
+            f"a rank may have at most {max_slots} slots, but the placement gives it "
             f"{placement.slots_per_rank}; raise the limit, or use more ranks or fewer replicas"
         )
 
@@ -290,19 +291,20 @@ def _integers(values: object, name: str, dtype: type) -> np.ndarray:
 def _check_slots(slots: np.ndarray) -> None:
     """Every expert somewhere, none twice on a rank."""
     if slots.min() < -1:
-        raise ValueError(f"a slot holds an expert or -1 (empty), and one holds {slots.min()}")
+        raise ValueError(f"a slot must hold an expert or -1 (empty), but one holds {slots.min()}")
     missing = np.flatnonzero(np.bincount(slots[slots >= 0], minlength=1) == 0)
     if missing.size:
         raise ValueError(
-            f"every expert needs a slot, and expert {missing[0]} of {slots.max() + 1} has none; "
+            f"every expert needs a slot, but expert {missing[0]} of {slots.max() + 1} has none; "
             "place all experts from 0 to the largest one"
         )
     rows = np.sort(slots, axis=1)
     rank, at = np.nonzero((rows[:, 1:] == rows[:, :-1]) & (rows[:, 1:] >= 0))
     if rank.size:
         raise ValueError(
-            f"a rank holds an expert once, and rank {rank[0]} holds expert {rows[rank[0], at[0]]} "
-            "twice; give the second slot to another expert or leave it empty (-1)"
+            f"a rank must hold an expert at most once, but rank {rank[0]} holds expert "
+            f"{rows[rank[0], at[0]]} twice; give the second slot to another expert or leave it "
+            "empty (-1)"
         )
 
 
@@ -314,7 +316,7 @@ def _check_stops(slots: np.ndarray, stops: np.ndarray) -> None:
     if (sizes < 0).any() or (stops < 0).any():
         rank, slot = np.argwhere((sizes < 0) | (stops < 0))[0]
         raise ValueError(
-            f"the stops of an expert's replicas must not fall, and that of expert "
+            "the stops of an expert's replicas must not decrease, but that of expert "
             f"{slots[rank, slot]} on rank {rank} does ({stops[rank, slot]})"
         )
     served = np.zeros(slots.max() + 1, np.int64)
@@ -322,6 +324,6 @@ def _check_stops(slots: np.ndarray, stops: np.ndarray) -> None:
     wrong = np.flatnonzero(served != TICKETS)
     if wrong.size:
         raise ValueError(
-            f"the last replica of an expert must stop at {TICKETS}, and that of expert {wrong[0]} "
+            f"the last replica of an expert must stop at {TICKETS}, but that of expert {wrong[0]} "
             f"stops at {served[wrong[0]]}"
         )

@@ -151,8 +151,8 @@ def from_file(
         )
     if world_size is not None and placement.world_size != world_size:
         raise ValueError(
-            f"{path} places experts on {placement.world_size} ranks and world_size={world_size} is "
-            "asked for; make a placement for it"
+            f"{path} places experts on {placement.world_size} ranks, but world_size={world_size} "
+            "is asked for; make a placement for it"
         )
     return placement
 
@@ -169,7 +169,7 @@ def write_sglang(
 
     Parameters
     ----------
-    path : path, ending in .json (SGLang goes by the ending)
+    path : path, ending in .json (SGLang looks at the ending)
     placements : for each MoE layer of the model, by its number, its placement; all of one size
     num_layers : int, optional
         Layers of the model; the ones that are not in `placements` get the experts in order.
@@ -186,7 +186,7 @@ def write_sglang(
     slots minus experts. Format: SGLang, python/sglang/srt/eplb/expert_location.py.
     """
     if Path(path).suffix != ".json":
-        raise ValueError(f"SGLang tells the format by the ending .json; got {path}")
+        raise ValueError(f"SGLang recognises this format by the ending .json; got {path}")
     first = _check_engine(placements.values())
     in_order = np.arange(first.slots.size) % first.num_experts
     layers = [
@@ -229,9 +229,9 @@ def _read(path: str | PathLike) -> dict:
     try:
         content = json.loads(Path(path).read_text())
     except ValueError as error:
-        raise ValueError(f"{path} must hold JSON, and does not: {error}") from error
+        raise ValueError(f"{path} must hold JSON: {error}") from error
     if not isinstance(content, dict):
-        raise ValueError(f"{path} must hold a JSON object, and holds a {type(content).__name__}")
+        raise ValueError(f"{path} must hold a JSON object, but holds a {type(content).__name__}")
     return content
 
 
@@ -286,7 +286,9 @@ def _one_of(placements: list[Placement], layer: int | None, path: str | PathLike
     if layer is None and len(placements) == 1:
         return placements[0]
     if layer is None or not 0 <= layer < len(placements):
-        raise ValueError(f"{path} holds {len(placements)} layers; say which, got layer={layer}")
+        raise ValueError(
+            f"{path} holds {len(placements)} layers; pass one of them as layer, not {layer}"
+        )
     return placements[layer]
 
 
@@ -302,18 +304,18 @@ def _check_engine(placements: Sequence[Placement]) -> Placement:
     for layer, placement in enumerate(placements):
         if (placement.slots < 0).any():
             raise ValueError(
-                f"engines have no empty slots, and layer {layer} has "
+                f"engines have no empty slots, but layer {layer} has "
                 f"{int((placement.slots < 0).sum())}; give balanced a num_slots that is a multiple "
                 "of the ranks"
             )
         if not placement.even:
             raise ValueError(
-                f"engines spread rows evenly over replicas, and layer {layer} does not (exact); "
+                f"engines spread rows evenly over replicas, but layer {layer} does not (exact); "
                 "use balanced"
             )
         if placement.local:
             raise ValueError(
-                f"engines spread rows evenly over replicas, and layer {layer} chooses them by the "
+                f"engines spread rows evenly over replicas, but layer {layer} chooses them by the "
                 "home of a token chunk; use balanced"
             )
     return placements[0]

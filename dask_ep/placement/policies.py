@@ -156,7 +156,7 @@ def balance_layers(
     expert_of = groups_of_node[..., None] * group + np.arange(group)
     expert_of = expert_of.reshape(layers * num_nodes, -1)
 
-    # 2. Copies of the hottest experts of each node.
+    # 2. Replicas of the hottest experts of each node.
     ranks = world_size // num_nodes
     loads = np.take_along_axis(np.repeat(loads, num_nodes, axis=0), expert_of, axis=1)
     replica_of, replicas = replicate_hottest(loads, num_slots // num_nodes, max_replicas=ranks)
@@ -211,7 +211,7 @@ def exact(load: np.ndarray, world_size: int, *, max_slots: int | None = None) ->
     if max_slots is not None and max_slots < needed:
         raise ValueError(
             f"{rows.size} experts on {world_size} ranks with equal rows need {needed} slots a "
-            f"rank, and the limit is {max_slots}; allow {needed}, use more ranks, or use balanced"
+            f"rank, but the limit is {max_slots}; allow {needed}, use more ranks, or use balanced"
         )
     pieces = _equal_windows(rows, world_size)
     slots = _table([sorted(rank) for rank in pieces])
@@ -271,7 +271,7 @@ POLICIES = ("contiguous", "packed", "balanced", "exact")
 
 
 def most_slots(policy: str, num_experts: int, world_size: int) -> int:
-    """Give the most slots per rank that `place` uses for a policy, whatever the load.
+    """Return the most slots per rank that `place` uses for a policy, whatever the load.
 
     Examples
     --------
@@ -320,7 +320,7 @@ def _equal_windows(rows: np.ndarray, world_size: int) -> list[dict[int, int]]:
 
 
 def _ticket_at(by_ticket: np.ndarray, served: int, rows: int) -> int:
-    """Give the ticket below which `host_kernel` of an expert's `rows` rows lie."""
+    """Return the ticket below which `served` of an expert's `rows` rows are."""
     below = np.concatenate([[0], np.cumsum(by_ticket, dtype=np.float64)])
     edges = np.linspace(0, TICKETS, below.size)
     return round(float(np.interp(served / max(rows, 1) * below[-1], below, edges)))

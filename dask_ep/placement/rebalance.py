@@ -102,7 +102,7 @@ class _State(NamedTuple):
     slots: np.ndarray
     #: (R, S)
     limit: float
-    #: rows of a rank that are no overload
+    #: rows of a rank up to which it is not overloaded
     per_replica: np.ndarray
     #: (E + 1,) rows of one replica of each expert; [-1] is 0, for empty slots
     replicas: np.ndarray

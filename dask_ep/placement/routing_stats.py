@@ -48,7 +48,7 @@ class Visits(NamedTuple):
 
 @dataclass(frozen=True)
 class Survey:
-    """What one pass over the routing found; made by `routing_stats`."""
+    """What one pass over the routing found; made by `survey`."""
 
     num_experts: int
     slots_per_row: int

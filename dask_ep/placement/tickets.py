@@ -168,6 +168,6 @@ def _check_routing(routing: np.ndarray, num_experts: int, row_offset: int) -> No
     outside = ((routing < -1) | (routing >= num_experts)).nonzero()
     at = tuple(int(index[0]) for index in outside)
     raise ValueError(
-        f"routing must lie in [-1, {num_experts}), and row {row_offset + at[0]} holds "
+        f"routing must be in [-1, {num_experts}), but row {row_offset + at[0]} holds "
         f"{int(routing[at])}; pass routing made for these {num_experts} experts"
     )

@@ -60,8 +60,8 @@ def probe_device(
         device.find_devices()
     except NoDeviceError as error:
         raise NoDeviceError(
-            "the time of a run on GPUs follows from their rates, and no GPU is here to measure "
-            f"them: {error}. Give them, as rates=Rates(flops=..., copy=..., lane=...) or --rates "
+            "the time of a run on GPUs follows from their rates, but there is no GPU to measure: "
+            f"{error}. Give the rates as rates=Rates(flops=..., copy=..., lane=...) or --rates "
             "flops=...,copy=...,lane=...: operations of a GPU, bytes copied in its memory, and "
             "bytes from and to the host, in a second"
         ) from error

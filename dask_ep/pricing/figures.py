@@ -207,7 +207,7 @@ def draw_choices(plans: Sequence[Plan], best: Plan) -> Figure:
 
 
 def draw_time_line(record: Record) -> Figure:
-    """Tasks and services as bars from start to stop, by worker: several chunks may be under way."""
+    """Tasks and services as bars from start to stop, by worker: several chunks may be in flight."""
     bars = sorted(_bars(record), key=lambda bar: bar.start - bar.stop)[:MOST_SPANS]
     names = sorted({bar.row for bar in bars}, key=lambda name: (len(name), name), reverse=True)
     drawing = _figure(

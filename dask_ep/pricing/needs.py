@@ -33,14 +33,10 @@ class Needs(Traffic):
         return (self.placement.slots >= 0).sum(axis=1)
 
     @property
-    def has_ranks(self) -> bool:
-        """Whether experts lie at ranks, to which rows go."""
-        return True
-
-    @property
     def replicas(self) -> int:
         """Slots that hold an expert which another slot holds too."""
-        return int(self.rank_experts.sum()) - self.placement.num_experts
+        held = int(self.rank_experts.sum())
+        return held - self.placement.num_experts if self.has_ranks else 0
 
     @property
     def stored_bytes(self) -> int:

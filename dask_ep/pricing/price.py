@@ -63,7 +63,7 @@ class Plan(Needs):
         """What to change, and why; empty if nothing."""
         said = []
         if self.decision.as_stored and not self.work.as_stored:
-            said.append("only so all experts fit: they are held in memory as they are stored")
+            said.append("experts are held in memory as stored: otherwise they would not fit")
         if self.own_chunk_rows is not None and self.own_chunk_rows > self.decision.chunk_rows:
             said.append(
                 f"chunks of {self.decision.chunk_rows} rows, since those of the tokens, of "
@@ -73,28 +73,28 @@ class Plan(Needs):
         far = not advised / 2 <= self.chunk_rows <= advised * 2 and self.rows > advised
         if far and (self.decision.chunks_asked or self.own_chunk_rows is not None):
             said.append(
-                f"chunks of about {advised} rows instead of {self.chunk_rows}: "
-                "enough rows for fast products and few tasks, within the memory and for all threads"
+                f"use chunks of about {advised} rows instead of {self.chunk_rows}: large enough "
+                "for fast products and few tasks, small enough for memory and all threads"
             )
         could_grow = len(self.chunks) > 1 and self.chunk_rows < advised
         if could_grow and self.scheduler_seconds > max(self.busy_seconds, SECONDS_THAT_COUNT):
             said.append(
-                f"fewer tasks: the scheduler needs {self.scheduler_seconds:.1f} s for "
-                f"{self.tasks}, the workers {self.busy_seconds:.1f} s; larger chunks"
+                f"use larger chunks: the scheduler needs {self.scheduler_seconds:.1f} s for "
+                f"{self.tasks} tasks, the workers {self.busy_seconds:.1f} s"
             )
         if self.imbalance > 1.1 and self.workers > 1:
             exact = place("exact", self.expert_rows, self.world_size).imbalance(self.expert_rows)
             if self.imbalance > 1.1 * exact:
                 said.append(
-                    f'placement="exact": the busiest rank serves {self.imbalance:.2f} times the '
-                    f"mean rows, and with it {exact:.2f}"
+                    f'use placement="exact": the busiest rank serves {self.imbalance:.2f} times '
+                    f"the mean rows, and would serve {exact:.2f} times"
                 )
         return said
 
     # --- forms -------------------------------------------------------------------------------
 
     def to_dict(self) -> dict[str, Any]:
-        """Give all figures as plain numbers, lists and text."""
+        """Return all figures as plain numbers, lists and text."""
         figures = [
             *("rows", "slots_per_row", "world_size", "workers", "threads", "policy", "cores"),
             *("chunk_rows", "imbalance", "exchanged_bytes", "stored_bytes"),
@@ -118,7 +118,7 @@ class Plan(Needs):
         }
 
     def to_json(self) -> str:
-        """Give `to_dict` as JSON text."""
+        """Return `to_dict` as JSON text."""
         return json.dumps(self.to_dict())
 
     def __repr__(self) -> str:

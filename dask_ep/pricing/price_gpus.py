@@ -60,7 +60,7 @@ class PlanOnGpus(Plan):
 
     @property
     def places(self) -> str:
-        """What plays the ranks."""
+        """What serves the ranks."""
         return f"{self.workers} GPUs"
 
     # --- time ------------------------------------------------------------------------------
@@ -105,6 +105,6 @@ class PlanOnGpus(Plan):
         return max(advised, 1)
 
     def to_dict(self) -> dict[str, Any]:
-        """Give all figures as plain numbers, lists and text."""
+        """Return all figures as plain numbers, lists and text."""
         host = {"host_bytes": self.process_bytes, "host_limit": self.host_limit}
         return super().to_dict() | {"gpu": True, **host, "host_parts": self.process_parts}

@@ -1,4 +1,4 @@
-"""What does a run cost whose experts go by in passes?
+"""What does a run with experts in passes cost?
 
 The figures of the ordinary plan, except where passes change them: memory, bytes of experts, time;
 nothing is exchanged between ranks, since rows wait in memory or in files.
@@ -11,28 +11,28 @@ from typing import Any
 
 from dask.utils import format_bytes
 
-from dask_ep.laws.passes import PROCESS_BYTES, Passes, cut_pieces
+from dask_ep.laws.passes import PASSES_PROCESS_BYTES, Passes, cut_pieces
 from dask_ep.pricing.price import Plan
 
 WAYS = {
-    "hold": "rows are held in memory, {chunks} chunks at a time, and all experts go by",
-    "spill": "rows are spilled to disk by expert, {chunks} chunks at a time, and all experts go by",
+    "hold": "rows of {chunks} chunks at a time are held in memory, and all experts are loaded",
+    "spill": "rows of {chunks} chunks at a time are spilled to disk, and all experts are loaded",
 }
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
 class PlanInPasses(Plan):
-    """What one way to run a job costs whose experts go by in passes."""
+    """What one way to run a job with experts in passes costs."""
 
     @property
     def passes(self) -> Passes:
-        """How they go by."""
+        """How they are processed."""
         return self.decision.passes
 
     @property
     def memory_parts(self) -> dict[str, int]:
         """Bytes that a process uses at most, by what they are for; rows with their scratch."""
-        known = {"process": PROCESS_BYTES, "experts": self.expert_bytes}
+        known = {"process": PASSES_PROCESS_BYTES, "experts": self.expert_bytes}
         return known | {"rows": self.passes.memory_bytes - sum(known.values())}
 
     @property
@@ -46,21 +46,6 @@ class PlanInPasses(Plan):
     def stored_bytes(self) -> int:
         """Bytes of experts that are read in all passes."""
         return self.passes.passes * int((self.expert_rows > 0).sum()) * self.work.expert_stored
-
-    @property
-    def has_ranks(self) -> bool:
-        """None: the experts go by."""
-        return False
-
-    @property
-    def replicas(self) -> int:
-        """None."""
-        return 0
-
-    @property
-    def exchanged_bytes(self) -> int:
-        """None: rows are not sent to ranks."""
-        return 0
 
     @property
     def tasks(self) -> int:
@@ -98,5 +83,5 @@ class PlanInPasses(Plan):
         return said
 
     def to_dict(self) -> dict[str, Any]:
-        """Give all figures as plain numbers, lists and text."""
+        """Return all figures as plain numbers, lists and text."""
         return super().to_dict() | {"passes": self.passes.to_dict()}

@@ -1,4 +1,4 @@
-"""How does a plan, or a run beside its plan, look to the eye?
+"""How is a plan, or a run compared with its plan, shown?
 
 One HTML file that holds everything it shows, scripts included: it opens from a mail or a disk
 without a network, on a phone and on paper. Figures are said in text and tables as well.
@@ -77,7 +77,7 @@ def write_run_report(
     note: str = "",
     link: str | None = None,
 ) -> None:
-    """Write what a run did beside what was planned.
+    """Write what a run did next to what was planned.
 
     Parameters
     ----------
@@ -176,7 +176,7 @@ def _write(path: str | PathLike, kind: str, title: str, sections: Sequence[objec
 
 
 def _title(plan: Plan) -> str:
-    how = f"{plan.world_size} ranks ({plan.policy})" if plan.has_ranks else "which go by in passes"
+    how = f"{plan.world_size} ranks ({plan.policy})" if plan.has_ranks else "in passes"
     return (
         f"{plan.rows:,} token rows of width {plan.work.d}, {plan.slots_per_row} of "
         f"{plan.expert_rows.size} experts a row, {how}"
@@ -232,7 +232,7 @@ def figures_of(plan: Plan) -> list[tuple[str, str]]:
 
 
 def of_limit(nbytes: int, limit: int | None) -> str:
-    """What is used, and what may be, for the eye.
+    """What is used, and what may be, as text.
 
     Examples
     --------

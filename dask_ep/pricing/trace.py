@@ -28,7 +28,7 @@ from dask_ep.graph.keys import TaskKey, read_key
 from dask_ep.graph.tally import HERE, Serving
 
 STEPS = ("experts", "ranks", "chunk", "send", "dispatch", "receipt", "sum")
-"""What the tasks of a layer do, by their names; from "send" on where experts go by in passes."""
+"""What the tasks of a layer do, by their names; from "send" on with experts in passes."""
 
 LAYER_STEPS = ("read", "route", "layer", "store")
 """What the tasks around it do."""
@@ -71,7 +71,7 @@ class Service(NamedTuple):
 
 
 class Event(NamedTuple):
-    """Something that befell the run: a worker lost, a rank moved."""
+    """Something that happened in the run: a worker lost, a rank moved."""
 
     time: float
     #: seconds since the first task began

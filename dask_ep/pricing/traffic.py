@@ -27,7 +27,7 @@ class Traffic:
 
     Notes
     -----
-    `traffic_rows` and `exchanged_bytes` assume that neighbouring chunks lie on one worker, as Dask
+    `traffic_rows` and `exchanged_bytes` assume that neighbouring chunks are on one worker, as Dask
     assigns them, or each at its home, where the placement is local. What each rank receives is
     exact wherever they lie, and so is `exchanged_at`.
     """
@@ -55,6 +55,11 @@ class Traffic:
     def layout(self) -> Layout:
         """On what the job runs."""
         return self.decision.layout
+
+    @property
+    def has_ranks(self) -> bool:
+        """Whether ranks hold experts, to which rows go; otherwise experts go by in passes."""
+        return self.decision.passes is None
 
     @property
     def workers(self) -> int:
@@ -133,7 +138,7 @@ class Traffic:
     @property
     def exchanged_bytes(self) -> int:
         """Bytes of all packets and answers between workers."""
-        return self.exchanged_at(self._homes)
+        return self.exchanged_at(self._homes) if self.has_ranks else 0
 
     def exchanged_at(self, homes: Sequence[int]) -> int:
         """Bytes of all packets and answers with each chunk on the worker of that number, (C,).

@@ -36,7 +36,7 @@ def describe(obj: Any) -> Any:
     Raises
     ------
     TypeError
-        If it is or holds anything else, of which nobody can tell whether it has changed.
+        If it is or holds anything else, of which it cannot be told whether it has changed.
 
     Examples
     --------
@@ -64,8 +64,8 @@ def describe(obj: Any) -> Any:
     if is_dataclass(obj):
         return {"kind": type(obj).__name__} | describe(vars(obj))
     raise TypeError(
-        f"nobody can tell whether a {type(obj).__name__} has changed since a run was stopped: give "
-        "store a number or a word for its version in settings instead"
+        f"cannot tell whether a {type(obj).__name__} has changed since a run was stopped: pass a "
+        "version number or name in settings instead"
     )
 
 
@@ -91,7 +91,7 @@ def merge(values: Sequence[Any]) -> Any:
 
 
 def find_sources(obj: Any) -> Iterator[Source]:
-    """Give all sources that an object is made of, those that others are made of too."""
+    """Return all sources that an object is made of, those that others are made of too."""
     if isinstance(obj, Source):
         yield obj
     if isinstance(obj, Mapping):

@@ -1,6 +1,6 @@
 """Which blocks of an output are done, from which inputs, and who is at it?
 
-Beside an output lies a directory that answers:
+Next to an output is a directory that answers:
 
     y.zarr.progress/
       manifest.json          shape, dtype, row blocks, inputs, settings; replaced as a whole
@@ -49,7 +49,7 @@ class OutputInUse(RuntimeError):
 
 
 def write_manifest(directory: str, manifest: Mapping[str, Any]) -> None:
-    """Replace the manifest as a whole: whoever reads sees the old one or the new one."""
+    """Replace the manifest as a whole: readers see the old one or the new one."""
     path = os.path.join(directory, "manifest.json")
     with open(path + ".new", "w") as file:
         json.dump(manifest, file, indent=1)
@@ -130,17 +130,17 @@ def record_done(
 
 
 def read_done(directory: str, run: str) -> set[int]:
-    """Give the blocks that the lines of this run call done."""
+    """Return the blocks that are done by the lines of this run."""
     return set(read_digests(directory, run))
 
 
 def read_digests(directory: str, run: str) -> dict[int, str]:
-    """Give the hash of the rows of each block that the lines of this run call done."""
+    """Return the hash of the rows of each block that is done by the lines of this run."""
     return dict(_read_lines(directory, run, "done"))
 
 
 def keep_done(directory: str, run: str, digests: Mapping[int, str]) -> None:
-    """Have these blocks, and no others, be done; when nobody writes."""
+    """Mark these blocks, and no others, as done; only while nothing writes."""
     kept = os.path.join(directory, "kept")
     with open(kept, "wb") as file:
         file.writelines(_line(run, block, digest) for block, digest in digests.items())
@@ -176,7 +176,7 @@ def describe_differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> list
     before, now = old.get("inputs", {}), new.get("inputs", {})
     for name in [*before, *(name for name in now if name not in before)]:
         if name not in now:
-            words.append(f"input {name} is not there any more")
+            words.append(f"input {name} is missing now")
         elif name not in before:
             words.append(f"input {name} is new")
         else:
@@ -204,7 +204,7 @@ def acquire(directory: str) -> None:
             ) from error
         if holder is not None and _may_be_alive(holder):
             raise OutputInUse(
-                f"process {holder['pid']} on {holder['host']} writes this output since "
+                f"process {holder['pid']} on {holder['host']} has been writing this output since "
                 f"{holder['since']}; wait for it or stop it. If that process is gone, remove {path}"
             )
         file.seek(0)
@@ -216,7 +216,7 @@ def release(directory: str) -> None:
     """Stop being the one that writes; nothing if this process is not."""
     with contextlib.suppress(FileNotFoundError), _open_lock(directory, create=False) as file:
         holder, mine = None, _this_process()
-        with contextlib.suppress(ValueError):  # of a damaged lock nobody knows whose it is
+        with contextlib.suppress(ValueError):  # a damaged lock does not say whose it is
             holder = _read_holder(file)
         if holder is not None and all(holder[k] == mine[k] for k in ("pid", "host", "born")):
             file.seek(0)
@@ -238,7 +238,7 @@ def _line(run: str, block: int, digest: str) -> bytes:
 
 
 def _read_lines(directory: str, run: str, what: str) -> Iterator[tuple[int, str]]:
-    """Give the block and the hash of each whole line of this run."""
+    """Return the block and the hash of each whole line of this run."""
     for name in os.listdir(directory):
         if not name.startswith(f"{what}-"):
             continue
@@ -293,7 +293,7 @@ def _open_lock(directory: str, create: bool = True) -> Iterator[Any]:
 
 
 def _read_holder(file: Any) -> dict[str, Any] | None:
-    """Read who holds the lock, None if nobody does; ValueError if it does not say."""
+    """Read who holds the lock, None if no process does; ValueError if it does not say."""
     holder = json.loads(file.read() or "null")
     if holder is not None and not (isinstance(holder, dict) and holder.keys() >= HOLDER):
         raise ValueError(f"a lock says {sorted(HOLDER)}, not {holder!r}")

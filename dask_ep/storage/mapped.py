@@ -15,7 +15,7 @@ _ESCAPED = re.compile(r"\\([0-7]{3})")
 
 
 def mapped_file(array: np.ndarray) -> str | None:
-    """Give the file of which an array, or what it is a view of, is a memory map, if it is one."""
+    """Return the file of which an array, or what it is a view of, is a memory map, if it is one."""
     base = array
     while isinstance(base, np.ndarray):
         if isinstance(base, np.memmap) and base.filename is not None:
@@ -40,7 +40,7 @@ def is_of_its_file(array: np.memmap) -> bool:
 
 
 def _shown_at(address: int) -> str | None:
-    """Give the path of the file that is mapped at an address."""
+    """Return the path of the file that is mapped at an address."""
     try:
         with open("/proc/self/maps") as file:
             for line in file:

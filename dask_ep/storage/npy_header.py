@@ -52,7 +52,7 @@ def parse_npy_header(
         raise ValueError(f"{path} is not a .npy file of numbers: {error}") from error
     if fortran_order and prod(shape) > max(shape, default=1):
         raise ValueError(
-            f"{path} is in Fortran order, so its rows lie scattered; save it in C order: "
+            f"{path} is in Fortran order, so its rows are not contiguous; save it in C order: "
             "np.save(path, np.ascontiguousarray(array))"
         )
     if dtype is not None:

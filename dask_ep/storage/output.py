@@ -3,7 +3,7 @@
     block of y ──> ep_store (write, then record) ──> receipt     one task per missing block
     all blocks recorded ──> finish ──> the output gets its name
 
-While it is written, an output lies in ``<path>.progress/``, with the record of what is done (see
+While it is written, an output is in ``<path>.progress/``, with the record of what is done (see
 `journal`); when the last block is done it gets its name, and what had that name before goes. So at
 `path` there is never half an output that a reader could take for a whole one: unwritten rows of a
 ``.npy``, and missing chunks of a Zarr array, would read as zeros. Whoever wants to look at a run
@@ -108,7 +108,7 @@ class Output(DaskMethodsMixin):
     def compute(
         self, on_block: Callable[[Receipt], Any] | None = None, **kwargs: Any
     ) -> list[Receipt]:
-        """Write all missing blocks, and give the output its name.
+        """Write all missing blocks, and rename the output to its path.
 
         Parameters
         ----------
@@ -133,7 +133,7 @@ class Output(DaskMethodsMixin):
         return receipts
 
     def finish(self) -> None:
-        """Give the complete output its name, and release the lock.
+        """Rename the complete output to its path, and release the lock.
 
         Raises
         ------
@@ -163,7 +163,7 @@ class Output(DaskMethodsMixin):
             journal.release(self.directory)
 
     def count_done(self) -> int:
-        """Count the blocks that are done by now, whoever wrote them."""
+        """Count the blocks that are done by now, by any process."""
         done = journal.read_done(self.directory, self._manifest["run"])
         return len(self.rows) if self.complete else len(done)
 
@@ -213,12 +213,12 @@ class Output(DaskMethodsMixin):
         return HighLevelGraph.from_collections(self._name, layer, dependencies=[y])
 
     def _check_place(self) -> None:
-        """Refuse to take the place of what nobody allowed to overwrite."""
+        """Refuse to replace what may not be overwritten."""
         there = os.path.lexists(self.path)
         if there and not (self._manifest["overwrite"] and is_replaceable(self.path)):
             raise FileExistsError(
-                f"the output is complete in {self._writer.path}, but meanwhile something else came "
-                f"to be at {self.path}: move that away and resume"
+                f"the output is complete in {self._writer.path}, but {self.path} was created by "
+                "something else meanwhile: move that away and resume"
             )
 
     def _find_done(self) -> set[int]:
@@ -228,7 +228,7 @@ class Output(DaskMethodsMixin):
 
 
 def progress_directory(path: str) -> str:
-    """Where the record of an output lies, and the output itself while it is incomplete."""
+    """The directory of the record of an output, and of the output itself while it is incomplete."""
     return path + ".progress"
 
 
@@ -359,6 +359,6 @@ def _explain(error: OSError, place: str, nbytes: int, directory: str) -> OSError
         return OSError(
             error.errno,
             f"no space left for {place}: it needs {nbytes} bytes, {free_bytes(directory)} are "
-            "free. Finished blocks stay good: make room and go on with resume",
+            "free. Finished blocks are kept: free some space and resume",
         )
     return OSError(error.errno, f"{place} could not be written: {error}")

@@ -7,15 +7,12 @@ By ranged reads through ``fsspec``, which is imported only here and only for add
 from __future__ import annotations
 
 import os
-from math import prod
 from typing import Any
 
 import numpy as np
 
 from dask_ep.storage.files import ReadError
-from dask_ep.storage.npy_header import parse_npy_header
-from dask_ep.storage.safetensors_header import parse_header
-from dask_ep.storage.source import Source, checked_dtype
+from dask_ep.storage.source import Region
 
 _HEADER_BLOCK = 1 << 16  # bytes that are fetched at a time to read a header
 
@@ -26,7 +23,7 @@ def is_remote(address: str | os.PathLike) -> bool:
 
 
 def file_system(address: str) -> tuple[Any, str]:
-    """Give the fsspec file system of an address, and the path there.
+    """Return the fsspec file system of an address, and the path there.
 
     Raises
     ------
@@ -43,46 +40,27 @@ def file_system(address: str) -> tuple[Any, str]:
     return fsspec.core.url_to_fs(address)
 
 
-class RemoteSource(Source):
-    """A contiguous region of a remote file that holds an array's bytes in C order.
-
-    Parameters
-    ----------
-    address : of the file, with its protocol
-    offset : bytes before the array's first element
-    shape, dtype : of the array
-    name : for messages
-    version : what tells this content of the file from another: size, time or tag
-    """
+class RemoteSource(Region):
+    """A region of a remote file; its `version` tells this content from another."""
 
     def __init__(
-        self,
-        address: str,
-        offset: int,
-        shape: tuple[int, ...],
-        dtype: np.dtype,
-        name: str,
-        version: str,
+        self, file: RemoteFile, offset: int, shape: tuple[int, ...], dtype: np.dtype, name: str
     ):
-        self.address, self.offset, self.version = address, offset, version
-        self.shape, self.dtype, self.name = tuple(shape), checked_dtype(dtype, name), name
+        super().__init__(file.path, file.size, offset, shape, dtype, name)
+        self.address, self.version = file.path, file.version
 
-    def read(self, start: int, stop: int, out: np.ndarray | None = None) -> np.ndarray:
-        out = self._destination(start, stop, out)
-        row_bytes = prod(self.shape[1:]) * self.dtype.itemsize
-        first = self.offset + start * row_bytes
+    def _fill(self, out: np.ndarray, first: int, place: str) -> None:
         try:
             files, path = file_system(self.address)
             data = files.cat_file(path, start=first, end=first + out.nbytes)
         except OSError as error:
-            raise ReadError(f"rows [{start}, {stop}) of {self.name}: {error}") from error
+            raise ReadError(f"{place}: {error}") from error
         if len(data) != out.nbytes:
             raise ReadError(
-                f"rows [{start}, {stop}) of {self.name}: expected {out.nbytes} bytes from byte "
-                f"{first} of {self.address}, got {len(data)}"
+                f"{place}: expected {out.nbytes} bytes from byte {first} of {self.address}, got "
+                f"{len(data)}"
             )
         out.reshape(-1).view(np.uint8)[...] = np.frombuffer(data, np.uint8)
-        return out
 
     def fingerprint(self) -> dict[str, Any]:
         return self._describe() | {"offset": self.offset, "version": self.version}
@@ -91,64 +69,40 @@ class RemoteSource(Source):
         return (type(self).__name__, self.address, sorted(self.fingerprint().items()))
 
 
-def open_remote_safetensors(address: str) -> dict[str, RemoteSource]:
-    """Open all tensors of a remote safetensors file, reading only its header.
+class RemoteFile:
+    """A file at an address, of which regions are read.
+
+    Parameters
+    ----------
+    address : with its protocol
+    name : for messages; the file's name without it
+
+    Attributes
+    ----------
+    size : bytes
+    version : what tells this content of the file from another: size, time or tag
 
     Raises
     ------
     ReadError
         If there is no such file.
-    ValueError
-        If the header breaks the format's rules.
     """
-    files, path, size, version = _find(address)
-    file_name = path.rpartition("/")[2]
-    with files.open(path, "rb", block_size=_HEADER_BLOCK) as file:
-        header = parse_header(file, size, address)
-    return {
-        name: RemoteSource(
-            address, tensor.offset, tensor.shape, tensor.dtype, f"{file_name}:{name}", version
-        )
-        for name, tensor in header.items()
-    }
 
+    def __init__(self, address: str, name: str | None = None):
+        self._files, self._there = file_system(address)
+        try:
+            info = self._files.info(self._there)
+        except OSError as error:
+            raise ReadError(f"{address} cannot be opened: {error or 'no such file'}") from error
+        self.path, self.size = address, info["size"]
+        self.name = self._there.rpartition("/")[2] if name is None else name
+        keys = ("ETag", "etag", "mtime", "LastModified", "created")
+        self.version = " ".join([str(self.size), *(str(info[key]) for key in keys if key in info)])
 
-def open_remote_npy(address: str, name: str | None = None, dtype: Any = None) -> RemoteSource:
-    """Open a remote ``.npy`` file, reading only its header.
+    def open(self) -> Any:
+        return self._files.open(self._there, "rb", block_size=_HEADER_BLOCK)
 
-    Parameters
-    ----------
-    address : of the file
-    name : for messages; the file's name without it
-    dtype : see `parse_npy_header`
-
-    Raises
-    ------
-    ReadError
-        If there is no such file, or it is cut short.
-    ValueError, TypeError
-        If it holds no rows of numbers.
-    """
-    files, path, size, version = _find(address)
-    with files.open(path, "rb", block_size=_HEADER_BLOCK) as file:
-        shape, stored, offset = parse_npy_header(file, address, dtype)
-    name = path.rpartition("/")[2] if name is None else name
-    source = RemoteSource(address, offset, shape, stored, name, version)
-    if offset + source.nbytes > size:
-        raise ReadError(
-            f"{address} is too short for {shape} of {stored}: they end at byte "
-            f"{offset + source.nbytes}, the file at {size}"
-        )
-    return source
-
-
-def _find(address: str) -> tuple[Any, str, int, str]:
-    """Give the file system, the path there, the bytes of the file, and what tells its content."""
-    files, path = file_system(address)
-    try:
-        info = files.info(path)
-    except OSError as error:
-        raise ReadError(f"{address} cannot be opened: {error or 'no such file'}") from error
-    keys = ("ETag", "etag", "mtime", "LastModified", "created")
-    version = [str(info["size"]), *(str(info[key]) for key in keys if key in info)]
-    return files, path, info["size"], " ".join(version)
+    def region(
+        self, offset: int, shape: tuple[int, ...], dtype: np.dtype, name: str
+    ) -> RemoteSource:
+        return RemoteSource(self, offset, shape, dtype, name)

@@ -14,7 +14,7 @@ ASIDE = "replaced"
 
 
 def replace(new: str, path: str, directory: str) -> None:
-    """Give `new` the name `path`, and remove what had it.
+    """Rename `new` to `path`, and remove what was there.
 
     Parameters
     ----------
@@ -36,7 +36,7 @@ def replace(new: str, path: str, directory: str) -> None:
 
 
 def restore(path: str, directory: str) -> None:
-    """Give what `replace` was stopped with its name back, if nothing else has it."""
+    """Undo a stopped `replace`: rename the old file back, if nothing else is there."""
     aside = os.path.join(directory, ASIDE)
     if os.path.lexists(aside) and not os.path.lexists(path):
         os.rename(aside, path)

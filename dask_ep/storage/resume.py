@@ -1,7 +1,7 @@
 """How does an output begin, and what of an earlier run counts?
 
     nothing there, or overwrite ──> begin: space checked, an output without rows in ``.progress/``
-    resume ──> find_good, wherever the output lies ──> go on with the blocks that are missing
+    resume ──> find_good, wherever the output is ──> compute the missing blocks
 
 What an earlier run has finished stays at its place until the new output is complete. A finished
 output that is no longer what was written, because files of it are missing or cut short, goes back
@@ -70,9 +70,9 @@ def make_manifest(
 
 
 def check_existing(path: str, resume: bool, overwrite: bool) -> None:
-    """Refuse to touch what is there, unless the user has said what is to become of it."""
+    """Refuse to touch an existing output, unless told to resume or overwrite it."""
     if resume and overwrite:
-        raise ValueError("resume goes on and overwrite starts again; give one of them")
+        raise ValueError("resume and overwrite are mutually exclusive")
     began = journal.has_manifest(progress_directory(path))
     there = os.path.lexists(path)
     if there and resume and not began:
@@ -83,11 +83,11 @@ def check_existing(path: str, resume: bool, overwrite: bool) -> None:
     if (there or began) and not (resume or overwrite):
         what = "exists" if there else "was begun by an earlier run"
         raise FileExistsError(
-            f"{path} {what}; resume to go on with it, overwrite to start again, or write elsewhere"
+            f"{path} {what}; resume to continue it, overwrite to start again, or write elsewhere"
         )
     if there and overwrite and not is_replaceable(path):
         raise FileExistsError(
-            f"{path} is a directory but no Zarr array, and is not removed; write elsewhere"
+            f"{path} is a directory but not a Zarr array, so it is not overwritten; write elsewhere"
         )
 
 
@@ -118,7 +118,7 @@ def begin(
 def go_on(
     y: da.Array, path: str, manifest: dict[str, Any], wanted: dict[str, Any], compressors: Any
 ) -> tuple[Writer, dict[str, Any]]:
-    """Take up what an earlier run has left, if it was the same run.
+    """Continue what an earlier run has left, if it was the same run.
 
     Raises
     ------
@@ -130,7 +130,7 @@ def go_on(
     differences = journal.describe_differences(manifest, wanted)
     if differences:
         raise ValueError(
-            f"{path} was begun from something else, and cannot be resumed: "
+            f"{path} cannot be resumed, since inputs or settings have changed: "
             f"{_some(differences)}. Overwrite it, or write elsewhere"
         )
     directory, partial = progress_directory(path), _partial(path, manifest)
@@ -160,7 +160,7 @@ def go_on(
 
 
 def find_good(path: str, manifest: Mapping[str, Any]) -> dict[int, str]:
-    """Find the blocks of an output that are there, wherever it lies.
+    """Find the blocks of an output that exist, wherever it is.
 
     Parameters
     ----------
@@ -203,7 +203,7 @@ def _is_unchanged(path: str, manifest: Mapping[str, Any]) -> bool:
 def _compare_rows(
     path: str, writer: Writer, spans: list[tuple[int, int]], digests: Mapping[int, str]
 ) -> dict[int, str]:
-    """Give the blocks of a finished output that are there; refuse if one has other rows."""
+    """Return the existing blocks of a finished output; refuse if one has other rows."""
     other = f"{path} is not what its run wrote, and cannot be resumed: "
     instead = "Overwrite it, or write elsewhere"
     if not writer.fits():
@@ -237,15 +237,15 @@ def _warn_of_another_array(
     told_by_name = not (wanted["inputs"] or wanted["settings"])
     if told_by_name and manifest.get("array", y.name) != y.name:
         warnings.warn(
-            f"{path} was begun from an array of another name, and there are neither inputs nor "
-            "settings that tell whether this is the same: what is done is kept. Give store inputs "
-            "or settings, or overwrite it",
+            f"{path} was begun from an array of another name, and without inputs or settings "
+            "nothing tells whether this is the same: what is done is kept. Pass inputs or "
+            "settings to store, or overwrite it",
             stacklevel=4,
         )
 
 
 def _partial(path: str, manifest: Mapping[str, Any]) -> str:
-    """Where an output lies while it is incomplete."""
+    """The path of an output while it is incomplete."""
     kind = os.path.splitext(path)[1]
     return os.path.join(progress_directory(path), f"partial-{manifest['run']}{kind}")
 
@@ -284,6 +284,6 @@ def _check_space(path: str, y: da.Array, done: set[int], freed: int = 0) -> None
         stays = f"; the old output, {old} bytes, stays until the new one is complete" if old else ""
         raise OSError(
             errno.ENOSPC,
-            f"no space for the {len(rows)} missing blocks of {path}: they need {needed} bytes, "
-            f"{free} are free{stays}. Make room, or write elsewhere",
+            f"not enough space for the {len(rows)} missing blocks of {path}: they need {needed} "
+            f"bytes, {free} are free{stays}. Free some space, or write elsewhere",
         )

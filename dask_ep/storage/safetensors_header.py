@@ -1,4 +1,4 @@
-"""Which tensors does a safetensors file hold, and where do their bytes lie?
+"""Which tensors does a safetensors file hold, and where are their bytes?
 
     ┌────────────┬──────────────────────────────┬────────────────────────┐
     │ 8 bytes: H │ H bytes of JSON: the header  │ the tensors' bytes     │
@@ -13,7 +13,6 @@ named, because a wrong offset would hand out another tensor's weights.
 from __future__ import annotations
 
 import json
-import os
 from math import prod
 from typing import Any, BinaryIO, NamedTuple
 
@@ -54,12 +53,14 @@ class Tensor(NamedTuple):
     """bytes from the start of the file"""
 
 
-def read_header(path: str) -> dict[str, Tensor]:
+def parse_header(file: BinaryIO, size: int, path: str) -> dict[str, Tensor]:
     """Read the names, dtypes, shapes and places of all tensors, in the order of their bytes.
 
     Parameters
     ----------
-    path : of a local file
+    file : open, at its first byte; only the header is read
+    size : bytes of the file
+    path : for messages
 
     Raises
     ------
@@ -69,22 +70,10 @@ def read_header(path: str) -> dict[str, Tensor]:
 
     Examples
     --------
-    >>> import os, pathlib, tempfile
-    >>> header = encode_header("output", (2, 3), np.dtype("float32"))
-    >>> with tempfile.TemporaryDirectory() as folder:
-    ...     path = os.path.join(folder, "y.safetensors")
-    ...     _ = pathlib.Path(path).write_bytes(header + bytes(24))
-    ...     read_header(path)["output"].shape
+    >>> import io
+    >>> content = encode_header("output", (2, 3), np.dtype("float32")) + bytes(24)
+    >>> parse_header(io.BytesIO(content), len(content), "y.safetensors")["output"].shape
     (2, 3)
-    """
-    with open(path, "rb") as file:
-        return parse_header(file, os.path.getsize(path), path)
-
-
-def parse_header(file: BinaryIO, size: int, path: str) -> dict[str, Tensor]:
-    """Do the same for a file that is open, at its first byte, and has `size` bytes.
-
-    Its header is read, and nothing behind it; `path` is for messages.
     """
     length = int.from_bytes(file.read(8), "little")
     if size < 8 or length > min(LARGEST_HEADER, size - 8):
@@ -132,7 +121,8 @@ def encode_header(name: str, shape: tuple[int, ...], dtype: np.dtype) -> bytes:
     names = {known: label for label, known in DTYPES.items()}
     if dtype not in names:
         raise ValueError(
-            f"safetensors has no {dtype}; it has {', '.join(map(str, names))}. Convert with astype"
+            f"safetensors cannot store {dtype}; it supports {', '.join(map(str, names))}. Convert "
+            "with astype"
         )
     end = prod(shape) * dtype.itemsize
     entry = {"dtype": names[dtype], "shape": list(shape), "data_offsets": [0, end]}
@@ -157,8 +147,8 @@ def _parse_entry(place: str, entry: Any) -> tuple[np.dtype, tuple[int, ...], int
         )
     if label not in DTYPES:
         raise ValueError(
-            f"{place} has dtype {label!r}; known are {', '.join(DTYPES)}. Convert the file to one "
-            "of these"
+            f"{place} has dtype {label!r}; supported are {', '.join(DTYPES)}. Convert the file to "
+            "one of these"
         )
     dtype = DTYPES[label]
     if end - begin != prod(shape) * dtype.itemsize:
@@ -174,5 +164,5 @@ def _without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     if len(entries) != len(pairs):
         names = [name for name, _ in pairs]
         twice = next(name for name in names if names.count(name) > 1)
-        raise ValueError(f"the name {twice!r} stands there twice")
+        raise ValueError(f"the name {twice!r} is there twice")
     return entries

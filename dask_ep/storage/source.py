@@ -17,6 +17,7 @@ import numpy as np
 
 from dask_ep.arrays.checks import check_byte_order
 from dask_ep.arrays.memory import empty
+from dask_ep.storage.files import ReadError
 
 
 class Source(ABC):
@@ -27,9 +28,9 @@ class Source(ABC):
     shape : tuple of int
     dtype : numpy.dtype, in native byte order
     name : str, for messages
-    path : str or None, the local file or directory that the data lies in
+    path : str or None, the local file or directory of the data
     chunk_rows : int or None, the rows that are stored together, None where any range is as good
-    read_bytes : int, of memory that a read needs beside the rows that it gives
+    read_bytes : int, of memory that a read needs besides the rows that it returns
     """
 
     shape: tuple[int, ...]
@@ -96,7 +97,7 @@ class Source(ABC):
         return (stop - start, *self.shape[1:]) if self.shape else ()
 
     def _destination(self, start: int, stop: int, out: np.ndarray | None) -> np.ndarray:
-        """Give the array to fill: `out`, if it fits the request, or a new one."""
+        """Return the array to fill: `out`, if it fits the request, or a new one."""
         shape = self._shape_of(start, stop)
         if out is None:
             return empty(shape, self.dtype)
@@ -112,6 +113,52 @@ class Source(ABC):
         return {"name": self.name, "shape": list(self.shape), "dtype": self.dtype.name}
 
 
+class Region(Source):
+    """A contiguous region of a file that holds the array's bytes in C order.
+
+    Parameters
+    ----------
+    file : path or address
+    size : bytes of the file
+    offset : bytes before the array's first element
+    shape, dtype : of the array
+    name : for messages
+
+    Raises
+    ------
+    ReadError
+        If the file ends before the array does.
+    """
+
+    def __init__(
+        self,
+        file: str,
+        size: int,
+        offset: int,
+        shape: tuple[int, ...],
+        dtype: np.dtype,
+        name: str,
+    ):
+        self.offset, self.name = offset, name
+        self.shape, self.dtype = tuple(shape), checked_dtype(np.dtype(dtype), name)
+        if offset + self.nbytes > size:
+            raise ReadError(
+                f"{file} is too short for {name}: {self.shape} of {self.dtype} from byte "
+                f"{offset} on ends at byte {offset + self.nbytes}, the file at {size}"
+            )
+
+    def read(self, start: int, stop: int, out: np.ndarray | None = None) -> np.ndarray:
+        out = self._destination(start, stop, out)
+        row_bytes = prod(self.shape[1:]) * self.dtype.itemsize
+        place = f"rows [{start}, {stop}) of {self.name}"
+        self._fill(out, self.offset + start * row_bytes, place)
+        return out
+
+    @abstractmethod
+    def _fill(self, out: np.ndarray, first: int, place: str) -> None:
+        """Fill an array with the bytes of the file from the first on."""
+
+
 def checked_dtype(dtype: np.dtype, name: str) -> np.dtype:
     """Give back a dtype of numbers in native byte order; refuse any other.
 
@@ -124,7 +171,7 @@ def checked_dtype(dtype: np.dtype, name: str) -> np.dtype:
     if dtype.kind == "V" and not numbers and dtype.names is None:
         raise TypeError(
             f"{name} holds raw bytes ({dtype.str}), which could be any type: np.save stores "
-            "bfloat16 and float8 so. Say which with dtype=, or store it as safetensors or Zarr"
+            "bfloat16 and float8 so. Give it with dtype=, or store it as safetensors or Zarr"
         )
     if not numbers:
         raise TypeError(f"{name} must hold numbers, not {dtype}; convert it with astype")

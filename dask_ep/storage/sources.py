@@ -1,4 +1,4 @@
-"""Which `Source` reads an array, wherever it lies?
+"""Which `Source` reads an array, wherever it is?
 
 `open_source` makes one of whatever tokens and weights come in:
 
@@ -17,7 +17,7 @@ import mmap
 import os
 import sys
 from math import prod
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, BinaryIO
 
 import numpy as np
 import xxhash
@@ -26,9 +26,9 @@ from dask_ep.arrays.checks import refuse_masked
 from dask_ep.storage.files import ReadError, file_size, fill_from_file, fingerprint_files
 from dask_ep.storage.mapped import is_of_its_file
 from dask_ep.storage.npy_header import parse_npy_header
-from dask_ep.storage.remote import is_remote, open_remote_npy, open_remote_safetensors
-from dask_ep.storage.safetensors_header import read_header
-from dask_ep.storage.source import Source, checked_dtype
+from dask_ep.storage.remote import RemoteFile, is_remote
+from dask_ep.storage.safetensors_header import parse_header
+from dask_ep.storage.source import Region, Source, checked_dtype
 from dask_ep.storage.zarr_layout import (
     anchored,
     chunk_files,
@@ -65,21 +65,8 @@ class ArraySource(Source):
         return self._describe() | {"xxh3_128": xxhash.xxh3_128_hexdigest(data)}
 
 
-class RawSource(Source):
-    """A contiguous region of a local file that holds the array's bytes in C order.
-
-    Parameters
-    ----------
-    path : of the file
-    offset : bytes before the array's first element
-    shape, dtype : of the array
-    name : for messages; the file's name without it
-
-    Raises
-    ------
-    ReadError
-        If the file ends before the array does.
-    """
+class RawSource(Region):
+    """A region of a local file; without a name it has the file's."""
 
     def __init__(
         self,
@@ -89,22 +76,12 @@ class RawSource(Source):
         dtype: np.dtype,
         name: str | None = None,
     ):
-        self.path, self.offset = os.path.abspath(path), offset
-        self.name = os.path.basename(path) if name is None else name
-        self.shape, self.dtype = tuple(shape), checked_dtype(np.dtype(dtype), self.name)
-        size = file_size(self.path, self.name)
-        if offset + self.nbytes > size:
-            raise ReadError(
-                f"{self.path} is too short for {self.name}: {self.shape} of {self.dtype} from byte "
-                f"{offset} on ends at byte {offset + self.nbytes}, the file at {size}"
-            )
+        self.path = os.path.abspath(path)
+        name = os.path.basename(path) if name is None else name
+        super().__init__(self.path, file_size(self.path, name), offset, shape, dtype, name)
 
-    def read(self, start: int, stop: int, out: np.ndarray | None = None) -> np.ndarray:
-        out = self._destination(start, stop, out)
-        row_bytes = prod(self.shape[1:]) * self.dtype.itemsize
-        place = f"rows [{start}, {stop}) of {self.name}"
-        fill_from_file(out, self.path, self.offset + start * row_bytes, place)
-        return out
+    def _fill(self, out: np.ndarray, first: int, place: str) -> None:
+        fill_from_file(out, self.path, first, place)
 
     def fingerprint(self) -> dict[str, Any]:
         stat = os.stat(self.path)
@@ -113,6 +90,20 @@ class RawSource(Source):
             "size": stat.st_size,
             "mtime_ns": stat.st_mtime_ns,
         }
+
+
+class LocalFile:
+    """A local file that holds arrays behind a header; `RemoteFile` is its like."""
+
+    def __init__(self, path: str, name: str | None = None):
+        self.path, self.name = path, os.path.basename(path) if name is None else name
+        self.size = file_size(path, path if name is None else name)
+
+    def open(self) -> BinaryIO:
+        return open(self.path, "rb")
+
+    def region(self, offset: int, shape: tuple[int, ...], dtype: np.dtype, name: str) -> RawSource:
+        return RawSource(self.path, offset, shape, dtype, name)
 
 
 class ZarrSource(Source):
@@ -159,7 +150,7 @@ class ZarrSource(Source):
         return out
 
     def find_missing(self) -> list[str]:
-        """Give the keys of all chunks (shards) that were never written, without reading any."""
+        """Return the keys of all chunks (shards) that were never written, without reading any."""
         return list(missing_chunks(self.array, 0, self.shape[0])) if self.shape else []
 
     def fingerprint(self) -> dict[str, Any]:
@@ -252,8 +243,7 @@ def open_source(
     if separator or path.endswith(".safetensors"):
         return _source_in_safetensors(file + ".safetensors" if separator else path, tensor, name)
     if path.endswith(".npy"):
-        open_npy = open_remote_npy if is_remote(path) else _source_of_npy
-        return open_npy(path, name, dtype)
+        return _source_of_npy(path, name, dtype)
     return _source_of_zarr(path, name, missing)
 
 
@@ -286,23 +276,24 @@ def open_safetensors(path: str | os.PathLike) -> dict[str, Source]:
     ValueError
         If the header breaks the format's rules; see `dask_ep.storage.safetensors_header`.
     """
-    path = os.fspath(path)
-    if is_remote(path):
-        return open_remote_safetensors(path)
-    file_size(path, path)
-    file = os.path.basename(path)
+    file = _find(os.fspath(path))
+    with file.open() as opened:
+        header = parse_header(opened, file.size, file.path)
     return {
-        name: RawSource(path, tensor.offset, tensor.shape, tensor.dtype, f"{file}:{name}")
-        for name, tensor in read_header(path).items()
+        name: file.region(tensor.offset, tensor.shape, tensor.dtype, f"{file.name}:{name}")
+        for name, tensor in header.items()
     }
 
 
-def _source_of_npy(path: str, name: str | None, dtype: Any) -> RawSource:
-    name = os.path.basename(path) if name is None else name
-    file_size(path, name)
-    with open(path, "rb") as file:
-        shape, stored, offset = parse_npy_header(file, path, dtype)
-    return RawSource(path, offset, shape, stored, name)
+def _source_of_npy(path: str, name: str | None, dtype: Any) -> Region:
+    file = _find(path, name)
+    with file.open() as opened:
+        shape, stored, offset = parse_npy_header(opened, path, dtype)
+    return file.region(offset, shape, stored, file.name)
+
+
+def _find(path: str, name: str | None = None) -> LocalFile | RemoteFile:
+    return RemoteFile(path, name) if is_remote(path) else LocalFile(path, name)
 
 
 def _source_in_safetensors(path: str, tensor: str, name: str | None) -> Source:
@@ -324,11 +315,11 @@ def _source_in_safetensors(path: str, tensor: str, name: str | None) -> Source:
 def _source_of_zarr(path: str, name: str | None, missing: str) -> ZarrSource:
     if not is_remote(path):
         if not os.path.exists(path):
-            raise ReadError(f"there is nothing at {os.path.abspath(path)}")
+            raise ReadError(f"no such file or directory: {os.path.abspath(path)}")
         if not os.path.isdir(path):
             raise ValueError(
-                f"{path} is not an array that is read: those are .npy and .safetensors files and "
-                "the directories of Zarr arrays"
+                f"{path} is not a supported array; supported are .npy and .safetensors files and "
+                "Zarr directories"
             )
         path = os.path.abspath(path)
     array, dtype = open_array(path)
@@ -351,8 +342,8 @@ def _source_of_memmap(array: np.memmap, name: str | None) -> Source:
         return ArraySource(array, "array" if name is None else name)
     if not is_of_its_file(array):
         raise ReadError(
-            f"{array.filename} was replaced or moved since it was mapped into memory, and workers "
-            "would read other numbers than the map shows: map it again, or give a copy of the map, "
+            f"{array.filename} was replaced or moved since it was mapped into memory, so workers "
+            "would read other numbers than this map: map it again, or pass a copy of it, "
             "np.array(x)"
         )
     # A slice keeps the offset of the map it was cut from, so the place is told by addresses: the

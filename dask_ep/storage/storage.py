@@ -1,4 +1,4 @@
-"""How do token rows come in, and outputs go out so that a stopped run can go on?
+"""How are token rows read, and outputs written so that a stopped run can resume?
 
     open_tokens(path)     a lazy array: one task per row chunk reads it from its place
     store(y, path)        one task per row block writes it to its place (see `output`)
@@ -131,7 +131,7 @@ def store(
     sync: bool = False,
     **kwargs: Any,
 ) -> Output:
-    """Write an array to a file, block by block, such that a stopped run can go on.
+    """Write an array to a file, block by block, such that a stopped run can resume.
 
     Parameters
     ----------
@@ -141,7 +141,7 @@ def store(
     inputs : what `y` is made of, by name or in a row: whatever `open_source` takes, `Experts`, a
         `MoELayer`, anything else with a ``fingerprint()``, or a fingerprint itself (a mapping)
     settings : JSON-able mapping of what else the result depends on
-    resume : go on with what an earlier run has left, from the start if there is nothing. Whether
+    resume : continue what an earlier run has left; start if there is nothing. Whether
         the values are the same is told by `inputs` and `settings` alone
     overwrite : start again. What an earlier run has finished stays until this one has, so that
         there must be space for both; what it has left unfinished is removed
@@ -200,8 +200,8 @@ def store(
     """
     if is_remote(path):
         raise ValueError(
-            f"an output is written to a file system that is mounted, and {path} is an address; "
-            "write elsewhere, and copy it"
+            f"an output must be a local path, not a URL ({path}); write to a mounted file system, "
+            "then copy it"
         )
     if "::" in os.fspath(path):
         raise ValueError(
@@ -223,7 +223,7 @@ def store(
     journal.acquire(directory)
     try:
         restore(path, directory)
-        check_existing(path, resume, overwrite)  # again, now that nobody else can begin
+        check_existing(path, resume, overwrite)  # again, now that no other run can begin
         manifest = None if overwrite else journal.read_manifest(directory)
         if manifest is None:
             writer, manifest = begin(y, path, wanted, compressors)
@@ -262,11 +262,10 @@ def _row_chunks(
     length = source.shape[0]
     if like is not None:
         if chunks is not None:
-            raise ValueError("chunks and like both say how the rows are cut; give one of them")
+            raise ValueError("chunks and like are mutually exclusive")
         if len(like) != length:
             raise ValueError(
-                f"{source.name} must have as many rows as the array that it is cut like: "
-                f"{len(like)}, not {length}"
+                f"{source.name} must have as many rows as `like`, {len(like)}, not {length}"
             )
         return like.chunks[0]
     if chunks is None:
@@ -294,18 +293,18 @@ def _row_chunks(
 def _check(y: da.Array, path: str, kind: str, compressors: Any) -> None:
     """Refuse what cannot be written, before anything is touched."""
     if kind not in KINDS:
-        raise ValueError(f"an output ends in {', '.join(KINDS)}, which {path} does not")
+        raise ValueError(f"unsupported output format: {path}; use one of {', '.join(KINDS)}")
     if y.ndim == 0:
-        raise ValueError("an output has rows; a single number has none")
+        raise ValueError("an output must have rows, but this is a single number")
     if any(np.isnan(n) for n in y.chunks[0]):
         raise ValueError(
-            "an output is written to known places, but the row chunks are unknown (nan): call "
-            "y.compute_chunk_sizes() first"
+            "the row chunks of an output must be known, but are nan: call y.compute_chunk_sizes() "
+            "first"
         )
     if any(len(chunks) != 1 for chunks in y.chunks[1:]):
         raise ValueError(
-            f"an output is written in whole rows, but its chunks are {y.numblocks} along the axes; "
-            f"use y.rechunk({dict.fromkeys(range(1, y.ndim), -1)})"
+            f"an output must be chunked along its rows only, but its chunks are {y.numblocks} "
+            f"along the axes; use y.rechunk({dict.fromkeys(range(1, y.ndim), -1)})"
         )
     refuse_masked(y, "an output")
     check_byte_order(y.dtype, "an output")

@@ -63,7 +63,7 @@ class Writer(ABC):
 
     @abstractmethod
     def fits(self) -> bool:
-        """Tell whether what lies there is this array, as far as its header or metadata says."""
+        """Tell whether the path holds this array, as far as its header or metadata says."""
 
     @abstractmethod
     def holds(self, start: int, stop: int) -> bool:
@@ -75,7 +75,7 @@ class Writer(ABC):
 
     @abstractmethod
     def tidy(self) -> None:
-        """Remove what stopped writes have left; call when nobody writes."""
+        """Remove what stopped writes have left; only while nothing writes."""
 
 
 class FileWriter(Writer):
@@ -232,13 +232,13 @@ def make_writer(
     if kind == ".zarr":
         return ZarrWriter(path, shape, dtype, stored_rows or chunk_rows(blocks), compressors)
     if compressors is not None:
-        raise ValueError(f"only Zarr is compressed: with compressors, write .zarr, not {kind}")
+        raise ValueError(f"compressors need a .zarr output, not {kind}")
     header = _npy_header(shape, dtype) if kind == ".npy" else encode_header("output", shape, dtype)
     return FileWriter(path, header, shape[0], math.prod(shape[1:]) * dtype.itemsize)
 
 
 def chunk_rows(blocks: Sequence[int]) -> int:
-    """Give the longest Zarr chunk, in rows, such that no two blocks share one.
+    """Return the longest Zarr chunk, in rows, such that no two blocks share one.
 
     Examples
     --------
@@ -272,7 +272,7 @@ def shorten(blocks: Sequence[int]) -> str:
 
 
 def _write_chunk(files: ChunkFiles, chunk: int, rows: np.ndarray, sync: bool) -> None:
-    """Write one chunk file under another name, and give it its own when it is whole."""
+    """Write one chunk file under another name, and rename it when it is whole."""
     path = files.path(chunk)
     draft = f"{path}.{os.getpid()}-{threading.get_ident()}{_WRITING}"
     file = os.open(draft, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o666)
@@ -294,7 +294,7 @@ def _write_chunk(files: ChunkFiles, chunk: int, rows: np.ndarray, sync: bool) ->
 def _npy_header(shape: tuple[int, ...], dtype: np.dtype) -> bytes:
     if hasattr(ml_dtypes, dtype.name):
         raise ValueError(
-            f".npy cannot say {dtype}: NumPy would read it as raw bytes. Write .zarr or "
+            f".npy cannot store {dtype}: NumPy would read it as raw bytes. Write .zarr or "
             ".safetensors, or convert with astype('float32')"
         )
     descr = np.lib.format.dtype_to_descr(dtype)

@@ -1,6 +1,6 @@
-"""When has a cluster done with an output that nobody holds any more?
+"""When is a cluster done with an output that no client holds any more?
 
-The tasks that write an output live on a scheduler as long as somebody waits for them: whoever has
+The tasks that write an output live on a scheduler as long as a client waits for them: whichever has
 their futures, even if the `Output` they came from was dropped. Its lock is kept for as long.
 """
 

@@ -1,4 +1,4 @@
-"""Where do the rows of a Zarr array lie in files?
+"""Where in its files are the rows of a Zarr array?
 
 A Zarr 3 array in a local directory, with nothing but the little-endian `bytes` codec, is a set of
 files with plain rows in them. Such files are read and written directly, without a copy; this
@@ -47,7 +47,7 @@ EXTENSION_DTYPES = {
 """Names of Zarr data types that NumPy lacks, with the type that `ml_dtypes` gives it."""
 
 UNREADABLE = (ValueError, FileNotFoundError, KeyError, TypeError, AttributeError)
-"""What zarr-python raises at metadata that is missing, or is no JSON, or not that of an array."""
+"""What zarr-python raises at metadata that is missing, not JSON, or not that of an array."""
 
 
 @dataclass(frozen=True)
@@ -118,7 +118,7 @@ def create_array(
 
     Notes
     -----
-    The chunk files lie in the array's own directory (``c.0.0``, ...): one inode for a chunk, where
+    The chunk files are in the array's own directory (``c.0.0``, ...): one inode for a chunk, where
     the default key would make a directory for each. A chunk of zeros is written like any other, so
     that a missing file always means missing rows.
     """
@@ -198,7 +198,7 @@ def chunk_files(array: zarr.Array) -> ChunkFiles | None:
 
 
 def chunk_keys(array: zarr.Array, start: int, stop: int) -> Iterator[str]:
-    """Give the keys under which the chunks (shards) of rows [start, stop) are stored."""
+    """Return the keys under which the chunks (shards) of rows [start, stop) are stored."""
     lengths = array.shards or array.chunks
     grid = [range(start // lengths[0], -(-stop // lengths[0]))]
     grid += [range(-(-n // c)) for n, c in zip(array.shape[1:], lengths[1:], strict=True)]
@@ -206,7 +206,7 @@ def chunk_keys(array: zarr.Array, start: int, stop: int) -> Iterator[str]:
 
 
 def missing_chunks(array: zarr.Array, start: int, stop: int) -> Iterator[str]:
-    """Give the keys of the stored chunks (shards) of rows [start, stop) that the store lacks."""
+    """Return the keys of the stored chunks (shards) of rows [start, stop) that the store lacks."""
     from zarr.core.sync import sync
 
     directory = local_directory(array)

@@ -150,11 +150,11 @@ def test_wrong_use_is_2(tmp_path, capsys, small_job):
             "--threads and --processes are mutually exclusive",
         ),
         (["run", small_job, "--dashboard", 8787], "--dashboard needs --processes"),
-        (["run", small_job, "--overwrite", "--resume"], "give one of them"),
+        (["run", small_job, "--overwrite", "--resume"], "mutually exclusive"),
         (["example", tmp_path / "new", "--seed", 1 << 64], "seed must be in [0, 2**64)"),
         (
             ["run", small_job, "--travel", "auto"],
-            "travel is for workers, or for experts that do not fit",
+            "travel is for workers, and for experts that do not fit",
         ),
         (["run", small_job, "--memory-limit", "much"], "invalid size: 'much'"),
         (["run", small_job, "--memory-limit", "0"], "invalid size: '0'"),
@@ -179,14 +179,14 @@ def test_what_fails_is_1_and_one_line(tmp_path, capsys, monkeypatch, small_job):
     monkeypatch.setattr(backends, "CONNECT_SECONDS", 0.3)
     assert here(capsys, "run", small_job)[0] == 0
     for arguments, words in [
-        (["run", small_job], "resume to go on with it, overwrite to start again"),
+        (["run", small_job], "resume to continue it, overwrite to start again"),
         (["run", tmp_path / "none.toml"], "none.toml"),
         (
             ["run", small_job, "--out", tmp_path / "z.npy", *("--scheduler-file", "s.json")],
             "must hold a scheduler's address",
         ),
         (["inspect", tmp_path / "none.npy"], "does not exist"),
-        (["verify", small_job, "--out", tmp_path / "z.npy"], "there is no output yet"),
+        (["verify", small_job, "--out", tmp_path / "z.npy"], "no output yet"),
     ]:
         code, _, err = here(capsys, *arguments)
         assert (code, words in err) == (1, True), (arguments, err)
@@ -221,14 +221,14 @@ def test_verify_compares_no_numbers_and_says_so(tmp_path, capsys, small_job):
     np.save(job.tokens, np.full_like(tokens, np.nan))
     np.save(job.out, np.full((700, 16), np.nan, "f4"))
     code, out, _ = here(capsys, "verify", small_job)
-    assert (code, out.splitlines()[-1]) == (3, "not good: nothing could be compared")
+    assert (code, out.splitlines()[-1]) == (3, "not good: no value could be compared")
 
 
 def test_an_output_that_is_gone_is_told_and_made_again(capsys, small_job):
     out = load_job(small_job).out
     assert here(capsys, "run", small_job)[0] == 0
     os.remove(out)
-    words = "gone, though it was complete; run again with --resume"
+    words = "missing, though it was complete; run again with --resume"
     for path in (out, small_job):
         assert words in " ".join(here(capsys, "inspect", path)[1].split())
     code, _, err = here(capsys, "verify", small_job)
@@ -435,7 +435,7 @@ def test_a_scheduler_that_does_not_answer(monkeypatch, capsys, small_job):
     monkeypatch.setattr(backends, "CONNECT_SECONDS", 0.5)
     code, _, err = here(capsys, "run", small_job, "--scheduler", "tcp://127.0.0.1:1")
     assert code == 1
-    assert "no connection to the scheduler at tcp://127.0.0.1:1" in err
+    assert "could not connect to the scheduler at tcp://127.0.0.1:1" in err
 
 
 # --- on a terminal ---------------------------------------------------------------------------

@@ -14,7 +14,7 @@ from dask_ep.cli import plan_command as plan_command_module
 from dask_ep.cli.plan_command import plan_command
 from dask_ep.errors import NoDeviceError
 from dask_ep.graph.pipeline import count_tasks
-from dask_ep.jobs import plan
+from dask_ep.jobs import price_job
 from dask_ep.jobs.backends import Threads
 from dask_ep.jobs.build import open_inputs
 from dask_ep.jobs.job import load_job
@@ -47,7 +47,7 @@ def job_file(tmp_path):
 @pytest.fixture(autouse=True)
 def known_rates(monkeypatch):
     """Measure this machine in no time."""
-    monkeypatch.setattr(plan, "probe", lambda *_, **__: Rates(flops=1e10, copy=1e9))
+    monkeypatch.setattr(price_job, "probe", lambda *_, **__: Rates(flops=1e10, copy=1e9))
 
 
 def invoke(*arguments) -> str:
@@ -116,12 +116,12 @@ def test_the_command_compares_choices(job_file):
         (["--what-if", "travel=foo"], "travel takes rows, auto, experts; got 'foo'"),
         (["--what-if", "chunk_rows=5", "chunk_rows=6"], "chunk_rows is given twice"),
         (["--threads", 2, "--processes", 2], "--threads and --processes are mutually exclusive"),
-        (["--travel", "auto"], "threads share memory, and nothing travels between them"),
-        (["--what-if", "travel=rows,auto"], "threads share memory, and nothing travels"),
+        (["--travel", "auto"], "threads share memory, so nothing travels between them"),
+        (["--what-if", "travel=rows,auto"], "threads share memory, so nothing travels"),
         (["--html", "job.toml/plan.html"], "plan.html cannot be written: .*choose another place"),
         (
             ["--memory-limit", "1 MB", "--what-if", "world_size=1,2"],
-            "Nor does it fit with experts that go by in passes",
+            "It does not fit with experts in passes either",
         ),
         (["--memory-limit", "1 MB"], "a memory limit of 1 MB must hold .* in all; give more"),
         (
@@ -283,7 +283,7 @@ def test_a_plan_on_gpus_that_are_here(job_file, monkeypatch):
 @pytest.mark.parametrize(
     ("options", "words"),
     [
-        (["--gpu"], "no GPU is here. Give them, as rates=Rates.* or --rates flops="),
+        (["--gpu"], "no GPU is here. Give the rates as rates=Rates.* or --rates flops="),
         ([*GPU, "--device-memory-limit", "300 MB"], "the memory limit of a GPU of 300 MB must"),
         ([*GPU, "--processes", 2], "--processes has no effect with --gpu"),
         (["--device-memory-limit", "1 GB"], "--device-memory-limit needs --gpu"),

@@ -1,4 +1,4 @@
-"""A cluster that grows and shrinks by itself, with real worker processes, in the midst of a job."""
+"""A cluster that grows and shrinks by itself, with real worker processes, during a job."""
 
 from __future__ import annotations
 
@@ -63,7 +63,7 @@ def test_an_adaptive_cluster_grows_and_shrinks_in_the_midst_of_a_job(adaptive, t
         wait_until(lambda: len(_workers(adaptive)) == 4, "the cluster has grown")
         wait_until(lambda: len(set(owners.owners)) == RANKS, "each rank has a worker")
         adaptive.cancel(others)
-        # Dask keeps a worker for the chunks that are under way on it.
+        # Dask keeps a worker for the chunks that are in flight on it.
         wait_until(lambda: len(_workers(adaptive)) <= RANKS + 1, "workers without ranks have gone")
         assert set(_workers(adaptive)) >= {owner for (owner,) in owners.owners}
         assert job.status == "pending"

@@ -29,24 +29,24 @@ def cluster(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def client(checks):
-    with checks.client() as connected:
+def client(cluster):
+    with cluster.client() as connected:
         yield connected
 
 
 # --- is it fit? ------------------------------------------------------------------------------
 
 
-def test_a_worker_without_the_package_is_named(checks, client, tmp_path):
+def test_a_worker_without_the_package_is_named(cluster, client, tmp_path):
     without_package = tmp_path / "without_package.py"
     without_package.write_text(WITHOUT_PACKAGE)
-    checks.start_worker("bare", "--preload", str(without_package))
+    cluster.start_worker("bare", "--preload", str(without_package))
     wait_until(lambda: "bare" in addresses(client), "the bare worker has come")
     with pytest.raises(UnfitClusterError, match="No module named 'dask_ep'") as error:
         check_cluster(client)
     (problem,) = error.value.problems
     assert f"worker bare ({addresses(client)['bare']}) cannot run this check" in problem
-    checks.stop_worker("bare")
+    cluster.stop_worker("bare")
     wait_until(lambda: "bare" not in addresses(client), "the bare worker has gone")
 
 
@@ -74,27 +74,27 @@ def test_other_versions_are_named_with_their_places(client, monkeypatch):
         )
 
 
-def test_files_that_a_worker_does_not_see_are_named(checks, client, tmp_path):
+def test_files_that_a_worker_does_not_see_are_named(cluster, client, tmp_path):
     seen, unseen, other = (tmp_path / name for name in ("seen.npy", "unseen.npy", "other.npy"))
     for path in (seen, unseen, other):
         np.save(path, np.zeros(3))
     far_machine = tmp_path / "far_machine.py"
     far_machine.write_text(FAR_MACHINE.format(unseen=str(unseen), other=str(other)))
-    checks.start_worker("far", "--preload", str(far_machine))
+    cluster.start_worker("far", "--preload", str(far_machine))
     wait_until(lambda: "far" in addresses(client), "the far worker has come")
     far = f"worker far ({addresses(client)['far']})"
     with pytest.raises(UnfitClusterError) as error:
         check_cluster(client, {"tokens": seen, "experts.w": unseen, "routing": other})
     unseen_there, other_there = error.value.problems
     assert unseen_there == (
-        f"{far} does not see experts.w: there is no {unseen}; put it where all workers see it "
-        "under the same path, such as a shared file system"
+        f"{far} does not see experts.w: {unseen} does not exist there; put it on a file system "
+        "that all workers share, at the same path"
     )
     assert other_there == (
-        f"{far} sees another routing: {other} is a file of 1 bytes there and a file of 152 bytes "
-        "at the client; give both the same file"
+        f"{far} sees a different routing: {other} is a file of 1 bytes there and a file of 152 "
+        "bytes at the client; make it the same file on both"
     )
-    checks.stop_worker("far")
+    cluster.stop_worker("far")
     wait_until(lambda: "far" not in addresses(client), "the far worker has gone")
 
 
@@ -109,7 +109,7 @@ def dask_setup(worker):
 
 
 def test_a_file_that_is_not_there_is_the_clients_mistake(client, tmp_path):
-    with pytest.raises(UnfitClusterError, match=r"tokens: there is no .*nowhere\.npy"):
+    with pytest.raises(UnfitClusterError, match=r"tokens: .*nowhere\.npy does not exist$"):
         check_cluster(client, {"tokens": tmp_path / "nowhere.npy"})
 
 
@@ -122,15 +122,15 @@ def test_a_scheduler_that_allows_too_few_deaths_is_warned_of(client, tmp_path):
 # --- how many BLAS threads? ------------------------------------------------------------------
 
 
-def test_one_blas_thread_without_a_nanny_on_workers_there_and_to_come(checks, client):
+def test_one_blas_thread_without_a_nanny_on_workers_there_and_to_come(cluster, client):
     assert set(client.run(_blas_threads).values()) == {2}
     client.register_plugin(OneBlasThread())
     client.register_plugin(OneBlasThread())
     assert set(client.run(_blas_threads).values()) == {1}
-    checks.start_worker("late")
+    cluster.start_worker("late")
     client.wait_for_workers(2, timeout=DEADLINE)
     assert list(client.run(_blas_threads).values()) == [1, 1]
-    checks.stop_worker("late")
+    cluster.stop_worker("late")
     wait_until(lambda: "late" not in addresses(client), "the late worker has gone")
 
 
@@ -238,9 +238,9 @@ def test_nobody_without_a_certificate_reads_a_row(tls_client, other_certificates
 @pytest.mark.parametrize(
     ("proof", "message"),
     [
-        ("none", "speaks TLS, and no certificates were given; give --tls-ca-file"),
+        ("none", "uses TLS, but no certificates were given; pass --tls-ca-file"),
         ("foreign", "TLS certificate does not match.*signed by its authority"),
-        ("plain tcp", "no connection.*if it speaks TLS, give certificates"),
+        ("plain tcp", "could not connect.*if it speaks TLS, give certificates"),
     ],
 )
 def test_a_client_without_a_certificate_is_told(tls_cluster, other_certificates, proof, message):
@@ -264,9 +264,9 @@ def test_no_scheduler_file_there(tmp_path):
         connect(scheduler_file=tmp_path / "none.json", timeout=0.1)
 
 
-def test_a_scheduler_file_says_where(checks):
-    with connect(scheduler_file=checks.scheduler_file, timeout=DEADLINE) as client:
-        assert client.scheduler.address == checks.address
+def test_a_scheduler_file_says_where(cluster):
+    with connect(scheduler_file=cluster.scheduler_file, timeout=DEADLINE) as client:
+        assert client.scheduler.address == cluster.address
 
 
 def _blas_threads():

@@ -1,4 +1,4 @@
-"""Faults of real workers in the midst of a job: it ends, and with the bits of an undisturbed run.
+"""Faults of real workers during a job: it ends, and with the bits of an undisturbed run.
 
 `workflows/faults.py` tries the same at ten moments each and prints what it costs.
 """
@@ -191,7 +191,7 @@ def test_a_worker_that_joins_takes_ranks_and_chunks_of_the_job(client, joining):
     y = layer(Experts.callables([_triple_slowly] * 6), 6, chunks=150)
     with own_experts(client, 6, settle=0.2) as owners:
         future = client.compute(y)
-        wait_until(lambda: any(slots_taken(client).values()), "chunks are under way")
+        wait_until(lambda: any(slots_taken(client).values()), "chunks are in flight")
         added = joining()
         record_services(client)
         assert np.array_equal(future.result(DEADLINE), alone(y))
@@ -206,7 +206,7 @@ def test_a_client_that_goes_leaves_no_chunk_and_no_experts(cluster, client):
     with cluster.client() as other:
         own_experts(other, RANKS)
         future = other.compute(y)
-        wait_until(lambda: all(slots_taken(other).values()), "chunks are under way everywhere")
+        wait_until(lambda: all(slots_taken(other).values()), "chunks are in flight everywhere")
         assert not future.done()
     wait_until(lambda: nothing_is_left(client), "nothing is left")
     with own_experts(client, RANKS):
@@ -221,7 +221,7 @@ def test_two_graphs_of_two_clients_outlive_an_owner(cluster, client):
         own_experts(other, RANKS),
     ):
         futures = client.compute(mine), other.compute(theirs)
-        wait_until(lambda: any(slots_taken(client).values()), "chunks are under way")
+        wait_until(lambda: any(slots_taken(client).values()), "chunks are in flight")
         replace(cluster, client, "w1")
         results = [future.result(DEADLINE) for future in futures]
         assert owners.failures == []
@@ -280,7 +280,7 @@ def test_experts_that_cannot_be_loaded_again_end_the_job_with_an_error(cluster, 
     y = layer(Experts.linear(Breakable(weights, broken)), 6, chunks=3000)
     with own_experts(client, 6, settle=0.2):
         future = client.compute(y)
-        wait_until(lambda: any(slots_taken(client).values()), "chunks are under way")
+        wait_until(lambda: any(slots_taken(client).values()), "chunks are in flight")
         broken.touch()
         replace(cluster, client, "w2")
         told = r"rank \d: its experts could not be loaded again: .*the disk is broken"

@@ -430,7 +430,7 @@ def test_an_error_says_what_was_needed_what_is_free_and_what_fits():
         dask.compute(*run(800), scheduler="sync")
     needed = 800 * (4 * (2 * 16 + 2 * (16 + 8)) + 2 * device_kernel.INDEX_BYTES)
     assert str(error.value).startswith(
-        "dispatch of token chunk 0 at rank 0 of 1: the device has not enough memory for a chunk of "
+        "dispatch of token chunk 0 at rank 0 of 1: not enough device memory for a chunk of "
         f"800 rows: it needs {needed} bytes, "
     )
     free, total, fits = re.search(
@@ -467,7 +467,9 @@ def test_every_step_tells_what_it_needs_and_needs_no_more(request, name):
     pool.set_limit(size=20_000)
     with pytest.raises(DeviceMemoryError, match=f"{name} of token chunk 7") as error:
         step()
-    words = r"a chunk of 900 rows: it needs (\d+) bytes, .* go on with --resume --chunk-rows \d+$"
+    words = (
+        r"a chunk of 900 rows: it needs (\d+) bytes, .* continue with --resume --chunk-rows \d+$"
+    )
     pool.set_limit(size=int(re.search(words, str(error.value))[1]))
     step()
 
@@ -502,7 +504,7 @@ def test_a_job_that_ran_out_of_memory_goes_on_in_smaller_chunks(
     monkeypatch.setattr(device, "find_devices", lambda: [Device(0, "double", 8 << 30)])
     monkeypatch.setattr(gpus, "OnGpu", lambda _, tf32: OnGpu(300_000, tf32))
     job = load_job(small_job)
-    with pytest.raises(DeviceMemoryError, match="go on with --resume --chunk-rows") as error:
+    with pytest.raises(DeviceMemoryError, match="continue with --resume --chunk-rows") as error:
         run_job(job, Gpus(), chunk_rows=700)
     fits = int(str(error.value).rpartition(" ")[2])
     assert fits <= 350
@@ -539,7 +541,9 @@ def test_a_host_without_page_locked_memory_says_so(monkeypatch):
         raise xp.cuda.runtime.CUDARuntimeError("cudaErrorMemoryAllocation: out of memory")
 
     monkeypatch.setattr(xp.cuda, "alloc_pinned_memory", refuse)
-    with pytest.raises(MemoryError, match=r"no 80 bytes of page-locked memory .* --chunk-rows"):
+    with pytest.raises(
+        MemoryError, match=r"allocate 80 bytes of page-locked host memory .* --chunk-rows"
+    ):
         pinned_empty(xp, (10,), np.float64)
 
 

@@ -72,7 +72,7 @@ def test_while_blocks_are_computed_the_main_thread_shares_no_lock(job, where, mo
 
 
 class Interrupted(io.StringIO):
-    """A stream that is interrupted in the midst of writing, and cannot be written to meanwhile."""
+    """A stream that is interrupted while writing, and cannot be written to meanwhile."""
 
     is_writing = False
 

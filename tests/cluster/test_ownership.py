@@ -61,7 +61,7 @@ def client(cluster):
 
 @pytest.fixture(autouse=True)
 def nothing_left(request):
-    """After every test: no plugin, metadata or restriction, no experts, no chunk under way."""
+    """After every test: no plugin, metadata or restriction, no experts, no chunk in flight."""
     yield
     if "client" in request.fixturenames:
         client = request.getfixturevalue("client")
@@ -69,7 +69,7 @@ def nothing_left(request):
 
         def is_clean():
             left["on the scheduler"] = client.run_on_scheduler(_what_is_left)
-            left["chunks under way"] = sum(slots_taken(client).values())
+            left["chunks in flight"] = sum(slots_taken(client).values())
             left["ranks kept"] = sum(slices_kept(client).values())
             return not any(left.values())
 
@@ -257,7 +257,7 @@ def test_no_more_travels_than_the_rows_that_must(client, recorded, slots):
     assert sum(nbytes for *_, nbytes in arrived) < rows * width * 4  # results of tasks: no rows
 
 
-# --- how many chunks are under way ------------------------------------------------------------
+# --- how many chunks are in flight ------------------------------------------------------------
 
 
 class Waiting:
@@ -502,7 +502,7 @@ def test_a_lost_owner_is_replaced_though_chunks_hold_the_resource_that_its_exper
         for rank in range(6):
             owners.move(rank, "owner")
         future = client.compute(y, resources={"fast": 1})
-        wait_until(lambda: any(slots_taken(client).values()), "a chunk is under way")
+        wait_until(lambda: any(slots_taken(client).values()), "a chunk is in flight")
         cluster.stop_worker("owner")
         assert np.array_equal(future.result(DEADLINE), _alone(y))
         assert owners.failures == []
@@ -536,7 +536,7 @@ def test_a_rank_moved_off_a_busy_worker_in_the_midst_of_a_job(client, recorded):
     y, _ = layer(chunks=60, experts=Experts.callables([_slowly] * 6))
     with own_experts(client, 6) as owners:
         future = client.compute(y)
-        wait_until(lambda: any(slots_taken(client).values()), "chunks are under way")
+        wait_until(lambda: any(slots_taken(client).values()), "chunks are in flight")
         left = addresses(client)["w2"]
         for rank in range(6):
             owners.move(rank, WORKERS[rank % 2])
@@ -677,7 +677,7 @@ def test_downscaling_spares_owners_while_work_is_pending(client):
         spared = {owner for (owner,) in owners.owners}
         may_go = client.run_on_scheduler(_valid_workers)
         assert set(may_go) == set(addresses(client).values()) - spared
-        # Dask also spares a worker while chunks are under way on it.
+        # Dask also spares a worker while chunks are in flight on it.
         assert not spared & set(client.run_on_scheduler(_workers_to_close, 3))
         future.result(DEADLINE)
         assert len(client.run_on_scheduler(_workers_to_close, 3)) == 3

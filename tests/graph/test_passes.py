@@ -1,4 +1,4 @@
-"""Experts that do not fit go by in passes, and rows get what they would get otherwise."""
+"""Experts that do not fit are processed in passes, and rows get what they would get otherwise."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ from dask_ep.graph.spill_files import Layout as SpillLayout
 from dask_ep.kernel import reference
 from dask_ep.laws.costs import Rates
 from dask_ep.laws.memory_law import Layout
-from dask_ep.laws.passes import PROCESS_BYTES, Passes, choose_passes, cut_pieces
+from dask_ep.laws.passes import PASSES_PROCESS_BYTES, Passes, choose_passes, cut_pieces
 from dask_ep.laws.work import Work
 from dask_ep.placement.routing_stats import survey
 from dask_ep.storage.files import ReadError
@@ -231,7 +231,7 @@ works = st.builds(
 
 @given(
     work=works,
-    limit=st.integers(PROCESS_BYTES, 64_000 * MB),
+    limit=st.integers(PASSES_PROCESS_BYTES, 64_000 * MB),
     free=st.none() | st.integers(0, 10**13),
     threads=st.integers(1, 16),
     workers=st.none() | st.integers(1, 4),
@@ -241,7 +241,7 @@ works = st.builds(
         rows=0, slots=1, d=1, d_out=1, dtype=np.dtype("f2"), experts=1, expert_stored=1,
         expert_loaded=1, widest=1,
     ),
-    limit=PROCESS_BYTES + 36_353,
+    limit=PASSES_PROCESS_BYTES + 36_353,
     free=None,
     threads=1,
     workers=None,
@@ -252,7 +252,7 @@ def test_what_is_chosen_fits_and_covers_all_rows(work, limit, free, threads, wor
         with contextlib.suppress(MemoryError):
             found[way] = choose(work, limit, threads, workers, free=free, ways=[way])
     for chosen in found.values():
-        assert PROCESS_BYTES < chosen.memory_bytes <= limit
+        assert PASSES_PROCESS_BYTES < chosen.memory_bytes <= limit
         assert free is None or chosen.spill_bytes <= free
         chunks = -(-work.rows // chosen.chunk_rows)
         assert [c for group in chosen.groups(chunks) for c in group] == list(range(chunks))

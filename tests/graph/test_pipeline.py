@@ -442,11 +442,11 @@ ROUTING = da.zeros((N, 2), chunks=(20, 2), dtype=int)
     [
         ({"tokens": np.ones((N, D))}, TypeError, "tokens must be a Dask array, but is a ndarray"),
         ({"routing": np.zeros(N, int)}, TypeError, "routing must be a Dask array"),
-        ({"tokens": da.ma.masked_equal(TOKENS, 1)}, TypeError, "tokens must hold all values, but"),
+        ({"tokens": da.ma.masked_equal(TOKENS, 1)}, TypeError, "tokens must not be a masked"),
         (
             {"routing": da.ma.masked_equal(ROUTING, 0)},
             TypeError,
-            "is a masked array; .* for routing, -1 is no expert",
+            "be a masked array; .*in routing, -1 means no expert",
         ),
         ({"world_size": 2.0}, TypeError, "world_size must be a whole number, but is 2.0"),
         ({"world_size": True}, TypeError, "world_size must be a whole number, but is True"),
@@ -500,7 +500,7 @@ def test_a_bad_index_is_found_in_its_chunk(world_size, place):
 @pytest.mark.parametrize(
     ("change", "error", "message"),
     [
-        (lambda x: np.ma.masked_greater(x, 3), TypeError, "tokens must hold all values, but is a"),
+        (lambda x: np.ma.masked_greater(x, 3), TypeError, "tokens must not be a masked"),
         (lambda x: x[:, 0], ValueError, r"tokens must be \(n, d\), but have shape \(20,\)"),
     ],
 )
@@ -557,7 +557,7 @@ def test_a_nan_weight_is_found_though_its_row_goes_nowhere(world_size):
         topk_weights=da.from_array(weights, chunks=(20, 2)),
         world_size=world_size,
     )
-    with pytest.raises(ValueError, match=r"token chunk 2.*topk_weights\[5, 1\] is NaN, as are 1"):
+    with pytest.raises(ValueError, match=r"token chunk 2.*topk_weights\[5, 1\] is \(1"):
         y.compute(scheduler="sync")
 
 
@@ -573,7 +573,7 @@ def test_no_rows_in_several_chunks(world_size, k):
 
 def test_functions_that_give_another_width_than_said_are_refused():
     y = expert_parallel(TOKENS, ROUTING, [lambda x: x[:, :2]] * E)
-    with pytest.raises(ValueError, match=r"width 6, but gave 2; say .*d_out=2"):
+    with pytest.raises(ValueError, match=r"width 6, but gave 2; use .*d_out=2"):
         y.compute(scheduler="sync")
 
 

@@ -1,4 +1,4 @@
-"""Jobs whose experts go by in passes: the same output, each expert read once a pass, and stopped
+"""Jobs with experts in passes: the same output, each expert read once a pass, and stopped
 runs go on where they were."""
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ from dask_ep.jobs.run import run_job
 from dask_ep.jobs.verify import verify_job
 from dask_ep.laws.decision import Decision
 from dask_ep.laws.memory_law import Layout
-from dask_ep.laws.passes import PROCESS_BYTES, Passes
+from dask_ep.laws.passes import PASSES_PROCESS_BYTES, Passes
 from dask_ep.laws.travel import Travel
 from dask_ep.storage import output, sources
 from dask_ep.storage.journal import read_done, read_manifest
@@ -65,7 +65,7 @@ WAYS = {
 
 
 def taking(passes: Passes) -> Callable[..., Decision]:
-    """Decide as a run does, but that experts go by so, although they would fit."""
+    """Decide as a run does, but in passes although the experts would fit."""
 
     def decide_so(*args: object, begun: Begun | None = None, **asked: object) -> Decision:
         decision = decide(*args, begun=begun, **asked)
@@ -232,7 +232,7 @@ def test_what_waits_is_kept_where_no_output_is_done_yet(monkeypatch, job):
 
 @pytest.fixture
 def cluster() -> Iterator[Cluster]:
-    """Two workers of two threads in this process, as a scheduler that is there already."""
+    """Two workers of two threads in this process, as an existing scheduler."""
     with LocalCluster(
         n_workers=2,
         threads_per_worker=2,
@@ -718,7 +718,9 @@ def test_peak_memory_of_the_process_tree_is_within_the_limit(tmp_path, rows, lim
     job = write_large_job(tmp_path, rows)
     command = [sys.executable, "-m", "dask_ep", "run", str(job), "--threads", "2"]
     peak = peak_of_tree([*command, "--memory-limit", f"{limit}MB"])
-    assert peak <= limit * 10**6 < PROCESS_BYTES + 256 * 512 * 512 * 4, "all experts do not fit"
+    assert peak <= limit * 10**6 < PASSES_PROCESS_BYTES + 256 * 512 * 512 * 4, (
+        "all experts do not fit"
+    )
     manifest = read_manifest(progress_directory(load_job(job).out))
     assert manifest["settings"]["passes"]["way"] == way
     expert = int(np.load(tmp_path / "routing.npy")[-1])
@@ -738,7 +740,7 @@ def test_plan_says_how_experts_go_by_and_refuses_only_what_no_pass_can_fit(tmp_p
 
     content = json.loads(plan("410 MB", "--json"))
     said = " ".join(content["advice"])
-    assert "the experts do not fit, so rows are spilled to disk by expert" in said
+    assert "the experts do not fit, so rows of 10 chunks at a time are spilled to disk" in said
     assert "234.38 MiB of disk next to the output while it runs" in said
     chosen = decide(open_inputs(load_job(job)).work(), on_threads(2, 410 * 10**6)).passes
     assert content["passes"] == chosen.to_dict()
@@ -749,7 +751,7 @@ def test_plan_says_how_experts_go_by_and_refuses_only_what_no_pass_can_fit(tmp_p
     assert "runs on" in shown
     assert not any(word in shown for word in ("replicas", "rank"))
     refused = plan("350 MB")
-    assert "Nor does it fit with experts that go by in passes: a process may use 350 MB" in refused
+    assert "It does not fit with experts in passes either: a process may use 350 MB" in refused
 
 
 @pytest.mark.parametrize(
@@ -774,7 +776,7 @@ def test_experts_cannot_travel_to_rows_that_wait_on_disk(tmp_path):
     layer = load_job(
         tokens=str(tokens), out=large.out, layer=str(FIXTURES / "llama4"), layer_index=LAYER
     )
-    told = "travel by rows or auto is what there is: .* held in memory, which is on threads"
+    told = "travel must be rows or auto: .* held in memory, which needs threads"
     with pytest.raises(ValueError, match=told):
         decide(open_inputs(large).work(), Layout(2, 2, 1, 320 * 10**6), travel=Travel("experts"))
     with pytest.raises(ValueError, match=told):

@@ -247,14 +247,16 @@ def test_chunks_that_were_never_written_are_zeros_only_where_the_job_says_so(tmp
 
 def test_a_placement_that_is_a_directory(tmp_path):
     write_arrays(tmp_path, **small_arrays())
-    with pytest.raises(JobError, match="or the path of a file, but there is no file"):
+    with pytest.raises(JobError, match="or the path of a file, but there is no such file"):
         open_inputs(load_job(write(tmp_path, GOOD), placement=str(tmp_path)))
 
 
 def test_a_placement_that_is_no_file_is_perhaps_a_name(tmp_path):
     write_arrays(tmp_path, **small_arrays())
     job = load_job(write(tmp_path, GOOD), placement="balancd")
-    with pytest.raises(JobError, match=r"but there is no .*/balancd \(did you mean 'balanced'\?\)"):
+    with pytest.raises(
+        JobError, match=r"but there is no such file: .*/balancd \(did you mean 'balanced'\?\)"
+    ):
         open_inputs(job)
 
 
@@ -271,7 +273,7 @@ def test_a_placement_for_other_ranks(tmp_path):
     write_arrays(tmp_path, **small_arrays())
     (tmp_path / "p.json").write_text(balanced([4, 4, 4, 4], 3, num_slots=6).to_json())
     job = load_job(write(tmp_path, GOOD), placement=str(tmp_path / "p.json"))
-    with pytest.raises(ValueError, match="on 3 ranks and world_size=2 is asked for"):
+    with pytest.raises(ValueError, match="on 3 ranks, but world_size=2 is asked for"):
         build_of(job)
 
 

@@ -293,11 +293,11 @@ def test_a_plan_and_a_run_go_every_way_alike(tmp_path, name):
     ran = check_alike(tmp_path, *WAYS[name])
     if isinstance(ran, str):
         words = {
-            "asked to hold on workers": "experts can only travel to rows that are held in memory",
-            "too many travel": "slots and the placement gives it 160",
-            "travel on threads": "threads share memory, and nothing travels between them",
+            "asked to hold on workers": "experts can travel only to rows that are held in memory",
+            "too many travel": "slots, but the placement gives it 160",
+            "travel on threads": "threads share memory, so nothing travels between them",
             "chunks too large": "it runs so with --chunk-rows",
-            "nothing fits": "Nor does it fit with experts that go by in passes",
+            "nothing fits": "It does not fit with experts in passes either",
         }
         assert words[name] in ran
         return

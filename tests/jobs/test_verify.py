@@ -143,7 +143,7 @@ def test_what_is_no_output_or_no_tolerance_is_told(done_job, tmp_path):
 
 def test_no_output_and_half_an_output(done_job, tmp_path):
     job = load_job(done_job, out=str(tmp_path / "out.zarr"))
-    with pytest.raises(FileNotFoundError, match="there is no output yet; run the job"):
+    with pytest.raises(FileNotFoundError, match="no output yet; run the job"):
         verify_job(job)
     inputs = open_inputs(job)
     y = np.zeros((700, 16), "f4")
@@ -176,7 +176,7 @@ def test_a_lost_chunk_is_an_error(tmp_path):
 def test_an_output_of_another_shape(done_job, tmp_path):
     job = load_job(done_job, out=str(tmp_path / "out.npy"))
     np.save(job.out, np.zeros((700, 15), "f4"))
-    with pytest.raises(ValueError, match=r"must be \(700, 16\) to be that of .*\(700, 15\)"):
+    with pytest.raises(ValueError, match=r"must be \(700, 16\) for .*\(700, 15\)"):
         verify_job(job)
 
 

@@ -243,17 +243,17 @@ REFUSED = {
     "masked tokens": (
         {"tokens": np.ma.ones((2, 3))},
         TypeError,
-        r"tokens must hold all values, but is a masked array",
+        r"tokens must not be a masked array",
     ),
     "masked routing": (
         {"routing": np.ma.zeros(2, int)},
         TypeError,
-        r"routing must hold all values, but is a masked array; .* for routing, -1 is no expert",
+        r"routing must not be a masked array; .*in routing, -1 means no expert",
     ),
     "masked weights": (
         {"topk_weights": np.ma.ones(2)},
         TypeError,
-        r"topk_weights must hold all values, but is a masked array",
+        r"topk_weights must not be a masked array",
     ),
     "integer tokens": (
         {"tokens": np.ones((2, 3), int)},
@@ -338,7 +338,7 @@ REFUSED = {
     "NaN weight": (
         {"topk_weights": np.array([1.0, np.nan])},
         ValueError,
-        r"topk_weights\[1\] is NaN, as are 1 of 2",
+        r"must not be NaN, but topk_weights\[1\] is \(1 of 2 are\)",
     ),
     "a list of tokens": (
         {"tokens": [[1.0]]},

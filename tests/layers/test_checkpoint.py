@@ -578,14 +578,14 @@ def added(name, value):
         ("jamba", 1, {"num_experts": 1}, ValueError, "is dense in .*; MoE layers are none"),
         ("qwen3_moe", 2, {}, ValueError, r"layer must be in \[0, 2\), .* but is 2"),
         ("qwen3_moe", 1, {"model_type": "palm"}, ValueError,
-         "one of deepseek_v2, .*qwen3_vl_moe_text; config.json says 'palm'.* one row of data"),
+         "one of deepseek_v2, .*qwen3_vl_moe_text; config.json says 'palm'.* To add a family"),
         ("qwen3_moe", 1, {"model_type": None}, ValueError, "config.json must have a 'model_type'"),
         ("qwen3_moe", 1, {"num_experts_per_tok": None}, ValueError,
          r"qwen3_moe: config.json must have 'num_experts_per_tok' \(null .*, but has only archi"),
         ("qwen3_moe", 1, {"transformers_weights": "a.bin"}, ValueError,
          "transformers_weights must name a .safetensors file or .*, but is 'a.bin'"),
         ("qwen3_moe", 1, {"transformers_weights": "a.safetensors"}, ReadError,
-         "config.json says that the tensors lie in a.safetensors, but .* no such file"),
+         "config.json says that the tensors are in a.safetensors, but .* no such file"),
         ("qwen3_moe", 1, {"num_hidden_layers": None}, ValueError, "must have 'num_hidden_layers'"),
         ("qwen3_moe", 1, {"num_hidden_layers": 2.5}, ValueError,
          "num_hidden_layers of layer 0 must be a whole number from 1 up, but is 2.5"),
@@ -632,7 +632,7 @@ def added(name, value):
         ("qwen3_moe", 1, {"tensors": added("gate.bias", np.ones(10, np.float32))}, ValueError,
          "1 would not be: model.layers.1.mlp.gate.bias"),
         ("dots1", 1, {"tensors": added("gate.bias", np.ones(10, np.float32))}, ValueError,
-         "not quite of the family 'dots1'"),
+         "differs from the family 'dots1'"),
         ("qwen3_moe", 1, {"tensors": lambda t: {STEM + "gate.weight": t[STEM + "gate.weight"]}},
          ValueError, "has no experts: it should have experts.0.gate_proj.weight or experts"),
         ("qwen3_moe", 1, {"tensors": lambda t: {"x": np.ones(1, np.float32)}}, ValueError,
@@ -702,7 +702,7 @@ SHARD = "model-00008-of-00009.safetensors"
         (break_file(SHARD, lambda b: b[:4]), ValueError, f"{SHARD} is not a safetensors file"),
         (break_file(SHARD, lambda b: b[:8] + b"[" + b[9:]), ValueError,
          f"{SHARD}: the safetensors header is not valid JSON"),
-        (remove(SHARD), ReadError, f"says that tensors lie in {SHARD}, but .* no such file"),
+        (remove(SHARD), ReadError, f"says that tensors are in {SHARD}, but .* no such file"),
         (remove("model.safetensors.index.json"), ReadError,
          "must have model.safetensors or model.safetensors.index.json; it has model-00006"),
         (remove("config.json"), ReadError, "_sharded must have config.json, but has expected.npz"),
@@ -752,7 +752,7 @@ def test_the_file_that_the_config_names_comes_first(tmp_path, by_index):
 
 
 def test_a_folder_that_is_not_there_is_refused(tmp_path):
-    with pytest.raises(ReadError, match="nowhere is no directory of a checkpoint"):
+    with pytest.raises(ReadError, match="nowhere is not a checkpoint directory"):
         load_moe_layer(tmp_path / "nowhere", 0)
 
 
@@ -819,7 +819,8 @@ def test_why_no_moe_layer_can_be_described(tmp_path):
         describe(dense)
     elsewhere = altered(tmp_path / "b", "jamba", tensors=renamed("model.", "strange."))
     with pytest.raises(
-        ValueError, match="MoE layers 1 by config.json, .* such as model.layers.1.feed_forward"
+        ValueError,
+        match="MoE layers 1 according to config.json, .* such as model.layers.1.feed_forward",
     ):
         describe(elsewhere)
 

@@ -413,7 +413,7 @@ def test_parts_that_do_not_fit_are_refused(changes, error, message):
 def test_calls_that_do_not_fit_are_refused():
     hidden = da.zeros((6, D), chunks=(2, D), dtype=np.float32)
     layer = make()
-    with pytest.raises(TypeError, match="hidden must hold all values, but is a masked array"):
+    with pytest.raises(TypeError, match="hidden must not be a masked array"):
         layer(da.ma.masked_equal(hidden, 0))
     with pytest.raises(TypeError, match="hidden must have the byte order of this machine"):
         layer(hidden.astype(">f4"))
@@ -442,7 +442,8 @@ def test_a_bad_row_is_named_with_its_chunk():
     rows[5, 1] = np.nan
     hidden = da.from_array(rows, chunks=(4, D))
     with pytest.raises(
-        ValueError, match=r"routing of token chunk 1 \(row 1 .*\): the router gives row 1 NaN"
+        ValueError,
+        match=r"routing of token chunk 1 \(row 1 .*\): the router's weights are NaN for row 1",
     ):
         make()(hidden).compute(scheduler="sync")
     with pytest.raises(ValueError, match="routing of token chunk 1"):

@@ -330,7 +330,7 @@ def test_a_router_that_cannot_be_is_refused(changes, message):
         (
             {"hidden": np.array([[1, 1], [1, np.nan], [np.inf, 1]])},
             ValueError,
-            "gives row 1 NaN for weights, and 2 of 3 rows",
+            "NaN for row 1, and for 2 of 3 rows",
         ),
     ],
 )

@@ -607,7 +607,7 @@ def test_the_workflow_keeps_layers_in_order_and_those_of_before(tmp_path, monkey
         (["x=0.npy"], "a routing is LAYER=PATH"),
         (["1=0.npy", "1=1.npy"], "layer 1 is given twice"),
         (["0=0.npy"], "give --slots, or --previous"),
-        (["0=0.npy", "--slots", 5], "engines have no empty slots, and layer 0 has 1"),
+        (["0=0.npy", "--slots", 5], "engines have no empty slots, but layer 0 has 1"),
         (["0=0.npy", "--slots", 3], "got num_slots=3"),
         (["0=none.npy", "--slots", 6], "none.npy"),
         (["2=0.npy", "--slots", 6, "--model-layers", 2], "there are layers 0 to 1, and 2 is given"),
@@ -635,8 +635,8 @@ MESSAGES = [
     (lambda: Placement([[0, 2], [3, -1]]), "expert 1 of 4 has none"),
     (lambda: Placement([[0, 1, 1]]), "rank 0 holds expert 1 twice"),
     (lambda: Placement([[0, -2]]), "one holds -2"),
-    (lambda: Placement([[0]], [[5]]), f"must stop at {TICKETS}, and that of expert 0 stops at 5"),
-    (lambda: Placement([[0], [0]], [[TICKETS], [5]]), "must not fall, and that of expert 0"),
+    (lambda: Placement([[0]], [[5]]), f"must stop at {TICKETS}, but that of expert 0 stops at 5"),
+    (lambda: Placement([[0], [0]], [[TICKETS], [5]]), "must not decrease, but that of expert 0"),
     (lambda: Placement([[0], [0]], [[TICKETS]]), "must have the shape of slots"),
     (lambda: Placement.from_json("[1]"), 'JSON object with "slots"'),
     (lambda: contiguous(0, 2), "got num_experts=0, world_size=2"),
@@ -644,18 +644,21 @@ MESSAGES = [
     (lambda: balanced([1, 2], 2, num_slots=5), "got num_slots=5"),
     (lambda: balanced([1] * 6, 4, num_slots=8, num_groups=4, num_nodes=2), "divide the experts"),
     (lambda: balanced([1] * 6, 3, num_slots=6, num_groups=2, num_nodes=2), "divide world_size"),
-    (lambda: exact([1] * 8, 4, max_slots=2), "need 3 slots a rank, and the limit is 2"),
+    (lambda: exact([1] * 8, 4, max_slots=2), "need 3 slots a rank, but the limit is 2"),
     (lambda: place("best", [1], 1), "must be one of contiguous, packed, balanced, exact"),
-    (lambda: place("packed", [1] * 8, 2, max_slots=3), "may have 3 slots and the placement gives"),
-    (lambda: verify_placement(contiguous(4, 2), 5), "must place 5 experts and places 4"),
-    (lambda: incremental(contiguous(4, 2), [1, 2]), "must place 2 experts and places 4"),
+    (
+        lambda: place("packed", [1] * 8, 2, max_slots=3),
+        "may have at most 3 slots, but the placement gives",
+    ),
+    (lambda: verify_placement(contiguous(4, 2), 5), "must place 5 experts, but places 4"),
+    (lambda: incremental(contiguous(4, 2), [1, 2]), "must place 2 experts, but places 4"),
     (
         lambda: contiguous(4, 2).rewrite(np.array([[0, 1], [3, 4]]), 100),
-        r"\[-1, 4\), and row 101 holds 4",
+        r"\[-1, 4\), but row 101 holds 4",
     ),
-    (lambda: ticket_load(np.array([0, -2]), 3), r"\[-1, 3\), and row 1 holds -2"),
+    (lambda: ticket_load(np.array([0, -2]), 3), r"\[-1, 3\), but row 1 holds -2"),
     (lambda: write_sglang("x.txt", {0: contiguous(2, 1)}), "ending .json"),
-    (lambda: write_sglang("x.json", {0: contiguous(3, 2)}), "no empty slots, and layer 0 has 1"),
+    (lambda: write_sglang("x.json", {0: contiguous(3, 2)}), "no empty slots, but layer 0 has 1"),
     (lambda: write_vllm_ascend("x", [contiguous(2, 1), contiguous(4, 2)]), "2 different sizes"),
 ]
 
@@ -671,7 +674,7 @@ def test_engines_refuse_uneven_shares():
     placement = exact(load, 2)
     full = Placement([[0, 1, 2], [2, 3, 4]], [[TICKETS, TICKETS, 5], [TICKETS] * 3])
     assert not placement.even
-    with pytest.raises(ValueError, match="spread rows evenly over replicas, and layer 0 does not"):
+    with pytest.raises(ValueError, match="spread rows evenly over replicas, but layer 0 does not"):
         write_vllm_ascend("x.json", [full])
 
 
@@ -686,7 +689,7 @@ def test_engines_refuse_uneven_shares():
         ({"physical_to_logical_map": [[0, 1], [0]]}, {"world_size": 2}, "differ in length"),
         ({"physical_to_logical_map": 3}, {"world_size": 2}, "layers, slots"),
         ({"layer_list": 3}, {}, 'must hold "layer_list", with'),
-        ({"slots": [[0], [1]]}, {"world_size": 3}, "on 2 ranks and world_size=3"),
+        ({"slots": [[0], [1]]}, {"world_size": 3}, "on 2 ranks, but world_size=3"),
     ],
 )
 def test_file_messages(tmp_path, content, arguments, message):

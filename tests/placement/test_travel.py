@@ -303,9 +303,11 @@ def test_what_is_refused():
     sizes = {"expert_bytes": 1, "row_bytes": 1}
     with pytest.raises(ValueError, match="travel must be one of rows, auto, experts; got 'all'"):
         Travel("all")
-    with pytest.raises(ValueError, match="a rank may have 2 slots and the placement gives it 6"):
+    with pytest.raises(
+        ValueError, match="a rank may have at most 2 slots, but the placement gives it 6"
+    ):
         choose("experts", found, owners, max_slots=2, **sizes)
-    with pytest.raises(ValueError, match="must place 6 experts and places 4"):
+    with pytest.raises(ValueError, match="must place 6 experts, but places 4"):
         choose("auto", found, contiguous(4, 2), **sizes)
 
 

@@ -167,7 +167,7 @@ def test_changed_inputs_are_refused_with_what_changed(tmp_path, path):
     with pytest.raises(ValueError, match=r"setting placement was .*, is absent"):
         run(path, Steps(), resume=True, inputs=inputs, settings={"world_size": 4})
     other = {"tokens": inputs["tokens"], "W": np.ones(3)}
-    with pytest.raises(ValueError, match="input routing is not there any more; input W is new"):
+    with pytest.raises(ValueError, match="input routing is missing now; input W is new"):
         run(path, Steps(), resume=True, inputs=other, settings=settings)
     os.utime(tmp_path / "tokens.npy", ns=(1, 10**18))
     with pytest.raises(ValueError, match=r"input tokens: mtime_ns was 20.*, is 2001-09-09 .*\."):
@@ -365,7 +365,7 @@ def test_a_full_disk_says_where_and_how_much_and_loses_nothing(path, monkeypatch
     with pytest.raises(OSError, match=message) as caught:
         run(path, Steps())
     assert caught.value.errno == errno.ENOSPC
-    assert "go on with resume" in str(caught.value)
+    assert "free some space and resume" in str(caught.value)
     monkeypatch.undo()
     rest = Steps()
     run(path, rest, resume=True)

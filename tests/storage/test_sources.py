@@ -355,7 +355,7 @@ def test_remote_files_that_are_damaged_or_gone_are_named(tmp_path):
     with open(tmp_path / "x.npy", "r+b") as file:
         file.truncate(200)
     cut = put(f"memory://{tmp_path.name}/x.npy", tmp_path / "x.npy")
-    with pytest.raises(ReadError, match=rf"{cut} is too short for \(5, 3\) of float64"):
+    with pytest.raises(ReadError, match=rf"{cut} is too short for x.npy: \(5, 3\) of float64"):
         open_source(cut)
     (tmp_path / "x.npy").write_bytes(b"not an array at all")
     with pytest.raises(ValueError, match=rf"{cut} is not a .npy file of numbers"):
@@ -441,7 +441,7 @@ def test_files_that_are_cut_short_or_gone_are_errors(tmp_path):
     for gone in ("x.npy", "x.safetensors"):
         with pytest.raises(ReadError, match=f"{gone}: No such file"):
             open_source(tmp_path / gone)
-    with pytest.raises(ReadError, match=r"nothing at .*/x.zarr"):
+    with pytest.raises(ReadError, match=r"no such file or directory: .*/x.zarr"):
         open_source(tmp_path / "x.zarr")
     assert issubclass(ReadError, OSError)
 
@@ -469,7 +469,7 @@ def test_raw_bytes_are_no_numbers_until_somebody_says_which(tmp_path):
     rows = numbers((4, 2), BFLOAT16)
     path = tmp_path / "x.npy"
     np.save(path, rows)
-    with pytest.raises(TypeError, match=r"x.npy holds raw bytes \(\|V2\).*Say which with dtype="):
+    with pytest.raises(TypeError, match=r"x.npy holds raw bytes \(\|V2\).*Give it with dtype="):
         open_source(path)
     check_rows(open_source(path, dtype="bfloat16"), rows, 1, 4)
     with pytest.raises(TypeError, match=r"x.npy holds \|V2, not float32"):
@@ -489,7 +489,7 @@ def test_what_is_no_source(tmp_path):
     ):
         open_source(3)
     (tmp_path / "x.txt").write_text("x")
-    with pytest.raises(ValueError, match=r"x.txt is not an array that is read"):
+    with pytest.raises(ValueError, match=r"x.txt is not a supported array"):
         open_source(tmp_path / "x.txt")
     (tmp_path / "folder").mkdir()
     with pytest.raises(ValueError, match=r"folder cannot be opened as a Zarr array"):
@@ -557,14 +557,14 @@ def entry(dtype="F32", shape=(2,), offsets=(0, 8)):
         ({"a": entry(shape=(-2,))}, 8, r"must be whole numbers from 0 up, not \[-2\]"),
         ({"a": entry(shape=(2.0,))}, 8, "must be whole numbers from 0 up"),
         ({"a": entry(shape=(True,), offsets=(0, 4))}, 4, "must be whole numbers from 0 up"),
-        ({"a": entry(dtype="F4")}, 8, "'a' has dtype 'F4'; known are BOOL"),
+        ({"a": entry(dtype="F4")}, 8, "'a' has dtype 'F4'; supported are BOOL"),
         ({"a": {"dtype": "F32", "shape": [2]}}, 8, "must have dtype, shape and data_offsets"),
         ({"a": {**entry(), "shape": 2}}, 8, "must be whole numbers from 0 up, not 2"),
         ({"a": entry(offsets=(0, 4, 8))}, 8, "must have dtype, shape and data_offsets"),
         ({"a": 5}, 8, "must have dtype, shape and data_offsets"),
         ([1], 0, "must be a JSON object"),
         (b"{", 0, "is not valid JSON"),
-        (b'{"a": 1, "a": 2}', 0, "the name 'a' stands there twice"),
+        (b'{"a": 1, "a": 2}', 0, "the name 'a' is there twice"),
         (b"\xff\xfe", 0, "is not valid JSON"),
     ],
 )

@@ -1,0 +1,275 @@
+"""What does one job cost, run in any number of ways?
+
+`Pricing` goes through the routing of the job once, and prices each way to run it by what it found.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+import dask.array as da
+import numpy as np
+from dask.system import CPU_COUNT
+
+from dask_ep.arrays.checks import check_routing, check_tokens, computing_dtype
+from dask_ep.errors import DoesNotFit
+from dask_ep.experts.experts import CallableExperts, Experts, as_experts
+from dask_ep.experts.weights import Weight
+from dask_ep.graph.rows import rows_of
+from dask_ep.jobs.build import Inputs
+from dask_ep.kernel.bfloat16 import BFLOAT16
+from dask_ep.kernel.expert import Expert
+from dask_ep.laws.costs import Rates
+from dask_ep.laws.decision import Decision
+from dask_ep.laws.memory_law import Layout
+from dask_ep.laws.work import Work
+from dask_ep.layers.layer import MoELayer
+from dask_ep.placement.policies import Placement, contiguous
+from dask_ep.placement.routing_stats import Survey, survey
+from dask_ep.pricing.device_probe import probe_device
+from dask_ep.pricing.price import Plan, WhatIf
+from dask_ep.pricing.price_gpus import PlanOnGpus
+from dask_ep.pricing.price_passes import PlanInPasses
+from dask_ep.pricing.probe import probe
+from dask_ep.storage.storage import open_tokens
+
+SAMPLE_BYTES = 48 << 20
+"""Of experts in memory, with which their speed is measured."""
+
+
+class Pricing:
+    """One job, surveyed once, priced in any number of ways.
+
+    Parameters
+    ----------
+    tokens, routing, experts, topk_weights, gpu, read_bytes, stored_rows, rates : as for `plan`
+    """
+
+    def __init__(
+        self,
+        tokens: Any,
+        routing: Any,
+        experts: Any,
+        topk_weights: Any = None,
+        *,
+        gpu: bool = False,
+        read_bytes: int = 0,
+        stored_rows: int | None = None,
+        rates: Rates | None = None,
+    ):
+        layer, routes, router_tasks = None, False, 0
+        if isinstance(experts, MoELayer):
+            layer, experts, tokens = experts, experts.experts, rows_of(tokens)
+            if routes := routing is None:
+                routing, topk_weights = layer.route(tokens)
+                router_tasks = _count_new_tasks([routing, topk_weights], tokens)
+            routing, topk_weights = (
+                None if a is None else rows_of(a) for a in (routing, topk_weights)
+            )
+        self._experts, self._rates, self._probed = as_experts(experts), rates, None
+        check_tokens(tokens)
+        check_routing(routing, topk_weights, n=tokens.shape[0])
+        if self._experts.d not in (None, tokens.shape[1]):
+            raise ValueError(
+                f"tokens must be (N, d={self._experts.d}) for these experts; "
+                f"tokens.shape={tokens.shape}"
+            )
+        known_rows = tokens.shape[0] == tokens.shape[0]
+        self.survey = survey(routing, self._experts.num_experts, known_rows=known_rows)
+        self.chunks = _chunks(tokens, self.survey)
+        work = Work.of(
+            tokens,
+            self._experts,
+            layer,
+            rows=self.survey.rows,
+            slots=self.survey.slots_per_row,
+            topk_dtype=getattr(topk_weights, "dtype", None),
+            routes=routes,
+            read_bytes=read_bytes,
+            stored_rows=stored_rows,
+            on_devices=gpu,
+        )
+        self.work = work if layer is None else _with_tasks(work, layer, tokens, router_tasks)
+
+    @classmethod
+    def of_job(cls, inputs: Inputs, decision: Decision, rates: Rates | None = None) -> Pricing:
+        """Survey the routing of a job, in the chunks of a run; of a layer, run its router."""
+        tokens = open_tokens(inputs.tokens, chunks=decision.chunk_rows, name="tokens")
+        experts, routing, topk = inputs.layer or inputs.experts, None, inputs.topk_weights
+        if inputs.layer is None:
+            routing = open_tokens(inputs.routing, like=tokens, name="routing")
+        return cls(
+            tokens,
+            routing,
+            experts,
+            topk,
+            gpu=decision.layout.on_devices,
+            read_bytes=inputs.read_bytes,
+            stored_rows=inputs.tokens.chunk_rows,
+            rates=rates,
+        )
+
+    def price(
+        self,
+        decision: Decision,
+        *,
+        placement: Placement | None = None,
+        only: Sequence[int] | None = None,
+        own_chunks: bool = False,
+    ) -> Plan:
+        """Price one way to run the job.
+
+        Parameters
+        ----------
+        decision : how it will run
+        placement : of its experts, if it is made already
+        only : numbers of the chunks that are computed; default: all
+        own_chunks : whether the chunks of the tokens are wanted, if no others were asked for, and
+            where they fit
+        """
+        own = max([*self.chunks, 1])
+        own_chunks = own_chunks and not decision.chunks_asked
+        if own_chunks and decision.passes is None:
+            with_own = replace(decision, chunk_rows=own)
+            decision = with_own if with_own.fits or not decision.fits else decision
+        kept = own_chunks and decision.chunk_rows == own
+        chunks = self.chunks if kept else _equal_chunks(self.survey.rows, decision.chunk_rows)
+        if placement is None:
+            placement = decision.place(lambda: self.survey, chunks) or contiguous(
+                self.work.experts, decision.layout.world_size
+            )
+        visits = self.survey.visits(placement, chunks, only, decision.layout.serving)
+        of_these = list(range(len(chunks)) if only is None else only)
+        made = PlanOnGpus if decision.layout.on_devices else Plan
+        if decision.passes is not None:
+            made = PlanInPasses
+        return made(
+            work=self.work,
+            decision=decision,
+            placement=placement,
+            chunks=tuple(chunks[chunk] for chunk in of_these),
+            expert_rows=visits.expert_rows(placement),
+            rank_rows=visits.slot_rows.sum(axis=1),
+            packet_rows=visits.packet_rows[of_these],
+            worker_rows=visits.worker_rows[of_these],
+            rates=self._rates_of(decision),
+            numbers=only,
+            own_chunk_rows=own if own_chunks else None,
+        )
+
+    def compare(
+        self, decided: Sequence[Decision | DoesNotFit], *, own_chunks: bool = False
+    ) -> WhatIf:
+        """Price many ways to run the job, those that are refused among them.
+
+        Raises
+        ------
+        DoesNotFit
+            If all are refused.
+        """
+        plans = tuple(
+            self.price(one.decision if isinstance(one, DoesNotFit) else one, own_chunks=own_chunks)
+            for one in decided
+        )
+        fitting = [p for p in plans if p.fits]
+        if not fitting:
+            smallest = min(range(len(plans)), key=lambda number: plans[number].memory_bytes)
+            raise decided[smallest]
+        best = min(fitting, key=lambda p: (p.seconds, p.exchanged_bytes, p.tasks))
+        return WhatIf(plans, best, _why(best, plans))
+
+    def _rates_of(self, decision: Decision) -> Rates:
+        """Rates that are given, or measured once; what travels may have its own."""
+        if self._rates is not None:
+            return self._rates
+        return decision.travel.rates(self._measured(decision.layout))
+
+    def _measured(self, layout: Layout) -> Rates:
+        """Measure this machine with rows and experts as many as a task of this job has."""
+        if self._probed is not None:
+            return self._probed
+        work = self.work
+        sizes = {
+            "rows": max(self.chunks, default=1),
+            "slots": work.slots,
+            "experts": work.experts,
+        }
+        if layout.on_devices:
+            self._probed = probe_device(work.d, work.d_out, dtype=work.dtype, **sizes)
+        else:
+            dtype = computing_dtype(work.dtype)
+            self._probed = probe(
+                work.d,
+                work.d_out,
+                dtype=dtype,
+                threads=min(layout.workers * layout.threads, CPU_COUNT),
+                sample=_sample(self._experts, dtype),
+                flops=work.expert_flops,
+                **sizes,
+            )
+        return self._probed
+
+
+def _with_tasks(work: Work, layer: MoELayer, tokens: da.Array, router_tasks: int) -> Work:
+    """Count the tasks of a layer's router, shared experts and residual."""
+    chunks, shared = tokens.numblocks[0], layer.shared is not None
+    per_chunk = max(router_tasks - 1, 0) // max(chunks, 1)  # one reads the router's arrays
+    tasks = {
+        "chunk_tasks": per_chunk + (shared or layer.residual),
+        "tasks": router_tasks - per_chunk * chunks + shared,
+    }
+    return replace(work, layer=replace(work.layer, **tasks))
+
+
+def _sample(experts: Experts | CallableExperts, dtype: np.dtype) -> Sequence[Expert]:
+    """Make some experts of the same kind and sizes as these, in memory; none of large ones."""
+    if not isinstance(experts, Experts):
+        return ()
+    count = min(SAMPLE_BYTES // (experts.parameters * dtype.itemsize), experts.num_experts)
+    if not count:
+        return ()
+    weights = {}
+    for name, weight in experts.weights.items():
+        stored = BFLOAT16 if weight.is_bfloat16 and dtype == np.float32 else dtype
+        weights[name] = Weight.of(np.full((count, *weight.shape[1:]), 0.01, stored), name)
+    return Experts(experts.kind, weights, experts.options).load(dtype=dtype)
+
+
+def _count_new_tasks(made: Sequence[da.Array], of: da.Array) -> int:
+    """How many tasks these arrays have that the array which they are made of has not."""
+    return len(set().union(*(dict(a.__dask_graph__()) for a in made)) - set(of.__dask_graph__()))
+
+
+def _chunks(tokens: Any, found: Survey) -> tuple[int, ...]:
+    """Rows of the chunks that the graph will have: those of the tokens."""
+    if tokens.shape[0] == tokens.shape[0] and tokens.shape[0] != found.rows:  # nan is unknown
+        raise ValueError(
+            f"tokens and routing must have the same rows; tokens.shape={tokens.shape}, "
+            f"routing has {found.rows}"
+        )
+    if not isinstance(tokens, da.Array) or np.isnan(tokens.chunks[0]).any():
+        return found.chunks
+    return tokens.chunks[0]
+
+
+def _equal_chunks(rows: int, chunk_rows: int) -> tuple[int, ...]:
+    """`rows` in chunks of `chunk_rows`, the last one smaller."""
+    whole, rest = divmod(rows, chunk_rows)
+    return (chunk_rows,) * whole + (rest,) * (rest > 0) or (0,)
+
+
+def _why(best: Plan, plans: Sequence[Plan]) -> str:
+    """Say what makes one plan better than the others."""
+    others = [p for p in plans if p is not best]
+    said = [f"least time of {len(plans)}: {best.seconds:.3g} s"]
+    if others:
+        last = max(others, key=lambda p: p.seconds)
+        said.append(f"the slowest takes {last.seconds / best.seconds:.2f} times as long")
+        if last.imbalance > 1.05 * best.imbalance:
+            said.append(f"imbalance {best.imbalance:.2f} against {last.imbalance:.2f}")
+        unfit = sum(not p.fits for p in plans)
+        if unfit:
+            said.append(f"{unfit} do not fit into the memory limit")
+    return "; ".join(said)

@@ -1,4 +1,4 @@
-"""How is a plan asked for and shown on the command line?
+"""How is a plan made and shown on the command line?
 
 dask-ep plan job.toml
 dask-ep plan job.toml --processes 4 --placement exact --save placement.json

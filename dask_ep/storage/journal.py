@@ -1,4 +1,4 @@
-"""Which blocks of an output are done, from which inputs, and who is at it?
+"""Which blocks of an output are done, from which inputs, and which process writes it?
 
 Next to an output is a directory that answers:
 

@@ -439,4 +439,4 @@ def _refusal(
             f"there and a chunk needs {rows * _spilled_bytes(work) / 1e6:.0f} MB: free some space, "
             "or allow more memory"
         )
-    return f"{words}; give more memory or fewer threads"
+    return f"{words}; allow more memory or use fewer threads"

@@ -159,10 +159,9 @@ class Checkpoint:
         self._check_layer(layer)
         if residual and self.model.family.pre_norm:
             raise ValueError(
-                f"residual=True adds the rows that the block gets, but in {self.model.model_type} "
-                "models these were normalised just before, and the block's output is added to the "
-                "rows from before that: open the layer without residual and add those, "
-                "x + layer(norm(x))"
+                f"residual=True adds the block's input rows, but {self.model.model_type} models "
+                "add the block's output to the rows before their norm: open the layer without "
+                "residual and compute x + layer(norm(x))"
             )
         found = self.prefixes(layer)
         if len(found) != 1:

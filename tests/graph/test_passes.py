@@ -289,7 +289,7 @@ def test_what_no_pass_can_fit_is_refused_with_the_numbers():
     with pytest.raises(
         MemoryError,
         match=r"may use 400 MB and must hold 300 MB of its own .* to "
-        r"compute \(1 experts of 100 MB, 2 threads\) .* in all; give more memory",
+        r"compute \(1 experts of 100 MB, 2 threads\) .* in all; allow more memory",
     ):
         choose(LARGE, 400 * MB)
 

@@ -78,8 +78,8 @@ class Gemms:
         compute, calls = self._xp.cuda.get_current_stream(), []
         if rows.dtype.name == "bfloat16" and self._capability < BFLOAT16_CAPABILITY:
             raise TypeError(
-                "products of bfloat16 need a GPU of compute capability 8.0 (Ampere) or more, and "
-                f"this one has {self._capability / 10}: make the tokens float16 or float32"
+                "products of bfloat16 need a GPU of compute capability 8.0 (Ampere) or higher, "
+                f"but this one has {self._capability / 10}: make the tokens float16 or float32"
             )
         if (stride := _equal_stride(matrices, bounds, rows.dtype)) is not None:
             self._multiply_all_at_once(rows, matrices, bounds, out, stride)

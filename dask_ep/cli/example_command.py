@@ -1,4 +1,4 @@
-"""How is an example asked for on the command line?
+"""How is an example made on the command line?
 
 dask-ep example demo
 dask-ep example demo --rows 500000 --d 1024 --experts 64 --k 4 --kind gated
@@ -34,7 +34,9 @@ from dask_ep.jobs import example as examples
     show_default=True,
     help="Experts per row.",
 )
-@click.option("--kind", type=click.Choice(examples.KINDS), default="linear", show_default=True)
+@click.option(
+    "--kind", type=click.Choice(examples.EXAMPLE_KINDS), default="linear", show_default=True
+)
 @click.option(
     "--hidden", type=click.IntRange(1), help="Hidden width of gated experts; default: 2 d."
 )

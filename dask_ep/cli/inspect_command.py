@@ -1,4 +1,4 @@
-"""How does one ask on the command line what a path is?
+"""How is a path inspected on the command line?
 
 dask-ep inspect demo/routing.zarr
 """

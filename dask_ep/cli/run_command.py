@@ -1,4 +1,4 @@
-"""How is a run asked for and told on the command line?
+"""How is a run started and reported on the command line?
 
 dask-ep run job.toml
 dask-ep run job.toml --processes 4 --memory-limit 2GiB --overwrite

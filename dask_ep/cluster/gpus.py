@@ -82,7 +82,7 @@ def choose_protocol(asked: str | None) -> str:
     if asked == "ucx" and not has_ucx:
         raise NoDeviceError(
             "the protocol ucx needs the packages distributed-ucxx and rmm, which are not both "
-            "installed here; pip install distributed-ucxx-cu12 rmm-cu12 (or -cu13), or say "
+            "installed here; pip install distributed-ucxx-cu12 rmm-cu12 (or -cu13), or use "
             "--protocol tcp"
         )
     return asked or ("ucx" if has_ucx else "tcp")

@@ -48,34 +48,33 @@ def own_experts(
     Parameters
     ----------
     client : distributed.Client
-        Of a real cluster or a local one; not an asynchronous client.
+        Client of a real or a local cluster; not an asynchronous one.
     world_size : int, optional
-        Number of ranks; may be more than, equal to or fewer than the workers. Without it: one per
-        GPU if workers declare the resource `GPU`, else one per worker; on a second call of the
-        same client, what it was.
+        Number of ranks; may be more or fewer than the workers. Default: one per GPU if workers
+        declare the resource `GPU`, else one per worker; on a second call of the same client, what
+        it was.
     replicas : mapping of rank to number of owners, optional
-        The scheduler balances the load between the owners of a rank. One owner where not named.
+        The load of a rank is balanced between its owners. Ranks not named have one owner.
     loads : R numbers, optional
-        Work of each rank in any unit, such as token rows; equal without it. Owners get ranks
-        in proportion to their memory.
+        Work of each rank in any unit, such as token rows; default: equal. Owners get ranks in
+        proportion to their memory.
     settle : float, optional
-        Seconds without a change of workers before ranks are rebalanced; 2 at first.
+        Seconds without a change of workers before ranks are rebalanced; default: 2.
     pause_limit : float, optional
-        Seconds after which a worker that paused (memory) loses its ranks; 30 at first.
+        Seconds after which a worker that paused (memory) loses its ranks; default: 30.
     chunks_in_flight : float, optional
-        Most token chunks that are in flight on a worker at once, whatever graphs they are of, so
-        that what waits for a slow rank does not fill its memory. Two more than the worker has
-        threads at first; `inf` for no bound.
+        Most token chunks in flight on a worker at once, of all graphs, so that chunks that wait
+        for a slow rank do not fill its memory. Default: two more than the worker has threads;
+        `inf` for no bound.
     replicate_hot : bool, optional
-        Whether a rank gets a further owner without being asked, for as long as layers are computed:
-        where its worker is busy all the time while rows wait for it, and another one has time and
-        room for its experts (`hot_ranks`). True at first. `Owners.changes` says why.
+        Whether a rank gets a further owner automatically while layers are computed: when its worker
+        is always busy while rows wait for it, and another worker has time and room for its experts
+        (`hot_ranks`). Default: True. `Owners.changes` says why.
 
     Returns
     -------
     Owners
-        Shows and changes who owns what; its `close`, or the end of its `with` block, frees the
-        ranks again.
+        Shows and changes the owners; its `close`, or the end of its `with` block, frees the ranks.
 
     Raises
     ------
@@ -89,19 +88,19 @@ def own_experts(
     Notes
     -----
     Calling it again, from this or from another client, gives a handle to the same owners: there is
-    one plugin on a scheduler. A call changes only what it names. The plugin goes when all clients
-    that called have closed their handles or are gone themselves, and leaves nothing behind. Graphs
+    one plugin on a scheduler. A call changes only what it names. The plugin is removed when all
+    clients that called have closed their handles or are gone, and leaves nothing behind. Graphs
     of another world size than this get owners by the same rules when they arrive.
 
-    A task is given up (KilledWorker) when more workers have died on which it waited than the
-    scheduler's `distributed.scheduler.allowed-failures`, 3 by default: set it to the number of
-    workers or more, where the scheduler starts. `dask_ep.cluster.checks.check_cluster` tells.
+    Dask gives a task up (KilledWorker) when more workers have died with it than the scheduler's
+    `distributed.scheduler.allowed-failures`, 3 by default: set it to the number of workers or more,
+    where the scheduler starts. `dask_ep.cluster.checks.check_cluster` warns about it.
 
     Chunks begin in the order in which Dask would compute them. What a user restricts
     (``workers=``, ``resources=``, annotations) applies to the chunks; services are where
     the owners are.
 
-    A cluster that scales itself (``checks.adapt``) keeps the only owner of a rank while work is
+    A cluster that scales itself (``cluster.adapt``) keeps the only owner of a rank while work is
     pending. It counts the work of the chunks in flight, so set its ``target_duration`` by these.
 
     Where the placement of a graph is local (`dask_ep.laws.travel`), each chunk is read by an owner

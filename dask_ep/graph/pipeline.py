@@ -73,23 +73,22 @@ def expert_parallel(
     tokens : (N, d) Dask array of floats, NumPy- or CuPy-backed
         Chunked along the rows, of known or unknown lengths.
     routing : (N,) or (N, k) Dask array of integers
-        Expert indices; -1 means no expert. Its rows are rechunked to those of `tokens`; with
-        unknown lengths it must come in as many chunks.
+        Expert indices; -1 means no expert. Rechunked to the rows of `tokens`; if lengths are
+        unknown, it must have as many chunks.
     experts : Experts, (E, d, d_out) array, list of matrices, or list of callables
         See `Experts`; bare matrices are linear experts.
     topk_weights : Dask array of floats of the shape of routing, optional
         Multiplies the output of each slot's expert.
     world_size : int, optional
-        R, into how many ranks the experts are divided. Default: the workers of the Dask client in
-        use; 1 without one, since threads share memory.
+        R, the number of ranks that share the experts. Default: the number of workers of the Dask
+        client in use; 1 without a client, since threads share memory.
     placement : Placement, name of a policy, or path of a placement file, optional
         Which rank holds which expert; default: "contiguous", rank r owns the next E/R experts. The
         other policies ("packed", "balanced", "exact") place experts by their load: with more than
-        one rank they, and nothing else, read the routing while the graph is built, once and chunk
-        by chunk. Where it is local
-        (`dask_ep.laws.travel`), `own_experts` has each chunk read by an owner of its home.
+        one rank they read the routing while the graph is built, once and chunk by chunk. With a
+        local placement (`dask_ep.laws.travel`), an owner of a chunk's home reads the chunk.
     precision : "float32" or "bfloat16", optional
-        Of 16-bit products, see `Experts.with_precision`; default: that of the experts, "float32".
+        Precision of 16-bit products, see `Experts.with_precision`; default: that of the experts.
 
     Returns
     -------
@@ -98,23 +97,23 @@ def expert_parallel(
     Raises
     ------
     ValueError, TypeError
-        If shapes, dtypes, chunks or sizes do not fit; before anything is computed. Bad values (an
-        index out of range, a NaN weight) are found in the task, which names chunk and rank.
+        If shapes, dtypes, chunks or sizes do not fit, before anything is computed. Bad values (an
+        index out of range, a NaN weight) are errors of the task, which name chunk and rank.
 
     Warns
     -----
     UnpinnedWarning
-        If there are several ranks on a cluster without `own_experts`: right, but slower.
+        If there are several ranks on a cluster without `own_experts`: correct, but slower.
     dask.array.PerformanceWarning
-        Above `TASKS_ADVISED` tasks.
+        With more than `TASKS_ADVISED` tasks.
 
     Notes
     -----
     C + R + 1 tasks for C chunks; with R = 1, C + 1. A row travels to the owner of its ranks once,
     however many of its slots are served there, and one summed row comes back from each rank.
     In memory at once: a few chunks per thread and the experts. The same chunks, ranks and
-    placement give the same bits on every scheduler, after any failure. Nothing is computed here,
-    but for the load that a placement by name asks for; tokens are never read.
+    placement give the same bits on every scheduler, after any failure. Building the graph computes
+    nothing, except the load for a placement by name; tokens are never read.
     Chunks on a device stay there: packing one and serving a rank bring one copy of a few integers
     to the host each, a placement another; only experts and a placement's tables go to the device.
 

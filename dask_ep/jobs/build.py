@@ -1,4 +1,4 @@
-"""What does a job give, as a lazy array?
+"""What is the output of a job, as a lazy array?
 
     job ── open ──> Inputs: tokens, and routing and experts, or a layer      no data is read
     Inputs ── build ──> Built: the output (n, d_out), and what it depends on

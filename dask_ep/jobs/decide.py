@@ -234,7 +234,7 @@ def _refusal(work: Work, layout: Layout, as_stored: bool, asked: int | None) -> 
     """Say why the job cannot run so, with the numbers, and what to change."""
     law, limit, rows = need(work, layout, as_stored), layout.memory_limit, asked or FEWEST_ROWS
     whose = "a memory limit" if layout.serving == 1 else "each worker's memory limit"
-    whom, instead = "the process", "give more memory, or more and smaller ranks"
+    whom, instead = "the process", "allow more memory, or more and smaller ranks"
     if layout.on_devices and limit is not None and law.at(rows) > limit:
         whose, whom = "the memory limit of a GPU", "CUDA"
         instead = (
@@ -242,7 +242,7 @@ def _refusal(work: Work, layout: Layout, as_stored: bool, asked: int | None) -> 
             "by in passes"
         )
     elif layout.on_devices:
-        whose, instead = "the memory limit of a GPU's worker on the host", "give more memory"
+        whose, instead = "the memory limit of a GPU's worker on the host", "allow more memory"
         law, limit = host_need(work, layout), layout.host_limit
     parts = {name: f"{nbytes / 1e6:.0f} MB" for name, nbytes in law.parts(rows).items()}
     reading = layout.threads * work.read_bytes

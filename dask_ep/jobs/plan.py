@@ -52,14 +52,14 @@ def plan(
     gpu: bool = False,
     device_memory_limit: int | str | None = None,
 ) -> Plan:
-    """Say how a run of these inputs will go, and what it will cost.
+    """Plan a run of these inputs: how it will go, and what it will cost.
 
     Parameters
     ----------
     tokens, routing, experts, topk_weights : as for `expert_parallel`
-        Of the tokens only shape, dtype and chunks are looked at. Or `experts` is a `MoELayer`,
-        whose router and shared experts are priced as well; without a `routing`, its router says it,
-        and reads the tokens for that.
+        Only shape, dtype and chunks of the tokens are used. `experts` may be a `MoELayer`, whose
+        router and shared experts are priced too; without a `routing` its router computes it, which
+        reads the tokens.
     world_size : int, R, optional
         Default: the placement's, else the workers of the Dask client in use, else 1.
     placement : Placement, name of a policy, path of a placement file, or None for contiguous
@@ -86,7 +86,7 @@ def plan(
         Rows of the tokens that are stored together; see `Source.chunk_rows`.
     gpu : bool
         Whether each worker computes on a GPU, as in ``run_job(job, Gpus())``; `memory_limit` is
-        then of its host.
+        then that of its host.
     device_memory_limit : bytes that a run may use of each GPU, as int or text, optional
 
     Returns
@@ -99,18 +99,18 @@ def plan(
     Raises
     ------
     DoesNotFit
-        If a run within the memory limit is refused; with options with which it is not, if there are
+        If no run fits into the memory limit; the error names options that would fit, if there are
         any.
     ValueError
         If the arrays do not fit together, or an expert index is out of range; if nothing can travel
         as it is asked to.
     NoDeviceError
-        With `gpu`, if neither `rates` are given nor a GPU is here to measure them.
+        With `gpu`, if `rates` are not given and there is no GPU to measure them.
 
     Notes
     -----
-    Reads the routing once (or runs the router once), no token and no expert besides. Of callables
-    neither operations nor bytes are known, and both count as none.
+    Reads the routing once (or runs the router once), but no tokens and no experts. Operations and
+    bytes of callables are not known, and count as none.
 
     How the run goes is decided as for `dask_ep.jobs.run.run_job` (`dask_ep.jobs.decide.decide`). A
     graph of `expert_parallel` is what is planned where all experts fit: it has no passes, and holds

@@ -1,4 +1,4 @@
-"""What must a Mixture-of-Experts layer give, said as plainly as possible?
+"""What must a Mixture-of-Experts layer compute, stated as plainly as possible?
 
 Loops over rows and slots, NumPy only, nothing of the package: slow, and what everything else is
 compared with. An expert is a function of one row.

@@ -44,13 +44,13 @@ def load_moe_layer(
         (needs fsspec).
     layer : int
         Number of the decoder layer, from 0.
-    families : of the user's own, which come before those that are known; see `Family`
+    families : your own families, which are tried before the known ones; see `Family`
     residual : bool
-        Add the rows that the block gets to its output, see `MoELayer`. Refused where they are not
-        what the model adds (`Family.pre_norm`), as in all known families.
+        Add the block's input rows to its output, see `MoELayer`. An error where these are not what
+        the model adds (`Family.pre_norm`), as in all known families.
     as_stored : bool
-        A rank holds its routed experts in memory as they are stored, and converts each when its
-        rows come: less memory, more time; see `held_as_stored`.
+        Hold the routed experts of a rank in memory as stored, and convert each when its rows come:
+        less memory, more time; see `held_as_stored`.
 
     Returns
     -------
@@ -159,10 +159,9 @@ class Checkpoint:
         self._check_layer(layer)
         if residual and self.model.family.pre_norm:
             raise ValueError(
-                f"residual=True adds the rows that the block gets, but in {self.model.model_type} "
-                "models these were normalised just before, and the block's output is added to the "
-                "rows from before that: open the layer without residual and add those, "
-                "x + layer(norm(x))"
+                f"residual=True adds the block's input rows, but {self.model.model_type} models "
+                "add the block's output to the rows before their norm: open the layer without "
+                "residual and compute x + layer(norm(x))"
             )
         found = self.prefixes(layer)
         if len(found) != 1:

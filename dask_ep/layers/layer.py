@@ -1,4 +1,4 @@
-"""What does a whole MoE layer give?
+"""What does a whole MoE layer compute?
 
     hidden [..., d] ── rows [n, d] ─┬─ route ──> indices, topk_weights [n, k]
                                     │                     │
@@ -62,15 +62,15 @@ class MoELayer:
     shared : Experts, optional
         Each row goes through all of them.
     shared_gate : (d,) or (1, d), optional
-        Shared experts count sigmoid(row · shared_gate); 1 without it.
+        Weighs the shared experts by sigmoid(row · shared_gate); by 1 without it.
     capacity : Capacity, optional
         How many slots of the whole batch an expert takes; all without it.
     table : (vocabulary, k) integers, optional
         Experts of each token id: the call then needs token ids, and `router_weight` only weighs.
     residual : bool
-        Add the rows that the layer gets to its output. That is the whole of a decoder's MoE step
-        only where the model adds the block's output to the block's own input. Nearly all models
-        are pre-norm: they add it to the rows from before the norm. There leave it False, and write
+        Add the layer's input rows to its output. This is a decoder's whole MoE step only if the
+        model adds the block's output to the block's own input. Nearly all models are pre-norm:
+        they add it to the rows before the norm. For these leave it False, and write
         ``x + layer(norm(x))``.
 
     Raises

@@ -1,4 +1,4 @@
-"""How do bytes of local files get into memory, and how are changed files told?
+"""How do bytes of local files get into memory, and how are changed files recognised?
 
 `fill_from_file` reads from the file straight into the array's memory, with nothing in between;
 what is not there whole is a `ReadError`.

@@ -1,4 +1,4 @@
-"""Which blocks of an output are done, from which inputs, and who is at it?
+"""Which blocks of an output are done, from which inputs, and which process writes it?
 
 Next to an output is a directory that answers:
 
@@ -199,7 +199,7 @@ def acquire(directory: str) -> None:
             holder = _read_holder(file)
         except ValueError as error:
             raise OutputInUse(
-                f"{path} is damaged and does not say who writes this output; if nobody does, "
+                f"{path} is damaged and does not say who writes this output; if no process does, "
                 "remove it"
             ) from error
         if holder is not None and _may_be_alive(holder):

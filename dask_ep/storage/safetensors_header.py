@@ -99,7 +99,7 @@ def parse_header(file: BinaryIO, size: int, path: str) -> dict[str, Tensor]:
             what = "overlaps the one before it" if begin < position else "leaves a gap before it"
             raise ValueError(
                 f"{path}: tensor {name!r} {what}: it starts at byte {begin} of the data, and the "
-                f"tensors before it end at {position}. The file is damaged; get it again"
+                f"tensors before it end at {position}. The file is damaged; download it again"
             )
         tensors[name] = Tensor(dtype, shape, data + begin)
         position = end

@@ -171,7 +171,8 @@ def checked_dtype(dtype: np.dtype, name: str) -> np.dtype:
     if dtype.kind == "V" and not numbers and dtype.names is None:
         raise TypeError(
             f"{name} holds raw bytes ({dtype.str}), which could be any type: np.save stores "
-            "bfloat16 and float8 so. Give it with dtype=, or store it as safetensors or Zarr"
+            "bfloat16 and float8 that way. Pass the type as dtype=, or store it as safetensors or "
+            "Zarr"
         )
     if not numbers:
         raise TypeError(f"{name} must hold numbers, not {dtype}; convert it with astype")

@@ -258,7 +258,7 @@ def refuse_missing(source: Source) -> None:
         some = ", ".join(keys[:5]) + (", ..." if len(keys) > 5 else "")
         raise ReadError(
             f"{source.name}: {len(keys)} chunks are missing in {source.path} ({some}). If they "
-            'were left out because all of their values are the fill value, say missing="fill"'
+            'were left out because all of their values are the fill value, set missing="fill"'
         )
 
 

@@ -60,14 +60,14 @@ def open_tokens(
     chunks : rows per chunk, or the rows of every chunk. By default whole stored chunks, as many as
         make about 32 MiB
     name : for messages; the file's name without it
-    like : array whose row chunks to take, so that routing is cut as its tokens are
+    like : array whose row chunks to use, so that routing is chunked like its tokens
     dtype : see `open_source`
     missing : {"error", "fill"}, optional
-        Zarr chunks that were never written are an error, found here already where the array is
-        local: they look just like lost ones. "fill" takes Zarr's fill value for their rows. Without
-        it, as a `ZarrSource` that is given says.
+        Zarr chunks that were never written are an error, raised here if the array is local: they
+        look just like lost ones. "fill" takes Zarr's fill value for their rows. Default: what a
+        given `ZarrSource` says, else "error".
     xp : {"numpy", "cupy"}
-        Whose arrays the chunks are. "cupy": read into pinned memory, and on their way to the device
+        Library of the chunks' arrays. "cupy": read into pinned memory, and uploaded to the device
         in the same task.
 
     Returns
@@ -78,8 +78,8 @@ def open_tokens(
     Raises
     ------
     ReadError
-        If there is nothing there or chunks are missing; when computed, if a chunk cannot be read
-        whole, naming the block.
+        If the path does not exist or chunks are missing; when computed, if a chunk cannot be read
+        completely, naming the block.
     ValueError
         If the chunks do not add up to the rows.
 
@@ -137,14 +137,14 @@ def store(
     ----------
     y : (N, ...) array, chunked along the rows only, with known chunks
     path : ``.zarr`` (Zarr 3, a chunk per block), ``.npy`` or ``.safetensors`` (one tensor,
-        "output"); on a file system that all workers share. Of a link, its target is written
-    inputs : what `y` is made of, by name or in a row: whatever `open_source` takes, `Experts`, a
+        "output"); on a file system that all workers share. The target of a link is written
+    inputs : what `y` is made of, by name or in a list: whatever `open_source` takes, `Experts`, a
         `MoELayer`, anything else with a ``fingerprint()``, or a fingerprint itself (a mapping)
     settings : JSON-able mapping of what else the result depends on
     resume : continue what an earlier run has left; start if there is nothing. Whether
-        the values are the same is told by `inputs` and `settings` alone
-    overwrite : start again. What an earlier run has finished stays until this one has, so that
-        there must be space for both; what it has left unfinished is removed
+        the values are the same is decided by `inputs` and `settings` alone
+    overwrite : start again. A finished output stays until the new one is finished, so there must be
+        space for both; an unfinished one is removed
     compute : whether to write now; if not, see `Output`
     compressors : for Zarr, as `zarr.create_array` takes them; by default none
     stored_rows : rows of a Zarr chunk, of which every block but the last must have a multiple; by

@@ -31,7 +31,7 @@ from dask_ep.graph import expert_schedule, passes_disk, passes_memory
 from dask_ep.graph.expert_schedule import READS, Rows, Walk
 from dask_ep.graph.passes_disk import Spilled, collect
 from dask_ep.graph.passes_memory import hold
-from dask_ep.graph.spill_files import Layout as SpillLayout
+from dask_ep.graph.spill_files import SpillLayout
 from dask_ep.kernel import reference
 from dask_ep.laws.costs import Rates
 from dask_ep.laws.memory_law import Layout
@@ -289,7 +289,7 @@ def test_what_no_pass_can_fit_is_refused_with_the_numbers():
     with pytest.raises(
         MemoryError,
         match=r"may use 400 MB and must hold 300 MB of its own .* to "
-        r"compute \(1 experts of 100 MB, 2 threads\) .* in all; give more memory",
+        r"compute \(1 experts of 100 MB, 2 threads\) .* in all; allow more memory",
     ):
         choose(LARGE, 400 * MB)
 

@@ -238,7 +238,7 @@ def test_chunks_that_were_never_written_are_zeros_only_where_the_job_says_so(tmp
     write_arrays(tmp_path, **arrays)
     zarr.create_array(tmp_path / "w.zarr", data=arrays["w"], chunks=(1, *arrays["w"].shape[1:]))
     path = write(tmp_path, GOOD.replace("w.npy", "w.zarr"))
-    with pytest.raises(ReadError, match=r"job\.toml: experts\.w: .* say missing=\"fill\""):
+    with pytest.raises(ReadError, match=r"job\.toml: experts\.w: .* set missing=\"fill\""):
         open_inputs(load_job(path))
     y = build_of(load_job(path, missing="fill")).y
     same = build_of(load_job(write(tmp_path, GOOD))).y

@@ -535,7 +535,7 @@ def test_a_private_family_is_one_row_of_data(tmp_path):
 
 @pytest.mark.parametrize("case", CASES)
 def test_rows_that_were_normalised_before_the_block_are_not_added_as_its_residual(case):
-    message = "residual=True adds the rows that the block gets, but in .* normalised just before"
+    message = "residual=True adds the block's input rows, but .* to the rows before their norm"
     with pytest.raises(ValueError, match=message):
         load_moe_layer(FIXTURES / case, LAYER, residual=True)
 

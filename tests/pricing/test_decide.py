@@ -283,7 +283,7 @@ def test_ranks_of_a_placement_file_stay(job_file, tmp_path):
     placement = tmp_path / "placement.json"
     placement.write_text(contiguous(16, 2).to_json())
     job = load_job(job_file, placement=str(placement))
-    with pytest.raises(DoesNotFit, match="give more memory") as no:
+    with pytest.raises(DoesNotFit, match="allow more memory") as no:
         decide(open_inputs(job).work(), lay_out(job, Processes(2, 185_000_000)))
     assert no.value.proposal == {}
 
@@ -306,7 +306,7 @@ def test_a_job_without_rows_is_run_and_gone_on_with(job_file, tmp_path):
 
 
 def test_where_nothing_fits_it_is_said(inputs):
-    with pytest.raises(DoesNotFit, match=r"a memory limit of 179 MB .* in all; give more") as no:
+    with pytest.raises(DoesNotFit, match=r"a memory limit of 179 MB .* in all; allow more") as no:
         decide(inputs.work(), Layout(1, 1, 2, 179_000_000))
     assert no.value.proposal == {}
 

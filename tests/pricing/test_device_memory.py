@@ -149,7 +149,7 @@ def test_a_run_is_refused_by_the_memory_of_either_side(job_file):
     assert decide(inputs.work(True), just).chunk_rows >= FEWEST_ROWS
     for limits, words in (
         ((enough - 1, beside), r"of a GPU of .* for CUDA, .* use more GPUs, or none \(--threads"),
-        ((enough, beside - 1), "of a GPU's worker on the host of .*; give more memory"),
+        ((enough, beside - 1), "of a GPU's worker on the host of .*; allow more memory"),
     ):
         small = Layout(1, 1, THREADS_PER_GPU, limits[0], on_devices=True, host_limit=limits[1])
         with pytest.raises(DoesNotFit, match=words):

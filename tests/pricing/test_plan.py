@@ -476,7 +476,7 @@ def test_more_workers_are_proposed_when_the_experts_are_too_many():
 def test_where_nothing_fits_it_is_said():
     tokens, routing, experts = job(d=512, experts=16)
     arguments = {"workers": 1, "threads": 1, "memory_limit": "180 MB", "rates": RATES}
-    with pytest.raises(DoesNotFit, match="must hold 17 MB of experts, .*; give more") as refused:
+    with pytest.raises(DoesNotFit, match="must hold 17 MB of experts, .*; allow more") as refused:
         plan(tokens, routing, experts, **arguments)
     assert refused.value.proposal == {}
     with pytest.raises(DoesNotFit, match="must hold .* It does not fit with experts in passes"):

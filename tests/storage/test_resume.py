@@ -527,7 +527,9 @@ def test_a_damaged_lock_is_named(path, text):
     begin(path)
     with open(f"{progress_directory(path)}/lock", "w") as file:
         file.write(text)
-    with pytest.raises(OutputInUse, match=r"progress/lock is damaged .* if nobody does, remove it"):
+    with pytest.raises(
+        OutputInUse, match=r"progress/lock is damaged .* if no process does, remove it"
+    ):
         run(path, Steps(), resume=True)
     os.unlink(f"{progress_directory(path)}/lock")
     run(path, Steps(), resume=True)

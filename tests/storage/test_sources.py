@@ -376,7 +376,7 @@ def test_missing_chunks_are_the_fill_value_or_an_error(tmp_path, compressors):
     assert filled.find_missing() == ["c.1.0"]
     strict = open_source(path)
     assert strict.read(4, 6)[:, 0].tolist() == [5, 5]
-    with pytest.raises(ReadError, match=r'1 chunks are missing in .*c\.1\.0.*say missing="fill"'):
+    with pytest.raises(ReadError, match=r'1 chunks are missing in .*c\.1\.0.*set missing="fill"'):
         refuse_missing(strict)
     with pytest.raises(ReadError, match=r"rows \[.*c\.1\.0"):
         strict.read(1, 5)
@@ -469,7 +469,7 @@ def test_raw_bytes_are_no_numbers_until_somebody_says_which(tmp_path):
     rows = numbers((4, 2), BFLOAT16)
     path = tmp_path / "x.npy"
     np.save(path, rows)
-    with pytest.raises(TypeError, match=r"x.npy holds raw bytes \(\|V2\).*Give it with dtype="):
+    with pytest.raises(TypeError, match=r"x.npy holds raw bytes \(\|V2\).*Pass the type as dtype="):
         open_source(path)
     check_rows(open_source(path, dtype="bfloat16"), rows, 1, 4)
     with pytest.raises(TypeError, match=r"x.npy holds \|V2, not float32"):

@@ -132,4 +132,4 @@ def test_public_names_mean_one_thing(trees):
     print(f"\n{len(shared)} public names mean two things:")
     for name, where in shared.items():
         print(f"  {name}: {', '.join(sorted(where))}")
-    assert len(shared) <= 29
+    assert len(shared) <= 8

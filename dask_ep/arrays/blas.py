@@ -29,7 +29,7 @@ from threadpoolctl import ThreadpoolController, threadpool_limits
 
 BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
 
-SMALLEST = 1 << 18
+SMALLEST_PRODUCT = 1 << 18
 """Multiplications below which a product takes less time than the way to another library."""
 
 
@@ -48,7 +48,7 @@ def product(x: np.ndarray, w: np.ndarray, out: np.ndarray | None = None) -> np.n
     array([[3.],
            [3.]])
     """
-    mkl = None if x.size * w.shape[1] < SMALLEST else mkl_where_faster()
+    mkl = None if x.size * w.shape[1] < SMALLEST_PRODUCT else mkl_where_faster()
     if mkl is not None:
         to = np.empty((len(x), w.shape[1]), x.dtype) if out is None else out
         if mkl.multiply(x, w, to):

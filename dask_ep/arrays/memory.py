@@ -26,7 +26,7 @@ import numpy as np
 
 from dask_ep.arrays.namespaces import namespace
 
-SMALLEST = 1 << 20
+SMALLEST_BLOCK = 1 << 20
 """Bytes below which an array is left to the C library, which recycles small blocks well itself."""
 
 KEEP_SECONDS = 2.0
@@ -192,7 +192,7 @@ def empty(shape: tuple[int, ...], dtype: object, like: object = None) -> np.ndar
     xp = np if like is None else namespace(like)
     dtype = np.dtype(dtype)
     nbytes = prod(shape) * dtype.itemsize
-    if xp is not np or nbytes < SMALLEST or dtype.hasobject:
+    if xp is not np or nbytes < SMALLEST_BLOCK or dtype.hasobject:
         return xp.empty(shape, dtype=dtype)
     return _pool.lease(nbytes).view(dtype).reshape(shape)
 

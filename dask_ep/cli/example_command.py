@@ -34,7 +34,9 @@ from dask_ep.jobs import example as examples
     show_default=True,
     help="Experts per row.",
 )
-@click.option("--kind", type=click.Choice(examples.KINDS), default="linear", show_default=True)
+@click.option(
+    "--kind", type=click.Choice(examples.EXAMPLE_KINDS), default="linear", show_default=True
+)
 @click.option(
     "--hidden", type=click.IntRange(1), help="Hidden width of gated experts; default: 2 d."
 )

@@ -47,7 +47,7 @@ from dask_ep.laws.travel import TRAVELS
 from dask_ep.pricing.price import Plan, WhatIf
 from dask_ep.pricing.report import check_drawing, check_place, figures_of, write_plan_report
 
-RATES = tuple(field.name for field in fields(Rates))
+RATE_NAMES = tuple(field.name for field in fields(Rates))
 """What is measured, or given by --rates."""
 
 BAR = 30
@@ -66,7 +66,7 @@ WIDTH = 120
 @click.option(
     "--rates",
     metavar="NAME=NUMBER,...",
-    help=f"Rates per second to use instead of measuring: {', '.join(RATES)}.",
+    help=f"Rates per second to use instead of measuring: {', '.join(RATE_NAMES)}.",
 )
 @click.option("--what-if", "side_by_side", is_flag=True, help="Compare the choices that follow.")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON instead of tables.")
@@ -193,10 +193,10 @@ def parse_rates(text: str, **others: float | None) -> Rates:
                 f"a rate is NAME=NUMBER, such as flops=6e14; got {part!r}"
             ) from None
     given |= {name: number for name, number in others.items() if number is not None}
-    unknown = [name for name in given if name not in RATES]
+    unknown = [name for name in given if name not in RATE_NAMES]
     if unknown or not {"flops", "copy"} <= given.keys():
         raise click.UsageError(
-            f"--rates needs flops and copy, and takes {', '.join(RATES)}; got {text!r}"
+            f"--rates needs flops and copy, and takes {', '.join(RATE_NAMES)}; got {text!r}"
         )
     if not all(0 < rate < math.inf for rate in given.values()):
         raise click.UsageError(f"rates must be finite numbers above 0; got {text!r}")

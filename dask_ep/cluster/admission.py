@@ -18,7 +18,7 @@ import itertools
 import threading
 from collections.abc import Callable
 
-LOOK_SECONDS = 0.1
+READY_LOOK_SECONDS = 0.1
 """How often a thread that waits looks for a task that comes before its own."""
 
 
@@ -93,7 +93,7 @@ class Admission:
 
     def _may_begin(self, me: tuple[tuple, int]) -> bool:
         with self._changed:
-            self._changed.wait_for(lambda: self._is_next(me) or self._is_closed, LOOK_SECONDS)
+            self._changed.wait_for(lambda: self._is_next(me) or self._is_closed, READY_LOOK_SECONDS)
             if self._is_closed:
                 raise RuntimeError("the worker closes")
             if not self._is_next(me):

@@ -22,7 +22,7 @@ import re
 from collections.abc import Collection, Mapping, Sequence
 from math import inf
 
-Owners = list[frozenset[str]]
+RankOwners = list[frozenset[str]]
 """owners[rank]: the workers that serve the rank; empty where none does."""
 
 GAIN = 0.1
@@ -82,7 +82,7 @@ def assign(
     loads: Sequence[float],
     replicas: Sequence[int] | None = None,
     limit: float = inf,
-) -> Owners:
+) -> RankOwners:
     """Give an owner to every rank that lacks one, and take none away from a present worker.
 
     Parameters
@@ -139,7 +139,7 @@ def balance(
     loads: Sequence[float],
     fixed: Collection[int] = (),
     gain: float = GAIN,
-) -> Owners:
+) -> RankOwners:
     """Move ranks from workers that finish late to workers that finish early, while it pays.
 
     Parameters
@@ -175,7 +175,7 @@ def balance(
 
 
 def _best_move(
-    owners: Owners,
+    owners: RankOwners,
     workers: Mapping[str, float],
     loads: Sequence[float],
     fixed: Collection[int],

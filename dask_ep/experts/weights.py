@@ -27,7 +27,7 @@ from dask_ep.storage.sources import ArraySource, Source, open_source, refuse_mis
 FLOAT8_SCALE = np.dtype(ml_dtypes.float8_e8m0fnu)
 """Powers of two: of 8-bit floats they make numbers that bfloat16 holds."""
 
-STEP = 1 << 16
+WIDEN_STEP = 1 << 16
 """Numbers that are widened at once: they stay in cache between the two steps."""
 
 
@@ -217,9 +217,9 @@ def _converted(array: Array, dtype: np.dtype) -> Array:
 
 def _widen(bits: np.ndarray, out: np.ndarray) -> None:
     """Give bfloat16 numbers the 16 bits that float32 has more: twice as fast as ``astype``."""
-    for start in range(0, len(bits), STEP):
-        wide = out[start : start + STEP]
-        wide[...] = bits[start : start + STEP]
+    for start in range(0, len(bits), WIDEN_STEP):
+        wide = out[start : start + WIDEN_STEP]
+        wide[...] = bits[start : start + WIDEN_STEP]
         np.left_shift(wide, 16, out=wide)
 
 

@@ -25,7 +25,7 @@ from dask_ep.graph import tally
 from dask_ep.kernel.context import error_context, explain_kernel_memory, slots_of
 from dask_ep.kernel.device_kernel import INDEX_BYTES
 from dask_ep.kernel.dispatch import aligned, answer_of_rank, dispatch, expert_parallel_dispatch
-from dask_ep.kernel.expert import as_experts
+from dask_ep.kernel.expert import as_local_experts
 from dask_ep.kernel.host_kernel import Served, gather
 from dask_ep.kernel.pack import Combining, Packet, Packing, packet_order, slots_at
 from dask_ep.kernel.segments import sort_slots
@@ -256,7 +256,7 @@ def _serve_one_slot(
     for rank in packing.ranks:
         with error_context(_place(where.chunk, rank, exchange.world_size)):
             start, first = tally.now(), rank * exchange.num_local
-            local = as_experts(ranks[rank], d=packing.d, like=tokens, dtype=compute)
+            local = as_local_experts(ranks[rank], d=packing.d, like=tokens, dtype=compute)
             for e, expert in enumerate(local, first):
                 check_width_of(expert.d_out, exchange.d_out)
                 served.add(e, expert)

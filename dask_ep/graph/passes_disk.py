@@ -26,7 +26,7 @@ from dask_ep.arrays.checks import check_routing, computing_dtype
 from dask_ep.arrays.namespaces import Array
 from dask_ep.experts.prefetch import ExpertsAhead
 from dask_ep.graph.expert_schedule import Rows, Walk
-from dask_ep.graph.spill_files import Layout, Run, SpillFiles
+from dask_ep.graph.spill_files import Run, SpillFiles, SpillLayout
 from dask_ep.kernel.context import error_context
 from dask_ep.kernel.expert import Expert
 from dask_ep.kernel.host_kernel import TILE_BYTES, begin_output, gather, tiles
@@ -80,7 +80,7 @@ class Spilled:
             wide if weighted else np.dtype(dtype),
             wide,
         )
-        self._layout = Layout(counts[group.start : group.stop])
+        self._layout = SpillLayout(counts[group.start : group.stop])
         self._blocks = walk.blocks(self._layout.counts.sum(axis=0))
         self._pieces = self._cut(ranks)
         self._token = tokenize(directory, rows, walk)

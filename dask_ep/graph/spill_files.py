@@ -5,10 +5,10 @@
       answers    chunk 0: expert 0, expert 1, ... │ chunk 1: expert 0, ...    as they come out
       done       a byte for each task, 1 when what it writes is written
 
-A row stands once for each of its slots. The routing tells all places beforehand (`Layout`), so that
-files have their full size before the first row is written, any number of tasks write at once, an
-expert's rows are read from front to back, and so are a chunk's answers. Bytes are read and written
-by position, not mapped: memory is what arrays take.
+A row stands once for each of its slots. The routing tells all places beforehand (`SpillLayout`), so
+that files have their full size before the first row is written, any number of tasks write at once,
+an expert's rows are read from front to back, and so are a chunk's answers. Bytes are read and
+written by position, not mapped: memory is what arrays take.
 
 After a kill the files are as good as before it. After a power loss they are not: start again.
 """
@@ -45,7 +45,7 @@ class Run(NamedTuple):
     #: (c,) place of that row's answer in `answers`
 
 
-class Layout:
+class SpillLayout:
     """The places of all slots of a group of chunks.
 
     Parameters
@@ -54,7 +54,7 @@ class Layout:
 
     Examples
     --------
-    >>> layout = Layout(np.array([[2, 1], [3, 0]]))
+    >>> layout = SpillLayout(np.array([[2, 1], [3, 0]]))
     >>> layout.rows_at.tolist(), layout.answers_at.tolist()
     ([[0, 5], [2, 6]], [[0, 2], [3, 6]])
     >>> run = layout.run(0, 1, 4)

@@ -22,7 +22,7 @@ from dask_ep.layers.scores import largest, softmax
 from dask_ep.storage.writers import Writer, make_writer
 
 FORMATS = ("zarr", "npy", "safetensors")
-KINDS = ("linear", "gated")
+EXAMPLE_KINDS = ("linear", "gated")
 JOB_NAME = "job.toml"
 
 _CHUNK_BYTES = 16 << 20  # of tokens; a chunk and its temporaries stay within a few hundred MB
@@ -61,7 +61,7 @@ class Example:
                 f"k must be at most the number of experts, but k={self.k} slots cannot go to "
                 f"different ones of {self.num_experts} experts"
             )
-        for name, allowed in (("kind", KINDS), ("format", FORMATS)):
+        for name, allowed in (("kind", EXAMPLE_KINDS), ("format", FORMATS)):
             if getattr(self, name) not in allowed:
                 raise ValueError(
                     f"{name} must be one of {', '.join(allowed)}, not {getattr(self, name)!r}"

@@ -34,7 +34,7 @@ from dask_ep.pricing.price import Plan
 from dask_ep.pricing.report import write_run_report
 from dask_ep.pricing.trace import Record, Recorder, forget_peak_memory, peak_memory
 
-OnRecord = Callable[[Record], Any]
+_OnRecord = Callable[[Record], Any]
 
 
 def plan_run(
@@ -52,7 +52,7 @@ def plan_run(
 
 
 @contextmanager
-def recorded(client: Client | None, owners: Owners | None, tell: OnRecord) -> Iterator[None]:
+def recorded(client: Client | None, owners: Owners | None, tell: _OnRecord) -> Iterator[None]:
     """Record what runs inside, and tell it at the end, if that is a good one."""
     record = _on_threads() if client is None else _on_workers(client, owners)
     with record as made:

@@ -19,7 +19,7 @@ from dask_ep.storage.sources import Source, ZarrSource
 _ROUTING_BLOCK = 1 << 16  # rows of the routing looked at together
 
 
-def choose_rows(inputs: Inputs, starts: np.ndarray, rows: int, seed: int) -> np.ndarray:
+def sample_rows(inputs: Inputs, starts: np.ndarray, rows: int, seed: int) -> np.ndarray:
     """Choose about `rows` rows: at block ends, of every expert, and at random.
 
     Parameters

@@ -27,9 +27,9 @@ from dask_ep.arrays.checks import computing_dtype
 from dask_ep.experts.experts import Experts
 from dask_ep.jobs.build import Inputs, open_inputs
 from dask_ep.jobs.job import Job
-from dask_ep.jobs.sample import block_starts, choose_rows, read_rows
+from dask_ep.jobs.sample import block_starts, read_rows, sample_rows
 from dask_ep.kernel import reference
-from dask_ep.kernel.rounding import QUIET, Arithmetic, Scaled, exact
+from dask_ep.kernel.rounding import QUIET, Arithmetic, Scaled, exact_rows
 from dask_ep.layers.layer import MoELayer
 from dask_ep.storage import journal
 from dask_ep.storage.output import progress_directory
@@ -144,7 +144,7 @@ def verify_job(
             "run the job again"
         )
     starts = block_starts(job.out, output)
-    sample = choose_rows(inputs, starts, rows, seed)
+    sample = sample_rows(inputs, starts, rows, seed)
     arithmetic = _arithmetic(job, inputs, output, tolerance)
     routing, expected = _recompute(inputs, sample, arithmetic)
     got = read_rows(output, sample)
@@ -269,7 +269,7 @@ def _apply_experts(
         for slot in range(routing.shape[1]):
             rows = np.flatnonzero(routing[:, slot] == e)
             w = np.abs(weighed[rows, slot, None])
-            x = exact(tokens[rows].astype(np.float64) * (w if on_input else 1.0))
+            x = exact_rows(tokens[rows].astype(np.float64) * (w if on_input else 1.0))
             found = arithmetic.expert(kind, arrays, options, x)
             w = 1.0 if on_input else w
             scale[rows] += w * found.scale
@@ -288,12 +288,12 @@ def _with_shared(layer: MoELayer, tokens: np.ndarray, y: Scaled, arithmetic: Ari
         shared = _apply_experts(layer.shared, tokens, everyone, None, arithmetic)
         if "shared_gate" in layer.arrays:
             gate = layer.arrays["shared_gate"].read().reshape(-1, 1)
-            logits = arithmetic.product(exact(tokens), gate)
+            logits = arithmetic.product(exact_rows(tokens), gate)
             gate = arithmetic.through(lambda v: 0.5 * (1 + np.tanh(0.5 * v)), logits)
             shared = arithmetic.times(shared, gate)
         more.append(shared)
     if layer.residual:
-        rows = exact(tokens)
+        rows = exact_rows(tokens)
         more.append(rows._replace(scale=np.abs(rows.value)))
     value, scale = (np.sum([part[i] for part in more], axis=0) for i in (0, 1))
     return Scaled(value, scale, np.max([part.peak for part in more], axis=0))

@@ -17,13 +17,10 @@ its values are tiny, or which holds an infinity or NaN, is multiplied in float32
 
 from __future__ import annotations
 
-import ml_dtypes
 import numpy as np
 
 from dask_ep.arrays import blas, memory
-from dask_ep.arrays.blas import product
-
-BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
+from dask_ep.arrays.blas import BFLOAT16, product
 
 PARTS = {"float32": 3, "bfloat16": 1}
 """By `precision`: how many bfloat16 numbers stand for one float32 number in a product. One is

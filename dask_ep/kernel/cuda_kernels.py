@@ -248,7 +248,7 @@ def source_of(
     )
 
 
-class Fused:
+class FusedKernels:
     """The kernels on the arrays of one namespace; all are contiguous, and of one device.
 
     Launched on the compute stream. `weights` are float32, or float64 where the rows are, and
@@ -349,10 +349,10 @@ class Fused:
         _launch_rows(kernel, len(answers), (total, rows, answers, *sizes))
 
 
-_fused: dict[str, Fused] = {}
+_fused: dict[str, FusedKernels] = {}
 
 
-def kernels(xp: Any) -> Fused | None:
+def kernels(xp: Any) -> FusedKernels | None:
     """Return the kernels of a namespace, or None if it compiles none."""
     if not hasattr(xp, "RawKernel"):
         return None
@@ -361,7 +361,7 @@ def kernels(xp: Any) -> Fused | None:
         def compile_(name: str, **switches: Any) -> Callable:
             return xp.RawKernel(source_of(**switches), name, options=("--fmad=false",))
 
-        _fused[xp.__name__] = Fused(compile_)
+        _fused[xp.__name__] = FusedKernels(compile_)
     return _fused[xp.__name__]
 
 

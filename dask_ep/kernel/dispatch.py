@@ -25,7 +25,7 @@ from dask_ep.arrays import memory
 from dask_ep.arrays.checks import check_rank, check_routing, check_tokens, computing_dtype
 from dask_ep.arrays.namespaces import UNDERFLOW_IS_ZERO, Array, namespace, one_namespace
 from dask_ep.kernel import device_kernel
-from dask_ep.kernel.expert import Expert, as_experts
+from dask_ep.kernel.expert import Expert, as_local_experts
 from dask_ep.kernel.host_kernel import Answer, Served
 from dask_ep.kernel.segments import Segments, kernel_hint, raise_bad_index, raise_nan, sort_slots
 
@@ -116,7 +116,7 @@ def dispatch(
     check_rank(rank, world_size)
     rank, world_size = int(rank), int(world_size)  # NumPy's small integers would overflow
     compute = computing_dtype(tokens.dtype, on_device=xp is not np)
-    experts = as_experts(expert_Ws, d=tokens.shape[1], like=tokens, dtype=compute)
+    experts = as_local_experts(expert_Ws, d=tokens.shape[1], like=tokens, dtype=compute)
     dtype = tokens.dtype if dtype is None else dtype
     if xp is not np:
         return _on_device(tokens, routing, topk_weights, experts, rank, world_size, dtype)
@@ -153,7 +153,7 @@ def answer_of_rank(
     (m, d_out), see `host_kernel.Answer`
     """
     compute = computing_dtype(tokens.dtype)
-    experts = as_experts(expert_Ws, d=tokens.shape[1], like=tokens, dtype=compute)
+    experts = as_local_experts(expert_Ws, d=tokens.shape[1], like=tokens, dtype=compute)
     d_out = experts[0].d_out if d_out is None else d_out
     answer = Answer(tokens, segments, topk_weights, d_out, rank, len(experts))
     for e, expert in enumerate(experts, rank * len(experts)):

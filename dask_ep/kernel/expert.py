@@ -139,7 +139,7 @@ class _Function(Expert):
         return out
 
 
-def as_experts(
+def as_local_experts(
     expert_Ws: Array | Sequence[Any], *, d: int, like: Array, dtype: np.dtype
 ) -> Sequence[Expert]:
     """Make `Expert`s of matrices, a stacked array, callables, or experts; check their widths."""

@@ -119,7 +119,7 @@ class Arithmetic:
 
 
 @QUIET
-def exact(rows: np.ndarray) -> Scaled:
+def exact_rows(rows: np.ndarray) -> Scaled:
     """Rows as they came, without an error."""
     rows = rows.astype(np.float64)
     return _known(rows, np.zeros_like(rows), np.zeros(len(rows)), np.abs(rows))

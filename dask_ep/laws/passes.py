@@ -36,7 +36,7 @@ RATES = Rates(flops=1.0, copy=5e9)
 """By which the ways are compared: the usual ones of a disk and of memory, so that a plan and a run
 choose alike. Products are the same either way, and are left out."""
 
-CHUNK_BYTES = 32 << 20
+SPILLED_CHUNK_BYTES = 32 << 20
 """Bytes of a token chunk where rows are spilled, at most."""
 
 BLOCK_BYTES = 32 << 20
@@ -261,10 +261,7 @@ def _spill(
     if blocks is None or most < (chunk_rows or FEWEST_ROWS):
         return None
     if chunk_rows is None:
-        fair = -(-work.rows // (CHUNKS_PER_THREAD * layout.threads * (layout.dask_workers or 1)))
-        usual = max(CHUNK_BYTES // max(work.token_bytes, work.d_out * work.dtype.itemsize), 1)
-        chunk_rows = min(usual, max(fair, FEWEST_ROWS), most)
-        chunk_rows = chunk_rows // (unit := _read_together(work, chunk_rows)) * unit
+        chunk_rows = _spilled_chunk_rows(work, layout, most)
     chunks = -(-work.rows // chunk_rows)
     group_chunks = max(chunks, 1)
     if free is not None:
@@ -344,6 +341,14 @@ def _fixed(work: Work, layout: Layout) -> int:
     return PASSES_PROCESS_BYTES + work.layer.loaded + layout.threads * work.read_bytes
 
 
+def _spilled_chunk_rows(work: Work, layout: Layout, most: int) -> int:
+    """Rows of a chunk that is spilled: the usual, or fewer so that all threads get some."""
+    fair = -(-work.rows // (CHUNKS_PER_THREAD * layout.threads * (layout.dask_workers or 1)))
+    usual = SPILLED_CHUNK_BYTES // max(work.token_bytes, work.d_out * work.dtype.itemsize)
+    chunk_rows = min(max(usual, 1), max(fair, FEWEST_ROWS), most)
+    return chunk_rows // (unit := _read_together(work, chunk_rows)) * unit
+
+
 def _spilled_bytes(work: Work) -> int:
     """Bytes that one row takes on the disk, out and back."""
     itemsize = work.wide if work.apply_router_weight_on_input else work.dtype.itemsize
@@ -408,7 +413,7 @@ def _read_together(work: Work, most: int) -> int:
 def _written_together(work: Work, most: int) -> int:
     """Rows of a stored output chunk, of which a chunk of up to `most` rows has a multiple."""
     rows = _read_together(work, most)
-    usual = CHUNK_BYTES // max(work.d_out * work.dtype.itemsize, 1)
+    usual = SPILLED_CHUNK_BYTES // max(work.d_out * work.dtype.itemsize, 1)
     while 2 * rows <= min(usual, most // 8):
         rows *= 2
     return rows

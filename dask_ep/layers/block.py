@@ -14,7 +14,7 @@ from dask_ep.arrays.checks import is_float
 from dask_ep.experts.experts import Experts
 from dask_ep.experts.quantized import Float8Source, Mxfp4Source, stored_in_8_bits
 from dask_ep.layers.families import ACTIVATIONS
-from dask_ep.layers.family import Family, Fused, Key, Layout, PerExpert, find
+from dask_ep.layers.family import Family, Fused, Key, PerExpert, TensorLayout, find
 from dask_ep.layers.layer import MoELayer
 from dask_ep.layers.routing import Router
 from dask_ep.storage.sources import Source
@@ -105,7 +105,7 @@ class Block:
             options["activation"] = ACTIVATIONS[options["activation"]]
         return options
 
-    def find_layout(self) -> Layout:
+    def find_layout(self) -> TensorLayout:
         """The first layout of the family whose names are here, and whose shapes fit."""
         named = [layout for layout in self.family.experts if self.has_names_of(layout)]
         if not named:
@@ -116,18 +116,18 @@ class Block:
             )
         return next(filter(self.has_shapes_of, named), named[0])
 
-    def has_names_of(self, layout: Layout) -> bool:
+    def has_names_of(self, layout: TensorLayout) -> bool:
         if isinstance(layout, Fused):
             return layout.gate_up + ("_blocks" if layout.packed else "") in self.tensors
         return any(name in self.tensors for name in self.shapes_of(layout))
 
-    def has_shapes_of(self, layout: Layout) -> bool:
+    def has_shapes_of(self, layout: TensorLayout) -> bool:
         return all(
             name in self.tensors and self.tensors[name].shape == shape
             for name, shape in self.shapes_of(layout).items()
         )
 
-    def shapes_of(self, layout: Layout) -> dict[str, tuple[int, ...]]:
+    def shapes_of(self, layout: TensorLayout) -> dict[str, tuple[int, ...]]:
         """Name and shape of the matrices of a layout."""
         E, H, F = self.E, self.H, self.width
         if isinstance(layout, PerExpert):

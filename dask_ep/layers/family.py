@@ -113,7 +113,7 @@ class Fused:
     packed: bool = False
 
 
-Layout = PerExpert | Fused
+TensorLayout = PerExpert | Fused
 
 # --- families -----------------------------------------------------------------------------------
 
@@ -182,7 +182,7 @@ class Family:
     width: Any
     router: Mapping[str, Any]
     router_weight: tuple[str, ...]
-    experts: tuple[Layout, ...]
+    experts: tuple[TensorLayout, ...]
     router_bias: tuple[str, ...] = ()
     selection_bias: tuple[str, ...] = ()
     options: Mapping[str, Any] = field(

@@ -27,7 +27,7 @@ from dask_ep.arrays.checks import BadRow, check_tokens, is_float, refuse_masked
 from dask_ep.arrays.namespaces import Array, namespace, one_namespace, to_host
 from dask_ep.layers.scores import CHOSEN_SCORES, GROUP_SCORES, SCORES, SMALLEST, largest
 
-TILE_BYTES = 4 << 20
+LOGIT_TILE_BYTES = 4 << 20
 """Bytes of hidden states, in float64, whose logits are computed together on the CPU: few enough to
 stay in cache from one step to the next, and rows enough to be worth packing the weights for."""
 
@@ -331,7 +331,7 @@ def _logits(hidden: Array, weight: Array, bias: Array | None) -> Iterator[tuple[
     xp = namespace(hidden)
     n, E = hidden.shape[0], weight.shape[0]
     wide = np.float64 if xp is np else np.float32
-    step = max(TILE_BYTES // (8 * max(hidden.shape[1], E)), 1) if xp is np else max(n, 1)
+    step = max(LOGIT_TILE_BYTES // (8 * max(hidden.shape[1], E)), 1) if xp is np else max(n, 1)
     weight = weight.astype(xp.float32, copy=False).astype(wide, copy=False).T
     tile = memory.empty((min(step, n), hidden.shape[1]), wide, like=hidden)
     sums = memory.empty((min(step, n), E), wide, like=hidden)

@@ -28,7 +28,9 @@ def replicate_hottest(
     return replica_of, replicas
 
 
-def pack(loads: np.ndarray, expert_of: np.ndarray, packs: int, capacity: int) -> np.ndarray:
+def balanced_packing(
+    loads: np.ndarray, expert_of: np.ndarray, packs: int, capacity: int
+) -> np.ndarray:
     """Put items, heaviest first, each into the lightest pack with room and without its expert.
 
     loads, expert_of (X, items) -> packed (X, packs, capacity), item numbers, -1 where nothing is.
@@ -93,6 +95,6 @@ def _make_room(
     return pack
 
 
-def look_up(table: np.ndarray, index: np.ndarray) -> np.ndarray:
+def look_up_each(table: np.ndarray, index: np.ndarray) -> np.ndarray:
     """Row by row `table[index]`, with -1 for -1."""
     return np.where(index < 0, -1, np.take_along_axis(table, np.maximum(index, 0), axis=1))

@@ -19,7 +19,7 @@ from __future__ import annotations
 import numpy as np
 
 from dask_ep.arrays.checks import refuse_masked
-from dask_ep.placement.packing import look_up, pack, replicate_hottest
+from dask_ep.placement.packing import balanced_packing, look_up_each, replicate_hottest
 from dask_ep.placement.placement import Placement, verify_placement
 from dask_ep.placement.tickets import TICKETS, ticket_load
 
@@ -152,7 +152,7 @@ def balance_layers(
     group = num_experts // num_groups
     groups = np.broadcast_to(np.arange(num_groups), (layers, num_groups))
     group_loads = loads.reshape(layers, num_groups, group).sum(axis=2)
-    groups_of_node = pack(group_loads, groups, num_nodes, num_groups // num_nodes)
+    groups_of_node = balanced_packing(group_loads, groups, num_nodes, num_groups // num_nodes)
     expert_of = groups_of_node[..., None] * group + np.arange(group)
     expert_of = expert_of.reshape(layers * num_nodes, -1)
 
@@ -163,9 +163,9 @@ def balance_layers(
 
     # 3. The replicas of each node to its ranks.
     replica_loads = np.take_along_axis(loads / replicas, replica_of, axis=1)
-    packs = pack(replica_loads, replica_of, ranks, -(-num_slots // world_size))
-    local = look_up(replica_of, packs.reshape(len(packs), -1))
-    return look_up(expert_of, local).reshape(layers, world_size, -1)
+    packs = balanced_packing(replica_loads, replica_of, ranks, -(-num_slots // world_size))
+    local = look_up_each(replica_of, packs.reshape(len(packs), -1))
+    return look_up_each(expert_of, local).reshape(layers, world_size, -1)
 
 
 def exact(load: np.ndarray, world_size: int, *, max_slots: int | None = None) -> Placement:

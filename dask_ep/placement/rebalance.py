@@ -90,10 +90,10 @@ def moves(before: Placement, after: Placement) -> int:
     return sum(expert >= 0 for _, expert in wanted - held)
 
 
-Change = tuple[float, dict[tuple[int, int], int]]
+_Change = tuple[float, dict[tuple[int, int], int]]
 """Overload that a change takes away per expert loaded, and the new expert of each slot."""
 
-NO_CHANGE: Change = (0.0, {})
+NO_CHANGE: _Change = (0.0, {})
 
 
 class _State(NamedTuple):
@@ -140,7 +140,7 @@ class _State(NamedTuple):
         return self.holds[:, expert].T * change[..., None]
 
 
-def _best_exchange(state: _State) -> Change:
+def _best_exchange(state: _State) -> _Change:
     """The heaviest rank swaps an expert with another rank, or moves it to an empty slot there."""
     mine = state.slots[state.heavy][:, None, None]  # (S, 1, 1), against (R, S)
     gives, takes = state.per_replica[mine], state.per_replica[state.slots]
@@ -160,7 +160,7 @@ def _best_exchange(state: _State) -> Change:
     return float(gain[column, rank, other]), change
 
 
-def _best_replica(state: _State) -> Change:
+def _best_replica(state: _State) -> _Change:
     """An expert of the heaviest rank gets another replica, for a spare one or in an empty slot."""
     hot = state.slots[state.heavy]
     hot = hot[hot >= 0]
@@ -181,7 +181,7 @@ def _best_replica(state: _State) -> Change:
     return float(gain[which, at]), {(rank[at], other[at]): hot[which]}
 
 
-def _best_drop(state: _State) -> Change:
+def _best_drop(state: _State) -> _Change:
     """The heaviest rank gives up a spare replica: the other replicas take its rows."""
     mine = state.slots[state.heavy]
     columns = np.flatnonzero((mine >= 0) & (state.replicas[mine] > 1))

@@ -21,7 +21,7 @@ from dask_ep.kernel.device_kernel import PADDED_ROWS, gather, products
 from dask_ep.laws.costs import Rates
 from dask_ep.pricing.probe import probe_files, rate
 
-MOST_BYTES = 256 << 20
+MOST_DEVICE_BYTES = 256 << 20
 """Of the rows, and of the matrices, that are measured with."""
 
 
@@ -82,9 +82,11 @@ def _measure(
     dtype: np.dtype,
     seconds: float,
 ) -> Rates:
-    rows = max(min(rows, MOST_BYTES // (d * dtype.itemsize)), 1)
+    rows = max(min(rows, MOST_DEVICE_BYTES // (d * dtype.itemsize)), 1)
     of_expert = max(rows * slots // experts, 1)
-    count = max(min(experts, MOST_BYTES // (d * width * dtype.itemsize), rows // of_expert), 1)
+    count = max(
+        min(experts, MOST_DEVICE_BYTES // (d * width * dtype.itemsize), rows // of_expert), 1
+    )
     of_expert = min(of_expert, rows)
     host = pinned_empty(xp, (rows, d), dtype)
     host.fill(1)

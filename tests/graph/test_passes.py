@@ -31,7 +31,7 @@ from dask_ep.graph import expert_schedule, passes_disk, passes_memory
 from dask_ep.graph.expert_schedule import READS, Rows, Walk
 from dask_ep.graph.passes_disk import Spilled, collect
 from dask_ep.graph.passes_memory import hold
-from dask_ep.graph.spill_files import Layout as SpillLayout
+from dask_ep.graph.spill_files import SpillLayout
 from dask_ep.kernel import reference
 from dask_ep.laws.costs import Rates
 from dask_ep.laws.memory_law import Layout

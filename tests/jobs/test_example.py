@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from dask_ep.jobs.corpus import PLACES, TokenRows, find_files
-from dask_ep.jobs.example import FORMATS, KINDS, Example, choose_experts, write_example
+from dask_ep.jobs.example import EXAMPLE_KINDS, FORMATS, Example, choose_experts, write_example
 from dask_ep.jobs.job import load_job
 from dask_ep.storage.sources import open_source
 
@@ -14,7 +14,7 @@ SMALL = {"rows": 700, "d": 16, "num_experts": 6, "k": 2, "chunk_rows": 256}
 
 
 @pytest.mark.parametrize("format", FORMATS)
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", EXAMPLE_KINDS)
 def test_files_have_the_shapes_of_the_example(tmp_path, kind, format):
     example = Example(**SMALL, kind=kind, format=format, hidden=24)
     told = []

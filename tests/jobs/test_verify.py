@@ -19,7 +19,7 @@ from dask_ep.jobs.example import Example, write_example
 from dask_ep.jobs.inspect import advise_chunk_rows, count_routing, inspect_path
 from dask_ep.jobs.job import load_job
 from dask_ep.jobs.run import run_job
-from dask_ep.jobs.sample import choose_rows, find_rows_of_experts, read_rows
+from dask_ep.jobs.sample import find_rows_of_experts, read_rows, sample_rows
 from dask_ep.jobs.verify import plain_expert, verify_job
 from dask_ep.layers.checkpoint import load_moe_layer
 from dask_ep.storage.sources import open_source
@@ -209,8 +209,8 @@ def test_rows_are_read_one_by_one(tmp_path_factory, rows, compressed):
 def test_all_rows_if_there_are_few(done_job):
     inputs = open_inputs(load_job(done_job))
     starts = np.array([0, 700])
-    assert choose_rows(inputs, starts, 10_000, 0).tolist() == list(range(700))
-    one, other = (choose_rows(inputs, starts, 50, seed) for seed in (0, 1))
+    assert sample_rows(inputs, starts, 10_000, 0).tolist() == list(range(700))
+    one, other = (sample_rows(inputs, starts, 50, seed) for seed in (0, 1))
     assert 45 <= len(one) <= 50
     assert one.tolist() != other.tolist()
 

@@ -317,9 +317,9 @@ def test_rows_are_padded_where_that_is_little(monkeypatch):
 def test_experts_that_would_make_too_much_at_a_time_compute_by_themselves(cublas, monkeypatch):
     monkeypatch.setattr(device_kernel, "TOGETHER_BYTES", 30 * 10 * 4)
     made = []
-    gate = cuda_kernels.Fused.gate
+    gate = cuda_kernels.FusedKernels.gate
     monkeypatch.setattr(
-        cuda_kernels.Fused,
+        cuda_kernels.FusedKernels,
         "gate",
         lambda self, hidden, *rest: [made.append(len(hidden)), gate(self, hidden, *rest)],
     )

@@ -25,7 +25,7 @@ import dask.array as da
 import numpy as np
 import xxhash
 from dask.base import DaskMethodsMixin
-from dask.blockwise import BlockwiseDepDict, blockwise
+from dask.blockwise import Blockwise, BlockwiseDepDict, blockwise
 from dask.callbacks import Callback
 from dask.highlevelgraph import HighLevelGraph
 
@@ -92,7 +92,9 @@ class Output(DaskMethodsMixin):
         self.complete = manifest["complete"]
         self.done_before = frozenset(range(len(self.rows)) if self.complete else self._find_done())
         self.missing = tuple(b for b in range(len(self.rows)) if b not in self.done_before)
-        self._name = f"ep_store-{uuid.uuid4().hex}"  # writing is an act: no two of them are one
+        # Writing is an act: no two of them are one.
+        self._name = f"{_fused_with(y)}ep_store-{uuid.uuid4().hex}"
+        self._rest = (0,) * (y.ndim - 1)  # of each key, after the block
         self._graph = self._build_graph(y, sync)
         self._dropped = weakref.finalize(
             self, release_when_written, self.directory, self.__dask_keys__()
@@ -101,7 +103,7 @@ class Output(DaskMethodsMixin):
     def step(self, blocks: Iterable[int]) -> Step:
         """The writing of some of the missing blocks, to be computed by itself before `finish`."""
         missing = set(self.missing)
-        return Step(self._graph, [(self._name, b) for b in blocks if b in missing])
+        return Step(self._graph, [(self._name, b, *self._rest) for b in blocks if b in missing])
 
     def compute(
         self, on_block: Callable[[Receipt], Any] | None = None, **kwargs: Any
@@ -178,8 +180,8 @@ class Output(DaskMethodsMixin):
     def __dask_graph__(self) -> HighLevelGraph:
         return self._graph
 
-    def __dask_keys__(self) -> list[tuple[str, int]]:
-        return [(self._name, block) for block in self.missing]
+    def __dask_keys__(self) -> list[tuple]:
+        return [(self._name, block, *self._rest) for block in self.missing]
 
     def __dask_layers__(self) -> tuple[str, ...]:
         return (self._name,)
@@ -201,10 +203,11 @@ class Output(DaskMethodsMixin):
         job = _Job(
             self._writer, self.directory, self._manifest["run"], self.shape, self.dtype, sync
         )
-        spans = {(b,): (b, starts[b], starts[b + 1]) for b in range(len(self.rows))}
+        axes = tuple(range(y.ndim))
+        spans = {(b, *self._rest): (b, starts[b], starts[b + 1]) for b in range(len(self.rows))}
         layer = blockwise(
-            _store_block, self._name, (0,), y.name, tuple(range(y.ndim)), job, None,
-            BlockwiseDepDict(spans, numblocks=(len(spans),)), (0,),
+            _store_block, self._name, axes, y.name, axes, job, None,
+            BlockwiseDepDict(spans, numblocks=y.numblocks), axes,
             numblocks={y.name: y.numblocks},
         )  # fmt: skip
         return HighLevelGraph.from_collections(self._name, layer, dependencies=[y])
@@ -322,9 +325,14 @@ class _Watch(Callback):
             self.tell(receipt)
 
 
-def _store_block(rows: Any, job: _Job, span: tuple[int, int, int]) -> Receipt:
-    while isinstance(rows, list):  # the one block along each axis but the first
-        (rows,) = rows
+def _fused_with(y: da.Array) -> str:
+    """What the name of the writing begins with where Dask fuses it with what makes `y`."""
+    made, _, token = y.name.rpartition("-")
+    is_ours = made.startswith("ep_") and isinstance(y.dask.layers.get(y.name), Blockwise)
+    return f"{made}-" if is_ours and token else ""
+
+
+def _store_block(rows: np.ndarray, job: _Job, span: tuple[int, int, int]) -> Receipt:
     block, start, stop = span
     if not isinstance(rows, np.ndarray):
         rows = download(rows)

@@ -234,7 +234,7 @@ def test_the_graph_has_one_task_for_each_missing_block_and_what_that_needs(tmp_p
         output = store(y, tmp_path / f"y{kind}", compute=False)
         output.close()
     keys = output.__dask_keys__()
-    assert keys == [(output._name, b) for b in range(4)]
+    assert keys == [(output._name, b, 0) for b in range(4)]
     graph = dict(output.__dask_graph__())
     assert sum(key[0] == output._name for key in graph) == 4
     optimized = dict(output.__dask_optimize__(output.__dask_graph__(), keys))

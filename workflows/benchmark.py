@@ -16,7 +16,7 @@ written to the disk, so that both sides read and write through the page cache. A
 that its limit was measured wrongly: that line is said to have failed, and has no median.
 
 The pipeline runs on threads, on worker processes, and through Dask's own `from_zarr` and `store`.
-Beside it stands what a user would write instead: a careful NumPy loop over experts with its buffers
+Next to it is what a user would write instead: a careful NumPy loop over experts with its buffers
 kept, one `map_blocks` with all experts inside, and R zero-filled outputs summed. They read and
 write through `zarr` and Dask as their users do.
 """

@@ -88,7 +88,7 @@ class DeviceMemoryError(MemoryError):
 
 
 @contextmanager
-def telling_memory(xp: Any, needed: int, rows: int | None = None, held: int = 0) -> Iterator[None]:
+def explain_memory(xp: Any, needed: int, rows: int | None = None, held: int = 0) -> Iterator[None]:
     """Say, if the device runs out of memory inside, what was needed, what is free, and what fits.
 
     Parameters
@@ -125,9 +125,9 @@ def telling_memory(xp: Any, needed: int, rows: int | None = None, held: int = 0)
         ) from error
 
 
-def telling_chunk(chunk: Array, row_bytes: int) -> AbstractContextManager[None]:
+def explain_chunk_memory(chunk: Array, row_bytes: int) -> AbstractContextManager[None]:
     """The same for a step on a loaded chunk: bytes that it takes of each row, at most."""
-    return telling_memory(namespace(chunk), len(chunk) * row_bytes, len(chunk), chunk.nbytes)
+    return explain_memory(namespace(chunk), len(chunk) * row_bytes, len(chunk), chunk.nbytes)
 
 
 def free_memory(xp: Any) -> tuple[int, int]:

@@ -29,7 +29,7 @@ def complain(text: str) -> None:
     click.echo(f"dask-ep: {text}", err=True)
 
 
-def tell_note(text: str) -> None:
+def echo_note(text: str) -> None:
     """Show a note about what looks like a mistake, but may not be one."""
     click.echo(f"note: {text}", err=True)
 

@@ -24,7 +24,7 @@ from rich.table import Table
 
 from dask_ep.arrays import device
 from dask_ep.arrays.device import Device
-from dask_ep.cli.command import tell_note
+from dask_ep.cli.command import echo_note
 from dask_ep.cli.options import (
     choose_local,
     chunks_options,
@@ -138,7 +138,7 @@ def priced_job(
     job = load_job(path, world_size=world_size, placement=placement)
     inputs, where = open_inputs(job), choose_local(**local)
     for note in find_notes(inputs):
-        tell_note(note)
+        echo_note(note)
     devices = _devices_here() if isinstance(where, Gpus) else None
     values = {
         "world_size": [job.world_size],

@@ -15,7 +15,7 @@ import click
 from dask.utils import format_time
 from distributed import Client
 
-from dask_ep.cli.command import FAILED, complain, debug_option, tell_note
+from dask_ep.cli.command import FAILED, complain, debug_option, echo_note
 from dask_ep.cli.options import (
     add_options,
     choose_local,
@@ -188,7 +188,7 @@ def carry_out(where: Where, job: str | None, experts: str | None, **options: Any
         done = runs.run_job(
             parsed,
             where,
-            on_note=tell_note,
+            on_note=echo_note,
             on_progress=on_progress,
             on_client=_show_dashboard,
             on_workers=_show_workers,

@@ -28,7 +28,7 @@ from dask_ep.arrays import device, gemms
 from dask_ep.arrays.blas import limit_blas_for_good
 from dask_ep.arrays.device import Device
 from dask_ep.cluster import device_serialize
-from dask_ep.cluster.interrupts import deaf_children
+from dask_ep.cluster.interrupts import children_ignore_sigint
 from dask_ep.errors import NoDeviceError
 from dask_ep.experts.local_experts import LocalExperts
 from dask_ep.laws.device_memory import THREADS_PER_GPU
@@ -103,7 +103,7 @@ def start_gpus(where: Gpus) -> Iterator[Client]:
     spills = find_spec("dask_cuda") is not None and not any(one.of_host for one in devices)
     make = _dask_cuda_cluster if spills else _plain_cluster
     with dask.config.set(UCX_ON_GPUS):
-        with deaf_children():
+        with children_ignore_sigint():
             started = make(where, devices, protocol)
         with started as cluster, Client(cluster) as client:
             _prepare(client, OnGpu(device_limit(where, devices), where.tf32))

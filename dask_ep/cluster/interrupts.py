@@ -128,7 +128,7 @@ class Aside:
 
 
 @contextmanager
-def deaf_children() -> Iterator[None]:
+def children_ignore_sigint() -> Iterator[None]:
     """Let threads and processes that start meanwhile never hear SIGINT: they leave it to this one.
 
     Ctrl-C on a terminal reaches worker processes as well, which would end in the middle of a task.

@@ -17,12 +17,12 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from dask_ep.arrays.checks import check_routing, check_tokens, computing_dtype
-from dask_ep.arrays.device import telling_chunk, telling_memory
+from dask_ep.arrays.device import explain_chunk_memory, explain_memory
 from dask_ep.arrays.namespaces import Array, namespace, to_host
 from dask_ep.experts.experts import CallableExperts, Experts
 from dask_ep.experts.local_experts import LocalExperts
 from dask_ep.graph import tally
-from dask_ep.kernel.context import naming, slots_of, telling_kernel
+from dask_ep.kernel.context import error_context, explain_kernel_memory, slots_of
 from dask_ep.kernel.device_kernel import INDEX_BYTES
 from dask_ep.kernel.dispatch import aligned, answer_of_rank, dispatch, expert_parallel_dispatch
 from dask_ep.kernel.expert import as_local_experts
@@ -73,7 +73,10 @@ def load_rank(
             import_module(xp),
             experts.parameters * experts.num_experts * dtype.itemsize,
         )
-        with naming(f"loading the experts of rank {rank}"), telling_memory(namespace, needed):
+        with (
+            error_context(f"loading the experts of rank {rank}"),
+            explain_memory(namespace, needed),
+        ):
             return experts.load(xp=namespace, dtype=dtype, given=given or None)
 
     services = find_services(token)
@@ -113,8 +116,8 @@ def compute_chunk_of_one_rank(
     """The output of a chunk where one rank has all experts: nothing is exchanged."""
     place = f"dispatch of token chunk {where.chunk} at rank 0 of 1"
     with (
-        naming(place, where.first_row),
-        telling_kernel(tokens, slots_of(routing), experts, exchange.d_out),
+        error_context(place, where.first_row),
+        explain_kernel_memory(tokens, slots_of(routing), experts, exchange.d_out),
     ):
         start = tally.now()
         out = expert_parallel_dispatch(
@@ -152,10 +155,10 @@ def pack(
     tokens: Array, routing: Array, topk_weights: Array | None, where: Where, exchange: Exchange
 ) -> Packing:
     """Check a chunk and sort its slots by physical expert."""
-    with naming(_pack_of(where.chunk), where.first_row):
+    with error_context(_pack_of(where.chunk), where.first_row):
         check_tokens(tokens)
         check_routing(routing, topk_weights, n=tokens.shape[0])
-        with telling_chunk(tokens, _packed_row_bytes(tokens, slots_of(routing))):
+        with explain_chunk_memory(tokens, _packed_row_bytes(tokens, slots_of(routing))):
             if exchange.placement is not None:
                 routing = exchange.placement.rewrite(routing, where.first_row or 0, where.home)
             return Packing(
@@ -166,7 +169,10 @@ def pack(
 def cut(packing: Packing, ranks: Sequence[int], chunk: int) -> Packet:
     """Gather what the owner of some ranks needs of a chunk."""
     tokens = packing.tokens
-    with naming(_pack_of(chunk)), telling_chunk(tokens, _packed_row_bytes(tokens, packing.k)):
+    with (
+        error_context(_pack_of(chunk)),
+        explain_chunk_memory(tokens, _packed_row_bytes(tokens, packing.k)),
+    ):
         return packing.packet(ranks)
 
 
@@ -178,10 +184,10 @@ def combine(
     sums = computing_dtype(tokens.dtype).itemsize + tokens.dtype.itemsize
     one = exchange.d_out * sums + (exchange.world_size + packing.k) * INDEX_BYTES
     place = f"combine of token chunk {where.chunk}"
-    with naming(place), telling_chunk(tokens, one):
+    with error_context(place), explain_chunk_memory(tokens, one):
         total = Combining(packing, exchange.d_out, tokens.dtype)
     for rank, answer in answers:
-        with naming(place), telling_chunk(tokens, one):
+        with error_context(place), explain_chunk_memory(tokens, one):
             total.add(rank, answer)
     return total.output()
 
@@ -196,7 +202,7 @@ def serve_in_place(
     if packing.on_device:
         packet = cut(packing, [rank], chunk)
         return _serve_on_device(packet, rank, experts, packing, chunk, d_out)
-    with naming(_place(chunk, rank, packing.world_size)):
+    with error_context(_place(chunk, rank, packing.world_size)):
         out = answer_of_rank(packing.tokens, packing.segments, packing.topk_weights, experts, rank)
         return check_width(out, d_out)
 
@@ -223,7 +229,7 @@ def serve_packet(
     segments = sort_slots(routing, weights, places, 0, 1)
     answers = []
     for rank, local in zip(ranks, experts, strict=True):
-        with naming(_place(chunk, rank, exchange.world_size)):
+        with error_context(_place(chunk, rank, exchange.world_size)):
             out = answer_of_rank(rows, segments, weights, local, rank)
             answers.append(check_width(out, exchange.d_out))
     return answers
@@ -248,7 +254,7 @@ def _serve_one_slot(
     compute = computing_dtype(tokens.dtype)
     served = Served(tokens, packing.segments, weights, exchange.d_out)
     for rank in packing.ranks:
-        with naming(_place(where.chunk, rank, exchange.world_size)):
+        with error_context(_place(where.chunk, rank, exchange.world_size)):
             start, first = tally.now(), rank * exchange.num_local
             local = as_local_experts(ranks[rank], d=packing.d, like=tokens, dtype=compute)
             for e, expert in enumerate(local, first):
@@ -271,8 +277,8 @@ def _serve_on_device(
     k = slots_of(routing)
     sums = rows.dtype if k == 1 else computing_dtype(rows.dtype)
     with (
-        naming(_place(chunk, rank, layer.world_size)),
-        telling_kernel(rows, k, experts, d_out),
+        error_context(_place(chunk, rank, layer.world_size)),
+        explain_kernel_memory(rows, k, experts, d_out),
     ):
         out = dispatch(rows, routing, weights, experts, rank, layer.world_size, dtype=sums)
         return check_width(out, d_out)

@@ -27,7 +27,7 @@ from dask_ep.arrays.namespaces import Array
 from dask_ep.experts.prefetch import ExpertsAhead
 from dask_ep.graph.expert_schedule import Rows, Walk
 from dask_ep.graph.spill_files import Run, SpillFiles, SpillLayout
-from dask_ep.kernel.context import naming
+from dask_ep.kernel.context import error_context
 from dask_ep.kernel.expert import Expert
 from dask_ep.kernel.host_kernel import TILE_BYTES, begin_output, gather, tiles
 from dask_ep.kernel.segments import sort_slots
@@ -206,7 +206,7 @@ def _spill_chunk(
     chunk: int,
     number: int,
 ) -> Receipt:
-    with naming(f"token chunk {chunk}, to be spilled"):
+    with error_context(f"token chunk {chunk}, to be spilled"):
         if files.is_done(number):
             return Receipt(chunk, 0, 0)
         check_routing(routing, topk_weights, n=tokens.shape[0])
@@ -235,7 +235,7 @@ def _serve_piece(
     files: SpillFiles,
     block: tuple[int, ...],
 ) -> Receipt:
-    with naming(f"dispatch of spilled rows to experts {block[0]} to {block[-1]}"):
+    with error_context(f"dispatch of spilled rows to experts {block[0]} to {block[-1]}"):
         nbytes = 0
         if not files.is_done(piece.number):
             for run in piece.runs:
@@ -271,7 +271,7 @@ def _collect_chunk(
     dtype: np.dtype,
     chunk: int,
 ) -> Array:
-    with naming(f"sum of token chunk {chunk}"):
+    with error_context(f"sum of token chunk {chunk}"):
         segments = sort_slots(routing, topk_weights, len(counts), 0, 1)
         _check_counts(segments.bounds, counts)
         weights = None if topk_weights is None else topk_weights.reshape(-1)

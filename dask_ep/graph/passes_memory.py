@@ -26,7 +26,7 @@ from dask_ep.arrays.checks import check_routing
 from dask_ep.arrays.namespaces import Array
 from dask_ep.experts.prefetch import ExpertsAhead
 from dask_ep.graph.expert_schedule import Rows, Walk
-from dask_ep.kernel.context import naming
+from dask_ep.kernel.context import error_context
 from dask_ep.kernel.host_kernel import Served
 from dask_ep.kernel.segments import sort_slots
 from dask_ep.storage.output import SERVED, SPILLED, Receipt
@@ -123,7 +123,7 @@ def _hold(
     chunk: int,
     in_place: bool,
 ) -> Held:
-    with naming(f"token chunk {chunk}"):
+    with error_context(f"token chunk {chunk}"):
         check_routing(routing, topk_weights, n=tokens.shape[0])
         segments = sort_slots(routing, topk_weights, num_experts, 0, 1)
         return Held(Served(tokens, segments, topk_weights, d_out, in_place=in_place), chunk)
@@ -132,7 +132,9 @@ def _hold(
 def _serve_held(
     held: Held, experts: ExpertsAhead, after: Any, block: tuple[int, ...], b: int, worked: float
 ) -> Held:
-    with naming(f"dispatch of token chunk {held.chunk} to experts {block[0]} to {block[-1]}"):
+    with error_context(
+        f"dispatch of token chunk {held.chunk} to experts {block[0]} to {block[-1]}"
+    ):
         for local, e in enumerate(block):
             held.served.add(e, experts[local])
     held.receipt = Receipt(held.chunk, 0, 0, worked, b)

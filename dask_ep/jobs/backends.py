@@ -36,7 +36,7 @@ from dask_ep.cluster.gpus import (
     limit_of_cluster,
     start_gpus,
 )
-from dask_ep.cluster.interrupts import Wait, deaf_children
+from dask_ep.cluster.interrupts import Wait, children_ignore_sigint
 from dask_ep.cluster.workers import Workers, counted_workers
 from dask_ep.jobs.build import WEIGHT_KEYS, Inputs, resolve_placement
 from dask_ep.jobs.job import Job
@@ -278,7 +278,7 @@ def started(
 
 
 def _local_cluster(where: Processes) -> LocalCluster:
-    with deaf_children(), dask.config.set(MALLOC):
+    with children_ignore_sigint(), dask.config.set(MALLOC):
         return LocalCluster(
             n_workers=where.count,
             threads_per_worker=1,

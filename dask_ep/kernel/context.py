@@ -9,13 +9,13 @@ from typing import Any
 import numpy as np
 
 from dask_ep.arrays.checks import BadRow, place_of_row
-from dask_ep.arrays.device import DeviceMemoryError, telling_chunk
+from dask_ep.arrays.device import DeviceMemoryError, explain_chunk_memory
 from dask_ep.arrays.namespaces import Array, namespace
 from dask_ep.kernel.device_kernel import row_bytes
 
 
 @contextmanager
-def naming(place: str, first_row: int | None = None) -> Iterator[None]:
+def error_context(place: str, first_row: int | None = None) -> Iterator[None]:
     """Say in an error which step, chunk and rank it comes from, and which row if it is of one.
 
     `first_row` is that of the chunk in the whole array, as far as it is known.
@@ -31,7 +31,7 @@ def naming(place: str, first_row: int | None = None) -> Iterator[None]:
         raise
 
 
-def telling_kernel(
+def explain_kernel_memory(
     tokens: Array, k: int, experts: Sequence[Any], d_out: int, extra_row_bytes: int = 0
 ) -> AbstractContextManager[None]:
     """Say what a chunk needs, if the device that computes it has not enough memory.
@@ -42,7 +42,7 @@ def telling_kernel(
         return nullcontext()
     widest = max((getattr(expert, "widest", d_out) for expert in experts), default=0)
     one = row_bytes(tokens.shape[1], d_out, widest, k, tokens.dtype.itemsize)
-    return telling_chunk(tokens, one + extra_row_bytes)
+    return explain_chunk_memory(tokens, one + extra_row_bytes)
 
 
 def slots_of(routing: Array) -> int:

@@ -26,12 +26,12 @@ from dask.task_spec import Task, TaskRef
 
 from dask_ep.arrays import memory
 from dask_ep.arrays.checks import computing_dtype
-from dask_ep.arrays.device import telling_memory
+from dask_ep.arrays.device import explain_memory
 from dask_ep.arrays.namespaces import UNDERFLOW_IS_ZERO, Array, namespace
 from dask_ep.experts.experts import CallableExperts, Experts, as_experts
 from dask_ep.graph.pipeline import expert_parallel
 from dask_ep.graph.rows import array_of, chunked_like, keys_of, rows_of, unflatten, xp_name
-from dask_ep.kernel.context import naming, telling_kernel
+from dask_ep.kernel.context import error_context, explain_kernel_memory
 from dask_ep.kernel.dispatch import dispatch
 from dask_ep.layers.capacity import Capacity, ExpertChoice
 from dask_ep.layers.layer_checks import (
@@ -305,7 +305,7 @@ def _load_shared(
     shared: Experts | CallableExperts, gate: dict[str, SmallArray], xp_name: str, dtype: np.dtype
 ) -> tuple[Any, Array | None]:
     xp, needed = import_module(xp_name), shared.parameters * shared.num_experts * dtype.itemsize
-    with naming("loading the shared experts"), telling_memory(xp, needed):
+    with error_context("loading the shared experts"), explain_memory(xp, needed):
         loaded = shared.load(xp=xp, dtype=dtype)
     if not gate:
         return loaded, None
@@ -320,8 +320,8 @@ def _finish(
     experts, d_out = () if shared is None else shared[0], routed.shape[1]
     sums = 3 * d_out * computing_dtype(rows.dtype).itemsize
     with (
-        naming(f"shared experts and residual of token chunk {chunk}"),
-        telling_kernel(rows, len(experts), experts, d_out, extra_row_bytes=sums),
+        error_context(f"shared experts and residual of token chunk {chunk}"),
+        explain_kernel_memory(rows, len(experts), experts, d_out, extra_row_bytes=sums),
     ):
         return _added(rows, routed, shared, residual)
 

@@ -24,7 +24,7 @@ from dask.highlevelgraph import HighLevelGraph
 from dask.task_spec import Task, TaskRef
 
 from dask_ep.arrays.checks import is_float, place_of_row
-from dask_ep.arrays.device import DeviceMemoryError, telling_chunk
+from dask_ep.arrays.device import DeviceMemoryError, explain_chunk_memory
 from dask_ep.arrays.namespaces import UNDERFLOW_IS_ZERO, Array, namespace
 from dask_ep.graph.rows import array_of, block_by_block, first_rows, keys_of, xp_name
 from dask_ep.kernel.device_kernel import INDEX_BYTES
@@ -191,7 +191,7 @@ def _routing(
     """Say in an error which chunk was routed, and what it needs, if the device has too little."""
     row_bytes = 8 * hidden.shape[1] + SCORE_BYTES * num_experts + INDEX_BYTES * k
     try:
-        with telling_chunk(hidden, row_bytes):
+        with explain_chunk_memory(hidden, row_bytes):
             yield
     except DeviceMemoryError as error:
         raise DeviceMemoryError(f"routing of token chunk {chunk}: {error}") from error

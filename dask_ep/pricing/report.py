@@ -55,15 +55,15 @@ def write_plan_report(path: str | PathLike, compared: WhatIf) -> None:
     if len(compared.plans) > 1:
         sections.append(_heading("Choices", compared.why))
         sections.append(figures.draw_choices(compared.plans, best))
-    sections += [_heading("Load", _said_of_load(best)), figures.draw_expert_load(best)]
+    sections += [_heading("Load", _text_on_load(best)), figures.draw_expert_load(best)]
     if best.has_ranks:
         sections += [
             figures.draw_rank_load(best),
             figures.draw_imbalance(_imbalances(best)),
-            _heading("Between chunks and ranks", _said_of_traffic(best)),
+            _heading("Between chunks and ranks", _text_on_traffic(best)),
             _planned_traffic(best),
         ]
-    sections += [_heading("Memory", _said_of_memory(best)), figures.draw_memory(best)]
+    sections += [_heading("Memory", _text_on_memory(best)), figures.draw_memory(best)]
     if best.advice:
         sections.append(_heading("Advice", ". ".join(best.advice)))
     _write(path, "Plan", _title(best), sections)
@@ -98,9 +98,9 @@ def write_run_report(
         *([_heading("", note)] if note else []),
         _table("Planned and measured", ("", "planned", "measured"), _both(plan, record)),
         *([f'<p><a href="{escape(link)}">Dask\'s own report of this run</a></p>'] if link else []),
-        _heading("Load", _said_of_load(plan)),
+        _heading("Load", _text_on_load(plan)),
         *(_of_ranks(plan, record) if plan.has_ranks else [figures.draw_expert_load(plan)]),
-        _heading("Memory", _said_of_memory(plan)),
+        _heading("Memory", _text_on_memory(plan)),
         figures.draw_memory(plan, record.peak_bytes),
         _heading("Time", said),
         figures.draw_time_line(record),
@@ -110,7 +110,7 @@ def write_run_report(
     if bars > most:
         said = f"The time line shows the longest {most:,} of {bars:,} tasks and servings."
         sections.append(_heading("", said))
-    sections.append(_heading("Faults and moves", _said_of_events(record)))
+    sections.append(_heading("Faults and moves", _text_on_events(record)))
     if record.events:
         rows = [(f"{event.time:.2f} s", event.what) for event in record.events]
         sections.append(_table("", ("at", "what"), rows))
@@ -279,7 +279,7 @@ def _of_ranks(plan: Plan, record: Record) -> list[object]:
         figures.draw_rank_load(plan, received),
         _table("", ("rank", "planned rows", "measured rows"), _ranks(plan, received)),
         figures.draw_imbalance(_imbalances(plan)),
-        _heading("Between chunks and ranks", _said_of_traffic(plan)),
+        _heading("Between chunks and ranks", _text_on_traffic(plan)),
         _planned_traffic(plan),
         *_measured_traffic(plan, record),
         _table("Services", SERVICE_COLUMNS, _services(record)),
@@ -352,7 +352,7 @@ def _imbalances(plan: Plan) -> dict[str, float]:
     return found if plan.policy in found else {"this placement": plan.imbalance, **found}
 
 
-def _said_of_load(plan: Plan) -> str:
+def _text_on_load(plan: Plan) -> str:
     hottest = int(plan.expert_rows.argmax())
     pairs = max(int(plan.expert_rows.sum()), 1)
     said = (
@@ -364,7 +364,7 @@ def _said_of_load(plan: Plan) -> str:
     return f"{said}; the busiest rank, {busiest}, serves {plan.imbalance:.2f} times the mean."
 
 
-def _said_of_traffic(plan: Plan) -> str:
+def _text_on_traffic(plan: Plan) -> str:
     rows = int(plan.packet_rows.sum())
     said = (
         f"Ranks serve {rows:,} rows, {rows / max(plan.rows, 1):.2f} for each token row, however "
@@ -378,7 +378,7 @@ def _said_of_traffic(plan: Plan) -> str:
     )
 
 
-def _said_of_events(record: Record) -> str:
+def _text_on_events(record: Record) -> str:
     again = record.repeated + record.served_again
     if not record.events and not again:
         return "No worker came or went, no rank moved, and nothing was computed twice."
@@ -389,7 +389,7 @@ def _said_of_events(record: Record) -> str:
     )
 
 
-def _said_of_memory(plan: Plan) -> str:
+def _text_on_memory(plan: Plan) -> str:
     said = []
     for what, (nbytes, limit) in plan.memory_figures.items():
         of = "no limit was given" if limit is None else f"the limit is {format_bytes(limit)}"

@@ -23,7 +23,7 @@ from dask.blockwise import BlockwiseDepDict, blockwise
 from dask.highlevelgraph import HighLevelGraph
 
 from dask_ep.arrays.checks import check_byte_order, refuse_masked
-from dask_ep.arrays.device import telling_memory
+from dask_ep.arrays.device import explain_memory
 from dask_ep.arrays.lanes import pinned_empty, upload
 from dask_ep.arrays.namespaces import Array
 from dask_ep.storage import journal
@@ -251,7 +251,7 @@ def _read_block(source: Source, span: tuple[int, int, int], xp: str) -> Array:
 
 def _read_to_device(source: Source, start: int, stop: int, xp: Any) -> Array:
     pinned = pinned_empty(xp, (stop - start, *source.shape[1:]), source.dtype)
-    with telling_memory(xp, pinned.nbytes, stop - start):
+    with explain_memory(xp, pinned.nbytes, stop - start):
         return upload(xp, source.read(start, stop, out=pinned))
 
 

@@ -34,6 +34,10 @@ TILE_ROWS = (192, 1024)
 """Fewest and most rows of one product on the CPU, however wide or narrow: with fewer, packing the
 matrix costs more than a tenth of the product; with more, nothing is gained and cache is lost."""
 
+MOST_SLOTS_TO_WRITE = 1.5
+"""Slots that each row has at a rank, on average, up to which its answer is written, not added to
+zeros: a rank of few experts."""
+
 Write = Callable[..., None]
 """Adds rows (m, d_out) to rows (m,) of an output, or writes them: `add_rows`, `assign_rows`."""
 
@@ -123,8 +127,11 @@ class Answer(Served):
         rows = segments.rows_of(rank, num_local, len(tokens))
         count = rows.stop - rows.start if isinstance(rows, slice) else len(rows)
         self.out = memory.empty((count, d_out), computing_dtype(tokens.dtype), like=tokens)
-        self.out.fill(0)
-        self._write = add_rows
+        if last - self._first > MOST_SLOTS_TO_WRITE * count:
+            self.out.fill(0)
+            self._write = add_rows
+        else:
+            self._is_new, self._write = np.ones(count, bool), self._write_or_add
         self._place = np.empty(len(tokens), np.intp)
         self._place[rows] = np.arange(count)
 
@@ -132,6 +139,21 @@ class Answer(Served):
         if self._segments.k == 1:
             return slice(tile.start - self._first, tile.stop - self._first)
         return self._place[rows]
+
+    def _write_or_add(
+        self, out: Array, rows: Array, y: Array, weights: Array | None = None
+    ) -> None:
+        """Write y (m, d), times weights (m,), to rows (m,) not yet written to; add it to others."""
+        new = self._is_new[rows]
+        self._is_new[rows] = False
+        old = np.flatnonzero(~new)
+        if 2 * len(old) > len(rows) or (rows[1:] == rows[:-1]).any():
+            out[rows[new]] = 0
+            add_rows(out, rows, y, weights)
+            return
+        before = out[rows[old]]
+        assign_rows(out, rows, y, weights)
+        out[rows[old]] = before + y[old]  # `y` is weighed now
 
 
 def begin_output(

@@ -24,9 +24,9 @@ from dask_ep.experts.local_experts import LocalExperts
 from dask_ep.graph import tally
 from dask_ep.kernel.context import error_context, explain_kernel_memory, slots_of
 from dask_ep.kernel.device_kernel import INDEX_BYTES
-from dask_ep.kernel.dispatch import aligned, answer_of_rank, dispatch, expert_parallel_dispatch
+from dask_ep.kernel.dispatch import aligned, dispatch, expert_parallel_dispatch
 from dask_ep.kernel.expert import as_local_experts
-from dask_ep.kernel.host_kernel import Served, gather
+from dask_ep.kernel.host_kernel import Served, answer_of_rank, gather
 from dask_ep.kernel.pack import Combining, Packet, Packing, packet_order, slots_at
 from dask_ep.kernel.segments import sort_slots
 from dask_ep.placement.policies import Placement

@@ -26,8 +26,8 @@ from dask_ep.arrays.checks import check_rank, check_routing, check_tokens, compu
 from dask_ep.arrays.namespaces import UNDERFLOW_IS_ZERO, Array, namespace, one_namespace
 from dask_ep.kernel import device_kernel
 from dask_ep.kernel.expert import Expert, as_local_experts
-from dask_ep.kernel.host_kernel import Answer, Served
-from dask_ep.kernel.segments import Segments, kernel_hint, raise_bad_index, raise_nan, sort_slots
+from dask_ep.kernel.host_kernel import Served
+from dask_ep.kernel.segments import kernel_hint, raise_bad_index, raise_nan, sort_slots
 
 
 def expert_parallel_dispatch(
@@ -130,37 +130,6 @@ def dispatch(
 
 
 @UNDERFLOW_IS_ZERO
-def answer_of_rank(
-    tokens: Array,
-    segments: Segments,
-    topk_weights: Array | None,
-    expert_Ws: Array | Sequence[Any],
-    rank: int,
-    d_out: int | None = None,
-) -> Array:
-    """As `expert_parallel_dispatch` on the host, with the rank's own rows alone, already sorted.
-
-    Parameters
-    ----------
-    tokens, topk_weights : of a chunk or packet, checked
-    segments : of its slots at all physical experts
-    expert_Ws : the experts of the rank
-    rank : r
-    d_out : width of the experts' rows, where it is known
-
-    Returns
-    -------
-    (m, d_out), see `host_kernel.Answer`
-    """
-    compute = computing_dtype(tokens.dtype)
-    experts = as_local_experts(expert_Ws, d=tokens.shape[1], like=tokens, dtype=compute)
-    d_out = experts[0].d_out if d_out is None else d_out
-    answer = Answer(tokens, segments, topk_weights, d_out, rank, len(experts))
-    for e, expert in enumerate(experts, rank * len(experts)):
-        answer.add(e, expert)
-    return answer.out
-
-
 def aligned(array: Array) -> Array:
     """The array, or a copy of it in memory that is aligned to its numbers.
 

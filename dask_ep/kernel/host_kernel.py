@@ -11,7 +11,8 @@ Each a tile at a time, which stays in cache from one step to the next:
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import numpy as np
 from scipy.sparse._sparsetools import csc_matvecs  # public `csc_array @ y` allocates
@@ -20,7 +21,7 @@ from dask_ep.arrays import memory
 from dask_ep.arrays.checks import computing_dtype
 from dask_ep.arrays.namespaces import UNDERFLOW_IS_ZERO, Array, namespace
 from dask_ep.kernel import device_kernel
-from dask_ep.kernel.expert import Expert
+from dask_ep.kernel.expert import Expert, as_local_experts
 from dask_ep.kernel.segments import Segments
 
 TILE_BYTES = 8 << 20
@@ -154,6 +155,37 @@ class Answer(Served):
         before = out[rows[old]]
         assign_rows(out, rows, y, weights)
         out[rows[old]] = before + y[old]  # `y` is weighed now
+
+
+def answer_of_rank(
+    tokens: Array,
+    segments: Segments,
+    topk_weights: Array | None,
+    expert_Ws: Array | Sequence[Any],
+    rank: int,
+    d_out: int | None = None,
+) -> Array:
+    """As `expert_parallel_dispatch` on the host, with the rank's own rows alone, already sorted.
+
+    Parameters
+    ----------
+    tokens, topk_weights : of a chunk or packet, checked
+    segments : of its slots at all physical experts
+    expert_Ws : the experts of the rank
+    rank : r
+    d_out : width of the experts' rows, where it is known
+
+    Returns
+    -------
+    (m, d_out), see `Answer`
+    """
+    compute = computing_dtype(tokens.dtype)
+    experts = as_local_experts(expert_Ws, d=tokens.shape[1], like=tokens, dtype=compute)
+    d_out = experts[0].d_out if d_out is None else d_out
+    answer = Answer(tokens, segments, topk_weights, d_out, rank, len(experts))
+    for e, expert in enumerate(experts, rank * len(experts)):
+        answer.add(e, expert)
+    return answer.out
 
 
 def begin_output(

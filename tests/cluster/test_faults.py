@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 
 from dask_ep import Experts, expert_parallel, own_experts
-from dask_ep.cluster.asking import LostOwnerError
 from dask_ep.cluster.owner_plugin import PLUGIN
+from dask_ep.cluster.services import LostOwnerError
 from dask_ep.storage.sources import Source
 from tests.cluster_processes import DEADLINE, Cluster, addresses, wait_until
 from tests.fault_scenarios import (

@@ -15,8 +15,8 @@ from distributed import Client
 from distributed.core import Status
 
 from dask_ep import Experts, expert_parallel, own_experts
-from dask_ep.cluster.asking import LostOwnerError
 from dask_ep.cluster.owner_plugin import METADATA, PLUGIN
+from dask_ep.cluster.services import LostOwnerError
 from dask_ep.graph.pipeline import count_tasks
 from dask_ep.storage.sources import open_source
 from tests.cluster_processes import DEADLINE, Cluster, addresses, wait_until

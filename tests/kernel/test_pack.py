@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from dask_ep.kernel import reference
-from dask_ep.kernel.dispatch import answer_of_rank
+from dask_ep.kernel.host_kernel import answer_of_rank
 from dask_ep.kernel.pack import Combining, Packet, Packing
 from dask_ep.kernel.segments import sort_slots
 from tests.strategies import Case, cases

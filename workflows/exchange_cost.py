@@ -149,6 +149,8 @@ def of_bytes(folder: Path, scale: float) -> None:
     rows, d, E, workers = max(int(20_000 * scale), 2000), 512, 12, 4
     print("\nbytes: four workers\n\n| k | ranks a worker | received / law | sent / law |")
     print("|---|---|---|---|")
+    np.save(folder / "w.npy", np.ones((E, d, d), np.float32))
+    experts = Experts.linear(folder / "w.npy")
     with cluster(workers) as client:
         for k in (1, 2, 8):
             inputs = write(folder, rows, d, 1000, E, k)
@@ -158,7 +160,7 @@ def of_bytes(folder: Path, scale: float) -> None:
                 with own_experts(client, ranks) as owners:
                     y = expert_parallel(
                         inputs["tokens"], inputs["routing"],
-                        Experts.linear(np.ones((E, d, d), np.float32)),
+                        experts,
                         topk_weights=inputs["weights"], world_size=ranks,
                     )  # fmt: skip
                     client.run(tally.record)

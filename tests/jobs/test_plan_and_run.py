@@ -345,7 +345,7 @@ def test_a_run_on_threads_does_what_its_plan_says(
 
     def go() -> Plan:
         with pytest.MonkeyPatch.context() as monkeypatch:
-            monkeypatch.setattr("dask_ep.jobs.plan.probe", lambda *_, **__: RATES)
+            monkeypatch.setattr("dask_ep.jobs.price_job.probe", lambda *_, **__: RATES)
             run_job(
                 job,
                 asked.where,

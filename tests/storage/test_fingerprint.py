@@ -251,7 +251,7 @@ def test_another_config_is_refused(tmp_path, case, change, said):
     copy, job = half_done(tmp_path, case)
     path = copy / "config.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | change))
-    with pytest.raises(ValueError, match=f"cannot be resumed: .*{said}"):
+    with pytest.raises(ValueError, match=f"cannot be resumed, since .*{said}"):
         run_job(job, Threads(1), resume=True)
 
 

@@ -24,7 +24,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-import dask
 import dask.array as da
 import numpy as np
 import zarr
@@ -33,14 +32,12 @@ from distributed import Client, SubprocessCluster
 from dask_ep import Experts, expert_parallel, open_tokens, own_experts, store
 from dask_ep.arrays.blas import limit_blas_for_good
 from dask_ep.graph import tally
-from dask_ep.jobs.backends import MALLOC
 
 
 @contextmanager
 def cluster(workers: int) -> Iterator[Client]:
     """Processes of their own for the scheduler and each worker, which has one thread."""
     with (
-        dask.config.set(MALLOC),
         SubprocessCluster(
             n_workers=workers,
             threads_per_worker=1,

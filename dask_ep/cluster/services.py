@@ -30,6 +30,7 @@ from dask.typing import Key
 from distributed import Reschedule, WorkerPlugin
 from distributed.protocol import to_serialize
 
+from dask_ep.arrays.memory import keep_freed_memory
 from dask_ep.arrays.namespaces import Array
 from dask_ep.cluster import dask_internals
 from dask_ep.cluster.admission import Admission
@@ -61,6 +62,7 @@ class Services(WorkerPlugin):
     idempotent = True
 
     def setup(self, worker: Any) -> None:
+        keep_freed_memory()  # also where nobody has asked for `WorkerSettings`
         threads = dask_internals.threads_of(worker)
         self._worker, self._loop = worker, dask_internals.loop_of(worker)
         self._slices = Slices(worker.address, threads)

@@ -22,8 +22,8 @@ from dask_ep.arrays.blas import one_blas_thread
 from dask_ep.arrays.device import Device
 from dask_ep.cluster.checks import (
     Certificates,
-    OneBlasThread,
     UnfitClusterError,
+    WorkerSettings,
     check_cluster,
     connect,
 )
@@ -45,14 +45,6 @@ from dask_ep.laws.memory_law import Layout
 
 CONNECT_SECONDS = 10.0
 """Seconds that a scheduler may take to answer."""
-
-MALLOC = {
-    "distributed.nanny.pre-spawn-environ.MALLOC_MMAP_THRESHOLD_": 4 << 20,
-    "distributed.nanny.pre-spawn-environ.MALLOC_TRIM_THRESHOLD_": 32 << 20,
-}
-"""What the C library of local workers keeps of freed memory: blocks up to 4 MiB, 32 MiB at most. By
-Dask's default it gives back all of 128 KiB or more, and every packet that comes then costs page
-faults (a sixth to a third of the time of jobs with many small packets)."""
 
 
 @dataclass(frozen=True)
@@ -255,6 +247,7 @@ def started(
             yield _count_threads(where), None
     elif isinstance(where, Processes):
         with _local_cluster(where) as cluster, Client(cluster) as client:
+            client.register_plugin(WorkerSettings())
             yield 1, client
     elif isinstance(where, Gpus):
         with start_gpus(where) as client:
@@ -271,14 +264,14 @@ def started(
             counted_workers(client, where.workers, wait, on_workers),
         ):
             check_cluster(client, _files_of(job))
-            client.register_plugin(OneBlasThread())
+            client.register_plugin(WorkerSettings())
             if where.gpus:
                 check_gpus(client)
             yield 1, client
 
 
 def _local_cluster(where: Processes) -> LocalCluster:
-    with children_ignore_sigint(), dask.config.set(MALLOC):
+    with children_ignore_sigint():
         return LocalCluster(
             n_workers=where.count,
             threads_per_worker=1,

@@ -36,6 +36,7 @@ from dask_ep.cluster import dask_internals
 from dask_ep.cluster.admission import Admission
 from dask_ep.cluster.slices import Answers, Chunk, Slices
 from dask_ep.graph.chunk import Exchange, Where, combine, cut, pack
+from dask_ep.kernel.host_kernel import parts_of
 from dask_ep.kernel.pack import Packet
 from dask_ep.laws.costs import CHUNKS_WAITING
 
@@ -379,9 +380,12 @@ class Asking:
             if owner in self._asked:
                 self._asked[owner].discard(request)
         dask_internals.raise_remote(answer)
-        if answer["answers"] is None:
+        parts = answer["answers"]
+        if parts is None:
             return None
-        return dict(zip(ranks, answer["answers"], strict=True))
+        if len(parts) < len(ranks):
+            parts = parts_of(*parts, answer["rows"])
+        return dict(zip(ranks, parts, strict=True))
 
     def _message(self, chunk: Chunk, ranks: list[int], packet: Packet) -> dict[str, Any]:
         exchange = chunk.exchange

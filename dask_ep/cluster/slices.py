@@ -20,6 +20,7 @@ from dask_ep.arrays.namespaces import Array
 from dask_ep.graph import tally
 from dask_ep.graph.chunk import Exchange, Where, serve_in_place, serve_packet
 from dask_ep.graph.tally import Serving, Tally
+from dask_ep.kernel.host_kernel import begin_answers
 from dask_ep.kernel.pack import Packet, Packing
 
 Answers = dict[int, Array]
@@ -95,17 +96,20 @@ class Slices:
 
     def serve_here(self, chunk: Chunk, ranks: Sequence[int]) -> Answers | None:
         """Serve ranks in place, without a packet; None if one of them has moved away."""
-        token, me, answers = chunk.exchange.token, self.address, {}
-        for rank in ranks:
+        exchange, packing, me, answers = chunk.exchange, chunk.packing, self.address, {}
+        parts = [None] * len(ranks)
+        if not packing.on_device:
+            _, parts = begin_answers(
+                packing.tokens, packing.segments, ranks, packing.num_local, exchange.d_out
+            )
+        for rank, part in zip(ranks, parts, strict=True):
             try:
-                experts = self._held[token, rank]
+                experts = self._held[exchange.token, rank]
             except KeyError:
                 return None
             with self.core():
                 start = tally.now()
-                answer = serve_in_place(
-                    chunk.packing, rank, experts, chunk.number, chunk.exchange.d_out
-                )
+                answer = serve_in_place(packing, rank, experts, chunk.number, exchange.d_out, part)
                 stop = tally.now()
             answers[rank] = answer
             serving = Serving(chunk.number, rank, len(answer), me, me, start, stop)
@@ -123,7 +127,10 @@ class Slices:
         sender: str,
         arrays: list[Array | None],
     ) -> dict[str, Any]:
-        """Answer a packet: one array for each rank, or None if one of them is not served here."""
+        """Answer a packet, or None if one of the ranks is not served here.
+
+        With the rows of each rank: all in one array on the host, an array for each on a device.
+        """
         slices = [self._held.get((token, rank)) for rank in ranks]
         if self._is_closing or any(experts is None for experts in slices):
             return {"status": "OK", "answers": None}
@@ -131,10 +138,15 @@ class Slices:
         del arrays
         serve = partial(self._serve_packet, packet, ranks, slices, chunk, exchange, sender)
         with self.tally.queued(token, ranks, len(packet[0].rows)):
-            answers = await asyncio.get_running_loop().run_in_executor(
+            whole, parts = await asyncio.get_running_loop().run_in_executor(
                 self.pool, serve, tally.now()
             )
-        return {"status": "OK", "answers": [to_serialize(answer) for answer in answers]}
+        answers = parts if whole is None else [whole]
+        return {
+            "status": "OK",
+            "answers": [to_serialize(answer) for answer in answers],
+            "rows": [len(part) for part in parts],
+        }
 
     def _serve_packet(
         self,
@@ -145,11 +157,11 @@ class Slices:
         exchange: Exchange,
         sender: str,
         came: float,
-    ) -> list[Array]:
+    ) -> tuple[Array | None, list[Array]]:
         with self.core():
             start = tally.now()
             nbytes = sum(array.nbytes for array in packet[0] if array is not None)
-            answers = serve_packet(packet.pop(), ranks, slices, chunk, exchange)
+            whole, answers = serve_packet(packet.pop(), ranks, slices, chunk, exchange)
             stop = tally.now()
         step, me = (stop - start) / len(ranks), self.address
         self.tally.count(
@@ -162,4 +174,4 @@ class Slices:
                 for i, (rank, answer) in enumerate(zip(ranks, answers, strict=True))
             ],
         )  # fmt: skip
-        return answers
+        return whole, answers

@@ -26,9 +26,9 @@ from dask_ep.kernel.context import error_context, explain_kernel_memory, slots_o
 from dask_ep.kernel.device_kernel import INDEX_BYTES
 from dask_ep.kernel.dispatch import aligned, dispatch, expert_parallel_dispatch
 from dask_ep.kernel.expert import as_local_experts
-from dask_ep.kernel.host_kernel import Served, answer_of_rank, gather
+from dask_ep.kernel.host_kernel import Served, answer_of_rank, begin_answers, gather
 from dask_ep.kernel.pack import Combining, Packet, Packing, packet_order, slots_at
-from dask_ep.kernel.segments import sort_slots
+from dask_ep.kernel.segments import Segments, sort_slots
 from dask_ep.placement.policies import Placement
 
 
@@ -196,15 +196,21 @@ def combine(
 
 
 def serve_in_place(
-    packing: Packing, rank: int, experts: Sequence[Any], chunk: int, d_out: int
+    packing: Packing,
+    rank: int,
+    experts: Sequence[Any],
+    chunk: int,
+    d_out: int,
+    out: Array | None = None,
 ) -> Array:
-    """The answer of a rank whose experts are here, without a packet."""
+    """The answer of a rank whose experts are here, without a packet; on the host to `out`."""
     if packing.on_device:
         packet = cut(packing, [rank], chunk)
         return _serve_on_device(packet, rank, experts, packing, chunk, d_out)
     with error_context(_place(chunk, rank, packing.world_size)):
-        out = answer_of_rank(packing.tokens, packing.segments, packing.topk_weights, experts, rank)
-        return check_width(out, d_out)
+        return _answer_of_rank(
+            packing.tokens, packing.segments, packing.topk_weights, experts, rank, d_out, out
+        )
 
 
 def serve_packet(
@@ -213,12 +219,15 @@ def serve_packet(
     experts: Sequence[Sequence[Any]],
     chunk: int,
     exchange: Exchange,
-) -> list[Array]:
-    """The answers of some ranks to the one packet that they share: one sort for all of them."""
+) -> tuple[Array | None, list[Array]]:
+    """The answers of some ranks to the one packet that they share: one sort for all of them.
+
+    On the host they are parts of one array, which comes first: it travels as one.
+    """
     rows, routing, weights = (None if a is None else aligned(a) for a in packet)
     packet = Packet(rows, routing, weights)
     if namespace(rows) is not np:
-        return [
+        return None, [
             _serve_on_device(
                 packet if len(ranks) == 1 else _part_of(packet, rank, exchange.num_local),
                 rank, local, exchange, chunk, exchange.d_out,
@@ -227,12 +236,27 @@ def serve_packet(
         ]  # fmt: skip
     places = exchange.num_local * exchange.world_size
     segments = sort_slots(routing, weights, places, 0, 1)
-    answers = []
-    for rank, local in zip(ranks, experts, strict=True):
+    whole, parts = begin_answers(rows, segments, ranks, exchange.num_local, exchange.d_out)
+    for rank, local, out in zip(ranks, experts, parts, strict=True):
         with error_context(_place(chunk, rank, exchange.world_size)):
-            out = answer_of_rank(rows, segments, weights, local, rank)
-            answers.append(check_width(out, exchange.d_out))
-    return answers
+            _answer_of_rank(rows, segments, weights, local, rank, exchange.d_out, out)
+    return whole, parts
+
+
+def _answer_of_rank(
+    tokens: Array,
+    segments: Segments,
+    topk_weights: Array | None,
+    experts: Sequence[Any],
+    rank: int,
+    d_out: int,
+    out: Array | None,
+) -> Array:
+    local = as_local_experts(
+        experts, d=tokens.shape[1], like=tokens, dtype=computing_dtype(tokens.dtype)
+    )
+    check_width_of(local[0].d_out, d_out)
+    return answer_of_rank(tokens, segments, topk_weights, local, rank, d_out, out)
 
 
 def _serve_in_turn(

@@ -9,6 +9,7 @@ _HOME = {
     "Experts": "experts.experts",
     "expert_parallel": "graph.pipeline",
     "MoELayer": "layers.layer",
+    "collect": "layers.collect",
     "Router": "layers.routing",
     "Placement": "placement.policies",
     "load_moe_layer": "layers.checkpoint",

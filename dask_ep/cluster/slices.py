@@ -18,10 +18,19 @@ from distributed.protocol import to_serialize
 
 from dask_ep.arrays.namespaces import Array
 from dask_ep.graph import tally
-from dask_ep.graph.chunk import Exchange, Where, serve_in_place, serve_packet
+from dask_ep.graph.chunk import (
+    Exchange,
+    Tables,
+    Where,
+    begin_seen,
+    serve_in_place,
+    serve_packet,
+    wants_output,
+)
 from dask_ep.graph.tally import Serving, Tally
 from dask_ep.kernel.host_kernel import begin_answers
 from dask_ep.kernel.pack import Packet, Packing
+from dask_ep.kernel.statistics import Observe
 
 Answers = dict[int, Array]
 """By rank."""
@@ -33,6 +42,8 @@ class Chunk(NamedTuple):
     packing: Packing
     where: Where
     exchange: Exchange
+    tables: Tables
+    #: what was seen of the rows that have been served, where they are observed
 
     @property
     def number(self) -> int:
@@ -100,19 +111,30 @@ class Slices:
         parts = [None] * len(ranks)
         if not packing.on_device:
             _, parts = begin_answers(
-                packing.tokens, packing.segments, ranks, packing.num_local, exchange.d_out
+                packing.tokens,
+                packing.segments,
+                ranks,
+                packing.num_local,
+                exchange.d_out,
+                wants_output(exchange.observe),
             )
         for rank, part in zip(ranks, parts, strict=True):
             try:
                 experts = self._held[exchange.token, rank]
             except KeyError:
                 return None
+            seen = begin_seen(chunk.exchange.observe, rank, chunk.exchange.num_local)
             with self.core():
                 start = tally.now()
-                answer = serve_in_place(packing, rank, experts, chunk.number, exchange.d_out, part)
+                answer = serve_in_place(
+                    packing, rank, experts, chunk.number, exchange.d_out, seen, part
+                )
                 stop = tally.now()
             answers[rank] = answer
-            serving = Serving(chunk.number, rank, len(answer), me, me, start, stop)
+            if seen is not None:
+                chunk.tables[rank] = seen.table
+            rows = len(answer) or chunk.packing.count(rank)
+            serving = Serving(chunk.number, rank, rows, me, me, start, stop)
             self.tally.count(stop - start, [serving])
         return answers
 
@@ -124,21 +146,24 @@ class Slices:
         ranks: list[int],
         chunk: int,
         sizes: list[int],
+        observe: list[Any] | None,
         sender: str,
         arrays: list[Array | None],
     ) -> dict[str, Any]:
         """Answer a packet, or None if one of the ranks is not served here.
 
         With the rows of each rank: all in one array on the host, an array for each on a device.
+        Where rows are observed, what was seen of them comes with the answers.
         """
         slices = [self._held.get((token, rank)) for rank in ranks]
         if self._is_closing or any(experts is None for experts in slices):
             return {"status": "OK", "answers": None}
-        exchange, packet = Exchange(token, *sizes, None), [Packet(*arrays)]
+        watched = None if observe is None else Observe(tuple(observe[0]), *observe[1:])
+        exchange, packet = Exchange(token, *sizes, None, watched), [Packet(*arrays)]
         del arrays
         serve = partial(self._serve_packet, packet, ranks, slices, chunk, exchange, sender)
         with self.tally.queued(token, ranks, len(packet[0].rows)):
-            whole, parts = await asyncio.get_running_loop().run_in_executor(
+            whole, parts, tables = await asyncio.get_running_loop().run_in_executor(
                 self.pool, serve, tally.now()
             )
         answers = parts if whole is None else [whole]
@@ -146,6 +171,7 @@ class Slices:
             "status": "OK",
             "answers": [to_serialize(answer) for answer in answers],
             "rows": [len(part) for part in parts],
+            "seen": [to_serialize(table) for table in tables],
         }
 
     def _serve_packet(
@@ -157,21 +183,23 @@ class Slices:
         exchange: Exchange,
         sender: str,
         came: float,
-    ) -> tuple[Array | None, list[Array]]:
+    ) -> tuple[Array | None, list[Array], list[Array]]:
+        seen = [begin_seen(exchange.observe, rank, exchange.num_local) for rank in ranks]
         with self.core():
-            start = tally.now()
+            start, count = tally.now(), len(packet[0].rows)
             nbytes = sum(array.nbytes for array in packet[0] if array is not None)
-            whole, answers = serve_packet(packet.pop(), ranks, slices, chunk, exchange)
+            whole, answers = serve_packet(packet.pop(), ranks, slices, chunk, exchange, seen)
             stop = tally.now()
         step, me = (stop - start) / len(ranks), self.address
         self.tally.count(
             stop - start,
             [
                 Serving(
-                    chunk, rank, len(answer), sender, me, start + i * step, start + (i + 1) * step,
+                    chunk, rank, len(answer) or count // len(ranks), sender, me,
+                    start + i * step, start + (i + 1) * step,
                     nbytes if i == 0 else 0, answer.nbytes, start - came,
                 )
                 for i, (rank, answer) in enumerate(zip(ranks, answers, strict=True))
             ],
         )  # fmt: skip
-        return whole, answers
+        return whole, answers, [keeper.table for keeper in seen if keeper is not None]

@@ -105,6 +105,8 @@ class Built:
     #: JSON-able, for `store`
     placement: Placement | None
     #: of the experts; None for contiguous
+    routing: tuple[da.Array, da.Array | None]
+    #: indices (n,) or (n, k) and top-k weights (n, k), lazy
 
 
 def open_inputs(job: Job) -> Inputs:
@@ -192,7 +194,7 @@ def build(
     }
     if inputs.experts.precision == "bfloat16":
         settings["computed_by"]["rounded_by"] = multiplied_by
-    return Built(y, _name_inputs(inputs), settings, placement)
+    return Built(y, _name_inputs(inputs), settings, placement, (routing, topk))
 
 
 def _check_placement(job: Job) -> None:

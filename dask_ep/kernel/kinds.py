@@ -6,7 +6,8 @@ written into recycled memory, in place wherever that is possible.
     linear   x @ w + bias
     mlp      activation(x @ up + up_bias) @ down + down_bias
     gated    (activation(gate) * (up + up_offset)) @ down + down_bias,
-             gate = min(x @ gate + gate_bias, limit), up = clip(x @ up + up_bias, -limit, limit)
+             gate = min(x @ gate + gate_bias, limit), up = clip(x @ up + up_bias, -limit, limit);
+             with clamp_after the activation of the gate is clamped, not the gate
 
 Gated with silu is SwiGLU (Shazeer, "GLU Variants Improve Transformer", 2020); with `limit`, `alpha`
 and `up_offset` it is gpt-oss's.
@@ -71,6 +72,10 @@ class Mlp(Expert):
     def widest(self) -> int:
         return max(self.d, self._up.d_out, self.d_out)
 
+    @property
+    def hidden(self) -> int:
+        return self._up.d_out
+
     def takes(self, dtype: np.dtype) -> np.dtype:
         return self._up.takes(dtype)
 
@@ -91,8 +96,8 @@ class Mlp(Expert):
             active[...] = hidden.astype(active.dtype, copy=False)
         one._down.together([expert._down for expert in experts], active, bounds, out)
 
-    def __call__(self, rows: Array, out: Array | None = None) -> Array:
-        hidden = self._up(rows, _hidden(rows, self._up))
+    def __call__(self, rows: Array, out: Array | None = None, hidden: Array | None = None) -> Array:
+        hidden = self._up(rows, _hidden(rows, self._up) if hidden is None else hidden)
         for part in memory.runs_in_cache(hidden):
             self._activate(hidden[part], 1.0)
         return self._down(hidden, out)
@@ -111,8 +116,10 @@ class _Gate(Expert):
         limit: float | None = None,
         alpha: float = 1.0,
         up_offset: float = 0.0,
+        clamp_after: bool = False,
         apply_router_weight_on_input: bool = False,
     ):
+        self._clamp_after = clamp_after and limit is not None
         self._down, self._hidden_width, self._activation = down, hidden, activation
         self._limit, self._alpha, self._up_offset = limit, alpha, up_offset
         self.d, self.d_out = d, down.d_out
@@ -121,6 +128,10 @@ class _Gate(Expert):
     @property
     def widest(self) -> int:
         return max(self.d, self._hidden_width, self.d_out)
+
+    @property
+    def hidden(self) -> int:
+        return self._hidden_width
 
 
 class Gated(_Gate):
@@ -134,8 +145,8 @@ class Gated(_Gate):
         narrow, wide = self._gate.takes(dtype), self._up.takes(dtype)
         return narrow if narrow == wide else computing_dtype(dtype)
 
-    def __call__(self, rows: Array, out: Array | None = None) -> Array:
-        gate = self._gate(rows, _hidden(rows, self._gate))
+    def __call__(self, rows: Array, out: Array | None = None, hidden: Array | None = None) -> Array:
+        gate = self._gate(rows, _hidden(rows, self._gate) if hidden is None else hidden)
         up = self._up(rows, _hidden(rows, self._up))
         for part in memory.runs_in_cache(gate):
             self._combine(gate[part], up[part])
@@ -145,11 +156,14 @@ class Gated(_Gate):
         """Replace `gate` by activation(gate) * up."""
         xp = namespace(gate)
         if self._limit is not None:
-            xp.minimum(gate, self._limit, out=gate)
             xp.clip(up, -self._limit, self._limit, out=up)
+        if self._limit is not None and not self._clamp_after:
+            xp.minimum(gate, self._limit, out=gate)
         if self._up_offset:
             up += self._up_offset
         ACTIVATIONS[self._activation](gate, self._alpha)
+        if self._clamp_after:
+            xp.minimum(gate, self._limit, out=gate)
         gate *= up
 
 
@@ -167,7 +181,7 @@ class GatedPair(_Gate):
 
     @property
     def batch_key(self) -> Hashable:
-        numbers = (self._limit, self._alpha, self._up_offset)
+        numbers = (self._limit, self._alpha, self._up_offset, self._clamp_after)
         parts = (self._gate_up.batch_key, self._down.batch_key)
         return GatedPair, *parts, self._activation, *numbers, self.apply_router_weight_on_input
 
@@ -189,16 +203,20 @@ class GatedPair(_Gate):
 
     def _combine(self, hidden: Array, out: Array) -> None:
         """Write activation(gate) * up to the first f columns of `out`, which may be `hidden`."""
-        if (kernels := cuda_kernels.kernels(namespace(hidden))) is not None:
+        kernels = cuda_kernels.kernels(namespace(hidden))
+        if kernels is not None and not self._clamp_after:
             numbers = (self._limit, self._alpha, self._up_offset)
             kernels.gate(hidden, out, self._activation, *numbers)
             return
         f = self._down.d
         gate, up = hidden[:, :f], hidden[:, f:]
         if self._limit is not None:
-            gate = namespace(gate).minimum(gate, self._limit)
             up = up.clip(-self._limit, self._limit)
+        if self._limit is not None and not self._clamp_after:
+            gate = namespace(gate).minimum(gate, self._limit)
         ACTIVATIONS[self._activation](gate, self._alpha)
+        if self._clamp_after:
+            gate = namespace(gate).minimum(gate, self._limit)
         out[:, :f] = (gate * (up + self._up_offset)).astype(out.dtype, copy=False)
 
 
@@ -214,14 +232,29 @@ class Summed(Expert):
     def widest(self) -> int:
         return max(part.widest for part in self._parts)
 
+    @property
+    def hidden(self) -> int:
+        return sum(part.hidden for part in self._parts)
+
     def takes(self, dtype: np.dtype) -> np.dtype:
         return self._parts[0].takes(dtype)
 
-    def __call__(self, rows: Array, out: Array | None = None) -> Array:
-        out = self._parts[0](rows, out)
+    def __call__(self, rows: Array, out: Array | None = None, hidden: Array | None = None) -> Array:
+        out = self._through(0, rows, out, hidden)
         more = memory.empty(out.shape, out.dtype, like=out)
-        for part in self._parts[1:]:
-            out += part(rows, more)
+        for i in range(1, len(self._parts)):
+            out += self._through(i, rows, more, hidden)
+        return out
+
+    def _through(self, i: int, rows: Array, out: Array | None, hidden: Array | None) -> Array:
+        """One of the experts, whose hidden activations go to their columns of `hidden`."""
+        part = self._parts[i]
+        if hidden is None:
+            return part(rows, out)
+        first = sum(before.hidden for before in self._parts[:i])
+        activations = memory.empty((len(rows), part.hidden), hidden.dtype)
+        out = part(rows, out, hidden=activations)
+        hidden[:, first : first + part.hidden] = activations
         return out
 
 

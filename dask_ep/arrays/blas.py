@@ -112,7 +112,7 @@ class Cblas:
         return None
 
 
-def _address(a: np.ndarray) -> int:
+def _address(a: Any) -> int:
     """Address of an array; the buffer tells it three times faster than NumPy."""
     try:
         return ctypes.addressof(ctypes.c_char.from_buffer(a))

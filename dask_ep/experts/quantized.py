@@ -115,7 +115,7 @@ class Float8Source(Source):
                 f"{scales.name} must have one scale per block of {block[0]} x {block[1]} of "
                 f"{values.name} {values.shape}, so {expected}, but has shape {scales.shape}"
             )
-        self.values, self.scales, self.block = values, scales, tuple(block)
+        self.values, self.scales, self.block = values, scales, (block[0], block[1])
         self.shape, self.dtype, self.name = values.shape, np.dtype(np.float32), values.name
         self.path = values.path
 

@@ -114,6 +114,7 @@ def multiplied_by(dtype: np.dtype, is_bfloat16: bool, precision: str = "float32"
 def _add_products(parts: list[np.ndarray], w: np.ndarray, out: np.ndarray) -> None:
     """Write the sum of the products to `out`, the smallest first."""
     library = blas.bfloat16_library()
+    assert library is not None  # `serves` has asked
     for n, part in enumerate(reversed(parts)):
         if not library.multiply(part, w, out, add=n > 0):  # in their order in memory
             y = product(part.astype(np.float32), w.astype(np.float32))

@@ -61,7 +61,7 @@ def load_rank(
     dtype: np.dtype,
     rank: int,
     token: str | None,
-    **given: np.ndarray,
+    **given: Sequence[np.ndarray],
 ) -> LocalExperts | list | None:
     """Load the experts of a rank: for the service of this worker if there is one, else as result.
 
@@ -215,8 +215,8 @@ def serve_packet(
     exchange: Exchange,
 ) -> list[Array]:
     """The answers of some ranks to the one packet that they share: one sort for all of them."""
-    rows, routing, weights = (None if a is None else aligned(a) for a in packet)
-    packet = Packet(rows, routing, weights)
+    packet = Packet(*(None if a is None else aligned(a) for a in packet))
+    rows, routing, weights = packet
     if namespace(rows) is not np:
         return [
             _serve_on_device(

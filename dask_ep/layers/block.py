@@ -78,7 +78,7 @@ class Block:
             router = Router(num_experts=self.E, k=self.k, **values)
         except ValueError as error:
             raise ValueError(f"{self.model.directory}/config.json: {error}") from error
-        arrays = {
+        arrays: dict[str, Any] = {
             "router_weight": self.take_any(self.family.router_weight, (self.E, self.H)),
             "router_bias": self.take_any(self.family.router_bias, (self.E,)),
             "selection_bias": self.take_any(self.family.selection_bias, (self.E,)),
@@ -86,8 +86,10 @@ class Block:
         layout = self.find_layout()
         options = self.options()
         options["apply_router_weight_on_input"] = router.apply_router_weight_on_input
-        build = self.per_expert if isinstance(layout, PerExpert) else self.fused
-        experts = build(layout, options)
+        if isinstance(layout, PerExpert):
+            experts = self.per_expert(layout, options)
+        else:
+            experts = self.fused(layout, options)
         shared, gate = self.shared()
         return MoELayer(
             router, experts, **arrays, shared=shared, shared_gate=gate, residual=residual
@@ -150,7 +152,7 @@ class Block:
     def fused(self, layout: Fused, options: dict[str, Any]) -> Experts:
         take = self.take_packed if layout.packed else self.take
         gate_up, down = (take(name, shape) for name, shape in self.shapes_of(layout).items())
-        biases = {}
+        biases: dict[str, Any] = {}
         if layout.biases:
             biases = {
                 "gate_up_bias": self.take(layout.gate_up + "_bias", (self.E, 2 * self.width)),
@@ -175,16 +177,17 @@ class Block:
             # Saved all the same: matrices without numbers, and the gate of nothing.
             empty = {f"{row.block}.{name}_proj.weight": shape for name, shape in shapes.items()}
             for name, shape in [*empty.items(), (row.gate, (1, self.H))]:
-                if name in self.tensors:
+                if name is not None and name in self.tensors:
                     self.take(name, shape)
             return None, None
-        matrices, biases, has_biases = {}, {}, self.find(row.biases)
+        weights: dict[str, Any] = {}
+        has_biases = self.find(row.biases)
         for name, shape in shapes.items():
             stem = f"{row.block}.{name}_proj"
-            matrices[name] = [self.take(f"{stem}.weight", shape)]
+            weights[name] = [self.take(f"{stem}.weight", shape)]
             if has_biases:
-                biases[f"{name}_bias"] = [self.take(f"{stem}.bias", shape[:1])]
-        experts = Experts.gated(**matrices, **biases, transposed=True, **self.options())
+                weights[f"{name}_bias"] = [self.take(f"{stem}.bias", shape[:1])]
+        experts = Experts.gated(**weights, transposed=True, **self.options())
         return experts, None if row.gate is None else self.take(row.gate, (1, self.H))
 
     # --- taking tensors ---

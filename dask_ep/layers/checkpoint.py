@@ -18,6 +18,7 @@ from math import prod
 
 import numpy as np
 
+from dask_ep.experts.experts import Experts
 from dask_ep.experts.stored_experts import held_as_stored
 from dask_ep.layers.block import Block, Model
 from dask_ep.layers.checkpoint_files import CheckpointFiles
@@ -94,6 +95,7 @@ def load_moe_layer(
     """
     opened = Checkpoint(directory, families).open_layer(layer, residual=residual)
     if as_stored:
+        assert isinstance(opened.experts, Experts)
         opened.experts = held_as_stored(opened.experts)
     return opened
 
@@ -281,15 +283,20 @@ def describe(directory: str | os.PathLike, *, families: Iterable[Family] = ()) -
             f"{checkpoint.files.directory} has no MoE layer among its {checkpoint.num_layers}"
         )
     first = opened[0]
+    experts, shared = first.experts, first.shared
+    assert isinstance(experts, Experts)
+    assert isinstance(first.router, Router)
+    assert experts.d is not None
+    assert experts.hidden is not None
     return Description(
         directory=checkpoint.files.directory,
         model_type=checkpoint.model.model_type,
         family=checkpoint.model.family,
-        d=first.experts.d,
-        width=first.experts.hidden,
+        d=experts.d,
+        width=experts.hidden,
         router=first.router,
         router_biases=tuple(n for n in ("bias", "selection_bias") if n in first.arrays),
-        shared_width=0 if first.shared is None else first.shared.hidden,
+        shared_width=0 if shared is None else shared.hidden or 0,
         shared_gate="shared_gate" in first.arrays,
         dtypes=tuple(sorted(dtypes)),
         layers=tuple(layers),

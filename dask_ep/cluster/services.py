@@ -365,7 +365,8 @@ class Asking:
         try:
             answer = await request
         except asyncio.CancelledError:
-            if owner in self._lost and not asyncio.current_task().cancelling():
+            me = asyncio.current_task()
+            if owner in self._lost and me is not None and not me.cancelling():
                 return None
             raise
         except OSError:

@@ -127,7 +127,9 @@ class Slices:
         slices = [self._held.get((token, rank)) for rank in ranks]
         if self._is_closing or any(experts is None for experts in slices):
             return {"status": "OK", "answers": None}
-        exchange, packet = Exchange(token, *sizes, None), [Packet(*arrays)]
+        world_size, num_local, d_out = sizes
+        exchange = Exchange(token, world_size, num_local, d_out, None)
+        packet = [Packet(*arrays)]
         del arrays
         serve = partial(self._serve_packet, packet, ranks, slices, chunk, exchange, sender)
         with self.tally.queued(token, ranks, len(packet[0].rows)):

@@ -283,24 +283,29 @@ def describe(directory: str | os.PathLike, *, families: Iterable[Family] = ()) -
             f"{checkpoint.files.directory} has no MoE layer among its {checkpoint.num_layers}"
         )
     first = opened[0]
-    experts, shared = first.experts, first.shared
-    assert isinstance(experts, Experts)
-    assert isinstance(first.router, Router)
-    assert experts.d is not None
-    assert experts.hidden is not None
+    experts, width, router = _routed(first)
     return Description(
         directory=checkpoint.files.directory,
         model_type=checkpoint.model.model_type,
         family=checkpoint.model.family,
         d=experts.d,
-        width=experts.hidden,
-        router=first.router,
+        width=width,
+        router=router,
         router_biases=tuple(n for n in ("bias", "selection_bias") if n in first.arrays),
-        shared_width=0 if shared is None else shared.hidden or 0,
+        shared_width=(first.shared.hidden or 0) if first.shared is not None else 0,
         shared_gate="shared_gate" in first.arrays,
         dtypes=tuple(sorted(dtypes)),
         layers=tuple(layers),
     )
+
+
+def _routed(layer: MoELayer) -> tuple[Experts, int, Router]:
+    """The routed experts of a checkpoint's layer, their hidden width, and their router."""
+    experts, router = layer.experts, layer.router
+    assert isinstance(experts, Experts)
+    assert isinstance(router, Router)
+    assert experts.hidden is not None
+    return experts, experts.hidden, router
 
 
 def _bytes_in_memory(layer: MoELayer) -> int:

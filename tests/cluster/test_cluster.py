@@ -264,6 +264,11 @@ def test_no_scheduler_file_there(tmp_path):
         connect(scheduler_file=tmp_path / "none.json", timeout=0.1)
 
 
+def test_an_address_or_a_file_must_be_given():
+    with pytest.raises(TypeError, match="an address or a scheduler_file must be given"):
+        connect()
+
+
 def test_a_scheduler_file_says_where(cluster):
     with connect(scheduler_file=cluster.scheduler_file, timeout=DEADLINE) as client:
         assert client.scheduler.address == cluster.address

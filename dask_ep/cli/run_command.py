@@ -35,6 +35,7 @@ from dask_ep.jobs.backends import Cluster, Processes, Threads, Where
 from dask_ep.jobs.inspect import describe_output
 from dask_ep.jobs.job import MISSING, PRECISIONS, Job, load_job, parse_experts
 from dask_ep.jobs.run_report import dask_report
+from dask_ep.jobs.save_routing import path_of_weights
 
 
 def job_options(command: Callable) -> Callable:
@@ -82,6 +83,11 @@ def how_options(command: Callable) -> Callable:
             type=click.Path(dir_okay=False),
             help="Write an HTML report that compares plan and run; with workers, also Dask's own "
             "report.",
+        ),
+        click.option(
+            "--save-routing",
+            metavar="PATH",
+            help="Also write the layer's routing here, and its top-k weights next to it.",
         ),
         chunks_options,
         click.option("--resume", is_flag=True, help="Continue a stopped run."),
@@ -200,7 +206,7 @@ def carry_out(where: Where, job: str | None, experts: str | None, **options: Any
             f"{done.not_finite} of the {done.rows_done} rows computed hold NaN or infinity, the "
             f"first is row {done.first_not_finite}"
         )
-    report = options["report"]
+    report, routing = options["report"], options["save_routing"]
     before = f", {done.rows_before} were there" if done.rows_before else ""
     passes = f"; {done.passes}" if done.passes is not None else ""
     library = f"; products by {done.multiplied_by}" if done.multiplied_by else ""
@@ -208,6 +214,8 @@ def carry_out(where: Where, job: str | None, experts: str | None, **options: Any
         f"{parsed.out}: {done.rows_done} rows in {format_time(done.seconds)}, "
         f"{done.rows_per_second:.0f} rows/s{before}{passes}{library}"
     )
+    if routing:
+        click.echo(f"routing: {routing}; top-k weights: {path_of_weights(routing)}")
     if report and done.rows_done:
         other = "" if isinstance(where, Threads) else f"; Dask's: {dask_report(report)}"
         click.echo(f"report: {report}{other}")

@@ -106,6 +106,8 @@ class Built:
     #: JSON-able, for `store`
     placement: Placement | None
     #: of the experts; None for contiguous
+    routing: tuple[da.Array, da.Array | None]
+    #: indices (n,) or (n, k) and top-k weights (n, k), lazy
 
 
 def open_inputs(job: Job) -> Inputs:
@@ -198,7 +200,7 @@ def build(
         "placement": None if placement is None else placement.to_json(),
         "computed_by": computed_by,
     }
-    return Built(y, _name_inputs(inputs), settings, placement)
+    return Built(y, _name_inputs(inputs), settings, placement, (routing, topk))
 
 
 def _check_placement(job: Job) -> None:

@@ -12,7 +12,7 @@ from __future__ import annotations
 import contextlib
 import os
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from functools import partial
@@ -47,11 +47,12 @@ from dask_ep.jobs.in_passes import InPasses, PassesDone, free_for_rows
 from dask_ep.jobs.job import Job
 from dask_ep.jobs.notes import find_notes
 from dask_ep.jobs.run_report import dask_reported, plan_run, recorded, write_reports
+from dask_ep.jobs.save_routing import check_saved_routing, stored_routing
 from dask_ep.laws.travel import ALL_ROWS, Travel
 from dask_ep.pricing.price import Plan
 from dask_ep.pricing.report import check_drawing, check_place
 from dask_ep.pricing.trace import Record
-from dask_ep.storage.output import SERVED, SPILLED, Output, Receipt, Step
+from dask_ep.storage.output import SERVED, SPILLED, Output, Receipt, Step, together
 from dask_ep.storage.storage import check_existing, store
 
 OnRecord = Callable[[Plan, Record], Any]
@@ -105,6 +106,7 @@ def run_job(
     on_workers: Callable[[Workers], Any] | None = None,
     report: str | os.PathLike | None = None,
     on_record: OnRecord | None = None,
+    save_routing: str | os.PathLike | None = None,
     wait: Wait = SimpleQueue.get,
 ) -> Progress:
     """Compute a job's output and write it.
@@ -132,6 +134,9 @@ def run_job(
         with workers, Dask's own report is written next to it, as ``NAME-dask.html``
     on_record : called with the `Plan` and the `Record` of the run, at the end if anything was run;
         as with `report`, a resumed run keeps its chunks
+    save_routing : where to write the indices that the layer's router gives, (n, k) int32, in the
+        same run; the top-k weights, (n, k) float32, go next to them, see
+        `dask_ep.jobs.save_routing.path_of_weights`
     wait : how to wait for what a queue gives next; what it raises stops the run, as Ctrl-C does by
         `dask_ep.cluster.interrupts.Interrupts.wait`
 
@@ -168,10 +173,7 @@ def run_job(
     too, leaves an output that `resume` continues; on threads the blocks at work are finished
     before it arrives.
     """
-    if report is not None:
-        check_drawing()
-        check_place(report)
-    check_existing(job.out, resume, overwrite)
+    _check_outputs(job, resume, overwrite, report, save_routing)
     begun = read_begun(job.out) if resume else None
     passes = None if begun is None else begun.passes
     if passes is not None and isinstance(where, Threads) and where.count is None:
@@ -198,7 +200,10 @@ def run_job(
                 multiplied_by=library,
                 exchange=walk,
             )
-            with _stored(built, walk, job, begun, resume, overwrite) as output:
+            with (
+                _stored(built, walk, job, begun, resume, overwrite) as output,
+                stored_routing(built, save_routing, output.rows, resume, overwrite) as routing,
+            ):
                 planned = None
                 if output.missing and (report or on_record):
                     _check_recorded(built.y.chunks[0], output.rows)
@@ -207,7 +212,7 @@ def run_job(
                     on_client(client)
                 watch = _Watch(output, on_progress)
                 with _watched(output, client, owners, planned, report, on_record):
-                    for step in [output] if walk is None else walk.steps(output):
+                    for step in _steps(output, walk, routing):
                         _compute(step, client, threads, watch, wait)
                     done = watch.progress()
     passes_done = walk.done(watch.spilled_bytes) if walk else None
@@ -218,6 +223,22 @@ def _tell_notes(inputs: Inputs, on_note: Callable[[str], Any] | None) -> None:
     if on_note is not None:
         for note in find_notes(inputs):
             on_note(note)
+
+
+def _check_outputs(
+    job: Job,
+    resume: bool,
+    overwrite: bool,
+    report: str | os.PathLike | None,
+    save_routing: str | os.PathLike | None,
+) -> None:
+    """Refuse what cannot be written, before anything is read."""
+    if report is not None:
+        check_drawing()
+        check_place(report)
+    check_existing(job.out, resume, overwrite)
+    if save_routing is not None:
+        check_saved_routing(job, save_routing, resume, overwrite)
 
 
 def _stored(
@@ -240,6 +261,22 @@ def _stored(
         stored_rows=walk.passes.stored_rows if walk else None,
         compute=False,
     )
+
+
+def _steps(
+    output: Output, walk: InPasses | None, routing: Sequence[Output]
+) -> Iterable[Output | Step]:
+    """Yield what is to be computed, each step before the next.
+
+    The routing is saved by the tasks that need it. In passes these run group by group, so there the
+    tokens are read and routed once more before.
+    """
+    if walk is None:
+        yield together([output, *routing]) if routing else output
+        return
+    if routing:
+        yield together(routing)
+    yield from walk.steps(output)
 
 
 def _check_recorded(chunks: Sequence[int], rows: Sequence[int]) -> None:
@@ -337,7 +374,7 @@ class _Watch:
     """Counts rows, and tells about them."""
 
     def __init__(self, output: Output, tell: Callable[[Progress], Any] | None):
-        self._tell, self._start = tell, time.monotonic()
+        self._tell, self._start, self._path = tell, time.monotonic(), output.path
         self._before = sum(output.rows[block] for block in output.done_before)
         self._left, self._done = sum(output.rows) - self._before, 0
         self._worked = 0.0  # rows that the work on blocks which are not done is worth
@@ -347,6 +384,8 @@ class _Watch:
             tell(self.progress())
 
     def tell(self, receipt: Receipt) -> None:
+        if receipt.path not in ("", self._path):
+            return
         self._done += receipt.rows
         self._left -= receipt.rows
         self.spilled_bytes += 0 if receipt.rows else receipt.nbytes

@@ -17,7 +17,7 @@ import errno
 import os
 import uuid
 import weakref
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import dask
@@ -56,6 +56,8 @@ class Receipt(NamedTuple):
     #: rows of the block that hold NaN or infinity
     first_not_finite: int = -1
     #: the first of them in the whole output; -1 without one
+    path: str = ""
+    #: of the output whose block was written; "" if none was
 
 
 class Output(DaskMethodsMixin):
@@ -200,9 +202,8 @@ class Output(DaskMethodsMixin):
 
     def _build_graph(self, y: da.Array, sync: bool) -> HighLevelGraph:
         starts = np.concatenate([[0], np.cumsum(self.rows)]).tolist()
-        job = _Job(
-            self._writer, self.directory, self._manifest["run"], self.shape, self.dtype, sync
-        )
+        run = self._manifest["run"]
+        job = _Job(self.path, self._writer, self.directory, run, self.shape, self.dtype, sync)
         axes = tuple(range(y.ndim))
         spans = {(b, *self._rest): (b, starts[b], starts[b + 1]) for b in range(len(self.rows))}
         layer = blockwise(
@@ -252,6 +253,7 @@ def hash_rows(rows: np.ndarray) -> str:
 class _Job(NamedTuple):
     """What all tasks of an output share."""
 
+    path: str
     writer: Writer
     directory: str
     run: str
@@ -293,6 +295,12 @@ class Step(DaskMethodsMixin):
 
     __dask_optimize__ = staticmethod(da.optimize)
     __dask_scheduler__ = staticmethod(da.Array.__dask_scheduler__)
+
+
+def together(outputs: Sequence[Output]) -> Step:
+    """The writing of the missing blocks of several outputs, whose common tasks run once."""
+    graph = HighLevelGraph.merge(*(output.__dask_graph__() for output in outputs))
+    return Step(graph, [key for output in outputs for key in output.__dask_keys__()])
 
 
 def _compute(
@@ -352,7 +360,9 @@ def _store_block(rows: np.ndarray, job: _Job, span: tuple[int, int, int]) -> Rec
         raise _explain(error, place, rows.nbytes, job.directory) from error
     count, first = count_not_finite(rows)
     first = start + first if count else -1
-    return Receipt(block, len(rows), rows.nbytes, not_finite=count, first_not_finite=first)
+    return Receipt(
+        block, len(rows), rows.nbytes, not_finite=count, first_not_finite=first, path=job.path
+    )
 
 
 def _explain(error: OSError, place: str, nbytes: int, directory: str) -> OSError:

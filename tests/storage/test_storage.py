@@ -118,7 +118,7 @@ def test_every_scheduler_writes_the_same(tmp_path, tokens, kind, scheduler):
     receipts = []
     with store(open_tokens(tokens, 3) * 2, path, compute=False) as output:
         returned = output.compute(on_block=receipts.append, scheduler=scheduler)
-    assert returned == [Receipt(b, n, n * 16) for b, n in enumerate((3, 3, 3, 1))]
+    assert returned == [Receipt(b, n, n * 16, path=path) for b, n in enumerate((3, 3, 3, 1))]
     assert sorted(receipts) == returned
     assert_eq(open_tokens(path), numbers((10, 4)) * 2)
 

@@ -12,6 +12,7 @@ if TYPE_CHECKING:  # editors and type checkers read this, and import the names a
     from dask_ep.jobs.plan import plan
     from dask_ep.kernel.dispatch import expert_parallel_dispatch
     from dask_ep.layers.checkpoint import load_moe_layer
+    from dask_ep.layers.collect import collect
     from dask_ep.layers.layer import MoELayer
     from dask_ep.layers.routing import Router
     from dask_ep.placement.policies import Placement
@@ -22,6 +23,7 @@ _HOME = {
     "Experts": "experts.experts",
     "expert_parallel": "graph.pipeline",
     "MoELayer": "layers.layer",
+    "collect": "layers.collect",
     "Router": "layers.routing",
     "Placement": "placement.policies",
     "load_moe_layer": "layers.checkpoint",
@@ -33,8 +35,8 @@ _HOME = {
 """Where each public name lives; a module is imported when one of its names is first used."""
 
 __all__ = [
-    "Experts", "MoELayer", "Placement", "Router", "expert_parallel", "expert_parallel_dispatch",
-    "load_moe_layer", "open_tokens", "own_experts", "plan", "store",
+    "Experts", "MoELayer", "Placement", "Router", "collect", "expert_parallel",
+    "expert_parallel_dispatch", "load_moe_layer", "open_tokens", "own_experts", "plan", "store",
 ]  # fmt: skip
 __version__ = "0.1.0"
 

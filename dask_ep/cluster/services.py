@@ -34,7 +34,7 @@ from dask_ep.arrays.namespaces import Array
 from dask_ep.cluster import dask_internals
 from dask_ep.cluster.admission import Admission
 from dask_ep.cluster.slices import Answers, Chunk, Slices
-from dask_ep.graph.chunk import Exchange, Where, combine, cut, pack
+from dask_ep.graph.chunk import Exchange, Observed, Where, combine, cut, join_tables, pack
 from dask_ep.kernel.pack import Packet
 from dask_ep.laws.costs import CHUNKS_WAITING
 
@@ -122,7 +122,7 @@ class Services(WorkerPlugin):
         topk_weights: Array | None,
         where: Where,
         exchange: Exchange,
-    ) -> Array:
+    ) -> Array | Observed:
         """Exchange the rows of a chunk whose ranks workers serve, and give its output.
 
         Raises
@@ -144,15 +144,19 @@ class Services(WorkerPlugin):
         topk_weights: Array | None,
         where: Where,
         exchange: Exchange,
-    ) -> Array:
+    ) -> Array | Observed:
         self._admit()
         with self._slices.core():
             packing = pack(tokens, routing, topk_weights, where, exchange)
-        answers = self._exchange(Chunk(packing, where, exchange))
+        chunk, observe = Chunk(packing, where, exchange, {}), exchange.observe
+        answers = self._exchange(chunk)
         self._slices.tally.count_chunk()
         in_order = ((rank, answers.pop(rank)) for rank in packing.ranks)
         with self._slices.core():
-            return combine(packing, in_order, where, exchange)
+            out = None
+            if observe is None or observe.output:
+                out = combine(packing, in_order, where, exchange)
+            return out if observe is None else (out, join_tables(chunk.tables, exchange))
 
     def _admit(self) -> None:
         """Wait until this chunk may begin; its task is in flight until it ends (`transition`).
@@ -380,6 +384,7 @@ class Asking:
         dask_internals.raise_remote(answer)
         if answer["answers"] is None:
             return None
+        chunk.tables.update(zip(ranks, answer["seen"], strict=False))
         return dict(zip(ranks, answer["answers"], strict=True))
 
     def _message(self, chunk: Chunk, ranks: list[int], packet: Packet) -> dict[str, Any]:
@@ -389,6 +394,7 @@ class Asking:
             "ranks": ranks,
             "chunk": chunk.number,
             "sizes": [exchange.world_size, exchange.num_local, exchange.d_out],
+            "observe": None if exchange.observe is None else list(exchange.observe),
             "sender": self._slices.address,
             "arrays": [None if array is None else to_serialize(array) for array in packet],
         }

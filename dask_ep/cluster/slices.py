@@ -18,9 +18,17 @@ from distributed.protocol import to_serialize
 
 from dask_ep.arrays.namespaces import Array
 from dask_ep.graph import tally
-from dask_ep.graph.chunk import Exchange, Where, serve_in_place, serve_packet
+from dask_ep.graph.chunk import (
+    Exchange,
+    Tables,
+    Where,
+    begin_seen,
+    serve_in_place,
+    serve_packet,
+)
 from dask_ep.graph.tally import Serving, Tally
 from dask_ep.kernel.pack import Packet, Packing
+from dask_ep.kernel.statistics import Observe
 
 Answers = dict[int, Array]
 """By rank."""
@@ -32,6 +40,8 @@ class Chunk(NamedTuple):
     packing: Packing
     where: Where
     exchange: Exchange
+    tables: Tables
+    #: what was seen of the rows that have been served, where they are observed
 
     @property
     def number(self) -> int:
@@ -101,14 +111,18 @@ class Slices:
                 experts = self._held[token, rank]
             except KeyError:
                 return None
+            seen = begin_seen(chunk.exchange.observe, rank, chunk.exchange.num_local)
             with self.core():
                 start = tally.now()
                 answer = serve_in_place(
-                    chunk.packing, rank, experts, chunk.number, chunk.exchange.d_out
+                    chunk.packing, rank, experts, chunk.number, chunk.exchange.d_out, seen
                 )
                 stop = tally.now()
             answers[rank] = answer
-            serving = Serving(chunk.number, rank, len(answer), me, me, start, stop)
+            if seen is not None:
+                chunk.tables[rank] = seen.table
+            rows = len(answer) or chunk.packing.count(rank)
+            serving = Serving(chunk.number, rank, rows, me, me, start, stop)
             self.tally.count(stop - start, [serving])
         return answers
 
@@ -120,23 +134,29 @@ class Slices:
         ranks: list[int],
         chunk: int,
         sizes: list[int],
+        observe: list[Any] | None,
         sender: str,
         arrays: list[Array | None],
     ) -> dict[str, Any]:
-        """Answer a packet: one array for each rank, or None if one of them is not served here."""
+        """Answer a packet: one array for each rank, or None if one of them is not served here.
+
+        Where rows are observed, what was seen of them comes with the answers.
+        """
         slices = [self._held.get((token, rank)) for rank in ranks]
         if self._is_closing or any(experts is None for experts in slices):
             return {"status": "OK", "answers": None}
         world_size, num_local, d_out = sizes
-        exchange = Exchange(token, world_size, num_local, d_out, None)
+        watched = None if observe is None else Observe(tuple(observe[0]), *observe[1:])
+        exchange = Exchange(token, world_size, num_local, d_out, None, watched)
         packet = [Packet(*arrays)]
         del arrays
         serve = partial(self._serve_packet, packet, ranks, slices, chunk, exchange, sender)
         with self.tally.queued(token, ranks, len(packet[0].rows)):
-            answers = await asyncio.get_running_loop().run_in_executor(
+            answers, tables = await asyncio.get_running_loop().run_in_executor(
                 self.pool, serve, tally.now()
             )
-        return {"status": "OK", "answers": [to_serialize(answer) for answer in answers]}
+        message = {"status": "OK", "answers": [to_serialize(answer) for answer in answers]}
+        return message | {"seen": [to_serialize(table) for table in tables]}
 
     def _serve_packet(
         self,
@@ -147,21 +167,23 @@ class Slices:
         exchange: Exchange,
         sender: str,
         came: float,
-    ) -> list[Array]:
+    ) -> tuple[list[Array], list[Array]]:
+        seen = [begin_seen(exchange.observe, rank, exchange.num_local) for rank in ranks]
         with self.core():
-            start = tally.now()
+            start, count = tally.now(), len(packet[0].rows)
             nbytes = sum(array.nbytes for array in packet[0] if array is not None)
-            answers = serve_packet(packet.pop(), ranks, slices, chunk, exchange)
+            answers = serve_packet(packet.pop(), ranks, slices, chunk, exchange, seen)
             stop = tally.now()
         step, me = (stop - start) / len(ranks), self.address
         self.tally.count(
             stop - start,
             [
                 Serving(
-                    chunk, rank, len(answer), sender, me, start + i * step, start + (i + 1) * step,
+                    chunk, rank, len(answer) or count // len(ranks), sender, me,
+                    start + i * step, start + (i + 1) * step,
                     nbytes if i == 0 else 0, answer.nbytes, start - came,
                 )
                 for i, (rank, answer) in enumerate(zip(ranks, answers, strict=True))
             ],
         )  # fmt: skip
-        return answers
+        return answers, [keeper.table for keeper in seen if keeper is not None]

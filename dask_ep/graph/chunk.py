@@ -29,7 +29,12 @@ from dask_ep.kernel.expert import as_local_experts
 from dask_ep.kernel.host_kernel import Served, answer_of_rank, gather
 from dask_ep.kernel.pack import Combining, Packet, Packing, packet_order, slots_at
 from dask_ep.kernel.segments import sort_slots
+from dask_ep.kernel.statistics import Observe, Seen
 from dask_ep.placement.policies import Placement
+
+Observed = tuple[Array | None, np.ndarray]
+"""What a chunk gives where its rows are observed: its output (n, d_out), None where nobody wants
+it, and what was seen of each expert's rows, (E, observe.width) float64."""
 
 
 class Exchange(NamedTuple):
@@ -43,6 +48,8 @@ class Exchange(NamedTuple):
     d_out: int
     placement: Placement | None
     #: None where physical experts are the experts
+    observe: Observe | None = None
+    #: what is to be kept of the rows that experts serve
 
 
 class Where(NamedTuple):
@@ -112,8 +119,10 @@ def compute_chunk_of_one_rank(
     experts: LocalExperts,
     where: Where,
     exchange: Exchange,
-) -> Array:
+) -> Array | Observed:
     """The output of a chunk where one rank has all experts: nothing is exchanged."""
+    if exchange.observe is not None:
+        return compute_chunk(tokens, routing, topk_weights, [experts], where, exchange)
     place = f"dispatch of token chunk {where.chunk} at rank 0 of 1"
     with (
         error_context(place, where.first_row),
@@ -135,7 +144,7 @@ def compute_chunk(
     ranks: list | None,
     where: Where,
     exchange: Exchange,
-) -> Array:
+) -> Array | Observed:
     """The output of a chunk of several ranks; `ranks` has their experts if it serves them."""
     if ranks is None:
         services = find_services(exchange.token)
@@ -146,9 +155,17 @@ def compute_chunk(
             )
         return services.compute(tokens, routing, topk_weights, where, exchange)
     packing = pack(tokens, routing, topk_weights, where, exchange)
+    tables: Tables = {}
+    if exchange.observe is not None and not exchange.observe.output:
+        for _ in _serve_in_turn(packing, ranks, where, exchange, tables):
+            pass
+        return None, join_tables(tables, exchange)
     if packing.k == 1 and not packing.on_device:
-        return _serve_one_slot(packing, ranks, where, exchange)
-    return combine(packing, _serve_in_turn(packing, ranks, where, exchange), where, exchange)
+        out = _serve_one_slot(packing, ranks, where, exchange, tables)
+    else:
+        in_turn = _serve_in_turn(packing, ranks, where, exchange, tables)
+        out = combine(packing, in_turn, where, exchange)
+    return out if exchange.observe is None else (out, join_tables(tables, exchange))
 
 
 def pack(
@@ -192,18 +209,48 @@ def combine(
     return total.output()
 
 
+Tables = dict[int, np.ndarray]
+"""By rank what was seen of its experts' rows, (num_local, observe.width)."""
+
+
+def begin_seen(observe: Observe | None, rank: int, num_local: int) -> Seen | None:
+    """What keeps what is asked for of the rows of a rank's experts; None if nothing is."""
+    return None if observe is None else Seen(observe, num_local, rank * num_local)
+
+
+def join_tables(tables: Tables, exchange: Exchange) -> np.ndarray:
+    """What was seen of each expert's rows, replicas joined in the order of the ranks."""
+    observe, placement = exchange.observe, exchange.placement
+    order = range(exchange.world_size * exchange.num_local)
+    order = list(order) if placement is None else placement.order()
+    joined = np.zeros((max(order) + 1, observe.width))
+    for rank in sorted(tables):
+        first = rank * exchange.num_local
+        slots = np.array(order[first : first + exchange.num_local])
+        held = slots >= 0
+        observe.join(joined, tables[rank][held], slots[held])
+    return joined
+
+
 # --- serving: what the experts of a rank make of a packet, or of the chunk itself ---------------
 
 
 def serve_in_place(
-    packing: Packing, rank: int, experts: Sequence[Any], chunk: int, d_out: int
+    packing: Packing,
+    rank: int,
+    experts: Sequence[Any],
+    chunk: int,
+    d_out: int,
+    seen: Seen | None = None,
 ) -> Array:
     """The answer of a rank whose experts are here, without a packet."""
     if packing.on_device:
         packet = cut(packing, [rank], chunk)
         return _serve_on_device(packet, rank, experts, packing, chunk, d_out)
     with error_context(_place(chunk, rank, packing.world_size)):
-        out = answer_of_rank(packing.tokens, packing.segments, packing.topk_weights, experts, rank)
+        out = answer_of_rank(
+            packing.tokens, packing.segments, packing.topk_weights, experts, rank, seen=seen
+        )
         return check_width(out, d_out)
 
 
@@ -213,6 +260,7 @@ def serve_packet(
     experts: Sequence[Sequence[Any]],
     chunk: int,
     exchange: Exchange,
+    seen: Sequence[Seen | None],
 ) -> list[Array]:
     """The answers of some ranks to the one packet that they share: one sort for all of them."""
     packet = Packet(*(None if a is None else aligned(a) for a in packet))
@@ -228,31 +276,43 @@ def serve_packet(
     places = exchange.num_local * exchange.world_size
     segments = sort_slots(routing, weights, places, 0, 1)
     answers = []
-    for rank, local in zip(ranks, experts, strict=True):
+    for rank, local, keeper in zip(ranks, experts, seen, strict=True):
         with error_context(_place(chunk, rank, exchange.world_size)):
-            out = answer_of_rank(rows, segments, weights, local, rank)
+            out = answer_of_rank(rows, segments, weights, local, rank, seen=keeper)
             answers.append(check_width(out, exchange.d_out))
     return answers
 
 
 def _serve_in_turn(
-    packing: Packing, ranks: Sequence[Sequence[Any]], where: Where, exchange: Exchange
+    packing: Packing,
+    ranks: Sequence[Sequence[Any]],
+    where: Where,
+    exchange: Exchange,
+    tables: Tables,
 ) -> Iterator[tuple[int, Array]]:
     """Ranks with their answers, one after the other, where the chunk serves them itself."""
     for rank in packing.ranks:
         start = tally.now()
-        answer = serve_in_place(packing, rank, ranks[rank], where.chunk, exchange.d_out)
-        tally.note_in_place(where.chunk, rank, len(answer), start)
+        seen = begin_seen(exchange.observe, rank, exchange.num_local)
+        answer = serve_in_place(packing, rank, ranks[rank], where.chunk, exchange.d_out, seen)
+        if seen is not None:
+            tables[rank] = seen.table
+        tally.note_in_place(where.chunk, rank, len(answer) or packing.count(rank), start)
         yield rank, answer
 
 
 def _serve_one_slot(
-    packing: Packing, ranks: Sequence[Sequence[Any]], where: Where, exchange: Exchange
+    packing: Packing,
+    ranks: Sequence[Sequence[Any]],
+    where: Where,
+    exchange: Exchange,
+    tables: Tables,
 ) -> Array:
     """With one slot a row there is nothing to add up: experts write to the output itself."""
     tokens, weights = packing.tokens, packing.topk_weights
     compute = computing_dtype(tokens.dtype)
-    served = Served(tokens, packing.segments, weights, exchange.d_out)
+    seen = begin_seen(exchange.observe, 0, exchange.num_local * exchange.world_size)
+    served = Served(tokens, packing.segments, weights, exchange.d_out, seen=seen)
     for rank in packing.ranks:
         with error_context(_place(where.chunk, rank, exchange.world_size)):
             start, first = tally.now(), rank * exchange.num_local
@@ -261,6 +321,8 @@ def _serve_one_slot(
                 check_width_of(expert.d_out, exchange.d_out)
                 served.add(e, expert)
         tally.note_in_place(where.chunk, rank, packing.count(rank), start)
+        if seen is not None:
+            tables[rank] = seen.table[first : first + exchange.num_local]
     return served.out.astype(tokens.dtype, copy=False)
 
 

@@ -163,7 +163,7 @@ class Spilled:
             if self._walk.apply_router_weight_on_input:
                 weights = None
             tasks[name, c, 0] = Task(
-                (name, c, 0), _collect_chunk, routing, weights,
+                (name, c, 0), _sum_chunk, routing, weights,
                 self._layout.counts[i], int(self._layout.answers_at[i, 0]), self.files,
                 self._rows.tokens.dtype, c,
             )  # fmt: skip
@@ -192,7 +192,7 @@ class Spilled:
         return pieces
 
 
-def collect(rows: Rows, walk: Walk, groups: Sequence[Spilled]) -> da.Array:
+def sum_answers(rows: Rows, walk: Walk, groups: Sequence[Spilled]) -> da.Array:
     """Return the output of all groups, from their files: to be computed when these are written."""
     name = f"ep_sum-{tokenize(rows, walk, [group.files for group in groups])}"
     tasks = {key: task for group in groups for key, task in group.sum_tasks(name).items()}
@@ -268,7 +268,7 @@ def _serve_run(expert: Expert, run: Run, compute: np.dtype, files: SpillFiles) -
     return nbytes
 
 
-def _collect_chunk(
+def _sum_chunk(
     routing: Array,
     topk_weights: Array | None,
     counts: np.ndarray,

@@ -20,7 +20,7 @@ import math
 import sys
 import warnings
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import dask
 import dask.array as da
@@ -44,6 +44,7 @@ from dask_ep.graph.chunk import (
 )
 from dask_ep.graph.keys import chunk_name, experts_key, ranks_key
 from dask_ep.graph.rows import array_of, first_rows
+from dask_ep.kernel.statistics import Observe
 from dask_ep.placement.placement_files import Asked, find_placement
 from dask_ep.placement.policies import Placement, contiguous
 from dask_ep.placement.routing_stats import survey
@@ -128,6 +129,31 @@ def expert_parallel(
     >>> y.compute(scheduler="sync")[:, 0]
     array([0., 1., 2., 3., 0., 0.])
     """
+    ready = prepare(tokens, routing, experts, topk_weights, world_size, placement, precision)
+    return build_chunks(ready)
+
+
+class Ready(NamedTuple):
+    """What a layer's chunks are made of: checked, and in the row chunks of the tokens."""
+
+    tokens: da.Array
+    routing: da.Array
+    topk_weights: da.Array | None
+    experts: Experts | CallableExperts
+    world_size: int
+    placement: Placement | None
+
+
+def prepare(
+    tokens: da.Array,
+    routing: da.Array,
+    experts: Any,
+    topk_weights: da.Array | None,
+    world_size: int | None,
+    placement: Asked,
+    precision: str | None = None,
+) -> Ready:
+    """Check the arguments of `expert_parallel`, and decide on ranks and placement."""
     _refuse_array_expressions()
     experts = as_experts(experts)
     if precision is not None:
@@ -135,11 +161,10 @@ def expert_parallel(
     tokens, routing, topk_weights = _aligned(tokens, routing, topk_weights)
     _check_widths(tokens, experts)
     world_size, placement = _ranks(experts, world_size, placement, tokens, routing)
-    token = tokenize(tokens, routing, topk_weights, experts, world_size, placement)
     _warn_of_many_tasks(len(tokens.chunks[0]), world_size)
     if world_size > 1:
         _warn_if_unpinned(world_size)
-    return _build(token, tokens, routing, topk_weights, experts, world_size, placement)
+    return Ready(tokens, routing, topk_weights, experts, world_size, placement)
 
 
 def count_tasks(num_chunks: int, world_size: int) -> int:
@@ -160,17 +185,13 @@ class _Unfused(Task):
         return True
 
 
-def _build(
-    token: str,
-    tokens: da.Array,
-    routing: da.Array,
-    topk_weights: da.Array | None,
-    experts: Experts | CallableExperts,
-    world_size: int,
-    placement: Placement | None,
-) -> da.Array:
+def build_chunks(ready: Ready, observe: Observe | None = None) -> da.Array:
+    """The output of a layer; where its rows are observed, an array whose blocks are `Observed`."""
+    tokens, routing, topk_weights, experts, world_size, placement = ready
+    watched = () if observe is None else (observe,)
+    token = tokenize(tokens, routing, topk_weights, experts, world_size, placement, *watched)
     order = list(range(experts.num_experts)) if placement is None else placement.order()
-    num_local, d_out = len(order) // world_size, _d_out(experts, tokens)
+    num_local, d_out = len(order) // world_size, width_of_output(experts, tokens)
     slots = [order[r * num_local : (r + 1) * num_local] for r in range(world_size)]
     layer = _layer(token, experts, slots, tokens, at_home=placement is not None and placement.local)
 
@@ -196,7 +217,7 @@ def _build(
             "",
             BlockwiseDepDict(places, numblocks=(len(chunks),)),
             "n",
-            Exchange(token, world_size, num_local, d_out, placement),
+            Exchange(token, world_size, num_local, d_out, placement, observe),
             None,
             numblocks={array.name: array.numblocks for array in arrays},
         ),
@@ -379,5 +400,5 @@ def _client_in_use() -> Any:
         return None
 
 
-def _d_out(experts: Experts | CallableExperts, tokens: da.Array) -> int:
+def width_of_output(experts: Experts | CallableExperts, tokens: da.Array) -> int:
     return tokens.shape[1] if experts.d_out is None else experts.d_out

@@ -33,7 +33,7 @@ from dask.utils import format_bytes
 from dask_ep.arrays import memory
 from dask_ep.experts.experts import Experts
 from dask_ep.graph.expert_schedule import READS, Rows, Walk
-from dask_ep.graph.passes_disk import Spilled, collect
+from dask_ep.graph.passes_disk import Spilled, sum_answers
 from dask_ep.graph.passes_memory import apart, hold
 from dask_ep.jobs.begun import Begun
 from dask_ep.jobs.build import Inputs
@@ -114,7 +114,7 @@ class InPasses:
             Spilled(rows, walk, counts, group, f"{place}-{g}", self._ranks)
             for g, group in enumerate(self.passes.groups(len(counts)))
         ]
-        return collect(rows, walk, self._spilled)
+        return sum_answers(rows, walk, self._spilled)
 
     @property
     def settings(self) -> dict[str, Any]:

@@ -28,6 +28,8 @@ class Expert(ABC):
         Widths of the rows that come and go.
     widest : int
         Width of the widest row that it makes on the way; tells how many rows stay in cache.
+    hidden : int or None
+        Width of its hidden activations, where it has some.
     apply_router_weight_on_input : bool
         Whether the top-k weight multiplies the row that the expert reads (as in Llama 4) instead
         of its output.
@@ -40,6 +42,15 @@ class Expert(ABC):
     @property
     def widest(self) -> int:
         return max(self.d, self.d_out)
+
+    @property
+    def hidden(self) -> int | None:
+        """Width of the hidden activations, what the last matrix multiplies; None without any.
+
+        On the host, experts that have them also take ``hidden=``, an array (m, hidden) of the
+        computing dtype in which to leave them.
+        """
+        return None
 
     @property
     def batch_key(self) -> Hashable:

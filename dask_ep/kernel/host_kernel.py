@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -23,6 +24,7 @@ from dask_ep.arrays.namespaces import UNDERFLOW_IS_ZERO, Array, namespace
 from dask_ep.kernel import device_kernel
 from dask_ep.kernel.expert import Expert, as_local_experts
 from dask_ep.kernel.segments import Segments
+from dask_ep.kernel.statistics import Seen
 
 TILE_BYTES = 8 << 20
 """Bytes of the widest rows of one matrix product on the CPU: a share of the last-level cache."""
@@ -55,6 +57,8 @@ class Served:
     in_place : bool
         Whether the tokens may be overwritten by the output: possible where `can_be_in_place`, for a
         row with one slot is not needed any more when its expert has served it.
+    seen : Seen, optional
+        Keeps what is asked for of the rows as they are served.
 
     Attributes
     ----------
@@ -69,14 +73,20 @@ class Served:
         d_out: int,
         *,
         in_place: bool = False,
+        seen: Seen | None = None,
     ):
-        self._tokens, self._segments = tokens, segments
-        self._weights = None if topk_weights is None else topk_weights.reshape(-1)
+        self._begin(tokens, segments, topk_weights, seen)
         if in_place and can_be_in_place(segments.k, tokens.shape[1], d_out, tokens.dtype):
             tokens[segments.not_ours()] = 0
             self.out, self._write = tokens, assign_rows
         else:
             self.out, self._write = begin_output(len(tokens), segments, d_out, tokens.dtype, tokens)
+
+    def _begin(
+        self, tokens: Array, segments: Segments, topk_weights: Array | None, seen: Seen | None
+    ) -> None:
+        self._tokens, self._segments, self._seen = tokens, segments, seen
+        self._weights = None if topk_weights is None else topk_weights.reshape(-1)
 
     def _target(self, tile: slice, rows: Array | slice) -> Array | slice:
         """Where the rows of a tile belong in the output."""
@@ -86,13 +96,15 @@ class Served:
     def add(self, e: int, expert: Expert) -> None:
         """Send the rows of local expert `e` through it, and add what it gives."""
         compute = computing_dtype(self._tokens.dtype)
+        see = None if self._seen is None else partial(self._seen.through, e)
         for tile in tiles(*self._segments.bounds[e], expert, compute):
             slots = self._segments.slots(tile)
             rows = self._segments.rows(slots)
             to = self._target(tile, rows)
             _apply(
-                expert, self._tokens, rows, slots, self._weights, compute, self.out, to, self._write
-            )
+                expert, self._tokens, rows, slots, self._weights, compute, self.out, to,
+                self._write, see,
+            )  # fmt: skip
 
 
 class Answer(Served):
@@ -100,7 +112,7 @@ class Answer(Served):
 
     Parameters
     ----------
-    tokens, segments, topk_weights, d_out : see `Served`; segments of all physical experts
+    tokens, segments, topk_weights, d_out, seen : see `Served`; segments of all physical experts
     rank, num_local : r, which owns the experts [r * num_local, (r + 1) * num_local)
 
     Attributes
@@ -117,9 +129,9 @@ class Answer(Served):
         d_out: int,
         rank: int,
         num_local: int,
+        seen: Seen | None = None,
     ):
-        self._tokens, self._segments = tokens, segments
-        self._weights = None if topk_weights is None else topk_weights.reshape(-1)
+        self._begin(tokens, segments, topk_weights, seen)
         self._first, last = segments.of_rank(rank, num_local)
         if segments.k == 1:
             shape = (last - self._first, d_out)
@@ -157,6 +169,21 @@ class Answer(Served):
         out[rows[old]] = before + y[old]  # `y` is weighed now
 
 
+class Watched(Served):
+    """The rows of a chunk that experts serve for what is seen of them alone: no output is made.
+
+    Attributes
+    ----------
+    out : (0, d_out) array
+    """
+
+    def __init__(
+        self, tokens: Array, segments: Segments, topk_weights: Array | None, d_out: int, seen: Seen
+    ):
+        self._begin(tokens, segments, topk_weights, seen)
+        self.out, self._write = np.empty((0, d_out), tokens.dtype), _drop_rows
+
+
 def answer_of_rank(
     tokens: Array,
     segments: Segments,
@@ -164,6 +191,7 @@ def answer_of_rank(
     expert_Ws: Array | Sequence[Any],
     rank: int,
     d_out: int | None = None,
+    seen: Seen | None = None,
 ) -> Array:
     """As `expert_parallel_dispatch` on the host, with the rank's own rows alone, already sorted.
 
@@ -174,15 +202,19 @@ def answer_of_rank(
     expert_Ws : the experts of the rank
     rank : r
     d_out : width of the experts' rows, where it is known
+    seen : of the rank's experts, keeps what is asked for of their rows
 
     Returns
     -------
-    (m, d_out), see `Answer`
+    (m, d_out), see `Answer`; (0, d_out) where what is seen is all that is wanted
     """
     compute = computing_dtype(tokens.dtype)
     experts = as_local_experts(expert_Ws, d=tokens.shape[1], like=tokens, dtype=compute)
     d_out = experts[0].d_out if d_out is None else d_out
-    answer = Answer(tokens, segments, topk_weights, d_out, rank, len(experts))
+    if seen is not None and not seen.observe.output:
+        answer: Served = Watched(tokens, segments, topk_weights, d_out, seen)
+    else:
+        answer = Answer(tokens, segments, topk_weights, d_out, rank, len(experts), seen)
     for e, expert in enumerate(experts, rank * len(experts)):
         answer.add(e, expert)
     return answer.out
@@ -248,8 +280,12 @@ def _apply(
     out: Array,
     to: Array | slice,
     write: Write,
+    see: Callable[..., None] | None,
 ) -> None:
-    """One tile: gather its rows, expert, weight, write to rows `to` of the output."""
+    """One tile: gather its rows, expert, weight, write to rows `to` of the output.
+
+    `see` is `Seen.through` of the expert, where something is kept of its rows.
+    """
     contiguous = isinstance(rows, slice)
     weighed_before = weights is not None and expert.apply_router_weight_on_input
     dtype = compute if weighed_before else expert.takes(tokens.dtype)
@@ -262,11 +298,18 @@ def _apply(
         w = None
     in_place = isinstance(to, slice) and write is assign_rows and out.dtype == compute
     y = out[to] if in_place else memory.empty((len(x), expert.d_out), compute, like=x)
-    expert(x, out=y)
+    if see is None:
+        expert(x, out=y)
+    else:
+        see(expert, x, w, slots, y)
     if not in_place:
         write(out, to, y, w)
     elif w is not None:
         y *= w[:, None]
+
+
+def _drop_rows(out: Array, rows: Array | slice, y: Array, weights: Array | None = None) -> None:
+    """Write nothing: nobody wants the output."""
 
 
 def assign_rows(out: Array, rows: Array | slice, y: Array, weights: Array | None = None) -> None:

@@ -71,6 +71,10 @@ class Mlp(Expert):
     def widest(self) -> int:
         return max(self.d, self._up.d_out, self.d_out)
 
+    @property
+    def hidden(self) -> int:
+        return self._up.d_out
+
     def takes(self, dtype: np.dtype) -> np.dtype:
         return self._up.takes(dtype)
 
@@ -91,8 +95,8 @@ class Mlp(Expert):
             active[...] = hidden.astype(active.dtype, copy=False)
         one._down.together([expert._down for expert in experts], active, bounds, out)
 
-    def __call__(self, rows: Array, out: Array | None = None) -> Array:
-        hidden = self._up(rows, _hidden(rows, self._up))
+    def __call__(self, rows: Array, out: Array | None = None, hidden: Array | None = None) -> Array:
+        hidden = self._up(rows, _hidden(rows, self._up) if hidden is None else hidden)
         for part in memory.runs_in_cache(hidden):
             self._activate(hidden[part], 1.0)
         return self._down(hidden, out)
@@ -122,6 +126,10 @@ class _Gate(Expert):
     def widest(self) -> int:
         return max(self.d, self._hidden_width, self.d_out)
 
+    @property
+    def hidden(self) -> int:
+        return self._hidden_width
+
 
 class Gated(_Gate):
     """``(activation(x @ gate) * (x @ up)) @ down``; options are those of `Experts.gated`."""
@@ -134,8 +142,8 @@ class Gated(_Gate):
         narrow, wide = self._gate.takes(dtype), self._up.takes(dtype)
         return narrow if narrow == wide else computing_dtype(dtype)
 
-    def __call__(self, rows: Array, out: Array | None = None) -> Array:
-        gate = self._gate(rows, _hidden(rows, self._gate))
+    def __call__(self, rows: Array, out: Array | None = None, hidden: Array | None = None) -> Array:
+        gate = self._gate(rows, _hidden(rows, self._gate) if hidden is None else hidden)
         up = self._up(rows, _hidden(rows, self._up))
         for part in memory.runs_in_cache(gate):
             self._combine(gate[part], up[part])
@@ -214,14 +222,29 @@ class Summed(Expert):
     def widest(self) -> int:
         return max(part.widest for part in self._parts)
 
+    @property
+    def hidden(self) -> int:
+        return sum(part.hidden for part in self._parts)
+
     def takes(self, dtype: np.dtype) -> np.dtype:
         return self._parts[0].takes(dtype)
 
-    def __call__(self, rows: Array, out: Array | None = None) -> Array:
-        out = self._parts[0](rows, out)
+    def __call__(self, rows: Array, out: Array | None = None, hidden: Array | None = None) -> Array:
+        out = self._through(0, rows, out, hidden)
         more = memory.empty(out.shape, out.dtype, like=out)
-        for part in self._parts[1:]:
-            out += part(rows, more)
+        for i in range(1, len(self._parts)):
+            out += self._through(i, rows, more, hidden)
+        return out
+
+    def _through(self, i: int, rows: Array, out: Array | None, hidden: Array | None) -> Array:
+        """One of the experts, whose hidden activations go to their columns of `hidden`."""
+        part = self._parts[i]
+        if hidden is None:
+            return part(rows, out)
+        first = sum(before.hidden for before in self._parts[:i])
+        activations = memory.empty((len(rows), part.hidden), hidden.dtype)
+        out = part(rows, out, hidden=activations)
+        hidden[:, first : first + part.hidden] = activations
         return out
 
 

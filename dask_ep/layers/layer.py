@@ -17,7 +17,7 @@ from __future__ import annotations
 from copy import copy
 from importlib import import_module
 from math import prod
-from typing import Any
+from typing import Any, NamedTuple
 
 import dask.array as da
 import numpy as np
@@ -45,6 +45,22 @@ from dask_ep.layers.lazy_routing import SmallArray, count_rows, route_rows
 from dask_ep.layers.routing import Router
 from dask_ep.placement.policies import Placement
 from dask_ep.storage.fingerprint import describe
+
+Routing = tuple[da.Array, da.Array]
+"""Indices and top-k weights, each (..., k)."""
+
+
+class RoutedRows(NamedTuple):
+    """Hidden states as rows, and what these want."""
+
+    hidden: da.Array
+    #: (..., d) in the chunks of the layer's output
+    rows: da.Array
+    #: (n, d)
+    indices: da.Array
+    #: (n, k)
+    topk_weights: da.Array
+    #: (n, k)
 
 
 class MoELayer:
@@ -134,7 +150,7 @@ class MoELayer:
         hidden: da.Array,
         *,
         token_ids: da.Array | None = None,
-        routing: tuple[da.Array, da.Array] | None = None,
+        routing: Routing | None = None,
         world_size: int | None = None,
         placement: Placement | str | None = None,
         precision: str | None = None,
@@ -164,12 +180,7 @@ class MoELayer:
                 hidden, token_ids=token_ids, routing=routing, world_size=world_size,
                 placement=placement,
             )  # fmt: skip
-        hidden = self._checked(hidden)
-        rows = rows_of(hidden)
-        if routing is None:
-            indices, weights = self._route(rows, self._ids(token_ids, hidden))
-        else:
-            indices, weights = (rows_of(chunked_like(a, hidden, "routing")) for a in routing)
+        hidden, rows, indices, weights = self.routed_rows(hidden, token_ids, routing)
         y = expert_parallel(
             rows,
             indices,
@@ -198,15 +209,12 @@ class MoELayer:
         topk_weights : (..., k) Dask array of float32
             Both lazy. Store them to replay them with ``routing=``.
         """
-        hidden = self._checked(hidden)
-        indices, weights = self._route(rows_of(hidden), self._ids(token_ids, hidden))
+        hidden, _, indices, weights = self.routed_rows(hidden, token_ids)
         return unflatten(indices, hidden), unflatten(weights, hidden)
 
     def tokens_per_expert(self, hidden: da.Array, *, token_ids: da.Array | None = None) -> da.Array:
         """Count the rows that choose each expert: a lazy (E,) Dask array of int64."""
-        hidden = self._checked(hidden)
-        indices, _ = self._route(rows_of(hidden), self._ids(token_ids, hidden))
-        return count_rows(indices, self.experts.num_experts)
+        return count_rows(self.routed_rows(hidden, token_ids).indices, self.experts.num_experts)
 
     def resident_bytes(self, dtype: np.dtype, *, on_device: bool = False) -> int:
         """Bytes of the shared experts and the router, which every worker holds to compute."""
@@ -247,11 +255,20 @@ class MoELayer:
 
     # --- steps on rows (n, d) ---
 
-    def _route(self, rows: da.Array, token_ids: da.Array | None) -> tuple[da.Array, da.Array]:
+    def routed_rows(
+        self, hidden: da.Array, token_ids: da.Array | None = None, routing: Routing | None = None
+    ) -> RoutedRows:
+        """Make rows of hidden states, and route them unless a `routing` is given."""
+        hidden = self._checked(hidden)
+        rows = rows_of(hidden)
+        if routing is not None:
+            return RoutedRows(hidden, rows, *(rows_like(array, hidden) for array in routing))
         check_routes(self.arrays)
         names = ("weight", "bias", "selection_bias", "table")
         arrays = {name: self.arrays[name] for name in names if name in self.arrays}
-        return route_rows(rows, self.router, arrays, token_ids=token_ids, capacity=self.capacity)
+        ids = self._ids(token_ids, hidden)
+        routed = route_rows(rows, self.router, arrays, token_ids=ids, capacity=self.capacity)
+        return RoutedRows(hidden, rows, *routed)
 
     def add_the_rest(self, rows: da.Array, routed: da.Array) -> da.Array:
         """Add what does not depend on the routing: shared experts, and the rows themselves.
@@ -296,6 +313,11 @@ class MoELayer:
         if token_ids is None:
             return None
         return rows_of(chunked_like(da.asarray(token_ids)[..., None], hidden, "token_ids"))
+
+
+def rows_like(routing: da.Array, hidden: da.Array) -> da.Array:
+    """Make rows (n, k) of indices or weights (..., k), in the chunks of the hidden states."""
+    return rows_of(chunked_like(routing, hidden, "routing"))
 
 
 # --- the tasks -----------------------------------------------------------------------------------

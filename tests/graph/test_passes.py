@@ -29,7 +29,7 @@ from dask_ep.experts.quantized import Float8Source
 from dask_ep.experts.weights import Weight
 from dask_ep.graph import expert_schedule, passes_disk, passes_memory
 from dask_ep.graph.expert_schedule import READS, Rows, Walk
-from dask_ep.graph.passes_disk import Spilled, collect
+from dask_ep.graph.passes_disk import Spilled, sum_answers
 from dask_ep.graph.passes_memory import hold
 from dask_ep.graph.spill_files import SpillLayout
 from dask_ep.kernel import reference
@@ -87,7 +87,7 @@ def go(
         Spilled(rows, walk, counts, group, f"{folder}/spill-{g}", ranks)
         for g, group in enumerate(groups)
     ]
-    y, parts = collect(rows, walk, spilled), []
+    y, parts = sum_answers(rows, walk, spilled), []
     for group in spilled:
         group.create("out", 0)
         group.write_step(group.group).compute(scheduler="threads")

@@ -16,6 +16,8 @@ import dask
 import numpy as np
 import pytest
 
+from tests.checkpoints import FIXTURES, write_tensors
+
 ROOT = Path(__file__).parents[1].parent
 
 
@@ -60,6 +62,13 @@ TOYS = {
     "plan_accuracy.py": Toy(
         ["--scale", "0.03", "--only", "threads-many-chunks", "processes-many-chunks"],
         "tasks, rows and bytes are equal in 2 of 2 jobs",
+    ),
+    "prune_experts.py": Toy(
+        [
+            *(str(FIXTURES / "mixtral"), "stats.safetensors"),
+            *("--keep", "0.5", "--score", "reap", "--out", "pruned"),
+        ],
+        "4 of 8 experts in each layer",
     ),
     "quickstart.py": Toy(["--rows", "600", "--d", "16", "--experts", "4"], "good"),
     "skewed.py": Toy(
@@ -119,6 +128,8 @@ def test_the_scheduler_of_gpu_nodes_makes_a_cuda_context_before_ucx_starts():
 @pytest.mark.parametrize("name", list(TOYS))
 def test_script(name, tmp_path):
     np.save(tmp_path / "routing.npy", np.random.default_rng(0).integers(0, 8, (100, 2)))
+    scores = {"reap.score": np.random.default_rng(0).random(8, "f4")}
+    write_tensors(tmp_path / "stats.safetensors", scores)
     ran = subprocess.run(
         [sys.executable, "-W", "error", ROOT / "workflows" / name, *TOYS[name].arguments],
         capture_output=True,

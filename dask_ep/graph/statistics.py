@@ -1,0 +1,329 @@
+"""How does what was seen of each chunk's rows become statistics of all rows?
+
+    pieces of chunk c ──> ep_partial (c): a vector ──┐
+         routing, experts, router                    v
+    ep_group (g): those of some chunks, joined one after the other in their order
+                                                     v
+    ep_total: those of all groups, likewise ──> statistics by name
+
+A partial result leaves the worker that made it with its chunk, and each is joined once, in a fixed
+order: the bits do not depend on who was faster, or on what was lost on the way.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from itertools import accumulate
+from math import prod
+from typing import Any, NamedTuple
+
+import dask.array as da
+import numpy as np
+from dask.base import tokenize
+from dask.highlevelgraph import HighLevelGraph
+from dask.task_spec import List, Task, TaskRef
+
+from dask_ep.arrays.checks import check_routing, raise_bad_index, raise_nan
+from dask_ep.graph.chunk import Observed
+from dask_ep.graph.pipeline import Ready, build_chunks, width_of_output
+from dask_ep.graph.rows import array_of, block_by_block, first_rows, keys_of
+from dask_ep.kernel.context import error_context
+from dask_ep.kernel.statistics import TILE_STATISTICS, Observe
+
+GROUP_CHUNKS = 16
+"""Chunks whose partial results are joined to one of a group."""
+
+Numbers = dict[str, np.ndarray]
+"""Partial or whole results by name."""
+
+
+class Part(NamedTuple):
+    """One partial result."""
+
+    shape: tuple[int, ...]
+    join: np.ufunc
+    #: np.add or np.maximum
+
+
+class Partials(NamedTuple):
+    """Partial results of one kind, of every chunk."""
+
+    chunks: da.Array
+    #: of objects, one for each chunk
+    parts: Mapping[str, Part]
+    take: Callable[[Any], Numbers]
+    #: partial results of an object
+
+
+class PartialLayout:
+    """Where partial results are in one vector of float64.
+
+    Counts are exact up to 2**53. Sums come first, so that two slices join all.
+    """
+
+    def __init__(self, parts: Mapping[str, Part]):
+        self.parts = dict(sorted(parts.items(), key=lambda part: part[1].join is np.maximum))
+        sizes = [prod(part.shape) for part in self.parts.values()]
+        self.size, self._starts = sum(sizes), [0, *accumulate(sizes)]
+        sums = sum(part.join is np.add for part in self.parts.values())
+        self._maxima_from = self._starts[sums]
+
+    def pack(self, numbers: Numbers) -> np.ndarray:
+        """Put partial results one behind the other."""
+        if not self.parts:
+            return np.zeros(0)
+        return np.concatenate([numbers[name].reshape(-1) for name in self.parts], dtype=np.float64)
+
+    def unpack(self, vector: np.ndarray) -> Numbers:
+        """Undo `pack`: views."""
+        return {
+            name: vector[start : start + prod(part.shape)].reshape(part.shape)
+            for (name, part), start in zip(self.parts.items(), self._starts, strict=False)
+        }
+
+    def join(self, vectors: Sequence[np.ndarray]) -> np.ndarray:
+        """Join vectors (..., size) one after the other, in their order."""
+        joined = np.array(vectors[0])
+        sums, maxima = joined[..., : self._maxima_from], joined[..., self._maxima_from :]
+        for vector in vectors[1:]:
+            sums += vector[..., : self._maxima_from]
+            np.maximum(maxima, vector[..., self._maxima_from :], out=maxima)
+        return joined
+
+
+# --- pieces ----------------------------------------------------------------------------------
+
+
+def see_experts(
+    ready: Ready, names: Sequence[str], *, output: bool, k: int | None = None
+) -> tuple[Partials, da.Array | None]:
+    """Observe the rows that experts serve.
+
+    Parameters
+    ----------
+    ready : the layer
+    names : of `TILE_STATISTICS`
+    output : whether the layer's output is wanted as well
+    k : slots of a row that its router chose, where others follow
+
+    Returns
+    -------
+    what is seen, and the (N, d_out) output
+    """
+    experts, tokens = ready.experts, ready.tokens
+    d, d_out = tokens.shape[1], width_of_output(experts, tokens)
+    observe = Observe(tuple(names), d, experts.hidden, d_out, k, output)
+    both, columns = build_chunks(ready, observe), observe.columns()
+    parts = {
+        name: Part((experts.num_experts, at.stop - at.start), TILE_STATISTICS[name].join)
+        for name, at in columns.items()
+    }
+    piece = Partials(both, parts, partial(_numbers_of_experts, columns))
+    if not output:
+        return piece, None
+    name = f"ep_output-{tokenize(both.name)}"
+    return piece, block_by_block(
+        _output_of, "nd", both, "nd", name=name, dtype=tokens.dtype, meta=tokens._meta
+    )
+
+
+def see_routing(ready: Ready, names: Sequence[str]) -> Partials:
+    """Count what the routing says: "usage", "coactivation"."""
+    E, k = ready.experts.num_experts, _slots(ready.routing)
+    parts = {name: part for kind in names for name, part in ROUTING_STATISTICS[kind](E, k).items()}
+    token = tokenize(ready.routing, ready.topk_weights, E, tuple(names))
+    name, weights = f"ep_usage-{token}", ready.topk_weights
+    keys = (
+        [None] * ready.routing.numblocks[0] if weights is None else map(TaskRef, keys_of(weights))
+    )
+    firsts, tasks = first_rows(ready.routing.chunks[0]), {}
+    for c, (key, weight) in enumerate(zip(keys_of(ready.routing), keys, strict=True)):
+        tasks[name, c, 0] = Task(
+            (name, c, 0), _see_routing, TaskRef(key), weight, E, frozenset(names), c, firsts[c]
+        )
+    inputs = [a for a in (ready.routing, weights) if a is not None]
+    return Partials(objects(name, tasks, inputs), parts, dict)
+
+
+def objects(name: str, tasks: dict[Any, Task], inputs: Sequence[da.Array]) -> da.Array:
+    """An array that has an object for each chunk, as `Partials` takes it."""
+    return array_of(name, tasks, inputs, ((1,) * len(tasks), (1,)), np.empty((0, 0), object))
+
+
+ROUTING_STATISTICS: dict[str, Callable[[int, int], dict[str, Part]]] = {
+    "usage": lambda E, k: {
+        "usage.rows": Part((E,), np.add),
+        "usage.weight": Part((E,), np.add),
+        "usage.slots": Part((E, k), np.add),
+    },
+    "coactivation": lambda E, k: {"coactivation": Part((E, E), np.add)},
+}
+"""Partial results of each statistic of the routing, by E and k."""
+
+
+def _see_routing(
+    routing: np.ndarray,
+    topk_weights: np.ndarray | None,
+    E: int,
+    names: frozenset[str],
+    chunk: int,
+    first_row: int | None,
+) -> Numbers:
+    with error_context(f"statistics of the routing of token chunk {chunk}", first_row):
+        check_routing(routing, topk_weights, n=len(routing))
+        if routing.size and (routing.min() < -1 or routing.max() >= E):
+            raise_bad_index(routing, E)
+        if topk_weights is not None and np.isnan(topk_weights).any():
+            raise_nan(topk_weights)
+        slots = (routing if routing.ndim == 2 else routing[:, None]).astype(np.intp)
+        found: Numbers = {}
+        if "usage" in names:
+            found |= _count_usage(slots, topk_weights, E)
+        if "coactivation" in names:
+            chosen = np.zeros((len(slots), E + 1), np.float32)  # the last is [-1], of no expert
+            np.put_along_axis(chosen, slots, 1, axis=1)
+            chosen = chosen[:, :E]
+            found["coactivation"] = chosen.T @ chosen  # exact below 2**24 rows
+        return found
+
+
+def _count_usage(slots: np.ndarray, topk_weights: np.ndarray | None, E: int) -> Numbers:
+    k = slots.shape[1]
+    codes = (slots + 1) * k + np.arange(k)  # expert and slot in one; those of -1 come first
+    by_slot = np.bincount(codes.reshape(-1), minlength=(E + 1) * k).reshape(E + 1, k)[1:]
+    rows = by_slot.sum(axis=1)
+    if topk_weights is None:
+        return {"usage.rows": rows, "usage.weight": rows, "usage.slots": by_slot}
+    weights = topk_weights.reshape(-1).astype(np.float64)
+    weight = np.bincount(slots.reshape(-1) + 1, weights, minlength=E + 1)[1:]
+    return {"usage.rows": rows, "usage.weight": weight, "usage.slots": by_slot}
+
+
+def _numbers_of_experts(columns: dict[str, slice], observed: Observed) -> Numbers:
+    return {name: observed[1][:, at] for name, at in columns.items()}
+
+
+def _output_of(observed: Observed) -> np.ndarray:
+    return observed[0]
+
+
+def _slots(routing: da.Array) -> int:
+    return 1 if routing.ndim == 1 else routing.shape[1]
+
+
+# --- joining ---------------------------------------------------------------------------------
+
+
+def join_groups(pieces: Sequence[Partials]) -> tuple[da.Array, PartialLayout]:
+    """Join the partial results of each `GROUP_CHUNKS` chunks.
+
+    Returns
+    -------
+    (G, size) float64 lazy array, a group in each chunk; and where in a row of it is what
+    """
+    layout = PartialLayout({name: part for piece in pieces for name, part in piece.parts.items()})
+    arrays = [piece.chunks for piece in pieces]
+    token = tokenize(*(array.name for array in arrays), GROUP_CHUNKS)
+    chunks, takes = arrays[0].numblocks[0], [piece.take for piece in pieces]
+    tasks: dict[Any, Task] = {}
+    partial_name, group_name = f"ep_partial-{token}", f"ep_group-{token}"
+    groups = -(-chunks // GROUP_CHUNKS)
+    for g in range(groups):
+        before = None
+        for c in range(g * GROUP_CHUNKS, min((g + 1) * GROUP_CHUNKS, chunks)):
+            of_chunk = List([TaskRef((array.name, c, 0)) for array in arrays])
+            key = (partial_name, c)
+            tasks[key] = Task(key, _join_chunk, before, layout, takes, of_chunk)
+            before = TaskRef(key)
+        tasks[group_name, g, 0] = Task((group_name, g, 0), _as_row, before)
+    graph = HighLevelGraph.from_collections(group_name, tasks, dependencies=arrays)
+    rows = ((1,) * groups, (layout.size,))
+    return da.Array(graph, group_name, rows, meta=np.empty((0, 0))), layout
+
+
+def finished(groups: da.Array, layout: PartialLayout) -> dict[str, da.Array]:
+    """The statistics of all groups, by name: lazy arrays of one chunk each."""
+    token = tokenize(groups.name)
+    name = f"ep_total-{token}"
+    keys = List([TaskRef(key) for key in keys_of(groups)])
+    tasks = {name: Task(name, statistics_of, layout, keys)}
+    graph = HighLevelGraph.from_collections(name, tasks, dependencies=[groups])
+    found = {}
+    for what, example in statistics_of(layout, [np.zeros(layout.size)]).items():
+        one, zeros = f"ep_statistic-{what}-{token}", (0,) * example.ndim
+        picked = {(one, *zeros): Task((one, *zeros), _pick, TaskRef(name), what)}
+        layers = {**graph.layers, one: picked}
+        whole = HighLevelGraph(layers, {**graph.dependencies, one: {name}})
+        found[what] = da.Array(whole, one, tuple((n,) for n in example.shape), dtype=example.dtype)
+    return found
+
+
+def statistics_of(layout: PartialLayout, rows: Sequence[np.ndarray]) -> Numbers:
+    """The statistics of all groups, whose vectors (..., size) come in their order."""
+    return name_statistics(layout.unpack(layout.join(rows).reshape(-1)))
+
+
+def name_statistics(totals: Numbers) -> Numbers:
+    """Make the statistics that people know of joined results; an expert without rows has zeros."""
+    found: Numbers = {}
+    for name, total in totals.items():
+        found |= _FINISH.get(name, _as_it_is)(name, total, totals)
+    if "coverage.rows" not in found and "usage.rows" in found:
+        found["coverage.rows"] = found["usage.rows"]
+    return found
+
+
+def _as_it_is(name: str, total: np.ndarray, totals: Numbers) -> Numbers:
+    return {name: total}
+
+
+def _as_counts(name: str, total: np.ndarray, totals: Numbers) -> Numbers:
+    return {name: total.astype(np.int64)}
+
+
+def _as_coverage(name: str, total: np.ndarray, totals: Numbers) -> Numbers:
+    return {"coverage.rows": total[:, 0].astype(np.int64)}
+
+
+def _as_mean(name: str, total: np.ndarray, totals: Numbers) -> Numbers:
+    return {f"{name}.sum": total, f"{name}.mean": total / np.maximum(totals["coverage"], 1)}
+
+
+def _as_reap(name: str, total: np.ndarray, totals: Numbers) -> Numbers:
+    weighted, norm, rows = total.T
+    some = np.maximum(rows, 1)
+    means = {"reap.score": weighted / some, "reap.norm": norm / some}
+    return means | {"reap.rows": rows.astype(np.int64)}
+
+
+_FINISH: dict[str, Callable[[str, np.ndarray, Numbers], Numbers]] = {
+    "coverage": _as_coverage,
+    "reap": _as_reap,
+    "mean_output": _as_mean,
+    "usage.rows": _as_counts,
+    "usage.slots": _as_counts,
+    "coactivation": _as_counts,
+}
+"""What is made of a joined result, where it is not one of the statistics itself."""
+
+
+def _join_chunk(
+    before: np.ndarray | None,
+    layout: PartialLayout,
+    takes: Sequence[Callable[[Any], Numbers]],
+    pieces: Sequence[Any],
+) -> np.ndarray:
+    numbers: Numbers = {}
+    for take, piece in zip(takes, pieces, strict=True):
+        numbers |= take(piece)
+    vector = layout.pack(numbers)
+    return vector if before is None else layout.join([before, vector])
+
+
+def _as_row(vector: np.ndarray) -> np.ndarray:
+    return vector[None]
+
+
+def _pick(numbers: Numbers, name: str) -> np.ndarray:
+    return numbers[name]

@@ -1,0 +1,355 @@
+"""Write a checkpoint that has only the best experts of each MoE layer.
+
+    python workflows/prune_experts.py DIR STATS --keep 0.5 --score reap --out PRUNED
+
+STATS is what `dask-ep collect` wrote for each MoE layer: a directory with ``stats_003.safetensors``
+for layer 3 and so on, or the file of the only MoE layer. Where the router chooses groups of experts
+first, the same number is kept in each group, so that it goes on to do so.
+
+Nothing is computed and no tensor is loaded: the bytes of the experts that stay are copied, file by
+file, and the rows of router and biases with them. ``config.json`` gets the new number of experts,
+all other files (tokenizer, generation settings) are copied as they are. At the end each MoE layer
+of the new checkpoint is opened, which compares all shapes with the config; only then it gets its
+name. The pruned layer is the old one with the other experts masked out: their logits are minus
+infinity.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from itertools import pairwise
+from pathlib import Path
+from typing import Any, BinaryIO, NamedTuple
+
+import click
+import numpy as np
+
+from dask_ep.cli.command import debug_option
+from dask_ep.cli.main import main
+from dask_ep.layers.checkpoint import Checkpoint
+from dask_ep.layers.checkpoint_files import INDEX
+from dask_ep.storage.sources import open_safetensors
+
+SCORES = {
+    "reap": "reap.score",
+    "norm": "reap.norm",
+    "rows": "usage.rows",
+    "weight": "usage.weight",
+}
+"""Short names of the statistics that experts are usually chosen by."""
+
+PIECE = 16 << 20
+"""Bytes that are copied at a time."""
+
+OF_LAYER = re.compile(r"(?:.*\.)?layers\.(\d+)\.(.+)")
+OF_EXPERT = re.compile(r"((?:.*\.)?experts\.)(\d+)(\..+)")
+
+
+# --- which experts stay --------------------------------------------------------------------------
+
+
+def choose(scores: np.ndarray, keep: float, groups: int = 1) -> np.ndarray:
+    """Choose the experts with the highest scores, as many in each group of neighbours.
+
+    Parameters
+    ----------
+    scores : (E,) floats; of equal ones the lower expert goes first
+    keep : part of the experts, rounded down, at least one of each group
+    groups : int, a divisor of E
+
+    Returns
+    -------
+    (kept,) int64, ascending
+
+    Examples
+    --------
+    >>> choose(np.array([0.1, 0.4, 0.3, 0.2]), 0.5).tolist()
+    [1, 2]
+    >>> choose(np.array([0.1, 0.4, 0.3, 0.2]), 0.5, groups=2).tolist()
+    [1, 2]
+    >>> choose(np.array([0.5, 0.4, 0.3, 0.2]), 0.5, groups=2).tolist()
+    [0, 2]
+    """
+    size = len(scores) // groups
+    count = max(int(keep * size + 1e-9), 1)
+    best = np.argsort(-scores.reshape(groups, size), axis=1, kind="stable")[:, :count]
+    return np.sort(best + size * np.arange(groups)[:, None], axis=None)
+
+
+def check_router(router: Any, kept: int, layer: int) -> None:
+    """Refuse so few experts that the router cannot choose."""
+    in_group = kept // router.groups
+    reach = in_group * router.topk_groups
+    if reach < router.k:
+        among = f", {in_group} in each of {router.topk_groups} groups" * (router.groups > 1)
+        raise click.UsageError(
+            f"a row of layer {layer} chooses {router.k} experts, but only {reach} would be left to "
+            f"choose from{among}; raise --keep"
+        )
+    if router.groups > 1 and router.group_score == "top2" and in_group < 2:
+        raise click.UsageError(
+            f"the router of layer {layer} scores a group by its two best experts, but only "
+            f"{in_group} would be left in each; raise --keep"
+        )
+
+
+def read_scores(stats: Path, layers: list[int], score: str, E: int) -> dict[int, np.ndarray]:
+    """Read the (E,) scores of each layer."""
+    if not stats.is_dir() and len(layers) > 1:
+        raise click.UsageError(
+            f"{stats} is one file, but {len(layers)} layers are pruned: give the directory with "
+            f"stats_{layers[0]:03d}.safetensors and so on"
+        )
+    found = {}
+    for layer in layers:
+        path = stats / f"stats_{layer:03d}.safetensors" if stats.is_dir() else stats
+        if not path.exists():
+            raise click.UsageError(f"there are no statistics of MoE layer {layer}: {path}")
+        tensors, name = open_safetensors(path), SCORES.get(score, score)
+        if name not in tensors:
+            raise click.UsageError(
+                f"{path} has no {name!r} for --score {score}, only {', '.join(sorted(tensors))}"
+            )
+        values = tensors[name].read(0, tensors[name].shape[0]).astype(np.float64)
+        if values.shape != (E,) or not np.isfinite(values).all():
+            raise click.UsageError(
+                f"{name} of {path} must be ({E},) finite numbers, one for each expert of layer "
+                f"{layer}, but is {values.shape} with {(~np.isfinite(values)).sum()} others"
+            )
+        found[layer] = values
+    return found
+
+
+# --- what becomes of a tensor --------------------------------------------------------------------
+
+
+class Entry(NamedTuple):
+    """A tensor of the new checkpoint."""
+
+    name: str
+    dtype: str
+    #: as the format names it
+    shape: list[int]
+    spans: list[tuple[int, int]]
+    #: bytes of the old file's data that it is made of, in order
+
+
+@dataclass
+class Pruning:
+    """What is kept of a checkpoint, and what becomes of its tensors."""
+
+    checkpoint: Checkpoint
+    kept: Mapping[int, np.ndarray]
+    #: experts by layer
+    num_experts: int
+    #: as it was
+    left_out: list[str] = field(default_factory=list)
+    #: names of tensors beyond the last layer
+
+    def entry(self, name: str, dtype: str, shape: list[int], span: tuple[int, int]) -> Entry | None:
+        """Say what a tensor becomes; None if it goes."""
+        layer, rest = self.place(name)
+        if layer >= self.checkpoint.num_layers and OF_EXPERT.fullmatch(name):
+            self.left_out.append(name)
+            return None
+        if rest is None or layer not in self.kept or "shared" in rest:
+            return Entry(name, dtype, shape, [span])
+        if match := OF_EXPERT.fullmatch(name):
+            stem, expert, ending = match.groups()
+            at = np.flatnonzero(self.kept[layer] == int(expert))
+            return Entry(f"{stem}{at[0]}{ending}", dtype, shape, [span]) if len(at) else None
+        axis = 1 if shape[:1] == [1] else 0
+        if len(shape) <= axis or shape[axis] != self.num_experts:
+            raise click.UsageError(
+                f"{name} {tuple(shape)} is in the MoE block of layer {layer}, but its first axis "
+                f"is not that of the {self.num_experts} experts: this checkpoint is stored in a "
+                "way that cannot be pruned"
+            )
+        return self.cut(name, dtype, shape, span, axis)
+
+    def place(self, name: str) -> tuple[int, str | None]:
+        """The layer of a tensor, -1 for none, and its name in the MoE block, None outside of it."""
+        match = OF_LAYER.fullmatch(name)
+        if match is None:
+            return -1, None
+        for block in self.checkpoint.model.family.blocks:
+            if match[2].startswith(f"{block}."):
+                return int(match[1]), match[2].removeprefix(f"{block}.")
+        return int(match[1]), None
+
+    def cut(
+        self, name: str, dtype: str, shape: list[int], span: tuple[int, int], axis: int
+    ) -> Entry:
+        """Cut rows out of a tensor, an expert each."""
+        layer, _ = self.place(name)
+        begin, end = span
+        size = (end - begin) // self.num_experts
+        spans = [(begin + e * size, begin + (e + 1) * size) for e in self.kept[layer].tolist()]
+        return Entry(name, dtype, [*shape[:axis], len(spans), *shape[axis + 1 :]], spans)
+
+    # --- files ---
+
+    def write_file(self, file_name: str, out: Path) -> list[str]:
+        """Write one file of tensors without what goes; give the names of those in it."""
+        self.checkpoint.files.header(file_name)  # which refuses damaged files
+        with open(Path(self.checkpoint.files.directory, file_name), "rb") as old:
+            length = int.from_bytes(old.read(8), "little")
+            header = json.loads(old.read(length))
+            metadata, data = header.pop("__metadata__", None), 8 + length
+            entries = [
+                made
+                for name, it in sorted(header.items(), key=lambda item: item[1]["data_offsets"])
+                if (made := self.entry(name, it["dtype"], it["shape"], tuple(it["data_offsets"])))
+            ]
+            if entries:
+                with open(out / file_name, "wb") as new:
+                    new.write(encoded(entries, metadata))
+                    for span in (span for entry in entries for span in entry.spans):
+                        copy_bytes(old, new, data + span[0], span[1] - span[0])
+        return [entry.name for entry in entries]
+
+    def write(self, out: Path) -> None:
+        """Write all files of the new checkpoint."""
+        files = self.checkpoint.files
+        old = Path(files.directory)
+        weight_map = {}
+        for file_name in sorted(set(files.file_of.values())):
+            names = self.write_file(file_name, out)
+            weight_map |= dict.fromkeys(names, file_name)
+        if files.first_file.endswith(".index.json"):
+            total = sum((out / name).stat().st_size for name in set(weight_map.values()))
+            index = {"metadata": {"total_size": total}, "weight_map": weight_map}
+            (out / files.first_file).write_text(json.dumps(index, indent=2))
+        (out / "config.json").write_text(json.dumps(self.config(), indent=2) + "\n")
+        done = {"config.json", files.first_file, INDEX, *files.file_of.values()}
+        for path in old.iterdir():
+            weights = path.suffix in (".safetensors", ".bin", ".pt", ".pth", ".gguf")
+            if path.is_file() and path.name not in done and not weights:
+                shutil.copy2(path, out / path.name)
+
+    def config(self) -> dict[str, Any]:
+        """The config with the new number of experts."""
+        config = json.loads(json.dumps(self.checkpoint.files.config))
+        part = config.get("text_config") or config
+        number = len(next(iter(self.kept.values())))
+        names = self.checkpoint.model.family.num_experts.names
+        for name in [name for name in names if name in part] or names[:1]:
+            old = part.get(name)
+            part[name] = [number] * len(old) if isinstance(old, list) else number
+        if self.left_out and "num_nextn_predict_layers" in part:
+            part["num_nextn_predict_layers"] = 0
+        if OF_EXPERT.search(json.dumps(config.get("quantization_config"))):
+            raise click.UsageError(
+                "quantization_config of config.json names single experts, whose numbers change; "
+                "prune the checkpoint before it is quantised"
+            )
+        return config
+
+
+def encoded(entries: list[Entry], metadata: dict[str, str] | None) -> bytes:
+    """Make the header of a safetensors file."""
+    sizes = [sum(end - begin for begin, end in entry.spans) for entry in entries]
+    ends = np.cumsum([0, *sizes]).tolist()
+    header: dict[str, Any] = {} if metadata is None else {"__metadata__": metadata}
+    for entry, offsets in zip(entries, pairwise(ends), strict=True):
+        header[entry.name] = {
+            "dtype": entry.dtype, "shape": entry.shape, "data_offsets": list(offsets),
+        }  # fmt: skip
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    return len(text).to_bytes(8, "little") + text
+
+
+def copy_bytes(old: BinaryIO, new: BinaryIO, begin: int, count: int) -> None:
+    old.seek(begin)
+    while count:
+        piece = old.read(min(count, PIECE))
+        if not piece:
+            raise OSError(f"{old.name} ends {count} bytes before it should")
+        new.write(piece)
+        count -= len(piece)
+
+
+# --- the command ---------------------------------------------------------------------------------
+
+
+@click.command()
+@click.argument("directory", metavar="DIR", type=click.Path(exists=True, file_okay=False))
+@click.argument("stats", metavar="STATS", type=click.Path(exists=True, path_type=Path))
+@click.option(
+    "--keep",
+    type=click.FloatRange(0, 1, min_open=True),
+    required=True,
+    help="Part of the experts that stays.",
+)
+@click.option(
+    "--score",
+    default="reap",
+    show_default=True,
+    metavar="NAME",
+    help=f"{', '.join(SCORES)}, or the name of an (E,) tensor in STATS.",
+)
+@click.option("--out", type=click.Path(path_type=Path), required=True, help="The new directory.")
+@debug_option
+def prune(directory: str, stats: Path, keep: float, score: str, out: Path) -> None:
+    """Write the checkpoint DIR with the best experts of each MoE layer alone, by STATS.
+
+    \b
+    Example:
+      python workflows/prune_experts.py DIR stats/ --keep 0.5 --score reap --out PRUNED
+    """
+    if out.exists():
+        raise click.UsageError(f"{out} exists already; choose another --out")
+    checkpoint = Checkpoint(directory)
+    opened = {layer: checkpoint.open_layer(layer) for layer in layers_here(checkpoint)}
+    sizes = {layer.experts.num_experts for layer in opened.values()}
+    if len(sizes) != 1:
+        raise click.UsageError(
+            f"all MoE layers must have as many experts, but those of {directory} have "
+            f"{', '.join(map(str, sorted(sizes))) or 'none'}"
+        )
+    (num_experts,) = sizes
+    scores = read_scores(stats, list(opened), score, num_experts)
+    kept = {i: choose(scores[i], keep, layer.router.groups) for i, layer in opened.items()}
+    for i, layer in opened.items():
+        check_router(layer.router, len(kept[i]), i)
+    pruning = Pruning(checkpoint, kept, num_experts)
+    partial = out.with_name(f"{out.name}.partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    pruning.write(partial)
+    for i in kept:
+        Checkpoint(partial).open_layer(i)
+    os.rename(partial, out)
+    for line in described(pruning, scores):
+        click.echo(line)
+    click.echo(f"{out}: {len(next(iter(kept.values())))} of {num_experts} experts in each layer")
+
+
+def layers_here(checkpoint: Checkpoint) -> list[int]:
+    """The MoE layers whose tensors are in the files."""
+    present = {
+        int(match[1]) for name in checkpoint.files.file_of if (match := OF_LAYER.fullmatch(name))
+    }
+    return [layer for layer in checkpoint.moe_layers if layer in present]
+
+
+def described(pruning: Pruning, scores: Mapping[int, np.ndarray]) -> Iterator[str]:
+    for layer, kept in pruning.kept.items():
+        total = scores[layer].sum()
+        share = f", {scores[layer][kept].sum() / total:.1%} of the score" if total > 0 else ""
+        yield f"layer {layer}: experts {', '.join(map(str, kept.tolist()))}{share}"
+    if pruning.left_out:
+        yield (
+            f"note: {len(pruning.left_out)} tensors of experts beyond the last layer (multi-token "
+            f"prediction) are left out, such as {pruning.left_out[0]}"
+        )
+
+
+if __name__ == "__main__":
+    main(command=prune, name="prune_experts.py")

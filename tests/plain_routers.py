@@ -24,8 +24,19 @@ def best(values, k):
     return sorted(range(len(values)), key=lambda i: (-values[i], i))[:k]
 
 
-def route_row(logits, router, selection_bias=None):
+def route_row(logits, router, selection_bias=None, per_expert_scale=None):
     """Give [(expert, weight), ...], the best first."""
+    pairs = choose_row([bounded(z, router) for z in logits], router, selection_bias)
+    return pairs if per_expert_scale is None else [(e, w * per_expert_scale[e]) for e, w in pairs]
+
+
+def bounded(logit, router):
+    logit *= router.logit_scale
+    cap = router.logit_softcap
+    return logit if cap is None else cap * math.tanh(logit / cap)
+
+
+def choose_row(logits, router, selection_bias):
     if router.score == "sparsemixer":
         return scaled(sparsemixer(logits, router.k, router.jitter), router)
     if router.score in ("softmax_chosen", "sigmoid_chosen"):
@@ -54,7 +65,8 @@ def only_best_groups(choice, router):
     how_many = {"max": 1, "top2": 2}[router.group_score]
     group_score = [sum(sorted(group)[-how_many:]) for group in groups]
     kept = best(group_score, router.topk_groups)
-    return [c if e // size in kept else -math.inf for e, c in enumerate(choice)]
+    masked = -math.inf if router.masked_score is None else router.masked_score
+    return [c if e // size in kept else masked for e, c in enumerate(choice)]
 
 
 def sparsemixer(logits, k, eps):

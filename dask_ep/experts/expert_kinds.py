@@ -18,7 +18,9 @@ class Kind(NamedTuple):
         return tuple(name for name in self.weights if not name.endswith("bias"))
 
 
-GATE_OPTIONS = ("activation", "limit", "alpha", "up_offset", "apply_router_weight_on_input")
+GATE_OPTIONS = (
+    "activation", "limit", "alpha", "up_offset", "clamp_after", "apply_router_weight_on_input",
+)  # fmt: skip
 
 _DOWN = {"down": "f o", "down_bias": "o"}
 

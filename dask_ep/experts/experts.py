@@ -110,6 +110,7 @@ class Experts(Weights):
         limit: float | None = None,
         alpha: float = 1.0,
         up_offset: float = 0.0,
+        clamp_after: bool = False,
         apply_router_weight_on_input: bool = False,
     ) -> Experts:
         """``(activation(rows @ gate) * (rows @ up)) @ down``: SwiGLU and its relatives.
@@ -124,21 +125,17 @@ class Experts(Weights):
         limit : before the activation, gate = min(gate, limit), up = clip(up, -limit, limit)
         alpha : silu is gate * sigmoid(alpha * gate)
         up_offset : added to up after it is clamped
+        clamp_after : the activation of the gate is clamped, not the gate
         apply_router_weight_on_input : the top-k weight multiplies the row that the expert
             reads (as in Llama 4) instead of its output
         """
         weights = {"gate": gate, "up": up, "down": down}
         weights |= {"gate_bias": gate_bias, "up_bias": up_bias, "down_bias": down_bias}
         return cls._of(
-            "gated",
-            weights,
-            transposed=transposed,
-            activation=activation,
-            limit=limit,
-            alpha=alpha,
-            up_offset=up_offset,
+            "gated", weights, transposed=transposed, activation=activation, limit=limit,
+            alpha=alpha, up_offset=up_offset, clamp_after=clamp_after,
             apply_router_weight_on_input=apply_router_weight_on_input,
-        )
+        )  # fmt: skip
 
     @classmethod
     def gated_fused(
@@ -154,6 +151,7 @@ class Experts(Weights):
         limit: float | None = None,
         alpha: float = 1.0,
         up_offset: float = 0.0,
+        clamp_after: bool = False,
         apply_router_weight_on_input: bool = False,
     ) -> Experts:
         """As `gated`, with gate and up in one (E, d, 2 f) matrix.
@@ -164,16 +162,10 @@ class Experts(Weights):
         weights = {"gate_up": gate_up, "down": down}
         weights |= {"gate_up_bias": gate_up_bias, "down_bias": down_bias}
         return cls._of(
-            "gated_fused",
-            weights,
-            transposed=transposed,
-            interleaved=interleaved,
-            activation=activation,
-            limit=limit,
-            alpha=alpha,
-            up_offset=up_offset,
-            apply_router_weight_on_input=apply_router_weight_on_input,
-        )
+            "gated_fused", weights, transposed=transposed, interleaved=interleaved,
+            activation=activation, limit=limit, alpha=alpha, up_offset=up_offset,
+            clamp_after=clamp_after, apply_router_weight_on_input=apply_router_weight_on_input,
+        )  # fmt: skip
 
     @staticmethod
     def callables(

@@ -241,6 +241,7 @@ _EXPERT_OPTIONS = {
     "limit": _POSITIVE,
     "alpha": _NUMBER,
     "up_offset": _NUMBER,
+    "clamp_after": _FLAG,
     "apply_router_weight_on_input": _FLAG,
 }
 

@@ -6,7 +6,8 @@ written into recycled memory, in place wherever that is possible.
     linear   x @ w + bias
     mlp      activation(x @ up + up_bias) @ down + down_bias
     gated    (activation(gate) * (up + up_offset)) @ down + down_bias,
-             gate = min(x @ gate + gate_bias, limit), up = clip(x @ up + up_bias, -limit, limit)
+             gate = min(x @ gate + gate_bias, limit), up = clip(x @ up + up_bias, -limit, limit);
+             with clamp_after the activation of the gate is clamped, not the gate
 
 Gated with silu is SwiGLU (Shazeer, "GLU Variants Improve Transformer", 2020); with `limit`, `alpha`
 and `up_offset` it is gpt-oss's.
@@ -115,8 +116,10 @@ class _Gate(Expert):
         limit: float | None = None,
         alpha: float = 1.0,
         up_offset: float = 0.0,
+        clamp_after: bool = False,
         apply_router_weight_on_input: bool = False,
     ):
+        self._clamp_after = clamp_after and limit is not None
         self._down, self._hidden_width, self._activation = down, hidden, activation
         self._limit, self._alpha, self._up_offset = limit, alpha, up_offset
         self.d, self.d_out = d, down.d_out
@@ -153,11 +156,14 @@ class Gated(_Gate):
         """Replace `gate` by activation(gate) * up."""
         xp = namespace(gate)
         if self._limit is not None:
-            xp.minimum(gate, self._limit, out=gate)
             xp.clip(up, -self._limit, self._limit, out=up)
+        if self._limit is not None and not self._clamp_after:
+            xp.minimum(gate, self._limit, out=gate)
         if self._up_offset:
             up += self._up_offset
         ACTIVATIONS[self._activation](gate, self._alpha)
+        if self._clamp_after:
+            xp.minimum(gate, self._limit, out=gate)
         gate *= up
 
 
@@ -175,7 +181,7 @@ class GatedPair(_Gate):
 
     @property
     def batch_key(self) -> Hashable:
-        numbers = (self._limit, self._alpha, self._up_offset)
+        numbers = (self._limit, self._alpha, self._up_offset, self._clamp_after)
         parts = (self._gate_up.batch_key, self._down.batch_key)
         return GatedPair, *parts, self._activation, *numbers, self.apply_router_weight_on_input
 
@@ -197,16 +203,20 @@ class GatedPair(_Gate):
 
     def _combine(self, hidden: Array, out: Array) -> None:
         """Write activation(gate) * up to the first f columns of `out`, which may be `hidden`."""
-        if (kernels := cuda_kernels.kernels(namespace(hidden))) is not None:
+        kernels = cuda_kernels.kernels(namespace(hidden))
+        if kernels is not None and not self._clamp_after:
             numbers = (self._limit, self._alpha, self._up_offset)
             kernels.gate(hidden, out, self._activation, *numbers)
             return
         f = self._down.d
         gate, up = hidden[:, :f], hidden[:, f:]
         if self._limit is not None:
-            gate = namespace(gate).minimum(gate, self._limit)
             up = up.clip(-self._limit, self._limit)
+        if self._limit is not None and not self._clamp_after:
+            gate = namespace(gate).minimum(gate, self._limit)
         ACTIVATIONS[self._activation](gate, self._alpha)
+        if self._clamp_after:
+            gate = namespace(gate).minimum(gate, self._limit)
         out[:, :f] = (gate * (up + self._up_offset)).astype(out.dtype, copy=False)
 
 

@@ -103,15 +103,26 @@ def gated(
     limit: float | None = None,
     alpha: float = 1.0,
     up_offset: float = 0.0,
+    clamp_after: bool = False,
 ) -> RowExpert:
-    """``(activation(x @ gate) * (x @ up + up_offset)) @ down``, gate and up clamped by `limit`."""
+    """``(activation(x @ gate) * (x @ up + up_offset)) @ down``, gate and up clamped by `limit`.
+
+    With `clamp_after` it is the activation of the gate that is clamped.
+    """
     act = ACTIVATIONS[activation]
 
     def expert(x: np.ndarray) -> np.ndarray:
         g, u = _affine(x, gate, gate_bias), _affine(x, up, up_bias)
         if limit is not None:
-            g, u = np.minimum(g, limit), np.clip(u, -limit, limit)
-        return _affine(act(g, alpha) * (u + up_offset), down, down_bias)
+            u = np.clip(u, -limit, limit)
+            g = (
+                np.minimum(act(g, alpha), limit)
+                if clamp_after
+                else act(np.minimum(g, limit), alpha)
+            )
+        else:
+            g = act(g, alpha)
+        return _affine(g * (u + up_offset), down, down_bias)
 
     return expert
 

@@ -78,8 +78,9 @@ class Arithmetic:
             limit = np.inf if limit is None else limit
             gate = self.product(x, arrays["gate"], arrays.get("gate_bias"))
             alpha, offset = options.get("alpha", 1.0), options.get("up_offset", 0.0)
+            first, last = (np.inf, limit) if options.get("clamp_after") else (limit, np.inf)
             hidden = self.times(
-                self.through(lambda g: act(np.minimum(g, limit), alpha), gate),
+                self.through(lambda g: np.minimum(act(np.minimum(g, first), alpha), last), gate),
                 self.through(lambda u: np.clip(u, -limit, limit) + offset, up),
             )
         return self.product(hidden, arrays["down"], arrays.get("down_bias"))

@@ -1,23 +1,27 @@
 """Which tensors make up a MoE block, and which layer do they make?
 
-Each tensor under the block's prefix is taken once, by its name, and its shape and dtype are
-compared with what ``config.json`` says. What is left over is an error.
+Each tensor of the layer is taken once, by its name, and its shape and dtype are compared with what
+``config.json`` says; or it is known to be no part of the block, such as attention. What is left
+over is an error.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+import re
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from dask_ep.arrays.checks import is_float
+from dask_ep.experts.expert_kinds import EXPERT_KINDS
 from dask_ep.experts.experts import Experts
 from dask_ep.experts.quantized import Float8Source, Mxfp4Source, stored_in_8_bits
-from dask_ep.layers.families import ACTIVATIONS
-from dask_ep.layers.family import Family, Fused, Key, PerExpert, TensorLayout, find
+from dask_ep.layers.families import ACTIVATIONS, NOT_READ
+from dask_ep.layers.family import Family, TensorLayout, find
 from dask_ep.layers.layer import MoELayer
 from dask_ep.layers.routing import Router
 from dask_ep.storage.sources import Source
+from dask_ep.storage.views import FirstRow, Regrouped, Transposed
 
 
 @dataclass(frozen=True)
@@ -52,15 +56,22 @@ class Model:
         return size
 
 
-class Block:
-    """The tensors of one MoE block; each must be taken once."""
+class LayerTensors:
+    """The tensors of one layer; those of its MoE block must each be taken once.
 
-    def __init__(self, model: Model, layer: int, prefix: str, tensors: Mapping[str, Source]):
+    `prefix` is the layer's, `name` the block's after it, and `tensors` has those of the layer by
+    their names after the prefix.
+    """
+
+    def __init__(
+        self, model: Model, layer: int, prefix: str, name: str, tensors: Mapping[str, Source]
+    ):
         self.model, self.layer, self.prefix, self.tensors = model, layer, prefix, tensors
+        self.name = f"{name}." if name else ""
         self.family = model.family
         self.taken: set[str] = set()
         self.E = self.find_size("num_experts", self.family.num_experts)
-        self.H = self.find_size("hidden_size", Key("hidden_size"))
+        self.H = self.find_size("hidden_size", self.family.hidden_size)
         self.width = self.find_size("width", self.family.width)
         self.k = self.find_size("k", self.family.k)
 
@@ -70,137 +81,30 @@ class Block:
     def find_size(self, name: str, value: Any) -> int:
         return self.model.find_size(name, value, self.layer)
 
-    # --- building ---
-
-    def build(self, *, residual: bool) -> MoELayer:
-        values = {name: self.find(value) for name, value in self.family.router.items()}
-        try:
-            router = Router(num_experts=self.E, k=self.k, **values)
-        except ValueError as error:
-            raise ValueError(f"{self.model.directory}/config.json: {error}") from error
-        arrays: dict[str, Any] = {
-            "router_weight": self.take_any(self.family.router_weight, (self.E, self.H)),
-            "router_bias": self.take_any(self.family.router_bias, (self.E,)),
-            "selection_bias": self.take_any(self.family.selection_bias, (self.E,)),
-        }
-        layout = self.find_layout()
-        options = self.options()
-        options["apply_router_weight_on_input"] = router.apply_router_weight_on_input
-        if isinstance(layout, PerExpert):
-            experts = self.per_expert(layout, options)
-        else:
-            experts = self.fused(layout, options)
-        shared, gate = self.shared()
-        return MoELayer(
-            router, experts, **arrays, shared=shared, shared_gate=gate, residual=residual
-        )
-
-    def options(self) -> dict[str, Any]:
-        """Arguments of `Experts.gated`, from the config."""
-        options = {name: self.find(value) for name, value in self.family.options.items()}
-        if "activation" in options:
-            if options["activation"] not in list(ACTIVATIONS):
-                raise ValueError(
-                    f"{self.model.directory}/config.json: hidden_act must be one of "
-                    f"{', '.join(ACTIVATIONS)}, but is {options['activation']!r}"
-                )
-            options["activation"] = ACTIVATIONS[options["activation"]]
-        return options
-
-    def find_layout(self) -> TensorLayout:
-        """The first layout of the family whose names are here, and whose shapes fit."""
-        named = [layout for layout in self.family.experts if self.has_names_of(layout)]
-        if not named:
-            first = [next(iter(self.shapes_of(layout))) for layout in self.family.experts]
-            raise ValueError(
-                f"{self.where} has no experts: it should have {' or '.join(dict.fromkeys(first))}, "
-                f"but has {some_of(sorted(self.tensors))}"
-            )
-        return next(filter(self.has_shapes_of, named), named[0])
-
-    def has_names_of(self, layout: TensorLayout) -> bool:
-        if isinstance(layout, Fused):
-            return layout.gate_up + ("_blocks" if layout.packed else "") in self.tensors
-        return any(name in self.tensors for name in self.shapes_of(layout))
-
-    def has_shapes_of(self, layout: TensorLayout) -> bool:
-        return all(
-            name in self.tensors and self.tensors[name].shape == shape
-            for name, shape in self.shapes_of(layout).items()
-        )
-
-    def shapes_of(self, layout: TensorLayout) -> dict[str, tuple[int, ...]]:
-        """Name and shape of the matrices of a layout."""
-        E, H, F = self.E, self.H, self.width
-        if isinstance(layout, PerExpert):
-            shapes = {layout.gate: (F, H), layout.up: (F, H), layout.down: (H, F)}
-            return {
-                name.format(e=e): shape for e in range(self.E) for name, shape in shapes.items()
-            }
-        if layout.transposed:
-            return {layout.gate_up: (E, 2 * F, H), layout.down: (E, H, F)}
-        return {layout.gate_up: (E, H, 2 * F), layout.down: (E, F, H)}
-
-    def per_expert(self, layout: PerExpert, options: dict[str, Any]) -> Experts:
-        shapes = self.shapes_of(layout)
-        gate, up, down = (
-            [self.take(name.format(e=e), shapes[name.format(e=e)]) for e in range(self.E)]
-            for name in (layout.gate, layout.up, layout.down)
-        )
-        return Experts.gated(gate, up, down, transposed=True, **options)
-
-    def fused(self, layout: Fused, options: dict[str, Any]) -> Experts:
-        take = self.take_packed if layout.packed else self.take
-        gate_up, down = (take(name, shape) for name, shape in self.shapes_of(layout).items())
-        biases: dict[str, Any] = {}
-        if layout.biases:
-            biases = {
-                "gate_up_bias": self.take(layout.gate_up + "_bias", (self.E, 2 * self.width)),
-                "down_bias": self.take(layout.down + "_bias", (self.E, self.H)),
-            }
-        return Experts.gated_fused(
-            gate_up,
-            down,
-            transposed=layout.transposed,
-            interleaved=layout.interleaved,
-            **biases,
-            **options,
-        )
-
-    def shared(self) -> tuple[Experts | None, Source | None]:
-        if self.family.shared is None:
-            return None, None
-        row = self.family.shared
-        width = self.find(row.width)
-        shapes = {"gate": (width, self.H), "up": (width, self.H), "down": (self.H, width)}
-        if width == 0:
-            # Saved all the same: matrices without numbers, and the gate of nothing.
-            empty = {f"{row.block}.{name}_proj.weight": shape for name, shape in shapes.items()}
-            for name, shape in [*empty.items(), (row.gate, (1, self.H))]:
-                if name is not None and name in self.tensors:
-                    self.take(name, shape)
-            return None, None
-        weights: dict[str, Any] = {}
-        has_biases = self.find(row.biases)
-        for name, shape in shapes.items():
-            stem = f"{row.block}.{name}_proj"
-            weights[name] = [self.take(f"{stem}.weight", shape)]
-            if has_biases:
-                weights[f"{name}_bias"] = [self.take(f"{stem}.bias", shape[:1])]
-        experts = Experts.gated(**weights, transposed=True, **self.options())
-        return experts, None if row.gate is None else self.take(row.gate, (1, self.H))
-
-    # --- taking tensors ---
-
     @property
     def where(self) -> str:
         return f"layer {self.layer} of {self.model.directory}"
+
+    def resolve(self, name: str) -> str:
+        """A family's name of a tensor, as a name after the layer's prefix."""
+        return name[1:] if name.startswith("/") else self.name + name
+
+    def full(self, name: str) -> str:
+        return self.prefix + self.resolve(name)
+
+    def names_here(self) -> list[str]:
+        """The tensors of the block, after its name."""
+        return sorted(n.removeprefix(self.name) for n in self.tensors if n.startswith(self.name))
+
+    def first_here(self, names: tuple[str, ...]) -> str | None:
+        """The first of some names that is here."""
+        return next((name for name in names if self.resolve(name) in self.tensors), None)
 
     def take_any(self, names: tuple[str, ...], shape: tuple[int, ...]) -> Source | None:
         """Take the one of some names that is here."""
         if not names:
             return None
-        return self.take(next((n for n in names if n in self.tensors), names[0]), shape)
+        return self.take(self.first_here(names) or names[0], shape)
 
     def take(self, name: str, shape: tuple[int, ...]) -> Source:
         """Take a tensor of floats, with its scales if it needs them."""
@@ -211,7 +115,7 @@ class Block:
             )
         if not is_float(source.dtype):
             raise TypeError(
-                f"{self.prefix}{name} must hold floats, but has dtype {source.dtype} ({self.where})"
+                f"{self.full(name)} must hold floats, but has dtype {source.dtype} ({self.where})"
             )
         return self._of_shape(name, source, shape)
 
@@ -221,7 +125,10 @@ class Block:
         return self._of_shape(name + "_blocks", source, shape)
 
     def check_all_taken(self) -> None:
-        left = sorted(set(self.tensors) - self.taken)
+        """Raise if a tensor of the layer is neither used nor known to be no part of the block."""
+        left = sorted(
+            name for name in set(self.tensors) - self.taken if self.why_not_read(name) is None
+        )
         if left:
             raise ValueError(
                 f"every tensor of {self.where} must be used, but {len(left)} would not be: "
@@ -229,20 +136,30 @@ class Block:
                 f"family {self.model.model_type!r}"
             )
 
+    def why_not_read(self, name: str) -> str | None:
+        """Why a tensor of the layer is not read; None if it should have been."""
+        rows = [self.family.not_read]
+        if not (self.name and name.startswith(self.name)):
+            rows.append(NOT_READ)
+        return next(
+            (why for row in rows for form, why in row.items() if re.match(form, name)), None
+        )
+
     def _take_raw(self, name: str) -> Source:
-        if name not in self.tensors:
+        resolved = self.resolve(name)
+        if resolved not in self.tensors:
             raise ValueError(
-                f"{self.where} must have the tensor {self.prefix}{name}, but the block has "
-                f"{some_of(sorted(self.tensors))}"
+                f"{self.where} must have the tensor {self.full(name)}, but the block has "
+                f"{some_of(self.names_here())}"
             )
-        self.taken.add(name)
-        return self.tensors[name]
+        self.taken.add(resolved)
+        return self.tensors[resolved]
 
     def _of_shape(self, name: str, source: Source, shape: tuple[int, ...]) -> Source:
         # ernie4_5_moe's bias is (1, E), which is one row as much as (E,) is.
         if source.shape != shape and source.shape != (1, *shape):
             raise ValueError(
-                f"{self.prefix}{name} must have shape {shape} by config.json (E={self.E}, "
+                f"{self.full(name)} must have shape {shape} by config.json (E={self.E}, "
                 f"d={self.H}, width={self.width}), but has {source.shape} ({self.where})"
             )
         return source
@@ -257,7 +174,171 @@ class Block:
         return tuple(block)
 
 
+class Block(LayerTensors):
+    """The MoE block of one layer, as `Family` says what it is made of."""
+
+    def build(self, *, residual: bool) -> MoELayer:
+        router, arrays = self.router(), self.router_arrays()
+        options = self.options(self.family.options)
+        options["apply_router_weight_on_input"] = router.apply_router_weight_on_input
+        experts = self.experts(self.family.experts, self.width, options, count=self.E)
+        shared, gate = self.shared()
+        return MoELayer(
+            router,
+            experts,
+            **arrays,
+            shared=shared,
+            shared_gate=gate,
+            residual=residual,
+        )
+
+    def router(self) -> Router:
+        values = {name: self.find(value) for name, value in self.family.router.items()}
+        try:
+            return Router(num_experts=self.E, k=self.k, **values)
+        except ValueError as error:
+            raise ValueError(f"{self.model.directory}/config.json: {error}") from error
+
+    def router_arrays(self) -> dict[str, Source | None]:
+        """The small arrays of a router, those that there are."""
+        row = self.family
+        arrays: dict[str, Source | None] = {}
+        if in_out := self.first_here(row.router_weight_in_out):
+            arrays["router_weight"] = Transposed(self.take(in_out, (self.H, self.E)))
+        else:
+            arrays["router_weight"] = self.take_any(row.router_weight, (self.E, self.H))
+        arrays["router_bias"] = self.take_any(row.router_bias, (self.E,))
+        if table := self.first_here(row.table):
+            arrays["table"] = self._take_raw(table)
+        elif self.find(row.biased):
+            name = self.first_here(row.selection_bias)
+            several = (row.bias_rows, self.E)
+            if name and self.tensors[self.resolve(name)].shape == several:
+                arrays["selection_bias"] = FirstRow(self.take(name, several))
+            else:
+                arrays["selection_bias"] = self.take_any(row.selection_bias, (self.E,))
+        return arrays
+
+    def options(self, row: Mapping[str, Any]) -> dict[str, Any]:
+        """Arguments of `Experts.gated`, from the config."""
+        options = {name: self.find(value) for name, value in row.items()}
+        if "activation" in options:
+            if options["activation"] not in list(ACTIVATIONS):
+                raise ValueError(
+                    f"{self.model.directory}/config.json: hidden_act must be one of "
+                    f"{', '.join(ACTIVATIONS)}, but is {options['activation']!r}"
+                )
+            options["activation"] = ACTIVATIONS[options["activation"]]
+        return options
+
+    def experts(
+        self,
+        layouts: Sequence[TensorLayout],
+        width: int,
+        options: Mapping[str, Any],
+        *,
+        count: int | None,
+    ) -> Experts:
+        """Take experts of a width; without a count, one whose tensors are matrices."""
+        layout = self.find_layout(layouts, width, count)
+        weights: dict[str, Any] = {}
+        for weight, name in layout.names.items():
+            shape = self.shape_of(layout, weight, width, count)
+            weights[weight] = self.take_weight(layout, weight, name, shape, count)
+            if self.find(layout.biases):
+                axis = -1 if layout.transposed else -2  # of d or f, which a bias has not
+                of_one = tuple(n for i, n in enumerate(shape, -len(shape)) if i != axis)
+                name = bias_of(name)
+                weights[f"{weight}_bias"] = self.take_weight(layout, "bias", name, of_one, count)
+        known = EXPERT_KINDS[layout.kind].options
+        form = {"transposed": layout.transposed, "interleaved": layout.interleaved}
+        chosen = {name: value for name, value in {**form, **options}.items() if name in known}
+        return getattr(Experts, layout.kind)(**weights, **chosen)
+
+    def take_weight(
+        self,
+        layout: TensorLayout,
+        weight: str,
+        name: str,
+        shape: tuple[int, ...],
+        count: int | None,
+    ) -> Source | list[Source]:
+        """Take one weight of all experts: one tensor, or a list with one for each."""
+        if "{e}" in name:
+            return [self.take(name.format(e=e), shape) for e in range(count or 1)]
+        if layout.flat:
+            turned = weight == "down"  # (E * f, d) in the file, of what is (E, d, f)
+            E, rows, columns = shape
+            stored = (E * columns, rows) if turned else (E * rows, columns)
+            return Regrouped(self.take(name, stored), E, turned=turned)
+        take = self.take_packed if layout.packed and weight != "bias" else self.take
+        return [take(name, shape)] if count is None else take(name, shape)
+
+    def find_layout(
+        self, layouts: Sequence[TensorLayout], width: int, count: int | None
+    ) -> TensorLayout:
+        """The first layout whose names are here, and whose shapes fit."""
+        named = [layout for layout in layouts if self.has_names_of(layout)]
+        if not named:
+            first = [next(iter(layout.names.values())).format(e=0) for layout in layouts]
+            what = "experts" if count is not None else "shared expert"
+            raise ValueError(
+                f"{self.where} has no {what}: it should have "
+                f"{' or '.join(dict.fromkeys(first))}, but has {some_of(self.names_here())}"
+            )
+        fits = (layout for layout in named if self.has_shapes_of(layout, width, count))
+        return next(fits, named[0])
+
+    def has_names_of(self, layout: TensorLayout) -> bool:
+        ending = "_blocks" if layout.packed else ""
+        return any(
+            self.resolve(name.format(e=e) + ending) in self.tensors
+            for name in layout.names.values()
+            for e in range(self.E if "{e}" in name else 1)
+        )
+
+    def has_shapes_of(self, layout: TensorLayout, width: int, count: int | None) -> bool:
+        tensors = {w: self.resolve(name.format(e=0)) for w, name in layout.names.items()}
+        return all(
+            name in self.tensors
+            and self.tensors[name].shape == self.shape_of(layout, weight, width, count)
+            for weight, name in tensors.items()
+        )
+
+    def shape_of(
+        self, layout: TensorLayout, weight: str, width: int, count: int | None
+    ) -> tuple[int, ...]:
+        """Shape of one weight: of each expert where it has a tensor of its own, else of all."""
+        sizes = {"d": self.H, "o": self.H, "f": width, "2f": 2 * width}
+        shape = tuple(sizes[axis] for axis in EXPERT_KINDS[layout.kind].weights[weight].split())
+        shape = shape[::-1] if layout.transposed else shape
+        return shape if count is None or "{e}" in layout.names[weight] else (count, *shape)
+
+    def shared(self) -> tuple[Experts | None, Source | None]:
+        row = self.family.shared
+        if row is None:
+            return None, None
+        width = self.find(row.width)
+        if width == 0:
+            # Saved all the same: matrices without numbers, and the gate of nothing.
+            for layout in filter(self.has_names_of, row.layouts):
+                for weight, name in layout.names.items():
+                    self.take(name, self.shape_of(layout, weight, width, None))
+            if row.gate is not None and self.resolve(row.gate) in self.tensors:
+                self.take(row.gate, (1, self.H))
+            return None, None
+        options = self.options(self.family.options if row.options is None else row.options)
+        experts = self.experts(row.layouts, width, options, count=None)
+        return experts, None if row.gate is None else self.take(row.gate, (1, self.H))
+
+
 def some_of(names: Iterable[str], most: int = 8) -> str:
     names = list(names)
     more = f" and {len(names) - most} more" if len(names) > most else ""
     return (", ".join(names[:most]) or "nothing") + more
+
+
+def bias_of(name: str) -> str:
+    """The name of the bias next to a weight."""
+    stem = name.removesuffix(".weight")
+    return f"{name}_bias" if stem == name else f"{stem}.bias"

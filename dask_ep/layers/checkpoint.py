@@ -22,10 +22,11 @@ from dask_ep.experts.experts import Experts
 from dask_ep.experts.stored_experts import held_as_stored
 from dask_ep.layers.block import Block, Model
 from dask_ep.layers.checkpoint_files import CheckpointFiles
-from dask_ep.layers.families import FAMILIES, PREFIXES, find_family
-from dask_ep.layers.family import Config, Family, Key
+from dask_ep.layers.families import FAMILIES, PREFIXES, TEXT_CONFIGS, find_family
+from dask_ep.layers.family import Config, Family
 from dask_ep.layers.layer import MoELayer
 from dask_ep.layers.routing import Router
+from dask_ep.storage.sources import Source
 
 
 def load_moe_layer(
@@ -111,7 +112,7 @@ class Checkpoint:
     def __init__(self, directory: str | os.PathLike, families: Iterable[Family] = ()):
         self.files = CheckpointFiles(directory)
         outer = self.files.config
-        config = self._part(outer, "text_config") or outer
+        config = next(filter(None, (self._part(outer, *names) for names in TEXT_CONFIGS)), outer)
         name = "quantization_config"
         quantization = self._part(outer, name) or self._part(config, name)
         model_type = config.get("model_type") or outer.get("model_type")
@@ -125,20 +126,22 @@ class Checkpoint:
             )
         family = find_family(model_type, (*families, *FAMILIES))
         self.model = Model(self.files.directory, model_type, config, family, quantization)
-        self.num_layers = self.model.find_size("num_hidden_layers", Key("num_hidden_layers"), 0)
+        self.num_layers = self.model.find_size("num_hidden_layers", family.num_layers, 0)
 
-    def _part(self, config: Config, name: str) -> Config:
-        part = config.get(name) or {}
-        if not isinstance(part, Mapping):
-            raise ValueError(
-                f"{self.files.directory}/config.json: {name} must be an object, but is {part!r}"
-            )
-        return part
+    def _part(self, config: Config, *names: str) -> Config:
+        for name in names:
+            config = config.get(name) or {}
+            if not isinstance(config, Mapping):
+                raise ValueError(
+                    f"{self.files.directory}/config.json: {name} must be an object, but is "
+                    f"{config!r}"
+                )
+        return config
 
     def is_moe(self, layer: int) -> bool:
         try:
             return self.model.family.is_moe(self.model.config, layer)
-        except (ValueError, TypeError, ZeroDivisionError) as error:
+        except (ValueError, TypeError, LookupError, ZeroDivisionError) as error:
             raise ValueError(
                 f"{self.files.directory}: which layers are MoE cannot be told from config.json: "
                 f"{error}"
@@ -148,14 +151,27 @@ class Checkpoint:
     def moe_layers(self) -> list[int]:
         return [layer for layer in range(self.num_layers) if self.is_moe(layer)]
 
-    def prefixes(self, layer: int) -> list[str]:
-        """The prefixes of the layer's block that occur in the files."""
-        candidates = [
-            f"{prefix.format(layer=layer)}{block}."
+    def places(self, layer: int) -> list[tuple[str, str]]:
+        """Where the files have the layer's block: the layer's prefix, and the block's name."""
+        return [
+            (prefix.format(layer=layer), block)
             for block in self.model.family.blocks
             for prefix in PREFIXES
+            if self._has_block(prefix.format(layer=layer), block)
         ]
-        return [prefix for prefix in candidates if self.files.names_under(prefix)]
+
+    def _has_block(self, prefix: str, block: str) -> bool:
+        if block:
+            return bool(self.files.names_under(f"{prefix}{block}."))
+        return any(prefix + name in self.files.file_of for name in self.model.family.router_weight)
+
+    def block_tensors(self, layer: int) -> list[Source]:
+        """The tensors of the layer's block, a dense one's too."""
+        return [
+            tensor
+            for prefix, block in self.places(layer)
+            for tensor in self.files.under(f"{prefix}{block}." if block else prefix).values()
+        ]
 
     def open_layer(self, layer: int, *, residual: bool = False) -> MoELayer:
         self._check_layer(layer)
@@ -165,15 +181,17 @@ class Checkpoint:
                 "add the block's output to the rows before their norm: open the layer without "
                 "residual and compute x + layer(norm(x))"
             )
-        found = self.prefixes(layer)
+        found = self.places(layer)
         if len(found) != 1:
             wanted = [PREFIXES[0].format(layer=layer) + block for block in self.model.family.blocks]
+            there = " and ".join(prefix + block for prefix, block in found)
             raise ValueError(
                 f"{self.files.directory} must have the MoE block of layer {layer} under one "
                 f"prefix, such as {' or '.join(wanted)}; it has "
-                f"{' and '.join(found) or 'no tensor under any known one'}"
+                f"{there or 'no tensor under any known one'}"
             )
-        block = Block(self.model, layer, found[0], self.files.under(found[0]))
+        prefix, name = found[0]
+        block = Block(self.model, layer, prefix, name, self.files.under(prefix))
         built = block.build(residual=residual)
         block.check_all_taken()
         return built
@@ -257,11 +275,7 @@ def describe(directory: str | os.PathLike, *, families: Iterable[Family] = ()) -
     dtypes: set[str] = set()
     layers, opened = [], []
     for layer in range(checkpoint.num_layers):
-        tensors = [
-            tensor
-            for prefix in checkpoint.prefixes(layer)
-            for tensor in checkpoint.files.under(prefix).values()
-        ]
+        tensors = checkpoint.block_tensors(layer)
         kind = "moe" if checkpoint.is_moe(layer) else "dense"
         num_experts, in_memory = 0, 4 * sum(prod(tensor.shape) for tensor in tensors)
         if kind == "moe" and tensors:

@@ -2,7 +2,7 @@
 
 By a `Family`: how the tensors of its MoE blocks are called, which keys of ``config.json`` hold the
 sizes, which `Router` it has, what is shared, and which layers are MoE. Values are constants, or
-looked up in the config by `Key`, `Product` or `By`. The known families are in `families.py`.
+looked up in the config by `Key`, `By` and their like. The known families are in `families.py`.
 """
 
 from __future__ import annotations
@@ -24,7 +24,8 @@ class MissingKey(ValueError):
 class Key:
     """The value of the first of some config keys that exists, else the default.
 
-    `null` is what a null in the config stands for; one that is None counts as missing.
+    A list has one entry per layer. `null` is what a null in the config stands for; one that is None
+    counts as missing. With `off`, zeros and nulls stand for it: limits that are switched off.
     """
 
     def __init__(self, *names: str, null: Any = None, **default: Any):
@@ -32,7 +33,7 @@ class Key:
 
     def find(self, config: Config, layer: int) -> Any:
         for name in self.names:
-            value = config.get(name)
+            value = look_up_key(config, name)
             if value is None and name in config:
                 value = self.null
             if value is not None:
@@ -41,13 +42,57 @@ class Key:
                         f"config.json key {name!r} must have one entry per layer, but has "
                         f"{len(value)} and layer {layer} is asked for"
                     )
-                return value[layer] if isinstance(value, list) else value
+                value = value[layer] if isinstance(value, list) else value
+                return self.default["off"] if "off" in self.default and not value else value
         if "default" in self.default:
             return self.default["default"]
         raise MissingKey(
             f"config.json must have {' or '.join(map(repr, self.names))} (null counts as missing), "
             f"but has only {', '.join(sorted(k for k, v in config.items() if v is not None))}"
         )
+
+
+def look_up_key(config: Config, name: str) -> Any:
+    """The value of a config key, None if it has none; ``outer.inner`` is a key of an object."""
+    value: Any = config
+    for part in name.split("."):
+        value = value.get(part) if isinstance(value, Mapping) else None
+    return value
+
+
+@dataclass(frozen=True)
+class Length:
+    """The number of entries of a config key: of a list, or of a text with a letter per layer."""
+
+    names: tuple[str, ...]
+
+    def find(self, config: Config, layer: int) -> int:
+        found = [config[name] for name in self.names if isinstance(config.get(name), (list, str))]
+        if not found:
+            raise MissingKey(f"config.json must have {' or '.join(map(repr, self.names))}")
+        return len(found[0])
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One entry of a list that is not by layer; where it is one value, that."""
+
+    name: str
+    index: int
+
+    def find(self, config: Config, layer: int) -> Any:
+        value = Key(self.name).find({self.name: [config.get(self.name)]}, 0)
+        return value[self.index] if isinstance(value, list) else value
+
+
+@dataclass(frozen=True)
+class Sum:
+    """The sum of some values."""
+
+    parts: tuple[Any, ...]
+
+    def find(self, config: Config, layer: int) -> int:
+        return sum(find(part, config, layer) for part in self.parts)
 
 
 @dataclass(frozen=True)
@@ -80,40 +125,65 @@ class By:
         return find(self.values[case], config, layer)
 
 
+LOOKED_UP = (Key, Length, Entry, Sum, Product, By)
+
+
 def find(value: Any, config: Config, layer: int) -> Any:
     """Look a value up in a config, if that is where it is; a list there has one entry a layer."""
-    return value.find(config, layer) if isinstance(value, (Key, Product, By)) else value
+    return value.find(config, layer) if isinstance(value, LOOKED_UP) else value
 
 
 # --- how experts are stored -----------------------------------------------------------------
 
-
-@dataclass(frozen=True)
-class PerExpert:
-    """Three matrices (out, in) per expert, ``{e}`` being its number."""
-
-    gate: str
-    up: str
-    down: str
+Names = Mapping[str, str]
+"""Names of tensors, by the weight of `Experts` that each is."""
 
 
 @dataclass(frozen=True)
-class Fused:
-    """All experts in one array (E, ...) per weight, gate and up in one matrix.
+class TensorLayout:
+    """How the weights of experts are stored.
 
-    `transposed` is (E, out, in). `biases`: each name with ``_bias`` behind it is there too.
-    `packed`: MXFP4, so each name has ``_blocks`` and ``_scales`` behind it, and is not there.
+    Attributes
+    ----------
+    names : tensor of each weight, ``{"gate": ..., "up": ..., "down": ...}``
+        Which weights there are says which kind of experts they are, see `Experts`. A name with
+        ``{e}`` is of one expert; without it, the tensor has all of them, (E, ...).
+    transposed : bool
+        Each matrix is (out, in).
+    interleaved : bool
+        Gate and up alternate, where they are one matrix.
+    biases : bool or Key
+        Each weight has a bias: with ``.bias`` for ``.weight`` in its name, or ``_bias`` behind it.
+    packed : bool
+        MXFP4, so each name has ``_blocks`` and ``_scales`` behind it, and is not there.
+    flat : bool
+        All experts are in one matrix (E * width, d) per weight, those of ``down`` not transposed.
     """
 
-    gate_up: str
-    down: str
-    transposed: bool
+    names: Names
+    transposed: bool = True
     interleaved: bool = False
-    biases: bool = False
+    biases: Any = False
     packed: bool = False
+    flat: bool = False
+
+    @property
+    def kind(self) -> str:
+        """The kind of experts that these weights make."""
+        if "gate_up" in self.names:
+            return "gated_fused"
+        return "gated" if "gate" in self.names else "mlp"
 
 
-TensorLayout = PerExpert | Fused
+def below(prefix: str, names: Names) -> Names:
+    """The same names after a prefix."""
+    return {weight: prefix + name for weight, name in names.items()}
+
+
+NAMED = {"gate": "gate_proj.weight", "up": "up_proj.weight", "down": "down_proj.weight"}
+NUMBERED = {"gate": "w1.weight", "up": "w3.weight", "down": "w2.weight"}
+LINEAR_PAIR = {"gate_up": "input_linear.weight", "down": "output_linear.weight"}
+UNGATED = {"up": "up_proj.weight", "down": "down_proj.weight"}
 
 # --- families -----------------------------------------------------------------------------------
 
@@ -124,42 +194,88 @@ def every_layer(config: Config, layer: int) -> bool:
 
 
 @dataclass(frozen=True)
+class MlpTypes:
+    """Whether a layer is MoE, where ``mlp_layer_types`` may say it.
+
+    Without that key a layer is MoE from ``first_k_dense_replace`` on, by default `dense`, and as
+    ``moe_layer_freq`` says: a number, or a list with one entry per layer.
+    """
+
+    dense: int = 0
+
+    def __call__(self, config: Config, layer: int) -> bool:
+        types = config.get("mlp_layer_types")
+        if types is not None:
+            return types[layer] != "dense"
+        every = config.get("moe_layer_freq", 1)
+        sparse = bool(every[layer]) if isinstance(every, list) else layer % every == 0
+        first = Key("first_k_dense_replace", "num_dense_layers", default=self.dense)
+        return sparse and layer >= first.find(config, layer)
+
+
+@dataclass(frozen=True)
 class Shared:
     """An expert that every row goes through.
 
     Attributes
     ----------
-    block : str
-        Its matrices are ``{block}.gate_proj.weight``, ``up_proj`` and ``down_proj``.
+    block : str or tuple of str
+        Its tensors are those of `names` after it; several are names that it may have.
     width : int, Key or Product
         Its hidden width; 0 means that there is none in this model.
     gate : str or None
         A tensor (1, d): the expert counts sigmoid(row · gate) instead of 1.
     biases : bool or Key
         Whether each of its matrices has a ``.bias`` as well as a ``.weight``.
+    names : tuple of Names
+        What its tensors may be called, after `block`.
+    options : Mapping or None
+        As those of `Family`, where they are others.
     """
 
-    block: str
+    block: str | tuple[str, ...]
     width: Any
     gate: str | None = None
     biases: Any = False
+    names: tuple[Names, ...] = (NAMED,)
+    options: Mapping[str, Any] | None = None
+
+    @property
+    def layouts(self) -> list[TensorLayout]:
+        """How its weights may be stored."""
+        blocks = (self.block,) if isinstance(self.block, str) else self.block
+        return [
+            TensorLayout(below(f"{block}.", names), biases=self.biases)
+            for block in blocks
+            for names in self.names
+        ]
 
 
 @dataclass(frozen=True)
 class Family:
     """How the MoE blocks of some models are written down.
 
+    Names of tensors are those after the block's name; those that begin with ``/`` are after the
+    layer's.
+
     Attributes
     ----------
     model_types : of ``config.json``, or of its ``text_config``
-    blocks : names that the block may have, after ``...layers.{layer}.``
+    blocks : names that the block may have, after ``...layers.{layer}.``; ``""`` is the layer itself
     num_experts, k, width : E, the experts of a row, and their hidden width
     router : arguments of `Router` besides E and k
     router_weight, router_bias, selection_bias : names that these tensors may have; none, if () is
+    router_weight_in_out : names that the router's weight has where it is stored (d, E)
+    biased : bool or Key, whether there is a selection bias
+    bias_rows : how many rows the selection bias may have in its tensor, of which the first is it
+    table : names of a table (vocabulary, k) of experts by token id, where a layer may have one
     experts : layouts that the experts may have
     options : arguments of `Experts.gated` or `Experts.gated_fused`
     shared : Shared or None
     is_moe : whether a layer is MoE, from config and layer number
+    num_layers, hidden_size : how many layers there are, and d
+    not_read : tensors of the layer that are not read, as patterns of their names after the layer's,
+        and why; next to those of `families.NOT_READ`, which many models have
     pre_norm : whether the rows that the block gets were normalised just before, while the model
         adds the block's output to the rows as they were before that: so nearly all models do
 
@@ -183,11 +299,18 @@ class Family:
     router: Mapping[str, Any]
     router_weight: tuple[str, ...]
     experts: tuple[TensorLayout, ...]
+    router_weight_in_out: tuple[str, ...] = ()
     router_bias: tuple[str, ...] = ()
     selection_bias: tuple[str, ...] = ()
+    biased: Any = True
+    bias_rows: int = 1
+    table: tuple[str, ...] = ()
     options: Mapping[str, Any] = field(
         default_factory=lambda: {"activation": Key("hidden_act", default="silu")}
     )
     shared: Shared | None = None
     is_moe: Callable[[Config, int], bool] = every_layer
+    num_layers: Any = field(default_factory=lambda: Key("num_hidden_layers"))
+    hidden_size: Any = field(default_factory=lambda: Key("hidden_size"))
+    not_read: Mapping[str, str] = field(default_factory=dict)
     pre_norm: bool = True

@@ -15,9 +15,6 @@ others; for rules that look at a whole batch (capacity, expert choice) see `capa
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
-from math import isfinite
-from numbers import Integral, Real
 from typing import Any
 
 import numpy as np
@@ -25,6 +22,7 @@ import numpy as np
 from dask_ep.arrays import memory
 from dask_ep.arrays.checks import BadRow, check_tokens, is_float, refuse_masked
 from dask_ep.arrays.namespaces import Array, namespace, one_namespace, to_host
+from dask_ep.layers.router import Router, check_choice
 from dask_ep.layers.scores import CHOSEN_SCORES, GROUP_SCORES, SCORES, SMALLEST, largest
 
 LOGIT_TILE_BYTES = 4 << 20
@@ -36,105 +34,6 @@ WITHOUT_WARNINGS = np.errstate(all="ignore")
 """What overflows or underflows is the limit that is meant; what is NaN is refused at the end."""
 
 
-@dataclass(frozen=True)
-class Router:
-    """How logits become experts and weights.
-
-    Attributes
-    ----------
-    num_experts, k : int
-        E, and the number of experts that a row chooses.
-    score : str
-        ``"softmax"`` and ``"sigmoid"`` and ``"sqrtsoftplus"`` are functions of all E logits; the k
-        largest scores choose. ``"softmax_chosen"`` and ``"sigmoid_chosen"`` choose by the logits,
-        and then take the function of the k chosen logits only. ``"sparsemixer"`` chooses one expert
-        after the other, and gives each its softmax among the logits that come near it.
-    groups, topk_groups : int
-        The experts are `groups` runs of E / groups neighbours, and a row chooses among those of its
-        best `topk_groups` groups. Equal numbers mean no groups.
-    group_score : {"max", "top2"}
-        The score of a group for a row: its largest score, or the sum of its two largest.
-    norm_topk_prob : bool
-        Divide the k weights by their sum.
-    norm_eps, norm_min : float
-        The divisor is ``max(sum + norm_eps, norm_min)``.
-    scale : float
-        Multiplies the weights at the end.
-    apply_router_weight_on_input : bool
-        Whether the weight multiplies the row that the expert reads instead of its output. The
-        experts do it; it is here because families differ in it as they do in the rest.
-    jitter : float
-        sparsemixer's epsilon: a logit s counts where ``(max - s) / max(|s|, max) <= 2 * jitter``.
-
-    Examples
-    --------
-    DeepSeek-V3's router, with its published sizes:
-
-    >>> from dask_ep import Router
-    >>> router = Router(256, 8, "sigmoid", groups=8, topk_groups=4, group_score="top2",
-    ...                 norm_topk_prob=True, norm_eps=1e-20, scale=2.5)
-    """
-
-    num_experts: int
-    k: int
-    score: str = "softmax"
-    groups: int = 1
-    topk_groups: int = 1
-    group_score: str = "max"
-    norm_topk_prob: bool = False
-    norm_eps: float = 0.0
-    norm_min: float = 0.0
-    scale: float = 1.0
-    apply_router_weight_on_input: bool = False
-    jitter: float = 0.01
-
-    def __post_init__(self) -> None:
-        _check_choice("score", self.score, [*SCORES, *CHOSEN_SCORES, "sparsemixer"])
-        _check_choice("group_score", self.group_score, GROUP_SCORES)
-        for name in ("num_experts", "k", "groups", "topk_groups"):
-            value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, Integral):
-                raise ValueError(f"{name} must be a whole number, but is {value!r}")
-        for name in ("norm_eps", "norm_min", "scale", "jitter"):
-            value = getattr(self, name)
-            if not isinstance(value, Real) or not isfinite(value):
-                raise ValueError(f"{name} must be a finite number, but is {value!r}")
-        for name in ("norm_topk_prob", "apply_router_weight_on_input"):
-            if (value := getattr(self, name)) not in (True, False):
-                raise ValueError(f"{name} must be True or False, but is {value!r}")
-        if not 1 <= self.k <= self.num_experts:
-            raise ValueError(
-                f"a row chooses k different experts of num_experts={self.num_experts}, so k must "
-                f"be in [1, {self.num_experts}], but is {self.k}"
-            )
-        self._check_groups()
-
-    def _check_groups(self) -> None:
-        E, G = self.num_experts, self.groups
-        if G < 1 or E % G:
-            raise ValueError(f"groups must divide num_experts={E}, but is {G}")
-        if not 1 <= self.topk_groups <= G:
-            raise ValueError(f"topk_groups must be in [1, {G}] (groups), but is {self.topk_groups}")
-        if self.grouped and self.topk_groups * (E // G) < self.k:
-            raise ValueError(
-                f"the chosen groups must hold at least k={self.k} experts, but topk_groups="
-                f"{self.topk_groups} groups of {E // G} hold {self.topk_groups * (E // G)}"
-            )
-        if self.grouped and self.group_score == "top2" and E // G < 2:
-            raise ValueError(
-                f"group_score='top2' needs groups of at least 2 experts, but {G} groups of "
-                f"num_experts={E} hold {E // G}"
-            )
-        if self.grouped and self.score not in SCORES:
-            raise ValueError(f"groups need a score of all experts, one of {list(SCORES)}, but "
-                             f"score is {self.score!r}")  # fmt: skip
-
-    @property
-    def grouped(self) -> bool:
-        """Whether groups restrict the choice."""
-        return self.topk_groups < self.groups
-
-
 @WITHOUT_WARNINGS
 def route(
     hidden: Array,
@@ -143,6 +42,7 @@ def route(
     *,
     bias: Array | None = None,
     selection_bias: Array | None = None,
+    per_expert_scale: Array | None = None,
 ) -> tuple[Array, Array]:
     """Choose k experts for each row, and say how much each counts.
 
@@ -155,6 +55,8 @@ def route(
         Is added to the logits.
     selection_bias : (E,) array of floats, optional
         Is added to the scores where experts (and groups) are chosen, and never counts in a weight.
+    per_expert_scale : (E,) array of floats, optional
+        Multiplies each weight by the number of its expert, at the end.
 
     Returns
     -------
@@ -196,14 +98,16 @@ def route(
     """
     if router.score == "sparsemixer" and selection_bias is not None:
         raise ValueError("sparsemixer chooses by the logits alone; its selection_bias must be None")
-    biases = _check(hidden, router.num_experts, weight, bias, selection_bias)
+    biases = _check(hidden, router.num_experts, weight, bias, selection_bias, per_expert_scale)
     xp, n = namespace(hidden), hidden.shape[0]
     indices = xp.empty((n, router.k), dtype=xp.int32)
     topk_weights = xp.empty((n, router.k), dtype=xp.float32)
-    for rows, logits in _logits(hidden, weight, biases["bias"]):
+    for rows, logits in _logits(hidden, weight, biases["bias"], router):
         indices[rows], topk_weights[rows] = _route_logits(
             xp, logits, router, biases["selection_bias"]
         )
+    if per_expert_scale is not None:
+        topk_weights *= biases["per_expert_scale"][indices]
     return indices, _without_nan(topk_weights, biases)
 
 
@@ -214,7 +118,7 @@ def all_scores(hidden: Array, score: str, weight: Array, *, bias: Array | None =
     `score` is one of ``"softmax"``, ``"sigmoid"``, ``"sqrtsoftplus"``; the arrays and errors are
     those of `route`.
     """
-    _check_choice("score", score, SCORES)
+    check_choice("score", score, SCORES)
     biases = _check(hidden, weight.shape[0], weight, bias, None)
     xp = namespace(hidden)
     scores = memory.empty((hidden.shape[0], weight.shape[0]), np.float32, like=hidden)
@@ -310,7 +214,7 @@ def weigh_chosen(
             f"indices must be in [0, {router.num_experts}), but range from {low} to {high}"
         )
     topk_weights = xp.empty(indices.shape, dtype=xp.float32)
-    for rows, logits in _logits(hidden, weight, biases["bias"]):
+    for rows, logits in _logits(hidden, weight, biases["bias"], router):
         scores = SCORES[router.score](xp, logits) if router.score in SCORES else logits
         topk_weights[rows] = _weigh(xp, scores, indices[rows], router)
     return _without_nan(topk_weights, biases)
@@ -319,7 +223,9 @@ def weigh_chosen(
 # --- the steps, each on a tile of rows ---------------------------------------------------------
 
 
-def _logits(hidden: Array, weight: Array, bias: Array | None) -> Iterator[tuple[slice, Array]]:
+def _logits(
+    hidden: Array, weight: Array, bias: Array | None, router: Router | None = None
+) -> Iterator[tuple[slice, Array]]:
     """Yield (rows, logits [rows, E]) tile by tile; the caller may overwrite the logits.
 
     Notes
@@ -340,9 +246,18 @@ def _logits(hidden: Array, weight: Array, bias: Array | None) -> Iterator[tuple[
         here = slice(0, rows.stop - start)
         tile[here] = hidden[rows].astype(xp.float32, copy=False)
         xp.matmul(tile[here], weight, out=sums[here])
+        if router is not None and router.input_norm_eps is not None:
+            squares = (tile[here] * tile[here]).mean(axis=1, keepdims=True)
+            sums[here] /= xp.sqrt(squares + router.input_norm_eps)
         logits = sums[here].astype(xp.float32)
         if bias is not None:
             logits += bias
+        if router is not None and router.logit_scale != 1:
+            logits *= xp.float32(router.logit_scale)
+        if router is not None and router.logit_softcap is not None:
+            logits /= xp.float32(router.logit_softcap)
+            xp.tanh(logits, out=logits)
+            logits *= xp.float32(router.logit_softcap)
         yield rows, logits
 
 
@@ -381,7 +296,8 @@ def _mask_groups(xp: Any, choice: Array, router: Router) -> None:
     best = largest(xp, GROUP_SCORES[router.group_score](xp, grouped), router.topk_groups)
     out_of_them = xp.ones((len(choice), router.groups), dtype=bool)
     out_of_them[xp.arange(len(choice))[:, None], best] = False
-    xp.copyto(grouped, xp.float32(SMALLEST), where=out_of_them[:, :, None])
+    masked = SMALLEST if router.masked_score is None else router.masked_score
+    xp.copyto(grouped, xp.float32(masked), where=out_of_them[:, :, None])
 
 
 def _sparsemixer(xp: Any, logits: Array, router: Router) -> tuple[Array, Array]:
@@ -403,20 +319,16 @@ def _sparsemixer(xp: Any, logits: Array, router: Router) -> tuple[Array, Array]:
 # --- what must hold ----------------------------------------------------------------------------
 
 
-def _check_choice(name: str, value: str, known: Any) -> None:
-    if value not in known:
-        raise ValueError(f"{name} must be one of {', '.join(map(repr, known))}, but is {value!r}")
-
-
 def _check(
     hidden: Array,
     num_experts: int,
     weight: Array,
     bias: Array | None,
     selection_bias: Array | None,
+    per_expert_scale: Array | None = None,
 ) -> dict[str, Array | None]:
-    """Check all arrays, and give the biases in float32."""
-    biases = {"bias": bias, "selection_bias": selection_bias}
+    """Check all arrays, and give those of E numbers in float32."""
+    biases = {"bias": bias, "selection_bias": selection_bias, "per_expert_scale": per_expert_scale}
     xp = one_namespace(hidden=hidden, weight=weight, **biases)
     check_tokens(hidden)
     arrays = {"weight": weight, **{name: b for name, b in biases.items() if b is not None}}

@@ -102,15 +102,17 @@ def test_mlp(activation, biases, flip):
     limit=st.sampled_from([None, 0.5, 7.0]),
     alpha=st.sampled_from([1.0, 1.702]),
     up_offset=st.sampled_from([0.0, 1.0]),
+    clamp_after=st.booleans(),
     form=st.sampled_from(["apart", "halves", "interleaved"]),
     flip=st.booleans(),
 )
-def test_gated_in_every_form(activation, biases, limit, alpha, up_offset, form, flip):
+def test_gated_in_every_form(activation, biases, limit, alpha, up_offset, clamp_after, form, flip):
     fused_bias = form != "apart" and biases >= {"gate_bias"}
     biases = biases | {"up_bias"} if fused_bias else biases
     biases = biases if form == "apart" or fused_bias else biases - {"gate_bias", "up_bias"}
     given = weights("gate", "up", "down", *sorted(biases))
     options = {"activation": activation, "limit": limit, "alpha": alpha, "up_offset": up_offset}
+    options["clamp_after"] = clamp_after
     plain = [reference.gated(**{n: w[e] for n, w in given.items()}, **options) for e in range(E)]
     if form == "apart":
         stored = transposed(given) if flip else given

@@ -36,7 +36,7 @@ from tests.checkpoints import (
     write_tensors,
 )
 
-TOLERANCE = 1e-5
+TOLERANCE = 1e-6
 """Of the largest value, float32 against torch's float32."""
 
 
@@ -71,13 +71,25 @@ def test_the_layer_computes_what_transformers_computes(case):
     assert max(found.values()) <= TOLERANCE, found
 
 
+SAME_BLOCKS = {
+    "kimi_k2": "deepseek_v3, and inside kimi_k25",
+    "unlimited_ocr": "deepseek_ocr2",
+    "unlimited_ocr_text": "deepseek_ocr2",
+    "step3p5": "the text half of step3p7",
+    "qwen3_omni_moe_text": "the text half of qwen3_omni_moe_thinker",
+}
+"""Model types without a checkpoint, and whose block they have."""
+
+
 def test_every_family_has_a_fixture():
     made = {
         json.loads((FIXTURES / case / "config.json").read_text())["model_type"] for case in CASES
     }
     known = {name for family in FAMILIES for name in family.model_types}
-    halves = {"qwen3_vl_moe_text"}  # the text half of a composite config
-    assert made == known - halves
+    parts = {f"{name}_{half}" for name in made for half in ("text", "thinker")}
+    wholes = {name.removesuffix("_text").removesuffix("_thinker") for name in made}
+    assert made <= known | {"kimi_k25"}
+    assert known <= made | parts | wholes | SAME_BLOCKS.keys()
 
 
 # --- mutations: each breaks one step, and the fixture must notice --------------------------------
@@ -115,6 +127,14 @@ def experts(*, weights=lambda w: w, **options):
     return change
 
 
+def shared_experts(**options):
+    def change(layer):
+        old = layer.shared
+        return remade(layer, shared=Experts(old.kind, old.weights, {**old.options, **options}))
+
+    return change
+
+
 def no_shared(layer):
     return remade(layer, shared=None, without="shared_gate")
 
@@ -143,6 +163,8 @@ ALTERNATING, HALVES = experts(interleaved=True), experts(interleaved=False)
 GELU = experts(activation="gelu")
 NO_BIAS = without("selection_bias")
 WEIGHT_SIDE = weight_on_the_other_side
+GROUPS = [router(groups=1, topk_groups=1), router(group_score="max")]
+DEEPSEEK_V3 = [NO_SUM, NO_BIAS, router(scale=1.0), router(score="softmax"), *GROUPS]
 MUTATIONS = {
     "mixtral": [NO_SUM, SWAPPED, GELU, WEIGHT_SIDE, router(k=1), router(score="sigmoid")],
     "mixtral_sharded": [SWAPPED],
@@ -188,6 +210,49 @@ MUTATIONS = {
     "llama4_text": [WEIGHT_SIDE, ALTERNATING, no_shared, router(score="softmax_chosen")],
     "llama4_top2": [WEIGHT_SIDE, no_shared, router(score="softmax_chosen"), SUM],
     "llama4": [WEIGHT_SIDE, ALTERNATING, no_shared],
+    **{case: [*DEEPSEEK_V3, SWAPPED, no_shared] for case in
+        ("deepseek_v32", "glm_moe_dsa", "glm4_moe_lite", "glm4v_moe", "solar_open", "exaone_moe",
+         "bailing_hybrid", "sarvam_moe", "sarvam_mla", "kimi_linear", "dots3_note_text",
+         "kimi_k25")},
+    "mimo_v2_flash": [*DEEPSEEK_V3, SWAPPED],
+    "beam": [*DEEPSEEK_V3, SWAPPED],
+    "axk2": [*DEEPSEEK_V3, SWAPPED, no_shared],
+    "glm5_next": [*DEEPSEEK_V3, no_shared, experts(limit=None), shared_experts(limit=None)],
+    "hy_v4": [*DEEPSEEK_V3, ALTERNATING, experts(limit=None), shared_experts(limit=0.5)],
+    "hy_v4_vl": [*DEEPSEEK_V3, ALTERNATING, experts(limit=None), shared_experts(limit=0.5)],
+    "mistral4": [NO_SUM, ALTERNATING, no_shared, router(scale=1.0), GROUPS[0]],
+    "mistral_large4": [NO_SUM, SWAPPED, no_shared, router(scale=1.0), *GROUPS],
+    "deepseek_ocr2": [SUM, SWAPPED, no_shared, router(scale=1.0)],
+    "qwen3_omni_moe_thinker": [NO_SUM, SWAPPED],
+    "qwen4_exp_text": [NO_SUM, SWAPPED, no_shared, without("shared_gate")],
+    "mellum": [NO_SUM, SWAPPED],
+    "lara_mini": [NO_SUM, ALTERNATING, no_shared],
+    "flex_olmo": [SUM, SWAPPED],
+    "hy_v3": [NO_SUM, SWAPPED, no_shared, NO_BIAS, router(scale=1.0)],
+    "afmoe": [NO_SUM, SWAPPED, no_shared, NO_BIAS, router(scale=1.0)],
+    "lfm2_moe": [NO_SUM, SWAPPED, NO_BIAS, router(scale=1.0), router(score="softmax")],
+    "minimax_m3_vl": [
+        NO_SUM, SWAPPED, no_shared, NO_BIAS, router(scale=1.0), experts(limit=None),
+        experts(alpha=1.0), experts(up_offset=0.0), shared_experts(limit=None),
+    ],
+    "step3p7": [
+        NO_SUM, SWAPPED, no_shared, NO_BIAS, router(scale=1.0), experts(clamp_after=False),
+        experts(limit=None), shared_experts(limit=0.5), shared_experts(clamp_after=False),
+    ],
+    "granitemoeshared": [ALTERNATING, no_shared, router(score="softmax")],
+    "granitemoehybrid": [ALTERNATING, no_shared, router(score="softmax")],
+    "granitemoe_swa": [ALTERNATING, no_shared, router(score="softmax")],
+    "flint": [NO_SUM, SWAPPED, no_shared, router(score="softmax")],
+    "kolibri1": [SUM, SWAPPED, no_shared, NO_BIAS, router(score="sigmoid")],
+    "laguna": [NO_SUM, SWAPPED, no_shared, NO_BIAS, router(scale=1.0), router(logit_softcap=None),
+               router(logit_softcap=0.5)],
+    "openai_privacy_filter": [ALTERNATING, without("bias"), drop("gate_up_bias"),
+                              experts(limit=None), experts(up_offset=0.0)],
+    "aria": [ALTERNATING, no_shared, router(score="softmax")],
+    "deepseek_v4": [NO_SUM, SWAPPED, no_shared, NO_BIAS, router(scale=1.0),
+                    router(score="sigmoid"), experts(limit=None), shared_experts(limit=None)],
+    "dbrx": [NO_SUM, SWAPPED, router(score="sigmoid")],
+    "ernie4_5_vl_moe": [NO_SUM, SWAPPED, no_shared, NO_BIAS],
 }  # fmt: skip
 
 
@@ -578,7 +643,11 @@ def added(name, value):
         ("jamba", 1, {"num_experts": 1}, ValueError, "is dense in .*; MoE layers are none"),
         ("qwen3_moe", 2, {}, ValueError, r"layer must be in \[0, 2\), .* but is 2"),
         ("qwen3_moe", 1, {"model_type": "palm"}, ValueError,
-         "one of deepseek_v2, .*qwen3_vl_moe_text; config.json says 'palm'.* To add a family"),
+         r"'palm', which is none of the \d+ known ones\. .*; to add a family"),
+        ("qwen3_moe", 1, {"model_type": "qwen3_mo"}, ValueError,
+         r"'qwen3_mo', which is none of the \d+ known ones, such as qwen3_moe, "),
+        ("qwen3_moe", 1, {"model_type": "zaya"}, ValueError,
+         "zaya models cannot be read .* the router of the layer before"),
         ("qwen3_moe", 1, {"model_type": None}, ValueError, "config.json must have a 'model_type'"),
         ("qwen3_moe", 1, {"num_experts_per_tok": None}, ValueError,
          r"qwen3_moe: config.json must have 'num_experts_per_tok' \(null .*, but has only archi"),
@@ -987,3 +1056,101 @@ def test_a_family_says_what_a_row_must_say():
         shared=Shared("shared", 0),
     )
     assert row.is_moe({}, 5)
+
+
+# --- names and layers of other families ----------------------------------------------------------
+
+
+def test_what_is_next_to_the_block_is_read_or_known_or_refused(tmp_path):
+    """A shared expert that its family does not know would be lost without a word."""
+    for case, family in (("granitemoeshared", "granitemoe"), ("granitemoehybrid", "granitemoe")):
+        folder = altered(tmp_path, case, model_type=family)
+        with pytest.raises(ValueError, match=r"2 would not be: .*shared_mlp.input_linear.weight"):
+            load_moe_layer(folder, LAYER)
+
+    around = {
+        f"model.layers.{LAYER}.{name}": np.ones(2, np.float32)
+        for name in ("self_attn.q_proj.weight", "input_layernorm.weight", "mamba.A_log",
+                     "hc_attn_fn", "attn_hc.fn", "linear_attn.conv1d.weight", "layer_scalar")
+    }  # fmt: skip
+    folder = altered(tmp_path / "around", "granitemoeshared", tensors=lambda t: t | around)
+    assert errors(load_moe_layer(folder, LAYER), "granitemoeshared")["output"] <= TOLERANCE
+
+
+def stacked(tensors, stem, block, old, count, into):
+    """As `save_original_format=False` writes experts: all of them in one array."""
+    gate, up, down = (
+        np.stack([tensors[f"{stem}{block}.experts.{e}.{name}.weight"] for e in range(count)])
+        for name in old
+    )
+    pair = np.concatenate([gate, up], axis=1)
+    return {f"{stem}{into}.experts.gate_up_proj": pair, f"{stem}{into}.experts.down_proj": down}
+
+
+NAMED = ("gate_proj", "up_proj", "down_proj")
+NUMBERED = ("w1", "w3", "w2")
+IN_MEMORY = {
+    "hy_v3": ("mlp", NAMED, 8, "mlp", {
+        "router.gate": "gate", "expert_bias": "e_score_correction_bias",
+        "shared_mlp": "shared_experts"}),
+    "laguna": ("mlp", NAMED, 8, "mlp", {
+        "experts.e_score_correction_bias": "gate.e_score_correction_bias",
+        "shared_expert": "shared_experts"}),
+    "exaone_moe": ("mlp", NAMED, 8, "mlp", {
+        "e_score_correction_bias": "gate.e_score_correction_bias"}),
+    "bailing_hybrid": ("mlp", NAMED, 8, "mlp", {
+        "gate.expert_bias": "gate.e_score_correction_bias"}),
+    "kimi_linear": ("block_sparse_moe", NUMBERED, 8, "mlp", {}),
+    "deepseek_v4": ("ffn", NUMBERED, 8, "mlp", {
+        "gate.bias": "gate.e_score_correction_bias",
+        "shared_experts.w1": "shared_experts.gate_proj",
+        "shared_experts.w3": "shared_experts.up_proj",
+        "shared_experts.w2": "shared_experts.down_proj"}),
+    "lfm2_moe": ("feed_forward", NUMBERED, 8, "feed_forward", {}),
+}  # fmt: skip
+"""The block on the hub, its experts' names and number; the block in memory, what else differs."""
+
+
+@pytest.mark.parametrize("case", IN_MEMORY)
+def test_names_of_memory_are_read_as_those_of_the_hub(tmp_path, case):
+    block, names, count, into, others = IN_MEMORY[case]
+    stem = f"model.layers.{LAYER}."
+
+    def renamed(tensors):
+        new = stacked(tensors, stem, block, names, count, into)
+        for name, array in tensors.items():
+            if ".experts." in name and name.endswith(".weight"):
+                continue
+            rest = name.removeprefix(f"{stem}{block}.")
+            old = next((o for o in others if rest.startswith(o)), "")
+            rest = others.get(old, "") + rest.removeprefix(old)
+            new[f"{stem}{into}.{rest}"] = array
+        return new
+
+    folder = altered(tmp_path, case, tensors=renamed)
+    assert max(errors(load_moe_layer(folder, LAYER), case).values()) <= TOLERANCE
+
+
+@pytest.mark.parametrize(
+    ("config", "moe"),
+    [
+        ({"mlp_layer_types": ["dense", "sparse", "dense"]}, [1]),
+        ({"first_k_dense_replace": 2}, [2]),
+        ({"first_k_dense_replace": 0, "moe_layer_freq": 2}, [0, 2]),
+        ({"moe_layer_freq": [0, 1, 0], "first_k_dense_replace": 0}, [1]),
+        ({}, [1, 2]),
+    ],
+)
+def test_which_layers_are_moe_is_listed_or_follows_from_the_dense_ones(config, moe):
+    row = find_family("glm4_moe_lite", FAMILIES)
+    assert [layer for layer in range(3) if row.is_moe(config, layer)] == moe
+
+
+def test_a_limit_of_zero_is_none_and_a_list_has_one_for_each_layer():
+    limit = Key("limits", off=None, default=None)
+    assert [limit.find({"limits": [0, 0.5, None]}, layer) for layer in range(3)] == [
+        None,
+        0.5,
+        None,
+    ]
+    assert limit.find({}, 0) is limit.find({"limits": None}, 0) is None

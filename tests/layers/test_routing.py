@@ -40,6 +40,9 @@ def routers(draw) -> Router:
         norm_min=draw(st.sampled_from([0.0, 2.0])),
         scale=draw(st.sampled_from([1.0, 2.5])),
         jitter=draw(st.sampled_from([0.01, 0.1])),
+        logit_scale=draw(st.sampled_from([1.0, 0.5])),
+        logit_softcap=draw(st.sampled_from([None, 1.5])),
+        masked_score=draw(st.sampled_from([None, 0.0])),
     )
 
 
@@ -53,7 +56,7 @@ def choices_that_are_close(logits, router, selection_bias) -> bool:
     unbiased = dataclasses.replace(router, k=router.num_experts, groups=1, topk_groups=1,
                                    norm_topk_prob=False, scale=1.0)  # fmt: skip
     if router.score in ("softmax_chosen", "sigmoid_chosen", "sparsemixer"):
-        choice = list(map(float, logits))
+        choice = [plain_routers.bounded(float(z), router) for z in logits]
     else:
         choice = [w for _, w in sorted(plain_routers.route_row(list(map(float, logits)), unbiased))]
     choice = plain_routers.add(choice, selection_bias)
@@ -81,15 +84,22 @@ def test_every_router_agrees_with_the_plain_loops(data):
         bias = None
     selection_bias = None if bias is None else np.array(bias, np.float32)
 
+    scales = data.draw(st.none() | st.lists(grid, min_size=E, max_size=E))
+    per_expert_scale = None if scales is None else np.array(scales, np.float32)
+
     indices, topk_weights = route_logits(
-        logits, router, bias=router_bias, selection_bias=selection_bias
+        logits,
+        router,
+        bias=router_bias,
+        selection_bias=selection_bias,
+        per_expert_scale=per_expert_scale,
     )
 
     logits = logits if router_bias is None else logits + router_bias
     assert (indices.dtype, topk_weights.dtype) == (np.int32, np.float32)
     assert indices.shape == topk_weights.shape == (len(logits), router.k)
     for row, chosen, weights in zip(logits, indices, topk_weights, strict=True):
-        expected = plain_routers.route_row(list(map(float, row)), router, bias)
+        expected = plain_routers.route_row(list(map(float, row)), router, bias, scales)
         if chosen.tolist() != [e for e, _ in expected]:
             assert choices_that_are_close(row, router, bias)
             continue
@@ -117,6 +127,29 @@ def test_group_score_changes_the_choice():
     pair = dataclasses.replace(best, group_score="top2")
     assert route_logits(logits, best)[0].tolist() == [[0]]
     assert route_logits(logits, pair)[0].tolist() == [[2]]
+
+
+def test_a_router_may_read_rows_that_it_normalises():
+    rng = np.random.default_rng(0)
+    hidden, weight = rng.standard_normal((5, 8)), rng.standard_normal((4, 8))
+    router = Router(4, 2, norm_topk_prob=True, logit_scale=0.5)
+    normal = hidden / np.sqrt((hidden**2).mean(axis=1, keepdims=True) + 0.1)
+    plain, normalised = (
+        route(normal, router, weight),
+        route(hidden, dataclasses.replace(router, input_norm_eps=0.1), weight),
+    )
+    np.testing.assert_array_equal(plain[0], normalised[0])
+    np.testing.assert_allclose(plain[1], normalised[1], rtol=1e-6)
+    assert (route(hidden, router, weight)[1] != plain[1]).any()
+
+
+def test_what_a_router_must_be_told_is_checked():
+    with pytest.raises(ValueError, match="logit_softcap must be above 0, but is -1"):
+        Router(4, 2, logit_softcap=-1)
+    with pytest.raises(ValueError, match="input_norm_eps must be a finite number, but is 'a'"):
+        Router(4, 2, input_norm_eps="a")
+    with pytest.raises(ValueError, match=r"per_expert_scale must be \(4,\)"):
+        route_logits(np.ones((1, 4), "f4"), Router(4, 2), per_expert_scale=np.ones(3, "f4"))
 
 
 def test_a_selection_bias_chooses_and_does_not_weigh():

@@ -48,6 +48,7 @@ OTHER = {
     "limit": 7.0,
     "alpha": 1.7,
     "up_offset": 1.0,
+    "clamp_after": True,
     "apply_router_weight_on_input": True,
 }
 """A value of each option that is not its default."""
@@ -66,6 +67,10 @@ OTHER_ROUTERS = {
     "scale": 2.5,
     "apply_router_weight_on_input": True,
     "jitter": 0.02,
+    "logit_scale": 2.0,
+    "logit_softcap": 30.0,
+    "input_norm_eps": 1e-6,
+    "masked_score": 0.0,
 }
 
 
@@ -104,6 +109,7 @@ def test_every_field_of_a_router_counts():
     for name, value in OTHER_ROUTERS.items():
         (said,) = differences({"router": ROUTER}, {"router": replace(ROUTER, **{name: value})})
         was = getattr(ROUTER, name)
+        was = "absent" if was is None else was
         assert said == f"input layer: router.{name} was {was}, is {value}"
 
 

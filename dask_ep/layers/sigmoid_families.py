@@ -1,0 +1,314 @@
+"""Which families have routers with sigmoid scores, or the square root of a softplus?"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from dask_ep.layers.family import NAMED, By, Family, Key, MlpTypes, Product, Shared, TensorLayout
+from dask_ep.layers.family_parts import (
+    BY_NAME,
+    BY_NUMBER,
+    CLAMPED,
+    DEEPSEEK_BIAS,
+    IN_OUT,
+    INTERMEDIATE_SIZE,
+    MIXTRAL_BLOCKS,
+    MOE_WIDTH,
+    NAMED_OR_NUMBERED,
+    OUT_IN,
+    PER_TOKEN,
+    SWIGLU_OAI,
+    after_the_dense_ones,
+    all_but_mlp_only,
+    by_enum,
+    deepseek_v3_router,
+    listed_or_by_step,
+    shared_experts,
+    sigmoid_router,
+)
+
+SHARED_WIDTH = Key("shared_expert_intermediate_size")
+
+DEEPSEEK_V3 = Family(
+    model_types=("deepseek_v3", "kimi_k2"),
+    blocks=("mlp",),
+    num_experts=Key("n_routed_experts"),
+    k=PER_TOKEN,
+    width=MOE_WIDTH,
+    router=deepseek_v3_router(Key("n_group"), Key("topk_group")),
+    router_weight=("gate.weight",),
+    selection_bias=DEEPSEEK_BIAS,
+    experts=(BY_NAME, OUT_IN),
+    shared=shared_experts(Key("n_shared_experts", null=0, default=1)),
+    is_moe=after_the_dense_ones,
+)
+GLM4 = replace(
+    DEEPSEEK_V3,
+    model_types=("glm4_moe", "glm4v_moe", "glm4v_moe_text"),
+    router=deepseek_v3_router(Key("n_group", default=1), Key("topk_group", default=1)),
+)
+BAILING = replace(
+    GLM4,
+    model_types=("bailing_hybrid",),
+    num_experts=Key("num_experts", "num_local_experts"),
+    k=Key("num_experts_per_token", "num_experts_per_tok"),
+    router={
+        **deepseek_v3_router(
+            Key("num_expert_group", "n_group", default=1), Key("topk_group", null=1, default=1)
+        ),
+        "norm_topk_prob": Key("moe_renormalize", "norm_topk_prob"),
+    },
+    selection_bias=("gate.expert_bias", *DEEPSEEK_BIAS),
+    shared=shared_experts(Key("num_shared_experts", "n_shared_experts", null=0, default=1)),
+    is_moe=MlpTypes(dense=2),
+)
+MINIMAX_M2 = Family(
+    model_types=("minimax_m2",),
+    blocks=MIXTRAL_BLOCKS,
+    num_experts=Key("num_local_experts"),
+    k=PER_TOKEN,
+    width=INTERMEDIATE_SIZE,
+    router=sigmoid_router(),
+    router_weight=("gate.weight",),
+    selection_bias=("e_score_correction_bias", *DEEPSEEK_BIAS),
+    experts=(BY_NUMBER, OUT_IN),
+)
+HY_V3 = Family(
+    model_types=("hy_v3",),
+    blocks=("mlp",),
+    num_experts=Key("num_experts", "num_local_experts"),
+    k=PER_TOKEN,
+    width=MOE_WIDTH,
+    router=sigmoid_router(scale=Key("router_scaling_factor"), eps=1e-20),
+    router_weight=("router.gate.weight", "gate.weight"),
+    selection_bias=("expert_bias", "e_score_correction_bias"),
+    experts=(BY_NAME, OUT_IN),
+    shared=Shared(
+        ("shared_mlp", "shared_experts"),
+        Product((MOE_WIDTH, Key("num_shared_experts"))),
+        biases=Key("mlp_bias", default=False),
+    ),
+    is_moe=MlpTypes(dense=1),
+)
+LAGUNA = Family(
+    model_types=("laguna",),
+    blocks=("mlp",),
+    num_experts=Key("num_experts", "num_local_experts"),
+    k=PER_TOKEN,
+    width=MOE_WIDTH,
+    router={
+        **sigmoid_router(scale=Key("moe_routed_scaling_factor", default=1.0)),
+        "logit_softcap": Key("moe_router_logit_softcapping", off=None, default=None),
+        "apply_router_weight_on_input": By(
+            Key("moe_apply_router_weight_on_input", default=False), {False: False}
+        ),
+    },
+    router_weight=("gate.weight",),
+    selection_bias=("experts.e_score_correction_bias", *DEEPSEEK_BIAS),
+    experts=(BY_NAME, OUT_IN),
+    shared=Shared(("shared_expert", "shared_experts"), SHARED_WIDTH),
+    is_moe=MlpTypes(dense=1),
+)
+
+SIGMOID_FAMILIES: tuple[Family, ...] = (
+    DEEPSEEK_V3,
+    GLM4,
+    replace(GLM4, model_types=("dots1",), shared=shared_experts(Key("n_shared_experts", null=0))),
+    replace(DEEPSEEK_V3, model_types=("deepseek_v32",), is_moe=MlpTypes(dense=3)),
+    replace(GLM4, model_types=("glm_moe_dsa",), is_moe=MlpTypes(dense=3)),
+    replace(GLM4, model_types=("glm4_moe_lite",), is_moe=MlpTypes(dense=1)),
+    replace(
+        GLM4,
+        model_types=("glm5_next", "glm5_next_text"),
+        options=CLAMPED,
+        is_moe=MlpTypes(dense=3),
+    ),
+    replace(GLM4, model_types=("solar_open",), is_moe=MlpTypes()),
+    replace(
+        GLM4,
+        model_types=("sarvam_moe", "sarvam_mla"),
+        num_experts=Key("n_routed_experts", "num_experts"),
+        selection_bias=BAILING.selection_bias,
+        shared=BAILING.shared,
+        is_moe=MlpTypes(dense=1),
+    ),
+    replace(
+        GLM4,
+        model_types=("exaone_moe",),
+        num_experts=Key("num_experts"),
+        selection_bias=("e_score_correction_bias", *DEEPSEEK_BIAS),
+        shared=shared_experts(Key("num_shared_experts", null=0, default=1)),
+        is_moe=MlpTypes(dense=1),
+    ),
+    replace(
+        GLM4,
+        model_types=("mimo_v2_flash",),
+        router={**GLM4.router, "scale": Key("routed_scaling_factor", null=1.0, default=1.0)},
+        shared=None,
+        is_moe=MlpTypes(dense=1),
+    ),
+    replace(
+        GLM4,
+        model_types=("beam",),
+        num_experts=Key("num_experts"),
+        shared=None,
+        is_moe=MlpTypes(dense=3),
+    ),
+    replace(
+        GLM4,
+        model_types=("dots3_note", "dots3_note_text"),
+        shared=Shared(
+            "shared_experts",
+            Product(
+                (
+                    Key("moe_shared_expert_intermediate_size", "shared_experts_intermediate_size"),
+                    Key("n_shared_experts"),
+                )
+            ),
+        ),
+        is_moe=MlpTypes(dense=1),
+    ),
+    replace(
+        GLM4,
+        model_types=("hy_v4", "hy_v4_vl", "hy_v4_vl_text"),
+        options=CLAMPED,
+        shared=replace(
+            GLM4.shared,
+            names=({**NAMED, "gate": "linear_gate.weight"}, NAMED),
+            options={"activation": Key("hidden_act", default="silu")},
+        ),
+        is_moe=MlpTypes(dense=1),
+    ),
+    replace(
+        GLM4,
+        model_types=("axk2",),
+        # Experts of other groups count 0 in the choice, not minus infinity.
+        router={
+            **deepseek_v3_router(
+                Key("n_group", null=1, default=1), Key("topk_group", null=1, default=1)
+            ),
+            "masked_score": 0.0,
+        },
+        is_moe=MlpTypes(dense=1),
+    ),
+    BAILING,
+    replace(
+        BAILING,
+        model_types=("kimi_linear",),
+        blocks=MIXTRAL_BLOCKS,
+        experts=(BY_NUMBER, OUT_IN),
+        is_moe=MlpTypes(dense=1),
+    ),
+    MINIMAX_M2,
+    replace(
+        MINIMAX_M2,
+        model_types=("minimax_m3_vl", "minimax_m3_vl_text"),
+        router=sigmoid_router(scale=Key("routed_scaling_factor")),
+        options=SWIGLU_OAI,
+        shared=Shared(
+            "shared_experts",
+            Key("shared_intermediate_size"),
+            names=(NAMED, {"gate_up": "gate_up_proj.weight", "down": "down_proj.weight"}),
+        ),
+        is_moe=MlpTypes(),
+    ),
+    HY_V3,
+    replace(
+        HY_V3,
+        model_types=("afmoe",),
+        router=sigmoid_router(scale=Key("route_scale", default=1.0), eps=1e-20),
+        shared=shared_experts(Key("num_shared_experts", default=2)),
+    ),
+    Family(
+        model_types=("lfm2_moe",),
+        blocks=("feed_forward",),
+        num_experts=Key("num_experts"),
+        k=PER_TOKEN,
+        width=MOE_WIDTH,
+        router=sigmoid_router(
+            scale=Key("routed_scaling_factor", default=1.0),
+            norm=Key("norm_topk_prob", default=True),
+            eps=1e-6,
+        ),
+        router_weight=("gate.weight",),
+        selection_bias=("expert_bias",),
+        biased=Key("use_expert_bias", default=True),
+        experts=(BY_NUMBER, OUT_IN),
+        options={"activation": "silu"},
+        is_moe=MlpTypes(dense=2),
+    ),
+    Family(
+        model_types=("step3p7", "step3p5"),
+        blocks=("moe", "mlp"),
+        num_experts=Key("n_routed_experts", "moe_num_experts"),
+        k=Key("num_experts_per_tok", "moe_top_k"),
+        width=MOE_WIDTH,
+        router=sigmoid_router(scale=Key("moe_router_scaling_factor", default=1.0)),
+        router_weight=("gate.weight",),
+        selection_bias=("router_bias", *DEEPSEEK_BIAS),
+        experts=(TensorLayout(NAMED), OUT_IN),
+        options={
+            "activation": "silu",
+            "limit": Key("swiglu_limits", off=None, default=None),
+            "clamp_after": True,
+        },
+        shared=Shared(
+            ("/share_expert", "shared_experts"),
+            Key("share_expert_dim", "share_expert_dims"),
+            biases=Key("mlp_bias", default=False),
+            options={
+                "activation": "silu",
+                "limit": Key("swiglu_limits_shared", off=None, default=None),
+                "clamp_after": True,
+            },
+        ),
+        is_moe=by_enum,
+    ),
+    LAGUNA,
+    replace(
+        LAGUNA,
+        model_types=("kolibri1",),
+        num_experts=Key("num_local_experts", "num_experts"),
+        router={"score": "sigmoid_chosen", "norm_topk_prob": Key("norm_topk_prob", default=False)},
+        selection_bias=("/moe.router.expert_bias", *DEEPSEEK_BIAS),
+        shared=Shared("shared_experts", SHARED_WIDTH),
+        is_moe=MlpTypes(),
+    ),
+    replace(
+        LAGUNA,
+        model_types=("flint",),
+        router=sigmoid_router(norm=Key("norm_topk_prob", default=True)),
+        selection_bias=(),
+        shared=Shared("shared_expert", SHARED_WIDTH),
+        is_moe=all_but_mlp_only,
+    ),
+    Family(
+        model_types=("deepseek_v4",),
+        blocks=("ffn", "mlp"),
+        num_experts=Key("n_routed_experts", "num_local_experts"),
+        k=PER_TOKEN,
+        width=MOE_WIDTH,
+        router={
+            **sigmoid_router(scale=Key("routed_scaling_factor"), eps=1e-20),
+            "score": Key("scoring_func", default="sqrtsoftplus"),
+        },
+        router_weight=("gate.weight",),
+        selection_bias=("gate.bias", *DEEPSEEK_BIAS),
+        table=("gate.tid2eid",),
+        experts=(BY_NUMBER, OUT_IN),
+        options=CLAMPED,
+        shared=Shared("shared_experts", MOE_WIDTH, names=NAMED_OR_NUMBERED),
+    ),
+    Family(
+        model_types=("llama4", "llama4_text"),
+        blocks=("feed_forward",),
+        num_experts=Key("num_local_experts"),
+        k=PER_TOKEN,
+        width=INTERMEDIATE_SIZE,
+        router={"score": "sigmoid_chosen", "apply_router_weight_on_input": True},
+        router_weight=("router.weight",),
+        experts=(IN_OUT,),
+        shared=Shared("shared_expert", INTERMEDIATE_SIZE),
+        is_moe=listed_or_by_step,
+    ),
+)

@@ -1,0 +1,87 @@
+"""What is an array that lies in another order than it is wanted?
+
+A `Source` over a `Source`: only the rows that are asked for are read.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from dask_ep.storage.source import Source
+
+
+class _View(Source):
+    """A source whose numbers are those of another."""
+
+    def __init__(self, source: Source, shape: tuple[int, ...]):
+        self.source, self.shape, self.dtype = source, shape, source.dtype
+        self.name, self.path = source.name, source.path
+
+    @property
+    def nbytes(self) -> int:
+        return self.source.nbytes
+
+    def fingerprint(self) -> dict[str, Any]:
+        return self.source.fingerprint() | {"shape": list(self.shape), "seen": type(self).__name__}
+
+
+class Transposed(_View):
+    """A matrix (n, m) as (m, n); each read reads all of it.
+
+    Examples
+    --------
+    >>> from dask_ep.storage.sources import open_source
+    >>> Transposed(open_source(np.arange(6).reshape(2, 3))).read(1, 3)
+    array([[1, 4],
+           [2, 5]])
+    """
+
+    def __init__(self, source: Source):
+        super().__init__(source, source.shape[::-1])
+
+    def read(self, start: int, stop: int, out: np.ndarray | None = None) -> np.ndarray:
+        out = self._destination(start, stop, out)
+        out[...] = self.source.read(0, self.source.shape[0])[:, start:stop].T
+        return out
+
+
+class FirstRow(_View):
+    """The first row of a matrix (n, m), as (1, m)."""
+
+    def __init__(self, source: Source):
+        super().__init__(source, (1, source.shape[1]))
+
+    def read(self, start: int, stop: int, out: np.ndarray | None = None) -> np.ndarray:
+        self._shape_of(start, stop)
+        return self.source.read(start, stop, out)
+
+
+class Regrouped(_View):
+    """A matrix (E * n, m) as (E, n, m); as (E, m, n) if `turned`.
+
+    Examples
+    --------
+    >>> from dask_ep.storage.sources import open_source
+    >>> rows = open_source(np.arange(12).reshape(4, 3))
+    >>> Regrouped(rows, 2).read(1, 2)
+    array([[[ 6,  7,  8],
+            [ 9, 10, 11]]])
+    >>> Regrouped(rows, 2, turned=True).read(1, 2)
+    array([[[ 6,  9],
+            [ 7, 10],
+            [ 8, 11]]])
+    """
+
+    def __init__(self, source: Source, groups: int, *, turned: bool = False):
+        self.rows, self.turned = source.shape[0] // groups, turned
+        one = (self.rows, source.shape[1])
+        super().__init__(source, (groups, *(one[::-1] if turned else one)))
+
+    def read(self, start: int, stop: int, out: np.ndarray | None = None) -> np.ndarray:
+        out = self._destination(start, stop, out)
+        read = self.source.read(start * self.rows, stop * self.rows)
+        read = read.reshape(stop - start, self.rows, self.source.shape[1])
+        out[...] = read.swapaxes(1, 2) if self.turned else read
+        return out

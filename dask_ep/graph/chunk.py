@@ -221,8 +221,9 @@ def begin_seen(observe: Observe | None, rank: int, num_local: int) -> Seen | Non
 def join_tables(tables: Tables, exchange: Exchange) -> np.ndarray:
     """What was seen of each expert's rows, replicas joined in the order of the ranks."""
     observe, placement = exchange.observe, exchange.placement
-    order = range(exchange.world_size * exchange.num_local)
-    order = list(order) if placement is None else placement.order()
+    assert observe is not None
+    in_order = list(range(exchange.world_size * exchange.num_local))
+    order = in_order if placement is None else placement.order()
     joined = np.zeros((max(order) + 1, observe.width))
     for rank in sorted(tables):
         first = rank * exchange.num_local

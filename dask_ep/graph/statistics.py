@@ -204,7 +204,7 @@ def _numbers_of_experts(columns: dict[str, slice], observed: Observed) -> Number
     return {name: observed[1][:, at] for name, at in columns.items()}
 
 
-def _output_of(observed: Observed) -> np.ndarray:
+def _output_of(observed: Observed) -> np.ndarray | None:
     return observed[0]
 
 
@@ -223,7 +223,7 @@ def join_groups(pieces: Sequence[Partials]) -> tuple[da.Array, PartialLayout]:
     (G, size) float64 lazy array, a group in each chunk; and where in a row of it is what
     """
     layout = PartialLayout({name: part for piece in pieces for name, part in piece.parts.items()})
-    arrays = [piece.chunks for piece in pieces]
+    arrays: list[Any] = [piece.chunks for piece in pieces]
     token = tokenize(*(array.name for array in arrays), GROUP_CHUNKS)
     chunks, takes = arrays[0].numblocks[0], [piece.take for piece in pieces]
     tasks: dict[Any, Task] = {}
@@ -247,13 +247,14 @@ def finished(groups: da.Array, layout: PartialLayout) -> dict[str, da.Array]:
     token = tokenize(groups.name)
     name = f"ep_total-{token}"
     keys = List([TaskRef(key) for key in keys_of(groups)])
-    tasks = {name: Task(name, statistics_of, layout, keys)}
-    graph = HighLevelGraph.from_collections(name, tasks, dependencies=[groups])
+    tasks: dict[Any, Task] = {name: Task(name, statistics_of, layout, keys)}
+    inputs: list[Any] = [groups]
+    graph = HighLevelGraph.from_collections(name, tasks, dependencies=inputs)
     found = {}
     for what, example in statistics_of(layout, [np.zeros(layout.size)]).items():
         one, zeros = f"ep_statistic-{what}-{token}", (0,) * example.ndim
         picked = {(one, *zeros): Task((one, *zeros), _pick, TaskRef(name), what)}
-        layers = {**graph.layers, one: picked}
+        layers: dict[str, Any] = {**graph.layers, one: picked}
         whole = HighLevelGraph(layers, {**graph.dependencies, one: {name}})
         found[what] = da.Array(whole, one, tuple((n,) for n in example.shape), dtype=example.dtype)
     return found

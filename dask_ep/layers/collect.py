@@ -161,11 +161,14 @@ def begin_collection(
     _check_host(hidden)
     experts = layer.experts if isinstance(layer, MoELayer) else as_experts(layer)
     of_routing, of_tiles, missing = choose_statistics(what, experts)
+    weights: da.Array | None
     if isinstance(layer, MoELayer):
-        hidden, *routed = layer.routed_rows(hidden, token_ids, routing)
+        if isinstance(routing, da.Array):
+            raise TypeError("routing of a layer must be both (indices, topk_weights)")
+        hidden, rows, indices, weights = layer.routed_rows(hidden, token_ids, routing)
     else:
-        routed = _given_rows(hidden, routing)
-    ready = prepare(routed[0], routed[1], experts, routed[2], world_size, placement)
+        rows, indices, weights = _given_rows(hidden, routing)
+    ready = prepare(rows, indices, experts, weights, world_size, placement)
     pieces = [see_routing(ready, of_routing)] if of_routing else []
     y = None
     if of_tiles:
@@ -209,8 +212,8 @@ def _given_rows(
     indices, weights = routing if isinstance(routing, (tuple, list)) else (routing, None)
     if hidden.ndim == 2:
         return hidden, indices, weights
-    indices, weights = (a if a is None else rows_like(a, hidden) for a in (indices, weights))
-    return rows_of(hidden), indices, weights
+    weights = None if weights is None else rows_like(weights, hidden)
+    return rows_of(hidden), rows_like(indices, hidden), weights
 
 
 def _check_host(hidden: da.Array) -> None:

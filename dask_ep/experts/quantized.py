@@ -1,82 +1,313 @@
 """How do weights that are stored in 8 or 4 bits become float32 when they are read?
 
+    number  =  (code - zero of its block) * scale of its block
+
+A `QuantizedSource` is a Source over Sources: the file keeps its few bits, and only what is asked
+for is decoded. Codes are read by `codings`, scales and zero points by `scales`; which tensors of a
+checkpoint belong together is told by `dask_ep.layers.formats`.
+
+    FP8     values [(e,) o, i] float8     scales [(e,) o / b0, i / b1]
+    MXFP4   blocks [e, o, i / 32, 16]     scales [e, o, i / 32] uint8, each 2^(s-127)
+
 Axis letters: `o` out, `i` in, `b` sides of a block, `e` experts.
-
-    FP8     values [(e,) o, i] float8    scales [(e,) o / b0, i / b1]    weight = value * scale
-    MXFP4   blocks [e, o, i / 32, 16]    scales [e, o, i / 32] uint8     weight = value * 2^(s-127)
-            two values in a byte, the low half first
-
-Both are Sources over Sources: the file keeps its few bits, and only the rows that are asked for
-are decoded.
 """
 
 from __future__ import annotations
 
+import copy
 import json
-from functools import cache
 from typing import Any
-from uuid import uuid4
 
 import ml_dtypes
 import numpy as np
 
-from dask_ep.arrays.lanes import fill, pinned_empty, upload
+from dask_ep.arrays.lanes import pinned_empty
 from dask_ep.arrays.namespaces import Array, namespace
+from dask_ep.experts.codings import FLOAT8, coding
+from dask_ep.experts.device_sources import DeviceSource, bytes_on, held_on_device, put
+from dask_ep.experts.scales import E8M0, ScaleSource, ZeroPoints
 from dask_ep.storage.files import ReadError
 from dask_ep.storage.sources import ArraySource, Source
-
-FLOAT8 = tuple(
-    np.dtype(t) for t in (ml_dtypes.float8_e4m3fn, ml_dtypes.float8_e5m2, ml_dtypes.float8_e4m3)
-)
 
 MXFP4_GROUP = 32
 """Numbers that share a scale, in the format's specification (OCP Microscaling 1.0, section 5.2)."""
 
-E2M1 = np.array([0, 0.5, 1, 1.5, 2, 3, 4, 6], np.float32)
-E2M1 = np.concatenate([E2M1, -E2M1])
-"""Values of the 16 four-bit numbers: a sign bit and three more."""
-
-DECODE_STEP = 1 << 14
-"""Codes that are looked up at once: their indices, 8 bytes each, stay in cache."""
+IN_CACHE = 1 << 16
+"""Numbers that go through all steps together."""
 
 
-def pairs_of(values: np.ndarray, first: np.ndarray, second: np.ndarray) -> np.ndarray:
-    """Make a table of two float32 numbers each, as the 8 bytes that they are in memory."""
-    return np.stack([values[first], values[second]], axis=1).view(np.uint64)[:, 0]
+class QuantizedSource(Source):
+    """A matrix, or one per expert, of codes with scales.
 
+    Parameters
+    ----------
+    codes : Source ((e,) r, w), as `coding` stores them; of four axes the last two make a row
+    coding : str, see `dask_ep.experts.codings.coding`
+    scales : Source ((e,) ceil(rows / b0), ceil(columns / b1)), see `ScaleSource`
+    block : (b0, b1)
+        Which numbers share a scale. The last blocks of a row or column may be cut short.
+    shape : of the numbers; without it, all that `codes` holds
+    zeros : Source of float32, shaped like the scales, or a number
+        What each code is less of, before it is scaled.
+    groups : Source (columns,) or, with blocks (b0, 1), (rows,)
+        Which scale each of them has, where that is not the order; -1 throughout is the order.
+    extent : Source (2,), what the file says that `shape` is
+    rounded : dtype to which the products are rounded, as the format's own library does
+    label : what the format is called
 
-MXFP4_PAIRS = pairs_of(E2M1, np.arange(256) & 15, np.arange(256) >> 4)
-"""[256] both values of a byte."""
-
-
-POWERS = np.ldexp(np.float32(1), np.arange(255, dtype=np.int32) - 127)
-"""[255] what the exponent of a scale stands for; 255 would be NaN, and is refused."""
-
-
-@cache
-def float8_pairs(dtype: np.dtype) -> np.ndarray:
-    """[65536] the values of two bytes that lie side by side, read as one number of 16 bits."""
-    values = np.arange(256, dtype=np.uint8).view(dtype).astype(np.float32)
-    codes = np.arange(1 << 16, dtype=np.uint16).view(np.uint8)
-    return pairs_of(values, codes[0::2], codes[1::2])
-
-
-def look_up_codes(table: np.ndarray, codes: np.ndarray, out: np.ndarray) -> None:
-    """Write ``table[codes]`` to `out`; all are one-dimensional.
+    Raises
+    ------
+    ValueError
+        If there is not one scale per block, or the codes are more or fewer than `shape` says.
 
     Notes
     -----
-    In steps, because NumPy widens all indices to 8 bytes first. With two values a look-up, a matrix
-    of 15 million FP8 numbers takes 15 ms on one core, and 171 ms by ``astype`` and the scales.
+    All steps are taken on some rows at a time, which stay in cache: about the time of a copy.
     """
-    indices = np.empty(min(DECODE_STEP, len(codes)), np.intp)
-    for start in range(0, len(codes), DECODE_STEP):
-        part = indices[: len(codes) - start]
-        part[...] = codes[start : start + DECODE_STEP]
-        np.take(table, part, out=out[start : start + DECODE_STEP], mode="clip")
+
+    PARTS = ("codes", "scales", "zeros", "groups", "extent")
+
+    def __init__(
+        self,
+        codes: Source,
+        coding: str,
+        scales: Source,
+        block: tuple[int, int],
+        shape: tuple[int, ...] | None = None,
+        *,
+        zeros: Source | float = 0.0,
+        groups: Source | None = None,
+        extent: Source | None = None,
+        rounded: np.dtype | None = None,
+        label: str = "",
+    ):
+        self.codes, self.coding, self.block = codes, coding, tuple(block)
+        self.zeros, self.groups, self.rounded, self.label = zeros, groups, rounded, label
+        self.extent = extent
+        self.shape = self._numbers_held() if shape is None else tuple(shape)
+        self.dtype, self.name, self.path = np.dtype(np.float32), codes.name, codes.path
+        self._check_codes()
+        *experts, rows, columns = self.shape
+        blocks = (*experts, -(-rows // block[0]), -(-columns // block[1]))
+        if not isinstance(scales, ScaleSource):
+            of = f"{block[0]} x {block[1]} of {codes.name} {self.shape}"
+            scales = ScaleSource(scales, blocks, of=of)
+        self.scales = scales
+
+    def _numbers_held(self) -> tuple[int, ...]:
+        """Shape of the numbers that the codes hold, padding included."""
+        stored, codes = self.codes.shape, coding(self.coding)
+        *experts, rows, width = stored if len(stored) < 4 else (*stored[:2], stored[2] * stored[3])
+        return (*experts, rows * codes.rows, codes.width(width, self.codes.dtype))
+
+    def _check_codes(self) -> None:
+        held = self._numbers_held()
+        spare = coding(self.coding).width(1, self.codes.dtype)
+        if held[:-1] != self.shape[:-1] or not 0 <= held[-1] - self.shape[-1] < spare:
+            raise ValueError(
+                f"{self.name} must hold {self.shape} numbers, but {self.codes.shape} of "
+                f"{self.codes.dtype} are {held} ({self.coding}, {self.path})"
+            )
+
+    @property
+    def _parts(self) -> dict[str, Source]:
+        """What it is made of, by the names of its attributes."""
+        found = {name: getattr(self, name) for name in self.PARTS}
+        return {name: part for name, part in found.items() if isinstance(part, Source)}
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes as stored, scales included."""
+        return sum(part.nbytes for part in self._parts.values())
+
+    @property
+    def is_bfloat16(self) -> bool:
+        """Whether bfloat16 holds all of its numbers, as far as dtypes tell."""
+        return self.scales.are_powers or self.rounded == ml_dtypes.bfloat16
+
+    # --- on the host ---
+
+    def read(self, start: int, stop: int, out: np.ndarray | None = None) -> np.ndarray:
+        out = self._destination(start, stop, out)
+        if start == stop:
+            return out
+        if len(self.shape) == 2 and coding(self.coding).rows > 1 and len(out) < self.shape[0]:
+            out[...] = self.read(0, self.shape[0])[start:stop]  # rows share their words
+            return out
+        self._check_extent()
+        groups = self._read_groups()
+        if len(self.shape) == 3:
+            stored = self.codes.read(start, stop)
+            scales, zeros = self.scales.read(start, stop), self._read_zeros(start, stop)
+            for e, one in enumerate(out):
+                zero = zeros if isinstance(zeros, float) else zeros[e]
+                self._decode(stored[e], scales[e], zero, groups, one, 0)
+            return out
+        first, last = start // self.block[0], -(-stop // self.block[0])
+        if groups is not None:
+            first, last = 0, self.scales.shape[0]
+        scales, zeros = self.scales.read(first, last), self._read_zeros(first, last)
+        stored = self.codes.read(start // coding(self.coding).rows, self._stored_rows(stop))
+        self._decode(stored, scales, zeros, groups, out, start - first * self.block[0])
+        return out
+
+    def _stored_rows(self, rows: int) -> int:
+        return -(-rows // coding(self.coding).rows)
+
+    def _decode(
+        self,
+        stored: np.ndarray,
+        scales: np.ndarray,
+        zeros: np.ndarray | float,
+        groups: np.ndarray | None,
+        out: np.ndarray,
+        first: int,
+    ) -> None:
+        """Decode one matrix (rows, columns), whose first row is so far into its first block."""
+        packed = coding(self.coding).rows
+        step = max(IN_CACHE // max(out.shape[1], 1) // packed * packed, packed)
+        for start in range(0, len(out), step):
+            rows = out[start : start + step]
+            self._decode_codes(stored[start // packed : self._stored_rows(start + step)], rows)
+            if groups is not None and self.block[1] == 1:
+                bands = groups[start : start + step]
+            else:
+                bands = np.arange(first + start, first + start + len(rows)) // self.block[0]
+            if isinstance(zeros, np.ndarray):
+                rows -= self._widened(zeros[bands], groups)
+            elif zeros:
+                rows -= np.float32(zeros)
+            rows *= self._widened(scales[bands], groups)
+            if self.rounded is not None:
+                round_to(rows, self.rounded, scales)
+
+    def _decode_codes(self, stored: np.ndarray, rows: np.ndarray) -> None:
+        codes = coding(self.coding)
+        width = self._numbers_held()[-1]
+        if width == rows.shape[1]:
+            codes.decode(stored, rows)
+        else:
+            padded = np.empty((len(rows), width), np.float32)
+            codes.decode(stored, padded)
+            rows[...] = padded[:, : rows.shape[1]]
+
+    def _widened(self, values: np.ndarray, groups: np.ndarray | None) -> np.ndarray:
+        """Give each column its value: (rows, blocks side by side) -> (rows, columns or 1)."""
+        if self.block[1] == 1 or values.shape[1] == 1:
+            return values
+        if groups is not None:
+            return np.take(values, groups, axis=1)
+        return np.repeat(values, self.block[1], axis=1)[:, : self.shape[-1]]
+
+    # --- on a device ---
+
+    def fill(self, start: int, stop: int, out: Array) -> None:
+        """Read whole matrices to a device array ((stop - start,) rows, columns); decode there."""
+        self._check_extent()
+        xp, codes, groups = namespace(out), coding(self.coding), self._read_groups()
+        bands = (start, stop) if len(self.shape) == 3 else (0, self.scales.shape[0])
+        if len(self.shape) == 2:
+            start, stop = 0, self.codes.shape[0]
+        stored = bytes_on(xp, self.codes, start, stop)
+        values = codes.arranged(stored.reshape(stored.shape[0], -1), xp)
+        values = values.reshape(*out.shape[:-1], -1)[..., : self.shape[-1]]
+        zeros = self._read_zeros(*bands)
+        if isinstance(zeros, np.ndarray):
+            values = values - self._widened_on(xp, xp.asarray(zeros), groups)
+        elif zeros:
+            values = values - np.float32(zeros)
+        values = values * self._widened_on(xp, self.scales.on_device(xp, *bands), groups)
+        if self.rounded is not None:
+            values = values.astype(self.rounded)
+        out[...] = values.astype(out.dtype, copy=False)
+
+    def _widened_on(self, xp: Any, values: Array, groups: np.ndarray | None) -> Array:
+        rows, columns = self.shape[-2:]
+        for axis in (-2, -1):
+            if groups is not None and (self.block[1] == 1) == (axis == -2):
+                values = xp.take(values, xp.asarray(groups), axis=axis)
+            elif self.block[axis] > 1:
+                values = xp.repeat(values, min(self.block[axis], self.shape[axis]), axis=axis)
+        return values[..., :rows, :columns]
+
+    # --- its parts ---
+
+    def _read_zeros(self, start: int, stop: int) -> np.ndarray | float:
+        if not isinstance(self.zeros, Source):
+            return float(self.zeros)
+        return self.zeros.read(start, stop).astype(np.float32, copy=False)
+
+    def _check_extent(self) -> None:
+        if self.extent is None:
+            return
+        said = tuple(self.extent.read(0, self.extent.shape[0]).tolist())
+        if said != self.shape:
+            raise ReadError(
+                f"{self.extent.name} says that {self.name} has shape {said}, but it has "
+                f"{self.shape}"
+            )
+
+    def _read_groups(self) -> np.ndarray | None:
+        """Which scale each column or row has; None where that is the order."""
+        if self.groups is None:
+            return None
+        groups = self.groups.read(0, self.groups.shape[0])
+        if (groups == -1).all():
+            return None
+        there = self.scales.shape[-2] if self.block[1] == 1 else self.scales.shape[-1]
+        if groups.min() < 0 or groups.max() >= there:
+            raise ReadError(
+                f"{self.groups.name} must hold numbers of groups in [0, {there}), but holds "
+                f"{groups.min()} to {groups.max()} ({self.groups.path})"
+            )
+        return groups
+
+    def held(self, start: int, stop: int, xp: Any) -> QuantizedSource:
+        """The same matrices [start, stop), with their few bits in memory: codes there, scales here.
+
+        Of a matrix (rows, columns), all rows.
+        """
+        held, whole = copy.copy(self), len(self.shape) == 2
+        if not whole:
+            held.shape = (stop - start, *self.shape[1:])
+        for name, part in self._parts.items():
+            rows = (0, part.shape[0]) if whole or name in ("groups", "extent") else (start, stop)
+            if isinstance(part, (ScaleSource, ZeroPoints)):
+                setattr(held, name, part.held(*rows))
+            else:
+                setattr(held, name, in_memory(part, *rows, xp if name == "codes" else np))
+        return held
+
+    def fingerprint(self) -> dict[str, Any]:
+        parts = {name: part.fingerprint() for name, part in self._parts.items()}
+        return self._describe() | {"coding": self.coding, "block": list(self.block)} | parts
+
+    def __dask_tokenize__(self) -> object:
+        """A token in one piece: Dask would take nested mappings of thousands of tensors apart."""
+        return f"{type(self).__name__} {self.path} {json.dumps(self.fingerprint())}"
 
 
-class Float8Source(Source):
+def round_to(rows: np.ndarray, dtype: np.dtype, scales: np.ndarray) -> None:
+    """Round float32 in place to what a 16-bit dtype holds, half to even.
+
+    `scales` tell whether all products, of whole numbers up to 255, are normal in float16.
+    """
+    if dtype == np.float16:
+        sizes = np.abs(scales[scales != 0])
+        if sizes.size and not 2.0**-14 <= sizes.min() <= sizes.max() <= 255.0:
+            with np.errstate(over="ignore"):
+                rows[...] = rows.astype(np.float16)
+            return
+    lost = 13 if dtype == np.float16 else 16
+    bits = rows.view(np.uint32)
+    half = bits >> np.uint32(lost)
+    half &= np.uint32(1)
+    half += np.uint32((1 << (lost - 1)) - 1)
+    bits += half
+    bits &= np.uint32(0xFFFFFFFF << lost & 0xFFFFFFFF)
+
+
+def float8(values: Source, scales: Source, block: tuple[int, int]) -> QuantizedSource:
     """Matrices of 8-bit floats with one scale per block.
 
     Parameters
@@ -85,7 +316,6 @@ class Float8Source(Source):
     scales : Source (ceil(o / b0), ceil(i / b1)), with the same e before it, of floats
         Each multiplies its block, although published files call it ``weight_scale_inv``.
     block : (b0, b1)
-        The last blocks of a row or column may be cut short.
 
     Raises
     ------
@@ -100,74 +330,16 @@ class Float8Source(Source):
     >>> from dask_ep.storage.sources import open_source
     >>> values = np.ones((2, 3), ml_dtypes.float8_e4m3fn)
     >>> scales = np.array([[10, 20]], np.float32)
-    >>> Float8Source(open_source(values), open_source(scales), (2, 2)).read(0, 2)
+    >>> float8(open_source(values), open_source(scales), (2, 2)).read(0, 2)
     array([[10., 10., 20.],
            [10., 10., 20.]], dtype=float32)
     """
-
-    def __init__(self, values: Source, scales: Source, block: tuple[int, int]):
-        if values.dtype not in FLOAT8:
-            raise TypeError(f"{values.name} must hold 8-bit floats, but has dtype {values.dtype}")
-        rows, columns = values.shape[-2:]
-        expected = (*values.shape[:-2], -(-rows // block[0]), -(-columns // block[1]))
-        if scales.shape != expected:
-            raise ValueError(
-                f"{scales.name} must have one scale per block of {block[0]} x {block[1]} of "
-                f"{values.name} {values.shape}, so {expected}, but has shape {scales.shape}"
-            )
-        self.values, self.scales, self.block = values, scales, (block[0], block[1])
-        self.shape, self.dtype, self.name = values.shape, np.dtype(np.float32), values.name
-        self.path = values.path
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes as stored, scales included."""
-        return self.values.nbytes + self.scales.nbytes
-
-    def read(self, start: int, stop: int, out: np.ndarray | None = None) -> np.ndarray:
-        out = self._destination(start, stop, out)
-        if start == stop:
-            return out
-        if len(self.shape) == 3:
-            scales = self._read_scales(start, stop)
-            first_row = 0
-        else:
-            scales = self._read_scales(start // self.block[0], -(-stop // self.block[0]))
-            first_row = start % self.block[0]
-        _decode_float8(self.values.read(start, stop).reshape(-1), out.reshape(-1))
-        wide = np.repeat(scales, self.block[1], axis=-1)[..., : self.shape[-1]]
-        for band in range(scales.shape[-2]):
-            rows = slice(
-                max(band * self.block[0] - first_row, 0), (band + 1) * self.block[0] - first_row
-            )
-            out[..., rows, :] *= wide[..., band : band + 1, :]
-        return out
-
-    def fill(self, start: int, stop: int, out: Array) -> None:
-        """Read whole matrices to a device array ((stop - start,) o, i), and decode them there."""
-        xp = namespace(out)
-        if len(self.shape) == 3:
-            scales = self._read_scales(start, stop)
-        else:
-            scales = self._read_scales(0, self.scales.shape[0])
-        codes = _codes_on(xp, self.values, start, stop)
-        table = np.arange(256, dtype=np.uint8).view(self.values.dtype).astype(np.float32)
-        decode_float8(codes, xp.asarray(scales), xp.asarray(table), self.block, out)
-
-    def _read_scales(self, start: int, stop: int) -> np.ndarray:
-        scales = self.scales.read(start, stop).astype(np.float32)
-        if not np.isfinite(scales).all():
-            raise ReadError(f"{self.scales.name} holds a scale that is NaN or infinite")
-        return scales
-
-    def fingerprint(self) -> dict[str, Any]:
-        return _both(self, self.values, self.scales) | {"block": list(self.block)}
-
-    def __dask_tokenize__(self) -> object:
-        return _as_text(self)
+    if values.dtype not in FLOAT8:
+        raise TypeError(f"{values.name} must hold 8-bit floats, but has dtype {values.dtype}")
+    return QuantizedSource(values, values.dtype.name, scales, block, label="FP8")
 
 
-class Mxfp4Source(Source):
+def mxfp4(blocks: Source, scales: Source) -> QuantizedSource:
     """Matrices of 4-bit floats, each 32 of a row with one power of two.
 
     Parameters
@@ -190,71 +362,40 @@ class Mxfp4Source(Source):
     >>> import numpy as np
     >>> from dask_ep.storage.sources import open_source
     >>> blocks, scales = np.full((1, 1, 1, 16), 0x71, "u1"), np.full((1, 1, 1), 128, "u1")
-    >>> Mxfp4Source(open_source(blocks), open_source(scales)).read(0, 1)[0, 0, :4]
+    >>> mxfp4(open_source(blocks), open_source(scales)).read(0, 1)[0, 0, :4]
     array([ 1., 12.,  1., 12.], dtype=float32)
     """
-
-    def __init__(self, blocks: Source, scales: Source):
-        for source in (blocks, scales):
-            if source.dtype not in (np.uint8, ml_dtypes.float8_e8m0fnu):
-                raise TypeError(f"{source.name} must hold uint8, but has dtype {source.dtype}")
-        if blocks.ndim != 4 or blocks.shape[3] != MXFP4_GROUP // 2:
-            raise ValueError(
-                f"{blocks.name} must be (experts, out, in / 32, 16), but has shape {blocks.shape}"
-            )
-        if scales.shape != blocks.shape[:3]:
-            raise ValueError(
-                f"{scales.name} must have one scale for each 16 bytes of {blocks.name}, so "
-                f"{blocks.shape[:3]}, but has shape {scales.shape}"
-            )
-        self.blocks, self.scales = blocks, scales
-        self.shape = (*blocks.shape[:2], blocks.shape[2] * MXFP4_GROUP)
-        self.dtype, self.name, self.path = np.dtype(np.float32), blocks.name, blocks.path
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes as stored, scales included."""
-        return self.blocks.nbytes + self.scales.nbytes
-
-    def read(self, start: int, stop: int, out: np.ndarray | None = None) -> np.ndarray:
-        out = self._destination(start, stop, out)
-        packed = self.blocks.read(start, stop).reshape(-1)
-        look_up_codes(MXFP4_PAIRS, packed.view(np.uint8), out.reshape(-1).view(np.uint64))
-        exponents = self._read_exponents(start, stop)
-        groups = out.reshape(*exponents.shape, MXFP4_GROUP)
-        groups *= np.ldexp(np.float32(1), exponents.astype(np.int32) - 127)[..., None]
-        return out
-
-    def fill(self, start: int, stop: int, out: Array) -> None:
-        """Read matrices to a device array (stop - start, o, i), and decode them there."""
-        xp = namespace(out)
-        exponents = self._read_exponents(start, stop)
-        codes = _codes_on(xp, self.blocks, start, stop)
-        tables = (xp.asarray(MXFP4_PAIRS.view(np.float32).reshape(256, 2)), xp.asarray(POWERS))
-        decode_mxfp4(codes, xp.asarray(exponents), *tables, out)
-
-    def _read_exponents(self, start: int, stop: int) -> np.ndarray:
-        exponents = self.scales.read(start, stop).view(np.uint8)
-        if (exponents == 255).any():
-            raise ReadError(f"{self.scales.name} holds the scale 255, which stands for NaN")
-        return exponents
-
-    def fingerprint(self) -> dict[str, Any]:
-        return _both(self, self.blocks, self.scales)
-
-    def __dask_tokenize__(self) -> object:
-        return _as_text(self)
+    for source in (blocks, scales):
+        if source.dtype not in (np.uint8, E8M0):
+            raise TypeError(f"{source.name} must hold uint8, but has dtype {source.dtype}")
+    if blocks.ndim != 4 or blocks.shape[3] != MXFP4_GROUP // 2:
+        raise ValueError(
+            f"{blocks.name} must be (experts, out, in / 32, 16), but has shape {blocks.shape}"
+        )
+    if scales.shape != blocks.shape[:3]:
+        raise ValueError(
+            f"{scales.name} must have one scale for each 16 bytes of {blocks.name}, so "
+            f"{blocks.shape[:3]}, but has shape {scales.shape}"
+        )
+    return QuantizedSource(blocks, "fp4", scales, (1, MXFP4_GROUP), label="MXFP4")
 
 
-def _decode_float8(codes: np.ndarray, out: np.ndarray) -> None:
-    """Two bytes at a time, and the last by itself if they are odd in number."""
-    even = len(codes) // 2 * 2
-    table = float8_pairs(codes.dtype)
-    look_up_codes(table, codes[:even].view(np.uint16), out[:even].view(np.uint64))
-    out[even:] = codes[even:]
+def in_memory(source: Source, start: int, stop: int, xp: Any = np) -> Source:
+    """Read rows as they are stored: a source of the same values whose few bits are in memory.
 
-
-# --- on a device ---------------------------------------------------------------------------------
+    Parameters
+    ----------
+    source : Source
+        Any; of a quantized matrix (o, i), all rows.
+    start, stop : int
+        Rows of the first axis, the experts of (e, o, i).
+    xp : in whose memory; scales, which are few, stay on the host
+    """
+    if isinstance(source, QuantizedSource):
+        return source.held(start, stop, xp)
+    if xp is not np:
+        return held_on_device(source, start, stop, xp)
+    return ArraySource(source.read(start, stop), source.name)
 
 
 def fill_on_device(source: Source, start: int, stop: int, out: Array) -> None:
@@ -267,7 +408,7 @@ def fill_on_device(source: Source, start: int, stop: int, out: Array) -> None:
     start, stop : rows; whole matrices of what is quantized
     out : (stop - start, *source.shape[1:]) device array
     """
-    if isinstance(source, (Float8Source, Mxfp4Source)):
+    if isinstance(source, QuantizedSource):
         source.fill(start, stop, out)
         return
     if isinstance(source, DeviceSource):
@@ -276,123 +417,3 @@ def fill_on_device(source: Source, start: int, stop: int, out: Array) -> None:
     host = pinned_empty(namespace(out), (stop - start, *source.shape[1:]), source.dtype)
     source.read(start, stop, out=host)
     put(out, host)
-
-
-class DeviceSource(Source):
-    """Numbers that are on a device already; float8, which devices' arrays do not know, as uint8."""
-
-    def __init__(self, array: Array, name: str, dtype: np.dtype | None = None):
-        self.shape, self.name, self.array = array.shape, name, array
-        self.dtype = array.dtype if dtype is None else dtype
-        self._uuid = uuid4().hex  # the content is not brought to the host to be hashed
-
-    def read(self, start: int, stop: int, out: np.ndarray | None = None) -> Array:
-        return self.array[start:stop]
-
-    def part(self, e: int) -> DeviceSource:
-        """The array at one place of the first axis, by itself; the same one whenever asked."""
-        part = DeviceSource(self.array[e], self.name, self.dtype)
-        part._uuid = f"{self._uuid}-{e}"
-        return part
-
-    def fingerprint(self) -> dict[str, Any]:
-        return self._describe() | {"uuid": self._uuid}
-
-
-def put(out: Array, host: np.ndarray) -> None:
-    """Copy a pinned array into a device array of its shape, converted there if need be."""
-    if out.dtype == host.dtype and out.flags.c_contiguous:
-        fill(out, host)
-    else:
-        out[...] = upload(namespace(out), host).astype(out.dtype, copy=False)
-
-
-def decode_float8(
-    codes: Array, scales: Array, table: Array, block: tuple[int, int], out: Array
-) -> None:
-    """Write ``table[codes] * scale of the block`` to `out`, on whatever device they are.
-
-    codes (..., o, i) uint8, scales (..., ceil(o / b0), ceil(i / b1)), table (256,) float32.
-    """
-    xp, (rows, columns) = namespace(out), codes.shape[-2:]
-    wide = xp.repeat(xp.repeat(scales, block[0], axis=-2), block[1], axis=-1)
-    values = xp.take(table, codes.reshape(-1)).reshape(codes.shape)
-    values *= wide[..., :rows, :columns]
-    out[...] = values.reshape(out.shape).astype(out.dtype, copy=False)
-
-
-def decode_mxfp4(codes: Array, exponents: Array, pairs: Array, powers: Array, out: Array) -> None:
-    """Write the values of MXFP4 to `out`, on whatever device they are.
-
-    codes (..., i / 32, 16) and exponents (..., i / 32) uint8, pairs (256, 2) and powers (255,)
-    float32.
-    """
-    xp = namespace(out)
-    values = xp.take(pairs, codes.reshape(-1), axis=0).reshape(*exponents.shape, MXFP4_GROUP)
-    values *= xp.take(powers, exponents.reshape(-1)).reshape(*exponents.shape, 1)
-    out[...] = values.reshape(out.shape).astype(out.dtype, copy=False)
-
-
-def _codes_on(xp: Any, source: Source, start: int, stop: int) -> Array:
-    """Numbers of 8 bits as they are stored, as uint8 on a device, which knows no float8."""
-    if isinstance(source, DeviceSource):
-        return source.read(start, stop)
-    host = pinned_empty(xp, (stop - start, *source.shape[1:]), source.dtype)
-    source.read(start, stop, out=host)
-    return upload(xp, host.view(np.uint8))
-
-
-def _both(whole: Source, data: Source, scales: Source) -> dict[str, Any]:
-    return {
-        "name": whole.name,
-        "shape": list(whole.shape),
-        "dtype": whole.dtype.name,
-        "data": data.fingerprint(),
-        "scales": scales.fingerprint(),
-    }
-
-
-def _as_text(source: Source) -> str:
-    """A token in one piece: Dask would take nested mappings of thousands of tensors apart."""
-    return f"{type(source).__name__} {source.path} {json.dumps(source.fingerprint())}"
-
-
-def stored_in_8_bits(source: Source) -> bool:
-    """Whether a source holds 8-bit floats, which mean nothing without their scales."""
-    return source.dtype in FLOAT8
-
-
-def in_memory(source: Source, start: int, stop: int, xp: Any = np) -> Source:
-    """Read rows as they are stored: a source of the same values whose few bits are in memory.
-
-    Parameters
-    ----------
-    source : Source
-        Any; of `Float8Source` matrices (o, i), all rows.
-    start, stop : int
-        Rows of the first axis, the experts of (e, o, i).
-    xp : in whose memory; scales, which are few, stay on the host
-    """
-    if isinstance(source, Mxfp4Source):
-        return Mxfp4Source(
-            in_memory(source.blocks, start, stop, xp), in_memory(source.scales, start, stop)
-        )
-    if isinstance(source, Float8Source):
-        values = in_memory(source.values, start, stop, xp)
-        if len(source.shape) == 2:
-            start, stop = 0, source.scales.shape[0]
-        return Float8Source(values, in_memory(source.scales, start, stop), source.block)
-    if xp is not np:
-        return _held_on_device(source, start, stop, xp)
-    return ArraySource(source.read(start, stop), source.name)
-
-
-def _held_on_device(source: Source, start: int, stop: int, xp: Any) -> DeviceSource:
-    if isinstance(source, DeviceSource):
-        return DeviceSource(source.array[start:stop], source.name, source.dtype)
-    host = pinned_empty(xp, (stop - start, *source.shape[1:]), source.dtype)
-    source.read(start, stop, out=host)
-    few_bits = host.dtype.itemsize == 1
-    array = xp.empty(host.shape, dtype=np.uint8 if few_bits else host.dtype)
-    fill(array, host.view(array.dtype))
-    return DeviceSource(array, source.name, source.dtype)

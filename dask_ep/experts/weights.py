@@ -11,7 +11,6 @@ from math import prod
 from typing import Any
 
 import dask.array as da
-import ml_dtypes
 import numpy as np
 from dask.base import normalize_token
 
@@ -19,13 +18,11 @@ from dask_ep.arrays import blas, memory
 from dask_ep.arrays.checks import refuse_masked
 from dask_ep.arrays.lanes import pinned_empty
 from dask_ep.arrays.namespaces import UNDERFLOW_IS_ZERO, Array, is_array, namespace
-from dask_ep.experts.quantized import DeviceSource, Float8Source, Mxfp4Source, fill_on_device, put
+from dask_ep.experts.device_sources import DeviceSource, put
+from dask_ep.experts.quantized import QuantizedSource, fill_on_device
 from dask_ep.kernel.bfloat16 import BFLOAT16, narrowed, serves
 from dask_ep.storage.fingerprint import describe
 from dask_ep.storage.sources import ArraySource, Source, open_source, refuse_missing
-
-FLOAT8_SCALE = np.dtype(ml_dtypes.float8_e8m0fnu)
-"""Powers of two: of 8-bit floats they make numbers that bfloat16 holds."""
 
 WIDEN_STEP = 1 << 16
 """Numbers that are widened at once: they stay in cache between the two steps."""
@@ -162,8 +159,7 @@ class Weight:
         if len(self.shape) != 3:
             return False
         one = self.parts[0] if isinstance(self.parts, tuple) else self.parts
-        powers = isinstance(one, Float8Source) and one.scales.dtype == FLOAT8_SCALE
-        return one.dtype == BFLOAT16 or powers or isinstance(one, Mxfp4Source)
+        return one.dtype == BFLOAT16 or (isinstance(one, QuantizedSource) and one.is_bfloat16)
 
     def _as_computed(self, array: Array, dtype: np.dtype) -> Array:
         if array.ndim == 2 and dtype == np.float32 and serves(array):
@@ -173,7 +169,7 @@ class Weight:
 
     def _is_quantized(self) -> bool:
         one = self.parts[0] if isinstance(self.parts, tuple) else self.parts
-        return isinstance(one, (Float8Source, Mxfp4Source))
+        return isinstance(one, QuantizedSource)
 
     @property
     def on_device(self) -> bool:

@@ -15,9 +15,9 @@ from typing import Any
 from dask_ep.arrays.checks import is_float
 from dask_ep.experts.expert_kinds import EXPERT_KINDS
 from dask_ep.experts.experts import Experts
-from dask_ep.experts.quantized import Float8Source, Mxfp4Source, stored_in_8_bits
 from dask_ep.layers.families import ACTIVATIONS, NOT_READ
 from dask_ep.layers.family import Family, TensorLayout, find
+from dask_ep.layers.formats import Parts, activation_scales, find_parts
 from dask_ep.layers.layer import MoELayer
 from dask_ep.layers.routing import Router
 from dask_ep.storage.sources import Source
@@ -107,22 +107,24 @@ class LayerTensors:
         return self.take(self.first_here(names) or names[0], shape)
 
     def take(self, name: str, shape: tuple[int, ...]) -> Source:
-        """Take a tensor of floats, with its scales if it needs them."""
-        source = self._take_raw(name)
-        if stored_in_8_bits(source):
-            source = Float8Source(
-                source, self._take_raw(name + "_scale_inv"), self._float8_block(source)
-            )
+        """Take a tensor of floats, or all that it is made of where it is quantized."""
+        parts = self.find_parts(name)
+        if parts is None:
+            source = self._take_raw(name)
+        else:
+            ignored = activation_scales(self.resolve(name), self.tensors)
+            self.taken |= {*parts.names.values(), *ignored}
+            source = parts.open(shape)
         if not is_float(source.dtype):
             raise TypeError(
                 f"{self.full(name)} must hold floats, but has dtype {source.dtype} ({self.where})"
             )
         return self._of_shape(name, source, shape)
 
-    def take_packed(self, name: str, shape: tuple[int, ...]) -> Source:
-        """Take a matrix that is stored in MXFP4 blocks."""
-        source = Mxfp4Source(self._take_raw(name + "_blocks"), self._take_raw(name + "_scales"))
-        return self._of_shape(name + "_blocks", source, shape)
+    def find_parts(self, name: str) -> Parts | None:
+        """What a matrix is made of, if it is quantized."""
+        quantization = self.model.quantization
+        return find_parts(self.resolve(name), self.tensors, quantization, self.prefix)
 
     def check_all_taken(self) -> None:
         """Raise if a tensor of the layer is neither used nor known to be no part of the block."""
@@ -163,15 +165,6 @@ class LayerTensors:
                 f"d={self.H}, width={self.width}), but has {source.shape} ({self.where})"
             )
         return source
-
-    def _float8_block(self, source: Source) -> tuple[int, int]:
-        block = self.model.quantization.get("weight_block_size")
-        if not isinstance(block, list) or [type(size) for size in block] != [int, int]:
-            raise ValueError(
-                f"{source.name} is FP8, so config.json must have weight_block_size [rows, columns] "
-                f"in quantization_config, but it says {block!r}"
-            )
-        return tuple(block)
 
 
 class Block(LayerTensors):
@@ -271,8 +264,7 @@ class Block(LayerTensors):
             E, rows, columns = shape
             stored = (E * columns, rows) if turned else (E * rows, columns)
             return Regrouped(self.take(name, stored), E, turned=turned)
-        take = self.take_packed if layout.packed and weight != "bias" else self.take
-        return [take(name, shape)] if count is None else take(name, shape)
+        return [self.take(name, shape)] if count is None else self.take(name, shape)
 
     def find_layout(
         self, layouts: Sequence[TensorLayout], width: int, count: int | None
@@ -293,6 +285,7 @@ class Block(LayerTensors):
         ending = "_blocks" if layout.packed else ""
         return any(
             self.resolve(name.format(e=e) + ending) in self.tensors
+            or (not ending and self.find_parts(name.format(e=e)) is not None)
             for name in layout.names.values()
             for e in range(self.E if "{e}" in name else 1)
         )

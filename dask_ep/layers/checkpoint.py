@@ -24,6 +24,7 @@ from dask_ep.layers.block import Block, Model
 from dask_ep.layers.checkpoint_files import CheckpointFiles
 from dask_ep.layers.families import FAMILIES, PREFIXES, TEXT_CONFIGS, find_family
 from dask_ep.layers.family import Config, Family
+from dask_ep.layers.formats import METHODS
 from dask_ep.layers.layer import MoELayer
 from dask_ep.layers.routing import Router
 from dask_ep.storage.sources import Source
@@ -73,8 +74,8 @@ def load_moe_layer(
     Notes
     -----
     Reads config, index and the headers of the files that hold the block: its time depends on the
-    number of the tensors, not on their bytes. F32, F16, BF16, FP8 with block scales and MXFP4 are
-    read; the last two are decoded expert by expert when a rank loads its own.
+    number of the tensors, not on their bytes. F32, F16 and BF16 are read, and the quantized forms
+    of `dask_ep.layers.formats`, which are decoded expert by expert when a rank loads its own.
 
     Examples
     --------
@@ -119,10 +120,10 @@ class Checkpoint:
         if model_type is None:
             raise ValueError(f"{self.files.directory}/config.json must have a 'model_type'")
         method = quantization.get("quant_method")
-        if method not in (None, "fp8", "mxfp4"):
+        if method not in (None, *METHODS):
             raise ValueError(
-                f"{self.files.directory} is quantised by {method!r}; only 'fp8' (block scales) and "
-                "'mxfp4' are supported. Use the unquantised checkpoint"
+                f"{self.files.directory} is quantised by {method!r}; supported are "
+                f"{', '.join(METHODS)}. Use the unquantised checkpoint"
             )
         family = find_family(model_type, (*families, *FAMILIES))
         self.model = Model(self.files.directory, model_type, config, family, quantization)

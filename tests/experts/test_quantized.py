@@ -10,12 +10,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dask_ep.experts.quantized import Float8Source, Mxfp4Source
+from dask_ep.experts.quantized import float8, mxfp4
 from dask_ep.storage.files import ReadError
 from dask_ep.storage.sources import open_source
 
 
-def float8(shape, block, *, seed=0, dtype=ml_dtypes.float8_e4m3fn, scale=np.float32):
+def random_float8(shape, block, *, seed=0, dtype=ml_dtypes.float8_e4m3fn, scale=np.float32):
     """Random values and scales, and the float32 matrix that they stand for, element by element."""
     rng = np.random.default_rng(seed)
     values = (rng.standard_normal(shape) * 20).astype(dtype)
@@ -37,8 +37,8 @@ def float8(shape, block, *, seed=0, dtype=ml_dtypes.float8_e4m3fn, scale=np.floa
 @settings(max_examples=80, deadline=None)
 def test_float8_rows_are_values_times_the_scale_of_their_block(shape, block, experts, data):
     shape = shape if experts is None else (experts, *shape)
-    values, scales, expected = float8(shape, block)
-    source = Float8Source(open_source(values), open_source(scales), block)
+    values, scales, expected = random_float8(shape, block)
+    source = float8(open_source(values), open_source(scales), block)
     start = data.draw(st.integers(0, shape[0]))
     stop = data.draw(st.integers(start, shape[0]))
     out = np.empty((stop - start, *shape[1:]), np.float32)
@@ -51,8 +51,8 @@ def test_float8_rows_are_values_times_the_scale_of_their_block(shape, block, exp
 @pytest.mark.parametrize("dtype", [ml_dtypes.float8_e4m3fn, ml_dtypes.float8_e5m2])
 @pytest.mark.parametrize("scale", [np.float32, ml_dtypes.bfloat16])
 def test_every_float8_format_and_dtype_of_scales(dtype, scale):
-    values, scales, expected = float8((6, 8), (4, 4), dtype=dtype, scale=scale)
-    source = Float8Source(open_source(values), open_source(scales), (4, 4))
+    values, scales, expected = random_float8((6, 8), (4, 4), dtype=dtype, scale=scale)
+    source = float8(open_source(values), open_source(scales), (4, 4))
     np.testing.assert_array_equal(source.read(0, 6), expected)
 
 
@@ -67,7 +67,7 @@ def test_every_byte_of_mxfp4_at_every_scale():
     blocks = np.broadcast_to(blocks, (5, 16, 1, 16))
     exponents = np.array([0, 1, 127, 130, 250], np.uint8)
     scales = np.broadcast_to(exponents[:, None, None], (5, 16, 1))
-    decoded = Mxfp4Source(open_source(blocks), open_source(scales)).read(0, 5)
+    decoded = mxfp4(open_source(blocks), open_source(scales)).read(0, 5)
     for e, exponent in enumerate(exponents.tolist()):
         pairs = [(value(byte & 15), value(byte >> 4)) for byte in range(256)]
         expected = np.ldexp(np.array(pairs), exponent - 127).astype(np.float32)
@@ -78,27 +78,27 @@ def test_only_the_experts_asked_for_are_read_and_decoded():
     rng = np.random.default_rng(1)
     blocks = rng.integers(0, 256, (4, 3, 2, 16), np.uint8)
     scales = rng.integers(120, 130, (4, 3, 2), np.uint8)
-    source = Mxfp4Source(open_source(blocks), open_source(scales))
+    source = mxfp4(open_source(blocks), open_source(scales))
     assert source.shape == (4, 3, 64)
     np.testing.assert_array_equal(source.read(1, 3), source.read(0, 4)[1:3])
     assert source.read(2, 2).shape == (0, 3, 64)
 
 
 def test_decoding_sources_travel_and_are_told_apart():
-    values, scales, expected = float8((4, 6), (2, 3))
-    source = Float8Source(open_source(values), open_source(scales), (2, 3))
+    values, scales, expected = random_float8((4, 6), (2, 3))
+    source = float8(open_source(values), open_source(scales), (2, 3))
     again = pickle.loads(pickle.dumps(source))
     np.testing.assert_array_equal(again.read(0, 4), expected)
     assert again.fingerprint() == source.fingerprint()
-    other = Float8Source(open_source(values), open_source(scales * 2), (2, 3))
+    other = float8(open_source(values), open_source(scales * 2), (2, 3))
     assert other.fingerprint() != source.fingerprint()
 
 
 @pytest.mark.parametrize("bad", [np.nan, np.inf])
 def test_a_scale_that_is_no_number_is_refused_by_name(bad):
-    values, scales, _ = float8((4, 6), (2, 3))
+    values, scales, _ = random_float8((4, 6), (2, 3))
     scales[1, 0] = bad
-    source = Float8Source(open_source(values, "w"), open_source(scales, "w_scale_inv"), (2, 3))
+    source = float8(open_source(values, "w"), open_source(scales, "w_scale_inv"), (2, 3))
     source.read(0, 2)  # its scales are good
     with pytest.raises(ReadError, match="w_scale_inv holds a scale that is NaN or infinite"):
         source.read(2, 4)
@@ -106,21 +106,21 @@ def test_a_scale_that_is_no_number_is_refused_by_name(bad):
 
 def test_an_mxfp4_scale_that_is_no_number_is_refused_by_name():
     blocks, scales = np.zeros((1, 1, 1, 16), np.uint8), np.full((1, 1, 1), 255, np.uint8)
-    source = Mxfp4Source(open_source(blocks, "w_blocks"), open_source(scales, "w_scales"))
+    source = mxfp4(open_source(blocks, "w_blocks"), open_source(scales, "w_scales"))
     with pytest.raises(ReadError, match="w_scales holds the scale 255, which stands for NaN"):
         source.read(0, 1)
 
 
 def test_what_cannot_be_decoded_is_refused():
-    values, scales, _ = float8((4, 6), (2, 3))
+    values, scales, _ = random_float8((4, 6), (2, 3))
     with pytest.raises(ValueError, match=r"so \(2, 2\), but has shape \(1, 2\)"):
-        Float8Source(open_source(values), open_source(scales[:1]), (2, 3))
+        float8(open_source(values), open_source(scales[:1]), (2, 3))
     with pytest.raises(TypeError, match="must hold 8-bit floats, but has dtype float32"):
-        Float8Source(open_source(np.zeros((4, 6), np.float32)), open_source(scales), (2, 3))
+        float8(open_source(np.zeros((4, 6), np.float32)), open_source(scales), (2, 3))
     blocks, scales = np.zeros((2, 3, 1, 16), np.uint8), np.zeros((2, 3, 1), np.uint8)
     with pytest.raises(TypeError, match="must hold uint8, but has dtype float32"):
-        Mxfp4Source(open_source(blocks), open_source(scales.astype(np.float32)))
+        mxfp4(open_source(blocks), open_source(scales.astype(np.float32)))
     with pytest.raises(ValueError, match=r"must be \(experts, out, in / 32, 16\)"):
-        Mxfp4Source(open_source(blocks[..., :8]), open_source(scales))
+        mxfp4(open_source(blocks[..., :8]), open_source(scales))
     with pytest.raises(ValueError, match=r"so \(2, 3, 1\), but has shape \(2, 3\)"):
-        Mxfp4Source(open_source(blocks), open_source(scales[..., 0]))
+        mxfp4(open_source(blocks), open_source(scales[..., 0]))

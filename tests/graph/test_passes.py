@@ -25,7 +25,7 @@ from dask_ep.arrays import memory
 from dask_ep.experts import local_experts, prefetch
 from dask_ep.experts.experts import Experts
 from dask_ep.experts.prefetch import ExpertsAhead
-from dask_ep.experts.quantized import Float8Source
+from dask_ep.experts.quantized import float8
 from dask_ep.experts.weights import Weight
 from dask_ep.graph import expert_schedule, passes_disk, passes_memory
 from dask_ep.graph.expert_schedule import READS, Rows, Walk
@@ -456,7 +456,7 @@ def test_threads_that_want_one_expert_decode_it_together_and_once(monkeypatch):
 def test_what_cannot_be_decoded_is_an_error_for_all_who_want_it():
     values = open_source(np.ones((1, 2, 2), ml_dtypes.float8_e4m3fn))
     scales = np.ones((1, 1, 1), np.float32)
-    good = Float8Source(values, open_source(scales), (2, 2))
+    good = float8(values, open_source(scales), (2, 2))
     waiting = ExpertsAhead(Experts.linear(good), np.dtype(np.float32))
     waiting._coming.result(timeout=20)
     scales[:] = np.nan

@@ -17,7 +17,7 @@ from dask_ep import Experts, MoELayer, Router, expert_parallel, expert_parallel_
 from dask_ep.arrays import blas
 from dask_ep.arrays.blas import bfloat16_library
 from dask_ep.errors import JobError
-from dask_ep.experts.quantized import Float8Source
+from dask_ep.experts.quantized import float8
 from dask_ep.experts.stored_experts import held_as_stored
 from dask_ep.jobs.backends import Threads
 from dask_ep.jobs.build import open_inputs
@@ -415,7 +415,7 @@ def test_what_is_decoded_to_bfloat16_exactly_stays_so(case, itemsize, library, m
 def test_8_bits_with_powers_of_two_become_bfloat16(scales, library):
     values = some(2, 8, 12, dtype=ml_dtypes.float8_e4m3fn)
     powers = np.array([[[2.0], [0.25]]] * 2).astype(scales)
-    source = Float8Source(open_source(values), open_source(powers), (4, 12))
+    source = float8(open_source(values), open_source(powers), (4, 12))
     experts = Experts.linear(source)
     assert experts.load()[0].W.dtype == bf16
     known = scales != np.float32  # the plan reads no scales

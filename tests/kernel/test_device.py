@@ -31,7 +31,8 @@ from dask_ep import (
     store,
 )
 from dask_ep.arrays.namespaces import is_array, namespace, one_namespace, to_host
-from dask_ep.experts.quantized import Float8Source, Mxfp4Source
+from dask_ep.experts.quantized import QuantizedSource, float8, mxfp4
+from dask_ep.experts.scales import ScaleSource, ZeroPoints
 from dask_ep.experts.stored_experts import held_as_stored
 from dask_ep.kernel import reference
 from dask_ep.kernel.pack import Combining, Packing
@@ -454,7 +455,7 @@ def test_each_weight_goes_to_the_device_once_and_none_comes_back(kind, dtype):
     assert local.__sizeof__() >= local.nbytes
 
 
-@pytest.mark.parametrize("kind", ["float16", "fp8", "fp8, one by one", "mxfp4"])
+@pytest.mark.parametrize("kind", ["float16", "fp8", "fp8, one by one", "mxfp4", "int4", "nvfp4"])
 @pytest.mark.parametrize("dtype", [np.float32, ml_dtypes.bfloat16])
 def test_experts_that_are_held_as_stored_are_held_so_on_the_device(kind, dtype):
     whole = Experts.linear(normal(3, 5, 64, dtype=np.float16), transposed=True)
@@ -498,16 +499,43 @@ def quantized_sources() -> dict[str, Any]:
     scales = rng.random((3, 2, 3)).astype(np.float32)
     blocks = rng.integers(0, 256, (3, 5, 2, 16), np.uint8)
     exponents = rng.integers(100, 140, (3, 5, 2), np.uint8)
-    wide = Float8Source(open_source(codes), open_source(scales), (4, 32))
+    wide = float8(open_source(codes), open_source(scales), (4, 32))
     flat = [
-        Float8Source(open_source(c), open_source(s), (4, 32))
-        for c, s in zip(codes, scales, strict=True)
+        float8(open_source(c), open_source(s), (4, 32)) for c, s in zip(codes, scales, strict=True)
     ]
     return {
         "fp8": wide,
         "fp8, one by one": flat,
-        "mxfp4": Mxfp4Source(open_source(blocks), open_source(exponents)),
+        "mxfp4": mxfp4(open_source(blocks), open_source(exponents)),
+        "int4": [int4_with_zeros(seed) for seed in range(3)],
+        "nvfp4": [nvfp4(seed) for seed in range(3)],
     }
+
+
+def int4_with_zeros(seed: int) -> QuantizedSource:
+    """(5, 64) of groups of 32, with zero points, rounded to bfloat16."""
+    rng = np.random.default_rng(seed)
+    codes, zeros = (
+        open_source(rng.integers(-(2**31), 2**31, shape, np.int32)) for shape in ((5, 8), (1, 2))
+    )
+    scales = open_source(rng.uniform(0.1, 1, (5, 2)).astype(ml_dtypes.bfloat16))
+    return QuantizedSource(
+        codes,
+        "uint4",
+        scales,
+        (1, 32),
+        zeros=ZeroPoints(zeros, "column4", (5, 2)),
+        rounded=np.dtype(ml_dtypes.bfloat16),
+    )
+
+
+def nvfp4(seed: int) -> QuantizedSource:
+    """(5, 64), with scales of 8 bits and one for all."""
+    rng = np.random.default_rng(seed)
+    codes = open_source(rng.integers(0, 256, (5, 32), np.uint8))
+    scales = open_source(rng.uniform(1, 100, (5, 4)).astype(ml_dtypes.float8_e4m3fn))
+    factor = open_source(np.array([0.01], np.float32))
+    return QuantizedSource(codes, "fp4", ScaleSource(scales, (5, 4), factor), (1, 16))
 
 
 @pytest.mark.parametrize("kind", quantized_sources())

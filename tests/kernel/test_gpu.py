@@ -32,7 +32,7 @@ from dask_ep.arrays.device import DeviceMemoryError
 from dask_ep.arrays.lanes import download, pinned_empty, upload
 from dask_ep.cluster import device_serialize
 from dask_ep.cluster.gpus import Gpus
-from dask_ep.experts.quantized import Float8Source, Mxfp4Source
+from dask_ep.experts.quantized import float8, mxfp4
 from dask_ep.jobs.example import Example, write_example
 from dask_ep.jobs.job import load_job
 from dask_ep.jobs.run import run_job
@@ -397,8 +397,8 @@ def test_few_bits_are_decoded_on_the_device(cupy):
     codes = rng.standard_normal((3, 5, 70)).astype(ml_dtypes.float8_e4m3fn)
     scales = open_source(rng.random((3, 2, 3)).astype("f4"))
     for source in (
-        Mxfp4Source(open_source(blocks), open_source(exponents)),
-        Float8Source(open_source(codes), scales, (4, 32)),
+        mxfp4(open_source(blocks), open_source(exponents)),
+        float8(open_source(codes), scales, (4, 32)),
     ):
         experts = Experts.linear(source, transposed=True)
         for got, want in zip(experts.load(xp=cupy), experts.load(), strict=True):

@@ -195,6 +195,8 @@ MUTATIONS = {
     "deepseek_v3_bfloat16": [NO_BIAS, SWAPPED],
     "deepseek_v3_fp8": [NO_BIAS, SWAPPED],
     "deepseek_v3_fp8_cut": [NO_BIAS, SWAPPED],
+    "deepseek_v3_int4": [NO_BIAS, SWAPPED],
+    "qwen3_moe_nvfp4": [NO_SUM, SWAPPED],
     "glm4_moe": [NO_SUM, SWAPPED, no_shared, NO_BIAS, router(scale=1.0)],
     "dots1": [SUM, SWAPPED, no_shared, NO_BIAS, router(scale=1.0)],
     "ernie4_5_moe": [NO_SUM, SWAPPED, no_shared, NO_BIAS, router(norm_min=2.0)],
@@ -282,7 +284,8 @@ def next_along_the_row(scales):
 
 
 def halves_of_bytes(blocks):
-    return blocks << 4 | blocks >> 4
+    codes = np.ascontiguousarray(blocks).view(np.uint8)
+    return (codes << 4 | codes >> 4).view(blocks.dtype)
 
 
 SCALES = "_proj.weight_scale_inv"
@@ -298,6 +301,11 @@ STORED_OTHERWISE = [
     ("gpt_oss", "experts.gate_up_proj_bias", neighbours),
     ("gpt_oss_mxfp4", "experts.gate_up_proj_blocks", halves_of_bytes),
     ("gpt_oss_mxfp4", "experts.gate_up_proj_scales", next_along_the_row),
+    ("deepseek_v3_int4", "_proj.weight_packed", halves_of_bytes),
+    ("deepseek_v3_int4", "_proj.weight_scale", next_along_the_row),
+    ("qwen3_moe_nvfp4", "_proj.weight_packed", halves_of_bytes),
+    ("qwen3_moe_nvfp4", "_proj.weight_scale", next_along_the_row),
+    ("qwen3_moe_nvfp4", "_proj.weight_global_scale", np.reciprocal),
     ("deepseek_v3_fp8", SCALES, np.ones_like),
     ("deepseek_v3_fp8", SCALES, next_along_the_row),
     ("deepseek_v3_fp8_cut", SCALES, np.ones_like),
@@ -667,7 +675,7 @@ def added(name, value):
         ("qwen3_moe", 1, {"hidden_size": 48}, ValueError,
          r"gate.weight must have shape \(10, 48\) by config.json \(E=10, d=48, .* has \(10, 32\)"),
         ("qwen3_moe", 1, {"quantization_config": {"quant_method": "gptq"}}, ValueError,
-         "is quantised by 'gptq'; only 'fp8'"),
+         "is quantised by 'gptq'; supported are fp8"),
         ("deepseek_v2", 1, {"topk_method": "noaux"}, ValueError,
          "key 'topk_method' must be one of 'greedy', 'group_limited_greedy', but is 'noaux'"),
         ("deepseek_v3", 1, {"topk_group": 4}, ValueError, r"topk_groups must be in \[1, 3\]"),
@@ -684,7 +692,7 @@ def added(name, value):
         ("deepseek_v3_fp8", 1, {"quantization_config": "fp8"}, ValueError,
          "deepseek_v3_fp8/config.json: quantization_config must be an object, but is 'fp8'"),
         ("deepseek_v3_fp8", 1, {"quantization_config": None}, ValueError,
-         "is FP8, so config.json must have weight_block_size"),
+         r"is FP8 with scales \(3, 2\), so config.json must have weight_block_size"),
         ("hunyuan_v1_moe", 1, {"moe_topk": [2]}, ValueError, "but has 1 and layer 1 is asked"),
         ("qwen3_moe", 1, {"tensors": changed("gate.weight", None)}, ValueError,
          "layer 1 of .*qwen3_moe must have the tensor model.layers.1.mlp.gate.weight, but the"),

@@ -173,6 +173,10 @@ def test_what_is_wrong_is_said():
         collect(tokens, experts, what=[], routing=routing)
     with pytest.raises(ValueError, match="routing must be given for experts without a router"):
         collect(tokens, experts, what=["usage"])
+    with pytest.raises(
+        TypeError, match=r"routing of a layer must be both \(indices, topk_weights\)"
+    ):
+        collect(tokens, make_layer("gated", 6, 8, F, 8, seed=0), what="usage", routing=routing[0])
     with pytest.raises(TypeError, match="hidden must be a Dask array, but is a ndarray"):
         collect(np.ones((3, 8)), experts, what=["usage"], routing=routing)
 

@@ -318,9 +318,9 @@ def test_workers_of_a_cluster_say_how_they_multiply(monkeypatch, switch):
 
 
 def test_the_files_of_scales_count_as_read():
-    from dask_ep.experts.quantized import Float8Source
+    from dask_ep.experts.quantized import float8
 
     values = open_source(np.ones((2, 4), ml_dtypes.float8_e4m3fn))
     scales = open_source(np.ones((1, 2), np.float32))
-    both = Float8Source(values, scales, (2, 2))
-    assert list(find_sources(Experts.linear([both]))) == [both, values, scales]
+    both = float8(values, scales, (2, 2))
+    assert list(find_sources(Experts.linear([both]))) == [both, values, both.scales, scales]

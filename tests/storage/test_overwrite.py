@@ -13,7 +13,7 @@ import zarr
 from dask.array.utils import assert_eq
 
 from dask_ep import Experts, MoELayer, Router, expert_parallel
-from dask_ep.experts.quantized import Float8Source, Mxfp4Source
+from dask_ep.experts.quantized import float8, mxfp4
 from dask_ep.storage import output, replace, resume, writers
 from dask_ep.storage.output import progress_directory
 from dask_ep.storage.sources import open_source
@@ -202,7 +202,7 @@ def test_neither_values_nor_scales_of_quantized_experts_are_replaced(tmp_path, n
         )
     values = open_source(arrays["values"])
     values.path = str(tmp_path / "values.zarr")  # as if it lay there
-    experts = Experts.linear(Float8Source(values, open_source(tmp_path / "scales.zarr"), (2, 2)))
+    experts = Experts.linear(float8(values, open_source(tmp_path / "scales.zarr"), (2, 2)))
     y = expert_parallel(
         da.ones((6, 4), chunks=(2, 4)), da.zeros((6, 1), chunks=(2, 1), dtype=int), experts
     )
@@ -214,7 +214,7 @@ def test_neither_values_nor_scales_of_quantized_experts_are_replaced(tmp_path, n
 def test_scales_of_mxfp4_are_not_replaced(tmp_path):
     blocks, scales = np.ones((2, 4, 1, 16), "u1"), np.full((2, 4, 1), 127, "u1")
     place = matrices(tmp_path, "scales", scales)
-    experts = Experts.linear(Mxfp4Source(open_source(blocks), open_source(place)), transposed=True)
+    experts = Experts.linear(mxfp4(open_source(blocks), open_source(place)), transposed=True)
     y = expert_parallel(
         da.ones((6, 32), chunks=(2, 32)), da.zeros((6, 1), chunks=(2, 1), dtype=int), experts
     )

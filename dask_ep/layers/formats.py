@@ -1,0 +1,312 @@
+"""Which tensors of a checkpoint make up one quantized matrix?
+
+One row of `WEIGHT_FORMATS` per way of storing: how the codes are called that stand in the place of
+a weight, which dtype they have, and what belongs to them. Names are templates: ``{name}`` is the
+matrix's own, such as ``experts.0.up_proj.weight``, and ``{stem}`` is that without ``weight``.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+
+from dask_ep.experts.codings import FLOAT8
+from dask_ep.experts.quantized import MXFP4_GROUP, QuantizedSource, float8, mxfp4
+from dask_ep.experts.scales import E8M0, ScaleSource, ZeroPoints
+from dask_ep.storage.sources import Source
+
+METHODS = ("fp8", "mxfp4", "compressed-tensors", "modelopt")
+"""Values of ``quant_method`` whose tensors are read."""
+
+NVFP4_GROUP = 16
+"""Numbers that share a scale, which is an 8-bit float."""
+
+OF_FLOAT8 = ("{name}_scale_inv", "{name}_scale", "{stem}scale")
+"""How the scales of 8-bit floats are called: by DeepSeek, by most others, and by DeepSeek-V4."""
+
+HALVES = (np.dtype(np.float16), np.dtype(ml_dtypes.bfloat16))
+
+ACTIVATION_SCALES = (
+    "input_scale",
+    "input_zero_point",
+    "input_global_scale",
+    "act_scale",
+    "output_scale",
+)
+"""Names, after the stem, of what quantizes the rows that a matrix meets. Rows are not quantized
+here, nor in transformers when it dequantizes."""
+
+
+@dataclass(frozen=True)
+class Format:
+    """How a matrix is stored.
+
+    Attributes
+    ----------
+    label : what it is called
+    codes : name of the tensor that has the codes
+    dtypes : those that it may have
+    scales : names that the scales may have
+    build : makes the matrix of a shape from its parts
+    others : further parts, by their names without ``{name}_``
+    scale_dtypes : those that scales may have; any, if ()
+    """
+
+    label: str
+    codes: str
+    dtypes: tuple[np.dtype, ...]
+    scales: tuple[str, ...]
+    build: Callable[[Parts, tuple[int, ...]], QuantizedSource]
+    others: tuple[str, ...] = ()
+    scale_dtypes: tuple[np.dtype, ...] = ()
+
+
+class Parts:
+    """The tensors of one quantized matrix.
+
+    Parameters
+    ----------
+    format : Format
+    name : of the matrix
+    names : tensor name by role: "codes", "scales", and the format's others
+    tensors : Source by tensor name
+    config : ``quantization_config`` of the checkpoint
+    where : what stands before the names in the files
+    """
+
+    def __init__(
+        self,
+        format: Format,
+        names: Mapping[str, str],
+        tensors: Mapping[str, Source],
+        config: Mapping[str, Any],
+        module: str,
+    ):
+        self.label, self._build = format.label, format.build
+        self.names, self.config, self.module = names, config, module
+        self._tensors = {role: tensors[name] for role, name in names.items()}
+
+    def __getitem__(self, role: str) -> Source:
+        return self._tensors[role]
+
+    def get(self, role: str) -> Source | None:
+        return self._tensors.get(role)
+
+    def open(self, shape: tuple[int, ...]) -> QuantizedSource:
+        """Make the matrix, which must have a shape."""
+        return self._build(self, shape)
+
+    @property
+    def scheme(self) -> Mapping[str, Any]:
+        """What the config group that names this matrix says of its weights; {} without groups."""
+        if "config_groups" not in self.config:
+            return {}
+        groups = self.config["config_groups"].values()
+        for matches in (self._is_named, lambda target: target == "Linear"):
+            for group in groups:
+                if any(map(matches, group.get("targets") or ())):
+                    return group.get("weights") or {}
+        raise ValueError(
+            f"{self['codes'].name} is quantized, so a group of config_groups in config.json must "
+            f"have {self.module} among its targets; they are "
+            f"{', '.join(t for group in groups for t in group.get('targets') or ())}"
+        )
+
+    def _is_named(self, target: str) -> bool:
+        """Whether a target is the name of this module, or a pattern that begins it."""
+        if target.startswith("re:"):
+            return re.match(target.removeprefix("re:"), self.module) is not None
+        return target == self.module
+
+
+def find_parts(
+    name: str, tensors: Mapping[str, Source], config: Mapping[str, Any], prefix: str = ""
+) -> Parts | None:
+    """Find what a matrix is made of, if it is quantized.
+
+    Parameters
+    ----------
+    name : of the matrix, as it would be called if it were not quantized
+    tensors : the tensors of the block, by name
+    config : ``quantization_config``; {} without
+    prefix : what stands before the names in the files
+
+    Returns
+    -------
+    Parts, or None where the matrix is stored as it is
+    """
+    for row in WEIGHT_FORMATS:
+        codes, scales = filled(row.codes, name), [filled(scale, name) for scale in row.scales]
+        if codes not in tensors or tensors[codes].dtype not in row.dtypes:
+            continue
+        found = next((scale for scale in scales if scale in tensors), None)
+        if found is None and row.label != "FP8":
+            continue
+        if found is None:
+            raise ValueError(
+                f"{tensors[codes].name} is FP8, so the block must have the tensor "
+                f"{' or '.join(prefix + scale for scale in scales)}"
+            )
+        if row.scale_dtypes and tensors[found].dtype not in row.scale_dtypes:
+            continue
+        others = {role: filled(f"{{name}}_{role}", name) for role in row.others}
+        names = {"codes": codes, "scales": found, **others}
+        names = {role: part for role, part in names.items() if part in tensors}
+        return Parts(row, names, tensors, config, prefix + name.removesuffix(".weight"))
+    return None
+
+
+def filled(template: str, name: str) -> str:
+    """Name a part of a matrix."""
+    return template.format(name=name, stem=name.removesuffix("weight"))
+
+
+def activation_scales(name: str, tensors: Mapping[str, Source]) -> Iterator[str]:
+    """The tensors that quantize the rows which a matrix meets."""
+    stem = name.removesuffix("weight")
+    return (stem + ending for ending in ACTIVATION_SCALES if stem + ending in tensors)
+
+
+# --- how each is put together ---------------------------------------------------------------------
+
+
+def _build_float8(parts: Parts, shape: tuple[int, ...]) -> QuantizedSource:
+    return float8(parts["codes"], parts["scales"], _float8_block(parts, parts["codes"].shape))
+
+
+def _float8_block(parts: Parts, shape: tuple[int, ...]) -> tuple[int, int]:
+    """The block that the scales fit: the config's, or one for all, one for a row or 32 of a row."""
+    scales = parts["scales"]
+    said = parts.config.get("weight_block_size") or parts.scheme.get("block_structure")
+    *experts, rows, columns = shape
+    fitting: list[tuple[int, int]] = []
+    good = isinstance(said, list) and [type(size) for size in said] == [int, int]
+    if isinstance(said, list) and good:
+        fitting.append((said[0], said[1]))
+    fitting += [(rows, columns), (1, columns)]
+    if scales.dtype in (np.uint8, E8M0):
+        fitting.append((1, MXFP4_GROUP))
+    for block in fitting:
+        grid = (*experts, -(-rows // block[0]), -(-columns // block[1]))
+        if [n for n in grid if n != 1] == [n for n in scales.shape if n != 1]:
+            return block
+    if good:
+        return fitting[0]
+    raise ValueError(
+        f"{parts['codes'].name} is FP8 with scales {scales.shape}, so config.json must have "
+        f"weight_block_size [rows, columns] in quantization_config, but it says {said!r}"
+    )
+
+
+def _build_mxfp4_blocks(parts: Parts, shape: tuple[int, ...]) -> QuantizedSource:
+    return mxfp4(parts["codes"], parts["scales"])
+
+
+def _build_packed(parts: Parts, shape: tuple[int, ...]) -> QuantizedSource:
+    """Whole numbers of 4 or 8 bits in words of 32, of which half the range is taken."""
+    codes, scales, zeros = parts["codes"], parts["scales"], parts.get("zero_point")
+    bits = _bits(parts, codes.shape[-1], shape[-1])
+    block = (1, _group(parts, shape))
+    if zeros is None:
+        half: Source | float = float(1 << (bits - 1))
+    else:
+        if shape[:-2]:
+            raise ValueError(f"zero points of experts in one tensor are not read: {zeros.name}")
+        half = ZeroPoints(zeros, f"column{bits}", (shape[0], shape[1] // block[1]))
+    return QuantizedSource(
+        codes,
+        f"uint{bits}",
+        scales,
+        block,
+        shape,
+        zeros=half,
+        groups=parts.get("g_idx"),
+        extent=parts.get("shape"),
+        rounded=scales.dtype if scales.dtype in HALVES else None,
+        label=f"int{bits}",
+    )
+
+
+def _bits(parts: Parts, words: int, numbers: int) -> int:
+    """Of a number, told by how many words of 32 bits a row has."""
+    fitting = [bits for bits in (4, 8) if words == -(-numbers * bits // 32)]
+    said = parts.scheme.get("num_bits")
+    if not fitting or said not in (None, *fitting):
+        raise ValueError(
+            f"{parts['codes'].name} must have rows of {numbers} numbers of 4 or 8 bits, but has "
+            f"{words} words of 32 bits, and config.json says num_bits {said}"
+        )
+    return fitting[0] if said is None else said
+
+
+def _group(parts: Parts, shape: tuple[int, ...]) -> int:
+    """How many numbers of a row share a scale."""
+    scales = parts["scales"]
+    if scales.shape[:-1] != shape[:-1] or shape[-1] % max(scales.shape[-1], 1):
+        raise ValueError(
+            f"{scales.name} must have {shape[:-1]} rows of scales, each for the same number of "
+            f"the {shape[-1]} numbers of a row of {parts['codes'].name}, but has shape "
+            f"{scales.shape}"
+        )
+    group, said = shape[-1] // scales.shape[-1], parts.scheme.get("group_size")
+    if said not in (None, -1, group):
+        raise ValueError(
+            f"{scales.name} {scales.shape} has one scale for {group} numbers of a row, but "
+            f"config.json says group_size {said}"
+        )
+    return group
+
+
+def _build_whole(parts: Parts, shape: tuple[int, ...]) -> QuantizedSource:
+    """A byte for each whole number, which may be less of a zero point."""
+    scales, zeros = parts["scales"], parts.get("zero_point")
+    return QuantizedSource(
+        parts["codes"],
+        "int8",
+        scales,
+        (1, _group(parts, shape)),
+        shape,
+        zeros=0.0 if zeros is None else zeros,
+        rounded=scales.dtype if scales.dtype in HALVES else None,
+        label="int8",
+    )
+
+
+def _build_fp4(group: int, parts: Parts, shape: tuple[int, ...]) -> QuantizedSource:
+    """Floats of 4 bits, some of a row with one scale, and all with one factor."""
+    if shape[-1] % group:
+        raise ValueError(
+            f"{parts['codes'].name} is {parts.label}, which has a scale for each {group} numbers "
+            f"of a row, so rows must be multiples of {group}, but have {shape[-1]}"
+        )
+    divisor = parts.get("global_scale")
+    factor = parts.get("scale_2") if divisor is None else divisor
+    of = f"1 x {group} of {parts['codes'].name} {shape}"
+    grid = (*shape[:-1], shape[-1] // group)
+    scales = ScaleSource(parts["scales"], grid, factor, divides=divisor is not None, of=of)
+    return QuantizedSource(parts["codes"], "fp4", scales, (1, group), shape, label=parts.label)
+
+
+UINT8, INT8, INT32 = (np.dtype(t) for t in (np.uint8, np.int8, np.int32))
+EXPONENTS = (UINT8, E8M0)
+MXFP4, NVFP4 = partial(_build_fp4, MXFP4_GROUP), partial(_build_fp4, NVFP4_GROUP)
+PACKED, SCALE = "{name}_packed", ("{name}_scale",)
+
+WEIGHT_FORMATS = (
+    Format("MXFP4", "{name}_blocks", EXPONENTS, ("{name}_scales",), _build_mxfp4_blocks),
+    Format(
+        "int4 or int8", PACKED, (INT32,), SCALE, _build_packed, ("shape", "zero_point", "g_idx")
+    ),
+    Format("MXFP4", PACKED, (UINT8,), SCALE, MXFP4, scale_dtypes=EXPONENTS),
+    Format("NVFP4", PACKED, (UINT8,), SCALE, NVFP4, ("global_scale",), FLOAT8),
+    Format("NVFP4", "{name}", (UINT8,), SCALE, NVFP4, ("scale_2",), FLOAT8),
+    Format("MXFP4", "{name}", (INT8, UINT8), OF_FLOAT8, MXFP4, scale_dtypes=EXPONENTS),
+    Format("int8", "{name}", (INT8,), SCALE, _build_whole, ("zero_point",)),
+    Format("FP8", "{name}", FLOAT8, OF_FLOAT8, _build_float8),
+)

@@ -12,7 +12,7 @@ order: the bits do not depend on who was faster, or on what was lost on the way.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 from itertools import accumulate
 from math import prod
@@ -28,11 +28,12 @@ from dask_ep.arrays.checks import check_routing, raise_bad_index, raise_nan
 from dask_ep.graph.chunk import Observed
 from dask_ep.graph.pipeline import Ready, build_chunks, width_of_output
 from dask_ep.graph.rows import array_of, block_by_block, first_rows, keys_of
-from dask_ep.kernel.context import error_context
+from dask_ep.kernel.context import error_context, slots_of
 from dask_ep.kernel.statistics import TILE_STATISTICS, Observe
 
 GROUP_CHUNKS = 16
-"""Chunks whose partial results are joined to one of a group."""
+"""Most chunks whose partial results are joined to one of a group, which is kept for a run that
+resumes: as many as make it small next to their rows."""
 
 Numbers = dict[str, np.ndarray]
 """Partial or whole results by name."""
@@ -82,11 +83,12 @@ class PartialLayout:
             for (name, part), start in zip(self.parts.items(), self._starts, strict=False)
         }
 
-    def join(self, vectors: Sequence[np.ndarray]) -> np.ndarray:
+    def join(self, vectors: Iterable[np.ndarray]) -> np.ndarray:
         """Join vectors (..., size) one after the other, in their order."""
-        joined = np.array(vectors[0])
+        vectors = iter(vectors)
+        joined = np.array(next(vectors))
         sums, maxima = joined[..., : self._maxima_from], joined[..., self._maxima_from :]
-        for vector in vectors[1:]:
+        for vector in vectors:
             sums += vector[..., : self._maxima_from]
             np.maximum(maxima, vector[..., self._maxima_from :], out=maxima)
         return joined
@@ -113,7 +115,7 @@ def see_experts(
     """
     experts, tokens = ready.experts, ready.tokens
     d, d_out = tokens.shape[1], width_of_output(experts, tokens)
-    observe = Observe(tuple(names), d, experts.hidden, d_out, k, output)
+    observe = Observe(tuple(names), d, experts.hidden, d_out, output, slots_of(ready.routing), k)
     both, columns = build_chunks(ready, observe), observe.columns()
     parts = {
         name: Part((experts.num_experts, at.stop - at.start), TILE_STATISTICS[name].join)
@@ -130,7 +132,7 @@ def see_experts(
 
 def see_routing(ready: Ready, names: Sequence[str]) -> Partials:
     """Count what the routing says: "usage", "coactivation"."""
-    E, k = ready.experts.num_experts, _slots(ready.routing)
+    E, k = ready.experts.num_experts, slots_of(ready.routing)
     parts = {name: part for kind in names for name, part in ROUTING_STATISTICS[kind](E, k).items()}
     token = tokenize(ready.routing, ready.topk_weights, E, tuple(names))
     name, weights = f"ep_usage-{token}", ready.topk_weights
@@ -143,12 +145,12 @@ def see_routing(ready: Ready, names: Sequence[str]) -> Partials:
             (name, c, 0), _see_routing, TaskRef(key), weight, E, frozenset(names), c, firsts[c]
         )
     inputs = [a for a in (ready.routing, weights) if a is not None]
-    return Partials(objects(name, tasks, inputs), parts, dict)
+    return Partials(objects(name, tasks, inputs, len(firsts)), parts, dict)
 
 
-def objects(name: str, tasks: dict[Any, Task], inputs: Sequence[da.Array]) -> da.Array:
-    """An array that has an object for each chunk, as `Partials` takes it."""
-    return array_of(name, tasks, inputs, ((1,) * len(tasks), (1,)), np.empty((0, 0), object))
+def objects(name: str, tasks: dict[Any, Task], inputs: Sequence[da.Array], chunks: int) -> da.Array:
+    """An array that has an object for each of so many chunks, as `Partials` takes it."""
+    return array_of(name, tasks, inputs, ((1,) * chunks, (1,)), np.empty((0, 0), object))
 
 
 ROUTING_STATISTICS: dict[str, Callable[[int, int], dict[str, Part]]] = {
@@ -208,30 +210,35 @@ def _output_of(observed: Observed) -> np.ndarray | None:
     return observed[0]
 
 
-def _slots(routing: da.Array) -> int:
-    return 1 if routing.ndim == 1 else routing.shape[1]
-
-
 # --- joining ---------------------------------------------------------------------------------
 
 
-def join_groups(pieces: Sequence[Partials]) -> tuple[da.Array, PartialLayout]:
-    """Join the partial results of each `GROUP_CHUNKS` chunks.
+def join_groups(
+    pieces: Sequence[Partials], chunk_bytes: float
+) -> tuple[da.Array, PartialLayout, int]:
+    """Join the partial results of some chunks at a time.
+
+    Parameters
+    ----------
+    pieces : of all chunks
+    chunk_bytes : of the rows of a chunk, about
 
     Returns
     -------
-    (G, size) float64 lazy array, a group in each chunk; and where in a row of it is what
+    (G, size) float64 lazy array, a group in each chunk; where in a row of it is what; and how many
+    chunks make a group
     """
     layout = PartialLayout({name: part for piece in pieces for name, part in piece.parts.items()})
     arrays: list[Any] = [piece.chunks for piece in pieces]
-    token = tokenize(*(array.name for array in arrays), GROUP_CHUNKS)
     chunks, takes = arrays[0].numblocks[0], [piece.take for piece in pieces]
+    step = choose_group_chunks(8 * layout.size, chunk_bytes)
+    token = tokenize(*(array.name for array in arrays), step)
     tasks: dict[Any, Task] = {}
     partial_name, group_name = f"ep_partial-{token}", f"ep_group-{token}"
-    groups = -(-chunks // GROUP_CHUNKS)
+    groups = -(-chunks // step)
     for g in range(groups):
         before = None
-        for c in range(g * GROUP_CHUNKS, min((g + 1) * GROUP_CHUNKS, chunks)):
+        for c in range(g * step, min((g + 1) * step, chunks)):
             of_chunk = List([TaskRef((array.name, c, 0)) for array in arrays])
             key = (partial_name, c)
             tasks[key] = Task(key, _join_chunk, before, layout, takes, of_chunk)
@@ -239,19 +246,34 @@ def join_groups(pieces: Sequence[Partials]) -> tuple[da.Array, PartialLayout]:
         tasks[group_name, g, 0] = Task((group_name, g, 0), _as_row, before)
     graph = HighLevelGraph.from_collections(group_name, tasks, dependencies=arrays)
     rows = ((1,) * groups, (layout.size,))
-    return da.Array(graph, group_name, rows, meta=np.empty((0, 0))), layout
+    return da.Array(graph, group_name, rows, meta=np.empty((0, 0))), layout, step
 
 
-def finished(groups: da.Array, layout: PartialLayout) -> dict[str, da.Array]:
-    """The statistics of all groups, by name: lazy arrays of one chunk each."""
-    token = tokenize(groups.name)
+def choose_group_chunks(partial_bytes: int, chunk_bytes: float) -> int:
+    """How many chunks make a group whose partial results take a small part of their bytes.
+
+    Examples
+    --------
+    >>> choose_group_chunks(10_000, 32 << 20), choose_group_chunks(8 << 20, 32 << 20)
+    (1, 4)
+    """
+    if not chunk_bytes > 0:
+        return GROUP_CHUNKS
+    return min(max(-(-16 * partial_bytes // int(chunk_bytes)), 1), GROUP_CHUNKS)
+
+
+def finished(
+    groups: da.Array, layout: PartialLayout, finish: Callable[[Numbers], Numbers]
+) -> dict[str, da.Array]:
+    """What `finish` makes of the joined groups, by name: lazy arrays of one chunk each."""
+    token = tokenize(groups.name, finish)
     name = f"ep_total-{token}"
     keys = List([TaskRef(key) for key in keys_of(groups)])
-    tasks: dict[Any, Task] = {name: Task(name, statistics_of, layout, keys)}
+    tasks: dict[Any, Task] = {name: Task(name, finish_groups, layout, finish, keys)}
     inputs: list[Any] = [groups]
     graph = HighLevelGraph.from_collections(name, tasks, dependencies=inputs)
     found = {}
-    for what, example in statistics_of(layout, [np.zeros(layout.size)]).items():
+    for what, example in finish(layout.unpack(np.zeros(layout.size))).items():
         one, zeros = f"ep_statistic-{what}-{token}", (0,) * example.ndim
         picked = {(one, *zeros): Task((one, *zeros), _pick, TaskRef(name), what)}
         layers: dict[str, Any] = {**graph.layers, one: picked}
@@ -260,9 +282,11 @@ def finished(groups: da.Array, layout: PartialLayout) -> dict[str, da.Array]:
     return found
 
 
-def statistics_of(layout: PartialLayout, rows: Sequence[np.ndarray]) -> Numbers:
-    """The statistics of all groups, whose vectors (..., size) come in their order."""
-    return name_statistics(layout.unpack(layout.join(rows).reshape(-1)))
+def finish_groups(
+    layout: PartialLayout, finish: Callable[[Numbers], Numbers], rows: Iterable[np.ndarray]
+) -> Numbers:
+    """Finish the statistics of all groups, whose vectors (..., size) come in their order."""
+    return finish(layout.unpack(layout.join(rows).reshape(-1)))
 
 
 def name_statistics(totals: Numbers) -> Numbers:
@@ -275,12 +299,16 @@ def name_statistics(totals: Numbers) -> Numbers:
     return found
 
 
+def _as_mean_of_rows(name: str, total: np.ndarray, totals: Numbers) -> Numbers:
+    return {name: np.asarray(total / np.maximum(totals["router.rows"], 1))}
+
+
 def _as_it_is(name: str, total: np.ndarray, totals: Numbers) -> Numbers:
     return {name: total}
 
 
 def _as_counts(name: str, total: np.ndarray, totals: Numbers) -> Numbers:
-    return {name: total.astype(np.int64)}
+    return {name: np.asarray(total).astype(np.int64)}
 
 
 def _as_coverage(name: str, total: np.ndarray, totals: Numbers) -> Numbers:
@@ -305,6 +333,12 @@ _FINISH: dict[str, Callable[[str, np.ndarray, Numbers], Numbers]] = {
     "usage.rows": _as_counts,
     "usage.slots": _as_counts,
     "coactivation": _as_counts,
+    "router.probability": _as_mean_of_rows,
+    "router.entropy": _as_mean_of_rows,
+    "router.z_loss": _as_mean_of_rows,
+    "router.margin": _as_mean_of_rows,
+    **{f"router.{what}_histogram": _as_counts for what in ("entropy", "z_loss", "margin")},
+    "router.rows": _as_counts,
 }
 """What is made of a joined result, where it is not one of the statistics itself."""
 

@@ -110,10 +110,12 @@ class Observe(NamedTuple):
     f: int | None
     #: width of hidden activations; None where experts have none
     d_out: int
-    k: int | None = None
-    #: slots of a row that its router chose, where others follow them; None: all
     output: bool = False
     #: whether the experts' output is wanted as well
+    slots: int = 1
+    #: of a row
+    k: int | None = None
+    #: those that its router chose, where others follow them; None: all
 
     def columns(self) -> dict[str, slice]:
         """Where each statistic is in a row of a table."""
@@ -162,7 +164,7 @@ class Seen:
         expert: Any,
         rows: Array,
         weights: Array | None,
-        slots: Array | slice,
+        slots: Array,
         out: Array,
     ) -> None:
         """Send rows (m, d) through expert `e`, to `out` (m, d_out), and keep what is asked for."""
@@ -172,7 +174,9 @@ class Seen:
             expert(rows, out=out, hidden=hidden)
         else:
             expert(rows, out=out)
-        routed = None if self.observe.k is None else self._is_routed(slots, len(rows))  # type: ignore[attr-defined]
+        k, routed = self.observe.k, None
+        if k is not None:
+            routed = slots % self.observe.slots < k
         rows = rows.astype(computing_dtype(rows.dtype), copy=False)
         tile = Tile(rows, hidden, out, weights, routed)
         totals = self.table[e - self._first]

@@ -15,30 +15,37 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Any
+from numbers import Real
+from typing import Any, NamedTuple
 
 import dask.array as da
 import numpy as np
 
 from dask_ep.arrays.namespaces import namespace
 from dask_ep.experts.experts import CallableExperts, Experts, as_experts
-from dask_ep.graph.pipeline import build_chunks, prepare
+from dask_ep.graph.pipeline import Ready, build_chunks, prepare
+from dask_ep.graph.row_choice import choose_slots, with_weights_of_others
 from dask_ep.graph.rows import rows_of, unflatten
 from dask_ep.graph.statistics import (
     ROUTING_STATISTICS,
+    Numbers,
     PartialLayout,
+    Partials,
     finished,
     join_groups,
+    name_statistics,
     see_experts,
     see_routing,
 )
+from dask_ep.kernel.context import slots_of
 from dask_ep.kernel.statistics import TILE_STATISTICS
 from dask_ep.layers.layer import MoELayer, rows_like
+from dask_ep.layers.router_statistics import edges, see_router
 from dask_ep.placement.placement_files import Asked
 
 TILE_NAMES = tuple(dict.fromkeys(name.partition(".")[0] for name in TILE_STATISTICS))
 
-WHAT = (*ROUTING_STATISTICS, *(name for name in TILE_NAMES if name != "coverage"))
+WHAT = (*ROUTING_STATISTICS, "router", *(name for name in TILE_NAMES if name != "coverage"))
 """What can be collected, by name."""
 
 
@@ -50,21 +57,23 @@ class Collection:
     ----------
     groups : (G, size) lazy array of float64, one group of token chunks in each chunk
         Their joined partial results; whoever keeps the rows that are done need not compute them
-        again. `statistics_of` makes statistics of all rows.
+        again; `finish_groups` joins them, and `name_all` makes statistics of that.
     layout : of a row of `groups`
+    group_chunks : token chunks of a group
     output : (..., d_out) lazy array, or None where it is not wanted
     missing : names of what was asked for and does not exist for these experts
     """
 
     groups: da.Array
     layout: PartialLayout
+    group_chunks: int
     output: da.Array | None
     missing: tuple[str, ...]
 
     def arrays(self) -> dict[str, da.Array]:
         """The statistics by name, and the output as "output"."""
         output = {} if self.output is None else {"output": self.output}
-        return finished(self.groups, self.layout) | output
+        return finished(self.groups, self.layout, name_all) | output
 
 
 def collect(
@@ -74,6 +83,8 @@ def collect(
     what: Iterable[str],
     routing: da.Array | tuple[da.Array, da.Array] | None = None,
     token_ids: da.Array | None = None,
+    rows: str | float = "routed",
+    seed: int = 0,
     with_output: bool = False,
     world_size: int | None = None,
     placement: Asked = None,
@@ -88,6 +99,11 @@ def collect(
     routing : (..., k) expert indices, or (indices, topk_weights), optional
         Without it a layer's own router decides.
     token_ids : as in `MoELayer`
+    rows : "routed", "all", or a share such as 0.1
+        "all" sends every row through every expert, a share that much of the rows that an expert is
+        not routed; `amax`, `sumsq` and `mean_output` are of all of them then. What the router
+        chose stays what is counted in the others, and the output is not changed.
+    seed : of the choice of that share, which depends on nothing else
     with_output : also give the layer's output, as "output", from the same pass
     world_size, placement : as in `expert_parallel`
 
@@ -96,6 +112,9 @@ def collect(
     dict of lazy Dask arrays by name. Compute them together, with `dask.compute`: then the rows go
     through the experts once.
 
+        router        router.probability (E,) mean; router.entropy, router.z_loss and
+                      router.margin, means; router.entropy_histogram (64,) int64 and
+                      router.entropy_edges (65,), and so on; router.rows. Needs a layer
         usage         usage.rows (E,) int64, usage.weight (E,) sum of top-k weights,
                       usage.slots (E, k) int64 rows that chose the expert in each slot
         coactivation  coactivation (E, E) int64, rows that chose both; the diagonal, one
@@ -122,7 +141,10 @@ def collect(
     callables have none, and no array of them. An expert's input is the row as its first matrices
     read it: times the top-k weight where a layer applies that to the input. Outputs are those
     before the top-k weight is applied. A slot counts as a row: a row that names an expert twice
-    counts twice, but in `coactivation`. Values are computed as by `expert_parallel`, and added in
+    counts twice, but in `coactivation`. The router's probabilities are its scores divided by their
+    sum, entropy is in nats, the z-loss of a row is the square of the logarithm of the sum of the
+    exponentials of its logits (Zoph et al., "ST-MoE", 2022), and its margin is the k-th largest
+    score, as it chooses, minus the next. Values are computed as by `expert_parallel`, and added in
     float64; an expert without rows has zeros. Partial results come with each chunk, and are joined
     once, in the order of the chunks: the same chunks and placement give the same bits on every
     scheduler, after any failure. REAP: Lasby et al., "REAP the Experts" (2025), equation 9.
@@ -140,8 +162,8 @@ def collect(
     (array([2, 1, 1, 1]), array([0., 1., 2., 3.]))
     """
     collection = begin_collection(
-        hidden, layer, what=what, routing=routing, token_ids=token_ids, with_output=with_output,
-        world_size=world_size, placement=placement,
+        hidden, layer, what=what, routing=routing, token_ids=token_ids, rows=rows, seed=seed,
+        with_output=with_output, world_size=world_size, placement=placement,
     )  # fmt: skip
     return collection.arrays()
 
@@ -153,40 +175,58 @@ def begin_collection(
     what: Iterable[str],
     routing: da.Array | tuple[da.Array, da.Array] | None = None,
     token_ids: da.Array | None = None,
+    rows: str | float = "routed",
+    seed: int = 0,
     with_output: bool = False,
     world_size: int | None = None,
     placement: Asked = None,
+    block: range | None = None,
 ) -> Collection:
-    """As `collect`, which gives the `arrays` of what this returns."""
+    """As `collect`, which gives the `arrays` of what this returns.
+
+    With a `block` of experts only these are observed, where the others do not fit into memory; what
+    is counted by the routing comes with the first of them.
+    """
     _check_host(hidden)
     experts = layer.experts if isinstance(layer, MoELayer) else as_experts(layer)
-    of_routing, of_tiles, missing = choose_statistics(what, experts)
+    chosen, others = choose_statistics(what, experts), share_of_others(rows)
     weights: da.Array | None
     if isinstance(layer, MoELayer):
         if isinstance(routing, da.Array):
             raise TypeError("routing of a layer must be both (indices, topk_weights)")
-        hidden, rows, indices, weights = layer.routed_rows(hidden, token_ids, routing)
+        hidden, tokens, indices, weights = layer.routed_rows(hidden, token_ids, routing)
     else:
-        rows, indices, weights = _given_rows(hidden, routing)
-    ready = prepare(rows, indices, experts, weights, world_size, placement)
-    pieces = [see_routing(ready, of_routing)] if of_routing else []
-    y = None
-    if of_tiles:
-        seen, y = see_experts(ready, of_tiles, output=with_output)
+        tokens, indices, weights = _given_rows(hidden, routing)
+    ready = prepare(tokens, indices, experts, weights, world_size, placement)
+    pieces, y = [], None
+    if block is None or block.start == 0:
+        pieces = _see_choices(ready, layer, chosen)
+    if chosen.of_tiles:
+        of_block = _of_block(ready, block or range(experts.num_experts), others, seed)
+        k = slots_of(ready.routing) if others else None
+        output = with_output and not others
+        seen, y = see_experts(of_block, chosen.of_tiles, output=output, k=k)
         pieces.append(seen)
-    elif with_output:
-        y = build_chunks(ready)
-    groups, layout = join_groups(pieces)
-    if y is not None:
-        rest = layer.add_the_rest(ready.tokens, y) if isinstance(layer, MoELayer) else y
-        y = unflatten(rest, hidden)
-    return Collection(groups, layout, y, missing)
+    if with_output:
+        y = build_chunks(ready) if y is None else y
+        y = layer.add_the_rest(ready.tokens, y) if isinstance(layer, MoELayer) else y
+        y = unflatten(y, hidden)
+    chunk_bytes = ready.tokens.nbytes / max(ready.tokens.numblocks[0], 1)
+    return Collection(*join_groups(pieces, chunk_bytes), y, chosen.missing)
 
 
-def choose_statistics(
-    what: Iterable[str], experts: Experts | CallableExperts
-) -> tuple[list[str], list[str], tuple[str, ...]]:
-    """Tell which statistics of the routing and of tiles are asked for, and which do not exist."""
+class Chosen(NamedTuple):
+    """What is to be collected."""
+
+    of_routing: list[str]
+    of_router: bool
+    of_tiles: list[str]
+    missing: tuple[str, ...]
+    #: of tiles, what does not exist for these experts
+
+
+def choose_statistics(what: Iterable[str], experts: Experts | CallableExperts) -> Chosen:
+    """Tell which statistics of what are asked for."""
     asked = [what] if isinstance(what, str) else list(what)
     for name in asked:
         if name not in WHAT:
@@ -194,12 +234,53 @@ def choose_statistics(
     if not asked:
         raise ValueError(f"what must name something to collect: {', '.join(WHAT)}")
     of_tiles = [name for name in TILE_STATISTICS if name.partition(".")[0] in asked]
-    missing = [name for name in of_tiles if TILE_STATISTICS[name].of == "hidden"]
+    missing: list[str] = []
     if experts.hidden is None:
-        of_tiles = [name for name in of_tiles if name not in missing]
-    of_tiles = ["coverage", *of_tiles] if of_tiles else []
+        missing = [name for name in of_tiles if TILE_STATISTICS[name].of == "hidden"]
+    of_tiles = [name for name in of_tiles if name not in missing]
     of_routing = [name for name in ROUTING_STATISTICS if name in asked]
-    return of_routing, of_tiles, tuple(missing if experts.hidden is None else ())
+    return Chosen(
+        of_routing, "router" in asked, ["coverage", *of_tiles] if of_tiles else [], tuple(missing)
+    )
+
+
+def share_of_others(rows: str | float) -> float:
+    """Read `rows`: the share of rows that go through experts to which they are not routed."""
+    if rows in ("routed", "all"):
+        return float(rows == "all")
+    if isinstance(rows, bool) or not isinstance(rows, Real) or not 0 < rows <= 1:
+        raise ValueError(f"rows must be 'routed', 'all' or a share in (0, 1], but is {rows!r}")
+    return float(rows)
+
+
+def name_all(totals: Numbers) -> Numbers:
+    """Make all statistics of joined partial results."""
+    found = name_statistics(totals)
+    if "router.probability" in found:
+        for what in ("entropy", "z_loss", "margin"):
+            found[f"router.{what}_edges"] = edges(what, len(found["router.probability"]))
+    return found
+
+
+def _see_choices(ready: Ready, layer: MoELayer | Any, chosen: Chosen) -> list[Partials]:
+    """What is counted before any row comes to an expert."""
+    pieces = [see_routing(ready, chosen.of_routing)] if chosen.of_routing else []
+    if chosen.of_router and not isinstance(layer, MoELayer):
+        raise ValueError("statistics of the router need a layer, but there are only experts")
+    if chosen.of_router:
+        pieces.append(see_router(ready.tokens, layer.router, layer.arrays))
+    return pieces
+
+
+def _of_block(ready: Ready, block: range, others: float, seed: int) -> Ready:
+    """The same rows as they go through some experts, `others` besides those routed there."""
+    E = ready.experts.num_experts
+    routing = choose_slots(ready.routing, E, block, others, seed)
+    weights = with_weights_of_others(ready.topk_weights, len(block) if others else 0)
+    if block == range(E):
+        return ready._replace(routing=routing, topk_weights=weights)
+    experts = ready.experts.subset(block)
+    return prepare(ready.tokens, routing, experts, weights, ready.world_size, None)
 
 
 def _given_rows(

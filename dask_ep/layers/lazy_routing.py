@@ -105,7 +105,7 @@ def _route_chunks(
     token_ids: da.Array | None,
 ) -> tuple[da.Array, da.Array]:
     both, loaded = f"ep_route-{token}", f"ep_router-{token}"
-    tasks: dict[Any, Task] = {loaded: Task(loaded, _read_all, arrays, xp_name(rows))}
+    tasks: dict[Any, Task] = {loaded: Task(loaded, read_all, arrays, xp_name(rows))}
     ids = None if token_ids is None else keys_of(token_ids)
     starts = first_rows(rows.chunks[0])
     for c, key in enumerate(keys_of(rows)):
@@ -133,7 +133,7 @@ def _scores(
     token: str, rows: da.Array, router: ExpertChoice, arrays: dict[str, SmallArray]
 ) -> da.Array:
     name, loaded = f"ep_scores-{token}", f"ep_router-{token}"
-    tasks: dict[Any, Task] = {loaded: Task(loaded, _read_all, arrays, xp_name(rows))}
+    tasks: dict[Any, Task] = {loaded: Task(loaded, read_all, arrays, xp_name(rows))}
     starts = first_rows(rows.chunks[0])
     for c, key in enumerate(keys_of(rows)):
         tasks[name, c, 0] = Task(
@@ -146,7 +146,7 @@ def _scores(
 # --- the tasks -----------------------------------------------------------------------------------
 
 
-def _read_all(arrays: dict[str, SmallArray], xp_name: str) -> dict[str, Array]:
+def read_all(arrays: dict[str, SmallArray], xp_name: str) -> dict[str, Array]:
     xp = import_module(xp_name)
     return {name: xp.asarray(array.read()) for name, array in arrays.items()}
 
@@ -160,7 +160,7 @@ def _route_chunk(
     token_ids: Array | None = None,
 ) -> tuple[Array, Array]:
     xp = namespace(hidden)
-    with _routing(hidden, router.num_experts, router.k, chunk, first_row):
+    with while_routing(hidden, router.num_experts, router.k, chunk, first_row):
         if token_ids is None:
             return route(hidden, router, arrays["weight"],
                          bias=arrays.get("bias"),
@@ -180,12 +180,12 @@ def _score_chunk(
     hidden: Array, arrays: dict[str, Array], score: str, chunk: int, first_row: int | None
 ) -> Array:
     weight = arrays["weight"]
-    with _routing(hidden, weight.shape[0], 0, chunk, first_row):
+    with while_routing(hidden, weight.shape[0], 0, chunk, first_row):
         return all_scores(hidden, score, weight, bias=arrays.get("bias"))
 
 
 @contextmanager
-def _routing(
+def while_routing(
     hidden: Array, num_experts: int, k: int, chunk: int, first_row: int | None
 ) -> Iterator[None]:
     """Say in an error which chunk was routed, and what it needs, if the device has too little."""

@@ -102,7 +102,7 @@ def route(
     xp, n = namespace(hidden), hidden.shape[0]
     indices = xp.empty((n, router.k), dtype=xp.int32)
     topk_weights = xp.empty((n, router.k), dtype=xp.float32)
-    for rows, logits in _logits(hidden, weight, biases["bias"], router):
+    for rows, logits in tiled_logits(hidden, weight, biases["bias"], router):
         indices[rows], topk_weights[rows] = _route_logits(
             xp, logits, router, biases["selection_bias"]
         )
@@ -122,7 +122,7 @@ def all_scores(hidden: Array, score: str, weight: Array, *, bias: Array | None =
     biases = _check(hidden, weight.shape[0], weight, bias, None)
     xp = namespace(hidden)
     scores = memory.empty((hidden.shape[0], weight.shape[0]), np.float32, like=hidden)
-    for rows, logits in _logits(hidden, weight, biases["bias"]):
+    for rows, logits in tiled_logits(hidden, weight, biases["bias"]):
         scores[rows] = SCORES[score](xp, logits)
     return _without_nan(scores, biases)
 
@@ -214,7 +214,7 @@ def weigh_chosen(
             f"indices must be in [0, {router.num_experts}), but range from {low} to {high}"
         )
     topk_weights = xp.empty(indices.shape, dtype=xp.float32)
-    for rows, logits in _logits(hidden, weight, biases["bias"], router):
+    for rows, logits in tiled_logits(hidden, weight, biases["bias"], router):
         scores = SCORES[router.score](xp, logits) if router.score in SCORES else logits
         topk_weights[rows] = _weigh(xp, scores, indices[rows], router)
     return _without_nan(topk_weights, biases)
@@ -223,7 +223,7 @@ def weigh_chosen(
 # --- the steps, each on a tile of rows ---------------------------------------------------------
 
 
-def _logits(
+def tiled_logits(
     hidden: Array, weight: Array, bias: Array | None, router: Router | None = None
 ) -> Iterator[tuple[slice, Array]]:
     """Yield (rows, logits [rows, E]) tile by tile; the caller may overwrite the logits.
@@ -269,7 +269,7 @@ def _route_logits(
     scores = SCORES[router.score](xp, logits) if router.score in SCORES else logits
     choice = scores.copy() if selection_bias is None else scores + selection_bias
     if router.grouped:
-        _mask_groups(xp, choice, router)
+        mask_groups(xp, choice, router)
     indices = largest(xp, choice, router.k)
     return indices, _weigh(xp, scores, indices, router)
 
@@ -290,7 +290,7 @@ def _scaled(xp: Any, weights: Array, router: Router) -> Array:
     return weights
 
 
-def _mask_groups(xp: Any, choice: Array, router: Router) -> None:
+def mask_groups(xp: Any, choice: Array, router: Router) -> None:
     """Set the choice to the smallest number outside each row's best groups."""
     grouped = choice.reshape(len(choice), router.groups, -1)  # [n, G, E / G]
     best = largest(xp, GROUP_SCORES[router.group_score](xp, grouped), router.topk_groups)

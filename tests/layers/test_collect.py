@@ -11,8 +11,8 @@ from hypothesis import strategies as st
 
 from dask_ep import Experts, MoELayer, Router, collect, expert_parallel
 from dask_ep.experts import local_experts
-from dask_ep.graph import statistics as graph_statistics
-from dask_ep.layers.collect import WHAT
+from dask_ep.graph import row_choice
+from dask_ep.layers.collect import WHAT, begin_collection
 from dask_ep.placement.policies import balanced
 from tests.compare import assert_close
 from tests.plain_statistics import make_layer, statistics
@@ -20,7 +20,7 @@ from tests.strategies import Case, cases
 
 KINDS = ["linear", "callables", "mlp", "gated", "gated_fused"]
 F = 5
-IN_TILES = [name for name in WHAT if name not in ("gram", "router")]
+SEEN = [name for name in WHAT if name not in ("gram", "router")]
 
 
 def assert_same(got: dict[str, np.ndarray], want: dict[str, np.ndarray]) -> None:
@@ -47,7 +47,7 @@ def test_statistics_are_those_of_plain_loops(case: Case, kind: str, on_input: bo
     got = collect(
         tokens,
         layer.experts,
-        what=IN_TILES,
+        what=SEEN,
         routing=(routing, topk_weights),
         world_size=ranks,
         placement=data.draw(st.sampled_from([None, balanced(load, ranks)])),
@@ -95,13 +95,12 @@ def test_the_output_comes_from_the_same_pass_and_has_the_same_bits(k):
     np.testing.assert_array_equal(got["output"], want.compute(scheduler="sync"))
 
 
-def test_bits_do_not_depend_on_ranks_schedulers_or_whether_the_output_is_wanted(monkeypatch):
-    monkeypatch.setattr(graph_statistics, "GROUP_CHUNKS", 4)
+def test_bits_do_not_depend_on_ranks_schedulers_or_whether_the_output_is_wanted():
     tokens, routing = small()
     experts = make_layer("gated", 6, 8, F, 8, seed=0).experts
 
     def found(scheduler: str, **options):
-        got = collect(tokens, experts, what=IN_TILES, routing=routing, **options)
+        got = collect(tokens, experts, what=SEEN, routing=routing, **options)
         return dask.compute(got, scheduler=scheduler, num_workers=3)[0]
 
     want = found("sync", world_size=1)
@@ -158,7 +157,7 @@ def test_building_computes_nothing_and_tasks_grow_with_the_chunks(monkeypatch):
     tasks = {}
     for rows in (30, 15, 10):
         chunked = [a.rechunk((rows, -1)) for a in (tokens, *routing)]
-        got = collect(chunked[0], experts, what=IN_TILES, routing=tuple(chunked[1:]), world_size=2)
+        got = collect(chunked[0], experts, what=SEEN, routing=tuple(chunked[1:]), world_size=2)
         graph = got["reap.score"].__dask_graph__()
         tasks[90 // rows] = sum(str(key).startswith("('ep_") for key in graph)
     assert tasks[9] - tasks[6] == tasks[6] - tasks[3] == 9  # usage, chunk and partial of each
@@ -167,6 +166,7 @@ def test_building_computes_nothing_and_tasks_grow_with_the_chunks(monkeypatch):
 def test_what_is_wrong_is_said():
     tokens, routing = small()
     experts = make_layer("linear", 6, 8, F, 8, seed=0).experts
+    layer = MoELayer(Router(6, 2), experts, np.ones((6, 8)))
     with pytest.raises(ValueError, match="what must be some of usage, .*, but has 'ammax'"):
         collect(tokens, experts, what=["ammax"], routing=routing)
     with pytest.raises(ValueError, match="what must name something"):
@@ -176,7 +176,7 @@ def test_what_is_wrong_is_said():
     with pytest.raises(
         TypeError, match=r"routing of a layer must be both \(indices, topk_weights\)"
     ):
-        collect(tokens, make_layer("gated", 6, 8, F, 8, seed=0), what="usage", routing=routing[0])
+        collect(tokens, layer, what="usage", routing=routing[0])
     with pytest.raises(TypeError, match="hidden must be a Dask array, but is a ndarray"):
         collect(np.ones((3, 8)), experts, what=["usage"], routing=routing)
 
@@ -199,3 +199,121 @@ def test_rows_of_bfloat16_and_large_values_keep_their_size():
     got = collect(tokens, experts, what=["amax"], routing=da.zeros(1, dtype=int))
     found = got["amax.input"].compute(scheduler="sync")
     np.testing.assert_array_equal(found, np.abs(tokens.compute()))
+
+
+@settings(max_examples=15)
+@given(cases(even=False, repeats=False), st.sampled_from(["all", 0.3]), st.data())
+def test_rows_that_nobody_routed_are_seen_but_not_counted(case: Case, rows, data):
+    E, (d, d_out) = case.num_experts, case.W.shape[1:]
+    layer = make_layer("gated", E, d, F, d_out, seed=0)
+    tokens, routing, topk_weights = case.dask()
+    block = data.draw(st.sampled_from([range(E), range(E // 2, E)]))
+
+    def collected(x: da.Array, r: da.Array, w: da.Array | None) -> dict[str, np.ndarray]:
+        found = begin_collection(
+            x, layer.experts, what=["amax", "mean_output", "reap", "sumsq"], routing=(r, w),
+            rows=rows, seed=3, world_size=case.world_size, block=block,
+        )  # fmt: skip
+        return dask.compute(found.arrays(), scheduler="sync")[0]
+
+    got = collected(tokens, routing, topk_weights)
+    first = np.int64(block.start)
+    slots = case.routing if case.routing.ndim == 2 else case.routing[:, None]
+    local = np.where((slots >= first) & (slots < block.stop), slots - first, -1)
+    chosen = (local[:, :, None] == np.arange(len(block))).any(axis=1)
+    others = ~chosen
+    if rows != "all":
+        numbers = row_choice._uniform(0, len(local), block, 3)
+        assert numbers.shape == others.shape
+        others &= numbers < rows
+    weights = case.topk_weights
+    weights = weights if weights is None or weights.ndim == 2 else weights[:, None]
+    want = statistics(
+        case.tokens, local, weights, layer.plain[block.start : block.stop], others=others
+    )
+    assert_same(got, want)
+    whole = (a if a is None else a.rechunk({0: -1}) for a in (tokens, routing, topk_weights))
+    np.testing.assert_array_equal(collected(*whole)["coverage.rows"], got["coverage.rows"])
+
+
+def test_a_share_is_a_share_whatever_the_seed():
+    counts = [(row_choice._uniform(0, 4000, range(5), seed) < 0.1).sum() for seed in (0, 1)]
+    assert all(1850 < count < 2150 for count in counts)
+    assert len(set(counts)) == 2
+
+
+def test_the_output_is_the_same_with_other_rows():
+    tokens, routing = small()
+    experts = make_layer("gated", 6, 8, F, 8, seed=0).experts
+    got = collect(tokens, experts, what=["amax"], routing=routing, rows="all", with_output=True)
+    (got,) = dask.compute(got, scheduler="sync")
+    want = expert_parallel(tokens, routing[0], experts, topk_weights=routing[1])
+    np.testing.assert_array_equal(got["output"], want.compute(scheduler="sync"))
+    np.testing.assert_array_equal(got["coverage.rows"], 90)
+
+
+@pytest.mark.parametrize(
+    "router",
+    [
+        Router(6, 2),
+        Router(6, 2, "sigmoid", groups=3, topk_groups=2),
+        Router(6, 1, "softmax_chosen"),
+        Router(6, 6, "sqrtsoftplus"),
+        Router(6, 2, "sparsemixer"),
+    ],
+    ids=lambda router: router.score,
+)
+def test_statistics_of_a_router_are_those_of_plain_loops(router):
+    rng = np.random.default_rng(0)
+    experts = make_layer("gated", 6, 8, F, 8, seed=0).experts
+    weight = rng.standard_normal((6, 8), dtype="f4")
+    bias = None if router.score == "sparsemixer" else rng.random(6, dtype="f4")
+    layer = MoELayer(router, experts, weight, selection_bias=bias)
+    x = rng.standard_normal((50, 8))
+    got = collect(da.from_array(x, chunks=(20, -1)), layer, what=["router"])
+    (got,) = dask.compute(got, scheduler="sync")
+    want = plain_router(x, router, weight, bias)
+    for name, array in want.items():
+        np.testing.assert_allclose(got[f"router.{name}"], array.mean(axis=0), rtol=1e-5)
+        if array.ndim == 1:
+            edges, counts = got[f"router.{name}_edges"], got[f"router.{name}_histogram"]
+            clipped = np.clip(array, edges[0], edges[-1] * (1 - 1e-9))
+            assert np.abs(np.histogram(clipped, edges)[0] - counts).sum() <= 2  # at an edge
+            assert counts.sum() == len(array)
+    assert got["router.rows"] == 50
+
+
+def plain_router(x, router, weight, bias) -> dict[str, np.ndarray]:
+    """Probabilities (n, E); entropy, z-loss and margin (n,) of rows, one after the other."""
+    found: dict[str, list] = {"probability": [], "entropy": [], "z_loss": [], "margin": []}
+    for row in x:
+        logits = weight.astype("f8") @ row
+        kind = router.score.removesuffix("_chosen")
+        if kind == "sigmoid":
+            scores = 1 / (1 + np.exp(-logits))
+        elif kind == "sqrtsoftplus":
+            scores = np.sqrt(np.log1p(np.exp(logits)))
+        else:
+            scores = np.exp(logits) / np.exp(logits).sum()
+        choice = logits if router.score in ("softmax_chosen", "sparsemixer") else scores
+        choice = choice + (0 if bias is None else bias)
+        if router.grouped:
+            best = np.argsort(-choice.reshape(3, 2).max(axis=1))[: router.topk_groups]
+            choice = np.concatenate([choice[2 * g : 2 * g + 2] for g in best])
+        p = scores / scores.sum()
+        found["probability"].append(p)
+        found["entropy"].append(-(p * np.log(p)).sum())
+        found["z_loss"].append(np.log(np.exp(logits).sum()) ** 2)
+        if router.k < len(choice):
+            ordered = np.sort(choice)[::-1]
+            found["margin"].append(ordered[router.k - 1] - ordered[router.k])
+    return {name: np.array(values) for name, values in found.items() if values}
+
+
+def test_experts_without_a_router_have_no_statistics_of_one():
+    tokens, routing = small()
+    experts = make_layer("gated", 6, 8, F, 8, seed=0).experts
+    with pytest.raises(ValueError, match="statistics of the router need a layer"):
+        collect(tokens, experts, what=["router"], routing=routing)
+    with pytest.raises(ValueError, match=r"rows must be 'routed', 'all' or a share in \(0, 1\]"):
+        collect(tokens, experts, what=["amax"], routing=routing, rows=1.5)

@@ -75,7 +75,7 @@ class Cblas:
 
     def __init__(self, library: ctypes.CDLL, names: dict[Any, str]):
         self._gemm = {}
-        self._packing = _packing_of(library)
+        self._packing: Any = _packing_of(library)
         for dtype, name in names.items():
             sums = _sums(np.dtype(dtype))
             number = np.ctypeslib.as_ctypes_type(sums)
@@ -136,6 +136,7 @@ class Cblas:
         The products have the same bits.
         """
         (size, pack, _), lies = self._packing, self._lie(w)
+        assert lies is not None  # `packable` has looked
         k, n = w.shape
         packed = memory.empty((size(self._SECOND, m, n, k) + _CACHE_LINE,), np.uint8)
         packed = packed[-packed.ctypes.data % _CACHE_LINE :]
@@ -178,7 +179,7 @@ def _packing_of(library: ctypes.CDLL) -> tuple[Any, Any, Any] | None:
     return size, pack, compute
 
 
-def _address(a: np.ndarray) -> int:
+def _address(a: Any) -> int:
     """Address of an array; the buffer tells it three times faster than NumPy."""
     try:
         return ctypes.addressof(ctypes.c_char.from_buffer(a))

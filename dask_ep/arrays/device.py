@@ -8,8 +8,9 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass
 from traceback import clear_frames
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 
@@ -20,7 +21,8 @@ NAMESPACE = "cupy"
 """The namespace of device arrays; the tests put another here that keeps CuPy's rules on a CPU."""
 
 
-class Device(NamedTuple):
+@dataclass(frozen=True)
+class Device:
     """A GPU that this process sees."""
 
     index: int

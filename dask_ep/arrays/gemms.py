@@ -64,8 +64,9 @@ class Gemms:
         for handle in (*self._handles, self._own):
             self._cublas.setMathMode(handle, SUMS_IN_FLOAT32)
         self._lock = threading.Lock()  # a handle serves one thread at a time
-        self._ones = {np.float32: np.ones(1, np.float32), np.float64: np.ones(1, np.float64)}
-        self._zeros = {np.float32: np.zeros(1, np.float32), np.float64: np.zeros(1, np.float64)}
+        wide = ("float32", "float64")
+        self._ones = {name: np.ones(1, name) for name in wide}
+        self._zeros = {name: np.zeros(1, name) for name in wide}
 
     def __call__(
         self,
@@ -120,7 +121,7 @@ class Gemms:
 
     def _arguments(
         self, rows: Array, matrix: Array, out: Array, start: int, stop: int
-    ) -> tuple[Array, tuple[int, ...]]:
+    ) -> tuple[Array, tuple[Any, ...]]:
         """The matrix as it is read, and the arguments of gemmEx for out = rows @ matrix.
 
         cuBLAS counts along columns first: what lies row by row is for it the transposed matrix, and
@@ -135,7 +136,7 @@ class Gemms:
         kind, made = (
             getattr(self._xp.cuda.runtime, CUDA_TYPES[array.dtype.name]) for array in (rows, out)
         )
-        wide = np.float64 if rows.dtype == np.float64 else np.float32
+        wide = "float64" if rows.dtype == np.float64 else "float32"
         cublas = self._cublas
         return matrix, (
             cublas.CUBLAS_OP_T if transposed else cublas.CUBLAS_OP_N,

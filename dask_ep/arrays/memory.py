@@ -24,8 +24,9 @@ from collections import deque
 from math import prod
 
 import numpy as np
+from numpy.typing import DTypeLike
 
-from dask_ep.arrays.namespaces import namespace
+from dask_ep.arrays.namespaces import Array, namespace
 
 SMALLEST_BLOCK = 1 << 20
 """Bytes below which an array is left to the C library, which recycles small blocks well itself."""
@@ -175,7 +176,7 @@ if hasattr(os, "register_at_fork"):
     os.register_at_fork(after_in_child=_renew_pool)
 
 
-def empty(shape: tuple[int, ...], dtype: object, like: object = None) -> np.ndarray:
+def empty(shape: tuple[int, ...], dtype: DTypeLike, like: Array | None = None) -> Array:
     """Return an uninitialised C-contiguous array, in recycled memory where that pays.
 
     Parameters
@@ -204,7 +205,7 @@ def empty(shape: tuple[int, ...], dtype: object, like: object = None) -> np.ndar
     return _pool.lease(nbytes).view(dtype).reshape(shape)
 
 
-def runs_in_cache(x: object) -> list[slice]:
+def runs_in_cache(x: Array) -> list[slice]:
     """Cut rows into runs that a core's cache keeps from one step to the next; on a device one.
 
     Examples

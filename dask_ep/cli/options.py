@@ -32,7 +32,7 @@ def parse_size(context: click.Context, parameter: click.Parameter, value: str | 
     raise click.BadParameter(f'invalid size: {value!r} (try "8 GiB")')
 
 
-SIZE = {"callback": parse_size, "metavar": "SIZE"}
+SIZE: dict[str, Any] = {"callback": parse_size, "metavar": "SIZE"}
 
 
 def ranks_options(command: Callable) -> Callable:

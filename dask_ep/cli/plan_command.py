@@ -140,7 +140,7 @@ def priced_job(
     for note in find_notes(inputs):
         echo_note(note)
     devices = _devices_here() if isinstance(where, Gpus) else None
-    values = {
+    values: dict[str, list[Any]] = {
         "world_size": [job.world_size],
         "placement": [job.placement],
         "chunk_rows": [chunk_rows],

@@ -40,7 +40,7 @@ from dask_ep.jobs.save_routing import path_of_weights
 
 def job_options(command: Callable) -> Callable:
     """Add the job file, and an option for every key of a job."""
-    options = [
+    options: list[Callable] = [
         click.argument("job", type=click.Path(dir_okay=False), required=False),
         click.option(
             "--tokens", metavar="PATH", help="Token rows (n, d): .zarr, .npy, .safetensors::name."
@@ -77,7 +77,7 @@ def job_options(command: Callable) -> Callable:
 
 def how_options(command: Callable) -> Callable:
     """Add the options that say how a job is run, on any backend."""
-    options = [
+    options: list[Callable] = [
         click.option(
             "--report",
             type=click.Path(dir_okay=False),
@@ -230,10 +230,12 @@ def _show_workers(count: Workers) -> None:
     click.echo(f"workers: {count}", err=True)
 
 
-JOB_KEYS = ("tokens", "routing", "topk_weights", "layer", "layer_index", "out")
-JOB_KEYS += ("world_size", "placement", "precision", "missing")
+JOB_KEYS: tuple[str, ...] = (
+    "tokens", "routing", "topk_weights", "layer", "layer_index", "out", "world_size", "placement",
+    "precision", "missing",
+)  # fmt: skip
 
-WHERE = ("threads", "processes", "scheduler", "scheduler_file", "workers")
+WHERE: tuple[str, ...] = ("threads", "processes", "scheduler", "scheduler_file", "workers")
 WHERE += ("memory_limit", "dashboard")
 WHERE += ("tls_ca_file", "tls_cert", "tls_key", "gpu", "protocol", "tf32", "device_memory_limit")
 """The options of `run` that say where."""
@@ -253,7 +255,7 @@ def _choose_where(
     **local: Any,
 ) -> Where:
     certificates = read_certificates(tls_ca_file, tls_cert, tls_key)
-    of_gpus = {"protocol": protocol, "tf32": tf32}
+    of_gpus: dict[str, Any] = {"protocol": protocol, "tf32": tf32}
     if scheduler is None and scheduler_file is None:
         refuse({"workers": workers}, "needs --scheduler or --scheduler-file")
         if certificates is not None:

@@ -30,6 +30,7 @@ from distributed.security import Security
 import dask_ep
 from dask_ep.arrays.blas import limit_blas_for_good
 from dask_ep.arrays.memory import keep_freed_memory
+from dask_ep.cluster.dask_internals import scheduler_address
 
 PACKAGES = ("dask", "distributed", "numpy", "zarr")
 """Packages whose versions must agree, besides dask_ep and Python: graphs and chunks travel as what
@@ -86,6 +87,8 @@ def connect(
         If no scheduler answers there, or if it and the client do not accept each other.
     """
     if address is None:
+        if scheduler_file is None:
+            raise TypeError("an address or a scheduler_file must be given, but both are None")
         address = _read_address(scheduler_file, timeout)
     security = certificates.security() if certificates else Security()
     # A Client that fails to connect is closed by the garbage collector, which can lock up in Dask
@@ -181,11 +184,11 @@ def check_cluster(client: Client, files: Mapping[str, str | os.PathLike] | None 
     try:
         scheduler, allowed_failures = client.run_on_scheduler(_probe_scheduler)
         problems += _compare_versions(
-            f"the scheduler ({client.scheduler.address})", scheduler, here
+            f"the scheduler ({scheduler_address(client)})", scheduler, here
         )
     except ModuleNotFoundError as error:
         allowed_failures = None
-        problems.append(_cannot_import(f"the scheduler ({client.scheduler.address})", error))
+        problems.append(_cannot_import(f"the scheduler ({scheduler_address(client)})", error))
     answers = client.run(probe, list(paths.values()), on_error="return")
     for address, there in answers.items():
         who = f"worker {names.get(address, '?')} ({address})"

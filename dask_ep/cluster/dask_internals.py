@@ -9,9 +9,10 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable, Iterable, Mapping
-from typing import Any
+from typing import Any, Literal
 
 from dask.typing import Key
+from distributed import Client
 from distributed.core import clean_exception
 from distributed.scheduler import Scheduler, TaskState
 from distributed.threadpoolexecutor import thread_state as pool_state
@@ -39,6 +40,11 @@ def plugin_of(worker: Worker, name: str) -> Any:
     return worker.plugins.get(name)
 
 
+def scheduler_address(client: Client) -> str:
+    assert client.scheduler is not None  # it is connected
+    return str(client.scheduler.address)
+
+
 def is_closing(worker: Worker) -> bool:
     return worker.status not in WORKER_ANY_RUNNING
 
@@ -48,7 +54,8 @@ def threads_of(worker: Worker) -> int:
 
 
 def loop_of(worker: Worker) -> asyncio.AbstractEventLoop:
-    return worker.loop.asyncio_loop
+    loop: Any = worker.loop  # Tornado's types know a loop without it
+    return loop.asyncio_loop
 
 
 def install(
@@ -97,6 +104,7 @@ def raise_remote(answer: dict[str, Any]) -> None:
     """Raise what another worker raised instead of answering."""
     if answer.get("status") == "uncaught-error":
         _, error, trace = clean_exception(**answer)
+        assert error is not None
         raise error.with_traceback(trace)
 
 
@@ -174,12 +182,12 @@ def hasten(task: TaskState, able: Callable[[Mapping[str, float]], set[str]]) -> 
                 made_of.resource_restrictions = None
                 restricted.append(made_of)
     for each in seen:
-        each.priority = (FIRST, *each.priority[1:])
+        each.priority = (FIRST, *(each.priority or ())[1:])
     return restricted
 
 
 def release_hastened(
-    scheduler: Scheduler, tasks: Iterable[TaskState], kind: type[set]
+    scheduler: Scheduler, tasks: Iterable[TaskState], kind: type[Any]
 ) -> list[TaskState]:
     """Restrict tasks as before `hasten`, but for those that run, which are given back.
 
@@ -187,12 +195,13 @@ def release_hastened(
     """
     running = []
     for task in tasks:
-        if not isinstance(task.worker_restrictions, kind) or task.state == "forgotten":
+        restrictions = task.worker_restrictions
+        if not isinstance(restrictions, kind) or task.state == "forgotten":
             continue
         if task.state == "processing":
             running.append(task)
             continue
-        task.resource_restrictions = task.worker_restrictions.needs or None
+        task.resource_restrictions = restrictions.needs or None
         task.worker_restrictions = None
         if task.state == "no-worker":
             _transition(scheduler, [task], "processing")
@@ -208,7 +217,7 @@ def place_again(scheduler: Scheduler, task: TaskState) -> None:
     """Take a task that no worker has begun to where it may run now."""
     if task.state == "no-worker":
         _transition(scheduler, [task], "processing")
-    elif task.state == "processing" and task not in task.processing_on.executing:
+    elif task.processing_on is not None and task not in task.processing_on.executing:
         _transition(scheduler, [task], "released")
 
 
@@ -239,7 +248,9 @@ def call_back(scheduler: Scheduler, worker: str, kind: type[set]) -> None:
     _transition(scheduler, waiting, "released")
 
 
-def _transition(scheduler: Scheduler, tasks: Iterable[TaskState], state: str) -> None:
+def _transition(
+    scheduler: Scheduler, tasks: Iterable[TaskState], state: Literal["processing", "released"]
+) -> None:
     # The scheduler takes the last of them first.
-    last_first = sorted(tasks, key=lambda task: task.priority, reverse=True)
+    last_first = sorted(tasks, key=lambda task: task.priority or (), reverse=True)
     scheduler.transitions({task.key: state for task in last_first}, STIMULUS)

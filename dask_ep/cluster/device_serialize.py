@@ -52,7 +52,7 @@ def _array_together(header: Header, frames: list[Any]) -> Array:
 def _array_to_host(array: Array) -> tuple[Header, list[memoryview]]:
     """An array as bytes that were copied to the host."""
     header, frames = _array_apart(array)
-    return header, [memoryview(download(frame)) for frame in frames]
+    return header, [download(frame).data for frame in frames]
 
 
 def _dtype_called(name: str) -> np.dtype:

@@ -181,11 +181,13 @@ def _dask_cuda_cluster(where: Gpus, devices: list[Device], protocol: str) -> Any
     """The same by dask-cuda, which also spills chunks, and binds to the nearest cores."""
     from dask_cuda import LocalCUDACluster
 
+    limit = device_limit(where, devices)
+    assert limit is not None  # there are devices
     return LocalCUDACluster(
         CUDA_VISIBLE_DEVICES=_visible(devices),
         threads_per_worker=THREADS_PER_GPU,
         memory_limit=where.memory_limit or "auto",
-        device_memory_limit=int(SPILL_SHARE * device_limit(where, devices)),
+        device_memory_limit=int(SPILL_SHARE * limit),
         protocol=protocol,
         host="127.0.0.1",
         scheduler_kwargs=_dashboard(where),

@@ -16,6 +16,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 from distributed.scheduler import Scheduler, TaskState
 
@@ -74,7 +75,7 @@ class LayerMap:
         sizes = {len(self._ranks(key)) for key in keys if read_ranks_key(key) is not None}
         return sizes - {0}
 
-    def add(self, keys: Iterable[object]) -> None:
+    def add(self, keys: Iterable[Any]) -> None:
         """Let owners load the layers of a new graph, before the first of its tasks is given out."""
         for key in keys:
             ranks_key = read_ranks_key(key)
@@ -143,7 +144,7 @@ class LayerMap:
 
     # --- how it is done ---
 
-    def _ranks(self, key: object) -> list[TaskState]:
+    def _ranks(self, key: Any) -> list[TaskState]:
         """The tasks that load the ranks of a layer, in order."""
         ranks = {}
         for task in self._scheduler.tasks[key].dependencies:
@@ -154,7 +155,7 @@ class LayerMap:
     def _keep_at_home(self, layer: Layer, task: TaskState) -> None:
         """Let each chunk of a layer with a local placement be read by an owner of its home."""
         for chunk in task.dependents:
-            number = chunk.key[1] if isinstance(chunk.key, tuple) and len(chunk.key) > 1 else 0
+            number: Any = chunk.key[1] if isinstance(chunk.key, tuple) and len(chunk.key) > 1 else 0
             home = number % layer.world_size
             dask_internals.restrict(chunk, self._owners(layer.world_size, home))
 
@@ -261,7 +262,7 @@ class LayerMap:
     def _routes(self, layer: Layer) -> list[Collection[str]]:
         """The workers that chunks ask for each rank: owners that have loaded it, else others that
         have."""
-        routes = []
+        routes: list[Collection[str]] = []
         for rank, serving in enumerate(layer.serving):
             owners = self._owners(layer.world_size, rank)
             routes.append((serving & owners) or serving if layer.is_open else ())

@@ -135,8 +135,8 @@ class Ownership(SchedulerPlugin):
 
     def _pin_passes(self, tasks: Collection) -> None:
         """Let the tasks of experts that are processed in passes run on the owners of their rank."""
-        found = [(key, read_rank(key)) for key in tasks if isinstance(key, tuple) and len(key) > 2]
-        found = [(key, of_rank) for key, of_rank in found if of_rank is not None]
+        longer = (key for key in tasks if isinstance(key, tuple) and len(key) > 2)
+        found = [(key, of_rank) for key in longer if (of_rank := read_rank(key)) is not None]
         world_sizes: defaultdict[str, int] = defaultdict(int)
         for _, (token, rank) in found:
             world_sizes[token] = max(world_sizes[token], rank + 1)

@@ -26,6 +26,7 @@ from distributed import Client
 from distributed.scheduler import Scheduler
 
 from dask_ep.arrays.checks import check_world_size
+from dask_ep.cluster.dask_internals import scheduler_address
 from dask_ep.cluster.owner_plugin import PLUGIN, Ownership
 from dask_ep.cluster.owner_rules import burdens
 from dask_ep.cluster.ranks import Change
@@ -130,7 +131,7 @@ def own_experts(
         )  # fmt: skip
     except ModuleNotFoundError as error:
         raise RuntimeError(
-            f"the scheduler at {client.scheduler.address} cannot import {error.name}; install the "
+            f"the scheduler at {scheduler_address(client)} cannot import {error.name}; install the "
             "same packages there as on the client, at the same versions"
         ) from error
     return Owners(client, world_size, is_new)
@@ -283,7 +284,7 @@ def _claim(
     replicate_hot: bool | None,
     dask_scheduler: Scheduler,
 ) -> tuple[int, bool]:
-    installed = dask_scheduler.plugins.get(PLUGIN)
+    installed = _find_plugin(dask_scheduler)
     plugin = installed or Ownership(dask_scheduler)
     is_new = client not in plugin.claims
     if world_size is None:
@@ -340,15 +341,21 @@ def _check_claim(
         raise ValueError(f"loads must be finite, not negative, and not all zero, but are {loads}")
 
 
+def _find_plugin(scheduler: Scheduler) -> Ownership | None:
+    found: Any = scheduler.plugins.get(PLUGIN)
+    return found
+
+
 def _is_open(scheduler: Scheduler, world_size: int) -> bool:
-    plugin = scheduler.plugins.get(PLUGIN)
+    plugin = _find_plugin(scheduler)
     return plugin is not None and world_size in plugin.ranks
 
 
 def _installed(scheduler: Scheduler, world_size: int) -> Ownership:
-    if not _is_open(scheduler, world_size):
+    plugin = _find_plugin(scheduler)
+    if plugin is None or world_size not in plugin.ranks:
         raise RuntimeError("these owners are closed; call own_experts(client) again")
-    return scheduler.plugins[PLUGIN]
+    return plugin
 
 
 def _owners(world_size: int, dask_scheduler: Scheduler) -> list[tuple[str, ...]]:
@@ -362,7 +369,7 @@ def _changes(world_size: int, dask_scheduler: Scheduler) -> list[Change]:
 
 
 def _failures(dask_scheduler: Scheduler) -> list[str]:
-    plugin = dask_scheduler.plugins.get(PLUGIN)
+    plugin = _find_plugin(dask_scheduler)
     return list(plugin.failures) if plugin else []
 
 
@@ -418,7 +425,7 @@ def _replicate(
 
 
 def _release(client: str, dask_scheduler: Scheduler) -> None:
-    plugin = dask_scheduler.plugins.get(PLUGIN)
+    plugin = _find_plugin(dask_scheduler)
     if plugin is not None:
         plugin.release(client)
 

@@ -372,7 +372,8 @@ class Asking:
         try:
             answer = await request
         except asyncio.CancelledError:
-            if owner in self._lost and not asyncio.current_task().cancelling():
+            me = asyncio.current_task()
+            if owner in self._lost and me is not None and not me.cancelling():
                 return None
             raise
         except OSError:
@@ -389,7 +390,8 @@ class Asking:
             return None
         chunk.tables.update(zip(ranks, answer["seen"], strict=False))
         if len(parts) < len(ranks):
-            parts = parts_of(*parts, answer["rows"])
+            (whole,) = parts
+            parts = parts_of(whole, answer["rows"])
         return dict(zip(ranks, parts, strict=True))
 
     def _message(self, chunk: Chunk, ranks: list[int], packet: Packet) -> dict[str, Any]:

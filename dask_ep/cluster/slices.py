@@ -158,8 +158,10 @@ class Slices:
         slices = [self._held.get((token, rank)) for rank in ranks]
         if self._is_closing or any(experts is None for experts in slices):
             return {"status": "OK", "answers": None}
+        world_size, num_local, d_out = sizes
         watched = None if observe is None else Observe(tuple(observe[0]), *observe[1:])
-        exchange, packet = Exchange(token, *sizes, None, watched), [Packet(*arrays)]
+        exchange = Exchange(token, world_size, num_local, d_out, None, watched)
+        packet = [Packet(*arrays)]
         del arrays
         serve = partial(self._serve_packet, packet, ranks, slices, chunk, exchange, sender)
         with self.tally.queued(token, ranks, len(packet[0].rows)):

@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 
 from distributed import Client
 
+from dask_ep.cluster.dask_internals import scheduler_address
 from dask_ep.cluster.interrupts import Aside, Wait
 
 SECONDS_BETWEEN_COUNTS = 1.0
@@ -88,7 +89,7 @@ class _Counts:
                 self.stopped.wait(SECONDS_BETWEEN_COUNTS)
         except OSError as error:
             raise ConnectionError(
-                f"the scheduler at {self._client.scheduler.address} was lost while {self._wanted} "
+                f"the scheduler at {scheduler_address(self._client)} was lost while {self._wanted} "
                 f"workers were waited for, of which {len(self._running)} ran"
             ) from error
 

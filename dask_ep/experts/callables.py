@@ -66,7 +66,7 @@ class CallableExperts:
         experts: Sequence[int] | None = None,
         xp: Any = np,
         dtype: Any = np.float32,
-        given: dict[str, np.ndarray] | None = None,
+        given: dict[str, Sequence[np.ndarray]] | None = None,
     ) -> list[Callable[[Array], Array]]:
         chosen = self if experts is None else self.subset(experts)
         return [

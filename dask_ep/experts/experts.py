@@ -240,7 +240,7 @@ class Experts(Weights):
         experts: Sequence[int] | None = None,
         xp: Any = np,
         dtype: Any = np.float32,
-        given: dict[str, np.ndarray] | None = None,
+        given: dict[str, Sequence[np.ndarray]] | None = None,
     ) -> LocalExperts:
         """Read experts, and nothing else, to where they will compute.
 

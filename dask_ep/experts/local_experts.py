@@ -25,14 +25,16 @@ HIDDEN_COLUMNS = 2048
 cache, and fewer rows a product would cost a tenth of its speed in packing the matrices."""
 
 
-class LocalExperts(Sequence):
+class LocalExperts(Sequence[Expert]):
     """A rank's experts in memory, in the order of its slots.
 
     Dask is told its true size in memory. Copied to another process it does not carry the
     weights of files along: they are read again from where they lie, when the first is asked for.
     """
 
-    def __init__(self, experts: Experts, xp: Any, dtype: np.dtype, given: dict[str, np.ndarray]):
+    def __init__(
+        self, experts: Experts, xp: Any, dtype: np.dtype, given: dict[str, Sequence[np.ndarray]]
+    ):
         self._origin = (experts, xp.__name__, dtype, given)
         self.nbytes = experts.held_bytes(dtype, on_device=xp.__name__ != "numpy")
         self._lock = Lock()
@@ -53,7 +55,7 @@ class LocalExperts(Sequence):
     def __len__(self) -> int:
         return self._origin[0].num_experts
 
-    def __getitem__(self, e: int) -> Expert:
+    def __getitem__(self, e: Any) -> Any:
         return (self._experts or self._loaded())[e]
 
     def __sizeof__(self) -> int:
@@ -64,7 +66,7 @@ class LocalExperts(Sequence):
 
 
 def _unloaded(
-    experts: Experts, namespace_name: str, dtype: np.dtype, given: dict[str, np.ndarray]
+    experts: Experts, namespace_name: str, dtype: np.dtype, given: dict[str, Sequence[np.ndarray]]
 ) -> LocalExperts:
     return LocalExperts(experts, import_module(namespace_name), dtype, given)
 
@@ -96,7 +98,7 @@ def load_experts(
 
 
 def _read_to_device(
-    experts: Experts, xp: Any, dtype: np.dtype, given: dict[str, np.ndarray]
+    experts: Experts, xp: Any, dtype: np.dtype, given: dict[str, Sequence[np.ndarray]]
 ) -> dict[str, list[Array | None]]:
     """Read the experts to a device, gate and up into one matrix; what is there stays there.
 

@@ -62,7 +62,7 @@ if hasattr(os, "register_at_fork"):
     os.register_at_fork(after_in_child=_renew_readers)
 
 
-class ExpertsAhead(Sequence):
+class ExpertsAhead(Sequence[Expert]):
     """Experts that are being read, or will be when it is their turn.
 
     Parameters
@@ -88,7 +88,7 @@ class ExpertsAhead(Sequence):
     def __len__(self) -> int:
         return self._origin[0].num_experts
 
-    def __getitem__(self, e: int) -> Expert:
+    def __getitem__(self, e: Any) -> Any:
         return self._coming.result().experts()[e]
 
     def __reduce__(self) -> tuple[Any, ...]:
@@ -116,7 +116,9 @@ class _Compressed:
                 _decode(*self._waiting.popleft(), self._dtype)
         with self._lock:
             if self._local is None:
-                given = {n: [one.result() for one in stack] for n, stack in self._decoded.items()}
+                given: dict[str, Sequence[np.ndarray]] = {
+                    n: [one.result() for one in stack] for n, stack in self._decoded.items()
+                }
                 self._decoded.clear()
                 self._local = load_experts(self._origin, np, self._dtype, given)
             return self._local
@@ -124,7 +126,9 @@ class _Compressed:
 
 def _decode(weight: Weight, to: Future[np.ndarray], dtype: np.dtype) -> None:
     try:
-        to.set_result(weight.read(dtype)[0])
+        (one,) = weight.read(dtype)
+        assert one is not None  # `held_in_memory` takes experts that are there
+        to.set_result(one)
     except BaseException as error:  # for all who wait for it
         to.set_exception(error)
 

@@ -134,7 +134,7 @@ class ZeroPoints(Source):
     """
 
     def __init__(
-        self, stored: Source, coding: str, shape: tuple[int, int], more: int = 0, mask: int = 255
+        self, stored: Source, coding: str, shape: tuple[int, ...], more: int = 0, mask: int = 255
     ):
         self.stored, self.coding, self.more, self.mask = stored, coding, more, mask
         self.shape, self.dtype, self.name = tuple(shape), np.dtype(np.float32), stored.name
@@ -160,7 +160,7 @@ class ZeroPoints(Source):
         codes = coding(self.coding)
         first, last = start // codes.rows, -(-stop // codes.rows)
         width = codes.width(self.stored.shape[1], self.stored.dtype)
-        numbers = np.empty(((last - first) * codes.rows, width), np.float32)
+        numbers: np.ndarray = np.empty(((last - first) * codes.rows, width), np.float32)
         codes.decode(self.stored.read(first, last), numbers)
         if self.more:
             numbers = (numbers.astype(np.int32) + self.more) & self.mask

@@ -72,7 +72,9 @@ class StoredExperts(Experts):
     def held_bytes(self, dtype: np.dtype, *, on_device: bool = False) -> int:
         return self.nbytes
 
-    def build(self, xp: Any, dtype: np.dtype, given: dict[str, np.ndarray]) -> list[Expert]:
+    def build(
+        self, xp: Any, dtype: np.dtype, given: dict[str, Sequence[np.ndarray]]
+    ) -> list[Expert]:
         lately = threading.local()
         held = [held_in_memory(self, e, xp) for e in range(self.num_experts)]
         return [_StoredExpert(one, xp, dtype, lately) for one in held]
@@ -101,7 +103,7 @@ class _StoredExpert(Expert):
 
     def _loaded(self) -> Expert:
         who, expert = getattr(self._lately, "expert", (None, None))
-        if who is not self:
+        if expert is None or who is not self:
             self._lately.expert = (None, None)  # the memory of the last is free for this one
             expert = self._one.load(xp=self._xp, dtype=self._dtype)[0]
             self._lately.expert = (self, expert)
@@ -121,4 +123,4 @@ def _hold_weight(weight: Weight, e: int, xp: Any) -> Weight:
     if isinstance(weight.parts, tuple):
         part = weight.parts[number]
         return Weight((in_memory(part, 0, part.shape[0], xp),), (0,))
-    return Weight(in_memory(weight.parts, number, number + 1, xp), (0,))
+    return Weight(in_memory(weight.whole(), number, number + 1, xp), (0,))

@@ -46,8 +46,8 @@ class Weight:
             if not obj:
                 raise ValueError(f"{name} must have one entry per expert, but has none")
             if any(isinstance(part, da.Array) for part in obj):
-                whole = [_as_dask(part, f"{name}[{e}]") for e, part in enumerate(obj)]
-                return cls.of(da.stack(whole), name)
+                each = [_as_dask(part, f"{name}[{e}]") for e, part in enumerate(obj)]
+                return cls.of(da.stack(each), name)
             parts = tuple(_source(part, f"{name}[{e}]") for e, part in enumerate(obj))
             if len({part.shape for part in parts}) > 1:
                 odd = next(e for e, part in enumerate(parts) if part.shape != parts[0].shape)
@@ -58,10 +58,10 @@ class Weight:
             return cls(parts, range(len(parts)))
         if isinstance(obj, da.Array):
             refuse_masked(obj, name)
-        parts = obj if isinstance(obj, da.Array) else _source(obj, name)
-        if parts.ndim == 0:
+        whole = obj if isinstance(obj, da.Array) else _source(obj, name)
+        if whole.ndim == 0:
             raise ValueError(f"{name} must have the experts along its first axis, but is a number")
-        return cls(parts, range(parts.shape[0]))
+        return cls(whole, range(whole.shape[0]))
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -79,13 +79,18 @@ class Weight:
         if isinstance(self.parts, tuple):
             return sum(self.parts[e].nbytes for e in self.ids if e >= 0)
         held = sum(e >= 0 for e in self.ids)
-        return held * self.parts.nbytes // max(self.parts.shape[0], 1)
+        return held * int(self.parts.nbytes) // max(self.parts.shape[0], 1)
 
     def sources(self) -> tuple[Source, ...]:
         """The source of these experts, if not a Dask array."""
         if isinstance(self.parts, da.Array):
             return ()
         return self.parts if isinstance(self.parts, tuple) else (self.parts,)
+
+    def whole(self) -> Source:
+        """The source of all experts, where it is one."""
+        assert isinstance(self.parts, Source)  # a Dask array is a task's argument, see `detached`
+        return self.parts
 
     def subset(self, ids: Sequence[int]) -> Weight:
         """Keep the experts `ids` (positions here; -1 stays an empty slot)."""
@@ -103,6 +108,7 @@ class Weight:
             return self.parts[e]
         if isinstance(self.parts, DeviceSource):
             return self.parts.part(e)
+        assert isinstance(self.parts, ArraySource)
         return ArraySource(self.parts.array[e], self.parts.name)
 
     def collection(self) -> da.Array | None:
@@ -118,13 +124,16 @@ class Weight:
         return Weight(_Detached(self.parts.shape, self.parts.dtype), self.ids)
 
     @UNDERFLOW_IS_ZERO
-    def read(self, dtype: np.dtype, given: np.ndarray | None = None) -> list[np.ndarray | None]:
+    def read(
+        self, dtype: np.dtype, given: Sequence[np.ndarray] | None = None
+    ) -> list[Array | None]:
         """Read one array per expert, None for an empty slot; each converted by itself.
 
         Matrices that are bfloat16, or become it when they are decoded without losing a bit, stay
         so instead of float32 where products with them take 16 bits (`dask_ep.kernel.bfloat16`).
         """
-        read, arrays = iter(() if given is None else given), []
+        read = iter(() if given is None else given)
+        arrays: list[Array | None] = []
         for e in self.ids:
             if e < 0:
                 arrays.append(None)
@@ -134,7 +143,7 @@ class Weight:
                 part = self.parts[e]
                 arrays.append(part.read(0, part.shape[0]))
             else:
-                arrays.append(self.parts.read(e, e + 1)[0])
+                arrays.append(self.whole().read(e, e + 1)[0])
         return [None if a is None else self._as_computed(a, dtype) for a in arrays]
 
     def loaded_bytes(self, dtype: np.dtype, *, on_device: bool = False) -> int:
@@ -169,7 +178,9 @@ class Weight:
             isinstance(self.parts, tuple) and isinstance(self.parts[0], DeviceSource)
         )
 
-    def fill(self, targets: Sequence[Array | None], given: np.ndarray | None = None) -> None:
+    def fill(
+        self, targets: Sequence[Array | None], given: Sequence[np.ndarray] | None = None
+    ) -> None:
         """Read each expert held here into a device array; one of its number, None where empty.
 
         Notes
@@ -181,13 +192,14 @@ class Weight:
         for e, target in zip(self.ids, targets, strict=True):
             if e < 0:
                 continue
+            assert target is not None
             if given is not None:
                 _put(target, _checked(next(read)))
             elif isinstance(self.parts, tuple):
                 part = self.parts[e]
                 fill_on_device(part, 0, part.shape[0], target)
             else:
-                fill_on_device(self.parts, e, e + 1, target[None])
+                fill_on_device(self.whole(), e, e + 1, target[None])
 
     def fingerprint(self) -> dict[str, Any]:
         """Tell these weights from other or changed ones; see `Source.fingerprint`."""

@@ -68,7 +68,7 @@ def load_rank(
     dtype: np.dtype,
     rank: int,
     token: str | None,
-    **given: np.ndarray,
+    **given: Sequence[np.ndarray],
 ) -> LocalExperts | list | None:
     """Load the experts of a rank: for the service of this worker if there is one, else as result.
 
@@ -221,8 +221,9 @@ def begin_seen(observe: Observe | None, rank: int, num_local: int) -> Seen | Non
 def join_tables(tables: Tables, exchange: Exchange) -> np.ndarray:
     """What was seen of each expert's rows, replicas joined in the order of the ranks."""
     observe, placement = exchange.observe, exchange.placement
-    order = range(exchange.world_size * exchange.num_local)
-    order = list(order) if placement is None else placement.order()
+    assert observe is not None
+    in_order = list(range(exchange.world_size * exchange.num_local))
+    order = in_order if placement is None else placement.order()
     joined = np.zeros((max(order) + 1, observe.width))
     for rank in sorted(tables):
         first = rank * exchange.num_local
@@ -266,8 +267,8 @@ def serve_packet(
 
     On the host they are parts of one array, which comes first: it travels as one.
     """
-    rows, routing, weights = (None if a is None else aligned(a) for a in packet)
-    packet = Packet(rows, routing, weights)
+    packet = Packet(*(None if a is None else aligned(a) for a in packet))
+    rows, routing, weights = packet
     if namespace(rows) is not np:
         return None, [
             _serve_on_device(

@@ -108,7 +108,7 @@ class Walk:
             yield Turn(needed(b - decoded - ahead), before)
 
     def read_task(
-        self, key: tuple, block: Sequence[int], like: Array, after: Sequence[TaskRef], **more: Any
+        self, key: Any, block: Sequence[int], like: Array, after: Sequence[TaskRef], **more: Any
     ) -> Task:
         """A task that begins to read a block, when others are done."""
         return Task(

@@ -96,7 +96,8 @@ class Spilled:
 
     def write_step(self, chunks: Sequence[int]) -> Step:
         """Tasks that write the rows of some of the group's chunks, unless that is done."""
-        done, name, tasks = self.files.find_done(self.tasks), f"ep_send-{self._token}", {}
+        done, name = self.files.find_done(self.tasks), f"ep_send-{self._token}"
+        tasks: dict[Any, Task] = {}
         for c in chunks:
             i = c - self.group.start
             if i not in done:
@@ -106,7 +107,8 @@ class Spilled:
                     self._layout.rows_at[i], self._walk.apply_router_weight_on_input, self.files,
                     c, i,
                 )  # fmt: skip
-        graph = HighLevelGraph.from_collections(name, tasks, dependencies=self._rows.arrays)
+        inputs: Sequence[Any] = self._rows.arrays
+        graph = HighLevelGraph.from_collections(name, tasks, dependencies=inputs)
         return Step(graph, list(tasks))
 
     def serve_step(self) -> Step:
@@ -119,7 +121,8 @@ class Spilled:
         for piece in self._pieces:
             if piece.number not in done:
                 of_rank.setdefault(piece.rank, {}).setdefault(piece.block, []).append(piece)
-        tasks, keys, g = {}, [], self.group.start
+        tasks: dict[Any, Task] = {}
+        keys, g = [], self.group.start
         for r, (_, waiting) in enumerate(sorted(of_rank.items())):
             served = [
                 [(ep_dispatch, -1, g, piece.number, r) for piece in pieces]
@@ -173,7 +176,8 @@ class Spilled:
         """
         total, slots = self._layout.counts.sum(axis=0), max(self._layout.slots, 1)
         worth = SERVED * sum(self._rows.tokens.chunks[0][c] for c in self.group) / slots
-        passes, pieces, before = self._walk.passes, [], 0
+        passes, before = self._walk.passes, 0
+        pieces: list[Piece] = []
         for b, block in enumerate(self._blocks):
             rows = total[block].tolist()
             hot, middle = sum(rows) * ranks > slots, before + sum(rows) / 2
@@ -212,8 +216,9 @@ def _spill_chunk(
         check_routing(routing, topk_weights, n=tokens.shape[0])
         segments = sort_slots(routing, topk_weights, len(counts), 0, 1)
         _check_counts(segments.bounds, counts)
-        on_input = topk_weights is not None and apply_router_weight_on_input
-        weights = topk_weights.reshape(-1) if on_input else None
+        weights = None
+        if topk_weights is not None and apply_router_weight_on_input:
+            weights = topk_weights.reshape(-1)
         nbytes = 0
         for e, (start, stop) in enumerate(segments.bounds):
             if stop > start:
@@ -238,6 +243,7 @@ def _serve_piece(
     with error_context(f"dispatch of spilled rows to experts {block[0]} to {block[-1]}"):
         nbytes = 0
         if not files.is_done(piece.number):
+            assert experts is not None  # they are read while one of their pieces is not done
             for run in piece.runs:
                 nbytes += _serve_run(experts[run.expert], run, computing_dtype(dtype), files)
             files.record(piece.number)

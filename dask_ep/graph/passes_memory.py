@@ -85,8 +85,8 @@ def hold(
         served = [[(ep_dispatch, c, b, 0) for c in group] for b in range(len(blocks))]
         reads = [TaskRef((ep_experts, g, b, 0)) for b in range(len(blocks))]
         for b, turn in enumerate(walk.turns(served, reads)):
-            block, key = blocks[b], reads[b].key
-            tasks[key] = walk.read_task(key, block, rows.tokens._meta, turn.read_after)
+            block, read = blocks[b], reads[b].key
+            tasks[read] = walk.read_task(read, block, rows.tokens._meta, turn.read_after)
             for c in group:
                 key = (ep_dispatch, c, b, 0)
                 share = counts[c, block].sum() / max(counts[c].sum(), 1)

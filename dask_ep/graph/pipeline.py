@@ -200,6 +200,7 @@ def build_chunks(ready: Ready, observe: Observe | None = None) -> da.Array:
         (c,): Where(c, first_row, None if placement is None else placement.home(c))
         for c, first_row in enumerate(first_rows(chunks))
     }
+    arrays: list[Any] = [a for a in (tokens, routing, topk_weights, layer) if a is not None]
     inputs = [
         pair
         for array in (tokens, routing, topk_weights)
@@ -218,11 +219,9 @@ def build_chunks(ready: Ready, observe: Observe | None = None) -> da.Array:
             "n",
             Exchange(token, world_size, num_local, d_out, placement, observe),
             None,
-            numblocks={
-                a.name: a.numblocks for a in (tokens, routing, topk_weights, layer) if a is not None
-            },
+            numblocks={array.name: array.numblocks for array in arrays},
         ),
-        dependencies=[a for a in (tokens, routing, topk_weights, layer) if a is not None],
+        dependencies=arrays,
     )
     return da.Array(graph, name, (chunks, (d_out,)), meta=tokens._meta, dtype=tokens.dtype)
 
@@ -235,7 +234,8 @@ def _layer(
     at_home: bool,
 ) -> da.Array:
     """The experts of all ranks as an array without axes, which every chunk depends on."""
-    tasks, dependencies = {}, []
+    tasks: dict[Any, Task] = {}
+    dependencies: list[da.Array] = []
     xp = namespace(tokens._meta).__name__
     dtype = computing_dtype(tokens.dtype, on_device=xp != "numpy")
     several = len(slots) > 1
@@ -244,7 +244,9 @@ def _layer(
         lazy = local.collections()
         dependencies.extend(lazy.values())
         key = experts_key(token, r if several else None)
-        given = {n: TaskRef(next(iter(flatten(a.__dask_keys__())))) for n, a in lazy.items()}
+        given: dict[str, Any] = {
+            n: TaskRef(next(iter(flatten(a.__dask_keys__())))) for n, a in lazy.items()
+        }
         served_as = token if several else None
         tasks[key] = _Unfused(key, load_rank, local.detached(), xp, dtype, r, served_as, **given)
     if several:
@@ -262,16 +264,15 @@ def _aligned(
     """Check the inputs and give them the row chunks of the tokens, one chunk wide."""
     _check_dask(tokens, "tokens")
     check_tokens(tokens)
-    arrays = {"routing": routing, "topk_weights": topk_weights}
-    for name, array in arrays.items():
-        if array is not None:
-            _check_dask(array, name)
+    _check_dask(routing, "routing")
+    if topk_weights is not None:
+        _check_dask(topk_weights, "topk_weights")
     check_routing(routing, topk_weights, n=tokens.shape[0])
     tokens = _one_chunk_wide(tokens)
-    for name, array in arrays.items():
-        if array is not None:
-            arrays[name] = _one_chunk_wide(_with_rows_of(tokens, array, name))
-    return tokens, arrays["routing"], arrays["topk_weights"]
+    routing = _one_chunk_wide(_with_rows_of(tokens, routing, "routing"))
+    if topk_weights is not None:
+        topk_weights = _one_chunk_wide(_with_rows_of(tokens, topk_weights, "topk_weights"))
+    return tokens, routing, topk_weights
 
 
 def _check_dask(array: Any, name: str) -> None:
@@ -320,8 +321,7 @@ def _ranks(
 ) -> tuple[int, Placement | None]:
     """How many ranks there are, and the placement where it is not E/R experts each in order."""
     if world_size is None:
-        given = isinstance(placement, Placement)
-        world_size = placement.world_size if given else workers_in_use()
+        world_size = placement.world_size if isinstance(placement, Placement) else workers_in_use()
     check_world_size(world_size)
     world_size = int(world_size)
     known_rows = not any(map(math.isnan, tokens.chunks[0]))

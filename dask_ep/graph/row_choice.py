@@ -101,6 +101,7 @@ def _choose(
     np.put_along_axis(free, local.astype(np.intp), False, axis=1)
     free = free[:, :count]
     if others < 1:
+        assert first_row is not None  # `choose_slots` has refused it
         free &= _uniform(first_row, n, block, seed) < others
     added = np.where(free, np.arange(count, dtype=np.int32), np.int32(-1))
     return np.concatenate([local, added], axis=1)

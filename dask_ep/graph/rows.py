@@ -8,7 +8,7 @@ Each chunk is reshaped where it lies; nothing is joined or rechunked along the r
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import dask.array as da
@@ -51,8 +51,8 @@ def unflatten(rows: da.Array, like: da.Array) -> da.Array:
     name = f"ep_unflatten-{tokenize(rows, like.chunks)}"
     leading, width, tasks = like.chunks[:-1], rows.shape[1], {}
     for c, block in enumerate(np.ndindex(*map(len, leading))):
-        shape = [leading[axis][i] for axis, i in enumerate(block)]
-        shape = tuple(-1 if np.isnan(length) else length for length in shape)
+        lengths = [leading[axis][i] for axis, i in enumerate(block)]
+        shape = [-1 if np.isnan(length) else length for length in lengths]
         key = (name, *block, 0)
         tasks[key] = Task(key, _reshape, TaskRef((rows.name, c, 0)), (*shape, width))
     meta = namespace(rows._meta).empty((0,) * like.ndim, dtype=rows.dtype)
@@ -83,9 +83,9 @@ def block_by_block(function: Callable[..., Array], out: str, *args: Any, **kwarg
 
 
 def array_of(
-    name: str, tasks: dict[Any, Task], inputs: Sequence[da.Array], chunks: Any, meta: Array
+    name: str, tasks: Mapping[Any, Task], inputs: Sequence[Any], chunks: Any, meta: Array
 ) -> da.Array:
-    """The array that tasks make of others; they have its name and the numbers of its chunks."""
+    """The array that tasks make of other arrays; they have its name and its chunks' numbers."""
     graph = HighLevelGraph.from_collections(name, tasks, dependencies=inputs)
     return da.Array(graph, name, chunks=chunks, meta=meta)
 

@@ -21,7 +21,7 @@ import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import NamedTuple
+from io import FileIO
 
 import numpy as np
 
@@ -31,7 +31,8 @@ from dask_ep.storage.output import free_bytes
 from dask_ep.storage.writers import write_all
 
 
-class Run(NamedTuple):
+@dataclass(frozen=True, eq=False)
+class Run:
     """Some of the rows of one expert, one after the other in `rows`."""
 
     expert: int
@@ -226,5 +227,5 @@ def _allocate(path: str, size: int) -> None:
         file.truncate(size)
 
 
-def _opened(path: str) -> object:
+def _opened(path: str) -> FileIO:
     return open(path, "r+b", buffering=0)

@@ -206,7 +206,7 @@ def _numbers_of_experts(columns: dict[str, slice], observed: Observed) -> Number
     return {name: observed[1][:, at] for name, at in columns.items()}
 
 
-def _output_of(observed: Observed) -> np.ndarray:
+def _output_of(observed: Observed) -> np.ndarray | None:
     return observed[0]
 
 
@@ -229,7 +229,7 @@ def join_groups(
     chunks make a group
     """
     layout = PartialLayout({name: part for piece in pieces for name, part in piece.parts.items()})
-    arrays = [piece.chunks for piece in pieces]
+    arrays: list[Any] = [piece.chunks for piece in pieces]
     chunks, takes = arrays[0].numblocks[0], [piece.take for piece in pieces]
     step = choose_group_chunks(8 * layout.size, chunk_bytes)
     token = tokenize(*(array.name for array in arrays), step)
@@ -269,13 +269,14 @@ def finished(
     token = tokenize(groups.name, finish)
     name = f"ep_total-{token}"
     keys = List([TaskRef(key) for key in keys_of(groups)])
-    tasks = {name: Task(name, finish_groups, layout, finish, keys)}
-    graph = HighLevelGraph.from_collections(name, tasks, dependencies=[groups])
+    tasks: dict[Any, Task] = {name: Task(name, finish_groups, layout, finish, keys)}
+    inputs: list[Any] = [groups]
+    graph = HighLevelGraph.from_collections(name, tasks, dependencies=inputs)
     found = {}
     for what, example in finish(layout.unpack(np.zeros(layout.size))).items():
         one, zeros = f"ep_statistic-{what}-{token}", (0,) * example.ndim
         picked = {(one, *zeros): Task((one, *zeros), _pick, TaskRef(name), what)}
-        layers = {**graph.layers, one: picked}
+        layers: dict[str, Any] = {**graph.layers, one: picked}
         whole = HighLevelGraph(layers, {**graph.dependencies, one: {name}})
         found[what] = da.Array(whole, one, tuple((n,) for n in example.shape), dtype=example.dtype)
     return found

@@ -27,6 +27,7 @@ from dask_ep.cluster.checks import (
     check_cluster,
     connect,
 )
+from dask_ep.cluster.dask_internals import scheduler_address
 from dask_ep.cluster.gpus import (
     THREADS_PER_GPU,
     UCX_ON_GPUS,
@@ -122,7 +123,8 @@ def lay_out(
     ValueError
         If neither the job nor workers say how many ranks there are; if its placement is for others.
     """
-    workers, cores = 1, CPU_COUNT
+    workers = 1
+    cores: int | None = CPU_COUNT
     threads, limit, host_limit = 1, getattr(where, "memory_limit", None), None
     if isinstance(where, Threads):
         threads = _count_threads(where)
@@ -169,7 +171,7 @@ def _no_ranks(client: Client | None) -> int:
     if client is None:
         return 1
     raise ValueError(
-        f"the scheduler at {client.scheduler.address} has no workers yet, so the number of ranks "
+        f"the scheduler at {scheduler_address(client)} has no workers yet, so the number of ranks "
         "is unknown; start workers, or say how many to wait for (--workers)"
     )
 
@@ -197,6 +199,7 @@ def multiplies_as_tf32(where: Where, client: Client | None) -> bool:
         If some of them do and others do not.
     """
     if isinstance(where, Cluster) and where.gpus:
+        assert client is not None  # `started` connects to a cluster
         found = client.run(_tf32_by_environment)
         if len(set(found.values())) > 1:
             some = ", ".join(sorted(worker for worker, tf32 in found.items() if tf32))

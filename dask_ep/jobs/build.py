@@ -67,6 +67,7 @@ class Inputs:
         """k; E where experts choose their rows."""
         if self.layer is not None:
             return getattr(self.layer.router, "k", self.experts.num_experts)
+        assert self.routing is not None  # a job has a layer, or else a routing
         return 1 if self.routing.ndim == 1 else self.routing.shape[1]
 
     def work(self, on_devices: bool = False) -> Work:
@@ -127,9 +128,12 @@ def open_inputs(job: Job) -> Inputs:
         )
     precision = job.precision or "float32"
     if job.layer is not None:
+        assert job.layer_index is not None  # `load_job` has checked
         layer = load_moe_layer(job.layer, job.layer_index).with_precision(precision)
+        assert isinstance(layer.experts, Experts)
         opened = Inputs(job, tokens, None, None, layer.experts, layer, {})
     else:
+        assert job.routing is not None
         routing = _open(job, "routing", job.routing)
         topk = None if job.topk_weights is None else _open(job, "topk_weights", job.topk_weights)
         weights = _open_weights(job)
@@ -173,27 +177,29 @@ def build(
     inputs = inputs.held_as_stored() if decision.as_stored else inputs
     layer, placement, world_size = inputs.layer, None, decision.layout.world_size
     tokens = open_tokens(inputs.tokens, chunks=decision.chunk_rows, name="tokens", xp=xp)
+    topk: da.Array | None
     if layer is not None:
         routing, topk = layer.route(tokens)
     else:
         routing = open_tokens(inputs.routing, name="routing", like=tokens, xp=xp)
-        topk = inputs.topk_weights
-        topk = None if topk is None else open_tokens(topk, like=tokens, xp=xp)
+        given = inputs.topk_weights
+        topk = None if given is None else open_tokens(given, like=tokens, xp=xp)
     if exchange is None:
         placement = decision.place(partial(survey, routing, inputs.experts.num_experts))
         exchange = partial(expert_parallel, world_size=world_size, placement=placement)
     y = exchange(tokens, routing, inputs.experts, topk_weights=topk)
     if layer is not None:
         y = layer.add_the_rest(tokens, y)
+    # Each rounds in another way: one output has one of them.
+    computed_by: dict[str, Any] = {"arrays": xp, "tf32": tf32}
+    if inputs.experts.precision == "bfloat16":
+        computed_by["rounded_by"] = multiplied_by
     settings = {
         "layer_index": inputs.job.layer_index,
         "world_size": world_size,
         "placement": None if placement is None else placement.to_json(),
-        # Each rounds in another way: one output has one of them.
-        "computed_by": {"arrays": xp, "tf32": tf32},
+        "computed_by": computed_by,
     }
-    if inputs.experts.precision == "bfloat16":
-        settings["computed_by"]["rounded_by"] = multiplied_by
     return Built(y, _name_inputs(inputs), settings, placement, (routing, topk))
 
 
@@ -218,9 +224,11 @@ def _open(job: Job, key: str, path: str) -> Source:
 
 
 def _open_weights(job: Job) -> dict[str, Source | list[Source]]:
-    weights = {}
-    for key in [key for key in job.experts if key in WEIGHT_KEYS]:
-        value, place = job.experts[key], f"experts.{key}"
+    weights: dict[str, Source | list[Source]] = {}
+    for key, value in _experts_table(job).items():
+        if key not in WEIGHT_KEYS:
+            continue
+        place = f"experts.{key}"
         if isinstance(value, list):
             weights[key] = [_open(job, f"{place}[{e}]", one) for e, one in enumerate(value)]
         else:
@@ -230,7 +238,7 @@ def _open_weights(job: Job) -> dict[str, Source | list[Source]]:
 
 def _name_inputs(inputs: Inputs) -> dict[str, Any]:
     """Return all that decides the values of the output, by the keys of the job."""
-    named = {"tokens": inputs.tokens}
+    named: dict[str, Any] = {"tokens": inputs.tokens}
     if inputs.layer is not None:
         return named | {"layer": inputs.layer}
     named |= {"routing": inputs.routing, "experts": inputs.experts}
@@ -243,8 +251,14 @@ WEIGHT_KEYS = frozenset(
 """The keys of an [experts] table that name arrays."""
 
 
+def _experts_table(job: Job) -> Mapping[str, Any]:
+    assert job.experts is not None  # a job has a layer, or else experts
+    return job.experts
+
+
 def _make_experts(job: Job, weights: Mapping[str, Source | list[Source]]) -> Experts:
-    options = {key: value for key, value in job.experts.items() if key not in WEIGHT_KEYS}
+    table = _experts_table(job)
+    options = {key: value for key, value in table.items() if key not in WEIGHT_KEYS}
     return getattr(Experts, options.pop("kind"))(**weights, **options)
 
 

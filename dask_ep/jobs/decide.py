@@ -33,7 +33,7 @@ ROWS_THAT_PAY = 256
 """Rows of a chunk at an expert whose products take about ten times as long as its conversion from
 what is stored."""
 
-WAYS_OF = {"rows": ("spill",), "experts": ("hold",)}
+WAYS_OF: dict[str | None, tuple[str, ...]] = {"rows": ("spill",), "experts": ("hold",)}
 """How `travel` is read with experts in passes: rows are spilled to where their experts are loaded,
 or experts are loaded where rows are held."""
 
@@ -78,7 +78,7 @@ def decide(
     asked = chunk_rows and min(chunk_rows, max(work.rows, 1))
     if begun is not None and begun.passes is not None:
         if not (layout.on_devices or begun.complete):
-            _check_resumed(begun, layout, asked)
+            _check_resumed(begun.passes, layout, asked)
         return Decision(work, layout, begun.passes.chunk_rows, passes=begun.passes)
     if begun is not None:
         asked = asked or begun.chunk_rows
@@ -201,11 +201,11 @@ def _find_passes(
         raise DoesNotFit(message, refusal.proposal, refusal.decision) from error
 
 
-def _check_resumed(begun: Begun, layout: Layout, asked: int | None) -> None:
+def _check_resumed(passes: Passes, layout: Layout, asked: int | None) -> None:
     """Refuse what a run in passes that was begun cannot keep to."""
-    passes, wrong = begun.passes, ""
+    wrong = ""
     process, fewer = "the process", f"--threads {passes.threads}"
-    limit = layout.memory_limit or math.inf
+    limit: float = layout.memory_limit or math.inf
     if not layout.in_process:
         process, fewer = "each worker", f"workers of {passes.threads}"
         limit *= PART_OF_A_WORKER
@@ -221,8 +221,8 @@ def _check_resumed(begun: Begun, layout: Layout, asked: int | None) -> None:
             f"takes up to {passes.memory_bytes / 1e6:.0f} MB, but {process} may fill "
             f"{limit / 1e6:.0f} MB: resume with more memory"
         )
-    elif asked not in (None, begun.chunk_rows):
-        wrong = f"has chunks of {begun.chunk_rows} rows, not {asked}: resume with those"
+    elif asked not in (None, passes.chunk_rows):
+        wrong = f"has chunks of {passes.chunk_rows} rows, not {asked}: resume with those"
     if wrong:
         raise ValueError(f"the run to resume, with experts in passes, {wrong}, or overwrite it")
 
@@ -244,6 +244,7 @@ def _refusal(work: Work, layout: Layout, as_stored: bool, asked: int | None) -> 
     elif layout.on_devices:
         whose, instead = "the memory limit of a GPU's worker on the host", "allow more memory"
         law, limit = host_need(work, layout), layout.host_limit
+    assert limit is not None  # without one all fits
     parts = {name: f"{nbytes / 1e6:.0f} MB" for name, nbytes in law.parts(rows).items()}
     reading = layout.threads * work.read_bytes
     decoding = ""

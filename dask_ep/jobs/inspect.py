@@ -345,7 +345,7 @@ def _words(value: Any) -> str:
     return text if len(text) <= 80 else text[:77] + "..."
 
 
-def _shorten(lines: list[tuple[str, ...]]) -> tuple[tuple[str, ...], ...]:
+def _shorten(lines: Sequence[tuple[str, ...]]) -> tuple[tuple[str, ...], ...]:
     if len(lines) <= _MOST_LINES:
         return tuple(lines)
     rest = len(lines) - _MOST_LINES + 1

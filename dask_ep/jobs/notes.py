@@ -26,7 +26,7 @@ def find_notes(inputs: Inputs) -> list[str]:
 def note_square_weights(inputs: Inputs) -> str | None:
     """Whether weights fit (E, in, out) and (E, out, in) alike, and the job does not say which."""
     experts, job = inputs.experts, inputs.job
-    if inputs.layer is not None or "transposed" in job.experts or not experts.is_square:
+    if job.experts is None or "transposed" in job.experts or not experts.is_square:
         return None
     return (
         f"the experts' weights are square, {experts.d} x {experts.d}, and are read as (E, in, "

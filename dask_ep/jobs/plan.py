@@ -220,8 +220,8 @@ def _lay_out(
     )
     fixed = world_size is not None and workers is not None
     if world_size is None:
-        given = isinstance(placement, Placement)
-        world_size = placement.world_size if given else pipeline.workers_in_use()
+        of_placement = placement.world_size if isinstance(placement, Placement) else None
+        world_size = of_placement or pipeline.workers_in_use()
     workers = workers or world_size
     of_cores = max(CPU_COUNT // min(workers, world_size), 1)
     return Layout(

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
+from operator import itemgetter
 from typing import Any
 
 import dask.array as da
@@ -68,7 +69,8 @@ class Pricing:
             routing, topk_weights = (
                 None if a is None else rows_of(a) for a in (routing, topk_weights)
             )
-        self._experts, self._rates, self._probed = as_experts(experts), rates, None
+        self._experts, self._rates = as_experts(experts), rates
+        self._probed: Rates | None = None
         check_tokens(tokens)
         check_routing(routing, topk_weights, n=tokens.shape[0])
         if self._experts.d not in (None, tokens.shape[1]):
@@ -174,10 +176,14 @@ class Pricing:
             for one in decided
         )
         fitting = [p for p in plans if p.fits]
-        if not fitting:
-            smallest = min(range(len(plans)), key=lambda number: plans[number].memory_bytes)
-            raise decided[smallest]
-        best = min(fitting, key=lambda p: (p.seconds, p.exchanged_bytes, p.tasks))
+        refused = [
+            (p.memory_bytes, one)
+            for p, one in zip(plans, decided, strict=True)
+            if isinstance(one, DoesNotFit)
+        ]
+        if refused and not fitting:
+            raise min(refused, key=itemgetter(0))[1]
+        best = min(fitting or plans, key=lambda p: (p.seconds, p.exchanged_bytes, p.tasks))
         return WhatIf(plans, best, _why(best, plans))
 
     def _rates_of(self, decision: Decision) -> Rates:

@@ -24,6 +24,7 @@ from distributed import Client, as_completed, futures_of
 from distributed.client import FutureCancelledError
 from distributed.comm import CommClosedError
 
+from dask_ep.cluster.dask_internals import scheduler_address
 from dask_ep.cluster.interrupts import Aside, Wait
 from dask_ep.cluster.ownership import Owners, own_experts
 from dask_ep.cluster.workers import Workers
@@ -40,7 +41,7 @@ from dask_ep.jobs.backends import (
     started,
 )
 from dask_ep.jobs.begun import Begun, read_begun
-from dask_ep.jobs.build import Built, build, open_inputs
+from dask_ep.jobs.build import Built, Inputs, build, open_inputs
 from dask_ep.jobs.decide import decide
 from dask_ep.jobs.in_passes import InPasses, PassesDone, free_for_rows
 from dask_ep.jobs.job import Job
@@ -174,23 +175,22 @@ def run_job(
     """
     _check_outputs(job, resume, overwrite, report, save_routing)
     begun = read_begun(job.out) if resume else None
-    passes = begun and begun.passes
+    passes = None if begun is None else begun.passes
     if passes is not None and isinstance(where, Threads) and where.count is None:
         where = replace(where, count=min(CPU_COUNT, passes.threads))
     inputs = open_inputs(job)
-    for note in () if on_note is None else find_notes(inputs):
-        on_note(note)
+    _tell_notes(inputs, on_note)
     with (
         deployed(where) as where,
         started(where, job, wait, on_workers) as (threads, client),
     ):
         library = multiplied_by(where, client, inputs)
-        layout = lay_out(job, where, client, begun_ranks=begun and begun.world_size)
+        layout = lay_out(job, where, client, begun_ranks=begun.world_size if begun else None)
         work, free = inputs.work(layout.on_devices), partial(free_for_rows, inputs)
-        asked = {"chunk_rows": chunk_rows, "travel": travel}
+        asked: dict[str, Any] = {"chunk_rows": chunk_rows, "travel": travel}
         decision = decide(work, layout, **asked, free=free, begun=begun)
         passes = decision.passes
-        walk = passes and InPasses(inputs, passes, layout.workers, begun)
+        walk = InPasses(inputs, passes, layout.workers, begun) if passes else None
         with _owned(client, layout.workers if passes else layout.world_size) as owners:
             built = build(
                 inputs,
@@ -215,8 +215,14 @@ def run_job(
                     for step in _steps(output, walk, routing):
                         _compute(step, client, threads, watch, wait)
                     done = watch.progress()
-    passes_done = walk and walk.done(watch.spilled_bytes)
+    passes_done = walk.done(watch.spilled_bytes) if walk else None
     return done._replace(passes=passes_done, multiplied_by=library)
+
+
+def _tell_notes(inputs: Inputs, on_note: Callable[[str], Any] | None) -> None:
+    if on_note is not None:
+        for note in find_notes(inputs):
+            on_note(note)
 
 
 def _check_outputs(
@@ -244,15 +250,15 @@ def _stored(
     overwrite: bool,
 ) -> Output:
     """Begin or resume the output, in the blocks in which it was begun."""
-    y, rows = built.y, begun and begun.rows
+    y, rows = built.y, begun.rows if begun else None
     return store(
         y if rows is None or y.chunks[0] == rows else y.rechunk({0: rows}),
         job.out,
         inputs=built.inputs,
-        settings=built.settings | (walk.settings if walk else {}),
+        settings={**built.settings, **(walk.settings if walk else {})},
         resume=resume,
         overwrite=overwrite,
-        stored_rows=walk and walk.passes.stored_rows,
+        stored_rows=walk.passes.stored_rows if walk else None,
         compute=False,
     )
 
@@ -329,8 +335,8 @@ def _watched(
         output.finish()
         return
     records: list[Record] = []
-    dask_too = report is not None and client is not None
-    with dask_reported(report) if dask_too else contextlib.nullcontext():
+    whole = contextlib.nullcontext() if report is None or client is None else dask_reported(report)
+    with whole:
         with recorded(client, owners, records.append):
             yield
         output.finish()
@@ -354,8 +360,8 @@ def _compute_on_client(output: Output | Step, client: Client, watch: _Watch, wai
             watch.tell(receipt)
     except (FutureCancelledError, CommClosedError) as error:
         raise ConnectionError(
-            f"the scheduler at {client.scheduler.address} is gone or has dropped the job; finished "
-            "blocks are kept, and --resume computes the others"
+            f"the scheduler at {scheduler_address(client)} is gone or has dropped the job; "
+            "finished blocks are kept, and --resume computes the others"
         ) from error
     finally:
         client.cancel(futures)

@@ -73,6 +73,7 @@ def stored_routing(
     with ExitStack() as stack:
         outputs = []
         for array, place in zip(built.routing, places, strict=True):
+            assert array is not None  # a layer gives both
             output = store(
                 array.rechunk({0: tuple(rows)}),
                 place,

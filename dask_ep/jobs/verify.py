@@ -194,7 +194,7 @@ def open_output(path: str) -> Source:
     there = os.path.exists(path)
     if not there and manifest is None:
         raise FileNotFoundError(errno.ENOENT, "no output yet; run the job", path)
-    if not there and manifest["complete"]:
+    if manifest is not None and manifest["complete"] and not there:
         raise FileNotFoundError(
             errno.ENOENT,
             "the output is missing, though it was complete; run again with --resume",
@@ -232,6 +232,7 @@ def _recompute(
         routing, weights = dask.compute(*both, scheduler="sync")
         y = _apply_experts(inputs.experts, tokens, routing, weights, arithmetic)
         return routing, _with_shared(inputs.layer, tokens, y, arithmetic)
+    assert inputs.routing is not None
     routing = read_rows(inputs.routing, sample)
     routing = routing[:, None] if routing.ndim == 1 else routing
     weights = None
@@ -268,10 +269,10 @@ def _apply_experts(
         )
         for slot in range(routing.shape[1]):
             rows = np.flatnonzero(routing[:, slot] == e)
-            w = np.abs(weighed[rows, slot, None])
-            x = exact_rows(tokens[rows].astype(np.float64) * (w if on_input else 1.0))
+            weight = np.abs(weighed[rows, slot, None])
+            before, w = (weight, 1.0) if on_input else (1.0, weight)
+            x = exact_rows(tokens[rows].astype(np.float64) * before)
             found = arithmetic.expert(kind, arrays, options, x)
-            w = 1.0 if on_input else w
             scale[rows] += w * found.scale
             peak[rows] = np.maximum.reduce(
                 [peak[rows], found.peak, (w * np.abs(found.value)).max(axis=1, initial=0.0)]
@@ -287,8 +288,8 @@ def _with_shared(layer: MoELayer, tokens: np.ndarray, y: Scaled, arithmetic: Ari
         everyone = np.arange(layer.shared.num_experts)[None].repeat(len(tokens), axis=0)
         shared = _apply_experts(layer.shared, tokens, everyone, None, arithmetic)
         if "shared_gate" in layer.arrays:
-            gate = layer.arrays["shared_gate"].read().reshape(-1, 1)
-            logits = arithmetic.product(exact_rows(tokens), gate)
+            column = layer.arrays["shared_gate"].read().reshape(-1, 1)
+            logits = arithmetic.product(exact_rows(tokens), column)
             gate = arithmetic.through(lambda v: 0.5 * (1 + np.tanh(0.5 * v)), logits)
             shared = arithmetic.times(shared, gate)
         more.append(shared)
@@ -314,7 +315,7 @@ def _plain_parts(experts: Experts, e: int) -> tuple[str, dict[str, np.ndarray], 
     """Read expert `e` as `reference` takes it: the kind, matrices (in, out) and its options."""
     options = dict(experts.options)
     transposed = options.pop("transposed")
-    arrays = {
+    arrays: dict[str, Any] = {
         name: weight.read(np.dtype(np.float64))[0]
         for name, weight in experts.subset([e]).weights.items()
     }

@@ -126,8 +126,8 @@ def packed_bytes(dtype: np.dtype, is_bfloat16: bool) -> int:
 
 def _add_products(parts: list[np.ndarray], w: np.ndarray, out: np.ndarray) -> None:
     """Write the sum of the products to `out`, the smallest first."""
-    library, width = blas.bfloat16_library(), w.shape[1]
-    step = 0
+    library, width, step = blas.bfloat16_library(), w.shape[1], 0
+    assert library is not None  # `serves` has asked
     if len(parts) * len(out) >= PACK_ROWS:
         step = library.packable(w, len(out), PACKED_BYTES)
     for first in range(0, width, step or width):

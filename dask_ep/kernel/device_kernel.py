@@ -68,10 +68,10 @@ class Slots(NamedTuple):
     #: how many hold no index of an expert
     nan: int
     #: how many others have a weight that is NaN
-    keys: Array | None = None
-    #: [n * k] what slots were sorted by: the local expert, or more
-    ends: Array | None = None
-    #: where the slots of each key end, on the device
+    keys: Array = None
+    #: [n * k] what slots were sorted by: the local expert, or more; None if there are no slots
+    ends: Array = None
+    #: where the slots of each key end, on the device; None if there are no slots
 
 
 INDEX_BYTES = 48
@@ -171,22 +171,24 @@ def through_experts(
     for some, bounds in _runs(experts, slots.bounds, sums.itemsize):
         part = slice(bounds[0][0], bounds[-1][1])
         order = None if slots.in_order else slots.order[part]
-        early = weights is not None and some[0].apply_router_weight_on_input
-        weighed = weights is not None and not early and not late
+        on_input = some[0].apply_router_weight_on_input
+        before = weights if on_input else None
+        after = None if on_input or late else weights
         if order is None:
             rows = tokens[part]
-            if early:
-                rows = _weigh(rows, None, 1, weights[part])
-        elif early:
-            rows = _weigh(tokens, order, slots.k, weights)
+            if before is not None:
+                rows = _weigh(rows, None, 1, before[part])
+        elif before is not None:
+            rows = _weigh(tokens, order, slots.k, before)
         else:
             rows = gather(tokens, order, slots.k)
         here = [(start - part.start, stop - part.start) for start, stop in bounds]
         to = answers[part]
-        given = xp.empty(to.shape, dtype=sums) if weighed and to.dtype != sums else to
+        apart = after is not None and to.dtype != sums
+        given = xp.empty(to.shape, dtype=sums) if apart else to
         type(some[0]).together(some, rows, here, given)
-        if weighed:
-            own = weights[part] if order is None else weights[order]
+        if after is not None:
+            own = after[part] if order is None else after[order]
             _weigh(given, None, 1, own, out=to)
     if slots.in_order:
         out[m:] = 0

@@ -70,9 +70,12 @@ class Expert(ABC):
 
     @staticmethod
     def together(
-        experts: Sequence[Expert], rows: Array, bounds: device_kernel.Bounds, out: Array
+        experts: Sequence[Any], rows: Array, bounds: device_kernel.Bounds, out: Array
     ) -> None:
-        """On a device: compute experts of one batch key, each on its own contiguous rows."""
+        """On a device: compute experts of one batch key, each on its own contiguous rows.
+
+        They are all of the class that is asked, as the key says.
+        """
         for expert, (start, stop) in zip(experts, bounds, strict=True):
             expert(rows[start:stop], out=out[start:stop])
 
@@ -150,9 +153,7 @@ class _Function(Expert):
         return out
 
 
-def as_local_experts(
-    expert_Ws: Array | Sequence[Any], *, d: int, like: Array, dtype: np.dtype
-) -> Sequence[Expert]:
+def as_local_experts(expert_Ws: Array, *, d: int, like: Array, dtype: np.dtype) -> Sequence[Expert]:
     """Make `Expert`s of matrices, a stacked array, callables, or experts; check their widths."""
     refuse_masked(expert_Ws, "expert_Ws")
     if hasattr(expert_Ws, "ndim") and expert_Ws.ndim != 3:

@@ -73,7 +73,7 @@ class Served:
         seen: Seen | None = None,
     ):
         self._begin(tokens, segments, topk_weights, seen)
-        if in_place and can_be_in_place(segments.k, *tokens.shape[1:], d_out, tokens.dtype):
+        if in_place and can_be_in_place(segments.k, tokens.shape[1], d_out, tokens.dtype):
             tokens[segments.not_ours()] = 0
             self.out, self._write = tokens, assign_rows
         else:
@@ -306,7 +306,7 @@ def _apply(
     if contiguous and out is tokens:
         x = x.copy()  # experts read their rows again while they write
     w = None if weights is None else weights[slots].astype(compute, copy=False)
-    if weighed_before:
+    if w is not None and weighed_before:
         x = np.multiply(x, w[:, None], out=None if contiguous else x)
         w = None
     in_place = isinstance(to, slice) and write is assign_rows and out.dtype == compute

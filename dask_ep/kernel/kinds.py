@@ -223,7 +223,7 @@ class GatedPair(_Gate):
 class Summed(Expert):
     """The sum of experts that hold some hidden columns each: one expert with all of them."""
 
-    def __init__(self, parts: list[Expert]):
+    def __init__(self, parts: list[Any]):
         self._parts = parts
         self.d, self.d_out = parts[0].d, parts[0].d_out
         self.apply_router_weight_on_input = parts[0].apply_router_weight_on_input

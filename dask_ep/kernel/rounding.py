@@ -88,10 +88,10 @@ class Arithmetic:
     @QUIET
     def product(self, x: Scaled, w: np.ndarray, bias: np.ndarray | None = None) -> Scaled:
         """``x @ w + bias``."""
-        w, bias = w.astype(np.float64, copy=False), 0.0 if bias is None else bias
-        value, magnitude = x.value @ w + bias, np.abs(x.value) @ np.abs(w) + np.abs(bias)
+        w, b = w.astype(np.float64, copy=False), 0.0 if bias is None else bias
+        value, magnitude = x.value @ w + b, np.abs(x.value) @ np.abs(w) + np.abs(b)
         squares = w * w
-        size = np.sqrt(x.value**2 @ squares + np.square(bias))
+        size = np.sqrt(x.value**2 @ squares + np.square(b))
         scale = np.maximum(size, np.abs(value)) + self.sums * magnitude
         if x.scale.any():
             scale += np.sqrt(x.scale**2 @ squares)

@@ -11,15 +11,14 @@ maximum, so that chunks, ranks and replicas can be joined in any order that is f
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from dask_ep.arrays import memory
 from dask_ep.arrays.checks import computing_dtype
 from dask_ep.arrays.namespaces import Array
-from dask_ep.kernel.expert import Expert
 
 
 class Tile(NamedTuple):
@@ -120,7 +119,7 @@ class Observe(NamedTuple):
 
     def columns(self) -> dict[str, slice]:
         """Where each statistic is in a row of a table."""
-        widths = {"input": self.d, "hidden": self.f, "output": self.d_out}
+        widths = {"input": self.d, "hidden": self.f or 0, "output": self.d_out}
         found, start = {}, 0
         for name in self.names:
             entry = TILE_STATISTICS[name]
@@ -133,7 +132,7 @@ class Observe(NamedTuple):
         """Numbers of each expert."""
         return max((columns.stop for columns in self.columns().values()), default=0)
 
-    def join(self, table: np.ndarray, others: np.ndarray, at: Sequence[int]) -> None:
+    def join(self, table: np.ndarray, others: np.ndarray, at: np.ndarray) -> None:
         """Join the rows of a table to rows `at` of another, one after the other, in place."""
         for name, columns in self.columns().items():
             TILE_STATISTICS[name].join.at(table[:, columns], at, others[:, columns])
@@ -162,7 +161,7 @@ class Seen:
     def through(
         self,
         e: int,
-        expert: Expert,
+        expert: Any,
         rows: Array,
         weights: Array | None,
         slots: Array,

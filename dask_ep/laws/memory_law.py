@@ -71,8 +71,9 @@ class Layout:
     @property
     def usable_bytes(self) -> int | None:
         """Bytes within the memory limit that may be filled by choice: Dask watches its workers'."""
-        free = self.on_devices or self.memory_limit is None
-        return self.memory_limit if free else usable(self.memory_limit)
+        if self.on_devices or self.memory_limit is None:
+            return self.memory_limit
+        return usable(self.memory_limit)
 
 
 def need(
@@ -114,6 +115,7 @@ def need(
 def host_need(work: Work, layout: Layout, spread: Spread | None = None) -> Need:
     """Say what a worker that computes on a GPU needs of the host, at most."""
     spread = layout.spread_at_worst(work.slots) if spread is None else spread
+    assert work.on_device is not None
     return work.on_device.host_need(layout.threads, layout.world_size, spread, work.read_bytes)
 
 

@@ -177,6 +177,7 @@ def choose_passes(
     >>> choose_passes(work, dataclasses.replace(layout, memory_limit=1_000_000_000)).way
     'spill'
     """
+    assert layout.memory_limit is not None  # without one, all experts are held
     limit = layout.memory_limit if layout.in_process else usable(layout.memory_limit)
     found = [
         passes
@@ -214,15 +215,18 @@ def _hold(
     most = (limit - fixed - _blocks_bytes(work, layout, *blocks)) // (layout.threads * row)
     if most < (chunk_rows or FEWEST_ROWS):
         return None
-    stored_rows = chunk_rows
-    if chunk_rows is None:
+    if chunk_rows is not None:
+        stored_rows = chunk_rows
+    else:
         stored_rows = unit = _written_together(work, most)
         passes = -(-work.rows // (layout.threads * (most // unit * unit))) or 1
         chunk_rows = _round_up(-(-work.rows // (passes * layout.threads)), unit) or unit
     chunks = -(-work.rows // chunk_rows)
     passes = -(-chunks // layout.threads) or 1
     rows_and_fixed = fixed + layout.threads * chunk_rows * row
-    decoded, ahead = _choose_blocks(work, layout, limit - rows_and_fixed, 1.0)
+    blocks = _choose_blocks(work, layout, limit - rows_and_fixed, 1.0)
+    assert blocks is not None  # the rows leave room for those chosen above
+    decoded, ahead = blocks
     return Passes(
         way="hold",
         passes=passes,

@@ -156,11 +156,11 @@ def choose_travel(
     owners = replace(owners, local=True)
     chunks = found.chunks if chunks is None else chunks
     worker = np.arange(owners.world_size) % (workers or owners.world_size)
+    extra: list[np.ndarray] = []
     if travel.how == "experts":
-        extra = _all_wanted(found, owners, chunks, worker)
+        extra += list(_all_wanted(found, owners, chunks, worker))
     else:
         prices = _Prices(row_bytes / travel.link, expert_bytes / travel.read)
-        extra = []
         for rank, wants in enumerate(_wants(found, owners, chunks, worker)):
             chosen = _worth_reading(wants, prices, found.num_experts)
             room = None if max_slots is None else max_slots - int((owners.slots[rank] >= 0).sum())
@@ -193,6 +193,7 @@ def _rows_at_home(
     """The home of some rows, and the slots that they want, (m, k); until all have come."""
     for chunk, row_offset, routing in found.blocks(chunks):
         home = owners.home(chunk)
+        assert home is not None  # `choose_travel` has made the owners local
         yield home, owners.rewrite(routing, row_offset, home)
 
 
@@ -214,9 +215,8 @@ def _wants(
 ) -> Iterator[_Wants]:
     """For each rank, what the rows at home there want of ranks on other workers."""
     ranks, slots = owners.slots.shape
-    at_home = np.bincount(
-        [owners.home(c) for c in range(len(chunks))], weights=chunks, minlength=ranks
-    )
+    homes = np.array([owners.home(c) for c in range(len(chunks))], np.int64)
+    at_home = np.bincount(homes, weights=chunks, minlength=ranks)
     taken = np.minimum(1.0, SAMPLED_ROWS / np.maximum(at_home, 1))
     parts: list[list[np.ndarray]] = [[] for _ in range(ranks)]
     draw = np.random.default_rng(0)

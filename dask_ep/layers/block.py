@@ -192,10 +192,10 @@ class Block(LayerTensors):
         except ValueError as error:
             raise ValueError(f"{self.model.directory}/config.json: {error}") from error
 
-    def router_arrays(self) -> dict[str, Source | None]:
+    def router_arrays(self) -> dict[str, Any]:
         """The small arrays of a router, those that there are."""
         row = self.family
-        arrays: dict[str, Source | None] = {}
+        arrays: dict[str, Any] = {}
         if in_out := self.first_here(row.router_weight_in_out):
             arrays["router_weight"] = Transposed(self.take(in_out, (self.H, self.E)))
         else:

@@ -18,6 +18,7 @@ from math import prod
 
 import numpy as np
 
+from dask_ep.experts.experts import Experts
 from dask_ep.experts.stored_experts import held_as_stored
 from dask_ep.layers.block import Block, Model
 from dask_ep.layers.checkpoint_files import CheckpointFiles
@@ -96,6 +97,7 @@ def load_moe_layer(
     """
     opened = Checkpoint(directory, families).open_layer(layer, residual=residual)
     if as_stored:
+        assert isinstance(opened.experts, Experts)
         opened.experts = held_as_stored(opened.experts)
     return opened
 
@@ -296,19 +298,29 @@ def describe(directory: str | os.PathLike, *, families: Iterable[Family] = ()) -
             f"{checkpoint.files.directory} has no MoE layer among its {checkpoint.num_layers}"
         )
     first = opened[0]
+    experts, width, router = _routed(first)
     return Description(
         directory=checkpoint.files.directory,
         model_type=checkpoint.model.model_type,
         family=checkpoint.model.family,
-        d=first.experts.d,
-        width=first.experts.hidden,
-        router=first.router,
+        d=experts.d,
+        width=width,
+        router=router,
         router_biases=tuple(n for n in ("bias", "selection_bias") if n in first.arrays),
-        shared_width=0 if first.shared is None else first.shared.hidden,
+        shared_width=(first.shared.hidden or 0) if first.shared is not None else 0,
         shared_gate="shared_gate" in first.arrays,
         dtypes=tuple(sorted(dtypes)),
         layers=tuple(layers),
     )
+
+
+def _routed(layer: MoELayer) -> tuple[Experts, int, Router]:
+    """The routed experts of a checkpoint's layer, their hidden width, and their router."""
+    experts, router = layer.experts, layer.router
+    assert isinstance(experts, Experts)
+    assert isinstance(router, Router)
+    assert experts.hidden is not None
+    return experts, experts.hidden, router
 
 
 def _bytes_in_memory(layer: MoELayer) -> int:

@@ -131,7 +131,7 @@ class CheckpointFiles:
             If the index and a file do not agree on them.
         """
         named = {name: self.file_of[name] for name in self.names_under(prefix)}
-        found = {}
+        found: dict[str, Source] = {}
         for file_name in sorted(set(named.values())):
             header = self.header(file_name)
             here = {name for name, file in named.items() if file == file_name}

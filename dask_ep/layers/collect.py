@@ -190,11 +190,14 @@ def begin_collection(
     _check_host(hidden)
     experts = layer.experts if isinstance(layer, MoELayer) else as_experts(layer)
     chosen, others = choose_statistics(what, experts), share_of_others(rows)
+    weights: da.Array | None
     if isinstance(layer, MoELayer):
-        hidden, *routed = layer.routed_rows(hidden, token_ids, routing)
+        if isinstance(routing, da.Array):
+            raise TypeError("routing of a layer must be both (indices, topk_weights)")
+        hidden, tokens, indices, weights = layer.routed_rows(hidden, token_ids, routing)
     else:
-        routed = _given_rows(hidden, routing)
-    ready = prepare(routed[0], routed[1], experts, routed[2], world_size, placement)
+        tokens, indices, weights = _given_rows(hidden, routing)
+    ready = prepare(tokens, indices, experts, weights, world_size, placement)
     pieces, y = [], None
     if block is None or block.start == 0:
         pieces = _see_choices(ready, layer, chosen)
@@ -290,8 +293,8 @@ def _given_rows(
     indices, weights = routing if isinstance(routing, (tuple, list)) else (routing, None)
     if hidden.ndim == 2:
         return hidden, indices, weights
-    indices, weights = (a if a is None else rows_like(a, hidden) for a in (indices, weights))
-    return rows_of(hidden), indices, weights
+    weights = None if weights is None else rows_like(weights, hidden)
+    return rows_of(hidden), rows_like(indices, hidden), weights
 
 
 def _check_host(hidden: da.Array) -> None:

@@ -5,6 +5,7 @@ Layouts of experts, routers, and the rules that say which layers are MoE.
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 from dask_ep.layers.family import (
@@ -12,6 +13,7 @@ from dask_ep.layers.family import (
     NAMED,
     NUMBERED,
     Config,
+    Family,
     Key,
     MlpTypes,
     Product,
@@ -128,3 +130,9 @@ def deepseek_v3_router(groups: Any, topk_groups: Any) -> dict[str, Any]:
         "group_score": "top2",
         **sigmoid_router(Key("routed_scaling_factor"), Key("norm_topk_prob", null=False), 1e-20),
     }
+
+
+def changed_shared(family: Family, **changes: Any) -> Shared:
+    """The shared expert of a family with other values, for a family like it."""
+    assert family.shared is not None
+    return replace(family.shared, **changes)

@@ -184,9 +184,11 @@ def _float8_block(parts: Parts, shape: tuple[int, ...]) -> tuple[int, int]:
     """The block that the scales fit: the config's, or one for all, one for a row or 32 of a row."""
     scales = parts["scales"]
     said = parts.config.get("weight_block_size") or parts.scheme.get("block_structure")
-    good = isinstance(said, list) and [type(size) for size in said] == [int, int]
     *experts, rows, columns = shape
-    fitting = [tuple(said)] if good else []
+    fitting: list[tuple[int, int]] = []
+    good = isinstance(said, list) and [type(size) for size in said] == [int, int]
+    if isinstance(said, list) and good:
+        fitting.append((said[0], said[1]))
     fitting += [(rows, columns), (1, columns)]
     if scales.dtype in (np.uint8, E8M0):
         fitting.append((1, MXFP4_GROUP))

@@ -113,13 +113,13 @@ def _route_chunks(
         tasks[both, c] = Task(
             (both, c), _route_chunk, TaskRef(key), TaskRef(loaded), router, c, starts[c], chunk_ids
         )
-    inputs = [rows] if token_ids is None else [rows, token_ids]
+    inputs: list[Any] = [rows] if token_ids is None else [rows, token_ids]
     graph = HighLevelGraph.from_collections(both, tasks, dependencies=inputs)
     k = arrays["table"].shape[1] if "table" in arrays else router.k
     parts = []
     for which, (word, dtype) in enumerate((("indices", np.int32), ("weights", np.float32))):
         name = f"ep_{word}-{token}"
-        taken = {
+        taken: dict[Any, Task] = {
             (name, c, 0): Task((name, c, 0), _part, TaskRef((both, c)), which)
             for c in range(rows.numblocks[0])
         }

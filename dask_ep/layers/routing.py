@@ -107,7 +107,7 @@ def route(
             xp, logits, router, biases["selection_bias"]
         )
     if per_expert_scale is not None:
-        topk_weights *= biases["per_expert_scale"][indices]
+        topk_weights *= per_expert_scale[indices]
     return indices, _without_nan(topk_weights, biases)
 
 

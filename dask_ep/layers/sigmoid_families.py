@@ -21,6 +21,7 @@ from dask_ep.layers.family_parts import (
     after_the_dense_ones,
     all_but_mlp_only,
     by_enum,
+    changed_shared,
     deepseek_v3_router,
     listed_or_by_step,
     shared_experts,
@@ -172,8 +173,8 @@ SIGMOID_FAMILIES: tuple[Family, ...] = (
         GLM4,
         model_types=("hy_v4", "hy_v4_vl", "hy_v4_vl_text"),
         options=CLAMPED,
-        shared=replace(
-            GLM4.shared,
+        shared=changed_shared(
+            GLM4,
             names=({**NAMED, "gate": "linear_gate.weight"}, NAMED),
             options={"activation": Key("hidden_act", default="silu")},
         ),

@@ -40,6 +40,7 @@ from dask_ep.layers.family_parts import (
     between_start_and_end,
     by_period,
     by_sparse_step,
+    changed_shared,
     shared_experts,
     softmax_router,
     with_experts,
@@ -221,7 +222,7 @@ SOFTMAX_FAMILIES: tuple[Family, ...] = (
         blocks=("", "mlp"),
         router={**MISTRAL4.router, "norm_topk_prob": True},
         experts=(BY_NUMBER, BY_NAME, OUT_IN),
-        shared=replace(MISTRAL4.shared, names=NAMED_OR_NUMBERED),
+        shared=changed_shared(MISTRAL4, names=NAMED_OR_NUMBERED),
         is_moe=MlpTypes(dense=1),
     ),
     ERNIE,
@@ -241,8 +242,8 @@ SOFTMAX_FAMILIES: tuple[Family, ...] = (
             BY_NAME,
             TensorLayout({weight: f"text_moe.{name}" for weight, name in FUSED.items()}),
         ),
-        shared=replace(
-            ERNIE.shared,
+        shared=changed_shared(
+            ERNIE,
             width=Product(
                 (Entry("moe_intermediate_size", 0), Key("moe_num_shared_experts", default=2))
             ),

@@ -92,7 +92,7 @@ def _make_room(
     filled[pack] -= 1
     weight[pack] -= loads[other]
     holds[pack, expert_of[other]] = False
-    return pack
+    return int(pack)
 
 
 def look_up_each(table: np.ndarray, index: np.ndarray) -> np.ndarray:

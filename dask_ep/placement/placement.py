@@ -27,7 +27,7 @@ from functools import cached_property
 
 import numpy as np
 
-from dask_ep.arrays.namespaces import namespace
+from dask_ep.arrays.namespaces import Array, namespace
 from dask_ep.placement.tickets import TICKETS, Tickets, even_stops, share_sizes
 
 
@@ -71,8 +71,8 @@ class Placement:
     [0, 2, 0, 1, 3, -1]
     """
 
-    slots: np.ndarray
-    stops: np.ndarray | None = None
+    slots: Array
+    stops: Array = None
     local: bool = False
 
     def __post_init__(self) -> None:

@@ -19,7 +19,7 @@ from __future__ import annotations
 
 import errno
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from operator import itemgetter
 from os import PathLike
 from pathlib import Path
@@ -86,8 +86,9 @@ def find_placement(
     """
     found = resolve(asked, world_size)
     if not isinstance(found, Placement):
-        by_order = found in (None, "contiguous") or world_size == 1
-        return None if by_order else place(found, load(), world_size)
+        if found is None or found == "contiguous" or world_size == 1:
+            return None
+        return place(found, load(), world_size)
     if (found.num_experts, found.world_size) != (num_experts, world_size):
         raise ValueError(
             f"the placement is for {found.num_experts} experts on {found.world_size} ranks, but "
@@ -292,7 +293,7 @@ def _one_of(placements: list[Placement], layer: int | None, path: str | PathLike
     return placements[layer]
 
 
-def _check_engine(placements: Sequence[Placement]) -> Placement:
+def _check_engine(placements: Iterable[Placement]) -> Placement:
     """Refuse what an engine's file cannot say; give the first placement."""
     placements = list(placements)
     sizes = {(p.slots.shape, p.num_experts) for p in placements}

@@ -152,7 +152,7 @@ def _best_exchange(state: _State) -> _Change:
     legal = legal & (mine >= 0)
     legal[:, state.heavy] = False
     gain = np.where(legal, before - after, 0.0) / np.where(state.slots >= 0, 2, 1)
-    column, rank, other = np.unravel_index(gain.argmax(), gain.shape)
+    column, rank, other = map(int, np.unravel_index(gain.argmax(), gain.shape))
     change = {
         (rank, other): state.slots[state.heavy, column],
         (state.heavy, column): state.slots[rank, other],

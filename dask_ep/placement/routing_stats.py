@@ -199,9 +199,8 @@ def _blocks(routing: da.Array | np.ndarray) -> Iterator[np.ndarray]:
     if not isinstance(routing, da.Array):
         yield np.asarray(routing)
         return
-    if routing.ndim == 2:
-        routing = routing.rechunk({1: -1})
-    blocks = routing.to_delayed().ravel()
+    whole = routing.rechunk({1: -1}) if routing.ndim == 2 else routing
+    blocks = whole.to_delayed().ravel()
     some = 2 * CPU_COUNT
     for first in range(0, len(blocks), some):
         for block in dask.compute(*blocks[first : first + some]):

@@ -12,6 +12,7 @@ Axis letters: `n` rows, `k` slots per row, `E` experts, `R` ranks, `S` slots per
 from __future__ import annotations
 
 from functools import cached_property
+from typing import Any
 
 import numpy as np
 
@@ -113,7 +114,7 @@ def ticket_load(
     return np.bincount(key >> shift, minlength=num_experts * bins).reshape(num_experts, bins)
 
 
-def _keys(routing: np.ndarray, row_offset: int, xp: object) -> np.ndarray:
+def _keys(routing: np.ndarray, row_offset: int, xp: Any) -> np.ndarray:
     """expert * TICKETS + ticket of the row, int64, in the shape of the routing."""
     ticket = xp.arange(routing.shape[0], dtype=np.uint64)
     ticket *= np.uint64(STRIDE)  # wraps at 2**64, a multiple of TICKETS

@@ -32,7 +32,7 @@ def probe_device(
     rows: int = 16_384,
     slots: int = 2,
     experts: int = 8,
-    dtype: np.dtype = np.float32,
+    dtype: np.dtype = np.dtype(np.float32),  # noqa: B008 - it does not change
     seconds: float = 1.0,
 ) -> Rates:
     """Measure the first GPU here.

@@ -170,9 +170,9 @@ def draw_memory(plan: Plan, measured: int | None = None) -> Figure:
         drawing.hbar(y=["measured"], right=measured / 1e6, height=0.6, color=GREEN)
         end = max(end, measured / 1e6)
     if limit is not None:
-        limit /= 1e6
-        drawing.vspan(x=[limit], line_color=RED, line_width=3, legend_label=f"limit {limit:,.0f}")
-        end = max(end, limit)
+        at = limit / 1e6
+        drawing.vspan(x=[at], line_color=RED, line_width=3, legend_label=f"limit {at:,.0f}")
+        end = max(end, at)
     drawing.x_range.start, drawing.x_range.end = 0, 1.05 * end
     drawing.add_layout(drawing.legend[0], "below")
     drawing.legend.orientation = "horizontal"
@@ -292,7 +292,7 @@ def _figure(title: str, x: str | None, y: str | None, height: int = 280, **optio
     """An empty figure in the style of all of them."""
     from bokeh.plotting import figure
 
-    drawing = figure(
+    drawing: Any = figure(  # whose axes and title are set below, as its types do not know
         title=title,
         x_axis_label=x,
         y_axis_label=y,

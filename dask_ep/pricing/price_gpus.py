@@ -12,7 +12,7 @@ from functools import cached_property
 from typing import Any
 
 from dask_ep.laws.costs import Need
-from dask_ep.laws.device_memory import DEVICE_CHUNK_BYTES
+from dask_ep.laws.device_memory import DEVICE_CHUNK_BYTES, OnDevice
 from dask_ep.laws.memory_law import host_need
 from dask_ep.pricing.price import Plan
 
@@ -27,6 +27,12 @@ class PlanOnGpus(Plan):
     them, the copies up, the copies down, reading and writing, packets. How much of that GPUs in
     fact hide behind each other nobody has measured.
     """
+
+    @property
+    def on_device(self) -> OnDevice:
+        """The sizes that count on a GPU."""
+        assert self.work.on_device is not None
+        return self.work.on_device
 
     # --- memory ----------------------------------------------------------------------------
 
@@ -76,7 +82,7 @@ class PlanOnGpus(Plan):
         """Time of the slowest of what a worker does side by side."""
         work, rates, rows = self.work, self.rates, self.rows / self.workers
         of_layer = self.layer_flops / self.workers
-        made = self.work.on_device.made_bytes / self.slots_per_row  # once written, once read
+        made = self.on_device.made_bytes / self.slots_per_row  # once written, once read
         on_device = (
             self._per_worker(self.flops).max() + of_layer
         ) / rates.flops + 2 * self._per_worker(self.rank_rows).max() * made / rates.copy
@@ -90,7 +96,7 @@ class PlanOnGpus(Plan):
     @property
     def advised_chunk_rows(self) -> int:
         """Rows of a chunk as a run takes them: large, and within the memory."""
-        advised = DEVICE_CHUNK_BYTES // self.work.on_device.row_bytes
+        advised = DEVICE_CHUNK_BYTES // self.on_device.row_bytes
         advised = min(advised, -(-self.rows // (4 * self.workers * self.threads)))
         laws = (
             (self.decision.need, self.memory_limit),

@@ -27,6 +27,7 @@ class PlanInPasses(Plan):
     @property
     def passes(self) -> Passes:
         """How they are processed."""
+        assert self.decision.passes is not None
         return self.decision.passes
 
     @property

@@ -39,7 +39,7 @@ def probe(
     rows: int = 4096,
     slots: int = 2,
     experts: int = 8,
-    dtype: np.dtype = np.float32,
+    dtype: np.dtype = np.dtype(np.float32),  # noqa: B008 - it does not change
     threads: int = 1,
     seconds: float = 1.0,
     sample: Sequence[Expert] = (),
@@ -76,7 +76,7 @@ def probe(
     itemsize = np.dtype(dtype).itemsize
     rows = max(min(rows, MOST_BYTES // (d * itemsize)), 1)
     of_expert = max(rows * slots // experts, 1)
-    products = _Products(d, d_out, of_expert, experts, dtype)
+    products: Callable[[], float] = _Products(d, d_out, of_expert, experts, dtype)
     if sample:
         products = _Sample(sample, flops, min(of_expert, TILE_ROWS[1]), dtype)
     kernel = _Kernel(d, rows, slots, experts, dtype)
@@ -174,12 +174,12 @@ class _File:
     def __init__(self) -> None:
         self.content = np.ones(MOST_BYTES // 2, np.uint8)
         self.file = tempfile.TemporaryFile(prefix="dask-ep-probe-", buffering=0)  # noqa: SIM115
-        self.file.write(self.content)
+        self.file.write(self.content.data)
 
     def write(self) -> int:
         """Write another one, of some pieces: the system has memory at hand for the first."""
         with tempfile.TemporaryFile(prefix="dask-ep-probe-", buffering=0) as file:
-            return sum(file.write(self.content) for _ in range(FILE_PIECES))
+            return sum(file.write(self.content.data) or 0 for _ in range(FILE_PIECES))
 
     def read(self) -> int:
         """Read what the system has in its cache, into memory as the run's reads do."""
@@ -194,7 +194,7 @@ def _same(rows: np.ndarray) -> np.ndarray:
 def rate(work: Callable[[], float], seconds: float) -> float:
     """What `work` says that it does, per second, after a call that warms up."""
     work()
-    done, passed, start = 0, 0.0, time.perf_counter()
+    done, passed, start = 0.0, 0.0, time.perf_counter()
     while passed < seconds or done == 0:
         done += work()
         passed = time.perf_counter() - start

@@ -14,6 +14,7 @@ from collections.abc import Sequence
 from html import escape
 from os import PathLike
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from dask.utils import format_bytes
@@ -142,7 +143,7 @@ def check_place(path: str | PathLike) -> None:
         raise OSError(f"{path} {what}; choose another place")
 
 
-def _write(path: str | PathLike, kind: str, title: str, sections: Sequence[object]) -> None:
+def _write(path: str | PathLike, kind: str, title: str, sections: Sequence[Any]) -> None:
     """Put sections, HTML text or bokeh figures, into one page."""
     check_drawing()
     from bokeh.embed import components
@@ -272,7 +273,7 @@ def _both_between(plan: Plan, record: Record) -> list[tuple[str, str, str]]:
     ]
 
 
-def _of_ranks(plan: Plan, record: Record) -> list[object]:
+def _of_ranks(plan: Plan, record: Record) -> list[Any]:
     """Load of ranks and traffic to them, planned and measured; what services and workers did."""
     received = record.received_rows()
     return [
@@ -318,8 +319,8 @@ def _chunks(record: Record) -> list[tuple[str, str]]:
 
 def _imbalance(rows: Sequence[float]) -> str:
     """Largest over mean, as text."""
-    rows = np.asarray(rows)
-    return f"{rows.max() / rows.mean():.3f}" if rows.any() else ""
+    counts = np.asarray(rows)
+    return f"{counts.max() / counts.mean():.3f}" if counts.any() else ""
 
 
 def _ranks(plan: Plan, measured: dict[int, int]) -> list[tuple[str, str, str]]:
@@ -330,12 +331,12 @@ def _ranks(plan: Plan, measured: dict[int, int]) -> list[tuple[str, str, str]]:
     ]
 
 
-def _planned_traffic(plan: Plan) -> object:
+def _planned_traffic(plan: Plan) -> Any:
     names = [str(worker) for worker in range(plan.workers)]
     return figures.draw_traffic(plan.traffic_rows, "Planned: rows to each rank", names)
 
 
-def _measured_traffic(plan: Plan, record: Record) -> list[object]:
+def _measured_traffic(plan: Plan, record: Record) -> list[Any]:
     workers, rows = record.workers(), record.traffic_rows(plan.world_size)
     if plan.workers == 1:  # threads are one worker
         workers, rows = ["0"], rows.sum(axis=0, keepdims=True)

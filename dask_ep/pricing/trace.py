@@ -202,11 +202,14 @@ class Record:
     def renumbered(self, chunks: Sequence[int]) -> Record:
         """Number chunks by their place in `chunks`: those that a resumed run has computed."""
         place = {chunk: n for n, chunk in enumerate(chunks)} | {-1: -1}
-        spans, servings = (
-            tuple(s for s in some if s.chunk in place) for some in (self.spans, self.servings)
+        spans = tuple(
+            s._replace(key=s.key._replace(chunk=place[s.chunk]))
+            for s in self.spans
+            if s.chunk in place
         )
-        spans = tuple(s._replace(key=s.key._replace(chunk=place[s.chunk])) for s in spans)
-        servings = tuple(s._replace(chunk=place[s.chunk]) for s in servings)
+        servings = tuple(
+            s._replace(chunk=place[s.chunk]) for s in self.servings if s.chunk in place
+        )
         return replace(self, spans=spans, servings=servings)
 
     @classmethod
@@ -301,9 +304,11 @@ def peak_memory() -> int:
     """Bytes of memory that this process has used at most so far."""
     try:  # the resource usage of a process begins with the peak of the one that started it
         status = Path("/proc/self/status").read_text()
-        return int(re.search(r"^VmHWM:\s+(\d+) kB$", status, re.MULTILINE)[1]) * 1024
+        if found := re.search(r"^VmHWM:\s+(\d+) kB$", status, re.MULTILINE):
+            return int(found[1]) * 1024
     except OSError:
-        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        pass
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024
 
 
@@ -320,16 +325,15 @@ def _from_zero(
     events: Sequence[tuple[float, str]],
 ) -> Record:
     """A record whose times begin with its first task."""
-    spans, servings = (sorted(some, key=lambda one: one.start) for some in (spans, servings))
-    zero = spans[0].start if spans else 0.0
-    spans, servings = (
-        tuple(one._replace(start=one.start - zero, stop=one.stop - zero) for one in some)
-        for some in (spans, servings)
-    )
+    tasks = sorted(spans, key=lambda one: one.start)
+    zero = tasks[0].start if tasks else 0.0
     return Record(
-        spans,
-        max((s.stop for s in spans), default=0.0),
+        tuple(s._replace(start=s.start - zero, stop=s.stop - zero) for s in tasks),
+        max((s.stop - zero for s in tasks), default=0.0),
         peak_bytes,
         tuple(Event(when - zero, what) for when, what in events),
-        servings,
+        tuple(
+            s._replace(start=s.start - zero, stop=s.stop - zero)
+            for s in sorted(servings, key=lambda one: one.start)
+        ),
     )

@@ -138,7 +138,7 @@ class Traffic:
     @property
     def exchanged_bytes(self) -> int:
         """Bytes of all packets and answers between workers."""
-        return self.exchanged_at(self._homes) if self.has_ranks else 0
+        return self.exchanged_at(self._homes.tolist()) if self.has_ranks else 0
 
     def exchanged_at(self, homes: Sequence[int]) -> int:
         """Bytes of all packets and answers with each chunk on the worker of that number, (C,).

@@ -35,7 +35,7 @@ def fill_from_file(
     ReadError
         If the file is not there, has not that size, ends too early or cannot be read.
     """
-    view = memoryview(out.reshape(-1).view(np.uint8))
+    view = out.reshape(-1).view(np.uint8).data
     try:
         file = os.open(path, os.O_RDONLY | getattr(os, "O_CLOEXEC", 0))
     except OSError as error:
@@ -69,11 +69,11 @@ def file_size(path: str, name: str) -> int:
 
 def fingerprint_files(directory: str) -> dict[str, Any]:
     """Count, sum and hash the sizes and times of change of all files below a directory."""
-    count, size, newest, digest = 0, 0, 0, hashlib.sha256()
+    count, size, newest, entries = 0, 0, 0, hashlib.sha256()
     for relative, stat in sorted(_walk(directory, "")):
         count, size, newest = count + 1, size + stat.st_size, max(newest, stat.st_mtime_ns)
-        digest.update(f"{relative} {stat.st_size} {stat.st_mtime_ns}\n".encode())
-    digest = digest.hexdigest()[:32]
+        entries.update(f"{relative} {stat.st_size} {stat.st_mtime_ns}\n".encode())
+    digest = entries.hexdigest()[:32]
     return {"files": count, "size": size, "mtime_ns": newest, "digest": digest}
 
 

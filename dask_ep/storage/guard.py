@@ -50,7 +50,7 @@ def refuse_to_replace_inputs(path: str, y: da.Array, inputs: Iterable[Any]) -> N
     taken = [path, progress_directory(path)]
     if any(map(os.path.lexists, taken)):
         places |= _places_read(y)
-    for place in places - {None}:
+    for place in filter(None, places):
         source = os.path.realpath(place)
         for one in map(os.path.realpath, taken):
             if os.path.commonpath([source, one]) in (source, one):

@@ -16,7 +16,7 @@ _ESCAPED = re.compile(r"\\([0-7]{3})")
 
 def mapped_file(array: np.ndarray) -> str | None:
     """Return the file of which an array, or what it is a view of, is a memory map, if it is one."""
-    base = array
+    base: np.ndarray | None = array
     while isinstance(base, np.ndarray):
         if isinstance(base, np.memmap) and base.filename is not None:
             return os.fspath(base.filename)
@@ -32,6 +32,7 @@ def is_of_its_file(array: np.memmap) -> bool:
     shown = _shown_at(array.ctypes.data)
     if shown is None:
         return True
+    assert array.filename is not None  # a map of a file knows it
     name = os.path.realpath(os.fspath(array.filename))
     try:
         return shown == name or os.path.samefile(shown, name)

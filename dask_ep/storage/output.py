@@ -211,7 +211,8 @@ class Output(DaskMethodsMixin):
             BlockwiseDepDict(spans, numblocks=y.numblocks), axes,
             numblocks={y.name: y.numblocks},
         )  # fmt: skip
-        return HighLevelGraph.from_collections(self._name, layer, dependencies=[y])
+        inputs: list[Any] = [y]  # Dask's own arrays lack what its types ask of collections
+        return HighLevelGraph.from_collections(self._name, layer, dependencies=inputs)
 
     def _check_place(self) -> None:
         """Refuse to replace what may not be overwritten."""
@@ -246,7 +247,7 @@ def fingerprint_output(path: str) -> dict[str, Any]:
 
 def hash_rows(rows: np.ndarray) -> str:
     """What tells the rows of a block from others."""
-    return xxhash.xxh3_64_hexdigest(np.ascontiguousarray(rows).reshape(-1).view(np.uint8))
+    return xxhash.xxh3_64_hexdigest(np.ascontiguousarray(rows).reshape(-1).view(np.uint8).data)
 
 
 class _Job(NamedTuple):

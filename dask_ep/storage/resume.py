@@ -34,7 +34,7 @@ from dask_ep.storage.writers import Writer, make_writer
 
 
 def make_manifest(
-    y: da.Array, inputs: Mapping[str | None, Any], settings: Mapping[str, Any], overwrite: bool
+    y: da.Array, inputs: Mapping[str, Any], settings: Mapping[str, Any], overwrite: bool
 ) -> dict[str, Any]:
     """Say what an output is and what it is made of, as a new run of it would be recorded.
 

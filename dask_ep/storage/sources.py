@@ -32,6 +32,7 @@ from dask_ep.storage.remote import RemoteFile, is_remote
 from dask_ep.storage.safetensors_header import parse_header
 from dask_ep.storage.source import Region, Source, checked_dtype
 from dask_ep.storage.zarr_layout import (
+    ChunkFiles,
     anchored,
     chunk_files,
     local_directory,
@@ -63,12 +64,14 @@ class ArraySource(Source):
         return out
 
     def fingerprint(self) -> dict[str, Any]:
-        data = np.ascontiguousarray(self.array).reshape(-1).view(np.uint8)
+        data = np.ascontiguousarray(self.array).reshape(-1).view(np.uint8).data
         return self._describe() | {"xxh3_128": xxhash.xxh3_128_hexdigest(data)}
 
 
 class RawSource(Region):
     """A region of a local file; without a name it has the file's."""
+
+    path: str
 
     def __init__(
         self,
@@ -155,7 +158,8 @@ class ZarrSource(Source):
             self._read_through_zarr(start, stop, out)
         else:
             for chunk, first, last in self.files.spans(start, stop):
-                self._read_chunk(chunk, first, last, out[first - start : last - start])
+                rows = out[first - start : last - start]
+                self._read_chunk(self.files, chunk, first, last, rows)
         return out
 
     def find_missing(self) -> list[str]:
@@ -176,8 +180,10 @@ class ZarrSource(Source):
         place = str(self.array.store_path) if self.path is None else self.path
         return self._as_text(f"{place} {self.missing}")
 
-    def _read_chunk(self, chunk: int, first: int, last: int, out: np.ndarray) -> None:
-        files, place = self.files, f"chunk {chunk} (rows [{first}, {last})) of {self.name}"
+    def _read_chunk(
+        self, files: ChunkFiles, chunk: int, first: int, last: int, out: np.ndarray
+    ) -> None:
+        place = f"chunk {chunk} (rows [{first}, {last})) of {self.name}"
         path = files.path(chunk)
         offset = (first - chunk * files.rows) * files.row_bytes
         if self.missing == "fill" and not os.path.exists(path):
@@ -366,6 +372,6 @@ def _source_of_memmap(array: np.memmap, name: str | None) -> Source:
     # A slice keeps the offset of the map it was cut from, so the place is told by addresses: the
     # map starts at the page that holds `offset`.
     first = array.offset - array.offset % mmap.ALLOCATIONGRANULARITY
-    start = np.frombuffer(array._mmap, np.uint8).ctypes.data
+    start = np.frombuffer(array._mmap, np.uint8).ctypes.data  # type: ignore[attr-defined]
     offset = first + array.ctypes.data - start
     return RawSource(os.fspath(array.filename), offset, array.shape, array.dtype, name)

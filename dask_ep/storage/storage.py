@@ -277,7 +277,7 @@ def _row_chunks(
             f"chunks of {source.name} must be a number of rows or one for each chunk, not "
             f"{chunks!r}; without it they are of about {CHUNK_BYTES >> 20} MiB"
         )
-    if isinstance(chunks, Integral):
+    if isinstance(chunks, (int, Integral)):
         chunks = int(chunks)
         if chunks < 1:
             raise ValueError(f"a chunk of {source.name} must have 1 row or more, not {chunks}")

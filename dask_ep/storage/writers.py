@@ -260,7 +260,7 @@ def chunk_rows(blocks: Sequence[int]) -> int:
 
 def write_all(file: int, rows: np.ndarray, offset: int) -> None:
     """Write the bytes of a C-contiguous array at `offset` of an open file."""
-    view = memoryview(rows.reshape(-1).view(np.uint8))
+    view = rows.reshape(-1).view(np.uint8).data
     done = 0
     while done < len(view):
         done += os.pwrite(file, view[done:], offset + done)

@@ -22,7 +22,7 @@ from contextlib import suppress
 from dataclasses import dataclass, replace
 from itertools import product
 from math import prod
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import ml_dtypes
 import numpy as np
@@ -87,7 +87,7 @@ class ChunkFiles:
             start = end
 
 
-def open_array(path: str, mode: str = "r") -> tuple[zarr.Array, np.dtype]:
+def open_array(path: str, mode: Literal["r", "r+"] = "r") -> tuple[zarr.Array, np.dtype]:
     """Open the array at a path or URL, to read ("r") or write ("r+"); give it and its data type.
 
     The type differs from ``array.dtype`` for the types that zarr-python does not know: then the
@@ -236,7 +236,9 @@ def _bits(dtype: np.dtype) -> np.dtype:
     return np.dtype(f"u{dtype.itemsize}")
 
 
-def _open_extension_dtype(path: str, mode: str) -> tuple[zarr.Array, np.dtype] | None:
+def _open_extension_dtype(
+    path: str, mode: Literal["r", "r+"]
+) -> tuple[zarr.Array, np.dtype] | None:
     """Open an array of a type in `EXTENSION_DTYPES`, as its bits; None for any other."""
     import zarr
     from zarr.core.metadata import ArrayV3Metadata

@@ -14,7 +14,6 @@ from distributed.core import connect as connect_to_worker
 from distributed.security import Security
 from threadpoolctl import threadpool_info
 
-from dask_ep import own_experts
 from dask_ep.cluster import checks as clusters
 from dask_ep.cluster.checks import UnfitClusterError, WorkerSettings, check_cluster, connect, probe
 from tests.certificates import make_certificates, options
@@ -170,6 +169,8 @@ def test_workers_keep_the_memory_of_freed_packets(tmp_path):
 
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="only glibc can be told")
 def test_owners_keep_the_memory_of_freed_packets(tmp_path):
+    from dask_ep import own_experts  # with SciPy, whose BLAS workers would load: see above
+
     running = Cluster(tmp_path, ["w0"], nanny=True)
     with running, running.client() as client, own_experts(client, 1):
         client.run(_faults_of_freed_memory)
@@ -294,6 +295,11 @@ def test_no_scheduler_there(tmp_path):
 def test_no_scheduler_file_there(tmp_path):
     with pytest.raises(ConnectionError, match="must hold a scheduler's address, but after 0.1 s"):
         connect(scheduler_file=tmp_path / "none.json", timeout=0.1)
+
+
+def test_an_address_or_a_file_must_be_given():
+    with pytest.raises(TypeError, match="an address or a scheduler_file must be given"):
+        connect()
 
 
 def test_a_scheduler_file_says_where(cluster):

@@ -253,7 +253,7 @@ def test_dask_cuda_starts_the_workers_where_it_is_installed(monkeypatch):
     assert called["device_memory_limit"] == 8 << 30
     assert (called["protocol"], called["resources"]) == ("tcp", {"GPU": 1})
     called.clear()
-    devices = [one._replace(of_host=True) for one in device.find_devices()]
+    devices = [replace(one, of_host=True) for one in device.find_devices()]
     monkeypatch.setattr(device, "find_devices", lambda: devices)
     with start_gpus(Gpus()) as client:
         assert len(client.nthreads()) == 2, "plain processes: it has no use for shared memory"

@@ -166,12 +166,17 @@ def test_building_computes_nothing_and_tasks_grow_with_the_chunks(monkeypatch):
 def test_what_is_wrong_is_said():
     tokens, routing = small()
     experts = make_layer("linear", 6, 8, F, 8, seed=0).experts
+    layer = MoELayer(Router(6, 2), experts, np.ones((6, 8)))
     with pytest.raises(ValueError, match="what must be some of usage, .*, but has 'ammax'"):
         collect(tokens, experts, what=["ammax"], routing=routing)
     with pytest.raises(ValueError, match="what must name something"):
         collect(tokens, experts, what=[], routing=routing)
     with pytest.raises(ValueError, match="routing must be given for experts without a router"):
         collect(tokens, experts, what=["usage"])
+    with pytest.raises(
+        TypeError, match=r"routing of a layer must be both \(indices, topk_weights\)"
+    ):
+        collect(tokens, layer, what="usage", routing=routing[0])
     with pytest.raises(TypeError, match="hidden must be a Dask array, but is a ndarray"):
         collect(np.ones((3, 8)), experts, what=["usage"], routing=routing)
 

@@ -342,8 +342,8 @@ def compare_tensors(a: str | os.PathLike, b: str | os.PathLike, layer: int) -> T
 def _tensors(checkpoint: Checkpoint, layer: int) -> dict[str, Source]:
     return {
         name: source
-        for prefix in checkpoint.prefixes(layer)
-        for name, source in checkpoint.files.under(prefix).items()
+        for prefix, block in checkpoint.places(layer)
+        for name, source in checkpoint.files.under(f"{prefix}{block}." if block else prefix).items()
     }
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from queue import SimpleQueue
 from typing import Any
@@ -237,11 +237,13 @@ def deployed(where: Where | Deployed) -> contextlib.AbstractContextManager[Where
 @contextlib.contextmanager
 def started(
     where: Where,
-    job: Job,
+    files: Mapping[str, str],
     wait: Wait = SimpleQueue.get,
     on_workers: Callable[[Workers], Any] | None = None,
 ) -> Iterator[tuple[int, Client | None]]:
     """Yield the number of threads and no client, or a client of the workers.
+
+    `files` are the local files that all workers must see, by what they are: `files_of`.
 
     `wait` and `on_workers` are those of `dask_ep.jobs.run.run_job`, for a cluster.
     """
@@ -266,7 +268,7 @@ def started(
             ) as client,
             counted_workers(client, where.workers, wait, on_workers),
         ):
-            check_cluster(client, _files_of(job))
+            check_cluster(client, files)
             client.register_plugin(WorkerSettings())
             if where.gpus:
                 check_gpus(client)
@@ -289,20 +291,26 @@ def _local_cluster(where: Processes) -> LocalCluster:
         )
 
 
-def _files_of(job: Job) -> dict[str, str]:
+def files_of_job(job: Job) -> dict[str, str]:
     """The local files and directories that all workers must see."""
-    paths = {
-        "tokens": job.tokens,
-        "routing": job.routing,
-        "topk_weights": job.topk_weights,
-        "layer": job.layer,
-        "the directory of out": os.path.dirname(job.out),
-        **{
-            f"experts.{key}": value
-            for key, value in (job.experts or {}).items()
-            if key in WEIGHT_KEYS and isinstance(value, str)
-        },
-    }
+    return files_of(
+        {
+            "tokens": job.tokens,
+            "routing": job.routing,
+            "topk_weights": job.topk_weights,
+            "layer": job.layer,
+            "the directory of out": os.path.dirname(job.out),
+            **{
+                f"experts.{key}": value
+                for key, value in (job.experts or {}).items()
+                if key in WEIGHT_KEYS and isinstance(value, str)
+            },
+        }
+    )
+
+
+def files_of(paths: Mapping[str, str | None]) -> dict[str, str]:
+    """The local ones of some paths, without the names of tensors in them."""
     return {
         what: path.partition("::")[0]
         for what, path in paths.items()

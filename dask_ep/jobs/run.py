@@ -35,6 +35,7 @@ from dask_ep.jobs.backends import (
     Where,
     array_namespace,
     deployed,
+    files_of_job,
     lay_out,
     multiplied_by,
     multiplies_as_tf32,
@@ -182,7 +183,7 @@ def run_job(
     _tell_notes(inputs, on_note)
     with (
         deployed(where) as where,
-        started(where, job, wait, on_workers) as (threads, client),
+        started(where, files_of_job(job), wait, on_workers) as (threads, client),
     ):
         library = multiplied_by(where, client, inputs)
         layout = lay_out(job, where, client, begun_ranks=begun.world_size if begun else None)

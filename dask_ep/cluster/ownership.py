@@ -27,7 +27,7 @@ from distributed.scheduler import Scheduler
 
 from dask_ep.arrays.checks import check_world_size
 from dask_ep.cluster.dask_internals import scheduler_address
-from dask_ep.cluster.owner_plugin import PLUGIN, Ownership
+from dask_ep.cluster.owner_plugin import OWNERS_PLUGIN, Ownership
 from dask_ep.cluster.owner_rules import burdens
 from dask_ep.cluster.ranks import Change
 from dask_ep.cluster.services import Services
@@ -300,7 +300,7 @@ def _claim(
     if pause_limit is not None:
         plugin.pause_limit = pause_limit
     if not installed:
-        dask_scheduler.add_plugin(plugin, name=PLUGIN)
+        dask_scheduler.add_plugin(plugin, name=OWNERS_PLUGIN)
         plugin.limit(None)  # whatever was set before
     plugin.is_leaving = False
     if chunks_in_flight is not None:
@@ -342,7 +342,7 @@ def _check_claim(
 
 
 def _find_plugin(scheduler: Scheduler) -> Ownership | None:
-    found: Any = scheduler.plugins.get(PLUGIN)
+    found: Any = scheduler.plugins.get(OWNERS_PLUGIN)
     return found
 
 

@@ -35,8 +35,8 @@ from dask_ep.arrays.checks import check_routing, check_tokens, check_world_size,
 from dask_ep.arrays.namespaces import namespace
 from dask_ep.experts.experts import CallableExperts, Experts, as_experts
 from dask_ep.graph.chunk import (
+    ChunkPlace,
     Exchange,
-    Where,
     compute_chunk,
     compute_chunk_of_one_rank,
     join_ranks,
@@ -197,7 +197,7 @@ def build_chunks(ready: Ready, observe: Observe | None = None) -> da.Array:
 
     chunks, name = tokens.chunks[0], chunk_name(token)
     places = {
-        (c,): Where(c, first_row, None if placement is None else placement.home(c))
+        (c,): ChunkPlace(c, first_row, None if placement is None else placement.home(c))
         for c, first_row in enumerate(first_rows(chunks))
     }
     arrays: list[Any] = [a for a in (tokens, routing, topk_weights, layer) if a is not None]

@@ -219,7 +219,7 @@ def multiplies_as_tf32(where: Where, client: Client | None) -> bool:
     return isinstance(where, Gpus) and where.tf32
 
 
-def multiplied_by(where: Where, client: Client | None, inputs: Inputs) -> str | None:
+def blas_in_use(where: Where, client: Client | None, inputs: Inputs) -> str | None:
     """Say what multiplies on the host, `dask_ep.kernel.bfloat16.multiplied_by`; None on GPUs.
 
     Workers say it for themselves; those of several kinds are all named.

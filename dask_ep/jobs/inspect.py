@@ -19,7 +19,7 @@ from dask_ep.jobs.build import open_inputs
 from dask_ep.jobs.job import load_job
 from dask_ep.jobs.notes import find_notes
 from dask_ep.kernel.bfloat16 import multiplied_by
-from dask_ep.layers.checkpoint import Description, describe
+from dask_ep.layers.checkpoint import Description, describe_checkpoint
 from dask_ep.layers.checkpoint_files import CheckpointFiles
 from dask_ep.storage import journal
 from dask_ep.storage.output import progress_directory
@@ -291,7 +291,7 @@ def _recorded_arrays(inputs: Mapping[str, Any], under: str = "") -> Iterator[tup
 
 
 def _inspect_checkpoint(path: str) -> Finding:
-    found = describe(path)
+    found = describe_checkpoint(path)
     router = found.router
     facts = [
         ("model type", found.model_type),

@@ -34,9 +34,9 @@ from dask_ep.jobs.backends import (
     Threads,
     Where,
     array_namespace,
+    blas_in_use,
     deployed,
     lay_out,
-    multiplied_by,
     multiplies_as_tf32,
     started,
 )
@@ -184,7 +184,7 @@ def run_job(
         deployed(where) as where,
         started(where, job, wait, on_workers) as (threads, client),
     ):
-        library = multiplied_by(where, client, inputs)
+        library = blas_in_use(where, client, inputs)
         layout = lay_out(job, where, client, begun_ranks=begun.world_size if begun else None)
         work, free = inputs.work(layout.on_devices), partial(free_for_rows, inputs)
         asked: dict[str, Any] = {"chunk_rows": chunk_rows, "travel": travel}

@@ -255,7 +255,9 @@ class Description:
         return [layer.layer for layer in self.layers if layer.kind == "moe"]
 
 
-def describe(directory: str | os.PathLike, *, families: Iterable[Family] = ()) -> Description:
+def describe_checkpoint(
+    directory: str | os.PathLike, *, families: Iterable[Family] = ()
+) -> Description:
     """Tell what a checkpoint is, from its config and the headers of its files alone.
 
     Parameters

@@ -184,7 +184,7 @@ def describe_differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> list
     return words + _compare("setting ", old.get("settings", {}), new.get("settings", {}))
 
 
-def acquire(directory: str) -> None:
+def acquire_lock(directory: str) -> None:
     """Become the one process that writes this output.
 
     Raises
@@ -212,7 +212,7 @@ def acquire(directory: str) -> None:
         file.write(json.dumps(_this_process()))
 
 
-def release(directory: str) -> None:
+def release_lock(directory: str) -> None:
     """Stop being the one that writes; nothing if this process is not."""
     with contextlib.suppress(FileNotFoundError), _open_lock(directory, create=False) as file:
         holder, mine = None, _this_process()

@@ -220,7 +220,7 @@ def store(
     check_existing(path, resume, overwrite)
     _make_directory(directory, path)
     wait_until_asked(directory)
-    journal.acquire(directory)
+    journal.acquire_lock(directory)
     try:
         restore(path, directory)
         check_existing(path, resume, overwrite)  # again, now that no other run can begin
@@ -231,7 +231,7 @@ def store(
             writer, manifest = go_on(y, path, manifest, wanted, compressors)
         output = Output(y, path, writer, manifest, sync)
     except BaseException:
-        journal.release(directory)
+        journal.release_lock(directory)
         raise
     if compute:
         with output:

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from dask_ep import load_moe_layer
-from dask_ep.cluster.owner_plugin import PLUGIN
+from dask_ep.cluster.owner_plugin import OWNERS_PLUGIN
 from dask_ep.jobs.backends import Threads
 from dask_ep.jobs.example import Example, write_example
 from dask_ep.jobs.job import load_job
@@ -132,7 +132,7 @@ def test_ctrl_c_leaves_nothing_on_the_cluster(cluster, job, tmp_path):
     assert "stopped;" in told
     with cluster.client() as client:
         wait_until(lambda: client.run_on_scheduler(_count_tasks) == 0, "no task is left")
-        assert PLUGIN not in client.run_on_scheduler(_plugins)
+        assert OWNERS_PLUGIN not in client.run_on_scheduler(_plugins)
         assert set(addresses(client)) == {"w0", "w1"}
 
 

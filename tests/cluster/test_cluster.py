@@ -13,7 +13,13 @@ from distributed.security import Security
 from threadpoolctl import threadpool_info
 
 from dask_ep.cluster import checks as clusters
-from dask_ep.cluster.checks import OneBlasThread, UnfitClusterError, check_cluster, connect, probe
+from dask_ep.cluster.checks import (
+    OneBlasThread,
+    UnfitClusterError,
+    check_cluster,
+    connect,
+    probe_process,
+)
 from tests.certificates import make_certificates, options
 from tests.cluster_processes import DEADLINE, REPOSITORY, Cluster, addresses, wait_until
 
@@ -62,7 +68,7 @@ sys.meta_path.insert(0, Absent)
 
 
 def test_other_versions_are_named_with_their_places(client, monkeypatch):
-    numpy = probe([])["versions"]["numpy"]
+    numpy = probe_process([])["versions"]["numpy"]
     monkeypatch.setattr(clusters.metadata, "version", lambda package: "0.1")
     with pytest.raises(UnfitClusterError) as error:
         check_cluster(client)

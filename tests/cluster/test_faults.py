@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from dask_ep import Experts, expert_parallel, own_experts
-from dask_ep.cluster.owner_plugin import PLUGIN
+from dask_ep.cluster.owner_plugin import OWNERS_PLUGIN
 from dask_ep.cluster.services import LostOwnerError
 from dask_ep.storage.sources import Source
 from tests.cluster_processes import DEADLINE, Cluster, addresses, wait_until
@@ -103,7 +103,7 @@ def client(cluster):
 
 def nothing_is_left(client):
     return (
-        PLUGIN not in client.run_on_scheduler(_plugins)
+        OWNERS_PLUGIN not in client.run_on_scheduler(_plugins)
         and not client.run_on_scheduler(_restrictions)
         and not any(slots_taken(client).values())
         and not any(slices_kept(client).values())
@@ -317,5 +317,5 @@ def _restrictions(dask_scheduler):
 
 
 def _open_layers(world_size, dask_scheduler):
-    layers = dask_scheduler.plugins[PLUGIN].layers
+    layers = dask_scheduler.plugins[OWNERS_PLUGIN].layers
     return [layer.token for layer in layers if layer.is_open and layer.world_size == world_size]

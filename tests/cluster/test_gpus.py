@@ -35,7 +35,7 @@ from dask_ep.cluster import device_serialize, gpus
 from dask_ep.cluster.gpus import Gpus, OnGpu, choose_protocol, start_gpus
 from dask_ep.errors import DoesNotFit
 from dask_ep.experts.stored_experts import held_as_stored
-from dask_ep.graph.chunk import Exchange, Where, combine, cut, pack
+from dask_ep.graph.chunk import ChunkPlace, Exchange, combine, cut, pack
 from dask_ep.jobs import backends
 from dask_ep.jobs.backends import Cluster, Threads, lay_out
 from dask_ep.jobs.build import build, open_inputs
@@ -455,7 +455,7 @@ def test_every_step_tells_what_it_needs_and_needs_no_more(request, name):
     loaded = shared.load(xp=xp), None
     packing = Packing(tokens, routing, None, 4, 2)
     answers = [(rank, packing.packet([rank]).rows) for rank in (0, 1)]
-    exchange, where = Exchange("", 2, 4, d, None), Where(7, 0, None)
+    exchange, where = Exchange("", 2, 4, d, None), ChunkPlace(7, 0, None)
     step = {
         "routing": lambda: _route_chunk(tokens, {"weight": weight}, Router(E, 2), 7),
         "pack": lambda: cut(pack(tokens, routing, weights, where, exchange), [1], 7),

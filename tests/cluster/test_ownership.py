@@ -15,7 +15,7 @@ from distributed import Client
 from distributed.core import Status
 
 from dask_ep import Experts, expert_parallel, own_experts
-from dask_ep.cluster.owner_plugin import METADATA, PLUGIN
+from dask_ep.cluster.owner_plugin import METADATA, OWNERS_PLUGIN
 from dask_ep.cluster.services import LostOwnerError
 from dask_ep.graph.pipeline import count_tasks
 from dask_ep.storage.sources import open_source
@@ -362,7 +362,7 @@ def test_calling_again_installs_nothing_more(client):
         again = own_experts(client)
         assert again.world_size == 6
         assert again.owners == owners.owners
-        assert client.run_on_scheduler(_plugins).count(PLUGIN) == 1
+        assert client.run_on_scheduler(_plugins).count(OWNERS_PLUGIN) == 1
         with own_experts(client, 6):
             pass
         assert owners.owners == again.owners  # an inner block leaves things as it found them
@@ -797,12 +797,12 @@ def _plugins(dask_scheduler):
 
 
 def _limits(dask_scheduler):
-    plugin = dask_scheduler.plugins[PLUGIN]
+    plugin = dask_scheduler.plugins[OWNERS_PLUGIN]
     return {name: getattr(plugin, name) for name in ("settle", "pause_limit", "chunks_in_flight")}
 
 
 def _what_is_left(dask_scheduler):
-    left = [name for name in dask_scheduler.plugins if name == PLUGIN]
+    left = [name for name in dask_scheduler.plugins if name == OWNERS_PLUGIN]
     left += [key for key in dask_scheduler.task_metadata if key == METADATA[0]]
     return left + [
         ts.key for ts in dask_scheduler.tasks.values() if ts.worker_restrictions is not None
@@ -810,27 +810,27 @@ def _what_is_left(dask_scheduler):
 
 
 def _break_the_plugin(dask_scheduler):
-    plugin = dask_scheduler.plugins[PLUGIN]
+    plugin = dask_scheduler.plugins[OWNERS_PLUGIN]
     plugin.hidden, plugin.ranks = plugin.ranks, None
 
 
 def _mend_the_plugin(dask_scheduler):
-    plugin = dask_scheduler.plugins[PLUGIN]
+    plugin = dask_scheduler.plugins[OWNERS_PLUGIN]
     plugin.ranks = plugin.hidden
 
 
 def _break_assignment(dask_scheduler):
-    dask_scheduler.plugins[PLUGIN].assign = None
+    dask_scheduler.plugins[OWNERS_PLUGIN].assign = None
 
 
 def _mend_assignment(dask_scheduler):
-    plugin = dask_scheduler.plugins[PLUGIN]
+    plugin = dask_scheduler.plugins[OWNERS_PLUGIN]
     del plugin.assign
     plugin.assign("mended")
 
 
 def _valid_workers(dask_scheduler):
-    plugin, workers = dask_scheduler.plugins[PLUGIN], list(dask_scheduler.workers.values())
+    plugin, workers = dask_scheduler.plugins[OWNERS_PLUGIN], list(dask_scheduler.workers.values())
     return [w.address for w in plugin.valid_workers_downscaling(dask_scheduler, workers)]
 
 
@@ -839,7 +839,7 @@ def _workers_to_close(count, dask_scheduler):
 
 
 def _has_begun(dask_scheduler):
-    return any(layer.is_open for layer in dask_scheduler.plugins[PLUGIN].layers)
+    return any(layer.is_open for layer in dask_scheduler.plugins[OWNERS_PLUGIN].layers)
 
 
 def _set_status(status, dask_worker):

@@ -20,7 +20,7 @@ import numpy as np
 import pytest
 
 from dask_ep.experts.experts import Experts
-from dask_ep.layers.checkpoint import describe, load_moe_layer
+from dask_ep.layers.checkpoint import describe_checkpoint, load_moe_layer
 from dask_ep.layers.families import FAMILIES, find_family
 from dask_ep.layers.family import Family, Key, Shared
 from dask_ep.layers.layer import MoELayer
@@ -600,7 +600,7 @@ def test_a_private_family_is_one_row_of_data(tmp_path):
     )
     layer = load_moe_layer(folder, LAYER, families=[mine])
     assert max(errors(layer, "mixtral").values()) <= TOLERANCE
-    assert describe(folder, families=[mine]).family is mine
+    assert describe_checkpoint(folder, families=[mine]).family is mine
 
 
 # --- the residual of a decoder layer -------------------------------------------------------------
@@ -855,7 +855,7 @@ def test_numbers_that_are_no_numbers_are_refused_by_name_when_read(tmp_path):
 
 
 def test_a_checkpoint_is_described_from_its_headers(bytes_read):
-    found = describe(FIXTURES / "deepseek_v3_fp8")
+    found = describe_checkpoint(FIXTURES / "deepseek_v3_fp8")
     assert bytes_read == []
     assert (found.model_type, found.d, found.width, found.shared_width) == (
         "deepseek_v3",
@@ -879,7 +879,7 @@ def test_a_checkpoint_is_described_from_its_headers(bytes_read):
 
 @pytest.mark.parametrize("case", CASES)
 def test_every_checkpoint_can_be_described(case):
-    found = describe(FIXTURES / case)
+    found = describe_checkpoint(FIXTURES / case)
     layer = load_moe_layer(FIXTURES / case, LAYER)
     assert LAYER in found.moe_layers
     assert found.layers[LAYER].num_experts == layer.experts.num_experts
@@ -893,13 +893,13 @@ def renamed(old, new):
 def test_why_no_moe_layer_can_be_described(tmp_path):
     dense = altered(tmp_path / "a", "jamba", num_experts=1)
     with pytest.raises(ValueError, match="jamba has no MoE layer among its 2"):
-        describe(dense)
+        describe_checkpoint(dense)
     elsewhere = altered(tmp_path / "b", "jamba", tensors=renamed("model.", "strange."))
     with pytest.raises(
         ValueError,
         match="MoE layers 1 according to config.json, .* such as model.layers.1.feed_forward",
     ):
-        describe(elsewhere)
+        describe_checkpoint(elsewhere)
 
 
 def test_a_model_that_answers_questions_is_read(tmp_path):

@@ -24,9 +24,6 @@ TLS=${TLS:-}
 # A task is given up when this many of its workers have died: more than there are workers.
 export DASK_DISTRIBUTED__SCHEDULER__ALLOWED_FAILURES=${ALLOWED_FAILURES:-100}
 
-# Workers keep freed memory of a packet's size for the next packet: as Dask starts them, they do not.
-export MALLOC_MMAP_THRESHOLD_=4194304 MALLOC_TRIM_THRESHOLD_=33554432
-
 set -m # a process group for each command: Ctrl-C comes here, and ends them in good order
 names=() started=() run=
 start() { # NAME COMMAND...

@@ -5,7 +5,9 @@
     python workflows/exchange_cost.py --scale 0.1            # smaller ones, to try it
 
 scheduler   processor time of the scheduler for each chunk, from Zarr to Zarr, by ranks; chunks hold
-            little, so that hardly anything but their tasks costs time.
+            little, so that hardly anything but their tasks costs time. What one more chunk costs is
+            told, from runs over two numbers of chunks; and what it costs in a `da.map_blocks` that
+            does nothing, between the same files.
 ranks       one job on two worker processes by ranks: 100 000 rows of 512, top 8 of 128 small gated
             experts, chunks of 1 024 rows; time over that of two ranks.
 workers     experts that take time and no core (20 ms a packet), one rank on each of 32 workers of
@@ -24,7 +26,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-import dask
 import dask.array as da
 import numpy as np
 import zarr
@@ -33,14 +34,12 @@ from distributed import Client, SubprocessCluster
 from dask_ep import Experts, expert_parallel, open_tokens, own_experts, store
 from dask_ep.arrays.blas import limit_blas_for_good
 from dask_ep.graph import tally
-from dask_ep.jobs.backends import MALLOC
 
 
 @contextmanager
 def cluster(workers: int) -> Iterator[Client]:
     """Processes of their own for the scheduler and each worker, which has one thread."""
     with (
-        dask.config.set(MALLOC),
         SubprocessCluster(
             n_workers=workers,
             threads_per_worker=1,
@@ -77,22 +76,30 @@ def scheduler_seconds(dask_scheduler: object) -> float:
     return time.process_time()
 
 
+def as_it_is(rows: np.ndarray) -> np.ndarray:
+    return rows
+
+
 def of_scheduler(folder: Path, scale: float) -> None:
-    chunks = max(int(1000 * scale), 20)
-    print(f"\nscheduler: {chunks} chunks of 64 rows, two workers")
-    print("\n| R | ms of the scheduler a chunk |\n|---|---|")
-    for ranks in (2, 16, 64, 256):
-        inputs = write(folder, 64 * chunks, 8, 64, 256, 2)
-        experts = Experts.linear(np.ones((256, 8, 8), np.float32))
-        with cluster(2) as client, own_experts(client, ranks):
-            y = expert_parallel(
-                inputs["tokens"], inputs["routing"], experts, topk_weights=inputs["weights"],
-                world_size=ranks,
-            )  # fmt: skip
-            before = client.run_on_scheduler(scheduler_seconds)
-            store(y, folder / "y.zarr", overwrite=True)
-            spent = client.run_on_scheduler(scheduler_seconds) - before
-        print(f"| {ranks} | {1e3 * spent / chunks:.2f} |", flush=True)
+    few, many = max(int(500 * scale), 20), max(int(2500 * scale), 60)
+    experts = Experts.linear(np.ones((256, 8, 8), np.float32))
+    print(f"\nscheduler: {few} and {many} chunks of 64 rows, two workers")
+    print("\n| R | ms of the scheduler for one more chunk | for all | \n|---|---|---|")
+    for ranks in (None, 2, 16, 64, 256):
+        spent = {}
+        for chunks in (few, many):
+            x, routing, weights = write(folder, 64 * chunks, 8, 64, 256, 2).values()
+            with cluster(2) as client, own_experts(client, ranks or 1):
+                if ranks is None:
+                    y = da.map_blocks(as_it_is, x, dtype=x.dtype)
+                else:
+                    y = expert_parallel(x, routing, experts, topk_weights=weights, world_size=ranks)
+                before = client.run_on_scheduler(scheduler_seconds)
+                store(y, folder / "y.zarr", overwrite=True)
+                spent[chunks] = client.run_on_scheduler(scheduler_seconds) - before
+        more = 1e3 * (spent[many] - spent[few]) / (many - few)
+        name = "map_blocks" if ranks is None else ranks
+        print(f"| {name} | {more:.2f} | {1e3 * spent[many] / many:.2f} |", flush=True)
 
 
 def of_ranks(folder: Path, scale: float) -> None:

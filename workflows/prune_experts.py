@@ -17,11 +17,13 @@ infinity.
 from __future__ import annotations
 
 import json
+import math
 import os
 import re
 import shutil
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
+from functools import reduce
 from itertools import pairwise
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
@@ -31,8 +33,11 @@ import numpy as np
 
 from dask_ep.cli.command import debug_option
 from dask_ep.cli.main import main
+from dask_ep.layers.block import Block
 from dask_ep.layers.checkpoint import Checkpoint
 from dask_ep.layers.checkpoint_files import INDEX
+from dask_ep.layers.families import PREFIXES, TEXT_CONFIGS
+from dask_ep.layers.family import Family, Key
 from dask_ep.storage.sources import open_safetensors
 
 SCORES = {
@@ -43,10 +48,12 @@ SCORES = {
 }
 """Short names of the statistics that experts are usually chosen by."""
 
+CONFIGS = (*TEXT_CONFIGS, ())
+"""Where the config of the text half may be in ``config.json``, and that of a plain model is."""
+
 PIECE = 16 << 20
 """Bytes that are copied at a time."""
 
-OF_LAYER = re.compile(r"(?:.*\.)?layers\.(\d+)\.(.+)")
 OF_EXPERT = re.compile(r"((?:.*\.)?experts\.)(\d+)(\..+)")
 
 
@@ -148,49 +155,56 @@ class Pruning:
     #: experts by layer
     num_experts: int
     #: as it was
+    blocks: Mapping[int, Block]
+    #: by layer, which know the tensors that they are made of
     left_out: list[str] = field(default_factory=list)
     #: names of tensors beyond the last layer
 
+    def __post_init__(self) -> None:
+        self.layer_of = {
+            block.prefix + name: layer
+            for layer, block in self.blocks.items()
+            for name in block.taken - shared_of(block)
+        }
+        last = self.checkpoint.num_layers
+        self.beyond = tuple(
+            prefix.format(layer=layer) for prefix in PREFIXES for layer in range(last, last + 16)
+        )
+
     def entry(self, name: str, dtype: str, shape: list[int], span: tuple[int, int]) -> Entry | None:
         """Say what a tensor becomes; None if it goes."""
-        layer, rest = self.place(name)
-        if layer >= self.checkpoint.num_layers and OF_EXPERT.fullmatch(name):
+        if name.startswith(self.beyond) and OF_EXPERT.fullmatch(name):
             self.left_out.append(name)
             return None
-        if rest is None or layer not in self.kept or "shared" in rest:
+        layer = self.layer_of.get(name)
+        if layer is None:
             return Entry(name, dtype, shape, [span])
         if match := OF_EXPERT.fullmatch(name):
             stem, expert, ending = match.groups()
             at = np.flatnonzero(self.kept[layer] == int(expert))
             return Entry(f"{stem}{at[0]}{ending}", dtype, shape, [span]) if len(at) else None
-        axis = 1 if shape[:1] == [1] else 0
-        if len(shape) <= axis or shape[axis] != self.num_experts:
-            raise click.UsageError(
-                f"{name} {tuple(shape)} is in the MoE block of layer {layer}, but its first axis "
-                f"is not that of the {self.num_experts} experts: this checkpoint is stored in a "
-                "way that cannot be pruned"
-            )
-        return self.cut(name, dtype, shape, span, axis)
-
-    def place(self, name: str) -> tuple[int, str | None]:
-        """The layer of a tensor, -1 for none, and its name in the MoE block, None outside of it."""
-        match = OF_LAYER.fullmatch(name)
-        if match is None:
-            return -1, None
-        for block in self.checkpoint.model.family.blocks:
-            if match[2].startswith(f"{block}."):
-                return int(match[1]), match[2].removeprefix(f"{block}.")
-        return int(match[1]), None
-
-    def cut(
-        self, name: str, dtype: str, shape: list[int], span: tuple[int, int], axis: int
-    ) -> Entry:
-        """Cut rows out of a tensor, an expert each."""
-        layer, _ = self.place(name)
+        axis = self.axis_of_experts(name, shape)
+        whole, kept = shape[axis], self.kept[layer]
         begin, end = span
-        size = (end - begin) // self.num_experts
-        spans = [(begin + e * size, begin + (e + 1) * size) for e in self.kept[layer].tolist()]
-        return Entry(name, dtype, [*shape[:axis], len(spans), *shape[axis + 1 :]], spans)
+        runs = math.prod(shape[:axis])  # of bytes, in each of which every expert has a part
+        size = (end - begin) // (runs * self.num_experts)
+        starts = begin + size * (self.num_experts * np.arange(runs)[:, None] + kept).reshape(-1)
+        rows = [*shape[:axis], whole // self.num_experts * len(kept), *shape[axis + 1 :]]
+        return Entry(name, dtype, rows, [(first, first + size) for first in starts.tolist()])
+
+    def axis_of_experts(self, name: str, shape: list[int]) -> int:
+        """Which axis of a tensor with something of all experts is theirs."""
+        block = self.blocks[self.layer_of[name]]
+        family, E = block.family, self.num_experts
+        in_out = [block.full(each) for each in family.router_weight_in_out]
+        axis = 1 if shape[:1] == [1] or name in in_out else 0
+        flat = any(layout.flat for layout in family.experts)
+        if len(shape) > axis and (shape[axis] == E or (flat and shape[axis] % E == 0)):
+            return axis
+        raise click.UsageError(
+            f"{name} {tuple(shape)} is part of a MoE layer, but has no axis of its {E} experts: "
+            "this checkpoint is stored in a way that cannot be pruned"
+        )
 
     # --- files ---
 
@@ -235,14 +249,17 @@ class Pruning:
     def config(self) -> dict[str, Any]:
         """The config with the new number of experts."""
         config = json.loads(json.dumps(self.checkpoint.files.config))
-        part = config.get("text_config") or config
+        parts = (reduce(lambda part, name: part.get(name) or {}, path, config) for path in CONFIGS)
+        text = next(filter(None, parts))
         number = len(next(iter(self.kept.values())))
-        names = self.checkpoint.model.family.num_experts.names
-        for name in [name for name in names if name in part] or names[:1]:
-            old = part.get(name)
-            part[name] = [number] * len(old) if isinstance(old, list) else number
-        if self.left_out and "num_nextn_predict_layers" in part:
-            part["num_nextn_predict_layers"] = 0
+        for name in self.checkpoint.model.family.num_experts.names:
+            *path, last = name.split(".")
+            part = reduce(lambda part, name: part.get(name) or {}, path, text)
+            if last in part:
+                old = part[last]
+                part[last] = [number] * len(old) if isinstance(old, list) else number
+        if self.left_out and "num_nextn_predict_layers" in text:
+            text["num_nextn_predict_layers"] = 0
         if OF_EXPERT.search(json.dumps(config.get("quantization_config"))):
             raise click.UsageError(
                 "quantization_config of config.json names single experts, whose numbers change; "
@@ -306,7 +323,8 @@ def prune(directory: str, stats: Path, keep: float, score: str, out: Path) -> No
     if out.exists():
         raise click.UsageError(f"{out} exists already; choose another --out")
     checkpoint = Checkpoint(directory)
-    opened = {layer: checkpoint.open_layer(layer) for layer in layers_here(checkpoint)}
+    layers = [layer for layer in checkpoint.moe_layers if checkpoint.places(layer)]
+    opened = {layer: checkpoint.open_layer(layer) for layer in layers}
     sizes = {layer.experts.num_experts for layer in opened.values()}
     if len(sizes) != 1:
         raise click.UsageError(
@@ -314,11 +332,13 @@ def prune(directory: str, stats: Path, keep: float, score: str, out: Path) -> No
             f"{', '.join(map(str, sorted(sizes))) or 'none'}"
         )
     (num_experts,) = sizes
-    scores = read_scores(stats, list(opened), score, num_experts)
+    blocks = {layer: block_of(checkpoint, layer) for layer in layers}
+    check_family(checkpoint.model.family, blocks)
+    scores = read_scores(stats, layers, score, num_experts)
     kept = {i: choose(scores[i], keep, layer.router.groups) for i, layer in opened.items()}
     for i, layer in opened.items():
         check_router(layer.router, len(kept[i]), i)
-    pruning = Pruning(checkpoint, kept, num_experts)
+    pruning = Pruning(checkpoint, kept, num_experts, blocks)
     partial = out.with_name(f"{out.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
@@ -331,12 +351,40 @@ def prune(directory: str, stats: Path, keep: float, score: str, out: Path) -> No
     click.echo(f"{out}: {len(next(iter(kept.values())))} of {num_experts} experts in each layer")
 
 
-def layers_here(checkpoint: Checkpoint) -> list[int]:
-    """The MoE layers whose tensors are in the files."""
-    present = {
-        int(match[1]) for name in checkpoint.files.file_of if (match := OF_LAYER.fullmatch(name))
-    }
-    return [layer for layer in checkpoint.moe_layers if layer in present]
+def block_of(checkpoint: Checkpoint, layer: int) -> Block:
+    """The tensors of a layer, with those taken that it is made of."""
+    ((prefix, name),) = checkpoint.places(layer)
+    block = Block(checkpoint.model, layer, prefix, name, checkpoint.files.under(prefix))
+    block.build(residual=False)
+    return block
+
+
+def shared_of(block: Block) -> set[str]:
+    """The tensors of the shared experts, and of their gate."""
+    again = Block(block.model, block.layer, block.prefix, block.name.rstrip("."), block.tensors)
+    again.shared()
+    return again.taken
+
+
+def check_family(family: Family, blocks: Mapping[int, Block]) -> None:
+    """Refuse layers whose experts have more to them than their own tensors and the router's."""
+    for block in blocks.values():
+        others = [n for n in set(block.tensors) - block.taken if OF_EXPERT.fullmatch(n)]
+        if others:
+            raise click.UsageError(
+                f"{block.where} has experts that are not read, such as {block.prefix}"
+                f"{min(others)}: this checkpoint cannot be pruned"
+            )
+        if table := block.first_here(family.table):
+            raise click.UsageError(
+                f"{block.where} chooses experts by token in {block.full(table)}, and rows would "
+                "have none: this checkpoint cannot be pruned"
+            )
+    if not isinstance(family.num_experts, Key):
+        raise click.UsageError(
+            f"the number of experts of {', '.join(family.model_types)} is not a key of "
+            "config.json alone: this checkpoint cannot be pruned"
+        )
 
 
 def described(pruning: Pruning, scores: Mapping[int, np.ndarray]) -> Iterator[str]:

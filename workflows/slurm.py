@@ -105,8 +105,6 @@ class Request:
         lines = [
             "#!/usr/bin/env bash",
             *self.prologue,
-            "# Workers keep freed memory of a packet's size for the next one.",
-            "export MALLOC_MMAP_THRESHOLD_=4194304 MALLOC_TRIM_THRESHOLD_=33554432",
             f"exec {shlex.join(worker)} --name ${{SLURM_ARRAY_JOB_ID}}_${{SLURM_ARRAY_TASK_ID}}",
         ]
         return "\n".join(lines) + "\n"

@@ -27,7 +27,12 @@ import ml_dtypes
 import numpy as np
 from threadpoolctl import ThreadpoolController, threadpool_limits
 
+from dask_ep.arrays import memory
+
 BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
+
+_CACHE_LINE = 64  # bytes
+_PADDED = 1024  # columns
 
 SMALLEST_PRODUCT = 1 << 18
 """Multiplications below which a product takes less time than the way to another library."""
@@ -66,10 +71,11 @@ class Cblas:
         That for bfloat16 sums in float32, and so writes it.
     """
 
-    _ROW_MAJOR, _AS_IS, _TRANSPOSED = 101, 111, 112
+    _ROW_MAJOR, _AS_IS, _TRANSPOSED, _PACKED, _SECOND = 101, 111, 112, 151, 162
 
     def __init__(self, library: ctypes.CDLL, names: dict[Any, str]):
         self._gemm = {}
+        self._packing: Any = _packing_of(library)
         for dtype, name in names.items():
             sums = _sums(np.dtype(dtype))
             number = np.ctypeslib.as_ctypes_type(sums)
@@ -82,20 +88,61 @@ class Cblas:
             gemm.restype = None
             self._gemm[np.dtype(dtype)] = gemm, sums
 
-    def multiply(self, x: np.ndarray, w: np.ndarray, out: np.ndarray, *, add: bool = False) -> bool:
+    def multiply(
+        self,
+        x: np.ndarray,
+        w: np.ndarray,
+        out: np.ndarray,
+        *,
+        add: bool = False,
+        packed: np.ndarray | None = None,
+    ) -> bool:
         """Write x @ w to `out`, or add it, and say so; False if the library cannot with this memory
-        layout."""
+        layout. `packed` is what `pack` has made of `w`."""
         gemm, sums = self._gemm.get(x.dtype, (None, None))
         if gemm is None or x.dtype != w.dtype or out.dtype != sums:
             return False
         x_lies, w_lies, out_lies = self._lie(x), self._lie(w), self._lie(out)
         if x_lies is None or w_lies is None or out_lies is None or out_lies[0] != self._AS_IS:
             return False
+        if packed is not None:
+            gemm, w, w_lies = self._packing[2], packed, (self._PACKED, out.shape[1])
         sizes = (*out.shape, x.shape[1])
         places = (_address(x), x_lies[1], _address(w), w_lies[1])
         flags = (self._ROW_MAJOR, x_lies[0], w_lies[0])
         gemm(*flags, *sizes, 1.0, *places, float(add), _address(out), out_lies[1])
         return True
+
+    def packable(self, w: np.ndarray, m: int, nbytes: int) -> int:
+        """How many columns of a matrix can be packed within so many bytes; 0 where none can.
+
+        MKL pads both sides of a matrix to about 1024.
+        """
+        if w.dtype != BFLOAT16 or self._packing is None or self._lie(w) is None:
+            return 0
+        k, columns = w.shape
+
+        def fits() -> bool:
+            return self._packing[0](self._SECOND, m, columns, k) + _CACHE_LINE <= nbytes
+
+        while not fits() and columns > _PADDED:
+            columns = (columns - 1) // _PADDED * _PADDED
+        return columns if fits() else 0
+
+    def pack(self, w: np.ndarray, m: int) -> np.ndarray:
+        """Lay a matrix (k, n) out as products of m rows read it, where it is `packable`.
+
+        That saves a fifth to a third of each product, and costs as much as one of 200 to 300 rows.
+        The products have the same bits.
+        """
+        (size, pack, _), lies = self._packing, self._lie(w)
+        assert lies is not None  # `packable` has looked
+        k, n = w.shape
+        packed = memory.empty((size(self._SECOND, m, n, k) + _CACHE_LINE,), np.uint8)
+        packed = packed[-packed.ctypes.data % _CACHE_LINE :]
+        place, length = _address(w), lies[1]
+        pack(self._ROW_MAJOR, self._SECOND, lies[0], m, n, k, place, length, _address(packed))
+        return packed
 
     @classmethod
     def _lie(cls, a: np.ndarray) -> tuple[int, int] | None:
@@ -110,6 +157,26 @@ class Cblas:
         if down == size and along >= rows * size and along % size == 0:
             return cls._TRANSPOSED, along // size
         return None
+
+
+def _packing_of(library: ctypes.CDLL) -> tuple[Any, Any, Any] | None:
+    """What makes packed matrices of bfloat16, and multiplies with them, if the library has it."""
+    name = "cblas_gemm_bf16bf16f32_"
+    try:
+        size, pack, compute = (
+            getattr(library, f"{name}{what}_64") for what in ("pack_get_size", "pack", "compute")
+        )
+    except AttributeError:
+        return None
+    flag, length, matrix, one = ctypes.c_int, ctypes.c_int64, ctypes.c_void_p, ctypes.c_float
+    size.argtypes, size.restype = [flag, length, length, length], ctypes.c_size_t
+    pack.argtypes = [flag, flag, flag, length, length, length, matrix, length, matrix]
+    compute.argtypes = [
+        *(flag, flag, flag, length, length, length),
+        *(one, matrix, length, matrix, length, one, matrix, length),
+    ]
+    pack.restype = compute.restype = None
+    return size, pack, compute
 
 
 def _address(a: Any) -> int:

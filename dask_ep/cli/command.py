@@ -8,7 +8,7 @@ from __future__ import annotations
 import click
 
 FAILED, WRONG_USE, DIFFERENT = 1, 2, 3
-"""Exit codes: failed or stopped, wrong use, `verify` found a difference."""
+"""Exit codes: failed or stopped, wrong use, `verify` or `compare` found a difference."""
 
 
 def _set_debug(context: click.Context, _: click.Parameter, value: bool) -> None:

@@ -4,7 +4,7 @@
 
 Each command is a module, `example_command` and so on, which is imported when the command is used:
 help comes at once. It reads its options, calls the library and prints. Exit codes: 0 done, 1 failed
-or stopped, 2 wrong use, 3 `verify` found a difference.
+or stopped, 2 wrong use, 3 `verify` or `compare` found a difference.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ COMMANDS = {
     "plan": "Show what a job will cost: rows, bytes, memory, tasks and time.",
     "run": "Compute the output of JOB, a TOML file, and write it.",
     "verify": "Recompute a sample of JOB's output in plain loops, and compare.",
+    "compare": "Compare a layer of two checkpoints A and B on tokens, or two outputs A and B.",
     "inspect": "Show what PATH is: an array, a checkpoint, a job, or an output and its progress.",
 }
 """The first line of each command's help, in the order of their use."""

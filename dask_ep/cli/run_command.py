@@ -113,33 +113,45 @@ def tls_options(command: Callable) -> Callable:
     return add_options(options, command)
 
 
+def where_options(command: Callable) -> Callable:
+    """Add the options that say where a job is run, which `choose_where` reads."""
+    options: list[Callable] = [
+        local_options,
+        click.option(
+            "--protocol",
+            type=click.Choice(PROTOCOLS),
+            help="Protocol between GPUs; default: ucx if installed.",
+        ),
+        click.option(
+            "--tf32", is_flag=True, help="Multiply float32 as TF32 in experts (with --gpu)."
+        ),
+        click.option(
+            "--scheduler", metavar="ADDRESS", help="Address of a Dask scheduler, tcp://host:8786."
+        ),
+        click.option(
+            "--scheduler-file",
+            type=click.Path(),
+            help="File written by dask scheduler --scheduler-file.",
+        ),
+        click.option(
+            "--workers",
+            type=click.IntRange(1),
+            help="Wait for this many workers of the cluster; default: those that run.",
+        ),
+        tls_options,
+        click.option(
+            "--dashboard",
+            type=click.IntRange(1, 65535),
+            metavar="PORT",
+            help="Serve Dask's dashboard on this port (with --processes or --gpu).",
+        ),
+    ]
+    return add_options(options, command)
+
+
 @click.command("run")
 @job_options
-@local_options
-@click.option(
-    "--protocol",
-    type=click.Choice(PROTOCOLS),
-    help="Protocol between GPUs; default: ucx if installed.",
-)
-@click.option("--tf32", is_flag=True, help="Multiply float32 as TF32 in experts (with --gpu).")
-@click.option(
-    "--scheduler", metavar="ADDRESS", help="Address of a Dask scheduler, tcp://host:8786."
-)
-@click.option(
-    "--scheduler-file", type=click.Path(), help="File written by dask scheduler --scheduler-file."
-)
-@click.option(
-    "--workers",
-    type=click.IntRange(1),
-    help="Wait for this many workers of the cluster; default: those that run.",
-)
-@tls_options
-@click.option(
-    "--dashboard",
-    type=click.IntRange(1, 65535),
-    metavar="PORT",
-    help="Serve Dask's dashboard on this port (with --processes or --gpu).",
-)
+@where_options
 @how_options
 def run_command(**options: Any) -> None:
     """Compute the output of JOB, a TOML file, and write it.
@@ -157,7 +169,7 @@ def run_command(**options: Any) -> None:
       dask-ep run --tokens x.npy --routing r.npy --experts w.npy --out y.npy
       dask-ep run --layer checkpoint/ --layer-index 3 --tokens hidden.zarr --out out.zarr
     """
-    where = _choose_where(**{key: options.pop(key) for key in WHERE})
+    where = choose_where(**{key: options.pop(key) for key in WHERE})
     carry_out(where, **options)
 
 
@@ -238,10 +250,10 @@ JOB_KEYS: tuple[str, ...] = (
 WHERE: tuple[str, ...] = ("threads", "processes", "scheduler", "scheduler_file", "workers")
 WHERE += ("memory_limit", "dashboard")
 WHERE += ("tls_ca_file", "tls_cert", "tls_key", "gpu", "protocol", "tf32", "device_memory_limit")
-"""The options of `run` that say where."""
+"""The options that say where."""
 
 
-def _choose_where(
+def choose_where(
     *,
     scheduler: str | None,
     scheduler_file: str | None,
@@ -254,6 +266,7 @@ def _choose_where(
     tf32: bool,
     **local: Any,
 ) -> Where:
+    """Read `where_options`."""
     certificates = read_certificates(tls_ca_file, tls_cert, tls_key)
     of_gpus: dict[str, Any] = {"protocol": protocol, "tf32": tf32}
     if scheduler is None and scheduler_file is None:

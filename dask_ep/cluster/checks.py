@@ -29,6 +29,7 @@ from distributed.security import Security
 
 import dask_ep
 from dask_ep.arrays.blas import limit_blas_for_good
+from dask_ep.arrays.memory import keep_freed_memory
 from dask_ep.cluster.dask_internals import scheduler_address
 
 PACKAGES = ("dask", "distributed", "numpy", "zarr")
@@ -226,14 +227,18 @@ def probe_process(paths: list[str]) -> dict[str, Any]:
     return {"versions": versions, **{path: _look_at(path) for path in paths}}
 
 
-class OneBlasThread(WorkerPlugin):
-    """Gives every worker of a cluster, also one that comes later, one BLAS thread per task."""
+class WorkerSettings(WorkerPlugin):
+    """Gives every worker of a cluster, also one that comes later, what fast chunks need.
 
-    name = "dask-ep-one-blas-thread"
+    One BLAS thread per task, and a C library that keeps the memory of freed packets.
+    """
+
+    name = "dask-ep-worker-settings"
     idempotent = True
 
     def setup(self, worker: Any) -> None:
         limit_blas_for_good()
+        keep_freed_memory()
 
 
 def dashboard_link(client: Client) -> str | None:

@@ -30,11 +30,13 @@ from dask.typing import Key
 from distributed import Reschedule, WorkerPlugin
 from distributed.protocol import to_serialize
 
+from dask_ep.arrays.memory import keep_freed_memory
 from dask_ep.arrays.namespaces import Array
 from dask_ep.cluster import dask_internals
 from dask_ep.cluster.admission import Admission
 from dask_ep.cluster.slices import Answers, Chunk, Slices
 from dask_ep.graph.chunk import ChunkPlace, Exchange, Observed, combine, cut, join_tables, pack
+from dask_ep.kernel.host_kernel import parts_of
 from dask_ep.kernel.pack import Packet
 from dask_ep.laws.costs import CHUNKS_WAITING
 
@@ -61,6 +63,7 @@ class Services(WorkerPlugin):
     idempotent = True
 
     def setup(self, worker: Any) -> None:
+        keep_freed_memory()  # also where nobody has asked for `WorkerSettings`
         threads = dask_internals.threads_of(worker)
         self._worker, self._loop = worker, dask_internals.loop_of(worker)
         self._slices = Slices(worker.address, threads)
@@ -382,10 +385,14 @@ class Asking:
             if owner in self._asked:
                 self._asked[owner].discard(request)
         dask_internals.raise_remote(answer)
-        if answer["answers"] is None:
+        parts = answer["answers"]
+        if parts is None:
             return None
         chunk.tables.update(zip(ranks, answer["seen"], strict=False))
-        return dict(zip(ranks, answer["answers"], strict=True))
+        if len(parts) < len(ranks):
+            (whole,) = parts
+            parts = parts_of(whole, answer["rows"])
+        return dict(zip(ranks, parts, strict=True))
 
     def _message(self, chunk: Chunk, ranks: list[int], packet: Packet) -> dict[str, Any]:
         exchange = chunk.exchange

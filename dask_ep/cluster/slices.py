@@ -25,8 +25,10 @@ from dask_ep.graph.chunk import (
     begin_seen,
     serve_in_place,
     serve_packet,
+    wants_output,
 )
 from dask_ep.graph.tally import Serving, Tally
+from dask_ep.kernel.host_kernel import begin_answers
 from dask_ep.kernel.pack import Packet, Packing
 from dask_ep.kernel.statistics import Observe
 
@@ -105,17 +107,27 @@ class Slices:
 
     def serve_here(self, chunk: Chunk, ranks: Sequence[int]) -> Answers | None:
         """Serve ranks in place, without a packet; None if one of them has moved away."""
-        token, me, answers = chunk.exchange.token, self.address, {}
-        for rank in ranks:
+        exchange, packing, me, answers = chunk.exchange, chunk.packing, self.address, {}
+        parts = [None] * len(ranks)
+        if not packing.on_device:
+            _, parts = begin_answers(
+                packing.tokens,
+                packing.segments,
+                ranks,
+                packing.num_local,
+                exchange.d_out,
+                wants_output(exchange.observe),
+            )
+        for rank, part in zip(ranks, parts, strict=True):
             try:
-                experts = self._held[token, rank]
+                experts = self._held[exchange.token, rank]
             except KeyError:
                 return None
             seen = begin_seen(chunk.exchange.observe, rank, chunk.exchange.num_local)
             with self.core():
                 start = tally.now()
                 answer = serve_in_place(
-                    chunk.packing, rank, experts, chunk.number, chunk.exchange.d_out, seen
+                    packing, rank, experts, chunk.number, exchange.d_out, seen, part
                 )
                 stop = tally.now()
             answers[rank] = answer
@@ -138,8 +150,9 @@ class Slices:
         sender: str,
         arrays: list[Array | None],
     ) -> dict[str, Any]:
-        """Answer a packet: one array for each rank, or None if one of them is not served here.
+        """Answer a packet, or None if one of the ranks is not served here.
 
+        With the rows of each rank: all in one array on the host, an array for each on a device.
         Where rows are observed, what was seen of them comes with the answers.
         """
         slices = [self._held.get((token, rank)) for rank in ranks]
@@ -152,11 +165,16 @@ class Slices:
         del arrays
         serve = partial(self._serve_packet, packet, ranks, slices, chunk, exchange, sender)
         with self.tally.queued(token, ranks, len(packet[0].rows)):
-            answers, tables = await asyncio.get_running_loop().run_in_executor(
+            whole, parts, tables = await asyncio.get_running_loop().run_in_executor(
                 self.pool, serve, tally.now()
             )
-        message = {"status": "OK", "answers": [to_serialize(answer) for answer in answers]}
-        return message | {"seen": [to_serialize(table) for table in tables]}
+        answers = parts if whole is None else [whole]
+        return {
+            "status": "OK",
+            "answers": [to_serialize(answer) for answer in answers],
+            "rows": [len(part) for part in parts],
+            "seen": [to_serialize(table) for table in tables],
+        }
 
     def _serve_packet(
         self,
@@ -167,12 +185,12 @@ class Slices:
         exchange: Exchange,
         sender: str,
         came: float,
-    ) -> tuple[list[Array], list[Array]]:
+    ) -> tuple[Array | None, list[Array], list[Array]]:
         seen = [begin_seen(exchange.observe, rank, exchange.num_local) for rank in ranks]
         with self.core():
             start, count = tally.now(), len(packet[0].rows)
             nbytes = sum(array.nbytes for array in packet[0] if array is not None)
-            answers = serve_packet(packet.pop(), ranks, slices, chunk, exchange, seen)
+            whole, answers = serve_packet(packet.pop(), ranks, slices, chunk, exchange, seen)
             stop = tally.now()
         step, me = (stop - start) / len(ranks), self.address
         self.tally.count(
@@ -186,4 +204,4 @@ class Slices:
                 for i, (rank, answer) in enumerate(zip(ranks, answers, strict=True))
             ],
         )  # fmt: skip
-        return answers, [keeper.table for keeper in seen if keeper is not None]
+        return whole, answers, [keeper.table for keeper in seen if keeper is not None]

@@ -26,9 +26,9 @@ from dask_ep.kernel.context import error_context, explain_kernel_memory, slots_o
 from dask_ep.kernel.device_kernel import INDEX_BYTES
 from dask_ep.kernel.dispatch import aligned, dispatch, expert_parallel_dispatch
 from dask_ep.kernel.expert import as_local_experts
-from dask_ep.kernel.host_kernel import Served, answer_of_rank, gather
+from dask_ep.kernel.host_kernel import Served, answer_of_rank, begin_answers, gather
 from dask_ep.kernel.pack import Combining, Packet, Packing, packet_order, slots_at
-from dask_ep.kernel.segments import sort_slots
+from dask_ep.kernel.segments import Segments, sort_slots
 from dask_ep.kernel.statistics import Observe, Seen
 from dask_ep.placement.policies import Placement
 
@@ -243,16 +243,16 @@ def serve_in_place(
     chunk: int,
     d_out: int,
     seen: Seen | None = None,
+    out: Array | None = None,
 ) -> Array:
-    """The answer of a rank whose experts are here, without a packet."""
+    """The answer of a rank whose experts are here, without a packet; on the host to `out`."""
     if packing.on_device:
         packet = cut(packing, [rank], chunk)
         return _serve_on_device(packet, rank, experts, packing, chunk, d_out)
     with error_context(_place(chunk, rank, packing.world_size)):
-        out = answer_of_rank(
-            packing.tokens, packing.segments, packing.topk_weights, experts, rank, seen=seen
+        return _answer_of_rank(
+            packing.tokens, packing.segments, packing.topk_weights, experts, rank, d_out, seen, out
         )
-        return check_width(out, d_out)
 
 
 def serve_packet(
@@ -262,12 +262,15 @@ def serve_packet(
     chunk: int,
     exchange: Exchange,
     seen: Sequence[Seen | None],
-) -> list[Array]:
-    """The answers of some ranks to the one packet that they share: one sort for all of them."""
+) -> tuple[Array | None, list[Array]]:
+    """The answers of some ranks to the one packet that they share: one sort for all of them.
+
+    On the host they are parts of one array, which comes first: it travels as one.
+    """
     packet = Packet(*(None if a is None else aligned(a) for a in packet))
     rows, routing, weights = packet
     if namespace(rows) is not np:
-        return [
+        return None, [
             _serve_on_device(
                 packet if len(ranks) == 1 else _part_of(packet, rank, exchange.num_local),
                 rank, local, exchange, chunk, exchange.d_out,
@@ -276,12 +279,35 @@ def serve_packet(
         ]  # fmt: skip
     places = exchange.num_local * exchange.world_size
     segments = sort_slots(routing, weights, places, 0, 1)
-    answers = []
-    for rank, local, keeper in zip(ranks, experts, seen, strict=True):
+    whole, parts = begin_answers(
+        rows, segments, ranks, exchange.num_local, exchange.d_out, wants_output(exchange.observe)
+    )
+    for rank, local, keeper, out in zip(ranks, experts, seen, parts, strict=True):
         with error_context(_place(chunk, rank, exchange.world_size)):
-            out = answer_of_rank(rows, segments, weights, local, rank, seen=keeper)
-            answers.append(check_width(out, exchange.d_out))
-    return answers
+            _answer_of_rank(rows, segments, weights, local, rank, exchange.d_out, keeper, out)
+    return whole, parts
+
+
+def wants_output(observe: Observe | None) -> bool:
+    """Whether rows are served for more than what is seen of them."""
+    return observe is None or observe.output
+
+
+def _answer_of_rank(
+    tokens: Array,
+    segments: Segments,
+    topk_weights: Array | None,
+    experts: Sequence[Any],
+    rank: int,
+    d_out: int,
+    seen: Seen | None,
+    out: Array | None,
+) -> Array:
+    local = as_local_experts(
+        experts, d=tokens.shape[1], like=tokens, dtype=computing_dtype(tokens.dtype)
+    )
+    check_width_of(local[0].d_out, d_out)
+    return answer_of_rank(tokens, segments, topk_weights, local, rank, d_out, seen, out)
 
 
 def _serve_in_turn(

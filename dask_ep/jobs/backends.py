@@ -8,7 +8,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from queue import SimpleQueue
 from typing import Any
@@ -22,8 +22,8 @@ from dask_ep.arrays.blas import one_blas_thread
 from dask_ep.arrays.device import Device
 from dask_ep.cluster.checks import (
     Certificates,
-    OneBlasThread,
     UnfitClusterError,
+    WorkerSettings,
     check_cluster,
     connect,
 )
@@ -46,14 +46,6 @@ from dask_ep.laws.memory_law import Layout
 
 CONNECT_SECONDS = 10.0
 """Seconds that a scheduler may take to answer."""
-
-MALLOC = {
-    "distributed.nanny.pre-spawn-environ.MALLOC_MMAP_THRESHOLD_": 4 << 20,
-    "distributed.nanny.pre-spawn-environ.MALLOC_TRIM_THRESHOLD_": 32 << 20,
-}
-"""What the C library of local workers keeps of freed memory: blocks up to 4 MiB, 32 MiB at most. By
-Dask's default it gives back all of 128 KiB or more, and every packet that comes then costs page
-faults (a sixth to a third of the time of jobs with many small packets)."""
 
 
 @dataclass(frozen=True)
@@ -245,11 +237,13 @@ def deployed(where: Where | Deployed) -> contextlib.AbstractContextManager[Where
 @contextlib.contextmanager
 def started(
     where: Where,
-    job: Job,
+    files: Mapping[str, str],
     wait: Wait = SimpleQueue.get,
     on_workers: Callable[[Workers], Any] | None = None,
 ) -> Iterator[tuple[int, Client | None]]:
     """Yield the number of threads and no client, or a client of the workers.
+
+    `files` are the local files that all workers must see, by what they are: `files_of`.
 
     `wait` and `on_workers` are those of `dask_ep.jobs.run.run_job`, for a cluster.
     """
@@ -258,6 +252,7 @@ def started(
             yield _count_threads(where), None
     elif isinstance(where, Processes):
         with _local_cluster(where) as cluster, Client(cluster) as client:
+            client.register_plugin(WorkerSettings())
             yield 1, client
     elif isinstance(where, Gpus):
         with start_gpus(where) as client:
@@ -273,15 +268,15 @@ def started(
             ) as client,
             counted_workers(client, where.workers, wait, on_workers),
         ):
-            check_cluster(client, _files_of(job))
-            client.register_plugin(OneBlasThread())
+            check_cluster(client, files)
+            client.register_plugin(WorkerSettings())
             if where.gpus:
                 check_gpus(client)
             yield 1, client
 
 
 def _local_cluster(where: Processes) -> LocalCluster:
-    with children_ignore_sigint(), dask.config.set(MALLOC):
+    with children_ignore_sigint():
         return LocalCluster(
             n_workers=where.count,
             threads_per_worker=1,
@@ -296,20 +291,26 @@ def _local_cluster(where: Processes) -> LocalCluster:
         )
 
 
-def _files_of(job: Job) -> dict[str, str]:
+def files_of_job(job: Job) -> dict[str, str]:
     """The local files and directories that all workers must see."""
-    paths = {
-        "tokens": job.tokens,
-        "routing": job.routing,
-        "topk_weights": job.topk_weights,
-        "layer": job.layer,
-        "the directory of out": os.path.dirname(job.out),
-        **{
-            f"experts.{key}": value
-            for key, value in (job.experts or {}).items()
-            if key in WEIGHT_KEYS and isinstance(value, str)
-        },
-    }
+    return files_of(
+        {
+            "tokens": job.tokens,
+            "routing": job.routing,
+            "topk_weights": job.topk_weights,
+            "layer": job.layer,
+            "the directory of out": os.path.dirname(job.out),
+            **{
+                f"experts.{key}": value
+                for key, value in (job.experts or {}).items()
+                if key in WEIGHT_KEYS and isinstance(value, str)
+            },
+        }
+    )
+
+
+def files_of(paths: Mapping[str, str | None]) -> dict[str, str]:
+    """The local ones of some paths, without the names of tensors in them."""
     return {
         what: path.partition("::")[0]
         for what, path in paths.items()

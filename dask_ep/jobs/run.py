@@ -36,6 +36,7 @@ from dask_ep.jobs.backends import (
     array_namespace,
     blas_in_use,
     deployed,
+    files_of_job,
     lay_out,
     multiplies_as_tf32,
     started,
@@ -182,7 +183,7 @@ def run_job(
     _tell_notes(inputs, on_note)
     with (
         deployed(where) as where,
-        started(where, job, wait, on_workers) as (threads, client),
+        started(where, files_of_job(job), wait, on_workers) as (threads, client),
     ):
         library = blas_in_use(where, client, inputs)
         layout = lay_out(job, where, client, begun_ranks=begun.world_size if begun else None)

@@ -30,6 +30,13 @@ SMALLEST, LARGEST = 2.0**-40, 2.0**127
 """Between these the largest value of a row, and of a matrix, must be. What is lost below 2**-126 is
 then at most 2**-46 of the largest product; and rounding to 8 bits makes no infinity."""
 
+PACK_ROWS = 384
+"""Rows that are multiplied by one matrix, in all parts, from which it is packed before."""
+
+PACKED_BYTES = 28 << 20
+"""Bytes of the columns of a matrix that are packed at a time, at most: all up to 1024 x 4096, a
+thousand columns of 8192 numbers."""
+
 STEP = 1 << 16
 """Numbers that are looked at together: they stay in cache from one step to the next."""
 
@@ -111,14 +118,26 @@ def multiplied_by(dtype: np.dtype, is_bfloat16: bool, precision: str = "float32"
     return f"{library} in 16 bits, {'rounded' if PARTS[precision] == 1 else 'as exact as float32'}"
 
 
+def packed_bytes(dtype: np.dtype, is_bfloat16: bool) -> int:
+    """Bytes that a thread needs to pack matrices; 0 where none are. See `multiplied_by`."""
+    is_narrow = is_bfloat16 and dtype != np.float64 and blas.bfloat16_library() is not None
+    return PACKED_BYTES if is_narrow else 0
+
+
 def _add_products(parts: list[np.ndarray], w: np.ndarray, out: np.ndarray) -> None:
     """Write the sum of the products to `out`, the smallest first."""
-    library = blas.bfloat16_library()
+    library, width, step = blas.bfloat16_library(), w.shape[1], 0
     assert library is not None  # `serves` has asked
-    for n, part in enumerate(reversed(parts)):
-        if not library.multiply(part, w, out, add=n > 0):  # in their order in memory
-            y = product(part.astype(np.float32), w.astype(np.float32))
-            out[...] = y + out if n > 0 else y
+    if len(parts) * len(out) >= PACK_ROWS:
+        step = library.packable(w, len(out), PACKED_BYTES)
+    for first in range(0, width, step or width):
+        columns = slice(first, first + (step or width))
+        some, to = w[:, columns], out[:, columns]
+        packed = library.pack(some, len(to)) if step else None
+        for n, part in enumerate(reversed(parts)):
+            if not library.multiply(part, some, to, add=n > 0, packed=packed):
+                y = product(part.astype(np.float32), some.astype(np.float32))
+                to[...] = y + to if n > 0 else y
 
 
 def _split(x: np.ndarray, count: int) -> tuple[list[np.ndarray], np.ndarray]:

@@ -13,6 +13,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from functools import partial
+from itertools import accumulate
 from typing import Any
 
 import numpy as np
@@ -36,10 +37,6 @@ other sizes that wait in the pool for their next user."""
 TILE_ROWS = (192, 1024)
 """Fewest and most rows of one product on the CPU, however wide or narrow: with fewer, packing the
 matrix costs more than a tenth of the product; with more, nothing is gained and cache is lost."""
-
-MOST_SLOTS_TO_WRITE = 1.5
-"""Slots that each row has at a rank, on average, up to which its answer is written, not added to
-zeros: a rank of few experts."""
 
 Write = Callable[..., None]
 """Adds rows (m, d_out) to rows (m,) of an output, or writes them: `add_rows`, `assign_rows`."""
@@ -114,6 +111,7 @@ class Answer(Served):
     ----------
     tokens, segments, topk_weights, d_out, seen : see `Served`; segments of all physical experts
     rank, num_local : r, which owns the experts [r * num_local, (r + 1) * num_local)
+    out : where to write it, see `begin_answers`; without it, to an array of its own
 
     Attributes
     ----------
@@ -130,43 +128,26 @@ class Answer(Served):
         rank: int,
         num_local: int,
         seen: Seen | None = None,
+        out: Array | None = None,
     ):
         self._begin(tokens, segments, topk_weights, seen)
         self._first, last = segments.of_rank(rank, num_local)
-        if segments.k == 1:
-            shape = (last - self._first, d_out)
-            self.out, self._write = memory.empty(shape, tokens.dtype, like=tokens), assign_rows
+        if out is None:
+            (out,) = begin_answers(tokens, segments, [rank], num_local, d_out)[1]
+        self.out = out
+        rows, self._place = segments.rows_of(rank, num_local, len(tokens)), None
+        if segments.k == 1 or (num_local == 1 and last - self._first == len(out)):
+            self._write = assign_rows  # in the order of the slots: nothing to add up
             return
-        rows = segments.rows_of(rank, num_local, len(tokens))
-        count = rows.stop - rows.start if isinstance(rows, slice) else len(rows)
-        self.out = memory.empty((count, d_out), computing_dtype(tokens.dtype), like=tokens)
-        if last - self._first > MOST_SLOTS_TO_WRITE * count:
-            self.out.fill(0)
-            self._write = add_rows
-        else:
-            self._is_new, self._write = np.ones(count, bool), self._write_or_add
+        out.fill(0)
+        self._write = add_rows
         self._place = np.empty(len(tokens), np.intp)
-        self._place[rows] = np.arange(count)
+        self._place[rows] = np.arange(len(out))
 
     def _target(self, tile: slice, rows: Array | slice) -> Array | slice:
-        if self._segments.k == 1:
+        if self._place is None:
             return slice(tile.start - self._first, tile.stop - self._first)
         return self._place[rows]
-
-    def _write_or_add(
-        self, out: Array, rows: Array, y: Array, weights: Array | None = None
-    ) -> None:
-        """Write y (m, d), times weights (m,), to rows (m,) not yet written to; add it to others."""
-        new = self._is_new[rows]
-        self._is_new[rows] = False
-        old = np.flatnonzero(~new)
-        if 2 * len(old) > len(rows) or (rows[1:] == rows[:-1]).any():
-            out[rows[new]] = 0
-            add_rows(out, rows, y, weights)
-            return
-        before = out[rows[old]]
-        assign_rows(out, rows, y, weights)
-        out[rows[old]] = before + y[old]  # `y` is weighed now
 
 
 class Watched(Served):
@@ -192,6 +173,7 @@ def answer_of_rank(
     rank: int,
     d_out: int | None = None,
     seen: Seen | None = None,
+    out: Array | None = None,
 ) -> Array:
     """As `expert_parallel_dispatch` on the host, with the rank's own rows alone, already sorted.
 
@@ -203,6 +185,7 @@ def answer_of_rank(
     rank : r
     d_out : width of the experts' rows, where it is known
     seen : of the rank's experts, keeps what is asked for of their rows
+    out : where to write it, see `begin_answers`
 
     Returns
     -------
@@ -214,10 +197,40 @@ def answer_of_rank(
     if seen is not None and not seen.observe.output:
         answer: Served = Watched(tokens, segments, topk_weights, d_out, seen)
     else:
-        answer = Answer(tokens, segments, topk_weights, d_out, rank, len(experts), seen)
+        answer = Answer(tokens, segments, topk_weights, d_out, rank, len(experts), seen, out)
     for e, expert in enumerate(experts, rank * len(experts)):
         answer.add(e, expert)
     return answer.out
+
+
+def begin_answers(
+    tokens: Array,
+    segments: Segments,
+    ranks: Sequence[int],
+    num_local: int,
+    d_out: int,
+    is_wanted: bool = True,
+) -> tuple[Array, list[Array]]:
+    """Make one array for the answers of some ranks, to be sent as one; and the part of each.
+
+    Where no output is wanted they have no rows.
+    """
+    counts = [segments.count_rows(rank, num_local, len(tokens)) * is_wanted for rank in ranks]
+    dtype = tokens.dtype if segments.k == 1 else computing_dtype(tokens.dtype)
+    whole = memory.empty((sum(counts), d_out), dtype, like=tokens)
+    return whole, parts_of(whole, counts)
+
+
+def parts_of(whole: Array, counts: Sequence[int]) -> list[Array]:
+    """Cut an array into runs of so many rows.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> [len(part) for part in parts_of(np.zeros((5, 2)), [3, 0, 2])]
+    [3, 0, 2]
+    """
+    return [whole[end - count : end] for end, count in zip(accumulate(counts), counts, strict=True)]
 
 
 def begin_output(

@@ -54,6 +54,11 @@ class Segments(NamedTuple):
         here[rows] = True
         return np.flatnonzero(here)
 
+    def count_rows(self, rank: int, num_local: int, n: int) -> int:
+        """How many rows a rank has, of `n`."""
+        rows = self.rows_of(rank, num_local, n)
+        return rows.stop - rows.start if isinstance(rows, slice) else len(rows)
+
     def not_ours(self) -> np.ndarray | slice:
         """Slot numbers that no local expert serves."""
         return self.slots(slice(self.bounds[-1][1], None))

@@ -15,7 +15,9 @@ from __future__ import annotations
 
 import mmap
 import os
+import pickle
 import sys
+from functools import lru_cache
 from math import prod
 from typing import TYPE_CHECKING, Any, BinaryIO
 
@@ -134,6 +136,7 @@ class ZarrSource(Source):
             raise ValueError(f'missing must be "error" or "fill", not {missing!r}')
         array = anchored(array)
         dtype = array.dtype.newbyteorder("=") if dtype is None else dtype
+        self._pickled: bytes | None = None
         self.array, self.name, self.missing = array, name, missing
         self.shape, self.dtype = array.shape, checked_dtype(dtype, name)
         self.path = local_directory(array)
@@ -142,6 +145,12 @@ class ZarrSource(Source):
         if array.shape and self.files is None:  # as stored, where no more is known, and decoded
             rows = min(array.chunks[0], array.shape[0])
             self.read_bytes = 2 * rows * prod(array.shape[1:]) * self.dtype.itemsize
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Every task of every chunk has one of these: it is pickled once, and unpickled once."""
+        if self._pickled is None:
+            self._pickled = pickle.dumps((type(self), self.__dict__), pickle.HIGHEST_PROTOCOL)
+        return _unpickled, (self._pickled,)
 
     def read(self, start: int, stop: int, out: np.ndarray | None = None) -> np.ndarray:
         out = self._destination(start, stop, out)
@@ -199,6 +208,14 @@ class ZarrSource(Source):
                 f"{place} could not be read from {self.array.store_path}: "
                 f"{type(error).__name__}: {error}"
             ) from error
+
+
+@lru_cache(maxsize=256)
+def _unpickled(pickled: bytes) -> ZarrSource:
+    kind, state = pickle.loads(pickled)
+    source = kind.__new__(kind)
+    source.__dict__.update(state)
+    return source
 
 
 def open_source(

@@ -1,6 +1,8 @@
 """Is a cluster fit for a job: versions, files, deaths allowed, BLAS threads, certificates."""
 
 import asyncio
+import platform
+import resource
 import subprocess
 import sys
 import time
@@ -14,8 +16,8 @@ from threadpoolctl import threadpool_info
 
 from dask_ep.cluster import checks as clusters
 from dask_ep.cluster.checks import (
-    OneBlasThread,
     UnfitClusterError,
+    WorkerSettings,
     check_cluster,
     connect,
     probe_process,
@@ -130,8 +132,8 @@ def test_a_scheduler_that_allows_too_few_deaths_is_warned_of(client, tmp_path):
 
 def test_one_blas_thread_without_a_nanny_on_workers_there_and_to_come(cluster, client):
     assert set(client.run(_blas_threads).values()) == {2}
-    client.register_plugin(OneBlasThread())
-    client.register_plugin(OneBlasThread())
+    client.register_plugin(WorkerSettings())
+    client.register_plugin(WorkerSettings())
     assert set(client.run(_blas_threads).values()) == {1}
     cluster.start_worker("late")
     client.wait_for_workers(2, timeout=DEADLINE)
@@ -145,10 +147,41 @@ def test_one_blas_thread_with_a_nanny_and_after_its_restart(tmp_path):
     running = Cluster(tmp_path, ["w0"], nanny=True, config=threads)
     with running, running.client() as client:
         assert set(client.run(_blas_threads).values()) == {2}
-        client.register_plugin(OneBlasThread())
+        client.register_plugin(WorkerSettings())
         assert set(client.run(_blas_threads).values()) == {1}
         client.restart(timeout=DEADLINE)
         assert set(client.run(_blas_threads).values()) == {1}
+
+
+def _faults_of_freed_memory() -> int:
+    """Page faults of 50 arrays of 1000 KB, one after the other: 250 pages each."""
+    before = resource.getrusage(resource.RUSAGE_THREAD).ru_minflt
+    for _ in range(50):
+        np.empty(1_000_000, np.uint8).fill(1)
+    return resource.getrusage(resource.RUSAGE_THREAD).ru_minflt - before
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="only glibc can be told")
+def test_workers_keep_the_memory_of_freed_packets(tmp_path):
+    running = Cluster(tmp_path, ["w0"], nanny=True)
+    with running, running.client() as client:
+        (fresh,) = client.run(_faults_of_freed_memory).values()
+        client.register_plugin(WorkerSettings())
+        client.run(_faults_of_freed_memory)
+        (kept,) = client.run(_faults_of_freed_memory).values()
+    assert fresh > 5000
+    assert kept < 500
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="only glibc can be told")
+def test_owners_keep_the_memory_of_freed_packets(tmp_path):
+    from dask_ep import own_experts  # with SciPy, whose BLAS workers would load: see above
+
+    running = Cluster(tmp_path, ["w0"], nanny=True)
+    with running, running.client() as client, own_experts(client, 1):
+        client.run(_faults_of_freed_memory)
+        (kept,) = client.run(_faults_of_freed_memory).values()
+    assert kept < 500
 
 
 def test_one_blas_thread_in_process():
@@ -165,10 +198,10 @@ def test_one_blas_thread_in_process():
 
 IN_PROCESS = """
 from distributed import Client
-from dask_ep.cluster.checks import OneBlasThread
+from dask_ep.cluster.checks import WorkerSettings
 from tests.cluster.test_cluster import _blas_threads
 with Client(processes=False, n_workers=1, dashboard_address=":0") as client:
-    client.register_plugin(OneBlasThread())
+    client.register_plugin(WorkerSettings())
     print(*client.run(_blas_threads).values())
 """
 

@@ -492,14 +492,7 @@ def test_layers_of_checkpoints_go_in_passes_too(tmp_path, monkeypatch, case):
 
 
 def test_worker_processes_share_the_files(plain, job, spilling):
-    seen = []
-
-    def look(client):
-        for name in ("MALLOC_MMAP_THRESHOLD_", "MALLOC_TRIM_THRESHOLD_"):
-            seen.extend(client.run(os.getenv, name).values())
-
-    done = run_job(job, Processes(2), on_client=look)
-    assert seen == 2 * [str(4 << 20)] + 2 * [str(32 << 20)], "what they keep of freed memory"
+    done = run_job(job, Processes(2))
     assert_to_rounding(np.load(job.out), plain[1])
     assert done.passes.reads == dict.fromkeys(range(EXPERTS), 3)
     assert spill_directories(job) == []

@@ -26,10 +26,12 @@ from dask_ep.jobs.job import load_job
 from dask_ep.jobs.plan import plan
 from dask_ep.jobs.run import run_job
 from dask_ep.jobs.verify import ROUNDED_TOLERANCE, TOLERANCES, verify_job
-from dask_ep.kernel import reference
+from dask_ep.kernel import bfloat16, reference
 from dask_ep.kernel.bfloat16 import (
     BFLOAT16,
     LARGEST,
+    PACK_ROWS,
+    PACKED_BYTES,
     SMALLEST,
     multiplied_by,
     multiply,
@@ -52,13 +54,20 @@ class Emulated:
     """What MKL does with bfloat16 on a CPU with AMX, in NumPy."""
 
     def __init__(self) -> None:
-        self.products = 0
+        self.products = self.packed = 0
 
-    def multiply(self, x, w, out, *, add=False) -> bool:
+    def packable(self, w, m, nbytes) -> int:
+        return min(w.shape[1], nbytes // (w.shape[0] * w.itemsize))
+
+    def pack(self, w, m) -> np.ndarray:
+        self.packed += 1
+        return w.astype(np.float32)
+
+    def multiply(self, x, w, out, *, add=False, packed=None) -> bool:
         assert x.dtype == w.dtype == BFLOAT16
         assert out.dtype == np.float32
         self.products += 1
-        a, b = (np.array(m, np.float32) for m in (x, w))
+        a, b = (np.array(m, np.float32) for m in (x, w if packed is None else packed))
         for m in (a, b):
             m[np.abs(m) < FLUSHED] = 0
         with np.errstate(all="ignore"):
@@ -160,6 +169,39 @@ def test_a_matrix_that_cannot_be_is_not_multiplied_in_16_bits(value, library):
     assert not serves(np.full((2, 2), -value, bf16))
 
 
+@pytest.mark.parametrize("columns", [0, 1, 7, 50])
+@pytest.mark.parametrize("order", ["C", "F"])
+def test_packed_matrices_give_the_same_product(columns, order, library, monkeypatch):
+    w = np.asarray(some(70, 50, seed=1, dtype=bf16), order=order)
+    plain = multiply(some(100, 70), w)
+    monkeypatch.setattr(bfloat16, "PACK_ROWS", 3 * 100)
+    emulated = isinstance(library, Emulated)
+    if emulated:
+        monkeypatch.setattr(bfloat16, "PACKED_BYTES", 2 * 70 * columns)
+    elif not columns:
+        monkeypatch.setattr(bfloat16, "PACKED_BYTES", 0)
+    packed = multiply(some(100, 70), w)
+    np.testing.assert_allclose(packed, plain, rtol=0, atol=1e-5 if emulated else 0)
+    if emulated:
+        times = -(-50 // columns) if columns else 0
+        assert library.packed == times, "once for all parts"
+        multiply(some(99, 70), w)
+        assert library.packed == times, "not for few rows"
+
+
+@pytest.mark.parametrize("d", [1, 64, 1024, 2048, 8192, 20000])
+def test_columns_are_packed_within_the_memory_that_is_counted(d):
+    library = bfloat16_library()
+    if library is None:
+        pytest.skip("no MKL, or a CPU without AMX")
+    w = np.zeros((d, 5000), bf16)
+    for m in (1, PACK_ROWS, 9000):
+        columns = library.packable(w, m, PACKED_BYTES)
+        assert (columns > 0) == (d < 20000)
+        if columns:
+            assert library.pack(w[:, :columns], m).nbytes <= PACKED_BYTES
+
+
 @settings(max_examples=60, deadline=None)
 @given(data=st.data())
 def test_matrices_that_lie_in_any_way(data):
@@ -173,6 +215,7 @@ def test_matrices_that_lie_in_any_way(data):
     want = x.astype("f8") @ w.astype("f8")
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(blas, "bfloat16_library", lambda: library)
+        patch.setattr(bfloat16, "PACK_ROWS", data.draw(st.sampled_from([1, 1 << 20])))
         out = whole[:, 1:-1]
         assert multiply(x, w, out) is out
     np.testing.assert_allclose(out, want, rtol=0, atol=1e-5)

@@ -1,0 +1,311 @@
+"""How far are two outputs apart, and which rows did their routers send elsewhere?
+
+    outputs a, b, routing of both (c) ── one task per chunk ──> Difference (c)
+    Difference (0), Difference (1), ... ── joined in the order of chunks ──> Difference
+
+The error of a row is ``|a - b| / |a|``, with Euclidean norms. It is infinite where only a is zero,
+and where one of the two holds NaN or infinity and the other is not the same. A `Difference` has
+counts and sums, no row's error: errors are counted in bins of 0.8 % of their size, so that the
+quantiles of any number of rows fit into some kilobytes. The largest errors are exact.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from functools import reduce
+from typing import Any, NamedTuple
+
+import dask.array as da
+import numpy as np
+
+from dask_ep.graph.rows import block_by_block, first_rows
+
+MOST_ROWS = 10
+"""Rows that are kept by number: the worst ones, and the first whose routing differs."""
+
+TILE = 1 << 12
+"""Rows that are compared at a time."""
+
+
+class WorstRow(NamedTuple):
+    """A row, by its number."""
+
+    error: float
+    row: int
+
+
+@dataclass(frozen=True)
+class Difference:
+    """What was found when rows of two outputs were compared."""
+
+    num_experts: int
+    #: of the routing; 0 where none is compared
+    rows: int = 0
+    beyond: int = 0
+    #: rows whose error is beyond the tolerance
+    moved: int = 0
+    #: rows whose experts differ, in whatever order they were chosen
+    bins: Counter[int] = field(default_factory=Counter)
+    #: rows by the size of their error, see `quantile`
+    bins_of_moved: Counter[int] = field(default_factory=Counter)
+    #: the same of the rows whose experts differ
+    worst: tuple[WorstRow, ...] = ()
+    #: the worst first; of equal ones the lower row
+    first_moved: tuple[int, ...] = ()
+    #: of the rows whose experts differ
+    expert_rows: np.ndarray = field(default_factory=lambda: np.zeros(0, np.int64))
+    #: (E,) rows that chose each expert in a
+    expert_errors: np.ndarray = field(default_factory=lambda: np.zeros(0))
+    #: (E,) sum of the finite errors of these rows
+    expert_largest: np.ndarray = field(default_factory=lambda: np.zeros(0))
+    #: (E,)
+    lost: np.ndarray = field(default_factory=lambda: np.zeros(0, np.int64))
+    #: (E,) rows that chose each expert in a, but not in b
+    gained: np.ndarray = field(default_factory=lambda: np.zeros(0, np.int64))
+    #: (E,) rows that chose each expert in b, but not in a
+    moved_slots: np.ndarray = field(default_factory=lambda: np.zeros(0, np.int64))
+    #: (k,) slots of a, the best first, whose expert b did not choose
+    pairs: Counter[tuple[int, int]] = field(default_factory=Counter)
+    #: (expert of a, expert of b) of the rows that differ in one expert
+
+    @classmethod
+    def none(cls, num_experts: int, slots: int) -> Difference:
+        """That of no rows."""
+        counts: dict[str, Any] = {name: np.zeros(num_experts, np.int64) for name in _OF_EXPERTS}
+        counts |= {name: np.zeros(num_experts) for name in ("expert_errors", "expert_largest")}
+        return cls(num_experts, moved_slots=np.zeros(slots, np.int64), **counts)
+
+    def join(self, other: Difference) -> Difference:
+        """That of these rows and those of another, which come later."""
+        added = {name: getattr(self, name) + getattr(other, name) for name in _ADDED}
+        return Difference(
+            self.num_experts,
+            worst=tuple(sorted(self.worst + other.worst, key=_worst_first)[:MOST_ROWS]),
+            first_moved=(self.first_moved + other.first_moved)[:MOST_ROWS],
+            expert_largest=np.maximum(self.expert_largest, other.expert_largest),
+            **added,
+        )
+
+    @property
+    def largest(self) -> float:
+        """Of all rows; 0 without any."""
+        return self.worst[0].error if self.worst else 0.0
+
+    def quantile(self, part: float, *, of_moved: bool = False) -> float:
+        """The error that so many of the rows do not exceed, at most 0.8 % too large.
+
+        Parameters
+        ----------
+        part : such as 0.5 for the median
+        of_moved : whether only rows whose experts differ count
+
+        Examples
+        --------
+        >>> found = compare_rows(np.ones((3, 1)), np.array([[1.0], [1.5], [3.0]]))
+        >>> [round(found.quantile(part), 2) for part in (0.1, 0.5, 1.0)]
+        [0.0, 0.5, 2.02]
+        """
+        bins = self.bins_of_moved if of_moved else self.bins
+        wanted, seen = part * sum(bins.values()), 0
+        for number in sorted(bins):
+            seen += bins[number]
+            if seen >= wanted:
+                return _upper_end(number)
+        return 0.0
+
+    @property
+    def expert_means(self) -> np.ndarray:
+        """(E,) mean error of the rows of each expert; 0 without rows."""
+        return self.expert_errors / np.maximum(self.expert_rows, 1)
+
+
+_OF_EXPERTS = ("expert_rows", "lost", "gained")
+_ADDED = (
+    *("rows", "beyond", "moved", "bins", "bins_of_moved", "pairs", "moved_slots"),
+    *(*_OF_EXPERTS, "expert_errors"),
+)
+
+
+def _worst_first(row: WorstRow) -> tuple[float, int]:
+    return -row.error, row.row
+
+
+# --- of arrays in memory -------------------------------------------------------------------------
+
+
+def compare_rows(
+    a: np.ndarray,
+    b: np.ndarray,
+    routing: Sequence[np.ndarray] = (),
+    *,
+    num_experts: int = 0,
+    tolerance: float = np.inf,
+    first_row: int = 0,
+) -> Difference:
+    """Compare two outputs of the same rows.
+
+    Parameters
+    ----------
+    a, b : (n, d) floats
+    routing : (n, k) indices of a, and (n, k') of b if its routing is compared too
+    num_experts : E, where there is a routing
+    tolerance : errors above it are counted
+    first_row : number of the first of these rows
+    """
+    slots = routing[0].shape[1] if routing else 0
+    found = Difference.none(num_experts, slots)
+    for start in range(0, len(a), TILE):
+        part = slice(start, start + TILE)
+        errors = row_errors(a[part], b[part])
+        tile = _of_errors(errors, first_row + start, tolerance, num_experts, slots)
+        if routing:
+            tile = _with_routing(tile, errors, [r[part] for r in routing], first_row + start)
+        found = found.join(tile)
+    return found
+
+
+def row_errors(a: np.ndarray, b: np.ndarray) -> np.ndarray:
+    """Errors (n,) of the rows of b, float64."""
+    with np.errstate(all="ignore"):
+        x, y = a.astype(np.float64), b.astype(np.float64)
+        same = (x == y) | (np.isnan(x) & np.isnan(y))
+        error = _norm(np.where(same, 0.0, x - y)) / _norm(x)
+    finite = np.isfinite(x).all(axis=1) & np.isfinite(y).all(axis=1)
+    return np.where(same.all(axis=1), 0.0, np.where(finite, error, np.inf))
+
+
+def _norm(rows: np.ndarray) -> np.ndarray:
+    """Euclidean norms, scaled so that squares neither overflow nor vanish."""
+    largest = np.abs(rows).max(axis=1, keepdims=True, initial=0.0)
+    scale = np.where((largest > 0) & np.isfinite(largest), largest, 1.0)
+    return np.sqrt(np.square(rows / scale).sum(axis=1)) * scale[:, 0]
+
+
+def _of_errors(
+    errors: np.ndarray, first_row: int, tolerance: float, num_experts: int, slots: int
+) -> Difference:
+    order = np.argsort(-errors, kind="stable")[:MOST_ROWS]
+    worst = tuple(WorstRow(float(errors[i]), first_row + int(i)) for i in order)
+    nothing = Difference.none(num_experts, slots)
+    return Difference(
+        num_experts,
+        len(errors),
+        int((errors > tolerance).sum()),
+        bins=_bins(errors),
+        worst=worst,
+        **{name: getattr(nothing, name) for name in (*_OF_EXPERTS, "moved_slots")},
+        expert_errors=nothing.expert_errors,
+        expert_largest=nothing.expert_largest,
+    )
+
+
+def _with_routing(
+    found: Difference, errors: np.ndarray, routing: Sequence[np.ndarray], first_row: int
+) -> Difference:
+    E, a = found.num_experts, routing[0]
+    chose = _chosen(a, E)
+    finite = np.where(np.isfinite(errors), errors, 0.0)
+    changes: dict[str, Any] = {
+        "expert_rows": chose.sum(axis=0),
+        "expert_errors": finite @ chose,
+        "expert_largest": np.where(chose, errors[:, None], 0.0).max(axis=0, initial=0.0),
+    }
+    if len(routing) == 2:
+        other = _chosen(routing[1], E)
+        lost, gained = chose & ~other, other & ~chose
+        moved = np.flatnonzero(lost.any(axis=1) | gained.any(axis=1))
+        single = moved[(lost[moved].sum(axis=1) == 1) & (gained[moved].sum(axis=1) == 1)]
+        pairs = zip(lost[single].argmax(axis=1), gained[single].argmax(axis=1), strict=True)
+        slots = np.take_along_axis(lost, np.maximum(a, 0), axis=1) & (a >= 0)
+        changes |= {
+            "lost": lost.sum(axis=0),
+            "gained": gained.sum(axis=0),
+            "moved": len(moved),
+            "bins_of_moved": _bins(errors[moved]),
+            "first_moved": tuple((first_row + moved[:MOST_ROWS]).tolist()),
+            "moved_slots": slots.sum(axis=0),
+            "pairs": Counter((int(x), int(y)) for x, y in pairs),
+        }
+    return Difference(**(vars(found) | changes))
+
+
+def _chosen(routing: np.ndarray, num_experts: int) -> np.ndarray:
+    """(n, E) bool: which experts each row chose."""
+    chose = np.zeros((len(routing), num_experts + 1), bool)
+    np.put_along_axis(chose, routing.astype(np.int64) % (num_experts + 1), True, axis=1)
+    return chose[:, :num_experts]  # -1 is the last column
+
+
+def _bins(errors: np.ndarray) -> Counter[int]:
+    """Rows by the first 16 bits of their error in float32, rounded up."""
+    small = np.minimum(errors, float(np.finfo(np.float32).max)).astype(np.float32)
+    small[np.isinf(errors)] = np.inf
+    numbers, counts = np.unique((small.view(np.uint32) + 0xFFFF) >> 16, return_counts=True)
+    return Counter(dict(zip(numbers.tolist(), counts.tolist(), strict=True)))
+
+
+def _upper_end(number: int) -> float:
+    return float(np.array(number << 16, np.uint32).view(np.float32))
+
+
+# --- of Dask arrays ------------------------------------------------------------------------------
+
+
+def difference(
+    a: da.Array,
+    b: da.Array,
+    routing: Sequence[da.Array] = (),
+    *,
+    num_experts: int = 0,
+    tolerance: float = np.inf,
+) -> da.Array:
+    """Compare two outputs lazily, chunk by chunk.
+
+    Parameters
+    ----------
+    a, b, routing : in the same row chunks, one chunk wide; else as for `compare_rows`
+
+    Returns
+    -------
+    () Dask array of objects: its value is a `Difference`. C + C / 7 tasks for C chunks, the same
+    for any scheduler.
+    """
+    firsts = da.from_array(np.array(first_rows(a.chunks[0]), np.int64), chunks=1)
+    firsts = da.Array(
+        firsts.dask, firsts.name, chunks=(a.chunks[0],), meta=np.empty(0, np.int64)
+    )  # a number in each chunk, whatever its rows are
+    args: list[Any] = [a, "cd", b, "ce", firsts, "c"]
+    for number, each in enumerate(routing):
+        args += [each if each.ndim == 2 else each[:, None], f"c{'kl'[number]}"]
+    found = block_by_block(
+        _compare_chunk, "c", *args, num_experts=num_experts, tolerance=tolerance,
+        adjust_chunks={"c": 1}, dtype=object, meta=np.empty(0, object),
+    )  # fmt: skip
+    return da.reduction(
+        found, _as_it_is, _joined, combine=_joined, dtype=object, concatenate=False, split_every=8,
+        meta=np.empty((), object),
+    )  # fmt: skip
+
+
+def _compare_chunk(
+    a: Any, b: Any, first: np.ndarray, *routing: Any, num_experts: int, tolerance: float
+) -> np.ndarray:
+    a, b, *chosen = (x.get() if hasattr(x, "get") else x for x in (a, b, *routing))
+    one = np.empty(1, object)
+    one[0] = compare_rows(
+        a, b, chosen, num_experts=num_experts, tolerance=tolerance, first_row=int(first[0])
+    )
+    return one
+
+
+def _as_it_is(found: np.ndarray, axis: Any, keepdims: bool) -> np.ndarray:
+    return found
+
+
+def _joined(found: Any, axis: Any, keepdims: bool) -> np.ndarray:
+    parts = found if isinstance(found, list) else [found]
+    joined = np.empty((1,) if keepdims else (), object)
+    joined[...] = reduce(Difference.join, (part.reshape(-1)[0] for part in parts))
+    return joined

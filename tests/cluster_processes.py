@@ -117,7 +117,11 @@ class Cluster:
         return client
 
     def signal(self, client: Client, name: str, number: signal.Signals) -> None:
-        """Send a signal to the worker of this name (not to its nanny)."""
+        """Send a signal to the worker of this name (not to its nanny), once it is known.
+
+        On a busy machine the scheduler may have lost it for want of heartbeats: it comes back.
+        """
+        wait_until(lambda: name in worker_pids(client), f"worker {name} is known")
         os.kill(worker_pids(client)[name], number)
 
     def continue_process(self, pid: int) -> None:

@@ -65,6 +65,7 @@ def small_job(tmp_path) -> Path:
 # --- from nothing to a checked output --------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("format", FORMATS)
 def test_example_run_verify_inspect(tmp_path, capsys, format):
     sizes = ("--rows", 600, "--d", 16, "--experts", 4, "--chunk-rows", 100, "--format", format)
@@ -194,6 +195,7 @@ def test_what_fails_is_1_and_one_line(tmp_path, capsys, monkeypatch, small_job):
     assert here(capsys, "run", small_job, "--overwrite")[0] == 0
 
 
+@pytest.mark.slow
 def test_a_bad_index_names_chunk_and_row_and_debug_shows_all(capsys, small_job):
     path = load_job(small_job).routing
     routing = np.load(path)
@@ -301,6 +303,7 @@ def stop(process: subprocess.Popen, number: int) -> tuple[int, str, str]:
     return process.returncode, out, err
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
 def test_a_stopped_run_is_resumed(tmp_path, capsys, slow_job, number):
     out = tmp_path / "out.npy"
@@ -364,6 +367,7 @@ def test_after_a_chunk_that_cannot_be_read_the_finished_ones_are_good(
     np.testing.assert_array_equal(np.load(job.out), np.load(straight.out))
 
 
+@pytest.mark.slow
 def test_what_processes_began_threads_finish_to_the_same_bits(tmp_path, slow_job):
     out = tmp_path / "out.npy"
     where = ("--out", out, "--processes", 2, "--chunk-rows", 64, "--memory-limit", "1GiB")
@@ -409,6 +413,7 @@ def test_progress_from_python(small_job):
 # --- a cluster -------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_a_cluster_finishes_what_was_stopped_on_it(tmp_path, capsys, slow_job):
     out = tmp_path / "out.npy"
     with RealCluster(tmp_path, ["alice", "bob"]) as cluster:
@@ -441,6 +446,7 @@ def test_a_scheduler_that_does_not_answer(monkeypatch, capsys, small_job):
 # --- on a terminal ---------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_a_terminal_gets_a_bar(tmp_path, small_job):
     master, slave = os.openpty()
     try:
@@ -486,6 +492,7 @@ def test_an_error_and_its_causes_are_one_line():
     assert one_line(error) == "chunk 2 failed"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["plan", "run"])
 def test_what_would_multiply_faster_is_said_once(name, small_job, capsys, monkeypatch):
     monkeypatch.setattr(terminal, "faster_blas", lambda: "another library")

@@ -46,6 +46,7 @@ def adaptive():
         yield client
 
 
+@pytest.mark.slow
 def test_an_adaptive_cluster_grows_and_shrinks_in_the_midst_of_a_job(adaptive, tmp_path):
     gate = tmp_path / "wait"
     gate.touch()

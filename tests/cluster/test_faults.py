@@ -62,6 +62,7 @@ CASES = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("fault", "number"), CASES)
 def test_the_result_is_that_of_the_undisturbed_run(clusters, fault, number):
     cluster, client, expected = clusters(nanny=FAULTS[fault][1])
@@ -71,6 +72,7 @@ def test_the_result_is_that_of_the_undisturbed_run(clusters, fault, number):
     assert outcome.failures == []
 
 
+@pytest.mark.slow
 def test_an_idle_worker_takes_a_replica_of_the_hot_rank_in_the_midst_of_the_job(tmp_path):
     running = Cluster(tmp_path, UNEVEN_WORKERS, config=CONFIG)
     with running, running.client() as client:
@@ -155,6 +157,7 @@ def layer(experts, ranks, chunks=60, rows=16, width=8):
     )
 
 
+@pytest.mark.slow
 def test_a_rank_is_moved_while_a_thousand_packets_wait_for_it(client, gate):
     y = layer(Experts.callables([Waits(gate), _triple, _triple]), 3, chunks=1000)
     record_services(client)
@@ -187,6 +190,7 @@ def joining(cluster, client):
     wait_until(lambda: "added" not in addresses(client), "the worker has gone")
 
 
+@pytest.mark.slow
 def test_a_worker_that_joins_takes_ranks_and_chunks_of_the_job(client, joining):
     y = layer(Experts.callables([_triple_slowly] * 6), 6, chunks=150)
     with own_experts(client, 6, settle=0.2) as owners:
@@ -201,6 +205,7 @@ def test_a_worker_that_joins_takes_ranks_and_chunks_of_the_job(client, joining):
     assert any(s.asked_by == added for s in served)
 
 
+@pytest.mark.slow
 def test_a_client_that_goes_leaves_no_chunk_and_no_experts(cluster, client):
     y = job(seconds_per_product=0.2, salt=2)
     with cluster.client() as other:
@@ -213,6 +218,7 @@ def test_a_client_that_goes_leaves_no_chunk_and_no_experts(cluster, client):
         assert np.array_equal(client.compute(y).result(DEADLINE), alone(y))
 
 
+@pytest.mark.slow
 def test_two_graphs_of_two_clients_outlive_an_owner(cluster, client):
     mine, theirs = job(salt=3), job(salt=4) * 2
     with (
@@ -229,6 +235,7 @@ def test_two_graphs_of_two_clients_outlive_an_owner(cluster, client):
     assert np.array_equal(results[1], alone(theirs))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("weights", ["in the graph", "slow tasks", "tasks of another client"])
 def test_a_lost_owner_is_replaced_while_all_chunks_that_may_be_under_way_wait_for_it(
     cluster, client, weights
@@ -274,6 +281,7 @@ class Breakable(Source):
         return "breakable"
 
 
+@pytest.mark.slow
 def test_experts_that_cannot_be_loaded_again_end_the_job_with_an_error(cluster, client, tmp_path):
     broken = tmp_path / "broken"
     weights = np.random.default_rng(6).standard_normal((6, 8, 8)).astype("f4")

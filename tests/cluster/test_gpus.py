@@ -204,6 +204,7 @@ SEEN = """(
 )"""
 
 
+@pytest.mark.slow
 def test_each_worker_sees_its_own_device(two_doubles):
     with start_gpus(Gpus(device_memory_limit=5 << 30, tf32=True)) as client:
         seen = client.run(eval, SEEN)
@@ -216,6 +217,7 @@ def test_each_worker_sees_its_own_device(two_doubles):
         assert [worker["resources"] for worker in workers] == [{"GPU": 1}] * 2
 
 
+@pytest.mark.slow
 def test_a_job_on_two_devices_gives_what_it_gives_on_threads(two_doubles, capsys, small_job):
     """By a placement whose counts come from the devices to this process."""
     job = load_job(small_job, placement="balanced")
@@ -234,6 +236,7 @@ def test_a_job_on_two_devices_gives_what_it_gives_on_threads(two_doubles, capsys
     assert verify_job(job).tolerance == TF32_TOLERANCE
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("two_doubles")
 def test_dask_cuda_starts_the_workers_where_it_is_installed(monkeypatch):
     """What it is called with; the names are those of LocalCUDACluster and LocalCluster."""
@@ -498,6 +501,7 @@ def test_experts_that_do_not_fit_are_told_so():
         y.compute(scheduler="sync")
 
 
+@pytest.mark.slow
 def test_a_job_that_ran_out_of_memory_goes_on_in_smaller_chunks(
     two_doubles, monkeypatch, small_job
 ):

@@ -109,6 +109,7 @@ ways = st.builds(
 )
 
 
+@pytest.mark.slow
 @settings(max_examples=60)
 @given(case=cases(), passes=ways, ranks=st.integers(1, 3), in_place=st.booleans())
 def test_both_ways_give_what_the_plain_loops_give(tmp_path_factory, case, passes, ranks, in_place):

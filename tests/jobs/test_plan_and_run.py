@@ -282,6 +282,7 @@ def check_alike(folder: Path, sizes: Sizes, asked: Asked) -> dict[str, Any] | st
     return ran
 
 
+@pytest.mark.slow
 @settings(max_examples=JOBS)
 @given(sizes=sizes, asked=asked)
 def test_a_plan_and_a_run_are_decided_alike_or_refused_alike(tmp_path_factory, sizes, asked):

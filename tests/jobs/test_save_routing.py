@@ -51,6 +51,7 @@ def check(job, path):
     np.testing.assert_allclose(read(job.out), expected, atol=1e-6 * np.abs(expected).max())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("where", [Threads(2), Processes(2)], ids=["threads", "processes"])
 def test_another_job_reads_the_saved_routing(job, tmp_path, where):
     saved = str(tmp_path / "routing.zarr")

@@ -397,6 +397,7 @@ def test_a_layer_and_its_tokens_may_lie_at_addresses(tmp_path):
     assert verify_job(job).good
 
 
+@pytest.mark.slow
 def test_a_layer_runs_on_worker_processes(tmp_path):
     job, want = layer_job(tmp_path, "deepseek_v3")
     run_job(job, Processes(2), chunk_rows=5)

@@ -258,6 +258,7 @@ MUTATIONS = {
 }  # fmt: skip
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("case", "number"), [(case, i) for case, all_ in MUTATIONS.items() for i in range(len(all_))]
 )
@@ -333,6 +334,7 @@ def test_a_fixture_notices_when_stored_numbers_are_taken_the_other_way(
 # --- chunks, ranks and schedulers ---------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", CASES)
 def test_no_family_depends_on_chunks_ranks_or_schedulers(case):
     layer, rows = load_moe_layer(FIXTURES / case, LAYER), expected(case)["hidden"].reshape(24, -1)

@@ -96,6 +96,7 @@ def chunked_hidden(draw):
     return da.from_array(normal(*shape, seed=9), chunks=chunks)
 
 
+@pytest.mark.slow
 @given(
     hidden=chunked_hidden(),
     world_size=st.integers(1, 7),
@@ -128,6 +129,7 @@ BATCHES = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", BATCHES)
 @given(hidden=chunked_hidden(), world_size=st.integers(1, 3))
 @settings(max_examples=10, deadline=None)

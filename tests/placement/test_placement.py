@@ -374,6 +374,7 @@ def test_unsigned_routing_is_rewritten_too(dtype):
     assert placement.rewrite(routing).dtype == np.int32
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("stride", [1, 2, 3, 64, 89, 377, 1000, 4096])
 @pytest.mark.parametrize("replicas", [2, 3, 8])
 def test_replicas_share_rows_evenly_also_when_an_expert_takes_every_nth_row(stride, replicas):
@@ -417,6 +418,7 @@ def test_a_placed_layer_gives_the_unplaced_answer(load, ranks, policy, seed):
 # --- incremental ------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @settings(max_examples=60, deadline=None)
 @example(before=[28, 8, 8], ranks=3, tolerance=0.0, seed=0)  # less overload, larger largest load
 @given(
@@ -469,6 +471,7 @@ def test_a_small_change_of_load_moves_few_experts():
     assert moves(previous, after) * 5 <= moves(previous, fresh)
 
 
+@pytest.mark.slow
 @settings(max_examples=25, deadline=None)
 @given(load=st.lists(st.integers(1, 30), min_size=6, max_size=6))
 def test_moves_are_at_most_one_more_than_brute_force_needs(load):
@@ -543,6 +546,7 @@ def test_an_engine_file_of_floats_is_told_so(tmp_path):
         read_sglang(path, 2)
 
 
+@pytest.mark.slow
 def test_the_workflow_places_a_deployment_by_measured_loads(tmp_path):
     """Loads of two layers, a file for the engine, then a drifted corpus and few moves."""
     script = Path(__file__).parents[2] / "workflows" / "place_for_serving.py"

@@ -253,6 +253,7 @@ def test_the_memory_limit_says_how_many_are_read(tmp_path):
         assert Decision(work, limited, 100).spare_slots == slots
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("d", "k", "ranks", "policy"), [(16, 4, 2, None), (64, 3, 3, "exact")])
 @pytest.mark.parametrize("spare", [None, 1, 3])
 def test_a_run_reads_beside_what_its_plan_says(tmp_path, d, k, ranks, policy, spare):

@@ -337,6 +337,7 @@ def run_measured(*arguments: object) -> tuple[int, str, int]:
     return done.returncode, told + done.stderr, int(peak)
 
 
+@pytest.mark.slow
 def test_a_refused_run_runs_as_it_was_told_within_the_limit(tmp_path):
     sizes = {"rows": 16_000, "d": 1024, "num_experts": 4, "k": 1}
     job = write_example(tmp_path, Example(**sizes, format="npy"))

@@ -483,6 +483,7 @@ def test_where_nothing_fits_it_is_said():
         what_if(tokens, routing, experts, **arguments)
 
 
+@pytest.mark.slow
 def test_experts_that_do_not_fit_go_by_in_passes_or_stay_as_they_are_stored():
     """As in a run: 400 MB of experts within 450 MB, which are read from their files."""
     tokens, routing, _ = job(rows=20_000, d=1024, experts=100, k=1, chunk=10_000)

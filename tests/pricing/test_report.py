@@ -65,6 +65,7 @@ def planned_run(job):
     return planned, recorder.record(peak_memory())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("width", [PHONE, DESK])
 def test_a_browser_draws_the_plan(compared, tmp_path, width):
     write_plan_report(tmp_path / "plan.html", compared)
@@ -74,6 +75,7 @@ def test_a_browser_draws_the_plan(compared, tmp_path, width):
     assert int(found["width"]) <= max(width, NARROWEST), "no sideways scrolling"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("width", [PHONE, DESK])
 def test_a_browser_draws_the_run(planned_run, tmp_path, width):
     planned, record = planned_run
@@ -88,6 +90,7 @@ def test_a_browser_draws_the_run(planned_run, tmp_path, width):
     assert "rank 2 moved from &lt;a&gt; to &lt;b&gt;" in text
 
 
+@pytest.mark.slow
 def test_a_browser_prints_the_run(planned_run, tmp_path):
     write_run_report(tmp_path / "run.html", *planned_run)
     pages, drawings = print_page(tmp_path / "run.html")
@@ -165,6 +168,7 @@ def test_a_task_stream_is_read():
     assert (later.tasks, later.received_rows()) == (4, {1: 3})
 
 
+@pytest.mark.slow
 def test_a_process_cluster_does_what_was_planned(job, tmp_path):
     planned = plan(*job, world_size=3, placement="exact", workers=2, threads=1, rates=RATES)
     with (

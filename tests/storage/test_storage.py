@@ -111,6 +111,7 @@ def test_zarr_chunks_never_cross_blocks(blocks):
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("scheduler", ["sync", "threads", "processes"])
 def test_every_scheduler_writes_the_same(tmp_path, tokens, kind, scheduler):
@@ -123,6 +124,7 @@ def test_every_scheduler_writes_the_same(tmp_path, tokens, kind, scheduler):
     assert_eq(open_tokens(path), numbers((10, 4)) * 2)
 
 
+@pytest.mark.slow
 def test_a_cluster_gives_a_future_for_each_receipt(tmp_path, tokens):
     with Client(n_workers=2, threads_per_worker=1, dashboard_address=":0"):
         y = open_tokens(tokens, 3) * 2

@@ -12,7 +12,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from tests.test_layout import PACKAGE, modules, own_imports, room_of
+from tests.test_layout import PACKAGE, listed_files, modules, own_imports, room_of
 
 LINES_BEFORE_THE_ROOMS = 23_432
 
@@ -70,6 +70,12 @@ def test_neither_files_nor_rooms_import_in_a_circle():
         rooms[room_of(name)] |= {room_of(other) for other in others} - {room_of(name)}
     print(f"\nlargest import cycle: {largest_cycle(files)} files, {largest_cycle(rooms)} rooms")
     assert largest_cycle(files) == largest_cycle(rooms) == 0
+
+
+def test_the_reading_order_has_every_file():
+    files = listed_files()
+    print(f"\n{len(files)} files in the README's reading order, of {len(modules())}")
+    assert sorted(files) == sorted(modules())
 
 
 def inner_imports(tree: ast.Module) -> Iterator[str]:

@@ -86,14 +86,15 @@ def test_rooms_and_modules_say_their_question():
         assert ast.get_docstring(ast.parse(path.read_text())), path
 
 
-def test_the_reading_order_lists_every_file_once():
+def listed_files() -> list[str]:
+    """The modules in the README's reading order."""
     text = (ROOT / "README.md").read_text()
     listed = []
     for line in text[text.index("## The files, in reading order") :].splitlines():
         if line.startswith("| `"):
             room, _, files = line.strip("| ").split(" | ")
             listed += [room.strip("`/") + "." + name.strip("`") for name in files.split(", ")]
-    assert sorted(listed) == sorted(modules())
+    return listed
 
 
 def test_arrows_between_rooms_point_down_only():

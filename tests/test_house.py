@@ -74,7 +74,7 @@ def test_neither_files_nor_rooms_import_in_a_circle():
 
 def test_the_reading_order_has_every_file():
     files = listed_files()
-    print(f"\n{len(files)} files in the README's reading order, of {len(modules())}")
+    print(f"\n{len(files)} files in the reading order, of {len(modules())}")
     assert sorted(files) == sorted(modules())
 
 

@@ -7,8 +7,28 @@ from numbers import Integral
 from typing import NoReturn
 
 import numpy as np
+from dask.utils import parse_bytes
 
 from dask_ep.arrays.namespaces import Array, namespace
+
+
+def size_in_bytes(size: int | str | None, name: str = "size") -> int | None:
+    """Read a number of bytes, as a number or as text; None stays None.
+
+    Examples
+    --------
+    >>> size_in_bytes("4 GiB"), size_in_bytes(1000)
+    (4294967296, 1000)
+    """
+    if size is None:
+        return None
+    try:
+        found = parse_bytes(size)
+    except (ValueError, TypeError, AttributeError):
+        found = 0
+    if found <= 0:
+        raise ValueError(f'{name}: invalid size: {size!r} (try "8 GiB")')
+    return found
 
 
 def is_float(dtype: np.dtype) -> bool:

@@ -31,18 +31,11 @@ import dask_ep
 from dask_ep.arrays.blas import limit_blas_for_good
 from dask_ep.arrays.memory import keep_freed_memory
 from dask_ep.cluster.dask_internals import scheduler_address
+from dask_ep.errors import UnfitClusterError
 
 PACKAGES = ("dask", "distributed", "numpy", "zarr")
 """Packages whose versions must agree, besides dask_ep and Python: graphs and chunks travel as what
 they are in memory."""
-
-
-class UnfitClusterError(RuntimeError):
-    """The cluster cannot do the job: `problems` says why, one sentence each."""
-
-    def __init__(self, problems: list[str]):
-        self.problems = problems
-        super().__init__("; ".join(problems))
 
 
 @dataclass(frozen=True)
@@ -169,7 +162,7 @@ def check_cluster(client: Client, files: Mapping[str, str | os.PathLike] | None 
     ...     check_cluster(client, {"tokens": "/nowhere/tokens.npy"})
     Traceback (most recent call last):
         ...
-    dask_ep.cluster.checks.UnfitClusterError: tokens: /nowhere/tokens.npy does not exist
+    dask_ep.errors.UnfitClusterError: tokens: /nowhere/tokens.npy does not exist
     """
     paths = {what: os.path.abspath(path) for what, path in (files or {}).items()}
     here = probe_process(list(paths.values()))

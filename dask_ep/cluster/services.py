@@ -35,6 +35,7 @@ from dask_ep.arrays.namespaces import Array
 from dask_ep.cluster import dask_internals
 from dask_ep.cluster.admission import Admission
 from dask_ep.cluster.slices import Answers, Chunk, Slices
+from dask_ep.errors import LostOwnerError
 from dask_ep.graph.chunk import ChunkPlace, Exchange, Observed, combine, cut, join_tables, pack
 from dask_ep.kernel.host_kernel import parts_of
 from dask_ep.kernel.pack import Packet
@@ -205,10 +206,6 @@ class Services(WorkerPlugin):
 
     def _on_loop(self, coroutine: Any) -> Future:
         return asyncio.run_coroutine_threadsafe(coroutine, self._loop)
-
-
-class LostOwnerError(RuntimeError):
-    """Nobody could be found who serves a rank."""
 
 
 class Route:

@@ -28,6 +28,8 @@ from collections import Counter
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+from dask_ep.errors import OutputInUse
+
 FORMAT = 2
 """Version of the manifest and the lines; another version is refused."""
 
@@ -42,10 +44,6 @@ MANIFEST = frozenset(
 
 HOLDER = frozenset(("pid", "host", "born", "since"))
 """What a lock says about the process that holds it."""
-
-
-class OutputInUse(RuntimeError):
-    """Another run writes this output now."""
 
 
 def write_manifest(directory: str, manifest: Mapping[str, Any]) -> None:

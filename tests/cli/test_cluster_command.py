@@ -94,7 +94,7 @@ def test_a_lost_worker_changes_nothing(cluster, job, tmp_path, expected):
     assert code == 0, told
     assert "6400 rows in" in printed
     np.testing.assert_array_equal(np.load(out), expected)
-    assert f"report: {tmp_path}/run.html; Dask's: {tmp_path}/run-dask.html" in printed
+    assert f"report: {tmp_path}/run.html; by Dask: {tmp_path}/run-dask.html" in printed
     assert "ep_chunk" in (tmp_path / "run-dask.html").read_text()
     report = (tmp_path / "run.html").read_text()
     assert '<a href="run-dask.html">' in report

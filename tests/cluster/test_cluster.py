@@ -15,13 +15,8 @@ from distributed.security import Security
 from threadpoolctl import threadpool_info
 
 from dask_ep.cluster import checks as clusters
-from dask_ep.cluster.checks import (
-    UnfitClusterError,
-    WorkerSettings,
-    check_cluster,
-    connect,
-    probe_process,
-)
+from dask_ep.cluster.checks import WorkerSettings, check_cluster, connect, probe_process
+from dask_ep.errors import UnfitClusterError
 from tests.certificates import make_certificates, options
 from tests.cluster_processes import DEADLINE, REPOSITORY, Cluster, addresses, wait_until
 

@@ -155,7 +155,7 @@ def test_a_job_in_passes_gives_the_ordinary_output(plain, job, passes):
     )
     assert_to_rounding(np.load(job.out), plain[1])
     assert verify_job(job).good
-    assert (done.rows_done, done.rows_left) == (ROWS, 0)
+    assert (done.rows_done, done.rows) == (ROWS, ROWS)
     spilled = 0 if passes.way == "hold" else ROWS * 2 * (32 + 32) * 4
     assert done.passes.spilled_bytes == spilled
     assert f"{passes.passes * EXPERTS} experts were read in passes" in str(done.passes)
@@ -182,7 +182,7 @@ def test_a_report_of_a_run_in_passes_and_of_one_that_went_on(job, passes):
     said = report.read_text()
     assert "No worker came or went, no rank moved, and nothing was computed twice." in said
     went_on = passes is not WAYS["spill"]  # of which no block was done
-    assert ("This run went on with an earlier one" in said) == went_on
+    assert ("This run resumed an earlier one" in said) == went_on
 
 
 def test_each_expert_is_read_once_a_pass(monkeypatch, job, passes):
@@ -253,7 +253,7 @@ def test_rows_that_are_held_are_not_gone_on_with_by_workers(monkeypatch, job, cl
         run_job(job, Threads(1), on_progress=stop_after(300))
     with pytest.raises(ValueError, match="holds rows in memory, which threads alone share: resume"):
         run_job(job, cluster, resume=True)
-    assert run_job(job, Threads(1), resume=True).rows_left == 0
+    assert run_job(job, Threads(1), resume=True).rows == ROWS
 
 
 def test_a_run_in_passes_is_not_gone_on_with_where_its_memory_would_be_exceeded(job, monkeypatch):
@@ -269,7 +269,7 @@ def test_a_run_in_passes_is_not_gone_on_with_where_its_memory_would_be_exceeded(
         with pytest.raises(ValueError, match=told):
             run_job(job, where, resume=True, **more)
     done = run_job(job, Threads(2, 500 * 10**6), resume=True, chunk_rows=CHUNK_ROWS)
-    assert done.rows_left == 0
+    assert done.rows == ROWS
 
 
 def test_a_run_in_passes_goes_on_with_its_threads_wherever_there_are_more(job, monkeypatch):
@@ -277,7 +277,7 @@ def test_a_run_in_passes_goes_on_with_its_threads_wherever_there_are_more(job, m
     with pytest.raises(Stopped):
         run_job(job, Threads(2), on_progress=stop_after(100))
     monkeypatch.setattr(run, "CPU_COUNT", 8)
-    assert run_job(job, resume=True).rows_left == 0
+    assert run_job(job, resume=True).rows == ROWS
 
 
 def test_a_complete_run_in_passes_is_gone_on_with_anywhere(job, monkeypatch, cluster):

@@ -347,8 +347,9 @@ def test_integers_that_are_no_routing_are_not_counted():
 
 
 def test_advised_chunks_are_whole_stored_chunks():
-    rows = open_source(np.zeros((10, 1 << 20), ml_dtypes.bfloat16))
+    rows = open_source(np.zeros((20, 1 << 20), ml_dtypes.bfloat16))
     assert advise_chunk_rows(rows) == 16
+    assert advise_chunk_rows(open_source(np.zeros((10, 4)))) == 10, "no more than there are"
 
 
 # --- layers of checkpoints -------------------------------------------------------------------

@@ -40,7 +40,7 @@ from dask_ep.kernel.bfloat16 import (
 )
 from dask_ep.kernel.dispatch import dispatch
 from dask_ep.layers.checkpoint import load_moe_layer
-from dask_ep.pricing.report import figures_of
+from dask_ep.pricing.words import figures_of
 from dask_ep.storage.sources import open_source
 from tests.checkpoints import FIXTURES, LAYER
 

@@ -18,14 +18,15 @@ import fsspec
 import ml_dtypes
 import numpy as np
 import pytest
+from dask.base import tokenize
 
+from dask_ep.errors import ReadError
 from dask_ep.experts.experts import Experts
 from dask_ep.layers.checkpoint import describe_checkpoint, load_moe_layer
 from dask_ep.layers.families import FAMILIES, find_family
 from dask_ep.layers.family import Family, Key, Shared
 from dask_ep.layers.layer import MoELayer
 from dask_ep.storage import sources
-from dask_ep.storage.files import ReadError
 from tests.checkpoints import (
     CASES,
     FIXTURES,
@@ -565,7 +566,7 @@ def test_an_address_without_fsspec_is_refused():
     assert (
         "s3://bucket/model/config.json" in run.stdout or "s3://bucket/model is read" in run.stdout
     )
-    assert "pip install 'dask-ep[remote]'" in run.stdout
+    assert "pip install fsspec" in run.stdout
 
 
 def test_a_remote_file_cut_short_after_it_was_opened_is_refused(memory_folder):
@@ -651,6 +652,7 @@ def added(name, value):
          "is dense in .*; MoE layers are none"),
         ("qwen3_next", 1, {"num_experts": 0}, ValueError, "is dense in .*; MoE layers are none"),
         ("jamba", 1, {"num_experts": 1}, ValueError, "is dense in .*; MoE layers are none"),
+        ("qwen3_moe", None, {}, TypeError, "layer must be the number of .*qwen3_moe, 1; got None"),
         ("qwen3_moe", 2, {}, ValueError, r"layer must be in \[0, 2\), .* but is 2"),
         ("qwen3_moe", 1, {"model_type": "palm"}, ValueError,
          r"'palm', which is none of the \d+ known ones\. .*; to add a family"),
@@ -746,6 +748,18 @@ def test_what_does_not_fit_is_refused_by_name(tmp_path, case, layer, changes, er
     folder = altered(tmp_path, case, **changes)
     with pytest.raises(error, match=message):
         load_moe_layer(folder, layer)
+
+
+def test_a_layer_is_opened_by_its_class_too():
+    layer = MoELayer.from_pretrained(FIXTURES / "qwen2_moe", 1, as_stored=True)
+    opened = load_moe_layer(FIXTURES / "qwen2_moe", 1, as_stored=True)
+    assert isinstance(layer, MoELayer)
+    assert tokenize(layer) == tokenize(opened)
+
+
+def test_a_name_of_a_hub_must_be_downloaded_first():
+    with pytest.raises(ReadError, match=r"mistralai/Mixtral is not .* exist. Download .* `hf d"):
+        load_moe_layer("mistralai/Mixtral", 1)
 
 
 def break_file(name, change):

@@ -19,8 +19,9 @@ from distributed import Client, futures_of, wait
 from hypothesis import given
 from hypothesis import strategies as st
 
+from dask_ep.errors import OutputInUse
 from dask_ep.storage import journal, output, replace, resume, writers
-from dask_ep.storage.journal import OutputInUse, read_done, record_done
+from dask_ep.storage.journal import read_done, record_done
 from dask_ep.storage.output import progress_directory
 from dask_ep.storage.sources import open_source
 from dask_ep.storage.storage import open_tokens, store

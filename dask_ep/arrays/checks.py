@@ -61,6 +61,14 @@ def check_tokens(tokens: Array) -> None:
     check_byte_order(tokens.dtype, "tokens")
 
 
+def kind_of(obj: object) -> str:
+    """Name the type of what came instead of a Dask array; array expressions by their package."""
+    kind = type(obj)
+    if kind.__module__.partition(".")[0] == "dask_array":
+        return f"dask_array.{kind.__name__} (an array expression, not a dask.array.Array)"
+    return kind.__name__
+
+
 def check_byte_order(dtype: np.dtype, name: str) -> None:
     if not dtype.isnative:
         raise TypeError(

@@ -31,7 +31,13 @@ from dask.core import flatten
 from dask.highlevelgraph import HighLevelGraph
 from dask.task_spec import List, Task, TaskRef
 
-from dask_ep.arrays.checks import check_routing, check_tokens, check_world_size, computing_dtype
+from dask_ep.arrays.checks import (
+    check_routing,
+    check_tokens,
+    check_world_size,
+    computing_dtype,
+    kind_of,
+)
 from dask_ep.arrays.namespaces import namespace
 from dask_ep.experts.experts import CallableExperts, Experts, as_experts
 from dask_ep.graph.chunk import (
@@ -278,7 +284,7 @@ def _aligned(
 def _check_dask(array: Any, name: str) -> None:
     if not isinstance(array, da.Array):
         raise TypeError(
-            f"{name} must be a Dask array, but is a {type(array).__name__}; "
+            f"{name} must be a Dask array, but is a {kind_of(array)}; "
             "use da.from_array, dask_ep.open_tokens, or expert_parallel_dispatch on one chunk"
         )
 

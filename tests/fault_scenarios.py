@@ -22,7 +22,7 @@ import dask.array as da
 import numpy as np
 from distributed import Client
 
-from dask_ep import Experts, expert_parallel, own_experts
+from dask_ep import Experts, OwnerRules, expert_parallel, own_experts
 from dask_ep.cluster.owner_plugin import METADATA
 from tests.cluster_processes import DEADLINE, Cluster, wait_until, worker_pids
 
@@ -250,7 +250,7 @@ def run_disturbed(
 ) -> Outcome:
     """Run the job, and do `fault` to it `moment` seconds after it began."""
     disturb, _ = FAULTS[fault]
-    with own_experts(client, RANKS, settle=0.5) as owners:
+    with own_experts(client, RANKS, rules=OwnerRules(settle=0.5)) as owners:
         begun = time.monotonic()
         y = job(salt=salt, directory=cluster.directory)
         future = client.compute(y)

@@ -11,7 +11,7 @@ import dask.array as da
 import numpy as np
 from distributed import Client, SchedulerPlugin, get_worker
 
-from dask_ep.cluster.services import PLUGIN
+from dask_ep.cluster.services import SERVICES_PLUGIN
 from dask_ep.graph import tally
 from dask_ep.graph.tally import Serving
 from dask_ep.storage.sources import Source
@@ -158,7 +158,7 @@ def slots_taken(client: Client) -> dict[str, int]:
 
 
 def _slots_taken(dask_worker):
-    services = dask_worker.plugins.get(PLUGIN)
+    services = dask_worker.plugins.get(SERVICES_PLUGIN)
     return 0 if services is None else services._admission.under_way
 
 
@@ -168,5 +168,5 @@ def slices_kept(client: Client) -> dict[str, int]:
 
 
 def _slices_kept(dask_worker):
-    services = dask_worker.plugins.get(PLUGIN)
+    services = dask_worker.plugins.get(SERVICES_PLUGIN)
     return 0 if services is None else len(services._slices)

@@ -1,6 +1,8 @@
 # /// script
 # requires-python = ">=3.11"
 # dependencies = ["torch>=2.6", "dask-ep[mkl]"]
+# [tool.uv.sources]
+# dask-ep = { path = ".." }
 # ///
 """Time a layer from files to files against a torch program: same files, same cores.
 

@@ -1,6 +1,8 @@
 # /// script
 # requires-python = ">=3.11"
 # dependencies = ["torch>=2.6", "transformers>=5", "dask-ep[mkl]"]
+# [tool.uv.sources]
+# dask-ep = { path = ".." }
 # ///
 """Time a MoE layer on local threads against transformers' own block: same weights, same rows.
 

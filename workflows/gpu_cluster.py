@@ -9,8 +9,8 @@ started on the nodes by ssh, one process for each GPU, bound to the cores and th
 network card that are nearest to it. The job begins when as many have come as it has ranks.
 
 This process needs CuPy and a GPU as well, for Dask asks the arrays of a graph what they are. All
-nodes see the files of the job, and have the packages: pip install 'dask-ep[gpu]' dask-cuda
-distributed-ucxx-cu12 rmm-cu12.
+nodes see the files of the job, and have the packages: dask_ep itself, and
+cupy-cuda12x, dask-cuda, distributed-ucxx-cu12 and rmm-cu12.
 
 With --protocol ucx packets go from device to device, over NVLink within a node and InfiniBand or
 RoCE between nodes, as far as UCX finds them; with tcp through the memory of both hosts.

@@ -37,11 +37,10 @@ from distributed.security import Security
 from distributed.utils import get_ip
 
 from dask_ep.cli.main import main
-from dask_ep.cli.options import parse_size
+from dask_ep.cli.options import job_options, parse_size
 from dask_ep.cli.run_command import (
     carry_out,
     how_options,
-    job_options,
     read_certificates,
     tls_options,
 )

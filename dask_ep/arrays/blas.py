@@ -1,9 +1,9 @@
 """Which library multiplies matrices on the host, and with how many threads?
 
-NumPy's own; or, on a CPU of Intel's, its MKL, where the package ``mkl`` is installed next to
-(``dask-ep[mkl]``). With AVX-512 its products of few rows, as each expert has, are 10 to 20 % faster
-there than those of the OpenBLAS in NumPy's wheels (312 and 625 rows). On AMD's Zen 5 it has half
-their speed (104 against 231 GFLOP/s a core at 625 rows), and is left alone.
+NumPy's own; or, on a CPU of Intel's, its MKL, where the package ``mkl`` is installed
+(``pip install mkl``). With AVX-512 its products of few rows, as each expert has, are 10 to 20 %
+faster there than those of the OpenBLAS in NumPy's wheels (312 and 625 rows). On AMD's Zen 5 it has
+half their speed (104 against 231 GFLOP/s a core at 625 rows), and is left alone.
 
 A run has one Dask task per core, so each product gets one thread: with more they fight for the
 cores. The number belongs to the whole process and cannot be nested between threads (two overlapping
@@ -253,7 +253,7 @@ def faster_blas() -> str | None:
     narrow = ", and would multiply bfloat16 experts in 16 bits" if "amx_bf16" in cpu else ""
     return (
         f"Intel's MKL multiplies about 10 % faster on this CPU than {numpys_blas()}{narrow}; "
-        "install it in a clone of the repository: pip install -e '.[mkl]'"
+        "install it with: pip install mkl"
     )
 
 

@@ -7,8 +7,28 @@ from numbers import Integral
 from typing import NoReturn
 
 import numpy as np
+from dask.utils import parse_bytes
 
 from dask_ep.arrays.namespaces import Array, namespace
+
+
+def size_in_bytes(size: int | str | None, name: str = "size") -> int | None:
+    """Read a number of bytes, as a number or as text; None stays None.
+
+    Examples
+    --------
+    >>> size_in_bytes("4 GiB"), size_in_bytes(1000)
+    (4294967296, 1000)
+    """
+    if size is None:
+        return None
+    try:
+        found = parse_bytes(size)
+    except (ValueError, TypeError, AttributeError):
+        found = 0
+    if found <= 0:
+        raise ValueError(f'{name}: invalid size: {size!r} (try "8 GiB")')
+    return found
 
 
 def is_float(dtype: np.dtype) -> bool:
@@ -39,6 +59,14 @@ def check_tokens(tokens: Array) -> None:
             f"tokens must hold floats, but have dtype {tokens.dtype}; convert them with .astype"
         )
     check_byte_order(tokens.dtype, "tokens")
+
+
+def kind_of(obj: object) -> str:
+    """Name the type of what came instead of a Dask array; array expressions by their package."""
+    kind = type(obj)
+    if kind.__module__.partition(".")[0] == "dask_array":
+        return f"dask_array.{kind.__name__} (an array expression, not a dask.array.Array)"
+    return kind.__name__
 
 
 def check_byte_order(dtype: np.dtype, name: str) -> None:

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from dask_ep.arrays.namespaces import Array, namespace
-from dask_ep.errors import NoDeviceError
+from dask_ep.errors import DeviceMemoryError, NoDeviceError
 
 NAMESPACE = "cupy"
 """The namespace of device arrays; the tests put another here that keeps CuPy's rules on a CPU."""
@@ -51,7 +51,7 @@ def find_devices() -> list[Device]:
     except ImportError as error:
         raise NoDeviceError(
             f"a GPU needs CuPy, which cannot be imported here ({error}); install it with "
-            "pip install 'dask-ep[gpu]' (CUDA 12), or pip install cupy-cuda13x (CUDA 13)"
+            "pip install 'cupy-cuda12x>=14' (CUDA 12), or cupy-cuda13x (CUDA 13)"
         ) from error
     runtime = cupy.cuda.runtime
     try:
@@ -83,10 +83,6 @@ def _no_device(why: str) -> str:
 
 
 # --- memory ------------------------------------------------------------------------------------
-
-
-class DeviceMemoryError(MemoryError):
-    """A device has not enough memory for a chunk or for a rank's experts."""
 
 
 @contextmanager

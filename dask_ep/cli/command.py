@@ -34,13 +34,20 @@ def echo_note(text: str) -> None:
     click.echo(f"note: {text}", err=True)
 
 
+def _words(error: BaseException) -> str:
+    """What an error says, without the number that the system gives to it."""
+    if isinstance(error, OSError) and error.strerror and error.filename is not None:
+        return f"{error.strerror}: {error.filename}"
+    return str(error).strip()
+
+
 def one_line(error: BaseException) -> str:
     """Put an error and its causes into words, without the traceback."""
-    words = [str(error).strip() or type(error).__name__]
+    words = [_words(error) or type(error).__name__]
     words[0] += "".join(f" ({note})" for note in getattr(error, "__notes__", ()))
     cause = error.__cause__
     while cause is not None:
-        why = str(cause).strip()
+        why = _words(cause)
         if why and not any(why in said for said in words):
             words.append(why)
         cause = cause.__cause__

@@ -1,17 +1,16 @@
-"""Which options do `plan` and `run` share, and what do they mean?"""
+"""Which options do commands share, and what do they mean?"""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from contextlib import suppress
 from typing import Any
 
 import click
-from dask.utils import parse_bytes
 
+from dask_ep.arrays.checks import size_in_bytes
 from dask_ep.cluster.gpus import Gpus
 from dask_ep.jobs.backends import Processes, Threads
-from dask_ep.jobs.job import PLACEMENTS
+from dask_ep.jobs.job import MISSING, PLACEMENTS, PRECISIONS, Job, load_job, parse_experts
 from dask_ep.laws.travel import TRAVELS, Travel
 
 
@@ -24,32 +23,75 @@ def add_options(options: Sequence[Callable], command: Callable) -> Callable:
 
 def parse_size(context: click.Context, parameter: click.Parameter, value: str | None) -> int | None:
     """Read an option that is a number of bytes."""
-    if value is None:
-        return None
-    with suppress(ValueError):
-        if (size := parse_bytes(value)) > 0:
-            return size
-    raise click.BadParameter(f'invalid size: {value!r} (try "8 GiB")')
+    try:
+        return size_in_bytes(value)
+    except ValueError as error:
+        raise click.BadParameter(str(error).removeprefix("size: ")) from None
 
 
 SIZE: dict[str, Any] = {"callback": parse_size, "metavar": "SIZE"}
 
 
-def ranks_options(command: Callable) -> Callable:
-    """Add the number of ranks and the placement of experts, which are job keys too."""
-    named = f"{', '.join(PLACEMENTS)}, or a file written by `plan --save`."
-    options = [
+JOB_KEYS = (
+    "tokens", "routing", "topk_weights", "experts", "layer", "layer_index", "out", "world_size",
+    "placement", "precision", "missing",
+)  # fmt: skip
+
+
+def job_options(command: Callable) -> Callable:
+    """Add the job file, and an option for every key of a job, which `read_job` reads."""
+    options: list[Callable] = [
+        click.argument("job", type=click.Path(), required=False),
+        click.option(
+            "--tokens", metavar="PATH", help="Token rows (n, d): .zarr, .npy, .safetensors::name."
+        ),
+        click.option("--routing", metavar="PATH", help="Expert indices (n,) or (n, k)."),
+        click.option("--topk-weights", metavar="PATH", help="Weights of the slots (n, k)."),
+        click.option(
+            "--experts",
+            metavar="PATH|TABLE",
+            help="Linear experts (E, d, d_out), or "
+            """'{kind = "gated", gate = "g.zarr", ...}'.""",
+        ),
+        click.option(
+            "--layer", metavar="DIR", help="A checkpoint directory, instead of routing and experts."
+        ),
+        click.option("--layer-index", type=click.IntRange(0), help="Layer of the checkpoint."),
+        click.option("--out", metavar="PATH", help="Output: .zarr, .npy or .safetensors."),
         click.option(
             "--world-size", type=click.IntRange(1), help="Number of ranks; default: one per worker."
         ),
-        click.option("--placement", metavar="NAME|FILE", help=named),
+        click.option(
+            "--placement",
+            metavar="NAME|FILE",
+            help=f"{', '.join(PLACEMENTS)}, or a file written by `plan --save`.",
+        ),
+        click.option(
+            "--precision",
+            type=click.Choice(PRECISIONS),
+            help="For bfloat16 experts on CPUs with fast 16-bit products: as accurate as float32 "
+            "(default), or faster, rounded to bfloat16 between products.",
+        ),
+        click.option(
+            "--missing",
+            type=click.Choice(MISSING),
+            help="Zarr chunks that were never written are an error (default) or hold the fill "
+            "value.",
+        ),
     ]
     return add_options(options, command)
 
 
+def read_job(path: str | None, options: dict[str, Any]) -> Job:
+    """Take what `job_options` gave out of the options, and make the job of it."""
+    given = {key: options.pop(key) for key in JOB_KEYS}
+    experts = given.pop("experts")
+    return load_job(path, experts=None if experts is None else parse_experts(experts), **given)
+
+
 def local_options(command: Callable) -> Callable:
     """Add the options for running on this machine, which `choose_local` reads."""
-    options = [
+    options: list[Callable] = [
         click.option(
             "--threads", type=click.IntRange(1), help="Threads of this process; default: all cores."
         ),
@@ -79,7 +121,7 @@ def local_options(command: Callable) -> Callable:
 
 def chunks_options(command: Callable) -> Callable:
     """Add the rows of a chunk and what travels, which `parse_travel` reads."""
-    options = [
+    options: list[Callable] = [
         click.option(
             "--chunk-rows",
             type=click.IntRange(1),

@@ -11,9 +11,7 @@ import json
 import math
 import sys
 from collections.abc import Sequence
-from dataclasses import fields, replace
-from functools import partial
-from itertools import product
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -22,30 +20,23 @@ from dask.utils import format_bytes
 from rich.console import Console
 from rich.table import Table
 
-from dask_ep.arrays import device
-from dask_ep.arrays.device import Device
 from dask_ep.cli.command import echo_note
 from dask_ep.cli.options import (
     choose_local,
     chunks_options,
+    job_options,
     local_options,
     parse_travel,
-    ranks_options,
+    read_job,
 )
 from dask_ep.cli.terminal import hint_at_faster_blas
-from dask_ep.cluster.gpus import Gpus
-from dask_ep.errors import DoesNotFit, NoDeviceError
-from dask_ep.jobs.backends import lay_out
-from dask_ep.jobs.build import open_inputs
-from dask_ep.jobs.decide import attempt
-from dask_ep.jobs.in_passes import free_for_rows
-from dask_ep.jobs.job import PLACEMENTS, load_job
-from dask_ep.jobs.notes import find_notes
-from dask_ep.jobs.price_job import Pricing
+from dask_ep.jobs.job import PLACEMENTS, Job
+from dask_ep.jobs.plan import plan_job, what_if_job
 from dask_ep.laws.costs import Rates
-from dask_ep.laws.travel import TRAVELS
+from dask_ep.laws.travel import TRAVELS, Travel
 from dask_ep.pricing.price import Plan, WhatIf
-from dask_ep.pricing.report import check_drawing, check_place, figures_of, write_plan_report
+from dask_ep.pricing.report import check_drawing, check_place, write_plan_report
+from dask_ep.pricing.words import figures_of
 
 RATE_NAMES = tuple(field.name for field in fields(Rates))
 """What is measured, or given by --rates."""
@@ -58,9 +49,8 @@ WIDTH = 120
 
 
 @click.command("plan")
-@click.argument("job", type=click.Path(exists=True, dir_okay=False))
+@job_options
 @click.argument("choices", nargs=-1, metavar="[NAME=VALUE,VALUE...]...")
-@ranks_options
 @local_options
 @chunks_options
 @click.option(
@@ -73,7 +63,7 @@ WIDTH = 120
 @click.option("--html", type=click.Path(dir_okay=False), help="Write a report to this file.")
 @click.option("--save", type=click.Path(dir_okay=False), help="Write the placement to this file.")
 def plan_command(
-    job: str,
+    job: str | None,
     choices: tuple[str, ...],
     side_by_side: bool,
     as_json: bool,
@@ -93,9 +83,16 @@ def plan_command(
       dask-ep plan demo/job.toml --processes 4 --placement exact --save placement.json
       dask-ep plan demo/job.toml --what-if world_size=2,4,8 placement=contiguous,balanced
       dask-ep plan demo/job.toml --processes 4 --what-if travel=rows,auto,experts
+      dask-ep plan --layer checkpoint/ --layer-index 3 --tokens hidden.zarr --out out.zarr
       dask-ep plan demo/job.toml --gpu
       dask-ep plan demo/job.toml --gpu --world-size 8 --rates flops=6e14,copy=2e12,lane=2.5e10
     """
+    if job is not None and "=" in job and not Path(job).exists():
+        choices, job = (job, *choices), None
+    if side_by_side and not choices:
+        raise click.UsageError(
+            f"--what-if needs choices to compare, NAME=VALUE,...: {', '.join(CHOICES)}"
+        )
     if choices and not side_by_side:
         raise click.UsageError(f"{choices[0]!r} is a choice to compare; put --what-if before it")
     if html is not None:
@@ -103,11 +100,14 @@ def plan_command(
     for path in (html, save):
         if path is not None:
             check_place(path)
-    compared = priced_job(job, parse_choices(choices), **options)
+    parsed = read_job(job, options)
+    compared = priced_job(parsed, parse_choices(choices), **options)
     if save is not None:
         Path(save).write_text(compared.best.placement.to_json())
+        click.echo(f"placement: {save}", err=True)
     if html is not None:
-        write_plan_report(html, compared)
+        write_plan_report(html, compared, job=parsed.name)
+        click.echo(f"report: {html}", err=True)
     if not options["gpu"]:
         hint_at_faster_blas()
     if as_json:
@@ -122,11 +122,9 @@ def plan_command(
 
 
 def priced_job(
-    path: str,
+    job: Job,
     choices: dict[str, list[Any]],
     *,
-    world_size: int | None = None,
-    placement: str | None = None,
     chunk_rows: int | None = None,
     travel: str | None = None,
     link_rate: int | None = None,
@@ -134,45 +132,22 @@ def priced_job(
     rates: str | None = None,
     **local: Any,
 ) -> WhatIf:
-    """Price a job file, in each combination of the choices; a single way if there are none."""
-    job = load_job(path, world_size=world_size, placement=placement)
-    inputs, where = open_inputs(job), choose_local(**local)
-    for note in find_notes(inputs):
-        echo_note(note)
-    devices = _devices_here() if isinstance(where, Gpus) else None
-    values: dict[str, list[Any]] = {
-        "world_size": [job.world_size],
-        "placement": [job.placement],
-        "chunk_rows": [chunk_rows],
-        "travel": [travel],
+    """Price a job, in each combination of the choices; a single way if there are none."""
+
+    def moves(how: str | None) -> Travel:
+        return parse_travel(how, link_rate, read_rate)
+
+    common: dict[str, Any] = {
+        "rates": None if rates is None else parse_rates(rates, link=link_rate, read=read_rate),
+        "on_note": echo_note,
     }
-    decided = []
-    for ranks, named, rows, how in product(*(values | choices).values()):
-        one = replace(job, world_size=ranks, placement=named)
-        layout = lay_out(one, where, devices=devices)
-        moves = parse_travel(how, link_rate, read_rate)
-        free = partial(free_for_rows, inputs)
-        work = inputs.work(layout.on_devices)
-        decided.append(attempt(work, layout, chunk_rows=rows, travel=moves, free=free))
-    first = decided[0]
-    if isinstance(first, DoesNotFit):
-        if not choices:
-            raise first
-        first = first.decision
-    known = None if rates is None else parse_rates(rates, link=link_rate, read=read_rate)
-    pricing = Pricing.of_job(inputs, first, known)
-    if choices:
-        return pricing.compare(decided)
-    priced = pricing.price(first)
-    return WhatIf((priced,), priced, "")
-
-
-def _devices_here() -> list[Device]:
-    """The GPUs that are here; a plan needs none."""
-    try:
-        return device.find_devices()
-    except NoDeviceError:
-        return []
+    where = choose_local(**local)
+    if not choices:
+        one = plan_job(job, where, chunk_rows=chunk_rows, travel=moves(travel), **common)
+        return WhatIf((one,), one, "")
+    values: dict[str, Any] = {"chunk_rows": [chunk_rows], "travel": [travel]} | choices
+    values["travel"] = [moves(how) for how in values["travel"]]
+    return what_if_job(job, where, **values, **common)
 
 
 def parse_rates(text: str, **others: float | None) -> Rates:
@@ -211,23 +186,17 @@ def parse_choices(choices: Sequence[str]) -> dict[str, list[Any]]:
     >>> parse_choices(["world_size=2,4", "placement=contiguous,exact"])
     {'world_size': [2, 4], 'placement': ['contiguous', 'exact']}
     """
-    readers = {
-        "world_size": _whole_number,
-        "chunk_rows": _whole_number,
-        "placement": _placement_name,
-        "travel": _travel_name,
-    }
     parsed: dict[str, list[Any]] = {}
     for choice in choices:
         name, _, values = choice.partition("=")
-        if name not in readers or not values:
+        if name not in CHOICES or not values:
             raise click.UsageError(
-                f"a choice is one of {', '.join(readers)} with =value,...; got {choice!r}"
+                f"a choice is one of {', '.join(CHOICES)} with =value,...; got {choice!r}"
             )
         if name in parsed:
             raise click.UsageError(f"{name} is given twice; use {name}=value,value,...")
         try:
-            parsed[name] = [readers[name](value) for value in values.split(",")]
+            parsed[name] = [CHOICES[name](value) for value in values.split(",")]
         except ValueError as error:
             raise click.UsageError(f"{name} takes {error}; got {values!r}") from None
     return parsed
@@ -249,6 +218,15 @@ def _travel_name(text: str) -> str:
     if text not in TRAVELS:
         raise ValueError(", ".join(TRAVELS))
     return text
+
+
+CHOICES = {
+    "world_size": _whole_number,
+    "placement": _placement_name,
+    "chunk_rows": _whole_number,
+    "travel": _travel_name,
+}
+"""What can be compared, and how a value of it is read."""
 
 
 def json_text(compared: WhatIf, side_by_side: bool) -> str:

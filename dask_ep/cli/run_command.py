@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import click
@@ -20,9 +21,10 @@ from dask_ep.cli.options import (
     add_options,
     choose_local,
     chunks_options,
+    job_options,
     local_options,
     parse_travel,
-    ranks_options,
+    read_job,
     refuse,
 )
 from dask_ep.cli.terminal import hint_at_faster_blas, progress_bar
@@ -30,49 +32,12 @@ from dask_ep.cluster.checks import Certificates, dashboard_link
 from dask_ep.cluster.gpus import PROTOCOLS
 from dask_ep.cluster.interrupts import Interrupts, Wait
 from dask_ep.cluster.workers import Workers
-from dask_ep.jobs import run as runs
 from dask_ep.jobs.backends import Cluster, Processes, Threads, Where
-from dask_ep.jobs.inspect import describe_output
-from dask_ep.jobs.job import MISSING, PRECISIONS, Job, load_job, parse_experts
-from dask_ep.jobs.run_report import dask_report
+from dask_ep.jobs.inspect import describe_output, words_of_usage
+from dask_ep.jobs.job import Job
+from dask_ep.jobs.result import Progress, RunResult
+from dask_ep.jobs.run import run_job
 from dask_ep.jobs.save_routing import path_of_weights
-
-
-def job_options(command: Callable) -> Callable:
-    """Add the job file, and an option for every key of a job."""
-    options: list[Callable] = [
-        click.argument("job", type=click.Path(dir_okay=False), required=False),
-        click.option(
-            "--tokens", metavar="PATH", help="Token rows (n, d): .zarr, .npy, .safetensors::name."
-        ),
-        click.option("--routing", metavar="PATH", help="Expert indices (n,) or (n, k)."),
-        click.option("--topk-weights", metavar="PATH", help="Weights of the slots (n, k)."),
-        click.option(
-            "--experts",
-            metavar="PATH|TABLE",
-            help="Linear experts (E, d, d_out), or "
-            """'{kind = "gated", gate = "g.zarr", ...}'.""",
-        ),
-        click.option(
-            "--layer", metavar="DIR", help="A checkpoint directory, instead of routing and experts."
-        ),
-        click.option("--layer-index", type=click.IntRange(0), help="Layer of the checkpoint."),
-        click.option("--out", metavar="PATH", help="Output: .zarr, .npy or .safetensors."),
-        ranks_options,
-        click.option(
-            "--precision",
-            type=click.Choice(PRECISIONS),
-            help="For bfloat16 experts on CPUs with fast 16-bit products: as accurate as float32 "
-            "(default), or faster, rounded to bfloat16 between products.",
-        ),
-        click.option(
-            "--missing",
-            type=click.Choice(MISSING),
-            help="Zarr chunks that were never written are an error (default) or hold the fill "
-            "value.",
-        ),
-    ]
-    return add_options(options, command)
 
 
 def how_options(command: Callable) -> Callable:
@@ -90,6 +55,11 @@ def how_options(command: Callable) -> Callable:
             help="Also write the layer's routing here, and its top-k weights next to it.",
         ),
         chunks_options,
+        click.option(
+            "--save-job",
+            type=click.Path(dir_okay=False),
+            help="Write the job to this file first, for `plan`, `verify` and --resume.",
+        ),
         click.option("--resume", is_flag=True, help="Continue a stopped run."),
         click.option("--overwrite", is_flag=True, help="Replace an existing output."),
         debug_option,
@@ -99,7 +69,7 @@ def how_options(command: Callable) -> Callable:
 
 def tls_options(command: Callable) -> Callable:
     """Add the certificates of a cluster with TLS, which `read_certificates` reads."""
-    options = [
+    options: list[Callable] = [
         click.option(
             "--tls-ca-file", type=click.Path(), help="CA certificate of a cluster with TLS (PEM)."
         ),
@@ -115,7 +85,7 @@ def tls_options(command: Callable) -> Callable:
 
 def where_options(command: Callable) -> Callable:
     """Add the options that say where a job is run, which `choose_where` reads."""
-    options = [
+    options: list[Callable] = [
         local_options,
         click.option(
             "--protocol",
@@ -167,20 +137,22 @@ def run_command(**options: Any) -> None:
       dask-ep run demo/job.toml --gpu --protocol ucx
       dask-ep run demo/job.toml --scheduler tcp://10.0.0.1:8786 --workers 8
       dask-ep run --tokens x.npy --routing r.npy --experts w.npy --out y.npy
-      dask-ep run --layer checkpoint/ --layer-index 3 --tokens hidden.zarr --out out.zarr
+      dask-ep run --layer checkpoint/ --layer-index 3 --tokens hidden.zarr --out out.zarr \\
+          --save-job job.toml
     """
     where = choose_where(**{key: options.pop(key) for key in WHERE})
     carry_out(where, **options)
 
 
-def carry_out(where: Where, job: str | None, experts: str | None, **options: Any) -> None:
+def carry_out(where: Where, job: str | None, save_job: str | None, **options: Any) -> None:
     """Run a job as `job_options` and `how_options` say, and tell how it goes.
 
     Parameters
     ----------
     where : the place; a command of its own may start one, as `dask_ep.jobs.backends.Deployed`
     job : path of the job file, None where options make the job
-    experts, **options : what those options gave
+    save_job : path to write the job to, with its options, before it runs
+    **options : what the other options gave
 
     Raises
     ------
@@ -191,19 +163,21 @@ def carry_out(where: Where, job: str | None, experts: str | None, **options: Any
     """
     if options["resume"] and options["overwrite"]:
         raise click.UsageError("--resume and --overwrite are mutually exclusive")
-    given = {key: options.pop(key) for key in JOB_KEYS}
-    parsed = load_job(job, experts=None if experts is None else parse_experts(experts), **given)
+    parsed = read_job(job, options)
     options["travel"] = parse_travel(
         options["travel"], options.pop("link_rate"), options.pop("read_rate")
     )
+    if save_job is not None:
+        Path(save_job).write_text(parsed.to_toml(Path(save_job).parent), encoding="utf-8")
+        click.echo(f"job: {save_job}", err=True)
     if isinstance(where, Threads | Processes):
         hint_at_faster_blas()
     with _stoppable(parsed, options["overwrite"]) as wait, progress_bar("rows") as tell:
 
-        def on_progress(how: runs.Progress) -> None:
+        def on_progress(how: Progress) -> None:
             tell(how.rows_done + how.rows_before, how.rows_in_all, "", how)
 
-        done = runs.run_job(
+        done = run_job(
             parsed,
             where,
             on_note=echo_note,
@@ -213,24 +187,33 @@ def carry_out(where: Where, job: str | None, experts: str | None, **options: Any
             wait=wait,
             **options,
         )
+    _show_result(done)
+    if done.rows_done and (routing := options["save_routing"] or parsed.routing):
+        click.echo(f"experts: {words_of_usage(routing, done.decision.work.experts)}")
+    if routing := options["save_routing"]:
+        click.echo(f"routing: {routing}; top-k weights: {path_of_weights(routing)}")
+    if done.reports:
+        click.echo(f"report: {'; by Dask: '.join(map(str, done.reports))}")
+    elif options["report"]:
+        click.echo(
+            "report: not written, since nothing was left to compute; "
+            "use --overwrite to run the job again"
+        )
+
+
+def _show_result(done: RunResult) -> None:
     if done.not_finite:
         click.echo(
             f"{done.not_finite} of the {done.rows_done} rows computed hold NaN or infinity, the "
             f"first is row {done.first_not_finite}"
         )
-    report, routing = options["report"], options["save_routing"]
     before = f", {done.rows_before} were there" if done.rows_before else ""
     passes = f"; {done.passes}" if done.passes is not None else ""
     library = f"; products by {done.multiplied_by}" if done.multiplied_by else ""
     click.echo(
-        f"{parsed.out}: {done.rows_done} rows in {format_time(done.seconds)}, "
+        f"{done.out}: {done.rows_done} rows in {format_time(done.seconds)}, "
         f"{done.rows_per_second:.0f} rows/s{before}{passes}{library}"
     )
-    if routing:
-        click.echo(f"routing: {routing}; top-k weights: {path_of_weights(routing)}")
-    if report and done.rows_done:
-        other = "" if isinstance(where, Threads) else f"; Dask's: {dask_report(report)}"
-        click.echo(f"report: {report}{other}")
 
 
 def _show_dashboard(client: Client) -> None:
@@ -241,11 +224,6 @@ def _show_dashboard(client: Client) -> None:
 def _show_workers(count: Workers) -> None:
     click.echo(f"workers: {count}", err=True)
 
-
-JOB_KEYS: tuple[str, ...] = (
-    "tokens", "routing", "topk_weights", "layer", "layer_index", "out", "world_size", "placement",
-    "precision", "missing",
-)  # fmt: skip
 
 WHERE: tuple[str, ...] = ("threads", "processes", "scheduler", "scheduler_file", "workers")
 WHERE += ("memory_limit", "dashboard")
@@ -303,5 +281,5 @@ def _stoppable(job: Job, overwrite: bool) -> Iterator[Wait]:
     except KeyboardInterrupt:
         state = describe_output(job.out)
         how = "--resume instead of --overwrite" if overwrite else "--resume"
-        complain(f"stopped; {job.out} is {state}. Go on with the same command with {how}")
+        complain(f"stopped; {job.out} is {state}. To continue: the same command with {how}")
         raise click.exceptions.Exit(FAILED) from None

@@ -17,7 +17,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn
 
 from dask_ep.arrays.blas import faster_blas
-from dask_ep.jobs import run as runs
+from dask_ep.jobs import result as results
 
 SECONDS_BETWEEN_LINES = 3.0
 """Seconds between progress lines without a terminal."""
@@ -38,7 +38,7 @@ def progress_bar(unit: str) -> Iterator[Callable[..., None]]:
     with Progress(*columns, console=Console(stderr=True)) as progress:
         task = progress.add_task("", total=None, words="")
 
-        def tell(done: int, total: int, name: str, how: runs.Progress | None = None) -> None:
+        def tell(done: int, total: int, name: str, how: results.Progress | None = None) -> None:
             words = f"{_amount(done, total, unit)}{_speed(how)}"
             progress.update(task, completed=done, total=total, description=name, words=words)
 
@@ -51,7 +51,7 @@ class _Lines:
     def __init__(self, unit: str):
         self._unit, self._last = unit, time.monotonic()
 
-    def tell(self, done: int, total: int, name: str, how: runs.Progress | None = None) -> None:
+    def tell(self, done: int, total: int, name: str, how: results.Progress | None = None) -> None:
         now = time.monotonic()
         if done < total and now < self._last + SECONDS_BETWEEN_LINES:
             return
@@ -73,8 +73,9 @@ def _amount(done: int, total: int, unit: str) -> str:
     return f"{done} of {total} {unit}"
 
 
-def _speed(how: runs.Progress | None) -> str:
-    if how is None or how.seconds_left is None:
+def _speed(how: results.Progress | None) -> str:
+    if how is None or not how.rows_done:
         return ""
-    left = f", {format_time(how.seconds_left)} left" if how.rows_left else ""
+    seconds = how.seconds_left
+    left = f", {format_time(seconds)} left" if seconds is not None and how.rows_left else ""
     return f", {how.rows_per_second:.0f} rows/s{left}"

@@ -6,11 +6,12 @@ dask-ep verify demo/job.toml --rows 5000
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import click
 
 from dask_ep.cli.command import DIFFERENT, debug_option
-from dask_ep.jobs.job import load_job
+from dask_ep.cli.options import job_options, read_job
 from dask_ep.jobs.verify import Verification, verify_job
 
 _MOST_WORST = 10  # rows named
@@ -25,7 +26,7 @@ def _check_tolerance(
 
 
 @click.command("verify")
-@click.argument("job", type=click.Path(dir_okay=False))
+@job_options
 @click.option(
     "--rows", type=click.IntRange(1), default=1000, show_default=True, help="Rows to compare."
 )
@@ -39,9 +40,10 @@ def _check_tolerance(
     help="Largest error of a value, relative to the sum of the sizes of its terms; default: by "
     "dtype.",
 )
-@click.option("--out", metavar="PATH", help="The output to check, if not the job's.")
 @debug_option
-def verify_command(job: str, rows: int, seed: int, tolerance: float | None, out: str | None) -> int:
+def verify_command(
+    job: str | None, rows: int, seed: int, tolerance: float | None, **options: Any
+) -> int:
     """Recompute a sample of JOB's output in plain loops, and compare.
 
     The sample, computed in float64, has the first and last rows of blocks (at most half of it)
@@ -49,10 +51,11 @@ def verify_command(job: str, rows: int, seed: int, tolerance: float | None, out:
     output are read. Exit code 3 if any is beyond the tolerance.
 
     \b
-    Example:
+    Examples:
       dask-ep verify demo/job.toml --rows 5000
+      dask-ep verify --layer checkpoint/ --layer-index 3 --tokens hidden.zarr --out out.zarr
     """
-    found = verify_job(load_job(job, out=out), rows=rows, seed=seed, tolerance=tolerance)
+    found = verify_job(read_job(job, options), rows=rows, seed=seed, tolerance=tolerance)
     _print_verification(found)
     return 0 if found.good else DIFFERENT
 

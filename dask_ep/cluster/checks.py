@@ -31,18 +31,11 @@ import dask_ep
 from dask_ep.arrays.blas import limit_blas_for_good
 from dask_ep.arrays.memory import keep_freed_memory
 from dask_ep.cluster.dask_internals import scheduler_address
+from dask_ep.errors import UnfitClusterError
 
 PACKAGES = ("dask", "distributed", "numpy", "zarr")
 """Packages whose versions must agree, besides dask_ep and Python: graphs and chunks travel as what
 they are in memory."""
-
-
-class UnfitClusterError(RuntimeError):
-    """The cluster cannot do the job: `problems` says why, one sentence each."""
-
-    def __init__(self, problems: list[str]):
-        self.problems = problems
-        super().__init__("; ".join(problems))
 
 
 @dataclass(frozen=True)
@@ -169,10 +162,10 @@ def check_cluster(client: Client, files: Mapping[str, str | os.PathLike] | None 
     ...     check_cluster(client, {"tokens": "/nowhere/tokens.npy"})
     Traceback (most recent call last):
         ...
-    dask_ep.cluster.checks.UnfitClusterError: tokens: /nowhere/tokens.npy does not exist
+    dask_ep.errors.UnfitClusterError: tokens: /nowhere/tokens.npy does not exist
     """
     paths = {what: os.path.abspath(path) for what, path in (files or {}).items()}
-    here = probe(list(paths.values()))
+    here = probe_process(list(paths.values()))
     missing = [f"{what}: {path} does not exist" for what, path in paths.items() if not here[path]]
     if missing:
         raise UnfitClusterError(missing)
@@ -189,7 +182,7 @@ def check_cluster(client: Client, files: Mapping[str, str | os.PathLike] | None 
     except ModuleNotFoundError as error:
         allowed_failures = None
         problems.append(_cannot_import(f"the scheduler ({scheduler_address(client)})", error))
-    answers = client.run(probe, list(paths.values()), on_error="return")
+    answers = client.run(probe_process, list(paths.values()), on_error="return")
     for address, there in answers.items():
         who = f"worker {names.get(address, '?')} ({address})"
         if isinstance(there, BaseException):
@@ -209,12 +202,12 @@ def check_cluster(client: Client, files: Mapping[str, str | os.PathLike] | None 
         )
 
 
-def probe(paths: list[str]) -> dict[str, Any]:
+def probe_process(paths: list[str]) -> dict[str, Any]:
     """Tell the versions in this process, and the kind and size of each path (None: not there).
 
     Examples
     --------
-    >>> probe(["/"])["/"]
+    >>> probe_process(["/"])["/"]
     ('directory', 0)
     """
     versions = {"python": f"{sys.version_info.major}.{sys.version_info.minor}"}
@@ -262,7 +255,7 @@ def _look_at(path: str) -> tuple[str, int] | None:
 
 
 def _probe_scheduler(dask_scheduler: Scheduler) -> tuple[dict[str, Any], int]:
-    return probe([]), dask_scheduler.allowed_failures
+    return probe_process([]), dask_scheduler.allowed_failures
 
 
 def _compare_versions(who: str, there: dict[str, Any], here: dict[str, Any]) -> list[str]:

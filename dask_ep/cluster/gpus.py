@@ -26,6 +26,7 @@ from distributed.system import MEMORY_LIMIT
 
 from dask_ep.arrays import device, gemms
 from dask_ep.arrays.blas import limit_blas_for_good
+from dask_ep.arrays.checks import size_in_bytes
 from dask_ep.arrays.device import Device
 from dask_ep.cluster import device_serialize
 from dask_ep.cluster.interrupts import children_ignore_sigint
@@ -58,14 +59,14 @@ where they are and do not count: chunks are chosen to fit next to them (`fit`)."
 class Gpus:
     """Run on this machine, in one worker process for each GPU that is visible."""
 
-    device_memory_limit: int | None = None
-    #: bytes of each device; None means `MEMORY_SHARE` of what it has
+    device_memory_limit: int | str | None = None
+    #: of each device: bytes, or text such as "60 GiB"; None means `MEMORY_SHARE` of what it has
     protocol: str | None = None
     #: "ucx" or "tcp"; None means UCX where it is installed
     tf32: bool = False
     #: experts multiply float32 as TF32: ten bits of mantissa, several times as fast
-    memory_limit: int | None = None
-    #: bytes of host memory of each worker
+    memory_limit: int | str | None = None
+    #: of the host, for each worker: bytes, or text
     dashboard_port: int | None = None
     #: of Dask's dashboard on this machine; None means no dashboard
 
@@ -86,6 +87,10 @@ def choose_protocol(asked: str | None) -> str:
             "--protocol tcp"
         )
     return asked or ("ucx" if has_ucx else "tcp")
+
+
+def _host_limit(where: Gpus) -> int | None:
+    return size_in_bytes(where.memory_limit, "memory_limit")
 
 
 @contextmanager
@@ -136,7 +141,7 @@ def _prepare(client: Client, plugin: OnGpu) -> None:
 def device_limit(where: Gpus, devices: Sequence[Device]) -> int | None:
     """Bytes that a job may hold on each device; None without a limit and without a device."""
     if where.device_memory_limit is not None or not devices:
-        return where.device_memory_limit
+        return size_in_bytes(where.device_memory_limit, "device_memory_limit")
     return int(MEMORY_SHARE * min(one.memory for one in devices))
 
 
@@ -152,7 +157,7 @@ def _plain_cluster(where: Gpus, devices: list[Device], protocol: str) -> SpecClu
         "nthreads": THREADS_PER_GPU,
         "host": "127.0.0.1",
         "protocol": protocol,
-        "memory_limit": where.memory_limit or MEMORY_LIMIT // len(devices),
+        "memory_limit": _host_limit(where) or MEMORY_LIMIT // len(devices),
         "resources": {"GPU": 1},
         "silence_logs": logging.CRITICAL,
         # Dask counts device memory as if it were the host's: it must not spill because of that.
@@ -186,7 +191,7 @@ def _dask_cuda_cluster(where: Gpus, devices: list[Device], protocol: str) -> Any
     return LocalCUDACluster(
         CUDA_VISIBLE_DEVICES=_visible(devices),
         threads_per_worker=THREADS_PER_GPU,
-        memory_limit=where.memory_limit or "auto",
+        memory_limit=_host_limit(where) or "auto",
         device_memory_limit=int(SPILL_SHARE * limit),
         protocol=protocol,
         host="127.0.0.1",

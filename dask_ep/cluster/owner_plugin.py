@@ -43,7 +43,7 @@ from dask_ep.cluster.ranks import OwnersOfRank, RankMap, Ranks
 from dask_ep.cluster.replicas import Replicas
 from dask_ep.graph.keys import read_rank
 
-PLUGIN = "dask-ep-owners"
+OWNERS_PLUGIN = "dask-ep-owners"
 """The plugin's name on the scheduler."""
 
 METADATA = ("dask-ep", "owners")
@@ -103,7 +103,7 @@ class Timers(dict[str, object]):
 class Ownership(SchedulerPlugin):
     """The plugin: lives in the scheduler from the first claim of a client to the last's end."""
 
-    name = PLUGIN
+    name = OWNERS_PLUGIN
     idempotent = True
 
     def __init__(self, scheduler: Scheduler):
@@ -224,10 +224,10 @@ class Ownership(SchedulerPlugin):
             self._leave()
 
     def _leave(self) -> None:
-        if not self.is_leaving or self.scheduler.plugins.get(PLUGIN) is not self:
+        if not self.is_leaving or self.scheduler.plugins.get(OWNERS_PLUGIN) is not self:
             return
         self.timers.clear()
-        self.scheduler.plugins.pop(PLUGIN)
+        self.scheduler.plugins.pop(OWNERS_PLUGIN)
         dask_internals.free_stuck(self.scheduler, OwnersOfRank)
 
     def place(self, world_size: int, rank: int, workers: Collection[str], why: str) -> None:
@@ -275,7 +275,7 @@ class Ownership(SchedulerPlugin):
     @_seen_by_the_user
     def _status_changed(self, worker: str, status: str) -> None:
         self.timers.cancel(worker)
-        if worker not in self.scheduler.workers or PLUGIN not in self.scheduler.plugins:
+        if worker not in self.scheduler.workers or OWNERS_PLUGIN not in self.scheduler.plugins:
             return
         if status == "running":
             self._arrived(worker)

@@ -20,7 +20,46 @@ from __future__ import annotations
 
 import re
 from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
 from math import inf
+
+
+@dataclass(frozen=True)
+class OwnerRules:
+    """When owners change, and how many chunks are in flight; None leaves a rule as it is.
+
+    Raises
+    ------
+    ValueError
+        If `chunks_in_flight` is less than 1, or a time is negative.
+
+    Examples
+    --------
+    >>> from dask_ep import OwnerRules
+    >>> OwnerRules(chunks_in_flight=2)
+    OwnerRules(settle=None, pause_limit=None, chunks_in_flight=2, replicate_hot=None)
+    """
+
+    settle: float | None = None
+    #: seconds without a change of workers before ranks are rebalanced; default: 2
+    pause_limit: float | None = None
+    #: seconds after which a worker that paused (memory) loses its ranks; default: 30
+    chunks_in_flight: float | None = None
+    #: most token chunks in flight on a worker at once, of all graphs, so that chunks that wait for
+    #: a slow rank do not fill its memory; default: two more than it has threads, `inf`: no bound
+    replicate_hot: bool | None = None
+    #: whether a rank gets a further owner by itself while layers are computed: when its worker is
+    #: always busy while rows wait for it, and another has time and room for its experts
+    #: (`hot_ranks`); default: True
+
+    def __post_init__(self) -> None:
+        if self.chunks_in_flight is not None and not self.chunks_in_flight >= 1:
+            raise ValueError(f"chunks_in_flight must be 1 or more, but is {self.chunks_in_flight}")
+        for name in ("settle", "pause_limit"):
+            seconds = getattr(self, name)
+            if seconds is not None and not seconds >= 0:
+                raise ValueError(f"{name} must be 0 seconds or more, but is {seconds}")
+
 
 RankOwners = list[frozenset[str]]
 """owners[rank]: the workers that serve the rank; empty where none does."""

@@ -27,10 +27,13 @@ from distributed.scheduler import Scheduler
 
 from dask_ep.arrays.checks import check_world_size
 from dask_ep.cluster.dask_internals import scheduler_address
-from dask_ep.cluster.owner_plugin import PLUGIN, Ownership
-from dask_ep.cluster.owner_rules import burdens
+from dask_ep.cluster.owner_plugin import OWNERS_PLUGIN, Ownership
+from dask_ep.cluster.owner_rules import OwnerRules, burdens
 from dask_ep.cluster.ranks import Change
 from dask_ep.cluster.services import Services
+
+UNCHANGED = OwnerRules()
+"""The rules as they are: the defaults, unless another call has changed them."""
 
 
 def own_experts(
@@ -39,10 +42,7 @@ def own_experts(
     *,
     replicas: Mapping[int, int] | None = None,
     loads: Sequence[float] | None = None,
-    settle: float | None = None,
-    pause_limit: float | None = None,
-    chunks_in_flight: float | None = None,
-    replicate_hot: bool | None = None,
+    rules: OwnerRules = UNCHANGED,
 ) -> Owners:
     """Give every rank an owner on the cluster, and a new one when it is lost.
 
@@ -59,18 +59,8 @@ def own_experts(
     loads : R numbers, optional
         Work of each rank in any unit, such as token rows; default: equal. Owners get ranks in
         proportion to their memory.
-    settle : float, optional
-        Seconds without a change of workers before ranks are rebalanced; default: 2.
-    pause_limit : float, optional
-        Seconds after which a worker that paused (memory) loses its ranks; default: 30.
-    chunks_in_flight : float, optional
-        Most token chunks in flight on a worker at once, of all graphs, so that chunks that wait
-        for a slow rank do not fill its memory. Default: two more than the worker has threads;
-        `inf` for no bound.
-    replicate_hot : bool, optional
-        Whether a rank gets a further owner automatically while layers are computed: when its worker
-        is always busy while rows wait for it, and another worker has time and room for its experts
-        (`hot_ranks`). Default: True. `Owners.changes` says why.
+    rules : OwnerRules, optional
+        When owners change, and how many chunks are in flight on a worker.
 
     Returns
     -------
@@ -80,7 +70,7 @@ def own_experts(
     Raises
     ------
     ValueError
-        If there is no worker to count, or if `world_size`, `replicas` or `loads` make no sense.
+        If there is no worker to count, or if `world_size`, `replicas` or `loads` are not valid.
     TypeError
         If `world_size` is not a whole number, or the client is asynchronous.
     RuntimeError
@@ -95,7 +85,8 @@ def own_experts(
 
     Dask gives a task up (KilledWorker) when more workers have died with it than the scheduler's
     `distributed.scheduler.allowed-failures`, 3 by default: set it to the number of workers or more,
-    where the scheduler starts. `dask_ep.cluster.checks.check_cluster` warns about it.
+    where the scheduler starts. `dask_ep.cluster.checks.check_cluster` warns about it. A worker that
+    hangs is given up after Dask's ``distributed.scheduler.worker-ttl``, five minutes by default.
 
     Chunks begin in the order in which Dask would compute them. What a user restricts
     (``workers=``, ``resources=``, annotations) applies to the chunks; services are where
@@ -118,6 +109,11 @@ def own_experts(
     ...         [len(of_rank) for of_rank in owners.owners]
     [1, 1, 1, 1]
     """
+    if not isinstance(client, Client):
+        raise TypeError(
+            f"own_experts needs a distributed.Client, but got a {type(client).__name__}; "
+            "without a cluster expert_parallel needs no owners"
+        )
     if client.asynchronous:
         raise TypeError(
             "own_experts needs a synchronous client but this one is asynchronous; "
@@ -126,9 +122,8 @@ def own_experts(
     try:
         client.register_plugin(Services())
         world_size, is_new = client.run_on_scheduler(
-            _claim, client.id, world_size, replicas, loads, settle, pause_limit, chunks_in_flight,
-            replicate_hot,
-        )  # fmt: skip
+            _claim, client.id, world_size, replicas, loads, rules
+        )
     except ModuleNotFoundError as error:
         raise RuntimeError(
             f"the scheduler at {scheduler_address(client)} cannot import {error.name}; install the "
@@ -278,10 +273,7 @@ def _claim(
     world_size: int | None,
     replicas: Mapping[int, int] | None,
     loads: Sequence[float] | None,
-    settle: float | None,
-    pause_limit: float | None,
-    chunks_in_flight: float | None,
-    replicate_hot: bool | None,
+    rules: OwnerRules,
     dask_scheduler: Scheduler,
 ) -> tuple[int, bool]:
     installed = _find_plugin(dask_scheduler)
@@ -294,19 +286,20 @@ def _claim(
                 "world_size defaults to the number of workers, but there are none; start workers "
                 "first, or pass world_size"
             )
-    _check_claim(world_size, replicas, loads, chunks_in_flight)
-    if settle is not None:
-        plugin.settle = settle
-    if pause_limit is not None:
-        plugin.pause_limit = pause_limit
+    _check_claim(world_size, replicas, loads)
+    if rules.settle is not None:
+        plugin.settle = rules.settle
+    if rules.pause_limit is not None:
+        plugin.pause_limit = rules.pause_limit
     if not installed:
-        dask_scheduler.add_plugin(plugin, name=PLUGIN)
+        dask_scheduler.add_plugin(plugin, name=OWNERS_PLUGIN)
         plugin.limit(None)  # whatever was set before
     plugin.is_leaving = False
-    if chunks_in_flight is not None:
-        plugin.limit(chunks_in_flight if isinf(chunks_in_flight) else int(chunks_in_flight))
-    if replicate_hot is not None:
-        plugin.replicate_hot = replicate_hot
+    chunks = rules.chunks_in_flight
+    if chunks is not None:
+        plugin.limit(chunks if isinf(chunks) else int(chunks))
+    if rules.replicate_hot is not None:
+        plugin.replicate_hot = rules.replicate_hot
     plugin.claim(client, world_size, loads, replicas)
     return world_size, is_new
 
@@ -322,7 +315,6 @@ def _check_claim(
     world_size: int,
     replicas: Mapping[int, int] | None,
     loads: Sequence[float] | None,
-    chunks_in_flight: float | None,
 ) -> None:
     check_world_size(world_size)
     for rank, owners in (replicas or {}).items():
@@ -331,8 +323,6 @@ def _check_claim(
                 f"replicas must give 1 or more owners to ranks 0 to {world_size - 1}, but gives "
                 f"{owners} to rank {rank}"
             )
-    if chunks_in_flight is not None and not chunks_in_flight >= 1:
-        raise ValueError(f"chunks_in_flight must be 1 or more, but is {chunks_in_flight}")
     if loads is None:
         return
     if len(loads) != world_size:
@@ -342,7 +332,7 @@ def _check_claim(
 
 
 def _find_plugin(scheduler: Scheduler) -> Ownership | None:
-    found: Any = scheduler.plugins.get(PLUGIN)
+    found: Any = scheduler.plugins.get(OWNERS_PLUGIN)
     return found
 
 

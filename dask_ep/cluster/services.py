@@ -35,12 +35,13 @@ from dask_ep.arrays.namespaces import Array
 from dask_ep.cluster import dask_internals
 from dask_ep.cluster.admission import Admission
 from dask_ep.cluster.slices import Answers, Chunk, Slices
-from dask_ep.graph.chunk import Exchange, Observed, Where, combine, cut, join_tables, pack
+from dask_ep.errors import LostOwnerError
+from dask_ep.graph.chunk import ChunkPlace, Exchange, Observed, combine, cut, join_tables, pack
 from dask_ep.kernel.host_kernel import parts_of
 from dask_ep.kernel.pack import Packet
 from dask_ep.laws.costs import CHUNKS_WAITING
 
-PLUGIN = "dask-ep-services"
+SERVICES_PLUGIN = "dask-ep-services"
 """The plugin's name on the workers."""
 
 NEWS_SECONDS = 3.0
@@ -59,7 +60,7 @@ class Services(WorkerPlugin):
     computed.
     """
 
-    name = PLUGIN
+    name = SERVICES_PLUGIN
     idempotent = True
 
     def setup(self, worker: Any) -> None:
@@ -123,7 +124,7 @@ class Services(WorkerPlugin):
         tokens: Array,
         routing: Array,
         topk_weights: Array | None,
-        where: Where,
+        where: ChunkPlace,
         exchange: Exchange,
     ) -> Array | Observed:
         """Exchange the rows of a chunk whose ranks workers serve, and give its output.
@@ -145,7 +146,7 @@ class Services(WorkerPlugin):
         tokens: Array,
         routing: Array,
         topk_weights: Array | None,
-        where: Where,
+        where: ChunkPlace,
         exchange: Exchange,
     ) -> Array | Observed:
         self._admit()
@@ -205,10 +206,6 @@ class Services(WorkerPlugin):
 
     def _on_loop(self, coroutine: Any) -> Future:
         return asyncio.run_coroutine_threadsafe(coroutine, self._loop)
-
-
-class LostOwnerError(RuntimeError):
-    """Nobody could be found who serves a rank."""
 
 
 class Route:
@@ -407,7 +404,7 @@ class Asking:
         }
 
 
-def find(token: str) -> Services | None:
+def services_of(token: str) -> Services | None:
     """The services of the worker whose task runs in this thread, if they serve this layer.
 
     Raises
@@ -420,5 +417,5 @@ def find(token: str) -> Services | None:
         return None
     if dask_internals.is_closing(worker):
         raise Reschedule
-    services = dask_internals.plugin_of(worker, PLUGIN)
+    services = dask_internals.plugin_of(worker, SERVICES_PLUGIN)
     return services if services is not None and services.serves(token) else None

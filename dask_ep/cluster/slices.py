@@ -19,9 +19,9 @@ from distributed.protocol import to_serialize
 from dask_ep.arrays.namespaces import Array
 from dask_ep.graph import tally
 from dask_ep.graph.chunk import (
+    ChunkPlace,
     Exchange,
     Tables,
-    Where,
     begin_seen,
     serve_in_place,
     serve_packet,
@@ -40,7 +40,7 @@ class Chunk(NamedTuple):
     """A token chunk that is in flight."""
 
     packing: Packing
-    where: Where
+    where: ChunkPlace
     exchange: Exchange
     tables: Tables
     #: what was seen of the rows that have been served, where they are observed

@@ -16,6 +16,7 @@ import numpy as np
 from dask.base import normalize_token
 
 from dask_ep.arrays.checks import is_float
+from dask_ep.arrays.html import shows
 from dask_ep.arrays.namespaces import Array
 from dask_ep.experts.callables import CallableExperts
 from dask_ep.experts.expert_kinds import EXPERT_KINDS
@@ -213,6 +214,8 @@ class Experts(Weights):
             f"Experts({self.kind}, num_experts={self.num_experts}, d={self.d}{hidden}, "
             f"d_out={self.d_out}, dtype={self.dtype}, nbytes={self.nbytes})"
         )
+
+    _repr_html_ = shows("kind", "num_experts", "d", "hidden", "d_out", "dtype", "nbytes", "options")
 
     def __dask_tokenize__(self) -> object:
         return normalize_token(("Experts", self.kind, self.weights, self.options))

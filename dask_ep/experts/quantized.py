@@ -23,10 +23,10 @@ import numpy as np
 
 from dask_ep.arrays.lanes import pinned_empty
 from dask_ep.arrays.namespaces import Array, namespace
+from dask_ep.errors import ReadError
 from dask_ep.experts.codings import FLOAT8, coding
 from dask_ep.experts.device_sources import DeviceSource, bytes_on, held_on_device, put
 from dask_ep.experts.scales import E8M0, ScaleSource, ZeroPoints
-from dask_ep.storage.files import ReadError
 from dask_ep.storage.sources import ArraySource, Source
 
 MXFP4_GROUP = 32

@@ -13,8 +13,8 @@ import ml_dtypes
 import numpy as np
 
 from dask_ep.arrays.namespaces import Array
+from dask_ep.errors import ReadError
 from dask_ep.experts.codings import coding
-from dask_ep.storage.files import ReadError
 from dask_ep.storage.sources import ArraySource, Source
 
 E8M0 = np.dtype(ml_dtypes.float8_e8m0fnu)

@@ -52,7 +52,7 @@ class Exchange(NamedTuple):
     #: what is to be kept of the rows that experts serve
 
 
-class Where(NamedTuple):
+class ChunkPlace(NamedTuple):
     """Which chunk this is."""
 
     chunk: int
@@ -117,7 +117,7 @@ def compute_chunk_of_one_rank(
     routing: Array,
     topk_weights: Array | None,
     experts: LocalExperts,
-    where: Where,
+    where: ChunkPlace,
     exchange: Exchange,
 ) -> Array | Observed:
     """The output of a chunk where one rank has all experts: nothing is exchanged."""
@@ -142,7 +142,7 @@ def compute_chunk(
     routing: Array,
     topk_weights: Array | None,
     ranks: list | None,
-    where: Where,
+    where: ChunkPlace,
     exchange: Exchange,
 ) -> Array | Observed:
     """The output of a chunk of several ranks; `ranks` has their experts if it serves them."""
@@ -169,7 +169,7 @@ def compute_chunk(
 
 
 def pack(
-    tokens: Array, routing: Array, topk_weights: Array | None, where: Where, exchange: Exchange
+    tokens: Array, routing: Array, topk_weights: Array | None, where: ChunkPlace, exchange: Exchange
 ) -> Packing:
     """Check a chunk and sort its slots by physical expert."""
     with error_context(_pack_of(where.chunk), where.first_row):
@@ -194,7 +194,7 @@ def cut(packing: Packing, ranks: Sequence[int], chunk: int) -> Packet:
 
 
 def combine(
-    packing: Packing, answers: Iterable[tuple[int, Array]], where: Where, exchange: Exchange
+    packing: Packing, answers: Iterable[tuple[int, Array]], where: ChunkPlace, exchange: Exchange
 ) -> Array:
     """Add up (rank, answer) pairs, which come in the order of ranks, to the output of a chunk."""
     tokens = packing.tokens
@@ -313,7 +313,7 @@ def _answer_of_rank(
 def _serve_in_turn(
     packing: Packing,
     ranks: Sequence[Sequence[Any]],
-    where: Where,
+    where: ChunkPlace,
     exchange: Exchange,
     tables: Tables,
 ) -> Iterator[tuple[int, Array]]:
@@ -331,7 +331,7 @@ def _serve_in_turn(
 def _serve_one_slot(
     packing: Packing,
     ranks: Sequence[Sequence[Any]],
-    where: Where,
+    where: ChunkPlace,
     exchange: Exchange,
     tables: Tables,
 ) -> Array:
@@ -420,4 +420,4 @@ def check_width_of(width: int, d_out: int) -> None:
 def find_services(token: str | None) -> Any:
     """The services of the worker that runs this task, if they serve the ranks of this layer."""
     module = sys.modules.get("dask_ep.cluster.services")
-    return None if module is None or token is None else module.find(token)
+    return None if module is None or token is None else module.services_of(token)

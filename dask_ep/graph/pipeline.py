@@ -31,12 +31,18 @@ from dask.core import flatten
 from dask.highlevelgraph import HighLevelGraph
 from dask.task_spec import List, Task, TaskRef
 
-from dask_ep.arrays.checks import check_routing, check_tokens, check_world_size, computing_dtype
+from dask_ep.arrays.checks import (
+    check_routing,
+    check_tokens,
+    check_world_size,
+    computing_dtype,
+    kind_of,
+)
 from dask_ep.arrays.namespaces import namespace
 from dask_ep.experts.experts import CallableExperts, Experts, as_experts
 from dask_ep.graph.chunk import (
+    ChunkPlace,
     Exchange,
-    Where,
     compute_chunk,
     compute_chunk_of_one_rank,
     join_ranks,
@@ -197,7 +203,7 @@ def build_chunks(ready: Ready, observe: Observe | None = None) -> da.Array:
 
     chunks, name = tokens.chunks[0], chunk_name(token)
     places = {
-        (c,): Where(c, first_row, None if placement is None else placement.home(c))
+        (c,): ChunkPlace(c, first_row, None if placement is None else placement.home(c))
         for c, first_row in enumerate(first_rows(chunks))
     }
     arrays: list[Any] = [a for a in (tokens, routing, topk_weights, layer) if a is not None]
@@ -278,7 +284,7 @@ def _aligned(
 def _check_dask(array: Any, name: str) -> None:
     if not isinstance(array, da.Array):
         raise TypeError(
-            f"{name} must be a Dask array, but is a {type(array).__name__}; "
+            f"{name} must be a Dask array, but is a {kind_of(array)}; "
             "use da.from_array, dask_ep.open_tokens, or expert_parallel_dispatch on one chunk"
         )
 

@@ -19,14 +19,9 @@ from distributed import Client, LocalCluster
 
 from dask_ep.arrays import device, gemms
 from dask_ep.arrays.blas import one_blas_thread
+from dask_ep.arrays.checks import size_in_bytes
 from dask_ep.arrays.device import Device
-from dask_ep.cluster.checks import (
-    Certificates,
-    UnfitClusterError,
-    WorkerSettings,
-    check_cluster,
-    connect,
-)
+from dask_ep.cluster.checks import Certificates, WorkerSettings, check_cluster, connect
 from dask_ep.cluster.dask_internals import scheduler_address
 from dask_ep.cluster.gpus import (
     THREADS_PER_GPU,
@@ -39,6 +34,7 @@ from dask_ep.cluster.gpus import (
 )
 from dask_ep.cluster.interrupts import Wait, children_ignore_sigint
 from dask_ep.cluster.workers import Workers, counted_workers
+from dask_ep.errors import UnfitClusterError
 from dask_ep.jobs.build import WEIGHT_KEYS, Inputs, resolve_placement
 from dask_ep.jobs.job import Job
 from dask_ep.kernel import bfloat16
@@ -54,8 +50,12 @@ class Threads:
 
     count: int | None = None
     #: None means one per core that this process may use
-    memory_limit: int | None = None
-    #: bytes
+    memory_limit: int | str | None = None
+    #: bytes, or text such as "4 GiB"
+
+    def __post_init__(self) -> None:
+        _check_count("Threads", self.count)
+        size_in_bytes(self.memory_limit, "memory_limit")
 
 
 @dataclass(frozen=True)
@@ -63,10 +63,14 @@ class Processes:
     """Run in worker processes on this machine, one task each."""
 
     count: int
-    memory_limit: int | None = None
-    #: bytes of each
+    memory_limit: int | str | None = None
+    #: of each: bytes, or text such as "4 GiB"
     dashboard_port: int | None = None
     #: of Dask's dashboard on this machine; None means no dashboard
+
+    def __post_init__(self) -> None:
+        _check_count("Processes", self.count)
+        size_in_bytes(self.memory_limit, "memory_limit")
 
 
 @dataclass(frozen=True)
@@ -92,6 +96,11 @@ class Deployed:
 
     start: Callable[[], contextlib.AbstractContextManager[Cluster]]
     #: whose context ends it, whatever happened; an error raised there is that of the run
+
+
+def _check_count(name: str, count: int | None) -> None:
+    if count is not None and (isinstance(count, bool) or count != int(count) or count < 1):
+        raise ValueError(f"{name} must be 1 or more, but are {count!r}")
 
 
 Where = Threads | Processes | Gpus | Cluster
@@ -125,7 +134,8 @@ def lay_out(
     """
     workers = 1
     cores: int | None = CPU_COUNT
-    threads, limit, host_limit = 1, getattr(where, "memory_limit", None), None
+    threads, host_limit = 1, None
+    limit = size_in_bytes(getattr(where, "memory_limit", None), "memory_limit")
     if isinstance(where, Threads):
         threads = _count_threads(where)
     elif isinstance(where, Processes):
@@ -133,7 +143,7 @@ def lay_out(
     elif isinstance(where, Gpus):
         found = device.find_devices() if devices is None else devices
         workers, threads, cores = len(found), THREADS_PER_GPU, None
-        limit, host_limit = device_limit(where, found), where.memory_limit
+        limit, host_limit = device_limit(where, found), limit
     else:
         workers, threads, limit, host_limit = _workers_of(where, client)
         cores = None
@@ -150,6 +160,7 @@ def lay_out(
         in_process=isinstance(where, Threads),
         ranks_given=job.world_size is not None,
         cores=cores,
+        starts_workers=isinstance(where, Processes | Gpus),
     )
 
 
@@ -211,7 +222,7 @@ def multiplies_as_tf32(where: Where, client: Client | None) -> bool:
     return isinstance(where, Gpus) and where.tf32
 
 
-def multiplied_by(where: Where, client: Client | None, inputs: Inputs) -> str | None:
+def blas_in_use(where: Where, client: Client | None, inputs: Inputs) -> str | None:
     """Say what multiplies on the host, `dask_ep.kernel.bfloat16.multiplied_by`; None on GPUs.
 
     Workers say it for themselves; those of several kinds are all named.
@@ -231,6 +242,8 @@ def _tf32_by_environment() -> bool:
 
 def deployed(where: Where | Deployed) -> contextlib.AbstractContextManager[Where]:
     """Return the place itself, started if it has to be."""
+    if not isinstance(where, Where | Deployed):
+        raise TypeError(f"where must be Threads, Processes, Gpus or Cluster; got {where!r}")
     return where.start() if isinstance(where, Deployed) else contextlib.nullcontext(where)
 
 
@@ -276,6 +289,7 @@ def started(
 
 
 def _local_cluster(where: Processes) -> LocalCluster:
+    limit = size_in_bytes(where.memory_limit, "memory_limit")
     with children_ignore_sigint():
         return LocalCluster(
             n_workers=where.count,
@@ -286,7 +300,7 @@ def _local_cluster(where: Processes) -> LocalCluster:
                 "dashboard": where.dashboard_port is not None,
                 "dashboard_address": f"127.0.0.1:{where.dashboard_port or 0}",
             },
-            memory_limit="auto" if where.memory_limit is None else where.memory_limit,
+            memory_limit="auto" if limit is None else limit,
             silence_logs=logging.CRITICAL,  # failures are reported by the futures
         )
 

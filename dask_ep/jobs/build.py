@@ -20,7 +20,8 @@ from typing import Any
 import dask.array as da
 import numpy as np
 
-from dask_ep.errors import JobError
+from dask_ep.arrays.checks import is_float
+from dask_ep.errors import JobError, ReadError
 from dask_ep.experts.experts import Experts
 from dask_ep.experts.stored_experts import held_as_stored
 from dask_ep.graph.pipeline import expert_parallel
@@ -32,7 +33,7 @@ from dask_ep.layers.layer import MoELayer
 from dask_ep.placement.placement_files import resolve
 from dask_ep.placement.policies import Placement
 from dask_ep.placement.routing_stats import survey
-from dask_ep.storage.sources import ReadError, Source, open_source, refuse_missing
+from dask_ep.storage.sources import Source, open_source, refuse_missing
 from dask_ep.storage.storage import open_tokens
 
 
@@ -122,6 +123,7 @@ def open_inputs(job: Job) -> Inputs:
     """
     _check_placement(job)
     tokens = _open(job, "tokens", job.tokens)
+    _check_swapped(job, tokens)
     if tokens.ndim != 2:
         raise ValueError(
             f"{job.name}: tokens must be (n, d), but {tokens.name} has shape {tokens.shape}"
@@ -143,8 +145,7 @@ def open_inputs(job: Job) -> Inputs:
     if opened.experts.d != tokens.shape[1]:
         raise ValueError(
             f"{job.name}: the experts take rows of width {opened.experts.d}, but tokens "
-            f"({tokens.name}) have width {tokens.shape[1]}; transposed = true in [experts] is for "
-            "weights stored (E, out, in)"
+            f"({tokens.name}) have width {tokens.shape[1]}; {_other_width(opened)}"
         )
     return opened
 
@@ -221,6 +222,37 @@ def _open(job: Job, key: str, path: str) -> Source:
         kind = next(kind for kind in kinds if isinstance(error, kind))
         raise kind(f"{job.name}: {key}: {error}") from error
     return source
+
+
+def _check_swapped(job: Job, tokens: Source) -> None:
+    """Refuse integers where floats belong and the reverse, as when two paths are swapped."""
+    if job.routing is None:
+        return
+    routing = _open(job, "routing", job.routing)
+    if tokens.dtype.kind in "iu" and is_float(routing.dtype):
+        raise TypeError(
+            f"{job.name}: tokens ({tokens.name}) hold {tokens.dtype} and routing ({routing.name}) "
+            f"{routing.dtype}: the two seem to be swapped"
+        )
+    if job.topk_weights is None or not is_float(routing.dtype):
+        return
+    topk = _open(job, "topk_weights", job.topk_weights)
+    if topk.dtype.kind in "iu":
+        raise TypeError(
+            f"{job.name}: routing ({routing.name}) holds {routing.dtype} and topk_weights "
+            f"({topk.name}) {topk.dtype}: the two seem to be swapped"
+        )
+
+
+def _other_width(inputs: Inputs) -> str:
+    """What to do where tokens are not as wide as what the experts take."""
+    width, experts, job = inputs.tokens.shape[1], inputs.experts, inputs.job
+    if inputs.layer is not None:
+        return f"are these hidden states of the model in {job.layer}?"
+    turned = experts.d_out if experts.kind == "linear" else experts.hidden
+    if width == turned and not (job.experts or {}).get("transposed", False):
+        return "if the weights are stored (E, out, in), set transposed = true in [experts]"
+    return "are these the experts of this job?"
 
 
 def _open_weights(job: Job) -> dict[str, Source | list[Source]]:

@@ -31,9 +31,9 @@ from dask_ep.jobs.backends import (
     ALL_THREADS,
     Where,
     array_namespace,
+    blas_in_use,
     files_of,
     lay_out,
-    multiplied_by,
     multiplies_as_tf32,
     started,
 )
@@ -140,8 +140,8 @@ def compare_checkpoints(
     with started(where, files_of(files), wait) as (threads, client):
         layout = lay_out(jobs[0], where, client)
         decisions = _decide_both(inputs, layout, chunk_rows)
-        alone = client is None or layout.world_size == 1
-        with nullcontext() if alone else own_experts(client, layout.world_size):
+        ranks = layout.world_size
+        with nullcontext() if client is None or ranks == 1 else own_experts(client, ranks):
             built = [_built(*both, where, client) for both in zip(inputs, decisions, strict=True)]
             lazy = difference(
                 built[0].y,
@@ -233,6 +233,7 @@ def _decide_both(
     decisions = [decide(work, half, chunk_rows=rows) for work in works]
     for each, decision in zip(inputs, decisions, strict=True):
         if decision.passes is not None:
+            assert limit is not None  # without one all experts are held
             raise DoesNotFit(
                 f"the experts of {each.job.layer} do not fit into half of the memory limit of "
                 f"{limit / 1e6:.0f} MB, and both layers are in memory together: allow more, or run "
@@ -249,7 +250,7 @@ def _built(inputs: Inputs, decision: Decision, where: Where, client: Client | No
         decision,
         xp=array_namespace(where),
         tf32=multiplies_as_tf32(where, client),
-        multiplied_by=multiplied_by(where, client, inputs),
+        multiplied_by=blas_in_use(where, client, inputs),
     )
 
 
@@ -306,7 +307,7 @@ def _computed(
             (found,) = dask.compute(lazy, scheduler="threads", num_workers=threads)
         tell(found)
 
-    found = None
+    found: Any = None
     try:
         for told in Aside(work, wait):
             if not isinstance(told, int):
@@ -314,8 +315,9 @@ def _computed(
             elif on_chunk is not None:
                 on_chunk(told, chunks)
     finally:
-        if future is not None:
+        if client is not None:
             client.cancel(future)
+    assert found is not None  # told at the end
     return found.item()
 
 

@@ -264,6 +264,9 @@ def _refusal(work: Work, layout: Layout, as_stored: bool, asked: int | None) -> 
     if proposal:
         options = " ".join(f"--{key.replace('_', '-')} {value}" for key, value in proposal.items())
         instead = f"within the same limit it runs with {options}"
+        if "processes" in proposal and limit is not None:
+            total = proposal["processes"] * limit / 1e9
+            instead += f", each of which may use as much: {total:.3g} GB in all"
     usual = asked or max(_usual_rows(work, layout), FEWEST_ROWS)
     refused = Decision(work, layout, usual, as_stored, chunks_asked=asked is not None)
     return DoesNotFit(message + instead, proposal, refused)

@@ -73,7 +73,7 @@ class Difference:
     @classmethod
     def none(cls, num_experts: int, slots: int) -> Difference:
         """That of no rows."""
-        counts = {name: np.zeros(num_experts, np.int64) for name in _OF_EXPERTS}
+        counts: dict[str, Any] = {name: np.zeros(num_experts, np.int64) for name in _OF_EXPERTS}
         counts |= {name: np.zeros(num_experts) for name in ("expert_errors", "expert_largest")}
         return cls(num_experts, moved_slots=np.zeros(slots, np.int64), **counts)
 
@@ -292,10 +292,10 @@ def difference(
 def _compare_chunk(
     a: Any, b: Any, first: np.ndarray, *routing: Any, num_experts: int, tolerance: float
 ) -> np.ndarray:
-    a, b, *routing = (x.get() if hasattr(x, "get") else x for x in (a, b, *routing))
+    a, b, *chosen = (x.get() if hasattr(x, "get") else x for x in (a, b, *routing))
     one = np.empty(1, object)
     one[0] = compare_rows(
-        a, b, routing, num_experts=num_experts, tolerance=tolerance, first_row=int(first[0])
+        a, b, chosen, num_experts=num_experts, tolerance=tolerance, first_row=int(first[0])
     )
     return one
 

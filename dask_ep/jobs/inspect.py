@@ -15,11 +15,12 @@ from typing import Any
 import numpy as np
 from dask.utils import format_bytes
 
+from dask_ep.graph.expert_schedule import READS
 from dask_ep.jobs.build import open_inputs
 from dask_ep.jobs.job import load_job
 from dask_ep.jobs.notes import find_notes
 from dask_ep.kernel.bfloat16 import multiplied_by
-from dask_ep.layers.checkpoint import Description, describe
+from dask_ep.layers.checkpoint import Description, LayerDescription, describe_checkpoint
 from dask_ep.layers.checkpoint_files import CheckpointFiles
 from dask_ep.storage import journal
 from dask_ep.storage.output import progress_directory
@@ -162,7 +163,8 @@ def advise_chunk_rows(source: Source) -> int:
     """
     row_bytes = max(1, source.nbytes // max(1, source.shape[0]))
     stored = source.chunk_rows or 1
-    return max(1, CHUNK_BYTES // (row_bytes * stored)) * stored
+    rows = max(1, CHUNK_BYTES // (row_bytes * stored)) * stored
+    return min(rows, -(-max(source.shape[0], 1) // stored) * stored)
 
 
 def _is_routing(source: Source) -> bool:
@@ -218,6 +220,28 @@ def count_routing(source: Source) -> tuple[np.ndarray, int]:
     return count, empty
 
 
+def words_of_usage(path: str, num_experts: int) -> str:
+    """How many experts a routing uses, and which one most; reads it once.
+
+    Examples
+    --------
+    >>> import os, tempfile
+    >>> path = os.path.join(tempfile.mkdtemp(), "routing.npy")
+    >>> np.save(path, np.array([[0, 2], [2, -1], [2, 0]]))
+    >>> words_of_usage(path, 4)
+    '2 of 4 were used; expert 2 most, by 3 of 5 slots, 2.4 times the mean'
+    """
+    count, _ = count_routing(open_source(path, missing="fill"))
+    if not count.any():
+        return f"none of {num_experts} was used"
+    hottest, slots = int(count.argmax()), int(count.sum())
+    return (
+        f"{np.count_nonzero(count)} of {num_experts} were used; expert {hottest} most, by "
+        f"{count[hottest]:,} of {slots:,} slots, {count[hottest] * num_experts / slots:.2g} times "
+        "the mean"
+    )
+
+
 # --- jobs, outputs, checkpoints --------------------------------------------------------------
 
 
@@ -258,7 +282,13 @@ def describe_output(path: str) -> str:
         return "missing, though it was complete; run again with --resume"
     done = len(journal.read_done(progress_directory(path), record["run"]))
     old = "; an older output is still there" if there else ""
-    return f"incomplete, {done} of {len(record['rows'])} blocks are done{old}"
+    return f"incomplete, {done} of {len(record['rows'])} blocks are done{_in_passes(path)}{old}"
+
+
+def _in_passes(path: str) -> str:
+    """How many experts have been processed, where they are in passes: long before any block."""
+    reads = journal.count_done(progress_directory(path), READS, what=READS)
+    return f", {len(reads)} experts were processed in passes so far" if reads else ""
 
 
 def _inspect_record(path: str, record: dict[str, Any]) -> Finding:
@@ -291,11 +321,11 @@ def _recorded_arrays(inputs: Mapping[str, Any], under: str = "") -> Iterator[tup
 
 
 def _inspect_checkpoint(path: str) -> Finding:
-    found = describe(path)
+    found = describe_checkpoint(path)
     router = found.router
     facts = [
         ("model type", found.model_type),
-        ("layers", f"{len(found.layers)}, of which {len(found.moe_layers)} are MoE"),
+        ("layers", f"{len(found.layers)}, {len(found.moe_layers)} of them MoE{_absent(found)}"),
         ("experts", f"{router.num_experts} of width {found.width}, {router.k} for each row"),
         ("token rows", f"of width {found.d}"),
         ("router", _words_of_router(found)),
@@ -308,7 +338,7 @@ def _inspect_checkpoint(path: str) -> Finding:
     lines = [
         (
             str(layer.layer),
-            layer.kind,
+            f"{layer.kind}, not in the files here" if _is_absent(layer) else layer.kind,
             str(layer.num_experts or ""),
             format_bytes(layer.bytes_on_disk),
             format_bytes(layer.bytes_in_memory),
@@ -320,6 +350,16 @@ def _inspect_checkpoint(path: str) -> Finding:
 
 
 # --- words -----------------------------------------------------------------------------------
+
+
+def _absent(found: Description) -> str:
+    """How many MoE layers the files lack, as where only some shards of a checkpoint are there."""
+    absent = sum(map(_is_absent, found.layers))
+    return f", {absent} of these not in the files here" if absent else ""
+
+
+def _is_absent(layer: LayerDescription) -> bool:
+    return layer.kind == "moe" and not layer.bytes_on_disk
 
 
 def _words_of_router(found: Description) -> str:

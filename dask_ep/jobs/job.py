@@ -17,13 +17,14 @@ cluster.
 
 Instead of routing and experts, ``layer = "checkpoint/"`` and ``layer_index = 3`` take router,
 experts and shared experts from a checkpoint. Paths are relative to the job file; a tensor of a
-safetensors file is ``"file.safetensors::name"``. This file reads and checks; what a job gives as
-an array is told by `dask_ep.jobs.build`.
+safetensors file is ``"file.safetensors::name"``. This file reads, checks and writes jobs; what a
+job gives as an array is told by `dask_ep.jobs.build`.
 """
 
 from __future__ import annotations
 
 import difflib
+import json
 import math
 import os
 import tomllib
@@ -51,7 +52,21 @@ MISSING = ("error", "fill")
 class Job:
     """A job whose keys are known, typed, complete and consistent; its files are not opened yet.
 
-    Paths are absolute; addresses with "://" stay as they are.
+    Paths become absolute, from the working directory; addresses with "://" stay as they are.
+    `load_job` reads one from a file.
+
+    Raises
+    ------
+    JobError
+        For a missing or contradicting key, or a wrong type.
+
+    Examples
+    --------
+    >>> from dask_ep import Job
+    >>> job = Job("x.npy", "y.npy", routing="r.npy", experts={"kind": "linear", "w": "w.npy"})
+    >>> Job("x.npy", "y.npy", routing="r.npy")
+    Traceback (most recent call last):
+    dask_ep.errors.JobError: job: 'experts' is missing; a job needs tokens and out, and either ...
     """
 
     tokens: str
@@ -78,6 +93,25 @@ class Job:
     #: what Zarr chunks mean that were never written: "error" (as without it), or "fill"
     name: str = "job"
     #: for messages: the job file, or "options"
+
+    def __post_init__(self) -> None:
+        given = {key: value for key, value in vars(self).items() if value is not None}
+        del given["name"]
+        values = _checked(given, base=Path.cwd(), place=self.name)
+        _check_complete(values, self.name)
+        for key, value in values.items():
+            object.__setattr__(self, key, value)
+
+    def to_toml(self, directory: str | os.PathLike | None = None) -> str:
+        """Write the job as the text of a job file; paths below `directory` relative to it."""
+        base = None if directory is None else Path(directory).resolve()
+        values = {key: getattr(self, key) for key in _JOB_KEYS if getattr(self, key) is not None}
+        experts = values.pop("experts", None)
+        lines = [f"{key} = {_toml(value, base)}" for key, value in values.items()]
+        if experts is not None:
+            lines += ["", "[experts]"]
+            lines += [f"{key} = {_toml(value, base)}" for key, value in experts.items()]
+        return "\n".join(lines) + "\n"
 
 
 # --- reading ---------------------------------------------------------------------------------
@@ -146,11 +180,28 @@ def _parse(path: Path) -> dict[str, Any]:
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise JobError(f"{path} must be a TOML file, but cannot be read as one: {error}") from error
     except FileNotFoundError as error:
-        raise FileNotFoundError(error.errno, "no such job file", str(path)) from None
+        raise FileNotFoundError(error.errno, "No such job file", str(path)) from None
     except IsADirectoryError:
         raise JobError(
             f"{path} must be a TOML file, but is a directory; give the job file in it"
         ) from None
+
+
+def as_job(job: Job | str | os.PathLike) -> Job:
+    """Return the job itself, or that of a job file."""
+    if not isinstance(job, Job | str | os.PathLike):
+        raise TypeError(f"job must be a Job or the path of a job file; got {job!r}")
+    return job if isinstance(job, Job) else load_job(job)
+
+
+def _toml(value: Any, base: Path | None) -> str:
+    """Write a value of a job in TOML, whose strings are those of JSON."""
+    if isinstance(value, list):
+        return f"[{', '.join(_toml(one, base) for one in value)}]"
+    if base is not None and isinstance(value, str) and os.path.isabs(value):
+        path = Path(value)
+        value = path.relative_to(base).as_posix() if path.is_relative_to(base) else value
+    return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")
 
 
 # --- checking --------------------------------------------------------------------------------
@@ -251,6 +302,18 @@ EXPERT_KEYS: dict[str, dict[str, _Kind]] = {
 }
 """The keys of an [experts] table by kind: the keywords of the `Experts` classmethods."""
 
+OTHER_NAMES = {
+    **dict.fromkeys(("gate_proj", "w1", "wi_0"), ("gate", "up")),
+    **dict.fromkeys(("up_proj", "w3", "wi_1"), ("up",)),
+    **dict.fromkeys(("down_proj", "w2", "wo"), ("down",)),
+    **dict.fromkeys(("gate_up_proj", "w13", "wi"), ("gate_up", "up")),
+    "fc1": ("up",),
+    "fc2": ("down",),
+    "weight": ("w",),
+    "weights": ("w",),
+}
+"""What models call the matrices of an expert; those keys of ours that may be meant."""
+
 EXPERT_MATRICES = {name: kind.matrices for name, kind in EXPERT_KINDS.items()}
 """The keys without which an [experts] table is nothing."""
 
@@ -308,7 +371,8 @@ def _checked_keys(
 
 def nearest(key: str, allowed: Iterable[str]) -> str:
     """Ask whether a word was meant that is spelt nearly so; say nothing if there is none."""
-    near = difflib.get_close_matches(key, allowed, n=1)
+    near = [name for name in OTHER_NAMES.get(key, ()) if name in allowed]
+    near = near or difflib.get_close_matches(key, allowed, n=1)
     return f" (did you mean {near[0]!r}?)" if near else ""
 
 

@@ -2,7 +2,8 @@
 
 The routing is known before any expert runs, and is cheap to know. One pass over it says how many
 rows every expert, rank and packet will have; the rest is arithmetic (`costs`). How a job runs is
-decided as for a run (`decide`); `plan` prices that, and `what_if` prices many ways side by side.
+decided as for a run (`decide`); `plan` prices that for arrays and `plan_job` for a job, and
+`what_if` and `what_if_job` price many ways side by side.
 
     tokens, routing, experts ──survey──> rows per chunk, expert, rank ──> Plan
                                                             Decision ──────^
@@ -12,23 +13,91 @@ Axis letters: `N` rows, `k` slots per row, `E` experts, `R` ranks, `S` slots per
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import os
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
 from itertools import product
 from typing import Any
 
 from dask.system import CPU_COUNT
-from dask.utils import parse_bytes
 
+from dask_ep.arrays import device
+from dask_ep.arrays.checks import size_in_bytes
+from dask_ep.arrays.device import Device
+from dask_ep.cluster.gpus import Gpus
+from dask_ep.errors import DoesNotFit, NoDeviceError
 from dask_ep.graph import pipeline
+from dask_ep.jobs.backends import ALL_THREADS, Processes, Threads, Where, lay_out
+from dask_ep.jobs.build import Inputs, open_inputs
 from dask_ep.jobs.decide import attempt, decide
+from dask_ep.jobs.in_passes import free_for_rows
+from dask_ep.jobs.job import Job, as_job
+from dask_ep.jobs.notes import find_notes
 from dask_ep.jobs.price_job import Pricing
 from dask_ep.laws.costs import Rates
+from dask_ep.laws.decision import Decision
 from dask_ep.laws.device_memory import THREADS_PER_GPU
 from dask_ep.laws.memory_law import Layout
 from dask_ep.laws.travel import ALL_ROWS, Travel
 from dask_ep.placement.placement_files import Asked, resolve
 from dask_ep.placement.policies import Placement
 from dask_ep.pricing.price import Plan, WhatIf
+from dask_ep.storage.sources import Source
+
+
+@dataclass(frozen=True)
+class Machine:
+    """What a plan of arrays assumes to run on; a job's plan is told where it runs.
+
+    Examples
+    --------
+    >>> from dask_ep import Machine
+    >>> Machine(workers=4, threads=8, memory_limit="16 GiB").workers
+    4
+    """
+
+    workers: int | None = None
+    #: processes that share the ranks; default one per rank. 1 means threads of this process
+    threads: int | None = None
+    #: tasks at a time in each; default: the cores of this machine shared by the workers
+    memory_limit: int | str | None = None
+    #: that each may use: bytes, or text such as "4 GiB"; of its host, if it computes on a GPU
+    cores: int | None = None
+    #: that the workers share, if they are processes of one machine; by default each thread has one
+    gpu: bool = False
+    #: whether each worker computes on a GPU, as in ``run_job(job, Gpus())``
+    device_memory_limit: int | str | None = None
+    #: that may be used of each GPU
+
+    def lay_out(self, world_size: int | None, placement: Asked) -> Layout:
+        """Put into numbers how ranks are laid out on it."""
+        host = size_in_bytes(self.memory_limit, "memory_limit")
+        of_device = size_in_bytes(self.device_memory_limit, "device_memory_limit")
+        if of_device is not None and not self.gpu:
+            raise ValueError("device_memory_limit needs gpu=True")
+        fixed = world_size is not None and self.workers is not None
+        if world_size is None:
+            of_placement = placement.world_size if isinstance(placement, Placement) else None
+            world_size = of_placement or pipeline.workers_in_use()
+        workers = self.workers or world_size
+        of_cores = max(CPU_COUNT // min(workers, world_size), 1)
+        return Layout(
+            world_size,
+            workers,
+            self.threads or (THREADS_PER_GPU if self.gpu else of_cores),
+            of_device if self.gpu else host,
+            resolve(placement, world_size),
+            self.gpu,
+            host if self.gpu else None,
+            in_process=workers == 1 and not self.gpu,
+            ranks_given=fixed,
+            cores=self.cores,
+        )
+
+
+ANY_MACHINE = Machine()
+"""One worker for each rank, which share the cores of this machine."""
 
 
 def plan(
@@ -41,16 +110,10 @@ def plan(
     placement: Asked = None,
     chunk_rows: int | None = None,
     only: Sequence[int] | None = None,
-    memory_limit: int | str | None = None,
-    workers: int | None = None,
-    threads: int | None = None,
-    cores: int | None = None,
-    rates: Rates | None = None,
     travel: Travel = ALL_ROWS,
-    read_bytes: int = 0,
-    stored_rows: int | None = None,
-    gpu: bool = False,
-    device_memory_limit: int | str | None = None,
+    machine: Machine = ANY_MACHINE,
+    rates: Rates | None = None,
+    files: Sequence[Source | None] = (),
 ) -> Plan:
     """Plan a run of these inputs: how it will go, and what it will cost.
 
@@ -68,31 +131,20 @@ def plan(
         memory limit, or experts are processed in passes, those that a run takes (`Plan.chunks`).
     only : numbers of token chunks, optional
         Those that are to be computed, as in a resumed run.
-    memory_limit : bytes that one worker may use, as int or text ("4 GiB"), optional
-    workers : int, optional
-        Processes that share the ranks; default one per rank. 1 means threads of this process.
-    threads : int, optional
-        Tasks at a time in each worker; default: the cores of this machine shared by the workers.
-    cores : int, optional
-        Cores that the workers share, if they are processes of one machine; by default each thread
-        has a core of its own.
-    rates : Rates, optional
-        How fast the machine is; default: measured in a second, with `link` and `read` of `travel`.
     travel : Travel
         Whether rows travel to experts, or experts to rows.
-    read_bytes : int
-        Bytes that a thread needs to read a chunk, besides its rows; see `Source.read_bytes`.
-    stored_rows : int, optional
-        Rows of the tokens that are stored together; see `Source.chunk_rows`.
-    gpu : bool
-        Whether each worker computes on a GPU, as in ``run_job(job, Gpus())``; `memory_limit` is
-        then that of its host.
-    device_memory_limit : bytes that a run may use of each GPU, as int or text, optional
+    machine : Machine
+        Workers, their threads and memory; by default this machine's cores, without a limit.
+    rates : Rates, optional
+        How fast the machine is; default: measured in a second, with `link` and `read` of `travel`.
+    files : Sources, optional
+        That the tokens (first), the routing and its weights are read from: decoding their stored
+        chunks takes memory. `plan_job` does so by itself.
 
     Returns
     -------
     plan : Plan
-        A `dask_ep.pricing.price_gpus.PlanOnGpus` with `gpu`, a
+        A `dask_ep.pricing.price_gpus.PlanOnGpus` on GPUs, a
         `dask_ep.pricing.price_passes.PlanInPasses` where experts do not fit into the memory limit
         and are processed in passes.
 
@@ -105,7 +157,7 @@ def plan(
         If the arrays do not fit together, or an expert index is out of range; if nothing can travel
         as it is asked to.
     NoDeviceError
-        With `gpu`, if `rates` are not given and there is no GPU to measure them.
+        On GPUs, if `rates` are not given and there is no GPU to measure them.
 
     Notes
     -----
@@ -120,7 +172,7 @@ def plan(
     Examples
     --------
     >>> import numpy as np
-    >>> from dask_ep.jobs.plan import Rates, plan
+    >>> from dask_ep import Rates, plan
     >>> tokens, experts = np.ones((6, 4), "f4"), np.ones((4, 4, 4), "f4")
     >>> routing = np.array([[0, 1], [0, 2], [0, 3], [0, 1], [0, 1], [2, 3]])
     >>> priced = plan(tokens, routing, experts, world_size=2, rates=Rates(flops=1e9, copy=1e9))
@@ -134,14 +186,11 @@ def plan(
         routing,
         experts,
         topk_weights,
-        gpu=gpu,
-        read_bytes=read_bytes,
-        stored_rows=stored_rows,
+        gpu=machine.gpu,
         rates=rates,
+        **_stored(files),
     )
-    layout = _lay_out(
-        world_size, placement, memory_limit, workers, threads, cores, gpu, device_memory_limit
-    )
+    layout = machine.lay_out(world_size, placement)
     decision = decide(pricing.work, layout, chunk_rows=chunk_rows, travel=travel)
     return pricing.price(decision, only=only, own_chunks=True)
 
@@ -155,16 +204,10 @@ def what_if(
     world_size: Sequence[int] = (1,),
     placement: Sequence[Asked] = ("contiguous",),
     chunk_rows: Sequence[int | None] = (None,),
-    memory_limit: int | str | None = None,
-    workers: int | None = None,
-    threads: int | None = None,
-    cores: int | None = None,
-    rates: Rates | None = None,
     travel: Sequence[Travel] = (ALL_ROWS,),
-    read_bytes: int = 0,
-    stored_rows: int | None = None,
-    gpu: bool = False,
-    device_memory_limit: int | str | None = None,
+    machine: Machine = ANY_MACHINE,
+    rates: Rates | None = None,
+    files: Sequence[Source | None] = (),
 ) -> WhatIf:
     """Say what every combination of world sizes, placements and chunk sizes will cost.
 
@@ -187,52 +230,152 @@ def what_if(
         routing,
         experts,
         topk_weights,
-        gpu=gpu,
-        read_bytes=read_bytes,
-        stored_rows=stored_rows,
+        gpu=machine.gpu,
         rates=rates,
+        **_stored(files),
     )
     decided = []
     for ranks, asked, rows, moves in product(world_size, placement, chunk_rows, travel):
-        layout = _lay_out(
-            ranks, asked, memory_limit, workers, threads, cores, gpu, device_memory_limit
-        )
+        layout = machine.lay_out(ranks, asked)
         decided.append(attempt(pricing.work, layout, chunk_rows=rows, travel=moves))
     return pricing.compare(decided, own_chunks=True)
 
 
-def _lay_out(
-    world_size: int | None,
-    placement: Asked,
-    memory_limit: int | str | None,
-    workers: int | None,
-    threads: int | None,
-    cores: int | None,
-    gpu: bool,
-    device_memory_limit: int | str | None,
-) -> Layout:
-    """Put what a plan is asked to run on into numbers."""
-    if device_memory_limit is not None and not gpu:
-        raise ValueError("device_memory_limit needs gpu=True")
-    host, of_device = (
-        None if limit is None else parse_bytes(limit)
-        for limit in (memory_limit, device_memory_limit)
+def plan_job(
+    job: Job | str | os.PathLike,
+    where: Where = ALL_THREADS,
+    *,
+    chunk_rows: int | None = None,
+    travel: Travel = ALL_ROWS,
+    rates: Rates | None = None,
+    on_note: Callable[[str], Any] | None = None,
+) -> Plan:
+    """Plan a run of a job: how `run_job` will carry it out, and what that costs.
+
+    Parameters
+    ----------
+    job : a `Job`, or the path of a job file
+    where : as for `run_job`; GPUs need not be there, and a cluster is not asked
+    chunk_rows, travel, on_note : as for `run_job`
+    rates : Rates, optional
+        How fast the machine is; default: measured in a second.
+
+    Returns
+    -------
+    Plan
+        Rows, bytes and tasks are exact, memory is an upper bound, and time an estimate.
+
+    Raises
+    ------
+    DoesNotFit, JobError, ValueError, OSError
+        As `run_job` does, in the same words.
+
+    Notes
+    -----
+    Reads the routing once, and neither tokens nor experts; for a layer of a checkpoint it reads the
+    tokens and runs the router.
+    """
+    ways: dict[str, Sequence[Any]] = {
+        "world_size": [None],
+        "placement": [None],
+        "chunk_rows": [chunk_rows],
+    }
+    inputs, (decided,) = _decide_job(job, where, on_note, **ways, travel=[travel])
+    if isinstance(decided, DoesNotFit):
+        raise decided
+    pricing = Pricing.of_job(inputs, decided, rates)
+    planned = pricing.price(decided)
+    if not isinstance(where, Processes):
+        return planned
+    return replace(planned, on_threads=_on_threads(pricing, inputs.job, where, chunk_rows))
+
+
+def _on_threads(
+    pricing: Pricing, job: Job, where: Processes, chunk_rows: int | None
+) -> tuple[int, float] | None:
+    """What it would take on threads, with the memory of all processes; None if it does not fit."""
+    limit = size_in_bytes(where.memory_limit, "memory_limit")
+    threads = Threads(where.count, None if limit is None else limit * where.count)
+    layout = lay_out(replace(job, placement=None), threads)  # threads need none
+    decided = attempt(pricing.work, layout, chunk_rows=chunk_rows)
+    return (
+        None if isinstance(decided, DoesNotFit) else (where.count, pricing.price(decided).seconds)
     )
-    fixed = world_size is not None and workers is not None
-    if world_size is None:
-        of_placement = placement.world_size if isinstance(placement, Placement) else None
-        world_size = of_placement or pipeline.workers_in_use()
-    workers = workers or world_size
-    of_cores = max(CPU_COUNT // min(workers, world_size), 1)
-    return Layout(
-        world_size,
-        workers,
-        threads or (THREADS_PER_GPU if gpu else of_cores),
-        of_device if gpu else host,
-        resolve(placement, world_size),
-        gpu,
-        host if gpu else None,
-        in_process=workers == 1 and not gpu,
-        ranks_given=fixed,
-        cores=cores,
-    )
+
+
+def what_if_job(
+    job: Job | str | os.PathLike,
+    where: Where = ALL_THREADS,
+    *,
+    world_size: Sequence[int | None] = (None,),
+    placement: Sequence[str | None] = (None,),
+    chunk_rows: Sequence[int | None] = (None,),
+    travel: Sequence[Travel] = (ALL_ROWS,),
+    rates: Rates | None = None,
+    on_note: Callable[[str], Any] | None = None,
+) -> WhatIf:
+    """Plan a run of a job in every combination of ranks, placements, chunks and what travels.
+
+    Parameters
+    ----------
+    world_size, placement, chunk_rows, travel : the values to combine; None leaves it as the job is
+    others : as for `plan_job`
+
+    Raises
+    ------
+    DoesNotFit
+        If none of them fits into the memory limit.
+
+    Notes
+    -----
+    Reads the routing once for all of them.
+    """
+    ways: dict[str, Sequence[Any]] = {
+        "world_size": world_size,
+        "placement": placement,
+        "chunk_rows": chunk_rows,
+    }
+    inputs, decided = _decide_job(job, where, on_note, **ways, travel=travel)
+    first = decided[0].decision if isinstance(decided[0], DoesNotFit) else decided[0]
+    return Pricing.of_job(inputs, first, rates).compare(decided)
+
+
+def _decide_job(
+    job: Job | str | os.PathLike,
+    where: Where,
+    on_note: Callable[[str], Any] | None,
+    **ways: Sequence[Any],
+) -> tuple[Inputs, list[Decision | DoesNotFit]]:
+    """Decide how a job will run, in every combination of `ways`."""
+    job = as_job(job)
+    inputs = open_inputs(job)
+    if on_note is not None:
+        for note in find_notes(inputs):
+            on_note(note)
+    devices = _devices_here() if isinstance(where, Gpus) else None
+    decided = []
+    for combination in product(*ways.values()):
+        asked = dict(zip(ways, combination, strict=True))
+        given = {key: asked.pop(key) for key in ("world_size", "placement")}
+        one = replace(job, **{key: value for key, value in given.items() if value is not None})
+        layout = lay_out(one, where, devices=devices)
+        free = partial(free_for_rows, inputs)
+        decided.append(attempt(inputs.work(layout.on_devices), layout, **asked, free=free))
+    return inputs, decided
+
+
+def _devices_here() -> list[Device]:
+    """The GPUs that are here; a plan needs none."""
+    try:
+        return device.find_devices()
+    except NoDeviceError:
+        return []
+
+
+def _stored(files: Sequence[Source | None]) -> dict[str, Any]:
+    """How arrays are stored: rows of a stored token chunk, and bytes that decoding takes."""
+    given = [source for source in files if source is not None]
+    if not given:
+        return {}
+    read_bytes = max(source.read_bytes for source in given)
+    return {"stored_rows": given[0].chunk_rows, "read_bytes": read_bytes}

@@ -17,7 +17,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from functools import partial
 from queue import SimpleQueue
-from typing import Any, NamedTuple
+from typing import Any
 
 from dask.system import CPU_COUNT
 from distributed import Client, as_completed, futures_of
@@ -34,10 +34,10 @@ from dask_ep.jobs.backends import (
     Threads,
     Where,
     array_namespace,
+    blas_in_use,
     deployed,
     files_of_job,
     lay_out,
-    multiplied_by,
     multiplies_as_tf32,
     started,
 )
@@ -45,9 +45,10 @@ from dask_ep.jobs.begun import Begun, read_begun
 from dask_ep.jobs.build import Built, Inputs, build, open_inputs
 from dask_ep.jobs.decide import decide
 from dask_ep.jobs.in_passes import InPasses, PassesDone, free_for_rows
-from dask_ep.jobs.job import Job
+from dask_ep.jobs.job import Job, as_job
 from dask_ep.jobs.notes import find_notes
-from dask_ep.jobs.run_report import dask_reported, plan_run, recorded, write_reports
+from dask_ep.jobs.result import Progress, RunResult
+from dask_ep.jobs.run_report import dask_reported, plan_run, recorded, reports_of, write_reports
 from dask_ep.jobs.save_routing import check_saved_routing, stored_routing
 from dask_ep.laws.travel import ALL_ROWS, Travel
 from dask_ep.pricing.price import Plan
@@ -59,42 +60,8 @@ from dask_ep.storage.storage import check_existing, store
 OnRecord = Callable[[Plan, Record], Any]
 
 
-class Progress(NamedTuple):
-    """How far a run is."""
-
-    rows_done: int
-    #: by this run
-    rows_left: int
-    rows_before: int
-    #: done by the run that is resumed
-    seconds: float
-    #: since the first block of this run was begun
-    passes: PassesDone | None = None
-    #: at the end, where experts went by in passes
-    multiplied_by: str | None = None
-    #: at the end, on the host: the library, and how
-    not_finite: int = 0
-    #: of the rows done by this run, those that hold NaN or infinity
-    first_not_finite: int = -1
-    #: the first of them
-
-    @property
-    def rows_in_all(self) -> int:
-        return self.rows_done + self.rows_left + self.rows_before
-
-    @property
-    def rows_per_second(self) -> float:
-        return self.rows_done / self.seconds if self.seconds > 0 else 0.0
-
-    @property
-    def seconds_left(self) -> float | None:
-        """Seconds until the end at the speed so far; None before the first block is done."""
-        speed = self.rows_per_second
-        return self.rows_left / speed if speed else None
-
-
 def run_job(
-    job: Job,
+    job: Job | str | os.PathLike,
     where: Where | Deployed = ALL_THREADS,
     *,
     resume: bool = False,
@@ -109,12 +76,12 @@ def run_job(
     on_record: OnRecord | None = None,
     save_routing: str | os.PathLike | None = None,
     wait: Wait = SimpleQueue.get,
-) -> Progress:
+) -> RunResult:
     """Compute a job's output and write it.
 
     Parameters
     ----------
-    job : from `dask_ep.jobs.job.load_job`
+    job : a `Job`, or the path of a job file
     where : `Threads`, `Processes`, `Gpus`, `Cluster`, or a cluster that is started for the job and
         ended with it, as `Deployed`
     resume : continue a stopped run, with its ranks, and its chunks unless
@@ -143,7 +110,8 @@ def run_job(
 
     Returns
     -------
-    Progress, with nothing left
+    RunResult
+        What was done, and how.
 
     Raises
     ------
@@ -174,18 +142,17 @@ def run_job(
     too, leaves an output that `resume` continues; on threads the blocks at work are finished
     before it arrives.
     """
+    job = as_job(job)
     _check_outputs(job, resume, overwrite, report, save_routing)
     begun = read_begun(job.out) if resume else None
-    passes = None if begun is None else begun.passes
-    if passes is not None and isinstance(where, Threads) and where.count is None:
-        where = replace(where, count=min(CPU_COUNT, passes.threads))
+    where = _as_begun(where, begun)
     inputs = open_inputs(job)
     _tell_notes(inputs, on_note)
     with (
         deployed(where) as where,
         started(where, files_of_job(job), wait, on_workers) as (threads, client),
     ):
-        library = multiplied_by(where, client, inputs)
+        library = blas_in_use(where, client, inputs)
         layout = lay_out(job, where, client, begun_ranks=begun.world_size if begun else None)
         work, free = inputs.work(layout.on_devices), partial(free_for_rows, inputs)
         asked: dict[str, Any] = {"chunk_rows": chunk_rows, "travel": travel}
@@ -211,13 +178,21 @@ def run_job(
                     planned = plan_run(inputs, decision, built.placement, output.missing)
                 if client is not None and on_client is not None:
                     on_client(client)
-                watch = _Watch(output, on_progress)
-                with _watched(output, client, owners, planned, report, on_record):
+                watch = _Watch(output, on_progress, job.name, walk)
+                with _watched(output, client, owners, planned, report, on_record, watch):
                     for step in _steps(output, walk, routing):
                         _compute(step, client, threads, watch, wait)
                     done = watch.progress()
-    passes_done = walk.done(watch.spilled_bytes) if walk else None
-    return done._replace(passes=passes_done, multiplied_by=library)
+    reports = reports_of(report, client) if planned else ()
+    return RunResult.of(done, job.out, decision, library, watch.passes_done(), reports)
+
+
+def _as_begun(where: Where | Deployed, begun: Begun | None) -> Where | Deployed:
+    """All threads are no more than those that the run in passes had that is resumed."""
+    passes = None if begun is None else begun.passes
+    if passes is not None and isinstance(where, Threads) and where.count is None:
+        return replace(where, count=min(CPU_COUNT, passes.threads))
+    return where
 
 
 def _tell_notes(inputs: Inputs, on_note: Callable[[str], Any] | None) -> None:
@@ -329,6 +304,7 @@ def _watched(
     planned: Plan | None,
     report: str | os.PathLike | None,
     on_record: OnRecord | None,
+    watch: _Watch,
 ) -> Iterator[None]:
     """Finish the output of what runs inside, which is recorded with its plan if there is one."""
     if planned is None:
@@ -342,7 +318,8 @@ def _watched(
             yield
         output.finish()
     if report is not None:
-        write_reports(report, planned, records[0], output.missing, len(output.rows))
+        blocks = (output.missing, len(output.rows))
+        write_reports(report, planned, records[0], *blocks, watch.job, watch.passes_done())
     if on_record is not None:
         on_record(planned, records[0])
 
@@ -374,7 +351,14 @@ def _compute_on_client(output: Output | Step, client: Client, watch: _Watch, wai
 class _Watch:
     """Counts rows, and tells about them."""
 
-    def __init__(self, output: Output, tell: Callable[[Progress], Any] | None):
+    def __init__(
+        self,
+        output: Output,
+        tell: Callable[[Progress], Any] | None,
+        job: str,
+        walk: InPasses | None,
+    ):
+        self.job, self._walk = job, walk
         self._tell, self._start, self._path = tell, time.monotonic(), output.path
         self._before = sum(output.rows[block] for block in output.done_before)
         self._left, self._done = sum(output.rows) - self._before, 0
@@ -398,6 +382,10 @@ class _Watch:
         self._worked = max(self._worked + receipt.worked - before, 0.0)
         if self._tell is not None:
             self._tell(self.progress())
+
+    def passes_done(self) -> PassesDone | None:
+        """What going through the experts in passes has taken, where they are."""
+        return None if self._walk is None else self._walk.done(self.spilled_bytes)
 
     def progress(self) -> Progress:
         worked = min(int(self._worked), self._left)

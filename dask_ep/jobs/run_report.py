@@ -20,6 +20,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from dask.utils import format_bytes
 from distributed import Client, WorkerPlugin, performance_report
 
 from dask_ep.arrays.memory import release
@@ -27,6 +28,7 @@ from dask_ep.cluster.ownership import Owners
 from dask_ep.graph import tally
 from dask_ep.graph.tally import HERE, Serving
 from dask_ep.jobs.build import Inputs
+from dask_ep.jobs.in_passes import PassesDone
 from dask_ep.jobs.price_job import Pricing
 from dask_ep.laws.decision import Decision
 from dask_ep.placement.placement import Placement
@@ -61,14 +63,20 @@ def recorded(client: Client | None, owners: Owners | None, tell: _OnRecord) -> I
 
 
 def write_reports(
-    path: str | os.PathLike, planned: Plan, record: Record, missing: Sequence[int], blocks: int
+    path: str | os.PathLike,
+    planned: Plan,
+    record: Record,
+    missing: Sequence[int],
+    blocks: int,
+    job: str,
+    passes: PassesDone | None,
 ) -> None:
     """Write a run's report, with a link to Dask's if there is one."""
     note = ""
     if len(missing) < blocks:
         note = (
-            f"This run went on with an earlier one: it computed {len(missing)} of {blocks} chunks, "
-            "and all figures are of these."
+            f"This run resumed an earlier one: it computed {len(missing)} of {blocks} chunks, and "
+            "all figures are of these."
         )
         record = record.renumbered(missing)
     other = dask_report(path)
@@ -76,9 +84,18 @@ def write_reports(
         path,
         planned,
         record,
+        job=job,
         note=note,
+        more=() if passes is None else _of_passes(planned, passes),
         link=other.name if other.exists() else None,
     )
+
+
+def reports_of(path: str | os.PathLike | None, client: Client | None) -> tuple[Path, ...]:
+    """The paths of the reports of a run: ours, and with workers Dask's."""
+    if path is None:
+        return ()
+    return (Path(path),) if client is None else (Path(path), dask_report(path))
 
 
 def dask_report(path: str | os.PathLike) -> Path:
@@ -93,10 +110,20 @@ def dask_report(path: str | os.PathLike) -> Path:
     return path.with_name(f"{path.stem}-dask{path.suffix}")
 
 
+def _of_passes(planned: Plan, passes: PassesDone) -> list[tuple[str, str, str]]:
+    """What going through the experts in passes took, planned and measured."""
+    used = int((planned.expert_rows > 0).sum()) * passes.passes.passes
+    rows = [("experts read", f"{used:,}", f"{sum(passes.reads.values()):,}")]
+    if passes.passes.spill_bytes:
+        moved = format_bytes(passes.passes.moved_bytes)
+        rows.append(("rows written to disk", moved, format_bytes(passes.spilled_bytes)))
+    return rows
+
+
 @contextmanager
 def dask_reported(path: str | os.PathLike) -> Iterator[None]:
     """Write Dask's own report of what runs inside, if that ends well."""
-    report = performance_report(filename=os.fspath(dask_report(path)))
+    report = performance_report(filename=os.fspath(dask_report(path)), mode="inline")
     report.__enter__()
     yield
     report.__exit__(None, None, None)

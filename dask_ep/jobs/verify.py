@@ -24,9 +24,10 @@ import ml_dtypes
 import numpy as np
 
 from dask_ep.arrays.checks import computing_dtype
+from dask_ep.arrays.html import shows
 from dask_ep.experts.experts import Experts
 from dask_ep.jobs.build import Inputs, open_inputs
-from dask_ep.jobs.job import Job
+from dask_ep.jobs.job import Job, as_job
 from dask_ep.jobs.sample import block_starts, read_rows, sample_rows
 from dask_ep.kernel import reference
 from dask_ep.kernel.rounding import QUIET, Arithmetic, Scaled, exact_rows
@@ -97,15 +98,19 @@ class Verification:
         compared = self.not_finite < self.values or not self.values
         return compared and self.relative_error <= self.tolerance
 
+    _repr_html_ = shows(
+        "good", "rows", "rows_in_all", "experts_seen", "relative_error", "tolerance"
+    )
+
 
 def verify_job(
-    job: Job, *, rows: int = 1000, seed: int = 0, tolerance: float | None = None
+    job: Job | str | os.PathLike, *, rows: int = 1000, seed: int = 0, tolerance: float | None = None
 ) -> Verification:
     """Compare a sample of an output's rows with the same computed from the inputs.
 
     Parameters
     ----------
-    job : whose output is complete
+    job : a `Job` whose output is complete, or the path of its job file
     rows : how many to compare, about; all if there are fewer
     seed : of the choice of rows
     tolerance : of the error of a value over what its terms add up to; by default by dtype, see
@@ -130,6 +135,7 @@ def verify_job(
     """
     if tolerance is not None and not 0 <= tolerance < np.inf:
         raise ValueError(f"tolerance must be a finite number of at least 0; got {tolerance}")
+    job = as_job(job)
     output = open_output(job.out)
     inputs = open_inputs(job)
     n = inputs.tokens.shape[0]

@@ -9,8 +9,9 @@ from typing import Any
 import numpy as np
 
 from dask_ep.arrays.checks import BadRow, place_of_row
-from dask_ep.arrays.device import DeviceMemoryError, explain_chunk_memory
+from dask_ep.arrays.device import explain_chunk_memory
 from dask_ep.arrays.namespaces import Array, namespace
+from dask_ep.errors import DeviceMemoryError
 from dask_ep.kernel.device_kernel import row_bytes
 
 

@@ -39,6 +39,8 @@ class Layout:
     #: whether there must be so many ranks, however many workers
     cores: int | None = None
     #: that all workers share, if they are processes of one machine
+    starts_workers: bool = False
+    #: whether workers are started for the run
 
     @property
     def dask_workers(self) -> int | None:

@@ -15,7 +15,7 @@ from typing import Any
 from dask_ep.arrays.checks import is_float
 from dask_ep.experts.expert_kinds import EXPERT_KINDS
 from dask_ep.experts.experts import Experts
-from dask_ep.layers.families import ACTIVATIONS, NOT_READ
+from dask_ep.layers.families import HIDDEN_ACTS, NOT_READ
 from dask_ep.layers.family import Family, TensorLayout, find
 from dask_ep.layers.formats import Parts, activation_scales, find_parts
 from dask_ep.layers.layer import MoELayer
@@ -216,12 +216,12 @@ class Block(LayerTensors):
         """Arguments of `Experts.gated`, from the config."""
         options = {name: self.find(value) for name, value in row.items()}
         if "activation" in options:
-            if options["activation"] not in list(ACTIVATIONS):
+            if options["activation"] not in list(HIDDEN_ACTS):
                 raise ValueError(
                     f"{self.model.directory}/config.json: hidden_act must be one of "
-                    f"{', '.join(ACTIVATIONS)}, but is {options['activation']!r}"
+                    f"{', '.join(HIDDEN_ACTS)}, but is {options['activation']!r}"
                 )
-            options["activation"] = ACTIVATIONS[options["activation"]]
+            options["activation"] = HIDDEN_ACTS[options["activation"]]
         return options
 
     def experts(

@@ -15,6 +15,7 @@ import os
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from math import prod
+from numbers import Integral
 
 import numpy as np
 
@@ -198,6 +199,11 @@ class Checkpoint:
         return built
 
     def _check_layer(self, layer: int) -> None:
+        if not isinstance(layer, Integral):
+            raise TypeError(
+                f"layer must be the number of a MoE layer of {self.files.directory}, "
+                f"{_ranges(self.moe_layers)}; got {layer!r}"
+            )
         if not 0 <= layer < self.num_layers:
             raise ValueError(
                 f"layer must be in [0, {self.num_layers}), the layers of {self.files.directory}, "
@@ -255,7 +261,9 @@ class Description:
         return [layer.layer for layer in self.layers if layer.kind == "moe"]
 
 
-def describe(directory: str | os.PathLike, *, families: Iterable[Family] = ()) -> Description:
+def describe_checkpoint(
+    directory: str | os.PathLike, *, families: Iterable[Family] = ()
+) -> Description:
     """Tell what a checkpoint is, from its config and the headers of its files alone.
 
     Parameters

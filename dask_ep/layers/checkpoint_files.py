@@ -20,7 +20,7 @@ from collections.abc import Mapping
 from functools import cached_property
 from typing import Any
 
-from dask_ep.storage.files import ReadError
+from dask_ep.errors import ReadError
 from dask_ep.storage.remote import file_system, is_remote
 from dask_ep.storage.sources import Source, open_safetensors
 
@@ -57,6 +57,11 @@ class CheckpointFiles:
                 files, path = file_system(self.directory)
                 return sorted(p.rpartition("/")[2] for p in files.ls(path, detail=False))
             return sorted(os.listdir(self.directory))
+        except FileNotFoundError as error:
+            raise ReadError(
+                f"{self.directory} is not a checkpoint directory: it does not exist. Download a "
+                "model of a hub first, such as with `hf download NAME --local-dir DIRECTORY`"
+            ) from error
         except OSError as error:
             raise ReadError(f"{self.directory} is not a checkpoint directory: {error}") from error
 

@@ -21,6 +21,7 @@ from typing import Any, NamedTuple
 import dask.array as da
 import numpy as np
 
+from dask_ep.arrays.checks import kind_of
 from dask_ep.arrays.namespaces import namespace
 from dask_ep.experts.experts import CallableExperts, Experts, as_experts
 from dask_ep.graph.pipeline import Ready, build_chunks, prepare
@@ -300,7 +301,7 @@ def _given_rows(
 def _check_host(hidden: da.Array) -> None:
     if not isinstance(hidden, da.Array):
         raise TypeError(
-            f"hidden must be a Dask array, but is a {type(hidden).__name__}; use da.from_array or "
+            f"hidden must be a Dask array, but is a {kind_of(hidden)}; use da.from_array or "
             "dask_ep.open_tokens"
         )
     if namespace(hidden._meta) is not np:

@@ -53,7 +53,7 @@ NOT_READ = {
 """What else is in many decoder layers, by patterns of names after the layer's, and why it is not
 read."""
 
-ACTIVATIONS = {
+HIDDEN_ACTS = {
     "silu": "silu",
     "swish": "silu",
     "gelu": "gelu",

@@ -17,6 +17,7 @@ from __future__ import annotations
 from copy import copy
 from importlib import import_module
 from math import prod
+from os import PathLike
 from typing import Any, NamedTuple
 
 import dask.array as da
@@ -27,6 +28,7 @@ from dask.task_spec import Task, TaskRef
 from dask_ep.arrays import memory
 from dask_ep.arrays.checks import computing_dtype
 from dask_ep.arrays.device import explain_memory
+from dask_ep.arrays.html import shows
 from dask_ep.arrays.namespaces import UNDERFLOW_IS_ZERO, Array, namespace
 from dask_ep.experts.experts import CallableExperts, Experts, as_experts
 from dask_ep.graph.pipeline import expert_parallel
@@ -63,6 +65,10 @@ class RoutedRows(NamedTuple):
     #: (n, k)
 
 
+LAYER_PARTS = ("router", "experts", "arrays", "shared", "capacity", "residual")
+"""What a layer consists of."""
+
+
 class MoELayer:
     """A Mixture-of-Experts layer: router, experts, and experts that all rows share.
 
@@ -84,10 +90,9 @@ class MoELayer:
     table : (vocabulary, k) integers, optional
         Experts of each token id: the call then needs token ids, and `router_weight` only weighs.
     residual : bool
-        Add the layer's input rows to its output. This is a decoder's whole MoE step only if the
-        model adds the block's output to the block's own input. Nearly all models are pre-norm:
-        they add it to the rows before the norm. For these leave it False, and write
-        ``x + layer(norm(x))``.
+        Add the layer's input rows to its output: a decoder's whole MoE step if the model adds the
+        block's output to the block's own input. Nearly all models are pre-norm, and add it to the
+        rows before the norm: leave it False there, and write ``x + layer(norm(x))``.
 
     Raises
     ------
@@ -144,6 +149,12 @@ class MoELayer:
             if value is not None
         }
         check_parts(self.router, self.experts, self.shared, self.arrays, capacity, residual)
+
+    @classmethod
+    def from_pretrained(cls, directory: str | PathLike, layer: int, **more: Any) -> MoELayer:
+        """Open a layer of a checkpoint, as `dask_ep.load_moe_layer` does, which takes the same."""
+        # By name: a layer of arrays needs nothing of checkpoints, whose files import this one.
+        return import_module("dask_ep.layers.checkpoint").load_moe_layer(directory, layer, **more)
 
     def __call__(
         self,
@@ -230,8 +241,7 @@ class MoELayer:
     @property
     def resident_stored_bytes(self) -> int:
         """Bytes of them in their files."""
-        arrays = [array.source for array in self.arrays.values()]
-        small = sum(prod(source.shape) * source.dtype.itemsize for source in arrays)
+        small = sum(array.source.nbytes for array in self.arrays.values())
         return small + (0 if self.shared is None else self.shared.nbytes)
 
     def fingerprint(self) -> dict[str, Any]:
@@ -240,18 +250,14 @@ class MoELayer:
 
     def __repr__(self) -> str:
         parts = [repr(self.router), repr(self.experts)]
-        parts += [f"shared={self.shared!r}"] if self.shared is not None else []
-        parts += [f"capacity={self.capacity!r}"] if self.capacity is not None else []
-        parts += ["residual=True"] if self.residual else []
+        optional = {name: getattr(self, name) for name in ("shared", "capacity", "residual")}
+        parts += [f"{name}={part!r}" for name, part in optional.items() if part]
         return f"MoELayer({', '.join(parts)})"
 
+    _repr_html_ = shows("router", "experts", "shared", "capacity", "residual")
+
     def __dask_tokenize__(self) -> object:
-        return normalize_token(
-            (
-                type(self).__name__, self.router, self.experts, self.arrays, self.shared,
-                self.capacity, self.residual,
-            )
-        )  # fmt: skip
+        return normalize_token((type(self).__name__, *map(vars(self).get, LAYER_PARTS)))
 
     # --- steps on rows (n, d) ---
 

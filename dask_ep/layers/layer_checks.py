@@ -7,7 +7,7 @@ from typing import Any
 
 import dask.array as da
 
-from dask_ep.arrays.checks import check_byte_order, is_float, refuse_masked
+from dask_ep.arrays.checks import check_byte_order, is_float, kind_of, refuse_masked
 from dask_ep.experts.experts import CallableExperts, Experts
 from dask_ep.layers.capacity import Capacity, ExpertChoice
 from dask_ep.layers.lazy_routing import SmallArray
@@ -95,7 +95,7 @@ def check_hidden(hidden: da.Array, d: int | None) -> None:
     """Raise unless these are hidden states of a layer of width `d`; None: of any."""
     if not isinstance(hidden, da.Array):
         raise TypeError(
-            f"hidden must be a Dask array, but is a {type(hidden).__name__}; wrap it with "
+            f"hidden must be a Dask array, but is a {kind_of(hidden)}; wrap it with "
             "dask.array.from_array(hidden, chunks=...)"
         )
     refuse_masked(hidden, "hidden")

@@ -24,13 +24,13 @@ from dask.highlevelgraph import HighLevelGraph
 from dask.task_spec import Task, TaskRef
 
 from dask_ep.arrays.checks import is_float, place_of_row
-from dask_ep.arrays.device import DeviceMemoryError, explain_chunk_memory
+from dask_ep.arrays.device import explain_chunk_memory
 from dask_ep.arrays.namespaces import UNDERFLOW_IS_ZERO, Array, namespace
+from dask_ep.errors import DeviceMemoryError, ReadError
 from dask_ep.graph.rows import array_of, block_by_block, first_rows, keys_of, xp_name
 from dask_ep.kernel.device_kernel import INDEX_BYTES
 from dask_ep.layers.capacity import Capacity, ExpertChoice, choose_rows, limit_capacity
 from dask_ep.layers.routing import Router, all_scores, look_up, route, weigh_chosen
-from dask_ep.storage.files import ReadError
 from dask_ep.storage.sources import Source
 
 SCORE_BYTES = 32

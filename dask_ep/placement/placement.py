@@ -27,6 +27,7 @@ from functools import cached_property
 
 import numpy as np
 
+from dask_ep.arrays.html import html_table
 from dask_ep.arrays.namespaces import Array, namespace
 from dask_ep.placement.tickets import TICKETS, Tickets, even_stops, share_sizes
 
@@ -242,6 +243,13 @@ class Placement:
             f"<Placement: {self.num_experts} experts in {self.replica_counts.sum()} of "
             f"{self.world_size} x {self.slots_per_rank} slots>"
         )
+
+    def _repr_html_(self) -> str:
+        ranks = [
+            (f"rank {rank}", ", ".join(str(e) if e >= 0 else "empty" for e in experts))
+            for rank, experts in enumerate(self.slots.tolist())
+        ]
+        return html_table(f"Placement of {self.num_experts} experts", ranks)
 
 
 def verify_placement(

@@ -40,6 +40,14 @@ PART_COLOURS = {
 }
 """Colours of what memory goes to."""
 
+MIB = 1 << 20
+
+MOST_IN_A_LINE = 3
+"""Labels of a legend side by side: more are cut off on a phone."""
+
+MOST_NUMBERS = 6
+"""Ranks of a heat map whose cells are wide enough for a number, on a phone too."""
+
 MOST_SPANS = 5000
 """Tasks and services that a time line draws: the longest ones."""
 
@@ -50,12 +58,15 @@ def draw_expert_load(plan: Plan) -> Figure:
     """Rows of each expert, as bars."""
     experts = np.arange(plan.expert_rows.size)
     drawing = _figure(
-        "Rows of each expert", "expert", "rows", tooltips=[("expert", "@x"), ("rows", "@top{0,0}")]
+        "Rows of each expert (dashed: mean)",
+        "expert",
+        "rows",
+        tooltips=[("expert", "@x"), ("rows", "@top{0,0}")],
     )
     drawing.vbar(x=experts, top=plan.expert_rows, width=0.9, color=BLUE)
     mean = plan.expert_rows.mean()
     drawing.hspan(y=[mean], line_color=INK, line_dash="dashed", line_width=1.5)
-    _from_nothing(drawing.y_range)
+    _of_whole_numbers(drawing)
     return drawing
 
 
@@ -81,8 +92,8 @@ def draw_rank_load(plan: Plan, measured: dict[int, int] | None = None) -> Figure
             line_color=INK,
             legend_label="measured",
         )
-    drawing.add_layout(drawing.legend[0], "below")
-    _from_nothing(drawing.y_range)
+    _legend_below(drawing)
+    _of_whole_numbers(drawing)
     return drawing
 
 
@@ -92,7 +103,7 @@ def draw_imbalance(imbalance: dict[str, float]) -> Figure:
     values = [imbalance[name] for name in names]
     drawing = _figure(
         "Imbalance of each placement (1.0 is perfect)",
-        "largest / mean rows of a rank",
+        "work of the busiest rank / mean",
         None,
         y_range=names,
         height=80 + 34 * len(names),
@@ -139,43 +150,70 @@ def draw_traffic(rows: np.ndarray, title: str, workers: Sequence[str]) -> Figure
         line_color="white",
         fill_color=linear_cmap("rows", "Cividis256", 0, max(int(rows.max()), 1)),
     )
-    drawing.add_layout(cells.construct_color_bar(width=12), "right")
+    if len(ranks) <= MOST_NUMBERS:
+        _write_numbers(drawing, data)
+    else:
+        drawing.add_layout(cells.construct_color_bar(width=12), "right")
     drawing.grid.visible = False
     return drawing
+
+
+def _write_numbers(drawing: Figure, data: dict[str, Any]) -> None:
+    """Write the rows into the cells of a heat map: black on bright ones, white on dark ones."""
+    bright = data["rows"] > data["rows"].max() / 2
+    drawing.text(
+        x="to",
+        y="from",
+        text="number",
+        text_color="ink",
+        source=data
+        | {
+            "number": [f"{number:,}" for number in data["rows"].tolist()],
+            "ink": np.where(bright, INK, "#FFFFFF"),
+        },
+        text_align="center",
+        text_baseline="middle",
+        text_font_size="12px",
+    )
 
 
 def draw_memory(plan: Plan, measured: int | None = None) -> Figure:
     """What a worker's memory goes to, against the limit and what was measured."""
     names = ["planned"] if measured is None else ["measured", "planned"]
     drawing = _figure(
-        "Memory of a worker, at most", "MB", None, y_range=names, height=110 + 40 * len(names)
+        "Memory of a worker, at most", "MiB", None, y_range=names, height=150 + 40 * len(names)
     )
     parts, limit = plan.memory_parts, plan.memory_limit
     if measured is not None:
         parts, limit = plan.process_parts, plan.process_limit
     left = 0.0
     for name, nbytes in parts.items():
-        right = left + nbytes / 1e6
+        right = left + nbytes / MIB
         drawing.hbar(
             y=["planned"],
             left=left,
             right=right,
             height=0.6,
             color=PART_COLOURS[name],
-            legend_label=f"{name} {nbytes / 1e6:,.0f}",
+            legend_label=f"{name} {nbytes / MIB:,.0f}",
         )
         left = right
     end = left
     if measured is not None:
-        drawing.hbar(y=["measured"], right=measured / 1e6, height=0.6, color=GREEN)
-        end = max(end, measured / 1e6)
+        drawing.hbar(
+            y=["measured"],
+            right=measured / MIB,
+            height=0.6,
+            color=GREEN,
+            legend_label=f"measured {measured / MIB:,.0f}",
+        )
+        end = max(end, measured / MIB)
     if limit is not None:
-        at = limit / 1e6
+        at = limit / MIB
         drawing.vspan(x=[at], line_color=RED, line_width=3, legend_label=f"limit {at:,.0f}")
         end = max(end, at)
     drawing.x_range.start, drawing.x_range.end = 0, 1.05 * end
-    drawing.add_layout(drawing.legend[0], "below")
-    drawing.legend.orientation = "horizontal"
+    _legend_below(drawing)
     return drawing
 
 
@@ -215,7 +253,7 @@ def draw_time_line(record: Record) -> Figure:
         "seconds",
         None,
         y_range=names,
-        height=130 + min(24 * len(names), 700),
+        height=170 + min(24 * len(names), 700),
         tooltips=[
             ("step", "@step"),
             ("chunk", "@chunk"),
@@ -240,8 +278,7 @@ def draw_time_line(record: Record) -> Figure:
     if record.events:
         times = [event.time for event in record.events]
         drawing.vspan(x=times, line_color=INK, line_dash="dotted", line_width=2)
-    drawing.add_layout(drawing.legend[0], "below")
-    drawing.legend.orientation = "horizontal"
+    _legend_below(drawing)
     return drawing
 
 
@@ -275,7 +312,14 @@ def draw_progress(plan: Plan, record: Record) -> Figure:
     finished = record.finished()
     done = np.cumsum([plan.chunks[chunk] for _, chunk in finished])
     times = [when for when, _ in finished]
-    drawing.step(x=[0, *times], y=[0, *done.tolist()], mode="after", line_width=3, color=BLUE)
+    drawing.step(
+        x=[0, *times],
+        y=[0, *done.tolist()],
+        mode="after",
+        line_width=3,
+        color=BLUE,
+        legend_label="measured",
+    )
     drawing.line(
         x=[0, plan.seconds],
         y=[0, plan.rows],
@@ -313,9 +357,18 @@ def _figure(title: str, x: str | None, y: str | None, height: int = 280, **optio
     return drawing
 
 
-def _from_nothing(data_range: Any) -> None:
-    """Let an axis begin at zero."""
-    data_range.start = 0
+def _of_whole_numbers(drawing: Figure) -> None:
+    """Let bars stand on zero, and be numbered by whole numbers."""
+    from bokeh.models import BasicTicker
+
+    drawing.y_range.start = 0
+    drawing.xaxis.ticker = BasicTicker(min_interval=1, num_minor_ticks=0)
+
+
+def _legend_below(drawing: Figure) -> None:
+    drawing.add_layout(drawing.legend[0], "below")
+    drawing.legend.orientation = "horizontal"
+    drawing.legend.ncols = MOST_IN_A_LINE
 
 
 def short(worker: str) -> str:

@@ -18,6 +18,17 @@ from dask_ep.laws.costs import Rates
 from dask_ep.laws.memory_law import need
 from dask_ep.pricing.traffic import Traffic
 
+TIME_RANGE = (0.5, 2.5)
+"""Of the time that is estimated, what runs take: of 10 jobs of many kinds on threads of a busy
+machine the fastest took 0.50 and the slowest 2.49 of it (`workflows/plan_accuracy.py`)."""
+
+FIRST_SECONDS = 0.5
+"""That workers may take longer at first, for imports and new memory: with it 10 jobs on worker
+processes of that machine ended in the range, the slowest after 3.1 times the estimate alone."""
+
+START_SECONDS = (1.0, 3.0)
+"""Of starting worker processes on this machine, before a run."""
+
 
 @dataclass(frozen=True, eq=False, kw_only=True)
 class Needs(Traffic):
@@ -196,6 +207,13 @@ class Needs(Traffic):
     @property
     def seconds(self) -> float:
         """Time of the run, from its first task on: experts read, then the slower of workers and
-        scheduler. The start of worker processes, one to three seconds, comes before.
+        scheduler. The start of worker processes, `START_SECONDS`, comes before.
         """
         return self.load_seconds + max(self.busy_seconds, self.scheduler_seconds)
+
+    @property
+    def seconds_range(self) -> tuple[float, float]:
+        """Between which times the run should end: rates differ from second to second."""
+        low, high = TIME_RANGE
+        first = 0.0 if self.layout.in_process else FIRST_SECONDS
+        return low * self.seconds, high * self.seconds + first

@@ -14,9 +14,11 @@ from typing import Any
 
 from dask.utils import format_bytes
 
+from dask_ep.arrays.html import html_table
 from dask_ep.laws import costs
 from dask_ep.placement.policies import place
 from dask_ep.pricing.needs import Needs
+from dask_ep.pricing.words import figures_of
 
 LARGEST_CHUNK = 128 << 20
 """Bytes of a token chunk above which larger ones gain nothing and cost memory."""
@@ -40,6 +42,8 @@ class Plan(Needs):
 
     own_chunk_rows: int | None = None
     #: of the tokens, where they are planned if they fit; None where chunks are not theirs
+    on_threads: tuple[int, float] | None = None
+    #: threads of one process that could do the same, and the seconds that they would take
 
     # --- advice ------------------------------------------------------------------------------
 
@@ -89,6 +93,12 @@ class Plan(Needs):
                     f'use placement="exact": the busiest rank serves {self.imbalance:.2f} times '
                     f"the mean rows, and would serve {exact:.2f} times"
                 )
+        if self.on_threads is not None and self.on_threads[1] < self.seconds:
+            threads, seconds = self.on_threads
+            said.append(
+                f"use threads of one process (--threads {threads}): they take about "
+                f"{seconds:.2g} s, exchange nothing, and need no workers to be started"
+            )
         return said
 
     # --- forms -------------------------------------------------------------------------------
@@ -101,7 +111,7 @@ class Plan(Needs):
             *("expert_bytes", "chunk_bytes", "chunks_held", "memory_bytes", "memory_limit", "fits"),
             "memory_parts",
             *("tasks", "other_tasks", "handled_tasks", "layer_flops", "replicas"),
-            *("scheduler_seconds", "load_seconds", "busy_seconds", "seconds"),
+            *("scheduler_seconds", "load_seconds", "busy_seconds", "seconds", "seconds_range"),
             *("advised_chunk_rows", "advice"),
         ]
         arrays = ["expert_rows", "rank_rows", "rank_experts", "flops", "traffic_rows"]
@@ -120,6 +130,10 @@ class Plan(Needs):
     def to_json(self) -> str:
         """Return `to_dict` as JSON text."""
         return json.dumps(self.to_dict())
+
+    def _repr_html_(self) -> str:
+        advice = [("advice", said) for said in self.advice]
+        return html_table("Plan", [*figures_of(self), *advice])
 
     def __repr__(self) -> str:
         return (

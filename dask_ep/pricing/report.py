@@ -10,19 +10,27 @@ without a network, on a phone and on paper. Figures are said in text and tables 
 from __future__ import annotations
 
 import os
+import platform
+import shlex
+import sys
+import time
 from collections.abc import Sequence
 from html import escape
+from importlib.metadata import version
 from os import PathLike
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from dask.system import CPU_COUNT
 from dask.utils import format_bytes
 
+from dask_ep import __version__
 from dask_ep.placement.policies import POLICIES, place
 from dask_ep.pricing import figures
 from dask_ep.pricing.price import Plan, WhatIf
 from dask_ep.pricing.trace import Record
+from dask_ep.pricing.words import figures_of
 
 STYLE = """
 :root { color-scheme: light; }
@@ -31,13 +39,14 @@ body { font: 16px/1.5 system-ui, sans-serif; color: #111; background: #fff; marg
 h1 { font-size: 1.5rem; margin: 0 0 .25rem; } h2 { font-size: 1.15rem; margin: 2rem 0 .5rem; }
 table { border-collapse: collapse; width: 100%; font-variant-numeric: tabular-nums; }
 th, td { text-align: left; padding: .3rem .5rem; border-bottom: 1px solid #ccc; }
-td + td, th + th { text-align: right; } .wide { overflow-x: auto; }
+td + td, th + th { text-align: right; } thead + tbody td + td { white-space: nowrap; }
+.wide { overflow-x: auto; }
 figure { margin: 1rem 0; } figcaption { color: #444; font-size: .9rem; }
 @media print { body { max-width: none; font-size: 11pt; } figure, table { break-inside: avoid; } }
 """
 
 
-def write_plan_report(path: str | PathLike, compared: WhatIf) -> None:
+def write_plan_report(path: str | PathLike, compared: WhatIf, *, job: str = "") -> None:
     """Write what a plan says, and how the choices compare if there are several.
 
     Parameters
@@ -45,6 +54,7 @@ def write_plan_report(path: str | PathLike, compared: WhatIf) -> None:
     path : of the HTML file
     compared : WhatIf
         Of `what_if`; or of one plan, ``WhatIf((plan,), plan, "")``.
+    job : name of the job
 
     Raises
     ------
@@ -67,6 +77,7 @@ def write_plan_report(path: str | PathLike, compared: WhatIf) -> None:
     sections += [_heading("Memory", _text_on_memory(best)), figures.draw_memory(best)]
     if best.advice:
         sections.append(_heading("Advice", ". ".join(best.advice)))
+    sections.append(_table("Made by", ("", ""), _origin(job)))
     _write(path, "Plan", _title(best), sections)
 
 
@@ -75,8 +86,10 @@ def write_run_report(
     plan: Plan,
     record: Record,
     *,
+    job: str = "",
     note: str = "",
     link: str | None = None,
+    more: Sequence[tuple[str, str, str]] = (),
 ) -> None:
     """Write what a run did next to what was planned.
 
@@ -85,8 +98,10 @@ def write_run_report(
     path : of the HTML file
     plan : Plan, of the run's ranks, placement and chunks
     record : Record, its chunks numbered as those of the plan
-    note : what else is to be said, such as that the run went on with another's output
+    job : name of the job
+    note : what else is to be said, such as that the run resumed another
     link : address of a further report, such as Dask's own
+    more : further figures, their names, planned and measured
 
     Raises
     ------
@@ -97,8 +112,8 @@ def write_run_report(
     said = f"{plan.rows:,} rows in {record.seconds:.2f} s, {rate:,.0f} rows per second."
     sections = [
         *([_heading("", note)] if note else []),
-        _table("Planned and measured", ("", "planned", "measured"), _both(plan, record)),
-        *([f'<p><a href="{escape(link)}">Dask\'s own report of this run</a></p>'] if link else []),
+        _table("Planned and measured", ("", "planned", "measured"), [*_both(plan, record), *more]),
+        *([_link(link)] if link else []),
         _heading("Load", _text_on_load(plan)),
         *(_of_ranks(plan, record) if plan.has_ranks else [figures.draw_expert_load(plan)]),
         _heading("Memory", _text_on_memory(plan)),
@@ -115,6 +130,7 @@ def write_run_report(
     if record.events:
         rows = [(f"{event.time:.2f} s", event.what) for event in record.events]
         sections.append(_table("", ("at", "what"), rows))
+    sections.append(_table("Made by", ("", ""), _origin(job)))
     _write(path, "Run", _title(plan), sections)
 
 
@@ -125,7 +141,7 @@ def check_drawing() -> None:
     except ImportError as error:
         raise ImportError(
             "a report is drawn with bokeh, which is not installed; "
-            'install it with: pip install "dask-ep[report]"'
+            "install it with: pip install bokeh"
         ) from error
 
 
@@ -176,11 +192,32 @@ def _write(path: str | PathLike, kind: str, title: str, sections: Sequence[Any])
     Path(path).write_text(page, encoding="utf-8")
 
 
+def _origin(job: str) -> list[tuple[str, str]]:
+    """Of what a report is, who made it when, and with what."""
+    program, *arguments = sys.argv
+    name = os.path.basename(program)
+    command = shlex.join(["dask-ep" if name == "__main__.py" else name, *arguments])
+    packages = ", ".join(f"{name} {version(name)}" for name in ("dask", "distributed", "numpy"))
+    return [
+        *([("job", job)] if job else []),
+        ("command", command),
+        ("date", time.strftime("%Y-%m-%d %H:%M %z")),
+        ("host", f"{platform.node()}, {platform.machine()}, {CPU_COUNT} cores"),
+        ("versions", f"dask_ep {__version__}, Python {platform.python_version()}, {packages}"),
+    ]
+
+
 def _title(plan: Plan) -> str:
     how = f"{plan.world_size} ranks ({plan.policy})" if plan.has_ranks else "in passes"
     return (
         f"{plan.rows:,} token rows of width {plan.work.d}, {plan.slots_per_row} of "
         f"{plan.expert_rows.size} experts a row, {how}"
+    )
+
+
+def _link(address: str) -> str:
+    return (
+        f'<p><a href="{escape(address)}">Dask\'s own report of this run</a> (a file of its own)</p>'
     )
 
 
@@ -199,51 +236,6 @@ def _table(title: str, head: Sequence[str], rows: Sequence[Sequence[str]]) -> st
     return f'{heading}<div class="wide"><table>{top}<tbody>{lines}</tbody></table></div>'
 
 
-def figures_of(plan: Plan) -> list[tuple[str, str]]:
-    """The figures of a plan as text, each with its name."""
-    replicas = []
-    if plan.replicas:
-        read = format_bytes(plan.replicas * plan.work.expert_stored)
-        replicas.append(("replicas among them", f"{plan.replicas}, {read}"))
-    parts = ", ".join(f"{name} {format_bytes(n)}" for name, n in plan.memory_parts.items())
-    tasks = plan.tasks + plan.other_tasks
-    library = f", by {plan.work.multiplied_by} here" if plan.work.multiplied_by else ""
-    ranks = [("runs on", plan.places)]
-    between = []
-    if plan.has_ranks:
-        ranks = [("ranks", f"{plan.world_size} ({plan.policy}) on {plan.places}")]
-        between = [
-            ("imbalance (max/mean rank)", f"{plan.imbalance:.3f}"),
-            ("exchanged between workers", format_bytes(plan.exchanged_bytes)),
-        ]
-    return [
-        ("token rows", f"{plan.rows:,}"),
-        ("experts", f"{plan.expert_rows.size}, {plan.slots_per_row} a row"),
-        *ranks,
-        ("chunks", f"{len(plan.chunks):,} of up to {plan.chunk_rows:,} rows"),
-        *between,
-        ("experts to read", format_bytes(plan.stored_bytes)),
-        *replicas,
-        *((what, of_limit(*figures)) for what, figures in plan.memory_figures.items()),
-        ("what it is for", parts),
-        ("tasks", f"{tasks:,}, {plan.scheduler_seconds:.2f} s of the scheduler"),
-        ("operations", f"{plan.flops.sum() + plan.layer_flops:.3g} FLOP{library}"),
-        ("time", f"{plan.seconds:.2f} s"),
-    ]
-
-
-def of_limit(nbytes: int, limit: int | None) -> str:
-    """What is used, and what may be, as text.
-
-    Examples
-    --------
-    >>> of_limit(3 << 20, None), of_limit(3 << 20, 5 << 20)
-    ('3.00 MiB', '3.00 MiB of 5.00 MiB')
-    """
-    used = format_bytes(nbytes)
-    return used if limit is None else f"{used} of {format_bytes(limit)}"
-
-
 def _both(plan: Plan, record: Record) -> list[tuple[str, str, str]]:
     """Planned and measured, side by side."""
     peak = "" if record.peak_bytes is None else format_bytes(record.peak_bytes)
@@ -251,7 +243,7 @@ def _both(plan: Plan, record: Record) -> list[tuple[str, str, str]]:
         ("tasks", f"{plan.tasks:,}", f"{record.tasks:,}"),
         *(_both_between(plan, record) if plan.has_ranks else []),
         ("memory of a worker, at most", format_bytes(plan.process_bytes), peak),
-        ("time", f"{plan.seconds:.2f} s", f"{record.seconds:.2f} s"),
+        ("time", "{:.2g} to {:.2g} s".format(*plan.seconds_range), f"{record.seconds:.2f} s"),
     ]
 
 
@@ -259,9 +251,9 @@ def _both_between(plan: Plan, record: Record) -> list[tuple[str, str, str]]:
     """What goes between chunks and ranks, planned and measured."""
     received = record.received_rows()
     return [
-        ("rows that ranks serve", f"{plan.packet_rows.sum():,}", f"{sum(received.values()):,}"),
+        ("rows that ranks receive", f"{plan.packet_rows.sum():,}", f"{sum(received.values()):,}"),
         (
-            "imbalance of these",
+            "imbalance of these rows",
             _imbalance(plan.packet_rows.sum(axis=0)),
             _imbalance(list(received.values())),
         ),
@@ -332,15 +324,17 @@ def _ranks(plan: Plan, measured: dict[int, int]) -> list[tuple[str, str, str]]:
 
 
 def _planned_traffic(plan: Plan) -> Any:
-    names = [str(worker) for worker in range(plan.workers)]
+    names = [f"worker {number}" for number in range(plan.workers)]
     return figures.draw_traffic(plan.traffic_rows, "Planned: rows to each rank", names)
 
 
 def _measured_traffic(plan: Plan, record: Record) -> list[Any]:
     workers, rows = record.workers(), record.traffic_rows(plan.world_size)
     if plan.workers == 1:  # threads are one worker
-        workers, rows = ["0"], rows.sum(axis=0, keepdims=True)
-    names = [f"{number}: {figures.short(who)}" for number, who in enumerate(workers)]
+        rows = rows.sum(axis=0, keepdims=True)
+        names = ["worker 0"]
+    else:
+        names = [figures.short(worker) for worker in workers]
     if not rows.any():
         return []
     return [figures.draw_traffic(rows, "Measured: rows to each rank", names)]
@@ -350,7 +344,9 @@ def _imbalances(plan: Plan) -> dict[str, float]:
     """Imbalance of the plan's placement and of each policy, for the plan's load."""
     load = plan.expert_rows
     found = {p: place(p, load, plan.world_size).imbalance(load) for p in POLICIES}
-    return found if plan.policy in found else {"this placement": plan.imbalance, **found}
+    if plan.policy in found:
+        return found | {plan.policy: plan.imbalance}
+    return {"this placement": plan.imbalance, **found}
 
 
 def _text_on_load(plan: Plan) -> str:
@@ -362,20 +358,24 @@ def _text_on_load(plan: Plan) -> str:
     if not plan.has_ranks:
         return f"{said}."
     busiest = int(plan.rank_rows.argmax())
-    return f"{said}; the busiest rank, {busiest}, serves {plan.imbalance:.2f} times the mean."
+    return (
+        f"{said}; the busiest rank, {busiest}, has {plan.imbalance:.3f} times the mean work. A row "
+        "that wants several experts of a rank is that much more work there, and is received once."
+    )
 
 
 def _text_on_traffic(plan: Plan) -> str:
     rows = int(plan.packet_rows.sum())
     said = (
-        f"Ranks serve {rows:,} rows, {rows / max(plan.rows, 1):.2f} for each token row, however "
+        f"Ranks receive {rows:,} rows, {rows / max(plan.rows, 1):.2f} for each token row, however "
         f"many of its {plan.slots_per_row} experts a rank has. "
     )
     if not plan.exchanged_bytes:
         return f"{said}None of them leaves its worker."
     return (
-        f"{said}A row goes to another worker once, whatever it has of its ranks, and comes back "
-        f"once from each: {format_bytes(plan.exchanged_bytes)} if neighbouring chunks lie together."
+        f"{said}A row is sent to another worker once, and each of its ranks there sends one back: "
+        f"{format_bytes(plan.exchanged_bytes)}. The plan assumes that neighbouring chunks are on "
+        "one worker; in a run Dask decides which worker reads which chunk."
     )
 
 

@@ -13,9 +13,7 @@ from typing import Any
 
 import numpy as np
 
-
-class ReadError(OSError):
-    """Rows that should be there could not be read: a file is missing, short or damaged."""
+from dask_ep.errors import ReadError
 
 
 def fill_from_file(

@@ -28,6 +28,8 @@ from collections import Counter
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+from dask_ep.errors import OutputInUse
+
 FORMAT = 2
 """Version of the manifest and the lines; another version is refused."""
 
@@ -42,10 +44,6 @@ MANIFEST = frozenset(
 
 HOLDER = frozenset(("pid", "host", "born", "since"))
 """What a lock says about the process that holds it."""
-
-
-class OutputInUse(RuntimeError):
-    """Another run writes this output now."""
 
 
 def write_manifest(directory: str, manifest: Mapping[str, Any]) -> None:
@@ -184,7 +182,7 @@ def describe_differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> list
     return words + _compare("setting ", old.get("settings", {}), new.get("settings", {}))
 
 
-def acquire(directory: str) -> None:
+def acquire_lock(directory: str) -> None:
     """Become the one process that writes this output.
 
     Raises
@@ -212,7 +210,7 @@ def acquire(directory: str) -> None:
         file.write(json.dumps(_this_process()))
 
 
-def release(directory: str) -> None:
+def release_lock(directory: str) -> None:
     """Stop being the one that writes; nothing if this process is not."""
     with contextlib.suppress(FileNotFoundError), _open_lock(directory, create=False) as file:
         holder, mine = None, _this_process()

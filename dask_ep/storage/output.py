@@ -162,7 +162,7 @@ class Output(DaskMethodsMixin):
     def close(self) -> None:
         """Release the lock; what is done stays done."""
         if self._dropped.detach() is not None:
-            journal.release(self.directory)
+            journal.release_lock(self.directory)
 
     def count_done(self) -> int:
         """Count the blocks that are done by now, by any process."""

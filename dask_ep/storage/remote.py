@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from dask_ep.storage.files import ReadError
+from dask_ep.errors import ReadError
 from dask_ep.storage.source import Region
 
 _HEADER_BLOCK = 1 << 16  # bytes that are fetched at a time to read a header
@@ -35,7 +35,7 @@ def file_system(address: str) -> tuple[Any, str]:
     except ImportError as error:
         raise ImportError(
             f"{address} is read through fsspec, which is not installed: pip install "
-            "'dask-ep[remote]', or copy the files to a local directory"
+            "fsspec, or copy the files to a local directory"
         ) from error
     return fsspec.core.url_to_fs(address)
 

@@ -24,12 +24,12 @@ from typing import Any
 import dask.array as da
 import numpy as np
 
+from dask_ep.errors import ReadError
 from dask_ep.storage import journal
 from dask_ep.storage.files import bytes_below
 from dask_ep.storage.fingerprint import describe
 from dask_ep.storage.output import fingerprint_output, free_bytes, hash_rows, progress_directory
 from dask_ep.storage.replace import is_replaceable, remove
-from dask_ep.storage.sources import ReadError
 from dask_ep.storage.writers import Writer, make_writer
 
 

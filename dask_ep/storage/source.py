@@ -17,7 +17,7 @@ import numpy as np
 
 from dask_ep.arrays.checks import check_byte_order
 from dask_ep.arrays.memory import empty
-from dask_ep.storage.files import ReadError
+from dask_ep.errors import ReadError
 
 
 class Source(ABC):

@@ -25,7 +25,8 @@ import numpy as np
 import xxhash
 
 from dask_ep.arrays.checks import refuse_masked
-from dask_ep.storage.files import ReadError, file_size, fill_from_file, fingerprint_files
+from dask_ep.errors import ReadError
+from dask_ep.storage.files import file_size, fill_from_file, fingerprint_files
 from dask_ep.storage.mapped import is_of_its_file
 from dask_ep.storage.npy_header import parse_npy_header
 from dask_ep.storage.remote import RemoteFile, is_remote

@@ -22,17 +22,18 @@ from dask.base import tokenize
 from dask.blockwise import BlockwiseDepDict, blockwise
 from dask.highlevelgraph import HighLevelGraph
 
-from dask_ep.arrays.checks import check_byte_order, refuse_masked
+from dask_ep.arrays.checks import check_byte_order, refuse_masked, size_in_bytes
 from dask_ep.arrays.device import explain_memory
 from dask_ep.arrays.lanes import pinned_empty, upload
 from dask_ep.arrays.namespaces import Array
+from dask_ep.errors import ReadError
 from dask_ep.storage import journal
 from dask_ep.storage.guard import refuse_to_replace_inputs
 from dask_ep.storage.output import Output, progress_directory
 from dask_ep.storage.remote import is_remote
 from dask_ep.storage.replace import restore
 from dask_ep.storage.resume import begin, check_existing, go_on, make_manifest
-from dask_ep.storage.sources import ReadError, Source, ZarrSource, open_source, refuse_missing
+from dask_ep.storage.sources import Source, ZarrSource, open_source, refuse_missing
 from dask_ep.storage.writers import make_writer, shorten
 from dask_ep.storage.writing import wait_until_asked
 
@@ -44,7 +45,7 @@ KINDS = (".zarr", ".npy", ".safetensors")
 
 def open_tokens(
     path: Any,
-    chunks: int | tuple[int, ...] | None = None,
+    chunks: int | str | tuple[int, ...] | None = None,
     name: str | None = None,
     *,
     like: da.Array | None = None,
@@ -57,8 +58,8 @@ def open_tokens(
     Parameters
     ----------
     path : whatever `open_source` takes
-    chunks : rows per chunk, or the rows of every chunk. By default whole stored chunks, as many as
-        make about 32 MiB
+    chunks : rows per chunk, its size as text ("32 MiB"), or the rows of every chunk. A size means
+        whole stored chunks, as many as make about so many bytes; by default ("auto") 32 MiB
     name : for messages; the file's name without it
     like : array whose row chunks to use, so that routing is chunked like its tokens
     dtype : see `open_source`
@@ -198,6 +199,11 @@ def store(
     ...     output.rows, open_tokens(path).sum().compute(scheduler="sync").item()
     ((4, 2), 12.0)
     """
+    if not isinstance(y, da.Array):
+        raise TypeError(
+            f"store writes a Dask array, but got a {type(y).__name__}; wrap it with "
+            "dask.array.from_array"
+        )
     if is_remote(path):
         raise ValueError(
             f"an output must be a local path, not a URL ({path}); write to a mounted file system, "
@@ -220,7 +226,7 @@ def store(
     check_existing(path, resume, overwrite)
     _make_directory(directory, path)
     wait_until_asked(directory)
-    journal.acquire(directory)
+    journal.acquire_lock(directory)
     try:
         restore(path, directory)
         check_existing(path, resume, overwrite)  # again, now that no other run can begin
@@ -231,7 +237,7 @@ def store(
             writer, manifest = go_on(y, path, manifest, wanted, compressors)
         output = Output(y, path, writer, manifest, sync)
     except BaseException:
-        journal.release(directory)
+        journal.release_lock(directory)
         raise
     if compute:
         with output:
@@ -256,7 +262,7 @@ def _read_to_device(source: Source, start: int, stop: int, xp: Any) -> Array:
 
 
 def _row_chunks(
-    source: Source, chunks: int | tuple[int, ...] | None, like: da.Array | None
+    source: Source, chunks: int | str | tuple[int, ...] | None, like: da.Array | None
 ) -> tuple[int, ...]:
     """Decide how many rows each chunk has."""
     length = source.shape[0]
@@ -268,15 +274,12 @@ def _row_chunks(
                 f"{source.name} must have as many rows as `like`, {len(like)}, not {length}"
             )
         return like.chunks[0]
-    if chunks is None:
+    if chunks is None or isinstance(chunks, str):
+        given = None if chunks == "auto" else chunks
+        nbytes = size_in_bytes(given, f"chunks of {source.name}") or CHUNK_BYTES
         stored = source.chunk_rows or 1
         row_bytes = max(1, prod(source.shape[1:]) * source.dtype.itemsize)
-        chunks = max(1, CHUNK_BYTES // (stored * row_bytes)) * stored
-    if isinstance(chunks, str):
-        raise TypeError(
-            f"chunks of {source.name} must be a number of rows or one for each chunk, not "
-            f"{chunks!r}; without it they are of about {CHUNK_BYTES >> 20} MiB"
-        )
+        chunks = max(1, nbytes // (stored * row_bytes)) * stored
     if isinstance(chunks, (int, Integral)):
         chunks = int(chunks)
         if chunks < 1:

@@ -30,13 +30,13 @@ def release_when_written(directory: str, keys: Sequence[Any]) -> None:
     """
     clients = _clients() if threading.main_thread().is_alive() else []  # else the process ends
     if not clients:
-        journal.release(directory)
+        journal.release_lock(directory)
         return
     watch = _Watch(clients, directory, keys)
     try:
         watch.start()
     except RuntimeError:  # the interpreter ends, and its clients with it
-        journal.release(directory)
+        journal.release_lock(directory)
 
 
 def wait_until_asked(directory: str) -> None:
@@ -69,7 +69,7 @@ class _Watch(threading.Thread):
         while any(_waits(client(), self.keys) for client in self.clients):
             self.asked.set()
             time.sleep(POLL_SECONDS)
-        journal.release(self.directory)
+        journal.release_lock(self.directory)
         self.asked.set()
 
 

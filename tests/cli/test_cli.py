@@ -6,6 +6,7 @@ import errno
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -20,10 +21,11 @@ from safetensors.numpy import save_file
 
 from dask_ep.cli import main, terminal
 from dask_ep.cli.command import one_line
-from dask_ep.jobs import backends, run
+from dask_ep.jobs import backends
 from dask_ep.jobs.backends import Threads
 from dask_ep.jobs.example import FORMATS, Example, write_example
 from dask_ep.jobs.job import load_job
+from dask_ep.jobs.result import Progress
 from dask_ep.jobs.run import run_job
 from dask_ep.placement.placement import Placement
 from dask_ep.storage import files, sources
@@ -65,6 +67,7 @@ def small_job(tmp_path) -> Path:
 # --- from nothing to a checked output --------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("format", FORMATS)
 def test_example_run_verify_inspect(tmp_path, capsys, format):
     sizes = ("--rows", 600, "--d", 16, "--experts", 4, "--chunk-rows", 100, "--format", format)
@@ -137,6 +140,21 @@ def test_a_layer_of_options_alone_and_as_a_job(tmp_path, capsys):
     assert all(word in out for word in ("qwen3_moe", "softmax scores, normalised", "dense", "moe"))
 
 
+def test_layers_that_a_cut_checkpoint_lacks_are_named(tmp_path, capsys):
+    case = shutil.copytree(ROOT / "tests" / "fixtures" / "qwen3_moe", tmp_path / "cut")
+    config = json.loads((case / "config.json").read_text())
+    (case / "config.json").write_text(json.dumps(config | {"num_hidden_layers": 4}))
+    code, out, _ = here(capsys, "inspect", case)
+    assert code == 0
+    assert "4, 2 of them MoE, 1 of these not in the files here" in out
+    assert out.count("moe, not in the files here") == 1
+
+
+def test_no_more_rows_are_advised_than_there_are(small_job, capsys):
+    _, out, _ = here(capsys, "inspect", load_job(small_job).tokens)
+    assert re.search(r"advised chunk rows +700\b", out)
+
+
 # --- exit codes and messages -----------------------------------------------------------------
 
 
@@ -168,6 +186,8 @@ def test_wrong_use_is_2(tmp_path, capsys, small_job):
         (["verify", small_job, "--seed", -1], "-1 is not in the range x>=0"),
         (["verify", small_job, "--tolerance", "nan"], "nan must be a finite number"),
         (["frobnicate"], "No such command"),
+        (["plan"], "'tokens' is missing"),
+        (["verify", "--routing", "r.npy"], "'tokens' is missing"),
     ]:
         code, _, err = here(capsys, *arguments)
         assert (code, words in err) == (2, True), (arguments, err)
@@ -194,6 +214,7 @@ def test_what_fails_is_1_and_one_line(tmp_path, capsys, monkeypatch, small_job):
     assert here(capsys, "run", small_job, "--overwrite")[0] == 0
 
 
+@pytest.mark.slow
 def test_a_bad_index_names_chunk_and_row_and_debug_shows_all(capsys, small_job):
     path = load_job(small_job).routing
     routing = np.load(path)
@@ -301,6 +322,7 @@ def stop(process: subprocess.Popen, number: int) -> tuple[int, str, str]:
     return process.returncode, out, err
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
 def test_a_stopped_run_is_resumed(tmp_path, capsys, slow_job, number):
     out = tmp_path / "out.npy"
@@ -316,7 +338,7 @@ def test_a_stopped_run_is_resumed(tmp_path, capsys, slow_job, number):
     else:
         assert code == 1
         assert "stopped;" in err
-        assert "Go on with the same command with --resume" in err
+        assert "To continue: the same command with --resume" in err
         assert "Traceback" not in err
     done = count_blocks(out)
     assert 5 <= done < 200
@@ -364,6 +386,7 @@ def test_after_a_chunk_that_cannot_be_read_the_finished_ones_are_good(
     np.testing.assert_array_equal(np.load(job.out), np.load(straight.out))
 
 
+@pytest.mark.slow
 def test_what_processes_began_threads_finish_to_the_same_bits(tmp_path, slow_job):
     out = tmp_path / "out.npy"
     where = ("--out", out, "--processes", 2, "--chunk-rows", 64, "--memory-limit", "1GiB")
@@ -392,6 +415,43 @@ def test_what_processes_began_threads_finish_to_the_same_bits(tmp_path, slow_job
     np.testing.assert_array_equal(np.load(out), np.load(straight.out))
 
 
+def test_options_alone_make_a_job_for_every_command(tmp_path, small_job, capsys):
+    job, out = load_job(small_job), tmp_path / "out.npy"
+    table = f'{{kind = "linear", w = "{job.experts["w"]}", transposed = false}}'
+    options = ("--tokens", job.tokens, "--routing", job.routing, "--experts", table, "--out", out)
+    saved = tmp_path / "saved.toml"
+    assert here(capsys, "plan", *options, "--threads", 1)[0] == 0
+    code, _, err = here(capsys, "plan", *options, "--what-if", "chunk_rows=100,200")
+    assert code == 0, err
+    assert here(capsys, "run", *options, "--save-job", saved)[0] == 0
+    assert here(capsys, "verify", *options)[0] == here(capsys, "verify", saved)[0] == 0
+    assert 'out = "out.npy"' in saved.read_text(), "relative to the file, where it can be"
+    assert here(capsys, "run", saved, "--resume")[0] == 0
+
+
+def test_a_run_says_which_experts_were_used(small_job, tmp_path, capsys):
+    routing = np.load(load_job(small_job).routing)
+    count = np.bincount(routing.ravel())
+    _, out, _ = here(capsys, "run", small_job)
+    hottest = f"expert {count.argmax()} most, by {count.max():,} of {routing.size:,} slots"
+    assert f"of 6 were used; {hottest}" in out
+    _, out, _ = here(capsys, "run", small_job, "--resume")
+    assert "experts:" not in out, "nothing was computed"
+
+
+def test_choices_are_needed_to_compare(small_job, capsys):
+    code, _, err = here(capsys, "plan", small_job, "--what-if")
+    assert (code, "--what-if needs choices to compare, NAME=VALUE" in err) == (2, True)
+
+
+def test_a_report_of_nothing_is_announced(small_job, tmp_path, capsys):
+    report = tmp_path / "run.html"
+    assert here(capsys, "run", small_job)[0] == 0
+    code, out, _ = here(capsys, "run", small_job, "--resume", "--report", report)
+    assert (code, report.exists()) == (0, False)
+    assert "report: not written, since nothing was left to compute; use --overwrite" in out
+
+
 # --- from Python -----------------------------------------------------------------------------
 
 
@@ -400,7 +460,9 @@ def test_progress_from_python(small_job):
     done = run_job(load_job(small_job), Threads(1), chunk_rows=100, on_progress=told.append)
     assert [p.rows_done for p in told] == [0, 100, 200, 300, 400, 500, 600, 700]
     assert told[0].seconds_left is None
-    assert (done.rows_left, done.rows_in_all) == (0, 700)
+    assert (told[-1].rows_left, told[-1].rows_in_all) == (0, 700)
+    assert (done.rows, done.rows_done, done.out) == (700, 700, load_job(small_job).out)
+    assert done.decision.layout.threads == 1
     assert open_source(load_job(small_job).out).shape == (700, 16)
     again = run_job(load_job(small_job), Threads(1), resume=True)
     assert (again.rows_done, again.rows_before) == (0, 700)
@@ -409,6 +471,7 @@ def test_progress_from_python(small_job):
 # --- a cluster -------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_a_cluster_finishes_what_was_stopped_on_it(tmp_path, capsys, slow_job):
     out = tmp_path / "out.npy"
     with RealCluster(tmp_path, ["alice", "bob"]) as cluster:
@@ -441,6 +504,7 @@ def test_a_scheduler_that_does_not_answer(monkeypatch, capsys, small_job):
 # --- on a terminal ---------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_a_terminal_gets_a_bar(tmp_path, small_job):
     master, slave = os.openpty()
     try:
@@ -468,11 +532,20 @@ def test_without_one_lines_come_every_few_seconds(monkeypatch, capsys):
     monkeypatch.setattr(terminal.time, "monotonic", lambda: next(clock))
     with terminal.progress_bar("rows") as tell:
         for done in range(0, 101, 10):
-            tell(done, 100, "", run.Progress(done, 100 - done, 0, done / 50))
+            tell(done, 100, "", Progress(done, 100 - done, 0, done / 5))
     lines = capsys.readouterr().err.splitlines()
-    assert lines[0] == "20 %, 20 of 100 rows, 50 rows/s, 1.60 s left"
-    assert lines[-1] == "100 %, 100 of 100 rows, 50 rows/s"
+    assert lines[0] == "20 %, 20 of 100 rows, 5 rows/s, 16.00 s left"
+    assert lines[-1] == "100 %, 100 of 100 rows, 5 rows/s"
     assert len(lines) == 4
+
+
+@pytest.mark.parametrize(
+    ("done", "seconds", "left"),
+    [(0, 2.0, None), (50, 0.4, None), (2, 2.0, None), (50, 2.0, 2.0), (100, 4.0, 0.0)],
+    ids=["nothing done", "begun just now", "too few rows", "known", "at the end"],
+)
+def test_the_time_left_is_told_when_the_speed_is_known(done, seconds, left):
+    assert Progress(done, 100 - done, 0, seconds).seconds_left == left
 
 
 def test_an_error_and_its_causes_are_one_line():
@@ -486,6 +559,7 @@ def test_an_error_and_its_causes_are_one_line():
     assert one_line(error) == "chunk 2 failed"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["plan", "run"])
 def test_what_would_multiply_faster_is_said_once(name, small_job, capsys, monkeypatch):
     monkeypatch.setattr(terminal, "faster_blas", lambda: "another library")

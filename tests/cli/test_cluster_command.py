@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from dask_ep import load_moe_layer
-from dask_ep.cluster.owner_plugin import PLUGIN
+from dask_ep.cluster.owner_plugin import OWNERS_PLUGIN
 from dask_ep.jobs.backends import Threads
 from dask_ep.jobs.example import Example, write_example
 from dask_ep.jobs.job import load_job
@@ -84,6 +84,7 @@ def cluster(tmp_path):
         yield running
 
 
+@pytest.mark.slow
 def test_a_lost_worker_changes_nothing(cluster, job, tmp_path, expected):
     out = tmp_path / "out.npy"
     process = start(job, "--out", out, *on(cluster), "--report", tmp_path / "run.html")
@@ -93,7 +94,7 @@ def test_a_lost_worker_changes_nothing(cluster, job, tmp_path, expected):
     assert code == 0, told
     assert "6400 rows in" in printed
     np.testing.assert_array_equal(np.load(out), expected)
-    assert f"report: {tmp_path}/run.html; Dask's: {tmp_path}/run-dask.html" in printed
+    assert f"report: {tmp_path}/run.html; by Dask: {tmp_path}/run-dask.html" in printed
     assert "ep_chunk" in (tmp_path / "run-dask.html").read_text()
     report = (tmp_path / "run.html").read_text()
     assert '<a href="run-dask.html">' in report
@@ -102,6 +103,7 @@ def test_a_lost_worker_changes_nothing(cluster, job, tmp_path, expected):
     assert re.search(r"[1-9]\d* tasks ran again", report)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", ["qwen2_moe", "gpt_oss_mxfp4"])
 def test_a_checkpoints_layer_outlives_a_worker(cluster, tmp_path, case):
     """Router, shared experts and all, from a directory that every worker opens for itself."""
@@ -122,6 +124,7 @@ def test_a_checkpoints_layer_outlives_a_worker(cluster, tmp_path, case):
     np.testing.assert_allclose(np.load(out), one, rtol=1e-5, atol=1e-6 * np.abs(one).max())
 
 
+@pytest.mark.slow
 def test_ctrl_c_leaves_nothing_on_the_cluster(cluster, job, tmp_path):
     out = tmp_path / "out.npy"
     process = start(job, "--out", out, *on(cluster))
@@ -132,10 +135,11 @@ def test_ctrl_c_leaves_nothing_on_the_cluster(cluster, job, tmp_path):
     assert "stopped;" in told
     with cluster.client() as client:
         wait_until(lambda: client.run_on_scheduler(_count_tasks) == 0, "no task is left")
-        assert PLUGIN not in client.run_on_scheduler(_plugins)
+        assert OWNERS_PLUGIN not in client.run_on_scheduler(_plugins)
         assert set(addresses(client)) == {"w0", "w1"}
 
 
+@pytest.mark.slow
 def test_after_a_lost_scheduler_the_run_goes_on(cluster, job, tmp_path, expected):
     out = tmp_path / "out.npy"
     process = start(job, "--out", out, *on(cluster))
@@ -153,6 +157,7 @@ def test_after_a_lost_scheduler_the_run_goes_on(cluster, job, tmp_path, expected
     np.testing.assert_array_equal(np.load(out), expected)
 
 
+@pytest.mark.slow
 def test_a_cluster_with_certificates(tmp_path, job, expected):
     certificates = make_certificates(tmp_path)
     out = tmp_path / "out.npy"
@@ -167,6 +172,7 @@ def test_a_cluster_with_certificates(tmp_path, job, expected):
     np.testing.assert_array_equal(np.load(out), expected)
 
 
+@pytest.mark.slow
 def test_a_worker_that_does_not_see_the_files_is_named_before_anything_runs(cluster, job, tmp_path):
     far_machine = tmp_path / "far_machine.py"
     far_machine.write_text(
@@ -184,6 +190,7 @@ def test_a_worker_that_does_not_see_the_files_is_named_before_anything_runs(clus
     assert not (tmp_path / "out.npy").exists()
 
 
+@pytest.mark.slow
 def test_the_address_of_the_dashboard_is_told(job, tmp_path):
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from distributed import Client, LocalCluster
 
-from dask_ep import Experts, expert_parallel, own_experts
+from dask_ep import Experts, OwnerRules, expert_parallel, own_experts
 from tests.cluster_processes import DEADLINE, wait_until
 
 RANKS, CHUNKS, ROWS, WIDTH = 2, 3, 8, 4
@@ -46,12 +46,13 @@ def adaptive():
         yield client
 
 
+@pytest.mark.slow
 def test_an_adaptive_cluster_grows_and_shrinks_in_the_midst_of_a_job(adaptive, tmp_path):
     gate = tmp_path / "wait"
     gate.touch()
     tokens = da.ones((CHUNKS * ROWS, WIDTH), chunks=(ROWS, WIDTH), dtype=np.float32)
     routing = np.random.default_rng(0).integers(RANKS, size=CHUNKS * ROWS)
-    with own_experts(adaptive, RANKS, settle=0.2) as owners:
+    with own_experts(adaptive, RANKS, rules=OwnerRules(settle=0.2)) as owners:
         y = expert_parallel(
             tokens,
             da.from_array(routing, chunks=ROWS),

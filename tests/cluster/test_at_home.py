@@ -113,6 +113,7 @@ def _tokens_of_chunk(block_id=(0, 0)):
 # --- what travels ----------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("slots", [1, 2])
 def test_a_hot_expert_is_read_where_its_rows_lie_and_the_rows_of_a_cold_one_travel(
     client, recorder, tmp_path, slots

@@ -15,7 +15,8 @@ from distributed.security import Security
 from threadpoolctl import threadpool_info
 
 from dask_ep.cluster import checks as clusters
-from dask_ep.cluster.checks import UnfitClusterError, WorkerSettings, check_cluster, connect, probe
+from dask_ep.cluster.checks import WorkerSettings, check_cluster, connect, probe_process
+from dask_ep.errors import UnfitClusterError
 from tests.certificates import make_certificates, options
 from tests.cluster_processes import DEADLINE, REPOSITORY, Cluster, addresses, wait_until
 
@@ -39,6 +40,7 @@ def client(cluster):
 # --- is it fit? ------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_a_worker_without_the_package_is_named(cluster, client, tmp_path):
     without_package = tmp_path / "without_package.py"
     without_package.write_text(WITHOUT_PACKAGE)
@@ -64,7 +66,7 @@ sys.meta_path.insert(0, Absent)
 
 
 def test_other_versions_are_named_with_their_places(client, monkeypatch):
-    numpy = probe([])["versions"]["numpy"]
+    numpy = probe_process([])["versions"]["numpy"]
     monkeypatch.setattr(clusters.metadata, "version", lambda package: "0.1")
     with pytest.raises(UnfitClusterError) as error:
         check_cluster(client)
@@ -136,6 +138,7 @@ def test_one_blas_thread_without_a_nanny_on_workers_there_and_to_come(cluster, c
     wait_until(lambda: "late" not in addresses(client), "the late worker has gone")
 
 
+@pytest.mark.slow
 def test_one_blas_thread_with_a_nanny_and_after_its_restart(tmp_path):
     threads = {"distributed.nanny.pre-spawn-environ": "{'OPENBLAS_NUM_THREADS': 2}"}
     running = Cluster(tmp_path, ["w0"], nanny=True, config=threads)
@@ -178,6 +181,7 @@ def test_owners_keep_the_memory_of_freed_packets(tmp_path):
     assert kept < 500
 
 
+@pytest.mark.slow
 def test_one_blas_thread_in_process():
     ran = subprocess.run(
         [sys.executable, "-W", "error", "-c", IN_PROCESS],
@@ -233,6 +237,7 @@ def test_with_certificates_all_is_well(tls_client):
         check_cluster(tls_client, {"here": REPOSITORY})
 
 
+@pytest.mark.slow
 def test_a_worker_without_a_certificate_of_the_cluster_cannot_join(
     tls_cluster, tls_client, other_certificates, tmp_path
 ):
@@ -285,6 +290,7 @@ def test_a_client_without_a_certificate_is_told(tls_cluster, other_certificates,
         connect(address, certificates=proofs.get(proof), timeout=2)
 
 
+@pytest.mark.slow
 def test_no_scheduler_there(tmp_path):
     begun = time.monotonic()
     with pytest.raises(ConnectionError, match=r"127\.0\.0\.1:1: .*check that it runs"):

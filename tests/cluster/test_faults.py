@@ -10,9 +10,9 @@ import dask.array as da
 import numpy as np
 import pytest
 
-from dask_ep import Experts, expert_parallel, own_experts
-from dask_ep.cluster.owner_plugin import PLUGIN
-from dask_ep.cluster.services import LostOwnerError
+from dask_ep import Experts, OwnerRules, expert_parallel, own_experts
+from dask_ep.cluster.owner_plugin import OWNERS_PLUGIN
+from dask_ep.errors import LostOwnerError
 from dask_ep.storage.sources import Source
 from tests.cluster_processes import DEADLINE, Cluster, addresses, wait_until
 from tests.fault_scenarios import (
@@ -62,6 +62,7 @@ CASES = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("fault", "number"), CASES)
 def test_the_result_is_that_of_the_undisturbed_run(clusters, fault, number):
     cluster, client, expected = clusters(nanny=FAULTS[fault][1])
@@ -71,6 +72,7 @@ def test_the_result_is_that_of_the_undisturbed_run(clusters, fault, number):
     assert outcome.failures == []
 
 
+@pytest.mark.slow
 def test_an_idle_worker_takes_a_replica_of_the_hot_rank_in_the_midst_of_the_job(tmp_path):
     running = Cluster(tmp_path, UNEVEN_WORKERS, config=CONFIG)
     with running, running.client() as client:
@@ -103,7 +105,7 @@ def client(cluster):
 
 def nothing_is_left(client):
     return (
-        PLUGIN not in client.run_on_scheduler(_plugins)
+        OWNERS_PLUGIN not in client.run_on_scheduler(_plugins)
         and not client.run_on_scheduler(_restrictions)
         and not any(slots_taken(client).values())
         and not any(slices_kept(client).values())
@@ -155,10 +157,11 @@ def layer(experts, ranks, chunks=60, rows=16, width=8):
     )
 
 
+@pytest.mark.slow
 def test_a_rank_is_moved_while_a_thousand_packets_wait_for_it(client, gate):
     y = layer(Experts.callables([Waits(gate), _triple, _triple]), 3, chunks=1000)
     record_services(client)
-    with own_experts(client, 3, chunks_in_flight=inf) as owners:
+    with own_experts(client, 3, rules=OwnerRules(chunks_in_flight=inf)) as owners:
         owners.move(0, "w0")
         future = client.compute(y)
         waiting = 900  # a third of the chunks is read at w0 itself, whose threads wait for a core
@@ -187,9 +190,10 @@ def joining(cluster, client):
     wait_until(lambda: "added" not in addresses(client), "the worker has gone")
 
 
+@pytest.mark.slow
 def test_a_worker_that_joins_takes_ranks_and_chunks_of_the_job(client, joining):
     y = layer(Experts.callables([_triple_slowly] * 6), 6, chunks=150)
-    with own_experts(client, 6, settle=0.2) as owners:
+    with own_experts(client, 6, rules=OwnerRules(settle=0.2)) as owners:
         future = client.compute(y)
         wait_until(lambda: any(slots_taken(client).values()), "chunks are in flight")
         added = joining()
@@ -201,6 +205,7 @@ def test_a_worker_that_joins_takes_ranks_and_chunks_of_the_job(client, joining):
     assert any(s.asked_by == added for s in served)
 
 
+@pytest.mark.slow
 def test_a_client_that_goes_leaves_no_chunk_and_no_experts(cluster, client):
     y = job(seconds_per_product=0.2, salt=2)
     with cluster.client() as other:
@@ -213,11 +218,12 @@ def test_a_client_that_goes_leaves_no_chunk_and_no_experts(cluster, client):
         assert np.array_equal(client.compute(y).result(DEADLINE), alone(y))
 
 
+@pytest.mark.slow
 def test_two_graphs_of_two_clients_outlive_an_owner(cluster, client):
     mine, theirs = job(salt=3), job(salt=4) * 2
     with (
         cluster.client() as other,
-        own_experts(client, RANKS, settle=0.2) as owners,
+        own_experts(client, RANKS, rules=OwnerRules(settle=0.2)) as owners,
         own_experts(other, RANKS),
     ):
         futures = client.compute(mine), other.compute(theirs)
@@ -229,6 +235,7 @@ def test_two_graphs_of_two_clients_outlive_an_owner(cluster, client):
     assert np.array_equal(results[1], alone(theirs))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("weights", ["in the graph", "slow tasks", "tasks of another client"])
 def test_a_lost_owner_is_replaced_while_all_chunks_that_may_be_under_way_wait_for_it(
     cluster, client, weights
@@ -243,7 +250,7 @@ def test_a_lost_owner_is_replaced_while_all_chunks_that_may_be_under_way_wait_fo
         given = da.from_array(given, chunks=(1, -1, -1)).map_blocks(_slowly, meta=given[:0])
     y = layer(given, ranks)
     expected = alone(y)
-    with own_experts(client, ranks, settle=0.2, chunks_in_flight=1) as owners:
+    with own_experts(client, ranks, rules=OwnerRules(settle=0.2, chunks_in_flight=1)) as owners:
         for rank in range(ranks):
             owners.move(rank, "w0")
         earlier = layer(Experts.callables([_triple_slowly] * 3), 3, chunks=200)
@@ -274,11 +281,12 @@ class Breakable(Source):
         return "breakable"
 
 
+@pytest.mark.slow
 def test_experts_that_cannot_be_loaded_again_end_the_job_with_an_error(cluster, client, tmp_path):
     broken = tmp_path / "broken"
     weights = np.random.default_rng(6).standard_normal((6, 8, 8)).astype("f4")
     y = layer(Experts.linear(Breakable(weights, broken)), 6, chunks=3000)
-    with own_experts(client, 6, settle=0.2):
+    with own_experts(client, 6, rules=OwnerRules(settle=0.2)):
         future = client.compute(y)
         wait_until(lambda: any(slots_taken(client).values()), "chunks are in flight")
         broken.touch()
@@ -317,5 +325,5 @@ def _restrictions(dask_scheduler):
 
 
 def _open_layers(world_size, dask_scheduler):
-    layers = dask_scheduler.plugins[PLUGIN].layers
+    layers = dask_scheduler.plugins[OWNERS_PLUGIN].layers
     return [layer.token for layer in layers if layer.is_open and layer.world_size == world_size]

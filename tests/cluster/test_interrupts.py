@@ -153,6 +153,7 @@ def test_at_the_second_interrupt_the_process_ends(tmp_path):
     assert ran.stderr == "stopping; again to stop at once\n"
 
 
+@pytest.mark.slow
 def test_ctrl_c_while_workers_start(job_file, tmp_path):
     """Sent to the whole group, as a terminal does, when the first process is there."""
     command = [sys.executable, "-m", "dask_ep", "run", job_file, "--processes", "2"]

@@ -14,9 +14,9 @@ import pytest
 from distributed import Client
 from distributed.core import Status
 
-from dask_ep import Experts, expert_parallel, own_experts
-from dask_ep.cluster.owner_plugin import METADATA, PLUGIN
-from dask_ep.cluster.services import LostOwnerError
+from dask_ep import Experts, OwnerRules, expert_parallel, own_experts
+from dask_ep.cluster.owner_plugin import METADATA, OWNERS_PLUGIN
+from dask_ep.errors import LostOwnerError
 from dask_ep.graph.pipeline import count_tasks
 from dask_ep.storage.sources import open_source
 from tests.cluster_processes import DEADLINE, Cluster, addresses, wait_until
@@ -144,6 +144,7 @@ def _routing_of_chunk(seed, rows, slots, num_experts, block_id=(0, 0)):
 # --- where -----------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("ranks", [6, 3, 2], ids=["more ranks", "as many", "fewer ranks"])
 def test_a_rank_is_loaded_and_served_by_its_owner(client, recorded, ranks):
     y, _ = layer(ranks=ranks)
@@ -283,6 +284,7 @@ def stalled(client, tmp_path):
     file.unlink(missing_ok=True)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("given", "most"),
     [({}, 1 + 2), ({"chunks_in_flight": 5}, 5), ({"chunks_in_flight": 1}, 1)],
@@ -290,7 +292,7 @@ def stalled(client, tmp_path):
 )
 def test_a_slow_rank_does_not_let_chunks_pile_up(client, stalled, given, most):
     y, go_on = stalled
-    with own_experts(client, 3, **given) as owners:
+    with own_experts(client, 3, rules=OwnerRules(**given)) as owners:
         future = client.compute(y)
         # One more is read by the thread that waits until it may begin.
         wait_until(
@@ -307,18 +309,19 @@ def test_a_slow_rank_does_not_let_chunks_pile_up(client, stalled, given, most):
 
 def test_without_a_bound_chunks_pile_up(client, stalled):
     y, go_on = stalled
-    with own_experts(client, 3, chunks_in_flight=inf):
+    with own_experts(client, 3, rules=OwnerRules(chunks_in_flight=inf)):
         future = client.compute(y)
         wait_until(lambda: sum(now for now, _ in chunks_held(client).values()) == 40, "all wait")
         go_on()
         assert np.array_equal(future.result(DEADLINE), _alone(y))
 
 
+@pytest.mark.slow
 def test_outputs_that_are_being_written_count_as_under_way(client):
     """Dask fuses what follows into a chunk's task; on slow storage outputs must not pile up."""
     y, _ = layer(chunks=24)
     forget_chunks(client)
-    with own_experts(client, 3, chunks_in_flight=2):
+    with own_experts(client, 3, rules=OwnerRules(chunks_in_flight=2)):
         client.compute(written_slowly(y).sum()).result(DEADLINE)
         wait_until(lambda: not any(slots_taken(client).values()), "all slots are free again")
     assert max(most for _, most in chunks_held(client).values()) in (1, 2)
@@ -327,7 +330,7 @@ def test_outputs_that_are_being_written_count_as_under_way(client):
 def test_two_layers_in_one_task_take_one_slot(client):
     y, _ = layer(chunks=12)
     routing = da.zeros((len(y), 1), chunks=(y.chunks[0], 1), dtype=int)
-    with own_experts(client, 3, chunks_in_flight=1):
+    with own_experts(client, 3, rules=OwnerRules(chunks_in_flight=1)):
         twice = expert_parallel(y, routing, np.ones((6, y.shape[1], 2)), world_size=3)
         want = y.compute(scheduler="sync").sum(axis=1)
         got = client.compute(twice).result(DEADLINE)
@@ -337,7 +340,7 @@ def test_two_layers_in_one_task_take_one_slot(client):
 
 def test_a_bound_does_not_outlive_the_owners(client, stalled):
     y, go_on = stalled
-    own_experts(client, 3, chunks_in_flight=1).close()
+    own_experts(client, 3, rules=OwnerRules(chunks_in_flight=1)).close()
     with own_experts(client, 3):
         future = client.compute(y)
         wait_until(lambda: set(slots_taken(client).values()) == {1 + 2}, "some wait")
@@ -345,9 +348,10 @@ def test_a_bound_does_not_outlive_the_owners(client, stalled):
         future.result(DEADLINE)
 
 
+@pytest.mark.slow
 def test_chunks_that_wait_begin_when_the_owners_are_closed(client):
     y, _ = layer(chunks=24, experts=Experts.callables([_slowly] * 6))
-    owners = own_experts(client, 6, chunks_in_flight=1)
+    owners = own_experts(client, 6, rules=OwnerRules(chunks_in_flight=1))
     future = client.compute(y)
     wait_until(lambda: client.run_on_scheduler(_has_begun), "the job has begun")
     owners.close()
@@ -362,7 +366,7 @@ def test_calling_again_installs_nothing_more(client):
         again = own_experts(client)
         assert again.world_size == 6
         assert again.owners == owners.owners
-        assert client.run_on_scheduler(_plugins).count(PLUGIN) == 1
+        assert client.run_on_scheduler(_plugins).count(OWNERS_PLUGIN) == 1
         with own_experts(client, 6):
             pass
         assert owners.owners == again.owners  # an inner block leaves things as it found them
@@ -461,6 +465,7 @@ def another_host(cluster, client):
     wait_until(lambda: "far" not in addresses(client), "the worker has gone")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("host", "names"), [("127.0.0.1", set(WORKERS)), ("127.0.0.2", {"far"})], ids=["near", "far"]
 )
@@ -473,6 +478,7 @@ def test_chunks_run_on_the_host_that_the_user_names(client, recorded, another_ho
         assert owners.failures == []
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("how", ["compute", "annotate"])
 def test_chunks_run_where_there_are_the_resources_that_the_user_asks_for(
     client, recorded, another_host, how
@@ -489,6 +495,7 @@ def test_chunks_run_where_there_are_the_resources_that_the_user_asks_for(
         assert len(set(servers(servings(client)))) == 0 or owners.failures == []
 
 
+@pytest.mark.slow
 def test_a_lost_owner_is_replaced_though_chunks_hold_the_resource_that_its_experts_need(
     cluster, client, tmp_path
 ):
@@ -513,6 +520,7 @@ def test_a_lost_owner_is_replaced_though_chunks_hold_the_resource_that_its_exper
 # --- what changes in the midst -----------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_closing_in_the_midst_of_a_job_frees_its_tasks(client):
     y, _ = layer(chunks=12, experts=Experts.callables([_slowly] * 6))
     owners = own_experts(client, 6)
@@ -532,6 +540,7 @@ def test_a_moved_rank_is_served_where_it_was_moved(client, recorded):
         assert [change.why for change in owners.changes][-1] == "moved by hand"
 
 
+@pytest.mark.slow
 def test_a_rank_moved_off_a_busy_worker_in_the_midst_of_a_job(client, recorded):
     y, _ = layer(chunks=60, experts=Experts.callables([_slowly] * 6))
     with own_experts(client, 6) as owners:
@@ -547,6 +556,7 @@ def test_a_rank_moved_off_a_busy_worker_in_the_midst_of_a_job(client, recorded):
     assert 0 < len(of_left) < 60
 
 
+@pytest.mark.slow
 def test_a_replica_takes_its_part(client, recorded):
     y, _ = layer(chunks=60, ranks=2, experts=Experts.callables([_slowly, _at_once]))
     with own_experts(client, 2, replicas={1: 2}) as owners:
@@ -596,10 +606,10 @@ def test_the_handle_of_a_closed_client_can_be_shown(cluster, client):
 
 def test_a_second_call_changes_only_what_it_names(cluster, client):
     given = {"settle": 50.0, "pause_limit": 99.0, "chunks_in_flight": 1.0}
-    with own_experts(client, 6, **given), cluster.client() as other:
+    with own_experts(client, 6, rules=OwnerRules(**given)), cluster.client() as other:
         with own_experts(other):
             assert client.run_on_scheduler(_limits) == given
-        with own_experts(other, settle=3.0):
+        with own_experts(other, rules=OwnerRules(settle=3.0)):
             assert client.run_on_scheduler(_limits) == given | {"settle": 3.0}
 
 
@@ -625,12 +635,20 @@ def test_what_fails_in_the_plugin_can_be_read(client):
         ({"world_size": 2, "loads": [1, float("nan")]}, "must be finite"),
         ({"world_size": 2, "replicas": {2: 2}}, "ranks 0 to 1, but gives 2 to rank 2"),
         ({"world_size": 2, "replicas": {0: 0}}, "1 or more owners"),
-        ({"world_size": 2, "chunks_in_flight": 0}, "chunks_in_flight must be 1 or more, but is 0"),
     ],
 )
 def test_claims_that_make_no_sense_are_refused_and_install_nothing(client, keywords, message):
     with pytest.raises((ValueError, TypeError), match=message):
         own_experts(client, **keywords)
+
+
+def test_rules_and_clients_that_cannot_be():
+    with pytest.raises(ValueError, match="chunks_in_flight must be 1 or more, but is 0"):
+        OwnerRules(chunks_in_flight=0)
+    with pytest.raises(ValueError, match="pause_limit must be 0 seconds or more, but is -1"):
+        OwnerRules(pause_limit=-1)
+    with pytest.raises(TypeError, match=r"needs a distributed.Client, but got a NoneType"):
+        own_experts(None)
 
 
 def test_ranks_and_workers_that_are_not_there_are_refused(client):
@@ -646,10 +664,11 @@ def test_ranks_and_workers_that_are_not_there_are_refused(client):
 # --- workers that pause, retire, scale -------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_a_worker_paused_for_long_loses_its_ranks_and_gets_some_back(client):
     y, _ = layer(chunks=24, experts=Experts.callables([_slowly] * 6))
     paused = addresses(client)["w1"]
-    with own_experts(client, 6, settle=0.2, pause_limit=0.3) as owners:
+    with own_experts(client, 6, rules=OwnerRules(settle=0.2, pause_limit=0.3)) as owners:
         future = client.compute(y)
         client.run(_set_status, Status.paused, workers=[paused])
         wait_until(lambda: (paused,) not in owners.owners, "the ranks of the paused worker moved")
@@ -661,7 +680,7 @@ def test_a_worker_paused_for_long_loses_its_ranks_and_gets_some_back(client):
 
 def test_a_worker_paused_for_short_keeps_its_ranks(client):
     paused = addresses(client)["w1"]
-    with own_experts(client, 6, settle=0.1, pause_limit=0.5) as owners:
+    with own_experts(client, 6, rules=OwnerRules(settle=0.1, pause_limit=0.5)) as owners:
         client.run(_set_status, Status.paused, workers=[paused])
         client.run(_set_status, Status.running, workers=[paused])
         time.sleep(0.7)
@@ -669,6 +688,7 @@ def test_a_worker_paused_for_short_keeps_its_ranks(client):
         assert {change.why for change in owners.changes} == {"first owner"}
 
 
+@pytest.mark.slow
 def test_downscaling_spares_owners_while_work_is_pending(client):
     y, _ = layer(chunks=24, ranks=2, experts=Experts.callables([_slowly] * 2))
     with own_experts(client, 2) as owners:
@@ -683,9 +703,10 @@ def test_downscaling_spares_owners_while_work_is_pending(client):
         assert len(client.run_on_scheduler(_workers_to_close, 3)) == 3
 
 
+@pytest.mark.slow
 def test_a_worker_that_comes_and_goes_moves_a_rank_once_in_ten_settle_times(cluster, client):
     settle = 0.3
-    with own_experts(client, 8, settle=settle) as owners:
+    with own_experts(client, 8, rules=OwnerRules(settle=settle)) as owners:
         for _ in range(2):
             cluster.start_worker("guest")
             wait_until(lambda: "guest" in addresses(client), "the guest has come")
@@ -703,12 +724,13 @@ def test_a_worker_that_comes_and_goes_moves_a_rank_once_in_ten_settle_times(clus
         )
 
 
+@pytest.mark.slow
 def test_a_worker_that_closes_in_good_order_hands_its_ranks_on(cluster, client):
     y, _ = layer(chunks=24, experts=Experts.callables([_slowly] * 6))
     cluster.start_worker("leaving")
     wait_until(lambda: "leaving" in addresses(client), "the worker has come")
     leaving = addresses(client)["leaving"]
-    with own_experts(client, 6, settle=0.2) as owners:
+    with own_experts(client, 6, rules=OwnerRules(settle=0.2)) as owners:
         assert (leaving,) in owners.owners
         future = client.compute(y)
         wait_until(lambda: client.run_on_scheduler(_has_begun), "the job has begun")
@@ -720,11 +742,12 @@ def test_a_worker_that_closes_in_good_order_hands_its_ranks_on(cluster, client):
     cluster.stop_worker("leaving")
 
 
+@pytest.mark.slow
 def test_a_plugin_that_fails_when_a_worker_dies_ends_the_job_with_an_error(cluster, client):
     y, _ = layer(chunks=60, experts=Experts.callables([_slowly] * 6))
     cluster.start_worker("victim")
     wait_until(lambda: "victim" in addresses(client), "the victim has come")
-    with own_experts(client, 6, settle=0.2, chunks_in_flight=2) as owners:
+    with own_experts(client, 6, rules=OwnerRules(settle=0.2, chunks_in_flight=2)) as owners:
         future = client.compute(y)
         wait_until(lambda: client.run_on_scheduler(_has_begun), "the job has begun")
         client.run_on_scheduler(_break_assignment)
@@ -739,12 +762,13 @@ def test_a_plugin_that_fails_when_a_worker_dies_ends_the_job_with_an_error(clust
         assert all(owners.owners)
 
 
+@pytest.mark.slow
 def test_ranks_wait_for_workers_and_are_spread_when_they_come(tmp_path):
     y, _ = layer()
     with Cluster(tmp_path) as cluster, cluster.client(0) as client:
         with pytest.raises(ValueError, match="there are none; start workers first"):
             own_experts(client)
-        with own_experts(client, 6, settle=0.3) as owners:
+        with own_experts(client, 6, rules=OwnerRules(settle=0.3)) as owners:
             assert owners.owners == [()] * 6
             future = client.compute(y)
             cluster.start_worker("w0")
@@ -797,12 +821,12 @@ def _plugins(dask_scheduler):
 
 
 def _limits(dask_scheduler):
-    plugin = dask_scheduler.plugins[PLUGIN]
+    plugin = dask_scheduler.plugins[OWNERS_PLUGIN]
     return {name: getattr(plugin, name) for name in ("settle", "pause_limit", "chunks_in_flight")}
 
 
 def _what_is_left(dask_scheduler):
-    left = [name for name in dask_scheduler.plugins if name == PLUGIN]
+    left = [name for name in dask_scheduler.plugins if name == OWNERS_PLUGIN]
     left += [key for key in dask_scheduler.task_metadata if key == METADATA[0]]
     return left + [
         ts.key for ts in dask_scheduler.tasks.values() if ts.worker_restrictions is not None
@@ -810,27 +834,27 @@ def _what_is_left(dask_scheduler):
 
 
 def _break_the_plugin(dask_scheduler):
-    plugin = dask_scheduler.plugins[PLUGIN]
+    plugin = dask_scheduler.plugins[OWNERS_PLUGIN]
     plugin.hidden, plugin.ranks = plugin.ranks, None
 
 
 def _mend_the_plugin(dask_scheduler):
-    plugin = dask_scheduler.plugins[PLUGIN]
+    plugin = dask_scheduler.plugins[OWNERS_PLUGIN]
     plugin.ranks = plugin.hidden
 
 
 def _break_assignment(dask_scheduler):
-    dask_scheduler.plugins[PLUGIN].assign = None
+    dask_scheduler.plugins[OWNERS_PLUGIN].assign = None
 
 
 def _mend_assignment(dask_scheduler):
-    plugin = dask_scheduler.plugins[PLUGIN]
+    plugin = dask_scheduler.plugins[OWNERS_PLUGIN]
     del plugin.assign
     plugin.assign("mended")
 
 
 def _valid_workers(dask_scheduler):
-    plugin, workers = dask_scheduler.plugins[PLUGIN], list(dask_scheduler.workers.values())
+    plugin, workers = dask_scheduler.plugins[OWNERS_PLUGIN], list(dask_scheduler.workers.values())
     return [w.address for w in plugin.valid_workers_downscaling(dask_scheduler, workers)]
 
 
@@ -839,7 +863,7 @@ def _workers_to_close(count, dask_scheduler):
 
 
 def _has_begun(dask_scheduler):
-    return any(layer.is_open for layer in dask_scheduler.plugins[PLUGIN].layers)
+    return any(layer.is_open for layer in dask_scheduler.plugins[OWNERS_PLUGIN].layers)
 
 
 def _set_status(status, dask_worker):

@@ -17,12 +17,13 @@ from hypothesis import strategies as st
 from safetensors.numpy import save_file
 
 from dask_ep import Experts, expert_parallel_dispatch
+from dask_ep.errors import ReadError
 from dask_ep.experts import local_experts
 from dask_ep.experts.experts import as_experts
 from dask_ep.experts.local_experts import LocalExperts
 from dask_ep.kernel import reference
 from dask_ep.storage import files
-from dask_ep.storage.sources import ReadError, Source, open_source
+from dask_ep.storage.sources import Source, open_source
 from tests.compare import assert_close
 
 E, D, F, O = 4, 6, 10, 5  # noqa: E741

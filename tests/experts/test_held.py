@@ -17,6 +17,7 @@ from dask_ep.layers.checkpoint import load_moe_layer
 from tests.checkpoints import CASES, FIXTURES, LAYER, expected
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", CASES)
 def test_a_layer_held_as_stored_gives_the_same_bits(case):
     hidden = da.from_array(expected(case)["hidden"], chunks=(2, 5, -1))

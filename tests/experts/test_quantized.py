@@ -10,8 +10,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from dask_ep.errors import ReadError
 from dask_ep.experts.quantized import float8, mxfp4
-from dask_ep.storage.files import ReadError
 from dask_ep.storage.sources import open_source
 
 

@@ -22,6 +22,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from dask_ep.arrays import memory
+from dask_ep.errors import ReadError
 from dask_ep.experts import local_experts, prefetch
 from dask_ep.experts.experts import Experts
 from dask_ep.experts.prefetch import ExpertsAhead
@@ -38,7 +39,6 @@ from dask_ep.laws.memory_law import Layout
 from dask_ep.laws.passes import PASSES_PROCESS_BYTES, Passes, choose_passes, cut_pieces
 from dask_ep.laws.work import Work
 from dask_ep.placement.routing_stats import survey
-from dask_ep.storage.files import ReadError
 from dask_ep.storage.journal import count_done
 from dask_ep.storage.sources import open_source
 from tests.compare import assert_close, whole_layer
@@ -109,6 +109,7 @@ ways = st.builds(
 )
 
 
+@pytest.mark.slow
 @settings(max_examples=60)
 @given(case=cases(), passes=ways, ranks=st.integers(1, 3), in_place=st.booleans())
 def test_both_ways_give_what_the_plain_loops_give(tmp_path_factory, case, passes, ranks, in_place):

@@ -656,6 +656,13 @@ def test_the_dashboard_shows_the_steps_by_name(client):
     }, "one group for each step of each layer"
 
 
+def test_array_expressions_of_their_own_package_are_refused_by_name():
+    expression = type("Array", (), {"__module__": "dask_array._collection"})()
+    match = r"tokens must be a Dask array, but is a dask_array\.Array \(an array expression"
+    with pytest.raises(TypeError, match=match):
+        expert_parallel(expression, da.zeros(4, dtype=int), np.ones((1, 2, 2)))
+
+
 def test_array_expressions_are_refused():
     code = """
 import numpy as np, dask.array as da, dask_ep

@@ -143,6 +143,7 @@ def assert_to_rounding(got: np.ndarray, want: np.ndarray) -> None:
     np.testing.assert_allclose(got, want, rtol=0, atol=1e-6 * np.abs(want).max())
 
 
+@pytest.mark.slow
 def test_a_job_in_passes_gives_the_ordinary_output(plain, job, passes):
     told = []
     records = []
@@ -154,7 +155,7 @@ def test_a_job_in_passes_gives_the_ordinary_output(plain, job, passes):
     )
     assert_to_rounding(np.load(job.out), plain[1])
     assert verify_job(job).good
-    assert (done.rows_done, done.rows_left) == (ROWS, 0)
+    assert (done.rows_done, done.rows) == (ROWS, ROWS)
     spilled = 0 if passes.way == "hold" else ROWS * 2 * (32 + 32) * 4
     assert done.passes.spilled_bytes == spilled
     assert f"{passes.passes * EXPERTS} experts were read in passes" in str(done.passes)
@@ -172,6 +173,7 @@ def test_a_job_in_passes_gives_the_ordinary_output(plain, job, passes):
     assert {span.step for span in record.spans} >= {"send", "experts", "dispatch"}
 
 
+@pytest.mark.slow
 def test_a_report_of_a_run_in_passes_and_of_one_that_went_on(job, passes):
     report = Path(f"{job.out}.html")
     with pytest.raises(Stopped):
@@ -180,7 +182,7 @@ def test_a_report_of_a_run_in_passes_and_of_one_that_went_on(job, passes):
     said = report.read_text()
     assert "No worker came or went, no rank moved, and nothing was computed twice." in said
     went_on = passes is not WAYS["spill"]  # of which no block was done
-    assert ("This run went on with an earlier one" in said) == went_on
+    assert ("This run resumed an earlier one" in said) == went_on
 
 
 def test_each_expert_is_read_once_a_pass(monkeypatch, job, passes):
@@ -200,6 +202,7 @@ def test_each_expert_is_read_once_a_pass(monkeypatch, job, passes):
     assert done.passes.passes == passes
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("rows", range(0, ROWS, 300))
 def test_a_stopped_run_goes_on_to_the_same_bits(monkeypatch, job, passes, rows):
     undisturbed = replace(job, out=f"{job.out}.whole.npy")
@@ -250,7 +253,7 @@ def test_rows_that_are_held_are_not_gone_on_with_by_workers(monkeypatch, job, cl
         run_job(job, Threads(1), on_progress=stop_after(300))
     with pytest.raises(ValueError, match="holds rows in memory, which threads alone share: resume"):
         run_job(job, cluster, resume=True)
-    assert run_job(job, Threads(1), resume=True).rows_left == 0
+    assert run_job(job, Threads(1), resume=True).rows == ROWS
 
 
 def test_a_run_in_passes_is_not_gone_on_with_where_its_memory_would_be_exceeded(job, monkeypatch):
@@ -266,7 +269,7 @@ def test_a_run_in_passes_is_not_gone_on_with_where_its_memory_would_be_exceeded(
         with pytest.raises(ValueError, match=told):
             run_job(job, where, resume=True, **more)
     done = run_job(job, Threads(2, 500 * 10**6), resume=True, chunk_rows=CHUNK_ROWS)
-    assert done.rows_left == 0
+    assert done.rows == ROWS
 
 
 def test_a_run_in_passes_goes_on_with_its_threads_wherever_there_are_more(job, monkeypatch):
@@ -274,7 +277,7 @@ def test_a_run_in_passes_goes_on_with_its_threads_wherever_there_are_more(job, m
     with pytest.raises(Stopped):
         run_job(job, Threads(2), on_progress=stop_after(100))
     monkeypatch.setattr(run, "CPU_COUNT", 8)
-    assert run_job(job, resume=True).rows_left == 0
+    assert run_job(job, resume=True).rows == ROWS
 
 
 def test_a_complete_run_in_passes_is_gone_on_with_anywhere(job, monkeypatch, cluster):
@@ -313,6 +316,7 @@ def test_a_run_whose_rows_travelled_goes_on_so(job, cluster):
     assert read_manifest(progress_directory(job.out))["settings"]["placement"] is None
 
 
+@pytest.mark.slow
 def test_a_task_that_outlives_its_run_says_nothing_of_the_run_that_overwrites_it(
     monkeypatch, plain, job, cluster
 ):
@@ -406,6 +410,7 @@ def can_mount(folder: Path) -> bool:
         return False
 
 
+@pytest.mark.slow
 def test_on_a_small_disk_the_error_tells_what_is_missing_and_resume_goes_on(plain, job, tmp_path):
     if not can_mount(tmp_path):
         pytest.skip("a file system of its own may not be mounted here")
@@ -436,6 +441,7 @@ run.run_job(load_job(sys.argv[1], out=sys.argv[2]), backends.Threads(2))
 """
 
 
+@pytest.mark.slow
 def test_files_that_may_not_be_so_large_are_an_error_and_resume_goes_on(plain, job, monkeypatch):
     command = [sys.executable, "-c", TOO_LARGE_FILES, job.name, job.out]
     failed = subprocess.run(
@@ -491,6 +497,7 @@ def test_layers_of_checkpoints_go_in_passes_too(tmp_path, monkeypatch, case):
     assert set(done.passes.reads.values()) <= {1, 2}
 
 
+@pytest.mark.slow
 def test_worker_processes_share_the_files(plain, job, spilling):
     done = run_job(job, Processes(2))
     assert_to_rounding(np.load(job.out), plain[1])
@@ -498,6 +505,7 @@ def test_worker_processes_share_the_files(plain, job, spilling):
     assert spill_directories(job) == []
 
 
+@pytest.mark.slow
 def test_a_worker_keeps_the_blocks_that_the_graph_lets_in(job, spilling):
     loaded = open_inputs(job).experts.parameters * 4
     target = 1.5 * loaded / 10**9  # of the memory: less than the two blocks that there are
@@ -646,6 +654,7 @@ def reads_too_many(done: run.Progress) -> int:
     return sum(done.passes.reads.values()) - done.passes.passes.passes * EXPERTS
 
 
+@pytest.mark.slow
 def test_after_kill_9_a_run_goes_on_and_computes_only_what_is_missing(plain, job, spilling):
     undisturbed = replace(job, out=f"{job.out}.whole.npy")
     run_job(undisturbed, Threads(2))
@@ -664,6 +673,7 @@ def test_after_kill_9_a_run_goes_on_and_computes_only_what_is_missing(plain, job
     assert spill_directories(job) == []
 
 
+@pytest.mark.slow
 def test_a_killed_worker_costs_only_what_it_had_in_memory(plain, job, spilling):
     undisturbed = replace(job, out=f"{job.out}.whole.npy")
     run_job(undisturbed, Threads(2))
@@ -706,6 +716,7 @@ def write_large_job(folder: Path, rows: int, experts: int = 256) -> Path:
     return folder / "job.toml"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("rows", "limit", "way"), [(60_000, 410, "spill"), (14_000, 480, "hold")])
 def test_peak_memory_of_the_process_tree_is_within_the_limit(tmp_path, rows, limit, way):
     job = write_large_job(tmp_path, rows)
@@ -722,6 +733,7 @@ def test_peak_memory_of_the_process_tree_is_within_the_limit(tmp_path, rows, lim
     assert not out[:100].any()
 
 
+@pytest.mark.slow
 def test_plan_says_how_experts_go_by_and_refuses_only_what_no_pass_can_fit(tmp_path):
     job = write_large_job(tmp_path, 60_000)
 
@@ -781,6 +793,7 @@ def test_on_threads_travel_is_for_experts_that_do_not_fit(job):
         run_job(job, Threads(2), travel=Travel("auto"))
 
 
+@pytest.mark.slow
 def test_on_a_cluster_the_memory_of_its_workers_decides(tmp_path):
     job = load_job(write_large_job(tmp_path, 5_000, experts=384))
     options = ("--memory-limit", "560MB")

@@ -4,20 +4,23 @@ from __future__ import annotations
 
 import inspect
 import os
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 import zarr
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
-from dask_ep.errors import JobError
+from dask_ep.errors import JobError, ReadError
 from dask_ep.experts.experts import Experts
-from dask_ep.jobs.backends import Processes, lay_out
+from dask_ep.jobs.backends import Processes, Threads, lay_out
 from dask_ep.jobs.build import Built, build, open_inputs
 from dask_ep.jobs.decide import decide
 from dask_ep.jobs.job import EXPERT_KEYS, EXPERT_MATRICES, Job, load_job, parse_experts
+from dask_ep.jobs.run import run_job
 from dask_ep.placement.policies import balanced
-from dask_ep.storage.sources import ReadError
 
 EXPERT_WEIGHTS = [
     f"{kind}.{key}" for kind, keys in EXPERT_KEYS.items() for key in keys if keys[key].is_weight
@@ -67,8 +70,8 @@ def test_paths_are_relative_to_the_job_file(tmp_path, monkeypatch):
     (tmp_path / "jobs").mkdir()
     path = write(tmp_path / "jobs", GOOD.replace("tokens.npy", "../tokens.npy"))
     monkeypatch.chdir(tmp_path)
-    for given in (path, Path("jobs/job.toml")):
-        job = load_job(given)
+    for named in (path, Path("jobs/job.toml")):
+        job = load_job(named)
         assert job.tokens == str(tmp_path / "tokens.npy")
         assert job.routing == str(tmp_path / "jobs" / "routing.npy")
         assert job.experts == {"kind": "linear", "w": str(tmp_path / "jobs" / "w.npy")}
@@ -193,6 +196,49 @@ def test_a_gate_is_of_numbers(said, message):
         )
 
 
+@pytest.mark.parametrize(
+    ("kind", "key", "meant"),
+    [
+        ("gated", "w1", "gate"), ("gated", "w3", "up"), ("gated", "w2", "down"),
+        ("gated", "gate_proj", "gate"), ("mlp", "fc1", "up"), ("mlp", "w1", "up"),
+        ("gated_fused", "gate_up_proj", "gate_up"), ("linear", "weight", "w"),
+    ],
+)  # fmt: skip
+def test_names_that_models_give_to_matrices_are_understood(kind, key, meant):
+    table = {"kind": kind, key: "w.npy"}
+    with pytest.raises(JobError, match=f"unknown key '{key}' .did you mean '{meant}'"):
+        load_job(tokens="x.npy", routing="r.npy", out="y.npy", experts=table)
+
+
+PATHS = st.text(min_size=1, max_size=12).filter(lambda text: "\0" not in text and "~" not in text)
+
+
+@settings(max_examples=25, deadline=None)
+@given(
+    paths=st.tuples(PATHS, PATHS, PATHS),
+    limit=st.floats(1e-9, 1e9),
+    gates=st.lists(PATHS, min_size=1, max_size=3),
+    ranks=st.none() | st.integers(1, 9),
+)
+def test_a_job_that_is_written_is_read_again(tmp_path_factory, paths, limit, gates, ranks):
+    folder = tmp_path_factory.mktemp("job")
+    paths = [str(folder / f"x{path}") for path in paths]
+    table = {"kind": "gated", "gate": gates, "up": paths[0], "down": paths[1], "limit": limit}
+    job = Job("/x.npy", "/y.npy", routing=paths[2], experts=table, world_size=ranks)
+    for base in (None, folder):
+        path = folder / "job.toml"
+        path.write_text(job.to_toml(base), encoding="utf-8")
+        assert replace(load_job(path), name="job") == job
+
+
+def test_a_job_of_values_is_checked_too():
+    with pytest.raises(JobError, match="job: world_size must be an integer of at least 1, but is"):
+        Job("x.npy", "y.npy", routing="r.npy", experts="w.npy", world_size=0)
+    job = Job("x.npy", "y.npy", routing="r.npy", experts="w.npy")
+    assert job.tokens == str(Path.cwd() / "x.npy")
+    assert job.experts == {"kind": "linear", "w": str(Path.cwd() / "w.npy")}
+
+
 def test_layer_needs_its_number(tmp_path):
     with pytest.raises(JobError, match="'layer_index' is missing"):
         load_job(tokens="x.npy", layer="model", out="y.npy")
@@ -230,6 +276,70 @@ def test_inputs_that_do_not_fit(tmp_path, change, message):
     write_arrays(tmp_path, **{name: array for name, array in arrays.items() if array is not None})
     with pytest.raises((ValueError, TypeError, ReadError), match=message):
         open_inputs(load_job(write(tmp_path, GOOD)))
+
+
+SWAPPED = {
+    "tokens and routing": (
+        {"tokens": "routing", "routing": "tokens"},
+        r"tokens \(routing.npy\) hold int64 and routing \(tokens.npy\) float32: .* swapped",
+    ),
+    "routing and weights": (
+        {"routing": "topk", "topk_weights": "routing"},
+        r"routing \(topk.npy\) holds float32 and topk_weights \(routing.npy\) int64: .* swapped",
+    ),
+}
+
+
+@pytest.mark.parametrize(("paths", "message"), SWAPPED.values(), ids=SWAPPED)
+def test_swapped_files_are_named(tmp_path, paths, message):
+    arrays = small_arrays()
+    write_arrays(tmp_path, **arrays, topk=np.ones((40, 2), np.float32))
+    paths = {"tokens": "tokens", "routing": "routing", "experts": "w"} | paths
+    job = load_job(
+        **{key: str(tmp_path / f"{name}.npy") for key, name in paths.items()},
+        out=str(tmp_path / "out.npy"),
+    )
+    with pytest.raises(TypeError, match=message):
+        open_inputs(job)
+
+
+@pytest.mark.parametrize(
+    ("width", "hint"),
+    [(6, "set transposed = true"), (8, None), (5, r"are these the experts of this job\?")],
+)
+def test_transposed_is_proposed_only_where_it_would_fit(tmp_path, width, hint):
+    arrays = small_arrays() | {
+        "tokens": np.ones((40, width), np.float32),
+        "gate": np.ones((4, 8, 6), np.float32),
+        "down": np.ones((4, 6, 8), np.float32),
+    }
+    write_arrays(tmp_path, **arrays)
+    table = {"kind": "gated"} | {
+        key: str(tmp_path / f"{name}.npy")
+        for key, name in {"gate": "gate", "up": "gate", "down": "down"}.items()
+    }
+    paths = {key: str(tmp_path / f"{key}.npy") for key in ("tokens", "routing", "out")}
+    job = load_job(**paths, experts=table)
+    if hint is None:
+        assert open_inputs(job).experts.d == 8
+        return
+    with pytest.raises(ValueError, match=f"take rows of width 8, but tokens .* {width}; .*{hint}"):
+        open_inputs(job)
+
+
+def test_what_is_no_job_and_no_backend(tmp_path):
+    with pytest.raises(TypeError, match="job must be a Job or the path of a job file; got None"):
+        run_job(None)
+    write_arrays(tmp_path, **small_arrays())
+    with pytest.raises(TypeError, match="where must be Threads, Processes, Gpus or Cluster"):
+        run_job(write(tmp_path, GOOD), "threads")
+    with pytest.raises(ValueError, match="Processes must be 1 or more, but are 0"):
+        Processes(0)
+    with pytest.raises(ValueError, match=r'memory_limit: invalid size: \'lots\' .try "8 GiB"'):
+        Threads(1, "lots")
+    job = load_job(write(tmp_path, GOOD))
+    limits = [lay_out(job, Threads(1, limit)).memory_limit for limit in ("4 GiB", "4GiB", 4 << 30)]
+    assert limits == [4 << 30] * 3
 
 
 def test_chunks_that_were_never_written_are_zeros_only_where_the_job_says_so(tmp_path):

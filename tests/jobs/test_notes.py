@@ -142,6 +142,7 @@ def test_large_numbers_are_finite():
     assert count_not_finite(np.vstack([rows] * 200_000)) == (200_000, 2)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("where", [Threads(2), Processes(2)], ids=["threads", "processes"])
 def test_a_run_tells_which_rows_are_not_finite(tmp_path, where):
     tokens = np.ones((N, 3), "f4")

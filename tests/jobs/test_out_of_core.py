@@ -53,6 +53,7 @@ def write_job(folder: Path, rows: int, **keys: object) -> Path:
     return folder / "job.toml"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("world_size", [1, 4])
 def test_peak_memory_is_bounded_and_does_not_grow_with_the_rows(tmp_path, world_size):
     peaks = {}

@@ -19,13 +19,12 @@ import zarr
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dask_ep.cli.plan_command import priced_job
 from dask_ep.jobs import run
 from dask_ep.jobs.backends import Processes, Threads, Where, lay_out
 from dask_ep.jobs.build import Inputs, build, open_inputs
 from dask_ep.jobs.decide import decide
 from dask_ep.jobs.job import EXPERT_MATRICES, Job, load_job
-from dask_ep.jobs.plan import plan
+from dask_ep.jobs.plan import Machine, plan, plan_job
 from dask_ep.jobs.run import run_job
 from dask_ep.laws.costs import Rates
 from dask_ep.laws.decision import Decision
@@ -203,23 +202,10 @@ def begin_run(monkeypatch: pytest.MonkeyPatch, job: Job, asked: Asked) -> Begun:
     return decided[0]
 
 
-def plan_by_command(job: Job, asked: Asked) -> Plan:
-    """Plan a job as the command does, with the same options."""
-    count, where = getattr(asked.where, "count", None), asked.where
-    return priced_job(
-        job.name,
-        {},
-        world_size=asked.world_size,
-        placement=job.placement,
-        chunk_rows=asked.chunk_rows,
-        travel=asked.travel,
-        threads=None if asked.on_processes else count,
-        processes=count if asked.on_processes else None,
-        gpu=False,
-        memory_limit=where.memory_limit,
-        device_memory_limit=None,
-        rates="flops=1e10,copy=1e9",
-    ).best
+def plan_of_job(job: Job, asked: Asked) -> Plan:
+    """Plan a job as the command does, where it runs."""
+    travel = Travel(asked.travel)
+    return plan_job(job, asked.where, chunk_rows=asked.chunk_rows, travel=travel, rates=RATES)
 
 
 def plan_in_python(job: Job, asked: Asked) -> Plan:
@@ -239,13 +225,14 @@ def plan_in_python(job: Job, asked: Asked) -> Plan:
         world_size=asked.ranks if asked.world_size or asked.on_processes else None,
         placement=job.placement,
         chunk_rows=asked.chunk_rows,
-        memory_limit=asked.where.memory_limit,
-        workers=None if asked.world_size is None and asked.on_processes else workers,
-        threads=1 if asked.on_processes else asked.where.count,
         travel=Travel(asked.travel),
-        read_bytes=inputs.read_bytes,
-        stored_rows=inputs.tokens.chunk_rows,
+        machine=Machine(
+            workers=None if asked.world_size is None and asked.on_processes else workers,
+            threads=1 if asked.on_processes else asked.where.count,
+            memory_limit=asked.where.memory_limit,
+        ),
         rates=RATES,
+        files=[inputs.tokens, inputs.routing, inputs.topk_weights],
     )
 
 
@@ -276,12 +263,13 @@ def check_alike(folder: Path, sizes: Sizes, asked: Asked) -> dict[str, Any] | st
     job = asked.job(sizes.write(folder))
     with pytest.MonkeyPatch.context() as monkeypatch:
         ran = answer_of(begin_run, monkeypatch, job, asked)
-    assert answer_of(plan_by_command, job, asked) == ran
+    assert answer_of(plan_of_job, job, asked) == ran
     if not (asked.on_processes and asked.where.count == 1):  # to `dask_ep.plan` 1 is this process
         assert answer_of(plan_in_python, job, asked) == ran
     return ran
 
 
+@pytest.mark.slow
 @settings(max_examples=JOBS)
 @given(sizes=sizes, asked=asked)
 def test_a_plan_and_a_run_are_decided_alike_or_refused_alike(tmp_path_factory, sizes, asked):
@@ -353,14 +341,14 @@ def test_a_run_on_threads_does_what_its_plan_says(
                 travel=Travel(travel),
                 on_record=lambda *both: told.append(both),
             )
-        return told[0][0] if told else plan_by_command(job, asked)
+        return told[0][0] if told else plan_of_job(job, asked)
 
     ran = answer_of(go)
-    assert answer_of(plan_by_command, job, asked) == ran
+    assert answer_of(plan_of_job, job, asked) == ran
     if isinstance(ran, str):
         assert not list(Path(job.out).parent.glob("out*"))
         return
-    planned, manifest = plan_by_command(job, asked), read_manifest(progress_directory(job.out))
+    planned, manifest = plan_of_job(job, asked), read_manifest(progress_directory(job.out))
     done, said = manifest["settings"], planned.decision
     assert tuple(manifest["rows"]) == (planned.chunks or (0,))
     assert done["world_size"] == said.layout.world_size

@@ -65,6 +65,7 @@ def check_counts(planned: Plan, record: Record) -> None:
     assert 0 < record.peak_bytes <= planned.memory_bytes
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("placement", ["contiguous", "balanced", "exact"])
 def test_on_threads(job_file, tmp_path, placement):
     job = load_job(job_file, out=str(tmp_path / "y.npy"), world_size=4, placement=placement)
@@ -82,6 +83,7 @@ def test_on_threads(job_file, tmp_path, placement):
         assert found[at : at + 3] == [str(rank), f"{rows:,}", f"{rows:,}"]
 
 
+@pytest.mark.slow
 def test_on_workers(job_file, tmp_path):
     job = load_job(job_file, out=str(tmp_path / "y.npy"), world_size=4, placement="balanced")
     report = tmp_path / "run.html"
@@ -100,6 +102,7 @@ def test_on_workers(job_file, tmp_path):
     assert "the limit is 2.00 GiB" in text
 
 
+@pytest.mark.slow
 def test_the_workers_of_a_cluster_share_its_ranks(job_file, tmp_path):
     job = load_job(job_file, out=str(tmp_path / "y.npy"), world_size=4)
     with LocalCluster(n_workers=2, threads_per_worker=1, dashboard_address=":0") as cluster:
@@ -146,7 +149,7 @@ def test_a_run_that_goes_on_in_other_chunks_has_no_report(job_file, tmp_path, ch
     with pytest.raises(ValueError, match=told):
         run_job(job, Threads(1), resume=True, chunk_rows=chunk_rows, report=report)
     assert not report.exists()
-    assert run_job(job, Threads(1), resume=True, chunk_rows=chunk_rows).rows_left == 0
+    assert run_job(job, Threads(1), resume=True, chunk_rows=chunk_rows).rows == 1000
     run_job(job, Threads(1), resume=True, chunk_rows=chunk_rows, report=report)
 
 
@@ -180,7 +183,7 @@ def test_the_command_tells_where_its_report_is(job_file, tmp_path, capsys):
 def test_without_bokeh_nothing_is_begun(job_file, tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "bokeh.embed", None)
     job = load_job(job_file, out=str(tmp_path / "y.npy"))
-    with pytest.raises(ImportError, match=r'pip install "dask-ep\[report\]"'):
+    with pytest.raises(ImportError, match="pip install bokeh"):
         run_job(job, Threads(1), report=tmp_path / "run.html")
     assert not list(tmp_path.iterdir())
 
@@ -207,6 +210,7 @@ def test_the_output_has_its_name_before_the_report_is_written(job_file, tmp_path
     assert Path(job.out).exists()
 
 
+@pytest.mark.slow
 def test_experts_that_go_by_in_passes(tmp_path):
     """201 MB of experts within 50 MB besides the process."""
     sizes = {"rows": 300, "d": 256, "num_experts": 768, "k": 2}

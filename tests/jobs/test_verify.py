@@ -347,8 +347,9 @@ def test_integers_that_are_no_routing_are_not_counted():
 
 
 def test_advised_chunks_are_whole_stored_chunks():
-    rows = open_source(np.zeros((10, 1 << 20), ml_dtypes.bfloat16))
+    rows = open_source(np.zeros((20, 1 << 20), ml_dtypes.bfloat16))
     assert advise_chunk_rows(rows) == 16
+    assert advise_chunk_rows(open_source(np.zeros((10, 4)))) == 10, "no more than there are"
 
 
 # --- layers of checkpoints -------------------------------------------------------------------
@@ -397,6 +398,7 @@ def test_a_layer_and_its_tokens_may_lie_at_addresses(tmp_path):
     assert verify_job(job).good
 
 
+@pytest.mark.slow
 def test_a_layer_runs_on_worker_processes(tmp_path):
     job, want = layer_job(tmp_path, "deepseek_v3")
     run_job(job, Processes(2), chunk_rows=5)

@@ -40,7 +40,7 @@ from dask_ep.kernel.bfloat16 import (
 )
 from dask_ep.kernel.dispatch import dispatch
 from dask_ep.layers.checkpoint import load_moe_layer
-from dask_ep.pricing.report import figures_of
+from dask_ep.pricing.words import figures_of
 from dask_ep.storage.sources import open_source
 from tests.checkpoints import FIXTURES, LAYER
 
@@ -527,6 +527,7 @@ def test_what_multiplies_is_said(dtype, is_bfloat16, precision, words, library):
     assert said == blas.multiplies_by() + words
 
 
+@pytest.mark.slow
 def test_plan_and_inspect_say_what_multiplies(job, library, tmp_path):
     inputs = open_inputs(job)
     priced = plan(da.from_array(some(200, 32)), da.from_array(np.arange(200) % 4), inputs.experts)

@@ -400,6 +400,7 @@ def test_a_stored_output_comes_to_the_host_once(tmp_path, name):
     assert_close(open_tokens(tmp_path / name).compute(scheduler="sync"), want, 1e-12)
 
 
+@pytest.mark.slow
 def test_a_plan_takes_routing_from_a_device():
     rng = np.random.default_rng(0)
     chunked = [da.from_array(a, chunks=10) for a in (rng.random((30, 4)), rng.integers(0, 4, 30))]
@@ -637,6 +638,7 @@ def small_numbers(*shape: int) -> np.ndarray:
     return np.random.default_rng(shape).integers(-3, 4, shape).astype("f4")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("scheduler", SCHEDULERS)
 @pytest.mark.parametrize("world_size", [1, 2])
 @pytest.mark.parametrize("kind", LAYERS)
@@ -677,6 +679,7 @@ def test_routing_and_loads_of_a_layer_stay_on_the_device():
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", CASES)
 def test_layers_of_every_family_on_a_device(case):
     """Against transformers in float32; in bfloat16 against the same weights and rows in float64."""

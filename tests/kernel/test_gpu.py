@@ -28,10 +28,10 @@ from dask_ep import (
     store,
 )
 from dask_ep.arrays.checks import computing_dtype
-from dask_ep.arrays.device import DeviceMemoryError
 from dask_ep.arrays.lanes import download, pinned_empty, upload
 from dask_ep.cluster import device_serialize
 from dask_ep.cluster.gpus import Gpus
+from dask_ep.errors import DeviceMemoryError
 from dask_ep.experts.quantized import float8, mxfp4
 from dask_ep.jobs.example import Example, write_example
 from dask_ep.jobs.job import load_job
@@ -65,7 +65,7 @@ DTYPES = [np.float32, np.float64, np.float16, ml_dtypes.bfloat16]
 @pytest.fixture(scope="module")
 def cupy() -> ModuleType:
     module = pytest.importorskip(
-        "cupy", reason="CuPy is not installed: pip install 'dask-ep[gpu]'", exc_type=ImportError
+        "cupy", reason="CuPy is not installed: pip install cupy-cuda12x", exc_type=ImportError
     )
     if not module.cuda.is_available():
         pytest.skip("CuPy finds no device")

@@ -95,6 +95,7 @@ def test_the_output_comes_from_the_same_pass_and_has_the_same_bits(k):
     np.testing.assert_array_equal(got["output"], want.compute(scheduler="sync"))
 
 
+@pytest.mark.slow
 def test_bits_do_not_depend_on_ranks_schedulers_or_whether_the_output_is_wanted():
     tokens, routing = small()
     experts = make_layer("gated", 6, 8, F, 8, seed=0).experts

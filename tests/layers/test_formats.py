@@ -10,9 +10,9 @@ import numpy as np
 import pytest
 from safetensors import safe_open
 
+from dask_ep.errors import ReadError
 from dask_ep.experts.quantized import QuantizedSource, in_memory
 from dask_ep.layers.formats import Parts, find_parts
-from dask_ep.storage.files import ReadError
 from dask_ep.storage.sources import Source, open_safetensors, open_source
 from tests.checkpoints import FIXTURES, write_tensors
 

@@ -14,6 +14,7 @@ from dask.array.utils import assert_eq
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from dask_ep.errors import ReadError
 from dask_ep.experts.experts import Experts
 from dask_ep.graph.pipeline import UnpinnedWarning, expert_parallel
 from dask_ep.kernel import reference
@@ -22,7 +23,6 @@ from dask_ep.layers.checkpoint import load_moe_layer
 from dask_ep.layers.layer import MoELayer
 from dask_ep.layers.routing import Router
 from dask_ep.placement.policies import place, ticket_load
-from dask_ep.storage.files import ReadError
 from dask_ep.storage.storage import open_tokens, store
 from tests import plain_routers
 from tests.checkpoints import FIXTURES, LAYER, expected
@@ -96,6 +96,7 @@ def chunked_hidden(draw):
     return da.from_array(normal(*shape, seed=9), chunks=chunks)
 
 
+@pytest.mark.slow
 @given(
     hidden=chunked_hidden(),
     world_size=st.integers(1, 7),
@@ -128,6 +129,7 @@ BATCHES = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", BATCHES)
 @given(hidden=chunked_hidden(), world_size=st.integers(1, 3))
 @settings(max_examples=10, deadline=None)

@@ -18,7 +18,7 @@ from dask_ep.jobs.build import build, open_inputs
 from dask_ep.jobs.decide import decide
 from dask_ep.jobs.example import Example, write_example
 from dask_ep.jobs.job import load_job
-from dask_ep.jobs.plan import plan
+from dask_ep.jobs.plan import Machine, plan
 from dask_ep.kernel import reference
 from dask_ep.laws import travel
 from dask_ep.laws.costs import PART_OF_A_WORKER, Rates
@@ -253,6 +253,7 @@ def test_the_memory_limit_says_how_many_are_read(tmp_path):
         assert Decision(work, limited, 100).spare_slots == slots
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("d", "k", "ranks", "policy"), [(16, 4, 2, None), (64, 3, 3, "exact")])
 @pytest.mark.parametrize("spare", [None, 1, 3])
 def test_a_run_reads_beside_what_its_plan_says(tmp_path, d, k, ranks, policy, spare):
@@ -272,8 +273,9 @@ def test_a_run_reads_beside_what_its_plan_says(tmp_path, d, k, ranks, policy, sp
         cheaper = Travel("auto", link=1e9, read=1e9 * d * d * 4 / (even * times))
         planned = plan(
             tokens, routing, inputs.experts, topk_weights=topk, world_size=ranks,
-            placement=policy, workers=ranks, threads=1, rates=Rates(flops=1e11, copy=5e9),
-            travel=cheaper, memory_limit=layout.memory_limit,
+            placement=policy, rates=Rates(flops=1e11, copy=5e9),
+            travel=cheaper,
+            machine=Machine(workers=ranks, threads=1, memory_limit=layout.memory_limit),
         )  # fmt: skip
         built = build(inputs, decide(inputs.work(), layout, chunk_rows=100, travel=cheaper))
         np.testing.assert_array_equal(planned.placement.slots, built.placement.slots)

@@ -23,7 +23,7 @@ from dask_ep.jobs.build import Inputs, open_inputs
 from dask_ep.jobs.decide import decide
 from dask_ep.jobs.example import Example, write_example
 from dask_ep.jobs.job import load_job
-from dask_ep.jobs.plan import plan
+from dask_ep.jobs.plan import Machine, plan
 from dask_ep.jobs.run import run_job
 from dask_ep.laws.costs import (
     FEWEST_ROWS,
@@ -95,7 +95,13 @@ def test_it_is_the_law_of_plans_and_never_below_what_the_routing_says(inputs, ra
     tokens = open_tokens(inputs.tokens, chunks=500)
     routing = open_tokens(inputs.routing, like=tokens)
     priced = plan(
-        tokens, routing, inputs.experts, world_size=ranks, placement=policy, threads=1, rates=RATES
+        tokens,
+        routing,
+        inputs.experts,
+        world_size=ranks,
+        placement=policy,
+        rates=RATES,
+        machine=Machine(threads=1),
     )
     at_most = need(inputs.work(), layout).at(500)
     assert priced.memory_bytes <= at_most
@@ -120,7 +126,8 @@ def test_stored_chunks_that_are_decoded_whole_are_counted_where_they_are_read(tm
     assert law.at(100) == need(plain.work(), layout).at(100) + more
     priced = plan(
         open_tokens(compressed.tokens, chunks=100), open_tokens(compressed.routing, chunks=100),
-        compressed.experts, threads=2, workers=1, rates=RATES, read_bytes=compressed.read_bytes,
+        compressed.experts, rates=RATES, machine=Machine(workers=1, threads=2),
+        files=[compressed.tokens, compressed.routing],
     )  # fmt: skip
     assert priced.memory_bytes == law.at(100)
     limited = replace(layout, memory_limit=230 * MB)
@@ -301,7 +308,7 @@ def test_a_job_without_rows_is_run_and_gone_on_with(job_file, tmp_path):
         np.save(tmp_path / f"{key}.npy", array)
     job = load_job(**{key: str(tmp_path / f"{key}.npy") for key in (*arrays, "out")})
     for resume in (False, True):
-        assert run_job(job, Threads(1), resume=resume).rows_in_all == 0
+        assert run_job(job, Threads(1), resume=resume).rows == 0
     assert np.load(job.out).shape == (0, 8)
 
 
@@ -337,6 +344,7 @@ def run_measured(*arguments: object) -> tuple[int, str, int]:
     return done.returncode, told + done.stderr, int(peak)
 
 
+@pytest.mark.slow
 def test_a_refused_run_runs_as_it_was_told_within_the_limit(tmp_path):
     sizes = {"rows": 16_000, "d": 1024, "num_experts": 4, "k": 1}
     job = write_example(tmp_path, Example(**sizes, format="npy"))

@@ -13,7 +13,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from dask_ep import Experts, expert_parallel, open_tokens, plan, store
+from dask_ep import Experts, Machine, expert_parallel, open_tokens, plan, store
 from dask_ep.errors import DoesNotFit
 from dask_ep.jobs.build import open_inputs
 from dask_ep.jobs.decide import decide
@@ -62,6 +62,7 @@ KINDS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(COMPILER is None, reason="there is no C++ compiler")
 @pytest.mark.parametrize("dtype", [np.float32, ml_dtypes.bfloat16])
 @pytest.mark.parametrize("ranks", [1, 2])
@@ -90,11 +91,18 @@ def job_file(tmp_path_factory) -> Path:
     return write_example(tmp_path_factory.mktemp("job"), Example(**sizes, format="npy"))
 
 
-def planned(inputs, ranks: int, **limits: object):
+def planned(inputs, ranks: int, *, chunk_rows: int | None = None, rates=RATES, **machine: object):
     tokens = open_tokens(inputs.tokens, chunks=500)
     routing = open_tokens(inputs.routing, like=tokens)
-    arguments = {"world_size": ranks, "rates": RATES, "gpu": True, **limits}
-    return plan(tokens, routing, inputs.experts, **arguments)
+    return plan(
+        tokens,
+        routing,
+        inputs.experts,
+        world_size=ranks,
+        chunk_rows=chunk_rows,
+        rates=rates,
+        machine=Machine(gpu=True, **machine),
+    )
 
 
 @pytest.mark.parametrize("ranks", [1, 2, 4])

@@ -20,7 +20,7 @@ from dask_ep.experts.stored_experts import held_as_stored
 from dask_ep.graph.chunk import serve_in_place
 from dask_ep.graph.pipeline import count_tasks, expert_parallel
 from dask_ep.graph.rows import rows_of
-from dask_ep.jobs.plan import plan, what_if
+from dask_ep.jobs.plan import Machine, plan, what_if
 from dask_ep.kernel.host_kernel import tile_bytes
 from dask_ep.kernel.pack import Packing
 from dask_ep.laws.costs import PROCESS_BYTES, SORT_BYTES, Need, Rates, Spread, chunks_held
@@ -160,7 +160,7 @@ def _refuse(block):
 
 
 def test_every_figure_of_a_small_job():
-    priced = plan(*job(), world_size=4, rates=RATES, threads=1)
+    priced = plan(*job(), world_size=4, rates=RATES, machine=Machine(threads=1))
     routing = job()[1].compute()
     np.testing.assert_array_equal(priced.expert_rows, np.bincount(routing.ravel(), minlength=8))
     np.testing.assert_array_equal(priced.rank_rows, priced.expert_rows.reshape(4, 2).sum(axis=1))
@@ -194,7 +194,7 @@ def test_experts_held_as_stored_take_their_stored_bytes_and_one_wide_one_a_threa
     tokens, routing, _ = job()
     experts = Experts.linear(np.ones((8, 8, 8), ml_dtypes.bfloat16))
     wide, stored = (
-        plan(tokens, routing, held, world_size=2, threads=3, rates=RATES)
+        plan(tokens, routing, held, world_size=2, rates=RATES, machine=Machine(threads=3))
         for held in (experts, held_as_stored(experts))
     )
     assert wide.stored_bytes == stored.stored_bytes == 8 * 8 * 8 * 2
@@ -243,8 +243,10 @@ def test_no_routing_spreads_rows_further_than_the_worst(data, policy, ranks):
 
 def test_workers_that_share_cores_take_turns():
     tokens, routing, experts = job(rows=4000, chunk=500, d=64)
-    own = plan(tokens, routing, experts, world_size=4, threads=1, rates=RATES)
-    shared = plan(tokens, routing, experts, world_size=4, threads=1, cores=1, rates=RATES)
+    own = plan(tokens, routing, experts, world_size=4, rates=RATES, machine=Machine(threads=1))
+    shared = plan(
+        tokens, routing, experts, world_size=4, rates=RATES, machine=Machine(threads=1, cores=1)
+    )
     assert own.busy_seconds < shared.busy_seconds
     assert shared.busy_seconds <= 4 * own.busy_seconds + shared.scheduler_seconds
 
@@ -305,8 +307,10 @@ def test_router_and_shared_experts_take_time():
     slow = Rates(flops=1e6, copy=1e9)
     with dask.config.set(scheduler="sync"):
         layer = whole_layer()
-        alone = plan(hidden, layer.route(hidden)[0], layer.experts, threads=1, rates=slow)
-        whole = plan(hidden, None, layer, threads=1, rates=slow)
+        alone = plan(
+            hidden, layer.route(hidden)[0], layer.experts, rates=slow, machine=Machine(threads=1)
+        )
+        whole = plan(hidden, None, layer, rates=slow, machine=Machine(threads=1))
     beside = 1000 * (2 * 2 * 2 * 8 * 12 + 2 * 2 * 8 * 6) / 1e6  # the router's products in float64
     assert whole.seconds - alone.seconds == pytest.approx(beside, rel=0.1)
 
@@ -364,7 +368,13 @@ def test_bytes_are_those_of_packets_and_answers(data, ranks):
     weights = np.ones((experts, d, d_out), "f4")
     tokens = da.ones((len(routing), d), chunks=(chunks, d), dtype=dtype)
     priced = plan(
-        tokens, routing, weights, topk_weights=topk, world_size=ranks, workers=workers, rates=RATES
+        tokens,
+        routing,
+        weights,
+        topk_weights=topk,
+        world_size=ranks,
+        rates=RATES,
+        machine=Machine(workers=workers),
     )
     homes = [data.draw(st.integers(0, workers - 1)) for _ in chunks]
     physical, nbytes = priced.placement.rewrite(routing), 0
@@ -402,7 +412,7 @@ def test_a_proposal_runs():
     tokens, routing, experts = job(rows=5000, d=64, chunk=2500)
     tokens = da.ones(tokens.shape, chunks=tokens.chunks, dtype="f4")
     limit = need_of_64(chunks=5).at(512)
-    arguments = {"threads": 1, "memory_limit": limit, "rates": RATES}
+    arguments = {"machine": Machine(threads=1, memory_limit=limit), "rates": RATES}
     with pytest.raises(DoesNotFit) as refused:
         plan(tokens, routing, experts, chunk_rows=2500, **arguments)
     assert refused.value.proposal == {"chunk_rows": 512}
@@ -415,8 +425,16 @@ def test_a_proposal_runs():
 @pytest.mark.parametrize("policy", POLICIES)
 def test_a_better_placement_takes_less_time(policy):
     tokens, routing, experts = job(rows=4000, chunk=500, exponent=1.3)
-    plain = plan(tokens, routing, experts, world_size=4, threads=1, rates=RATES)
-    placed = plan(tokens, routing, experts, world_size=4, placement=policy, threads=1, rates=RATES)
+    plain = plan(tokens, routing, experts, world_size=4, rates=RATES, machine=Machine(threads=1))
+    placed = plan(
+        tokens,
+        routing,
+        experts,
+        world_size=4,
+        placement=policy,
+        rates=RATES,
+        machine=Machine(threads=1),
+    )
     assert placed.imbalance <= plain.imbalance
     if policy == "exact":
         assert placed.imbalance < 1.02
@@ -432,8 +450,8 @@ def test_what_if_marks_the_fastest_that_fits():
         world_size=[2, 4],
         placement=["contiguous", "exact"],
         chunk_rows=[None, 1000],
-        threads=1,
         rates=Rates(flops=1e8, copy=1e9),
+        machine=Machine(threads=1),
     )
     assert len(compared.plans) == 8
     assert compared.best in compared.plans
@@ -441,7 +459,15 @@ def test_what_if_marks_the_fastest_that_fits():
     assert (compared.best.world_size, compared.best.policy) == (4, "exact")
     assert compared.why.startswith("least time of 8")
     assert "imbalance 1.0" in compared.why
-    single = plan(tokens, routing, experts, world_size=4, placement="exact", threads=1, rates=RATES)
+    single = plan(
+        tokens,
+        routing,
+        experts,
+        world_size=4,
+        placement="exact",
+        rates=RATES,
+        machine=Machine(threads=1),
+    )
     same = next(p for p in compared.plans if p.policy == "exact" and p.world_size == 4)
     np.testing.assert_array_equal(same.packet_rows, single.packet_rows)
 
@@ -452,7 +478,7 @@ def test_what_if_marks_the_fastest_that_fits():
 def test_chunks_that_do_not_fit_are_refused_where_they_are_asked_for_and_made_smaller_elsewhere():
     tokens, routing, experts = job(rows=100_000, d=64, chunk=50_000)
     limit = need_of_64(chunks=5).at(4096)
-    arguments = {"threads": 1, "memory_limit": limit, "rates": RATES}
+    arguments = {"machine": Machine(threads=1, memory_limit=limit), "rates": RATES}
     with pytest.raises(DoesNotFit, match=r"a memory limit of .* must hold .*--chunk-rows 4096"):
         plan(tokens, routing, experts, chunk_rows=50_000, **arguments)
     free = plan(tokens, routing, experts, **arguments)
@@ -467,7 +493,7 @@ def test_chunks_that_do_not_fit_are_refused_where_they_are_asked_for_and_made_sm
 def test_more_workers_are_proposed_when_the_experts_are_too_many():
     tokens, routing, experts = job(d=512, experts=16)
     limit = Need(4 * 512 * 512 * 4, 30, 512 * 4, tile_bytes(512 * 4), 2 * SORT_BYTES).at(64)
-    arguments = {"world_size": 2, "threads": 1, "memory_limit": limit, "rates": RATES}
+    arguments = {"machine": Machine(threads=1, memory_limit=limit), "world_size": 2, "rates": RATES}
     with pytest.raises(DoesNotFit, match="each worker's memory limit .* with --processes 4"):
         plan(tokens, routing, experts, **arguments)
     assert plan(tokens, routing, experts, **arguments | {"world_size": 4}).fits
@@ -475,7 +501,7 @@ def test_more_workers_are_proposed_when_the_experts_are_too_many():
 
 def test_where_nothing_fits_it_is_said():
     tokens, routing, experts = job(d=512, experts=16)
-    arguments = {"workers": 1, "threads": 1, "memory_limit": "180 MB", "rates": RATES}
+    arguments = {"machine": Machine(workers=1, threads=1, memory_limit="180 MB"), "rates": RATES}
     with pytest.raises(DoesNotFit, match="must hold 17 MB of experts, .*; allow more") as refused:
         plan(tokens, routing, experts, **arguments)
     assert refused.value.proposal == {}
@@ -483,27 +509,31 @@ def test_where_nothing_fits_it_is_said():
         what_if(tokens, routing, experts, **arguments)
 
 
+@pytest.mark.slow
 def test_experts_that_do_not_fit_go_by_in_passes_or_stay_as_they_are_stored():
     """As in a run: 400 MB of experts within 450 MB, which are read from their files."""
     tokens, routing, _ = job(rows=20_000, d=1024, experts=100, k=1, chunk=10_000)
     wide, half = (np.broadcast_to(np.ones((), dtype), (100, 1024, 1024)) for dtype in ("f4", "f2"))
-    arguments = {"workers": 1, "threads": 1, "rates": RATES}
-    priced = plan(tokens, routing, wide, memory_limit="450 MB", **arguments)
+
+    def within(limit: str) -> dict:
+        return {"machine": Machine(workers=1, threads=1, memory_limit=limit), "rates": RATES}
+
+    priced = plan(tokens, routing, wide, **within("450 MB"))
     assert priced.passes.way in ("hold", "spill")
     assert priced.memory_bytes == priced.passes.memory_bytes <= 450e6
     assert priced.chunk_rows == priced.passes.chunk_rows
-    few = plan(tokens, routing, half, memory_limit="580 MB", **arguments)
+    few = plan(tokens, routing, half, **within("580 MB"))
     assert few.passes is not None, "each expert gets too few rows of a chunk to be converted for"
     tokens, routing, _ = job(rows=20_000, d=1024, experts=64, k=8, chunk=10_000)
     half = Experts.linear(half[:64])
-    stored = plan(tokens, routing, half, memory_limit="450 MB", **arguments)
+    stored = plan(tokens, routing, half, **within("450 MB"))
     assert (type(stored), stored.decision.as_stored) == (Plan, True)
     assert "held in memory as stored" in stored.advice[0]
 
 
 def test_advice_on_chunks_and_balance():
     tokens, routing, experts = job(rows=100_000, d=256, k=1, chunk=100, exponent=1.5)
-    priced = plan(tokens, routing, experts, world_size=4, threads=1, rates=RATES)
+    priced = plan(tokens, routing, experts, world_size=4, rates=RATES, machine=Machine(threads=1))
     assert any("instead of 100" in said for said in priced.advice)
     assert any('placement="exact"' in said for said in priced.advice)
     good = plan(
@@ -511,13 +541,13 @@ def test_advice_on_chunks_and_balance():
         routing,
         experts,
         world_size=4,
-        threads=1,
         placement="exact",
         chunk_rows=priced.advised_chunk_rows,
         rates=RATES,
+        machine=Machine(threads=1),
     )
     assert good.advice == []
-    one_row = plan(*job(rows=1, chunk=1), world_size=4, threads=1, rates=RATES)
+    one_row = plan(*job(rows=1, chunk=1), world_size=4, rates=RATES, machine=Machine(threads=1))
     assert one_row.imbalance >= 2
     assert one_row.advice == [], "no placement does better"
 
@@ -561,7 +591,7 @@ def test_what_cannot_run_has_no_price(changed, message):
 
 
 def test_memory_limits_are_read_as_text():
-    priced = plan(*job(), rates=RATES, memory_limit="4 GiB")
+    priced = plan(*job(), rates=RATES, machine=Machine(memory_limit="4 GiB"))
     assert priced.memory_limit == parse_bytes("4 GiB")
     assert isinstance(priced, Plan)
     assert exact(priced.expert_rows, 2).imbalance(priced.expert_rows) == pytest.approx(1, abs=0.01)

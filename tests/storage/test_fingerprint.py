@@ -13,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from dask_ep import Experts, MoELayer, Router, load_moe_layer
-from dask_ep.cluster.checks import UnfitClusterError
+from dask_ep.errors import UnfitClusterError
 from dask_ep.experts.stored_experts import held_as_stored
 from dask_ep.jobs.backends import Cluster, Threads, multiplies_as_tf32
 from dask_ep.jobs.job import EXPERT_KEYS, load_job

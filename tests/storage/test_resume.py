@@ -19,8 +19,9 @@ from distributed import Client, futures_of, wait
 from hypothesis import given
 from hypothesis import strategies as st
 
+from dask_ep.errors import OutputInUse
 from dask_ep.storage import journal, output, replace, resume, writers
-from dask_ep.storage.journal import OutputInUse, read_done, record_done
+from dask_ep.storage.journal import read_done, record_done
 from dask_ep.storage.output import progress_directory
 from dask_ep.storage.sources import open_source
 from dask_ep.storage.storage import open_tokens, store
@@ -456,6 +457,7 @@ HANDED = {
 """Ways to give an output's tasks to a cluster, and what is left of it in the user's hands."""
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("how", HANDED)
 def test_a_lock_is_held_as_long_as_a_cluster_writes(tmp_path, client, how):
     path, gate = tmp_path / "y.zarr", tmp_path / "gate"
@@ -474,6 +476,7 @@ def test_a_lock_is_held_as_long_as_a_cluster_writes(tmp_path, client, how):
     assert_eq(open_tokens(path), rest.expected)
 
 
+@pytest.mark.slow
 def test_a_lock_goes_when_nobody_waits_for_what_a_cluster_writes(tmp_path, client):
     path, gate = tmp_path / "y.zarr", tmp_path / "gate"
     held = store(waiting_array(gate), path, compute=False).persist()
@@ -588,6 +591,7 @@ def forkserver():
     return context
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS)
 def test_kill_9_at_five_moments(tmp_path, kind, forkserver):
     rows = np.zeros((64 * 40, 512), "f4")
@@ -640,6 +644,7 @@ def finished(path):
     return steps.expected, header
 
 
+@pytest.mark.slow
 @given(st.data())
 def test_what_is_missing_of_a_finished_output_is_made_again(tmp_path_factory, data):
     kind = data.draw(st.sampled_from(KINDS))
@@ -697,6 +702,7 @@ def test_a_run_stopped_as_it_makes_what_is_missing_goes_on(path):
     assert_eq(open_tokens(path), expected)
 
 
+@pytest.mark.slow
 @given(st.data())
 def test_other_rows_in_a_finished_output_are_refused_and_kept(tmp_path_factory, data):
     kind = data.draw(st.sampled_from(KINDS))

@@ -17,9 +17,10 @@ from hypothesis import strategies as st
 from safetensors.numpy import load_file, save_file
 
 from dask_ep import Experts, expert_parallel
+from dask_ep.errors import ReadError
 from dask_ep.storage import files, writers
 from dask_ep.storage.output import Receipt
-from dask_ep.storage.sources import ReadError, Source, open_source
+from dask_ep.storage.sources import Source, open_source
 from dask_ep.storage.storage import open_tokens, store
 from dask_ep.storage.writers import chunk_rows
 from dask_ep.storage.zarr_layout import create_array
@@ -111,6 +112,7 @@ def test_zarr_chunks_never_cross_blocks(blocks):
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("scheduler", ["sync", "threads", "processes"])
 def test_every_scheduler_writes_the_same(tmp_path, tokens, kind, scheduler):
@@ -123,6 +125,7 @@ def test_every_scheduler_writes_the_same(tmp_path, tokens, kind, scheduler):
     assert_eq(open_tokens(path), numbers((10, 4)) * 2)
 
 
+@pytest.mark.slow
 def test_a_cluster_gives_a_future_for_each_receipt(tmp_path, tokens):
     with Client(n_workers=2, threads_per_worker=1, dashboard_address=":0"):
         y = open_tokens(tokens, 3) * 2
@@ -312,9 +315,19 @@ def test_chunks_in_a_number_of_numpys_own(tokens):
     assert open_tokens(tokens, chunks=np.int64(7)).chunks == open_tokens(tokens, chunks=7).chunks
 
 
-def test_chunks_in_words_are_refused(tokens):
-    with pytest.raises(TypeError, match=r"chunks of tokens.zarr must be a number .* not 'auto'"):
-        open_tokens(tokens, chunks="auto")
+def test_a_numpy_array_is_refused(tmp_path):
+    with pytest.raises(TypeError, match="store writes a Dask array, but got a ndarray; wrap it"):
+        store(np.ones((3, 2)), tmp_path / "y.npy")
+
+
+def test_the_size_of_chunks_may_be_text(tokens):
+    whole = open_tokens(tokens)
+    row_bytes = whole.dtype.itemsize * whole.shape[1]
+    stored = zarr.open_array(tokens).chunks[0]
+    assert open_tokens(tokens, chunks="auto").chunks == whole.chunks
+    assert open_tokens(tokens, chunks=f"{row_bytes * stored} B").chunks[0][0] == stored
+    with pytest.raises(ValueError, match=r"chunks of tokens.zarr: invalid size: 'many' \(try"):
+        open_tokens(tokens, chunks="many")
 
 
 def test_chunks_that_do_not_fit(tokens):

@@ -61,6 +61,7 @@ def in_session(leader):
     return found
 
 
+@pytest.mark.slow
 def test_a_cluster_by_hand_prints_what_run_prints(tmp_path, job):
     process = by_hand(tmp_path, job)
     code, printed, told = end(process)
@@ -80,6 +81,7 @@ def test_a_cluster_by_hand_prints_what_run_prints(tmp_path, job):
     assert end(by_hand(tmp_path, job, "--resume"))[0] == 0
 
 
+@pytest.mark.slow
 def test_ctrl_c_on_a_cluster_by_hand(tmp_path):
     """Sent to the script alone, as a terminal does: what it starts has groups of its own."""
     sizes = {"rows": 6400, "d": 256, "num_experts": 2, "k": 1, "kind": "gated", "hidden": 4096}
@@ -98,6 +100,7 @@ def test_ctrl_c_on_a_cluster_by_hand(tmp_path):
     assert verify_job(load_job(job)).good
 
 
+@pytest.mark.slow
 def test_workers_by_hand_that_do_not_start_end_the_run(tmp_path, job):
     process = by_hand(tmp_path, job, MEMORY="a lot")
     code, printed, told = end(process)
@@ -198,6 +201,7 @@ def test_kubernetes_the_arguments_are_those_of_the_command(manifest):
     assert context.params["workers"] == 4
 
 
+@pytest.mark.slow
 def test_a_job_on_gpu_nodes_waits_for_its_workers(monkeypatch):
     monkeypatch.syspath_prepend(WORKFLOWS)
     gpu_cluster = importlib.import_module("gpu_cluster")

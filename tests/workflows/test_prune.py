@@ -90,6 +90,7 @@ def of_small_groups(router) -> bool:
     return router.groups > 1 and router.num_experts == 2 * router.groups
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", CASES)
 def test_the_pruned_layer_is_the_masked_one(tmp_path, case):
     scores = scores_of(case)
@@ -126,6 +127,7 @@ def test_the_pruned_layer_is_what_transformers_gives_with_experts_masked_out(tmp
     np.testing.assert_allclose(y, output, rtol=0, atol=2e-6 * np.abs(output).max())
 
 
+@pytest.mark.slow
 def test_all_else_is_copied_to_the_byte(tmp_path):
     source = tmp_path / "source"
     shutil.copytree(FIXTURES / "mixtral_sharded", source)
@@ -169,6 +171,7 @@ def test_all_else_is_copied_to_the_byte(tmp_path):
     assert config == was | {"num_local_experts": 3}
 
 
+@pytest.mark.slow
 def test_a_layer_for_predicting_further_tokens_is_left_out(tmp_path):
     def more(tensors):
         name = "model.layers.2.mlp.experts.0.up_proj.weight"
@@ -192,6 +195,7 @@ def refused(message: str, *arguments: object) -> None:
     assert message in " ".join(done.stderr.split()), done.stderr
 
 
+@pytest.mark.slow
 def test_what_cannot_be_pruned_is_refused(tmp_path):
     directory, out = FIXTURES / "deepseek_v3", tmp_path / "out"
     scores = scores_of("deepseek_v3")

@@ -82,6 +82,7 @@ def wait_for_no_jobs(slurm: Slurm) -> None:
     wait_until(lambda: not slurm.jobs(), "the jobs have ended")
 
 
+@pytest.mark.slow
 @needs_slurm
 def test_a_run(slurm, start, job, tmp_path, expected):
     out = tmp_path / "out.npy"
@@ -98,6 +99,7 @@ def test_a_run(slurm, start, job, tmp_path, expected):
     wait_for_no_jobs(slurm)
 
 
+@pytest.mark.slow
 @needs_slurm
 def test_a_worker_that_is_cancelled_is_replaced(slurm, start, job, tmp_path, expected):
     """The only one of two ranks: without another one the run would not end."""
@@ -114,6 +116,7 @@ def test_a_worker_that_is_cancelled_is_replaced(slurm, start, job, tmp_path, exp
     np.testing.assert_array_equal(np.load(out), expected)
 
 
+@pytest.mark.slow
 @needs_slurm
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_run_that_is_stopped_leaves_no_jobs_and_goes_on(
@@ -138,6 +141,7 @@ def test_a_run_that_is_stopped_leaves_no_jobs_and_goes_on(
     np.testing.assert_array_equal(np.load(out), expected)
 
 
+@pytest.mark.slow
 @needs_slurm
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
 def test_pending_jobs_end_with_a_run_that_waits_for_them(slurm, start, job, tmp_path, number):
@@ -155,6 +159,7 @@ def test_pending_jobs_end_with_a_run_that_waits_for_them(slurm, start, job, tmp_
     wait_for_no_jobs(slurm)
 
 
+@pytest.mark.slow
 @needs_slurm
 def test_what_slurm_refuses_is_an_error(slurm, start, job, tmp_path):
     out = tmp_path / "out.npy"
@@ -167,6 +172,7 @@ def test_what_slurm_refuses_is_an_error(slurm, start, job, tmp_path):
     assert not slurm.jobs()
 
 
+@pytest.mark.slow
 @needs_slurm
 def test_workers_that_do_not_start_end_the_run(slurm, start, job, tmp_path):
     out = tmp_path / "out.npy"
@@ -179,6 +185,7 @@ def test_workers_that_do_not_start_end_the_run(slurm, start, job, tmp_path):
     wait_for_no_jobs(slurm)
 
 
+@pytest.mark.slow
 @needs_slurm
 def test_an_output_that_is_there_is_refused_as_by_run_and_asks_for_no_workers(
     slurm, start, job, tmp_path
@@ -198,6 +205,7 @@ def test_an_output_that_is_there_is_refused_as_by_run_and_asks_for_no_workers(
     assert code == 0, told
 
 
+@pytest.mark.slow
 @needs_slurm
 def test_a_replacement_that_slurm_refuses_is_asked_for_again(slurm, tmp_path, monkeypatch, capsys):
     monkeypatch.syspath_prepend(SCRIPT.parent)
@@ -226,6 +234,7 @@ def test_a_replacement_that_slurm_refuses_is_asked_for_again(slurm, tmp_path, mo
     wait_for_no_jobs(slurm)
 
 
+@pytest.mark.slow
 @needs_slurm
 def test_with_certificates(slurm, start, job, tmp_path, expected):
     own = options(make_certificates(tmp_path))
@@ -252,6 +261,7 @@ def show(*arguments: str) -> tuple[list[str], str]:
     return shlex.split(command), script.removesuffix("EOF\n")
 
 
+@pytest.mark.slow
 def test_slurm_gets_the_settings_of_the_site():
     command, script = show(
         *("--workers", "8", "--partition", "short", "--account", "us", "--memory", "3 GiB"),

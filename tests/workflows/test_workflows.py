@@ -125,6 +125,7 @@ def test_the_scheduler_of_gpu_nodes_makes_a_cuda_context_before_ucx_starts():
         assert made is (protocol == "ucx")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", list(TOYS))
 def test_script(name, tmp_path):
     np.save(tmp_path / "routing.npy", np.random.default_rng(0).integers(0, 8, (100, 2)))

@@ -1,0 +1,161 @@
+"""What does a run tell: on its way, and when it is done?"""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple
+
+import dask.array as da
+from dask.utils import format_time
+
+from dask_ep.arrays.html import html_table
+from dask_ep.jobs.in_passes import PassesDone
+from dask_ep.laws.decision import Decision
+from dask_ep.storage.storage import open_tokens
+
+KNOWN_AFTER = 1.0
+"""Of a run, after which its speed says something about its end."""
+
+KNOWN_SHARE = 0.05
+"""Of its rows, likewise."""
+
+
+class Progress(NamedTuple):
+    """How far a run is."""
+
+    rows_done: int
+    #: by this run
+    rows_left: int
+    rows_before: int
+    #: done by the run that is resumed
+    seconds: float
+    #: since the first block of this run was begun
+    not_finite: int = 0
+    #: of the rows done by this run, those that hold NaN or infinity
+    first_not_finite: int = -1
+    #: the first of them
+
+    @property
+    def rows_in_all(self) -> int:
+        return self.rows_done + self.rows_left + self.rows_before
+
+    @property
+    def rows_per_second(self) -> float:
+        return self.rows_done / self.seconds if self.seconds > 0 else 0.0
+
+    @property
+    def seconds_left(self) -> float | None:
+        """Seconds until the end at the speed so far; None before that is known well enough."""
+        share = self.rows_done / max(self.rows_done + self.rows_left, 1)
+        known = self.rows_done and self.seconds >= KNOWN_AFTER and share >= KNOWN_SHARE
+        return self.rows_left / self.rows_per_second if known else None
+
+
+@dataclass(frozen=True)
+class RunResult:
+    """What a run has done; its output is complete.
+
+    Examples
+    --------
+    >>> import numpy as np, os, tempfile
+    >>> from dask_ep import Job, Threads, run_job
+    >>> folder = tempfile.mkdtemp()
+    >>> paths = {name: os.path.join(folder, f"{name}.npy") for name in ("x", "r", "w", "y")}
+    >>> np.save(paths["x"], np.ones((6, 2), "f4"))
+    >>> np.save(paths["r"], np.array([0, 1, 1, 0, 1, -1]))
+    >>> np.save(paths["w"], np.stack([np.eye(2, dtype="f4"), 2 * np.eye(2, dtype="f4")]))
+    >>> job = Job(paths["x"], paths["y"], routing=paths["r"],
+    ...           experts={"kind": "linear", "w": paths["w"]})
+    >>> done = run_job(job, Threads(1))
+    >>> done.rows_done, done.decision.layout.world_size
+    (6, 1)
+    >>> done.open().sum().compute()
+    np.float32(16.0)
+    """
+
+    out: str
+    #: path of the output
+    rows_done: int
+    #: computed by this run
+    rows_before: int
+    #: that the run had done which this one resumed
+    seconds: float
+    #: from the first block on
+    decision: Decision
+    #: how it ran: ranks, workers, threads, rows of a chunk, passes
+    multiplied_by: str | None = None
+    #: on the host: the library, and how
+    passes: PassesDone | None = None
+    #: what going through the experts in passes took, if they were
+    not_finite: int = 0
+    #: of the rows computed, those that hold NaN or infinity
+    first_not_finite: int = -1
+    #: the first of them
+    reports: tuple[Path, ...] = ()
+    #: that were written: ours, and on workers Dask's
+
+    @classmethod
+    def of(
+        cls,
+        progress: Progress,
+        out: str,
+        decision: Decision,
+        multiplied_by: str | None,
+        passes: PassesDone | None,
+        reports: tuple[Path, ...],
+    ) -> RunResult:
+        """Of the progress at the end, and how the job ran."""
+        return cls(
+            out,
+            progress.rows_done,
+            progress.rows_before,
+            progress.seconds,
+            decision,
+            multiplied_by=multiplied_by,
+            passes=passes,
+            not_finite=progress.not_finite,
+            first_not_finite=progress.first_not_finite,
+            reports=reports,
+        )
+
+    @property
+    def rows(self) -> int:
+        """Of the output."""
+        return self.rows_done + self.rows_before
+
+    @property
+    def rows_per_second(self) -> float:
+        return self.rows_done / self.seconds if self.seconds > 0 else 0.0
+
+    def open(self) -> da.Array:
+        """Open the output as a lazy array, in the chunks in which it is stored."""
+        return open_tokens(self.out)
+
+    @property
+    def figures(self) -> dict[str, str]:
+        """What was done, in words."""
+        layout, said = self.decision.layout, {"output": os.fspath(self.out)}
+        said["rows computed"] = f"{self.rows_done:,}"
+        if self.rows_before:
+            said["rows there before"] = f"{self.rows_before:,}"
+        if self.rows_done:
+            speed = f"{self.rows_per_second:,.0f} rows/s"
+            said["time"] = f"{format_time(self.seconds)}, {speed}"
+        said["ranks"] = f"{layout.world_size} on {layout.workers} x {layout.threads} threads"
+        said["chunks"] = f"of up to {self.decision.chunk_rows:,} rows"
+        optional = {"passes": self.passes, "products by": self.multiplied_by}
+        said |= {name: str(value) for name, value in optional.items() if value is not None}
+        if self.not_finite:
+            first = f"the first is row {self.first_not_finite}"
+            said["rows with NaN or infinity"] = f"{self.not_finite:,}, {first}"
+        if self.reports:
+            said["reports"] = ", ".join(map(os.fspath, self.reports))
+        return said
+
+    def __repr__(self) -> str:
+        return f"<RunResult: {'; '.join(f'{name} {text}' for name, text in self.figures.items())}>"
+
+    def _repr_html_(self) -> str:
+        return html_table("run", self.figures.items())

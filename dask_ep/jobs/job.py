@@ -24,6 +24,7 @@ job gives as an array is told by `dask_ep.jobs.build`.
 from __future__ import annotations
 
 import difflib
+import errno
 import json
 import math
 import os
@@ -224,7 +225,13 @@ def _resolve_path(value: str, base: Path) -> str:
     if "://" in value:
         return value
     file, separator, tensor = value.partition("::")
-    return f"{(base / Path(file).expanduser()).resolve()}{separator}{tensor}"
+    place = (base / Path(file).expanduser()).resolve()
+    try:
+        os.stat(place)
+    except OSError as error:  # links in a circle, of which `resolve` says nothing from 3.13 on
+        if error.errno == errno.ELOOP:
+            raise
+    return f"{place}{separator}{tensor}"
 
 
 def _resolve_weight(value: str | list[str], base: Path) -> str | list[str]:

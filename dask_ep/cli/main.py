@@ -23,6 +23,7 @@ COMMANDS = {
     "example": "Write a job and its data into DIRECTORY, to try things out.",
     "plan": "Show what a job will cost: rows, bytes, memory, tasks and time.",
     "run": "Compute the output of JOB, a TOML file, and write it.",
+    "collect": "Collect statistics of JOB's experts over the rows routed to them.",
     "verify": "Recompute a sample of JOB's output in plain loops, and compare.",
     "compare": "Compare a layer of two checkpoints A and B on tokens, or two outputs A and B.",
     "inspect": "Show what PATH is: an array, a checkpoint, a job, or an output and its progress.",

@@ -40,6 +40,12 @@ JOB_KEYS = (
 
 def job_options(command: Callable) -> Callable:
     """Add the job file, and an option for every key of a job, which `read_job` reads."""
+    out = click.option("--out", metavar="PATH", help="Output: .zarr, .npy or .safetensors.")
+    return input_options(out(command))
+
+
+def input_options(command: Callable) -> Callable:
+    """Add the job file, and an option for every key of a job but its `out`."""
     options: list[Callable] = [
         click.argument("job", type=click.Path(), required=False),
         click.option(
@@ -57,7 +63,6 @@ def job_options(command: Callable) -> Callable:
             "--layer", metavar="DIR", help="A checkpoint directory, instead of routing and experts."
         ),
         click.option("--layer-index", type=click.IntRange(0), help="Layer of the checkpoint."),
-        click.option("--out", metavar="PATH", help="Output: .zarr, .npy or .safetensors."),
         click.option(
             "--world-size", type=click.IntRange(1), help="Number of ranks; default: one per worker."
         ),

@@ -34,7 +34,6 @@ from dask_ep.cluster.interrupts import Interrupts, Wait
 from dask_ep.cluster.workers import Workers
 from dask_ep.jobs.backends import Cluster, Processes, Threads, Where
 from dask_ep.jobs.inspect import describe_output, words_of_usage
-from dask_ep.jobs.job import Job
 from dask_ep.jobs.result import Progress, RunResult
 from dask_ep.jobs.run import run_job
 from dask_ep.jobs.save_routing import path_of_weights
@@ -172,7 +171,7 @@ def carry_out(where: Where, job: str | None, save_job: str | None, **options: An
         click.echo(f"job: {save_job}", err=True)
     if isinstance(where, Threads | Processes):
         hint_at_faster_blas()
-    with _stoppable(parsed, options["overwrite"]) as wait, progress_bar("rows") as tell:
+    with stoppable(parsed.out, options["overwrite"]) as wait, progress_bar("rows") as tell:
 
         def on_progress(how: Progress) -> None:
             tell(how.rows_done + how.rows_before, how.rows_in_all, "", how)
@@ -182,8 +181,8 @@ def carry_out(where: Where, job: str | None, save_job: str | None, **options: An
             where,
             on_note=echo_note,
             on_progress=on_progress,
-            on_client=_show_dashboard,
-            on_workers=_show_workers,
+            on_client=show_dashboard,
+            on_workers=show_workers,
             wait=wait,
             **options,
         )
@@ -216,12 +215,12 @@ def _show_result(done: RunResult) -> None:
     )
 
 
-def _show_dashboard(client: Client) -> None:
+def show_dashboard(client: Client) -> None:
     if link := dashboard_link(client):
         click.echo(f"dashboard: {link}", err=True)
 
 
-def _show_workers(count: Workers) -> None:
+def show_workers(count: Workers) -> None:
     click.echo(f"workers: {count}", err=True)
 
 
@@ -272,14 +271,16 @@ def read_certificates(
 
 
 @contextlib.contextmanager
-def _stoppable(job: Job, overwrite: bool) -> Iterator[Wait]:
-    """Yield a way to wait that ends at the first SIGINT or SIGTERM; at the second all ends at
-    once."""
+def stoppable(out: str, overwrite: bool, record: str | None = None) -> Iterator[Wait]:
+    """Yield a way to wait that ends at the first SIGINT or SIGTERM; at the second all ends at once.
+
+    `record` is the output that tells how far the one at `out` is, if that does not tell itself.
+    """
     try:
         with Interrupts(FAILED) as interrupts:
             yield interrupts.wait
     except KeyboardInterrupt:
-        state = describe_output(job.out)
+        state = describe_output(record or out)
         how = "--resume instead of --overwrite" if overwrite else "--resume"
-        complain(f"stopped; {job.out} is {state}. To continue: the same command with {how}")
+        complain(f"stopped; {out} is {state}. To continue: the same command with {how}")
         raise click.exceptions.Exit(FAILED) from None

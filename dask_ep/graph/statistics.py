@@ -160,6 +160,7 @@ ROUTING_STATISTICS: dict[str, Callable[[int, int], dict[str, Part]]] = {
         "usage.slots": Part((E, k), np.add),
     },
     "coactivation": lambda E, k: {"coactivation": Part((E, E), np.add)},
+    "coverage": lambda E, k: {"coverage": Part((E, 1), np.add)},
 }
 """Partial results of each statistic of the routing, by E and k."""
 
@@ -182,6 +183,8 @@ def _see_routing(
         found: Numbers = {}
         if "usage" in names:
             found |= _count_usage(slots, topk_weights, E)
+        if "coverage" in names:
+            found["coverage"] = np.bincount(slots.reshape(-1) + 1, minlength=E + 1)[1:, None]
         if "coactivation" in names:
             chosen = np.zeros((len(slots), E + 1), np.float32)  # the last is [-1], of no expert
             np.put_along_axis(chosen, slots, 1, axis=1)

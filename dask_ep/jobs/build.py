@@ -177,14 +177,7 @@ def build(
     """
     inputs = inputs.held_as_stored() if decision.as_stored else inputs
     layer, placement, world_size = inputs.layer, None, decision.layout.world_size
-    tokens = open_tokens(inputs.tokens, chunks=decision.chunk_rows, name="tokens", xp=xp)
-    topk: da.Array | None
-    if layer is not None:
-        routing, topk = layer.route(tokens)
-    else:
-        routing = open_tokens(inputs.routing, name="routing", like=tokens, xp=xp)
-        given = inputs.topk_weights
-        topk = None if given is None else open_tokens(given, like=tokens, xp=xp)
+    tokens, routing, topk = open_rows(inputs, decision.chunk_rows, xp)
     if exchange is None:
         placement = decision.place(partial(survey, routing, inputs.experts.num_experts))
         exchange = partial(expert_parallel, world_size=world_size, placement=placement)
@@ -201,7 +194,19 @@ def build(
         "placement": None if placement is None else placement.to_json(),
         "computed_by": computed_by,
     }
-    return Built(y, _name_inputs(inputs), settings, placement, (routing, topk))
+    return Built(y, name_inputs(inputs), settings, placement, (routing, topk))
+
+
+def open_rows(
+    inputs: Inputs, chunk_rows: int, xp: str = "numpy"
+) -> tuple[da.Array, da.Array, da.Array | None]:
+    """Open the tokens in chunks of so many rows, and their routing and weights, or route them."""
+    tokens = open_tokens(inputs.tokens, chunks=chunk_rows, name="tokens", xp=xp)
+    if inputs.layer is not None:
+        return tokens, *inputs.layer.route(tokens)
+    routing = open_tokens(inputs.routing, name="routing", like=tokens, xp=xp)
+    topk = inputs.topk_weights
+    return tokens, routing, None if topk is None else open_tokens(topk, like=tokens, xp=xp)
 
 
 def _check_placement(job: Job) -> None:
@@ -268,7 +273,7 @@ def _open_weights(job: Job) -> dict[str, Source | list[Source]]:
     return weights
 
 
-def _name_inputs(inputs: Inputs) -> dict[str, Any]:
+def name_inputs(inputs: Inputs) -> dict[str, Any]:
     """Return all that decides the values of the output, by the keys of the job."""
     named: dict[str, Any] = {"tokens": inputs.tokens}
     if inputs.layer is not None:

@@ -18,8 +18,11 @@ from dask_ep.storage.storage import open_tokens
 KNOWN_AFTER = 1.0
 """Of a run, after which its speed says something about its end."""
 
-KNOWN_SHARE = 0.05
-"""Of its rows, likewise."""
+KNOWN_SHARE = 0.2
+"""Of its rows, likewise: the first blocks of workers are slow."""
+
+LONG_AFTER = 30.0
+"""Seconds of a run after which that matters no more."""
 
 
 class Progress(NamedTuple):
@@ -49,7 +52,8 @@ class Progress(NamedTuple):
     def seconds_left(self) -> float | None:
         """Seconds until the end at the speed so far; None before that is known well enough."""
         share = self.rows_done / max(self.rows_done + self.rows_left, 1)
-        known = self.rows_done and self.seconds >= KNOWN_AFTER and share >= KNOWN_SHARE
+        begun = self.seconds >= KNOWN_AFTER and share >= KNOWN_SHARE
+        known = self.rows_done > 0 and (begun or self.seconds >= LONG_AFTER)
         return self.rows_left / self.rows_per_second if known else None
 
 

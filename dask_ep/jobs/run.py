@@ -159,7 +159,7 @@ def run_job(
         decision = decide(work, layout, **asked, free=free, begun=begun)
         passes = decision.passes
         walk = InPasses(inputs, passes, layout.workers, begun) if passes else None
-        with _owned(client, layout.workers if passes else layout.world_size) as owners:
+        with owned_ranks(client, layout.workers if passes else layout.world_size) as owners:
             built = build(
                 inputs,
                 decision,
@@ -181,7 +181,7 @@ def run_job(
                 watch = _Watch(output, on_progress, job.name, walk)
                 with _watched(output, client, owners, planned, report, on_record, watch):
                     for step in _steps(output, walk, routing):
-                        _compute(step, client, threads, watch, wait)
+                        compute_step(step, client, threads, watch.tell, wait)
                     done = watch.progress()
     reports = reports_of(report, client) if planned else ()
     return RunResult.of(done, job.out, decision, library, watch.passes_done(), reports)
@@ -264,7 +264,7 @@ def _check_recorded(chunks: Sequence[int], rows: Sequence[int]) -> None:
         )
 
 
-def _owned(client: Client | None, world_size: int) -> contextlib.AbstractContextManager:
+def owned_ranks(client: Client | None, world_size: int) -> contextlib.AbstractContextManager:
     """Give the ranks owners for a while; all ranks count as equally loaded.
 
     Their loads are known where the routing was read, which is where they were made equal: a
@@ -276,21 +276,28 @@ def _owned(client: Client | None, world_size: int) -> contextlib.AbstractContext
     return own_experts(client, world_size)
 
 
-def _compute(
-    step: Output | Step, client: Client | None, threads: int, watch: _Watch, wait: Wait
+def compute_step(
+    step: Output | Step,
+    client: Client | None,
+    threads: int,
+    tell: Callable[[Receipt], Any],
+    wait: Wait,
 ) -> None:
+    """Do the tasks of a step, on threads or by a client's workers, and tell of each receipt."""
     if client is None:
-        _compute_on_threads(step, threads, watch, wait)
+        _compute_on_threads(step, threads, tell, wait)
     else:
-        _compute_on_client(step, client, watch, wait)
+        _compute_on_client(step, client, tell, wait)
 
 
-def _compute_on_threads(output: Output | Step, threads: int, watch: _Watch, wait: Wait) -> None:
+def _compute_on_threads(
+    output: Output | Step, threads: int, tell: Callable[[Receipt], Any], wait: Wait
+) -> None:
     pool = ThreadPoolExecutor(threads, thread_name_prefix="dask-ep")
-    aside = Aside(lambda tell: output.compute(tell, scheduler="threads", pool=pool), wait)
+    aside = Aside(lambda give: output.compute(give, scheduler="threads", pool=pool), wait)
     try:
         for receipt in aside:
-            watch.tell(receipt)
+            tell(receipt)
     finally:
         pool.shutdown(cancel_futures=True)  # running tasks finish, and no other starts
         aside.join()
@@ -324,18 +331,20 @@ def _watched(
         on_record(planned, records[0])
 
 
-def _compute_on_client(output: Output | Step, client: Client, watch: _Watch, wait: Wait) -> None:
+def _compute_on_client(
+    output: Output | Step, client: Client, tell: Callable[[Receipt], Any], wait: Wait
+) -> None:
     if not output.missing:
         return
     futures = futures_of(client.persist(output))
 
-    def gather(tell: Callable[[Receipt], Any]) -> None:
+    def gather(give: Callable[[Receipt], Any]) -> None:
         for future in as_completed(futures, loop=client.loop):
-            tell(future.result())
+            give(future.result())
 
     try:
         for receipt in Aside(gather, wait):
-            watch.tell(receipt)
+            tell(receipt)
     except (FutureCancelledError, CommClosedError) as error:
         raise ConnectionError(
             f"the scheduler at {scheduler_address(client)} is gone or has dropped the job; "

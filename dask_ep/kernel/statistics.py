@@ -52,8 +52,10 @@ class TileStatistic(NamedTuple):
     #: numbers of an expert, where it has no channels
 
 
-def _channels(of: str, reduce: Callable[[np.ndarray, np.ndarray], np.ndarray], join: np.ufunc):
-    """A statistic of each channel: `reduce` makes (w,) of rows (m, w) and scratch of their size."""
+def _channels(
+    of: str, reduce: Callable[[np.ndarray, np.ndarray], np.ndarray], join: np.ufunc
+) -> TileStatistic:
+    """A statistic of each channel, run after run of rows that stay in cache."""
 
     def take(tile: Tile, totals: np.ndarray) -> None:
         rows = getattr(tile, of)

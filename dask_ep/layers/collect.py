@@ -13,7 +13,7 @@ if that is wanted.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from numbers import Real
 from typing import Any, NamedTuple
@@ -24,6 +24,7 @@ import numpy as np
 from dask_ep.arrays.checks import kind_of
 from dask_ep.arrays.namespaces import namespace
 from dask_ep.experts.experts import CallableExperts, Experts, as_experts
+from dask_ep.graph.gram import grams
 from dask_ep.graph.pipeline import Ready, build_chunks, prepare
 from dask_ep.graph.row_choice import choose_slots, with_weights_of_others
 from dask_ep.graph.rows import rows_of, unflatten
@@ -46,8 +47,15 @@ from dask_ep.placement.placement_files import Asked
 
 TILE_NAMES = tuple(dict.fromkeys(name.partition(".")[0] for name in TILE_STATISTICS))
 
-WHAT = (*ROUTING_STATISTICS, "router", *(name for name in TILE_NAMES if name != "coverage"))
+_ALWAYS = "coverage"
+
+WHAT = (*ROUTING_STATISTICS, "router", *TILE_NAMES, "gram")
+WHAT = tuple(name for name in dict.fromkeys(WHAT) if name != _ALWAYS)
 """What can be collected, by name."""
+
+
+GivenRouting = tuple[da.Array, da.Array | None]
+"""Indices, and top-k weights where there are some."""
 
 
 @dataclass(frozen=True)
@@ -61,6 +69,7 @@ class Collection:
         again; `finish_groups` joins them, and `name_all` makes statistics of that.
     layout : of a row of `groups`
     group_chunks : token chunks of a group
+    grams : ``gram.input`` and ``gram.hidden``, if they are asked for: see `dask_ep.graph.gram`
     output : (..., d_out) lazy array, or None where it is not wanted
     missing : names of what was asked for and does not exist for these experts
     """
@@ -68,13 +77,14 @@ class Collection:
     groups: da.Array
     layout: PartialLayout
     group_chunks: int
+    grams: Mapping[str, da.Array]
     output: da.Array | None
     missing: tuple[str, ...]
 
     def arrays(self) -> dict[str, da.Array]:
         """The statistics by name, and the output as "output"."""
         output = {} if self.output is None else {"output": self.output}
-        return finished(self.groups, self.layout, name_all) | output
+        return finished(self.groups, self.layout, name_all) | dict(self.grams) | output
 
 
 def collect(
@@ -82,7 +92,7 @@ def collect(
     layer: MoELayer | Experts | Any,
     *,
     what: Iterable[str],
-    routing: da.Array | tuple[da.Array, da.Array] | None = None,
+    routing: da.Array | GivenRouting | None = None,
     token_ids: da.Array | None = None,
     rows: str | float = "routed",
     seed: int = 0,
@@ -123,6 +133,8 @@ def collect(
                       absolute value of each channel
         sumsq         sumsq.input, sumsq.hidden, sumsq.output: sum of squares, likewise
         mean_output   mean_output.sum, mean_output.mean (E, d_out) of the experts' output rows
+        gram          gram.input (E, d, d), gram.hidden (E, f, f): the sum of the products of a row
+                      with itself, one expert in each chunk
         reap          reap.score (E,) mean of weight * norm of the output row, reap.norm (E,) mean
                       norm, reap.rows (E,) int64
 
@@ -142,13 +154,20 @@ def collect(
     callables have none, and no array of them. An expert's input is the row as its first matrices
     read it: times the top-k weight where a layer applies that to the input. Outputs are those
     before the top-k weight is applied. A slot counts as a row: a row that names an expert twice
-    counts twice, but in `coactivation`. The router's probabilities are its scores divided by their
-    sum, entropy is in nats, the z-loss of a row is the square of the logarithm of the sum of the
-    exponentials of its logits (Zoph et al., "ST-MoE", 2022), and its margin is the k-th largest
-    score, as it chooses, minus the next. Values are computed as by `expert_parallel`, and added in
-    float64; an expert without rows has zeros. Partial results come with each chunk, and are joined
-    once, in the order of the chunks: the same chunks and placement give the same bits on every
-    scheduler, after any failure. REAP: Lasby et al., "REAP the Experts" (2025), equation 9.
+    counts twice, but in `coactivation`.
+
+    Compute some experts of `gram` at a time, such as ``found["gram.input"][:8]``, where all are
+    more than memory holds: each time the rows of these alone are taken, and sent through them if
+    they have hidden activations.
+
+    The router's probabilities are its scores divided by their sum, entropy is in nats, the z-loss
+    of a row is the square of the logarithm of the sum of the exponentials of its logits (Zoph et
+    al., "ST-MoE", 2022), and its margin is the k-th largest score, as it chooses, minus the next.
+
+    Values are computed as by `expert_parallel`, and added in float64, those of `gram` in the
+    computing dtype; an expert without rows has zeros. Partial results come with each chunk, and are
+    joined once, in the order of the chunks: the same chunks and placement give the same bits on
+    every scheduler, after any failure. REAP: Lasby et al., "REAP the Experts" (2025), equation 9.
 
     Examples
     --------
@@ -174,7 +193,7 @@ def begin_collection(
     layer: MoELayer | Experts | Any,
     *,
     what: Iterable[str],
-    routing: da.Array | tuple[da.Array, da.Array] | None = None,
+    routing: da.Array | GivenRouting | None = None,
     token_ids: da.Array | None = None,
     rows: str | float = "routed",
     seed: int = 0,
@@ -202,18 +221,21 @@ def begin_collection(
     pieces, y = [], None
     if block is None or block.start == 0:
         pieces = _see_choices(ready, layer, chosen)
+    of_block = _of_block(ready, block or range(experts.num_experts), others, seed)
     if chosen.of_tiles:
-        of_block = _of_block(ready, block or range(experts.num_experts), others, seed)
         k = slots_of(ready.routing) if others else None
         output = with_output and not others
         seen, y = see_experts(of_block, chosen.of_tiles, output=output, k=k)
         pieces.append(seen)
+    elif chosen.of_gram:
+        pieces.append(see_routing(of_block, [_ALWAYS]))
+    found = grams(of_block, hidden=experts.hidden is not None) if chosen.of_gram else {}
     if with_output:
         y = build_chunks(ready) if y is None else y
         y = layer.add_the_rest(ready.tokens, y) if isinstance(layer, MoELayer) else y
         y = unflatten(y, hidden)
     chunk_bytes = ready.tokens.nbytes / max(ready.tokens.numblocks[0], 1)
-    return Collection(*join_groups(pieces, chunk_bytes), y, chosen.missing)
+    return Collection(*join_groups(pieces, chunk_bytes), found, y, chosen.missing)
 
 
 class Chosen(NamedTuple):
@@ -222,6 +244,7 @@ class Chosen(NamedTuple):
     of_routing: list[str]
     of_router: bool
     of_tiles: list[str]
+    of_gram: bool
     missing: tuple[str, ...]
     #: of tiles, what does not exist for these experts
 
@@ -238,10 +261,15 @@ def choose_statistics(what: Iterable[str], experts: Experts | CallableExperts) -
     missing: list[str] = []
     if experts.hidden is None:
         missing = [name for name in of_tiles if TILE_STATISTICS[name].of == "hidden"]
+        missing += ["gram.hidden"] if "gram" in asked else []
     of_tiles = [name for name in of_tiles if name not in missing]
     of_routing = [name for name in ROUTING_STATISTICS if name in asked]
     return Chosen(
-        of_routing, "router" in asked, ["coverage", *of_tiles] if of_tiles else [], tuple(missing)
+        of_routing,
+        "router" in asked,
+        [_ALWAYS, *of_tiles] if of_tiles else [],
+        "gram" in asked,
+        tuple(missing),
     )
 
 
@@ -285,7 +313,7 @@ def _of_block(ready: Ready, block: range, others: float, seed: int) -> Ready:
 
 
 def _given_rows(
-    hidden: da.Array, routing: da.Array | tuple[da.Array, da.Array] | None
+    hidden: da.Array, routing: da.Array | GivenRouting | None
 ) -> tuple[da.Array, da.Array, da.Array | None]:
     """Rows (n, d), and their routing and weights."""
     if routing is None:

@@ -79,7 +79,9 @@ def _see_chunk(
     with while_routing(hidden, router.num_experts, router.k, chunk, first_row):
         seen = [
             _see_logits(logits, router, arrays.get("selection_bias"))
-            for _, logits in tiled_logits(hidden, arrays["weight"], arrays.get("bias"), router)
+            for _, logits in tiled_logits(
+                hidden, arrays["weight"], arrays.get("bias"), router, np.float32
+            )
         ]
     probability = np.zeros(router.num_experts)
     for tile in seen:

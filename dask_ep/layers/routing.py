@@ -224,7 +224,11 @@ def weigh_chosen(
 
 
 def tiled_logits(
-    hidden: Array, weight: Array, bias: Array | None, router: Router | None = None
+    hidden: Array,
+    weight: Array,
+    bias: Array | None,
+    router: Router | None = None,
+    wide: Any = np.float64,
 ) -> Iterator[tuple[slice, Array]]:
     """Yield (rows, logits [rows, E]) tile by tile; the caller may overwrite the logits.
 
@@ -232,11 +236,12 @@ def tiled_logits(
     -----
     The last bit of a float32 sum depends on which rows a BLAS computes together, and experts that
     a row likes equally would change places with the chunking. Sums in float64, rounded once, do
-    not depend on it. A device sums in float32: many have little float64.
+    not depend on it. A device sums in float32: many have little float64; and so does the host where
+    `wide` says so, since nothing is chosen by the logits.
     """
     xp = namespace(hidden)
     n, E = hidden.shape[0], weight.shape[0]
-    wide = np.float64 if xp is np else np.float32
+    wide = wide if xp is np else np.float32
     step = max(LOGIT_TILE_BYTES // (8 * max(hidden.shape[1], E)), 1) if xp is np else max(n, 1)
     weight = weight.astype(xp.float32, copy=False).astype(wide, copy=False).T
     tile = memory.empty((min(step, n), hidden.shape[1]), wide, like=hidden)

@@ -297,7 +297,7 @@ class Step(DaskMethodsMixin):
     __dask_scheduler__ = staticmethod(da.Array.__dask_scheduler__)
 
 
-def together(outputs: Sequence[Output]) -> Step:
+def together(outputs: Sequence[Output | Step]) -> Step:
     """The writing of the missing blocks of several outputs, whose common tasks run once."""
     graph = HighLevelGraph.merge(*(output.__dask_graph__() for output in outputs))
     return Step(graph, [key for output in outputs for key in output.__dask_keys__()])

@@ -541,8 +541,15 @@ def test_without_one_lines_come_every_few_seconds(monkeypatch, capsys):
 
 @pytest.mark.parametrize(
     ("done", "seconds", "left"),
-    [(0, 2.0, None), (50, 0.4, None), (2, 2.0, None), (50, 2.0, 2.0), (100, 4.0, 0.0)],
-    ids=["nothing done", "begun just now", "too few rows", "known", "at the end"],
+    [
+        (0, 60.0, None),
+        (50, 0.4, None),
+        (10, 2.0, None),
+        (10, 30.0, 270.0),
+        (50, 2.0, 2.0),
+        (100, 4.0, 0.0),
+    ],
+    ids=["nothing done", "begun just now", "too few rows", "a long run", "known", "at the end"],
 )
 def test_the_time_left_is_told_when_the_speed_is_known(done, seconds, left):
     assert Progress(done, 100 - done, 0, seconds).seconds_left == left

@@ -103,7 +103,7 @@ def test_an_interrupt_is_raised_where_the_run_waits_and_nowhere_else(job, capsys
     passed = []
 
     def run() -> None:
-        with run_command._stoppable(job, overwrite=True) as wait:
+        with run_command.stoppable(job.out, overwrite=True) as wait:
             interrupted()
             passed.append("held back")
             wait(SimpleQueue())

@@ -39,6 +39,10 @@ TOYS = {
         ["--moments", "1", "--fault", "retired", "scheduler"], "us per chunk without owners"
     ),
     "chaos.py": Toy(["--seeds", "2"], "2 of 2 seeds are right"),
+    "collect_cost.py": Toy(
+        ["--rows", "512", "--chunk-rows", "256", "--d", "32", "--hidden", "64", "--repeat", "1"],
+        "of the layer alone",
+    ),
     "exchange_cost.py": Toy(["bytes", "--scale", "0.1"], "received / law"),
     "gpu_cluster.py": Toy(
         ["--nodes", "gpu01", "gpu02", "--print"],

@@ -1,0 +1,158 @@
+"""How are several named arrays written to one place, with words about them?
+
+    statistics.safetensors    one file: a header, then the arrays
+    statistics.zarr           a group, with an array for each name
+
+Large arrays come as sources, and are copied some rows at a time.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterator, Mapping
+from math import prod
+from typing import Any
+
+import numpy as np
+
+from dask_ep.storage.replace import remove, replace
+from dask_ep.storage.safetensors_header import DTYPES
+from dask_ep.storage.source import Source
+from dask_ep.storage.storage import CHUNK_BYTES
+
+KINDS_OF_BUNDLES = (".safetensors", ".zarr")
+
+_NAMES = {dtype: name for name, dtype in DTYPES.items()}
+
+
+def check_bundle(path: str, resume: bool, overwrite: bool) -> None:
+    """Refuse a path that cannot be written, before anything is read.
+
+    Raises
+    ------
+    ValueError
+        If the ending is of no known format.
+    FileExistsError
+        If something is there, or was begun, and neither `resume` nor `overwrite` is set; or if
+        what is there was not written by `write_bundle`.
+    """
+    if os.path.splitext(path)[1] not in KINDS_OF_BUNDLES:
+        raise ValueError(
+            f"statistics are written to {' or '.join(KINDS_OF_BUNDLES)}, not to {path}"
+        )
+    if resume and overwrite:
+        raise ValueError("resume and overwrite are mutually exclusive")
+    there = os.path.lexists(path)
+    if not (resume or overwrite) and (there or os.path.isdir(f"{path}.progress")):
+        what = "exists" if there else "was begun by an earlier run"
+        raise FileExistsError(
+            f"{path} {what}; resume to continue it, overwrite to start again, or write elsewhere"
+        )
+    if there and not _is_bundle(path):
+        raise FileExistsError(
+            f"{path} does not hold named arrays, so it is not replaced; write elsewhere"
+        )
+
+
+def write_bundle(
+    path: str, arrays: Mapping[str, np.ndarray | Source], metadata: Mapping[str, str]
+) -> None:
+    """Write arrays and words about them, and give them their place when they are complete.
+
+    Parameters
+    ----------
+    path : ``.safetensors`` or ``.zarr``, on the file system of ``<path>.progress/``, which exists
+    arrays : by name
+    metadata : words by name: the header's metadata, or the group's attributes
+    """
+    directory = f"{path}.progress"
+    new = os.path.join(directory, f"new{os.path.splitext(path)[1]}")
+    remove(new)
+    write = _write_zarr if path.endswith(".zarr") else _write_safetensors
+    write(new, arrays, metadata)
+    replace(new, path, directory)
+
+
+def read_metadata(path: str) -> dict[str, str]:
+    """Read the words about the arrays of a bundle."""
+    if path.endswith(".zarr"):
+        with open(os.path.join(path, "zarr.json"), encoding="utf-8") as file:
+            return json.load(file).get("attributes", {})
+    with open(path, "rb") as file:
+        header = json.loads(file.read(int.from_bytes(file.read(8), "little")))
+    return header.get("__metadata__", {})
+
+
+def _is_bundle(path: str) -> bool:
+    try:
+        if not path.endswith(".zarr"):
+            read_metadata(path)
+            return True
+        with open(os.path.join(path, "zarr.json"), encoding="utf-8") as file:
+            return json.load(file)["node_type"] == "group"
+    except (OSError, ValueError, KeyError):
+        return False
+
+
+def _write_safetensors(
+    path: str, arrays: Mapping[str, np.ndarray | Source], metadata: Mapping[str, str]
+) -> None:
+    # Wide numbers first, so that all are aligned.
+    ordered = sorted(arrays.items(), key=lambda item: -np.dtype(item[1].dtype).itemsize)
+    header: dict[str, object] = {"__metadata__": dict(metadata)}
+    position = 0
+    for name, array in ordered:
+        end = position + prod(array.shape) * np.dtype(array.dtype).itemsize
+        header[name] = {
+            "dtype": _NAMES[np.dtype(array.dtype)],
+            "shape": list(array.shape),
+            "data_offsets": [position, end],
+        }
+        position = end
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)
+    with open(path, "wb") as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        for _, array in ordered:
+            for part in _parts(array):
+                file.write(np.ascontiguousarray(part).reshape(-1).view(np.uint8).data)
+
+
+def _write_zarr(
+    path: str, arrays: Mapping[str, np.ndarray | Source], metadata: Mapping[str, str]
+) -> None:
+    import zarr
+
+    attributes: dict[str, Any] = dict(metadata)
+    group = zarr.open_group(path, mode="w", zarr_format=3, attributes=attributes)
+    for name, array in arrays.items():
+        rows = _rows_of_a_part(array)
+        chunks = tuple(max(n, 1) for n in (rows, *array.shape[1:])[: len(array.shape)])
+        to = group.create_array(
+            name, shape=array.shape, chunks=chunks, dtype=array.dtype, compressors=None
+        )
+        start = 0
+        for part in _parts(array):
+            if not array.shape:
+                to[()] = part
+            else:
+                to[start : start + len(part)] = part
+                start += len(part)
+
+
+def _parts(array: np.ndarray | Source) -> Iterator[np.ndarray]:
+    """The rows of an array, some at a time."""
+    if not isinstance(array, Source):
+        yield array
+        return
+    step = _rows_of_a_part(array)
+    for start in range(0, array.shape[0], step):
+        yield array.read(start, min(start + step, array.shape[0]))
+
+
+def _rows_of_a_part(array: np.ndarray | Source) -> int:
+    if not isinstance(array, Source):
+        return array.shape[0] if array.shape else 1
+    row = prod(array.shape[1:]) * np.dtype(array.dtype).itemsize
+    return max(CHUNK_BYTES // max(row, 1), 1)

@@ -1,0 +1,271 @@
+"""A collection is one file, whatever stopped it on the way, and keeps to its memory."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import dask
+import numpy as np
+import pytest
+import zarr
+from safetensors import safe_open
+from safetensors.numpy import load_file
+
+from dask_ep import Experts, collect, open_tokens
+from dask_ep.cli import main
+from dask_ep.errors import DoesNotFit, JobError
+from dask_ep.jobs.backends import Processes, Threads
+from dask_ep.jobs.collect_job import Wanted, collect_job
+from dask_ep.jobs.job import load_job
+from dask_ep.jobs.run import run_job
+from dask_ep.storage.output import progress_directory
+from tests.checkpoints import FIXTURES
+
+E, D, F, N = 6, 8, 5, 200
+ALL = ("usage", "coactivation", "amax", "sumsq", "mean_output", "reap", "gram")
+
+
+@pytest.fixture
+def folder(tmp_path):
+    rng = np.random.default_rng(0)
+    np.save(tmp_path / "tokens.npy", rng.standard_normal((N, D), dtype="f4"))
+    routing = np.argsort(rng.random((N, E - 1)), axis=1)[:, :2]  # the last expert has no row
+    np.save(tmp_path / "routing.npy", routing)
+    np.save(tmp_path / "weights.npy", rng.random((N, 2), dtype="f4"))
+    for name, shape in {"gate": (E, D, F), "up": (E, D, F), "down": (E, F, D)}.items():
+        np.save(tmp_path / f"{name}.npy", rng.standard_normal(shape, dtype="f4"))
+    (tmp_path / "job.toml").write_text(
+        'tokens = "tokens.npy"\nrouting = "routing.npy"\ntopk_weights = "weights.npy"\n'
+        'out = "out.npy"\n[experts]\nkind = "gated"\n'
+        'gate = "gate.npy"\nup = "up.npy"\ndown = "down.npy"\n'
+    )
+    return tmp_path
+
+
+def asked(folder: Path, name: str = "stats.safetensors", **changes) -> Wanted:
+    return replace(Wanted(ALL, str(folder / name)), **changes)
+
+
+def job(folder: Path):
+    return load_job(folder / "job.toml")
+
+
+def assert_same(got: dict[str, np.ndarray], want: dict[str, np.ndarray]) -> None:
+    assert got.keys() == want.keys()
+    for name, array in want.items():
+        np.testing.assert_array_equal(got[name], array, err_msg=name)
+
+
+def test_the_file_holds_what_collect_gives_and_words_about_it(folder):
+    found = collect_job(job(folder), asked(folder), Threads(2), chunk_rows=30)
+    tokens, routing, weights = (
+        open_tokens(folder / f"{name}.npy", chunks=30) for name in ("tokens", "routing", "weights")
+    )
+    experts = Experts.gated(*(str(folder / f"{name}.npy") for name in ("gate", "up", "down")))
+    want = collect(tokens, experts, what=ALL, routing=(routing, weights))
+    assert_same(load_file(folder / "stats.safetensors"), dask.compute(want)[0])
+    with safe_open(folder / "stats.safetensors", "np") as file:
+        metadata = file.metadata()
+    assert metadata["rows"] == "200"
+    assert json.loads(metadata["job"])["tokens"] == str(folder / "tokens.npy")
+    assert json.loads(metadata["coverage"])["rows_of_experts"]["5"] == 0
+    assert found.coverage[5] == 0
+    assert not os.path.exists(progress_directory(str(folder / "stats.safetensors")))
+
+
+def test_zarr_holds_the_same_arrays_in_a_group(folder):
+    collect_job(job(folder), asked(folder), Threads(1), chunk_rows=30)
+    collect_job(job(folder), asked(folder, "stats.zarr"), Threads(1), chunk_rows=30)
+    group = zarr.open_group(folder / "stats.zarr", mode="r")
+    want = load_file(folder / "stats.safetensors")
+    assert_same({name: np.asarray(array[...]) for name, array in group.arrays()}, want)
+    assert group.attrs["rows"] == "200"
+
+
+def test_the_output_is_written_in_the_same_pass(folder):
+    collect_job(job(folder), asked(folder, with_output=True), Threads(2), chunk_rows=30)
+    got = np.load(folder / "out.npy")
+    run_job(job(folder), Threads(2), chunk_rows=30, overwrite=True)
+    np.testing.assert_array_equal(got, np.load(folder / "out.npy"))
+
+
+def test_worker_processes_give_the_same_bits(folder):
+    collect_job(job(folder), asked(folder), Threads(1), chunk_rows=30)
+    want = load_file(folder / "stats.safetensors")
+    other = asked(folder, "other.safetensors", with_output=True)
+    collect_job(job(folder), other, Processes(2), chunk_rows=30)
+    assert_same(load_file(folder / "other.safetensors"), want)
+
+
+class Stopped(Exception):
+    pass
+
+
+def test_a_stopped_run_resumes_to_the_same_bits(folder):
+    collect_job(job(folder), asked(folder), Threads(1), chunk_rows=4)
+    want = load_file(folder / "stats.safetensors")
+    again = asked(folder, "again.safetensors")
+
+    def stop_after(rows: int):
+        def tell(done: int, total: int) -> None:
+            if done > rows:
+                raise Stopped
+
+        return tell
+
+    told: list[int] = []
+    with pytest.raises(Stopped):
+        collect_job(job(folder), again, Threads(1), chunk_rows=4, on_progress=stop_after(20))
+    with pytest.raises(FileExistsError, match="was begun by an earlier run; resume to continue"):
+        collect_job(job(folder), again, Threads(1))
+    with pytest.raises(ValueError, match="has chunks of 4 rows, not 5: resume with those"):
+        collect_job(job(folder), again, Threads(1), chunk_rows=5, resume=True)
+    for rows in (250, 450):  # among the groups, and among the experts of the grams
+        with pytest.raises(Stopped):
+            collect_job(job(folder), again, Threads(1), resume=True, on_progress=stop_after(rows))
+    collect_job(
+        job(folder), again, Threads(1), resume=True, on_progress=lambda done, _: told.append(done)
+    )
+    assert 400 < told[0] < told[-1] == 600
+    assert_same(load_file(folder / "again.safetensors"), want)
+    again_complete = collect_job(job(folder), again, Threads(1), resume=True)
+    assert again_complete.coverage[5] == 0
+    with pytest.raises(ValueError, match="holds statistics of other inputs, or others of them"):
+        collect_job(job(folder), replace(again, rows="all"), Threads(1), resume=True)
+    np.save(folder / "weights.npy", np.ones((N, 2), "f4"))
+    with pytest.raises(ValueError, match="holds statistics of other inputs"):
+        collect_job(job(folder), again, Threads(1), resume=True)
+
+
+def test_a_killed_run_resumes_to_the_same_bits(folder):
+    path, rows = folder / "killed.safetensors", ["--chunk-rows", "1", "--threads", "1"]
+    what = ["--what", "usage,amax,reap"]
+    command = [sys.executable, "-m", "dask_ep", "collect", str(folder / "job.toml"), *what, *rows]
+    subprocess.run([*command, "--out", folder / "whole.safetensors"], check=True)
+    record = Path(f"{path}.progress", "groups-0.zarr.progress")
+    process = subprocess.Popen([*command, "--out", path], stderr=subprocess.DEVNULL)
+    try:
+        deadline = time.monotonic() + 60
+        while not any(done.stat().st_size for done in record.glob("done*")):
+            assert process.poll() is None, "it ended before it could be killed"
+            assert time.monotonic() < deadline
+        process.send_signal(signal.SIGKILL)
+    finally:
+        process.kill()
+        process.wait()
+    assert not path.exists()
+    subprocess.run([*command, "--out", path, "--resume"], check=True)
+    assert_same(load_file(path), load_file(folder / "whole.safetensors"))
+
+
+def test_experts_that_do_not_fit_are_observed_in_several_passes(folder):
+    rng = np.random.default_rng(1)
+    for name in ("gate", "up", "down"):
+        np.save(folder / f"{name}.npy", rng.standard_normal((E, 1024, 1024), dtype="f4"))
+    np.save(folder / "tokens.npy", rng.standard_normal((N, 1024), dtype="f4"))
+    what = ("usage", "coactivation", "sumsq", "reap")
+    collect_job(job(folder), asked(folder, what=what), Threads(1), chunk_rows=50)
+    want = load_file(folder / "stats.safetensors")
+    courses = []
+    limit = 265_000_000
+    collect_job(
+        job(folder), asked(folder, "small.safetensors", what=what), Threads(1, limit),
+        chunk_rows=50, on_course=courses.append,
+    )  # fmt: skip
+    assert courses[0].blocks == (range(3), range(3, 6))
+    assert courses[0].memory_bytes <= limit
+    assert_same(load_file(folder / "small.safetensors"), want)
+    with pytest.raises(JobError, match="passes, so the output cannot be written in one of them"):
+        collect_job(
+            job(folder), asked(folder, "o.safetensors", what=what, with_output=True),
+            Threads(1, limit), chunk_rows=50,
+        )  # fmt: skip
+
+
+def test_grams_keep_to_the_memory_limit_or_are_refused(folder):
+    limit, courses = 400 << 20, []
+    collect_job(
+        job(folder), asked(folder), Threads(1, limit), chunk_rows=50, on_course=courses.append
+    )
+    assert courses[0].gram_blocks == (range(E),)
+    wide = np.zeros((4, 6000), "f4")
+    np.save(folder / "tokens.npy", np.repeat(wide, N // 4, axis=0))
+    np.save(folder / "w.npy", np.zeros((E, 6000, 2), "f4"))
+    linear = load_job(
+        tokens=str(folder / "tokens.npy"), routing=str(folder / "routing.npy"),
+        experts=str(folder / "w.npy"), out=str(folder / "out.npy"),
+    )  # fmt: skip
+    with pytest.raises(DoesNotFit, match=r"gram needs \d+ MB to sum the second moments of one exp"):
+        collect_job(linear, asked(folder, "g.zarr", what=("gram",)), Threads(1, limit))
+
+
+def test_a_layer_of_a_checkpoint_is_collected_with_its_router(tmp_path):
+    hidden = np.random.default_rng(0).standard_normal((50, 32), dtype="f4")
+    np.save(tmp_path / "hidden.npy", hidden)
+    out = tmp_path / "stats.safetensors"
+    arguments = [
+        "collect", "--layer", str(FIXTURES / "qwen2_moe"), "--layer-index", "1",
+        "--tokens", str(tmp_path / "hidden.npy"), "--what", "usage,router,reap", "--out", str(out),
+    ]  # fmt: skip
+    with pytest.raises(SystemExit) as end:
+        main.main(arguments)
+    assert not end.value.code
+    found = load_file(out)
+    assert found["usage.rows"].sum() == 200
+    assert found["router.rows"] == 50
+    np.testing.assert_array_equal(found["usage.rows"], found["reap.rows"])
+
+
+def run_main(capsys, *arguments: object) -> tuple[int, str, str]:
+    with pytest.raises(SystemExit) as end:
+        main.main([str(argument) for argument in arguments])
+    out, err = capsys.readouterr()
+    return end.value.code or 0, out, err
+
+
+def test_the_command_tells_what_it_found(folder, capsys):
+    out = folder / "stats.safetensors"
+    command = ["collect", folder / "job.toml", "--what", "usage amax", "--out", out]
+    code, said, _ = run_main(capsys, *command, "--few-rows", "20")
+    assert (code, said) == (
+        0,
+        f"{out}: usage, amax of 200 rows\ncoverage: 1 of 6 experts saw fewer than 20 rows: 5 (0)\n",
+    )
+    code, _, err = run_main(capsys, *command)
+    assert code == 1
+    assert "stats.safetensors exists; resume to continue it, overwrite" in err
+    code, said, _ = run_main(capsys, *command, "--overwrite", "--rows", "all", "--few-rows", "9")
+    assert "coverage: 6 of 6 experts saw 9 rows or more" in said
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--what", "usge"], "'usge' is not one of usage, coactivation"),
+        (["--what", "usage", "--rows", "2"], "'2' is not routed, all, or a share such as 0.1"),
+        (["--what", "usage", "--resume", "--overwrite"], "mutually exclusive"),
+        (["--what", "router"], "statistics of the router need a layer"),
+        (["--what", "usage", "--gpu"], "GPU"),
+    ],
+)
+def test_wrong_use_is_told(folder, capsys, options, message):
+    out = folder / "stats.safetensors"
+    code, _, err = run_main(capsys, "collect", folder / "job.toml", "--out", out, *options)
+    assert code in (1, 2)
+    assert message in err
+    assert not out.exists()
+
+
+def test_statistics_go_to_bundles_alone(folder):
+    with pytest.raises(ValueError, match=r"statistics are written to \.safetensors or \.zarr, not"):
+        collect_job(job(folder), asked(folder, "stats.npy"))
+    (folder / "mine.zarr").mkdir()
+    with pytest.raises(FileExistsError, match="does not hold named arrays, so it is not replaced"):
+        collect_job(job(folder), asked(folder, "mine.zarr"), overwrite=True)

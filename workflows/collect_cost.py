@@ -1,0 +1,99 @@
+"""What do statistics of experts cost, next to the layer's output alone?
+
+    python workflows/collect_cost.py                    top-2 gated, d = 512, f = 1792, 8 experts
+    python workflows/collect_cost.py --rows 4096 --repeat 1
+
+Each line is a ratio of CPU seconds of one thread, the median of rounds in which both sides take
+turns: the layer with its output and statistics to the layer with its output; and for `gram` the
+dense products that it needs, by the same BLAS, to all that it takes. Nothing is read or written.
+"""
+
+from __future__ import annotations
+
+import argparse
+import time
+from collections.abc import Callable
+from statistics import median
+
+import dask
+import dask.array as da
+import numpy as np
+
+from dask_ep import Experts, MoELayer, Router, collect
+from dask_ep.arrays.blas import one_blas_thread, product
+
+LIMITS = {
+    "usage, coactivation, router": (("usage", "coactivation", "router"), 1.03),
+    "amax, sumsq, reap, mean_output": (("amax", "sumsq", "reap", "mean_output"), 1.25),
+}
+"""What is collected together, and how much of the layer's time it may take."""
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--rows", type=int, default=16_384)
+    parser.add_argument("--chunk-rows", type=int, default=8192)
+    parser.add_argument("--d", type=int, default=512)
+    parser.add_argument("--hidden", type=int, default=1792)
+    parser.add_argument("--experts", type=int, default=8)
+    parser.add_argument("--slots", type=int, default=2)
+    parser.add_argument("--repeat", type=int, default=5)
+    options = parser.parse_args()
+    layer, hidden = make_layer(options)
+    with one_blas_thread():
+        for name, (what, limit) in LIMITS.items():
+            ratio = median(
+                seconds(lambda what=what: together(layer, hidden, what))
+                / seconds(lambda: layer(hidden).compute(scheduler="sync"))
+                for _ in range(options.repeat)
+            )
+            print(f"{name}: {ratio:.3f} of the layer alone, {limit} is allowed")
+        share = median(gram_share(layer, hidden, options) for _ in range(options.repeat))
+        print(f"gram: {share:.3f} of its time is in the dense products, at least 0.8 is wanted")
+
+
+def make_layer(options: argparse.Namespace) -> tuple[MoELayer, da.Array]:
+    rng = np.random.default_rng(0)
+    E, d, f = options.experts, options.d, options.hidden
+    shapes = ((E, d, f), (E, d, f), (E, f, d))
+    experts = Experts.gated(
+        *(rng.standard_normal(shape, dtype="f4") / np.float32(shape[1] ** 0.5) for shape in shapes)
+    )
+    router = Router(E, options.slots, norm_topk_prob=True)
+    layer = MoELayer(router, experts, rng.standard_normal((E, d), dtype="f4"))
+    rows = rng.standard_normal((options.rows, d), dtype="f4")
+    return layer, da.from_array(rows, chunks=(options.chunk_rows, -1))
+
+
+def together(layer: MoELayer, hidden: da.Array, what: tuple[str, ...]) -> None:
+    """The layer's output and some statistics, in one pass."""
+    dask.compute(collect(hidden, layer, what=what, with_output=True), scheduler="sync")
+
+
+def gram_share(layer: MoELayer, hidden: da.Array, options: argparse.Namespace) -> float:
+    """Seconds of the dense products that second moments need, by those of collecting them."""
+    routed, rows = layer.tokens_per_expert(hidden).compute(scheduler="sync"), hidden.compute()
+    gate, up, down = (np.concatenate(w.read(np.float32)) for w in layer.experts.weights.values())
+    d, f = options.d, options.hidden
+
+    def products() -> None:
+        for e, count in enumerate(routed):
+            x = np.resize(rows, (int(count), d))
+            h = product(x, gate[e * d : (e + 1) * d])
+            product(x, up[e * d : (e + 1) * d])
+            product(h, down[e * f : (e + 1) * f])
+            np.matmul(x.T, x)
+            np.matmul(h.T, h)
+
+    taken = seconds(lambda: dask.compute(collect(hidden, layer, what=["gram"]), scheduler="sync"))
+    return seconds(products) / taken
+
+
+def seconds(do: Callable[[], object]) -> float:
+    start = time.thread_time()
+    do()
+    return time.thread_time() - start
+
+
+if __name__ == "__main__":
+    main()

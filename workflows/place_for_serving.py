@@ -11,6 +11,9 @@ start:
     python -m sglang.launch_server ... --init-expert-location location.json \\
         --ep-num-redundant-experts 32
 
+A path may also be statistics of `dask-ep collect` (stats_003.safetensors), or what an engine has
+recorded of all its layers: SGLang's expert distribution (.pt) or vLLM's routed experts (.npy).
+
 LAYER is the number of a layer in the model for SGLang, and counts its MoE layers from 0 for vLLM
 Ascend, whose file has no others.
 
@@ -27,6 +30,7 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
+from dask_ep.placement.engine_records import expert_load
 from dask_ep.placement.placement_files import (
     read_sglang,
     read_vllm_ascend,
@@ -35,8 +39,6 @@ from dask_ep.placement.placement_files import (
 )
 from dask_ep.placement.policies import Placement, balance_layers, contiguous
 from dask_ep.placement.rebalance import incremental, moves
-from dask_ep.placement.routing_stats import survey
-from dask_ep.storage.storage import open_tokens
 
 
 @click.command()
@@ -84,9 +86,7 @@ def main(
         elif slots is None:
             raise click.UsageError("give --slots, or --previous")
         check_layers(list(paths), list(before), engine, model_layers)
-        loads = np.stack(
-            [survey(open_tokens(path), experts).expert_rows for path in paths.values()]
-        )
+        loads = np.stack([expert_load(path, layer, experts) for layer, path in paths.items()])
         if before:
             after = [
                 incremental(before[layer], load, tolerance=tolerance)

@@ -43,6 +43,10 @@ TOYS = {
         ["--rows", "512", "--chunk-rows", "256", "--d", "32", "--hidden", "64", "--repeat", "1"],
         "of the layer alone",
     ),
+    "engine_records.py": Toy(
+        ["write", "1=routing.npy", "--experts", "8", "--out", "counts.json"],
+        "counts.json: 1 layers",
+    ),
     "exchange_cost.py": Toy(["bytes", "--scale", "0.1"], "received / law"),
     "gpu_cluster.py": Toy(
         ["--nodes", "gpu01", "gpu02", "--print"],

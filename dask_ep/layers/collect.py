@@ -212,9 +212,8 @@ def begin_collection(
     chosen, others = choose_statistics(what, experts), share_of_others(rows)
     weights: da.Array | None
     if isinstance(layer, MoELayer):
-        if isinstance(routing, da.Array):
-            raise TypeError("routing of a layer must be both (indices, topk_weights)")
-        hidden, tokens, indices, weights = layer.routed_rows(hidden, token_ids, routing)
+        both = _with_weights(routing)
+        hidden, tokens, indices, weights = layer.routed_rows(hidden, token_ids, both)
     else:
         tokens, indices, weights = _given_rows(hidden, routing)
     ready = prepare(tokens, indices, experts, weights, world_size, placement)
@@ -310,6 +309,18 @@ def _of_block(ready: Ready, block: range, others: float, seed: int) -> Ready:
         return ready._replace(routing=routing, topk_weights=weights)
     experts = ready.experts.subset(block)
     return prepare(ready.tokens, routing, experts, weights, ready.world_size, None)
+
+
+def _with_weights(
+    routing: da.Array | GivenRouting | None,
+) -> tuple[da.Array, da.Array] | None:
+    """A routing as a layer takes it."""
+    if routing is None:
+        return None
+    indices, weights = (routing, None) if isinstance(routing, da.Array) else routing
+    if weights is None:
+        raise TypeError("routing of a layer must be both (indices, topk_weights)")
+    return indices, weights
 
 
 def _given_rows(

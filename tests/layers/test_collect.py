@@ -178,6 +178,8 @@ def test_what_is_wrong_is_said():
         TypeError, match=r"routing of a layer must be both \(indices, topk_weights\)"
     ):
         collect(tokens, layer, what="usage", routing=routing[0])
+    with pytest.raises(TypeError, match="routing of a layer must be both"):
+        collect(tokens, layer, what="usage", routing=(routing[0], None))
     with pytest.raises(TypeError, match="hidden must be a Dask array, but is a ndarray"):
         collect(np.ones((3, 8)), experts, what=["usage"], routing=routing)
 

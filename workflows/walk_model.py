@@ -1,6 +1,8 @@
 # /// script
 # requires-python = ">=3.11"
 # dependencies = ["torch>=2.6", "transformers>=5.24", "dask-ep[mkl]"]
+# [tool.uv.sources]
+# dask-ep = { path = ".." }
 # ///
 """Send a text through a whole model, block by block, in memory that one block takes.
 

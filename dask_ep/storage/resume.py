@@ -83,7 +83,8 @@ def check_existing(path: str, resume: bool, overwrite: bool) -> None:
     if (there or began) and not (resume or overwrite):
         what = "exists" if there else "was begun by an earlier run"
         raise FileExistsError(
-            f"{path} {what}; resume to continue it, overwrite to start again, or write elsewhere"
+            f"{path} {what}; --resume continues it, --overwrite starts again (in Python: "
+            "resume=True, overwrite=True), or write elsewhere"
         )
     if there and overwrite and not is_replaceable(path):
         raise FileExistsError(

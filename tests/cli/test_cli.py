@@ -199,7 +199,7 @@ def test_what_fails_is_1_and_one_line(tmp_path, capsys, monkeypatch, small_job):
     monkeypatch.setattr(backends, "CONNECT_SECONDS", 0.3)
     assert here(capsys, "run", small_job)[0] == 0
     for arguments, words in [
-        (["run", small_job], "resume to continue it, overwrite to start again"),
+        (["run", small_job], "--resume continues it, --overwrite starts again"),
         (["run", tmp_path / "none.toml"], "none.toml"),
         (
             ["run", small_job, "--out", tmp_path / "z.npy", *("--scheduler-file", "s.json")],

@@ -134,7 +134,7 @@ def test_resuming_nothing_begins(path):
 def test_an_existing_output_is_left_alone(path):
     run(path, Steps())
     with pytest.raises(
-        FileExistsError, match=r"exists; resume .*, overwrite .*, or write elsewhere"
+        FileExistsError, match=r"exists; --resume .*, --overwrite .*, or write elsewhere"
     ):
         run(path, Steps())
     steps = Steps()
@@ -142,7 +142,7 @@ def test_an_existing_output_is_left_alone(path):
     assert len(steps.made) == BLOCKS
     replace.remove(path)
     begin(path, overwrite=True)
-    with pytest.raises(FileExistsError, match="was begun by an earlier run; resume"):
+    with pytest.raises(FileExistsError, match="was begun by an earlier run; --resume"):
         run(path, Steps())
     steps = Steps()
     run(path, steps, overwrite=True)

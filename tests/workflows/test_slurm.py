@@ -199,7 +199,7 @@ def test_an_output_that_is_there_is_refused_as_by_run_and_asks_for_no_workers(
         capture_output=True, text=True, cwd=REPOSITORY, check=False,
     )  # fmt: skip
     assert [told] == by_run.stderr.splitlines(keepends=True)[-1:]  # run may hint at BLAS before
-    assert "overwrite to start again" in told
+    assert "--overwrite starts again" in told
     assert (by_run.returncode, "SLURM" in told) == (1, False)
     code, _, told = end(start(job, "--out", out, "--overwrite", "--workers", 1))
     assert code == 0, told

@@ -87,9 +87,9 @@ TOYS = {
 
 
 NEED_TORCH = {
-    "capture_hidden_states.py": {"torch", "transformers"},
     "compare_with_torch.py": {"torch"},
     "compare_with_transformers.py": {"torch", "transformers"},
+    "walk_model.py": {"torch", "transformers"},
 }
 """Scripts with requirements that the tests do not have: their headers state them."""
 

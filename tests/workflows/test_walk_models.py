@@ -1,0 +1,512 @@
+"""`workflows/walk_model.py` gives what transformers gives; in an environment with torch."""
+
+# ruff: noqa: E402 (the rest is imported where torch is)
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+torch = pytest.importorskip("torch", reason="needs an environment with torch and transformers")
+pytest.importorskip("transformers", reason="needs an environment with torch and transformers")
+
+from walk import head
+from walk.drive import run
+from walk.model import open_model
+from walk.options import Options
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "fixtures"))
+
+from make_checkpoints import (
+    edit_config,
+    float8_blocks,
+    float8_values,
+    moe_block,
+    rewrite,
+    routing_of,
+)
+
+from dask_ep import open_tokens
+from tests.workflows.whole_models import FAMILIES, VOCABULARY, make_model
+
+ROOT = Path(__file__).parents[2]
+
+pytestmark = pytest.mark.slow
+
+LENGTHS = (7, 24, 3, 17, 24, 1)
+
+LEAK_WHEN_PACKED = {"qwen3_next", "gpt_oss", "minimax", "jamba"}
+"""Families whose forward in transformers lets documents of one sequence see each other: linear
+attention, or a mask that is made without the positions."""
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory):
+    """Models by family, each with its directory, made when first asked for."""
+    made = {}
+
+    def get(family, **changes):
+        key = (family, *changes.items())
+        if key not in made:
+            directory = tmp_path_factory.mktemp(family)
+            made[key] = make_model(family, directory, **changes), directory
+        return made[key]
+
+    return get
+
+
+@pytest.fixture(scope="module")
+def ids(tmp_path_factory):
+    """Sequences of different lengths, padded to the longest with -1."""
+    rng, path = np.random.default_rng(0), tmp_path_factory.mktemp("ids") / "ids.npy"
+    padded = np.full((len(LENGTHS), max(LENGTHS)), -1)
+    for row, length in zip(padded, LENGTHS, strict=True):
+        row[:length] = rng.integers(3, VOCABULARY, length)
+    np.save(path, padded)
+    return path
+
+
+def read(path):
+    return open_tokens(path).compute(scheduler="sync")
+
+
+def close(ours, theirs, tolerance=1e-5):
+    theirs = np.asarray(theirs)
+    assert ours.shape == theirs.shape
+    assert np.abs(ours - theirs).max() <= tolerance * np.abs(theirs).max()
+
+
+class Theirs:
+    """What transformers' own forward gives, for the real tokens of a batch."""
+
+    def __init__(self, model, ids, packed):
+        self.routing, real = {}, ids >= 0
+        inputs = {"input_ids": torch.tensor(np.where(real, ids, 0))}
+        inputs["attention_mask"] = torch.tensor(real).long()
+        labels = torch.tensor(np.where(real, ids, -100))
+        if packed:
+            lengths = real.sum(axis=1)
+            inputs = {"input_ids": torch.tensor(ids[real])[None]}
+            inputs["position_ids"] = torch.tensor(np.concatenate([*map(np.arange, lengths)]))[None]
+            labels = torch.tensor(ids[real])[None]
+            labels[0, np.cumsum(lengths)[:-1]] = -100  # does not follow what is before it
+            real = np.ones((1, int(real.sum())), bool)
+        hooks = [self._listen(model, block, real) for block in self._moe_blocks(model)]
+        with torch.no_grad():
+            hidden = model.model(**inputs, use_cache=False).last_hidden_state
+            out = model(**inputs, labels=labels, use_cache=False)
+        for hook in hooks:
+            hook.remove()
+        self.hidden, self.logits = hidden.numpy()[real], out.logits.numpy()[real]
+        self.loss = float(out.loss)
+
+    def _moe_blocks(self, model):
+        config = getattr(model.config, "text_config", model.config)
+        for block in range(config.num_hidden_layers):
+            moe = moe_block(model, block)
+            if getattr(moe, "gate", None) is not None or hasattr(moe, "router"):
+                yield block
+
+    def _listen(self, model, block, real):
+        moe = moe_block(model, block)
+
+        def hook(_module, _args, output):
+            indices, weights = routing_of(output, moe)
+            self.routing[block] = (
+                indices.numpy()[real.reshape(-1)],
+                weights.numpy()[real.reshape(-1)],
+            )
+
+        return (getattr(moe, "gate", None) or moe.router).register_forward_hook(hook)
+
+
+def in_order(indices, weights):
+    order = np.argsort(indices, axis=1)
+    return np.take_along_axis(indices, order, 1), np.take_along_axis(weights, order, 1)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_walk_gives_what_transformers_gives(family, models, ids, tmp_path):
+    """The last hidden states, logits, loss and routing; padded, and packed where documents do not
+    see each other in transformers."""
+    model, directory = models(family)
+    summary = run(
+        Options(str(directory), str(ids), str(tmp_path / "acts"), save=frozenset({"routing"}),
+                chunk_rows=40)
+    )  # fmt: skip
+    final = read(tmp_path / "acts" / "final.zarr")
+    with head.heads([open_model(str(directory), "auto")], (0, VOCABULARY)) as (logits,):
+        ours = logits(final).detach().numpy()
+    for packed in (False, True):
+        if packed and family in LEAK_WHEN_PACKED:
+            continue
+        theirs = Theirs(model, np.load(ids), packed)
+        close(final, theirs.hidden)
+        close(ours, theirs.logits)
+        assert summary["loss"] == pytest.approx(theirs.loss, abs=1e-6, rel=1e-6)
+        assert summary["perplexity"] == pytest.approx(np.exp(theirs.loss), rel=1e-5)
+        assert theirs.routing
+        for block, expected in theirs.routing.items():
+            indices = read(tmp_path / "acts" / f"routing_{block:03d}.zarr")
+            weights = read(tmp_path / "acts" / f"topk_weights_{block:03d}.zarr")
+            for got, wanted in zip(in_order(indices, weights), in_order(*expected), strict=True):
+                np.testing.assert_allclose(got, wanted, rtol=1e-4, atol=1e-6)
+
+
+def test_each_token_has_the_loss_of_the_next(models, ids, tmp_path):
+    model, directory = models("mixtral")
+    run(Options(str(directory), str(ids), str(tmp_path / "acts"), chunk_rows=40))
+    loss, padded = np.load(tmp_path / "acts" / "loss.npy"), np.load(ids)
+    logits = torch.tensor(Theirs(model, padded, packed=False).logits)
+    flat, start = padded[padded >= 0], 0
+    for length in LENGTHS:
+        rows = slice(start, start + length - 1)
+        expected = torch.nn.functional.cross_entropy(
+            logits[rows], torch.tensor(flat[start + 1 : start + length]), reduction="none"
+        )
+        np.testing.assert_allclose(loss[rows], expected.numpy(), rtol=1e-5)
+        assert np.isnan(loss[start + length - 1])
+        start += length
+
+
+def test_the_head_in_parts_of_the_vocabulary(models, ids, tmp_path, monkeypatch):
+    _, directory = models("granitemoe")
+    whole = run(Options(str(directory), str(ids), str(tmp_path / "whole"), chunk_rows=40))
+    monkeypatch.setattr("walk.drive.HEAD_BYTES", 9 * 32 * 4)
+    parts = run(Options(str(directory), str(ids), str(tmp_path / "parts"), chunk_rows=40))
+    assert parts["loss"] == pytest.approx(whole["loss"], rel=1e-9)
+
+
+def test_documents_longer_than_the_length_are_cut(models, tmp_path):
+    _, directory = models("qwen3_moe")
+    whole, cut = np.random.default_rng(1).integers(3, VOCABULARY, (1, 30)), tmp_path / "cut.npy"
+    np.save(tmp_path / "whole.npy", whole)
+    np.save(
+        cut,
+        np.concatenate(
+            [whole[:, :12], whole[:, 12:24], np.c_[whole[:, 24:], -np.ones((1, 6), int)]]
+        ),
+    )
+    first = run(
+        Options(str(directory), str(tmp_path / "whole.npy"), str(tmp_path / "a"), length=12)
+    )
+    second = run(Options(str(directory), str(cut), str(tmp_path / "b")))
+    assert first["documents"] == second["documents"] == 3
+    np.testing.assert_array_equal(
+        read(tmp_path / "a" / "final.zarr"), read(tmp_path / "b" / "final.zarr")
+    )
+
+
+def test_some_blocks_and_what_is_kept_of_them(models, ids, tmp_path):
+    model, directory = models("deepseek_v3")
+    out = tmp_path / "acts"
+    saved = frozenset({"hidden", "moe_input"})
+    summary = run(Options(str(directory), str(ids), str(out), layers=range(1, 3), save=saved,
+                          chunk_rows=30))  # fmt: skip
+    zarrs = {path.name for path in out.glob("*.zarr")}
+    assert zarrs == {f"{what}_00{b}.zarr" for what in ("block", "moe_input") for b in (1, 2)}
+    assert not (out / "work").exists()
+    assert [took["block"] for took in summary["blocks"]] == [0, 1, 2]
+    assert "loss" not in summary
+    padded = np.load(ids)
+    with torch.no_grad():
+        hidden = model.model(
+            input_ids=torch.tensor(np.maximum(padded, 0)), output_hidden_states=True,
+            attention_mask=torch.tensor(padded >= 0).long(),
+        ).hidden_states  # fmt: skip
+    for block in (1, 2):
+        close(read(out / f"block_00{block}.zarr"), hidden[block + 1].numpy()[padded >= 0])
+
+
+def test_a_bfloat16_checkpoint_stays_bfloat16(ids, tmp_path):
+    """Rounding changes the experts of some rows, and with them the rows: most are close."""
+    model = make_model("mixtral", tmp_path / "model", dtype=torch.bfloat16)
+    model.to(torch.bfloat16).save_pretrained(tmp_path / "model")
+    for dtype in ("auto", "float32"):
+        run(Options(str(tmp_path / "model"), str(ids), str(tmp_path / dtype), dtype=dtype))
+    low, high = (read(tmp_path / dtype / "final.zarr") for dtype in ("auto", "float32"))
+    assert (low.dtype.name, high.dtype.name) == ("bfloat16", "float32")
+    errors = np.abs(low.astype("f4") - high).max(axis=1)
+    assert np.median(errors) < 0.02 * np.abs(high).max()
+
+
+def test_quantized_attention_is_decoded_as_it_is_read(ids, tmp_path):
+    model = make_model("deepseek_v3", tmp_path / "model")
+    state, small = model.state_dict(), {}
+    for name, value in state.items():
+        if name.endswith("_proj.weight") and "self_attn" in name:
+            small[name], scale = float8_blocks(value, 16)
+            small[name + "_scale_inv"] = scale
+            value.copy_(float8_values(small[name], scale, 16))
+    rewrite(tmp_path / "model", lambda tensors: tensors | small)
+    quantization = {"quant_method": "fp8", "weight_block_size": [16, 16]}
+    edit_config(tmp_path / "model", quantization_config=quantization)
+    summary = run(Options(str(tmp_path / "model"), str(ids), str(tmp_path / "acts")))
+    theirs = Theirs(model, np.load(ids), packed=False)
+    assert small
+    close(read(tmp_path / "acts" / "final.zarr"), theirs.hidden)
+    assert summary["loss"] == pytest.approx(theirs.loss, abs=1e-6)
+
+
+def test_hidden_states_of_vllm_are_where_a_walk_starts(models, ids, tmp_path):
+    """Files as its ExampleHiddenStatesConnector writes them, one a request."""
+    from safetensors.torch import save_file
+
+    _, directory = models("olmoe")
+    everything = run(Options(str(directory), str(ids), str(tmp_path / "all"), chunk_rows=40,
+                             save=frozenset({"hidden"})))  # fmt: skip
+    requests, padded, start = tmp_path / "requests", np.load(ids), 0
+    requests.mkdir()
+    kept = [torch.tensor(read(tmp_path / "all" / f"block_00{b}.zarr")) for b in (0, 1)]
+    for number, length in enumerate(LENGTHS):
+        rows = [hidden[start : start + length] for hidden in kept]
+        save_file(
+            {
+                "token_ids": torch.tensor(padded[number, :length]),
+                "hidden_states": torch.stack(rows, 1),
+            },
+            requests / f"{number}.safetensors",
+        )
+        start += length
+    rest = run(Options(str(directory), str(requests), str(tmp_path / "rest"), chunk_rows=40,
+                       start=2, column=1))  # fmt: skip
+    assert [took["block"] for took in rest["blocks"]] == [2, 3]
+    assert rest["loss"] == everything["loss"]
+    np.testing.assert_array_equal(
+        read(tmp_path / "rest" / "final.zarr"), read(tmp_path / "all" / "final.zarr")
+    )
+
+
+def test_two_models_are_compared(models, ids, tmp_path):
+    first, directory = models("mixtral")
+    second, other = models("mixtral", num_experts_per_tok=1)
+    summary = run(Options(str(directory), str(ids), str(tmp_path / "acts"), compare=str(other),
+                          chunk_rows=40))  # fmt: skip
+    padded = np.load(ids)
+    ours, theirs = (Theirs(model, padded, packed=False) for model in (first, second))
+    p, q = (torch.tensor(t.logits).double().log_softmax(1) for t in (ours, theirs))
+    kl = (p.exp() * (p - q)).sum(1).mean()
+    compared = summary["compare"]
+    assert summary["loss"] == pytest.approx(ours.loss, abs=1e-6)
+    assert compared["loss"] == pytest.approx(theirs.loss, abs=1e-6)
+    assert compared["kl"] == pytest.approx(float(kl), rel=1e-4)
+    errors = compared["hidden_error"]
+    assert errors.keys() == {0, 1, 2, 3}
+    assert 0 < errors[0]["relative_error"] < errors[3]["relative_error"]
+
+
+def test_a_model_compared_with_itself_does_not_differ(models, ids, tmp_path):
+    import shutil
+
+    _, directory = models("qwen3_moe")
+    shutil.copytree(directory, tmp_path / "same")
+    compared = run(Options(str(directory), str(ids), str(tmp_path / "acts"),
+                           compare=str(tmp_path / "same")))["compare"]  # fmt: skip
+    assert compared["kl"] == pytest.approx(0, abs=1e-12)
+    assert all(error["largest_error"] == 0 for error in compared["hidden_error"].values())
+
+
+# --- stopped, resumed, elsewhere -------------------------------------------------------------
+
+
+def script(*arguments):
+    """Start the script as a person does."""
+    return subprocess.Popen(
+        [sys.executable, ROOT / "workflows" / "walk_model.py", *map(str, arguments)],
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        env=os.environ | {"PYTHONPATH": str(ROOT)},
+    )  # fmt: skip
+
+
+def end(process):
+    out, told = process.communicate(timeout=200)
+    assert process.returncode == 0, told
+    return out, told
+
+
+def test_a_walk_that_is_killed_goes_on_with_the_same_bits(models, tmp_path):
+    """kill -9 in the first, second and third block, then to the end."""
+    _, directory = models("deepseek_v2")
+    np.save(tmp_path / "ids.npy", np.random.default_rng(0).integers(3, VOCABULARY, (200, 40)))
+    arguments = [directory, tmp_path / "ids.npy", "--save", "hidden,routing", "--chunk-rows", 80]
+    whole, stopped = tmp_path / "whole", tmp_path / "stopped"
+    end(script(*arguments, "--out", whole))
+    killed = []
+    for block in (0, 1, 2):
+        process = script(*arguments, "--out", stopped, *(["--resume"] if block else []))
+        while process.poll() is None:
+            if list(stopped.glob(f"work/block_00{block}/*")) or (
+                block == 0 and list(stopped.glob("block_000.zarr.progress/*.zarr"))
+            ):
+                time.sleep(0.05)
+                process.send_signal(signal.SIGKILL)
+                break
+            time.sleep(0.005)
+        process.communicate()
+        killed.append(process.returncode)
+    assert killed == [-signal.SIGKILL] * 3
+    end(script(*arguments, "--out", stopped, "--resume"))
+    names = {path.name for path in whole.glob("*.zarr")}
+    assert (
+        names == {path.name for path in stopped.glob("*.zarr")} >= {"final.zarr", "block_003.zarr"}
+    )
+    for name in names:
+        np.testing.assert_array_equal(read(stopped / name), read(whole / name))
+    losses = [json.loads((out / "summary.json").read_text())["loss"] for out in (whole, stopped)]
+    assert losses[0] == losses[1]
+
+
+def test_a_walk_on_two_worker_processes(models, ids, tmp_path):
+    _, directory = models("glm4_moe")
+    arguments = [directory, ids, "--save", "routing", "--chunk-rows", 30]
+    end(script(*arguments, "--out", tmp_path / "here"))
+    end(script(*arguments, "--out", tmp_path / "there", "--processes", 2))
+    close(read(tmp_path / "there" / "final.zarr"), read(tmp_path / "here" / "final.zarr"), 1e-6)
+    for block in (1, 2, 3):
+        name = f"routing_00{block}.zarr"
+        np.testing.assert_array_equal(
+            read(tmp_path / "there" / name), read(tmp_path / "here" / name)
+        )
+
+
+def test_what_cannot_be_resumed_is_refused(models, ids, tmp_path):
+    _, directory = models("mixtral")
+    options = Options(str(directory), str(ids), str(tmp_path / "acts"))
+    run(options)
+    with pytest.raises(FileExistsError, match="acts exists; resume to continue it"):
+        run(options)
+    from dataclasses import replace
+
+    with pytest.raises(ValueError, match="chunk_rows was 4096 and is 8"):
+        run(replace(options, chunk_rows=8, resume=True))
+
+
+def test_a_text_is_read_with_the_tokenizer_of_the_checkpoint(models, tmp_path):
+    _, directory = models("olmoe")
+    give_tokenizer(directory)
+    (tmp_path / "text.txt").write_text("the cat sat on a mat\n\nthe dog ran\n")
+    summary = run(Options(str(directory), str(tmp_path / "text.txt"), str(tmp_path / "acts")))
+    assert (summary["tokens"], summary["documents"]) == (9, 2)
+    np.testing.assert_array_equal(
+        np.load(tmp_path / "acts" / "tokens.npy"), [1, 3, 5, 7, 2, 8, 1, 4, 6]
+    )
+
+
+# --- memory ----------------------------------------------------------------------------------
+
+
+def test_memory_of_attention_is_found_without_computing(models):
+    """A batch twice as large takes twice as much; a longer one no more than in proportion, as
+    attention is fused."""
+    from walk.memory import attention_bytes
+
+    _, directory = models("mixtral", sliding_window=None)
+    model = open_model(str(directory), "auto")
+    small, wide, long = (attention_bytes(model, 0, *size) for size in ((2, 16), (4, 16), (2, 32)))
+    assert wide == pytest.approx(2 * small, rel=0.1)
+    assert long == pytest.approx(2 * small, rel=0.1)
+    assert small > 4 * 2 * 16 * 32 * 4, "more than the batch, its norm, queries and keys"
+
+
+def test_a_limit_that_holds_nothing_is_refused(models, ids, tmp_path):
+    _, directory = models("mixtral")
+    with pytest.raises(MemoryError, match=r"a limit of 100 MB must hold .* MB besides experts"):
+        run(Options(str(directory), str(ids), str(tmp_path / "acts"), memory_limit=100_000_000))
+
+
+def test_token_ids_beyond_the_vocabulary_are_refused(models, tmp_path):
+    _, directory = models("mixtral")
+    np.save(tmp_path / "ids.npy", np.array([[3, VOCABULARY]]))
+    with pytest.raises(ValueError, match=rf"token ids must be in \[0, {VOCABULARY}\)"):
+        run(Options(str(directory), str(tmp_path / "ids.npy"), str(tmp_path / "acts")))
+
+
+# --- the example of workflows/README.md ------------------------------------------------------
+
+
+def give_tokenizer(directory):
+    """Save a tokenizer of eight words with a model."""
+    from tokenizers import Tokenizer, pre_tokenizers
+    from tokenizers.models import WordLevel
+    from transformers import PreTrainedTokenizerFast
+
+    words = ["<unk>", "the", "a", "cat", "dog", "sat", "ran", "on", "mat"]
+    tokenizer = Tokenizer(WordLevel({word: n for n, word in enumerate(words)}, "<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    made = PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="<unk>")
+    made.save_pretrained(directory)
+
+
+def test_the_example_of_the_readme(tmp_path):
+    """Collect, prune, compare: each line as it is there."""
+    text = (ROOT / "workflows" / "README.md").read_text()
+    example = text.split("## A whole model")[1].split("```sh\n")[1].split("```")[0]
+    make_model("qwen3_moe", tmp_path / "MODEL", num_experts=8)
+    give_tokenizer(tmp_path / "MODEL")
+    (tmp_path / "calibration.txt").write_text("the cat sat on a mat\nthe dog ran\n" * 20)
+    (tmp_path / "test.txt").write_text("a dog sat on the cat\n" * 10)
+    printed = []
+    for line in example.splitlines():
+        program, name, *arguments = line.split()
+        assert program == "python"
+        done = subprocess.run(
+            [sys.executable, ROOT / name, *arguments], cwd=tmp_path, text=True,
+            capture_output=True, env=os.environ | {"PYTHONPATH": str(ROOT)}, check=False,
+        )  # fmt: skip
+        assert done.returncode == 0, done.stderr
+        printed.append(done.stdout)
+    assert "PRUNED: 4 of 8 experts in each layer" in printed[1]
+    assert "KL divergence" in printed[2]
+    compared = json.loads((tmp_path / "compared" / "summary.json").read_text())["compare"]
+    assert compared["kl"] > 0
+    assert compared["hidden_error"].keys() == {"0", "1", "2", "3"}
+
+
+def test_statistics_are_those_of_the_layer_alone(models, ids, tmp_path):
+    from dask_ep import collect, load_moe_layer
+    from dask_ep.storage.sources import open_safetensors
+
+    _, directory = models("deepseek_v2")
+    what = frozenset({"usage", "reap", "amax", "coactivation", "router"})
+    run(Options(str(directory), str(ids), str(tmp_path / "acts"), collect=what, chunk_rows=40,
+                save=frozenset({"moe_input"})))  # fmt: skip
+    assert not (tmp_path / "acts" / "stats_000.safetensors").exists()
+    for block in (1, 2, 3):
+        rows = open_tokens(tmp_path / "acts" / f"moe_input_00{block}.zarr")
+        expected = collect(rows, load_moe_layer(directory, block), what=what)
+        found = open_safetensors(tmp_path / "acts" / f"stats_00{block}.safetensors")
+        assert found.keys() == expected.keys()
+        for name, array in expected.items():
+            np.testing.assert_allclose(
+                found[name].read(0, found[name].shape[0]), array.compute(), rtol=1e-5, err_msg=name
+            )
+
+
+def test_statistics_of_experts_that_do_not_fit_together(models, ids, tmp_path):
+    """Some experts at a time give what all at once give."""
+    from walk.statistics import collect_layer, expert_groups
+
+    from dask_ep import load_moe_layer
+
+    _, directory = models("mixtral")
+    rng = np.random.default_rng(0)
+    rows = open_tokens(rng.standard_normal((50, 32), dtype=np.float32), chunks=20)
+    layer, what = load_moe_layer(directory, 1), frozenset({"usage", "reap", "sumsq"})
+    most = 2 * layer.experts.loaded_bytes(np.dtype("f4"))
+    assert list(expert_groups(layer, most)) == [(0, 2), (2, 4), (4, 6)]
+    told = []
+    found, whole = (
+        collect_layer(rows, layer, what, client=None, most=m, tell=told.append)
+        for m in (most, None)
+    )
+    assert found.keys() == whole.keys()
+    for name in whole:
+        np.testing.assert_allclose(found[name], whole[name], rtol=1e-6, err_msg=name)

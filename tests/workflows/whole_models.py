@@ -1,0 +1,108 @@
+"""Small whole models of several families with random weights, made by transformers itself."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+
+VOCABULARY = 61
+
+SMALL = {
+    "vocab_size": VOCABULARY,
+    "hidden_size": 32,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 64,
+    "intermediate_size": 24,
+    "pad_token_id": 0,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+}
+LATENT = {
+    "num_key_value_heads": 4, "kv_lora_rank": 8, "q_lora_rank": 8, "qk_rope_head_dim": 8,
+    "qk_nope_head_dim": 8, "v_head_dim": 8, "head_dim": 8, "n_routed_experts": 12,
+    "num_experts_per_tok": 3, "n_group": 3, "topk_group": 2, "moe_intermediate_size": 20,
+    "n_shared_experts": 2, "first_k_dense_replace": 1, "norm_topk_prob": True,
+}  # fmt: skip
+QWEN = {"num_experts": 9, "num_experts_per_tok": 3, "moe_intermediate_size": 20, "head_dim": 16}
+LINEAR = {
+    "shared_expert_intermediate_size": 24, "linear_num_key_heads": 1, "linear_num_value_heads": 2,
+    "linear_key_head_dim": 8, "linear_value_head_dim": 8, "full_attention_interval": 2,
+}  # fmt: skip
+
+FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
+    "mixtral": ("Mixtral", {"num_local_experts": 6, "num_experts_per_tok": 2, "sliding_window": 5}),
+    "qwen3_moe": ("Qwen3Moe", QWEN | {"decoder_sparse_step": 2, "norm_topk_prob": True}),
+    "qwen3_next": ("Qwen3Next", QWEN | LINEAR | {"norm_topk_prob": True}),
+    "olmoe": ("Olmoe", {"num_experts": 12, "num_experts_per_tok": 5}),
+    "deepseek_v2": (
+        "DeepseekV2",
+        LATENT | {"topk_method": "group_limited_greedy", "routed_scaling_factor": 16.0},
+    ),
+    "deepseek_v3": ("DeepseekV3", LATENT | {"routed_scaling_factor": 2.5}),
+    "gpt_oss": (
+        "GptOss",
+        {"num_local_experts": 7, "num_experts_per_tok": 3, "head_dim": 16, "sliding_window": 5},
+    ),
+    "glm4_moe": (
+        "Glm4Moe",
+        {"n_routed_experts": 10, "num_experts_per_tok": 4, "moe_intermediate_size": 20,
+         "n_shared_experts": 1, "first_k_dense_replace": 1, "head_dim": 16},
+    ),
+    "granitemoe": (
+        "GraniteMoe",
+        {"num_local_experts": 9, "num_experts_per_tok": 4, "embedding_multiplier": 3.0,
+         "residual_multiplier": 0.7, "logits_scaling": 2.0, "attention_multiplier": 0.3},
+    ),
+    "minimax": (
+        "MiniMax",
+        {"num_local_experts": 6, "num_experts_per_tok": 2, "head_dim": 8, "block_size": 8},
+    ),
+    "jamba": (
+        "Jamba",
+        {"num_experts": 9, "num_experts_per_tok": 2, "expert_layer_period": 2,
+         "expert_layer_offset": 1, "attn_layer_period": 2, "attn_layer_offset": 0,
+         "mamba_d_state": 4, "mamba_dt_rank": 4, "use_mamba_kernels": False},
+    ),
+    "llama4": (
+        "Llama4",
+        {"num_local_experts": 7, "num_experts_per_tok": 1, "head_dim": 16,
+         "intermediate_size_mlp": 28, "interleave_moe_layer_step": 2, "attention_chunk_size": 8},
+    ),
+    "qwen3_vl_moe": (
+        "Qwen3VLMoe/ForConditionalGeneration",
+        {"text_config": SMALL | QWEN | {"decoder_sparse_step": 1},
+         "vision_config": {
+            "depth": 1, "hidden_size": 16, "intermediate_size": 16, "num_heads": 2,
+            "out_hidden_size": 32, "num_position_embeddings": 16, "deepstack_visual_indexes": [],
+        }},
+    ),
+}  # fmt: skip
+
+
+def make_model(family: str, directory: Path, **changes: Any) -> torch.nn.Module:
+    """Build a model with random weights and save it; give it back in float32."""
+    name, config = FAMILIES[family]
+    name, _, kind = name.partition("/")
+    model_class = getattr(transformers, name + (kind or "ForCausalLM"))
+    base = {} if kind else SMALL
+    model = model_class(model_class.config_class(**base | config | changes)).eval()
+    fill(model)
+    model.save_pretrained(directory)
+    return model_class.from_pretrained(directory, dtype=torch.float32).eval()
+
+
+def fill(model: torch.nn.Module, seed: int = 0) -> None:
+    """Give all parameters random values, such that no two experts score alike."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
+            if not tensor.is_floating_point() or "inv_freq" in name:
+                continue
+            noise = torch.randn(tensor.shape, generator=generator)
+            norm = "norm" in name and tensor.ndim == 1
+            tensor.copy_(1 + 0.1 * noise if norm else 0.2 * noise)

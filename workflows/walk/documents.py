@@ -1,0 +1,219 @@
+"""Which tokens go through the model together?
+
+    text, ids or requests ──> documents of at most `length` tokens ──> rows, back to back (N,)
+                                                                       │
+    token chunks: whole documents, about `rows` rows each  <───────────┘
+    batches of a chunk: documents of about one length, padded at the end to the longest
+
+Stored rows are packed without padding. Attention sees a batch, in which a document is a sequence of
+its own: so no document sees another one, in any kind of attention, and without a mask, since a
+causal model never looks at the padding behind a token.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+
+from dask_ep.storage.sources import Source, open_safetensors, open_source
+
+MOST_PADDING = 0.125
+"""Part of a batch that may be padding."""
+
+
+class Documents(NamedTuple):
+    """Token ids of all documents, back to back, and where each ends."""
+
+    ids: np.ndarray
+    #: (N,) int64
+    lengths: np.ndarray
+    #: (D,) int64, of each document; they add up to N
+
+    @property
+    def starts(self) -> np.ndarray:
+        return np.cumsum(self.lengths) - self.lengths
+
+
+# --- reading ---------------------------------------------------------------------------------
+
+
+def read_documents(text: str, length: int, tokenize: Callable[[list[str]], list]) -> Documents:
+    """Read what the model is to see.
+
+    Parameters
+    ----------
+    text : a directory with vLLM's files of hidden states, one per request; or token ids as ``.npy``
+        or ``.zarr``, (sequences, length), where negative ids at the end of a sequence are padding;
+        or a text file with one document a line
+    length : tokens of a document at most; longer ones are cut, and the pieces are documents
+    tokenize : the ids of each of some lines, as a tokenizer gives them
+
+    Raises
+    ------
+    ValueError, OSError
+        If there is nothing to read, or it is not what it must be; the message names the place.
+    """
+    if os.path.splitext(text)[1] in (".npy", ".zarr"):
+        sequences = _sequences_of_ids(text)
+    elif os.path.isdir(text):
+        sequences = (read_ids(path) for path in request_files(text))
+    else:
+        sequences = _sequences_of_text(text, tokenize)
+    pieces = [piece for ids in sequences for piece in _cut(ids, length)]
+    if not pieces:
+        raise ValueError(f"{text} must hold at least one token")
+    return Documents(np.concatenate(pieces), np.array([len(piece) for piece in pieces]))
+
+
+def _cut(ids: np.ndarray, length: int) -> Iterator[np.ndarray]:
+    for start in range(0, len(ids), length):
+        yield ids[start : start + length]
+
+
+def _sequences_of_text(path: str, tokenize: Callable[[list[str]], list]) -> Iterator[np.ndarray]:
+    with open(path, encoding="utf-8") as file:
+        lines = [line.strip() for line in file if line.strip()]
+    for first in range(0, len(lines), 1000):
+        for ids in tokenize(lines[first : first + 1000]):
+            yield np.asarray(ids, dtype=np.int64)
+
+
+def _sequences_of_ids(path: str) -> Iterator[np.ndarray]:
+    source = open_source(path)
+    if source.ndim != 2 or source.dtype.kind not in "iu":
+        raise ValueError(
+            f"{path} must hold token ids, (sequences, length) integers, but has shape "
+            f"{source.shape} and dtype {source.dtype}"
+        )
+    for s in range(source.shape[0]):
+        ids = source.read(s, s + 1)[0].astype(np.int64)
+        real = int(np.count_nonzero(ids >= 0))
+        if (ids[:real] < 0).any():
+            raise ValueError(
+                f"sequence {s} of {path} must have its padding (negative ids) at the end, but "
+                f"has one at position {int(np.argmax(ids < 0))} before a token"
+            )
+        yield ids[:real]
+
+
+# --- hidden states that others have kept -----------------------------------------------------
+
+
+def request_files(directory: str) -> list[str]:
+    """Return the files of vLLM's ``extract_hidden_states``, one per request, in order of names."""
+    found = sorted(str(path) for path in Path(directory).glob("*.safetensors"))
+    if not found:
+        raise ValueError(
+            f"{directory} must hold a .safetensors file for each request, as vLLM's "
+            "extract_hidden_states writes them, but has none"
+        )
+    return found
+
+
+def read_ids(path: str) -> np.ndarray:
+    """Read the token ids of a request."""
+    source = _tensor(path, "token_ids")
+    return source.read(0, source.shape[0]).astype(np.int64).reshape(-1)
+
+
+def read_hidden(path: str, column: int) -> np.ndarray:
+    """Read the hidden states (n, d) of a request's tokens, of one of the layers that were kept."""
+    source = _tensor(path, "hidden_states")
+    if source.ndim != 3 or not 0 <= column < source.shape[1]:
+        raise ValueError(
+            f"{source.name} must be (tokens, layers, d) with layer number {column}, counted from 0,"
+            f" but has shape {source.shape}"
+        )
+    return source.read(0, source.shape[0])[:, column]
+
+
+def _tensor(path: str, name: str) -> Source:
+    tensors = open_safetensors(path)
+    if name not in tensors:
+        raise ValueError(
+            f"{path} must hold token_ids and hidden_states, as vLLM's extract_hidden_states writes "
+            f"them, but has {', '.join(sorted(tensors)) or 'nothing'}"
+        )
+    return tensors[name]
+
+
+# --- chunks and batches ----------------------------------------------------------------------
+
+
+def chunk_documents(lengths: Sequence[int], rows: int) -> list[int]:
+    """Put whole documents, in order, into token chunks of at most `rows` rows.
+
+    Returns
+    -------
+    list of int, the number of documents in each chunk; a longer document is a chunk of its own
+
+    Examples
+    --------
+    >>> chunk_documents([3, 3, 5, 9, 1, 1], 8)
+    [2, 1, 1, 2]
+    """
+    counts, filled = [], rows
+    for length in map(int, lengths):
+        if filled + length > rows:
+            counts.append(0)
+            filled = 0
+        counts[-1] += 1
+        filled += length
+    return counts
+
+
+def batch_documents(lengths: Sequence[int], tokens: int) -> list[np.ndarray]:
+    """Group a chunk's documents into batches for attention.
+
+    Parameters
+    ----------
+    lengths : of the documents
+    tokens : of a batch at most, padding included; a longer document is a batch of its own
+
+    Returns
+    -------
+    list of arrays of document numbers: the longest first, in each batch at most `MOST_PADDING` of
+    padding
+
+    Examples
+    --------
+    >>> batch_documents([5, 16, 15, 5], 64)
+    [array([1, 2]), array([0, 3])]
+    """
+    order = np.argsort(-np.asarray(lengths), kind="stable")
+    batches: list[list[int]] = []
+    longest = real = 0
+    for d in order:
+        length = int(lengths[d])
+        count = len(batches[-1]) + 1 if batches else 1
+        full = count * longest > tokens or real + length < (1 - MOST_PADDING) * count * longest
+        if not batches or full:
+            batches.append([])
+            longest, real = length, 0
+        batches[-1].append(int(d))
+        real += length
+    return [np.array(batch) for batch in batches]
+
+
+def next_tokens(documents: Documents) -> np.ndarray:
+    """Return what each token is to be followed by, (N,); -1 at the end of a document."""
+    targets = np.full(len(documents.ids), -1, dtype=np.int64)
+    targets[:-1] = documents.ids[1:]
+    targets[np.cumsum(documents.lengths) - 1] = -1
+    return targets
+
+
+def spans(counts: Iterable[int]) -> list[tuple[int, int]]:
+    """Turn numbers of things into the ranges that they take.
+
+    Examples
+    --------
+    >>> spans([2, 1])
+    [(0, 2), (2, 3)]
+    """
+    ends = np.cumsum(list(counts)).tolist()
+    return list(zip([0, *ends[:-1]], ends, strict=True))

@@ -1,0 +1,211 @@
+"""How does a walk go from its options to its summary?"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+import os
+import resource
+import shutil
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import dask.array as da
+import numpy as np
+import torch
+from dask import delayed
+from dask.system import CPU_COUNT
+from distributed import Client
+from distributed.system import MEMORY_LIMIT
+from transformers import AutoTokenizer
+
+from dask_ep.cluster.checks import connect
+from dask_ep.jobs.backends import Processes, started
+from walk.documents import Documents, read_documents, read_hidden, request_files
+from walk.memory import Need, find_need
+from walk.model import Model, open_model
+from walk.options import Options
+from walk.progress import Progress
+from walk.record import Record, keep_documents, write_json
+from walk.stages import Asked, Walk, Where, hidden_error, score_all
+from walk.tasks import Task
+
+HEAD_BYTES = 256 << 20
+"""Of the heads that are in memory at a time."""
+
+MEMORY_PART = 0.8
+"""Of the machine's memory that a walk may fill by default."""
+
+
+def run(options: Options, say: Callable[[str], Any] = lambda _: None) -> dict[str, Any]:
+    """Walk, and return the summary that was written.
+
+    Raises
+    ------
+    FileExistsError, ValueError
+        If the output cannot be begun or resumed, or the options do not fit the model.
+    MemoryError
+        If the memory limit is too low for what must be in memory.
+    """
+    began = time.monotonic()
+    read = read_documents(options.text, options.length, _tokenizer(options.model))
+    models = [open_model(model, options.dtype) for model in options.models]
+    blocks = options.blocks([len(model.blocks) for model in models])
+    kept = Record(options.out, options.decisive(read), options.resume)
+    keep_documents(options.out, read)
+    torch.set_num_threads(CPU_COUNT)
+    need = _state_need(models, options, read)
+    say(str(need))
+    kept.keep("moe_memory", need.experts)
+    progress = Progress(len(blocks) * len(models))
+    with _client(options) as client:
+        walks = _walks(options, models, Where(client, kept.begun["moe_memory"]), progress)
+        with contextlib.closing(progress):
+            _through_blocks(options, walks, blocks, kept, progress)
+        summary = {"tokens": len(read.ids), "documents": len(read.lengths)}
+        if blocks[-1] == len(models[0].blocks) - 1:
+            summary |= _finish(options, walks, kept)
+    for walk in walks:
+        walk.drop_hidden(blocks[-1])
+    summary |= {
+        "seconds": round(time.monotonic() - began, 3),
+        "bytes_read": sum(took["bytes_read"] for took in kept.blocks),
+        "memory": {
+            "limit": need.limit,
+            "largest": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
+        },
+        "blocks": kept.blocks,
+    }
+    write_json(os.path.join(options.out, "summary.json"), summary)
+    shutil.rmtree(os.path.join(options.out, "work"), ignore_errors=True)
+    return summary
+
+
+def _walks(options: Options, models: list[Model], where: Where, progress: Progress) -> list[Walk]:
+    """One walk for each model; that of the second is in a directory of its own."""
+    out = os.path.realpath(options.out)
+    lengths = os.path.join(out, "lengths.npy")
+    blocks = options.layers or range(len(models[0].blocks))
+    asked = [Asked(blocks, options.save, options.collect), Asked(blocks, frozenset())]
+    outs = [out, os.path.join(out, "compare")]
+    return [
+        Walk(
+            Task(model.directory, options.dtype, lengths, options.chunk_rows, options.tokens),
+            *(outs[number], asked[number], where, progress.tell),
+        )
+        for number, model in enumerate(models)
+    ]
+
+
+def _through_blocks(
+    options: Options, walks: list[Walk], blocks: range, kept: Record, progress: Progress
+) -> None:
+    for walk in walks:
+        if walk.last_done is None:
+            _begin(options, walk, blocks[0])
+        elif walk.last_done >= blocks[0]:
+            walk.tidy(walk.last_done)
+    for block in blocks:
+        progress.begin(block)
+        for number, walk in enumerate(walks):
+            if block <= walk.last_done:
+                progress.skip()
+                continue
+            took = walk.step(block)
+            kept.add(block, took, "compare" if number else None)
+            progress.end(took)
+        if len(walks) == 2 and not kept.has(block, "error"):
+            kept.add(block, hidden_error(*(walk.hidden(block) for walk in walks)), "error")
+        for walk in walks:
+            walk.drop_hidden(block - 1)
+
+
+def _begin(options: Options, walk: Walk, first: int) -> None:
+    if options.start is None:
+        walk.embed(os.path.join(os.path.realpath(options.out), "tokens.npy"))
+        return
+    files = request_files(options.text)
+    shapes = [read_hidden(path, options.column).shape for path in files]
+    rows = da.concatenate([
+        da.from_delayed(delayed(read_hidden)(path, options.column), shape, np.float32)
+        for path, shape in zip(files, shapes, strict=True)
+    ])  # fmt: skip
+    walk.start_from(rows, {path: f"{path}::hidden_states" for path in files}, first - 1)
+
+
+def _finish(options: Options, walks: list[Walk], kept: Record) -> dict[str, Any]:
+    """Score the last hidden states."""
+    finals = [walk.last_norm() for walk in walks]
+    targets = os.path.join(os.path.realpath(options.out), "targets.npy")
+    scores = score_all(walks, finals, targets, HEAD_BYTES)
+    np.save(os.path.join(options.out, "loss.npy"), scores.loss)
+    summary = _mean(scores.loss)
+    if scores.kl is not None:
+        errors = {took["block"]: took["error"] for took in kept.blocks if "error" in took}
+        other = {"kl": float(scores.kl.mean()), "hidden_error": errors}
+        summary["compare"] = _mean(scores.other_loss) | other
+    return summary
+
+
+def _mean(loss: np.ndarray) -> dict[str, float]:
+    """The mean of the tokens that another follows; nothing where there are none."""
+    followed = loss[~np.isnan(loss)]
+    if not len(followed):
+        return {}
+    mean = float(followed.mean())
+    return {"loss": mean, "perplexity": float(np.exp(mean))}
+
+
+def _state_need(models: list[Model], options: Options, read: Documents) -> Need:
+    length = int(read.lengths.max())
+    head = sum(m.config_width * m.dtype.itemsize for m in models)
+    tokens = models[0].decoder.get_input_embeddings().num_embeddings
+    return find_need(
+        models,
+        options.memory_limit or int(MEMORY_PART * MEMORY_LIMIT),
+        options.chunk_rows,
+        max(options.tokens // length, 1),
+        length,
+        min(HEAD_BYTES, head * tokens),
+    )
+
+
+def _tokenizer(model: str) -> Callable[[list[str]], list]:
+    """Return what gives the token ids of lines; it is opened when there are lines."""
+    return lambda lines: AutoTokenizer.from_pretrained(model)(lines)["input_ids"]
+
+
+@contextlib.contextmanager
+def _client(options: Options) -> Iterator[Client | None]:
+    """A client of the workers that were asked for; None where there are none."""
+    if options.processes is not None:
+        where = Processes(options.processes, options.memory_limit)
+        with started(where, None) as (_, client):
+            yield _checked(client)
+    elif options.scheduler is not None:
+        with connect(options.scheduler) as client:
+            yield _checked(client)
+    else:
+        yield None
+
+
+def _checked(client: Client) -> Client:
+    """Raise unless all workers can do the tasks."""
+    client.wait_for_workers(1)
+    lacking = {w: error for w, error in client.run(_import_tasks).items() if error is not None}
+    if lacking:
+        worker, error = next(iter(lacking.items()))
+        raise ImportError(
+            f"workers must have torch, transformers and the directory workflows/ on their "
+            f"PYTHONPATH, but {len(lacking)} have not, such as {worker}: {error}"
+        )
+    return client
+
+
+def _import_tasks() -> str | None:
+    try:
+        importlib.import_module("walk.tasks")
+    except ImportError as error:
+        return str(error)
+    return None

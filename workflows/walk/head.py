@@ -1,0 +1,189 @@
+"""What does the model expect next, and how far off is it?
+
+    last hidden states (n, d) ──> logits of a part of the vocabulary ──> a few sums for each row
+    the sums of all parts ──> loss of each token, and the KL divergence from another model's logits
+
+Logits come from the model's own forward, whose decoder is replaced by the stored rows and whose
+head has a part of the vocabulary, so that what the model does to logits is done.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import nn
+
+from dask_ep.storage.sources import Source
+from walk.model import Model, path_of
+from walk.tensors import as_tensor
+
+LOGIT_BYTES = 32 << 20
+"""Of memory for the logits that are computed at a time."""
+
+COLUMNS, COLUMNS_OF_TWO = 3, 7
+"""Of what `score` returns."""
+
+
+class Scores(NamedTuple):
+    """What follows from the logits of whole rows."""
+
+    loss: np.ndarray
+    #: (n,) float64, of each token that one follows; NaN of the others
+    other_loss: np.ndarray | None
+    #: of the other model
+    kl: np.ndarray | None
+    #: (n,) float64, KL divergence of the other model's distribution from this one's
+
+
+class _Hidden:
+    """What a decoder returns, as far as heads look at it."""
+
+    def __init__(self, rows: torch.Tensor):
+        self.last_hidden_state = rows
+
+    def __getitem__(self, index: int) -> torch.Tensor | None:
+        return self.last_hidden_state if index == 0 else None
+
+    def __getattr__(self, name: str) -> None:
+        return None
+
+
+class _Decoder(nn.Module):
+    """In the place of a model's decoder: gives the rows that it is to score."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.rows: torch.Tensor | None = None
+
+    def forward(self, *_: Any, **__: Any) -> _Hidden:
+        return _Hidden(self.rows)
+
+
+def head_sources(model: Model) -> tuple[Source, Source | None]:
+    """The head's matrix (vocabulary, d), and its bias; the embedding's where they are tied."""
+    linear = model.whole.get_output_embeddings()
+    path, names = path_of(model.whole, linear), model.names_outside
+    if path + "weight" not in names:
+        path = path_of(model.whole, model.decoder.get_input_embeddings())
+    if path + "weight" not in names:
+        raise ValueError(f"{model.directory} must have the head of {type(model.whole).__name__}")
+    bias = names.get(path + "bias")
+    return model.source(names[path + "weight"]), None if bias is None else model.source(bias)
+
+
+def score(
+    models: Sequence[Model],
+    vocabulary: tuple[int, int],
+    rows: Sequence[np.ndarray],
+    targets: np.ndarray,
+) -> np.ndarray:
+    """Score rows by a part of the vocabulary.
+
+    Parameters
+    ----------
+    models : one, or two whose logits are compared
+    vocabulary : first token id, last + 1
+    rows : last hidden states (n, d) of each model
+    targets : (n,) the token that follows; -1 without one
+
+    Returns
+    -------
+    (n, 3) float64: the largest logit, the sum of exp(logit - largest), the logit of the target
+    (0 if it is elsewhere); of two models the same again, and the sum of
+    exp(logit - largest) * (logit - other logit)
+    """
+    first, last = vocabulary
+    n, columns = len(targets), COLUMNS if len(models) == 1 else COLUMNS_OF_TWO
+    out = np.empty((n, columns))
+    at_a_time = max(1, LOGIT_BYTES // (4 * (last - first)))
+    with torch.inference_mode(), heads(models, vocabulary) as runs:
+        for start in range(0, n, at_a_time):
+            part = slice(start, min(start + at_a_time, n))
+            logits = [run(each[part]) for run, each in zip(runs, rows, strict=True)]
+            out[part] = np.concatenate(_sums(logits, targets[part] - first), axis=1)
+    return out
+
+
+def _sums(logits: list[torch.Tensor], targets: np.ndarray) -> list[np.ndarray]:
+    sums = []
+    here = (targets >= 0) & (targets < logits[0].shape[1])
+    places = torch.from_numpy(np.where(here, targets, 0))[:, None]
+    for each in logits:
+        largest = each.max(dim=1).values
+        weights = (each - largest[:, None]).exp()
+        target = each.gather(1, places)[:, 0].double().numpy() * here
+        total = weights.sum(dim=1, dtype=torch.float64)
+        sums += [largest.double().numpy()[:, None], total.numpy()[:, None], target[:, None]]
+    if len(logits) == 2:
+        weights = (logits[0] - logits[0].max(dim=1, keepdim=True).values).exp()
+        gap = (weights * (logits[0] - logits[1])).sum(dim=1, dtype=torch.float64)
+        sums.append(gap.numpy()[:, None])
+    return sums
+
+
+def combine(parts: Iterable[np.ndarray], targets: np.ndarray) -> Scores:
+    """Join what `score` returned for all parts of the vocabulary."""
+    parts = np.stack(list(parts))
+    followed = np.where(targets >= 0, 0.0, np.nan)
+
+    def of_model(column: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        largest = parts[:, :, column].max(axis=0)
+        total = (parts[:, :, column + 1] * np.exp(parts[:, :, column] - largest)).sum(axis=0)
+        normaliser = largest + np.log(total)
+        return largest, normaliser, normaliser - parts[:, :, column + 2].sum(axis=0) + followed
+
+    largest, normaliser, loss = of_model(0)
+    if parts.shape[2] == COLUMNS:
+        return Scores(loss, None, None)
+    _, other_normaliser, other_loss = of_model(COLUMNS)
+    gap = (parts[:, :, 6] * np.exp(parts[:, :, 0] - largest)).sum(axis=0)
+    kl = gap / np.exp(normaliser - largest) - (normaliser - other_normaliser)
+    return Scores(loss, other_loss, kl)
+
+
+@contextmanager
+def heads(models: Sequence[Model], vocabulary: tuple[int, int]) -> Iterator[list]:
+    """Functions from rows (n, d) to float32 logits of a part of the vocabulary, one a model."""
+    before, runs = [], []
+    try:
+        for model in models:
+            whole, linear = model.whole, model.whole.get_output_embeddings()
+            base = model.path.split(".")[0]
+            before.append((whole, base, getattr(whole, base), linear, linear.weight, linear.bias))
+            weight, bias = _part_of_head(model, vocabulary)
+            linear.weight = nn.Parameter(weight, requires_grad=False)
+            linear.bias = None if bias is None else nn.Parameter(bias, requires_grad=False)
+            decoder = _Decoder()
+            setattr(whole, base, decoder)
+            runs.append(_runner(model, decoder))
+        yield runs
+    finally:
+        for whole, base, decoder, linear, weight, bias in reversed(before):
+            setattr(whole, base, decoder)
+            linear.weight, linear.bias = weight, bias
+
+
+def _runner(model: Model, decoder: _Decoder):
+    def run(rows: np.ndarray) -> torch.Tensor:
+        decoder.rows = as_tensor(np.ascontiguousarray(rows))[None]
+        return model.whole(inputs_embeds=decoder.rows, use_cache=False).logits[0].float()
+
+    return run
+
+
+def _part_of_head(
+    model: Model, vocabulary: tuple[int, int]
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Read a part of the head; the last one that was read stays with the model."""
+    if model.__dict__.get("head_part", (None,))[0] != vocabulary:
+        model.head_part = (None,)  # gone before the next one comes
+        read = [
+            None if source is None else as_tensor(source.read(*vocabulary)).to(model.dtype)
+            for source in head_sources(model)
+        ]
+        model.head_part = (vocabulary, *read)
+    return model.head_part[1:]

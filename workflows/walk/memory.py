@@ -1,0 +1,225 @@
+"""How much memory does a walk take, at most?
+
+    the process, with torch and the model without weights      measured at the start
+  + the largest block without its MoE module                   by its shapes
+  + the most of: a batch in attention, and the chunks of rows  by a run on the meta device
+                 experts, as `dask_ep` plans within what is left
+                 the head's part of the vocabulary, and logits
+
+What a batch takes in attention is found without computing: the block runs on tensors that have
+shapes and no memory, and every tensor counts from when it is made until it is dropped.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import gc
+import os
+import weakref
+from contextlib import ExitStack, suppress
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch.nn.functional import scaled_dot_product_attention
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves, tree_map
+
+from dask_ep.arrays import memory as pool
+from dask_ep.laws.passes import PASSES_PROCESS_BYTES
+from walk.block import Reached, blocks_replaced, child_replaced
+from walk.head import LOGIT_BYTES
+from walk.model import Model
+
+CHUNKS = 7
+"""Token chunks in memory at a time: read, being written, to be joined to stored chunks, and what
+attention gave."""
+
+LOGITS = 4
+"""Arrays of logits at a time."""
+
+
+@dataclass(frozen=True)
+class Need:
+    """Bytes that a walk takes in one process."""
+
+    process: int
+    block: int
+    #: the largest one without its MoE module
+    attention: int
+    #: of one batch
+    chunks: int
+    head: int
+    #: one part of it, with logits
+    limit: int
+
+    @property
+    def experts(self) -> int:
+        """What is left to the MoE layers, as the limit of a `dask_ep` job of its own."""
+        return self.limit - self.process - self.block + PASSES_PROCESS_BYTES
+
+    @property
+    def least(self) -> int:
+        """What the walk takes besides experts."""
+        return self.process + max(self.block + self.attention + self.chunks, self.head)
+
+    def __str__(self) -> str:
+        parts = {
+            "process": self.process, "largest block without experts": self.block,
+            "attention": self.attention, "token chunks": self.chunks, "head": self.head,
+            "experts within": self.limit - self.process - self.block,
+        }  # fmt: skip
+        named = ", ".join(f"{what} {size / 1e6:,.0f} MB" for what, size in parts.items())
+        return f"memory: at most {self.limit / 1e6:,.0f} MB ({named})"
+
+
+def find_need(
+    models: list[Model], limit: int, chunk_rows: int, documents: int, length: int, head_bytes: int
+) -> Need:
+    """State what a walk takes.
+
+    Parameters
+    ----------
+    models : that go through together
+    limit : bytes of the process
+    chunk_rows : of a token chunk
+    documents, length : of the batch that takes most
+    head_bytes : of the heads that are in memory at a time
+
+    Raises
+    ------
+    MemoryError
+        If the limit is too low for anything but experts; the message has the numbers.
+    """
+    rows = chunk_rows * max(model.config_width * model.dtype.itemsize for model in models)
+    kinds = [(model, block) for model in models for block in _kinds(model)]
+    need = Need(
+        process=resident_bytes(),
+        block=max(m.block_bytes(b) for m in models for b in range(len(m.blocks))),
+        attention=max(attention_bytes(*kind, documents, length) for kind in kinds),
+        chunks=CHUNKS * rows,
+        head=head_bytes + LOGITS * LOGIT_BYTES + 2 * len(models) * rows,
+        limit=limit,
+    )
+    if need.least > limit:
+        raise MemoryError(
+            f"a limit of {limit / 1e6:,.0f} MB must hold {need.least / 1e6:,.0f} MB besides "
+            f"experts ({need}); allow more memory, or choose a smaller --chunk-rows, "
+            "--batch-tokens or --length"
+        )
+    return need
+
+
+def _kinds(model: Model) -> list[int]:
+    """One block of each kind: those that differ in shapes, or in what the config calls them."""
+    kinds: dict[Any, int] = {}
+    types = getattr(model.decoder.config, "layer_types", None) or [None] * len(model.blocks)
+    for number, block in enumerate(model.blocks):
+        shapes = tuple((name, tuple(p.shape)) for name, p in block.named_parameters())
+        kinds.setdefault((types[number], shapes), number)
+    return list(kinds.values())
+
+
+def resident_bytes() -> int:
+    """Bytes of physical memory that this process has."""
+    with open("/proc/self/statm") as file:
+        return int(file.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+
+
+def give_back() -> None:
+    """Give the memory that nobody uses back to the system, between two stages.
+
+    The C library keeps what was freed, for each thread that there was: without this, a process
+    grows from block to block.
+    """
+    pool.release()
+    gc.collect()
+    with suppress(OSError, AttributeError):  # another C library
+        ctypes.CDLL(None).malloc_trim(0)
+
+
+# --- attention -------------------------------------------------------------------------------
+
+
+def attention_bytes(model: Model, block: int, documents: int, length: int) -> int:
+    """Bytes that a batch takes at most on its way through a block, up to its MoE module."""
+    batch = torch.empty(documents, length, model.config_width, dtype=model.dtype)
+    outside, peak = 0, 0
+
+    def real(_: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+        nonlocal outside, peak
+        given = {id(t): t for t in tree_leaves((args, kwargs)) if isinstance(t, torch.Tensor)}
+        outside = sum(t.numel() * t.element_size() for t in given.values())
+        args, kwargs = tree_map(_on_meta, (args, kwargs))
+        with _Live() as live, _AsOnCpu(), suppress(Reached):
+            model.blocks[block](batch.to("meta"), *args, **kwargs)
+        peak = live.peak
+        raise Reached(batch)
+
+    def moe(hidden_states: torch.Tensor, *_: Any, **__: Any) -> torch.Tensor:
+        raise Reached(hidden_states)
+
+    with ExitStack() as stack:
+        if block in model.moe_blocks:
+            stack.enter_context(child_replaced(model.blocks[block], model.moe_child(block), moe))
+        stack.enter_context(blocks_replaced(model, {block: real}))
+        stack.enter_context(torch.no_grad())
+        stack.enter_context(suppress(Reached))
+        model.decoder(inputs_embeds=batch, use_cache=False)
+    return 2 * batch.numel() * batch.element_size() + outside + peak
+
+
+def _on_meta(value: Any) -> Any:
+    return value.to("meta") if isinstance(value, torch.Tensor) else value
+
+
+class _Live(TorchDispatchMode):
+    """Counts the bytes of tensors that are made and not dropped yet, and the most at a time."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.users: dict[int, int] = {}
+        self.now = self.peak = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        for tensor in tree_leaves(out):
+            if isinstance(tensor, torch.Tensor):
+                self._count(tensor)
+        return out
+
+    def _count(self, tensor: torch.Tensor) -> None:
+        storage = tensor.untyped_storage()
+        key, nbytes = storage._cdata, storage.nbytes()
+        if key not in self.users:
+            self.now += nbytes
+            self.peak = max(self.peak, self.now)
+        self.users[key] = self.users.get(key, 0) + 1
+        weakref.finalize(tensor, self._drop, key, nbytes)
+
+    def _drop(self, key: int, nbytes: int) -> None:
+        self.users[key] -= 1
+        if not self.users[key]:
+            del self.users[key]
+            self.now -= nbytes
+
+
+class _AsOnCpu(TorchFunctionMode):
+    """Lets attention on the meta device take what it takes on the CPU: no scores if it is fused."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if func is scaled_dot_product_attention and _is_fused(*args, **kwargs):
+            query, value = args[0], args[2]
+            return query.new_empty(*query.shape[:-1], value.shape[-1])
+        return func(*args, **kwargs)
+
+
+def _is_fused(query, key, value, attn_mask=None, dropout_p=0.0, is_causal=False, **kwargs) -> bool:
+    """Whether the CPU computes this attention without making all scores."""
+    on_cpu = [
+        None if tensor is None else torch.empty((1, *tensor.shape[1:]), dtype=tensor.dtype)
+        for tensor in (query, key, value, attn_mask)
+    ]
+    return torch._fused_sdp_choice(*on_cpu, dropout_p, is_causal, **kwargs) != 0

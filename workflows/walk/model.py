@@ -1,0 +1,282 @@
+"""How is one block of a model built, filled and freed?
+
+    config.json ──> transformers' own classes, on the meta device: shapes, no memory
+    tensor names ──> names in the model, by transformers' own conversions
+    `hold(block)` ──> that block's tensors are read, all but those of its MoE module
+
+Nothing here knows a family: the class is the one that ``config.json`` names, where the MoE module
+is follows from the names that `dask_ep` reads it by, and tensors are renamed, split and joined as
+``from_pretrained`` does it.
+"""
+
+from __future__ import annotations
+
+import re
+import threading
+from collections.abc import Iterable
+from functools import cached_property, lru_cache
+
+import numpy as np
+import torch
+import transformers
+from torch import nn
+from transformers import AutoConfig, AutoModelForCausalLM
+from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.core_model_loading import (
+    WeightConverter,
+    WeightRenaming,
+    convert_and_load_state_dict_in_model,
+    rename_source_key,
+)
+from transformers.modeling_utils import LoadStateDictConfig
+
+from dask_ep.layers.checkpoint import Checkpoint
+from dask_ep.layers.formats import ACTIVATION_SCALES, find_parts
+from dask_ep.storage.sources import Source
+from walk.tensors import as_tensor
+
+transformers.logging.set_verbosity_error()
+transformers.logging.disable_progress_bar()
+
+
+@lru_cache(maxsize=2)
+def open_model(directory: str, dtype: str) -> Model:
+    """Return the model of a checkpoint in this process; two are kept, to be compared."""
+    return Model(directory, dtype)
+
+
+class Model:
+    """A model on the meta device, of which one decoder block at a time has its weights.
+
+    Parameters
+    ----------
+    directory : of the checkpoint
+    dtype : "auto" for the checkpoint's, "float32" or "bfloat16"
+
+    Attributes
+    ----------
+    whole : the model that the config names
+    decoder : the part of it that has the blocks
+    blocks : the decoder blocks
+    dtype : torch.dtype of the weights and of the hidden states
+    moe_blocks : numbers of the blocks with a MoE module that `dask_ep` computes
+    """
+
+    def __init__(self, directory: str, dtype: str = "auto"):
+        self.directory = directory
+        self.checkpoint = Checkpoint(directory)
+        self.files = self.checkpoint.files
+        config = AutoConfig.from_pretrained(directory)
+        for part in (config, config.get_text_config()):
+            part.output_router_logits = False
+            if getattr(part, "quantization_config", None) is not None:
+                del part.quantization_config  # tensors are decoded when they are read
+        self.dtype = self._find_dtype(dtype, config)
+        self.whole = _build(config, self.dtype)
+        self.decoder = _find_decoder(self.whole)
+        self.blocks: list[nn.Module] = list(self.decoder.layers)
+        self.config_width: int = config.get_text_config().hidden_size
+        self.moe_blocks = frozenset(self.checkpoint.moe_layers)
+        self.path = path_of(self.whole, self.decoder)
+        self.held: int | None = None
+        self.lock = threading.RLock()
+        conversions = get_model_conversion_mapping(self.whole)
+        self._renamings = [one for one in conversions if isinstance(one, WeightRenaming)]
+        self._converters = [one for one in conversions if isinstance(one, WeightConverter)]
+        self._load_config = LoadStateDictConfig(
+            weight_mapping=conversions,
+            dtype=self.dtype,
+            dtype_plan=self.whole._get_dtype_plan(self.dtype),
+        )
+        self._meta = self.whole.state_dict()
+        self._fill_frame()
+
+    # --- which tensors ---
+
+    def target(self, name: str) -> str:
+        """The name in the model of a tensor in the files."""
+        return rename_source_key(
+            name, self._renamings, self._converters, self.whole.base_model_prefix, self._meta
+        )[0]
+
+    def names_of_block(self, block: int) -> list[str]:
+        """The tensors of a block in the files, but for those of its MoE module."""
+        candidates = [name for name in self.files.file_of if f".{block}." in name]
+        moe = self._moe_names(block)
+        prefix = f"{self.path}layers.{block}."
+        return [n for n in candidates if n not in moe and self.target(n).startswith(prefix)]
+
+    def moe_child(self, block: int) -> str:
+        """The path, from the block, of its MoE module.
+
+        Raises
+        ------
+        ValueError
+            If the tensors that `dask_ep` reads are not those of one module within the block.
+        """
+        prefix, depth = f"{self.path}layers.{block}.", self._moe_place(block)[1].count(".") + 1
+        targets = [self.target(name) for name in self._moe_names(block)]
+        paths = {".".join(t.removeprefix(prefix).split(".")[:depth]) for t in targets}
+        if len(paths) != 1 or not all(t.startswith(prefix) for t in targets):
+            raise ValueError(
+                f"the MoE tensors of block {block} of {self.directory} must belong to one module "
+                f"of {prefix[:-1]} in transformers, but belong to {sorted(paths)}"
+            )
+        return paths.pop()
+
+    def _moe_names(self, block: int) -> set[str]:
+        if block not in self.moe_blocks:
+            return set()
+        prefix, name = self._moe_place(block)
+        return set(self.files.names_under(f"{prefix}{name}."))
+
+    def _moe_place(self, block: int) -> tuple[str, str]:
+        places = self.checkpoint.places(block)
+        if len(places) != 1 or not places[0][1]:
+            raise ValueError(
+                f"block {block} of {self.directory} must have its MoE tensors under one name of "
+                f"their own, but has them under {places or 'none'}"
+            )
+        return places[0]
+
+    @cached_property
+    def names_outside(self) -> dict[str, str]:
+        """Names in the files of the tensors that are in no block, by their names in the model."""
+        found = {}
+        for name in self.files.file_of:
+            if not re.search(r"\blayers\.\d+\.", name):
+                found[self.target(name)] = name
+        return found
+
+    def source(self, name: str) -> Source:
+        """A tensor of the files, as it is stored."""
+        return self.files.header(self.files.file_of[name])[name]
+
+    def sources(self, names: Iterable[str]) -> dict[str, Source]:
+        """Tensors by the names that they have where nothing is quantized; decoded when read."""
+        stored = {name: self.source(name) for name in names}
+        quantization = self.checkpoint.model.quantization
+        if not quantization:
+            return stored
+        found, parts_of = {}, set()
+        modules = {name.rpartition(".")[0] for name in stored}
+        for name in sorted(stored.keys() | {f"{module}.weight" for module in modules}):
+            parts = find_parts(name, stored, quantization)
+            if parts is not None:
+                found[name] = parts.open(tuple(self._meta[self.target(name)].shape))
+                parts_of |= set(parts.names.values())
+        return found | {
+            name: source
+            for name, source in stored.items()
+            if name not in parts_of and not name.endswith(ACTIVATION_SCALES)
+        }
+
+    def stored_bytes(self, names: Iterable[str]) -> int:
+        return sum(self.source(name).nbytes for name in names)
+
+    def block_bytes(self, block: int) -> int:
+        """Bytes in memory of a held block."""
+        prefix = f"{self.path}layers.{block}."
+        skip = prefix + self.moe_child(block) + "." if block in self.moe_blocks else None
+        return sum(
+            tensor.numel() * tensor.element_size()
+            for name, tensor in self._meta.items()
+            if name.startswith(prefix) and not (skip and name.startswith(skip))
+        )
+
+    # --- filling ---
+
+    def hold(self, block: int) -> nn.Module:
+        """Give a block its weights, and take them from the one that had them."""
+        if self.held != block:
+            self.free()
+            self._load(self.names_of_block(block))
+            self._fill_buffers(self.blocks[block])
+            skip = self.moe_child(block) + "." if block in self.moe_blocks else None
+            self._check_filled(self.blocks[block], f"block {block}", skip)
+            self.held = block
+        return self.blocks[block]
+
+    def free(self) -> None:
+        """Put the held block back onto the meta device."""
+        if self.held is not None:
+            self.blocks[self.held].to("meta")
+            self.held = None
+
+    def _fill_frame(self) -> None:
+        """Fill what the decoder has besides blocks and embedding: the last norm, and buffers."""
+        embedding = path_of(self.whole, self.decoder.get_input_embeddings())
+        self._load(
+            name
+            for target, name in self.names_outside.items()
+            if target.startswith(self.path) and not target.startswith(embedding)
+        )
+        for name, child in self.decoder.named_children():
+            if name != "layers":
+                self._fill_buffers(child)
+                if child is not self.decoder.get_input_embeddings():
+                    self._check_filled(child, name, None)
+
+    def _load(self, names: Iterable[str]) -> None:
+        tensors = {name: _read(source) for name, source in self.sources(names).items()}
+        info, _ = convert_and_load_state_dict_in_model(self.whole, tensors, self._load_config)
+        self.whole._adjust_missing_and_unexpected_keys(info)
+        wrong = sorted(map(str, {*info.unexpected_keys, *info.mismatched_keys}))
+        if wrong or info.error_msgs or info.conversion_errors:
+            raise ValueError(
+                f"transformers cannot fill {type(self.whole).__name__} from {self.directory}: "
+                f"{wrong or info.error_msgs or info.conversion_errors}"
+            )
+
+    def _fill_buffers(self, part: nn.Module) -> None:
+        """Compute the buffers that no checkpoint holds, as transformers does."""
+        for module in part.modules():
+            own = module._non_persistent_buffers_set & module._buffers.keys()
+            on_meta = [name for name in own if getattr(module._buffers[name], "is_meta", False)]
+            for name in on_meta:
+                module._buffers[name] = torch.empty_like(module._buffers[name], device="cpu")
+            if on_meta:
+                self.decoder._init_weights(module)
+
+    def _check_filled(self, part: nn.Module, what: str, skip: str | None) -> None:
+        tensors = [*part.named_parameters(), *part.named_buffers()]
+        left = [n for n, t in tensors if t.is_meta and not (skip and n.startswith(skip))]
+        if left:
+            raise ValueError(
+                f"{self.directory} must have all tensors of {what} of {type(self.whole).__name__}, "
+                f"but none gives {', '.join(left[:8])}"
+            )
+
+    def _find_dtype(self, dtype: str, config) -> torch.dtype:
+        if dtype != "auto":
+            return getattr(torch, dtype)
+        stated = getattr(config, "dtype", None) or getattr(config.get_text_config(), "dtype", None)
+        return getattr(torch, stated) if isinstance(stated, str) else stated or torch.float32
+
+
+def _read(source: Source) -> torch.Tensor:
+    rows = source.read(0, source.shape[0] if source.shape else 1)
+    return as_tensor(np.ascontiguousarray(rows))
+
+
+def _build(config, dtype: torch.dtype) -> nn.Module:
+    """Build the model of a config without weights."""
+    named = (config.architectures or [None])[0]
+    kind = getattr(transformers, named or "", AutoModelForCausalLM)
+    build = getattr(kind, "_from_config", None) or kind.from_config
+    with torch.device("meta"):
+        return build(config, dtype=dtype).eval()
+
+
+def _find_decoder(whole: nn.Module) -> nn.Module:
+    """Find the part of a model that has the blocks."""
+    for module in whole.get_decoder().modules():
+        if isinstance(getattr(module, "layers", None), nn.ModuleList):
+            return module
+    raise ValueError(f"{type(whole).__name__} must have decoder blocks called layers, but has none")
+
+
+def path_of(whole: nn.Module, part: nn.Module) -> str:
+    """Where a part is in the model, with a dot behind it."""
+    path = next(name for name, module in whole.named_modules() if module is part)
+    return path + "." if path else ""

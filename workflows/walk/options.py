@@ -1,0 +1,85 @@
+"""What is asked of a walk, and what of it decides the values?"""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+
+from dask.system import CPU_COUNT
+
+from walk.documents import Documents
+from walk.record import fingerprint, hash_documents
+
+
+@dataclass(frozen=True)
+class Options:
+    """What was asked for, by the names of the options of ``walk_model.py``."""
+
+    model: str
+    text: str
+    out: str
+    layers: range | None = None
+    save: frozenset[str] = frozenset()
+    collect: frozenset[str] = frozenset()
+    compare: str | None = None
+    length: int = 2048
+    chunk_rows: int = 4096
+    batch_tokens: int | None = None
+    dtype: str = "auto"
+    start: int | None = None
+    column: int = 0
+    memory_limit: int | None = None
+    processes: int | None = None
+    scheduler: str | None = None
+    resume: bool = False
+
+    @property
+    def models(self) -> list[str]:
+        return [os.path.realpath(m) for m in (self.model, self.compare) if m is not None]
+
+    @property
+    def tokens(self) -> int:
+        """Of a batch at most."""
+        return self.batch_tokens or self.chunk_rows
+
+    def decisive(self, read: Documents) -> dict:
+        """All that decides the values of the walk, and what is kept of it."""
+        return {
+            "models": [fingerprint(model) for model in self.models],
+            "documents": hash_documents(read),
+            "layers": self.layers and [self.layers[0], self.layers[-1]],
+            "save": sorted(self.save),
+            "collect": sorted(self.collect),
+            "chunk_rows": self.chunk_rows,
+            "batch_tokens": self.tokens,
+            "dtype": self.dtype,
+            "start": self.start,
+            "column": self.column,
+            "threads": CPU_COUNT,
+            "on_workers": bool(self.processes or self.scheduler),
+        }
+
+    def blocks(self, counts: list[int]) -> range:
+        """The blocks that are walked.
+
+        Parameters
+        ----------
+        counts : how many blocks each model has
+
+        Raises
+        ------
+        ValueError
+            If the models differ, or have not the blocks that are asked for.
+        """
+        if len(set(counts)) > 1:
+            raise ValueError(
+                f"models can be compared block by block, but they have {counts[0]} and {counts[1]}"
+            )
+        first, last = self.start or 0, self.layers[-1] if self.layers else counts[0] - 1
+        if last >= counts[0] or first > last or (self.layers and self.layers[0] < first):
+            raise ValueError(
+                f"blocks must be in [{first}, {counts[0]}), those of {self.model}"
+                f"{' from --start' if first else ''}, but --layers asks for "
+                f"{self.layers[0] if self.layers else first} to {last}"
+            )
+        return range(first, last + 1)

@@ -1,0 +1,132 @@
+"""What was a walk begun with, and how far did it come?
+
+    walk.json     what decides the values, and what each block took
+    summary.json  at the end: tokens, loss, perplexity, and the same
+
+A walk is resumed with what it was begun with, or not at all.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from dask_ep.storage.files import fingerprint_files
+from walk.documents import Documents, next_tokens
+
+NAME = "walk.json"
+
+
+class Record:
+    """The record of a walk in its output directory.
+
+    Parameters
+    ----------
+    out : directory
+    begun : all that decides the values, and the memory that experts may take
+    resume : whether to continue what is there
+
+    Raises
+    ------
+    FileExistsError
+        If there is something, and `resume` is not set.
+    ValueError
+        If what is there was begun with something else; the message says with what.
+    """
+
+    def __init__(self, out: str, begun: dict[str, Any], resume: bool):
+        self.path = os.path.join(out, NAME)
+        begun = json.loads(json.dumps(begun))
+        if os.path.lexists(out) and not (resume or _is_empty(out)):
+            raise FileExistsError(f"{out} exists; resume to continue it, or choose another --out")
+        os.makedirs(out, exist_ok=True)
+        self.content = {"begun": begun, "blocks": {}}
+        if resume and os.path.exists(self.path):
+            self.content = json.loads(Path(self.path).read_text())
+            _check_same(self.content["begun"], begun, out)
+        else:
+            self._write()
+
+    @property
+    def begun(self) -> dict[str, Any]:
+        return self.content["begun"]
+
+    def add(self, block: int, took: dict[str, Any], under: str | None = None) -> None:
+        """Keep what a block took, or something else about it under a name.
+
+        Of a block that was stopped and resumed, it is what the last run took.
+        """
+        entry = self.content["blocks"].setdefault(str(block), {"block": block, "bytes_read": 0})
+        entry |= took if under is None else {under: took}
+        self._write()
+
+    def has(self, block: int, what: str) -> bool:
+        return what in self.content["blocks"].get(str(block), {})
+
+    def keep(self, name: str, value: Any) -> None:
+        """Keep what the walk has decided by itself, unless it was decided before."""
+        self.begun.setdefault(name, value)
+        self._write()
+
+    @property
+    def blocks(self) -> list[dict[str, Any]]:
+        return [took for _, took in sorted(self.content["blocks"].items(), key=lambda b: int(b[0]))]
+
+    def _write(self) -> None:
+        write_json(self.path, self.content)
+
+
+def write_json(path: str, content: Any) -> None:
+    """Write a JSON file, whole or not at all."""
+    with open(path + ".new", "w") as file:
+        json.dump(content, file, indent=1)
+    os.replace(path + ".new", path)
+
+
+def fingerprint(directory: str) -> str:
+    """What tells a checkpoint from one that was changed since."""
+    return _hash(json.dumps(fingerprint_files(directory), sort_keys=True).encode())
+
+
+def keep_documents(out: str, documents: Documents) -> None:
+    """Write token ids, lengths, and what follows each token, where they are not there yet."""
+    arrays = {
+        "tokens": documents.ids,
+        "lengths": documents.lengths,
+        "targets": next_tokens(documents),
+    }
+    for name, array in arrays.items():
+        path = os.path.join(out, f"{name}.npy")
+        if not os.path.exists(path):
+            np.save(path + ".new.npy", array)
+            os.replace(path + ".new.npy", path)
+
+
+def hash_documents(documents: Documents) -> str:
+    return _hash(documents.ids.tobytes() + documents.lengths.tobytes())
+
+
+def _hash(content: bytes) -> str:
+    return hashlib.sha256(content).hexdigest()[:16]
+
+
+def _is_empty(directory: str) -> bool:
+    return os.path.isdir(directory) and not os.listdir(directory)
+
+
+def _check_same(old: dict[str, Any], new: dict[str, Any], out: str) -> None:
+    differ = [
+        f"{name} was {old.get(name)!r} and is {new.get(name)!r}"
+        for name in sorted(new)
+        if name in new and old.get(name) != new[name]
+    ]
+    if differ:
+        raise ValueError(
+            f"{out} was begun with something else: {'; '.join(differ)}. Resume with the same, or "
+            "choose another --out"
+        )

@@ -1,0 +1,359 @@
+"""Through which files does a model go, one block at a time?
+
+    tokens.npy ──> embedding.zarr
+    block 0:  embedding.zarr ── attend ──> work/moe_input.zarr      attention's part in work/kept
+              work/moe_input.zarr ── dask_ep ──> work/moe_output.zarr
+              both ── finish ──> block_000.zarr
+    block 1:  block_000.zarr ── ...
+    the end:  block_N.zarr ── last norm ──> final.zarr ── head ──> work/scores_*.zarr
+
+A stage is an output of `dask_ep.store`, written chunk by chunk and renamed when it is complete. So
+whatever stops a walk, what is there is complete or continues where it was; and it runs where Dask
+runs. Of a block nothing is left but what is asked for.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from typing import Any
+
+import dask.array as da
+import numpy as np
+from distributed import Client, as_completed, futures_of
+
+from dask_ep import load_moe_layer, open_tokens, store
+from dask_ep.jobs.backends import Cluster, Threads
+from dask_ep.jobs.job import Job
+from dask_ep.jobs.run import run_job
+from dask_ep.jobs.save_routing import path_of_weights
+from dask_ep.storage.output import Output, progress_directory
+from walk import head, statistics
+from walk.documents import chunk_documents, spans
+from walk.memory import give_back
+from walk.model import Model, open_model
+from walk.tasks import Scoring, Task
+from walk.tensors import numpy_dtype
+
+
+@dataclass(frozen=True)
+class Where:
+    """Where a walk runs: in this process, or on a client's workers."""
+
+    client: Client | None = None
+    moe_memory: int | None = None
+    #: bytes that the MoE layers may take in this process, see `dask_ep.jobs.backends.Threads`
+    threads: int | None = None
+
+    @property
+    def bytes_of_experts(self) -> int | None:
+        """What experts may take that are in memory besides token chunks: half of it all."""
+        return None if self.moe_memory is None else self.moe_memory // 2
+
+    @property
+    def of_moe(self) -> Threads | Cluster:
+        if self.client is None:
+            return Threads(self.threads, self.moe_memory)
+        return Cluster(self.client.scheduler.address)
+
+    def compute(self, output: Output, tell: Callable[[int], Any]) -> None:
+        """Write an output; tell how many rows are done, each time."""
+        tell(sum(output.rows[b] for b in output.done_before))
+        if self.client is None:
+            output.compute(lambda receipt: tell(receipt.rows), scheduler="sync")
+            return
+        if output.missing:
+            futures = futures_of(self.client.persist(output))
+            try:
+                for future in as_completed(futures):
+                    tell(future.result().rows)
+            finally:
+                self.client.cancel(futures)
+        output.finish()
+
+
+@dataclass(frozen=True)
+class Asked:
+    """What is kept of a walk."""
+
+    blocks: range
+    #: whose outputs are kept
+    save: frozenset[str]
+    #: of "hidden", "routing" and "moe_input"
+    collect: frozenset[str] = frozenset()
+    #: statistics of experts, see `dask_ep.collect`
+
+
+class Walk:
+    """One model on its way through the files of a directory.
+
+    Parameters
+    ----------
+    task : which model, and in which chunks and batches
+    out : the directory
+    asked : what is kept
+    where : where it runs
+    tell : called with a stage's name and the part of its rows that is done
+    """
+
+    def __init__(
+        self,
+        task: Task,
+        out: str,
+        asked: Asked,
+        where: Where,
+        tell: Callable[[str, float], Any] = lambda *_: None,
+    ):
+        self.task, self.out, self.asked, self.where, self.tell = task, out, asked, where, tell
+        self.work = os.path.join(out, "work")
+        os.makedirs(self.work, exist_ok=True)
+        lengths = np.load(task.lengths)
+        counts = chunk_documents(lengths, task.chunk_rows)
+        self.chunks = tuple(int(lengths[a:b].sum()) for a, b in spans(counts))
+
+    @property
+    def model(self) -> Model:
+        return open_model(self.task.directory, self.task.dtype)
+
+    def hidden(self, block: int) -> str:
+        """The path of the hidden states after a block; -1 is the embedding."""
+        return os.path.join(self.out, "embedding.zarr" if block < 0 else f"block_{block:03d}.zarr")
+
+    @property
+    def final(self) -> str:
+        return os.path.join(self.out, "final.zarr")
+
+    @property
+    def last_done(self) -> int | None:
+        """The last block whose hidden states are complete; -1 is the embedding."""
+        last = len(self.model.blocks) - 1
+        if os.path.exists(self.final):
+            return last
+        return next((b for b in range(last, -2, -1) if os.path.exists(self.hidden(b))), None)
+
+    # --- the stages ---
+
+    def embed(self, tokens: str) -> None:
+        y = self._mapped(self.task.embed, self._rows(tokens))
+        self._store("embedding", y, self.hidden(-1), {"ids": tokens})
+
+    def start_from(self, rows: da.Array, inputs: dict[str, Any], block: int) -> None:
+        """Take hidden states that are there already as the output of a block."""
+        dtype = numpy_dtype(self.model.dtype)
+        self._store("hidden states", rows.astype(dtype), self.hidden(block), inputs)
+
+    def step(self, block: int) -> dict[str, Any]:
+        """Send the hidden states through a block; give the seconds and bytes that it took."""
+        started, before = time.monotonic(), self.hidden(block - 1)
+        took: dict[str, Any] = {"block": block}
+        if block in self.model.moe_blocks:
+            took |= self._moe_step(block, before)
+        else:
+            y = self._mapped(replace(self.task, block=block).whole, self._rows(before))
+            self._store("block", y, self.hidden(block), {"hidden": before})
+        took["bytes_read"] = took.get("expert_bytes_read", 0) + self.model.stored_bytes(
+            self.model.names_of_block(block)
+        )
+        if self.where.client is None:
+            self.model.free()
+            give_back()
+        self.tidy(block)
+        return took | {"seconds": round(time.monotonic() - started, 3)}
+
+    def last_norm(self) -> str:
+        """Write ``final.zarr``, the last hidden states."""
+        if not os.path.exists(self.final):
+            before = self.hidden(len(self.model.blocks) - 1)
+            y = self._mapped(self.task.last_norm, self._rows(before))
+            self._store("last norm", y, self.final, {"hidden": before})
+        return self.final
+
+    def _moe_step(self, block: int, before: str) -> dict[str, Any]:
+        kept, moe_input = self._work(block, "kept"), self._work(block, "moe_input.zarr")
+        os.makedirs(kept, exist_ok=True)
+        task = replace(self.task, block=block, kept=kept)
+        marks = [time.monotonic()]
+        y = self._mapped(task.attend, self._rows(before))
+        self._store("attention", y, moe_input, {"hidden": before})
+        marks.append(time.monotonic())
+        moe_output, took = self._moe(block, moe_input)
+        marks.append(time.monotonic())
+        self._collect(block, moe_input)
+        marks.append(time.monotonic())
+        y = self._mapped(task.finish, self._rows(before), self._rows(moe_output))
+        self._store("sum", y, self.hidden(block), {"hidden": before, "moe": moe_output})
+        marks.append(time.monotonic())
+        names = ("attention_seconds", "experts_seconds", "collect_seconds", "sum_seconds")
+        return took | {
+            name: round(b - a, 3) for name, a, b in zip(names, marks[:-1], marks[1:], strict=True)
+        }
+
+    def _moe(self, block: int, moe_input: str) -> tuple[str, dict[str, Any]]:
+        """Let `dask_ep` compute the MoE module, and tell what it read."""
+        path = self._work(block, "moe_output.zarr")
+        routing = self._kept_path("routing", block)
+        give_back()
+        job = Job(moe_input, path, layer=self.task.directory, layer_index=block, name="the walk")
+        there = os.path.exists(path) and (
+            routing is None or os.path.exists(path_of_weights(routing))
+        )
+        passes = None
+        if not there:
+            done = run_job(
+                job, self.where.of_moe, resume=True, save_routing=routing,
+                on_progress=lambda p: self.tell(
+                    "experts", (p.rows_done + p.rows_before) / max(p.rows_in_all, 1)
+                ),
+            )  # fmt: skip
+            passes = done.passes
+        give_back()
+        layer = load_moe_layer(self.task.directory, block)
+        stored = layer.experts.nbytes // layer.experts.num_experts
+        read = layer.experts.num_experts
+        if passes is not None:
+            read = sum(passes.reads.values())
+        return path, {"expert_bytes_read": read * stored, "expert_reads": read}
+
+    def _collect(self, block: int, moe_input: str) -> None:
+        """Collect statistics of the block's experts, if they are asked for and not there yet."""
+        path = os.path.join(self.out, f"stats_{block:03d}.safetensors")
+        if not self.asked.collect or block not in self.asked.blocks or os.path.exists(path):
+            return
+        found = statistics.collect_layer(
+            self._rows(moe_input),
+            load_moe_layer(self.task.directory, block),
+            self.asked.collect,
+            client=self.where.client,
+            most=self.where.bytes_of_experts,
+            tell=lambda part: self.tell("collect", part),
+        )
+        statistics.write(path, found)
+        give_back()
+
+    def _kept_path(self, what: str, block: int) -> str | None:
+        wanted = what in self.asked.save and block in self.asked.blocks
+        return os.path.join(self.out, f"{what}_{block:03d}.zarr") if wanted else None
+
+    # --- files ---
+
+    def _rows(self, path: str) -> da.Array:
+        return open_tokens(path, chunks=self.chunks)
+
+    def _mapped(self, function: Callable[..., np.ndarray], *arrays: da.Array) -> da.Array:
+        width = self.model.config_width
+        dtype = numpy_dtype(self.model.dtype)
+        return da.map_blocks(
+            function, *arrays, dtype=dtype, chunks=(arrays[0].chunks[0], (width,)),
+            new_axis=1 if arrays[0].ndim == 1 else None, meta=np.empty((0, width), dtype),
+        )  # fmt: skip
+
+    def _store(self, stage: str, y: da.Array, path: str, inputs: dict[str, Any]) -> None:
+        if os.path.exists(path):
+            return
+        total, done = max(y.shape[0], 1), 0
+
+        def tell(rows: int) -> None:
+            nonlocal done
+            done += rows
+            self.tell(stage, done / total)
+
+        rows = min(self.task.chunk_rows, total)
+        with store(
+            y.rechunk({0: rows}), path, inputs=inputs, settings={"stage": stage}, resume=True,
+            compute=False,
+        ) as output:  # fmt: skip
+            self.where.compute(output, tell)
+        give_back()
+        shutil.rmtree(progress_directory(path), ignore_errors=True)
+
+    def tidy(self, block: int) -> None:
+        """Leave of a complete block what is asked for."""
+        moe_input = self._kept_path("moe_input", block)
+        if moe_input is not None and os.path.exists(self._work(block, "moe_input.zarr")):
+            os.replace(self._work(block, "moe_input.zarr"), moe_input)
+        shutil.rmtree(self._work(block), ignore_errors=True)
+        if (routing := self._kept_path("routing", block)) is not None:
+            for path in (routing, path_of_weights(routing)):
+                shutil.rmtree(progress_directory(path), ignore_errors=True)
+            if os.path.exists(path_of_weights(routing)):
+                weights = os.path.join(self.out, f"topk_weights_{block:03d}.zarr")
+                os.replace(path_of_weights(routing), weights)
+
+    def _work(self, block: int, *name: str) -> str:
+        """The path of what is there only while a block is not complete."""
+        return os.path.join(self.work, f"block_{block:03d}", *name)
+
+    def drop_hidden(self, block: int) -> None:
+        """Remove hidden states that are not asked for."""
+        if "hidden" not in self.asked.save or block not in self.asked.blocks:
+            shutil.rmtree(self.hidden(block), ignore_errors=True)
+
+
+# --- the end ---------------------------------------------------------------------------------
+
+
+def score_all(walks: list[Walk], finals: list[str], targets: str, head_bytes: int) -> head.Scores:
+    """Score the last hidden states of one model, or of two.
+
+    Parameters
+    ----------
+    walks, finals : of each model, and its last hidden states
+    targets : file of (N,) the token that follows each; -1 without one
+    head_bytes : of the heads that may be in memory at a time
+
+    Notes
+    -----
+    The heads are read in parts of the vocabulary, one after the other; all rows are scored by each.
+    """
+    first = walks[0]
+    sources = [head.head_sources(walk.model)[0] for walk in walks]
+    if len({source.shape[0] for source in sources}) > 1:
+        raise ValueError(
+            "models can be compared if they have the same vocabulary, but they have "
+            f"{' and '.join(str(source.shape[0]) for source in sources)} tokens"
+        )
+    size = walks[0].model.dtype.itemsize
+    per_token = sum(source.shape[1] * size for source in sources)
+    parts = []
+    for part in vocabulary_parts(sources[0].shape[0], per_token, head_bytes):
+        path = os.path.join(first.work, f"scores_{part[0]:06d}.zarr")
+        scoring = Scoring(tuple((w.task.directory, w.task.dtype) for w in walks), part)
+        rows = [open_tokens(path, chunks=first.task.chunk_rows) for path in finals]
+        wanted = open_tokens(targets, chunks=rows[0].chunks[0])
+        columns = head.COLUMNS if len(walks) == 1 else head.COLUMNS_OF_TWO
+        y = da.map_blocks(
+            scoring, *rows, wanted[:, None], dtype=np.float64, meta=np.empty((0, columns)),
+            chunks=(rows[0].chunks[0], (columns,)),
+        )  # fmt: skip
+        first._store("head", y, path, {"final": finals[0], "other": finals[-1]})
+        parts.append(path)
+    scores = (open_tokens(part).compute(scheduler="sync") for part in parts)
+    return head.combine(scores, np.load(targets))
+
+
+def vocabulary_parts(tokens: int, token_bytes: int, most: int) -> Iterator[tuple[int, int]]:
+    """Cut a vocabulary into parts whose heads take at most so many bytes.
+
+    Examples
+    --------
+    >>> list(vocabulary_parts(10, 8, 32))
+    [(0, 4), (4, 8), (8, 10)]
+    """
+    size = max(1, most // token_bytes)
+    for start in range(0, tokens, size):
+        yield start, min(start + size, tokens)
+
+
+def hidden_error(path: str, other: str) -> dict[str, float]:
+    """Compare the hidden states of two models: their difference in relation to the first."""
+    a, b = (open_tokens(each).astype(np.float64) for each in (path, other))
+    squares, gaps, largest, gap = da.compute(
+        (a**2).sum(), ((a - b) ** 2).sum(), abs(a).max(), abs(a - b).max(), scheduler="sync"
+    )
+    return {
+        "relative_error": float(np.sqrt(gaps / squares)),
+        "largest_error": float(gap / largest),
+    }

@@ -1,0 +1,97 @@
+"""What does the task of one token chunk do, in whichever process it runs?
+
+Each task opens the model by itself, once in a process; all it is given is rows and names.
+"""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from functools import lru_cache
+
+import numpy as np
+
+from walk import block, head
+from walk.documents import chunk_documents, spans
+from walk.model import open_model
+
+
+@dataclass(frozen=True)
+class Task:
+    """What the tasks of one stage have in common.
+
+    Attributes
+    ----------
+    directory, dtype : of the model
+    lengths : path of the documents' lengths
+    chunk_rows : of a token chunk, see `chunk_documents`
+    batch_tokens : of a batch at most, see `batch_documents`
+    block : number of the decoder block
+    kept : directory of what attention gave
+    """
+
+    directory: str
+    dtype: str
+    lengths: str
+    chunk_rows: int
+    batch_tokens: int
+    block: int = 0
+    kept: str = ""
+
+    def embed(self, ids: np.ndarray, block_id: tuple[int, int]) -> np.ndarray:
+        return block.embed(self._model, ids, *self._documents(block_id))
+
+    def whole(self, rows: np.ndarray, block_id: tuple[int, int]) -> np.ndarray:
+        return block.whole(self._model, self.block, rows, *self._documents(block_id))
+
+    def attend(self, rows: np.ndarray, block_id: tuple[int, int]) -> np.ndarray:
+        kept = self._kept(block_id)
+        return block.attend(self._model, self.block, rows, *self._documents(block_id), kept)
+
+    def finish(
+        self, rows: np.ndarray, moe_rows: np.ndarray, block_id: tuple[int, int]
+    ) -> np.ndarray:
+        documents = self._documents(block_id)
+        kept = self._kept(block_id)
+        return block.finish(self._model, self.block, rows, moe_rows, *documents, kept)
+
+    def last_norm(self, rows: np.ndarray, block_id: tuple[int, int]) -> np.ndarray:
+        return block.last_norm(self._model, rows, *self._documents(block_id))
+
+    @property
+    def _model(self):
+        return open_model(self.directory, self.dtype)
+
+    def _documents(self, block_id: tuple[int, int]) -> tuple[list[int], int]:
+        lengths, chunks = _chunks(self.lengths, self.chunk_rows)
+        first, last = chunks[block_id[0]]
+        return lengths[first:last].tolist(), self.batch_tokens
+
+    def _kept(self, block_id: tuple[int, int]) -> str:
+        return os.path.join(self.kept, f"{block_id[0]:06d}.pt")
+
+
+@dataclass(frozen=True)
+class Scoring:
+    """What the tasks that score rows have in common.
+
+    Attributes
+    ----------
+    models : directory and dtype of the model, and of the one that it is compared with, if any
+    vocabulary : the first token id, and the last + 1, of the part of the head that scores
+    """
+
+    models: tuple[tuple[str, str], ...]
+    vocabulary: tuple[int, int]
+
+    def __call__(self, *arrays: np.ndarray) -> np.ndarray:
+        *rows, targets = arrays
+        models = [open_model(*named) for named in self.models]
+        return head.score(models, self.vocabulary, rows, targets[:, 0])
+
+
+@lru_cache(maxsize=2)
+def _chunks(path: str, chunk_rows: int) -> tuple[np.ndarray, list[tuple[int, int]]]:
+    """The lengths of all documents, and which of them each token chunk has."""
+    lengths = np.load(path)
+    return lengths, spans(chunk_documents(lengths, chunk_rows))

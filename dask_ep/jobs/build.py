@@ -53,7 +53,14 @@ class Inputs:
     @property
     def row_bytes(self) -> int:
         """Bytes of a token row or of an output row, whichever is more, in the tokens' dtype."""
-        return max(prod(self.tokens.shape[1:]), self.experts.d_out) * self.tokens.dtype.itemsize
+        return max(prod(self.tokens.shape[1:]), self.d_out) * self.tokens.dtype.itemsize
+
+    @property
+    def d_out(self) -> int:
+        """Width of an output row."""
+        d_out = self.experts.d_out if self.layer is None else self.layer.d_out
+        assert d_out is not None  # only callables have none
+        return d_out
 
     @property
     def read_bytes(self) -> int:
@@ -67,7 +74,7 @@ class Inputs:
     def slots_per_row(self) -> int:
         """k; E where experts choose their rows."""
         if self.layer is not None:
-            return getattr(self.layer.router, "k", self.experts.num_experts)
+            return getattr(self.layer.router, "slots", self.experts.num_experts)
         assert self.routing is not None  # a job has a layer, or else a routing
         return 1 if self.routing.ndim == 1 else self.routing.shape[1]
 
@@ -142,9 +149,10 @@ def open_inputs(job: Job) -> Inputs:
         experts = _make_experts(job, weights).with_precision(precision)
         opened = Inputs(job, tokens, routing, topk, experts, None, weights)
         _check_rows(opened)
-    if opened.experts.d != tokens.shape[1]:
+    d = opened.experts.d if opened.layer is None else opened.layer.d
+    if d != tokens.shape[1]:
         raise ValueError(
-            f"{job.name}: the experts take rows of width {opened.experts.d}, but tokens "
+            f"{job.name}: the experts take rows of width {d}, but tokens "
             f"({tokens.name}) have width {tokens.shape[1]}; {_other_width(opened)}"
         )
     return opened
@@ -179,11 +187,13 @@ def build(
     layer, placement, world_size = inputs.layer, None, decision.layout.world_size
     tokens, routing, topk = open_rows(inputs, decision.chunk_rows, xp)
     if exchange is None:
-        placement = decision.place(partial(survey, routing, inputs.experts.num_experts))
+        sent = routing if layer is None else layer.sent(routing)
+        placement = decision.place(partial(survey, sent, inputs.experts.num_experts))
         exchange = partial(expert_parallel, world_size=world_size, placement=placement)
-    y = exchange(tokens, routing, inputs.experts, topk_weights=topk)
-    if layer is not None:
-        y = layer.add_the_rest(tokens, y)
+    if layer is None:
+        y = exchange(tokens, routing, inputs.experts, topk_weights=topk)
+    else:
+        y = layer.through(tokens, routing, topk, exchange)
     # Each rounds in another way: one output has one of them.
     computed_by: dict[str, Any] = {"arrays": xp, "tf32": tf32}
     if inputs.experts.precision == "bfloat16":

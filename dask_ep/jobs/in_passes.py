@@ -155,7 +155,7 @@ class InPasses:
             return routing
         rows = max(CHUNK_BYTES // (4 * self._inputs.row_bytes), 1)
         tokens = open_tokens(self._inputs.tokens, chunks=min(rows, self.passes.chunk_rows))
-        return layer.route(tokens)[0]
+        return layer.sent(layer.route(tokens)[0])
 
 
 def free_for_rows(inputs: Inputs) -> int:
@@ -166,6 +166,6 @@ def free_for_rows(inputs: Inputs) -> int:
     out = directory = os.path.abspath(inputs.job.out)
     while not os.path.isdir(directory):
         directory = os.path.dirname(directory)
-    written = inputs.tokens.shape[0] * inputs.experts.d_out * inputs.tokens.dtype.itemsize
+    written = inputs.tokens.shape[0] * inputs.d_out * inputs.tokens.dtype.itemsize
     removed = bytes_below(progress_directory(out))
     return max(free_bytes(directory) + removed - written, 0)

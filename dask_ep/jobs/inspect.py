@@ -20,7 +20,12 @@ from dask_ep.jobs.build import open_inputs
 from dask_ep.jobs.job import load_job
 from dask_ep.jobs.notes import find_notes
 from dask_ep.kernel.bfloat16 import multiplied_by
-from dask_ep.layers.checkpoint import Description, LayerDescription, describe_checkpoint
+from dask_ep.layers.checkpoint import (
+    Description,
+    LayerDescription,
+    StoredPart,
+    describe_checkpoint,
+)
 from dask_ep.layers.checkpoint_files import CheckpointFiles
 from dask_ep.storage import journal
 from dask_ep.storage.output import progress_directory
@@ -253,7 +258,7 @@ def _inspect_job(path: str) -> Finding:
     facts = [
         ("tokens", f"{n} rows of {d}, {inputs.tokens.dtype}, {format_bytes(inputs.tokens.nbytes)}"),
         ("experts", f"{experts.num_experts} {experts.kind}, {format_bytes(experts.nbytes)}"),
-        ("output", f"{job.out}, {n} x {experts.d_out}: {describe_output(job.out)}"),
+        ("output", f"{job.out}, {n} x {inputs.d_out}: {describe_output(job.out)}"),
     ]
     if inputs.routing is not None:
         k = int(np.prod(inputs.routing.shape[1:]))
@@ -323,15 +328,21 @@ def _recorded_arrays(inputs: Mapping[str, Any], under: str = "") -> Iterator[tup
 def _inspect_checkpoint(path: str) -> Finding:
     found = describe_checkpoint(path)
     router = found.router
+    E = max(layer.num_experts for layer in found.layers)
+    more = f", and {router.num_experts - E} that only its router knows"
+    beyond = more if router.num_experts > E else ""
     facts = [
         ("model type", found.model_type),
         ("layers", f"{len(found.layers)}, {len(found.moe_layers)} of them MoE{_absent(found)}"),
-        ("experts", f"{router.num_experts} of width {found.width}, {router.k} for each row"),
+        ("MoE layers", found.moe_ranges),
+        ("experts", f"{E} of width {found.width}, {router.k} for each row{beyond}"),
         ("token rows", f"of width {found.d}"),
         ("router", _words_of_router(found)),
         ("dtypes", ", ".join(found.dtypes)),
         ("MoE blocks on disk", format_bytes(sum(layer.bytes_on_disk for layer in found.layers))),
     ]
+    facts += [(f"{part.name}, stored", _words_of_part(part)) for part in found.parts]
+    facts += [(part.name, _words_of_part(part)) for part in found.not_read]
     if found.shared_width:
         gate = ", by a gate" if found.shared_gate else ""
         facts.insert(3, ("shared experts", f"of width {found.shared_width}{gate}"))
@@ -360,6 +371,13 @@ def _absent(found: Description) -> str:
 
 def _is_absent(layer: LayerDescription) -> bool:
     return layer.kind == "moe" and not layer.bytes_on_disk
+
+
+def _words_of_part(part: StoredPart) -> str:
+    size = f"{part.tensors} tensors, {format_bytes(part.stored)}"
+    if part.name == "not read":
+        return f"{part.format} ({size})"
+    return f"{part.format}, {size}; {format_bytes(part.computed)} in float32"
 
 
 def _words_of_router(found: Description) -> str:

@@ -65,6 +65,7 @@ class Pricing:
             layer, experts, tokens = experts, experts.experts, rows_of(tokens)
             if routes := routing is None:
                 routing, topk_weights = layer.route(tokens)
+                routing = layer.sent(routing)
                 router_tasks = _count_new_tasks([routing, topk_weights], tokens)
             routing, topk_weights = (
                 None if a is None else rows_of(a) for a in (routing, topk_weights)
@@ -73,10 +74,10 @@ class Pricing:
         self._probed: Rates | None = None
         check_tokens(tokens)
         check_routing(routing, topk_weights, n=tokens.shape[0])
-        if self._experts.d not in (None, tokens.shape[1]):
+        d = self._experts.d if layer is None else layer.d
+        if d not in (None, tokens.shape[1]):
             raise ValueError(
-                f"tokens must be (N, d={self._experts.d}) for these experts; "
-                f"tokens.shape={tokens.shape}"
+                f"tokens must be (N, d={d}) for these experts; tokens.shape={tokens.shape}"
             )
         known_rows = tokens.shape[0] == tokens.shape[0]
         self.survey = survey(routing, self._experts.num_experts, known_rows=known_rows)
@@ -220,11 +221,15 @@ class Pricing:
 
 def _with_tasks(work: Work, layer: MoELayer, tokens: da.Array, router_tasks: int) -> Work:
     """Count the tasks of a layer's router, shared experts and residual."""
-    chunks, shared = tokens.numblocks[0], layer.shared is not None
+    around = layer.around
+    chunks, rest = (
+        tokens.numblocks[0],
+        bool(layer.shared is not None or around.between or around.after or around.beyond),
+    )
     per_chunk = max(router_tasks - 1, 0) // max(chunks, 1)  # one reads the router's arrays
     tasks = {
-        "chunk_tasks": per_chunk + (shared or layer.residual),
-        "tasks": router_tasks - per_chunk * chunks + shared,
+        "chunk_tasks": per_chunk + (rest or layer.residual) + bool(around.before),
+        "tasks": router_tasks - per_chunk * chunks + (rest or layer.residual) + bool(around.before),
     }
     return replace(work, layer=replace(work.layer, **tasks))
 

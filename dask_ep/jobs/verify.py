@@ -14,8 +14,9 @@ from __future__ import annotations
 
 import errno
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, NamedTuple
 
 import dask
@@ -31,6 +32,7 @@ from dask_ep.jobs.job import Job, as_job
 from dask_ep.jobs.sample import block_starts, read_rows, sample_rows
 from dask_ep.kernel import reference
 from dask_ep.kernel.rounding import QUIET, Arithmetic, Scaled, exact_rows
+from dask_ep.layers.around import RowStep
 from dask_ep.layers.layer import MoELayer
 from dask_ep.storage import journal
 from dask_ep.storage.output import progress_directory
@@ -139,9 +141,9 @@ def verify_job(
     output = open_output(job.out)
     inputs = open_inputs(job)
     n = inputs.tokens.shape[0]
-    if output.shape != (n, inputs.experts.d_out):
+    if output.shape != (n, inputs.d_out):
         raise ValueError(
-            f"the output {job.out} must be ({n}, {inputs.experts.d_out}) for {job.name}, but has "
+            f"the output {job.out} must be ({n}, {inputs.d_out}) for {job.name}, but has "
             f"shape {output.shape}; run the job again"
         )
     if output.dtype.name not in TOLERANCES:
@@ -234,10 +236,7 @@ def _recompute(
     """Return the routing (m, k) of the sample's rows, and their output (m, d_out) in float64."""
     tokens = read_rows(inputs.tokens, sample)
     if inputs.layer is not None:
-        both = inputs.layer.route(da.from_array(tokens, chunks=-1))
-        routing, weights = dask.compute(*both, scheduler="sync")
-        y = _apply_experts(inputs.experts, tokens, routing, weights, arithmetic)
-        return routing, _with_shared(inputs.layer, tokens, y, arithmetic)
+        return _recompute_layer(inputs, tokens, arithmetic)
     assert inputs.routing is not None
     routing = read_rows(inputs.routing, sample)
     routing = routing[:, None] if routing.ndim == 1 else routing
@@ -248,14 +247,47 @@ def _recompute(
 
 
 @QUIET
+def _recompute_layer(
+    inputs: Inputs, tokens: np.ndarray, arithmetic: Arithmetic
+) -> tuple[np.ndarray, Scaled]:
+    """As `_recompute`, of a layer, which routes the rows itself."""
+    layer, E = inputs.layer, inputs.experts.num_experts
+    assert layer is not None
+    routed = layer.route(da.from_array(tokens, chunks=-1))
+    routing, weights = dask.compute(*routed, scheduler="sync")
+    sent = np.where(routing < E, routing, -1)
+    rows = _through_steps(layer.around.before, exact_rows(tokens), arithmetic)
+    y = _apply_experts(inputs.experts, rows, sent, weights, arithmetic)
+    y = _through_steps(layer.around.between, y, arithmetic)
+    return sent, _with_the_rest(layer, tokens, y, np.maximum(routing - E, -1), weights, arithmetic)
+
+
+def _through_steps(steps: Sequence[RowStep], x: Scaled, arithmetic: Arithmetic) -> Scaled:
+    """Do the steps of a layer around its experts with rows."""
+    array: Any
+    for step in steps:
+        array, bias = (None if a is None else a.read() for a in (step.array, step.bias))
+        if step.kind == "linear":
+            x = arithmetic.product(x, array.T, bias)
+        elif step.kind == "rms_norm":
+            x = arithmetic.rms_norm(x, step.offset + array.astype(np.float64), step.eps)
+        else:
+            by: Any = (np.multiply, step.factor) if step.kind == "scale" else (np.add, array)
+            x = arithmetic.through(partial(*by), x)
+    return x
+
+
+@QUIET
 def _apply_experts(
     experts: Experts,
-    tokens: np.ndarray,
+    rows_in: np.ndarray | Scaled,
     routing: np.ndarray,
     weights: np.ndarray | None,
     arithmetic: Arithmetic,
 ) -> Scaled:
     """Sum what each expert gives, one expert in memory at a time, as the only one of its rank."""
+    given = rows_in if isinstance(rows_in, Scaled) else exact_rows(rows_in)
+    tokens = given.value
     y, scale = np.zeros((2, len(tokens), experts.d_out))
     peak = np.zeros(len(tokens))
     on_input = experts.options.get("apply_router_weight_on_input", False)
@@ -276,8 +308,8 @@ def _apply_experts(
         for slot in range(routing.shape[1]):
             rows = np.flatnonzero(routing[:, slot] == e)
             weight = np.abs(weighed[rows, slot, None])
-            before, w = (weight, 1.0) if on_input else (1.0, weight)
-            x = exact_rows(tokens[rows].astype(np.float64) * before)
+            by, w = (weight, 1.0) if on_input else (1.0, weight)
+            x = Scaled(given.value[rows] * by, given.scale[rows] * by, given.peak[rows])
             found = arithmetic.expert(kind, arrays, options, x)
             scale[rows] += w * found.scale
             peak[rows] = np.maximum.reduce(
@@ -287,10 +319,22 @@ def _apply_experts(
 
 
 @QUIET
-def _with_shared(layer: MoELayer, tokens: np.ndarray, y: Scaled, arithmetic: Arithmetic) -> Scaled:
-    """Add what the experts give that all rows share, and the rows themselves if the layer does."""
+def _with_the_rest(
+    layer: MoELayer,
+    tokens: np.ndarray,
+    y: Scaled,
+    beyond: np.ndarray,
+    weights: np.ndarray,
+    arithmetic: Arithmetic,
+) -> Scaled:
+    """Add what experts give that are not sent to, and the rows themselves if the layer does."""
     more = [y]
-    if layer.shared is not None:
+    if layer.around.beyond == "identity":
+        of_row = np.where(beyond >= 0, weights, 0.0).sum(axis=1, keepdims=True)
+        more.append(arithmetic.through(lambda v: v * of_row, exact_rows(tokens)))
+    if layer.around.beyond == "shared":
+        more.append(_apply_experts(layer.shared, tokens, beyond, weights, arithmetic))
+    elif layer.shared is not None:
         everyone = np.arange(layer.shared.num_experts)[None].repeat(len(tokens), axis=0)
         shared = _apply_experts(layer.shared, tokens, everyone, None, arithmetic)
         if "shared_gate" in layer.arrays:
@@ -299,11 +343,15 @@ def _with_shared(layer: MoELayer, tokens: np.ndarray, y: Scaled, arithmetic: Ari
             gate = arithmetic.through(lambda v: 0.5 * (1 + np.tanh(0.5 * v)), logits)
             shared = arithmetic.times(shared, gate)
         more.append(shared)
-    if layer.residual:
-        rows = exact_rows(tokens)
-        more.append(rows._replace(scale=np.abs(rows.value)))
-    value, scale = (np.sum([part[i] for part in more], axis=0) for i in (0, 1))
-    return Scaled(value, scale, np.max([part.peak for part in more], axis=0))
+    total = _through_steps(layer.around.after, _summed(more), arithmetic)
+    rows = exact_rows(tokens)
+    rows = rows._replace(scale=np.abs(rows.value))
+    return _summed([total, rows]) if layer.residual else total
+
+
+def _summed(parts: Sequence[Scaled]) -> Scaled:
+    value, scale = (np.sum([part[i] for part in parts], axis=0) for i in (0, 1))
+    return Scaled(value, scale, np.max([part.peak for part in parts], axis=0))
 
 
 def plain_expert(experts: Experts, e: int) -> Callable[[np.ndarray], np.ndarray]:

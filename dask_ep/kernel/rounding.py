@@ -114,6 +114,15 @@ class Arithmetic:
         scale = np.abs(value) + a.scale * np.abs(b.value) + np.abs(a.value) * b.scale
         return _known(value, scale, np.maximum(a.peak, b.peak), np.abs(value))
 
+    @QUIET
+    def rms_norm(self, x: Scaled, weight: np.ndarray, eps: float) -> Scaled:
+        """``weight * x / sqrt(mean(x**2) + eps)``."""
+        root = np.sqrt(np.square(x.value).mean(axis=1, keepdims=True) + eps)
+        value, carried = x.value * weight / root, np.abs(weight) / root * x.scale
+        # What all values of a row err by moves the root, and so each of them.
+        moved = np.sqrt(np.square(x.scale).mean(axis=1, keepdims=True)) / root
+        return _known(value, carried + np.abs(value) * (1 + moved), x.peak, np.abs(value))
+
     def overflows(self, peak: np.ndarray) -> np.ndarray:
         """Whether a number on the way to a row may be beyond the computing dtype: (m,)."""
         return peak > 0.5 * float(np.finfo(self.dtype).max)

@@ -180,7 +180,7 @@ class Work:
             rows=rows,
             slots=slots,
             d=d,
-            d_out=experts.d_out or d,
+            d_out=(experts.d_out if layer is None else layer.d_out) or d,
             dtype=dtype,
             experts=E,
             expert_stored=experts.nbytes // E,
@@ -211,9 +211,10 @@ def _layer_work(layer: Any, d: int, compute: np.dtype, routes: bool, on_devices:
     Tasks are not counted here: they are those of a graph.
     """
     E, shared = layer.experts.num_experts, layer.shared
-    there_and_back = (d + (layer.experts.d_out or d)) * compute.itemsize
-    finishes = shared is not None or layer.residual
-    row_bytes = (getattr(layer.router, "k", E) + 5) * E * 4 if routes else 0  # as `route` says
+    there_and_back = (d + (layer.d_out or d)) * compute.itemsize
+    around = layer.around
+    finishes = bool(shared is not None or layer.residual or around.between or around.after)
+    row_bytes = (getattr(layer.router, "slots", E) + 5) * E * 4 if routes else 0  # as `route` says
     if shared is not None:
         row_bytes += shared.num_experts * there_and_back
     return LayerWork(

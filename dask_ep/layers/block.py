@@ -9,16 +9,18 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from dask_ep.arrays.checks import is_float
 from dask_ep.experts.expert_kinds import EXPERT_KINDS
 from dask_ep.experts.experts import Experts
+from dask_ep.layers.around import Around, RowStep
 from dask_ep.layers.families import HIDDEN_ACTS, NOT_READ
-from dask_ep.layers.family import Family, TensorLayout, find
+from dask_ep.layers.family import Family, StepRow, TensorLayout, find
 from dask_ep.layers.formats import Parts, activation_scales, find_parts
 from dask_ep.layers.layer import MoELayer
+from dask_ep.layers.lazy_routing import SmallArray
 from dask_ep.layers.routing import Router
 from dask_ep.storage.sources import Source
 from dask_ep.storage.views import FirstRow, Regrouped, Transposed
@@ -56,6 +58,19 @@ class Model:
         return size
 
 
+class Noted(dict[str, Any]):
+    """A config that notes which of its keys are asked for, and what they are."""
+
+    def __init__(self, config: Mapping[str, Any]):
+        super().__init__(config)
+        self.noted: dict[str, Any] = {}
+
+    def get(self, key: str, default: Any = None) -> Any:
+        if key in self and not isinstance(self[key], Mapping):
+            self.noted[key] = self[key]
+        return super().get(key, default)
+
+
 class LayerTensors:
     """The tensors of one layer; those of its MoE block must each be taken once.
 
@@ -66,7 +81,9 @@ class LayerTensors:
     def __init__(
         self, model: Model, layer: int, prefix: str, name: str, tensors: Mapping[str, Source]
     ):
-        self.model, self.layer, self.prefix, self.tensors = model, layer, prefix, tensors
+        self.config = Noted(model.config)
+        self.model = replace(model, config=self.config)
+        self.layer, self.prefix, self.tensors = layer, prefix, tensors
         self.name = f"{name}." if name else ""
         self.family = model.family
         self.taken: set[str] = set()
@@ -74,6 +91,11 @@ class LayerTensors:
         self.H = self.find_size("hidden_size", self.family.hidden_size)
         self.width = self.find_size("width", self.family.width)
         self.k = self.find_size("k", self.family.k)
+        size = self.find(self.family.expert_size)
+        self.D = self.H if size is None else self.find_size("expert_size", size)
+        #: width of the rows that experts read
+        self.R = self.E + self.find(self.family.beyond_experts)
+        #: experts that the router knows
 
     def find(self, value: Any) -> Any:
         return self.model.find(value, self.layer)
@@ -174,21 +196,24 @@ class Block(LayerTensors):
         router, arrays = self.router(), self.router_arrays()
         options = self.options(self.family.options)
         options["apply_router_weight_on_input"] = router.apply_router_weight_on_input
-        experts = self.experts(self.family.experts, self.width, options, count=self.E)
+        experts = self.experts(self.family.experts, self.D, self.width, options, count=self.E)
         shared, gate = self.shared()
-        return MoELayer(
+        layer = MoELayer(
             router,
             experts,
             **arrays,
             shared=shared,
             shared_gate=gate,
+            around=self.around(),
             residual=residual,
         )
+        layer.config = self.config.noted
+        return layer
 
     def router(self) -> Router:
         values = {name: self.find(value) for name, value in self.family.router.items()}
         try:
-            return Router(num_experts=self.E, k=self.k, **values)
+            return Router(num_experts=self.R, k=self.k, **values)
         except ValueError as error:
             raise ValueError(f"{self.model.directory}/config.json: {error}") from error
 
@@ -197,10 +222,14 @@ class Block(LayerTensors):
         row = self.family
         arrays: dict[str, Any] = {}
         if in_out := self.first_here(row.router_weight_in_out):
-            arrays["router_weight"] = Transposed(self.take(in_out, (self.H, self.E)))
+            arrays["router_weight"] = Transposed(self.take(in_out, (self.H, self.R)))
         else:
-            arrays["router_weight"] = self.take_any(row.router_weight, (self.E, self.H))
-        arrays["router_bias"] = self.take_any(row.router_bias, (self.E,))
+            arrays["router_weight"] = self.take_any(row.router_weight, (self.R, self.H))
+        arrays["router_bias"] = self.take_any(row.router_bias, (self.R,))
+        arrays["input_scale"] = self.take_any(row.input_scale, (self.H,))
+        if name := self.first_here(row.per_expert_scale):
+            one = self.tensors[self.resolve(name)].shape == (1,)
+            arrays["per_expert_scale"] = self.take(name, (1,) if one else (self.R,))
         if table := self.first_here(row.table):
             arrays["table"] = self._take_raw(table)
         elif self.find(row.biased):
@@ -209,8 +238,35 @@ class Block(LayerTensors):
             if name and self.tensors[self.resolve(name)].shape == several:
                 arrays["selection_bias"] = FirstRow(self.take(name, several))
             else:
-                arrays["selection_bias"] = self.take_any(row.selection_bias, (self.E,))
+                chosen = self.E if row.beyond == "shared" else self.R
+                arrays["selection_bias"] = self.take_any(row.selection_bias, (chosen,))
         return arrays
+
+    def around(self) -> Around:
+        """What happens around the experts."""
+        width = self.H
+        steps: dict[str, list[RowStep]] = {"before": [], "between": [], "after": []}
+        for when, rows in steps.items():
+            for row in getattr(self.family, when):
+                if self.find(row.there):
+                    rows.append(self.step(row, width))
+                    width = self.find(row.to) or width
+        beyond = self.family.beyond if self.R > self.E else None
+        before, between, after = (tuple(rows) for rows in steps.values())
+        return Around(before, between, after, beyond)
+
+    def step(self, row: StepRow, width: int) -> RowStep:
+        """One step of rows of a width."""
+        name = self.first_here(row.names) or next(iter(row.names), None)
+        array = bias = None
+        if name is not None:
+            to = self.find(row.to)
+            shape: tuple[int, ...] = (width,) if to is None else (to, width)
+            array = SmallArray(self.take(name, shape), shape)
+            if self.find(row.bias):
+                bias = SmallArray(self.take(bias_of(name), shape[:1]), shape[:1])
+        numbers = {n: self.find(getattr(row, n)) for n in ("eps", "offset", "factor")}
+        return RowStep(row.kind, array, bias, **numbers)
 
     def options(self, row: Mapping[str, Any]) -> dict[str, Any]:
         """Arguments of `Experts.gated`, from the config."""
@@ -227,16 +283,17 @@ class Block(LayerTensors):
     def experts(
         self,
         layouts: Sequence[TensorLayout],
+        d: int,
         width: int,
         options: Mapping[str, Any],
         *,
         count: int | None,
     ) -> Experts:
-        """Take experts of a width; without a count, one whose tensors are matrices."""
-        layout = self.find_layout(layouts, width, count)
+        """Take experts of rows of width `d`; without a count, one whose tensors are matrices."""
+        layout = self.find_layout(layouts, d, width, count)
         weights: dict[str, Any] = {}
         for weight, name in layout.names.items():
-            shape = self.shape_of(layout, weight, width, count)
+            shape = self.shape_of(layout, weight, d, width, count)
             weights[weight] = self.take_weight(layout, weight, name, shape, count)
             if self.find(layout.biases):
                 axis = -1 if layout.transposed else -2  # of d or f, which a bias has not
@@ -267,7 +324,7 @@ class Block(LayerTensors):
         return [self.take(name, shape)] if count is None else self.take(name, shape)
 
     def find_layout(
-        self, layouts: Sequence[TensorLayout], width: int, count: int | None
+        self, layouts: Sequence[TensorLayout], d: int, width: int, count: int | None
     ) -> TensorLayout:
         """The first layout whose names are here, and whose shapes fit."""
         named = [layout for layout in layouts if self.has_names_of(layout)]
@@ -278,7 +335,7 @@ class Block(LayerTensors):
                 f"{self.where} has no {what}: it should have "
                 f"{' or '.join(dict.fromkeys(first))}, but has {some_of(self.names_here())}"
             )
-        fits = (layout for layout in named if self.has_shapes_of(layout, width, count))
+        fits = (layout for layout in named if self.has_shapes_of(layout, d, width, count))
         return next(fits, named[0])
 
     def has_names_of(self, layout: TensorLayout) -> bool:
@@ -290,19 +347,19 @@ class Block(LayerTensors):
             for e in range(self.E if "{e}" in name else 1)
         )
 
-    def has_shapes_of(self, layout: TensorLayout, width: int, count: int | None) -> bool:
+    def has_shapes_of(self, layout: TensorLayout, d: int, width: int, count: int | None) -> bool:
         tensors = {w: self.resolve(name.format(e=0)) for w, name in layout.names.items()}
         return all(
             name in self.tensors
-            and self.tensors[name].shape == self.shape_of(layout, weight, width, count)
+            and self.tensors[name].shape == self.shape_of(layout, weight, d, width, count)
             for weight, name in tensors.items()
         )
 
     def shape_of(
-        self, layout: TensorLayout, weight: str, width: int, count: int | None
+        self, layout: TensorLayout, weight: str, d: int, width: int, count: int | None
     ) -> tuple[int, ...]:
         """Shape of one weight: of each expert where it has a tensor of its own, else of all."""
-        sizes = {"d": self.H, "o": self.H, "f": width, "2f": 2 * width}
+        sizes = {"d": d, "o": d, "f": width, "2f": 2 * width}
         shape = tuple(sizes[axis] for axis in EXPERT_KINDS[layout.kind].weights[weight].split())
         shape = shape[::-1] if layout.transposed else shape
         return shape if count is None or "{e}" in layout.names[weight] else (count, *shape)
@@ -316,12 +373,12 @@ class Block(LayerTensors):
             # Saved all the same: matrices without numbers, and the gate of nothing.
             for layout in filter(self.has_names_of, row.layouts):
                 for weight, name in layout.names.items():
-                    self.take(name, self.shape_of(layout, weight, width, None))
+                    self.take(name, self.shape_of(layout, weight, self.H, width, None))
             if row.gate is not None and self.resolve(row.gate) in self.tensors:
                 self.take(row.gate, (1, self.H))
             return None, None
         options = self.options(self.family.options if row.options is None else row.options)
-        experts = self.experts(row.layouts, width, options, count=None)
+        experts = self.experts(row.layouts, self.H, width, options, count=self.find(row.count))
         return experts, None if row.gate is None else self.take(row.gate, (1, self.H))
 
 

@@ -16,6 +16,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from math import prod
 from numbers import Integral
+from typing import NamedTuple
 
 import numpy as np
 
@@ -176,6 +177,10 @@ class Checkpoint:
         ]
 
     def open_layer(self, layer: int, *, residual: bool = False) -> MoELayer:
+        return self.open_block(layer, residual=residual)[1]
+
+    def open_block(self, layer: int, *, residual: bool = False) -> tuple[Block, MoELayer]:
+        """Open a layer, and give its tensors with it: which were taken, and why others were not."""
         self._check_layer(layer)
         if residual and self.model.family.pre_norm:
             raise ValueError(
@@ -196,7 +201,7 @@ class Checkpoint:
         block = Block(self.model, layer, prefix, name, self.files.under(prefix))
         built = block.build(residual=residual)
         block.check_all_taken()
-        return built
+        return block, built
 
     def _check_layer(self, layer: int) -> None:
         if not isinstance(layer, Integral):
@@ -234,6 +239,20 @@ class LayerDescription:
     #: of the same in float32
 
 
+class StoredPart(NamedTuple):
+    """Some tensors of the MoE layers."""
+
+    name: str
+    #: "experts", "shared experts", "router and steps", or "not read"
+    format: str
+    #: dtype or quantized format; of what is not read, why
+    tensors: int
+    stored: int
+    #: bytes in the files
+    computed: int
+    #: bytes in float32
+
+
 @dataclass(frozen=True)
 class Description:
     """What a checkpoint is, as data to show."""
@@ -254,11 +273,20 @@ class Description:
     #: whether the shared expert counts by a sigmoid
     dtypes: tuple[str, ...]
     #: of the tensors in MoE blocks, as stored
+    parts: tuple[StoredPart, ...]
+    #: what is read of the MoE layers, each part in each of its formats
+    not_read: tuple[StoredPart, ...]
+    #: what is not, and why, in the place of a format
     layers: tuple[LayerDescription, ...]
 
     @property
     def moe_layers(self) -> list[int]:
         return [layer.layer for layer in self.layers if layer.kind == "moe"]
+
+    @property
+    def moe_ranges(self) -> str:
+        """The MoE layers in words, such as "3-60"."""
+        return _ranges(self.moe_layers)
 
 
 def describe_checkpoint(
@@ -282,13 +310,15 @@ def describe_checkpoint(
     """
     checkpoint = Checkpoint(directory, families)
     dtypes: set[str] = set()
-    layers, opened = [], []
+    layers, opened, blocks = [], [], []
     for layer in range(checkpoint.num_layers):
         tensors = checkpoint.block_tensors(layer)
         kind = "moe" if checkpoint.is_moe(layer) else "dense"
         num_experts, in_memory = 0, 4 * sum(prod(tensor.shape) for tensor in tensors)
         if kind == "moe" and tensors:
-            opened.append(checkpoint.open_layer(layer))
+            block, built = checkpoint.open_block(layer)
+            opened.append(built)
+            blocks.append(block)
             num_experts = opened[-1].experts.num_experts
             in_memory = _bytes_in_memory(opened[-1])
             dtypes |= {tensor.dtype.name for tensor in tensors}
@@ -311,15 +341,54 @@ def describe_checkpoint(
         directory=checkpoint.files.directory,
         model_type=checkpoint.model.model_type,
         family=checkpoint.model.family,
-        d=experts.d,
+        d=first.d or experts.d,
         width=width,
         router=router,
         router_biases=tuple(n for n in ("bias", "selection_bias") if n in first.arrays),
         shared_width=(first.shared.hidden or 0) if first.shared is not None else 0,
         shared_gate="shared_gate" in first.arrays,
         dtypes=tuple(sorted(dtypes)),
+        parts=_parts_read(opened),
+        not_read=_parts_not_read(blocks),
         layers=tuple(layers),
     )
+
+
+def _parts_read(layers: Iterable[MoELayer]) -> tuple[StoredPart, ...]:
+    """What is read of some layers, by part and format."""
+    read: list[tuple[str, Source]] = []
+    for layer in layers:
+        shared = [] if layer.shared is None else layer.shared.sources()
+        read += [("experts", source) for source in layer.experts.sources()]
+        read += [("shared experts", source) for source in shared]
+        read += [("router and steps", array.source) for array in layer.small_arrays]
+    return _added_up((name, _format_of(source), source) for name, source in read)
+
+
+def _parts_not_read(blocks: Iterable[Block]) -> tuple[StoredPart, ...]:
+    """What is not read of the same layers, by the reason."""
+    left = [
+        ("not read", block.why_not_read(name) or "", block.tensors[name])
+        for block in blocks
+        for name in sorted(block.tensors.keys() - block.taken)
+    ]
+    return _added_up(left)
+
+
+def _added_up(tensors: Iterable[tuple[str, str, Source]]) -> tuple[StoredPart, ...]:
+    found: dict[tuple[str, str], StoredPart] = {}
+    for name, form, source in tensors:
+        old = found.get((name, form), StoredPart(name, form, 0, 0, 0))
+        numbers = (1, source.nbytes, 4 * prod(source.shape))
+        added = (a + b for a, b in zip(old[2:], numbers, strict=True))
+        found[name, form] = StoredPart(name, form, *added)
+    return tuple(found.values())
+
+
+def _format_of(source: Source) -> str:
+    """How a tensor's numbers are stored: in a quantized format, or in a dtype."""
+    source = getattr(source, "source", source)  # of a view
+    return getattr(source, "label", source.dtype.name)
 
 
 def _routed(layer: MoELayer) -> tuple[Experts, int, Router]:

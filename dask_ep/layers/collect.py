@@ -212,14 +212,19 @@ def begin_collection(
     chosen, others = choose_statistics(what, experts), share_of_others(rows)
     weights: da.Array | None
     if isinstance(layer, MoELayer):
+        _check_layer(layer)
         both = _with_weights(routing)
-        hidden, tokens, indices, weights = layer.routed_rows(hidden, token_ids, both)
+        hidden, routed, indices, weights = layer.routed_rows(hidden, token_ids, both)
+        entered = layer.enter(routed)
     else:
-        tokens, indices, weights = _given_rows(hidden, routing)
-    ready = prepare(tokens, indices, experts, weights, world_size, placement)
+        entered, indices, weights = _given_rows(hidden, routing)
+    ready = prepare(entered, indices, experts, weights, world_size, placement)
+    entering = ready.tokens  # of the layer, where its experts read others
+    if isinstance(layer, MoELayer) and layer.around.before:
+        entering = routed
     pieces, y = [], None
     if block is None or block.start == 0:
-        pieces = _see_choices(ready, layer, chosen)
+        pieces = _see_choices(ready, entering, layer, chosen)
     of_block = _of_block(ready, block or range(experts.num_experts), others, seed)
     if chosen.of_tiles:
         k = slots_of(ready.routing) if others else None
@@ -231,7 +236,7 @@ def begin_collection(
     found = grams(of_block, hidden=experts.hidden is not None) if chosen.of_gram else {}
     if with_output:
         y = build_chunks(ready) if y is None else y
-        y = layer.add_the_rest(ready.tokens, y) if isinstance(layer, MoELayer) else y
+        y = layer.add_the_rest(entering, y) if isinstance(layer, MoELayer) else y
         y = unflatten(y, hidden)
     chunk_bytes = ready.tokens.nbytes / max(ready.tokens.numblocks[0], 1)
     return Collection(*join_groups(pieces, chunk_bytes), found, y, chosen.missing)
@@ -290,13 +295,15 @@ def name_all(totals: Numbers) -> Numbers:
     return found
 
 
-def _see_choices(ready: Ready, layer: MoELayer | Any, chosen: Chosen) -> list[Partials]:
+def _see_choices(
+    ready: Ready, rows: da.Array, layer: MoELayer | Any, chosen: Chosen
+) -> list[Partials]:
     """What is counted before any row comes to an expert."""
     pieces = [see_routing(ready, chosen.of_routing)] if chosen.of_routing else []
     if chosen.of_router and not isinstance(layer, MoELayer):
         raise ValueError("statistics of the router need a layer, but there are only experts")
     if chosen.of_router:
-        pieces.append(see_router(ready.tokens, layer.router, layer.arrays))
+        pieces.append(see_router(rows, layer.router, layer.arrays))
     return pieces
 
 
@@ -335,6 +342,14 @@ def _given_rows(
         return hidden, indices, weights
     weights = None if weights is None else rows_like(weights, hidden)
     return rows_of(hidden), rows_like(indices, hidden), weights
+
+
+def _check_layer(layer: MoELayer) -> None:
+    if layer.around.beyond is not None:
+        raise ValueError(
+            f"statistics are not collected of a layer whose router has {layer.around.beyond} "
+            f"experts besides the {layer.experts.num_experts} that rows are sent to"
+        )
 
 
 def _check_host(hidden: da.Array) -> None:

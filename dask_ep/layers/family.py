@@ -86,13 +86,14 @@ class Entry:
 
 
 @dataclass(frozen=True)
-class Sum:
-    """The sum of some values."""
+class Power:
+    """A power of a value."""
 
-    parts: tuple[Any, ...]
+    base: Any
+    exponent: float
 
-    def find(self, config: Config, layer: int) -> int:
-        return sum(find(part, config, layer) for part in self.parts)
+    def find(self, config: Config, layer: int) -> float:
+        return find(self.base, config, layer) ** self.exponent
 
 
 @dataclass(frozen=True)
@@ -125,7 +126,7 @@ class By:
         return find(self.values[case], config, layer)
 
 
-LOOKED_UP = (Key, Length, Entry, Sum, Product, By)
+LOOKED_UP = (Key, Length, Entry, Power, Product, By)
 
 
 def find(value: Any, config: Config, layer: int) -> Any:
@@ -209,7 +210,8 @@ class MlpTypes:
             return types[layer] != "dense"
         every = config.get("moe_layer_freq", 1)
         sparse = bool(every[layer]) if isinstance(every, list) else layer % every == 0
-        first = Key("first_k_dense_replace", "num_dense_layers", default=self.dense)
+        names = ("first_k_dense_replace", "num_dense_layers", "dense_mlp_idx")
+        first = Key(*names, default=self.dense)
         return sparse and layer >= first.find(config, layer)
 
 
@@ -229,6 +231,10 @@ class Shared:
         Whether each of its matrices has a ``.bias`` as well as a ``.weight``.
     names : tuple of Names
         What its tensors may be called, after `block`.
+    count : int or Key or None
+        How many shared experts there are, each tensor being (count, ...); None: one, in matrices.
+    interleaved : bool
+        Gate and up alternate, where they are one matrix.
     options : Mapping or None
         As those of `Family`, where they are others.
     """
@@ -238,6 +244,8 @@ class Shared:
     gate: str | None = None
     biases: Any = False
     names: tuple[Names, ...] = (NAMED,)
+    count: Any = None
+    interleaved: bool = False
     options: Mapping[str, Any] | None = None
 
     @property
@@ -245,10 +253,36 @@ class Shared:
         """How its weights may be stored."""
         blocks = (self.block,) if isinstance(self.block, str) else self.block
         return [
-            TensorLayout(below(f"{block}.", names), biases=self.biases)
+            TensorLayout(
+                below(f"{block}.", names), interleaved=self.interleaved, biases=self.biases
+            )
             for block in blocks
             for names in self.names
         ]
+
+
+@dataclass(frozen=True)
+class StepRow:
+    """A `RowStep` of the rows around the experts.
+
+    Attributes
+    ----------
+    kind : as that of `RowStep`
+    names : names that its array may have
+    to : of a linear step, the width of the rows that it gives
+    eps, offset, factor : as those of `RowStep`
+    bias : bool or Key, whether a linear step has a bias, with ``.bias`` for ``.weight`` in its name
+    there : bool or Key, whether the model has this step
+    """
+
+    kind: str
+    names: tuple[str, ...] = ()
+    to: Any = None
+    eps: Any = 0.0
+    offset: float = 0.0
+    factor: Any = 1.0
+    bias: Any = False
+    there: Any = True
 
 
 @dataclass(frozen=True)
@@ -272,6 +306,10 @@ class Family:
     experts : layouts that the experts may have
     options : arguments of `Experts.gated` or `Experts.gated_fused`
     shared : Shared or None
+    expert_size : width of the rows that experts read, where it is not d
+    before, between, after, beyond : what happens around the experts, see `Around`
+    beyond_experts : how many experts the router has that are more than E
+    per_expert_scale, input_scale : names of these tensors, see `MoELayer`
     is_moe : whether a layer is MoE, from config and layer number
     num_layers, hidden_size : how many layers there are, and d
     not_read : tensors of the layer that are not read, as patterns of their names after the layer's,
@@ -310,6 +348,14 @@ class Family:
     )
     shared: Shared | None = None
     is_moe: Callable[[Config, int], bool] = every_layer
+    expert_size: Any = None
+    before: tuple[StepRow, ...] = ()
+    between: tuple[StepRow, ...] = ()
+    after: tuple[StepRow, ...] = ()
+    beyond: str | None = None
+    beyond_experts: Any = 0
+    per_expert_scale: tuple[str, ...] = ()
+    input_scale: tuple[str, ...] = ()
     num_layers: Any = field(default_factory=lambda: Key("num_hidden_layers"))
     hidden_size: Any = field(default_factory=lambda: Key("hidden_size"))
     not_read: Mapping[str, str] = field(default_factory=dict)

@@ -68,6 +68,10 @@ def listed_or_by_step(config: Config, layer: int) -> bool:
     return (layer + 1) % config.get("interleave_moe_layer_step", 1) == 0
 
 
+def where_enabled(config: Config, layer: int) -> bool:
+    return bool(config.get("enable_moe_block"))
+
+
 def with_experts(config: Config, layer: int) -> bool:
     return Key("num_local_experts").find(config, layer) > 0
 
@@ -93,6 +97,7 @@ def by_block_type(config: Config, layer: int) -> bool:
 # --- sizes, routers and shared experts ------------------------------------------------------------
 
 PER_TOKEN = Key("num_experts_per_tok")
+RMS_NORM_EPS = Key("rms_norm_eps", default=1e-6)
 MOE_WIDTH = Key("moe_intermediate_size")
 INTERMEDIATE_SIZE = Key("intermediate_size")
 MIXTRAL_BLOCKS = ("block_sparse_moe", "mlp")

@@ -14,7 +14,9 @@ added up by tasks of its own. Only capacity limits and expert choice look at the
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from copy import copy
+from functools import partial
 from importlib import import_module
 from math import prod
 from os import PathLike
@@ -22,19 +24,13 @@ from typing import Any, NamedTuple
 
 import dask.array as da
 import numpy as np
-from dask.base import normalize_token, tokenize
-from dask.task_spec import Task, TaskRef
+from dask.base import normalize_token
 
-from dask_ep.arrays import memory
-from dask_ep.arrays.checks import computing_dtype
-from dask_ep.arrays.device import explain_memory
 from dask_ep.arrays.html import shows
-from dask_ep.arrays.namespaces import UNDERFLOW_IS_ZERO, Array, namespace
-from dask_ep.experts.experts import CallableExperts, Experts, as_experts
+from dask_ep.experts.experts import Experts, as_experts
 from dask_ep.graph.pipeline import expert_parallel
-from dask_ep.graph.rows import array_of, chunked_like, keys_of, rows_of, unflatten, xp_name
-from dask_ep.kernel.context import error_context, explain_kernel_memory
-from dask_ep.kernel.dispatch import dispatch
+from dask_ep.graph.rows import chunked_like, rows_of, unflatten
+from dask_ep.layers.around import Around, Rest
 from dask_ep.layers.capacity import Capacity, ExpertChoice
 from dask_ep.layers.layer_checks import (
     check_hidden,
@@ -43,6 +39,7 @@ from dask_ep.layers.layer_checks import (
     check_token_ids,
     small_array,
 )
+from dask_ep.layers.lazy_around import enter_rows, experts_alone, finish_rows
 from dask_ep.layers.lazy_routing import SmallArray, count_rows, route_rows
 from dask_ep.layers.routing import Router
 from dask_ep.placement.policies import Placement
@@ -65,11 +62,53 @@ class RoutedRows(NamedTuple):
     #: (n, k)
 
 
-LAYER_PARTS = ("router", "experts", "arrays", "shared", "capacity", "residual")
+LAYER_PARTS = ("router", "experts", "arrays", "shared", "capacity", "around", "residual")
 """What a layer consists of."""
 
 
-class MoELayer:
+class _Sizes:
+    """How wide a layer's rows are, and what its parts take."""
+
+    experts: Any
+    shared: Any
+    around: Around
+    arrays: dict[str, SmallArray]
+
+    @property
+    def d(self) -> int | None:
+        """Width of the rows that come; None: any."""
+        return self.around.d(self.experts)
+
+    @property
+    def d_out(self) -> int | None:
+        """Width of the rows that go; None: that of those that come."""
+        return self.around.d_out(self.experts)
+
+    def resident_bytes(self, dtype: np.dtype, *, on_device: bool = False) -> int:
+        """Bytes of the shared experts and the router, which every worker holds to compute."""
+        shared, small = self.shared, sum(prod(array.shape) for array in self.small_arrays)
+        held = 0 if shared is None else shared.loaded_bytes(dtype, on_device=on_device)
+        return small * dtype.itemsize + (0 if shared is None else shared.num_experts * held)
+
+    @property
+    def small_arrays(self) -> list[SmallArray]:
+        """All arrays but the weights of experts."""
+        return [*self.arrays.values(), *self.around.arrays]
+
+    @property
+    def widest(self) -> int:
+        """Width of the widest row on the way through an expert, a shared one too."""
+        return max(self.experts.widest, 0 if self.shared is None else self.shared.widest)
+
+    @property
+    def resident_stored_bytes(self) -> int:
+        """Bytes of them in their files."""
+        arrays = [array.source for array in self.small_arrays]
+        small = sum(prod(source.shape) * source.dtype.itemsize for source in arrays)
+        return small + (0 if self.shared is None else self.shared.nbytes)
+
+
+class MoELayer(_Sizes):
     """A Mixture-of-Experts layer: router, experts, and experts that all rows share.
 
     Parameters
@@ -89,6 +128,12 @@ class MoELayer:
         How many slots of the whole batch an expert takes; all without it.
     table : (vocabulary, k) integers, optional
         Experts of each token id: the call then needs token ids, and `router_weight` only weighs.
+    per_expert_scale : (E,) or (1,), optional
+        As in `route`.
+    input_scale : (d,), optional
+        Multiplies what the router reads.
+    around : Around, optional
+        What is done with rows before experts read them and after.
     residual : bool
         Add the layer's input rows to its output: a decoder's whole MoE step if the model adds the
         block's output to the block's own input. Nearly all models are pre-norm, and add it to the
@@ -132,23 +177,32 @@ class MoELayer:
         shared_gate: Any = None,
         capacity: Capacity | None = None,
         table: Any = None,
+        per_expert_scale: Any = None,
+        input_scale: Any = None,
+        around: Around | None = None,
         residual: bool = False,
     ):
         self.router, self.experts, self.shared = router, as_experts(experts), shared
         self.capacity, self.residual = capacity, residual
+        self.around = around or Around()
+        self.config: dict[str, Any] = {}  # of a checkpoint: the keys that say what is above
         given = {
             "weight": router_weight,
             "bias": router_bias,
             "selection_bias": selection_bias,
             "table": table,
+            "per_expert_scale": per_expert_scale,
+            "input_scale": input_scale,
             "shared_gate": shared_gate,
         }
         self.arrays = {
-            name: small_array(name, value, self.router, self.experts)
+            name: small_array(name, value, self.router, self.d)
             for name, value in given.items()
             if value is not None
         }
-        check_parts(self.router, self.experts, self.shared, self.arrays, capacity, residual)
+        check_parts(
+            self.router, self.experts, self.shared, self.around, self.arrays, capacity, residual
+        )
 
     @classmethod
     def from_pretrained(cls, directory: str | PathLike, layer: int, **more: Any) -> MoELayer:
@@ -192,15 +246,8 @@ class MoELayer:
                 placement=placement,
             )  # fmt: skip
         hidden, rows, indices, weights = self.routed_rows(hidden, token_ids, routing)
-        y = expert_parallel(
-            rows,
-            indices,
-            self.experts,
-            topk_weights=weights,
-            world_size=world_size,
-            placement=placement,
-        )
-        return unflatten(self.add_the_rest(rows, y), hidden)
+        exchange = partial(expert_parallel, world_size=world_size, placement=placement)
+        return unflatten(self.through(rows, indices, weights, exchange), hidden)
 
     def with_precision(self, precision: str) -> MoELayer:
         """The same layer with experts, shared ones too, of another `Experts.with_precision`."""
@@ -225,24 +272,8 @@ class MoELayer:
 
     def tokens_per_expert(self, hidden: da.Array, *, token_ids: da.Array | None = None) -> da.Array:
         """Count the rows that choose each expert: a lazy (E,) Dask array of int64."""
-        return count_rows(self.routed_rows(hidden, token_ids).indices, self.experts.num_experts)
-
-    def resident_bytes(self, dtype: np.dtype, *, on_device: bool = False) -> int:
-        """Bytes of the shared experts and the router, which every worker holds to compute."""
-        shared, small = self.shared, sum(prod(array.shape) for array in self.arrays.values())
-        held = 0 if shared is None else shared.loaded_bytes(dtype, on_device=on_device)
-        return small * dtype.itemsize + (0 if shared is None else shared.num_experts * held)
-
-    @property
-    def widest(self) -> int:
-        """Width of the widest row on the way through an expert, a shared one too."""
-        return max(self.experts.widest, 0 if self.shared is None else self.shared.widest)
-
-    @property
-    def resident_stored_bytes(self) -> int:
-        """Bytes of them in their files."""
-        small = sum(array.source.nbytes for array in self.arrays.values())
-        return small + (0 if self.shared is None else self.shared.nbytes)
+        indices = self.sent(self.routed_rows(hidden, token_ids).indices)
+        return count_rows(indices, self.experts.num_experts)
 
     def fingerprint(self) -> dict[str, Any]:
         """Tell this layer from others: all that it computes with; for `store`."""
@@ -270,119 +301,65 @@ class MoELayer:
         if routing is not None:
             return RoutedRows(hidden, rows, *(rows_like(array, hidden) for array in routing))
         check_routes(self.arrays)
-        names = ("weight", "bias", "selection_bias", "table")
+        names = ("weight", "bias", "selection_bias", "table", "per_expert_scale", "input_scale")
         arrays = {name: self.arrays[name] for name in names if name in self.arrays}
-        ids = self._ids(token_ids, hidden)
+        check_token_ids(token_ids, self.arrays)
+        ids = None
+        if token_ids is not None:
+            ids = rows_like(da.asarray(token_ids)[..., None], hidden, "token_ids")
         routed = route_rows(rows, self.router, arrays, token_ids=ids, capacity=self.capacity)
         return RoutedRows(hidden, rows, *routed)
 
-    def add_the_rest(self, rows: da.Array, routed: da.Array) -> da.Array:
-        """Add what does not depend on the routing: shared experts, and the rows themselves.
+    def through(
+        self,
+        rows: da.Array,
+        indices: da.Array,
+        weights: da.Array | None,
+        exchange: Callable[..., da.Array],
+    ) -> da.Array:
+        """Send rows through the experts, with what comes before and after: (n, d_out), lazy.
 
-        Parameters
-        ----------
-        rows : (n, d) hidden states
-        routed : (n, d_out) output of the routed experts, in the chunks of `rows`
-
-        Returns
-        -------
-        (n, d_out) Dask array, lazy; `routed` itself where the layer has neither
+        `exchange` is as `expert_parallel`, with its first three arguments and `topk_weights`.
         """
-        if self.shared is None and not self.residual:
+        y = exchange(self.enter(rows), self.sent(indices), self.experts, topk_weights=weights)
+        return self.add_the_rest(rows, y, indices, weights)
+
+    def enter(self, rows: da.Array) -> da.Array:
+        """Make the rows that the experts read; `rows` themselves, if nothing is done before."""
+        return enter_rows(rows, self.around.before, self.experts.d)
+
+    def sent(self, indices: da.Array) -> da.Array:
+        """The routing to the experts alone: -1 for those that only the router knows."""
+        alone = self.around.beyond is not None
+        return experts_alone(indices, self.experts.num_experts) if alone else indices
+
+    def add_the_rest(
+        self,
+        rows: da.Array,
+        routed: da.Array,
+        indices: da.Array | None = None,
+        weights: da.Array | None = None,
+    ) -> da.Array:
+        """Add what rows get besides: (n, d_out), lazy; a `beyond` needs indices and weights."""
+        around = self.around
+        rest = Rest(
+            self.shared, self.arrays.get("shared_gate"), around.between, around.after,
+            around.beyond, self.experts.num_experts, self.residual,
+        )  # fmt: skip
+        if not rest.finishes:
             return routed
-        gate = {name: self.arrays[name] for name in ("shared_gate",) if name in self.arrays}
-        token = tokenize(rows, routed, self.shared, gate, self.residual)
-        name, shared = f"ep_layer-{token}", f"ep_shared-{token}"
-        tasks: dict[Any, Task] = {}
-        loaded = None
-        if self.shared is not None:
-            dtype = computing_dtype(rows.dtype, on_device=xp_name(rows) != "numpy")
-            tasks[shared] = Task(shared, _load_shared, self.shared, gate, xp_name(rows), dtype)
-            loaded = TaskRef(shared)
-        for c, (row_key, y_key) in enumerate(zip(keys_of(rows), keys_of(routed), strict=True)):
-            tasks[name, c, 0] = Task(
-                (name, c, 0), _finish, TaskRef(row_key), TaskRef(y_key), loaded, self.residual, c
-            )
-        return array_of(name, tasks, [rows, routed], (rows.chunks[0], routed.chunks[1]), rows._meta)
+        chosen = [a for a in (indices, weights) if around.beyond is not None and a is not None]
+        return finish_rows(rows, routed, rest, chosen, self.d_out)
 
     # --- what must hold ---
 
     def _checked(self, hidden: da.Array) -> da.Array:
-        check_hidden(hidden, self.experts.d)
+        check_hidden(hidden, self.d)
         if self.capacity is not None or isinstance(self.router, ExpertChoice):
             return hidden.rechunk(dict.fromkeys(range(1, hidden.ndim), -1))
         return hidden
 
-    def _ids(self, token_ids: da.Array | None, hidden: da.Array) -> da.Array | None:
-        """Token ids as rows (n, 1), where this layer needs them."""
-        check_token_ids(token_ids, self.arrays)
-        if token_ids is None:
-            return None
-        return rows_of(chunked_like(da.asarray(token_ids)[..., None], hidden, "token_ids"))
 
-
-def rows_like(routing: da.Array, hidden: da.Array) -> da.Array:
+def rows_like(array: da.Array, hidden: da.Array, name: str = "routing") -> da.Array:
     """Make rows (n, k) of indices or weights (..., k), in the chunks of the hidden states."""
-    return rows_of(chunked_like(routing, hidden, "routing"))
-
-
-# --- the tasks -----------------------------------------------------------------------------------
-
-
-def _load_shared(
-    shared: Experts | CallableExperts, gate: dict[str, SmallArray], xp_name: str, dtype: np.dtype
-) -> tuple[Any, Array | None]:
-    xp, needed = import_module(xp_name), shared.parameters * shared.num_experts * dtype.itemsize
-    with error_context("loading the shared experts"), explain_memory(xp, needed):
-        loaded = shared.load(xp=xp, dtype=dtype)
-    if not gate:
-        return loaded, None
-    return loaded, xp.asarray(gate["shared_gate"].read().astype(computing_dtype(dtype)))
-
-
-@UNDERFLOW_IS_ZERO
-def _finish(
-    rows: Array, routed: Array, shared: tuple[Any, Array | None] | None, residual: bool, chunk: int
-) -> Array:
-    """Add the shared experts and the rows themselves, as far as the layer has them."""
-    experts, d_out = () if shared is None else shared[0], routed.shape[1]
-    sums = 3 * d_out * computing_dtype(rows.dtype).itemsize
-    with (
-        error_context(f"shared experts and residual of token chunk {chunk}"),
-        explain_kernel_memory(rows, len(experts), experts, d_out, extra_row_bytes=sums),
-    ):
-        return _added(rows, routed, shared, residual)
-
-
-def _added(
-    rows: Array, routed: Array, shared: tuple[Any, Array | None] | None, residual: bool
-) -> Array:
-    """Add to the routed output in float32, or float64 where rows are, rounding once."""
-    compute = computing_dtype(rows.dtype)
-    if namespace(rows) is np:
-        rows = rows.astype(compute, copy=False)
-    if shared is None:
-        y = memory.empty(routed.shape, compute, like=routed)
-        namespace(y).add(_wide(routed), _wide(rows), out=y)
-        return y.astype(routed.dtype, copy=False)
-    y = _apply_shared(rows, *shared, dtype=compute)
-    y += _wide(routed)
-    if residual:
-        y += _wide(rows)
-    return y.astype(routed.dtype, copy=False)
-
-
-def _wide(rows: Array) -> Array:
-    return rows.astype(computing_dtype(rows.dtype), copy=False)
-
-
-def _apply_shared(rows: Array, experts: Any, gate: Array | None, dtype: np.dtype) -> Array:
-    """Every row through every shared expert: the kernel with a routing that says so."""
-    xp, count = namespace(rows), len(experts)
-    everyone = xp.broadcast_to(xp.arange(count, dtype=np.int32), (len(rows), count))
-    weights = None
-    if gate is not None:
-        with np.errstate(over="ignore"):
-            weights = 1 / (1 + xp.exp(-(rows.astype(gate.dtype, copy=False) @ gate)))
-        weights = xp.broadcast_to(weights[:, None], everyone.shape)
-    return dispatch(rows, everyone, weights, experts, 0, 1, dtype=dtype)
+    return rows_of(chunked_like(array, hidden, name))

@@ -9,15 +9,14 @@ import dask.array as da
 
 from dask_ep.arrays.checks import check_byte_order, is_float, kind_of, refuse_masked
 from dask_ep.experts.experts import CallableExperts, Experts
+from dask_ep.layers.around import Around
 from dask_ep.layers.capacity import Capacity, ExpertChoice
 from dask_ep.layers.lazy_routing import SmallArray
 from dask_ep.layers.routing import Router
 from dask_ep.storage.sources import Source, open_source, refuse_missing
 
 
-def small_array(
-    name: str, value: Any, router: Router | ExpertChoice, experts: Experts | CallableExperts
-) -> SmallArray:
+def small_array(name: str, value: Any, router: Router | ExpertChoice, d: int | None) -> SmallArray:
     """Check one of the small arrays; what is one row may come with an axis of length 1."""
     source = open_source(value, None if isinstance(value, Source) else name)
     refuse_missing(source)
@@ -27,7 +26,7 @@ def small_array(
                 f"{source.name} must be a (vocabulary, k) table of integers, but has shape "
                 f"{source.shape} and dtype {source.dtype}"
             )
-        if isinstance(router, ExpertChoice) or source.shape[1] != router.k:
+        if isinstance(router, ExpertChoice) or source.shape[1] != router.slots:
             raise ValueError(
                 f"{source.name} must have k columns for the slots of a Router, but has shape "
                 f"{source.shape} and the router is {router}"
@@ -36,8 +35,12 @@ def small_array(
     if not is_float(source.dtype):
         raise TypeError(f"{source.name} must hold floats, but has dtype {source.dtype}")
     E = router.num_experts
-    d = source.shape[-1] if experts.d is None else experts.d  # None: callables
-    shape = {"weight": (E, d), "shared_gate": (d,)}.get(name, (E,))
+    d = source.shape[-1] if d is None else d  # None: callables
+    shape = {"weight": (E, d), "shared_gate": (d,), "input_scale": (d,)}.get(name, (E,))
+    if name == "selection_bias" and isinstance(router, Router):
+        shape = (E - router.always,)
+    if name == "per_expert_scale" and source.shape == (1,):
+        return SmallArray(source, (1,))
     if source.shape not in (shape, (1, *shape)):
         raise ValueError(
             f"{source.name} must be {shape} for E={E} and d={d}, but has shape {source.shape}"
@@ -49,13 +52,21 @@ def check_parts(
     router: Router | ExpertChoice,
     experts: Experts | CallableExperts,
     shared: Experts | CallableExperts | None,
+    around: Around,
     arrays: Collection[str],
     capacity: Capacity | None,
     residual: bool,
 ) -> None:
     """Raise unless the parts of a layer fit together."""
-    E, d = router.num_experts, experts.d
-    if experts.num_experts != E:
+    E, d, d_out = router.num_experts, around.d(experts), around.d_out(experts)
+    beyond = E - experts.num_experts
+    if around.beyond == "shared" and (shared is None or shared.num_experts != beyond):
+        raise ValueError(
+            f"with beyond='shared' the router must know each shared expert: it has {E}, of which "
+            f"{beyond} are more than the {experts.num_experts} others, and there are "
+            f"{0 if shared is None else shared.num_experts} shared experts"
+        )
+    if beyond if around.beyond is None else beyond < 1:
         raise ValueError(
             f"router and experts must agree on E, but the router chooses among num_experts={E} "
             f"and there are {experts.num_experts} experts"
@@ -71,10 +82,10 @@ def check_parts(
     if (
         shared is not None
         and None not in (shared.d, d)
-        and ((shared.d, shared.d_out) != (d, experts.d_out))
+        and ((shared.d, shared.d_out) != (d, d_out))
     ):
         raise ValueError(
-            f"shared experts must be as wide as the others, {d} to {experts.d_out}, but "
+            f"shared experts must be as wide as the others, {d} to {d_out}, but "
             f"are {shared.d} to {shared.d_out}"
         )
     if "selection_bias" in arrays and ("table" in arrays or isinstance(router, ExpertChoice)):
@@ -84,10 +95,9 @@ def check_parts(
         )
     if shared is None and "shared_gate" in arrays:
         raise ValueError("shared_gate weighs shared experts, so it must be None without them")
-    if residual and None not in (d, experts.d_out) and d != experts.d_out:
+    if residual and None not in (d, d_out) and d != d_out:
         raise ValueError(
-            f"a residual needs outputs as wide as the rows, but experts go from {d} to "
-            f"{experts.d_out}"
+            f"a residual needs outputs as wide as the rows, but experts go from {d} to {d_out}"
         )
 
 

@@ -115,7 +115,7 @@ def _route_chunks(
         )
     inputs: list[Any] = [rows] if token_ids is None else [rows, token_ids]
     graph = HighLevelGraph.from_collections(both, tasks, dependencies=inputs)
-    k = arrays["table"].shape[1] if "table" in arrays else router.k
+    k = arrays["table"].shape[1] if "table" in arrays else router.slots
     parts = []
     for which, (word, dtype) in enumerate((("indices", np.int32), ("weights", np.float32))):
         name = f"ep_{word}-{token}"
@@ -148,7 +148,12 @@ def _scores(
 
 def read_all(arrays: dict[str, SmallArray], xp_name: str) -> dict[str, Array]:
     xp = import_module(xp_name)
-    return {name: xp.asarray(array.read()) for name, array in arrays.items()}
+    read = {name: array.read() for name, array in arrays.items()}
+    if (scale := read.pop("input_scale", None)) is not None:
+        read["weight"] = read["weight"] * scale
+    if (scale := read.get("per_expert_scale")) is not None:
+        read["per_expert_scale"] = np.broadcast_to(scale, len(read["weight"]))
+    return {name: xp.asarray(array) for name, array in read.items()}
 
 
 def _route_chunk(
@@ -160,11 +165,11 @@ def _route_chunk(
     token_ids: Array | None = None,
 ) -> tuple[Array, Array]:
     xp = namespace(hidden)
-    with while_routing(hidden, router.num_experts, router.k, chunk, first_row):
+    with while_routing(hidden, router.num_experts, router.slots, chunk, first_row):
         if token_ids is None:
-            return route(hidden, router, arrays["weight"],
-                         bias=arrays.get("bias"),
-                         selection_bias=arrays.get("selection_bias"))  # fmt: skip
+            names = ("bias", "selection_bias", "per_expert_scale")
+            given = {name: arrays[name] for name in names if name in arrays}
+            return route(hidden, router, arrays["weight"], **given)
         indices = look_up(token_ids.reshape(-1), arrays["table"])
         if "weight" not in arrays:
             return indices, xp.ones(indices.shape, dtype=np.float32)

@@ -40,6 +40,9 @@ class Router:
     apply_router_weight_on_input : bool
         Whether the weight multiplies the row that the expert reads instead of its output. The
         experts do it; it is here because families differ in it as they do in the rest.
+    always : int
+        The last `always` experts are chosen by every row, after its k and whatever their scores;
+        groups and selection bias are those of the others.
     jitter : float
         sparsemixer's epsilon: a logit s counts where ``(max - s) / max(|s|, max) <= 2 * jitter``.
     logit_scale : float
@@ -77,11 +80,12 @@ class Router:
     logit_softcap: float | None = None
     input_norm_eps: float | None = None
     masked_score: float | None = None
+    always: int = 0
 
     def __post_init__(self) -> None:
         check_choice("score", self.score, [*SCORES, *CHOSEN_SCORES, "sparsemixer"])
         check_choice("group_score", self.group_score, GROUP_SCORES)
-        for name in ("num_experts", "k", "groups", "topk_groups"):
+        for name in ("num_experts", "k", "groups", "topk_groups", "always"):
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, Integral):
                 raise ValueError(f"{name} must be a whole number, but is {value!r}")
@@ -97,15 +101,18 @@ class Router:
         for name in ("norm_topk_prob", "apply_router_weight_on_input"):
             if (value := getattr(self, name)) not in (True, False):
                 raise ValueError(f"{name} must be True or False, but is {value!r}")
-        if not 1 <= self.k <= self.num_experts:
+        chosen = self.num_experts - self.always
+        if not 1 <= self.k <= chosen:
             raise ValueError(
-                f"a row chooses k different experts of num_experts={self.num_experts}, so k must "
-                f"be in [1, {self.num_experts}], but is {self.k}"
+                f"a row chooses k different experts of num_experts={chosen}, so k must "
+                f"be in [1, {chosen}], but is {self.k}"
             )
+        if self.always < 0 or (self.always and self.score == "sparsemixer"):
+            raise ValueError(f"always must be at least 0, 0 with sparsemixer, but is {self.always}")
         self._check_groups()
 
     def _check_groups(self) -> None:
-        E, G = self.num_experts, self.groups
+        E, G = self.num_experts - self.always, self.groups
         if G < 1 or E % G:
             raise ValueError(f"groups must divide num_experts={E}, but is {G}")
         if not 1 <= self.topk_groups <= G:
@@ -123,6 +130,11 @@ class Router:
         if self.grouped and self.score not in SCORES:
             raise ValueError(f"groups need a score of all experts, one of {list(SCORES)}, but "
                              f"score is {self.score!r}")  # fmt: skip
+
+    @property
+    def slots(self) -> int:
+        """Experts of a row: k, and those that every row has."""
+        return self.k + self.always
 
     @property
     def grouped(self) -> bool:

@@ -98,10 +98,12 @@ def route(
     """
     if router.score == "sparsemixer" and selection_bias is not None:
         raise ValueError("sparsemixer chooses by the logits alone; its selection_bias must be None")
-    biases = _check(hidden, router.num_experts, weight, bias, selection_bias, per_expert_scale)
+    biases = _check(
+        hidden, router.num_experts, weight, bias, selection_bias, per_expert_scale, router.always
+    )
     xp, n = namespace(hidden), hidden.shape[0]
-    indices = xp.empty((n, router.k), dtype=xp.int32)
-    topk_weights = xp.empty((n, router.k), dtype=xp.float32)
+    indices = xp.empty((n, router.slots), dtype=xp.int32)
+    topk_weights = xp.empty((n, router.slots), dtype=xp.float32)
     for rows, logits in tiled_logits(hidden, weight, biases["bias"], router):
         indices[rows], topk_weights[rows] = _route_logits(
             xp, logits, router, biases["selection_bias"]
@@ -203,10 +205,10 @@ def weigh_chosen(
     biases = _check(hidden, router.num_experts, weight, bias, None)
     xp = one_namespace(hidden=hidden, indices=indices)
     refuse_masked(indices, "indices")
-    if indices.shape != (hidden.shape[0], router.k):
+    if indices.shape != (hidden.shape[0], router.slots):
         raise ValueError(
-            f"indices must have one row per row of hidden and k={router.k} columns, "
-            f"{(hidden.shape[0], router.k)}, but have shape {indices.shape}"
+            f"indices must have one row per row of hidden and k={router.slots} columns, "
+            f"{(hidden.shape[0], router.slots)}, but have shape {indices.shape}"
         )
     low, high = to_host(indices.min(), indices.max()) if indices.size else (0, 0)
     if low < 0 or high >= router.num_experts:
@@ -272,10 +274,15 @@ def _route_logits(
     if router.score == "sparsemixer":
         return _sparsemixer(xp, logits, router)
     scores = SCORES[router.score](xp, logits) if router.score in SCORES else logits
-    choice = scores.copy() if selection_bias is None else scores + selection_bias
+    others = scores[:, : scores.shape[1] - router.always]
+    choice = others.copy() if selection_bias is None else others + selection_bias
     if router.grouped:
         mask_groups(xp, choice, router)
     indices = largest(xp, choice, router.k)
+    if router.always:
+        last = xp.arange(others.shape[1], scores.shape[1], dtype=xp.int32)
+        last = xp.broadcast_to(last, (len(scores), router.always))
+        indices = xp.concatenate([indices, last], axis=1)
     return indices, _weigh(xp, scores, indices, router)
 
 
@@ -331,6 +338,7 @@ def _check(
     bias: Array | None,
     selection_bias: Array | None,
     per_expert_scale: Array | None = None,
+    always: int = 0,
 ) -> dict[str, Array | None]:
     """Check all arrays, and give those of E numbers in float32."""
     biases = {"bias": bias, "selection_bias": selection_bias, "per_expert_scale": per_expert_scale}
@@ -342,6 +350,7 @@ def _check(
         if not is_float(array.dtype):
             raise TypeError(f"{name} must hold floats, but has dtype {array.dtype}")
         expected = (num_experts, hidden.shape[1]) if name == "weight" else (num_experts,)
+        expected = (num_experts - always,) if name == "selection_bias" else expected
         if array.shape != expected:
             raise ValueError(
                 f"{name} must be {expected} for num_experts={num_experts} and hidden states of "

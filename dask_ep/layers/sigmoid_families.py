@@ -4,7 +4,20 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from dask_ep.layers.family import NAMED, By, Family, Key, MlpTypes, Product, Shared, TensorLayout
+from dask_ep.layers.family import (
+    NAMED,
+    UNGATED,
+    By,
+    Family,
+    Key,
+    Length,
+    MlpTypes,
+    Product,
+    Shared,
+    StepRow,
+    TensorLayout,
+    below,
+)
 from dask_ep.layers.family_parts import (
     BY_NAME,
     BY_NUMBER,
@@ -17,9 +30,11 @@ from dask_ep.layers.family_parts import (
     NAMED_OR_NUMBERED,
     OUT_IN,
     PER_TOKEN,
+    RMS_NORM_EPS,
     SWIGLU_OAI,
     after_the_dense_ones,
     all_but_mlp_only,
+    by_block_type,
     by_enum,
     changed_shared,
     deepseek_v3_router,
@@ -28,6 +43,7 @@ from dask_ep.layers.family_parts import (
     sigmoid_router,
 )
 
+MLP_BIAS = Key("mlp_bias", default=False)
 SHARED_WIDTH = Key("shared_expert_intermediate_size")
 
 DEEPSEEK_V3 = Family(
@@ -191,6 +207,88 @@ SIGMOID_FAMILIES: tuple[Family, ...] = (
             "masked_score": 0.0,
         },
         is_moe=MlpTypes(dense=1),
+    ),
+    replace(
+        DEEPSEEK_V3,
+        model_types=("axk1",),
+        after=(
+            StepRow(
+                "rms_norm",
+                ("/post_mlp_layernorm.weight", "post_mlp_layernorm.weight"),
+                eps=RMS_NORM_EPS,
+            ),
+        ),
+        is_moe=MlpTypes(dense=1),
+    ),
+    replace(
+        GLM4,
+        model_types=("nemotron_h",),
+        blocks=("mixer",),
+        experts=(
+            TensorLayout(below("experts.{e}.", UNGATED)),
+            TensorLayout({"up": "experts.up_proj", "down": "experts.down_proj"}),
+        ),
+        options={"activation": Key("mlp_hidden_act", default="relu2")},
+        shared=Shared(
+            "shared_experts",
+            Key("moe_shared_expert_intermediate_size"),
+            biases=MLP_BIAS,
+            names=(UNGATED,),
+        ),
+        expert_size=Key("moe_latent_size", default=None),
+        before=(
+            StepRow(
+                "linear",
+                ("fc1_latent_proj.weight",),
+                to=Key("moe_latent_size", default=None),
+                bias=MLP_BIAS,
+                there=Key("moe_latent_size", default=False),
+            ),
+        ),
+        between=(
+            StepRow(
+                "linear",
+                ("fc2_latent_proj.weight",),
+                to=Key("hidden_size"),
+                bias=MLP_BIAS,
+                there=Key("moe_latent_size", default=False),
+            ),
+        ),
+        is_moe=by_block_type,
+        num_layers=Length(("layers_block_type", "hybrid_override_pattern")),
+    ),
+    Family(
+        model_types=("inkling_mm_model", "inkling_text"),
+        blocks=("mlp",),
+        num_experts=Key("n_routed_experts"),
+        k=PER_TOKEN,
+        width=Key("moe_intermediate_size", "intermediate_size"),
+        router={
+            **sigmoid_router(scale=Key("route_scale", default=8.0)),
+            "always": Key("n_shared_experts"),
+        },
+        router_weight=("gate.weight",),
+        selection_bias=(*DEEPSEEK_BIAS, "gate.bias"),
+        per_expert_scale=("gate.global_scale",),
+        experts=(
+            TensorLayout(
+                {"gate_up": "experts.w13_weight", "down": "experts.w2_weight"}, interleaved=True
+            ),
+            OUT_IN,
+        ),
+        shared=Shared(
+            "shared_experts",
+            Key("moe_intermediate_size", "intermediate_size"),
+            names=(
+                {weight: name.removesuffix(".weight") for weight, name in NAMED.items()},
+                {"gate_up": "shared_w13_weight", "down": "shared_w2_weight"},
+            ),
+            count=Key("n_shared_experts"),
+            interleaved=True,
+        ),
+        beyond="shared",
+        beyond_experts=Key("n_shared_experts"),
+        is_moe=MlpTypes(),
     ),
     BAILING,
     replace(

@@ -14,8 +14,10 @@ from dask_ep.layers.family import (
     Family,
     Key,
     MlpTypes,
+    Power,
     Product,
     Shared,
+    StepRow,
     TensorLayout,
 )
 from dask_ep.layers.family_parts import (
@@ -33,6 +35,7 @@ from dask_ep.layers.family_parts import (
     OUT_IN,
     PER_TOKEN,
     QWEN_SHARED,
+    RMS_NORM_EPS,
     SOFTMAX,
     SOFTMAX_SUM_1,
     SWIGLU_OAI,
@@ -43,6 +46,7 @@ from dask_ep.layers.family_parts import (
     changed_shared,
     shared_experts,
     softmax_router,
+    where_enabled,
     with_experts,
 )
 
@@ -161,6 +165,29 @@ GPT_OSS = Family(
     router_bias=("router.bias",),
     experts=(ALTERNATING_MXFP4, ALTERNATING),
     options=SWIGLU_OAI,
+)
+
+SELECTION = Key("expert_selection_fn", default="softmax")
+GEMMA4 = Family(
+    model_types=("gemma4", "gemma4_text"),
+    blocks=("",),
+    num_experts=Key("num_experts"),
+    k=Key("top_k_experts"),
+    width=MOE_WIDTH,
+    router={
+        **SOFTMAX_SUM_1,
+        "input_norm_eps": RMS_NORM_EPS,
+        "logit_scale": Power(Key("hidden_size"), -0.5),
+    },
+    router_weight=("router.proj.weight",),
+    input_scale=("router.scale",),
+    per_expert_scale=("router.per_expert_scale",),
+    experts=(OUT_IN,),
+    options={"activation": Key("hidden_activation", default="gelu_pytorch_tanh")},
+    before=(StepRow("rms_norm", ("pre_feedforward_layernorm_2.weight",), eps=RMS_NORM_EPS),),
+    after=(StepRow("rms_norm", ("post_feedforward_layernorm_2.weight",), eps=RMS_NORM_EPS),),
+    is_moe=where_enabled,
+    not_read={r"mlp\.": "the dense MLP of the layer"},
 )
 
 SOFTMAX_FAMILIES: tuple[Family, ...] = (
@@ -294,6 +321,56 @@ SOFTMAX_FAMILIES: tuple[Family, ...] = (
             options={"activation": Key("hidden_act", default="silu")},
         ),
     ),
+    replace(
+        GRANITE,
+        model_types=("jetmoe",),
+        blocks=("mlp",),
+        options={"activation": Key("activation_function", default="silu")},
+        after=(StepRow("add", ("bias",)),),
+    ),
+    replace(
+        OLMOE,
+        model_types=("cohere2_moe",),
+        router={
+            "score": By(SELECTION, {"softmax": "softmax_chosen", "sigmoid": "sigmoid_chosen"}),
+            "norm_topk_prob": By(
+                SELECTION, {"softmax": False, "sigmoid": Key("norm_topk_prob", default=True)}
+            ),
+        },
+        shared=Shared(
+            "shared_experts", Product((INTERMEDIATE_SIZE, Key("num_shared_experts", default=0)))
+        ),
+        after=(
+            StepRow(
+                "scale",
+                factor=By(
+                    Key("shared_expert_combination_strategy", default="average"),
+                    {"sum": 1.0, "average": 0.5},
+                ),
+                there=Key("num_shared_experts", default=0),
+            ),
+        ),
+    ),
+    Family(
+        model_types=("longcat_flash",),
+        blocks=("mlp",),
+        num_experts=Key("n_routed_experts"),
+        k=Key("moe_topk", "num_experts_per_tok"),
+        width=Key("expert_ffn_hidden_size", "moe_intermediate_size"),
+        router={**SOFTMAX, "scale": Key("routed_scaling_factor")},
+        router_weight=("router.classifier.weight",),
+        selection_bias=("router.e_score_correction_bias",),
+        experts=(BY_NAME, OUT_IN),
+        beyond="identity",
+        beyond_experts=Key("zero_expert_num", null=0),
+        num_layers=Key("num_layers"),
+        not_read={
+            r"mlps\.": "the dense MLPs of the layer",
+            r"mlp\.experts\.\d+\.(gate|up)_proj\.weight$": "projections of identity experts",
+        },
+    ),
+    GEMMA4,
+    replace(GEMMA4, model_types=("diffusion_gemma", "diffusion_gemma_text"), is_moe=MlpTypes()),
     Family(
         model_types=("dbrx",),
         blocks=("ffn",),

@@ -178,7 +178,10 @@ def describe_differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> list
         elif name not in before:
             words.append(f"input {name} is new")
         else:
-            words += _compare(f"input {name}: ", before[name], now[name])
+            found = _compare(f"input {name}: ", before[name], now[name])
+            # Keys of a config say why a layer differs; by other keys it may be the same.
+            by_config = f"input {name}: config."
+            words += [] if all(word.startswith(by_config) for word in found) else found
     return words + _compare("setting ", old.get("settings", {}), new.get("settings", {}))
 
 

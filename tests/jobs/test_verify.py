@@ -298,6 +298,17 @@ def test_inspect_tells_tensors_and_checkpoints(tmp_path):
         "sigmoid scores and selection bias, from the best 2 of 3 groups by top2, normalised, "
         "times 2.5, weights on the experts' output"
     )
+    told = dict(finding.facts)
+    assert told["MoE layers"] == "1"
+    assert told["experts, stored"] == "float32, 36 tensors, 90.00 kiB; 90.00 kiB in float32"
+    assert told["shared experts, stored"].startswith("float32, 3 tensors, 15.00 kiB; ")
+    assert "not read" not in told
+    assert facts(FIXTURES / "deepseek_v3_fp8")["experts, stored"] == (
+        "FP8, 36 tensors, 54.84 kiB; 216.00 kiB in float32"
+    )
+    told = facts(FIXTURES / "longcat_flash")
+    assert told["experts"] == "8 of width 12, 5 for each row, and 4 that only its router knows"
+    assert told["not read"] == "projections of identity experts (8 tensors, 12.00 kiB)"
     assert finding.header == ("layer", "kind", "experts", "on disk", "in memory")
     assert [line[:3] for line in finding.lines] == [("0", "dense", ""), ("1", "moe", "12")]
     assert all(size.endswith("kiB") for size in finding.lines[1][3:])
@@ -355,11 +366,15 @@ def test_advised_chunks_are_whole_stored_chunks():
 # --- layers of checkpoints -------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("family", ["mixtral_sharded", "qwen2_moe", "gpt_oss_mxfp4", "llama4"])
+@pytest.mark.parametrize(
+    "family",
+    ["mixtral_sharded", "qwen2_moe", "gpt_oss_mxfp4", "llama4", "nemotron_h", "gemma4_text",
+     "longcat_flash", "inkling_text", "jetmoe", "cohere2_moe", "axk1", "step3p7", "dbrx"],
+)  # fmt: skip
 def test_a_layer_is_run_and_verified(tmp_path, family):
     layer = FIXTURES / family
     index = next(i for i in range(4) if is_moe(layer, i))
-    d = load_moe_layer(layer, index).experts.d
+    d = load_moe_layer(layer, index).d
     tokens = np.random.default_rng(0).standard_normal((300, d)).astype(np.float32)
     np.save(tmp_path / "tokens.npy", tokens)
     job = load_job(

@@ -27,6 +27,7 @@ from dask_ep.layers.families import FAMILIES, find_family
 from dask_ep.layers.family import Family, Key, Shared
 from dask_ep.layers.layer import MoELayer
 from dask_ep.storage import sources
+from dask_ep.storage.journal import describe_differences
 from tests.checkpoints import (
     CASES,
     FIXTURES,
@@ -47,7 +48,7 @@ def errors(layer: MoELayer, case: str) -> dict[str, float]:
     hidden = da.from_array(want["hidden"], chunks=(2, 3, -1))
     with dask.config.set(scheduler="sync"):
         got, (indices, weights) = dask.compute(layer(hidden), layer.route(hidden))
-    n, E = len(want["indices"]), layer.experts.num_experts
+    n, E = len(want["indices"]), layer.router.num_experts
     dense = np.zeros((2, n, E))
     indices, weights = indices.reshape(n, -1), weights.reshape(n, -1)
     np.put_along_axis(dense[0], indices.astype(int), weights, axis=1)
@@ -88,6 +89,7 @@ def test_every_family_has_a_fixture():
     }
     known = {name for family in FAMILIES for name in family.model_types}
     parts = {f"{name}_{half}" for name in made for half in ("text", "thinker")}
+    parts |= {"inkling_mm_model"}
     wholes = {name.removesuffix("_text").removesuffix("_thinker") for name in made}
     assert made <= known | {"kimi_k25"}
     assert known <= made | parts | wholes | SAME_BLOCKS.keys()
@@ -102,6 +104,7 @@ def remade(layer: MoELayer, *, without: str = "", **changes) -> MoELayer:
         "router": layer.router,
         "experts": layer.experts,
         "shared": layer.shared,
+        "around": layer.around,
         **{
             {"weight": "router_weight", "bias": "router_bias"}.get(name, name): array.source
             for name, array in layer.arrays.items()
@@ -164,6 +167,17 @@ ALTERNATING, HALVES = experts(interleaved=True), experts(interleaved=False)
 GELU = experts(activation="gelu")
 NO_BIAS = without("selection_bias")
 WEIGHT_SIDE = weight_on_the_other_side
+
+
+def around(**changes):
+    return lambda layer: remade(layer, around=replace(layer.around, **changes))
+
+
+RELU = experts(activation="relu")
+GEMMA = [
+    NO_SUM, ALTERNATING, GELU, without("per_expert_scale"), without("input_scale"),
+    router(input_norm_eps=None), router(logit_scale=1.0),
+]  # fmt: skip
 GROUPS = [router(groups=1, topk_groups=1), router(group_score="max")]
 DEEPSEEK_V3 = [NO_SUM, NO_BIAS, router(scale=1.0), router(score="softmax"), *GROUPS]
 MUTATIONS = {
@@ -256,6 +270,17 @@ MUTATIONS = {
                     router(score="sigmoid"), experts(limit=None), shared_experts(limit=None)],
     "dbrx": [NO_SUM, SWAPPED, router(score="sigmoid")],
     "ernie4_5_vl_moe": [NO_SUM, SWAPPED, no_shared, NO_BIAS],
+    "axk1": [*DEEPSEEK_V3, SWAPPED, no_shared, around(after=())],
+    "cohere2_moe": [NO_SUM, SWAPPED, around(after=()), router(score="softmax_chosen")],
+    "cohere2_moe_sum": [SWAPPED, no_shared, router(score="sigmoid_chosen")],
+    "jetmoe": [ALTERNATING, around(after=()), router(score="softmax")],
+    "nemotron_h": [*DEEPSEEK_V3, no_shared, RELU, shared_experts(activation="relu")],
+    "nemotron_h_without_latent": [NO_SUM, NO_BIAS, no_shared, RELU],
+    "longcat_flash": [SUM, SWAPPED, NO_BIAS, router(scale=1.0)],
+    "gemma4_text": [*GEMMA, around(before=()), around(after=())],
+    "diffusion_gemma": GEMMA,
+    "inkling_text": [ALTERNATING, NO_BIAS, NO_SUM, router(scale=1.0), without("per_expert_scale"),
+                     shared_experts(activation="gelu")],
 }  # fmt: skip
 
 
@@ -1178,3 +1203,44 @@ def test_a_limit_of_zero_is_none_and_a_list_has_one_for_each_layer():
         None,
     ]
     assert limit.find({}, 0) is limit.find({"limits": None}, 0) is None
+
+
+# --- what a resumed run says of a config that was changed ----------------------------------------
+
+
+def manifest(layer: MoELayer) -> dict:
+    return {"inputs": {"layer": json.loads(json.dumps(layer.fingerprint()))}}
+
+
+def test_a_changed_config_is_named_by_its_key_and_a_renamed_one_is_the_same(tmp_path):
+    before = manifest(load_moe_layer(FIXTURES / "qwen3_moe", LAYER))
+    other = altered(tmp_path, "qwen3_moe", num_experts_per_tok=3)
+    assert describe_differences(before, manifest(load_moe_layer(other, LAYER))) == [
+        "input layer: router.k was 4, is 3",
+        "input layer: config.num_experts_per_tok was 4, is 3",
+    ]
+    same = altered(tmp_path / "same", "qwen3_moe", num_local_experts=None, num_experts=10)
+    assert describe_differences(before, manifest(load_moe_layer(same, LAYER))) == []
+
+
+def test_a_layer_may_choose_by_token_id(tmp_path):
+    """As the first layers of DeepSeek-V4 do: a table in the place of the selection bias."""
+    rng, stem = np.random.default_rng(0), f"model.layers.{LAYER}.ffn.gate."
+    table = np.stack([rng.permutation(8)[:3] for _ in range(16)])
+
+    def hashed(tensors):
+        rest = {name: array for name, array in tensors.items() if name != f"{stem}bias"}
+        return rest | {f"{stem}tid2eid": table}
+
+    layer = load_moe_layer(altered(tmp_path, "deepseek_v4", tensors=hashed), LAYER)
+    hidden = expected("deepseek_v4")["hidden"]
+    ids = rng.integers(16, size=hidden.shape[:2])
+    routed = layer.route(da.from_array(hidden), token_ids=da.from_array(ids))
+    indices, weights = dask.compute(*routed, scheduler="sync")
+    np.testing.assert_array_equal(indices, table[ids])
+    logits = hidden.astype(float) @ layer.arrays["weight"].read().T.astype(float)
+    scores = np.sqrt(np.log1p(np.exp(np.take_along_axis(logits, table[ids], axis=2))))
+    want = 1.5 * scores / scores.sum(axis=2, keepdims=True)
+    np.testing.assert_allclose(weights, want, rtol=1e-5)
+    with pytest.raises(ValueError, match="token_ids must be given to a layer with a table"):
+        layer(da.from_array(hidden))

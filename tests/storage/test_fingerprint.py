@@ -18,6 +18,7 @@ from dask_ep.experts.stored_experts import held_as_stored
 from dask_ep.jobs.backends import Cluster, Threads, multiplies_as_tf32
 from dask_ep.jobs.job import EXPERT_KEYS, load_job
 from dask_ep.jobs.run import run_job
+from dask_ep.layers.around import Around, RowStep
 from dask_ep.layers.capacity import Capacity, ExpertChoice
 from dask_ep.storage.fingerprint import describe, find_sources
 from dask_ep.storage.journal import describe_differences
@@ -71,6 +72,7 @@ OTHER_ROUTERS = {
     "logit_softcap": 30.0,
     "input_norm_eps": 1e-6,
     "masked_score": 0.0,
+    "always": 4,
 }
 
 
@@ -135,6 +137,9 @@ OTHER_IN_LAYER = {
     "shared_gate": None,
     "capacity": Capacity(1.0),
     "table": np.zeros((9, 2), int),
+    "per_expert_scale": np.ones(E, "f4"),
+    "input_scale": np.ones(D, "f4"),
+    "around": Around(after=(RowStep("scale", factor=0.5),)),
     "residual": True,
 }
 """Another value of each."""

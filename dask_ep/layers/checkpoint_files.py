@@ -21,11 +21,12 @@ from functools import cached_property
 from typing import Any
 
 from dask_ep.errors import ReadError
-from dask_ep.storage.remote import file_system, is_remote
+from dask_ep.storage.remote import is_remote, names_in, read_all
 from dask_ep.storage.sources import Source, open_safetensors
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
+MODELOPT = "hf_quant_config.json"
 
 
 class CheckpointFiles:
@@ -54,8 +55,7 @@ class CheckpointFiles:
     def file_names(self) -> list[str]:
         try:
             if is_remote(self.directory):
-                files, path = file_system(self.directory)
-                return sorted(p.rpartition("/")[2] for p in files.ls(path, detail=False))
+                return names_in(self.directory)
             return sorted(os.listdir(self.directory))
         except FileNotFoundError as error:
             raise ReadError(
@@ -69,6 +69,13 @@ class CheckpointFiles:
     def config(self) -> dict[str, Any]:
         """What ``config.json`` says."""
         return self._read_json("config.json")
+
+    @cached_property
+    def modelopt_config(self) -> dict[str, Any]:
+        """What older exports of ModelOpt say of their format, in a file of its own."""
+        if MODELOPT not in self.file_names:
+            return {}
+        return {"quant_method": "modelopt", **(self._read_json(MODELOPT).get("quantization") or {})}
 
     @cached_property
     def first_file(self) -> str:
@@ -161,8 +168,7 @@ class CheckpointFiles:
                 f"{self.directory} must have {file_name}, but has {', '.join(self.file_names[:20])}"
             )
         if is_remote(path):
-            files, remote_path = file_system(path)
-            text = files.cat_file(remote_path)
+            text = read_all(path)
         else:
             with open(path, "rb") as file:
                 text = file.read()

@@ -1,12 +1,15 @@
 """How are pieces of files on an object store read?
 
 By ranged reads through ``fsspec``, which is imported only here and only for addresses such as
-``s3://bucket/model`` or ``memory://model``: a local path never needs it.
+``s3://bucket/model`` or ``memory://model``: a local path never needs it. What is worth retrying,
+such as a connection that is cut, is retried by the file system; what remains is a `ReadError`.
 """
 
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
@@ -40,8 +43,54 @@ def file_system(address: str) -> tuple[Any, str]:
     return fsspec.core.url_to_fs(address)
 
 
+@contextmanager
+def _named(place: str) -> Iterator[None]:
+    """Make a `ReadError` of whatever file systems raise, which are many things."""
+    try:
+        yield
+    except (ReadError, ImportError):
+        raise
+    except Exception as error:
+        raise ReadError(f"{place}: {_words(error)}") from error
+
+
+def _words(error: Exception) -> str:
+    if isinstance(error, FileNotFoundError):
+        return str(error) or "no such file"
+    return f"{type(error).__name__}: {error}".rstrip(": ")
+
+
+def read_all(address: str) -> bytes:
+    """Read a whole file."""
+    with _named(address):
+        files, path = file_system(address)
+        return files.cat_file(path)
+
+
+def names_in(address: str) -> list[str]:
+    """The names of the files in a directory, in order."""
+    with _named(address):
+        files, path = file_system(address)
+        return sorted(p.rpartition("/")[2] for p in files.ls(path, detail=False))
+
+
+def version_of(files: Any, path: str) -> str:
+    """Ask what tells this content of a file from another: size, tag or time."""
+    files.invalidate_cache(path)
+    return _version(files.info(path))
+
+
+def _version(info: Mapping[str, Any]) -> str:
+    keys = ("ETag", "etag", "mtime", "LastModified", "created")
+    return " ".join([str(info["size"]), *(str(info[key]) for key in keys if key in info)])
+
+
 class RemoteSource(Region):
-    """A region of a remote file; its `version` tells this content from another."""
+    """A region of a remote file; its `version` tells this content from another.
+
+    After each read the version is asked for, which is one small request more: of an object that
+    was replaced in between, no row is given out.
+    """
 
     def __init__(
         self, file: RemoteFile, offset: int, shape: tuple[int, ...], dtype: np.dtype, name: str
@@ -50,11 +99,15 @@ class RemoteSource(Region):
         self.address, self.version = file.path, file.version
 
     def _fill(self, out: np.ndarray, first: int, place: str) -> None:
-        try:
+        with _named(place):
             files, path = file_system(self.address)
             data = files.cat_file(path, start=first, end=first + out.nbytes)
-        except OSError as error:
-            raise ReadError(f"{place}: {error}") from error
+            version = version_of(files, path)
+        if version != self.version:
+            raise ReadError(
+                f"{place}: {self.address} was replaced since it was opened, when it was "
+                f"{self.version}; now it is {version}. Open it again, or bring the old file back"
+            )
         if len(data) != out.nbytes:
             raise ReadError(
                 f"{place}: expected {out.nbytes} bytes from byte {first} of {self.address}, got "
@@ -92,15 +145,22 @@ class RemoteFile:
         self._files, self._there = file_system(address)
         try:
             info = self._files.info(self._there)
-        except OSError as error:
-            raise ReadError(f"{address} cannot be opened: {error or 'no such file'}") from error
+        except Exception as error:
+            raise ReadError(f"{address} cannot be opened: {_words(error)}") from error
         self.path, self.size = address, info["size"]
         self.name = self._there.rpartition("/")[2] if name is None else name
-        keys = ("ETag", "etag", "mtime", "LastModified", "created")
-        self.version = " ".join([str(self.size), *(str(info[key]) for key in keys if key in info)])
+        self.version = _version(info)
 
-    def open(self) -> Any:
-        return self._files.open(self._there, "rb", block_size=_HEADER_BLOCK)
+    @contextmanager
+    def open(self) -> Iterator[Any]:
+        """Open the file to read its header; what is wrong with that is the reader's to say."""
+        try:
+            with self._files.open(self._there, "rb", block_size=_HEADER_BLOCK) as file:
+                yield file
+        except (ReadError, ValueError, TypeError):
+            raise
+        except Exception as error:
+            raise ReadError(f"the header of {self.path}: {_words(error)}") from error
 
     def region(
         self, offset: int, shape: tuple[int, ...], dtype: np.dtype, name: str

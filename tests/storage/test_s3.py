@@ -1,0 +1,153 @@
+"""Checkpoints and tokens on a server of S3: the bytes of each rank, and what goes wrong."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import numpy as np
+import pytest
+import s3fs
+
+from dask_ep.errors import ReadError
+from dask_ep.jobs.inspect import inspect_path
+from dask_ep.layers.checkpoint import load_moe_layer
+from dask_ep.storage.sources import open_source
+from dask_ep.storage.storage import open_tokens
+from tests.checkpoints import FIXTURES, LAYER, expected
+from tests.s3_server import S3, Request, s3_server
+
+CASE = "mixtral"
+FILE = f"{CASE}/model.safetensors"
+
+
+@pytest.fixture(scope="module")
+def server() -> Iterator[S3]:
+    with s3_server() as s3:
+        s3.put_folder(FIXTURES / CASE)
+        yield s3
+
+
+@pytest.fixture
+def s3(server, monkeypatch) -> Iterator[S3]:
+    monkeypatch.setattr(s3fs.S3FileSystem, "retries", 2)
+    server.requests.clear()
+    yield server
+    server.fault = lambda request: None
+
+
+def put_rows(s3: S3, key: str, rows: np.ndarray, folder) -> str:
+    np.save(folder / "x.npy", rows)
+    return s3.put(key, folder / "x.npy")
+
+
+def faulty(s3: S3, kind: str, key: str, times: int | None = None) -> list[Request]:
+    """Let reads of parts of an object fail, the first few or all; the list has those that did."""
+    failed: list[Request] = []
+
+    def fault(request: Request) -> str | None:
+        hit = request.key == key and request.method == "GET" and request.range is not None
+        if not hit or (times is not None and len(failed) == times):
+            return None
+        failed.append(request)
+        return kind
+
+    s3.fault = fault
+    return failed
+
+
+def test_a_layer_and_its_rows_come_from_s3_as_from_a_directory(s3, tmp_path):
+    rows = expected(CASE)["hidden"].reshape(24, -1)
+    address = put_rows(s3, "rows.npy", rows, tmp_path)
+    y = load_moe_layer(f"s3://bucket/{CASE}", LAYER)(open_tokens(address, chunks=10))
+    local = load_moe_layer(FIXTURES / CASE, LAYER)(open_tokens(tmp_path / "x.npy", chunks=10))
+    got = y.compute(scheduler="threads", num_workers=2)
+    assert got.tobytes() == local.compute(scheduler="sync").tobytes()
+    (found,) = inspect_path(f"s3://bucket/{CASE}")
+    assert dict(found.facts)["model type"] == "mixtral"
+
+
+def test_each_rank_reads_its_own_bytes_once_and_no_others(s3):
+    layer = load_moe_layer(f"s3://bucket/{CASE}", LAYER)
+    read: list[set[int]] = []
+    for ids in ([0, 1, 2, 3], [4, 5, 6, 7]):
+        s3.requests.clear()
+        experts = layer.experts.subset(ids)
+        experts.load()
+        ranges = s3.ranges(FILE)
+        assert len(ranges) == 3 * len(ids), "one request for each matrix"
+        assert sum(stop - start for start, stop in ranges) == experts.nbytes
+        read.append({byte for start, stop in ranges for byte in range(start, stop)})
+        assert len(read[-1]) == experts.nbytes
+    assert not read[0] & read[1]
+
+
+def test_chunks_of_rows_are_ranges(s3, tmp_path):
+    rows = np.random.default_rng(0).standard_normal((40, 8)).astype("f4")
+    source = open_source(put_rows(s3, "some.npy", rows, tmp_path))
+    s3.requests.clear()
+    np.testing.assert_array_equal(source.read(10, 30), rows[10:30])
+    assert [stop - start for start, stop in s3.ranges("some.npy")] == [20 * 8 * 4]
+
+
+def test_a_refused_key_is_named(s3):
+    s3.fault = lambda request: "refuse" if request.key == FILE else None
+    with pytest.raises(ReadError, match=f"s3://bucket/{FILE}: PermissionError: Access Denied"):
+        load_moe_layer(f"s3://bucket/{CASE}", LAYER)
+    s3.fault = lambda request: "refuse" if request.key == f"{CASE}/config.json" else None
+    with pytest.raises(ReadError, match=r"mixtral/config.json.*PermissionError"):
+        load_moe_layer(f"s3://bucket/{CASE}", LAYER)
+    s3.fault = lambda request: "refuse"
+    with pytest.raises(ReadError, match=r"s3://bucket/mixtral.*PermissionError"):
+        load_moe_layer(f"s3://bucket/{CASE}", LAYER)
+
+
+@pytest.mark.parametrize("kind", ["refuse", "wait", "cut"])
+def test_what_fails_on_and_on_is_an_error_with_rows_file_and_reason(s3, tmp_path, kind):
+    rows = np.ones((40, 8), "f4")
+    source = open_source(put_rows(s3, "lost.npy", rows, tmp_path))
+    failed = faulty(s3, kind, "lost.npy")
+    reason = {"refuse": "PermissionError", "wait": "Timeout", "cut": "Payload|Incomplete|Closed"}
+    with pytest.raises(ReadError, match=rf"rows \[10, 30\) of lost.npy: .*({reason[kind]})"):
+        source.read(10, 30)
+    assert len(failed) >= (1 if kind == "refuse" else 2), "tried again"
+
+
+@pytest.mark.parametrize("kind", ["wait", "cut"])
+def test_what_fails_once_is_tried_again_and_right(s3, tmp_path, kind):
+    rows = np.random.default_rng(1).standard_normal((40, 8)).astype("f4")
+    address = put_rows(s3, "flaky.npy", rows, tmp_path)
+    tokens = open_tokens(address, chunks=20)
+    failed = faulty(s3, kind, "flaky.npy", times=1)
+    np.testing.assert_array_equal(tokens.compute(scheduler="sync"), rows)
+    assert len(failed) == 1
+
+
+def test_an_object_that_is_replaced_gives_no_row_of_another(s3, tmp_path):
+    """Of the same size, and in the midst of a run."""
+    rows = np.zeros((40, 8), "f4")
+    tokens = open_tokens(put_rows(s3, "new.npy", rows, tmp_path), chunks=10)
+    seen = []
+
+    def replace_in_the_midst(request: Request) -> None:
+        if request.key == "new.npy" and request.method == "GET":
+            seen.append(request)
+            if len(seen) == 4:  # the header is the first
+                put_rows(s3, "new.npy", rows + 1, tmp_path)
+
+    s3.fault = replace_in_the_midst
+    given = []
+    with pytest.raises(ReadError, match=r"rows \[\d+, \d+\) of new.npy: .* was replaced since"):
+        tokens.map_blocks(lambda x: given.append(x) or x, meta=tokens).compute(scheduler="sync")
+    assert 0 < len(given) < 4
+    assert not any(block.any() for block in given)
+
+
+def test_weights_that_are_replaced_are_named(s3, tmp_path):
+    layer = load_moe_layer(f"s3://bucket/{CASE}", LAYER)
+    whole = (FIXTURES / CASE / "model.safetensors").read_bytes()
+    s3.put(FILE, whole[:-4] + b"\1\2\3\4")
+    try:
+        with pytest.raises(ReadError, match=r"model.safetensors:.*w1.* was replaced since it was"):
+            layer.experts.load([0])
+    finally:
+        s3.put(FILE, whole)

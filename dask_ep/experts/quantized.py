@@ -164,8 +164,9 @@ class QuantizedSource(Source):
         first: int,
     ) -> None:
         """Decode one matrix (rows, columns), whose first row is so far into its first block."""
-        packed = coding(self.coding).rows
+        packed, normal = coding(self.coding).rows, are_normal(scales, self.rounded)
         step = max(IN_CACHE // max(out.shape[1], 1) // packed * packed, packed)
+        scratch = np.empty((min(step, len(out)), out.shape[1]), np.uint32)
         for start in range(0, len(out), step):
             rows = out[start : start + step]
             self._decode_codes(stored[start // packed : self._stored_rows(start + step)], rows)
@@ -174,12 +175,12 @@ class QuantizedSource(Source):
             else:
                 bands = np.arange(first + start, first + start + len(rows)) // self.block[0]
             if isinstance(zeros, np.ndarray):
-                rows -= self._widened(zeros[bands], groups)
+                _combine(np.subtract, rows, zeros[bands], self.block[1], groups)
             elif zeros:
                 rows -= np.float32(zeros)
-            rows *= self._widened(scales[bands], groups)
+            _combine(np.multiply, rows, scales[bands], self.block[1], groups)
             if self.rounded is not None:
-                round_to(rows, self.rounded, scales)
+                round_to(rows, self.rounded, normal, scratch[: len(rows)])
 
     def _decode_codes(self, stored: np.ndarray, rows: np.ndarray) -> None:
         codes = coding(self.coding)
@@ -190,14 +191,6 @@ class QuantizedSource(Source):
             padded = np.empty((len(rows), width), np.float32)
             codes.decode(stored, padded)
             rows[...] = padded[:, : rows.shape[1]]
-
-    def _widened(self, values: np.ndarray, groups: np.ndarray | None) -> np.ndarray:
-        """Give each column its value: (rows, blocks side by side) -> (rows, columns or 1)."""
-        if self.block[1] == 1 or values.shape[1] == 1:
-            return values
-        if groups is not None:
-            return np.take(values, groups, axis=1)
-        return np.repeat(values, self.block[1], axis=1)[:, : self.shape[-1]]
 
     # --- on a device ---
 
@@ -287,24 +280,43 @@ class QuantizedSource(Source):
         return f"{type(self).__name__} {self.path} {json.dumps(self.fingerprint())}"
 
 
-def round_to(rows: np.ndarray, dtype: np.dtype, scales: np.ndarray) -> None:
-    """Round float32 in place to what a 16-bit dtype holds, half to even.
+def _combine(
+    ufunc: np.ufunc, rows: np.ndarray, values: np.ndarray, wide: int, groups: np.ndarray | None
+) -> None:
+    """Subtract or multiply by what each column has, of (rows, blocks side by side) so `wide`."""
+    columns = rows.shape[1]
+    if wide == 1 or values.shape[1] == 1:
+        ufunc(rows, values, out=rows)
+    elif groups is not None:
+        ufunc(rows, np.take(values, groups, axis=1), out=rows)
+    elif columns % wide == 0:  # in place, without a temporary
+        blocks = rows.reshape(len(rows), -1, wide)
+        ufunc(blocks, values[:, :, None], out=blocks)
+    else:
+        ufunc(rows, np.repeat(values, wide, axis=1)[:, :columns], out=rows)
 
-    `scales` tell whether all products, of whole numbers up to 255, are normal in float16.
-    """
-    if dtype == np.float16:
-        sizes = np.abs(scales[scales != 0])
-        if sizes.size and not 2.0**-14 <= sizes.min() <= sizes.max() <= 255.0:
-            with np.errstate(over="ignore"):
-                rows[...] = rows.astype(np.float16)
-            return
-    lost = 13 if dtype == np.float16 else 16
+
+def are_normal(scales: np.ndarray, dtype: np.dtype | None) -> bool:
+    """Whether whole numbers up to 255 times these scales are normal numbers of a 16-bit dtype."""
+    if dtype != np.float16:
+        return True
+    sizes = np.abs(scales[scales != 0])
+    return not sizes.size or bool(2.0**-14 <= sizes.min() <= sizes.max() <= 255.0)
+
+
+def round_to(rows: np.ndarray, dtype: np.dtype, normal: bool, scratch: np.ndarray) -> None:
+    """Round float32 in place to what a 16-bit dtype holds, half to even; faster if `are_normal`."""
+    if not normal:
+        with np.errstate(over="ignore"):
+            rows[...] = rows.astype(dtype)
+        return
+    lost = np.uint32(13 if dtype == np.float16 else 16)
     bits = rows.view(np.uint32)
-    half = bits >> np.uint32(lost)
-    half &= np.uint32(1)
-    half += np.uint32((1 << (lost - 1)) - 1)
-    bits += half
-    bits &= np.uint32(0xFFFFFFFF << lost & 0xFFFFFFFF)
+    np.right_shift(bits, lost, out=scratch)
+    np.bitwise_and(scratch, np.uint32(1), out=scratch)
+    np.add(scratch, np.uint32((1 << (int(lost) - 1)) - 1), out=scratch)
+    np.add(bits, scratch, out=bits)
+    np.bitwise_and(bits, np.uint32(0xFFFFFFFF << int(lost) & 0xFFFFFFFF), out=bits)
 
 
 def float8(values: Source, scales: Source, block: tuple[int, int]) -> QuantizedSource:

@@ -134,7 +134,7 @@ class LayerTensors:
         if parts is None:
             source = self._take_raw(name)
         else:
-            ignored = activation_scales(self.resolve(name), self.tensors)
+            ignored = set(activation_scales(self.resolve(name), self.tensors))
             self.taken |= {*parts.names.values(), *ignored}
             source = parts.open(shape)
         if not is_float(source.dtype):
@@ -301,7 +301,10 @@ class Block(LayerTensors):
                 name = bias_of(name)
                 weights[f"{weight}_bias"] = self.take_weight(layout, "bias", name, of_one, count)
         known = EXPERT_KINDS[layout.kind].options
-        form = {"transposed": layout.transposed, "interleaved": layout.interleaved}
+        transposed = layout.transposed
+        if transposed and (turned := as_they_lie(weights)):
+            weights, transposed = turned, False
+        form = {"transposed": transposed, "interleaved": layout.interleaved}
         chosen = {name: value for name, value in {**form, **options}.items() if name in known}
         return getattr(Experts, layout.kind)(**weights, **chosen)
 
@@ -386,6 +389,17 @@ def some_of(names: Iterable[str], most: int = 8) -> str:
     names = list(names)
     more = f" and {len(names) - most} more" if len(names) > most else ""
     return (", ".join(names[:most]) or "nothing") + more
+
+
+def as_they_lie(weights: Mapping[str, Any]) -> dict[str, Any] | None:
+    """The matrices without the views that transpose them, if that is what all of them are."""
+    matrices = {name: parts for name, parts in weights.items() if not name.endswith("bias")}
+    if not all(
+        isinstance(parts, list) and all(isinstance(part, Transposed) for part in parts)
+        for parts in matrices.values()
+    ):
+        return None
+    return {**weights} | {name: [part.source for part in parts] for name, parts in matrices.items()}
 
 
 def bias_of(name: str) -> str:

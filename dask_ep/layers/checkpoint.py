@@ -26,7 +26,7 @@ from dask_ep.layers.block import Block, Model
 from dask_ep.layers.checkpoint_files import CheckpointFiles
 from dask_ep.layers.families import FAMILIES, PREFIXES, TEXT_CONFIGS, find_family
 from dask_ep.layers.family import Config, Family
-from dask_ep.layers.formats import METHODS
+from dask_ep.layers.formats import check_method
 from dask_ep.layers.layer import MoELayer
 from dask_ep.layers.routing import Router
 from dask_ep.storage.sources import Source
@@ -118,15 +118,11 @@ class Checkpoint:
         config = next(filter(None, (self._part(outer, *names) for names in TEXT_CONFIGS)), outer)
         name = "quantization_config"
         quantization = self._part(outer, name) or self._part(config, name)
+        quantization = quantization or self.files.modelopt_config
         model_type = config.get("model_type") or outer.get("model_type")
         if model_type is None:
             raise ValueError(f"{self.files.directory}/config.json must have a 'model_type'")
-        method = quantization.get("quant_method")
-        if method not in (None, *METHODS):
-            raise ValueError(
-                f"{self.files.directory} is quantised by {method!r}; supported are "
-                f"{', '.join(METHODS)}. Use the unquantised checkpoint"
-            )
+        check_method(quantization, self.files.directory)
         family = find_family(model_type, (*families, *FAMILIES))
         self.model = Model(self.files.directory, model_type, config, family, quantization)
         self.num_layers = self.model.find_size("num_hidden_layers", family.num_layers, 0)

@@ -21,7 +21,7 @@ from functools import cached_property
 from typing import Any
 
 from dask_ep.errors import ReadError
-from dask_ep.storage.remote import is_remote, names_in, read_all
+from dask_ep.storage.remote import is_remote, names_in, read_object
 from dask_ep.storage.sources import Source, open_safetensors
 
 INDEX = "model.safetensors.index.json"
@@ -168,7 +168,7 @@ class CheckpointFiles:
                 f"{self.directory} must have {file_name}, but has {', '.join(self.file_names[:20])}"
             )
         if is_remote(path):
-            text = read_all(path)
+            text = read_object(path)
         else:
             with open(path, "rb") as file:
                 text = file.read()

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
@@ -20,9 +20,13 @@ from dask_ep.experts.codings import FLOAT8
 from dask_ep.experts.quantized import MXFP4_GROUP, QuantizedSource, float8, mxfp4
 from dask_ep.experts.scales import E8M0, ScaleSource, ZeroPoints
 from dask_ep.storage.sources import Source
+from dask_ep.storage.views import Transposed
 
-METHODS = ("fp8", "mxfp4", "compressed-tensors", "modelopt")
+METHODS = ("fp8", "mxfp4", "compressed-tensors", "modelopt", "gptq", "awq")
 """Values of ``quant_method`` whose tensors are read."""
+
+MODELOPT_METHODS = ("FP8", "NVFP4", "MIXED_PRECISION")
+"""Values of ModelOpt's ``quant_algo`` whose tensors are read."""
 
 NVFP4_GROUP = 16
 """Numbers that share a scale, which is an 8-bit float."""
@@ -54,8 +58,10 @@ class Format:
     dtypes : those that it may have
     scales : names that the scales may have
     build : makes the matrix of a shape from its parts
-    others : further parts, by their names without ``{name}_``
+    others : further parts: role -> name
     scale_dtypes : those that scales may have; any, if ()
+    method : the ``quant_method`` that it belongs to, where tensors alone do not tell
+    in_out : whether the matrix is stored (in, out), while its name says (out, in)
     """
 
     label: str
@@ -63,8 +69,10 @@ class Format:
     dtypes: tuple[np.dtype, ...]
     scales: tuple[str, ...]
     build: Callable[[Parts, tuple[int, ...]], QuantizedSource]
-    others: tuple[str, ...] = ()
+    others: Mapping[str, str] = field(default_factory=dict)
     scale_dtypes: tuple[np.dtype, ...] = ()
+    method: str | None = None
+    in_out: bool = False
 
 
 class Parts:
@@ -72,35 +80,45 @@ class Parts:
 
     Parameters
     ----------
-    format : Format
+    row : Format
     name : of the matrix
-    names : tensor name by role: "codes", "scales", and the format's others
+    names : tensor name by role: "codes", "scales", and those of the format's others that are there
     tensors : Source by tensor name
     config : ``quantization_config`` of the checkpoint
-    where : what stands before the names in the files
+    prefix : what stands before the names in the files
     """
 
     def __init__(
         self,
-        format: Format,
+        row: Format,
+        name: str,
         names: Mapping[str, str],
         tensors: Mapping[str, Source],
         config: Mapping[str, Any],
-        module: str,
+        prefix: str,
     ):
-        self.label, self._build = format.label, format.build
-        self.names, self.config, self.module = names, config, module
+        self.label, self._build, self.in_out = row.label, row.build, row.in_out
+        self.names, self.config, self._prefix = names, config, prefix
+        self.module = prefix + name.removesuffix(".weight")
+        self._others = {role: filled(other, name) for role, other in row.others.items()}
         self._tensors = {role: tensors[name] for role, name in names.items()}
 
     def __getitem__(self, role: str) -> Source:
+        if role not in self._tensors:
+            raise ValueError(
+                f"{self['codes'].name} is {self.label}, so the block must have the tensor "
+                f"{self._prefix}{self._others[role]}"
+            )
         return self._tensors[role]
 
     def get(self, role: str) -> Source | None:
         return self._tensors.get(role)
 
-    def open(self, shape: tuple[int, ...]) -> QuantizedSource:
-        """Make the matrix, which must have a shape."""
-        return self._build(self, shape)
+    def open(self, shape: tuple[int, ...]) -> QuantizedSource | Transposed:
+        """Make the matrix, which must have a shape; as a view of it, where it lies (in, out)."""
+        if not self.in_out:
+            return self._build(self, shape)
+        return Transposed(self._build(self, shape[::-1]))
 
     @property
     def scheme(self) -> Mapping[str, Any]:
@@ -145,6 +163,8 @@ def find_parts(
         codes, scales = filled(row.codes, name), [filled(scale, name) for scale in row.scales]
         if codes not in tensors or tensors[codes].dtype not in row.dtypes:
             continue
+        if row.method not in (None, config.get("quant_method")):
+            continue
         found = next((scale for scale in scales if scale in tensors), None)
         if found is None and row.label != "FP8":
             continue
@@ -155,11 +175,21 @@ def find_parts(
             )
         if row.scale_dtypes and tensors[found].dtype not in row.scale_dtypes:
             continue
-        others = {role: filled(f"{{name}}_{role}", name) for role in row.others}
+        others = {role: filled(other, name) for role, other in row.others.items()}
         names = {"codes": codes, "scales": found, **others}
         names = {role: part for role, part in names.items() if part in tensors}
-        return Parts(row, names, tensors, config, prefix + name.removesuffix(".weight"))
+        return Parts(row, name, names, tensors, config, prefix)
     return None
+
+
+def check_method(config: Mapping[str, Any], directory: str) -> None:
+    """Raise if a checkpoint is quantized in a way that is not read."""
+    for key, known in (("quant_method", METHODS), ("quant_algo", MODELOPT_METHODS)):
+        if config.get(key) not in (None, *known):
+            raise ValueError(
+                f"{directory} is quantised by {config[key]!r}; supported are {', '.join(known)}. "
+                "Use the unquantised checkpoint"
+            )
 
 
 def filled(template: str, name: str) -> str:
@@ -210,7 +240,7 @@ def _build_mxfp4_blocks(parts: Parts, shape: tuple[int, ...]) -> QuantizedSource
 
 def _build_packed(parts: Parts, shape: tuple[int, ...]) -> QuantizedSource:
     """Whole numbers of 4 or 8 bits in words of 32, of which half the range is taken."""
-    codes, scales, zeros = parts["codes"], parts["scales"], parts.get("zero_point")
+    codes, scales, zeros = parts["codes"], parts["scales"], _zero_point(parts)
     bits = _bits(parts, codes.shape[-1], shape[-1])
     block = (1, _group(parts, shape))
     if zeros is None:
@@ -233,14 +263,21 @@ def _build_packed(parts: Parts, shape: tuple[int, ...]) -> QuantizedSource:
     )
 
 
+def _zero_point(parts: Parts) -> Source | None:
+    """The zero points of compressed-tensors, which must be there if the config says so."""
+    if parts.scheme.get("symmetric") is False:
+        return parts["zero_point"]
+    return parts.get("zero_point")
+
+
 def _bits(parts: Parts, words: int, numbers: int) -> int:
-    """Of a number, told by how many words of 32 bits a row has."""
+    """Of a number, told by how many words of 32 bits hold some of them."""
     fitting = [bits for bits in (4, 8) if words == -(-numbers * bits // 32)]
-    said = parts.scheme.get("num_bits")
+    said = parts.scheme.get("num_bits", parts.config.get("bits"))
     if not fitting or said not in (None, *fitting):
         raise ValueError(
-            f"{parts['codes'].name} must have rows of {numbers} numbers of 4 or 8 bits, but has "
-            f"{words} words of 32 bits, and config.json says num_bits {said}"
+            f"{parts['codes'].name} must hold {numbers} numbers of 4 or 8 bits side by side, but "
+            f"has {words} words of 32 bits, and config.json says {said} bits"
         )
     return fitting[0] if said is None else said
 
@@ -265,7 +302,7 @@ def _group(parts: Parts, shape: tuple[int, ...]) -> int:
 
 def _build_whole(parts: Parts, shape: tuple[int, ...]) -> QuantizedSource:
     """A byte for each whole number, which may be less of a zero point."""
-    scales, zeros = parts["scales"], parts.get("zero_point")
+    scales, zeros = parts["scales"], _zero_point(parts)
     return QuantizedSource(
         parts["codes"],
         "int8",
@@ -293,20 +330,96 @@ def _build_fp4(group: int, parts: Parts, shape: tuple[int, ...]) -> QuantizedSou
     return QuantizedSource(parts["codes"], "fp4", scales, (1, group), shape, label=parts.label)
 
 
+def _build_gptq(parts: Parts, shape: tuple[int, ...]) -> QuantizedSource:
+    """Words hold the numbers of a column; zero points are one less than they count, in format 1.
+
+    As in AutoGPTQ, whose sum with 1 is cut to the bits of a number.
+    """
+    bits = _bits(parts, parts["codes"].shape[0], shape[0])
+    more = 0 if parts.config.get("checkpoint_format") == "gptq_v2" else 1
+    return _build_in_out(
+        parts, shape, f"column{bits}", f"uint{bits}", more, (1 << bits) - 1, f"GPTQ int{bits}"
+    )
+
+
+def _build_awq(parts: Parts, shape: tuple[int, ...]) -> QuantizedSource:
+    if (version := parts.config.get("version", "gemm")) != "gemm":
+        raise ValueError(f"AWQ must be of version gemm, but config.json says {version!r}")
+    return _build_in_out(parts, shape, "awq", "awq", 0, 15, "AWQ int4")
+
+
+def _build_in_out(
+    parts: Parts,
+    shape: tuple[int, ...],
+    coding: str,
+    zeros_coding: str,
+    more: int,
+    mask: int,
+    label: str,
+) -> QuantizedSource:
+    """Rows (in,) share their scales by groups, which are rows above each other."""
+    group = parts.config.get("group_size", -1)
+    group = shape[0] if group == -1 else group
+    if type(group) is not int or group < 1:
+        raise ValueError(f"group_size in config.json must be -1 or from 1 up, but is {group!r}")
+    scales = parts["scales"]
+    grid = (-(-shape[0] // group), shape[1])
+    return QuantizedSource(
+        parts["codes"],
+        coding,
+        scales,
+        (group, 1),
+        shape,
+        zeros=ZeroPoints(parts["zeros"], zeros_coding, grid, more, mask),
+        groups=parts.get("g_idx"),
+        rounded=scales.dtype if scales.dtype in HALVES else None,
+        label=label,
+    )
+
+
 UINT8, INT8, INT32 = (np.dtype(t) for t in (np.uint8, np.int8, np.int32))
 EXPONENTS = (UINT8, E8M0)
 MXFP4, NVFP4 = partial(_build_fp4, MXFP4_GROUP), partial(_build_fp4, NVFP4_GROUP)
 PACKED, SCALE = "{name}_packed", ("{name}_scale",)
+ZERO = {"zero_point": "{name}_zero_point"}
+WITH_ZEROS = {"codes": "{stem}qweight", "dtypes": (INT32,), "scales": ("{stem}scales",)}
 
 WEIGHT_FORMATS = (
     Format("MXFP4", "{name}_blocks", EXPONENTS, ("{name}_scales",), _build_mxfp4_blocks),
     Format(
-        "int4 or int8", PACKED, (INT32,), SCALE, _build_packed, ("shape", "zero_point", "g_idx")
+        "int4 or int8",
+        PACKED,
+        (INT32,),
+        SCALE,
+        _build_packed,
+        ZERO | {"shape": "{name}_shape", "g_idx": "{name}_g_idx"},
     ),
     Format("MXFP4", PACKED, (UINT8,), SCALE, MXFP4, scale_dtypes=EXPONENTS),
-    Format("NVFP4", PACKED, (UINT8,), SCALE, NVFP4, ("global_scale",), FLOAT8),
-    Format("NVFP4", "{name}", (UINT8,), SCALE, NVFP4, ("scale_2",), FLOAT8),
+    Format(
+        "NVFP4", PACKED, (UINT8,), SCALE, NVFP4, {"global_scale": "{name}_global_scale"}, FLOAT8
+    ),
+    Format("NVFP4", "{name}", (UINT8,), SCALE, NVFP4, {"scale_2": "{name}_scale_2"}, FLOAT8),
     Format("MXFP4", "{name}", (INT8, UINT8), OF_FLOAT8, MXFP4, scale_dtypes=EXPONENTS),
-    Format("int8", "{name}", (INT8,), SCALE, _build_whole, ("zero_point",)),
+    Format("int8", "{name}", (INT8,), SCALE, _build_whole, ZERO),
     Format("FP8", "{name}", FLOAT8, OF_FLOAT8, _build_float8),
+    Format(
+        "GPTQ",
+        "{stem}qweight",
+        (INT32,),
+        ("{stem}scales",),
+        _build_gptq,
+        {"zeros": "{stem}qzeros", "g_idx": "{stem}g_idx"},
+        method="gptq",
+        in_out=True,
+    ),
+    Format(
+        "AWQ",
+        "{stem}qweight",
+        (INT32,),
+        ("{stem}scales",),
+        _build_awq,
+        {"zeros": "{stem}qzeros"},
+        method="awq",
+        in_out=True,
+    ),
 )

@@ -60,7 +60,7 @@ def _words(error: Exception) -> str:
     return f"{type(error).__name__}: {error}".rstrip(": ")
 
 
-def read_all(address: str) -> bytes:
+def read_object(address: str) -> bytes:
     """Read a whole file."""
     with _named(address):
         files, path = file_system(address)
@@ -103,15 +103,15 @@ class RemoteSource(Region):
             files, path = file_system(self.address)
             data = files.cat_file(path, start=first, end=first + out.nbytes)
             version = version_of(files, path)
-        if version != self.version:
-            raise ReadError(
-                f"{place}: {self.address} was replaced since it was opened, when it was "
-                f"{self.version}; now it is {version}. Open it again, or bring the old file back"
-            )
         if len(data) != out.nbytes:
             raise ReadError(
                 f"{place}: expected {out.nbytes} bytes from byte {first} of {self.address}, got "
                 f"{len(data)}"
+            )
+        if version != self.version:
+            raise ReadError(
+                f"{place}: {self.address} was replaced since it was opened, when it was "
+                f"{self.version}; now it is {version}. Open it again, or bring the old file back"
             )
         out.reshape(-1).view(np.uint8)[...] = np.frombuffer(data, np.uint8)
 

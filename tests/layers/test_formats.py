@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import pickle
 
+import dask
+import dask.array as da
 import ml_dtypes
 import numpy as np
 import pytest
@@ -12,9 +14,10 @@ from safetensors import safe_open
 
 from dask_ep.errors import ReadError
 from dask_ep.experts.quantized import QuantizedSource, in_memory
+from dask_ep.layers.checkpoint import load_moe_layer
 from dask_ep.layers.formats import Parts, find_parts
 from dask_ep.storage.sources import Source, open_safetensors, open_source
-from tests.checkpoints import FIXTURES, write_tensors
+from tests.checkpoints import FIXTURES, LAYER, altered, expected, write_tensors
 
 FORMATS = FIXTURES / "formats"
 CASES = sorted(path.stem for path in FORMATS.glob("*.safetensors"))
@@ -56,6 +59,7 @@ def test_numbers_are_those_of_the_library_bit_for_bit(case):
 @pytest.mark.parametrize("case", CASES)
 def test_any_rows_are_read_held_and_sent_with_the_same_bits(case):
     source, _ = opened(case)
+    source = getattr(source, "source", source)  # as it lies, where that is (in, out)
     whole = source.read(0, source.shape[0])
     for start, stop in [(0, 1), (1, 4), (3, source.shape[0]), (2, 2)]:
         assert source.read(start, stop).tobytes() == whole[start:stop].tobytes()
@@ -216,7 +220,7 @@ def as_nan(array):
 
 DAMAGED = [
     ("int4_group", "weight_packed", lambda t: t[:, :-1], ValueError,
-     "weight_packed must have rows of 96 numbers of 4 or 8 bits, but has 11 words of 32 bits"),
+     "weight_packed must hold 96 numbers of 4 or 8 bits side by side, but has 11 words of 32 bits"),
     ("int4_group", "weight_packed", lambda t: t[:-1], ValueError,
      r"weight_packed must hold \(24, 96\) numbers, but \(23, 12\) of int32 are \(23, 96\)"),
     ("int4_group", "weight_scale", lambda t: t[:, :-1], ValueError,
@@ -240,6 +244,16 @@ DAMAGED = [
     ("nvfp4", "weight_global_scale", as_nan, ReadError, "must be a number above 0, but is nan"),
     ("nvfp4", "weight_global_scale", lambda t: np.repeat(t, 2), ValueError,
      r"weight_global_scale must be one number, but has shape \(2,\)"),
+    ("gptq_int4", "qweight", lambda t: t[:-1], ValueError,
+     "qweight must hold 96 numbers of 4 or 8 bits side by side, but has 11 words"),
+    ("gptq_int4", "qzeros", lambda t: t[:, :-1], ValueError,
+     r"qzeros must hold \(3, 64\) zero points, so \(3, 8\) words, but has shape \(3, 7\)"),
+    ("gptq_int4", "scales", lambda t: t[:-1], ValueError, r"so \(3, 64\), but has shape \(2, 64\)"),
+    ("gptq_int4", "scales", as_nan, ReadError, "scales holds a scale that is NaN"),
+    ("gptq_int4_act_order", "g_idx", set_first(4), ReadError,
+     r"g_idx must hold numbers of groups in \[0, 4\), but holds 0 to 4"),
+    ("awq_int4", "qweight", lambda t: t[:, :-1], ValueError,
+     r"qweight must hold \(96, 64\) numbers, but \(96, 7\) of int32 are \(96, 56\)"),
     ("mxfp4", "weight_scale", set_first(255), ReadError, "holds the scale 255"),
     ("mxfp4", "weight_packed", lambda t: t[:, :-1], ValueError, r"must hold \(12, 96\) numbers"),
 ]  # fmt: skip
@@ -262,6 +276,27 @@ def test_damage_is_an_error_with_the_tensor_its_shape_and_its_file(
     assert "some.safetensors" in str(raised.value)
 
 
+@pytest.mark.parametrize(
+    ("case", "part", "kind"),
+    [("int4_zeros", "weight_zero_point", "int4 or int8"), ("gptq_int4", "qzeros", "GPTQ"),
+     ("awq_int4", "qzeros", "AWQ"), ("fp8_channel", "weight_scale", "FP8")],
+)  # fmt: skip
+def test_a_part_that_is_missing_is_named(case, part, kind):
+    tensors = stored(case)
+    shape = tensors["decoded"].shape
+    del tensors[f"w.{part}"]
+    message = f"is {kind}, so the block must have the tensor .*w.{part}"
+    with pytest.raises(ValueError, match=message):
+        parts_of(tensors, case).open(shape)
+
+
+def test_other_kinds_of_awq_are_refused():
+    with pytest.raises(
+        ValueError, match="AWQ must be of version gemm, but config.json says 'gemv'"
+    ):
+        parts_of(stored("awq_int4"), "awq_int4", version="gemv").open((64, 96))
+
+
 def test_rows_that_groups_do_not_divide_are_refused():
     tensors = stored("nvfp4")
     with pytest.raises(ValueError, match=r"rows must be multiples of 16, but have 72"):
@@ -271,5 +306,43 @@ def test_rows_that_groups_do_not_divide_are_refused():
 def test_config_and_tensors_must_agree_on_bits():
     groups = {"group_0": {"targets": ["Linear"], "weights": {"num_bits": 3}}}
     parts = parts_of(stored("int4_group"), "int4_group", config_groups=groups)
-    with pytest.raises(ValueError, match="config.json says num_bits 3"):
+    with pytest.raises(ValueError, match="config.json says 3 bits"):
         parts.open((24, 96))
+
+
+# --- checkpoints -----------------------------------------------------------------------------
+
+
+def as_modelopt(tensors: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """The names of ModelOpt, whose second scale multiplies."""
+    out = {}
+    for name, array in tensors.items():
+        if name.endswith("_global_scale"):
+            stem = name.removesuffix("_global_scale")
+            name = name.replace("input_global", "input") if "input" in name else f"{stem}_scale_2"
+            array = (1 / array).reshape(())
+        out[name.removesuffix("_packed")] = array
+    return out
+
+
+def test_an_older_export_of_modelopt_says_its_format_in_a_file_of_its_own(tmp_path):
+    plain = load_moe_layer(FIXTURES / "qwen3_moe_nvfp4", LAYER)
+    folder = altered(tmp_path, "qwen3_moe_nvfp4", tensors=as_modelopt, quantization_config=None)
+    other = folder / "hf_quant_config.json"
+    other.write_text(json.dumps({"quantization": {"quant_algo": "NVFP4", "group_size": 16}}))
+    want, got = plain.experts.load([3])[0], load_moe_layer(folder, LAYER).experts.load([3])[0]
+    rows = np.random.default_rng(0).standard_normal((5, 32)).astype(np.float32)
+    np.testing.assert_allclose(got(rows), want(rows), rtol=1e-5, atol=1e-6)
+    other.write_text(json.dumps({"quantization": {"quant_algo": "W4A8_AWQ"}}))
+    with pytest.raises(ValueError, match="is quantised by 'W4A8_AWQ'; supported are FP8, NVFP4"):
+        load_moe_layer(folder, LAYER)
+
+
+@pytest.mark.parametrize("case", ["deepseek_v3_int4", "qwen3_moe_nvfp4", "qwen3_moe_gptq"])
+def test_held_as_stored_gives_the_same_bits_in_less_memory(case):
+    hidden = da.from_array(expected(case)["hidden"].reshape(24, -1), chunks=(9, -1))
+    plain = load_moe_layer(FIXTURES / case, LAYER)
+    held = load_moe_layer(FIXTURES / case, LAYER, as_stored=True)
+    with dask.config.set(scheduler="sync"):
+        assert held(hidden).compute().tobytes() == plain(hidden).compute().tobytes()
+    assert held.experts.load().nbytes < 0.4 * plain.experts.load().nbytes

@@ -477,7 +477,7 @@ _ELEMENTWISE = """
 """
 _UFUNCS = {name: Ufunc(getattr(np, name)) for name in _ELEMENTWISE.split()}
 
-_SPECIAL = {"erf": Ufunc(scipy.special.erf)}
+_SPECIAL = {"erfc": Ufunc(scipy.special.erfc)}
 """Functions of cupyx.scipy.special, to which a ufunc of SciPy's is handed as well."""
 
 

@@ -49,10 +49,8 @@ extern "C" void stand(unsigned b, unsigned blocks, unsigned t, unsigned threads)
 }
 static inline float exp(float x) { return __builtin_expf(x); }
 static inline double exp(double x) { return __builtin_exp(x); }
-static inline float erf(float x) { return __builtin_erff(x); }
-static inline double erf(double x) { return __builtin_erf(x); }
-static inline float tanh(float x) { return __builtin_tanhf(x); }
-static inline double tanh(double x) { return __builtin_tanh(x); }
+static inline float erfc(float x) { return __builtin_erfcf(x); }
+static inline double erfc(double x) { return __builtin_erfc(x); }
 """
 
 GRID = (3, 2)

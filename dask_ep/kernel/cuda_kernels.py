@@ -61,10 +61,10 @@ __device__ inline void narrow(float x, half_t &to) {
 
 KERNELS = r"""
 __device__ inline W silu(W x, W alpha) { return x / (W(1) + exp(-alpha * x)); }
-__device__ inline W gelu(W x, W) { return x * (W(0.5) * (W(1) + erf(x * W(0.70710678118654752)))); }
+__device__ inline W gelu(W x, W) { return x * (W(0.5) * erfc(x * W(-0.70710678118654752))); }
 __device__ inline W gelu_tanh(W x, W) {
     W inner = (x * x * W(0.044715) + W(1)) * x * W(0.79788456080286536);
-    return x * ((tanh(inner) + W(1)) * W(0.5));
+    return x / (W(1) + exp(W(-2) * inner));
 }
 __device__ inline W relu(W x, W) { return x < W(0) ? W(0) : x; }  // NaN stays NaN
 __device__ inline W relu2(W x, W) { W y = x < W(0) ? W(0) : x; return y * y; }

@@ -286,28 +286,28 @@ def _silu(x: Array, alpha: float) -> None:
 
 
 def _gelu(x: Array, _: float) -> None:
-    from scipy.special import erf  # slow to import, and only here
+    from scipy.special import erfc  # slow to import, and only here
 
     scratch = memory.empty(x.shape, x.dtype, like=x)
-    namespace(x).multiply(x, math.sqrt(0.5), out=scratch)
-    erf(scratch, out=scratch)  # CuPy's arrays hand this to their own erf
-    scratch += 1
+    namespace(x).multiply(x, -math.sqrt(0.5), out=scratch)
+    erfc(scratch, out=scratch)  # CuPy's arrays hand this to their own erfc
     scratch *= 0.5
     x *= scratch
 
 
 def _gelu_tanh(x: Array, _: float) -> None:
+    # 0.5 * (1 + tanh(z)) is 1 / (1 + exp(-2 z)), which keeps its digits far below zero.
     xp = namespace(x)
     scratch = memory.empty(x.shape, x.dtype, like=x)
     xp.multiply(x, x, out=scratch)
     scratch *= 0.044715
     scratch += 1
     scratch *= x
-    scratch *= math.sqrt(2 / math.pi)
-    xp.tanh(scratch, out=scratch)
+    scratch *= -math.sqrt(8 / math.pi)
+    with np.errstate(over="ignore"):
+        xp.exp(scratch, out=scratch)
     scratch += 1
-    scratch *= 0.5
-    x *= scratch
+    x /= scratch
 
 
 def _relu(x: Array, _: float) -> None:
@@ -327,4 +327,4 @@ ACTIVATIONS: dict[str, Activation] = {
     "relu": _relu,
     "relu2": _relu2,
 }
-"""silu is x * sigmoid(alpha * x), gelu the exact one (with erf), relu2 the square of relu."""
+"""silu is x * sigmoid(alpha * x), gelu the exact one (with erfc), relu2 the square of relu."""

@@ -7,7 +7,7 @@ compared with. An expert is a function of one row.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from math import erf
+from math import erfc
 
 import numpy as np
 
@@ -133,15 +133,13 @@ def _affine(x: np.ndarray, W: np.ndarray, bias: np.ndarray | None) -> np.ndarray
 
 
 def _sigmoid(x: np.ndarray) -> np.ndarray:
-    return 0.5 * (1.0 + np.tanh(0.5 * x))
+    return np.exp(-np.logaddexp(0.0, -x))  # to all its digits, however far below zero
 
 
 ACTIVATIONS: dict[str, Callable[[np.ndarray, float], np.ndarray]] = {
     "silu": lambda x, alpha: x * _sigmoid(alpha * x),
-    "gelu": lambda x, _: x * 0.5 * (1.0 + np.array([erf(v / 2**0.5) for v in x])),
-    "gelu_tanh": lambda x, _: (
-        0.5 * x * (1.0 + np.tanh((2.0 / np.pi) ** 0.5 * (x + 0.044715 * x**3)))
-    ),
+    "gelu": lambda x, _: x * 0.5 * np.array([erfc(-v / 2**0.5) for v in x]),
+    "gelu_tanh": lambda x, _: x * _sigmoid((8.0 / np.pi) ** 0.5 * (x + 0.044715 * x**3)),
     "relu": lambda x, _: np.maximum(x, 0.0),
     "relu2": lambda x, _: np.maximum(x, 0.0) ** 2,
 }

@@ -143,9 +143,9 @@ def _known(value: np.ndarray, scale: np.ndarray, peak: np.ndarray, magnitude: np
 
 
 def _gelu(x: np.ndarray, _: float) -> np.ndarray:
-    from scipy.special import erf  # slow to import; that of `reference` takes one number
+    from scipy.special import erfc  # slow to import; that of `reference` takes one number
 
-    return x * 0.5 * (1.0 + erf(x * 0.5**0.5))
+    return x * 0.5 * erfc(x * -(0.5**0.5))
 
 
 ACTIVATIONS = {**reference.ACTIVATIONS, "gelu": _gelu}

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import math
+
 import dask.array as da
 import numpy as np
 import pytest
 
 from dask_ep import Experts, MoELayer, Router, expert_parallel, expert_parallel_dispatch
+from dask_ep.kernel import kinds, reference
 from dask_ep.layers.capacity import Capacity, ExpertChoice
 from dask_ep.layers.routing import all_scores, route, weigh_chosen
 
@@ -92,3 +95,19 @@ def test_layers(kind, dtype):
     layer = MoELayer(experts=Experts.gated(W, W, W), **given | LAYERS[kind])
     x = da.from_array(hidden(dtype), chunks=(5, D))
     same_under_seterr(lambda: layer(x, world_size=1).compute(scheduler="sync"))
+
+
+@pytest.mark.parametrize(
+    ("name", "at", "exact"),
+    [
+        ("silu", -50.0, -50 * math.exp(-50) / (1 + math.exp(-50))),
+        ("gelu", -7.0, -3.5 * math.erfc(7 / math.sqrt(2))),
+        ("gelu_tanh", -5.0, -5 / (1 + math.exp(math.sqrt(8 / math.pi) * (5 + 0.044715 * 125)))),
+    ],
+)
+def test_activations_keep_their_digits_far_below_zero(name, at, exact):
+    """Where 1 + tanh(x) or 1 + erf(x) would have none left."""
+    assert reference.ACTIVATIONS[name](np.array([at]), 1.0)[0] == pytest.approx(exact, rel=1e-13)
+    x = np.array([at], np.float32)
+    kinds.ACTIVATIONS[name](x, 1.0)
+    assert x[0] == pytest.approx(exact, rel=1e-5)

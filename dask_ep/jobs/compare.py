@@ -129,10 +129,14 @@ def compare_checkpoints(
     many experts.
     """
     layer = _layer_of(a, b) if layer is None else layer
+    unwritten = os.path.abspath("comparison.npy")  # a job has an output, and this one writes none
     jobs = [
-        Job(tokens=_path(tokens), out="", layer=_path(each), layer_index=layer, name=_path(each))
+        Job(
+            tokens=_path(tokens), out=unwritten, layer=_path(each), layer_index=layer,
+            name=_path(each),
+        )
         for each in (a, b)
-    ]
+    ]  # fmt: skip
     inputs = [open_inputs(job) for job in jobs]
     experts = [each.experts.num_experts for each in inputs]
     same = experts[0] == experts[1]

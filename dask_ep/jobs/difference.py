@@ -103,9 +103,9 @@ class Difference:
 
         Examples
         --------
-        >>> found = compare_rows(np.ones((3, 1)), np.array([[1.0], [1.5], [3.0]]))
+        >>> found = compare_rows(np.ones((3, 1)), np.array([[1.0], [1.7], [4.0]]))
         >>> [round(found.quantile(part), 2) for part in (0.1, 0.5, 1.0)]
-        [0.0, 0.5, 2.02]
+        [0.0, 0.7, 3.0]
         """
         bins = self.bins_of_moved if of_moved else self.bins
         wanted, seen = part * sum(bins.values()), 0

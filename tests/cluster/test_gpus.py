@@ -49,7 +49,7 @@ from dask_ep.kernel.pack import Packing
 from dask_ep.laws.costs import FEWEST_ROWS
 from dask_ep.laws.device_memory import DEVICE_PROCESS_BYTES
 from dask_ep.laws.memory_law import Layout, need
-from dask_ep.layers.layer import _finish
+from dask_ep.layers.around import Rest, finish
 from dask_ep.layers.lazy_routing import _route_chunk
 from dask_ep.storage.sources import open_source
 from tests.checkpoints import FIXTURES, LAYER, expected
@@ -455,16 +455,17 @@ def test_every_step_tells_what_it_needs_and_needs_no_more(request, name):
     tokens, weight, weights = (on_device(rng.random(shape, "f4")) for shape in shapes)
     routing = on_device(rng.integers(0, E, (n, 2)))
     shared = Experts.gated(*rng.random((2, 2, d, 24), "f4"), rng.random((2, 24, d), "f4"))
-    loaded = shared.load(xp=xp), None
+    loaded = shared.load(xp=xp)
     packing = Packing(tokens, routing, None, 4, 2)
     answers = [(rank, packing.packet([rank]).rows) for rank in (0, 1)]
     exchange, where = Exchange("", 2, 4, d, None), ChunkPlace(7, 0, None)
+    rest = Rest(loaded, None, (), (), None, E, residual=True)
     step = {
         "routing": lambda: _route_chunk(tokens, {"weight": weight}, Router(E, 2), 7),
         "pack": lambda: cut(pack(tokens, routing, weights, where, exchange), [1], 7),
         "combine": lambda: combine(packing, answers, where, exchange),
-        "shared experts and residual": lambda: _finish(tokens, tokens, loaded, True, 7),
-        "residual": lambda: _finish(tokens, tokens, None, True, 7),
+        "shared experts and residual": lambda: finish(tokens, tokens, rest, 7),
+        "residual": lambda: finish(tokens, tokens, rest._replace(shared=None), 7),
     }[name]
     pool = request.getfixturevalue("little_memory")
     pool.set_limit(size=20_000)

@@ -66,7 +66,7 @@ def test_a_cluster_by_hand_prints_what_run_prints(tmp_path, job):
     process = by_hand(tmp_path, job)
     code, printed, told = end(process)
     assert code == 0, told
-    assert re.fullmatch(r".*out.npy: 600 rows in .*\n", printed)
+    assert re.fullmatch(r".*out.npy: 600 rows in .*\nexperts: 4 of 4 were used; .*\n", printed)
     lines = told.splitlines()
     assert lines[-1].startswith("100 %, 600 of 600 rows")
     assert "workers: 2 running" in lines

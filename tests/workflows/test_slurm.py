@@ -130,7 +130,7 @@ def test_a_run_that_is_stopped_leaves_no_jobs_and_goes_on(
     code, _, told = end(process)
     assert code == 1
     assert f"stopped; {out} is" in told
-    assert "Go on with the same command with --resume" in told
+    assert "To continue: the same command with --resume" in told
     assert "Traceback" not in told
     wait_for_no_jobs(slurm)
     assert not out.exists()

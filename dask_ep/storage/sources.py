@@ -148,7 +148,12 @@ class ZarrSource(Source):
             self.read_bytes = 2 * rows * prod(array.shape[1:]) * self.dtype.itemsize
 
     def __reduce__(self) -> tuple[Any, ...]:
-        """Every task of every chunk has one of these: it is pickled once, and unpickled once."""
+        """Every task of every chunk has one of these: pickled once, and unpickled once a process.
+
+        Not of a store that may hold the rows themselves, such as one in memory: they may change.
+        """
+        if self.path is None:
+            return _restored, (type(self), self.__dict__)
         if self._pickled is None:
             self._pickled = pickle.dumps((type(self), self.__dict__), pickle.HIGHEST_PROTOCOL)
         return _unpickled, (self._pickled,)
@@ -213,7 +218,10 @@ class ZarrSource(Source):
 
 @lru_cache(maxsize=256)
 def _unpickled(pickled: bytes) -> ZarrSource:
-    kind, state = pickle.loads(pickled)
+    return _restored(*pickle.loads(pickled))
+
+
+def _restored(kind: type[ZarrSource], state: dict[str, Any]) -> ZarrSource:
     source = kind.__new__(kind)
     source.__dict__.update(state)
     return source

@@ -226,6 +226,27 @@ def test_short_reads_are_continued(tmp_path, monkeypatch):
     check_rows(open_source(tmp_path / "x.npy"), numbers((10, 4), "f4"), 1, 9)
 
 
+def test_rows_in_memory_are_pickled_as_they_are_then():
+    """Files are read when a task runs; of a store in memory the rows travel with the task."""
+    store = zarr.storage.MemoryStore()
+    array = zarr.create_array(store, shape=(4, 2), chunks=(2, 2), dtype="f4")
+    source = open_source(array)
+    for value in (1, 2):
+        array[:] = value
+        got = pickle.loads(pickle.dumps(source)).read(0, 4)
+        np.testing.assert_array_equal(got, np.full((4, 2), value, "f4"))
+
+
+def test_a_source_of_files_is_unpickled_once(tmp_path):
+    path = str(tmp_path / "x.zarr")
+    zarr.create_array(path, shape=(4, 2), chunks=(2, 2), dtype="f4")[:] = 1
+    source = open_source(path)
+    one, other = (pickle.loads(pickle.dumps(source)) for _ in range(2))
+    assert one is other
+    zarr.open_array(path)[:] = 2
+    np.testing.assert_array_equal(one.read(0, 4), np.full((4, 2), 2, "f4"))
+
+
 @pytest.mark.parametrize("kind", ["npy", "safetensors", "zarr", "array", "compressed"])
 def test_sources_survive_pickling(tmp_path, kind):
     rows = numbers((6, 3), "f4")

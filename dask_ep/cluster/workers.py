@@ -72,6 +72,7 @@ def counted_workers(
 class _Counts:
     def __init__(self, client: Client, wanted: int | None, tell: Callable[[Workers], Any] | None):
         self._client, self._tell = client, tell
+        self._address = scheduler_address(client)  # a client that has lost it knows it no more
         self._running = set(client.nthreads())
         self._wanted, self._lost = len(self._running) if wanted is None else wanted, 0
         # Those present from the start are not reported, unless they were waited for.
@@ -89,8 +90,8 @@ class _Counts:
                 self.stopped.wait(SECONDS_BETWEEN_COUNTS)
         except OSError as error:
             raise ConnectionError(
-                f"the scheduler at {scheduler_address(self._client)} was lost while {self._wanted} "
-                f"workers were waited for, of which {len(self._running)} ran"
+                f"the scheduler at {self._address} was lost while {self._wanted} workers were "
+                f"waited for, of which {len(self._running)} ran"
             ) from error
 
     def _count(self) -> Workers:

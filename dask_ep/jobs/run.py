@@ -336,6 +336,7 @@ def _compute_on_client(
 ) -> None:
     if not output.missing:
         return
+    address = scheduler_address(client)  # a client that has lost it knows it no more
     futures = futures_of(client.persist(output))
 
     def gather(give: Callable[[Receipt], Any]) -> None:
@@ -347,7 +348,7 @@ def _compute_on_client(
             tell(receipt)
     except (FutureCancelledError, CommClosedError) as error:
         raise ConnectionError(
-            f"the scheduler at {scheduler_address(client)} is gone or has dropped the job; "
+            f"the scheduler at {address} is gone or has dropped the job; "
             "finished blocks are kept, and --resume computes the others"
         ) from error
     finally:

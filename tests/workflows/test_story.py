@@ -18,7 +18,7 @@ from tests.checkpoints import FIXTURES, LAYER, read_tensors
 
 ROOT = Path(__file__).parents[2]
 HEADING = "## From a checkpoint to a pruned one"
-NEEDS_TORCH = "python workflows/capture_hidden_states.py "
+NEEDS_TORCH = "python workflows/walk_model.py "
 
 
 def story() -> list[str]:
@@ -42,7 +42,9 @@ def reap_by_hand(hidden: np.ndarray) -> np.ndarray:
 
 def test_each_line_runs_and_the_best_experts_by_reap_stay(tmp_path):
     hidden = np.random.default_rng(0).standard_normal((400, 32)).astype("f4")
-    store(da.from_array(hidden, chunks=(100, -1)), tmp_path / "hidden.zarr", scheduler="sync")
+    rows = tmp_path / "acts" / "moe_input_001.zarr"
+    rows.parent.mkdir()
+    store(da.from_array(hidden, chunks=(100, -1)), rows, scheduler="sync")
     (tmp_path / "MODEL").symlink_to(FIXTURES / "mixtral")
     (tmp_path / "workflows").symlink_to(ROOT / "workflows")
     lines, bin_folder = story(), Path(sys.executable).parent
@@ -67,3 +69,9 @@ def test_each_line_runs_and_the_best_experts_by_reap_stay(tmp_path):
     assert f"layer 1: experts {', '.join(map(str, kept))}," in "".join(said)
     assert load_moe_layer(tmp_path / "PRUNED", LAYER).experts.num_experts == 6
     assert "error of a row, |a - b| / |a|: median" in said[-1]
+
+
+def test_the_scripts_that_the_lines_name_exist():
+    for text in (ROOT / "README.md", ROOT / "workflows" / "README.md"):
+        for script in re.findall(r"workflows/[a-z_]+\.(?:py|sh|yaml)", text.read_text()):
+            assert (ROOT / script).is_file(), f"{text.name} names {script}"

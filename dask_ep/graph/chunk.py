@@ -25,10 +25,10 @@ from dask_ep.graph import tally
 from dask_ep.kernel.context import error_context, explain_kernel_memory, slots_of
 from dask_ep.kernel.device_kernel import INDEX_BYTES
 from dask_ep.kernel.dispatch import aligned, dispatch, expert_parallel_dispatch
-from dask_ep.kernel.expert import as_local_experts
+from dask_ep.kernel.expert import as_local_experts, check_width
 from dask_ep.kernel.host_kernel import Served, answer_of_rank, begin_answers, gather
 from dask_ep.kernel.pack import Combining, Packet, Packing, packet_order, slots_at
-from dask_ep.kernel.segments import Segments, sort_slots
+from dask_ep.kernel.segments import sort_slots
 from dask_ep.kernel.statistics import Observe, Seen
 from dask_ep.placement.policies import Placement
 
@@ -134,7 +134,8 @@ def compute_chunk_of_one_rank(
         )
         if tally.is_recorded():
             tally.note_in_place(where.chunk, 0, _rows_with_expert(routing), start)
-        return check_width(out, exchange.d_out)
+        check_width(out.shape[1], exchange.d_out)
+        return out
 
 
 def compute_chunk(
@@ -250,7 +251,7 @@ def serve_in_place(
         packet = cut(packing, [rank], chunk)
         return _serve_on_device(packet, rank, experts, packing, chunk, d_out)
     with error_context(_place(chunk, rank, packing.world_size)):
-        return _answer_of_rank(
+        return answer_of_rank(
             packing.tokens, packing.segments, packing.topk_weights, experts, rank, d_out, seen, out
         )
 
@@ -284,30 +285,13 @@ def serve_packet(
     )
     for rank, local, keeper, out in zip(ranks, experts, seen, parts, strict=True):
         with error_context(_place(chunk, rank, exchange.world_size)):
-            _answer_of_rank(rows, segments, weights, local, rank, exchange.d_out, keeper, out)
+            answer_of_rank(rows, segments, weights, local, rank, exchange.d_out, keeper, out)
     return whole, parts
 
 
 def wants_output(observe: Observe | None) -> bool:
     """Whether rows are served for more than what is seen of them."""
     return observe is None or observe.output
-
-
-def _answer_of_rank(
-    tokens: Array,
-    segments: Segments,
-    topk_weights: Array | None,
-    experts: Sequence[Any],
-    rank: int,
-    d_out: int,
-    seen: Seen | None,
-    out: Array | None,
-) -> Array:
-    local = as_local_experts(
-        experts, d=tokens.shape[1], like=tokens, dtype=computing_dtype(tokens.dtype)
-    )
-    check_width_of(local[0].d_out, d_out)
-    return answer_of_rank(tokens, segments, topk_weights, local, rank, d_out, seen, out)
 
 
 def _serve_in_turn(
@@ -343,9 +327,10 @@ def _serve_one_slot(
     for rank in packing.ranks:
         with error_context(_place(where.chunk, rank, exchange.world_size)):
             start, first = tally.now(), rank * exchange.num_local
-            local = as_local_experts(ranks[rank], d=packing.d, like=tokens, dtype=compute)
+            local = as_local_experts(
+                ranks[rank], d=packing.d, like=tokens, dtype=compute, d_out=exchange.d_out
+            )
             for e, expert in enumerate(local, first):
-                check_width_of(expert.d_out, exchange.d_out)
                 served.add(e, expert)
         tally.note_in_place(where.chunk, rank, packing.count(rank), start)
         if seen is not None:
@@ -370,7 +355,8 @@ def _serve_on_device(
         explain_kernel_memory(rows, k, experts, d_out),
     ):
         out = dispatch(rows, routing, weights, experts, rank, layer.world_size, dtype=sums)
-        return check_width(out, d_out)
+        check_width(out.shape[1], d_out)
+        return out
 
 
 def _part_of(packet: Packet, rank: int, num_local: int) -> Packet:
@@ -401,20 +387,6 @@ def _rows_with_expert(routing: Array) -> int:
 
 def _place(chunk: int, rank: int, world_size: int) -> str:
     return f"dispatch of token chunk {chunk} at rank {rank} of {world_size}"
-
-
-def check_width(out: Array, d_out: int) -> Array:
-    """Give the rows back if the experts made them as wide as was said."""
-    check_width_of(out.shape[1], d_out)
-    return out
-
-
-def check_width_of(width: int, d_out: int) -> None:
-    if width != d_out:
-        raise ValueError(
-            f"the experts must give rows of width {d_out}, but gave {width}; use "
-            f"Experts.callables(functions, d_out={width})"
-        )
 
 
 def find_services(token: str | None) -> Any:

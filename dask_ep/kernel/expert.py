@@ -153,8 +153,13 @@ class _Function(Expert):
         return out
 
 
-def as_local_experts(expert_Ws: Array, *, d: int, like: Array, dtype: np.dtype) -> Sequence[Expert]:
-    """Make `Expert`s of matrices, a stacked array, callables, or experts; check their widths."""
+def as_local_experts(
+    expert_Ws: Array, *, d: int, like: Array, dtype: np.dtype, d_out: int | None = None
+) -> Sequence[Expert]:
+    """Make `Expert`s of matrices, a stacked array, callables, or experts; check their widths.
+
+    `d_out` is that of their rows, where it is known.
+    """
     refuse_masked(expert_Ws, "expert_Ws")
     if hasattr(expert_Ws, "ndim") and expert_Ws.ndim != 3:
         raise ValueError(
@@ -181,7 +186,18 @@ def as_local_experts(expert_Ws: Array, *, d: int, like: Array, dtype: np.dtype) 
                 f"all experts must have the same output width, but expert_Ws[{e}] has "
                 f"d_out={expert.d_out} and expert_Ws[0] has d_out={experts[0].d_out}"
             )
+    if d_out is not None:
+        check_width(experts[0].d_out, d_out)
     return experts
+
+
+def check_width(width: int, d_out: int) -> None:
+    """Refuse experts whose rows are not as wide as the graph was told."""
+    if width != d_out:
+        raise ValueError(
+            f"the experts must give rows of width {d_out}, but gave {width}; use "
+            f"Experts.callables(functions, d_out={width})"
+        )
 
 
 def _as_expert(W: Any, place: str, *, d: int, like: Array, dtype: np.dtype) -> Expert:

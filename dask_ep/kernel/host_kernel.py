@@ -192,8 +192,10 @@ def answer_of_rank(
     (m, d_out), see `Answer`; (0, d_out) where what is seen is all that is wanted
     """
     compute = computing_dtype(tokens.dtype)
-    experts = as_local_experts(expert_Ws, d=tokens.shape[1], like=tokens, dtype=compute)
-    d_out = experts[0].d_out if d_out is None else d_out
+    experts = as_local_experts(
+        expert_Ws, d=tokens.shape[1], like=tokens, dtype=compute, d_out=d_out
+    )
+    d_out = experts[0].d_out
     if seen is not None and not seen.observe.output:
         answer: Served = Watched(tokens, segments, topk_weights, d_out, seen)
     else:

@@ -80,8 +80,10 @@ def own_experts(
     -----
     Calling it again, from this or from another client, gives a handle to the same owners: there is
     one plugin on a scheduler. A call changes only what it names. The plugin is removed when all
-    clients that called have closed their handles or are gone, and leaves nothing behind. Graphs
-    of another world size than this get owners by the same rules when they arrive.
+    clients that called have closed their handles or are gone. What stays is an idle plugin on each
+    worker, and that its C library keeps freed memory, up to 32 MiB for each of its heaps (see
+    `dask_ep.arrays.memory.keep_freed_memory`). Graphs of another world size than this get owners by
+    the same rules when they arrive.
 
     Dask gives a task up (KilledWorker) when more workers have died with it than the scheduler's
     `distributed.scheduler.allowed-failures`, 3 by default: set it to the number of workers or more,

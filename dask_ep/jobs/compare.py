@@ -39,7 +39,7 @@ from dask_ep.jobs.backends import (
 )
 from dask_ep.jobs.build import Built, Inputs, build, open_inputs
 from dask_ep.jobs.decide import decide
-from dask_ep.jobs.difference import Difference, difference
+from dask_ep.jobs.difference import COMPARED, Difference, difference
 from dask_ep.jobs.job import Job
 from dask_ep.jobs.verify import open_output
 from dask_ep.laws.decision import Decision
@@ -286,7 +286,7 @@ class _Chunks(Callback):
         self._tell, self._done = tell, 0
 
     def _look(self, key: Any, *_: Any) -> None:
-        if isinstance(key, tuple) and "compare_chunk" in str(key[0]):
+        if isinstance(key, tuple) and str(key[0]).startswith(f"{COMPARED}-"):
             self._done += 1
             self._tell(self._done)
 

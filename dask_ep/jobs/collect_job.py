@@ -30,7 +30,7 @@ from dask_ep import __version__
 from dask_ep.arrays import memory
 from dask_ep.cluster.interrupts import Wait
 from dask_ep.cluster.workers import Workers
-from dask_ep.errors import JobError
+from dask_ep.errors import JobError, ReadError
 from dask_ep.graph.statistics import Numbers, finish_groups
 from dask_ep.jobs.backends import (
     ALL_THREADS,
@@ -314,6 +314,10 @@ def _complete(inputs: Inputs, asked: Wanted, out: str, fingerprint: str) -> Coll
             f"{asked.out} is complete, but the output {inputs.job.out} is not there; write it with "
             "run, or overwrite both"
         )
+    try:
+        bundle.check_content(out)
+    except ReadError as error:
+        raise ReadError(f"{error}; overwrite it to collect the statistics again") from error
     few = json.loads(metadata["coverage"])["rows_of_experts"]
     coverage = {int(e): rows for e, rows in few.items()}
     return Collected(metadata, coverage, inputs.experts.num_experts, inputs.tokens.shape[0])

@@ -3,7 +3,8 @@
     statistics.safetensors    one file: a header, then the arrays
     statistics.zarr           a group, with an array for each name
 
-Large arrays come as sources, and are copied some rows at a time.
+Large arrays come as sources, and are copied some rows at a time. The words have a hash of all
+arrays, so that damage is found.
 """
 
 from __future__ import annotations
@@ -15,10 +16,13 @@ from math import prod
 from typing import Any
 
 import numpy as np
+import xxhash
 
+from dask_ep.errors import ReadError
 from dask_ep.storage.replace import remove, replace
 from dask_ep.storage.safetensors_header import DTYPES
 from dask_ep.storage.source import Source
+from dask_ep.storage.sources import open_safetensors, open_source
 from dask_ep.storage.storage import CHUNK_BYTES
 
 KINDS_OF_BUNDLES = (".safetensors", ".zarr")
@@ -64,14 +68,31 @@ def write_bundle(
     ----------
     path : ``.safetensors`` or ``.zarr``, on the file system of ``<path>.progress/``, which exists
     arrays : by name
-    metadata : words by name: the header's metadata, or the group's attributes
+    metadata : words by name: the header's metadata, or the group's attributes. "content" is added
     """
+    metadata = {**metadata, "content": _hash(arrays)}
     directory = f"{path}.progress"
     new = os.path.join(directory, f"new{os.path.splitext(path)[1]}")
     remove(new)
     write = _write_zarr if path.endswith(".zarr") else _write_safetensors
     write(new, arrays, metadata)
     replace(new, path, directory)
+
+
+def check_content(path: str) -> None:
+    """Read all arrays of a bundle, and refuse one that is not what was written.
+
+    Raises
+    ------
+    ReadError
+        If arrays are missing, cut or changed.
+    """
+    try:
+        whole = read_metadata(path).get("content") == _hash(_open_arrays(path))
+    except (OSError, ValueError, KeyError) as error:
+        raise ReadError(f"{path} is damaged: {error}") from error
+    if not whole:
+        raise ReadError(f"{path} is damaged: its arrays are not those that were written")
 
 
 def read_metadata(path: str) -> dict[str, str]:
@@ -82,6 +103,24 @@ def read_metadata(path: str) -> dict[str, str]:
     with open(path, "rb") as file:
         header = json.loads(file.read(int.from_bytes(file.read(8), "little")))
     return header.get("__metadata__", {})
+
+
+def _open_arrays(path: str) -> dict[str, Source]:
+    if not path.endswith(".zarr"):
+        return open_safetensors(path)
+    import zarr
+
+    names = zarr.open_group(path, mode="r").array_keys()
+    return {name: open_source(os.path.join(path, name)) for name in names}
+
+
+def _hash(arrays: Mapping[str, np.ndarray | Source]) -> str:
+    hashed = xxhash.xxh3_128()
+    for name, array in sorted(arrays.items()):
+        hashed.update(f"{name} {np.dtype(array.dtype).name} {array.shape};".encode())
+        for part in _parts(array):
+            hashed.update(np.ascontiguousarray(part).reshape(-1).view(np.uint8).data)
+    return hashed.hexdigest()
 
 
 def _is_bundle(path: str) -> bool:
@@ -130,7 +169,12 @@ def _write_zarr(
         rows = _rows_of_a_part(array)
         chunks = tuple(max(n, 1) for n in (rows, *array.shape[1:])[: len(array.shape)])
         to = group.create_array(
-            name, shape=array.shape, chunks=chunks, dtype=array.dtype, compressors=None
+            name,
+            shape=array.shape,
+            chunks=chunks,
+            dtype=array.dtype,
+            compressors=None,
+            config={"write_empty_chunks": True},  # a missing chunk is a lost one
         )
         start = 0
         for part in _parts(array):
@@ -143,8 +187,8 @@ def _write_zarr(
 
 def _parts(array: np.ndarray | Source) -> Iterator[np.ndarray]:
     """The rows of an array, some at a time."""
-    if not isinstance(array, Source):
-        yield array
+    if not isinstance(array, Source) or not array.shape:
+        yield array.read(0, 1) if isinstance(array, Source) else array
         return
     step = _rows_of_a_part(array)
     for start in range(0, array.shape[0], step):

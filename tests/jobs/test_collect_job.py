@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -20,7 +21,7 @@ from safetensors.numpy import load_file
 
 from dask_ep import Experts, collect, open_tokens
 from dask_ep.cli import main
-from dask_ep.errors import DoesNotFit, JobError
+from dask_ep.errors import DoesNotFit, JobError, ReadError
 from dask_ep.jobs.backends import Processes, Threads
 from dask_ep.jobs.collect_job import Wanted, collect_job
 from dask_ep.jobs.job import load_job
@@ -142,6 +143,37 @@ def test_a_stopped_run_resumes_to_the_same_bits(folder):
     np.save(folder / "weights.npy", np.ones((N, 2), "f4"))
     with pytest.raises(ValueError, match="holds statistics of other inputs"):
         collect_job(job(folder), again, Threads(1), resume=True)
+
+
+def _cut(path: Path) -> None:
+    os.truncate(path, path.stat().st_size - 8)
+
+
+def _change(path: Path) -> None:
+    data = bytearray(path.read_bytes())
+    data[-1] ^= 1
+    path.write_bytes(data)
+
+
+@pytest.mark.parametrize(
+    ("name", "file", "damage"),
+    [
+        ("stats.safetensors", "", _cut),
+        ("stats.safetensors", "", _change),
+        ("stats.zarr", "usage.rows/c/0", Path.unlink),
+        ("stats.zarr", "amax.input/c/0/0", _change),
+        ("stats.zarr", "usage.rows", shutil.rmtree),
+    ],
+)
+def test_damaged_statistics_are_not_taken_for_complete(folder, name, file, damage):
+    usage = replace(asked(folder, name), what=("usage", "amax"))
+    collect_job(job(folder), usage, Threads(1))
+    collect_job(job(folder), usage, Threads(1), resume=True)
+    damage(folder / name / file if file else folder / name)
+    with pytest.raises(ReadError, match=f"{name} is damaged.*; overwrite it to collect"):
+        collect_job(job(folder), usage, Threads(1), resume=True)
+    collect_job(job(folder), usage, Threads(1), overwrite=True)
+    collect_job(job(folder), usage, Threads(1), resume=True)
 
 
 def test_a_killed_run_resumes_to_the_same_bits(folder):

@@ -38,6 +38,7 @@ from dask_ep.layers.checkpoint import Checkpoint
 from dask_ep.layers.checkpoint_files import INDEX
 from dask_ep.layers.families import PREFIXES, TEXT_CONFIGS
 from dask_ep.layers.family import Family, Key
+from dask_ep.storage.bundle import read_metadata
 from dask_ep.storage.sources import open_safetensors
 
 SCORES = {
@@ -117,6 +118,9 @@ def read_scores(stats: Path, layers: list[int], score: str, E: int) -> dict[int,
         path = stats / f"stats_{layer:03d}.safetensors" if stats.is_dir() else stats
         if not path.exists():
             raise click.UsageError(f"there are no statistics of MoE layer {layer}: {path}")
+        of = read_metadata(str(path)).get("layer_index", str(layer))
+        if of != str(layer):
+            raise click.UsageError(f"{path} must be of layer {layer}, but is of layer {of}")
         tensors, name = open_safetensors(path), SCORES.get(score, score)
         if name not in tensors:
             raise click.UsageError(

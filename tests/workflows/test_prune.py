@@ -15,6 +15,7 @@ import click
 import dask.array as da
 import numpy as np
 import pytest
+from safetensors.numpy import save_file
 
 from dask_ep import MoELayer, load_moe_layer
 from dask_ep.layers.checkpoint import Checkpoint
@@ -216,6 +217,10 @@ def test_what_cannot_be_pruned_is_refused(tmp_path):
     scores[3] = np.nan
     write_stats(stats, scores)
     refused("but is (12,) with 1 others", directory, stats, "--keep", "0.6", "--out", out)
+    other = {"layer_index": str(LAYER + 1)}
+    save_file({"reap.score": scores}, stats / f"stats_{LAYER:03d}.safetensors", other)
+    refused(f"must be of layer {LAYER}, but is of layer {LAYER + 1}",
+            directory, stats, "--keep", "0.6", "--out", out)  # fmt: skip
     (tmp_path / "none").mkdir()
     refused("there are no statistics of MoE layer 1",
             directory, tmp_path / "none", "--keep", "0.6", "--out", out)  # fmt: skip

@@ -311,6 +311,7 @@ def test_a_task_learns_whether_an_earlier_one_lacks_a_thread(client, workers):
         others.append(client.submit(time.sleep, 0, priority=priority, **here))
         wait_until(lambda: len(worker.state.ready) == len(others), "it is ready")
         GATES[gate].set()
+        wait_until(lambda: len(found) > len(others), "it has looked")
     asked.result(DEADLINE)
     assert found == [False, False, True]
     client.gather(others)

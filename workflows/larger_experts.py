@@ -41,6 +41,7 @@ import ml_dtypes
 import numpy as np
 import psutil
 from dask.utils import format_bytes, parse_bytes
+from measured import peak_of_tree
 
 from dask_ep.arrays.blas import one_blas_thread, product
 from dask_ep.graph.expert_schedule import READS
@@ -228,21 +229,17 @@ class Bench:
         """Seconds and peak bytes of the command's process tree; one of its workers is killed."""
         self.drop_cache()
         command = [sys.executable, "-m", "dask_ep", "run", str(self.folder / f"{name}.toml")]
-        start, peak = time.perf_counter(), 0
+        start = time.perf_counter()
+
+        def look(tree: list[psutil.Process]) -> None:
+            nonlocal kill
+            if kill and sum(self.reads(name).values()) > self.layer.experts // 2:
+                kill = max(tree[1:], key=lambda one: one.memory_info().rss).kill()
+
         with subprocess.Popen(
             [*command, *self.where, *options, "--overwrite"], stderr=subprocess.DEVNULL
         ) as process:
-            root = psutil.Process(process.pid)
-            while process.poll() is None:
-                try:
-                    tree = [root, *root.children(recursive=True)]
-                    memory = [one.memory_info().rss for one in tree]
-                    peak = max(peak, sum(memory))
-                    if kill and sum(self.reads(name).values()) > self.layer.experts // 2:
-                        kill = tree[1 + int(np.argmax(memory[1:]))].kill()
-                except psutil.NoSuchProcess:
-                    continue
-                time.sleep(0.02)
+            peak = peak_of_tree(process, look)
         if process.returncode:
             raise SystemExit(f"{name} has failed: run {' '.join(command)} to see why")
         return time.perf_counter() - start, peak

@@ -8,14 +8,16 @@ from __future__ import annotations
 import os
 import shutil
 import statistics
+import subprocess
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
 import dask.array as da
 import numpy as np
+import psutil
 import zarr
 
 import dask_ep
@@ -148,6 +150,26 @@ def timed(run: Callable[[], None]) -> float:
     start = time.perf_counter()
     run()
     return time.perf_counter() - start
+
+
+def peak_of_tree(
+    process: subprocess.Popen, look: Callable[[list[psutil.Process]], None] = lambda _: None
+) -> int:
+    """Wait for a process; the most bytes of memory that it and its descendants had together.
+
+    Parameters
+    ----------
+    process : just started
+    look : called with all of them, again and again
+    """
+    root, peak = psutil.Process(process.pid), 0
+    while process.poll() is None:
+        with suppress(psutil.NoSuchProcess):
+            tree = [root, *root.children(recursive=True)]
+            peak = max(peak, sum(one.memory_info().rss for one in tree))
+            look(tree)
+        time.sleep(0.02)
+    return peak
 
 
 def table(rounds: list[dict[str, float]]) -> str:

@@ -34,7 +34,8 @@ from __future__ import annotations
 import click
 from walk.options import Options
 
-from dask_ep.cli.options import SIZE
+from dask_ep.cli.run_command import WHERE, choose_where, where_options
+from dask_ep.jobs.backends import on_gpus
 from dask_ep.layers.collect import WHAT
 
 SAVES = ("hidden", "routing", "moe_input")
@@ -128,25 +129,16 @@ class Blocks(click.ParamType):
     show_default=True,
     help="Which of the layers in the files of --start.",
 )
-@click.option(
-    "--memory-limit",
-    help="Of this process, or of each worker process; default: 80 % of the machine's.",
-    **SIZE,
-)
-@click.option("--processes", type=click.IntRange(1), help="Worker processes on this machine.")
-@click.option(
-    "--scheduler",
-    metavar="ADDRESS",
-    help="Of a Dask cluster, whose workers have torch and workflows/ on their PYTHONPATH.",
-)
+@where_options
 @click.option("--resume", is_flag=True, help="Continue a walk that was stopped.")  # fmt: skip
 def main(**options) -> None:
-    if options["processes"] and options["scheduler"]:
-        raise click.UsageError("--processes and --scheduler are mutually exclusive")
+    where = choose_where(**{key: options.pop(key) for key in WHERE})
+    if on_gpus(where):
+        raise click.UsageError("a walk computes on the host: run without --gpu")
     try:
         from walk.drive import run  # needs torch; the arguments are checked before
 
-        summary = run(Options(**options), lambda line: click.echo(line, err=True))
+        summary = run(Options(**options, where=where), lambda line: click.echo(line, err=True))
     except (OSError, ValueError, MemoryError, ImportError) as error:
         raise click.ClickException(str(error)) from error
     click.echo(describe(summary))

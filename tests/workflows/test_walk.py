@@ -21,6 +21,7 @@ from walk.documents import (
     Documents,
     batch_documents,
     chunk_documents,
+    hidden_shape,
     next_tokens,
     read_documents,
     read_hidden,
@@ -80,9 +81,15 @@ def test_files_of_vllm_are_documents_with_hidden_states(tmp_path):
     save_file({"token_ids": np.arange(1), "hidden_states": hidden[:1]}, tmp_path / "b.safetensors")
     read = read_documents(str(tmp_path), 8, tokenize)
     np.testing.assert_array_equal(read.lengths, [3, 1])
-    np.testing.assert_array_equal(read_hidden(str(tmp_path / "a.safetensors"), 1), hidden[:, 1])
+    path = str(tmp_path / "a.safetensors")
+    assert hidden_shape(path, 1) == (3, 4)
+    np.testing.assert_array_equal(read_hidden(path, 1, np.dtype("f4")), hidden[:, 1])
     with pytest.raises(ValueError, match=r"layer number 2, .* but has shape \(3, 2, 4\)"):
-        read_hidden(str(tmp_path / "a.safetensors"), 2)
+        hidden_shape(path, 2)
+    save_file({"token_ids": np.arange(2), "hidden_states": hidden}, tmp_path / "d.safetensors")
+    with pytest.raises(ValueError, match="has 2 token_ids and hidden states of 3 tokens"):
+        hidden_shape(str(tmp_path / "d.safetensors"), 1)
+    (tmp_path / "d.safetensors").unlink()
     save_file({"x": np.arange(3)}, tmp_path / "c.safetensors")
     with pytest.raises(ValueError, match=r"c.safetensors must hold token_ids .* but has x"):
         read_documents(str(tmp_path), 8, tokenize)
@@ -168,7 +175,9 @@ def command(monkeypatch, tmp_path):
         (["--out", "x", "--save", "hidden,colours"], "must be some of hidden, routing, moe_input"),
         (["--out", "x", "--layers", "3-1"], "invalid blocks: '3-1' (try 3, or 0-23)"),
         (["--out", "x", "--memory-limit", "much"], "invalid size: 'much'"),
-        (["--out", "x", "--processes", "2", "--scheduler", "y"], "are mutually exclusive"),
+        (["--out", "x", "--processes", "2", "--scheduler", "y"], "has no effect on a cluster"),
+        (["--out", "x", "--threads", "2", "--processes", "2"], "are mutually exclusive"),
+        (["--out", "x", "--gpu"], "a walk computes on the host: run without --gpu"),
         (["--out", "x", "--length", "0"], "--length"),
     ],
 )

@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -33,8 +34,11 @@ from make_checkpoints import (
     rewrite,
     routing_of,
 )
+from safetensors.numpy import load_file
 
 from dask_ep import open_tokens
+from dask_ep.jobs.backends import Threads
+from tests.cluster_processes import DEADLINE, Cluster, wait_until
 from tests.workflows.whole_models import FAMILIES, VOCABULARY, make_model
 
 ROOT = Path(__file__).parents[2]
@@ -257,32 +261,52 @@ def test_quantized_attention_is_decoded_as_it_is_read(ids, tmp_path):
 
 
 def test_hidden_states_of_vllm_are_where_a_walk_starts(models, ids, tmp_path):
-    """Files as its ExampleHiddenStatesConnector writes them, one a request."""
+    """Files as its ExampleHiddenStatesConnector writes them: one a request, named by its id, with
+    a file beside it that was locked while it was written; int64 token ids (tokens,), and hidden
+    states (tokens, layers, d) in the dtype that the model was served in."""
     from safetensors.torch import save_file
 
-    _, directory = models("olmoe")
-    everything = run(Options(str(directory), str(ids), str(tmp_path / "all"), chunk_rows=40,
-                             save=frozenset({"hidden"})))  # fmt: skip
-    requests, padded, start = tmp_path / "requests", np.load(ids), 0
+    model, directory = models("olmoe")
+    requests, padded = tmp_path / "requests", np.load(ids)
     requests.mkdir()
-    kept = [torch.tensor(read(tmp_path / "all" / f"block_00{b}.zarr")) for b in (0, 1)]
+    with torch.no_grad():
+        hidden = model.model(
+            input_ids=torch.tensor(np.maximum(padded, 0)), output_hidden_states=True,
+            attention_mask=torch.tensor(padded >= 0).long(),
+        ).hidden_states  # fmt: skip
     for number, length in enumerate(LENGTHS):
-        rows = [hidden[start : start + length] for hidden in kept]
-        save_file(
-            {
-                "token_ids": torch.tensor(padded[number, :length]),
-                "hidden_states": torch.stack(rows, 1),
-            },
-            requests / f"{number}.safetensors",
-        )
-        start += length
+        kept = torch.stack([hidden[block][number, :length] for block in (1, 2)], dim=1)
+        path = requests / f"cmpl-{number}-0.safetensors"
+        tensors = {"hidden_states": kept, "token_ids": torch.tensor(padded[number, :length])}
+        if number % 2:
+            tensors["hidden_states"] = kept.bfloat16()
+        save_file(tensors, path)
+        Path(f"{path}.lock").touch()
     rest = run(Options(str(directory), str(requests), str(tmp_path / "rest"), chunk_rows=40,
-                       start=2, column=1))  # fmt: skip
+                       start=2, column=1, save=frozenset({"hidden"})))  # fmt: skip
     assert [took["block"] for took in rest["blocks"]] == [2, 3]
-    assert rest["loss"] == everything["loss"]
-    np.testing.assert_array_equal(
-        read(tmp_path / "rest" / "final.zarr"), read(tmp_path / "all" / "final.zarr")
-    )
+    with torch.no_grad():
+        given = hidden[2].clone()
+        given[1::2] = given[1::2].bfloat16().float()
+        norm = model.model.norm(after(model, 2, given))
+    final, ends = read(tmp_path / "rest" / "final.zarr"), np.cumsum(LENGTHS)
+    assert final.dtype == np.float32
+    for number, (length, end_of) in enumerate(zip(LENGTHS, ends, strict=True)):
+        close(final[end_of - length : end_of], norm[number, :length].numpy())
+
+
+def after(model, block, hidden):
+    """What transformers' own blocks make of hidden states (batch, tokens, d) from this one on."""
+    before = model.model.layers
+    model.model.layers = torch.nn.ModuleList(before[block:])
+    last = {}
+    hook = before[-1].register_forward_hook(lambda _m, _a, out: last.update(out=out))
+    try:
+        model.model(inputs_embeds=hidden, use_cache=False)
+    finally:
+        hook.remove()
+        model.model.layers = before
+    return last["out"][0] if isinstance(last["out"], tuple) else last["out"]
 
 
 def test_two_models_are_compared(models, ids, tmp_path):
@@ -326,6 +350,11 @@ def script(*arguments):
     )  # fmt: skip
 
 
+def done_in(record):
+    """The files that tell which blocks of an output are done."""
+    return list(record.glob("done*"))
+
+
 def end(process):
     out, told = process.communicate(timeout=200)
     assert process.returncode == 0, told
@@ -364,17 +393,73 @@ def test_a_walk_that_is_killed_goes_on_with_the_same_bits(models, tmp_path):
     assert losses[0] == losses[1]
 
 
-def test_a_walk_on_two_worker_processes(models, ids, tmp_path):
-    _, directory = models("glm4_moe")
-    arguments = [directory, ids, "--save", "routing", "--chunk-rows", 30]
-    end(script(*arguments, "--out", tmp_path / "here"))
-    end(script(*arguments, "--out", tmp_path / "there", "--processes", 2))
-    close(read(tmp_path / "there" / "final.zarr"), read(tmp_path / "here" / "final.zarr"), 1e-6)
-    for block in (1, 2, 3):
-        name = f"routing_00{block}.zarr"
-        np.testing.assert_array_equal(
-            read(tmp_path / "there" / name), read(tmp_path / "here" / name)
+def test_a_walk_that_is_killed_while_it_collects_goes_on_with_the_same_bits(models, tmp_path):
+    """Between two groups of token chunks: what the first has summed is not summed again."""
+    _, directory = models("olmoe")
+    np.save(tmp_path / "ids.npy", np.random.default_rng(0).integers(3, VOCABULARY, (100, 40)))
+    what = ["--collect", "usage,amax,reap", "--chunk-rows", 40, "--layers", 0]
+    arguments = [directory, tmp_path / "ids.npy", *what]
+    whole, stopped = tmp_path / "whole", tmp_path / "stopped"
+    end(script(*arguments, "--out", whole))
+    record = stopped / "stats_000.safetensors.progress" / "groups-0.zarr.progress"
+    with script(*arguments, "--out", stopped) as process:
+        wait_until(
+            lambda: process.poll() is not None or any(p.stat().st_size for p in done_in(record)),
+            "a group is done",
         )
+        process.kill()
+    assert process.returncode == -signal.SIGKILL
+    assert not (stopped / "stats_000.safetensors").exists()
+    end(script(*arguments, "--out", stopped, "--resume"))
+    first, second = (load_file(out / "stats_000.safetensors") for out in (whole, stopped))
+    assert first.keys() == second.keys() > {"usage.rows", "reap.score"}
+    for name, array in first.items():
+        np.testing.assert_array_equal(second[name], array, err_msg=name)
+
+
+def same_values(ours, theirs, blocks):
+    """Two walks of which one ran on workers, which have other threads and chunks of rows."""
+    close(read(ours / "final.zarr"), read(theirs / "final.zarr"), 1e-6)
+    for block in blocks:
+        name = f"routing_{block:03d}.zarr"
+        np.testing.assert_array_equal(read(ours / name), read(theirs / name))
+        first, second = (
+            load_file(out / f"stats_{block:03d}.safetensors") for out in (ours, theirs)
+        )
+        assert first.keys() == second.keys()
+        for name, array in first.items():
+            np.testing.assert_allclose(array, second[name], rtol=1e-4, err_msg=name)
+    losses = [json.loads((out / "summary.json").read_text())["loss"] for out in (ours, theirs)]
+    assert losses[0] == pytest.approx(losses[1], abs=1e-6)
+
+
+def test_a_walk_on_worker_processes_and_on_a_cluster(models, ids, tmp_path):
+    """Two of its own, and two of a scheduler's, give what this process gives."""
+    _, directory = models("glm4_moe")
+    arguments = [directory, ids, "--save", "routing", "--collect", "usage,reap", "--chunk-rows", 30]
+    end(script(*arguments, "--out", tmp_path / "here"))
+    end(script(*arguments, "--out", tmp_path / "processes", "--processes", 2))
+    same_values(tmp_path / "processes", tmp_path / "here", (1, 2, 3))
+    paths = os.pathsep.join(map(str, (ROOT, ROOT / "workflows")))
+    with Cluster(tmp_path, ["a", "b"], environment={"PYTHONPATH": paths}) as cluster:
+        cluster.client().close()
+        where = ["--scheduler", cluster.address, "--workers", 2]
+        end(script(*arguments, "--out", tmp_path / "cluster", *where))
+        with cluster.client() as client:
+            threads = client.run(torch.get_num_threads)
+            assert set(threads.values()) == {1}, "as many as a worker has"
+    same_values(tmp_path / "cluster", tmp_path / "here", (1, 2, 3))
+
+
+def test_workers_that_lack_the_walk_are_refused(models, ids, tmp_path):
+    _, directory = models("mixtral")
+    with Cluster(tmp_path, ["a"], environment={"PYTHONPATH": str(ROOT)}) as cluster:
+        cluster.client().close()
+        process = script(directory, ids, "--out", tmp_path / "out", "--scheduler", cluster.address)
+        _, told = process.communicate(timeout=DEADLINE)
+    assert process.returncode == 1
+    assert "must have torch, transformers and the directory workflows/ on their" in told
+    assert "No module named 'walk'" in told
 
 
 def test_what_cannot_be_resumed_is_refused(models, ids, tmp_path):
@@ -419,7 +504,14 @@ def test_memory_of_attention_is_found_without_computing(models):
 def test_a_limit_that_holds_nothing_is_refused(models, ids, tmp_path):
     _, directory = models("mixtral")
     with pytest.raises(MemoryError, match=r"a limit of 100 MB must hold .* MB besides experts"):
-        run(Options(str(directory), str(ids), str(tmp_path / "acts"), memory_limit=100_000_000))
+        run(
+            Options(
+                str(directory),
+                str(ids),
+                str(tmp_path / "acts"),
+                where=Threads(memory_limit=100_000_000),
+            )
+        )
 
 
 def test_token_ids_beyond_the_vocabulary_are_refused(models, tmp_path):
@@ -427,6 +519,21 @@ def test_token_ids_beyond_the_vocabulary_are_refused(models, tmp_path):
     np.save(tmp_path / "ids.npy", np.array([[3, VOCABULARY]]))
     with pytest.raises(ValueError, match=rf"token ids must be in \[0, {VOCABULARY}\)"):
         run(Options(str(directory), str(tmp_path / "ids.npy"), str(tmp_path / "acts")))
+
+
+def test_what_a_walk_takes_is_measured():
+    """The script makes a checkpoint, walks it within memory, and reads each expert once."""
+    done = subprocess.run(
+        [sys.executable, ROOT / "workflows" / "walk_cost.py", "--tokens", "600", "--length", "32",
+         "--blocks", "2", "--d", "64", "--hidden", "32", "--experts", "8", "--k", "2",
+         "--vocabulary", "64", "--memory-limit", "2GB", "--sample", "64"],
+        text=True, capture_output=True, env=os.environ | {"PYTHONPATH": str(ROOT)}, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    peak = re.search(r"memory: (\S+) GB at most, of 2.00 GB allowed", done.stdout)
+    assert 0.1 < float(peak[1]) < 2
+    assert "16 experts read of 16" in done.stdout
+    assert re.search(r"\| experts \| \S+ \| \S+ \| \S+ \|", done.stdout)
 
 
 # --- the example of workflows/README.md ------------------------------------------------------
@@ -472,7 +579,6 @@ def test_the_example_of_the_readme(tmp_path):
 
 def test_statistics_are_those_of_the_layer_alone(models, ids, tmp_path):
     from dask_ep import collect, load_moe_layer
-    from dask_ep.storage.sources import open_safetensors
 
     _, directory = models("deepseek_v2")
     what = frozenset({"usage", "reap", "amax", "coactivation", "router"})
@@ -482,31 +588,7 @@ def test_statistics_are_those_of_the_layer_alone(models, ids, tmp_path):
     for block in (1, 2, 3):
         rows = open_tokens(tmp_path / "acts" / f"moe_input_00{block}.zarr")
         expected = collect(rows, load_moe_layer(directory, block), what=what)
-        found = open_safetensors(tmp_path / "acts" / f"stats_00{block}.safetensors")
+        found = load_file(tmp_path / "acts" / f"stats_00{block}.safetensors")
         assert found.keys() == expected.keys()
         for name, array in expected.items():
-            np.testing.assert_allclose(
-                found[name].read(0, found[name].shape[0]), array.compute(), rtol=1e-5, err_msg=name
-            )
-
-
-def test_statistics_of_experts_that_do_not_fit_together(models, ids, tmp_path):
-    """Some experts at a time give what all at once give."""
-    from walk.statistics import collect_layer, expert_groups
-
-    from dask_ep import load_moe_layer
-
-    _, directory = models("mixtral")
-    rng = np.random.default_rng(0)
-    rows = open_tokens(rng.standard_normal((50, 32), dtype=np.float32), chunks=20)
-    layer, what = load_moe_layer(directory, 1), frozenset({"usage", "reap", "sumsq"})
-    most = 2 * layer.experts.loaded_bytes(np.dtype("f4"))
-    assert list(expert_groups(layer, most)) == [(0, 2), (2, 4), (4, 6)]
-    told = []
-    found, whole = (
-        collect_layer(rows, layer, what, client=None, most=m, tell=told.append)
-        for m in (most, None)
-    )
-    assert found.keys() == whole.keys()
-    for name in whole:
-        np.testing.assert_allclose(found[name], whole[name], rtol=1e-6, err_msg=name)
+            np.testing.assert_allclose(found[name], array.compute(), rtol=1e-5, err_msg=name)

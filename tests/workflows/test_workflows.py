@@ -89,6 +89,7 @@ TOYS = {
 NEED_TORCH = {
     "compare_with_torch.py": {"torch"},
     "compare_with_transformers.py": {"torch", "transformers"},
+    "walk_cost.py": {"torch", "transformers"},
     "walk_model.py": {"torch", "transformers"},
 }
 """Scripts with requirements that the tests do not have: their headers state them."""

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from math import prod
 from pathlib import Path
 from typing import NamedTuple
 
@@ -120,15 +121,32 @@ def read_ids(path: str) -> np.ndarray:
     return source.read(0, source.shape[0]).astype(np.int64).reshape(-1)
 
 
-def read_hidden(path: str, column: int) -> np.ndarray:
-    """Read the hidden states (n, d) of a request's tokens, of one of the layers that were kept."""
-    source = _tensor(path, "hidden_states")
+def hidden_shape(path: str, column: int) -> tuple[int, int]:
+    """Return the shape (n, d) of what `read_hidden` gives; nothing is read but headers.
+
+    Raises
+    ------
+    ValueError
+        If the layer is not there, or the tokens with hidden states are not those with ids.
+    """
+    source, ids = _tensor(path, "hidden_states"), _tensor(path, "token_ids")
     if source.ndim != 3 or not 0 <= column < source.shape[1]:
         raise ValueError(
             f"{source.name} must be (tokens, layers, d) with layer number {column}, counted from 0,"
             f" but has shape {source.shape}"
         )
-    return source.read(0, source.shape[0])[:, column]
+    if source.shape[0] != prod(ids.shape):
+        raise ValueError(
+            f"{path} must hold hidden states of each token, but has {prod(ids.shape)} token_ids "
+            f"and hidden states of {source.shape[0]} tokens"
+        )
+    return source.shape[0], source.shape[2]
+
+
+def read_hidden(path: str, column: int, dtype: np.dtype) -> np.ndarray:
+    """Read the hidden states (n, d) of a request's tokens, of one of the layers that were kept."""
+    source = _tensor(path, "hidden_states")
+    return source.read(0, source.shape[0])[:, column].astype(dtype)
 
 
 def _tensor(path: str, name: str) -> Source:

@@ -15,21 +15,22 @@ import dask.array as da
 import numpy as np
 import torch
 from dask import delayed
-from dask.system import CPU_COUNT
 from distributed import Client
 from distributed.system import MEMORY_LIMIT
 from transformers import AutoTokenizer
 
-from dask_ep.cluster.checks import connect
-from dask_ep.jobs.backends import Processes, started
-from walk.documents import Documents, read_documents, read_hidden, request_files
+from dask_ep.arrays.checks import size_in_bytes
+from dask_ep.cluster.dask_internals import scheduler_address
+from dask_ep.jobs.backends import Cluster, Threads, started
+from walk.documents import Documents, hidden_shape, read_documents, read_hidden, request_files
 from walk.memory import Need, find_need
 from walk.model import Model, open_model
 from walk.options import Options
 from walk.progress import Progress
 from walk.record import Record, keep_documents, write_json
 from walk.stages import Asked, Walk, Where, hidden_error, score_all
-from walk.tasks import Task
+from walk.tasks import Task, TorchThreads
+from walk.tensors import numpy_dtype
 
 HEAD_BYTES = 256 << 20
 """Of the heads that are in memory at a time."""
@@ -54,13 +55,14 @@ def run(options: Options, say: Callable[[str], Any] = lambda _: None) -> dict[st
     blocks = options.blocks([len(model.blocks) for model in models])
     kept = Record(options.out, options.decisive(read), options.resume)
     keep_documents(options.out, read)
-    torch.set_num_threads(CPU_COUNT)
-    need = _state_need(models, options, read)
-    say(str(need))
-    kept.keep("moe_memory", need.experts)
+    torch.set_num_threads(options.threads)
     progress = Progress(len(blocks) * len(models))
     with _client(options) as client:
-        walks = _walks(options, models, Where(client, kept.begun["moe_memory"]), progress)
+        need = _state_need(models, options, read, client)
+        say(str(need))
+        kept.keep("moe_memory", need.experts)
+        moe = _place_of_moe(options, client, kept.begun["moe_memory"])
+        walks = _walks(options, models, Where(client, moe), progress)
         with contextlib.closing(progress):
             _through_blocks(options, walks, blocks, kept, progress)
         summary = {"tokens": len(read.ids), "documents": len(read.lengths)}
@@ -126,9 +128,10 @@ def _begin(options: Options, walk: Walk, first: int) -> None:
         walk.embed(os.path.join(os.path.realpath(options.out), "tokens.npy"))
         return
     files = request_files(options.text)
-    shapes = [read_hidden(path, options.column).shape for path in files]
+    shapes = [hidden_shape(path, options.column) for path in files]
+    dtype = numpy_dtype(walk.model.dtype)
     rows = da.concatenate([
-        da.from_delayed(delayed(read_hidden)(path, options.column), shape, np.float32)
+        da.from_delayed(delayed(read_hidden)(path, options.column, dtype), shape, dtype)
         for path, shape in zip(files, shapes, strict=True)
     ])  # fmt: skip
     walk.start_from(rows, {path: f"{path}::hidden_states" for path in files}, first - 1)
@@ -157,13 +160,15 @@ def _mean(loss: np.ndarray) -> dict[str, float]:
     return {"loss": mean, "perplexity": float(np.exp(mean))}
 
 
-def _state_need(models: list[Model], options: Options, read: Documents) -> Need:
+def _state_need(
+    models: list[Model], options: Options, read: Documents, client: Client | None
+) -> Need:
     length = int(read.lengths.max())
     head = sum(m.config_width * m.dtype.itemsize for m in models)
     tokens = models[0].decoder.get_input_embeddings().num_embeddings
     return find_need(
         models,
-        options.memory_limit or int(MEMORY_PART * MEMORY_LIMIT),
+        _limit(options, client),
         options.chunk_rows,
         max(options.tokens // length, 1),
         length,
@@ -176,36 +181,51 @@ def _tokenizer(model: str) -> Callable[[list[str]], list]:
     return lambda lines: AutoTokenizer.from_pretrained(model)(lines)["input_ids"]
 
 
+def _place_of_moe(options: Options, client: Client | None, memory: int) -> Threads | Cluster:
+    """Where the jobs of MoE layers run: in this process, or on the walk's own workers."""
+    if client is None:
+        return Threads(options.threads, memory)
+    if isinstance(options.where, Cluster):
+        return options.where
+    return Cluster(scheduler_address(client))
+
+
+def _limit(options: Options, client: Client | None) -> int:
+    """Bytes that a process of the walk may fill: this one, or the worker that has least."""
+    if client is None:
+        limits = [size_in_bytes(options.where.memory_limit)]
+    else:
+        workers = client.scheduler_info(n_workers=-1)["workers"].values()
+        limits = [worker["memory_limit"] for worker in workers]
+    return min(filter(None, limits), default=int(MEMORY_PART * MEMORY_LIMIT))
+
+
 @contextlib.contextmanager
 def _client(options: Options) -> Iterator[Client | None]:
     """A client of the workers that were asked for; None where there are none."""
-    if options.processes is not None:
-        where = Processes(options.processes, options.memory_limit)
-        with started(where, None) as (_, client):
-            yield _checked(client)
-    elif options.scheduler is not None:
-        with connect(options.scheduler) as client:
-            yield _checked(client)
-    else:
+    if isinstance(options.where, Threads):
         yield None
+        return
+    files = {"the directory of out": os.path.dirname(os.path.realpath(options.out))}
+    files |= {f"model {number}": model for number, model in enumerate(options.models, 1)}
+    with started(options.where, files) as (_, client):
+        client.wait_for_workers(1)
+        _check_imports(client)
+        client.register_plugin(TorchThreads())
+        yield client
 
 
-def _checked(client: Client) -> Client:
+def _check_imports(client: Client) -> None:
     """Raise unless all workers can do the tasks."""
-    client.wait_for_workers(1)
-    lacking = {w: error for w, error in client.run(_import_tasks).items() if error is not None}
+
+    def import_tasks() -> None:  # travels as what it is, not by a name in what may be lacking
+        importlib.import_module("walk.tasks")
+
+    answers = client.run(import_tasks, on_error="return")
+    lacking = [(worker, error) for worker, error in answers.items() if error is not None]
     if lacking:
-        worker, error = next(iter(lacking.items()))
+        worker, error = lacking[0]
         raise ImportError(
             f"workers must have torch, transformers and the directory workflows/ on their "
             f"PYTHONPATH, but {len(lacking)} have not, such as {worker}: {error}"
         )
-    return client
-
-
-def _import_tasks() -> str | None:
-    try:
-        importlib.import_module("walk.tasks")
-    except ImportError as error:
-        return str(error)
-    return None

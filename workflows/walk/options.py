@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from dask.system import CPU_COUNT
 
+from dask_ep.jobs.backends import ALL_THREADS, Threads, Where
 from walk.documents import Documents
 from walk.record import fingerprint, hash_documents
 
@@ -28,9 +29,7 @@ class Options:
     dtype: str = "auto"
     start: int | None = None
     column: int = 0
-    memory_limit: int | None = None
-    processes: int | None = None
-    scheduler: str | None = None
+    where: Where = ALL_THREADS
     resume: bool = False
 
     @property
@@ -41,6 +40,11 @@ class Options:
     def tokens(self) -> int:
         """Of a batch at most."""
         return self.batch_tokens or self.chunk_rows
+
+    @property
+    def threads(self) -> int:
+        """Of this process."""
+        return (isinstance(self.where, Threads) and self.where.count) or CPU_COUNT
 
     def decisive(self, read: Documents) -> dict:
         """All that decides the values of the walk, and what is kept of it."""
@@ -55,8 +59,8 @@ class Options:
             "dtype": self.dtype,
             "start": self.start,
             "column": self.column,
-            "threads": CPU_COUNT,
-            "on_workers": bool(self.processes or self.scheduler),
+            "threads": self.threads,
+            "on_workers": not isinstance(self.where, Threads),
         }
 
     def blocks(self, counts: list[int]) -> range:

@@ -26,12 +26,14 @@ import numpy as np
 from distributed import Client, as_completed, futures_of
 
 from dask_ep import load_moe_layer, open_tokens, store
-from dask_ep.jobs.backends import Cluster, Threads
+from dask_ep.jobs.backends import ALL_THREADS, Cluster, Threads
+from dask_ep.jobs.collect_decide import Course
+from dask_ep.jobs.collect_job import Wanted, collect_job
 from dask_ep.jobs.job import Job
 from dask_ep.jobs.run import run_job
 from dask_ep.jobs.save_routing import path_of_weights
 from dask_ep.storage.output import Output, progress_directory
-from walk import head, statistics
+from walk import head
 from walk.documents import chunk_documents, spans
 from walk.memory import give_back
 from walk.model import Model, open_model
@@ -44,20 +46,8 @@ class Where:
     """Where a walk runs: in this process, or on a client's workers."""
 
     client: Client | None = None
-    moe_memory: int | None = None
-    #: bytes that the MoE layers may take in this process, see `dask_ep.jobs.backends.Threads`
-    threads: int | None = None
-
-    @property
-    def bytes_of_experts(self) -> int | None:
-        """What experts may take that are in memory besides token chunks: half of it all."""
-        return None if self.moe_memory is None else self.moe_memory // 2
-
-    @property
-    def of_moe(self) -> Threads | Cluster:
-        if self.client is None:
-            return Threads(self.threads, self.moe_memory)
-        return Cluster(self.client.scheduler.address)
+    moe: Threads | Cluster = ALL_THREADS
+    #: where the jobs of MoE layers run
 
     def compute(self, output: Output, tell: Callable[[int], Any]) -> None:
         """Write an output; tell how many rows are done, each time."""
@@ -142,8 +132,7 @@ class Walk:
 
     def start_from(self, rows: da.Array, inputs: dict[str, Any], block: int) -> None:
         """Take hidden states that are there already as the output of a block."""
-        dtype = numpy_dtype(self.model.dtype)
-        self._store("hidden states", rows.astype(dtype), self.hidden(block), inputs)
+        self._store("hidden states", rows, self.hidden(block), inputs)
 
     def step(self, block: int) -> dict[str, Any]:
         """Send the hidden states through a block; give the seconds and bytes that it took."""
@@ -179,59 +168,64 @@ class Walk:
         y = self._mapped(task.attend, self._rows(before))
         self._store("attention", y, moe_input, {"hidden": before})
         marks.append(time.monotonic())
-        moe_output, took = self._moe(block, moe_input)
+        moe_output, reads = self._moe(block, moe_input)
         marks.append(time.monotonic())
-        self._collect(block, moe_input)
+        experts = load_moe_layer(self.task.directory, block).experts
+        reads += experts.num_experts * self._collect(block, moe_input)
         marks.append(time.monotonic())
         y = self._mapped(task.finish, self._rows(before), self._rows(moe_output))
         self._store("sum", y, self.hidden(block), {"hidden": before, "moe": moe_output})
         marks.append(time.monotonic())
         names = ("attention_seconds", "experts_seconds", "collect_seconds", "sum_seconds")
+        took = {
+            "expert_reads": reads,
+            "expert_bytes_read": reads * (experts.nbytes // experts.num_experts),
+        }
         return took | {
             name: round(b - a, 3) for name, a, b in zip(names, marks[:-1], marks[1:], strict=True)
         }
 
-    def _moe(self, block: int, moe_input: str) -> tuple[str, dict[str, Any]]:
-        """Let `dask_ep` compute the MoE module, and tell what it read."""
-        path = self._work(block, "moe_output.zarr")
-        routing = self._kept_path("routing", block)
+    def _moe(self, block: int, moe_input: str) -> tuple[str, int]:
+        """Let `dask_ep` compute the MoE module; its output, and how many experts were read."""
+        job, routing = self._job(block, moe_input), self._kept_path("routing", block)
         give_back()
-        job = Job(moe_input, path, layer=self.task.directory, layer_index=block, name="the walk")
-        there = os.path.exists(path) and (
-            routing is None or os.path.exists(path_of_weights(routing))
-        )
         passes = None
-        if not there:
-            done = run_job(
-                job, self.where.of_moe, resume=True, save_routing=routing,
+        if not os.path.exists(job.out) or not (
+            routing is None or os.path.exists(path_of_weights(routing))
+        ):
+            passes = run_job(
+                job, self.where.moe, resume=True, save_routing=routing,
                 on_progress=lambda p: self.tell(
                     "experts", (p.rows_done + p.rows_before) / max(p.rows_in_all, 1)
                 ),
-            )  # fmt: skip
-            passes = done.passes
+            ).passes  # fmt: skip
         give_back()
-        layer = load_moe_layer(self.task.directory, block)
-        stored = layer.experts.nbytes // layer.experts.num_experts
-        read = layer.experts.num_experts
-        if passes is not None:
-            read = sum(passes.reads.values())
-        return path, {"expert_bytes_read": read * stored, "expert_reads": read}
+        if passes is None:
+            return job.out, load_moe_layer(self.task.directory, block).experts.num_experts
+        return job.out, sum(passes.reads.values())
 
-    def _collect(self, block: int, moe_input: str) -> None:
-        """Collect statistics of the block's experts, if they are asked for and not there yet."""
+    def _job(self, block: int, moe_input: str) -> Job:
+        """What the block's MoE module computes."""
+        return Job(
+            moe_input, self._work(block, "moe_output.zarr"), layer=self.task.directory,
+            layer_index=block, name="the walk",
+        )  # fmt: skip
+
+    def _collect(self, block: int, moe_input: str) -> int:
+        """Collect statistics of the block's experts, if they are asked for and not there yet; say
+        how often all experts were read for them."""
         path = os.path.join(self.out, f"stats_{block:03d}.safetensors")
         if not self.asked.collect or block not in self.asked.blocks or os.path.exists(path):
-            return
-        found = statistics.collect_layer(
-            self._rows(moe_input),
-            load_moe_layer(self.task.directory, block),
-            self.asked.collect,
-            client=self.where.client,
-            most=self.where.bytes_of_experts,
-            tell=lambda part: self.tell("collect", part),
-        )
-        statistics.write(path, found)
+            return 0
+        courses: list[Course] = []
+        collect_job(
+            self._job(block, moe_input), Wanted(tuple(sorted(self.asked.collect)), path),
+            self.where.moe, resume=True, chunk_rows=self.task.chunk_rows,
+            on_progress=lambda done, total: self.tell("collect", done / max(total, 1)),
+            on_course=courses.append,
+        )  # fmt: skip
         give_back()
+        return sum(bool(course.of_tiles) + bool(course.gram_blocks) for course in courses)
 
     def _kept_path(self, what: str, block: int) -> str | None:
         wanted = what in self.asked.save and block in self.asked.blocks

@@ -8,12 +8,25 @@ from __future__ import annotations
 import os
 from dataclasses import dataclass
 from functools import lru_cache
+from typing import Any
 
 import numpy as np
+import torch
+from distributed import WorkerPlugin
 
 from walk import block, head
 from walk.documents import chunk_documents, spans
 from walk.model import open_model
+
+
+class TorchThreads(WorkerPlugin):
+    """Gives torch as many threads as a worker has, since one task at a time runs a block there."""
+
+    name = "walk-torch-threads"
+    idempotent = True
+
+    def setup(self, worker: Any) -> None:
+        torch.set_num_threads(worker.state.nthreads)
 
 
 @dataclass(frozen=True)

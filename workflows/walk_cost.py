@@ -1,0 +1,257 @@
+# /// script
+# requires-python = ">=3.11"
+# dependencies = ["torch>=2.6", "transformers>=5.24", "psutil", "dask-ep[mkl]"]
+# [tool.uv.sources]
+# dask-ep = { path = ".." }
+# ///
+"""What does a walk through a model take: memory, bytes and seconds?
+
+    python workflows/walk_cost.py --directory /fast/disk                        # 12 GB in 3 GB
+    python workflows/walk_cost.py --blocks 2 --experts 64 --memory-limit 12GB   # experts fit
+
+Makes a random bfloat16 checkpoint of Qwen3-MoE's kind, sends random tokens through it by
+`walk_model.py` in a process of its own, and prints
+
+    memory    the peak of its process tree, next to the limit
+    bytes     read of the tensors, next to those of the checkpoint, and how often experts were read
+    seconds   of the stages, next to transformers' own block on the same cores, with all weights in
+              memory: attention, norms and sums; the MoE module; and reading all files once
+
+Needs psutil, and disk for the checkpoint and some hidden states.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import ml_dtypes
+import numpy as np
+import torch
+from dask.system import CPU_COUNT
+from dask.utils import parse_bytes
+from measured import peak_of_tree
+from torch import nn
+from transformers import Qwen3MoeConfig, Qwen3MoeModel
+
+HERE = Path(__file__).parent
+BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
+PART_BYTES = 512 << 20
+"""Of a file of the checkpoint, about."""
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--tokens", type=int, default=50_000)
+    parser.add_argument("--length", type=int, default=512, help="of the longest document")
+    parser.add_argument("--blocks", type=int, default=5)
+    parser.add_argument("--d", type=int, default=1024)
+    parser.add_argument("--hidden", type=int, default=768, help="of an expert")
+    parser.add_argument("--experts", type=int, default=512, help="of a block")
+    parser.add_argument("--k", type=int, default=4, help="experts of a row")
+    parser.add_argument("--vocabulary", type=int, default=16_384)
+    parser.add_argument("--dtype", choices=("bfloat16", "float32"), default="bfloat16")
+    parser.add_argument("--memory-limit", type=parse_bytes, default="3GB")
+    parser.add_argument("--sample", type=int, default=8192, help="tokens for transformers' block")
+    parser.add_argument("--directory", help="directory for temporary files")
+    asked = parser.parse_args()
+    torch.set_num_threads(CPU_COUNT)
+    config = make_config(asked)
+    with tempfile.TemporaryDirectory(dir=asked.directory) as folder:
+        stored = write_checkpoint(config, Path(folder) / "model")
+        ids = random_documents(asked)
+        np.save(Path(folder) / "ids.npy", ids)
+        print(f"{asked.blocks} blocks of {asked.experts} experts, {stored / 1e9:.2f} GB as stored; "
+              f"{np.count_nonzero(ids >= 0):,} tokens, {asked.dtype}", flush=True)  # fmt: skip
+        summary, peak = walk(asked, Path(folder))
+        print(f"memory: {peak / 1e9:.2f} GB at most, of {asked.memory_limit / 1e9:.2f} GB allowed")
+        print(words_of_bytes(summary, stored, asked), flush=True)
+        alone = own_block(config, asked) | {"reading": read_all(Path(folder) / "model")}
+    print(table(summary, alone, asked.blocks))
+
+
+def make_config(asked: argparse.Namespace) -> Qwen3MoeConfig:
+    return Qwen3MoeConfig(
+        vocab_size=asked.vocabulary, hidden_size=asked.d, moe_intermediate_size=asked.hidden,
+        num_hidden_layers=asked.blocks, num_experts=asked.experts, num_experts_per_tok=asked.k,
+        num_attention_heads=max(asked.d // 64, 1), num_key_value_heads=max(asked.d // 256, 1),
+        head_dim=64, norm_topk_prob=True, max_position_embeddings=asked.length,
+        architectures=["Qwen3MoeForCausalLM"], dtype="bfloat16",
+    )  # fmt: skip
+
+
+def random_documents(asked: argparse.Namespace) -> np.ndarray:
+    """Ids of documents, each at least half as long as the longest; -1 behind their ends."""
+    rng = np.random.default_rng(0)
+    ids = rng.integers(0, asked.vocabulary, (2 * asked.tokens // asked.length + 1, asked.length))
+    lengths = rng.integers(asked.length // 2, asked.length, len(ids), endpoint=True)
+    ids[np.arange(asked.length) >= lengths[:, None]] = -1
+    return ids[: int(np.searchsorted(np.cumsum(lengths), asked.tokens)) + 1]
+
+
+# --- the checkpoint --------------------------------------------------------------------------
+
+
+def write_checkpoint(config: Qwen3MoeConfig, directory: Path) -> int:
+    """Write random tensors, cut from one run of random numbers; give their bytes."""
+    config.save_pretrained(directory)
+    shapes = shapes_of(config)
+    largest = max(int(np.prod(shape)) for shape in shapes.values())
+    numbers = np.random.default_rng(0).standard_normal(largest + 64 * len(shapes), "f4")
+    numbers = (numbers / np.float32(config.hidden_size**0.5)).astype(BFLOAT16)
+    ones = np.ones(largest, BFLOAT16)
+    parts: list[dict[str, np.ndarray]] = [{}]
+    for number, (name, shape) in enumerate(shapes.items()):
+        if sum(array.nbytes for array in parts[-1].values()) > PART_BYTES:
+            parts.append({})
+        source = ones if len(shape) == 1 else numbers[64 * number :]
+        parts[-1][name] = source[: int(np.prod(shape))].reshape(shape)
+    files = {}
+    for number, part in enumerate(parts):
+        file = f"model-{number:05d}.safetensors"
+        write_tensors(directory / file, part)
+        files |= dict.fromkeys(part, file)
+    index = {"metadata": {}, "weight_map": files}
+    (directory / "model.safetensors.index.json").write_text(json.dumps(index))
+    return sum(array.nbytes for part in parts for array in part.values())
+
+
+def shapes_of(config: Qwen3MoeConfig) -> dict[str, tuple[int, ...]]:
+    """The tensors of a published checkpoint of this family."""
+    d, f, D = config.hidden_size, config.moe_intermediate_size, config.head_dim
+    q, kv = config.num_attention_heads * D, config.num_key_value_heads * D
+    vocabulary = (config.vocab_size, d)
+    shapes = {"model.embed_tokens": vocabulary, "model.norm": (d,), "lm_head": vocabulary}
+    for block in range(config.num_hidden_layers):
+        in_block = {
+            "input_layernorm": (d,), "post_attention_layernorm": (d,), "mlp.gate":
+            (config.num_experts, d), "self_attn.q_proj": (q, d), "self_attn.k_proj": (kv, d),
+            "self_attn.v_proj": (kv, d), "self_attn.o_proj": (d, q),
+            "self_attn.q_norm": (D,), "self_attn.k_norm": (D,),
+        }  # fmt: skip
+        for e in range(config.num_experts):
+            in_block |= {f"mlp.experts.{e}.{name}_proj": (f, d) for name in ("gate", "up")}
+            in_block[f"mlp.experts.{e}.down_proj"] = (d, f)
+        shapes |= {f"model.layers.{block}.{name}": shape for name, shape in in_block.items()}
+    return {f"{name}.weight": shape for name, shape in shapes.items()}
+
+
+def write_tensors(path: Path, tensors: dict[str, np.ndarray]) -> None:
+    """Write a safetensors file."""
+    header, end = {}, 0
+    for name, array in tensors.items():
+        begin, end = end, end + array.nbytes
+        header[name] = {"dtype": "BF16", "shape": array.shape, "data_offsets": [begin, end]}
+    words = json.dumps(header).encode()
+    with path.open("wb") as file:
+        file.write(len(words).to_bytes(8, "little") + words)
+        for array in tensors.values():
+            file.write(array.view(np.uint16).data)
+
+
+# --- the walk --------------------------------------------------------------------------------
+
+
+def walk(asked: argparse.Namespace, folder: Path) -> tuple[dict, int]:
+    """Walk as a person does; the summary, and the most memory that its processes had."""
+    command = [
+        *(sys.executable, HERE / "walk_model.py", folder / "model", folder / "ids.npy"),
+        *("--out", folder / "acts", "--memory-limit", str(asked.memory_limit)),
+        *("--length", str(asked.length), "--dtype", asked.dtype),
+    ]
+    with subprocess.Popen(list(map(str, command))) as process:
+        peak = peak_of_tree(process)
+    if process.returncode:
+        raise SystemExit(f"the walk has failed, with exit status {process.returncode}")
+    return json.loads((folder / "acts" / "summary.json").read_text()), peak
+
+
+def words_of_bytes(summary: dict, stored: int, asked: argparse.Namespace) -> str:
+    reads = sum(took["expert_reads"] for took in summary["blocks"])
+    return (
+        f"bytes: {summary['bytes_read'] / 1e9:.3f} GB of blocks read, of {stored / 1e9:.3f} GB "
+        f"with embedding and head; {reads} experts read of {asked.blocks * asked.experts}"
+    )
+
+
+# --- its parts, alone ------------------------------------------------------------------------
+
+
+def own_block(config: Qwen3MoeConfig, asked: argparse.Namespace) -> dict[str, float]:
+    """Seconds that transformers' own block takes for all tokens and blocks, by a sample of them."""
+    one = Qwen3MoeConfig(**config.to_dict() | {"num_hidden_layers": 1, "vocab_size": 8})
+    one._experts_implementation = "grouped_mm"
+    dtype = getattr(torch, asked.dtype)
+    with torch.device("meta"):
+        model = Qwen3MoeModel._from_config(one, dtype=dtype).eval()
+    model.to_empty(device="cpu")
+    model.apply(model._init_weights)
+    batch = torch.randn(max(asked.sample // asked.length, 1), asked.length, asked.d, dtype=dtype)
+    watch = Watch(model.layers[0].mlp)
+    with torch.inference_mode():
+        model(inputs_embeds=batch[:1])
+        start, watch.seconds = time.perf_counter(), 0.0
+        for each in batch.split(max(4096 // asked.length, 1)):
+            model(inputs_embeds=each)
+        whole = time.perf_counter() - start
+    scale = asked.blocks * asked.tokens / (batch.shape[0] * asked.length)
+    return {
+        "attention": scale * (whole - watch.seconds),
+        "experts": scale * watch.seconds,
+    }
+
+
+class Watch:
+    """Counts the seconds that a module takes."""
+
+    def __init__(self, module: nn.Module):
+        self.seconds, self._began = 0.0, 0.0
+        module.register_forward_pre_hook(lambda *_: self._begin())
+        module.register_forward_hook(lambda *_: self._end())
+
+    def _begin(self) -> None:
+        self._began = time.perf_counter()
+
+    def _end(self) -> None:
+        self.seconds += time.perf_counter() - self._began
+
+
+def read_all(directory: Path) -> float:
+    """Seconds of reading all files once."""
+    buffer, start = bytearray(16 << 20), time.perf_counter()
+    for path in sorted(directory.glob("*.safetensors")):
+        with path.open("rb", buffering=0) as file:
+            while file.readinto(buffer):
+                pass
+    return time.perf_counter() - start
+
+
+def table(summary: dict, alone: dict[str, float], blocks: int) -> str:
+    def seconds(*stages: str) -> float:
+        return sum(took[f"{stage}_seconds"] for took in summary["blocks"] for stage in stages)
+
+    walked = {"attention": seconds("attention", "sum"), "experts": seconds("experts")}
+    rest = summary["seconds"] - sum(walked.values())
+    lines = ["| part | walk, s | transformers' block, s | theirs / walk |", "|---|---|---|---|"]
+    lines += [
+        f"| {part} | {took:.1f} | {alone[part]:.1f} | {alone[part] / took:.2f} |"
+        for part, took in walked.items()
+    ]
+    parts, whole = sum(alone.values()) + rest, summary["seconds"]
+    lines += [
+        f"| reading all files once | | {alone['reading']:.1f} | |",
+        f"| start, embedding, last norm, head | {rest:.1f} | {rest:.1f} | |",
+        f"| all of it | {whole:.1f} | {parts:.1f} | {parts / whole:.2f} |",
+    ]
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    main()

@@ -9,6 +9,7 @@ import pytest
 from hypothesis import HealthCheck, settings
 
 from dask_ep.arrays import blas
+from tests import processes
 
 settings.register_profile(
     "default", deadline=None, max_examples=60, suppress_health_check=[HealthCheck.too_slow]
@@ -28,3 +29,22 @@ def environment_as_it_was():
     """Nannies in this process set BLAS variables in it, which later tests' processes would get."""
     with mock.patch.dict(os.environ):
         yield
+
+
+def pytest_configure(config):
+    processes.watch_starts()
+    config.processes_end = processes.end_with_this_process()
+
+
+def pytest_unconfigure(config):
+    config.processes_end.stdin.close()
+    config.processes_end.wait()
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_protocol(item):
+    processes.refuse_to("" if item.get_closest_marker("slow") else item.nodeid)
+    try:
+        return (yield)
+    finally:
+        processes.refuse_to("")

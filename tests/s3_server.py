@@ -16,9 +16,13 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import fsspec
-import s3fs
-from moto.server import ThreadedMotoServer
+import pytest
 
+s3fs = pytest.importorskip("s3fs", reason="s3fs is not installed")
+moto = pytest.importorskip("moto.server", reason="moto, which speaks S3, is not installed")
+
+PATIENCE = 2.0
+"""Seconds that a reader waits for an answer; a busy machine gives one sooner."""
 BUCKET = "bucket"
 SIGNED = "AWS4-HMAC-SHA256 Credential=key/20260101/us-east-1/s3/aws4_request, Signature=0"
 REFUSED = b"<Error><Code>AccessDenied</Code><Message>Access Denied</Message></Error>"
@@ -78,7 +82,7 @@ class _Proxy(BaseHTTPRequestHandler):
         self.s3.requests.append(request)
         fault = self.s3.fault(request)
         if fault == "wait":
-            time.sleep(0.6)
+            time.sleep(1.5 * PATIENCE)
         if fault == "refuse":
             self.give(403, {}, b"" if self.command == "HEAD" else REFUSED)
             return
@@ -113,9 +117,9 @@ class _Proxy(BaseHTTPRequestHandler):
 @contextmanager
 def s3_server() -> Iterator[S3]:
     """Run it, and let fsspec use it for ``s3://``."""
-    moto = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
-    moto.start()
-    s3 = S3(moto.get_host_and_port()[1])
+    server = moto.ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
+    server.start()
+    s3 = S3(server.get_host_and_port()[1])
     proxy = ThreadingHTTPServer(("127.0.0.1", 0), type("Proxy", (_Proxy,), {"s3": s3}))
     thread = threading.Thread(target=proxy.serve_forever, daemon=True)
     thread.start()
@@ -125,7 +129,7 @@ def s3_server() -> Iterator[S3]:
         "key": "key",
         "secret": "secret",
         "config_kwargs": {
-            "read_timeout": 0.3,
+            "read_timeout": PATIENCE,
             "connect_timeout": 5,
             "retries": {"max_attempts": 1},
         },
@@ -141,4 +145,4 @@ def s3_server() -> Iterator[S3]:
         proxy.shutdown()
         proxy.server_close()
         thread.join()
-        moto.stop()
+        server.stop()

@@ -12,6 +12,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 import dask_ep
 from tests.test_layout import PACKAGE, ROOT
 
@@ -34,10 +36,12 @@ def mypy(*args: str, cwd: Path = ROOT) -> list[str]:
     return (done.stdout + done.stderr).splitlines()
 
 
+@pytest.mark.slow
 def test_the_package_has_no_wrong_types():
     assert mypy()[-1].startswith("Success: no issues found in ")
 
 
+@pytest.mark.slow
 def test_users_see_the_types_of_public_names(tmp_path):
     (tmp_path / "use.py").write_text(USE)
     shared = [

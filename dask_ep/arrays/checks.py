@@ -12,7 +12,7 @@ from dask.utils import parse_bytes
 from dask_ep.arrays.namespaces import Array, namespace
 
 
-def size_in_bytes(size: int | str | None, name: str = "size") -> int | None:
+def size_in_bytes(size: float | str | None, name: str = "size") -> int | None:
     """Read a number of bytes, as a number or as text; None stays None.
 
     Examples
@@ -24,7 +24,7 @@ def size_in_bytes(size: int | str | None, name: str = "size") -> int | None:
         return None
     try:
         found = parse_bytes(size)
-    except (ValueError, TypeError, AttributeError):
+    except (ValueError, TypeError, AttributeError, OverflowError):
         found = 0
     if found <= 0:
         raise ValueError(f'{name}: invalid size: {size!r} (try "8 GiB")')

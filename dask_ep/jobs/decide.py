@@ -188,7 +188,7 @@ def _find_passes(
         layout,
         free=None if free is None else free(),
         ways=ways,
-        rates=replace(RATES, read=travel.read),
+        rates=replace(RATES, read=float(travel.read)),
     )
     try:
         return choose(chunk_rows=asked)

@@ -33,6 +33,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from dask_ep.arrays.checks import size_in_bytes
 from dask_ep.laws.costs import Rates
 from dask_ep.placement.placement import Placement, verify_placement
 from dask_ep.placement.routing_stats import Survey
@@ -51,7 +52,7 @@ class Travel:
     Raises
     ------
     ValueError
-        If `how` is not one of `TRAVELS`.
+        If `how` is not one of `TRAVELS`, or a rate is no size above 0.
 
     Notes
     -----
@@ -67,14 +68,16 @@ class Travel:
     how: str | None = None
     #: one of `TRAVELS`; None is "auto" with experts in passes, whose rows are counted in any
     #: case, else "rows"
-    link: float = Rates.link
-    #: bytes per second between two workers
-    read: float = Rates.read
+    link: float | str = Rates.link
+    #: bytes per second between two workers, as a number or as text ("1 GB")
+    read: float | str = Rates.read
     #: bytes per second that one worker reads from storage
 
     def __post_init__(self) -> None:
         if self.how not in (None, *TRAVELS):
             raise ValueError(f"travel must be one of {', '.join(TRAVELS)}; got {self.how!r}")
+        for name in ("link", "read"):
+            object.__setattr__(self, name, size_in_bytes(getattr(self, name), name))
 
     @property
     def moves_experts(self) -> bool:
@@ -83,7 +86,7 @@ class Travel:
 
     def rates(self, others: Rates) -> Rates:
         """Give these two rates, and what else is measured."""
-        return replace(others, link=self.link, read=self.read)
+        return replace(others, link=float(self.link), read=float(self.read))
 
 
 ALL_ROWS = Travel()
@@ -160,7 +163,7 @@ def choose_travel(
     if travel.how == "experts":
         extra += list(_all_wanted(found, owners, chunks, worker))
     else:
-        prices = _Prices(row_bytes / travel.link, expert_bytes / travel.read)
+        prices = _Prices(row_bytes / float(travel.link), expert_bytes / float(travel.read))
         for rank, wants in enumerate(_wants(found, owners, chunks, worker)):
             chosen = _worth_reading(wants, prices, found.num_experts)
             room = None if max_slots is None else max_slots - int((owners.slots[rank] >= 0).sum())

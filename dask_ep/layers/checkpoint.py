@@ -104,6 +104,9 @@ def load_moe_layer(
     return opened
 
 
+MoELayer.from_pretrained = staticmethod(load_moe_layer)
+
+
 def moe_layers(directory: str | os.PathLike, *, families: Iterable[Family] = ()) -> list[int]:
     """Tell which layers of a checkpoint are MoE layers, from its config."""
     return Checkpoint(directory, families).moe_layers

@@ -17,10 +17,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from copy import copy
 from functools import partial
-from importlib import import_module
 from math import prod
-from os import PathLike
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import dask.array as da
 import numpy as np
@@ -165,6 +163,9 @@ class MoELayer(_Sizes):
     24
     """
 
+    from_pretrained: ClassVar[Callable[..., MoELayer]]
+    """Open a layer of a checkpoint; it is `load_moe_layer`, which `layers.checkpoint` puts here."""
+
     def __init__(
         self,
         router: Router | ExpertChoice,
@@ -203,12 +204,6 @@ class MoELayer(_Sizes):
         check_parts(
             self.router, self.experts, self.shared, self.around, self.arrays, capacity, residual
         )
-
-    @classmethod
-    def from_pretrained(cls, directory: str | PathLike, layer: int, **more: Any) -> MoELayer:
-        """Open a layer of a checkpoint, as `dask_ep.load_moe_layer` does, which takes the same."""
-        # By name: a layer of arrays needs nothing of checkpoints, whose files import this one.
-        return import_module("dask_ep.layers.checkpoint").load_moe_layer(directory, layer, **more)
 
     def __call__(
         self,

@@ -90,6 +90,7 @@ def test_example_run_verify_inspect(tmp_path, capsys, format):
     assert f"tokens.{format}" in out
 
 
+@pytest.mark.slow
 def test_the_wheel_names_the_command_and_the_module_is_it_too():
     assert "dask-ep, version" in command("--version").stdout
     text = (ROOT / "pyproject.toml").read_text()
@@ -415,6 +416,7 @@ def test_what_processes_began_threads_finish_to_the_same_bits(tmp_path, slow_job
     np.testing.assert_array_equal(np.load(out), np.load(straight.out))
 
 
+@pytest.mark.slow
 def test_options_alone_make_a_job_for_every_command(tmp_path, small_job, capsys):
     job, out = load_job(small_job), tmp_path / "out.npy"
     table = f'{{kind = "linear", w = "{job.experts["w"]}", transposed = false}}'

@@ -24,6 +24,8 @@ from tests.observed import (
     servings,
 )
 
+pytestmark = pytest.mark.slow
+
 CHUNKS, ROWS, WIDTH, RANKS, EXPERTS = 15, 512, 64, 3, 6
 ROW_BYTES, EXPERT_BYTES = 2 * WIDTH * 4, WIDTH * WIDTH * 4
 LOG = {"distributed.admin.low-level-log-length": 100_000}  # or transfers would be forgotten
@@ -113,7 +115,6 @@ def _tokens_of_chunk(block_id=(0, 0)):
 # --- what travels ----------------------------------------------------------------------------
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("slots", [1, 2])
 def test_a_hot_expert_is_read_where_its_rows_lie_and_the_rows_of_a_cold_one_travel(
     client, recorder, tmp_path, slots

@@ -20,6 +20,8 @@ from dask_ep.errors import UnfitClusterError
 from tests.certificates import make_certificates, options
 from tests.cluster_processes import DEADLINE, REPOSITORY, Cluster, addresses, wait_until
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(scope="module")
 def cluster(tmp_path_factory):
@@ -40,7 +42,6 @@ def client(cluster):
 # --- is it fit? ------------------------------------------------------------------------------
 
 
-@pytest.mark.slow
 def test_a_worker_without_the_package_is_named(cluster, client, tmp_path):
     without_package = tmp_path / "without_package.py"
     without_package.write_text(WITHOUT_PACKAGE)
@@ -138,7 +139,6 @@ def test_one_blas_thread_without_a_nanny_on_workers_there_and_to_come(cluster, c
     wait_until(lambda: "late" not in addresses(client), "the late worker has gone")
 
 
-@pytest.mark.slow
 def test_one_blas_thread_with_a_nanny_and_after_its_restart(tmp_path):
     threads = {"distributed.nanny.pre-spawn-environ": "{'OPENBLAS_NUM_THREADS': 2}"}
     running = Cluster(tmp_path, ["w0"], nanny=True, config=threads)
@@ -181,7 +181,6 @@ def test_owners_keep_the_memory_of_freed_packets(tmp_path):
     assert kept < 500
 
 
-@pytest.mark.slow
 def test_one_blas_thread_in_process():
     ran = subprocess.run(
         [sys.executable, "-W", "error", "-c", IN_PROCESS],
@@ -237,7 +236,6 @@ def test_with_certificates_all_is_well(tls_client):
         check_cluster(tls_client, {"here": REPOSITORY})
 
 
-@pytest.mark.slow
 def test_a_worker_without_a_certificate_of_the_cluster_cannot_join(
     tls_cluster, tls_client, other_certificates, tmp_path
 ):
@@ -290,7 +288,6 @@ def test_a_client_without_a_certificate_is_told(tls_cluster, other_certificates,
         connect(address, certificates=proofs.get(proof), timeout=2)
 
 
-@pytest.mark.slow
 def test_no_scheduler_there(tmp_path):
     begun = time.monotonic()
     with pytest.raises(ConnectionError, match=r"127\.0\.0\.1:1: .*check that it runs"):

@@ -12,6 +12,8 @@ from dask_ep import Experts, collect, own_experts
 from tests.cluster_processes import Cluster, wait_until
 from tests.fault_scenarios import CHUNKS, CONFIG, RANKS, ROWS, SLOTS, WIDTH, WORKERS, SlowExpert
 
+pytestmark = pytest.mark.slow
+
 WHAT = ["usage", "coactivation", "amax", "sumsq", "mean_output", "reap", "gram"]
 
 

@@ -385,6 +385,7 @@ def test_a_chunk_fits_beside_the_experts(small_job):
             decide(inputs.work(True), lay_out(job, where), chunk_rows=asked)
 
 
+@pytest.mark.slow
 def test_a_job_whose_experts_fit_a_device_only_as_they_are_stored(
     two_doubles, monkeypatch, tmp_path
 ):

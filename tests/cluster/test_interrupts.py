@@ -37,6 +37,7 @@ def job(job_file) -> Job:
     return load_job(job_file)
 
 
+@pytest.mark.slow
 def test_before_the_command_has_begun_ctrl_c_ends_it_without_a_word(tmp_path):
     interrupting = "import os, signal\nos.kill(os.getpid(), signal.SIGINT)\n"
     (tmp_path / "click.py").write_text(interrupting)  # is imported instead of the real one
@@ -49,6 +50,7 @@ def test_before_the_command_has_begun_ctrl_c_ends_it_without_a_word(tmp_path):
     assert (done.returncode, done.stdout, done.stderr) == (-signal.SIGINT, "", "")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("where", [Threads(2), Processes(1)], ids=["threads", "processes"])
 def test_while_blocks_are_computed_the_main_thread_shares_no_lock(job, where, monkeypatch):
     """Raised in `Condition.__enter__`, an interrupt leaves the lock taken: others wait for good."""
@@ -134,6 +136,7 @@ def test_what_comes_in_time_is_given():
         assert interrupts.wait(queue) == 3
 
 
+@pytest.mark.slow
 def test_at_the_second_interrupt_the_process_ends(tmp_path):
     script = "\n".join(
         (

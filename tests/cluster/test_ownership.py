@@ -37,6 +37,8 @@ from tests.observed import (
     written_slowly,
 )
 
+pytestmark = pytest.mark.slow
+
 WORKERS = ("w0", "w1", "w2")
 CONFIG = {
     "distributed.admin.low-level-log-length": 100_000,  # or transfers would be forgotten
@@ -144,7 +146,6 @@ def _routing_of_chunk(seed, rows, slots, num_experts, block_id=(0, 0)):
 # --- where -----------------------------------------------------------------------------------
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("ranks", [6, 3, 2], ids=["more ranks", "as many", "fewer ranks"])
 def test_a_rank_is_loaded_and_served_by_its_owner(client, recorded, ranks):
     y, _ = layer(ranks=ranks)
@@ -284,7 +285,6 @@ def stalled(client, tmp_path):
     file.unlink(missing_ok=True)
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(
     ("given", "most"),
     [({}, 1 + 2), ({"chunks_in_flight": 5}, 5), ({"chunks_in_flight": 1}, 1)],
@@ -316,7 +316,6 @@ def test_without_a_bound_chunks_pile_up(client, stalled):
         assert np.array_equal(future.result(DEADLINE), _alone(y))
 
 
-@pytest.mark.slow
 def test_outputs_that_are_being_written_count_as_under_way(client):
     """Dask fuses what follows into a chunk's task; on slow storage outputs must not pile up."""
     y, _ = layer(chunks=24)
@@ -348,7 +347,6 @@ def test_a_bound_does_not_outlive_the_owners(client, stalled):
         future.result(DEADLINE)
 
 
-@pytest.mark.slow
 def test_chunks_that_wait_begin_when_the_owners_are_closed(client):
     y, _ = layer(chunks=24, experts=Experts.callables([_slowly] * 6))
     owners = own_experts(client, 6, rules=OwnerRules(chunks_in_flight=1))
@@ -465,7 +463,6 @@ def another_host(cluster, client):
     wait_until(lambda: "far" not in addresses(client), "the worker has gone")
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(
     ("host", "names"), [("127.0.0.1", set(WORKERS)), ("127.0.0.2", {"far"})], ids=["near", "far"]
 )
@@ -478,7 +475,6 @@ def test_chunks_run_on_the_host_that_the_user_names(client, recorded, another_ho
         assert owners.failures == []
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("how", ["compute", "annotate"])
 def test_chunks_run_where_there_are_the_resources_that_the_user_asks_for(
     client, recorded, another_host, how
@@ -495,7 +491,6 @@ def test_chunks_run_where_there_are_the_resources_that_the_user_asks_for(
         assert len(set(servers(servings(client)))) == 0 or owners.failures == []
 
 
-@pytest.mark.slow
 def test_a_lost_owner_is_replaced_though_chunks_hold_the_resource_that_its_experts_need(
     cluster, client, tmp_path
 ):
@@ -520,7 +515,6 @@ def test_a_lost_owner_is_replaced_though_chunks_hold_the_resource_that_its_exper
 # --- what changes in the midst -----------------------------------------------------------------
 
 
-@pytest.mark.slow
 def test_closing_in_the_midst_of_a_job_frees_its_tasks(client):
     y, _ = layer(chunks=12, experts=Experts.callables([_slowly] * 6))
     owners = own_experts(client, 6)
@@ -540,7 +534,6 @@ def test_a_moved_rank_is_served_where_it_was_moved(client, recorded):
         assert [change.why for change in owners.changes][-1] == "moved by hand"
 
 
-@pytest.mark.slow
 def test_a_rank_moved_off_a_busy_worker_in_the_midst_of_a_job(client, recorded):
     y, _ = layer(chunks=60, experts=Experts.callables([_slowly] * 6))
     with own_experts(client, 6) as owners:
@@ -556,7 +549,6 @@ def test_a_rank_moved_off_a_busy_worker_in_the_midst_of_a_job(client, recorded):
     assert 0 < len(of_left) < 60
 
 
-@pytest.mark.slow
 def test_a_replica_takes_its_part(client, recorded):
     y, _ = layer(chunks=60, ranks=2, experts=Experts.callables([_slowly, _at_once]))
     with own_experts(client, 2, replicas={1: 2}) as owners:
@@ -664,7 +656,6 @@ def test_ranks_and_workers_that_are_not_there_are_refused(client):
 # --- workers that pause, retire, scale -------------------------------------------------------
 
 
-@pytest.mark.slow
 def test_a_worker_paused_for_long_loses_its_ranks_and_gets_some_back(client):
     y, _ = layer(chunks=24, experts=Experts.callables([_slowly] * 6))
     paused = addresses(client)["w1"]
@@ -681,14 +672,12 @@ def test_a_worker_paused_for_long_loses_its_ranks_and_gets_some_back(client):
 def test_a_worker_paused_for_short_keeps_its_ranks(client):
     paused = addresses(client)["w1"]
     with own_experts(client, 6, rules=OwnerRules(settle=0.1, pause_limit=0.5)) as owners:
-        client.run(_set_status, Status.paused, workers=[paused])
-        client.run(_set_status, Status.running, workers=[paused])
+        client.run(_pause_for_a_moment, workers=[paused])
         time.sleep(0.7)
         assert owners.owners.count((paused,)) == 2
         assert {change.why for change in owners.changes} == {"first owner"}
 
 
-@pytest.mark.slow
 def test_downscaling_spares_owners_while_work_is_pending(client):
     y, _ = layer(chunks=24, ranks=2, experts=Experts.callables([_slowly] * 2))
     with own_experts(client, 2) as owners:
@@ -703,28 +692,23 @@ def test_downscaling_spares_owners_while_work_is_pending(client):
         assert len(client.run_on_scheduler(_workers_to_close, 3)) == 3
 
 
-@pytest.mark.slow
 def test_a_worker_that_comes_and_goes_moves_a_rank_once_in_ten_settle_times(cluster, client):
     settle = 0.3
     with own_experts(client, 8, rules=OwnerRules(settle=settle)) as owners:
         for _ in range(2):
             cluster.start_worker("guest")
             wait_until(lambda: "guest" in addresses(client), "the guest has come")
-            time.sleep(1)
+            wait_until(lambda: _moved(owners), "it has been given a rank, once")
+            time.sleep(3 * settle)
             cluster.stop_worker("guest")
             wait_until(lambda: "guest" not in addresses(client), "the guest has gone")
-            time.sleep(0.5)
-        moved = defaultdict(list)
-        for change in owners.changes:
-            if change.why == "rebalanced":
-                moved[change.rank].append(change.time)
-        assert moved
+            time.sleep(2 * settle)
         assert all(
-            np.diff(times).min(initial=10 * settle) > 9.9 * settle for times in moved.values()
+            np.diff(times).min(initial=10 * settle) > 9.9 * settle
+            for times in _moved(owners).values()
         )
 
 
-@pytest.mark.slow
 def test_a_worker_that_closes_in_good_order_hands_its_ranks_on(cluster, client):
     y, _ = layer(chunks=24, experts=Experts.callables([_slowly] * 6))
     cluster.start_worker("leaving")
@@ -742,7 +726,6 @@ def test_a_worker_that_closes_in_good_order_hands_its_ranks_on(cluster, client):
     cluster.stop_worker("leaving")
 
 
-@pytest.mark.slow
 def test_a_plugin_that_fails_when_a_worker_dies_ends_the_job_with_an_error(cluster, client):
     y, _ = layer(chunks=60, experts=Experts.callables([_slowly] * 6))
     cluster.start_worker("victim")
@@ -762,7 +745,6 @@ def test_a_plugin_that_fails_when_a_worker_dies_ends_the_job_with_an_error(clust
         assert all(owners.owners)
 
 
-@pytest.mark.slow
 def test_ranks_wait_for_workers_and_are_spread_when_they_come(tmp_path):
     y, _ = layer()
     with Cluster(tmp_path) as cluster, cluster.client(0) as client:
@@ -786,6 +768,15 @@ def test_ranks_wait_for_workers_and_are_spread_when_they_come(tmp_path):
             wait_until(lambda: owners.owners == [()] * 6, "all workers are gone")
             cluster.start_worker("w2")
             assert np.array_equal(future.result(DEADLINE), _alone(slow))
+
+
+def _moved(owners):
+    """By rank: when it was moved for balance."""
+    moved = defaultdict(list)
+    for change in owners.changes:
+        if change.why == "rebalanced":
+            moved[change.rank].append(change.time)
+    return moved
 
 
 # --- what it costs ---------------------------------------------------------------------------
@@ -868,3 +859,8 @@ def _has_begun(dask_scheduler):
 
 def _set_status(status, dask_worker):
     dask_worker.status = status
+
+
+def _pause_for_a_moment(dask_worker):
+    _set_status(Status.paused, dask_worker)
+    _set_status(Status.running, dask_worker)

@@ -20,6 +20,8 @@ from tests.cli.test_cluster_command import end, start
 from tests.cluster_processes import Cluster as RealCluster
 from tests.cluster_processes import wait_until
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(scope="module")
 def job_file(tmp_path_factory):
@@ -46,7 +48,6 @@ def test_a_count_in_words(count, words):
     assert str(count) == words
 
 
-@pytest.mark.slow
 def test_workers_are_waited_for_and_counted_until_the_end(cluster):
     cluster.start_worker("w0")
     told: list[Workers] = []
@@ -63,7 +64,6 @@ def test_workers_are_waited_for_and_counted_until_the_end(cluster):
     assert told[-1] == (2, 0, 1), "nothing is told when the run has ended"
 
 
-@pytest.mark.slow
 def test_of_workers_that_are_there_nothing_is_told(cluster):
     cluster.start_worker("w0")
     told: list[Workers] = []
@@ -85,7 +85,6 @@ def test_what_interrupts_the_waiting_ends_it(cluster):
         pytest.fail("a worker is there")
 
 
-@pytest.mark.slow
 def test_a_scheduler_that_is_lost_ends_the_waiting(cluster):
     def lose(count: Workers) -> None:
         cluster.processes["scheduler"].kill()
@@ -98,7 +97,6 @@ def test_a_scheduler_that_is_lost_ends_the_waiting(cluster):
         pytest.fail("a worker is there")
 
 
-@pytest.mark.slow
 def test_a_run_waits_for_its_workers_which_are_its_ranks(cluster, job_file, tmp_path):
     out = tmp_path / "out.npy"
     on = ("--scheduler-file", cluster.scheduler_file, "--workers", 2)
@@ -115,7 +113,6 @@ def test_a_run_waits_for_its_workers_which_are_its_ranks(cluster, job_file, tmp_
     np.testing.assert_array_equal(np.load(out), np.load(expected))
 
 
-@pytest.mark.slow
 def test_ctrl_c_while_workers_are_waited_for(cluster, job_file, tmp_path):
     on = ("--scheduler-file", cluster.scheduler_file, "--workers", 2)
     process = start(job_file, "--out", tmp_path / "out.npy", *on)
@@ -135,7 +132,6 @@ def test_a_refused_job_starts_no_cluster(job_file, tmp_path):
         run_job(load_job(job_file, out=str(out)), never)
 
 
-@pytest.mark.slow
 def test_a_cluster_of_ones_own_ends_with_the_job_and_its_error_is_the_runs(
     cluster, job_file, tmp_path
 ):
@@ -158,7 +154,6 @@ def test_a_cluster_of_ones_own_ends_with_the_job_and_its_error_is_the_runs(
     assert (tmp_path / "out.npy").exists()
 
 
-@pytest.mark.slow
 def test_a_resumed_run_keeps_its_ranks_whatever_the_number_of_workers(cluster, job_file, tmp_path):
     class Stopped(Exception):
         pass

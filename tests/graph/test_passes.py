@@ -525,6 +525,7 @@ def test_what_cannot_be_read_ahead_is_an_error_where_it_is_needed(tmp_path):
         damaged[0]
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of forks beside threads, meant here
 def test_a_forked_process_reads_for_itself():
     experts = Experts.linear(np.ones((1, 2, 2), np.float32))

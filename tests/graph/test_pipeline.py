@@ -89,7 +89,9 @@ def test_without_copies_and_with_one_slot_a_placement_keeps_every_bit():
     assert_eq(build(data, world_size=1), build(data, placement=placement), rtol=0, atol=0)
 
 
-@pytest.mark.parametrize("scheduler", ["sync", "threads", "processes"])
+@pytest.mark.parametrize(
+    "scheduler", ["threads", pytest.param("processes", marks=pytest.mark.slow)]
+)
 def test_every_scheduler_gives_the_same_bits(scheduler):
     y = build(layer(), world_size=4)
     want = y.compute(scheduler="sync")
@@ -663,6 +665,7 @@ def test_array_expressions_of_their_own_package_are_refused_by_name():
         expert_parallel(expression, da.zeros(4, dtype=int), np.ones((1, 2, 2)))
 
 
+@pytest.mark.slow
 def test_array_expressions_are_refused():
     code = """
 import numpy as np, dask.array as da, dask_ep

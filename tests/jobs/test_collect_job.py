@@ -97,6 +97,7 @@ def test_the_output_is_written_in_the_same_pass(folder):
     np.testing.assert_array_equal(got, np.load(folder / "out.npy"))
 
 
+@pytest.mark.slow
 def test_worker_processes_give_the_same_bits(folder):
     collect_job(job(folder), asked(folder), Threads(1), chunk_rows=30)
     want = load_file(folder / "stats.safetensors")
@@ -109,6 +110,7 @@ class Stopped(Exception):
     pass
 
 
+@pytest.mark.slow
 def test_a_stopped_run_resumes_to_the_same_bits(folder):
     collect_job(job(folder), asked(folder), Threads(1), chunk_rows=4)
     want = load_file(folder / "stats.safetensors")
@@ -176,6 +178,7 @@ def test_damaged_statistics_are_not_taken_for_complete(folder, name, file, damag
     collect_job(job(folder), usage, Threads(1), resume=True)
 
 
+@pytest.mark.slow
 def test_a_killed_run_resumes_to_the_same_bits(folder):
     path, rows = folder / "killed.safetensors", ["--chunk-rows", "1", "--threads", "1"]
     what = ["--what", "usage,amax,reap"]
@@ -197,6 +200,7 @@ def test_a_killed_run_resumes_to_the_same_bits(folder):
     assert_same(load_file(path), load_file(folder / "whole.safetensors"))
 
 
+@pytest.mark.slow
 def test_experts_that_do_not_fit_are_observed_in_several_passes(folder):
     rng = np.random.default_rng(1)
     for name in ("gate", "up", "down"):

@@ -136,7 +136,11 @@ def layer_by_layer(tokens) -> Difference:
     return compare_rows(*outputs, routings, num_experts=12, tolerance=0.1)
 
 
-@pytest.mark.parametrize("where", [Threads(2), Processes(2)], ids=["threads", "processes"])
+@pytest.mark.parametrize(
+    "where",
+    [Threads(2), pytest.param(Processes(2), marks=pytest.mark.slow)],
+    ids=["threads", "processes"],
+)
 def test_a_checkpoint_and_its_quantised_copy(tokens, where):
     done = []
     found = compare_checkpoints(

@@ -28,7 +28,10 @@ from tests.device_double import namespace as xp
 from tests.device_kernels import COMPILER, Cublas, kernels
 from tests.strategies import Case, cases
 
-pytestmark = pytest.mark.skipif(COMPILER is None, reason="there is no C++ compiler")
+pytestmark = [
+    pytest.mark.skipif(COMPILER is None, reason="there is no C++ compiler"),
+    pytest.mark.slow,  # a compiler is a process
+]
 
 DTYPES = [np.float32, np.float64, np.float16, ml_dtypes.bfloat16]
 
@@ -67,7 +70,6 @@ def test_numbers_of_16_bits_are_turned_into_others_as_numpy_does(cublas):
         assert np.isnan(out.get()[~good, 0].astype("f4")).all()
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("activation", reference.ACTIVATIONS)
 @pytest.mark.parametrize("dtype", [np.float64, ml_dtypes.bfloat16])
 def test_activations(cublas, activation, dtype):
@@ -83,7 +85,6 @@ def test_activations(cublas, activation, dtype):
         assert_close(got.get(), wide, 1e-14 if dtype == np.float64 else 2e-2)
 
 
-@pytest.mark.slow
 @settings(max_examples=60, suppress_health_check=list(HealthCheck))
 @given(
     case=cases(),

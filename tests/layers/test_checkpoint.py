@@ -548,6 +548,7 @@ def test_a_rank_reads_its_experts_router_shared_and_headers_within_1_percent(tmp
     assert least <= read_rank_1_of_4(tmp_path, d) <= 1.01 * least
 
 
+@pytest.mark.slow
 def test_loading_needs_no_torch_nor_fsspec():
     program = (
         "import sys\n"
@@ -585,6 +586,7 @@ def test_a_checkpoint_may_lie_at_an_address(case, memory_folder):
     assert len(pickle.dumps(again)) < 20_000
 
 
+@pytest.mark.slow
 def test_an_address_without_fsspec_is_refused():
     program = (
         "import sys; sys.modules['fsspec'] = None\n"

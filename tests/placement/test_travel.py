@@ -313,6 +313,12 @@ def test_what_is_refused():
         choose("auto", found, contiguous(4, 2), **sizes)
 
 
+def test_rates_of_travel_are_numbers_or_text():
+    assert Travel("auto", link="1 GB", read="2 MiB") == Travel("auto", link=1e9, read=2**21)
+    with pytest.raises(ValueError, match=r"read: invalid size: 'fast' \(try \"8 GiB\"\)"):
+        Travel("auto", read="fast")
+
+
 # --- replicas at home --------------------------------------------------------------------------
 
 

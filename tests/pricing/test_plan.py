@@ -132,6 +132,7 @@ def test_an_index_out_of_range_is_named():
         survey(routing, 4)
 
 
+@pytest.mark.slow
 def test_the_package_offers_the_function_whatever_was_imported_before():
     code = (
         "import dask_ep.pricing.report, dask_ep; "

@@ -6,7 +6,6 @@ from collections.abc import Iterator
 
 import numpy as np
 import pytest
-import s3fs
 
 from dask_ep.errors import ReadError
 from dask_ep.jobs.inspect import inspect_path
@@ -14,7 +13,7 @@ from dask_ep.layers.checkpoint import load_moe_layer
 from dask_ep.storage.sources import open_source
 from dask_ep.storage.storage import open_tokens
 from tests.checkpoints import FIXTURES, LAYER, expected
-from tests.s3_server import S3, Request, s3_server
+from tests.s3_server import S3, Request, s3_server, s3fs
 
 CASE = "mixtral"
 FILE = f"{CASE}/model.safetensors"
@@ -55,6 +54,7 @@ def faulty(s3: S3, kind: str, key: str, times: int | None = None) -> list[Reques
     return failed
 
 
+@pytest.mark.slow
 def test_a_layer_and_its_rows_come_from_s3_as_from_a_directory(s3, tmp_path):
     rows = expected(CASE)["hidden"].reshape(24, -1)
     address = put_rows(s3, "rows.npy", rows, tmp_path)
@@ -66,6 +66,7 @@ def test_a_layer_and_its_rows_come_from_s3_as_from_a_directory(s3, tmp_path):
     assert dict(found.facts)["model type"] == "mixtral"
 
 
+@pytest.mark.slow
 def test_each_rank_reads_its_own_bytes_once_and_no_others(s3):
     layer = load_moe_layer(f"s3://bucket/{CASE}", LAYER)
     read: list[set[int]] = []
@@ -101,6 +102,7 @@ def test_a_refused_key_is_named(s3):
         load_moe_layer(f"s3://bucket/{CASE}", LAYER)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["refuse", "wait", "cut"])
 def test_what_fails_on_and_on_is_an_error_with_rows_file_and_reason(s3, tmp_path, kind):
     rows = np.ones((40, 8), "f4")
@@ -112,6 +114,7 @@ def test_what_fails_on_and_on_is_an_error_with_rows_file_and_reason(s3, tmp_path
     assert len(failed) >= (1 if kind == "refuse" else 2), "tried again"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["wait", "cut"])
 def test_what_fails_once_is_tried_again_and_right(s3, tmp_path, kind):
     rows = np.random.default_rng(1).standard_normal((40, 8)).astype("f4")

@@ -632,6 +632,7 @@ def test_a_damaged_file_is_refused_or_read_as_its_own_library_reads_it(tmp_path_
             np.testing.assert_array_equal(bits(theirs.get_tensor(name)), bits(rows))
 
 
+@pytest.mark.slow
 def test_importing_sources_loads_no_storage_library():
     code = (
         "import sys, dask_ep.storage.sources, dask_ep.storage.storage; "

@@ -363,7 +363,7 @@ def test_a_lost_token_chunk_is_an_error_when_opened_and_when_read(tokens):
         open_tokens(open_source(tokens))  # opened to be filled, but tokens are not
 
 
-@pytest.mark.parametrize("scheduler", ["sync", "processes"])
+@pytest.mark.parametrize("scheduler", ["sync", pytest.param("processes", marks=pytest.mark.slow)])
 def test_a_truncated_token_chunk_names_block_rows_and_bytes(tmp_path, tokens, scheduler):
     x = open_tokens(tokens, 4)
     os.truncate(f"{tokens}/c.1.0", 40)

@@ -227,6 +227,7 @@ def test_what_cannot_be_pruned_is_refused(tmp_path):
     assert not out.exists()
 
 
+@pytest.mark.slow
 def test_a_group_scored_by_two_experts_keeps_two(tmp_path):
     source = altered(tmp_path, "deepseek_v3", num_experts_per_tok=2)
     stats = write_stats(tmp_path / "stats", scores_of("deepseek_v3"))

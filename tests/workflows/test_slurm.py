@@ -286,6 +286,7 @@ def test_slurm_gets_the_settings_of_the_site():
     subprocess.run(["bash", "-n"], input=script, text=True, check=True)
 
 
+@pytest.mark.slow
 def test_without_slurm_the_command_that_is_missing_is_named(job, tmp_path):
     ran = subprocess.run(
         [sys.executable, SCRIPT, job, "--out", tmp_path / "out.npy"],

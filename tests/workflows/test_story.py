@@ -11,6 +11,7 @@ from pathlib import Path
 import dask
 import dask.array as da
 import numpy as np
+import pytest
 
 from dask_ep import load_moe_layer, store
 from dask_ep.jobs.verify import plain_expert
@@ -40,6 +41,7 @@ def reap_by_hand(hidden: np.ndarray) -> np.ndarray:
     return np.array(scores)
 
 
+@pytest.mark.slow
 def test_each_line_runs_and_the_best_experts_by_reap_stay(tmp_path):
     hidden = np.random.default_rng(0).standard_normal((400, 32)).astype("f4")
     rows = tmp_path / "acts" / "moe_input_001.zarr"

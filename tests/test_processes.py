@@ -1,0 +1,45 @@
+"""Only slow tests start processes, and nothing that tests start outlives them."""
+
+import multiprocessing
+import os
+import subprocess
+import sys
+
+import psutil
+import pytest
+
+from tests.cluster_processes import REPOSITORY, wait_until
+
+
+@pytest.mark.parametrize(
+    "start",
+    [
+        lambda: subprocess.Popen(["true"]),
+        lambda: os.system("true"),
+        multiprocessing.get_context("spawn").Process(target=int).start,
+        multiprocessing.get_context("forkserver").Process(target=int).start,
+    ],
+    ids=["Popen", "system", "spawn", "forkserver"],
+)
+def test_a_test_that_is_not_marked_slow_cannot_start_processes(start):
+    with pytest.raises(RuntimeError, match=r"cannot_start_processes.* starts a process: mark it"):
+        start()
+
+
+OUTLIVED = """
+import subprocess
+from tests import processes
+keep = processes.end_with_this_process()
+print(subprocess.Popen(["sleep", "600"], start_new_session=True).pid, flush=True)
+keep.wait()
+"""
+
+
+@pytest.mark.slow
+def test_what_tests_start_ends_when_they_are_killed():
+    command = [sys.executable, "-c", OUTLIVED]
+    with subprocess.Popen(command, cwd=REPOSITORY, stdout=subprocess.PIPE, text=True) as tests:
+        outlived = psutil.Process(int(tests.stdout.readline()))
+        assert outlived.is_running()
+        tests.kill()
+    wait_until(lambda: not outlived.is_running(), "it has ended")

@@ -26,7 +26,7 @@ def published_pack(load: list, packs: int) -> list[list[int]]:
     return packed_items
 
 
-def published_balance(load, num_slots: int, groups: int, nodes: int, ranks: int) -> list:
+def published_balance(load, num_physical: int, groups: int, nodes: int, ranks: int) -> list:
     """EPLB for one layer, in loops: the experts of each rank."""
     if groups % nodes:
         groups = nodes = 1
@@ -36,7 +36,7 @@ def published_balance(load, num_slots: int, groups: int, nodes: int, ranks: int)
     for node in published_pack(group_load, nodes):
         experts = [g * size + i for g in node for i in range(size)]
         replica_of, replicas = list(range(len(experts))), [1] * len(experts)
-        while len(replica_of) < num_slots // nodes:
+        while len(replica_of) < num_physical // nodes:
             per_replica = [load[e] / c for e, c in zip(experts, replicas, strict=True)]
             hottest = per_replica.index(max(per_replica))
             replica_of.append(hottest)

@@ -20,7 +20,7 @@ from dask_ep.placement.policies import balance_layers, balanced, contiguous, exa
 from tests.plain_placement import published_balance, zipf_load
 
 SIZES = [(64, 8, 8), (128, 8, 16), (256, 32, 32), (256, 64, 64)]
-"""Experts, ranks, spare slots."""
+"""Experts, ranks, spare physical experts."""
 
 EXPONENTS = (0.3, 1.0, 1.5)
 
@@ -32,7 +32,9 @@ def main() -> None:
         "--layers", type=int, default=58, help="layers of 256 experts to balance at once"
     )
     options = parser.parse_args()
-    print("| experts, ranks, spare | Zipf | contiguous | packed | balanced | exact | its slots |")
+    print(
+        "| experts, ranks, spare | Zipf | contiguous | packed | balanced | exact | its ranks hold |"
+    )
     print("|---|---|---|---|---|---|---|")
     for experts, ranks, spare in SIZES:
         for exponent in EXPONENTS:
@@ -42,28 +44,28 @@ def main() -> None:
 
 
 def line(loads: list[np.ndarray], ranks: int, spare: int) -> str:
-    """Mean imbalance of each policy, and the slots per rank of exact."""
+    """Mean imbalance of each policy, and the physical experts per rank of exact."""
     experts = loads[0].size
     policies = {
         "contiguous": lambda load: contiguous(experts, ranks),
         "packed": lambda load: packed(load, ranks),
-        "balanced": lambda load: balanced(load, ranks, num_slots=experts + spare),
+        "balanced": lambda load: balanced(load, ranks, num_physical=experts + spare),
         "exact": lambda load: exact(load, ranks),
     }
     means = (
         np.mean([place(load).imbalance(load) for load in loads]) for place in policies.values()
     )
-    slots = max(exact(load, ranks).slots_per_rank for load in loads)
-    return " | ".join(f"{mean:.3f}" for mean in means) + f" | {slots} for {experts // ranks}"
+    held = max(exact(load, ranks).physical_per_rank for load in loads)
+    return " | ".join(f"{mean:.3f}" for mean in means) + f" | {held} for {experts // ranks}"
 
 
 def speed(layers: int) -> str:
-    """Time both ways to balance many layers over 32 ranks with 288 slots."""
+    """Time both ways to balance many layers over 32 ranks with 288 physical experts."""
     loads = np.stack([zipf_load(256, 1.0, seed=seed) for seed in range(layers)])
-    ours = timed(lambda: balance_layers(loads, 32, num_slots=288))
+    ours = timed(lambda: balance_layers(loads, 32, num_physical=288))
     loops = timed(lambda: [published_balance(load.tolist(), 288, 1, 1, 32) for load in loads])
     return (
-        f"{layers} layers of 256 experts, 288 slots on 32 ranks: {ours:.3f} s, "
+        f"{layers} layers of 256 experts, 288 physical ones on 32 ranks: {ours:.3f} s, "
         f"{ours / loops:.3f} of the published algorithm in loops"
     )
 

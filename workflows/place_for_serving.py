@@ -6,7 +6,8 @@ balances every layer over the deployment's ranks, and writes the file that the e
 start:
 
     python workflows/place_for_serving.py 3=layer3.zarr 4=layer4.zarr --experts 256 --ranks 32 \\
-        --slots 288 --groups 8 --nodes 4 --model-layers 61 --engine sglang --out location.json
+        --physical-experts 288 --groups 8 --nodes 4 --model-layers 61 --engine sglang \
+        --out location.json
 
     python -m sglang.launch_server ... --init-expert-location location.json \\
         --ep-num-redundant-experts 32
@@ -45,7 +46,7 @@ from dask_ep.placement.rebalance import incremental, moves
 @click.argument("routings", nargs=-1, required=True, metavar="LAYER=PATH...")
 @click.option("--experts", type=click.IntRange(1), required=True, help="Experts per layer.")
 @click.option("--ranks", type=click.IntRange(1), required=True, help="GPUs of the deployment.")
-@click.option("--slots", type=click.IntRange(1), help="Physical experts on all ranks together.")
+@click.option("--physical-experts", type=click.IntRange(1), help="On all ranks together.")
 @click.option(
     "--groups", type=click.IntRange(1), default=1, help="Expert groups of a group-limited router."
 )
@@ -61,7 +62,7 @@ def main(
     routings: tuple[str, ...],
     experts: int,
     ranks: int,
-    slots: int | None,
+    physical_experts: int | None,
     groups: int,
     nodes: int,
     engine: str,
@@ -77,14 +78,14 @@ def main(
     try:
         before = {}
         if previous is not None:
-            before = previous_layers(previous, engine, ranks, experts, slots)
+            before = previous_layers(previous, engine, ranks, experts, physical_experts)
             if (groups, nodes) != (1, 1):
                 raise click.UsageError(
                     "--groups and --nodes need all experts placed anew; leave "
                     "them out, or --previous"
                 )
-        elif slots is None:
-            raise click.UsageError("give --slots, or --previous")
+        elif physical_experts is None:
+            raise click.UsageError("give --physical-experts, or --previous")
         check_layers(list(paths), list(before), engine, model_layers)
         loads = np.stack([expert_load(path, layer, experts) for layer, path in paths.items()])
         if before:
@@ -94,7 +95,11 @@ def main(
             ]
         else:
             tables = balance_layers(
-                loads, ranks, num_slots=slots, num_groups=groups, num_nodes=nodes
+                loads,
+                ranks,
+                num_physical=physical_experts,
+                num_groups=groups,
+                num_nodes=nodes,
             )
             after = [Placement(table) for table in tables]
         placements = before | dict(zip(paths, after, strict=True))
@@ -123,16 +128,17 @@ def paths_of_layers(routings: Sequence[str]) -> dict[int, str]:
 
 
 def previous_layers(
-    path: str, engine: str, ranks: int, experts: int, slots: int | None
+    path: str, engine: str, ranks: int, experts: int, physical: int | None
 ) -> dict[int, Placement]:
     """Read all layers of the engine's file of before, and check that it is of this deployment."""
     read = read_sglang(path, ranks) if engine == "sglang" else read_vllm_ascend(path)
     for layer, placement in enumerate(read):
-        found = (placement.world_size, placement.num_experts, placement.slots.size)
-        if found != (ranks, experts, slots or found[-1]):
+        found = (placement.world_size, placement.num_experts, placement.physical.size)
+        if found != (ranks, experts, physical or found[-1]):
             raise click.UsageError(
-                f"layer {layer} of {path} has {found[1]} experts in {found[2]} slots on {found[0]} "
-                f"ranks; --experts, --slots (which may be left out) and --ranks must be these"
+                f"layer {layer} of {path} has {found[1]} experts in {found[2]} places on "
+                f"{found[0]} ranks; --experts, --physical-experts (which may be left out) and "
+                "--ranks must be these"
             )
     return dict(enumerate(read))
 

@@ -154,7 +154,7 @@ class Pricing:
             placement=placement,
             chunks=tuple(chunks[chunk] for chunk in of_these),
             expert_rows=visits.expert_rows(placement),
-            rank_rows=visits.slot_rows.sum(axis=1),
+            rank_rows=visits.physical_rows.sum(axis=1),
             packet_rows=visits.packet_rows[of_these],
             worker_rows=visits.worker_rows[of_these],
             rates=self._rates_of(decision),

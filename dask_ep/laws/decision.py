@@ -44,7 +44,7 @@ class Decision:
         return self.passes is not None or self.chunk_rows <= most
 
     @property
-    def spare_slots(self) -> int | None:
+    def spare_experts(self) -> int | None:
         """How many experts each rank can hold besides its own; None without a memory limit."""
         usable = self.layout.usable_bytes
         if usable is None:
@@ -70,14 +70,14 @@ class Decision:
         if not self.travel.moves_experts or ranks == 1 or self.passes is not None:
             return owners
         owners = owners or contiguous(work.experts, ranks)
-        spare = self.spare_slots
+        spare = self.spare_experts
         return choose_travel(
             self.travel,
             count(),
             owners,
             expert_bytes=work.expert_stored,
-            row_bytes=work.packet_row_bytes(owners.slots.size) + work.reply_bytes,
+            row_bytes=work.packet_row_bytes(owners.physical.size) + work.reply_bytes,
             chunks=chunks,
             workers=layout.serving,
-            max_slots=None if spare is None else owners.slots_per_rank + spare,
+            max_physical=None if spare is None else owners.physical_per_rank + spare,
         )

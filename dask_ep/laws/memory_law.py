@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from dask_ep.laws.costs import SORT_BYTES, Need, Spread, chunks_held, usable
 from dask_ep.laws.work import Work
 from dask_ep.placement.placement import Placement
-from dask_ep.placement.policies import most_slots
+from dask_ep.placement.policies import most_physical
 
 
 @dataclass(frozen=True)
@@ -55,9 +55,9 @@ class Layout:
     def slots_of_a_worker(self, num_experts: int) -> int:
         """The most experts that one worker holds, whatever the routing says."""
         if isinstance(self.placement, Placement):
-            slots = self.placement.slots_per_rank
+            slots = self.placement.physical_per_rank
         else:
-            slots = most_slots(self.placement or "contiguous", num_experts, self.world_size)
+            slots = most_physical(self.placement or "contiguous", num_experts, self.world_size)
         return slots * self.ranks_of_a_worker
 
     @property

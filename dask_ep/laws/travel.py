@@ -22,7 +22,7 @@ therefore chosen together: from all that are wanted, the one without which fewes
 dropped, again and again, and of all sets on this way the cheapest is taken. With one slot a row
 that is the optimum, expert by expert; with more it is near it, and a minimum cut would find it.
 
-Axis letters: `n` rows, `k` slots per row, `E` experts, `R` ranks, `S` slots per rank.
+Axis letters: `n` rows, `k` slots per row, `E` experts, `R` ranks, `P` physical experts per rank.
 """
 
 from __future__ import annotations
@@ -102,7 +102,7 @@ def choose_travel(
     row_bytes: float,
     chunks: Sequence[int] | None = None,
     workers: int | None = None,
-    max_slots: int | None = None,
+    max_physical: int | None = None,
 ) -> Placement:
     """Give every rank, besides the experts that it owns, those that are cheaper read than sent to.
 
@@ -119,7 +119,7 @@ def choose_travel(
     workers : int, optional
         Processes that serve the ranks, rank r on worker r % workers; default: one for each. Between
         ranks of one worker nothing travels.
-    max_slots : int, optional
+    max_physical : int, optional
         The most experts that a rank can hold (its memory over the bytes of one expert).
 
     Returns
@@ -130,7 +130,7 @@ def choose_travel(
     ------
     ValueError
         If `owners` are for other experts, or if they, or the experts that must be read, do not fit
-        into `max_slots`.
+        into `max_physical`.
 
     Notes
     -----
@@ -150,10 +150,10 @@ def choose_travel(
     ...     Travel("auto", link=1, read=1), survey(routing, 2), contiguous(2, 2), chunks=(4, 4),
     ...     expert_bytes=300, row_bytes=100,
     ... )
-    >>> placement.slots.tolist()  # 4 rows of rank 1 for expert 0, 1 row of rank 0 for expert 1
+    >>> placement.physical.tolist()  # 4 rows of rank 1 for expert 0, 1 row of rank 0 for expert 1
     [[0, -1], [1, 0]]
     """
-    verify_placement(owners, num_experts=found.num_experts, max_slots=max_slots)
+    verify_placement(owners, num_experts=found.num_experts, max_physical=max_physical)
     if not travel.moves_experts or owners.world_size == 1:
         return owners
     owners = replace(owners, local=True)
@@ -166,10 +166,11 @@ def choose_travel(
         prices = _Prices(row_bytes / float(travel.link), expert_bytes / float(travel.read))
         for rank, wants in enumerate(_wants(found, owners, chunks, worker)):
             chosen = _worth_reading(wants, prices, found.num_experts)
-            room = None if max_slots is None else max_slots - int((owners.slots[rank] >= 0).sum())
+            held = int((owners.physical[rank] >= 0).sum())
+            room = None if max_physical is None else max_physical - held
             extra.append(_fitting(chosen, wants, room))
     placement = _reading(owners, [np.flatnonzero(read) for read in extra])
-    verify_placement(placement, num_experts=found.num_experts, max_slots=max_slots)
+    verify_placement(placement, num_experts=found.num_experts, max_physical=max_physical)
     return placement
 
 
@@ -204,11 +205,11 @@ def _all_wanted(
     found: Survey, owners: Placement, chunks: Sequence[int], worker: np.ndarray
 ) -> np.ndarray:
     """(R, E) which experts on other workers the rows at home at each rank want."""
-    ranks, slots = owners.slots.shape
-    experts = np.append(owners.slots.ravel(), -1)
+    ranks, per_rank = owners.physical.shape
+    experts = np.append(owners.physical.ravel(), -1)
     wanted = np.zeros((ranks, found.num_experts + 1), bool)  # [:, -1] takes slots without expert
     for home, physical in _rows_at_home(found, owners, chunks):
-        elsewhere = worker[physical // slots] != worker[home]
+        elsewhere = worker[physical // per_rank] != worker[home]
         wanted[home, experts[physical[elsewhere]]] = True
     return wanted[:, :-1]
 
@@ -217,7 +218,7 @@ def _wants(
     found: Survey, owners: Placement, chunks: Sequence[int], worker: np.ndarray
 ) -> Iterator[_Wants]:
     """For each rank, what the rows at home there want of ranks on other workers."""
-    ranks, slots = owners.slots.shape
+    ranks, per_rank = owners.physical.shape
     homes = np.array([owners.home(c) for c in range(len(chunks))], np.int64)
     at_home = np.bincount(homes, weights=chunks, minlength=ranks)
     taken = np.minimum(1.0, SAMPLED_ROWS / np.maximum(at_home, 1))
@@ -227,13 +228,13 @@ def _wants(
         if taken[home] < 1:
             physical = physical[draw.random(len(physical)) < taken[home]]
         parts[home].append(physical)
-    experts = np.append(owners.slots.ravel(), -1)
+    experts = np.append(owners.physical.ravel(), -1)
     none = np.empty((0, found.slots_per_row), np.int32)
     for home in range(ranks):
         physical = _once_per_row(np.concatenate([none, *parts[home]]))
         leaving = []
         for rank in range(ranks):
-            leave = (physical // slots == rank) & (worker[rank] != worker[home])
+            leave = (physical // per_rank == rank) & (worker[rank] != worker[home])
             there = np.where(leave, experts[physical], -1)
             leaving.append(there[leave.any(axis=1)])
         yield _Wants(leaving, at_home[home] / max(len(physical), 1))
@@ -321,15 +322,15 @@ def _count(wants: np.ndarray, num_experts: int) -> np.ndarray:
 
 def _reading(owners: Placement, extra: Sequence[np.ndarray]) -> Placement:
     """Add the experts that each rank reads besides; these serve only rows at home."""
-    held = [[*row[row >= 0], *more] for row, more in zip(owners.slots, extra, strict=True)]
+    held = [[*row[row >= 0], *more] for row, more in zip(owners.physical, extra, strict=True)]
     width = max(map(len, held))
-    slots = np.full((owners.world_size, width), -1)
-    stops = np.zeros(slots.shape, np.int64)
+    physical = np.full((owners.world_size, width), -1)
+    stops = np.zeros(physical.shape, np.int64)
     for rank, experts in enumerate(held):
-        slots[rank, : len(experts)] = experts
+        physical[rank, : len(experts)] = experts
         owned = len(experts) - len(extra[rank])
-        stops[rank, :owned] = owners.stops[rank][owners.slots[rank] >= 0]
+        stops[rank, :owned] = owners.stops[rank][owners.physical[rank] >= 0]
         for column, expert in enumerate(extra[rank], start=owned):
-            before = owners.stops[:rank][owners.slots[:rank] == expert]
+            before = owners.stops[:rank][owners.physical[:rank] == expert]
             stops[rank, column] = before.max(initial=0)  # the stop before it: no tickets
-    return Placement(slots, stops, local=True)
+    return Placement(physical, stops, local=True)

@@ -2,8 +2,8 @@
 
     SGLang  dump of the expert distribution recorder, ``expert_distribution_recorder_*.pt``
               stat, stat_approx   {"logical_count": (steps, layers, E)}
-              per_pass            {"records": [{"global_physical_count": (layers, slots)}, ...],
-                                   "last_physical_to_logical_map": (layers, slots)}
+              per_pass            {"records": [{"global_physical_count": (layers, P)}, ...],
+                                   "last_physical_to_logical_map": (layers, P)}
               per_token           the same, and "topk_ids_of_layer": (layers, tokens, k) in each
             ``{"logical_count": ...}`` as .json, which ``--init-expert-location`` takes as well
     vLLM    routed experts (tokens, layers, k) of a request: saved as .npy, or the .json answer of

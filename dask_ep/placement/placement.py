@@ -1,11 +1,11 @@
-"""Given a placement, to which slot does a row go?
+"""Given a placement, to which physical expert does a row go?
 
-A placement says which expert each physical slot holds; some slots may be empty, and a hot expert
-may have several. To the rest of the package it is two things only: a rewriting of the routing
-(logical expert -> physical slot) and an ordering of the experts (physical slot -> logical expert).
+A placement says which expert of the model each physical expert holds; some may be empty, and a hot
+expert may have several replicas. To the rest of the package it is two things only: a rewriting of
+the routing (logical -> physical expert) and an ordering of the experts (physical -> logical).
 
-    slots      rank 0: [ 0 2 ]      rank 1: [ 0 1 ]      rank 2: [ 3 - ]
-    physical            0 1                  2 3                  4 5
+    physical experts   rank 0: [ 0 2 ]      rank 1: [ 0 1 ]      rank 2: [ 3 - ]
+    their numbers               0 1                  2 3                  4 5
 
     routing of row 7: [ 0 3 -1 ]  ──rewrite──>  [ 0 or 2, by row 7's ticket;  4;  -1 ]
 
@@ -16,7 +16,7 @@ number (`tickets`).
 is: chunk c that of rank c mod R. A row is served by the replica at home if there is one, and by
 its ticket otherwise. Its replicas then depend on its number, its chunk's number and R.
 
-Axis letters: `n` rows, `k` slots per row, `E` experts, `R` ranks, `S` slots per rank.
+Axis letters: `n` rows, `k` slots per row, `E` experts, `R` ranks, `P` physical experts per rank.
 """
 
 from __future__ import annotations
@@ -34,15 +34,15 @@ from dask_ep.placement.tickets import TICKETS, Tickets, even_stops, share_sizes
 
 @dataclass(frozen=True, eq=False)
 class Placement:
-    """Which expert each physical slot holds, and which rows each replica serves.
+    """Which expert each physical expert holds, and which rows each replica serves.
 
     Parameters
     ----------
-    slots : (R, S) integer array
-        The expert in each slot of each rank; -1 is an empty slot. Every expert from 0 to the
-        largest one has at least one slot, and at most one on each rank.
-    stops : (R, S) integer array, optional
-        The replica serves the tickets from the stop of the expert's replica before it (in slot
+    physical : (R, P) integer array
+        The expert of the model that each holds; -1 is empty. Every expert from 0 to the largest one
+        has at least one replica, and at most one on each rank.
+    stops : (R, P) integer array, optional
+        The replica serves the tickets from the stop of the expert's replica before it (in their
         order; 0 for the first) up to, not including, its own; the last replica's is `TICKETS`.
         Without `stops` the replicas of an expert share its rows evenly.
     local : bool
@@ -56,8 +56,8 @@ class Placement:
 
     Notes
     -----
-    Physical slot p is slot p % S of rank p // S, so that rank r owns the contiguous physical slots
-    [r * S, (r + 1) * S): the kernel's layout.
+    Physical expert p is number p % P of rank p // P, so that rank r owns the contiguous physical
+    experts [r * P, (r + 1) * P): the kernel's layout.
 
     Examples
     --------
@@ -72,57 +72,57 @@ class Placement:
     [0, 2, 0, 1, 3, -1]
     """
 
-    slots: Array
+    physical: Array
     stops: Array = None
     local: bool = False
 
     def __post_init__(self) -> None:
-        slots = _integers(self.slots, "slots", np.int32)
+        physical = _integers(self.physical, "physical", np.int32)
         stops = None if self.stops is None else _integers(self.stops, "stops", np.int64)
-        _check_slots(slots)
-        stops = even_stops(slots) if stops is None else stops
-        _check_stops(slots, stops)
-        for array in (slots, stops):
+        _check_physical(physical)
+        stops = even_stops(physical) if stops is None else stops
+        _check_stops(physical, stops)
+        for array in (physical, stops):
             array.flags.writeable = False
-        object.__setattr__(self, "slots", slots)
+        object.__setattr__(self, "physical", physical)
         object.__setattr__(self, "stops", stops)
 
     @property
     def world_size(self) -> int:
         """R, the ranks."""
-        return self.slots.shape[0]
+        return self.physical.shape[0]
 
     @property
-    def slots_per_rank(self) -> int:
-        """S, the physical slots of each rank, empty ones included."""
-        return self.slots.shape[1]
+    def physical_per_rank(self) -> int:
+        """P, the physical experts of each rank, empty ones included."""
+        return self.physical.shape[1]
 
     @property
     def num_experts(self) -> int:
         """E, the logical experts."""
-        return int(self.slots.max()) + 1
+        return int(self.physical.max()) + 1
 
     @cached_property
     def replica_counts(self) -> np.ndarray:
-        """(E,) int64: how many slots hold each expert."""
-        return np.bincount(self.slots[self.slots >= 0], minlength=self.num_experts)
+        """(E,) int64: how many replicas each expert has."""
+        return np.bincount(self.physical[self.physical >= 0], minlength=self.num_experts)
 
     @cached_property
     def shares(self) -> np.ndarray:
-        """(R, S) float64: the part of its expert's rows that each slot serves; 0 where empty.
+        """(R, P) float64: the part of its expert's rows that each replica serves; 0 where empty.
 
         Where the placement is local: if every rank is home to as many of them as any other.
         """
-        by_ticket = share_sizes(self.slots, self.stops) / TICKETS
+        by_ticket = share_sizes(self.physical, self.stops) / TICKETS
         if not self.local:
             return by_ticket
-        elsewhere = 1 - np.append(self.replica_counts, 0)[self.slots] / self.world_size
-        return (self.slots >= 0) / self.world_size + elsewhere * by_ticket
+        elsewhere = 1 - np.append(self.replica_counts, 0)[self.physical] / self.world_size
+        return (self.physical >= 0) / self.world_size + elsewhere * by_ticket
 
     @property
     def even(self) -> bool:
         """Whether the replicas of every expert share its rows evenly."""
-        return np.array_equal(self.stops, even_stops(self.slots))
+        return np.array_equal(self.stops, even_stops(self.physical))
 
     def home(self, chunk: int) -> int | None:
         """Return the home rank of a token chunk: neighbours have different ones, so that
@@ -131,14 +131,14 @@ class Placement:
         return chunk % self.world_size if self.local else None
 
     def order(self) -> list[int]:
-        """Return the expert of each physical slot, -1 for an empty one, as `Experts.load` takes
+        """Return the expert that each physical one holds, -1 for none, as `Experts.load` takes
         it."""
-        return self.slots.ravel().tolist()
+        return self.physical.ravel().tolist()
 
     def rewrite(
         self, routing: np.ndarray, row_offset: int = 0, home: int | None = None
     ) -> np.ndarray:
-        """Turn logical experts into physical slots.
+        """Turn logical experts into physical ones.
 
         Parameters
         ----------
@@ -163,8 +163,8 @@ class Placement:
         Depends on the routing, the global row numbers and the home only. Slots of one row at one
         expert go to one replica. Cost: one gather where every expert has one replica, else a search
         among them and three; with a home, a gather more. On a device two integers come to the host,
-        in one copy, and tables go there: 4 (E + 1) bytes with one replica each, else 12 per slot
-        that holds something; with a home, 4 (E + 1) more.
+        in one copy, and tables go there: 4 (E + 1) bytes with one replica each, else 12 per
+        replica; with a home, 4 (E + 1) more.
         """
         if not self.local:
             return self._tickets.choose(routing, row_offset)
@@ -179,8 +179,8 @@ class Placement:
 
     def rank_load(self, load: np.ndarray) -> np.ndarray:
         """Return the rows that each rank serves, (R,) float64, from those of each expert, (E,)."""
-        load = np.append(np.asarray(load, np.float64), 0.0)  # [-1] serves the empty slots
-        return (load[self.slots] * self.shares).sum(axis=1)
+        load = np.append(np.asarray(load, np.float64), 0.0)  # [-1] is for the empty ones
+        return (load[self.physical] * self.shares).sum(axis=1)
 
     def imbalance(self, load: np.ndarray) -> float:
         """Return the largest over the mean rank load: 1.0 is perfect; 1.0 also without any load."""
@@ -189,7 +189,7 @@ class Placement:
 
     def to_json(self) -> str:
         """Write the placement as JSON text that `from_json` reads back, equal to the last bit."""
-        content: dict[str, object] = {"slots": self.slots.tolist()}
+        content: dict[str, object] = {"physical": self.physical.tolist()}
         if not self.even:
             content["stops"] = self.stops.tolist()
         if self.local:
@@ -202,58 +202,62 @@ class Placement:
 
         Examples
         --------
-        >>> Placement.from_json('{"slots": [[1], [0]]}').order()
+        >>> Placement.from_json('{"physical": [[1], [0]]}').order()
         [1, 0]
         """
         content = json.loads(text)
-        if not isinstance(content, dict) or "slots" not in content:
-            raise ValueError(f'a placement must be a JSON object with "slots"; got {text[:40]!r}')
-        return cls(content["slots"], content.get("stops"), content.get("local", False))
+        if not isinstance(content, dict) or "physical" not in content:
+            raise ValueError(f'a placement must be an object with "physical"; got {text[:40]!r}')
+        return cls(content["physical"], content.get("stops"), content.get("local", False))
 
     @cached_property
     def _tickets(self) -> Tickets:
-        return Tickets(self.slots, self.stops)
+        return Tickets(self.physical, self.stops)
 
     @cached_property
     def _at_home(self) -> np.ndarray:
-        """(R, E + 1) int32: the slot of each expert at each rank, -1 where it has none."""
+        """(R, E + 1) int32: the physical expert of each at each rank, -1 where it has none."""
         table = np.full((self.world_size, self.num_experts + 1), -1, np.int32)
-        rank, column = np.nonzero(self.slots >= 0)
-        table[rank, self.slots[rank, column]] = rank * self.slots_per_rank + column
+        rank, column = np.nonzero(self.physical >= 0)
+        table[rank, self.physical[rank, column]] = rank * self.physical_per_rank + column
         return table
 
     def __eq__(self, other: object) -> bool:
         if not isinstance(other, Placement):
             return NotImplemented
-        same = np.array_equal(self.slots, other.slots) and np.array_equal(self.stops, other.stops)
+        same = np.array_equal(self.physical, other.physical) and np.array_equal(
+            self.stops, other.stops
+        )
         return same and self.local == other.local
 
     def __hash__(self) -> int:
-        return hash((self.slots.shape, self.slots.tobytes(), self.stops.tobytes(), self.local))
+        return hash(
+            (self.physical.shape, self.physical.tobytes(), self.stops.tobytes(), self.local)
+        )
 
     def __getstate__(self) -> dict[str, np.ndarray | bool]:
         # What is looked up by is made again.
-        return {"slots": self.slots, "stops": self.stops, "local": self.local}
+        return {"physical": self.physical, "stops": self.stops, "local": self.local}
 
     def __dask_tokenize__(self) -> tuple[str, list, list, bool]:
-        return ("dask_ep.Placement", self.slots.tolist(), self.stops.tolist(), self.local)
+        return ("dask_ep.Placement", self.physical.tolist(), self.stops.tolist(), self.local)
 
     def __repr__(self) -> str:
         return (
             f"<Placement: {self.num_experts} experts in {self.replica_counts.sum()} of "
-            f"{self.world_size} x {self.slots_per_rank} slots>"
+            f"{self.world_size} x {self.physical_per_rank} physical ones>"
         )
 
     def _repr_html_(self) -> str:
         ranks = [
             (f"rank {rank}", ", ".join(str(e) if e >= 0 else "empty" for e in experts))
-            for rank, experts in enumerate(self.slots.tolist())
+            for rank, experts in enumerate(self.physical.tolist())
         ]
         return html_table(f"Placement of {self.num_experts} experts", ranks)
 
 
 def verify_placement(
-    placement: Placement, num_experts: int | None = None, max_slots: int | None = None
+    placement: Placement, num_experts: int | None = None, max_physical: int | None = None
 ) -> None:
     """Raise unless every invariant of a placement holds.
 
@@ -262,8 +266,8 @@ def verify_placement(
     placement : Placement
     num_experts : int, optional
         The experts that it must place: all of them, and no others.
-    max_slots : int, optional
-        The slots that a rank may have.
+    max_physical : int, optional
+        The physical experts that a rank may have.
 
     Raises
     ------
@@ -271,17 +275,17 @@ def verify_placement(
         If an expert is missing, lies twice on one rank or does not exist, if the replicas of an
         expert do not serve every ticket exactly once, or if a limit is passed.
     """
-    _check_slots(placement.slots)
-    _check_stops(placement.slots, placement.stops)
+    _check_physical(placement.physical)
+    _check_stops(placement.physical, placement.stops)
     if num_experts is not None and placement.num_experts != num_experts:
         raise ValueError(
             f"the placement must place {num_experts} experts, but places {placement.num_experts}; "
             "make it for these experts"
         )
-    if max_slots is not None and placement.slots_per_rank > max_slots:
+    if max_physical is not None and placement.physical_per_rank > max_physical:
         raise ValueError(
-            f"a rank may have at most {max_slots} slots, but the placement gives it "
-            f"{placement.slots_per_rank}; raise the limit, or use more ranks or fewer replicas"
+            f"a rank may have at most {max_physical} experts, but the placement gives it "
+            f"{placement.physical_per_rank}; raise the limit, or use more ranks or fewer replicas"
         )
 
 
@@ -290,45 +294,45 @@ def _integers(values: object, name: str, dtype: type) -> np.ndarray:
     array = np.array(values)
     if array.ndim != 2 or array.size == 0 or array.dtype.kind not in "iu":
         raise ValueError(
-            f"{name} must be a table (ranks, slots) of integers with at least one of each; "
+            f"{name} must be a table (ranks, experts) of integers with at least one of each; "
             f"got shape {array.shape}, dtype {array.dtype}"
         )
     return array.astype(dtype)
 
 
-def _check_slots(slots: np.ndarray) -> None:
+def _check_physical(physical: np.ndarray) -> None:
     """Every expert somewhere, none twice on a rank."""
-    if slots.min() < -1:
-        raise ValueError(f"a slot must hold an expert or -1 (empty), but one holds {slots.min()}")
-    missing = np.flatnonzero(np.bincount(slots[slots >= 0], minlength=1) == 0)
+    if physical.min() < -1:
+        raise ValueError(f"a physical expert must be an expert or -1, but one is {physical.min()}")
+    missing = np.flatnonzero(np.bincount(physical[physical >= 0], minlength=1) == 0)
     if missing.size:
         raise ValueError(
-            f"every expert needs a slot, but expert {missing[0]} of {slots.max() + 1} has none; "
-            "place all experts from 0 to the largest one"
+            f"every expert needs a place, but expert {missing[0]} of {physical.max() + 1} has "
+            "none; place all experts from 0 to the largest one"
         )
-    rows = np.sort(slots, axis=1)
+    rows = np.sort(physical, axis=1)
     rank, at = np.nonzero((rows[:, 1:] == rows[:, :-1]) & (rows[:, 1:] >= 0))
     if rank.size:
         raise ValueError(
             f"a rank must hold an expert at most once, but rank {rank[0]} holds expert "
-            f"{rows[rank[0], at[0]]} twice; give the second slot to another expert or leave it "
+            f"{rows[rank[0], at[0]]} twice; give the second place to another expert or leave it "
             "empty (-1)"
         )
 
 
-def _check_stops(slots: np.ndarray, stops: np.ndarray) -> None:
+def _check_stops(physical: np.ndarray, stops: np.ndarray) -> None:
     """The replicas of every expert serve every ticket exactly once."""
-    if stops.shape != slots.shape:
-        raise ValueError(f"stops {stops.shape} must have the shape of slots {slots.shape}")
-    sizes = share_sizes(slots, stops)
+    if stops.shape != physical.shape:
+        raise ValueError(f"stops {stops.shape} must have the shape of physical {physical.shape}")
+    sizes = share_sizes(physical, stops)
     if (sizes < 0).any() or (stops < 0).any():
-        rank, slot = np.argwhere((sizes < 0) | (stops < 0))[0]
+        rank, at = np.argwhere((sizes < 0) | (stops < 0))[0]
         raise ValueError(
             "the stops of an expert's replicas must not decrease, but that of expert "
-            f"{slots[rank, slot]} on rank {rank} does ({stops[rank, slot]})"
+            f"{physical[rank, at]} on rank {rank} does ({stops[rank, at]})"
         )
-    served = np.zeros(slots.max() + 1, np.int64)
-    np.add.at(served, slots[slots >= 0], sizes[slots >= 0])
+    served = np.zeros(physical.max() + 1, np.int64)
+    np.add.at(served, physical[physical >= 0], sizes[physical >= 0])
     wrong = np.flatnonzero(served != TICKETS)
     if wrong.size:
         raise ValueError(

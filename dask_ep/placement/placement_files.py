@@ -3,7 +3,7 @@
 Loads that are measured here on a large corpus can place the experts of a serving deployment. The
 files that engines read at their start hold the placement of every MoE layer:
 
-    dask_ep      {"slots": [[0, 1], [2, 0]], ...}                   one layer, Placement.to_json
+    dask_ep      {"physical": [[0, 1], [2, 0]], ...}                one layer, Placement.to_json
     SGLang       {"physical_to_logical_map": [[0, 1, 2, 0], ...]}   --init-expert-location FILE
     vLLM Ascend  {"moe_layer_count": 1, "layer_list": [             expert_map_path
                    {"layer_id": 0, "device_count": 2, "device_list": [
@@ -11,8 +11,8 @@ files that engines read at their start hold the placement of every MoE layer:
 
 SGLang's list has one row for every layer of the model, dense ones included (they are ignored);
 vLLM Ascend's only the MoE layers. vLLM itself reads no such file as of 0.32. Engines choose among
-the replicas of an expert evenly and have no empty slots: a placement of `exact`, or one with empty
-slots, cannot be told to them.
+the replicas of an expert evenly and have no empty physical experts: a placement of `exact`, or one
+with empty ones, cannot be told to them.
 """
 
 from __future__ import annotations
@@ -108,7 +108,7 @@ def from_file(
 
     Parameters
     ----------
-    path : path of a JSON file, or of a (ranks, slots) .npy file
+    path : path of a JSON file, or of a (ranks, physical experts) .npy file
     layer : int, optional
         The layer of the model (SGLang) or of its MoE layers (vLLM Ascend); may be left out where
         the file has only one.
@@ -129,10 +129,10 @@ def from_file(
         raise FileNotFoundError(
             errno.ENOENT, f"a placement is one of {', '.join(POLICIES)}, or a file", str(path)
         )
-    content = {"slots": np.load(path)} if Path(path).suffix == ".npy" else _read(path)
-    if "slots" in content:
+    content = {"physical": np.load(path)} if Path(path).suffix == ".npy" else _read(path)
+    if "physical" in content:
         placement = Placement(
-            content["slots"], content.get("stops"), bool(content.get("local", False))
+            content["physical"], content.get("stops"), bool(content.get("local", False))
         )
     elif "physical_to_logical_map" in content:
         if world_size is None:
@@ -147,7 +147,7 @@ def from_file(
         placement = _one_of(placements, layer, path)
     else:
         raise ValueError(
-            f'{path} holds none of "slots" (dask_ep), "physical_to_logical_map" (SGLang) and '
+            f'{path} holds none of "physical" (dask_ep), "physical_to_logical_map" (SGLang) and '
             f'"layer_list" (vLLM Ascend), but {sorted(content)[:5]}'
         )
     if world_size is not None and placement.world_size != world_size:
@@ -179,17 +179,17 @@ def write_sglang(
     Raises
     ------
     ValueError
-        If the placements differ in size, have empty slots, or share rows unevenly.
+        If the placements differ in size, have empty physical experts, or share rows unevenly.
 
     Notes
     -----
     Start the server with ``--init-expert-location path`` and ``--ep-num-redundant-experts`` of
-    slots minus experts. Format: SGLang, python/sglang/srt/eplb/expert_location.py.
+    physical minus logical experts. Format: SGLang, python/sglang/srt/eplb/expert_location.py.
     """
     if Path(path).suffix != ".json":
         raise ValueError(f"SGLang recognises this format by the ending .json; got {path}")
     first = _check_engine(placements.values())
-    in_order = np.arange(first.slots.size) % first.num_experts
+    in_order = np.arange(first.physical.size) % first.num_experts
     layers = [
         placements[layer].order() if layer in placements else in_order.tolist()
         for layer in range(num_layers or max(placements) + 1)
@@ -208,7 +208,7 @@ def write_vllm_ascend(path: str | PathLike, placements: Sequence[Placement]) -> 
     Raises
     ------
     ValueError
-        If the placements differ in size, have empty slots, or share rows unevenly.
+        If the placements differ in size, have empty physical experts, or share rows unevenly.
     """
     _check_engine(placements)
     layers = [
@@ -217,7 +217,7 @@ def write_vllm_ascend(path: str | PathLike, placements: Sequence[Placement]) -> 
             "device_count": placement.world_size,
             "device_list": [
                 {"device_id": rank, "device_expert": experts}
-                for rank, experts in enumerate(placement.slots.tolist())
+                for rank, experts in enumerate(placement.physical.tolist())
             ],
         }
         for layer, placement in enumerate(placements)
@@ -244,8 +244,8 @@ def _from_sglang(content: dict, path: str | PathLike, world_size: int) -> list[P
         shape = None
     if shape is None or len(shape) != 2 or shape[1] % world_size or layers.dtype.kind != "i":
         raise ValueError(
-            f'{path} must hold "physical_to_logical_map", whole numbers (layers, slots), with '
-            f"slots a multiple of world_size={world_size}; it holds "
+            f'{path} must hold "physical_to_logical_map", whole numbers (layers, physical '
+            f"experts), as many of these as a multiple of world_size={world_size}; it holds "
             f"{'lists that differ in length' if shape is None else f'{shape} of {layers.dtype}'}"
         )
     return [Placement(layer.reshape(world_size, -1)) for layer in layers]
@@ -296,18 +296,18 @@ def _one_of(placements: list[Placement], layer: int | None, path: str | PathLike
 def _check_engine(placements: Iterable[Placement]) -> Placement:
     """Refuse what an engine's file cannot say; give the first placement."""
     placements = list(placements)
-    sizes = {(p.slots.shape, p.num_experts) for p in placements}
+    sizes = {(p.physical.shape, p.num_experts) for p in placements}
     if len(sizes) != 1:
         raise ValueError(
-            f"an engine has the same experts, ranks and slots in every layer; got {len(sizes)} "
+            f"an engine has the same logical and physical experts in every layer; got {len(sizes)} "
             f"different sizes in {len(placements)} layers"
         )
     for layer, placement in enumerate(placements):
-        if (placement.slots < 0).any():
+        if (placement.physical < 0).any():
             raise ValueError(
-                f"engines have no empty slots, but layer {layer} has "
-                f"{int((placement.slots < 0).sum())}; give balanced a num_slots that is a multiple "
-                "of the ranks"
+                f"engines have no empty physical experts, but layer {layer} has "
+                f"{int((placement.physical < 0).sum())}; give balanced a num_physical that is "
+                "a multiple of the ranks"
             )
         if not placement.even:
             raise ValueError(

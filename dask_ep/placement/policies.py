@@ -1,4 +1,4 @@
-"""Which slot should hold which expert, given how many rows each expert gets?
+"""Which physical expert should hold which expert, given how many rows each expert gets?
 
 Pure functions on integers, from the load of each expert to a `Placement`. From the simplest to the
 best balanced:
@@ -7,11 +7,11 @@ best balanced:
     packed       one replica each, heaviest first, each to the lightest rank with room
     balanced     replicas for the hottest experts first, then packed: EPLB's hierarchical and global
                  policies, but never two replicas of an expert on one rank
-    exact        every rank serves the same number of rows, with about one spare slot per rank;
+    exact        every rank serves the same number of rows, with about one spare one per rank;
                  the replicas of an expert share its rows unevenly
 
-Axis letters: `E` experts, `R` ranks, `S` slots per rank, `L` layers, `X` independent problems that
-are solved side by side.
+Axis letters: `E` experts, `R` ranks, `P` physical experts per rank, `L` layers, `X` independent
+problems that are solved side by side.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ __all__ = [
     "balanced",
     "contiguous",
     "exact",
-    "most_slots",
+    "most_physical",
     "packed",
     "place",
     "ticket_load",
@@ -43,7 +43,7 @@ def contiguous(num_experts: int, world_size: int) -> Placement:
 
     Examples
     --------
-    >>> contiguous(5, 3).slots
+    >>> contiguous(5, 3).physical
     array([[ 0,  1],
            [ 2,  3],
            [ 4, -1]], dtype=int32)
@@ -54,7 +54,7 @@ def contiguous(num_experts: int, world_size: int) -> Placement:
 
 
 def packed(load: np.ndarray, world_size: int) -> Placement:
-    """Give every expert one slot, heaviest first, each to the lightest rank with room.
+    """Give every expert one place, heaviest first, each to the lightest rank with room.
 
     Parameters
     ----------
@@ -68,36 +68,36 @@ def packed(load: np.ndarray, world_size: int) -> Placement:
     """
     load = _loads(load)
     _check_sizes(load.size, world_size)
-    return balanced(load, world_size, num_slots=load.size)
+    return balanced(load, world_size, num_physical=load.size)
 
 
 def balanced(
     load: np.ndarray,
     world_size: int,
     *,
-    num_slots: int | None = None,
+    num_physical: int | None = None,
     num_groups: int = 1,
     num_nodes: int = 1,
 ) -> Placement:
-    """Replicate the hottest experts in the spare slots, then spread the replicas over the ranks.
+    """Replicate the hottest experts where there is room, then spread the replicas over the ranks.
 
     Parameters
     ----------
     load : (E,) rows of each expert, or anything proportional to them
     world_size : int, R
-    num_slots : int, optional
-        Copies in all, E <= num_slots <= E * R. Default: one spare slot on every rank.
+    num_physical : int, optional
+        Replicas in all, E <= num_physical <= E * R. Default: one to spare on every rank.
     num_groups, num_nodes : int
         With more than one node, whole groups of E / num_groups experts are kept on one node.
 
     Raises
     ------
     ValueError
-        If the numbers do not divide, or there are more slots than experts on every rank.
+        If the numbers do not divide, or there are more physical than logical experts on every rank.
 
     Notes
     -----
-    DeepSeek's EPLB: each spare slot goes to the expert with the most rows per replica; then the
+    DeepSeek's EPLB: each spare one goes to the expert with the most rows per replica; then the
     replicas, heaviest first, each to the lightest rank with room. Hierarchical (groups to nodes
     first) where num_nodes divides num_groups, else global. Unlike EPLB a rank never gets two
     replicas of an expert, which would cost memory and gain nothing. Ties go to the lowest index.
@@ -105,25 +105,25 @@ def balanced(
 
     Examples
     --------
-    >>> placement = balanced([80, 10, 10, 20], world_size=2, num_slots=6)
-    >>> placement.slots.tolist(), placement.imbalance([80, 10, 10, 20])
+    >>> placement = balanced([80, 10, 10, 20], world_size=2, num_physical=6)
+    >>> placement.physical.tolist(), placement.imbalance([80, 10, 10, 20])
     ([[0, 1, 3], [0, 2, 3]], 1.0)
     """
-    slots = balance_layers(
+    physical = balance_layers(
         _loads(load)[None],
         world_size,
-        num_slots=num_slots,
+        num_physical=num_physical,
         num_groups=num_groups,
         num_nodes=num_nodes,
     )
-    return Placement(slots[0])
+    return Placement(physical[0])
 
 
 def balance_layers(
     loads: np.ndarray,
     world_size: int,
     *,
-    num_slots: int | None = None,
+    num_physical: int | None = None,
     num_groups: int = 1,
     num_nodes: int = 1,
 ) -> np.ndarray:
@@ -132,21 +132,21 @@ def balance_layers(
     Parameters
     ----------
     loads : (L, E) rows of each expert of each layer
-    world_size, num_slots, num_groups, num_nodes : as in `balanced`
+    world_size, num_physical, num_groups, num_nodes : as in `balanced`
 
     Returns
     -------
-    slots : (L, R, S) int64, each a table for `Placement`
+    physical : (L, R, P) int64, each a table for `Placement`
     """
     refuse_masked(loads, "loads")
     loads = np.asarray(loads, np.float64)
     layers, num_experts = loads.shape
     _check_sizes(num_experts, world_size)
-    if num_slots is None:
-        num_slots = min(-(-num_experts // world_size) + 1, num_experts) * world_size
+    if num_physical is None:
+        num_physical = min(-(-num_experts // world_size) + 1, num_experts) * world_size
     if num_groups % num_nodes:
         num_groups = num_nodes = 1  # the global policy
-    _check_divides(num_experts, world_size, num_slots, num_groups, num_nodes)
+    _check_divides(num_experts, world_size, num_physical, num_groups, num_nodes)
 
     # 1. Whole groups of experts to nodes.
     group = num_experts // num_groups
@@ -159,16 +159,16 @@ def balance_layers(
     # 2. Replicas of the hottest experts of each node.
     ranks = world_size // num_nodes
     loads = np.take_along_axis(np.repeat(loads, num_nodes, axis=0), expert_of, axis=1)
-    replica_of, replicas = replicate_hottest(loads, num_slots // num_nodes, max_replicas=ranks)
+    replica_of, replicas = replicate_hottest(loads, num_physical // num_nodes, max_replicas=ranks)
 
     # 3. The replicas of each node to its ranks.
     replica_loads = np.take_along_axis(loads / replicas, replica_of, axis=1)
-    packs = balanced_packing(replica_loads, replica_of, ranks, -(-num_slots // world_size))
+    packs = balanced_packing(replica_loads, replica_of, ranks, -(-num_physical // world_size))
     local = look_up_each(replica_of, packs.reshape(len(packs), -1))
     return look_up_each(expert_of, local).reshape(layers, world_size, -1)
 
 
-def exact(load: np.ndarray, world_size: int, *, max_slots: int | None = None) -> Placement:
+def exact(load: np.ndarray, world_size: int, *, max_physical: int | None = None) -> Placement:
     """Give every rank the same number of rows, to one, with few resident experts.
 
     Parameters
@@ -177,13 +177,13 @@ def exact(load: np.ndarray, world_size: int, *, max_slots: int | None = None) ->
         Rows of each expert; or the same by ticket (`ticket_load`), which makes the shares of the
         replicas right for these very rows instead of on average.
     world_size : int, R
-    max_slots : int, optional
+    max_physical : int, optional
         The most experts that a rank can hold (its memory over the bytes of one expert).
 
     Raises
     ------
     ValueError
-        If max_slots is below ceil((E - 1) / R) + 1, with which an exact placement always exists.
+        If max_physical is below ceil((E - 1) / R) + 1, with which an exact placement always exists.
 
     Notes
     -----
@@ -200,7 +200,7 @@ def exact(load: np.ndarray, world_size: int, *, max_slots: int | None = None) ->
     Examples
     --------
     >>> placement = exact([80, 10, 10, 20], world_size=3)
-    >>> placement.slots.tolist(), placement.rank_load([80, 10, 10, 20]).tolist()
+    >>> placement.physical.tolist(), placement.rank_load([80, 10, 10, 20]).tolist()
     ([[0, 3], [0, 2], [0, 1]], [40.0, 40.0, 40.0])
     """
     by_ticket = np.asanyarray(load)
@@ -208,45 +208,45 @@ def exact(load: np.ndarray, world_size: int, *, max_slots: int | None = None) ->
     rows = _integer_loads(by_ticket.sum(axis=1))
     _check_sizes(rows.size, world_size)
     needed = -(-(rows.size - 1) // world_size) + 1
-    if max_slots is not None and max_slots < needed:
+    if max_physical is not None and max_physical < needed:
         raise ValueError(
-            f"{rows.size} experts on {world_size} ranks with equal rows need {needed} slots a "
-            f"rank, but the limit is {max_slots}; allow {needed}, use more ranks, or use balanced"
+            f"{rows.size} experts on {world_size} ranks with equal rows need {needed} experts a "
+            f"rank, but the limit is {max_physical}; allow them, use more ranks, or use balanced"
         )
     pieces = _equal_windows(rows, world_size)
-    slots = _table([sorted(rank) for rank in pieces])
-    stops = np.zeros(slots.shape, np.int64)
+    physical = _table([sorted(rank) for rank in pieces])
+    stops = np.zeros(physical.shape, np.int64)
     served = np.zeros(rows.size, np.int64)
-    for rank, column in np.argwhere(slots >= 0):
-        expert = slots[rank, column]
+    for rank, column in np.argwhere(physical >= 0):
+        expert = physical[rank, column]
         served[expert] += pieces[rank][expert]
         stops[rank, column] = _ticket_at(by_ticket[expert], served[expert], rows[expert])
-    last = {int(expert): at for at, expert in enumerate(slots.ravel()) if expert >= 0}
+    last = {int(expert): at for at, expert in enumerate(physical.ravel()) if expert >= 0}
     stops.ravel()[list(last.values())] = TICKETS
-    return Placement(slots, stops)
+    return Placement(physical, stops)
 
 
 def place(
-    policy: str, load: np.ndarray, world_size: int, *, max_slots: int | None = None
+    policy: str, load: np.ndarray, world_size: int, *, max_physical: int | None = None
 ) -> Placement:
-    """Make the placement that a policy of `POLICIES` gives, within a limit of slots per rank.
+    """Make the placement that a policy of `POLICIES` gives, within what a rank may hold.
 
     Parameters
     ----------
     policy : "contiguous", "packed", "balanced" or "exact"
     load : (E,) or (E, bins) integer array, as in `exact`
     world_size : int, R
-    max_slots : int, optional
+    max_physical : int, optional
         The most experts that a rank can hold.
 
     Raises
     ------
     ValueError
-        If the policy is not known, or its placement needs more slots.
+        If the policy is not known, or its placement needs more physical experts.
 
     Examples
     --------
-    >>> place("packed", [9, 1, 1, 7], world_size=2).slots.tolist()
+    >>> place("packed", [9, 1, 1, 7], world_size=2).physical.tolist()
     [[0, 2], [3, 1]]
     """
     if policy not in POLICIES:
@@ -254,15 +254,15 @@ def place(
     load = np.asanyarray(load)
     rows = load.sum(axis=1) if load.ndim == 2 else load
     if policy == "exact":
-        return exact(load, world_size, max_slots=max_slots)
+        return exact(load, world_size, max_physical=max_physical)
     if policy == "contiguous":
         placement = contiguous(rows.size, world_size)
     elif policy == "packed":
         placement = packed(rows, world_size)
     else:
-        slots = min(most_slots(policy, rows.size, world_size), max_slots or rows.size)
-        placement = balanced(rows, world_size, num_slots=max(slots * world_size, rows.size))
-    verify_placement(placement, max_slots=max_slots)
+        physical = min(most_physical(policy, rows.size, world_size), max_physical or rows.size)
+        placement = balanced(rows, world_size, num_physical=max(physical * world_size, rows.size))
+    verify_placement(placement, max_physical=max_physical)
     return placement
 
 
@@ -270,12 +270,12 @@ POLICIES = ("contiguous", "packed", "balanced", "exact")
 """The names that `place` knows, from the simplest to the best balanced."""
 
 
-def most_slots(policy: str, num_experts: int, world_size: int) -> int:
-    """Return the most slots per rank that `place` uses for a policy, whatever the load.
+def most_physical(policy: str, num_experts: int, world_size: int) -> int:
+    """Return the most physical experts per rank that `place` uses for a policy, whatever the load.
 
     Examples
     --------
-    >>> [most_slots(policy, 10, 4) for policy in POLICIES]
+    >>> [most_physical(policy, 10, 4) for policy in POLICIES]
     [3, 3, 4, 4]
     """
     if policy == "exact":
@@ -364,19 +364,19 @@ def _check_sizes(num_experts: int, world_size: int) -> None:
 
 
 def _check_divides(
-    num_experts: int, world_size: int, num_slots: int, num_groups: int, num_nodes: int
+    num_experts: int, world_size: int, num_physical: int, num_groups: int, num_nodes: int
 ) -> None:
     for whole, part, names in (
         (num_experts, num_groups, "num_groups must divide the experts"),
         (world_size, num_nodes, "num_nodes must divide world_size"),
-        (num_slots, num_nodes, "num_nodes must divide num_slots"),
+        (num_physical, num_nodes, "num_nodes must divide num_physical"),
     ):
         if whole % part:
             raise ValueError(f"{names}; got {part} for {whole}")
     most = num_experts * world_size // num_nodes
-    if not num_experts <= num_slots <= most:
+    if not num_experts <= num_physical <= most:
         raise ValueError(
-            f"{num_experts} experts take from {num_experts} slots (one each) to {most} (one each "
+            f"{num_experts} experts take {num_experts} physical ones (one each) to {most} (one "
             f"on every rank of their node, {world_size} ranks on {num_nodes} nodes); "
-            f"got num_slots={num_slots}"
+            f"got num_physical={num_physical}"
         )

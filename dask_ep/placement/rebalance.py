@@ -3,8 +3,8 @@
 A placement that was made for yesterday's load is nearly right for today's, and every expert that
 moves must be loaded again. Here only enough of them move.
 
-A *change* is one of: two ranks swap an expert (2 loads), an expert moves to an empty slot (1), a
-spare replica or an empty slot becomes a further replica of a hot expert (1).
+A *change* is one of: two ranks swap an expert (2 loads), an expert moves to an empty place (1), a
+spare replica or an empty place becomes a further replica of a hot expert (1).
 """
 
 from __future__ import annotations
@@ -31,9 +31,9 @@ def incremental(previous: Placement, load: np.ndarray, *, tolerance: float = 0.0
     Returns
     -------
     placement : Placement
-        With the ranks and slots of `previous`, and local if that is; what does not move keeps its
-        slot, and replicas share rows evenly. Where the tolerance is out of reach, the best balanced
-        of what there was, what the changes reach, and what `balanced` gives with as many replicas.
+        Of the size of `previous`, and local if that is; what does not move keeps its place, and
+        replicas share rows evenly. Where the tolerance is out of reach, the best balanced of what
+        there was, what the changes reach, and what `balanced` gives with as many replicas.
 
     Raises
     ------
@@ -50,28 +50,28 @@ def incremental(previous: Placement, load: np.ndarray, *, tolerance: float = 0.0
     >>> from dask_ep.placement.policies import contiguous
     >>> before = contiguous(4, 2)
     >>> after = incremental(before, [30, 30, 10, 10])
-    >>> after.slots.tolist(), moves(before, after)
+    >>> after.physical.tolist(), moves(before, after)
     ([[2, 1], [0, 3]], 2)
     """
     load = np.asarray(load, np.float64)
     verify_placement(previous, num_experts=load.size)
     limit = (1 + tolerance) * load.sum() / previous.world_size
-    slots = previous.slots.astype(np.int64)
-    while (state := _State.of(slots, load, limit)).overload > 0:
+    physical = previous.physical.astype(np.int64)
+    while (state := _State.of(physical, load, limit)).overload > 0:
         gain, change = max(
             (_best_exchange(state), _best_replica(state), _best_drop(state)), key=itemgetter(0)
         )
         if gain <= 1e-12 * state.overload:
             break
         for at, expert in change.items():
-            slots[at] = expert
-    near = Placement(slots, local=previous.local)
+            physical[at] = expert
+    near = Placement(physical, local=previous.local)
     if state.overload == 0:
         return near
-    fresh = balanced(load, previous.world_size, num_slots=int(previous.replica_counts.sum()))
+    fresh = balanced(load, previous.world_size, num_physical=int(previous.replica_counts.sum()))
     fresh = _aligned(fresh, previous)
     # Less overload can still be a larger largest load.
-    unmoved = Placement(previous.slots, local=previous.local)
+    unmoved = Placement(previous.physical, local=previous.local)
     return min(unmoved, near, fresh, key=lambda placement: placement.imbalance(load))
 
 
@@ -84,14 +84,14 @@ def moves(before: Placement, after: Placement) -> int:
     2
     """
     held, wanted = (
-        {(rank, expert) for rank, row in enumerate(p.slots.tolist()) for expert in row}
+        {(rank, expert) for rank, row in enumerate(p.physical.tolist()) for expert in row}
         for p in (before, after)
     )
     return sum(expert >= 0 for _, expert in wanted - held)
 
 
 _Change = tuple[float, dict[tuple[int, int], int]]
-"""Overload that a change takes away per expert loaded, and the new expert of each slot."""
+"""Overload that a change takes away per expert loaded, and the new expert of each place."""
 
 NO_CHANGE: _Change = (0.0, {})
 
@@ -99,14 +99,14 @@ NO_CHANGE: _Change = (0.0, {})
 class _State(NamedTuple):
     """A placement on its way, and what all changes are scored from."""
 
-    slots: np.ndarray
-    #: (R, S)
+    physical: np.ndarray
+    #: (R, P)
     limit: float
     #: rows of a rank up to which it is not overloaded
     per_replica: np.ndarray
-    #: (E + 1,) rows of one replica of each expert; [-1] is 0, for empty slots
+    #: (E + 1,) rows of one replica of each expert; [-1] is 0, for empty places
     replicas: np.ndarray
-    #: (E + 1,); [-1] is 2, so that an empty slot counts as one that can be given away
+    #: (E + 1,); [-1] is 2, so that an empty place counts as one that can be given away
     holds: np.ndarray
     #: (R, E + 1) whether a rank holds an expert; [:, -1] is False
     rank_load: np.ndarray
@@ -115,15 +115,15 @@ class _State(NamedTuple):
     #: the rank with the most rows
 
     @classmethod
-    def of(cls, slots: np.ndarray, load: np.ndarray, limit: float) -> _State:
-        replicas = np.append(np.bincount(slots[slots >= 0], minlength=load.size), 2)
+    def of(cls, physical: np.ndarray, load: np.ndarray, limit: float) -> _State:
+        replicas = np.append(np.bincount(physical[physical >= 0], minlength=load.size), 2)
         per_replica = np.append(load, 0.0) / replicas
-        holds = np.zeros((len(slots), replicas.size), bool)
-        np.put_along_axis(holds, slots, True, axis=1)  # -1 is the last column
+        holds = np.zeros((len(physical), replicas.size), bool)
+        np.put_along_axis(holds, physical, True, axis=1)  # -1 is the last column
         holds[:, -1] = False
-        rank_load = per_replica[slots].sum(axis=1)
+        rank_load = per_replica[physical].sum(axis=1)
         heavy = int(rank_load.argmax())
-        return cls(slots, limit * (1 + 1e-12), per_replica, replicas, holds, rank_load, heavy)
+        return cls(physical, limit * (1 + 1e-12), per_replica, replicas, holds, rank_load, heavy)
 
     def over(self, rank_load: np.ndarray) -> np.ndarray:
         """Overload of ranks with these rows."""
@@ -141,33 +141,33 @@ class _State(NamedTuple):
 
 
 def _best_exchange(state: _State) -> _Change:
-    """The heaviest rank swaps an expert with another rank, or moves it to an empty slot there."""
-    mine = state.slots[state.heavy][:, None, None]  # (S, 1, 1), against (R, S)
-    gives, takes = state.per_replica[mine], state.per_replica[state.slots]
+    """The heaviest rank swaps an expert with another rank, or moves it to an empty place there."""
+    mine = state.physical[state.heavy][:, None, None]  # (P, 1, 1), against (R, P)
+    gives, takes = state.per_replica[mine], state.per_replica[state.physical]
     before = state.over(state.rank_load)[:, None] + state.over(state.rank_load[state.heavy])
     after = state.over(state.rank_load[state.heavy] - gives + takes) + state.over(
         state.rank_load[:, None] + gives - takes
     )
-    legal = ~state.holds[:, mine[:, 0, 0]].T[..., None] & ~state.holds[state.heavy, state.slots]
+    legal = ~state.holds[:, mine[:, 0, 0]].T[..., None] & ~state.holds[state.heavy, state.physical]
     legal = legal & (mine >= 0)
     legal[:, state.heavy] = False
-    gain = np.where(legal, before - after, 0.0) / np.where(state.slots >= 0, 2, 1)
+    gain = np.where(legal, before - after, 0.0) / np.where(state.physical >= 0, 2, 1)
     column, rank, other = map(int, np.unravel_index(gain.argmax(), gain.shape))
     change = {
-        (rank, other): state.slots[state.heavy, column],
-        (state.heavy, column): state.slots[rank, other],
+        (rank, other): state.physical[state.heavy, column],
+        (state.heavy, column): state.physical[rank, other],
     }
     return float(gain[column, rank, other]), change
 
 
 def _best_replica(state: _State) -> _Change:
-    """An expert of the heaviest rank gets another replica, for a spare one or in an empty slot."""
-    hot = state.slots[state.heavy]
+    """An expert of the heaviest rank gets another replica, for a spare one or in an empty place."""
+    hot = state.physical[state.heavy]
     hot = hot[hot >= 0]
-    rank, other = np.nonzero(state.replicas[state.slots] > 1)
+    rank, other = np.nonzero(state.replicas[state.physical] > 1)
     if rank.size == 0:
         return NO_CHANGE
-    spare = state.slots[rank, other]
+    spare = state.physical[rank, other]
     grown = state.split(hot, 1)  # (hot, R)
     shrunk = state.split(spare, -1)  # (spare, R)
     loads = state.rank_load + grown[:, None] + shrunk[None]  # (hot, spare, R)
@@ -183,7 +183,7 @@ def _best_replica(state: _State) -> _Change:
 
 def _best_drop(state: _State) -> _Change:
     """The heaviest rank gives up a spare replica: the other replicas take its rows."""
-    mine = state.slots[state.heavy]
+    mine = state.physical[state.heavy]
     columns = np.flatnonzero((mine >= 0) & (state.replicas[mine] > 1))
     if columns.size == 0:
         return NO_CHANGE
@@ -196,17 +196,17 @@ def _best_drop(state: _State) -> _Change:
 
 
 def _aligned(placement: Placement, previous: Placement) -> Placement:
-    """Number the ranks, and the slots in them, so that most experts stay where they were."""
-    old = [set(row) - {-1} for row in previous.slots.tolist()]
-    new = [set(row) - {-1} for row in placement.slots.tolist()]
+    """Number the ranks, and the places in them, so that most experts stay where they were."""
+    old = [set(row) - {-1} for row in previous.physical.tolist()]
+    new = [set(row) - {-1} for row in placement.physical.tolist()]
     overlap = np.array([[len(a & b) for b in new] for a in old])
-    slots = np.full(previous.slots.shape, -1)
+    physical = np.full(previous.physical.shape, -1)
     for _ in old:
         rank, source = np.unravel_index(overlap.argmax(), overlap.shape)
-        stay = np.isin(previous.slots[rank], list(new[source]))
-        slots[rank, stay] = previous.slots[rank, stay]
-        slots[rank, np.flatnonzero(~stay)[: len(new[source] - old[rank])]] = sorted(
+        stay = np.isin(previous.physical[rank], list(new[source]))
+        physical[rank, stay] = previous.physical[rank, stay]
+        physical[rank, np.flatnonzero(~stay)[: len(new[source] - old[rank])]] = sorted(
             new[source] - old[rank]
         )
         overlap[rank, :] = overlap[:, source] = -1
-    return Placement(slots, local=previous.local)
+    return Placement(physical, local=previous.local)

@@ -36,13 +36,13 @@ class Visits(NamedTuple):
     #: (C, R) int64: the rows of chunk c with a slot at rank r, each row once
     worker_rows: np.ndarray
     #: (C, W) int64: those with a slot at any rank of worker w, each row once
-    slot_rows: np.ndarray
-    #: (R, S) int64: the (row, slot) pairs that each physical slot serves
+    physical_rows: np.ndarray
+    #: (R, P) int64: the (row, slot) pairs that each physical expert serves
 
     def expert_rows(self, placement: Placement) -> np.ndarray:
         """(E,) int64: the (row, slot) pairs of each expert."""
-        rows, held = np.zeros(placement.num_experts, np.int64), placement.slots >= 0
-        np.add.at(rows, placement.slots[held], self.slot_rows[held])
+        rows, held = np.zeros(placement.num_experts, np.int64), placement.physical >= 0
+        np.add.at(rows, placement.physical[held], self.physical_rows[held])
         return rows
 
 
@@ -87,21 +87,21 @@ class Survey:
         workers : W, rank r being on worker r % W; default: one for each rank
         """
         chunks = self.chunks if chunks is None else tuple(chunks)
-        ranks, slots = placement.slots.shape
+        ranks, per_rank = placement.physical.shape
         packet_rows = np.zeros((len(chunks), ranks), np.int64)
         workers = ranks if workers is None else workers
         worker_rows = np.zeros((len(chunks), workers), np.int64)
-        slot_rows = np.zeros(ranks * slots + 1, np.int64)
+        physical_rows = np.zeros(ranks * per_rank + 1, np.int64)
         counted = range(len(chunks)) if only is None else frozenset(only)
         for chunk, row_offset, routing in self.blocks(chunks):
             if chunk not in counted:
                 continue
             physical = placement.rewrite(routing, row_offset, placement.home(chunk))
-            slot_rows += np.bincount(physical.ravel() + 1, minlength=slot_rows.size)
-            rank = np.where(physical < 0, -1, physical // slots)
+            physical_rows += np.bincount(physical.ravel() + 1, minlength=physical_rows.size)
+            rank = np.where(physical < 0, -1, physical // per_rank)
             packet_rows[chunk] += _rows_by_place(rank, ranks)
             worker_rows[chunk] += _rows_by_place(np.where(rank < 0, -1, rank % workers), workers)
-        return Visits(packet_rows, worker_rows, slot_rows[1:].reshape(ranks, slots))
+        return Visits(packet_rows, worker_rows, physical_rows[1:].reshape(ranks, per_rank))
 
     def blocks(self, chunks: Sequence[int]) -> Iterator[tuple[int, int, np.ndarray]]:
         """Read the routing again: chunk, what to rewrite by as first row, and up to `BLOCK_ROWS`

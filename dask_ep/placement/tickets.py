@@ -6,7 +6,7 @@ token of every sequence), spreads evenly over the tickets. Every replica of an e
 of tickets. A row's replicas therefore depend on nothing but its number: not on chunks, ranks or
 time.
 
-Axis letters: `n` rows, `k` slots per row, `E` experts, `R` ranks, `S` slots per rank.
+Axis letters: `n` rows, `k` slots per row, `E` experts, `R` ranks, `P` physical experts per rank.
 """
 
 from __future__ import annotations
@@ -29,11 +29,11 @@ _BIN_BITS = _TICKET_BITS - 6  # a replica is found by the 64th part of the ticke
 
 
 class Tickets:
-    """The replicas of the experts in these slots, to be looked up by ticket."""
+    """The replicas of these physical experts, to be looked up by ticket."""
 
-    def __init__(self, slots: np.ndarray, stops: np.ndarray):
-        self._slots, self._stops = slots, stops
-        self._num_experts = int(slots.max()) + 1
+    def __init__(self, physical: np.ndarray, stops: np.ndarray):
+        self._physical, self._stops = physical, stops
+        self._num_experts = int(physical.max()) + 1
 
     def choose(self, routing: np.ndarray, row_offset: int) -> np.ndarray:
         """The replicas that the rows' tickets choose, as `Placement.rewrite` gives them."""
@@ -60,13 +60,13 @@ class Tickets:
 
     @cached_property
     def _holders(self) -> np.ndarray:
-        """(replicas,) int32: the physical slots that hold something, by expert, then by slot."""
-        return _by_expert(self._slots).astype(np.int32)
+        """(replicas,) int32: the physical experts that hold one, by expert, then by number."""
+        return _by_expert(self._physical).astype(np.int32)
 
     @cached_property
     def _last_keys(self) -> np.ndarray:
         """(replicas,) int64, ascending: expert * TICKETS + stop of each of `_holders`."""
-        experts = self._slots.ravel()[self._holders].astype(np.int64)
+        experts = self._physical.ravel()[self._holders].astype(np.int64)
         return experts * TICKETS + self._stops.ravel()[self._holders]
 
     @cached_property
@@ -78,7 +78,7 @@ class Tickets:
 
     @cached_property
     def _home(self) -> np.ndarray:
-        """(E + 1,) int32: the slot of each expert if each has one; [-1] answers the routing -1."""
+        """(E + 1,) int32: where each expert is, if in one place; [-1] answers the routing -1."""
         return np.append(self._holders, np.int32(-1))
 
 
@@ -126,37 +126,37 @@ def _keys(routing: np.ndarray, row_offset: int, xp: Any) -> np.ndarray:
     return key
 
 
-def _by_expert(slots: np.ndarray) -> np.ndarray:
-    """(replicas,): the flat positions of used slots, by expert, then position."""
-    flat = slots.ravel()
+def _by_expert(physical: np.ndarray) -> np.ndarray:
+    """(replicas,): the flat positions of those that are used, by expert, then position."""
+    flat = physical.ravel()
     used = np.flatnonzero(flat >= 0)
     return used[np.argsort(flat[used], kind="stable")]
 
 
-def _nth_replicas(slots: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+def _nth_replicas(physical: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """For each of `_by_expert`: its position, its expert, and how many replicas come before it."""
-    at = _by_expert(slots)
-    experts = slots.ravel()[at]
+    at = _by_expert(physical)
+    experts = physical.ravel()[at]
     first = np.searchsorted(experts, experts, side="left")
     return at, experts, np.arange(at.size) - first
 
 
-def even_stops(slots: np.ndarray) -> np.ndarray:
-    """(R, S) int64: the stops with which the replicas of each expert share its rows evenly."""
-    at, experts, nth = _nth_replicas(slots)
+def even_stops(physical: np.ndarray) -> np.ndarray:
+    """(R, P) int64: the stops with which the replicas of each expert share its rows evenly."""
+    at, experts, nth = _nth_replicas(physical)
     replicas = np.bincount(experts)[experts]
-    stops = np.zeros(slots.size, np.int64)
+    stops = np.zeros(physical.size, np.int64)
     stops[at] = (nth + 1) * TICKETS // replicas
-    return stops.reshape(slots.shape)
+    return stops.reshape(physical.shape)
 
 
-def share_sizes(slots: np.ndarray, stops: np.ndarray) -> np.ndarray:
-    """(R, S) int64: how many tickets each slot serves."""
-    at, _, nth = _nth_replicas(slots)
+def share_sizes(physical: np.ndarray, stops: np.ndarray) -> np.ndarray:
+    """(R, P) int64: how many tickets each replica serves."""
+    at, _, nth = _nth_replicas(physical)
     ends = stops.ravel()[at]
-    sizes = np.zeros(slots.size, np.int64)
+    sizes = np.zeros(physical.size, np.int64)
     sizes[at] = ends - np.where(nth > 0, np.roll(ends, 1), 0)
-    return sizes.reshape(slots.shape)
+    return sizes.reshape(physical.shape)
 
 
 def _check_routing(routing: np.ndarray, num_experts: int, row_offset: int) -> None:

@@ -41,7 +41,7 @@ class Needs(Traffic):
     @property
     def rank_experts(self) -> np.ndarray:
         """(R,) experts that each rank holds."""
-        return (self.placement.slots >= 0).sum(axis=1)
+        return (self.placement.physical >= 0).sum(axis=1)
 
     @property
     def replicas(self) -> int:

@@ -124,7 +124,7 @@ class Plan(Needs):
             "d_out": self.work.d_out,
             "dtype": str(self.work.dtype),
             "rates": dataclasses.asdict(self.rates),
-            "slots": self.placement.slots.tolist(),
+            "physical": self.placement.physical.tolist(),
         }
 
     def to_json(self) -> str:

@@ -128,7 +128,7 @@ class Traffic:
     @property
     def packet_row_bytes(self) -> int:
         """Bytes of one row on its way to a worker."""
-        return self.work.packet_row_bytes(self.placement.slots.size)
+        return self.work.packet_row_bytes(self.placement.physical.size)
 
     @property
     def reply_row_bytes(self) -> int:

@@ -105,7 +105,9 @@ DOORS = {
         f"loads of {policy}": lambda policy=policy: place(policy, masked(np.arange(4)), 2)
         for policy in ("packed", "balanced", "exact")
     },
-    "loads of layers": lambda: balance_layers(masked(np.ones((2, 4))), num_slots=4, world_size=2),
+    "loads of layers": lambda: balance_layers(
+        masked(np.ones((2, 4))), num_physical=4, world_size=2
+    ),
     "a survey": lambda: survey(masked(ROUTING), E),
     "tokens opened": lambda: open_tokens(masked(TOKENS)),
 }

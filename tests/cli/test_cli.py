@@ -493,7 +493,7 @@ def test_a_cluster_finishes_what_was_stopped_on_it(tmp_path, capsys, slow_job):
     assert record["settings"]["world_size"] == 2, "one rank per worker"
     placement = Placement.from_json(record["settings"]["placement"])
     assert placement.local, "what travelled at first did so to the end"
-    assert placement.slots_per_rank == placement.num_experts
+    assert placement.physical_per_rank == placement.num_experts
 
 
 def test_a_scheduler_that_does_not_answer(monkeypatch, capsys, small_job):

@@ -70,7 +70,7 @@ def test_the_command_prints_json_and_saves_the_placement(job_file, tmp_path):
     assert content["world_size"] == 4
     assert content["imbalance"] < 1.01
     placement = Placement.from_json(saved.read_text())
-    assert placement.slots.tolist() == content["slots"]
+    assert placement.physical.tolist() == content["physical"]
     again = json.loads(invoke(job_file, "--processes", 4, "--placement", saved, "--json"))
     assert again["rank_rows"] == content["rank_rows"]
 
@@ -176,7 +176,7 @@ def test_a_placement_file_of_many_layers_is_read_for_the_layer_of_the_job(tmp_pa
         content = json.loads(invoke(path, "--placement", file, "--json"))
         compared = json.loads(invoke(path, "--json", "--what-if", f"placement={file}"))
         for one in (content, *compared["plans"]):
-            assert one["slots"] == placement.slots.tolist()
+            assert one["physical"] == placement.physical.tolist()
         job = load_job(path, placement=str(file))
         run_job(job, Threads(1), overwrite=True)
         settings = journal.read_manifest(f"{job.out}.progress")["settings"]
@@ -208,7 +208,7 @@ def test_the_command_says_what_travels(job_file, tmp_path):
     slow_link, slow_disk = (
         json.loads(invoke(*common, "--travel", "auto", *rate)) for rate in rates.values()
     )
-    assert slow_link["slots"] == experts["slots"]
+    assert slow_link["physical"] == experts["physical"]
     assert slow_disk["replicas"] == 0
     assert slow_link["policy"] == "contiguous, travel auto"
     said = invoke(job_file, "--processes", 4, "--travel", "experts", "--chunk-rows", 100)

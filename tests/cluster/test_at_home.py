@@ -104,7 +104,7 @@ class Layer:
             of_chunk = self.routing[chunk * ROWS : (chunk + 1) * ROWS]
             physical = placement.rewrite(of_chunk, chunk * ROWS, placement.home(chunk))
             for rank in set(range(RANKS)) - {placement.home(chunk)}:
-                rows += np.any(physical // placement.slots_per_rank == rank, axis=1).sum()
+                rows += np.any(physical // placement.physical_per_rank == rank, axis=1).sum()
         return int(rows)
 
 
@@ -121,7 +121,7 @@ def test_a_hot_expert_is_read_where_its_rows_lie_and_the_rows_of_a_cold_one_trav
 ):
     layer = Layer(tmp_path, slots)
     placement = layer.placement("auto", expert_bytes=ROW_BYTES * CHUNKS * ROWS * slots // 20)
-    assert all(0 in held and 5 not in held for held in placement.slots[:-1].tolist())
+    assert all(0 in held and 5 not in held for held in placement.physical[:-1].tolist())
     assert placement.replica_counts.tolist() == [3, 1, 1, 1, 1, 1]
     with own_experts(client, RANKS) as owners:
         before = received(client)
@@ -138,11 +138,11 @@ def test_a_hot_expert_is_read_where_its_rows_lie_and_the_rows_of_a_cold_one_trav
     # Rows: there and back what leaves its home, and nothing else.
     assert results < CHUNKS * ROWS * 16, "small integers of the routing alone"
     leaving = layer.leaving(placement)
-    alone = layer.leaving(Placement(contiguous(EXPERTS, RANKS).slots, local=True))
+    alone = layer.leaving(Placement(contiguous(EXPERTS, RANKS).physical, local=True))
     assert 0 < leaving < (0.5 if slots == 1 else 0.7) * alone
     assert 0.99 * leaving * ROW_BYTES <= travelled <= 1.05 * leaving * ROW_BYTES
     # Experts: each owner reads its own, and expert 0 is read by all.
-    held = (placement.slots >= 0).sum(axis=1)
+    held = (placement.physical >= 0).sum(axis=1)
     assert bytes_read(layer.log) == {
         owner: held[rank] * EXPERT_BYTES for rank, owner in enumerate(owner_of)
     }

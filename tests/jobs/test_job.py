@@ -381,7 +381,7 @@ def test_building_reads_nothing_but_what_a_placement_needs(tmp_path):
 
 def test_a_placement_for_other_ranks(tmp_path):
     write_arrays(tmp_path, **small_arrays())
-    (tmp_path / "p.json").write_text(balanced([4, 4, 4, 4], 3, num_slots=6).to_json())
+    (tmp_path / "p.json").write_text(balanced([4, 4, 4, 4], 3, num_physical=6).to_json())
     job = load_job(write(tmp_path, GOOD), placement=str(tmp_path / "p.json"))
     with pytest.raises(ValueError, match="on 3 ranks, but world_size=2 is asked for"):
         build_of(job)
@@ -391,7 +391,7 @@ def test_a_placement_for_other_ranks(tmp_path):
 def test_a_placement_does_not_change_the_output(tmp_path, placement):
     arrays = small_arrays()
     write_arrays(tmp_path, **arrays)
-    (tmp_path / "p.json").write_text(balanced([9, 1, 1, 1], 3, num_slots=6).to_json())
+    (tmp_path / "p.json").write_text(balanced([9, 1, 1, 1], 3, num_physical=6).to_json())
     path = write(tmp_path, GOOD)
     job = load_job(path, placement=placement if "." not in placement else str(tmp_path / "p.json"))
     y = build_of(job, 3, chunk_rows=16).y.compute(scheduler="sync")

@@ -253,7 +253,7 @@ def answer_of(ask: Any, *args: Any) -> dict[str, Any] | str:
         "as stored": decision.as_stored,
         "passes": None if decision.passes is None else asdict(decision.passes),
         "travel": decision.travel,
-        "spare slots": decision.spare_slots,
+        "spare experts": decision.spare_experts,
         "memory": decision.need.at(decision.chunk_rows),
     }
 
@@ -282,7 +282,7 @@ def test_a_plan_and_a_run_go_every_way_alike(tmp_path, name):
     if isinstance(ran, str):
         words = {
             "asked to hold on workers": "experts can travel only to rows that are held in memory",
-            "too many travel": "slots, but the placement gives it 160",
+            "too many travel": "experts, but the placement gives it 160",
             "travel on threads": "threads share memory, so nothing travels between them",
             "chunks too large": "it runs so with --chunk-rows",
             "nothing fits": "It does not fit with experts in passes either",

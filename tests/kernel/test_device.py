@@ -259,7 +259,7 @@ PLACEMENTS = {
     "in order": Placement([[0, 1], [2, 3]]),
     "uneven": contiguous(3, 2),
     "permuted": Placement([[3, 0], [1, 2]]),
-    "copies": balanced([80, 10, 10, 20], 2, num_slots=6),
+    "copies": balanced([80, 10, 10, 20], 2, num_physical=6),
     "many copies": Placement([[0, 1, 2], [0, 1, 3], [0, 2, 3]]),
     "copies at home": Placement([[0, 1, 2], [0, 1, 3], [0, 2, 3]], local=True),
     "cut at a row's ticket": Placement([[0], [0]], [[1003 * STRIDE % TICKETS], [TICKETS]]),
@@ -279,7 +279,7 @@ def test_a_placement_rewrites_on_the_device(placement, shape):
     assert got.dtype == want.dtype
     np.testing.assert_array_equal(got.get(), want)
     assert traffic.to_host == ([2 * 8] if routing.size else [])
-    held = int((placement.slots >= 0).sum())
+    held = int((placement.physical >= 0).sum())
     no_copies = held == placement.num_experts
     at_home = 4 * (placement.num_experts + 1) if placement.local else 0
     assert sum(traffic.to_device) == at_home + (4 * (held + 1) if no_copies else 12 * held)

@@ -217,7 +217,7 @@ def test_packets_and_sums_are_those_of_the_host(cupy, case: Case):
 @pytest.mark.parametrize("shape", [(0, 2), (50,), (50, 2)])
 @pytest.mark.parametrize(
     "placement",
-    [contiguous(3, 2), balanced([80, 10, 10, 20], 2, num_slots=6), Placement([[3, 0], [1, 2]])],
+    [contiguous(3, 2), balanced([80, 10, 10, 20], 2, num_physical=6), Placement([[3, 0], [1, 2]])],
 )
 def test_a_placement_rewrites_as_on_the_host(cupy, placement, shape):
     routing = np.random.default_rng(0).integers(-1, placement.num_experts, shape)

@@ -49,7 +49,7 @@ EPLB_LOADS = np.array(
         [20, 107, 104, 64, 19, 197, 187, 157, 172, 86, 16, 27],
     ]
 )
-EPLB_SLOTS = np.array(
+EPLB_PHYSICAL = np.array(
     [
         [5, 6, 5, 7, 8, 4, 3, 4, 10, 9, 10, 2, 0, 1, 11, 1],
         [7, 10, 6, 8, 6, 11, 8, 9, 2, 4, 5, 1, 5, 0, 3, 1],
@@ -62,7 +62,7 @@ world_sizes = st.integers(1, 9)
 
 @st.composite
 def placements(draw) -> Placement:
-    """Any legal placement: every expert somewhere, further replicas and empty slots anywhere."""
+    """Any legal placement: every expert somewhere, further replicas and empty places anywhere."""
     experts, ranks = draw(st.integers(1, 12)), draw(world_sizes)
     first = draw(st.lists(st.integers(0, ranks - 1), min_size=experts, max_size=experts))
     holds = [{e for e in range(experts) if first[e] == r} for r in range(ranks)]
@@ -79,12 +79,12 @@ def placements(draw) -> Placement:
 
 
 def test_the_printed_example_gets_its_printed_answer():
-    slots = balance_layers(EPLB_LOADS, 8, num_slots=16, num_groups=4, num_nodes=2)
-    np.testing.assert_array_equal(slots.reshape(2, 16), EPLB_SLOTS)
+    physical = balance_layers(EPLB_LOADS, 8, num_physical=16, num_groups=4, num_nodes=2)
+    np.testing.assert_array_equal(physical.reshape(2, 16), EPLB_PHYSICAL)
     by_layer = [
         published_balance(load.tolist(), 16, groups=4, nodes=2, ranks=8) for load in EPLB_LOADS
     ]
-    np.testing.assert_array_equal(np.reshape(by_layer, (2, 16)), EPLB_SLOTS)
+    np.testing.assert_array_equal(np.reshape(by_layer, (2, 16)), EPLB_PHYSICAL)
 
 
 @settings(max_examples=150, deadline=None)
@@ -95,8 +95,8 @@ def test_balanced_is_the_published_answer_wherever_that_has_no_two_replicas_on_a
     groups = data.draw(st.integers(1, 4)) * data.draw(st.sampled_from([1, nodes]))
     experts = groups * data.draw(st.integers(1, 4))
     per_rank = data.draw(st.integers(-(-experts // ranks), -(-experts // ranks) + 2))
-    num_slots = ranks * per_rank
-    if num_slots > experts * ranks // (nodes if groups % nodes == 0 else 1):
+    num_physical = ranks * per_rank
+    if num_physical > experts * ranks // (nodes if groups % nodes == 0 else 1):
         return
     layers = data.draw(st.integers(1, 3))
     load = np.array(
@@ -108,10 +108,12 @@ def test_balanced_is_the_published_answer_wherever_that_has_no_two_replicas_on_a
             )
         )
     )
-    slots = balance_layers(load, ranks, num_slots=num_slots, num_groups=groups, num_nodes=nodes)
-    for layer, table in enumerate(slots):
-        verify_placement(Placement(table), num_experts=experts, max_slots=per_rank)
-        published = published_balance(load[layer].tolist(), num_slots, groups, nodes, ranks)
+    physical = balance_layers(
+        load, ranks, num_physical=num_physical, num_groups=groups, num_nodes=nodes
+    )
+    for layer, table in enumerate(physical):
+        verify_placement(Placement(table), num_experts=experts, max_physical=per_rank)
+        published = published_balance(load[layer].tolist(), num_physical, groups, nodes, ranks)
         if all(len(set(rank)) == len(rank) for rank in published):
             np.testing.assert_array_equal(table, published)
 
@@ -122,8 +124,8 @@ def test_two_replicas_of_an_expert_never_share_a_rank_where_the_published_ones_d
         load = zipf_load(8, 1.2, seed=seed)
         published = published_balance(load.tolist(), 12, 1, 1, 4)
         differing += any(len(set(rank)) < len(rank) for rank in published)
-        placement = balanced(load, 4, num_slots=12)
-        verify_placement(placement, num_experts=8, max_slots=3)
+        placement = balanced(load, 4, num_physical=12)
+        verify_placement(placement, num_experts=8, max_physical=3)
         assert placement.replica_counts.sum() == 12
     assert differing > 0, "the case that this test is about did not come up"
 
@@ -149,7 +151,7 @@ def lines_run(work):
 def test_many_layers_take_as_many_steps_as_one():
     load = np.stack([zipf_load(256, 1.0, seed=seed) for seed in range(58)])
     one, many = (
-        lines_run(lambda some=some: balance_layers(some, 32, num_slots=288))
+        lines_run(lambda some=some: balance_layers(some, 32, num_physical=288))
         for some in (load[:1], load)
     )
     assert one > 288  # a few for each replica
@@ -189,7 +191,7 @@ def best_max_load(load, replica_of, ranks: int, capacity: int) -> float:
     """Try all assignments of replicas to ranks for the smallest largest rank load."""
     empty = ranks * capacity - len(replica_of)
     load = np.append(load, np.zeros(empty))
-    replica_of = np.append(replica_of, -1 - np.arange(empty))  # empty slots may lie together
+    replica_of = np.append(replica_of, -1 - np.arange(empty))  # empty places may lie together
     assign = equal_parts(ranks * capacity, capacity)
     held = np.sort(replica_of[assign], axis=2)
     legal = (held[..., 1:] != held[..., :-1]).all(axis=(1, 2))
@@ -206,11 +208,14 @@ def best_max_load(load, replica_of, ranks: int, capacity: int) -> float:
 @example(load=[20, 1, 0, 20, 30], ranks=4, spare=4)  # the worst of 17 000: 1.5
 def test_balanced_is_within_a_half_of_brute_force(load, ranks, spare):
     load = np.array(load)
-    num_slots = min(load.size + spare, load.size * ranks)
-    placement = balanced(load, ranks, num_slots=num_slots)
+    num_physical = min(load.size + spare, load.size * ranks)
+    placement = balanced(load, ranks, num_physical=num_physical)
     replica_of = np.repeat(np.arange(load.size), placement.replica_counts)
     best = best_max_load(
-        (load / placement.replica_counts)[replica_of], replica_of, ranks, placement.slots_per_rank
+        (load / placement.replica_counts)[replica_of],
+        replica_of,
+        ranks,
+        placement.physical_per_rank,
     )
     assert best - 1e-9 <= placement.rank_load(load).max() <= 3 / 2 * best + 1e-6
 
@@ -220,10 +225,10 @@ def test_balanced_is_within_a_half_of_brute_force(load, ranks, spare):
 def test_balanced_is_as_good_as_brute_force_where_popularity_falls_as_in_life(exponent, spare):
     for seed in range(10):
         load = zipf_load(8, exponent, seed=seed)
-        placement = balanced(load, 4, num_slots=8 + spare)
+        placement = balanced(load, 4, num_physical=8 + spare)
         replica_of = np.repeat(np.arange(8), placement.replica_counts)
         replica_load = (load / placement.replica_counts)[replica_of]
-        best = best_max_load(replica_load, replica_of, 4, placement.slots_per_rank)
+        best = best_max_load(replica_load, replica_of, 4, placement.physical_per_rank)
         assert placement.rank_load(load).max() == pytest.approx(best)
 
 
@@ -243,10 +248,12 @@ def test_exact_is_never_worse_than_brute_force_without_replicas(load, ranks):
 )
 def test_no_other_choice_of_replicas_has_a_smaller_hottest_replica(load, spare):
     ranks = 4
-    num_slots = min(len(load) + spare, len(load) * ranks)
-    replicas = balanced(load, ranks, num_slots=num_slots).replica_counts
+    num_physical = min(len(load) + spare, len(load) * ranks)
+    replicas = balanced(load, ranks, num_physical=num_physical).replica_counts
     choices = (
-        c for c in itertools.product(range(1, ranks + 1), repeat=len(load)) if sum(c) == num_slots
+        c
+        for c in itertools.product(range(1, ranks + 1), repeat=len(load))
+        if sum(c) == num_physical
     )
     best = min(max(np.divide(load, c)) for c in choices)
     assert max(load / replicas) == pytest.approx(best)
@@ -254,9 +261,9 @@ def test_no_other_choice_of_replicas_has_a_smaller_hottest_replica(load, spare):
 
 @settings(max_examples=300, deadline=None)
 @given(load=loads, ranks=world_sizes)
-def test_exact_gives_every_rank_the_same_rows_with_one_spare_slot(load, ranks):
+def test_exact_gives_every_rank_the_same_rows_with_one_expert_to_spare(load, ranks):
     placement = exact(load, ranks)
-    verify_placement(placement, load.size, max_slots=-(-(load.size - 1) // ranks) + 1)
+    verify_placement(placement, load.size, max_physical=-(-(load.size - 1) // ranks) + 1)
     assert placement.replica_counts.sum() <= load.size + ranks - 1
     served = placement.rank_load(load)
     assert served.max() <= math.ceil(load.sum() / ranks) + 1e-3
@@ -273,7 +280,7 @@ def test_exact_by_ticket_is_exact_for_the_very_rows(seed, ranks, experts):
     placement = exact(ticket_load(routing, experts, bins=4096), ranks)
     physical = placement.rewrite(routing)
     rows = np.bincount(
-        physical[physical >= 0] // placement.slots_per_rank, minlength=placement.world_size
+        physical[physical >= 0] // placement.physical_per_rank, minlength=placement.world_size
     )
     assert rows.sum() == (routing >= 0).sum()
     # A cut falls inside one range of tickets, which holds at most a few rows of one expert.
@@ -289,12 +296,12 @@ def test_each_policy_balances_better_than_the_one_before(experts, ranks, spare, 
     imbalance = [
         contiguous(experts, ranks).imbalance(load),
         packed(load, ranks).imbalance(load),
-        balanced(load, ranks, num_slots=experts + spare).imbalance(load),
+        balanced(load, ranks, num_physical=experts + spare).imbalance(load),
         exact(load, ranks).imbalance(load),
     ]
     assert imbalance == sorted(imbalance, reverse=True)
     assert imbalance[-1] == pytest.approx(1.0, abs=1e-3)
-    assert exact(load, ranks).slots_per_rank <= (experts + spare) // ranks
+    assert exact(load, ranks).physical_per_rank <= (experts + spare) // ranks
 
 
 # --- the invariants, for every policy -----------------------------------------------------------
@@ -307,13 +314,13 @@ def test_every_policy_keeps_the_invariants(load, ranks, policy):
     verify_placement(placement, num_experts=load.size)
     assert placement.world_size == ranks
     assert placement.rank_load(load).sum() == pytest.approx(load.sum())
-    assert len(placement.order()) == ranks * placement.slots_per_rank
+    assert len(placement.order()) == ranks * placement.physical_per_rank
     if policy in ("contiguous", "packed"):
         assert (placement.replica_counts == 1).all()
 
 
 CASES = [
-    # experts, ranks, slots, remark
+    # experts, ranks, physical, remark
     (6, 3, [[0, 1], [2, 3], [4, 5]], "even"),
     (5, 3, [[0, 1], [2, 3], [4, -1]], "uneven: the last slot is empty"),
     (2, 4, [[0], [1], [-1], [-1]], "more ranks than experts: ranks without any"),
@@ -321,10 +328,12 @@ CASES = [
 ]
 
 
-@pytest.mark.parametrize(("experts", "ranks", "slots", "remark"), CASES, ids=lambda v: str(v)[:30])
-def test_contiguous(experts, ranks, slots, remark):
+@pytest.mark.parametrize(
+    ("experts", "ranks", "physical", "remark"), CASES, ids=lambda v: str(v)[:30]
+)
+def test_contiguous(experts, ranks, physical, remark):
     placement = contiguous(experts, ranks)
-    assert placement.slots.tolist() == slots, remark
+    assert placement.physical.tolist() == physical, remark
     verify_placement(placement, experts)
 
 
@@ -335,7 +344,7 @@ def rewrite_in_loops(placement: Placement, routing: np.ndarray, offset: int) -> 
     physical = np.full(routing.shape, -1)
     for row, slot in np.ndindex(*routing.shape):
         ticket = (offset + row) * STRIDE % TICKETS
-        for place_, expert in enumerate(placement.slots.ravel()):
+        for place_, expert in enumerate(placement.physical.ravel()):
             stop = placement.stops.ravel()[place_]
             if expert == routing[row, slot] >= 0 and ticket < stop:
                 physical[row, slot] = place_
@@ -361,7 +370,7 @@ def test_rewrite_is_the_plain_loop_whatever_the_chunks(placement, seed, dtype, o
     ]
     np.testing.assert_array_equal(np.concatenate(parts), physical)
     np.testing.assert_array_equal(placement.rewrite(routing[:, 0], offset), physical[:, 0])
-    back = np.append(placement.slots.ravel(), -1)[physical]
+    back = np.append(placement.physical.ravel(), -1)[physical]
     np.testing.assert_array_equal(back, routing)
 
 
@@ -405,7 +414,7 @@ def test_a_placed_layer_gives_the_unplaced_answer(load, ranks, policy, seed):
     def placed(routing):
         physical = placement.rewrite(routing, row_offset=1000)
         total = np.zeros((40, 4), np.float32)
-        for rank, held in enumerate(placement.slots):
+        for rank, held in enumerate(placement.physical):
             own = [matrices[e] if e >= 0 else np.zeros((5, 4), np.float32) for e in held]
             total += expert_parallel_dispatch(tokens, physical, own, rank, ranks)
         return total
@@ -432,8 +441,8 @@ def test_incremental_is_legal_and_never_worse_than_both(before, ranks, tolerance
     load = np.random.default_rng(seed).permutation(before)
     after = incremental(previous, load, tolerance=tolerance)
     assert incremental(replace(previous, local=True), load, tolerance=tolerance).local
-    verify_placement(after, len(before), max_slots=previous.slots_per_rank)
-    fresh = balanced(load, ranks, num_slots=int(previous.replica_counts.sum()))
+    verify_placement(after, len(before), max_physical=previous.physical_per_rank)
+    fresh = balanced(load, ranks, num_physical=int(previous.replica_counts.sum()))
     bound = max(1 + tolerance, min(previous.imbalance(load), fresh.imbalance(load)))
     assert after.imbalance(load) <= bound + 1e-9
     if previous.imbalance(load) <= 1 + tolerance:
@@ -446,13 +455,13 @@ def test_incremental_is_legal_and_never_worse_than_both(before, ranks, tolerance
 def test_a_change_takes_away_the_overload_that_it_was_chosen_for(placement, seed):
     load = np.random.default_rng(seed).integers(1, 100, placement.num_experts).astype(float)
     limit = 1.02 * load.sum() / placement.world_size
-    slots = placement.slots.astype(np.int64)
-    state = rebalance._State.of(slots, load, limit)
+    physical = placement.physical.astype(np.int64)
+    state = rebalance._State.of(physical, load, limit)
     for choose in (rebalance._best_exchange, rebalance._best_replica, rebalance._best_drop):
         gain, change = choose(state)
         if gain <= 0:
             continue
-        changed = slots.copy()
+        changed = physical.copy()
         for at, expert in change.items():
             changed[at] = expert
         verify_placement(Placement(changed), placement.num_experts)
@@ -506,11 +515,11 @@ def test_uneven_shares_round_trip():
 
 
 def test_engine_files_round_trip(tmp_path):
-    layers = [Placement(t) for t in EPLB_SLOTS.reshape(2, 8, 2)]
+    layers = [Placement(t) for t in EPLB_PHYSICAL.reshape(2, 8, 2)]
     write_sglang(tmp_path / "sglang.json", {1: layers[0], 3: layers[1]}, num_layers=5)
     content = json.loads((tmp_path / "sglang.json").read_text())
     assert list(content) == ["physical_to_logical_map"]
-    assert content["physical_to_logical_map"][1] == EPLB_SLOTS[0].tolist()
+    assert content["physical_to_logical_map"][1] == EPLB_PHYSICAL[0].tolist()
     assert content["physical_to_logical_map"][0] == [*range(12), 0, 1, 2, 3]
     assert [read_sglang(tmp_path / "sglang.json", 8)[n] for n in (1, 3)] == layers
     assert from_file(tmp_path / "sglang.json", layer=3, world_size=8) == layers[1]
@@ -523,7 +532,7 @@ def test_engine_files_round_trip(tmp_path):
     assert from_file(tmp_path / "ascend.json", layer=0) == layers[0]
 
     (tmp_path / "ours.json").write_text(layers[0].to_json())
-    np.save(tmp_path / "ours.npy", layers[0].slots)
+    np.save(tmp_path / "ours.npy", layers[0].physical)
     assert from_file(tmp_path / "ours.json", world_size=8) == layers[0]
     assert from_file(tmp_path / "ours.npy") == layers[0]
 
@@ -531,7 +540,7 @@ def test_engine_files_round_trip(tmp_path):
 def test_a_layer_that_an_engine_file_does_not_hold_is_named(tmp_path):
     path = tmp_path / "ascend.json"
     write_vllm_ascend(path, [Placement([[0, 1], [2, 3]]), Placement([[3, 2], [1, 0]])])
-    assert from_file(path, layer=5, moe_layers=[3, 5]).slots.tolist() == [[3, 2], [1, 0]]
+    assert from_file(path, layer=5, moe_layers=[3, 5]).physical.tolist() == [[3, 2], [1, 0]]
     with pytest.raises(ValueError, match=r"layer 9 of the model is not MoE; .* are 3, 5$"):
         from_file(path, layer=9, moe_layers=[3, 5])
     message = r"layer 5 of the model is MoE layer 2, counted from 0, but .*ascend.json holds 2;"
@@ -560,7 +569,7 @@ def test_the_workflow_places_a_deployment_by_measured_loads(tmp_path):
 
     def place_for_serving(*more: object) -> str:
         layers = [f"{n}={routing(f'layer{n}.npy', seed=n)}" for n in (1, 2)]
-        sizes = ["--experts", 32, "--ranks", 4, "--slots", 40, "--model-layers", 4]
+        sizes = ["--experts", 32, "--ranks", 4, "--physical-experts", 40, "--model-layers", 4]
         command = [sys.executable, script, *layers, *sizes, *more]
         run = subprocess.run(
             [str(word) for word in command],
@@ -605,7 +614,7 @@ def test_the_workflow_keeps_layers_in_order_and_those_of_before(tmp_path, monkey
         return read_sglang(path, 2) if engine == "sglang" else read_vllm_ascend(path)
 
     hot(tmp_path, 0, 1, 2)
-    asked = ("--engine", engine, "--slots", 6)
+    asked = ("--engine", engine, "--physical-experts", 6)
     named = ("2=2.npy", "0=0.npy", "1=1.npy")
     first = serve(monkeypatch, tmp_path, *named, *asked)
     assert first.exit_code == 0, first.output
@@ -626,14 +635,20 @@ def test_the_workflow_keeps_layers_in_order_and_those_of_before(tmp_path, monkey
         (["0.npy"], "a routing is LAYER=PATH"),
         (["x=0.npy"], "a routing is LAYER=PATH"),
         (["1=0.npy", "1=1.npy"], "layer 1 is given twice"),
-        (["0=0.npy"], "give --slots, or --previous"),
-        (["0=0.npy", "--slots", 5], "engines have no empty slots, but layer 0 has 1"),
-        (["0=0.npy", "--slots", 3], "got num_slots=3"),
-        (["0=none.npy", "--slots", 6], "none.npy"),
-        (["2=0.npy", "--slots", 6, "--model-layers", 2], "there are layers 0 to 1, and 2 is given"),
-        (["1=0.npy", "--slots", 6, "--engine", "vllm-ascend"], "layer 0 is missing"),
+        (["0=0.npy"], "give --physical-experts, or --previous"),
+        (
+            ["0=0.npy", "--physical-experts", 5],
+            "engines have no empty physical experts, but layer 0 has 1",
+        ),
+        (["0=0.npy", "--physical-experts", 3], "got num_physical=3"),
+        (["0=none.npy", "--physical-experts", 6], "none.npy"),
+        (
+            ["2=0.npy", "--physical-experts", 6, "--model-layers", 2],
+            "there are layers 0 to 1, and 2 is given",
+        ),
+        (["1=0.npy", "--physical-experts", 6, "--engine", "vllm-ascend"], "layer 0 is missing"),
         (["1=0.npy", "--previous", "old.json"], "there are layers 0 to 0, and 1 is given"),
-        (["0=0.npy", "--previous", "old.json", "--slots", 6], "in 4 slots on 2 ranks"),
+        (["0=0.npy", "--previous", "old.json", "--physical-experts", 6], "in 4 places on 2 ranks"),
         (["0=0.npy", "--previous", "old.json", "--nodes", 2], "--groups and --nodes"),
         (["0=0.npy", "--previous", "old.json", "--engine", "vllm-ascend"], '"layer_list"'),
     ],
@@ -651,24 +666,24 @@ def test_what_the_workflow_refuses(tmp_path, monkeypatch, arguments, words):
 UNEVEN = exact([80, 10, 10, 20], 3)
 
 MESSAGES = [
-    (lambda: Placement([[0.5]]), "table \\(ranks, slots\\) of integers"),
+    (lambda: Placement([[0.5]]), "table \\(ranks, experts\\) of integers"),
     (lambda: Placement([[0, 2], [3, -1]]), "expert 1 of 4 has none"),
     (lambda: Placement([[0, 1, 1]]), "rank 0 holds expert 1 twice"),
-    (lambda: Placement([[0, -2]]), "one holds -2"),
+    (lambda: Placement([[0, -2]]), "one is -2"),
     (lambda: Placement([[0]], [[5]]), f"must stop at {TICKETS}, but that of expert 0 stops at 5"),
     (lambda: Placement([[0], [0]], [[TICKETS], [5]]), "must not decrease, but that of expert 0"),
-    (lambda: Placement([[0], [0]], [[TICKETS]]), "must have the shape of slots"),
-    (lambda: Placement.from_json("[1]"), 'JSON object with "slots"'),
+    (lambda: Placement([[0], [0]], [[TICKETS]]), "must have the shape of physical"),
+    (lambda: Placement.from_json("[1]"), 'object with "physical"'),
     (lambda: contiguous(0, 2), "got num_experts=0, world_size=2"),
     (lambda: packed([1, -1], 2), "one finite number >= 0"),
-    (lambda: balanced([1, 2], 2, num_slots=5), "got num_slots=5"),
-    (lambda: balanced([1] * 6, 4, num_slots=8, num_groups=4, num_nodes=2), "divide the experts"),
-    (lambda: balanced([1] * 6, 3, num_slots=6, num_groups=2, num_nodes=2), "divide world_size"),
-    (lambda: exact([1] * 8, 4, max_slots=2), "need 3 slots a rank, but the limit is 2"),
+    (lambda: balanced([1, 2], 2, num_physical=5), "got num_physical=5"),
+    (lambda: balanced([1] * 6, 4, num_physical=8, num_groups=4, num_nodes=2), "divide the experts"),
+    (lambda: balanced([1] * 6, 3, num_physical=6, num_groups=2, num_nodes=2), "divide world_size"),
+    (lambda: exact([1] * 8, 4, max_physical=2), "need 3 experts a rank, but the limit is 2"),
     (lambda: place("best", [1], 1), "must be one of contiguous, packed, balanced, exact"),
     (
-        lambda: place("packed", [1] * 8, 2, max_slots=3),
-        "may have at most 3 slots, but the placement gives",
+        lambda: place("packed", [1] * 8, 2, max_physical=3),
+        "may have at most 3 experts, but the placement gives",
     ),
     (lambda: verify_placement(contiguous(4, 2), 5), "must place 5 experts, but places 4"),
     (lambda: incremental(contiguous(4, 2), [1, 2]), "must place 2 experts, but places 4"),
@@ -678,7 +693,10 @@ MESSAGES = [
     ),
     (lambda: ticket_load(np.array([0, -2]), 3), r"\[-1, 3\), but row 1 holds -2"),
     (lambda: write_sglang("x.txt", {0: contiguous(2, 1)}), "ending .json"),
-    (lambda: write_sglang("x.json", {0: contiguous(3, 2)}), "no empty slots, but layer 0 has 1"),
+    (
+        lambda: write_sglang("x.json", {0: contiguous(3, 2)}),
+        "no empty physical experts, but layer 0 has 1",
+    ),
     (lambda: write_vllm_ascend("x", [contiguous(2, 1), contiguous(4, 2)]), "2 different sizes"),
 ]
 
@@ -707,9 +725,9 @@ def test_engines_refuse_uneven_shares():
         ({"physical_to_logical_map": [[0, 1]]}, {"world_size": 3}, "multiple of world_size=3"),
         ({"physical_to_logical_map": [[0, 1]] * 2}, {"world_size": 2}, "holds 2 layers"),
         ({"physical_to_logical_map": [[0, 1], [0]]}, {"world_size": 2}, "differ in length"),
-        ({"physical_to_logical_map": 3}, {"world_size": 2}, "layers, slots"),
+        ({"physical_to_logical_map": 3}, {"world_size": 2}, "layers, physical experts"),
         ({"layer_list": 3}, {}, 'must hold "layer_list", with'),
-        ({"slots": [[0], [1]]}, {"world_size": 3}, "on 2 ranks, but world_size=3"),
+        ({"physical": [[0], [1]]}, {"world_size": 3}, "on 2 ranks, but world_size=3"),
     ],
 )
 def test_file_messages(tmp_path, content, arguments, message):

@@ -56,15 +56,15 @@ def job(seed, *, experts=6, ranks=3, rows=60, slots=2, chunks=7):
 def sets_that_leave(routing, owners, chunks):
     """For each home, in loops: the experts that each row wants at each other rank."""
     wants = defaultdict(list)
-    physical_of = Placement(owners.slots, owners.stops)  # by ticket alone
-    by_ticket = physical_of.rewrite(routing) // owners.slots_per_rank
+    physical_of = Placement(owners.physical, owners.stops)  # by ticket alone
+    by_ticket = physical_of.rewrite(routing) // owners.physical_per_rank
     row = 0
     for chunk, size in enumerate(chunks):
         home = chunk % owners.world_size
         for _ in range(size):
             there = defaultdict(set)
             for expert, rank in zip(routing[row].tolist(), by_ticket[row].tolist(), strict=True):
-                if expert >= 0 and expert not in owners.slots[home]:
+                if expert >= 0 and expert not in owners.physical[home]:
                     there[rank].add(expert)
             for wanted in there.values():
                 wants[home].append(frozenset(wanted))
@@ -77,12 +77,12 @@ def cost_of(found, placement, chunks, row_price, expert_price):
     leaving = found.visits(placement, chunks).packet_rows.copy()
     for chunk in range(len(chunks)):
         leaving[chunk, chunk % placement.world_size] = 0
-    return leaving.sum() * row_price + (placement.slots >= 0).sum() * expert_price
+    return leaving.sum() * row_price + (placement.physical >= 0).sum() * expert_price
 
 
 def least_cost(routing, owners, chunks, row_price, expert_price):
     """Try everything that each rank could read."""
-    total = (owners.slots >= 0).sum() * expert_price
+    total = (owners.physical >= 0).sum() * expert_price
     for wants in sets_that_leave(routing, owners, chunks).values():
         experts = sorted(set().union(*wants))
         total += min(
@@ -95,7 +95,7 @@ def least_cost(routing, owners, chunks, row_price, expert_price):
 
 def least_cost_by_cut(routing, owners, chunks, row_price, expert_price):
     """The same by a minimum cut (Picard 1976), for more experts than can be tried."""
-    total = (owners.slots >= 0).sum() * expert_price
+    total = (owners.physical >= 0).sum() * expert_price
     for wants in sets_that_leave(routing, owners, chunks).values():
         rows = defaultdict(float)
         for want in wants:
@@ -211,16 +211,16 @@ def test_what_fits_is_read_and_nothing_else_changes(seed, policy, slots, ranks, 
     routing, chunks = job(seed, ranks=ranks, slots=slots)
     found = survey(routing, 6)
     owners = place(policy, found.by_ticket, ranks)
-    limit = owners.slots_per_rank + room
+    limit = owners.physical_per_rank + room
     sizes = {"expert_bytes": 2, "row_bytes": 2, "chunks": chunks}
-    placement = choose("auto", found, owners, max_slots=limit, **sizes)
-    verify_placement(placement, num_experts=6, max_slots=limit)
-    for owned, held in zip(owners.slots, placement.slots, strict=True):
+    placement = choose("auto", found, owners, max_physical=limit, **sizes)
+    verify_placement(placement, num_experts=6, max_physical=limit)
+    for owned, held in zip(owners.physical, placement.physical, strict=True):
         assert set(owned) - {-1} <= set(held)
     free = choose("auto", found, owners, **sizes)
     costs = [cost_of(found, p, chunks, 1, 2) for p in (free, placement)]
     assert costs[0] <= costs[1] + 1e-9
-    if free.slots_per_rank <= limit:
+    if free.physical_per_rank <= limit:
         assert placement == free
 
 
@@ -234,9 +234,9 @@ def test_under_a_limit_the_experts_with_most_rows_are_read():
             owners,
             expert_bytes=1,
             row_bytes=2,
-            max_slots=limit,
+            max_physical=limit,
         )
-        assert set(placement.slots[0]) - {-1} == {0, 1} | read
+        assert set(placement.physical[0]) - {-1} == {0, 1} | read
 
 
 def test_the_memory_limit_says_how_many_are_read(tmp_path):
@@ -245,12 +245,12 @@ def test_the_memory_limit_says_how_many_are_read(tmp_path):
     expert = 16 * 16 * 4
     layout = Layout(world_size=4, workers=2, threads=1)
     work = inputs.work()
-    assert Decision(work, layout, 100).spare_slots is None
+    assert Decision(work, layout, 100).spare_experts is None
     enough = need(inputs.work(), layout).at(100)
     for more, slots in ((0, 0), (2 * expert - 1, 0), (2 * expert, 1), (7 * expert, 3)):
         limit = math.ceil((enough + more) / PART_OF_A_WORKER)
         limited = replace(layout, memory_limit=limit)  # a worker plays two ranks
-        assert Decision(work, limited, 100).spare_slots == slots
+        assert Decision(work, limited, 100).spare_experts == slots
 
 
 @pytest.mark.slow
@@ -278,7 +278,7 @@ def test_a_run_reads_beside_what_its_plan_says(tmp_path, d, k, ranks, policy, sp
             machine=Machine(workers=ranks, threads=1, memory_limit=layout.memory_limit),
         )  # fmt: skip
         built = build(inputs, decide(inputs.work(), layout, chunk_rows=100, travel=cheaper))
-        np.testing.assert_array_equal(planned.placement.slots, built.placement.slots)
+        np.testing.assert_array_equal(planned.placement.physical, built.placement.physical)
         beside.add(planned.replicas)
     assert len(beside) > 1
 
@@ -306,9 +306,9 @@ def test_what_is_refused():
     with pytest.raises(ValueError, match="travel must be one of rows, auto, experts; got 'all'"):
         Travel("all")
     with pytest.raises(
-        ValueError, match="a rank may have at most 2 slots, but the placement gives it 6"
+        ValueError, match="a rank may have at most 2 experts, but the placement gives it 6"
     ):
-        choose("experts", found, owners, max_slots=2, **sizes)
+        choose("experts", found, owners, max_physical=2, **sizes)
     with pytest.raises(ValueError, match="must place 6 experts, but places 4"):
         choose("auto", found, contiguous(4, 2), **sizes)
 
@@ -333,12 +333,12 @@ def test_a_row_is_served_at_home_if_it_can_be_and_by_its_ticket_otherwise(seed, 
     physical = placement.rewrite(routing, 1000, home)
     by_ticket = owners.rewrite(routing, 1000)
     for row, slot in np.ndindex(routing.shape):
-        expert, rank = routing[row, slot], physical[row, slot] // placement.slots_per_rank
-        assert np.append(placement.slots.ravel(), -1)[physical[row, slot]] == expert
-        if expert in placement.slots[home]:
+        expert, rank = routing[row, slot], physical[row, slot] // placement.physical_per_rank
+        assert np.append(placement.physical.ravel(), -1)[physical[row, slot]] == expert
+        if expert in placement.physical[home]:
             assert rank == (home if expert >= 0 else -1)
         else:
-            assert rank == by_ticket[row, slot] // owners.slots_per_rank
+            assert rank == by_ticket[row, slot] // owners.physical_per_rank
     halves = [
         placement.rewrite(routing[:20], 1000, home),
         placement.rewrite(routing[20:], 1020, home),
@@ -356,7 +356,7 @@ def test_the_shares_of_replicas_at_home_are_those_of_rows_that_are_spread_evenly
     assert placement.replica_counts.tolist() == [3, 1, 1, 3, 1, 1]
     expert_rows = found.expert_rows
     assert placement.rank_load(expert_rows).sum() == pytest.approx(expert_rows.sum())
-    served = found.visits(placement, (4,) * 209).slot_rows.sum(axis=1)
+    served = found.visits(placement, (4,) * 209).physical_rows.sum(axis=1)
     np.testing.assert_allclose(placement.rank_load(expert_rows), served, atol=10)
 
 
@@ -418,4 +418,4 @@ def test_the_result_is_that_of_plain_loops_whatever_travels(slots, known):
         y = expert_parallel(*arrays[:2], W, topk_weights=arrays[2], placement=placement)
         np.testing.assert_allclose(y.compute(scheduler="sync"), expected, atol=1e-12)
     assert how == "experts"
-    assert placement.slots_per_rank > 2
+    assert placement.physical_per_rank > 2

@@ -233,7 +233,7 @@ def test_on_a_gpu_experts_beside_take_16_bits_where_tokens_do(tmp_path):
         layout, work = Layout(2, 2, 1, on_devices=on_devices), inputs.work(on_devices)
         enough = need(work, layout).at(8) + 3 * 4 * 4 * itemsize
         limit = enough if on_devices else math.ceil(enough / PART_OF_A_WORKER)
-        assert Decision(work, replace(layout, memory_limit=limit), 8).spare_slots == 3
+        assert Decision(work, replace(layout, memory_limit=limit), 8).spare_experts == 3
 
 
 @pytest.mark.parametrize("threads", [1, 2, 8])

@@ -58,20 +58,20 @@ def _as_columns(routing: np.ndarray) -> np.ndarray:
 
 def visits_in_loops(routing: np.ndarray, placement: Placement, chunks: tuple[int, ...]):
     """Rows of each packet, and pairs of each slot, row by row."""
-    slots = placement.slots_per_rank
+    per_rank = placement.physical_per_rank
     packet_rows = np.zeros((len(chunks), placement.world_size), int)
-    slot_rows = np.zeros(placement.slots.size, int)
+    physical_rows = np.zeros(placement.physical.size, int)
     physical = placement.rewrite(_as_columns(routing))
     row = 0
     for chunk, size in enumerate(chunks):
         for _ in range(size):
-            for rank in {p // slots for p in physical[row].tolist() if p >= 0}:
+            for rank in {p // per_rank for p in physical[row].tolist() if p >= 0}:
                 packet_rows[chunk, rank] += 1
             for p in physical[row].tolist():
                 if p >= 0:
-                    slot_rows[p] += 1
+                    physical_rows[p] += 1
             row += 1
-    return packet_rows, slot_rows.reshape(placement.slots.shape)
+    return packet_rows, physical_rows.reshape(placement.physical.shape)
 
 
 # --- the survey --------------------------------------------------------------------------------
@@ -90,9 +90,9 @@ def test_a_survey_counts_what_loops_count(data, policy, ranks):
     placement = place(policy, found.by_ticket, ranks)
     chunks = data.draw(chunkings(len(routing)))
     visits = found.visits(placement, chunks)
-    packet_rows, slot_rows = visits_in_loops(routing, placement, chunks)
+    packet_rows, physical_rows = visits_in_loops(routing, placement, chunks)
     np.testing.assert_array_equal(visits.packet_rows, packet_rows)
-    np.testing.assert_array_equal(visits.slot_rows, slot_rows)
+    np.testing.assert_array_equal(visits.physical_rows, physical_rows)
 
 
 @settings(max_examples=50, deadline=None)
@@ -106,7 +106,7 @@ def test_a_row_counts_once_for_a_worker_with_several_of_its_ranks(data, ranks, w
     physical = placement.rewrite(_as_columns(routing))
     for chunk, size in enumerate(chunks):
         for of_row in physical[row : row + size].tolist():
-            for w in {p // placement.slots_per_rank % workers for p in of_row if p >= 0}:
+            for w in {p // placement.physical_per_rank % workers for p in of_row if p >= 0}:
                 expected[chunk, w] += 1
         row += size
     np.testing.assert_array_equal(visits.worker_rows, expected)
@@ -379,7 +379,7 @@ def test_bytes_are_those_of_packets_and_answers(data, ranks):
     )
     homes = [data.draw(st.integers(0, workers - 1)) for _ in chunks]
     physical, nbytes = priced.placement.rewrite(routing), 0
-    num_local = priced.placement.slots_per_rank
+    num_local = priced.placement.physical_per_rank
     for c, (start, stop) in enumerate(pairwise(np.cumsum([0, *chunks]).tolist())):
         weights_here = None if topk is None else topk[start:stop]
         x = np.ones((stop - start, d), dtype)

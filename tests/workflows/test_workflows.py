@@ -62,7 +62,7 @@ TOYS = {
     ),
     "place_for_serving.py": Toy(
         [
-            *("3=routing.npy", "--experts", "8", "--ranks", "2", "--slots", "10"),
+            *("3=routing.npy", "--experts", "8", "--ranks", "2", "--physical-experts", "10"),
             *("--model-layers", "4", "--out", "location.json"),
         ],
         "largest over mean rows of a rank",

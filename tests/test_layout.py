@@ -228,3 +228,14 @@ def test_contributing_names_files_that_exist():
     assert len(named) > 20
     missing = {n for n in named if not ((ROOT / n).exists() or (PACKAGE / n).exists())}
     assert missing <= {"cli/NAME_command.py"}
+
+
+def test_names_of_tasks_are_made_in_one_place():
+    """Not in `storage`, which lies below it; and ``ep_serve`` is what workers ask each other."""
+    spelled = {
+        name
+        for name, path in modules().items()
+        for node in ast.walk(ast.parse(path.read_text()))
+        if isinstance(node, ast.Constant) and str(node.value).startswith("ep_")
+    }
+    assert spelled == {"graph.keys", "storage.storage", "storage.output", "cluster.services"}

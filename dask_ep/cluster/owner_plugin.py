@@ -41,7 +41,7 @@ from dask_ep.cluster.layer_map import LayerMap
 from dask_ep.cluster.owner_rules import capacities, natural_order
 from dask_ep.cluster.ranks import OwnersOfRank, RankMap, Ranks
 from dask_ep.cluster.replicas import Replicas
-from dask_ep.graph.keys import read_rank
+from dask_ep.graph.keys import DISPATCH, read_rank
 
 OWNERS_PLUGIN = "dask-ep-owners"
 """The plugin's name on the scheduler."""
@@ -176,7 +176,7 @@ class Ownership(SchedulerPlugin):
     @_seen_by_the_user
     def valid_workers_downscaling(self, scheduler: Scheduler, workers: list) -> list:
         """Spare the only owner of a rank while work is pending; afterwards all may go."""
-        passes = (g for g in scheduler.task_groups.values() if g.name.startswith("ep_dispatch-"))
+        passes = (g for g in scheduler.task_groups.values() if g.name.startswith(DISPATCH))
         if not any(layer.is_open for layer in self.layers) and all(g.done for g in passes):
             return workers
         needed = self.ranks.only_owners()

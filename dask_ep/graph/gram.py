@@ -26,6 +26,7 @@ from dask.task_spec import List, Task, TaskRef
 from dask_ep.arrays import memory
 from dask_ep.arrays.checks import check_routing, check_tokens, computing_dtype
 from dask_ep.experts.experts import CallableExperts, Experts
+from dask_ep.graph.keys import step_name
 from dask_ep.graph.pipeline import Ready
 from dask_ep.graph.rows import keys_of
 from dask_ep.kernel.context import error_context, slots_of
@@ -73,14 +74,14 @@ def grams(ready: Ready, *, hidden: bool) -> dict[str, da.Array]:
         keys_of(a) if a is not None else [None] * C for a in (tokens, ready.routing, weights)
     ]
     step, dtype = group_of(ready), computing_dtype(tokens.dtype)
-    pick, gram = f"ep_pick-{token}", f"ep_gram-{token}"
+    pick, gram = step_name("pick", token), step_name("gram", token)
     tasks: dict[Any, Task] = {}
     last: list[Any] = []
     for e in range(E):
         state: TaskRef | None = None
         expert: TaskRef | None = None
         if hidden:
-            expert = TaskRef((f"ep_gram_expert-{token}", e))
+            expert = TaskRef((step_name("gram_expert", token), e))
             tasks[expert.key] = Task(expert.key, _load, experts.subset([e]), d, dtype, e)
         for c in range(C):
             of_chunk = [key and TaskRef(key[c]) for key in keys[:2]]
@@ -117,7 +118,7 @@ def _side(
     width: int,
     dtype: np.dtype,
 ) -> da.Array:
-    name = f"ep_moments_{side}-{gram.partition('-')[2]}"
+    name = step_name(f"moments_{side}", gram.partition("-")[2])
     tasks = {
         (name, e, 0, 0): Task((name, e, 0, 0), _side_of, one, side, width, dtype)
         for e, one in enumerate(last)

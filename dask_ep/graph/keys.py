@@ -4,8 +4,9 @@
     ("ep_ranks-<token>",)          joins them: all ranks are there
     ("ep_chunk-<token>", c, 0)     one token chunk, from its rows to its output
 
-Names are made here and recognised here, nowhere else. The token tells one layer over one input from
-all others. `ep_ranks_at_home` says that each chunk has a home, the rank c mod R.
+Names are made here and recognised here; only `storage`, which lies below, makes ``ep_read`` itself.
+The token tells one layer over one input from all others. `ep_ranks_at_home` says that each chunk
+has a home, the rank c mod R.
 
 Around a layer, and where its experts are processed in passes, there are others, which are read here
 too: ``("ep_<step>-<token>", c, ...)``, and those of the steps in `OF_BLOCKS`, which end with a
@@ -18,8 +19,9 @@ import ast
 from typing import NamedTuple
 
 EXPERTS, RANKS, RANKS_AT_HOME, CHUNK = "ep_experts-", "ep_ranks-", "ep_ranks_at_home-", "ep_chunk-"
+DISPATCH = "ep_dispatch-"
 
-BY_RANK = (EXPERTS, "ep_dispatch-")
+BY_RANK = (EXPERTS, DISPATCH)
 """What the names of tasks begin with that run on a rank's owner; the rank is last in their keys."""
 
 OF_BLOCKS = {"experts": 1, "dispatch": 2, "receipt": 2}
@@ -41,6 +43,11 @@ def ranks_key(token: str, *, at_home: bool = False) -> tuple[str]:
 
 def chunk_name(token: str) -> str:
     return f"{CHUNK}{token}"
+
+
+def step_name(step: str, token: str) -> str:
+    """What the names of the tasks of any other step begin with."""
+    return f"ep_{step}-{token}"
 
 
 class RanksKey(NamedTuple):

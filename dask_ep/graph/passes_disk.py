@@ -26,6 +26,7 @@ from dask_ep.arrays.checks import check_routing, computing_dtype
 from dask_ep.arrays.namespaces import Array
 from dask_ep.experts.prefetch import ExpertsAhead
 from dask_ep.graph.expert_schedule import Rows, Walk
+from dask_ep.graph.keys import step_name
 from dask_ep.graph.spill_files import Run, SpillFiles, SpillLayout
 from dask_ep.kernel.context import error_context
 from dask_ep.kernel.expert import Expert
@@ -96,7 +97,7 @@ class Spilled:
 
     def write_step(self, chunks: Sequence[int]) -> Step:
         """Tasks that write the rows of some of the group's chunks, unless that is done."""
-        done, name = self.files.find_done(self.tasks), f"ep_send-{self._token}"
+        done, name = self.files.find_done(self.tasks), step_name("send", self._token)
         tasks: dict[Any, Task] = {}
         for c in chunks:
             i = c - self.group.start
@@ -115,7 +116,7 @@ class Spilled:
         """Tasks that send the spilled rows through their experts, unless that is done."""
         done = self.files.find_done(self.tasks)
         ep_experts, ep_dispatch, ep_receipt = (
-            f"ep_{step}-{self._token}" for step in ("experts", "dispatch", "receipt")
+            step_name(step, self._token) for step in ("experts", "dispatch", "receipt")
         )
         of_rank: dict[int, dict[int, list[Piece]]] = {}
         for piece in self._pieces:
@@ -194,7 +195,7 @@ class Spilled:
 
 def sum_answers(rows: Rows, walk: Walk, groups: Sequence[Spilled]) -> da.Array:
     """Return the output of all groups, from their files: to be computed when these are written."""
-    name = f"ep_sum-{tokenize(rows, walk, [group.files for group in groups])}"
+    name = step_name("sum", tokenize(rows, walk, [group.files for group in groups]))
     tasks = {key: task for group in groups for key, task in group.sum_tasks(name).items()}
     return rows.output(name, tasks, walk.experts.d_out)
 

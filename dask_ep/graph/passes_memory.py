@@ -26,6 +26,7 @@ from dask_ep.arrays.checks import check_routing
 from dask_ep.arrays.namespaces import Array
 from dask_ep.experts.prefetch import ExpertsAhead
 from dask_ep.graph.expert_schedule import Rows, Walk
+from dask_ep.graph.keys import step_name
 from dask_ep.kernel.context import error_context
 from dask_ep.kernel.host_kernel import Served
 from dask_ep.kernel.segments import sort_slots
@@ -70,7 +71,7 @@ def hold(
     """
     token = tokenize(rows.tokens, rows.routing, rows.topk_weights, walk.experts, walk.passes)
     ep_experts, ep_send, ep_dispatch, ep_sum = (
-        f"ep_{step}-{token}" for step in ("experts", "send", "dispatch", "sum")
+        step_name(step, token) for step in ("experts", "send", "dispatch", "sum")
     )
     tasks: dict[Any, Task] = {}
     d_out, num_experts = walk.experts.d_out, walk.experts.num_experts

@@ -16,6 +16,7 @@ from dask.base import tokenize
 from dask.task_spec import Task, TaskRef
 
 from dask_ep.arrays.checks import raise_bad_index
+from dask_ep.graph.keys import step_name
 from dask_ep.graph.rows import array_of, first_rows, keys_of
 from dask_ep.kernel.context import error_context
 
@@ -54,7 +55,7 @@ def choose_slots(
             "to choose a share of the rows, the lengths of all row chunks must be known; call "
             "compute_chunk_sizes() first, or take all rows"
         )
-    name = f"ep_choose-{tokenize(routing, num_experts, block, others, seed)}"
+    name = step_name("choose", tokenize(routing, num_experts, block, others, seed))
     tasks: dict[Any, Task] = {}
     flat = routing.ndim == 1 and not others
     for c, routing_key in enumerate(keys_of(routing)):

@@ -19,6 +19,7 @@ from dask.task_spec import Task, TaskRef
 
 from dask_ep.arrays.checks import refuse_masked
 from dask_ep.arrays.namespaces import Array, namespace
+from dask_ep.graph.keys import step_name
 
 
 def rows_of(x: da.Array) -> da.Array:
@@ -33,7 +34,7 @@ def rows_of(x: da.Array) -> da.Array:
         x = x.rechunk({x.ndim - 1: -1})
     if x.ndim == 2:
         return x
-    name = f"ep_rows-{tokenize(x)}"
+    name = step_name("rows", tokenize(x))
     tasks, lengths = {}, []
     for c, block in enumerate(np.ndindex(*x.numblocks)):
         lengths.append(math.prod(x.chunks[axis][i] for axis, i in enumerate(block[:-1])))
@@ -48,7 +49,7 @@ def unflatten(rows: da.Array, like: da.Array) -> da.Array:
     """Undo `rows_of`: give rows the leading axes and chunks of `like`."""
     if like.ndim == 2:
         return rows
-    name = f"ep_unflatten-{tokenize(rows, like.chunks)}"
+    name = step_name("unflatten", tokenize(rows, like.chunks))
     leading, width, tasks = like.chunks[:-1], rows.shape[1], {}
     for c, block in enumerate(np.ndindex(*map(len, leading))):
         lengths = [leading[axis][i] for axis, i in enumerate(block)]

@@ -26,6 +26,7 @@ from dask.task_spec import List, Task, TaskRef
 
 from dask_ep.arrays.checks import check_routing, raise_bad_index, raise_nan
 from dask_ep.graph.chunk import Observed
+from dask_ep.graph.keys import step_name
 from dask_ep.graph.pipeline import Ready, build_chunks, width_of_output
 from dask_ep.graph.rows import array_of, block_by_block, first_rows, keys_of
 from dask_ep.kernel.context import error_context, slots_of
@@ -124,7 +125,7 @@ def see_experts(
     piece = Partials(both, parts, partial(_numbers_of_experts, columns))
     if not output:
         return piece, None
-    name = f"ep_output-{tokenize(both.name)}"
+    name = step_name("output", tokenize(both.name))
     return piece, block_by_block(
         _output_of, "nd", both, "nd", name=name, dtype=tokens.dtype, meta=tokens._meta
     )
@@ -135,7 +136,7 @@ def see_routing(ready: Ready, names: Sequence[str]) -> Partials:
     E, k = ready.experts.num_experts, slots_of(ready.routing)
     parts = {name: part for kind in names for name, part in ROUTING_STATISTICS[kind](E, k).items()}
     token = tokenize(ready.routing, ready.topk_weights, E, tuple(names))
-    name, weights = f"ep_usage-{token}", ready.topk_weights
+    name, weights = step_name("usage", token), ready.topk_weights
     keys = (
         [None] * ready.routing.numblocks[0] if weights is None else map(TaskRef, keys_of(weights))
     )
@@ -237,7 +238,7 @@ def join_groups(
     step = choose_group_chunks(8 * layout.size, chunk_bytes)
     token = tokenize(*(array.name for array in arrays), step)
     tasks: dict[Any, Task] = {}
-    partial_name, group_name = f"ep_partial-{token}", f"ep_group-{token}"
+    partial_name, group_name = step_name("partial", token), step_name("group", token)
     groups = -(-chunks // step)
     for g in range(groups):
         before = None
@@ -270,14 +271,14 @@ def finished(
 ) -> dict[str, da.Array]:
     """What `finish` makes of the joined groups, by name: lazy arrays of one chunk each."""
     token = tokenize(groups.name, finish)
-    name = f"ep_total-{token}"
+    name = step_name("total", token)
     keys = List([TaskRef(key) for key in keys_of(groups)])
     tasks: dict[Any, Task] = {name: Task(name, finish_groups, layout, finish, keys)}
     inputs: list[Any] = [groups]
     graph = HighLevelGraph.from_collections(name, tasks, dependencies=inputs)
     found = {}
     for what, example in finish(layout.unpack(np.zeros(layout.size))).items():
-        one, zeros = f"ep_statistic-{what}-{token}", (0,) * example.ndim
+        one, zeros = step_name(f"statistic-{what}", token), (0,) * example.ndim
         picked = {(one, *zeros): Task((one, *zeros), _pick, TaskRef(name), what)}
         layers: dict[str, Any] = {**graph.layers, one: picked}
         whole = HighLevelGraph(layers, {**graph.dependencies, one: {name}})

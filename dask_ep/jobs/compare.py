@@ -27,6 +27,7 @@ from distributed import Client
 from dask_ep.cluster.interrupts import Aside, Wait
 from dask_ep.cluster.ownership import own_experts
 from dask_ep.errors import DoesNotFit
+from dask_ep.graph.keys import read_key
 from dask_ep.jobs.backends import (
     ALL_THREADS,
     Where,
@@ -39,7 +40,7 @@ from dask_ep.jobs.backends import (
 )
 from dask_ep.jobs.build import Built, Inputs, build, open_inputs
 from dask_ep.jobs.decide import decide
-from dask_ep.jobs.difference import COMPARED, Difference, difference
+from dask_ep.jobs.difference import Difference, difference
 from dask_ep.jobs.job import Job
 from dask_ep.jobs.verify import open_output
 from dask_ep.laws.decision import Decision
@@ -286,7 +287,8 @@ class _Chunks(Callback):
         self._tell, self._done = tell, 0
 
     def _look(self, key: Any, *_: Any) -> None:
-        if isinstance(key, tuple) and str(key[0]).startswith(f"{COMPARED}-"):
+        said = read_key(key)
+        if said is not None and said.step == "compare":
             self._done += 1
             self._tell(self._done)
 

@@ -21,13 +21,11 @@ import dask.array as da
 import numpy as np
 from dask.base import tokenize
 
+from dask_ep.graph.keys import step_name
 from dask_ep.graph.rows import block_by_block, first_rows
 
 MOST_ROWS = 10
 """Rows that are kept by number: the worst ones, and the first whose routing differs."""
-
-COMPARED = "ep_compare"
-"""Tasks of chunks that are compared have names that begin so."""
 
 TILE = 1 << 12
 """Rows that are compared at a time."""
@@ -283,7 +281,7 @@ def difference(
     args: list[Any] = [a, "cd", b, "ce", firsts, "c"]
     for number, each in enumerate(routing):
         args += [each if each.ndim == 2 else each[:, None], f"c{'kl'[number]}"]
-    name = f"{COMPARED}-{tokenize(*args[::2], num_experts, tolerance)}"
+    name = step_name("compare", tokenize(*args[::2], num_experts, tolerance))
     found = block_by_block(
         _compare_chunk, "c", *args, name=name, num_experts=num_experts, tolerance=tolerance,
         adjust_chunks={"c": 1}, dtype=object, meta=np.empty(0, object),

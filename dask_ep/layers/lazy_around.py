@@ -19,6 +19,7 @@ from dask.task_spec import Task, TaskRef
 
 from dask_ep.arrays.checks import computing_dtype
 from dask_ep.arrays.namespaces import Array, namespace
+from dask_ep.graph.keys import step_name
 from dask_ep.graph.rows import array_of, keys_of, xp_name
 from dask_ep.layers.around import Loaded, Rest, Steps, enter, finish, load_rest, load_steps
 
@@ -28,7 +29,7 @@ def enter_rows(rows: da.Array, before: Steps, width: int | None) -> da.Array:
     if not before:
         return rows
     token = tokenize(rows, before)
-    name, loaded = f"ep_enter-{token}", f"ep_before-{token}"
+    name, loaded = step_name("enter", token), step_name("before", token)
     dtype = computing_dtype(rows.dtype)
     tasks: dict[Any, Task] = {loaded: Task(loaded, _load_before, before, xp_name(rows), dtype)}
     for c, key in enumerate(keys_of(rows)):
@@ -49,7 +50,7 @@ def finish_rows(
     """
     arrays = [rows, routed, *chosen]
     token = tokenize(*arrays, rest)
-    name, loaded = f"ep_layer-{token}", f"ep_shared-{token}"
+    name, loaded = step_name("layer", token), step_name("shared", token)
     dtype = computing_dtype(rows.dtype, on_device=xp_name(rows) != "numpy")
     tasks: dict[Any, Task] = {loaded: Task(loaded, load_rest, rest, xp_name(rows), dtype)}
     for c, keys in enumerate(zip(*map(keys_of, arrays), strict=True)):

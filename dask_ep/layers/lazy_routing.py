@@ -27,6 +27,7 @@ from dask_ep.arrays.checks import is_float, place_of_row
 from dask_ep.arrays.device import explain_chunk_memory
 from dask_ep.arrays.namespaces import UNDERFLOW_IS_ZERO, Array, namespace
 from dask_ep.errors import DeviceMemoryError, ReadError
+from dask_ep.graph.keys import step_name
 from dask_ep.graph.rows import array_of, block_by_block, first_rows, keys_of, xp_name
 from dask_ep.kernel.device_kernel import INDEX_BYTES
 from dask_ep.layers.capacity import Capacity, ExpertChoice, choose_rows, limit_capacity
@@ -104,7 +105,7 @@ def _route_chunks(
     arrays: dict[str, SmallArray],
     token_ids: da.Array | None,
 ) -> tuple[da.Array, da.Array]:
-    both, loaded = f"ep_route-{token}", f"ep_router-{token}"
+    both, loaded = step_name("route", token), step_name("router", token)
     tasks: dict[Any, Task] = {loaded: Task(loaded, read_all, arrays, xp_name(rows))}
     ids = None if token_ids is None else keys_of(token_ids)
     starts = first_rows(rows.chunks[0])
@@ -118,7 +119,7 @@ def _route_chunks(
     k = arrays["table"].shape[1] if "table" in arrays else router.slots
     parts = []
     for which, (word, dtype) in enumerate((("indices", np.int32), ("weights", np.float32))):
-        name = f"ep_{word}-{token}"
+        name = step_name(word, token)
         taken: dict[Any, Task] = {
             (name, c, 0): Task((name, c, 0), _part, TaskRef((both, c)), which)
             for c in range(rows.numblocks[0])
@@ -132,7 +133,7 @@ def _route_chunks(
 def _scores(
     token: str, rows: da.Array, router: ExpertChoice, arrays: dict[str, SmallArray]
 ) -> da.Array:
-    name, loaded = f"ep_scores-{token}", f"ep_router-{token}"
+    name, loaded = step_name("scores", token), step_name("router", token)
     tasks: dict[Any, Task] = {loaded: Task(loaded, read_all, arrays, xp_name(rows))}
     starts = first_rows(rows.chunks[0])
     for c, key in enumerate(keys_of(rows)):

@@ -15,6 +15,7 @@ import numpy as np
 from dask.base import tokenize
 from dask.task_spec import Task, TaskRef
 
+from dask_ep.graph.keys import step_name
 from dask_ep.graph.rows import first_rows, keys_of, xp_name
 from dask_ep.graph.statistics import Numbers, Part, Partials, objects
 from dask_ep.layers.lazy_routing import SmallArray, read_all, while_routing
@@ -44,7 +45,7 @@ def see_router(rows: da.Array, router: Any, arrays: Mapping[str, SmallArray]) ->
         )
     arrays = {n: arrays[n] for n in ("weight", "bias", "selection_bias") if n in arrays}
     token = tokenize(rows, router, arrays)
-    name, loaded = f"ep_see_router-{token}", f"ep_router-see-{token}"
+    name, loaded = step_name("see_router", token), step_name("router-see", token)
     tasks: dict[Any, Task] = {loaded: Task(loaded, read_all, arrays, xp_name(rows))}
     starts, keys = first_rows(rows.chunks[0]), []
     for c, key in enumerate(keys_of(rows)):

@@ -18,9 +18,10 @@ from dask_ep.jobs.build import open_inputs
 from dask_ep.jobs.example import Example, write_example
 from dask_ep.jobs.inspect import advise_chunk_rows, count_routing, inspect_path
 from dask_ep.jobs.job import load_job
+from dask_ep.jobs.recompute import plain, plain_parts
 from dask_ep.jobs.run import run_job
 from dask_ep.jobs.sample import find_rows_of_experts, read_rows, sample_rows
-from dask_ep.jobs.verify import plain_expert, verify_job
+from dask_ep.jobs.verify import verify_job
 from dask_ep.layers.checkpoint import load_moe_layer
 from dask_ep.storage.sources import open_source
 from dask_ep.storage.storage import store
@@ -254,8 +255,8 @@ def test_plain_experts_agree_with_those_that_run(transposed, interleaved):
     rows = random.standard_normal((4, d))
     for experts in kinds:
         local = experts.load([2], dtype=np.float64)[0]
-        plain = plain_expert(experts, 2)
-        np.testing.assert_allclose([plain(row) for row in rows], local(rows), rtol=1e-12)
+        plainly = plain(*plain_parts(experts, 2))
+        np.testing.assert_allclose([plainly(row) for row in rows], local(rows), rtol=1e-12)
 
 
 # --- inspect ---------------------------------------------------------------------------------

@@ -182,13 +182,7 @@ def plan(
     (4, 1.33)
     """
     pricing = Pricing(
-        tokens,
-        routing,
-        experts,
-        topk_weights,
-        gpu=machine.gpu,
-        rates=rates,
-        **_stored(files),
+        tokens, routing, experts, topk_weights, gpu=machine.gpu, rates=rates, **_stored(files)
     )
     layout = machine.lay_out(world_size, placement)
     decision = decide(pricing.work, layout, chunk_rows=chunk_rows, travel=travel)
@@ -226,13 +220,7 @@ def what_if(
     Reads the routing once for all of them.
     """
     pricing = Pricing(
-        tokens,
-        routing,
-        experts,
-        topk_weights,
-        gpu=machine.gpu,
-        rates=rates,
-        **_stored(files),
+        tokens, routing, experts, topk_weights, gpu=machine.gpu, rates=rates, **_stored(files)
     )
     decided = []
     for ranks, asked, rows, moves in product(world_size, placement, chunk_rows, travel):
@@ -275,12 +263,10 @@ def plan_job(
     Reads the routing once, and neither tokens nor experts; for a layer of a checkpoint it reads the
     tokens and runs the router.
     """
-    ways: dict[str, Sequence[Any]] = {
-        "world_size": [None],
-        "placement": [None],
-        "chunk_rows": [chunk_rows],
-    }
-    inputs, (decided,) = _decide_job(job, where, on_note, **ways, travel=[travel])
+    inputs, (decided,) = _decide_job(
+        job, where, on_note, world_size=[None], placement=[None], chunk_rows=[chunk_rows],
+        travel=[travel],
+    )  # fmt: skip
     if isinstance(decided, DoesNotFit):
         raise decided
     pricing = Pricing.of_job(inputs, decided, rates)
@@ -330,12 +316,10 @@ def what_if_job(
     -----
     Reads the routing once for all of them.
     """
-    ways: dict[str, Sequence[Any]] = {
-        "world_size": world_size,
-        "placement": placement,
-        "chunk_rows": chunk_rows,
-    }
-    inputs, decided = _decide_job(job, where, on_note, **ways, travel=travel)
+    inputs, decided = _decide_job(
+        job, where, on_note, world_size=world_size, placement=placement, chunk_rows=chunk_rows,
+        travel=travel,
+    )  # fmt: skip
     first = decided[0].decision if isinstance(decided[0], DoesNotFit) else decided[0]
     return Pricing.of_job(inputs, first, rates).compare(decided)
 

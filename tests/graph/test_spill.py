@@ -38,6 +38,7 @@ from dask_ep.jobs.build import open_inputs
 from dask_ep.jobs.decide import decide
 from dask_ep.jobs.example import Example, write_example
 from dask_ep.jobs.in_passes import free_for_rows
+from dask_ep.jobs.inspect import describe_output
 from dask_ep.jobs.job import Job, load_job
 from dask_ep.jobs.run import run_job
 from dask_ep.jobs.verify import verify_job
@@ -227,6 +228,12 @@ def test_what_waits_is_kept_where_no_output_is_done_yet(monkeypatch, job):
         run_job(job, Threads(2), on_progress=stop_after(ROWS // 2))
     directory = progress_directory(job.out)
     assert read_done(directory, read_manifest(directory)["run"]) == set()
+    told = re.fullmatch(
+        r"incomplete, 0 of \d+ blocks are done, (\d+) experts were processed in passes so far",
+        describe_output(job.out),
+    )
+    assert told is not None
+    assert 0 < int(told[1]) <= EXPERTS
     before, after = sum(done_in(job, 0)), []
     assert before > ROWS // CHUNK_ROWS, "experts have served rows"
     run_job(job, Threads(2), resume=True, on_progress=lambda _: after.append(sum(done_in(job, 0))))

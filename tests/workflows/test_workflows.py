@@ -55,7 +55,7 @@ TOYS = {
     "imbalance.py": Toy(["--seeds", "1", "--layers", "2"], "2 layers of 256 experts"),
     "larger_experts.py": Toy(
         [
-            *("--rows", "1000", "--d", "256", "--hidden", "2048", "--experts", "48"),
+            *("--rows", "1000", "--d", "256", "--hidden", "2048", "--experts", "96"),
             *("--memory-limit", "450MB", "--threads", "1"),
         ],
         "dask_ep (hold, passes: 1)",

@@ -12,6 +12,7 @@ import pytest
 
 from dask_ep.arrays import memory
 from dask_ep.arrays.memory import Pool, empty
+from tests.cluster_processes import wait_until
 
 MIB = 1 << 20
 
@@ -71,17 +72,15 @@ def test_small_and_empty_arrays(shape):
 
 
 def test_unused_memory_goes_back_to_the_system(pool, monkeypatch):
-    monkeypatch.setattr(memory, "KEEP_SECONDS", 0.05)
+    monkeypatch.setattr(memory, "KEEP_SECONDS", 0.5)
     del_me = empty((MIB,), "f4")
     del del_me
     assert pool.free_bytes() > 0
-    deadline = time.monotonic() + 10
-    while pool.free_bytes() or pool._janitor is not None:
-        assert time.monotonic() < deadline
-        time.sleep(0.02)
+    wait_until(lambda: not pool.free_bytes() and pool._janitor is None, "it is given back")
 
 
 def test_a_new_block_replaces_those_that_nobody_has_wanted_for_a_while(pool, monkeypatch):
+    monkeypatch.setattr(memory, "REPLACE_SECONDS", 60.0)
     smaller, kept = empty((MIB,), "u1"), empty((2 * MIB,), "u1")
     del smaller
     larger = empty((4 * MIB,), "u1")

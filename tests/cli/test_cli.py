@@ -10,7 +10,6 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import numpy as np
@@ -31,10 +30,10 @@ from dask_ep.placement.placement import Placement
 from dask_ep.storage import files, sources
 from dask_ep.storage.journal import read_done, read_manifest
 from dask_ep.storage.sources import open_source
+from tests.cluster_processes import DEADLINE, wait_until
 from tests.cluster_processes import Cluster as RealCluster
 
 ROOT = Path(__file__).parents[1].parent
-DEADLINE = 60.0  # seconds that nothing here should ever take
 
 
 def command(*arguments: object, **keywords) -> subprocess.CompletedProcess:
@@ -310,11 +309,11 @@ def count_blocks(out: Path) -> int:
 
 
 def wait_for_blocks(out: Path, blocks: int, process: subprocess.Popen) -> None:
-    deadline = time.monotonic() + DEADLINE
-    while count_blocks(out) < blocks:
+    def enough() -> bool:
         assert process.poll() is None, process.communicate()
-        assert time.monotonic() < deadline
-        time.sleep(0.02)
+        return count_blocks(out) >= blocks
+
+    wait_until(enough, f"{blocks} blocks are done")
 
 
 def stop(process: subprocess.Popen, number: int) -> tuple[int, str, str]:
@@ -403,7 +402,7 @@ def test_what_processes_began_threads_finish_to_the_same_bits(tmp_path, slow_job
     assert process.returncode == 1
     assert "stopped;" in err
     assert "Traceback" not in err, err
-    gone, alive = psutil.wait_procs(workers, timeout=20)
+    gone, alive = psutil.wait_procs(workers, timeout=DEADLINE)
     assert len(gone) >= 2
     assert not alive, "no process is left behind"
     record = json.loads(Path(f"{out}.progress/manifest.json").read_text())

@@ -285,14 +285,14 @@ def test_a_client_without_a_certificate_is_told(tls_cluster, other_certificates,
     if proof == "plain tcp":
         address = address.replace("tls://", "tcp://")
     with pytest.raises(ConnectionError, match=message):
-        connect(address, certificates=proofs.get(proof), timeout=2)
+        connect(address, certificates=proofs.get(proof), timeout=2 if proof == "plain tcp" else 30)
 
 
 def test_no_scheduler_there(tmp_path):
     begun = time.monotonic()
     with pytest.raises(ConnectionError, match=r"127\.0\.0\.1:1: .*check that it runs"):
         connect("tcp://127.0.0.1:1", timeout=1)
-    assert time.monotonic() - begun < 10
+    assert time.monotonic() - begun < DEADLINE
 
 
 def test_no_scheduler_file_there(tmp_path):

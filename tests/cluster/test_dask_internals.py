@@ -1,9 +1,6 @@
 """What is used of distributed beyond its documented API does what its docstrings say.
 
-Needs only Dask and this package, so that it can be run against each version that is allowed:
-
-    python -m venv low && low/bin/pip install 'dask[array]==2026.7.0' distributed==2026.7.0 pytest .
-    low/bin/python -m pytest -c /dev/null tests/test_dask_internals.py
+`.ci/run` asks it of the lowest versions that `pyproject.toml` allows as well.
 """
 
 import asyncio
@@ -20,8 +17,7 @@ from distributed.protocol import to_serialize
 
 from dask_ep.cluster import dask_internals
 from dask_ep.cluster.ranks import Able
-
-DEADLINE = 30.0
+from tests.cluster_processes import DEADLINE, wait_until
 
 
 class Kind(set):
@@ -62,14 +58,6 @@ def on_scheduler(client, question):
 
 def _ask_scheduler(dask_scheduler):
     ASKED.pop()(dask_scheduler)
-
-
-def wait_until(holds, what):
-    deadline = time.monotonic() + DEADLINE
-    while not (answer := holds()):
-        assert time.monotonic() < deadline, f"waited in vain until {what}"
-        time.sleep(0.01)
-    return answer
 
 
 def state_of(client, key):

@@ -178,4 +178,4 @@ def test_ctrl_c_while_workers_start(job_file, tmp_path):
     assert process.returncode == 1
     assert "stopped;" in told
     assert "Traceback" not in told, told
-    assert not psutil.wait_procs(workers, timeout=20)[1]
+    assert not psutil.wait_procs(workers, timeout=DEADLINE)[1]

@@ -76,7 +76,7 @@ def nothing_left(request):
             return not any(left.values())
 
         with suppress(TimeoutError):
-            wait_until(is_clean, "nothing is left", 10)
+            wait_until(is_clean, "nothing is left")
         assert not any(left.values()), left
 
 
@@ -740,6 +740,7 @@ def test_a_plugin_that_fails_when_a_worker_dies_ends_the_job_with_an_error(clust
         assert any("remove_worker" in failure for failure in owners.failures)
         client.run_on_scheduler(_mend_assignment)
         future.release()  # which its error would keep
+        wait_until(lambda: not client.run_on_scheduler(_has_begun), "the failed job is gone")
         future = client.compute(y + 1)
         assert np.array_equal(future.result(DEADLINE), _alone(y + 1))
         assert all(owners.owners)

@@ -50,8 +50,8 @@ from dask_ep.storage import output, sources
 from dask_ep.storage.journal import read_done, read_manifest
 from dask_ep.storage.output import progress_directory
 from tests.checkpoints import FIXTURES, LAYER, expected
+from tests.cluster_processes import DEADLINE, wait_until, worker_pids
 from tests.cluster_processes import Cluster as RealCluster
-from tests.cluster_processes import wait_until, worker_pids
 from tests.graph.test_passes import passes_of
 from tests.jobs.test_out_of_core import peak_of_tree
 
@@ -335,7 +335,7 @@ def test_a_task_that_outlives_its_run_says_nothing_of_the_run_that_overwrites_it
         write(files, rows)
         if next(calls) == 30:  # in the midst of a chunk
             late.set()
-            assert begun_again.wait(30)
+            assert begun_again.wait(DEADLINE)
 
     def create_beside(files, *sizes):
         create(files, *sizes)

@@ -136,7 +136,7 @@ def test_a_stopped_run_resumes_to_the_same_bits(folder):
     collect_job(
         job(folder), again, Threads(1), resume=True, on_progress=lambda done, _: told.append(done)
     )
-    assert 400 < told[0] < told[-1] == 600
+    assert 400 < told[0] <= told[-1] == 600  # all may be done before it is stopped
     assert_same(load_file(folder / "again.safetensors"), want)
     again_complete = collect_job(job(folder), again, Threads(1), resume=True)
     assert again_complete.coverage[5] == 0

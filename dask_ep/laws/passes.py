@@ -438,7 +438,7 @@ def _refusal(
     needed = fixed + max(computing, chunks)
     words = (
         f"a process may use {limit / 1e6:.0f} MB and must hold {fixed / 1e6:.0f} MB of its own "
-        f" and either {computing / 1e6:.0f} MB to compute ({_block_experts(work)} experts of "
+        f"and either {computing / 1e6:.0f} MB to compute ({_block_experts(work)} experts of "
         f"{work.expert_loaded / 1e6:.3g} MB, {layout.threads} threads) or {chunks / 1e6:.0f} MB of "
         f"{3 * layout.threads + 2} chunks of {rows} rows, {needed / 1e6:.0f} MB in all"
     )

@@ -334,6 +334,7 @@ def draw_progress(plan: Plan, record: Record) -> Figure:
 
 def _figure(title: str, x: str | None, y: str | None, height: int = 280, **options: Any) -> Figure:
     """An empty figure in the style of all of them."""
+    from bokeh.models import NumeralTickFormatter
     from bokeh.plotting import figure
 
     drawing: Any = figure(  # whose axes and title are set below, as its types do not know
@@ -350,10 +351,9 @@ def _figure(title: str, x: str | None, y: str | None, height: int = 280, **optio
     drawing.axis.axis_label_text_font_size = "13px"
     drawing.axis.major_label_text_font_size = "12px"
     drawing.outline_line_color = None
-    if not isinstance(options.get("x_range"), list):
-        drawing.xaxis.formatter.use_scientific = False
-    if not isinstance(options.get("y_range"), list):
-        drawing.yaxis.formatter.use_scientific = False
+    for axis, names in ((drawing.xaxis, "x_range"), (drawing.yaxis, "y_range")):
+        if not isinstance(options.get(names), list):
+            axis.formatter = NumeralTickFormatter(format="0,0.[000]")
     return drawing
 
 

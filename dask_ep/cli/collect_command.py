@@ -6,80 +6,54 @@ dask-ep collect job.toml --what usage,reap --out stats.safetensors
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import click
 from dask.utils import format_bytes
 
 from dask_ep.cli.command import debug_option
-from dask_ep.cli.options import add_options, input_options, read_job
+from dask_ep.cli.options import (
+    add_options,
+    input_options,
+    parse_what,
+    read_job,
+    read_wanted,
+    wanted_options,
+)
 from dask_ep.cli.run_command import (
     WHERE,
     choose_where,
+    report_option,
+    resume_options,
     show_dashboard,
+    show_reports,
     show_workers,
     stoppable,
     where_options,
 )
 from dask_ep.cli.terminal import hint_at_faster_blas, progress_bar
 from dask_ep.jobs.backends import Processes, Threads
-from dask_ep.jobs.collect_decide import Course
-from dask_ep.jobs.collect_job import FEW_ROWS, Collected, Wanted, collect_job
+from dask_ep.jobs.collect_job import FEW_ROWS, Collected, collect_job
+from dask_ep.laws.decision import Course
 from dask_ep.layers.collect import WHAT
 
 _MOST_FEW = 20  # experts named
 
 
-def _parse_what(context: click.Context, parameter: click.Parameter, value: str) -> tuple[str, ...]:
-    names = tuple(name for name in value.replace(",", " ").split() if name)
-    for name in names:
-        if name not in WHAT:
-            raise click.BadParameter(f"{name!r} is not one of {', '.join(WHAT)}")
-    if not names:
-        raise click.BadParameter(f"name at least one of {', '.join(WHAT)}")
-    return names
-
-
-def _parse_rows(context: click.Context, parameter: click.Parameter, value: str) -> str | float:
-    if value in ("routed", "all"):
-        return value
-    try:
-        share = float(value)
-    except ValueError:
-        share = 0.0
-    if not 0 < share <= 1:
-        raise click.BadParameter(f"{value!r} is not routed, all, or a share such as 0.1")
-    return share
-
-
 def _collect_options(command: Callable) -> Callable:
-    options = [
+    options: list[Callable] = [
         click.option(
             "--what",
             required=True,
             metavar="NAMES",
-            callback=_parse_what,
+            callback=parse_what,
             help=f"What to collect, separated by commas: {', '.join(WHAT)}.",
         ),
         click.option(
             "--out", required=True, metavar="PATH", help="Statistics: .safetensors or .zarr."
         ),
-        click.option(
-            "--rows",
-            default="routed",
-            show_default=True,
-            callback=_parse_rows,
-            metavar="ROWS",
-            help="Rows that go through each expert: routed, all, or a share of those not routed, "
-            "such as 0.1.",
-        ),
-        click.option(
-            "--seed", type=click.IntRange(0), default=0, show_default=True, help="Of that share."
-        ),
-        click.option(
-            "--with-output", is_flag=True, help="Write the job's output in the same pass."
-        ),
+        wanted_options,
         click.option(
             "--few-rows",
             type=click.IntRange(0),
@@ -90,8 +64,8 @@ def _collect_options(command: Callable) -> Callable:
         click.option(
             "--chunk-rows", type=click.IntRange(1), help="Rows per chunk; default: as for run."
         ),
-        click.option("--resume", is_flag=True, help="Continue a stopped run."),
-        click.option("--overwrite", is_flag=True, help="Replace existing statistics."),
+        report_option,
+        *resume_options,
         debug_option,
     ]
     return add_options(options, command)
@@ -117,22 +91,22 @@ def collect_command(**options: Any) -> None:
     where = choose_where(**{key: options.pop(key) for key in WHERE})
     if options["resume"] and options["overwrite"]:
         raise click.UsageError("--resume and --overwrite are mutually exclusive")
-    asked = Wanted(*(options.pop(name) for name in _WANTED))
-    path = options.pop("job")
-    if asked.with_output and path is None:
+    wanted, path, out = read_wanted(options), options.pop("job"), options["out"]
+    if wanted.with_output and path is None:
         raise click.UsageError("--with-output needs a job file, which says where its output goes")
-    options["out"] = None if asked.with_output else asked.out
+    options["out"] = None if wanted.with_output else out
     job = read_job(path, options)
     if isinstance(where, Threads | Processes):
         hint_at_faster_blas()
-    record = os.path.join(f"{os.path.realpath(asked.out)}.progress", "groups-0.zarr")
+    record = os.path.join(f"{os.path.realpath(out)}.progress", "groups-0.zarr")
     with (
-        stoppable(asked.out, options["overwrite"], record) as wait,
+        stoppable(out, options["overwrite"], record) as wait,
         progress_bar("rows") as tell,
     ):
         found = collect_job(
             job,
-            asked,
+            wanted,
+            out,
             where,
             on_progress=lambda done, total: tell(done, total, ""),
             on_course=_show_course,
@@ -141,32 +115,25 @@ def collect_command(**options: Any) -> None:
             wait=wait,
             **options,
         )
-    _show_collected(asked, found)
-
-
-_WANTED = ("what", "out", "rows", "seed", "with_output", "few_rows")
+    _show_collected(out, wanted.what, options["few_rows"], found)
+    if options["report"]:
+        show_reports(found.reports)
 
 
 def _show_course(course: Course) -> None:
-    passes = f"{len(course.blocks)} pass{'es' * (len(course.blocks) > 1)} over the rows"
-    if course.gram_blocks:
-        passes += f", {len(course.gram_blocks)} more for gram"
-    click.echo(
-        f"{passes}, in chunks of {course.chunk_rows} rows; up to "
-        f"{format_bytes(course.memory_bytes)} of memory",
-        err=True,
-    )
+    rows, most = course.decision.chunk_rows, format_bytes(course.memory_bytes)
+    click.echo(f"{course}, in chunks of {rows} rows; up to {most} of memory", err=True)
 
 
-def _show_collected(asked: Wanted, found: Collected) -> None:
-    click.echo(f"{asked.out}: {', '.join(asked.what)} of {found.rows} rows")
+def _show_collected(out: str, what: Sequence[str], least: int, found: Collected) -> None:
+    click.echo(f"{out}: {', '.join(what)} of {found.rows} rows")
     if found.missing:
         click.echo(f"these experts have no hidden activations: without {', '.join(found.missing)}")
     few = sorted(found.coverage.items(), key=lambda item: (item[1], item[0]))
     seen = f"of {found.num_experts} experts saw"
     if not few:
-        click.echo(f"coverage: {found.num_experts} {seen} {asked.few_rows} rows or more")
+        click.echo(f"coverage: {found.num_experts} {seen} {least} rows or more")
         return
     words = ", ".join(f"{e} ({rows})" for e, rows in few[:_MOST_FEW])
     more = f" and {len(few) - _MOST_FEW} more" if len(few) > _MOST_FEW else ""
-    click.echo(f"coverage: {len(few)} {seen} fewer than {asked.few_rows} rows: {words}{more}")
+    click.echo(f"coverage: {len(few)} {seen} fewer than {least} rows: {words}{more}")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import fields
 from typing import Any
 
 import click
@@ -12,6 +13,7 @@ from dask_ep.cluster.gpus import Gpus
 from dask_ep.jobs.backends import Processes, Threads
 from dask_ep.jobs.job import MISSING, PLACEMENTS, PRECISIONS, Job, load_job, parse_experts
 from dask_ep.laws.travel import TRAVELS, Travel
+from dask_ep.layers.collect import WHAT, Wanted
 
 
 def add_options(options: Sequence[Callable], command: Callable) -> Callable:
@@ -85,6 +87,60 @@ def input_options(command: Callable) -> Callable:
         ),
     ]
     return add_options(options, command)
+
+
+def parse_what(
+    context: click.Context, parameter: click.Parameter, value: str | None
+) -> tuple[str, ...]:
+    """Read an option that names statistics; without it there are none."""
+    names = tuple((value or "").replace(",", " ").split())
+    for name in names:
+        if name not in WHAT:
+            raise click.BadParameter(f"{name!r} is not one of {', '.join(WHAT)}")
+    if not names and value is not None:
+        raise click.BadParameter(f"name at least one of {', '.join(WHAT)}")
+    return names
+
+
+def _parse_rows(context: click.Context, parameter: click.Parameter, value: str) -> str | float:
+    if value in ("routed", "all"):
+        return value
+    try:
+        share = float(value)
+    except ValueError:
+        share = 0.0
+    if not 0 < share <= 1:
+        raise click.BadParameter(f"{value!r} is not routed, all, or a share such as 0.1")
+    return share
+
+
+def wanted_options(command: Callable) -> Callable:
+    """Add the options that say what is collected besides its names, which `read_wanted` reads."""
+    options: list[Callable] = [
+        click.option(
+            "--rows",
+            default="routed",
+            show_default=True,
+            callback=_parse_rows,
+            metavar="ROWS",
+            help="Rows that go through each expert for statistics: routed, all, or a share of "
+            "those not routed, such as 0.1.",
+        ),
+        click.option(
+            "--seed", type=click.IntRange(0), default=0, show_default=True, help="Of that share."
+        ),
+        click.option(
+            "--with-output",
+            is_flag=True,
+            help="Write the job's output in the same pass as its statistics.",
+        ),
+    ]
+    return add_options(options, command)
+
+
+def read_wanted(options: dict[str, Any]) -> Wanted:
+    """Take what ``--what`` and `wanted_options` gave out of the options."""
+    return Wanted(*(options.pop(field.name) for field in fields(Wanted)))
 
 
 def read_job(path: str | None, options: dict[str, Any]) -> Job:

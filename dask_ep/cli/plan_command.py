@@ -27,13 +27,19 @@ from dask_ep.cli.options import (
     job_options,
     local_options,
     parse_travel,
+    parse_what,
     read_job,
+    read_wanted,
+    refuse,
+    wanted_options,
 )
 from dask_ep.cli.terminal import hint_at_faster_blas
+from dask_ep.jobs.collect_plan import plan_collection
 from dask_ep.jobs.job import PLACEMENTS, Job
 from dask_ep.jobs.plan import plan_job, what_if_job
 from dask_ep.laws.costs import Rates
 from dask_ep.laws.travel import TRAVELS, Travel
+from dask_ep.layers.collect import WHAT, Wanted
 from dask_ep.pricing.price import Plan, WhatIf
 from dask_ep.pricing.report import check_drawing, check_place, write_plan_report
 from dask_ep.pricing.words import figures_of
@@ -53,6 +59,13 @@ WIDTH = 120
 @click.argument("choices", nargs=-1, metavar="[NAME=VALUE,VALUE...]...")
 @local_options
 @chunks_options
+@click.option(
+    "--what",
+    metavar="NAMES",
+    callback=parse_what,
+    help=f"Plan `collect` of these instead of `run`: {', '.join(WHAT)}.",
+)
+@wanted_options
 @click.option(
     "--rates",
     metavar="NAME=NUMBER,...",
@@ -84,6 +97,7 @@ def plan_command(
       dask-ep plan demo/job.toml --what-if world_size=2,4,8 placement=contiguous,balanced
       dask-ep plan demo/job.toml --processes 4 --what-if travel=rows,auto,experts
       dask-ep plan --layer checkpoint/ --layer-index 3 --tokens hidden.zarr --out out.zarr
+      dask-ep plan demo/job.toml --what usage,gram --memory-limit 2GiB
       dask-ep plan demo/job.toml --gpu
       dask-ep plan demo/job.toml --gpu --world-size 8 --rates flops=6e14,copy=2e12,lane=2.5e10
     """
@@ -100,8 +114,8 @@ def plan_command(
     for path in (html, save):
         if path is not None:
             check_place(path)
-    parsed = read_job(job, options)
-    compared = priced_job(parsed, parse_choices(choices), **options)
+    parsed, wanted = read_job(job, options), read_wanted(options)
+    compared = priced_job(parsed, parse_choices(choices), wanted, **options)
     if save is not None:
         Path(save).write_text(compared.best.placement.to_json())
         click.echo(f"placement: {save}", err=True)
@@ -124,6 +138,7 @@ def plan_command(
 def priced_job(
     job: Job,
     choices: dict[str, list[Any]],
+    wanted: Wanted,
     *,
     chunk_rows: int | None = None,
     travel: str | None = None,
@@ -132,7 +147,10 @@ def priced_job(
     rates: str | None = None,
     **local: Any,
 ) -> WhatIf:
-    """Price a job, in each combination of the choices; a single way if there are none."""
+    """Price a job, in each combination of the choices; a single way if there are none.
+
+    If something is wanted, to collect that is priced, instead of the output.
+    """
 
     def moves(how: str | None) -> Travel:
         return parse_travel(how, link_rate, read_rate)
@@ -142,6 +160,10 @@ def priced_job(
         "on_note": echo_note,
     }
     where = choose_local(**local)
+    if wanted.what:
+        refuse({"what-if": choices, "travel": travel}, "is for runs: give it without --what")
+        one: Plan = plan_collection(job, wanted, where, chunk_rows=chunk_rows, **common)
+        return WhatIf((one,), one, "")
     if not choices:
         one = plan_job(job, where, chunk_rows=chunk_rows, travel=moves(travel), **common)
         return WhatIf((one,), one, "")

@@ -8,7 +8,7 @@ dask-ep run job.toml --scheduler tcp://10.0.0.1:8786 --resume
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -38,16 +38,22 @@ from dask_ep.jobs.result import Progress, RunResult
 from dask_ep.jobs.run import run_job
 from dask_ep.jobs.save_routing import path_of_weights
 
+report_option = click.option(
+    "--report",
+    type=click.Path(dir_okay=False),
+    help="Write an HTML report that compares plan and run; with workers, also Dask's own report.",
+)
+
+resume_options: tuple[Callable, ...] = (
+    click.option("--resume", is_flag=True, help="Continue a stopped run."),
+    click.option("--overwrite", is_flag=True, help="Replace what is there."),
+)
+
 
 def how_options(command: Callable) -> Callable:
     """Add the options that say how a job is run, on any backend."""
     options: list[Callable] = [
-        click.option(
-            "--report",
-            type=click.Path(dir_okay=False),
-            help="Write an HTML report that compares plan and run; with workers, also Dask's own "
-            "report.",
-        ),
+        report_option,
         click.option(
             "--save-routing",
             metavar="PATH",
@@ -59,8 +65,7 @@ def how_options(command: Callable) -> Callable:
             type=click.Path(dir_okay=False),
             help="Write the job to this file first, for `plan`, `verify` and --resume.",
         ),
-        click.option("--resume", is_flag=True, help="Continue a stopped run."),
-        click.option("--overwrite", is_flag=True, help="Replace an existing output."),
+        *resume_options,
         debug_option,
     ]
     return add_options(options, command)
@@ -191,9 +196,15 @@ def carry_out(where: Where, job: str | None, save_job: str | None, **options: An
         click.echo(f"experts: {words_of_usage(routing, done.decision.work.experts)}")
     if routing := options["save_routing"]:
         click.echo(f"routing: {routing}; top-k weights: {path_of_weights(routing)}")
-    if done.reports:
-        click.echo(f"report: {'; by Dask: '.join(map(str, done.reports))}")
-    elif options["report"]:
+    if options["report"]:
+        show_reports(done.reports)
+
+
+def show_reports(reports: Sequence[Path]) -> None:
+    """Tell which reports were written, that were asked for."""
+    if reports:
+        click.echo(f"report: {'; by Dask: '.join(map(str, reports))}")
+    else:
         click.echo(
             "report: not written, since nothing was left to compute; "
             "use --overwrite to run the job again"

@@ -1,8 +1,10 @@
 """How do the second moments of each expert's rows come together, expert by expert?
 
-    tokens c, routing c ──> ep_pick (c, e): the rows of expert e
-                                 │   of some chunks at a time
-                                 v
+    routing c ──> ep_sort (c): the slots of chunk c by expert
+                      v
+    tokens c ──> ep_pick (c, p): the rows of some neighbouring experts
+                      │   of some chunks at a time
+                      v
     ep_gram (g, e): XᵀX so far, plus that of these rows ──> ep_gram (g + 1, e) ──> ...
          ^
     ep_gram_expert (e): loads the expert, where its hidden activations are asked for
@@ -27,15 +29,30 @@ from dask_ep.arrays import memory
 from dask_ep.arrays.checks import check_routing, check_tokens, computing_dtype
 from dask_ep.experts.experts import CallableExperts, Experts
 from dask_ep.graph.keys import step_name
-from dask_ep.graph.pipeline import Ready
-from dask_ep.graph.rows import keys_of
+from dask_ep.graph.pipeline import Ready, Unfused
+from dask_ep.graph.rows import first_rows, keys_of
 from dask_ep.kernel.context import error_context, slots_of
 from dask_ep.kernel.expert import Expert, as_local_experts
 from dask_ep.kernel.host_kernel import gather
+from dask_ep.kernel.segments import Segments, sort_slots
+from dask_ep.laws.costs import PICKED_TOGETHER
 
 ROWS_TOGETHER = 1024
 """Rows of an expert, about, that are waited for before they are multiplied: the results are read
 and written once for each such product."""
+
+
+class Picked(NamedTuple):
+    """Rows of some neighbouring experts."""
+
+    rows: np.ndarray
+    #: (m, d), one expert after the other
+    ends: list[int]
+    #: of each expert's rows
+
+    def of(self, number: int) -> np.ndarray:
+        """Those of one of these experts, numbered from 0."""
+        return self.rows[self.ends[number - 1] if number else 0 : self.ends[number]]
 
 
 class Gram(NamedTuple):
@@ -47,13 +64,17 @@ class Gram(NamedTuple):
     #: (f, f), if it is asked for
 
 
-def grams(ready: Ready, *, hidden: bool) -> dict[str, da.Array]:
+def grams(
+    ready: Ready, *, hidden: bool, picked_together: int = PICKED_TOGETHER
+) -> dict[str, da.Array]:
     """Second moments of what each expert's matrices multiply.
 
     Parameters
     ----------
     ready : the layer, its placement aside
     hidden : whether those of hidden activations are wanted as well
+    picked_together : experts whose rows are picked from a chunk by one task; whoever computes some
+        experts alone has the rows of all that are picked with these in memory
 
     Returns
     -------
@@ -61,21 +82,17 @@ def grams(ready: Ready, *, hidden: bool) -> dict[str, da.Array]:
 
     Notes
     -----
-    For C chunks, E experts and G groups of chunks: E (C + G) tasks and some for each expert. The
-    products of a group of rows are made in the computing dtype, and added to those before; experts
-    without rows have zeros.
+    For C chunks, E experts and G groups of chunks: C sorts, E C / `picked_together` picks, E G
+    products and some tasks for each expert. The products of a group of rows are made in the
+    computing dtype, and added to those before; experts without rows have zeros.
     """
     tokens, experts = ready.tokens, ready.experts
     E, C, d = experts.num_experts, tokens.numblocks[0], tokens.shape[1]
-    token = tokenize(tokens, ready.routing, ready.topk_weights, experts, hidden)
-    on_input = getattr(experts, "options", {}).get("apply_router_weight_on_input", False)
-    weights = ready.topk_weights if on_input else None
-    keys: list[list[Any]] = [
-        keys_of(a) if a is not None else [None] * C for a in (tokens, ready.routing, weights)
-    ]
-    step, dtype = group_of(ready), computing_dtype(tokens.dtype)
-    pick, gram = step_name("pick", token), step_name("gram", token)
-    tasks: dict[Any, Task] = {}
+    token = tokenize(tokens, ready.routing, ready.topk_weights, experts, hidden, picked_together)
+    tasks = _picks(ready, token, picked_together)
+    step = group_of(tokens.shape[0], C, slots_of(ready.routing), E)
+    dtype = computing_dtype(tokens.dtype)
+    gram, pick = step_name("gram", token), step_name("pick", token)
     last: list[Any] = []
     for e in range(E):
         state: TaskRef | None = None
@@ -83,16 +100,15 @@ def grams(ready: Ready, *, hidden: bool) -> dict[str, da.Array]:
         if hidden:
             expert = TaskRef((step_name("gram_expert", token), e))
             tasks[expert.key] = Task(expert.key, _load, experts.subset([e]), d, dtype, e)
-        for c in range(C):
-            of_chunk = [key and TaskRef(key[c]) for key in keys[:2]]
-            weight = keys[2][c] and TaskRef(keys[2][c])
-            tasks[pick, c, e] = Task((pick, c, e), _pick_rows, *of_chunk, weight, e, c)
+        part, number = divmod(e, picked_together)
         for g, first in enumerate(range(0, C, step)):
-            rows = List([TaskRef((pick, c, e)) for c in range(first, min(first + step, C))])
-            tasks[gram, g, e] = Task((gram, g, e), _add_rows, state, rows, expert, d, dtype, e)
-            state = TaskRef((gram, g, e))
+            chunks = range(first, min(first + step, C))
+            rows = List([TaskRef((pick, c, part)) for c in chunks])
+            key = (gram, g, e)
+            tasks[key] = Unfused(key, _add_rows, state, rows, number, expert, d, dtype, e)
+            state = TaskRef(key)
         last.append(state)
-    inputs: list[Any] = [a for a in (tokens, ready.routing, weights) if a is not None]
+    inputs: list[Any] = [a for a in (tokens, ready.routing, ready.topk_weights) if a is not None]
     graph = HighLevelGraph.from_collections(gram, tasks, dependencies=inputs)
     sides: dict[str, Any] = {"input": d} | ({"hidden": experts.hidden} if hidden else {})
     return {
@@ -101,13 +117,37 @@ def grams(ready: Ready, *, hidden: bool) -> dict[str, da.Array]:
     }
 
 
-def group_of(ready: Ready) -> int:
-    """How many chunks bring an expert about `ROWS_TOGETHER` rows."""
-    chunks, slots = ready.tokens.numblocks[0], slots_of(ready.routing)
-    rows = ready.tokens.shape[0] * slots / max(ready.experts.num_experts * chunks, 1)
-    if not rows > 0:  # unknown lengths
+def _picks(ready: Ready, token: str, together: int) -> dict[Any, Task]:
+    """The tasks that sort the slots of each chunk, and pick the rows of experts from it."""
+    E, weights = ready.experts.num_experts, ready.topk_weights
+    options = getattr(ready.experts, "options", {})
+    on_input = options.get("apply_router_weight_on_input", False)
+    of_weights = [None] * ready.tokens.numblocks[0] if weights is None else keys_of(weights)
+    keys = zip(keys_of(ready.tokens), keys_of(ready.routing), of_weights, strict=True)
+    firsts = first_rows(ready.tokens.chunks[0])
+    tasks: dict[Any, Task] = {}
+    for c, (rows, routing, weight) in enumerate(keys):
+        key, given = (step_name("sort", token), c), weight and TaskRef(weight)
+        tasks[key] = Task(key, _sort, TaskRef(routing), given, E, c, firsts[c])
+        for part, first in enumerate(range(0, E, together)):
+            of = range(first, min(first + together, E))
+            pick, times = (step_name("pick", token), c, part), given if on_input else None
+            tasks[pick] = Task(pick, _pick_rows, TaskRef(rows), TaskRef(key), times, of, c)
+    return tasks
+
+
+def group_of(rows: float, chunks: int, slots: int, experts: int) -> int:
+    """How many chunks bring an expert about `ROWS_TOGETHER` rows.
+
+    Examples
+    --------
+    >>> group_of(80_000, 10, slots=2, experts=64), group_of(80_000, 10, slots=8, experts=8)
+    (4, 1)
+    """
+    of_expert = rows * slots / max(experts * chunks, 1)
+    if not of_expert > 0:  # unknown lengths
         return 1
-    return int(min(max(ROWS_TOGETHER / rows, 1), max(chunks, 1)))
+    return int(min(max(ROWS_TOGETHER / of_expert, 1), max(chunks, 1)))
 
 
 def _side(
@@ -136,41 +176,64 @@ def _load(
         return as_local_experts(experts.load(dtype=dtype), d=d, like=like, dtype=dtype)
 
 
-def _pick_rows(
-    tokens: np.ndarray,
+def _sort(
     routing: np.ndarray,
     topk_weights: np.ndarray | None,
-    expert: int,
+    num_experts: int,
     chunk: int,
-) -> np.ndarray:
-    """The rows (m, d) that go to an expert, times their weights where these apply to the input."""
-    with error_context(f"rows of expert {expert} in token chunk {chunk}"):
+    first_row: int | None,
+) -> Segments:
+    with error_context(f"routing of token chunk {chunk}", first_row):
+        check_routing(routing, topk_weights, n=len(routing))
+        return sort_slots(routing, topk_weights, num_experts, 0, 1)
+
+
+def _pick_rows(
+    tokens: np.ndarray,
+    segments: Segments,
+    topk_weights: np.ndarray | None,
+    experts: range,
+    chunk: int,
+) -> Picked:
+    """The rows that go to some experts, times their weights where these apply to the input."""
+    with error_context(f"rows of experts {experts[0]} to {experts[-1]} in token chunk {chunk}"):
         check_tokens(tokens)
-        check_routing(routing, topk_weights, n=len(tokens))
-        slots = np.flatnonzero(routing.reshape(-1) == expert)
-        rows = gather(tokens, slots // slots_of(routing), tokens.dtype)
-        if topk_weights is None:
-            return rows
-        compute = computing_dtype(tokens.dtype)
-        weights = topk_weights.reshape(-1)[slots].astype(compute)
-        return rows.astype(compute) * weights[:, None]
+        bounds = segments.bounds[experts.start : experts.stop]
+        start = bounds[0][0]
+        slots = segments.slots(slice(start, bounds[-1][1]))
+        numbers = segments.rows(slots)
+        ends = [stop - start for _, stop in bounds]
+        if isinstance(numbers, slice):
+            rows = tokens[numbers].copy()  # not the whole chunk
+        else:
+            rows = gather(tokens, numbers, tokens.dtype)
+        if topk_weights is not None:
+            compute = computing_dtype(tokens.dtype)
+            weights = topk_weights.reshape(-1)[slots].astype(compute)
+            rows = rows.astype(compute) * weights[:, None]
+        return Picked(rows, ends)
 
 
 def _add_rows(
     before: Gram | None,
-    picked: Sequence[np.ndarray],
+    picked: Sequence[Picked],
+    place: int,
     expert: Sequence[Expert] | None,
     d: int,
     dtype: np.dtype,
     number: int,
 ) -> Gram | None:
-    """A new sum, None of no rows: that of before is not changed, so that the task may run again."""
-    count = sum(map(len, picked))
+    """A new sum, None of no rows: that of before is not changed, so that the task may run again.
+
+    The expert is at a `place` of those that are picked together.
+    """
+    parts = [some.of(place) for some in picked]
+    count = sum(map(len, parts))
     if count == 0:
         return before
     with error_context(f"second moments of expert {number}"):
         rows = memory.empty((count, d), dtype)
-        np.concatenate(picked, out=rows, casting="unsafe")
+        np.concatenate(parts, out=rows, casting="unsafe")
         for first in range(0, count, 4 * ROWS_TOGETHER):
             before = _plus(before, rows[first : first + 4 * ROWS_TOGETHER], expert)
         return before

@@ -109,6 +109,8 @@ def read_key(key: object) -> TaskKey | None:
     (TaskKey(step='experts', chunk=-1, rank=1, part=()), None)
     >>> read_key(("ep_dispatch-0123", 4, 7, 1))
     TaskKey(step='dispatch', chunk=4, rank=1, part=(7,))
+    >>> read_key(("ep_gram-0123", 2, 5))  # of a group of chunks, and an expert
+    TaskKey(step='gram', chunk=-1, rank=-1, part=(2, 5))
     >>> read_key("ep_chunk-finalize-hlgfinalizecompute-0123")  # of a single chunk
     TaskKey(step='chunk', chunk=0, rank=-1, part=(-1,))
     """
@@ -121,6 +123,8 @@ def read_key(key: object) -> TaskKey | None:
         return None
     step = key[0].removeprefix("ep_").partition("-")[0]
     step, numbers = ROUTING.get(step, step), key[1:]
+    if step == "gram":
+        return TaskKey(step, part=numbers)
     if step not in OF_BLOCKS:
         return TaskKey(step, *numbers[:1])
     chunk = -1 if step == "experts" else numbers[0]

@@ -181,7 +181,7 @@ def count_tasks(num_chunks: int, world_size: int) -> int:
 # --- the graph ---------------------------------------------------------------------------------
 
 
-class _Unfused(Task):
+class Unfused(Task):
     """A task that Dask joins with no other: its key is looked for."""
 
     __slots__ = ()
@@ -254,10 +254,10 @@ def _layer(
             n: TaskRef(next(iter(flatten(a.__dask_keys__())))) for n, a in lazy.items()
         }
         served_as = token if several else None
-        tasks[key] = _Unfused(key, load_rank, local.detached(), xp, dtype, r, served_as, **given)
+        tasks[key] = Unfused(key, load_rank, local.detached(), xp, dtype, r, served_as, **given)
     if several:
         key = ranks_key(token, at_home=at_home)
-        tasks[key] = _Unfused(key, join_ranks, List([TaskRef(rank) for rank in list(tasks)]))
+        tasks[key] = Unfused(key, join_ranks, List([TaskRef(rank) for rank in list(tasks)]))
     return array_of(key[0], tasks, dependencies, (), np.empty((), object))
 
 

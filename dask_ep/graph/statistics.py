@@ -27,7 +27,7 @@ from dask.task_spec import List, Task, TaskRef
 from dask_ep.arrays.checks import check_routing, raise_bad_index, raise_nan
 from dask_ep.graph.chunk import Observed
 from dask_ep.graph.keys import step_name
-from dask_ep.graph.pipeline import Ready, build_chunks, width_of_output
+from dask_ep.graph.pipeline import Ready, Unfused, build_chunks, width_of_output
 from dask_ep.graph.rows import array_of, block_by_block, first_rows, keys_of
 from dask_ep.kernel.context import error_context, slots_of
 from dask_ep.kernel.statistics import TILE_STATISTICS, Observe
@@ -140,9 +140,10 @@ def see_routing(ready: Ready, names: Sequence[str]) -> Partials:
     keys = (
         [None] * ready.routing.numblocks[0] if weights is None else map(TaskRef, keys_of(weights))
     )
-    firsts, tasks = first_rows(ready.routing.chunks[0]), {}
+    firsts = first_rows(ready.routing.chunks[0])
+    tasks: dict[Any, Task] = {}
     for c, (key, weight) in enumerate(zip(keys_of(ready.routing), keys, strict=True)):
-        tasks[name, c, 0] = Task(
+        tasks[name, c, 0] = Unfused(
             (name, c, 0), _see_routing, TaskRef(key), weight, E, frozenset(names), c, firsts[c]
         )
     inputs = [a for a in (ready.routing, weights) if a is not None]
@@ -219,7 +220,7 @@ def _output_of(observed: Observed) -> np.ndarray | None:
 
 def join_groups(
     pieces: Sequence[Partials], chunk_bytes: float
-) -> tuple[da.Array, PartialLayout, int]:
+) -> tuple[da.Array, PartialLayout, int, int]:
     """Join the partial results of some chunks at a time.
 
     Parameters
@@ -229,8 +230,8 @@ def join_groups(
 
     Returns
     -------
-    (G, size) float64 lazy array, a group in each chunk; where in a row of it is what; and how many
-    chunks make a group
+    (G, size) float64 lazy array, a group in each chunk; where in a row of it is what; how many
+    chunks there are, and how many make a group
     """
     layout = PartialLayout({name: part for piece in pieces for name, part in piece.parts.items()})
     arrays: list[Any] = [piece.chunks for piece in pieces]
@@ -250,7 +251,7 @@ def join_groups(
         tasks[group_name, g, 0] = Task((group_name, g, 0), _as_row, before)
     graph = HighLevelGraph.from_collections(group_name, tasks, dependencies=arrays)
     rows = ((1,) * groups, (layout.size,))
-    return da.Array(graph, group_name, rows, meta=np.empty((0, 0))), layout, step
+    return da.Array(graph, group_name, rows, meta=np.empty((0, 0))), layout, chunks, step
 
 
 def choose_group_chunks(partial_bytes: int, chunk_bytes: float) -> int:

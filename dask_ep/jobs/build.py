@@ -194,17 +194,29 @@ def build(
         y = exchange(tokens, routing, inputs.experts, topk_weights=topk)
     else:
         y = layer.through(tokens, routing, topk, exchange)
+    settings = settings_of(inputs, world_size, placement, xp, tf32, multiplied_by)
+    return Built(y, name_inputs(inputs), settings, placement, (routing, topk))
+
+
+def settings_of(
+    inputs: Inputs,
+    world_size: int,
+    placement: Placement | None,
+    xp: str = "numpy",
+    tf32: bool = False,
+    multiplied_by: str | None = None,
+) -> dict[str, Any]:
+    """What an output depends on besides its inputs, JSON-able; arguments as of `build`."""
     # Each rounds in another way: one output has one of them.
     computed_by: dict[str, Any] = {"arrays": xp, "tf32": tf32}
     if inputs.experts.precision == "bfloat16":
         computed_by["rounded_by"] = multiplied_by
-    settings = {
+    return {
         "layer_index": inputs.job.layer_index,
         "world_size": world_size,
         "placement": None if placement is None else placement.to_json(),
         "computed_by": computed_by,
     }
-    return Built(y, name_inputs(inputs), settings, placement, (routing, topk))
 
 
 def open_rows(

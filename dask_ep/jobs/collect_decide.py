@@ -8,22 +8,23 @@ gram                   passes of their own: d * d numbers for each of the expert
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from math import inf
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
 
 from dask_ep.arrays.checks import computing_dtype
-from dask_ep.errors import DoesNotFit
-from dask_ep.graph.gram import ROWS_TOGETHER
+from dask_ep.errors import DoesNotFit, JobError
+from dask_ep.graph.gram import PICKED_TOGETHER, ROWS_TOGETHER, group_of
 from dask_ep.jobs.build import Inputs
 from dask_ep.jobs.decide import attempt
 from dask_ep.kernel.statistics import Observe
 from dask_ep.laws.costs import FEWEST_ROWS, PROCESS_BYTES, usable
-from dask_ep.laws.decision import Decision
+from dask_ep.laws.decision import Course, Decision
 from dask_ep.laws.memory_law import Layout
-from dask_ep.layers.collect import Chosen, share_of_others
+from dask_ep.layers.collect import Chosen, Wanted, choose_statistics, share_of_others
 
 PARTIALS_HELD = 4
 """Partial results that a thread holds at a time: its chunk's, by rank, joined, packed and added."""
@@ -33,54 +34,19 @@ CHUNKS_PART = 16
 """Part of the memory limit that token chunks may take while `gram` is collected."""
 
 
-@dataclass(frozen=True)
-class Course:
-    """How statistics are collected."""
-
-    layout: Layout
-    chunk_rows: int
-    #: of a token chunk
-    blocks: tuple[range, ...]
-    #: experts that are observed in one pass each
-    gram_blocks: tuple[range, ...]
-    #: experts whose second moments are summed in one pass each
-    as_stored: bool
-    #: whether experts are held as they are stored
-    of_tiles: frozenset[str]
-    #: statistics for which rows go through experts
-    memory_bytes: int
-    #: of a process, at most
-
-    @property
-    def passes(self) -> int:
-        """How often the rows are read."""
-        return len(self.blocks) + len(self.gram_blocks)
-
-    def to_json(self) -> dict[str, Any]:
-        """What a resumed run keeps."""
-        return {
-            "world_size": self.layout.world_size,
-            "chunk_rows": self.chunk_rows,
-            "block": len(self.blocks[0]),
-        }
-
-
 def decide_course(
     inputs: Inputs,
     layout: Layout,
-    chosen: Chosen,
-    rows: str | float,
-    with_output: bool,
-    chunk_rows: int | None,
-    begun: Mapping[str, Any],
+    wanted: Wanted,
+    chunk_rows: int | None = None,
+    begun: Mapping[str, Any] = MappingProxyType({}),
 ) -> Course:
     """Decide how statistics of a job are collected.
 
     Parameters
     ----------
     inputs, layout : what is computed, and on what
-    chosen : what is collected
-    rows, with_output : as in `dask_ep.collect`
+    wanted : what is collected
     chunk_rows : rows of a token chunk, if they are asked for
     begun : what `Course.to_json` said of the run that is resumed
 
@@ -88,41 +54,39 @@ def decide_course(
     ------
     DoesNotFit
         If one expert at a time does not fit within the memory limit, with the numbers.
+    JobError
+        A ValueError: the output is wanted, and cannot be computed in one pass.
     """
-    E = inputs.experts.num_experts
+    E, chosen = inputs.experts.num_experts, choose_statistics(wanted.what, inputs.experts)
     asked = begun.get("chunk_rows", chunk_rows)
     if chunk_rows not in (None, asked):
         raise ValueError(
             f"the run to resume has chunks of {asked} rows, not {chunk_rows}: resume with those, "
             "or overwrite it"
         )
-    slots = inputs.slots_per_row + (E if share_of_others(rows) else 0)
-    through_experts = bool(chosen.of_tiles) or with_output
+    others = share_of_others(wanted.rows) > 0
+    walks = bool(chosen.of_tiles) + (wanted.with_output and (others or not chosen.of_tiles))
+    slots = inputs.slots_per_row + E * others
     size = begun.get("block", E)
     while True:
-        found, partial_bytes = _try_block(
-            inputs, layout, chosen, slots, asked, size, through_experts
-        )
+        found, partial_bytes = _try_block(inputs, layout, chosen, slots, asked, size, walks)
         if isinstance(found, Decision) and found.passes is None:
             break
         if size == 1 or begun:
             raise _refusal(found, layout, partial_bytes)
         size = -(-size // 2)
-    gram_blocks: tuple[range, ...] = ()
-    gram_bytes = 0
-    if chosen.of_gram:
-        if asked is None:
-            found = replace(found, chunk_rows=_small_chunk_rows(layout, found))
-        gram_blocks, gram_bytes = _gram_blocks(inputs, layout, found)
-    return Course(
-        layout,
-        found.chunk_rows,
-        tuple(range(first, min(first + size, E)) for first in range(0, E, size)),
-        gram_blocks,
-        found.as_stored,
-        frozenset(name.partition(".")[0] for name in chosen.of_tiles),
-        max(found.need.at(found.chunk_rows) + partial_bytes, gram_bytes),
-    )
+    blocks = tuple(range(first, min(first + size, E)) for first in range(0, E, size))
+    if wanted.with_output and len(blocks) > 1:
+        raise JobError(
+            f"{inputs.job.name}: the experts do not fit, and are observed in {len(blocks)} "
+            "passes, so the output cannot be written in one of them; write it with run"
+        )
+    if chosen.of_gram and asked is None:
+        found = replace(found, chunk_rows=_small_chunk_rows(layout, found))
+    parts = found.need.parts(found.chunk_rows) | {"partial results": partial_bytes}
+    decision = replace(found, work=inputs.work(), layout=layout)
+    course = Course(decision, walks, blocks, (), 0, 0, parts)
+    return _with_gram(inputs, course, slots) if chosen.of_gram else course
 
 
 def _try_block(
@@ -132,12 +96,12 @@ def _try_block(
     slots: int,
     asked: int | None,
     size: int,
-    through_experts: bool,
+    walks: int,
 ) -> tuple[Decision | DoesNotFit, int]:
     """Decide on so many experts, with room for their partial results."""
     work = replace(inputs, experts=inputs.experts.subset(range(size))).work()
     work = replace(work, slots=slots)
-    if not through_experts:
+    if not walks:
         work = replace(work, expert_stored=0, expert_loaded=0)
     held = PARTIALS_HELD * layout.threads * partial_size(inputs, chosen, size)
     limit = layout.memory_limit
@@ -155,24 +119,23 @@ def partial_size(inputs: Inputs, chosen: Chosen, experts: int) -> int:
     return 8 * (experts * width + E * (others + inputs.slots_per_row + 4))
 
 
-def _gram_blocks(
-    inputs: Inputs, layout: Layout, decision: Decision
-) -> tuple[tuple[range, ...], int]:
-    """As many experts at a time as fit; all without a limit."""
-    work, E, d = decision.work, inputs.experts.num_experts, inputs.tokens.shape[1]
-    f = inputs.experts.hidden or 0
+def _with_gram(inputs: Inputs, course: Course, slots: int) -> Course:
+    """The same with passes for `gram`, as many experts in each as fit; all without a limit."""
+    decision, E, d = course.decision, inputs.experts.num_experts, inputs.tokens.shape[1]
+    work, layout, f = decision.work, decision.layout, inputs.experts.hidden or 0
     itemsize = computing_dtype(inputs.tokens.dtype).itemsize
     result = (d * d + f * f) * itemsize
     rows = 2 * ROWS_TOGETHER * d * np.dtype(inputs.tokens.dtype).itemsize
     expert = work.expert_loaded if f else 0
     tile = 4 * ROWS_TOGETHER * (d + f) * itemsize + (work.scratch if f else 0)
     chunks = (layout.threads + 2) * decision.chunk_rows * work.row_bytes
-    fixed = PROCESS_BYTES + work.layer.loaded + chunks
-    fixed += layout.threads * (2 * result + tile + work.read_bytes + expert)
-    one = result + rows + expert
-    limit = _limit(layout)
-    room = limit - fixed
-    if room < one:
+    parts = {
+        "process": PROCESS_BYTES + work.layer.loaded,
+        "chunks": int(chunks),
+        "scratch": layout.threads * (2 * result + tile + work.read_bytes + expert),
+    }
+    fixed, one, limit = sum(parts.values()), result + rows + expert, _limit(layout)
+    if limit - fixed < one:
         raise DoesNotFit(
             f"gram needs {(fixed + one) / 1e6:.0f} MB to sum the second moments of one expert: "
             f"{fixed / 1e6:.0f} MB for the process, {layout.threads} threads and token chunks of "
@@ -182,9 +145,18 @@ def _gram_blocks(
             {},
             decision,
         )
-    step = E if room == inf else min(int(room // one) * layout.workers, E)
-    blocks = tuple(range(first, min(first + step, E)) for first in range(0, E, step))
-    return blocks, int(fixed + -(-step // layout.workers) * one)
+    step = E if limit == inf else min(int((limit - fixed) // one) * layout.workers, E)
+    step -= step % min(step, PICKED_TOGETHER)  # whose rows are picked together
+    parts["second moments"] = int(-(-step // layout.workers) * one)
+    total = inputs.tokens.shape[0]
+    counted = -(-total // max(decision.chunk_rows, 1))
+    return replace(
+        course,
+        gram_blocks=tuple(range(first, min(first + step, E)) for first in range(0, E, step)),
+        gram_groups=-(-counted // group_of(total, counted, slots, E)),
+        hidden=f,
+        memory_parts=max(parts, course.memory_parts, key=lambda p: sum(p.values())),
+    )
 
 
 def _small_chunk_rows(layout: Layout, decision: Decision) -> int:

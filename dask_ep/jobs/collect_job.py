@@ -15,11 +15,12 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
+from pathlib import Path
 from queue import SimpleQueue
-from typing import Any
+from typing import Any, NamedTuple
 
 import dask.array as da
 import numpy as np
@@ -36,17 +37,22 @@ from dask_ep.jobs.backends import (
     ALL_THREADS,
     Deployed,
     Where,
+    blas_in_use,
     deployed,
     files_of_job,
     lay_out,
     on_gpus,
     started,
 )
-from dask_ep.jobs.build import Inputs, name_inputs, open_inputs, open_rows
-from dask_ep.jobs.collect_decide import Course, decide_course
-from dask_ep.jobs.job import Job
-from dask_ep.jobs.run import compute_step, owned_ranks
-from dask_ep.layers.collect import Chosen, Collection, begin_collection, choose_statistics, name_all
+from dask_ep.jobs.build import Inputs, name_inputs, open_inputs, settings_of
+from dask_ep.jobs.collect_decide import decide_course
+from dask_ep.jobs.collect_plan import begin_all, course_inputs, price_course
+from dask_ep.jobs.job import Job, as_job
+from dask_ep.jobs.run import compute_step, owned_ranks, run_job
+from dask_ep.jobs.run_report import OnRecord, check_report, reports_of, watched
+from dask_ep.laws.decision import Course
+from dask_ep.layers.collect import Wanted, name_all
+from dask_ep.pricing.price_statistics import PlanOfStatistics
 from dask_ep.storage import bundle
 from dask_ep.storage.fingerprint import describe
 from dask_ep.storage.output import Output, Receipt, Step, progress_directory, together
@@ -56,27 +62,6 @@ from dask_ep.storage.storage import store
 
 FEW_ROWS = 128
 """Rows below which an expert is named in the coverage table, unless another number is given."""
-
-
-@dataclass(frozen=True)
-class Wanted:
-    """What is to be collected of a job.
-
-    Attributes
-    ----------
-    what : names of statistics, see `dask_ep.collect`
-    out : path of the statistics, ``.safetensors`` or ``.zarr``
-    rows, seed : as in `dask_ep.collect`
-    with_output : whether the job's output is written in the same pass
-    few_rows : number of rows below which the coverage table names an expert
-    """
-
-    what: tuple[str, ...]
-    out: str
-    rows: str | float = "routed"
-    seed: int = 0
-    with_output: bool = False
-    few_rows: int = FEW_ROWS
 
 
 @dataclass(frozen=True)
@@ -90,6 +75,8 @@ class Collected:
     num_experts: int
     rows: int
     #: token rows
+    reports: tuple[Path, ...] = ()
+    #: that were written
 
     @property
     def missing(self) -> list[str]:
@@ -98,13 +85,17 @@ class Collected:
 
 
 def collect_job(
-    job: Job,
-    asked: Wanted,
+    job: Job | str | os.PathLike,
+    wanted: Wanted,
+    out: str | os.PathLike,
     where: Where | Deployed = ALL_THREADS,
     *,
+    few_rows: int = FEW_ROWS,
     resume: bool = False,
     overwrite: bool = False,
     chunk_rows: int | None = None,
+    report: str | os.PathLike | None = None,
+    on_record: OnRecord | None = None,
     on_progress: Callable[[int, int], Any] | None = None,
     on_course: Callable[[Course], Any] | None = None,
     on_client: Callable[[Client], Any] | None = None,
@@ -115,9 +106,11 @@ def collect_job(
 
     Parameters
     ----------
-    job : whose `out` is written only with `asked.with_output`
-    asked : what to collect, and where to write it
-    where, resume, overwrite, chunk_rows, on_client, on_workers, wait : as in
+    job : a `Job`, or the path of a job file; its `out` is written only if that is wanted
+    wanted : what to collect
+    out : path of the statistics, ``.safetensors`` or ``.zarr``
+    few_rows : number of rows below which the coverage table names an expert
+    where, resume, overwrite, chunk_rows, report, on_record, on_client, on_workers, wait : as in
         `dask_ep.jobs.run.run_job`
     on_progress : called with the token rows that are done and those in all; each pass counts
     on_course : called at the start with how it will run
@@ -139,55 +132,54 @@ def collect_job(
     -----
     Each block of experts takes one pass over the rows: one for all, where they fit into the memory
     limit. `gram` takes passes of its own, as many experts in each as fit. The file's metadata say
-    job, fingerprint of the inputs, rows, and which experts saw few.
+    job, fingerprint of the inputs, rows, and which experts saw few. The job's output, if that is
+    wanted, is one that `run_job` could have written, and can resume.
     """
-    out = os.path.realpath(asked.out)
+    job, out = as_job(job), os.path.realpath(out)
     bundle.check_bundle(out, resume, overwrite)
+    check_report(report)
     directory = progress_directory(out)
     if overwrite:
         remove(directory)
-    begun = _read_begun(directory)
-    inputs = open_inputs(job)
-    chosen = choose_statistics(asked.what, inputs.experts)
-    made_of = _fingerprint(inputs, asked)
+    begun, inputs = _read_begun(directory), open_inputs(job)
+    file = _File(inputs, wanted, out, few_rows)
+    asked: dict[str, Any] = {"resume": resume, "overwrite": overwrite}
     if resume and not begun and os.path.lexists(out):
-        return _complete(inputs, asked, out, made_of)
+        found = file.complete()
+        if wanted.with_output:
+            run_job(job, where, resume=True, chunk_rows=chunk_rows, wait=wait)
+        return found
     with (
         deployed(where) as where,
-        started(where, _files(job, asked, out), wait, on_workers) as (threads, client),
+        started(where, _files(job, wanted, out), wait, on_workers) as (threads, client),
     ):
         if on_gpus(where):
             raise JobError("statistics are collected on the host: run without --gpu")
         layout = lay_out(job, where, client, begun_ranks=begun.get("world_size"))
-        course = decide_course(
-            inputs, layout, chosen, asked.rows, asked.with_output, chunk_rows, begun
-        )
-        if asked.with_output and len(course.blocks) > 1:
-            raise JobError(
-                f"{job.name}: the experts do not fit, and are observed in {len(course.blocks)} "
-                "passes, so the output cannot be written in one of them; write it with run"
-            )
+        course = decide_course(inputs, layout, wanted, chunk_rows, begun)
         if on_client is not None and client is not None:
             on_client(client)
         if on_course is not None:
             on_course(course)
         os.makedirs(directory, exist_ok=True)
         _write_begun(directory, course)
-        with owned_ranks(client, layout.world_size), ExitStack() as stack:
-            run = _Run(inputs, asked, course, directory, resume, overwrite, stack)
+        with owned_ranks(client, layout.world_size) as owners, ExitStack() as stack:
+            library = blas_in_use(where, client, inputs)
+            run = _Run(file, course, directory, asked, library, stack)
+            wants_record = run.missing and (report or on_record)
+            planned = run.plan() if wants_record else None
             watch = _Watch(run, on_progress)
-            for step in run.steps():
-                compute_step(step, client, threads, watch.tell, wait)
-                memory.release()
-            for output in run.outputs:
-                output.finish()
-    return _write(inputs, asked, chosen, run, made_of, out)
+            with watched(planned, client, owners, report, on_record, run.finish, run.told):
+                for step in run.steps():
+                    compute_step(step, client, threads, watch.tell, wait)
+                    memory.release()
+    return replace(file.write(run), reports=reports_of(report, client) if planned else ())
 
 
-def _files(job: Job, asked: Wanted, out: str) -> dict[str, str]:
+def _files(job: Job, wanted: Wanted, out: str) -> dict[str, str]:
     """The files that all workers must see."""
     files = files_of_job(replace(job, out=out))
-    if asked.with_output:
+    if wanted.with_output:
         files["the directory of the job's out"] = os.path.dirname(job.out)
     return files
 
@@ -197,66 +189,83 @@ class _Run:
 
     def __init__(
         self,
-        inputs: Inputs,
-        asked: Wanted,
+        file: _File,
         course: Course,
         directory: str,
-        resume: bool,
-        overwrite: bool,
+        asked: Mapping[str, Any],
+        library: str | None,
         stack: ExitStack,
     ):
-        self._course = course
-        inputs = inputs.held_as_stored() if course.as_stored else inputs
-        self.inputs, named = inputs, name_inputs(inputs)
-        settings = _settings(inputs, asked) | {"chunk_rows": course.chunk_rows}
+        self.inputs, self.course = file.inputs, course
+        settings = file.settings | {"chunk_rows": course.decision.chunk_rows}
+        named = name_inputs(course_inputs(self.inputs, course))
 
-        def begin(array: da.Array, path: str, **more: Any) -> Output:
+        def begin(array: da.Array, path: str, settings: Mapping[str, Any]) -> Output:
             output = store(
-                array, path, inputs=named, settings=settings | more, resume=resume,
-                overwrite=overwrite, compute=False,
+                array, path, inputs=named, settings=settings, compute=False, **asked
             )  # fmt: skip
             return stack.enter_context(output)
 
-        self.collections = [self._collect(asked, block) for block in course.blocks]
+        self.placement, self.collections = begin_all(self.inputs, course, file.wanted)
         self.groups = [
-            begin(one.groups, os.path.join(directory, f"groups-{b}.zarr"), block=str(block))
+            begin(one.groups, os.path.join(directory, f"groups-{b}.zarr"),
+                  settings | {"block": str(block)})
             for b, (one, block) in enumerate(zip(self.collections, course.blocks, strict=True))
-        ]
+        ]  # fmt: skip
         self.grams = {
-            name: begin(array, os.path.join(directory, f"{name}.zarr"))
+            name: begin(array, os.path.join(directory, f"{name}.zarr"), settings)
             for name, array in self.collections[0].grams.items()
         }
-        y = self.collections[0].output
-        self.output = None if y is None else begin(y, inputs.job.out)
+        y, ranks = self.collections[0].output, course.decision.layout.world_size
+        self.output = None
+        if y is not None:
+            of_run = settings_of(self.inputs, ranks, self.placement, multiplied_by=library)
+            self.output = begin(y, self.inputs.job.out, of_run)
 
     @property
     def outputs(self) -> list[Output]:
         """All of them."""
         return [*self.groups, *self.grams.values(), *([self.output] if self.output else [])]
 
+    @property
+    def missing(self) -> bool:
+        """Whether anything is left to compute."""
+        return any(output.missing for output in self.outputs)
+
     def steps(self) -> Iterator[Output | Step]:
         """Yield what is to be computed, each step before the next."""
         first, *others = self.groups
         yield first if self.output is None else together([first, self.output])
         yield from others
-        for block in self._course.gram_blocks:
+        for block in self.course.gram_blocks:
             parts = [output.step(block) for output in self.grams.values()]
             if any(part.missing for part in parts):
                 yield together(parts)
 
-    def _collect(self, asked: Wanted, block: range) -> Collection:
-        inputs, course = self.inputs, self._course
-        if block.start == 0:
-            what: Iterable[str] = asked.what
-        else:  # all that is not of tiles came with the first
-            what = {name for name in asked.what if name in course.of_tiles}
-        tokens, routing, topk = open_rows(inputs, course.chunk_rows)
-        layer = inputs.experts if inputs.layer is None else inputs.layer
-        return begin_collection(
-            tokens, layer, what=what, routing=(routing, topk), rows=asked.rows, seed=asked.seed,
-            with_output=asked.with_output, world_size=course.layout.world_size,
-            placement=course.layout.placement, block=block,
+    def finish(self) -> None:
+        """Give all outputs their names."""
+        for output in self.outputs:
+            output.finish()
+
+    def plan(self) -> PlanOfStatistics:
+        """What is left to do, priced."""
+        experts = set().union(*(output.missing for output in self.grams.values()))
+        return price_course(
+            self.inputs, self.course, self.collections, placement=self.placement,
+            left=self._left(), grams_left=len(experts),
         )  # fmt: skip
+
+    def told(self) -> dict[str, Any]:
+        """What a report is told of the run."""
+        chunks, job = self.collections[0].chunks, self.inputs.job.name
+        return {"missing": sorted(set().union(*self._left())), "blocks": chunks, "job": job}
+
+    def _left(self) -> list[list[int]]:
+        """Token chunks that each pass over the rows has left."""
+        return [
+            [chunk for group in output.missing for chunk in one.chunks_of(group)]
+            for output, one in zip(self.groups, self.collections, strict=True)
+        ]
 
 
 class _Watch:
@@ -284,77 +293,86 @@ class _Watch:
 # --- the file --------------------------------------------------------------------------------
 
 
-def _settings(inputs: Inputs, asked: Wanted) -> dict[str, Any]:
-    """What the statistics depend on besides the inputs."""
-    return {
-        "layer_index": inputs.job.layer_index,
-        "what": sorted(asked.what),
-        "rows": asked.rows,
-        "seed": asked.seed,
-        "placement": inputs.job.placement,
-    }
+class _File(NamedTuple):
+    """The file that statistics go to."""
 
+    inputs: Inputs
+    wanted: Wanted
+    path: str
+    few_rows: int
 
-def _fingerprint(inputs: Inputs, asked: Wanted) -> str:
-    """What tells these statistics from others."""
-    made_of = {"inputs": describe(name_inputs(inputs)), "settings": _settings(inputs, asked)}
-    return xxhash.xxh3_64_hexdigest(json.dumps(made_of, sort_keys=True).encode())
+    @property
+    def settings(self) -> dict[str, Any]:
+        """What the statistics depend on besides the inputs."""
+        return {
+            "layer_index": self.inputs.job.layer_index,
+            "what": sorted(self.wanted.what),
+            "rows": self.wanted.rows,
+            "seed": self.wanted.seed,
+            "placement": self.inputs.job.placement,
+        }
 
+    @property
+    def fingerprint(self) -> str:
+        """What tells these statistics from others."""
+        made_of = {"inputs": describe(name_inputs(self.inputs)), "settings": self.settings}
+        return xxhash.xxh3_64_hexdigest(json.dumps(made_of, sort_keys=True).encode())
 
-def _complete(inputs: Inputs, asked: Wanted, out: str, fingerprint: str) -> Collected:
-    """Tell of statistics that are complete already."""
-    metadata = bundle.read_metadata(out)
-    if metadata.get("fingerprint") != fingerprint:
-        raise ValueError(
-            f"{asked.out} cannot be resumed: it holds statistics of other inputs, or others of "
-            "them; overwrite it, or write elsewhere"
-        )
-    if asked.with_output and not os.path.lexists(inputs.job.out):
-        raise ValueError(
-            f"{asked.out} is complete, but the output {inputs.job.out} is not there; write it with "
-            "run, or overwrite both"
-        )
-    try:
-        bundle.check_content(out)
-    except ReadError as error:
-        raise ReadError(f"{error}; overwrite it to collect the statistics again") from error
-    few = json.loads(metadata["coverage"])["rows_of_experts"]
-    coverage = {int(e): rows for e, rows in few.items()}
-    return Collected(metadata, coverage, inputs.experts.num_experts, inputs.tokens.shape[0])
+    def complete(self) -> Collected:
+        """Tell of statistics that are complete already."""
+        metadata = bundle.read_metadata(self.path)
+        if metadata.get("fingerprint") != self.fingerprint:
+            raise ValueError(
+                f"{self.path} cannot be resumed: it holds statistics of other inputs, or others of "
+                "them; overwrite it, or write elsewhere"
+            )
+        try:
+            bundle.check_content(self.path)
+        except ReadError as error:
+            raise ReadError(f"{error}; overwrite it to collect the statistics again") from error
+        few = json.loads(metadata["coverage"])["rows_of_experts"]
+        return self._collected(metadata, {int(e): rows for e, rows in few.items()})
 
+    def write(self, run: _Run) -> Collected:
+        """Join what was kept, and write all statistics with words about them."""
+        found: Numbers = {}
+        for output, collection in zip(run.groups, run.collections, strict=True):
+            kept = open_source(output.path)
+            rows = (kept.read(g, g + 1) for g in range(kept.shape[0]))
+            for name, array in finish_groups(collection.layout, name_all, rows).items():
+                found[name] = np.concatenate([found[name], array]) if name in found else array
+        few = {
+            e: int(count)
+            for e, count in enumerate(found.get("coverage.rows", ()))
+            if count < self.few_rows
+        }
+        metadata = self._words(few, run.collections[0].missing)
+        arrays = found | {name: open_source(output.path) for name, output in run.grams.items()}
+        bundle.write_bundle(self.path, arrays, metadata)
+        shutil.rmtree(progress_directory(self.path))
+        return self._collected(metadata, few)
 
-def _write(
-    inputs: Inputs, asked: Wanted, chosen: Chosen, run: _Run, fingerprint: str, out: str
-) -> Collected:
-    """Join what was kept, and write all statistics with words about them."""
-    found: Numbers = {}
-    for output, collection in zip(run.groups, run.collections, strict=True):
-        kept = open_source(output.path)
-        rows = (kept.read(g, g + 1) for g in range(kept.shape[0]))
-        for name, array in finish_groups(collection.layout, name_all, rows).items():
-            found[name] = np.concatenate([found[name], array]) if name in found else array
-    few = {
-        e: int(count)
-        for e, count in enumerate(found.get("coverage.rows", ()))
-        if count < asked.few_rows
-    }
-    job = {key: value for key, value in vars(inputs.job).items() if value is not None}
-    metadata = {
-        "format": f"dask_ep {__version__} statistics",
-        "job": json.dumps(job),
-        "fingerprint": fingerprint,
-        "rows": str(inputs.tokens.shape[0]),
-        "what": json.dumps(list(asked.what)),
-        "rows_through_experts": str(asked.rows),
-        "missing": json.dumps(list(chosen.missing)),
-        "coverage": json.dumps({"fewer_than": asked.few_rows, "rows_of_experts": few}),
-    }
-    if inputs.job.layer_index is not None:
-        metadata["layer_index"] = str(inputs.job.layer_index)
-    arrays = found | {name: open_source(output.path) for name, output in run.grams.items()}
-    bundle.write_bundle(out, arrays, metadata)
-    shutil.rmtree(progress_directory(out))
-    return Collected(metadata, few, inputs.experts.num_experts, inputs.tokens.shape[0])
+    def _words(self, few: Mapping[int, int], missing: Sequence[str]) -> dict[str, str]:
+        """What is said about the statistics in their file."""
+        job, wanted = self.inputs.job, self.wanted
+        keys = {key: value for key, value in vars(job).items() if value is not None}
+        metadata = {
+            "format": f"dask_ep {__version__} statistics",
+            "job": json.dumps(keys),
+            "fingerprint": self.fingerprint,
+            "rows": str(self.inputs.tokens.shape[0]),
+            "what": json.dumps(list(wanted.what)),
+            "rows_through_experts": str(wanted.rows),
+            "missing": json.dumps(list(missing)),
+            "coverage": json.dumps({"fewer_than": self.few_rows, "rows_of_experts": few}),
+        }
+        if job.layer_index is not None:
+            metadata["layer_index"] = str(job.layer_index)
+        return metadata
+
+    def _collected(self, metadata: Mapping[str, str], few: Mapping[int, int]) -> Collected:
+        rows = self.inputs.tokens.shape[0]
+        return Collected(metadata, few, self.inputs.experts.num_experts, rows)
 
 
 def _read_begun(directory: str) -> dict[str, Any]:

@@ -5,6 +5,9 @@ Nobody but its author can know, so it is told once, before a run, and not refuse
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 from dask_ep.jobs.build import Inputs
 from dask_ep.storage.sources import Source
 
@@ -21,6 +24,13 @@ def find_notes(inputs: Inputs) -> list[str]:
     """
     found = (note_square_weights(inputs), note_indices_from_1(inputs))
     return [note for note in found if note is not None]
+
+
+def tell_notes(inputs: Inputs, on_note: Callable[[str], Any] | None) -> None:
+    """Tell each sentence of `find_notes`, if anybody listens."""
+    if on_note is not None:
+        for note in find_notes(inputs):
+            on_note(note)
 
 
 def note_square_weights(inputs: Inputs) -> str | None:

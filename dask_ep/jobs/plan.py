@@ -33,7 +33,7 @@ from dask_ep.jobs.build import Inputs, open_inputs
 from dask_ep.jobs.decide import attempt, decide
 from dask_ep.jobs.in_passes import free_for_rows
 from dask_ep.jobs.job import Job, as_job
-from dask_ep.jobs.notes import find_notes
+from dask_ep.jobs.notes import tell_notes
 from dask_ep.jobs.price_job import Pricing
 from dask_ep.laws.costs import Rates
 from dask_ep.laws.decision import Decision
@@ -333,9 +333,7 @@ def _decide_job(
     """Decide how a job will run, in every combination of `ways`."""
     job = as_job(job)
     inputs = open_inputs(job)
-    if on_note is not None:
-        for note in find_notes(inputs):
-            on_note(note)
+    tell_notes(inputs, on_note)
     devices = _devices_here() if isinstance(where, Gpus) else None
     decided = []
     for combination in product(*ways.values()):

@@ -5,7 +5,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from operator import itemgetter
 from typing import Any
@@ -121,6 +121,7 @@ class Pricing:
         placement: Placement | None = None,
         only: Sequence[int] | None = None,
         own_chunks: bool = False,
+        made: Callable[..., Plan] | None = None,
     ) -> Plan:
         """Price one way to run the job.
 
@@ -131,6 +132,7 @@ class Pricing:
         only : numbers of the chunks that are computed; default: all
         own_chunks : whether the chunks of the tokens are wanted, if no others were asked for, and
             where they fit
+        made : what makes the plan, of the arguments of `Plan`; default: what the decision says
         """
         own = max([*self.chunks, 1])
         own_chunks = own_chunks and not decision.chunks_asked
@@ -145,7 +147,8 @@ class Pricing:
             )
         visits = self.survey.visits(placement, chunks, only, decision.layout.serving)
         of_these = list(range(len(chunks)) if only is None else only)
-        made = PlanOnGpus if decision.layout.on_devices else Plan
+        if made is None:
+            made = PlanOnGpus if decision.layout.on_devices else Plan
         if decision.passes is not None:
             made = PlanInPasses
         return made(

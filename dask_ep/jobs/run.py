@@ -12,7 +12,7 @@ from __future__ import annotations
 import contextlib
 import os
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from functools import partial
@@ -26,7 +26,7 @@ from distributed.comm import CommClosedError
 
 from dask_ep.cluster.dask_internals import scheduler_address
 from dask_ep.cluster.interrupts import Aside, Wait
-from dask_ep.cluster.ownership import Owners, own_experts
+from dask_ep.cluster.ownership import own_experts
 from dask_ep.cluster.workers import Workers
 from dask_ep.jobs.backends import (
     ALL_THREADS,
@@ -42,22 +42,17 @@ from dask_ep.jobs.backends import (
     started,
 )
 from dask_ep.jobs.begun import Begun, read_begun
-from dask_ep.jobs.build import Built, Inputs, build, open_inputs
+from dask_ep.jobs.build import Built, build, open_inputs
 from dask_ep.jobs.decide import decide
 from dask_ep.jobs.in_passes import InPasses, PassesDone, free_for_rows
 from dask_ep.jobs.job import Job, as_job
-from dask_ep.jobs.notes import find_notes
+from dask_ep.jobs.notes import tell_notes
 from dask_ep.jobs.result import Progress, RunResult
-from dask_ep.jobs.run_report import dask_reported, plan_run, recorded, reports_of, write_reports
+from dask_ep.jobs.run_report import OnRecord, check_report, plan_run, reports_of, watched
 from dask_ep.jobs.save_routing import check_saved_routing, stored_routing
 from dask_ep.laws.travel import ALL_ROWS, Travel
-from dask_ep.pricing.price import Plan
-from dask_ep.pricing.report import check_drawing, check_place
-from dask_ep.pricing.trace import Record
 from dask_ep.storage.output import SERVED, SPILLED, Output, Receipt, Step, together
 from dask_ep.storage.storage import check_existing, store
-
-OnRecord = Callable[[Plan, Record], Any]
 
 
 def run_job(
@@ -147,7 +142,7 @@ def run_job(
     begun = read_begun(job.out) if resume else None
     where = _as_begun(where, begun)
     inputs = open_inputs(job)
-    _tell_notes(inputs, on_note)
+    tell_notes(inputs, on_note)
     with (
         deployed(where) as where,
         started(where, files_of_job(job), wait, on_workers) as (threads, client),
@@ -179,7 +174,7 @@ def run_job(
                 if client is not None and on_client is not None:
                     on_client(client)
                 watch = _Watch(output, on_progress, job.name, walk)
-                with _watched(output, client, owners, planned, report, on_record, watch):
+                with watched(planned, client, owners, report, on_record, output.finish, watch.told):
                     for step in _steps(output, walk, routing):
                         compute_step(step, client, threads, watch.tell, wait)
                     done = watch.progress()
@@ -195,12 +190,6 @@ def _as_begun(where: Where | Deployed, begun: Begun | None) -> Where | Deployed:
     return where
 
 
-def _tell_notes(inputs: Inputs, on_note: Callable[[str], Any] | None) -> None:
-    if on_note is not None:
-        for note in find_notes(inputs):
-            on_note(note)
-
-
 def _check_outputs(
     job: Job,
     resume: bool,
@@ -209,9 +198,7 @@ def _check_outputs(
     save_routing: str | os.PathLike | None,
 ) -> None:
     """Refuse what cannot be written, before anything is read."""
-    if report is not None:
-        check_drawing()
-        check_place(report)
+    check_report(report)
     check_existing(job.out, resume, overwrite)
     if save_routing is not None:
         check_saved_routing(job, save_routing, resume, overwrite)
@@ -303,34 +290,6 @@ def _compute_on_threads(
         aside.join()
 
 
-@contextlib.contextmanager
-def _watched(
-    output: Output,
-    client: Client | None,
-    owners: Owners | None,
-    planned: Plan | None,
-    report: str | os.PathLike | None,
-    on_record: OnRecord | None,
-    watch: _Watch,
-) -> Iterator[None]:
-    """Finish the output of what runs inside, which is recorded with its plan if there is one."""
-    if planned is None:
-        yield
-        output.finish()
-        return
-    records: list[Record] = []
-    whole = contextlib.nullcontext() if report is None or client is None else dask_reported(report)
-    with whole:
-        with recorded(client, owners, records.append):
-            yield
-        output.finish()
-    if report is not None:
-        blocks = (output.missing, len(output.rows))
-        write_reports(report, planned, records[0], *blocks, watch.job, watch.passes_done())
-    if on_record is not None:
-        on_record(planned, records[0])
-
-
 def _compute_on_client(
     output: Output | Step, client: Client, tell: Callable[[Receipt], Any], wait: Wait
 ) -> None:
@@ -368,8 +327,8 @@ class _Watch:
         job: str,
         walk: InPasses | None,
     ):
-        self.job, self._walk = job, walk
-        self._tell, self._start, self._path = tell, time.monotonic(), output.path
+        self._job, self._walk, self._output = job, walk, output
+        self._tell, self._start = tell, time.monotonic()
         self._before = sum(output.rows[block] for block in output.done_before)
         self._left, self._done = sum(output.rows) - self._before, 0
         self._worked = 0.0  # rows that the work on blocks which are not done is worth
@@ -379,7 +338,7 @@ class _Watch:
             tell(self.progress())
 
     def tell(self, receipt: Receipt) -> None:
-        if receipt.path not in ("", self._path):
+        if receipt.path not in ("", self._output.path):
             return
         self._done += receipt.rows
         self._left -= receipt.rows
@@ -396,6 +355,15 @@ class _Watch:
     def passes_done(self) -> PassesDone | None:
         """What going through the experts in passes has taken, where they are."""
         return None if self._walk is None else self._walk.done(self.spilled_bytes)
+
+    def told(self) -> dict[str, Any]:
+        """What a report is told of the run."""
+        return {
+            "missing": self._output.missing,
+            "blocks": len(self._output.rows),
+            "job": self._job,
+            "passes": self.passes_done(),
+        }
 
     def progress(self) -> Progress:
         worked = min(int(self._worked), self._left)

@@ -15,7 +15,7 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -33,10 +33,10 @@ from dask_ep.jobs.price_job import Pricing
 from dask_ep.laws.decision import Decision
 from dask_ep.placement.placement import Placement
 from dask_ep.pricing.price import Plan
-from dask_ep.pricing.report import write_run_report
+from dask_ep.pricing.report import check_drawing, check_place, write_run_report
 from dask_ep.pricing.trace import Record, Recorder, forget_peak_memory, peak_memory
 
-_OnRecord = Callable[[Record], Any]
+OnRecord = Callable[[Plan, Record], Any]
 
 
 def plan_run(
@@ -54,7 +54,9 @@ def plan_run(
 
 
 @contextmanager
-def recorded(client: Client | None, owners: Owners | None, tell: _OnRecord) -> Iterator[None]:
+def recorded(
+    client: Client | None, owners: Owners | None, tell: Callable[[Record], Any]
+) -> Iterator[None]:
     """Record what runs inside, and tell it at the end, if that is a good one."""
     record = _on_threads() if client is None else _on_workers(client, owners)
     with record as made:
@@ -62,14 +64,52 @@ def recorded(client: Client | None, owners: Owners | None, tell: _OnRecord) -> I
     tell(made[0])
 
 
+def check_report(path: str | os.PathLike | None) -> None:
+    """Refuse a report that cannot be drawn or written, before anything is read."""
+    if path is not None:
+        check_drawing()
+        check_place(path)
+
+
+@contextmanager
+def watched(
+    planned: Plan | None,
+    client: Client | None,
+    owners: Owners | None,
+    report: str | os.PathLike | None,
+    on_record: OnRecord | None,
+    finish: Callable[[], Any],
+    told: Callable[[], dict[str, Any]],
+) -> Iterator[None]:
+    """Finish what runs inside, which is recorded with its plan if there is one.
+
+    `told` gives, at the end, what `write_reports` is told besides.
+    """
+    if planned is None:
+        yield
+        finish()
+        return
+    records: list[Record] = []
+    whole = nullcontext() if report is None or client is None else dask_reported(report)
+    with whole:
+        with recorded(client, owners, records.append):
+            yield
+        finish()
+    if report is not None:
+        write_reports(report, planned, records[0], **told())
+    if on_record is not None:
+        on_record(planned, records[0])
+
+
 def write_reports(
     path: str | os.PathLike,
     planned: Plan,
     record: Record,
+    *,
     missing: Sequence[int],
     blocks: int,
     job: str,
-    passes: PassesDone | None,
+    passes: PassesDone | None = None,
 ) -> None:
     """Write a run's report, with a link to Dask's if there is one."""
     note = ""

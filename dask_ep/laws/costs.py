@@ -25,6 +25,10 @@ FEWEST_ROWS = 64
 CHUNKS_PER_THREAD = 4
 """Chunks that each thread should get at least, so that all are busy to the end."""
 
+PICKED_TOGETHER = 8
+"""Experts whose rows are picked from a chunk by one task, to sum their second moments: few tasks,
+and little that goes to a worker which has only some of them."""
+
 PROCESS_BYTES = 180_000_000
 """What a process takes of its own: Python, NumPy, Dask and Zarr (measured 100 to 110 MB), and what
 the C library keeps of small arrays."""

@@ -1,11 +1,12 @@
-"""How will a job run, once that is decided?"""
+"""How will a job run, or its statistics be collected, once that is decided?"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
-from dask_ep.laws.costs import Need
+from dask_ep.laws.costs import PICKED_TOGETHER, Need
 from dask_ep.laws.memory_law import Layout, need, rows_within
 from dask_ep.laws.passes import Passes
 from dask_ep.laws.travel import ALL_ROWS, Travel, choose_travel
@@ -81,3 +82,46 @@ class Decision:
             workers=layout.serving,
             max_physical=None if spare is None else owners.physical_per_rank + spare,
         )
+
+
+@dataclass(frozen=True)
+class Course:
+    """How statistics of a job will be collected; made by `dask_ep.jobs.collect_decide`."""
+
+    decision: Decision
+    #: on what each pass over the rows runs, in which chunks, and how experts are held
+    walks: int
+    #: how often rows go through experts in these
+    blocks: tuple[range, ...]
+    #: experts that are observed in one pass each
+    gram_blocks: tuple[range, ...]
+    #: experts whose second moments are summed in one pass each
+    gram_groups: int
+    #: of token chunks, which are summed together
+    hidden: int
+    #: width of the hidden activations whose second moments are summed; 0 without them
+    memory_parts: Mapping[str, int]
+    #: bytes of a process at most, by what they are for, in the pass that takes most
+
+    @property
+    def memory_bytes(self) -> int:
+        """Bytes of a process, at most."""
+        return sum(self.memory_parts.values())
+
+    @property
+    def picked_together(self) -> int:
+        """Experts whose rows are picked from a chunk by one task, for their second moments."""
+        return min([PICKED_TOGETHER, *map(len, self.gram_blocks)])
+
+    def to_json(self) -> dict[str, Any]:
+        """What a resumed run keeps."""
+        return {
+            "world_size": self.decision.layout.world_size,
+            "chunk_rows": self.decision.chunk_rows,
+            "block": len(self.blocks[0]),
+        }
+
+    def __str__(self) -> str:
+        passes = f"{len(self.blocks)} pass{'es' * (len(self.blocks) > 1)} over the rows"
+        more = f", {len(self.gram_blocks)} more for gram" if self.gram_blocks else ""
+        return f"{passes}{more}"

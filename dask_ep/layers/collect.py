@@ -13,7 +13,7 @@ if that is wanted.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from numbers import Real
 from typing import Any, NamedTuple
@@ -41,6 +41,7 @@ from dask_ep.graph.statistics import (
 )
 from dask_ep.kernel.context import slots_of
 from dask_ep.kernel.statistics import TILE_STATISTICS
+from dask_ep.laws.costs import PICKED_TOGETHER
 from dask_ep.layers.layer import MoELayer, rows_like
 from dask_ep.layers.router_statistics import edges, see_router
 from dask_ep.placement.placement_files import Asked
@@ -59,6 +60,17 @@ GivenRouting = tuple[da.Array, da.Array | None]
 
 
 @dataclass(frozen=True)
+class Wanted:
+    """What is to be collected; as the arguments of `collect`."""
+
+    what: tuple[str, ...]
+    #: names of statistics
+    rows: str | float = "routed"
+    seed: int = 0
+    with_output: bool = False
+
+
+@dataclass(frozen=True)
 class Collection:
     """What is collected of a layer, not computed yet.
 
@@ -68,7 +80,7 @@ class Collection:
         Their joined partial results; whoever keeps the rows that are done need not compute them
         again; `finish_groups` joins them, and `name_all` makes statistics of that.
     layout : of a row of `groups`
-    group_chunks : token chunks of a group
+    chunks, group_chunks : token chunks in all, and of a group
     grams : ``gram.input`` and ``gram.hidden``, if they are asked for: see `dask_ep.graph.gram`
     output : (..., d_out) lazy array, or None where it is not wanted
     missing : names of what was asked for and does not exist for these experts
@@ -76,6 +88,7 @@ class Collection:
 
     groups: da.Array
     layout: PartialLayout
+    chunks: int
     group_chunks: int
     grams: Mapping[str, da.Array]
     output: da.Array | None
@@ -85,6 +98,20 @@ class Collection:
         """The statistics by name, and the output as "output"."""
         output = {} if self.output is None else {"output": self.output}
         return finished(self.groups, self.layout, name_all) | dict(self.grams) | output
+
+    def parts(self) -> list[da.Array]:
+        """What is computed of it by itself: groups, grams and output."""
+        return [self.groups, *self.grams.values(), *([] if self.output is None else [self.output])]
+
+    def chunks_of(self, group: int) -> range:
+        """The numbers of a group's chunks."""
+        first = group * self.group_chunks
+        return range(first, min(first + self.group_chunks, self.chunks))
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all statistics."""
+        return sum(int(array.nbytes) for name, array in self.arrays().items() if name != "output")
 
 
 def collect(
@@ -181,9 +208,10 @@ def collect(
     >>> found["usage.rows"], found["amax.output"][:, 0]
     (array([2, 1, 1, 1]), array([0., 1., 2., 3.]))
     """
+    names = (what,) if isinstance(what, str) else tuple(what)
     collection = begin_collection(
-        hidden, layer, what=what, routing=routing, token_ids=token_ids, rows=rows, seed=seed,
-        with_output=with_output, world_size=world_size, placement=placement,
+        hidden, layer, Wanted(names, rows, seed, with_output), routing=routing,
+        token_ids=token_ids, world_size=world_size, placement=placement,
     )  # fmt: skip
     return collection.arrays()
 
@@ -191,25 +219,24 @@ def collect(
 def begin_collection(
     hidden: da.Array,
     layer: MoELayer | Experts | Any,
+    wanted: Wanted,
     *,
-    what: Iterable[str],
     routing: da.Array | GivenRouting | None = None,
     token_ids: da.Array | None = None,
-    rows: str | float = "routed",
-    seed: int = 0,
-    with_output: bool = False,
     world_size: int | None = None,
     placement: Asked = None,
     block: range | None = None,
+    picked_together: int = PICKED_TOGETHER,
 ) -> Collection:
     """As `collect`, which gives the `arrays` of what this returns.
 
     With a `block` of experts only these are observed, where the others do not fit into memory; what
-    is counted by the routing comes with the first of them.
+    is counted by the routing comes with the first of them. `picked_together` is as for
+    `dask_ep.graph.gram.grams`.
     """
     _check_host(hidden)
     experts = layer.experts if isinstance(layer, MoELayer) else as_experts(layer)
-    chosen, others = choose_statistics(what, experts), share_of_others(rows)
+    chosen, others = choose_statistics(wanted.what, experts), share_of_others(wanted.rows)
     weights: da.Array | None
     if isinstance(layer, MoELayer):
         _check_layer(layer)
@@ -225,16 +252,19 @@ def begin_collection(
     pieces, y = [], None
     if block is None or block.start == 0:
         pieces = _see_choices(ready, entering, layer, chosen)
-    of_block = _of_block(ready, block or range(experts.num_experts), others, seed)
+    of_block = _of_block(ready, block or range(experts.num_experts), others, wanted.seed)
     if chosen.of_tiles:
         k = slots_of(ready.routing) if others else None
-        output = with_output and not others
+        output = wanted.with_output and not others
         seen, y = see_experts(of_block, chosen.of_tiles, output=output, k=k)
         pieces.append(seen)
     elif chosen.of_gram:
         pieces.append(see_routing(of_block, [_ALWAYS]))
-    found = grams(of_block, hidden=experts.hidden is not None) if chosen.of_gram else {}
-    if with_output:
+    found: Mapping[str, da.Array] = {}
+    if chosen.of_gram:
+        hides = experts.hidden is not None
+        found = grams(of_block, hidden=hides, picked_together=picked_together)
+    if wanted.with_output:
         y = build_chunks(ready) if y is None else y
         y = layer.add_the_rest(entering, y) if isinstance(layer, MoELayer) else y
         y = unflatten(y, hidden)
@@ -253,9 +283,8 @@ class Chosen(NamedTuple):
     #: of tiles, what does not exist for these experts
 
 
-def choose_statistics(what: Iterable[str], experts: Experts | CallableExperts) -> Chosen:
+def choose_statistics(asked: Sequence[str], experts: Experts | CallableExperts) -> Chosen:
     """Tell which statistics of what are asked for."""
-    asked = [what] if isinstance(what, str) else list(what)
     for name in asked:
         if name not in WHAT:
             raise ValueError(f"what must be some of {', '.join(WHAT)}, but has {name!r}")

@@ -16,6 +16,7 @@ from dask.base import tokenize
 from dask.task_spec import Task, TaskRef
 
 from dask_ep.graph.keys import step_name
+from dask_ep.graph.pipeline import Unfused
 from dask_ep.graph.rows import first_rows, keys_of, xp_name
 from dask_ep.graph.statistics import Numbers, Part, Partials, objects
 from dask_ep.layers.lazy_routing import SmallArray, read_all, while_routing
@@ -50,7 +51,7 @@ def see_router(rows: da.Array, router: Any, arrays: Mapping[str, SmallArray]) ->
     starts, keys = first_rows(rows.chunks[0]), []
     for c, key in enumerate(keys_of(rows)):
         keys.append((name, c, 0))
-        tasks[keys[-1]] = Task(
+        tasks[keys[-1]] = Unfused(
             keys[-1], _see_chunk, TaskRef(key), TaskRef(loaded), router, c, starts[c]
         )
     parts = {"router.probability": Part((router.num_experts,), np.add)}

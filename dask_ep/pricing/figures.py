@@ -37,6 +37,8 @@ PART_COLOURS = {
     "scratch": YELLOW,
     "chunks": ORANGE,
     "rows": ORANGE,
+    "partial results": PINK,
+    "second moments": GREY,
 }
 """Colours of what memory goes to."""
 
@@ -294,7 +296,8 @@ class Bar(NamedTuple):
 
 
 def _bars(record: Record) -> Iterator[Bar]:
-    steps = {"dispatch": "serve", "send": "chunk", "receipt": "store"}
+    steps = {"dispatch": "serve", "send": "chunk", "receipt": "store", "gram": "sum"}
+    steps |= {"usage": "route", "see_router": "route"}
     for span in record.spans:
         step = steps.get(span.step, span.step)
         where = "services" if step in ("experts", "serve") else "tasks"

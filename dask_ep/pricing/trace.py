@@ -27,8 +27,13 @@ from dask_ep.graph import tally
 from dask_ep.graph.keys import TaskKey, read_key
 from dask_ep.graph.tally import HERE, Serving
 
-STEPS = ("experts", "ranks", "chunk", "send", "dispatch", "receipt", "sum")
-"""What the tasks of a layer do, by their names; from "send" on with experts in passes."""
+STEPS = ("experts", "ranks", "chunk", "send", "dispatch", "receipt", "sum", "gram")
+"""What the tasks of a layer do, by their names; from "send" on with experts in passes, and at last
+of statistics."""
+
+LAST = ("chunk", "sum", "usage", "see_router")
+"""What chunks end with, if not with their storing: the first of these that there is. With the last
+two no row goes through an expert."""
 
 LAYER_STEPS = ("read", "route", "layer", "store")
 """What the tasks around it do."""
@@ -112,7 +117,8 @@ class Record:
     def _last(self) -> str:
         """The step that chunks end with: on workers these are named after their storing."""
         steps = Counter(span.step for span in self.spans)
-        named = (s for s in ("chunk", "sum") if steps[s] and steps[s] >= steps["store"])
+        stored = 0 if steps["gram"] else steps["store"]  # second moments are stored by expert
+        named = (s for s in LAST if steps[s] and steps[s] >= stored)
         return next(named, "store")
 
     def finished(self) -> list[tuple[float, int]]:
@@ -314,8 +320,8 @@ def peak_memory() -> int:
 
 def _layer_key(key: Any) -> TaskKey | None:
     """What a key says, if it is of a step that a record keeps."""
-    of_layer = read_key(key)
-    return of_layer if of_layer is not None and of_layer.step in (*STEPS, *LAYER_STEPS) else None
+    found = read_key(key)
+    return found if found is not None and found.step in (*STEPS, *LAYER_STEPS, *LAST) else None
 
 
 def _from_zero(

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
 import sys
 import time
-from dataclasses import replace
 from pathlib import Path
 
 import dask
@@ -22,10 +22,15 @@ from safetensors.numpy import load_file
 from dask_ep import Experts, collect, open_tokens
 from dask_ep.cli import main
 from dask_ep.errors import DoesNotFit, JobError, ReadError
+from dask_ep.jobs import price_job
 from dask_ep.jobs.backends import Processes, Threads
-from dask_ep.jobs.collect_job import Wanted, collect_job
+from dask_ep.jobs.collect_job import collect_job
+from dask_ep.jobs.collect_plan import plan_collection
 from dask_ep.jobs.job import load_job
 from dask_ep.jobs.run import run_job
+from dask_ep.jobs.verify import verify_job
+from dask_ep.laws.costs import Rates
+from dask_ep.layers.collect import Wanted
 from dask_ep.storage.output import progress_directory
 from tests.checkpoints import FIXTURES
 
@@ -50,8 +55,10 @@ def folder(tmp_path):
     return tmp_path
 
 
-def asked(folder: Path, name: str = "stats.safetensors", **changes) -> Wanted:
-    return replace(Wanted(ALL, str(folder / name)), **changes)
+def asked(
+    folder: Path, name: str = "stats.safetensors", what: tuple[str, ...] = ALL, **more
+) -> tuple[Wanted, Path]:
+    return Wanted(what, **more), folder / name
 
 
 def job(folder: Path):
@@ -65,7 +72,7 @@ def assert_same(got: dict[str, np.ndarray], want: dict[str, np.ndarray]) -> None
 
 
 def test_the_file_holds_what_collect_gives_and_words_about_it(folder):
-    found = collect_job(job(folder), asked(folder), Threads(2), chunk_rows=30)
+    found = collect_job(job(folder), *asked(folder), Threads(2), chunk_rows=30)
     tokens, routing, weights = (
         open_tokens(folder / f"{name}.npy", chunks=30) for name in ("tokens", "routing", "weights")
     )
@@ -82,8 +89,8 @@ def test_the_file_holds_what_collect_gives_and_words_about_it(folder):
 
 
 def test_zarr_holds_the_same_arrays_in_a_group(folder):
-    collect_job(job(folder), asked(folder), Threads(1), chunk_rows=30)
-    collect_job(job(folder), asked(folder, "stats.zarr"), Threads(1), chunk_rows=30)
+    collect_job(job(folder), *asked(folder), Threads(1), chunk_rows=30)
+    collect_job(job(folder), *asked(folder, "stats.zarr"), Threads(1), chunk_rows=30)
     group = zarr.open_group(folder / "stats.zarr", mode="r")
     want = load_file(folder / "stats.safetensors")
     assert_same({name: np.asarray(array[...]) for name, array in group.arrays()}, want)
@@ -91,18 +98,36 @@ def test_zarr_holds_the_same_arrays_in_a_group(folder):
 
 
 def test_the_output_is_written_in_the_same_pass(folder):
-    collect_job(job(folder), asked(folder, with_output=True), Threads(2), chunk_rows=30)
+    collect_job(job(folder), *asked(folder, with_output=True), Threads(2), chunk_rows=30)
     got = np.load(folder / "out.npy")
     run_job(job(folder), Threads(2), chunk_rows=30, overwrite=True)
     np.testing.assert_array_equal(got, np.load(folder / "out.npy"))
 
 
+def test_the_output_of_complete_statistics_is_checked_block_by_block(folder):
+    both = asked(folder, what=("usage",), with_output=True)
+    collect_job(job(folder), *both, Threads(1), chunk_rows=30)
+    want = np.load(folder / "out.npy")
+    collect_job(job(folder), *both, Threads(1), resume=True)
+    os.truncate(folder / "out.npy", os.path.getsize(folder / "out.npy") - 70 * D * 4)
+    collect_job(job(folder), *both, Threads(1), resume=True)
+    np.testing.assert_array_equal(np.load(folder / "out.npy"), want)
+    other = want.copy()
+    other[50] += 1
+    np.save(folder / "out.npy", other)
+    with pytest.raises(FileExistsError, match=r"rows \[30, 60\) have other values"):
+        collect_job(job(folder), *both, Threads(1), resume=True)
+    (folder / "out.npy").unlink()
+    done = run_job(job(folder), Threads(1), resume=True)
+    assert (done.rows_done, verify_job(job(folder)).good) == (N, True)
+
+
 @pytest.mark.slow
 def test_worker_processes_give_the_same_bits(folder):
-    collect_job(job(folder), asked(folder), Threads(1), chunk_rows=30)
+    collect_job(job(folder), *asked(folder), Threads(1), chunk_rows=30)
     want = load_file(folder / "stats.safetensors")
     other = asked(folder, "other.safetensors", with_output=True)
-    collect_job(job(folder), other, Processes(2), chunk_rows=30)
+    collect_job(job(folder), *other, Processes(2), chunk_rows=30)
     assert_same(load_file(folder / "other.safetensors"), want)
 
 
@@ -112,7 +137,7 @@ class Stopped(Exception):
 
 @pytest.mark.slow
 def test_a_stopped_run_resumes_to_the_same_bits(folder):
-    collect_job(job(folder), asked(folder), Threads(1), chunk_rows=4)
+    collect_job(job(folder), *asked(folder), Threads(1), chunk_rows=4)
     want = load_file(folder / "stats.safetensors")
     again = asked(folder, "again.safetensors")
 
@@ -125,26 +150,94 @@ def test_a_stopped_run_resumes_to_the_same_bits(folder):
 
     told: list[int] = []
     with pytest.raises(Stopped):
-        collect_job(job(folder), again, Threads(1), chunk_rows=4, on_progress=stop_after(20))
+        collect_job(job(folder), *again, Threads(1), chunk_rows=4, on_progress=stop_after(20))
     with pytest.raises(FileExistsError, match="was begun by an earlier run; resume to continue"):
-        collect_job(job(folder), again, Threads(1))
+        collect_job(job(folder), *again, Threads(1))
     with pytest.raises(ValueError, match="has chunks of 4 rows, not 5: resume with those"):
-        collect_job(job(folder), again, Threads(1), chunk_rows=5, resume=True)
+        collect_job(job(folder), *again, Threads(1), chunk_rows=5, resume=True)
     for rows in (250, 450):  # among the groups, and among the experts of the grams
         with pytest.raises(Stopped):
-            collect_job(job(folder), again, Threads(1), resume=True, on_progress=stop_after(rows))
+            collect_job(job(folder), *again, Threads(1), resume=True, on_progress=stop_after(rows))
     collect_job(
-        job(folder), again, Threads(1), resume=True, on_progress=lambda done, _: told.append(done)
+        job(folder), *again, Threads(1), resume=True, on_progress=lambda done, _: told.append(done)
     )
     assert 400 < told[0] <= told[-1] == 600  # all may be done before it is stopped
     assert_same(load_file(folder / "again.safetensors"), want)
-    again_complete = collect_job(job(folder), again, Threads(1), resume=True)
+    again_complete = collect_job(job(folder), *again, Threads(1), resume=True)
     assert again_complete.coverage[5] == 0
     with pytest.raises(ValueError, match="holds statistics of other inputs, or others of them"):
-        collect_job(job(folder), replace(again, rows="all"), Threads(1), resume=True)
+        collect_job(
+            job(folder), *asked(folder, "again.safetensors", rows="all"), Threads(1), resume=True
+        )
     np.save(folder / "weights.npy", np.ones((N, 2), "f4"))
     with pytest.raises(ValueError, match="holds statistics of other inputs"):
-        collect_job(job(folder), again, Threads(1), resume=True)
+        collect_job(job(folder), *again, Threads(1), resume=True)
+
+
+@pytest.fixture
+def known_rates(monkeypatch):
+    """Measure this machine in no time."""
+    monkeypatch.setattr(price_job, "probe", lambda *_, **__: Rates(flops=1e10, copy=1e9))
+
+
+@pytest.mark.parametrize("what", [ALL, ("usage",), ("gram",), ("reap",)], ids=str)
+@pytest.mark.parametrize("where", [Threads(2), Processes(2)], ids=["threads", "processes"])
+def test_a_report_compares_with_the_plan(folder, known_rates, where, what):
+    told, report = [], folder / "run.html"
+    collect_job(
+        job(folder), *asked(folder, what=what), where, chunk_rows=30, report=report,
+        on_record=lambda *both: told.append(both),
+    )  # fmt: skip
+    planned, record = told[0]
+    assert (record.tasks, record.repeated) == (planned.tasks, 0)
+    assert record.peak_bytes > 0
+    ahead = plan_collection(job(folder), Wanted(what), where, chunk_rows=30)
+    assert (ahead.tasks, ahead.memory_bytes) == (planned.tasks, planned.memory_bytes)
+    assert ahead.statistics_bytes == os.path.getsize(folder / "stats.safetensors") - header(folder)
+    cells = re.findall(r"<td>(.*?)</td>", report.read_text())
+    assert cells[:3] == ["tasks", str(planned.tasks), str(record.tasks)]
+    assert sum(planned.chunks[chunk] for _, chunk in record.finished()) == N
+
+
+def header(folder: Path) -> int:
+    with open(folder / "stats.safetensors", "rb") as file:
+        return 8 + int.from_bytes(file.read(8), "little")
+
+
+def test_the_plan_of_what_is_left_is_laid_beside_a_resumed_run(folder, known_rates):
+    told = []
+
+    def stop(done: int, total: int) -> None:
+        if done > 20:
+            raise Stopped
+
+    with pytest.raises(Stopped):
+        collect_job(job(folder), *asked(folder), Threads(1), chunk_rows=4, on_progress=stop)
+    collect_job(
+        job(folder), *asked(folder), Threads(1), resume=True, report=folder / "run.html",
+        on_record=lambda *both: told.append(both),
+    )  # fmt: skip
+    planned, record = told[0]
+    assert 0 < sum(planned.left) < 50
+    assert record.tasks == planned.tasks
+    assert "This run resumed an earlier one" in (folder / "run.html").read_text()
+
+
+def test_the_plan_says_what_it_takes_and_whether_gram_fits(folder, capsys, known_rates):
+    command = ["plan", folder / "job.toml", "--threads", "1", "--what", "usage,gram"]
+    code, said, _ = run_main(capsys, *command, "--memory-limit", "400MiB")
+    assert code == 0
+    assert "second moments" in said
+    assert "1 pass over the rows, 1 more for gram, 6 experts in each; the statistics are " in said
+    code, said, _ = run_main(capsys, *command, "--json")
+    assert json.loads(said)["passes_for_gram"] == 1
+    code, _, err = run_main(capsys, *command, "--memory-limit", "180500kB")
+    assert code == 1
+    assert re.search(r"gram needs \d+ MB to sum the second moments of one expert", err)
+    code, _, err = run_main(capsys, *command, "--what-if", "world_size=1,2")
+    assert (code, "--what-if is for runs: give it without --what" in err) == (2, True)
+    code, _, err = run_main(capsys, *command[:2], "--gpu", "--what", "usage")
+    assert "statistics are collected on the host: plan without --gpu" in err
 
 
 def _cut(path: Path) -> None:
@@ -168,14 +261,14 @@ def _change(path: Path) -> None:
     ],
 )
 def test_damaged_statistics_are_not_taken_for_complete(folder, name, file, damage):
-    usage = replace(asked(folder, name), what=("usage", "amax"))
-    collect_job(job(folder), usage, Threads(1))
-    collect_job(job(folder), usage, Threads(1), resume=True)
+    usage = asked(folder, name, ("usage", "amax"))
+    collect_job(job(folder), *usage, Threads(1))
+    collect_job(job(folder), *usage, Threads(1), resume=True)
     damage(folder / name / file if file else folder / name)
     with pytest.raises(ReadError, match=f"{name} is damaged.*; overwrite it to collect"):
-        collect_job(job(folder), usage, Threads(1), resume=True)
-    collect_job(job(folder), usage, Threads(1), overwrite=True)
-    collect_job(job(folder), usage, Threads(1), resume=True)
+        collect_job(job(folder), *usage, Threads(1), resume=True)
+    collect_job(job(folder), *usage, Threads(1), overwrite=True)
+    collect_job(job(folder), *usage, Threads(1), resume=True)
 
 
 @pytest.mark.slow
@@ -207,12 +300,12 @@ def test_experts_that_do_not_fit_are_observed_in_several_passes(folder):
         np.save(folder / f"{name}.npy", rng.standard_normal((E, 1024, 1024), dtype="f4"))
     np.save(folder / "tokens.npy", rng.standard_normal((N, 1024), dtype="f4"))
     what = ("usage", "coactivation", "sumsq", "reap")
-    collect_job(job(folder), asked(folder, what=what), Threads(1), chunk_rows=50)
+    collect_job(job(folder), *asked(folder, what=what), Threads(1), chunk_rows=50)
     want = load_file(folder / "stats.safetensors")
     courses = []
     limit = 265_000_000
     collect_job(
-        job(folder), asked(folder, "small.safetensors", what=what), Threads(1, limit),
+        job(folder), *asked(folder, "small.safetensors", what=what), Threads(1, limit),
         chunk_rows=50, on_course=courses.append,
     )  # fmt: skip
     assert courses[0].blocks == (range(3), range(3, 6))
@@ -220,7 +313,7 @@ def test_experts_that_do_not_fit_are_observed_in_several_passes(folder):
     assert_same(load_file(folder / "small.safetensors"), want)
     with pytest.raises(JobError, match="passes, so the output cannot be written in one of them"):
         collect_job(
-            job(folder), asked(folder, "o.safetensors", what=what, with_output=True),
+            job(folder), *asked(folder, "o.safetensors", what=what, with_output=True),
             Threads(1, limit), chunk_rows=50,
         )  # fmt: skip
 
@@ -228,7 +321,7 @@ def test_experts_that_do_not_fit_are_observed_in_several_passes(folder):
 def test_grams_keep_to_the_memory_limit_or_are_refused(folder):
     limit, courses = 400 << 20, []
     collect_job(
-        job(folder), asked(folder), Threads(1, limit), chunk_rows=50, on_course=courses.append
+        job(folder), *asked(folder), Threads(1, limit), chunk_rows=50, on_course=courses.append
     )
     assert courses[0].gram_blocks == (range(E),)
     wide = np.zeros((4, 6000), "f4")
@@ -239,7 +332,7 @@ def test_grams_keep_to_the_memory_limit_or_are_refused(folder):
         experts=str(folder / "w.npy"), out=str(folder / "out.npy"),
     )  # fmt: skip
     with pytest.raises(DoesNotFit, match=r"gram needs \d+ MB to sum the second moments of one exp"):
-        collect_job(linear, asked(folder, "g.zarr", what=("gram",)), Threads(1, limit))
+        collect_job(linear, *asked(folder, "g.zarr", what=("gram",)), Threads(1, limit))
 
 
 def test_a_layer_of_a_checkpoint_is_collected_with_its_router(tmp_path):
@@ -301,7 +394,7 @@ def test_wrong_use_is_told(folder, capsys, options, message):
 
 def test_statistics_go_to_bundles_alone(folder):
     with pytest.raises(ValueError, match=r"statistics are written to \.safetensors or \.zarr, not"):
-        collect_job(job(folder), asked(folder, "stats.npy"))
+        collect_job(job(folder), *asked(folder, "stats.npy"))
     (folder / "mine.zarr").mkdir()
     with pytest.raises(FileExistsError, match="does not hold named arrays, so it is not replaced"):
-        collect_job(job(folder), asked(folder, "mine.zarr"), overwrite=True)
+        collect_job(job(folder), *asked(folder, "mine.zarr"), overwrite=True)

@@ -13,7 +13,7 @@ import pytest
 from distributed import LocalCluster
 
 from dask_ep.cli import main
-from dask_ep.jobs import price_job, run
+from dask_ep.jobs import price_job, run_report
 from dask_ep.jobs.backends import Cluster, Processes, Threads
 from dask_ep.jobs.example import Example, write_example
 from dask_ep.jobs.job import load_job
@@ -200,10 +200,10 @@ def test_a_report_that_cannot_be_written_is_told_before_anything_is_read(job_fil
 
 
 def test_the_output_has_its_name_before_the_report_is_written(job_file, tmp_path, monkeypatch):
-    def fail(*_):
+    def fail(*_, **__):
         raise OSError("no space")
 
-    monkeypatch.setattr(run, "write_reports", fail)
+    monkeypatch.setattr(run_report, "write_reports", fail)
     job = load_job(job_file, out=str(tmp_path / "y.npy"))
     with pytest.raises(OSError, match="no space"):
         run_job(job, Threads(1), report=tmp_path / "run.html")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections import Counter
+
 import dask
 import dask.array as da
 import numpy as np
@@ -11,8 +13,8 @@ from hypothesis import strategies as st
 
 from dask_ep import Experts, MoELayer, Router, collect, expert_parallel
 from dask_ep.experts import local_experts
-from dask_ep.graph import row_choice
-from dask_ep.layers.collect import WHAT, begin_collection
+from dask_ep.graph import gram, row_choice
+from dask_ep.layers.collect import WHAT, Wanted, begin_collection
 from dask_ep.placement.policies import balanced
 from tests.compare import assert_close
 from tests.plain_statistics import make_layer, statistics
@@ -164,6 +166,30 @@ def test_building_computes_nothing_and_tasks_grow_with_the_chunks(monkeypatch):
     assert tasks[9] - tasks[6] == tasks[6] - tasks[3] == 9  # usage, chunk and partial of each
 
 
+def test_a_chunk_is_sorted_once_for_the_grams_of_all_experts(monkeypatch):
+    sorts, plain = [], gram.sort_slots
+
+    def counted(routing, *arguments):
+        sorts.append(len(routing))
+        return plain(routing, *arguments)
+
+    monkeypatch.setattr(gram, "sort_slots", counted)
+    tokens, routing = small()
+    experts = make_layer("gated", 6, 8, F, 8, seed=0).experts
+    got = collect(tokens, experts, what=["gram"], routing=routing)
+    graph = got["gram.input"].__dask_graph__()
+    names = Counter(key[0].partition("-")[0] for key in graph if isinstance(key, tuple))
+    assert (names["ep_sort"], names["ep_pick"], names["ep_gram"]) == (13, 13, 6)
+    want = dask.compute(got, scheduler="sync")[0]["gram.input"]
+    assert sorted(sorts) == [6] + [7] * 12
+    wanted = Wanted(("gram",))
+    for together in (1, 4):
+        found = begin_collection(
+            tokens, experts, wanted, routing=routing, picked_together=together
+        ).grams["gram.input"]  # fmt: skip
+        np.testing.assert_array_equal(found[2:5].compute(scheduler="sync"), want[2:5])
+
+
 def test_what_is_wrong_is_said():
     tokens, routing = small()
     experts = make_layer("linear", 6, 8, F, 8, seed=0).experts
@@ -214,8 +240,8 @@ def test_rows_that_nobody_routed_are_seen_but_not_counted(case: Case, rows, data
 
     def collected(x: da.Array, r: da.Array, w: da.Array | None) -> dict[str, np.ndarray]:
         found = begin_collection(
-            x, layer.experts, what=["amax", "mean_output", "reap", "sumsq"], routing=(r, w),
-            rows=rows, seed=3, world_size=case.world_size, block=block,
+            x, layer.experts, Wanted(("amax", "mean_output", "reap", "sumsq"), rows, seed=3),
+            routing=(r, w), world_size=case.world_size, block=block,
         )  # fmt: skip
         return dask.compute(found.arrays(), scheduler="sync")[0]
 

@@ -27,11 +27,12 @@ from distributed import Client, as_completed, futures_of
 
 from dask_ep import load_moe_layer, open_tokens, store
 from dask_ep.jobs.backends import ALL_THREADS, Cluster, Threads
-from dask_ep.jobs.collect_decide import Course
-from dask_ep.jobs.collect_job import Wanted, collect_job
+from dask_ep.jobs.collect_job import collect_job
 from dask_ep.jobs.job import Job
 from dask_ep.jobs.run import run_job
 from dask_ep.jobs.save_routing import path_of_weights
+from dask_ep.laws.decision import Course
+from dask_ep.layers.collect import Wanted
 from dask_ep.storage.output import Output, progress_directory
 from walk import head
 from walk.documents import chunk_documents, spans
@@ -219,13 +220,13 @@ class Walk:
             return 0
         courses: list[Course] = []
         collect_job(
-            self._job(block, moe_input), Wanted(tuple(sorted(self.asked.collect)), path),
+            self._job(block, moe_input), Wanted(tuple(sorted(self.asked.collect))), path,
             self.where.moe, resume=True, chunk_rows=self.task.chunk_rows,
             on_progress=lambda done, total: self.tell("collect", done / max(total, 1)),
             on_course=courses.append,
         )  # fmt: skip
         give_back()
-        return sum(bool(course.of_tiles) + bool(course.gram_blocks) for course in courses)
+        return sum(bool(course.walks) + bool(course.hidden) for course in courses)
 
     def _kept_path(self, what: str, block: int) -> str | None:
         wanted = what in self.asked.save and block in self.asked.blocks

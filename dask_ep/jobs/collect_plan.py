@@ -1,0 +1,131 @@
+"""What will collecting statistics of a job cost?
+
+    Wanted, Inputs ── decide_course ──> Course ── begin_all ──> collections, one for each pass
+                                          └────── price_course ──> PlanOfStatistics
+
+Passes over the rows are priced as a run is; `gram` and more passes change what they change.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from functools import partial
+from typing import Any
+
+from dask_ep.cluster.gpus import Gpus
+from dask_ep.errors import JobError
+from dask_ep.jobs.backends import ALL_THREADS, Where, lay_out
+from dask_ep.jobs.build import Inputs, open_inputs, open_rows
+from dask_ep.jobs.collect_decide import decide_course
+from dask_ep.jobs.job import Job, as_job
+from dask_ep.jobs.notes import tell_notes
+from dask_ep.jobs.price_job import Pricing
+from dask_ep.laws.costs import Rates
+from dask_ep.laws.decision import Course
+from dask_ep.layers.collect import Collection, Wanted, begin_collection, choose_statistics
+from dask_ep.placement.placement import Placement
+from dask_ep.placement.routing_stats import survey
+from dask_ep.pricing.price_statistics import PlanOfStatistics
+
+
+def plan_collection(
+    job: Job | str | os.PathLike,
+    wanted: Wanted,
+    where: Where = ALL_THREADS,
+    *,
+    chunk_rows: int | None = None,
+    rates: Rates | None = None,
+    on_note: Callable[[str], Any] | None = None,
+) -> PlanOfStatistics:
+    """Plan a collection: how `collect_job` will carry it out, and what that costs.
+
+    Parameters
+    ----------
+    wanted : what is to be collected
+    job, where, chunk_rows, rates, on_note : as for `dask_ep.jobs.plan.plan_job`
+
+    Raises
+    ------
+    DoesNotFit, JobError, ValueError, OSError
+        As `collect_job` does, in the same words.
+    """
+    job = as_job(job)
+    if isinstance(where, Gpus):
+        raise JobError("statistics are collected on the host: plan without --gpu")
+    inputs = open_inputs(job)
+    tell_notes(inputs, on_note)
+    course = decide_course(inputs, lay_out(job, where), wanted, chunk_rows)
+    placement, collections = begin_all(inputs, course, wanted)
+    return price_course(inputs, course, collections, placement=placement, rates=rates)
+
+
+def course_inputs(inputs: Inputs, course: Course) -> Inputs:
+    """The inputs with their experts as they are held."""
+    return inputs.held_as_stored() if course.decision.as_stored else inputs
+
+
+def begin_all(
+    inputs: Inputs, course: Course, wanted: Wanted
+) -> tuple[Placement | None, list[Collection]]:
+    """Place the experts, and begin the collection of each pass over the rows.
+
+    Only a placement by load reads anything: the routing.
+    """
+    inputs, decision = course_inputs(inputs, course), course.decision
+    tokens, routing, topk = open_rows(inputs, decision.chunk_rows)
+    layer = inputs.experts if inputs.layer is None else inputs.layer
+    placement = decision.place(partial(survey, routing, inputs.experts.num_experts))
+    of_tiles = choose_statistics(wanted.what, inputs.experts).of_tiles
+    seen = tuple(name for name in wanted.what if any(t.startswith(name) for t in of_tiles))
+    collections = [
+        begin_collection(  # what is not of tiles comes with the first block
+            tokens, layer, wanted if block.start == 0 else replace(wanted, what=seen),
+            routing=(routing, topk), world_size=decision.layout.world_size,
+            placement=placement, block=block, picked_together=course.picked_together,
+        )
+        for block in course.blocks
+    ]  # fmt: skip
+    return placement, collections
+
+
+def price_course(
+    inputs: Inputs,
+    course: Course,
+    collections: Sequence[Collection],
+    *,
+    placement: Placement | None,
+    left: Sequence[Sequence[int]] | None = None,
+    grams_left: int | None = None,
+    rates: Rates | None = None,
+) -> PlanOfStatistics:
+    """Price a collection, or what is left of one.
+
+    Parameters
+    ----------
+    inputs, course, collections, placement : as decided, and begun
+    left : token chunks that each pass over the rows has left; default: all
+    grams_left : experts whose second moments are; default: all
+    rates : how fast the machine is; default: measured
+    """
+    pricing = Pricing.of_job(inputs, course.decision, rates)
+    arrays = [array for one in collections for array in one.parts()]
+    ours = {key for array in arrays for key in array.__dask_graph__() if _is_ours(key)}
+    experts = sum(map(len, course.gram_blocks))
+    made = partial(
+        PlanOfStatistics,
+        course=course,
+        left=tuple(map(len, left)) if left else (collections[0].chunks,) * len(course.blocks),
+        grams_left=experts if grams_left is None else grams_left,
+        graph_tasks=len(ours),
+        statistics_bytes=sum(one.nbytes for one in collections),
+    )
+    only = None if left is None else sorted(set().union(*left))
+    planned = pricing.price(course.decision, placement=placement, only=only, made=made)
+    assert isinstance(planned, PlanOfStatistics)
+    return planned
+
+
+def _is_ours(key: object) -> bool:
+    return str(key[0] if isinstance(key, tuple) else key).startswith("ep_")

@@ -1,0 +1,103 @@
+"""What does it cost to collect statistics?
+
+The figures of the plan of a run, except where passes and second moments change them.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from dask.utils import format_bytes
+
+from dask_ep.graph.pipeline import count_tasks
+from dask_ep.laws.decision import Course
+from dask_ep.pricing.price import Plan
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class PlanOfStatistics(Plan):
+    """What one way to collect statistics of a job costs."""
+
+    course: Course
+    left: tuple[int, ...]
+    #: token chunks that each pass over the rows takes
+    grams_left: int
+    #: experts whose second moments are summed
+    graph_tasks: int
+    #: of all passes
+    statistics_bytes: int
+    #: of the file
+
+    @property
+    def memory_parts(self) -> dict[str, int]:
+        """Bytes that a worker uses at most, by what they are for."""
+        return dict(self.course.memory_parts)
+
+    @property
+    def fits(self) -> bool:
+        """Always: what does not fit is no course."""
+        return True
+
+    @property
+    def stored_bytes(self) -> int:
+        """Bytes of experts that are read: each once, and for `gram` of hidden activations again."""
+        walked = super().stored_bytes if self.course.walks else 0
+        return walked + (self.grams_left * self.work.expert_stored if self._hides else 0)
+
+    @property
+    def exchanged_bytes(self) -> int:
+        """Bytes of all packets and answers between workers."""
+        return self.course.walks * super().exchanged_bytes
+
+    @property
+    def tasks(self) -> int:
+        """Tasks of token chunks and ranks, and those that add up second moments."""
+        walks, ranks = self.course.walks, self.world_size
+        chunks = sum(walks * count_tasks(n, ranks) if walks else n for n in self.left if n)
+        return chunks + self.course.gram_groups * self.grams_left
+
+    @property
+    def other_tasks(self) -> int:
+        """All others that are named for what they do: of the router, and those that join."""
+        return max(self.graph_tasks - self.tasks, 0)
+
+    @property
+    def busy_seconds(self) -> float:
+        """Time that workers compute and copy, in all passes."""
+        threads = self.workers * self.threads
+        one, walks = self._seconds_anywhere / threads, self.course.walks
+        flops = int(self.expert_rows.sum()) * (
+            self._moment_flops + self._hides * self.work.expert_flops
+        )
+        passes = len(self.left) + len(self.course.gram_blocks)
+        return (
+            (walks * super().busy_seconds or one)
+            + (passes - 1) * one
+            + bool(self.grams_left) * flops / self.rates.flops / threads
+        )
+
+    @property
+    def _hides(self) -> bool:
+        """Whether second moments of hidden activations are asked for, so that experts compute."""
+        return bool(self.grams_left and self.course.hidden)
+
+    @property
+    def _moment_flops(self) -> int:
+        """Floating-point operations of the second moments of one row: half of a product."""
+        return self.work.d**2 + self.course.hidden**2
+
+    @property
+    def advice(self) -> list[str]:
+        """How it goes, in words."""
+        blocks, size = self.course.gram_blocks, format_bytes(self.statistics_bytes)
+        experts = f", {len(blocks[0])} experts in each" if blocks else ""
+        return [f"{self.course}{experts}; the statistics are {size}"]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return all figures as plain numbers, lists and text."""
+        return super().to_dict() | {
+            "passes_over_rows": len(self.left),
+            "passes_for_gram": len(self.course.gram_blocks),
+            "statistics_bytes": self.statistics_bytes,
+        }

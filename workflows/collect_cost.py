@@ -2,25 +2,35 @@
 
     python workflows/collect_cost.py                    top-2 gated, d = 512, f = 1792, 8 experts
     python workflows/collect_cost.py --rows 4096 --repeat 1
+    python workflows/collect_cost.py --memory           the peak of `gram` of 64 experts, d = 2048
 
 Each line is a ratio of CPU seconds of one thread, the median of rounds in which both sides take
 turns: the layer with its output and statistics to the layer with its output; and for `gram` the
-dense products that it needs, by the same BLAS, to all that it takes. Nothing is read or written.
+dense products that it needs, by the same BLAS, to all that it takes. Nothing is read or written
+but with --memory, by `dask-ep collect`.
 """
 
 from __future__ import annotations
 
 import argparse
+import subprocess
+import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from pathlib import Path
 from statistics import median
+from tempfile import TemporaryDirectory
 
 import dask
 import dask.array as da
 import numpy as np
+from measured import Layer, peak_of_tree, write_inputs
 
 from dask_ep import Experts, MoELayer, Router, collect
 from dask_ep.arrays.blas import one_blas_thread, product
+
+MEMORY_LIMIT = 600_000_000
+"""Bytes of a process that collects `gram`."""
 
 LIMITS = {
     "usage, coactivation, router": (("usage", "coactivation", "router"), 1.03),
@@ -38,18 +48,35 @@ def main() -> None:
     parser.add_argument("--experts", type=int, default=8)
     parser.add_argument("--slots", type=int, default=2)
     parser.add_argument("--repeat", type=int, default=5)
+    parser.add_argument("--gram-d", type=int, default=2048, help="Width, with --memory.")
+    parser.add_argument("--memory", action="store_true", help="The peak of gram alone.")
     options = parser.parse_args()
+    if options.memory:
+        print_memory(Layer(options.gram_d, 64, 2, rows=options.rows, chunk_rows=1024))
+        return
     layer, hidden = make_layer(options)
     with one_blas_thread():
         for name, (what, limit) in LIMITS.items():
-            ratio = median(
-                seconds(lambda what=what: together(layer, hidden, what))
-                / seconds(lambda: layer(hidden).compute(scheduler="sync"))
-                for _ in range(options.repeat)
-            )
+            ratio = median(_rounds(layer, hidden, what, options.repeat))
             print(f"{name}: {ratio:.3f} of the layer alone, {limit} is allowed")
         share = median(gram_share(layer, hidden, options) for _ in range(options.repeat))
         print(f"gram: {share:.3f} of its time is in the dense products, at least 0.8 is wanted")
+
+
+def _rounds(
+    layer: MoELayer, hidden: da.Array, what: tuple[str, ...], repeat: int
+) -> Iterator[float]:
+    """Seconds with statistics by those of the layer alone, which runs before and after."""
+
+    def alone() -> float:
+        return seconds(lambda: layer(hidden).compute(scheduler="sync"))
+
+    before = alone()
+    for _ in range(repeat):
+        both = seconds(lambda: together(layer, hidden, what))
+        after = alone()
+        yield 2 * both / (before + after)
+        before = after
 
 
 def make_layer(options: argparse.Namespace) -> tuple[MoELayer, da.Array]:
@@ -87,6 +114,27 @@ def gram_share(layer: MoELayer, hidden: da.Array, options: argparse.Namespace) -
 
     taken = seconds(lambda: dask.compute(collect(hidden, layer, what=["gram"]), scheduler="sync"))
     return seconds(products) / taken
+
+
+def print_memory(layer: Layer) -> None:
+    """Collect `gram` of linear experts by a process with a memory limit, and print its peak."""
+    with TemporaryDirectory() as place:
+        folder = Path(place)
+        write_inputs(layer, folder)
+        np.save(folder / "w.npy", np.zeros((layer.num_experts, layer.d, 8), "f4"))
+        files = {"tokens": "tokens.zarr", "routing": "routing.zarr", "experts": "w.npy"}
+        named = [f"--{key}={folder / file}" for key, file in files.items()]
+        what = ["--what=gram", f"--out={folder / 'gram.safetensors'}"]
+        where = ["--threads=1", f"--memory-limit={MEMORY_LIMIT}"]
+        command = [sys.executable, "-m", "dask_ep", "collect", *named, *what, *where]
+        process = subprocess.Popen(command)
+        peak = peak_of_tree(process)
+        assert process.returncode == 0
+        results = (folder / "gram.safetensors").stat().st_size
+    print(
+        f"gram of {layer.num_experts} experts, d = {layer.d}: {results / 1e6:.0f} MB of results, "
+        f"a peak of {peak / 1e6:.0f} MB, {MEMORY_LIMIT / 1e6:.0f} MB are allowed"
+    )
 
 
 def seconds(do: Callable[[], object]) -> float:

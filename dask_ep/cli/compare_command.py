@@ -14,6 +14,7 @@ import click
 import numpy as np
 
 from dask_ep.cli.command import DIFFERENT, FAILED, complain, debug_option
+from dask_ep.cli.options import refuse
 from dask_ep.cli.run_command import WHERE, choose_where, where_options
 from dask_ep.cli.terminal import progress_bar
 from dask_ep.cluster.interrupts import Interrupts
@@ -54,6 +55,11 @@ MOST_SHOWN = 8
     help="Part of the rows that must be within the tolerance.",
 )
 @click.option("--chunk-rows", type=click.IntRange(1), help="Rows per chunk.")
+@click.option(
+    "--scratch",
+    type=click.Path(file_okay=False, exists=True),
+    help="Where outputs wait if both layers do not fit into memory together; default: $TMPDIR.",
+)
 @where_options
 @debug_option
 def compare_command(a: str, b: str, **options: Any) -> int:
@@ -77,11 +83,13 @@ def compare_command(a: str, b: str, **options: Any) -> int:
             raise click.UsageError(f"{one} is not a checkpoint directory, but the other one is")
         if tokens is None or names:
             raise click.UsageError("checkpoints are compared on --tokens, and without --routing")
-    elif tokens is not None or layer is not None:
-        raise click.UsageError("--tokens and --layer-index are for checkpoints, not for outputs")
+    else:
+        scratch = options.pop("scratch")
+        given = {"tokens": tokens, "layer-index": layer is not None, "scratch": scratch}
+        refuse(given, "is for checkpoints, not for outputs")
     try:
-        with Interrupts(FAILED) as interrupts, progress_bar("chunks") as tell:
-            options["on_chunk"] = lambda done, total: tell(done, total, "")
+        with Interrupts(FAILED) as interrupts, progress_bar("rows") as tell:
+            options["on_progress"] = lambda done, total: tell(done, total, "")
             options["wait"] = interrupts.wait
             if any(checkpoints):
                 found = compare_checkpoints(a, b, tokens, layer, where, **options)

@@ -53,7 +53,11 @@ def input_options(command: Callable) -> Callable:
         click.option(
             "--tokens", metavar="PATH", help="Token rows (n, d): .zarr, .npy, .safetensors::name."
         ),
-        click.option("--routing", metavar="PATH", help="Expert indices (n,) or (n, k)."),
+        click.option(
+            "--routing",
+            metavar="PATH",
+            help="Expert indices (n,) or (n, k); with --layer, instead of its router's.",
+        ),
         click.option("--topk-weights", metavar="PATH", help="Weights of the slots (n, k)."),
         click.option(
             "--experts",
@@ -62,7 +66,7 @@ def input_options(command: Callable) -> Callable:
             """'{kind = "gated", gate = "g.zarr", ...}'.""",
         ),
         click.option(
-            "--layer", metavar="DIR", help="A checkpoint directory, instead of routing and experts."
+            "--layer", metavar="DIR", help="A checkpoint directory, instead of experts and routing."
         ),
         click.option("--layer-index", type=click.IntRange(0), help="Layer of the checkpoint."),
         click.option(

@@ -73,14 +73,19 @@ class Inputs:
     @property
     def slots_per_row(self) -> int:
         """k; E where experts choose their rows."""
-        if self.layer is not None:
-            return getattr(self.layer.router, "slots", self.experts.num_experts)
-        assert self.routing is not None  # a job has a layer, or else a routing
-        return 1 if self.routing.ndim == 1 else self.routing.shape[1]
+        if self.routing is not None:
+            return 1 if self.routing.ndim == 1 else self.routing.shape[1]
+        assert self.layer is not None  # a job has a routing, or else a layer
+        return getattr(self.layer.router, "slots", self.experts.num_experts)
+
+    @property
+    def routes(self) -> bool:
+        """Whether the layer's router says which experts rows go to."""
+        return self.routing is None
 
     def work(self, on_devices: bool = False) -> Work:
         """Put the job into numbers."""
-        topk = np.float32 if self.layer is not None else getattr(self.topk_weights, "dtype", None)
+        topk = np.float32 if self.routes else getattr(self.topk_weights, "dtype", None)
         return Work.of(
             self.tokens,
             self.experts,
@@ -88,7 +93,7 @@ class Inputs:
             rows=self.tokens.shape[0],
             slots=self.slots_per_row,
             topk_dtype=topk,
-            routes=self.layer is not None,
+            routes=self.routes,
             stored_rows=self.tokens.chunk_rows,
             read_bytes=self.read_bytes,
             on_devices=on_devices,
@@ -136,19 +141,18 @@ def open_inputs(job: Job) -> Inputs:
             f"{job.name}: tokens must be (n, d), but {tokens.name} has shape {tokens.shape}"
         )
     precision = job.precision or "float32"
+    routing = None if job.routing is None else _open(job, "routing", job.routing)
+    topk = None if job.topk_weights is None else _open(job, "topk_weights", job.topk_weights)
     if job.layer is not None:
         assert job.layer_index is not None  # `load_job` has checked
         layer = load_moe_layer(job.layer, job.layer_index).with_precision(precision)
         assert isinstance(layer.experts, Experts)
-        opened = Inputs(job, tokens, None, None, layer.experts, layer, {})
+        opened = Inputs(job, tokens, routing, topk, layer.experts, layer, {})
     else:
-        assert job.routing is not None
-        routing = _open(job, "routing", job.routing)
-        topk = None if job.topk_weights is None else _open(job, "topk_weights", job.topk_weights)
         weights = _open_weights(job)
         experts = _make_experts(job, weights).with_precision(precision)
         opened = Inputs(job, tokens, routing, topk, experts, None, weights)
-        _check_rows(opened)
+    _check_rows(opened)
     d = opened.experts.d if opened.layer is None else opened.layer.d
     if d != tokens.shape[1]:
         raise ValueError(
@@ -224,7 +228,8 @@ def open_rows(
 ) -> tuple[da.Array, da.Array, da.Array | None]:
     """Open the tokens in chunks of so many rows, and their routing and weights, or route them."""
     tokens = open_tokens(inputs.tokens, chunks=chunk_rows, name="tokens", xp=xp)
-    if inputs.layer is not None:
+    if inputs.routing is None:
+        assert inputs.layer is not None  # a job has a routing, or else a layer
         return tokens, *inputs.layer.route(tokens)
     routing = open_tokens(inputs.routing, name="routing", like=tokens, xp=xp)
     topk = inputs.topk_weights
@@ -298,9 +303,8 @@ def _open_weights(job: Job) -> dict[str, Source | list[Source]]:
 def name_inputs(inputs: Inputs) -> dict[str, Any]:
     """Return all that decides the values of the output, by the keys of the job."""
     named: dict[str, Any] = {"tokens": inputs.tokens}
-    if inputs.layer is not None:
-        return named | {"layer": inputs.layer}
-    named |= {"routing": inputs.routing, "experts": inputs.experts}
+    what = {"experts": inputs.experts} if inputs.layer is None else {"layer": inputs.layer}
+    named |= what if inputs.routing is None else what | {"routing": inputs.routing}
     return named if inputs.topk_weights is None else named | {"topk_weights": inputs.topk_weights}
 
 
@@ -328,6 +332,11 @@ def _check_rows(inputs: Inputs) -> None:
             raise ValueError(
                 f"{inputs.job.name}: {key} must have a row for each of the {n} token rows, but "
                 f"{source.name} has shape {source.shape}"
+            )
+        if source is not None and inputs.layer is not None and source.ndim != 2:
+            raise ValueError(
+                f"{inputs.job.name}: {key} of a layer must be (n, k), but {source.name} has shape "
+                f"{source.shape}"
             )
 
 

@@ -16,6 +16,7 @@ from typing import Any
 
 from dask_ep.cluster.gpus import Gpus
 from dask_ep.errors import JobError
+from dask_ep.graph.keys import read_key
 from dask_ep.jobs.backends import ALL_THREADS, Where, lay_out
 from dask_ep.jobs.build import Inputs, open_inputs, open_rows
 from dask_ep.jobs.collect_decide import decide_course
@@ -128,4 +129,5 @@ def price_course(
 
 
 def _is_ours(key: object) -> bool:
-    return str(key[0] if isinstance(key, tuple) else key).startswith("ep_")
+    said = read_key(key)
+    return said is not None and said.step != "read"

@@ -4,7 +4,9 @@
            └─> layer of b ──┴─ difference ──> Difference      both in one pass, chunk by chunk
     output a, output b ─────── difference ──> Difference
 
-Nothing is written, and no more of the rows is in memory than the chunks at work.
+Nothing is written, and no more of the rows is in memory than the chunks at work. Where the experts
+of both layers do not fit into memory together, each is run as a job of its own, and their outputs
+are compared.
 """
 
 from __future__ import annotations
@@ -13,9 +15,10 @@ import os
 import re
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import nullcontext
 from dataclasses import dataclass, replace
+from functools import partial
 from queue import SimpleQueue
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import dask
@@ -25,8 +28,6 @@ from dask.callbacks import Callback
 from distributed import Client
 
 from dask_ep.cluster.interrupts import Aside, Wait
-from dask_ep.cluster.ownership import own_experts
-from dask_ep.errors import DoesNotFit
 from dask_ep.graph.keys import read_key
 from dask_ep.jobs.backends import (
     ALL_THREADS,
@@ -39,9 +40,11 @@ from dask_ep.jobs.backends import (
     started,
 )
 from dask_ep.jobs.build import Built, Inputs, build, open_inputs
-from dask_ep.jobs.decide import decide
+from dask_ep.jobs.decide import attempt
 from dask_ep.jobs.difference import Difference, difference
 from dask_ep.jobs.job import Job
+from dask_ep.jobs.result import Progress
+from dask_ep.jobs.run import owned_ranks, run_job
 from dask_ep.jobs.verify import open_output
 from dask_ep.laws.decision import Decision
 from dask_ep.laws.memory_law import Layout
@@ -49,8 +52,8 @@ from dask_ep.layers.checkpoint import Checkpoint
 from dask_ep.storage.sources import Source
 from dask_ep.storage.storage import open_tokens
 
-OnChunk = Callable[[int, int], Any]
-"""Called with the chunks that are done, and the number of all, on threads."""
+OnRows = Callable[[int, int], Any]
+"""Called with the rows that are done, and all that there are to do, on threads."""
 
 
 @dataclass(frozen=True)
@@ -97,10 +100,11 @@ def compare_checkpoints(
     layer: int | None = None,
     where: Where = ALL_THREADS,
     *,
+    scratch: str | os.PathLike | None = None,
+    chunk_rows: int | None = None,
     tolerance: float | None = None,
     share: float = 1.0,
-    chunk_rows: int | None = None,
-    on_chunk: OnChunk | None = None,
+    on_progress: OnRows | None = None,
     wait: Wait = SimpleQueue.get,
 ) -> Comparison:
     """Compare what a layer of two checkpoints computes.
@@ -111,10 +115,12 @@ def compare_checkpoints(
     tokens : (n, d) hidden states that the layer gets
     layer : number of the layer; may be left out where there is one MoE layer
     where : as for `dask_ep.jobs.run.run_job`
+    scratch : directory for both outputs, where the layers are computed one after the other; by
+        default that of the system for temporary files
+    chunk_rows : rows of a token chunk; by default what fits both layers
     tolerance : of the error of a row, see `dask_ep.jobs.difference`
     share : part of the rows that must be within it
-    chunk_rows : rows of a token chunk; by default what fits both layers
-    on_chunk, wait : see `OnChunk` and `run_job`
+    on_progress, wait : see `OnRows` and `run_job`
 
     Raises
     ------
@@ -122,41 +128,30 @@ def compare_checkpoints(
         If the layers cannot be told, take rows of other widths, or a checkpoint has tensors of the
         layer that would not be used: the message names them.
     DoesNotFit
-        If the experts of both do not fit into half of the memory limit each.
+        If one of the layers cannot be run within the memory limit.
 
     Notes
     -----
-    One pass over the tokens, which are read once. The routing is compared where both layers have as
-    many experts.
+    One pass over the tokens, which are read once, where the experts of each layer fit into half of
+    the memory limit, as they are or as they are stored. Otherwise each layer is run by itself as
+    `run_job` decides, with experts in passes if need be, and the outputs are compared. The routing
+    is compared where both layers have as many experts.
     """
     layer = _layer_of(a, b) if layer is None else layer
-    unwritten = os.path.abspath("comparison.npy")  # a job has an output, and this one writes none
-    jobs = [
-        Job(
-            tokens=_path(tokens), out=unwritten, layer=_path(each), layer_index=layer,
-            name=_path(each),
-        )
-        for each in (a, b)
-    ]  # fmt: skip
-    inputs = [open_inputs(job) for job in jobs]
-    experts = [each.experts.num_experts for each in inputs]
-    same = experts[0] == experts[1]
-    files = {"tokens": jobs[0].tokens, "a": jobs[0].layer, "b": jobs[1].layer}
-    with started(where, files_of(files), wait) as (threads, client):
-        layout = lay_out(jobs[0], where, client)
-        decisions = _decide_both(inputs, layout, chunk_rows)
-        ranks = layout.world_size
-        with nullcontext() if client is None or ranks == 1 else own_experts(client, ranks):
-            built = [_built(*both, where, client) for both in zip(inputs, decisions, strict=True)]
-            lazy = difference(
-                built[0].y,
-                built[1].y,
-                [each.routing[0] for each in (built if same else built[:1])],
-                num_experts=experts[0],
-                tolerance=np.inf if tolerance is None else tolerance,
+    judged: dict[str, Any] = {"tolerance": tolerance, "share": share}
+    told: dict[str, Any] = {"on_progress": on_progress, "wait": wait}
+    with TemporaryDirectory(prefix="dask-ep-compare-", dir=scratch) as place:
+        jobs = [
+            Job(
+                tokens=_path(tokens), out=os.path.join(place, f"{name}.zarr"), layer=_path(path),
+                layer_index=layer, name=_path(path),
             )
-            found = _computed(lazy, threads, client, len(built[0].y.chunks[0]), on_chunk, wait)
-    return Comparison(found, tolerance, share, same, compare_tensors(a, b, layer), layer)
+            for name, path in (("a", a), ("b", b))
+        ]  # fmt: skip
+        found = _compare_together(jobs, where, chunk_rows, judged, **told)
+        if found is None:
+            found = _compare_apart(jobs, where, chunk_rows, judged, **told)
+    return replace(found, tensors=compare_tensors(a, b, layer), layer=layer)
 
 
 def compare_outputs(
@@ -165,10 +160,10 @@ def compare_outputs(
     where: Where = ALL_THREADS,
     *,
     routing: Sequence[str | os.PathLike] = (),
+    chunk_rows: int | None = None,
     tolerance: float | None = None,
     share: float = 1.0,
-    chunk_rows: int | None = None,
-    on_chunk: OnChunk | None = None,
+    on_progress: OnRows | None = None,
     wait: Wait = SimpleQueue.get,
 ) -> Comparison:
     """Compare two outputs, row by row.
@@ -177,7 +172,7 @@ def compare_outputs(
     ----------
     a, b : (n, d) array files; errors are relative to `a`
     routing : of `a`, as (n, k) or (n,) file, for errors by expert; and of `b`, to compare them
-    where, tolerance, share, chunk_rows, on_chunk, wait : as for `compare_checkpoints`
+    where, chunk_rows, tolerance, share, on_progress, wait : as for `compare_checkpoints`
 
     Raises
     ------
@@ -194,15 +189,73 @@ def compare_outputs(
         first = open_tokens(outputs[0], chunks=chunk_rows)
         second, *rest = (open_tokens(each, like=first) for each in (outputs[1], *routings))
         experts = 1 + max((int(each.max().compute()) for each in rest), default=-1)
-        lazy = difference(
-            first,
-            second,
-            rest,
-            num_experts=experts,
-            tolerance=np.inf if tolerance is None else tolerance,
-        )
-        found = _computed(lazy, threads, client, len(first.chunks[0]), on_chunk, wait)
-    return Comparison(found, tolerance, share, len(rest) == 2)
+        compute = partial(_computed, threads, client, on_progress, wait)
+        return _compared([first, second], rest, experts, compute, tolerance, share)
+
+
+def _compare_together(
+    jobs: Sequence[Job],
+    where: Where,
+    chunk_rows: int | None,
+    judged: Mapping[str, Any],
+    on_progress: OnRows | None,
+    wait: Wait,
+) -> Comparison | None:
+    """Compute both layers in one pass; None where their experts do not fit together."""
+    inputs = [open_inputs(job) for job in jobs]
+    experts = [_known_experts(each) for each in inputs]
+    files = {"tokens": jobs[0].tokens, "a": jobs[0].layer, "b": jobs[1].layer}
+    with started(where, files_of(files), wait) as (threads, client):
+        layout = lay_out(jobs[0], where, client)
+        decisions = _decide_both(inputs, layout, chunk_rows)
+        if decisions is None:
+            return None
+        compute = partial(_computed, threads, client, on_progress, wait)
+        with owned_ranks(client, layout.world_size):
+            built = [_built(*both, where, client) for both in zip(inputs, decisions, strict=True)]
+            routed = built if experts[0] == experts[1] else built[:1]
+            return _compared(
+                [each.y for each in built], [each.routing[0] for each in routed], experts[0],
+                compute, **judged,
+            )  # fmt: skip
+
+
+def _compare_apart(
+    jobs: Sequence[Job],
+    where: Where,
+    chunk_rows: int | None,
+    judged: Mapping[str, Any],
+    on_progress: OnRows | None,
+    wait: Wait,
+) -> Comparison:
+    """Run one layer after the other, and compare their outputs."""
+
+    def tell(part: int, done: int, rows: int) -> None:
+        if on_progress is not None:
+            on_progress(part * rows + done, 3 * rows)
+
+    routings = []
+    for part, job in enumerate(jobs):
+        routings.append(os.path.join(os.path.dirname(job.out), f"routing-{part}.zarr"))
+        tell_of_run = partial(_tell_rows, partial(tell, part))
+        run_job(
+            job, where, chunk_rows=chunk_rows, save_routing=routings[-1], on_progress=tell_of_run,
+            wait=wait,
+        )  # fmt: skip
+    same = len({_known_experts(open_inputs(job)) for job in jobs}) == 1
+    return compare_outputs(
+        jobs[0].out, jobs[1].out, where, routing=routings if same else routings[:1],
+        chunk_rows=chunk_rows, **judged, on_progress=partial(tell, 2), wait=wait,
+    )  # fmt: skip
+
+
+def _tell_rows(tell: OnRows, how: Progress) -> None:
+    tell(how.rows_done + how.rows_before, how.rows_in_all)
+
+
+def _known_experts(inputs: Inputs) -> int:
+    assert inputs.layer is not None
+    return inputs.layer.known_experts
 
 
 # --- what is compared ----------------------------------------------------------------------------
@@ -229,24 +282,18 @@ def _layer_of(a: str | os.PathLike, b: str | os.PathLike) -> int:
 
 def _decide_both(
     inputs: Sequence[Inputs], layout: Layout, chunk_rows: int | None
-) -> list[Decision]:
-    """Decide how both layers run, in the same chunks and half of the memory each."""
-    limit = layout.memory_limit
+) -> list[Decision] | None:
+    """Decide how both layers run, in the same chunks and half of the memory each; None if not."""
+    limit, rows = layout.memory_limit, chunk_rows
     half = layout if limit is None else replace(layout, memory_limit=limit // 2)
     works = [each.work(layout.on_devices) for each in inputs]
-    rows = min(decide(work, half, chunk_rows=chunk_rows).chunk_rows for work in works)
-    decisions = [decide(work, half, chunk_rows=rows) for work in works]
-    for each, decision in zip(inputs, decisions, strict=True):
-        if decision.passes is not None:
-            assert limit is not None  # without one all experts are held
-            raise DoesNotFit(
-                f"the experts of {each.job.layer} do not fit into half of the memory limit of "
-                f"{limit / 1e6:.0f} MB, and both layers are in memory together: allow more, or run "
-                "them one after the other (`dask-ep run`) and compare the outputs",
-                {},
-                decision,
-            )
-    return decisions
+    for _ in range(2):  # then in the smaller chunks
+        found = [attempt(work, half, chunk_rows=rows) for work in works]
+        fitting = [one for one in found if isinstance(one, Decision) and one.passes is None]
+        if len(fitting) < len(found):
+            return None
+        rows = min(one.chunk_rows for one in fitting)
+    return fitting
 
 
 def _built(inputs: Inputs, decision: Decision, where: Where, client: Client | None) -> Built:
@@ -284,25 +331,40 @@ class _Chunks(Callback):
 
     def __init__(self, tell: Callable[[int], Any]):
         super().__init__(posttask=self._look)
-        self._tell, self._done = tell, 0
+        self._tell = tell
 
     def _look(self, key: Any, *_: Any) -> None:
         said = read_key(key)
         if said is not None and said.step == "compare":
-            self._done += 1
-            self._tell(self._done)
+            self._tell(said.chunk)
+
+
+def _compared(
+    outputs: Sequence[da.Array],
+    routing: Sequence[da.Array],
+    num_experts: int,
+    compute: Callable[[da.Array, Sequence[int]], Difference],
+    tolerance: float | None,
+    share: float,
+) -> Comparison:
+    """Compare lazy outputs, and judge what is found."""
+    a, b = outputs
+    lazy = difference(
+        a, b, routing, num_experts=num_experts,
+        tolerance=np.inf if tolerance is None else tolerance,
+    )  # fmt: skip
+    return Comparison(compute(lazy, a.chunks[0]), tolerance, share, len(routing) == 2)
 
 
 def _computed(
-    lazy: da.Array,
     threads: int,
     client: Client | None,
-    chunks: int,
-    on_chunk: OnChunk | None,
+    on_progress: OnRows | None,
     wait: Wait,
+    lazy: da.Array,
+    chunks: Sequence[int],
 ) -> Difference:
     """Compute a lazy difference where the work is done, while this thread waits for signals."""
-
     future = None if client is None else client.compute(lazy)
 
     def work(tell: Callable[[Any], None]) -> None:
@@ -313,13 +375,14 @@ def _computed(
             (found,) = dask.compute(lazy, scheduler="threads", num_workers=threads)
         tell(found)
 
-    found: Any = None
+    found, done = None, 0
     try:
         for told in Aside(work, wait):
             if not isinstance(told, int):
                 found = told
-            elif on_chunk is not None:
-                on_chunk(told, chunks)
+            elif on_progress is not None:
+                done += chunks[told]
+                on_progress(done, sum(chunks))
     finally:
         if client is not None:
             client.cancel(future)

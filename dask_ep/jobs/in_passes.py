@@ -151,7 +151,7 @@ class InPasses:
     def _small_routing(self, routing: da.Array) -> da.Array:
         """The routing in chunks that may be computed several at a time, if it must be computed."""
         layer = self._inputs.layer
-        if layer is None:
+        if layer is None or not self._inputs.routes:
             return routing
         rows = max(CHUNK_BYTES // (4 * self._inputs.row_bytes), 1)
         tokens = open_tokens(self._inputs.tokens, chunks=min(rows, self.passes.chunk_rows))

@@ -264,7 +264,7 @@ def _inspect_job(path: str) -> Finding:
         k = int(np.prod(inputs.routing.shape[1:]))
         weighted = "with" if inputs.topk_weights is not None else "without"
         facts.insert(1, ("routing", f"{k} slots per row, {weighted} top-k weights"))
-    else:
+    if inputs.layer is not None:
         facts.insert(1, ("layer", f"{job.layer_index} of {job.layer}"))
     by = multiplied_by(inputs.tokens.dtype, experts.is_bfloat16, experts.precision)
     facts.append(("products here", f"by {by}"))

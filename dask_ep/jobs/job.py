@@ -16,9 +16,10 @@ cluster.
     down = "down.zarr"                  # (E, f, d_out)
 
 Instead of routing and experts, ``layer = "checkpoint/"`` and ``layer_index = 3`` take router,
-experts and shared experts from a checkpoint. Paths are relative to the job file; a tensor of a
-safetensors file is ``"file.safetensors::name"``. This file reads, checks and writes jobs; what a
-job gives as an array is told by `dask_ep.jobs.build`.
+experts and shared experts from a checkpoint; routing and top-k weights besides, such as
+``save_routing`` of a run keeps them, replace what its router would say. Paths are relative to the
+job file; a tensor of a safetensors file is ``"file.safetensors::name"``. This file reads, checks
+and writes jobs; what a job gives as an array is told by `dask_ep.jobs.build`.
 """
 
 from __future__ import annotations
@@ -75,7 +76,7 @@ class Job:
     out: str
     #: where the (n, d_out) output goes: .zarr, .npy or .safetensors
     routing: str | None = None
-    #: (n,) or (n, k) array file of expert indices
+    #: (n,) or (n, k) array file of expert indices; with a layer (n, k), instead of its router's
     topk_weights: str | None = None
     #: (n, k) array file
     experts: Mapping[str, Any] | None = None
@@ -386,12 +387,16 @@ def nearest(key: str, allowed: Iterable[str]) -> str:
 def _check_complete(values: Mapping[str, Any], place: str) -> None:
     needs = "a job needs tokens and out, and either routing and experts or layer and layer_index"
     has_layer = "layer" in values or "layer_index" in values
-    for key in ("routing", "topk_weights", "experts"):
-        if has_layer and key in values:
-            raise JobError(
-                f"{place}: {key} and layer contradict each other: a layer has its own router and "
-                f"experts; {needs}"
-            )
+    if has_layer and "experts" in values:
+        raise JobError(
+            f"{place}: experts and layer contradict each other: a layer has its own; {needs}"
+        )
+    given = {"routing", "topk_weights"} & values.keys()
+    if has_layer and len(given) == 1:
+        raise JobError(
+            f"{place}: a layer takes routing and topk_weights together, instead of its router's, "
+            f"but only {given.pop()} is given"
+        )
     pair = ("layer", "layer_index") if has_layer else ("routing", "experts")
     for key in ("tokens", *pair, "out"):
         if key not in values:

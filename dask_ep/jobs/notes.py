@@ -47,7 +47,7 @@ def note_square_weights(inputs: Inputs) -> str | None:
 
 def note_indices_from_1(inputs: Inputs) -> str | None:
     """Whether expert 0 has no row and the largest index is E - 1 or E, as if counted from 1."""
-    if inputs.routing is None:
+    if inputs.routing is None or inputs.layer is not None:
         return None
     E, largest = inputs.experts.num_experts, _largest_without_0(inputs.routing)
     if largest not in (E - 1, E):

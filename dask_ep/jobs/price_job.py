@@ -65,11 +65,11 @@ class Pricing:
             layer, experts, tokens = experts, experts.experts, rows_of(tokens)
             if routes := routing is None:
                 routing, topk_weights = layer.route(tokens)
-                routing = layer.sent(routing)
-                router_tasks = _count_new_tasks([routing, topk_weights], tokens)
+                router_tasks = _count_new_tasks([layer.sent(routing), topk_weights], tokens)
             routing, topk_weights = (
                 None if a is None else rows_of(a) for a in (routing, topk_weights)
             )
+            routing = layer.sent(routing)
         self._experts, self._rates = as_experts(experts), rates
         self._probed: Rates | None = None
         check_tokens(tokens)
@@ -100,9 +100,11 @@ class Pricing:
     def of_job(cls, inputs: Inputs, decision: Decision, rates: Rates | None = None) -> Pricing:
         """Survey the routing of a job, in the chunks of a run; of a layer, run its router."""
         tokens = open_tokens(inputs.tokens, chunks=decision.chunk_rows, name="tokens")
-        experts, routing, topk = inputs.layer or inputs.experts, None, inputs.topk_weights
-        if inputs.layer is None:
-            routing = open_tokens(inputs.routing, like=tokens, name="routing")
+        experts = inputs.layer or inputs.experts
+        routing, topk = (
+            None if given is None else open_tokens(given, like=tokens, name="routing")
+            for given in (inputs.routing, inputs.topk_weights)
+        )
         return cls(
             tokens,
             routing,

@@ -30,27 +30,32 @@ def recompute(
     inputs: Inputs, sample: np.ndarray, arithmetic: Arithmetic
 ) -> tuple[np.ndarray, Scaled]:
     """Return the routing (m, k) of the sample's rows, and their output (m, d_out) in float64."""
-    tokens = read_rows(inputs.tokens, sample)
-    if inputs.layer is not None:
-        return _recompute_layer(inputs, tokens, arithmetic)
-    assert inputs.routing is not None
-    routing = read_rows(inputs.routing, sample)
-    routing = routing[:, None] if routing.ndim == 1 else routing
-    weights = None
-    if inputs.topk_weights is not None:
+    tokens, routing, weights = read_rows(inputs.tokens, sample), None, None
+    if inputs.routing is not None:
+        routing = read_rows(inputs.routing, sample)
+        routing = routing[:, None] if routing.ndim == 1 else routing
+    if inputs.topk_weights is not None and routing is not None:
         weights = read_rows(inputs.topk_weights, sample).reshape(routing.shape)
+    if inputs.layer is not None:
+        return _recompute_layer(inputs, tokens, routing, weights, arithmetic)
+    assert routing is not None  # a job has a layer, or else a routing
     return routing, _apply_experts(inputs.experts, tokens, routing, weights, arithmetic)
 
 
 @QUIET
 def _recompute_layer(
-    inputs: Inputs, tokens: np.ndarray, arithmetic: Arithmetic
+    inputs: Inputs,
+    tokens: np.ndarray,
+    routing: np.ndarray | None,
+    weights: np.ndarray | None,
+    arithmetic: Arithmetic,
 ) -> tuple[np.ndarray, Scaled]:
-    """As `recompute`, of a layer, which routes the rows itself."""
+    """As `recompute`, of a layer, which routes the rows itself unless that is given."""
     layer, E = inputs.layer, inputs.experts.num_experts
     assert layer is not None
-    routed = layer.route(da.from_array(tokens, chunks=-1))
-    routing, weights = dask.compute(*routed, scheduler="sync")
+    if routing is None or weights is None:
+        routed = layer.route(da.from_array(tokens, chunks=-1))
+        routing, weights = dask.compute(*routed, scheduler="sync")
     sent = np.where(routing < E, routing, -1)
     rows = _through_steps(layer.around.before, exact_rows(tokens), arithmetic)
     y = _apply_experts(inputs.experts, rows, sent, weights, arithmetic)

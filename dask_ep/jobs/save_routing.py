@@ -33,10 +33,10 @@ def path_of_weights(path: str | os.PathLike) -> str:
 
 def check_saved_routing(job: Job, path: str | os.PathLike, resume: bool, overwrite: bool) -> None:
     """Refuse to save a routing that the job reads itself, or where something else is."""
-    if job.layer is None:
+    if job.routing is not None:
         raise JobError(
-            f"{job.name}: save_routing needs a layer, which has a router; the routing of this job "
-            f"is in {job.routing} already"
+            f"{job.name}: save_routing needs a layer that routes; the routing of this job is in "
+            f"{job.routing} already"
         )
     for each in (path, path_of_weights(path)):
         if os.path.realpath(each) == os.path.realpath(job.out):

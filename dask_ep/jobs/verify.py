@@ -124,7 +124,8 @@ def verify_job(
     Cost: rows * k experts on single rows, in float64, and four times that in products of all rows
     of an expert; and the routing is read until every expert was met. Memory: the sample, and one
     expert in float64, its largest matrix twice. A checkpoint's layer routes the sample by its own
-    router, whose choice for a row does not depend on other rows; experts are those of `reference`.
+    router, if the job gives no routing: its choice for a row does not depend on other rows. Experts
+    are those of `reference`.
     A value that is infinite or NaN must be so in the same way on both sides, unless numbers on the
     way to it overflow the dtype in which it was computed.
     """

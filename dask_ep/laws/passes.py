@@ -195,7 +195,7 @@ def ways_to_wait(work: Work, layout: Layout) -> tuple[str, ...]:
     Dask workers share no memory. The rows of a layer are routed, and go through its shared experts,
     chunk by chunk: small ones.
     """
-    return ("hold", "spill") if layout.in_process and not work.of_layer else ("spill",)
+    return ("hold", "spill") if layout.in_process and not work.routes else ("spill",)
 
 
 def _hold(

@@ -85,8 +85,8 @@ class Work:
     #: whether experts are held as they are stored, whatever the memory
     in_files: bool = True
     #: whether all experts are in files or NumPy arrays, so that they can be, or be used in passes
-    of_layer: bool = False
-    #: whether rows are routed by a layer
+    routes: bool = False
+    #: whether a layer's router says where rows go
     layer: LayerWork = LayerWork()
     #: router and shared experts
     on_device: OnDevice | None = None
@@ -199,7 +199,7 @@ class Work:
             apply_router_weight_on_input=options.get("apply_router_weight_on_input", False),
             as_stored=isinstance(experts, StoredExperts),
             in_files=isinstance(experts, Experts) and not experts.collections(),
-            of_layer=layer is not None,
+            routes=routes,
             layer=layer_work,
             on_device=OnDevice.of(experts, shared, slots, dtype) if on_devices else None,
         )

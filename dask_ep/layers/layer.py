@@ -67,6 +67,7 @@ LAYER_PARTS = ("router", "experts", "arrays", "shared", "capacity", "around", "r
 class _Sizes:
     """How wide a layer's rows are, and what its parts take."""
 
+    router: Any
     experts: Any
     shared: Any
     around: Around
@@ -92,6 +93,13 @@ class _Sizes:
     def small_arrays(self) -> list[SmallArray]:
         """All arrays but the weights of experts."""
         return [*self.arrays.values(), *self.around.arrays]
+
+    @property
+    def known_experts(self) -> int:
+        """How many experts a routing may name: those that rows are not sent to as well."""
+        if self.around.beyond == "shared":
+            return self.experts.num_experts + self.shared.num_experts
+        return self.router.num_experts
 
     @property
     def widest(self) -> int:
@@ -325,8 +333,9 @@ class MoELayer(_Sizes):
 
     def sent(self, indices: da.Array) -> da.Array:
         """The routing to the experts alone: -1 for those that only the router knows."""
-        alone = self.around.beyond is not None
-        return experts_alone(indices, self.experts.num_experts) if alone else indices
+        if self.around.beyond is None:
+            return indices
+        return experts_alone(indices, self.experts.num_experts, self.known_experts)
 
     def add_the_rest(
         self,

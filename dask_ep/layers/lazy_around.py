@@ -17,7 +17,7 @@ import numpy as np
 from dask.base import tokenize
 from dask.task_spec import Task, TaskRef
 
-from dask_ep.arrays.checks import computing_dtype
+from dask_ep.arrays.checks import computing_dtype, raise_bad_index
 from dask_ep.arrays.namespaces import Array, namespace
 from dask_ep.graph.keys import step_name
 from dask_ep.graph.rows import array_of, keys_of, xp_name
@@ -60,11 +60,12 @@ def finish_rows(
     return array_of(name, tasks, arrays, (rows.chunks[0], (width,)), rows._meta)
 
 
-def experts_alone(indices: da.Array, num_experts: int) -> da.Array:
-    """Indices (n, k) with -1 for those from `num_experts` on."""
+def experts_alone(indices: da.Array, num_experts: int, known: int) -> da.Array:
+    """Indices (n, k) with -1 for those from `num_experts` on; from `known` on they are errors."""
     return da.map_blocks(
-        _below, indices, num_experts=num_experts, dtype=indices.dtype, meta=indices._meta
-    )
+        _below, indices, num_experts=num_experts, known=known, dtype=indices.dtype,
+        meta=indices._meta,
+    )  # fmt: skip
 
 
 # --- the tasks -----------------------------------------------------------------------------------
@@ -74,5 +75,7 @@ def _load_before(before: Steps, xp_name: str, dtype: np.dtype) -> Loaded:
     return load_steps(before, import_module(xp_name), dtype)
 
 
-def _below(indices: Array, *, num_experts: int) -> Array:
+def _below(indices: Array, *, num_experts: int, known: int) -> Array:
+    if indices.size and int(indices.max()) >= known:
+        raise_bad_index(indices, known)
     return namespace(indices).where(indices >= num_experts, indices.dtype.type(-1), indices)

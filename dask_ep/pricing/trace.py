@@ -117,9 +117,9 @@ class Record:
     def _last(self) -> str:
         """The step that chunks end with: on workers these are named after their storing."""
         steps = Counter(span.step for span in self.spans)
-        stored = 0 if steps["gram"] else steps["store"]  # second moments are stored by expert
-        named = (s for s in LAST if steps[s] and steps[s] >= stored)
-        return next(named, "store")
+        if steps["gram"]:  # second moments are stored by expert
+            return next((s for s in LAST if steps[s]), "gram")
+        return next((s for s in LAST if steps[s] and steps[s] >= steps["store"]), "store")
 
     def finished(self) -> list[tuple[float, int]]:
         """When each chunk was done, first to last: (seconds, chunk)."""
@@ -133,8 +133,9 @@ class Record:
 
     def _last_runs(self) -> dict[int, Span]:
         """The last run of the task that each chunk ends with."""
-        spans = sorted((s for s in self.spans if s.step == self._last), key=lambda s: s.stop)
-        return {span.chunk: span for span in spans}
+        last = self._last
+        spans = sorted((s for s in self.spans if s.step == last), key=lambda s: s.stop)
+        return {span.chunk: span for span in spans if span.chunk >= 0}
 
     # --- what ranks have served ---
 

@@ -26,7 +26,7 @@ from dask.utils import Dispatch
 from distributed import Client
 from distributed.protocol import deserialize, serialize
 
-from dask_ep import Experts, Router, expert_parallel, open_tokens, store
+from dask_ep import Experts, Router, collect, expert_parallel, open_tokens, store
 from dask_ep.arrays import device
 from dask_ep.arrays.device import Device, NoDeviceError
 from dask_ep.arrays.lanes import Lanes, download, pinned_empty, upload
@@ -39,10 +39,13 @@ from dask_ep.graph.chunk import ChunkPlace, Exchange, combine, cut, pack
 from dask_ep.jobs import backends
 from dask_ep.jobs.backends import Cluster, Threads, lay_out
 from dask_ep.jobs.build import build, open_inputs
+from dask_ep.jobs.compare import compare_checkpoints
 from dask_ep.jobs.decide import decide
+from dask_ep.jobs.difference import difference
 from dask_ep.jobs.example import Example, write_example
-from dask_ep.jobs.job import load_job
+from dask_ep.jobs.job import Job, load_job
 from dask_ep.jobs.run import run_job
+from dask_ep.jobs.save_routing import path_of_weights
 from dask_ep.jobs.verify import TF32_TOLERANCE, TOLERANCES, verify_job
 from dask_ep.kernel import device_kernel
 from dask_ep.kernel.pack import Packing
@@ -356,14 +359,71 @@ def test_from_file_to_file_each_byte_goes_up_once_and_down_once(tmp_path, small_
     np.testing.assert_allclose(np.load(tmp_path / "out.npy"), want, rtol=1e-5, atol=1e-6)
 
 
+def layer_job(tmp_path: Path, hidden: np.ndarray, **more: str) -> Job:
+    np.save(tmp_path / "hidden.npy", hidden)
+    places = {"tokens": str(tmp_path / "hidden.npy"), "out": str(tmp_path / "out.npy")}
+    layer = os.fspath(FIXTURES / "qwen2_moe")
+    return load_job(layer=layer, layer_index=LAYER, **places, **more)
+
+
+def test_a_saved_routing_goes_to_devices_and_statistics_stay_on_the_host(tmp_path):
+    want = expected("qwen2_moe")
+    hidden = want["hidden"].reshape(-1, want["hidden"].shape[-1])
+    saved = tmp_path / "routing.npy"
+    run_job(layer_job(tmp_path, hidden), Threads(1), save_routing=saved)
+    saved_too = {"routing": str(saved), "topk_weights": path_of_weights(str(saved))}
+    inputs = open_inputs(layer_job(tmp_path, hidden, **saved_too))
+    decision = decide(inputs.work(), Layout(2, 2, 1), chunk_rows=10)
+    built = build(inputs, decision, xp="device_double")
+    got = dask.compute(*built.y.to_delayed().ravel(), scheduler="sync")
+    assert {type(block) for block in got} == {DeviceArray}
+    got = np.concatenate([block.get() for block in got]).reshape(want["output"].shape)
+    np.testing.assert_allclose(got, want["output"], atol=1e-5 * np.abs(want["output"]).max())
+    tokens = open_tokens(tmp_path / "hidden.npy", chunks=10, xp="device_double")
+    with pytest.raises(TypeError, match="the rows are on a GPU: give NumPy chunks"):
+        collect(tokens, inputs.layer, what=["usage"], routing=built.routing)
+
+
+def test_outputs_on_devices_are_compared_there():
+    rng = np.random.default_rng(0)
+    a, b = rng.standard_normal((2, 40, 6), dtype="f4")
+    routing = np.argsort(rng.random((2, 40, 5)), axis=2)[:, :, :2]
+    host = [da.from_array(x, chunks=(7, -1)) for x in (a, b, *routing)]
+    there = [x.map_blocks(on_device, meta=on_device(x._meta)) for x in host]
+    found, want = (
+        difference(*x[:2], x[2:], num_experts=5, tolerance=1.0).compute(scheduler="sync").item()
+        for x in (there, host)
+    )
+    assert (found.rows, found.beyond, found.worst, found.pairs, found.bins) == (
+        40, want.beyond, want.worst, want.pairs, want.bins
+    )  # fmt: skip
+    np.testing.assert_array_equal(found.expert_errors, want.expert_errors)
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("two_doubles")
+def test_a_layer_of_two_checkpoints_is_compared_on_devices(tmp_path, capsys):
+    tokens = tmp_path / "x.npy"
+    np.save(tokens, np.random.default_rng(0).standard_normal((200, 32), dtype="f4"))
+    pair = (FIXTURES / "deepseek_v3_bfloat16", FIXTURES / "deepseek_v3_fp8_cut")
+    found, want = (
+        compare_checkpoints(*pair, tokens, LAYER, where, chunk_rows=50, tolerance=0.1)
+        for where in (Gpus(protocol="tcp"), Threads(1))
+    )
+    assert found.difference.rows == want.difference.rows == 200
+    assert found.difference.moved == want.difference.moved
+    assert found.difference.quantile(0.5) == pytest.approx(want.difference.quantile(0.5), rel=0.05)
+    options = ("--layer", pair[0], "--layer-index", LAYER, "--tokens", tokens, "--gpu")
+    stats = ("--what", "usage", "--out", tmp_path / "s.zarr")
+    code, _, err = here(capsys, "collect", *options, *stats)
+    assert (code, "statistics are collected on the host: run without --gpu" in err) == (2, True)
+
+
 @pytest.mark.parametrize("world_size", [1, 2])
 def test_a_layer_of_a_checkpoint_is_computed_on_devices(tmp_path, world_size):
     want = expected("qwen2_moe")
     hidden = want["hidden"].reshape(-1, want["hidden"].shape[-1])
-    np.save(tmp_path / "hidden.npy", hidden)
-    layer = os.fspath(FIXTURES / "qwen2_moe")
-    places = {"tokens": str(tmp_path / "hidden.npy"), "out": str(tmp_path / "out.npy")}
-    inputs = open_inputs(load_job(layer=layer, layer_index=LAYER, **places))
+    inputs = open_inputs(layer_job(tmp_path, hidden))
     decision = decide(inputs.work(), Layout(world_size, world_size, 1), chunk_rows=10)
     y = build(inputs, decision, xp="device_double").y
     got = dask.compute(*y.to_delayed().ravel(), scheduler="sync")

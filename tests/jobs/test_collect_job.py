@@ -11,6 +11,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from unittest.mock import ANY
 
 import dask
 import numpy as np
@@ -181,7 +182,9 @@ def known_rates(monkeypatch):
 
 
 @pytest.mark.parametrize("what", [ALL, ("usage",), ("gram",), ("reap",)], ids=str)
-@pytest.mark.parametrize("where", [Threads(2), Processes(2)], ids=["threads", "processes"])
+@pytest.mark.parametrize(
+    "where", [Threads(2), pytest.param(Processes(2), marks=pytest.mark.slow)], ids=str
+)
 def test_a_report_compares_with_the_plan(folder, known_rates, where, what):
     told, report = [], folder / "run.html"
     collect_job(
@@ -204,11 +207,12 @@ def header(folder: Path) -> int:
         return 8 + int.from_bytes(file.read(8), "little")
 
 
-def test_the_plan_of_what_is_left_is_laid_beside_a_resumed_run(folder, known_rates):
+@pytest.mark.parametrize("rows", [20, 250], ids=["among the groups", "among the grams"])
+def test_the_plan_of_what_is_left_is_laid_beside_a_resumed_run(folder, known_rates, rows):
     told = []
 
     def stop(done: int, total: int) -> None:
-        if done > 20:
+        if done > rows:
             raise Stopped
 
     with pytest.raises(Stopped):
@@ -218,8 +222,8 @@ def test_the_plan_of_what_is_left_is_laid_beside_a_resumed_run(folder, known_rat
         on_record=lambda *both: told.append(both),
     )  # fmt: skip
     planned, record = told[0]
-    assert 0 < sum(planned.left) < 50
-    assert record.tasks == planned.tasks
+    assert sum(planned.left) < 50  # on a busy machine all may be done before it is stopped
+    assert (planned.grams_left, record.tasks) == (6 if rows == 20 else ANY, planned.tasks)
     assert "This run resumed an earlier one" in (folder / "run.html").read_text()
 
 

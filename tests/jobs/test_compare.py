@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
+from dataclasses import replace
 
 import click
 import dask.array as da
@@ -16,10 +17,14 @@ from hypothesis import strategies as st
 from dask_ep import load_moe_layer, store
 from dask_ep.cli.main import cli
 from dask_ep.errors import DoesNotFit
+from dask_ep.jobs import compare
+from dask_ep.jobs import run as jobs_run
 from dask_ep.jobs.backends import Processes, Threads
 from dask_ep.jobs.compare import compare_checkpoints, compare_outputs, compare_tensors
+from dask_ep.jobs.decide import decide
 from dask_ep.jobs.difference import Difference, compare_rows, difference, row_errors
 from tests.checkpoints import FIXTURES, LAYER, altered
+from tests.graph.test_passes import passes_of
 
 ORIGINAL, QUANTISED = FIXTURES / "deepseek_v3_bfloat16", FIXTURES / "deepseek_v3_fp8_cut"
 ROWS = 500
@@ -145,7 +150,7 @@ def test_a_checkpoint_and_its_quantised_copy(tokens, where):
     done = []
     found = compare_checkpoints(
         ORIGINAL, QUANTISED, tokens, LAYER, where,
-        chunk_rows=100, tolerance=0.1, on_chunk=lambda *both: done.append(both),
+        chunk_rows=100, tolerance=0.1, on_progress=lambda *both: done.append(both),
     )  # fmt: skip
     right, got = layer_by_layer(tokens), found.difference
     assert (got.rows, got.beyond, got.moved, got.first_moved) == (
@@ -158,7 +163,54 @@ def test_a_checkpoint_and_its_quantised_copy(tokens, where):
     assert got.quantile(0.5) == pytest.approx(right.quantile(0.5), rel=0.01)
     assert not found.good
     if isinstance(where, Threads):
-        assert done == [(n, 5) for n in range(1, 6)]
+        assert done == [(100 * n, ROWS) for n in range(1, 6)]
+
+
+@pytest.mark.parametrize("way", ["in memory", "hold", "spill"])
+def test_layers_that_do_not_fit_together_are_run_one_after_the_other(
+    tokens, tmp_path, monkeypatch, way
+):
+    limit, told, left = 300 * 10**6, [], []
+    if way != "in memory":
+        monkeypatch.setattr(
+            jobs_run, "decide",
+            lambda *args, **more: replace(
+                decide(*args, **more), passes=passes_of(way, group_chunks=2, threads=1)
+            ),
+        )  # fmt: skip
+    run_job = compare.run_job
+
+    def running(job, *args, **more):
+        left.append(sorted(path.name for path in tmp_path.glob("*/*.zarr")))
+        return run_job(job, *args, **more)
+
+    monkeypatch.setattr(compare, "run_job", running)
+    found = compare_checkpoints(
+        ORIGINAL, QUANTISED, tokens, LAYER, Threads(1, limit), chunk_rows=64, scratch=tmp_path,
+        tolerance=0.1, on_progress=lambda *both: told.append(both),
+    )  # fmt: skip
+    assert left == [[], ["a.zarr", "routing-0.topk_weights.zarr", "routing-0.zarr"]]
+    assert not list(tmp_path.iterdir()), "nothing is left"
+    right, got = layer_by_layer(tokens), found.difference
+    assert (got.rows, got.beyond, got.moved, got.first_moved, got.pairs) == (
+        ROWS, right.beyond, right.moved, right.first_moved, right.pairs
+    )  # fmt: skip
+    np.testing.assert_array_equal(got.expert_rows, right.expert_rows)
+    np.testing.assert_allclose(got.expert_errors, right.expert_errors, rtol=1e-4)
+    assert (found.layer, found.routing_compared, found.tensors.same > 0) == (LAYER, True, True)
+    assert told == sorted(told)
+    assert told[-1] == (3 * ROWS, 3 * ROWS)
+
+
+def test_experts_that_rows_are_not_sent_to_are_compared_too(tokens):
+    case = FIXTURES / "longcat_flash"
+    layer = load_moe_layer(case, LAYER)
+    found = compare_checkpoints(case, case, tokens, LAYER).difference
+    assert (found.num_experts, found.moved) == (layer.known_experts, 0)
+    hidden = da.from_array(np.load(tokens), chunks=-1)
+    indices = layer.route(hidden)[0].compute(scheduler="sync")
+    assert indices.max() > layer.experts.num_experts
+    np.testing.assert_array_equal(found.expert_rows, np.bincount(indices.reshape(-1)))
 
 
 def run(*arguments) -> tuple[int, str]:
@@ -254,7 +306,7 @@ def test_tensors_that_are_missing_or_never_used_are_named(tokens, tmp_path):
 
 
 def test_what_cannot_be_compared_is_refused(tokens, tmp_path):
-    with pytest.raises(DoesNotFit, match="limit of 70 MB must hold"):
+    with pytest.raises(DoesNotFit, match="limit of 140 MB must hold"):
         compare_checkpoints(ORIGINAL, QUANTISED, tokens, LAYER, Threads(1, 140 * 10**6))
     with pytest.raises(ValueError, match="have 2 MoE layers in common, 0 to 1"):
         compare_checkpoints(FIXTURES / "mixtral", FIXTURES / "mixtral_float16", tokens)

@@ -142,7 +142,12 @@ def test_the_keys_of_experts_are_the_keywords_of_their_classmethods(kind):
         ('kind = "linear"', "", r"\[experts\]: kind must be one of .*, but is missing"),
         ('"w.npy"', '["w.npy", 3]', r"w must be a path, or a list of paths with one per expert"),
         ('w = "w.npy"', 'w = "w.npy"\ntransposed = 1', r"transposed must be true or false, but is"),
-        ("[experts]", 'layer = "m"\n[experts]', r"routing and layer contradict each other"),
+        ("[experts]", 'layer = "m"\n[experts]', r"experts and layer contradict each other"),
+        (
+            '[experts]\nkind = "linear"\nw = "w.npy"',
+            'layer = "m"\nlayer_index = 1',
+            r"layer takes routing and topk_weights together, .* only routing is",
+        ),
         ("[experts]", "world_size = 0\n[experts]", r"world_size must be an integer of at least 1"),
         ("[experts]", "world_size = true\n[experts]", r"at least 1, but is True \(bool\)"),
         ("[experts]", "chunk_rows = 5\n[experts]", r"unknown key 'chunk_rows'"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import shutil
 from collections import Counter
 from dataclasses import replace
 
@@ -200,6 +201,48 @@ def test_layers_that_do_not_fit_together_are_run_one_after_the_other(
     assert (found.layer, found.routing_compared, found.tensors.same > 0) == (LAYER, True, True)
     assert told == sorted(told)
     assert told[-1] == (3 * ROWS, 3 * ROWS)
+
+
+@pytest.mark.slow
+def test_checkpoints_larger_than_memory_are_compared(tmp_path, monkeypatch):
+    """Of each 252 MB of experts, and of memory 420 MB."""
+    d, f, ways = 1024, 2048, []
+
+    def wide(tensors, times):
+        rng = np.random.default_rng(0)
+        for name in sorted(tensors):
+            if ".experts." in name:
+                down = "down_proj" in name
+                w = rng.standard_normal((d, f) if down else (f, d), dtype="f4") / np.float32(16)
+                tensors[name] = w * np.float32(times if down else 1)
+        gate = "model.layers.1.mlp.gate.weight"
+        return tensors | {gate: rng.standard_normal((10, d), dtype="f4")}
+
+    pair = []
+    for name, times in (("a", 1.0), ("b", 1.01)):
+        (tmp_path / name).mkdir()
+        pair.append(
+            altered(
+                tmp_path / name, "qwen3_moe", tensors=lambda t, times=times: wide(t, times),
+                moe_intermediate_size=f, hidden_size=d,
+            )
+        )  # fmt: skip
+    np.save(tmp_path / "x.npy", np.random.default_rng(1).standard_normal((500, d), dtype="f4"))
+    run_job = compare.run_job
+
+    def running(*args, **more):
+        ways.append(run_job(*args, **more).decision.passes)
+
+    monkeypatch.setattr(compare, "run_job", running)
+    found = compare_checkpoints(
+        *pair, tmp_path / "x.npy", where=Threads(1, 420_000_000), scratch=tmp_path
+    )
+    for path in (tmp_path / "a", tmp_path / "b"):
+        shutil.rmtree(path)
+    assert len(ways) == 2
+    assert None not in ways
+    assert (found.difference.rows, found.difference.moved) == (500, 0)
+    assert found.difference.quantile(0.5) == pytest.approx(0.01, rel=0.01)
 
 
 def test_experts_that_rows_are_not_sent_to_are_compared_too(tokens):

@@ -15,7 +15,7 @@ from dask_ep import Experts, MoELayer, Router, collect, expert_parallel
 from dask_ep.experts import local_experts
 from dask_ep.graph import gram, row_choice
 from dask_ep.layers.collect import WHAT, Wanted, begin_collection
-from dask_ep.placement.policies import balanced
+from dask_ep.placement.policies import balanced, exact
 from tests.compare import assert_close
 from tests.plain_statistics import make_layer, statistics
 from tests.strategies import Case, cases
@@ -52,7 +52,7 @@ def test_statistics_are_those_of_plain_loops(case: Case, kind: str, on_input: bo
         what=SEEN,
         routing=(routing, topk_weights),
         world_size=ranks,
-        placement=data.draw(st.sampled_from([None, balanced(load, ranks)])),
+        placement=data.draw(st.sampled_from([None, balanced(load, ranks), exact(load, ranks)])),
         with_output=data.draw(st.booleans()),
     )
     (got,) = dask.compute(got, scheduler="sync")
@@ -129,7 +129,11 @@ def test_hidden_columns_that_are_computed_apart_are_one_row(monkeypatch):
 def test_a_layer_routes_by_itself_and_keeps_its_shape():
     rng = np.random.default_rng(0)
     experts = make_layer("gated", 6, 8, F, 8, seed=0).experts
-    layer = MoELayer(Router(6, 2), experts, rng.standard_normal((6, 8), dtype="f4"), residual=True)
+    shared = make_layer("gated", 2, 8, F, 8, seed=1).experts
+    layer = MoELayer(
+        Router(6, 2), experts, rng.standard_normal((6, 8), dtype="f4"), shared=shared,
+        residual=True,
+    )  # fmt: skip
     hidden = da.from_array(rng.standard_normal((2, 9, 8)), chunks=(1, 4, 8))
     got = collect(hidden, layer, what=["usage", "reap"], with_output=True)
     assert got["output"].chunks == hidden.chunks

@@ -46,8 +46,9 @@ from dask_ep.jobs.backends import (
 )
 from dask_ep.jobs.build import Inputs, name_inputs, open_inputs, settings_of
 from dask_ep.jobs.collect_decide import decide_course
-from dask_ep.jobs.collect_plan import begin_all, course_inputs, price_course
+from dask_ep.jobs.collect_plan import begin_all, course_inputs, place_experts, price_course
 from dask_ep.jobs.job import Job, as_job
+from dask_ep.jobs.price_job import Pricing
 from dask_ep.jobs.run import compute_step, owned_ranks, run_job
 from dask_ep.jobs.run_report import OnRecord, check_report, reports_of, watched
 from dask_ep.laws.decision import Course
@@ -206,7 +207,8 @@ class _Run:
             )  # fmt: skip
             return stack.enter_context(output)
 
-        self.placement, self.collections = begin_all(self.inputs, course, file.wanted)
+        self.placement = place_experts(self.inputs, course)
+        self.collections = begin_all(self.inputs, course, file.wanted, self.placement)
         self.groups = [
             begin(one.groups, os.path.join(directory, f"groups-{b}.zarr"),
                   settings | {"block": str(block)})
@@ -251,8 +253,8 @@ class _Run:
         """What is left to do, priced."""
         experts = set().union(*(output.missing for output in self.grams.values()))
         return price_course(
-            self.inputs, self.course, self.collections, placement=self.placement,
-            left=self._left(), grams_left=len(experts),
+            Pricing.of_job(self.inputs, self.course.decision), self.course, self.collections,
+            self.placement, left=self._left(), grams_left=len(experts),
         )  # fmt: skip
 
     def told(self) -> dict[str, Any]:

@@ -58,8 +58,10 @@ def plan_collection(
     inputs = open_inputs(job)
     tell_notes(inputs, on_note)
     course = decide_course(inputs, lay_out(job, where), wanted, chunk_rows)
-    placement, collections = begin_all(inputs, course, wanted)
-    return price_course(inputs, course, collections, placement=placement, rates=rates)
+    pricing = Pricing.of_job(inputs, course.decision, rates)
+    placement = course.decision.place(lambda: pricing.survey)
+    collections = begin_all(inputs, course, wanted, placement)
+    return price_course(pricing, course, collections, placement)
 
 
 def course_inputs(inputs: Inputs, course: Course) -> Inputs:
@@ -67,20 +69,23 @@ def course_inputs(inputs: Inputs, course: Course) -> Inputs:
     return inputs.held_as_stored() if course.decision.as_stored else inputs
 
 
-def begin_all(
-    inputs: Inputs, course: Course, wanted: Wanted
-) -> tuple[Placement | None, list[Collection]]:
-    """Place the experts, and begin the collection of each pass over the rows.
+def place_experts(inputs: Inputs, course: Course) -> Placement | None:
+    """Place the experts, as for a run: a placement by load reads the routing."""
+    decision = course.decision
+    _, routing, _ = open_rows(inputs, decision.chunk_rows)
+    return decision.place(partial(survey, routing, inputs.experts.num_experts))
 
-    Only a placement by load reads anything: the routing.
-    """
+
+def begin_all(
+    inputs: Inputs, course: Course, wanted: Wanted, placement: Placement | None
+) -> list[Collection]:
+    """Begin the collection of each pass over the rows; nothing is read."""
     inputs, decision = course_inputs(inputs, course), course.decision
     tokens, routing, topk = open_rows(inputs, decision.chunk_rows)
     layer = inputs.experts if inputs.layer is None else inputs.layer
-    placement = decision.place(partial(survey, routing, inputs.experts.num_experts))
     of_tiles = choose_statistics(wanted.what, inputs.experts).of_tiles
     seen = tuple(name for name in wanted.what if any(t.startswith(name) for t in of_tiles))
-    collections = [
+    return [
         begin_collection(  # what is not of tiles comes with the first block
             tokens, layer, wanted if block.start == 0 else replace(wanted, what=seen),
             routing=(routing, topk), world_size=decision.layout.world_size,
@@ -88,29 +93,26 @@ def begin_all(
         )
         for block in course.blocks
     ]  # fmt: skip
-    return placement, collections
 
 
 def price_course(
-    inputs: Inputs,
+    pricing: Pricing,
     course: Course,
     collections: Sequence[Collection],
-    *,
     placement: Placement | None,
+    *,
     left: Sequence[Sequence[int]] | None = None,
     grams_left: int | None = None,
-    rates: Rates | None = None,
 ) -> PlanOfStatistics:
     """Price a collection, or what is left of one.
 
     Parameters
     ----------
-    inputs, course, collections, placement : as decided, and begun
+    pricing : of the job
+    course, collections, placement : as decided, and begun
     left : token chunks that each pass over the rows has left; default: all
     grams_left : experts whose second moments are; default: all
-    rates : how fast the machine is; default: measured
     """
-    pricing = Pricing.of_job(inputs, course.decision, rates)
     arrays = [array for one in collections for array in one.parts()]
     ours = {key for array in arrays for key in array.__dask_graph__() if _is_ours(key)}
     experts = sum(map(len, course.gram_blocks))

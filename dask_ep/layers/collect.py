@@ -231,8 +231,8 @@ def begin_collection(
     """As `collect`, which gives the `arrays` of what this returns.
 
     With a `block` of experts only these are observed, where the others do not fit into memory; what
-    is counted by the routing comes with the first of them. `picked_together` is as for
-    `dask_ep.graph.gram.grams`.
+    is counted by the routing comes with the first of them. `gram` is always of all, one by one;
+    `picked_together` is as for `dask_ep.graph.gram.grams`.
     """
     _check_host(hidden)
     experts = layer.experts if isinstance(layer, MoELayer) else as_experts(layer)
@@ -252,7 +252,8 @@ def begin_collection(
     pieces, y = [], None
     if block is None or block.start == 0:
         pieces = _see_choices(ready, entering, layer, chosen)
-    of_block = _of_block(ready, block or range(experts.num_experts), others, wanted.seed)
+    whole = range(experts.num_experts)
+    of_block = _of_block(ready, block or whole, others, wanted.seed)
     if chosen.of_tiles:
         k = slots_of(ready.routing) if others else None
         output = wanted.with_output and not others
@@ -262,8 +263,10 @@ def begin_collection(
         pieces.append(see_routing(of_block, [_ALWAYS]))
     found: Mapping[str, da.Array] = {}
     if chosen.of_gram:
-        hides = experts.hidden is not None
-        found = grams(of_block, hidden=hides, picked_together=picked_together)
+        found = grams(
+            _of_block(ready, whole, others, wanted.seed), hidden=experts.hidden is not None,
+            picked_together=picked_together,
+        )  # fmt: skip
     if wanted.with_output:
         y = build_chunks(ready) if y is None else y
         y = layer.add_the_rest(entering, y) if isinstance(layer, MoELayer) else y

@@ -187,10 +187,11 @@ def test_a_chunk_is_sorted_once_for_the_grams_of_all_experts(monkeypatch):
     want = dask.compute(got, scheduler="sync")[0]["gram.input"]
     assert sorted(sorts) == [6] + [7] * 12
     wanted = Wanted(("gram",))
-    for together in (1, 4):
+    for together, block in ((1, None), (4, range(3))):
         found = begin_collection(
-            tokens, experts, wanted, routing=routing, picked_together=together
+            tokens, experts, wanted, routing=routing, picked_together=together, block=block
         ).grams["gram.input"]  # fmt: skip
+        assert found.shape == want.shape, "of all experts, where others are observed by block"
         np.testing.assert_array_equal(found[2:5].compute(scheduler="sync"), want[2:5])
 
 

@@ -4,8 +4,9 @@
     python workflows/benchmark.py --rows 4096 --repeat 1 top1-linear
 
 Prints ratios, never bare seconds: each is a limit divided by a measured time, both taken in the
-same round on the same threads with one BLAS thread each; median and range over the rounds. What
-comes first in one round comes last in the next.
+same run on the same threads with one BLAS thread each; median and range over the rounds. Limits are
+timed at both ends of each round, and the least time of all is the limit: what a machine does once,
+it can do. What comes first in one round comes last in the next.
 
     kernel     the dense products of the same FLOPs / expert_parallel_dispatch
     pipeline   (the same products + a plain copy of the same files) / Zarr to Zarr
@@ -48,6 +49,8 @@ BLOCKS = (1024, 4096, 16_384)
 
 PART = 8
 """Of the job, what the search for the fastest products takes: one in so many rows."""
+
+LIMITS = ("products", "copy")
 
 Multiply = Callable[[np.ndarray, np.ndarray, np.ndarray], object]
 """Writes the product of two matrices to a third."""
@@ -100,25 +103,25 @@ class Bench(Job):
         self.fastest, self.multiply, self.block = self.find_fastest()
 
     def rounds(self, repeat: int) -> list[dict[str, float]]:
+        """The ratios of each round, to the best limits of all."""
         self.check_results_agree()
-        return [self.round(backwards=n % 2 == 1) for n in range(repeat + 1)][1:]
+        rounds = [self.round(backwards=n % 2 == 1) for n in range(repeat + 1)][1:]
+        products, copy = (min(times.pop(what) for times in rounds) for what in LIMITS)
+        limits = {name: products if name == "kernel" else products + copy for name in rounds[0]}
+        return [{name: limits[name] / seconds for name, seconds in r.items()} for r in rounds]
 
     def round(self, backwards: bool) -> dict[str, float]:
-        """Time everything once, the limits at both ends, and give the ratios."""
-        limits = {
-            "products": lambda: timed(self.products),
-            "copy": lambda: self.timed_output(self.copy),
-        }
+        """Seconds of everything once, the limits at both ends."""
+        seconds = (lambda: timed(self.products), lambda: self.timed_output(self.copy))
+        limits = dict(zip(LIMITS, seconds, strict=True))
         runs = {"kernel": lambda: timed(self.kernel)} | {
             name: lambda run=run: self.timed_output(run) for name, run in self.pipelines().items()
         }
         ordered = list(runs.items())[:: -1 if backwards else 1]
         times: dict[str, float] = {}
-        for name, seconds in [*limits.items(), *ordered, *limits.items()]:
-            times[name] = min(seconds(), times.get(name, inf))
-        products, copy, kernel = (times.pop(name) for name in (*limits, "kernel"))
-        whole = {name: (products + copy) / seconds for name, seconds in times.items()}
-        return {"kernel": products / kernel} | whole
+        for name, time_it in [*limits.items(), *ordered, *limits.items()]:
+            times[name] = min(time_it(), times.get(name, inf))
+        return times
 
     def pipelines(self) -> dict[str, Callable[[Path], None]]:
         """What goes from files to files."""

@@ -91,13 +91,13 @@ class ExpertPaidByRow:
         return rows
 
 
-def uneven_job(seconds_per_row: float) -> da.Array:
+def uneven_job(seconds_per_row: float, chunks: int = CHUNKS) -> da.Array:
     """Build a job whose 64 experts get rows by Zipf's law (1.2): the first of 4 ranks, most."""
     chance = 1 / np.arange(1, 65) ** 1.2
-    routing = np.random.default_rng(9).choice(64, size=CHUNKS * ROWS, p=chance / chance.sum())
+    routing = np.random.default_rng(9).choice(64, size=chunks * ROWS, p=chance / chance.sum())
     experts = [ExpertPaidByRow(seconds_per_row)] * 64
     tokens = da.random.default_rng(7).standard_normal(
-        (CHUNKS * ROWS, WIDTH), chunks=(ROWS, WIDTH), dtype=np.float32
+        (chunks * ROWS, WIDTH), chunks=(ROWS, WIDTH), dtype=np.float32
     )
     return expert_parallel(
         tokens,
@@ -108,12 +108,16 @@ def uneven_job(seconds_per_row: float) -> da.Array:
 
 
 def run_uneven(
-    client: Client, replicate_after: float | None, seconds_per_row: float = 4e-3
+    client: Client,
+    replicate_after: float | None,
+    seconds_per_row: float = 4e-3,
+    chunks: int = CHUNKS,
+    rules: OwnerRules = OwnerRules(),  # noqa: B008 (frozen)
 ) -> Outcome:
     """Run the uneven job; after some seconds, if given, the hot rank gets a further owner."""
-    with own_experts(client, UNEVEN_RANKS) as owners:
+    with own_experts(client, UNEVEN_RANKS, rules=rules) as owners:
         begun = time.monotonic()
-        future = client.compute(uneven_job(seconds_per_row))
+        future = client.compute(uneven_job(seconds_per_row, chunks))
         if replicate_after is not None:
             time.sleep(replicate_after)
             owners.replicate(0)

@@ -20,6 +20,7 @@ LAZY = {
     "cupy": "optional",
     "dask_cuda": "optional",
     "fsspec": "only for addresses",
+    "gguf": "only for GGUF files",
     "zarr": "a third of a second; no part of `import dask_ep`",
     "scipy": "slow, and for one activation alone",
     "bokeh": "slow, and for reports alone",

@@ -27,6 +27,7 @@ from dask_ep.errors import ReadError
 from dask_ep.experts.codings import FLOAT8, coding
 from dask_ep.experts.device_sources import DeviceSource, bytes_on, held_on_device, put
 from dask_ep.experts.scales import E8M0, ScaleSource, ZeroPoints
+from dask_ep.storage.gguf_files import GgufSource
 from dask_ep.storage.sources import ArraySource, Source
 
 MXFP4_GROUP = 32
@@ -398,12 +399,12 @@ def in_memory(source: Source, start: int, stop: int, xp: Any = np) -> Source:
     Parameters
     ----------
     source : Source
-        Any; of a quantized matrix (o, i), all rows.
+        Any; of a quantized matrix (o, i), all rows. GGUF stays in the host's memory.
     start, stop : int
         Rows of the first axis, the experts of (e, o, i).
     xp : in whose memory; scales, which are few, stay on the host
     """
-    if isinstance(source, QuantizedSource):
+    if isinstance(source, (QuantizedSource, GgufSource)):
         return source.held(start, stop, xp)
     if xp is not np:
         return held_on_device(source, start, stop, xp)

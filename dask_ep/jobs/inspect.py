@@ -25,9 +25,11 @@ from dask_ep.layers.checkpoint import (
     LayerDescription,
     StoredPart,
     describe_checkpoint,
+    format_of,
 )
 from dask_ep.layers.checkpoint_files import CheckpointFiles
 from dask_ep.storage import journal
+from dask_ep.storage.gguf_files import open_gguf
 from dask_ep.storage.output import progress_directory
 from dask_ep.storage.remote import is_remote
 from dask_ep.storage.sources import Source, ZarrSource, open_safetensors, open_source
@@ -59,8 +61,8 @@ def inspect_path(path: str | os.PathLike) -> tuple[Finding, ...]:
     Parameters
     ----------
     path : a ``.npy``, ``.safetensors`` or Zarr array, ``file.safetensors::tensor``, the directory
-        of a checkpoint (or the address of any of these), a job (``.toml``), or an output, complete
-        or not
+        of a checkpoint (or the address of any of these), a ``.gguf`` file, a job (``.toml``), or an
+        output, complete or not
 
     Returns
     -------
@@ -100,8 +102,8 @@ def _choose(path: str) -> Callable[[str], Finding]:
     """Find out what a path is by its ending and content."""
     if path.endswith(".toml"):
         return _inspect_job
-    if path.endswith(".safetensors"):
-        return _inspect_safetensors
+    if path.endswith((".safetensors", ".gguf")):
+        return _inspect_gguf if path.endswith(".gguf") else _inspect_safetensors
     if path.endswith(".npy") or "::" in path:
         return _inspect_array
     if is_remote(path) or os.path.isdir(path):
@@ -135,14 +137,24 @@ def _inspect_safetensors(path: str) -> Finding:
     if len(tensors) == 1:
         (source,) = tensors.values()
         return _with_routing("safetensors, one tensor", _array_facts(source), source)
+    return _with_tensors("safetensors", tensors)
+
+
+def _inspect_gguf(path: str) -> Finding:
+    """A checkpoint, if it is one whose layers are read."""
+    try:
+        return _inspect_checkpoint(path)
+    except ValueError as error:
+        return _with_tensors("GGUF", open_gguf(path).tensors, ("layers", f"not read: {error}"))
+
+
+def _with_tensors(kind: str, tensors: Mapping[str, Source], *facts: tuple[str, str]) -> Finding:
     lines = [
-        (name, _shape(t.shape), t.dtype.name, format_bytes(t.nbytes)) for name, t in tensors.items()
+        (name, _shape(t.shape), format_of(t), format_bytes(t.nbytes)) for name, t in tensors.items()
     ]
-    facts = (
-        ("tensors", str(len(tensors))),
-        ("size", format_bytes(sum(t.nbytes for t in tensors.values()))),
-    )
-    return Finding("safetensors", facts, ("tensor", "shape", "dtype", "size"), _shorten(lines))
+    size = format_bytes(sum(t.nbytes for t in tensors.values()))
+    facts = (*facts, ("tensors", str(len(tensors))), ("size", size))
+    return Finding(kind, facts, ("tensor", "shape", "dtype", "size"), _shorten(lines))
 
 
 def _array_facts(source: Source) -> list[tuple[str, str]]:

@@ -23,10 +23,11 @@ import numpy as np
 from dask_ep.experts.experts import Experts
 from dask_ep.experts.stored_experts import held_as_stored
 from dask_ep.layers.block import Block, Model
-from dask_ep.layers.checkpoint_files import CheckpointFiles
+from dask_ep.layers.checkpoint_files import CheckpointFiles, GgufFiles
 from dask_ep.layers.families import FAMILIES, PREFIXES, TEXT_CONFIGS, find_family
 from dask_ep.layers.family import Config, Family
 from dask_ep.layers.formats import check_method
+from dask_ep.layers.gguf_families import GGUF_FAMILIES
 from dask_ep.layers.layer import MoELayer
 from dask_ep.layers.routing import Router
 from dask_ep.storage.sources import Source
@@ -46,7 +47,7 @@ def load_moe_layer(
     ----------
     directory : str or path-like
         With ``config.json`` and safetensors files; local, or an address such as ``s3://bucket/x``
-        (needs fsspec).
+        (needs fsspec). Or a ``.gguf`` file, the first where there are several (needs gguf).
     layer : int
         Number of the decoder layer, from 0.
     families : your own families, which are tried before the known ones; see `Family`
@@ -116,7 +117,8 @@ class Checkpoint:
     """A checkpoint whose family is known: which of its layers are MoE, and where they are."""
 
     def __init__(self, directory: str | os.PathLike, families: Iterable[Family] = ()):
-        self.files = CheckpointFiles(directory)
+        is_gguf = os.fspath(directory).endswith(".gguf")
+        self.files = GgufFiles(directory) if is_gguf else CheckpointFiles(directory)
         outer = self.files.config
         config = next(filter(None, (self._part(outer, *names) for names in TEXT_CONFIGS)), outer)
         name = "quantization_config"
@@ -126,7 +128,10 @@ class Checkpoint:
         if model_type is None:
             raise ValueError(f"{self.files.directory}/config.json must have a 'model_type'")
         check_method(quantization, self.files.directory)
-        family = find_family(model_type, (*families, *FAMILIES))
+        known, said = (FAMILIES, "config.json says model_type")
+        if is_gguf:
+            known, said = GGUF_FAMILIES, f"{directory} says general.architecture"
+        family = find_family(model_type, (*families, *known), said)
         self.model = Model(self.files.directory, model_type, config, family, quantization)
         self.num_layers = self.model.find_size("num_hidden_layers", family.num_layers, 0)
 
@@ -361,7 +366,7 @@ def _parts_read(layers: Iterable[MoELayer]) -> tuple[StoredPart, ...]:
         read += [("experts", source) for source in layer.experts.sources()]
         read += [("shared experts", source) for source in shared]
         read += [("router and steps", array.source) for array in layer.small_arrays]
-    return _added_up((name, _format_of(source), source) for name, source in read)
+    return _added_up((name, format_of(source), source) for name, source in read)
 
 
 def _parts_not_read(blocks: Iterable[Block]) -> tuple[StoredPart, ...]:
@@ -384,7 +389,7 @@ def _added_up(tensors: Iterable[tuple[str, str, Source]]) -> tuple[StoredPart, .
     return tuple(found.values())
 
 
-def _format_of(source: Source) -> str:
+def format_of(source: Source) -> str:
     """How a tensor's numbers are stored: in a quantized format, or in a dtype."""
     source = getattr(source, "source", source)  # of a view
     return getattr(source, "label", source.dtype.name)

@@ -8,7 +8,7 @@
 ``transformers_weights`` in the config names another file or index, which then comes first.
 
 Only headers are read, each file's at most once and only when one of its tensors is asked for. The
-directory is local, or an address that fsspec knows.
+directory is local, or an address that fsspec knows. A GGUF file stands for one: it has both.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from functools import cached_property
 from typing import Any
 
 from dask_ep.errors import ReadError
+from dask_ep.storage.gguf_files import open_gguf
 from dask_ep.storage.remote import is_remote, names_in, read_object
 from dask_ep.storage.sources import Source, open_safetensors
 
@@ -179,3 +180,34 @@ class CheckpointFiles:
         if not isinstance(value, dict):
             raise ValueError(f"{path} must hold a JSON object, not {type(value).__name__}")
         return value
+
+
+class GgufFiles(CheckpointFiles):
+    """A GGUF file in the place of a directory; what it says of its model is the config.
+
+    Keys are without the name of the architecture before them, which is ``model_type``.
+    ``moe_layers`` lists the layers with a router, the predictors of further tokens apart.
+    """
+
+    def __init__(self, path: str | os.PathLike):
+        super().__init__(path)
+        self.file_names = [os.path.basename(self.directory)]
+
+    @cached_property
+    def config(self) -> dict[str, Any]:
+        settings = open_gguf(self.directory).settings
+        kind = settings.get("general.architecture")
+        config = {name.removeprefix(f"{kind}."): value for name, value in settings.items()}
+        layers = config.get("block_count", 0) - config.get("nextn_predict_layers", 0)
+        routers = (f"blk.{layer}.ffn_gate_inp.weight" for layer in range(layers))
+        moe = [layer for layer, name in enumerate(routers) if name in self.file_of]
+        return config | {"model_type": kind, "block_count": layers, "moe_layers": moe}
+
+    @cached_property
+    def file_of(self) -> dict[str, str]:
+        return dict.fromkeys(self.header(self.directory), self.directory)
+
+    def header(self, file_name: str) -> Mapping[str, Source]:
+        if not self._headers:
+            self._headers[file_name] = open_gguf(self.directory).tensors
+        return self._headers[file_name]

@@ -43,9 +43,10 @@ PREFIXES = (
     "model.llm.layers.{layer}.",
     "model.decoder.layers.{layer}.",
     "decoder.layers.{layer}.",
+    "blk.{layer}.",
 )
 """What a layer's names may begin with: those of plain models, of the text half of composite ones,
-and of models that answer questions."""
+of models that answer questions, and of GGUF files."""
 
 TEXT_CONFIGS = (("text_config",), ("thinker_config", "text_config"), ("language_config",))
 """Where a composite model's config may keep that of its text half."""
@@ -71,8 +72,10 @@ HIDDEN_ACTS = {
 """Our name of each ``hidden_act``."""
 
 
-def find_family(model_type: str, families: tuple[Family, ...]) -> Family:
-    """Return the first family that a model type belongs to."""
+def find_family(
+    model_type: str, families: tuple[Family, ...], said: str = "config.json says model_type"
+) -> Family:
+    """Return the first family that a model type belongs to; `said` is where it stands."""
     for family in families:
         if model_type in family.model_types:
             return family
@@ -84,7 +87,7 @@ def find_family(model_type: str, families: tuple[Family, ...]) -> Family:
     known = sorted({name for family in families for name in family.model_types})
     close = get_close_matches(model_type, known)
     raise ValueError(
-        f"config.json says model_type {model_type!r}, which is none of the {len(known)} known ones"
+        f"{said} {model_type!r}, which is none of the {len(known)} known ones"
         f"{', such as ' * bool(close)}{', '.join(close)}. workflows/README.md lists them; to add a "
         "family, see dask_ep.layers.family.Family"
     )

@@ -254,7 +254,9 @@ class Shared:
         blocks = (self.block,) if isinstance(self.block, str) else self.block
         return [
             TensorLayout(
-                below(f"{block}.", names), interleaved=self.interleaved, biases=self.biases
+                below(f"{block}." * bool(block), names),
+                interleaved=self.interleaved,
+                biases=self.biases,
             )
             for block in blocks
             for names in self.names

@@ -3,6 +3,7 @@
 `open_source` makes one of whatever tokens and weights come in:
 
     x.npy  file.safetensors::name     -> RawSource     one contiguous region of a local file
+    model.gguf::name                  -> GgufSource    the same, of blocks that are decoded
     s3://... of either                -> RemoteSource  the same, by ranged reads
     x.zarr  s3://x.zarr  zarr.Array   -> ZarrSource    chunks; plain local ones read directly
     ndarray                           -> ArraySource   memory (a memory map counts as its file)
@@ -16,19 +17,21 @@ from __future__ import annotations
 import mmap
 import os
 import pickle
+import re
 import sys
 from functools import lru_cache
 from math import prod
-from typing import TYPE_CHECKING, Any, BinaryIO
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import xxhash
 
-from dask_ep.arrays.checks import refuse_masked
 from dask_ep.errors import ReadError
-from dask_ep.storage.files import file_size, fill_from_file, fingerprint_files
+from dask_ep.storage.files import fill_from_file, fingerprint_files
+from dask_ep.storage.gguf_files import open_gguf
 from dask_ep.storage.mapped import is_of_its_file
 from dask_ep.storage.npy_header import parse_npy_header
+from dask_ep.storage.plain_sources import ArraySource, LocalFile, RawSource
 from dask_ep.storage.remote import RemoteFile, is_remote
 from dask_ep.storage.safetensors_header import parse_header
 from dask_ep.storage.source import Region, Source, checked_dtype
@@ -43,73 +46,6 @@ from dask_ep.storage.zarr_layout import (
 
 if TYPE_CHECKING:
     import zarr
-
-
-class ArraySource(Source):
-    """An array in memory. Without `out`, rows are a read-only view wherever they are contiguous."""
-
-    def __init__(self, array: np.ndarray, name: str = "array"):
-        refuse_masked(array, name)
-        self.shape, self.dtype, self.name = array.shape, checked_dtype(array.dtype, name), name
-        self.array = array
-
-    def read(self, start: int, stop: int, out: np.ndarray | None = None) -> np.ndarray:
-        self._shape_of(start, stop)
-        rows = self.array[start:stop] if self.shape else self.array
-        if out is None and rows.flags.c_contiguous:
-            rows = rows.view()
-            rows.flags.writeable = False
-            return rows
-        out = self._destination(start, stop, out)
-        out[...] = rows
-        return out
-
-    def fingerprint(self) -> dict[str, Any]:
-        data = np.ascontiguousarray(self.array).reshape(-1).view(np.uint8).data
-        return self._describe() | {"xxh3_128": xxhash.xxh3_128_hexdigest(data)}
-
-
-class RawSource(Region):
-    """A region of a local file; without a name it has the file's."""
-
-    path: str
-
-    def __init__(
-        self,
-        path: str,
-        offset: int,
-        shape: tuple[int, ...],
-        dtype: np.dtype,
-        name: str | None = None,
-    ):
-        self.path = os.path.abspath(path)
-        name = os.path.basename(path) if name is None else name
-        super().__init__(self.path, file_size(self.path, name), offset, shape, dtype, name)
-
-    def _fill(self, out: np.ndarray, first: int, place: str) -> None:
-        fill_from_file(out, self.path, first, place)
-
-    def fingerprint(self) -> dict[str, Any]:
-        stat = os.stat(self.path)
-        return self._describe() | {
-            "offset": self.offset,
-            "size": stat.st_size,
-            "mtime_ns": stat.st_mtime_ns,
-        }
-
-
-class LocalFile:
-    """A local file that holds arrays behind a header; `RemoteFile` is its like."""
-
-    def __init__(self, path: str, name: str | None = None):
-        self.path, self.name = path, os.path.basename(path) if name is None else name
-        self.size = file_size(path, path if name is None else name)
-
-    def open(self) -> BinaryIO:
-        return open(self.path, "rb")
-
-    def region(self, offset: int, shape: tuple[int, ...], dtype: np.dtype, name: str) -> RawSource:
-        return RawSource(self.path, offset, shape, dtype, name)
 
 
 class ZarrSource(Source):
@@ -236,7 +172,8 @@ def open_source(
     ----------
     obj : str or path-like, ndarray, memmap, zarr.Array or Source
         Paths: ``x.npy``; a Zarr array's directory; ``file.safetensors::tensor``, or just the file
-        if it has one tensor. Each may be an address such as ``s3://bucket/x.npy`` (needs fsspec).
+        if it has one tensor; ``model.gguf::tensor`` (needs gguf). Each but the last may be an
+        address such as ``s3://bucket/x.npy`` (needs fsspec).
     name : for messages; the file's name without it
     dtype : the type of a ``.npy`` file of raw bytes, such as ``np.save`` makes of bfloat16
     missing : {"error", "fill"}
@@ -271,9 +208,8 @@ def open_source(
             f"{type(obj).__module__}.{type(obj).__qualname__}"
         )
     path = os.fspath(obj)
-    file, separator, tensor = path.partition(".safetensors::")
-    if separator or path.endswith(".safetensors"):
-        return _source_in_safetensors(file + ".safetensors" if separator else path, tensor, name)
+    if named := re.fullmatch(r"(.*?\.(?:safetensors|gguf))(?:::(.*))?", path):
+        return _source_of_tensor(named[1], named[2], name)
     if path.endswith(".npy"):
         return _source_of_npy(path, name, dtype)
     return _source_of_zarr(path, name, missing)
@@ -328,8 +264,8 @@ def _find(path: str, name: str | None = None) -> LocalFile | RemoteFile:
     return RemoteFile(path, name) if is_remote(path) else LocalFile(path, name)
 
 
-def _source_in_safetensors(path: str, tensor: str, name: str | None) -> Source:
-    tensors = open_safetensors(path)
+def _source_of_tensor(path: str, tensor: str | None, name: str | None) -> Source:
+    tensors = open_gguf(path).tensors if path.endswith(".gguf") else open_safetensors(path)
     if not tensor and len(tensors) == 1:
         (tensor,) = tensors
     if tensor not in tensors:
@@ -350,8 +286,8 @@ def _source_of_zarr(path: str, name: str | None, missing: str) -> ZarrSource:
             raise ReadError(f"no such file or directory: {os.path.abspath(path)}")
         if not os.path.isdir(path):
             raise ValueError(
-                f"{path} is not a supported array; supported are .npy and .safetensors files and "
-                "Zarr directories"
+                f"{path} is not a supported array; supported are .npy, .safetensors and .gguf "
+                "files and Zarr directories"
             )
         path = os.path.abspath(path)
     array, dtype = open_array(path)

@@ -27,7 +27,7 @@ from dask_ep.jobs.job import load_job
 from dask_ep.jobs.result import Progress
 from dask_ep.jobs.run import run_job
 from dask_ep.placement.placement import Placement
-from dask_ep.storage import files, sources
+from dask_ep.storage import files, plain_sources
 from dask_ep.storage.journal import read_done, read_manifest
 from dask_ep.storage.sources import open_source
 from tests.cluster_processes import DEADLINE, wait_until
@@ -358,7 +358,7 @@ def test_after_a_chunk_that_cannot_be_read_the_finished_ones_are_good(
 ):
     """When the disk gives the fourth block after all, only what was left is computed."""
     job, where = load_job(small_job), ("run", small_job, "--threads", 1, "--chunk-rows", 100)
-    read, fill = [], sources.fill_from_file
+    read, fill = [], plain_sources.fill_from_file
 
     def fail(file, buffers, offset):
         raise OSError(errno.EIO, os.strerror(errno.EIO))
@@ -370,7 +370,7 @@ def test_after_a_chunk_that_cannot_be_read_the_finished_ones_are_good(
                 monkeypatch.setattr(files.os, "preadv", fail)
         return fill(out, path, *place)
 
-    monkeypatch.setattr(sources, "fill_from_file", count)
+    monkeypatch.setattr(plain_sources, "fill_from_file", count)
     code, _, err = here(capsys, *where)
     assert code == 1
     assert re.search(r"block \d of tokens.npy could not be read", err)

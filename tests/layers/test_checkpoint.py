@@ -26,7 +26,7 @@ from dask_ep.layers.checkpoint import describe_checkpoint, load_moe_layer
 from dask_ep.layers.families import FAMILIES, find_family
 from dask_ep.layers.family import Family, Key, Shared
 from dask_ep.layers.layer import MoELayer
-from dask_ep.storage import sources
+from dask_ep.storage import plain_sources
 from dask_ep.storage.journal import describe_differences
 from tests.checkpoints import (
     CASES,
@@ -448,13 +448,13 @@ def test_the_block_may_be_saved_under_the_names_of_memory(tmp_path):
 def bytes_read(monkeypatch):
     """Count the bytes that tasks read from local files, by file."""
     read: list[int] = []
-    original = sources.fill_from_file
+    original = plain_sources.fill_from_file
 
     def counting(out, *args, **kwargs):
         read.append(out.nbytes)
         return original(out, *args, **kwargs)
 
-    monkeypatch.setattr(sources, "fill_from_file", counting)
+    monkeypatch.setattr(plain_sources, "fill_from_file", counting)
     return read
 
 

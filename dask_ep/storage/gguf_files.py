@@ -1,0 +1,193 @@
+"""Which tensors does a GGUF file hold, and what does it say of its model?
+
+    model.gguf, or model-00001-of-00003.gguf with the others next to it
+
+The format's own library (``gguf``, of llama.cpp) reads the header through a memory map and decodes
+the blocks. Numbers stay in the file, a few bits each, until they are asked for.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from functools import lru_cache
+from types import ModuleType
+from typing import Any, NamedTuple
+
+import ml_dtypes
+import numpy as np
+
+from dask_ep.errors import ReadError
+from dask_ep.storage.plain_sources import ArraySource, LocalFile
+from dask_ep.storage.remote import is_remote
+from dask_ep.storage.source import Source
+
+STEP_OF_SMALL_BLOCKS, STEP_OF_LARGE_BLOCKS = 1 << 15, 1 << 18
+"""Numbers that are decoded at once. Large blocks (256) take the library some twenty calls of NumPy,
+of which those with few numbers are slow; of small ones little more is needed than stays in cache.
+"""
+
+PLAIN = {
+    "F64": np.float64, "F32": np.float32, "F16": np.float16, "BF16": ml_dtypes.bfloat16,
+    "I8": np.int8, "I16": np.int16, "I32": np.int32, "I64": np.int64,
+}  # fmt: skip
+"""Forms that are rows of a dtype."""
+
+
+class GgufFile(NamedTuple):
+    """What the header of a model says."""
+
+    settings: dict[str, Any]
+    #: by key, without those of the tokenizer
+    tensors: dict[str, Source]
+    #: float32 in shape and dtype, or the dtype that a plain tensor has
+
+
+def gguf_library() -> ModuleType:
+    """Return the library that reads the format.
+
+    Raises
+    ------
+    ImportError
+        If it is not installed.
+    """
+    try:
+        import gguf
+    except ImportError as error:
+        raise ImportError(
+            "GGUF files are read by the package gguf, which is not installed: pip install gguf"
+        ) from error
+    return gguf
+
+
+class GgufSource(Source):
+    """Rows in blocks, each some bytes that hold a fixed number of neighbours, as float32.
+
+    Parameters
+    ----------
+    stored : Source of uint8, (..., bytes of a row)
+    label : what the form is called, such as "Q4_K"
+    shape : of the numbers
+
+    Notes
+    -----
+    The numbers are those of the library, bit for bit; in steps that it takes them fastest it needs
+    1.1 ns for one of Q8_0, 2 to 3 ns for Q4_0 and the K forms, and 6 ns for MXFP4. On a device they
+    are decoded by the host, and held in its memory.
+    """
+
+    def __init__(self, stored: Source, label: str, shape: tuple[int, ...]):
+        self.stored, self.label, self.shape = stored, label, tuple(shape)
+        self.dtype, self.name, self.path = np.dtype(np.float32), stored.name, stored.path
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes as stored."""
+        return self.stored.nbytes
+
+    def read(self, start: int, stop: int, out: np.ndarray | None = None) -> np.ndarray:
+        out = self._destination(start, stop, out)
+        decoder = getattr(gguf_library().quants, self.label, None)
+        if decoder is None:
+            raise ReadError(f"{self.name} is {self.label}, which the package gguf does not decode")
+        decoder.init_grid()
+        numbers = decoder.block_size
+        blocks = self.stored.read(start, stop).reshape(-1, decoder.type_size)
+        flat = out.reshape(-1, numbers)
+        step = (STEP_OF_LARGE_BLOCKS if numbers > 128 else STEP_OF_SMALL_BLOCKS) // numbers
+        for first in range(0, len(blocks), step):
+            part = flat[first : first + step]
+            with np.errstate(all="ignore"):
+                part[...] = decoder.dequantize_blocks(blocks[first : first + step])
+            if not np.isfinite(part).all():
+                raise ReadError(
+                    f"rows [{start}, {stop}) of {self.name} ({self.label}, {self.shape}) have a "
+                    f"scale that is NaN or infinite in {self.path}"
+                )
+        return out
+
+    def held(self, start: int, stop: int, xp: Any) -> GgufSource:
+        """The same rows [start, stop) with their blocks in the host's memory."""
+        stored = ArraySource(self.stored.read(start, stop), self.name)
+        return GgufSource(stored, self.label, (stop - start, *self.shape[1:]))
+
+    def fingerprint(self) -> dict[str, Any]:
+        return self._describe() | {"stored": self.stored.fingerprint(), "form": self.label}
+
+
+def open_gguf(path: str | os.PathLike) -> GgufFile:
+    """Open all tensors of a model in GGUF files, reading only the headers.
+
+    Parameters
+    ----------
+    path : of the file; of the first one, where there are several
+
+    Raises
+    ------
+    ImportError
+        If the package gguf is not installed.
+    ReadError
+        If there is no such file, or one of several is missing.
+    ValueError
+        If it is not a GGUF file, or has tensors that cannot be decoded.
+    """
+    path = os.fspath(path)
+    if is_remote(path):
+        raise ValueError(
+            f"GGUF files are read from a local directory, so {path} must be copied to one first"
+        )
+    settings, tensors = _read_file(path)
+    for other in _others(path, int(settings.get("split.count", 1))):
+        tensors = tensors | _read_file(other)[1]
+    return GgufFile(settings, tensors)
+
+
+def _others(path: str, count: int) -> list[str]:
+    """The files that go with the first of several."""
+    named = re.fullmatch(r"(.*-)00001(-of-\d{5}\.gguf)", path)
+    if count > 1 and named is None:
+        raise ValueError(
+            f"{path} is one of {count} files: open the first, which must be called "
+            f"NAME-00001-of-{count:05}.gguf"
+        )
+    return [] if named is None else [f"{named[1]}{n:05}{named[2]}" for n in range(2, count + 1)]
+
+
+def _read_file(path: str) -> tuple[dict[str, Any], dict[str, Source]]:
+    file = LocalFile(path)
+    stat = os.stat(path)
+    settings, header = _read_header(os.path.abspath(path), stat.st_size, stat.st_mtime_ns)
+    return settings, {name: _open_tensor(file, name, *place) for name, place in header.items()}
+
+
+@lru_cache(maxsize=64)
+def _read_header(path: str, size: int, changed: int) -> tuple[dict[str, Any], dict[str, tuple]]:
+    """Settings, and (form, shape, offset) of each tensor; kept, as a vocabulary takes seconds."""
+    library = gguf_library()
+    try:
+        reader = library.GGUFReader(path)
+        fields = {n: f for n, f in reader.fields.items() if not n.startswith("tokenizer.")}
+        settings = {name: field.contents() for name, field in fields.items()}
+        tensors = {
+            t.name: (t.tensor_type.name, tuple(t.shape[::-1].tolist()), int(t.data_offset))
+            for t in reader.tensors
+        }
+    except (ValueError, KeyError, IndexError, TypeError) as error:
+        raise ValueError(
+            f"{path} is not a GGUF file that the package gguf reads; was the copy cut "
+            f"short? {type(error).__name__}: {error}"
+        ) from error
+    return settings, tensors
+
+
+def _open_tensor(
+    file: LocalFile, tensor: str, form: str, shape: tuple[int, ...], offset: int
+) -> Source:
+    name = f"{file.name}:{tensor}"
+    if len(shape) == 1 and tensor.endswith("ffn_gate_inp_shexp.weight"):
+        shape = (1, *shape)  # one row, which the format does not tell from a vector
+    if form in PLAIN:
+        return file.region(offset, shape, np.dtype(PLAIN[form]), name)
+    numbers, width = gguf_library().GGML_QUANT_SIZES[gguf_library().GGMLQuantizationType[form]]
+    stored = (*shape[:-1], shape[-1] // numbers * width)
+    return GgufSource(file.region(offset, stored, np.dtype(np.uint8), name), form, shape)

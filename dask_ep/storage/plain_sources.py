@@ -1,0 +1,80 @@
+"""What reads an array that is in memory, or that lies whole in a local file?"""
+
+from __future__ import annotations
+
+import os
+from typing import Any, BinaryIO
+
+import numpy as np
+import xxhash
+
+from dask_ep.arrays.checks import refuse_masked
+from dask_ep.storage.files import file_size, fill_from_file
+from dask_ep.storage.source import Region, Source, checked_dtype
+
+
+class ArraySource(Source):
+    """An array in memory. Without `out`, rows are a read-only view wherever they are contiguous."""
+
+    def __init__(self, array: np.ndarray, name: str = "array"):
+        refuse_masked(array, name)
+        self.shape, self.dtype, self.name = array.shape, checked_dtype(array.dtype, name), name
+        self.array = array
+
+    def read(self, start: int, stop: int, out: np.ndarray | None = None) -> np.ndarray:
+        self._shape_of(start, stop)
+        rows = self.array[start:stop] if self.shape else self.array
+        if out is None and rows.flags.c_contiguous:
+            rows = rows.view()
+            rows.flags.writeable = False
+            return rows
+        out = self._destination(start, stop, out)
+        out[...] = rows
+        return out
+
+    def fingerprint(self) -> dict[str, Any]:
+        data = np.ascontiguousarray(self.array).reshape(-1).view(np.uint8).data
+        return self._describe() | {"xxh3_128": xxhash.xxh3_128_hexdigest(data)}
+
+
+class RawSource(Region):
+    """A region of a local file; without a name it has the file's."""
+
+    path: str
+
+    def __init__(
+        self,
+        path: str,
+        offset: int,
+        shape: tuple[int, ...],
+        dtype: np.dtype,
+        name: str | None = None,
+    ):
+        self.path = os.path.abspath(path)
+        name = os.path.basename(path) if name is None else name
+        super().__init__(self.path, file_size(self.path, name), offset, shape, dtype, name)
+
+    def _fill(self, out: np.ndarray, first: int, place: str) -> None:
+        fill_from_file(out, self.path, first, place)
+
+    def fingerprint(self) -> dict[str, Any]:
+        stat = os.stat(self.path)
+        return self._describe() | {
+            "offset": self.offset,
+            "size": stat.st_size,
+            "mtime_ns": stat.st_mtime_ns,
+        }
+
+
+class LocalFile:
+    """A local file that holds arrays behind a header; `RemoteFile` is its like."""
+
+    def __init__(self, path: str, name: str | None = None):
+        self.path, self.name = path, os.path.basename(path) if name is None else name
+        self.size = file_size(path, path if name is None else name)
+
+    def open(self) -> BinaryIO:
+        return open(self.path, "rb")
+
+    def region(self, offset: int, shape: tuple[int, ...], dtype: np.dtype, name: str) -> RawSource:
+        return RawSource(self.path, offset, shape, dtype, name)

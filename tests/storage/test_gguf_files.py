@@ -1,0 +1,105 @@
+"""Tensors of GGUF files are the numbers that the format's own library makes of them."""
+
+from __future__ import annotations
+
+import pickle
+import sys
+
+import numpy as np
+import pytest
+
+from dask_ep.errors import ReadError
+from dask_ep.experts.quantized import in_memory
+from dask_ep.storage.gguf_files import STEP_OF_LARGE_BLOCKS, STEP_OF_SMALL_BLOCKS, open_gguf
+from dask_ep.storage.sources import open_source
+from tests.gguf_files import Form, gguf, write_gguf
+
+NOT_DECODED = {Form.Q8_1, Form.Q8_K, Form.Q1_0, *(Form[f"I{bits}"] for bits in (8, 16, 32, 64))}
+DECODED = [form for form in Form if form not in NOT_DECODED]
+
+
+def some_file(folder, form: Form, rows: int = 5, columns: int = 512):
+    """Experts (3, rows, columns) of random bytes; of floats, random numbers."""
+    numbers, width = gguf.GGML_QUANT_SIZES[form]
+    rng = np.random.default_rng(form.value)
+    if form in (Form.F64, Form.F32, Form.F16):
+        data = rng.standard_normal((3, rows, columns)).astype(f"f{width}")
+    else:  # of small exponents, as a scale may be any of them
+        data = rng.integers(0, 64, (3, rows, columns // numbers * width)).astype(np.uint8)
+    settings = {"block_count": 1, "token_list": ["a", "b"]}
+    tensors = {"before": (np.ones(7, np.float32), Form.F32), "w": (data, form)}
+    return write_gguf(folder / "m.gguf", "llama", settings, tensors)
+
+
+@pytest.mark.parametrize("form", DECODED, ids=lambda form: form.name)
+def test_any_rows_are_read_held_and_sent_with_the_librarys_bits(form, tmp_path):
+    path = some_file(tmp_path, form)
+    tensor = next(t for t in gguf.GGUFReader(path).tensors if t.name == "w")
+    plain = form in (Form.F64, Form.F32, Form.F16)
+    want = tensor.data if plain else gguf.dequantize(tensor.data, form)
+    source = open_source(f"{path}::w")
+    assert source.shape == (3, 5, 512)
+    assert source.nbytes == tensor.n_bytes
+    sent = pickle.loads(pickle.dumps(source))
+    held = in_memory(source, 1, 3)
+    assert held.nbytes * 3 == source.nbytes * 2
+    for got, rows in (
+        (source.read(0, 3), want),
+        (sent.read(2, 3), want[2:]),
+        (held.read(0, 2), want[1:]),
+    ):
+        np.testing.assert_array_equal(got.astype(np.float32), rows.astype(np.float32))
+
+
+def test_more_blocks_than_are_decoded_at_once_are_the_same_numbers(tmp_path):
+    for form, step in ((Form.Q4_K, STEP_OF_LARGE_BLOCKS), (Form.Q8_0, STEP_OF_SMALL_BLOCKS)):
+        path = some_file(tmp_path, form, rows=step // 1024 + 3, columns=1024)
+        tensor = next(t for t in gguf.GGUFReader(path).tensors if t.name == "w")
+        np.testing.assert_array_equal(
+            open_source(f"{path}::w").read(0, 3), gguf.dequantize(tensor.data, form)
+        )
+
+
+def test_forms_that_the_library_does_not_decode_are_named(tmp_path):
+    source = open_source(f"{some_file(tmp_path, Form.Q8_K)}::w")
+    with pytest.raises(
+        ReadError, match=r"m.gguf:w is Q8_K, which the package gguf does not decode"
+    ):
+        source.read(0, 1)
+
+
+def test_a_scale_that_is_no_number_is_named(tmp_path):
+    blocks = gguf.quantize(np.ones((2, 3, 64), np.float32), Form.Q8_0)
+    blocks[1, 2, :2] = np.array([np.nan], np.float16).view(np.uint8)
+    path = write_gguf(tmp_path / "m.gguf", "llama", {}, {"w": (blocks, Form.Q8_0)})
+    source = open_source(f"{path}::w")
+    source.read(0, 1)
+    with pytest.raises(ReadError, match=r"rows \[1, 2\) of m.gguf:w \(Q8_0, .*NaN or infinite"):
+        source.read(1, 2)
+
+
+def test_a_file_that_is_not_whole_is_named(tmp_path):
+    path = some_file(tmp_path, Form.Q8_0)
+    whole = path.read_bytes()
+    for part in (whole[:-100], whole[:200], b"GGML" + whole[4:]):
+        path.write_bytes(part)
+        with pytest.raises(ValueError, match=r"m.gguf is not a GGUF file that the package gguf"):
+            open_gguf(path)
+    with pytest.raises(ReadError, match=r"No such file"):
+        open_gguf(tmp_path / "n.gguf")
+    with pytest.raises(ValueError, match=r"must be copied to one first"):
+        open_gguf("s3://bucket/m.gguf")
+
+
+def test_without_the_package_it_is_said_how_to_get_it(tmp_path, monkeypatch):
+    path = some_file(tmp_path, Form.F32)
+    monkeypatch.setitem(sys.modules, "gguf", None)
+    with pytest.raises(ImportError, match=r"which is not installed: pip install gguf"):
+        open_gguf(path)
+
+
+def test_the_fingerprint_is_that_of_the_blocks(tmp_path):
+    a = open_source(f"{some_file(tmp_path, Form.Q8_0)}::w")
+    b = open_source(f"{some_file(tmp_path, Form.Q4_0)}::w")
+    assert a.fingerprint() != b.fingerprint()
+    assert a.__dask_tokenize__() != b.__dask_tokenize__()

@@ -38,6 +38,8 @@ from dask.utils import parse_bytes
 from measured import peak_of_tree
 from torch import nn
 from transformers import Qwen3MoeConfig, Qwen3MoeModel
+from walk.documents import batch_documents
+from walk.options import Options
 
 HERE = Path(__file__).parent
 BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
@@ -59,7 +61,7 @@ def main() -> None:
     parser.add_argument("--vocabulary", type=int, default=16_384)
     parser.add_argument("--dtype", choices=("bfloat16", "float32"), default="bfloat16")
     parser.add_argument("--memory-limit", type=parse_bytes, default="3GB")
-    parser.add_argument("--sample", type=int, default=8192, help="tokens for transformers' block")
+    parser.add_argument("--sample", type=int, default=16_384, help="tokens for transformers' block")
     parser.add_argument("--directory", help="directory for temporary files")
     asked = parser.parse_args()
     torch.set_num_threads(CPU_COUNT)
@@ -73,7 +75,8 @@ def main() -> None:
         summary, peak = walk(asked, Path(folder))
         print(f"memory: {peak / 1e9:.2f} GB at most, of {asked.memory_limit / 1e9:.2f} GB allowed")
         print(words_of_bytes(summary, stored, asked), flush=True)
-        alone = own_block(config, asked) | {"reading": read_all(Path(folder) / "model")}
+        lengths = np.count_nonzero(ids >= 0, axis=1)
+        alone = own_block(config, asked, lengths) | {"reading": read_all(Path(folder) / "model")}
     print(table(summary, alone, asked.blocks))
 
 
@@ -184,8 +187,11 @@ def words_of_bytes(summary: dict, stored: int, asked: argparse.Namespace) -> str
 # --- its parts, alone ------------------------------------------------------------------------
 
 
-def own_block(config: Qwen3MoeConfig, asked: argparse.Namespace) -> dict[str, float]:
-    """Seconds that transformers' own block takes for all tokens and blocks, by a sample of them."""
+def own_block(
+    config: Qwen3MoeConfig, asked: argparse.Namespace, lengths: np.ndarray
+) -> dict[str, float]:
+    """Seconds that transformers' own block takes for all tokens and blocks, by a sample of the
+    documents, in the batches that a walk makes of them."""
     one = Qwen3MoeConfig(**config.to_dict() | {"num_hidden_layers": 1, "vocab_size": 8})
     one._experts_implementation = "grouped_mm"
     dtype = getattr(torch, asked.dtype)
@@ -193,19 +199,20 @@ def own_block(config: Qwen3MoeConfig, asked: argparse.Namespace) -> dict[str, fl
         model = Qwen3MoeModel._from_config(one, dtype=dtype).eval()
     model.to_empty(device="cpu")
     model.apply(model._init_weights)
-    batch = torch.randn(max(asked.sample // asked.length, 1), asked.length, asked.d, dtype=dtype)
+    some = lengths[: int(np.searchsorted(np.cumsum(lengths), asked.sample)) + 1]
+    batches = [
+        torch.randn(len(documents), int(some[documents].max()), asked.d, dtype=dtype)
+        for documents in batch_documents(some, Options.chunk_rows)
+    ]
     watch = Watch(model.layers[0].mlp)
     with torch.inference_mode():
-        model(inputs_embeds=batch[:1])
+        model(inputs_embeds=batches[0])
         start, watch.seconds = time.perf_counter(), 0.0
-        for each in batch.split(max(4096 // asked.length, 1)):
-            model(inputs_embeds=each)
+        for batch in batches:
+            model(inputs_embeds=batch)
         whole = time.perf_counter() - start
-    scale = asked.blocks * asked.tokens / (batch.shape[0] * asked.length)
-    return {
-        "attention": scale * (whole - watch.seconds),
-        "experts": scale * watch.seconds,
-    }
+    scale = asked.blocks * lengths.sum() / some.sum()
+    return {"attention": scale * (whole - watch.seconds), "experts": scale * watch.seconds}
 
 
 class Watch:

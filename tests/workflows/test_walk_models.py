@@ -20,9 +20,11 @@ torch = pytest.importorskip("torch", reason="needs an environment with torch and
 pytest.importorskip("transformers", reason="needs an environment with torch and transformers")
 
 from walk import head
+from walk.block import Answer
 from walk.drive import run
 from walk.model import open_model
 from walk.options import Options
+from walk.tape import Tape, play
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "fixtures"))
 
@@ -336,6 +338,65 @@ def test_a_model_compared_with_itself_does_not_differ(models, ids, tmp_path):
                            compare=str(tmp_path / "same")))["compare"]  # fmt: skip
     assert compared["kl"] == pytest.approx(0, abs=1e-12)
     assert all(error["largest_error"] == 0 for error in compared["hidden_error"].values())
+
+
+# --- the cut at the MoE module ---------------------------------------------------------------
+
+
+def scaled_sum(moe, residual):
+    scored, _ = moe(2 * residual)
+    return residual + 0.5 * scored
+
+
+def norm_and_shortcut(moe, residual):
+    """Of more than one sublayer: what does not come from the MoE module is computed at once."""
+    out = moe(residual.view(-1, 4))
+    first, second = torch.nn.functional.rms_norm(out, (4,)).view(residual.shape).chunk(2, dim=1)
+    return residual.tanh() @ torch.eye(4) + torch.cat([second, first], dim=1)
+
+
+def sum_in_place(moe, residual):
+    kept = residual.clone()
+    kept += moe(residual)
+    return kept.mul_(2)
+
+
+@pytest.mark.parametrize("block", [scaled_sum, norm_and_shortcut, sum_in_place])
+def test_what_a_block_does_with_its_experts_is_done_later(block, tmp_path):
+    torch.manual_seed(0)
+    residual, output = torch.randn(2, 6, 4), torch.randn(2, 6, 4)
+    tape = Tape()
+    out = block(lambda given: tape.begin(given, Answer), residual)
+    tape.stop()
+    torch.save(tape.written(out), tmp_path / "kept")
+    later = play(torch.load(tmp_path / "kept", weights_only=True), output)
+    shaped = output.view(-1, 4) if block is norm_and_shortcut else output
+    expected = block(lambda _: shaped.as_subclass(Answer), residual)
+    np.testing.assert_array_equal(later.numpy(), expected.as_subclass(torch.Tensor).numpy())
+
+
+def test_a_block_that_cannot_be_cut_is_refused():
+    def run(block):
+        tape = Tape()
+        try:
+            return tape.written(block(lambda given: tape.begin(given, Answer), torch.ones(2, 4)))
+        finally:
+            tape.stop()
+
+    def through_a_view(moe, residual):
+        sums = torch.zeros(2, 4)
+        sums.view(-1)[:8] += moe(residual).view(-1)
+        return sums + moe_free
+
+    moe_free = torch.ones(2, 4)
+    with pytest.raises(RuntimeError, match="not look at the same memory through another one"):
+        run(through_a_view)
+    with pytest.raises(RuntimeError, match="the module was not called"):
+        run(lambda moe, residual: residual)
+    with pytest.raises(RuntimeError, match="it was left out"):
+        run(lambda moe, residual: [moe(residual), residual][1])
+    with pytest.raises(RuntimeError, match="must call its MoE module once"):
+        run(lambda moe, residual: moe(moe(residual)))
 
 
 # --- stopped, resumed, elsewhere -------------------------------------------------------------

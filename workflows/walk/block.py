@@ -1,10 +1,10 @@
 """How does a token chunk go through one decoder block, when its MoE module is elsewhere?
 
-    rows ──> attend: the block runs up to its MoE module, whose input rows are the answer;
-             what attention gave is kept
+    rows ──> attend: the block runs once, from end to end; its MoE module is a stand-in, which hands
+             its input over and gives back something of the same shape
+             what the block does with that is written down, with the numbers that it needs
     MoE input ──> dask_ep ──> MoE output
-    rows, MoE output ──> finish: the block runs again, with attention and MoE module answering what
-                         is known; only norms and sums are computed twice
+    MoE output ──> finish: what was written down is done with it: a sum with the residual, mostly
 
 The model's own forward calls the block, so that masks, rotary embeddings and all else that a block
 is given are the model's: stand-ins take the places of all other blocks, and one hands the stored
@@ -24,7 +24,8 @@ from torch import nn
 
 from walk.documents import batch_documents
 from walk.model import Model, path_of
-from walk.tensors import as_numpy, as_tensor, numpy_dtype
+from walk.tape import Tape, play
+from walk.tensors import as_numpy, as_tensor
 
 
 class Reached(Exception):
@@ -54,7 +55,7 @@ class Answer(torch.Tensor):
     __torch_function__ = torch._C._disabled_torch_function_impl
 
     def __iter__(self) -> Iterator[Any]:
-        return iter((self.as_subclass(torch.Tensor), None))
+        return iter((self, None))
 
 
 # --- the model's parts -----------------------------------------------------------------------
@@ -69,22 +70,24 @@ def embed(model: Model, ids: np.ndarray, lengths: Sequence[int], tokens: int) ->
     embedding = model.decoder.get_input_embeddings()
     name = model.names_outside[path_of(model.whole, embedding) + "weight"]
     used, places = np.unique(ids, return_inverse=True)
-    before, source = embedding.weight, model.source(name)
+    source = model.source(name)
     if used[-1] >= source.shape[0] or used[0] < 0:
         raise ValueError(
             f"token ids must be in [0, {source.shape[0]}), the vocabulary of {model.directory}, "
             f"but there is {used[-1] if used[0] >= 0 else used[0]}"
         )
     rows = np.concatenate([source.read(first, last) for first, last in _runs(used)])
-    embedding.weight = nn.Parameter(as_tensor(rows).to(model.dtype), requires_grad=False)
-    try:
-        with blocks_replaced(model, {0: first}):
-            return _in_batches(
-                places[:, None], lengths, tokens, model,
-                lambda batch, _: _until_reached(model, input_ids=batch[..., 0]),
-            )  # fmt: skip
-    finally:
-        embedding.weight = before
+    with model.lock:
+        before = embedding.weight
+        embedding.weight = nn.Parameter(as_tensor(rows).to(model.dtype), requires_grad=False)
+        try:
+            with blocks_replaced(model, {0: first}):
+                return _in_batches(
+                    places[:, None], lengths, tokens, model,
+                    lambda batch: _until_reached(model, input_ids=batch[..., 0]),
+                )  # fmt: skip
+        finally:
+            embedding.weight = before
 
 
 def whole(
@@ -94,70 +97,51 @@ def whole(
     with model.lock:
         held = model.hold(block)
         return _in_batches(
-            rows, lengths, tokens, model, lambda batch, _: _run_block(model, block, held, batch)
+            rows, lengths, tokens, model, lambda batch: _run_block(model, block, held, batch)
         )
 
 
 def attend(
     model: Model, block: int, rows: np.ndarray, lengths: Sequence[int], tokens: int, kept: str
 ) -> np.ndarray:
-    """Return the rows (n, d) that the block's MoE module is given; keep what attention gave.
+    """Return the rows (n, d) that the block's MoE module is given; keep what is to be done then.
 
     Parameters
     ----------
     rows : (n, d), of whole documents
     lengths : of the documents
     tokens : of a batch at most, padding included
-    kept : the file that `finish` reads again
+    kept : the file that `finish` reads
     """
+    tapes: list[dict[str, Any]] = []
 
-    def moe(hidden_states: torch.Tensor, *_: Any, **__: Any) -> torch.Tensor:
-        raise Reached(hidden_states)
-
-    results: list[dict[str, list]] = []
-
-    def run(batch: torch.Tensor, _: np.ndarray) -> torch.Tensor:
-        results.append({})
-        with child_replaced(held, child, moe), _results_kept(held, results[-1]):
-            return _run_block(model, block, held, batch)
+    def run(batch: torch.Tensor) -> torch.Tensor:
+        tape = Tape()
+        with child_replaced(held, child, lambda hidden, *_, **__: tape.begin(hidden, Answer)):
+            out = _run_block(model, block, held, batch, tape.stop)
+        tapes.append(tape.written(out))
+        return tape.given
 
     with model.lock:
         held, child = model.hold(block), model.moe_child(block)
         out = _in_batches(rows, lengths, tokens, model, run)
-    torch.save(results, kept + ".new")
+    torch.save(tapes, kept + ".new")
     os.replace(kept + ".new", kept)
     return out
 
 
 def finish(
-    model: Model,
-    block: int,
-    rows: np.ndarray,
-    moe_rows: np.ndarray,
-    lengths: Sequence[int],
-    tokens: int,
-    kept: str,
+    model: Model, moe_rows: np.ndarray, lengths: Sequence[int], tokens: int, kept: str
 ) -> np.ndarray:
-    """Return the block's output (n, d), from its input and what its MoE module gave."""
-    results = iter(torch.load(kept, weights_only=True))
-
-    def run(batch: torch.Tensor, places: np.ndarray) -> torch.Tensor:
-        moe_batch = as_tensor(_padded(moe_rows, places)).as_subclass(Answer)
-        with (
-            child_replaced(held, child, lambda *_, **__: moe_batch),
-            _results_given(held, next(results)),
-        ):
-            return _run_block(model, block, held, batch)
-
-    with model.lock:
-        held, child = model.hold(block), model.moe_child(block)
-        return _in_batches(rows, lengths, tokens, model, run)
+    """Return a block's output (n, d), from what its MoE module gave."""
+    tapes = iter(torch.load(kept, weights_only=True))
+    return _in_batches(moe_rows, lengths, tokens, model, lambda batch: play(next(tapes), batch))
 
 
 def last_norm(model: Model, rows: np.ndarray, lengths: Sequence[int], tokens: int) -> np.ndarray:
     """Return the model's last hidden states (n, d), from the output of the last block."""
 
-    def run(batch: torch.Tensor, _: np.ndarray) -> torch.Tensor:
+    def run(batch: torch.Tensor) -> torch.Tensor:
         with blocks_replaced(model, {len(model.blocks) - 1: lambda *_, **__: batch}):
             return model.decoder(inputs_embeds=batch, use_cache=False).last_hidden_state
 
@@ -168,11 +152,23 @@ def last_norm(model: Model, rows: np.ndarray, lengths: Sequence[int], tokens: in
 # --- running a block -------------------------------------------------------------------------
 
 
-def _run_block(model: Model, block: int, held: nn.Module, batch: torch.Tensor) -> torch.Tensor:
-    """Run the model's forward, in which the block alone computes, from the stored rows."""
+def _run_block(
+    model: Model,
+    block: int,
+    held: nn.Module,
+    batch: torch.Tensor,
+    ran: Callable[[], None] = lambda: None,
+) -> torch.Tensor:
+    """Run the model's forward, in which the block alone computes, from the stored rows.
+
+    `ran` is called when the block has run, whether it failed or not.
+    """
 
     def real(_: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
-        out = held(batch, *args, **kwargs)
+        try:
+            out = held(batch, *args, **kwargs)
+        finally:
+            ran()
         raise Reached(out[0] if isinstance(out, tuple) else out)
 
     with blocks_replaced(model, {block: real}):
@@ -192,30 +188,26 @@ def _in_batches(
     lengths: Sequence[int],
     tokens: int,
     model: Model,
-    run: Callable[[torch.Tensor, np.ndarray], torch.Tensor],
+    run: Callable[[torch.Tensor], torch.Tensor],
 ) -> np.ndarray:
-    """Run rows in batches of documents; `run` gets a batch, and the row of each of its places."""
-    ends = np.cumsum(lengths)
-    out: np.ndarray | None = None
+    """Run rows in batches of documents, (documents, length, ...), zeros behind the ends."""
+    ends = np.cumsum(lengths).tolist()
+    spans = [slice(end - int(length), end) for end, length in zip(ends, lengths, strict=True)]
+    given, out = as_tensor(rows), torch.empty(0)
     with torch.inference_mode():
         for documents in batch_documents(lengths, tokens):
-            longest = max(lengths[d] for d in documents)
-            places = np.full((len(documents), longest), -1)
-            for row, d in zip(places, documents, strict=True):
-                row[: lengths[d]] = np.arange(ends[d] - lengths[d], ends[d])
-            answer = as_numpy(run(as_tensor(_padded(rows, places)), places))
-            answer = answer.reshape(*places.shape, -1)
-            if out is None:
-                out = np.empty((len(rows), answer.shape[-1]), numpy_dtype(model.dtype))
-            out[places[places >= 0]] = answer[places >= 0]
-    return out
-
-
-def _padded(rows: np.ndarray, places: np.ndarray) -> np.ndarray:
-    """Put rows at their places (documents, length); zeros where a place is -1."""
-    batch = rows[places]
-    batch[places < 0] = 0
-    return batch
+            places = [(place, spans[d], int(lengths[d])) for place, d in enumerate(documents)]
+            longest = max(length for _, _, length in places)
+            batch = given.new_empty(len(places), longest, *given.shape[1:])
+            for place, span, length in places:
+                batch[place, :length] = given[span]
+                batch[place, length:] = 0
+            answer = run(batch).view(len(places), longest, -1)
+            if not len(out):
+                out = torch.empty(len(given), answer.shape[-1], dtype=model.dtype)
+            for place, span, length in places:
+                out[span] = answer[place, :length]
+    return as_numpy(out)
 
 
 # --- stand-ins -------------------------------------------------------------------------------
@@ -244,46 +236,6 @@ def child_replaced(block: nn.Module, name: str, act: Callable[..., torch.Tensor]
         yield
     finally:
         setattr(parent, last, before)
-
-
-@contextmanager
-def _results_kept(block: nn.Module, results: dict[str, list]) -> Iterator[None]:
-    """Keep what the children with modules of their own give: the costly ones, unlike norms."""
-
-    def keep(name: str) -> Callable[..., None]:
-        def hook(_module: nn.Module, _args: Any, output: Any) -> None:
-            parts = output if isinstance(output, tuple) else (output,)
-            results.setdefault(name, []).append((len(parts), isinstance(output, tuple), parts[0]))
-
-        return hook
-
-    hooks = [
-        child.register_forward_hook(keep(name))
-        for name, child in block.named_children()
-        if any(True for _ in child.children()) and not isinstance(child, StandIn)
-    ]
-    try:
-        yield
-    finally:
-        for hook in hooks:
-            hook.remove()
-
-
-@contextmanager
-def _results_given(block: nn.Module, results: dict[str, list]) -> Iterator[None]:
-    """Let children answer what they gave before; of a tuple, the first part."""
-    before = {name: getattr(block, name) for name in results}
-    for name, given in results.items():
-        answers = iter(
-            (first, *(None,) * (count - 1)) if in_tuple else first
-            for count, in_tuple, first in given
-        )
-        setattr(block, name, StandIn(before[name], lambda *_, _next=answers, **__: next(_next)))
-    try:
-        yield
-    finally:
-        for name, child in before.items():
-            setattr(block, name, child)
 
 
 # --- small things ----------------------------------------------------------------------------

@@ -10,7 +10,7 @@ head has a part of the vocabulary, so that what the model does to logits is done
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -100,7 +100,11 @@ def score(
     n, columns = len(targets), COLUMNS if len(models) == 1 else COLUMNS_OF_TWO
     out = np.empty((n, columns))
     at_a_time = max(1, LOGIT_BYTES // (4 * (last - first)))
-    with torch.inference_mode(), heads(models, vocabulary) as runs:
+    with ExitStack() as stack:
+        for model in models:
+            stack.enter_context(model.lock)
+        stack.enter_context(torch.inference_mode())
+        runs = stack.enter_context(heads(models, vocabulary))
         for start in range(0, n, at_a_time):
             part = slice(start, min(start + at_a_time, n))
             logits = [run(each[part]) for run, each in zip(runs, rows, strict=True)]

@@ -1,7 +1,7 @@
 """Through which files does a model go, one block at a time?
 
     tokens.npy ──> embedding.zarr
-    block 0:  embedding.zarr ── attend ──> work/moe_input.zarr      attention's part in work/kept
+    block 0:  embedding.zarr ── attend ──> work/moe_input.zarr      what comes after in work/kept
               work/moe_input.zarr ── dask_ep ──> work/moe_output.zarr
               both ── finish ──> block_000.zarr
     block 1:  block_000.zarr ── ...
@@ -41,6 +41,10 @@ from walk.model import Model, open_model
 from walk.tasks import Scoring, Task
 from walk.tensors import numpy_dtype
 
+TASKS = 2
+"""Token chunks at a time in this process: one computes on all threads, while another is read or
+written."""
+
 
 @dataclass(frozen=True)
 class Where:
@@ -54,7 +58,9 @@ class Where:
         """Write an output; tell how many rows are done, each time."""
         tell(sum(output.rows[b] for b in output.done_before))
         if self.client is None:
-            output.compute(lambda receipt: tell(receipt.rows), scheduler="sync")
+            output.compute(
+                lambda receipt: tell(receipt.rows), scheduler="threads", num_workers=TASKS
+            )
             return
         if output.missing:
             futures = futures_of(self.client.persist(output))
@@ -174,7 +180,7 @@ class Walk:
         experts = load_moe_layer(self.task.directory, block).experts
         reads += experts.num_experts * self._collect(block, moe_input)
         marks.append(time.monotonic())
-        y = self._mapped(task.finish, self._rows(before), self._rows(moe_output))
+        y = self._mapped(task.finish, self._rows(moe_output))
         self._store("sum", y, self.hidden(block), {"hidden": before, "moe": moe_output})
         marks.append(time.monotonic())
         names = ("attention_seconds", "experts_seconds", "collect_seconds", "sum_seconds")

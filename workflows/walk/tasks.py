@@ -40,7 +40,7 @@ class Task:
     chunk_rows : of a token chunk, see `chunk_documents`
     batch_tokens : of a batch at most, see `batch_documents`
     block : number of the decoder block
-    kept : directory of what attention gave
+    kept : directory of what is to be done with the output of the MoE module
     """
 
     directory: str
@@ -61,12 +61,9 @@ class Task:
         kept = self._kept(block_id)
         return block.attend(self._model, self.block, rows, *self._documents(block_id), kept)
 
-    def finish(
-        self, rows: np.ndarray, moe_rows: np.ndarray, block_id: tuple[int, int]
-    ) -> np.ndarray:
-        documents = self._documents(block_id)
+    def finish(self, moe_rows: np.ndarray, block_id: tuple[int, int]) -> np.ndarray:
         kept = self._kept(block_id)
-        return block.finish(self._model, self.block, rows, moe_rows, *documents, kept)
+        return block.finish(self._model, moe_rows, *self._documents(block_id), kept)
 
     def last_norm(self, rows: np.ndarray, block_id: tuple[int, int]) -> np.ndarray:
         return block.last_norm(self._model, rows, *self._documents(block_id))

@@ -87,6 +87,7 @@ class LayerTensors:
         self.name = f"{name}." if name else ""
         self.family = model.family
         self.taken: set[str] = set()
+        self.ignored: set[str] = set()
         self.E = self.find_size("num_experts", self.family.num_experts)
         self.H = self.find_size("hidden_size", self.family.hidden_size)
         self.width = self.find_size("width", self.family.width)
@@ -134,8 +135,8 @@ class LayerTensors:
         if parts is None:
             source = self._take_raw(name)
         else:
-            ignored = set(activation_scales(self.resolve(name), self.tensors))
-            self.taken |= {*parts.names.values(), *ignored}
+            self.ignored |= set(activation_scales(self.resolve(name), self.tensors))
+            self.taken |= {*parts.names.values(), *self.ignored}
             source = parts.open(shape)
         if not is_float(source.dtype):
             raise TypeError(
@@ -162,6 +163,8 @@ class LayerTensors:
 
     def why_not_read(self, name: str) -> str | None:
         """Why a tensor of the layer is not read; None if it should have been."""
+        if name in self.ignored:
+            return "scales of activations, which are not quantized here"
         rows = [self.family.not_read]
         if not (self.name and name.startswith(self.name)):
             rows.append(NOT_READ)

@@ -374,7 +374,7 @@ def _parts_not_read(blocks: Iterable[Block]) -> tuple[StoredPart, ...]:
     left = [
         ("not read", block.why_not_read(name) or "", block.tensors[name])
         for block in blocks
-        for name in sorted(block.tensors.keys() - block.taken)
+        for name in sorted((block.tensors.keys() - block.taken) | block.ignored)
     ]
     return _added_up(left)
 

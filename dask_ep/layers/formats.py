@@ -40,6 +40,7 @@ ACTIVATION_SCALES = (
     "input_scale",
     "input_zero_point",
     "input_global_scale",
+    "activation_scale",
     "act_scale",
     "output_scale",
 )

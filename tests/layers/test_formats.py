@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import pickle
+import re
 
 import dask
 import dask.array as da
@@ -14,6 +15,7 @@ from safetensors import safe_open
 
 from dask_ep.errors import ReadError
 from dask_ep.experts.quantized import QuantizedSource, in_memory
+from dask_ep.jobs.inspect import inspect_path
 from dask_ep.layers.checkpoint import load_moe_layer
 from dask_ep.layers.formats import Parts, find_parts
 from dask_ep.storage.sources import Source, open_safetensors, open_source
@@ -346,3 +348,20 @@ def test_held_as_stored_gives_the_same_bits_in_less_memory(case):
     with dask.config.set(scheduler="sync"):
         assert held(hidden).compute().tobytes() == plain(hidden).compute().tobytes()
     assert held.experts.load().nbytes < 0.4 * plain.experts.load().nbytes
+
+
+@pytest.mark.parametrize("ending", ["input_scale", "activation_scale", "input_global_scale"])
+def test_scales_of_activations_are_said_to_be_ignored(ending, tmp_path):
+    def with_scales(tensors):
+        kept = {n: a for n, a in tensors.items() if not n.endswith("input_scale")}
+        names = [n.removesuffix("weight") for n in tensors if re.search(r"experts.*weight$", n)]
+        return kept | {name + ending: np.ones((), np.float32) for name in names}
+
+    folder = altered(tmp_path, "qwen3_moe_nvfp4", tensors=with_scales)
+    (found,) = inspect_path(folder)
+    said = "scales of activations, which are not quantized here (30 tensors, 120 B)"
+    assert dict(found.facts)["not read"] == said
+    hidden = da.from_array(expected("qwen3_moe_nvfp4")["hidden"], chunks=-1)
+    layers = [load_moe_layer(path, LAYER) for path in (folder, FIXTURES / "qwen3_moe_nvfp4")]
+    a, b = (layer(hidden).compute(scheduler="sync") for layer in layers)
+    assert a.tobytes() == b.tobytes()

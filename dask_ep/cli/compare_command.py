@@ -58,7 +58,8 @@ MOST_SHOWN = 8
 @click.option(
     "--scratch",
     type=click.Path(file_okay=False, exists=True),
-    help="Where outputs wait if both layers do not fit into memory together; default: $TMPDIR.",
+    help="Where outputs wait if both layers do not fit into memory together, seen by all workers; "
+    "default: $TMPDIR.",
 )
 @where_options
 @debug_option

@@ -8,6 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 from dask.utils import format_bytes
 
 from dask_ep.graph.pipeline import count_tasks
@@ -63,29 +64,29 @@ class PlanOfStatistics(Plan):
         return max(self.graph_tasks - self.tasks, 0)
 
     @property
+    def flops(self) -> np.ndarray:
+        """(R,) floating-point operations of each rank's experts, and of second moments."""
+        of_row = self.course.walks * self.work.expert_flops
+        if self.grams_left:  # half of a product of rows with themselves
+            of_row += self.work.d**2 + self.course.hidden**2
+        return self.rank_rows * (of_row + self._hides * self.work.expert_flops)
+
+    @property
+    def load_seconds(self) -> float:
+        """Time to read the experts, for the worker that reads most."""
+        return super().load_seconds if self.course.walks or self._hides else 0.0
+
+    @property
     def busy_seconds(self) -> float:
         """Time that workers compute and copy, in all passes."""
-        threads = self.workers * self.threads
-        one, walks = self._seconds_anywhere / threads, self.course.walks
-        flops = int(self.expert_rows.sum()) * (
-            self._moment_flops + self._hides * self.work.expert_flops
-        )
-        passes = len(self.left) + len(self.course.gram_blocks)
-        return (
-            (walks * super().busy_seconds or one)
-            + (passes - 1) * one
-            + bool(self.grams_left) * flops / self.rates.flops / threads
-        )
+        more = len(self.left) + len(self.course.gram_blocks) - 1
+        again = more * self._seconds_anywhere / (self.workers * self.threads)
+        return super().busy_seconds + again
 
     @property
     def _hides(self) -> bool:
         """Whether second moments of hidden activations are asked for, so that experts compute."""
         return bool(self.grams_left and self.course.hidden)
-
-    @property
-    def _moment_flops(self) -> int:
-        """Floating-point operations of the second moments of one row: half of a product."""
-        return self.work.d**2 + self.course.hidden**2
 
     @property
     def advice(self) -> list[str]:

@@ -234,7 +234,13 @@ def test_the_plan_says_what_it_takes_and_whether_gram_fits(folder, capsys, known
     assert "second moments" in said
     assert "1 pass over the rows, 1 more for gram, 6 experts in each; the statistics are " in said
     code, said, _ = run_main(capsys, *command, "--json")
-    assert json.loads(said)["passes_for_gram"] == 1
+    plan = json.loads(said)
+    assert (plan["passes_for_gram"], plan["stored_bytes"]) == (1, E * 3 * D * F * 4)
+    pairs, hidden = 2 * N, 2 * 3 * D * F  # rows of experts, operations of one
+    assert sum(plan["flops"]) == pairs * (D * D + F * F + hidden)
+    code, said, _ = run_main(capsys, *command[:-1], "usage", "--json")
+    plan = json.loads(said)
+    assert (sum(plan["flops"]), plan["stored_bytes"], plan["load_seconds"]) == (0, 0, 0)
     code, _, err = run_main(capsys, *command, "--memory-limit", "180500kB")
     assert code == 1
     assert re.search(r"gram needs \d+ MB to sum the second moments of one expert", err)

@@ -100,20 +100,22 @@ def together(layer: MoELayer, hidden: da.Array, what: tuple[str, ...]) -> None:
 def gram_share(layer: MoELayer, hidden: da.Array, options: argparse.Namespace) -> float:
     """Seconds of the dense products that second moments need, by those of collecting them."""
     routed, rows = layer.tokens_per_expert(hidden).compute(scheduler="sync"), hidden.compute()
-    gate, up, down = (np.concatenate(w.read(np.float32)) for w in layer.experts.weights.values())
-    d, f = options.d, options.hidden
+    weights = layer.experts.weights
+    gate, up = (np.concatenate(weights[name].read(np.float32)) for name in ("gate", "up"))
+    d = options.d
 
     def products() -> None:
         for e, count in enumerate(routed):
             x = np.resize(rows, (int(count), d))
             h = product(x, gate[e * d : (e + 1) * d])
             product(x, up[e * d : (e + 1) * d])
-            product(h, down[e * f : (e + 1) * f])
             np.matmul(x.T, x)
             np.matmul(h.T, h)
 
-    taken = seconds(lambda: dask.compute(collect(hidden, layer, what=["gram"]), scheduler="sync"))
-    return seconds(products) / taken
+    def collected() -> None:  # expert by expert, as they go to a file
+        dask.persist(collect(hidden, layer, what=["gram"]), scheduler="sync")
+
+    return seconds(products) / seconds(collected)
 
 
 def print_memory(layer: Layer) -> None:

@@ -98,10 +98,18 @@ class _StoredExpert(Expert):
     def takes(self, dtype: np.dtype) -> np.dtype:
         return self._loaded().takes(dtype)
 
-    def __call__(self, rows: Array, out: Array | None = None) -> Array:
-        return self._loaded()(rows, out)
+    @property
+    def hidden(self) -> int | None:
+        return self._one.hidden
 
-    def _loaded(self) -> Expert:
+    def __call__(self, rows: Array, out: Array | None = None, hidden: Array | None = None) -> Array:
+        return self._loaded()(rows, out, **({} if hidden is None else {"hidden": hidden}))
+
+    def activate(self, rows: Array, hidden: Array | None = None) -> Array:
+        """The hidden activations of rows, in `hidden` when it is given."""
+        return self._loaded().activate(rows, hidden)
+
+    def _loaded(self) -> Any:
         who, expert = getattr(self._lately, "expert", (None, None))
         if expert is None or who is not self:
             self._lately.expert = (None, None)  # the memory of the last is free for this one

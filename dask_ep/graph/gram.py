@@ -247,9 +247,8 @@ def _plus(before: Gram | None, rows: np.ndarray, expert: Sequence[Expert] | None
     hidden = memory.empty((len(rows), run_expert.hidden), rows.dtype)
     for first in range(0, len(rows), ROWS_TOGETHER):
         tile = slice(first, first + ROWS_TOGETHER)
-        out = memory.empty((len(rows[tile]), run_expert.d_out), rows.dtype)
         taken = rows[tile].astype(run_expert.takes(rows.dtype), copy=False)
-        run_expert(taken, out=out, hidden=hidden[tile])
+        run_expert.activate(taken, hidden[tile])
     return Gram(moments, _moments(hidden, None if before is None else before.hidden))
 
 

@@ -48,7 +48,8 @@ class Expert(ABC):
         """Width of the hidden activations, what the last matrix multiplies; None without any.
 
         On the host, experts that have them also take ``hidden=``, an array (m, hidden) of the
-        computing dtype in which to leave them.
+        computing dtype in which to leave them, and have ``activate(rows, hidden)``, which computes
+        them alone.
         """
         return None
 

@@ -97,10 +97,14 @@ class Mlp(Expert):
         one._down.together([expert._down for expert in experts], active, bounds, out)
 
     def __call__(self, rows: Array, out: Array | None = None, hidden: Array | None = None) -> Array:
+        return self._down(self.activate(rows, hidden), out)
+
+    def activate(self, rows: Array, hidden: Array | None = None) -> Array:
+        """The hidden activations of rows, in `hidden` when it is given."""
         hidden = self._up(rows, _hidden(rows, self._up) if hidden is None else hidden)
         for part in memory.runs_in_cache(hidden):
             self._activate(hidden[part], 1.0)
-        return self._down(hidden, out)
+        return hidden
 
 
 class _Gate(Expert):
@@ -146,11 +150,15 @@ class Gated(_Gate):
         return narrow if narrow == wide else computing_dtype(dtype)
 
     def __call__(self, rows: Array, out: Array | None = None, hidden: Array | None = None) -> Array:
+        return self._down(self.activate(rows, hidden), out)
+
+    def activate(self, rows: Array, hidden: Array | None = None) -> Array:
+        """The hidden activations of rows, in `hidden` when it is given."""
         gate = self._gate(rows, _hidden(rows, self._gate) if hidden is None else hidden)
         up = self._up(rows, _hidden(rows, self._up))
         for part in memory.runs_in_cache(gate):
             self._combine(gate[part], up[part])
-        return self._down(gate, out)
+        return gate
 
     def _combine(self, gate: Array, up: Array) -> None:
         """Replace `gate` by activation(gate) * up."""
@@ -251,11 +259,22 @@ class Summed(Expert):
         part = self._parts[i]
         if hidden is None:
             return part(rows, out)
-        first = sum(before.hidden for before in self._parts[:i])
         activations = memory.empty((len(rows), part.hidden), hidden.dtype)
         out = part(rows, out, hidden=activations)
-        hidden[:, first : first + part.hidden] = activations
+        hidden[:, self._columns(i)] = activations
         return out
+
+    def activate(self, rows: Array, hidden: Array | None = None) -> Array:
+        """The hidden activations of rows, in `hidden` when it is given."""
+        if hidden is None:
+            hidden = memory.empty((len(rows), self.hidden), computing_dtype(rows.dtype))
+        for i, part in enumerate(self._parts):
+            hidden[:, self._columns(i)] = part.activate(rows)
+        return hidden
+
+    def _columns(self, i: int) -> slice:
+        first = sum(before.hidden for before in self._parts[:i])
+        return slice(first, first + self._parts[i].hidden)
 
 
 def _hidden(rows: Array, expert: Expert) -> Array:

@@ -66,10 +66,13 @@ class PlanOfStatistics(Plan):
     @property
     def flops(self) -> np.ndarray:
         """(R,) floating-point operations of each rank's experts, and of second moments."""
-        of_row = self.course.walks * self.work.expert_flops
+        work, hidden = self.work, self.course.hidden
+        of_row = self.course.walks * work.expert_flops
         if self.grams_left:  # half of a product of rows with themselves
-            of_row += self.work.d**2 + self.course.hidden**2
-        return self.rank_rows * (of_row + self._hides * self.work.expert_flops)
+            of_row += work.d**2 + hidden**2
+        if self._hides:  # all products of an expert but the last
+            of_row += work.expert_flops - 2 * hidden * work.d_out
+        return self.rank_rows * of_row
 
     @property
     def load_seconds(self) -> float:

@@ -236,7 +236,7 @@ def test_the_plan_says_what_it_takes_and_whether_gram_fits(folder, capsys, known
     code, said, _ = run_main(capsys, *command, "--json")
     plan = json.loads(said)
     assert (plan["passes_for_gram"], plan["stored_bytes"]) == (1, E * 3 * D * F * 4)
-    pairs, hidden = 2 * N, 2 * 3 * D * F  # rows of experts, operations of one
+    pairs, hidden = 2 * N, 2 * 2 * D * F  # rows of experts; their gate and up
     assert sum(plan["flops"]) == pairs * (D * D + F * F + hidden)
     code, said, _ = run_main(capsys, *command[:-1], "usage", "--json")
     plan = json.loads(said)

@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 
 from dask_ep import Experts, MoELayer, Router, collect, expert_parallel
 from dask_ep.experts import local_experts
+from dask_ep.experts.stored_experts import held_as_stored
 from dask_ep.graph import gram, row_choice
 from dask_ep.layers.collect import WHAT, Wanted, begin_collection
 from dask_ep.placement.policies import balanced, exact
@@ -116,11 +117,24 @@ def test_bits_do_not_depend_on_ranks_schedulers_or_whether_the_output_is_wanted(
             np.testing.assert_array_equal(got[name], array, err_msg=name)
 
 
+@pytest.mark.parametrize("kind", ["linear", "mlp", "gated", "gated_fused"])
+def test_experts_that_are_held_as_stored_have_the_same_statistics(kind):
+    tokens, routing = small()
+    experts = make_layer(kind, 6, 8, F, 8, seed=0).experts
+    got, want = (
+        dask.compute(collect(tokens, each, what=SEEN, routing=routing), scheduler="sync")[0]
+        for each in (held_as_stored(experts), experts)
+    )
+    assert got.keys() == want.keys()
+    for name, array in want.items():
+        np.testing.assert_array_equal(got[name], array, err_msg=name)
+
+
 def test_hidden_columns_that_are_computed_apart_are_one_row(monkeypatch):
     monkeypatch.setattr(local_experts, "HIDDEN_COLUMNS", 3)
     tokens, routing = small()
     layer = make_layer("gated", 6, 8, 7, 8, seed=0)
-    got = collect(tokens, layer.experts, what=["amax", "sumsq"], routing=routing)
+    got = collect(tokens, layer.experts, what=["amax", "sumsq", "gram"], routing=routing)
     (got,) = dask.compute(got, scheduler="sync")
     assert got["amax.hidden"].shape == (6, 7)
     assert_same(got, statistics(*(a.compute() for a in (tokens, *routing)), layer.plain))

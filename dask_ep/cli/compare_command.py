@@ -73,6 +73,7 @@ def compare_command(a: str, b: str, **options: Any) -> int:
     \b
     Examples:
       dask-ep compare bf16/ fp8/ --tokens hidden.zarr --layer-index 3 --tolerance 0.1 --share 0.99
+      dask-ep compare bf16/ model-Q8_0.gguf --tokens hidden.zarr --layer-index 3
       dask-ep compare a.zarr b.zarr --tolerance 1e-5
     """
     where = choose_where(**{key: options.pop(key) for key in WHERE})
@@ -81,7 +82,7 @@ def compare_command(a: str, b: str, **options: Any) -> int:
     if any(checkpoints):
         if not all(checkpoints):
             one = (a, b)[checkpoints.index(False)]
-            raise click.UsageError(f"{one} is not a checkpoint directory, but the other one is")
+            raise click.UsageError(f"{one} is not a checkpoint, but the other one is")
         if tokens is None or names:
             raise click.UsageError("checkpoints are compared on --tokens, and without --routing")
     else:
@@ -105,7 +106,9 @@ def compare_command(a: str, b: str, **options: Any) -> int:
 
 
 def is_checkpoint(path: str) -> bool:
-    """Whether a path is a directory that is not an array's."""
+    """Whether a path is a directory that is not an array's, or a GGUF file."""
+    if path.endswith(".gguf"):
+        return True
     if is_remote(path):
         return not path.rstrip("/").endswith((".zarr", ".npy", ".safetensors"))
     return os.path.isfile(os.path.join(path, "config.json"))

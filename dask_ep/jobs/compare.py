@@ -111,7 +111,7 @@ def compare_checkpoints(
 
     Parameters
     ----------
-    a, b : checkpoint directories; errors are relative to the output of `a`
+    a, b : checkpoint directories, or GGUF files; errors are relative to the output of `a`
     tokens : (n, d) hidden states that the layer gets
     layer : number of the layer; may be left out where there is one MoE layer
     where : as for `dask_ep.jobs.run.run_job`

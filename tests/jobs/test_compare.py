@@ -365,5 +365,5 @@ def test_what_cannot_be_compared_is_refused(tokens, tmp_path):
         2, "checkpoints are compared on --tokens, and without --routing"
     )  # fmt: skip
     code, said = run(ORIGINAL, tokens, "--tokens", tokens)
-    assert (code, said) == (2, f"{tokens} is not a checkpoint directory, but the other one is")
+    assert (code, said) == (2, f"{tokens} is not a checkpoint, but the other one is")
     assert run(tokens, tokens, "--layer-index", 1)[0] == 2

@@ -8,7 +8,9 @@ from pathlib import Path
 import dask.array as da
 import numpy as np
 import pytest
+from click.testing import CliRunner
 
+from dask_ep.cli.main import cli
 from dask_ep.experts.experts import Experts
 from dask_ep.jobs.backends import Threads
 from dask_ep.jobs.inspect import inspect_path
@@ -18,7 +20,7 @@ from dask_ep.jobs.verify import verify_job
 from dask_ep.layers.checkpoint import load_moe_layer, moe_layers
 from dask_ep.layers.families import find_family
 from dask_ep.layers.gguf_families import GGUF_FAMILIES
-from tests.checkpoints import LAYER, expected
+from tests.checkpoints import FIXTURES, LAYER, expected
 from tests.gguf_files import (
     CASES,
     Form,
@@ -113,6 +115,19 @@ def test_a_job_takes_the_layer_or_the_experts_of_a_file(tmp_path):
     e = Experts.gated(**names, transposed=True).load([routing[0, 0], routing[0, 1]])
     want = e[0](rows[:1]) + e[1](rows[:1])
     np.testing.assert_allclose(np.load(tmp_path / "experts.npy")[:1], want, rtol=1e-4, atol=1e-5)
+
+
+def test_a_file_is_compared_with_the_checkpoint_that_it_was_made_of(tmp_path):
+    np.save(tmp_path / "rows.npy", expected("qwen2_moe")["hidden"].reshape(24, -1))
+    plain = converted("qwen2_moe", tmp_path / "plain.gguf")
+    options = ["--tokens", str(tmp_path / "rows.npy"), "--layer-index", str(LAYER)]
+    for path, largest, code in ((plain, 1e-5, 0), (quantized(tmp_path), 1e-5, 3)):
+        pair = [str(FIXTURES / "qwen2_moe"), str(path), "--tolerance", str(largest)]
+        ran = CliRunner().invoke(
+            cli, ["compare", *pair, *options], obj={"debug": False}, standalone_mode=False
+        )
+        assert (ran.exception, ran.return_value) == (None, code)
+        assert "routing: every row goes to the same experts" in ran.output
 
 
 def test_inspect_says_what_a_file_holds(tmp_path):

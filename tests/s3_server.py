@@ -21,7 +21,7 @@ import pytest
 s3fs = pytest.importorskip("s3fs", reason="s3fs is not installed")
 moto = pytest.importorskip("moto.server", reason="moto, which speaks S3, is not installed")
 
-PATIENCE = 2.0
+PATIENCE = 1.0
 """Seconds that a reader waits for an answer; a busy machine gives one sooner."""
 BUCKET = "bucket"
 SIGNED = "AWS4-HMAC-SHA256 Credential=key/20260101/us-east-1/s3/aws4_request, Signature=0"

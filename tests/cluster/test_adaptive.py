@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import time
-from pathlib import Path
 
 import dask.array as da
 import numpy as np
@@ -12,20 +11,9 @@ from distributed import Client, LocalCluster
 
 from dask_ep import Experts, OwnerRules, expert_parallel, own_experts
 from tests.cluster_processes import DEADLINE, wait_until
+from tests.observed import Waits
 
 RANKS, CHUNKS, ROWS, WIDTH = 2, 3, 8, 4
-
-
-class Waits:
-    """Doubles rows, but not while a file is there."""
-
-    def __init__(self, file: Path):
-        self.file = file
-
-    def __call__(self, rows: np.ndarray) -> np.ndarray:
-        while self.file.exists():
-            time.sleep(0.01)
-        return rows * 2
 
 
 @pytest.fixture

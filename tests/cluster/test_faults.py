@@ -27,7 +27,7 @@ from tests.fault_scenarios import (
     run_undisturbed,
     run_uneven,
 )
-from tests.observed import record_services, servings, slices_kept, slots_taken
+from tests.observed import Waits, record_services, servings, slices_kept, slots_taken
 
 LENGTH = 2.0
 """Seconds of the undisturbed run, about: faults come within them."""
@@ -123,18 +123,6 @@ def replace(cluster, client, name):
 def alone(y):
     """Compute without the cluster; experts that sleep do so side by side."""
     return y.compute(scheduler="threads", num_workers=8)
-
-
-class Waits:
-    """Doubles rows, but not while a file is there."""
-
-    def __init__(self, file):
-        self.file = file
-
-    def __call__(self, rows):
-        while self.file.exists():
-            time.sleep(0.01)
-        return rows * 2
 
 
 @pytest.fixture

@@ -23,6 +23,7 @@ from tests.cluster_processes import DEADLINE, Cluster, addresses, wait_until
 from tests.observed import (
     NotedSource,
     Recorder,
+    Waits,
     bytes_read,
     chunks_held,
     computed,
@@ -262,24 +263,12 @@ def test_no_more_travels_than_the_rows_that_must(client, recorded, slots):
 # --- how many chunks are in flight ------------------------------------------------------------
 
 
-class Waiting:
-    """An expert that doubles rows, but not while a file is there."""
-
-    def __init__(self, file):
-        self.file = file
-
-    def __call__(self, rows):
-        while self.file.exists():
-            time.sleep(0.01)
-        return rows * 2
-
-
 @pytest.fixture
 def stalled(client, tmp_path):
     """Give a layer of 40 chunks of whose three ranks one waits, and what lets it go on."""
     file = tmp_path / "wait"
     file.touch()
-    experts = Experts.callables([_at_once, Waiting(file), _at_once])
+    experts = Experts.callables([_at_once, Waits(file), _at_once])
     forget_chunks(client)
     yield layer(chunks=40, ranks=3, experts=experts, count=True)[0], file.unlink
     file.unlink(missing_ok=True)

@@ -19,6 +19,12 @@ settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "default"))
 
 
 @pytest.fixture
+def bokeh():
+    """What draws reports, where it is installed."""
+    return pytest.importorskip("bokeh", reason="bokeh is not installed")
+
+
+@pytest.fixture
 def float32_products(monkeypatch):
     """A CPU, or an environment, that multiplies bfloat16 no faster than float32."""
     monkeypatch.setattr(blas, "bfloat16_library", lambda: None)

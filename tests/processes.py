@@ -12,6 +12,8 @@ import subprocess
 import sys
 from multiprocessing.process import BaseProcess
 
+import numpy.testing  # noqa: F401 - some versions run `lscpu` when they are imported
+
 MARK = "DASK_EP_TESTS"
 
 END_MARKED = """

@@ -19,7 +19,8 @@ import os
 import sys
 from collections.abc import Iterator
 from contextlib import suppress
-from dataclasses import dataclass, replace
+from copy import copy
+from dataclasses import dataclass
 from itertools import product
 from math import prod
 from typing import TYPE_CHECKING, Any, Literal
@@ -169,7 +170,8 @@ def anchored(array: zarr.Array) -> zarr.Array:
     if not isinstance(store, LocalStore) or store.root.is_absolute():
         return array
     place = StorePath(LocalStore(store.root.absolute(), read_only=store.read_only), array.path)
-    opened = replace(array._async_array, store_path=place)
+    opened = copy(array._async_array)
+    object.__setattr__(opened, "store_path", place)  # it is frozen
     return zarr.Array(opened)
 
 

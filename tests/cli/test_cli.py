@@ -445,7 +445,7 @@ def test_choices_are_needed_to_compare(small_job, capsys):
     assert (code, "--what-if needs choices to compare, NAME=VALUE" in err) == (2, True)
 
 
-def test_a_report_of_nothing_is_announced(small_job, tmp_path, capsys):
+def test_a_report_of_nothing_is_announced(small_job, tmp_path, capsys, bokeh):
     report = tmp_path / "run.html"
     assert here(capsys, "run", small_job)[0] == 0
     code, out, _ = here(capsys, "run", small_job, "--resume", "--report", report)

@@ -75,7 +75,7 @@ def test_the_command_prints_json_and_saves_the_placement(job_file, tmp_path):
     assert again["rank_rows"] == content["rank_rows"]
 
 
-def test_the_command_writes_a_report(job_file, tmp_path):
+def test_the_command_writes_a_report(job_file, tmp_path, bokeh):
     invoke(job_file, "--processes", 2, "--memory-limit", "1 GiB", "--html", tmp_path / "plan.html")
     text = (tmp_path / "plan.html").read_text()
     assert "1,000 token rows of width 8, 2 of 8 experts a row, 2 ranks (contiguous)" in text
@@ -130,7 +130,9 @@ def test_the_command_compares_choices(job_file):
         ),
     ],
 )
-def test_what_the_command_refuses(job_file, arguments, message, monkeypatch):
+def test_what_the_command_refuses(job_file, arguments, message, monkeypatch, request):
+    if "--html" in arguments:
+        request.getfixturevalue("bokeh")
     monkeypatch.chdir(job_file.parent)
     result = CliRunner().invoke(plan_command, [str(job_file), *map(str, arguments)])
     assert result.exit_code != 0

@@ -185,7 +185,7 @@ def known_rates(monkeypatch):
 @pytest.mark.parametrize(
     "where", [Threads(2), pytest.param(Processes(2), marks=pytest.mark.slow)], ids=str
 )
-def test_a_report_compares_with_the_plan(folder, known_rates, where, what):
+def test_a_report_compares_with_the_plan(folder, known_rates, where, what, bokeh):
     told, report = [], folder / "run.html"
     collect_job(
         job(folder), *asked(folder, what=what), where, chunk_rows=30, report=report,
@@ -208,7 +208,7 @@ def header(folder: Path) -> int:
 
 
 @pytest.mark.parametrize("rows", [20, 250], ids=["among the groups", "among the grams"])
-def test_the_plan_of_what_is_left_is_laid_beside_a_resumed_run(folder, known_rates, rows):
+def test_the_plan_of_what_is_left_is_laid_beside_a_resumed_run(folder, known_rates, rows, bokeh):
     told = []
 
     def stop(done: int, total: int) -> None:

@@ -23,6 +23,8 @@ from dask_ep.pricing.price import Plan
 from dask_ep.pricing.trace import Record
 from tests.checkpoints import FIXTURES
 
+pytestmark = pytest.mark.usefixtures("bokeh")
+
 
 @pytest.fixture(autouse=True)
 def known_rates(monkeypatch):

@@ -32,6 +32,8 @@ from dask_ep.pricing.trace import Event, Record, Recorder, Service, peak_memory
 from tests.browser import DESK, NARROWEST, PHONE, look_at, print_page
 from tests.cluster_processes import Cluster
 
+pytestmark = pytest.mark.usefixtures("bokeh")
+
 RATES = Rates(flops=1e10, copy=1e9)
 
 

@@ -181,7 +181,7 @@ def advise_chunk_rows(source: Source) -> int:
     row_bytes = max(1, source.nbytes // max(1, source.shape[0]))
     stored = source.chunk_rows or 1
     rows = max(1, CHUNK_BYTES // (row_bytes * stored)) * stored
-    return min(rows, -(-max(source.shape[0], 1) // stored) * stored)
+    return min(rows, max(source.shape[0], 1))
 
 
 def _is_routing(source: Source) -> bool:

@@ -9,6 +9,7 @@ import fsspec
 import ml_dtypes
 import numpy as np
 import pytest
+import zarr
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -358,10 +359,12 @@ def test_integers_that_are_no_routing_are_not_counted():
     assert count_routing(open_source(np.array([5, 1 << 40])))[0].size == 0
 
 
-def test_advised_chunks_are_whole_stored_chunks():
+def test_advised_chunks_are_whole_stored_chunks(tmp_path):
     rows = open_source(np.zeros((20, 1 << 20), ml_dtypes.bfloat16))
     assert advise_chunk_rows(rows) == 16
     assert advise_chunk_rows(open_source(np.zeros((10, 4)))) == 10, "no more than there are"
+    stored = zarr.create_array(tmp_path / "x.zarr", shape=(10, 4), chunks=(8, 4), dtype="f4")
+    assert advise_chunk_rows(open_source(stored)) == 10, "the last stored chunk is not full"
 
 
 # --- layers of checkpoints -------------------------------------------------------------------

@@ -35,7 +35,7 @@ _quick_test = ""
 
 def end_with_this_process() -> subprocess.Popen:
     """Let whatever is started from now on end with this process, or when the answer is closed."""
-    environment = dict(os.environ)
+    environment = {name: value for name, value in os.environ.items() if name != MARK}
     mark = f"{os.getpid()}-{os.urandom(16).hex()}"
     os.environ[MARK] = mark
     return subprocess.Popen(

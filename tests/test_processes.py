@@ -8,6 +8,7 @@ import sys
 import psutil
 import pytest
 
+from tests import processes
 from tests.cluster_processes import REPOSITORY, wait_until
 
 
@@ -29,9 +30,9 @@ def test_a_test_that_is_not_marked_slow_cannot_start_processes(start):
 OUTLIVED = """
 import subprocess
 from tests import processes
-keep = processes.end_with_this_process()
-print(subprocess.Popen(["sleep", "600"], start_new_session=True).pid, flush=True)
-keep.wait()
+end = processes.end_with_this_process()
+print(subprocess.Popen(["sleep", "600"], start_new_session=True).pid, end.pid, flush=True)
+end.wait()
 """
 
 
@@ -39,7 +40,10 @@ keep.wait()
 def test_what_tests_start_ends_when_they_are_killed():
     command = [sys.executable, "-c", OUTLIVED]
     with subprocess.Popen(command, cwd=REPOSITORY, stdout=subprocess.PIPE, text=True) as tests:
-        outlived = psutil.Process(int(tests.stdout.readline()))
-        assert outlived.is_running()
-        tests.kill()
+        try:
+            outlived, end = (psutil.Process(int(pid)) for pid in tests.stdout.readline().split())
+            assert outlived.is_running()
+            assert processes.MARK not in end.environ(), "what ends others is not ended with them"
+        finally:
+            tests.kill()
     wait_until(lambda: not outlived.is_running(), "it has ended")

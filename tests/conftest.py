@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import os
+from itertools import count
+from threading import Event
 from unittest import mock
 
 import pytest
 from hypothesis import HealthCheck, settings
 
 from dask_ep.arrays import blas
+from dask_ep.storage import journal
 from tests import processes
 
 settings.register_profile(
@@ -22,6 +25,29 @@ settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "default"))
 def bokeh():
     """What draws reports, where it is installed."""
     return pytest.importorskip("bokeh", reason="bokeh is not installed")
+
+
+@pytest.fixture
+def stop_after(monkeypatch):
+    """Make what stops a run after some of its rows and blocks; further ones wait until it has."""
+
+    def make(rows: int, blocks: int):
+        written, stopped, plainly = count(), Event(), journal.record_done
+
+        def record(*args, **keywords):
+            if next(written) >= blocks:
+                stopped.wait(60)
+            plainly(*args, **keywords)
+
+        def stop(progress):
+            if progress.rows_done >= rows:
+                stopped.set()
+                raise KeyboardInterrupt
+
+        monkeypatch.setattr(journal, "record_done", record)
+        return stop
+
+    return make
 
 
 @pytest.fixture

@@ -114,15 +114,10 @@ def test_the_workers_of_a_cluster_share_its_ranks(job_file, tmp_path):
     assert planned.experts_of_a_worker == 4, "two for each of two ranks"
 
 
-def test_a_resumed_run_is_laid_beside_the_plan_of_what_was_left(job_file, tmp_path):
+def test_a_resumed_run_is_laid_beside_the_plan_of_what_was_left(job_file, tmp_path, stop_after):
     job = load_job(job_file, out=str(tmp_path / "y.npy"), world_size=2, placement="exact")
-
-    def stop(progress):
-        if progress.rows_done >= 300:
-            raise KeyboardInterrupt
-
     with pytest.raises(KeyboardInterrupt):
-        run_job(job, Threads(1), chunk_rows=100, on_progress=stop)
+        run_job(job, Threads(1), chunk_rows=100, on_progress=stop_after(rows=300, blocks=3))
     report = tmp_path / "run.html"
     planned, record = run_recorded(job, Threads(1), resume=True, report=report)
     left = len(planned.chunks)
@@ -137,15 +132,12 @@ def test_a_resumed_run_is_laid_beside_the_plan_of_what_was_left(job_file, tmp_pa
 
 
 @pytest.mark.parametrize("chunk_rows", [50, 500])
-def test_a_run_that_goes_on_in_other_chunks_has_no_report(job_file, tmp_path, chunk_rows):
+def test_a_run_that_goes_on_in_other_chunks_has_no_report(
+    job_file, tmp_path, chunk_rows, stop_after
+):
     job = load_job(job_file, out=str(tmp_path / "y.npy"), world_size=2)
-
-    def stop(progress):
-        if progress.rows_done >= 300:
-            raise KeyboardInterrupt
-
     with pytest.raises(KeyboardInterrupt):
-        run_job(job, Threads(1), chunk_rows=100, on_progress=stop)
+        run_job(job, Threads(1), chunk_rows=100, on_progress=stop_after(rows=300, blocks=3))
     report = tmp_path / "run.html"
     told = f"began with chunks of 100 rows, not {chunk_rows}: resume with those, or without"
     with pytest.raises(ValueError, match=told):

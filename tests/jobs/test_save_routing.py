@@ -82,18 +82,11 @@ def test_another_job_reads_the_saved_routing(job, tmp_path, where):
     np.testing.assert_array_equal(read(again.out), read(job.out))
 
 
-def stop_after(rows):
-    def stop(progress):
-        if progress.rows_done >= rows:
-            raise KeyboardInterrupt
-
-    return stop
-
-
-def test_a_stopped_run_resumes_its_routing_too(job, tmp_path):
+def test_a_stopped_run_resumes_its_routing_too(job, tmp_path, stop_after):
     saved, counted = str(tmp_path / "routing.npy"), []
+    stop = stop_after(rows=100, blocks=7)
     with pytest.raises(KeyboardInterrupt):
-        run_job(job, Threads(1), chunk_rows=50, save_routing=saved, on_progress=stop_after(100))
+        run_job(job, Threads(1), chunk_rows=50, save_routing=saved, on_progress=stop)
     run_job(
         job, Threads(1), resume=True, save_routing=saved,
         on_progress=lambda progress: counted.append(progress.rows_in_all),

@@ -146,13 +146,13 @@ def layer(experts, ranks, chunks=60, rows=16, width=8):
 
 
 @pytest.mark.slow
-def test_a_rank_is_moved_while_a_thousand_packets_wait_for_it(client, gate):
-    y = layer(Experts.callables([Waits(gate), _triple, _triple]), 3, chunks=1000)
+def test_a_rank_is_moved_while_hundreds_of_packets_wait_for_it(client, gate):
+    y = layer(Experts.callables([Waits(gate), _triple, _triple]), 3, chunks=300)
     record_services(client)
     with own_experts(client, 3, rules=OwnerRules(chunks_in_flight=inf)) as owners:
         owners.move(0, "w0")
         future = client.compute(y)
-        waiting = 900  # a third of the chunks is read at w0 itself, whose threads wait for a core
+        waiting = 270  # a third of the chunks is read at w0 itself, whose threads wait for a core
         wait_until(lambda: sum(slots_taken(client).values()) >= waiting, "packets wait")
         owners.move(0, "w1")
         kept = addresses(client)["w0"]

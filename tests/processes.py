@@ -13,6 +13,7 @@ import sys
 from multiprocessing.process import BaseProcess
 
 import numpy.testing  # noqa: F401 - some versions run `lscpu` when they are imported
+from threadpoolctl import threadpool_info
 
 MARK = "DASK_EP_TESTS"
 
@@ -60,6 +61,7 @@ def _hold_to_the_mark(event: str, _: object = None) -> None:
 
 def watch_starts() -> None:
     """Let tests that start processes and are not marked `slow` fail."""
+    threadpool_info()  # some versions of it ask `ldconfig`, the first time
     sys.addaudithook(_hold_to_the_mark)
     plainly = BaseProcess.start
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Callable, Sequence
 from importlib import import_module
 from threading import Lock
@@ -82,9 +83,7 @@ def load_experts(
     it computes, where these differ.
     """
     if xp is np:
-        stacks = {
-            n: weight.read(dtype, given.pop(n, None)) for n, weight in experts.weights.items()
-        }
+        stacks = _read_each(experts, dtype, given)
         build = BUILDERS[experts.kind]
     else:
         stacks = _read_to_device(experts, xp, dtype, given)
@@ -95,6 +94,21 @@ def load_experts(
         empty = all(a is None for a in arrays.values())
         local.append(_EmptySlot(experts) if empty else build(arrays, experts.options))
     return local
+
+
+def _read_each(
+    experts: Experts, dtype: np.dtype, given: dict[str, Sequence[np.ndarray]]
+) -> dict[str, list[Array | None]]:
+    """Read the experts one after the other, as they lie in most files."""
+    stacks: dict[str, list[Array | None]] = {name: [] for name in experts.weights}
+    values = {name: deque(given.pop(name)) for name in experts.weights if name in given}
+    with experts.joined():
+        for slot in range(experts.num_experts):
+            for name, weight in experts.weights.items():
+                one = weight.subset([slot])
+                held = name in values and one.ids[0] >= 0
+                stacks[name] += one.read(dtype, [values[name].popleft()] if held else None)
+    return stacks
 
 
 def _read_to_device(

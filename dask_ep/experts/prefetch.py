@@ -104,10 +104,11 @@ class _Compressed:
         self._local: list[Expert] | None = None
         self._decoded: dict[str, list[Future[np.ndarray]]] = {}
         self._waiting: deque[tuple[Weight, Future[np.ndarray]]] = deque()
-        for e in range(experts.num_experts):
-            for name, weight in held_in_memory(experts, e).weights.items():
-                self._waiting.append((weight, Future()))
-                self._decoded.setdefault(name, []).append(self._waiting[-1][1])
+        with experts.joined():
+            for e in range(experts.num_experts):
+                for name, weight in held_in_memory(experts, e).weights.items():
+                    self._waiting.append((weight, Future()))
+                    self._decoded.setdefault(name, []).append(self._waiting[-1][1])
 
     def experts(self) -> list[Expert]:
         """Return them to compute with; the caller decodes what has not been started."""

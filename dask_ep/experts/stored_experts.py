@@ -76,7 +76,8 @@ class StoredExperts(Experts):
         self, xp: Any, dtype: np.dtype, given: dict[str, Sequence[np.ndarray]]
     ) -> list[Expert]:
         lately = threading.local()
-        held = [held_in_memory(self, e, xp) for e in range(self.num_experts)]
+        with self.joined():
+            held = [held_in_memory(self, e, xp) for e in range(self.num_experts)]
         return [_StoredExpert(one, xp, dtype, lately) for one in held]
 
     def __dask_tokenize__(self) -> object:

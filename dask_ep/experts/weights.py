@@ -6,7 +6,8 @@ them are read, each by itself.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager
 from math import prod
 from typing import Any
 
@@ -22,6 +23,7 @@ from dask_ep.experts.device_sources import DeviceSource, put
 from dask_ep.experts.quantized import QuantizedSource, fill_on_device
 from dask_ep.kernel.bfloat16 import BFLOAT16, narrowed, serves
 from dask_ep.storage.fingerprint import describe
+from dask_ep.storage.remote import joined
 from dask_ep.storage.sources import ArraySource, Source, open_source, refuse_missing
 
 WIDEN_STEP = 1 << 16
@@ -86,6 +88,14 @@ class Weight:
         if isinstance(self.parts, da.Array):
             return ()
         return self.parts if isinstance(self.parts, tuple) else (self.parts,)
+
+    def ranges(self) -> Iterator[tuple[Source, int, int]]:
+        """What is read of each source for the experts held here; see `Source.ranges`."""
+        for e in self.ids:
+            if e >= 0 and isinstance(self.parts, tuple):
+                yield from self.parts[e].ranges(0, self.parts[e].shape[0])
+            elif e >= 0 and isinstance(self.parts, Source):
+                yield from self.parts.ranges(e, e + 1)
 
     def whole(self) -> Source:
         """The source of all experts, where it is one."""
@@ -323,6 +333,10 @@ class Weights:
     def sources(self) -> list[Source]:
         """Where the weights lie that are no Dask arrays."""
         return [source for weight in self.weights.values() for source in weight.sources()]
+
+    def joined(self) -> AbstractContextManager[None]:
+        """While this is open, what neighbours in remote files is read at once."""
+        return joined(part for weight in self.weights.values() for part in weight.ranges())
 
     def collections(self) -> dict[str, da.Array]:
         """The weights that are Dask arrays, each the experts held here in one chunk."""

@@ -8,16 +8,21 @@ such as a connection that is cut, is retried by the file system; what remains is
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Mapping
+import threading
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
 from dask_ep.errors import ReadError
-from dask_ep.storage.source import Region
+from dask_ep.storage.source import Region, Source
 
 _HEADER_BLOCK = 1 << 16  # bytes that are fetched at a time to read a header
+
+JOINED_BYTES = 64 << 20
+"""Bytes that one request for several tensors brings."""
 
 
 def is_remote(address: str | os.PathLike) -> bool:
@@ -85,6 +90,61 @@ def _version(info: Mapping[str, Any]) -> str:
     return " ".join([str(info["size"]), *(str(info[key]) for key in keys if key in info)])
 
 
+_joined = threading.local()
+
+
+@dataclass
+class _Span:
+    """Neighbouring bytes of a file that are fetched together, until all of them are given out."""
+
+    address: str
+    version: str
+    first: int
+    last: int
+    data: memoryview | None = None
+    given_out: int = 0
+
+    def holds(self, address: str, first: int, last: int) -> bool:
+        there = self.first <= first <= last <= self.last and self.given_out < self.last - self.first
+        return there and address == self.address
+
+    def give_out(self, count: int) -> None:
+        self.given_out += count
+        if self.given_out >= self.last - self.first:
+            self.data = None
+
+
+@contextmanager
+def joined(parts: Iterable[tuple[Source, int, int]]) -> Iterator[None]:
+    """Fetch rows of remote files in one request where they lie side by side.
+
+    Parameters
+    ----------
+    parts : (source, start, stop)
+        What this thread is about to read, all of it and once; what is not remote is passed over.
+
+    Notes
+    -----
+    A request is for at most `JOINED_BYTES`, or for one part. Its bytes are in memory until all of
+    them were read.
+    """
+    spans: list[_Span] = []
+    remote = ((s, *s.bytes_of(a, b)) for s, a, b in parts if isinstance(s, RemoteSource))
+    regions = {(s.address, s.version, first, last) for s, first, last in remote if first < last}
+    for address, version, first, last in sorted(regions):
+        end = spans[-1] if spans else _Span("", "", 0, 0)
+        follows = (end.address, end.version, end.last) == (address, version, first)
+        if follows and last - end.first <= JOINED_BYTES:
+            end.last = last
+        else:
+            spans.append(_Span(address, version, first, last))
+    _joined.spans = spans
+    try:
+        yield
+    finally:
+        _joined.spans = []
+
+
 class RemoteSource(Region):
     """A region of a remote file; its `version` tells this content from another.
 
@@ -99,13 +159,27 @@ class RemoteSource(Region):
         self.address, self.version = file.path, file.version
 
     def _fill(self, out: np.ndarray, first: int, place: str) -> None:
+        last = first + out.nbytes
+        for span in getattr(_joined, "spans", ()):
+            if span.version == self.version and span.holds(self.address, first, last):
+                if span.data is None:
+                    span.data = self._fetch(span.first, span.last, place)
+                data = span.data[first - span.first : last - span.first]
+                span.give_out(out.nbytes)
+                break
+        else:
+            data = self._fetch(first, last, place)
+        out.reshape(-1).view(np.uint8)[...] = np.frombuffer(data, np.uint8)
+
+    def _fetch(self, first: int, last: int, place: str) -> memoryview:
+        """Read the bytes [first, last) of the file as it was when it was opened."""
         with _named(place):
             files, path = file_system(self.address)
-            data = files.cat_file(path, start=first, end=first + out.nbytes)
+            data = files.cat_file(path, start=first, end=last)
             version = version_of(files, path)
-        if len(data) != out.nbytes:
+        if len(data) != last - first:
             raise ReadError(
-                f"{place}: expected {out.nbytes} bytes from byte {first} of {self.address}, got "
+                f"{place}: expected {last - first} bytes from byte {first} of {self.address}, got "
                 f"{len(data)}"
             )
         if version != self.version:
@@ -113,7 +187,7 @@ class RemoteSource(Region):
                 f"{place}: {self.address} was replaced since it was opened, when it was "
                 f"{self.version}; now it is {version}. Open it again, or bring the old file back"
             )
-        out.reshape(-1).view(np.uint8)[...] = np.frombuffer(data, np.uint8)
+        return memoryview(data)
 
     def fingerprint(self) -> dict[str, Any]:
         return self._describe() | {"offset": self.offset, "version": self.version}

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 from abc import ABC, abstractmethod
+from collections.abc import Iterator
 from math import prod
 from typing import Any
 
@@ -87,6 +88,16 @@ class Source(ABC):
     def __repr__(self) -> str:
         return f"{type(self).__name__}({self.name!r}, shape={self.shape}, dtype={self.dtype})"
 
+    def ranges(self, start: int, stop: int) -> Iterator[tuple[Source, int, int]]:
+        """The rows [start, stop), and those of the sources that they are made of, if known."""
+        yield self, start, stop
+        whole = (start, stop) == (0, self.shape[0] if self.shape else 1)
+        for part in vars(self).values():
+            if isinstance(part, Source) and whole:
+                yield from part.ranges(0, part.shape[0] if part.shape else 1)
+            elif isinstance(part, Source) and part.shape[:1] == self.shape[:1]:
+                yield from part.ranges(start, stop)
+
     def _shape_of(self, start: int, stop: int) -> tuple[int, ...]:
         """Check a request to `read`; give the shape of its answer."""
         length = self.shape[0] if self.shape else 1
@@ -149,10 +160,14 @@ class Region(Source):
 
     def read(self, start: int, stop: int, out: np.ndarray | None = None) -> np.ndarray:
         out = self._destination(start, stop, out)
-        row_bytes = prod(self.shape[1:]) * self.dtype.itemsize
         place = f"rows [{start}, {stop}) of {self.name}"
-        self._fill(out, self.offset + start * row_bytes, place)
+        self._fill(out, self.bytes_of(start, stop)[0], place)
         return out
+
+    def bytes_of(self, start: int, stop: int) -> tuple[int, int]:
+        """Where rows [start, stop) begin and end in the file."""
+        row_bytes = prod(self.shape[1:]) * self.dtype.itemsize
+        return self.offset + start * row_bytes, self.offset + stop * row_bytes
 
     @abstractmethod
     def _fill(self, out: np.ndarray, first: int, place: str) -> None:

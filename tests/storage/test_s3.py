@@ -8,8 +8,10 @@ import numpy as np
 import pytest
 
 from dask_ep.errors import ReadError
+from dask_ep.experts.stored_experts import held_as_stored
 from dask_ep.jobs.inspect import inspect_path
 from dask_ep.layers.checkpoint import load_moe_layer
+from dask_ep.storage import remote
 from dask_ep.storage.sources import open_source
 from dask_ep.storage.storage import open_tokens
 from tests.checkpoints import FIXTURES, LAYER, expected
@@ -75,11 +77,49 @@ def test_each_rank_reads_its_own_bytes_once_and_no_others(s3):
         experts = layer.experts.subset(ids)
         experts.load()
         ranges = s3.ranges(FILE)
-        assert len(ranges) == 3 * len(ids), "one request for each matrix"
+        assert len(ranges) == 1, "its matrices lie side by side"
         assert sum(stop - start for start, stop in ranges) == experts.nbytes
         read.append({byte for start, stop in ranges for byte in range(start, stop)})
         assert len(read[-1]) == experts.nbytes
     assert not read[0] & read[1]
+
+
+def test_a_request_joins_neighbours_up_to_a_limit_and_passes_others_over(s3, monkeypatch):
+    layer = load_moe_layer(f"s3://bucket/{CASE}", LAYER)
+    want = load_moe_layer(FIXTURES / CASE, LAYER).experts.load([5, 2])
+    one = layer.experts.nbytes // 8
+    for limit, requests in ((64 << 20, 2), (one, 2), (one - 1, 4), (0, 6)):
+        monkeypatch.setattr(remote, "JOINED_BYTES", limit)
+        for experts in (layer.experts, held_as_stored(layer.experts)):
+            s3.requests.clear()
+            local = experts.load([5, 2])
+            assert len(s3.ranges(FILE)) == requests
+            assert sum(stop - start for start, stop in s3.ranges(FILE)) == 2 * one
+            rows = np.ones((1, local[0].d), np.float32)
+            for got, expert in zip(local, want, strict=True):
+                assert got(rows).tobytes() == expert(rows).tobytes()
+
+
+@pytest.mark.parametrize(
+    ("case", "requests"),
+    [
+        ("deepseek_v3_fp8", 4),  # codes and scales, of which 10 and 11 lie between 1 and 2
+        ("gpt_oss_mxfp4", 6),  # blocks, scales and biases of two stacks
+        ("qwen3_moe_gptq", 2),  # words, and scales
+    ],
+)
+def test_what_a_matrix_is_made_of_is_joined_as_well(s3, case, requests):
+    s3.put_folder(FIXTURES / case)
+    experts = load_moe_layer(f"s3://bucket/{case}", LAYER).experts.subset([1, 2, 3])
+    s3.requests.clear()
+    local = experts.load()
+    ranges = s3.ranges(f"{case}/model.safetensors")
+    assert sum(stop - start for start, stop in ranges) == experts.nbytes
+    assert len(ranges) == requests
+    rows = np.ones((1, experts.d), np.float32)
+    wanted = load_moe_layer(FIXTURES / case, LAYER).experts.load([1, 2, 3])
+    for got, want in zip(local, wanted, strict=True):
+        assert got(rows).tobytes() == want(rows).tobytes()
 
 
 def test_chunks_of_rows_are_ranges(s3, tmp_path):

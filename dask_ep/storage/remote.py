@@ -21,8 +21,9 @@ from dask_ep.storage.source import Region, Source
 
 _HEADER_BLOCK = 1 << 16  # bytes that are fetched at a time to read a header
 
-JOINED_BYTES = 64 << 20
-"""Bytes that one request for several tensors brings."""
+JOINED_BYTES = 16 << 20
+"""Bytes that one request for several tensors brings: enough for a store of objects to answer at its
+full speed, and so few that laws of memory have room for them in what a process is counted with."""
 
 
 def is_remote(address: str | os.PathLike) -> bool:

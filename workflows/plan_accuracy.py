@@ -116,6 +116,14 @@ class Outcome(NamedTuple):
     memory: tuple[int, int]
     #: bytes: planned, measured
     seconds: tuple[float, float]
+    moved: int
+    #: ranks that got other owners in the midst: what then travels, no plan knows
+
+    @property
+    def equal(self) -> bool:
+        """Whether tasks, rows and, where owners stayed, bytes are those planned."""
+        as_planned = self.exchanged[0] == self.exchanged[1] or self.moved
+        return bool(self.tasks[0] == self.tasks[1] and self.rows_equal and as_planned)
 
 
 def main() -> int:
@@ -175,6 +183,7 @@ def plan_and_run(case: Case, folder: Path) -> Outcome:
         ),
         (planned.memory_bytes, record.peak_bytes),
         (planned.seconds, done.seconds),
+        sum(event.time > 0 and event.what.startswith("rank ") for event in record.events),
     )
 
 
@@ -205,6 +214,8 @@ def spell(outcome: Outcome) -> str:
     )
     if not there:
         exchanged = "none"
+    if outcome.moved:
+        exchanged += f" ({outcome.moved} changes of owners)"
     rows = "equal" if outcome.rows_equal else "DIFFERENT"
     memory = f"{outcome.memory[1] / 1e6:,.0f} / {outcome.memory[0] / 1e6:,.0f} MB"
     memory += f" = {outcome.memory[1] / outcome.memory[0]:.2f}"
@@ -215,10 +226,7 @@ def spell(outcome: Outcome) -> str:
 
 def tell(outcomes: list[Outcome], least: float) -> int:
     """Sum up; 1 if what must be equal is not, or memory was not within `least` and 1 of planned."""
-    equal = sum(
-        o.tasks[0] == o.tasks[1] and o.rows_equal and o.exchanged[0] == o.exchanged[1]
-        for o in outcomes
-    )
+    equal = sum(outcome.equal for outcome in outcomes)
     memory = [o.memory[1] / o.memory[0] for o in outcomes]
     time = [o.seconds[1] / o.seconds[0] for o in outcomes]
     near = sum(1 / 1.5 <= ratio <= 1.5 for ratio in time)

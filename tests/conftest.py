@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 from itertools import count
 from threading import Event
 from unittest import mock
@@ -64,6 +65,8 @@ def environment_as_it_was():
 
 
 def pytest_configure(config):
+    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # a shell's way in the background
+        signal.signal(signal.SIGINT, signal.default_int_handler)
     processes.watch_starts()
     config.processes_end = processes.end_with_this_process()
 

@@ -261,10 +261,12 @@ def choose_group_chunks(partial_bytes: int, chunk_bytes: float) -> int:
     --------
     >>> choose_group_chunks(10_000, 32 << 20), choose_group_chunks(8 << 20, 32 << 20)
     (1, 4)
+    >>> choose_group_chunks(10_000, 2 / 3) == GROUP_CHUNKS  # most chunks are empty
+    True
     """
     if not chunk_bytes > 0:
         return GROUP_CHUNKS
-    return min(max(-(-16 * partial_bytes // int(chunk_bytes)), 1), GROUP_CHUNKS)
+    return int(min(max(-(-16 * partial_bytes // chunk_bytes), 1), GROUP_CHUNKS))
 
 
 def finished(

@@ -399,6 +399,34 @@ def test_a_block_that_cannot_be_cut_is_refused():
         run(lambda moe, residual: moe(moe(residual)))
 
 
+@pytest.mark.parametrize(
+    "look",
+    [
+        lambda out: bool((out > 1).any()),
+        lambda out: out.max().item(),
+        lambda out: torch.equal(out, torch.ones(2, 4)),
+        lambda out: len(torch.nonzero(out)),
+    ],
+    ids=["branch", "number", "equal", "count"],
+)
+def test_a_block_that_looks_at_numbers_which_are_not_known_is_refused(look):
+    tape = Tape()
+    out = tape.begin(torch.ones(2, 4), Answer)
+    try:
+        with pytest.raises(RuntimeError, match="must not depend on the numbers"):
+            look(out)
+    finally:
+        tape.stop()
+
+
+def test_a_number_that_is_read_past_the_dispatcher_shows_in_the_result():
+    tape = Tape()
+    out = tape.begin(torch.ones(2, 4), Answer)
+    out = out * float(out.numpy().max())
+    tape.stop()
+    assert play(tape.written(out), torch.ones(2, 4)).isnan().all()
+
+
 # --- stopped, resumed, elsewhere -------------------------------------------------------------
 
 

@@ -39,7 +39,7 @@ class Tape(TorchDispatchMode):
         self._runs = False
 
     def begin(self, given: torch.Tensor, kind: type[torch.Tensor]) -> torch.Tensor:
-        """Return what stands for the unknown tensor, of the shape of `given`.
+        """Return what stands for the unknown tensor, of the shape of `given`, and holds NaN.
 
         Raises
         ------
@@ -48,7 +48,7 @@ class Tape(TorchDispatchMode):
         """
         if self.given is not None:
             raise RuntimeError("a block must call its MoE module once, but calls it again")
-        self.given, unknown = given, torch.zeros_like(given).as_subclass(kind)
+        self.given, unknown = given, torch.full_like(given, torch.nan).as_subclass(kind)
         self._number(unknown)
         self._runs = True
         self.__enter__()
@@ -95,8 +95,15 @@ class Tape(TorchDispatchMode):
 
         step = (str(func), *tree_map(named, (args, kwargs)))
         out = func(*args, **kwargs)
+        tensors = tree_leaves(out)
+        sized = torch.Tag.dynamic_output_shape in func.tags
+        if sized or not all(isinstance(tensor, torch.Tensor) for tensor in tensors):
+            raise RuntimeError(
+                "what a block does must not depend on the numbers of its MoE module's output, "
+                f"which are not known yet, but it looks at them ({func})"
+            )
         self._steps.append(step)
-        for tensor in tree_leaves(out):
+        for tensor in tensors:
             self._number(tensor)
         return out
 

@@ -391,6 +391,23 @@ def test_a_block_that_cannot_be_cut_is_refused():
     moe_free = torch.ones(2, 4)
     with pytest.raises(RuntimeError, match="not look at the same memory through another one"):
         run(through_a_view)
+
+    def changes(how):
+        def block(moe, residual):
+            kept = residual.clone()
+            out = moe(residual) + kept
+            how(kept)
+            return out
+
+        return block
+
+    for how in (
+        lambda kept: kept.mul_(2),
+        lambda kept: kept.view(-1)[:2].zero_(),
+        lambda kept: torch.add(torch.ones(2, 4), 1, out=kept),
+    ):
+        with pytest.raises(RuntimeError, match="must not change a tensor after it has combined it"):
+            run(changes(how))
     with pytest.raises(RuntimeError, match="the module was not called"):
         run(lambda moe, residual: residual)
     with pytest.raises(RuntimeError, match="it was left out"):

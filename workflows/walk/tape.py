@@ -36,6 +36,7 @@ class Tape(TorchDispatchMode):
         self._numbers: dict[int, int] = {}
         self._alive: list[torch.Tensor] = []
         self._changed: set[int] = set()
+        self._taken: set[int] = set()
         self._runs = False
 
     def begin(self, given: torch.Tensor, kind: type[torch.Tensor]) -> torch.Tensor:
@@ -77,6 +78,11 @@ class Tape(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
+        if self._taken.intersection(map(_memory_of, _written_by(func, args, kwargs))):
+            raise RuntimeError(
+                "a block must not change a tensor after it has combined it with its MoE module's "
+                f"output, as this one does ({func})"
+            )
         takes = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, torch.Tensor)]
         if not any(id(tensor) in self._numbers for tensor in takes):
             self._check(takes)
@@ -89,8 +95,7 @@ class Tape(TorchDispatchMode):
             if id(value) in self._numbers:
                 return f"{MARK}{self._numbers[id(value)]}"
             self._check([value])
-            if changes:
-                self._changed.add(value.untyped_storage()._cdata)
+            (self._changed if changes else self._taken).add(_memory_of(value))
             return value.clone() if changes else value
 
         step = (str(func), *tree_map(named, (args, kwargs)))
@@ -113,11 +118,25 @@ class Tape(TorchDispatchMode):
 
     def _check(self, tensors: list[torch.Tensor]) -> None:
         """Raise if one shares its memory with a tensor that was changed by what is not known."""
-        if any(tensor.untyped_storage()._cdata in self._changed for tensor in tensors):
+        if self._changed.intersection(map(_memory_of, tensors)):
             raise RuntimeError(
                 "a block may change a tensor by its MoE module's output, but not look at the same "
                 "memory through another one afterwards, as this one does"
             )
+
+
+def _memory_of(tensor: torch.Tensor) -> int:
+    """What tells the memory of a tensor and its views from all others."""
+    return tensor.untyped_storage()._cdata
+
+
+def _written_by(func: Any, args: Any, kwargs: Any) -> list[torch.Tensor]:
+    """The tensors that an operation writes to."""
+    arguments = func._schema.arguments
+    given = dict(zip((argument.name for argument in arguments), args, strict=False)) | kwargs
+    targets = [a.name for a in arguments if a.alias_info is not None and a.alias_info.is_write]
+    leaves = tree_leaves([given.get(name) for name in targets])
+    return [leaf for leaf in leaves if isinstance(leaf, torch.Tensor)]
 
 
 def play(written: dict[str, Any], tensor: torch.Tensor) -> torch.Tensor:

@@ -21,8 +21,9 @@ if TYPE_CHECKING:  # editors and type checkers read this, and import the names a
     from dask_ep.kernel.dispatch import expert_parallel_dispatch
     from dask_ep.laws.costs import Rates
     from dask_ep.laws.travel import Travel
-    from dask_ep.layers.checkpoint import MoELayer, load_moe_layer
+    from dask_ep.layers.checkpoint import load_moe_layer
     from dask_ep.layers.collect import collect
+    from dask_ep.layers.layer import MoELayer
     from dask_ep.layers.router import Router
     from dask_ep.placement.policies import Placement
     from dask_ep.storage.storage import open_tokens, store
@@ -35,7 +36,7 @@ _HOME = {
     "Job": "jobs.job",
     "JobError": "errors",
     "Machine": "jobs.plan",
-    "MoELayer": "layers.checkpoint",
+    "MoELayer": "layers.layer",
     "OwnerRules": "cluster.owner_rules",
     "Placement": "placement.policies",
     "Processes": "jobs.backends",

@@ -31,11 +31,12 @@ from typing import Any, BinaryIO, NamedTuple
 import click
 import numpy as np
 
+from dask_ep import load_moe_layer
 from dask_ep.cli.command import debug_option
 from dask_ep.cli.main import main
 from dask_ep.layers.block import Block
-from dask_ep.layers.checkpoint import Checkpoint
 from dask_ep.layers.checkpoint_files import INDEX
+from dask_ep.layers.checkpoint_layers import Checkpoint
 from dask_ep.layers.families import PREFIXES, TEXT_CONFIGS
 from dask_ep.layers.family import Family, Key
 from dask_ep.storage.bundle import read_metadata
@@ -328,7 +329,7 @@ def prune(directory: str, stats: Path, keep: float, score: str, out: Path) -> No
         raise click.UsageError(f"{out} exists already; choose another --out")
     checkpoint = Checkpoint(directory)
     layers = [layer for layer in checkpoint.moe_layers if checkpoint.places(layer)]
-    opened = {layer: checkpoint.open_layer(layer) for layer in layers}
+    opened = {layer: load_moe_layer(directory, layer) for layer in layers}
     sizes = {layer.experts.num_experts for layer in opened.values()}
     if len(sizes) != 1:
         raise click.UsageError(
@@ -348,7 +349,7 @@ def prune(directory: str, stats: Path, keep: float, score: str, out: Path) -> No
     partial.mkdir(parents=True)
     pruning.write(partial)
     for i in kept:
-        Checkpoint(partial).open_layer(i)
+        load_moe_layer(partial, i)
     os.rename(partial, out)
     for line in described(pruning, scores):
         click.echo(line)
@@ -359,7 +360,7 @@ def block_of(checkpoint: Checkpoint, layer: int) -> Block:
     """The tensors of a layer, with those taken that it is made of."""
     ((prefix, name),) = checkpoint.places(layer)
     block = Block(checkpoint.model, layer, prefix, name, checkpoint.files.under(prefix))
-    block.build(residual=False)
+    block.arguments(residual=False)
     return block
 
 

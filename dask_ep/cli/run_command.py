@@ -217,6 +217,9 @@ def _show_result(done: RunResult) -> None:
             f"{done.not_finite} of the {done.rows_done} rows computed hold NaN or infinity, the "
             f"first is row {done.first_not_finite}"
         )
+    if done.rows_before and not done.rows_done:
+        click.echo(f"{done.out}: complete, nothing was left to compute")
+        return
     before = f", {done.rows_before} were there" if done.rows_before else ""
     passes = f"; {done.passes}" if done.passes is not None else ""
     library = f"; products by {done.multiplied_by}" if done.multiplied_by else ""

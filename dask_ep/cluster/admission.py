@@ -95,7 +95,7 @@ class Admission:
         with self._changed:
             self._changed.wait_for(lambda: self._is_next(me) or self._is_closed, READY_LOOK_SECONDS)
             if self._is_closed:
-                raise RuntimeError("the worker closes")
+                raise RuntimeError("the worker is closing")
             if not self._is_next(me):
                 return False
             heapq.heappop(self._waiting)

@@ -32,9 +32,6 @@ from dask_ep.cluster.owner_rules import OwnerRules, burdens
 from dask_ep.cluster.ranks import Change
 from dask_ep.cluster.services import Services
 
-UNCHANGED = OwnerRules()
-"""The rules as they are: the defaults, unless another call has changed them."""
-
 
 def own_experts(
     client: Client,
@@ -42,7 +39,7 @@ def own_experts(
     *,
     replicas: Mapping[int, int] | None = None,
     loads: Sequence[float] | None = None,
-    rules: OwnerRules = UNCHANGED,
+    rules: OwnerRules | None = None,
 ) -> Owners:
     """Give every rank an owner on the cluster, and a new one when it is lost.
 
@@ -60,7 +57,8 @@ def own_experts(
         Work of each rank in any unit, such as token rows; default: equal. Owners get ranks in
         proportion to their memory.
     rules : OwnerRules, optional
-        When owners change, and how many chunks are in flight on a worker.
+        When owners change, and how many chunks are in flight on a worker. Without them the rules
+        stay as they are: the defaults, unless another call has changed them.
 
     Returns
     -------
@@ -72,7 +70,8 @@ def own_experts(
     ValueError
         If there is no worker to count, or if `world_size`, `replicas` or `loads` are not valid.
     TypeError
-        If `world_size` is not a whole number, or the client is asynchronous.
+        If `world_size` is not a whole number, the client is asynchronous, or `rules` are not
+        `OwnerRules`.
     RuntimeError
         If the scheduler cannot import dask_ep.
 
@@ -121,6 +120,9 @@ def own_experts(
             "own_experts needs a synchronous client but this one is asynchronous; "
             "make it with Client(address)"
         )
+    rules = OwnerRules() if rules is None else rules
+    if not isinstance(rules, OwnerRules):
+        raise TypeError(f"rules must be OwnerRules(...), but got a {type(rules).__name__}")
     try:
         client.register_plugin(Services())
         world_size, is_new = client.run_on_scheduler(

@@ -259,7 +259,7 @@ class Asking:
     def close(self) -> None:
         """Make every request look for another worker."""
         for route in self._routes.values():
-            route.error = "the worker closes"
+            route.error = "the worker is closing"
             route.is_old.set()
 
     # --- whom to ask ---

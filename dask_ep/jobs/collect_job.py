@@ -325,8 +325,8 @@ class _File(NamedTuple):
         metadata = bundle.read_metadata(self.path)
         if metadata.get("fingerprint") != self.fingerprint:
             raise ValueError(
-                f"{self.path} cannot be resumed: it holds statistics of other inputs, or others of "
-                "them; overwrite it, or write elsewhere"
+                f"{self.path} cannot be resumed: it holds statistics of other inputs, or other "
+                "statistics; overwrite it, or write elsewhere"
             )
         try:
             bundle.check_content(self.path)

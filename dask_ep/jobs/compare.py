@@ -48,7 +48,7 @@ from dask_ep.jobs.run import owned_ranks, run_job
 from dask_ep.jobs.verify import open_output
 from dask_ep.laws.decision import Decision
 from dask_ep.laws.memory_law import Layout
-from dask_ep.layers.checkpoint import Checkpoint
+from dask_ep.layers.checkpoint_layers import Checkpoint
 from dask_ep.storage.sources import Source
 from dask_ep.storage.storage import open_tokens
 

@@ -234,12 +234,14 @@ def _refusal(work: Work, layout: Layout, as_stored: bool, asked: int | None) -> 
     """Say why the job cannot run so, with the numbers, and what to change."""
     law, limit, rows = need(work, layout, as_stored), layout.memory_limit, asked or FEWEST_ROWS
     whose = "a memory limit" if layout.serving == 1 else "each worker's memory limit"
-    whom, instead = "the process", "allow more memory, or more and smaller ranks"
+    whom, instead = "the process", "allow more memory"
+    if layout.ranks_given and limit is not None and law.at(rows) - law.expert_bytes < limit:
+        instead += ", or more and smaller ranks"
     if layout.on_devices and limit is not None and law.at(rows) > limit:
         whose, whom = "the memory limit of a GPU", "CUDA"
         instead = (
-            "use more GPUs, or none (--threads or --processes): there experts that do not fit go "
-            "by in passes"
+            "use more GPUs, or none (--threads or --processes): there experts that do not fit are "
+            "processed in passes"
         )
     elif layout.on_devices:
         whose, instead = "the memory limit of a GPU's worker on the host", "allow more memory"

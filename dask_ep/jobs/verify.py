@@ -116,8 +116,8 @@ def verify_job(
     FileNotFoundError
         If there is no output, or it is not complete.
     ValueError
-        If the output's shape is not that of the job, or it holds no floats; if `tolerance` is no
-        finite number of at least 0.
+        If the output's shape is not that of the job, or it holds no floats; if `tolerance` is not
+        a finite number of at least 0.
 
     Notes
     -----

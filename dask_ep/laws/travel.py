@@ -52,7 +52,7 @@ class Travel:
     Raises
     ------
     ValueError
-        If `how` is not one of `TRAVELS`, or a rate is no size above 0.
+        If `how` is not one of `TRAVELS`, or a rate is not a size above 0.
 
     Notes
     -----

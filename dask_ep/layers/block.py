@@ -19,7 +19,6 @@ from dask_ep.layers.around import Around, RowStep
 from dask_ep.layers.families import HIDDEN_ACTS, NOT_READ
 from dask_ep.layers.family import Family, StepRow, TensorLayout, find
 from dask_ep.layers.formats import Parts, activation_scales, find_parts
-from dask_ep.layers.layer import MoELayer
 from dask_ep.layers.lazy_routing import SmallArray
 from dask_ep.layers.routing import Router
 from dask_ep.storage.sources import Source
@@ -195,23 +194,23 @@ class LayerTensors:
 class Block(LayerTensors):
     """The MoE block of one layer, as `Family` says what it is made of."""
 
-    def build(self, *, residual: bool) -> MoELayer:
+    def arguments(self, *, residual: bool) -> dict[str, Any]:
+        """What `MoELayer` is made of: its arguments, by name."""
         router, arrays = self.router(), self.router_arrays()
         options = self.options(self.family.options)
         options["apply_router_weight_on_input"] = router.apply_router_weight_on_input
         experts = self.experts(self.family.experts, self.D, self.width, options, count=self.E)
         shared, gate = self.shared()
-        layer = MoELayer(
-            router,
-            experts,
+        return {
+            "router": router,
+            "experts": experts,
             **arrays,
-            shared=shared,
-            shared_gate=gate,
-            around=self.around(),
-            residual=residual,
-        )
-        layer.config = self.config.noted
-        return layer
+            "shared": shared,
+            "shared_gate": gate,
+            "around": self.around(),
+            "residual": residual,
+            "config": self.config.noted,
+        }
 
     def router(self) -> Router:
         values = {name: self.find(value) for name, value in self.family.router.items()}

@@ -1,4 +1,4 @@
-"""How does a checkpoint directory become a layer?
+"""How does a checkpoint directory become a layer, and what is in it?
 
     config.json ── model_type ──> a row of `families.FAMILIES` ──> names, shapes, router
     headers of the files ───────> tensors under the block's prefix
@@ -12,22 +12,18 @@ Only headers are read here. A task reads the tensors of its own experts when it 
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from dataclasses import dataclass
 from math import prod
-from numbers import Integral
 from typing import NamedTuple
 
 import numpy as np
 
 from dask_ep.experts.experts import Experts
-from dask_ep.experts.stored_experts import held_as_stored
-from dask_ep.layers.block import Block, Model
-from dask_ep.layers.checkpoint_files import CheckpointFiles, GgufFiles
-from dask_ep.layers.families import FAMILIES, PREFIXES, TEXT_CONFIGS, find_family
-from dask_ep.layers.family import Config, Family
-from dask_ep.layers.formats import check_method
-from dask_ep.layers.gguf_families import GGUF_FAMILIES
+from dask_ep.layers.block import Block
+from dask_ep.layers.checkpoint_layers import Checkpoint, ranges
+from dask_ep.layers.families import PREFIXES
+from dask_ep.layers.family import Family
 from dask_ep.layers.layer import MoELayer
 from dask_ep.layers.routing import Router
 from dask_ep.storage.sources import Source
@@ -98,131 +94,14 @@ def load_moe_layer(
     ...     load_moe_layer(folder, 0).experts
     Experts(gated, num_experts=4, d=8, hidden=6, d_out=8, dtype=float32, nbytes=2304)
     """
-    opened = Checkpoint(directory, families).open_layer(layer, residual=residual)
-    if as_stored:
-        assert isinstance(opened.experts, Experts)
-        opened.experts = held_as_stored(opened.experts)
-    return opened
-
-
-MoELayer.from_pretrained = staticmethod(load_moe_layer)
+    return MoELayer.from_pretrained(
+        directory, layer, families=families, residual=residual, as_stored=as_stored
+    )
 
 
 def moe_layers(directory: str | os.PathLike, *, families: Iterable[Family] = ()) -> list[int]:
     """Tell which layers of a checkpoint are MoE layers, from its config."""
     return Checkpoint(directory, families).moe_layers
-
-
-class Checkpoint:
-    """A checkpoint whose family is known: which of its layers are MoE, and where they are."""
-
-    def __init__(self, directory: str | os.PathLike, families: Iterable[Family] = ()):
-        is_gguf = os.fspath(directory).endswith(".gguf")
-        self.files = GgufFiles(directory) if is_gguf else CheckpointFiles(directory)
-        outer = self.files.config
-        config = next(filter(None, (self._part(outer, *names) for names in TEXT_CONFIGS)), outer)
-        name = "quantization_config"
-        quantization = self._part(outer, name) or self._part(config, name)
-        quantization = quantization or self.files.modelopt_config
-        model_type = config.get("model_type") or outer.get("model_type")
-        if model_type is None:
-            raise ValueError(f"{self.files.directory}/config.json must have a 'model_type'")
-        check_method(quantization, self.files.directory)
-        known, said = (FAMILIES, "config.json says model_type")
-        if is_gguf:
-            known, said = GGUF_FAMILIES, f"{directory} says general.architecture"
-        family = find_family(model_type, (*families, *known), said)
-        self.model = Model(self.files.directory, model_type, config, family, quantization)
-        self.num_layers = self.model.find_size("num_hidden_layers", family.num_layers, 0)
-
-    def _part(self, config: Config, *names: str) -> Config:
-        for name in names:
-            config = config.get(name) or {}
-            if not isinstance(config, Mapping):
-                raise ValueError(
-                    f"{self.files.directory}/config.json: {name} must be an object, but is "
-                    f"{config!r}"
-                )
-        return config
-
-    def is_moe(self, layer: int) -> bool:
-        try:
-            return self.model.family.is_moe(self.model.config, layer)
-        except (ValueError, TypeError, LookupError, ZeroDivisionError) as error:
-            raise ValueError(
-                f"{self.files.directory}: which layers are MoE cannot be told from config.json: "
-                f"{error}"
-            ) from error
-
-    @property
-    def moe_layers(self) -> list[int]:
-        return [layer for layer in range(self.num_layers) if self.is_moe(layer)]
-
-    def places(self, layer: int) -> list[tuple[str, str]]:
-        """Where the files have the layer's block: the layer's prefix, and the block's name."""
-        return [
-            (prefix.format(layer=layer), block)
-            for block in self.model.family.blocks
-            for prefix in PREFIXES
-            if self._has_block(prefix.format(layer=layer), block)
-        ]
-
-    def _has_block(self, prefix: str, block: str) -> bool:
-        if block:
-            return bool(self.files.names_under(f"{prefix}{block}."))
-        return any(prefix + name in self.files.file_of for name in self.model.family.router_weight)
-
-    def block_tensors(self, layer: int) -> list[Source]:
-        """The tensors of the layer's block, a dense one's too."""
-        return [
-            tensor
-            for prefix, block in self.places(layer)
-            for tensor in self.files.under(f"{prefix}{block}." if block else prefix).values()
-        ]
-
-    def open_layer(self, layer: int, *, residual: bool = False) -> MoELayer:
-        return self.open_block(layer, residual=residual)[1]
-
-    def open_block(self, layer: int, *, residual: bool = False) -> tuple[Block, MoELayer]:
-        """Open a layer, and give its tensors with it: which were taken, and why others were not."""
-        self._check_layer(layer)
-        if residual and self.model.family.pre_norm:
-            raise ValueError(
-                f"residual=True adds the block's input rows, but {self.model.model_type} models "
-                "add the block's output to the rows before their norm: open the layer without "
-                "residual and compute x + layer(norm(x))"
-            )
-        found = self.places(layer)
-        if len(found) != 1:
-            wanted = [PREFIXES[0].format(layer=layer) + block for block in self.model.family.blocks]
-            there = " and ".join(prefix + block for prefix, block in found)
-            raise ValueError(
-                f"{self.files.directory} must have the MoE block of layer {layer} under one "
-                f"prefix, such as {' or '.join(wanted)}; it has "
-                f"{there or 'no tensor under any known one'}"
-            )
-        prefix, name = found[0]
-        block = Block(self.model, layer, prefix, name, self.files.under(prefix))
-        built = block.build(residual=residual)
-        block.check_all_taken()
-        return block, built
-
-    def _check_layer(self, layer: int) -> None:
-        if not isinstance(layer, Integral):
-            raise TypeError(
-                f"layer must be the number of a MoE layer of {self.files.directory}, "
-                f"{_ranges(self.moe_layers)}; got {layer!r}"
-            )
-        if not 0 <= layer < self.num_layers:
-            raise ValueError(
-                f"layer must be in [0, {self.num_layers}), the layers of {self.files.directory}, "
-                f"but is {layer}"
-            )
-        if not self.is_moe(layer):
-            raise ValueError(
-                f"layer {layer} of {self.files.directory} is dense in this model; MoE layers are "
-                f"{_ranges(self.moe_layers)}"
-            )
 
 
 # --- a checkpoint at a glance ----------------------------------------------------------------
@@ -290,7 +169,7 @@ class Description:
     @property
     def moe_ranges(self) -> str:
         """The MoE layers in words, such as "3-60"."""
-        return _ranges(self.moe_layers)
+        return ranges(self.moe_layers)
 
 
 def describe_checkpoint(
@@ -320,8 +199,8 @@ def describe_checkpoint(
         kind = "moe" if checkpoint.is_moe(layer) else "dense"
         num_experts, in_memory = 0, 4 * sum(prod(tensor.shape) for tensor in tensors)
         if kind == "moe" and tensors:
-            block, built = checkpoint.open_block(layer)
-            opened.append(built)
+            block, arguments = checkpoint.open_block(layer)
+            opened.append(MoELayer(**arguments))
             blocks.append(block)
             num_experts = opened[-1].experts.num_experts
             in_memory = _bytes_in_memory(opened[-1])
@@ -331,7 +210,7 @@ def describe_checkpoint(
     if not opened and checkpoint.moe_layers:
         first_prefix = PREFIXES[0].format(layer=checkpoint.moe_layers[0])
         raise ValueError(
-            f"{checkpoint.files.directory} has MoE layers {_ranges(checkpoint.moe_layers)} "
+            f"{checkpoint.files.directory} has MoE layers {ranges(checkpoint.moe_layers)} "
             "according to config.json, but none of their tensors has a known prefix, such as "
             f"{first_prefix}{checkpoint.model.family.blocks[0]}"
         )
@@ -408,17 +287,3 @@ def _bytes_in_memory(layer: MoELayer) -> int:
     float32 = np.dtype(np.float32)
     experts = layer.experts.num_experts * layer.experts.loaded_bytes(float32)
     return experts + layer.resident_bytes(float32)
-
-
-# --- words -----------------------------------------------------------------------------------
-
-
-def _ranges(numbers: list[int]) -> str:
-    """Write [1, 2, 3, 7] as "1-3, 7"."""
-    runs: list[list[int]] = []
-    for n in numbers:
-        if runs and n == runs[-1][-1] + 1:
-            runs[-1] = [runs[-1][0], n]
-        else:
-            runs.append([n, n])
-    return ", ".join(str(a) if a == b else f"{a}-{b}" for a, b in runs) or "none"

@@ -58,11 +58,11 @@ class CheckpointFiles:
             if is_remote(self.directory):
                 return names_in(self.directory)
             return sorted(os.listdir(self.directory))
-        except FileNotFoundError as error:
+        except FileNotFoundError:
             raise ReadError(
-                f"{self.directory} is not a checkpoint directory: it does not exist. Download a "
-                "model of a hub first, such as with `hf download NAME --local-dir DIRECTORY`"
-            ) from error
+                f"{self.directory} is not a checkpoint directory: it does not exist. Models of a "
+                "hub must be downloaded first: `hf download NAME --local-dir DIRECTORY`"
+            ) from None
         except OSError as error:
             raise ReadError(f"{self.directory} is not a checkpoint directory: {error}") from error
 

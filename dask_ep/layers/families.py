@@ -87,7 +87,8 @@ def find_family(
     known = sorted({name for family in families for name in family.model_types})
     close = get_close_matches(model_type, known)
     raise ValueError(
-        f"{said} {model_type!r}, which is none of the {len(known)} known ones"
-        f"{', such as ' * bool(close)}{', '.join(close)}. workflows/README.md lists them; to add a "
+        f"{said} {model_type!r}, which is not one of the {len(known)} known model types"
+        f"{' (did you mean ' * bool(close)}{' or '.join(close)}{'?)' * bool(close)}. "
+        "workflows/README.md lists them; to add a "
         "family, see dask_ep.layers.family.Family"
     )

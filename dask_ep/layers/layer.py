@@ -14,11 +14,12 @@ added up by tasks of its own. Only capacity limits and expert choice look at the
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import os
+from collections.abc import Callable, Iterable, Mapping
 from copy import copy
 from functools import partial
 from math import prod
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, NamedTuple
 
 import dask.array as da
 import numpy as np
@@ -26,10 +27,13 @@ from dask.base import normalize_token
 
 from dask_ep.arrays.html import shows
 from dask_ep.experts.experts import Experts, as_experts
+from dask_ep.experts.stored_experts import held_as_stored
 from dask_ep.graph.pipeline import expert_parallel
 from dask_ep.graph.rows import chunked_like, rows_of, unflatten
 from dask_ep.layers.around import Around, Rest
 from dask_ep.layers.capacity import Capacity, ExpertChoice
+from dask_ep.layers.checkpoint_layers import Checkpoint
+from dask_ep.layers.family import Family
 from dask_ep.layers.layer_checks import (
     check_hidden,
     check_parts,
@@ -64,8 +68,8 @@ LAYER_PARTS = ("router", "experts", "arrays", "shared", "capacity", "around", "r
 """What a layer consists of."""
 
 
-class _Sizes:
-    """How wide a layer's rows are, and what its parts take."""
+class _Parts:
+    """What a layer consists of, how wide its rows are, and what its parts take."""
 
     router: Any
     experts: Any
@@ -113,8 +117,23 @@ class _Sizes:
         small = sum(prod(source.shape) * source.dtype.itemsize for source in arrays)
         return small + (0 if self.shared is None else self.shared.nbytes)
 
+    def fingerprint(self) -> dict[str, Any]:
+        """Tell this layer from others: all that it computes with; for `store`."""
+        return describe(vars(self))
 
-class MoELayer(_Sizes):
+    def __repr__(self) -> str:
+        parts = [repr(self.router), repr(self.experts)]
+        optional = {name: getattr(self, name) for name in ("shared", "capacity", "residual")}
+        parts += [f"{name}={part!r}" for name, part in optional.items() if part]
+        return f"MoELayer({', '.join(parts)})"
+
+    _repr_html_ = shows("router", "experts", "shared", "capacity", "residual")
+
+    def __dask_tokenize__(self) -> object:
+        return normalize_token((type(self).__name__, *map(vars(self).get, LAYER_PARTS)))
+
+
+class MoELayer(_Parts):
     """A Mixture-of-Experts layer: router, experts, and experts that all rows share.
 
     Parameters
@@ -144,6 +163,8 @@ class MoELayer(_Sizes):
         Add the layer's input rows to its output: a decoder's whole MoE step if the model adds the
         block's output to the block's own input. Nearly all models are pre-norm, and add it to the
         rows before the norm: leave it False there, and write ``x + layer(norm(x))``.
+    config : mapping, optional
+        The keys of a checkpoint's ``config.json`` that say what is above.
 
     Raises
     ------
@@ -171,9 +192,6 @@ class MoELayer(_Sizes):
     24
     """
 
-    from_pretrained: ClassVar[Callable[..., MoELayer]]
-    """Open a layer of a checkpoint; it is `load_moe_layer`, which `layers.checkpoint` puts here."""
-
     def __init__(
         self,
         router: Router | ExpertChoice,
@@ -190,11 +208,12 @@ class MoELayer(_Sizes):
         input_scale: Any = None,
         around: Around | None = None,
         residual: bool = False,
+        config: Mapping[str, Any] | None = None,
     ):
         self.router, self.experts, self.shared = router, as_experts(experts), shared
         self.capacity, self.residual = capacity, residual
         self.around = around or Around()
-        self.config: dict[str, Any] = {}  # of a checkpoint: the keys that say what is above
+        self.config = dict(config or {})
         given = {
             "weight": router_weight,
             "bias": router_bias,
@@ -212,6 +231,22 @@ class MoELayer(_Sizes):
         check_parts(
             self.router, self.experts, self.shared, self.around, self.arrays, capacity, residual
         )
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        directory: str | os.PathLike,
+        layer: int,
+        *,
+        families: Iterable[Family] = (),
+        residual: bool = False,
+        as_stored: bool = False,
+    ) -> MoELayer:
+        """Open one MoE layer of a Hugging Face checkpoint, as `load_moe_layer` explains."""
+        _, arguments = Checkpoint(directory, families).open_block(layer, residual=residual)
+        if as_stored:
+            arguments["experts"] = held_as_stored(arguments["experts"])
+        return cls(**arguments)
 
     def __call__(
         self,
@@ -277,21 +312,6 @@ class MoELayer(_Sizes):
         """Count the rows that choose each expert: a lazy (E,) Dask array of int64."""
         indices = self.sent(self.routed_rows(hidden, token_ids).indices)
         return count_rows(indices, self.experts.num_experts)
-
-    def fingerprint(self) -> dict[str, Any]:
-        """Tell this layer from others: all that it computes with; for `store`."""
-        return describe(vars(self))
-
-    def __repr__(self) -> str:
-        parts = [repr(self.router), repr(self.experts)]
-        optional = {name: getattr(self, name) for name in ("shared", "capacity", "residual")}
-        parts += [f"{name}={part!r}" for name, part in optional.items() if part]
-        return f"MoELayer({', '.join(parts)})"
-
-    _repr_html_ = shows("router", "experts", "shared", "capacity", "residual")
-
-    def __dask_tokenize__(self) -> object:
-        return normalize_token((type(self).__name__, *map(vars(self).get, LAYER_PARTS)))
 
     # --- steps on rows (n, d) ---
 

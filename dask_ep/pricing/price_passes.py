@@ -11,7 +11,8 @@ from typing import Any
 
 from dask.utils import format_bytes
 
-from dask_ep.laws.passes import PASSES_PROCESS_BYTES, Passes, cut_pieces
+from dask_ep.laws.passes import Passes
+from dask_ep.laws.pieces import PASSES_PROCESS_BYTES, cut_pieces
 from dask_ep.pricing.price import Plan
 
 WAYS = {

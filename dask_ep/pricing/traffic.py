@@ -58,7 +58,7 @@ class Traffic:
 
     @property
     def has_ranks(self) -> bool:
-        """Whether ranks hold experts, to which rows go; otherwise experts go by in passes."""
+        """Whether rows go to ranks that hold experts; otherwise experts are processed in passes."""
         return self.decision.passes is None
 
     @property

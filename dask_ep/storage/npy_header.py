@@ -33,7 +33,7 @@ def parse_npy_header(
     Raises
     ------
     ValueError
-        If it is no ``.npy`` file, or its rows lie scattered.
+        If it is not a ``.npy`` file, or its rows are not contiguous.
     TypeError
         If it does not hold `dtype`.
 

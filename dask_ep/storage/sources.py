@@ -184,7 +184,7 @@ def open_source(
     ReadError
         If there is nothing at the path, or it is cut short.
     ValueError, TypeError
-        If what is there is no array, or of a type or layout that is not read.
+        If what is there is not an array, or of a type or layout that is not read.
 
     Examples
     --------

@@ -22,7 +22,7 @@ from dask.base import tokenize
 from dask.blockwise import BlockwiseDepDict, blockwise
 from dask.highlevelgraph import HighLevelGraph
 
-from dask_ep.arrays.checks import check_byte_order, refuse_masked, size_in_bytes
+from dask_ep.arrays.checks import check_byte_order, kind_of, refuse_masked, size_in_bytes
 from dask_ep.arrays.device import explain_memory
 from dask_ep.arrays.lanes import pinned_empty, upload
 from dask_ep.arrays.namespaces import Array
@@ -201,8 +201,7 @@ def store(
     """
     if not isinstance(y, da.Array):
         raise TypeError(
-            f"store writes a Dask array, but got a {type(y).__name__}; wrap it with "
-            "dask.array.from_array"
+            f"store writes a Dask array, but got a {kind_of(y)}; wrap it with dask.array.from_array"
         )
     if is_remote(path):
         raise ValueError(

@@ -632,6 +632,13 @@ def test_rules_and_clients_that_cannot_be():
         own_experts(None)
 
 
+def test_rules_may_be_left_out_by_name_and_must_be_rules(client):
+    with own_experts(client, 2, rules=None) as owners:
+        assert len(owners.owners) == 2
+    with pytest.raises(TypeError, match=r"rules must be OwnerRules\(\.\.\.\), but got a dict"):
+        own_experts(client, 2, rules={"settle": 1})
+
+
 def test_ranks_and_workers_that_are_not_there_are_refused(client):
     with own_experts(client, 3) as owners:
         with pytest.raises(ValueError, match="rank must be 0 to 2, but is 3"):

@@ -36,7 +36,8 @@ from dask_ep.graph.spill_files import SpillLayout
 from dask_ep.kernel import reference
 from dask_ep.laws.costs import Rates
 from dask_ep.laws.memory_law import Layout
-from dask_ep.laws.passes import PASSES_PROCESS_BYTES, Passes, choose_passes, cut_pieces
+from dask_ep.laws.passes import Passes, choose_passes
+from dask_ep.laws.pieces import PASSES_PROCESS_BYTES, cut_pieces
 from dask_ep.laws.work import Work
 from dask_ep.placement.routing_stats import survey
 from dask_ep.storage.journal import count_done
@@ -290,7 +291,7 @@ def test_what_no_pass_can_fit_is_refused_with_the_numbers():
     with pytest.raises(
         MemoryError,
         match=r"may use 400 MB and must hold 300 MB of its own .* to "
-        r"compute \(1 experts of 100 MB, 2 threads\) .* in all; allow more memory",
+        r"compute \(experts: 1 of 100 MB, threads: 2\) .* in all; allow more memory",
     ):
         choose(LARGE, 400 * MB)
 

@@ -663,6 +663,10 @@ def test_array_expressions_of_their_own_package_are_refused_by_name():
     match = r"tokens must be a Dask array, but is a dask_array\.Array \(an array expression"
     with pytest.raises(TypeError, match=match):
         expert_parallel(expression, da.zeros(4, dtype=int), np.ones((1, 2, 2)))
+    with pytest.raises(TypeError, match=match.replace("tokens", "routing")):
+        expert_parallel(da.ones((4, 2)), expression, np.ones((1, 2, 2)))
+    with pytest.raises(TypeError, match=r"a Dask array, but got a dask_array\.Array \(an array ex"):
+        store(expression, "y.npy")
 
 
 @pytest.mark.slow

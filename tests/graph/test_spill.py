@@ -44,7 +44,8 @@ from dask_ep.jobs.run import run_job
 from dask_ep.jobs.verify import verify_job
 from dask_ep.laws.decision import Decision
 from dask_ep.laws.memory_law import Layout
-from dask_ep.laws.passes import PASSES_PROCESS_BYTES, Passes
+from dask_ep.laws.passes import Passes
+from dask_ep.laws.pieces import PASSES_PROCESS_BYTES
 from dask_ep.laws.travel import Travel
 from dask_ep.storage import output, sources
 from dask_ep.storage.journal import read_done, read_manifest

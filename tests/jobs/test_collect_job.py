@@ -166,7 +166,7 @@ def test_a_stopped_run_resumes_to_the_same_bits(folder):
     assert_same(load_file(folder / "again.safetensors"), want)
     again_complete = collect_job(job(folder), *again, Threads(1), resume=True)
     assert again_complete.coverage[5] == 0
-    with pytest.raises(ValueError, match="holds statistics of other inputs, or others of them"):
+    with pytest.raises(ValueError, match="holds statistics of other inputs, or other statistics"):
         collect_job(
             job(folder), *asked(folder, "again.safetensors", rows="all"), Threads(1), resume=True
         )

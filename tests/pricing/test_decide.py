@@ -293,6 +293,16 @@ def test_ranks_of_a_placement_file_stay(job_file, tmp_path):
     with pytest.raises(DoesNotFit, match="allow more memory") as no:
         decide(open_inputs(job).work(), lay_out(job, Processes(2, 185_000_000)))
     assert no.value.proposal == {}
+    assert "ranks" not in str(no.value), "they are the file's"
+
+
+@pytest.mark.parametrize(("limit", "advice"), [(150, "memory$"), (450, "memory or use fewer")])
+def test_what_is_advised_helps(inputs, limit, advice):
+    """Neither more ranks nor fewer threads make the process itself smaller."""
+    work = replace(inputs.work(), expert_loaded=100_000_000)
+    layout = Layout(1, 1, 8, memory_limit=limit * 1_000_000, in_process=True)
+    with pytest.raises(DoesNotFit, match=rf"in passes either: .*; allow more {advice}"):
+        decide(work, layout)
 
 
 def test_more_rows_than_there_are_mean_all_of_them(inputs):

@@ -585,7 +585,7 @@ def entry(dtype="F32", shape=(2,), offsets=(0, 8)):
         ({"a": 5}, 8, "must have dtype, shape and data_offsets"),
         ([1], 0, "must be a JSON object"),
         (b"{", 0, "is not valid JSON"),
-        (b'{"a": 1, "a": 2}', 0, "the name 'a' is there twice"),
+        (b'{"a": 1, "a": 2}', 0, "the name 'a' appears twice"),
         (b"\xff\xfe", 0, "is not valid JSON"),
     ],
 )

@@ -18,7 +18,7 @@ import pytest
 from safetensors.numpy import save_file
 
 from dask_ep import MoELayer, load_moe_layer
-from dask_ep.layers.checkpoint import Checkpoint
+from dask_ep.layers.checkpoint_layers import Checkpoint
 from dask_ep.layers.layer_checks import small_array
 from dask_ep.storage.sources import open_safetensors
 from tests.checkpoints import (

@@ -27,7 +27,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
 
 from dask_ep.arrays import memory as pool
-from dask_ep.laws.passes import PASSES_PROCESS_BYTES
+from dask_ep.laws.pieces import PASSES_PROCESS_BYTES
 from walk.block import Answer, Reached, blocks_replaced, child_replaced
 from walk.head import LOGIT_BYTES
 from walk.model import Model

@@ -30,7 +30,7 @@ from transformers.core_model_loading import (
 )
 from transformers.modeling_utils import LoadStateDictConfig
 
-from dask_ep.layers.checkpoint import Checkpoint
+from dask_ep.layers.checkpoint_layers import Checkpoint
 from dask_ep.layers.formats import ACTIVATION_SCALES, find_parts
 from dask_ep.storage.sources import Source
 from walk.tensors import as_tensor

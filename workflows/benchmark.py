@@ -11,10 +11,11 @@ it can do. What comes first in one round comes last in the next.
     kernel     the dense products of the same FLOPs / expert_parallel_dispatch
     pipeline   (the same products + a plain copy of the same files) / Zarr to Zarr
 
-The products are those of the fastest BLAS in this environment, NumPy's own or MKL, in blocks of the
-number of rows that suits it best. Before a time is taken, inputs are read and former outputs are
-written to the disk, so that both sides read and write through the page cache. A ratio above 1 means
-that its limit was measured wrongly: that line is said to have failed, and has no median.
+The products are those of the fastest library in this environment, NumPy's own, MKL or oneDNN, in
+blocks of the number of rows that suits it best. Before a time is taken, inputs are read and former
+outputs are written to the disk, so that both sides read and write through the page cache. A ratio
+above 1 means that its limit was measured wrongly: that line is said to have failed, and has no
+median.
 
 The pipeline runs on threads, on worker processes, and through Dask's own `from_zarr` and `store`.
 Next to it is what a user would write instead: a careful NumPy loop over experts with its buffers
@@ -41,6 +42,7 @@ from measured import LAYERS, Job, Layer, matrix_shapes, table, timed
 
 import dask_ep
 from dask_ep.arrays.blas import cpu_name, installed_mkl, multiplies_by, numpys_blas, one_blas_thread
+from dask_ep.arrays.onednn import installed_onednn
 
 RANKS_OF_THE_LITERAL_PIPELINE = 4
 
@@ -148,6 +150,8 @@ class Bench(Job):
         libraries: dict[str, Multiply] = {numpys_blas(): lambda x, w, out: np.matmul(x, w, out=out)}
         if (mkl := installed_mkl()) is not None:
             libraries["MKL"] = mkl.multiply
+        if (onednn := installed_onednn()) is not None:
+            libraries[str(onednn)] = onednn.multiply
         ways = [(name, by, rows) for name, by in libraries.items() for rows in BLOCKS]
         best = [inf] * len(ways)
         for _ in range(3):

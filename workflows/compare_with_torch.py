@@ -1,6 +1,6 @@
 # /// script
 # requires-python = ">=3.11"
-# dependencies = ["torch>=2.6", "dask-ep[mkl]"]
+# dependencies = ["torch>=2.6", "dask-ep[mkl,onednn]"]
 # [tool.uv.sources]
 # dask-ep = { path = ".." }
 # ///
@@ -20,7 +20,8 @@ rounds. What comes first in one round comes last in the next.
                       dask_ep: a worker process per core
 
 Processes run already when a time is taken, and experts are read from their files in it. torch
-brings MKL along for its products; dask_ep uses it too, if the package ``mkl`` is installed.
+brings MKL along for its products; dask_ep uses it too on Intel's CPUs, if the package
+``mkl`` is installed, and oneDNN on AMD's and for bfloat16, if ``onednn-cpu-gomp`` is.
 """
 
 from __future__ import annotations

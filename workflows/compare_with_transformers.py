@@ -1,6 +1,6 @@
 # /// script
 # requires-python = ">=3.11"
-# dependencies = ["torch>=2.6", "transformers>=5", "dask-ep[mkl]"]
+# dependencies = ["torch>=2.6", "transformers>=5", "dask-ep[mkl,onednn]"]
 # [tool.uv.sources]
 # dask-ep = { path = ".." }
 # ///
@@ -10,7 +10,8 @@
 
 Prints the ratio of transformers' best time (its eager and its grouped experts) to dask_ep's, both
 taken in this run in turn, on the same number of cores; and how far the outputs differ. torch brings
-MKL along for its products; dask_ep uses it too, if the package ``mkl`` is installed.
+MKL along for its products; dask_ep uses it too on Intel's CPUs, if the package
+``mkl`` is installed, and oneDNN on AMD's and for bfloat16, if ``onednn-cpu-gomp`` is.
 
 With ``--dtype bfloat16`` hidden states and weights are bfloat16. dask_ep then computes three times:
 in float32 products, as it does on CPUs without AMX; with the precision "float32", and "bfloat16".

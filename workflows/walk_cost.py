@@ -1,6 +1,6 @@
 # /// script
 # requires-python = ">=3.11"
-# dependencies = ["torch>=2.6", "transformers>=5.24", "psutil", "dask-ep[mkl]"]
+# dependencies = ["torch>=2.6", "transformers>=5.24", "psutil", "dask-ep[mkl,onednn]"]
 # [tool.uv.sources]
 # dask-ep = { path = ".." }
 # ///

@@ -1,9 +1,13 @@
 """Which library multiplies matrices on the host, and with how many threads?
 
-NumPy's own; or, on a CPU of Intel's, its MKL, where the package ``mkl`` is installed
-(``pip install mkl``). With AVX-512 its products of few rows, as each expert has, are 10 to 20 %
-faster there than those of the OpenBLAS in NumPy's wheels (312 and 625 rows). On AMD's Zen 5 it has
-half their speed (104 against 231 GFLOP/s a core at 625 rows), and is left alone.
+NumPy's own, or a faster one that is installed; by the CPU, never by a timing, so that bits repeat:
+
+    float32    Intel          MKL (package ``mkl``): 10 to 20 % faster than the OpenBLAS of NumPy's
+                              wheels for some hundred rows, as each expert has (AVX-512)
+               AMD, AVX-512   oneDNN (``onednn-cpu-gomp``): on Zen 4 12 % faster, and twice as fast
+                              for 16 rows; MKL has half of OpenBLAS's speed there
+    bfloat16   AMX or         oneDNN; see `dask_ep.kernel.bfloat16`
+               AVX512-BF16
 
 A run has one Dask task per core, so each product gets one thread: with more they fight for the
 cores. The number belongs to the whole process and cannot be nested between threads (two overlapping
@@ -23,16 +27,14 @@ from importlib.metadata import PackageNotFoundError, files, version
 from pathlib import Path
 from typing import Any
 
-import ml_dtypes
 import numpy as np
 from threadpoolctl import ThreadpoolController, threadpool_limits
 
-from dask_ep.arrays import memory
+from dask_ep.arrays import onednn
+from dask_ep.arrays.onednn import OneDnn, installed_onednn
 
-BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
-
-_CACHE_LINE = 64  # bytes
-_PADDED = 1024  # columns
+NARROW_FLAGS = {"amx_bf16", "avx512_bf16"}
+"""What /proc/cpuinfo calls instructions that multiply bfloat16, and sum in float32."""
 
 SMALLEST_PRODUCT = 1 << 18
 """Multiplications below which a product takes less time than the way to another library."""
@@ -43,7 +45,8 @@ def product(x: np.ndarray, w: np.ndarray, out: np.ndarray | None = None) -> np.n
 
     Notes
     -----
-    float32 and float64 go to MKL where that is faster; all else is ``numpy.matmul``.
+    float32 and float64 go to the library that is faster than NumPy's, where there is one and it
+    has them; all else is ``numpy.matmul``.
 
     Examples
     --------
@@ -53,10 +56,10 @@ def product(x: np.ndarray, w: np.ndarray, out: np.ndarray | None = None) -> np.n
     array([[3.],
            [3.]])
     """
-    mkl = None if x.size * w.shape[1] < SMALLEST_PRODUCT else mkl_where_faster()
-    if mkl is not None:
+    library = None if x.size * w.shape[1] < SMALLEST_PRODUCT else faster_than_numpy()
+    if library is not None:
         to = np.empty((len(x), w.shape[1]), x.dtype) if out is None else out
-        if mkl.multiply(x, w, to):
+        if library.multiply(x, w, to):
             return to
     return np.matmul(x, w, out=out)
 
@@ -68,17 +71,14 @@ class Cblas:
     ----------
     library : a loaded library
     names : {dtype: name} of its functions for 64-bit lengths
-        That for bfloat16 sums in float32, and so writes it.
     """
 
-    _ROW_MAJOR, _AS_IS, _TRANSPOSED, _PACKED, _SECOND = 101, 111, 112, 151, 162
+    _ROW_MAJOR, _AS_IS, _TRANSPOSED = 101, 111, 112
 
-    def __init__(self, library: ctypes.CDLL, names: dict[Any, str]):
+    def __init__(self, library: ctypes.CDLL, names: dict[str, str]):
         self._gemm = {}
-        self._packing: Any = _packing_of(library)
         for dtype, name in names.items():
-            sums = _sums(np.dtype(dtype))
-            number = np.ctypeslib.as_ctypes_type(sums)
+            number = np.ctypeslib.as_ctypes_type(np.dtype(dtype))
             flag, length, matrix = ctypes.c_int, ctypes.c_int64, ctypes.c_void_p
             gemm = getattr(library, name)
             gemm.argtypes = [
@@ -86,63 +86,21 @@ class Cblas:
                 *(number, matrix, length, matrix, length, number, matrix, length),
             ]
             gemm.restype = None
-            self._gemm[np.dtype(dtype)] = gemm, sums
+            self._gemm[np.dtype(dtype)] = gemm
 
-    def multiply(
-        self,
-        x: np.ndarray,
-        w: np.ndarray,
-        out: np.ndarray,
-        *,
-        add: bool = False,
-        packed: np.ndarray | None = None,
-    ) -> bool:
-        """Write x @ w to `out`, or add it, and say so; False if the library cannot with this memory
-        layout. `packed` is what `pack` has made of `w`."""
-        gemm, sums = self._gemm.get(x.dtype, (None, None))
-        if gemm is None or x.dtype != w.dtype or out.dtype != sums:
+    def multiply(self, x: np.ndarray, w: np.ndarray, out: np.ndarray) -> bool:
+        """Write x @ w to `out` and say so; False if the library cannot with these dtypes or this
+        memory layout."""
+        gemm = self._gemm.get(x.dtype)
+        if gemm is None or x.dtype != w.dtype or x.dtype != out.dtype:
             return False
         x_lies, w_lies, out_lies = self._lie(x), self._lie(w), self._lie(out)
         if x_lies is None or w_lies is None or out_lies is None or out_lies[0] != self._AS_IS:
             return False
-        if packed is not None:
-            gemm, w, w_lies = self._packing[2], packed, (self._PACKED, out.shape[1])
-        sizes = (*out.shape, x.shape[1])
         places = (_address(x), x_lies[1], _address(w), w_lies[1])
-        flags = (self._ROW_MAJOR, x_lies[0], w_lies[0])
-        gemm(*flags, *sizes, 1.0, *places, float(add), _address(out), out_lies[1])
+        flags, sizes = (self._ROW_MAJOR, x_lies[0], w_lies[0]), (*out.shape, x.shape[1])
+        gemm(*flags, *sizes, 1.0, *places, 0.0, _address(out), out_lies[1])
         return True
-
-    def packable(self, w: np.ndarray, m: int, nbytes: int) -> int:
-        """How many columns of a matrix can be packed within so many bytes; 0 where none can.
-
-        MKL pads both sides of a matrix to about 1024.
-        """
-        if w.dtype != BFLOAT16 or self._packing is None or self._lie(w) is None:
-            return 0
-        k, columns = w.shape
-
-        def fits() -> bool:
-            return self._packing[0](self._SECOND, m, columns, k) + _CACHE_LINE <= nbytes
-
-        while not fits() and columns > _PADDED:
-            columns = (columns - 1) // _PADDED * _PADDED
-        return columns if fits() else 0
-
-    def pack(self, w: np.ndarray, m: int) -> np.ndarray:
-        """Lay a matrix (k, n) out as products of m rows read it, where it is `packable`.
-
-        That saves a fifth to a third of each product, and costs as much as one of 200 to 300 rows.
-        The products have the same bits.
-        """
-        (size, pack, _), lies = self._packing, self._lie(w)
-        assert lies is not None  # `packable` has looked
-        k, n = w.shape
-        packed = memory.empty((size(self._SECOND, m, n, k) + _CACHE_LINE,), np.uint8)
-        packed = packed[-packed.ctypes.data % _CACHE_LINE :]
-        place, length = _address(w), lies[1]
-        pack(self._ROW_MAJOR, self._SECOND, lies[0], m, n, k, place, length, _address(packed))
-        return packed
 
     @classmethod
     def _lie(cls, a: np.ndarray) -> tuple[int, int] | None:
@@ -159,26 +117,6 @@ class Cblas:
         return None
 
 
-def _packing_of(library: ctypes.CDLL) -> tuple[Any, Any, Any] | None:
-    """What makes packed matrices of bfloat16, and multiplies with them, if the library has it."""
-    name = "cblas_gemm_bf16bf16f32_"
-    try:
-        size, pack, compute = (
-            getattr(library, f"{name}{what}_64") for what in ("pack_get_size", "pack", "compute")
-        )
-    except AttributeError:
-        return None
-    flag, length, matrix, one = ctypes.c_int, ctypes.c_int64, ctypes.c_void_p, ctypes.c_float
-    size.argtypes, size.restype = [flag, length, length, length], ctypes.c_size_t
-    pack.argtypes = [flag, flag, flag, length, length, length, matrix, length, matrix]
-    compute.argtypes = [
-        *(flag, flag, flag, length, length, length),
-        *(one, matrix, length, matrix, length, one, matrix, length),
-    ]
-    pack.restype = compute.restype = None
-    return size, pack, compute
-
-
 def _address(a: Any) -> int:
     """Address of an array; the buffer tells it three times faster than NumPy."""
     try:
@@ -192,11 +130,14 @@ def multiplies_by() -> str:
 
     Examples
     --------
-    >>> from dask_ep.arrays.blas import multiplies_by, numpys_blas
-    >>> multiplies_by() in (numpys_blas(), f"MKL {mkl_version()}")
+    >>> from dask_ep.arrays.blas import multiplies_by
+    >>> multiplies_by().split()[0] in ("OpenBLAS", "MKL", "BLIS", "oneDNN", "NumPy's")
     True
     """
-    return numpys_blas() if mkl_where_faster() is None else f"MKL {mkl_version()}"
+    library = faster_than_numpy()
+    if library is None:
+        return numpys_blas()
+    return str(library) if isinstance(library, OneDnn) else f"MKL {mkl_version()}"
 
 
 def mkl_version() -> str | None:
@@ -224,36 +165,47 @@ def cpu_name() -> str:
     return named[1] if named else platform.processor() or platform.machine()
 
 
-def _sums(dtype: np.dtype) -> np.dtype:
-    """The dtype that products of a dtype are summed in."""
-    return np.dtype(np.float32) if dtype == BFLOAT16 else dtype
-
-
 @cache
-def bfloat16_library() -> Cblas | None:
-    """MKL, on a CPU of Intel's with AMX, where it multiplies bfloat16 four to six times as fast as
-    float32; with AVX512-BF16 alone it takes longer than for float32 (85 to 146 GFLOP/s).
+def faster_than_numpy() -> Cblas | OneDnn | None:
+    """What multiplies float32 faster than NumPy's library: MKL on a CPU of Intel's, oneDNN on
+    another with AVX-512, where they are installed. By the CPU, not by a timing, so that runs repeat
+    their bits.
     """
-    return mkl_where_faster() if "amx_bf16" in _cpuinfo().split() else None
+    cpu = _cpuinfo()
+    if "GenuineIntel" in cpu:
+        return installed_mkl()
+    return installed_onednn() if "avx512f" in cpu.split() else None
 
 
 @cache
-def mkl_where_faster() -> Cblas | None:
-    """MKL, on a CPU of Intel's: by its maker, not by a timing, so that runs repeat their bits."""
-    return installed_mkl() if "GenuineIntel" in _cpuinfo() else None
+def bfloat16_library() -> OneDnn | None:
+    """oneDNN, where it is installed and the CPU has 16-bit instructions."""
+    return installed_onednn() if NARROW_FLAGS & set(_cpuinfo().split()) else None
+
+
+@cache
+def splitting_pays() -> bool:
+    """Whether three products of bfloat16 take less time than one of float32: with AMX, whose are
+    four to eight times as fast. Those of AVX512-BF16 are twice as fast."""
+    return "amx_bf16" in _cpuinfo().split()
 
 
 def faster_blas() -> str | None:
     """Say what would multiply faster on this machine, and how to install it; None if nothing."""
     cpu = _cpuinfo()
-    if "GenuineIntel" not in cpu or "avx512f" not in cpu:
+    flags, gains = set(cpu.split()), {}
+    has_onednn, of_intel = installed_onednn() is not None, "GenuineIntel" in cpu
+    numpys_is_slower = "avx512f" in flags and not numpys_blas().startswith("MKL")
+    if of_intel and numpys_is_slower and installed_mkl() is None:
+        gains["mkl"] = f"MKL multiplies float32 about 10 % faster than {numpys_blas()}"
+    if not of_intel and numpys_is_slower and not has_onednn:
+        gains[onednn.PACKAGE] = f"oneDNN multiplies float32 about 10 % faster than {numpys_blas()}"
+    if flags & NARROW_FLAGS and not has_onednn:
+        gains[onednn.PACKAGE] = "oneDNN multiplies bfloat16 experts twice as fast or more"
+    if not gains:
         return None
-    if installed_mkl() is not None or numpys_blas().startswith("MKL"):
-        return None
-    narrow = ", and would multiply bfloat16 experts in 16 bits" if "amx_bf16" in cpu else ""
     return (
-        f"Intel's MKL multiplies about 10 % faster on this CPU than {numpys_blas()}{narrow}; "
-        "install it with: pip install mkl"
+        f"on this CPU {', and '.join(gains.values())}; install with: pip install {' '.join(gains)}"
     )
 
 
@@ -274,8 +226,7 @@ def installed_mkl() -> Cblas | None:
     if not found:
         return None
     library = ctypes.CDLL(str(found[0].locate()))
-    names = {"float32": "cblas_sgemm_64", "float64": "cblas_dgemm_64"}
-    return Cblas(library, names | {BFLOAT16: "cblas_gemm_bf16bf16f32_64"})
+    return Cblas(library, {"float32": "cblas_sgemm_64", "float64": "cblas_dgemm_64"})
 
 
 @contextmanager
@@ -299,12 +250,14 @@ def one_blas_thread() -> Iterator[None]:
     """
     libraries = _loaded_mkls()
     former = [library.MKL_Get_Max_Threads() for library in libraries]
+    onednns = onednn.limit_threads(1)
     try:
         with threadpool_limits(limits=1):
             for library in libraries:
                 library.MKL_Set_Num_Threads(1)
             yield
     finally:
+        onednn.limit_threads(onednns)
         for library, threads in zip(libraries, former, strict=True):
             library.MKL_Set_Num_Threads(threads)
 
@@ -313,6 +266,7 @@ def limit_blas_for_good() -> None:
     """Give BLAS one thread for the rest of this process: for a worker with a thread per core."""
     for library in _loaded_mkls():
         library.MKL_Set_Num_Threads(1)
+    onednn.limit_threads(1)
     threadpool_limits(limits=1)
 
 
@@ -320,6 +274,6 @@ def _loaded_mkls() -> list[ctypes.CDLL]:
     """Every MKL in the process, NumPy's own included: threadpoolctl sets only the number of the
     calling thread there, and tasks run in others.
     """
-    mkl_where_faster()
+    faster_than_numpy()
     loaded = ThreadpoolController().lib_controllers
     return [library.dynlib for library in loaded if library.internal_api == "mkl"]

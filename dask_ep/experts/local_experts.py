@@ -14,6 +14,7 @@ from dask_ep.arrays import memory
 from dask_ep.arrays.namespaces import Array, namespace
 from dask_ep.experts.expert_kinds import GATE_OPTIONS
 from dask_ep.experts.weights import Weight
+from dask_ep.kernel.bfloat16 import laid_out
 from dask_ep.kernel.expert import Expert, Linear
 from dask_ep.kernel.kinds import Affine, Gated, GatedPair, Mlp, Summed
 
@@ -24,6 +25,12 @@ if TYPE_CHECKING:
 HIDDEN_COLUMNS = 2048
 """Hidden columns that are computed together on the CPU: 1024 rows of them stay in the last-level
 cache, and fewer rows a product would cost a tenth of its speed in packing the matrices."""
+
+
+def numbers_at_once(experts: Any) -> int:
+    """Numbers in the largest matrix of one product on the CPU, at most."""
+    inner = experts.hidden
+    return experts.d * (experts.d_out if inner is None else min(inner, HIDDEN_COLUMNS))
 
 
 class LocalExperts(Sequence[Expert]):
@@ -192,7 +199,7 @@ def refuse_rows(rows: Array) -> None:
 
 
 def _product(w: Array, bias: Array | None, options: dict[str, Any]) -> Expert:
-    precision = options.get("precision", "float32")
+    w, precision = laid_out(w), options.get("precision", "float32")
     return Linear(w, precision) if bias is None else Affine(w, bias, precision)
 
 

@@ -7,9 +7,10 @@ three of them, each with 8 of its 24 significant bits:
     x @ w             =  low @ w + middle @ w + high @ w         w (d, f) bfloat16, sums in float32
 
 So tokens and weights of bfloat16 are multiplied once, and what an expert makes on its way, which is
-float32, three times. On a CPU with matrix instructions (AMX) that is still several times faster
-than one product in float32. Parts that are zero throughout are left out: float16 has two, and
-float32 that came from bfloat16 one.
+float32, three times. With matrix instructions (AMX) that is still several times faster than one
+product in float32. With AVX512-BF16, which is twice as fast as float32, it pays for few rows alone;
+more are multiplied by a float32 copy of the matrix, made for this product. Parts that are zero
+throughout are left out: float16 has two, and float32 that came from bfloat16 one.
 
 Those instructions take numbers below 2**-126 for 0. A row of which that could be seen, because all
 its values are tiny, or which holds an infinity or NaN, is multiplied in float32.
@@ -20,7 +21,8 @@ from __future__ import annotations
 import numpy as np
 
 from dask_ep.arrays import blas, memory
-from dask_ep.arrays.blas import BFLOAT16, product
+from dask_ep.arrays.blas import product
+from dask_ep.arrays.onednn import BFLOAT16, Matrix, Packed
 
 PARTS = {"float32": 3, "bfloat16": 1}
 """By `precision`: how many bfloat16 numbers stand for one float32 number in a product. One is
@@ -30,23 +32,32 @@ SMALLEST, LARGEST = 2.0**-40, 2.0**127
 """Between these the largest value of a row, and of a matrix, must be. What is lost below 2**-126 is
 then at most 2**-46 of the largest product; and rounding to 8 bits makes no infinity."""
 
-PACK_ROWS = 384
-"""Rows that are multiplied by one matrix, in all parts, from which it is packed before."""
-
-PACKED_BYTES = 28 << 20
-"""Bytes of the columns of a matrix that are packed at a time, at most: all up to 1024 x 4096, a
-thousand columns of 8192 numbers."""
+SPLIT_ROWS = 32
+"""Rows from which a float32 copy of a matrix costs less than two more products; see
+`blas.splitting_pays`."""
 
 STEP = 1 << 16
 """Numbers that are looked at together: they stay in cache from one step to the next."""
 
 
-def serves(w: np.ndarray) -> bool:
+def serves(w: Matrix) -> bool:
     """Whether products with a matrix take 16 bits: by its dtype, its values, library and CPU."""
+    if isinstance(w, Packed):
+        return True
     if not isinstance(w, np.ndarray) or w.dtype != BFLOAT16 or blas.bfloat16_library() is None:
         return False
     largest = _largest(w).max(initial=0)
     return bool(largest == 0 or SMALLEST <= largest <= LARGEST)
+
+
+def laid_out(w: Matrix) -> Matrix:
+    """Lay a matrix out as 16-bit products read it, where they serve and that takes no more bytes;
+    else as is."""
+    library = blas.bfloat16_library()
+    if library is None or isinstance(w, Packed) or not serves(w):
+        return w
+    packed = library.pack(w)
+    return w if packed is None else packed
 
 
 def narrowed(w: np.ndarray) -> np.ndarray:
@@ -69,7 +80,7 @@ def narrowed(w: np.ndarray) -> np.ndarray:
 
 
 def multiply(
-    x: np.ndarray, w: np.ndarray, out: np.ndarray | None = None, precision: str = "float32"
+    x: np.ndarray, w: Matrix, out: np.ndarray | None = None, precision: str = "float32"
 ) -> np.ndarray:
     """Multiply x (m, d) by w (d, f) in 16 bits, summing in float32.
 
@@ -94,12 +105,15 @@ def multiply(
     if 0 in (*x.shape, w.shape[1]):
         out[...] = 0
         return out
+    is_exact = x.dtype == BFLOAT16 or PARTS[precision] == 1
+    if not is_exact and len(x) >= SPLIT_ROWS and not blas.splitting_pays():
+        return product(x, wide(w), out)
     parts, largest = ([x], _largest(x)) if x.dtype == BFLOAT16 else _split(x, PARTS[precision])
     apart = np.flatnonzero(~((largest == 0) | (largest >= SMALLEST) & (largest <= LARGEST)))
     if len(apart) < len(x):
         _add_products(parts, w, out)
     if len(apart):
-        out[apart] = product(x[apart].astype(np.float32), w.astype(np.float32))
+        out[apart] = product(x[apart].astype(np.float32), wide(w))
     return out
 
 
@@ -112,32 +126,33 @@ def multiplied_by(dtype: np.dtype, is_bfloat16: bool, precision: str = "float32"
     is_bfloat16 : whether the experts' matrices are
     precision : of the experts
     """
-    library = blas.multiplies_by()
-    if not is_bfloat16 or dtype == np.float64 or blas.bfloat16_library() is None:
-        return library
+    library = blas.bfloat16_library()
+    if not is_bfloat16 or dtype == np.float64 or library is None:
+        return blas.multiplies_by()
     return f"{library} in 16 bits, {'rounded' if PARTS[precision] == 1 else 'as exact as float32'}"
 
 
-def packed_bytes(dtype: np.dtype, is_bfloat16: bool) -> int:
-    """Bytes that a thread needs to pack matrices; 0 where none are. See `multiplied_by`."""
+def copies(dtype: np.dtype, is_bfloat16: bool, precision: str = "float32") -> bool:
+    """Whether threads copy matrices to float32 for some products. See `multiplied_by`."""
     is_narrow = is_bfloat16 and dtype != np.float64 and blas.bfloat16_library() is not None
-    return PACKED_BYTES if is_narrow else 0
+    return is_narrow and PARTS[precision] > 1 and not blas.splitting_pays()
 
 
-def _add_products(parts: list[np.ndarray], w: np.ndarray, out: np.ndarray) -> None:
+def _add_products(parts: list[np.ndarray], w: Matrix, out: np.ndarray) -> None:
     """Write the sum of the products to `out`, the smallest first."""
-    library, width, step = blas.bfloat16_library(), w.shape[1], 0
+    library = blas.bfloat16_library()
     assert library is not None  # `serves` has asked
-    if len(parts) * len(out) >= PACK_ROWS:
-        step = library.packable(w, len(out), PACKED_BYTES)
-    for first in range(0, width, step or width):
-        columns = slice(first, first + (step or width))
-        some, to = w[:, columns], out[:, columns]
-        packed = library.pack(some, len(to)) if step else None
-        for n, part in enumerate(reversed(parts)):
-            if not library.multiply(part, some, to, add=n > 0, packed=packed):
-                y = product(part.astype(np.float32), some.astype(np.float32))
-                to[...] = y + to if n > 0 else y
+    for n, part in enumerate(reversed(parts)):
+        if not library.multiply(part, w, out, add=n > 0):
+            y = product(part.astype(np.float32), wide(w))
+            out[...] = y + out if n > 0 else y
+
+
+def wide(w: Matrix) -> np.ndarray:
+    """A copy of a matrix of bfloat16 in float32."""
+    library = blas.bfloat16_library()
+    assert library is not None
+    return library.widened(w)
 
 
 def _split(x: np.ndarray, count: int) -> tuple[list[np.ndarray], np.ndarray]:

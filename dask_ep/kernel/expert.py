@@ -15,6 +15,7 @@ import numpy as np
 from dask_ep.arrays.blas import product
 from dask_ep.arrays.checks import computing_dtype, is_float, refuse_masked
 from dask_ep.arrays.namespaces import Array, is_array, namespace
+from dask_ep.arrays.onednn import Matrix, Packed
 from dask_ep.kernel import bfloat16, device_kernel
 from dask_ep.kernel.bfloat16 import BFLOAT16
 
@@ -87,7 +88,7 @@ class Linear(Expert):
     On a host that multiplies bfloat16 faster, a bfloat16 `W` is used as it is; see `bfloat16`.
     """
 
-    def __init__(self, W: Array, precision: str = "float32"):
+    def __init__(self, W: Matrix, precision: str = "float32"):
         self.W, self._precision = W, precision
         self.d, self.d_out = W.shape
         self._in_16_bits = bfloat16.serves(W)
@@ -100,7 +101,7 @@ class Linear(Expert):
     def together(
         experts: Sequence[Linear], rows: Array, bounds: device_kernel.Bounds, out: Array
     ) -> None:
-        matrices = [expert.W.astype(rows.dtype, copy=False) for expert in experts]
+        matrices = [_unpacked(expert.W).astype(rows.dtype, copy=False) for expert in experts]
         device_kernel.products(rows, matrices, bounds, out)
 
     def takes(self, dtype: np.dtype) -> np.dtype:
@@ -109,13 +110,17 @@ class Linear(Expert):
     def __call__(self, rows: Array, out: Array | None = None) -> Array:
         if self._in_16_bits and rows.dtype in (BFLOAT16, np.float32):
             return bfloat16.multiply(rows, self.W, out, self._precision)
-        xp, W = namespace(rows), self.W.astype(rows.dtype, copy=False)
+        xp, W = namespace(rows), _unpacked(self.W).astype(rows.dtype, copy=False)
         if xp is np:
             return product(rows, W, out)
         if out is None:
             out = xp.empty((len(rows), self.d_out), dtype=rows.dtype)
         device_kernel.products(rows, [W], [(0, len(rows))], out)
         return out
+
+
+def _unpacked(W: Matrix) -> Array:
+    return bfloat16.wide(W) if isinstance(W, Packed) else W
 
 
 class _Function(Expert):

@@ -30,8 +30,8 @@ PICKED_TOGETHER = 8
 and little that goes to a worker which has only some of them."""
 
 PROCESS_BYTES = 180_000_000
-"""What a process takes of its own: Python, NumPy, Dask and Zarr (measured 100 to 110 MB), and what
-the C library keeps of small arrays."""
+"""What a process takes of its own: Python, NumPy, Dask and Zarr (measured 100 to 110 MB), the
+library that multiplies (40 MB), and what the C library keeps of small arrays."""
 
 SORT_BYTES = 48
 """Of memory for each slot while a chunk is sorted by expert: its routing and weight, index arrays

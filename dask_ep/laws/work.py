@@ -13,8 +13,9 @@ import numpy as np
 
 from dask_ep.arrays.checks import computing_dtype
 from dask_ep.experts.experts import CallableExperts, Experts
+from dask_ep.experts.local_experts import numbers_at_once
 from dask_ep.experts.stored_experts import StoredExperts
-from dask_ep.kernel.bfloat16 import multiplied_by, packed_bytes
+from dask_ep.kernel.bfloat16 import copies, multiplied_by
 from dask_ep.kernel.host_kernel import tile_bytes
 from dask_ep.laws.costs import packet_row_bytes, reply_row_bytes
 from dask_ep.laws.device_memory import OnDevice
@@ -71,8 +72,9 @@ class Work:
     #: floating-point operations of one row at one expert
     multiplied_by: str | None = None
     #: the library of this machine, and how, see `kernel.bfloat16`; None on GPUs
-    packed: int = 0
-    #: bytes that a thread needs to pack the matrices of experts, see `kernel.bfloat16`
+    copied: int = 0
+    #: bytes of a matrix of bfloat16 in float32, which a thread makes for a product; 0 where it
+    #: makes none, see `kernel.bfloat16`
     weight_bytes: int = 0
     #: of one top-k weight; 0 without them
     stored_rows: int | None = None
@@ -120,7 +122,7 @@ class Work:
     @property
     def scratch(self) -> int:
         """Bytes of a thread's tiles, and of the matrix that it packs."""
-        return tile_bytes(max(self.widest, self.d, self.d_out) * self.wide) + self.packed
+        return tile_bytes(max(self.widest, self.d, self.d_out) * self.wide) + self.copied
 
     def packet_row_bytes(self, places: int) -> int:
         """Bytes of one row on its way to a rank, where `places` are all that may be named."""
@@ -192,7 +194,7 @@ class Work:
             multiplied_by=None
             if on_devices
             else multiplied_by(dtype, experts.is_bfloat16, experts.precision),
-            packed=0 if on_devices else packed_bytes(dtype, experts.is_bfloat16),
+            copied=0 if on_devices else _copied(experts, dtype),
             weight_bytes=0 if topk_dtype is None else np.dtype(topk_dtype).itemsize,
             stored_rows=stored_rows,
             read_bytes=read_bytes,
@@ -203,6 +205,12 @@ class Work:
             layer=layer_work,
             on_device=OnDevice.of(experts, shared, slots, dtype) if on_devices else None,
         )
+
+
+def _copied(experts: Experts | CallableExperts, dtype: np.dtype) -> int:
+    """Bytes of the largest matrix that a thread copies to float32; see `Work.copied`."""
+    is_copied = copies(dtype, experts.is_bfloat16, experts.precision)
+    return numbers_at_once(experts) * np.dtype(np.float32).itemsize if is_copied else 0
 
 
 def _layer_work(layer: Any, d: int, compute: np.dtype, routes: bool, on_devices: bool) -> LayerWork:

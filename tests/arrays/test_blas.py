@@ -14,18 +14,19 @@ from hypothesis import given
 from hypothesis import strategies as st
 from threadpoolctl import threadpool_info
 
-from dask_ep.arrays import blas
+from dask_ep.arrays import blas, onednn
 from dask_ep.arrays.blas import (
     Cblas,
+    faster_than_numpy,
     installed_mkl,
     limit_blas_for_good,
-    mkl_where_faster,
     one_blas_thread,
     product,
 )
 
 MKL_NEEDED = pytest.mark.skipif(
-    mkl_where_faster() is None, reason="the package mkl is not installed, or the CPU not Intel's"
+    not isinstance(faster_than_numpy(), Cblas),
+    reason="the package mkl is not installed, or the CPU not Intel's",
 )
 
 
@@ -106,7 +107,7 @@ def test_a_large_product_is_the_same_from_any_library(library, dtype, monkeypatc
     rng = np.random.default_rng(0)
     x, w = (rng.standard_normal((100, 100)).astype(dtype) for _ in range(2))
     want = x.astype("f8") @ w.astype("f8")
-    monkeypatch.setattr(blas, "mkl_where_faster", lambda: library)
+    monkeypatch.setattr(blas, "faster_than_numpy", lambda: library)
     out = np.empty((100, 100), np.matmul(x, w).dtype)
     assert product(x, w, out) is out
     for y in (out, product(x, w)):
@@ -116,7 +117,7 @@ def test_a_large_product_is_the_same_from_any_library(library, dtype, monkeypatc
 
 
 def test_small_products_stay_with_numpy(monkeypatch):
-    monkeypatch.setattr(blas, "mkl_where_faster", lambda: pytest.fail("asked for"))
+    monkeypatch.setattr(blas, "faster_than_numpy", lambda: pytest.fail("asked for"))
     x = np.ones((8, 64), "f4")
     assert (product(x, x.T) == 64).all()
     assert product(x[:0], x.T).shape == (0, 8)
@@ -124,12 +125,19 @@ def test_small_products_stay_with_numpy(monkeypatch):
 
 @pytest.mark.parametrize(
     ("cpuinfo", "taken"),
-    [("vendor_id\t: GenuineIntel\n", "MKL"), ("vendor_id\t: AuthenticAMD\n", None), ("", None)],
+    [
+        ("vendor_id\t: GenuineIntel\nflags\t: avx512f", "MKL"),
+        ("vendor_id\t: GenuineIntel\nflags\t: avx2", "MKL"),
+        ("vendor_id\t: AuthenticAMD\nflags\t: avx2 avx512f", "oneDNN"),
+        ("vendor_id\t: AuthenticAMD\nflags\t: avx2", None),
+        ("", None),
+    ],
 )
-def test_mkl_multiplies_on_intels_cpus_alone(cpuinfo, taken, monkeypatch):
+def test_the_library_is_chosen_by_the_cpu(cpuinfo, taken, monkeypatch):
     monkeypatch.setattr(blas, "installed_mkl", lambda: "MKL")
+    monkeypatch.setattr(blas, "installed_onednn", lambda: "oneDNN")
     monkeypatch.setattr(blas, "_cpuinfo", lambda: cpuinfo)
-    assert mkl_where_faster.__wrapped__() == taken
+    assert faster_than_numpy.__wrapped__() == taken
 
 
 @MKL_NEEDED
@@ -172,28 +180,42 @@ def test_mkl_gets_one_thread_in_all_threads():
         library.MKL_Set_Num_Threads(max(before))
 
 
+INTEL, AMD = "GenuineIntel", "AuthenticAMD"
+
+
 @pytest.mark.parametrize(
-    ("cpuinfo", "mkl", "said"),
+    ("cpuinfo", "installed", "said"),
     [
+        (f"{INTEL} avx512f", (), r"MKL multiplies float32 about 10 % .* pip install mkl$"),
+        (f"{INTEL} avx512f amx_bf16", (), r", and oneDNN multiplies bfloat16 .* mkl onednn-cpu-g"),
         (
-            "GenuineIntel avx512f",
-            None,
-            r"MKL multiplies about 10 % faster .* pip install mkl$",
+            f"{INTEL} avx512f amx_bf16",
+            ("mkl",),
+            r"CPU oneDNN multiplies bfloat16 .* install onednn",
         ),
-        ("GenuineIntel avx512f amx_bf16", None, "and would multiply bfloat16 experts in 16 bits; "),
-        ("GenuineIntel avx512f", "MKL", None),
-        ("GenuineIntel avx2", None, None),
-        ("AuthenticAMD avx512f", None, None),
+        (f"{INTEL} avx512f amx_bf16", ("mkl", "onednn"), None),
+        (f"{INTEL} avx2", (), None),
+        (f"{AMD} avx512f", (), r"oneDNN multiplies float32 about 10 % faster than OpenBLAS; inst"),
+        (
+            f"{AMD} avx512f avx512_bf16",
+            (),
+            r"oneDNN multiplies bfloat16 .* install onednn-cpu-gomp$",
+        ),
+        (f"{AMD} avx512f avx512_bf16", ("onednn",), None),
+        (f"{AMD} avx2", (), None),
     ],
 )
-def test_what_would_multiply_faster_is_said(cpuinfo, mkl, said, monkeypatch):
-    monkeypatch.setattr(blas, "installed_mkl", lambda: mkl)
+def test_what_would_multiply_faster_is_said(cpuinfo, installed, said, monkeypatch):
+    monkeypatch.setattr(blas, "installed_mkl", lambda: "mkl" in installed or None)
+    monkeypatch.setattr(blas, "installed_onednn", lambda: "onednn" in installed or None)
     monkeypatch.setattr(blas, "_cpuinfo", lambda: cpuinfo)
     monkeypatch.setattr(blas, "numpys_blas", lambda: "OpenBLAS")
     hint = blas.faster_blas()
     assert (hint is None) if said is None else re.search(said, hint)
 
 
-def test_the_extra_that_the_hint_names_is_there():
+def test_there_is_an_extra_for_each_library_that_hints_name():
     text = (Path(__file__).parents[2] / "pyproject.toml").read_text()
-    assert "mkl" in tomllib.loads(text)["project"]["optional-dependencies"]
+    extras = tomllib.loads(text)["project"]["optional-dependencies"]
+    assert extras["mkl"][0].startswith("mkl>=")
+    assert extras["onednn"][0].startswith(onednn.PACKAGE)

@@ -16,6 +16,7 @@ from safetensors.numpy import save_file
 from dask_ep import Experts, MoELayer, Router, expert_parallel, expert_parallel_dispatch
 from dask_ep.arrays import blas
 from dask_ep.arrays.blas import bfloat16_library
+from dask_ep.arrays.onednn import Packed
 from dask_ep.errors import JobError
 from dask_ep.experts.quantized import float8
 from dask_ep.experts.stored_experts import held_as_stored
@@ -30,9 +31,9 @@ from dask_ep.kernel import bfloat16, reference
 from dask_ep.kernel.bfloat16 import (
     BFLOAT16,
     LARGEST,
-    PACK_ROWS,
-    PACKED_BYTES,
     SMALLEST,
+    SPLIT_ROWS,
+    laid_out,
     multiplied_by,
     multiply,
     narrowed,
@@ -47,27 +48,29 @@ from tests.checkpoints import FIXTURES, LAYER
 bf16 = ml_dtypes.bfloat16
 
 FLUSHED = 2.0**-126
-"""AMX takes numbers below this for 0, and writes 0 for them."""
+"""CPUs take numbers below this for 0, and writes 0 for them."""
 
 
 class Emulated:
-    """What MKL does with bfloat16 on a CPU with AMX, in NumPy."""
+    """What oneDNN does with bfloat16, in NumPy."""
 
     def __init__(self) -> None:
-        self.products = self.packed = 0
+        self.products = 0
 
-    def packable(self, w, m, nbytes) -> int:
-        return min(w.shape[1], nbytes // (w.shape[0] * w.itemsize))
+    def __str__(self) -> str:
+        return "NumPy"
 
-    def pack(self, w, m) -> np.ndarray:
-        self.packed += 1
+    def pack(self, w) -> None:
+        return None
+
+    def widened(self, w) -> np.ndarray:
         return w.astype(np.float32)
 
-    def multiply(self, x, w, out, *, add=False, packed=None) -> bool:
+    def multiply(self, x, w, out, *, add=False) -> bool:
         assert x.dtype == w.dtype == BFLOAT16
         assert out.dtype == np.float32
         self.products += 1
-        a, b = (np.array(m, np.float32) for m in (x, w if packed is None else packed))
+        a, b = (np.array(m, np.float32) for m in (x, w))
         for m in (a, b):
             m[np.abs(m) < FLUSHED] = 0
         with np.errstate(all="ignore"):
@@ -77,13 +80,21 @@ class Emulated:
         return True
 
 
+@pytest.fixture(autouse=True, params=["with AMX", "without AMX"])
+def splitting_pays(request, monkeypatch):
+    """Whether float32 rows are split, however many they are."""
+    pays = request.param == "with AMX"
+    monkeypatch.setattr(blas, "splitting_pays", lambda: pays)
+    return pays
+
+
 @pytest.fixture(
     params=[
         "emulated",
         pytest.param(
             "real",
             marks=pytest.mark.skipif(
-                bfloat16_library() is None, reason="no MKL, or a CPU without AMX"
+                bfloat16_library() is None, reason="no oneDNN, or a CPU without 16-bit products"
             ),
         ),
     ]
@@ -169,37 +180,16 @@ def test_a_matrix_that_cannot_be_is_not_multiplied_in_16_bits(value, library):
     assert not serves(np.full((2, 2), -value, bf16))
 
 
-@pytest.mark.parametrize("columns", [0, 1, 7, 50])
-@pytest.mark.parametrize("order", ["C", "F"])
-def test_packed_matrices_give_the_same_product(columns, order, library, monkeypatch):
-    w = np.asarray(some(70, 50, seed=1, dtype=bf16), order=order)
-    plain = multiply(some(100, 70), w)
-    monkeypatch.setattr(bfloat16, "PACK_ROWS", 3 * 100)
-    emulated = isinstance(library, Emulated)
-    if emulated:
-        monkeypatch.setattr(bfloat16, "PACKED_BYTES", 2 * 70 * columns)
-    elif not columns:
-        monkeypatch.setattr(bfloat16, "PACKED_BYTES", 0)
-    packed = multiply(some(100, 70), w)
-    np.testing.assert_allclose(packed, plain, rtol=0, atol=1e-5 if emulated else 0)
-    if emulated:
-        times = -(-50 // columns) if columns else 0
-        assert library.packed == times, "once for all parts"
-        multiply(some(99, 70), w)
-        assert library.packed == times, "not for few rows"
-
-
-@pytest.mark.parametrize("d", [1, 64, 1024, 2048, 8192, 20000])
-def test_columns_are_packed_within_the_memory_that_is_counted(d):
-    library = bfloat16_library()
-    if library is None:
-        pytest.skip("no MKL, or a CPU without AMX")
-    w = np.zeros((d, 5000), bf16)
-    for m in (1, PACK_ROWS, 9000):
-        columns = library.packable(w, m, PACKED_BYTES)
-        assert (columns > 0) == (d < 20000)
-        if columns:
-            assert library.pack(w[:, :columns], m).nbytes <= PACKED_BYTES
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+@pytest.mark.parametrize("dtype", [np.float32, bf16])
+@pytest.mark.parametrize("rows", [1, SPLIT_ROWS - 1, SPLIT_ROWS, 200])
+def test_packed_matrices_give_the_same_product(rows, dtype, precision, library):
+    w, x = some(128, 192, seed=1, dtype=bf16), some(rows, 128).astype(dtype)
+    packed = laid_out(w)
+    assert isinstance(packed, Packed) != isinstance(library, Emulated)
+    y, plain = (multiply(x, m, precision=precision) for m in (packed, w))
+    assert error(y, plain.astype("f8")) < 1e-6
+    assert laid_out(w.astype("f4")).dtype == np.float32, "as it was"
 
 
 @settings(max_examples=60, deadline=None)
@@ -215,7 +205,7 @@ def test_matrices_that_lie_in_any_way(data):
     want = x.astype("f8") @ w.astype("f8")
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(blas, "bfloat16_library", lambda: library)
-        patch.setattr(bfloat16, "PACK_ROWS", data.draw(st.sampled_from([1, 1 << 20])))
+        patch.setattr(bfloat16, "SPLIT_ROWS", data.draw(st.sampled_from([1, 1 << 20])))
         out = whole[:, 1:-1]
         assert multiply(x, w, out) is out
     np.testing.assert_allclose(out, want, rtol=0, atol=1e-5)
@@ -237,19 +227,21 @@ def test_nothing_is_narrowed_without_the_library(float32_products):
 
 
 @pytest.mark.parametrize(
-    ("flags", "taken"),
+    ("flags", "taken", "pays"),
     [
-        ("vendor_id\t: GenuineIntel\nflags\t: amx_bf16 amx_tile", True),
-        ("vendor_id\t: GenuineIntel\nflags\t: avx512_bf16 amx_bf16_not", False),
-        ("vendor_id\t: AuthenticAMD\nflags\t: avx512_bf16 amx_bf16", False),
-        ("", False),
+        ("vendor_id\t: GenuineIntel\nflags\t: amx_bf16 amx_tile", True, True),
+        ("vendor_id\t: GenuineIntel\nflags\t: avx512_bf16 amx_bf16_not", True, False),
+        ("vendor_id\t: AuthenticAMD\nflags\t: avx512_bf16", True, False),
+        ("vendor_id\t: AuthenticAMD\nflags\t: avx512f", False, False),
+        ("", False, False),
     ],
 )
-def test_the_library_is_chosen_by_flags_of_the_cpu(flags, taken, monkeypatch):
+def test_the_library_is_chosen_by_flags_of_the_cpu(flags, taken, pays, monkeypatch):
+    monkeypatch.undo()  # what says whether splitting pays
     monkeypatch.setattr(blas, "_cpuinfo", lambda: flags)
-    monkeypatch.setattr(blas, "mkl_where_faster", blas.mkl_where_faster.__wrapped__)
-    monkeypatch.setattr(blas, "installed_mkl", lambda: "MKL")
-    assert (bfloat16_library.__wrapped__() == "MKL") == taken
+    monkeypatch.setattr(blas, "installed_onednn", lambda: "oneDNN")
+    assert (bfloat16_library.__wrapped__() == "oneDNN") == taken
+    assert blas.splitting_pays.__wrapped__() == pays
 
 
 # --- layers of all kinds -------------------------------------------------------------------------
@@ -524,7 +516,7 @@ def test_a_job_with_an_unknown_precision_is_refused():
 )
 def test_what_multiplies_is_said(dtype, is_bfloat16, precision, words, library):
     said = multiplied_by(np.dtype(dtype), is_bfloat16, precision)
-    assert said == blas.multiplies_by() + words
+    assert said == (f"{library}{words}" if words else blas.multiplies_by())
 
 
 @pytest.mark.slow

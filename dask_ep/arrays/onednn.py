@@ -1,0 +1,379 @@
+"""How does oneDNN multiply matrices on the host?
+
+Intel's library of kernels for neural networks, with which PyTorch multiplies too. It writes its
+kernels when it sees the CPU, and knows the 16-bit instructions of Intel's CPUs and of AMD's.
+
+    rows (m, k) @ matrix (k, n)          as it lies: one kernel for any m
+    rows (m, k) @ Packed (k, n)          laid out once, as the kernels read it, which pays the more
+                                         the fewer rows there are
+
+From the wheel ``onednn-cpu-gomp``: later wheels of oneDNN need SYCL.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import threading
+import warnings
+from collections.abc import Iterable
+from functools import cache
+from importlib.metadata import PackageNotFoundError, files
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+
+from dask_ep.arrays import memory
+
+BFLOAT16, FLOAT32 = np.dtype(ml_dtypes.bfloat16), np.dtype(np.float32)
+
+PACKAGE = "onednn-cpu-gomp"
+
+ROWS_AT_ONCE = 64
+"""Products with a packed matrix take the rows in a multiple of this, and the rest: a kernel for
+each number of rows would be a new one for nearly each chunk and expert."""
+
+KERNELS_KEPT = 1024
+"""Products, by shapes and memory layouts, that a thread keeps for their next use; 9 KB each."""
+
+_CPU, _IN_ORDER, _GIVEN_SCRATCH = 1, 1, 1  # engine kind, stream flag, scratchpad mode
+_NUMBERS = {BFLOAT16: 2, FLOAT32: 3}  # dnnl_data_type_t
+_SOURCE, _DESTINATION, _WEIGHTS, _SCRATCH = 1, 17, 33, 80  # DNNL_ARG_*
+_ROLES = {2: (_SOURCE, _DESTINATION, _SCRATCH), 3: (_SOURCE, _WEIGHTS, _DESTINATION, _SCRATCH)}
+_ANY_LENGTH = -(1 << 63)  # DNNL_RUNTIME_DIM_VAL
+_ANY_FORMAT, _BY_ROWS = 1, 3  # dnnl_format_tag_t
+_ITS_NAME, _ITS_WEIGHTS, _ITS_SCRATCH = 8, 131, 136  # dnnl_query_t
+_UNIMPLEMENTED = 3  # dnnl_status_t
+
+
+class _Handle:
+    """An object of the library, destroyed when nobody refers to it any more."""
+
+    def __init__(self, pointer: ctypes.c_void_p, destroy: Any, keeps: Any = None):
+        self.pointer = self._as_parameter_ = pointer
+        self._destroy, self._keeps = destroy, keeps
+
+    def __del__(self) -> None:
+        if self._destroy is not None:
+            self._destroy(self.pointer)
+
+
+class Packed:
+    """A matrix (k, n) as the kernels read it, in as many bytes; made by `OneDnn.pack`.
+
+    Attributes
+    ----------
+    shape, dtype, nbytes : those of the matrix
+    """
+
+    def __init__(self, shape: tuple[int, ...], dtype: np.dtype, data: np.ndarray):
+        self.shape, self.dtype, self._data = shape, dtype, data
+        self.kind, self.address = (shape, dtype.char), data.ctypes.data
+
+    @property
+    def nbytes(self) -> int:
+        return self._data.nbytes
+
+
+Matrix = np.ndarray | Packed
+
+PRODUCT, COPY = "product", "copy"
+"""What kernels do: write x @ w to `out`, and one matrix to another."""
+
+
+class OneDnn:
+    """Products of float32, and of bfloat16 with sums in float32.
+
+    Parameters
+    ----------
+    library : ``libdnnl.so.3``, loaded
+    openmp : the OpenMP library that it is linked with, loaded
+
+    Attributes
+    ----------
+    version : str
+
+    Notes
+    -----
+    The same arrays give the same bits with the same number of threads on the same kind of CPU.
+    """
+
+    def __init__(self, library: ctypes.CDLL, openmp: ctypes.CDLL):
+        self._library = library
+        self._set_threads = openmp.omp_set_num_threads
+        self._all_threads = int(openmp.omp_get_max_threads())
+        library.dnnl_version.restype = ctypes.POINTER(ctypes.c_int)
+        self.version = ".".join(map(str, library.dnnl_version()[:3]))
+        library.dnnl_primitive_desc_query_md.restype = ctypes.c_void_p
+        library.dnnl_memory_desc_get_size.restype = ctypes.c_size_t
+        library.dnnl_memory_set_data_handle.argtypes = [ctypes.c_void_p] * 2
+        self._engine = self._new("engine", _CPU, ctypes.c_size_t(0))
+        self._stream = self._new("stream", self._engine, _IN_ORDER)
+        self._of_thread = threading.local()
+        self._packed_layout = cache(self._new_packed_layout)
+
+    def __str__(self) -> str:
+        return f"oneDNN {self.version}"
+
+    def multiply(self, x: np.ndarray, w: Matrix, out: np.ndarray, *, add: bool = False) -> bool:
+        """Write x @ w to `out`, or add it, and say so; False if the library cannot with these
+        dtypes, these memory layouts or this CPU. What is added, or packed, needs an `out` in one
+        piece."""
+        m = x.shape[0]
+        if add or isinstance(w, Packed):
+            x = np.ascontiguousarray(x)
+        whole = m - m % ROWS_AT_ONCE if isinstance(w, Packed) else 0
+        if 0 < whole < m:
+            parts = slice(0, whole), slice(whole, m)
+            return all(self._run(PRODUCT, (x[rows], w, out[rows]), add) for rows in parts)
+        return self._run(PRODUCT, (x, w, out), add)
+
+    def pack(self, w: np.ndarray) -> Packed | None:
+        """Lay a matrix out as products read it; None where they could not, or where that would take
+        more bytes."""
+        layout = None if w.dtype not in _NUMBERS else self._packed_layout(w.shape, w.dtype)
+        if layout is None or self._library.dnnl_memory_desc_get_size(layout) != w.nbytes:
+            return None
+        packed = Packed(w.shape, w.dtype, memory.empty((w.nbytes,), np.uint8))
+        return packed if self._run(COPY, (w, packed)) else None
+
+    def widened(self, w: Matrix) -> np.ndarray:
+        """Copy a matrix of bfloat16, packed or not, to one of float32."""
+        by_columns = isinstance(w, np.ndarray) and abs(w.strides[0]) < abs(w.strides[1])
+        out = (
+            memory.empty(w.shape[::-1], FLOAT32).T if by_columns else memory.empty(w.shape, FLOAT32)
+        )
+        if not self._run(COPY, (w, out)):
+            if isinstance(w, Packed):
+                raise RuntimeError(f"{self} cannot copy a matrix that it has packed")
+            out[...] = w
+        return out
+
+    # --- kernels ---------------------------------------------------------------------------------
+
+    def _run(self, what: str, arrays: tuple[Matrix, ...], add: bool = False) -> bool:
+        """Run the kernel for such arrays, made where this thread has none; False if there is none.
+
+        The way to a kernel is to be short: products of few rows take some 20 us.
+        """
+        threads = _limit or self._all_threads
+        self._set_threads(threads)  # OpenMP has a number for each thread that asks
+        key = (what, add, threads, *map(_kind, arrays))
+        try:
+            kernel = self._of_thread.kernels[key]
+        except (AttributeError, KeyError):
+            kernel = self._keep(key, self._new_kernel(what, arrays, add))
+        if kernel is not None:
+            kernel.run(self._stream.pointer, *map(_address, arrays))
+        return kernel is not None
+
+    def _keep(self, key: tuple[Any, ...], kernel: _Kernel | None) -> _Kernel | None:
+        kernels = self._of_thread.__dict__.setdefault("kernels", {})
+        if len(kernels) >= KERNELS_KEPT:
+            kernels.clear()
+        kernels[key] = kernel
+        return kernel
+
+    def _new_kernel(self, what: str, arrays: tuple[Matrix, ...], add: bool) -> _Kernel | None:
+        """None where the library has none, or but one of plain loops."""
+        if not all(map(_lies_well, arrays)):
+            return None
+        described = self._copy(*arrays) if what == COPY else self._product(arrays, add)
+        if described is None:
+            return None
+        name = ctypes.c_char_p()
+        self._do("primitive_desc_query", described, _ITS_NAME, 0, ctypes.byref(name))
+        if b"ref" in (name.value or b""):
+            return None
+        scratch = self._part(described, _ITS_SCRATCH)
+        layouts = [*map(self._layout, arrays), scratch]
+        memories = [self._new("memory", layout, self._engine, None) for layout in layouts]
+        room = self._scratch(self._library.dnnl_memory_desc_get_size(scratch))
+        return _Kernel(self._library, self._new("primitive", described), memories, room)
+
+    def _scratch(self, nbytes: int) -> np.ndarray:
+        """Scratch memory of a thread, which all its kernels share."""
+        room = self._of_thread.__dict__.get("room")
+        if room is None or len(room) < nbytes:
+            room = self._of_thread.room = np.empty(max(nbytes, 1 << 16), np.uint8)
+        return room
+
+    def _product(self, arrays: tuple[Matrix, ...], add: bool) -> _Handle | None:
+        x, w, out = arrays
+        if x.dtype != w.dtype or out.dtype != FLOAT32:
+            return None
+        # Kernels for any number of rows add nothing; those of packed matrices have a number each.
+        rows = x.shape[0] if add or isinstance(w, Packed) else _ANY_LENGTH
+        options = self._new("primitive_attr")
+        self._do("primitive_attr_set_scratchpad_mode", options, _GIVEN_SCRATCH)
+        if add:
+            steps = self._new("post_ops")
+            self._do("post_ops_append_sum", steps, ctypes.c_float(1), 0, _NUMBERS[FLOAT32])
+            self._do("primitive_attr_set_post_ops", options, steps)
+        layouts = self._layout(x, rows), self._layout(w), None, self._layout(out, rows)
+        return self._described("matmul", self._engine, *layouts, options)
+
+    def _copy(self, source: Matrix, to: Matrix) -> _Handle | None:
+        layouts = (self._layout(source), self._engine, self._layout(to), self._engine)
+        return self._described("reorder", *layouts, None)
+
+    # --- objects of the library ------------------------------------------------------------------
+
+    def _layout(self, array: Matrix, rows: int | None = None) -> _Handle | None:
+        if isinstance(array, Packed):
+            return self._packed_layout(array.shape, array.dtype)
+        shape = (array.shape[0] if rows is None else rows, array.shape[1])
+        in_one_piece = (shape[1], 1)  # also where a single row or column tells another stride
+        steps = [step // array.itemsize for step in array.strides]
+        steps = _lengths(in_one_piece if array.flags.c_contiguous else steps)
+        number = _NUMBERS[array.dtype]
+        return self._new(
+            "memory_desc", 2, _lengths(shape), number, steps, by="memory_desc_create_with_strides"
+        )
+
+    def _new_packed_layout(self, shape: tuple[int, int], dtype: np.dtype) -> _Handle | None:
+        """How the library's kernels want a matrix to lie, for any number of rows."""
+        k, n = shape
+        x, w, out = (
+            self._new(
+                "memory_desc", 2, _lengths(lengths), number, tag, by="memory_desc_create_with_tag"
+            )
+            for lengths, number, tag in (
+                ((ROWS_AT_ONCE, k), _NUMBERS[dtype], _BY_ROWS),
+                ((k, n), _NUMBERS[dtype], _ANY_FORMAT),
+                ((ROWS_AT_ONCE, n), _NUMBERS[FLOAT32], _BY_ROWS),
+            )
+        )
+        described = self._described("matmul", self._engine, x, w, None, out, None)
+        return None if described is None else self._part(described, _ITS_WEIGHTS)
+
+    def _described(self, kind: str, *arguments: Any) -> _Handle | None:
+        """A description of a kernel; None where the library has none."""
+        try:
+            return self._new("primitive_desc", *arguments, by=f"{kind}_primitive_desc_create")
+        except NotImplementedError:
+            return None
+
+    def _part(self, described: _Handle, which: int) -> _Handle:
+        """A layout that a description has, and keeps."""
+        pointer = self._library.dnnl_primitive_desc_query_md(described, which, 0)
+        return _Handle(ctypes.c_void_p(pointer), None, keeps=described)
+
+    def _new(self, kind: str, *arguments: Any, by: str | None = None) -> _Handle:
+        pointer = ctypes.c_void_p()
+        self._do(by or f"{kind}_create", ctypes.byref(pointer), *arguments)
+        return _Handle(pointer, getattr(self._library, f"dnnl_{kind}_destroy"))
+
+    def _do(self, what: str, *arguments: Any) -> None:
+        _check(getattr(self._library, f"dnnl_{what}")(*arguments), what)
+
+
+class _Kernel:
+    """What computes, with the memory objects that arrays are put into before."""
+
+    def __init__(
+        self,
+        library: ctypes.CDLL,
+        primitive: _Handle,
+        memories: list[_Handle],
+        scratch: np.ndarray,
+    ):
+        self._execute, self._wait = library.dnnl_primitive_execute, library.dnnl_stream_wait
+        self._put = library.dnnl_memory_set_data_handle
+        self._keeps, self._primitive = (primitive, memories, scratch), primitive.pointer
+        *arrays, room = (one.pointer for one in memories)
+        self._arrays = arrays
+        self._put(room, scratch.ctypes.data)
+        roles = zip(_ROLES[len(arrays)], memories, strict=True)
+        self._arguments = (_Argument * len(memories))(
+            *(_Argument(role, one.pointer) for role, one in roles)
+        )
+
+    def run(self, stream: ctypes.c_void_p, *addresses: int) -> None:
+        for one, address in zip(self._arrays, addresses, strict=True):
+            self._put(one, address)
+        status = self._execute(self._primitive, stream, len(self._arguments), self._arguments)
+        _check(status or self._wait(stream), "primitive_execute")
+
+
+class _Argument(ctypes.Structure):
+    _fields_ = (("role", ctypes.c_int), ("memory", ctypes.c_void_p))
+
+
+def _check(status: int, what: str) -> None:
+    if status == _UNIMPLEMENTED:
+        raise NotImplementedError(f"oneDNN has no {what} for this")
+    if status:
+        raise RuntimeError(f"oneDNN's {what} failed with status {status}")
+
+
+def _lengths(numbers: Iterable[int]) -> Any:
+    return (ctypes.c_int64 * 12)(*numbers)
+
+
+def _kind(array: Matrix) -> tuple[Any, ...]:
+    """All that the kernel for an array depends on."""
+    if isinstance(array, Packed):
+        return array.kind
+    return array.shape, array.strides, array.dtype.char
+
+
+def _address(array: Matrix) -> int:
+    if isinstance(array, Packed):
+        return array.address
+    return array.__array_interface__["data"][0]
+
+
+def _lies_well(array: Matrix) -> bool:
+    """Whether a matrix is of a dtype that the library has, and lies by rows or by columns, each in
+    one piece; or is packed."""
+    if isinstance(array, Packed):
+        return True
+    if array.dtype not in _NUMBERS or array.size == 0:
+        return False
+    size, (rows, columns), (down, along) = array.itemsize, array.shape, array.strides
+    return array.flags.aligned and (
+        (along == size and down >= columns * size and down % size == 0)
+        or (down == size and along >= rows * size and along % size == 0)
+    )
+
+
+@cache
+def installed_onednn() -> OneDnn | None:
+    """oneDNN from its package, loaded into this process; None where it is not installed.
+
+    Warns
+    -----
+    RuntimeWarning
+        If it is installed, but what it needs is not there.
+    """
+    try:
+        found = [file for file in files(PACKAGE) or () if file.name == "libdnnl.so.3"]
+    except PackageNotFoundError:
+        return None
+    try:
+        return OneDnn(ctypes.CDLL(str(found[0].locate())), openmp())
+    except (IndexError, OSError) as error:
+        warnings.warn(
+            f"{PACKAGE} is installed, but cannot be loaded ({error}), so that products take "
+            "longer; it needs libgomp.so.1, in Debian's and Ubuntu's package libgomp1",
+            RuntimeWarning,
+            stacklevel=2,
+        )
+        return None
+
+
+_limit: int | None = None
+
+
+def limit_threads(threads: int | None) -> int | None:
+    """Say how many threads a product of oneDNN gets in this process from now on, whichever thread
+    asks for it; None stands for as many as OpenMP likes. Returns the number before."""
+    global _limit
+    former, _limit = _limit, threads
+    return former
+
+
+def openmp() -> ctypes.CDLL:
+    """The OpenMP library that oneDNN shares its work out by."""
+    return ctypes.CDLL("libgomp.so.1")

@@ -1,0 +1,167 @@
+"""Products of oneDNN are right whatever way the matrices lie, packed or not, in any thread."""
+
+from __future__ import annotations
+
+import threading
+from concurrent.futures import ThreadPoolExecutor
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from dask_ep.arrays import blas, onednn
+from dask_ep.arrays.onednn import BFLOAT16, FLOAT32, ROWS_AT_ONCE, installed_onednn
+
+library = installed_onednn()
+pytestmark = pytest.mark.skipif(library is None, reason=f"{onednn.PACKAGE} is not installed")
+
+
+def has(dtype: np.dtype) -> bool:
+    """Whether this CPU multiplies such numbers faster than one after the other."""
+    some = np.ones((64, 64), dtype)
+    return library is not None and library.multiply(some, some, np.empty((64, 64), FLOAT32))
+
+
+DTYPES = [
+    pytest.param(
+        dtype,
+        id=dtype.name,
+        marks=pytest.mark.skipif(not has(dtype), reason=f"this CPU has no kernel for {dtype}"),
+    )
+    for dtype in (FLOAT32, BFLOAT16)
+]
+dtypes = pytest.mark.parametrize("dtype", DTYPES)
+
+
+def some(*shape: int, dtype: np.dtype = FLOAT32, seed: int = 0) -> np.ndarray:
+    return np.random.default_rng(seed).standard_normal(shape, np.float32).astype(dtype)
+
+
+@st.composite
+def matrices(draw, rows: int, columns: int, dtype: np.dtype) -> np.ndarray:
+    """A matrix that lies by rows or columns, alone or as a part of a larger one."""
+    spare = [draw(st.integers(0, 3)) for _ in range(4)]
+    by_columns = draw(st.booleans())
+    m, n = (columns, rows) if by_columns else (rows, columns)
+    whole = some(m + spare[0] + spare[1], n + spare[2] + spare[3], seed=draw(st.integers(0, 99)))
+    part = whole.astype(dtype)[spare[0] : spare[0] + m, spare[2] : spare[2] + n]
+    return part.T if by_columns else part
+
+
+@dtypes
+@settings(deadline=None)
+@given(data=st.data())
+def test_matrices_that_lie_in_any_way(dtype, data):
+    m, d, f = (data.draw(st.sampled_from([1, 2, 3, 9, 40, 64, 65])) for _ in range(3))
+    x, w = data.draw(matrices(m, d, dtype)), data.draw(matrices(d, f, dtype))
+    whole = np.full((m, f + 2), np.nan, FLOAT32)
+    out, want = whole[:, 1:-1], x.astype("f8") @ w.astype("f8")
+    assert library.multiply(x, w, out)
+    np.testing.assert_allclose(out, want, rtol=0, atol=1e-4)
+    assert np.isnan(whole[:, [0, -1]]).all()  # nothing beside it was touched
+    out = out.copy()
+    times = 1 + library.multiply(x, w, out, add=True)
+    np.testing.assert_allclose(out, times * want, rtol=0, atol=2e-4)
+
+
+@dtypes
+@settings(deadline=None, max_examples=50)
+@given(data=st.data())
+def test_packed_matrices(dtype, data):
+    m = data.draw(st.sampled_from([1, 5, ROWS_AT_ONCE, 2 * ROWS_AT_ONCE, 3 * ROWS_AT_ONCE + 7]))
+    d, f = (64 * data.draw(st.integers(1, 4)) for _ in range(2))
+    x, w = some(m, d + 3, dtype=dtype)[:, 2:-1], data.draw(matrices(d, f, dtype))
+    packed, out = library.pack(w), np.full((m, f), np.nan, FLOAT32)
+    assert (packed.shape, packed.dtype, packed.nbytes) == (w.shape, w.dtype, w.nbytes)
+    want = x.astype("f8") @ w.astype("f8")
+    assert library.multiply(x, packed, out)
+    np.testing.assert_allclose(out, want, rtol=0, atol=1e-3)
+    assert library.multiply(x, packed, out, add=True)
+    np.testing.assert_allclose(out, 2 * want, rtol=0, atol=2e-3)
+    np.testing.assert_array_equal(library.widened(packed), w.astype(FLOAT32))
+    np.testing.assert_array_equal(library.widened(w), w.astype(FLOAT32))
+
+
+@dtypes
+def test_what_would_grow_is_not_packed(dtype):
+    assert library.pack(some(100, 30, dtype=dtype)) is None
+    assert library.pack(some(64, 64)[:, ::2].astype(dtype)[:, ::2]) is None
+    assert library.pack(np.ones((64, 64))) is None
+
+
+@dtypes
+def test_what_it_cannot_multiply_is_left_alone(dtype):
+    x, w, out = some(4, 4, dtype=dtype), some(4, 4, dtype=dtype), np.zeros((4, 4), FLOAT32)
+    wide = some(4, 8, dtype=dtype)
+    for a, b, c in [
+        (x.astype("f2"), w.astype("f2"), out),  # of a dtype that it has not
+        (x.astype("f8"), w, out),
+        (x, w, out.astype("f8")),
+        (wide[:, ::2], w, out),  # with gaps in the rows
+        (x[:, ::-1], w, out),
+        (np.broadcast_to(x[:1], (4, 4)), w, out),  # the same row again
+        (x[:0], w, out[:0]),
+    ]:
+        before = c.copy()
+        assert not library.multiply(a, b, c)
+        np.testing.assert_array_equal(c, before)
+
+
+@dtypes
+def test_threads_share_the_library_and_get_the_same_bits(dtype):
+    w = library.pack(some(256, 128, dtype=dtype))
+    rows = [some(m, 256, dtype=dtype, seed=m) for m in range(1, 150, 7)]
+
+    def product(x: np.ndarray) -> np.ndarray:
+        out = np.empty((len(x), 128), FLOAT32)
+        assert library.multiply(x, w, out)
+        return out
+
+    with blas.one_blas_thread(), ThreadPoolExecutor(4) as threads:
+        every = [list(threads.map(product, rows)) for _ in range(3)]
+        alone = list(map(product, rows))
+    for products in every:
+        for y, z in zip(products, alone, strict=True):
+            np.testing.assert_array_equal(y, z)
+
+
+def test_a_product_gets_as_many_threads_as_the_process_allows():
+    """OpenMP has a number for each thread that asks."""
+    x, seen = some(70, 70), []
+
+    def ask() -> None:
+        library.multiply(x, x, np.empty_like(x))
+        seen.append(openmp.omp_get_max_threads())
+
+    openmp = onednn.openmp()
+    every = openmp.omp_get_max_threads()
+    with blas.one_blas_thread():
+        for run in (ask, lambda: _in_a_thread(ask)):
+            run()
+    ask()
+    assert seen == [1, 1, every]
+
+
+def _in_a_thread(work) -> None:
+    thread = threading.Thread(target=work)
+    thread.start()
+    thread.join()
+
+
+def test_kernels_that_nobody_used_lately_are_let_go(monkeypatch):
+    monkeypatch.setattr(onednn, "KERNELS_KEPT", 4)
+    for m in range(1, 20):
+        assert library.multiply(some(m, 8), some(8, 8), np.empty((m, 8), FLOAT32))
+    assert len(library._of_thread.kernels) <= 4
+
+
+def test_a_library_that_lacks_what_it_needs_is_named(monkeypatch):
+    monkeypatch.setattr(onednn.ctypes, "CDLL", lambda name: (_ for _ in ()).throw(OSError("gone")))
+    with pytest.warns(RuntimeWarning, match=r"cannot be loaded \(gone\).* libgomp1"):
+        assert installed_onednn.__wrapped__() is None
+
+
+def test_a_status_of_the_library_is_an_error():
+    with pytest.raises(RuntimeError, match=r"oneDNN's engine_create failed with status \d"):
+        library._new("engine", 77, 0)

@@ -209,7 +209,6 @@ class Block(LayerTensors):
             "shared_gate": gate,
             "around": self.around(),
             "residual": residual,
-            "config": self.config.noted,
         }
 
     def router(self) -> Router:

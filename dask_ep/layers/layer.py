@@ -15,7 +15,7 @@ added up by tasks of its own. Only capacity limits and expert choice look at the
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable
 from copy import copy
 from functools import partial
 from math import prod
@@ -163,8 +163,6 @@ class MoELayer(_Parts):
         Add the layer's input rows to its output: a decoder's whole MoE step if the model adds the
         block's output to the block's own input. Nearly all models are pre-norm, and add it to the
         rows before the norm: leave it False there, and write ``x + layer(norm(x))``.
-    config : mapping, optional
-        The keys of a checkpoint's ``config.json`` that say what is above.
 
     Raises
     ------
@@ -208,12 +206,11 @@ class MoELayer(_Parts):
         input_scale: Any = None,
         around: Around | None = None,
         residual: bool = False,
-        config: Mapping[str, Any] | None = None,
     ):
         self.router, self.experts, self.shared = router, as_experts(experts), shared
         self.capacity, self.residual = capacity, residual
         self.around = around or Around()
-        self.config = dict(config or {})
+        self.config: dict[str, Any] = {}  # of a checkpoint: the keys that say what is above
         given = {
             "weight": router_weight,
             "bias": router_bias,
@@ -243,10 +240,12 @@ class MoELayer(_Parts):
         as_stored: bool = False,
     ) -> MoELayer:
         """Open one MoE layer of a Hugging Face checkpoint, as `load_moe_layer` explains."""
-        _, arguments = Checkpoint(directory, families).open_block(layer, residual=residual)
+        block, arguments = Checkpoint(directory, families).open_block(layer, residual=residual)
         if as_stored:
             arguments["experts"] = held_as_stored(arguments["experts"])
-        return cls(**arguments)
+        opened = cls(**arguments)
+        opened.config = block.config.noted
+        return opened
 
     def __call__(
         self,

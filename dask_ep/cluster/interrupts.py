@@ -77,7 +77,7 @@ class Interrupts:
             os._exit(self._exit_code)
         self._heard = True
         # Not by sys.stderr, which the program may be writing to.
-        os.write(2, b"stopping; again to stop at once\n")
+        os.write(2, b"stopping; press Ctrl-C again to stop now\n")
         if self._is_waiting:
             raise KeyboardInterrupt
 

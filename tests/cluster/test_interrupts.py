@@ -153,7 +153,7 @@ def test_at_the_second_interrupt_the_process_ends(tmp_path):
         [sys.executable, "-c", script], capture_output=True, text=True, cwd=REPOSITORY, check=False
     )
     assert (ran.returncode, ran.stdout) == (7, "held back\n")
-    assert ran.stderr == "stopping; again to stop at once\n"
+    assert ran.stderr == "stopping; press Ctrl-C again to stop now\n"
 
 
 @pytest.mark.slow

@@ -26,12 +26,16 @@ DEADLINE = 120.0
 
 
 def wait_until(holds: Callable[[], object], what: str, seconds: float = DEADLINE) -> object:
-    """Ask again and again until the answer is true, and give it; TimeoutError says what was not."""
-    deadline = time.monotonic() + seconds
+    """Ask again and again until the answer is true, and give it; TimeoutError says what was not.
+
+    The longer it takes, the less often it is asked: an answer takes the time of several processes.
+    """
+    deadline, pause = time.monotonic() + seconds, 0.02
     while not (answer := holds()):
         if time.monotonic() > deadline:
             raise TimeoutError(f"waited {seconds:g} s in vain until {what}")
-        time.sleep(0.02)
+        time.sleep(pause)
+        pause = min(1.1 * pause, 0.15)
     return answer
 
 

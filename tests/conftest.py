@@ -22,26 +22,34 @@ settings.register_profile("thorough", parent=settings.get_profile("default"), ma
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "default"))
 
 
+WAITING = {"cluster", "cli", "workflows"}
+"""Rooms whose tests wait for processes: side by side with others, which use the time, if first."""
+
+
 @pytest.fixture
 def bokeh():
-    """What draws reports, where it is installed."""
-    return pytest.importorskip("bokeh", reason="bokeh is not installed")
+    """What draws reports, where it is installed; imported, so that no test pays for it."""
+    pytest.importorskip("bokeh.plotting", reason="bokeh is not installed")
+    return pytest.importorskip("bokeh.embed")
 
 
 @pytest.fixture
 def stop_after(monkeypatch):
-    """Make what stops a run after some of its rows and blocks; further ones wait until it has."""
+    """Make what stops a run after some of its rows and blocks; no further one is recorded."""
 
     def make(rows: int, blocks: int):
-        written, stopped, plainly = count(), Event(), journal.record_done
+        written, waits, stopped, plainly = count(), Event(), Event(), journal.record_done
 
         def record(*args, **keywords):
-            if next(written) >= blocks:
+            if next(written) >= blocks and not stopped.is_set():
+                waits.set()
                 stopped.wait(60)
+                raise RuntimeError("stopped")  # or all others could be done meanwhile
             plainly(*args, **keywords)
 
         def stop(progress):
             if progress.rows_done >= rows:
+                waits.wait(60)
                 stopped.set()
                 raise KeyboardInterrupt
 
@@ -64,7 +72,13 @@ def environment_as_it_was():
         yield
 
 
+def pytest_collection_modifyitems(items):
+    items.sort(key=lambda item: item.path.parent.name not in WAITING)
+
+
 def pytest_configure(config):
+    if hasattr(config.option, "loadscopereorder"):
+        config.option.loadscopereorder = False  # xdist begins with files of many tests
     if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # a shell's way in the background
         signal.signal(signal.SIGINT, signal.default_int_handler)
     processes.watch_starts()

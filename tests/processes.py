@@ -8,6 +8,7 @@ end of a pipe that nobody else holds, and kills whatever has inherited a mark in
 from __future__ import annotations
 
 import os
+import platform
 import subprocess
 import sys
 from multiprocessing.process import BaseProcess
@@ -62,6 +63,7 @@ def _hold_to_the_mark(event: str, _: object = None) -> None:
 def watch_starts() -> None:
     """Let tests that start processes and are not marked `slow` fail."""
     threadpool_info()  # some versions of it ask `ldconfig`, the first time
+    platform.processor()  # asks `uname` the first time, for Dask's workers
     sys.addaudithook(_hold_to_the_mark)
     plainly = BaseProcess.start
 

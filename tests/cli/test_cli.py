@@ -70,16 +70,20 @@ def small_job(tmp_path) -> Path:
 @pytest.mark.parametrize("format", FORMATS)
 def test_example_run_verify_inspect(tmp_path, capsys, format):
     sizes = ("--rows", 600, "--d", 16, "--experts", 4, "--chunk-rows", 100, "--format", format)
-    made = command("example", tmp_path / "demo", *sizes, "--kind", "gated")
-    assert made.returncode == 0, made.stderr
+    code, out, err = here(capsys, "example", tmp_path / "demo", *sizes, "--kind", "gated")
+    assert code == 0, err
     job = tmp_path / "demo" / "job.toml"
-    assert f"dask-ep run {job}" in made.stdout
+    assert f"dask-ep run {job}" in out
 
-    ran = command("run", job)
-    assert ran.returncode == 0, ran.stderr
-    assert f"out.{format}: 600 rows in" in ran.stdout
-    assert "100 %, 600 of 600 rows" in ran.stderr, "without a terminal, plain lines"
-    assert "\x1b" not in ran.stderr + ran.stdout
+    if format == "zarr":  # once by the real command
+        ran = command("run", job)
+        code, out, err = ran.returncode, ran.stdout, ran.stderr
+    else:
+        code, out, err = here(capsys, "run", job)
+    assert code == 0, err
+    assert f"out.{format}: 600 rows in" in out
+    assert "100 %, 600 of 600 rows" in err, "without a terminal, plain lines"
+    assert "\x1b" not in err + out
 
     code, out, _ = here(capsys, "verify", job, "--rows", 100)
     assert (code, out.splitlines()[-1]) == (0, "good")

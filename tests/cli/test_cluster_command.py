@@ -23,6 +23,8 @@ from tests.certificates import make_certificates, options
 from tests.checkpoints import FIXTURES, LAYER
 from tests.cluster_processes import DEADLINE, REPOSITORY, Cluster, addresses, wait_until
 
+WORKERS = ("w0", "w1")
+
 
 def on(cluster):
     """Say that a command shall run on this cluster, in chunks of 64 rows."""
@@ -76,12 +78,22 @@ def expected(job, tmp_path_factory):
     return np.load(out)
 
 
-@pytest.fixture
-def cluster(tmp_path):
-    (tmp_path / "cluster").mkdir()
-    with Cluster(tmp_path / "cluster", ["w0", "w1"]) as running:
-        running.client().close()  # both workers are there
+@pytest.fixture(scope="module")
+def shared(tmp_path_factory):
+    with Cluster(tmp_path_factory.mktemp("cluster"), WORKERS) as running:
         yield running
+
+
+@pytest.fixture
+def cluster(shared):
+    """A cluster of two workers; those that a test takes away are brought back for the next one."""
+    for name in {*WORKERS} - {*shared.processes}:
+        shared.start_worker(name)
+    for name in {*shared.processes} - {"scheduler", *WORKERS}:
+        shared.stop_worker(name)
+    with shared.client() as client:
+        wait_until(lambda: {*addresses(client)} == {*WORKERS}, "two workers are there")
+    return shared
 
 
 @pytest.mark.slow
@@ -136,22 +148,21 @@ def test_ctrl_c_leaves_nothing_on_the_cluster(cluster, job, tmp_path):
     with cluster.client() as client:
         wait_until(lambda: client.run_on_scheduler(_count_tasks) == 0, "no task is left")
         assert OWNERS_PLUGIN not in client.run_on_scheduler(_plugins)
-        assert set(addresses(client)) == {"w0", "w1"}
+        assert set(addresses(client)) == set(WORKERS)
 
 
 @pytest.mark.slow
 def test_after_a_lost_scheduler_the_run_goes_on(cluster, job, tmp_path, expected):
     out = tmp_path / "out.npy"
-    process = start(job, "--out", out, *on(cluster))
-    wait_for_blocks(out, 5, process)
-    cluster.processes["scheduler"].kill()
-    code, _, told = end(process)
+    with Cluster(tmp_path, WORKERS) as another:
+        another.client().close()
+        process = start(job, "--out", out, *on(another))
+        wait_for_blocks(out, 5, process)
+        another.processes["scheduler"].kill()
+        code, _, told = end(process)
     assert code == 1
     assert "is gone or has dropped the job; finished blocks are kept" in told
-    (tmp_path / "another").mkdir()
-    with Cluster(tmp_path / "another", ["w0", "w1"]) as another:
-        another.client().close()
-        code, printed, told = end(start(job, "--out", out, *on(another), "--resume"))
+    code, printed, told = end(start(job, "--out", out, *on(cluster), "--resume"))
     assert code == 0, told
     assert "were there" in printed
     np.testing.assert_array_equal(np.load(out), expected)
@@ -161,7 +172,7 @@ def test_after_a_lost_scheduler_the_run_goes_on(cluster, job, tmp_path, expected
 def test_a_cluster_with_certificates(tmp_path, job, expected):
     certificates = make_certificates(tmp_path)
     out = tmp_path / "out.npy"
-    with Cluster(tmp_path, ["w0", "w1"], options=options(certificates)) as cluster:
+    with Cluster(tmp_path, WORKERS, options=options(certificates)) as cluster:
         cluster.client(security=certificates.security()).close()
         code, _, told = end(start(job, "--out", out, *on(cluster)))
         assert code == 1

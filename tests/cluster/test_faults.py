@@ -90,10 +90,9 @@ def test_an_idle_worker_takes_a_replica_of_the_hot_rank_in_the_midst_of_the_job(
 
 
 @pytest.fixture(scope="module")
-def cluster(tmp_path_factory):
-    """Three workers of one thread each; tests bring back what they kill."""
-    with Cluster(tmp_path_factory.mktemp("cluster"), WORKERS, config=CONFIG) as running:
-        yield running
+def cluster(clusters):
+    """Three workers of one thread each, those of the faults; tests bring back what they kill."""
+    return clusters(nanny=False)[0]
 
 
 @pytest.fixture
@@ -179,13 +178,15 @@ def joining(cluster, client):
 
 
 @pytest.mark.slow
-def test_a_worker_that_joins_takes_ranks_and_chunks_of_the_job(client, joining):
-    y = layer(Experts.callables([_triple_slowly] * 6), 6, chunks=150)
+def test_a_worker_that_joins_takes_ranks_and_chunks_of_the_job(client, joining, gate):
+    y = layer(Experts.callables([Waits(gate), *[_triple_slowly] * 5]), 6)
     with own_experts(client, 6, rules=OwnerRules(settle=0.2)) as owners:
         future = client.compute(y)
         wait_until(lambda: any(slots_taken(client).values()), "chunks are in flight")
         added = joining()
         record_services(client)
+        wait_until(lambda: any(added in of_rank for of_rank in owners.owners), "it has a rank")
+        gate.unlink()
         assert np.array_equal(future.result(DEADLINE), alone(y))
         assert owners.failures == []
         served = servings(client)
@@ -194,13 +195,14 @@ def test_a_worker_that_joins_takes_ranks_and_chunks_of_the_job(client, joining):
 
 
 @pytest.mark.slow
-def test_a_client_that_goes_leaves_no_chunk_and_no_experts(cluster, client):
-    y = job(seconds_per_product=0.2, salt=2)
+def test_a_client_that_goes_leaves_no_chunk_and_no_experts(cluster, client, gate):
+    y = layer(Experts.callables([Waits(gate), *[_triple] * (RANKS - 1)]), RANKS)
     with cluster.client() as other:
         own_experts(other, RANKS)
         future = other.compute(y)
         wait_until(lambda: all(slots_taken(other).values()), "chunks are in flight everywhere")
         assert not future.done()
+    gate.unlink()
     wait_until(lambda: nothing_is_left(client), "nothing is left")
     with own_experts(client, RANKS):
         assert np.array_equal(client.compute(y).result(DEADLINE), alone(y))

@@ -54,7 +54,7 @@ from tests.checkpoints import FIXTURES, LAYER, expected
 from tests.cluster_processes import DEADLINE, wait_until, worker_pids
 from tests.cluster_processes import Cluster as RealCluster
 from tests.graph.test_passes import passes_of
-from tests.jobs.test_out_of_core import peak_of_tree
+from tests.jobs.test_out_of_core import peak_of
 
 ROOT = Path(__file__).parents[2]
 
@@ -729,7 +729,7 @@ def write_large_job(folder: Path, rows: int, experts: int = 256) -> Path:
 def test_peak_memory_of_the_process_tree_is_within_the_limit(tmp_path, rows, limit, way):
     job = write_large_job(tmp_path, rows)
     command = [sys.executable, "-m", "dask_ep", "run", str(job), "--threads", "2"]
-    peak = peak_of_tree([*command, "--memory-limit", f"{limit}MB"])
+    peak = peak_of([*command, "--memory-limit", f"{limit}MB"])
     assert peak <= limit * 10**6 < PASSES_PROCESS_BYTES + 256 * 512 * 512 * 4, (
         "all experts do not fit"
     )

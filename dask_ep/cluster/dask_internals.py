@@ -13,7 +13,8 @@ from typing import Any, Literal
 
 from dask.typing import Key
 from distributed import Client
-from distributed.core import clean_exception
+from distributed.comm import Comm, connect
+from distributed.core import clean_exception, error_message
 from distributed.scheduler import Scheduler, TaskState
 from distributed.threadpoolexecutor import thread_state as pool_state
 from distributed.worker import WORKER_ANY_RUNNING, Worker, get_worker, secede, thread_state
@@ -74,38 +75,36 @@ def install(
     worker.metrics.update(metrics)
 
 
-async def call(worker: Worker, address: str, op: str, message: dict[str, Any]) -> dict[str, Any]:
-    """Ask another worker, over a connection of this one's pool, and wait for the answer.
+async def open_stream(worker: Worker, address: str, op: str) -> Comm:
+    """Open a connection with another worker, and hand it to the one's handler of requests `op`.
 
-    What is sent is not kept until the answer comes, as `worker.rpc(address)` would. What the other
-    one raised is in the answer: see `raise_remote`.
+    The handler is called with the connection, which it ends itself, and with this worker's address
+    as `sender`.
 
     Raises
     ------
     OSError
-        If there is no connection, or none any more.
+        If there is no connection.
     """
-    comm = await worker.rpc.connect(address)
-    reusable = False
+    comm = await connect(address, **worker.connection_args)
     try:
-        message["op"], message["reply"] = op, True
-        await comm.write(message, serializers=worker.rpc.serializers, on_error="raise")
-        del message
-        answer = await comm.read(deserializers=worker.rpc.deserializers)
-        reusable = True
-    finally:
-        if not reusable:
-            comm.abort()
-        worker.rpc.reuse(address, comm)
-    return answer
+        await comm.write({"op": op, "sender": worker.address, "reply": False})
+    except BaseException:
+        comm.abort()
+        raise
+    return comm
+
+
+def remote_error(error: BaseException) -> dict[str, Any]:
+    """What another worker gets instead of an answer: see `raise_remote`."""
+    return dict(error_message(error, status="uncaught-error"))
 
 
 def raise_remote(answer: dict[str, Any]) -> None:
     """Raise what another worker raised instead of answering."""
-    if answer.get("status") == "uncaught-error":
-        _, error, trace = clean_exception(**answer)
-        assert error is not None
-        raise error.with_traceback(trace)
+    _, error, trace = clean_exception(**answer)
+    assert error is not None
+    raise error.with_traceback(trace)
 
 
 def leave_pool() -> None:

@@ -23,18 +23,18 @@ from __future__ import annotations
 import asyncio
 from collections import defaultdict
 from collections.abc import Callable, Sequence
-from concurrent.futures import Future
+from concurrent.futures import FIRST_EXCEPTION, Future, wait
 from typing import Any
 
 from dask.typing import Key
 from distributed import Reschedule, WorkerPlugin
-from distributed.protocol import to_serialize
 
 from dask_ep.arrays.memory import keep_freed_memory
 from dask_ep.arrays.namespaces import Array
 from dask_ep.cluster import dask_internals
 from dask_ep.cluster.admission import Admission
 from dask_ep.cluster.slices import Answers, Chunk, Slices
+from dask_ep.cluster.streams import Line, from_message, to_message
 from dask_ep.errors import LostOwnerError
 from dask_ep.graph.chunk import ChunkPlace, Exchange, Observed, combine, cut, join_tables, pack
 from dask_ep.kernel.host_kernel import parts_of
@@ -43,6 +43,9 @@ from dask_ep.laws.costs import CHUNKS_WAITING
 
 SERVICES_PLUGIN = "dask-ep-services"
 """The plugin's name on the workers."""
+
+OP = "ep_serve"
+"""What workers ask each other for."""
 
 NEWS_SECONDS = 3.0
 """How long news of an owner that did not answer may take before it is asked again."""
@@ -74,7 +77,7 @@ class Services(WorkerPlugin):
         self._is_closing = False
         dask_internals.install(
             worker,
-            requests={"ep_serve": self._slices.answer},
+            requests={OP: self._slices.listen},
             messages={
                 "ep-route": self._asking.hear_route,
                 "ep-lost": self._asking.hear_lost,
@@ -183,20 +186,23 @@ class Services(WorkerPlugin):
         asking, packing, asked = self._asking, chunk.packing, list[Future]()
         answers: Answers = {}
         try:
-            route = self._on_loop(asking.news(chunk, packing.ranks, -1)).result()
+            route = asking.route(chunk, packing.ranks)
+            if route is None:
+                route = self._on_loop(asking.news(chunk, packing.ranks, -1)).result()
             groups = asking.by_owner(route, packing.ranks)
             here = groups.pop(self._worker.address, [])
-            for owner, ranks in groups.items():
-                with self._slices.core():
+            with self._slices.core():
+                for owner, ranks in groups.items():
                     packet = [cut(packing, ranks, chunk.number)]
-                request = asking.ask(chunk, owner, ranks, packet, route.version, 0)
-                asked.append(self._on_loop(request))
+                    request = asking.ask(chunk, owner, ranks, packet, route.version, 0)
+                    asked.append(self._on_loop(request))
             served = self._slices.serve_here(chunk, here)
             if served is None:
                 asked.append(self._on_loop(asking.ask_anew(chunk, here, route.version, 1)))
             else:
                 answers |= served
-            for future in asked:
+            done, _ = wait(asked, return_when=FIRST_EXCEPTION)
+            for future in done:
                 answers |= future.result()
         except BaseException:
             for future in asked:
@@ -225,7 +231,7 @@ class Asking:
         self._worker, self._loop = worker, dask_internals.loop_of(worker)
         self._slices = slices  # of this worker
         self._routes: dict[str, Route] = {}
-        self._asked: defaultdict[str, set[asyncio.Task]] = defaultdict(set)
+        self._lines: dict[str, Line] = {}
         self._queues: defaultdict[str, int] = defaultdict(int)
         self._lost: set[str] = set()
 
@@ -243,8 +249,8 @@ class Asking:
 
     def hear_lost(self, worker: str) -> None:
         self._lost.add(worker)
-        for request in self._asked.pop(worker, ()):
-            request.cancel()
+        if worker in self._lines:
+            self._lines.pop(worker).close()
 
     def knows(self, token: str) -> bool:
         """Whether workers serve the ranks of a layer."""
@@ -261,6 +267,8 @@ class Asking:
         for route in self._routes.values():
             route.error = "the worker is closing"
             route.is_old.set()
+        for line in self._lines.values():
+            line.close()
 
     # --- whom to ask ---
 
@@ -278,6 +286,19 @@ class Asking:
         waiting = self._slices.tally.waiting if is_me else self._queues.get(owner, 0)
         return waiting, not is_me, owner
 
+    def route(self, chunk: Chunk, ranks: Sequence[int]) -> Route | None:
+        """The route as it is now, if it names an owner for each of these ranks; from any thread."""
+        route = self._route_of(chunk)
+        return route if all(route.owners[rank] for rank in ranks) else None
+
+    def _route_of(self, chunk: Chunk) -> Route:
+        route = self._routes.get(chunk.exchange.token)
+        if route is not None and route.error is not None:
+            raise LostOwnerError(f"token chunk {chunk.number}: {route.error}")
+        if route is None or not route.is_open:  # Dask waits for no chunk of this layer any more
+            raise Reschedule
+        return route
+
     async def news(self, chunk: Chunk, ranks: Sequence[int], version: int) -> Route:
         """Wait for a route that is newer and names an owner for each of these ranks.
 
@@ -285,11 +306,7 @@ class Asking:
         """
         until = self._loop.time() + NEWS_SECONDS
         while True:
-            route = self._routes.get(chunk.exchange.token)
-            if route is not None and route.error is not None:
-                raise LostOwnerError(f"token chunk {chunk.number}: {route.error}")
-            if route is None or not route.is_open:  # Dask waits for no chunk of this layer any more
-                raise Reschedule
+            route = self._route_of(chunk)
             is_new = route.version > version or self._loop.time() > until
             if is_new and all(route.owners[rank] for rank in ranks):
                 return route
@@ -359,49 +376,44 @@ class Asking:
         if owner in self._lost:
             packet.clear()
             return None
-        rows = len(packet[0].rows)
-        asking = dask_internals.call(
-            self._worker, owner, "ep_serve", self._message(chunk, ranks, packet.pop())
-        )
-        request = asyncio.ensure_future(asking)
-        self._asked[owner].add(request)
+        line, rows = self._line_to(owner), len(packet[0].rows)
         self._queues[owner] += rows
         try:
-            answer = await request
-        except asyncio.CancelledError:
-            me = asyncio.current_task()
-            if owner in self._lost and me is not None and not me.cancelling():
-                return None
-            raise
+            answer = await line.ask(*self._message(chunk, ranks, packet.pop()))
         except OSError:
             return None
         finally:
             self._queues[owner] -= rows
             if not self._queues[owner]:
                 del self._queues[owner]
-            if owner in self._asked:
-                self._asked[owner].discard(request)
-        dask_internals.raise_remote(answer)
-        parts = answer["answers"]
-        if parts is None:
+        if answer is None:
             return None
-        chunk.tables.update(zip(ranks, answer["seen"], strict=False))
-        if len(parts) < len(ranks):
-            (whole,) = parts
-            parts = parts_of(whole, answer["rows"])
-        return dict(zip(ranks, parts, strict=True))
+        if isinstance(answer, dict):
+            dask_internals.raise_remote(answer)
+        parts, counts, seen = answer
+        chunk.tables.update(zip(ranks, map(from_message, seen), strict=False))
+        arrays = [from_message(part) for part in parts]
+        if len(arrays) < len(ranks):
+            (whole,) = arrays
+            arrays = parts_of(whole, counts)
+        return dict(zip(ranks, arrays, strict=True))
 
-    def _message(self, chunk: Chunk, ranks: list[int], packet: Packet) -> dict[str, Any]:
+    def _line_to(self, owner: str) -> Line:
+        line = self._lines.get(owner)
+        if line is None or line.is_over:
+            self._lines[owner] = line = Line(self._worker, owner, OP)
+        return line
+
+    def _message(self, chunk: Chunk, ranks: list[int], packet: Packet) -> list[Any]:
         exchange = chunk.exchange
-        return {
-            "token": exchange.token,
-            "ranks": ranks,
-            "chunk": chunk.number,
-            "sizes": [exchange.world_size, exchange.num_local, exchange.d_out],
-            "observe": None if exchange.observe is None else list(exchange.observe),
-            "sender": self._slices.address,
-            "arrays": [None if array is None else to_serialize(array) for array in packet],
-        }
+        return [
+            exchange.token,
+            ranks,
+            chunk.number,
+            [exchange.world_size, exchange.num_local, exchange.d_out],
+            None if exchange.observe is None else list(exchange.observe),
+            [to_message(array) for array in packet],
+        ]
 
 
 def services_of(token: str) -> Services | None:

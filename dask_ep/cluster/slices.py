@@ -9,14 +9,15 @@ import asyncio
 import threading
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
-from functools import partial
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager, suppress
 from typing import Any, NamedTuple
 
-from distributed.protocol import to_serialize
+from distributed.comm import Comm
 
 from dask_ep.arrays.namespaces import Array
+from dask_ep.cluster import dask_internals
+from dask_ep.cluster.streams import Stream, from_message, to_message
 from dask_ep.graph import tally
 from dask_ep.graph.chunk import (
     ChunkPlace,
@@ -138,48 +139,77 @@ class Slices:
             self.tally.count(stop - start, [serving])
         return answers
 
-    async def answer(
-        self,
-        comm: Any = None,
-        *,
-        token: str,
-        ranks: list[int],
-        chunk: int,
-        sizes: list[int],
-        observe: list[Any] | None,
-        sender: str,
-        arrays: list[Array | None],
-    ) -> dict[str, Any]:
-        """Answer a packet, or None if one of the ranks is not served here.
+    async def listen(self, comm: Comm, sender: str) -> None:
+        """Answer the packets that another worker sends over a connection, until it ends."""
+        stream = Stream(lambda number, *request: self._take(stream, number, sender, *request))
+        with suppress(OSError):
+            await stream.run(comm)
 
-        With the rows of each rank: all in one array on the host, an array for each on a device.
-        Where rows are observed, what was seen of them comes with the answers.
-        """
+    def _take(
+        self,
+        stream: Stream,
+        number: int,
+        sender: str,
+        token: str,
+        ranks: Sequence[int],
+        chunk: int,
+        sizes: Sequence[int],
+        observe: Sequence[Any] | None,
+        arrays: Sequence[Any],
+    ) -> None:
+        """Let a packet be answered; with None if one of the ranks is not served here."""
         slices = [self._held.get((token, rank)) for rank in ranks]
         if self._is_closing or any(experts is None for experts in slices):
-            return {"status": "OK", "answers": None}
+            stream.send(number, None)
+            return
         world_size, num_local, d_out = sizes
         watched = None if observe is None else Observe(tuple(observe[0]), *observe[1:])
         exchange = Exchange(token, world_size, num_local, d_out, None, watched)
-        packet = [Packet(*arrays)]
-        del arrays
-        serve = partial(self._serve_packet, packet, ranks, slices, chunk, exchange, sender)
-        with self.tally.queued(token, ranks, len(packet[0].rows)):
-            whole, parts, tables = await asyncio.get_running_loop().run_in_executor(
-                self.pool, serve, tally.now()
+        packet = [Packet(*map(from_message, arrays))]
+        rows, loop = len(packet[0].rows), asyncio.get_running_loop()
+
+        def send(served: Future) -> None:
+            self.tally.count_waiting(token, ranks, -rows)
+            answer = None if served.cancelled() else served.result()
+            with suppress(RuntimeError):  # the worker has closed
+                loop.call_soon_threadsafe(stream.send, number, answer)
+
+        self.tally.count_waiting(token, ranks, rows)
+        self.pool.submit(
+            self._answer, packet, ranks, slices, chunk, exchange, sender, tally.now()
+        ).add_done_callback(send)
+
+    def _answer(
+        self,
+        packet: list[Packet],
+        ranks: Sequence[int],
+        slices: list[Any],
+        chunk: int,
+        exchange: Exchange,
+        sender: str,
+        came: float,
+    ) -> Any:
+        """What goes back for a packet: answers, the rows of each, and what was seen of the rows.
+
+        All answers in one array on the host, an array for each on a device.
+        """
+        try:
+            whole, parts, seen = self._serve_packet(
+                packet, ranks, slices, chunk, exchange, sender, came
             )
+        except Exception as error:
+            return dask_internals.remote_error(error)
         answers = parts if whole is None else [whole]
-        return {
-            "status": "OK",
-            "answers": [to_serialize(answer) for answer in answers],
-            "rows": [len(part) for part in parts],
-            "seen": [to_serialize(table) for table in tables],
-        }
+        return [
+            [to_message(answer) for answer in answers],
+            [len(part) for part in parts],
+            [to_message(table) for table in seen],
+        ]
 
     def _serve_packet(
         self,
         packet: list[Packet],
-        ranks: list[int],
+        ranks: Sequence[int],
         slices: list[Any],
         chunk: int,
         exchange: Exchange,

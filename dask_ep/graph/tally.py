@@ -11,8 +11,7 @@ from __future__ import annotations
 import threading
 import time
 from collections import defaultdict
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 
@@ -49,20 +48,13 @@ class Tally:
         self.rows = self.bytes_in = self.bytes_out = self.packets = self.chunks = 0
         self.busy = self.core = 0.0
 
-    @contextmanager
-    def queued(self, token: str, ranks: list[int], rows: int) -> Iterator[None]:
-        """Count rows as waiting for some ranks of a layer."""
+    def count_waiting(self, token: str, ranks: Sequence[int], rows: int) -> None:
+        """Count rows that came for some ranks of a layer; with a minus, that were answered."""
         with self._lock:
             for rank in ranks:
                 self._waiting[token, rank] += rows
-        try:
-            yield
-        finally:
-            with self._lock:
-                for rank in ranks:
-                    self._waiting[token, rank] -= rows
-                    if not self._waiting[token, rank]:
-                        del self._waiting[token, rank]
+                if not self._waiting[token, rank]:
+                    del self._waiting[token, rank]
 
     @property
     def waiting(self) -> int:

@@ -6,14 +6,11 @@
 import asyncio
 import threading
 import time
-import weakref
 from collections.abc import Callable
 
 import dask
-import numpy as np
 import pytest
-from distributed import Client, SchedulerPlugin, WorkerPlugin
-from distributed.protocol import to_serialize
+from distributed import Client, SchedulerPlugin, WorkerPlugin, protocol
 
 from dask_ep.cluster import dask_internals
 from dask_ep.cluster.ranks import Able
@@ -152,20 +149,13 @@ def test_a_worker_that_closes_says_so():
 HEARD: list = []
 
 
-async def _double(comm=None, *, rows):
-    return {"status": "OK", "rows": to_serialize(2 * rows)}
-
-
-ANSWERING: dict[str, asyncio.Event] = {}
-
-
-async def _answer_later(comm=None, *, rows):
-    await ANSWERING["gate"].wait()
-    return {"status": "OK"}
-
-
-async def _fail(comm=None):
-    raise ValueError("this cannot be doubled")
+async def _double(comm, sender):
+    while True:
+        number = await comm.read()
+        await comm.write([sender, 2 * number])
+        if number == 0:
+            await comm.close()
+            return
 
 
 def _hear(what):
@@ -177,53 +167,36 @@ def installed(client, workers):
     for worker in workers:
         dask_internals.install(
             worker,
-            requests={
-                "test_double": _double,
-                "test_answer_later": _answer_later,
-                "test_fail": _fail,
-            },
+            requests={"test_double": _double},
             messages={"test-hear": _hear},
             metrics={"of_tests": lambda worker: 7},
         )
 
 
-def test_a_worker_answers_another_one(client, workers, installed):
+def test_a_worker_answers_another_one_over_a_connection_of_their_own(client, workers, installed):
     here, there = workers
-    message = {"rows": to_serialize(np.arange(3.0))}
-    answer = client.sync(dask_internals.call, here, there.address, "test_double", message)
-    np.testing.assert_array_equal(answer["rows"], [0, 2, 4])
-    dask_internals.raise_remote(answer)
+
+    async def ask():
+        comm = await dask_internals.open_stream(here, there.address, "test_double")
+        answers = []
+        for number in (2, 3, 0):
+            await comm.write(number)
+            answers.append(await comm.read())
+        with pytest.raises(OSError, match="closed"):
+            await comm.read()
+        return answers
+
+    assert client.sync(ask) == [(here.address, n) for n in (4, 6, 0)]
 
 
-def test_what_was_sent_is_not_kept_until_the_answer_comes(client, workers, installed):
-    here, there = workers
-    ANSWERING["gate"] = gate = asyncio.Event()
-    rows = np.arange(3.0)
-    sent = weakref.ref(rows)
-
-    async def ask(message):
-        asked = asyncio.ensure_future(
-            dask_internals.call(here, there.address, "test_answer_later", message.pop())
-        )
-        for _ in range(500):
-            await asyncio.sleep(0.01)
-            if sent() is None:
-                break
-        assert not asked.done()
-        gate.set()
-        return await asked
-
-    message = [{"rows": to_serialize(rows)}]
-    del rows
-    assert client.sync(ask, message)["status"] == "OK"
-    assert sent() is None
-
-
-def test_what_another_worker_raises_is_raised_here(client, workers, installed):
-    here, there = workers
-    answer = client.sync(dask_internals.call, here, there.address, "test_fail", {})
+def test_what_another_worker_raises_is_raised_here():
+    try:
+        raise ValueError("this cannot be doubled")
+    except ValueError as error:
+        answer = dask_internals.remote_error(error)
+    (arrived,) = protocol.loads(protocol.dumps([answer]))
     with pytest.raises(ValueError, match="this cannot be doubled"):
-        dask_internals.raise_remote(answer)
+        dask_internals.raise_remote(arrived)
 
 
 def test_a_worker_that_is_not_there_is_an_os_error(client, workers):
@@ -231,7 +204,7 @@ def test_a_worker_that_is_not_there_is_an_os_error(client, workers):
         dask.config.set({"distributed.comm.timeouts.connect": "0.2s"}),
         pytest.raises(OSError, match="Timed out|in connect"),
     ):
-        client.sync(dask_internals.call, workers[0], "tcp://127.0.0.1:9", "test_double", {})
+        client.sync(dask_internals.open_stream, workers[0], "tcp://127.0.0.1:9", "test_double")
 
 
 def test_the_scheduler_tells_workers_in_order_and_forgets_those_that_are_gone(

@@ -1,0 +1,156 @@
+"""How do packets and answers travel between two workers?
+
+One connection for each worker that asks and each that answers, opened with the first packet and
+kept:
+
+    asks       Line ──── [number, request], ... ────> Stream    answers
+                    <──── [number, answer], ...  ────
+
+What waits while a message is written goes with the next one, and answers come in any order. A
+connection that ends gives every request that it has not answered an error.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+from collections import deque
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+from distributed import Worker
+from distributed.comm import Comm
+from distributed.protocol import to_serialize
+
+from dask_ep.arrays.namespaces import Array
+from dask_ep.cluster import dask_internals
+
+SMALL = 16384
+"""Bytes up to which an array travels inside its message: a frame of its own costs Dask some 100 us
+at each end."""
+
+
+class Stream:
+    """One end of a connection: `send` what is to go, and `hear` is called with what comes.
+
+    Parameters
+    ----------
+    hear : called with the parts of each message that comes, on the event loop
+    """
+
+    def __init__(self, hear: Callable[..., None]):
+        self._hear = hear
+        self._comm: Comm | None = None
+        self._waiting: list[list] = []
+        self._writing: asyncio.Task | None = None
+        self._error: Exception | None = None
+
+    def send(self, *message: Any) -> None:
+        """Let a message go, once there is a connection. It is not kept when it has gone."""
+        self._waiting.append(list(message))
+        self._write_soon()
+
+    async def run(self, comm: Comm) -> None:
+        """Hear what comes until the connection ends, which raises OSError."""
+        self._comm = comm
+        self._write_soon()
+        try:
+            while True:
+                came = deque(await comm.read())
+                while came:
+                    self._hear(*came.popleft())
+        except OSError as error:
+            raise self._error or error from None
+        finally:
+            comm.abort()
+
+    def _write_soon(self) -> None:
+        if self._comm is not None and self._writing is None and self._waiting:
+            self._writing = asyncio.ensure_future(self._write(self._comm))
+
+    async def _write(self, comm: Comm) -> None:
+        try:
+            while self._waiting:
+                going, self._waiting = self._waiting, []
+                await comm.write(going, on_error="raise")
+                del going
+        except Exception as error:  # `run` raises it
+            self._error = error
+            comm.abort()
+        finally:
+            self._writing = None
+
+
+class Line:
+    """The asking end of a connection with one owner.
+
+    Parameters
+    ----------
+    worker, owner : that asks, and the address of the one that answers
+    op : what the owner's handler is called
+    """
+
+    def __init__(self, worker: Worker, owner: str, op: str):
+        self._asked: dict[int, asyncio.Future] = {}
+        self._numbers = itertools.count()
+        self._stream = Stream(self._hear)
+        self._running = asyncio.ensure_future(self._run(worker, owner, op))
+
+    @property
+    def is_over(self) -> bool:
+        return self._running.done()
+
+    async def ask(self, *request: Any) -> Any:
+        """Send a request, and wait for the answer.
+
+        Raises
+        ------
+        OSError
+            If there is no connection, or none any more.
+        """
+        number = next(self._numbers)
+        self._asked[number] = answer = asyncio.get_running_loop().create_future()
+        self._stream.send(number, *request)
+        del request
+        try:
+            return await answer
+        finally:
+            self._asked.pop(number, None)
+
+    def close(self) -> None:
+        """Give every request an error."""
+        self._running.cancel()
+
+    def _hear(self, number: int, answer: Any) -> None:
+        asked = self._asked.pop(number, None)  # none if nobody waits any more
+        if asked is not None and not asked.done():
+            asked.set_result(answer)
+
+    async def _run(self, worker: Worker, owner: str, op: str) -> None:
+        error: Exception = ConnectionError(f"the connection to {owner} was given up")
+        try:
+            await self._stream.run(await dask_internals.open_stream(worker, owner, op))
+        except Exception as why:
+            error = why
+        finally:
+            for asked in self._asked.values():
+                if not asked.done():
+                    asked.set_exception(error)
+
+
+def to_message(array: Array | None) -> Any:
+    """An array as it goes into a message."""
+    if not isinstance(array, np.ndarray) or array.nbytes > SMALL:
+        return None if array is None else to_serialize(array)
+    if np.dtype(array.dtype.str) != array.dtype:  # such as bfloat16, "<V2"
+        return to_serialize(array)
+    return [array.dtype.str, list(array.shape), array.tobytes()]
+
+
+def from_message(came: Any) -> Any:
+    """The array that `to_message` was given; a small one is not to be written to."""
+    if not isinstance(came, list | tuple):
+        return came
+    dtype, shape, data = came
+    return np.frombuffer(data, dtype).reshape(shape)

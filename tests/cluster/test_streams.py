@@ -1,0 +1,199 @@
+"""Packets and answers find each other over one connection, and none is waited for in vain."""
+
+import asyncio
+import weakref
+from contextlib import suppress
+from typing import NamedTuple
+
+import ml_dtypes
+import numpy as np
+import pytest
+from distributed.comm import listen
+from distributed.protocol import Serialize, to_serialize
+
+from dask_ep.cluster.streams import SMALL, Line, Stream, from_message, to_message
+from tests.cluster_processes import DEADLINE
+
+
+class Asking(NamedTuple):
+    """What a line needs of the worker that asks."""
+
+    address: str = "tcp://127.0.0.1:1"
+    connection_args: dict = {}  # noqa: RUF012
+
+
+def with_line(answer, ask):
+    """Call a coroutine function with a line to one who answers as a function says."""
+
+    async def listen_to(comm):
+        message = await comm.read()
+        assert message == {"op": "test_ask", "sender": Asking().address, "reply": False}
+        stream = Stream(lambda *message: answer(stream, *message))
+        with suppress(OSError):
+            await stream.run(comm)
+
+    async def run():
+        listener = await listen("tcp://127.0.0.1:0", listen_to)
+        line = Line(Asking(), listener.contact_address, "test_ask")
+        try:
+            return await asyncio.wait_for(ask(line), DEADLINE)
+        finally:
+            line.close()
+            while not line.is_over:
+                await asyncio.sleep(0)
+            listener.stop()
+
+    return asyncio.run(run())
+
+
+def test_answers_in_any_order_find_who_asked():
+    held = []
+
+    def answer(stream, number, what):
+        held.append((number, 2 * what))
+        if len(held) == 20:
+            for each in reversed(held):
+                stream.send(*each)
+
+    async def ask(line):
+        return await asyncio.gather(*(line.ask(n) for n in range(20)))
+
+    assert with_line(answer, ask) == [2 * n for n in range(20)]
+
+
+def test_what_was_sent_is_not_kept_until_the_answer_comes():
+    """Small arrays are copied into the message; these are sent as they are."""
+    rows, streams = [np.zeros(SMALL)], []
+    sent = weakref.ref(rows[0])
+
+    async def ask(line):
+        asked = asyncio.ensure_future(line.ask(to_serialize(rows.pop())))
+        while sent() is not None or not streams:
+            await asyncio.sleep(0.01)
+        assert not asked.done()
+        stream, number = streams.pop()
+        stream.send(number, "came")
+        return await asked
+
+    def answer(stream, number, came):
+        streams.append((stream, number))
+
+    assert with_line(answer, ask) == "came"
+
+
+def test_a_connection_that_ends_gives_every_request_an_error():
+    def answer(stream, number, what):
+        if number == 2:
+            stream._comm.abort()
+
+    async def ask(line):
+        answers = await asyncio.gather(*(line.ask(n) for n in range(3)), return_exceptions=True)
+        while not line.is_over:
+            await asyncio.sleep(0.01)
+        return answers
+
+    errors = with_line(answer, ask)
+    assert len(errors) == 3
+    assert all(isinstance(error, OSError) for error in errors)
+
+
+def test_a_line_that_is_closed_gives_every_request_an_error():
+    async def ask(line):
+        assert await line.ask("first") == "first"
+        asked = asyncio.ensure_future(line.ask("what"))
+        await asyncio.sleep(0)
+        line.close()
+        with pytest.raises(ConnectionError, match="was given up"):
+            await asked
+
+    with_line(answer_first, ask)
+
+
+def answer_first(stream, number, what):
+    if what == "first":
+        stream.send(number, what)
+
+
+def test_a_request_that_nobody_waits_for_any_more_does_not_disturb_others():
+    def answer(stream, number, what):
+        stream.send(number, what)
+
+    async def ask(line):
+        given_up = asyncio.ensure_future(line.ask("first"))
+        await asyncio.sleep(0)
+        given_up.cancel()
+        return await line.ask("second")
+
+    assert with_line(answer, ask) == "second"
+
+
+def test_what_cannot_be_sent_is_an_error_of_who_asks():
+    class Unsendable:
+        def __reduce__(self):
+            raise RuntimeError("this cannot be pickled")
+
+    async def ask(line):
+        assert await line.ask("first") == "first"
+        with pytest.raises(Exception, match="this cannot be pickled|erialize"):
+            await line.ask(Unsendable())
+
+    with_line(answer_first, ask)
+
+
+class Comm:
+    """Keeps what is written."""
+
+    def __init__(self):
+        self.written, self.go_on = [], asyncio.Event()
+
+    async def write(self, message, **options):
+        await self.go_on.wait()
+        self.written.append(list(message))
+
+    async def read(self):
+        await self.go_on.wait()
+        while len(self.written) < 2:
+            await asyncio.sleep(0)
+        raise OSError("it ends here")
+
+    def abort(self):
+        pass
+
+
+def test_what_waits_while_a_message_is_written_goes_in_the_next_one():
+    async def run():
+        comm, stream = Comm(), Stream(lambda *message: None)
+        stream.send(1)
+        running = asyncio.ensure_future(stream.run(comm))
+        await asyncio.sleep(0.01)
+        stream.send(2)
+        stream.send(3)
+        comm.go_on.set()
+        with pytest.raises(OSError, match="it ends here"):
+            await running
+        return comm.written
+
+    assert asyncio.run(run()) == [[[1]], [[2], [3]]]
+
+
+@pytest.mark.parametrize("dtype", ["f4", ">f8", "i1", ml_dtypes.bfloat16])
+@pytest.mark.parametrize("rows", [0, 3, SMALL])
+def test_an_array_arrives_as_it_was(dtype, rows):
+    array = np.arange(2 * rows).reshape(rows, 2).astype(dtype)
+
+    def answer(stream, number, came):
+        stream.send(number, to_message(from_message(came)))
+
+    async def ask(line):
+        return from_message(await line.ask(to_message(array)))
+
+    arrived = with_line(answer, ask)
+    assert arrived.dtype == array.dtype
+    np.testing.assert_array_equal(arrived, array)
+
+
+def test_small_arrays_travel_inside_their_message():
+    assert isinstance(to_message(np.zeros(SMALL // 8)), list)
+    assert isinstance(to_message(np.zeros(SMALL)), Serialize)
+    assert isinstance(to_message(np.zeros(2, ml_dtypes.bfloat16)), Serialize)
+    assert to_message(None) is from_message(None) is None

@@ -7,12 +7,13 @@ too. Names are public where they do not begin with ``_``.
 from __future__ import annotations
 
 import ast
+import re
 from collections import defaultdict
 from collections.abc import Iterator
 
 import pytest
 
-from tests.test_layout import PACKAGE, listed_files, modules, own_imports, room_of
+from tests.test_layout import PACKAGE, ROOT, listed_files, modules, own_imports, room_of
 
 LINES_BEFORE_THE_ROOMS = 23_432
 
@@ -77,6 +78,15 @@ def test_the_reading_order_has_every_file():
     files = listed_files()
     print(f"\n{len(files)} files in the reading order, of {len(modules())}")
     assert sorted(files) == sorted(modules())
+
+
+def test_a_row_is_followed_in_at_most_seven_files():
+    text = (ROOT / ".github" / "CONTRIBUTING.md").read_text()
+    walk = text[text.index("One row, from file to file: ") :].partition("\n\n")[0]
+    files = dict.fromkeys(re.findall(r"`(\w+)/(\w+)\.py`", walk))
+    print(f"\nfrom file to file, a row takes {len(files)}:", *(".".join(file) for file in files))
+    assert len(files) <= 7
+    assert {".".join(file) for file in files} <= modules().keys()
 
 
 def inner_imports(tree: ast.Module) -> Iterator[str]:

@@ -281,12 +281,11 @@ def _on_threads(
 ) -> tuple[int, float] | None:
     """What it would take on threads, with the memory of all processes; None if it does not fit."""
     limit = size_in_bytes(where.memory_limit, "memory_limit")
-    threads = Threads(where.count, None if limit is None else limit * where.count)
+    count = min(where.count, CPU_COUNT)  # more threads than cores gain nothing
+    threads = Threads(count, None if limit is None else limit * where.count)
     layout = lay_out(replace(job, placement=None), threads)  # threads need none
     decided = attempt(pricing.work, layout, chunk_rows=chunk_rows)
-    return (
-        None if isinstance(decided, DoesNotFit) else (where.count, pricing.price(decided).seconds)
-    )
+    return None if isinstance(decided, DoesNotFit) else (count, pricing.price(decided).seconds)
 
 
 def what_if_job(

@@ -304,9 +304,11 @@ def test_what_a_plan_on_gpus_refuses(job_file, options, words):
     assert re.search(words, said), said
 
 
-def test_threads_are_proposed_where_they_are_faster(job_file):
+@pytest.mark.parametrize("processes", [2, 16])
+def test_threads_are_proposed_where_they_are_faster(job_file, monkeypatch, processes):
     """Nothing is exchanged between threads: with the same rates a small job is faster there."""
-    output = invoke(job_file, "--processes", 2, "--rates", "flops=1e10,copy=1e9")
+    monkeypatch.setattr("dask_ep.jobs.plan.CPU_COUNT", 2)
+    output = invoke(job_file, "--processes", processes, "--rates", "flops=1e10,copy=1e9")
     text = " ".join(output.split())
     assert "advice: use threads of one process (--threads 2): they take about" in text
     assert "and 1 to 3 s to start the workers" in text

@@ -134,6 +134,8 @@ def test_a_run_that_is_stopped_leaves_no_jobs_and_goes_on(
     assert "Traceback" not in told
     wait_for_no_jobs(slurm)
     assert not out.exists()
+    if number == signal.SIGTERM:  # what is left is the same
+        return
     code, printed, told = end(start(job, "--out", out, "--resume"))
     assert code == 0, told
     assert "were there" in printed

@@ -85,9 +85,12 @@ def test_every_module_is_in_a_room():
     assert {room_of(module) for module in modules()} == set(ROOMS)
 
 
-def test_rooms_and_modules_say_their_question():
+def test_rooms_and_modules_say_their_question_and_no_two_the_same():
+    asked = {}
     for path in PACKAGE.rglob("*.py"):
-        assert ast.get_docstring(ast.parse(path.read_text())), path
+        said = ast.get_docstring(ast.parse(path.read_text()))
+        assert said, path
+        assert asked.setdefault(said.splitlines()[0], path) == path
 
 
 def listed_files() -> list[str]:

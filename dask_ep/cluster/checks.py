@@ -194,10 +194,10 @@ def check_cluster(client: Client, files: Mapping[str, str | os.PathLike] | None 
         raise UnfitClusterError(problems)
     if allowed_failures < len(answers):
         warnings.warn(
-            f"the scheduler gives up a task when {allowed_failures + 1} workers have died on which "
-            f"it waited, but there are {len(answers)} workers; to outlive the death of each, set "
-            f"distributed.scheduler.allowed-failures to {len(answers)} or more where the scheduler "
-            "starts (DASK_DISTRIBUTED__SCHEDULER__ALLOWED_FAILURES)",
+            f"the scheduler gives up a task when {allowed_failures + 1} workers have died "
+            f"while they ran it, but there are {len(answers)} workers; to outlive each of them, "
+            f"set distributed.scheduler.allowed-failures to {len(answers)} or more where the "
+            "scheduler starts (DASK_DISTRIBUTED__SCHEDULER__ALLOWED_FAILURES)",
             stacklevel=2,
         )
 

@@ -305,7 +305,7 @@ class Ownership(SchedulerPlugin):
     # How it is done
 
     def assign(self, why: str, shares: float = inf) -> None:
-        """Give owners to the ranks that lack one, to each worker up to so many fair shares."""
+        """Give owners to ranks without one, each worker up to `shares` times its fair share."""
         self.ranks.assign(self.workers(), why, shares)
         self._publish()
 

@@ -104,7 +104,7 @@ class RankMap(dict[int, Ranks]):
         self._changed(world_size, rank)
 
     def assign(self, workers: Mapping[str, float], why: str, shares: float = inf) -> None:
-        """Give owners to the ranks that lack one, to each worker up to so many fair shares."""
+        """Give owners to ranks without one, each worker up to `shares` times its fair share."""
         if not self.settled_capacity:
             self.settled_capacity = sum(workers.values())
         for world_size, ranks in self.items():

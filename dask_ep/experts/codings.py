@@ -52,7 +52,7 @@ class Coding(NamedTuple):
     order: tuple[int, ...] | None = None
 
     def width(self, stored: int, dtype: np.dtype) -> int:
-        """Numbers in a row that is stored in so many elements of a dtype."""
+        """Numbers in a row that is stored as `stored` elements of a dtype."""
         return stored * dtype.itemsize * self.table.shape[1] // self.rows
 
     def arranged(self, codes: Array, xp: Any) -> Array:

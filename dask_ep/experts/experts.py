@@ -1,4 +1,4 @@
-"""What is an expert?
+"""What are the experts of a layer: their kind, weights and options?
 
 `Experts` is data: a kind, and one array per weight with the experts along its first axis, each left
 where it lies (a file, an array, a Dask array) until a rank asks for its own.

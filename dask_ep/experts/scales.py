@@ -130,7 +130,7 @@ class ZeroPoints(Source):
     Raises
     ------
     ValueError
-        If `stored` does not hold so many.
+        If `stored` does not hold that many.
     """
 
     def __init__(

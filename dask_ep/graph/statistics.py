@@ -151,7 +151,7 @@ def see_routing(ready: Ready, names: Sequence[str]) -> Partials:
 
 
 def objects(name: str, tasks: dict[Any, Task], inputs: Sequence[da.Array], chunks: int) -> da.Array:
-    """An array that has an object for each of so many chunks, as `Partials` takes it."""
+    """An array with one object for each of `chunks` chunks, as `Partials` takes it."""
     return array_of(name, tasks, inputs, ((1,) * chunks, (1,)), np.empty((0, 0), object))
 
 

@@ -226,7 +226,7 @@ def settings_of(
 def open_rows(
     inputs: Inputs, chunk_rows: int, xp: str = "numpy"
 ) -> tuple[da.Array, da.Array, da.Array | None]:
-    """Open the tokens in chunks of so many rows, and their routing and weights, or route them."""
+    """Open tokens in chunks of `chunk_rows` rows, with routing and weights, or route them."""
     tokens = open_tokens(inputs.tokens, chunks=chunk_rows, name="tokens", xp=xp)
     if inputs.routing is None:
         assert inputs.layer is not None  # a job has a routing, or else a layer

@@ -98,7 +98,7 @@ def _try_block(
     size: int,
     walks: int,
 ) -> tuple[Decision | DoesNotFit, int]:
-    """Decide on so many experts, with room for their partial results."""
+    """Decide for `size` experts, with room for their partial results."""
     work = replace(inputs, experts=inputs.experts.subset(range(size))).work()
     work = replace(work, slots=slots)
     if not walks:

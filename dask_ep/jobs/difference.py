@@ -96,7 +96,7 @@ class Difference:
         return self.worst[0].error if self.worst else 0.0
 
     def quantile(self, part: float, *, of_moved: bool = False) -> float:
-        """The error that so many of the rows do not exceed, at most 0.8 % too large.
+        """The error that a part of the rows does not exceed, at most 0.8 % too large.
 
         Parameters
         ----------

@@ -1,4 +1,4 @@
-"""What do tasks, bytes, memory and time of a run follow from?
+"""How fast is a machine, and what does a worker hold for each row of a chunk?
 
 The laws that a plan adds up, each a small function of plain numbers. Rows, bytes and tasks are
 exact; memory is an upper bound; time is an estimate from rates.
@@ -199,7 +199,7 @@ class Need(NamedTuple):
     process_bytes: int = PROCESS_BYTES
 
     def at(self, chunk_rows: int) -> int:
-        """Bytes at most, with chunks of so many rows."""
+        """Bytes at most, with chunks of `chunk_rows` rows."""
         return sum(self.parts(chunk_rows).values())
 
     def parts(self, chunk_rows: int) -> dict[str, int]:

@@ -66,7 +66,7 @@ class Layout:
         return -(-self.world_size // self.serving)
 
     def spread_at_worst(self, slots: int) -> Spread:
-        """Rows of packets and answers of any routing of so many slots a row."""
+        """Rows of packets and answers of any routing with `slots` slots a row."""
         workers = 0 if self.in_process else self.serving
         return Spread.at_worst(slots, self.world_size, workers)
 

@@ -95,7 +95,7 @@ class Passes:
         return cls(**content)
 
     def groups(self, chunks: int) -> Iterator[range]:
-        """Cut so many chunks into the groups of one pass each.
+        """Cut `chunks` chunks into groups, one pass each.
 
         Examples
         --------
@@ -329,7 +329,7 @@ def _refusal(
 
 
 def _least(work: Work, layout: Layout, rows: int) -> tuple[int, int, int]:
-    """Bytes of a process: always, to compute with one block, and of chunks of so many rows."""
+    """Bytes of a process: always, to compute with one block, and for chunks of `rows` rows."""
     row = max(work.token_bytes, work.answer_bytes) + work.slots * SORT_BYTES
     computing = blocks_bytes(work, layout, 1, 0) + layout.threads * work.scratch
     return fixed_bytes(work, layout), computing, (3 * layout.threads + 2) * rows * row

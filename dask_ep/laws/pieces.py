@@ -87,7 +87,7 @@ def block_experts_of(work: Work) -> int:
 
 
 def blocks_bytes(work: Work, layout: Layout, decoded: int, ahead: int) -> int:
-    """Bytes of so many blocks in the computing dtype, and so many as they are stored."""
+    """Bytes of `decoded` blocks in the computing dtype, and of `ahead` blocks as stored."""
     stored, loaded = (
         block_experts_of(work) * one for one in (work.expert_stored, work.expert_loaded)
     )
@@ -107,7 +107,7 @@ def held_output_bytes(work: Work) -> int:
 
 
 def choose_blocks(work: Work, layout: Layout, room: int, part: float) -> tuple[int, int] | None:
-    """Blocks at a time in so many bytes, decoded and ahead; None if there is no room for one.
+    """Blocks at a time in `room` bytes, decoded and ahead; None if not even one fits.
 
     More than one of either only within a part of the room.
     """

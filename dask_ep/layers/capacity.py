@@ -1,4 +1,4 @@
-"""Which slots does an expert take, when it takes only so many of a whole batch?
+"""Which slots does an expert take, when its capacity is less than the batch asks for?
 
 Axis letters: `n` rows, `k` slots per row, `E` experts, `C` row chunks, `B` digits.
 

@@ -270,7 +270,7 @@ def _from_vllm_ascend(content: dict, path: str | PathLike) -> list[Placement]:
 
 
 def _moe_layer(layer: int, moe_layers: Sequence[int], num_layers: int, path: str | PathLike) -> int:
-    """Count a layer of the model among its MoE layers, as a file of so many does."""
+    """Number a layer of the model among its MoE layers, as a file of these does."""
     if layer not in moe_layers:
         listed = ", ".join(map(str, moe_layers))
         raise ValueError(f"layer {layer} of the model is not MoE; its MoE layers are {listed}")

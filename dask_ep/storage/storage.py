@@ -59,7 +59,7 @@ def open_tokens(
     ----------
     path : whatever `open_source` takes
     chunks : rows per chunk, its size as text ("32 MiB"), or the rows of every chunk. A size means
-        whole stored chunks, as many as make about so many bytes; by default ("auto") 32 MiB
+        whole stored chunks, as many as make about that size; by default ("auto") 32 MiB
     name : for messages; the file's name without it
     like : array whose row chunks to use, so that routing is chunked like its tokens
     dtype : see `open_source`

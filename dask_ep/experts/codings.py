@@ -19,6 +19,7 @@ import ml_dtypes
 import numpy as np
 
 from dask_ep.arrays.namespaces import Array
+from dask_ep.arrays.packed import spread_halves
 
 FLOAT8 = tuple(
     np.dtype(t) for t in (ml_dtypes.float8_e4m3fn, ml_dtypes.float8_e5m2, ml_dtypes.float8_e4m3)
@@ -31,8 +32,15 @@ E2M1 = np.concatenate([E2M1, -E2M1])
 AWQ_ORDER = (0, 4, 1, 5, 2, 6, 3, 7)
 """Which number of a word, counted from the lowest bits, is the first, second, ... of a row."""
 
+SMALLEST, ONE = np.float32(2.0**-149), np.float32(1)
+
 DECODE_STEP = 1 << 14
 """Codes that are looked up at once: their indices, 8 bytes each, stay in cache."""
+
+
+Decode = Callable[[np.ndarray, np.ndarray, int], None]
+"""Rows as stored (r, w), out float32 (r * rows, numbers of w), and what whole numbers are less of,
+which is subtracted while they are small integers."""
 
 
 class Coding(NamedTuple):
@@ -40,16 +48,31 @@ class Coding(NamedTuple):
 
     Attributes
     ----------
-    decode : rows as stored (r, w), out float32 (r * rows, numbers of w) -> None
+    decode : see `Decode`
     table : [256, n] float32, the numbers of each byte
     rows : how many rows of numbers are in one row as stored
     order : of the numbers in a word of 4 bytes, where that is not theirs in the row
+    small : decodes faster, to numbers that a factor, a power of two, makes those of `decode`
     """
 
-    decode: Callable[[np.ndarray, np.ndarray], None]
+    decode: Decode
     table: np.ndarray
     rows: int = 1
     order: tuple[int, ...] | None = None
+    small: tuple[Decode, np.float32] | None = None
+
+    def with_scales(self, scales: np.ndarray) -> tuple[Decode, np.ndarray]:
+        """How to decode what is multiplied by scales afterwards, and by which.
+
+        Not to small numbers on a thread that takes those below 2**-126 for 0, nor if scales are so
+        large that the factor does not fit in.
+        """
+        if self.small is None or SMALLEST * ONE == 0:
+            return self.decode, scales
+        decode, factor = self.small
+        with np.errstate(over="ignore"):
+            more = scales * factor
+        return (decode, more) if np.isfinite(more).all() else (self.decode, scales)
 
     def width(self, stored: int, dtype: np.dtype) -> int:
         """Numbers in a row that is stored as `stored` elements of a dtype."""
@@ -83,10 +106,12 @@ def coding(name: str) -> Coding:
         return Coding(partial(_decode_rows, 4), table, 8)
     if name == "fp4":
         table = _both_halves(E2M1)
-        return Coding(partial(_look_up, table.reshape(-1).view(np.uint64)), table)
+        return Coding(partial(_look_up, two_bytes(table)), table)
     dtype = np.dtype(getattr(ml_dtypes, name))
     values = np.arange(256, dtype=np.uint8).view(dtype).astype(np.float32)[:, None]
-    return Coding(partial(_decode_float8, dtype), values)
+    form = Float8.of(dtype, values)
+    decode = partial(_look_up, form.table)
+    return Coding(decode, values, small=(partial(_decode_float8, form), form.factor))
 
 
 def _both_halves(values: np.ndarray) -> np.ndarray:
@@ -98,80 +123,107 @@ def _both_halves(values: np.ndarray) -> np.ndarray:
 # --- on the host --------------------------------------------------------------------------------
 
 
-def look_up_codes(table: np.ndarray, codes: np.ndarray, out: np.ndarray) -> None:
-    """Write ``table[codes]`` to `out`; all are one-dimensional.
-
-    Notes
-    -----
-    In steps, because NumPy widens all indices to 8 bytes first. With two values a look-up, a matrix
-    of 15 million FP8 numbers takes 15 ms on one core, and 171 ms by ``astype`` and the scales.
-    """
-    indices = np.empty(min(DECODE_STEP, len(codes)), np.intp)
-    for start in range(0, len(codes), DECODE_STEP):
-        part = indices[: len(codes) - start]
-        part[...] = codes[start : start + DECODE_STEP]
-        np.take(table, part, out=out[start : start + DECODE_STEP], mode="clip")
-
-
-@cache
-def float8_pairs(dtype: np.dtype) -> np.ndarray:
-    """[65536] the values of two bytes that lie side by side, as the 8 bytes of two float32."""
-    values = np.arange(256, dtype=np.uint8).view(dtype).astype(np.float32)
+def two_bytes(table: np.ndarray) -> np.ndarray:
+    """[65536, 2 n] the numbers of two bytes that lie side by side, by those of one [256, n]."""
     codes = np.arange(1 << 16, dtype=np.uint16).view(np.uint8)
-    return values[codes].view(np.uint64)
+    return table[codes].reshape(1 << 16, -1)
 
 
-def _decode_float8(dtype: np.dtype, stored: np.ndarray, out: np.ndarray) -> None:
-    """Two bytes at a time, and the last by itself if they are odd in number."""
-    codes, flat = stored.reshape(-1), out.reshape(-1)
+def _look_up(table: np.ndarray, stored: np.ndarray, out: np.ndarray, less: int = 0) -> None:
+    """Two bytes at a time, and the last by itself if they are odd in number.
+
+    In steps, because NumPy widens all indices to 8 bytes first.
+    """
+    codes, numbers = stored.reshape(-1).view(np.uint8), out.reshape(-1, table.shape[1] // 2)
     even = len(codes) // 2 * 2
-    pairs = codes[:even].view(np.uint8).view(np.uint16)
-    look_up_codes(float8_pairs(dtype), pairs, flat[:even].view(np.uint64))
-    flat[even:] = codes[even:].view(dtype)
+    pairs, flat = codes[:even].view(np.uint16), numbers[:even].reshape(-1, table.shape[1])
+    for start in range(0, len(pairs), DECODE_STEP):
+        part = slice(start, start + DECODE_STEP)
+        np.take(table, pairs[part].astype(np.intp), axis=0, out=flat[part], mode="clip")
+    numbers[even:] = table[codes[even:], : table.shape[1] // 2]
 
 
-def _look_up(table: np.ndarray, stored: np.ndarray, out: np.ndarray) -> None:
-    look_up_codes(table, stored.reshape(-1).view(np.uint8), out.reshape(-1).view(np.uint64))
+class Float8(NamedTuple):
+    """How an 8-bit float becomes a float32: its bits, moved, are a bfloat16, times a factor."""
+
+    shift: int
+    #: by so many bits to the left
+    mask: int
+    #: sign, exponent and fraction of the bfloat16
+    factor: np.float32
+    special: int
+    #: the first code that is infinite or NaN
+    table: np.ndarray
+    #: of two bytes
+
+    @classmethod
+    def of(cls, dtype: np.dtype, values: np.ndarray) -> Float8:
+        info = ml_dtypes.finfo(dtype)
+        shift = 7 - info.nmant
+        special = int(np.flatnonzero(~np.isfinite(values[:128, 0]))[0])
+        factor = np.float32(2.0 ** (126 + info.minexp))
+        return cls(shift, 0x8000 | 0x7F << shift, factor, special, two_bytes(values))
 
 
-def _copy(dtype: str, stored: np.ndarray, out: np.ndarray) -> None:
-    out.reshape(-1)[...] = stored.reshape(-1).view(dtype)
+def _decode_float8(form: Float8, stored: np.ndarray, out: np.ndarray, less: int = 0) -> None:
+    """Move the bits; where there are infinities or NaN, look all numbers up."""
+    codes, flat = stored.reshape(-1).view(np.int8), out.reshape(-1)
+    largest = codes.max(initial=0), codes.view(np.uint8).max(initial=0)
+    if largest[0] >= form.special or largest[1] >= 128 + form.special:
+        _look_up(form.table, stored, out)
+        np.divide(flat, form.factor, out=flat)
+        return
+    bits = codes.astype(np.int16)
+    np.multiply(bits, np.int16(1 << form.shift), out=bits)
+    np.bitwise_and(bits.view(np.uint16), np.uint16(form.mask), out=bits.view(np.uint16))
+    flat[...] = bits.view(ml_dtypes.bfloat16)
 
 
-def _decode_uint4(stored: np.ndarray, out: np.ndarray) -> None:
-    """Spread each byte to two, all of them at once; bytes are as numbers of 16 bits."""
-    codes, numbers = stored.reshape(-1).view(np.uint8), out.reshape(-1, 2)
-    halves, shifted = np.empty((2, min(DECODE_STEP, len(codes))), np.uint16)
-    for start in range(0, len(codes), DECODE_STEP):
-        part = codes[start : start + DECODE_STEP]
-        pairs, high = halves[: len(part)], shifted[: len(part)]
-        pairs[...] = part
-        np.left_shift(pairs, 4, out=high)
-        np.bitwise_or(pairs, high, out=pairs)
-        np.bitwise_and(pairs, 0x0F0F, out=pairs)
-        numbers[start : start + len(part)].reshape(-1)[...] = pairs.view(np.uint8)
+def _copy(dtype: str, stored: np.ndarray, out: np.ndarray, less: int = 0) -> None:
+    codes, flat = stored.reshape(-1).view(dtype), out.reshape(-1)
+    if less == 128 and dtype == "uint8":
+        flat[...] = (codes ^ np.uint8(128)).view(np.int8)
+        return
+    flat[...] = codes
+    if less:
+        np.subtract(flat, np.float32(less), out=flat)
 
 
-def _decode_awq(stored: np.ndarray, out: np.ndarray) -> None:
+def _decode_uint4(stored: np.ndarray, out: np.ndarray, less: int = 0) -> None:
+    flat = out.reshape(-1)
+    numbers = np.empty(len(flat), np.uint8)
+    spread_halves(stored.reshape(-1).view(np.uint8), numbers)
+    if less:
+        np.subtract(numbers, np.uint8(less), out=numbers)
+    flat[...] = numbers.view(np.int8)
+
+
+def _decode_awq(stored: np.ndarray, out: np.ndarray, less: int = 0) -> None:
     """Shuffle the halves of each word together, and go on as with numbers in their order.
 
     H. S. Warren, Hacker's Delight, section 7-2, of four bits at a time.
     """
-    words = stored.reshape(-1).view(np.uint32)
+    words = stored.reshape(-1).view(np.uint32).copy()
     for shift, mask in ((8, 0x0000FF00), (4, 0x00F000F0)):
         swapped = words >> np.uint32(shift)
         swapped ^= words
         swapped &= np.uint32(mask)
-        words = words ^ swapped
+        words ^= swapped
         swapped <<= np.uint32(shift)
         words ^= swapped
-    _decode_uint4(words, out)
+    _decode_uint4(words, out, less)
 
 
-def _decode_rows(bits: int, stored: np.ndarray, out: np.ndarray) -> None:
-    words, rows = np.ascontiguousarray(stored).view(np.uint32), 32 // bits
-    numbers, part = out.reshape(len(words), rows, -1), np.empty(words.shape, np.uint32)
-    for place in range(rows):
-        np.right_shift(words, np.uint32(bits * place), out=part)
-        np.bitwise_and(part, np.uint32((1 << bits) - 1), out=part)
-        numbers[:, place] = part.view(np.int32)  # which becomes a float faster
+def _decode_rows(bits: int, stored: np.ndarray, out: np.ndarray, less: int = 0) -> None:
+    """All rows of each half of the words together, whose shorter numbers are moved faster."""
+    words, rows = np.ascontiguousarray(stored).view(np.uint32), 16 // bits
+    numbers = out.reshape(len(words), 2, rows, -1)
+    places = np.arange(0, 16, bits, dtype=np.uint16)[:, None]
+    part = np.empty((len(words), rows, words.shape[1]), np.uint16)
+    for half in (0, 1):
+        low = (words >> np.uint32(16 * half)).astype(np.uint16)
+        np.right_shift(low[:, None], places, out=part)
+        np.bitwise_and(part, np.uint16((1 << bits) - 1), out=part)
+        if less:
+            np.subtract(part, np.uint16(less), out=part)
+        numbers[:, half] = part.view(np.int16)

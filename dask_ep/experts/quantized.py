@@ -23,8 +23,9 @@ import numpy as np
 
 from dask_ep.arrays.lanes import pinned_empty
 from dask_ep.arrays.namespaces import Array, namespace
+from dask_ep.arrays.packed import IN_CACHE, apply_shared
 from dask_ep.errors import ReadError
-from dask_ep.experts.codings import FLOAT8, coding
+from dask_ep.experts.codings import FLOAT8, Decode, coding
 from dask_ep.experts.device_sources import DeviceSource, bytes_on, held_on_device, put
 from dask_ep.experts.scales import E8M0, ScaleSource, ZeroPoints
 from dask_ep.storage.gguf_files import GgufSource
@@ -32,9 +33,6 @@ from dask_ep.storage.sources import ArraySource, Source
 
 MXFP4_GROUP = 32
 """Numbers that share a scale, in the format's specification (OCP Microscaling 1.0, section 5.2)."""
-
-IN_CACHE = 1 << 16
-"""Numbers that go through all steps together."""
 
 
 class QuantizedSource(Source):
@@ -165,33 +163,28 @@ class QuantizedSource(Source):
         first: int,
     ) -> None:
         """Decode one matrix (rows, columns), whose first row is so far into its first block."""
-        packed, normal = coding(self.coding).rows, are_normal(scales, self.rounded)
+        packed, exact = coding(self.coding).rows, splits_exactly(scales, self.rounded)
+        less = 0 if isinstance(zeros, np.ndarray) else int(zeros)
         step = max(IN_CACHE // max(out.shape[1], 1) // packed * packed, packed)
-        scratch = np.empty((min(step, len(out)), out.shape[1]), np.uint32)
+        scratch = np.empty((min(step, len(out)), out.shape[1]), np.float32)
+        decode, scales = coding(self.coding).with_scales(scales)
+        wide, width = self.block[1], self._numbers_held()[-1]
+        if groups is None and self.block[0] > 1 and wide > 1:  # rows share what is repeated
+            scales, zeros = (_widened(values, wide, out.shape[1]) for values in (scales, zeros))
+            wide = 1
         for start in range(0, len(out), step):
             rows = out[start : start + step]
-            self._decode_codes(stored[start // packed : self._stored_rows(start + step)], rows)
-            if groups is not None and self.block[1] == 1:
-                bands = groups[start : start + step]
-            else:
-                bands = np.arange(first + start, first + start + len(rows)) // self.block[0]
-            if isinstance(zeros, np.ndarray):
-                _combine(np.subtract, rows, zeros[bands], self.block[1], groups)
-            elif zeros:
-                rows -= np.float32(zeros)
-            _combine(np.multiply, rows, scales[bands], self.block[1], groups)
+            stored_rows = stored[start // packed : self._stored_rows(start + step)]
+            _decode_rows(decode, stored_rows, rows, width, less)
+            bands = _bands(self.block, first + start, len(rows), groups)
+            for ufunc, values in ((np.subtract, zeros), (np.multiply, scales)):
+                if isinstance(values, np.ndarray):
+                    values = values[bands]
+                    if groups is not None and self.block[1] > 1:
+                        values, wide = np.take(values, groups, axis=1), 1
+                    apply_shared(ufunc, rows, values, wide)
             if self.rounded is not None:
-                round_to(rows, self.rounded, normal, scratch[: len(rows)])
-
-    def _decode_codes(self, stored: np.ndarray, rows: np.ndarray) -> None:
-        codes = coding(self.coding)
-        width = self._numbers_held()[-1]
-        if width == rows.shape[1]:
-            codes.decode(stored, rows)
-        else:
-            padded = np.empty((len(rows), width), np.float32)
-            codes.decode(stored, padded)
-            rows[...] = padded[:, : rows.shape[1]]
+                round_to(rows, self.rounded, exact, scratch[: len(rows)])
 
     # --- on a device ---
 
@@ -281,43 +274,59 @@ class QuantizedSource(Source):
         return f"{type(self).__name__} {self.path} {json.dumps(self.fingerprint())}"
 
 
-def _combine(
-    ufunc: np.ufunc, rows: np.ndarray, values: np.ndarray, wide: int, groups: np.ndarray | None
+def _bands(
+    block: tuple[int, ...], top: int, count: int, groups: np.ndarray | None
+) -> slice | np.ndarray:
+    """Which blocks above each other some rows are in; one, if it is the same for all."""
+    if groups is not None and block[1] == 1:
+        return groups[top : top + count]
+    if block[0] == 1:
+        return slice(top, top + count)
+    first, last = top // block[0], (top + count - 1) // block[0]
+    return slice(first, first + 1) if first == last else np.arange(top, top + count) // block[0]
+
+
+def _decode_rows(
+    decode: Decode, stored: np.ndarray, rows: np.ndarray, width: int, less: int
 ) -> None:
-    """Subtract or multiply by what each column has, of (rows, blocks side by side) so `wide`."""
-    columns = rows.shape[1]
-    if wide == 1 or values.shape[1] == 1:
-        ufunc(rows, values, out=rows)
-    elif groups is not None:
-        ufunc(rows, np.take(values, groups, axis=1), out=rows)
-    elif columns % wide == 0:  # in place, without a temporary
-        blocks = rows.reshape(len(rows), -1, wide)
-        ufunc(blocks, values[:, :, None], out=blocks)
+    """Decode rows of which only the first columns are wanted."""
+    if width == rows.shape[1]:
+        decode(stored, rows, less)
     else:
-        ufunc(rows, np.repeat(values, wide, axis=1)[:, :columns], out=rows)
+        padded = np.empty((len(rows), width), np.float32)
+        decode(stored, padded, less)
+        rows[...] = padded[:, : rows.shape[1]]
 
 
-def are_normal(scales: np.ndarray, dtype: np.dtype | None) -> bool:
-    """Whether whole numbers up to 255 times these scales are normal numbers of a 16-bit dtype."""
-    if dtype != np.float16:
-        return True
+def _widened(values: Any, wide: int, columns: int) -> Any:
+    """What each column has, of (blocks above each other, blocks side by side) so `wide`."""
+    if not isinstance(values, np.ndarray) or values.shape[1] == 1:
+        return values
+    return np.repeat(values, wide, axis=1)[:, :columns]
+
+
+def splits_exactly(scales: np.ndarray, dtype: np.dtype | None) -> bool:
+    """Whether `round_to` may split whole numbers up to 255 times these scales."""
+    if dtype is None:
+        return False
+    least, most = (2.0**-14, 255.0) if dtype == np.float16 else (2.0**-100, 2.0**100)
     sizes = np.abs(scales[scales != 0])
-    return not sizes.size or bool(2.0**-14 <= sizes.min() <= sizes.max() <= 255.0)
+    return not sizes.size or bool(least <= sizes.min() <= sizes.max() <= most)
 
 
-def round_to(rows: np.ndarray, dtype: np.dtype, normal: bool, scratch: np.ndarray) -> None:
-    """Round float32 in place to what a 16-bit dtype holds, half to even; faster if `are_normal`."""
-    if not normal:
+def round_to(rows: np.ndarray, dtype: np.dtype, exact: bool, scratch: np.ndarray) -> None:
+    """Round float32 in place to what a 16-bit dtype holds, half to even.
+
+    Faster if `splits_exactly`: by T. J. Dekker's splitting (1971), whose high part of a product of
+    8 and 11 bits is rounded so, as the tests try for all of them.
+    """
+    if not exact:
         with np.errstate(over="ignore"):
             rows[...] = rows.astype(dtype)
         return
-    lost = np.uint32(13 if dtype == np.float16 else 16)
-    bits = rows.view(np.uint32)
-    np.right_shift(bits, lost, out=scratch)
-    np.bitwise_and(scratch, np.uint32(1), out=scratch)
-    np.add(scratch, np.uint32((1 << (int(lost) - 1)) - 1), out=scratch)
-    np.add(bits, scratch, out=bits)
-    np.bitwise_and(bits, np.uint32(0xFFFFFFFF << int(lost) & 0xFFFFFFFF), out=bits)
+    np.multiply(rows, np.float32((1 << (13 if dtype == np.float16 else 16)) + 1), out=scratch)
+    np.subtract(scratch, rows, out=rows)
+    np.subtract(scratch, rows, out=rows)
 
 
 def float8(values: Source, scales: Source, block: tuple[int, int]) -> QuantizedSource:

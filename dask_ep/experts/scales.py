@@ -161,7 +161,7 @@ class ZeroPoints(Source):
         first, last = start // codes.rows, -(-stop // codes.rows)
         width = codes.width(self.stored.shape[1], self.stored.dtype)
         numbers: np.ndarray = np.empty(((last - first) * codes.rows, width), np.float32)
-        codes.decode(self.stored.read(first, last), numbers)
+        codes.decode(self.stored.read(first, last), numbers, 0)
         if self.more:
             numbers = (numbers.astype(np.int32) + self.more) & self.mask
         out[...] = numbers[start - first * codes.rows :][: stop - start, : self.shape[1]]

@@ -2,8 +2,8 @@
 
     model.gguf, or model-00001-of-00003.gguf with the others next to it
 
-The format's own library (``gguf``, of llama.cpp) reads the header through a memory map and decodes
-the blocks. Numbers stay in the file, a few bits each, until they are asked for.
+The format's own library (``gguf``, of llama.cpp) reads the header through a memory map. Numbers
+stay in the file, a few bits each, until they are asked for; `gguf_blocks` decodes them then.
 """
 
 from __future__ import annotations
@@ -18,14 +18,10 @@ import ml_dtypes
 import numpy as np
 
 from dask_ep.errors import ReadError
+from dask_ep.storage.gguf_blocks import decode_blocks
 from dask_ep.storage.plain_sources import ArraySource, LocalFile
 from dask_ep.storage.remote import is_remote
 from dask_ep.storage.source import Source
-
-STEP_OF_SMALL_BLOCKS, STEP_OF_LARGE_BLOCKS = 1 << 15, 1 << 18
-"""Numbers that are decoded at once. Large blocks (256) take the library some twenty calls of NumPy,
-of which those with few numbers are slow; of small ones little more is needed than stays in cache.
-"""
 
 PLAIN = {
     "F64": np.float64, "F32": np.float32, "F16": np.float16, "BF16": ml_dtypes.bfloat16,
@@ -71,9 +67,8 @@ class GgufSource(Source):
 
     Notes
     -----
-    The numbers are those of the library, bit for bit; in steps that it takes them fastest it needs
-    1.1 ns for one of Q8_0, 2 to 3 ns for Q4_0 and the K forms, and 6 ns for MXFP4. On a device they
-    are decoded by the host, and held in its memory.
+    The numbers are those of the library, bit for bit. On a device they are decoded by the host, and
+    held in its memory.
     """
 
     def __init__(self, stored: Source, label: str, shape: tuple[int, ...]):
@@ -87,23 +82,18 @@ class GgufSource(Source):
 
     def read(self, start: int, stop: int, out: np.ndarray | None = None) -> np.ndarray:
         out = self._destination(start, stop, out)
-        decoder = getattr(gguf_library().quants, self.label, None)
+        quants = gguf_library().quants
+        decoder = getattr(quants, self.label, None)
         if decoder is None:
             raise ReadError(f"{self.name} is {self.label}, which the package gguf does not decode")
         decoder.init_grid()
-        numbers = decoder.block_size
         blocks = self.stored.read(start, stop).reshape(-1, decoder.type_size)
-        flat = out.reshape(-1, numbers)
-        step = (STEP_OF_LARGE_BLOCKS if numbers > 128 else STEP_OF_SMALL_BLOCKS) // numbers
-        for first in range(0, len(blocks), step):
-            part = flat[first : first + step]
-            with np.errstate(all="ignore"):
-                part[...] = decoder.dequantize_blocks(blocks[first : first + step])
-            if not np.isfinite(part).all():
-                raise ReadError(
-                    f"rows [{start}, {stop}) of {self.name} ({self.label}, {self.shape}) have a "
-                    f"scale that is NaN or infinite in {self.path}"
-                )
+        flat = out.reshape(-1, decoder.block_size)
+        if not decode_blocks(quants, self.label, blocks, flat):
+            raise ReadError(
+                f"rows [{start}, {stop}) of {self.name} ({self.label}, {self.shape}) have a "
+                f"scale that is NaN or infinite in {self.path}"
+            )
         return out
 
     def held(self, start: int, stop: int, xp: Any) -> GgufSource:

@@ -10,8 +10,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from dask_ep.arrays.packed import apply_shared
 from dask_ep.errors import ReadError
-from dask_ep.experts.quantized import float8, mxfp4
+from dask_ep.experts.codings import FLOAT8
+from dask_ep.experts.quantized import float8, mxfp4, round_to, splits_exactly
 from dask_ep.storage.sources import open_source
 
 
@@ -124,3 +126,42 @@ def test_what_cannot_be_decoded_is_refused():
         mxfp4(open_source(blocks[..., :8]), open_source(scales))
     with pytest.raises(ValueError, match=r"so \(2, 3, 1\), but has shape \(2, 3\)"):
         mxfp4(open_source(blocks), open_source(scales[..., 0]))
+
+
+@pytest.mark.parametrize("scale", [1.0, 0.3, 2.0**-140, 2.0**100])
+@pytest.mark.parametrize("dtype", FLOAT8, ids=lambda dtype: dtype.name)
+def test_every_float8_code_is_its_number_times_the_scale(dtype, scale):
+    """With infinities and NaN among them, and with none; scales of all sizes; an odd number."""
+    every = np.arange(255, dtype=np.uint8)[None].view(dtype)
+    finite = every[np.isfinite(every.astype(np.float32))][None]
+    scales = np.full((1, 1), scale, np.float32)
+    for codes in (every, finite):
+        with np.errstate(over="ignore"):
+            want = codes.astype(np.float32) * np.float32(scale)
+            got = float8(open_source(codes), open_source(scales), (1, 256)).read(0, 1)
+        np.testing.assert_array_equal(got, want)
+        assert np.array_equal(np.signbit(got), np.signbit(want))
+
+
+@pytest.mark.parametrize(("dtype", "bits"), [(ml_dtypes.bfloat16, 8), (np.float16, 11)])
+def test_products_of_all_fractions_and_whole_numbers_are_rounded_half_to_even(dtype, bits):
+    fractions = np.arange(1 << (bits - 1), 1 << bits, dtype=np.float32)[:, None] * 2.0**-bits
+    products = np.float32(fractions) * np.arange(-255, 256, dtype=np.float32)
+    want = products.astype(dtype).astype(np.float32)
+    assert splits_exactly(np.float32(fractions), np.dtype(dtype))
+    round_to(products, np.dtype(dtype), True, np.empty_like(products))
+    assert products.tobytes() == want.tobytes()
+
+
+@pytest.mark.parametrize("wide", [1, 4, 16, 32, 48, 128, 600])
+@pytest.mark.parametrize("together", [False, True])
+@pytest.mark.parametrize("cut", [0, 3])
+def test_what_numbers_share_reaches_all_of_them(wide, together, cut):
+    rng = np.random.default_rng(wide)
+    rows = rng.standard_normal((5, 3 * wide - cut * (wide > cut)), np.float32)
+    values = rng.standard_normal((1 if together else 5, 3), np.float32)
+    want = rows * np.repeat(values, wide, axis=1)[:, : rows.shape[1]]
+    usual = np.getbufsize()
+    apply_shared(np.multiply, rows, values, wide)
+    assert rows.tobytes() == want.tobytes()
+    assert np.getbufsize() == usual

@@ -10,8 +10,9 @@ import pytest
 
 from dask_ep.errors import ReadError
 from dask_ep.experts.quantized import in_memory
-from dask_ep.storage.gguf_files import STEP_OF_LARGE_BLOCKS, STEP_OF_SMALL_BLOCKS, open_gguf
-from dask_ep.storage.sources import open_source
+from dask_ep.storage.gguf_blocks import FORMS, LIBRARY_STEP, SCALES_STEP
+from dask_ep.storage.gguf_files import GgufSource, open_gguf
+from dask_ep.storage.sources import ArraySource, open_source
 from tests.gguf_files import Form, gguf, write_gguf
 
 NOT_DECODED = {Form.Q8_1, Form.Q8_K, Form.Q1_0, *(Form[f"I{bits}"] for bits in (8, 16, 32, 64))}
@@ -51,13 +52,33 @@ def test_any_rows_are_read_held_and_sent_with_the_librarys_bits(form, tmp_path):
         np.testing.assert_array_equal(got.astype(np.float32), rows.astype(np.float32))
 
 
-def test_more_blocks_than_are_decoded_at_once_are_the_same_numbers(tmp_path):
-    for form, step in ((Form.Q4_K, STEP_OF_LARGE_BLOCKS), (Form.Q8_0, STEP_OF_SMALL_BLOCKS)):
-        path = some_file(tmp_path, form, rows=step // 1024 + 3, columns=1024)
-        tensor = next(t for t in gguf.GGUFReader(path).tensors if t.name == "w")
-        np.testing.assert_array_equal(
-            open_source(f"{path}::w").read(0, 3), gguf.dequantize(tensor.data, form)
-        )
+@pytest.mark.parametrize("label", [*FORMS, "Q3_K"])
+def test_any_blocks_are_the_librarys_numbers_bit_for_bit(label):
+    """Random bytes, so that scales are of all sizes; more blocks than are decoded at once."""
+    form, step = Form[label], SCALES_STEP if label in FORMS else LIBRARY_STEP
+    numbers, width = gguf.GGML_QUANT_SIZES[form]
+    blocks = np.random.default_rng(1).integers(0, 256, (step // numbers + 3, width), np.uint8)
+    with np.errstate(all="ignore"):
+        want = gguf.dequantize(blocks, form)
+        whole = np.isfinite(want).all(axis=1)
+    assert whole.sum() > 0
+    blocks, want = blocks[whole], want[whole]
+    got = GgufSource(ArraySource(blocks), label, want.shape).read(0, len(blocks))
+    assert got.tobytes() == want.tobytes()
+
+
+@pytest.mark.parametrize("label", FORMS)
+def test_a_block_that_is_not_finite_is_named_wherever_it_is(label):
+    form = Form[label]
+    numbers, width = gguf.GGML_QUANT_SIZES[form]
+    blocks = np.zeros((SCALES_STEP // numbers + 3, width), np.uint8)
+    blocks[-2] = 255  # a scale that is NaN or, of MXFP4, so large that numbers overflow
+    if label == "MXFP4":
+        blocks[-2, 1:] = 0x77
+    source = GgufSource(ArraySource(blocks, "w"), label, (len(blocks), numbers))
+    with pytest.raises(ReadError, match="NaN or infinite"):
+        source.read(0, len(blocks))
+    assert not source.read(0, len(blocks) - 2).any()
 
 
 def test_forms_that_the_library_does_not_decode_are_named(tmp_path):

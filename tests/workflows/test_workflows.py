@@ -43,6 +43,7 @@ TOYS = {
         ["--rows", "512", "--chunk-rows", "256", "--d", "32", "--hidden", "64", "--repeat", "1"],
         "of the layer alone",
     ),
+    "decode_cost.py": Toy(["--rows", "256", "--columns", "256", "--repeat", "1"], "GGUF Q6_K"),
     "engine_records.py": Toy(
         ["write", "1=routing.npy", "--experts", "8", "--out", "counts.json"],
         "counts.json: 1 layers",

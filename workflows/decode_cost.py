@@ -1,0 +1,162 @@
+"""How long does it take to decode a quantized matrix, next to a copy of as many numbers?
+
+    python workflows/decode_cost.py                     every format, a matrix of 2048 x 7168
+    python workflows/decode_cost.py int4 Q4 --rows 512  those whose name has one of these in it
+
+CPU seconds of one thread; codes are in memory, and float32 memory was used before. The limit is
+NumPy's copy of as many bfloat16 numbers to float32, in the same rounds: what experts that are not
+quantized take. Each figure is the best of all rounds.
+"""
+
+from __future__ import annotations
+
+import argparse
+import time
+from collections.abc import Callable
+
+import ml_dtypes
+import numpy as np
+
+from dask_ep.layers.formats import find_parts
+from dask_ep.storage.gguf_files import GgufSource, gguf_library
+from dask_ep.storage.sources import ArraySource, Source, open_source
+
+BFLOAT16, E4M3 = np.dtype(ml_dtypes.bfloat16), np.dtype(ml_dtypes.float8_e4m3fn)
+GGUF = ("Q8_0", "Q4_0", "Q4_K", "Q5_K", "Q6_K", "MXFP4")
+
+Draw = Callable[..., np.ndarray]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("names", nargs="*", help="Parts of the names of formats; without any, all.")
+    parser.add_argument("--rows", type=int, default=2048)
+    parser.add_argument("--columns", type=int, default=7168)
+    parser.add_argument("--repeat", type=int, default=7)
+    options = parser.parse_args()
+    shape = (options.rows, options.columns)
+    out = np.ones(shape, np.float32)
+    plain = np.ones(shape, BFLOAT16)
+    print(f"{'':32} ns a number   of a copy's speed")
+    for name, source in sources(shape).items():
+        if options.names and not any(part in name for part in options.names):
+            continue
+        best = [1e9, 1e9]
+        for _ in range(options.repeat):
+            best[0] = min(best[0], seconds(lambda: np.copyto(out, plain)))
+            best[1] = min(best[1], seconds(lambda s=source: s.read(0, options.rows, out=out)))
+        copied, decoded = (1e9 * second / out.size for second in best)
+        print(f"{name:32} {decoded:6.2f}      {copied / decoded:10.2f}  (copy {copied:.2f})")
+
+
+def sources(shape: tuple[int, int]) -> dict[str, Source]:
+    """A matrix in each format, of random codes."""
+    return {
+        **{f"FP8, {name}": float8(shape, block) for name, block in blocks_of(shape).items()},
+        "compressed-tensors int4, 128": packed(shape, 4, 128),
+        "compressed-tensors int4, 32": packed(shape, 4, 32),
+        "compressed-tensors int4, zeros": packed(shape, 4, 128, zeros=True),
+        "compressed-tensors int8": packed(shape, 8, shape[1]),
+        "NVFP4": float4(shape, 16, floats((shape[0], shape[1] // 16), E4M3), NVFP4),
+        "MXFP4": float4(shape, 32, powers((shape[0], shape[1] // 32)), {}),
+        "GPTQ int4": in_out(shape, "gptq", np.float16),
+        "AWQ int4": in_out(shape, "awq", np.float16),
+        **{f"GGUF {form}": gguf_blocks(shape, form) for form in GGUF},
+    }
+
+
+def blocks_of(shape: tuple[int, int]) -> dict[str, tuple[int, int]]:
+    return {
+        "tensor": shape,
+        "channel": (1, shape[1]),
+        "block of 128 x 128": (128, 128),
+        "powers of two for 32": (1, 32),
+    }
+
+
+RNG = np.random.default_rng(0)
+NVFP4 = {"global_scale": np.ones(1, np.float32)}
+
+
+def floats(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
+    return RNG.uniform(0.01, 0.02, shape).astype(dtype)
+
+
+def powers(shape: tuple[int, ...]) -> np.ndarray:
+    return RNG.integers(118, 124, shape).astype(np.uint8)
+
+
+def words(shape: tuple[int, ...]) -> np.ndarray:
+    return RNG.integers(-(2**31), 2**31, shape, np.int32)
+
+
+def of_tensors(shape: tuple[int, int], tensors: dict[str, np.ndarray], **config: object) -> Source:
+    named = {f"w.{name}": open_source(array, name) for name, array in tensors.items()}
+    parts = find_parts("w.weight", named, config)
+    assert parts is not None
+    source = parts.open(shape)
+    return getattr(source, "source", source)  # as it lies, where that is (in, out)
+
+
+def float8(shape: tuple[int, int], block: tuple[int, int]) -> Source:
+    codes = RNG.standard_normal(shape, np.float32).astype(E4M3)
+    grid = (-(-shape[0] // block[0]), -(-shape[1] // block[1]))
+    scales = powers(grid) if block == (1, 32) else floats(grid, np.dtype(np.float32))
+    return of_tensors(
+        shape, {"weight": codes, "weight_scale": scales}, weight_block_size=list(block)
+    )
+
+
+def packed(shape: tuple[int, int], bits: int, group: int, zeros: bool = False) -> Source:
+    tensors = {
+        "weight_packed": words((shape[0], shape[1] * bits // 32)),
+        "weight_scale": floats((shape[0], shape[1] // group), BFLOAT16),
+    }
+    if zeros:
+        tensors["weight_zero_point"] = words((shape[0] * bits // 32, shape[1] // group))
+    return of_tensors(shape, tensors)
+
+
+def float4(
+    shape: tuple[int, int], group: int, scales: np.ndarray, more: dict[str, np.ndarray]
+) -> Source:
+    codes = RNG.integers(0, 256, (shape[0], shape[1] // 2), np.uint8)
+    named = {f"weight_{name}": array for name, array in more.items()}
+    return of_tensors(shape, {"weight_packed": codes, "weight_scale": scales, **named})
+
+
+def in_out(shape: tuple[int, int], method: str, dtype: type) -> Source:
+    """GPTQ's words hold eight numbers of a column, AWQ's of a row."""
+    rows, columns = shape
+    lying = (rows // 8, columns) if method == "gptq" else (rows, columns // 8)
+    tensors = {
+        "qweight": words(lying),
+        "qzeros": words((rows // 128, columns // 8)),
+        "scales": floats((rows // 128, columns), np.dtype(dtype)),
+    }
+    return of_tensors(shape[::-1], tensors, quant_method=method, group_size=128, bits=4)
+
+
+def gguf_blocks(shape: tuple[int, int], form: str) -> Source:
+    """Random bytes, whose scales are small numbers."""
+    decoder = getattr(gguf_library().quants, form)
+    blocks = RNG.integers(0, 256, (shape[0] * shape[1] // decoder.block_size, decoder.type_size))
+    blocks = blocks.astype(np.uint8)
+    if form == "MXFP4":
+        blocks[:, 0] = powers((len(blocks),))
+    else:
+        first = 208 if form == "Q6_K" else 0  # where the float16 lie
+        count = 2 if form in ("Q4_K", "Q5_K") else 1
+        scales = floats((len(blocks), count), np.dtype(np.float16)).view(np.uint8)
+        blocks[:, first : first + 2 * count] = scales
+    return GgufSource(ArraySource(blocks.reshape(shape[0], -1), form), form, shape)
+
+
+def seconds(do: Callable[[], object]) -> float:
+    start = time.thread_time()
+    do()
+    return time.thread_time() - start
+
+
+if __name__ == "__main__":
+    main()

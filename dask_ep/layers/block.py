@@ -17,7 +17,7 @@ from dask_ep.experts.expert_kinds import EXPERT_KINDS
 from dask_ep.experts.experts import Experts
 from dask_ep.layers.around import Around, RowStep
 from dask_ep.layers.families import HIDDEN_ACTS, NOT_READ
-from dask_ep.layers.family import Family, StepRow, TensorLayout, find
+from dask_ep.layers.family import Family, StepRow, TensorLayout, find, said_by
 from dask_ep.layers.formats import Parts, activation_scales, find_parts
 from dask_ep.layers.lazy_routing import SmallArray
 from dask_ep.layers.routing import Router
@@ -35,6 +35,16 @@ class Model:
     family: Family
     quantization: Mapping[str, Any]
 
+    @property
+    def said(self) -> str:
+        """What has the config's keys, and where that is."""
+        place = said_by(self.config)
+        return (
+            f"{self.directory}/{place}"
+            if place == "config.json"
+            else f"{place} of {self.directory}"
+        )
+
     def find(self, value: Any, layer: int) -> Any:
         """Look a value of the family up in the config."""
         try:
@@ -43,7 +53,7 @@ class Model:
             raise ValueError(f"{self.directory}: {error}") from error
         except TypeError as error:
             raise ValueError(
-                f"{self.directory}: config.json has a value of another type than it should: {error}"
+                f"{self.said} has a value of another type than it should: {error}"
             ) from error
 
     def find_size(self, name: str, value: Any, layer: int) -> int:
@@ -51,8 +61,8 @@ class Model:
         size = self.find(value, layer)
         if type(size) is not int or size < 1:
             raise ValueError(
-                f"{self.directory}/config.json: {name} of layer {layer} must be a whole number "
-                f"from 1 up, but is {size!r}"
+                f"{self.said}: {name} of layer {layer} must be a whole number from 1 up, but is "
+                f"{size!r}"
             )
         return size
 
@@ -185,7 +195,7 @@ class LayerTensors:
         # ernie4_5_moe's bias is (1, E), which is one row as much as (E,) is.
         if source.shape != shape and source.shape != (1, *shape):
             raise ValueError(
-                f"{self.full(name)} must have shape {shape} by config.json (E={self.E}, "
+                f"{self.full(name)} must have shape {shape} by {said_by(self.config)} (E={self.E}, "
                 f"d={self.H}, width={self.width}), but has {source.shape} ({self.where})"
             )
         return source
@@ -216,7 +226,7 @@ class Block(LayerTensors):
         try:
             return Router(num_experts=self.R, k=self.k, **values)
         except ValueError as error:
-            raise ValueError(f"{self.model.directory}/config.json: {error}") from error
+            raise ValueError(f"{self.model.said}: {error}") from error
 
     def router_arrays(self) -> dict[str, Any]:
         """The small arrays of a router, those that there are."""
@@ -275,7 +285,7 @@ class Block(LayerTensors):
         if "activation" in options:
             if options["activation"] not in list(HIDDEN_ACTS):
                 raise ValueError(
-                    f"{self.model.directory}/config.json: hidden_act must be one of "
+                    f"{self.model.said}: hidden_act must be one of "
                     f"{', '.join(HIDDEN_ACTS)}, but is {options['activation']!r}"
                 )
             options["activation"] = HIDDEN_ACTS[options["activation"]]

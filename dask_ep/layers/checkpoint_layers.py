@@ -13,7 +13,7 @@ from typing import Any
 from dask_ep.layers.block import Block, Model
 from dask_ep.layers.checkpoint_files import CheckpointFiles, GgufFiles
 from dask_ep.layers.families import FAMILIES, PREFIXES, TEXT_CONFIGS, find_family
-from dask_ep.layers.family import Config, Family
+from dask_ep.layers.family import ARCHITECTURE, Config, Family, said_by
 from dask_ep.layers.formats import check_method
 from dask_ep.layers.gguf_families import GGUF_FAMILIES
 from dask_ep.storage.sources import Source
@@ -32,7 +32,9 @@ class Checkpoint:
         quantization = quantization or self.files.modelopt_config
         model_type = config.get("model_type") or outer.get("model_type")
         if model_type is None:
-            raise ValueError(f"{self.files.directory}/config.json must have a 'model_type'")
+            wanted = ARCHITECTURE if is_gguf else "model_type"
+            place = "the metadata" if is_gguf else "config.json"
+            raise ValueError(f"{self.files.directory}: {place} must have a {wanted!r}")
         check_method(quantization, self.files.directory)
         known, said = (FAMILIES, "config.json says model_type")
         if is_gguf:
@@ -56,8 +58,8 @@ class Checkpoint:
             return self.model.family.is_moe(self.model.config, layer)
         except (ValueError, TypeError, LookupError, ZeroDivisionError) as error:
             raise ValueError(
-                f"{self.files.directory}: which layers are MoE cannot be told from config.json: "
-                f"{error}"
+                f"{self.files.directory}: which layers are MoE cannot be told from "
+                f"{said_by(self.model.config)}: {error}"
             ) from error
 
     @property

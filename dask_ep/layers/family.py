@@ -18,6 +18,33 @@ class MissingKey(ValueError):
     """A config has none of the keys that hold a value."""
 
 
+ARCHITECTURE = "general.architecture"
+"""The key of GGUF files that stands for ``model_type``, and goes before all keys of sizes."""
+
+
+def said_by(config: Config) -> str:
+    """What has a config's keys."""
+    return "the metadata" if ARCHITECTURE in config else "config.json"
+
+
+def key_of(config: Config, name: str) -> str:
+    """A key as it is written there, in quotes."""
+    return repr(f"{config[ARCHITECTURE]}.{name}" if ARCHITECTURE in config else name)
+
+
+def missing(config: Config, names: tuple[str, ...]) -> MissingKey:
+    """The error that a config has none of some keys."""
+    wanted = " or ".join(key_of(config, name) for name in names)
+    if ARCHITECTURE in config:
+        there = [key_of(config, name)[1:-1] for name in config if "." not in name]
+        there = [name for name in there if not name.endswith((".model_type", ".moe_layers"))]
+        return MissingKey(f"the metadata must have {wanted}, but has only {', '.join(there)}")
+    there = sorted(name for name, value in config.items() if value is not None)
+    return MissingKey(
+        f"config.json must have {wanted} (null counts as missing), but has only {', '.join(there)}"
+    )
+
+
 # --- values that a config holds ----------------------------------------------------------------
 
 
@@ -39,17 +66,14 @@ class Key:
             if value is not None:
                 if isinstance(value, list) and layer >= len(value):
                     raise ValueError(
-                        f"config.json key {name!r} must have one entry per layer, but has "
-                        f"{len(value)} and layer {layer} is asked for"
+                        f"{said_by(config)} key {key_of(config, name)} must have one entry per "
+                        f"layer, but has {len(value)} and layer {layer} is asked for"
                     )
                 value = value[layer] if isinstance(value, list) else value
                 return self.default["off"] if "off" in self.default and not value else value
         if "default" in self.default:
             return self.default["default"]
-        raise MissingKey(
-            f"config.json must have {' or '.join(map(repr, self.names))} (null counts as missing), "
-            f"but has only {', '.join(sorted(k for k, v in config.items() if v is not None))}"
-        )
+        raise missing(config, self.names)
 
 
 def look_up_key(config: Config, name: str) -> Any:
@@ -69,7 +93,7 @@ class Length:
     def find(self, config: Config, layer: int) -> int:
         found = [config[name] for name in self.names if isinstance(config.get(name), (list, str))]
         if not found:
-            raise MissingKey(f"config.json must have {' or '.join(map(repr, self.names))}")
+            raise missing(config, self.names)
         return len(found[0])
 
 
@@ -120,7 +144,7 @@ class By:
         case = self.key.find(config, layer)
         if case not in self.values:
             raise ValueError(
-                f"config.json key {self.key.names[0]!r} must be one of "
+                f"{said_by(config)} key {key_of(config, self.key.names[0])} must be one of "
                 f"{', '.join(map(repr, self.values))}, but is {case!r}"
             )
         return find(self.values[case], config, layer)

@@ -164,3 +164,26 @@ def test_what_the_file_does_not_account_for_is_named(tmp_path):
     path = converted("dots1", tmp_path / "m.gguf", expert_gating_func=gguf.ExpertGatingFuncType(1))
     with pytest.raises(ValueError, match=r"1 would not be: blk.1.exp_probs_b.bias"):
         load_moe_layer(path, LAYER)
+
+
+def test_errors_name_the_files_own_keys(tmp_path):
+    tensors = {name: (array, Form.F32) for name, array in tensors_of("qwen2_moe").items()}
+    settings = settings_of("qwen2_moe")
+
+    def opened(**changes):
+        changed = {name: value for name, value in (settings | changes).items() if value is not None}
+        load_moe_layer(write_gguf(tmp_path / "m.gguf", "qwen2moe", changed, tensors), LAYER)
+
+    opened()
+    for key in ("expert_count", "expert_used_count", "embedding_length"):
+        message = (
+            rf"m.gguf: the metadata must have 'qwen2moe.{key}', but has only qwen2moe\.(?!mod)"
+        )
+        with pytest.raises(ValueError, match=message) as raised:
+            opened(**{key: None})
+        assert "config.json" not in str(raised.value)
+        assert "moe_layers" not in str(raised.value)
+    with pytest.raises(ValueError, match=r"the metadata of .*m.gguf: num_experts of layer 1 must"):
+        opened(expert_count=0)
+    with pytest.raises(ValueError, match=r"must have shape \(8, 32\) by the metadata \(E=8"):
+        opened(expert_count=8)

@@ -61,7 +61,8 @@ class QuantizedSource(Source):
 
     Notes
     -----
-    All steps are taken on some rows at a time, which stay in cache: about the time of a copy.
+    All steps are taken on some rows at a time, which stay in cache. `workflows/README.md` has what
+    they cost: four to eight times a copy.
     """
 
     PARTS = ("codes", "scales", "zeros", "groups", "extent")

@@ -107,7 +107,9 @@ class Blocks(click.ParamType):
 @click.option(
     "--batch-tokens",
     type=click.IntRange(1),
-    help="Tokens in attention at a time; default: those of a chunk.",
+    default=1024,
+    show_default=True,
+    help="Tokens of a batch in attention at most; a longer document is a batch of its own.",
 )
 @click.option(
     "--dtype",

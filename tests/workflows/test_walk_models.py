@@ -10,7 +10,9 @@ import re
 import signal
 import subprocess
 import sys
+import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -20,7 +22,7 @@ torch = pytest.importorskip("torch", reason="needs an environment with torch and
 pytest.importorskip("transformers", reason="needs an environment with torch and transformers")
 
 from walk import head
-from walk.block import Answer
+from walk.block import Answer, replaced
 from walk.drive import run
 from walk.model import open_model
 from walk.options import Options
@@ -149,8 +151,8 @@ def test_a_walk_gives_what_transformers_gives(family, models, ids, tmp_path):
                 chunk_rows=40)
     )  # fmt: skip
     final = read(tmp_path / "acts" / "final.zarr")
-    with head.heads([open_model(str(directory), "auto")], (0, VOCABULARY)) as (logits,):
-        ours = logits(final).detach().numpy()
+    (logits,) = head.heads([open_model(str(directory), "auto")], (0, VOCABULARY))
+    ours = logits(final).detach().numpy()
     for packed in (False, True):
         if packed and family in LEAK_WHEN_PACKED:
             continue
@@ -442,6 +444,53 @@ def test_a_number_that_is_read_past_the_dispatcher_shows_in_the_result():
     out = out * float(out.numpy().max())
     tape.stop()
     assert play(tape.written(out), torch.ones(2, 4)).isnan().all()
+
+
+# --- several threads in a block --------------------------------------------------------------
+
+
+class Counting(torch.nn.Module):
+    """Changes a buffer in place, as rotary embeddings for long texts do."""
+
+    def __init__(self):
+        super().__init__()
+        self.register_buffer("seen", torch.zeros(1))
+        self.inner = torch.nn.Linear(2, 2)
+
+    def forward(self, rows):
+        self.seen += len(rows)
+        return self.inner(rows) * self.seen
+
+
+def test_a_copy_shares_weights_and_nothing_that_a_forward_changes():
+    whole = torch.nn.Sequential(Counting(), torch.nn.Tanh())
+    part = replaced(whole, {"1": torch.nn.Identity()})
+    rows = torch.ones(3, 2)
+    np.testing.assert_array_equal(part(rows).detach(), 3 * whole[0].inner(rows).detach())
+    assert part[0].inner.weight is whole[0].inner.weight
+    assert whole[0].seen.item() == 0
+    assert isinstance(whole[1], torch.nn.Tanh)
+    inner = replaced(whole, {"0.inner": torch.nn.Identity()})
+    np.testing.assert_array_equal(inner(rows), torch.full((3, 2), 3.0).tanh())
+
+
+def test_a_block_keeps_its_weights_while_any_thread_has_it(models):
+    _, directory = models("mixtral")
+    model, left = open_model(str(directory), "auto"), threading.Event()
+
+    def next_block():
+        with model.hold(1) as block:
+            return left.is_set(), next(block.parameters()).is_meta
+
+    with ThreadPoolExecutor(1) as pool:
+        with model.hold(0) as first:
+            with model.hold(0) as second:
+                assert second is first
+            waiting = pool.submit(next_block)
+            assert not next(first.parameters()).is_meta
+            left.set()
+        assert waiting.result(DEADLINE) == (True, False)
+    assert next(first.parameters()).is_meta
 
 
 # --- stopped, resumed, elsewhere -------------------------------------------------------------

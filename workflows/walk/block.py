@@ -7,15 +7,16 @@
     MoE output ──> finish: what was written down is done with it: a sum with the residual, mostly
 
 The model's own forward calls the block, so that masks, rotary embeddings and all else that a block
-is given are the model's: stand-ins take the places of all other blocks, and one hands the stored
-rows to the block instead of what comes.
+is given are the model's: stand-ins take the places of all blocks, one tells what it is given, and
+the block computes with that from the stored rows. Several threads do so at a time, each with copies
+of the modules, which share the weights and nothing that a forward may change.
 """
 
 from __future__ import annotations
 
+import copy
 import os
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -31,7 +32,7 @@ from walk.tensors import as_numpy, as_tensor
 class Reached(Exception):
     """What was wanted is there: the rest of the model need not run."""
 
-    def __init__(self, value: torch.Tensor):
+    def __init__(self, value: Any):
         self.value = value
 
 
@@ -77,28 +78,22 @@ def embed(model: Model, ids: np.ndarray, lengths: Sequence[int], tokens: int) ->
             f"but there is {used[-1] if used[0] >= 0 else used[0]}"
         )
     rows = np.concatenate([source.read(first, last) for first, last in _runs(used)])
-    with model.lock:
-        before = embedding.weight
-        embedding.weight = nn.Parameter(as_tensor(rows).to(model.dtype), requires_grad=False)
-        try:
-            with blocks_replaced(model, {0: first}):
-                return _in_batches(
-                    places[:, None], lengths, tokens, model,
-                    lambda batch: _until_reached(model, input_ids=batch[..., 0]),
-                )  # fmt: skip
-        finally:
-            embedding.weight = before
+    weight = nn.Parameter(as_tensor(rows).to(model.dtype), requires_grad=False)
+    path = path_of(model.decoder, embedding).removesuffix(".")
+    decoder = decoder_of(model, {0: first}, {path: with_parameters(embedding, weight=weight)})
+    return _in_batches(
+        places[:, None], lengths, tokens, model,
+        lambda batch: _until_reached(decoder, input_ids=batch[..., 0]),
+    )  # fmt: skip
 
 
 def whole(
     model: Model, block: int, rows: np.ndarray, lengths: Sequence[int], tokens: int
 ) -> np.ndarray:
     """Send rows (n, d) of whole documents through a block without a MoE module."""
-    with model.lock:
-        held = model.hold(block)
-        return _in_batches(
-            rows, lengths, tokens, model, lambda batch: _run_block(model, block, held, batch)
-        )
+    with model.hold(block) as held:
+        run = _runner(model, block, replaced(held))
+        return _in_batches(rows, lengths, tokens, model, run)
 
 
 def attend(
@@ -116,14 +111,20 @@ def attend(
     tapes: list[dict[str, Any]] = []
 
     def run(batch: torch.Tensor) -> torch.Tensor:
+        nonlocal tape
         tape = Tape()
-        with child_replaced(held, child, lambda hidden, *_, **__: tape.begin(hidden, Answer)):
-            out = _run_block(model, block, held, batch, tape.stop)
+        try:
+            out = run_block(batch)
+        finally:
+            tape.stop()
         tapes.append(tape.written(out))
         return tape.given
 
-    with model.lock:
-        held, child = model.hold(block), model.moe_child(block)
+    tape = Tape()
+    with model.hold(block) as held:
+        child = model.moe_child(block)
+        moe = StandIn(held.get_submodule(child), lambda given, *_, **__: tape.begin(given, Answer))
+        run_block = _runner(model, block, replaced(held, {child: moe}))
         out = _in_batches(rows, lengths, tokens, model, run)
     torch.save(tapes, kept + ".new")
     os.replace(kept + ".new", kept)
@@ -142,45 +143,37 @@ def last_norm(model: Model, rows: np.ndarray, lengths: Sequence[int], tokens: in
     """Return the model's last hidden states (n, d), from the output of the last block."""
 
     def run(batch: torch.Tensor) -> torch.Tensor:
-        with blocks_replaced(model, {len(model.blocks) - 1: lambda *_, **__: batch}):
-            return model.decoder(inputs_embeds=batch, use_cache=False).last_hidden_state
+        decoder = decoder_of(model, {len(model.blocks) - 1: lambda *_, **__: batch})
+        return decoder(inputs_embeds=batch, use_cache=False).last_hidden_state
 
-    with model.lock:
-        return _in_batches(rows, lengths, tokens, model, run)
+    return _in_batches(rows, lengths, tokens, model, run)
 
 
 # --- running a block -------------------------------------------------------------------------
 
 
-def _run_block(
-    model: Model,
-    block: int,
-    held: nn.Module,
-    batch: torch.Tensor,
-    ran: Callable[[], None] = lambda: None,
-) -> torch.Tensor:
-    """Run the model's forward, in which the block alone computes, from the stored rows.
+def _runner(model: Model, number: int, block: nn.Module) -> Callable[[torch.Tensor], torch.Tensor]:
+    """What sends a batch of stored rows through a block, with all else that the model gives it."""
 
-    `ran` is called when the block has run, whether it failed or not.
-    """
+    def reached(_: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+        raise Reached((args, kwargs))
 
-    def real(_: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
-        try:
-            out = held(batch, *args, **kwargs)
-        finally:
-            ran()
-        raise Reached(out[0] if isinstance(out, tuple) else out)
+    decoder = decoder_of(model, {number: reached})
 
-    with blocks_replaced(model, {block: real}):
-        return _until_reached(model, inputs_embeds=batch)
+    def run(batch: torch.Tensor) -> torch.Tensor:
+        args, kwargs = _until_reached(decoder, inputs_embeds=batch)
+        out = block(batch, *args, **kwargs)
+        return out[0] if isinstance(out, tuple) else out
+
+    return run
 
 
-def _until_reached(model: Model, **inputs: torch.Tensor) -> torch.Tensor:
+def _until_reached(decoder: nn.Module, **inputs: torch.Tensor) -> Any:
     try:
-        model.decoder(**inputs, use_cache=False)
+        decoder(**inputs, use_cache=False)
     except Reached as reached:
         return reached.value
-    raise RuntimeError(f"{type(model.decoder).__name__} did not call the block")
+    raise RuntimeError(f"{type(decoder).__name__} did not call the block")
 
 
 def _in_batches(
@@ -213,29 +206,46 @@ def _in_batches(
 # --- stand-ins -------------------------------------------------------------------------------
 
 
-@contextmanager
-def blocks_replaced(model: Model, acts: dict[int, Callable[..., torch.Tensor]]) -> Iterator[None]:
-    """Let stand-ins take the places of all blocks; those without an act pass on what comes."""
-    before = model.decoder.layers
-    model.decoder.layers = nn.ModuleList(
+def decoder_of(
+    model: Model,
+    acts: Mapping[int, Callable[..., torch.Tensor]],
+    parts: Mapping[str, nn.Module] | None = None,
+) -> nn.Module:
+    """The model's decoder with stand-ins for all blocks; those without an act pass on what comes.
+
+    `parts` are modules that take the places of others, by their paths.
+    """
+    layers = nn.ModuleList(
         StandIn(block, acts.get(number, lambda hidden_states, *_, **__: hidden_states))
         for number, block in enumerate(model.blocks)
     )
-    try:
-        yield
-    finally:
-        model.decoder.layers = before
+    return replaced(model.decoder, {"layers": layers, **(parts or {})})
 
 
-@contextmanager
-def child_replaced(block: nn.Module, name: str, act: Callable[..., torch.Tensor]) -> Iterator[None]:
-    path, _, last = name.rpartition(".")
-    parent, before = block.get_submodule(path), block.get_submodule(name)
-    setattr(parent, last, StandIn(before, act))
-    try:
-        yield
-    finally:
-        setattr(parent, last, before)
+def replaced(
+    module: nn.Module, parts: Mapping[str, nn.Module] | None = None, path: str = ""
+) -> nn.Module:
+    """A copy of a module, with others in the places of some of its parts.
+
+    It shares the parameters. Buffers and attributes, which some forwards change, are its own.
+    """
+    parts, new = parts or {}, copy.copy(module)
+    new._buffers = {n: b if b is None else b.clone() for n, b in module._buffers.items()}
+    new._modules = dict(module._modules)
+    for name, part in module._modules.items():
+        where = path + name
+        if where in parts:
+            new._modules[name] = parts[where]
+        elif part is not None:
+            new._modules[name] = replaced(part, parts, where + ".")
+    return new
+
+
+def with_parameters(module: nn.Module, **parameters: nn.Parameter | None) -> nn.Module:
+    """A copy of a module, with other parameters."""
+    new = copy.copy(module)
+    new._parameters = module._parameters | parameters
+    return new
 
 
 # --- small things ----------------------------------------------------------------------------

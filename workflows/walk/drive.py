@@ -24,8 +24,8 @@ from dask_ep.arrays.checks import size_in_bytes
 from dask_ep.cluster.dask_internals import scheduler_address
 from dask_ep.jobs.backends import Cluster, Threads, started
 from walk.documents import Documents, hidden_shape, read_documents, read_hidden, request_files
-from walk.memory import Need, find_need
-from walk.model import Model, open_model
+from walk.memory import Need, find_need, keep_freed
+from walk.model import AT_ONCE, Model, open_model
 from walk.options import Options
 from walk.progress import Progress
 from walk.record import Record, keep_documents, write_json
@@ -56,7 +56,8 @@ def run(options: Options, say: Callable[[str], Any] = lambda _: None) -> dict[st
     blocks = options.blocks([len(model.blocks) for model in models])
     kept = Record(options.out, options.decisive(read), options.resume)
     keep_documents(options.out, read)
-    torch.set_num_threads(options.threads)
+    torch.set_num_threads(-(-options.threads // AT_ONCE))
+    keep_freed()
     gc.freeze()  # torch and transformers: looking through them takes 0.2 s each time
     progress = Progress(len(blocks) * len(models))
     with _client(options) as client:
@@ -95,7 +96,7 @@ def _walks(options: Options, models: list[Model], where: Where, progress: Progre
     outs = [out, os.path.join(out, "compare")]
     return [
         Walk(
-            Task(model.directory, options.dtype, lengths, options.chunk_rows, options.tokens),
+            Task(model.directory, options.dtype, lengths, options.chunk_rows, options.batch_tokens),
             *(outs[number], asked[number], where, progress.tell),
         )
         for number, model in enumerate(models)
@@ -172,7 +173,7 @@ def _state_need(
         models,
         _limit(options, client),
         options.chunk_rows,
-        max(options.tokens // length, 1),
+        max(options.batch_tokens // length, 1),
         length,
         min(HEAD_BYTES, head * tokens),
     )

@@ -9,8 +9,7 @@ head has a part of the vocabulary, so that what the model does to logits is done
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -18,11 +17,12 @@ import torch
 from torch import nn
 
 from dask_ep.storage.sources import Source
+from walk.block import replaced, with_parameters
 from walk.model import Model, path_of
 from walk.tensors import as_tensor
 
-LOGIT_BYTES = 32 << 20
-"""Of memory for the logits that are computed at a time."""
+LOGIT_BYTES = 8 << 20
+"""Of memory for the logits that are computed at a time: about what caches hold."""
 
 COLUMNS, COLUMNS_OF_TWO = 3, 7
 """Of what `score` returns."""
@@ -100,11 +100,8 @@ def score(
     n, columns = len(targets), COLUMNS if len(models) == 1 else COLUMNS_OF_TWO
     out = np.empty((n, columns))
     at_a_time = max(1, LOGIT_BYTES // (4 * (last - first)))
-    with ExitStack() as stack:
-        for model in models:
-            stack.enter_context(model.lock)
-        stack.enter_context(torch.inference_mode())
-        runs = stack.enter_context(heads(models, vocabulary))
+    runs = heads(models, vocabulary)
+    with torch.inference_mode():
         for start in range(0, n, at_a_time):
             part = slice(start, min(start + at_a_time, n))
             logits = [run(each[part]) for run, each in zip(runs, rows, strict=True)]
@@ -117,13 +114,13 @@ def _sums(logits: list[torch.Tensor], targets: np.ndarray) -> list[np.ndarray]:
     here = (targets >= 0) & (targets < logits[0].shape[1])
     places = torch.from_numpy(np.where(here, targets, 0))[:, None]
     for each in logits:
-        largest = each.max(dim=1).values
+        largest = each.amax(dim=1)
         weights = (each - largest[:, None]).exp()
         target = each.gather(1, places)[:, 0].double().numpy() * here
         total = weights.sum(dim=1, dtype=torch.float64)
         sums += [largest.double().numpy()[:, None], total.numpy()[:, None], target[:, None]]
     if len(logits) == 2:
-        weights = (logits[0] - logits[0].max(dim=1, keepdim=True).values).exp()
+        weights = (logits[0] - logits[0].amax(dim=1, keepdim=True)).exp()
         gap = (weights * (logits[0] - logits[1])).sum(dim=1, dtype=torch.float64)
         sums.append(gap.numpy()[:, None])
     return sums
@@ -149,45 +146,44 @@ def combine(parts: Iterable[np.ndarray], targets: np.ndarray) -> Scores:
     return Scores(loss, other_loss, kl)
 
 
-@contextmanager
-def heads(models: Sequence[Model], vocabulary: tuple[int, int]) -> Iterator[list]:
+def heads(
+    models: Sequence[Model], vocabulary: tuple[int, int]
+) -> list[Callable[[np.ndarray], torch.Tensor]]:
     """Functions from rows (n, d) to float32 logits of a part of the vocabulary, one a model."""
-    before, runs = [], []
-    try:
-        for model in models:
-            whole, linear = model.whole, model.whole.get_output_embeddings()
-            base = model.path.split(".")[0]
-            before.append((whole, base, getattr(whole, base), linear, linear.weight, linear.bias))
-            weight, bias = _part_of_head(model, vocabulary)
-            linear.weight = nn.Parameter(weight, requires_grad=False)
-            linear.bias = None if bias is None else nn.Parameter(bias, requires_grad=False)
-            decoder = _Decoder()
-            setattr(whole, base, decoder)
-            runs.append(_runner(model, decoder))
-        yield runs
-    finally:
-        for whole, base, decoder, linear, weight, bias in reversed(before):
-            setattr(whole, base, decoder)
-            linear.weight, linear.bias = weight, bias
+    return [_head(model, vocabulary) for model in models]
 
 
-def _runner(model: Model, decoder: _Decoder):
+def _head(model: Model, vocabulary: tuple[int, int]) -> Callable[[np.ndarray], torch.Tensor]:
+    whole, linear = model.whole, model.whole.get_output_embeddings()
+    weight, bias = _part_of_head(model, vocabulary)
+    part = with_parameters(linear, weight=weight, bias=bias)
+    decoder = _Decoder()
+    named = {model.path.split(".")[0]: decoder, path_of(whole, linear).removesuffix("."): part}
+    whole = replaced(whole, named)
+
     def run(rows: np.ndarray) -> torch.Tensor:
         decoder.rows = as_tensor(np.ascontiguousarray(rows))[None]
-        return model.whole(inputs_embeds=decoder.rows, use_cache=False).logits[0].float()
+        return whole(inputs_embeds=decoder.rows, use_cache=False).logits[0].float()
 
     return run
 
 
 def _part_of_head(
     model: Model, vocabulary: tuple[int, int]
-) -> tuple[torch.Tensor, torch.Tensor | None]:
+) -> tuple[nn.Parameter, nn.Parameter | None]:
     """Read a part of the head; the last one that was read stays with the model."""
-    if model.__dict__.get("head_part", (None,))[0] != vocabulary:
-        model.head_part = (None,)  # gone before the next one comes
-        read = [
-            None if source is None else as_tensor(source.read(*vocabulary)).to(model.dtype)
-            for source in head_sources(model)
-        ]
-        model.head_part = (vocabulary, *read)
-    return model.head_part[1:]
+    with model.head_lock:
+        if model.head_part is None or model.head_part[0] != vocabulary:
+            model.head_part = None  # gone before the next one comes
+            read = [
+                None if source is None else as_tensor(source.read(*vocabulary)).to(model.dtype)
+                for source in head_sources(model)
+            ]
+            model.head_part = (
+                vocabulary,
+                *(
+                    None if part is None else nn.Parameter(part, requires_grad=False)
+                    for part in read
+                ),
+            )
+        return model.head_part[1:]

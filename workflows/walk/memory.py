@@ -16,7 +16,7 @@ import ctypes
 import gc
 import os
 import weakref
-from contextlib import ExitStack, suppress
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -28,16 +28,19 @@ from torch.utils._pytree import tree_leaves, tree_map
 
 from dask_ep.arrays import memory as pool
 from dask_ep.laws.pieces import PASSES_PROCESS_BYTES
-from walk.block import Answer, Reached, blocks_replaced, child_replaced
+from walk.block import Answer, Reached, StandIn, decoder_of, replaced
 from walk.head import LOGIT_BYTES
-from walk.model import Model
+from walk.model import AT_ONCE, Model
 
-CHUNKS = 10
-"""Token chunks in memory at a time, of two tasks: read, being written, to be joined to stored
+CHUNKS = 5 * AT_ONCE
+"""Token chunks in memory at a time, of all tasks: read, being written, to be joined to stored
 chunks, and what their MoE module's output will be added to."""
 
-LOGITS = 4
+LOGITS = 4 * AT_ONCE
 """Arrays of logits at a time."""
+
+MMAP_THRESHOLD, TRIM_THRESHOLD, ARENA_MAX = -3, -1, -8
+"""Names of what glibc's ``mallopt`` sets."""
 
 
 @dataclass(frozen=True)
@@ -48,7 +51,7 @@ class Need:
     block: int
     #: the largest one without its MoE module
     attention: int
-    #: of one batch
+    #: of the batches that compute at a time
     chunks: int
     head: int
     #: one part of it, with logits
@@ -97,7 +100,7 @@ def find_need(
     need = Need(
         process=resident_bytes(),
         block=max(m.block_bytes(b) for m in models for b in range(len(m.blocks))),
-        attention=max(attention_bytes(*kind, documents, length) for kind in kinds),
+        attention=AT_ONCE * max(attention_bytes(*kind, documents, length) for kind in kinds),
         chunks=CHUNKS * rows,
         head=head_bytes + LOGITS * LOGIT_BYTES + 2 * len(models) * rows,
         limit=limit,
@@ -127,6 +130,18 @@ def resident_bytes() -> int:
         return int(file.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
 
 
+def keep_freed() -> None:
+    """Let the C library keep what is freed until `give_back`, for all threads together.
+
+    Otherwise it gives each large array back at once, and each new one is memory that the process
+    has never seen: millions of page faults.
+    """
+    with suppress(OSError, AttributeError):  # another C library
+        library = ctypes.CDLL(None)
+        for name, size in ((ARENA_MAX, 1), (MMAP_THRESHOLD, 32 << 20), (TRIM_THRESHOLD, 1 << 30)):
+            library.mallopt(name, size)
+
+
 def give_back() -> None:
     """Give the memory that nobody uses back to the system, between two stages.
 
@@ -146,7 +161,7 @@ def give_back() -> None:
 def attention_bytes(model: Model, block: int, documents: int, length: int) -> int:
     """Bytes that a batch takes at most on its way through a block, without its MoE module."""
     batch = torch.empty(documents, length, model.config_width, dtype=model.dtype)
-    outside, peak = 0, 0
+    outside, peak, part = 0, 0, model.blocks[block]
 
     def real(_: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
         nonlocal outside, peak
@@ -154,20 +169,18 @@ def attention_bytes(model: Model, block: int, documents: int, length: int) -> in
         outside = sum(t.numel() * t.element_size() for t in given.values())
         args, kwargs = tree_map(_on_meta, (args, kwargs))
         with _Live() as live, _AsOnCpu():
-            model.blocks[block](batch.to("meta"), *args, **kwargs)
+            part(batch.to("meta"), *args, **kwargs)
         peak = live.peak
         raise Reached(batch)
 
     def moe(hidden_states: torch.Tensor, *_: Any, **__: Any) -> torch.Tensor:
         return torch.empty_like(hidden_states).as_subclass(Answer)
 
-    with ExitStack() as stack:
-        if block in model.moe_blocks:
-            stack.enter_context(child_replaced(model.blocks[block], model.moe_child(block), moe))
-        stack.enter_context(blocks_replaced(model, {block: real}))
-        stack.enter_context(torch.no_grad())
-        stack.enter_context(suppress(Reached))
-        model.decoder(inputs_embeds=batch, use_cache=False)
+    if block in model.moe_blocks:
+        child = model.moe_child(block)
+        part = replaced(part, {child: StandIn(part.get_submodule(child), moe)})
+    with torch.no_grad(), suppress(Reached):
+        decoder_of(model, {block: real})(inputs_embeds=batch, use_cache=False)
     return 2 * batch.numel() * batch.element_size() + outside + peak
 
 

@@ -2,7 +2,7 @@
 
     config.json ──> transformers' own classes, on the meta device: shapes, no memory
     tensor names ──> names in the model, by transformers' own conversions
-    `hold(block)` ──> that block's tensors are read, all but those of its MoE module
+    `with hold(block)` ──> that block's tensors are read, all but those of its MoE module
 
 Nothing here knows a family: the class is the one that ``config.json`` names, where the MoE module
 is follows from the names that `dask_ep` reads it by, and tensors are renamed, split and joined as
@@ -13,7 +13,8 @@ from __future__ import annotations
 
 import re
 import threading
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from functools import cached_property, lru_cache
 
 import numpy as np
@@ -37,6 +38,10 @@ from walk.tensors import as_tensor
 
 transformers.logging.set_verbosity_error()
 transformers.logging.disable_progress_bar()
+
+AT_ONCE = 2
+"""Token chunks that are in a block at a time: while one is read, written, or does what keeps one
+thread busy, the other one computes."""
 
 
 @lru_cache(maxsize=2)
@@ -79,7 +84,9 @@ class Model:
         self.moe_blocks = frozenset(self.checkpoint.moe_layers)
         self.path = path_of(self.whole, self.decoder)
         self.held: int | None = None
-        self.lock = threading.RLock()
+        self._moe_children: dict[int, str] = {}
+        self._users, self._changed = 0, threading.Condition()
+        self.head_part, self.head_lock = None, threading.Lock()
         conversions = get_model_conversion_mapping(self.whole)
         self._renamings = [one for one in conversions if isinstance(one, WeightRenaming)]
         self._converters = [one for one in conversions if isinstance(one, WeightConverter)]
@@ -114,6 +121,8 @@ class Model:
         ValueError
             If the tensors that `dask_ep` reads are not those of one module within the block.
         """
+        if block in self._moe_children:
+            return self._moe_children[block]
         prefix, depth = f"{self.path}layers.{block}.", self._moe_place(block)[1].count(".") + 1
         targets = [self.target(name) for name in self._moe_names(block)]
         paths = {".".join(t.removeprefix(prefix).split(".")[:depth]) for t in targets}
@@ -122,7 +131,7 @@ class Model:
                 f"the MoE tensors of block {block} of {self.directory} must belong to one module "
                 f"of {prefix[:-1]} in transformers, but belong to {sorted(paths)}"
             )
-        return paths.pop()
+        return self._moe_children.setdefault(block, paths.pop())
 
     def _moe_names(self, block: int) -> set[str]:
         if block not in self.moe_blocks:
@@ -186,16 +195,31 @@ class Model:
 
     # --- filling ---
 
-    def hold(self, block: int) -> nn.Module:
-        """Give a block its weights, and take them from the one that had them."""
-        if self.held != block:
-            self.free()
-            self._load(self.names_of_block(block))
-            self._fill_buffers(self.blocks[block])
-            skip = self.moe_child(block) + "." if block in self.moe_blocks else None
-            self._check_filled(self.blocks[block], f"block {block}", skip)
-            self.held = block
-        return self.blocks[block]
+    @contextmanager
+    def hold(self, block: int) -> Iterator[nn.Module]:
+        """Give a block its weights, and take them from the one that had them.
+
+        At most `AT_ONCE` threads have the block at a time, and all have the same one.
+        """
+        with self._changed:
+            self._changed.wait_for(lambda: self._users < (AT_ONCE if self.held == block else 1))
+            if self.held != block:
+                self._fill(block)
+            self._users += 1
+        try:
+            yield self.blocks[block]
+        finally:
+            with self._changed:
+                self._users -= 1
+                self._changed.notify_all()
+
+    def _fill(self, block: int) -> None:
+        self.free()
+        self._load(self.names_of_block(block))
+        self._fill_buffers(self.blocks[block])
+        skip = self.moe_child(block) + "." if block in self.moe_blocks else None
+        self._check_filled(self.blocks[block], f"block {block}", skip)
+        self.held = block
 
     def free(self) -> None:
         """Put the held block back onto the meta device."""

@@ -25,7 +25,7 @@ class Options:
     compare: str | None = None
     length: int = 2048
     chunk_rows: int = 4096
-    batch_tokens: int | None = None
+    batch_tokens: int = 1024
     dtype: str = "auto"
     start: int | None = None
     column: int = 0
@@ -35,11 +35,6 @@ class Options:
     @property
     def models(self) -> list[str]:
         return [os.path.realpath(m) for m in (self.model, self.compare) if m is not None]
-
-    @property
-    def tokens(self) -> int:
-        """Of a batch at most."""
-        return self.batch_tokens or self.chunk_rows
 
     @property
     def threads(self) -> int:
@@ -55,7 +50,7 @@ class Options:
             "save": sorted(self.save),
             "collect": sorted(self.collect),
             "chunk_rows": self.chunk_rows,
-            "batch_tokens": self.tokens,
+            "batch_tokens": self.batch_tokens,
             "dtype": self.dtype,
             "start": self.start,
             "column": self.column,

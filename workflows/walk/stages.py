@@ -37,13 +37,9 @@ from dask_ep.storage.output import Output, progress_directory
 from walk import head
 from walk.documents import chunk_documents, spans
 from walk.memory import give_back
-from walk.model import Model, open_model
+from walk.model import AT_ONCE, Model, open_model
 from walk.tasks import Scoring, Task
 from walk.tensors import numpy_dtype
-
-TASKS = 2
-"""Token chunks at a time in this process: one computes on all threads, while another is read or
-written."""
 
 
 @dataclass(frozen=True)
@@ -59,8 +55,9 @@ class Where:
         tell(sum(output.rows[b] for b in output.done_before))
         if self.client is None:
             output.compute(
-                lambda receipt: tell(receipt.rows), scheduler="threads", num_workers=TASKS
-            )
+                lambda receipt: tell(receipt.rows), scheduler="threads",
+                num_workers=min(AT_ONCE, self.moe.count or AT_ONCE),
+            )  # fmt: skip
             return
         if output.missing:
             futures = futures_of(self.client.persist(output))

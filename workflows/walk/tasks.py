@@ -16,17 +16,17 @@ from distributed import WorkerPlugin
 
 from walk import block, head
 from walk.documents import chunk_documents, spans
-from walk.model import open_model
+from walk.model import AT_ONCE, open_model
 
 
 class TorchThreads(WorkerPlugin):
-    """Gives torch as many threads as a worker has, since one task at a time runs a block there."""
+    """Gives each of the tasks that compute at a time its part of a worker's threads."""
 
     name = "walk-torch-threads"
     idempotent = True
 
     def setup(self, worker: Any) -> None:
-        torch.set_num_threads(worker.state.nthreads)
+        torch.set_num_threads(-(-worker.state.nthreads // AT_ONCE))
 
 
 @dataclass(frozen=True)

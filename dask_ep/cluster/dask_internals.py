@@ -95,6 +95,15 @@ async def open_stream(worker: Worker, address: str, op: str) -> Comm:
     return comm
 
 
+def keep_on_loop(comm: Comm) -> None:
+    """Let a connection write and read on the event loop whatever the size of a message.
+
+    Else Dask estimates the size of each, and gives large ones to another thread: for arrays, which
+    go as they lie, in vain.
+    """
+    comm.allow_offload = False
+
+
 def remote_error(error: BaseException) -> dict[str, Any]:
     """What another worker gets instead of an answer: see `raise_remote`."""
     return dict(error_message(error, status="uncaught-error"))

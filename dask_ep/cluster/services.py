@@ -23,7 +23,7 @@ from __future__ import annotations
 import asyncio
 from collections import defaultdict
 from collections.abc import Callable, Sequence
-from concurrent.futures import FIRST_EXCEPTION, Future, wait
+from concurrent.futures import Future
 from typing import Any
 
 from dask.typing import Key
@@ -183,32 +183,26 @@ class Services(WorkerPlugin):
 
     def _exchange(self, chunk: Chunk) -> Answers:
         """Ask all owners at once, serve what is served here meanwhile, and wait for the rest."""
-        asking, packing, asked = self._asking, chunk.packing, list[Future]()
-        answers: Answers = {}
+        asking, packing = self._asking, chunk.packing
+        route = asking.route(chunk, packing.ranks)
+        if route is None:
+            route = self._on_loop(asking.news(chunk, packing.ranks, -1)).result()
+        groups = asking.by_owner(route, packing.ranks)
+        here = groups.pop(self._worker.address, [])
+        with self._slices.core():
+            packets = [
+                (o, ranks, [cut(packing, ranks, chunk.number)]) for o, ranks in groups.items()
+            ]
+        asked = self._on_loop(asking.ask_all(chunk, packets, route.version))
+        del packets
         try:
-            route = asking.route(chunk, packing.ranks)
-            if route is None:
-                route = self._on_loop(asking.news(chunk, packing.ranks, -1)).result()
-            groups = asking.by_owner(route, packing.ranks)
-            here = groups.pop(self._worker.address, [])
-            with self._slices.core():
-                for owner, ranks in groups.items():
-                    packet = [cut(packing, ranks, chunk.number)]
-                    request = asking.ask(chunk, owner, ranks, packet, route.version, 0)
-                    asked.append(self._on_loop(request))
             served = self._slices.serve_here(chunk, here)
             if served is None:
-                asked.append(self._on_loop(asking.ask_anew(chunk, here, route.version, 1)))
-            else:
-                answers |= served
-            done, _ = wait(asked, return_when=FIRST_EXCEPTION)
-            for future in done:
-                answers |= future.result()
+                served = self._on_loop(asking.ask_anew(chunk, here, route.version, 1)).result()
+            return served | asked.result()
         except BaseException:
-            for future in asked:
-                future.cancel()
+            asked.cancel()
             raise
-        return answers
 
     def _on_loop(self, coroutine: Any) -> Future:
         return asyncio.run_coroutine_threadsafe(coroutine, self._loop)
@@ -316,6 +310,15 @@ class Asking:
             except TimeoutError:
                 pass
 
+    async def ask_all(
+        self, chunk: Chunk, packets: list[tuple[str, list[int], list[Packet]]], version: int
+    ) -> Answers:
+        """Ask several owners at once; each packet is in a list, out of which it is taken."""
+        found = await asyncio.gather(
+            *(self.ask(chunk, owner, ranks, packet, version, 0) for owner, ranks, packet in packets)
+        )
+        return _joined(found)
+
     async def ask(
         self,
         chunk: Chunk,
@@ -351,7 +354,7 @@ class Asking:
                 for owner, some in groups.items()
             )
         )
-        return {rank: answer for answers in found for rank, answer in answers.items()}
+        return _joined(found)
 
     async def _ask_group(
         self, chunk: Chunk, owner: str, ranks: list[int], version: int, attempt: int
@@ -414,6 +417,10 @@ class Asking:
             None if exchange.observe is None else list(exchange.observe),
             [to_message(array) for array in packet],
         ]
+
+
+def _joined(found: list[Answers]) -> Answers:
+    return {rank: answer for answers in found for rank, answer in answers.items()}
 
 
 def services_of(token: str) -> Services | None:

@@ -53,6 +53,7 @@ class Stream:
 
     async def run(self, comm: Comm) -> None:
         """Hear what comes until the connection ends, which raises OSError."""
+        dask_internals.keep_on_loop(comm)
         self._comm = comm
         self._write_soon()
         try:

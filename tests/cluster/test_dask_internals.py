@@ -11,6 +11,7 @@ from collections.abc import Callable
 import dask
 import pytest
 from distributed import Client, SchedulerPlugin, WorkerPlugin, protocol
+from distributed.comm import utils as comm_utils
 
 from dask_ep.cluster import dask_internals
 from dask_ep.cluster.ranks import Able
@@ -187,6 +188,32 @@ def test_a_worker_answers_another_one_over_a_connection_of_their_own(client, wor
         return answers
 
     assert client.sync(ask) == [(here.address, n) for n in (4, 6, 0)]
+
+
+def test_a_connection_does_without_another_thread_for_large_messages(
+    client, workers, installed, monkeypatch
+):
+    """However small what Dask takes for large is."""
+    here, there = workers
+    monkeypatch.setattr(comm_utils, "OFFLOAD_THRESHOLD", 1)
+    aside = []
+
+    async def offload(function, *args):
+        aside.append(function)
+        return function(*args)
+
+    monkeypatch.setattr(comm_utils, "offload", offload)
+
+    async def ask(keep):
+        comm = await dask_internals.open_stream(here, there.address, "test_double")
+        if keep:
+            dask_internals.keep_on_loop(comm)
+        aside.clear()
+        await comm.write(0)
+        return len(aside)
+
+    assert client.sync(ask, keep=False)
+    assert not client.sync(ask, keep=True)
 
 
 def test_what_another_worker_raises_is_raised_here():

@@ -33,13 +33,23 @@ ROWS_AT_ONCE = 64
 """Products with a packed matrix take the rows in a multiple of this, and the rest: a kernel for
 each number of rows would be a new one for nearly each chunk and expert."""
 
+GATED_BYTES = 512 << 10
+"""Bytes of gates that wait in a core's own cache for what they are multiplied by."""
+
 KERNELS_KEPT = 1024
 """Products, by shapes and memory layouts, that a thread keeps for their next use; 9 KB each."""
 
 _CPU, _IN_ORDER, _GIVEN_SCRATCH = 1, 1, 1  # engine kind, stream flag, scratchpad mode
 _NUMBERS = {BFLOAT16: 2, FLOAT32: 3}  # dnnl_data_type_t
 _SOURCE, _DESTINATION, _WEIGHTS, _SCRATCH = 1, 17, 33, 80  # DNNL_ARG_*
-_ROLES = {2: (_SOURCE, _DESTINATION, _SCRATCH), 3: (_SOURCE, _WEIGHTS, _DESTINATION, _SCRATCH)}
+_OTHER = 32768 | 2  # DNNL_ARG_ATTR_MULTIPLE_POST_OP(0) | DNNL_ARG_SRC_1
+_ROLES = {
+    2: (_SOURCE, _DESTINATION, _SCRATCH),
+    3: (_SOURCE, _WEIGHTS, _DESTINATION, _SCRATCH),
+    4: (_SOURCE, _WEIGHTS, _DESTINATION, _OTHER, _SCRATCH),
+}
+_ELTWISE_SWISH, _BINARY_MUL = 0x2C, 0x1FFF1  # dnnl_alg_kind_t
+_ADD, _SILU, _TIMES = "add", "silu", "times"  # what follows a product
 _ANY_LENGTH = -(1 << 63)  # DNNL_RUNTIME_DIM_VAL
 _ANY_FORMAT, _BY_ROWS = 1, 3  # dnnl_format_tag_t
 _ITS_NAME, _ITS_WEIGHTS, _ITS_SCRATCH = 8, 131, 136  # dnnl_query_t
@@ -119,14 +129,32 @@ class OneDnn:
         """Write x @ w to `out`, or add it, and say so; False if the library cannot with these
         dtypes, these memory layouts or this CPU. What is added, or packed, needs an `out` in one
         piece."""
-        m = x.shape[0]
+        m, then = x.shape[0], _ADD if add else None
         if add or isinstance(w, Packed):
             x = np.ascontiguousarray(x)
         whole = m - m % ROWS_AT_ONCE if isinstance(w, Packed) else 0
         if 0 < whole < m:
             parts = slice(0, whole), slice(whole, m)
-            return all(self._run(PRODUCT, (x[rows], w, out[rows]), add) for rows in parts)
-        return self._run(PRODUCT, (x, w, out), add)
+            return all(self._run(PRODUCT, (x[rows], w, out[rows]), then) for rows in parts)
+        return self._run(PRODUCT, (x, w, out), then)
+
+    def gated(
+        self, x: np.ndarray, gate: Packed, up: Packed, out: np.ndarray, alpha: float = 1.0
+    ) -> bool:
+        """Write silu(x @ gate) * (x @ up) to `out` (m, f), float32 or rounded to bfloat16, and say
+        so; False if the library cannot. As many rows at a time as stay in cache between the two."""
+        (m, f), x = out.shape, np.ascontiguousarray(x)
+        step = max(GATED_BYTES // (f * FLOAT32.itemsize) // ROWS_AT_ONCE, 1) * ROWS_AT_ONCE
+        gates, whole = memory.empty((min(step, m), f), FLOAT32), m - m % ROWS_AT_ONCE
+        starts = [*range(0, whole, step), whole]
+        for start, stop in zip(starts, [*starts[1:], m], strict=True):
+            rows, some = slice(start, stop), gates[: stop - start]
+            if start < stop and not (
+                self._run(PRODUCT, (x[rows], gate, some), (_SILU, alpha))
+                and self._run(PRODUCT, (x[rows], up, out[rows], some), _TIMES)
+            ):
+                return False
+        return True
 
     def pack(self, w: np.ndarray) -> Packed | None:
         """Lay a matrix out as products read it; None where they could not, or where that would take
@@ -151,18 +179,18 @@ class OneDnn:
 
     # --- kernels ---------------------------------------------------------------------------------
 
-    def _run(self, what: str, arrays: tuple[Matrix, ...], add: bool = False) -> bool:
+    def _run(self, what: str, arrays: tuple[Matrix, ...], then: Any = None) -> bool:
         """Run the kernel for such arrays, made where this thread has none; False if there is none.
 
         The way to a kernel is to be short: products of few rows take some 20 us.
         """
         threads = _limit or self._all_threads
         self._set_threads(threads)  # OpenMP has a number for each thread that asks
-        key = (what, add, threads, *map(_kind, arrays))
+        key = (what, then, threads, *map(_kind, arrays))
         try:
             kernel = self._of_thread.kernels[key]
         except (AttributeError, KeyError):
-            kernel = self._keep(key, self._new_kernel(what, arrays, add))
+            kernel = self._keep(key, self._new_kernel(what, arrays, then))
         if kernel is not None:
             kernel.run(self._stream.pointer, *map(_address, arrays))
         return kernel is not None
@@ -174,11 +202,11 @@ class OneDnn:
         kernels[key] = kernel
         return kernel
 
-    def _new_kernel(self, what: str, arrays: tuple[Matrix, ...], add: bool) -> _Kernel | None:
+    def _new_kernel(self, what: str, arrays: tuple[Matrix, ...], then: Any) -> _Kernel | None:
         """None where the library has none, or but one of plain loops."""
         if not all(map(_lies_well, arrays)):
             return None
-        described = self._copy(*arrays) if what == COPY else self._product(arrays, add)
+        described = self._copy(*arrays) if what == COPY else self._product(arrays, then)
         if described is None:
             return None
         name = ctypes.c_char_p()
@@ -198,17 +226,23 @@ class OneDnn:
             room = self._of_thread.room = np.empty(max(nbytes, 1 << 16), np.uint8)
         return room
 
-    def _product(self, arrays: tuple[Matrix, ...], add: bool) -> _Handle | None:
-        x, w, out = arrays
-        if x.dtype != w.dtype or out.dtype != FLOAT32:
+    def _product(self, arrays: tuple[Matrix, ...], then: Any) -> _Handle | None:
+        x, w, out, *others = arrays
+        if x.dtype != w.dtype or (then in (None, _ADD) and out.dtype != FLOAT32):
             return None
-        # Kernels for any number of rows add nothing; those of packed matrices have a number each.
-        rows = x.shape[0] if add or isinstance(w, Packed) else _ANY_LENGTH
+        # Kernels for any number of rows do nothing after; those of packed matrices have a number.
+        rows = x.shape[0] if then is not None or isinstance(w, Packed) else _ANY_LENGTH
         options = self._new("primitive_attr")
         self._do("primitive_attr_set_scratchpad_mode", options, _GIVEN_SCRATCH)
-        if add:
+        if then is not None:
             steps = self._new("post_ops")
-            self._do("post_ops_append_sum", steps, ctypes.c_float(1), 0, _NUMBERS[FLOAT32])
+            if then == _ADD:
+                self._do("post_ops_append_sum", steps, ctypes.c_float(1), 0, _NUMBERS[FLOAT32])
+            elif then == _TIMES:
+                self._do("post_ops_append_binary", steps, _BINARY_MUL, self._layout(others[0]))
+            else:
+                numbers = ctypes.c_float(then[1]), ctypes.c_float(0)
+                self._do("post_ops_append_eltwise", steps, _ELTWISE_SWISH, *numbers)
             self._do("primitive_attr_set_post_ops", options, steps)
         layouts = self._layout(x, rows), self._layout(w), None, self._layout(out, rows)
         return self._described("matmul", self._engine, *layouts, options)

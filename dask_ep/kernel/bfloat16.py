@@ -109,12 +109,37 @@ def multiply(
     if not is_exact and len(x) >= SPLIT_ROWS and not blas.splitting_pays():
         return product(x, wide(w), out)
     parts, largest = ([x], _largest(x)) if x.dtype == BFLOAT16 else _split(x, PARTS[precision])
-    apart = np.flatnonzero(~((largest == 0) | (largest >= SMALLEST) & (largest <= LARGEST)))
+    apart = _rows_apart(largest)
     if len(apart) < len(x):
         _add_products(parts, w, out)
     if len(apart):
         out[apart] = product(x[apart].astype(np.float32), wide(w))
     return out
+
+
+def multiply_gated(
+    x: np.ndarray, gate: Matrix, up: Matrix, alpha: float, *, rounded: bool
+) -> np.ndarray | None:
+    """Compute silu(x @ gate) * (x @ up) in one go, in 16 bits; None where that cannot be.
+
+    Parameters
+    ----------
+    x : (m, d) bfloat16; none of its rows may be such as is multiplied in float32, see `multiply`
+    gate, up : (d, f), `laid_out`
+    alpha : of silu
+    rounded : whether to give bfloat16, for a product that would round it; else float32
+
+    Returns
+    -------
+    (m, f)
+    """
+    library = blas.bfloat16_library()
+    if library is None or not (isinstance(gate, Packed) and isinstance(up, Packed)):
+        return None
+    if x.dtype != BFLOAT16 or len(x) == 0 or len(_rows_apart(_largest(x))):
+        return None
+    out = memory.empty((len(x), up.shape[1]), BFLOAT16 if rounded else np.float32)
+    return out if library.gated(x, gate, up, out, alpha) else None
 
 
 def multiplied_by(dtype: np.dtype, is_bfloat16: bool, precision: str = "float32") -> str:
@@ -136,6 +161,11 @@ def copies(dtype: np.dtype, is_bfloat16: bool, precision: str = "float32") -> bo
     """Whether threads copy matrices to float32 for some products. See `multiplied_by`."""
     is_narrow = is_bfloat16 and dtype != np.float64 and blas.bfloat16_library() is not None
     return is_narrow and PARTS[precision] > 1 and not blas.splitting_pays()
+
+
+def _rows_apart(largest: np.ndarray) -> np.ndarray:
+    """Numbers of the rows that are multiplied in float32, by the largest magnitude of each."""
+    return np.flatnonzero(~((largest == 0) | (largest >= SMALLEST) & (largest <= LARGEST)))
 
 
 def _add_products(parts: list[np.ndarray], w: Matrix, out: np.ndarray) -> None:

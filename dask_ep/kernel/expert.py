@@ -94,6 +94,11 @@ class Linear(Expert):
         self._in_16_bits = bfloat16.serves(W)
 
     @property
+    def is_rounded(self) -> bool:
+        """Whether float32 rows are rounded for a product of 16 bits."""
+        return self._in_16_bits and bfloat16.PARTS[self._precision] == 1
+
+    @property
     def batch_key(self) -> Hashable:
         return Linear, self.W.shape
 

@@ -83,6 +83,20 @@ def test_packed_matrices(dtype, data):
     np.testing.assert_array_equal(library.widened(w), w.astype(FLOAT32))
 
 
+@pytest.mark.skipif(not has(BFLOAT16), reason="this CPU has no kernel for bfloat16")
+@pytest.mark.parametrize("rows", [1, 63, 64, 200, 1000])
+@pytest.mark.parametrize("dtype", [FLOAT32, BFLOAT16])
+@pytest.mark.parametrize("alpha", [1.0, 1.702])
+def test_gates_are_multiplied_as_they_come(rows, dtype, alpha):
+    x, (gate, up) = some(rows, 128, dtype=BFLOAT16), some(2, 128, 192, dtype=BFLOAT16, seed=1)
+    out = np.full((rows, 192), np.nan, dtype)
+    assert library.gated(x, library.pack(gate), library.pack(up), out, alpha)
+    a, b = (x.astype("f8") @ w.astype("f8") for w in (gate, up))
+    want = a / (1 + np.exp(-alpha * a)) * b
+    error = np.abs(out.astype("f8") - want).max() / np.abs(want).max()
+    assert error < (1e-6 if dtype == FLOAT32 else 2**-8)
+
+
 @dtypes
 def test_what_would_grow_is_not_packed(dtype):
     assert library.pack(some(100, 30, dtype=dtype)) is None

@@ -372,6 +372,38 @@ def test_weights_on_rows_before_experts_are_float32_products(library):
         np.testing.assert_allclose(y[row].astype("f8"), one, rtol=2**-7, atol=1e-3)
 
 
+WIDE = (4, 64, 128)
+"""Experts whose matrices can be laid out anew."""
+
+
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"limit": 1.0}, {"up_offset": 1.0, "alpha": 1.7}, {"alpha": 1.7}, {"activation": "gelu"}],
+    ids=str,
+)
+def test_gated_experts_give_the_same_in_one_go_and_in_steps(
+    options, precision, library, monkeypatch
+):
+    gate, up = (some(*WIDE, seed=seed, dtype=bf16) for seed in (1, 2))
+    experts = Experts.gated(gate, up, some(4, 128, 64, seed=3, dtype=bf16), **options)
+    (expert,) = experts.with_precision(precision).load([0])
+    rows = some(100, 64, dtype=bf16)
+    rows[3], rows[5, 1], rows[7] = 0, np.inf, 1e-30
+    ways = []
+    for some_rows in (rows, rows[10:]):
+        with np.errstate(all="ignore"):
+            y = expert(some_rows)
+            monkeypatch.setattr(expert, "_in_one_go", lambda rows: None)
+            ways.append((y, expert(some_rows)))
+            monkeypatch.undo()
+            monkeypatch.setattr(blas, "bfloat16_library", lambda: library)
+    (y, steps), (without, steps_without) = ways
+    np.testing.assert_array_equal(y, steps, "rows that float32 multiplies go in steps")
+    tolerance = 1e-6 if precision == "float32" else 1e-2
+    assert error(without, steps_without.astype("f8")) < tolerance
+
+
 def test_bare_matrices_are_multiplied_in_16_bits(library):
     tokens, W = some(40, 16, dtype=bf16), some(2, 16, 24, seed=1, dtype=bf16)
     y = expert_parallel_dispatch(tokens.astype("f4"), np.arange(40) % 2, list(W), 0, 1)

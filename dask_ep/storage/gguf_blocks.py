@@ -9,37 +9,36 @@ fast; all others by the library. Layouts are those of ``ggml-quants.c``.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from functools import cache, partial
+from functools import cache
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from dask_ep.arrays.packed import IN_CACHE, apply_shared
 
-DOUBLED_E2M1 = np.array([0, 1, 2, 3, 4, 6, 8, 12, 0, -1, -2, -3, -4, -6, -8, -12], np.float32)
+DOUBLED_E2M1 = np.array([0, 1, 2, 3, 4, 6, 8, 12, 0, -1, -2, -3, -4, -6, -8, -12], np.int8)
 
 LARGE = 1e30
 """Scales below it make finite numbers."""
 
-SCALES_STEP, LIBRARY_STEP = 1 << 20, 1 << 18
-"""Numbers whose scales are made at once, and that the library decodes at once: both take some
-twenty calls of NumPy, which are slow for few numbers."""
+STEP, LIBRARY_STEP = 1 << 20, 1 << 18
+"""Numbers whose codes and scales are made at once, here and by the library: both take some twenty
+calls of NumPy, which are slow for few numbers."""
 
 
 class Form(NamedTuple):
     """How blocks (n, bytes) are read, given the library's classes of forms."""
 
-    codes: Callable[[np.ndarray, np.ndarray], None]
-    #: writes them to float32 (n, numbers)
-    scales: Callable[[Any, np.ndarray], np.ndarray]
-    #: (n, groups) float32
-    minima: Callable[[Any, np.ndarray], np.ndarray] | None = None
+    codes: Callable[[np.ndarray], np.ndarray]
+    #: (n, numbers) whole numbers of a byte
+    scales: Callable[[Any, np.ndarray], tuple[np.ndarray, ...]]
+    #: scales, and minima if there are some: (n, groups) float32
 
 
 def decode_blocks(quants: Any, label: str, blocks: np.ndarray, out: np.ndarray) -> bool:
     """Decode blocks (n, bytes) to float32 (n, numbers); tell whether all are finite."""
     form = FORMS.get(label)
-    step = (LIBRARY_STEP if form is None else SCALES_STEP) // out.shape[1]
+    step = (LIBRARY_STEP if form is None else STEP) // out.shape[1]
     finite = True
     for first in range(0, len(blocks), step):
         some, part = blocks[first : first + step], out[first : first + step]
@@ -53,18 +52,16 @@ def decode_blocks(quants: Any, label: str, blocks: np.ndarray, out: np.ndarray) 
 
 
 def _decode(form: Form, quants: Any, blocks: np.ndarray, out: np.ndarray) -> bool:
-    """The same in steps that stay in cache; whether scales tell that all are finite."""
-    changes: list[tuple[np.ufunc, np.ndarray]] = [(np.multiply, form.scales(quants, blocks))]
-    if form.minima is not None:
-        changes.append((np.subtract, form.minima(quants, blocks)))
+    """The same, as floats in steps that stay in cache; whether scales tell that all are finite."""
+    codes, shared = form.codes(blocks), form.scales(quants, blocks)
     step = IN_CACHE // out.shape[1]
     for first in range(0, len(blocks), step):
         part = out[first : first + step]
-        form.codes(blocks[first : first + step], part)
-        for ufunc, values in changes:  # all blocks as one row
+        part[...] = codes[first : first + step]
+        for ufunc, values in zip((np.multiply, np.subtract), shared, strict=False):
             some, wide = values[first : first + step], out.shape[1] // values.shape[1]
-            apply_shared(ufunc, part.reshape(1, -1), some.reshape(1, -1), wide)
-    return all(bool(np.abs(values).max() < LARGE) for _, values in changes)
+            apply_shared(ufunc, part.reshape(1, -1), some.reshape(1, -1), wide)  # as one row
+    return all(bool(np.abs(values).max() < LARGE) for values in shared)
 
 
 def _spread(codes: np.ndarray, shifts: Sequence[int], mask: int) -> np.ndarray:
@@ -98,71 +95,73 @@ def _float16(blocks: np.ndarray, first: int) -> np.ndarray:
     return stored.view(np.float16).astype(np.float32)
 
 
-def _q8_0(blocks: np.ndarray, out: np.ndarray) -> None:
-    out[...] = np.ascontiguousarray(blocks[:, 2:]).view(np.int8)
+def _q8_0(blocks: np.ndarray) -> np.ndarray:
+    return np.ascontiguousarray(blocks[:, 2:]).view(np.int8)
 
 
-def _q4_0(blocks: np.ndarray, out: np.ndarray) -> None:
+def _q4_0(blocks: np.ndarray) -> np.ndarray:
     codes = _halves(blocks, 2, 1, 16)
-    np.subtract(codes, np.uint8(8), out=codes)
-    out[...] = codes.view(np.int8)
+    return np.subtract(codes, np.uint8(8), out=codes).view(np.int8)
 
 
-def _mxfp4(blocks: np.ndarray, out: np.ndarray) -> None:
-    codes = _halves(blocks, 1, 1, 16).reshape(-1).view(np.uint16)
-    np.take(_pairs(), codes.astype(np.intp), axis=0, out=out.reshape(-1, 2), mode="clip")
+def _mxfp4(blocks: np.ndarray) -> np.ndarray:
+    """Two codes at a time."""
+    pairs = _halves(blocks, 1, 1, 16).view(np.uint16)
+    return np.take(_doubled(), pairs.astype(np.intp), mode="clip").view(np.int8)
 
 
 @cache
-def _pairs() -> np.ndarray:
-    """[16 * 256, 2] the numbers of two codes of a byte each."""
+def _doubled() -> np.ndarray:
+    """[16 * 256] what two codes, of a byte each, stand for."""
     codes = np.arange(16 * 256, dtype=np.uint16).view(np.uint8) & 15
-    return DOUBLED_E2M1[codes].reshape(-1, 2)
+    return DOUBLED_E2M1[codes].view(np.uint16)
 
 
-def _q4_k(blocks: np.ndarray, out: np.ndarray) -> None:
-    out[...] = _halves(blocks, 16, 4, 32)
+def _q4_k(blocks: np.ndarray) -> np.ndarray:
+    return _halves(blocks, 16, 4, 32)
 
 
-def _q5_k(blocks: np.ndarray, out: np.ndarray) -> None:
+def _q5_k(blocks: np.ndarray) -> np.ndarray:
     codes = _halves(blocks, 48, 4, 32)
     high = _spread(blocks[:, 16:48].reshape(len(blocks), 1, 32), range(8), 1)
     np.multiply(high, np.uint8(16), out=high)
-    out[...] = np.bitwise_or(codes, high, out=codes)
+    return np.bitwise_or(codes, high, out=codes)
 
 
-def _q6_k(blocks: np.ndarray, out: np.ndarray) -> None:
+def _q6_k(blocks: np.ndarray) -> np.ndarray:
     codes = _halves(blocks, 0, 2, 64)
     high = _spread(blocks[:, 128:192].reshape(len(blocks), 2, 32), (0, 2, 4, 6), 3)
     np.multiply(high, np.uint8(16), out=high)
     np.bitwise_or(codes, high, out=codes)
-    np.subtract(codes, np.uint8(32), out=codes)
-    out[...] = codes.view(np.int8)
+    return np.subtract(codes, np.uint8(32), out=codes).view(np.int8)
 
 
-def _plain(quants: Any, blocks: np.ndarray) -> np.ndarray:
-    return _float16(blocks, 0)
+def _plain(quants: Any, blocks: np.ndarray) -> tuple[np.ndarray]:
+    return (_float16(blocks, 0),)
 
 
-def _of_mxfp4(quants: Any, blocks: np.ndarray) -> np.ndarray:
-    return quants.MXFP4.e8m0_to_fp32_half(blocks[:, :1])
+def _of_mxfp4(quants: Any, blocks: np.ndarray) -> tuple[np.ndarray]:
+    return (quants.MXFP4.e8m0_to_fp32_half(blocks[:, :1]),)
 
 
-def _of_k(place: int, quants: Any, blocks: np.ndarray) -> np.ndarray:
-    """The scales (0) or minima (1) of groups of 32, of six bits each."""
-    both = quants.Q4_K.get_scale_min(np.ascontiguousarray(blocks[:, 4:16]))
-    return _float16(blocks, 2 * place) * both[place].astype(np.float32)
+def _of_q4_k(quants: Any, blocks: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Of groups of 32, six bits each."""
+    scales, minima = quants.Q4_K.get_scale_min(np.ascontiguousarray(blocks[:, 4:16]))
+    return (
+        _float16(blocks, 0) * scales.astype(np.float32),
+        _float16(blocks, 2) * minima.astype(np.float32),
+    )
 
 
-def _of_q6_k(quants: Any, blocks: np.ndarray) -> np.ndarray:
-    return _float16(blocks, 208) * np.ascontiguousarray(blocks[:, 192:208]).view(np.int8)
+def _of_q6_k(quants: Any, blocks: np.ndarray) -> tuple[np.ndarray]:
+    return (_float16(blocks, 208) * np.ascontiguousarray(blocks[:, 192:208]).view(np.int8),)
 
 
 FORMS = {
     "Q8_0": Form(_q8_0, _plain),
     "Q4_0": Form(_q4_0, _plain),
     "MXFP4": Form(_mxfp4, _of_mxfp4),
-    "Q4_K": Form(_q4_k, partial(_of_k, 0), partial(_of_k, 1)),
-    "Q5_K": Form(_q5_k, partial(_of_k, 0), partial(_of_k, 1)),
+    "Q4_K": Form(_q4_k, _of_q4_k),
+    "Q5_K": Form(_q5_k, _of_q4_k),
     "Q6_K": Form(_q6_k, _of_q6_k),
 }

@@ -10,7 +10,7 @@ import pytest
 
 from dask_ep.errors import ReadError
 from dask_ep.experts.quantized import in_memory
-from dask_ep.storage.gguf_blocks import FORMS, LIBRARY_STEP, SCALES_STEP
+from dask_ep.storage.gguf_blocks import FORMS, STEP
 from dask_ep.storage.gguf_files import GgufSource, open_gguf
 from dask_ep.storage.sources import ArraySource, open_source
 from tests.gguf_files import Form, gguf, write_gguf
@@ -55,9 +55,9 @@ def test_any_rows_are_read_held_and_sent_with_the_librarys_bits(form, tmp_path):
 @pytest.mark.parametrize("label", [*FORMS, "Q3_K"])
 def test_any_blocks_are_the_librarys_numbers_bit_for_bit(label):
     """Random bytes, so that scales are of all sizes; more blocks than are decoded at once."""
-    form, step = Form[label], SCALES_STEP if label in FORMS else LIBRARY_STEP
+    form = Form[label]
     numbers, width = gguf.GGML_QUANT_SIZES[form]
-    blocks = np.random.default_rng(1).integers(0, 256, (step // numbers + 3, width), np.uint8)
+    blocks = np.random.default_rng(1).integers(0, 256, (STEP // numbers + 3, width), np.uint8)
     with np.errstate(all="ignore"):
         want = gguf.dequantize(blocks, form)
         whole = np.isfinite(want).all(axis=1)
@@ -71,7 +71,7 @@ def test_any_blocks_are_the_librarys_numbers_bit_for_bit(label):
 def test_a_block_that_is_not_finite_is_named_wherever_it_is(label):
     form = Form[label]
     numbers, width = gguf.GGML_QUANT_SIZES[form]
-    blocks = np.zeros((SCALES_STEP // numbers + 3, width), np.uint8)
+    blocks = np.zeros((STEP // numbers + 3, width), np.uint8)
     blocks[-2] = 255  # a scale that is NaN or, of MXFP4, so large that numbers overflow
     if label == "MXFP4":
         blocks[-2, 1:] = 0x77

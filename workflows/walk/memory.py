@@ -1,6 +1,7 @@
 """How much memory does a walk take, at most?
 
-    the process, with torch and the model without weights      measured at the start
+    the process, with torch and the model without weights      measured at the start, and what
+                                                               it grows by
   + the largest block without its MoE module                   by its shapes
   + the most of: a batch in attention, and the chunks of rows  by a run on the meta device
                  experts, as `dask_ep` plans within what is left
@@ -38,6 +39,10 @@ chunks, and what their MoE module's output will be added to."""
 
 LOGITS = 4 * AT_ONCE
 """Arrays of logits at a time."""
+
+GROWTH = 256 << 20
+"""What a process comes to take besides, once its libraries have computed: code that they make for
+the shapes that come, and what the C library keeps."""
 
 MMAP_THRESHOLD, TRIM_THRESHOLD, ARENA_MAX = -3, -1, -8
 """Names of what glibc's ``mallopt`` sets."""
@@ -98,7 +103,7 @@ def find_need(
     rows = chunk_rows * max(model.config_width * model.dtype.itemsize for model in models)
     kinds = [(model, block) for model in models for block in _kinds(model)]
     need = Need(
-        process=resident_bytes(),
+        process=resident_bytes() + GROWTH,
         block=max(m.block_bytes(b) for m in models for b in range(len(m.blocks))),
         attention=AT_ONCE * max(attention_bytes(*kind, documents, length) for kind in kinds),
         chunks=CHUNKS * rows,

@@ -3,8 +3,8 @@
     statistics.safetensors    one file: a header, then the arrays
     statistics.zarr           a group, with an array for each name
 
-Large arrays come as sources, and are copied some rows at a time. The words have a hash of all
-arrays, so that damage is found.
+Large arrays come as sources, and are copied some rows at a time, each read once. The words have a
+hash of all arrays, so that damage is found.
 """
 
 from __future__ import annotations
@@ -26,6 +26,9 @@ from dask_ep.storage.sources import open_safetensors, open_source
 from dask_ep.storage.storage import CHUNK_BYTES
 
 KINDS_OF_BUNDLES = (".safetensors", ".zarr")
+
+NOT_KNOWN = "0" * 32
+"""Stands for the hash until all arrays are written."""
 
 _NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
@@ -70,7 +73,7 @@ def write_bundle(
     arrays : by name
     metadata : words by name: the header's metadata, or the group's attributes. "content" is added
     """
-    metadata = {**metadata, "content": _hash(arrays)}
+    metadata = {**metadata, "content": NOT_KNOWN}
     directory = f"{path}.progress"
     new = os.path.join(directory, f"new{os.path.splitext(path)[1]}")
     remove(new)
@@ -116,11 +119,24 @@ def _open_arrays(path: str) -> dict[str, Source]:
 
 def _hash(arrays: Mapping[str, np.ndarray | Source]) -> str:
     hashed = xxhash.xxh3_128()
+    for _ in _hashed_parts(arrays, hashed):
+        pass
+    return hashed.hexdigest()
+
+
+def _hashed_parts(
+    arrays: Mapping[str, np.ndarray | Source], hashed: xxhash.xxh3_128
+) -> Iterator[tuple[str, np.ndarray]]:
+    """The rows of all arrays in the order of names, which are hashed on the way."""
     for name, array in sorted(arrays.items()):
         hashed.update(f"{name} {np.dtype(array.dtype).name} {array.shape};".encode())
         for part in _parts(array):
-            hashed.update(np.ascontiguousarray(part).reshape(-1).view(np.uint8).data)
-    return hashed.hexdigest()
+            hashed.update(_bytes_of(part))
+            yield name, part
+
+
+def _bytes_of(array: np.ndarray) -> memoryview:
+    return np.ascontiguousarray(array).reshape(-1).view(np.uint8).data
 
 
 def _is_bundle(path: str) -> bool:
@@ -135,12 +151,12 @@ def _is_bundle(path: str) -> bool:
 
 
 def _write_safetensors(
-    path: str, arrays: Mapping[str, np.ndarray | Source], metadata: Mapping[str, str]
+    path: str, arrays: Mapping[str, np.ndarray | Source], metadata: dict[str, str]
 ) -> None:
     # Wide numbers first, so that all are aligned.
     ordered = sorted(arrays.items(), key=lambda item: -np.dtype(item[1].dtype).itemsize)
-    header: dict[str, object] = {"__metadata__": dict(metadata)}
-    position = 0
+    header: dict[str, object] = {"__metadata__": metadata}
+    places, position = {}, 0
     for name, array in ordered:
         end = position + prod(array.shape) * np.dtype(array.dtype).itemsize
         header[name] = {
@@ -148,14 +164,22 @@ def _write_safetensors(
             "shape": list(array.shape),
             "data_offsets": [position, end],
         }
-        position = end
+        places[name], position = position, end
+    text, hashed = _header(header), xxhash.xxh3_128()
+    with open(path, "wb") as file:
+        file.write(text)
+        for name, part in _hashed_parts(arrays, hashed):
+            file.seek(len(text) + places[name])
+            places[name] += file.write(_bytes_of(part))
+        metadata["content"] = hashed.hexdigest()
+        file.seek(0)
+        file.write(_header(header))
+
+
+def _header(header: Mapping[str, object]) -> bytes:
     text = json.dumps(header).encode()
     text += b" " * (-len(text) % 8)
-    with open(path, "wb") as file:
-        file.write(len(text).to_bytes(8, "little") + text)
-        for _, array in ordered:
-            for part in _parts(array):
-                file.write(np.ascontiguousarray(part).reshape(-1).view(np.uint8).data)
+    return len(text).to_bytes(8, "little") + text
 
 
 def _write_zarr(
@@ -165,10 +189,11 @@ def _write_zarr(
 
     attributes: dict[str, Any] = dict(metadata)
     group = zarr.open_group(path, mode="w", zarr_format=3, attributes=attributes)
+    made = {}
     for name, array in arrays.items():
         rows = _rows_of_a_part(array)
         chunks = tuple(max(n, 1) for n in (rows, *array.shape[1:])[: len(array.shape)])
-        to = group.create_array(
+        made[name] = group.create_array(
             name,
             shape=array.shape,
             chunks=chunks,
@@ -176,13 +201,14 @@ def _write_zarr(
             compressors=None,
             config={"write_empty_chunks": True},  # a missing chunk is a lost one
         )
-        start = 0
-        for part in _parts(array):
-            if not array.shape:
-                to[()] = part
-            else:
-                to[start : start + len(part)] = part
-                start += len(part)
+    hashed, starts = xxhash.xxh3_128(), dict.fromkeys(arrays, 0)
+    for name, part in _hashed_parts(arrays, hashed):
+        if not arrays[name].shape:
+            made[name][()] = part
+        else:
+            made[name][starts[name] : starts[name] + len(part)] = part
+            starts[name] += len(part)
+    group.update_attributes({"content": hashed.hexdigest()})
 
 
 def _parts(array: np.ndarray | Source) -> Iterator[np.ndarray]:

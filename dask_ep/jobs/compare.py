@@ -25,7 +25,7 @@ import dask
 import dask.array as da
 import numpy as np
 from dask.callbacks import Callback
-from distributed import Client
+from distributed import Client, as_completed, futures_of
 
 from dask_ep.cluster.interrupts import Aside, Wait
 from dask_ep.graph.keys import read_key
@@ -41,7 +41,7 @@ from dask_ep.jobs.backends import (
 )
 from dask_ep.jobs.build import Built, Inputs, build, open_inputs
 from dask_ep.jobs.decide import attempt
-from dask_ep.jobs.difference import Difference, difference
+from dask_ep.jobs.difference import Difference, differences, join
 from dask_ep.jobs.job import Job
 from dask_ep.jobs.result import Progress
 from dask_ep.jobs.run import owned_ranks, run_job
@@ -349,7 +349,7 @@ def _compared(
 ) -> Comparison:
     """Compare lazy outputs, and judge what is found."""
     a, b = outputs
-    lazy = difference(
+    lazy = differences(
         a, b, routing, num_experts=num_experts,
         tolerance=np.inf if tolerance is None else tolerance,
     )  # fmt: skip
@@ -364,16 +364,23 @@ def _computed(
     lazy: da.Array,
     chunks: Sequence[int],
 ) -> Difference:
-    """Compute a lazy difference where the work is done, while this thread waits for signals."""
-    future = None if client is None else client.compute(lazy)
+    """Compute and join differences where the work is done, while this thread waits for signals."""
+    futures, whole = [], None
+    if client is not None:
+        parts = client.persist(lazy)
+        futures, whole = futures_of(parts), client.compute(join(parts))
 
     def work(tell: Callable[[Any], None]) -> None:
-        if future is not None:
-            tell(future.result())
+        if whole is None:
+            with _Chunks(tell):
+                (found,) = dask.compute(join(lazy), scheduler="threads", num_workers=threads)
+            tell(found)
             return
-        with _Chunks(tell):
-            (found,) = dask.compute(lazy, scheduler="threads", num_workers=threads)
-        tell(found)
+        for future in as_completed(futures):
+            if future.status != "finished":
+                future.result()  # raises what went wrong there
+            tell(future.key[1])
+        tell(whole.result())
 
     found, done = None, 0
     try:
@@ -385,7 +392,7 @@ def _computed(
                 on_progress(done, sum(chunks))
     finally:
         if client is not None:
-            client.cancel(future)
+            client.cancel([*futures, whole])
     assert found is not None  # told at the end
     return found.item()
 

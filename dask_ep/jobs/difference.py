@@ -255,7 +255,7 @@ def _upper_end(number: int) -> float:
 # --- of Dask arrays ------------------------------------------------------------------------------
 
 
-def difference(
+def differences(
     a: da.Array,
     b: da.Array,
     routing: Sequence[da.Array] = (),
@@ -263,7 +263,7 @@ def difference(
     num_experts: int = 0,
     tolerance: float = np.inf,
 ) -> da.Array:
-    """Compare two outputs lazily, chunk by chunk.
+    """Compare two outputs lazily, chunk by chunk; `join` makes one of what is found.
 
     Parameters
     ----------
@@ -271,8 +271,8 @@ def difference(
 
     Returns
     -------
-    () Dask array of objects: its value is a `Difference`. C + C / 7 tasks for C chunks, the same
-    for any scheduler.
+    (C,) Dask array of objects, a `Difference` for each of the C chunks. C + C / 7 tasks with those
+    of `join`, the same for any scheduler.
     """
     firsts = da.from_array(np.array(first_rows(a.chunks[0]), np.int64), chunks=1)
     firsts = da.Array(
@@ -282,10 +282,14 @@ def difference(
     for number, each in enumerate(routing):
         args += [each if each.ndim == 2 else each[:, None], f"c{'kl'[number]}"]
     name = step_name("compare", tokenize(*args[::2], num_experts, tolerance))
-    found = block_by_block(
+    return block_by_block(
         _compare_chunk, "c", *args, name=name, num_experts=num_experts, tolerance=tolerance,
         adjust_chunks={"c": 1}, dtype=object, meta=np.empty(0, object),
     )  # fmt: skip
+
+
+def join(found: da.Array) -> da.Array:
+    """Join the differences of all chunks, in their order, to a () array that holds one."""
     return da.reduction(
         found, _as_it_is, _joined, combine=_joined, dtype=object, concatenate=False, split_every=8,
         meta=np.empty((), object),

@@ -41,7 +41,7 @@ from dask_ep.jobs.backends import Cluster, Threads, lay_out
 from dask_ep.jobs.build import build, open_inputs
 from dask_ep.jobs.compare import compare_checkpoints
 from dask_ep.jobs.decide import decide
-from dask_ep.jobs.difference import difference
+from dask_ep.jobs.difference import differences, join
 from dask_ep.jobs.example import Example, write_example
 from dask_ep.jobs.job import Job, load_job
 from dask_ep.jobs.run import run_job
@@ -391,7 +391,9 @@ def test_outputs_on_devices_are_compared_there():
     host = [da.from_array(x, chunks=(7, -1)) for x in (a, b, *routing)]
     there = [x.map_blocks(on_device, meta=on_device(x._meta)) for x in host]
     found, want = (
-        difference(*x[:2], x[2:], num_experts=5, tolerance=1.0).compute(scheduler="sync").item()
+        join(differences(*x[:2], x[2:], num_experts=5, tolerance=1.0))
+        .compute(scheduler="sync")
+        .item()
         for x in (there, host)
     )
     assert (found.rows, found.beyond, found.worst, found.pairs, found.bins) == (

@@ -23,7 +23,7 @@ from dask_ep.jobs import run as jobs_run
 from dask_ep.jobs.backends import Processes, Threads
 from dask_ep.jobs.compare import compare_checkpoints, compare_outputs, compare_tensors
 from dask_ep.jobs.decide import decide
-from dask_ep.jobs.difference import Difference, compare_rows, difference, row_errors
+from dask_ep.jobs.difference import Difference, compare_rows, differences, join, row_errors
 from tests.checkpoints import FIXTURES, LAYER, altered
 from tests.graph.test_passes import passes_of
 
@@ -95,7 +95,7 @@ def cases(draw):
 def test_chunks_together_are_what_loops_over_all_rows_give(case, tolerance):
     a, b, routing, E, chunks = case
     lazy = [da.from_array(x, chunks=(chunks, -1)) for x in (a, b, *routing)]
-    found = difference(*lazy[:2], lazy[2:], num_experts=E, tolerance=tolerance)
+    found = join(differences(*lazy[:2], lazy[2:], num_experts=E, tolerance=tolerance))
     found = found.compute(scheduler="sync").item()
     right = plainly(a, b, routing, E, tolerance)
     errors = np.array(right["errors"])
@@ -163,8 +163,7 @@ def test_a_checkpoint_and_its_quantised_copy(tokens, where):
     assert [row for _, row in got.worst] == [row for _, row in right.worst]
     assert got.quantile(0.5) == pytest.approx(right.quantile(0.5), rel=0.01)
     assert not found.good
-    if isinstance(where, Threads):
-        assert done == [(100 * n, ROWS) for n in range(1, 6)]
+    assert done == [(100 * n, ROWS) for n in range(1, 6)]
 
 
 @pytest.mark.parametrize("way", ["in memory", "hold", "spill"])

@@ -6,12 +6,15 @@
 
 scheduler   processor time of the scheduler for each chunk, from Zarr to Zarr, by ranks; chunks hold
             little, so that hardly anything but their tasks costs time. What one more chunk costs is
-            told, from runs over two numbers of chunks; and what it costs in a `da.map_blocks` that
-            does nothing, between the same files.
+            told, from runs over two numbers of chunks, without what a scheduler spends on nothing
+            (ticks and heartbeats, by the second); and what it costs in a `da.map_blocks` that does
+            nothing, between the same files.
 ranks       one job on two worker processes by ranks: 100 000 rows of 512, top 8 of 128 small gated
             experts, chunks of 1 024 rows; time over that of two ranks.
 workers     experts that take time and no core (20 ms a packet), one rank on each of 32 workers of
             one thread, 4 000 chunks: the time that one rank's packets take, over the time taken.
+            `--quiet` has Dask take no samples of what workers run, and tick once a second: where
+            few cores have many workers, that alone keeps half of them busy.
 bytes       bytes that services received and sent over the law: each row once to each other worker
             that serves it, one row back from each rank; top 1, 2 and 8, one and three ranks a
             worker.
@@ -20,10 +23,12 @@ bytes       bytes that services received and sent over the law: each row once to
 from __future__ import annotations
 
 import argparse
+import os
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 
 import dask.array as da
@@ -76,6 +81,16 @@ def scheduler_seconds(dask_scheduler: object) -> float:
     return time.process_time()
 
 
+IDLE_SECONDS = 3.0
+
+
+def spent_by(client: Client, act: Callable[[], object]) -> float:
+    """Processor seconds of the scheduler while something is done."""
+    before = client.run_on_scheduler(scheduler_seconds)
+    act()
+    return client.run_on_scheduler(scheduler_seconds) - before
+
+
 def as_it_is(rows: np.ndarray) -> np.ndarray:
     return rows
 
@@ -94,9 +109,10 @@ def of_scheduler(folder: Path, scale: float) -> None:
                     y = da.map_blocks(as_it_is, x, dtype=x.dtype)
                 else:
                     y = expert_parallel(x, routing, experts, topk_weights=weights, world_size=ranks)
-                before = client.run_on_scheduler(scheduler_seconds)
-                store(y, folder / "y.zarr", overwrite=True)
-                spent[chunks] = client.run_on_scheduler(scheduler_seconds) - before
+                idle = spent_by(client, partial(time.sleep, IDLE_SECONDS)) / IDLE_SECONDS
+                begun = time.perf_counter()
+                run = partial(store, y, folder / "y.zarr", overwrite=True)
+                spent[chunks] = spent_by(client, run) - idle * (time.perf_counter() - begun)
         more = 1e3 * (spent[many] - spent[few]) / (many - few)
         name = "map_blocks" if ranks is None else ranks
         print(f"| {name} | {more:.2f} | {1e3 * spent[many] / many:.2f} |", flush=True)
@@ -197,11 +213,15 @@ def main() -> None:
     parts = ("scheduler", "ranks", "workers", "bytes")
     parser.add_argument("parts", nargs="*", metavar="PART", help=f"of {', '.join(parts)}")
     parser.add_argument("--scale", type=float, default=1.0, help="factor for rows and chunks")
+    parser.add_argument("--quiet", action="store_true", help="no upkeep of Dask's by the second")
     parser.add_argument("--workers", type=int, default=32, help="workers of the part `workers`")
     arguments = parser.parse_args()
     if unknown := set(arguments.parts) - set(parts):
         parser.error(f"parts are {', '.join(parts)}, not {', '.join(sorted(unknown))}")
     wanted = arguments.parts or parts
+    if arguments.quiet:  # workers read it when they start
+        os.environ["DASK_DISTRIBUTED__WORKER__PROFILE__ENABLED"] = "False"
+        os.environ["DASK_DISTRIBUTED__ADMIN__TICK__INTERVAL"] = "1s"
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         if "scheduler" in wanted:

@@ -22,9 +22,10 @@ TIME_RANGE = (0.5, 2.5)
 """Of the time that is estimated, what runs take: of 10 jobs of many kinds on threads of a busy
 machine the fastest took 0.50 and the slowest 2.49 of it (`workflows/plan_accuracy.py`)."""
 
-FIRST_SECONDS = 0.5
-"""That workers may take longer at first, for imports and new memory: with it 10 jobs on worker
-processes of that machine ended in the range, the slowest after 3.1 times the estimate alone."""
+FIRST_SECONDS = (0.2, 0.5)
+"""That threads of this process and worker processes may take longer at first, for imports and new
+memory: with it 10 jobs on worker processes of that machine ended in the range, the slowest after
+3.1 times the estimate alone, and jobs of a tenth of a second on threads."""
 
 START_SECONDS = (1.0, 3.0)
 """Of starting worker processes on this machine, before a run."""
@@ -215,5 +216,5 @@ class Needs(Traffic):
     def seconds_range(self) -> tuple[float, float]:
         """Between which times the run should end: rates differ from second to second."""
         low, high = TIME_RANGE
-        first = 0.0 if self.layout.in_process else FIRST_SECONDS
+        first = FIRST_SECONDS[not self.layout.in_process]
         return low * self.seconds, high * self.seconds + first

@@ -13,8 +13,8 @@ From the wheel ``onednn-cpu-gomp``: later wheels of oneDNN need SYCL.
 from __future__ import annotations
 
 import ctypes
-import threading
 import warnings
+from collections import deque
 from collections.abc import Iterable
 from functools import cache
 from importlib.metadata import PackageNotFoundError, files
@@ -37,8 +37,10 @@ GATED_BYTES = 512 << 10
 """Bytes of gates that wait in a core's own cache for what they are multiplied by."""
 
 KERNELS_KEPT = 1024
-"""Products, by shapes and memory layouts, that a thread keeps for their next use; 9 KB each."""
+"""Products, by shapes and memory layouts, that are kept for their next use by each of the threads
+that multiply at a time; 9 KB each."""
 
+_CACHE_LINE = 64  # bytes
 _CPU, _IN_ORDER, _GIVEN_SCRATCH = 1, 1, 1  # engine kind, stream flag, scratchpad mode
 _NUMBERS = {BFLOAT16: 2, FLOAT32: 3}  # dnnl_data_type_t
 _SOURCE, _DESTINATION, _WEIGHTS, _SCRATCH = 1, 17, 33, 80  # DNNL_ARG_*
@@ -119,7 +121,7 @@ class OneDnn:
         library.dnnl_memory_set_data_handle.argtypes = [ctypes.c_void_p] * 2
         self._engine = self._new("engine", _CPU, ctypes.c_size_t(0))
         self._stream = self._new("stream", self._engine, _IN_ORDER)
-        self._of_thread = threading.local()
+        self._idle: deque[_Bench] = deque()
         self._packed_layout = cache(self._new_packed_layout)
 
     def __str__(self) -> str:
@@ -180,7 +182,7 @@ class OneDnn:
     # --- kernels ---------------------------------------------------------------------------------
 
     def _run(self, what: str, arrays: tuple[Matrix, ...], then: Any = None) -> bool:
-        """Run the kernel for such arrays, made where this thread has none; False if there is none.
+        """Run the kernel for such arrays; False if there is none.
 
         The way to a kernel is to be short: products of few rows take some 20 us.
         """
@@ -188,21 +190,23 @@ class OneDnn:
         self._set_threads(threads)  # OpenMP has a number for each thread that asks
         key = (what, then, threads, *map(_kind, arrays))
         try:
-            kernel = self._of_thread.kernels[key]
-        except (AttributeError, KeyError):
-            kernel = self._keep(key, self._new_kernel(what, arrays, then))
-        if kernel is not None:
-            kernel.run(self._stream.pointer, *map(_address, arrays))
+            bench = self._idle.pop()
+        except IndexError:
+            bench = _Bench()
+        try:
+            kernel = bench.kernels[key]
+        except KeyError:
+            kernel = bench.keep(key, self._new_kernel(bench, what, arrays, then))
+        try:
+            if kernel is not None:
+                kernel.run(self._stream.pointer, *map(_address, arrays))
+        finally:
+            self._idle.append(bench)
         return kernel is not None
 
-    def _keep(self, key: tuple[Any, ...], kernel: _Kernel | None) -> _Kernel | None:
-        kernels = self._of_thread.__dict__.setdefault("kernels", {})
-        if len(kernels) >= KERNELS_KEPT:
-            kernels.clear()
-        kernels[key] = kernel
-        return kernel
-
-    def _new_kernel(self, what: str, arrays: tuple[Matrix, ...], then: Any) -> _Kernel | None:
+    def _new_kernel(
+        self, bench: _Bench, what: str, arrays: tuple[Matrix, ...], then: Any
+    ) -> _Kernel | None:
         """None where the library has none, or but one of plain loops."""
         if not all(map(_lies_well, arrays)):
             return None
@@ -216,15 +220,8 @@ class OneDnn:
         scratch = self._part(described, _ITS_SCRATCH)
         layouts = [*map(self._layout, arrays), scratch]
         memories = [self._new("memory", layout, self._engine, None) for layout in layouts]
-        room = self._scratch(self._library.dnnl_memory_desc_get_size(scratch))
+        room = bench.scratch(self._library.dnnl_memory_desc_get_size(scratch))
         return _Kernel(self._library, self._new("primitive", described), memories, room)
-
-    def _scratch(self, nbytes: int) -> np.ndarray:
-        """Scratch memory of a thread, which all its kernels share."""
-        room = self._of_thread.__dict__.get("room")
-        if room is None or len(room) < nbytes:
-            room = self._of_thread.room = np.empty(max(nbytes, 1 << 16), np.uint8)
-        return room
 
     def _product(self, arrays: tuple[Matrix, ...], then: Any) -> _Handle | None:
         x, w, out, *others = arrays
@@ -300,6 +297,27 @@ class OneDnn:
 
     def _do(self, what: str, *arguments: Any) -> None:
         _check(getattr(self._library, f"dnnl_{what}")(*arguments), what)
+
+
+class _Bench:
+    """Kernels and their scratch memory, for one thread at a time: Dask's threads come and go, and
+    the next one takes what another has left."""
+
+    def __init__(self) -> None:
+        self.kernels: dict[tuple[Any, ...], _Kernel | None] = {}
+        self._room = np.empty(0, np.uint8)
+
+    def keep(self, key: tuple[Any, ...], kernel: _Kernel | None) -> _Kernel | None:
+        if len(self.kernels) >= KERNELS_KEPT:
+            self.kernels.clear()
+        self.kernels[key] = kernel
+        return kernel
+
+    def scratch(self, nbytes: int) -> np.ndarray:
+        if len(self._room) < nbytes:
+            self._room = np.empty(max(nbytes + _CACHE_LINE, 1 << 16), np.uint8)
+            self._room = self._room[-self._room.ctypes.data % _CACHE_LINE :]
+        return self._room
 
 
 class _Kernel:

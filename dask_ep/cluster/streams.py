@@ -110,6 +110,8 @@ class Line:
         OSError
             If there is no connection, or none any more.
         """
+        if self.is_over:  # nobody would tell
+            raise ConnectionError("the connection has ended")
         number = next(self._numbers)
         self._asked[number] = answer = asyncio.get_running_loop().create_future()
         self._stream.send(number, *request)
@@ -122,6 +124,7 @@ class Line:
     def close(self) -> None:
         """Give every request an error."""
         self._running.cancel()
+        self._give_up(ConnectionError("the connection was given up"))  # it may not have begun
 
     def _hear(self, number: int, answer: Any) -> None:
         asked = self._asked.pop(number, None)  # none if nobody waits any more
@@ -129,15 +132,17 @@ class Line:
             asked.set_result(answer)
 
     async def _run(self, worker: Worker, owner: str, op: str) -> None:
-        error: Exception = ConnectionError(f"the connection to {owner} was given up")
         try:
             await self._stream.run(await dask_internals.open_stream(worker, owner, op))
-        except Exception as why:
-            error = why
+        except Exception as error:
+            self._give_up(error)
         finally:
-            for asked in self._asked.values():
-                if not asked.done():
-                    asked.set_exception(error)
+            self._give_up(ConnectionError(f"the connection to {owner} has ended"))
+
+    def _give_up(self, error: Exception) -> None:
+        for asked in self._asked.values():
+            if not asked.done():
+                asked.set_exception(error)
 
 
 def to_message(array: Array | None) -> Any:

@@ -167,7 +167,16 @@ def test_kernels_that_nobody_used_lately_are_let_go(monkeypatch):
     monkeypatch.setattr(onednn, "KERNELS_KEPT", 4)
     for m in range(1, 20):
         assert library.multiply(some(m, 8), some(8, 8), np.empty((m, 8), FLOAT32))
-    assert len(library._of_thread.kernels) <= 4
+    assert len(library._idle[-1].kernels) <= 4
+
+
+def test_threads_take_what_others_have_left():
+    x = some(50, 40)
+    for _ in range(5):
+        _in_a_thread(lambda: library.multiply(x, x.T, np.empty((50, 50), FLOAT32)))
+    benches = list(library._idle)
+    _in_a_thread(lambda: library.multiply(x, x.T, np.empty((50, 50), FLOAT32)))
+    assert list(library._idle) == benches
 
 
 def test_a_library_that_lacks_what_it_needs_is_named(monkeypatch):

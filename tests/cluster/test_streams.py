@@ -197,3 +197,30 @@ def test_small_arrays_travel_inside_their_message():
     assert isinstance(to_message(np.zeros(SMALL)), Serialize)
     assert isinstance(to_message(np.zeros(2, ml_dtypes.bfloat16)), Serialize)
     assert to_message(None) is from_message(None) is None
+
+
+def test_a_line_that_is_closed_before_it_is_open_gives_every_request_an_error():
+    async def ask(line):
+        asked = asyncio.ensure_future(line.ask("first"))
+        await asyncio.sleep(0)
+        line.close()
+        with pytest.raises(ConnectionError):
+            await asked
+        while not line.is_over:
+            await asyncio.sleep(0)
+        with pytest.raises(ConnectionError, match="has ended"):
+            await line.ask("later")
+        return "nobody waits"
+
+    assert with_line(lambda stream, number, what: None, ask) == "nobody waits"
+
+
+def test_a_line_that_is_closed_as_soon_as_it_is_made():
+    async def run():
+        line = Line(Asking(), "tcp://127.0.0.1:1", "test_ask")
+        asked = asyncio.ensure_future(line.ask("first"))
+        line.close()  # its task has not run a step, and will not
+        with pytest.raises(ConnectionError):
+            await asyncio.wait_for(asked, DEADLINE)
+
+    asyncio.run(run())

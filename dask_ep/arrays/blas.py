@@ -193,15 +193,17 @@ def splitting_pays() -> bool:
 def faster_blas() -> str | None:
     """Say what would multiply faster on this machine, and how to install it; None if nothing."""
     cpu = _cpuinfo()
-    flags, gains = set(cpu.split()), {}
+    flags, gains, of_onednn = set(cpu.split()), {}, list[str]()
     has_onednn, of_intel = installed_onednn() is not None, "GenuineIntel" in cpu
     numpys_is_slower = "avx512f" in flags and not numpys_blas().startswith("MKL")
     if of_intel and numpys_is_slower and installed_mkl() is None:
         gains["mkl"] = f"MKL multiplies float32 about 10 % faster than {numpys_blas()}"
     if not of_intel and numpys_is_slower and not has_onednn:
-        gains[onednn.PACKAGE] = f"oneDNN multiplies float32 about 10 % faster than {numpys_blas()}"
+        of_onednn.append(f"float32 about 10 % faster than {numpys_blas()}")
     if flags & NARROW_FLAGS and not has_onednn:
-        gains[onednn.PACKAGE] = "oneDNN multiplies bfloat16 experts twice as fast or more"
+        of_onednn.append("bfloat16 experts twice as fast or more")
+    if of_onednn:
+        gains[onednn.PACKAGE] = f"oneDNN multiplies {' and '.join(of_onednn)}"
     if not gains:
         return None
     return (

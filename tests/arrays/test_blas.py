@@ -199,7 +199,7 @@ INTEL, AMD = "GenuineIntel", "AuthenticAMD"
         (
             f"{AMD} avx512f avx512_bf16",
             (),
-            r"oneDNN multiplies bfloat16 .* install onednn-cpu-gomp$",
+            r"float32 .* and bfloat16 .* install onednn-cpu-gomp$",
         ),
         (f"{AMD} avx512f avx512_bf16", ("onednn",), None),
         (f"{AMD} avx2", (), None),

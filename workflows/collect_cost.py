@@ -15,8 +15,7 @@ from __future__ import annotations
 import argparse
 import subprocess
 import sys
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from statistics import median
 from tempfile import TemporaryDirectory
@@ -24,7 +23,7 @@ from tempfile import TemporaryDirectory
 import dask
 import dask.array as da
 import numpy as np
-from measured import Layer, peak_of_tree, write_inputs
+from measured import Layer, cpu_timed, peak_of_tree, write_inputs
 
 from dask_ep import Experts, MoELayer, Router, collect
 from dask_ep.arrays.blas import one_blas_thread, product
@@ -69,11 +68,11 @@ def _rounds(
     """Seconds with statistics by those of the layer alone, which runs before and after."""
 
     def alone() -> float:
-        return seconds(lambda: layer(hidden).compute(scheduler="sync"))
+        return cpu_timed(lambda: layer(hidden).compute(scheduler="sync"))
 
     before = alone()
     for _ in range(repeat):
-        both = seconds(lambda: together(layer, hidden, what))
+        both = cpu_timed(lambda: together(layer, hidden, what))
         after = alone()
         yield 2 * both / (before + after)
         before = after
@@ -115,7 +114,7 @@ def gram_share(layer: MoELayer, hidden: da.Array, options: argparse.Namespace) -
     def collected() -> None:  # expert by expert, as they go to a file
         dask.persist(collect(hidden, layer, what=["gram"]), scheduler="sync")
 
-    return seconds(products) / seconds(collected)
+    return cpu_timed(products) / cpu_timed(collected)
 
 
 def print_memory(layer: Layer) -> None:
@@ -137,12 +136,6 @@ def print_memory(layer: Layer) -> None:
         f"gram of {layer.num_experts} experts, d = {layer.d}: {results / 1e6:.0f} MB of results, "
         f"a peak of {peak / 1e6:.0f} MB, {MEMORY_LIMIT / 1e6:.0f} MB are allowed"
     )
-
-
-def seconds(do: Callable[[], object]) -> float:
-    start = time.thread_time()
-    do()
-    return time.thread_time() - start
 
 
 if __name__ == "__main__":

@@ -11,11 +11,11 @@ quantized take. Each figure is the best of all rounds.
 from __future__ import annotations
 
 import argparse
-import time
 from collections.abc import Callable
 
 import ml_dtypes
 import numpy as np
+from measured import cpu_timed
 
 from dask_ep.layers.formats import find_parts
 from dask_ep.storage.gguf_files import GgufSource, gguf_library
@@ -43,8 +43,8 @@ def main() -> None:
             continue
         best = [1e9, 1e9]
         for _ in range(options.repeat):
-            best[0] = min(best[0], seconds(lambda: np.copyto(out, plain)))
-            best[1] = min(best[1], seconds(lambda s=source: s.read(0, options.rows, out=out)))
+            best[0] = min(best[0], cpu_timed(lambda: np.copyto(out, plain)))
+            best[1] = min(best[1], cpu_timed(lambda s=source: s.read(0, options.rows, out=out)))
         copied, decoded = (1e9 * second / out.size for second in best)
         print(f"{name:32} {decoded:6.2f}      {copied / decoded:10.2f}  (copy {copied:.2f})")
 
@@ -150,12 +150,6 @@ def gguf_blocks(shape: tuple[int, int], form: str) -> Source:
         scales = floats((len(blocks), count), np.dtype(np.float16)).view(np.uint8)
         blocks[:, first : first + 2 * count] = scales
     return GgufSource(ArraySource(blocks.reshape(shape[0], -1), form), form, shape)
-
-
-def seconds(do: Callable[[], object]) -> float:
-    start = time.thread_time()
-    do()
-    return time.thread_time() - start
 
 
 if __name__ == "__main__":

@@ -152,6 +152,13 @@ def timed(run: Callable[[], None]) -> float:
     return time.perf_counter() - start
 
 
+def cpu_timed(run: Callable[[], object]) -> float:
+    """Seconds of this thread's processor time."""
+    start = time.thread_time()
+    run()
+    return time.thread_time() - start
+
+
 def peak_of_tree(
     process: subprocess.Popen, look: Callable[[list[psutil.Process]], None] = lambda _: None
 ) -> int:

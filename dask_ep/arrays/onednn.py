@@ -80,7 +80,7 @@ class Packed:
 
     def __init__(self, shape: tuple[int, ...], dtype: np.dtype, data: np.ndarray):
         self.shape, self.dtype, self._data = shape, dtype, data
-        self.kind, self.address = (shape, dtype.char), data.ctypes.data
+        self.kind, self.address = (shape, dtype), data.ctypes.data
 
     @property
     def nbytes(self) -> int:
@@ -280,10 +280,12 @@ class OneDnn:
 
     def _described(self, kind: str, *arguments: Any) -> _Handle | None:
         """A description of a kernel; None where the library has none."""
-        try:
-            return self._new("primitive_desc", *arguments, by=f"{kind}_primitive_desc_create")
-        except NotImplementedError:
+        pointer, what = ctypes.c_void_p(), f"{kind}_primitive_desc_create"
+        status = getattr(self._library, f"dnnl_{what}")(ctypes.byref(pointer), *arguments)
+        if status == _UNIMPLEMENTED:
             return None
+        _check(status, what)
+        return _Handle(pointer, self._library.dnnl_primitive_desc_destroy)
 
     def _part(self, described: _Handle, which: int) -> _Handle:
         """A layout that a description has, and keeps."""
@@ -353,8 +355,6 @@ class _Argument(ctypes.Structure):
 
 
 def _check(status: int, what: str) -> None:
-    if status == _UNIMPLEMENTED:
-        raise NotImplementedError(f"oneDNN has no {what} for this")
     if status:
         raise RuntimeError(f"oneDNN's {what} failed with status {status}")
 
@@ -367,7 +367,7 @@ def _kind(array: Matrix) -> tuple[Any, ...]:
     """All that the kernel for an array depends on."""
     if isinstance(array, Packed):
         return array.kind
-    return array.shape, array.strides, array.dtype.char
+    return array.shape, array.strides, array.dtype, array.flags.aligned
 
 
 def _address(array: Matrix) -> int:

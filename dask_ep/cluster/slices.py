@@ -51,6 +51,19 @@ class Chunk(NamedTuple):
         return self.where.chunk
 
 
+class Request(NamedTuple):
+    """What another worker asks for with a packet."""
+
+    ranks: Sequence[int]
+    slices: list[Any]
+    #: the experts of each
+    chunk: int
+    exchange: Exchange
+    sender: str
+    came: float
+    #: when
+
+
 class Slices:
     """The experts of the ranks that a worker serves, by layer and rank."""
 
@@ -166,6 +179,7 @@ class Slices:
         watched = None if observe is None else Observe(tuple(observe[0]), *observe[1:])
         exchange = Exchange(token, world_size, num_local, d_out, None, watched)
         packet = [Packet(*map(from_message, arrays))]
+        request = Request(ranks, slices, chunk, exchange, sender, tally.now())
         rows, loop = len(packet[0].rows), asyncio.get_running_loop()
 
         def send(served: Future) -> None:
@@ -175,28 +189,16 @@ class Slices:
                 loop.call_soon_threadsafe(stream.send, number, answer)
 
         self.tally.count_waiting(token, ranks, rows)
-        self.pool.submit(
-            self._answer, packet, ranks, slices, chunk, exchange, sender, tally.now()
-        ).add_done_callback(send)
+        self.pool.submit(self._answer, packet, request).add_done_callback(send)
 
-    def _answer(
-        self,
-        packet: list[Packet],
-        ranks: Sequence[int],
-        slices: list[Any],
-        chunk: int,
-        exchange: Exchange,
-        sender: str,
-        came: float,
-    ) -> Any:
+    def _answer(self, packet: list[Packet], request: Request) -> Any:
         """What goes back for a packet: answers, the rows of each, and what was seen of the rows.
 
-        All answers in one array on the host, an array for each on a device.
+        All answers in one array on the host, an array for each on a device. The packet comes in a
+        list, out of which it is taken.
         """
         try:
-            whole, parts, seen = self._serve_packet(
-                packet, ranks, slices, chunk, exchange, sender, came
-            )
+            whole, parts, seen = self._serve_packet(packet, request)
         except Exception as error:
             return dask_internals.remote_error(error)
         answers = parts if whole is None else [whole]
@@ -207,15 +209,9 @@ class Slices:
         ]
 
     def _serve_packet(
-        self,
-        packet: list[Packet],
-        ranks: Sequence[int],
-        slices: list[Any],
-        chunk: int,
-        exchange: Exchange,
-        sender: str,
-        came: float,
+        self, packet: list[Packet], request: Request
     ) -> tuple[Array | None, list[Array], list[Array]]:
+        ranks, slices, chunk, exchange, sender, came = request
         seen = [begin_seen(exchange.observe, rank, exchange.num_local) for rank in ranks]
         with self.core():
             start, count = tally.now(), len(packet[0].rows)

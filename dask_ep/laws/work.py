@@ -121,7 +121,7 @@ class Work:
 
     @property
     def scratch(self) -> int:
-        """Bytes of a thread's tiles, and of the matrix that it packs."""
+        """Bytes of a thread's tiles, and of the matrix that it copies."""
         return tile_bytes(max(self.widest, self.d, self.d_out) * self.wide) + self.copied
 
     def packet_row_bytes(self, places: int) -> int:
@@ -194,7 +194,7 @@ class Work:
             multiplied_by=None
             if on_devices
             else multiplied_by(dtype, experts.is_bfloat16, experts.precision),
-            copied=0 if on_devices else _copied(experts, dtype),
+            copied=0 if on_devices else max(_copied(each, dtype) for each in (experts, shared)),
             weight_bytes=0 if topk_dtype is None else np.dtype(topk_dtype).itemsize,
             stored_rows=stored_rows,
             read_bytes=read_bytes,
@@ -207,10 +207,11 @@ class Work:
         )
 
 
-def _copied(experts: Experts | CallableExperts, dtype: np.dtype) -> int:
+def _copied(experts: Experts | CallableExperts | None, dtype: np.dtype) -> int:
     """Bytes of the largest matrix that a thread copies to float32; see `Work.copied`."""
-    is_copied = copies(dtype, experts.is_bfloat16, experts.precision)
-    return numbers_at_once(experts) * np.dtype(np.float32).itemsize if is_copied else 0
+    if experts is None or not copies(dtype, experts.is_bfloat16, experts.precision):
+        return 0
+    return numbers_at_once(experts) * np.dtype(np.float32).itemsize
 
 
 def _layer_work(layer: Any, d: int, compute: np.dtype, routes: bool, on_devices: bool) -> LayerWork:

@@ -122,6 +122,22 @@ def test_what_it_cannot_multiply_is_left_alone(dtype):
         np.testing.assert_array_equal(c, before)
 
 
+def test_a_kernel_is_taken_for_its_own_kind_of_numbers_alone():
+    """Of the same shape and layout: the bytes of a number the other way round, or out of step."""
+    x, w, out = some(4, 4), some(4, 4, seed=1), np.zeros((4, 4), FLOAT32)
+    unaligned = np.empty(65, np.uint8)[1:].view(FLOAT32).reshape(4, 4)
+    unaligned[...] = x
+    others = [(x.astype(">f4"), w), (x, w.astype(">f4")), (unaligned, w)]
+    for _ in range(2):
+        assert library.multiply(x, w, out)
+        np.testing.assert_allclose(out, x.astype("f8") @ w, rtol=0, atol=1e-5)
+        out[...] = 7
+        for a, b in others:
+            assert not library.multiply(a, b, out)
+        assert (out == 7).all()
+    np.testing.assert_allclose(blas.product(others[0][0], w), x @ w, rtol=0, atol=1e-5)
+
+
 @dtypes
 def test_threads_share_the_library_and_get_the_same_bits(dtype):
     w = library.pack(some(256, 128, dtype=dtype))

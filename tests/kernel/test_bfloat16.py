@@ -40,6 +40,7 @@ from dask_ep.kernel.bfloat16 import (
     serves,
 )
 from dask_ep.kernel.dispatch import dispatch
+from dask_ep.laws.work import Work
 from dask_ep.layers.checkpoint import load_moe_layer
 from dask_ep.pricing.words import figures_of
 from dask_ep.storage.sources import open_source
@@ -574,3 +575,20 @@ def test_a_layer_takes_the_precision(library):
     assert 1e-4 < error(rounded, exactly.astype("f8")) < 2e-2
     assert layer.with_precision("bfloat16").shared.precision == "bfloat16"
     assert layer.shared.precision == "float32"
+
+
+def test_the_law_counts_the_largest_matrix_that_a_thread_copies(library, splitting_pays):
+    """That of the routed experts, or of those that all rows share."""
+
+    def gated(E, hidden):
+        return Experts.gated(
+            *(some(E, 16, hidden, dtype=bf16) for _ in range(2)), some(E, hidden, 16, dtype=bf16)
+        )
+
+    tokens = some(20, 16, dtype=bf16)
+    for routed, shared in ((64, 32), (32, 64)):
+        layer = MoELayer(Router(4, k=2), gated(4, routed), some(4, 16), shared=gated(1, shared))
+        work = Work.of(tokens, layer.experts, layer, rows=20, slots=2)
+        assert work.copied == (0 if splitting_pays else 4 * 16 * 64)
+        rounded = layer.with_precision("bfloat16")
+        assert Work.of(tokens, rounded.experts, rounded, rows=20, slots=2).copied == 0

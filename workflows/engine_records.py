@@ -18,7 +18,6 @@ from pathlib import Path
 import click
 import dask.array as da
 import numpy as np
-from safetensors.numpy import save_file
 
 from dask_ep.cli.command import debug_option
 from dask_ep.cli.main import main
@@ -29,6 +28,7 @@ from dask_ep.placement.engine_records import (
     write_sglang_counts,
     write_vllm_routing,
 )
+from dask_ep.storage.safetensors_header import encode_header
 from dask_ep.storage.sources import open_source
 from dask_ep.storage.storage import store
 
@@ -62,7 +62,9 @@ def read(record: str, layer: int | None, routing: str | None, stats: Path | None
     stats.mkdir(parents=True, exist_ok=True)
     layers = [number for number in np.flatnonzero(counts.any(axis=1)) if layer in (None, number)]
     for number in layers:
-        save_file({"usage.rows": counts[number]}, stats / f"stats_{number:03d}.safetensors")
+        rows = np.ascontiguousarray(counts[number])
+        header = encode_header({"usage.rows": (rows.shape, rows.dtype)})
+        (stats / f"stats_{number:03d}.safetensors").write_bytes(header + rows.tobytes())
     click.echo(f"{stats}: {len(layers)} layers of {counts.shape[1]} experts")
 
 

@@ -323,7 +323,7 @@ def write_experts(layer: Layer, folder: Path) -> None:
         scaled = (numbers / np.sqrt(layer.shape(name)[0], dtype="f4")).astype(BFLOAT16)
         for expert in range(layer.experts):
             with (folder / f"expert-{expert:04d}-{name}.safetensors").open("wb") as file:
-                file.write(encode_header(name, layer.shape(name), BFLOAT16))
+                file.write(encode_header({name: (layer.shape(name), BFLOAT16)}))
                 file.write(scaled[64 * expert : 64 * expert + size].view(np.uint16).data)
 
 

@@ -170,6 +170,12 @@ def raise_bad_index(routing: Array, num_experts: int, why_so_many: str = "") -> 
     )
 
 
+def check_indices(routing: np.ndarray, num_experts: int, why_so_many: str = "") -> None:
+    """Raise as `raise_bad_index` does if an index of a NumPy array is outside [-1, E)."""
+    if routing.size and (routing.min() < -1 or routing.max() >= num_experts):
+        raise_bad_index(routing, num_experts, why_so_many)
+
+
 def raise_nan(topk_weights: Array) -> NoReturn:
     """Raise for top-k weights that hold NaN, naming the first."""
     bad = namespace(topk_weights).isnan(topk_weights)

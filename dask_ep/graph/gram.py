@@ -22,7 +22,6 @@ from typing import Any, NamedTuple
 import dask.array as da
 import numpy as np
 from dask.base import tokenize
-from dask.highlevelgraph import HighLevelGraph
 from dask.task_spec import List, Task, TaskRef
 
 from dask_ep.arrays import memory
@@ -30,7 +29,7 @@ from dask_ep.arrays.checks import check_routing, check_tokens, computing_dtype
 from dask_ep.experts.experts import CallableExperts, Experts
 from dask_ep.graph.keys import step_name
 from dask_ep.graph.pipeline import Ready, Unfused
-from dask_ep.graph.rows import first_rows, keys_of
+from dask_ep.graph.rows import array_of, first_rows, keys_of
 from dask_ep.kernel.context import error_context, slots_of
 from dask_ep.kernel.expert import Expert, as_local_experts
 from dask_ep.kernel.host_kernel import gather
@@ -108,13 +107,20 @@ def grams(
             tasks[key] = Unfused(key, _add_rows, state, rows, number, expert, d, dtype, e)
             state = TaskRef(key)
         last.append(state)
-    inputs: list[Any] = [a for a in (tokens, ready.routing, ready.topk_weights) if a is not None]
-    graph = HighLevelGraph.from_collections(gram, tasks, dependencies=inputs)
+    inputs = [a for a in (tokens, ready.routing, ready.topk_weights) if a is not None]
+    groups = ((1,) * -(-C // step), (1,) * E)
+    moments = array_of(gram, tasks, inputs, groups, np.empty((0, 0), object))
     sides: dict[str, Any] = {"input": d} | ({"hidden": experts.hidden} if hidden else {})
-    return {
-        f"gram.{side}": _side(graph, gram, last, side, width, dtype)
-        for side, width in sides.items()
-    }
+    found = {}
+    for side, width in sides.items():
+        name = step_name(f"moments_{side}", token)
+        picked = {
+            (name, e, 0, 0): Task((name, e, 0, 0), _side_of, one, side, width, dtype)
+            for e, one in enumerate(last)
+        }
+        chunks_of_side, meta = ((1,) * E, (width,), (width,)), np.empty((0, 0, 0), dtype)
+        found[f"gram.{side}"] = array_of(name, picked, [moments], chunks_of_side, meta)
+    return found
 
 
 def _picks(ready: Ready, token: str, together: int) -> dict[Any, Task]:
@@ -148,24 +154,6 @@ def group_of(rows: float, chunks: int, slots: int, experts: int) -> int:
     if not of_expert > 0:  # unknown lengths
         return 1
     return int(min(max(ROWS_TOGETHER / of_expert, 1), max(chunks, 1)))
-
-
-def _side(
-    graph: HighLevelGraph,
-    gram: str,
-    last: Sequence[Any],
-    side: str,
-    width: int,
-    dtype: np.dtype,
-) -> da.Array:
-    name = step_name(f"moments_{side}", gram.partition("-")[2])
-    tasks = {
-        (name, e, 0, 0): Task((name, e, 0, 0), _side_of, one, side, width, dtype)
-        for e, one in enumerate(last)
-    }
-    layers: dict[str, Any] = {**graph.layers, name: tasks}
-    whole = HighLevelGraph(layers, {**graph.dependencies, name: {gram}})
-    return da.Array(whole, name, ((1,) * len(last), (width,), (width,)), dtype=dtype)
 
 
 def _load(

@@ -15,7 +15,7 @@ import numpy as np
 from dask.base import tokenize
 from dask.task_spec import Task, TaskRef
 
-from dask_ep.arrays.checks import raise_bad_index
+from dask_ep.arrays.checks import check_indices
 from dask_ep.graph.keys import step_name
 from dask_ep.graph.rows import array_of, first_rows, keys_of
 from dask_ep.kernel.context import error_context
@@ -90,8 +90,7 @@ def _choose(
     first_row: int | None,
 ) -> np.ndarray:
     with error_context(f"routing of token chunk {chunk}", first_row):
-        if routing.size and (routing.min() < -1 or routing.max() >= num_experts):
-            raise_bad_index(routing, num_experts)
+        check_indices(routing, num_experts)
     ours = (routing >= block.start) & (routing < block.stop)
     local = np.where(ours, routing.astype(np.int32) - np.int32(block.start), np.int32(-1))
     if not others:

@@ -16,15 +16,15 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 from itertools import accumulate
 from math import prod
+from operator import itemgetter
 from typing import Any, NamedTuple
 
 import dask.array as da
 import numpy as np
 from dask.base import tokenize
-from dask.highlevelgraph import HighLevelGraph
 from dask.task_spec import List, Task, TaskRef
 
-from dask_ep.arrays.checks import check_routing, raise_bad_index, raise_nan
+from dask_ep.arrays.checks import check_indices, check_routing, raise_nan
 from dask_ep.graph.chunk import Observed
 from dask_ep.graph.keys import step_name
 from dask_ep.graph.pipeline import Ready, Unfused, build_chunks, width_of_output
@@ -127,7 +127,7 @@ def see_experts(
         return piece, None
     name = step_name("output", tokenize(both.name))
     return piece, block_by_block(
-        _output_of, "nd", both, "nd", name=name, dtype=tokens.dtype, meta=tokens._meta
+        itemgetter(0), "nd", both, "nd", name=name, dtype=tokens.dtype, meta=tokens._meta
     )
 
 
@@ -177,8 +177,7 @@ def _see_routing(
 ) -> Numbers:
     with error_context(f"statistics of the routing of token chunk {chunk}", first_row):
         check_routing(routing, topk_weights, n=len(routing))
-        if routing.size and (routing.min() < -1 or routing.max() >= E):
-            raise_bad_index(routing, E)
+        check_indices(routing, E)
         if topk_weights is not None and np.isnan(topk_weights).any():
             raise_nan(topk_weights)
         slots = (routing if routing.ndim == 2 else routing[:, None]).astype(np.intp)
@@ -209,10 +208,6 @@ def _count_usage(slots: np.ndarray, topk_weights: np.ndarray | None, E: int) -> 
 
 def _numbers_of_experts(columns: dict[str, slice], observed: Observed) -> Numbers:
     return {name: observed[1][:, at] for name, at in columns.items()}
-
-
-def _output_of(observed: Observed) -> np.ndarray | None:
-    return observed[0]
 
 
 # --- joining ---------------------------------------------------------------------------------
@@ -248,10 +243,10 @@ def join_groups(
             key = (partial_name, c)
             tasks[key] = Task(key, _join_chunk, before, layout, takes, of_chunk)
             before = TaskRef(key)
-        tasks[group_name, g, 0] = Task((group_name, g, 0), _as_row, before)
-    graph = HighLevelGraph.from_collections(group_name, tasks, dependencies=arrays)
+        tasks[group_name, g, 0] = Task((group_name, g, 0), np.atleast_2d, before)
     rows = ((1,) * groups, (layout.size,))
-    return da.Array(graph, group_name, rows, meta=np.empty((0, 0))), layout, chunks, step
+    joined = array_of(group_name, tasks, arrays, rows, np.empty((0, 0)))
+    return joined, layout, chunks, step
 
 
 def choose_group_chunks(partial_bytes: int, chunk_bytes: float) -> int:
@@ -276,16 +271,15 @@ def finished(
     token = tokenize(groups.name, finish)
     name = step_name("total", token)
     keys = List([TaskRef(key) for key in keys_of(groups)])
-    tasks: dict[Any, Task] = {name: Task(name, finish_groups, layout, finish, keys)}
-    inputs: list[Any] = [groups]
-    graph = HighLevelGraph.from_collections(name, tasks, dependencies=inputs)
+    tasks: dict[Any, Task] = {(name,): Task((name,), finish_groups, layout, finish, keys)}
+    total = array_of(name, tasks, [groups], (), np.empty((), object))
     found = {}
     for what, example in finish(layout.unpack(np.zeros(layout.size))).items():
-        one, zeros = step_name(f"statistic-{what}", token), (0,) * example.ndim
-        picked = {(one, *zeros): Task((one, *zeros), _pick, TaskRef(name), what)}
-        layers: dict[str, Any] = {**graph.layers, one: picked}
-        whole = HighLevelGraph(layers, {**graph.dependencies, one: {name}})
-        found[what] = da.Array(whole, one, tuple((n,) for n in example.shape), dtype=example.dtype)
+        one = step_name(f"statistic-{what}", token)
+        key, shape = (one, *(0,) * example.ndim), tuple((n,) for n in example.shape)
+        found[what] = array_of(
+            one, {key: Task(key, itemgetter(what), TaskRef((name,)))}, [total], shape, example
+        )
     return found
 
 
@@ -300,54 +294,32 @@ def name_statistics(totals: Numbers) -> Numbers:
     """Make the statistics that people know of joined results; an expert without rows has zeros."""
     found: Numbers = {}
     for name, total in totals.items():
-        found |= _FINISH.get(name, _as_it_is)(name, total, totals)
+        if name in _COUNTS:
+            found[name] = np.asarray(total).astype(np.int64)
+        elif name in _MEANS_OF_ROWS:
+            found[name] = np.asarray(total / np.maximum(totals["router.rows"], 1))
+        elif name == "coverage":
+            found["coverage.rows"] = total[:, 0].astype(np.int64)
+        elif name == "mean_output":
+            found["mean_output.sum"] = total
+            found["mean_output.mean"] = total / np.maximum(totals["coverage"], 1)
+        elif name == "reap":
+            weighted, norm, rows = total.T
+            some = np.maximum(rows, 1)
+            found |= {"reap.score": weighted / some, "reap.norm": norm / some}
+            found["reap.rows"] = rows.astype(np.int64)
+        else:
+            found[name] = total
     if "coverage.rows" not in found and "usage.rows" in found:
         found["coverage.rows"] = found["usage.rows"]
     return found
 
 
-def _as_mean_of_rows(name: str, total: np.ndarray, totals: Numbers) -> Numbers:
-    return {name: np.asarray(total / np.maximum(totals["router.rows"], 1))}
-
-
-def _as_it_is(name: str, total: np.ndarray, totals: Numbers) -> Numbers:
-    return {name: total}
-
-
-def _as_counts(name: str, total: np.ndarray, totals: Numbers) -> Numbers:
-    return {name: np.asarray(total).astype(np.int64)}
-
-
-def _as_coverage(name: str, total: np.ndarray, totals: Numbers) -> Numbers:
-    return {"coverage.rows": total[:, 0].astype(np.int64)}
-
-
-def _as_mean(name: str, total: np.ndarray, totals: Numbers) -> Numbers:
-    return {f"{name}.sum": total, f"{name}.mean": total / np.maximum(totals["coverage"], 1)}
-
-
-def _as_reap(name: str, total: np.ndarray, totals: Numbers) -> Numbers:
-    weighted, norm, rows = total.T
-    some = np.maximum(rows, 1)
-    means = {"reap.score": weighted / some, "reap.norm": norm / some}
-    return means | {"reap.rows": rows.astype(np.int64)}
-
-
-_FINISH: dict[str, Callable[[str, np.ndarray, Numbers], Numbers]] = {
-    "coverage": _as_coverage,
-    "reap": _as_reap,
-    "mean_output": _as_mean,
-    "usage.rows": _as_counts,
-    "usage.slots": _as_counts,
-    "coactivation": _as_counts,
-    "router.probability": _as_mean_of_rows,
-    "router.entropy": _as_mean_of_rows,
-    "router.z_loss": _as_mean_of_rows,
-    "router.margin": _as_mean_of_rows,
-    **{f"router.{what}_histogram": _as_counts for what in ("entropy", "z_loss", "margin")},
-    "router.rows": _as_counts,
+_COUNTS = {
+    *("usage.rows", "usage.slots", "coactivation", "router.rows"),
+    *(f"router.{what}_histogram" for what in ("entropy", "z_loss", "margin")),
 }
-"""What is made of a joined result, where it is not one of the statistics itself."""
+_MEANS_OF_ROWS = {f"router.{what}" for what in ("probability", "entropy", "z_loss", "margin")}
 
 
 def _join_chunk(
@@ -361,11 +333,3 @@ def _join_chunk(
         numbers |= take(piece)
     vector = layout.pack(numbers)
     return vector if before is None else layout.join([before, vector])
-
-
-def _as_row(vector: np.ndarray) -> np.ndarray:
-    return vector[None]
-
-
-def _pick(numbers: Numbers, name: str) -> np.ndarray:
-    return numbers[name]

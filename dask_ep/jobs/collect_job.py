@@ -234,7 +234,7 @@ class _Run:
         """Whether anything is left to compute."""
         return any(output.missing for output in self.outputs)
 
-    def steps(self) -> Iterator[Output | Step]:
+    def steps(self) -> Iterator[Step]:
         """Yield what is to be computed, each step before the next."""
         first, *others = self.groups
         yield first if self.output is None else together([first, self.output])

@@ -226,9 +226,7 @@ def _stored(
     )
 
 
-def _steps(
-    output: Output, walk: InPasses | None, routing: Sequence[Output]
-) -> Iterable[Output | Step]:
+def _steps(output: Output, walk: InPasses | None, routing: Sequence[Output]) -> Iterable[Step]:
     """Yield what is to be computed, each step before the next.
 
     The routing is saved by the tasks that need it. In passes these run group by group, so there the
@@ -264,24 +262,18 @@ def owned_ranks(client: Client | None, world_size: int) -> contextlib.AbstractCo
 
 
 def compute_step(
-    step: Output | Step,
+    step: Step,
     client: Client | None,
     threads: int,
     tell: Callable[[Receipt], Any],
     wait: Wait,
 ) -> None:
     """Do the tasks of a step, on threads or by a client's workers, and tell of each receipt."""
-    if client is None:
-        _compute_on_threads(step, threads, tell, wait)
-    else:
+    if client is not None:
         _compute_on_client(step, client, tell, wait)
-
-
-def _compute_on_threads(
-    output: Output | Step, threads: int, tell: Callable[[Receipt], Any], wait: Wait
-) -> None:
+        return
     pool = ThreadPoolExecutor(threads, thread_name_prefix="dask-ep")
-    aside = Aside(lambda give: output.compute(give, scheduler="threads", pool=pool), wait)
+    aside = Aside(lambda give: step.compute(give, scheduler="threads", pool=pool), wait)
     try:
         for receipt in aside:
             tell(receipt)
@@ -291,12 +283,12 @@ def _compute_on_threads(
 
 
 def _compute_on_client(
-    output: Output | Step, client: Client, tell: Callable[[Receipt], Any], wait: Wait
+    step: Step, client: Client, tell: Callable[[Receipt], Any], wait: Wait
 ) -> None:
-    if not output.missing:
+    if not step.missing:
         return
     address = scheduler_address(client)  # a client that has lost it knows it no more
-    futures = futures_of(client.persist(output))
+    futures = futures_of(client.persist(step))
 
     def gather(give: Callable[[Receipt], Any]) -> None:
         for future in as_completed(futures, loop=client.loop):

@@ -22,12 +22,19 @@ from typing import Any
 import numpy as np
 
 from dask_ep.arrays import memory
-from dask_ep.arrays.checks import check_rank, check_routing, check_tokens, computing_dtype
+from dask_ep.arrays.checks import (
+    check_rank,
+    check_routing,
+    check_tokens,
+    computing_dtype,
+    raise_bad_index,
+    raise_nan,
+)
 from dask_ep.arrays.namespaces import UNDERFLOW_IS_ZERO, Array, namespace, one_namespace
 from dask_ep.kernel import device_kernel
 from dask_ep.kernel.expert import Expert, as_local_experts
 from dask_ep.kernel.host_kernel import Served
-from dask_ep.kernel.segments import kernel_hint, raise_bad_index, raise_nan, sort_slots
+from dask_ep.kernel.segments import kernel_hint, sort_slots
 
 
 def expert_parallel_dispatch(

@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from dask_ep.arrays.checks import raise_bad_index, raise_nan
+from dask_ep.arrays.checks import check_indices, raise_nan
 
 
 class Segments(NamedTuple):
@@ -80,8 +80,7 @@ def sort_slots(
         return Segments(k, None, [(0, 0)] * num_local)
 
     num_experts = num_local * world_size
-    if flat.min() < -1 or flat.max() >= num_experts:
-        raise_bad_index(routing, num_experts, kernel_hint(num_local, world_size))
+    check_indices(routing, num_experts, kernel_hint(num_local, world_size))
     if topk_weights is not None and np.isnan(topk_weights).any():
         raise_nan(topk_weights)
     local = _local_numbers(flat, num_local, rank)

@@ -15,12 +15,12 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from importlib import import_module
+from operator import itemgetter
 from typing import Any, NamedTuple
 
 import dask.array as da
 import numpy as np
 from dask.base import tokenize
-from dask.highlevelgraph import HighLevelGraph
 from dask.task_spec import Task, TaskRef
 
 from dask_ep.arrays.checks import is_float, place_of_row
@@ -114,19 +114,18 @@ def _route_chunks(
         tasks[both, c] = Task(
             (both, c), _route_chunk, TaskRef(key), TaskRef(loaded), router, c, starts[c], chunk_ids
         )
-    inputs: list[Any] = [rows] if token_ids is None else [rows, token_ids]
-    graph = HighLevelGraph.from_collections(both, tasks, dependencies=inputs)
+    inputs = [rows] if token_ids is None else [rows, token_ids]
+    routed = array_of(both, tasks, inputs, ((1,) * len(starts),), np.empty(0, object))
     k = arrays["table"].shape[1] if "table" in arrays else router.slots
     parts = []
     for which, (word, dtype) in enumerate((("indices", np.int32), ("weights", np.float32))):
         name = step_name(word, token)
-        taken: dict[Any, Task] = {
-            (name, c, 0): Task((name, c, 0), _part, TaskRef((both, c)), which)
-            for c in range(rows.numblocks[0])
+        taken = {
+            (name, c, 0): Task((name, c, 0), itemgetter(which), TaskRef((both, c)))
+            for c in range(len(starts))
         }
-        whole = HighLevelGraph({**graph.layers, name: taken}, {**graph.dependencies, name: {both}})
         meta = namespace(rows._meta).empty((0, 0), dtype=dtype)
-        parts.append(da.Array(whole, name, chunks=(rows.chunks[0], (k,)), meta=meta))
+        parts.append(array_of(name, taken, [routed], (rows.chunks[0], (k,)), meta))
     return parts[0], parts[1]
 
 
@@ -176,10 +175,6 @@ def _route_chunk(
             return indices, xp.ones(indices.shape, dtype=np.float32)
         weight = arrays["weight"]
         return indices, weigh_chosen(hidden, indices, router, weight, bias=arrays.get("bias"))
-
-
-def _part(both: tuple[Array, Array], which: int) -> Array:
-    return both[which]
 
 
 def _score_chunk(

@@ -20,7 +20,7 @@ import xxhash
 
 from dask_ep.errors import ReadError
 from dask_ep.storage.replace import remove, replace
-from dask_ep.storage.safetensors_header import DTYPES
+from dask_ep.storage.safetensors_header import encode_header
 from dask_ep.storage.source import Source
 from dask_ep.storage.sources import open_safetensors, open_source
 from dask_ep.storage.storage import CHUNK_BYTES
@@ -29,8 +29,6 @@ KINDS_OF_BUNDLES = (".safetensors", ".zarr")
 
 NOT_KNOWN = "0" * 32
 """Stands for the hash until all arrays are written."""
-
-_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
 
 def check_bundle(path: str, resume: bool, overwrite: bool) -> None:
@@ -151,35 +149,23 @@ def _is_bundle(path: str) -> bool:
 
 
 def _write_safetensors(
-    path: str, arrays: Mapping[str, np.ndarray | Source], metadata: dict[str, str]
+    path: str, arrays: Mapping[str, np.ndarray | Source], metadata: Mapping[str, str]
 ) -> None:
+    tensors = {name: (array.shape, np.dtype(array.dtype)) for name, array in arrays.items()}
     # Wide numbers first, so that all are aligned.
-    ordered = sorted(arrays.items(), key=lambda item: -np.dtype(item[1].dtype).itemsize)
-    header: dict[str, object] = {"__metadata__": metadata}
-    places, position = {}, 0
-    for name, array in ordered:
-        end = position + prod(array.shape) * np.dtype(array.dtype).itemsize
-        header[name] = {
-            "dtype": _NAMES[np.dtype(array.dtype)],
-            "shape": list(array.shape),
-            "data_offsets": [position, end],
-        }
-        places[name], position = position, end
-    text, hashed = _header(header), xxhash.xxh3_128()
+    tensors = dict(sorted(tensors.items(), key=lambda item: -item[1][1].itemsize))
+    header, hashed = encode_header(tensors, metadata), xxhash.xxh3_128()
+    places, position = {}, len(header)
+    for name, (shape, dtype) in tensors.items():
+        places[name] = position
+        position += prod(shape) * dtype.itemsize
     with open(path, "wb") as file:
-        file.write(text)
+        file.write(header)
         for name, part in _hashed_parts(arrays, hashed):
-            file.seek(len(text) + places[name])
+            file.seek(places[name])
             places[name] += file.write(_bytes_of(part))
-        metadata["content"] = hashed.hexdigest()
         file.seek(0)
-        file.write(_header(header))
-
-
-def _header(header: Mapping[str, object]) -> bytes:
-    text = json.dumps(header).encode()
-    text += b" " * (-len(text) % 8)
-    return len(text).to_bytes(8, "little") + text
+        file.write(encode_header(tensors, {**metadata, "content": hashed.hexdigest()}))
 
 
 def _write_zarr(

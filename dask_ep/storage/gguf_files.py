@@ -21,7 +21,7 @@ from dask_ep.errors import ReadError
 from dask_ep.storage.gguf_blocks import decode_blocks
 from dask_ep.storage.plain_sources import ArraySource, LocalFile
 from dask_ep.storage.remote import is_remote
-from dask_ep.storage.source import Source
+from dask_ep.storage.source import Region, Source
 
 PLAIN = {
     "F64": np.float64, "F32": np.float32, "F16": np.float16, "BF16": ml_dtypes.bfloat16,
@@ -177,7 +177,7 @@ def _open_tensor(
     if len(shape) == 1 and tensor.endswith("ffn_gate_inp_shexp.weight"):
         shape = (1, *shape)  # one row, which the format does not tell from a vector
     if form in PLAIN:
-        return file.region(offset, shape, np.dtype(PLAIN[form]), name)
+        return Region(file, offset, shape, np.dtype(PLAIN[form]), name)
     numbers, width = gguf_library().GGML_QUANT_SIZES[gguf_library().GGMLQuantizationType[form]]
     stored = (*shape[:-1], shape[-1] // numbers * width)
-    return GgufSource(file.region(offset, stored, np.dtype(np.uint8), name), form, shape)
+    return GgufSource(Region(file, offset, stored, np.dtype(np.uint8), name), form, shape)

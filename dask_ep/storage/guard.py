@@ -88,7 +88,9 @@ def _places_read(y: da.Array) -> set[str | None]:
         elif isinstance(value, BlockwiseDepDict):
             left.append(value.mapping)
         elif isinstance(value, (str, os.PathLike)):
-            places.add(_existing(value))
+            path = os.fspath(value)
+            if isinstance(path, str) and path.endswith((".npy", ".zarr", ".safetensors")):
+                places |= {path} if os.path.lexists(path) else set()
         elif isinstance(value, np.ndarray):
             places.add(mapped_file(value))
         elif isinstance(value, zarr_arrays):
@@ -96,11 +98,3 @@ def _places_read(y: da.Array) -> set[str | None]:
         else:
             places |= {source.path for source in find_sources(value)}
     return places
-
-
-def _existing(word: str | os.PathLike) -> str | None:
-    """Take a word for a path if it can be the place of an array."""
-    path = os.fspath(word)
-    if not isinstance(path, str) or not path.endswith((".npy", ".zarr", ".safetensors")):
-        return None
-    return path if os.path.lexists(path) else None

@@ -60,7 +60,53 @@ class Receipt(NamedTuple):
     #: of the output whose block was written; "" if none was
 
 
-class Output(DaskMethodsMixin):
+class Step(DaskMethodsMixin):
+    """Some tasks that answer with receipts, as a Dask collection.
+
+    Parameters
+    ----------
+    graph : of the tasks and all that they need
+    keys : of the tasks
+    """
+
+    missing: Sequence[Any]
+    #: what is left to do
+
+    def __init__(self, graph: Mapping, keys: list, rename: Mapping | None = None):
+        self._graph = graph
+        self._keys = self.missing = [(rename or {}).get(key, key) for key in keys]
+
+    def compute(
+        self, on_block: Callable[[Receipt], Any] | None = None, **kwargs: Any
+    ) -> list[Receipt]:
+        """Do the tasks; the arguments are those of `Output.compute`."""
+        if not self._keys:
+            return []
+        watch = None if on_block is None else _Watch(on_block)
+        with watch or contextlib.nullcontext():
+            (receipts,) = dask.compute(self, **kwargs)
+        if watch is not None:
+            for receipt in receipts:
+                watch.tell(receipt)
+        return receipts
+
+    def __dask_graph__(self) -> Mapping:
+        return self._graph
+
+    def __dask_keys__(self) -> list:
+        return self._keys
+
+    def __dask_postcompute__(self) -> tuple[Callable, tuple]:
+        return list, ()
+
+    def __dask_postpersist__(self) -> tuple[Callable, tuple]:
+        return Step, (self._keys,)
+
+    __dask_optimize__ = staticmethod(da.optimize)
+    __dask_scheduler__ = staticmethod(da.Array.__dask_scheduler__)
+
+
+class Output(Step):
     """An output that is being written: a Dask collection whose tasks write the missing blocks.
 
     Made by ``store(..., compute=False)``. It holds the output's lock until `finish` or `close`, or
@@ -93,14 +139,15 @@ class Output(DaskMethodsMixin):
         self.directory, self._writer, self._manifest = progress_directory(path), writer, manifest
         self.complete = manifest["complete"]
         self.done_before = frozenset(range(len(self.rows)) if self.complete else self._find_done())
-        self.missing = tuple(b for b in range(len(self.rows)) if b not in self.done_before)
         # Writing is an act: no two of them are one.
         self._name = f"{_fused_with(y)}ep_store-{uuid.uuid4().hex}"
         self._rest = (0,) * (y.ndim - 1)  # of each key, after the block
-        self._graph = self._build_graph(y, sync)
-        self._dropped = weakref.finalize(
-            self, release_when_written, self.directory, self.__dask_keys__()
+        missing = tuple(b for b in range(len(self.rows)) if b not in self.done_before)
+        super().__init__(
+            self._build_graph(y, sync), [(self._name, b, *self._rest) for b in missing]
         )
+        self.missing = missing
+        self._dropped = weakref.finalize(self, release_when_written, self.directory, self._keys)
 
     def step(self, blocks: Iterable[int]) -> Step:
         """The writing of some of the missing blocks, to be computed by itself before `finish`."""
@@ -128,9 +175,7 @@ class Output(DaskMethodsMixin):
             If a block cannot be written, naming it, the file and, on a full disk, the bytes that it
             needs and that are free. Finished blocks stay good.
         """
-        receipts: list[Receipt] = []
-        if self.missing and not self.complete:
-            receipts = _compute(self, on_block, kwargs)
+        receipts = [] if self.complete else super().compute(on_block, **kwargs)
         self.finish()
         return receipts
 
@@ -152,7 +197,12 @@ class Output(DaskMethodsMixin):
                     "before finish()"
                 )
             self._writer.tidy()
-            self._check_place()
+            there = os.path.lexists(self.path)
+            if there and not (self._manifest["overwrite"] and is_replaceable(self.path)):
+                raise FileExistsError(
+                    f"the output is complete in {self._writer.path}, but {self.path} was created "
+                    "by something else meanwhile: move that away and resume"
+                )
             replace(self._writer.path, self.path, self.directory)
             journal.sync_path(os.path.dirname(self.path))
             journal.write_complete(self.directory, self._manifest, fingerprint_output(self.path))
@@ -179,26 +229,11 @@ class Output(DaskMethodsMixin):
         done = len(self.done_before)
         return f"Output({self.path!r}, shape={self.shape}, {done} of {len(self.rows)} blocks done)"
 
-    def __dask_graph__(self) -> HighLevelGraph:
-        return self._graph
-
-    def __dask_keys__(self) -> list[tuple]:
-        return [(self._name, block, *self._rest) for block in self.missing]
-
     def __dask_layers__(self) -> tuple[str, ...]:
         return (self._name,)
 
     def __dask_tokenize__(self) -> str:
         return self._name
-
-    def __dask_postcompute__(self) -> tuple[Callable, tuple]:
-        return list, ()
-
-    def __dask_postpersist__(self) -> tuple[Callable, tuple]:
-        return Step, (self.__dask_keys__(),)
-
-    __dask_optimize__ = staticmethod(da.optimize)
-    __dask_scheduler__ = staticmethod(da.Array.__dask_scheduler__)
 
     def _build_graph(self, y: da.Array, sync: bool) -> HighLevelGraph:
         starts = np.concatenate([[0], np.cumsum(self.rows)]).tolist()
@@ -213,15 +248,6 @@ class Output(DaskMethodsMixin):
         )  # fmt: skip
         inputs: list[Any] = [y]  # Dask's own arrays lack what its types ask of collections
         return HighLevelGraph.from_collections(self._name, layer, dependencies=inputs)
-
-    def _check_place(self) -> None:
-        """Refuse to replace what may not be overwritten."""
-        there = os.path.lexists(self.path)
-        if there and not (self._manifest["overwrite"] and is_replaceable(self.path)):
-            raise FileExistsError(
-                f"the output is complete in {self._writer.path}, but {self.path} was created by "
-                "something else meanwhile: move that away and resume"
-            )
 
     def _find_done(self) -> set[int]:
         starts = np.concatenate([[0], np.cumsum(self.rows)]).tolist()
@@ -262,57 +288,10 @@ class _Job(NamedTuple):
     sync: bool
 
 
-class Step(DaskMethodsMixin):
-    """Some tasks that answer with receipts, as a Dask collection.
-
-    Parameters
-    ----------
-    graph : of the tasks and all that they need
-    keys : of the tasks
-    """
-
-    def __init__(self, graph: Mapping, keys: list, rename: Mapping | None = None):
-        self._graph = graph
-        self._keys = self.missing = [(rename or {}).get(key, key) for key in keys]
-
-    def compute(
-        self, on_block: Callable[[Receipt], Any] | None = None, **kwargs: Any
-    ) -> list[Receipt]:
-        """Do the tasks; the arguments are those of `Output.compute`."""
-        return _compute(self, on_block, kwargs) if self._keys else []
-
-    def __dask_graph__(self) -> Mapping:
-        return self._graph
-
-    def __dask_keys__(self) -> list:
-        return self._keys
-
-    def __dask_postcompute__(self) -> tuple[Callable, tuple]:
-        return list, ()
-
-    def __dask_postpersist__(self) -> tuple[Callable, tuple]:
-        return Step, (self._keys,)
-
-    __dask_optimize__ = staticmethod(da.optimize)
-    __dask_scheduler__ = staticmethod(da.Array.__dask_scheduler__)
-
-
-def together(outputs: Sequence[Output | Step]) -> Step:
+def together(outputs: Sequence[Step]) -> Step:
     """The writing of the missing blocks of several outputs, whose common tasks run once."""
     graph = HighLevelGraph.merge(*(output.__dask_graph__() for output in outputs))
     return Step(graph, [key for output in outputs for key in output.__dask_keys__()])
-
-
-def _compute(
-    collection: Output | Step, on_block: Callable[[Receipt], Any] | None, kwargs: dict[str, Any]
-) -> list[Receipt]:
-    watch = None if on_block is None else _Watch(on_block)
-    with watch or contextlib.nullcontext():
-        (receipts,) = dask.compute(collection, **kwargs)
-    if watch is not None:
-        for receipt in receipts:
-            watch.tell(receipt)
-    return receipts
 
 
 class _Watch(Callback):
@@ -357,19 +336,16 @@ def _store_block(rows: np.ndarray, job: _Job, span: tuple[int, int, int]) -> Rec
         job.writer.write(rows, start, job.sync)
         journal.record_done(job.directory, job.run, block, hash_rows(rows), sync=job.sync)
     except OSError as error:
-        raise _explain(error, place, rows.nbytes, job.directory) from error
+        message = f"{place} could not be written: {error}"
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            message = (
+                f"no space left for {place}: it needs {rows.nbytes} bytes, "
+                f"{free_bytes(job.directory)} are free. Finished blocks are kept: free some space "
+                "and resume"
+            )
+        raise OSError(error.errno, message) from error
     count, first = count_not_finite(rows)
     first = start + first if count else -1
     return Receipt(
         block, len(rows), rows.nbytes, not_finite=count, first_not_finite=first, path=job.path
     )
-
-
-def _explain(error: OSError, place: str, nbytes: int, directory: str) -> OSError:
-    if error.errno in (errno.ENOSPC, errno.EDQUOT):
-        return OSError(
-            error.errno,
-            f"no space left for {place}: it needs {nbytes} bytes, {free_bytes(directory)} are "
-            "free. Finished blocks are kept: free some space and resume",
-        )
-    return OSError(error.errno, f"{place} could not be written: {error}")

@@ -1,4 +1,4 @@
-"""What reads an array that is in memory, or that lies whole in a local file?"""
+"""What reads an array in memory, or from a local file?"""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import xxhash
 
 from dask_ep.arrays.checks import refuse_masked
 from dask_ep.storage.files import file_size, fill_from_file
-from dask_ep.storage.source import Region, Source, checked_dtype
+from dask_ep.storage.source import File, Source, checked_dtype
 
 
 class ArraySource(Source):
@@ -37,44 +37,22 @@ class ArraySource(Source):
         return self._describe() | {"xxh3_128": xxhash.xxh3_128_hexdigest(data)}
 
 
-class RawSource(Region):
-    """A region of a local file; without a name it has the file's."""
+class LocalFile(File):
+    """A local file; without a name it has its own."""
 
-    path: str
-
-    def __init__(
-        self,
-        path: str,
-        offset: int,
-        shape: tuple[int, ...],
-        dtype: np.dtype,
-        name: str | None = None,
-    ):
-        self.path = os.path.abspath(path)
-        name = os.path.basename(path) if name is None else name
-        super().__init__(self.path, file_size(self.path, name), offset, shape, dtype, name)
-
-    def _fill(self, out: np.ndarray, first: int, place: str) -> None:
-        fill_from_file(out, self.path, first, place)
-
-    def fingerprint(self) -> dict[str, Any]:
-        stat = os.stat(self.path)
-        return self._describe() | {
-            "offset": self.offset,
-            "size": stat.st_size,
-            "mtime_ns": stat.st_mtime_ns,
-        }
-
-
-class LocalFile:
-    """A local file that holds arrays behind a header; `RemoteFile` is its like."""
+    is_local = True
 
     def __init__(self, path: str, name: str | None = None):
-        self.path, self.name = path, os.path.basename(path) if name is None else name
+        self.path = os.path.abspath(path)
+        self.name = os.path.basename(path) if name is None else name
         self.size = file_size(path, path if name is None else name)
 
     def open(self) -> BinaryIO:
         return open(self.path, "rb")
 
-    def region(self, offset: int, shape: tuple[int, ...], dtype: np.dtype, name: str) -> RawSource:
-        return RawSource(self.path, offset, shape, dtype, name)
+    def fill(self, out: np.ndarray, first: int, place: str) -> None:
+        fill_from_file(out, self.path, first, place)
+
+    def fingerprint(self) -> dict[str, Any]:
+        stat = os.stat(self.path)
+        return {"size": stat.st_size, "mtime_ns": stat.st_mtime_ns}

@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 
 from dask_ep.errors import ReadError
-from dask_ep.storage.source import Region, Source
+from dask_ep.storage.source import File, Region, Source
 
 _HEADER_BLOCK = 1 << 16  # bytes that are fetched at a time to read a header
 
@@ -80,13 +80,8 @@ def names_in(address: str) -> list[str]:
         return sorted(p.rpartition("/")[2] for p in files.ls(path, detail=False))
 
 
-def version_of(files: Any, path: str) -> str:
-    """Ask what tells this content of a file from another: size, tag or time."""
-    files.invalidate_cache(path)
-    return _version(files.info(path))
-
-
 def _version(info: Mapping[str, Any]) -> str:
+    """What tells this content of a file from another: size, tag or time."""
     keys = ("ETag", "etag", "mtime", "LastModified", "created")
     return " ".join([str(info["size"]), *(str(info[key]) for key in keys if key in info)])
 
@@ -130,9 +125,14 @@ def joined(parts: Iterable[tuple[Source, int, int]]) -> Iterator[None]:
     them were read.
     """
     spans: list[_Span] = []
-    remote = ((s, *s.bytes_of(a, b)) for s, a, b in parts if isinstance(s, RemoteSource))
-    regions = {(s.address, s.version, first, last) for s, first, last in remote if first < last}
+    regions = {
+        (source.file.path, source.file.version, *source.bytes_of(start, stop))
+        for source, start, stop in parts
+        if isinstance(source, Region) and isinstance(source.file, RemoteFile)
+    }
     for address, version, first, last in sorted(regions):
+        if first == last:
+            continue
         end = spans[-1] if spans else _Span("", "", 0, 0)
         follows = (end.address, end.version, end.last) == (address, version, first)
         if follows and last - end.first <= JOINED_BYTES:
@@ -146,23 +146,53 @@ def joined(parts: Iterable[tuple[Source, int, int]]) -> Iterator[None]:
         _joined.spans = []
 
 
-class RemoteSource(Region):
-    """A region of a remote file; its `version` tells this content from another.
+class RemoteFile(File):
+    """A file at an address, of which regions are read.
 
-    After each read the version is asked for, which is one small request more: of an object that
-    was replaced in between, no row is given out.
+    Parameters
+    ----------
+    address : with its protocol
+    name : for messages; the file's name without it
+
+    Attributes
+    ----------
+    version : what tells this content of the file from another: size, time or tag
+        After each read it is asked for, which is one small request more: of an object that was
+        replaced in between, no row is given out.
+
+    Raises
+    ------
+    ReadError
+        If there is no such file.
     """
 
-    def __init__(
-        self, file: RemoteFile, offset: int, shape: tuple[int, ...], dtype: np.dtype, name: str
-    ):
-        super().__init__(file.path, file.size, offset, shape, dtype, name)
-        self.address, self.version = file.path, file.version
+    is_local = False
 
-    def _fill(self, out: np.ndarray, first: int, place: str) -> None:
+    def __init__(self, address: str, name: str | None = None):
+        files, path = file_system(address)
+        try:
+            info = files.info(path)
+        except Exception as error:
+            raise ReadError(f"{address} cannot be opened: {_words(error)}") from error
+        self.path, self.size, self.version = address, info["size"], _version(info)
+        self.name = path.rpartition("/")[2] if name is None else name
+
+    @contextmanager
+    def open(self) -> Iterator[Any]:
+        """Open the file to read its header; what is wrong with that is the reader's to say."""
+        files, path = file_system(self.path)
+        try:
+            with files.open(path, "rb", block_size=_HEADER_BLOCK) as file:
+                yield file
+        except (ReadError, ValueError, TypeError):
+            raise
+        except Exception as error:
+            raise ReadError(f"the header of {self.path}: {_words(error)}") from error
+
+    def fill(self, out: np.ndarray, first: int, place: str) -> None:
         last = first + out.nbytes
         for span in getattr(_joined, "spans", ()):
-            if span.version == self.version and span.holds(self.address, first, last):
+            if span.version == self.version and span.holds(self.path, first, last):
                 if span.data is None:
                     span.data = self._fetch(span.first, span.last, place)
                 data = span.data[first - span.first : last - span.first]
@@ -175,69 +205,21 @@ class RemoteSource(Region):
     def _fetch(self, first: int, last: int, place: str) -> memoryview:
         """Read the bytes [first, last) of the file as it was when it was opened."""
         with _named(place):
-            files, path = file_system(self.address)
+            files, path = file_system(self.path)
             data = files.cat_file(path, start=first, end=last)
-            version = version_of(files, path)
+            files.invalidate_cache(path)
+            version = _version(files.info(path))
         if len(data) != last - first:
             raise ReadError(
-                f"{place}: expected {last - first} bytes from byte {first} of {self.address}, got "
+                f"{place}: expected {last - first} bytes from byte {first} of {self.path}, got "
                 f"{len(data)}"
             )
         if version != self.version:
             raise ReadError(
-                f"{place}: {self.address} was replaced since it was opened, when it was "
+                f"{place}: {self.path} was replaced since it was opened, when it was "
                 f"{self.version}; now it is {version}. Open it again, or bring the old file back"
             )
         return memoryview(data)
 
     def fingerprint(self) -> dict[str, Any]:
-        return self._describe() | {"offset": self.offset, "version": self.version}
-
-    def __dask_tokenize__(self) -> object:
-        return (type(self).__name__, self.address, sorted(self.fingerprint().items()))
-
-
-class RemoteFile:
-    """A file at an address, of which regions are read.
-
-    Parameters
-    ----------
-    address : with its protocol
-    name : for messages; the file's name without it
-
-    Attributes
-    ----------
-    size : bytes
-    version : what tells this content of the file from another: size, time or tag
-
-    Raises
-    ------
-    ReadError
-        If there is no such file.
-    """
-
-    def __init__(self, address: str, name: str | None = None):
-        self._files, self._there = file_system(address)
-        try:
-            info = self._files.info(self._there)
-        except Exception as error:
-            raise ReadError(f"{address} cannot be opened: {_words(error)}") from error
-        self.path, self.size = address, info["size"]
-        self.name = self._there.rpartition("/")[2] if name is None else name
-        self.version = _version(info)
-
-    @contextmanager
-    def open(self) -> Iterator[Any]:
-        """Open the file to read its header; what is wrong with that is the reader's to say."""
-        try:
-            with self._files.open(self._there, "rb", block_size=_HEADER_BLOCK) as file:
-                yield file
-        except (ReadError, ValueError, TypeError):
-            raise
-        except Exception as error:
-            raise ReadError(f"the header of {self.path}: {_words(error)}") from error
-
-    def region(
-        self, offset: int, shape: tuple[int, ...], dtype: np.dtype, name: str
-    ) -> RemoteSource:
-        return RemoteSource(self, offset, shape, dtype, name)
+        return {"version": self.version}

@@ -17,6 +17,7 @@ import os
 import uuid
 import warnings
 from collections.abc import Mapping
+from contextlib import suppress
 from itertools import accumulate, pairwise
 from math import prod
 from typing import Any
@@ -130,9 +131,10 @@ def go_on(
     """
     differences = journal.describe_differences(manifest, wanted)
     if differences:
+        more = f"; and {len(differences) - 8} more" if len(differences) > 8 else ""
         raise ValueError(
             f"{path} cannot be resumed, since inputs or settings have changed: "
-            f"{_some(differences)}. Overwrite it, or write elsewhere"
+            f"{'; '.join(differences[:8])}{more}. Overwrite it, or write elsewhere"
         )
     directory, partial = progress_directory(path), _partial(path, manifest)
     for name in os.listdir(directory):  # of a run that was stopped as it began to overwrite
@@ -150,8 +152,11 @@ def go_on(
             journal.write_manifest(directory, manifest)
         if compressors is None:
             _check_space(path, y, set(done))
-    elif len(done) < len(manifest["rows"]):
-        _take_back(path, manifest, done)
+    elif len(done) < len(manifest["rows"]):  # what was complete is unfinished again
+        journal.keep_done(directory, manifest["run"], done)
+        os.rename(path, partial)
+        manifest |= {"complete": False, "output": None}
+        journal.write_manifest(directory, manifest)
     else:  # complete; or stopped between the rename and the manifest, or copied since
         found = fingerprint_output(path)
         if not manifest["complete"] or manifest["output"] != found:
@@ -184,21 +189,16 @@ def find_good(path: str, manifest: Mapping[str, Any]) -> dict[int, str]:
     """
     digests = journal.read_digests(progress_directory(path), manifest["run"])
     partial = _open_writer(path, manifest, _partial(path, manifest))
-    spans = _spans(manifest)
+    spans = list(pairwise(accumulate(manifest["rows"], initial=0)))
     if os.path.exists(partial.path):
         return {b: digests[b] for b in sorted(digests) if partial.holds(*spans[b])}
     if not os.path.lexists(path):
         return {}
-    if manifest["complete"] and _is_unchanged(path, manifest):
-        return digests
+    if manifest["complete"]:
+        with suppress(OSError, ValueError, TypeError):  # it may not be an array any more
+            if json.loads(json.dumps(fingerprint_output(path))) == manifest["output"]:
+                return digests
     return _compare_rows(path, _open_writer(path, manifest, path), spans, digests)
-
-
-def _is_unchanged(path: str, manifest: Mapping[str, Any]) -> bool:
-    try:
-        return json.loads(json.dumps(fingerprint_output(path))) == manifest["output"]
-    except (OSError, ValueError, TypeError):
-        return False
 
 
 def _compare_rows(
@@ -209,10 +209,11 @@ def _compare_rows(
     instead = "Overwrite it, or write elsewhere"
     if not writer.fits():
         raise FileExistsError(f"{other}it is of another format, shape or dtype. {instead}")
-    there = [block for block in sorted(digests) if writer.holds(*spans[block])]
     good = {}
-    for block in there:
+    for block in sorted(digests):
         start, stop = spans[block]
+        if not writer.holds(start, stop):
+            continue
         try:
             rows = writer.read(start, stop)
         except ReadError:
@@ -221,15 +222,6 @@ def _compare_rows(
             raise FileExistsError(f"{other}rows [{start}, {stop}) have other values. {instead}")
         good[block] = digests[block]
     return good
-
-
-def _take_back(path: str, manifest: dict[str, Any], done: Mapping[int, str]) -> None:
-    """Make a finished output of which blocks are missing an unfinished one."""
-    directory = progress_directory(path)
-    journal.keep_done(directory, manifest["run"], done)
-    os.rename(path, _partial(path, manifest))
-    manifest |= {"complete": False, "output": None}
-    journal.write_manifest(directory, manifest)
 
 
 def _warn_of_another_array(
@@ -263,16 +255,6 @@ def _open_writer(
         compressors,
         manifest.get("stored_rows"),
     )
-
-
-def _spans(manifest: Mapping[str, Any]) -> list[tuple[int, int]]:
-    """First and last row + 1 of each block."""
-    return list(pairwise(accumulate(manifest["rows"], initial=0)))
-
-
-def _some(differences: list[str], most: int = 8) -> str:
-    more = f"; and {len(differences) - most} more" if len(differences) > most else ""
-    return "; ".join(differences[:most]) + more
 
 
 def _check_space(path: str, y: da.Array, done: set[int], freed: int = 0) -> None:

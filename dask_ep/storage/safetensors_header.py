@@ -13,6 +13,7 @@ named, because a wrong offset would hand out another tensor's weights.
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from math import prod
 from typing import Any, BinaryIO, NamedTuple
 
@@ -71,7 +72,7 @@ def parse_header(file: BinaryIO, size: int, path: str) -> dict[str, Tensor]:
     Examples
     --------
     >>> import io
-    >>> content = encode_header("output", (2, 3), np.dtype("float32")) + bytes(24)
+    >>> content = encode_header({"output": ((2, 3), np.dtype("float32"))}) + bytes(24)
     >>> parse_header(io.BytesIO(content), len(content), "y.safetensors")["output"].shape
     (2, 3)
     """
@@ -111,22 +112,31 @@ def parse_header(file: BinaryIO, size: int, path: str) -> dict[str, Tensor]:
     return tensors
 
 
-def encode_header(name: str, shape: tuple[int, ...], dtype: np.dtype) -> bytes:
-    """Make the bytes that come before the data of a file with the one tensor `name`.
+def encode_header(
+    tensors: Mapping[str, tuple[tuple[int, ...], np.dtype]],
+    metadata: Mapping[str, str] | None = None,
+) -> bytes:
+    """Make the bytes that come before the data of tensors, given as (shape, dtype) by name.
 
     Notes
     -----
-    Padded with spaces to a multiple of 8, as the format wants it, so that the data is aligned.
+    Tensors are stored one behind the other, in this order. The header is padded with spaces to a
+    multiple of 8, as the format wants it, so that the data is aligned.
     """
-    names = {known: label for label, known in DTYPES.items()}
-    if dtype not in names:
-        raise ValueError(
-            f"safetensors cannot store {dtype}; it supports {', '.join(map(str, names))}. Convert "
-            "with astype"
-        )
-    end = prod(shape) * dtype.itemsize
-    entry = {"dtype": names[dtype], "shape": list(shape), "data_offsets": [0, end]}
-    text = json.dumps({name: entry}, separators=(",", ":")).encode()
+    labels = {known: label for label, known in DTYPES.items()}
+    header: dict[str, Any] = {} if metadata is None else {"__metadata__": dict(metadata)}
+    begin = 0
+    for name, (shape, dtype) in tensors.items():
+        if dtype not in labels:
+            raise ValueError(
+                f"safetensors cannot store {dtype}; it supports {', '.join(map(str, labels))}. "
+                "Convert with astype"
+            )
+        end = begin + prod(shape) * dtype.itemsize
+        offsets = [begin, end]
+        header[name] = {"dtype": labels[dtype], "shape": list(shape), "data_offsets": offsets}
+        begin = end
+    text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
     return len(text).to_bytes(8, "little") + text
 

@@ -1,8 +1,8 @@
 """What can be read by ranges of rows?
 
 A `Source` knows the place, shape and dtype of an array and reads rows [start, stop) of it when
-asked; it never holds a file's data, and pickles to a few hundred bytes. `sources` has those of
-memory and local files, `remote` those of object stores.
+asked; it never holds a file's data, and pickles to a few hundred bytes. A `File` is what regions
+are read from: a local one (`plain_sources`) or one in an object store (`remote`).
 """
 
 from __future__ import annotations
@@ -10,8 +10,9 @@ from __future__ import annotations
 import json
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
+from contextlib import AbstractContextManager
 from math import prod
-from typing import Any
+from typing import Any, BinaryIO
 
 import ml_dtypes
 import numpy as np
@@ -124,13 +125,40 @@ class Source(ABC):
         return {"name": self.name, "shape": list(self.shape), "dtype": self.dtype.name}
 
 
+class File(ABC):
+    """A file that holds arrays behind a header.
+
+    Attributes
+    ----------
+    path : absolute path or address
+    name : for messages
+    size : bytes
+    """
+
+    path: str
+    name: str
+    size: int
+    is_local: bool
+
+    @abstractmethod
+    def open(self) -> AbstractContextManager[BinaryIO]:
+        """Open the file to read its header."""
+
+    @abstractmethod
+    def fill(self, out: np.ndarray, first: int, place: str) -> None:
+        """Fill an array with the bytes from `first` on; `place` is for messages."""
+
+    @abstractmethod
+    def fingerprint(self) -> dict[str, Any]:
+        """Tell this content of the file from another."""
+
+
 class Region(Source):
     """A contiguous region of a file that holds the array's bytes in C order.
 
     Parameters
     ----------
-    file : path or address
-    size : bytes of the file
+    file : File
     offset : bytes before the array's first element
     shape, dtype : of the array
     name : for messages
@@ -141,27 +169,19 @@ class Region(Source):
         If the file ends before the array does.
     """
 
-    def __init__(
-        self,
-        file: str,
-        size: int,
-        offset: int,
-        shape: tuple[int, ...],
-        dtype: np.dtype,
-        name: str,
-    ):
-        self.offset, self.name = offset, name
+    def __init__(self, file: File, offset: int, shape: tuple[int, ...], dtype: np.dtype, name: str):
+        self.file, self.offset, self.name = file, offset, name
         self.shape, self.dtype = tuple(shape), checked_dtype(np.dtype(dtype), name)
-        if offset + self.nbytes > size:
+        self.path = file.path if file.is_local else None
+        if offset + self.nbytes > file.size:
             raise ReadError(
-                f"{file} is too short for {name}: {self.shape} of {self.dtype} from byte "
-                f"{offset} on ends at byte {offset + self.nbytes}, the file at {size}"
+                f"{file.path} is too short for {name}: {self.shape} of {self.dtype} from byte "
+                f"{offset} on ends at byte {offset + self.nbytes}, the file at {file.size}"
             )
 
     def read(self, start: int, stop: int, out: np.ndarray | None = None) -> np.ndarray:
         out = self._destination(start, stop, out)
-        place = f"rows [{start}, {stop}) of {self.name}"
-        self._fill(out, self.bytes_of(start, stop)[0], place)
+        self.file.fill(out, self.bytes_of(start, stop)[0], f"rows [{start}, {stop}) of {self.name}")
         return out
 
     def bytes_of(self, start: int, stop: int) -> tuple[int, int]:
@@ -169,9 +189,11 @@ class Region(Source):
         row_bytes = prod(self.shape[1:]) * self.dtype.itemsize
         return self.offset + start * row_bytes, self.offset + stop * row_bytes
 
-    @abstractmethod
-    def _fill(self, out: np.ndarray, first: int, place: str) -> None:
-        """Fill an array with the bytes of the file from the first on."""
+    def fingerprint(self) -> dict[str, Any]:
+        return self._describe() | {"offset": self.offset} | self.file.fingerprint()
+
+    def __dask_tokenize__(self) -> object:
+        return self._as_text(self.file.path)
 
 
 def checked_dtype(dtype: np.dtype, name: str) -> np.dtype:

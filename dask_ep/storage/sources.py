@@ -2,9 +2,8 @@
 
 `open_source` makes one of whatever tokens and weights come in:
 
-    x.npy  file.safetensors::name     -> RawSource     one contiguous region of a local file
+    x.npy  file.safetensors::name     -> Region        of a local file, or by ranged reads
     model.gguf::name                  -> GgufSource    the same, of blocks that are decoded
-    s3://... of either                -> RemoteSource  the same, by ranged reads
     x.zarr  s3://x.zarr  zarr.Array   -> ZarrSource    chunks; plain local ones read directly
     ndarray                           -> ArraySource   memory (a memory map counts as its file)
 
@@ -31,10 +30,10 @@ from dask_ep.storage.files import fill_from_file, fingerprint_files
 from dask_ep.storage.gguf_files import open_gguf
 from dask_ep.storage.mapped import is_of_its_file
 from dask_ep.storage.npy_header import parse_npy_header
-from dask_ep.storage.plain_sources import ArraySource, LocalFile, RawSource
+from dask_ep.storage.plain_sources import ArraySource, LocalFile
 from dask_ep.storage.remote import RemoteFile, is_remote
 from dask_ep.storage.safetensors_header import parse_header
-from dask_ep.storage.source import Region, Source, checked_dtype
+from dask_ep.storage.source import File, Region, Source, checked_dtype
 from dask_ep.storage.zarr_layout import (
     ChunkFiles,
     anchored,
@@ -211,7 +210,10 @@ def open_source(
     if named := re.fullmatch(r"(.*?\.(?:safetensors|gguf))(?:::(.*))?", path):
         return _source_of_tensor(named[1], named[2], name)
     if path.endswith(".npy"):
-        return _source_of_npy(path, name, dtype)
+        file = _find(path, name)
+        with file.open() as opened:
+            shape, stored, offset = parse_npy_header(opened, path, dtype)
+        return Region(file, offset, shape, stored, file.name)
     return _source_of_zarr(path, name, missing)
 
 
@@ -248,19 +250,12 @@ def open_safetensors(path: str | os.PathLike) -> dict[str, Source]:
     with file.open() as opened:
         header = parse_header(opened, file.size, file.path)
     return {
-        name: file.region(tensor.offset, tensor.shape, tensor.dtype, f"{file.name}:{name}")
+        name: Region(file, tensor.offset, tensor.shape, tensor.dtype, f"{file.name}:{name}")
         for name, tensor in header.items()
     }
 
 
-def _source_of_npy(path: str, name: str | None, dtype: Any) -> Region:
-    file = _find(path, name)
-    with file.open() as opened:
-        shape, stored, offset = parse_npy_header(opened, path, dtype)
-    return file.region(offset, shape, stored, file.name)
-
-
-def _find(path: str, name: str | None = None) -> LocalFile | RemoteFile:
+def _find(path: str, name: str | None = None) -> File:
     return RemoteFile(path, name) if is_remote(path) else LocalFile(path, name)
 
 
@@ -318,5 +313,5 @@ def _source_of_memmap(array: np.memmap, name: str | None) -> Source:
     # map starts at the page that holds `offset`.
     first = array.offset - array.offset % mmap.ALLOCATIONGRANULARITY
     start = np.frombuffer(array._mmap, np.uint8).ctypes.data  # type: ignore[attr-defined]
-    offset = first + array.ctypes.data - start
-    return RawSource(os.fspath(array.filename), offset, array.shape, array.dtype, name)
+    file = LocalFile(os.fspath(array.filename), name)
+    return Region(file, first + array.ctypes.data - start, array.shape, array.dtype, file.name)

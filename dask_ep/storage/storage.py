@@ -249,15 +249,12 @@ def _read_block(source: Source, span: tuple[int, int, int], xp: str) -> Array:
     try:
         if xp == "numpy":
             return source.read(start, stop)
-        return _read_to_device(source, start, stop, import_module(xp))
+        device = import_module(xp)
+        pinned = pinned_empty(device, (stop - start, *source.shape[1:]), source.dtype)
+        with explain_memory(device, pinned.nbytes, stop - start):
+            return upload(device, source.read(start, stop, out=pinned))
     except ReadError as error:
         raise ReadError(f"block {block} of {source.name} could not be read: {error}") from error
-
-
-def _read_to_device(source: Source, start: int, stop: int, xp: Any) -> Array:
-    pinned = pinned_empty(xp, (stop - start, *source.shape[1:]), source.dtype)
-    with explain_memory(xp, pinned.nbytes, stop - start):
-        return upload(xp, source.read(start, stop, out=pinned))
 
 
 def _row_chunks(

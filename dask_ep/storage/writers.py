@@ -233,7 +233,8 @@ def make_writer(
         return ZarrWriter(path, shape, dtype, stored_rows or chunk_rows(blocks), compressors)
     if compressors is not None:
         raise ValueError(f"compressors need a .zarr output, not {kind}")
-    header = _npy_header(shape, dtype) if kind == ".npy" else encode_header("output", shape, dtype)
+    one = {"output": (shape, dtype)}
+    header = _npy_header(shape, dtype) if kind == ".npy" else encode_header(one)
     return FileWriter(path, header, shape[0], math.prod(shape[1:]) * dtype.itemsize)
 
 

@@ -189,14 +189,14 @@ def test_a_report_of_a_run_in_passes_and_of_one_that_went_on(job, passes):
 
 def test_each_expert_is_read_once_a_pass(monkeypatch, job, passes):
     read = Counter()
-    plain_read = sources.RawSource.read
+    plain_read = sources.Region.read
 
     def counted(self, start, stop, out=None):
         if self.name == "gate.npy":
             read[start] += 1
         return plain_read(self, start, stop, out)
 
-    monkeypatch.setattr(sources.RawSource, "read", counted)
+    monkeypatch.setattr(sources.Region, "read", counted)
     done = run_job(job, Threads(2))
     assert set(read) == set(range(EXPERTS))
     assert set(read.values()) == {passes.passes}

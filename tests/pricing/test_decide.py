@@ -332,7 +332,7 @@ def test_nothing_is_read_or_begun_before_a_refusal(job_file, tmp_path, monkeypat
     def refuse(*_):
         raise AssertionError("something was read")
 
-    monkeypatch.setattr(sources.RawSource, "read", refuse)
+    monkeypatch.setattr(sources.Region, "read", refuse)
     job = load_job(job_file, out=str(tmp_path / "out.npy"))
     with pytest.raises(DoesNotFit):
         run_job(job, Threads(1, 220_000_000), chunk_rows=1_000_000)

@@ -22,8 +22,8 @@ from safetensors.numpy import save_file
 from dask_ep.storage import files
 from dask_ep.storage.sources import (
     ArraySource,
-    RawSource,
     ReadError,
+    Region,
     open_safetensors,
     open_source,
     refuse_missing,
@@ -273,7 +273,7 @@ def test_memory_maps_are_their_files(tmp_path, reads):
     whole = np.load(tmp_path / "x.npy", mmap_mode="r")
     for part in (whole, whole[7:], whole[4000:4400], whole[4000:][10:20]):
         source = open_source(part)
-        assert isinstance(source, RawSource)
+        assert isinstance(source, Region)
         check_rows(source, np.array(part), 1, len(part) - 1)
     assert len(reads) == 8
     assert isinstance(open_source(whole[::2]), ArraySource)
@@ -673,7 +673,7 @@ def test_a_memory_map_by_a_link_or_of_a_file_with_two_names(tmp_path):
     os.symlink(path, tmp_path / "link.npy")
     for name in (path, tmp_path / "other.npy", tmp_path / "link.npy"):
         mapped = np.load(name, mmap_mode="r")
-        assert isinstance(open_source(mapped), RawSource)
+        assert isinstance(open_source(mapped), Region)
     mapped = np.load(tmp_path / "other.npy", mmap_mode="r")
     os.unlink(tmp_path / "other.npy")
     with pytest.raises(ReadError, match="was replaced or moved"):

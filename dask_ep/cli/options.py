@@ -11,7 +11,15 @@ import click
 from dask_ep.arrays.checks import size_in_bytes
 from dask_ep.cluster.gpus import Gpus
 from dask_ep.jobs.backends import Processes, Threads
-from dask_ep.jobs.job import MISSING, PLACEMENTS, PRECISIONS, Job, load_job, parse_experts
+from dask_ep.jobs.job import (
+    JOB_KEYS,
+    MISSING,
+    PLACEMENTS,
+    PRECISIONS,
+    Job,
+    load_job,
+    parse_experts,
+)
 from dask_ep.laws.travel import TRAVELS, Travel
 from dask_ep.layers.collect import WHAT, Wanted
 
@@ -32,12 +40,6 @@ def parse_size(context: click.Context, parameter: click.Parameter, value: str | 
 
 
 SIZE: dict[str, Any] = {"callback": parse_size, "metavar": "SIZE"}
-
-
-JOB_KEYS = (
-    "tokens", "routing", "topk_weights", "experts", "layer", "layer_index", "out", "world_size",
-    "placement", "precision", "missing",
-)  # fmt: skip
 
 
 def job_options(command: Callable) -> Callable:

@@ -35,7 +35,7 @@ from dask_ep.cluster.gpus import (
 from dask_ep.cluster.interrupts import Wait, children_ignore_sigint
 from dask_ep.cluster.workers import Workers, counted_workers
 from dask_ep.errors import UnfitClusterError
-from dask_ep.jobs.build import WEIGHT_KEYS, Inputs, resolve_placement
+from dask_ep.jobs.build import WEIGHT_KEYS, ComputedBy, Inputs, resolve_placement
 from dask_ep.jobs.job import Job
 from dask_ep.kernel import bfloat16
 from dask_ep.laws.memory_law import Layout
@@ -137,7 +137,7 @@ def lay_out(
     threads, host_limit = 1, None
     limit = size_in_bytes(getattr(where, "memory_limit", None), "memory_limit")
     if isinstance(where, Threads):
-        threads = _count_threads(where)
+        threads = where.count or CPU_COUNT
     elif isinstance(where, Processes):
         workers = where.count
     elif isinstance(where, Gpus):
@@ -148,7 +148,13 @@ def lay_out(
         workers, threads, limit, host_limit = _workers_of(where, client)
         cores = None
     awaited = getattr(where, "workers", None)
-    ranks = job.world_size or begun_ranks or awaited or workers or _no_ranks(client)
+    ranks = job.world_size or begun_ranks or awaited or workers
+    if client is not None and not ranks:
+        raise ValueError(
+            f"the scheduler at {scheduler_address(client)} has no workers yet, so the number of "
+            "ranks is unknown; start workers, or say how many to wait for (--workers)"
+        )
+    ranks = ranks or 1
     return Layout(
         ranks,
         workers or ranks,
@@ -178,37 +184,32 @@ def _workers_of(where: Cluster, client: Client | None) -> tuple[int, int, int | 
     return len(workers), threads, limit, None
 
 
-def _no_ranks(client: Client | None) -> int:
-    if client is None:
-        return 1
-    raise ValueError(
-        f"the scheduler at {scheduler_address(client)} has no workers yet, so the number of ranks "
-        "is unknown; start workers, or say how many to wait for (--workers)"
-    )
-
-
-def _count_threads(where: Threads) -> int:
-    return where.count or CPU_COUNT
-
-
 def on_gpus(where: Where) -> bool:
     """Whether chunks are computed on GPUs."""
     return isinstance(where, Gpus) or (isinstance(where, Cluster) and where.gpus)
 
 
-def array_namespace(where: Where) -> str:
-    """Whose arrays the chunks are while they are computed."""
-    return device.NAMESPACE if on_gpus(where) else "numpy"
-
-
-def multiplies_as_tf32(where: Where, client: Client | None) -> bool:
-    """Whether experts multiply float32 as TF32; the GPU workers of a cluster know by themselves.
+def computed_by(where: Where, client: Client | None, inputs: Inputs) -> ComputedBy:
+    """What computes a job there. Workers say for themselves what multiplies; libraries of several
+    kinds are all named.
 
     Raises
     ------
     UnfitClusterError
-        If some of them do and others do not.
+        If only some GPU workers multiply float32 as TF32.
     """
+    if on_gpus(where):
+        return ComputedBy(device.NAMESPACE, multiplies_as_tf32(where, client))
+    experts = inputs.experts
+    asked = (inputs.tokens.dtype, experts.is_bfloat16, experts.precision)
+    if client is None:
+        return ComputedBy(library=bfloat16.multiplied_by(*asked))
+    found = client.run(bfloat16.multiplied_by, *asked).values()
+    return ComputedBy(library="; ".join(sorted(set(found))))
+
+
+def multiplies_as_tf32(where: Where, client: Client | None) -> bool:
+    """Whether experts multiply float32 as TF32, which the GPU workers of a cluster are asked."""
     if isinstance(where, Cluster) and where.gpus:
         assert client is not None  # `started` connects to a cluster
         found = client.run(_tf32_by_environment)
@@ -220,20 +221,6 @@ def multiplies_as_tf32(where: Where, client: Client | None) -> bool:
             raise UnfitClusterError([f"{problem}; start all of them with it, or none"])
         return True in found.values()
     return isinstance(where, Gpus) and where.tf32
-
-
-def blas_in_use(where: Where, client: Client | None, inputs: Inputs) -> str | None:
-    """Say what multiplies on the host, `dask_ep.kernel.bfloat16.multiplied_by`; None on GPUs.
-
-    Workers say it for themselves; those of several kinds are all named.
-    """
-    if array_namespace(where) != "numpy":
-        return None
-    experts = inputs.experts
-    asked = (inputs.tokens.dtype, experts.is_bfloat16, experts.precision)
-    if client is None:
-        return bfloat16.multiplied_by(*asked)
-    return "; ".join(sorted(set(client.run(bfloat16.multiplied_by, *asked).values())))
 
 
 def _tf32_by_environment() -> bool:
@@ -262,7 +249,7 @@ def started(
     """
     if isinstance(where, Threads):
         with one_blas_thread():
-            yield _count_threads(where), None
+            yield where.count or CPU_COUNT, None
     elif isinstance(where, Processes):
         with _local_cluster(where) as cluster, Client(cluster) as client:
             client.register_plugin(WorkerSettings())

@@ -15,7 +15,7 @@ from copy import copy
 from dataclasses import dataclass, replace
 from functools import partial
 from math import prod
-from typing import Any
+from typing import Any, NamedTuple
 
 import dask.array as da
 import numpy as np
@@ -107,6 +107,20 @@ class Inputs:
         return replace(self, experts=experts, layer=layer)
 
 
+class ComputedBy(NamedTuple):
+    """What computes an output: each of these rounds in its own way."""
+
+    arrays: str = "numpy"
+    #: library of the chunks while they are computed, "numpy" or "cupy"
+    tf32: bool = False
+    #: whether experts multiply float32 as TF32
+    library: str | None = None
+    #: what multiplies on the host, see `dask_ep.kernel.bfloat16.multiplied_by`; None on GPUs
+
+
+BY_NUMPY = ComputedBy()
+
+
 @dataclass(frozen=True)
 class Built:
     """The output of a job, and what it depends on."""
@@ -150,7 +164,9 @@ def open_inputs(job: Job) -> Inputs:
         opened = Inputs(job, tokens, routing, topk, layer.experts, layer, {})
     else:
         weights = _open_weights(job)
-        experts = _make_experts(job, weights).with_precision(precision)
+        options = {k: v for k, v in _experts_table(job).items() if k not in WEIGHT_KEYS}
+        experts = getattr(Experts, options.pop("kind"))(**weights, **options)
+        experts = experts.with_precision(precision)
         opened = Inputs(job, tokens, routing, topk, experts, None, weights)
     _check_rows(opened)
     d = opened.experts.d if opened.layer is None else opened.layer.d
@@ -165,10 +181,8 @@ def open_inputs(job: Job) -> Inputs:
 def build(
     inputs: Inputs,
     decision: Decision,
+    by: ComputedBy = BY_NUMPY,
     *,
-    xp: str = "numpy",
-    tf32: bool = False,
-    multiplied_by: str | None = None,
     exchange: Callable[..., da.Array] | None = None,
 ) -> Built:
     """Build the output of a job.
@@ -177,9 +191,7 @@ def build(
     ----------
     inputs : of the job
     decision : how it will run
-    xp : whose arrays the chunks are while they are computed, "numpy" or "cupy"
-    tf32 : whether experts multiply float32 as TF32
-    multiplied_by : what multiplies on the host, see `dask_ep.kernel.bfloat16.multiplied_by`
+    by : what computes it
     exchange : what sends rows through experts, with the first three arguments of `expert_parallel`
         and its `topk_weights`, instead of it; then ranks and placement say nothing
 
@@ -189,7 +201,7 @@ def build(
     """
     inputs = inputs.held_as_stored() if decision.as_stored else inputs
     layer, placement, world_size = inputs.layer, None, decision.layout.world_size
-    tokens, routing, topk = open_rows(inputs, decision.chunk_rows, xp)
+    tokens, routing, topk = open_rows(inputs, decision.chunk_rows, by.arrays)
     if exchange is None:
         sent = routing if layer is None else layer.sent(routing)
         placement = decision.place(partial(survey, sent, inputs.experts.num_experts))
@@ -198,23 +210,17 @@ def build(
         y = exchange(tokens, routing, inputs.experts, topk_weights=topk)
     else:
         y = layer.through(tokens, routing, topk, exchange)
-    settings = settings_of(inputs, world_size, placement, xp, tf32, multiplied_by)
+    settings = settings_of(inputs, world_size, placement, by)
     return Built(y, name_inputs(inputs), settings, placement, (routing, topk))
 
 
 def settings_of(
-    inputs: Inputs,
-    world_size: int,
-    placement: Placement | None,
-    xp: str = "numpy",
-    tf32: bool = False,
-    multiplied_by: str | None = None,
+    inputs: Inputs, world_size: int, placement: Placement | None, by: ComputedBy
 ) -> dict[str, Any]:
     """What an output depends on besides its inputs, JSON-able; arguments as of `build`."""
-    # Each rounds in another way: one output has one of them.
-    computed_by: dict[str, Any] = {"arrays": xp, "tf32": tf32}
+    computed_by: dict[str, Any] = {"arrays": by.arrays, "tf32": by.tf32}
     if inputs.experts.precision == "bfloat16":
-        computed_by["rounded_by"] = multiplied_by
+        computed_by["rounded_by"] = by.library
     return {
         "layer_index": inputs.job.layer_index,
         "world_size": world_size,
@@ -317,12 +323,6 @@ WEIGHT_KEYS = frozenset(
 def _experts_table(job: Job) -> Mapping[str, Any]:
     assert job.experts is not None  # a job has a layer, or else experts
     return job.experts
-
-
-def _make_experts(job: Job, weights: Mapping[str, Source | list[Source]]) -> Experts:
-    table = _experts_table(job)
-    options = {key: value for key, value in table.items() if key not in WEIGHT_KEYS}
-    return getattr(Experts, options.pop("kind"))(**weights, **options)
 
 
 def _check_rows(inputs: Inputs) -> None:

@@ -37,14 +37,14 @@ from dask_ep.jobs.backends import (
     ALL_THREADS,
     Deployed,
     Where,
-    blas_in_use,
+    computed_by,
     deployed,
     files_of_job,
     lay_out,
     on_gpus,
     started,
 )
-from dask_ep.jobs.build import Inputs, name_inputs, open_inputs, settings_of
+from dask_ep.jobs.build import ComputedBy, Inputs, name_inputs, open_inputs, settings_of
 from dask_ep.jobs.collect_decide import decide_course
 from dask_ep.jobs.collect_plan import begin_all, course_inputs, place_experts, price_course
 from dask_ep.jobs.job import Job, as_job
@@ -165,8 +165,8 @@ def collect_job(
         os.makedirs(directory, exist_ok=True)
         _write_begun(directory, course)
         with owned_ranks(client, layout.world_size) as owners, ExitStack() as stack:
-            library = blas_in_use(where, client, inputs)
-            run = _Run(file, course, directory, asked, library, stack)
+            by = computed_by(where, client, inputs)
+            run = _Run(file, course, directory, asked, by, stack)
             wants_record = run.missing and (report or on_record)
             planned = run.plan() if wants_record else None
             watch = _Watch(run, on_progress)
@@ -194,7 +194,7 @@ class _Run:
         course: Course,
         directory: str,
         asked: Mapping[str, Any],
-        library: str | None,
+        by: ComputedBy,
         stack: ExitStack,
     ):
         self.inputs, self.course = file.inputs, course
@@ -221,7 +221,7 @@ class _Run:
         y, ranks = self.collections[0].output, course.decision.layout.world_size
         self.output = None
         if y is not None:
-            of_run = settings_of(self.inputs, ranks, self.placement, multiplied_by=library)
+            of_run = settings_of(self.inputs, ranks, self.placement, by)
             self.output = begin(y, self.inputs.job.out, of_run)
 
     @property

@@ -32,14 +32,12 @@ from dask_ep.graph.keys import read_key
 from dask_ep.jobs.backends import (
     ALL_THREADS,
     Where,
-    array_namespace,
-    blas_in_use,
+    computed_by,
     files_of,
     lay_out,
-    multiplies_as_tf32,
     started,
 )
-from dask_ep.jobs.build import Built, Inputs, build, open_inputs
+from dask_ep.jobs.build import Inputs, build, open_inputs
 from dask_ep.jobs.decide import attempt
 from dask_ep.jobs.difference import Difference, differences, join
 from dask_ep.jobs.job import Job
@@ -212,7 +210,10 @@ def _compare_together(
             return None
         compute = partial(_computed, threads, client, on_progress, wait)
         with owned_ranks(client, layout.world_size):
-            built = [_built(*both, where, client) for both in zip(inputs, decisions, strict=True)]
+            built = [
+                build(one, decision, computed_by(where, client, one))
+                for one, decision in zip(inputs, decisions, strict=True)
+            ]
             routed = built if experts[0] == experts[1] else built[:1]
             return _compared(
                 [each.y for each in built], [each.routing[0] for each in routed], experts[0],
@@ -230,27 +231,27 @@ def _compare_apart(
 ) -> Comparison:
     """Run one layer after the other, and compare their outputs."""
 
-    def tell(part: int, done: int, rows: int) -> None:
+    def tell(part: int, how: Progress) -> None:
         if on_progress is not None:
-            on_progress(part * rows + done, 3 * rows)
+            rows = how.rows_in_all
+            on_progress(part * rows + how.rows_done + how.rows_before, 3 * rows)
+
+    def tell_at_last(done: int, rows: int) -> None:
+        if on_progress is not None:
+            on_progress(2 * rows + done, 3 * rows)
 
     routings = []
     for part, job in enumerate(jobs):
         routings.append(os.path.join(os.path.dirname(job.out), f"routing-{part}.zarr"))
-        tell_of_run = partial(_tell_rows, partial(tell, part))
         run_job(
-            job, where, chunk_rows=chunk_rows, save_routing=routings[-1], on_progress=tell_of_run,
-            wait=wait,
+            job, where, chunk_rows=chunk_rows, save_routing=routings[-1],
+            on_progress=partial(tell, part), wait=wait,
         )  # fmt: skip
     same = len({_known_experts(open_inputs(job)) for job in jobs}) == 1
     return compare_outputs(
         jobs[0].out, jobs[1].out, where, routing=routings if same else routings[:1],
-        chunk_rows=chunk_rows, **judged, on_progress=partial(tell, 2), wait=wait,
+        chunk_rows=chunk_rows, **judged, on_progress=tell_at_last, wait=wait,
     )  # fmt: skip
-
-
-def _tell_rows(tell: OnRows, how: Progress) -> None:
-    tell(how.rows_done + how.rows_before, how.rows_in_all)
 
 
 def _known_experts(inputs: Inputs) -> int:
@@ -294,16 +295,6 @@ def _decide_both(
             return None
         rows = min(one.chunk_rows for one in fitting)
     return fitting
-
-
-def _built(inputs: Inputs, decision: Decision, where: Where, client: Client | None) -> Built:
-    return build(
-        inputs,
-        decision,
-        xp=array_namespace(where),
-        tf32=multiplies_as_tf32(where, client),
-        multiplied_by=blas_in_use(where, client, inputs),
-    )
 
 
 def _check_shapes(outputs: Sequence[Source], routings: Sequence[Source]) -> None:

@@ -262,7 +262,7 @@ def _refusal(work: Work, layout: Layout, as_stored: bool, asked: int | None) -> 
         f"{law.chunks:.3g} chunks of {rows} rows ({law.row_bytes} bytes each), "
         f"{law.at(rows) / 1e6:.0f} MB in all; "
     )
-    proposal = next(_proposals(work, layout, as_stored, asked), {})
+    proposal = _proposal(work, layout, as_stored, asked)
     if proposal:
         options = " ".join(f"--{key.replace('_', '-')} {value}" for key, value in proposal.items())
         instead = f"within the same limit it runs with {options}"
@@ -274,22 +274,22 @@ def _refusal(work: Work, layout: Layout, as_stored: bool, asked: int | None) -> 
     return DoesNotFit(message + instead, proposal, refused)
 
 
-def _proposals(
-    work: Work, layout: Layout, as_stored: bool, asked: int | None
-) -> Iterator[dict[str, Any]]:
-    """Options with which the job fits, those first that change least."""
+def _proposal(work: Work, layout: Layout, as_stored: bool, asked: int | None) -> dict[str, Any]:
+    """Options with which the job fits; empty if there are none."""
     for options, other in _alternatives(work, layout, asked):
         if _fits(work, other, as_stored):
-            rows = {}
             if asked is not None:
-                rows = {"chunk_rows": _choose_chunk_rows(work, other, as_stored, None)}
-            yield {**options, **rows}
+                options["chunk_rows"] = _choose_chunk_rows(work, other, as_stored, None)
+            return options
+    return {}
 
 
 def _alternatives(
     work: Work, layout: Layout, asked: int | None
 ) -> Iterator[tuple[dict[str, Any], Layout]]:
-    """Other layouts: smaller chunks, fewer threads, no replicas of experts, more processes."""
+    """Other layouts, those first that change least: smaller chunks, fewer threads, no replicas of
+    experts, more processes.
+    """
     if asked is not None:
         yield {}, layout
     if layout.on_devices:

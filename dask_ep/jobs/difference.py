@@ -82,9 +82,10 @@ class Difference:
     def join(self, other: Difference) -> Difference:
         """That of these rows and those of another, which come later."""
         added = {name: getattr(self, name) + getattr(other, name) for name in _ADDED}
+        worst = sorted(self.worst + other.worst, key=lambda row: (-row.error, row.row))
         return Difference(
             self.num_experts,
-            worst=tuple(sorted(self.worst + other.worst, key=_worst_first)[:MOST_ROWS]),
+            worst=tuple(worst[:MOST_ROWS]),
             first_moved=(self.first_moved + other.first_moved)[:MOST_ROWS],
             expert_largest=np.maximum(self.expert_largest, other.expert_largest),
             **added,
@@ -113,8 +114,8 @@ class Difference:
         wanted, seen = part * sum(bins.values()), 0
         for number in sorted(bins):
             seen += bins[number]
-            if seen >= wanted:
-                return _upper_end(number)
+            if seen >= wanted:  # the upper end of the bin
+                return float(np.array(number << 16, np.uint32).view(np.float32))
         return 0.0
 
     @property
@@ -128,10 +129,6 @@ _ADDED = (
     *("rows", "beyond", "moved", "bins", "bins_of_moved", "pairs", "moved_slots"),
     *(*_OF_EXPERTS, "expert_errors"),
 )
-
-
-def _worst_first(row: WorstRow) -> tuple[float, int]:
-    return -row.error, row.row
 
 
 # --- of arrays in memory -------------------------------------------------------------------------
@@ -246,10 +243,6 @@ def _bins(errors: np.ndarray) -> Counter[int]:
     small[np.isinf(errors)] = np.inf
     numbers, counts = np.unique((small.view(np.uint32) + 0xFFFF) >> 16, return_counts=True)
     return Counter(dict(zip(numbers.tolist(), counts.tolist(), strict=True)))
-
-
-def _upper_end(number: int) -> float:
-    return float(np.array(number << 16, np.uint32).view(np.float32))
 
 
 # --- of Dask arrays ------------------------------------------------------------------------------

@@ -130,10 +130,16 @@ def write_example(
     'job.toml'
     """
     directory = Path(directory)
-    names = _file_names(example)
+    keys = ("tokens", "routing", "topk_weights", *example.matrices())
+    names = {key: f"{key}.{example.format}" for key in keys}
     _make_room(directory, [JOB_NAME, *names.values()], overwrite)
-    _check_disk(directory, example.nbytes())
-    progress = _Progress(example.nbytes(), on_progress)
+    nbytes, free = example.nbytes(), shutil.disk_usage(directory).free
+    if nbytes > free:
+        raise OSError(
+            f"the example needs {nbytes / 1e9:.2f} GB, but {directory} has {free / 1e9:.2f} GB "
+            "free; ask for fewer rows, or use another disk"
+        )
+    progress = _Progress(nbytes, on_progress)
 
     for key, shape in example.matrices().items():
         writer = _create(directory / names[key], shape, np.float32, 1)
@@ -216,11 +222,6 @@ def _expert_weights(example: Example, key: str) -> Iterator[np.ndarray]:
 # --- the files -------------------------------------------------------------------------------
 
 
-def _file_names(example: Example) -> dict[str, str]:
-    keys = ("tokens", "routing", "topk_weights", *example.matrices())
-    return {key: f"{key}.{example.format}" for key in keys}
-
-
 def _create(path: Path, shape: tuple[int, ...], dtype: type, chunk_rows: int) -> Writer:
     n = shape[0]
     blocks = [min(chunk_rows, n - start) for start in range(0, n, chunk_rows)]
@@ -244,15 +245,6 @@ def _make_room(directory: Path, names: list[str], overwrite: bool) -> None:
             shutil.rmtree(path)
         else:
             path.unlink()
-
-
-def _check_disk(directory: Path, nbytes: int) -> None:
-    free = shutil.disk_usage(directory).free
-    if nbytes > free:
-        raise OSError(
-            f"the example needs {nbytes / 1e9:.2f} GB, but {directory} has {free / 1e9:.2f} GB "
-            "free; ask for fewer rows, or use another disk"
-        )
 
 
 class _Progress:

@@ -107,7 +107,7 @@ class Job:
     def to_toml(self, directory: str | os.PathLike | None = None) -> str:
         """Write the job as the text of a job file; paths below `directory` relative to it."""
         base = None if directory is None else Path(directory).resolve()
-        values = {key: getattr(self, key) for key in _JOB_KEYS if getattr(self, key) is not None}
+        values = {key: getattr(self, key) for key in JOB_KEYS if getattr(self, key) is not None}
         experts = values.pop("experts", None)
         lines = [f"{key} = {_toml(value, base)}" for key, value in values.items()]
         if experts is not None:
@@ -241,10 +241,6 @@ def _resolve_weight(value: str | list[str], base: Path) -> str | list[str]:
     return _resolve_path(value, base)
 
 
-def _resolve_placement(value: str, base: Path) -> str:
-    return value if value in PLACEMENTS else _resolve_path(value, base)
-
-
 def _is_path(value: Any) -> bool:
     return isinstance(value, str) and value != "" and "\0" not in value
 
@@ -274,7 +270,7 @@ _NUMBER = _Kind("a finite number", _is_number)
 _POSITIVE = _Kind("a finite number above 0", lambda value: _is_number(value) and value > 0)
 _WORD = _Kind("a word", _is_path)
 
-_JOB_KEYS = {
+JOB_KEYS = {
     "tokens": _PATH,
     "routing": _PATH,
     "topk_weights": _PATH,
@@ -286,12 +282,16 @@ _JOB_KEYS = {
     "out": _OUT,
     "world_size": _Kind("an integer of at least 1", lambda v: _is_int(v) and v >= 1),
     "placement": _Kind(
-        f"one of {', '.join(PLACEMENTS)}, or the path of a JSON file", _is_path, _resolve_placement
+        f"one of {', '.join(PLACEMENTS)}, or the path of a JSON file",
+        _is_path,
+        lambda value, base: value if value in PLACEMENTS else _resolve_path(value, base),
     ),
     "precision": _Kind(f"one of {', '.join(PRECISIONS)}", lambda v: v in PRECISIONS),
     "missing": _Kind(f"one of {', '.join(MISSING)}", lambda v: v in MISSING),
 }
-assert set(_JOB_KEYS) | {"name"} == {field.name for field in fields(Job)}
+"""The keys of a job, each with what it must be."""
+
+assert set(JOB_KEYS) | {"name"} == {field.name for field in fields(Job)}
 
 _EXPERT_OPTIONS = {
     "transposed": _FLAG,
@@ -328,7 +328,7 @@ EXPERT_MATRICES = {name: kind.matrices for name, kind in EXPERT_KINDS.items()}
 
 def _checked(table: Mapping[str, Any], *, base: Path, place: str) -> dict[str, Any]:
     """Check names and types of a job's keys, and make its paths absolute."""
-    values = _checked_keys(table, _JOB_KEYS, base=base, place=place, whose="a job")
+    values = _checked_keys(table, JOB_KEYS, base=base, place=place, whose="a job")
     experts = values.get("experts")
     if isinstance(experts, str):
         experts = {"kind": "linear", "w": experts}

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import product
@@ -333,7 +334,10 @@ def _decide_job(
     job = as_job(job)
     inputs = open_inputs(job)
     tell_notes(inputs, on_note)
-    devices = _devices_here() if isinstance(where, Gpus) else None
+    devices: list[Device] = []
+    if isinstance(where, Gpus):
+        with suppress(NoDeviceError):  # a plan needs none
+            devices = device.find_devices()
     decided = []
     for combination in product(*ways.values()):
         asked = dict(zip(ways, combination, strict=True))
@@ -343,14 +347,6 @@ def _decide_job(
         free = partial(free_for_rows, inputs)
         decided.append(attempt(inputs.work(layout.on_devices), layout, **asked, free=free))
     return inputs, decided
-
-
-def _devices_here() -> list[Device]:
-    """The GPUs that are here; a plan needs none."""
-    try:
-        return device.find_devices()
-    except NoDeviceError:
-        return []
 
 
 def _stored(files: Sequence[Source | None]) -> dict[str, Any]:

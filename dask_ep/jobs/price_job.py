@@ -12,6 +12,7 @@ from typing import Any
 
 import dask.array as da
 import numpy as np
+from dask.array.core import normalize_chunks
 from dask.system import CPU_COUNT
 
 from dask_ep.arrays.checks import check_routing, check_tokens, computing_dtype
@@ -65,7 +66,9 @@ class Pricing:
             layer, experts, tokens = experts, experts.experts, rows_of(tokens)
             if routes := routing is None:
                 routing, topk_weights = layer.route(tokens)
-                router_tasks = _count_new_tasks([layer.sent(routing), topk_weights], tokens)
+                made = layer.sent(routing), topk_weights
+                all_tasks = set().union(*(a.__dask_graph__().keys() for a in made))
+                router_tasks = len(all_tasks - set(tokens.__dask_graph__()))
             routing, topk_weights = (
                 None if a is None else rows_of(a) for a in (routing, topk_weights)
             )
@@ -142,7 +145,8 @@ class Pricing:
             with_own = replace(decision, chunk_rows=own)
             decision = with_own if with_own.fits or not decision.fits else decision
         kept = own_chunks and decision.chunk_rows == own
-        chunks = self.chunks if kept else _equal_chunks(self.survey.rows, decision.chunk_rows)
+        rows, most = self.survey.rows, decision.chunk_rows
+        chunks = self.chunks if kept else normalize_chunks(most, (rows,))[0]
         if placement is None:
             placement = decision.place(lambda: self.survey, chunks) or contiguous(
                 self.work.experts, decision.layout.world_size
@@ -162,7 +166,7 @@ class Pricing:
             rank_rows=visits.physical_rows.sum(axis=1),
             packet_rows=visits.packet_rows[of_these],
             worker_rows=visits.worker_rows[of_these],
-            rates=self._rates_of(decision),
+            rates=self._rates or decision.travel.rates(self._measured(decision.layout)),
             numbers=only,
             own_chunk_rows=own if own_chunks else None,
         )
@@ -192,14 +196,8 @@ class Pricing:
         best = min(fitting or plans, key=lambda p: (p.seconds, p.exchanged_bytes, p.tasks))
         return WhatIf(plans, best, _why(best, plans))
 
-    def _rates_of(self, decision: Decision) -> Rates:
-        """Rates that are given, or measured once; what travels may have its own."""
-        if self._rates is not None:
-            return self._rates
-        return decision.travel.rates(self._measured(decision.layout))
-
     def _measured(self, layout: Layout) -> Rates:
-        """Measure this machine with rows and experts as many as a task of this job has."""
+        """Measure this machine, once, with rows and experts as many as a task of this job has."""
         if self._probed is not None:
             return self._probed
         work = self.work
@@ -226,11 +224,8 @@ class Pricing:
 
 def _with_tasks(work: Work, layer: MoELayer, tokens: da.Array, router_tasks: int) -> Work:
     """Count the tasks of a layer's router, shared experts and residual."""
-    around = layer.around
-    chunks, rest = (
-        tokens.numblocks[0],
-        bool(layer.shared is not None or around.between or around.after or around.beyond),
-    )
+    around, chunks = layer.around, tokens.numblocks[0]
+    rest = bool(layer.shared is not None or around.between or around.after or around.beyond)
     per_chunk = max(router_tasks - 1, 0) // max(chunks, 1)  # one reads the router's arrays
     tasks = {
         "chunk_tasks": per_chunk + (rest or layer.residual) + bool(around.before),
@@ -253,11 +248,6 @@ def _sample(experts: Experts | CallableExperts, dtype: np.dtype) -> Sequence[Exp
     return Experts(experts.kind, weights, experts.options).load(dtype=dtype)
 
 
-def _count_new_tasks(made: Sequence[da.Array], of: da.Array) -> int:
-    """How many tasks these arrays have that the array which they are made of has not."""
-    return len(set().union(*(dict(a.__dask_graph__()) for a in made)) - set(of.__dask_graph__()))
-
-
 def _chunks(tokens: Any, found: Survey) -> tuple[int, ...]:
     """Rows of the chunks that the graph will have: those of the tokens."""
     if tokens.shape[0] == tokens.shape[0] and tokens.shape[0] != found.rows:  # nan is unknown
@@ -268,12 +258,6 @@ def _chunks(tokens: Any, found: Survey) -> tuple[int, ...]:
     if not isinstance(tokens, da.Array) or np.isnan(tokens.chunks[0]).any():
         return found.chunks
     return tokens.chunks[0]
-
-
-def _equal_chunks(rows: int, chunk_rows: int) -> tuple[int, ...]:
-    """`rows` in chunks of `chunk_rows`, the last one smaller."""
-    whole, rest = divmod(rows, chunk_rows)
-    return (chunk_rows,) * whole + (rest,) * (rest > 0) or (0,)
 
 
 def _why(best: Plan, plans: Sequence[Plan]) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import dask.array as da
 from dask.utils import format_time
@@ -101,28 +101,11 @@ class RunResult:
     #: that were written: ours, and on workers Dask's
 
     @classmethod
-    def of(
-        cls,
-        progress: Progress,
-        out: str,
-        decision: Decision,
-        multiplied_by: str | None,
-        passes: PassesDone | None,
-        reports: tuple[Path, ...],
-    ) -> RunResult:
+    def of(cls, progress: Progress, out: str, **how: Any) -> RunResult:
         """Of the progress at the end, and how the job ran."""
-        return cls(
-            out,
-            progress.rows_done,
-            progress.rows_before,
-            progress.seconds,
-            decision,
-            multiplied_by=multiplied_by,
-            passes=passes,
-            not_finite=progress.not_finite,
-            first_not_finite=progress.first_not_finite,
-            reports=reports,
-        )
+        counted = progress._asdict()
+        del counted["rows_left"]
+        return cls(out, **counted, **how)
 
     @property
     def rows(self) -> int:

@@ -33,12 +33,10 @@ from dask_ep.jobs.backends import (
     Deployed,
     Threads,
     Where,
-    array_namespace,
-    blas_in_use,
+    computed_by,
     deployed,
     files_of_job,
     lay_out,
-    multiplies_as_tf32,
     started,
 )
 from dask_ep.jobs.begun import Begun, read_begun
@@ -138,7 +136,10 @@ def run_job(
     before it arrives.
     """
     job = as_job(job)
-    _check_outputs(job, resume, overwrite, report, save_routing)
+    check_report(report)
+    check_existing(job.out, resume, overwrite)
+    if save_routing is not None:
+        check_saved_routing(job, save_routing, resume, overwrite)
     begun = read_begun(job.out) if resume else None
     where = _as_begun(where, begun)
     inputs = open_inputs(job)
@@ -147,7 +148,7 @@ def run_job(
         deployed(where) as where,
         started(where, files_of_job(job), wait, on_workers) as (threads, client),
     ):
-        library = blas_in_use(where, client, inputs)
+        by = computed_by(where, client, inputs)
         layout = lay_out(job, where, client, begun_ranks=begun.world_size if begun else None)
         work, free = inputs.work(layout.on_devices), partial(free_for_rows, inputs)
         asked: dict[str, Any] = {"chunk_rows": chunk_rows, "travel": travel}
@@ -155,14 +156,7 @@ def run_job(
         passes = decision.passes
         walk = InPasses(inputs, passes, layout.workers, begun) if passes else None
         with owned_ranks(client, layout.workers if passes else layout.world_size) as owners:
-            built = build(
-                inputs,
-                decision,
-                xp=array_namespace(where),
-                tf32=multiplies_as_tf32(where, client),
-                multiplied_by=library,
-                exchange=walk,
-            )
+            built = build(inputs, decision, by, exchange=walk)
             with (
                 _stored(built, walk, job, begun, resume, overwrite) as output,
                 stored_routing(built, save_routing, output.rows, resume, overwrite) as routing,
@@ -178,8 +172,10 @@ def run_job(
                     for step in _steps(output, walk, routing):
                         compute_step(step, client, threads, watch.tell, wait)
                     done = watch.progress()
-    reports = reports_of(report, client) if planned else ()
-    return RunResult.of(done, job.out, decision, library, watch.passes_done(), reports)
+    return RunResult.of(
+        done, job.out, decision=decision, multiplied_by=by.library, passes=watch.passes_done(),
+        reports=reports_of(report, client) if planned else (),
+    )  # fmt: skip
 
 
 def _as_begun(where: Where | Deployed, begun: Begun | None) -> Where | Deployed:
@@ -188,20 +184,6 @@ def _as_begun(where: Where | Deployed, begun: Begun | None) -> Where | Deployed:
     if passes is not None and isinstance(where, Threads) and where.count is None:
         return replace(where, count=min(CPU_COUNT, passes.threads))
     return where
-
-
-def _check_outputs(
-    job: Job,
-    resume: bool,
-    overwrite: bool,
-    report: str | os.PathLike | None,
-    save_routing: str | os.PathLike | None,
-) -> None:
-    """Refuse what cannot be written, before anything is read."""
-    check_report(report)
-    check_existing(job.out, resume, overwrite)
-    if save_routing is not None:
-        check_saved_routing(job, save_routing, resume, overwrite)
 
 
 def _stored(

@@ -53,17 +53,6 @@ def plan_run(
     return pricing.price(decision, placement=placement, only=missing)
 
 
-@contextmanager
-def recorded(
-    client: Client | None, owners: Owners | None, tell: Callable[[Record], Any]
-) -> Iterator[None]:
-    """Record what runs inside, and tell it at the end, if that is a good one."""
-    record = _on_threads() if client is None else _on_workers(client, owners)
-    with record as made:
-        yield
-    tell(made[0])
-
-
 def check_report(path: str | os.PathLike | None) -> None:
     """Refuse a report that cannot be drawn or written, before anything is read."""
     if path is not None:
@@ -89,10 +78,9 @@ def watched(
         yield
         finish()
         return
-    records: list[Record] = []
     whole = nullcontext() if report is None or client is None else dask_reported(report)
     with whole:
-        with recorded(client, owners, records.append):
+        with _on_threads() if client is None else _on_workers(client, owners) as records:
             yield
         finish()
     if report is not None:

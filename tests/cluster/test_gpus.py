@@ -38,7 +38,7 @@ from dask_ep.experts.stored_experts import held_as_stored
 from dask_ep.graph.chunk import ChunkPlace, Exchange, combine, cut, pack
 from dask_ep.jobs import backends
 from dask_ep.jobs.backends import Cluster, Threads, lay_out
-from dask_ep.jobs.build import build, open_inputs
+from dask_ep.jobs.build import ComputedBy, build, open_inputs
 from dask_ep.jobs.compare import compare_checkpoints
 from dask_ep.jobs.decide import decide
 from dask_ep.jobs.difference import differences, join
@@ -374,7 +374,7 @@ def test_a_saved_routing_goes_to_devices_and_statistics_stay_on_the_host(tmp_pat
     saved_too = {"routing": str(saved), "topk_weights": path_of_weights(str(saved))}
     inputs = open_inputs(layer_job(tmp_path, hidden, **saved_too))
     decision = decide(inputs.work(), Layout(2, 2, 1), chunk_rows=10)
-    built = build(inputs, decision, xp="device_double")
+    built = build(inputs, decision, ComputedBy("device_double"))
     got = dask.compute(*built.y.to_delayed().ravel(), scheduler="sync")
     assert {type(block) for block in got} == {DeviceArray}
     got = np.concatenate([block.get() for block in got]).reshape(want["output"].shape)
@@ -427,7 +427,7 @@ def test_a_layer_of_a_checkpoint_is_computed_on_devices(tmp_path, world_size):
     hidden = want["hidden"].reshape(-1, want["hidden"].shape[-1])
     inputs = open_inputs(layer_job(tmp_path, hidden))
     decision = decide(inputs.work(), Layout(world_size, world_size, 1), chunk_rows=10)
-    y = build(inputs, decision, xp="device_double").y
+    y = build(inputs, decision, ComputedBy("device_double")).y
     got = dask.compute(*y.to_delayed().ravel(), scheduler="sync")
     assert {type(block) for block in got} == {DeviceArray}
     got = np.concatenate([block.get() for block in got]).reshape(want["output"].shape)

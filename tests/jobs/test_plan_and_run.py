@@ -188,8 +188,8 @@ def begin_run(monkeypatch: pytest.MonkeyPatch, job: Job, asked: Asked) -> Begun:
     """Run a job until its graph is built, as if for workers, which are not started."""
     decided = []
 
-    def build_only(inputs: Inputs, decision: Decision, **how: Any) -> None:
-        built = build(inputs, decision, **how)
+    def build_only(inputs: Inputs, decision: Decision, *by: Any, **how: Any) -> None:
+        built = build(inputs, decision, *by, **how)
         owned = contiguous(decision.work.experts, decision.layout.world_size)
         decided.append(Begun(decision, built.placement or owned))
         raise decided[0]

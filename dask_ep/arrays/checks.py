@@ -34,7 +34,7 @@ def size_in_bytes(size: float | str | None, name: str = "size") -> int | None:
 def is_float(dtype: np.dtype) -> bool:
     """Whether a dtype holds real floats, those of ``ml_dtypes`` included."""
     dtype = np.dtype(dtype)
-    # ml_dtypes registers its floats as kind "V" (and "f" for some); their names tell.
+    # ml_dtypes registers its floats as kind "V" (and "f" for some), so names decide.
     return dtype.kind == "f" or "float" in dtype.name
 
 
@@ -206,7 +206,7 @@ def check_rank(rank: int, world_size: int) -> None:
 
 
 def count_not_finite(rows: np.ndarray) -> tuple[int, int]:
-    """Count the rows that hold NaN or infinity, and tell the first; (0, -1) if there is none.
+    """Count the rows that hold NaN or infinity, and find the first; (0, -1) if there is none.
 
     Notes
     -----

@@ -231,7 +231,7 @@ def keep_freed_memory() -> bool:
     Returns
     -------
     bool
-        Whether the C library can be told: glibc can, others keep their ways.
+        Whether the C library can be configured: glibc can, others cannot.
     """
     try:
         mallopt = ctypes.CDLL(None).mallopt

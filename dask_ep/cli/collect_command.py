@@ -78,7 +78,7 @@ def _collect_options(command: Callable) -> Callable:
 def collect_command(**options: Any) -> None:
     """Collect statistics of JOB's experts over the rows routed to them.
 
-    One pass over the rows for all that is asked for, and one more for each block of experts where
+    One pass over the rows for all of them, and one more for each block of experts where
     not all fit into memory; gram takes passes of its own. --resume continues a run that was
     stopped. With --with-output the job's output is written too.
 
@@ -128,7 +128,9 @@ def _show_course(course: Course) -> None:
 def _show_collected(out: str, what: Sequence[str], least: int, found: Collected) -> None:
     click.echo(f"{out}: {', '.join(what)} of {found.rows} rows")
     if found.missing:
-        click.echo(f"these experts have no hidden activations: without {', '.join(found.missing)}")
+        click.echo(
+            f"left out: {', '.join(found.missing)}; these experts have no hidden activations"
+        )
     few = sorted(found.coverage.items(), key=lambda item: (item[1], item[0]))
     seen = f"of {found.num_experts} experts saw"
     if not few:

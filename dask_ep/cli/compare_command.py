@@ -7,7 +7,7 @@ dask-ep compare a.zarr b.zarr --routing a_routing.zarr --routing b_routing.zarr
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from typing import Any
 
 import click
@@ -184,11 +184,7 @@ def _tensors(found: TensorDifferences) -> Iterator[str]:
     for name, shapes in found.shapes.items():
         yield f"  {name} has other shapes: {shapes}"
     for which, names in (("A", found.only_a), ("B", found.only_b)):
-        if names:
-            yield f"  only in {which}: {_listed(names)}"
-
-
-def _listed(names: Mapping[str, int]) -> str:
-    shown = [f"{name} ({n})" if n > 1 else name for name, n in names.items()]
-    more = f" and {len(shown) - MOST_SHOWN} more" if len(shown) > MOST_SHOWN else ""
-    return ", ".join(shown[:MOST_SHOWN]) + more
+        shown = [f"{name} ({n})" if n > 1 else name for name, n in names.items()]
+        more = f" and {len(shown) - MOST_SHOWN} more" if len(shown) > MOST_SHOWN else ""
+        if shown:
+            yield f"  only in {which}: {', '.join(shown[:MOST_SHOWN])}{more}"

@@ -121,7 +121,7 @@ def _parse_rows(context: click.Context, parameter: click.Parameter, value: str) 
 
 
 def wanted_options(command: Callable) -> Callable:
-    """Add the options that say what is collected besides its names, which `read_wanted` reads."""
+    """Add the options that say how statistics are collected, which `read_wanted` reads."""
     options: list[Callable] = [
         click.option(
             "--rows",
@@ -133,7 +133,11 @@ def wanted_options(command: Callable) -> Callable:
             "those not routed, such as 0.1.",
         ),
         click.option(
-            "--seed", type=click.IntRange(0), default=0, show_default=True, help="Of that share."
+            "--seed",
+            type=click.IntRange(0),
+            default=0,
+            show_default=True,
+            help="Seed of that share.",
         ),
         click.option(
             "--with-output",

@@ -124,8 +124,11 @@ def plan_command(
         click.echo(f"report: {html}", err=True)
     if not options["gpu"]:
         hint_at_faster_blas()
-    if as_json:
-        click.echo(json_text(compared, side_by_side))
+    if as_json and side_by_side:
+        best, plans = compared.plans.index(compared.best), [p.to_dict() for p in compared.plans]
+        click.echo(json.dumps({"best": best, "why": compared.why, "plans": plans}))
+    elif as_json:
+        click.echo(compared.best.to_json())
     else:
         console = Console(width=None if sys.stdout.isatty() else WIDTH)
         if side_by_side:
@@ -249,18 +252,6 @@ CHOICES = {
     "travel": _travel_name,
 }
 """What can be compared, and how a value of it is read."""
-
-
-def json_text(compared: WhatIf, side_by_side: bool) -> str:
-    """One plan, or all plans with the number of the best one."""
-    if not side_by_side:
-        return compared.best.to_json()
-    content = {
-        "best": compared.plans.index(compared.best),
-        "why": compared.why,
-        "plans": [p.to_dict() for p in compared.plans],
-    }
-    return json.dumps(content)
 
 
 def choices_table(compared: WhatIf) -> Table:

@@ -149,7 +149,7 @@ def run_command(**options: Any) -> None:
 
 
 def carry_out(where: Where, job: str | None, save_job: str | None, **options: Any) -> None:
-    """Run a job as `job_options` and `how_options` say, and tell how it goes.
+    """Run a job as `job_options` and `how_options` say, and report its progress.
 
     Parameters
     ----------
@@ -161,9 +161,9 @@ def carry_out(where: Where, job: str | None, save_job: str | None, **options: An
     Raises
     ------
     click.exceptions.Exit
-        If Ctrl-C or SIGTERM stopped it, which has been told.
+        If Ctrl-C or SIGTERM stopped it; a message has been printed.
     Exception
-        What `dask_ep.jobs.run.run_job` raises, for `dask_ep.cli.main.main` to tell in one line.
+        What `dask_ep.jobs.run.run_job` raises; `dask_ep.cli.main.main` prints it in one line.
     """
     if options["resume"] and options["overwrite"]:
         raise click.UsageError("--resume and --overwrite are mutually exclusive")
@@ -201,7 +201,7 @@ def carry_out(where: Where, job: str | None, save_job: str | None, **options: An
 
 
 def show_reports(reports: Sequence[Path]) -> None:
-    """Tell which reports were written, that were asked for."""
+    """Print which of the requested reports were written."""
     if reports:
         click.echo(f"report: {'; by Dask: '.join(map(str, reports))}")
     else:
@@ -288,7 +288,7 @@ def read_certificates(
 def stoppable(out: str, overwrite: bool, record: str | None = None) -> Iterator[Wait]:
     """Yield a way to wait that ends at the first SIGINT or SIGTERM; at the second all ends at once.
 
-    `record` is the output that tells how far the one at `out` is, if that does not tell itself.
+    `record` is the output whose record shows the progress of the one at `out`, if it has none.
     """
     try:
         with Interrupts(FAILED) as interrupts:

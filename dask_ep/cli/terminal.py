@@ -62,7 +62,7 @@ class _Lines:
 
 
 def hint_at_faster_blas() -> None:
-    """Tell what would multiply faster on this machine, if anything would."""
+    """Print what would multiply faster on this machine, if anything would."""
     if said := faster_blas():
         click.echo(f"hint: {said}", err=True)
 

@@ -70,7 +70,16 @@ def _print_verification(found: Verification) -> None:
         f"{found.tolerance:.3g} is allowed"
     )
     if found.not_finite:
-        click.echo(_words_of_not_finite(found))
+        rows = found.not_finite_rows
+        words = (
+            f"{found.not_finite} of {found.values} values are infinite or NaN ({len(rows)} rows, "
+            f"the first is row {rows[0]})"
+        )
+        if found.overflowed:
+            words += f"; {found.overflowed} of them because intermediate values are too large"
+        elif found.good:
+            words += ", in the output and in the recomputed rows alike"
+        click.echo(words)
     if found.good:
         click.echo("good")
         return
@@ -84,14 +93,3 @@ def _print_verification(found: Verification) -> None:
             f"  row {row.row} (block {row.block}, experts {experts}): off by {row.error:.3g}, "
             f"{row.relative:.3g} of its terms"
         )
-
-
-def _words_of_not_finite(found: Verification) -> str:
-    rows = found.not_finite_rows
-    words = (
-        f"{found.not_finite} of {found.values} values are infinite or NaN ({len(rows)} rows, the "
-        f"first is row {rows[0]})"
-    )
-    if found.overflowed:
-        return f"{words}; {found.overflowed} of them because intermediate values are too large"
-    return f"{words}, in the output and in the recomputed rows alike" if found.good else words

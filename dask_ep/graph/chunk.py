@@ -107,7 +107,7 @@ def join_ranks(ranks: Sequence[LocalExperts | list | None]) -> list | None:
     if served:
         raise RuntimeError(
             f"{served} of {len(ranks)} ranks were loaded by services and the others not, because "
-            "owners were closed or asked for while experts were loaded; compute it again"
+            "owners were closed or requested while experts were loaded; compute it again"
         )
     return list(ranks)
 
@@ -215,7 +215,7 @@ Tables = dict[int, np.ndarray]
 
 
 def begin_seen(observe: Observe | None, rank: int, num_local: int) -> Seen | None:
-    """What keeps what is asked for of the rows of a rank's experts; None if nothing is."""
+    """Collects what is wanted of the rows of a rank's experts; None if nothing is."""
     return None if observe is None else Seen(observe, num_local, rank * num_local)
 
 

@@ -12,7 +12,7 @@ time, and `ahead` more are read, or wait as they are stored; by dependencies alo
     what needs a block is computed  when the block `ahead` after is begun to be read; so all is done
                                     that needed the block `decoded` before
 
-Where the rows are meanwhile is told by `passes_memory` (in memory) and `passes_disk` (on disk).
+Meanwhile rows wait in memory (`passes_memory`) or on disk (`passes_disk`).
 """
 
 from __future__ import annotations

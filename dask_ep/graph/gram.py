@@ -7,7 +7,7 @@
                       v
     ep_gram (g, e): XᵀX so far, plus that of these rows ──> ep_gram (g + 1, e) ──> ...
          ^
-    ep_gram_expert (e): loads the expert, where its hidden activations are asked for
+    ep_gram_expert (e): loads the expert, where its hidden activations are wanted
 
 (E, d, d) of results are more than there is memory for, and more than a chunk's answer could bring
 along. So each expert is a block of its own; whoever computes some of them reads the tokens once for
@@ -60,7 +60,7 @@ class Gram(NamedTuple):
     input: np.ndarray
     #: (d, d)
     hidden: np.ndarray | None
-    #: (f, f), if it is asked for
+    #: (f, f), if it is wanted
 
 
 def grams(

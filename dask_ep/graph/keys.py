@@ -4,8 +4,8 @@
     ("ep_ranks-<token>",)          joins them: all ranks are there
     ("ep_chunk-<token>", c, 0)     one token chunk, from its rows to its output
 
-Names are made here and recognised here; only `storage`, which lies below, makes ``ep_read`` itself.
-The token tells one layer over one input from all others. `ep_ranks_at_home` says that each chunk
+Names are made and recognised here; only `storage`, a lower room, makes ``ep_read`` itself.
+The token identifies one layer over one input. `ep_ranks_at_home` says that each chunk
 has a home, the rank c mod R.
 
 Around a layer, and where its experts are processed in passes, there are others, which are read here

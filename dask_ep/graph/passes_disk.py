@@ -88,7 +88,7 @@ class Spilled:
 
     @property
     def tasks(self) -> int:
-        """Tasks that `done` tells of: first those of the chunks, then those of the pieces."""
+        """Tasks that `done` counts: first those of the chunks, then those of the pieces."""
         return len(self.group) + len(self._pieces)
 
     def create(self, whose: str, reserve: int) -> None:

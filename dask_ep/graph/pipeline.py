@@ -174,7 +174,7 @@ def prepare(
 
 
 def count_tasks(num_chunks: int, world_size: int) -> int:
-    """How many tasks `expert_parallel` makes, besides those of its inputs."""
+    """How many tasks `expert_parallel` makes, without those of its inputs."""
     return num_chunks + (1 if world_size == 1 else world_size + 1)
 
 

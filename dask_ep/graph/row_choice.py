@@ -1,9 +1,9 @@
-"""Which rows go through which experts, besides those that a router has sent there?
+"""Which further rows go through an expert, in addition to those routed to it?
 
     routing [n, k] ──> [n, k + B]    the slots of a router, then B experts that it did not choose
 
-Statistics of cold experts need more rows than a router sends them. What is added is told from what
-the router chose by its slot.
+Statistics of cold experts need more rows than a router sends them. The slot distinguishes added
+rows from routed ones.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ def choose_slots(
     routing : (n, k) or (n,) lazy array
     num_experts : E
     block : the experts to keep; the slots of all others become -1
-    others : share of the other rows that each of these experts gets besides, chosen by the number
+    others : share of the other rows that each of these experts gets as well, chosen by the number
         of the row, that of the expert and the seed alone
     seed : of that choice
 

@@ -5,10 +5,10 @@
       answers    chunk 0: expert 0, expert 1, ... │ chunk 1: expert 0, ...    as they come out
       done       a byte for each task, 1 when what it writes is written
 
-A row stands once for each of its slots. The routing tells all places beforehand (`SpillLayout`), so
-that files have their full size before the first row is written, any number of tasks write at once,
-an expert's rows are read from front to back, and so are a chunk's answers. Bytes are read and
-written by position, not mapped: memory is what arrays take.
+A row is stored once for each of its slots. The routing fixes all places beforehand (`SpillLayout`):
+files have their full size before the first row is written, any number of tasks write at once, an
+expert's rows are read from front to back, and so are a chunk's answers. Bytes are read and written
+by position, not mapped: memory is what arrays take.
 
 After a kill the files are as good as before it. After a power loss they are not: start again.
 """
@@ -112,7 +112,7 @@ class SpillFiles:
         Parameters
         ----------
         slots : rows and answers in the files
-        tasks : of which `done` tells
+        tasks : counted by `done`
         whose : output the rows are for, for the message
         reserve : bytes that must stay free
 

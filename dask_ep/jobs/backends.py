@@ -117,7 +117,7 @@ def lay_out(
     devices: Sequence[Device] | None = None,
     begun_ranks: int | None = None,
 ) -> Layout:
-    """Put into numbers how a job is laid out on its backend.
+    """Describe in numbers how a job runs on its backend.
 
     Parameters
     ----------

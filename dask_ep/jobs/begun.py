@@ -1,4 +1,4 @@
-"""How was the run laid out that is to be resumed?
+"""How did the run start that is now resumed?
 
 Read from the record next to the output, before anything is decided: a resumed run keeps its ranks,
 its chunks where no others are asked for, the placement of experts that travelled, and its passes.
@@ -18,7 +18,7 @@ from dask_ep.storage.resume import find_good
 
 @dataclass(frozen=True)
 class Begun:
-    """A run that was begun."""
+    """A run that has started."""
 
     world_size: int
     rows: tuple[int, ...]

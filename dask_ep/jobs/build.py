@@ -217,7 +217,7 @@ def build(
 def settings_of(
     inputs: Inputs, world_size: int, placement: Placement | None, by: ComputedBy
 ) -> dict[str, Any]:
-    """What an output depends on besides its inputs, JSON-able; arguments as of `build`."""
+    """What an output depends on apart from its inputs, JSON-able; arguments as in `build`."""
     computed_by: dict[str, Any] = {"arrays": by.arrays, "tf32": by.tf32}
     if inputs.experts.precision == "bfloat16":
         computed_by["rounded_by"] = by.library

@@ -48,7 +48,7 @@ def decide_course(
     inputs, layout : what is computed, and on what
     wanted : what is collected
     chunk_rows : rows of a token chunk, if they are asked for
-    begun : what `Course.to_json` said of the run that is resumed
+    begun : `Course.to_json` of the run that is resumed
 
     Raises
     ------
@@ -79,10 +79,12 @@ def decide_course(
     if wanted.with_output and len(blocks) > 1:
         raise JobError(
             f"{inputs.job.name}: the experts do not fit, and are observed in {len(blocks)} "
-            "passes, so the output cannot be written in one of them; write it with run"
+            "passes, so the output cannot be written in the same pass; compute it with run"
         )
-    if chosen.of_gram and asked is None:
-        found = replace(found, chunk_rows=_small_chunk_rows(layout, found))
+    if chosen.of_gram and asked is None:  # nearly all of the memory is for results
+        chunks = (layout.threads + 2) * max(found.work.row_bytes, 1)
+        most = max(_limit(layout) / CHUNKS_PART / chunks, FEWEST_ROWS)
+        found = replace(found, chunk_rows=int(min(found.chunk_rows, most)))
     parts = found.need.parts(found.chunk_rows) | {"partial results": partial_bytes}
     decision = replace(found, work=inputs.work(), layout=layout)
     course = Course(decision, walks, blocks, (), 0, 0, parts)
@@ -157,13 +159,6 @@ def _with_gram(inputs: Inputs, course: Course, slots: int) -> Course:
         hidden=f,
         memory_parts=max(parts, course.memory_parts, key=lambda p: sum(p.values())),
     )
-
-
-def _small_chunk_rows(layout: Layout, decision: Decision) -> int:
-    """Rows of a chunk that leave nearly all of the memory to the results of `gram`."""
-    chunks = (layout.threads + 2) * max(decision.work.row_bytes, 1)
-    most = _limit(layout) / CHUNKS_PART / chunks
-    return int(min(decision.chunk_rows, max(most, FEWEST_ROWS)))
 
 
 def _limit(layout: Layout) -> float:

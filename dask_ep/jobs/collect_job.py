@@ -81,7 +81,7 @@ class Collected:
 
     @property
     def missing(self) -> list[str]:
-        """What was asked for and does not exist for these experts."""
+        """Statistics that were requested but do not exist for these experts."""
         return json.loads(self.metadata["missing"])
 
 
@@ -123,7 +123,7 @@ def collect_job(
     Raises
     ------
     JobError
-        A ValueError: what is asked for cannot be collected of this job, or not so.
+        A ValueError: these statistics cannot be collected for this job, or not this way.
     DoesNotFit
         A MemoryError: not even one expert at a time fits, with the numbers.
     FileExistsError, ValueError, OSError
@@ -258,7 +258,7 @@ class _Run:
         )  # fmt: skip
 
     def told(self) -> dict[str, Any]:
-        """What a report is told of the run."""
+        """Arguments of `write_reports` that describe the run."""
         chunks, job = self.collections[0].chunks, self.inputs.job.name
         return {"missing": sorted(set().union(*self._left())), "blocks": chunks, "job": job}
 
@@ -305,7 +305,7 @@ class _File(NamedTuple):
 
     @property
     def settings(self) -> dict[str, Any]:
-        """What the statistics depend on besides the inputs."""
+        """What the statistics depend on apart from the inputs."""
         return {
             "layer_index": self.inputs.job.layer_index,
             "what": sorted(self.wanted.what),
@@ -316,12 +316,12 @@ class _File(NamedTuple):
 
     @property
     def fingerprint(self) -> str:
-        """What tells these statistics from others."""
+        """Identifies these statistics: inputs and settings."""
         made_of = {"inputs": describe(name_inputs(self.inputs)), "settings": self.settings}
         return xxhash.xxh3_64_hexdigest(json.dumps(made_of, sort_keys=True).encode())
 
     def complete(self) -> Collected:
-        """Tell of statistics that are complete already."""
+        """Describe statistics that are complete already."""
         metadata = bundle.read_metadata(self.path)
         if metadata.get("fingerprint") != self.fingerprint:
             raise ValueError(
@@ -355,7 +355,7 @@ class _File(NamedTuple):
         return self._collected(metadata, few)
 
     def _words(self, few: Mapping[int, int], missing: Sequence[str]) -> dict[str, str]:
-        """What is said about the statistics in their file."""
+        """Metadata of the statistics' file."""
         job, wanted = self.inputs.job, self.wanted
         keys = {key: value for key, value in vars(job).items() if value is not None}
         metadata = {
@@ -378,7 +378,7 @@ class _File(NamedTuple):
 
 
 def _read_begun(directory: str) -> dict[str, Any]:
-    """How the run was begun that is to be resumed; nothing if there is none."""
+    """How the run to be resumed was started; empty if there is none."""
     try:
         with open(os.path.join(directory, "begun.json"), encoding="utf-8") as file:
             return json.load(file)

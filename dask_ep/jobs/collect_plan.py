@@ -114,7 +114,8 @@ def price_course(
     grams_left : experts whose second moments are; default: all
     """
     arrays = [array for one in collections for array in one.parts()]
-    ours = {key for array in arrays for key in array.__dask_graph__() if _is_ours(key)}
+    keys = {key: read_key(key) for array in arrays for key in array.__dask_graph__()}
+    ours = [key for key, said in keys.items() if said is not None and said.step != "read"]
     experts = sum(map(len, course.gram_blocks))
     made = partial(
         PlanOfStatistics,
@@ -128,8 +129,3 @@ def price_course(
     planned = pricing.price(course.decision, placement=placement, only=only, made=made)
     assert isinstance(planned, PlanOfStatistics)
     return planned
-
-
-def _is_ours(key: object) -> bool:
-    said = read_key(key)
-    return said is not None and said.step != "read"

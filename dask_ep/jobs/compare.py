@@ -123,7 +123,7 @@ def compare_checkpoints(
     Raises
     ------
     ValueError
-        If the layers cannot be told, take rows of other widths, or a checkpoint has tensors of the
+        If the layer is ambiguous, the layers' widths differ, or a checkpoint has tensors of the
         layer that would not be used: the message names them.
     DoesNotFit
         If one of the layers cannot be run within the memory limit.
@@ -318,7 +318,7 @@ def _check_shapes(outputs: Sequence[Source], routings: Sequence[Source]) -> None
 
 
 class _Chunks(Callback):
-    """Tells of the chunks that are compared, on the local schedulers."""
+    """Reports the chunks that have been compared, on the local schedulers."""
 
     def __init__(self, tell: Callable[[int], Any]):
         super().__init__(posttask=self._look)

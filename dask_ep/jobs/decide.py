@@ -1,7 +1,7 @@
 """How will a job run?
 
 On which workers, with how many ranks, in chunks of how many rows; with all experts in memory, as
-they are stored, or going by in passes; what travels. Decided once, from plain numbers and before
+they are stored, or processed in passes; what travels. Decided once, from plain numbers and before
 any data is read: `run`, `plan` and their reports all ask here, and are refused in the same words.
 
     Work, Layout, what is asked for ── decide ──> Decision
@@ -54,7 +54,7 @@ def decide(
     work, layout : what is computed, and on what
     chunk_rows : rows of a token chunk, if they are asked for; more than there are mean all of them
     travel : what is asked to travel, and at which rates that is chosen
-    free : function that tells the bytes of disk for rows that wait; as many as wanted without it
+    free : function that returns the bytes of disk free for rows that wait; default: unlimited
     begun : the run that is resumed, which keeps its placement, and its passes
 
     Raises

@@ -16,10 +16,10 @@ cluster.
     down = "down.zarr"                  # (E, f, d_out)
 
 Instead of routing and experts, ``layer = "checkpoint/"`` and ``layer_index = 3`` take router,
-experts and shared experts from a checkpoint; routing and top-k weights besides, such as
-``save_routing`` of a run keeps them, replace what its router would say. Paths are relative to the
+experts and shared experts from a checkpoint; given as well, routing and top-k weights, such as
+``save_routing`` of a run writes them, replace those of its router. Paths are relative to the
 job file; a tensor of a safetensors file is ``"file.safetensors::name"``. This file reads, checks
-and writes jobs; what a job gives as an array is told by `dask_ep.jobs.build`.
+and writes jobs; `dask_ep.jobs.build` makes the lazy output of one.
 """
 
 from __future__ import annotations
@@ -378,7 +378,7 @@ def _checked_keys(
 
 
 def nearest(key: str, allowed: Iterable[str]) -> str:
-    """Ask whether a word was meant that is spelt nearly so; say nothing if there is none."""
+    """Suggest a word with nearly this spelling; empty if there is none."""
     near = [name for name in OTHER_NAMES.get(key, ()) if name in allowed]
     near = near or difflib.get_close_matches(key, allowed, n=1)
     return f" (did you mean {near[0]!r}?)" if near else ""

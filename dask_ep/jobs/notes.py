@@ -1,6 +1,6 @@
-"""What in a job is often a mistake, though it runs?
+"""What in a job is often a mistake, although it runs?
 
-Nobody but its author can know, so it is told once, before a run, and not refused.
+Only its author can know, so it is reported once before a run, and not refused.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ def find_notes(inputs: Inputs) -> list[str]:
 
 
 def tell_notes(inputs: Inputs, on_note: Callable[[str], Any] | None) -> None:
-    """Tell each sentence of `find_notes`, if anybody listens."""
+    """Pass each sentence of `find_notes` to a callback, if there is one."""
     if on_note is not None:
         for note in find_notes(inputs):
             on_note(note)

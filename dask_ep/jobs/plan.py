@@ -49,7 +49,7 @@ from dask_ep.storage.sources import Source
 
 @dataclass(frozen=True)
 class Machine:
-    """What a plan of arrays assumes to run on; a job's plan is told where it runs.
+    """The machine that a plan of arrays assumes; a job's plan takes a backend instead.
 
     Examples
     --------
@@ -72,7 +72,7 @@ class Machine:
     #: that may be used of each GPU
 
     def lay_out(self, world_size: int | None, placement: Asked) -> Layout:
-        """Put into numbers how ranks are laid out on it."""
+        """Describe in numbers how ranks run on it."""
         host = size_in_bytes(self.memory_limit, "memory_limit")
         of_device = size_in_bytes(self.device_memory_limit, "device_memory_limit")
         if of_device is not None and not self.gpu:
@@ -140,7 +140,7 @@ def plan(
         How fast the machine is; default: measured in a second, with `link` and `read` of `travel`.
     files : Sources, optional
         That the tokens (first), the routing and its weights are read from: decoding their stored
-        chunks takes memory. `plan_job` does so by itself.
+        chunks takes memory. `plan_job` knows them.
 
     Returns
     -------

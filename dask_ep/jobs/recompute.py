@@ -183,7 +183,7 @@ def plain_parts(experts: Experts, e: int) -> tuple[str, dict[str, np.ndarray], d
 def _split_fused(
     arrays: dict[str, np.ndarray], *, interleaved: bool
 ) -> Iterator[tuple[str, np.ndarray]]:
-    """Return gate and up, each by itself, of what holds both in its columns."""
+    """Split an array that holds gate and up in its columns into the two."""
     for name, array in arrays.items():
         if not name.startswith("gate_up"):
             yield name, array

@@ -1,4 +1,4 @@
-"""What does a run tell: on its way, and when it is done?"""
+"""What does a run report, while it runs and when it is done?"""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ from dask_ep.laws.decision import Decision
 from dask_ep.storage.storage import open_tokens
 
 KNOWN_AFTER = 1.0
-"""Of a run, after which its speed says something about its end."""
+"""Seconds after which the speed of a run is a basis for an estimate of the time left."""
 
 KNOWN_SHARE = 0.2
-"""Of its rows, likewise: the first blocks of workers are slow."""
+"""Part of its rows after which it is one: the first blocks of workers are slow."""
 
 LONG_AFTER = 30.0
-"""Seconds of a run after which that matters no more."""
+"""Seconds after which that part no longer matters."""
 
 
 class Progress(NamedTuple):

@@ -250,7 +250,7 @@ def compute_step(
     tell: Callable[[Receipt], Any],
     wait: Wait,
 ) -> None:
-    """Do the tasks of a step, on threads or by a client's workers, and tell of each receipt."""
+    """Do the tasks of a step, on threads or a client's workers, and pass on each receipt."""
     if client is not None:
         _compute_on_client(step, client, tell, wait)
         return
@@ -292,7 +292,7 @@ def _compute_on_client(
 
 
 class _Watch:
-    """Counts rows, and tells about them."""
+    """Counts rows, and reports progress."""
 
     def __init__(
         self,
@@ -331,7 +331,7 @@ class _Watch:
         return None if self._walk is None else self._walk.done(self.spilled_bytes)
 
     def told(self) -> dict[str, Any]:
-        """What a report is told of the run."""
+        """Arguments of `write_reports` that describe the run."""
         return {
             "missing": self._output.missing,
             "blocks": len(self._output.rows),

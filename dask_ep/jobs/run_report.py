@@ -6,7 +6,7 @@
                             memory of the processes
     after     report.html, and on workers report-dask.html, which Dask writes
 
-What is asked of the workers is asked before the first task and after the last. Dask keeps the last
+The workers are queried before the first task and after the last. Dask keeps the last
 100,000 tasks; of a longer run the record has these. What a worker has served is lost with it.
 """
 
@@ -72,7 +72,7 @@ def watched(
 ) -> Iterator[None]:
     """Finish what runs inside, which is recorded with its plan if there is one.
 
-    `told` gives, at the end, what `write_reports` is told besides.
+    `told` returns, at the end, further arguments for `write_reports`.
     """
     if planned is None:
         yield

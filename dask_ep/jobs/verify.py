@@ -169,7 +169,7 @@ def verify_job(
 
 
 def _arithmetic(job: Job, inputs: Inputs, output: Source, tolerance: float | None) -> Arithmetic:
-    """How the output was computed, as far as the record of its run tells."""
+    """How the output was computed, as far as the record of its run says."""
     manifest = journal.read_manifest(progress_directory(job.out)) or {"settings": {}}
     computed_by = manifest["settings"].get("computed_by", {})
     usual = TOLERANCES[output.dtype.name]

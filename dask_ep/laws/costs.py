@@ -17,7 +17,7 @@ import numpy as np
 from dask_ep.arrays.checks import computing_dtype
 
 CHUNKS_WAITING = 2
-"""Chunks in flight on a worker besides one for each of its threads: those that wait for answers."""
+"""Chunks in flight on a worker in addition to one for each thread: those that wait for answers."""
 
 FEWEST_ROWS = 64
 """Rows of a chunk below which the cost of a task outweighs its work many times over."""
@@ -42,7 +42,7 @@ CLUSTER_TASK_SECONDS = 0.5e-3
 chunk's task a little more, since its thread is given back)."""
 
 WORKER_TASK_SECONDS = 1.2e-3
-"""Time that a worker spends on each task of a cluster besides its work (measured 1.2 ms over all
+"""Overhead of a worker for each task of a cluster (measured 1.2 ms over all
 workers: messages, tasks unpacked, results fetched and dropped)."""
 
 LOCAL_TASK_SECONDS = 0.1e-3
@@ -67,7 +67,7 @@ class Rates:
     write: float = 0.5e9
     #: bytes per second that one thread writes there
     lane: float = 20e9
-    #: bytes per second between host and GPU, each way (PCIe 4.0 x 16 is said to give 25e9)
+    #: bytes per second between host and GPU, each way (PCIe 4.0 x 16: nominally 25e9)
 
 
 PART_OF_A_WORKER = 0.7
@@ -238,7 +238,7 @@ def reply_row_bytes(d_out: int, dtype: np.dtype, slots: int) -> int:
 
 
 def homes(chunks: int, workers: int) -> np.ndarray:
-    """(C,) the worker where each chunk lies: neighbours together, as Dask assigns them.
+    """(C,) the worker of each chunk: neighbours together, as Dask assigns them.
 
     Examples
     --------

@@ -46,7 +46,7 @@ class Decision:
 
     @property
     def spare_experts(self) -> int | None:
-        """How many experts each rank can hold besides its own; None without a memory limit."""
+        """How many experts each rank can hold in addition to its own; None without a limit."""
         usable = self.layout.usable_bytes
         if usable is None:
             return None

@@ -27,11 +27,11 @@ DEVICE_CHUNK_BYTES = 128 << 20
 """Bytes of a token chunk on a GPU, which needs more rows at a time than a core to be busy."""
 
 DEVICE_PROCESS_BYTES = 300_000_000
-"""What a process takes of a GPU besides experts and chunks: CUDA, its libraries and their
+"""What a process takes of a GPU apart from experts and chunks: CUDA, its libraries and their
 workspaces."""
 
 HOST_PROCESS_BYTES = 1_000_000_000
-"""What a process with a GPU takes of the host besides buffers: Python, Dask, CuPy and CUDA."""
+"""What a process with a GPU takes of the host apart from buffers: Python, Dask, CuPy and CUDA."""
 
 ROUNDED_UP = 2
 """Pinned memory comes in powers of two, and is kept for the next of its size."""
@@ -127,7 +127,7 @@ class OnDevice(NamedTuple):
 
 
 def _made(experts: Any) -> int:
-    """Width of what an expert makes between its products: gate and up lie side by side."""
+    """Width of what an expert makes between its products; gate and up count together."""
     hidden = experts.hidden or 0
     return 2 * hidden if experts.kind.startswith("gated") else hidden
 

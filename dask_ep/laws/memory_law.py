@@ -17,7 +17,7 @@ from dask_ep.placement.policies import most_physical
 
 @dataclass(frozen=True)
 class Layout:
-    """How a job is laid out on its backend, in numbers."""
+    """How a job runs on its backend, in numbers."""
 
     world_size: int
     #: R

@@ -22,8 +22,8 @@ PIECE_ROWS = (256, 1024)
 enough for fast products, few enough for all threads to share an expert."""
 
 PASSES_PROCESS_BYTES = 300_000_000
-"""What a process takes besides experts, rows and tiles: more than in an ordinary run, since the C
-library and the pool keep some memory of earlier blocks."""
+"""What a process takes apart from experts, rows and tiles: more than in an ordinary run, since the
+C library and the pool keep some memory of earlier blocks."""
 
 
 def cut_pieces(

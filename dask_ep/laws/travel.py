@@ -1,7 +1,7 @@
 """What travels: the rows to their expert, or the expert to its rows?
 
 A row that is on one worker and wants an expert on another goes there and comes back. Or the
-worker where the row lies reads the expert's weights too, and the row stays. For each expert and
+row's own worker reads the expert's weights too, and the row stays. For each expert and
 each rank the cheaper of the two:
 
     rows travel      rows at home here that must leave × row_bytes (both ways) / link
@@ -104,7 +104,7 @@ def choose_travel(
     workers: int | None = None,
     max_physical: int | None = None,
 ) -> Placement:
-    """Give every rank, besides the experts that it owns, those that are cheaper read than sent to.
+    """Give each rank the experts of others that are cheaper to read than to send rows to.
 
     Parameters
     ----------
@@ -321,7 +321,7 @@ def _count(wants: np.ndarray, num_experts: int) -> np.ndarray:
 
 
 def _reading(owners: Placement, extra: Sequence[np.ndarray]) -> Placement:
-    """Add the experts that each rank reads besides; these serve only rows at home."""
+    """Add the further experts that each rank reads; these serve only rows at home."""
     held = [[*row[row >= 0], *more] for row, more in zip(owners.physical, extra, strict=True)]
     width = max(map(len, held))
     physical = np.full((owners.world_size, width), -1)

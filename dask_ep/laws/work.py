@@ -23,7 +23,7 @@ from dask_ep.laws.device_memory import OnDevice
 
 @dataclass(frozen=True)
 class LayerWork:
-    """What a whole layer does besides its routed experts; all 0 for experts alone."""
+    """What a whole layer does in addition to its routed experts; all 0 for experts alone."""
 
     router_flops: int = 0
     #: floating-point operations of one row in the router, in float64

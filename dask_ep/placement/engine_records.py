@@ -295,7 +295,7 @@ def _routing_of_sglang(path: str | PathLike, layer: int) -> np.ndarray:
 
 def _check_layer(layer: int, layers: int, path: str | PathLike) -> None:
     if not 0 <= layer < layers:
-        raise ValueError(f"{path} has layers 0 to {layers - 1}, and layer {layer} is asked for")
+        raise ValueError(f"{path} has layers 0 to {layers - 1}, but layer {layer} is wanted")
 
 
 def _records(content: Mapping[str, Any], path: Any) -> tuple[list[Mapping], np.ndarray]:

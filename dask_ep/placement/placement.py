@@ -156,7 +156,7 @@ class Placement:
         Raises
         ------
         ValueError
-            If an index lies outside [-1, E), or if the home is missing.
+            If an index is outside [-1, E), or if the home is missing.
 
         Notes
         -----
@@ -272,7 +272,7 @@ def verify_placement(
     Raises
     ------
     ValueError
-        If an expert is missing, lies twice on one rank or does not exist, if the replicas of an
+        If an expert is missing, is twice on one rank or does not exist, if the replicas of an
         expert do not serve every ticket exactly once, or if a limit is passed.
     """
     _check_physical(placement.physical)

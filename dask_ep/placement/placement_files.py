@@ -12,7 +12,7 @@ files that engines read at their start hold the placement of every MoE layer:
 SGLang's list has one row for every layer of the model, dense ones included (they are ignored);
 vLLM Ascend's only the MoE layers. vLLM itself reads no such file as of 0.32. Engines choose among
 the replicas of an expert evenly and have no empty physical experts: a placement of `exact`, or one
-with empty ones, cannot be told to them.
+with empty ones, cannot be exported.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from dask_ep.placement.placement import Placement
 from dask_ep.placement.policies import POLICIES, place
 
 Asked = Placement | str | PathLike | None
-"""How a placement is asked for: itself, the name of a policy, the path of a file, or contiguous."""
+"""How a placement is given: itself, the name of a policy, the path of a file, or contiguous."""
 
 
 def resolve(
@@ -40,7 +40,7 @@ def resolve(
     layer: int | None = None,
     moe_layers: Sequence[int] | None = None,
 ) -> Placement | str | None:
-    """Read the file of a placement, if that is how it is asked for; leave all else as it is.
+    """Read a placement that is given as a file; leave anything else as it is.
 
     Parameters
     ----------
@@ -70,7 +70,7 @@ def resolve(
 def find_placement(
     asked: Asked, num_experts: int, world_size: int, load: Callable[[], np.ndarray]
 ) -> Placement | None:
-    """Make the placement that is asked for; None where that is E/R experts for each rank in order.
+    """Make the wanted placement; None where that is E/R experts for each rank in order.
 
     Parameters
     ----------
@@ -152,8 +152,8 @@ def from_file(
         )
     if world_size is not None and placement.world_size != world_size:
         raise ValueError(
-            f"{path} places experts on {placement.world_size} ranks, but world_size={world_size} "
-            "is asked for; make a placement for it"
+            f"{path} places experts on {placement.world_size} ranks, but world_size={world_size}; "
+            "make a placement for that"
         )
     return placement
 

@@ -149,7 +149,7 @@ def survey(routing: da.Array | np.ndarray, num_experts: int, *, known_rows: bool
     Raises
     ------
     ValueError
-        If an index lies outside [-1, E); the message names the row.
+        If an index is outside [-1, E); the message names the row.
 
     Examples
     --------

@@ -114,7 +114,7 @@ class Needs(Traffic):
 
     @property
     def places(self) -> str:
-        """What plays the ranks."""
+        """What serves the ranks."""
         return f"{self.workers} x {self.threads} threads"
 
     @property
@@ -143,7 +143,7 @@ class Needs(Traffic):
 
     @property
     def scheduler_seconds(self) -> float:
-        """Time that the scheduler needs for them, besides the workers' work."""
+        """Time that the scheduler needs for them, in addition to the workers' work."""
         local = self.workers == 1
         seconds = costs.LOCAL_TASK_SECONDS if local else costs.CLUSTER_TASK_SECONDS
         return self.handled_tasks * seconds
@@ -155,7 +155,7 @@ class Needs(Traffic):
 
     @property
     def layer_flops(self) -> int:
-        """Floating-point operations of the router and of shared experts, where the chunks lie."""
+        """Floating-point operations of the router and of shared experts, where the chunks are."""
         return self.rows * (self.work.layer.router_flops + self.work.layer.shared_flops)
 
     @property
@@ -177,11 +177,14 @@ class Needs(Traffic):
         if self.cores:
             scheduler = self.scheduler_seconds if self.workers > 1 else 0.0  # a process more
             shared = (float(busy.sum()) + scheduler) / self.cores
-        return max(float(busy.max()) / self.threads, shared) * self._idle_at_the_end
+        seconds, rounds = max(float(busy.max()) / self.threads, shared), 0.0
+        if self.workers == 1:  # threads wait for the last chunks; workers share them
+            rounds = len(self.chunks) / self.threads
+        return seconds * math.ceil(rounds) / rounds if rounds else seconds
 
     @property
     def _seconds_anywhere(self) -> float:
-        """Work of one thread that all workers share evenly: whatever is done where chunks lie."""
+        """Work of one thread that all workers share evenly: all that is done where chunks are."""
         work, rates, layer = self.work, self.rates, self.work.layer
         seconds = (
             self.rows * work.d * work.dtype.itemsize / rates.read
@@ -198,12 +201,6 @@ class Needs(Traffic):
             seconds += self.exchanged_bytes / rates.link
             seconds += self.handled_tasks * costs.WORKER_TASK_SECONDS
         return seconds
-
-    @property
-    def _idle_at_the_end(self) -> float:
-        """Time over that without threads waiting for the last chunks; workers share those."""
-        rounds = len(self.chunks) / self.threads
-        return math.ceil(rounds) / rounds if self.workers == 1 and self.chunks else 1.0
 
     @property
     def seconds(self) -> float:

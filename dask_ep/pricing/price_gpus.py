@@ -13,7 +13,7 @@ from typing import Any
 
 from dask_ep.laws.costs import Need
 from dask_ep.laws.device_memory import DEVICE_CHUNK_BYTES, OnDevice
-from dask_ep.laws.memory_law import host_need
+from dask_ep.laws.memory_law import host_need, rows_within
 from dask_ep.pricing.price import Plan
 
 
@@ -42,11 +42,6 @@ class PlanOnGpus(Plan):
         return host_need(self.work, self.layout, self.spread)
 
     @property
-    def host_limit(self) -> int | None:
-        """Bytes of the host that a worker may use."""
-        return self.layout.host_limit
-
-    @property
     def process_parts(self) -> dict[str, int]:
         """Bytes of the host that a worker uses at most, by what they are for."""
         return self.host_need.parts(self.chunk_rows)
@@ -54,14 +49,14 @@ class PlanOnGpus(Plan):
     @property
     def process_limit(self) -> int | None:
         """Bytes of the host that it may use."""
-        return self.host_limit
+        return self.layout.host_limit
 
     @property
     def memory_figures(self) -> dict[str, tuple[int, int | None]]:
         """What is used at most, and what may be."""
         return {
             "memory of a GPU, at most": (self.memory_bytes, self.memory_limit),
-            "of its worker on the host": (self.process_bytes, self.host_limit),
+            "of its worker on the host": (self.process_bytes, self.process_limit),
         }
 
     @property
@@ -98,19 +93,10 @@ class PlanOnGpus(Plan):
         """Rows of a chunk as a run takes them: large, and within the memory."""
         advised = DEVICE_CHUNK_BYTES // self.on_device.row_bytes
         advised = min(advised, -(-self.rows // (4 * self.workers * self.threads)))
-        laws = (
-            (self.decision.need, self.memory_limit),
-            (
-                host_need(self.work, self.layout),
-                self.host_limit,
-            ),
-        )
-        for law, limit in laws:
-            if limit is not None:
-                advised = min(advised, law.rows_within(limit))
-        return max(advised, 1)
+        most = rows_within(self.decision.work, self.layout, self.decision.as_stored)
+        return int(max(min(advised, most), 1))
 
     def to_dict(self) -> dict[str, Any]:
         """Return all figures as plain numbers, lists and text."""
-        host = {"host_bytes": self.process_bytes, "host_limit": self.host_limit}
+        host = {"host_bytes": self.process_bytes, "host_limit": self.process_limit}
         return super().to_dict() | {"gpu": True, **host, "host_parts": self.process_parts}

@@ -37,7 +37,7 @@ class PlanOfStatistics(Plan):
 
     @property
     def fits(self) -> bool:
-        """Always: what does not fit is no course."""
+        """Always true: a course that does not fit is refused."""
         return True
 
     @property
@@ -88,7 +88,7 @@ class PlanOfStatistics(Plan):
 
     @property
     def _hides(self) -> bool:
-        """Whether second moments of hidden activations are asked for, so that experts compute."""
+        """Whether second moments of hidden activations are wanted, so that experts compute."""
         return bool(self.grams_left and self.course.hidden)
 
     @property

@@ -1,7 +1,7 @@
 """How is a plan, or a run compared with its plan, shown?
 
 One HTML file that holds everything it shows, scripts included: it opens from a mail or a disk
-without a network, on a phone and on paper. Figures are said in text and tables as well.
+without a network, on a phone and on paper. What figures show is in text and tables as well.
 
     plan     loads, imbalance of each placement, traffic, memory against the limit
     run      the same, planned against measured; tasks on a time line, rows over time, events
@@ -44,6 +44,9 @@ td + td, th + th { text-align: right; } thead + tbody td + td { white-space: now
 figure { margin: 1rem 0; } figcaption { color: #444; font-size: .9rem; }
 @media print { body { max-width: none; font-size: 11pt; } figure, table { break-inside: avoid; } }
 """
+
+
+LINK = '<p><a href="{}">Dask\'s own report of this run</a> (a separate file)</p>'
 
 
 def write_plan_report(path: str | PathLike, compared: WhatIf, *, job: str = "") -> None:
@@ -99,7 +102,7 @@ def write_run_report(
     plan : Plan, of the run's ranks, placement and chunks
     record : Record, its chunks numbered as those of the plan
     job : name of the job
-    note : what else is to be said, such as that the run resumed another
+    note : a further remark, such as that the run resumed another
     link : address of a further report, such as Dask's own
     more : further figures, their names, planned and measured
 
@@ -113,7 +116,7 @@ def write_run_report(
     sections = [
         *([_heading("", note)] if note else []),
         _table("Planned and measured", ("", "planned", "measured"), [*_both(plan, record), *more]),
-        *([_link(link)] if link else []),
+        *([LINK.format(escape(link))] if link else []),
         _heading("Load", _text_on_load(plan)),
         *(_of_ranks(plan, record) if plan.has_ranks else [figures.draw_expert_load(plan)]),
         _heading("Memory", _text_on_memory(plan)),
@@ -215,12 +218,6 @@ def _title(plan: Plan) -> str:
     )
 
 
-def _link(address: str) -> str:
-    return (
-        f'<p><a href="{escape(address)}">Dask\'s own report of this run</a> (a file of its own)</p>'
-    )
-
-
 def _heading(title: str, said: str) -> str:
     heading = f"<h2>{escape(title)}</h2>" if title else ""
     return f"{heading}<p>{escape(said)}</p>"
@@ -238,46 +235,41 @@ def _table(title: str, head: Sequence[str], rows: Sequence[Sequence[str]]) -> st
 
 def _both(plan: Plan, record: Record) -> list[tuple[str, str, str]]:
     """Planned and measured, side by side."""
+    both = [("tasks", f"{plan.tasks:,}", f"{record.tasks:,}")]
+    if plan.has_ranks:
+        planned, received = plan.packet_rows.sum(axis=0), list(record.received_rows().values())
+        exchanged = format_bytes(plan.exchanged_bytes), format_bytes(record.exchanged_bytes)
+        both += [
+            ("rows that ranks receive", f"{planned.sum():,}", f"{sum(received):,}"),
+            ("imbalance of these rows", _imbalance(planned), _imbalance(received)),
+            ("exchanged between workers", *exchanged),
+        ]
     peak = "" if record.peak_bytes is None else format_bytes(record.peak_bytes)
     return [
-        ("tasks", f"{plan.tasks:,}", f"{record.tasks:,}"),
-        *(_both_between(plan, record) if plan.has_ranks else []),
+        *both,
         ("memory of a worker, at most", format_bytes(plan.process_bytes), peak),
         ("time", "{:.2g} to {:.2g} s".format(*plan.seconds_range), f"{record.seconds:.2f} s"),
     ]
 
 
-def _both_between(plan: Plan, record: Record) -> list[tuple[str, str, str]]:
-    """What goes between chunks and ranks, planned and measured."""
-    received = record.received_rows()
-    return [
-        ("rows that ranks receive", f"{plan.packet_rows.sum():,}", f"{sum(received.values()):,}"),
-        (
-            "imbalance of these rows",
-            _imbalance(plan.packet_rows.sum(axis=0)),
-            _imbalance(list(received.values())),
-        ),
-        (
-            "exchanged between workers",
-            format_bytes(plan.exchanged_bytes),
-            format_bytes(record.exchanged_bytes),
-        ),
-    ]
-
-
 def _of_ranks(plan: Plan, record: Record) -> list[Any]:
     """Load of ranks and traffic to them, planned and measured; what services and workers did."""
-    received = record.received_rows()
+    received, chunks = record.received_rows(), record.chunks_of_workers()
+    ranks = [
+        (str(rank), f"{rows:,}", f"{received.get(rank, 0):,}")
+        for rank, rows in enumerate(plan.packet_rows.sum(axis=0).tolist())
+    ]
+    finished = [(figures.short(w), f"{chunks.get(w, 0):,}") for w in record.workers()]
     return [
         figures.draw_rank_load(plan, received),
-        _table("", ("rank", "planned rows", "measured rows"), _ranks(plan, received)),
+        _table("", ("rank", "planned rows", "measured rows"), ranks),
         figures.draw_imbalance(_imbalances(plan)),
         _heading("Between chunks and ranks", _text_on_traffic(plan)),
         _planned_traffic(plan),
         *_measured_traffic(plan, record),
         _table("Services", SERVICE_COLUMNS, _services(record)),
         _heading("", SAID_OF_SERVICES),
-        _table("Chunks", ("worker", "chunks"), _chunks(record)),
+        _table("Chunks", ("worker", "chunks"), finished),
     ]
 
 
@@ -304,23 +296,10 @@ def _services(record: Record) -> list[tuple[str, ...]]:
     ]
 
 
-def _chunks(record: Record) -> list[tuple[str, str]]:
-    chunks = record.chunks_of_workers()
-    return [(figures.short(worker), f"{chunks.get(worker, 0):,}") for worker in record.workers()]
-
-
 def _imbalance(rows: Sequence[float]) -> str:
     """Largest over mean, as text."""
     counts = np.asarray(rows)
     return f"{counts.max() / counts.mean():.3f}" if counts.any() else ""
-
-
-def _ranks(plan: Plan, measured: dict[int, int]) -> list[tuple[str, str, str]]:
-    """Rows that each rank serves, each row once, planned and measured."""
-    planned = plan.packet_rows.sum(axis=0).tolist()
-    return [
-        (str(rank), f"{rows:,}", f"{measured.get(rank, 0):,}") for rank, rows in enumerate(planned)
-    ]
 
 
 def _planned_traffic(plan: Plan) -> Any:

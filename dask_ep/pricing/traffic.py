@@ -29,7 +29,7 @@ class Traffic:
     -----
     `traffic_rows` and `exchanged_bytes` assume that neighbouring chunks are on one worker, as Dask
     assigns them, or each at its home, where the placement is local. What each rank receives is
-    exact wherever they lie, and so is `exchanged_at`.
+    exact wherever they are, and so is `exchanged_at`.
     """
 
     work: Work
@@ -63,7 +63,7 @@ class Traffic:
 
     @property
     def workers(self) -> int:
-        """Processes that play the ranks."""
+        """Processes that serve the ranks."""
         return self.layout.serving
 
     @property
@@ -157,7 +157,7 @@ class Traffic:
 
     @cached_property
     def _homes(self) -> np.ndarray:
-        """(C,) the number of the worker where each chunk lies."""
+        """(C,) the number of the worker where each chunk is."""
         if self.placement.local:
             numbers = range(len(self.chunks)) if self.numbers is None else self.numbers
             return np.array([self.placement.home(c) for c in numbers], int) % self.workers

@@ -18,6 +18,12 @@ def figures_of(plan: Plan) -> list[tuple[str, str]]:
     if plan.replicas:
         read = format_bytes(plan.replicas * plan.work.expert_stored)
         replicas.append(("replicas among them", f"{plan.replicas}, {read}"))
+    passes, disk = plan.decision.passes, []
+    if passes is not None and passes.spill_bytes:
+        disk.append(("disk for rows that wait", format_bytes(passes.spill_bytes)))
+    time = "about {:.2g} s, {:.2g} to {:.2g} s".format(plan.seconds, *plan.seconds_range)
+    if plan.layout.starts_workers:
+        time += "; and {:.0f} to {:.0f} s to start the workers".format(*START_SECONDS)
     parts = ", ".join(f"{name} {format_bytes(n)}" for name, n in plan.memory_parts.items())
     tasks = plan.tasks + plan.other_tasks
     library = f", by {plan.work.multiplied_by} here" if plan.work.multiplied_by else ""
@@ -36,29 +42,14 @@ def figures_of(plan: Plan) -> list[tuple[str, str]]:
         ("chunks", f"{len(plan.chunks):,} of up to {plan.chunk_rows:,} rows"),
         *between,
         ("experts to read", format_bytes(plan.stored_bytes)),
-        *([("disk for rows that wait", disk)] if (disk := _disk(plan)) else []),
+        *disk,
         *replicas,
         *((what, of_limit(*figures)) for what, figures in plan.memory_figures.items()),
         ("what it is for", parts),
         ("tasks", f"{tasks:,}, {plan.scheduler_seconds:.2f} s of the scheduler"),
         ("operations", f"{plan.flops.sum() + plan.layer_flops:.3g} FLOP{library}"),
-        ("time", _words_of_time(plan)),
+        ("time", time),
     ]
-
-
-def _words_of_time(plan: Plan) -> str:
-    """About how long a run takes, in which range, and what the start of workers adds."""
-    low, high = plan.seconds_range
-    said = f"about {plan.seconds:.2g} s, {low:.2g} to {high:.2g} s"
-    if plan.layout.starts_workers:
-        said += "; and {:.0f} to {:.0f} s to start the workers".format(*START_SECONDS)
-    return said
-
-
-def _disk(plan: Plan) -> str:
-    """What rows take on disk that wait for their experts, as text; empty if none do."""
-    passes = plan.decision.passes
-    return format_bytes(passes.spill_bytes) if passes is not None and passes.spill_bytes else ""
 
 
 def of_limit(nbytes: int, limit: int | None) -> str:

@@ -24,7 +24,7 @@ def fill_from_file(
     Parameters
     ----------
     out : C-contiguous array
-    path, offset : where its bytes lie
+    path, offset : where its bytes are
     place : what they are, for messages
     size : the bytes that the file must have, if known
 

@@ -30,13 +30,13 @@ def describe(obj: Any) -> Any:
 
     Returns
     -------
-    The same description for the same values, wherever files lie; sequences of several sources as
+    The same description for the same values, wherever the files are; sequences of sources as
     one, see `merge`
 
     Raises
     ------
     TypeError
-        If it is or holds anything else, of which it cannot be told whether it has changed.
+        If it is or holds anything else: whether that has changed cannot be known.
 
     Examples
     --------

@@ -36,7 +36,7 @@ class Form(NamedTuple):
 
 
 def decode_blocks(quants: Any, label: str, blocks: np.ndarray, out: np.ndarray) -> bool:
-    """Decode blocks (n, bytes) to float32 (n, numbers); tell whether all are finite."""
+    """Decode blocks (n, bytes) to float32 (n, numbers); return whether all are finite."""
     form = FORMS.get(label)
     step = (LIBRARY_STEP if form is None else STEP) // out.shape[1]
     finite = True
@@ -52,7 +52,7 @@ def decode_blocks(quants: Any, label: str, blocks: np.ndarray, out: np.ndarray) 
 
 
 def _decode(form: Form, quants: Any, blocks: np.ndarray, out: np.ndarray) -> bool:
-    """The same, as floats in steps that stay in cache; whether scales tell that all are finite."""
+    """The same, as floats in steps that stay in cache; whether scales show that all are finite."""
     codes, shared = form.codes(blocks), form.scales(quants, blocks)
     step = IN_CACHE // out.shape[1]
     for first in range(0, len(blocks), step):

@@ -1,9 +1,9 @@
-"""Which tensors does a GGUF file hold, and what does it say of its model?
+"""Which tensors does a GGUF file hold, and what does it say about its model?
 
     model.gguf, or model-00001-of-00003.gguf with the others next to it
 
 The format's own library (``gguf``, of llama.cpp) reads the header through a memory map. Numbers
-stay in the file, a few bits each, until they are asked for; `gguf_blocks` decodes them then.
+stay in the file, a few bits each, until they are read; `gguf_blocks` decodes them then.
 """
 
 from __future__ import annotations
@@ -175,7 +175,7 @@ def _open_tensor(
 ) -> Source:
     name = f"{file.name}:{tensor}"
     if len(shape) == 1 and tensor.endswith("ffn_gate_inp_shexp.weight"):
-        shape = (1, *shape)  # one row, which the format does not tell from a vector
+        shape = (1, *shape)  # one row, which the format stores like a vector
     if form in PLAIN:
         return Region(file, offset, shape, np.dtype(PLAIN[form]), name)
     numbers, width = gguf_library().GGML_QUANT_SIZES[gguf_library().GGMLQuantizationType[form]]

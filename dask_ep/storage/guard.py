@@ -1,4 +1,4 @@
-"""What does an array read, and would its output take the place of that?
+"""What does an array read, and would its output replace that?
 
 All that an output replaces goes when the output is complete; what the array is made of must not.
 """
@@ -33,7 +33,7 @@ def refuse_to_replace_inputs(path: str, y: da.Array, inputs: Iterable[Any]) -> N
     ----------
     path : of the output
     y : what is written
-    inputs : what it is said to be made of, as `dask_ep.storage.storage.store` takes them
+    inputs : declared inputs, as `dask_ep.storage.storage.store` takes them
 
     Raises
     ------

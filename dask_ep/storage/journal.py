@@ -40,7 +40,7 @@ MANIFEST = frozenset(
         *("complete", "output"),
     )
 )
-"""What a manifest says. "output": of a complete output, what tells it from a changed one."""
+"""Keys of a manifest. "output" is the fingerprint of a complete output."""
 
 HOLDER = frozenset(("pid", "host", "born", "since"))
 """What a lock says about the process that holds it."""
@@ -58,13 +58,13 @@ def write_manifest(directory: str, manifest: Mapping[str, Any]) -> None:
 
 
 def write_complete(directory: str, manifest: dict[str, Any], output: Mapping[str, Any]) -> None:
-    """Say in the manifest that the output is complete, and how it can be told from another."""
+    """Record in the manifest that the output is complete, and its fingerprint."""
     manifest |= {"complete": True, "output": json.loads(json.dumps(output))}
     write_manifest(directory, manifest)
 
 
 def has_manifest(directory: str) -> bool:
-    """Tell whether there is a manifest, be it readable or not."""
+    """Whether there is a manifest, readable or not."""
     return os.path.lexists(os.path.join(directory, "manifest.json"))
 
 
@@ -109,7 +109,7 @@ def record_done(
     sync: bool = False,
     what: str = "done",
 ) -> None:
-    """Append that a block is done, and a hash of its rows. Its data must have been written before.
+    """Record that a block is done, with a hash of its rows. Its data must have been written before.
 
     With another word than "done" the line goes to files of that name, and means what it says.
     """
@@ -156,7 +156,7 @@ def count_done(directory: str, run: str, what: str = "done") -> Counter[int]:
 
 
 def describe_differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
-    """Say in words what differs between two manifests, the part that a resumed run must keep.
+    """Describe what differs between two manifests, in the part that a resumed run must keep.
 
     Examples
     --------
@@ -323,7 +323,7 @@ def _may_be_alive(holder: Mapping[str, Any]) -> bool:
 
 
 def _birth(pid: int) -> str | None:
-    """When a process started, in the system's own count; None where the system does not tell."""
+    """When a process started, in the system's own count; None where the system does not say."""
     try:
         with open(f"/proc/{pid}/stat", "rb") as file:
             return file.read().rpartition(b")")[2].split()[19].decode()

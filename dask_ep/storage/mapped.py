@@ -27,7 +27,7 @@ def mapped_file(array: np.ndarray) -> str | None:
 def is_of_its_file(array: np.memmap) -> bool:
     """Whether the file that a memory map was made of still has its name.
 
-    As far as the system tells (Linux does, in ``/proc``); elsewhere True.
+    As far as the system says (Linux does, in ``/proc``); elsewhere True.
     """
     shown = _shown_at(array.ctypes.data)
     if shown is None:

@@ -43,7 +43,7 @@ rest of it counts when it is written."""
 
 
 class Receipt(NamedTuple):
-    """What a block's task answers when the block is written and recorded."""
+    """Result of a block's task, when the block is written and recorded."""
 
     block: int
     rows: int
@@ -51,7 +51,7 @@ class Receipt(NamedTuple):
     worked: float = 0.0
     #: rows that work on blocks which are not written yet is worth: `SPILLED`, `SERVED` of each
     part: int = 0
-    #: of the work on a block, where several receipts tell of it
+    #: of the work on a block, where there are several receipts for it
     not_finite: int = 0
     #: rows of the block that hold NaN or infinity
     first_not_finite: int = -1
@@ -128,7 +128,7 @@ class Output(Step):
     On the local schedulers, ``output.compute(on_block=...)`` calls back for each block. On a
     cluster, ``output.persist()`` returns at once and ``distributed.futures_of`` of it are the
     futures of the receipts, in the order of `missing`; call `finish` when all of them are done.
-    `count_done` tells from the files how far it is, to anybody.
+    Any process can call `count_done`, which reads the progress from the files.
     """
 
     def __init__(
@@ -267,12 +267,12 @@ def free_bytes(directory: str) -> int:
 
 
 def fingerprint_output(path: str) -> dict[str, Any]:
-    """What tells a complete output from one that was changed since: sizes and times of files."""
+    """Sizes and times of the files of a complete output, which show whether it was changed."""
     return open_source(path).fingerprint()
 
 
 def hash_rows(rows: np.ndarray) -> str:
-    """What tells the rows of a block from others."""
+    """Hash of the rows of a block."""
     return xxhash.xxh3_64_hexdigest(np.ascontiguousarray(rows).reshape(-1).view(np.uint8).data)
 
 

@@ -81,7 +81,7 @@ def names_in(address: str) -> list[str]:
 
 
 def _version(info: Mapping[str, Any]) -> str:
-    """What tells this content of a file from another: size, tag or time."""
+    """Identifies this content of a file: size, tag or time."""
     keys = ("ETag", "etag", "mtime", "LastModified", "created")
     return " ".join([str(info["size"]), *(str(info[key]) for key in keys if key in info)])
 
@@ -112,7 +112,7 @@ class _Span:
 
 @contextmanager
 def joined(parts: Iterable[tuple[Source, int, int]]) -> Iterator[None]:
-    """Fetch rows of remote files in one request where they lie side by side.
+    """Fetch rows of remote files in one request where they are stored side by side.
 
     Parameters
     ----------
@@ -156,8 +156,8 @@ class RemoteFile(File):
 
     Attributes
     ----------
-    version : what tells this content of the file from another: size, time or tag
-        After each read it is asked for, which is one small request more: of an object that was
+    version : identifies this content of the file: size, time or tag
+        It is checked after each read, by one more small request: of an object that was
         replaced in between, no row is given out.
 
     Raises

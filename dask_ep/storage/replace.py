@@ -19,7 +19,7 @@ def replace(new: str, path: str, directory: str) -> None:
     Parameters
     ----------
     new, path : files or directories on one file system
-    directory : where the old one lies for a moment, since directories are not replaced by one call
+    directory : where the old one is for a moment, since directories are not replaced by one call
     """
     if not os.path.isdir(path) and not (os.path.isdir(new) and os.path.lexists(path)):
         os.replace(new, path)

@@ -47,7 +47,7 @@ def make_manifest(
     Raises
     ------
     TypeError
-        If settings are not JSON-able, or an input cannot be told from another.
+        If settings are not JSON-able, or an input has no fingerprint.
     """
     fingerprints = {
         name: obj if isinstance(obj, Mapping) else describe(obj) for name, obj in inputs.items()
@@ -184,8 +184,8 @@ def find_good(path: str, manifest: Mapping[str, Any]) -> dict[int, str]:
 
     Notes
     -----
-    Of an unfinished output the journal and the sizes of files tell, of a finished one the sizes and
-    times of change of its files. Where those are others than they were, its rows are read.
+    An unfinished output is judged by the journal and the sizes of its files, a finished one by the
+    sizes and times of change of its files. Where these have changed, its rows are read.
     """
     digests = journal.read_digests(progress_directory(path), manifest["run"])
     partial = _open_writer(path, manifest, _partial(path, manifest))
@@ -231,7 +231,7 @@ def _warn_of_another_array(
     if told_by_name and manifest.get("array", y.name) != y.name:
         warnings.warn(
             f"{path} was begun from an array of another name, and without inputs or settings "
-            "nothing tells whether this is the same: what is done is kept. Pass inputs or "
+            "nothing shows whether this is the same: finished blocks are kept. Pass inputs or "
             "settings to store, or overwrite it",
             stacklevel=4,
         )

@@ -32,7 +32,7 @@ class Source(ABC):
     name : str, for messages
     path : str or None, the local file or directory of the data
     chunk_rows : int or None, the rows that are stored together, None where any range is as good
-    read_bytes : int, of memory that a read needs besides the rows that it returns
+    read_bytes : int, of memory that a read needs in addition to the rows that it returns
     """
 
     shape: tuple[int, ...]
@@ -73,10 +73,10 @@ class Source(ABC):
 
     @abstractmethod
     def fingerprint(self) -> dict[str, Any]:
-        """Tell this data from other or changed data, as a JSON-able mapping.
+        """Identify this data, as a JSON-able mapping that changes when the data does.
 
         It has `name`, `shape`, `dtype`, and the size and time of change of the files, or a hash of
-        the content for arrays in memory; not where the files lie, so that they may be moved.
+        the content for arrays in memory; not where the files are, so that they may be moved.
         """
 
     def __dask_tokenize__(self) -> object:
@@ -150,7 +150,7 @@ class File(ABC):
 
     @abstractmethod
     def fingerprint(self) -> dict[str, Any]:
-        """Tell this content of the file from another."""
+        """Identify this content of the file."""
 
 
 class Region(Source):

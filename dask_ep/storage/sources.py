@@ -309,7 +309,7 @@ def _source_of_memmap(array: np.memmap, name: str | None) -> Source:
             "would read other numbers than this map: map it again, or pass a copy of it, "
             "np.array(x)"
         )
-    # A slice keeps the offset of the map it was cut from, so the place is told by addresses: the
+    # A slice keeps the offset of the map it was cut from, so addresses give the place: the
     # map starts at the page that holds `offset`.
     first = array.offset - array.offset % mmap.ALLOCATIONGRANULARITY
     start = np.frombuffer(array._mmap, np.uint8).ctypes.data  # type: ignore[attr-defined]

@@ -1,6 +1,6 @@
-"""What is an array that lies in another order than it is wanted?
+"""How is an array read in another order than it is stored in?
 
-A `Source` over a `Source`: only the rows that are asked for are read.
+A `Source` over a `Source`: only the wanted rows are read.
 """
 
 from __future__ import annotations

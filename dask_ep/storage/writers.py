@@ -63,11 +63,11 @@ class Writer(ABC):
 
     @abstractmethod
     def fits(self) -> bool:
-        """Tell whether the path holds this array, as far as its header or metadata says."""
+        """Whether the path holds this array, as far as its header or metadata says."""
 
     @abstractmethod
     def holds(self, start: int, stop: int) -> bool:
-        """Tell whether the files of rows [start, stop) are there with the right sizes."""
+        """Whether the files of rows [start, stop) are there with the right sizes."""
 
     @abstractmethod
     def read(self, start: int, stop: int) -> np.ndarray:

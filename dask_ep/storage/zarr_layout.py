@@ -2,7 +2,7 @@
 
 A Zarr 3 array in a local directory, with nothing but the little-endian `bytes` codec, is a set of
 files with plain rows in them. Such files are read and written directly, without a copy; this
-module tells which they are, from the array's own metadata. All other arrays go through Zarr.
+module finds them by the array's metadata. All other arrays go through Zarr.
 
     shape (7, d), chunks (3, d)      c/0/0: rows 0-2      c/1/0: rows 3-5      c/2/0: row 6, padding
 

@@ -324,7 +324,7 @@ def test_experts_that_do_not_fit_are_observed_in_several_passes(folder):
     assert courses[0].blocks == (range(3), range(3, 6))
     assert courses[0].memory_bytes <= limit
     assert_same(load_file(folder / "small.safetensors"), want)
-    with pytest.raises(JobError, match="passes, so the output cannot be written in one of them"):
+    with pytest.raises(JobError, match="passes, so the output cannot be written in the same pass"):
         collect_job(
             job(folder), *asked(folder, "o.safetensors", what=what, with_output=True),
             Threads(1, limit), chunk_rows=50,

@@ -388,7 +388,7 @@ def test_a_placement_for_other_ranks(tmp_path):
     write_arrays(tmp_path, **small_arrays())
     (tmp_path / "p.json").write_text(balanced([4, 4, 4, 4], 3, num_physical=6).to_json())
     job = load_job(write(tmp_path, GOOD), placement=str(tmp_path / "p.json"))
-    with pytest.raises(ValueError, match="on 3 ranks, but world_size=2 is asked for"):
+    with pytest.raises(ValueError, match="on 3 ranks, but world_size=2; make"):
         build_of(job)
 
 

@@ -76,7 +76,7 @@ def test_routed_experts_of_vllm_are_written_and_read(tmp_path):
         np.testing.assert_array_equal(
             expert_load(tmp_path / "routed.npy", number, 40), np.bincount(layer.ravel())
         )
-    with pytest.raises(ValueError, match="layers 0 to 1, and layer 2 is asked for"):
+    with pytest.raises(ValueError, match="layers 0 to 1, but layer 2 is wanted"):
         read_engine_routing(tmp_path / "routed.npy", 2)
 
 

@@ -6,7 +6,7 @@ dask-ep collect job.toml --what usage,reap --out stats.safetensors
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import click
@@ -14,7 +14,7 @@ from dask.utils import format_bytes
 
 from dask_ep.cli.command import debug_option
 from dask_ep.cli.options import (
-    add_options,
+    grouped,
     input_options,
     parse_what,
     read_job,
@@ -41,34 +41,30 @@ from dask_ep.layers.collect import WHAT
 _MOST_FEW = 20  # experts named
 
 
-def _collect_options(command: Callable) -> Callable:
-    options: list[Callable] = [
-        click.option(
-            "--what",
-            required=True,
-            metavar="NAMES",
-            callback=parse_what,
-            help=f"What to collect, separated by commas: {', '.join(WHAT)}.",
-        ),
-        click.option(
-            "--out", required=True, metavar="PATH", help="Statistics: .safetensors or .zarr."
-        ),
-        wanted_options,
-        click.option(
-            "--few-rows",
-            type=click.IntRange(0),
-            default=FEW_ROWS,
-            show_default=True,
-            help="Name the experts that see fewer rows.",
-        ),
-        click.option(
-            "--chunk-rows", type=click.IntRange(1), help="Rows per chunk; default: as for run."
-        ),
-        report_option,
-        *resume_options,
-        debug_option,
-    ]
-    return add_options(options, command)
+_collect_options = grouped(
+    click.option(
+        "--what",
+        required=True,
+        metavar="NAMES",
+        callback=parse_what,
+        help=f"What to collect, separated by commas: {', '.join(WHAT)}.",
+    ),
+    click.option("--out", required=True, metavar="PATH", help="Statistics: .safetensors or .zarr."),
+    wanted_options,
+    click.option(
+        "--few-rows",
+        type=click.IntRange(0),
+        default=FEW_ROWS,
+        show_default=True,
+        help="Name the experts that see fewer rows.",
+    ),
+    click.option(
+        "--chunk-rows", type=click.IntRange(1), help="Rows per chunk; default: as for run."
+    ),
+    report_option,
+    resume_options,
+    debug_option,
+)
 
 
 @click.command("collect")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import fields
 from typing import Any
 
@@ -24,11 +24,15 @@ from dask_ep.laws.travel import TRAVELS, Travel
 from dask_ep.layers.collect import WHAT, Wanted
 
 
-def add_options(options: Sequence[Callable], command: Callable) -> Callable:
-    """Add options to a command, which its help shows in their order."""
-    for option in reversed(options):
-        command = option(command)
-    return command
+def grouped(*options: Callable) -> Callable[[Callable], Callable]:
+    """Make one decorator of several options, which a command's help shows in their order."""
+
+    def add(command: Callable) -> Callable:
+        for option in reversed(options):
+            command = option(command)
+        return command
+
+    return add
 
 
 def parse_size(context: click.Context, parameter: click.Parameter, value: str | None) -> int | None:
@@ -42,57 +46,54 @@ def parse_size(context: click.Context, parameter: click.Parameter, value: str | 
 SIZE: dict[str, Any] = {"callback": parse_size, "metavar": "SIZE"}
 
 
-def job_options(command: Callable) -> Callable:
-    """Add the job file, and an option for every key of a job, which `read_job` reads."""
-    out = click.option("--out", metavar="PATH", help="Output: .zarr, .npy or .safetensors.")
-    return input_options(out(command))
+input_options = grouped(
+    click.argument("job", type=click.Path(), required=False),
+    click.option(
+        "--tokens", metavar="PATH", help="Token rows (n, d): .zarr, .npy, .safetensors::name."
+    ),
+    click.option(
+        "--routing",
+        metavar="PATH",
+        help="Expert indices (n,) or (n, k); with --layer, instead of its router's.",
+    ),
+    click.option("--topk-weights", metavar="PATH", help="Weights of the slots (n, k)."),
+    click.option(
+        "--experts",
+        metavar="PATH|TABLE",
+        help="Linear experts (E, d, d_out), or "
+        """'{kind = "gated", gate = "g.zarr", ...}'.""",
+    ),
+    click.option(
+        "--layer", metavar="DIR", help="A checkpoint directory, instead of experts and routing."
+    ),
+    click.option("--layer-index", type=click.IntRange(0), help="Layer of the checkpoint."),
+    click.option(
+        "--world-size", type=click.IntRange(1), help="Number of ranks; default: one per worker."
+    ),
+    click.option(
+        "--placement",
+        metavar="NAME|FILE",
+        help=f"{', '.join(PLACEMENTS)}, or a file written by `plan --save`.",
+    ),
+    click.option(
+        "--precision",
+        type=click.Choice(PRECISIONS),
+        help="For bfloat16 experts on CPUs with fast 16-bit products: as accurate as float32 "
+        "(default), or faster, rounded to bfloat16 between products.",
+    ),
+    click.option(
+        "--missing",
+        type=click.Choice(MISSING),
+        help="Zarr chunks that were never written are an error (default) or hold the fill value.",
+    ),
+)
+"""The job file, and an option for every key of a job but its `out`."""
 
-
-def input_options(command: Callable) -> Callable:
-    """Add the job file, and an option for every key of a job but its `out`."""
-    options: list[Callable] = [
-        click.argument("job", type=click.Path(), required=False),
-        click.option(
-            "--tokens", metavar="PATH", help="Token rows (n, d): .zarr, .npy, .safetensors::name."
-        ),
-        click.option(
-            "--routing",
-            metavar="PATH",
-            help="Expert indices (n,) or (n, k); with --layer, instead of its router's.",
-        ),
-        click.option("--topk-weights", metavar="PATH", help="Weights of the slots (n, k)."),
-        click.option(
-            "--experts",
-            metavar="PATH|TABLE",
-            help="Linear experts (E, d, d_out), or "
-            """'{kind = "gated", gate = "g.zarr", ...}'.""",
-        ),
-        click.option(
-            "--layer", metavar="DIR", help="A checkpoint directory, instead of experts and routing."
-        ),
-        click.option("--layer-index", type=click.IntRange(0), help="Layer of the checkpoint."),
-        click.option(
-            "--world-size", type=click.IntRange(1), help="Number of ranks; default: one per worker."
-        ),
-        click.option(
-            "--placement",
-            metavar="NAME|FILE",
-            help=f"{', '.join(PLACEMENTS)}, or a file written by `plan --save`.",
-        ),
-        click.option(
-            "--precision",
-            type=click.Choice(PRECISIONS),
-            help="For bfloat16 experts on CPUs with fast 16-bit products: as accurate as float32 "
-            "(default), or faster, rounded to bfloat16 between products.",
-        ),
-        click.option(
-            "--missing",
-            type=click.Choice(MISSING),
-            help="Zarr chunks that were never written are an error (default) or hold the fill "
-            "value.",
-        ),
-    ]
-    return add_options(options, command)
+job_options = grouped(
+    input_options,
+    click.option("--out", metavar="PATH", help="Output: .zarr, .npy or .safetensors."),
+)
+"""The job file, and an option for every key of a job, which `read_job` reads."""
 
 
 def parse_what(
@@ -120,32 +121,30 @@ def _parse_rows(context: click.Context, parameter: click.Parameter, value: str) 
     return share
 
 
-def wanted_options(command: Callable) -> Callable:
-    """Add the options that say how statistics are collected, which `read_wanted` reads."""
-    options: list[Callable] = [
-        click.option(
-            "--rows",
-            default="routed",
-            show_default=True,
-            callback=_parse_rows,
-            metavar="ROWS",
-            help="Rows that go through each expert for statistics: routed, all, or a share of "
-            "those not routed, such as 0.1.",
-        ),
-        click.option(
-            "--seed",
-            type=click.IntRange(0),
-            default=0,
-            show_default=True,
-            help="Seed of that share.",
-        ),
-        click.option(
-            "--with-output",
-            is_flag=True,
-            help="Write the job's output in the same pass as its statistics.",
-        ),
-    ]
-    return add_options(options, command)
+wanted_options = grouped(
+    click.option(
+        "--rows",
+        default="routed",
+        show_default=True,
+        callback=_parse_rows,
+        metavar="ROWS",
+        help="Rows that go through each expert for statistics: routed, all, or a share of "
+        "those not routed, such as 0.1.",
+    ),
+    click.option(
+        "--seed",
+        type=click.IntRange(0),
+        default=0,
+        show_default=True,
+        help="Seed of that share.",
+    ),
+    click.option(
+        "--with-output",
+        is_flag=True,
+        help="Write the job's output in the same pass as its statistics.",
+    ),
+)
+"""The options that say how statistics are collected, which `read_wanted` reads."""
 
 
 def read_wanted(options: dict[str, Any]) -> Wanted:
@@ -160,58 +159,50 @@ def read_job(path: str | None, options: dict[str, Any]) -> Job:
     return load_job(path, experts=None if experts is None else parse_experts(experts), **given)
 
 
-def local_options(command: Callable) -> Callable:
-    """Add the options for running on this machine, which `choose_local` reads."""
-    options: list[Callable] = [
-        click.option(
-            "--threads", type=click.IntRange(1), help="Threads of this process; default: all cores."
-        ),
-        click.option(
-            "--processes", type=click.IntRange(1), help="Worker processes on this machine."
-        ),
-        click.option(
-            "--gpu",
-            is_flag=True,
-            help="One worker per GPU, here or on the cluster; a plan without GPUs assumes one per "
-            "rank.",
-        ),
-        click.option(
-            "--device-memory-limit",
-            help="Memory limit of each GPU; default: 90 % of its memory.",
-            **SIZE,
-        ),
-        click.option(
-            "--memory-limit",
-            help="Memory limit of the process (threads) or of each worker process. Experts that "
-            "do not fit are processed in passes.",
-            **SIZE,
-        ),
-    ]
-    return add_options(options, command)
+local_options = grouped(
+    click.option(
+        "--threads", type=click.IntRange(1), help="Threads of this process; default: all cores."
+    ),
+    click.option("--processes", type=click.IntRange(1), help="Worker processes on this machine."),
+    click.option(
+        "--gpu",
+        is_flag=True,
+        help="One worker per GPU, here or on the cluster; a plan without GPUs assumes one per "
+        "rank.",
+    ),
+    click.option(
+        "--device-memory-limit",
+        help="Memory limit of each GPU; default: 90 % of its memory.",
+        **SIZE,
+    ),
+    click.option(
+        "--memory-limit",
+        help="Memory limit of the process (threads) or of each worker process. Experts that "
+        "do not fit are processed in passes.",
+        **SIZE,
+    ),
+)
+"""The options for running on this machine, which `choose_local` reads."""
 
 
-def chunks_options(command: Callable) -> Callable:
-    """Add the rows of a chunk and what travels, which `parse_travel` reads."""
-    options: list[Callable] = [
-        click.option(
-            "--chunk-rows",
-            type=click.IntRange(1),
-            help="Rows per chunk; default: at most 32 MiB of rows.",
-        ),
-        click.option(
-            "--travel",
-            type=click.Choice(TRAVELS),
-            help="What is sent: rows to experts, experts to rows, or whichever is cheaper (auto). "
-            "Default: rows; auto where experts do not fit.",
-        ),
-        click.option(
-            "--link-rate", help="Bytes per second between workers; default: 500 MB.", **SIZE
-        ),
-        click.option(
-            "--read-rate", help="Bytes per second that a worker reads; default: 1 GB.", **SIZE
-        ),
-    ]
-    return add_options(options, command)
+chunks_options = grouped(
+    click.option(
+        "--chunk-rows",
+        type=click.IntRange(1),
+        help="Rows per chunk; default: at most 32 MiB of rows.",
+    ),
+    click.option(
+        "--travel",
+        type=click.Choice(TRAVELS),
+        help="What is sent: rows to experts, experts to rows, or whichever is cheaper (auto). "
+        "Default: rows; auto where experts do not fit.",
+    ),
+    click.option("--link-rate", help="Bytes per second between workers; default: 500 MB.", **SIZE),
+    click.option(
+        "--read-rate", help="Bytes per second that a worker reads; default: 1 GB.", **SIZE
+    ),
+)
+"""The rows of a chunk and what travels, which `parse_travel` reads."""
 
 
 def choose_local(

@@ -40,9 +40,9 @@ from dask_ep.jobs.plan import plan_job, what_if_job
 from dask_ep.laws.costs import Rates
 from dask_ep.laws.travel import TRAVELS, Travel
 from dask_ep.layers.collect import WHAT, Wanted
+from dask_ep.pricing.plan_text import figures_of
 from dask_ep.pricing.price import Plan, WhatIf
 from dask_ep.pricing.report import check_drawing, check_place, write_plan_report
-from dask_ep.pricing.words import figures_of
 
 RATE_NAMES = tuple(field.name for field in fields(Rates))
 """What is measured, or given by --rates."""

@@ -8,7 +8,7 @@ dask-ep run job.toml --scheduler tcp://10.0.0.1:8786 --resume
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,9 +18,9 @@ from distributed import Client
 
 from dask_ep.cli.command import FAILED, complain, debug_option, echo_note
 from dask_ep.cli.options import (
-    add_options,
     choose_local,
     chunks_options,
+    grouped,
     job_options,
     local_options,
     parse_travel,
@@ -44,83 +44,75 @@ report_option = click.option(
     help="Write an HTML report that compares plan and run; with workers, also Dask's own report.",
 )
 
-resume_options: tuple[Callable, ...] = (
+resume_options = grouped(
     click.option("--resume", is_flag=True, help="Continue a stopped run."),
     click.option("--overwrite", is_flag=True, help="Replace what is there."),
 )
 
 
-def how_options(command: Callable) -> Callable:
-    """Add the options that say how a job is run, on any backend."""
-    options: list[Callable] = [
-        report_option,
-        click.option(
-            "--save-routing",
-            metavar="PATH",
-            help="Also write the layer's routing here, and its top-k weights next to it.",
-        ),
-        chunks_options,
-        click.option(
-            "--save-job",
-            type=click.Path(dir_okay=False),
-            help="Write the job to this file first, for `plan`, `verify` and --resume.",
-        ),
-        *resume_options,
-        debug_option,
-    ]
-    return add_options(options, command)
+how_options = grouped(
+    report_option,
+    click.option(
+        "--save-routing",
+        metavar="PATH",
+        help="Also write the layer's routing here, and its top-k weights next to it.",
+    ),
+    chunks_options,
+    click.option(
+        "--save-job",
+        type=click.Path(dir_okay=False),
+        help="Write the job to this file first, for `plan`, `verify` and --resume.",
+    ),
+    resume_options,
+    debug_option,
+)
+"""The options that say how a job is run, on any backend."""
 
 
-def tls_options(command: Callable) -> Callable:
-    """Add the certificates of a cluster with TLS, which `read_certificates` reads."""
-    options: list[Callable] = [
-        click.option(
-            "--tls-ca-file", type=click.Path(), help="CA certificate of a cluster with TLS (PEM)."
-        ),
-        click.option("--tls-cert", type=click.Path(), help="Client certificate (PEM)."),
-        click.option(
-            "--tls-key",
-            type=click.Path(),
-            help="Key of the client certificate, if in another file.",
-        ),
-    ]
-    return add_options(options, command)
+tls_options = grouped(
+    click.option(
+        "--tls-ca-file", type=click.Path(), help="CA certificate of a cluster with TLS (PEM)."
+    ),
+    click.option("--tls-cert", type=click.Path(), help="Client certificate (PEM)."),
+    click.option(
+        "--tls-key",
+        type=click.Path(),
+        help="Key of the client certificate, if in another file.",
+    ),
+)
+"""The certificates of a cluster with TLS, which `read_certificates` reads."""
 
 
-def where_options(command: Callable) -> Callable:
-    """Add the options that say where a job is run, which `choose_where` reads."""
-    options: list[Callable] = [
-        local_options,
-        click.option(
-            "--protocol",
-            type=click.Choice(PROTOCOLS),
-            help="Protocol between GPUs; default: ucx if installed.",
-        ),
-        click.option(
-            "--tf32", is_flag=True, help="Multiply float32 as TF32 in experts (with --gpu)."
-        ),
-        click.option(
-            "--scheduler", metavar="ADDRESS", help="Address of a Dask scheduler, tcp://host:8786."
-        ),
-        click.option(
-            "--scheduler-file",
-            type=click.Path(),
-            help="File written by dask scheduler --scheduler-file.",
-        ),
-        click.option(
-            "--workers",
-            type=click.IntRange(1),
-            help="Wait for this many workers of the cluster; default: those that run.",
-        ),
-        tls_options,
-        click.option(
-            "--dashboard",
-            type=click.IntRange(1, 65535),
-            metavar="PORT",
-            help="Serve Dask's dashboard on this port (with --processes or --gpu).",
-        ),
-    ]
-    return add_options(options, command)
+where_options = grouped(
+    local_options,
+    click.option(
+        "--protocol",
+        type=click.Choice(PROTOCOLS),
+        help="Protocol between GPUs; default: ucx if installed.",
+    ),
+    click.option("--tf32", is_flag=True, help="Multiply float32 as TF32 in experts (with --gpu)."),
+    click.option(
+        "--scheduler", metavar="ADDRESS", help="Address of a Dask scheduler, tcp://host:8786."
+    ),
+    click.option(
+        "--scheduler-file",
+        type=click.Path(),
+        help="File written by dask scheduler --scheduler-file.",
+    ),
+    click.option(
+        "--workers",
+        type=click.IntRange(1),
+        help="Wait for this many workers of the cluster; default: those that run.",
+    ),
+    tls_options,
+    click.option(
+        "--dashboard",
+        type=click.IntRange(1, 65535),
+        metavar="PORT",
+        help="Serve Dask's dashboard on this port (with --processes or --gpu).",
+    ),
+)
+"""The options that say where a job is run, which `choose_where` reads."""
 
 
 @click.command("run")

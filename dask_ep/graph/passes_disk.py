@@ -32,7 +32,7 @@ from dask_ep.kernel.context import error_context
 from dask_ep.kernel.expert import Expert
 from dask_ep.kernel.host_kernel import TILE_BYTES, begin_output, gather, tiles
 from dask_ep.kernel.segments import sort_slots
-from dask_ep.laws.pieces import cut_pieces
+from dask_ep.laws.pass_blocks import cut_pieces
 from dask_ep.storage.output import SERVED, SPILLED, Receipt, Step
 
 

@@ -18,7 +18,7 @@ from functools import partial
 from typing import Any
 
 from dask_ep.errors import DoesNotFit, JobError
-from dask_ep.jobs.begun import Begun
+from dask_ep.jobs.resumed_run import Begun
 from dask_ep.laws.costs import CHUNKS_PER_THREAD, FEWEST_ROWS, PART_OF_A_WORKER
 from dask_ep.laws.decision import Decision
 from dask_ep.laws.device_memory import DEVICE_CHUNK_BYTES

@@ -1,8 +1,8 @@
 """What does a job look like, with data that behaves like real data?
 
 `write_example` writes a job file and all that it names: token rows made of real text (see
-`corpus`), their routing by a random router, and experts. Everything is written block by block, so
-that 100 GB take no more memory than 100 MB.
+`example_text`), their routing by a random router, and experts. Everything is written block by
+block, so that 100 GB take no more memory than 100 MB.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from pathlib import Path
 
 import numpy as np
 
-from dask_ep.jobs.corpus import TokenRows
+from dask_ep.jobs.example_text import TokenRows
 from dask_ep.layers.scores import largest, softmax
 from dask_ep.storage.writers import Writer, make_writer
 

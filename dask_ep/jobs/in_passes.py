@@ -35,8 +35,8 @@ from dask_ep.experts.experts import Experts
 from dask_ep.graph.expert_schedule import READS, Rows, Walk
 from dask_ep.graph.passes_disk import Spilled, sum_answers
 from dask_ep.graph.passes_memory import apart, hold
-from dask_ep.jobs.begun import Begun
 from dask_ep.jobs.build import Inputs
+from dask_ep.jobs.resumed_run import Begun
 from dask_ep.laws.passes import Passes
 from dask_ep.placement.routing_stats import survey
 from dask_ep.storage import journal

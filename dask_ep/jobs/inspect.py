@@ -38,7 +38,6 @@ from dask_ep.storage.storage import CHUNK_BYTES
 MOST_SLOTS = 64
 """An integer array of at most this width is taken for a routing."""
 
-_BLOCK = 1 << 16  # rows of a routing counted together
 _MOST_LINES = 40  # of a table
 
 
@@ -223,8 +222,8 @@ def count_routing(source: Source) -> tuple[np.ndarray, int]:
     (array([1, 0, 2]), 1)
     """
     count, empty = np.zeros(0, np.int64), 0
-    for start in range(0, source.shape[0], _BLOCK):
-        block = source.read(start, min(start + _BLOCK, source.shape[0])).ravel().astype(np.int64)
+    for _, rows in source.blocks():
+        block = rows.ravel().astype(np.int64)
         if block.size == 0:
             continue
         if block.min() < -1 or block.max() >= 1 << 20:

@@ -11,8 +11,6 @@ from typing import Any
 from dask_ep.jobs.build import Inputs
 from dask_ep.storage.sources import Source
 
-_BLOCK = 1 << 16  # rows of the routing looked at together
-
 
 def find_notes(inputs: Inputs) -> list[str]:
     """Find what looks like a mistake, a sentence each.
@@ -61,8 +59,7 @@ def note_indices_from_1(inputs: Inputs) -> str | None:
 def _largest_without_0(routing: Source) -> int | None:
     """The largest index of a routing that holds no 0; None if it does."""
     largest = None
-    for start in range(0, routing.shape[0], _BLOCK):
-        block = routing.read(start, min(start + _BLOCK, routing.shape[0]))
+    for _, block in routing.blocks():
         if (block == 0).any():
             return None
         if block.size:

@@ -19,7 +19,7 @@ import numpy as np
 
 from dask_ep.experts.experts import Experts
 from dask_ep.jobs.build import Inputs
-from dask_ep.jobs.sample import read_rows
+from dask_ep.jobs.verify_sample import read_rows
 from dask_ep.kernel import reference
 from dask_ep.kernel.rounding import QUIET, Arithmetic, Scaled, exact_rows
 from dask_ep.layers.around import RowStep

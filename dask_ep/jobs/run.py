@@ -39,13 +39,13 @@ from dask_ep.jobs.backends import (
     lay_out,
     started,
 )
-from dask_ep.jobs.begun import Begun, read_begun
 from dask_ep.jobs.build import Built, build, open_inputs
 from dask_ep.jobs.decide import decide
 from dask_ep.jobs.in_passes import InPasses, PassesDone, free_for_rows
 from dask_ep.jobs.job import Job, as_job
 from dask_ep.jobs.notes import tell_notes
 from dask_ep.jobs.result import Progress, RunResult
+from dask_ep.jobs.resumed_run import Begun, read_begun
 from dask_ep.jobs.run_report import OnRecord, check_report, plan_run, reports_of, watched
 from dask_ep.jobs.save_routing import check_saved_routing, stored_routing
 from dask_ep.laws.travel import ALL_ROWS, Travel

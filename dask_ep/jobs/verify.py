@@ -25,7 +25,7 @@ from dask_ep.arrays.html import shows
 from dask_ep.jobs.build import Inputs, open_inputs
 from dask_ep.jobs.job import Job, as_job
 from dask_ep.jobs.recompute import recompute
-from dask_ep.jobs.sample import block_starts, read_rows, sample_rows
+from dask_ep.jobs.verify_sample import block_starts, read_rows, sample_rows
 from dask_ep.kernel.rounding import QUIET, Arithmetic, Scaled
 from dask_ep.storage import journal
 from dask_ep.storage.output import progress_directory

@@ -30,7 +30,7 @@ from typing import Any
 
 from dask_ep.laws.costs import FEWEST_ROWS, SORT_BYTES, Rates, usable
 from dask_ep.laws.memory_law import Layout
-from dask_ep.laws.pieces import (
+from dask_ep.laws.pass_blocks import (
     PIECE_ROWS,
     block_experts_of,
     blocks_bytes,

@@ -34,6 +34,7 @@ from typing import Any
 import numpy as np
 from numpy.lib.stride_tricks import as_strided
 
+from dask_ep.placement.placement_files import read_json
 from dask_ep.placement.routing_stats import survey
 from dask_ep.storage.sources import open_safetensors, open_source
 from dask_ep.storage.storage import open_tokens
@@ -152,7 +153,7 @@ def expert_load(path: str | PathLike, layer: int, num_experts: int) -> np.ndarra
     ending = Path(path).suffix
     if ending == ".safetensors" and "usage.rows" in (tensors := open_safetensors(path)):
         found = tensors["usage.rows"].read(0, tensors["usage.rows"].shape[0])
-    elif ending == ".pt" or (ending == ".json" and "choices" not in _read_json(path)):
+    elif ending == ".pt" or (ending == ".json" and "choices" not in read_json(path)):
         counts = read_sglang_counts(path)
         _check_layer(layer, counts.shape[1], path)
         found = counts[:, layer].sum(axis=0)
@@ -203,7 +204,7 @@ def read_vllm_routing(path: str | PathLike) -> np.ndarray:
     """Read vLLM's routed experts: (tokens, layers, k), a .npy as a memory map."""
     if Path(path).suffix == ".npy":
         return _checked_routing(np.load(path, mmap_mode="r"), str(path))
-    parts = _routed_in(_read_json(path), str(path))
+    parts = _routed_in(read_json(path), str(path))
     if not parts:
         raise ValueError(
             f"{path} must be an answer of vLLM with routed_experts in its choices; start the "
@@ -313,17 +314,12 @@ def _records(content: Mapping[str, Any], path: Any) -> tuple[list[Mapping], np.n
 
 
 def _read_sglang(path: str | PathLike) -> dict[str, Any]:
-    content = _read_pt(path) if Path(path).suffix == ".pt" else _read_json(path)
+    if Path(path).suffix != ".pt":
+        return read_json(path)
+    content = _read_pt(path)
     if not isinstance(content, dict):
         raise ValueError(f"{path} must hold a mapping, but holds a {type(content).__name__}")
     return content
-
-
-def _read_json(path: str | PathLike) -> Any:
-    try:
-        return json.loads(Path(path).read_text())
-    except ValueError as error:
-        raise ValueError(f"{path} must hold JSON: {error}") from error
 
 
 def _read_pt(path: str | PathLike) -> Any:

@@ -23,6 +23,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from operator import itemgetter
 from os import PathLike
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -129,7 +130,7 @@ def from_file(
         raise FileNotFoundError(
             errno.ENOENT, f"a placement is one of {', '.join(POLICIES)}, or a file", str(path)
         )
-    content = {"physical": np.load(path)} if Path(path).suffix == ".npy" else _read(path)
+    content = {"physical": np.load(path)} if Path(path).suffix == ".npy" else read_json(path)
     if "physical" in content:
         placement = Placement(
             content["physical"], content.get("stops"), bool(content.get("local", False))
@@ -160,7 +161,7 @@ def from_file(
 
 def read_sglang(path: str | PathLike, world_size: int) -> list[Placement]:
     """Read SGLang's initial expert location, one placement for each layer of the model."""
-    return _from_sglang(_read(path), path, world_size)
+    return _from_sglang(read_json(path), path, world_size)
 
 
 def write_sglang(
@@ -199,7 +200,7 @@ def write_sglang(
 
 def read_vllm_ascend(path: str | PathLike) -> list[Placement]:
     """Read vLLM Ascend's expert map, one placement for each MoE layer."""
-    return _from_vllm_ascend(_read(path), path)
+    return _from_vllm_ascend(read_json(path), path)
 
 
 def write_vllm_ascend(path: str | PathLike, placements: Sequence[Placement]) -> None:
@@ -226,7 +227,8 @@ def write_vllm_ascend(path: str | PathLike, placements: Sequence[Placement]) -> 
     Path(path).write_text(json.dumps(content))
 
 
-def _read(path: str | PathLike) -> dict:
+def read_json(path: str | PathLike) -> dict[str, Any]:
+    """Read a JSON object."""
     try:
         content = json.loads(Path(path).read_text())
     except ValueError as error:

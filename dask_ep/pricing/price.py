@@ -18,7 +18,7 @@ from dask_ep.arrays.html import html_table
 from dask_ep.laws import costs
 from dask_ep.placement.policies import place
 from dask_ep.pricing.needs import Needs
-from dask_ep.pricing.words import figures_of
+from dask_ep.pricing.plan_text import figures_of
 
 LARGEST_CHUNK = 128 << 20
 """Bytes of a token chunk above which larger ones gain nothing and cost memory."""

@@ -11,8 +11,8 @@ from typing import Any
 
 from dask.utils import format_bytes
 
+from dask_ep.laws.pass_blocks import PASSES_PROCESS_BYTES, cut_pieces
 from dask_ep.laws.passes import Passes
-from dask_ep.laws.pieces import PASSES_PROCESS_BYTES, cut_pieces
 from dask_ep.pricing.price import Plan
 
 WAYS = {

@@ -28,9 +28,9 @@ from dask.utils import format_bytes
 from dask_ep import __version__
 from dask_ep.placement.policies import POLICIES, place
 from dask_ep.pricing import figures
+from dask_ep.pricing.plan_text import figures_of
 from dask_ep.pricing.price import Plan, WhatIf
 from dask_ep.pricing.trace import Record
-from dask_ep.pricing.words import figures_of
 
 STYLE = """
 :root { color-scheme: light; }

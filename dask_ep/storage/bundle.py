@@ -202,9 +202,7 @@ def _parts(array: np.ndarray | Source) -> Iterator[np.ndarray]:
     if not isinstance(array, Source) or not array.shape:
         yield array.read(0, 1) if isinstance(array, Source) else array
         return
-    step = _rows_of_a_part(array)
-    for start in range(0, array.shape[0], step):
-        yield array.read(start, min(start + step, array.shape[0]))
+    yield from (rows for _, rows in array.blocks(_rows_of_a_part(array)))
 
 
 def _rows_of_a_part(array: np.ndarray | Source) -> int:

@@ -32,10 +32,10 @@ from dask.highlevelgraph import HighLevelGraph
 from dask_ep.arrays.checks import count_not_finite
 from dask_ep.arrays.lanes import download
 from dask_ep.storage import journal
+from dask_ep.storage.lock_release import release_when_written
 from dask_ep.storage.replace import is_replaceable, replace
 from dask_ep.storage.sources import open_source
 from dask_ep.storage.writers import Writer
-from dask_ep.storage.writing import release_when_written
 
 SPILLED, SERVED = 0.05, 0.9
 """Parts of a row that count as done when it waits on disk, and when its experts have served it. The

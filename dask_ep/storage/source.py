@@ -89,6 +89,11 @@ class Source(ABC):
     def __repr__(self) -> str:
         return f"{type(self).__name__}({self.name!r}, shape={self.shape}, dtype={self.dtype})"
 
+    def blocks(self, rows: int = 1 << 16) -> Iterator[tuple[int, np.ndarray]]:
+        """Read all rows, some at a time: the first of them, and they themselves."""
+        for start in range(0, self.shape[0], rows):
+            yield start, self.read(start, min(start + rows, self.shape[0]))
+
     def ranges(self, start: int, stop: int) -> Iterator[tuple[Source, int, int]]:
         """The rows [start, stop), and those of the sources that they are made of, if known."""
         yield self, start, stop

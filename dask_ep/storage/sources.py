@@ -28,7 +28,7 @@ import xxhash
 from dask_ep.errors import ReadError
 from dask_ep.storage.files import fill_from_file, fingerprint_files
 from dask_ep.storage.gguf_files import open_gguf
-from dask_ep.storage.mapped import is_of_its_file
+from dask_ep.storage.memmaps import is_of_its_file
 from dask_ep.storage.npy_header import parse_npy_header
 from dask_ep.storage.plain_sources import ArraySource, LocalFile
 from dask_ep.storage.remote import RemoteFile, is_remote

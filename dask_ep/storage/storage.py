@@ -28,14 +28,14 @@ from dask_ep.arrays.lanes import pinned_empty, upload
 from dask_ep.arrays.namespaces import Array
 from dask_ep.errors import ReadError
 from dask_ep.storage import journal
-from dask_ep.storage.guard import refuse_to_replace_inputs
+from dask_ep.storage.lock_release import wait_until_asked
 from dask_ep.storage.output import Output, progress_directory
+from dask_ep.storage.overwrite_guard import refuse_to_replace_inputs
 from dask_ep.storage.remote import is_remote
 from dask_ep.storage.replace import restore
 from dask_ep.storage.resume import begin, check_existing, go_on, make_manifest
 from dask_ep.storage.sources import Source, ZarrSource, open_source, refuse_missing
 from dask_ep.storage.writers import make_writer, shorten
-from dask_ep.storage.writing import wait_until_asked
 
 CHUNK_BYTES = 32 << 20
 """Bytes of a token chunk unless the user says otherwise: stored chunks are merged up to this."""

@@ -36,8 +36,8 @@ from dask_ep.graph.spill_files import SpillLayout
 from dask_ep.kernel import reference
 from dask_ep.laws.costs import Rates
 from dask_ep.laws.memory_law import Layout
+from dask_ep.laws.pass_blocks import PASSES_PROCESS_BYTES, cut_pieces
 from dask_ep.laws.passes import Passes, choose_passes
-from dask_ep.laws.pieces import PASSES_PROCESS_BYTES, cut_pieces
 from dask_ep.laws.work import Work
 from dask_ep.placement.routing_stats import survey
 from dask_ep.storage.journal import count_done

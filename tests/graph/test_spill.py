@@ -33,19 +33,19 @@ from dask_ep.graph.spill_files import SpillFiles
 from dask_ep.jobs import decide as decisions
 from dask_ep.jobs import in_passes, run
 from dask_ep.jobs.backends import Cluster, Processes, Threads
-from dask_ep.jobs.begun import Begun
 from dask_ep.jobs.build import open_inputs
 from dask_ep.jobs.decide import decide
 from dask_ep.jobs.example import Example, write_example
 from dask_ep.jobs.in_passes import free_for_rows
 from dask_ep.jobs.inspect import describe_output
 from dask_ep.jobs.job import Job, load_job
+from dask_ep.jobs.resumed_run import Begun
 from dask_ep.jobs.run import run_job
 from dask_ep.jobs.verify import verify_job
 from dask_ep.laws.decision import Decision
 from dask_ep.laws.memory_law import Layout
+from dask_ep.laws.pass_blocks import PASSES_PROCESS_BYTES
 from dask_ep.laws.passes import Passes
-from dask_ep.laws.pieces import PASSES_PROCESS_BYTES
 from dask_ep.laws.travel import Travel
 from dask_ep.storage import output, sources
 from dask_ep.storage.journal import read_done, read_manifest
@@ -583,7 +583,7 @@ def test_chunks_that_are_lost_are_served_after_the_others_and_take_no_more_exper
     lose_block(job, written[0])
     # Lost only after it was looked for; what is found to be lost counts as never done.
     monkeypatch.setattr(
-        "dask_ep.jobs.begun.find_good",
+        "dask_ep.jobs.resumed_run.find_good",
         lambda out, found: read_done(progress_directory(out), found["run"]),
     )
     serve, served = passes_memory._serve_held, []

@@ -5,8 +5,8 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from dask_ep.jobs.corpus import PLACES, TokenRows, find_files
 from dask_ep.jobs.example import EXAMPLE_KINDS, FORMATS, Example, choose_experts, write_example
+from dask_ep.jobs.example_text import PLACES, TokenRows, find_files
 from dask_ep.jobs.job import load_job
 from dask_ep.storage.sources import open_source
 

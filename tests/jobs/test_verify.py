@@ -21,8 +21,8 @@ from dask_ep.jobs.inspect import advise_chunk_rows, count_routing, inspect_path
 from dask_ep.jobs.job import load_job
 from dask_ep.jobs.recompute import plain, plain_parts
 from dask_ep.jobs.run import run_job
-from dask_ep.jobs.sample import find_rows_of_experts, read_rows, sample_rows
 from dask_ep.jobs.verify import verify_job
+from dask_ep.jobs.verify_sample import find_rows_of_experts, read_rows, sample_rows
 from dask_ep.layers.checkpoint import load_moe_layer
 from dask_ep.storage.sources import open_source
 from dask_ep.storage.storage import store

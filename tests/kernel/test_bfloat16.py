@@ -42,7 +42,7 @@ from dask_ep.kernel.bfloat16 import (
 from dask_ep.kernel.dispatch import dispatch
 from dask_ep.laws.work import Work
 from dask_ep.layers.checkpoint import load_moe_layer
-from dask_ep.pricing.words import figures_of
+from dask_ep.pricing.plan_text import figures_of
 from dask_ep.storage.sources import open_source
 from tests.checkpoints import FIXTURES, LAYER
 

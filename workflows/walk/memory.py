@@ -28,7 +28,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
 
 from dask_ep.arrays import memory as pool
-from dask_ep.laws.pieces import PASSES_PROCESS_BYTES
+from dask_ep.laws.pass_blocks import PASSES_PROCESS_BYTES
 from walk.block import Answer, Reached, StandIn, decoder_of, replaced
 from walk.head import LOGIT_BYTES
 from walk.model import AT_ONCE, Model

@@ -16,8 +16,6 @@ from dask_ep.storage import journal
 from dask_ep.storage.output import progress_directory
 from dask_ep.storage.sources import Source, ZarrSource
 
-_ROUTING_BLOCK = 1 << 16  # rows of the routing looked at together
-
 
 def sample_rows(inputs: Inputs, starts: np.ndarray, rows: int, seed: int) -> np.ndarray:
     """Choose about `rows` rows: at block ends, of every expert, and at random.
@@ -59,8 +57,7 @@ def find_rows_of_experts(routing: Source, num_experts: int) -> np.ndarray:
     """
     found = np.full(num_experts, -1, np.int64)
     k = int(np.prod(routing.shape[1:]))
-    for start in range(0, routing.shape[0], _ROUTING_BLOCK):
-        block = routing.read(start, min(start + _ROUTING_BLOCK, routing.shape[0]))
+    for start, block in routing.blocks():
         experts, at = np.unique(block, return_index=True)
         good = (experts >= 0) & (experts < num_experts)
         experts, at = experts[good], at[good]

@@ -18,7 +18,7 @@ from dask.blockwise import Blockwise, BlockwiseDepDict
 from dask.task_spec import DataNode, Task, TaskRef
 
 from dask_ep.storage.fingerprint import find_sources
-from dask_ep.storage.mapped import mapped_file
+from dask_ep.storage.memmaps import mapped_file
 from dask_ep.storage.output import progress_directory
 from dask_ep.storage.zarr_layout import local_directory
 

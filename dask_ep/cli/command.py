@@ -35,14 +35,14 @@ def echo_note(text: str) -> None:
 
 
 def _words(error: BaseException) -> str:
-    """What an error says, without the number that the system gives to it."""
+    """The message of an error, without the system's number for it."""
     if isinstance(error, OSError) and error.strerror and error.filename is not None:
         return f"{error.strerror}: {error.filename}"
     return str(error).strip()
 
 
 def one_line(error: BaseException) -> str:
-    """Put an error and its causes into words, without the traceback."""
+    """Describe an error and its causes in one line, without the traceback."""
     words = [_words(error) or type(error).__name__]
     words[0] += "".join(f" ({note})" for note in getattr(error, "__notes__", ()))
     cause = error.__cause__

@@ -1,4 +1,4 @@
-"""How is it shown whether two checkpoints, or two outputs, compute the same?
+"""How is a comparison of two checkpoints, or of two outputs, shown?
 
 dask-ep compare ORIGINAL CONVERTED --tokens hidden.zarr --layer-index 3 --tolerance 0.05
 dask-ep compare a.zarr b.zarr --routing a_routing.zarr --routing b_routing.zarr
@@ -118,7 +118,7 @@ def is_checkpoint(path: str) -> bool:
 
 
 def described(found: Comparison) -> Iterator[str]:
-    """Put a comparison into lines."""
+    """Describe a comparison in lines."""
     difference = found.difference
     where = "" if found.layer is None else f"layer {found.layer}: "
     yield f"{where}{difference.rows} rows compared"

@@ -1,4 +1,4 @@
-"""How does a user at a terminal, or reading a log, see how far it is and what went wrong?
+"""How does a user at a terminal, or reading a log, see progress and errors?
 
 On a terminal progress is a bar; elsewhere plain lines, every few seconds and at the end. Both go to
 stderr, so that stdout holds results alone. An error is one line, with its causes.

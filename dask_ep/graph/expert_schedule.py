@@ -90,7 +90,7 @@ class Walk:
         return [used[first : first + step] for first in range(0, len(used), step)]
 
     def turns(self, blocks: Sequence[list[Any]], reads: Sequence[TaskRef]) -> Iterator[Turn]:
-        """Tell what each of a sequence of blocks waits for.
+        """Yield what each of a sequence of blocks waits for.
 
         Parameters
         ----------

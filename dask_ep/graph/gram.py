@@ -211,7 +211,7 @@ def _add_rows(
     dtype: np.dtype,
     number: int,
 ) -> Gram | None:
-    """A new sum, None of no rows: that of before is not changed, so that the task may run again.
+    """The new sum, None without rows. The old one is not changed, so that the task may run again.
 
     The expert is at a `place` of those that are picked together.
     """

@@ -291,7 +291,7 @@ def finish_groups(
 
 
 def name_statistics(totals: Numbers) -> Numbers:
-    """Make the statistics that people know of joined results; an expert without rows has zeros."""
+    """Make named statistics of joined results; an expert without rows has zeros."""
     found: Numbers = {}
     for name, total in totals.items():
         if name in _COUNTS:

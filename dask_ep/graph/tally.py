@@ -82,7 +82,7 @@ class Tally:
             self.chunks += 1
 
     def metric(self) -> dict[str, Any]:
-        """What the scheduler hears with each heartbeat."""
+        """What each heartbeat reports to the scheduler."""
         with self._lock:
             queues = [[token, rank, rows] for (token, rank), rows in self._waiting.items()]
         return {
@@ -108,21 +108,21 @@ def record() -> None:
 
 
 def take() -> list[Serving]:
-    """Give what has been kept, and keep no more."""
+    """Return what has been kept, and stop keeping."""
     global _record
     taken, _record = _record or [], None
     return taken
 
 
 def note(servings: list[Serving]) -> None:
-    """Keep what was served, if that is wanted."""
+    """Keep what was served, while that is recorded."""
     kept = _record
     if kept is not None:
         kept.extend(servings)
 
 
 def note_in_place(chunk: int, rank: int, rows: int, start: float) -> None:
-    """Keep that a chunk has served a rank itself, since `start`, if that is wanted."""
+    """Keep that a chunk has served a rank itself, since `start`, while that is recorded."""
     if is_recorded():
         note([Serving(chunk, rank, rows, HERE, HERE, start, now())])
 

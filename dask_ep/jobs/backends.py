@@ -171,9 +171,7 @@ def lay_out(
 
 
 def _workers_of(where: Cluster, client: Client | None) -> tuple[int, int, int | None, int | None]:
-    """Count a cluster's workers and their threads; their memory limits, of a GPU and of the host,
-    which they know themselves.
-    """
+    """A cluster's workers, threads, and memory limits (of a GPU, of the host), as reported."""
     if client is None:
         return 0, 1, None, None
     workers = client.scheduler_info(n_workers=-1)["workers"].values()
@@ -190,8 +188,8 @@ def on_gpus(where: Where) -> bool:
 
 
 def computed_by(where: Where, client: Client | None, inputs: Inputs) -> ComputedBy:
-    """What computes a job there. Workers say for themselves what multiplies; libraries of several
-    kinds are all named.
+    """Find out what computes a job there. Workers are asked which library multiplies; if they
+    differ, all are named.
 
     Raises
     ------
@@ -228,7 +226,7 @@ def _tf32_by_environment() -> bool:
 
 
 def deployed(where: Where | Deployed) -> contextlib.AbstractContextManager[Where]:
-    """Return the place itself, started if it has to be."""
+    """Return the backend, started if it has to be."""
     if not isinstance(where, Where | Deployed):
         raise TypeError(f"where must be Threads, Processes, Gpus or Cluster; got {where!r}")
     return where.start() if isinstance(where, Deployed) else contextlib.nullcontext(where)
@@ -311,7 +309,7 @@ def files_of_job(job: Job) -> dict[str, str]:
 
 
 def files_of(paths: Mapping[str, str | None]) -> dict[str, str]:
-    """The local ones of some paths, without the names of tensors in them."""
+    """The local paths among these, without the names of tensors."""
     return {
         what: path.partition("::")[0]
         for what, path in paths.items()

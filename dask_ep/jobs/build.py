@@ -64,8 +64,8 @@ class Inputs:
 
     @property
     def read_bytes(self) -> int:
-        """Bytes that a thread needs to read a chunk, besides its rows: a stored one is decoded
-        whole, unless its rows are as they are in memory.
+        """Bytes that a thread needs to read a chunk in addition to its rows: stored chunks are
+        decoded whole, unless they are plain rows.
         """
         read = (self.tokens, self.routing, self.topk_weights)
         return max(source.read_bytes for source in read if source is not None)
@@ -80,11 +80,11 @@ class Inputs:
 
     @property
     def routes(self) -> bool:
-        """Whether the layer's router says which experts rows go to."""
+        """Whether the layer's router decides which experts rows go to."""
         return self.routing is None
 
     def work(self, on_devices: bool = False) -> Work:
-        """Put the job into numbers."""
+        """Describe the job in numbers."""
         topk = np.float32 if self.routes else getattr(self.topk_weights, "dtype", None)
         return Work.of(
             self.tokens,
@@ -283,7 +283,7 @@ def _check_swapped(job: Job, tokens: Source) -> None:
 
 
 def _other_width(inputs: Inputs) -> str:
-    """What to do where tokens are not as wide as what the experts take."""
+    """What to suggest where tokens do not have the experts' width."""
     width, experts, job = inputs.tokens.shape[1], inputs.experts, inputs.job
     if inputs.layer is not None:
         return f"are these hidden states of the model in {job.layer}?"
@@ -307,7 +307,7 @@ def _open_weights(job: Job) -> dict[str, Source | list[Source]]:
 
 
 def name_inputs(inputs: Inputs) -> dict[str, Any]:
-    """Return all that decides the values of the output, by the keys of the job."""
+    """Return everything that decides the values of the output, by the keys of the job."""
     named: dict[str, Any] = {"tokens": inputs.tokens}
     what = {"experts": inputs.experts} if inputs.layer is None else {"layer": inputs.layer}
     named |= what if inputs.routing is None else what | {"routing": inputs.routing}

@@ -336,7 +336,7 @@ class _File(NamedTuple):
         return self._collected(metadata, {int(e): rows for e, rows in few.items()})
 
     def write(self, run: _Run) -> Collected:
-        """Join what was kept, and write all statistics with words about them."""
+        """Join the partial results, and write all statistics with their metadata."""
         found: Numbers = {}
         for output, collection in zip(run.groups, run.collections, strict=True):
             kept = open_source(output.path)

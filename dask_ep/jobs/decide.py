@@ -101,7 +101,7 @@ def decide(
 
 
 def attempt(work: Work, layout: Layout, **asked: Any) -> Decision | DoesNotFit:
-    """Do as `decide` does, and give the refusal of what does not fit instead of raising it."""
+    """As `decide`, but return a `DoesNotFit` instead of raising it."""
     try:
         return decide(work, layout, **asked)
     except DoesNotFit as refusal:
@@ -202,7 +202,7 @@ def _find_passes(
 
 
 def _check_resumed(passes: Passes, layout: Layout, asked: int | None) -> None:
-    """Refuse what a run in passes that was begun cannot keep to."""
+    """Refuse what a resumed run in passes cannot keep to."""
     wrong = ""
     process, fewer = "the process", f"--threads {passes.threads}"
     limit: float = layout.memory_limit or math.inf
@@ -231,7 +231,7 @@ def _check_resumed(passes: Passes, layout: Layout, asked: int | None) -> None:
 
 
 def _refusal(work: Work, layout: Layout, as_stored: bool, asked: int | None) -> DoesNotFit:
-    """Say why the job cannot run so, with the numbers, and what to change."""
+    """Explain why the job does not fit, with the numbers, and what to change."""
     law, limit, rows = need(work, layout, as_stored), layout.memory_limit, asked or FEWEST_ROWS
     whose = "a memory limit" if layout.serving == 1 else "each worker's memory limit"
     whom, instead = "the process", "allow more memory"

@@ -74,13 +74,13 @@ class Difference:
 
     @classmethod
     def none(cls, num_experts: int, slots: int) -> Difference:
-        """That of no rows."""
+        """The difference of no rows."""
         counts: dict[str, Any] = {name: np.zeros(num_experts, np.int64) for name in _OF_EXPERTS}
         counts |= {name: np.zeros(num_experts) for name in ("expert_errors", "expert_largest")}
         return cls(num_experts, moved_slots=np.zeros(slots, np.int64), **counts)
 
     def join(self, other: Difference) -> Difference:
-        """That of these rows and those of another, which come later."""
+        """Join with the difference of later rows."""
         added = {name: getattr(self, name) + getattr(other, name) for name in _ADDED}
         worst = sorted(self.worst + other.worst, key=lambda row: (-row.error, row.row))
         return Difference(
@@ -93,7 +93,7 @@ class Difference:
 
     @property
     def largest(self) -> float:
-        """Of all rows; 0 without any."""
+        """The largest error; 0 without rows."""
         return self.worst[0].error if self.worst else 0.0
 
     def quantile(self, part: float, *, of_moved: bool = False) -> float:

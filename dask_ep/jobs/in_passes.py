@@ -144,7 +144,7 @@ class InPasses:
             shutil.rmtree(left, ignore_errors=True)
 
     def done(self, spilled_bytes: int) -> PassesDone:
-        """Say what it took, by the journal and by the receipts of the steps."""
+        """Summarise what it took, by the journal and the receipts of the steps."""
         counted = journal.count_done(self._directory, READS, what=READS)
         return PassesDone(self.passes, dict(sorted(counted.items())), spilled_bytes)
 

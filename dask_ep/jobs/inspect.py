@@ -55,7 +55,7 @@ class Finding:
 
 
 def inspect_path(path: str | os.PathLike) -> tuple[Finding, ...]:
-    """Tell what a path is.
+    """Describe what is at a path.
 
     Parameters
     ----------
@@ -140,7 +140,7 @@ def _inspect_safetensors(path: str) -> Finding:
 
 
 def _inspect_gguf(path: str) -> Finding:
-    """A checkpoint, if it is one whose layers are read."""
+    """As a checkpoint, if its layers can be read."""
     try:
         return _inspect_checkpoint(path)
     except ValueError as error:
@@ -287,7 +287,7 @@ def _inspect_job(path: str) -> Finding:
 
 
 def describe_output(path: str) -> str:
-    """Say whether an output is there, and whether it is whole."""
+    """Say whether an output is there and complete."""
     record = journal.read_manifest(progress_directory(path))
     there = os.path.exists(path)
     if there and (record is None or record["complete"]):

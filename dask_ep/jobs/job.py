@@ -120,7 +120,7 @@ class Job:
 
 
 def load_job(path: str | os.PathLike | None = None, **options: Any) -> Job:
-    """Read a job file, options over it; or make a job of options alone.
+    """Read a job file, which options override; or make a job of options alone.
 
     Parameters
     ----------

@@ -116,7 +116,7 @@ def plan(
     rates: Rates | None = None,
     files: Sequence[Source | None] = (),
 ) -> Plan:
-    """Plan a run of these inputs: how it will go, and what it will cost.
+    """Plan a run of these inputs: how it will run, and what it will cost.
 
     Parameters
     ----------

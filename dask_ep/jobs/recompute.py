@@ -128,7 +128,7 @@ def _with_the_rest(
     weights: np.ndarray,
     arithmetic: Arithmetic,
 ) -> Scaled:
-    """Add what experts give that are not sent to, and the rows themselves if the layer does."""
+    """Add identity and shared experts, and the rows themselves if the layer does."""
     more = [y]
     if layer.around.beyond == "identity":
         of_row = np.where(beyond >= 0, weights, 0.0).sum(axis=1, keepdims=True)

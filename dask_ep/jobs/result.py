@@ -102,14 +102,14 @@ class RunResult:
 
     @classmethod
     def of(cls, progress: Progress, out: str, **how: Any) -> RunResult:
-        """Of the progress at the end, and how the job ran."""
+        """Combine the progress at the end with how the job ran."""
         counted = progress._asdict()
         del counted["rows_left"]
         return cls(out, **counted, **how)
 
     @property
     def rows(self) -> int:
-        """Of the output."""
+        """Rows of the output."""
         return self.rows_done + self.rows_before
 
     @property

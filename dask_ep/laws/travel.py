@@ -175,7 +175,7 @@ def choose_travel(
 
 
 class _Prices(NamedTuple):
-    """What one of each costs, in seconds."""
+    """Costs of one row and of one expert, in seconds."""
 
     row: float
     #: there and back

@@ -1,4 +1,4 @@
-"""What do serving engines keep of their routing, and how is it read and written here?
+"""What do serving engines record of their routing, and how is it read and written?
 
     SGLang  dump of the expert distribution recorder, ``expert_distribution_recorder_*.pt``
               stat, stat_approx   {"logical_count": (steps, layers, E)}

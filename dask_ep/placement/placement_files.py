@@ -1,4 +1,4 @@
-"""How do placements travel to and from files, ours and those of serving engines?
+"""How are files of placements read and written, ours and those of serving engines?
 
 Loads that are measured here on a large corpus can place the experts of a serving deployment. The
 files that engines read at their start hold the placement of every MoE layer:

@@ -1,4 +1,4 @@
-"""Given the placement of before and the load of now, which few experts should move?
+"""Given the previous placement and the current load, which few experts should move?
 
 A placement that was made for yesterday's load is nearly right for today's, and every expert that
 moves must be loaded again. Here only enough of them move.
@@ -19,7 +19,7 @@ from dask_ep.placement.policies import balanced
 
 
 def incremental(previous: Placement, load: np.ndarray, *, tolerance: float = 0.05) -> Placement:
-    """Bring the placement of before within a tolerance of perfect balance, moving few experts.
+    """Bring a previous placement within a tolerance of perfect balance, moving few experts.
 
     Parameters
     ----------

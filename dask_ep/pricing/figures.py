@@ -361,7 +361,7 @@ def _figure(title: str, x: str | None, y: str | None, height: int = 280, **optio
 
 
 def _of_whole_numbers(drawing: Figure) -> None:
-    """Let bars stand on zero, and be numbered by whole numbers."""
+    """Start bars at zero, and number them by whole numbers."""
     from bokeh.models import BasicTicker
 
     drawing.y_range.start = 0
@@ -375,5 +375,5 @@ def _legend_below(drawing: Figure) -> None:
 
 
 def short(worker: str) -> str:
-    """A worker's address without what all addresses share."""
+    """A worker's address without the protocol."""
     return worker.rsplit("//", 1)[-1]

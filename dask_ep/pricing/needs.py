@@ -109,7 +109,7 @@ class Needs(Traffic):
 
     @property
     def memory_figures(self) -> dict[str, tuple[int, int | None]]:
-        """What is used at most, and what may be."""
+        """Memory that is used at most, and its limit, by what it is."""
         return {"memory of a worker, at most": (self.memory_bytes, self.memory_limit)}
 
     @property

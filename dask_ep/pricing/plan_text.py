@@ -53,7 +53,7 @@ def figures_of(plan: Plan) -> list[tuple[str, str]]:
 
 
 def of_limit(nbytes: int, limit: int | None) -> str:
-    """What is used, and what may be, as text.
+    """Memory that is used, and its limit, as text.
 
     Examples
     --------

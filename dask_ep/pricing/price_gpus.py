@@ -53,7 +53,7 @@ class PlanOnGpus(Plan):
 
     @property
     def memory_figures(self) -> dict[str, tuple[int, int | None]]:
-        """What is used at most, and what may be."""
+        """Memory that is used at most, and its limit, by what it is."""
         return {
             "memory of a GPU, at most": (self.memory_bytes, self.memory_limit),
             "of its worker on the host": (self.process_bytes, self.process_limit),

@@ -1,10 +1,10 @@
-"""How are several named arrays written to one place, with words about them?
+"""How are several named arrays written to one place, with metadata?
 
     statistics.safetensors    one file: a header, then the arrays
     statistics.zarr           a group, with an array for each name
 
-Large arrays come as sources, and are copied some rows at a time, each read once. The words have a
-hash of all arrays, so that damage is found.
+Large arrays come as sources, and are copied some rows at a time, each read once. The metadata has
+a hash of all arrays, so that damage is found.
 """
 
 from __future__ import annotations
@@ -63,7 +63,7 @@ def check_bundle(path: str, resume: bool, overwrite: bool) -> None:
 def write_bundle(
     path: str, arrays: Mapping[str, np.ndarray | Source], metadata: Mapping[str, str]
 ) -> None:
-    """Write arrays and words about them, and give them their place when they are complete.
+    """Write arrays and metadata, and rename the result to its path when it is complete.
 
     Parameters
     ----------
@@ -97,7 +97,7 @@ def check_content(path: str) -> None:
 
 
 def read_metadata(path: str) -> dict[str, str]:
-    """Read the words about the arrays of a bundle."""
+    """Read the metadata of a bundle."""
     if path.endswith(".zarr"):
         with open(os.path.join(path, "zarr.json"), encoding="utf-8") as file:
             return json.load(file).get("attributes", {})

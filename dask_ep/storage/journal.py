@@ -214,7 +214,7 @@ def acquire_lock(directory: str) -> None:
 
 
 def release_lock(directory: str) -> None:
-    """Stop being the one that writes; nothing if this process is not."""
+    """Release the lock, if this process holds it."""
     with contextlib.suppress(FileNotFoundError), _open_lock(directory, create=False) as file:
         holder, mine = None, _this_process()
         with contextlib.suppress(ValueError):  # a damaged lock does not say whose it is
@@ -280,7 +280,7 @@ def _clock(ns: int) -> str:
 
 @contextlib.contextmanager
 def _open_lock(directory: str, create: bool = True) -> Iterator[Any]:
-    """Open the lock file with no other process between the look and the change.
+    """Open the lock file, so that no other process reads or changes it meanwhile.
 
     The file is never removed, only emptied: two processes can never hold two different files.
     """
@@ -294,7 +294,7 @@ def _open_lock(directory: str, create: bool = True) -> Iterator[Any]:
 
 
 def _read_holder(file: Any) -> dict[str, Any] | None:
-    """Read who holds the lock, None if no process does; ValueError if it does not say."""
+    """Read who holds the lock, None if no process does; ValueError if that is unclear."""
     holder = json.loads(file.read() or "null")
     if holder is not None and not (isinstance(holder, dict) and holder.keys() >= HOLDER):
         raise ValueError(f"a lock says {sorted(HOLDER)}, not {holder!r}")

@@ -40,7 +40,7 @@ def release_when_written(directory: str, keys: Sequence[Any]) -> None:
 
 
 def wait_until_asked(directory: str) -> None:
-    """Let a lock that is about to be released be so: its tasks may all be done by now."""
+    """Wait for a lock that is about to be released: its tasks may all be done by now."""
     for thread in threading.enumerate():
         if isinstance(thread, _Watch) and thread.directory == directory:
             for _ in range(2):  # the first answer may have been on its way

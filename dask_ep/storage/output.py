@@ -150,7 +150,7 @@ class Output(Step):
         self._dropped = weakref.finalize(self, release_when_written, self.directory, self._keys)
 
     def step(self, blocks: Iterable[int]) -> Step:
-        """The writing of some of the missing blocks, to be computed by itself before `finish`."""
+        """A step that writes some of the missing blocks, to be computed before `finish`."""
         missing = set(self.missing)
         return Step(self._graph, [(self._name, b, *self._rest) for b in blocks if b in missing])
 
@@ -289,13 +289,13 @@ class _Job(NamedTuple):
 
 
 def together(outputs: Sequence[Step]) -> Step:
-    """The writing of the missing blocks of several outputs, whose common tasks run once."""
+    """One step that writes the missing blocks of several outputs, whose common tasks run once."""
     graph = HighLevelGraph.merge(*(output.__dask_graph__() for output in outputs))
     return Step(graph, [key for output in outputs for key in output.__dask_keys__()])
 
 
 class _Watch(Callback):
-    """Hands each receipt on, once, as the local schedulers see it."""
+    """Passes each receipt on, once, when a local scheduler has it."""
 
     def __init__(self, on_block: Callable[[Receipt], Any]):
         super().__init__(posttask=self._look)
@@ -314,7 +314,7 @@ class _Watch(Callback):
 
 
 def _fused_with(y: da.Array) -> str:
-    """What the name of the writing begins with where Dask fuses it with what makes `y`."""
+    """Prefix of the writing tasks' name where Dask fuses them with those that make `y`."""
     made, _, token = y.name.rpartition("-")
     is_ours = made.startswith("ep_") and isinstance(y.dask.layers.get(y.name), Blockwise)
     return f"{made}-" if is_ours and token else ""

@@ -27,7 +27,7 @@ IN_TASKS = (int, float, complex, slice, TaskRef, np.generic, np.dtype, type(None
 
 
 def refuse_to_replace_inputs(path: str, y: da.Array, inputs: Iterable[Any]) -> None:
-    """Refuse an output whose place is, holds or is in what it is made of.
+    """Refuse an output that would replace one of its inputs, or has one in it or around it.
 
     Parameters
     ----------

@@ -38,7 +38,7 @@ class ArraySource(Source):
 
 
 class LocalFile(File):
-    """A local file; without a name it has its own."""
+    """A local file, by default called as it is there."""
 
     is_local = True
 

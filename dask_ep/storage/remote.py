@@ -51,7 +51,7 @@ def file_system(address: str) -> tuple[Any, str]:
 
 @contextmanager
 def _named(place: str) -> Iterator[None]:
-    """Make a `ReadError` of whatever file systems raise, which are many things."""
+    """Turn whatever a file system raises into a `ReadError`."""
     try:
         yield
     except (ReadError, ImportError):
@@ -91,7 +91,7 @@ _joined = threading.local()
 
 @dataclass
 class _Span:
-    """Neighbouring bytes of a file that are fetched together, until all of them are given out."""
+    """Neighbouring bytes of a file, fetched together and kept until all of them were read."""
 
     address: str
     version: str
@@ -179,7 +179,7 @@ class RemoteFile(File):
 
     @contextmanager
     def open(self) -> Iterator[Any]:
-        """Open the file to read its header; what is wrong with that is the reader's to say."""
+        """Open the file to read its header; the reader reports what is wrong with that."""
         files, path = file_system(self.path)
         try:
             with files.open(path, "rb", block_size=_HEADER_BLOCK) as file:

@@ -1,4 +1,4 @@
-"""How does an output begin, and what of an earlier run counts?
+"""How is an output started, and what of an earlier run counts?
 
     nothing there, or overwrite ──> begin: space checked, an output without rows in ``.progress/``
     resume ──> find_good, wherever the output is ──> compute the missing blocks
@@ -37,7 +37,7 @@ from dask_ep.storage.writers import Writer, make_writer
 def make_manifest(
     y: da.Array, inputs: Mapping[str, Any], settings: Mapping[str, Any], overwrite: bool
 ) -> dict[str, Any]:
-    """Say what an output is and what it is made of, as a new run of it would be recorded.
+    """Make the manifest that a new run of this output would have.
 
     Parameters
     ----------
@@ -96,7 +96,7 @@ def check_existing(path: str, resume: bool, overwrite: bool) -> None:
 def begin(
     y: da.Array, path: str, wanted: dict[str, Any], compressors: Any = None
 ) -> tuple[Writer, dict[str, Any]]:
-    """Make an output without rows, and remove what an unfinished run has left.
+    """Create an output without rows, and remove what an unfinished run has left.
 
     What is at `path` stays there.
     """
@@ -117,7 +117,7 @@ def begin(
     return writer, manifest
 
 
-def go_on(
+def continue_output(
     y: da.Array, path: str, manifest: dict[str, Any], wanted: dict[str, Any], compressors: Any
 ) -> tuple[Writer, dict[str, Any]]:
     """Continue what an earlier run has left, if it was the same run.

@@ -90,7 +90,7 @@ class Source(ABC):
         return f"{type(self).__name__}({self.name!r}, shape={self.shape}, dtype={self.dtype})"
 
     def blocks(self, rows: int = 1 << 16) -> Iterator[tuple[int, np.ndarray]]:
-        """Read all rows, some at a time: the first of them, and they themselves."""
+        """Read all rows in blocks: yield the number of a block's first row, and its rows."""
         for start in range(0, self.shape[0], rows):
             yield start, self.read(start, min(start + rows, self.shape[0]))
 
@@ -202,7 +202,7 @@ class Region(Source):
 
 
 def checked_dtype(dtype: np.dtype, name: str) -> np.dtype:
-    """Give back a dtype of numbers in native byte order; refuse any other.
+    """Return a dtype of numbers in native byte order; refuse any other.
 
     Raises
     ------

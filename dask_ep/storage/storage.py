@@ -33,7 +33,7 @@ from dask_ep.storage.output import Output, progress_directory
 from dask_ep.storage.overwrite_guard import refuse_to_replace_inputs
 from dask_ep.storage.remote import is_remote
 from dask_ep.storage.replace import restore
-from dask_ep.storage.resume import begin, check_existing, go_on, make_manifest
+from dask_ep.storage.resume import begin, check_existing, continue_output, make_manifest
 from dask_ep.storage.sources import Source, ZarrSource, open_source, refuse_missing
 from dask_ep.storage.writers import make_writer, shorten
 
@@ -233,7 +233,7 @@ def store(
         if manifest is None:
             writer, manifest = begin(y, path, wanted, compressors)
         else:
-            writer, manifest = go_on(y, path, manifest, wanted, compressors)
+            writer, manifest = continue_output(y, path, manifest, wanted, compressors)
         output = Output(y, path, writer, manifest, sync)
     except BaseException:
         journal.release_lock(directory)

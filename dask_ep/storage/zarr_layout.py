@@ -23,10 +23,13 @@ from copy import copy
 from dataclasses import dataclass
 from itertools import product
 from math import prod
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import ml_dtypes
 import numpy as np
+
+from dask_ep.storage.remote import is_remote, read_object
 
 if TYPE_CHECKING:
     import zarr
@@ -100,7 +103,7 @@ def open_array(path: str, mode: Literal["r", "r+"] = "r") -> tuple[zarr.Array, n
         array = zarr.open_array(path, mode=mode)
     except UNREADABLE as error:
         found = None
-        with suppress(*UNREADABLE):  # then the first error says more
+        with suppress(*UNREADABLE, OSError):  # then the first error says more
             found = _open_extension_dtype(path, mode)
         if found is None:
             lacks = "its metadata lacks " if isinstance(error, KeyError) else ""
@@ -244,12 +247,12 @@ def _open_extension_dtype(
     """Open an array of a type in `EXTENSION_DTYPES`, as its bits; None for any other."""
     import zarr
     from zarr.core.metadata import ArrayV3Metadata
-    from zarr.core.sync import sync
-    from zarr.storage._common import make_store_path
+    from zarr.storage import FsspecStore, LocalStore, StorePath
 
-    place = sync(make_store_path(path, mode=mode))
-    buffer = sync((place / "zarr.json").get())
-    metadata = {} if buffer is None else json.loads(buffer.to_bytes())
+    if is_remote(path):
+        metadata = json.loads(read_object(f"{path.rstrip('/')}/zarr.json"))
+    else:
+        metadata = json.loads(Path(path, "zarr.json").read_bytes())
     name = metadata.get("data_type")
     dtype = EXTENSION_DTYPES.get(name) if isinstance(name, str) else None
     if dtype is None:
@@ -258,5 +261,6 @@ def _open_extension_dtype(
     is_hex = isinstance(fill, str) and fill.startswith("0x")
     bits = int(fill, 16) if is_hex else int(np.array(float(fill), dtype).view(_bits(dtype)))
     metadata |= {"data_type": _bits(dtype).name, "fill_value": bits}
-    array = zarr.Array(zarr.AsyncArray(ArrayV3Metadata.from_dict(metadata), place))
-    return array, dtype
+    open_store: Any = FsspecStore.from_url if is_remote(path) else LocalStore
+    place = StorePath(open_store(path, read_only=mode == "r"))
+    return zarr.Array(zarr.AsyncArray(ArrayV3Metadata.from_dict(metadata), place)), dtype

@@ -1,6 +1,6 @@
 """How do a few bits become a number?
 
-A `Coding` turns rows of stored bytes or words into rows of float32. Scales and zero points are not
+A `Coding` turns rows of stored bytes or words into rows of numbers. Scales and zero points are not
 its matter; see `quantized`.
 
     float8      one byte a number                      int8, uint8   the same
@@ -34,13 +34,13 @@ AWQ_ORDER = (0, 4, 1, 5, 2, 6, 3, 7)
 
 SMALLEST, ONE = np.float32(2.0**-149), np.float32(1)
 
-DECODE_STEP = 1 << 14
+DECODE_STEP = 1 << 16
 """Codes that are looked up at once: their indices, 8 bytes each, stay in cache."""
 
 
-Decode = Callable[[np.ndarray, np.ndarray, int], None]
-"""Rows as stored (r, w), out float32 (r * rows, numbers of w), and what whole numbers are less of,
-which is subtracted while they are small integers."""
+Decode = Callable[[np.ndarray, np.ndarray, np.ndarray], np.ndarray]
+"""Rows as stored (r, w), float32 (r * rows, numbers of w) to fill, and as many uint16 -> the first,
+or the same numbers in fewer bytes, maybe in the second, of a shape with as many."""
 
 
 class Coding(NamedTuple):
@@ -93,7 +93,7 @@ def coding(name: str) -> Coding:
     """Return a coding by the name of a dtype, or "fp4", "uint4", "awq", "column4" or "column8"."""
     if name in ("int8", "uint8"):
         values = np.arange(256, dtype=np.uint8).view(name).astype(np.float32)[:, None]
-        return Coding(partial(_copy, name), values)
+        return Coding(lambda stored, out, spare: stored.reshape(-1).view(name), values)
     if name == "column8":
         return Coding(partial(_decode_rows, 8), coding("uint8").table, 4)
     halves = np.arange(16, dtype=np.float32)
@@ -129,7 +129,9 @@ def two_bytes(table: np.ndarray) -> np.ndarray:
     return table[codes].reshape(1 << 16, -1)
 
 
-def _look_up(table: np.ndarray, stored: np.ndarray, out: np.ndarray, less: int = 0) -> None:
+def _look_up(
+    table: np.ndarray, stored: np.ndarray, out: np.ndarray, spare: np.ndarray
+) -> np.ndarray:
     """Two bytes at a time, and the last by itself if they are odd in number.
 
     In steps, because NumPy widens all indices to 8 bytes first.
@@ -141,6 +143,7 @@ def _look_up(table: np.ndarray, stored: np.ndarray, out: np.ndarray, less: int =
         part = slice(start, start + DECODE_STEP)
         np.take(table, pairs[part].astype(np.intp), axis=0, out=flat[part], mode="clip")
     numbers[even:] = table[codes[even:], : table.shape[1] // 2]
+    return out
 
 
 class Float8(NamedTuple):
@@ -165,40 +168,27 @@ class Float8(NamedTuple):
         return cls(shift, 0x8000 | 0x7F << shift, factor, special, two_bytes(values))
 
 
-def _decode_float8(form: Float8, stored: np.ndarray, out: np.ndarray, less: int = 0) -> None:
+def _decode_float8(
+    form: Float8, stored: np.ndarray, out: np.ndarray, spare: np.ndarray
+) -> np.ndarray:
     """Move the bits; where there are infinities or NaN, look all numbers up."""
-    codes, flat = stored.reshape(-1).view(np.int8), out.reshape(-1)
+    codes = stored.reshape(-1).view(np.int8)
     largest = codes.max(initial=0), codes.view(np.uint8).max(initial=0)
     if largest[0] >= form.special or largest[1] >= 128 + form.special:
-        _look_up(form.table, stored, out)
-        np.divide(flat, form.factor, out=flat)
-        return
-    bits = codes.astype(np.int16)
-    np.multiply(bits, np.int16(1 << form.shift), out=bits)
-    np.bitwise_and(bits.view(np.uint16), np.uint16(form.mask), out=bits.view(np.uint16))
-    flat[...] = bits.view(ml_dtypes.bfloat16)
+        return np.divide(_look_up(form.table, stored, out, spare), form.factor, out=out)
+    np.copyto(spare.view(np.int16), codes)
+    np.multiply(spare, np.uint16(1 << form.shift), out=spare)
+    np.bitwise_and(spare, np.uint16(form.mask), out=spare)
+    return spare.view(ml_dtypes.bfloat16)
 
 
-def _copy(dtype: str, stored: np.ndarray, out: np.ndarray, less: int = 0) -> None:
-    codes, flat = stored.reshape(-1).view(dtype), out.reshape(-1)
-    if less == 128 and dtype == "uint8":
-        flat[...] = (codes ^ np.uint8(128)).view(np.int8)
-        return
-    flat[...] = codes
-    if less:
-        np.subtract(flat, np.float32(less), out=flat)
-
-
-def _decode_uint4(stored: np.ndarray, out: np.ndarray, less: int = 0) -> None:
-    flat = out.reshape(-1)
-    numbers = np.empty(len(flat), np.uint8)
+def _decode_uint4(stored: np.ndarray, out: np.ndarray, spare: np.ndarray) -> np.ndarray:
+    numbers = spare.view(np.uint8)[: out.size]
     spread_halves(stored.reshape(-1).view(np.uint8), numbers)
-    if less:
-        np.subtract(numbers, np.uint8(less), out=numbers)
-    flat[...] = numbers.view(np.int8)
+    return numbers
 
 
-def _decode_awq(stored: np.ndarray, out: np.ndarray, less: int = 0) -> None:
+def _decode_awq(stored: np.ndarray, out: np.ndarray, spare: np.ndarray) -> np.ndarray:
     """Shuffle the halves of each word together, and go on as with numbers in their order.
 
     H. S. Warren, Hacker's Delight, section 7-2, of four bits at a time.
@@ -211,19 +201,15 @@ def _decode_awq(stored: np.ndarray, out: np.ndarray, less: int = 0) -> None:
         words ^= swapped
         swapped <<= np.uint32(shift)
         words ^= swapped
-    _decode_uint4(words, out, less)
+    return _decode_uint4(words, out, spare)
 
 
-def _decode_rows(bits: int, stored: np.ndarray, out: np.ndarray, less: int = 0) -> None:
+def _decode_rows(bits: int, stored: np.ndarray, out: np.ndarray, spare: np.ndarray) -> np.ndarray:
     """All rows of each half of the words together, whose shorter numbers are moved faster."""
     words, rows = np.ascontiguousarray(stored).view(np.uint32), 16 // bits
-    numbers = out.reshape(len(words), 2, rows, -1)
+    numbers = spare.reshape(len(words), 2, rows, words.shape[1])
     places = np.arange(0, 16, bits, dtype=np.uint16)[:, None]
-    part = np.empty((len(words), rows, words.shape[1]), np.uint16)
     for half in (0, 1):
         low = (words >> np.uint32(16 * half)).astype(np.uint16)
-        np.right_shift(low[:, None], places, out=part)
-        np.bitwise_and(part, np.uint16((1 << bits) - 1), out=part)
-        if less:
-            np.subtract(part, np.uint16(less), out=part)
-        numbers[:, half] = part.view(np.int16)
+        np.right_shift(low[:, None], places, out=numbers[:, half])
+    return np.bitwise_and(numbers, np.uint16((1 << bits) - 1), out=numbers)

@@ -23,9 +23,9 @@ import numpy as np
 
 from dask_ep.arrays.lanes import pinned_empty
 from dask_ep.arrays.namespaces import Array, namespace
-from dask_ep.arrays.packed import IN_CACHE, apply_shared
+from dask_ep.arrays.packed import IN_CACHE, apply_shared, round_to, split_factor
 from dask_ep.errors import ReadError
-from dask_ep.experts.codings import FLOAT8, Decode, coding
+from dask_ep.experts.codings import FLOAT8, Coding, coding
 from dask_ep.experts.device_sources import DeviceSource, bytes_on, held_on_device, put
 from dask_ep.experts.scales import E8M0, ScaleSource, ZeroPoints
 from dask_ep.storage.gguf_files import GgufSource
@@ -62,7 +62,7 @@ class QuantizedSource(Source):
     Notes
     -----
     All steps are taken on some rows at a time, which stay in cache. `workflows/README.md` has what
-    they cost: four to eight times a copy.
+    they cost: two to five times a copy.
     """
 
     PARTS = ("codes", "scales", "zeros", "groups", "extent")
@@ -164,28 +164,29 @@ class QuantizedSource(Source):
         first: int,
     ) -> None:
         """Decode one matrix (rows, columns), whose first row is so far into its first block."""
-        packed, exact = coding(self.coding).rows, splits_exactly(scales, self.rounded)
-        less = 0 if isinstance(zeros, np.ndarray) else int(zeros)
-        step = max(IN_CACHE // max(out.shape[1], 1) // packed * packed, packed)
-        scratch = np.empty((min(step, len(out)), out.shape[1]), np.float32)
-        decode, scales = coding(self.coding).with_scales(scales)
-        wide, width = self.block[1], self._numbers_held()[-1]
+        codes, split = coding(self.coding), split_factor(scales, self.rounded)
+        step = max(IN_CACHE // max(out.shape[1], 1) // codes.rows * codes.rows, codes.rows)
+        width, wide = self._numbers_held()[-1], self.block[1]
+        scratch = np.empty(min(step, len(out)) * width, np.float32)
+        decode, scales = codes.with_scales(scales if split is None else scales * split)
         if groups is None and self.block[0] > 1 and wide > 1:  # rows share what is repeated
             scales, zeros = (_widened(values, wide, out.shape[1]) for values in (scales, zeros))
             wide = 1
+        picked, wide = (None, wide) if groups is None or wide == 1 else (groups, 1)
         for start in range(0, len(out), step):
             rows = out[start : start + step]
-            stored_rows = stored[start // packed : self._stored_rows(start + step)]
-            _decode_rows(decode, stored_rows, rows, width, less)
+            stored_rows = stored[start // codes.rows : self._stored_rows(start + step)]
             bands = _bands(self.block, first + start, len(rows), groups)
-            for ufunc, values in ((np.subtract, zeros), (np.multiply, scales)):
-                if isinstance(values, np.ndarray):
-                    values = values[bands]
-                    if groups is not None and self.block[1] > 1:
-                        values, wide = np.take(values, groups, axis=1), 1
-                    apply_shared(ufunc, rows, values, wide)
+            room = rows if width == rows.shape[1] else scratch[: len(rows) * width]
+            spare = scratch.view(np.uint16)[: len(rows) * width]
+            numbers = decode(stored_rows, room, spare).reshape(len(rows), width)
+            numbers = numbers[:, : rows.shape[1]]
+            numbers = less(numbers, _of_rows(zeros, bands, picked), codes, wide)
+            if room is not rows or numbers.dtype != rows.dtype:
+                rows[...] = numbers
+            apply_shared(np.multiply, rows, _of_rows(scales, bands, picked), wide)
             if self.rounded is not None:
-                round_to(rows, self.rounded, exact, scratch[: len(rows)])
+                round_to(rows, self.rounded, split, scratch[: rows.size].reshape(rows.shape))
 
     # --- on a device ---
 
@@ -221,9 +222,14 @@ class QuantizedSource(Source):
     # --- its parts ---
 
     def _read_zeros(self, start: int, stop: int) -> np.ndarray | float:
+        """Whole numbers."""
         if not isinstance(self.zeros, Source):
             return float(self.zeros)
-        return self.zeros.read(start, stop).astype(np.float32, copy=False)
+        zeros = self.zeros.read(start, stop)
+        whole = zeros.astype(np.int16)
+        if (whole != zeros).any() or (np.abs(whole) > 255).any():
+            raise ReadError(f"{self.zeros.name} must hold whole numbers of 8 bits ({self.path})")
+        return whole
 
     def _check_extent(self) -> None:
         if self.extent is None:
@@ -287,18 +293,6 @@ def _bands(
     return slice(first, first + 1) if first == last else np.arange(top, top + count) // block[0]
 
 
-def _decode_rows(
-    decode: Decode, stored: np.ndarray, rows: np.ndarray, width: int, less: int
-) -> None:
-    """Decode rows of which only the first columns are wanted."""
-    if width == rows.shape[1]:
-        decode(stored, rows, less)
-    else:
-        padded = np.empty((len(rows), width), np.float32)
-        decode(stored, padded, less)
-        rows[...] = padded[:, : rows.shape[1]]
-
-
 def _widened(values: Any, wide: int, columns: int) -> Any:
     """What each column has, of (blocks above each other, blocks side by side) so `wide`."""
     if not isinstance(values, np.ndarray) or values.shape[1] == 1:
@@ -306,28 +300,24 @@ def _widened(values: Any, wide: int, columns: int) -> Any:
     return np.repeat(values, wide, axis=1)[:, :columns]
 
 
-def splits_exactly(scales: np.ndarray, dtype: np.dtype | None) -> bool:
-    """Whether `round_to` may split whole numbers up to 255 times these scales."""
-    if dtype is None:
-        return False
-    least, most = (2.0**-14, 255.0) if dtype == np.float16 else (2.0**-100, 2.0**100)
-    sizes = np.abs(scales[scales != 0])
-    return not sizes.size or bool(least <= sizes.min() <= sizes.max() <= most)
+def _of_rows(values: Any, bands: slice | np.ndarray, picked: np.ndarray | None) -> Any:
+    if np.ndim(values) == 0:
+        return values
+    return values[bands] if picked is None else np.take(values[bands], picked, axis=1)
 
 
-def round_to(rows: np.ndarray, dtype: np.dtype, exact: bool, scratch: np.ndarray) -> None:
-    """Round float32 in place to what a 16-bit dtype holds, half to even.
-
-    Faster if `splits_exactly`: by T. J. Dekker's splitting (1971), whose high part of a product of
-    8 and 11 bits is rounded so, as the tests try for all of them.
-    """
-    if not exact:
-        with np.errstate(over="ignore"):
-            rows[...] = rows.astype(dtype)
-        return
-    np.multiply(rows, np.float32((1 << (13 if dtype == np.float16 else 16)) + 1), out=scratch)
-    np.subtract(scratch, rows, out=rows)
-    np.subtract(scratch, rows, out=rows)
+def less(numbers: np.ndarray, zeros: np.ndarray | float, codes: Coding, wide: int) -> np.ndarray:
+    """Subtract zero points (r or 1, blocks so wide), or one for all, while numbers are short."""
+    if np.ndim(zeros) == 0 and not zeros:
+        return numbers
+    if numbers.itemsize == 1 and not (codes.table.shape[1] == 2 or np.all(zeros == 128)):
+        numbers = numbers.astype(np.int16)
+    numbers = numbers.view(f"i{numbers.itemsize}")
+    values = np.asarray(zeros, np.int16).astype(numbers.dtype)
+    if values.ndim == 0:
+        return np.subtract(numbers, values)
+    apply_shared(np.subtract, numbers, values, wide)
+    return numbers
 
 
 def float8(values: Source, scales: Source, block: tuple[int, int]) -> QuantizedSource:

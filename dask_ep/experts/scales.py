@@ -14,7 +14,7 @@ import numpy as np
 
 from dask_ep.arrays.namespaces import Array
 from dask_ep.errors import ReadError
-from dask_ep.experts.codings import coding
+from dask_ep.experts.codings import FLOAT8, coding
 from dask_ep.storage.sources import ArraySource, Source
 
 E8M0 = np.dtype(ml_dtypes.float8_e8m0fnu)
@@ -74,8 +74,12 @@ class ScaleSource(Source):
         out = self._destination(start, stop, out)
         scales = self._read_stored(start, stop)
         if self.stored.dtype in (np.uint8, E8M0):
-            scales = POWERS[self._exponents(scales)]
-        out[...] = scales
+            bits = np.left_shift(self._exponents(scales), 23, dtype=np.int32)
+            out[...] = np.maximum(bits, 1 << 22, out=bits).view(np.float32)  # 2**-127 for 0
+        elif self.stored.dtype in FLOAT8:
+            coding(self.stored.dtype.name).decode(scales, out, np.empty(0, np.uint16))
+        else:
+            out[...] = scales
         if not np.isfinite(out).all():
             raise ReadError(f"{self.name} holds a scale that is NaN or infinite")
         if self.factor is not None:
@@ -160,8 +164,9 @@ class ZeroPoints(Source):
         codes = coding(self.coding)
         first, last = start // codes.rows, -(-stop // codes.rows)
         width = codes.width(self.stored.shape[1], self.stored.dtype)
-        numbers: np.ndarray = np.empty(((last - first) * codes.rows, width), np.float32)
-        codes.decode(self.stored.read(first, last), numbers, 0)
+        shape = ((last - first) * codes.rows, width)
+        room = np.empty(shape, np.float32), np.empty(prod(shape), np.uint16)
+        numbers = codes.decode(self.stored.read(first, last), *room).reshape(shape)
         if self.more:
             numbers = (numbers.astype(np.int32) + self.more) & self.mask
         out[...] = numbers[start - first * codes.rows :][: stop - start, : self.shape[1]]

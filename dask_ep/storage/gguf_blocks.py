@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from dask_ep.arrays.memory import empty
 from dask_ep.arrays.packed import IN_CACHE, apply_shared
 
 DOUBLED_E2M1 = np.array([0, 1, 2, 3, 4, 6, 8, 12, 0, -1, -2, -3, -4, -6, -8, -12], np.int8)
@@ -23,7 +24,7 @@ LARGE = 1e30
 
 STEP, LIBRARY_STEP = 1 << 20, 1 << 18
 """Numbers whose codes and scales are made at once, here and by the library: both take some twenty
-calls of NumPy, which are slow for few numbers."""
+calls of NumPy, which are slow for few numbers. Ours are so many that their memory is recycled."""
 
 
 class Form(NamedTuple):
@@ -65,22 +66,23 @@ def _decode(form: Form, quants: Any, blocks: np.ndarray, out: np.ndarray) -> boo
 
 
 def _spread(codes: np.ndarray, shifts: Sequence[int], mask: int) -> np.ndarray:
-    """(n, g, w) bytes -> (n, g * shifts * w): all of a group moved by the first, by the next, ...
+    """(n, g, w) bytes -> (n, g * shifts * w): a group moved right by the first shift, the next, ..
 
-    Eight bytes are moved at a time, and what comes over from the next byte is masked; sixteen are
-    copied at a time, as NumPy copies complex numbers.
+    Eight bytes are moved at a time, and what comes over from their neighbours is masked; a group is
+    copied in one go.
     """
-    words = np.ascontiguousarray(codes).view(np.uint64)
-    moved = np.empty_like(words)
-    sixteen = moved.view(np.complex128)
-    n, groups, wide = sixteen.shape
-    out = np.empty((n, groups, len(shifts), wide), np.complex128)
+    n, groups, wide = codes.shape
+    group = np.dtype(np.complex128 if wide == 16 else f"V{wide}")
+    words, moved = (empty((n, groups, wide // 8), np.uint64) for _ in range(2))
+    words.view(np.uint8)[...] = codes
+    out = empty((n, groups * len(shifts) * wide), np.uint8)
+    places = out.view(group).reshape(n, groups, len(shifts))
     for i, shift in enumerate(shifts):
-        np.right_shift(words, np.uint64(shift), out=moved)
-        np.bitwise_and(moved, np.uint64(mask * 0x0101010101010101), out=moved)
-        for k in range(wide):
-            out[:, :, i, k] = sixteen[..., k]
-    return out.view(np.uint8).reshape(n, -1)
+        move = np.left_shift if shift < 0 else np.right_shift
+        source = move(words, np.uint64(abs(shift)), out=moved) if shift else words
+        np.bitwise_and(source, np.uint64(mask * 0x0101010101010101), out=moved)
+        places[:, :, i] = moved.view(group)[..., 0]
+    return out
 
 
 def _halves(blocks: np.ndarray, first: int, groups: int, wide: int) -> np.ndarray:
@@ -89,14 +91,15 @@ def _halves(blocks: np.ndarray, first: int, groups: int, wide: int) -> np.ndarra
     return _spread(codes, (0, 4), 15)
 
 
-def _float16(blocks: np.ndarray, first: int) -> np.ndarray:
-    """(n, 1) a number that each block has, as float32."""
-    stored = np.ascontiguousarray(blocks[:, first : first + 2])
-    return stored.view(np.float16).astype(np.float32)
+def _float16(blocks: np.ndarray, first: int, count: int = 1) -> np.ndarray:
+    """(n, count) numbers that each block has, as float32."""
+    return blocks[:, first : first + 2 * count].view(np.float16).astype(np.float32)
 
 
 def _q8_0(blocks: np.ndarray) -> np.ndarray:
-    return np.ascontiguousarray(blocks[:, 2:]).view(np.int8)
+    codes = empty((len(blocks), 32), np.int8)
+    codes[...] = blocks[:, 2:].view(np.int8)
+    return codes
 
 
 def _q4_0(blocks: np.ndarray) -> np.ndarray:
@@ -123,15 +126,13 @@ def _q4_k(blocks: np.ndarray) -> np.ndarray:
 
 def _q5_k(blocks: np.ndarray) -> np.ndarray:
     codes = _halves(blocks, 48, 4, 32)
-    high = _spread(blocks[:, 16:48].reshape(len(blocks), 1, 32), range(8), 1)
-    np.multiply(high, np.uint8(16), out=high)
+    high = _spread(blocks[:, 16:48].reshape(len(blocks), 1, 32), range(-4, 4), 16)
     return np.bitwise_or(codes, high, out=codes)
 
 
 def _q6_k(blocks: np.ndarray) -> np.ndarray:
     codes = _halves(blocks, 0, 2, 64)
-    high = _spread(blocks[:, 128:192].reshape(len(blocks), 2, 32), (0, 2, 4, 6), 3)
-    np.multiply(high, np.uint8(16), out=high)
+    high = _spread(blocks[:, 128:192].reshape(len(blocks), 2, 32), (-4, -2, 0, 2), 48)
     np.bitwise_or(codes, high, out=codes)
     return np.subtract(codes, np.uint8(32), out=codes).view(np.int8)
 
@@ -144,13 +145,16 @@ def _of_mxfp4(quants: Any, blocks: np.ndarray) -> tuple[np.ndarray]:
     return (quants.MXFP4.e8m0_to_fp32_half(blocks[:, :1]),)
 
 
-def _of_q4_k(quants: Any, blocks: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Of groups of 32, six bits each."""
-    scales, minima = quants.Q4_K.get_scale_min(np.ascontiguousarray(blocks[:, 4:16]))
-    return (
-        _float16(blocks, 0) * scales.astype(np.float32),
-        _float16(blocks, 2) * minima.astype(np.float32),
-    )
+def _of_q4_k(quants: Any, blocks: np.ndarray) -> tuple[np.ndarray, ...]:
+    """Of groups of 32, six bits each: of the first four in a byte, of the others in two parts."""
+    scales, minima, both = np.ascontiguousarray(blocks[:, 4:16]).view(np.uint32).T
+    bits = np.empty((len(blocks), 4), np.uint32)
+    for i, first, last in ((0, scales, both), (2, minima, both >> np.uint32(4))):
+        bits[:, i] = first & np.uint32(0x3F3F3F3F)
+        top = first >> np.uint32(2) & np.uint32(0x30303030)
+        bits[:, i + 1] = last & np.uint32(0x0F0F0F0F) | top
+    shared = bits.view(np.uint8).reshape(-1, 2, 8) * _float16(blocks, 0, 2)[:, :, None]
+    return shared[:, 0], shared[:, 1]
 
 
 def _of_q6_k(quants: Any, blocks: np.ndarray) -> tuple[np.ndarray]:

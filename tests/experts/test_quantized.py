@@ -10,10 +10,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dask_ep.arrays.packed import apply_shared
+from dask_ep.arrays.packed import apply_shared, round_to, split_factor
 from dask_ep.errors import ReadError
 from dask_ep.experts.codings import FLOAT8
-from dask_ep.experts.quantized import float8, mxfp4, round_to, splits_exactly
+from dask_ep.experts.quantized import QuantizedSource, float8, mxfp4
 from dask_ep.storage.sources import open_source
 
 
@@ -148,9 +148,37 @@ def test_products_of_all_fractions_and_whole_numbers_are_rounded_half_to_even(dt
     fractions = np.arange(1 << (bits - 1), 1 << bits, dtype=np.float32)[:, None] * 2.0**-bits
     products = np.float32(fractions) * np.arange(-255, 256, dtype=np.float32)
     want = products.astype(dtype).astype(np.float32)
-    assert splits_exactly(np.float32(fractions), np.dtype(dtype))
-    round_to(products, np.dtype(dtype), True, np.empty_like(products))
+    split = split_factor(np.float32(fractions), np.dtype(dtype))
+    assert split is not None
+    products *= split
+    round_to(products, np.dtype(dtype), split, np.empty_like(products))
     assert products.tobytes() == want.tobytes()
+
+
+@pytest.mark.parametrize("zero", [0, 3, -128])
+def test_products_with_scales_of_0_and_below_are_rounded_with_their_signs(zero):
+    codes = np.arange(-128, 128, dtype=np.int8).reshape(2, 128)
+    scales = np.float32([[0.3, 0.0, -0.7, 1.7]] * 2).astype(ml_dtypes.bfloat16)
+    whole = codes.astype(np.float32) - np.float32(zero)
+    want = (whole * np.repeat(scales.astype(np.float32), 32, axis=1)).astype(ml_dtypes.bfloat16)
+    zeros = open_source(np.full((2, 4), zero, np.int8))
+    for chosen in (slice(0, 1), slice(0, 4)):
+        source = QuantizedSource(
+            open_source(np.ascontiguousarray(codes[:, : 32 * chosen.stop])), "int8",
+            open_source(np.ascontiguousarray(scales[:, chosen])), (1, 32),
+            zeros=open_source(np.ascontiguousarray(zeros.array[:, chosen])),
+            rounded=np.dtype(ml_dtypes.bfloat16),
+        )  # fmt: skip
+        got = source.read(0, 2)
+        assert got.tobytes() == want[:, : 32 * chosen.stop].astype(np.float32).tobytes()
+
+
+def test_zero_points_that_are_not_whole_are_refused():
+    zeros = open_source(np.full((1, 1), 0.5, np.float32), "w_zero_point")
+    codes, scales = open_source(np.zeros((1, 4), np.int8)), open_source(np.ones((1, 1), "f4"))
+    source = QuantizedSource(codes, "int8", scales, (1, 4), zeros=zeros)
+    with pytest.raises(ReadError, match="w_zero_point must hold whole numbers of 8 bits"):
+        source.read(0, 1)
 
 
 @pytest.mark.parametrize("wide", [1, 4, 16, 32, 48, 128, 600])

@@ -291,7 +291,8 @@ class DeviceArray:
             raise TypeError("casting and subok are not supported yet")
         if not copy and np.dtype(dtype) == self.dtype:
             return self
-        return _wrap(self._a.astype(dtype, order=order))
+        with np.errstate(all="ignore"):  # a device neither warns nor raises
+            return _wrap(self._a.astype(dtype, order=order))
 
     def view(self, dtype: Any = None, type: Any = None) -> DeviceArray:
         return _wrap(self._a.view() if dtype is None else self._a.view(dtype))

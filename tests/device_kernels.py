@@ -111,7 +111,12 @@ SUPPORTED = {(0, 0, 68), (0, 0, 77), (1, 1, 70), (2, 2, 68), (2, 0, 68), (14, 14
 
 
 class Cublas:
-    """The part of it that is called; notes each product."""
+    """The part of it that is called; notes each product.
+
+    Sums of 16-bit numbers are rounded towards zero, as tensor cores do, or to nearest.
+    """
+
+    to_nearest = False
 
     CUBLAS_OP_N, CUBLAS_OP_T, CUBLAS_GEMM_DEFAULT = 0, 1, -1
     CUBLAS_COMPUTE_32F, CUBLAS_COMPUTE_64F, CUBLAS_COMPUTE_32F_FAST_TF32 = 68, 70, 77
@@ -133,19 +138,27 @@ class Cublas:
         ldc, computeType, algo,
     ):  # fmt: skip
         sums = np.float64 if computeType == self.CUBLAS_COMPUTE_64F else np.float32
-        one, zero = (ctypes.cast(p, ctypes.POINTER(_C[sums]))[0] for p in (alpha, beta))
-        assert (one, zero) == (1, 0)
+        one, add = (ctypes.cast(p, ctypes.POINTER(_C[sums]))[0] for p in (alpha, beta))
+        assert one == 1
+        assert add in (0, 1)
         assert Atype == Btype
         assert (Atype, Ctype, computeType) in SUPPORTED
         left = _columns(A, Atype, (m, k), lda, transposed=transa)
         right = _columns(B, Btype, (k, n), ldb, transposed=transb)
         out = _columns(C, Ctype, (m, n), ldc, transposed=False)
         stream = get_current_stream()
-        self.calls.append(SimpleNamespace(handle=handle, stream=stream, mode=computeType, m=m, n=n))
+        self.calls.append(
+            SimpleNamespace(
+                handle=handle, stream=stream, mode=computeType, m=m, n=n, add=add, kind=TYPES[Atype]
+            )
+        )
 
         def multiply() -> None:
             with np.errstate(all="ignore"):
-                out[...] = left.astype(sums) @ right.astype(sums)
+                narrow = left.dtype.itemsize == 2 and not self.to_nearest
+                left_, right_ = left.astype(sums), right.astype(sums)
+                product = _summed_towards_zero(left_, right_) if narrow else left_ @ right_
+                out[...] = product + out if add else product
 
         stream._start(multiply)
 
@@ -167,6 +180,22 @@ class Cublas:
             )  # fmt: skip
         self.batches.append(self.calls[-batchCount:])
         del self.calls[-batchCount:]
+
+
+TERMS_AT_ONCE = 16
+"""That a tensor core multiplies and adds up before it rounds."""
+
+
+def _summed_towards_zero(left: np.ndarray, right: np.ndarray) -> np.ndarray:
+    """The product of matrices as tensor cores sum it up."""
+    total = np.zeros((len(left), right.shape[1]), np.float32)
+    for first in range(0, len(right), TERMS_AT_ONCE):
+        some = slice(first, first + TERMS_AT_ONCE)
+        exact = left[:, some].astype("f8") @ right[some].astype("f8") + total
+        total = exact.astype(np.float32)
+        beyond = np.abs(total.astype("f8")) > np.abs(exact)
+        total[beyond] = np.nextafter(total[beyond], np.float32(0))
+    return total
 
 
 _C = {np.float32: ctypes.c_float, np.float64: ctypes.c_double}

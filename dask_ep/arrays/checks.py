@@ -38,14 +38,14 @@ def is_float(dtype: np.dtype) -> bool:
     return dtype.kind == "f" or "float" in dtype.name
 
 
-def computing_dtype(dtype: np.dtype, on_device: bool = False) -> np.dtype:
+def computing_dtype(dtype: np.dtype, is_rounded: bool = False) -> np.dtype:
     """The dtype in which tokens of a dtype are computed, and of which their experts are held.
 
-    float64 stays, all else is float32, in which sums are taken everywhere. On a device products
-    take 16 bits as they are, so that what goes into one is infinite there if it is a float16 beyond
-    65504.
+    float64 stays, all else is float32, in which sums are taken everywhere. Where products on a
+    device round to 16 bits (`Experts.with_precision`), experts are held in 16 bits like the tokens,
+    and what goes into a product is infinite if it is a float16 beyond 65504.
     """
-    if on_device and np.dtype(dtype).itemsize == 2:
+    if is_rounded and np.dtype(dtype).itemsize == 2:
         return np.dtype(dtype)
     return np.dtype(np.float64 if dtype == np.float64 else np.float32)
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import os
 import threading
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -22,7 +22,16 @@ STREAMS = 4
 SUMS_IN_FLOAT32 = 16
 """cuBLAS's CUBLAS_MATH_DISALLOW_REDUCED_PRECISION_REDUCTION, for which CuPy 14.2 has no name."""
 
+TERMS = 512
+"""Numbers of 16 bits that tensor cores add up at a time where a sum shall be as exact as float32's.
+They round it towards zero each time they add some (Fasi et al., "Numerical behavior of NVIDIA
+tensor cores", 2021), so that the errors add up; what is added to an output is rounded to nearest.
+Largest errors of products of 768, 2048, 4096 and 14336 terms, of their largest value, with 16 terms
+added at a time in NumPy: 8e-7, 8e-7, 7e-7, 6e-7; all terms at a time 1.2e-6, 3e-6, 6e-6, 2e-5; one
+after the other in float32 6e-7, 9e-7, 1.3e-6, 4e-6."""
+
 BFLOAT16_CAPABILITY = 80
+"""Of the first devices that multiply bfloat16: Ampere's."""
 
 TF32_SWITCH = "DASK_EP_TF32"
 """Environment variable that is 1 where float32 experts multiply as TF32. CuPy's own, CUPY_TF32,
@@ -47,7 +56,10 @@ class Gemms:
       bfloat16 (14.0 on, with ml_dtypes) is the same call, ``gemmEx`` with ``CUDA_R_16BF`` and
       ``CUBLAS_COMPUTE_32F``, but gives 16 bits and no other, costs some microseconds more of the
       host for each product, and makes an array of each matrix.
+    - Rows in parts, whose sum they are, are multiplied part by part, the smallest first, each added
+      to what is there: by the same stream, and without room for another output.
     - float32: in float32, or as TF32 if the environment says so (`TF32_SWITCH`).
+    - Matrices of another dtype than the rows are converted for the call, all of them at a time.
     - cuBLAS promises the same bits each time if a handle works on one stream, so that each stream
       here has its own handle (NVIDIA's documentation of cuBLAS, "Results reproducibility").
     - CuPy 14.2 wraps no grouped product of cuBLAS, and of the batched ones those with equal strides
@@ -74,82 +86,105 @@ class Gemms:
         matrices: Sequence[Array],
         bounds: Sequence[tuple[int, int]],
         out: Array,
+        exact: bool = False,
     ) -> None:
-        """``out[start:stop] = rows[start:stop] @ matrix`` of each; rows and out row by row."""
+        """``out[start:stop] = rows[start:stop] @ matrix`` of each; rows and out row by row.
+
+        Rows (m, d), or parts (p, m, d) of which they are the sum. Sums of 16-bit numbers are as
+        `exact` as those of float32 if that is asked for; then `out` is float32.
+        """
         compute, calls = self._xp.cuda.get_current_stream(), []
-        if rows.dtype.name == "bfloat16" and self._capability < BFLOAT16_CAPABILITY:
-            raise TypeError(
-                "products of bfloat16 need a GPU of compute capability 8.0 (Ampere) or higher, "
-                f"but this one has {self._capability / 10}: make the tokens float16 or float32"
-            )
-        if (stride := _equal_stride(matrices, bounds, rows.dtype)) is not None:
-            self._multiply_all_at_once(rows, matrices, bounds, out, stride)
+        parts = [rows] if rows.ndim == 2 else list(rows)[::-1]  # the smallest first
+        matrices = [self._as_read(matrix, rows.dtype) for matrix in matrices]
+        terms = TERMS if exact and rows.dtype.itemsize == 2 else len(matrices[0]) or 1
+        if (stride := _equal_stride(matrices, bounds)) is not None:
+            self._multiply_all_at_once(parts, matrices, bounds, out, stride, terms)
             return
         for matrix, (start, stop) in zip(matrices, bounds, strict=True):
             if stop > start:
-                calls.append((stop - start, *self._arguments(rows, matrix, out, start, stop)))
-        calls.sort(key=lambda call: -call[0])  # the longest first: they end together
+                calls.append((matrix, start, stop))
+        calls.sort(key=lambda call: call[1] - call[2])  # the longest first: they end together
         used = self._streams[: len(calls)]
         with self._lock:
             ready = compute.record()
             for stream in used:
                 stream.wait_event(ready)
-            for nth, (_, _, arguments) in enumerate(calls):
+            for nth, (matrix, start, stop) in enumerate(calls):
                 with used[nth % len(used)]:  # cuBLAS takes the stream in use
-                    self._cublas.gemmEx(self._handles[nth % len(used)], *arguments)
+                    for arguments in self._each(parts, matrix, out, start, stop, terms):
+                        self._cublas.gemmEx(self._handles[nth % len(used)], *arguments)
             for stream in used:
                 compute.wait_event(stream.record())
 
     def _multiply_all_at_once(
         self,
-        rows: Array,
+        parts: list[Array],
         matrices: Sequence[Array],
         bounds: Sequence[tuple[int, int]],
         out: Array,
         stride: int,
+        terms: int,
     ) -> None:
-        itemsize = rows.dtype.itemsize
-        _, arguments = self._arguments(rows, matrices[0], out, 0, bounds[0][1])
-        op, other, n, m, k, one, W, kind, ld, x, _, ldx, zero, y, made, ldy, sums, algo = arguments
-        steps = (m * rows.strides[0] // itemsize, m * out.strides[0] // out.dtype.itemsize)
+        itemsize = parts[0].dtype.itemsize
         with self._lock:
-            self._cublas.gemmStridedBatchedEx(
-                *(self._own, op, other, n, m, k, one, W, kind, ld, stride // itemsize),
-                *(x, kind, ldx, steps[0], zero, y, made, ldy, steps[1]),
-                *(len(matrices), sums, algo),
-            )
+            for arguments in self._each(parts, matrices[0], out, *bounds[0], terms):
+                op, other, n, m, k, one, W, kind, ld, x, _, ldx, beta, y, made, ldy, *how = (
+                    arguments
+                )
+                self._cublas.gemmStridedBatchedEx(
+                    *(self._own, op, other, n, m, k, one, W, kind, ld, stride // itemsize),
+                    *(x, kind, ldx, m * ldx, beta, y, made, ldy, m * ldy, len(matrices), *how),
+                )
+
+    def _as_read(self, matrix: Array, dtype: np.dtype) -> Array:
+        """The matrix, or a copy of it, in a dtype, and lying as cuBLAS can read it."""
+        matrix = matrix.astype(dtype, copy=False)
+        return matrix if _lies(matrix)[1] is not None else self._xp.ascontiguousarray(matrix)
+
+    def _each(
+        self, parts: list[Array], matrix: Array, out: Array, start: int, stop: int, terms: int
+    ) -> Iterator[tuple[Any, ...]]:
+        """The arguments of gemmEx for each part, and of the last and largest for some terms each;
+        all are added to those before."""
+        width, add = len(matrix), False
+        for part in parts:
+            step = terms if part is parts[-1] else max(width, 1)
+            for first in range(0, max(width, 1), step):
+                some = slice(first, first + step)
+                yield self._arguments(part[:, some], matrix[some], out, start, stop, add=add)
+                add = True
 
     def _arguments(
-        self, rows: Array, matrix: Array, out: Array, start: int, stop: int
-    ) -> tuple[Array, tuple[Any, ...]]:
-        """The matrix as it is read, and the arguments of gemmEx for out = rows @ matrix.
+        self, rows: Array, matrix: Array, out: Array, start: int, stop: int, *, add: bool
+    ) -> tuple[Any, ...]:
+        """The arguments of gemmEx for out = rows @ matrix, or out += rows @ matrix.
 
         cuBLAS counts along columns first: what lies row by row is for it the transposed matrix, and
         so it computes out.T = matrix.T @ rows.T.
         """
-        matrix = matrix.astype(rows.dtype, copy=False)
         transposed, leading = _lies(matrix)
-        if leading is None:
-            matrix = self._xp.ascontiguousarray(matrix)
-            transposed, leading = _lies(matrix)
         (width, d_out), itemsize = matrix.shape, rows.dtype.itemsize
         kind, made = (
             getattr(self._xp.cuda.runtime, CUDA_TYPES[array.dtype.name]) for array in (rows, out)
         )
         wide = "float64" if rows.dtype == np.float64 else "float32"
         cublas = self._cublas
-        return matrix, (
+        return (
             cublas.CUBLAS_OP_T if transposed else cublas.CUBLAS_OP_N,
             cublas.CUBLAS_OP_N,
             *(d_out, stop - start, width),
             self._ones[wide].ctypes.data,
             *(matrix.data.ptr, kind, leading),
             *(rows.data.ptr + start * rows.strides[0], kind, rows.strides[0] // itemsize),
-            self._zeros[wide].ctypes.data,
+            (self._ones if add else self._zeros)[wide].ctypes.data,
             *(out.data.ptr + start * out.strides[0], made, out.strides[0] // out.dtype.itemsize),
             self._accuracy(rows.dtype),
             cublas.CUBLAS_GEMM_DEFAULT,
         )
+
+    def multiplies(self, dtype: np.dtype) -> bool:
+        """Whether this device multiplies numbers of a dtype."""
+        return dtype.name != "bfloat16" or self._capability >= BFLOAT16_CAPABILITY
 
     def _accuracy(self, dtype: np.dtype) -> int:
         if dtype == np.float64:
@@ -159,12 +194,10 @@ class Gemms:
         return self._cublas.CUBLAS_COMPUTE_32F
 
 
-def _equal_stride(
-    matrices: Sequence[Array], bounds: Sequence[tuple[int, int]], dtype: np.dtype
-) -> int | None:
+def _equal_stride(matrices: Sequence[Array], bounds: Sequence[tuple[int, int]]) -> int | None:
     """Bytes from one matrix to the next, if they are as far apart as their rows are; else None."""
     first, m = matrices[0], bounds[0][1]
-    if len(matrices) < 2 or m == 0 or first.dtype != dtype or _lies(first)[1] is None:
+    if len(matrices) < 2 or m == 0:
         return None
     stride = matrices[1].data.ptr - first.data.ptr
     even = all(

@@ -190,10 +190,11 @@ class Experts(Weights):
         Parameters
         ----------
         precision : "float32" or "bfloat16"
-            What a CPU that multiplies bfloat16 faster makes of what is float32 on the way through
-            bfloat16 matrices. "float32", as without it: three bfloat16 numbers for each, for the
-            accuracy of float32 products. "bfloat16": one, rounded, as a model in bfloat16 computes
-            (errors of about 2e-3 of the largest value). Elsewhere all is float32 anyway.
+            What a GPU, or a CPU that multiplies bfloat16 faster, makes of what is float32 on the
+            way through bfloat16 matrices. "float32", as without it: three bfloat16 numbers for
+            each, for the accuracy of float32 products. "bfloat16": one, rounded, as a model in
+            bfloat16 computes (errors of about 2e-3 of the largest value). On a GPU that also rounds
+            all experts to the dtype of tokens that have 16 bits. Elsewhere all is float32 anyway.
         """
         if precision not in PARTS:
             raise ValueError(f"precision must be one of {', '.join(PARTS)}, not {precision!r}")

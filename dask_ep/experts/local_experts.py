@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable, Sequence
+from functools import partial
 from importlib import import_module
 from threading import Lock
 from typing import TYPE_CHECKING, Any
@@ -132,17 +133,21 @@ def _read_to_device(
         return stacks if "gate_up" not in stacks else _side_by_side(stacks, experts.options)
     axis = 0 if experts.options.get("transposed", False) else 1
     stacks, targets = {}, {}
+    one = partial(Weight.loaded_dtype, dtype=dtype, on_device=True)
     for name, weight in weights.items():
         shape = weight.shape[1:]
         if name in ("gate", "gate_bias"):
             along = 0 if len(shape) == 1 else axis
             whole = (*shape[:along], 2 * shape[along], *shape[along + 1 :])
-            pair = stacks[name.replace("gate", "gate_up")] = _allocate(xp, weight, whole, dtype)
+            partner = weights[name.replace("gate", "up")]
+            pair = stacks[name.replace("gate", "gate_up")] = _allocate(
+                xp, weight, whole, max(one(weight), one(partner), key=lambda kind: kind.itemsize)
+            )
             halves = [(None, None) if a is None else _halves(a, along) for a in pair]
             targets[name] = [gate for gate, _ in halves]
             targets[name.replace("gate", "up")] = [up for _, up in halves]
         elif name not in targets:
-            targets[name] = stacks[name] = _allocate(xp, weight, shape, dtype)
+            targets[name] = stacks[name] = _allocate(xp, weight, shape, one(weight))
     for name, weight in weights.items():
         weight.fill(targets[name], given.get(name))
     return _side_by_side(stacks, experts.options) if "gate_up" in stacks else stacks

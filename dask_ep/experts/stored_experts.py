@@ -7,7 +7,7 @@ come, and only the last one of each thread stays so.
 
 Half the memory of float32 for 16 bits, a quarter for FP8, an eighth for MXFP4, and the time of one
 conversion per chunk and expert; none for bfloat16 where products take it as it is (`bfloat16`). On
-a GPU that is the device's memory, where an expert is decoded to the dtype of the rows.
+a GPU that is the device's memory, where an expert is decoded to what it computes in.
 """
 
 from __future__ import annotations
@@ -19,11 +19,13 @@ from typing import Any
 import numpy as np
 from dask.base import normalize_token
 
+from dask_ep.arrays.checks import computing_dtype
 from dask_ep.arrays.namespaces import Array
 from dask_ep.experts.experts import Experts
 from dask_ep.experts.quantized import in_memory
 from dask_ep.experts.weights import Weight
 from dask_ep.kernel.expert import Expert
+from dask_ep.kernel.factors import Factors
 
 
 def held_as_stored(experts: Experts) -> StoredExperts:
@@ -98,6 +100,11 @@ class _StoredExpert(Expert):
 
     def takes(self, dtype: np.dtype) -> np.dtype:
         return self._loaded().takes(dtype)
+
+    def factors(self, dtype: np.dtype) -> Factors:
+        first = next(iter(self._one.weights.values()))  # on a device dtypes tell: nothing is loaded
+        held = first.loaded_dtype(self._dtype, on_device=True)
+        return Factors(dtype if held == dtype else computing_dtype(dtype))
 
     @property
     def hidden(self) -> int | None:

@@ -156,12 +156,16 @@ class Weight:
                 arrays.append(self.whole().read(e, e + 1)[0])
         return [None if a is None else self._as_computed(a, dtype) for a in arrays]
 
+    def loaded_dtype(self, dtype: np.dtype, *, on_device: bool = False) -> np.dtype:
+        """The dtype in which one computes in a dtype, as far as dtypes tell."""
+        narrow = dtype == np.float32 and self.is_bfloat16
+        if narrow and (on_device or blas.bfloat16_library() is not None):
+            return BFLOAT16
+        return np.dtype(dtype)
+
     def loaded_bytes(self, dtype: np.dtype, *, on_device: bool = False) -> int:
         """Bytes of one expert's as it computes in a dtype, at most."""
-        narrow = not on_device and dtype == np.float32 and self.is_bfloat16
-        if narrow and blas.bfloat16_library() is not None:
-            dtype = BFLOAT16
-        return prod(self.shape[1:]) * dtype.itemsize
+        return prod(self.shape[1:]) * self.loaded_dtype(dtype, on_device=on_device).itemsize
 
     @property
     def is_bfloat16(self) -> bool:
@@ -172,10 +176,12 @@ class Weight:
         return one.dtype == BFLOAT16 or (isinstance(one, QuantizedSource) and one.is_bfloat16)
 
     def _as_computed(self, array: Array, dtype: np.dtype) -> Array:
-        if array.ndim == 2 and dtype == np.float32 and serves(array):
+        on_host = isinstance(array, np.ndarray)
+        stays = serves(array) if on_host else array.dtype == BFLOAT16
+        if array.ndim == 2 and dtype == np.float32 and stays:
             return array
         wide = _converted(array, dtype)
-        return narrowed(wide) if wide.ndim == 2 and self._is_quantized() else wide
+        return narrowed(wide) if on_host and wide.ndim == 2 and self._is_quantized() else wide
 
     def _is_quantized(self) -> bool:
         one = self.parts[0] if isinstance(self.parts, tuple) else self.parts

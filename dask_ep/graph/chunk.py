@@ -78,7 +78,7 @@ def load_rank(
     def load() -> LocalExperts | list:
         namespace, needed = (
             import_module(xp),
-            experts.parameters * experts.num_experts * dtype.itemsize,
+            experts.num_experts * experts.loaded_bytes(dtype, on_device=xp != "numpy"),
         )
         with (
             error_context(f"loading the experts of rank {rank}"),

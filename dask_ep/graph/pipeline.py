@@ -243,7 +243,7 @@ def _layer(
     tasks: dict[Any, Task] = {}
     dependencies: list[da.Array] = []
     xp = namespace(tokens._meta).__name__
-    dtype = computing_dtype(tokens.dtype, on_device=xp != "numpy")
+    dtype = computing_dtype(tokens.dtype, xp != "numpy" and experts.precision == "bfloat16")
     several = len(slots) > 1
     for r, ids in enumerate(slots):
         local = experts.subset(ids)

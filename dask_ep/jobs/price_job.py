@@ -207,7 +207,11 @@ class Pricing:
             "experts": work.experts,
         }
         if layout.on_devices:
-            self._probed = probe_device(work.d, work.d_out, dtype=work.dtype, **sizes)
+            assert work.on_device is not None
+            exact = self._experts.precision == "float32"
+            self._probed = probe_device(
+                work.d, work.d_out, dtype=work.on_device.factor, exact=exact, **sizes
+            )
         else:
             dtype = computing_dtype(work.dtype)
             self._probed = probe(

@@ -8,11 +8,12 @@ from typing import Any
 
 import numpy as np
 
-from dask_ep.arrays.checks import BadRow, place_of_row
+from dask_ep.arrays.checks import BadRow, computing_dtype, place_of_row
 from dask_ep.arrays.device import explain_chunk_memory
 from dask_ep.arrays.namespaces import Array, namespace
 from dask_ep.errors import DeviceMemoryError
 from dask_ep.kernel.device_kernel import row_bytes
+from dask_ep.kernel.factors import Factors
 
 
 @contextmanager
@@ -41,8 +42,11 @@ def explain_kernel_memory(
     """
     if namespace(tokens) is np:
         return nullcontext()
-    widest = max((getattr(expert, "widest", d_out) for expert in experts), default=0)
-    one = row_bytes(tokens.shape[1], d_out, widest, k, tokens.dtype.itemsize)
+    known = [expert for expert in experts if hasattr(expert, "widest")]
+    widest = max((expert.widest for expert in known), default=d_out if len(experts) else 0)
+    takes = (expert.factors(tokens.dtype) for expert in known)
+    taken = max(takes, key=lambda one: one.nbytes, default=Factors(computing_dtype(tokens.dtype)))
+    one = row_bytes(tokens.shape[1], d_out, widest, k, tokens.dtype, taken)
     return explain_chunk_memory(tokens, one + extra_row_bytes)
 
 

@@ -1,10 +1,11 @@
 """Which steps does a GPU take in one pass over the rows?
 
 CUDA kernels for what would be several passes as array functions: activation times up, gathering
-with weights, summing what the experts and the ranks give. All of them only move memory, so each row
-is read once and written once; sums and activations are float32 for numbers of 16 bits and for
-float32, float64 for float64, and round where NumPy rounds (no fused multiply-add). But CuPy has its
-compiler flush float32 to zero below 1.2e-38, the smallest bfloat16 among them.
+with weights, splitting into bfloat16, summing what the experts and the ranks give. All of them only
+move memory, so each row is read once and written once; sums and activations are float32 for numbers
+of 16 bits and for float32, float64 for float64, and round where NumPy rounds (no fused
+multiply-add). But CuPy has its compiler flush float32 to zero below 1.2e-38, except where parts are
+split off.
 
 The source is plain C++ but for the words in front of a kernel, and needs no header: half and
 bfloat16 are turned into float32 by hand. One kernel per dtype is compiled (by NVRTC, through
@@ -43,6 +44,9 @@ __device__ inline void narrow(float x, bfloat_t &to) {
     else to.bits = (b.u + 0x7fffu + ((b.u >> 16) & 1u)) >> 16;            // ties to even
 }
 #if defined(__CUDACC__) && !defined(__HIP__)
+__device__ inline float minus(float x, float y) {  // the compiler's own takes 1e-39 for 0
+    float f; asm("sub.rn.f32 %0, %1, %2;" : "=f"(f) : "f"(x), "f"(y)); return f;
+}
 __device__ inline float wide(half_t x) {
     float f; asm("cvt.f32.f16 %0, %1;" : "=f"(f) : "h"(x.bits)); return f;
 }
@@ -50,6 +54,7 @@ __device__ inline void narrow(float x, half_t &to) {
     asm("cvt.rn.f16.f32 %0, %1;" : "=h"(to.bits) : "f"(x));
 }
 #else
+__device__ inline float minus(float x, float y) { return x - y; }
 union half_bits_t { unsigned short u; _Float16 f; };
 __device__ inline float wide(half_t x) { half_bits_t b; b.u = x.bits; return (float)b.f; }
 __device__ inline void narrow(float x, half_t &to) {
@@ -60,6 +65,25 @@ __device__ inline void narrow(float x, half_t &to) {
 """
 
 KERNELS = r"""
+// Writes x as PARTS numbers, `apart` from each other: one that is rounded, or several bfloat16 of
+// which it is the sum, each with the next 8 bits. Infinity and NaN are the first part; the others
+// are 0 then.
+__device__ inline void write(W x, T *to, long long apart) {
+#if PARTS == 1
+    narrow(x, *to);
+#else
+    for (int part = 0; part < PARTS; ++part) {
+        bits_t all, high;
+        all.f = x;
+        unsigned int magnitude = all.u & 0x7fffffffu;
+        high.u = all.u & 0xffff0000u;
+        if (magnitude > 0x7f800000u) high.u |= 0x400000u;  // NaN stays NaN
+        to[part * apart].bits = high.u >> 16;
+        x = magnitude < 0x7f800000u ? minus(x, high.f) : 0.0f;
+    }
+#endif
+}
+
 __device__ inline W silu(W x, W alpha) { return x / (W(1) + exp(-alpha * x)); }
 __device__ inline W gelu(W x, W) { return x * (W(0.5) * erfc(x * W(-0.70710678118654752))); }
 __device__ inline W gelu_tanh(W x, W) {
@@ -102,7 +126,8 @@ extern "C" __global__ void gather(
     }
 }
 
-// out[r] = rows[slot / k] * weights[slot], of slot = order[r]; of r itself if it is not ORDERED.
+// out[r] = rows[slot / k] * weights[slot], of slot = order[r]; of r itself if it is not ORDERED;
+// without the weights if it is not WEIGHTED. Also where nothing but the dtype changes.
 extern "C" __global__ void weigh(
     const S *rows, const long long *order, const W *weights, T *out,
     long long m, long long k, long long width)
@@ -110,8 +135,11 @@ extern "C" __global__ void weigh(
     for EACH_ROW(r, m) {
         long long slot = ORDERED ? order[r] : r;
         const S *from = rows + slot / k * width;
-        W weight = weights[slot];
-        for EACH_COLUMN(c, width) narrow(wide(from[c]) * weight, out[r * width + c]);
+        for EACH_COLUMN(c, width) {
+            W value = wide(from[c]);
+            if (WEIGHTED) value *= weights[slot];
+            write(value, out + r * width + c, m * width);
+        }
     }
 }
 
@@ -128,14 +156,14 @@ extern "C" __global__ void gate(
                 gate = gate > limit ? limit : gate;
                 up = up > limit ? limit : (up < -limit ? -limit : up);
             }
-            narrow(ACTIVATION(gate, alpha) * (up + up_offset), out[r * step + c]);
+            write(ACTIVATION(gate, alpha) * (up + up_offset), out + r * step + c, m * step);
         }
     }
 }
 
 extern "C" __global__ void activate(W *hidden, T *out, long long n, W alpha)
 {
-    for EACH(i, n) narrow(ACTIVATION(hidden[i], alpha), out[i]);
+    for EACH(i, n) write(ACTIVATION(hidden[i], alpha), out + i, n);
 }
 
 // Each row's k numbers in ascending order.
@@ -218,11 +246,12 @@ def source_of(
     weighted: bool = False,
     ordered: bool = False,
     limited: bool = False,
+    parts: int = 1,
 ) -> str:
     """Return the source with its types and switches filled in.
 
-    Rows are read as `source`, `T` where that is None, and written as `T`; what lies between two
-    steps is as wide as sums are.
+    Rows are read as `source`, `T` where that is None, and written as `T`, in so many `parts`; what
+    lies between two steps is as wide as sums are.
 
     Examples
     --------
@@ -243,6 +272,7 @@ def source_of(
             f"#define WEIGHTED {int(weighted)}",
             f"#define ORDERED {int(ordered)}",
             f"#define LIMITED {int(limited)}",
+            f"#define PARTS {parts}",
             KERNELS,
         ]
     )
@@ -252,7 +282,8 @@ class FusedKernels:
     """The kernels on the arrays of one namespace; all are contiguous, and of one device.
 
     Launched on the compute stream. `weights` are float32, or float64 where the rows are, and
-    `order` and positions int64.
+    `order` and positions int64. An `out` (p, m, width) of bfloat16 takes the parts of what is
+    written, see `factors.Factors`.
     """
 
     def __init__(self, compile_: Callable[..., Callable]):
@@ -288,12 +319,16 @@ class FusedKernels:
         kernel = self._compile("gather", vector=vector)
         _launch_rows(kernel, len(out), (rows, order, out, *sizes))
 
-    def weigh(self, rows: Array, order: Array | None, k: int, weights: Array, out: Array) -> None:
+    def weigh(
+        self, rows: Array, order: Array | None, k: int, weights: Array | None, out: Array
+    ) -> None:
         """``out[r] = rows[s // k] * weights[s]`` of ``s = order[r]``, or r; `out` may be `rows`."""
-        kernel = self._compile("weigh", T=out.dtype, source=rows.dtype, ordered=order is not None)
-        sizes = map(np.int64, (len(out), k, rows.shape[1]))
-        order = out if order is None else order  # any pointer: it is not read
-        _launch_rows(kernel, len(out), (rows, order, weights, out, *sizes))
+        m, parts = out.shape[-2], _parts(out)
+        switches = {"ordered": order is not None, "weighted": weights is not None, "parts": parts}
+        kernel = self._compile("weigh", T=out.dtype, source=rows.dtype, **switches)
+        sizes = map(np.int64, (m, k, rows.shape[1]))
+        order, weights = (out if a is None else a for a in (order, weights))  # it is not read
+        _launch_rows(kernel, m, (rows, order, weights, out, *sizes))
 
     def gate(
         self,
@@ -309,16 +344,15 @@ class FusedKernels:
         `out` is (m, f), or `hidden` itself.
         """
         m, both = hidden.shape
-        kernel = self._compile(
-            "gate", T=out.dtype, activation=activation, limited=limit is not None
-        )
+        switches = {"activation": activation, "limited": limit is not None, "parts": _parts(out)}
+        kernel = self._compile("gate", T=out.dtype, **switches)
         numbers = map(hidden.dtype.type, (0.0 if limit is None else limit, alpha, up_offset))
-        sizes = map(np.int64, (m, both // 2, out.shape[1]))
+        sizes = map(np.int64, (m, both // 2, out.shape[-1]))
         _launch_rows(kernel, m, (hidden, out, *sizes, *numbers))
 
     def activate(self, hidden: Array, out: Array, activation: str, alpha: float) -> None:
         """``out = activation(hidden)``, which is `wide`; `out` may be `hidden`."""
-        kernel = self._compile("activate", T=out.dtype, activation=activation)
+        kernel = self._compile("activate", T=out.dtype, activation=activation, parts=_parts(out))
         arguments = (hidden, out, np.int64(hidden.size), hidden.dtype.type(alpha))
         kernel(_blocks(hidden.size), (THREADS,), arguments)
 
@@ -363,6 +397,11 @@ def kernels(xp: Any) -> FusedKernels | None:
 
         _fused[xp.__name__] = FusedKernels(compile_)
     return _fused[xp.__name__]
+
+
+def _parts(out: Array) -> int:
+    """In how many parts rows are written to `out`, (m, width) or (p, m, width)."""
+    return 1 if out.ndim == 2 else len(out)
 
 
 def _blocks(n: int) -> tuple[int]:

@@ -8,22 +8,33 @@ A device pays for every step that it is told to take, so the steps are few: expe
 compute together, one matrix product for each and one pass for the activation of all of them.
 What the host must know is where each expert's rows end: one copy of E/R + 3 integers.
 
-Of numbers of 16 bits products take 16 bits and give float32: so do the first products of experts,
-their activations, answers and sums. What is rounded is what goes into a second product, and, once,
-the output. Largest differences of a layer's output from float64, of its largest value, over the
-thirty-three checkpoints of `tests`, in bfloat16 (the output's own rounding, 1.3e-3 to 3.7e-3, left
-aside): median 1.6e-3, largest 3.2e-3. With 16 bits between all steps it is 3.3e-3 and 7.0e-3; with
-float32 up to the second product alone, 1.8e-3 and 3.2e-3; with float32 answers alone, 2.6e-3 and
-7.0e-3. What is left is the second product's: its rows as a sum of two bfloat16 would take that away
-for a third more products, and ``float32`` rows with ``--tf32`` for about twice the time of all.
+Matrices of bfloat16 are multiplied in 16 bits, with sums in float32 (`factors`). Of bfloat16 tokens
+that is exact. What an expert makes of them, which is float32, is written by the kernel that makes
+it as three bfloat16 numbers of which it is the sum, as `bfloat16` has it on the host, and their
+products are added up in place, so that the output alone is rounded. float32 tokens are split by the
+kernel that gathers them. With ``precision="bfloat16"`` numbers are rounded instead, and experts of
+tokens of 16 bits are held in those, whatever they were. Other matrices, those of float16 too, are
+multiplied in float32.
 
-float32 costs memory traffic: 4 f + 2 d bytes a slot more to read, besides the 6 f + 6 d that are
-gathered, activated and summed, and as many more that products write while they compute. By the
-figures of an H100's makers, 3.35 TB/s and seven tenths of 990 TFLOP/s, the products' share of all
-time is then at most 0.91, not 0.94, for d = 4096, f = 14336; 0.85, not 0.89, for d = 7168,
-f = 2048; and 0.66, not 0.73, for d = 2048, f = 768. None of that is measured. To be tried on a card
-where it shows: runs of experts so short (`TOGETHER_BYTES`) that what they make stays in its L2
-cache, and answers in 16 bits.
+A run of E experts with n parts takes, besides n products for each (n for all, where they have as
+many rows), one pass to gather, one to activate and split, two to add up; and, for sums as exact as
+float32's, a product for each `gemms.TERMS` numbers of the largest part.
+
+Largest differences of a layer's output from float64, of its largest value: over two hundred random
+layers 2e-7 on average, as in float32; where sums are rounded towards zero, as tensor cores do, up
+to 1.5 times that. With ``"bfloat16"``, over the thirty-three checkpoints of `tests` and besides
+the output's own rounding, median 1.6e-3, largest 3.2e-3. Numbers below 2**-133, the smallest
+bfloat16, are lost; infinity and NaN in a row are what they are in float32, but infinite weights
+give NaN.
+
+A gated expert so takes 5/3 as many products in 16 bits as it has, 3 of float32 tokens. By makers'
+figures, 990 and 67 TFLOP/s in bfloat16 and float32 (H100), 312 and 19.5 (A100), 165 and 83 (RTX
+4090), that is 9, 10 and 1.2 times as fast as products in float32; of float32 tokens 5, 5 and 0.7
+times, with half the memory for experts. Against that stands what is read and written again for each
+`TERMS` numbers, up to as long as their product takes. Of memory traffic, a slot of bfloat16 takes
+2 d to gather, 14 f to activate, and 4 d to add up. None of that is measured. To be tried on a card
+where it shows: more `TERMS`, runs of experts so short (`TOGETHER_BYTES`) that what they make stays
+in its L2 cache, and answers in 16 bits.
 """
 
 from __future__ import annotations
@@ -34,9 +45,12 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from dask_ep.arrays.checks import computing_dtype
 from dask_ep.arrays.gemms import gemms
 from dask_ep.arrays.namespaces import Array, namespace, to_host
 from dask_ep.kernel import cuda_kernels
+from dask_ep.kernel.bfloat16 import PARTS
+from dask_ep.kernel.factors import Factors, write
 
 TOGETHER_BYTES = 2 << 30
 """Bytes of the widest rows of experts that compute together: it bounds the memory of what they make
@@ -78,27 +92,24 @@ INDEX_BYTES = 48
 """Of a slot while it is sorted by expert and found again: keys, orders and positions."""
 
 
-def slot_bytes(d: int, d_out: int, made: int, itemsize: int) -> int:
-    """Bytes that a slot takes on a device while experts compute, at most.
-
-    What the expert gets, makes and gives; `made` is the width of what it makes. Of 16 bits, what it
-    makes and gives is float32, and what it makes is there once more as the next product takes it.
-
-    Examples
-    --------
-    >>> slot_bytes(d=4096, d_out=4096, made=28672, itemsize=2)
-    196656
+def slot_bytes(taken: int, made: int, given: int) -> int:
+    """Bytes that a slot takes on a device while experts compute, at most: those of the row that an
+    expert takes, of what it makes of it on the way, and of what it gives.
     """
-    sums = max(itemsize, 4)
-    again = itemsize if itemsize < sums else 0
-    return d * itemsize + made * (sums + again) + d_out * sums + INDEX_BYTES
+    return taken + made + given + INDEX_BYTES
 
 
-def row_bytes(d: int, d_out: int, made: int, k: int, itemsize: int) -> int:
+def row_bytes(d: int, d_out: int, made: int, k: int, dtype: np.dtype, taken: Factors) -> int:
     """Bytes that a token row takes on a device in the kernel, at most: its slots, itself and its
     output, and copies of those two.
+
+    `made` is the width of what an expert makes, which is there once more as 16-bit products take
+    it; `taken` is as what the expert takes rows of `dtype`.
     """
-    return 2 * (d + d_out) * itemsize + k * slot_bytes(d, d_out, made, itemsize)
+    sums = computing_dtype(dtype).itemsize
+    again = max(PARTS.values()) * taken.dtype.itemsize if taken.dtype.itemsize == 2 else 0
+    slot = slot_bytes(d * taken.nbytes, made * (sums + again), d_out * sums)
+    return 2 * (d + d_out) * dtype.itemsize + k * slot
 
 
 def sort_slots(
@@ -169,27 +180,20 @@ def through_experts(
     answers = out[:m] if slots.in_order else xp.empty((m, d_out), dtype=sums)
     late = not slots.in_order and not any(expert.apply_router_weight_on_input for expert in experts)
     for some, bounds in _runs(experts, slots.bounds, sums.itemsize):
-        part = slice(bounds[0][0], bounds[-1][1])
-        order = None if slots.in_order else slots.order[part]
-        on_input = some[0].apply_router_weight_on_input
-        before = weights if on_input else None
-        after = None if on_input or late else weights
-        if order is None:
-            rows = tokens[part]
-            if before is not None:
-                rows = _weigh(rows, None, 1, before[part])
-        elif before is not None:
-            rows = _weigh(tokens, order, slots.k, before)
+        part, one = slice(bounds[0][0], bounds[-1][1]), some[0]
+        own = part if slots.in_order else slots.order[part]
+        before = weights if one.apply_router_weight_on_input else None
+        after = None if weights is None or late or before is not None else weights[own]
+        if slots.in_order:
+            rows = _enter(one, tokens[part], None, 1, None if before is None else before[part])
         else:
-            rows = gather(tokens, order, slots.k)
+            rows = _enter(one, tokens, own, slots.k, before)
         here = [(start - part.start, stop - part.start) for start, stop in bounds]
         to = answers[part]
-        apart = after is not None and to.dtype != sums
-        given = xp.empty(to.shape, dtype=sums) if apart else to
-        type(some[0]).together(some, rows, here, given)
-        if after is not None:
-            own = after[part] if order is None else after[order]
-            _weigh(given, None, 1, own, out=to)
+        given = to if to.dtype == sums else xp.empty(to.shape, dtype=sums)
+        type(one).together(some, rows, here, given)
+        if after is not None or given is not to:
+            _weigh(given, None, 1, after, to)
     if slots.in_order:
         out[m:] = 0
     else:
@@ -226,8 +230,8 @@ def _through_padded(
     last = slots.order.size - 1
     wanted = xp.minimum(starts[:, None] + xp.arange(rows, dtype=np.int64), last).reshape(-1)
     order = slots.order[wanted]
-    early = weights is not None and experts[0].apply_router_weight_on_input
-    given = _weigh(tokens, order, slots.k, weights) if early else gather(tokens, order, slots.k)
+    early = weights if experts[0].apply_router_weight_on_input else None
+    given = _enter(experts[0], tokens, order, slots.k, early)
     answers = xp.empty((E * rows, experts[0].d_out), dtype=sums)
     bounds = [(e * rows, (e + 1) * rows) for e in range(E)]
     type(experts[0]).together(experts, given, bounds, answers)
@@ -235,28 +239,54 @@ def _through_padded(
     shifts = xp.concatenate([shifts, xp.full(3, E * rows, dtype=np.int64)])
     at = xp.arange(last + 1, dtype=np.int64) + shifts[slots.keys[slots.order]]
     out = xp.empty((len(tokens), experts[0].d_out), dtype=dtype)
-    _combine(answers, slots, at, order, None if early else weights, out)
+    _combine(answers, slots, at, order, weights if early is None else None, out)
     return out
 
 
-def products(rows: Array, matrices: Sequence[Array], bounds: Bounds, out: Array) -> None:
+def _enter(expert: Any, tokens: Array, order: Array | None, k: int, weights: Array | None) -> Array:
+    """The rows of slots, or rows as they come, as an expert takes them."""
+    taken = expert.factors(tokens.dtype if weights is None else weights.dtype)
+    return as_factors(tokens, taken, order, k, weights)
+
+
+def as_factors(
+    rows: Array,
+    taken: Factors,
+    order: Array | None = None,
+    k: int = 1,
+    weights: Array | None = None,
+) -> Array:
+    """Rows, or those of slots, weighed or not, as a product takes them: in one pass, if any."""
+    if weights is None and (rows.ndim == 3 or taken == Factors(rows.dtype)):
+        return rows if order is None else gather(rows, order, k)
+    out = taken.empty(len(rows if order is None else order), rows.shape[1], rows)
+    _weigh(rows, order, k, weights, out)
+    return out
+
+
+def products(
+    rows: Array, matrices: Sequence[Array], bounds: Bounds, out: Array, exact: bool = False
+) -> None:
     """``out[start:stop] = rows[start:stop] @ matrix`` of each expert.
 
-    Rows and matrices are of one dtype; `out` is of the same, or float32 where they have 16 bits.
+    Rows, or their parts, and matrices are of one dtype; `out` is of the same, or float32 where they
+    have 16 bits, as it must be for parts, and for sums as `exact` as those of float32.
 
     Notes
     -----
-    With cuBLAS one product per expert, on several streams; one call for all of them if they have as
-    many rows (`gemms.Gemms`).
+    With cuBLAS one product per expert and part, on several streams; one call for all experts if
+    they have as many rows (`gemms.Gemms`). Where there is no cuBLAS, or it does not multiply
+    bfloat16, in the dtype of `out`, one product per expert.
     """
     xp = namespace(rows)
     multiply = gemms(xp)
-    if multiply is not None:
-        multiply(rows, matrices, bounds, out)
+    if multiply is not None and multiply.multiplies(rows.dtype):
+        multiply(rows, matrices, bounds, out, exact)
         return
-    rows = rows.astype(out.dtype, copy=False)
     for matrix, (start, stop) in zip(matrices, bounds, strict=True):
-        xp.matmul(rows[start:stop], matrix.astype(out.dtype, copy=False), out=out[start:stop])
+        one = rows[..., start:stop, :].astype(out.dtype, copy=False)
+        one = one if one.ndim == 2 else one.sum(axis=0)  # exact, in whatever order
+        xp.matmul(one, matrix.astype(out.dtype, copy=False), out=out[start:stop])
 
 
 def gather(rows: Array, order: Array, k: int = 1) -> Array:
@@ -322,21 +352,19 @@ def _sort_keys(
     keys[...] = found
 
 
-def _weigh(
-    rows: Array, order: Array | None, k: int, weights: Array, out: Array | None = None
-) -> Array:
-    """Rows of the slots `order`, or of slot r for row r, times the weights of the slots."""
+def _weigh(rows: Array, order: Array | None, k: int, weights: Array | None, out: Array) -> None:
+    """Write rows of the slots `order`, or of slot r for row r, times the weights of the slots if
+    there are some, to `out`: of another dtype, in parts, or `rows` itself.
+    """
     xp = namespace(rows)
-    if out is None:
-        m = len(rows) if order is None else len(order)
-        out = xp.empty((m, rows.shape[1]), dtype=rows.dtype)
     if (kernels := cuda_kernels.kernels(xp)) is not None:
         kernels.weigh(rows, order, k, weights, out)
-        return out
+        return
     if order is not None:
-        rows, weights = xp.take(rows, order // k, axis=0), weights[order]
-    out[...] = rows.astype(weights.dtype, copy=False) * weights[:, None]
-    return out
+        rows = xp.take(rows, order // k, axis=0)
+        weights = None if weights is None else weights[order]
+    values = rows.astype(computing_dtype(rows.dtype), copy=False)
+    write(values if weights is None else values * weights[:, None], out)
 
 
 def _combine(

@@ -80,8 +80,9 @@ def expert_parallel_dispatch(
 
     Notes
     -----
-    float64 tokens are computed in float64, all others in float32, whatever the weights' dtype; on a
-    device products of float16 and bfloat16 take 16 bits and give float32 (see `device_kernel`).
+    float64 tokens are computed in float64, all others with the accuracy of float32, whatever the
+    weights' dtype: products of bfloat16 take 16 bits and give float32 where CPUs (`bfloat16`) or
+    devices (`device_kernel`) have them.
     One stable sort of the n * k slots and one matrix product per expert with rows (per tile of
     `TILE_BYTES` on the CPU); additions go in the order of the experts, so that the same input
     gives the same bits. Rows that come sorted by expert with one slot each are neither gathered nor
@@ -122,7 +123,7 @@ def dispatch(
     check_routing(routing, topk_weights, n=tokens.shape[0])
     check_rank(rank, world_size)
     rank, world_size = int(rank), int(world_size)  # NumPy's small integers would overflow
-    compute = computing_dtype(tokens.dtype, on_device=xp is not np)
+    compute = computing_dtype(tokens.dtype)
     experts = as_local_experts(expert_Ws, d=tokens.shape[1], like=tokens, dtype=compute)
     dtype = tokens.dtype if dtype is None else dtype
     if xp is not np:

@@ -18,6 +18,7 @@ from dask_ep.arrays.namespaces import Array, is_array, namespace
 from dask_ep.arrays.onednn import Matrix, Packed
 from dask_ep.kernel import bfloat16, device_kernel
 from dask_ep.kernel.bfloat16 import BFLOAT16
+from dask_ep.kernel.factors import Factors, factors
 
 
 class Expert(ABC):
@@ -60,15 +61,17 @@ class Expert(ABC):
         return id(self)
 
     def takes(self, dtype: np.dtype) -> np.dtype:
-        """The dtype of the rows that it gets on the host, of tokens of a dtype."""
+        """The dtype of the rows that it gets, of tokens of a dtype."""
         return computing_dtype(dtype)
+
+    def factors(self, dtype: np.dtype) -> Factors:
+        """As what rows of a dtype come to `together`, on a device."""
+        return Factors(self.takes(dtype))
 
     @abstractmethod
     def __call__(self, rows: Array, out: Array | None = None) -> Array:
-        """Compute the expert on rows (m, d); into `out` (m, d_out) when it is given.
-
-        On a device `out` is float32 where rows have 16 bits and answers are still to be added up.
-        """
+        """Compute the expert on rows (m, d); into `out` (m, d_out), of the computing dtype, when it
+        is given."""
 
     @staticmethod
     def together(
@@ -76,7 +79,8 @@ class Expert(ABC):
     ) -> None:
         """On a device: compute experts of one batch key, each on its own contiguous rows.
 
-        They are all of the class that is asked, as the key says.
+        They are all of the class that is asked, as the key says. Rows are as `factors` says; `out`
+        is of the computing dtype.
         """
         for expert, (start, stop) in zip(experts, bounds, strict=True):
             expert(rows[start:stop], out=out[start:stop])
@@ -85,13 +89,15 @@ class Expert(ABC):
 class Linear(Expert):
     """The expert `rows @ W`; a `W` of another dtype is converted at each use, not held.
 
-    On a host that multiplies bfloat16 faster, a bfloat16 `W` is used as it is; see `bfloat16`.
+    On a host that multiplies bfloat16 faster, a bfloat16 `W` is used as it is; see `bfloat16`. On a
+    device a `W` of 16 bits is; see `factors`.
     """
 
     def __init__(self, W: Matrix, precision: str = "float32"):
         self.W, self._precision = W, precision
         self.d, self.d_out = W.shape
-        self._in_16_bits = bfloat16.serves(W)
+        self._on_device = not isinstance(W, (np.ndarray, Packed))
+        self._in_16_bits = not self._on_device and bfloat16.serves(W)
 
     @property
     def is_rounded(self) -> bool:
@@ -100,32 +106,36 @@ class Linear(Expert):
 
     @property
     def batch_key(self) -> Hashable:
-        return Linear, self.W.shape
+        return Linear, self.W.shape, self.W.dtype, self._precision
 
     @staticmethod
     def together(
         experts: Sequence[Linear], rows: Array, bounds: device_kernel.Bounds, out: Array
     ) -> None:
-        matrices = [_unpacked(expert.W).astype(rows.dtype, copy=False) for expert in experts]
-        device_kernel.products(rows, matrices, bounds, out)
+        one, matrices = experts[0], [expert.W for expert in experts]
+        exact = bfloat16.PARTS[one._precision] > 1 and out.dtype.itemsize > 2
+        rows = device_kernel.as_factors(rows, one.factors(rows.dtype))
+        device_kernel.products(rows, matrices, bounds, out, exact)
 
     def takes(self, dtype: np.dtype) -> np.dtype:
-        return dtype if self._in_16_bits and dtype == BFLOAT16 else computing_dtype(dtype)
+        as_it_is = self.W.dtype == dtype if self._on_device else dtype == BFLOAT16
+        taken = self._on_device or self._in_16_bits
+        return dtype if taken and as_it_is else computing_dtype(dtype)
+
+    def factors(self, dtype: np.dtype) -> Factors:
+        return factors(dtype, self.W.dtype, self._precision)
 
     def __call__(self, rows: Array, out: Array | None = None) -> Array:
+        if self._on_device:
+            if out is None:
+                dtype = computing_dtype(rows.dtype)
+                out = namespace(rows).empty((len(rows), self.d_out), dtype=dtype)
+            self.together([self], rows, [(0, len(rows))], out)
+            return out
         if self._in_16_bits and rows.dtype in (BFLOAT16, np.float32):
             return bfloat16.multiply(rows, self.W, out, self._precision)
-        xp, W = namespace(rows), _unpacked(self.W).astype(rows.dtype, copy=False)
-        if xp is np:
-            return product(rows, W, out)
-        if out is None:
-            out = xp.empty((len(rows), self.d_out), dtype=rows.dtype)
-        device_kernel.products(rows, [W], [(0, len(rows))], out)
-        return out
-
-
-def _unpacked(W: Matrix) -> Array:
-    return bfloat16.wide(W) if isinstance(W, Packed) else W
+        W = bfloat16.wide(self.W) if isinstance(self.W, Packed) else self.W
+        return product(rows, W.astype(rows.dtype, copy=False), out)
 
 
 class _Function(Expert):

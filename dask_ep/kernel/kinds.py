@@ -28,6 +28,7 @@ from dask_ep.kernel import bfloat16, cuda_kernels
 from dask_ep.kernel.bfloat16 import BFLOAT16
 from dask_ep.kernel.device_kernel import Bounds
 from dask_ep.kernel.expert import Expert, Linear
+from dask_ep.kernel.factors import Factors, write
 
 Activation = Callable[[Array, float], None]
 """Replaces its argument by the activation of it; the number is silu's alpha."""
@@ -43,18 +44,18 @@ class Affine(Expert):
     def takes(self, dtype: np.dtype) -> np.dtype:
         return self._product.takes(dtype)
 
+    def factors(self, dtype: np.dtype) -> Factors:
+        return self._product.factors(dtype)
+
     @property
     def batch_key(self) -> Hashable:
         return Affine, self._product.batch_key
 
     @staticmethod
     def together(experts: Sequence[Affine], rows: Array, bounds: Bounds, out: Array) -> None:
-        sums = _room_for(out, computing_dtype(rows.dtype), out.shape[1])
-        Linear.together([expert._product for expert in experts], rows, bounds, sums)
+        Linear.together([expert._product for expert in experts], rows, bounds, out)
         for expert, (start, stop) in zip(experts, bounds, strict=True):
-            sums[start:stop] += expert._bias.astype(sums.dtype, copy=False)
-        if sums is not out:
-            out[...] = sums.astype(out.dtype)
+            out[start:stop] += expert._bias.astype(out.dtype, copy=False)
 
     def __call__(self, rows: Array, out: Array | None = None) -> Array:
         out = self._product(rows, out)
@@ -80,6 +81,9 @@ class Mlp(Expert):
     def takes(self, dtype: np.dtype) -> np.dtype:
         return self._up.takes(dtype)
 
+    def factors(self, dtype: np.dtype) -> Factors:
+        return self._up.factors(dtype)
+
     @property
     def batch_key(self) -> Hashable:
         return Mlp, self._up.batch_key, self._down.batch_key, self._activation
@@ -87,14 +91,14 @@ class Mlp(Expert):
     @staticmethod
     def together(experts: Sequence[Mlp], rows: Array, bounds: Bounds, out: Array) -> None:
         one = experts[0]
-        hidden = _hidden(rows, one._up)
+        hidden = memory.empty((len(out), one._up.d_out), out.dtype, like=out)
         one._up.together([expert._up for expert in experts], rows, bounds, hidden)
-        active = _room_for(hidden, rows.dtype, one._up.d_out)
+        active = _room_for(one._down, hidden, one._up.d_out)
         if (kernels := cuda_kernels.kernels(namespace(hidden))) is not None:
             kernels.activate(hidden, active, one._activation, 1.0)
         else:
             one._activate(hidden, 1.0)
-            active[...] = hidden.astype(active.dtype, copy=False)
+            write(hidden, active)
         one._down.together([expert._down for expert in experts], active, bounds, out)
 
     def __call__(self, rows: Array, out: Array | None = None, hidden: Array | None = None) -> Array:
@@ -191,13 +195,19 @@ class GatedPair(_Gate):
     """`Gated` on a device: gate and up side by side in one matrix, so in one product.
 
     ``hidden = x @ gate_up`` has the gate in its first f columns, where it is replaced by
-    activation(gate) * up; ``down`` reads it from there. Where rows have 16 bits `hidden` is
-    float32, and what ``down`` reads is an array of its own.
+    activation(gate) * up; ``down`` reads it from there. Where ``down`` has 16 bits, what it reads,
+    rounded or split, is an array of its own.
     """
 
     def __init__(self, gate_up: Expert, down: Expert, activation: str, **options: Any):
         super().__init__(down, gate_up.d, gate_up.d_out, activation, **options)
         self._gate_up = gate_up
+
+    def takes(self, dtype: np.dtype) -> np.dtype:
+        return self._gate_up.takes(dtype)
+
+    def factors(self, dtype: np.dtype) -> Factors:
+        return self._gate_up.factors(dtype)
 
     @property
     def batch_key(self) -> Hashable:
@@ -207,22 +217,24 @@ class GatedPair(_Gate):
 
     def __call__(self, rows: Array, out: Array | None = None) -> Array:
         if out is None:
-            out = memory.empty((len(rows), self.d_out), rows.dtype, like=rows)
+            dtype = computing_dtype(rows.dtype)
+            out = memory.empty((len(rows), self.d_out), dtype, like=rows)
         self.together([self], rows, [(0, len(rows))], out)
         return out
 
     @staticmethod
     def together(experts: Sequence[GatedPair], rows: Array, bounds: Bounds, out: Array) -> None:
         one = experts[0]
-        hidden = _hidden(rows, one._gate_up)
+        hidden = memory.empty((len(out), one._gate_up.d_out), out.dtype, like=out)
         one._gate_up.together([expert._gate_up for expert in experts], rows, bounds, hidden)
-        gated = _room_for(hidden, rows.dtype, one._down.d)
+        gated = _room_for(one._down, hidden, one._down.d)
         one._combine(hidden, gated)
-        gated = gated[:, : one._down.d]
+        gated = gated[..., : one._down.d]
         one._down.together([expert._down for expert in experts], gated, bounds, out)
 
     def _combine(self, hidden: Array, out: Array) -> None:
-        """Write activation(gate) * up to the first f columns of `out`, which may be `hidden`."""
+        """Write activation(gate) * up to the first f columns of `out`, which may be `hidden` or
+        take parts."""
         kernels = cuda_kernels.kernels(namespace(hidden))
         if kernels is not None and not self._clamp_after:
             numbers = (self._limit, self._alpha, self._up_offset)
@@ -237,7 +249,7 @@ class GatedPair(_Gate):
         ACTIVATIONS[self._activation](gate, self._alpha)
         if self._clamp_after:
             gate = namespace(gate).minimum(gate, self._limit)
-        out[:, :f] = (gate * (up + self._up_offset)).astype(out.dtype, copy=False)
+        write(gate * (up + self._up_offset), out[..., :f])
 
 
 class Summed(Expert):
@@ -295,11 +307,10 @@ def _hidden(rows: Array, expert: Expert) -> Array:
     return memory.empty((len(rows), expert.d_out), dtype, like=rows)
 
 
-def _room_for(rows: Array, dtype: np.dtype, width: int) -> Array:
-    """Room for as many rows in a dtype: those themselves, if they have it."""
-    if rows.dtype == dtype:
-        return rows
-    return memory.empty((len(rows), width), dtype, like=rows)
+def _room_for(expert: Expert, hidden: Array, width: int) -> Array:
+    """Room on a device for hidden rows as an expert takes them: where they are, if that is it."""
+    taken = expert.factors(hidden.dtype)
+    return hidden if taken == Factors(hidden.dtype) else taken.empty(len(hidden), width, hidden)
 
 
 # --- activations, in place -------------------------------------------------------------------

@@ -18,6 +18,7 @@ import numpy as np
 
 from dask_ep.arrays.checks import computing_dtype
 from dask_ep.kernel.device_kernel import PADDED_PART, PADDED_ROWS, slot_bytes
+from dask_ep.kernel.factors import Factors, factors
 from dask_ep.laws.costs import Need, Spread, chunks_held, exchanged_held
 
 THREADS_PER_GPU = 3
@@ -57,6 +58,10 @@ class OnDevice(NamedTuple):
     #: of the largest matrix of an expert, as it is stored
     decoding_bytes: int
     #: that this matrix takes on its way to what is computed with
+    factor: np.dtype
+    #: of what is multiplied
+    products: float
+    #: how many times as many as there are numbers in matrices, because some rows come in parts
 
     @classmethod
     def of(cls, experts: Any, shared: Any, k: int, dtype: np.dtype) -> OnDevice:
@@ -70,14 +75,15 @@ class OnDevice(NamedTuple):
         >>> one = OnDevice.of(experts, None, k=2, dtype=np.dtype("f4"))
         >>> one.row_bytes, one.made_bytes, one.matrix_bytes, one.decoding_bytes
         (256, 6520, 65536, 131072)
+        >>> one.factor, one.products
+        (dtype('float32'), 1.0)
         """
         itemsize = dtype.itemsize
         d, d_out = experts.d or 0, experts.d_out or experts.d or 0
-        slot = slot_bytes(d, d_out, _made(experts), itemsize)
+        slot = _slot_bytes(experts, dtype)
         made = math.ceil(PADDED_PART * k * slot)
         if shared is not None:
-            of_shared = slot_bytes(d, d_out, _made(shared), itemsize)
-            made = max(made, shared.num_experts * of_shared)
+            made = max(made, shared.num_experts * _slot_bytes(shared, dtype))
         matrices = list(_matrices(experts, dtype))
         return cls(
             max(d, d_out) * itemsize,
@@ -85,7 +91,9 @@ class OnDevice(NamedTuple):
             PADDED_ROWS[0] * slot,
             experts.num_experts,
             max(computing_dtype(dtype).itemsize // itemsize, 1),
-            *(max(sizes) for sizes in zip(*matrices, strict=True)),
+            max(stored for stored, _ in matrices),
+            max(decoding for _, decoding in matrices),
+            *_multiplied(experts, dtype),
         )
 
     def need(self, expert_bytes: int, threads: int, ranks: int, spread: Spread) -> Need:
@@ -126,16 +134,52 @@ class OnDevice(NamedTuple):
         )
 
 
-def _made(experts: Any) -> int:
-    """Width of what an expert makes between its products; gate and up count together."""
-    hidden = experts.hidden or 0
-    return 2 * hidden if experts.kind.startswith("gated") else hidden
+def held_dtype(experts: Any, dtype: np.dtype) -> np.dtype:
+    """The dtype as which a GPU loads experts for tokens of a dtype; `Weight.loaded_dtype` says what
+    becomes of each matrix."""
+    return computing_dtype(dtype, is_rounded=experts.precision == "bfloat16")
+
+
+def _slot_bytes(experts: Any, dtype: np.dtype) -> int:
+    """Bytes of a slot in the kernel, at most."""
+    d, d_out, hidden = experts.d or 0, experts.d_out or experts.d or 0, experts.hidden or 0
+    sums, taken = computing_dtype(dtype).itemsize, _factors(experts, dtype)
+    entering = [of.nbytes for name, (_, of) in taken.items() if name != "down"]
+    # Gate and up lie side by side; what the last matrix takes lies there, or in parts of its own.
+    made = hidden * sums * (2 if experts.kind.startswith("gated") else 1)
+    if "down" in taken and taken["down"][1] != Factors(computing_dtype(dtype)):
+        made += hidden * taken["down"][1].nbytes
+    return slot_bytes(d * max(entering, default=sums), made, d_out * sums)
+
+
+def _factors(experts: Any, dtype: np.dtype) -> dict[str, tuple[int, Factors]]:
+    """Of each matrix how many numbers it has, and as what rows are multiplied by it."""
+    held, sums, found = held_dtype(experts, dtype), computing_dtype(dtype), {}
+    are_weighed = getattr(experts, "options", {}).get("apply_router_weight_on_input", False)
+    for name, weight in getattr(experts, "weights", {}).items():
+        if len(weight.shape) == 3:
+            matrix = weight.loaded_dtype(held, on_device=True)
+            rows = sums if name == "down" or are_weighed else dtype
+            found[name] = prod(weight.shape[1:]), factors(rows, matrix, experts.precision)
+    return found
+
+
+def _multiplied(experts: Any, dtype: np.dtype) -> tuple[np.dtype, float]:
+    """The dtype of most products, and how many they are for each number of a matrix."""
+    found = list(_factors(experts, dtype).values())
+    numbers = sum(count for count, _ in found)
+    if not numbers:
+        return computing_dtype(dtype), 1.0
+    _, most = max(found, key=lambda one: one[0])
+    return most.dtype, sum(count * taken.parts for count, taken in found) / numbers
 
 
 def _matrices(experts: Any, dtype: np.dtype) -> Iterator[tuple[int, int]]:
     """Of each matrix of an expert its bytes as stored, and those on the way to the device."""
+    held = held_dtype(experts, dtype)
     yield 0, 0
     for weight in getattr(experts, "weights", {}).values():
         numbers, stored = prod(weight.shape[1:]), weight.nbytes // max(weight.shape[0], 1)
         quantized = stored < numbers * weight.dtype.itemsize
-        yield stored, stored + numbers * (DECODING_BYTES if quantized else dtype.itemsize)
+        loaded = weight.loaded_dtype(held, on_device=True).itemsize
+        yield stored, stored + numbers * (DECODING_BYTES if quantized else loaded)

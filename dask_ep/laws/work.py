@@ -18,7 +18,7 @@ from dask_ep.experts.stored_experts import StoredExperts
 from dask_ep.kernel.bfloat16 import copies, multiplied_by
 from dask_ep.kernel.host_kernel import tile_bytes
 from dask_ep.laws.costs import packet_row_bytes, reply_row_bytes
-from dask_ep.laws.device_memory import OnDevice
+from dask_ep.laws.device_memory import OnDevice, held_dtype
 
 
 @dataclass(frozen=True)
@@ -161,7 +161,7 @@ class Work:
         on_devices : whether it is computed on GPUs
         """
         dtype, E = np.dtype(tokens.dtype), experts.num_experts
-        compute = computing_dtype(dtype, on_devices)
+        compute = held_dtype(experts, dtype) if on_devices else computing_dtype(dtype)
         wide = compute.itemsize
         d = int(tokens.shape[1])
         weights = getattr(experts, "weights", {})

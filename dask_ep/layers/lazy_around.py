@@ -51,7 +51,8 @@ def finish_rows(
     arrays = [rows, routed, *chosen]
     token = tokenize(*arrays, rest)
     name, loaded = step_name("layer", token), step_name("shared", token)
-    dtype = computing_dtype(rows.dtype, on_device=xp_name(rows) != "numpy")
+    rounds = rest.shared is not None and rest.shared.precision == "bfloat16"
+    dtype = computing_dtype(rows.dtype, xp_name(rows) != "numpy" and rounds)
     tasks: dict[Any, Task] = {loaded: Task(loaded, load_rest, rest, xp_name(rows), dtype)}
     for c, keys in enumerate(zip(*map(keys_of, arrays), strict=True)):
         row, y, *of_row = map(TaskRef, keys)

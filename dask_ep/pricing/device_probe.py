@@ -33,6 +33,7 @@ def probe_device(
     slots: int = 2,
     experts: int = 8,
     dtype: np.dtype = np.dtype(np.float32),  # noqa: B008 - it does not change
+    exact: bool = True,
     seconds: float = 1.0,
 ) -> Rates:
     """Measure the first GPU here.
@@ -43,7 +44,8 @@ def probe_device(
     rows : of a token chunk
     slots : of a row
     experts : that the slots of a chunk are spread over
-    dtype : of the tokens
+    dtype : of what is multiplied
+    exact : whether with the sums of float32, see `device_kernel.products`
     seconds : how long to measure, about
 
     Returns
@@ -67,7 +69,7 @@ def probe_device(
         ) from error
     xp = import_module(device.NAMESPACE)
     try:
-        return _measure(xp, d, width, rows, slots, experts, np.dtype(dtype), seconds)
+        return _measure(xp, d, width, rows, slots, experts, np.dtype(dtype), exact, seconds)
     finally:
         xp.get_default_memory_pool().free_all_blocks()  # a worker may have the same GPU
 
@@ -80,6 +82,7 @@ def _measure(
     slots: int,
     experts: int,
     dtype: np.dtype,
+    exact: bool,
     seconds: float,
 ) -> Rates:
     rows = max(min(rows, MOST_DEVICE_BYTES // (d * dtype.itemsize)), 1)
@@ -106,7 +109,8 @@ def _measure(
         return run
 
     flops = 2.0 * sum(stop - start for start, stop in bounds) * d * width
-    through = waiting(lambda: products(tokens[: count * of_expert], matrices, bounds, out), flops)
+    some = tokens[: count * of_expert]
+    through = waiting(lambda: products(some, matrices, bounds, out, exact), flops)
     gathered = waiting(lambda: gather(tokens, order), 2.0 * tokens.nbytes)
     copied = waiting(lambda: (upload(xp, host), download(tokens)), 2.0 * tokens.nbytes)
     return Rates(

@@ -78,9 +78,10 @@ class PlanOnGpus(Plan):
         work, rates, rows = self.work, self.rates, self.rows / self.workers
         of_layer = self.layer_flops / self.workers
         made = self.on_device.made_bytes / self.slots_per_row  # once written, once read
+        products = (self._per_worker(self.flops).max() + of_layer) * self.on_device.products
         on_device = (
-            self._per_worker(self.flops).max() + of_layer
-        ) / rates.flops + 2 * self._per_worker(self.rank_rows).max() * made / rates.copy
+            products / rates.flops + 2 * self._per_worker(self.rank_rows).max() * made / rates.copy
+        )
         up, down = (rows * width * work.dtype.itemsize for width in (work.d, work.d_out))
         files = (up / rates.read + down / rates.write) / self.threads
         packets = self.exchanged_bytes / self.workers / rates.link

@@ -130,7 +130,8 @@ def test_every_kernel_compiles_for_a_device_as_cupy_compiles_it(nvrtc, dtype, ar
     """With the options that CuPy adds to those of a RawKernel."""
     options = ("--fmad=false", "-ftz=true", "--device-as-default-execution-space")
     assert {switches.get("activation", "silu") for switches in COMPILED} == {*reference.ACTIVATIONS}
-    for switches in COMPILED:
+    in_parts = [{"parts": 3, "source": np.float32, "weighted": True}]
+    for switches in COMPILED + (in_parts if dtype == ml_dtypes.bfloat16 else []):
         program = nvrtc.createProgram(
             cuda_kernels.source_of(dtype, **switches), "kernels.cu", (), ()
         )

@@ -40,7 +40,12 @@ from dask_ep.jobs.verify import verify_job
 from dask_ep.kernel import cuda_kernels, device_kernel, reference
 from dask_ep.kernel.kinds import ACTIVATIONS
 from dask_ep.kernel.pack import Combining, Packing
-from dask_ep.laws.device_memory import DEVICE_PROCESS_BYTES, THREADS_PER_GPU, OnDevice
+from dask_ep.laws.device_memory import (
+    DEVICE_PROCESS_BYTES,
+    THREADS_PER_GPU,
+    OnDevice,
+    held_dtype,
+)
 from dask_ep.layers.capacity import Capacity, ExpertChoice
 from dask_ep.layers.checkpoint import load_moe_layer
 from dask_ep.layers.routing import route
@@ -51,7 +56,7 @@ from tests.checkpoints import (
     FIXTURES,
     LAYER,
     expected,
-    tolerance_in_bfloat16,
+    tolerances_in_bfloat16,
     with_rounded_experts,
 )
 from tests.compare import assert_close, assert_close_before_rounding, whole_layer
@@ -118,7 +123,7 @@ def small_numbers(*shape: int) -> np.ndarray:
 @given(case=cases(dtypes=DTYPES), form=st.sampled_from(["stack", "list", "loaded"]))
 def test_the_kernel_equals_the_plain_loops_on_every_rank(cupy, case: Case, form: str):
     tokens, routing, topk_weights = there(cupy, case.tokens, case.routing, case.topk_weights)
-    compute = computing_dtype(case.tokens.dtype, on_device=True)
+    compute = computing_dtype(case.tokens.dtype)
     for rank in range(case.world_size):
         Ws = case.local_Ws(rank)
         experts = {
@@ -318,9 +323,11 @@ def test_layers_of_every_family(cupy, case):
         scale = np.abs(want["output"]).max()
         assert_close(got / scale, want["output"] / scale, 1e-5)
         narrow = hidden.astype(ml_dtypes.bfloat16)
-        got = layer(device_chunks(cupy, narrow)).compute().get()
-        same = with_rounded_experts(layer, ml_dtypes.bfloat16)(narrow.astype("f8")).compute()
-    assert_close_before_rounding(got, same, tolerance_in_bfloat16(case))
+        layer = with_rounded_experts(layer, ml_dtypes.bfloat16)
+        same, there = layer(narrow.astype("f8")).compute(), device_chunks(cupy, narrow)
+        for precision, tolerance in tolerances_in_bfloat16(case, layer).items():
+            got = layer(there, precision=precision).compute().get()
+            assert_close_before_rounding(got, same, tolerance)
 
 
 # --- kernels, products, memory --------------------------------------------------------------------
@@ -434,7 +441,7 @@ def test_memory_on_the_device_is_within_the_plan(cupy, tmp_path, dtype):
     routing = open_tokens(tmp_path / "routing.zarr", like=tokens, xp="cupy")
     y = expert_parallel(tokens, routing, experts, world_size=1)
     store(y, tmp_path / "y.zarr", scheduler="threads", num_workers=THREADS_PER_GPU)
-    held = E * experts.parameters * dtype.itemsize
+    held = experts.held_bytes(held_dtype(experts, dtype), on_device=True)
     law = OnDevice.of(experts, None, k, dtype).need(held, THREADS_PER_GPU, 1, 1)
     assert pool.total_bytes() - before <= law.at(rows) - DEVICE_PROCESS_BYTES
 

@@ -103,7 +103,7 @@ def test_the_kernel_by_kernels_is_the_kernel_by_array_functions(
             W, W, transposed, activation="relu", apply_router_weight_on_input=on_input
         )
     tokens, routing, weights = map(on_device, (case.tokens, case.routing, case.topk_weights))
-    dtype = computing_dtype(case.tokens.dtype, on_device=True)
+    dtype = computing_dtype(case.tokens.dtype)
 
     def run() -> tuple[np.ndarray, list[int]]:
         local = experts.load(xp=xp, dtype=dtype)
@@ -201,11 +201,18 @@ def test_a_bias_is_added_before_16_bits_are_rounded(cublas):
     assert got.get().tobytes() == want.astype("f2").tobytes()
 
 
-def test_a_card_without_bfloat16_says_so(monkeypatch):
+def test_a_card_without_bfloat16_multiplies_it_in_float32(monkeypatch):
     monkeypatch.setattr(xp.cuda.Device, "compute_capability", "75")
-    rows, W = (on_device(np.ones((2, 2), ml_dtypes.bfloat16)) for _ in range(2))
-    with kernels(), pytest.raises(TypeError, match=r"8.0 \(Ampere\) .* has 7.5: make the tokens"):
-        expert_parallel_dispatch(rows, on_device(np.zeros(2, int)), [W], 0, 1)
+    rows, W = normal(9, 5, dtype=ml_dtypes.bfloat16), normal(1, 5, 3, dtype=ml_dtypes.bfloat16)
+    for dtype in (ml_dtypes.bfloat16, np.float32):
+        with kernels() as cublas:
+            local = Experts.linear(W).load(xp=xp)
+            there = on_device(rows.astype(dtype)), on_device(np.zeros(9, int))
+            got = expert_parallel_dispatch(*there, local, 0, 1)
+        assert not cublas.calls
+        np.testing.assert_array_equal(
+            got.get(), (rows.astype("f4") @ W[0].astype("f4")).astype(dtype)
+        )
 
 
 def test_no_sum_of_cublas_is_kept_in_16_bits(cublas):
@@ -339,7 +346,7 @@ def test_a_device_is_probed_by_the_calls_of_a_run(cublas, monkeypatch, rows, cal
     measured = []
     monkeypatch.setattr(device_probe, "rate", lambda work, seconds: measured.append(work()) or 1.0)
     monkeypatch.setattr(device_probe, "probe_files", lambda seconds: {})
-    device_probe._measure(xp, 16, 24, rows, 2, 8, np.dtype("f4"), 1.0)
+    device_probe._measure(xp, 16, 24, rows, 2, 8, np.dtype("f4"), True, 1.0)
     assert (len(cublas.calls), [len(batch) for batch in cublas.batches]) == (calls, batches)
     multiplied = [*cublas.calls, *(call for batch in cublas.batches for call in batch)]
     assert measured[0] == sum(2 * call.n * 16 * 24 for call in multiplied)

@@ -221,15 +221,16 @@ def test_experts_of_16_bits_are_held_so_where_each_has_rows_enough(tmp_path):
     assert run_job(job, Threads(1, limit)).passes is None
 
 
-def test_on_a_gpu_experts_beside_take_16_bits_where_tokens_do(tmp_path):
+def test_on_a_gpu_experts_beside_take_16_bits_where_products_round_to_them(tmp_path):
     names = {"tokens": "x", "routing": "r", "experts": "w", "out": "y"}
     arrays = (np.ones((8, 4), "f2"), np.zeros(8, int), np.ones((4, 4, 4), "f2"))
     for name, array in zip("xrw", arrays, strict=True):
         np.save(tmp_path / f"{name}.npy", array)
-    inputs = open_inputs(
-        load_job(**{key: str(tmp_path / f"{name}.npy") for key, name in names.items()})
-    )
-    for on_devices, itemsize in ((False, 4), (True, 2)):
+    paths = {key: str(tmp_path / f"{name}.npy") for key, name in names.items()}
+    for on_devices, precision, itemsize in (
+        (False, None, 4), (True, None, 4), (True, "bfloat16", 2)
+    ):  # fmt: skip
+        inputs = open_inputs(load_job(**paths, precision=precision))
         layout, work = Layout(2, 2, 1, on_devices=on_devices), inputs.work(on_devices)
         enough = need(work, layout).at(8) + 3 * 4 * 4 * itemsize
         limit = enough if on_devices else math.ceil(enough / PART_OF_A_WORKER)

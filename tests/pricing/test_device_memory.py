@@ -20,11 +20,18 @@ from dask_ep.jobs.decide import decide
 from dask_ep.jobs.example import Example, write_example
 from dask_ep.jobs.job import load_job
 from dask_ep.laws.costs import FEWEST_ROWS, Rates, Spread
-from dask_ep.laws.device_memory import DEVICE_PROCESS_BYTES, THREADS_PER_GPU, OnDevice
+from dask_ep.laws.device_memory import (
+    DEVICE_PROCESS_BYTES,
+    THREADS_PER_GPU,
+    OnDevice,
+    held_dtype,
+)
 from dask_ep.laws.memory_law import Layout, host_need, need
 from tests.checkpoints import FIXTURES, LAYER
 from tests.device_double import namespace as xp
 from tests.device_kernels import COMPILER, kernels
+
+bf16 = ml_dtypes.bfloat16
 
 N, D, F, E, K, ROWS = 3000, 64, 96, 8, 3, 300
 
@@ -55,27 +62,41 @@ def normal(*shape: int) -> np.ndarray:
     return np.random.default_rng(shape).standard_normal(shape, dtype=np.float32)
 
 
-KINDS = {
-    "linear": lambda: Experts.linear(normal(E, D, D)),
-    "mlp": lambda: Experts.mlp(normal(E, D, F), normal(E, F, D)),
-    "gated": lambda: Experts.gated(normal(E, D, F), normal(E, D, F), normal(E, F, D)),
+SHAPES = {
+    "linear": {"w": (D, D)},
+    "mlp": {"up": (D, F), "down": (F, D)},
+    "gated": {"gate": (D, F), "up": (D, F), "down": (F, D)},
 }
 
 
 @pytest.mark.slow
 @pytest.mark.skipif(COMPILER is None, reason="there is no C++ compiler")
-@pytest.mark.parametrize("dtype", [np.float32, ml_dtypes.bfloat16])
+@pytest.mark.parametrize(
+    ("dtype", "stored", "precision"),
+    [
+        (np.float32, np.float32, "float32"),
+        (np.float32, bf16, "float32"),
+        (bf16, bf16, "float32"),
+        (bf16, bf16, "bfloat16"),
+        (bf16, np.float32, "float32"),
+        (bf16, np.float32, "bfloat16"),
+    ],
+)
 @pytest.mark.parametrize("ranks", [1, 2])
-@pytest.mark.parametrize("kind", KINDS)
-def test_a_run_holds_no_more_than_the_law_says_nor_much_less(tmp_path, pool, kind, ranks, dtype):
-    paths, experts = write_tokens(tmp_path, dtype), KINDS[kind]()
-    dtype = np.dtype(dtype)
+@pytest.mark.parametrize("kind", SHAPES)
+def test_a_run_holds_no_more_than_the_law_says_nor_much_less(
+    tmp_path, pool, kind, ranks, dtype, stored, precision
+):
+    paths, dtype = write_tokens(tmp_path, dtype), np.dtype(dtype)
+    matrices = {name: normal(E, *shape).astype(stored) for name, shape in SHAPES[kind].items()}
+    experts = getattr(Experts, kind)(**matrices).with_precision(precision)
     with kernels():
         tokens = open_tokens(paths[0], chunks=ROWS, xp="device_double")
         routing, weights = (open_tokens(p, like=tokens, xp="device_double") for p in paths[1:])
         y = expert_parallel(tokens, routing, experts, topk_weights=weights, world_size=ranks)
         store(y, tmp_path / "y.zarr", scheduler="threads", num_workers=THREADS_PER_GPU)
-    held = E * experts.parameters * dtype.itemsize
+    held = experts.held_bytes(held_dtype(experts, dtype), on_device=True)
+    assert held == E * experts.parameters * (2 if bf16 == stored or precision == "bfloat16" else 4)
     spread = Spread.at_worst(K, ranks, workers=0)
     law = OnDevice.of(experts, None, K, dtype).need(held, THREADS_PER_GPU, ranks, spread)
     most = law.at(ROWS) - DEVICE_PROCESS_BYTES

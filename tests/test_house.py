@@ -10,6 +10,7 @@ import ast
 import re
 from collections import defaultdict
 from collections.abc import Iterator
+from statistics import median
 
 import pytest
 
@@ -120,6 +121,7 @@ def test_files_functions_and_classes_are_short(trees):
                 classes[f"{module}.{node.name}"] = node.end_lineno - node.lineno + 1
     total = sum(len(path.read_text().splitlines()) for path in PACKAGE.rglob("*.py"))
     print(f"\n{total} lines in {len(files)} files; before the rooms {LINES_BEFORE_THE_ROOMS}")
+    print(f"{len(functions)} functions, of {int(median(functions.values()))} lines (median)")
     limits = (("file", files, 455), ("function", functions, 45), ("class", classes, 250))
     for what, sizes, _ in limits:
         longest = sorted(sizes, key=sizes.get, reverse=True)[:5]

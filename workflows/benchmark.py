@@ -25,7 +25,6 @@ write through `zarr` and Dask as their users do.
 
 from __future__ import annotations
 
-import argparse
 import tempfile
 import threading
 from collections.abc import Callable
@@ -38,7 +37,7 @@ import dask.array as da
 import numpy as np
 import zarr
 from distributed import Client
-from measured import LAYERS, Job, Layer, matrix_shapes, table, timed
+from measured import Job, Layer, matrix_shapes, parse_options, table, timed
 
 import dask_ep
 from dask_ep.arrays.blas import cpu_name, installed_mkl, multiplies_by, numpys_blas, one_blas_thread
@@ -63,21 +62,10 @@ Multiply = Callable[[np.ndarray, np.ndarray, np.ndarray], object]
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("layers", nargs="*", default=list(LAYERS), help=", ".join(LAYERS))
-    parser.add_argument("--rows", type=int, help="token rows, instead of each layer's own")
-    parser.add_argument("--chunk-rows", type=int, help="rows of a token chunk")
-    parser.add_argument("--threads", type=int, default=dask.system.CPU_COUNT)
-    parser.add_argument("--repeat", type=int, default=5, help="number of rounds; medians are shown")
-    parser.add_argument("--directory", help="directory for temporary files")
-    options = parser.parse_args()
+    options, layers = parse_options(__doc__, "--threads")
     print(f"{cpu_name()}; {options.threads} threads or processes, one BLAS thread each")
     print(f"dask_ep multiplies by {multiplies_by()}; medians of {options.repeat} rounds")
-    for name in options.layers:
-        sizes = {n: v for n in ("rows", "chunk_rows") if (v := getattr(options, n)) is not None}
-        layer = Layer(**(vars(LAYERS[name]) | sizes))
+    for name, layer in layers.items():
         with tempfile.TemporaryDirectory(dir=options.directory) as folder:
             rounds = measure(name, layer, Path(folder), options.threads, options.repeat)
             print(table(rounds), flush=True)

@@ -26,7 +26,6 @@ brings MKL along for its products; dask_ep uses it too on Intel's CPUs, if the p
 
 from __future__ import annotations
 
-import argparse
 import statistics
 import tempfile
 from collections.abc import Callable
@@ -44,28 +43,17 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 import zarr
 from distributed import Client
-from measured import LAYERS, Job, Layer
+from measured import Job, Layer, parse_options
 
 import dask_ep
 from dask_ep.arrays.blas import cpu_name, multiplies_by, one_blas_thread
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("layers", nargs="*", default=list(LAYERS), help=", ".join(LAYERS))
-    parser.add_argument("--rows", type=int, help="token rows, instead of each layer's own")
-    parser.add_argument("--chunk-rows", type=int, help="rows of a token chunk")
-    parser.add_argument("--cores", type=int, default=dask.system.CPU_COUNT)
-    parser.add_argument("--repeat", type=int, default=5, help="number of rounds; medians are shown")
-    parser.add_argument("--directory", help="directory for temporary files")
-    options = parser.parse_args()
+    options, layers = parse_options(__doc__, "--cores")
     print(f"{cpu_name()}, {options.cores} cores; torch {torch.__version__}")
     print(f"dask_ep multiplies by {multiplies_by()}; medians of {options.repeat} rounds")
-    for name in options.layers:
-        sizes = {n: v for n in ("rows", "chunk_rows") if (v := getattr(options, n)) is not None}
-        layer = Layer(**(vars(LAYERS[name]) | sizes))
+    for name, layer in layers.items():
         print(f"\n{name}: {layer}", flush=True)
         with tempfile.TemporaryDirectory(dir=options.directory) as folder:
             print(table(measure(layer, Path(folder), options.cores, options.repeat)), flush=True)

@@ -5,6 +5,7 @@ Imported by the scripts in this folder.
 
 from __future__ import annotations
 
+import argparse
 import os
 import shutil
 import statistics
@@ -12,13 +13,14 @@ import subprocess
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import dask.array as da
 import numpy as np
 import psutil
 import zarr
+from dask.system import CPU_COUNT
 
 import dask_ep
 
@@ -47,6 +49,27 @@ LAYERS = {
     "top2-gated": Layer(d=512, num_experts=8, k=2, hidden=1792, chunk_rows=16_384),
     "top8-small": Layer(d=512, num_experts=128, k=8, hidden=256, zipf=1.0, chunk_rows=16_384),
 }
+
+
+def parse_options(
+    description: str | None, cores: str
+) -> tuple[argparse.Namespace, dict[str, Layer]]:
+    """Read the options of a benchmark, and the layers that they ask for, by name.
+
+    `cores` is the option for how many threads or processes there are.
+    """
+    parser = argparse.ArgumentParser(
+        description=description, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("layers", nargs="*", default=list(LAYERS), help=", ".join(LAYERS))
+    parser.add_argument("--rows", type=int, help="token rows, instead of each layer's own")
+    parser.add_argument("--chunk-rows", type=int, help="rows of a token chunk")
+    parser.add_argument(cores, type=int, default=CPU_COUNT)
+    parser.add_argument("--repeat", type=int, default=5, help="number of rounds; medians are shown")
+    parser.add_argument("--directory", help="directory for temporary files")
+    options = parser.parse_args()
+    sizes = {n: v for n in ("rows", "chunk_rows") if (v := getattr(options, n)) is not None}
+    return options, {name: replace(LAYERS[name], **sizes) for name in options.layers}
 
 
 class Job:

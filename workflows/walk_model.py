@@ -34,7 +34,7 @@ from __future__ import annotations
 import click
 from walk.options import Options
 
-from dask_ep.cli.run_command import WHERE, choose_where, where_options
+from dask_ep.cli.run_command import choose_where, where_options
 from dask_ep.jobs.backends import on_gpus
 from dask_ep.layers.collect import WHAT
 
@@ -134,7 +134,7 @@ class Blocks(click.ParamType):
 @where_options
 @click.option("--resume", is_flag=True, help="Continue a walk that was stopped.")  # fmt: skip
 def main(**options) -> None:
-    where = choose_where(**{key: options.pop(key) for key in WHERE})
+    where = choose_where(options)
     if on_gpus(where):
         raise click.UsageError("a walk computes on the host: run without --gpu")
     try:

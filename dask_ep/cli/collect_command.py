@@ -22,7 +22,6 @@ from dask_ep.cli.options import (
     wanted_options,
 )
 from dask_ep.cli.run_command import (
-    WHERE,
     choose_where,
     report_option,
     resume_options,
@@ -84,7 +83,7 @@ def collect_command(**options: Any) -> None:
       dask-ep collect demo/job.toml --what amax,sumsq --rows 0.1 --out stats.safetensors
       dask-ep collect demo/job.toml --what gram --memory-limit 2GiB --out gram.zarr
     """
-    where = choose_where(**{key: options.pop(key) for key in WHERE})
+    where = choose_where(options)
     if options["resume"] and options["overwrite"]:
         raise click.UsageError("--resume and --overwrite are mutually exclusive")
     wanted, path, out = read_wanted(options), options.pop("job"), options["out"]

@@ -15,7 +15,7 @@ import numpy as np
 
 from dask_ep.cli.command import DIFFERENT, FAILED, complain, debug_option
 from dask_ep.cli.options import refuse
-from dask_ep.cli.run_command import WHERE, choose_where, where_options
+from dask_ep.cli.run_command import choose_where, where_options
 from dask_ep.cli.terminal import progress_bar
 from dask_ep.cluster.interrupts import Interrupts
 from dask_ep.jobs.compare import (
@@ -76,7 +76,7 @@ def compare_command(a: str, b: str, **options: Any) -> int:
       dask-ep compare bf16/ model-Q8_0.gguf --tokens hidden.zarr --layer-index 3
       dask-ep compare a.zarr b.zarr --tolerance 1e-5
     """
-    where = choose_where(**{key: options.pop(key) for key in WHERE})
+    where = choose_where(options)
     names, tokens = (options.pop(key) for key in ("routing", "tokens"))
     layer, checkpoints = options.pop("layer_index"), [is_checkpoint(path) for path in (a, b)]
     if any(checkpoints):

@@ -136,7 +136,7 @@ def run_command(**options: Any) -> None:
       dask-ep run --layer checkpoint/ --layer-index 3 --tokens hidden.zarr --out out.zarr \\
           --save-job job.toml
     """
-    where = choose_where(**{key: options.pop(key) for key in WHERE})
+    where = choose_where(options)
     carry_out(where, **options)
 
 
@@ -230,28 +230,18 @@ def show_workers(count: Workers) -> None:
     click.echo(f"workers: {count}", err=True)
 
 
-WHERE: tuple[str, ...] = ("threads", "processes", "scheduler", "scheduler_file", "workers")
-WHERE += ("memory_limit", "dashboard")
-WHERE += ("tls_ca_file", "tls_cert", "tls_key", "gpu", "protocol", "tf32", "device_memory_limit")
-"""The options that say where."""
+TLS = ("tls_ca_file", "tls_cert", "tls_key")
+OF_CLUSTER = ("scheduler", "scheduler_file", "workers")
+OF_MACHINE = ("threads", "processes", "memory_limit", "dashboard")
+OF_GPUS = ("protocol", "tf32", "device_memory_limit")
 
 
-def choose_where(
-    *,
-    scheduler: str | None,
-    scheduler_file: str | None,
-    workers: int | None,
-    tls_ca_file: str | None,
-    tls_cert: str | None,
-    tls_key: str | None,
-    gpu: bool,
-    protocol: str | None,
-    tf32: bool,
-    **local: Any,
-) -> Where:
-    """Read `where_options`."""
-    certificates = read_certificates(tls_ca_file, tls_cert, tls_key)
-    of_gpus: dict[str, Any] = {"protocol": protocol, "tf32": tf32}
+def choose_where(options: dict[str, Any]) -> Where:
+    """Take what `where_options` gave out of the options: where a job runs."""
+    certificates = read_certificates(*(options.pop(key) for key in TLS))
+    scheduler, scheduler_file, workers = (options.pop(key) for key in OF_CLUSTER)
+    local, of_gpus = ({key: options.pop(key) for key in keys} for keys in (OF_MACHINE, OF_GPUS))
+    gpu = options.pop("gpu")
     if scheduler is None and scheduler_file is None:
         refuse({"workers": workers}, "needs --scheduler or --scheduler-file")
         if certificates is not None:

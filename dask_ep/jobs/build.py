@@ -163,8 +163,9 @@ def open_inputs(job: Job) -> Inputs:
         assert isinstance(layer.experts, Experts)
         opened = Inputs(job, tokens, routing, topk, layer.experts, layer, {})
     else:
-        weights = _open_weights(job)
-        options = {k: v for k, v in _experts_table(job).items() if k not in WEIGHT_KEYS}
+        assert job.experts is not None  # a job has a layer, or else experts
+        weights = _open_weights(job, job.experts)
+        options = {k: v for k, v in job.experts.items() if k not in WEIGHT_KEYS}
         experts = getattr(Experts, options.pop("kind"))(**weights, **options)
         experts = experts.with_precision(precision)
         opened = Inputs(job, tokens, routing, topk, experts, None, weights)
@@ -293,9 +294,9 @@ def _other_width(inputs: Inputs) -> str:
     return "are these the experts of this job?"
 
 
-def _open_weights(job: Job) -> dict[str, Source | list[Source]]:
+def _open_weights(job: Job, table: Mapping[str, Any]) -> dict[str, Source | list[Source]]:
     weights: dict[str, Source | list[Source]] = {}
-    for key, value in _experts_table(job).items():
+    for key, value in table.items():
         if key not in WEIGHT_KEYS:
             continue
         place = f"experts.{key}"
@@ -318,11 +319,6 @@ WEIGHT_KEYS = frozenset(
     key for keys in EXPERT_KEYS.values() for key, kind in keys.items() if kind.is_weight
 )
 """The keys of an [experts] table that name arrays."""
-
-
-def _experts_table(job: Job) -> Mapping[str, Any]:
-    assert job.experts is not None  # a job has a layer, or else experts
-    return job.experts
 
 
 def _check_rows(inputs: Inputs) -> None:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import threading
-from collections import defaultdict
+from collections import defaultdict, deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager, suppress
@@ -64,6 +64,35 @@ class Request(NamedTuple):
     #: when
 
 
+class Cores:
+    """Cores for threads that compute, held by `with`; who has waited longest goes on first.
+
+    Python's own semaphore lets whoever comes overtake those that wait, so that a packet may wait
+    as long as there are chunks to pack.
+    """
+
+    def __init__(self, count: int):
+        self._free, self._lock = count, threading.Lock()
+        self._waiting: deque[threading.Lock] = deque()
+
+    def __enter__(self) -> None:
+        with self._lock:
+            if self._free:
+                self._free -= 1
+                return
+            turn = threading.Lock()
+            turn.acquire()
+            self._waiting.append(turn)
+        turn.acquire()  # released with the core of one who goes
+
+    def __exit__(self, *error: object) -> None:
+        with self._lock:
+            if self._waiting:
+                self._waiting.popleft().release()
+            else:
+                self._free += 1
+
+
 class Slices:
     """The experts of the ranks that a worker serves, by layer and rank."""
 
@@ -71,7 +100,7 @@ class Slices:
         self.address, self.threads = address, threads
         self.pool = ThreadPoolExecutor(threads, thread_name_prefix="dask-ep-serve")
         self.tally = Tally()
-        self._cores = threading.Semaphore(threads)
+        self._cores = Cores(threads)
         self._held: dict[tuple[str, int], Any] = {}
         self._loading: defaultdict[tuple[str, int], threading.Lock] = defaultdict(threading.Lock)
         self._is_closing = False

@@ -17,9 +17,17 @@ import heapq
 import itertools
 import threading
 from collections.abc import Callable
+from dataclasses import dataclass, field
 
-READY_LOOK_SECONDS = 0.1
-"""How often a thread that waits looks for a task that comes before its own."""
+
+@dataclass(order=True)
+class Waiting:
+    """A chunk that waits to begin; who comes first in Dask's order begins first."""
+
+    priority: tuple
+    number: int
+    is_wanted: bool = field(default=False, compare=False)
+    """Whether a task that comes before it lacks its thread."""
 
 
 class Admission:
@@ -32,7 +40,7 @@ class Admission:
     Examples
     --------
     >>> admission = Admission(limit=1)
-    >>> admission.enter((0,), lambda: False, lambda: None)
+    >>> admission.enter((0,), lambda: None, lambda: None)
     >>> admission.under_way
     1
     >>> admission.leave()
@@ -40,10 +48,14 @@ class Admission:
 
     def __init__(self, limit: float):
         self._limit, self._changed = limit, threading.Condition()
-        self._waiting: list[tuple[tuple, int]] = []
+        self._waiting: list[Waiting] = []
         self._number = itertools.count()
         self._is_closed = False
         self.under_way = 0
+
+    @property
+    def has_waiting(self) -> bool:
+        return bool(self._waiting)
 
     def set_limit(self, limit: float) -> None:
         with self._changed:
@@ -51,14 +63,15 @@ class Admission:
             self._changed.notify_all()
 
     def enter(
-        self, priority: tuple, earlier_is_ready: Callable[[], bool], secede: Callable[[], None]
+        self, priority: tuple, look: Callable[[], object], secede: Callable[[], None]
     ) -> None:
         """Wait until a chunk may begin.
 
         Parameters
         ----------
         priority : place of its task in Dask's order, smallest first
-        earlier_is_ready : whether a task that comes before it lacks a thread
+        look : lets `lend` be called if a task is ready that lacks a thread; called if this one
+            has to wait, and not waited for
         secede : gives this thread back; called once, when the chunk begins or the thread is lent
 
         Raises
@@ -66,19 +79,27 @@ class Admission:
         RuntimeError
             If the worker closes meanwhile.
         """
-        me, is_lent = (priority, next(self._number)), False
+        me = Waiting(priority, next(self._number))
         with self._changed:
             heapq.heappush(self._waiting, me)
+            must_wait = not self._is_next(me)
         try:
-            while not self._may_begin(me):
-                if not is_lent and earlier_is_ready():
-                    secede()
-                    is_lent = True
-            if not is_lent:
-                secede()
+            if must_wait:
+                look()
+            has_begun = self._begin(me, or_lend=True)
+            secede()
+            if not has_begun:
+                self._begin(me)
         except BaseException:
             self._give_up(me)
             raise
+
+    def lend(self, priority: tuple) -> None:
+        """Let chunks give their threads back that wait and come after a task of this priority."""
+        with self._changed:
+            for waiting in self._waiting:
+                waiting.is_wanted |= priority < waiting.priority
+            self._changed.notify_all()
 
     def leave(self) -> None:
         with self._changed:
@@ -91,9 +112,12 @@ class Admission:
             self._is_closed = True
             self._changed.notify_all()
 
-    def _may_begin(self, me: tuple[tuple, int]) -> bool:
+    def _begin(self, me: Waiting, or_lend: bool = False) -> bool:
+        """Wait until a chunk begins, or until its thread is wanted; give whether it has begun."""
         with self._changed:
-            self._changed.wait_for(lambda: self._is_next(me) or self._is_closed, READY_LOOK_SECONDS)
+            self._changed.wait_for(
+                lambda: self._is_next(me) or self._is_closed or (or_lend and me.is_wanted)
+            )
             if self._is_closed:
                 raise RuntimeError("the worker is closing")
             if not self._is_next(me):
@@ -103,7 +127,7 @@ class Admission:
             self._changed.notify_all()
             return True
 
-    def _give_up(self, me: tuple[tuple, int]) -> None:
+    def _give_up(self, me: Waiting) -> None:
         with self._changed:
             if me in self._waiting:
                 self._waiting.remove(me)
@@ -112,5 +136,5 @@ class Admission:
                 self.under_way -= 1
             self._changed.notify_all()
 
-    def _is_next(self, me: tuple[tuple, int]) -> bool:
+    def _is_next(self, me: Waiting) -> bool:
         return self.under_way < self._limit and self._waiting[0] is me

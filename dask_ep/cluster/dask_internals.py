@@ -139,10 +139,10 @@ def is_running(state: str) -> bool:
     return state in ("executing", "long-running", "cancelled", "resumed")
 
 
-async def earlier_is_ready(worker: Worker, priority: tuple) -> bool:
-    """Whether a task that comes before `priority` is ready on this worker and lacks a thread."""
+def first_ready(worker: Worker) -> tuple | None:
+    """The place in Dask's order of the first task that is ready here and lacks a thread, if any."""
     ready = worker.state.ready
-    return bool(ready) and tuple(ready.peek().priority or ()) < priority
+    return tuple(ready.peek().priority or ()) if ready else None
 
 
 # --- on the scheduler ----------------------------------------------------------------------------

@@ -24,6 +24,7 @@ import asyncio
 from collections import defaultdict
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
+from functools import partial
 from typing import Any
 
 from dask.typing import Key
@@ -96,11 +97,22 @@ class Services(WorkerPlugin):
         self._asking.close()
 
     def transition(self, key: Key, start: str, finish: str, **kwargs: Any) -> None:
-        """Let the next chunk begin when the task of one has ended, however it has."""
+        """Let the next chunk begin when the task of one has ended, however it has.
+
+        And let chunks that wait see to it that a task which has become ready gets a thread.
+        """
         ended = dask_internals.is_running(start) and not dask_internals.is_running(finish)
         if ended and key in self._in_flight:
             self._in_flight.discard(key)
             self._admission.leave()
+        if finish == "ready" and self._admission.has_waiting:
+            self._loop.call_soon(self._look)  # it may get a thread at once
+
+    def _look(self) -> None:
+        """Let chunks that wait give their threads to a task that is ready and comes before them."""
+        priority = dask_internals.first_ready(self._worker)
+        if priority is not None:
+            self._admission.lend(priority)
 
     # --- what the scheduler tells; on the event loop ---
 
@@ -174,11 +186,8 @@ class Services(WorkerPlugin):
         key, priority = dask_internals.key_here(), dask_internals.priority_here()
         if key in self._in_flight:
             return
-
-        def earlier_is_ready() -> bool:
-            return self._on_loop(dask_internals.earlier_is_ready(self._worker, priority)).result()
-
-        self._admission.enter(priority, earlier_is_ready, dask_internals.leave_pool)
+        look = partial(self._loop.call_soon_threadsafe, self._look)
+        self._admission.enter(priority, look, dask_internals.leave_pool)
         self._in_flight.add(key)
 
     def _exchange(self, chunk: Chunk) -> Answers:

@@ -68,7 +68,7 @@ class Stream:
 
     def _write_soon(self) -> None:
         if self._comm is not None and self._writing is None and self._waiting:
-            self._writing = asyncio.ensure_future(self._write(self._comm))
+            self._writing = asyncio.get_running_loop().create_task(self._write(self._comm))
 
     async def _write(self, comm: Comm) -> None:
         try:

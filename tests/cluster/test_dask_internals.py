@@ -274,35 +274,49 @@ def test_a_task_gives_its_thread_back_once(client, workers):
 
 
 def test_a_task_learns_whether_an_earlier_one_lacks_a_thread(client, workers):
-    worker, found = workers[0], []
+    """From the first that is ready; and a plugin hears of each that becomes so."""
+    worker, found, heard = workers[0], [], []
     GATES["later is there"], GATES["earlier is there"] = threading.Event(), threading.Event()
+
+    class Hears(WorkerPlugin):
+        def transition(self, key, start, finish, **kwargs):
+            if finish == "ready":
+                heard.append(key)
 
     def look():
         priority = dask_internals.priority_here()
 
-        def earlier():
-            question = dask_internals.earlier_is_ready(worker, priority)
-            loop = dask_internals.loop_of(worker)
-            return asyncio.run_coroutine_threadsafe(question, loop).result(DEADLINE)
+        async def earlier():
+            first = dask_internals.first_ready(worker)
+            return first is not None and first < priority
 
-        found.append(earlier())
+        def ask():
+            loop = dask_internals.loop_of(worker)
+            return asyncio.run_coroutine_threadsafe(earlier(), loop).result(DEADLINE)
+
+        found.append(ask())
         for gate in ("later is there", "earlier is there"):
             _hold(gate)
-            found.append(earlier())
+            found.append(ask())
 
     LOOKS["look"] = look
-    here = {"workers": [worker.address], "pure": False}
-    asked = client.submit(_look, "look", **here)
-    wait_until(lambda: found, "it runs")
-    others = []
-    for priority, gate in ((-1, "later is there"), (1, "earlier is there")):
-        others.append(client.submit(time.sleep, 0, priority=priority, **here))
-        wait_until(lambda: len(worker.state.ready) == len(others), "it is ready")
-        GATES[gate].set()
-        wait_until(lambda: len(found) > len(others), "it has looked")
-    asked.result(DEADLINE)
+    worker.plugins["hears"] = Hears()
+    try:
+        here = {"workers": [worker.address], "pure": False}
+        asked = client.submit(_look, "look", **here)
+        wait_until(lambda: found, "it runs")
+        others = []
+        for priority, gate in ((-1, "later is there"), (1, "earlier is there")):
+            others.append(client.submit(time.sleep, 0, priority=priority, **here))
+            wait_until(lambda: len(worker.state.ready) == len(others), "it is ready")
+            GATES[gate].set()
+            wait_until(lambda: len(found) > len(others), "it has looked")
+        asked.result(DEADLINE)
+        client.gather(others)
+    finally:
+        del worker.plugins["hears"]
     assert found == [False, False, True]
-    client.gather(others)
+    assert heard == [asked.key, *(other.key for other in others)]
 
 
 LOOKS: dict[str, Callable] = {}

@@ -1,0 +1,95 @@
+"""Chunks begin in Dask's order, and who waits keeps no thread that an earlier task needs."""
+
+import threading
+
+import pytest
+
+from dask_ep.cluster.admission import Admission
+from tests.cluster_processes import wait_until
+
+
+class Entering(threading.Thread):
+    """A chunk that wants to begin, in a thread of its own, once it is known to wait or to begin."""
+
+    def __init__(self, admission, priority, begun, look=lambda: None):
+        super().__init__()
+        self.admission, self.priority, self.begun, self.look = admission, priority, begun, look
+        self.seceded, self.error, before = 0, None, (admission.under_way, len(admission._waiting))
+        self.start()
+        wait_until(
+            lambda: (admission.under_way, len(admission._waiting)) != before, "it has entered"
+        )
+
+    def run(self):
+        try:
+            self.admission.enter(self.priority, self.look, self.secede)
+            self.begun.append(self.priority)
+        except RuntimeError as error:
+            self.error = error
+
+    def secede(self):
+        self.seceded += 1
+
+
+def test_as_many_begin_as_may_and_the_others_in_their_order():
+    admission, begun = Admission(limit=2), []
+    entering = [Entering(admission, (p,), begun) for p in (5, 4, 9, 3, 7)]
+    wait_until(lambda: len(begun) == 2, "two have begun")
+    for _ in range(3):
+        before = len(begun)
+        admission.leave()
+        wait_until(lambda before=before: len(begun) > before, "the next one has begun")
+    for chunk in entering:
+        chunk.join()
+    assert begun[2:] == [(3,), (7,), (9,)]
+    assert [chunk.seceded for chunk in entering] == [1] * 5
+
+
+def test_a_thread_is_lent_to_an_earlier_task_and_to_no_other():
+    admission, begun, looked = Admission(limit=1), [], threading.Event()
+    first = Entering(admission, (0,), begun)
+    waiting = Entering(admission, (5,), begun, looked.set)
+    assert looked.wait(60)
+    admission.lend((6,))
+    assert not admission._waiting[0].is_wanted
+    admission.lend((4,))
+    wait_until(lambda: waiting.seceded, "the thread is lent")
+    assert begun == [(0,)]
+    admission.leave()
+    for chunk in (first, waiting):
+        chunk.join()
+    assert begun == [(0,), (5,)]
+    assert waiting.seceded == 1
+
+
+def test_a_task_that_was_ready_before_gets_the_thread_too():
+    """What is looked at when a chunk has to wait may be found before it waits."""
+    admission, begun = Admission(limit=1), []
+    first = Entering(admission, (0,), begun)
+    waiting = Entering(admission, (5,), begun, lambda: admission.lend((4,)))
+    wait_until(lambda: waiting.seceded, "the thread is lent")
+    admission.leave()
+    for chunk in (first, waiting):
+        chunk.join()
+
+
+def test_when_the_worker_closes_nobody_waits():
+    admission, begun = Admission(limit=1), []
+    Entering(admission, (0,), begun).join()
+    waiting = Entering(admission, (1,), begun)
+    admission.close()
+    waiting.join()
+    assert str(waiting.error) == "the worker is closing"
+    assert admission.under_way == 1
+    assert not admission.has_waiting
+
+
+def test_a_thread_that_cannot_secede_takes_no_place():
+    admission = Admission(limit=1)
+
+    def fails():
+        raise ValueError("no")
+
+    with pytest.raises(ValueError, match="no"):
+        admission.enter((0,), lambda: None, fails)
+    assert admission.under_way == 0

@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterable, Mapping
 from typing import Any, Literal
 
 from dask.typing import Key
-from distributed import Client
+from distributed import Client, Future
 from distributed.comm import Comm, connect
 from distributed.core import clean_exception, error_message
 from distributed.scheduler import Scheduler, TaskState
@@ -24,6 +24,33 @@ FIRST = -(2**40)
 
 STIMULUS = "dask-ep"
 """What the scheduler's log says of the cause."""
+
+RESULT_SECONDS = 5.0
+"""How long a result may take to come, at first, before it is asked for again."""
+
+
+# --- at the client -------------------------------------------------------------------------------
+
+
+def scheduler_address(client: Client) -> str:
+    assert client.scheduler is not None  # it is connected
+    return str(client.scheduler.address)
+
+
+def result_of(future: Future) -> Any:
+    """The result of a task, which is asked for again where that takes long.
+
+    The scheduler fetches it from a worker. One that is lost just then the scheduler tries to reach
+    for half a minute, though others may have computed the task again meanwhile.
+    """
+    seconds = RESULT_SECONDS
+    while True:
+        try:
+            return future.result(seconds)
+        except TimeoutError:
+            if future.status == "error":  # the task's own
+                raise
+        seconds *= 2  # the scheduler may be slow
 
 
 # --- on a worker ---------------------------------------------------------------------------------
@@ -39,11 +66,6 @@ def current_worker() -> Worker | None:
 
 def plugin_of(worker: Worker, name: str) -> Any:
     return worker.plugins.get(name)
-
-
-def scheduler_address(client: Client) -> str:
-    assert client.scheduler is not None  # it is connected
-    return str(client.scheduler.address)
 
 
 def is_closing(worker: Worker) -> bool:

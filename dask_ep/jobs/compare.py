@@ -27,6 +27,7 @@ import numpy as np
 from dask.callbacks import Callback
 from distributed import Client, as_completed, futures_of
 
+from dask_ep.cluster.dask_internals import result_of
 from dask_ep.cluster.interrupts import Aside, Wait
 from dask_ep.graph.keys import read_key
 from dask_ep.jobs.backends import (
@@ -371,7 +372,7 @@ def _computed(
             if future.status != "finished":
                 future.result()  # raises what went wrong there
             tell(future.key[1])
-        tell(whole.result())
+        tell(result_of(whole))
 
     found, done = None, 0
     try:

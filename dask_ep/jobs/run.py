@@ -24,7 +24,7 @@ from distributed import Client, as_completed, futures_of
 from distributed.client import FutureCancelledError
 from distributed.comm import CommClosedError
 
-from dask_ep.cluster.dask_internals import scheduler_address
+from dask_ep.cluster.dask_internals import result_of, scheduler_address
 from dask_ep.cluster.interrupts import Aside, Wait
 from dask_ep.cluster.ownership import own_experts
 from dask_ep.cluster.workers import Workers
@@ -274,7 +274,7 @@ def _compute_on_client(
 
     def gather(give: Callable[[Receipt], Any]) -> None:
         for future in as_completed(futures, loop=client.loop):
-            give(future.result())
+            give(result_of(future))
 
     try:
         for receipt in Aside(gather, wait):

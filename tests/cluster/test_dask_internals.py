@@ -319,6 +319,37 @@ def test_a_task_learns_whether_an_earlier_one_lacks_a_thread(client, workers):
     assert heard == [asked.key, *(other.key for other in others)]
 
 
+def test_a_result_that_is_fetched_in_vain_is_asked_for_again(client, workers, monkeypatch):
+    """As from a worker that is lost just then, which the scheduler goes on calling."""
+    monkeypatch.setattr(dask_internals, "RESULT_SECONDS", 0.1)
+    fetch = on_scheduler(client, lambda scheduler: scheduler.handlers["gather"])
+    asked = []
+
+    async def gather(**request):
+        asked.extend(request["keys"])
+        if len(asked) == 1:
+            await asyncio.sleep(DEADLINE)
+        return await fetch(**request)
+
+    on_scheduler(client, lambda scheduler: scheduler.handlers.update(gather=gather))
+    try:
+        future = client.submit(pow, 2, 5, pure=False)
+        assert dask_internals.result_of(future) == 32
+    finally:
+        on_scheduler(client, lambda scheduler: scheduler.handlers.update(gather=fetch))
+    assert asked[:2] == [future.key] * 2
+
+
+def test_a_task_that_ends_with_a_timeout_is_not_asked_for_again(client):
+    future = client.submit(_too_late, pure=False)
+    with pytest.raises(TimeoutError, match="too late"):
+        dask_internals.result_of(future)
+
+
+def _too_late():
+    raise TimeoutError("too late")
+
+
 LOOKS: dict[str, Callable] = {}
 
 

@@ -133,9 +133,8 @@ def _hold(
 def _serve_held(
     held: Held, experts: ExpertsAhead, after: Any, block: tuple[int, ...], b: int, worked: float
 ) -> Held:
-    with error_context(
-        f"dispatch of token chunk {held.chunk} to experts {block[0]} to {block[-1]}"
-    ):
+    experts_of_block = f"experts {block[0]} to {block[-1]}"
+    with error_context(f"dispatch of token chunk {held.chunk} to {experts_of_block}"):
         for local, e in enumerate(block):
             held.served.add(e, experts[local])
     held.receipt = Receipt(held.chunk, 0, 0, worked, b)

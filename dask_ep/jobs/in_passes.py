@@ -75,13 +75,7 @@ class InPasses:
     begun : the run that is resumed
     """
 
-    def __init__(
-        self,
-        inputs: Inputs,
-        passes: Passes,
-        ranks: int = 1,
-        begun: Begun | None = None,
-    ):
+    def __init__(self, inputs: Inputs, passes: Passes, ranks: int = 1, begun: Begun | None = None):
         self.passes, self._inputs, self._ranks = passes, inputs, ranks
         self._directory = progress_directory(os.path.abspath(inputs.job.out))
         # Of this run alone: a task that outlives a run that was overwritten must not reach them.
@@ -101,9 +95,8 @@ class InPasses:
 
         Reads the routing once.
         """
-        counts = survey(self._small_routing(routing), experts.num_experts).rows_by_chunk(
-            tokens.chunks[0]
-        )
+        found = survey(self._small_routing(routing), experts.num_experts)
+        counts = found.rows_by_chunk(tokens.chunks[0])
         rows = Rows(tokens, routing, topk_weights)
         walk = Walk(experts, self.passes, self._directory)
         if self.passes.way == "hold":

@@ -171,13 +171,15 @@ class Work:
             for weight in weights.values()
             if weight.nbytes != E * weight.loaded_bytes(compute, on_device=on_devices)
         ]
+        library = None
+        if not on_devices:
+            library = multiplied_by(dtype, experts.is_bfloat16, experts.precision)
         apart = 0  # the copy of gate and up
         if options.get("interleaved", False):
             apart = weights["gate_up"].loaded_bytes(compute, on_device=on_devices)
-        shared = None if layer is None else layer.shared
-        layer_work = (
-            LayerWork() if layer is None else _layer_work(layer, d, compute, routes, on_devices)
-        )
+        shared, layer_work = None, LayerWork()
+        if layer is not None:
+            shared, layer_work = layer.shared, _layer_work(layer, d, compute, routes, on_devices)
         return cls(
             rows=rows,
             slots=slots,
@@ -191,9 +193,7 @@ class Work:
             wide=wide,
             matrix_stored=max(decoded, default=0) + apart,
             expert_flops=2 * experts.parameters,
-            multiplied_by=None
-            if on_devices
-            else multiplied_by(dtype, experts.is_bfloat16, experts.precision),
+            multiplied_by=library,
             copied=0 if on_devices else max(_copied(each, dtype) for each in (experts, shared)),
             weight_bytes=0 if topk_dtype is None else np.dtype(topk_dtype).itemsize,
             stored_rows=stored_rows,

@@ -54,11 +54,9 @@ def resolve(
     ValueError
         If it is none of these, or for other ranks.
     """
-    if (
-        asked is None
-        or isinstance(asked, Placement)
-        or (isinstance(asked, str) and asked in POLICIES)
-    ):
+    if asked is None or isinstance(asked, Placement):
+        return asked
+    if isinstance(asked, str) and asked in POLICIES:
         return asked
     if not isinstance(asked, str | PathLike) or not Path(asked).exists():
         raise ValueError(

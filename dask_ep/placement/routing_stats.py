@@ -125,12 +125,9 @@ class Survey:
                [0, 0, 1, 0]])
         """
         rows = np.zeros((len(chunks), self.num_experts + 1), np.int64)
-        bounds = np.concatenate([[0], np.cumsum(chunks, dtype=np.int64)])
-        for chunk, (start, stop) in enumerate(pairwise(bounds.tolist())):
-            for first in range(start, stop, BLOCK_ROWS):
-                routing = self._spool.read(first, min(first + BLOCK_ROWS, stop))
-                experts = routing.ravel().astype(np.int64) + 1
-                rows[chunk] += np.bincount(experts, minlength=rows.shape[1])
+        for chunk, _, routing in self.blocks(chunks):
+            experts = routing.ravel().astype(np.int64) + 1
+            rows[chunk] += np.bincount(experts, minlength=rows.shape[1])
         return rows[:, 1:]
 
 

@@ -16,7 +16,9 @@ from typing import Any
 
 import numpy as np
 
+from dask_ep.arrays.checks import raise_bad_index
 from dask_ep.arrays.namespaces import namespace, to_host
+from dask_ep.kernel.context import error_context
 
 _TICKET_BITS = 40
 TICKETS = 1 << _TICKET_BITS
@@ -164,11 +166,6 @@ def _check_routing(routing: np.ndarray, num_experts: int, row_offset: int) -> No
     if routing.size == 0:
         return
     low, high = to_host(routing.min(), routing.max())
-    if low >= -1 and high < num_experts:
-        return
-    outside = ((routing < -1) | (routing >= num_experts)).nonzero()
-    at = tuple(int(index[0]) for index in outside)
-    raise ValueError(
-        f"routing must be in [-1, {num_experts}), but row {row_offset + at[0]} holds "
-        f"{int(routing[at])}; pass routing made for these {num_experts} experts"
-    )
+    if low < -1 or high >= num_experts:
+        with error_context("placement", row_offset or None):
+            raise_bad_index(routing, num_experts)

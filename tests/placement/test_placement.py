@@ -689,9 +689,9 @@ MESSAGES = [
     (lambda: incremental(contiguous(4, 2), [1, 2]), "must place 2 experts, but places 4"),
     (
         lambda: contiguous(4, 2).rewrite(np.array([[0, 1], [3, 4]]), 100),
-        r"\[-1, 4\), but row 101 holds 4",
+        r"row 101 of the whole array\): routing must hold .* \[-1, 4\), but routing\[1, 1\] is 4",
     ),
-    (lambda: ticket_load(np.array([0, -2]), 3), r"\[-1, 3\), but row 1 holds -2"),
+    (lambda: ticket_load(np.array([0, -2]), 3), r"\[-1, 3\), but routing\[1\] is -2"),
     (lambda: write_sglang("x.txt", {0: contiguous(2, 1)}), "ending .json"),
     (
         lambda: write_sglang("x.json", {0: contiguous(3, 2)}),

@@ -45,6 +45,8 @@ from walk.documents import batch_documents, chunk_documents, spans
 from walk.memory import keep_freed
 from walk.options import Options
 
+from dask_ep.jobs.job import PRECISIONS
+
 HERE = Path(__file__).parent
 BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
 PART_BYTES = 512 << 20
@@ -64,6 +66,7 @@ def main() -> None:
     parser.add_argument("--k", type=int, default=4, help="experts of a row")
     parser.add_argument("--vocabulary", type=int, default=16_384)
     parser.add_argument("--dtype", choices=("bfloat16", "float32"), default="bfloat16")
+    parser.add_argument("--precision", choices=PRECISIONS, default="float32", help="of experts")
     parser.add_argument("--memory-limit", type=parse_bytes, default="3GB")
     parser.add_argument("--sample", type=int, default=16_384, help="tokens for transformers' block")
     parser.add_argument("--directory", help="directory for temporary files")
@@ -77,7 +80,7 @@ def main() -> None:
         np.save(Path(folder) / "ids.npy", ids)
         os.sync()  # else the walk waits until the checkpoint is on the disk
         print(f"{asked.blocks} blocks of {asked.experts} experts, {stored / 1e9:.2f} GB as stored; "
-              f"{np.count_nonzero(ids >= 0):,} tokens, {asked.dtype}", flush=True)  # fmt: skip
+              f"{np.count_nonzero(ids >= 0):,} tokens, {asked.dtype}, products {asked.precision}", flush=True)  # fmt: skip
         summary, peak = walk(asked, Path(folder))
         print(f"memory: {peak / 1e9:.2f} GB at most, of {asked.memory_limit / 1e9:.2f} GB allowed")
         print(words_of_bytes(summary, stored, asked), flush=True)
@@ -173,7 +176,7 @@ def walk(asked: argparse.Namespace, folder: Path) -> tuple[dict, int]:
     command = [
         *(sys.executable, HERE / "walk_model.py", folder / "model", folder / "ids.npy"),
         *("--out", folder / "acts", "--memory-limit", str(asked.memory_limit)),
-        *("--length", str(asked.length), "--dtype", asked.dtype),
+        *("--length", str(asked.length), "--dtype", asked.dtype, "--precision", asked.precision),
     ]
     with subprocess.Popen(list(map(str, command))) as process:
         peak = peak_of_tree(process)

@@ -36,6 +36,7 @@ from walk.options import Options
 
 from dask_ep.cli.run_command import choose_where, where_options
 from dask_ep.jobs.backends import on_gpus
+from dask_ep.jobs.job import PRECISIONS
 from dask_ep.layers.collect import WHAT
 
 SAVES = ("hidden", "routing", "moe_input")
@@ -117,6 +118,13 @@ class Blocks(click.ParamType):
     default="auto",
     show_default=True,
     help="Of weights and hidden states; auto: the checkpoint's.",
+)
+@click.option(
+    "--precision",
+    type=click.Choice(PRECISIONS),
+    default="float32",
+    show_default=True,
+    help="Of bfloat16 experts: as exact as float32, or rounded between products, as the model does.",
 )
 @click.option(
     "--start",

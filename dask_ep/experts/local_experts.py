@@ -15,8 +15,7 @@ from dask_ep.arrays import memory
 from dask_ep.arrays.namespaces import Array, namespace
 from dask_ep.experts.expert_kinds import GATE_OPTIONS
 from dask_ep.experts.weights import Weight
-from dask_ep.kernel.bfloat16 import laid_out
-from dask_ep.kernel.expert import Expert, Linear
+from dask_ep.kernel.expert import Expert, Linear, laid_out
 from dask_ep.kernel.kinds import Affine, Gated, GatedPair, Mlp, Summed
 
 if TYPE_CHECKING:

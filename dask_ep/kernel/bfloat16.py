@@ -43,21 +43,11 @@ STEP = 1 << 16
 def serves(w: Matrix) -> bool:
     """Whether products with a matrix take 16 bits: by its dtype, its values, library and CPU."""
     if isinstance(w, Packed):
-        return True
+        return w.dtype == BFLOAT16
     if not isinstance(w, np.ndarray) or w.dtype != BFLOAT16 or blas.bfloat16_library() is None:
         return False
     largest = _largest(w).max(initial=0)
     return bool(largest == 0 or SMALLEST <= largest <= LARGEST)
-
-
-def laid_out(w: Matrix) -> Matrix:
-    """Lay a matrix out as 16-bit products read it, where they serve and that takes no more bytes;
-    else as is."""
-    library = blas.bfloat16_library()
-    if library is None or isinstance(w, Packed) or not serves(w):
-        return w
-    packed = library.pack(w)
-    return w if packed is None else packed
 
 
 def narrowed(w: np.ndarray) -> np.ndarray:
@@ -117,29 +107,9 @@ def multiply(
     return out
 
 
-def multiply_gated(
-    x: np.ndarray, gate: Matrix, up: Matrix, alpha: float, *, rounded: bool
-) -> np.ndarray | None:
-    """Compute silu(x @ gate) * (x @ up) in one go, in 16 bits; None where that cannot be.
-
-    Parameters
-    ----------
-    x : (m, d) bfloat16; none of its rows may be such as is multiplied in float32, see `multiply`
-    gate, up : (d, f), `laid_out`
-    alpha : of silu
-    rounded : whether to give bfloat16, for a product that would round it; else float32
-
-    Returns
-    -------
-    (m, f)
-    """
-    library = blas.bfloat16_library()
-    if library is None or not (isinstance(gate, Packed) and isinstance(up, Packed)):
-        return None
-    if x.dtype != BFLOAT16 or len(x) == 0 or len(_rows_apart(_largest(x))):
-        return None
-    out = memory.empty((len(x), up.shape[1]), BFLOAT16 if rounded else np.float32)
-    return out if library.gated(x, gate, up, out, alpha) else None
+def has_rows_apart(x: np.ndarray) -> bool:
+    """Whether rows are among (m, d) bfloat16 that are multiplied in float32, see `multiply`."""
+    return len(_rows_apart(_largest(x))) > 0
 
 
 def multiplied_by(dtype: np.dtype, is_bfloat16: bool, precision: str = "float32") -> str:

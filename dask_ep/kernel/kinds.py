@@ -24,10 +24,10 @@ import numpy as np
 from dask_ep.arrays import memory
 from dask_ep.arrays.checks import computing_dtype
 from dask_ep.arrays.namespaces import Array, namespace
-from dask_ep.kernel import bfloat16, cuda_kernels
+from dask_ep.kernel import cuda_kernels
 from dask_ep.kernel.bfloat16 import BFLOAT16
 from dask_ep.kernel.device_kernel import Bounds
-from dask_ep.kernel.expert import Expert, Linear
+from dask_ep.kernel.expert import Expert, Linear, gated_in_one_go
 from dask_ep.kernel.factors import Factors, write
 
 Activation = Callable[[Array, float], None]
@@ -159,14 +159,14 @@ class Gated(_Gate):
         return self._down(self.activate(rows, hidden) if active is None else active, out)
 
     def _in_one_go(self, rows: Array) -> Array | None:
-        """The hidden activations where the library of 16-bit products makes them, else None."""
+        """The hidden activations where the library of products makes them, else None."""
         gate, up, plain = self._gate, self._up, (None, 0.0, False)
         if self._activation != "silu" or (self._limit, self._up_offset, self._clamp_after) != plain:
             return None
         if not isinstance(gate, Linear) or not isinstance(up, Linear):
             return None
         rounded = gate.is_rounded and self._down.takes(BFLOAT16) == BFLOAT16
-        return bfloat16.multiply_gated(rows, gate.W, up.W, self._alpha, rounded=rounded)
+        return gated_in_one_go(rows, gate, up, self._alpha, rounded=rounded)
 
     def activate(self, rows: Array, hidden: Array | None = None) -> Array:
         """The hidden activations of rows, in `hidden` when it is given."""

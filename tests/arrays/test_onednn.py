@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dask_ep.arrays import blas, onednn
-from dask_ep.arrays.onednn import BFLOAT16, FLOAT32, ROWS_AT_ONCE, installed_onednn
+from dask_ep.arrays.onednn import BFLOAT16, FLOAT32, ROWS, ROWS_AT_ONCE, installed_onednn
 
 library = installed_onednn()
 pytestmark = pytest.mark.skipif(library is None, reason=f"{onednn.PACKAGE} is not installed")
@@ -69,7 +69,7 @@ def test_matrices_that_lie_in_any_way(dtype, data):
 @settings(deadline=None, max_examples=50)
 @given(data=st.data())
 def test_packed_matrices(dtype, data):
-    m = data.draw(st.sampled_from([1, 5, ROWS_AT_ONCE, 2 * ROWS_AT_ONCE, 3 * ROWS_AT_ONCE + 7]))
+    m = data.draw(st.sampled_from([1, 5, *ROWS, ROWS_AT_ONCE, 2 * ROWS_AT_ONCE + 77]))
     d, f = (64 * data.draw(st.integers(1, 4)) for _ in range(2))
     x, w = some(m, d + 3, dtype=dtype)[:, 2:-1], data.draw(matrices(d, f, dtype))
     packed, out = library.pack(w), np.full((m, f), np.nan, FLOAT32)
@@ -83,12 +83,47 @@ def test_packed_matrices(dtype, data):
     np.testing.assert_array_equal(library.widened(w), w.astype(FLOAT32))
 
 
+@dtypes
+def test_packed_matrices_are_multiplied_by_few_kernels(dtype):
+    """A kernel takes longer to make than most products."""
+    mine, w = onednn.OneDnn(library._library, onednn.openmp()), some(64, 64, dtype=dtype)
+    packed = mine.pack(w)
+    for m in (*range(1, 300, 3), 1000, 1001):
+        x, out = some(m, 64, dtype=dtype, seed=m), np.empty((m, 64), FLOAT32)
+        assert mine.multiply(x, packed, out)
+        np.testing.assert_allclose(out, x.astype("f8") @ w.astype("f8"), rtol=0, atol=1e-4)
+    made = [key for key in mine._idle[0].kernels if key[0] == onednn.PRODUCT]
+    assert len(made) == ROWS_AT_ONCE // ROWS[0] + ROWS[0] // ROWS[1] - 1
+
+
+@dtypes
+def test_an_output_in_pieces_gets_the_product_of_a_packed_matrix(dtype):
+    x, w = some(70, 64, dtype=dtype), some(64, 128, dtype=dtype)
+    whole = np.full((70, 130), np.nan, FLOAT32)
+    assert library.multiply(x, library.pack(w), whole[:, 1:-1])
+    np.testing.assert_allclose(whole[:, 1:-1], x.astype("f8") @ w.astype("f8"), atol=1e-4)
+    assert np.isnan(whole[:, [0, -1]]).all()
+
+
 @pytest.mark.skipif(not has(BFLOAT16), reason="this CPU has no kernel for bfloat16")
+@pytest.mark.parametrize("spare", [0, 1, 2, 30])
+def test_all_bits_are_packed_whichever_way_they_lie(spare):
+    """NaN and infinities of each kind, too; rows and columns of the matrix lie `spare` apart."""
+    bits = np.random.default_rng(0).integers(0, 1 << 16, (192, 96 + spare), np.uint16)
+    w = bits.view(BFLOAT16)[:, :96].T
+    got, want = library.pack(w), library.pack(np.ascontiguousarray(w))
+    np.testing.assert_array_equal(got._data, want._data)
+
+
 @pytest.mark.parametrize("rows", [1, 63, 64, 200, 1000])
-@pytest.mark.parametrize("dtype", [FLOAT32, BFLOAT16])
+@pytest.mark.parametrize(
+    ("packed", "dtype"), [(BFLOAT16, FLOAT32), (BFLOAT16, BFLOAT16), (FLOAT32, FLOAT32)]
+)
 @pytest.mark.parametrize("alpha", [1.0, 1.702])
-def test_gates_are_multiplied_as_they_come(rows, dtype, alpha):
-    x, (gate, up) = some(rows, 128, dtype=BFLOAT16), some(2, 128, 192, dtype=BFLOAT16, seed=1)
+def test_gates_are_multiplied_as_they_come(rows, packed, dtype, alpha):
+    if not has(packed):
+        pytest.skip(f"this CPU has no kernel for {packed}")
+    x, (gate, up) = some(rows, 128, dtype=packed), some(2, 128, 192, dtype=packed, seed=1)
     out = np.full((rows, 192), np.nan, dtype)
     assert library.gated(x, library.pack(gate), library.pack(up), out, alpha)
     a, b = (x.astype("f8") @ w.astype("f8") for w in (gate, up))

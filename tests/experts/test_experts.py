@@ -17,11 +17,14 @@ from hypothesis import strategies as st
 from safetensors.numpy import save_file
 
 from dask_ep import Experts, expert_parallel_dispatch
+from dask_ep.arrays import blas
+from dask_ep.arrays.onednn import OneDnn, Packed
 from dask_ep.errors import ReadError
 from dask_ep.experts import local_experts
 from dask_ep.experts.experts import as_experts
 from dask_ep.experts.local_experts import LocalExperts
 from dask_ep.kernel import reference
+from dask_ep.kernel.expert import laid_out
 from dask_ep.storage import files
 from dask_ep.storage.sources import Source, open_source
 from tests.compare import assert_close
@@ -132,6 +135,24 @@ def test_gated_in_every_form(activation, biases, limit, alpha, up_offset, clamp_
     stored = transposed(fused) if flip else fused
     interleaved = form == "interleaved"
     check(Experts.gated_fused(**stored, interleaved=interleaved, transposed=flip, **options), plain)
+
+
+@pytest.mark.parametrize("m", [1, 17, 100])
+@pytest.mark.parametrize("options", [{}, {"alpha": 1.702, "limit": 1.0}, {"activation": "relu"}])
+def test_matrices_of_checkpoints_are_laid_out_once_where_that_pays(m, options, monkeypatch):
+    """They lie by columns, (out, in); and these are large enough."""
+    rng = np.random.default_rng(0)
+    gate, up, down = (rng.standard_normal((2, 128, 128), "f4") / 11 for _ in range(3))
+    x = rng.standard_normal((m, 128), "f4")
+    plain = [reference.gated(*(w[e].T for w in (gate, up, down)), **options) for e in range(2)]
+    experts = Experts.gated(gate, up, down, transposed=True, **options)
+    want = np.stack([[expert(row.astype("f8")) for row in x] for expert in plain])
+    library = blas.faster_than_numpy()
+    assert isinstance(laid_out(gate[0].T), Packed) == isinstance(library, OneDnn)
+    assert not isinstance(laid_out(gate[0]), Packed), "by rows they are as fast"
+    assert_close(outputs(experts, x), want, 1e-5)
+    monkeypatch.setattr(blas, "packing_library", lambda w: None)
+    assert_close(outputs(experts, x), want, 1e-5)
 
 
 @pytest.mark.parametrize("columns", [1, 4, 10])

@@ -96,7 +96,14 @@ def _walks(options: Options, models: list[Model], where: Where, progress: Progre
     outs = [out, os.path.join(out, "compare")]
     return [
         Walk(
-            Task(model.directory, options.dtype, lengths, options.chunk_rows, options.batch_tokens),
+            Task(
+                model.directory,
+                options.dtype,
+                lengths,
+                options.chunk_rows,
+                options.batch_tokens,
+                options.precision,
+            ),
             *(outs[number], asked[number], where, progress.tell),
         )
         for number, model in enumerate(models)

@@ -27,6 +27,7 @@ class Options:
     chunk_rows: int = 4096
     batch_tokens: int = 1024
     dtype: str = "auto"
+    precision: str = "float32"
     start: int | None = None
     column: int = 0
     where: Where = ALL_THREADS
@@ -52,6 +53,7 @@ class Options:
             "chunk_rows": self.chunk_rows,
             "batch_tokens": self.batch_tokens,
             "dtype": self.dtype,
+            "precision": self.precision,
             "start": self.start,
             "column": self.column,
             "threads": self.threads,

@@ -212,7 +212,7 @@ class Walk:
         """What the block's MoE module computes."""
         return Job(
             moe_input, self._work(block, "moe_output.zarr"), layer=self.task.directory,
-            layer_index=block, name="the walk",
+            layer_index=block, precision=self.task.precision, name="the walk",
         )  # fmt: skip
 
     def _collect(self, block: int, moe_input: str) -> int:

@@ -39,6 +39,7 @@ class Task:
     lengths : path of the documents' lengths
     chunk_rows : of a token chunk, see `chunk_documents`
     batch_tokens : of a batch at most, see `batch_documents`
+    precision : of the products of MoE modules
     block : number of the decoder block
     kept : directory of what is to be done with the output of the MoE module
     """
@@ -48,6 +49,7 @@ class Task:
     lengths: str
     chunk_rows: int
     batch_tokens: int
+    precision: str = "float32"
     block: int = 0
     kept: str = ""
 

@@ -80,7 +80,8 @@ def main() -> None:
         np.save(Path(folder) / "ids.npy", ids)
         os.sync()  # else the walk waits until the checkpoint is on the disk
         print(f"{asked.blocks} blocks of {asked.experts} experts, {stored / 1e9:.2f} GB as stored; "
-              f"{np.count_nonzero(ids >= 0):,} tokens, {asked.dtype}, products {asked.precision}", flush=True)  # fmt: skip
+              f"{np.count_nonzero(ids >= 0):,} tokens, {asked.dtype}, experts {asked.precision}",
+              flush=True)  # fmt: skip
         summary, peak = walk(asked, Path(folder))
         print(f"memory: {peak / 1e9:.2f} GB at most, of {asked.memory_limit / 1e9:.2f} GB allowed")
         print(words_of_bytes(summary, stored, asked), flush=True)

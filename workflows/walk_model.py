@@ -124,7 +124,7 @@ class Blocks(click.ParamType):
     type=click.Choice(PRECISIONS),
     default="float32",
     show_default=True,
-    help="Of bfloat16 experts: as exact as float32, or rounded between products, as the model does.",
+    help="Of bfloat16 experts: as exact as float32, or rounded between products as in the model.",
 )
 @click.option(
     "--start",

@@ -32,8 +32,9 @@ from typing import Any
 import numpy as np
 from threadpoolctl import ThreadpoolController, threadpool_limits
 
-from dask_ep.arrays import onednn
-from dask_ep.arrays.onednn import ROWS, Matrix, OneDnn, Packed, installed_onednn
+from dask_ep.arrays import onednn, onednn_kernels
+from dask_ep.arrays.onednn import ROWS, OneDnn, installed_onednn
+from dask_ep.arrays.onednn_kernels import Matrix, Packed
 
 NARROW_FLAGS = {"amx_bf16", "avx512_bf16"}
 """What /proc/cpuinfo calls instructions that multiply bfloat16, and sum in float32."""
@@ -269,14 +270,14 @@ def one_blas_thread() -> Iterator[None]:
     """
     libraries = _loaded_mkls()
     former = [library.MKL_Get_Max_Threads() for library in libraries]
-    onednns = onednn.limit_threads(1)
+    onednns = onednn_kernels.limit_threads(1)
     try:
         with threadpool_limits(limits=1):
             for library in libraries:
                 library.MKL_Set_Num_Threads(1)
             yield
     finally:
-        onednn.limit_threads(onednns)
+        onednn_kernels.limit_threads(onednns)
         for library, threads in zip(libraries, former, strict=True):
             library.MKL_Set_Num_Threads(threads)
 
@@ -285,7 +286,7 @@ def limit_blas_for_good() -> None:
     """Give BLAS one thread for the rest of this process: for a worker with a thread per core."""
     for library in _loaded_mkls():
         library.MKL_Set_Num_Threads(1)
-    onednn.limit_threads(1)
+    onednn_kernels.limit_threads(1)
     threadpool_limits(limits=1)
 
 

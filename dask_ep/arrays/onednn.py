@@ -15,19 +15,26 @@ from __future__ import annotations
 
 import ctypes
 import warnings
-from collections import deque
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from functools import cache
 from importlib.metadata import PackageNotFoundError, files
 from itertools import pairwise
-from typing import Any
 
-import ml_dtypes
 import numpy as np
 
 from dask_ep.arrays import memory
-
-BFLOAT16, FLOAT32 = np.dtype(ml_dtypes.bfloat16), np.dtype(np.float32)
+from dask_ep.arrays.onednn_kernels import (
+    ADD,
+    COPY,
+    FLOAT32,
+    PRODUCT,
+    SILU,
+    TIMES,
+    Kernels,
+    Matrix,
+    Packed,
+    openmp,
+)
 
 PACKAGE = "onednn-cpu-gomp"
 
@@ -41,68 +48,8 @@ for each number of rows would be a new one, which takes 3 ms, for nearly each ch
 GATED_BYTES = 512 << 10
 """Bytes of gates that wait in a core's own cache for what they are multiplied by."""
 
-KERNELS_KEPT = 1024
-"""Products, by shapes and memory layouts, that are kept for their next use by each of the threads
-that multiply at a time; 9 KB each."""
 
-_CACHE_LINE = 64  # bytes
-_CPU, _IN_ORDER, _GIVEN_SCRATCH = 1, 1, 1  # engine kind, stream flag, scratchpad mode
-_NUMBERS = {BFLOAT16: 2, FLOAT32: 3}  # dnnl_data_type_t
-_SOURCE, _DESTINATION, _WEIGHTS, _SCRATCH = 1, 17, 33, 80  # DNNL_ARG_*
-_OTHER = 32768 | 2  # DNNL_ARG_ATTR_MULTIPLE_POST_OP(0) | DNNL_ARG_SRC_1
-_ROLES = {
-    2: (_SOURCE, _DESTINATION, _SCRATCH),
-    3: (_SOURCE, _WEIGHTS, _DESTINATION, _SCRATCH),
-    4: (_SOURCE, _WEIGHTS, _DESTINATION, _OTHER, _SCRATCH),
-}
-_ELTWISE_SWISH, _BINARY_MUL = 0x2C, 0x1FFF1  # dnnl_alg_kind_t
-_ADD, _SILU, _TIMES = "add", "silu", "times"  # what follows a product
-_ANY_LENGTH = -(1 << 63)  # DNNL_RUNTIME_DIM_VAL
-_ANY_FORMAT, _BY_ROWS = 1, 3  # dnnl_format_tag_t
-_ITS_NAME, _ITS_WEIGHTS, _ITS_SCRATCH = 8, 131, 136  # dnnl_query_t
-_ITS_BLOCKS, _ITS_BLOCK_LENGTHS = 263, 264
-_UNIMPLEMENTED = 3  # dnnl_status_t
-_PAIRS = (16, 64, 2)
-"""Blocks of a packed bfloat16 matrix (k, n): of k, of n, and of k again."""
-
-
-class _Handle:
-    """An object of the library, destroyed when nobody refers to it any more."""
-
-    def __init__(self, pointer: ctypes.c_void_p, destroy: Any, keeps: Any = None):
-        self.pointer = self._as_parameter_ = pointer
-        self._destroy, self._keeps = destroy, keeps
-
-    def __del__(self) -> None:
-        if self._destroy is not None:
-            self._destroy(self.pointer)
-
-
-class Packed:
-    """A matrix (k, n) as the kernels read it, in as many bytes; made by `OneDnn.pack`.
-
-    Attributes
-    ----------
-    shape, dtype, nbytes : those of the matrix
-    library : that has made it
-    """
-
-    def __init__(self, library: OneDnn, shape: tuple[int, ...], dtype: np.dtype, data: np.ndarray):
-        self.library, self.shape, self.dtype, self._data = library, shape, dtype, data
-        self.kind, self.address = (shape, dtype), data.ctypes.data
-
-    @property
-    def nbytes(self) -> int:
-        return self._data.nbytes
-
-
-Matrix = np.ndarray | Packed
-
-PRODUCT, COPY = "product", "copy"
-"""What kernels do: write x @ w to `out`, and one matrix to another."""
-
-
-class OneDnn:
+class OneDnn(Kernels):
     """Products of float32, and of bfloat16 with sums in float32.
 
     Parameters
@@ -119,30 +66,13 @@ class OneDnn:
     The same arrays give the same bits with the same number of threads on the same kind of CPU.
     """
 
-    def __init__(self, library: ctypes.CDLL, openmp: ctypes.CDLL):
-        self._library = library
-        self._set_threads = openmp.omp_set_num_threads
-        self._all_threads = int(openmp.omp_get_max_threads())
-        library.dnnl_version.restype = ctypes.POINTER(ctypes.c_int)
-        self.version = ".".join(map(str, library.dnnl_version()[:3]))
-        library.dnnl_primitive_desc_query_md.restype = ctypes.c_void_p
-        library.dnnl_memory_desc_get_size.restype = ctypes.c_size_t
-        library.dnnl_memory_set_data_handle.argtypes = [ctypes.c_void_p] * 2
-        self._engine = self._new("engine", _CPU, ctypes.c_size_t(0))
-        self._stream = self._new("stream", self._engine, _IN_ORDER)
-        self._idle: deque[_Bench] = deque()
-        self._packed_layout = cache(self._new_packed_layout)
-
-    def __str__(self) -> str:
-        return f"oneDNN {self.version}"
-
     def multiply(self, x: np.ndarray, w: Matrix, out: np.ndarray, *, add: bool = False) -> bool:
         """Write x @ w to `out`, or add it, and say so; False if the library cannot with these
         dtypes, these memory layouts or this CPU. What is added needs an `out` in one piece."""
-        then = _ADD if add else None
+        then = ADD if add else None
         if not isinstance(w, Packed):
-            return self._run(PRODUCT, (np.ascontiguousarray(x) if add else x, w, out), then)
-        return _in_steps(lambda x, out: self._run(PRODUCT, (x, w, out), then), x, out, ROWS_AT_ONCE)
+            return self.run(PRODUCT, (np.ascontiguousarray(x) if add else x, w, out), then)
+        return _in_steps(lambda x, out: self.run(PRODUCT, (x, w, out), then), x, out, ROWS_AT_ONCE)
 
     def gated(
         self, x: np.ndarray, gate: Packed, up: Packed, out: np.ndarray, alpha: float = 1.0
@@ -156,8 +86,8 @@ class OneDnn:
 
         def some(x: np.ndarray, out: np.ndarray) -> bool:
             these = gates[: len(x)]
-            return self._run(PRODUCT, (x, gate, these), (_SILU, alpha)) and self._run(
-                PRODUCT, (x, up, out, these), _TIMES
+            return self.run(PRODUCT, (x, gate, these), (SILU, alpha)) and self.run(
+                PRODUCT, (x, up, out, these), TIMES
             )
 
         return _in_steps(some, x, out, step)
@@ -165,11 +95,10 @@ class OneDnn:
     def pack(self, w: np.ndarray) -> Packed | None:
         """Lay a matrix out as products read it; None where they could not, or where that would take
         more bytes."""
-        layout = None if w.dtype not in _NUMBERS else self._packed_layout(w.shape, w.dtype)
-        if layout is None or self._library.dnnl_memory_desc_get_size(layout) != w.nbytes:
+        if self.packed_bytes(w) != w.nbytes:
             return None
         packed = Packed(self, w.shape, w.dtype, memory.empty((w.nbytes,), np.uint8))
-        return packed if self._run(COPY, (w, packed)) else None
+        return packed if self.run(COPY, (w, packed)) else None
 
     def widened(self, w: Matrix) -> np.ndarray:
         """Copy a matrix of bfloat16, packed or not, to one of float32."""
@@ -177,208 +106,11 @@ class OneDnn:
         out = (
             memory.empty(w.shape[::-1], FLOAT32).T if by_columns else memory.empty(w.shape, FLOAT32)
         )
-        if not self._run(COPY, (w, out)):
+        if not self.run(COPY, (w, out)):
             if isinstance(w, Packed):
                 raise RuntimeError(f"{self} cannot copy a matrix that it has packed")
             out[...] = w
         return out
-
-    # --- kernels ---------------------------------------------------------------------------------
-
-    def _run(self, what: str, arrays: tuple[Matrix, ...], then: Any = None) -> bool:
-        """Run the kernel for such arrays; False if there is none.
-
-        The way to a kernel is to be short: products of few rows take some 20 us.
-        """
-        threads = _limit or self._all_threads
-        self._set_threads(threads)  # OpenMP has a number for each thread that asks
-        key = (what, then, threads, *map(_kind, arrays))
-        try:
-            bench = self._idle.pop()
-        except IndexError:
-            bench = _Bench()
-        try:
-            kernel = bench.kernels[key]
-        except KeyError:
-            kernel = bench.keep(key, self._new_kernel(bench, what, arrays, then))
-        try:
-            if kernel is not None:
-                kernel.run(self._stream.pointer, *map(_address, arrays))
-        finally:
-            self._idle.append(bench)
-        return kernel is not None
-
-    def _new_kernel(
-        self, bench: _Bench, what: str, arrays: tuple[Matrix, ...], then: Any
-    ) -> _Kernel | None:
-        """None where the library has none, or but one of plain loops."""
-        if not all(map(_lies_well, arrays)):
-            return None
-        layouts = self._in_pairs(*arrays) if what == COPY else None
-        layouts = layouts or [self._layout(array) for array in arrays]
-        described = self._copy(*layouts) if what == COPY else self._product(arrays, then)
-        if described is None:
-            return None
-        name = ctypes.c_char_p()
-        self._do("primitive_desc_query", described, _ITS_NAME, 0, ctypes.byref(name))
-        if b"ref" in (name.value or b""):
-            return None
-        scratch = self._part(described, _ITS_SCRATCH)
-        memories = [self._new("memory", each, self._engine, None) for each in (*layouts, scratch)]
-        room = bench.scratch(self._library.dnnl_memory_desc_get_size(scratch))
-        return _Kernel(self._library, self._new("primitive", described), memories, room)
-
-    def _product(self, arrays: tuple[Matrix, ...], then: Any) -> _Handle | None:
-        x, w, out, *others = arrays
-        if x.dtype != w.dtype or (then in (None, _ADD) and out.dtype != FLOAT32):
-            return None
-        # Kernels for any number of rows do nothing after; those of packed matrices have a number.
-        rows = x.shape[0] if then is not None or isinstance(w, Packed) else _ANY_LENGTH
-        options = self._new("primitive_attr")
-        self._do("primitive_attr_set_scratchpad_mode", options, _GIVEN_SCRATCH)
-        if then is not None:
-            steps = self._new("post_ops")
-            if then == _ADD:
-                self._do("post_ops_append_sum", steps, ctypes.c_float(1), 0, _NUMBERS[FLOAT32])
-            elif then == _TIMES:
-                self._do("post_ops_append_binary", steps, _BINARY_MUL, self._layout(others[0]))
-            else:
-                numbers = ctypes.c_float(then[1]), ctypes.c_float(0)
-                self._do("post_ops_append_eltwise", steps, _ELTWISE_SWISH, *numbers)
-            self._do("primitive_attr_set_post_ops", options, steps)
-        layouts = self._layout(x, rows), self._layout(w), None, self._layout(out, rows)
-        return self._described("matmul", self._engine, *layouts, options)
-
-    def _copy(self, source: _Handle | None, to: _Handle | None) -> _Handle | None:
-        return self._described("reorder", source, self._engine, to, self._engine, None)
-
-    def _in_pairs(self, source: Matrix, to: Matrix) -> list[_Handle | None] | None:
-        """Layouts by which a bfloat16 matrix that lies by columns is packed three times faster.
-
-        Two numbers that follow one another in a column stay together: as one of 4 bytes they are
-        transposed in blocks. None for other matrices, and other packed layouts.
-        """
-        if not isinstance(to, Packed) or isinstance(source, Packed) or to.dtype != BFLOAT16:
-            return None
-        (k, n), (along, down) = source.shape, source.strides
-        if along != source.itemsize or down % 4 or self._blocks(to) != _PAIRS:
-            return None
-        wide, columns, pairs = _PAIRS[1], down // 4, k // 2
-        lengths, every = (n // wide, wide, pairs // 16, 16), wide * pairs
-        return [
-            self._strided(lengths, FLOAT32, steps)
-            for steps in ((wide * columns, columns, 16, 1), (every, 1, 16 * wide, wide))
-        ]
-
-    def _blocks(self, packed: Packed) -> tuple[int, ...]:
-        """Lengths of the innermost blocks that a matrix lies in, the outermost first."""
-        layout = self._layout(packed)
-        count, lengths = ctypes.c_int(), ctypes.POINTER(ctypes.c_int64)()
-        self._do("memory_desc_query", layout, _ITS_BLOCKS, ctypes.byref(count))
-        self._do("memory_desc_query", layout, _ITS_BLOCK_LENGTHS, ctypes.byref(lengths))
-        return tuple(lengths[: count.value])
-
-    # --- objects of the library ------------------------------------------------------------------
-
-    def _layout(self, array: Matrix, rows: int | None = None) -> _Handle | None:
-        if isinstance(array, Packed):
-            return self._packed_layout(array.shape, array.dtype)
-        shape = (array.shape[0] if rows is None else rows, array.shape[1])
-        steps = [step // array.itemsize for step in array.strides]
-        if array.flags.c_contiguous:  # also where a single row or column tells another stride
-            steps = [shape[1], 1]
-        return self._strided(shape, array.dtype, steps)
-
-    def _strided(self, shape: tuple[int, ...], dtype: np.dtype, steps: Iterable[int]) -> _Handle:
-        arguments = len(shape), _lengths(shape), _NUMBERS[dtype], _lengths(steps)
-        return self._new("memory_desc", *arguments, by="memory_desc_create_with_strides")
-
-    def _new_packed_layout(self, shape: tuple[int, int], dtype: np.dtype) -> _Handle | None:
-        """How the library's kernels want a matrix to lie, for any number of rows."""
-        k, n = shape
-        x, w, out = (
-            self._new(
-                "memory_desc", 2, _lengths(lengths), number, tag, by="memory_desc_create_with_tag"
-            )
-            for lengths, number, tag in (
-                ((ROWS_AT_ONCE, k), _NUMBERS[dtype], _BY_ROWS),
-                ((k, n), _NUMBERS[dtype], _ANY_FORMAT),
-                ((ROWS_AT_ONCE, n), _NUMBERS[FLOAT32], _BY_ROWS),
-            )
-        )
-        described = self._described("matmul", self._engine, x, w, None, out, None)
-        return None if described is None else self._part(described, _ITS_WEIGHTS)
-
-    def _described(self, kind: str, *arguments: Any) -> _Handle | None:
-        """A description of a kernel; None where the library has none."""
-        pointer, what = ctypes.c_void_p(), f"{kind}_primitive_desc_create"
-        status = getattr(self._library, f"dnnl_{what}")(ctypes.byref(pointer), *arguments)
-        if status == _UNIMPLEMENTED:
-            return None
-        _check(status, what)
-        return _Handle(pointer, self._library.dnnl_primitive_desc_destroy)
-
-    def _part(self, described: _Handle, which: int) -> _Handle:
-        """A layout that a description has, and keeps."""
-        pointer = self._library.dnnl_primitive_desc_query_md(described, which, 0)
-        return _Handle(ctypes.c_void_p(pointer), None, keeps=described)
-
-    def _new(self, kind: str, *arguments: Any, by: str | None = None) -> _Handle:
-        pointer = ctypes.c_void_p()
-        self._do(by or f"{kind}_create", ctypes.byref(pointer), *arguments)
-        return _Handle(pointer, getattr(self._library, f"dnnl_{kind}_destroy"))
-
-    def _do(self, what: str, *arguments: Any) -> None:
-        _check(getattr(self._library, f"dnnl_{what}")(*arguments), what)
-
-
-class _Bench:
-    """Kernels and their scratch memory, for one thread at a time: Dask's threads come and go, and
-    the next one takes what another has left."""
-
-    def __init__(self) -> None:
-        self.kernels: dict[tuple[Any, ...], _Kernel | None] = {}
-        self._room = np.empty(0, np.uint8)
-
-    def keep(self, key: tuple[Any, ...], kernel: _Kernel | None) -> _Kernel | None:
-        if len(self.kernels) >= KERNELS_KEPT:
-            self.kernels.clear()
-        self.kernels[key] = kernel
-        return kernel
-
-    def scratch(self, nbytes: int) -> np.ndarray:
-        if len(self._room) < nbytes:
-            self._room = np.empty(max(nbytes + _CACHE_LINE, 1 << 16), np.uint8)
-            self._room = self._room[-self._room.ctypes.data % _CACHE_LINE :]
-        return self._room
-
-
-class _Kernel:
-    """What computes, with the memory objects that arrays are put into before."""
-
-    def __init__(
-        self,
-        library: ctypes.CDLL,
-        primitive: _Handle,
-        memories: list[_Handle],
-        scratch: np.ndarray,
-    ):
-        self._execute, self._wait = library.dnnl_primitive_execute, library.dnnl_stream_wait
-        self._put = library.dnnl_memory_set_data_handle
-        self._keeps, self._primitive = (primitive, memories, scratch), primitive.pointer
-        *arrays, room = (one.pointer for one in memories)
-        self._arrays = arrays
-        self._put(room, scratch.ctypes.data)
-        roles = zip(_ROLES[len(arrays)], memories, strict=True)
-        self._arguments = (_Argument * len(memories))(
-            *(_Argument(role, one.pointer) for role, one in roles)
-        )
-
-    def run(self, stream: ctypes.c_void_p, *addresses: int) -> None:
-        for one, address in zip(self._arrays, addresses, strict=True):
-            self._put(one, address)
-        status = self._execute(self._primitive, stream, len(self._arguments), self._arguments)
-        _check(status or self._wait(stream), "primitive_execute")
 
 
 def _in_steps(
@@ -408,46 +140,6 @@ def _in_steps(
     return True
 
 
-class _Argument(ctypes.Structure):
-    _fields_ = (("role", ctypes.c_int), ("memory", ctypes.c_void_p))
-
-
-def _check(status: int, what: str) -> None:
-    if status:
-        raise RuntimeError(f"oneDNN's {what} failed with status {status}")
-
-
-def _lengths(numbers: Iterable[int]) -> Any:
-    return (ctypes.c_int64 * 12)(*numbers)
-
-
-def _kind(array: Matrix) -> tuple[Any, ...]:
-    """All that the kernel for an array depends on."""
-    if isinstance(array, Packed):
-        return array.kind
-    return array.shape, array.strides, array.dtype, array.flags.aligned
-
-
-def _address(array: Matrix) -> int:
-    if isinstance(array, Packed):
-        return array.address
-    return array.__array_interface__["data"][0]
-
-
-def _lies_well(array: Matrix) -> bool:
-    """Whether a matrix is of a dtype that the library has, and lies by rows or by columns, each in
-    one piece; or is packed."""
-    if isinstance(array, Packed):
-        return True
-    if array.dtype not in _NUMBERS or array.size == 0:
-        return False
-    size, (rows, columns), (down, along) = array.itemsize, array.shape, array.strides
-    return array.flags.aligned and (
-        (along == size and down >= columns * size and down % size == 0)
-        or (down == size and along >= rows * size and along % size == 0)
-    )
-
-
 @cache
 def installed_onednn() -> OneDnn | None:
     """oneDNN from its package, loaded into this process; None where it is not installed.
@@ -471,19 +163,3 @@ def installed_onednn() -> OneDnn | None:
             stacklevel=2,
         )
         return None
-
-
-_limit: int | None = None
-
-
-def limit_threads(threads: int | None) -> int | None:
-    """Say how many threads a product of oneDNN gets in this process from now on, whichever thread
-    asks for it; None stands for as many as OpenMP likes. Returns the number before."""
-    global _limit
-    former, _limit = _limit, threads
-    return former
-
-
-def openmp() -> ctypes.CDLL:
-    """The OpenMP library that oneDNN shares its work out by."""
-    return ctypes.CDLL("libgomp.so.1")

@@ -22,7 +22,7 @@ import numpy as np
 
 from dask_ep.arrays import blas, memory
 from dask_ep.arrays.blas import product
-from dask_ep.arrays.onednn import BFLOAT16, Matrix, Packed
+from dask_ep.arrays.onednn_kernels import BFLOAT16, Matrix, Packed
 
 PARTS = {"float32": 3, "bfloat16": 1}
 """By `precision`: how many bfloat16 numbers stand for one float32 number in a product. One is

@@ -16,7 +16,7 @@ from dask_ep.arrays import blas, memory
 from dask_ep.arrays.blas import product
 from dask_ep.arrays.checks import computing_dtype, is_float, refuse_masked
 from dask_ep.arrays.namespaces import Array, is_array, namespace
-from dask_ep.arrays.onednn import Matrix, Packed
+from dask_ep.arrays.onednn_kernels import Matrix, Packed
 from dask_ep.kernel import bfloat16, device_kernel
 from dask_ep.kernel.bfloat16 import BFLOAT16
 from dask_ep.kernel.factors import Factors, factors

@@ -10,8 +10,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dask_ep.arrays import blas, onednn
-from dask_ep.arrays.onednn import BFLOAT16, FLOAT32, ROWS, ROWS_AT_ONCE, installed_onednn
+from dask_ep.arrays import blas, onednn, onednn_kernels
+from dask_ep.arrays.onednn import ROWS, ROWS_AT_ONCE, installed_onednn
+from dask_ep.arrays.onednn_kernels import BFLOAT16, FLOAT32, PRODUCT
 
 library = installed_onednn()
 pytestmark = pytest.mark.skipif(library is None, reason=f"{onednn.PACKAGE} is not installed")
@@ -92,7 +93,7 @@ def test_packed_matrices_are_multiplied_by_few_kernels(dtype):
         x, out = some(m, 64, dtype=dtype, seed=m), np.empty((m, 64), FLOAT32)
         assert mine.multiply(x, packed, out)
         np.testing.assert_allclose(out, x.astype("f8") @ w.astype("f8"), rtol=0, atol=1e-4)
-    made = [key for key in mine._idle[0].kernels if key[0] == onednn.PRODUCT]
+    made = [key for key in mine._idle[0].kernels if key[0] == PRODUCT]
     assert len(made) == ROWS_AT_ONCE // ROWS[0] + ROWS[0] // ROWS[1] - 1
 
 
@@ -215,7 +216,7 @@ def _in_a_thread(work) -> None:
 
 
 def test_kernels_that_nobody_used_lately_are_let_go(monkeypatch):
-    monkeypatch.setattr(onednn, "KERNELS_KEPT", 4)
+    monkeypatch.setattr(onednn_kernels, "KERNELS_KEPT", 4)
     for m in range(1, 20):
         assert library.multiply(some(m, 8), some(8, 8), np.empty((m, 8), FLOAT32))
     assert len(library._idle[-1].kernels) <= 4

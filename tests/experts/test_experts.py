@@ -18,7 +18,8 @@ from safetensors.numpy import save_file
 
 from dask_ep import Experts, expert_parallel_dispatch
 from dask_ep.arrays import blas
-from dask_ep.arrays.onednn import OneDnn, Packed
+from dask_ep.arrays.onednn import OneDnn
+from dask_ep.arrays.onednn_kernels import Packed
 from dask_ep.errors import ReadError
 from dask_ep.experts import local_experts
 from dask_ep.experts.experts import as_experts

@@ -16,7 +16,7 @@ from safetensors.numpy import save_file
 from dask_ep import Experts, MoELayer, Router, expert_parallel, expert_parallel_dispatch
 from dask_ep.arrays import blas
 from dask_ep.arrays.blas import bfloat16_library
-from dask_ep.arrays.onednn import Packed
+from dask_ep.arrays.onednn_kernels import Packed
 from dask_ep.errors import JobError
 from dask_ep.experts.quantized import float8
 from dask_ep.experts.stored_experts import held_as_stored

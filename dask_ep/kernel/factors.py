@@ -14,8 +14,7 @@ import numpy as np
 
 from dask_ep.arrays.checks import computing_dtype
 from dask_ep.arrays.namespaces import Array, namespace
-from dask_ep.arrays.onednn import BFLOAT16
-from dask_ep.kernel.bfloat16 import PARTS
+from dask_ep.kernel.bfloat16 import BFLOAT16, PARTS
 
 
 class Factors(NamedTuple):

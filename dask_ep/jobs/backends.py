@@ -38,6 +38,7 @@ from dask_ep.errors import UnfitClusterError
 from dask_ep.jobs.build import WEIGHT_KEYS, ComputedBy, Inputs, resolve_placement
 from dask_ep.jobs.job import Job
 from dask_ep.kernel import bfloat16
+from dask_ep.kernel.factors import multiplied_on_gpus
 from dask_ep.laws.memory_law import Layout
 
 CONNECT_SECONDS = 10.0
@@ -196,10 +197,11 @@ def computed_by(where: Where, client: Client | None, inputs: Inputs) -> Computed
     UnfitClusterError
         If only some GPU workers multiply float32 as TF32.
     """
-    if on_gpus(where):
-        return ComputedBy(device.NAMESPACE, multiplies_as_tf32(where, client))
     experts = inputs.experts
     asked = (inputs.tokens.dtype, experts.is_bfloat16, experts.precision)
+    if on_gpus(where):
+        tf32 = multiplies_as_tf32(where, client)
+        return ComputedBy(device.NAMESPACE, tf32, multiplied_on_gpus(*asked, tf32))
     if client is None:
         return ComputedBy(library=bfloat16.multiplied_by(*asked))
     found = client.run(bfloat16.multiplied_by, *asked).values()

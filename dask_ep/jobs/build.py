@@ -115,7 +115,7 @@ class ComputedBy(NamedTuple):
     tf32: bool = False
     #: whether experts multiply float32 as TF32
     library: str | None = None
-    #: what multiplies on the host, see `dask_ep.kernel.bfloat16.multiplied_by`; None on GPUs
+    #: what multiplies, and how: `multiplied_by` of `kernel.bfloat16`, or `multiplied_on_gpus`
 
 
 BY_NUMPY = ComputedBy()

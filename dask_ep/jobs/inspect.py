@@ -20,6 +20,7 @@ from dask_ep.jobs.build import open_inputs
 from dask_ep.jobs.job import load_job
 from dask_ep.jobs.notes import find_notes
 from dask_ep.kernel.bfloat16 import multiplied_by
+from dask_ep.kernel.factors import multiplied_on_gpus
 from dask_ep.layers.checkpoint import (
     Description,
     LayerDescription,
@@ -277,8 +278,9 @@ def _inspect_job(path: str) -> Finding:
         facts.insert(1, ("routing", f"{k} slots per row, {weighted} top-k weights"))
     if inputs.layer is not None:
         facts.insert(1, ("layer", f"{job.layer_index} of {job.layer}"))
-    by = multiplied_by(inputs.tokens.dtype, experts.is_bfloat16, experts.precision)
-    facts.append(("products here", f"by {by}"))
+    asked = (inputs.tokens.dtype, experts.is_bfloat16, experts.precision)
+    facts.append(("products here", f"by {multiplied_by(*asked)}"))
+    facts.append(("products on GPUs", f"by {multiplied_on_gpus(*asked)}"))
     facts += [("note", note) for note in find_notes(inputs)]
     for name, value in (("ranks", job.world_size), ("placement", job.placement)):
         if value is not None:

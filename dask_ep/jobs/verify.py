@@ -34,7 +34,7 @@ from dask_ep.storage.sources import Source, ZarrSource, open_source
 TOLERANCES = {"float64": 1e-12, "float32": 1e-5, "float16": 4e-3, "bfloat16": 3e-2}
 """Largest error of a value over what its terms add up to, by the output's dtype: sums of thousands
 of products in float32 (float64) differ in their last few digits; the others are rounded once more
-at the end, to 2**-11 and 2**-8 of their value, and on a device between steps too."""
+at the end, to 2**-11 and 2**-8 of their value."""
 
 SUMS = {"float64": 2e-13, "float32": 2e-6}
 """What long sums lose, as a part of the sum of the absolute values of their terms, by the computing
@@ -175,11 +175,13 @@ def _arithmetic(job: Job, inputs: Inputs, output: Source, tolerance: float | Non
     usual = TOLERANCES[output.dtype.name]
     if output.dtype == np.float32 and computed_by.get("tf32", False):
         usual = TF32_TOLERANCE
-    elif computed_by.get("rounded_by") is not None:
+    is_rounded = computed_by.get("rounded_by") is not None
+    if is_rounded:
         usual = max(usual, ROUNDED_TOLERANCE)
     on_device = computed_by.get("arrays", "numpy") != "numpy"
     sums = computing_dtype(inputs.tokens.dtype)
-    between = np.float16 if on_device and inputs.tokens.dtype == np.float16 else sums
+    to_float16 = is_rounded and on_device and inputs.tokens.dtype == np.float16
+    between = np.float16 if to_float16 else sums
     tolerance = usual if tolerance is None else tolerance
     return Arithmetic(tolerance, SUMS[sums.name] / usual, np.dtype(between))
 

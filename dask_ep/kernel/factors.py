@@ -58,6 +58,24 @@ def factors(numbers: np.dtype, matrix: np.dtype, precision: str) -> Factors:
     return Factors(matrix, PARTS[precision]) if matrix == BFLOAT16 else Factors(wide)
 
 
+def multiplied_on_gpus(
+    dtype: np.dtype, is_bfloat16: bool, precision: str = "float32", tf32: bool = False
+) -> str:
+    """Say what multiplies on GPUs, as `bfloat16.multiplied_by` does for the host.
+
+    Parameters
+    ----------
+    dtype : of the tokens
+    is_bfloat16 : whether the experts' matrices are
+    precision : of the experts
+    tf32 : whether experts multiply float32 as TF32
+    """
+    rounds = PARTS[precision] == 1
+    if dtype != np.float64 and (is_bfloat16 or (rounds and dtype.itemsize == 2)):
+        return f"cuBLAS in 16 bits, {'rounded' if rounds else 'as exact as float32'}"
+    return "cuBLAS, as TF32" if tf32 and dtype != np.float64 else "cuBLAS"
+
+
 def write(values: Array, out: Array) -> None:
     """Write values (m, width), as wide as sums are, to `out`: rounded, or in parts (p, m, width),
     each with the next 8 bits of what is left.

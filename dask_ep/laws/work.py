@@ -16,6 +16,7 @@ from dask_ep.experts.experts import CallableExperts, Experts
 from dask_ep.experts.local_experts import numbers_at_once
 from dask_ep.experts.stored_experts import StoredExperts
 from dask_ep.kernel.bfloat16 import copies, multiplied_by
+from dask_ep.kernel.factors import multiplied_on_gpus
 from dask_ep.kernel.host_kernel import tile_bytes
 from dask_ep.laws.costs import packet_row_bytes, reply_row_bytes
 from dask_ep.laws.device_memory import OnDevice, held_dtype
@@ -71,7 +72,7 @@ class Work:
     expert_flops: float = 0.0
     #: floating-point operations of one row at one expert
     multiplied_by: str | None = None
-    #: the library of this machine, and how, see `kernel.bfloat16`; None on GPUs
+    #: the library of this machine or of GPUs, and how, see `kernel.bfloat16`, `kernel.factors`
     copied: int = 0
     #: bytes of a matrix of bfloat16 in float32, which a thread makes for a product; 0 where it
     #: makes none, see `kernel.bfloat16`
@@ -171,9 +172,7 @@ class Work:
             for weight in weights.values()
             if weight.nbytes != E * weight.loaded_bytes(compute, on_device=on_devices)
         ]
-        library = None
-        if not on_devices:
-            library = multiplied_by(dtype, experts.is_bfloat16, experts.precision)
+        library = multiplied_on_gpus if on_devices else multiplied_by
         apart = 0  # the copy of gate and up
         if options.get("interleaved", False):
             apart = weights["gate_up"].loaded_bytes(compute, on_device=on_devices)
@@ -193,7 +192,7 @@ class Work:
             wide=wide,
             matrix_stored=max(decoded, default=0) + apart,
             expert_flops=2 * experts.parameters,
-            multiplied_by=library,
+            multiplied_by=library(dtype, experts.is_bfloat16, experts.precision),
             copied=0 if on_devices else max(_copied(each, dtype) for each in (experts, shared)),
             weight_bytes=0 if topk_dtype is None else np.dtype(topk_dtype).itemsize,
             stored_rows=stored_rows,

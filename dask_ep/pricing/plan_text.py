@@ -26,7 +26,8 @@ def figures_of(plan: Plan) -> list[tuple[str, str]]:
         time += "; and {:.0f} to {:.0f} s to start the workers".format(*START_SECONDS)
     parts = ", ".join(f"{name} {format_bytes(n)}" for name, n in plan.memory_parts.items())
     tasks = plan.tasks + plan.other_tasks
-    library = f", by {plan.work.multiplied_by} here" if plan.work.multiplied_by else ""
+    library = f", by {plan.work.multiplied_by}" if plan.work.multiplied_by else ""
+    library += "" if plan.work.on_device else " here"
     ranks = [("runs on", plan.places)]
     between = []
     if plan.has_ranks:

@@ -25,6 +25,7 @@ import pytest
 from dask.utils import Dispatch
 from distributed import Client
 from distributed.protocol import deserialize, serialize
+from safetensors.numpy import save_file
 
 from dask_ep import Experts, Router, collect, expert_parallel, open_tokens, store
 from dask_ep.arrays import device
@@ -46,7 +47,7 @@ from dask_ep.jobs.example import Example, write_example
 from dask_ep.jobs.job import Job, load_job
 from dask_ep.jobs.run import run_job
 from dask_ep.jobs.save_routing import path_of_weights
-from dask_ep.jobs.verify import TF32_TOLERANCE, TOLERANCES, verify_job
+from dask_ep.jobs.verify import ROUNDED_TOLERANCE, TF32_TOLERANCE, TOLERANCES, verify_job
 from dask_ep.kernel import device_kernel
 from dask_ep.kernel.pack import Packing
 from dask_ep.laws.costs import FEWEST_ROWS
@@ -235,8 +236,41 @@ def test_a_job_on_two_devices_gives_what_it_gives_on_threads(two_doubles, capsys
         with pytest.raises(ValueError, match="computed_by"):
             run_job(job, where, resume=True)
     assert verify_job(job).tolerance == TOLERANCES["float32"]
-    run_job(job, Gpus(protocol="tcp", tf32=True), overwrite=True)
+    assert done.multiplied_by == "cuBLAS"
+    done = run_job(job, Gpus(protocol="tcp", tf32=True), overwrite=True)
+    assert done.multiplied_by == "cuBLAS, as TF32"
     assert verify_job(job).tolerance == TF32_TOLERANCE
+
+
+@pytest.mark.slow
+def test_a_job_on_devices_tells_its_precision_and_is_verified_by_it(two_doubles, tmp_path):
+    rng, narrow, shapes = (
+        np.random.default_rng(0),
+        ml_dtypes.bfloat16,
+        {"up": (8, 16), "down": (16, 8)},
+    )
+    np.save(tmp_path / "x.npy", rng.standard_normal((40, 8), np.float32))
+    np.save(tmp_path / "r.npy", rng.integers(0, 4, (40, 2)))
+    weights = {n: rng.standard_normal((4, *s)).astype(narrow) for n, s in shapes.items()}
+    save_file(weights, tmp_path / "w.safetensors")
+    paths = {
+        n: str(tmp_path / f"{f}.npy")
+        for n, f in {"tokens": "x", "routing": "r", "out": "y"}.items()
+    }
+    experts = {n: f"{tmp_path}/w.safetensors::{n}" for n in weights}
+    job = load_job(experts={"kind": "mlp", **experts}, **paths)
+    for precision, said, tolerance in (
+        ("float32", "as exact as float32", TOLERANCES["float32"]),
+        ("bfloat16", "rounded", ROUNDED_TOLERANCE),
+    ):
+        of_precision = replace(job, precision=precision)
+        done = run_job(of_precision, Gpus(protocol="tcp"), chunk_rows=20, overwrite=True)
+        assert done.multiplied_by == f"cuBLAS in 16 bits, {said}"
+        found = verify_job(of_precision)
+        assert (found.good, found.tolerance) == (True, tolerance)
+        assert (found.relative_error < 1e-6) == (precision == "float32")
+    with pytest.raises(ValueError, match=r"options\.precision was bfloat16, is absent"):
+        run_job(job, Gpus(protocol="tcp"), resume=True)
 
 
 @pytest.mark.slow

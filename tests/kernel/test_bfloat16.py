@@ -563,7 +563,9 @@ def test_plan_and_inspect_say_what_multiplies(job, library, tmp_path):
     table = ", ".join(f'{name} = "{value}"' for name, value in job.experts.items())
     text = "".join(f'{key} = "{getattr(job, key)}"\n' for key in keys)
     (tmp_path / "job.toml").write_text(f"{text}experts = {{{table}}}\n")
-    assert dict(inspect_path(tmp_path / "job.toml")[0].facts)["products here"] == f"by {words}"
+    facts = dict(inspect_path(tmp_path / "job.toml")[0].facts)
+    assert facts["products here"] == f"by {words}"
+    assert facts["products on GPUs"] == "by cuBLAS in 16 bits, as exact as float32"
 
 
 def test_a_layer_takes_the_precision(library):

@@ -100,6 +100,22 @@ def test_rounded_layers_are_those_of_a_model_in_bfloat16(cublas, kind):
     assert 1e-4 < error(computed(case, "bfloat16"), exact(case)) < 1e-2
 
 
+@pytest.mark.parametrize(
+    ("asked", "words"),
+    [
+        (("bfloat16", True, "float32"), "cuBLAS in 16 bits, as exact as float32"),
+        (("float32", True, "bfloat16"), "cuBLAS in 16 bits, rounded"),
+        (("float16", False, "bfloat16"), "cuBLAS in 16 bits, rounded"),
+        (("float16", False, "float32"), "cuBLAS"),
+        (("float32", False, "bfloat16", True), "cuBLAS, as TF32"),
+        (("float64", True, "bfloat16", True), "cuBLAS"),
+    ],
+)
+def test_what_multiplies_is_said(asked, words):
+    dtype, *how = asked
+    assert factors.multiplied_on_gpus(np.dtype(dtype), *how) == words
+
+
 @pytest.mark.parametrize("dtype", [np.float16, np.float32])
 def test_tokens_that_are_not_bfloat16_are_split_or_rounded(cublas, dtype):
     case = a_layer("gated", seed=4)

@@ -30,8 +30,9 @@ from dask_ep.kernel.device_kernel import Bounds
 from dask_ep.kernel.expert import Expert, Linear, gated_in_one_go
 from dask_ep.kernel.factors import Factors, write
 
-Activation = Callable[[Array, float], None]
-"""Replaces its argument by the activation of it; the number is silu's alpha."""
+Activation = Callable[..., None]
+"""Replaces an array by the activation of it. The number that follows is silu's alpha; then may come
+an array of the same shape, which is lost."""
 
 
 class Affine(Expert):
@@ -107,8 +108,10 @@ class Mlp(Expert):
     def activate(self, rows: Array, hidden: Array | None = None) -> Array:
         """The hidden activations of rows, in `hidden` when it is given."""
         hidden = self._up(rows, _hidden(rows, self._up) if hidden is None else hidden)
-        for part in memory.runs_in_cache(hidden):
-            self._activate(hidden[part], 1.0)
+        runs = memory.runs_in_cache(hidden)
+        scratch = memory.empty(hidden[runs[0]].shape, hidden.dtype, like=hidden) if runs else hidden
+        for part in runs:
+            self._activate(hidden[part], 1.0, scratch[: len(hidden[part])])
         return hidden
 
 
@@ -172,12 +175,14 @@ class Gated(_Gate):
         """The hidden activations of rows, in `hidden` when it is given."""
         gate = self._gate(rows, _hidden(rows, self._gate) if hidden is None else hidden)
         up = self._up(rows, _hidden(rows, self._up))
-        for part in memory.runs_in_cache(gate):
-            self._combine(gate[part], up[part])
+        runs = memory.runs_in_cache(gate)
+        scratch = memory.empty(gate[runs[0]].shape, gate.dtype, like=gate) if runs else gate
+        for part in runs:
+            self._combine(gate[part], up[part], scratch[: len(gate[part])])
         return gate
 
-    def _combine(self, gate: Array, up: Array) -> None:
-        """Replace `gate` by activation(gate) * up."""
+    def _combine(self, gate: Array, up: Array, scratch: Array) -> None:
+        """Replace `gate` by activation(gate) * up; `scratch` is lost."""
         xp = namespace(gate)
         if self._limit is not None:
             xp.clip(up, -self._limit, self._limit, out=up)
@@ -185,7 +190,7 @@ class Gated(_Gate):
             xp.minimum(gate, self._limit, out=gate)
         if self._up_offset:
             up += self._up_offset
-        ACTIVATIONS[self._activation](gate, self._alpha)
+        ACTIVATIONS[self._activation](gate, self._alpha, scratch)
         if self._clamp_after:
             xp.minimum(gate, self._limit, out=gate)
         gate *= up
@@ -316,9 +321,9 @@ def _room_for(expert: Expert, hidden: Array, width: int) -> Array:
 # --- activations, in place -------------------------------------------------------------------
 
 
-def _silu(x: Array, alpha: float) -> None:
+def _silu(x: Array, alpha: float, scratch: Array | None = None) -> None:
     xp = namespace(x)
-    scratch = memory.empty(x.shape, x.dtype, like=x)
+    scratch = _as_large(x) if scratch is None else scratch
     xp.multiply(x, -alpha, out=scratch)
     # exp overflows to infinity below -88 / alpha in float32, and x / infinity is the right 0.
     with np.errstate(over="ignore"):
@@ -327,20 +332,20 @@ def _silu(x: Array, alpha: float) -> None:
     x /= scratch
 
 
-def _gelu(x: Array, _: float) -> None:
+def _gelu(x: Array, _: float, scratch: Array | None = None) -> None:
     from scipy.special import erfc  # slow to import, and only here
 
-    scratch = memory.empty(x.shape, x.dtype, like=x)
+    scratch = _as_large(x) if scratch is None else scratch
     namespace(x).multiply(x, -math.sqrt(0.5), out=scratch)
     erfc(scratch, out=scratch)  # CuPy's arrays hand this to their own erfc
     scratch *= 0.5
     x *= scratch
 
 
-def _gelu_tanh(x: Array, _: float) -> None:
+def _gelu_tanh(x: Array, _: float, scratch: Array | None = None) -> None:
     # 0.5 * (1 + tanh(z)) is 1 / (1 + exp(-2 z)), which keeps its digits far below zero.
     xp = namespace(x)
-    scratch = memory.empty(x.shape, x.dtype, like=x)
+    scratch = _as_large(x) if scratch is None else scratch
     xp.multiply(x, x, out=scratch)
     scratch *= 0.044715
     scratch += 1
@@ -352,14 +357,18 @@ def _gelu_tanh(x: Array, _: float) -> None:
     x /= scratch
 
 
-def _relu(x: Array, _: float) -> None:
+def _relu(x: Array, _: float, scratch: Array | None = None) -> None:
     namespace(x).maximum(x, 0, out=x)
 
 
-def _relu2(x: Array, _: float) -> None:
+def _relu2(x: Array, _: float, scratch: Array | None = None) -> None:
     xp = namespace(x)
     xp.maximum(x, 0, out=x)
     xp.multiply(x, x, out=x)
+
+
+def _as_large(x: Array) -> Array:
+    return memory.empty(x.shape, x.dtype, like=x)
 
 
 ACTIVATIONS: dict[str, Activation] = {

@@ -19,7 +19,8 @@ class Kind(NamedTuple):
 
 
 GATE_OPTIONS = (
-    "activation", "limit", "alpha", "up_offset", "clamp_after", "apply_router_weight_on_input",
+    "activation", "limit", "alpha", "up_offset", "clamp_after", "soft_caps",
+    "apply_router_weight_on_input",
 )  # fmt: skip
 
 _DOWN = {"down": "f o", "down_bias": "o"}

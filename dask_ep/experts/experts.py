@@ -112,6 +112,7 @@ class Experts(Weights):
         alpha: float = 1.0,
         up_offset: float = 0.0,
         clamp_after: bool = False,
+        soft_caps: tuple[float, float] | None = None,
         apply_router_weight_on_input: bool = False,
     ) -> Experts:
         """``(activation(rows @ gate) * (rows @ up)) @ down``: SwiGLU and its relatives.
@@ -127,6 +128,8 @@ class Experts(Weights):
         alpha : silu is gate * sigmoid(alpha * gate)
         up_offset : added to up after it is clamped
         clamp_after : the activation of the gate is clamped, not the gate
+        soft_caps : of the gate and of up, with silu: cap * tanh(gate / cap) * sigmoid(alpha * gate)
+            times cap * tanh(up / cap)
         apply_router_weight_on_input : the top-k weight multiplies the row that the expert
             reads (as in Llama 4) instead of its output
         """
@@ -134,7 +137,7 @@ class Experts(Weights):
         weights |= {"gate_bias": gate_bias, "up_bias": up_bias, "down_bias": down_bias}
         return cls._of(
             "gated", weights, transposed=transposed, activation=activation, limit=limit,
-            alpha=alpha, up_offset=up_offset, clamp_after=clamp_after,
+            alpha=alpha, up_offset=up_offset, clamp_after=clamp_after, soft_caps=soft_caps,
             apply_router_weight_on_input=apply_router_weight_on_input,
         )  # fmt: skip
 
@@ -153,6 +156,7 @@ class Experts(Weights):
         alpha: float = 1.0,
         up_offset: float = 0.0,
         clamp_after: bool = False,
+        soft_caps: tuple[float, float] | None = None,
         apply_router_weight_on_input: bool = False,
     ) -> Experts:
         """As `gated`, with gate and up in one (E, d, 2 f) matrix.
@@ -165,7 +169,8 @@ class Experts(Weights):
         return cls._of(
             "gated_fused", weights, transposed=transposed, interleaved=interleaved,
             activation=activation, limit=limit, alpha=alpha, up_offset=up_offset,
-            clamp_after=clamp_after, apply_router_weight_on_input=apply_router_weight_on_input,
+            clamp_after=clamp_after, soft_caps=soft_caps,
+            apply_router_weight_on_input=apply_router_weight_on_input,
         )  # fmt: skip
 
     @staticmethod
@@ -301,6 +306,12 @@ def _check_options(options: dict[str, Any]) -> None:
     activation = options.get("activation", "silu")
     if activation not in ACTIVATIONS:
         raise ValueError(f"activation must be one of {list(ACTIVATIONS)}, not {activation!r}")
+    caps = options.get("soft_caps")
+    if caps is not None and not (activation == "silu" and len(caps) == 2 and min(caps) > 0):
+        raise ValueError(
+            "soft_caps must be two numbers above 0, of the gate and of up, and the activation "
+            f"silu, but they are {caps!r} with {activation}"
+        )
     on_input = options.get("apply_router_weight_on_input", False)
     if not isinstance(on_input, bool):
         raise ValueError(f"apply_router_weight_on_input must be True or False, not {on_input!r}")

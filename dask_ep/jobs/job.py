@@ -301,6 +301,14 @@ _EXPERT_OPTIONS = {
     "alpha": _NUMBER,
     "up_offset": _NUMBER,
     "clamp_after": _FLAG,
+    "soft_caps": _Kind(
+        "a list of two finite numbers above 0",
+        lambda value: (
+            isinstance(value, list)
+            and len(value) == 2
+            and all(_is_number(cap) and cap > 0 for cap in value)
+        ),
+    ),
     "apply_router_weight_on_input": _FLAG,
 }
 

@@ -7,7 +7,8 @@ written into recycled memory, in place wherever that is possible.
     mlp      activation(x @ up + up_bias) @ down + down_bias
     gated    (activation(gate) * (up + up_offset)) @ down + down_bias,
              gate = min(x @ gate + gate_bias, limit), up = clip(x @ up + up_bias, -limit, limit);
-             with clamp_after the activation of the gate is clamped, not the gate
+             with clamp_after the activation of the gate is clamped, not the gate; with soft_caps
+             silu is cap tanh(gate / cap) sigmoid(gate), and up is cap tanh(up / cap)
 
 Gated with silu is SwiGLU (Shazeer, "GLU Variants Improve Transformer", 2020); with `limit`, `alpha`
 and `up_offset` it is gpt-oss's.
@@ -129,11 +130,13 @@ class _Gate(Expert):
         alpha: float = 1.0,
         up_offset: float = 0.0,
         clamp_after: bool = False,
+        soft_caps: tuple[float, float] | None = None,
         apply_router_weight_on_input: bool = False,
     ):
         self._clamp_after = clamp_after and limit is not None
         self._down, self._hidden_width, self._activation = down, hidden, activation
         self._limit, self._alpha, self._up_offset = limit, alpha, up_offset
+        self._soft_caps = None if soft_caps is None else tuple(soft_caps)
         self.d, self.d_out = d, down.d_out
         self.apply_router_weight_on_input = apply_router_weight_on_input
 
@@ -144,6 +147,24 @@ class _Gate(Expert):
     @property
     def hidden(self) -> int:
         return self._hidden_width
+
+    def _apply_gate(self, gate: Array, up: Array, scratch: Array | None = None) -> None:
+        """Replace `gate` by activation(gate) * up; `up` and `scratch` are lost."""
+        xp, caps = namespace(gate), self._soft_caps
+        if self._limit is not None:
+            xp.clip(up, -self._limit, self._limit, out=up)
+        if self._limit is not None and not self._clamp_after:
+            xp.minimum(gate, self._limit, out=gate)
+        if caps is None:
+            ACTIVATIONS[self._activation](gate, self._alpha, scratch)
+        else:
+            _silu(gate, self._alpha, scratch, caps[0])
+            _soft_cap(up, caps[1])
+        if self._clamp_after:
+            xp.minimum(gate, self._limit, out=gate)
+        if self._up_offset:
+            up += self._up_offset
+        gate *= up
 
 
 class Gated(_Gate):
@@ -163,8 +184,9 @@ class Gated(_Gate):
 
     def _in_one_go(self, rows: Array) -> Array | None:
         """The hidden activations where the library of products makes them, else None."""
-        gate, up, plain = self._gate, self._up, (None, 0.0, False)
-        if self._activation != "silu" or (self._limit, self._up_offset, self._clamp_after) != plain:
+        gate, up = self._gate, self._up
+        more = (self._limit, self._up_offset or None, self._clamp_after or None, self._soft_caps)
+        if self._activation != "silu" or any(option is not None for option in more):
             return None
         if not isinstance(gate, Linear) or not isinstance(up, Linear):
             return None
@@ -178,22 +200,8 @@ class Gated(_Gate):
         runs = memory.runs_in_cache(gate)
         scratch = memory.empty(gate[runs[0]].shape, gate.dtype, like=gate) if runs else gate
         for part in runs:
-            self._combine(gate[part], up[part], scratch[: len(gate[part])])
+            self._apply_gate(gate[part], up[part], scratch[: len(gate[part])])
         return gate
-
-    def _combine(self, gate: Array, up: Array, scratch: Array) -> None:
-        """Replace `gate` by activation(gate) * up; `scratch` is lost."""
-        xp = namespace(gate)
-        if self._limit is not None:
-            xp.clip(up, -self._limit, self._limit, out=up)
-        if self._limit is not None and not self._clamp_after:
-            xp.minimum(gate, self._limit, out=gate)
-        if self._up_offset:
-            up += self._up_offset
-        ACTIVATIONS[self._activation](gate, self._alpha, scratch)
-        if self._clamp_after:
-            xp.minimum(gate, self._limit, out=gate)
-        gate *= up
 
 
 class GatedPair(_Gate):
@@ -216,7 +224,7 @@ class GatedPair(_Gate):
 
     @property
     def batch_key(self) -> Hashable:
-        numbers = (self._limit, self._alpha, self._up_offset, self._clamp_after)
+        numbers = (self._limit, self._alpha, self._up_offset, self._clamp_after, self._soft_caps)
         parts = (self._gate_up.batch_key, self._down.batch_key)
         return GatedPair, *parts, self._activation, *numbers, self.apply_router_weight_on_input
 
@@ -241,20 +249,14 @@ class GatedPair(_Gate):
         """Write activation(gate) * up to the first f columns of `out`, which may be `hidden` or
         take parts."""
         kernels = cuda_kernels.kernels(namespace(hidden))
-        if kernels is not None and not self._clamp_after:
+        if kernels is not None and not self._clamp_after and self._soft_caps is None:
             numbers = (self._limit, self._alpha, self._up_offset)
             kernels.gate(hidden, out, self._activation, *numbers)
             return
         f = self._down.d
-        gate, up = hidden[:, :f], hidden[:, f:]
-        if self._limit is not None:
-            up = up.clip(-self._limit, self._limit)
-        if self._limit is not None and not self._clamp_after:
-            gate = namespace(gate).minimum(gate, self._limit)
-        ACTIVATIONS[self._activation](gate, self._alpha)
-        if self._clamp_after:
-            gate = namespace(gate).minimum(gate, self._limit)
-        write(gate * (up + self._up_offset), out[..., :f])
+        self._apply_gate(hidden[:, :f], hidden[:, f:])
+        if out is not hidden:
+            write(hidden[:, :f], out[..., :f])
 
 
 class Summed(Expert):
@@ -321,7 +323,14 @@ def _room_for(expert: Expert, hidden: Array, width: int) -> Array:
 # --- activations, in place -------------------------------------------------------------------
 
 
-def _silu(x: Array, alpha: float, scratch: Array | None = None) -> None:
+def _soft_cap(x: Array, cap: float) -> None:
+    x /= cap
+    namespace(x).tanh(x, out=x)
+    x *= cap
+
+
+def _silu(x: Array, alpha: float, scratch: Array | None = None, cap: float | None = None) -> None:
+    """With a cap, what the sigmoid multiplies is bounded by it."""
     xp = namespace(x)
     scratch = _as_large(x) if scratch is None else scratch
     xp.multiply(x, -alpha, out=scratch)
@@ -329,6 +338,8 @@ def _silu(x: Array, alpha: float, scratch: Array | None = None) -> None:
     with np.errstate(over="ignore"):
         xp.exp(scratch, out=scratch)
     scratch += 1
+    if cap is not None:
+        _soft_cap(x, cap)
     x /= scratch
 
 

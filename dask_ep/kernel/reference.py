@@ -104,27 +104,39 @@ def gated(
     alpha: float = 1.0,
     up_offset: float = 0.0,
     clamp_after: bool = False,
+    soft_caps: tuple[float, float] | None = None,
 ) -> RowExpert:
     """``(activation(x @ gate) * (x @ up + up_offset)) @ down``, gate and up clamped by `limit`.
 
-    With `clamp_after` it is the activation of the gate that is clamped.
+    With `clamp_after` it is the activation of the gate that is clamped. With `soft_caps` the gate
+    that silu multiplies is bounded, and so is up.
     """
-    act = ACTIVATIONS[activation]
+
+    def act(g: np.ndarray) -> np.ndarray:
+        if soft_caps is None:
+            return ACTIVATIONS[activation](g, alpha)
+        return capped_silu(g, alpha, soft_caps[0])
 
     def expert(x: np.ndarray) -> np.ndarray:
         g, u = _affine(x, gate, gate_bias), _affine(x, up, up_bias)
         if limit is not None:
             u = np.clip(u, -limit, limit)
-            g = (
-                np.minimum(act(g, alpha), limit)
-                if clamp_after
-                else act(np.minimum(g, limit), alpha)
-            )
+            g = np.minimum(act(g), limit) if clamp_after else act(np.minimum(g, limit))
         else:
-            g = act(g, alpha)
+            g = act(g)
+        if soft_caps is not None:
+            u = soft_cap(u, soft_caps[1])
         return _affine(g * (u + up_offset), down, down_bias)
 
     return expert
+
+
+def soft_cap(x: np.ndarray, cap: float) -> np.ndarray:
+    return cap * np.tanh(x / cap)
+
+
+def capped_silu(x: np.ndarray, alpha: float, cap: float) -> np.ndarray:
+    return soft_cap(x, cap) * _sigmoid(alpha * x)
 
 
 def _affine(x: np.ndarray, W: np.ndarray, bias: np.ndarray | None) -> np.ndarray:

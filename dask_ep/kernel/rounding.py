@@ -79,10 +79,18 @@ class Arithmetic:
             gate = self.product(x, arrays["gate"], arrays.get("gate_bias"))
             alpha, offset = options.get("alpha", 1.0), options.get("up_offset", 0.0)
             first, last = (np.inf, limit) if options.get("clamp_after") else (limit, np.inf)
-            hidden = self.times(
-                self.through(lambda g: np.minimum(act(np.minimum(g, first), alpha), last), gate),
-                self.through(lambda u: np.clip(u, -limit, limit) + offset, up),
-            )
+            caps = options.get("soft_caps")
+
+            def through_gate(g: np.ndarray) -> np.ndarray:
+                g = np.minimum(g, first)
+                g = act(g, alpha) if caps is None else reference.capped_silu(g, alpha, caps[0])
+                return np.minimum(g, last)
+
+            def through_up(u: np.ndarray) -> np.ndarray:
+                u = np.clip(u, -limit, limit)
+                return (u if caps is None else reference.soft_cap(u, caps[1])) + offset
+
+            hidden = self.times(self.through(through_gate, gate), self.through(through_up, up))
         return self.product(hidden, arrays["down"], arrays.get("down_bias"))
 
     @QUIET

@@ -20,10 +20,6 @@ REFUSED = {
     "doge": "its experts are rows of an embedding, found by product keys",
     "muse_spark": "the output of each expert has a norm of its own, which is not read yet",
     "muse_spark_text": "the output of each expert has a norm of its own, which is not read yet",
-    "inkling2": "its SwiGLU is bounded by soft caps, which are not read yet",
-    "inkling2_text": "its SwiGLU is bounded by soft caps, which are not read yet",
-    "inkling2_loop": "its SwiGLU is bounded by soft caps, which are not read yet",
-    "inkling2_loop_text": "its SwiGLU is bounded by soft caps, which are not read yet",
     "vitpose_backbone": "an image's data set says its expert, not a router",
 }
 """Model types with experts that no layer here computes, and why."""

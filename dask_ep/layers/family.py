@@ -155,6 +155,8 @@ LOOKED_UP = (Key, Length, Entry, Power, Product, By)
 
 def find(value: Any, config: Config, layer: int) -> Any:
     """Look a value up in a config, if that is where it is; a list there has one entry a layer."""
+    if isinstance(value, tuple):
+        return tuple(find(one, config, layer) for one in value)
     return value.find(config, layer) if isinstance(value, LOOKED_UP) else value
 
 

@@ -127,6 +127,11 @@ LAGUNA = Family(
     is_moe=MlpTypes(dense=1),
 )
 
+ALTERNATING_W13 = TensorLayout(
+    {"gate_up": "experts.w13_weight", "down": "experts.w2_weight"}, interleaved=True
+)
+AROUND = "what a layer reads of other layers"
+
 SIGMOID_FAMILIES: tuple[Family, ...] = (
     DEEPSEEK_V3,
     GLM4,
@@ -270,12 +275,7 @@ SIGMOID_FAMILIES: tuple[Family, ...] = (
         router_weight=("gate.weight",),
         selection_bias=(*DEEPSEEK_BIAS, "gate.bias"),
         per_expert_scale=("gate.global_scale",),
-        experts=(
-            TensorLayout(
-                {"gate_up": "experts.w13_weight", "down": "experts.w2_weight"}, interleaved=True
-            ),
-            OUT_IN,
-        ),
+        experts=(ALTERNATING_W13, OUT_IN),
         shared=Shared(
             "shared_experts",
             Key("moe_intermediate_size", "intermediate_size"),
@@ -289,6 +289,25 @@ SIGMOID_FAMILIES: tuple[Family, ...] = (
         beyond="shared",
         beyond_experts=Key("n_shared_experts"),
         is_moe=MlpTypes(),
+    ),
+    Family(
+        model_types=("inkling2", "inkling2_text", "inkling2_loop", "inkling2_loop_text"),
+        blocks=("mlp",),
+        num_experts=Key("n_routed_experts"),
+        k=PER_TOKEN,
+        width=MOE_WIDTH,
+        router=sigmoid_router(scale=Key("route_scale", default=8.0), eps=1e-20),
+        router_weight=("gate.weight",),
+        selection_bias=(*DEEPSEEK_BIAS, "gate.bias"),
+        experts=(ALTERNATING_W13, OUT_IN),
+        options={
+            "activation": "silu",
+            "soft_caps": (
+                Key("mlp_gate_softcap", default=4.0),
+                Key("mlp_up_softcap", default=25.0),
+            ),
+        },
+        not_read={r"(mlp_input|[qkv]_message_gate|mlp_message_gate|controllers)\.": AROUND},
     ),
     BAILING,
     replace(

@@ -108,16 +108,19 @@ def test_mlp(activation, biases, flip):
     alpha=st.sampled_from([1.0, 1.702]),
     up_offset=st.sampled_from([0.0, 1.0]),
     clamp_after=st.booleans(),
+    caps=st.sampled_from([None, (0.7, 1.3)]),
     form=st.sampled_from(["apart", "halves", "interleaved"]),
     flip=st.booleans(),
 )
-def test_gated_in_every_form(activation, biases, limit, alpha, up_offset, clamp_after, form, flip):
+def test_gated_in_every_form(
+    activation, biases, limit, alpha, up_offset, clamp_after, caps, form, flip
+):
     fused_bias = form != "apart" and biases >= {"gate_bias"}
     biases = biases | {"up_bias"} if fused_bias else biases
     biases = biases if form == "apart" or fused_bias else biases - {"gate_bias", "up_bias"}
     given = weights("gate", "up", "down", *sorted(biases))
     options = {"activation": activation, "limit": limit, "alpha": alpha, "up_offset": up_offset}
-    options["clamp_after"] = clamp_after
+    options |= {"clamp_after": clamp_after, "soft_caps": caps if activation == "silu" else None}
     plain = [reference.gated(**{n: w[e] for n, w in given.items()}, **options) for e in range(E)]
     if form == "apart":
         stored = transposed(given) if flip else given

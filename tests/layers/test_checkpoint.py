@@ -78,6 +78,8 @@ SAME_BLOCKS = {
     "unlimited_ocr": "deepseek_ocr2",
     "unlimited_ocr_text": "deepseek_ocr2",
     "step3p5": "the text half of step3p7",
+    "inkling2_loop": "inkling2_text",
+    "inkling2_loop_text": "inkling2_text",
     "qwen3_omni_moe_text": "the text half of qwen3_omni_moe_thinker",
 }
 """Model types without a checkpoint, and whose block they have."""
@@ -281,6 +283,8 @@ MUTATIONS = {
     "longcat_flash": [SUM, SWAPPED, NO_BIAS, router(scale=1.0)],
     "gemma4_text": [*GEMMA, around(before=()), around(after=())],
     "diffusion_gemma": GEMMA,
+    "inkling2_text": [NO_SUM, HALVES, NO_BIAS, router(scale=1.0), experts(soft_caps=None),
+                      experts(soft_caps=(1.5, 0.7))],
     "inkling_text": [ALTERNATING, NO_BIAS, NO_SUM, router(scale=1.0), without("per_expert_scale"),
                      shared_experts(activation="gelu")],
 }  # fmt: skip

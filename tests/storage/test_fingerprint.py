@@ -50,6 +50,7 @@ OTHER = {
     "alpha": 1.7,
     "up_offset": 1.0,
     "clamp_after": True,
+    "soft_caps": [4.0, 25.0],
     "apply_router_weight_on_input": True,
 }
 """A value of each option that is not its default."""

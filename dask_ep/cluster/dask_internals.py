@@ -126,8 +126,19 @@ def keep_on_loop(comm: Comm) -> None:
     comm.allow_offload = False
 
 
+def give_up(worker: Worker, address: str) -> None:
+    """End what this worker fetches from another one that is lost.
+
+    Dask would try for half a minute to connect (``distributed.comm.timeouts.connect``), and compute
+    nothing again of what it fetches before that.
+    """
+    worker.rpc.remove(address)
+
+
 def remote_error(error: BaseException) -> dict[str, Any]:
     """What another worker gets instead of an answer: see `raise_remote`."""
+    if not isinstance(error, Exception):  # it would end the event loop there
+        error = RuntimeError(f"{type(error).__name__}: {error}")
     return dict(error_message(error, status="uncaught-error"))
 
 
@@ -156,9 +167,10 @@ def priority_here() -> tuple:
     return (task.priority or ()) if task is not None else ()
 
 
-def is_running(state: str) -> bool:
-    """Whether a task in this state of a worker may still be running in a thread."""
-    return state in ("executing", "long-running", "cancelled", "resumed")
+def is_running(worker: Worker, key: Key) -> bool:
+    """Whether a task runs in a thread of this worker, be it for nobody any more."""
+    task = worker.state.tasks.get(key)
+    return task in worker.state.executing or task in worker.state.long_running
 
 
 def first_ready(worker: Worker) -> tuple | None:

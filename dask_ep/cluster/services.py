@@ -51,6 +51,10 @@ OP = "ep_serve"
 NEWS_SECONDS = 3.0
 """How long news of an owner that did not answer may take before it is asked again."""
 
+LOST_SECONDS = 1.0
+"""When what is fetched from a lost worker is given up once more: a fetch may be about to begin when
+we hear of the loss."""
+
 ATTEMPTS = 20
 """How often an owner is asked that does not answer but that the scheduler still names."""
 
@@ -101,8 +105,7 @@ class Services(WorkerPlugin):
 
         And let chunks that wait see to it that a task which has become ready gets a thread.
         """
-        ended = dask_internals.is_running(start) and not dask_internals.is_running(finish)
-        if ended and key in self._in_flight:
+        if key in self._in_flight and not dask_internals.is_running(self._worker, key):
             self._in_flight.discard(key)
             self._admission.leave()
         if finish == "ready" and self._admission.has_waiting:
@@ -254,6 +257,8 @@ class Asking:
         self._lost.add(worker)
         if worker in self._lines:
             self._lines.pop(worker).close()
+        for later in (0.0, LOST_SECONDS):
+            self._loop.call_later(later, dask_internals.give_up, self._worker, worker)
 
     def knows(self, token: str) -> bool:
         """Whether workers serve the ranks of a layer."""

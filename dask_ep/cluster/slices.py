@@ -228,14 +228,14 @@ class Slices:
         """
         try:
             whole, parts, seen = self._serve_packet(packet, request)
-        except Exception as error:
+            answers = parts if whole is None else [whole]
+            return [
+                [to_message(answer) for answer in answers],
+                [len(part) for part in parts],
+                [to_message(table) for table in seen],
+            ]
+        except BaseException as error:  # or nobody would be told
             return dask_internals.remote_error(error)
-        answers = parts if whole is None else [whole]
-        return [
-            [to_message(answer) for answer in answers],
-            [len(part) for part in parts],
-            [to_message(table) for table in seen],
-        ]
 
     def _serve_packet(
         self, packet: list[Packet], request: Request

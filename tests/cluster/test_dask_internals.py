@@ -7,14 +7,16 @@ import asyncio
 import threading
 import time
 from collections.abc import Callable
+from functools import partial
 
 import dask
 import pytest
 from distributed import Client, SchedulerPlugin, WorkerPlugin, protocol
 from distributed.comm import utils as comm_utils
 
-from dask_ep.cluster import dask_internals
+from dask_ep.cluster import dask_internals, services
 from dask_ep.cluster.ranks import Able
+from dask_ep.cluster.slices import Slices
 from tests.cluster_processes import DEADLINE, wait_until
 
 
@@ -234,6 +236,27 @@ def test_a_worker_that_is_not_there_is_an_os_error(client, workers):
         client.sync(dask_internals.open_stream, workers[0], "tcp://127.0.0.1:9", "test_double")
 
 
+@pytest.mark.parametrize("begun", ["before", "after"])
+def test_what_is_fetched_from_a_lost_worker_is_given_up(client, workers, monkeypatch, begun):
+    """Also where it begins just after we hear of the loss; Dask would go on calling."""
+    monkeypatch.setattr(services, "LOST_SECONDS", 0.5)
+    lost, asking = "tcp://127.0.0.1:9", services.Asking(workers[0], Slices("", 1))
+
+    async def fetch():
+        if begun == "after":
+            asking.hear_lost(lost)
+            await asyncio.sleep(0.1)
+        fetching = asyncio.ensure_future(workers[0].rpc.connect(lost, timeout=10 * DEADLINE))
+        if begun == "before":
+            await asyncio.sleep(0.1)
+            assert not fetching.done()
+            asking.hear_lost(lost)
+        await asyncio.wait_for(fetching, DEADLINE)
+
+    with pytest.raises(OSError, match="Address removed"):
+        client.sync(fetch)
+
+
 def test_the_scheduler_tells_workers_in_order_and_forgets_those_that_are_gone(
     client, workers, installed
 ):
@@ -271,6 +294,34 @@ def test_a_task_gives_its_thread_back_once(client, workers):
     assert not any(future.done() for future in aside)
     go_on.set()
     client.gather(aside)
+
+
+def test_a_task_that_nobody_wants_runs_on_until_it_ends(client, workers):
+    """And a plugin hears when it does, whether it has given its thread back or not."""
+    worker, running = workers[0], {}
+
+    class Hears(WorkerPlugin):
+        def transition(self, key, start, finish, **kwargs):
+            running.setdefault(key, []).append(dask_internals.is_running(worker, key))
+
+    worker.plugins["hears"] = Hears()
+    LOOKS["leave and hold"] = lambda: (dask_internals.leave_pool(), _hold("long"))
+    try:
+        for look, gate in (("leave and hold", "long"), ("hold", "short")):
+            GATES[gate] = threading.Event()
+            LOOKS["hold"] = partial(_hold, gate)
+            future = client.submit(_look, look, workers=[worker.address], pure=False)
+            key = future.key
+            wait_until(lambda key=key: running.get(key, [])[-1:] == [True], "it runs")
+            future.cancel()
+            wait_until(
+                lambda key=key: worker.state.tasks[key].state == "cancelled", "nobody wants it"
+            )
+            assert running[key][-1]
+            GATES[gate].set()
+            wait_until(lambda key=key: not running[key][-1], "it has ended")
+    finally:
+        del worker.plugins["hears"]
 
 
 def test_a_task_learns_whether_an_earlier_one_lacks_a_thread(client, workers):

@@ -211,8 +211,13 @@ NAMED = {"gate": "gate_proj.weight", "up": "up_proj.weight", "down": "down_proj.
 NUMBERED = {"gate": "w1.weight", "up": "w3.weight", "down": "w2.weight"}
 LINEAR_PAIR = {"gate_up": "input_linear.weight", "down": "output_linear.weight"}
 UNGATED = {"up": "up_proj.weight", "down": "down_proj.weight"}
+FUSED = {"gate_up": "experts.gate_up_proj", "down": "experts.down_proj"}
+BY_NAME, OUT_IN = TensorLayout(below("experts.{e}.", NAMED)), TensorLayout(FUSED)
 
 # --- families -----------------------------------------------------------------------------------
+
+
+PER_TOKEN, MOE_WIDTH = Key("num_experts_per_tok"), Key("moe_intermediate_size")
 
 
 def every_layer(config: Config, layer: int) -> bool:
@@ -318,7 +323,7 @@ class Family:
     """How the MoE blocks of some models are written down.
 
     Names of tensors are those after the block's name; those that begin with ``/`` are after the
-    layer's.
+    layer's. What is not given is as most models have it.
 
     Attributes
     ----------
@@ -358,13 +363,13 @@ class Family:
     """
 
     model_types: tuple[str, ...]
-    blocks: tuple[str, ...]
     num_experts: Any
-    k: Any
-    width: Any
     router: Mapping[str, Any]
-    router_weight: tuple[str, ...]
-    experts: tuple[TensorLayout, ...]
+    blocks: tuple[str, ...] = ("mlp",)
+    k: Any = PER_TOKEN
+    width: Any = MOE_WIDTH
+    router_weight: tuple[str, ...] = ("gate.weight",)
+    experts: tuple[TensorLayout, ...] = (BY_NAME, OUT_IN)
     router_weight_in_out: tuple[str, ...] = ()
     router_bias: tuple[str, ...] = ()
     selection_bias: tuple[str, ...] = ()

@@ -9,7 +9,9 @@ from dataclasses import replace
 from typing import Any
 
 from dask_ep.layers.family import (
+    FUSED,
     LINEAR_PAIR,
+    MOE_WIDTH,
     NAMED,
     NUMBERED,
     Config,
@@ -24,10 +26,7 @@ from dask_ep.layers.family import (
 
 # --- how experts are stored -----------------------------------------------------------------
 
-BY_NAME = TensorLayout(below("experts.{e}.", NAMED))
 BY_NUMBER = TensorLayout(below("experts.{e}.", NUMBERED))
-FUSED = {"gate_up": "experts.gate_up_proj", "down": "experts.down_proj"}
-OUT_IN = TensorLayout(FUSED)
 IN_OUT = TensorLayout(FUSED, transposed=False)
 LINEAR = TensorLayout(LINEAR_PAIR)
 ALTERNATING = TensorLayout(FUSED, transposed=False, interleaved=True, biases=True)
@@ -96,9 +95,7 @@ def by_block_type(config: Config, layer: int) -> bool:
 
 # --- sizes, routers and shared experts ------------------------------------------------------------
 
-PER_TOKEN = Key("num_experts_per_tok")
 RMS_NORM_EPS = Key("rms_norm_eps", default=1e-6)
-MOE_WIDTH = Key("moe_intermediate_size")
 INTERMEDIATE_SIZE = Key("intermediate_size")
 MIXTRAL_BLOCKS = ("block_sparse_moe", "mlp")
 SOFTMAX = {"score": "softmax", "norm_topk_prob": False}

@@ -5,7 +5,9 @@ from __future__ import annotations
 from dataclasses import replace
 
 from dask_ep.layers.family import (
+    MOE_WIDTH,
     NAMED,
+    OUT_IN,
     UNGATED,
     By,
     Family,
@@ -19,17 +21,13 @@ from dask_ep.layers.family import (
     below,
 )
 from dask_ep.layers.family_parts import (
-    BY_NAME,
     BY_NUMBER,
     CLAMPED,
     DEEPSEEK_BIAS,
     IN_OUT,
     INTERMEDIATE_SIZE,
     MIXTRAL_BLOCKS,
-    MOE_WIDTH,
     NAMED_OR_NUMBERED,
-    OUT_IN,
-    PER_TOKEN,
     RMS_NORM_EPS,
     SWIGLU_OAI,
     after_the_dense_ones,
@@ -48,14 +46,9 @@ SHARED_WIDTH = Key("shared_expert_intermediate_size")
 
 DEEPSEEK_V3 = Family(
     model_types=("deepseek_v3", "kimi_k2"),
-    blocks=("mlp",),
     num_experts=Key("n_routed_experts"),
-    k=PER_TOKEN,
-    width=MOE_WIDTH,
     router=deepseek_v3_router(Key("n_group"), Key("topk_group")),
-    router_weight=("gate.weight",),
     selection_bias=DEEPSEEK_BIAS,
-    experts=(BY_NAME, OUT_IN),
     shared=shared_experts(Key("n_shared_experts", null=0, default=1)),
     is_moe=after_the_dense_ones,
 )
@@ -83,23 +76,17 @@ MINIMAX_M2 = Family(
     model_types=("minimax_m2",),
     blocks=MIXTRAL_BLOCKS,
     num_experts=Key("num_local_experts"),
-    k=PER_TOKEN,
     width=INTERMEDIATE_SIZE,
     router=sigmoid_router(),
-    router_weight=("gate.weight",),
     selection_bias=("e_score_correction_bias", *DEEPSEEK_BIAS),
     experts=(BY_NUMBER, OUT_IN),
 )
 HY_V3 = Family(
     model_types=("hy_v3",),
-    blocks=("mlp",),
     num_experts=Key("num_experts", "num_local_experts"),
-    k=PER_TOKEN,
-    width=MOE_WIDTH,
     router=sigmoid_router(scale=Key("router_scaling_factor"), eps=1e-20),
     router_weight=("router.gate.weight", "gate.weight"),
     selection_bias=("expert_bias", "e_score_correction_bias"),
-    experts=(BY_NAME, OUT_IN),
     shared=Shared(
         ("shared_mlp", "shared_experts"),
         Product((MOE_WIDTH, Key("num_shared_experts"))),
@@ -109,10 +96,7 @@ HY_V3 = Family(
 )
 LAGUNA = Family(
     model_types=("laguna",),
-    blocks=("mlp",),
     num_experts=Key("num_experts", "num_local_experts"),
-    k=PER_TOKEN,
-    width=MOE_WIDTH,
     router={
         **sigmoid_router(scale=Key("moe_routed_scaling_factor", default=1.0)),
         "logit_softcap": Key("moe_router_logit_softcapping", off=None, default=None),
@@ -120,9 +104,7 @@ LAGUNA = Family(
             Key("moe_apply_router_weight_on_input", default=False), {False: False}
         ),
     },
-    router_weight=("gate.weight",),
     selection_bias=("experts.e_score_correction_bias", *DEEPSEEK_BIAS),
-    experts=(BY_NAME, OUT_IN),
     shared=Shared(("shared_expert", "shared_experts"), SHARED_WIDTH),
     is_moe=MlpTypes(dense=1),
 )
@@ -264,15 +246,12 @@ SIGMOID_FAMILIES: tuple[Family, ...] = (
     ),
     Family(
         model_types=("inkling_mm_model", "inkling_text"),
-        blocks=("mlp",),
         num_experts=Key("n_routed_experts"),
-        k=PER_TOKEN,
         width=Key("moe_intermediate_size", "intermediate_size"),
         router={
             **sigmoid_router(scale=Key("route_scale", default=8.0)),
             "always": Key("n_shared_experts"),
         },
-        router_weight=("gate.weight",),
         selection_bias=(*DEEPSEEK_BIAS, "gate.bias"),
         per_expert_scale=("gate.global_scale",),
         experts=(ALTERNATING_W13, OUT_IN),
@@ -292,12 +271,8 @@ SIGMOID_FAMILIES: tuple[Family, ...] = (
     ),
     Family(
         model_types=("inkling2", "inkling2_text", "inkling2_loop", "inkling2_loop_text"),
-        blocks=("mlp",),
         num_experts=Key("n_routed_experts"),
-        k=PER_TOKEN,
-        width=MOE_WIDTH,
         router=sigmoid_router(scale=Key("route_scale", default=8.0), eps=1e-20),
-        router_weight=("gate.weight",),
         selection_bias=(*DEEPSEEK_BIAS, "gate.bias"),
         experts=(ALTERNATING_W13, OUT_IN),
         options={
@@ -341,14 +316,11 @@ SIGMOID_FAMILIES: tuple[Family, ...] = (
         model_types=("lfm2_moe",),
         blocks=("feed_forward",),
         num_experts=Key("num_experts"),
-        k=PER_TOKEN,
-        width=MOE_WIDTH,
         router=sigmoid_router(
             scale=Key("routed_scaling_factor", default=1.0),
             norm=Key("norm_topk_prob", default=True),
             eps=1e-6,
         ),
-        router_weight=("gate.weight",),
         selection_bias=("expert_bias",),
         biased=Key("use_expert_bias", default=True),
         experts=(BY_NUMBER, OUT_IN),
@@ -360,9 +332,7 @@ SIGMOID_FAMILIES: tuple[Family, ...] = (
         blocks=("moe", "mlp"),
         num_experts=Key("n_routed_experts", "moe_num_experts"),
         k=Key("num_experts_per_tok", "moe_top_k"),
-        width=MOE_WIDTH,
         router=sigmoid_router(scale=Key("moe_router_scaling_factor", default=1.0)),
-        router_weight=("gate.weight",),
         selection_bias=("router_bias", *DEEPSEEK_BIAS),
         experts=(TensorLayout(NAMED), OUT_IN),
         options={
@@ -404,13 +374,10 @@ SIGMOID_FAMILIES: tuple[Family, ...] = (
         model_types=("deepseek_v4",),
         blocks=("ffn", "mlp"),
         num_experts=Key("n_routed_experts", "num_local_experts"),
-        k=PER_TOKEN,
-        width=MOE_WIDTH,
         router={
             **sigmoid_router(scale=Key("routed_scaling_factor"), eps=1e-20),
             "score": Key("scoring_func", default="sqrtsoftplus"),
         },
-        router_weight=("gate.weight",),
         selection_bias=("gate.bias", *DEEPSEEK_BIAS),
         table=("gate.tid2eid",),
         experts=(BY_NUMBER, OUT_IN),
@@ -421,7 +388,6 @@ SIGMOID_FAMILIES: tuple[Family, ...] = (
         model_types=("llama4", "llama4_text"),
         blocks=("feed_forward",),
         num_experts=Key("num_local_experts"),
-        k=PER_TOKEN,
         width=INTERMEDIATE_SIZE,
         router={"score": "sigmoid_chosen", "apply_router_weight_on_input": True},
         router_weight=("router.weight",),

@@ -8,7 +8,10 @@ from __future__ import annotations
 from dataclasses import replace
 
 from dask_ep.layers.family import (
+    BY_NAME,
+    FUSED,
     LINEAR_PAIR,
+    OUT_IN,
     By,
     Entry,
     Family,
@@ -23,17 +26,12 @@ from dask_ep.layers.family import (
 from dask_ep.layers.family_parts import (
     ALTERNATING,
     ALTERNATING_MXFP4,
-    BY_NAME,
     BY_NUMBER,
-    FUSED,
     IN_OUT,
     INTERMEDIATE_SIZE,
     LINEAR,
     MIXTRAL_BLOCKS,
-    MOE_WIDTH,
     NAMED_OR_NUMBERED,
-    OUT_IN,
-    PER_TOKEN,
     QWEN_SHARED,
     RMS_NORM_EPS,
     SOFTMAX,
@@ -54,21 +52,14 @@ MIXTRAL = Family(
     model_types=("mixtral", "minimax"),
     blocks=MIXTRAL_BLOCKS,
     num_experts=Key("num_local_experts"),
-    k=PER_TOKEN,
     width=INTERMEDIATE_SIZE,
     router=SOFTMAX_SUM_1,
-    router_weight=("gate.weight",),
     experts=(BY_NUMBER, OUT_IN),
 )
 QWEN2 = Family(
     model_types=("qwen2_moe",),
-    blocks=("mlp",),
     num_experts=Key("num_experts"),
-    k=PER_TOKEN,
-    width=MOE_WIDTH,
     router=softmax_router(norm=False),
-    router_weight=("gate.weight",),
-    experts=(BY_NAME, OUT_IN),
     shared=QWEN_SHARED,
     is_moe=by_sparse_step,
 )
@@ -88,10 +79,7 @@ OLMOE = replace(
 )
 DEEPSEEK_V2 = Family(
     model_types=("deepseek_v2",),
-    blocks=("mlp",),
     num_experts=Key("n_routed_experts"),
-    k=PER_TOKEN,
-    width=MOE_WIDTH,
     router={
         "score": "softmax",
         "groups": By(Key("topk_method"), {"greedy": 1, "group_limited_greedy": Key("n_group")}),
@@ -101,8 +89,6 @@ DEEPSEEK_V2 = Family(
         "group_score": "max",
         "scale": Key("routed_scaling_factor"),
     },
-    router_weight=("gate.weight",),
-    experts=(BY_NAME, OUT_IN),
     shared=shared_experts(
         Key("n_shared_experts", null=0, default=2), biases=Key("mlp_bias", default=False)
     ),
@@ -124,21 +110,17 @@ MISTRAL4 = replace(
 )
 ERNIE = Family(
     model_types=("ernie4_5_moe",),
-    blocks=("mlp",),
     num_experts=Key("moe_num_experts"),
     k=Key("num_experts_per_tok", "moe_k"),
-    width=MOE_WIDTH,
     router={
         "score": "softmax",
         "norm_topk_prob": True,
         "norm_min": Key("moe_norm_min", default=1e-12),
     },
-    router_weight=("gate.weight",),
     selection_bias=(
         "moe_statics.e_score_correction_bias",
         "gate.moe_statics.e_score_correction_bias",
     ),
-    experts=(BY_NAME, OUT_IN),
     shared=shared_experts(
         Key("moe_num_shared_experts", default=2), biases=Key("use_bias", default=False)
     ),
@@ -148,7 +130,6 @@ GRANITE = Family(
     model_types=("granitemoe",),
     blocks=("block_sparse_moe",),
     num_experts=Key("num_local_experts"),
-    k=PER_TOKEN,
     width=INTERMEDIATE_SIZE,
     router={"score": "softmax_chosen"},
     router_weight=("router.layer.weight", "router.weight"),
@@ -156,9 +137,7 @@ GRANITE = Family(
 )
 GPT_OSS = Family(
     model_types=("gpt_oss",),
-    blocks=("mlp",),
     num_experts=Key("num_local_experts"),
-    k=PER_TOKEN,
     width=INTERMEDIATE_SIZE,
     router={"score": "softmax_chosen"},
     router_weight=("router.weight",),
@@ -173,7 +152,6 @@ GEMMA4 = Family(
     blocks=("",),
     num_experts=Key("num_experts"),
     k=Key("top_k_experts"),
-    width=MOE_WIDTH,
     router={
         **SOFTMAX_SUM_1,
         "input_norm_eps": RMS_NORM_EPS,
@@ -283,13 +261,11 @@ SOFTMAX_FAMILIES: tuple[Family, ...] = (
     ),
     Family(
         model_types=("hunyuan_v1_moe",),
-        blocks=("mlp",),
         num_experts=Key("num_experts"),
         k=Key("num_experts_per_tok", "moe_topk"),
         width=INTERMEDIATE_SIZE,
         router=SOFTMAX_SUM_1,
         router_weight=("gate.wg.weight",),
-        experts=(BY_NAME, OUT_IN),
         shared=Shared("shared_mlp", INTERMEDIATE_SIZE),
     ),
     GRANITE,
@@ -301,7 +277,6 @@ SOFTMAX_FAMILIES: tuple[Family, ...] = (
     ),
     Family(
         model_types=("aria", "aria_text"),
-        blocks=("mlp",),
         num_experts=Key("moe_num_experts"),
         k=Key("moe_topk"),
         width=INTERMEDIATE_SIZE,
@@ -353,14 +328,12 @@ SOFTMAX_FAMILIES: tuple[Family, ...] = (
     ),
     Family(
         model_types=("longcat_flash",),
-        blocks=("mlp",),
         num_experts=Key("n_routed_experts"),
         k=Key("moe_topk", "num_experts_per_tok"),
         width=Key("expert_ffn_hidden_size", "moe_intermediate_size"),
         router={**SOFTMAX, "scale": Key("routed_scaling_factor")},
         router_weight=("router.classifier.weight",),
         selection_bias=("router.e_score_correction_bias",),
-        experts=(BY_NAME, OUT_IN),
         beyond="identity",
         beyond_experts=Key("zero_expert_num", null=0),
         num_layers=Key("num_layers"),

@@ -1,7 +1,4 @@
-"""How are statistics of experts collected on the command line?
-
-dask-ep collect job.toml --what usage,reap --out stats.safetensors
-"""
+"""How are statistics of experts collected on the command line?"""
 
 from __future__ import annotations
 

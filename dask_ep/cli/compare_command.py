@@ -1,8 +1,4 @@
-"""How is a comparison of two checkpoints, or of two outputs, shown?
-
-dask-ep compare ORIGINAL CONVERTED --tokens hidden.zarr --layer-index 3 --tolerance 0.05
-dask-ep compare a.zarr b.zarr --routing a_routing.zarr --routing b_routing.zarr
-"""
+"""How is a comparison of two checkpoints, or of two outputs, shown?"""
 
 from __future__ import annotations
 

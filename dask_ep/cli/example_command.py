@@ -1,8 +1,4 @@
-"""How is an example made on the command line?
-
-dask-ep example demo
-dask-ep example demo --rows 500000 --d 1024 --experts 64 --k 4 --kind gated
-"""
+"""How is an example made on the command line?"""
 
 from __future__ import annotations
 

@@ -1,7 +1,4 @@
-"""How is a path inspected on the command line?
-
-dask-ep inspect demo/routing.zarr
-"""
+"""How is a path inspected on the command line?"""
 
 from __future__ import annotations
 

@@ -1,9 +1,4 @@
-"""How is a plan made and shown on the command line?
-
-dask-ep plan job.toml
-dask-ep plan job.toml --processes 4 --placement exact --save placement.json
-dask-ep plan job.toml --processes 8 --what-if world_size=2,4,8 placement=contiguous,balanced
-"""
+"""How is a plan made and shown on the command line?"""
 
 from __future__ import annotations
 

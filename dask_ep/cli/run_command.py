@@ -1,9 +1,4 @@
-"""How is a run started and reported on the command line?
-
-dask-ep run job.toml
-dask-ep run job.toml --processes 4 --memory-limit 2GiB --overwrite
-dask-ep run job.toml --scheduler tcp://10.0.0.1:8786 --resume
-"""
+"""How is a run started and reported on the command line?"""
 
 from __future__ import annotations
 

@@ -1,7 +1,4 @@
-"""How is an output checked on the command line?
-
-dask-ep verify demo/job.toml --rows 5000
-"""
+"""How is an output checked on the command line?"""
 
 from __future__ import annotations
 

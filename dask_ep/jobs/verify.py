@@ -1,13 +1,8 @@
 """Is an output what its inputs say, row by row?
 
-A sample of the rows is computed again from the inputs in float64, by plain loops (`recompute`), and
-compared with the output file:
-
-    both ends of every block │ a row of every expert │ rows at random
-                             v
-          tokens, routing, weights, output: only these rows are read, and one expert at a time
-
-Each value is judged by what its own terms add up to (see `rounding`), never by other rows.
+A sample of the rows (`verify_sample`) is computed again from the inputs in float64, by plain loops
+and one expert at a time (`recompute`), and compared with the output file. Each value is judged by
+what its own terms add up to (see `rounding`), never by other rows.
 """
 
 from __future__ import annotations

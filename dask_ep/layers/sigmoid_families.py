@@ -287,6 +287,18 @@ SIGMOID_FAMILIES: tuple[Family, ...] = (
     BAILING,
     replace(
         BAILING,
+        # Ling and Ring, whose code is not in transformers: 1.5 chooses by softmax, 2.0 by sigmoid.
+        model_types=("bailing_moe", "bailing_moe_v2"),
+        router={
+            **BAILING.router,
+            "score": Key("score_function", default="softmax"),
+            "scale": Key("routed_scaling_factor", default=1.0),
+        },
+        biased=Key("moe_router_enable_expert_bias", default=False),
+        is_moe=MlpTypes(),
+    ),
+    replace(
+        BAILING,
         model_types=("kimi_linear",),
         blocks=MIXTRAL_BLOCKS,
         experts=(BY_NUMBER, OUT_IN),

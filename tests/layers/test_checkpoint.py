@@ -79,10 +79,32 @@ SAME_BLOCKS = {
     "unlimited_ocr_text": "deepseek_ocr2",
     "step3p5": "the text half of step3p7",
     "inkling2_loop": "inkling2_text",
+    "bailing_moe": "bailing_hybrid",
+    "bailing_moe_v2": "bailing_hybrid",
     "inkling2_loop_text": "inkling2_text",
     "qwen3_omni_moe_text": "the text half of qwen3_omni_moe_thinker",
 }
 """Model types without a checkpoint, and whose block they have."""
+
+
+def test_ling_is_read_by_what_its_config_says(tmp_path):
+    """Version 2.0 as bailing_hybrid, version 1.5 without groups, bias and scale."""
+    keys = {"model_type": "bailing_moe", "mlp_layer_types": None, "num_expert_group": None}
+    second = altered(
+        tmp_path / "2", "bailing_hybrid", **keys, n_group=4, score_function="sigmoid",
+        moe_router_enable_expert_bias=True,
+    )  # fmt: skip
+    assert max(errors(load_moe_layer(second, LAYER), "bailing_hybrid").values()) <= TOLERANCE
+
+    def without_bias(tensors):
+        return {name: array for name, array in tensors.items() if "bias" not in name}
+
+    first = altered(
+        tmp_path / "1", "bailing_hybrid", tensors=without_bias, **keys, topk_group=None,
+        routed_scaling_factor=None,
+    )  # fmt: skip
+    router = load_moe_layer(first, LAYER).router
+    assert (router.score, router.groups, router.scale) == ("softmax", 1, 1.0)
 
 
 def test_every_family_has_a_fixture():

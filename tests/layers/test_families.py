@@ -26,7 +26,7 @@ def rows_of_table() -> dict[str, tuple[list[str], str]]:
 
 
 TABLE = rows_of_table()
-READ_OTHERWISE = {"kimi_k2", "sarvam_moe", "sarvam_mla"}
+READ_OTHERWISE = {"kimi_k2", "sarvam_moe", "sarvam_mla", "bailing_moe", "bailing_moe_v2"}
 """Read, and without a directory that has a block; the text above the table names them."""
 
 

@@ -38,8 +38,11 @@ from dask_ep.jobs.job import load_job
 from dask_ep.jobs.run import run_job
 from dask_ep.jobs.verify import verify_job
 from dask_ep.kernel import cuda_kernels, device_kernel, reference
+from dask_ep.kernel.dispatch import dispatch
+from dask_ep.kernel.expert import Linear
 from dask_ep.kernel.kinds import ACTIVATIONS
 from dask_ep.kernel.pack import Combining, Packing
+from dask_ep.laws.costs import Spread
 from dask_ep.laws.device_memory import (
     DEVICE_PROCESS_BYTES,
     THREADS_PER_GPU,
@@ -60,6 +63,8 @@ from tests.checkpoints import (
     with_rounded_experts,
 )
 from tests.compare import assert_close, assert_close_before_rounding, whole_layer
+from tests.kernel.test_bfloat16 import Case as LayerCase
+from tests.kernel.test_bfloat16 import a_layer, error, exact
 from tests.strategies import Case, cases
 
 pytestmark = pytest.mark.gpu
@@ -370,6 +375,65 @@ def test_products_are_those_of_the_host_and_the_same_each_time(cupy, transposed,
         assert_close(outs[0][start:stop].astype("f8"), want, tolerance)
 
 
+def summed(cupy: ModuleType, case: LayerCase, *, widened: bool) -> np.ndarray:
+    """The float32 sums of a layer whose matrices are bfloat16, or as much in float32."""
+    experts = case.experts
+    if widened:
+        wide = {n: np.stack(w.read(np.dtype("f8"))) for n, w in experts.weights.items()}
+        experts = getattr(Experts, experts.kind)(**{n: w.astype("f4") for n, w in wide.items()})
+    rows = there(cupy, case.tokens, case.routing, case.topk_weights)
+    return dispatch(*rows, experts.load(xp=cupy), 0, 1, dtype=np.dtype("f4")).get()
+
+
+@pytest.mark.parametrize("massive", [False, True])
+@pytest.mark.parametrize("kind", ["linear", "mlp", "gated", "gated_fused"])
+def test_layers_of_bfloat16_have_the_accuracy_of_float32(cupy, kind, massive):
+    errors = []
+    for seed in range(25):
+        case = a_layer(kind, seed, massive)
+        want = exact(case)
+        errors.append([error(summed(cupy, case, widened=w), want) for w in (False, True)])
+    narrow, wide = np.array(errors).mean(axis=0)
+    assert narrow <= 1.7 * wide
+    assert np.max(errors) < 1e-6
+
+
+@pytest.mark.parametrize("dtype", [np.float32, ml_dtypes.bfloat16])
+@pytest.mark.parametrize("terms", [700, 4096, 14336])
+def test_long_sums_are_as_exact_as_those_of_float32(cupy, terms, dtype):
+    """Although tensor cores round towards zero. Which `gemms.TERMS` that takes, a card says."""
+    x, w = normal(64, terms).astype(dtype), normal(terms, 64, seed=1).astype(ml_dtypes.bfloat16)
+    want = x.astype("f8") @ w.astype("f8")
+    narrow, wide = (
+        error(Linear(cupy.asarray(w.astype(held)))(cupy.asarray(x)).get(), want)
+        for held in (w.dtype, np.float32)
+    )
+    assert narrow <= max(1.7 * wide, 1e-6)
+
+
+def test_parts_add_up_to_every_number_on_a_card(cupy):
+    """Subnormal ones too, although CuPy has its compiler take them for zero; infinity and NaN."""
+    x = np.random.default_rng(0).integers(0, 2**32, (5000, 8), np.uint32).view(np.float32)
+    out = cupy.empty((3, *x.shape), dtype=ml_dtypes.bfloat16)
+    device_kernel._weigh(cupy.asarray(x), None, 1, None, out)
+    parts, finite = out.get().astype("f8"), np.isfinite(x)
+    left = np.abs(x[finite] - parts.sum(axis=0)[finite])
+    assert (left[np.abs(x[finite]) >= 2.0**-109] == 0).all()
+    assert left.max() < 2.0**-133
+    np.testing.assert_array_equal(parts[0][~finite], x[~finite])
+    assert (parts[1:, ~finite] == 0).all()
+
+
+@pytest.mark.parametrize("values", [[np.inf, 1], [np.inf, -np.inf], [np.nan, 1], [1e-38, 0]])
+def test_rows_that_bfloat16_cannot_say_are_what_they_are_in_float32(cupy, values):
+    w = np.array([[1.0, 0.5], [0.25, -1.0]], ml_dtypes.bfloat16)
+    x = np.array([[1.0, 2.0], values, [3.0, 4.0]], np.float32)
+    with np.errstate(all="ignore"):
+        want = x @ w.astype("f4")
+    got = Linear(cupy.asarray(w))(cupy.asarray(x)).get()
+    np.testing.assert_allclose(got, want, rtol=0, atol=2.0**-132)
+
+
 def test_many_chunks_go_up_and_come_down_beside_the_compute(cupy):
     """Blocks of memory are used again and again, while kernels are still reading them."""
     chunks = [normal(1 << 16, 8, seed=c) for c in range(20)]
@@ -427,13 +491,15 @@ def test_a_chunk_that_is_too_large_is_told_what_fits(cupy):
 
 
 @pytest.mark.parametrize("dtype", [np.float32, ml_dtypes.bfloat16])
-def test_memory_on_the_device_is_within_the_plan(cupy, tmp_path, dtype):
+@pytest.mark.parametrize("stored", [np.float32, ml_dtypes.bfloat16])
+def test_memory_on_the_device_is_within_the_plan(cupy, tmp_path, dtype, stored):
     N, E, rows, k = 1 << 15, 8, 1 << 12, 2
     rng, dtype = np.random.default_rng(0), np.dtype(dtype)
     arrays = [normal(N, 256).astype(dtype), rng.integers(0, E, (N, k))]
     for array, name in zip(arrays, ("tokens.zarr", "routing.zarr"), strict=True):
         store(da.from_array(array, chunks=(rows, -1)), tmp_path / name, scheduler="sync")
-    experts = Experts.gated(normal(E, 256, 512), normal(E, 256, 512), normal(E, 512, 256))
+    shapes = [(E, 256, 512), (E, 256, 512), (E, 512, 256)]
+    experts = Experts.gated(*(normal(*shape).astype(stored) for shape in shapes))
     pool = cupy.get_default_memory_pool()
     pool.free_all_blocks()
     before = pool.total_bytes()
@@ -442,7 +508,9 @@ def test_memory_on_the_device_is_within_the_plan(cupy, tmp_path, dtype):
     y = expert_parallel(tokens, routing, experts, world_size=1)
     store(y, tmp_path / "y.zarr", scheduler="threads", num_workers=THREADS_PER_GPU)
     held = experts.held_bytes(held_dtype(experts, dtype), on_device=True)
-    law = OnDevice.of(experts, None, k, dtype).need(held, THREADS_PER_GPU, 1, 1)
+    law = OnDevice.of(experts, None, k, dtype).need(
+        held, THREADS_PER_GPU, 1, Spread.at_worst(k, 1, 0)
+    )
     assert pool.total_bytes() - before <= law.at(rows) - DEVICE_PROCESS_BYTES
 
 

@@ -363,5 +363,7 @@ def test_the_benchmark_measures_what_it_says(cublas, monkeypatch, capsys):
     )
     told = capsys.readouterr().out
     assert "double, 8 GiB, bfloat16" in told
-    line = r"\| (mixtral|deepseek) \| \d+\.\d\d \(.* \| 0.8 \| \d\.\d\d \|"
-    assert len(re.findall(line, told)) == 2
+    line = r"\| (?:mixtral|deepseek) \| (\w+) \| (\S+) \| \d+\.\d\d \(.* \| 0.8 \| \d\.\d\d \|"
+    found = re.findall(line, told)
+    assert [precision for precision, _ in found] == ["float32", "bfloat16"] * 2
+    assert [float(error) < 1e-6 for _, error in found] == [True, False] * 2

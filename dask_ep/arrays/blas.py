@@ -5,14 +5,14 @@ NumPy's own, or a faster one that is installed; by the CPU, never by a timing, s
     float32    Intel          MKL (package ``mkl``): 10 to 20 % faster than the OpenBLAS of NumPy's
                               wheels for some hundred rows, as each expert has (AVX-512)
                AMD, AVX-512   oneDNN (``onednn-cpu-gomp``): on Zen 4 12 % faster, and twice as fast
-                              for 16 rows; it lays out matrices that lie by columns, as those of
-                              published checkpoints do, when they are loaded: 5 % faster again, and
-                              40 % for 16 rows. MKL has half of OpenBLAS's speed there
+                              for 16 rows; it packs matrices stored by columns, as in published
+                              checkpoints, when they are loaded: 5 % faster again, and 40 % for 16
+                              rows. MKL has half of OpenBLAS's speed there
     bfloat16   AMX or         oneDNN; see `dask_ep.kernel.bfloat16`
                AVX512-BF16
 
-A run has one Dask task per core, so each product gets one thread: with more they fight for the
-cores. The number belongs to the whole process and cannot be nested between threads (two overlapping
+A run has one Dask task per core, so each product gets one thread; more threads would compete for
+the cores. The number is global to the process and cannot be nested between threads (two overlapping
 uses leave it at 1 for good), so it is set once, around a run or when a worker starts, and never in
 a task.
 """
@@ -37,20 +37,20 @@ from dask_ep.arrays.onednn import ROWS, OneDnn, installed_onednn
 from dask_ep.arrays.onednn_kernels import Matrix, Packed
 
 NARROW_FLAGS = {"amx_bf16", "avx512_bf16"}
-"""What /proc/cpuinfo calls instructions that multiply bfloat16, and sum in float32."""
+"""Names in /proc/cpuinfo of instructions that multiply bfloat16 and sum in float32."""
 
 SMALLEST_PRODUCT = 1 << 18
-"""Multiplications below which a product takes less time than the way to another library."""
+"""Multiplications below which a product takes less time than calling another library."""
 
 
 def product(x: np.ndarray, w: Matrix, out: np.ndarray | None = None) -> np.ndarray:
-    """Multiply x (m, d) by w (d, f), on the host; into `out` (m, f) where that is given. A packed
-    `w` is of the dtype of `x`.
+    """Multiply x (m, d) by w (d, f), on the host, into `out` (m, f) if given. A packed `w` has
+    the dtype of `x`.
 
     Notes
     -----
-    float32 and float64 go to the library that is faster than NumPy's, where there is one and it
-    has them; all else is ``numpy.matmul``.
+    float32 and float64 go to a library that is faster than NumPy's, if one is installed and
+    supports them; everything else is ``numpy.matmul``.
 
     Examples
     --------
@@ -97,8 +97,8 @@ class Cblas:
             self._gemm[np.dtype(dtype)] = gemm
 
     def multiply(self, x: np.ndarray, w: Matrix, out: np.ndarray) -> bool:
-        """Write x @ w to `out` and say so; False if the library cannot with these dtypes or this
-        memory layout."""
+        """Write x @ w to `out` and return True; False if the library does not support these
+        dtypes or this memory layout."""
         assert isinstance(w, np.ndarray)  # only oneDNN packs
         gemm = self._gemm.get(x.dtype)
         if gemm is None or x.dtype != w.dtype or x.dtype != out.dtype:
@@ -127,7 +127,7 @@ class Cblas:
 
 
 def _address(a: Any) -> int:
-    """Address of an array; the buffer tells it three times faster than NumPy."""
+    """Address of an array; three times faster by the buffer protocol than by NumPy."""
     try:
         return ctypes.addressof(ctypes.c_char.from_buffer(a))
     except (TypeError, ValueError):  # read-only, with gaps, empty, or of a dtype not Python's
@@ -150,14 +150,14 @@ def multiplies_by() -> str:
 
 
 def mkl_version() -> str | None:
-    """Version of the package ``mkl``; None where it is not installed."""
+    """Version of the package ``mkl``; None if it is not installed."""
     with suppress(PackageNotFoundError):
         return version("mkl")
     return None
 
 
 def numpys_blas() -> str:
-    """Name the BLAS that NumPy is linked with, and the CPU that its kernels are made for."""
+    """Name the BLAS that NumPy is linked with, and the CPU that its kernels are for."""
     found = [lib.info() for lib in ThreadpoolController().lib_controllers if lib.user_api == "blas"]
     found.sort(key=lambda lib: "numpy" not in lib["filepath"])  # SciPy may bring one of its own
     if not found:
@@ -169,16 +169,16 @@ def numpys_blas() -> str:
 
 
 def cpu_name() -> str:
-    """Name this machine's CPU as the system does."""
+    """The system's name of this machine's CPU."""
     named = re.search(r"model name\s*: (.*)", _cpuinfo())
     return named[1] if named else platform.processor() or platform.machine()
 
 
 @cache
 def faster_than_numpy() -> Cblas | OneDnn | None:
-    """What multiplies float32 faster than NumPy's library: MKL on a CPU of Intel's, oneDNN on
-    another with AVX-512, where they are installed. By the CPU, not by a timing, so that runs repeat
-    their bits.
+    """The library that multiplies float32 faster than NumPy's, if installed: MKL on Intel CPUs,
+    oneDNN on others with AVX-512. Chosen by the CPU, not by a timing, so that runs repeat their
+    bits.
     """
     cpu = _cpuinfo()
     if "GenuineIntel" in cpu:
@@ -187,9 +187,9 @@ def faster_than_numpy() -> Cblas | OneDnn | None:
 
 
 def packing_library(w: np.ndarray) -> OneDnn | None:
-    """What lays out a float32 matrix once for all products with it, where that pays: oneDNN, for
-    one that lies by columns and is not tiny. What lies by rows it multiplies as fast as it is, but
-    for some tens of rows."""
+    """The library that packs a float32 matrix once for all products with it, where that pays:
+    oneDNN, if the matrix is stored by columns and not tiny. One stored by rows is multiplied as
+    fast without packing, except for some tens of rows."""
     library, (down, along) = faster_than_numpy(), w.strides
     pays = along > down and ROWS[-1] * w.size >= SMALLEST_PRODUCT
     return library if isinstance(library, OneDnn) and pays else None
@@ -197,14 +197,14 @@ def packing_library(w: np.ndarray) -> OneDnn | None:
 
 @cache
 def bfloat16_library() -> OneDnn | None:
-    """oneDNN, where it is installed and the CPU has 16-bit instructions."""
+    """oneDNN, if it is installed and the CPU has 16-bit instructions."""
     return installed_onednn() if NARROW_FLAGS & set(_cpuinfo().split()) else None
 
 
 @cache
 def splitting_pays() -> bool:
-    """Whether three products of bfloat16 take less time than one of float32: with AMX, whose are
-    four to eight times as fast. Those of AVX512-BF16 are twice as fast."""
+    """Whether three products of bfloat16 take less time than one of float32: with AMX, which is
+    four to eight times as fast. AVX512-BF16 is twice as fast."""
     return "amx_bf16" in _cpuinfo().split()
 
 
@@ -238,7 +238,7 @@ def _cpuinfo() -> str:
 
 @cache
 def installed_mkl() -> Cblas | None:
-    """MKL from its package, loaded into this process; None where it is not installed."""
+    """MKL from its package, loaded into this process; None if it is not installed."""
     try:
         found = [f for f in files("mkl") or () if f.name.startswith(("libmkl_rt.so", "mkl_rt."))]
     except PackageNotFoundError:
@@ -255,8 +255,8 @@ def one_blas_thread() -> Iterator[None]:
 
     Notes
     -----
-    For the whole process: enter it from one thread, when no other is inside. It reaches the
-    libraries that are loaded already, so NumPy has to be imported before.
+    It acts on the whole process: enter it from one thread at a time. It reaches only libraries
+    that are loaded already, so import NumPy before.
 
     Examples
     --------

@@ -39,11 +39,11 @@ def is_float(dtype: np.dtype) -> bool:
 
 
 def computing_dtype(dtype: np.dtype, is_rounded: bool = False) -> np.dtype:
-    """The dtype in which tokens of a dtype are computed, and of which their experts are held.
+    """The dtype in which tokens of a dtype are computed, and in which their experts are held.
 
-    float64 stays, all else is float32, in which sums are taken everywhere. Where products on a
-    device round to 16 bits (`Experts.with_precision`), experts are held in 16 bits like the tokens,
-    and what goes into a product is infinite if it is a float16 beyond 65504.
+    float64 stays, everything else becomes float32, also in all sums. Where products on a device
+    round to 16 bits (`Experts.with_precision`), experts are held in 16 bits like the tokens, and
+    inputs of a float16 product become infinite beyond 65504.
     """
     if is_rounded and np.dtype(dtype).itemsize == 2:
         return np.dtype(dtype)
@@ -62,7 +62,7 @@ def check_tokens(tokens: Array) -> None:
 
 
 def kind_of(obj: object) -> str:
-    """Name the type of what came instead of a Dask array; array expressions by their package."""
+    """Name the type of an object that is not a Dask array; array expressions by their package."""
     kind = type(obj)
     if kind.__module__.partition(".")[0] == "dask_array":
         return f"dask_array.{kind.__name__} (an array expression, not a dask.array.Array)"
@@ -107,7 +107,7 @@ def check_routing(routing: Array, topk_weights: Array | None, *, n: float) -> No
 
 
 def _differ(a: float, b: float) -> bool:
-    """Whether two lengths differ for certain: an unknown one (NaN) fits any."""
+    """Whether two lengths are known to differ: an unknown one (NaN) fits any."""
     return a != b and not (math.isnan(a) or math.isnan(b))
 
 
@@ -121,10 +121,10 @@ def refuse_masked(array: Array | None, name: str) -> None:
 
 
 class BadRow(ValueError):
-    """A row holds what it must not.
+    """A row holds an invalid value.
 
-    `row` is its number in the array that was looked at, a chunk mostly; code that knows where that
-    begins in the whole array says so with `place_of_row`.
+    `row` is its number in the array that was checked, usually a chunk; code that knows where the
+    chunk begins in the whole array adds that with `place_of_row`.
     """
 
     row: int
@@ -137,10 +137,10 @@ class BadRow(ValueError):
 
 
 def place_of_row(place: str, error: Exception, first_row: int | None) -> str:
-    """Add to the name of a step in which row of the whole array an error lies, where it is known.
+    """Add the error's row in the whole array, if known, to the name of a step.
 
-    `first_row` is that of the chunk, in the order of the chunks; None where lengths of chunks
-    before it are not known.
+    `first_row` is the chunk's first row in the whole array; None if an earlier chunk has an
+    unknown length.
 
     Examples
     --------
@@ -156,7 +156,7 @@ def place_of_row(place: str, error: Exception, first_row: int | None) -> str:
 def raise_bad_index(routing: Array, num_experts: int, why_so_many: str = "") -> NoReturn:
     """Raise for a routing that holds an index outside [-1, E), naming the first.
 
-    `why_so_many` says where E comes from.
+    `why_so_many` explains where E comes from.
     """
     bad = (routing >= num_experts) | (routing < -1)
     where = tuple(int(i[0]) for i in bad.nonzero())
@@ -171,7 +171,7 @@ def raise_bad_index(routing: Array, num_experts: int, why_so_many: str = "") -> 
 
 
 def check_indices(routing: np.ndarray, num_experts: int, why_so_many: str = "") -> None:
-    """Raise as `raise_bad_index` does if an index of a NumPy array is outside [-1, E)."""
+    """Call `raise_bad_index` if an index of a NumPy array is outside [-1, E)."""
     if routing.size and (routing.min() < -1 or routing.max() >= num_experts):
         raise_bad_index(routing, num_experts, why_so_many)
 
@@ -210,8 +210,8 @@ def count_not_finite(rows: np.ndarray) -> tuple[int, int]:
 
     Notes
     -----
-    One pass over memory where all are finite: a product of the rows with themselves, or a look at
-    the exponents of 16-bit floats, says so. Takes no memory but for some rows.
+    One pass over memory if all are finite: a product of the rows with themselves shows it, or the
+    exponents of 16-bit floats. Needs memory for some rows only.
 
     Examples
     --------

@@ -1,7 +1,6 @@
-"""What GPUs are there, and is there memory left on one?
+"""Which GPUs are there, and how much of their memory is free?
 
-This is the one module that knows CuPy by name. Everything else works by the namespace of the arrays
-at hand.
+This is the only module that names CuPy. All others use the namespace of the arrays they are given.
 """
 
 from __future__ import annotations
@@ -18,7 +17,7 @@ from dask_ep.arrays.namespaces import Array, namespace
 from dask_ep.errors import DeviceMemoryError, NoDeviceError
 
 NAMESPACE = "cupy"
-"""The namespace of device arrays; the tests put another here that keeps CuPy's rules on a CPU."""
+"""The namespace of device arrays; tests replace it by one that keeps CuPy's rules on a CPU."""
 
 
 @dataclass(frozen=True)
@@ -28,9 +27,9 @@ class Device:
     index: int
     name: str
     memory: int
-    #: bytes in all
+    #: total bytes
     of_host: bool = False
-    #: whether that is the host's memory, as on a system on a chip
+    #: whether it shares the host's memory, as on a system on a chip
 
 
 def find_devices() -> list[Device]:
@@ -39,12 +38,12 @@ def find_devices() -> list[Device]:
     Raises
     ------
     NoDeviceError
-        If CuPy or a library of CUDA cannot be imported or there is no GPU, saying what to install
-        or to look at.
+        If CuPy or a library of CUDA cannot be imported or there is no GPU; the message says what to
+        install or check.
 
     Notes
     -----
-    Asks the CUDA runtime for its counters and properties; nothing is allocated on a device.
+    Reads counters and properties of the CUDA runtime; nothing is allocated on a device.
     """
     try:
         import cupy
@@ -61,7 +60,7 @@ def find_devices() -> list[Device]:
     if not count:
         raise NoDeviceError(_no_device("the driver lists none"))
     try:
-        cupy.cuda.cublas  # noqa: B018 - imported when it is first asked for
+        cupy.cuda.cublas  # noqa: B018 - imported on first access
         cupy.cuda.nvrtc.getVersion()
     except (ImportError, RuntimeError) as error:
         raise NoDeviceError(
@@ -87,14 +86,14 @@ def _no_device(why: str) -> str:
 
 @contextmanager
 def explain_memory(xp: Any, needed: int, rows: int | None = None, held: int = 0) -> Iterator[None]:
-    """Say, if the device runs out of memory inside, what was needed, what is free, and what fits.
+    """If the device runs out of memory inside, report what was needed, what is free, and what fits.
 
     Parameters
     ----------
     xp : namespace of the arrays inside; nothing is done for NumPy
     needed : bytes that the work inside needs at most
-    rows : rows of the token chunk that this is for; None if it is for experts
-    held : bytes of these that are in use already, with the chunk
+    rows : rows of the token chunk that the memory is for; None if it is for experts
+    held : bytes of `needed` that are in use already, by the chunk
 
     Raises
     ------
@@ -106,13 +105,13 @@ def explain_memory(xp: Any, needed: int, rows: int | None = None, held: int = 0)
     try:
         yield
     except xp.cuda.memory.OutOfMemoryError as error:
-        clear_frames(error.__traceback__)  # what the failed work had made is free again
+        clear_frames(error.__traceback__)  # arrays of the failed work are free again
         free, total = free_memory(xp)
         numbers = f"it needs {needed} bytes, {free} of {total} are free ({error})"
         if rows is None:
             raise DeviceMemoryError(
                 f"not enough device memory for the experts: {numbers}; use more GPUs and ranks, "
-                "experts held_as_stored, or none (--threads or --processes): there experts that "
+                "experts held_as_stored, or no GPU (--threads or --processes): there experts that "
                 "do not fit are processed in passes"
             ) from error
         fits = max(min((free + held) * rows // max(needed, 1), rows // 2), 1)
@@ -124,15 +123,15 @@ def explain_memory(xp: Any, needed: int, rows: int | None = None, held: int = 0)
 
 
 def explain_chunk_memory(chunk: Array, row_bytes: int) -> AbstractContextManager[None]:
-    """The same for a step on a loaded chunk: bytes that it takes of each row, at most."""
+    """As `explain_out_of_memory` for a step on a loaded chunk, by its most bytes per row."""
     return explain_memory(namespace(chunk), len(chunk) * row_bytes, len(chunk), chunk.nbytes)
 
 
 def free_memory(xp: Any) -> tuple[int, int]:
-    """Return the bytes that can still be allocated on the device in use, and those in all.
+    """Return the bytes that can still be allocated on the device in use, and the total.
 
-    What CuPy's pool has set aside and not given out counts as free; a limit of the pool counts as
-    the device's size.
+    Memory that CuPy's pool holds but has not handed out counts as free; a limit of the pool counts
+    as the device's size.
     """
     free, total = xp.cuda.runtime.memGetInfo()
     pool = xp.get_default_memory_pool()

@@ -1,8 +1,8 @@
 """How are many matrices multiplied on a GPU?
 
-By cuBLAS, called directly: of bfloat16 because CuPy has a product of two such matrices since 14.0,
-and none of many; of all dtypes because an expert's product is short, and must not wait for its
-array to be made.
+By cuBLAS, called directly: for bfloat16 because CuPy (since 14.0) multiplies two such matrices, but
+not many; for all dtypes because an expert's product is short, and must not wait until its array is
+allocated.
 """
 
 from __future__ import annotations
@@ -17,13 +17,13 @@ import numpy as np
 from dask_ep.arrays.namespaces import Array
 
 STREAMS = 4
-"""Products at a time: enough to fill the gaps that one leaves at its end."""
+"""Concurrent products: enough to fill the gaps at the end of each."""
 
 SUMS_IN_FLOAT32 = 16
 """cuBLAS's CUBLAS_MATH_DISALLOW_REDUCED_PRECISION_REDUCTION, for which CuPy 14.2 has no name."""
 
 TERMS = 512
-"""Numbers of 16 bits that tensor cores add up at a time where a sum shall be as exact as float32's.
+"""Terms of 16 bits that tensor cores add up at a time where a sum must be as exact as in float32.
 They round it towards zero each time they add some (Fasi et al., "Numerical behavior of NVIDIA
 tensor cores", 2021), so that the errors add up; what is added to an output is rounded to nearest.
 Largest errors of products of 768, 2048, 4096 and 14336 terms, of their largest value, with 16 terms
@@ -31,11 +31,11 @@ added at a time in NumPy: 8e-7, 8e-7, 7e-7, 6e-7; all terms at a time 1.2e-6, 3e
 after the other in float32 6e-7, 9e-7, 1.3e-6, 4e-6."""
 
 BFLOAT16_CAPABILITY = 80
-"""Of the first devices that multiply bfloat16: Ampere's."""
+"""The first compute capability that multiplies bfloat16: Ampere."""
 
 TF32_SWITCH = "DASK_EP_TF32"
-"""Environment variable that is 1 where float32 experts multiply as TF32. CuPy's own, CUPY_TF32,
-would have routers multiply so too, and send rows to other experts."""
+"""Environment variable that is 1 if float32 experts multiply as TF32. CuPy's own, CUPY_TF32, would
+apply to routers too, and so send rows to other experts."""
 
 CUDA_TYPES = {
     "float16": "CUDA_R_16F",
@@ -90,11 +90,11 @@ class Gemms:
     ) -> None:
         """``out[start:stop] = rows[start:stop] @ matrix`` of each; rows and out row by row.
 
-        Rows (m, d), or parts (p, m, d) of which they are the sum. Sums of 16-bit numbers are as
-        `exact` as those of float32 if that is asked for; then `out` is float32.
+        Rows (m, d), or parts (p, m, d) that add up to them. With `exact`, sums of 16-bit numbers
+        are as exact as those of float32; then `out` is float32.
         """
         compute, calls = self._xp.cuda.get_current_stream(), []
-        parts = [rows] if rows.ndim == 2 else list(rows)[::-1]  # the smallest first
+        parts = [rows] if rows.ndim == 2 else list(rows)[::-1]  # the smallest part first
         matrices = [self._as_read(matrix, rows.dtype) for matrix in matrices]
         terms = TERMS if exact and rows.dtype.itemsize == 2 else len(matrices[0]) or 1
         if (stride := _equal_stride(matrices, bounds)) is not None:
@@ -137,15 +137,15 @@ class Gemms:
                 )
 
     def _as_read(self, matrix: Array, dtype: np.dtype) -> Array:
-        """The matrix, or a copy of it, in a dtype, and lying as cuBLAS can read it."""
+        """The matrix, or a copy of it, in a dtype and in a memory layout that cuBLAS can read."""
         matrix = matrix.astype(dtype, copy=False)
         return matrix if _lies(matrix)[1] is not None else self._xp.ascontiguousarray(matrix)
 
     def _each(
         self, parts: list[Array], matrix: Array, out: Array, start: int, stop: int, terms: int
     ) -> Iterator[tuple[Any, ...]]:
-        """The arguments of gemmEx for each part, and of the last and largest for some terms each;
-        all are added to those before."""
+        """The arguments of gemmEx for each part; the last and largest is split into runs of a few
+        terms. Each call adds to the one before."""
         width, add = len(matrix), False
         for part in parts:
             step = terms if part is parts[-1] else max(width, 1)
@@ -159,8 +159,8 @@ class Gemms:
     ) -> tuple[Any, ...]:
         """The arguments of gemmEx for out = rows @ matrix, or out += rows @ matrix.
 
-        cuBLAS counts along columns first: what lies row by row is for it the transposed matrix, and
-        so it computes out.T = matrix.T @ rows.T.
+        cuBLAS is column-major: it sees a row-major matrix as its transpose, so it computes
+        out.T = matrix.T @ rows.T.
         """
         transposed, leading = _lies(matrix)
         (width, d_out), itemsize = matrix.shape, rows.dtype.itemsize
@@ -195,7 +195,7 @@ class Gemms:
 
 
 def _equal_stride(matrices: Sequence[Array], bounds: Sequence[tuple[int, int]]) -> int | None:
-    """Bytes from one matrix to the next, if they are as far apart as their rows are; else None."""
+    """Bytes from one matrix to the next, if all distances are equal; else None."""
     first, m = matrices[0], bounds[0][1]
     if len(matrices) < 2 or m == 0:
         return None
@@ -222,7 +222,7 @@ def _lies(matrix: Array) -> tuple[bool, int | None]:
 
 
 def gemms(xp: Any) -> Gemms | None:
-    """Return the products of the device in use, or None where there is no cuBLAS."""
+    """Return the products of the device in use, or None without cuBLAS."""
     if not hasattr(xp, "cuda") or not hasattr(xp.cuda, "cublas"):
         return None
     key = (xp.__name__, xp.cuda.get_device_id())

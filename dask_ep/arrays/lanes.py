@@ -5,9 +5,9 @@
 Three streams: while chunk c computes, chunk c + 1 goes up and chunk c - 1 comes down. A task waits
 for none of them but for its own download.
 
-The compute stream is the one in use, CuPy's default stream unless somebody chose another: what all
-threads of a worker start on it runs in the order in which they started it, so that arrays pass from
-task to task, and from thread to thread, without a wait.
+The compute stream is the current one, CuPy's default stream unless another was chosen. Work on it
+runs in the order in which the threads of a worker launched it, so that arrays pass from task to
+task, and from thread to thread, without a wait.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ def pinned_empty(xp: Any, shape: tuple[int, ...], dtype: Any) -> np.ndarray:
     Raises
     ------
     MemoryError
-        If the host has no more of it.
+        If the host has no more such memory.
     """
     dtype = np.dtype(dtype)
     nbytes = prod(shape) * dtype.itemsize
@@ -47,17 +47,17 @@ def pinned_empty(xp: Any, shape: tuple[int, ...], dtype: Any) -> np.ndarray:
 
 
 def upload(xp: Any, host: np.ndarray) -> Array:
-    """Start the copy of a pinned array to the device, and give the device array at once.
+    """Start the copy of a pinned array to the device, and return the device array at once.
 
     Parameters
     ----------
     xp : namespace of the device array
-    host : C-contiguous array in pinned memory, which nobody writes to any more
+    host : C-contiguous array in pinned memory, which must not be written to any more
 
     Returns
     -------
-    device array of the shape and dtype of `host`; what is started on the compute stream from now on
-    finds the rows there
+    device array of the shape and dtype of `host`; work launched on the compute stream from now on
+    sees the rows
     """
     return _lanes(xp).upload(host)
 
@@ -78,15 +78,15 @@ def fill(target: Array, host: np.ndarray) -> None:
 
 
 class Lanes:
-    """The streams up to one device and down from it.
+    """The upload and download streams of one device.
 
     Notes
     -----
     CuPy's pool hands freed memory out again in the order of one stream, so a block that was filled
     on the upload stream and read on the compute stream must not go back there while it is being
     read. Such blocks are therefore kept here: when the last array in one has died, the compute
-    stream marks the place (an event), and the next upload into the block waits for that mark. Those
-    of other sizes that nobody reads any more go to the pool when a new one must be made.
+    stream records an event, and the next upload into the block waits for it. Unused blocks of
+    other sizes go back to the pool when a new one has to be made.
     """
 
     def __init__(self, xp: Any):
@@ -132,11 +132,11 @@ class Lanes:
         return host
 
     def give_back(self, block: _Block) -> None:
-        """Take a block whose last array has died; its `read` says when the device is done too."""
+        """Take a block whose last array has died; its event `read` shows when it is read."""
         self._free.setdefault(block.size, deque()).append(block)
 
     def release(self) -> None:
-        """Give the blocks that wait for a user back to CuPy's pool."""
+        """Return the unused blocks to CuPy's pool."""
         for blocks in list(self._free.values()):
             while blocks:
                 block = blocks.popleft()
@@ -144,7 +144,7 @@ class Lanes:
                     block.read.synchronize()
 
     def _drop_the_unread(self, size: int) -> None:
-        """Give the blocks of other sizes back to CuPy's pool that the device is done with."""
+        """Return to CuPy's pool the blocks of other sizes that the device has finished with."""
         for other, blocks in list(self._free.items()):
             for _ in range(len(blocks) if other != size else 0):
                 try:
@@ -176,7 +176,7 @@ class Lanes:
 
 
 class _Block:
-    """A run of device memory that uploads go to, one after the other."""
+    """A block of device memory for one upload after the other."""
 
     __slots__ = ("device", "memory", "read", "size")
 
@@ -184,7 +184,7 @@ class _Block:
         self.memory, self.size = xp.empty(size, dtype=np.uint8), size
         self.device = xp.cuda.get_device_id()
         self.read: Any = None
-        #: event behind the last use of what was here before
+        #: event after the last use of the previous contents
 
 
 class _Lease:
@@ -206,7 +206,7 @@ _lock = threading.Lock()
 
 
 def _lanes(xp: Any) -> Lanes:
-    """The lanes of the device in use."""
+    """The `Lanes` of the current device."""
     key = (xp.__name__, xp.cuda.get_device_id())
     with _lock:
         if key not in _every_lane:

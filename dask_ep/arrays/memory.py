@@ -2,8 +2,8 @@
 
 A batch job makes the same few large arrays for every chunk: the chunk read, the rows gathered, the
 products, the result. Fresh memory for each of them costs a page fault per page, a fifth to a half
-of the CPU time of a straightforward version. `empty` hands out memory that an earlier array has
-died in: its pages are mapped already.
+of the CPU time of a straightforward version. `empty` reuses the memory of an array that has died:
+its pages are mapped already.
 
     empty(...) ──> array ──(last reference gone)──> free blocks ──> the next empty(...)
                                                         │ unused for KEEP_SECONDS, or for
@@ -32,15 +32,15 @@ SMALLEST_BLOCK = 1 << 20
 """Bytes below which an array is left to the C library, which recycles small blocks well itself."""
 
 KEEP_SECONDS = 2.0
-"""Seconds for which an unused block waits for its next user, at least, if all find one."""
+"""Seconds for which an unused block waits for its next use, at least, unless it is replaced."""
 
 REPLACE_SECONDS = 0.1
 """Seconds after which an unused block is replaced, when a block of another size must be made: long
 enough for fresh memory to cost little, short enough for the pool not to keep every size."""
 
 RUN_BYTES = 128 << 10
-"""Bytes of rows that go through several steps together: with what they meet there they fit a core's
-own cache. Halves the time of silu, and of adding up outputs, against steps over whole tiles."""
+"""Bytes of rows that go through several steps together: with the other operands they fit a core's
+own cache. Halves the time of silu, and of adding up outputs, compared to steps over whole tiles."""
 
 C_KEEPS_BLOCKS, C_KEEPS_FREE = 4 << 20, 32 << 20
 """Bytes of the largest block that the C library recycles in a worker, and of the freed memory that
@@ -52,7 +52,7 @@ _ALIGNMENT = 64  # bytes: a cache line, and the widest vector load
 
 
 class _Block:
-    """A run of memory that arrays live in, one after the other."""
+    """A block of memory for one array after the other."""
 
     __slots__ = ("address", "free_since", "memory", "size")
 
@@ -89,13 +89,13 @@ class Pool:
     -----
     Sizes are rounded up to one of eight steps between powers of two; a request takes a free block
     of its size or the next larger one below twice that, else a new block, which replaces those that
-    nobody wanted for `REPLACE_SECONDS`. Blocks that nobody wanted for `KEEP_SECONDS` go back to the
-    system, by a thread that lives only while blocks exist. Peak memory is at most that of the same
+    were unused for `REPLACE_SECONDS`. A thread, which lives only while blocks exist, gives blocks
+    back to the system that were unused for `KEEP_SECONDS`. Peak memory is at most that of the same
     program without a pool plus what it freed in the last `REPLACE_SECONDS`.
     """
 
     def __init__(self) -> None:
-        # Leases die wherever the garbage collector runs, so giving back takes no lock: appending
+        # Leases die wherever the garbage collector runs, so returning takes no lock: appending
         # to and popping from a deque are atomic. In each deque the oldest are on the left.
         self._free: dict[int, deque[_Block]] = {}
         self._lock = threading.Lock()  # for the two below
@@ -126,11 +126,11 @@ class Pool:
             self._free.setdefault(block.size, deque()).append(block)
 
     def free_bytes(self) -> int:
-        """Bytes that wait for a user."""
+        """Bytes of unused blocks."""
         return sum(size * len(blocks) for size, blocks in list(self._free.items()))
 
     def drop(self, older_than: float) -> None:
-        """Give the blocks back to the system that have been free since before `older_than`."""
+        """Give blocks back to the system that have been unused since before `older_than`."""
         dropped = 0
         for blocks in list(self._free.values()):
             while blocks and blocks[0].free_since < older_than:
@@ -167,7 +167,7 @@ _pool = Pool()
 
 
 def _renew_pool() -> None:
-    """After a fork the child has the parent's lock and none of its threads: start afresh."""
+    """After a fork the child has the parent's lock but none of its threads: start afresh."""
     global _pool
     _pool = Pool()
 
@@ -206,7 +206,7 @@ def empty(shape: tuple[int, ...], dtype: DTypeLike, like: Array | None = None) -
 
 
 def runs_in_cache(x: Array) -> list[slice]:
-    """Cut rows into runs that a core's cache keeps from one step to the next; on a device one.
+    """Cut rows into runs that stay in a core's cache between steps; on a device, into one run.
 
     Examples
     --------
@@ -231,7 +231,7 @@ def keep_freed_memory() -> bool:
     Returns
     -------
     bool
-        Whether the C library can be configured: glibc can, others cannot.
+        Whether the C library could be configured: only glibc can.
     """
     try:
         mallopt = ctypes.CDLL(None).mallopt
@@ -241,5 +241,5 @@ def keep_freed_memory() -> bool:
 
 
 def release() -> None:
-    """Give all memory that waits for a user back to the system now."""
+    """Give all unused memory back to the system now."""
     _pool.drop(time.monotonic())

@@ -1,4 +1,4 @@
-"""Whose functions work on an array, and how do a few of its numbers come to the host?
+"""Which module's functions work on an array, and how do a few of its numbers come to the host?
 
 NumPy's arrays name their functions themselves (`__array_namespace__`). CuPy's do not, up to 14.2:
 theirs are in the package that defines their type. Nothing here imports CuPy.
@@ -15,8 +15,7 @@ Array = Any
 """A NumPy or CuPy array, or any other with `__array_namespace__` and NumPy's functions."""
 
 UNDERFLOW_IS_ZERO = np.errstate(under="ignore")
-"""For functions whose numbers may become too small for their dtype: that is harmless, whatever
-``np.seterr`` says."""
+"""For functions in which underflow is harmless, whatever ``np.seterr`` is set to."""
 
 
 def namespace(array: Array, name: str = "array") -> Any:
@@ -25,7 +24,7 @@ def namespace(array: Array, name: str = "array") -> Any:
     Raises
     ------
     TypeError
-        If it is not an array; the message has the `name`.
+        If it is not an array; the message contains `name`.
 
     Examples
     --------
@@ -47,7 +46,7 @@ def namespace(array: Array, name: str = "array") -> Any:
 
 
 def one_namespace(**arrays: Array | None) -> Any:
-    """Return the namespace that all arrays share; their names are for the message."""
+    """Return the namespace that all arrays share; their names are used in the error."""
     found = {name: namespace(array, name) for name, array in arrays.items() if array is not None}
     if len({id(xp) for xp in found.values()}) > 1:
         came = ", ".join(f"{name} from {xp.__name__}" for name, xp in found.items())
@@ -56,14 +55,14 @@ def one_namespace(**arrays: Array | None) -> Any:
 
 
 def is_array(obj: Any) -> bool:
-    """Whether something is an array that has a namespace."""
+    """Whether an object is an array that has a namespace."""
     return _find(obj) is not None
 
 
 def to_host(*numbers: Array) -> list[int]:
     """Bring a few integers and booleans, arrays of any small shape, to the host in one copy.
 
-    Numbers beyond int64 come as its largest.
+    Integers beyond int64 are clipped to its largest value.
 
     Examples
     --------

@@ -1,12 +1,12 @@
 """How does oneDNN multiply matrices on the host?
 
-Intel's library of kernels for neural networks, with which PyTorch multiplies too. It writes its
-kernels when it sees the CPU, and knows the 16-bit instructions of Intel's CPUs and of AMD's.
+oneDNN is Intel's library of kernels for neural networks, which PyTorch uses too. It generates its
+kernels at run time for the CPU at hand, with the 16-bit instructions of Intel's and AMD's CPUs.
 
-    rows (m, k) @ matrix (k, n)          as it lies: one kernel for any m
-    rows (m, k) @ Packed (k, n)          laid out once, as the kernels read it, which pays the more
-                                         the fewer rows there are; steps of a few sizes, one kernel
-                                         each, and the last of them padded
+    rows (m, k) @ matrix (k, n)          not packed: one kernel for any m
+    rows (m, k) @ Packed (k, n)          packed once, in the layout that kernels read, which pays
+                                         most for few rows; in steps of a few sizes, one kernel
+                                         each, of which the last is padded
 
 From the wheel ``onednn-cpu-gomp``: later wheels of oneDNN need SYCL.
 """
@@ -39,14 +39,15 @@ from dask_ep.arrays.onednn_kernels import (
 PACKAGE = "onednn-cpu-gomp"
 
 ROWS_AT_ONCE = 256
-"""The most rows of one product with a packed matrix, a multiple of `ROWS`: as fast as more."""
+"""The most rows of one product with a packed matrix, a multiple of `ROWS`: more is no faster."""
 
 ROWS = (64, 16)
-"""The rest is a multiple of the first of these, and of the second, filled up with zeros: a kernel
-for each number of rows would be a new one, which takes 3 ms, for nearly each chunk and expert."""
+"""Remaining rows are processed as a multiple of the first of these, then of the second, padded with
+zeros: one kernel for each number of rows would mean a new one, which takes 3 ms, for nearly each
+chunk and expert."""
 
 GATED_BYTES = 512 << 10
-"""Bytes of gates that wait in a core's own cache for what they are multiplied by."""
+"""Bytes of gates that stay in a core's own cache until `up` is computed."""
 
 
 class OneDnn(Kernels):
@@ -67,8 +68,8 @@ class OneDnn(Kernels):
     """
 
     def multiply(self, x: np.ndarray, w: Matrix, out: np.ndarray, *, add: bool = False) -> bool:
-        """Write x @ w to `out`, or add it, and say so; False if the library cannot with these
-        dtypes, these memory layouts or this CPU. What is added needs an `out` in one piece."""
+        """Write x @ w to `out`, or add it, and return True; False if the library does not support
+        these dtypes or memory layouts on this CPU. Adding needs a contiguous `out`."""
         then = ADD if add else None
         if not isinstance(w, Packed):
             return self.run(PRODUCT, (np.ascontiguousarray(x) if add else x, w, out), then)
@@ -77,8 +78,8 @@ class OneDnn(Kernels):
     def gated(
         self, x: np.ndarray, gate: Packed, up: Packed, out: np.ndarray, alpha: float = 1.0
     ) -> bool:
-        """Write silu(x @ gate) * (x @ up) to `out` (m, f), float32 or rounded to bfloat16, and say
-        so; False if the library cannot. As many rows at a time as stay in cache between the two."""
+        """Write silu(x @ gate) * (x @ up) to `out` (m, f), float32 or rounded to bfloat16, and
+        return True; False if the library cannot. Runs of rows stay in cache between the two."""
         f = out.shape[1]
         fitting = max(GATED_BYTES // (f * FLOAT32.itemsize) // ROWS[0], 1) * ROWS[0]
         step = min(fitting, ROWS_AT_ONCE)
@@ -93,8 +94,8 @@ class OneDnn(Kernels):
         return _in_steps(some, x, out, step)
 
     def pack(self, w: np.ndarray) -> Packed | None:
-        """Lay a matrix out as products read it; None where they could not, or where that would take
-        more bytes."""
+        """Pack a matrix in the layout that products read; None if it is not supported, or would
+        take more bytes."""
         if self.packed_bytes(w) != w.nbytes:
             return None
         packed = Packed(self, w.shape, w.dtype, memory.empty((w.nbytes,), np.uint8))
@@ -116,10 +117,10 @@ class OneDnn(Kernels):
 def _in_steps(
     run: Callable[[np.ndarray, np.ndarray], bool], x: np.ndarray, out: np.ndarray, most: int
 ) -> bool:
-    """Hand over rows (m, k) and the outputs (m, n) in steps of few sizes; False if `run` says so.
+    """Call `run` with rows (m, k) and outputs (m, n) in steps of a few sizes; False if `run` does.
 
-    Arrays in one piece come, of `most` rows; a multiple of the first of `ROWS`; and a multiple of
-    the second.
+    The steps are contiguous arrays of `most` rows; of a multiple of the first of `ROWS`; and of a
+    multiple of the second.
     """
     x, to = np.ascontiguousarray(x), np.ascontiguousarray(out)
     m, (many, few) = len(x), ROWS
@@ -142,12 +143,12 @@ def _in_steps(
 
 @cache
 def installed_onednn() -> OneDnn | None:
-    """oneDNN from its package, loaded into this process; None where it is not installed.
+    """oneDNN from its package, loaded into this process; None if it is not installed.
 
     Warns
     -----
     RuntimeWarning
-        If it is installed, but what it needs is not there.
+        If it is installed, but a library that it needs is missing.
     """
     try:
         found = [file for file in files(PACKAGE) or () if file.name == "libdnnl.so.3"]

@@ -1,7 +1,7 @@
-"""How are kernels of oneDNN made, kept and run?
+"""How are kernels of oneDNN made, cached and run?
 
-The library is asked through its C interface: layouts of matrices and what is to be done make a
-description, of which it writes a kernel for this CPU. That takes 3 ms, so kernels are kept.
+By the library's C interface: the matrices' layouts and an operation make a description, from which
+it generates a kernel for this CPU. That takes 3 ms, so kernels are cached.
 """
 
 from __future__ import annotations
@@ -18,11 +18,11 @@ import numpy as np
 BFLOAT16, FLOAT32 = np.dtype(ml_dtypes.bfloat16), np.dtype(np.float32)
 
 KERNELS_KEPT = 1024
-"""Products, by shapes and memory layouts, that are kept for their next use by each of the threads
-that multiply at a time; 9 KB each."""
+"""Products, by shapes and memory layouts, that each thread that multiplies keeps for reuse; 9 KB
+each."""
 
 SOME_ROWS = 256
-"""Of a product that asks how its matrix should lie, which is the same for any number of rows."""
+"""Rows of the product that asks for its matrix's layout, which is the same for any number."""
 
 _CACHE_LINE = 64  # bytes
 _CPU, _IN_ORDER, _GIVEN_SCRATCH = 1, 1, 1  # engine kind, stream flag, scratchpad mode
@@ -58,12 +58,12 @@ class _Handle:
 
 
 class Packed:
-    """A matrix (k, n) as the kernels read it, in as many bytes; made by `OneDnn.pack`.
+    """A matrix (k, n) in the kernels' layout, of the same size in bytes; made by `OneDnn.pack`.
 
     Attributes
     ----------
     shape, dtype, nbytes : those of the matrix
-    library : that has made it
+    library : the library that packed it
     """
 
     def __init__(self, library: Any, shape: tuple[int, ...], dtype: np.dtype, data: np.ndarray):
@@ -78,11 +78,11 @@ class Packed:
 Matrix = np.ndarray | Packed
 
 PRODUCT, COPY = "product", "copy"
-"""What kernels do: write x @ w to `out`, and one matrix to another."""
+"""What a kernel does: write x @ w to `out`, or copy one matrix to another."""
 
 
 class Kernels:
-    """What the library does with matrices on this machine.
+    """The library's operations on matrices on this machine.
 
     Parameters
     ----------
@@ -116,10 +116,10 @@ class Kernels:
     def run(self, what: str, arrays: tuple[Matrix, ...], then: Any = None) -> bool:
         """Run the kernel for such arrays; False if there is none.
 
-        The way to a kernel is to be short: products of few rows take some 20 us.
+        Overhead must be small: products of few rows take some 20 us.
         """
         threads = _limit or self._all_threads
-        self._set_threads(threads)  # OpenMP has a number for each thread that asks
+        self._set_threads(threads)  # OpenMP's number of threads is a setting of each calling thread
         key = (what, then, threads, *map(_kind, arrays))
         try:
             bench = self._idle.pop()
@@ -139,7 +139,7 @@ class Kernels:
     def _new_kernel(
         self, bench: _Bench, what: str, arrays: tuple[Matrix, ...], then: Any
     ) -> _Kernel | None:
-        """None where the library has none, or but one of plain loops."""
+        """None if the library has no kernel, or only its reference one of plain loops."""
         if not all(map(_lies_well, arrays)):
             return None
         layouts = self._in_pairs(*arrays) if what == COPY else None
@@ -160,7 +160,7 @@ class Kernels:
         x, w, out, *others = arrays
         if x.dtype != w.dtype or (then in (None, ADD) and out.dtype != FLOAT32):
             return None
-        # Kernels for any number of rows do nothing after; those of packed matrices have a number.
+        # Only kernels of packed matrices, whose number of rows is fixed, have post-operations.
         rows = x.shape[0] if then is not None or isinstance(w, Packed) else _ANY_LENGTH
         options = self._new("primitive_attr")
         self._do("primitive_attr_set_scratchpad_mode", options, _GIVEN_SCRATCH)
@@ -181,15 +181,15 @@ class Kernels:
         return self._described("reorder", source, self._engine, to, self._engine, None)
 
     def packed_bytes(self, w: np.ndarray) -> int | None:
-        """Bytes of a matrix as kernels read it; None where they cannot."""
+        """Bytes of a matrix in the kernels' layout; None if they do not support it."""
         layout = None if w.dtype not in _NUMBERS else self._packed_layout(w.shape, w.dtype)
         return None if layout is None else self._library.dnnl_memory_desc_get_size(layout)
 
     def _in_pairs(self, source: Matrix, to: Matrix) -> list[_Handle | None] | None:
-        """Layouts by which a bfloat16 matrix that lies by columns is packed three times faster.
+        """Layouts by which a column-major bfloat16 matrix is packed three times faster.
 
-        Two numbers that follow one another in a column stay together: as one of 4 bytes they are
-        transposed in blocks. None for other matrices, and other packed layouts.
+        Neighbours in a column stay together: pairs are transposed in blocks, as numbers of 4
+        bytes. None for other matrices, and other packed layouts.
         """
         if not isinstance(to, Packed) or isinstance(source, Packed) or to.dtype != BFLOAT16:
             return None
@@ -204,7 +204,7 @@ class Kernels:
         ]
 
     def _blocks(self, packed: Packed) -> tuple[int, ...]:
-        """Lengths of the innermost blocks that a matrix lies in, the outermost first."""
+        """Lengths of the innermost blocks of a matrix's layout, the outermost first."""
         layout = self._layout(packed)
         count, lengths = ctypes.c_int(), ctypes.POINTER(ctypes.c_int64)()
         self._do("memory_desc_query", layout, _ITS_BLOCKS, ctypes.byref(count))
@@ -218,7 +218,7 @@ class Kernels:
             return self._packed_layout(array.shape, array.dtype)
         shape = (array.shape[0] if rows is None else rows, array.shape[1])
         steps = [step // array.itemsize for step in array.strides]
-        if array.flags.c_contiguous:  # also where a single row or column tells another stride
+        if array.flags.c_contiguous:  # also if the stride of a single row or column is another
             steps = [shape[1], 1]
         return self._strided(shape, array.dtype, steps)
 
@@ -227,7 +227,7 @@ class Kernels:
         return self._new("memory_desc", *arguments, by="memory_desc_create_with_strides")
 
     def _new_packed_layout(self, shape: tuple[int, int], dtype: np.dtype) -> _Handle | None:
-        """How the library's kernels want a matrix to lie, for any number of rows."""
+        """The layout of a matrix that the library's kernels prefer, for any number of rows."""
         k, n = shape
         x, w, out = (
             self._new(
@@ -243,7 +243,7 @@ class Kernels:
         return None if described is None else self._part(described, _ITS_WEIGHTS)
 
     def _described(self, kind: str, *arguments: Any) -> _Handle | None:
-        """A description of a kernel; None where the library has none."""
+        """A description of a kernel; None if the library has none."""
         pointer, what = ctypes.c_void_p(), f"{kind}_primitive_desc_create"
         status = getattr(self._library, f"dnnl_{what}")(ctypes.byref(pointer), *arguments)
         if status == _UNIMPLEMENTED:
@@ -252,7 +252,7 @@ class Kernels:
         return _Handle(pointer, self._library.dnnl_primitive_desc_destroy)
 
     def _part(self, described: _Handle, which: int) -> _Handle:
-        """A layout that a description has, and keeps."""
+        """A layout that belongs to a description."""
         pointer = self._library.dnnl_primitive_desc_query_md(described, which, 0)
         return _Handle(ctypes.c_void_p(pointer), None, keeps=described)
 
@@ -267,7 +267,7 @@ class Kernels:
 
 class _Bench:
     """Kernels and their scratch memory, for one thread at a time: Dask's threads come and go, and
-    the next one takes what another has left."""
+    a new one takes over those of one that ended."""
 
     def __init__(self) -> None:
         self.kernels: dict[tuple[Any, ...], _Kernel | None] = {}
@@ -287,7 +287,7 @@ class _Bench:
 
 
 class _Kernel:
-    """What computes, with the memory objects that arrays are put into before."""
+    """A kernel, with the memory objects that point to its arrays."""
 
     def __init__(
         self,
@@ -328,7 +328,7 @@ def _lengths(numbers: Iterable[int]) -> Any:
 
 
 def _kind(array: Matrix) -> tuple[Any, ...]:
-    """All that the kernel for an array depends on."""
+    """The properties of an array that its kernel depends on."""
     if isinstance(array, Packed):
         return array.kind
     return array.shape, array.strides, array.dtype, array.flags.aligned
@@ -341,8 +341,7 @@ def _address(array: Matrix) -> int:
 
 
 def _lies_well(array: Matrix) -> bool:
-    """Whether a matrix is of a dtype that the library has, and lies by rows or by columns, each in
-    one piece; or is packed."""
+    """Whether a matrix has a dtype of the library and contiguous rows or columns; or is packed."""
     if isinstance(array, Packed):
         return True
     if array.dtype not in _NUMBERS or array.size == 0:
@@ -358,13 +357,13 @@ _limit: int | None = None
 
 
 def limit_threads(threads: int | None) -> int | None:
-    """Say how many threads a product of oneDNN gets in this process from now on, whichever thread
-    asks for it; None stands for as many as OpenMP likes. Returns the number before."""
+    """Set how many threads each product of oneDNN gets in this process from now on, in any calling
+    thread; None leaves the number to OpenMP. Returns the previous number."""
     global _limit
     former, _limit = _limit, threads
     return former
 
 
 def openmp() -> ctypes.CDLL:
-    """The OpenMP library that oneDNN shares its work out by."""
+    """The OpenMP library that oneDNN uses."""
     return ctypes.CDLL("libgomp.so.1")

@@ -1,9 +1,9 @@
 """How are codes of few bits unpacked, scaled by groups and rounded, in few passes of NumPy?
 
-A pass over numbers that stay in cache costs as much as its bytes: a tenth of a nanosecond for a
-float32, a quarter of that for a byte. So what can be done to bytes is done before they become
-floats, and what numbers of a group share reaches them in long rows. A call of NumPy takes a
-microsecond or more, so that many numbers go through each.
+A pass over numbers in cache takes time in proportion to their bytes: a tenth of a nanosecond for a
+float32, a quarter of that for a byte. So as much as possible is done to bytes before they become
+floats, and values shared by a group are applied to long rows. A call of NumPy takes a microsecond
+or more, so each processes many numbers.
 """
 
 from __future__ import annotations
@@ -14,10 +14,10 @@ IN_CACHE = 1 << 18
 """Numbers that go through all steps together; their codes stay in a core's own cache."""
 
 LONG = 512
-"""Numbers of a row from which a shared value is not copied to NumPy's buffers first."""
+"""Length of a row from which NumPy does not copy a shared value to its buffers first."""
 
 FEW = 128
-"""Numbers of a group up to which it is faster to repeat their shared value first."""
+"""Size of a group up to which it is faster to repeat the shared value first."""
 
 
 def spread_halves(codes: np.ndarray, out: np.ndarray) -> None:
@@ -39,7 +39,7 @@ def spread_halves(codes: np.ndarray, out: np.ndarray) -> None:
 
 
 def apply_shared(ufunc: np.ufunc, rows: np.ndarray, values: np.ndarray, wide: int = 1) -> None:
-    """Change rows (r, columns) in place by what their numbers share.
+    """Apply a ufunc to rows (r, columns) in place, with values that neighbouring numbers share.
 
     Parameters
     ----------
@@ -63,7 +63,7 @@ def apply_shared(ufunc: np.ufunc, rows: np.ndarray, values: np.ndarray, wide: in
     elif blocks == 1 or wide == 1:
         _in_long_rows(ufunc, rows, values)
     elif wide <= FEW and wide % 8 == 0 and columns == blocks * wide:
-        eights = np.repeat(values, 8).reshape(-1, 8)  # which NumPy copies in one go
+        eights = np.repeat(values, 8).reshape(-1, 8)  # which NumPy copies at once
         ufunc(rows, np.repeat(eights, wide // 8, axis=0).reshape(-1, columns), out=rows)
     elif columns == blocks * wide:
         split = rows.reshape(len(rows), blocks, wide)
@@ -73,10 +73,10 @@ def apply_shared(ufunc: np.ufunc, rows: np.ndarray, values: np.ndarray, wide: in
 
 
 def _in_long_rows(ufunc: np.ufunc, rows: np.ndarray, values: np.ndarray) -> None:
-    """The same on rows that values are broadcast to.
+    """As `apply_shared`, with values that are broadcast to the rows.
 
-    NumPy fills its buffers with broadcast values, which takes longer than the product; rows that
-    are longer than the buffers it leaves alone.
+    NumPy fills its buffers with broadcast values, which takes longer than the product; it does not
+    for rows that are longer than the buffers.
     """
     if rows.shape[-1] < LONG:
         ufunc(rows, values, out=rows)
@@ -89,7 +89,7 @@ def _in_long_rows(ufunc: np.ufunc, rows: np.ndarray, values: np.ndarray) -> None
 
 
 def split_factor(scales: np.ndarray, dtype: np.dtype | None) -> np.float32 | None:
-    """By what `round_to` wants products of these scales multiplied; None if it has another way."""
+    """The factor that `round_to` wants in products of these scales; None if it rounds otherwise."""
     if dtype is None:
         return None
     least, most = (2.0**-14, 255.0) if dtype == np.float16 else (2.0**-100, 2.0**100)
@@ -103,9 +103,9 @@ def round_to(
 ) -> None:
     """Round float32 in place to what a 16-bit dtype holds, half to even.
 
-    Rows that are multiplied by `split` are split like T. J. Dekker's (1971): y * split + y keeps as
-    many bits of y as the dtype has. Of products of 8 and 11 bits they are y rounded, as the tests
-    try for all of them.
+    Rows that come multiplied by `split` are split as by T. J. Dekker (1971): y * split + y keeps as
+    many bits of y as the dtype has. If y are products of 8 and 11 bits, that is y rounded; the
+    tests try all of them.
     """
     if split is None:
         with np.errstate(over="ignore"):

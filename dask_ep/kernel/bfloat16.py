@@ -6,14 +6,14 @@ three of them, each with 8 of its 24 significant bits:
     x (m, d) float32  =  high + middle + low          bfloat16, by cutting bits off: nothing is lost
     x @ w             =  low @ w + middle @ w + high @ w         w (d, f) bfloat16, sums in float32
 
-So tokens and weights of bfloat16 are multiplied once, and what an expert makes on its way, which is
-float32, three times. With matrix instructions (AMX) that is still several times faster than one
-product in float32. With AVX512-BF16, which is twice as fast as float32, it pays for few rows alone;
-more are multiplied by a float32 copy of the matrix, made for this product. Parts that are zero
-throughout are left out: float16 has two, and float32 that came from bfloat16 one.
+So tokens and weights of bfloat16 are multiplied once, and an expert's intermediate results, which
+are float32, three times. With matrix instructions (AMX) that is still several times faster than one
+product in float32. With AVX512-BF16, which is twice as fast as float32, it pays only for few rows;
+more are multiplied by a float32 copy of the matrix, made for this product. Parts that are all zero
+are left out: float16 has two, and float32 that came from bfloat16 one.
 
-Those instructions take numbers below 2**-126 for 0. A row of which that could be seen, because all
-its values are tiny, or which holds an infinity or NaN, is multiplied in float32.
+Those instructions flush numbers below 2**-126 to 0. A row where that would show, because all its
+values are tiny, or a row that holds an infinity or NaN, is multiplied in float32.
 """
 
 from __future__ import annotations
@@ -25,23 +25,23 @@ from dask_ep.arrays.blas import product
 from dask_ep.arrays.onednn_kernels import BFLOAT16, Matrix, Packed
 
 PARTS = {"float32": 3, "bfloat16": 1}
-"""By `precision`: how many bfloat16 numbers stand for one float32 number in a product. One is
-rounded to nearest, as the model itself does; three are exact."""
+"""By `precision`: how many bfloat16 numbers represent a float32 number in a product. One is rounded
+to nearest, as in the model itself; three are exact."""
 
 SMALLEST, LARGEST = 2.0**-40, 2.0**127
-"""Between these the largest value of a row, and of a matrix, must be. What is lost below 2**-126 is
-then at most 2**-46 of the largest product; and rounding to 8 bits makes no infinity."""
+"""Bounds of the largest value of a row, and of a matrix. What is lost below 2**-126 is then at most
+2**-46 of the largest product, and rounding to 8 bits does not overflow."""
 
 SPLIT_ROWS = 32
 """Rows from which a float32 copy of a matrix costs less than two more products; see
 `blas.splitting_pays`."""
 
 STEP = 1 << 16
-"""Numbers that are looked at together: they stay in cache from one step to the next."""
+"""Numbers that are checked together: they stay in cache from one step to the next."""
 
 
 def serves(w: Matrix) -> bool:
-    """Whether products with a matrix take 16 bits: by its dtype, its values, library and CPU."""
+    """Whether products with a matrix use 16 bits: by its dtype, its values, library and CPU."""
     if isinstance(w, Packed):
         return w.dtype == BFLOAT16
     if not isinstance(w, np.ndarray) or w.dtype != BFLOAT16 or blas.bfloat16_library() is None:
@@ -51,7 +51,7 @@ def serves(w: Matrix) -> bool:
 
 
 def narrowed(w: np.ndarray) -> np.ndarray:
-    """Give float32 weights as bfloat16 where that changes none and products profit; else as is.
+    """Return float32 weights as bfloat16 if that is exact and products are faster; else unchanged.
 
     Examples
     --------
@@ -77,14 +77,14 @@ def multiply(
     Parameters
     ----------
     x : bfloat16 or float32
-    w : bfloat16, of which `serves` is true
+    w : bfloat16, for which `serves` is true
     out : (m, f) float32, optional
     precision : "float32" or "bfloat16"
         With "bfloat16", a float32 `x` is rounded instead of split.
 
     Returns
     -------
-    (m, f) float32; `out` where that is given
+    (m, f) float32; `out` if given
 
     Notes
     -----
@@ -108,12 +108,12 @@ def multiply(
 
 
 def has_rows_apart(x: np.ndarray) -> bool:
-    """Whether rows are among (m, d) bfloat16 that are multiplied in float32, see `multiply`."""
+    """Whether any rows of (m, d) bfloat16 are multiplied in float32, see `multiply`."""
     return len(_rows_apart(_largest(x))) > 0
 
 
 def multiplied_by(dtype: np.dtype, is_bfloat16: bool, precision: str = "float32") -> str:
-    """Say what multiplies on this machine: the library, and for 16-bit products how.
+    """Describe what multiplies on this machine: the library, and the accuracy of 16-bit products.
 
     Parameters
     ----------
@@ -134,14 +134,14 @@ def copies(dtype: np.dtype, is_bfloat16: bool, precision: str = "float32") -> bo
 
 
 def _rows_apart(largest: np.ndarray) -> np.ndarray:
-    """Numbers of the rows that are multiplied in float32, by the largest magnitude of each."""
+    """Row numbers of the rows to multiply in float32, by the largest magnitude of each row."""
     return np.flatnonzero(~((largest == 0) | (largest >= SMALLEST) & (largest <= LARGEST)))
 
 
 def _add_products(parts: list[np.ndarray], w: Matrix, out: np.ndarray) -> None:
     """Write the sum of the products to `out`, the smallest first."""
     library = blas.bfloat16_library()
-    assert library is not None  # `serves` has asked
+    assert library is not None  # `serves` has checked
     for n, part in enumerate(reversed(parts)):
         if not library.multiply(part, w, out, add=n > 0):
             y = product(part.astype(np.float32), wide(w))
@@ -158,12 +158,12 @@ def wide(w: Matrix) -> np.ndarray:
 def _split(x: np.ndarray, count: int) -> tuple[list[np.ndarray], np.ndarray]:
     """Parts of float32 rows, the largest first, and the largest magnitude of each row.
 
-    Parts that are zero throughout are left out, but for the first.
+    Parts that are all zero are left out, except the first.
     """
     parts, largest = memory.empty((count, *x.shape), np.uint16), np.empty(len(x), np.float32)
     runs = memory.runs_in_cache(x)
     scratch = np.empty((2, *x[runs[0]].shape), np.float32)
-    # Of an infinity nothing is left, and beyond bfloat16 there is one, in rows that are left apart.
+    # inf - inf is NaN, and large values overflow bfloat16: such rows are multiplied in float32.
     with np.errstate(invalid="ignore", over="ignore"):
         for run in runs:
             rows = x[run]
@@ -177,7 +177,7 @@ def _split(x: np.ndarray, count: int) -> tuple[list[np.ndarray], np.ndarray]:
 
 
 def _cut(rows: np.ndarray, parts: np.ndarray, scratch: np.ndarray) -> None:
-    """Write the high halves of numbers to each part, and go on with what these leave."""
+    """Write the high halves of numbers to a part, and split the remainder for the next one."""
     rest, high = scratch
     for n, part in enumerate(parts):
         bits = rows.view(np.uint32)
@@ -190,7 +190,7 @@ def _cut(rows: np.ndarray, parts: np.ndarray, scratch: np.ndarray) -> None:
 def _largest(x: np.ndarray) -> np.ndarray:
     """The largest magnitude in each row (m, d), as float32; NaN where there is one.
 
-    As integers, numbers of one sign are in the order of their magnitudes, NaN above all.
+    As integers, numbers of one sign are ordered by magnitude, NaN above all.
     """
     signed, unsigned = (np.int16, np.uint16) if x.dtype == BFLOAT16 else (np.int32, np.uint32)
     magnitude = np.iinfo(signed).max

@@ -1,4 +1,4 @@
-"""Where did an error happen, and what memory was missing?"""
+"""Where did an error happen, and how much memory was missing?"""
 
 from __future__ import annotations
 
@@ -18,16 +18,16 @@ from dask_ep.kernel.factors import Factors
 
 @contextmanager
 def error_context(place: str, first_row: int | None = None) -> Iterator[None]:
-    """Say in an error which step, chunk and rank it comes from, and which row if it is of one.
+    """Add the step, chunk and rank to an error, and the row if it is about one.
 
-    `first_row` is that of the chunk in the whole array, as far as it is known.
+    `first_row` is the chunk's first row in the whole array, if known.
     """
     try:
         yield
     except BadRow as error:
         raise ValueError(f"{place_of_row(place, error, first_row)}: {error}") from error
     except Exception as error:
-        if type(error) in (ValueError, TypeError, DeviceMemoryError):  # others may need more words
+        if type(error) in (ValueError, TypeError, DeviceMemoryError):  # or take more arguments
             raise type(error)(f"{place}: {error}") from error
         error.add_note(f"dask_ep: {place}")
         raise
@@ -36,9 +36,9 @@ def error_context(place: str, first_row: int | None = None) -> Iterator[None]:
 def explain_kernel_memory(
     tokens: Array, k: int, experts: Sequence[Any], d_out: int, extra_row_bytes: int = 0
 ) -> AbstractContextManager[None]:
-    """Say what a chunk needs, if the device that computes it has not enough memory.
+    """If the device runs out of memory, report what the chunk needs.
 
-    `extra_row_bytes` are those that a row takes besides the kernel.
+    `extra_row_bytes` are the bytes that a row takes in addition to the kernel's.
     """
     if namespace(tokens) is np:
         return nullcontext()

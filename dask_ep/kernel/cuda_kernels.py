@@ -1,16 +1,16 @@
 """Which steps does a GPU take in one pass over the rows?
 
 CUDA kernels for what would be several passes as array functions: activation times up, gathering
-with weights, splitting into bfloat16, summing what the experts and the ranks give. All of them only
-move memory, so each row is read once and written once; sums and activations are float32 for numbers
-of 16 bits and for float32, float64 for float64, and round where NumPy rounds (no fused
-multiply-add). But CuPy has its compiler flush float32 to zero below 1.2e-38, except where parts are
+with weights, splitting into bfloat16, summing the outputs of experts and ranks. All of them are
+bound by memory, so each row is read once and written once; sums and activations are float32 for
+numbers of 16 bits and for float32, float64 for float64, and round where NumPy rounds (no fused
+multiply-add). But CuPy compiles with float32 flushed to zero below 1.2e-38, except where parts are
 split off.
 
-The source is plain C++ but for the words in front of a kernel, and needs no header: half and
-bfloat16 are turned into float32 by hand. One kernel per dtype is compiled (by NVRTC, through
-`cupy.RawKernel`) when it is first used. Namespaces that compile nothing get None from `kernels`,
-and take the same steps as array functions.
+The source is plain C++ except for the qualifiers of a kernel, and needs no header: half and
+bfloat16 are converted to float32 by hand. One kernel per dtype is compiled (by NVRTC, through
+`cupy.RawKernel`) when it is first used. For namespaces that compile nothing `kernels` returns None,
+and the same steps run as array functions.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ import numpy as np
 from dask_ep.arrays.namespaces import Array
 
 THREADS = 256
-"""Of a block; each block takes rows, its threads the columns."""
+"""Threads of a block; blocks are mapped to rows, threads to columns."""
 
 MOST_BLOCKS = 65535
 
@@ -223,7 +223,7 @@ TYPES = {
     "uint32": "unsigned int",
     "uint64": "unsigned long long",
 }
-"""What a dtype is called in the source."""
+"""C++ types of dtypes in the source."""
 
 VECTORS = {
     16: "struct alignas(16) V { unsigned int part[4]; };",
@@ -232,7 +232,7 @@ VECTORS = {
     2: "typedef unsigned short V;",
     1: "typedef unsigned char V;",
 }
-"""Runs of bytes that a thread moves at once, the longest that divides a row."""
+"""Types by the bytes that a thread moves at once; the widest that divides a row is used."""
 
 
 def source_of(
@@ -250,8 +250,8 @@ def source_of(
 ) -> str:
     """Return the source with its types and switches filled in.
 
-    Rows are read as `source`, `T` where that is None, and written as `T`, in so many `parts`; what
-    lies between two steps is as wide as sums are.
+    Rows are read as `source`, or `T` if that is None, and written as `T` in `parts` parts;
+    intermediate results have the dtype of sums.
 
     Examples
     --------
@@ -279,10 +279,10 @@ def source_of(
 
 
 class FusedKernels:
-    """The kernels on the arrays of one namespace; all are contiguous, and of one device.
+    """The kernels for arrays of one namespace, which must be contiguous and on one device.
 
-    Launched on the compute stream. `weights` are float32, or float64 where the rows are, and
-    `order` and positions int64. An `out` (p, m, width) of bfloat16 takes the parts of what is
+    Launched on the compute stream. `weights` are float32, or float64 if the rows are; `order` and
+    positions are int64. An `out` (p, m, width) of bfloat16 receives the parts of the values
     written, see `factors.Factors`.
     """
 
@@ -298,7 +298,7 @@ class FusedKernels:
         num_local: int,
         num_experts: int,
     ) -> None:
-        """Write to `keys` what the slots of `routing` are sorted by; both are one-dimensional."""
+        """Write the sort keys of the slots of `routing` to `keys`; both are one-dimensional."""
         kernel = self._compile(
             "sort_keys",
             T=np.float32 if weights is None else weights.dtype,
@@ -366,7 +366,7 @@ class FusedKernels:
     ) -> None:
         """Sum wide answers (m, d_out) into out (n, d_out), in ascending order of positions (n, k).
 
-        Positions of m and more count for nothing; `positions` is sorted row by row.
+        Positions of m or more are ignored; `positions` is sorted row by row.
         """
         n, k = positions.shape
         sort = self._compile("sort_rows")
@@ -387,7 +387,7 @@ _fused: dict[str, FusedKernels] = {}
 
 
 def kernels(xp: Any) -> FusedKernels | None:
-    """Return the kernels of a namespace, or None if it compiles none."""
+    """Return the kernels of a namespace, or None if it cannot compile any."""
     if not hasattr(xp, "RawKernel"):
         return None
     if xp.__name__ not in _fused:
@@ -400,7 +400,7 @@ def kernels(xp: Any) -> FusedKernels | None:
 
 
 def _parts(out: Array) -> int:
-    """In how many parts rows are written to `out`, (m, width) or (p, m, width)."""
+    """The number of parts in which rows are written to `out`, (m, width) or (p, m, width)."""
     return 1 if out.ndim == 2 else len(out)
 
 

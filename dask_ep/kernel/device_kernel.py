@@ -4,37 +4,37 @@
                                                                             │
     out (n, d_out) <──one pass: each row sums its answers, weighted─────────┘
 
-A device pays for every step that it is told to take, so the steps are few: experts of one kind
-compute together, one matrix product for each and one pass for the activation of all of them.
-What the host must know is where each expert's rows end: one copy of E/R + 3 integers.
+Every launch costs time on a device, so the steps are few: experts of one kind compute together, one
+matrix product for each and one pass for the activation of all of them. The host must know only
+where each expert's rows end: one copy of E/R + 3 integers.
 
-Matrices of bfloat16 are multiplied in 16 bits, with sums in float32 (`factors`). Of bfloat16 tokens
-that is exact. What an expert makes of them, which is float32, is written by the kernel that makes
-it as three bfloat16 numbers of which it is the sum, as `bfloat16` has it on the host, and their
-products are added up in place, so that the output alone is rounded. float32 tokens are split by the
-kernel that gathers them. With ``precision="bfloat16"`` numbers are rounded instead, and experts of
-tokens of 16 bits are held in those, whatever they were. Other matrices, those of float16 too, are
-multiplied in float32.
+Matrices of bfloat16 are multiplied in 16 bits, with sums in float32 (`factors`). For bfloat16
+tokens that is exact. An expert's intermediate results, which are float32, are written by the kernel
+that computes them as three bfloat16 numbers each, which add up to them, as `bfloat16` does on the
+host; their products are accumulated in place, so that only the output is rounded. float32 tokens
+are split by the kernel that gathers them. With ``precision="bfloat16"`` numbers are rounded
+instead, and experts are held in 16 bits if tokens have 16, whatever their dtype was. Other
+matrices, including float16, are multiplied in float32.
 
-A run of E experts with n parts takes, besides n products for each (n for all, where they have as
-many rows), one pass to gather, one to activate and split, two to add up; and, for sums as exact as
+A run of E experts with n parts takes n products for each (n for all, if they have equal numbers of
+rows), one pass to gather, one to activate and split, two to add up; and, for sums as exact as
 float32's, a product for each `gemms.TERMS` numbers of the largest part.
 
-Largest differences of a layer's output from float64, of its largest value: over two hundred random
-layers 2e-7 on average, as in float32; where sums are rounded towards zero, as tensor cores do, up
-to 1.5 times that. With ``"bfloat16"``, over the thirty-three checkpoints of `tests` and besides
-the output's own rounding, median 1.6e-3, largest 3.2e-3. Numbers below 2**-133, the smallest
-bfloat16, are lost; infinity and NaN in a row are what they are in float32, but infinite weights
-give NaN.
+Largest differences of a layer's output from float64, relative to its largest value: over two
+hundred random layers 2e-7 on average, as in float32; if sums are rounded towards zero, as by tensor
+cores, up to 1.5 times that. With ``"bfloat16"``, over the thirty-three checkpoints of `tests` and
+without the output's own rounding, median 1.6e-3, largest 3.2e-3. Numbers below 2**-133, the
+smallest bfloat16, are lost; infinity and NaN in a row give the same as in float32, but infinite
+weights give NaN.
 
-A gated expert so takes 5/3 as many products in 16 bits as it has, 3 of float32 tokens. By makers'
-figures, 990 and 67 TFLOP/s in bfloat16 and float32 (H100), 312 and 19.5 (A100), 165 and 83 (RTX
-4090), that is 9, 10 and 1.2 times as fast as products in float32; of float32 tokens 5, 5 and 0.7
-times, with half the memory for experts. Against that stands what is read and written again for each
-`TERMS` numbers, up to as long as their product takes. Of memory traffic, a slot of bfloat16 takes
-2 d to gather, 14 f to activate, and 4 d to add up. None of that is measured. To be tried on a card
-where it shows: more `TERMS`, runs of experts so short (`TOGETHER_BYTES`) that what they make stays
-in its L2 cache, and answers in 16 bits.
+So a gated expert needs 5/3 times as many products in 16 bits as in float32, and 3 times as many for
+float32 tokens. By the vendors' figures, 990 and 67 TFLOP/s in bfloat16 and float32 (H100), 312 and
+19.5 (A100), 165 and 83 (RTX 4090), that is 9, 10 and 1.2 times as fast as products in float32; for
+float32 tokens 5, 5 and 0.7 times, with half the memory for experts. In return, sums are read and
+written again for each `TERMS` numbers, which takes up to as long as their product. Of memory
+traffic, a slot of bfloat16 takes 2 d to gather, 14 f to activate, and 4 d to add up. None of this
+is measured. To be tried on a card: larger `TERMS`, runs of experts so short (`TOGETHER_BYTES`) that
+their intermediate results stay in its L2 cache, and answers in 16 bits.
 """
 
 from __future__ import annotations
@@ -53,13 +53,13 @@ from dask_ep.kernel.bfloat16 import PARTS
 from dask_ep.kernel.factors import Factors, write
 
 TOGETHER_BYTES = 2 << 30
-"""Bytes of the widest rows of experts that compute together: it bounds the memory of what they make
-on the way. An expert with more rows computes by itself."""
+"""Bytes of the widest rows of experts that compute together: bounds the memory of their
+intermediate results. An expert with more rows computes alone."""
 
 PADDED_ROWS = (64, 1024)
-"""Experts get as many rows each as the busiest of them, so that one call multiplies for all, if
-these are at most so many (a product of fewer takes as long), or if it makes no more than
-`PADDED_PART` of the rows and the mean is at most so many (with more, a product hides its call)."""
+"""Experts are padded to the rows of the busiest one, so that one call multiplies for all, if it has
+at most this many rows (a product of fewer takes as long), or if padding is at most `PADDED_PART` of
+the rows and the mean is at most this many (with more, a product hides its call)."""
 
 PADDED_PART = 1.25
 
@@ -73,38 +73,38 @@ class Slots(NamedTuple):
     k: int
     #: slots per row
     order: Array
-    #: [n * k] slot numbers (row * k + slot), ours first, by local expert, then by number
+    #: [n * k] slot numbers (row * k + slot), local ones first, by local expert, then by number
     bounds: list[tuple[int, int]]
     #: of each local expert, in `order`
     in_order: bool
-    #: whether slots came sorted, one a row
+    #: whether slots came sorted, one per row
     bad: int
-    #: how many hold no index of an expert
+    #: how many hold an invalid index
     nan: int
-    #: how many others have a weight that is NaN
+    #: how many others have a NaN weight
     keys: Array = None
-    #: [n * k] what slots were sorted by: the local expert, or more; None if there are no slots
+    #: [n * k] sort keys: the local expert, or a larger number; None if there are no slots
     ends: Array = None
     #: where the slots of each key end, on the device; None if there are no slots
 
 
 INDEX_BYTES = 48
-"""Of a slot while it is sorted by expert and found again: keys, orders and positions."""
+"""Bytes of a slot while slots are sorted by expert and back: keys, orders and positions."""
 
 
 def slot_bytes(taken: int, made: int, given: int) -> int:
-    """Bytes that a slot takes on a device while experts compute, at most: those of the row that an
-    expert takes, of what it makes of it on the way, and of what it gives.
+    """Bytes that a slot takes on a device while experts compute, at most: those of the expert's
+    input row, of its intermediate results and of its output.
     """
     return taken + made + given + INDEX_BYTES
 
 
 def row_bytes(d: int, d_out: int, made: int, k: int, dtype: np.dtype, taken: Factors) -> int:
-    """Bytes that a token row takes on a device in the kernel, at most: its slots, itself and its
+    """Bytes that a token row takes on a device in the kernel, at most: its slots, the row and its
     output, and copies of those two.
 
-    `made` is the width of what an expert makes, which is there once more as 16-bit products take
-    it; `taken` is as what the expert takes rows of `dtype`.
+    `made` is the width of an expert's intermediate results, which exist a second time as factors
+    of 16-bit products; `taken` are the factors for rows of `dtype`.
     """
     sums = computing_dtype(dtype).itemsize
     again = max(PARTS.values()) * taken.dtype.itemsize if taken.dtype.itemsize == 2 else 0
@@ -125,8 +125,8 @@ def sort_slots(
 
     Notes
     -----
-    The sort is stable. Slots that nobody here serves come last, and bad ones behind those: so the
-    ends of all segments tell, in one copy, what would be two more reductions.
+    The sort is stable. Slots of other ranks come last, and invalid ones after them: so one copy of
+    the ends of all segments replaces two more reductions.
     """
     xp = namespace(routing)
     k = 1 if routing.ndim == 1 else routing.shape[1]
@@ -156,12 +156,12 @@ def through_experts(
     sums: np.dtype,
     dtype: np.dtype,
 ) -> Array:
-    """Return for each row the sum of what the experts make of it.
+    """Return for each row the sum of its experts' outputs.
 
     Parameters
     ----------
     tokens : (n, d)
-    slots : from `sort_slots`, with nothing bad
+    slots : from `sort_slots`, all valid
     weights : (n * k,) of dtype `sums`, or None
     experts : Expert per segment
     sums : dtype in which answers are weighted and added, in the order of the experts
@@ -203,7 +203,7 @@ def through_experts(
 
 
 def _padded_rows(slots: Slots, experts: Sequence[Any], itemsize: int) -> int | None:
-    """How many rows each expert gets where all of them get the same; None where they do not."""
+    """Number of rows of every expert if padded to the same; None if they are not."""
     counts = [stop - start for start, stop in slots.bounds]
     most, m, (few, many) = max(counts), sum(counts), PADDED_ROWS
     padded = most * len(experts)
@@ -224,7 +224,7 @@ def _through_padded(
     dtype: np.dtype,
     rows: int,
 ) -> Array:
-    """The same, with `rows` rows for each expert, of which the last ones may be for nothing."""
+    """The same, with `rows` rows for each expert, of which the last ones may be padding."""
     xp, E = namespace(tokens), len(experts)
     starts = xp.concatenate([xp.zeros(1, dtype=np.int64), slots.ends[: E - 1].astype(np.int64)])
     last = slots.order.size - 1
@@ -244,7 +244,7 @@ def _through_padded(
 
 
 def _enter(expert: Any, tokens: Array, order: Array | None, k: int, weights: Array | None) -> Array:
-    """The rows of slots, or rows as they come, as an expert takes them."""
+    """The rows of slots, or rows as they come, as the input of an expert."""
     taken = expert.factors(tokens.dtype if weights is None else weights.dtype)
     return as_factors(tokens, taken, order, k, weights)
 
@@ -256,7 +256,7 @@ def as_factors(
     k: int = 1,
     weights: Array | None = None,
 ) -> Array:
-    """Rows, or those of slots, weighed or not, as a product takes them: in one pass, if any."""
+    """Rows, or those of slots, weighted or not, as factors of a product: in at most one pass."""
     if weights is None and (rows.ndim == 3 or taken == Factors(rows.dtype)):
         return rows if order is None else gather(rows, order, k)
     out = taken.empty(len(rows if order is None else order), rows.shape[1], rows)
@@ -269,14 +269,14 @@ def products(
 ) -> None:
     """``out[start:stop] = rows[start:stop] @ matrix`` of each expert.
 
-    Rows, or their parts, and matrices are of one dtype; `out` is of the same, or float32 where they
-    have 16 bits, as it must be for parts, and for sums as `exact` as those of float32.
+    Rows, or their parts, and matrices have one dtype; `out` has the same, or float32 if they have
+    16 bits, as is required for parts and for sums as `exact` as those of float32.
 
     Notes
     -----
     With cuBLAS one product per expert and part, on several streams; one call for all experts if
-    they have as many rows (`gemms.Gemms`). Where there is no cuBLAS, or it does not multiply
-    bfloat16, in the dtype of `out`, one product per expert.
+    they have equal numbers of rows (`gemms.Gemms`). Without cuBLAS, or if it does not multiply
+    bfloat16, one product per expert in the dtype of `out`.
     """
     xp = namespace(rows)
     multiply = gemms(xp)
@@ -285,7 +285,7 @@ def products(
         return
     for matrix, (start, stop) in zip(matrices, bounds, strict=True):
         one = rows[..., start:stop, :].astype(out.dtype, copy=False)
-        one = one if one.ndim == 2 else one.sum(axis=0)  # exact, in whatever order
+        one = one if one.ndim == 2 else one.sum(axis=0)  # exact, in any order
         xp.matmul(one, matrix.astype(out.dtype, copy=False), out=out[start:stop])
 
 
@@ -337,7 +337,7 @@ def _sort_keys(
     num_local: int,
     num_experts: int,
 ) -> None:
-    """What slots are sorted by: the local expert, then others, bad indices, and NaN weights."""
+    """Sort keys of slots: the local experts, then other ranks, bad indices, and NaN weights."""
     if (kernels := cuda_kernels.kernels(xp)) is not None:
         kernels.sort_keys(routing, weights, keys, first, num_local, num_experts)
         return
@@ -354,7 +354,7 @@ def _sort_keys(
 
 def _weigh(rows: Array, order: Array | None, k: int, weights: Array | None, out: Array) -> None:
     """Write rows of the slots `order`, or of slot r for row r, times the weights of the slots if
-    there are some, to `out`: of another dtype, in parts, or `rows` itself.
+    given, to `out`: of another dtype, in parts, or `rows` itself.
     """
     xp = namespace(rows)
     if (kernels := cuda_kernels.kernels(xp)) is not None:
@@ -377,8 +377,8 @@ def _combine(
 ) -> None:
     """``out[i]`` = the sum over row i's slots of weight * answer, in the order of the experts.
 
-    `at` (n * k,) is where the answer of each sorted slot is, m or more if there is none; `order`
-    (m,) is whose slot each answer is.
+    `at` (n * k,) is the position of each slot's answer, m or more if it has none; `order` (m,) is
+    the slot of each answer.
     """
     xp, n, m = namespace(out), len(out), len(answers)
     positions = xp.empty(n * slots.k, dtype=np.int64)

@@ -10,8 +10,8 @@ Axis letters: `n` rows, `d` width, `k` slots per row, `E` experts, `R` ranks.
 
 There is no loop over rows: one stable sort (`segments`), then one matrix product per expert that
 has rows (`host_kernel`). On a device (CuPy) the experts compute together instead of tile by tile
-(`device_kernel`); the only thing that comes to the host is one small array of integers, the ends of
-the experts' segments and what must be known of the values.
+(`device_kernel`); only one small array of integers is copied to the host: the ends of the experts'
+segments, and the numbers of invalid indices and weights.
 """
 
 from __future__ import annotations
@@ -57,8 +57,8 @@ def expert_parallel_dispatch(
     expert_Ws : list of E/R experts, or (E/R, d, d_out) array
         The experts that this rank owns, and only these: each a (d, d_out) matrix, an `Expert`, or
         a callable (m, d) -> (m, d_out). A callable gets rows in the computing dtype, read-only if
-        they are NumPy's, and is asked once with no rows for its width. Rank r owns the global
-        experts [r * E/R, (r+1) * E/R).
+        they are NumPy's, and is called once without rows to learn its width. Rank r owns the
+        global experts [r * E/R, (r+1) * E/R).
     rank, world_size : int
         r and R; 0 <= r < R. E is ``len(expert_Ws) * world_size``.
     topk_weights : (n, k) array of floats, or (n,) where routing is (n,); optional
@@ -81,8 +81,8 @@ def expert_parallel_dispatch(
     Notes
     -----
     float64 tokens are computed in float64, all others with the accuracy of float32, whatever the
-    weights' dtype: products of bfloat16 take 16 bits and give float32 where CPUs (`bfloat16`) or
-    devices (`device_kernel`) have them.
+    weights' dtype: bfloat16 is multiplied in 16 bits with float32 sums where CPUs (`bfloat16`) or
+    devices (`device_kernel`) support it.
     One stable sort of the n * k slots and one matrix product per expert with rows (per tile of
     `TILE_BYTES` on the CPU); additions go in the order of the experts, so that the same input
     gives the same bits. Rows that come sorted by expert with one slot each are neither gathered nor
@@ -117,7 +117,7 @@ def dispatch(
     world_size: int,
     dtype: np.dtype | None = None,
 ) -> Array:
-    """As `expert_parallel_dispatch`, with an output of another dtype, such as that of its sums."""
+    """As `expert_parallel_dispatch`, but return another dtype, such as that of its sums."""
     xp = one_namespace(tokens=tokens, routing=routing, topk_weights=topk_weights)
     check_tokens(tokens)
     check_routing(routing, topk_weights, n=tokens.shape[0])
@@ -139,10 +139,10 @@ def dispatch(
 
 @UNDERFLOW_IS_ZERO
 def aligned(array: Array) -> Array:
-    """The array, or a copy of it in memory that is aligned to its numbers.
+    """The array, or an aligned copy of it.
 
     NumPy copies an unaligned array whole each time that rows are taken from it. Arrays that Dask
-    has received over a network often are: their frames follow one another.
+    received over a network are often unaligned: their frames follow one another.
     """
     if namespace(array) is not np or array.flags.aligned:
         return array

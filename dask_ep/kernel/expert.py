@@ -23,16 +23,16 @@ from dask_ep.kernel.factors import Factors, factors
 
 
 class Expert(ABC):
-    """A function from rows (m, d) to rows (m, d_out) that can write where it is told.
+    """A function from rows (m, d) to rows (m, d_out) that can write into a given array.
 
     Attributes
     ----------
     d, d_out : int
-        Widths of the rows that come and go.
+        Widths of input and output rows.
     widest : int
-        Width of the widest row that it makes on the way; tells how many rows stay in cache.
+        Width of its widest intermediate row; decides how many rows stay in cache.
     hidden : int or None
-        Width of its hidden activations, where it has some.
+        Width of its hidden activations, if it has any.
     apply_router_weight_on_input : bool
         Whether the top-k weight multiplies the row that the expert reads (as in Llama 4) instead
         of its output.
@@ -48,25 +48,25 @@ class Expert(ABC):
 
     @property
     def hidden(self) -> int | None:
-        """Width of the hidden activations, what the last matrix multiplies; None without any.
+        """Width of the hidden activations, which the last matrix multiplies; None without any.
 
         On the host, experts that have them also take ``hidden=``, an array (m, hidden) of the
-        computing dtype in which to leave them, and have ``activate(rows, hidden)``, which computes
-        them alone.
+        computing dtype to write them to, and have ``activate(rows, hidden)``, which computes only
+        them.
         """
         return None
 
     @property
     def batch_key(self) -> Hashable:
-        """Equal for experts that one batch can compute; by default each is alone."""
+        """Equal for experts that can be computed in one batch; by default each is alone."""
         return id(self)
 
     def takes(self, dtype: np.dtype) -> np.dtype:
-        """The dtype of the rows that it gets, of tokens of a dtype."""
+        """The dtype of its input rows, for tokens of a dtype."""
         return computing_dtype(dtype)
 
     def factors(self, dtype: np.dtype) -> Factors:
-        """As what rows of a dtype come to `together`, on a device."""
+        """The factors as which rows of a dtype come to `together`, on a device."""
         return Factors(self.takes(dtype))
 
     @abstractmethod
@@ -80,18 +80,18 @@ class Expert(ABC):
     ) -> None:
         """On a device: compute experts of one batch key, each on its own contiguous rows.
 
-        They are all of the class that is asked, as the key says. Rows are as `factors` says; `out`
-        is of the computing dtype.
+        All are of this class, as their key is equal. Rows are as `factors` returns; `out` has the
+        computing dtype.
         """
         for expert, (start, stop) in zip(experts, bounds, strict=True):
             expert(rows[start:stop], out=out[start:stop])
 
 
 class Linear(Expert):
-    """The expert `rows @ W`; a `W` of another dtype is converted at each use, not held.
+    """The expert `rows @ W`; a `W` of another dtype is converted at each use, and not kept.
 
-    On a host that multiplies bfloat16 faster, a bfloat16 `W` is used as it is; see `bfloat16`. On a
-    device a `W` of 16 bits is; see `factors`.
+    A bfloat16 `W` is not converted on a host that multiplies bfloat16 faster (`bfloat16`), nor is
+    a `W` of 16 bits on a device (`factors`).
     """
 
     def __init__(self, W: Matrix, precision: str = "float32"):
@@ -144,8 +144,8 @@ class Linear(Expert):
 
 
 def laid_out(W: Array) -> Matrix:
-    """Lay a matrix out as the products of this host read it, where there is such a layout that
-    takes no more bytes; else as is."""
+    """Pack a matrix in the layout that this host's products read, if there is one that takes no
+    more bytes; else return it unchanged."""
     library = None
     if isinstance(W, np.ndarray) and W.dtype == np.float32:
         library = blas.packing_library(W)
@@ -158,14 +158,14 @@ def laid_out(W: Array) -> Matrix:
 def gated_in_one_go(
     rows: np.ndarray, gate: Linear, up: Linear, alpha: float, *, rounded: bool
 ) -> np.ndarray | None:
-    """Compute silu(rows @ gate) * (rows @ up) (m, f) in one go; None where that cannot be.
+    """Compute silu(rows @ gate) * (rows @ up) (m, f) in one step; None if that is not supported.
 
     Parameters
     ----------
     rows : (m, d)
-    gate, up : of matrices that are `laid_out`
+    gate, up : experts whose matrices are `laid_out`
     alpha : of silu
-    rounded : whether to give bfloat16, for a product that would round it; else float32
+    rounded : whether to return bfloat16, for a product that would round it; else float32
     """
     W, V = gate.W, up.W
     if not (isinstance(W, Packed) and isinstance(V, Packed)) or len(rows) == 0:
@@ -179,7 +179,7 @@ def gated_in_one_go(
 
 
 class _Function(Expert):
-    """A user's own function (m, d) -> (m, d_out), which cannot change the rows that it gets."""
+    """A user's own function (m, d) -> (m, d_out); the rows that it gets are read-only."""
 
     def __init__(self, function: Callable[[Array], Array], place: str, probe: Array):
         self._function, self._place = function, place
@@ -219,7 +219,7 @@ def as_local_experts(
 ) -> Sequence[Expert]:
     """Make `Expert`s of matrices, a stacked array, callables, or experts; check their widths.
 
-    `d_out` is that of their rows, where it is known.
+    `d_out` is the width of their outputs, if known.
     """
     refuse_masked(expert_Ws, "expert_Ws")
     if hasattr(expert_Ws, "ndim") and expert_Ws.ndim != 3:
@@ -253,7 +253,7 @@ def as_local_experts(
 
 
 def check_width(width: int, d_out: int) -> None:
-    """Refuse experts whose rows are not as wide as the graph was told."""
+    """Refuse experts whose output width is not the one that the graph was built with."""
     if width != d_out:
         raise ValueError(
             f"the experts must give rows of width {d_out}, but gave {width}; use "

@@ -1,9 +1,9 @@
-"""As what numbers are rows multiplied by a matrix, on a device?
+"""In which dtype, and in how many parts, are rows multiplied by a matrix on a device?
 
-    x (m, d)  ──>  x itself, x rounded, or (p, m, d) bfloat16 of which x is the sum
+    x (m, d)  ──>  x itself, x rounded, or (p, m, d) bfloat16, whose sum is x
 
-What `bfloat16` does on the host, but parts that are zero throughout are not left out: to know it
-the device would have to be waited for.
+As `bfloat16` does on the host, but parts that are all zero are not left out: to know that, the host
+would have to wait for the device.
 """
 
 from __future__ import annotations
@@ -18,28 +18,28 @@ from dask_ep.kernel.bfloat16 import BFLOAT16, PARTS
 
 
 class Factors(NamedTuple):
-    """As what rows go into a product: (m, d) of a dtype, or (p, m, d) of which they are the sum."""
+    """How rows enter a product: (m, d) of a dtype, or parts (p, m, d) that add up to them."""
 
     dtype: np.dtype
     parts: int = 1
 
     @property
     def nbytes(self) -> int:
-        """Bytes of a number."""
+        """Bytes of one number, all parts together."""
         return self.parts * self.dtype.itemsize
 
     def empty(self, m: int, width: int, like: Array) -> Array:
-        """Room for m rows."""
+        """An uninitialised array for m rows."""
         shape = (m, width) if self.parts == 1 else (self.parts, m, width)
         return namespace(like).empty(shape, dtype=self.dtype)
 
 
 def factors(numbers: np.dtype, matrix: np.dtype, precision: str) -> Factors:
-    """As what numbers of a dtype are multiplied by a matrix of a dtype on a device.
+    """The factors as which numbers of a dtype are multiplied by a matrix of a dtype on a device.
 
-    As they are, where the matrix has their dtype; by a matrix of 16 bits otherwise rounded to it,
-    or split, as `precision` says (`bfloat16.PARTS`). What cannot be split, because the matrix is
-    float16, is multiplied in the computing dtype, for which the matrix is converted.
+    Unchanged if the matrix has their dtype; for another matrix of 16 bits, rounded to it or split,
+    by `precision` (`bfloat16.PARTS`). Numbers cannot be split for a float16 matrix, which is
+    converted to the computing dtype instead.
 
     Examples
     --------
@@ -61,7 +61,7 @@ def factors(numbers: np.dtype, matrix: np.dtype, precision: str) -> Factors:
 def multiplied_on_gpus(
     dtype: np.dtype, is_bfloat16: bool, precision: str = "float32", tf32: bool = False
 ) -> str:
-    """Say what multiplies on GPUs, as `bfloat16.multiplied_by` does for the host.
+    """Describe what multiplies on GPUs, as `bfloat16.multiplied_by` does for the host.
 
     Parameters
     ----------
@@ -77,10 +77,10 @@ def multiplied_on_gpus(
 
 
 def write(values: Array, out: Array) -> None:
-    """Write values (m, width), as wide as sums are, to `out`: rounded, or in parts (p, m, width),
-    each with the next 8 bits of what is left.
+    """Write values (m, width), in the dtype of sums, to `out`: rounded, or in parts (p, m, width),
+    each with the next 8 bits of the remainder.
 
-    Of infinity and NaN nothing is left after the first.
+    The remainder of infinity and NaN is 0.
     """
     if out.ndim == values.ndim:
         out[...] = values.astype(out.dtype, copy=False)

@@ -1,6 +1,6 @@
-"""How do experts serve the rows of a chunk, one expert after the other, on the host?
+"""How do experts process the rows of a chunk, one expert after the other, on the host?
 
-Each a tile at a time, which stays in cache from one step to the next:
+In tiles, each of which stays in cache from one step to the next:
 
     slots of an expert
          ├─ gather their rows ─> expert ─> times the top-k weight ─> add to the rows
@@ -31,19 +31,19 @@ TILE_BYTES = 8 << 20
 """Bytes of the widest rows of one matrix product on the CPU: a share of the last-level cache."""
 
 TILES_HELD = 8
-"""Tiles that a thread has in memory while it computes: rows, hidden columns, outputs; and those of
-other sizes that wait in the pool for their next user."""
+"""Tiles that a thread has in memory while it computes: rows, hidden columns, outputs; and unused
+ones of other sizes in the pool."""
 
 TILE_ROWS = (192, 1024)
-"""Fewest and most rows of one product on the CPU, however wide or narrow: with fewer, packing the
-matrix costs more than a tenth of the product; with more, nothing is gained and cache is lost."""
+"""Fewest and most rows of one product on the CPU, of any width: with fewer, packing the matrix
+costs more than a tenth of the product; with more, nothing is gained and cache is lost."""
 
 Write = Callable[..., None]
 """Adds rows (m, d_out) to rows (m,) of an output, or writes them: `add_rows`, `assign_rows`."""
 
 
 class Served:
-    """The rows of a chunk, and the sum of what the experts that have served them so far gave.
+    """The rows of a chunk, and the sum of the outputs of the experts that have served them so far.
 
     Parameters
     ----------
@@ -52,14 +52,14 @@ class Served:
     topk_weights : of the shape of the routing, or None
     d_out : int
     in_place : bool
-        Whether the tokens may be overwritten by the output: possible where `can_be_in_place`, for a
+        Whether the tokens may be overwritten by the output: possible where `can_be_in_place`, as a
         row with one slot is not needed any more when its expert has served it.
     seen : Seen, optional
-        Keeps what is asked for of the rows as they are served.
+        Collects the statistics wanted of the rows as they are served.
 
     Attributes
     ----------
-    out : (n, d_out) array, see `begin_output`; the output when all experts were added
+    out : (n, d_out) array, see `begin_output`; the output once all experts have been added
     """
 
     def __init__(
@@ -86,12 +86,12 @@ class Served:
         self._weights = None if topk_weights is None else topk_weights.reshape(-1)
 
     def _target(self, tile: slice, rows: Array | slice) -> Array | slice:
-        """Where the rows of a tile belong in the output."""
+        """Numbers of the output rows of a tile."""
         return rows
 
     @UNDERFLOW_IS_ZERO
     def add(self, e: int, expert: Expert) -> None:
-        """Send the rows of local expert `e` through it, and add what it gives."""
+        """Send the rows of local expert `e` through it, and add its outputs."""
         compute = computing_dtype(self._tokens.dtype)
         see = None if self._seen is None else partial(self._seen.through, e)
         for tile in tiles(*self._segments.bounds[e], expert, compute):
@@ -105,17 +105,17 @@ class Served:
 
 
 class Answer(Served):
-    """What one rank answers: the sums of its own experts alone, and only its own rows of a chunk.
+    """The answer of one rank: the sums over its own experts, for its own rows of a chunk only.
 
     Parameters
     ----------
     tokens, segments, topk_weights, d_out, seen : see `Served`; segments of all physical experts
     rank, num_local : r, which owns the experts [r * num_local, (r + 1) * num_local)
-    out : where to write it, see `begin_answers`; without it, to an array of its own
+    out : where to write it, see `begin_answers`; default: a new array
 
     Attributes
     ----------
-    out : (m, d_out), of the tokens' dtype with one slot a row, else of the computing dtype; its
+    out : (m, d_out), of the tokens' dtype with one slot per row, else of the computing dtype; its
         rows are those of `Segments.rows_of`, in that order
     """
 
@@ -137,7 +137,7 @@ class Answer(Served):
         self.out = out
         rows, self._place = segments.rows_of(rank, num_local, len(tokens)), None
         if segments.k == 1 or (num_local == 1 and last - self._first == len(out)):
-            self._write = assign_rows  # in the order of the slots: nothing to add up
+            self._write = assign_rows  # in the order of the slots: nothing is summed
             return
         out.fill(0)
         self._write = add_rows
@@ -151,7 +151,7 @@ class Answer(Served):
 
 
 class Watched(Served):
-    """The rows of a chunk that experts serve for what is seen of them alone: no output is made.
+    """The rows of a chunk that experts serve for their statistics only: no output is made.
 
     Attributes
     ----------
@@ -183,13 +183,13 @@ def answer_of_rank(
     segments : of its slots at all physical experts
     expert_Ws : the experts of the rank
     rank : r
-    d_out : width of the experts' rows, where it is known
-    seen : of the rank's experts, keeps what is asked for of their rows
-    out : where to write it, see `begin_answers`
+    d_out : width of the experts' outputs, if known
+    seen : collects the statistics of the rank's experts
+    out : where to write the answer, see `begin_answers`
 
     Returns
     -------
-    (m, d_out), see `Answer`; (0, d_out) where what is seen is all that is wanted
+    (m, d_out), see `Answer`; (0, d_out) if only statistics are wanted
     """
     compute = computing_dtype(tokens.dtype)
     experts = as_local_experts(
@@ -215,7 +215,7 @@ def begin_answers(
 ) -> tuple[Array, list[Array]]:
     """Make one array for the answers of some ranks, to be sent as one; and the part of each.
 
-    Where no output is wanted they have no rows.
+    They have no rows if no output is wanted.
     """
     counts = [segments.count_rows(rank, num_local, len(tokens)) * is_wanted for rank in ranks]
     dtype = tokens.dtype if segments.k == 1 else computing_dtype(tokens.dtype)
@@ -224,7 +224,7 @@ def begin_answers(
 
 
 def parts_of(whole: Array, counts: Sequence[int]) -> list[Array]:
-    """Cut an array into runs of so many rows.
+    """Cut an array into runs of the given numbers of rows.
 
     Examples
     --------
@@ -238,11 +238,11 @@ def parts_of(whole: Array, counts: Sequence[int]) -> list[Array]:
 def begin_output(
     n: int, segments: Segments, d_out: int, dtype: np.dtype, like: Array
 ) -> tuple[Array, Write]:
-    """Make an output (n, d_out) to which experts come to add, and say how they add to it.
+    """Make an output (n, d_out), and return it with the function that adds an expert's rows.
 
-    With one slot a row it is of the tokens' dtype, and each row is written once; with more, of the
-    computing dtype, from zero. Expert after expert, in the order of their numbers, gives the same
-    bits each time.
+    With one slot per row it has the tokens' dtype, and each row is written once; with more, the
+    computing dtype, starting from zero. Adding experts in the order of their numbers gives the
+    same bits each time.
     """
     if segments.k > 1:
         out = memory.empty((n, d_out), computing_dtype(dtype), like=like)
@@ -254,7 +254,7 @@ def begin_output(
 
 
 def can_be_in_place(k: int, d: int, d_out: int, dtype: np.dtype) -> bool:
-    """Whether outputs fit where the tokens were: one slot a row, of the same width and dtype."""
+    """Whether outputs fit in the tokens' memory: one slot per row, the same width and dtype."""
     return k == 1 and d == d_out and computing_dtype(dtype) == dtype
 
 
@@ -269,13 +269,13 @@ def tiles(start: int, stop: int, expert: Expert, compute: np.dtype) -> list[slic
 
 
 def tile_rows(row_bytes: int) -> int:
-    """Rows of a tile on the CPU, at most, whose widest rows take so many bytes."""
+    """Rows of a tile on the CPU, at most, by the bytes of the widest row."""
     fewest, most = TILE_ROWS
     return min(max(TILE_BYTES // max(row_bytes, 1), fewest), most)
 
 
 def tile_bytes(row_bytes: int) -> int:
-    """Bytes of the tiles that a thread has in memory while it computes such rows, at most.
+    """Bytes of the tiles that a thread has in memory at most, by the bytes of the widest row.
 
     Examples
     --------
@@ -299,7 +299,7 @@ def _apply(
 ) -> None:
     """One tile: gather its rows, expert, weight, write to rows `to` of the output.
 
-    `see` is `Seen.through` of the expert, where something is kept of its rows.
+    `see` is `Seen.through` of the expert, if statistics are collected.
     """
     contiguous = isinstance(rows, slice)
     weighed_before = weights is not None and expert.apply_router_weight_on_input
@@ -324,7 +324,7 @@ def _apply(
 
 
 def _drop_rows(out: Array, rows: Array | slice, y: Array, weights: Array | None = None) -> None:
-    """Write nothing: nobody wants the output."""
+    """Write nothing: the output is not wanted."""
 
 
 def assign_rows(out: Array, rows: Array | slice, y: Array, weights: Array | None = None) -> None:
@@ -343,9 +343,9 @@ def add_rows(out: Array, rows: Array, y: Array, weights: Array | None = None) ->
 
     Notes
     -----
-    Rows may be the same. One pass over `y` and `out` adds all: as a matrix (n, m) with one weight
-    in each column, times `y`. SciPy does that outside Python's lock, in order, and so to the same
-    bits each time.
+    Rows may repeat. One pass over `y` and `out` adds all: a matrix (n, m) with one weight in each
+    column, times `y`. SciPy does that without the GIL and in order, so the bits are the same each
+    time.
     """
     m, (n, d) = len(rows), out.shape
     one_each = np.arange(m + 1, dtype=rows.dtype)
@@ -355,7 +355,7 @@ def add_rows(out: Array, rows: Array, y: Array, weights: Array | None = None) ->
 
 
 def gather(tokens: Array, rows: Array, dtype: np.dtype) -> Array:
-    """Copy rows (m,) of tokens (n, d) to a new (m, d) array of another dtype or the same."""
+    """Copy rows (m,) of tokens (n, d) to a new (m, d) array of any dtype."""
     if namespace(tokens) is not np:
         return device_kernel.gather(tokens, rows).astype(dtype, copy=False)
     taken = memory.empty((len(rows), tokens.shape[1]), tokens.dtype)

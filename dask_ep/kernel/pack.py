@@ -8,10 +8,10 @@
      3   [5 4]    combine     rank 0  rank 2          rank 1
      out (4, d_out) <────────────┴─────┴─────────────────┘         one summed row from each rank
 
-One sort of the chunk's slots serves all ranks. Where the rows of a packet belong is not sent along:
-the chunk keeps that. What a rank computes does not depend on the packet that brought it: an
-expert's rows always come in the order of the chunk, so the bits are the same however ranks are
-spread over workers, and where no packet is needed at all.
+One sort of the chunk's slots serves all ranks. The row numbers of a packet are not sent: the chunk
+keeps them. What a rank computes does not depend on how packets are made: an expert's rows always
+come in the order of the chunk, so the bits are the same however ranks are spread over workers, and
+also without any packet.
 
 Axis letters: `n` rows of a chunk, `m` rows of a packet, `k` slots per row, `P` physical experts.
 """
@@ -36,15 +36,15 @@ class Packet(NamedTuple):
     """The rows that one chunk sends to one owner, each once."""
 
     rows: Array
-    #: [m, d]: with one slot a row by expert, then in the order of the chunk; else in that order
+    #: [m, d]: with one slot per row by expert, then in the order of the chunk; else in that order
     routing: Array
     #: [m, k] physical expert of each slot, -1 where another owner serves it; small integers
     topk_weights: Array | None
-    #: [m, k], as they came
+    #: [m, k], as in the chunk
 
 
 class Packing:
-    """A chunk whose slots are sorted: what each rank and each owner gets of it.
+    """A chunk whose slots are sorted: which rows each rank and each owner gets.
 
     Parameters
     ----------
@@ -63,7 +63,7 @@ class Packing:
     Notes
     -----
     One stable sort of n * k small integers on the host. On a device, R + 3 integers come to the
-    host in one copy, and each rank's rows are sorted by themselves.
+    host in one copy, and each rank's rows are sorted separately.
     """
 
     def __init__(
@@ -96,20 +96,20 @@ class Packing:
         return [r for r in range(self.world_size) if self.count(r)]
 
     def count(self, rank: int) -> int:
-        """How many slots a rank has; on a device, how many rows."""
+        """Number of slots of a rank; on a device, of rows."""
         if self.on_device:
             return self._counts[rank]
         start, stop = self.segments.of_rank(rank, self.num_local)
         return stop - start
 
     def rows(self, rank: int) -> Array | slice:
-        """Row numbers in the chunk of the rows that a rank serves, in the order of its answer."""
+        """Numbers of the chunk's rows that a rank serves, in the order of its answer."""
         if self.on_device:
             return packet_order(self.routing, rank, self.num_local)[0][: self._counts[rank]]
         return self.segments.rows_of(rank, self.num_local, len(self.tokens))
 
     def packet(self, ranks: Sequence[int]) -> Packet:
-        """Gather what the owner of some ranks, in ascending order, needs of the chunk."""
+        """Gather the rows of the chunk that the owner of some ranks, in ascending order, needs."""
         index, routing = self._rows_of_all(ranks), self.routing
         xp = namespace(routing)
         served = routing[index]
@@ -141,7 +141,7 @@ class Packing:
 
 
 class Combining:
-    """Adds up what the ranks answer, in their order, to the output of a chunk.
+    """Adds up the answers of the ranks, in their order, to the output of a chunk.
 
     Parameters
     ----------
@@ -151,7 +151,7 @@ class Combining:
 
     Notes
     -----
-    Sums are made in the computing dtype, and rounded once. A row without an expert is 0.
+    Sums are in the computing dtype, and rounded once. A row without an expert is 0.
     """
 
     def __init__(self, packing: Packing, d_out: int, dtype: np.dtype):
@@ -166,7 +166,7 @@ class Combining:
 
     @UNDERFLOW_IS_ZERO
     def add(self, rank: int, answer: Array) -> None:
-        """Add the answer of the next rank, one row for each that it was sent.
+        """Add the answer of the next rank, one row for each row that it was sent.
 
         Raises
         ------
@@ -188,20 +188,21 @@ class Combining:
 
     @UNDERFLOW_IS_ZERO
     def output(self) -> Array:
-        """(n, d_out), in the order of the chunk, when all ranks are added."""
+        """(n, d_out), in the order of the chunk, once all ranks are added."""
         return self._total.astype(self._dtype, copy=False)
 
 
 def slots_at(routing: Array, rank: int, num_local: int) -> Array:
-    """Which slots are served by a rank: booleans in the shape of routing."""
+    """Which slots a rank serves: booleans in the shape of routing."""
     return (routing >= rank * num_local) & (routing < (rank + 1) * num_local)
 
 
 def packet_order(routing: Array, rank: int, num_local: int) -> tuple[Array, Array]:
     """Row numbers (n,), those with a slot at a rank first, and how many these are.
 
-    With one slot a row they are sorted by expert, then by row; else by row. The number stays where
-    the routing is; no expert may be the largest number of its dtype, as `small` sees to.
+    With one slot per row they are sorted by expert, then by row; else by row. The count stays on
+    the device of the routing; no expert may be the largest number of its dtype, which `small`
+    ensures.
     """
     xp, here = namespace(routing), slots_at(routing, rank, num_local)
     if routing.ndim == 2 and routing.shape[1] > 1:
@@ -218,7 +219,7 @@ def small(routing: Array, places: int) -> Array:
 
 
 def _slots_at_any(routing: Array, ranks: Sequence[int], num_local: int) -> Array:
-    """Which slots are served by any of some ranks."""
+    """Which slots any of some ranks serves."""
     xp = namespace(routing)
     here = slots_at(routing, ranks[0], num_local)
     if len(ranks) == 1:
@@ -235,7 +236,7 @@ def _slots_at_any(routing: Array, ranks: Sequence[int], num_local: int) -> Array
 def _checked_counts(
     routing: Array, topk_weights: Array | None, small_routing: Array, packing: Packing
 ) -> list[int]:
-    """Bring the rows of each rank to the host; refuse an index outside [-1, P), and NaN."""
+    """Count each rank's rows, on the host; refuse an index outside [-1, P), and NaN."""
     if routing.size == 0:
         return [0] * packing.world_size
     places = packing.num_local * packing.world_size

@@ -1,16 +1,16 @@
-"""How far may rounding take a value of the output from its exact one?
+"""How far may rounding move a value of the output from the exact one?
 
-A value is a sum of terms, and where they cancel it is much smaller than they are: rounding errs by
-a part of the terms. So each step gives, next to its exact values, their *scale*:
+A value is a sum of terms, and is much smaller than they are if they cancel: rounding errors are
+relative to the terms. So each step returns its exact values and their *scale*:
 
     x [m, d] ── products, activations ──> value [m, d_out]   in float64
                                           scale [m, d_out]   what the value's terms add up to
 
-and a right value, computed with a relative error of `tolerance` in each step, is within about
-`tolerance` times its scale. Terms have errors of their own, so that they add up as the root of the
-sum of their squares; in a long sum errors are also carried along, which is a small part, `sums`, of
-the sum of the terms' absolute values (Higham, "Accuracy and Stability of Numerical Algorithms",
-2002, sections 3.1 and 4.2).
+and a correct value, computed with a relative error of `tolerance` in each step, is within about
+`tolerance` times its scale. The errors of terms are independent, so they add up as the root of the
+sum of their squares; in a long sum errors also accumulate, by a small part, `sums`, of the sum of
+the terms' absolute values (Higham, "Accuracy and Stability of Numerical Algorithms", 2002, sections
+3.1 and 4.2).
 """
 
 from __future__ import annotations
@@ -24,11 +24,11 @@ import numpy as np
 from dask_ep.kernel import reference
 
 QUIET = np.errstate(all="ignore")
-"""Rows may hold anything, and what overflows here is told by what comes out."""
+"""Rows may hold any values; an overflow here shows in the result."""
 
 
 class Scaled(NamedTuple):
-    """Values, and what their terms add up to."""
+    """Values and their scales."""
 
     value: np.ndarray
     #: (m, width) float64
@@ -40,12 +40,12 @@ class Scaled(NamedTuple):
 
 @dataclass(frozen=True)
 class Arithmetic:
-    """How the values that are judged were computed.
+    """How the values to check were computed.
 
     Attributes
     ----------
     tolerance : relative error of a step
-    sums : part of the sum of the absolute values of terms that counts in a scale
+    sums : part of the sum of the terms' absolute values that is added to a scale
     dtype : in which hidden values are held
     """
 
@@ -60,7 +60,7 @@ class Arithmetic:
 
     @property
     def step(self) -> float:
-        """How far a function's argument is moved, in scales, to see what becomes of its error."""
+        """How far a function's argument is moved, in scales, to see the effect of its error."""
         return max(self.tolerance, 1e-12)
 
     def expert(
@@ -127,31 +127,31 @@ class Arithmetic:
         """``weight * x / sqrt(mean(x**2) + eps)``."""
         root = np.sqrt(np.square(x.value).mean(axis=1, keepdims=True) + eps)
         value, carried = x.value * weight / root, np.abs(weight) / root * x.scale
-        # What all values of a row err by moves the root, and so each of them.
+        # An error common to all values of a row moves the root, and so each of them.
         moved = np.sqrt(np.square(x.scale).mean(axis=1, keepdims=True)) / root
         return _known(value, carried + np.abs(value) * (1 + moved), x.peak, np.abs(value))
 
     def overflows(self, peak: np.ndarray) -> np.ndarray:
-        """Whether a number on the way to a row may be beyond the computing dtype: (m,)."""
+        """Whether an intermediate value of a row may overflow the computing dtype: (m,)."""
         return peak > 0.5 * float(np.finfo(self.dtype).max)
 
 
 @QUIET
 def exact_rows(rows: np.ndarray) -> Scaled:
-    """Rows as they came, without an error."""
+    """Input rows, without an error."""
     rows = rows.astype(np.float64)
     return _known(rows, np.zeros_like(rows), np.zeros(len(rows)), np.abs(rows))
 
 
 def _known(value: np.ndarray, scale: np.ndarray, peak: np.ndarray, magnitude: np.ndarray) -> Scaled:
-    """Infinity and NaN have no error: what they come from says which of them it is."""
+    """Set the scale of infinity and NaN to 0: they are compared as such."""
     finite = np.isfinite(value)
     largest = np.where(np.isfinite(magnitude), magnitude, 0.0).max(axis=1, initial=0.0)
     return Scaled(value, np.where(finite, scale, 0.0), np.maximum(peak, largest))
 
 
 def _gelu(x: np.ndarray, _: float) -> np.ndarray:
-    from scipy.special import erfc  # slow to import; that of `reference` takes one number
+    from scipy.special import erfc  # slow to import; the one of `reference` takes one number
 
     return x * 0.5 * erfc(x * -(0.5**0.5))
 

@@ -1,6 +1,6 @@
 """Which slots of a chunk belong to which expert of a rank, on the host?
 
-Sorted by local expert they are runs, and those of other ranks are the last:
+Sorted by local expert they form runs, those of other ranks last:
 
     routing [n, k] ──> slots of expert 0 │ slots of expert 1 │ ... │ not ours
 """
@@ -33,7 +33,7 @@ class Segments(NamedTuple):
         return slots if self.k == 1 or isinstance(slots, slice) else slots // self.k
 
     def of_rank(self, rank: int, num_local: int) -> tuple[int, int]:
-        """First and last + 1 position of the slots of some neighbouring experts, a rank's."""
+        """First and last + 1 position of the slots of a rank's experts."""
         if not self.bounds:
             return 0, 0
         return self.bounds[rank * num_local][0], self.bounds[(rank + 1) * num_local - 1][1]
@@ -45,7 +45,7 @@ class Segments(NamedTuple):
     def rows_of(self, rank: int, num_local: int, n: int) -> np.ndarray | slice:
         """Row numbers of a rank's rows, of `n`, each once.
 
-        With one slot a row they are sorted by expert, then by row; else by row.
+        With one slot per row they are sorted by expert, then by row; else by row.
         """
         rows = self.rows_of_slots(rank, num_local)
         if self.k == 1 or isinstance(rows, slice):
@@ -101,8 +101,8 @@ def _local_numbers(flat: np.ndarray, num_local: int, rank: int) -> np.ndarray:
 
 
 def kernel_hint(num_local: int, world_size: int) -> str:
-    """How the kernel knows the number of experts, for an error about an index."""
+    """Explain the kernel's number of experts, for an error about an index."""
     return (
-        f"; there are {num_local} experts a rank (expert_Ws) times world_size={world_size}: for "
-        "the kernel called by itself, world_size must divide the number of experts"
+        f"; there are {num_local} experts a rank (expert_Ws) times world_size={world_size}: in "
+        "direct calls of the kernel, world_size must divide the number of experts"
     )

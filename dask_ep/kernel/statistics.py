@@ -1,12 +1,12 @@
-"""What is kept of the rows that experts serve?
+"""Which statistics are collected of the rows that experts serve?
 
     tile of rows ── expert ──> hidden, output
          └──────────┬────────────────┘
                     v
     a row of numbers for each expert: columns of `amax.input`, `sumsq.hidden`, ...
 
-Each statistic is one entry of `TILE_STATISTICS`. Two results of one are joined by a sum or a
-maximum, so that chunks, ranks and replicas can be joined in any order that is fixed.
+Each statistic is one entry of `TILE_STATISTICS`. Two results are joined by a sum or a maximum, so
+that chunks, ranks and replicas can be joined in any fixed order.
 """
 
 from __future__ import annotations
@@ -22,18 +22,18 @@ from dask_ep.arrays.namespaces import Array
 
 
 class Tile(NamedTuple):
-    """Some rows of one expert, and what it makes of them."""
+    """Some rows of one expert, and its outputs for them."""
 
     input: np.ndarray
     #: (m, d) as the expert reads them: times their top-k weights where these apply to the input
     hidden: np.ndarray | None
-    #: (m, f) what the down projection multiplies; None where there is none, or nobody asks
+    #: (m, f) what the down projection multiplies; None if there is none, or it is not wanted
     output: np.ndarray
     #: (m, d_out) before top-k weights
     weights: np.ndarray | None
-    #: (m,) top-k weights that will multiply the output; None where they are 1
+    #: (m,) top-k weights that will multiply the output; None if they are 1
     routed: np.ndarray | None
-    #: (m,) which rows the router sent; None where it sent all
+    #: (m,) which rows the router sent; None if it sent all
 
 
 Take = Callable[[Tile, np.ndarray], None]
@@ -44,18 +44,18 @@ class TileStatistic(NamedTuple):
     """One statistic of an expert's rows."""
 
     of: str
-    #: the rows whose channels it keeps: "input", "hidden" or "output"; "" where it has no channels
+    #: the rows whose channels it covers: "input", "hidden" or "output"; "" if it has no channels
     take: Take
     join: np.ufunc
-    #: of two results: np.add or np.maximum, whose result with zeros is the other one
+    #: joins two results: np.add or np.maximum, for which zeros are neutral
     width: int = 1
-    #: numbers of an expert, where it has no channels
+    #: numbers per expert, if it has no channels
 
 
 def _channels(
     of: str, reduce: Callable[[np.ndarray, np.ndarray], np.ndarray], join: np.ufunc
 ) -> TileStatistic:
-    """A statistic of each channel, run after run of rows that stay in cache."""
+    """A statistic of each channel, in runs of rows that stay in cache."""
 
     def take(tile: Tile, totals: np.ndarray) -> None:
         rows = getattr(tile, of)
@@ -100,27 +100,27 @@ TILE_STATISTICS: dict[str, TileStatistic] = {
     **{f"sumsq.{of}": _channels(of, _sumsq, np.add) for of in ("input", "hidden", "output")},
     **{f"amax.{of}": _channels(of, _amax, np.maximum) for of in ("input", "hidden", "output")},
 }
-"""All that can be kept of tiles, by name. float32 sums of some ten rows are added in float64."""
+"""All statistics of tiles, by name. float32 sums of some ten rows are added in float64."""
 
 
 class Observe(NamedTuple):
-    """What is to be kept of the rows of a layer's experts."""
+    """The statistics to collect of the rows of a layer's experts."""
 
     names: tuple[str, ...]
-    #: of `TILE_STATISTICS`
+    #: names in `TILE_STATISTICS`
     d: int
     f: int | None
-    #: width of hidden activations; None where experts have none
+    #: width of hidden activations; None if experts have none
     d_out: int
     output: bool = False
     #: whether the experts' output is wanted as well
     slots: int = 1
-    #: of a row
+    #: slots of a row
     k: int | None = None
-    #: those that its router chose, where others follow them; None: all
+    #: slots that its router chose, if others follow them; None: all
 
     def columns(self) -> dict[str, slice]:
-        """Where each statistic is in a row of a table."""
+        """The columns of each statistic in a row of a table."""
         widths = {"input": self.d, "hidden": self.f or 0, "output": self.d_out}
         found, start = {}, 0
         for name in self.names:
@@ -131,7 +131,7 @@ class Observe(NamedTuple):
 
     @property
     def width(self) -> int:
-        """Numbers of each expert."""
+        """Numbers per expert."""
         return max((columns.stop for columns in self.columns().values()), default=0)
 
     def join(self, table: np.ndarray, others: np.ndarray, at: np.ndarray) -> None:
@@ -141,17 +141,17 @@ class Observe(NamedTuple):
 
 
 class Seen:
-    """What is kept of the rows of some neighbouring experts, as they are served.
+    """Statistics of the rows of some neighbouring experts, collected as they are served.
 
     Parameters
     ----------
-    observe : what to keep
-    count : of experts
-    first : number of the first
+    observe : which statistics
+    count : number of experts
+    first : number of the first expert
 
     Attributes
     ----------
-    table : (count, observe.width) float64; zeros of an expert that no row has come to
+    table : (count, observe.width) float64; zeros for an expert that got no row
     """
 
     def __init__(self, observe: Observe, count: int, first: int = 0):
@@ -169,7 +169,7 @@ class Seen:
         slots: Array,
         out: Array,
     ) -> None:
-        """Send rows (m, d) through expert `e`, to `out` (m, d_out), and keep what is asked for."""
+        """Send rows (m, d) through expert `e`, to `out` (m, d_out), and collect the statistics."""
         hidden = None
         if self._keeps_hidden:
             hidden = memory.empty((len(rows), expert.hidden), computing_dtype(rows.dtype))

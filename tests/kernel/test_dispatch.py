@@ -224,7 +224,7 @@ def test_a_rank_in_few_bits_owns_what_it_should():
 
 def test_ranks_with_unequal_numbers_of_experts_are_told_what_must_hold():
     five, routing = [*W4, W4[0]], np.array([0, 3, 4])
-    message = r"\[-1, 4\).*is 4.*for the kernel called by itself, world_size must divide"
+    message = r"\[-1, 4\).*is 4.*in direct calls of the kernel, world_size must divide"
     with pytest.raises(ValueError, match=message):
         expert_parallel_dispatch(np.ones((3, 3)), routing, five[3:], 1, 2)
 

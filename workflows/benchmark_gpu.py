@@ -40,8 +40,8 @@ import numpy as np
 import dask_ep
 from dask_ep.arrays import device
 from dask_ep.arrays.device import find_devices
+from dask_ep.arrays.device_streams import download, pinned_empty, upload
 from dask_ep.arrays.gemms import TF32_SWITCH, gemms
-from dask_ep.arrays.lanes import download, pinned_empty, upload
 from dask_ep.errors import NoDeviceError
 from dask_ep.kernel import reference
 from dask_ep.kernel.dispatch import dispatch

@@ -18,7 +18,7 @@ import numpy as np
 from distributed.protocol import dask_deserialize, dask_serialize
 from distributed.protocol.cuda import cuda_deserialize, cuda_serialize
 
-from dask_ep.arrays.lanes import download
+from dask_ep.arrays.device_streams import download
 from dask_ep.arrays.namespaces import Array, namespace
 
 Header = dict[str, Any]

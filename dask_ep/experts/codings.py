@@ -19,7 +19,7 @@ import ml_dtypes
 import numpy as np
 
 from dask_ep.arrays.namespaces import Array
-from dask_ep.arrays.packed import spread_halves
+from dask_ep.arrays.unpack import spread_halves
 
 FLOAT8 = tuple(
     np.dtype(t) for t in (ml_dtypes.float8_e4m3fn, ml_dtypes.float8_e5m2, ml_dtypes.float8_e4m3)

@@ -10,7 +10,7 @@ from uuid import uuid4
 
 import numpy as np
 
-from dask_ep.arrays.lanes import fill, pinned_empty, upload
+from dask_ep.arrays.device_streams import fill, pinned_empty, upload
 from dask_ep.arrays.namespaces import Array, namespace
 from dask_ep.storage.sources import Source
 

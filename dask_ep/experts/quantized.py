@@ -21,9 +21,9 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
-from dask_ep.arrays.lanes import pinned_empty
+from dask_ep.arrays.device_streams import pinned_empty
 from dask_ep.arrays.namespaces import Array, namespace
-from dask_ep.arrays.packed import IN_CACHE, apply_shared, round_to, split_factor
+from dask_ep.arrays.unpack import IN_CACHE, apply_shared, round_to, split_factor
 from dask_ep.errors import ReadError
 from dask_ep.experts.codings import FLOAT8, Coding, coding
 from dask_ep.experts.device_sources import DeviceSource, bytes_on, held_on_device, put

@@ -25,7 +25,7 @@ from dask_ep.experts.experts import Experts
 from dask_ep.experts.quantized import in_memory
 from dask_ep.experts.weights import Weight
 from dask_ep.kernel.expert import Expert
-from dask_ep.kernel.factors import Factors
+from dask_ep.kernel.operands import Factors
 
 
 def held_as_stored(experts: Experts) -> StoredExperts:

@@ -17,7 +17,7 @@ from dask.base import normalize_token
 
 from dask_ep.arrays import blas, memory
 from dask_ep.arrays.checks import refuse_masked
-from dask_ep.arrays.lanes import pinned_empty
+from dask_ep.arrays.device_streams import pinned_empty
 from dask_ep.arrays.namespaces import UNDERFLOW_IS_ZERO, Array, is_array, namespace
 from dask_ep.experts.device_sources import DeviceSource, put
 from dask_ep.experts.quantized import QuantizedSource, fill_on_device

@@ -30,7 +30,7 @@ from dask_ep.experts.experts import CallableExperts, Experts
 from dask_ep.graph.keys import step_name
 from dask_ep.graph.pipeline import Ready, Unfused
 from dask_ep.graph.rows import array_of, first_rows, keys_of
-from dask_ep.kernel.context import error_context, slots_of
+from dask_ep.kernel.error_context import error_context, slots_of
 from dask_ep.kernel.expert import Expert, as_local_experts
 from dask_ep.kernel.host_kernel import gather
 from dask_ep.kernel.segments import Segments, sort_slots

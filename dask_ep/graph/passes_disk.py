@@ -28,7 +28,7 @@ from dask_ep.experts.prefetch import ExpertsAhead
 from dask_ep.graph.expert_schedule import Rows, Walk
 from dask_ep.graph.keys import step_name
 from dask_ep.graph.spill_files import Run, SpillFiles, SpillLayout
-from dask_ep.kernel.context import error_context
+from dask_ep.kernel.error_context import error_context
 from dask_ep.kernel.expert import Expert
 from dask_ep.kernel.host_kernel import TILE_BYTES, begin_output, gather, tiles
 from dask_ep.kernel.segments import sort_slots

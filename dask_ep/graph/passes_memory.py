@@ -27,7 +27,7 @@ from dask_ep.arrays.namespaces import Array
 from dask_ep.experts.prefetch import ExpertsAhead
 from dask_ep.graph.expert_schedule import Rows, Walk
 from dask_ep.graph.keys import step_name
-from dask_ep.kernel.context import error_context
+from dask_ep.kernel.error_context import error_context
 from dask_ep.kernel.host_kernel import Served
 from dask_ep.kernel.segments import sort_slots
 from dask_ep.storage.output import SERVED, SPILLED, Receipt

@@ -18,7 +18,7 @@ from dask.task_spec import Task, TaskRef
 from dask_ep.arrays.checks import check_indices
 from dask_ep.graph.keys import step_name
 from dask_ep.graph.rows import array_of, first_rows, keys_of
-from dask_ep.kernel.context import error_context
+from dask_ep.kernel.error_context import error_context
 
 _MIX = tuple(map(np.uint64, (0x9E3779B97F4A7C15, 0xBF58476D1CE4E5B9, 0x94D049BB133111EB)))
 """Constants of splitmix64 (Steele et al., "Fast Splittable Pseudorandom Number Generators")."""

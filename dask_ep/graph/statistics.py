@@ -29,7 +29,7 @@ from dask_ep.graph.chunk import Observed
 from dask_ep.graph.keys import step_name
 from dask_ep.graph.pipeline import Ready, Unfused, build_chunks, width_of_output
 from dask_ep.graph.rows import array_of, block_by_block, first_rows, keys_of
-from dask_ep.kernel.context import error_context, slots_of
+from dask_ep.kernel.error_context import error_context, slots_of
 from dask_ep.kernel.statistics import TILE_STATISTICS, Observe
 
 GROUP_CHUNKS = 16

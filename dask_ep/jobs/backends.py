@@ -38,7 +38,7 @@ from dask_ep.errors import UnfitClusterError
 from dask_ep.jobs.build import WEIGHT_KEYS, ComputedBy, Inputs, resolve_placement
 from dask_ep.jobs.job import Job
 from dask_ep.kernel import bfloat16
-from dask_ep.kernel.factors import multiplied_on_gpus
+from dask_ep.kernel.operands import multiplied_on_gpus
 from dask_ep.laws.memory_law import Layout
 
 CONNECT_SECONDS = 10.0

@@ -20,7 +20,7 @@ from dask_ep.jobs.build import open_inputs
 from dask_ep.jobs.job import load_job
 from dask_ep.jobs.notes import find_notes
 from dask_ep.kernel.bfloat16 import multiplied_by
-from dask_ep.kernel.factors import multiplied_on_gpus
+from dask_ep.kernel.operands import multiplied_on_gpus
 from dask_ep.layers.checkpoint import (
     Description,
     LayerDescription,

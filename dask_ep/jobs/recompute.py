@@ -22,8 +22,8 @@ from dask_ep.jobs.build import Inputs
 from dask_ep.jobs.verify_sample import read_rows
 from dask_ep.kernel import reference
 from dask_ep.kernel.rounding import QUIET, Arithmetic, Scaled, exact_rows
-from dask_ep.layers.around import RowStep
 from dask_ep.layers.layer import MoELayer
+from dask_ep.layers.row_steps import RowStep
 
 
 def recompute(

@@ -50,7 +50,7 @@ from dask_ep.arrays.gemms import gemms
 from dask_ep.arrays.namespaces import Array, namespace, to_host
 from dask_ep.kernel import cuda_kernels
 from dask_ep.kernel.bfloat16 import PARTS
-from dask_ep.kernel.factors import Factors, write
+from dask_ep.kernel.operands import Factors, write
 
 TOGETHER_BYTES = 2 << 30
 """Bytes of the widest rows of experts that compute together: bounds the memory of their

@@ -19,7 +19,7 @@ from dask_ep.arrays.namespaces import Array, is_array, namespace
 from dask_ep.arrays.onednn_kernels import Matrix, Packed
 from dask_ep.kernel import bfloat16, device_kernel
 from dask_ep.kernel.bfloat16 import BFLOAT16
-from dask_ep.kernel.factors import Factors, factors
+from dask_ep.kernel.operands import Factors, factors
 
 
 class Expert(ABC):

@@ -29,7 +29,7 @@ from dask_ep.kernel import cuda_kernels
 from dask_ep.kernel.bfloat16 import BFLOAT16
 from dask_ep.kernel.device_kernel import Bounds
 from dask_ep.kernel.expert import Expert, Linear, gated_in_one_go
-from dask_ep.kernel.factors import Factors, write
+from dask_ep.kernel.operands import Factors, write
 
 Activation = Callable[..., None]
 """Replaces an array by the activation of it. The number that follows is silu's alpha; then may come

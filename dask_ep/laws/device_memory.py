@@ -18,7 +18,7 @@ import numpy as np
 
 from dask_ep.arrays.checks import computing_dtype
 from dask_ep.kernel.device_kernel import PADDED_PART, PADDED_ROWS, slot_bytes
-from dask_ep.kernel.factors import Factors, factors
+from dask_ep.kernel.operands import Factors, factors
 from dask_ep.laws.costs import Need, Spread, chunks_held, exchanged_held
 
 THREADS_PER_GPU = 3

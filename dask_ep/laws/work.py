@@ -16,8 +16,8 @@ from dask_ep.experts.experts import CallableExperts, Experts
 from dask_ep.experts.local_experts import numbers_at_once
 from dask_ep.experts.stored_experts import StoredExperts
 from dask_ep.kernel.bfloat16 import copies, multiplied_by
-from dask_ep.kernel.factors import multiplied_on_gpus
 from dask_ep.kernel.host_kernel import tile_bytes
+from dask_ep.kernel.operands import multiplied_on_gpus
 from dask_ep.laws.costs import packet_row_bytes, reply_row_bytes
 from dask_ep.laws.device_memory import OnDevice, held_dtype
 

@@ -15,12 +15,12 @@ from typing import Any
 from dask_ep.arrays.checks import is_float
 from dask_ep.experts.expert_kinds import EXPERT_KINDS
 from dask_ep.experts.experts import Experts
-from dask_ep.layers.around import Around, RowStep
 from dask_ep.layers.families import HIDDEN_ACTS, NOT_READ
 from dask_ep.layers.family import Family, StepRow, TensorLayout, find, said_by
 from dask_ep.layers.formats import Parts, activation_scales, find_parts
 from dask_ep.layers.lazy_routing import SmallArray
 from dask_ep.layers.routing import Router
+from dask_ep.layers.row_steps import Around, RowStep
 from dask_ep.storage.sources import Source
 from dask_ep.storage.views import FirstRow, Regrouped, Transposed
 

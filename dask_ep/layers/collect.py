@@ -39,7 +39,7 @@ from dask_ep.graph.statistics import (
     see_experts,
     see_routing,
 )
-from dask_ep.kernel.context import slots_of
+from dask_ep.kernel.error_context import slots_of
 from dask_ep.kernel.statistics import TILE_STATISTICS
 from dask_ep.laws.costs import PICKED_TOGETHER
 from dask_ep.layers.layer import MoELayer, rows_like

@@ -30,7 +30,6 @@ from dask_ep.experts.experts import Experts, as_experts
 from dask_ep.experts.stored_experts import held_as_stored
 from dask_ep.graph.pipeline import expert_parallel
 from dask_ep.graph.rows import chunked_like, rows_of, unflatten
-from dask_ep.layers.around import Around, Rest
 from dask_ep.layers.capacity import Capacity, ExpertChoice
 from dask_ep.layers.checkpoint_layers import Checkpoint
 from dask_ep.layers.family import Family
@@ -41,9 +40,10 @@ from dask_ep.layers.layer_checks import (
     check_token_ids,
     small_array,
 )
-from dask_ep.layers.lazy_around import enter_rows, experts_alone, finish_rows
 from dask_ep.layers.lazy_routing import SmallArray, count_rows, route_rows
+from dask_ep.layers.lazy_row_steps import enter_rows, experts_alone, finish_rows
 from dask_ep.layers.routing import Router
+from dask_ep.layers.row_steps import Around, Rest
 from dask_ep.placement.policies import Placement
 from dask_ep.storage.fingerprint import describe
 

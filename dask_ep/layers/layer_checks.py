@@ -9,10 +9,10 @@ import dask.array as da
 
 from dask_ep.arrays.checks import check_byte_order, is_float, kind_of, refuse_masked
 from dask_ep.experts.experts import CallableExperts, Experts
-from dask_ep.layers.around import Around
 from dask_ep.layers.capacity import Capacity, ExpertChoice
 from dask_ep.layers.lazy_routing import SmallArray
 from dask_ep.layers.routing import Router
+from dask_ep.layers.row_steps import Around
 from dask_ep.storage.sources import Source, open_source, refuse_missing
 
 

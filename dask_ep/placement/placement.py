@@ -10,7 +10,7 @@ the routing (logical -> physical expert) and an ordering of the experts (physica
     routing of row 7: [ 0 3 -1 ]  ──rewrite──>  [ 0 or 2, by row 7's ticket;  4;  -1 ]
 
 **Tickets.** Every replica of an expert serves a range of tickets, which rows draw by their
-number (`tickets`).
+number (`replica_choice`).
 
 **Homes.** Where a placement is local, every token chunk has a home, the rank on whose worker it
 is: chunk c that of rank c mod R. A row is served by the replica at home if there is one, and by
@@ -29,7 +29,7 @@ import numpy as np
 
 from dask_ep.arrays.html import html_table
 from dask_ep.arrays.namespaces import Array, namespace
-from dask_ep.placement.tickets import TICKETS, Tickets, even_stops, share_sizes
+from dask_ep.placement.replica_choice import TICKETS, Tickets, even_stops, share_sizes
 
 
 @dataclass(frozen=True, eq=False)

@@ -19,9 +19,9 @@ from __future__ import annotations
 import numpy as np
 
 from dask_ep.arrays.checks import refuse_masked
-from dask_ep.placement.packing import balanced_packing, look_up_each, replicate_hottest
+from dask_ep.placement.balanced_packing import balanced_packing, look_up_each, replicate_hottest
 from dask_ep.placement.placement import Placement, verify_placement
-from dask_ep.placement.tickets import TICKETS, ticket_load
+from dask_ep.placement.replica_choice import TICKETS, ticket_load
 
 __all__ = [
     "POLICIES",

@@ -23,7 +23,7 @@ from dask.system import CPU_COUNT
 
 from dask_ep.arrays.checks import refuse_masked
 from dask_ep.placement.placement import Placement
-from dask_ep.placement.tickets import ticket_load
+from dask_ep.placement.replica_choice import ticket_load
 
 BLOCK_ROWS = 1 << 16
 """Rows that are counted at a time."""

@@ -15,7 +15,7 @@ import numpy as np
 
 from dask_ep.arrays import device
 from dask_ep.arrays.checks import computing_dtype
-from dask_ep.arrays.lanes import download, pinned_empty, upload
+from dask_ep.arrays.device_streams import download, pinned_empty, upload
 from dask_ep.errors import NoDeviceError
 from dask_ep.kernel.device_kernel import PADDED_ROWS, gather, products
 from dask_ep.laws.costs import Rates

@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from dask_ep.arrays.memory import empty
-from dask_ep.arrays.packed import IN_CACHE, apply_shared
+from dask_ep.arrays.unpack import IN_CACHE, apply_shared
 
 DOUBLED_E2M1 = np.array([0, 1, 2, 3, 4, 6, 8, 12, 0, -1, -2, -3, -4, -6, -8, -12], np.int8)
 

@@ -30,7 +30,7 @@ from dask.callbacks import Callback
 from dask.highlevelgraph import HighLevelGraph
 
 from dask_ep.arrays.checks import count_not_finite
-from dask_ep.arrays.lanes import download
+from dask_ep.arrays.device_streams import download
 from dask_ep.storage import journal
 from dask_ep.storage.lock_release import release_when_written
 from dask_ep.storage.replace import is_replaceable, replace

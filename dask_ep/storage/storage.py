@@ -24,7 +24,7 @@ from dask.highlevelgraph import HighLevelGraph
 
 from dask_ep.arrays.checks import check_byte_order, kind_of, refuse_masked, size_in_bytes
 from dask_ep.arrays.device import explain_memory
-from dask_ep.arrays.lanes import pinned_empty, upload
+from dask_ep.arrays.device_streams import pinned_empty, upload
 from dask_ep.arrays.namespaces import Array
 from dask_ep.errors import ReadError
 from dask_ep.storage import journal

@@ -30,7 +30,7 @@ from safetensors.numpy import save_file
 from dask_ep import Experts, Router, collect, expert_parallel, open_tokens, store
 from dask_ep.arrays import device
 from dask_ep.arrays.device import Device, NoDeviceError
-from dask_ep.arrays.lanes import Lanes, download, pinned_empty, upload
+from dask_ep.arrays.device_streams import Lanes, download, pinned_empty, upload
 from dask_ep.cli import main, run_command
 from dask_ep.cluster import device_serialize, gpus
 from dask_ep.cluster.gpus import Gpus, OnGpu, choose_protocol, start_gpus
@@ -53,8 +53,8 @@ from dask_ep.kernel.pack import Packing
 from dask_ep.laws.costs import FEWEST_ROWS
 from dask_ep.laws.device_memory import DEVICE_PROCESS_BYTES
 from dask_ep.laws.memory_law import Layout, need
-from dask_ep.layers.around import Rest, finish
 from dask_ep.layers.lazy_routing import _route_chunk
+from dask_ep.layers.row_steps import Rest, finish
 from dask_ep.storage.sources import open_source
 from tests.checkpoints import FIXTURES, LAYER, expected
 from tests.device_double import DeviceArray, MemoryPool, on_device, watch

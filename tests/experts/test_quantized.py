@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dask_ep.arrays.packed import apply_shared, round_to, split_factor
+from dask_ep.arrays.unpack import apply_shared, round_to, split_factor
 from dask_ep.errors import ReadError
 from dask_ep.experts.codings import FLOAT8
 from dask_ep.experts.quantized import QuantizedSource, float8, mxfp4

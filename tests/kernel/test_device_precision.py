@@ -18,7 +18,7 @@ from dask_ep import Experts, expert_parallel_dispatch
 from dask_ep.arrays import gemms
 from dask_ep.arrays.gemms import TERMS
 from dask_ep.experts.stored_experts import held_as_stored
-from dask_ep.kernel import device_kernel, factors, reference
+from dask_ep.kernel import device_kernel, operands, reference
 from dask_ep.kernel.dispatch import dispatch
 from dask_ep.kernel.expert import Linear
 from tests.device_double import namespace as xp
@@ -113,7 +113,7 @@ def test_rounded_layers_are_those_of_a_model_in_bfloat16(cublas, kind):
 )
 def test_what_multiplies_is_said(asked, words):
     dtype, *how = asked
-    assert factors.multiplied_on_gpus(np.dtype(dtype), *how) == words
+    assert operands.multiplied_on_gpus(np.dtype(dtype), *how) == words
 
 
 @pytest.mark.parametrize("dtype", [np.float16, np.float32])
@@ -191,7 +191,7 @@ def test_parts_add_up_to_every_number_exactly(compiled):
         with kernels():
             device_kernel._weigh(on_device(x), None, 1, None, out)
     else:
-        factors.write(on_device(x), out)
+        operands.write(on_device(x), out)
     parts = out.get().astype("f8")
     left = x - parts.sum(axis=0)
     assert (left[np.abs(x) >= 2.0**-109] == 0).all()

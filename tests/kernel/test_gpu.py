@@ -28,7 +28,7 @@ from dask_ep import (
     store,
 )
 from dask_ep.arrays.checks import computing_dtype
-from dask_ep.arrays.lanes import download, pinned_empty, upload
+from dask_ep.arrays.device_streams import download, pinned_empty, upload
 from dask_ep.cluster import device_serialize
 from dask_ep.cluster.gpus import Gpus
 from dask_ep.errors import DeviceMemoryError

@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from dask_ep import Experts, expert_parallel_dispatch
 from dask_ep.arrays import device, gemms
 from dask_ep.arrays.checks import computing_dtype
-from dask_ep.arrays.lanes import Lanes, pinned_empty
+from dask_ep.arrays.device_streams import Lanes, pinned_empty
 from dask_ep.kernel import cuda_kernels, device_kernel, reference
 from dask_ep.kernel.expert import Linear
 from dask_ep.kernel.pack import Combining, Packing

@@ -39,7 +39,7 @@ from dask_ep.placement.policies import (
     verify_placement,
 )
 from dask_ep.placement.rebalance import incremental, moves
-from dask_ep.placement.tickets import STRIDE, TICKETS
+from dask_ep.placement.replica_choice import STRIDE, TICKETS
 from tests.plain_placement import published_balance, zipf_load
 
 # The example that EPLB prints: 2 layers of 12 experts, 16 replicas, 4 groups, 2 nodes, 8 ranks.

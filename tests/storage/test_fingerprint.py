@@ -18,8 +18,8 @@ from dask_ep.experts.stored_experts import held_as_stored
 from dask_ep.jobs.backends import Cluster, Threads, multiplies_as_tf32
 from dask_ep.jobs.job import EXPERT_KEYS, load_job
 from dask_ep.jobs.run import run_job
-from dask_ep.layers.around import Around, RowStep
 from dask_ep.layers.capacity import Capacity, ExpertChoice
+from dask_ep.layers.row_steps import Around, RowStep
 from dask_ep.storage.fingerprint import describe, find_sources
 from dask_ep.storage.journal import describe_differences
 from dask_ep.storage.sources import open_source

@@ -18,7 +18,7 @@ import numpy as np
 
 from dask_ep.arrays.checks import raise_bad_index
 from dask_ep.arrays.namespaces import namespace, to_host
-from dask_ep.kernel.context import error_context
+from dask_ep.kernel.error_context import error_context
 
 _TICKET_BITS = 40
 TICKETS = 1 << _TICKET_BITS
@@ -104,7 +104,7 @@ def ticket_load(
     Examples
     --------
     >>> import numpy as np
-    >>> from dask_ep.placement.tickets import ticket_load
+    >>> from dask_ep.placement.replica_choice import ticket_load
     >>> ticket_load(np.array([[0, 1], [1, -1]]), num_experts=3, bins=2)
     array([[1, 0],
            [1, 1],

@@ -4,7 +4,7 @@
                      ^                                           ^
                  ep_before   read once on each worker        ep_shared
 
-What they do is in `around`.
+What they do is in `row_steps`.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from dask_ep.arrays.checks import computing_dtype, raise_bad_index
 from dask_ep.arrays.namespaces import Array, namespace
 from dask_ep.graph.keys import step_name
 from dask_ep.graph.rows import array_of, keys_of, xp_name
-from dask_ep.layers.around import Loaded, Rest, Steps, enter, finish, load_rest, load_steps
+from dask_ep.layers.row_steps import Loaded, Rest, Steps, enter, finish, load_rest, load_steps
 
 
 def enter_rows(rows: da.Array, before: Steps, width: int | None) -> da.Array:

@@ -22,8 +22,8 @@ from dask_ep.arrays.checks import computing_dtype
 from dask_ep.arrays.device import explain_memory
 from dask_ep.arrays.namespaces import UNDERFLOW_IS_ZERO, Array, namespace
 from dask_ep.experts.experts import CallableExperts, Experts
-from dask_ep.kernel.context import error_context, explain_kernel_memory
 from dask_ep.kernel.dispatch import dispatch
+from dask_ep.kernel.error_context import error_context, explain_kernel_memory
 from dask_ep.layers.lazy_routing import SmallArray
 from dask_ep.layers.router import check_choice
 

@@ -13,7 +13,7 @@ from dask_ep.arrays.device import explain_chunk_memory
 from dask_ep.arrays.namespaces import Array, namespace
 from dask_ep.errors import DeviceMemoryError
 from dask_ep.kernel.device_kernel import row_bytes
-from dask_ep.kernel.factors import Factors
+from dask_ep.kernel.operands import Factors
 
 
 @contextmanager

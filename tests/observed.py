@@ -11,7 +11,7 @@ import dask.array as da
 import numpy as np
 from distributed import Client, SchedulerPlugin, get_worker
 
-from dask_ep.cluster.services import SERVICES_PLUGIN
+from dask_ep.cluster.exchange import SERVICES_PLUGIN
 from dask_ep.graph import tally
 from dask_ep.graph.tally import Serving
 from dask_ep.storage.sources import Source

@@ -241,4 +241,4 @@ def test_names_of_tasks_are_made_in_one_place():
         for node in ast.walk(ast.parse(path.read_text()))
         if isinstance(node, ast.Constant) and str(node.value).startswith("ep_")
     }
-    assert spelled == {"graph.keys", "storage.storage", "storage.output", "cluster.services"}
+    assert spelled == {"graph.keys", "storage.storage", "storage.output", "cluster.exchange"}

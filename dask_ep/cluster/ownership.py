@@ -27,10 +27,10 @@ from distributed.scheduler import Scheduler
 
 from dask_ep.arrays.checks import check_world_size
 from dask_ep.cluster.dask_internals import scheduler_address
+from dask_ep.cluster.exchange import Services
 from dask_ep.cluster.owner_plugin import OWNERS_PLUGIN, Ownership
 from dask_ep.cluster.owner_rules import OwnerRules, burdens
 from dask_ep.cluster.ranks import Change
-from dask_ep.cluster.services import Services
 
 
 def own_experts(

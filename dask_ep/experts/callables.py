@@ -76,7 +76,7 @@ class CallableExperts:
 
 
 class EmptyFunction:
-    """A slot that holds no function."""
+    """A place that holds no function."""
 
     def __init__(self, d_out: int | None):
         self.d_out = d_out

@@ -233,7 +233,7 @@ class Experts(Weights):
     # --- a rank's part ---
 
     def subset(self, ids: Sequence[int]) -> Experts:
-        """Keep some experts, in the order of `ids`; -1 is an empty slot, which no row may reach."""
+        """Keep some experts, in the order of `ids`; -1 is an empty place, which no row reaches."""
         weights = {name: weight.subset(ids) for name, weight in self.weights.items()}
         return Experts(self.kind, weights, self.options)
 
@@ -255,7 +255,7 @@ class Experts(Weights):
 
         Parameters
         ----------
-        experts : their indices, in the order wanted, -1 for an empty slot; all without it
+        experts : their indices, in the order wanted, -1 for an empty place; all without it
         xp : the array namespace of the tokens, NumPy or CuPy
         dtype : the computing dtype
         given : values of the weights that are Dask arrays

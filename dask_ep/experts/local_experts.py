@@ -34,7 +34,7 @@ def numbers_at_once(experts: Any) -> int:
 
 
 class LocalExperts(Sequence[Expert]):
-    """A rank's experts in memory, in the order of its slots.
+    """A rank's experts in memory, in the order of its places.
 
     Dask is told its true size in memory. Copied to another process it does not carry the
     weights of files along: they are read again from where they lie, when the first is asked for.
@@ -82,10 +82,10 @@ def _unloaded(
 def load_experts(
     experts: Experts, xp: Any, dtype: np.dtype, given: dict[str, Sequence[np.ndarray]]
 ) -> list[Expert]:
-    """Load the experts of all slots, in their order.
+    """Load the experts of all places, in their order.
 
     `given` holds, by the name of a weight, what has been read of it: an array for each expert that
-    a slot holds, in the order of the slots. What is not in it is read here. Takes what it uses out
+    a place holds, in their order. What is not in it is read here. Takes what it uses out
     of `given`, and holds no more than one expert both as it was read and as
     it computes, where these differ.
     """
@@ -99,7 +99,7 @@ def load_experts(
     for _ in range(experts.num_experts):
         arrays = {name: stack.pop(0) for name, stack in stacks.items()}
         empty = all(a is None for a in arrays.values())
-        local.append(_EmptySlot(experts) if empty else build(arrays, experts.options))
+        local.append(_EmptyPlace(experts) if empty else build(arrays, experts.options))
     return local
 
 
@@ -110,9 +110,9 @@ def _read_each(
     stacks: dict[str, list[Array | None]] = {name: [] for name in experts.weights}
     values = {name: deque(given.pop(name)) for name in experts.weights if name in given}
     with experts.joined():
-        for slot in range(experts.num_experts):
+        for place in range(experts.num_experts):
             for name, weight in experts.weights.items():
-                one = weight.subset([slot])
+                one = weight.subset([place])
                 held = name in values and one.ids[0] >= 0
                 stacks[name] += one.read(dtype, [values[name].popleft()] if held else None)
     return stacks
@@ -182,8 +182,8 @@ def _sorted_out(w: Array, axis: int) -> Array:
     return whole
 
 
-class _EmptySlot(Expert):
-    """A slot that holds no expert."""
+class _EmptyPlace(Expert):
+    """A place that holds no expert."""
 
     def __init__(self, experts: Experts):
         self.d, self.d_out = experts.d, experts.d_out
@@ -194,8 +194,8 @@ class _EmptySlot(Expert):
 
 def refuse_rows(rows: Array) -> None:
     raise ValueError(
-        f"{len(rows)} rows are routed to an empty slot, which holds no expert; "
-        "the routing must be rewritten by the placement that made the slot"
+        f"{len(rows)} rows are routed to an empty place, which holds no expert; "
+        "the routing must be rewritten by the placement that made the place"
     )
 
 

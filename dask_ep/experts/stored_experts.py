@@ -134,7 +134,7 @@ def held_in_memory(experts: Experts, e: int, xp: Any = np) -> Experts:
 
 def _hold_weight(weight: Weight, e: int, xp: Any) -> Weight:
     number = weight.ids[e]
-    if number < 0:  # an empty slot, which no row may reach
+    if number < 0:  # an empty place, which no row may reach
         return Weight(weight.parts, (-1,))
     if isinstance(weight.parts, tuple):
         part = weight.parts[number]

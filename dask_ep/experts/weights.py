@@ -103,11 +103,11 @@ class Weight:
         return self.parts
 
     def subset(self, ids: Sequence[int]) -> Weight:
-        """Keep the experts `ids` (positions here; -1 stays an empty slot)."""
+        """Keep the experts `ids` (positions here; -1 stays an empty place)."""
         ids = tuple(self.ids[e] if e >= 0 else -1 for e in ids)
         if not isinstance(self.parts, (tuple, ArraySource, DeviceSource)):
             return Weight(self.parts, ids)
-        held = [e for e in ids if e >= 0] or [0]  # one, so that empty slots have a shape
+        held = [e for e in ids if e >= 0] or [0]  # one, so that empty places have a shape
         renumbered = iter(range(len(held)))
         ids = tuple(next(renumbered) if e >= 0 else -1 for e in ids)
         return Weight(tuple(map(self._part, held)), ids)
@@ -137,7 +137,7 @@ class Weight:
     def read(
         self, dtype: np.dtype, given: Sequence[np.ndarray] | None = None
     ) -> list[Array | None]:
-        """Read one array per expert, None for an empty slot; each converted by itself.
+        """Read one array per expert, None for an empty place; each converted by itself.
 
         Matrices that are bfloat16, or become it when they are decoded without losing a bit, stay
         so instead of float32 where products with them take 16 bits (`dask_ep.kernel.bfloat16`).
@@ -322,7 +322,7 @@ class Weights:
 
     @property
     def num_held(self) -> int:
-        """Experts without the empty slots."""
+        """Experts without the empty places."""
         return sum(e >= 0 for e in next(iter(self.weights.values())).ids)
 
     @property

@@ -228,9 +228,9 @@ def join_tables(tables: Tables, exchange: Exchange) -> np.ndarray:
     joined = np.zeros((max(order) + 1, observe.width))
     for rank in sorted(tables):
         first = rank * exchange.num_local
-        slots = np.array(order[first : first + exchange.num_local])
-        held = slots >= 0
-        observe.join(joined, tables[rank][held], slots[held])
+        physical = np.array(order[first : first + exchange.num_local])
+        held = physical >= 0
+        observe.join(joined, tables[rank][held], physical[held])
     return joined
 
 
@@ -391,5 +391,5 @@ def _place(chunk: int, rank: int, world_size: int) -> str:
 
 def find_services(token: str | None) -> Any:
     """The services of the worker that runs this task, if they serve the ranks of this layer."""
-    module = sys.modules.get("dask_ep.cluster.services")
+    module = sys.modules.get("dask_ep.cluster.exchange")
     return None if module is None or token is None else module.services_of(token)

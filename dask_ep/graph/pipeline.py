@@ -11,7 +11,7 @@
 
 C chunks and R ranks make C + R + 1 tasks; with one rank, which exchanges nothing, C + 1. `ep_chunk`
 is a Blockwise layer, which Dask fuses with the reading before and the writing after. What happens
-in it is in `chunk`, who serves a rank in `services` and `ownership`.
+in it is in `chunk`, who serves a rank in `exchange` and `ownership`.
 """
 
 from __future__ import annotations
@@ -198,8 +198,10 @@ def build_chunks(ready: Ready, observe: Observe | None = None) -> da.Array:
     token = tokenize(tokens, routing, topk_weights, experts, world_size, placement, *watched)
     order = list(range(experts.num_experts)) if placement is None else placement.order()
     num_local, d_out = len(order) // world_size, width_of_output(experts, tokens)
-    slots = [order[r * num_local : (r + 1) * num_local] for r in range(world_size)]
-    layer = _layer(token, experts, slots, tokens, at_home=placement is not None and placement.local)
+    of_ranks = [order[r * num_local : (r + 1) * num_local] for r in range(world_size)]
+    layer = _layer(
+        token, experts, places, tokens, at_home=placement is not None and placement.local
+    )
 
     chunks, name = tokens.chunks[0], chunk_name(token)
     places = {
@@ -235,7 +237,7 @@ def build_chunks(ready: Ready, observe: Observe | None = None) -> da.Array:
 def _layer(
     token: str,
     experts: Experts | CallableExperts,
-    slots: Sequence[Sequence[int]],
+    places: Sequence[Sequence[int]],
     tokens: da.Array,
     at_home: bool,
 ) -> da.Array:
@@ -244,8 +246,8 @@ def _layer(
     dependencies: list[da.Array] = []
     xp = namespace(tokens._meta).__name__
     dtype = computing_dtype(tokens.dtype, xp != "numpy" and experts.precision == "bfloat16")
-    several = len(slots) > 1
-    for r, ids in enumerate(slots):
+    several = len(places) > 1
+    for r, ids in enumerate(places):
         local = experts.subset(ids)
         lazy = local.collections()
         dependencies.extend(lazy.values())

@@ -14,9 +14,9 @@ import pytest
 from distributed import Client, SchedulerPlugin, WorkerPlugin, protocol
 from distributed.comm import utils as comm_utils
 
-from dask_ep.cluster import dask_internals, services
+from dask_ep.cluster import dask_internals, exchange
+from dask_ep.cluster.rank_server import Slices
 from dask_ep.cluster.ranks import Able
-from dask_ep.cluster.slices import Slices
 from tests.cluster_processes import DEADLINE, wait_until
 
 
@@ -239,8 +239,8 @@ def test_a_worker_that_is_not_there_is_an_os_error(client, workers):
 @pytest.mark.parametrize("begun", ["before", "after"])
 def test_what_is_fetched_from_a_lost_worker_is_given_up(client, workers, monkeypatch, begun):
     """Also where it begins just after we hear of the loss; Dask would go on calling."""
-    monkeypatch.setattr(services, "LOST_SECONDS", 0.5)
-    lost, asking = "tcp://127.0.0.1:9", services.Asking(workers[0], Slices("", 1))
+    monkeypatch.setattr(exchange, "LOST_SECONDS", 0.5)
+    lost, asking = "tcp://127.0.0.1:9", exchange.Asking(workers[0], Slices("", 1))
 
     async def fetch():
         if begun == "after":

@@ -345,11 +345,11 @@ def test_local_experts_tell_their_size_and_travel_without_their_weights(tmp_path
 
 def test_a_row_at_an_empty_slot_is_an_error():
     local = Experts.linear(weight("w")).load([0, -1])
-    with pytest.raises(ValueError, match="7 rows are routed to an empty slot"):
+    with pytest.raises(ValueError, match="7 rows are routed to an empty place"):
         local[1](rows().astype("f4"))
     functions = Experts.callables([np.negative]).load([0, -1])
     assert functions[1](np.empty((0, 3))).shape == (0, 3)
-    with pytest.raises(ValueError, match="2 rows are routed to an empty slot"):
+    with pytest.raises(ValueError, match="2 rows are routed to an empty place"):
         functions[1](np.empty((2, 3)))
 
 

@@ -68,7 +68,7 @@ def test_an_empty_slot_holds_nothing_and_takes_no_rows():
     experts = held_as_stored(Experts.linear(np.ones((3, 2, 2), np.float32)))
     local = experts.load([2, -1])
     assert local.nbytes == 16
-    with pytest.raises(ValueError, match="3 rows are routed to an empty slot"):
+    with pytest.raises(ValueError, match="3 rows are routed to an empty place"):
         local[1](np.ones((3, 2), np.float32))
 
 

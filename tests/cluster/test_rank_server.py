@@ -10,7 +10,7 @@ from distributed import protocol
 
 from dask_ep import Experts
 from dask_ep.cluster import dask_internals
-from dask_ep.cluster.slices import Cores, Slices
+from dask_ep.cluster.rank_server import Cores, Slices
 from dask_ep.cluster.streams import to_message
 from tests.cluster_processes import DEADLINE, wait_until
 

@@ -1,4 +1,4 @@
-"""Who answers a packet?
+"""How do the rows of a chunk reach the owners of their ranks, and come back?
 
 A plugin on every worker serves the ranks that the scheduler has given it, and sends the packets of
 its own chunks to the services of others:
@@ -15,7 +15,7 @@ there are.
 
 The scheduler tells who serves which rank (`layer_map`). Where an owner is lost or does not serve a
 rank any more, the chunk waits for news from the scheduler and asks again: experts hold no state, so
-a packet may be answered twice. What answers is in `slices`.
+a packet may be answered twice. What answers it there is in `rank_server`.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ from dask_ep.arrays.memory import keep_freed_memory
 from dask_ep.arrays.namespaces import Array
 from dask_ep.cluster import dask_internals
 from dask_ep.cluster.admission import Admission
-from dask_ep.cluster.slices import Answers, Chunk, Slices
+from dask_ep.cluster.rank_server import Answers, Chunk, Slices
 from dask_ep.cluster.streams import Line, from_message, to_message
 from dask_ep.errors import LostOwnerError
 from dask_ep.graph.chunk import ChunkPlace, Exchange, Observed, combine, cut, join_tables, pack

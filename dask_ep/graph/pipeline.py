@@ -199,9 +199,8 @@ def build_chunks(ready: Ready, observe: Observe | None = None) -> da.Array:
     order = list(range(experts.num_experts)) if placement is None else placement.order()
     num_local, d_out = len(order) // world_size, width_of_output(experts, tokens)
     of_ranks = [order[r * num_local : (r + 1) * num_local] for r in range(world_size)]
-    layer = _layer(
-        token, experts, places, tokens, at_home=placement is not None and placement.local
-    )
+    at_home = placement is not None and placement.local
+    layer = _layer(token, experts, of_ranks, tokens, at_home=at_home)
 
     chunks, name = tokens.chunks[0], chunk_name(token)
     places = {
@@ -237,7 +236,7 @@ def build_chunks(ready: Ready, observe: Observe | None = None) -> da.Array:
 def _layer(
     token: str,
     experts: Experts | CallableExperts,
-    places: Sequence[Sequence[int]],
+    of_ranks: Sequence[Sequence[int]],
     tokens: da.Array,
     at_home: bool,
 ) -> da.Array:
@@ -246,8 +245,8 @@ def _layer(
     dependencies: list[da.Array] = []
     xp = namespace(tokens._meta).__name__
     dtype = computing_dtype(tokens.dtype, xp != "numpy" and experts.precision == "bfloat16")
-    several = len(places) > 1
-    for r, ids in enumerate(places):
+    several = len(of_ranks) > 1
+    for r, ids in enumerate(of_ranks):
         local = experts.subset(ids)
         lazy = local.collections()
         dependencies.extend(lazy.values())

@@ -1,4 +1,4 @@
-"""What if experts are a user's own functions?"""
+"""How are a user's own functions used as experts?"""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ class CallableExperts:
         for e, function in enumerate(functions):
             if isinstance(function, Expert):
                 raise TypeError(
-                    f"expert {e} must be a function of its own, but is an Expert that was loaded; "
+                    f"expert {e} must be a function of its own, but is a loaded Expert; "
                     "pass the Experts that it was loaded from"
                 )
             if function is not None and not callable(function):
@@ -39,8 +39,8 @@ class CallableExperts:
     def with_precision(self, precision: str) -> CallableExperts:
         if precision != self.precision:
             raise ValueError(
-                f"precision must be {self.precision} for experts that are functions, which "
-                f"multiply by themselves, not {precision!r}"
+                f"precision must be {self.precision} for experts that are functions, which do "
+                f"their own products, not {precision!r}"
             )
         return self
 

@@ -1,7 +1,7 @@
-"""How do a few bits become a number?
+"""How are numbers of a few bits decoded?
 
-A `Coding` turns rows of stored bytes or words into rows of numbers. Scales and zero points are not
-its matter; see `quantized`.
+A `Coding` turns rows of stored bytes or words into rows of numbers. Scales and zero points are
+applied elsewhere, see `quantized`.
 
     float8      one byte a number                      int8, uint8   the same
     fp4, uint4  two in a byte, the low half first      awq           eight in a word, in this order:
@@ -30,17 +30,17 @@ E2M1 = np.concatenate([E2M1, -E2M1])
 """Values of the 16 four-bit numbers: a sign bit and three more."""
 
 AWQ_ORDER = (0, 4, 1, 5, 2, 6, 3, 7)
-"""Which number of a word, counted from the lowest bits, is the first, second, ... of a row."""
+"""Positions in a word, from the lowest bits, of the first, second, ... number of a row."""
 
 SMALLEST, ONE = np.float32(2.0**-149), np.float32(1)
 
 DECODE_STEP = 1 << 16
-"""Codes that are looked up at once: their indices, 8 bytes each, stay in cache."""
+"""Codes that are looked up at a time: their indices, 8 bytes each, stay in cache."""
 
 
 Decode = Callable[[np.ndarray, np.ndarray, np.ndarray], np.ndarray]
-"""Rows as stored (r, w), float32 (r * rows, numbers of w) to fill, and as many uint16 -> the first,
-or the same numbers in fewer bytes, maybe in the second, of a shape with as many."""
+"""(stored rows (r, w), float32 array (r * rows, numbers of w) to fill, uint16 scratch of as many
+numbers) -> the array, or the same numbers in fewer bytes, possibly in the scratch, in any shape."""
 
 
 class Coding(NamedTuple):
@@ -51,8 +51,8 @@ class Coding(NamedTuple):
     decode : see `Decode`
     table : [256, n] float32, the numbers of each byte
     rows : how many rows of numbers are in one row as stored
-    order : of the numbers in a word of 4 bytes, where that is not theirs in the row
-    small : decodes faster, to numbers that a factor, a power of two, makes those of `decode`
+    order : of the numbers in a word of 4 bytes, if it is not their order in the row
+    small : a faster `decode`, whose numbers still have to be multiplied by a power of two
     """
 
     decode: Decode
@@ -62,10 +62,10 @@ class Coding(NamedTuple):
     small: tuple[Decode, np.float32] | None = None
 
     def with_scales(self, scales: np.ndarray) -> tuple[Decode, np.ndarray]:
-        """How to decode what is multiplied by scales afterwards, and by which.
+        """How to decode numbers that are scaled afterwards, and the scales to use.
 
-        Not to small numbers on a thread that takes those below 2**-126 for 0, nor if scales are so
-        large that the factor does not fit in.
+        `small` is not used on a thread that flushes numbers below 2**-126 to 0, nor if the factor
+        would make scales overflow.
         """
         if self.small is None or SMALLEST * ONE == 0:
             return self.decode, scales
@@ -79,7 +79,7 @@ class Coding(NamedTuple):
         return stored * dtype.itemsize * self.table.shape[1] // self.rows
 
     def arranged(self, codes: Array, xp: Any) -> Array:
-        """Decode bytes (r, w, 4 or 1) anywhere, without a host's fast ways: (r * rows, ...)."""
+        """Decode bytes (r, w, 4 or 1) to (r * rows, ...) in any namespace, by table lookup."""
         numbers = xp.take(xp.asarray(self.table), codes.reshape(-1), axis=0)
         if self.order is not None:
             numbers = numbers.reshape(-1, 8)[:, list(self.order)]
@@ -124,7 +124,7 @@ def _both_halves(values: np.ndarray) -> np.ndarray:
 
 
 def two_bytes(table: np.ndarray) -> np.ndarray:
-    """[65536, 2 n] the numbers of two bytes that lie side by side, by those of one [256, n]."""
+    """[65536, 2 n] the numbers of two neighbouring bytes, from the table of one byte [256, n]."""
     codes = np.arange(1 << 16, dtype=np.uint16).view(np.uint8)
     return table[codes].reshape(1 << 16, -1)
 
@@ -132,9 +132,9 @@ def two_bytes(table: np.ndarray) -> np.ndarray:
 def _look_up(
     table: np.ndarray, stored: np.ndarray, out: np.ndarray, spare: np.ndarray
 ) -> np.ndarray:
-    """Two bytes at a time, and the last by itself if they are odd in number.
+    """Look up two bytes at a time, and the last one alone if their number is odd.
 
-    In steps, because NumPy widens all indices to 8 bytes first.
+    In runs, because NumPy first widens all indices to 8 bytes.
     """
     codes, numbers = stored.reshape(-1).view(np.uint8), out.reshape(-1, table.shape[1] // 2)
     even = len(codes) // 2 * 2
@@ -147,17 +147,17 @@ def _look_up(
 
 
 class Float8(NamedTuple):
-    """How an 8-bit float becomes a float32: its bits, moved, are a bfloat16, times a factor."""
+    """Parameters to convert 8-bit floats: their bits, shifted, are a bfloat16, times a factor."""
 
     shift: int
-    #: by so many bits to the left
+    #: bits to shift to the left
     mask: int
     #: sign, exponent and fraction of the bfloat16
     factor: np.float32
     special: int
     #: the first code that is infinite or NaN
     table: np.ndarray
-    #: of two bytes
+    #: lookup table of two bytes
 
     @classmethod
     def of(cls, dtype: np.dtype, values: np.ndarray) -> Float8:
@@ -171,7 +171,7 @@ class Float8(NamedTuple):
 def _decode_float8(
     form: Float8, stored: np.ndarray, out: np.ndarray, spare: np.ndarray
 ) -> np.ndarray:
-    """Move the bits; where there are infinities or NaN, look all numbers up."""
+    """Shift the bits; if there are infinities or NaN, look all numbers up instead."""
     codes = stored.reshape(-1).view(np.int8)
     largest = codes.max(initial=0), codes.view(np.uint8).max(initial=0)
     if largest[0] >= form.special or largest[1] >= 128 + form.special:
@@ -189,7 +189,7 @@ def _decode_uint4(stored: np.ndarray, out: np.ndarray, spare: np.ndarray) -> np.
 
 
 def _decode_awq(stored: np.ndarray, out: np.ndarray, spare: np.ndarray) -> np.ndarray:
-    """Shuffle the halves of each word together, and go on as with numbers in their order.
+    """Interleave the halves of each word, then decode as numbers in order.
 
     H. S. Warren, Hacker's Delight, section 7-2, of four bits at a time.
     """
@@ -205,7 +205,7 @@ def _decode_awq(stored: np.ndarray, out: np.ndarray, spare: np.ndarray) -> np.nd
 
 
 def _decode_rows(bits: int, stored: np.ndarray, out: np.ndarray, spare: np.ndarray) -> np.ndarray:
-    """All rows of each half of the words together, whose shorter numbers are moved faster."""
+    """Decode all rows of each half of the words together: shorter integers are shifted faster."""
     words, rows = np.ascontiguousarray(stored).view(np.uint32), 16 // bits
     numbers = spare.reshape(len(words), 2, rows, words.shape[1])
     places = np.arange(0, 16, bits, dtype=np.uint16)[:, None]

@@ -1,6 +1,6 @@
-"""How do the bytes of a source come to a device?
+"""How are the bytes of a source copied to a device?
 
-As they are stored, through pinned memory; what is quantized or of another dtype is converted there.
+As stored, through pinned memory; quantized numbers and other dtypes are converted on the device.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from dask_ep.storage.sources import Source
 
 
 class DeviceSource(Source):
-    """Numbers that are on a device already; float8, which devices' arrays do not know, as uint8."""
+    """Numbers that are on a device already; float8, for which CuPy has no dtype, as uint8."""
 
     def __init__(self, array: Array, name: str, dtype: np.dtype | None = None):
         self.shape, self.name, self.array = array.shape, name, array
@@ -27,7 +27,7 @@ class DeviceSource(Source):
         return self.array[start:stop]
 
     def part(self, e: int) -> DeviceSource:
-        """The array at one place of the first axis, by itself; the same one whenever asked."""
+        """The array at one index of the first axis; the same object on each call."""
         part = DeviceSource(self.array[e], self.name, self.dtype)
         part._uuid = f"{self._uuid}-{e}"
         return part
@@ -37,7 +37,7 @@ class DeviceSource(Source):
 
 
 def put(out: Array, host: np.ndarray) -> None:
-    """Copy a pinned array into a device array of its shape, converted there if need be."""
+    """Copy a pinned array into a device array of its shape, converted there if necessary."""
     if out.dtype == host.dtype and out.flags.c_contiguous:
         fill(out, host)
     else:
@@ -45,7 +45,7 @@ def put(out: Array, host: np.ndarray) -> None:
 
 
 def bytes_on(xp: Any, source: Source, start: int, stop: int) -> Array:
-    """Codes as they are stored, as uint8 on a device, which knows no float8."""
+    """Codes as stored; float8 as uint8, since CuPy has no dtype for it."""
     if isinstance(source, DeviceSource):
         return source.read(start, stop).view(np.uint8)
     host = pinned_empty(xp, (stop - start, *source.shape[1:]), source.dtype)

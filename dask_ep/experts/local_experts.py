@@ -1,4 +1,4 @@
-"""What does a rank hold of its experts?"""
+"""How does a rank hold its experts in memory?"""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 HIDDEN_COLUMNS = 2048
 """Hidden columns that are computed together on the CPU: 1024 rows of them stay in the last-level
-cache, and fewer rows a product would cost a tenth of its speed in packing the matrices."""
+cache; with fewer rows per product, packing the matrices would cost a tenth of its speed."""
 
 
 def numbers_at_once(experts: Any) -> int:
@@ -36,8 +36,8 @@ def numbers_at_once(experts: Any) -> int:
 class LocalExperts(Sequence[Expert]):
     """A rank's experts in memory, in the order of its places.
 
-    Dask is told its true size in memory. Copied to another process it does not carry the
-    weights of files along: they are read again from where they lie, when the first is asked for.
+    Dask is told its true size in memory. A copy in another process does not contain the weights
+    of files: they are read again there when the first is used.
     """
 
     def __init__(
@@ -106,7 +106,7 @@ def load_experts(
 def _read_each(
     experts: Experts, dtype: np.dtype, given: dict[str, Sequence[np.ndarray]]
 ) -> dict[str, list[Array | None]]:
-    """Read the experts one after the other, as they lie in most files."""
+    """Read the experts one after the other, which is their order in most files."""
     stacks: dict[str, list[Array | None]] = {name: [] for name in experts.weights}
     values = {name: deque(given.pop(name)) for name in experts.weights if name in given}
     with experts.joined():
@@ -121,7 +121,7 @@ def _read_each(
 def _read_to_device(
     experts: Experts, xp: Any, dtype: np.dtype, given: dict[str, Sequence[np.ndarray]]
 ) -> dict[str, list[Array | None]]:
-    """Read the experts to a device, gate and up into one matrix; what is there stays there.
+    """Read the experts to a device, gate and up into one matrix; arrays on the device stay there.
 
     All experts of one weight are one allocation, which is freed with the last of them.
     """
@@ -155,7 +155,7 @@ def _read_to_device(
 def _allocate(
     xp: Any, weight: Weight, shape: tuple[int, ...], dtype: np.dtype
 ) -> list[Array | None]:
-    """Device memory for one weight of all experts that are held, in one piece."""
+    """One block of device memory for one weight of all experts that are held."""
     held = sum(e >= 0 for e in weight.ids)
     stack = iter(xp.empty((held, *shape), dtype=dtype))
     return [next(stack) if e >= 0 else None for e in weight.ids]
@@ -164,7 +164,7 @@ def _allocate(
 def _side_by_side(
     stacks: dict[str, list[Array | None]], options: dict[str, Any]
 ) -> dict[str, list[Array | None]]:
-    """Put gate and up side by side where they alternate."""
+    """Put gate and up side by side if they are interleaved."""
     if not options.get("interleaved", False):
         return stacks
     axis = 0 if options["transposed"] else 1
@@ -231,7 +231,7 @@ def _by_hidden_columns(
     options: dict[str, Any],
     build: Callable[[dict[str, Expert]], Expert],
 ) -> Expert:
-    """Build an expert of at most `HIDDEN_COLUMNS`, or the sum of several that share its columns."""
+    """Build an expert of at most `HIDDEN_COLUMNS`, or a sum of several with a part of them each."""
     matrices = {name: w for name, w in arrays.items() if not name.endswith("_bias")}
     oriented = {name: _oriented(w, options) for name, w in matrices.items()}
     hidden = oriented["down"].shape[0]
@@ -277,7 +277,7 @@ def _halves(w: Array, axis: int) -> tuple[Array, Array]:
 
 
 def _deinterleave(w: Array, axis: int) -> tuple[Array, Array]:
-    """Split into contiguous matrices: products of every other column would copy at each use."""
+    """Split into contiguous matrices: products with every other column would copy at each use."""
     pair = []
     for first in (0, 1):
         alternate = w[first::2] if axis == 0 else w[:, first::2]

@@ -3,12 +3,12 @@
     ep_experts task ──> ExpertsAhead ──> the readers' queue: one thread per process, or a few where
                              │           there are many cores; bytes in memory, as they are stored
                              v
-    ep_dispatch tasks: the first to ask for an expert makes them what is computed with, matrix by
-                       matrix, and others that ask meanwhile take a part of it
+    ep_dispatch tasks: the first that needs an expert decodes them, matrix by matrix, and others
+                       that need them meanwhile take part
 
-A task that reads would keep a thread that could compute from doing so; and bfloat16, FP8 and MXFP4
-wait in the bytes that they have in their files. What bounds memory is the graph: it begins to read
-a block, and to compute one, when an earlier one is done with.
+A task that reads would occupy a thread that could compute; and bfloat16, FP8 and MXFP4 wait in
+memory as they are stored. The graph bounds memory: it begins to read a block, and to compute one,
+when an earlier one is finished.
 """
 
 from __future__ import annotations
@@ -32,11 +32,11 @@ from dask_ep.experts.weights import Weight
 from dask_ep.kernel.expert import Expert
 
 READERS = min(max(CPU_COUNT // 4, 1), 4)
-"""Threads of a process that read: each brings about 1 GB in a second."""
+"""Threads of a process that read: each reads about 1 GB per second."""
 
 
 class _Readers:
-    """The threads that read, from their first use on."""
+    """The threads that read; started at their first use."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
@@ -53,7 +53,7 @@ _readers = _Readers()
 
 
 def _renew_readers() -> None:
-    """After a fork the child has the parent's lock and none of its threads: start afresh."""
+    """After a fork the child has the parent's lock but none of its threads: start afresh."""
     global _readers
     _readers = _Readers()
 
@@ -63,21 +63,21 @@ if hasattr(os, "register_at_fork"):
 
 
 class ExpertsAhead(Sequence[Expert]):
-    """Experts that are being read, or will be when it is their turn.
+    """Experts that are being read, or are queued to be.
 
     Parameters
     ----------
     experts : Experts
-        All of them are read; computed by NumPy.
+        All of them are read, for NumPy.
     dtype : the computing dtype
     tell : called when they have been read, optional
 
     Notes
     -----
-    In memory as they are stored until one of them is asked for, and in the computing dtype from
-    then on. Copied to another process it reads its files again. Its size is not told to Dask: the
-    graph bounds how many there are, and a worker that puts them on disk to make room would read
-    them again and again. What nobody wants any more before it was its turn is not read.
+    They are in memory as stored until one of them is used, and in the computing dtype from then
+    on. A copy in another process reads the files again. Dask is not told their size: the graph
+    bounds how many there are, and a worker that spilled them to make room would read them again
+    and again. Experts that are dropped before their turn are not read.
     """
 
     def __init__(self, experts: Experts, dtype: np.dtype, tell: Callable[[], Any] | None = None):
@@ -96,7 +96,7 @@ class ExpertsAhead(Sequence[Expert]):
 
 
 class _Compressed:
-    """Experts in memory as they are stored, until the first is asked for."""
+    """Experts in memory as they are stored, until the first is used."""
 
     def __init__(self, experts: Experts, dtype: np.dtype):
         self._origin, self._dtype = experts, dtype
@@ -111,7 +111,7 @@ class _Compressed:
                     self._decoded.setdefault(name, []).append(self._waiting[-1][1])
 
     def experts(self) -> list[Expert]:
-        """Return them to compute with; the caller decodes what has not been started."""
+        """Return the decoded experts; the caller decodes those that no thread has started."""
         while self._waiting:
             with contextlib.suppress(IndexError):  # another thread was faster
                 _decode(*self._waiting.popleft(), self._dtype)
@@ -130,7 +130,7 @@ def _decode(weight: Weight, to: Future[np.ndarray], dtype: np.dtype) -> None:
         (one,) = weight.read(dtype)
         assert one is not None  # `held_in_memory` takes experts that are there
         to.set_result(one)
-    except BaseException as error:  # for all who wait for it
+    except BaseException as error:  # raised in all threads that wait
         to.set_exception(error)
 
 

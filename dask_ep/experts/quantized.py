@@ -2,9 +2,9 @@
 
     number  =  (code - zero of its block) * scale of its block
 
-A `QuantizedSource` is a Source over Sources: the file keeps its few bits, and only what is asked
-for is decoded. Codes are read by `codings`, scales and zero points by `scales`; which tensors of a
-checkpoint belong together is told by `dask_ep.layers.formats`.
+A `QuantizedSource` is a Source over Sources: only the requested part of a file is decoded. Codes
+are decoded by `codings`, scales and zero points by `scales`; `dask_ep.layers.formats` knows which
+tensors of a checkpoint belong together.
 
     FP8     values [(e,) o, i] float8     scales [(e,) o / b0, i / b1]
     MXFP4   blocks [e, o, i / 32, 16]     scales [e, o, i / 32] uint8, each 2^(s-127)
@@ -47,10 +47,10 @@ class QuantizedSource(Source):
         Which numbers share a scale. The last blocks of a row or column may be cut short.
     shape : of the numbers; without it, all that `codes` holds
     zeros : Source of float32, shaped like the scales, or a number
-        What each code is less of, before it is scaled.
+        Subtracted from each code before it is scaled.
     groups : Source (columns,) or, with blocks (b0, 1), (rows,)
-        Which scale each of them has, where that is not the order; -1 throughout is the order.
-    extent : Source (2,), what the file says that `shape` is
+        Index of the scale of each, if they are not in order; all -1 means in order.
+    extent : Source (2,), the value of `shape` in the file
     rounded : dtype to which the products are rounded, as the format's own library does
     label : what the format is called
 
@@ -95,7 +95,7 @@ class QuantizedSource(Source):
         self.scales = scales
 
     def _numbers_held(self) -> tuple[int, ...]:
-        """Shape of the numbers that the codes hold, padding included."""
+        """Shape of the decoded codes, padding included."""
         stored, codes = self.codes.shape, coding(self.coding)
         *experts, rows, width = stored if len(stored) < 4 else (*stored[:2], stored[2] * stored[3])
         return (*experts, rows * codes.rows, codes.width(width, self.codes.dtype))
@@ -111,7 +111,7 @@ class QuantizedSource(Source):
 
     @property
     def _parts(self) -> dict[str, Source]:
-        """What it is made of, by the names of its attributes."""
+        """The sources that it consists of, by the names of its attributes."""
         found = {name: getattr(self, name) for name in self.PARTS}
         return {name: part for name, part in found.items() if isinstance(part, Source)}
 
@@ -122,7 +122,7 @@ class QuantizedSource(Source):
 
     @property
     def is_bfloat16(self) -> bool:
-        """Whether bfloat16 holds all of its numbers, as far as dtypes tell."""
+        """Whether bfloat16 represents all of its numbers exactly, judged by dtypes."""
         return self.scales.are_powers or self.rounded == ml_dtypes.bfloat16
 
     # --- on the host ---
@@ -163,13 +163,13 @@ class QuantizedSource(Source):
         out: np.ndarray,
         first: int,
     ) -> None:
-        """Decode one matrix (rows, columns), whose first row is so far into its first block."""
+        """Decode one matrix (rows, columns); its first row is at a given offset in its block."""
         codes, split = coding(self.coding), split_factor(scales, self.rounded)
         step = max(IN_CACHE // max(out.shape[1], 1) // codes.rows * codes.rows, codes.rows)
         width, wide = self._numbers_held()[-1], self.block[1]
         scratch = np.empty(min(step, len(out)) * width, np.float32)
         decode, scales = codes.with_scales(scales if split is None else scales * split)
-        if groups is None and self.block[0] > 1 and wide > 1:  # rows share what is repeated
+        if groups is None and self.block[0] > 1 and wide > 1:  # rows share repeated values
             scales, zeros = (_widened(values, wide, out.shape[1]) for values in (scales, zeros))
             wide = 1
         picked, wide = (None, wide) if groups is None or wide == 1 else (groups, 1)
@@ -242,7 +242,7 @@ class QuantizedSource(Source):
             )
 
     def _read_groups(self) -> np.ndarray | None:
-        """Which scale each column or row has; None where that is the order."""
+        """Index of the scale of each column or row; None if they are in order."""
         if self.groups is None:
             return None
         groups = self.groups.read(0, self.groups.shape[0])
@@ -257,9 +257,8 @@ class QuantizedSource(Source):
         return groups
 
     def held(self, start: int, stop: int, xp: Any) -> QuantizedSource:
-        """The same matrices [start, stop), with their few bits in memory: codes there, scales here.
-
-        Of a matrix (rows, columns), all rows.
+        """The same matrices [start, stop) in memory, as stored: codes in that of `xp`, scales on
+        the host. For a matrix (rows, columns), all rows.
         """
         held, whole = copy.copy(self), len(self.shape) == 2
         if not whole:
@@ -277,14 +276,14 @@ class QuantizedSource(Source):
         return self._describe() | {"coding": self.coding, "block": list(self.block)} | parts
 
     def __dask_tokenize__(self) -> object:
-        """A token in one piece: Dask would take nested mappings of thousands of tensors apart."""
+        """The token as one string: Dask would walk nested mappings of thousands of tensors."""
         return f"{type(self).__name__} {self.path} {json.dumps(self.fingerprint())}"
 
 
 def _bands(
     block: tuple[int, ...], top: int, count: int, groups: np.ndarray | None
 ) -> slice | np.ndarray:
-    """Which blocks above each other some rows are in; one, if it is the same for all."""
+    """The rows of blocks that some rows are in; a single one if it is the same for all."""
     if groups is not None and block[1] == 1:
         return groups[top : top + count]
     if block[0] == 1:
@@ -294,7 +293,7 @@ def _bands(
 
 
 def _widened(values: Any, wide: int, columns: int) -> Any:
-    """What each column has, of (blocks above each other, blocks side by side) so `wide`."""
+    """Expand values (block rows, block columns) to one per column, of blocks `wide` columns."""
     if not isinstance(values, np.ndarray) or values.shape[1] == 1:
         return values
     return np.repeat(values, wide, axis=1)[:, :columns]
@@ -307,7 +306,7 @@ def _of_rows(values: Any, bands: slice | np.ndarray, picked: np.ndarray | None) 
 
 
 def less(numbers: np.ndarray, zeros: np.ndarray | float, codes: Coding, wide: int) -> np.ndarray:
-    """Subtract zero points (r or 1, blocks so wide), or one for all, while numbers are short."""
+    """Subtract zero points, (r or 1, blocks) or one for all, before numbers are widened."""
     if np.ndim(zeros) == 0 and not zeros:
         return numbers
     if numbers.itemsize == 1 and not (codes.table.shape[1] == 2 or np.all(zeros == 128)):
@@ -394,15 +393,15 @@ def mxfp4(blocks: Source, scales: Source) -> QuantizedSource:
 
 
 def in_memory(source: Source, start: int, stop: int, xp: Any = np) -> Source:
-    """Read rows as they are stored: a source of the same values whose few bits are in memory.
+    """Read rows as they are stored, into memory: returns a source of the same values.
 
     Parameters
     ----------
     source : Source
-        Any; of a quantized matrix (o, i), all rows. GGUF stays in the host's memory.
+        Any; for a quantized matrix (o, i), all rows. GGUF stays in the host's memory.
     start, stop : int
         Rows of the first axis, the experts of (e, o, i).
-    xp : in whose memory; scales, which are few, stay on the host
+    xp : namespace whose memory to read to; scales, which are few, stay on the host
     """
     if isinstance(source, (QuantizedSource, GgufSource)):
         return source.held(start, stop, xp)
@@ -412,13 +411,13 @@ def in_memory(source: Source, start: int, stop: int, xp: Any = np) -> Source:
 
 
 def fill_on_device(source: Source, start: int, stop: int, out: Array) -> None:
-    """Read rows of a source into a device array, in one copy of the bytes as they are stored.
+    """Read rows of a source into a device array, by one copy of the stored bytes.
 
     Parameters
     ----------
     source : Source
-        Of floats; what is quantized or of another dtype than `out` is converted on the device.
-    start, stop : rows; whole matrices of what is quantized
+        Of floats; quantized numbers and dtypes other than `out`'s are converted on the device.
+    start, stop : rows; of quantized sources whole matrices
     out : (stop - start, *source.shape[1:]) device array
     """
     if isinstance(source, QuantizedSource):

@@ -1,7 +1,7 @@
 """What are the scales and zero points of quantized matrices?
 
-Both are Sources of float32, (blocks above each other, blocks side by side), over what a file holds:
-floats, powers of two, or whole numbers packed into words.
+Both are Sources of float32, (block rows, block columns), over the form in a file: floats, powers of
+two, or integers packed into words.
 """
 
 from __future__ import annotations
@@ -18,10 +18,10 @@ from dask_ep.experts.codings import FLOAT8, coding
 from dask_ep.storage.sources import ArraySource, Source
 
 E8M0 = np.dtype(ml_dtypes.float8_e8m0fnu)
-"""Powers of two: the exponent and 127. Files call it uint8 as well."""
+"""Powers of two: the exponent plus 127. Files may declare it as uint8."""
 
 POWERS = np.append(np.ldexp(np.float32(1), np.arange(255, dtype=np.int32) - 127), np.float32("nan"))
-"""[256] what such a scale stands for."""
+"""[256] the values of such scales."""
 
 
 class ScaleSource(Source):
@@ -30,8 +30,9 @@ class ScaleSource(Source):
     Parameters
     ----------
     stored : Source of floats, or of uint8 or float8_e8m0fnu, which are powers of two
-    shape : ((e,) blocks above each other, blocks side by side)
-        Axes of one may be missing in `stored`: a scale for all has none, one per row has one.
+    shape : ((e,) block rows, block columns)
+        Axes of length one may be missing in `stored`: one scale for all has no axes, one per row
+        has one.
     factor : Source of one number that multiplies every scale, or divides it if `divides`
     of : the matrix, for messages
 
@@ -90,7 +91,7 @@ class ScaleSource(Source):
         return out
 
     def on_device(self, xp: Any, start: int, stop: int) -> Array:
-        """The same on a device; powers of two are sent there as they are stored."""
+        """The same on a device; powers of two are copied as they are stored."""
         if not self.are_powers:
             return xp.asarray(self.read(start, stop))
         exponents = xp.asarray(self._exponents(self._read_stored(start, stop)))
@@ -128,8 +129,8 @@ class ZeroPoints(Source):
     ----------
     stored : Source (r, w)
     coding : str, how they are packed, see `dask_ep.experts.codings.coding`
-    shape : of the zero points; what is behind them is padding
-    more, mask : each is ``(code + more) & mask``
+    shape : of the zero points; anything after them is padding
+    more, mask : a zero point is ``(code + more) & mask``
 
     Raises
     ------
@@ -173,7 +174,7 @@ class ZeroPoints(Source):
         return out
 
     def held(self, start: int, stop: int) -> ZeroPoints:
-        """The same in memory, as they are stored; all of them."""
+        """All zero points in memory, as they are stored."""
         stored = ArraySource(self.stored.read(0, self.stored.shape[0]), self.name)
         return ZeroPoints(stored, self.coding, self.shape, self.more, self.mask)
 

@@ -1,13 +1,13 @@
-"""How does a rank hold more experts than it has memory for in float32?
+"""How does a rank hold more experts than fit into memory in float32?
 
-As they are stored: bfloat16, FP8 with its scales, MXFP4. An expert becomes float32 when its rows
-come, and only the last one of each thread stays so.
+As they are stored: bfloat16, FP8 with its scales, MXFP4. An expert is converted to float32 when
+rows come, and each thread keeps only the last one.
 
     file ──.load()──> bytes as stored, in memory ──rows come──> one expert in float32, for a while
 
 Half the memory of float32 for 16 bits, a quarter for FP8, an eighth for MXFP4, and the time of one
-conversion per chunk and expert; none for bfloat16 where products take it as it is (`bfloat16`). On
-a GPU that is the device's memory, where an expert is decoded to what it computes in.
+conversion per chunk and expert; none for bfloat16 where products support it (`bfloat16`). On a GPU
+they are held in device memory, and decoded there.
 """
 
 from __future__ import annotations
@@ -38,12 +38,12 @@ def held_as_stored(experts: Experts) -> StoredExperts:
 
     Returns
     -------
-    StoredExperts, for wherever an `Experts` serves
+    StoredExperts, which can be used wherever `Experts` can
 
     Notes
     -----
-    What comes out is the same to the last bit. Each (chunk, expert) pair converts the expert once,
-    which pays when an expert gets some hundred rows of a chunk: choose large chunks.
+    Outputs are the same to the last bit. Each (chunk, expert) pair converts the expert once, which
+    pays if an expert gets some hundred rows of a chunk: choose large chunks.
 
     Examples
     --------
@@ -87,7 +87,7 @@ class StoredExperts(Experts):
 
 
 class _StoredExpert(Expert):
-    """One expert as it is stored. Converted at its use, and kept until its thread uses another."""
+    """One expert as stored. Converted when used, and kept until its thread uses another."""
 
     def __init__(self, one: Experts, xp: Any, dtype: np.dtype, lately: threading.local):
         self._one, self._xp, self._dtype, self._lately = one, xp, dtype, lately
@@ -102,7 +102,7 @@ class _StoredExpert(Expert):
         return self._loaded().takes(dtype)
 
     def factors(self, dtype: np.dtype) -> Factors:
-        first = next(iter(self._one.weights.values()))  # on a device dtypes tell: nothing is loaded
+        first = next(iter(self._one.weights.values()))  # on a device by dtypes: nothing is loaded
         held = first.loaded_dtype(self._dtype, on_device=True)
         return Factors(dtype if held == dtype else computing_dtype(dtype))
 
@@ -114,20 +114,20 @@ class _StoredExpert(Expert):
         return self._loaded()(rows, out, **({} if hidden is None else {"hidden": hidden}))
 
     def activate(self, rows: Array, hidden: Array | None = None) -> Array:
-        """The hidden activations of rows, in `hidden` when it is given."""
+        """The hidden activations of rows, written to `hidden` if given."""
         return self._loaded().activate(rows, hidden)
 
     def _loaded(self) -> Any:
         who, expert = getattr(self._lately, "expert", (None, None))
         if expert is None or who is not self:
-            self._lately.expert = (None, None)  # the memory of the last is free for this one
+            self._lately.expert = (None, None)  # free the memory of the previous one first
             expert = self._one.load(xp=self._xp, dtype=self._dtype)[0]
             self._lately.expert = (self, expert)
         return expert
 
 
 def held_in_memory(experts: Experts, e: int, xp: Any = np) -> Experts:
-    """Read one expert as it is stored, as an `Experts` of that one alone."""
+    """Read one expert as it is stored, as `Experts` of that one only."""
     weights = {name: _hold_weight(weight, e, xp) for name, weight in experts.weights.items()}
     return Experts(experts.kind, weights, experts.options)
 

@@ -1,7 +1,7 @@
-"""Where is one weight of all experts?
+"""Where are the weights of experts, and how are they read?
 
 A `Weight` is one array per expert, left where it is (a file, an array, a Dask array) until some of
-them are read, each by itself.
+them are read, one by one.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from dask_ep.storage.remote import joined
 from dask_ep.storage.sources import ArraySource, Source, open_source, refuse_missing
 
 WIDEN_STEP = 1 << 16
-"""Numbers that are widened at once: they stay in cache between the two steps."""
+"""Numbers that are widened at a time: they stay in cache between the two steps."""
 
 
 class Weight:
@@ -41,7 +41,7 @@ class Weight:
 
     @classmethod
     def of(cls, obj: Any, name: str) -> Weight:
-        """Take whatever weights come in; lists have one entry per expert."""
+        """Make a `Weight` of any supported form; lists have one entry per expert."""
         if isinstance(obj, Weight):
             return obj
         if isinstance(obj, (list, tuple)):
@@ -84,13 +84,13 @@ class Weight:
         return held * int(self.parts.nbytes) // max(self.parts.shape[0], 1)
 
     def sources(self) -> tuple[Source, ...]:
-        """The source of these experts, if not a Dask array."""
+        """The source of these experts, unless it is a Dask array."""
         if isinstance(self.parts, da.Array):
             return ()
         return self.parts if isinstance(self.parts, tuple) else (self.parts,)
 
     def ranges(self) -> Iterator[tuple[Source, int, int]]:
-        """What is read of each source for the experts held here; see `Source.ranges`."""
+        """The sources and rows that hold these experts; see `Source.ranges`."""
         for e in self.ids:
             if e >= 0 and isinstance(self.parts, tuple):
                 yield from self.parts[e].ranges(0, self.parts[e].shape[0])
@@ -98,7 +98,7 @@ class Weight:
                 yield from self.parts.ranges(e, e + 1)
 
     def whole(self) -> Source:
-        """The source of all experts, where it is one."""
+        """The source of all experts, if it is a single one."""
         assert isinstance(self.parts, Source)  # a Dask array is a task's argument, see `detached`
         return self.parts
 
@@ -113,7 +113,7 @@ class Weight:
         return Weight(tuple(map(self._part, held)), ids)
 
     def _part(self, e: int) -> Source:
-        """One expert by itself, so that a task carries its rank's part alone."""
+        """One expert alone, so that a task carries only its rank's part."""
         if isinstance(self.parts, tuple):
             return self.parts[e]
         if isinstance(self.parts, DeviceSource):
@@ -128,7 +128,7 @@ class Weight:
         return self.parts[[e for e in self.ids if e >= 0]].rechunk(-1)
 
     def detached(self) -> Weight:
-        """The same without its Dask array, for a task that gets it as an argument."""
+        """The same without its Dask array, for a task that gets the array as an argument."""
         if not isinstance(self.parts, da.Array):
             return self
         return Weight(_Detached(self.parts.shape, self.parts.dtype), self.ids)
@@ -139,8 +139,8 @@ class Weight:
     ) -> list[Array | None]:
         """Read one array per expert, None for an empty place; each converted by itself.
 
-        Matrices that are bfloat16, or become it when they are decoded without losing a bit, stay
-        so instead of float32 where products with them take 16 bits (`dask_ep.kernel.bfloat16`).
+        Matrices that are bfloat16, or are decoded to it exactly, stay bfloat16 instead of float32
+        where products with them use 16 bits (`dask_ep.kernel.bfloat16`).
         """
         read = iter(() if given is None else given)
         arrays: list[Array | None] = []
@@ -157,19 +157,19 @@ class Weight:
         return [None if a is None else self._as_computed(a, dtype) for a in arrays]
 
     def loaded_dtype(self, dtype: np.dtype, *, on_device: bool = False) -> np.dtype:
-        """The dtype in which one computes in a dtype, as far as dtypes tell."""
+        """The dtype in which one is held to compute in a dtype, judged by dtypes."""
         narrow = dtype == np.float32 and self.is_bfloat16
         if narrow and (on_device or blas.bfloat16_library() is not None):
             return BFLOAT16
         return np.dtype(dtype)
 
     def loaded_bytes(self, dtype: np.dtype, *, on_device: bool = False) -> int:
-        """Bytes of one expert's as it computes in a dtype, at most."""
+        """Bytes of one expert's weight, held to compute in a dtype, at most."""
         return prod(self.shape[1:]) * self.loaded_dtype(dtype, on_device=on_device).itemsize
 
     @property
     def is_bfloat16(self) -> bool:
-        """Whether these are matrices of bfloat16, or decoded to it, as far as dtypes tell."""
+        """Whether these are matrices of bfloat16, or decoded to it, judged by dtypes."""
         if len(self.shape) != 3:
             return False
         one = self.parts[0] if isinstance(self.parts, tuple) else self.parts
@@ -197,12 +197,12 @@ class Weight:
     def fill(
         self, targets: Sequence[Array | None], given: Sequence[np.ndarray] | None = None
     ) -> None:
-        """Read each expert held here into a device array; one of its number, None where empty.
+        """Read each expert held here into a device array; one per place, None if empty.
 
         Notes
         -----
-        Bytes go there as they are stored, through pinned memory: the next one is read while the
-        last is on its way.
+        Bytes are copied as stored, through pinned memory: the next expert is read while the last
+        is copied.
         """
         read = iter(() if given is None else given)
         for e, target in zip(self.ids, targets, strict=True):
@@ -218,7 +218,7 @@ class Weight:
                 fill_on_device(self.whole(), e, e + 1, target[None])
 
     def fingerprint(self) -> dict[str, Any]:
-        """Tell these weights from other or changed ones; see `Source.fingerprint`."""
+        """Identify these weights, by source and state; see `Source.fingerprint`."""
         ids = self.ids if isinstance(self.ids, range) else list(self.ids)
         return describe(self.parts) | describe({"ids": ids})
 
@@ -227,7 +227,7 @@ class Weight:
 
 
 def _converted(array: Array, dtype: np.dtype) -> Array:
-    """The array in another dtype; in recycled memory, whose pages are mapped already."""
+    """The array in another dtype, in recycled memory, whose pages are mapped already."""
     if array.dtype == dtype:
         return array
     out = memory.empty(array.shape, dtype, like=array)
@@ -240,7 +240,7 @@ def _converted(array: Array, dtype: np.dtype) -> Array:
 
 
 def _widen(bits: np.ndarray, out: np.ndarray) -> None:
-    """Give bfloat16 numbers the 16 bits that float32 has more: twice as fast as ``astype``."""
+    """Widen bfloat16 to float32 by shifting bits: twice as fast as ``astype``."""
     for start in range(0, len(bits), WIDEN_STEP):
         wide = out[start : start + WIDEN_STEP]
         wide[...] = bits[start : start + WIDEN_STEP]
@@ -248,7 +248,7 @@ def _widen(bits: np.ndarray, out: np.ndarray) -> None:
 
 
 class _Detached(Source):
-    """Stands for a Dask array whose value comes as a task's argument."""
+    """Placeholder for a Dask array whose value comes as a task's argument."""
 
     def __init__(self, shape: tuple[int, ...], dtype: np.dtype):
         self.shape, self.dtype, self.name = shape, dtype, "Dask array"
@@ -261,7 +261,7 @@ class _Detached(Source):
 
 
 def _checked(value: Array) -> Array:
-    """A value of a Dask array, whose blocks can be masked though the array did not say so."""
+    """A value of a Dask array; its blocks can be masked even if the array's `_meta` is not."""
     refuse_masked(value, "a Dask array of weights")
     return value
 
@@ -277,7 +277,7 @@ def _put(target: Array, value: Array) -> None:
 
 
 def _source(obj: Any, name: str) -> Source:
-    """A Source of a weight, of which nothing is missing; device arrays serve as they are."""
+    """A Source of a weight, without missing chunks; device arrays are used as they are."""
     if not isinstance(obj, np.ndarray) and is_array(obj):
         return DeviceSource(obj, name)
     is_path = isinstance(obj, str) or hasattr(obj, "__fspath__")
@@ -295,17 +295,17 @@ def _as_dask(part: Any, name: str) -> da.Array:
 
 
 class Weights:
-    """The weights of some experts, by name: how large they are, and where they lie."""
+    """The weights of some experts, by name: their sizes and locations."""
 
     weights: dict[str, Weight]
 
     @property
     def is_bfloat16(self) -> bool:
-        """Whether matrices are bfloat16, or are decoded to it, as far as dtypes tell."""
+        """Whether matrices are bfloat16, or are decoded to it, judged by dtypes."""
         return any(weight.is_bfloat16 for weight in self.weights.values())
 
     def loaded_bytes(self, dtype: np.dtype, *, on_device: bool = False) -> int:
-        """Bytes of one expert that is loaded to compute in a dtype."""
+        """Bytes of one expert, loaded to compute in a dtype."""
         return sum(w.loaded_bytes(dtype, on_device=on_device) for w in self.weights.values())
 
     def held_bytes(self, dtype: np.dtype, *, on_device: bool = False) -> int:
@@ -327,21 +327,21 @@ class Weights:
 
     @property
     def parameters(self) -> int:
-        """Numbers in one expert: twice as many FLOPs go into each row."""
+        """Numbers in one expert: each row takes twice as many FLOPs."""
         return sum(int(np.prod(weight.shape[1:])) for weight in self.weights.values())
 
     @property
     def is_square(self) -> bool:
-        """Whether all matrices are square, so that their shapes do not tell in from out."""
+        """Whether all matrices are square, so that shapes do not distinguish in from out."""
         shapes = [w.shape for name, w in self.weights.items() if not name.endswith("bias")]
         return all(rows == columns for _, rows, columns in shapes)
 
     def sources(self) -> list[Source]:
-        """Where the weights lie that are no Dask arrays."""
+        """The sources of the weights that are not Dask arrays."""
         return [source for weight in self.weights.values() for source in weight.sources()]
 
     def joined(self) -> AbstractContextManager[None]:
-        """While this is open, what neighbours in remote files is read at once."""
+        """While this is open, neighbouring ranges of remote files are read at once."""
         return joined(part for weight in self.weights.values() for part in weight.ranges())
 
     def collections(self) -> dict[str, da.Array]:

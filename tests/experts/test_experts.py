@@ -410,7 +410,7 @@ def test_tokens_of_experts_follow_their_content():
         (
             lambda: as_experts(list(Experts.gated(**weights("gate", "up", "down")).load())),
             TypeError,
-            "expert 0 .* is an Expert that was loaded; pass the Experts that it was loaded from",
+            "expert 0 .* is a loaded Expert; pass the Experts that it was loaded from",
         ),
         (lambda: as_experts([]), ValueError, "w must have one entry per expert, but has none"),
         (lambda: Experts.linear(None), TypeError, "w must be given"),

@@ -462,7 +462,7 @@ def test_a_graph_takes_the_precision(library):
 def test_a_precision_that_is_unknown_is_refused():
     with pytest.raises(ValueError, match="precision must be one of float32, bfloat16, not 'half'"):
         a_layer("linear", 0).experts.with_precision("half")
-    with pytest.raises(ValueError, match="experts that are functions, which multiply by themsel"):
+    with pytest.raises(ValueError, match="experts that are functions, which do their own products"):
         Experts.callables([lambda x: x]).with_precision("bfloat16")
 
 

@@ -1,8 +1,8 @@
 """Which tensors make up a MoE block, and which layer do they make?
 
-Each tensor of the layer is taken once, by its name, and its shape and dtype are compared with what
-``config.json`` says; or it is known to be no part of the block, such as attention. What is left
-over is an error.
+Each tensor of the layer is either taken once, by its name, and its shape and dtype compared with
+``config.json``; or it is known not to belong to the block, such as attention. Any other tensor is
+an error.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from dask_ep.storage.views import FirstRow, Regrouped, Transposed
 
 @dataclass(frozen=True)
 class Model:
-    """What a block must know about its checkpoint."""
+    """What a block needs to know about its checkpoint."""
 
     directory: str
     model_type: str
@@ -37,7 +37,7 @@ class Model:
 
     @property
     def said(self) -> str:
-        """What has the config's keys, and where that is."""
+        """The place of the config's keys, for messages."""
         place = said_by(self.config)
         return (
             f"{self.directory}/{place}"
@@ -52,23 +52,21 @@ class Model:
         except ValueError as error:
             raise ValueError(f"{self.directory}: {error}") from error
         except TypeError as error:
-            raise ValueError(
-                f"{self.said} has a value of another type than it should: {error}"
-            ) from error
+            raise ValueError(f"{self.said} has a value of a wrong type: {error}") from error
 
     def find_size(self, name: str, value: Any, layer: int) -> int:
-        """Look up a whole number from 1 up; `name` is for messages."""
+        """Look up a whole number of at least 1; `name` is for messages."""
         size = self.find(value, layer)
         if type(size) is not int or size < 1:
             raise ValueError(
-                f"{self.said}: {name} of layer {layer} must be a whole number from 1 up, but is "
-                f"{size!r}"
+                f"{self.said}: {name} of layer {layer} must be a whole number of at least 1, but "
+                f"is {size!r}"
             )
         return size
 
 
 class Noted(dict[str, Any]):
-    """A config that notes which of its keys are asked for, and what they are."""
+    """A config that records which of its keys are looked up, and their values."""
 
     def __init__(self, config: Mapping[str, Any]):
         super().__init__(config)
@@ -83,7 +81,7 @@ class Noted(dict[str, Any]):
 class LayerTensors:
     """The tensors of one layer; those of its MoE block must each be taken once.
 
-    `prefix` is the layer's, `name` the block's after it, and `tensors` has those of the layer by
+    `prefix` is the layer's, `name` the block's after it, and `tensors` are those of the layer by
     their names after the prefix.
     """
 
@@ -105,7 +103,7 @@ class LayerTensors:
         self.D = self.H if size is None else self.find_size("expert_size", size)
         #: width of the rows that experts read
         self.R = self.E + self.find(self.family.beyond_experts)
-        #: experts that the router knows
+        #: number of the router's experts
 
     def find(self, value: Any) -> Any:
         return self.model.find(value, self.layer)
@@ -129,17 +127,17 @@ class LayerTensors:
         return sorted(n.removeprefix(self.name) for n in self.tensors if n.startswith(self.name))
 
     def first_here(self, names: tuple[str, ...]) -> str | None:
-        """The first of some names that is here."""
+        """The first of some names that is in the block."""
         return next((name for name in names if self.resolve(name) in self.tensors), None)
 
     def take_any(self, names: tuple[str, ...], shape: tuple[int, ...]) -> Source | None:
-        """Take the one of some names that is here."""
+        """Take the tensor of the first of some names that is in the block."""
         if not names:
             return None
         return self.take(self.first_here(names) or names[0], shape)
 
     def take(self, name: str, shape: tuple[int, ...]) -> Source:
-        """Take a tensor of floats, or all that it is made of where it is quantized."""
+        """Take a tensor of floats, or all its parts if it is quantized."""
         parts = self.find_parts(name)
         if parts is None:
             source = self._take_raw(name)
@@ -154,12 +152,12 @@ class LayerTensors:
         return self._of_shape(name, source, shape)
 
     def find_parts(self, name: str) -> Parts | None:
-        """What a matrix is made of, if it is quantized."""
+        """The parts of a matrix, if it is quantized."""
         quantization = self.model.quantization
         return find_parts(self.resolve(name), self.tensors, quantization, self.prefix)
 
     def check_all_taken(self) -> None:
-        """Raise if a tensor of the layer is neither used nor known to be no part of the block."""
+        """Raise if a tensor of the layer is neither used nor known not to belong to the block."""
         left = sorted(
             name for name in set(self.tensors) - self.taken if self.why_not_read(name) is None
         )
@@ -192,7 +190,7 @@ class LayerTensors:
         return self.tensors[resolved]
 
     def _of_shape(self, name: str, source: Source, shape: tuple[int, ...]) -> Source:
-        # ernie4_5_moe's bias is (1, E), which is one row as much as (E,) is.
+        # ernie4_5_moe's bias is (1, E), which is accepted for (E,).
         if source.shape != shape and source.shape != (1, *shape):
             raise ValueError(
                 f"{self.full(name)} must have shape {shape} by {said_by(self.config)} (E={self.E}, "
@@ -202,10 +200,10 @@ class LayerTensors:
 
 
 class Block(LayerTensors):
-    """The MoE block of one layer, as `Family` says what it is made of."""
+    """The MoE block of one layer, as described by a `Family`."""
 
     def arguments(self, *, residual: bool) -> dict[str, Any]:
-        """What `MoELayer` is made of: its arguments, by name."""
+        """The arguments of `MoELayer`, by name."""
         router, arrays = self.router(), self.router_arrays()
         options = self.options(self.family.options)
         options["apply_router_weight_on_input"] = router.apply_router_weight_on_input
@@ -229,7 +227,7 @@ class Block(LayerTensors):
             raise ValueError(f"{self.model.said}: {error}") from error
 
     def router_arrays(self) -> dict[str, Any]:
-        """The small arrays of a router, those that there are."""
+        """The small arrays of a router, those that exist."""
         row = self.family
         arrays: dict[str, Any] = {}
         if in_out := self.first_here(row.router_weight_in_out):
@@ -254,7 +252,7 @@ class Block(LayerTensors):
         return arrays
 
     def around(self) -> Around:
-        """What happens around the experts."""
+        """The steps before and after the experts."""
         width = self.H
         steps: dict[str, list[RowStep]] = {"before": [], "between": [], "after": []}
         for when, rows in steps.items():
@@ -307,7 +305,7 @@ class Block(LayerTensors):
             shape = self.shape_of(layout, weight, d, width, count)
             weights[weight] = self.take_weight(layout, weight, name, shape, count)
             if self.find(layout.biases):
-                axis = -1 if layout.transposed else -2  # of d or f, which a bias has not
+                axis = -1 if layout.transposed else -2  # of d or f; a bias has only one of them
                 of_one = tuple(n for i, n in enumerate(shape, -len(shape)) if i != axis)
                 name = bias_of(name)
                 weights[f"{weight}_bias"] = self.take_weight(layout, "bias", name, of_one, count)
@@ -331,7 +329,7 @@ class Block(LayerTensors):
         if "{e}" in name:
             return [self.take(name.format(e=e), shape) for e in range(count or 1)]
         if layout.flat:
-            turned = weight == "down"  # (E * f, d) in the file, of what is (E, d, f)
+            turned = weight == "down"  # (E * f, d) in the file, for (E, d, f)
             E, rows, columns = shape
             stored = (E * columns, rows) if turned else (E * rows, columns)
             return Regrouped(self.take(name, stored), E, turned=turned)
@@ -340,7 +338,7 @@ class Block(LayerTensors):
     def find_layout(
         self, layouts: Sequence[TensorLayout], d: int, width: int, count: int | None
     ) -> TensorLayout:
-        """The first layout whose names are here, and whose shapes fit."""
+        """The first layout whose names are in the block, and whose shapes fit."""
         named = [layout for layout in layouts if self.has_names_of(layout)]
         if not named:
             first = [next(iter(layout.names.values())).format(e=0) for layout in layouts]
@@ -372,7 +370,7 @@ class Block(LayerTensors):
     def shape_of(
         self, layout: TensorLayout, weight: str, d: int, width: int, count: int | None
     ) -> tuple[int, ...]:
-        """Shape of one weight: of each expert where it has a tensor of its own, else of all."""
+        """Shape of one weight: of one expert if each has its own tensor, else of all."""
         sizes = {"d": d, "o": d, "f": width, "2f": 2 * width}
         shape = tuple(sizes[axis] for axis in EXPERT_KINDS[layout.kind].weights[weight].split())
         shape = shape[::-1] if layout.transposed else shape
@@ -384,7 +382,7 @@ class Block(LayerTensors):
             return None, None
         width = self.find(row.width)
         if width == 0:
-            # Saved all the same: matrices without numbers, and the gate of nothing.
+            # Saved nevertheless: empty matrices, and their gate.
             for layout in filter(self.has_names_of, row.layouts):
                 for weight, name in layout.names.items():
                     self.take(name, self.shape_of(layout, weight, self.H, width, None))
@@ -403,7 +401,7 @@ def some_of(names: Iterable[str], most: int = 8) -> str:
 
 
 def as_they_lie(weights: Mapping[str, Any]) -> dict[str, Any] | None:
-    """The matrices without the views that transpose them, if that is what all of them are."""
+    """The matrices without their transposing views, if all of them are such views."""
     matrices = {name: parts for name, parts in weights.items() if not name.endswith("bias")}
     if not all(
         isinstance(parts, list) and all(isinstance(part, Transposed) for part in parts)

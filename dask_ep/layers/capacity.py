@@ -1,4 +1,4 @@
-"""Which slots does an expert take, when its capacity is less than the batch asks for?
+"""Which slots does an expert take, if its capacity is too small for all of them?
 
 Axis letters: `n` rows, `k` slots per row, `E` experts, `C` row chunks, `B` digits.
 
@@ -37,15 +37,15 @@ DIGITS = (11, 11, 10)
 
 @dataclass(frozen=True)
 class Capacity:
-    """How many slots of a whole batch an expert takes, and which ones go.
+    """How many slots of a whole batch an expert takes, and which ones are dropped.
 
     Attributes
     ----------
     factor : float
         Each expert takes at most ``ceil(factor * n * k / E)`` of the n * k slots of a batch.
     drop : {"score", "position"}
-        Above that, the slots of smallest top-k weight go (of the later row, among equals), or those
-        of the last rows.
+        Beyond that, the slots of smallest top-k weight are dropped (of the later row, among
+        equals), or those of the last rows.
 
     Notes
     -----
@@ -81,7 +81,7 @@ class ExpertChoice:
     Notes
     -----
     Zhou et al., "Mixture-of-Experts with Expert Choice Routing" (2022), section 3.2, over all rows
-    of the array. `num_experts` is also the number of slots a row, -1 where it was not chosen.
+    of the array. `num_experts` is also the number of slots per row, -1 where it was not chosen.
     """
 
     num_experts: int
@@ -124,7 +124,7 @@ def limit_capacity(
     -----
     Exact, and the same for any chunking of the rows. Lazy; row chunks may be unknown. Every chunk
     of the input is needed before the first chunk of the output is known. On a device, every step
-    of a chunk waits for some single numbers: how many slots a mask holds, what `bincount` checks.
+    of a chunk waits for a few single numbers: the count of a mask, and the checks of `bincount`.
 
     Examples
     --------
@@ -163,7 +163,7 @@ def choose_rows(scores: da.Array, factor: float) -> da.Array:
     Returns
     -------
     (n, E) Dask array of int32, row chunks as in `scores`
-        e in column e where expert e took the row, -1 elsewhere; `scores` are the weights to it.
+        e in column e where expert e took the row, -1 elsewhere; `scores` are the top-k weights.
 
     Notes
     -----
@@ -171,7 +171,7 @@ def choose_rows(scores: da.Array, factor: float) -> da.Array:
 
     Examples
     --------
-    Each of two experts takes one of two rows, and both like the second:
+    Each of two experts takes one of two rows, and both prefer the second:
 
     >>> import dask.array as da
     >>> choose_rows(da.asarray([[0.4, 0.6], [0.9, 0.7]], dtype="float32"), factor=1.0).compute()
@@ -255,7 +255,7 @@ def _check_factor(factor: float) -> None:
 
 
 def _all_free(n: Any, *, num_experts: int, slots_per_row: float, xp_name: str) -> Array:
-    # A product that is whole in exact arithmetic may come out one bit too large: n * k / E.
+    # A product n * k / E that is a whole number may be computed one bit too large.
     free = math.ceil(round(slots_per_row * int(n), 6))
     state = import_module(xp_name).zeros((2, num_experts), dtype=np.int64)
     state[1] = free

@@ -4,7 +4,7 @@
     headers of the files ───────> tensors under the block's prefix
                                        │ each is taken once, by its name, and its shape compared
                                        v
-                                  MoELayer over Sources; whatever is left over is an error
+                                  MoELayer over Sources; an unused tensor is an error
 
 Only headers are read here. A task reads the tensors of its own experts when it runs.
 """
@@ -43,13 +43,13 @@ def load_moe_layer(
     ----------
     directory : str or path-like
         With ``config.json`` and safetensors files; local, or an address such as ``s3://bucket/x``
-        (needs fsspec). Or a ``.gguf`` file, the first where there are several (needs gguf).
+        (needs fsspec). Or a ``.gguf`` file, the first if there are several (needs gguf).
     layer : int
         Number of the decoder layer, from 0.
     families : your own families, which are tried before the known ones; see `Family`
     residual : bool
-        Add the block's input rows to its output, see `MoELayer`. An error where these are not what
-        the model adds (`Family.pre_norm`), as in all known families.
+        Add the block's input rows to its output, see `MoELayer`. An error if the model adds other
+        rows (`Family.pre_norm`), as in all known families.
     as_stored : bool
         Hold the routed experts of a rank in memory as stored, and convert each when its rows come:
         less memory, more time; see `held_as_stored`.
@@ -66,15 +66,16 @@ def load_moe_layer(
     ValueError
         If the family is not known, the layer is dense or out of range, a config key or tensor is
         missing, a tensor has the wrong shape, or a tensor of the block would not be used; if
-        `residual` is asked for where the model adds other rows.
+        `residual` is True and the model adds other rows.
     TypeError
-        If a tensor has a dtype that it cannot have.
+        If a tensor has a wrong dtype.
 
     Notes
     -----
-    Reads config, index and the headers of the files that hold the block: its time depends on the
-    number of the tensors, not on their bytes. F32, F16 and BF16 are read, and the quantized forms
-    of `dask_ep.layers.formats`, which are decoded expert by expert when a rank loads its own.
+    Reads config, index and the headers of the files that hold the block: the time depends on the
+    number of tensors, not on their bytes. F32, F16 and BF16 are supported, and the quantized
+    formats of `dask_ep.layers.formats`, which are decoded expert by expert when a rank loads its
+    own.
 
     Examples
     --------
@@ -100,7 +101,7 @@ def load_moe_layer(
 
 
 def moe_layers(directory: str | os.PathLike, *, families: Iterable[Family] = ()) -> list[int]:
-    """Tell which layers of a checkpoint are MoE layers, from its config."""
+    """Return which layers of a checkpoint are MoE layers, by its config."""
     return Checkpoint(directory, families).moe_layers
 
 
@@ -109,17 +110,17 @@ def moe_layers(directory: str | os.PathLike, *, families: Iterable[Family] = ())
 
 @dataclass(frozen=True)
 class LayerDescription:
-    """What one decoder layer's block is."""
+    """The block of one decoder layer."""
 
     layer: int
     kind: str
     #: "moe" or "dense", by the config
     num_experts: int
-    #: 0 in a dense layer, and where the block is not in these files
+    #: 0 in a dense layer, and if the block is not in these files
     bytes_on_disk: int
     #: of the block's tensors, 0 if they are not in these files
     bytes_in_memory: int
-    #: of the same in float32
+    #: bytes of the same in float32
 
 
 class StoredPart(NamedTuple):
@@ -128,7 +129,7 @@ class StoredPart(NamedTuple):
     name: str
     #: "experts", "shared experts", "router and steps", or "not read"
     format: str
-    #: dtype or quantized format; of what is not read, why
+    #: dtype or quantized format; of tensors that are not read, the reason
     tensors: int
     stored: int
     #: bytes in the files
@@ -138,7 +139,7 @@ class StoredPart(NamedTuple):
 
 @dataclass(frozen=True)
 class Description:
-    """What a checkpoint is, as data to show."""
+    """A summary of a checkpoint, as data to show."""
 
     directory: str
     model_type: str
@@ -147,19 +148,19 @@ class Description:
     width: int
     #: hidden width of a routed expert
     router: Router
-    #: of the first MoE layer
+    #: number of the first MoE layer
     router_biases: tuple[str, ...]
-    #: which it has of "bias" and "selection_bias"
+    #: those of "bias" and "selection_bias" that it has
     shared_width: int
     #: hidden width of the shared expert, 0 without one
     shared_gate: bool
-    #: whether the shared expert counts by a sigmoid
+    #: whether a sigmoid gate weights the shared expert
     dtypes: tuple[str, ...]
     #: of the tensors in MoE blocks, as stored
     parts: tuple[StoredPart, ...]
-    #: what is read of the MoE layers, each part in each of its formats
+    #: tensors of the MoE layers that are read, by part and format
     not_read: tuple[StoredPart, ...]
-    #: what is not, and why, in the place of a format
+    #: tensors that are not, with the reason in the place of the format
     layers: tuple[LayerDescription, ...]
 
     @property
@@ -168,14 +169,14 @@ class Description:
 
     @property
     def moe_ranges(self) -> str:
-        """The MoE layers in words, such as "3-60"."""
+        """The MoE layers as text, such as "3-60"."""
         return ranges(self.moe_layers)
 
 
 def describe_checkpoint(
     directory: str | os.PathLike, *, families: Iterable[Family] = ()
 ) -> Description:
-    """Tell what a checkpoint is, from its config and the headers of its files alone.
+    """Summarise a checkpoint by its config and the headers of its files only.
 
     Parameters
     ----------
@@ -238,7 +239,7 @@ def describe_checkpoint(
 
 
 def _parts_read(layers: Iterable[MoELayer]) -> tuple[StoredPart, ...]:
-    """What is read of some layers, by part and format."""
+    """Tensors of some layers that are read, by part and format."""
     read: list[tuple[str, Source]] = []
     for layer in layers:
         shared = [] if layer.shared is None else layer.shared.sources()
@@ -249,7 +250,7 @@ def _parts_read(layers: Iterable[MoELayer]) -> tuple[StoredPart, ...]:
 
 
 def _parts_not_read(blocks: Iterable[Block]) -> tuple[StoredPart, ...]:
-    """What is not read of the same layers, by the reason."""
+    """Tensors of the same layers that are not read, by the reason."""
     left = [
         ("not read", block.why_not_read(name) or "", block.tensors[name])
         for block in blocks

@@ -7,8 +7,9 @@
 
 ``transformers_weights`` in the config names another file or index, which then comes first.
 
-Only headers are read, each file's at most once and only when one of its tensors is asked for. The
-directory is local, or an address that fsspec knows. A GGUF file stands for one: it has both.
+Only headers are read, each file's at most once and only when one of its tensors is needed. The
+directory is local, or an address that fsspec supports. A GGUF file can replace it, as it holds
+both config and tensors.
 """
 
 from __future__ import annotations
@@ -41,9 +42,9 @@ class CheckpointFiles:
     Raises
     ------
     ReadError
-        If there is no such directory, or a file that it must have is not there.
+        If there is no such directory, or a required file is missing.
     ValueError
-        If a file is not what it should be; the message names it.
+        If a file is not valid; the message names it.
     """
 
     def __init__(self, directory: str | os.PathLike):
@@ -68,19 +69,19 @@ class CheckpointFiles:
 
     @cached_property
     def config(self) -> dict[str, Any]:
-        """What ``config.json`` says."""
+        """The contents of ``config.json``."""
         return self._read_json("config.json")
 
     @cached_property
     def modelopt_config(self) -> dict[str, Any]:
-        """What older exports of ModelOpt say of their format, in a file of its own."""
+        """The separate file in which older exports of ModelOpt describe their format."""
         if MODELOPT not in self.file_names:
             return {}
         return {"quant_method": "modelopt", **(self._read_json(MODELOPT).get("quantization") or {})}
 
     @cached_property
     def first_file(self) -> str:
-        """Name of the file or index that transformers would take."""
+        """Name of the file or index that transformers would read."""
         named = self.config.get("transformers_weights")
         if named is not None:
             if not str(named).endswith((".safetensors", ".safetensors.index.json")):
@@ -130,7 +131,7 @@ class CheckpointFiles:
         return sorted(self.file_of)
 
     def names_under(self, prefix: str) -> list[str]:
-        """The names that begin with `prefix`, found without looking at the others."""
+        """The names that begin with `prefix`, found by binary search."""
         first = bisect_left(self._sorted_names, prefix)
         last = bisect_left(self._sorted_names, prefix + chr(0x10FFFF))
         return self._sorted_names[first:last]
@@ -141,7 +142,7 @@ class CheckpointFiles:
         Raises
         ------
         ValueError
-            If the index and a file do not agree on them.
+            If the index and a file disagree on them.
         """
         named = {name: self.file_of[name] for name in self.names_under(prefix)}
         found: dict[str, Source] = {}
@@ -152,7 +153,7 @@ class CheckpointFiles:
             for name in sorted(here ^ there):
                 where = "only the index has" if name in here else "only the file has"
                 raise ValueError(
-                    f"{self._path(self.first_file)} and {file_name} do not agree: {where} {name}"
+                    f"{self._path(self.first_file)} and {file_name} disagree: {where} {name}"
                 )
             found |= {name.removeprefix(prefix): header[name] for name in here}
         return found
@@ -183,10 +184,10 @@ class CheckpointFiles:
 
 
 class GgufFiles(CheckpointFiles):
-    """A GGUF file in the place of a directory; what it says of its model is the config.
+    """A GGUF file instead of a directory; its metadata is the config.
 
-    Keys are without the name of the architecture before them, which is ``model_type``.
-    ``moe_layers`` lists the layers with a router, the predictors of further tokens apart.
+    Keys are without their prefix, the name of the architecture, which is ``model_type``.
+    ``moe_layers`` lists the layers with a router, except predictors of further tokens.
     """
 
     def __init__(self, path: str | os.PathLike):

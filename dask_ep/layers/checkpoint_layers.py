@@ -1,4 +1,4 @@
-"""Which layers of a checkpoint are MoE, where are their blocks, and what are these made of?
+"""Which layers of a checkpoint are MoE, and which tensors make up their blocks?
 
 Only headers are read here. A task reads the tensors of its own experts when it runs.
 """
@@ -20,7 +20,7 @@ from dask_ep.storage.sources import Source
 
 
 class Checkpoint:
-    """A checkpoint whose family is known: which of its layers are MoE, and where they are."""
+    """A checkpoint of a known family: which of its layers are MoE, and where they are."""
 
     def __init__(self, directory: str | os.PathLike, families: Iterable[Family] = ()):
         is_gguf = os.fspath(directory).endswith(".gguf")
@@ -58,7 +58,7 @@ class Checkpoint:
             return self.model.family.is_moe(self.model.config, layer)
         except (ValueError, TypeError, LookupError, ZeroDivisionError) as error:
             raise ValueError(
-                f"{self.files.directory}: which layers are MoE cannot be told from "
+                f"{self.files.directory}: cannot tell which layers are MoE from "
                 f"{said_by(self.model.config)}: {error}"
             ) from error
 
@@ -67,7 +67,7 @@ class Checkpoint:
         return [layer for layer in range(self.num_layers) if self.is_moe(layer)]
 
     def places(self, layer: int) -> list[tuple[str, str]]:
-        """Where the files have the layer's block: the layer's prefix, and the block's name."""
+        """Find the layer's block in the files: the layer's prefix, and the block's name."""
         return [
             (prefix.format(layer=layer), block)
             for block in self.model.family.blocks
@@ -89,7 +89,7 @@ class Checkpoint:
         ]
 
     def open_block(self, layer: int, *, residual: bool = False) -> tuple[Block, dict[str, Any]]:
-        """Give a layer's tensors, and what `MoELayer` is made of them: its arguments."""
+        """Return a layer's tensors, and the arguments of `MoELayer` made of them."""
         self._check_layer(layer)
         if residual and self.model.family.pre_norm:
             raise ValueError(

@@ -1,4 +1,4 @@
-"""What do the experts of a layer see of its rows, and what do they make of them?
+"""Which statistics of a layer's routing, of its experts' inputs and outputs are collected?
 
     hidden [..., d] ── route ──> indices, topk_weights [n, k]
           │                            │
@@ -7,8 +7,8 @@
                          v
     usage.rows (E,), amax.input (E, d), sumsq.hidden (E, f), reap.score (E,), ...
 
-One pass over the rows collects all that is asked for, and computes the layer's output on the way
-if that is wanted.
+One pass over the rows collects all requested statistics, and also computes the layer's output if
+wanted.
 """
 
 from __future__ import annotations
@@ -56,12 +56,12 @@ WHAT = tuple(name for name in dict.fromkeys(WHAT) if name != _ALWAYS)
 
 
 GivenRouting = tuple[da.Array, da.Array | None]
-"""Indices, and top-k weights where there are some."""
+"""Indices, and top-k weights if given."""
 
 
 @dataclass(frozen=True)
 class Wanted:
-    """What is to be collected; as the arguments of `collect`."""
+    """What to collect: as the arguments of `collect`."""
 
     what: tuple[str, ...]
     #: names of statistics
@@ -72,18 +72,18 @@ class Wanted:
 
 @dataclass(frozen=True)
 class Collection:
-    """What is collected of a layer, not computed yet.
+    """Statistics of a layer, not computed yet.
 
     Attributes
     ----------
     groups : (G, size) lazy array of float64, one group of token chunks in each chunk
-        Their joined partial results; whoever keeps the rows that are done need not compute them
-        again; `finish_groups` joins them, and `name_all` makes statistics of that.
+        Their joined partial results; rows that were stored need not be computed again;
+        `finish_groups` joins them, and `name_all` makes the statistics.
     layout : of a row of `groups`
-    chunks, group_chunks : token chunks in all, and of a group
-    grams : ``gram.input`` and ``gram.hidden``, if they are asked for: see `dask_ep.graph.gram`
-    output : (..., d_out) lazy array, or None where it is not wanted
-    missing : names of what was asked for and does not exist for these experts
+    chunks, group_chunks : token chunks in total, and per group
+    grams : ``gram.input`` and ``gram.hidden``, if they are wanted: see `dask_ep.graph.gram`
+    output : (..., d_out) lazy array, or None if it is not wanted
+    missing : names of requested statistics that do not exist for these experts
     """
 
     groups: da.Array
@@ -100,11 +100,11 @@ class Collection:
         return finished(self.groups, self.layout, name_all) | dict(self.grams) | output
 
     def parts(self) -> list[da.Array]:
-        """What is computed of it by itself: groups, grams and output."""
+        """The arrays to compute: groups, grams and output."""
         return [self.groups, *self.grams.values(), *([] if self.output is None else [self.output])]
 
     def chunks_of(self, group: int) -> range:
-        """The numbers of a group's chunks."""
+        """Numbers of the chunks of a group."""
         first = group * self.group_chunks
         return range(first, min(first + self.group_chunks, self.chunks))
 
@@ -132,23 +132,24 @@ def collect(
     Parameters
     ----------
     hidden : (n, d), or (..., d) with more axes; Dask array of floats on the host
-    layer : MoELayer, or Experts (or what `expert_parallel` takes for them) with a `routing`
-    what : names, see below; one name stands for all of its arrays
+    layer : MoELayer, or Experts (in any form that `expert_parallel` takes) with a `routing`
+    what : names, see below; one name means all of its arrays
     routing : (..., k) expert indices, or (indices, topk_weights), optional
         Without it a layer's own router decides.
     token_ids : as in `MoELayer`
     rows : "routed", "all", or a share such as 0.1
-        "all" sends every row through every expert, a share that much of the rows that an expert is
-        not routed; `amax`, `sumsq` and `mean_output` are of all of them then. What the router
-        chose stays what is counted in the others, and the output is not changed.
+        "all" sends every row through every expert; a share sends that part of the rows that are
+        not routed to an expert through it too. Then `amax`, `sumsq` and `mean_output` are over
+        all these rows; the other statistics are over the router's choices, and the output does
+        not change.
     seed : of the choice of that share, which depends on nothing else
-    with_output : also give the layer's output, as "output", from the same pass
+    with_output : also return the layer's output, as "output", from the same pass
     world_size, placement : as in `expert_parallel`
 
     Returns
     -------
-    dict of lazy Dask arrays by name. Compute them together, with `dask.compute`: then the rows go
-    through the experts once.
+    dict of lazy Dask arrays by name. Compute them together, with `dask.compute`, so that the rows
+    go through the experts once.
 
         router        router.probability (E,) mean; router.entropy, router.z_loss and
                       router.margin, means; router.entropy_histogram (64,) int64 and
@@ -165,12 +166,12 @@ def collect(
         reap          reap.score (E,) mean of weight * norm of the output row, reap.norm (E,) mean
                       norm, reap.rows (E,) int64
 
-    Always: coverage.rows (E,) int64, the rows that the other numbers of an expert are of.
+    Always: coverage.rows (E,) int64, the number of rows in an expert's other statistics.
 
     Raises
     ------
     ValueError
-        For a name that is not known, or what does not exist for these experts; and as
+        For an unknown name, or a statistic that does not exist for these experts; and as
         `expert_parallel`.
     TypeError
         If the rows are on a GPU.
@@ -179,13 +180,13 @@ def collect(
     -----
     Hidden activations are what the last matrix of an expert multiplies; linear experts and
     callables have none, and no array of them. An expert's input is the row as its first matrices
-    read it: times the top-k weight where a layer applies that to the input. Outputs are those
-    before the top-k weight is applied. A slot counts as a row: a row that names an expert twice
-    counts twice, but in `coactivation`.
+    read it: times the top-k weight if a layer applies that to the input. Outputs are taken before
+    the top-k weight is applied. A slot counts as a row: a row that names an expert twice counts
+    twice, except in `coactivation`.
 
-    Compute some experts of `gram` at a time, such as ``found["gram.input"][:8]``, where all are
-    more than memory holds: each time the rows of these alone are taken, and sent through them if
-    they have hidden activations.
+    If `gram` of all experts does not fit into memory, compute some at a time, such as
+    ``found["gram.input"][:8]``: each time only the rows of these experts are gathered, and sent
+    through them if they have hidden activations.
 
     The router's probabilities are its scores divided by their sum, entropy is in nats, the z-loss
     of a row is the square of the logarithm of the sum of the exponentials of its logits (Zoph et
@@ -228,11 +229,11 @@ def begin_collection(
     block: range | None = None,
     picked_together: int = PICKED_TOGETHER,
 ) -> Collection:
-    """As `collect`, which gives the `arrays` of what this returns.
+    """As `collect`, which returns the `arrays` of this result.
 
-    With a `block` of experts only these are observed, where the others do not fit into memory; what
-    is counted by the routing comes with the first of them. `gram` is always of all, one by one;
-    `picked_together` is as for `dask_ep.graph.gram.grams`.
+    With a `block` of experts only these are observed, if not all fit into memory; statistics of
+    the routing come with the first block. `gram` is always of all, one by one; `picked_together` is
+    as for `dask_ep.graph.gram.grams`.
     """
     _check_host(hidden)
     experts = layer.experts if isinstance(layer, MoELayer) else as_experts(layer)
@@ -246,7 +247,7 @@ def begin_collection(
     else:
         entered, indices, weights = _given_rows(hidden, routing)
     ready = prepare(entered, indices, experts, weights, world_size, placement)
-    entering = ready.tokens  # of the layer, where its experts read others
+    entering = ready.tokens  # of the layer, if its experts read other rows
     if isinstance(layer, MoELayer) and layer.around.before:
         entering = routed
     pieces, y = [], None
@@ -276,18 +277,18 @@ def begin_collection(
 
 
 class Chosen(NamedTuple):
-    """What is to be collected."""
+    """What to collect, by where it is computed."""
 
     of_routing: list[str]
     of_router: bool
     of_tiles: list[str]
     of_gram: bool
     missing: tuple[str, ...]
-    #: of tiles, what does not exist for these experts
+    #: statistics of tiles that do not exist for these experts
 
 
 def choose_statistics(asked: Sequence[str], experts: Experts | CallableExperts) -> Chosen:
-    """Tell which statistics of what are asked for."""
+    """Sort the requested statistics by what they are of."""
     for name in asked:
         if name not in WHAT:
             raise ValueError(f"what must be some of {', '.join(WHAT)}, but has {name!r}")
@@ -319,7 +320,7 @@ def share_of_others(rows: str | float) -> float:
 
 
 def name_all(totals: Numbers) -> Numbers:
-    """Make all statistics of joined partial results."""
+    """Make all statistics from joined partial results."""
     found = name_statistics(totals)
     if "router.probability" in found:
         for what in ("entropy", "z_loss", "margin"):
@@ -330,7 +331,7 @@ def name_all(totals: Numbers) -> Numbers:
 def _see_choices(
     ready: Ready, rows: da.Array, layer: MoELayer | Any, chosen: Chosen
 ) -> list[Partials]:
-    """What is counted before any row comes to an expert."""
+    """Statistics of the routing, which need no expert."""
     pieces = [see_routing(ready, chosen.of_routing)] if chosen.of_routing else []
     if chosen.of_router and not isinstance(layer, MoELayer):
         raise ValueError("statistics of the router need a layer, but there are only experts")
@@ -340,7 +341,7 @@ def _see_choices(
 
 
 def _of_block(ready: Ready, block: range, others: float, seed: int) -> Ready:
-    """The same rows as they go through some experts, `others` besides those routed there."""
+    """The same rows for a block of experts, with a share `others` of those not routed there."""
     E = ready.experts.num_experts
     routing = choose_slots(ready.routing, E, block, others, seed)
     weights = with_weights_of_others(ready.topk_weights, len(block) if others else 0)
@@ -379,8 +380,8 @@ def _given_rows(
 def _check_layer(layer: MoELayer) -> None:
     if layer.around.beyond is not None:
         raise ValueError(
-            f"statistics are not collected of a layer whose router has {layer.around.beyond} "
-            f"experts besides the {layer.experts.num_experts} that rows are sent to"
+            f"statistics are not collected for a layer whose router has {layer.around.beyond} "
+            f"experts in addition to the {layer.experts.num_experts} that rows are sent to"
         )
 
 

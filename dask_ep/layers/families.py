@@ -1,6 +1,6 @@
 """Which model families are known?
 
-One row per family, and no code that belongs to one of them alone; here is what is asked of all.
+One row per family, and no code for a single one of them; here is what all share.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ REFUSED = {
     "muse_spark_text": "the output of each expert has a norm of its own, which is not read yet",
     "vitpose_backbone": "an image's data set says its expert, not a router",
 }
-"""Model types with experts that no layer here computes, and why."""
+"""Model types with experts that cannot be computed here, and why."""
 
 PREFIXES = (
     "model.layers.{layer}.",
@@ -41,11 +41,11 @@ PREFIXES = (
     "decoder.layers.{layer}.",
     "blk.{layer}.",
 )
-"""What a layer's names may begin with: those of plain models, of the text half of composite ones,
-of models that answer questions, and of GGUF files."""
+"""Prefixes of a layer's names: in plain models, in the text half of composite ones, in models for
+question answering, and in GGUF files."""
 
 TEXT_CONFIGS = (("text_config",), ("thinker_config", "text_config"), ("language_config",))
-"""Where a composite model's config may keep that of its text half."""
+"""Keys of a composite model's config that may hold the config of its text half."""
 
 NOT_READ = {
     r"[^.]*(attn|attention|mamba|conv)[^.]*\.": "attention, or what stands for it",
@@ -53,8 +53,8 @@ NOT_READ = {
     r"(hc_|[^.]*_hc\.|[^.]*residual|layer_scalar)": "connections around the block",
     r"(per_layer_|ple_|[^.]*ple\.)": "inputs of the layer itself",
 }
-"""What else is in many decoder layers, by patterns of names after the layer's, and why it is not
-read."""
+"""Other tensors of many decoder layers, by patterns of names after the layer's prefix, and why they
+are not read."""
 
 HIDDEN_ACTS = {
     "silu": "silu",

@@ -1,8 +1,8 @@
 """Which tensors of a checkpoint make up one quantized matrix?
 
-One row of `WEIGHT_FORMATS` per way of storing: how the codes are called that stand in the place of
-a weight, which dtype they have, and what belongs to them. Names are templates: ``{name}`` is the
-matrix's own, such as ``experts.0.up_proj.weight``, and ``{stem}`` is that without ``weight``.
+One row of `WEIGHT_FORMATS` per format: the name of the codes that replace a weight, their dtype,
+and the tensors that belong to them. Names are templates: ``{name}`` is the matrix's own, such as
+``experts.0.up_proj.weight``, and ``{stem}`` is that without ``weight``.
 """
 
 from __future__ import annotations
@@ -23,16 +23,16 @@ from dask_ep.storage.sources import Source
 from dask_ep.storage.views import Transposed
 
 METHODS = ("fp8", "mxfp4", "compressed-tensors", "modelopt", "gptq", "awq")
-"""Values of ``quant_method`` whose tensors are read."""
+"""Supported values of ``quant_method``."""
 
 MODELOPT_METHODS = ("FP8", "NVFP4", "MIXED_PRECISION")
-"""Values of ModelOpt's ``quant_algo`` whose tensors are read."""
+"""Supported values of ModelOpt's ``quant_algo``."""
 
 NVFP4_GROUP = 16
 """Numbers that share a scale, which is an 8-bit float."""
 
 OF_FLOAT8 = ("{name}_scale_inv", "{name}_scale", "{stem}scale")
-"""How the scales of 8-bit floats are called: by DeepSeek, by most others, and by DeepSeek-V4."""
+"""Names of the scales of 8-bit floats: in DeepSeek, in most others, and in DeepSeek-V4."""
 
 HALVES = (np.dtype(np.float16), np.dtype(ml_dtypes.bfloat16))
 
@@ -44,8 +44,8 @@ ACTIVATION_SCALES = (
     "act_scale",
     "output_scale",
 )
-"""Names, after the stem, of what quantizes the rows that a matrix meets. Rows are not quantized
-here, nor in transformers when it dequantizes."""
+"""Names, after the stem, of tensors that quantize the rows that a matrix multiplies. Rows are not
+quantized here, nor in transformers when it dequantizes."""
 
 
 @dataclass(frozen=True)
@@ -54,15 +54,15 @@ class Format:
 
     Attributes
     ----------
-    label : what it is called
-    codes : name of the tensor that has the codes
-    dtypes : those that it may have
-    scales : names that the scales may have
+    label : name of the format, for messages
+    codes : name of the tensor with the codes
+    dtypes : dtypes of the codes
+    scales : possible names of the scales
     build : makes the matrix of a shape from its parts
     others : further parts: role -> name
-    scale_dtypes : those that scales may have; any, if ()
-    method : the ``quant_method`` that it belongs to, where tensors alone do not tell
-    in_out : whether the matrix is stored (in, out), while its name says (out, in)
+    scale_dtypes : dtypes of the scales; any, if ()
+    method : the ``quant_method`` of the format, if tensors alone do not identify it
+    in_out : whether the matrix is stored (in, out), although its name means (out, in)
     """
 
     label: str
@@ -83,7 +83,7 @@ class Parts:
     ----------
     row : Format
     name : of the matrix
-    names : tensor name by role: "codes", "scales", and those of the format's others that are there
+    names : tensor name by role: "codes", "scales", and those of the format's others that exist
     tensors : Source by tensor name
     config : ``quantization_config`` of the checkpoint
     prefix : what stands before the names in the files
@@ -116,14 +116,14 @@ class Parts:
         return self._tensors.get(role)
 
     def open(self, shape: tuple[int, ...]) -> QuantizedSource | Transposed:
-        """Make the matrix, which must have a shape; as a view of it, where it lies (in, out)."""
+        """Make the matrix, which must have a shape; a transposing view if stored as (in, out)."""
         if not self.in_out:
             return self._build(self, shape)
         return Transposed(self._build(self, shape[::-1]))
 
     @property
     def scheme(self) -> Mapping[str, Any]:
-        """What the config group that names this matrix says of its weights; {} without groups."""
+        """The settings of the config group that names this matrix; {} without groups."""
         if "config_groups" not in self.config:
             return {}
         groups = self.config["config_groups"].values()
@@ -138,7 +138,7 @@ class Parts:
         )
 
     def _is_named(self, target: str) -> bool:
-        """Whether a target is the name of this module, or a pattern that begins it."""
+        """Whether a target is the name of this module, or a pattern that matches its beginning."""
         if target.startswith("re:"):
             return re.match(target.removeprefix("re:"), self.module) is not None
         return target == self.module
@@ -147,18 +147,18 @@ class Parts:
 def find_parts(
     name: str, tensors: Mapping[str, Source], config: Mapping[str, Any], prefix: str = ""
 ) -> Parts | None:
-    """Find what a matrix is made of, if it is quantized.
+    """Find the parts of a matrix, if it is quantized.
 
     Parameters
     ----------
-    name : of the matrix, as it would be called if it were not quantized
+    name : of the matrix, as if it were not quantized
     tensors : the tensors of the block, by name
     config : ``quantization_config``; {} without
     prefix : what stands before the names in the files
 
     Returns
     -------
-    Parts, or None where the matrix is stored as it is
+    Parts, or None if the matrix is not quantized
     """
     for row in WEIGHT_FORMATS:
         codes, scales = filled(row.codes, name), [filled(scale, name) for scale in row.scales]
@@ -184,7 +184,7 @@ def find_parts(
 
 
 def check_method(config: Mapping[str, Any], directory: str) -> None:
-    """Raise if a checkpoint is quantized in a way that is not read."""
+    """Raise if a checkpoint is quantized in a way that is not supported."""
     for key, known in (("quant_method", METHODS), ("quant_algo", MODELOPT_METHODS)):
         if config.get(key) not in (None, *known):
             raise ValueError(
@@ -199,7 +199,7 @@ def filled(template: str, name: str) -> str:
 
 
 def activation_scales(name: str, tensors: Mapping[str, Source]) -> Iterator[str]:
-    """The tensors that quantize the rows which a matrix meets."""
+    """The tensors that quantize the rows that a matrix multiplies."""
     stem = name.removesuffix("weight")
     return (stem + ending for ending in ACTIVATION_SCALES if stem + ending in tensors)
 
@@ -212,7 +212,7 @@ def _build_float8(parts: Parts, shape: tuple[int, ...]) -> QuantizedSource:
 
 
 def _float8_block(parts: Parts, shape: tuple[int, ...]) -> tuple[int, int]:
-    """The block that the scales fit: the config's, or one for all, one for a row or 32 of a row."""
+    """The block that fits the scales: the config's, the whole matrix, a row, or 32 of a row."""
     scales = parts["scales"]
     said = parts.config.get("weight_block_size") or parts.scheme.get("block_structure")
     *experts, rows, columns = shape
@@ -240,7 +240,7 @@ def _build_mxfp4_blocks(parts: Parts, shape: tuple[int, ...]) -> QuantizedSource
 
 
 def _build_packed(parts: Parts, shape: tuple[int, ...]) -> QuantizedSource:
-    """Whole numbers of 4 or 8 bits in words of 32, of which half the range is taken."""
+    """Integers of 4 or 8 bits in words of 32, with half their range as offset."""
     codes, scales, zeros = parts["codes"], parts["scales"], _zero_point(parts)
     bits = _bits(parts, codes.shape[-1], shape[-1])
     block = (1, _group(parts, shape))
@@ -248,7 +248,7 @@ def _build_packed(parts: Parts, shape: tuple[int, ...]) -> QuantizedSource:
         half: Source | float = float(1 << (bits - 1))
     else:
         if shape[:-2]:
-            raise ValueError(f"zero points of experts in one tensor are not read: {zeros.name}")
+            raise ValueError(f"zero points of stacked experts are not supported: {zeros.name}")
         half = ZeroPoints(zeros, f"column{bits}", (shape[0], shape[1] // block[1]))
     return QuantizedSource(
         codes,
@@ -265,14 +265,14 @@ def _build_packed(parts: Parts, shape: tuple[int, ...]) -> QuantizedSource:
 
 
 def _zero_point(parts: Parts) -> Source | None:
-    """The zero points of compressed-tensors, which must be there if the config says so."""
+    """The zero points of compressed-tensors, which are required if the config declares them."""
     if parts.scheme.get("symmetric") is False:
         return parts["zero_point"]
     return parts.get("zero_point")
 
 
 def _bits(parts: Parts, words: int, numbers: int) -> int:
-    """Of a number, told by how many words of 32 bits hold some of them."""
+    """Bits of a number, by how many words of 32 bits hold a known count of them."""
     fitting = [bits for bits in (4, 8) if words == -(-numbers * bits // 32)]
     said = parts.scheme.get("num_bits", parts.config.get("bits"))
     if not fitting or said not in (None, *fitting):
@@ -302,7 +302,7 @@ def _group(parts: Parts, shape: tuple[int, ...]) -> int:
 
 
 def _build_whole(parts: Parts, shape: tuple[int, ...]) -> QuantizedSource:
-    """A byte for each whole number, which may be less of a zero point."""
+    """A byte for each integer, from which a zero point may be subtracted."""
     scales, zeros = parts["scales"], _zero_point(parts)
     return QuantizedSource(
         parts["codes"],
@@ -317,7 +317,7 @@ def _build_whole(parts: Parts, shape: tuple[int, ...]) -> QuantizedSource:
 
 
 def _build_fp4(group: int, parts: Parts, shape: tuple[int, ...]) -> QuantizedSource:
-    """Floats of 4 bits, some of a row with one scale, and all with one factor."""
+    """Floats of 4 bits, with one scale for a group in a row, and one factor for all."""
     if shape[-1] % group:
         raise ValueError(
             f"{parts['codes'].name} is {parts.label}, which has a scale for each {group} numbers "
@@ -332,9 +332,9 @@ def _build_fp4(group: int, parts: Parts, shape: tuple[int, ...]) -> QuantizedSou
 
 
 def _build_gptq(parts: Parts, shape: tuple[int, ...]) -> QuantizedSource:
-    """Words hold the numbers of a column; zero points are one less than they count, in format 1.
+    """Words hold the numbers of a column; in format 1, zero points are stored minus one.
 
-    As in AutoGPTQ, whose sum with 1 is cut to the bits of a number.
+    As in AutoGPTQ, which adds 1 and keeps the bits of a number.
     """
     bits = _bits(parts, parts["codes"].shape[0], shape[0])
     more = 0 if parts.config.get("checkpoint_format") == "gptq_v2" else 1
@@ -358,11 +358,11 @@ def _build_in_out(
     mask: int,
     label: str,
 ) -> QuantizedSource:
-    """Rows (in,) share their scales by groups, which are rows above each other."""
+    """Rows (in,) share their scales by groups of neighbouring rows."""
     group = parts.config.get("group_size", -1)
     group = shape[0] if group == -1 else group
     if type(group) is not int or group < 1:
-        raise ValueError(f"group_size in config.json must be -1 or from 1 up, but is {group!r}")
+        raise ValueError(f"group_size in config.json must be -1 or at least 1, but is {group!r}")
     scales = parts["scales"]
     grid = (-(-shape[0] // group), shape[1])
     return QuantizedSource(

@@ -1,7 +1,8 @@
 """Which architectures of GGUF files are known?
 
-Their tensors have the same names throughout, and keys of the same names hold their sizes, after the
-name of the architecture: ``qwen3moe.expert_count``. What differs is what the file does not say.
+Their tensors have the same names throughout, and keys of the same names, prefixed by the name of
+the architecture, hold their sizes: ``qwen3moe.expert_count``. Rows differ in what files do not
+declare.
 """
 
 from __future__ import annotations
@@ -54,7 +55,7 @@ QWEN2_GGUF = replace(
 
 
 def told_by_keys(*model_types: str, score: Key) -> Family:
-    """Routers like those of DeepSeek; what the key of `score` says is a number: 1 is softmax."""
+    """Routers like those of DeepSeek; the value of the key of `score` is a number: 1 is softmax."""
     return replace(
         LLAMA,
         model_types=model_types,

@@ -4,7 +4,7 @@
                                     │                     │
                                     ├─ experts  <─────────┘      expert_parallel
                                     ├─ shared experts            every row, by sigmoid of a gate
-                                    ├─ itself, if residual
+                                    ├─ the row, if residual
                                     v
                                    sum ──> [..., d]
 
@@ -52,7 +52,7 @@ Routing = tuple[da.Array, da.Array]
 
 
 class RoutedRows(NamedTuple):
-    """Hidden states as rows, and what these want."""
+    """Hidden states as rows, and their routing."""
 
     hidden: da.Array
     #: (..., d) in the chunks of the layer's output
@@ -65,11 +65,11 @@ class RoutedRows(NamedTuple):
 
 
 LAYER_PARTS = ("router", "experts", "arrays", "shared", "capacity", "around", "residual")
-"""What a layer consists of."""
+"""The parts of a layer."""
 
 
 class _Parts:
-    """What a layer consists of, how wide its rows are, and what its parts take."""
+    """The parts of a layer, the widths of its rows, and the sizes of its parts."""
 
     router: Any
     experts: Any
@@ -79,46 +79,46 @@ class _Parts:
 
     @property
     def d(self) -> int | None:
-        """Width of the rows that come; None: any."""
+        """Width of input rows; None: any."""
         return self.around.d(self.experts)
 
     @property
     def d_out(self) -> int | None:
-        """Width of the rows that go; None: that of those that come."""
+        """Width of output rows; None: that of input rows."""
         return self.around.d_out(self.experts)
 
     def resident_bytes(self, dtype: np.dtype, *, on_device: bool = False) -> int:
-        """Bytes of the shared experts and the router, which every worker holds to compute."""
+        """Bytes of the shared experts and the router, which every worker loads."""
         shared, small = self.shared, sum(prod(array.shape) for array in self.small_arrays)
         held = 0 if shared is None else shared.loaded_bytes(dtype, on_device=on_device)
         return small * dtype.itemsize + (0 if shared is None else shared.num_experts * held)
 
     @property
     def small_arrays(self) -> list[SmallArray]:
-        """All arrays but the weights of experts."""
+        """All arrays except the weights of experts."""
         return [*self.arrays.values(), *self.around.arrays]
 
     @property
     def known_experts(self) -> int:
-        """How many experts a routing may name: those that rows are not sent to as well."""
+        """How many experts a routing may name, including those that rows are not sent to."""
         if self.around.beyond == "shared":
             return self.experts.num_experts + self.shared.num_experts
         return self.router.num_experts
 
     @property
     def widest(self) -> int:
-        """Width of the widest row on the way through an expert, a shared one too."""
+        """Width of the widest row inside an expert, routed or shared."""
         return max(self.experts.widest, 0 if self.shared is None else self.shared.widest)
 
     @property
     def resident_stored_bytes(self) -> int:
-        """Bytes of them in their files."""
+        """Bytes of the experts in their files."""
         arrays = [array.source for array in self.small_arrays]
         small = sum(prod(source.shape) * source.dtype.itemsize for source in arrays)
         return small + (0 if self.shared is None else self.shared.nbytes)
 
     def fingerprint(self) -> dict[str, Any]:
-        """Tell this layer from others: all that it computes with; for `store`."""
+        """Identify this layer by everything that it computes with; for `store`."""
         return describe(vars(self))
 
     def __repr__(self) -> str:
@@ -139,26 +139,27 @@ class MoELayer(_Parts):
     Parameters
     ----------
     router : Router or ExpertChoice
-    experts : Experts, or anything that `expert_parallel` takes for them
+    experts : Experts, in any form that `expert_parallel` takes
     router_weight : (E, d), optional
-        A NumPy array, a path, or a Source, as the other small arrays here. A layer without it
+        A NumPy array, a path, or a Source, like the other small arrays here. A layer without it
         takes its routing from `table`, or from the call.
     router_bias, selection_bias : (E,), optional
         As in `route`.
     shared : Experts, optional
         Each row goes through all of them.
     shared_gate : (d,) or (1, d), optional
-        Weighs the shared experts by sigmoid(row · shared_gate); by 1 without it.
+        Weights the shared experts by sigmoid(row · shared_gate); by 1 without it.
     capacity : Capacity, optional
         How many slots of the whole batch an expert takes; all without it.
     table : (vocabulary, k) integers, optional
-        Experts of each token id: the call then needs token ids, and `router_weight` only weighs.
+        Experts of each token id: the call then needs token ids, and `router_weight` gives only
+        weights.
     per_expert_scale : (E,) or (1,), optional
         As in `route`.
     input_scale : (d,), optional
         Multiplies what the router reads.
     around : Around, optional
-        What is done with rows before experts read them and after.
+        Steps on rows before the experts and after them.
     residual : bool
         Add the layer's input rows to its output: a decoder's whole MoE step if the model adds the
         block's output to the block's own input. Nearly all models are pre-norm, and add it to the
@@ -172,8 +173,8 @@ class MoELayer(_Parts):
     Notes
     -----
     Routing is float32. Rows of a (batch, sequence, d) array are numbered in C order where the whole
-    batch counts (`capacity`, `ExpertChoice`). Reading is left to the tasks: a layer that is in
-    files holds their names, and pickles to a few kB.
+    batch matters (`capacity`, `ExpertChoice`). Tasks read the weights: a layer in files holds only
+    their names, and pickles to a few kB.
 
     Examples
     --------
@@ -210,7 +211,7 @@ class MoELayer(_Parts):
         self.router, self.experts, self.shared = router, as_experts(experts), shared
         self.capacity, self.residual = capacity, residual
         self.around = around or Around()
-        self.config: dict[str, Any] = {}  # of a checkpoint: the keys that say what is above
+        self.config: dict[str, Any] = {}  # of a checkpoint: the keys that were used
         given = {
             "weight": router_weight,
             "bias": router_bias,
@@ -275,7 +276,7 @@ class MoELayer(_Parts):
         Returns
         -------
         Dask array of the shape and dtype of `hidden`, lazy
-            In its chunks; where the whole batch counts, axes after the first come in one chunk.
+            In its chunks; if the whole batch matters, axes after the first come in one chunk.
         """
         if precision is not None:
             return self.with_precision(precision)(
@@ -287,7 +288,7 @@ class MoELayer(_Parts):
         return unflatten(self.through(rows, indices, weights, exchange), hidden)
 
     def with_precision(self, precision: str) -> MoELayer:
-        """The same layer with experts, shared ones too, of another `Experts.with_precision`."""
+        """The same layer with another `Experts.with_precision`, of shared experts too."""
         layer = copy(self)
         layer.experts = self.experts.with_precision(precision)
         layer.shared = None if self.shared is None else self.shared.with_precision(precision)
@@ -339,19 +340,20 @@ class MoELayer(_Parts):
         weights: da.Array | None,
         exchange: Callable[..., da.Array],
     ) -> da.Array:
-        """Send rows through the experts, with what comes before and after: (n, d_out), lazy.
+        """Send rows through the experts, with the steps before and after: (n, d_out), lazy.
 
-        `exchange` is as `expert_parallel`, with its first three arguments and `topk_weights`.
+        `exchange` is called like `expert_parallel`, with its first three arguments and
+        `topk_weights`.
         """
         y = exchange(self.enter(rows), self.sent(indices), self.experts, topk_weights=weights)
         return self.add_the_rest(rows, y, indices, weights)
 
     def enter(self, rows: da.Array) -> da.Array:
-        """Make the rows that the experts read; `rows` themselves, if nothing is done before."""
+        """Make the rows that the experts read; `rows` themselves if there are no steps before."""
         return enter_rows(rows, self.around.before, self.experts.d)
 
     def sent(self, indices: da.Array) -> da.Array:
-        """The routing to the experts alone: -1 for those that only the router knows."""
+        """The routing to the layer's own experts: -1 for those that only the router has."""
         if self.around.beyond is None:
             return indices
         return experts_alone(indices, self.experts.num_experts, self.known_experts)
@@ -363,7 +365,7 @@ class MoELayer(_Parts):
         indices: da.Array | None = None,
         weights: da.Array | None = None,
     ) -> da.Array:
-        """Add what rows get besides: (n, d_out), lazy; a `beyond` needs indices and weights."""
+        """Finish rows after their routed experts: (n, d_out), lazy; `beyond` needs the routing."""
         around = self.around
         rest = Rest(
             self.shared, self.arrays.get("shared_gate"), around.between, around.after,

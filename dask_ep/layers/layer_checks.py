@@ -1,4 +1,4 @@
-"""What must hold of the parts of a layer, and of what it gets?"""
+"""What must hold for the parts of a layer, and for its inputs?"""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from dask_ep.storage.sources import Source, open_source, refuse_missing
 
 
 def small_array(name: str, value: Any, router: Router | ExpertChoice, d: int | None) -> SmallArray:
-    """Check one of the small arrays; what is one row may come with an axis of length 1."""
+    """Check one of the small arrays; a single row may have an extra axis of length 1."""
     source = open_source(value, None if isinstance(value, Source) else name)
     refuse_missing(source)
     if name == "table":
@@ -62,8 +62,8 @@ def check_parts(
     beyond = E - experts.num_experts
     if around.beyond == "shared" and (shared is None or shared.num_experts != beyond):
         raise ValueError(
-            f"with beyond='shared' the router must know each shared expert: it has {E}, of which "
-            f"{beyond} are more than the {experts.num_experts} others, and there are "
+            f"with beyond='shared' the router must have each shared expert: it has {E} experts, "
+            f"{beyond} more than the {experts.num_experts} routed ones, but there are "
             f"{0 if shared is None else shared.num_experts} shared experts"
         )
     if beyond if around.beyond is None else beyond < 1:
@@ -94,7 +94,7 @@ def check_parts(
             "table or the experts choose"
         )
     if shared is None and "shared_gate" in arrays:
-        raise ValueError("shared_gate weighs shared experts, so it must be None without them")
+        raise ValueError("shared_gate weights shared experts, so it must be None without them")
     if residual and None not in (d, d_out) and d != d_out:
         raise ValueError(
             f"a residual needs outputs as wide as the rows, but experts go from {d} to {d_out}"

@@ -1,11 +1,11 @@
-"""Which experts do the rows of a Dask array want?
+"""Which experts do the rows of a Dask array choose?
 
-    rows (c)      the router's small arrays, wherever they lie
+    rows (c)      the router's small arrays, in files or memory
       │               │
       v               v
     ep_route (c)   ep_router                 one task per chunk
       ├──> ep_indices (c)   [n, k]
-      └──> ep_weights (c)   [n, k]           what comes out is two Dask arrays
+      └──> ep_weights (c)   [n, k]           the result is two Dask arrays
 
 The rules themselves are those of `routing.py` and `capacity.py`.
 """
@@ -35,7 +35,7 @@ from dask_ep.layers.routing import Router, all_scores, look_up, route, weigh_cho
 from dask_ep.storage.sources import Source
 
 SCORE_BYTES = 32
-"""Of an expert while a row chooses: its logit, its score, and what routers make of them."""
+"""Bytes of an expert while a row chooses: its logit, its score, and values derived of them."""
 
 
 class SmallArray(NamedTuple):
@@ -46,7 +46,7 @@ class SmallArray(NamedTuple):
 
     @UNDERFLOW_IS_ZERO
     def read(self) -> np.ndarray:
-        """Read it: floats in float32, integers as they are."""
+        """Read it: floats as float32, integers unchanged."""
         array = self.source.read(0, self.source.shape[0]).reshape(self.shape)
         if not is_float(array.dtype):
             return array
@@ -64,13 +64,13 @@ def route_rows(
     token_ids: da.Array | None = None,
     capacity: Capacity | None = None,
 ) -> tuple[da.Array, da.Array]:
-    """Route rows (n, d) lazily: give indices (n, k) int32 and top-k weights (n, k) float32.
+    """Route rows (n, d) lazily: return indices (n, k) int32 and top-k weights (n, k) float32.
 
     Parameters
     ----------
     rows : (n, d) Dask array, one chunk along d
     router : Router or ExpertChoice
-    arrays : "weight", "bias", "selection_bias" and "table", those that there are
+    arrays : "weight", "bias", "selection_bias" and "table", those that exist
     token_ids : (n, 1) Dask array of integers in the row chunks of `rows`, with a table
     capacity : Capacity, optional
 
@@ -189,7 +189,7 @@ def _score_chunk(
 def while_routing(
     hidden: Array, num_experts: int, k: int, chunk: int, first_row: int | None
 ) -> Iterator[None]:
-    """Say in an error which chunk was routed, and what it needs, if the device has too little."""
+    """Add to an error which chunk was routed, and what it needs if the device ran out of memory."""
     row_bytes = 8 * hidden.shape[1] + SCORE_BYTES * num_experts + INDEX_BYTES * k
     try:
         with explain_chunk_memory(hidden, row_bytes):

@@ -1,10 +1,10 @@
-"""Which tasks are there for what happens around the experts?
+"""Which tasks run the steps before and after the experts?
 
     rows (c) ──> ep_enter (c) ──> the experts' own tasks ──> ep_layer (c)
                      ^                                           ^
                  ep_before   read once on each worker        ep_shared
 
-What they do is in `row_steps`.
+The steps themselves are in `row_steps`.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from dask_ep.layers.row_steps import Loaded, Rest, Steps, enter, finish, load_re
 
 
 def enter_rows(rows: da.Array, before: Steps, width: int | None) -> da.Array:
-    """Do steps with rows (n, d): (n, width), lazy; `rows` themselves without steps."""
+    """Apply steps to rows (n, d): (n, width), lazy; `rows` themselves without steps."""
     if not before:
         return rows
     token = tokenize(rows, before)
@@ -44,9 +44,9 @@ def finish_rows(
     chosen: list[da.Array],
     d_out: int | None,
 ) -> da.Array:
-    """Do with the experts' answers what comes after them: (n, d_out), lazy.
+    """Apply the steps after the experts' answers: (n, d_out), lazy.
 
-    `chosen` are indices and weights, where `rest` needs them.
+    `chosen` are indices and weights, if `rest` needs them.
     """
     arrays = [rows, routed, *chosen]
     token = tokenize(*arrays, rest)

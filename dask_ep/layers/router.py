@@ -1,6 +1,6 @@
-"""What says which experts a row wants, and how much of each?
+"""How is a router described?
 
-A `Router` is data; `routing` carries it out.
+A `Router` is data; `routing` computes it.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ class Router:
         Multiplies the weights at the end.
     apply_router_weight_on_input : bool
         Whether the weight multiplies the row that the expert reads instead of its output. The
-        experts do it; it is here because families differ in it as they do in the rest.
+        experts apply it; it is here because families differ in it.
     always : int
         The last `always` experts are chosen by every row, after its k and whatever their scores;
         groups and selection bias are those of the others.
@@ -52,8 +52,8 @@ class Router:
     input_norm_eps : float or None
         The router reads ``row / sqrt(mean(row**2) + eps)`` instead of the row.
     masked_score : float or None
-        What experts outside the chosen groups count as where experts are chosen; None means that
-        they are not chosen.
+        Score of experts outside the chosen groups while experts are chosen; None means that they
+        are not chosen.
 
     Examples
     --------
@@ -133,7 +133,7 @@ class Router:
 
     @property
     def slots(self) -> int:
-        """Experts of a row: k, and those that every row has."""
+        """Experts per row: k, and those that every row chooses."""
         return self.k + self.always
 
     @property

@@ -2,7 +2,7 @@
 
 logits [n, E] ──> probabilities [n, E]    their mean by expert, entropy of each row
       ├─────────> log of the sum of exp   its square is the z-loss of a row
-      └─────────> k-th and next score     the margin by which a row's last choice was made
+      └─────────> k-th and next score     the margin of a row's last choice
 """
 
 from __future__ import annotations
@@ -25,19 +25,19 @@ from dask_ep.layers.routing import WITHOUT_WARNINGS, mask_groups, tiled_logits
 from dask_ep.layers.scores import SCORES, softmax
 
 BINS = 64
-"""Of each histogram; the first and the last also hold what lies beyond."""
+"""Bins of each histogram; the first and the last also count values beyond."""
 
 _LOG2_RANGES = {"margin": (-24.0, 8.0), "z_loss": (-8.0, 24.0)}
-"""Of the edges of their histograms, as powers of two."""
+"""Range of the histograms' edges, as powers of two."""
 
 
 def see_router(rows: da.Array, router: Any, arrays: Mapping[str, SmallArray]) -> Partials:
-    """Observe what a router makes of rows (n, d).
+    """Collect statistics of a router on rows (n, d).
 
     Raises
     ------
     ValueError
-        If it does not choose by logits of its own: expert choice, or a table.
+        If rows do not choose by logits: expert choice, or a table.
     """
     if not isinstance(router, Router) or "table" in arrays or "weight" not in arrays:
         raise ValueError(
@@ -100,7 +100,7 @@ def _see_chunk(
 def _see_logits(
     logits: np.ndarray, router: Router, selection_bias: np.ndarray | None
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
-    """Of a tile: sums of probabilities (E,), and of each row entropy, z-loss and margin."""
+    """Of a tile: sums of probabilities (E,), and each row's entropy, z-loss and margin."""
     largest = logits.max(axis=1)
     z = largest + np.log(np.exp(logits - largest[:, None]).sum(axis=1, dtype=np.float64))
     score = SCORES.get(router.score.removesuffix("_chosen"), softmax)
@@ -116,7 +116,7 @@ def _see_logits(
 
 
 def _margin(choice: np.ndarray, k: int) -> np.ndarray:
-    """The k-th largest minus the next; none where all experts are chosen."""
+    """The k-th largest minus the next; none if all experts are chosen."""
     E = choice.shape[1]
     if k == E:
         return np.zeros(0)

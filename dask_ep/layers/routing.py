@@ -1,4 +1,4 @@
-"""Which experts does a row want, and how much of each?
+"""Which experts does a row choose, and with which weights?
 
 Axis letters: `n` rows, `d` width, `E` experts, `k` slots per row, `G` groups of neighbours.
 
@@ -8,8 +8,8 @@ Axis letters: `n` rows, `d` width, `E` experts, `k` slots per row, `G` groups of
                  │
     topk_weights [n, k] = scores there, without the selection bias: normalised, times the scale
 
-A router is data, a `Router`; its weights are arrays. One row is routed here without regard to the
-others; for rules that look at a whole batch (capacity, expert choice) see `capacity.py`.
+A router is data, a `Router`; its weights are arrays. Rows are routed independently here; for rules
+that depend on a whole batch (capacity, expert choice) see `capacity.py`.
 """
 
 from __future__ import annotations
@@ -27,11 +27,11 @@ from dask_ep.layers.scores import CHOSEN_SCORES, GROUP_SCORES, SCORES, SMALLEST,
 
 LOGIT_TILE_BYTES = 4 << 20
 """Bytes of hidden states, in float64, whose logits are computed together on the CPU: few enough to
-stay in cache from one step to the next, and rows enough to be worth packing the weights for."""
+stay in cache from one step to the next, and rows enough to be worth packing the weights."""
 
 
 WITHOUT_WARNINGS = np.errstate(all="ignore")
-"""What overflows or underflows is the limit that is meant; what is NaN is refused at the end."""
+"""Overflow and underflow give the intended limits; NaN is refused at the end."""
 
 
 @WITHOUT_WARNINGS
@@ -44,7 +44,7 @@ def route(
     selection_bias: Array | None = None,
     per_expert_scale: Array | None = None,
 ) -> tuple[Array, Array]:
-    """Choose k experts for each row, and say how much each counts.
+    """Choose k experts for each row, and their weights.
 
     Parameters
     ----------
@@ -52,11 +52,11 @@ def route(
     router : Router
     weight : (E, d) array of floats
     bias : (E,) array of floats, optional
-        Is added to the logits.
+        Added to the logits.
     selection_bias : (E,) array of floats, optional
-        Is added to the scores where experts (and groups) are chosen, and never counts in a weight.
+        Added to the scores to choose experts (and groups), but not part of any weight.
     per_expert_scale : (E,) array of floats, optional
-        Multiplies each weight by the number of its expert, at the end.
+        Multiplies each weight by its expert's entry, at the end.
 
     Returns
     -------
@@ -70,13 +70,13 @@ def route(
     TypeError
         If an array does not hold floats, or arrays of two namespaces are mixed.
     ValueError
-        If shapes do not fit, or a row's weights are NaN, as they are where hidden states or router
-        weights hold NaN or infinity.
+        If shapes do not fit, or a row's weights are NaN, as with NaN or infinity in hidden states
+        or router weights.
 
     Notes
     -----
-    Values are float32, whatever the dtypes that come; on the CPU the sums of the logits are
-    float64, rounded once, so that the routing of a row does not depend on the rows around it. Among
+    Values are float32, whatever the inputs' dtypes; on the CPU the sums of the logits are float64,
+    rounded once, so that the routing of a row does not depend on the rows around it. Among
     equal scores the expert with the lower index is chosen, and so is the lower group among equal
     groups. The scores are those of softmax: Shazeer et al. 2017; sigmoid, selection bias and
     groups: DeepSeek-V3, section 2.1.2; sparsemixer: Phi-3.5-MoE (Liu et al., "GRIN", 2024). Costs
@@ -236,10 +236,10 @@ def tiled_logits(
 
     Notes
     -----
-    The last bit of a float32 sum depends on which rows a BLAS computes together, and experts that
-    a row likes equally would change places with the chunking. Sums in float64, rounded once, do
-    not depend on it. A device sums in float32: many have little float64; and so does the host where
-    `wide` says so, since nothing is chosen by the logits.
+    The last bit of a float32 sum depends on which rows a BLAS computes together, so that the order
+    of experts with equal scores would depend on the chunking. Sums in float64, rounded once, do
+    not. A device sums in float32, since many are slow in float64; and so does the host with a
+    float32 `wide`, when nothing is chosen by the logits.
     """
     xp = namespace(hidden)
     n, E = hidden.shape[0], weight.shape[0]
@@ -340,7 +340,7 @@ def _check(
     per_expert_scale: Array | None = None,
     always: int = 0,
 ) -> dict[str, Array | None]:
-    """Check all arrays, and give those of E numbers in float32."""
+    """Check all arrays, and return those of E numbers in float32."""
     biases = {"bias": bias, "selection_bias": selection_bias, "per_expert_scale": per_expert_scale}
     xp = one_namespace(hidden=hidden, weight=weight, **biases)
     check_tokens(hidden)
@@ -362,7 +362,7 @@ def _check(
 
 
 def _without_nan(topk_weights: Array, biases: dict[str, Array | None]) -> Array:
-    """Refuse NaN in the weights or the biases; all are asked at once, in one copy from a device."""
+    """Refuse NaN in the weights or the biases; all are checked in one copy from a device."""
     xp = namespace(topk_weights)
     bad = xp.isnan(topk_weights).any(axis=1)
     nan = {name: xp.isnan(bias) for name, bias in biases.items() if bias is not None}

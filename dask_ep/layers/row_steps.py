@@ -2,11 +2,11 @@
 
     rows [n, d] ─┬─ before ── experts ── between ──┐
                  ├─ shared experts ────────────────┤
-                 ├─ experts that are not sent to ──┴─ sum ── after ──┐
-                 └─ themselves, if residual ─────────────────────────┴─ sum
+                 ├─ experts beyond those of ranks ─┴─ sum ── after ──┐
+                 └─ the rows, if residual ───────────────────────────┴─ sum
 
-`before`, `between` and `after` are `RowStep`s, each on a row by itself: projections to the width of
-the experts and back (latent experts), norms, a bias, a number.
+`before`, `between` and `after` are `RowStep`s, each on single rows: projections to the width of the
+experts and back (latent experts), norms, a bias, a factor.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ STEP_KINDS = ("linear", "rms_norm", "scale", "add")
 
 @dataclass(frozen=True)
 class RowStep:
-    """Something that is done with each row by itself.
+    """A step that acts on each row separately.
 
     Attributes
     ----------
@@ -61,11 +61,11 @@ class RowStep:
         return tuple(array for array in (self.array, self.bias) if array is not None)
 
     def width(self, d: int | None) -> int | None:
-        """Width of what becomes of rows of width d."""
+        """Width of the output for rows of width d."""
         return self.array.shape[0] if self.kind == "linear" and self.array is not None else d
 
     def width_before(self, d: int | None) -> int | None:
-        """Width of rows that become rows of width d."""
+        """Width of the input for an output of width d."""
         return self.array.shape[1] if self.kind == "linear" and self.array is not None else d
 
     def __call__(self, x: Array, array: Array, bias: Array) -> Array:
@@ -102,16 +102,16 @@ def apply_steps(rows: Array, loaded: Loaded) -> Array:
 
 @dataclass(frozen=True)
 class Around:
-    """What a row goes through before its experts, and after them.
+    """The steps of a row before its experts, and after them.
 
     Attributes
     ----------
     before, between, after : tuples of RowStep
-        What is done with the rows before experts read them; with what these give; and with the sum
-        of that and the shared experts.
+        Applied to the rows before experts read them; to the experts' output; and to the sum of
+        that and the shared experts.
     beyond : {"identity", "shared"} or None
-        What those experts of the router are that are more than the layer has: experts that give the
-        row as it is (LongCat), or the shared ones (Inkling). They are computed where the row is.
+        The kind of the router's experts beyond those of the layer: experts that return the row
+        unchanged (LongCat), or the shared ones (Inkling). They are computed where the row is.
     """
 
     before: Steps = ()
@@ -130,14 +130,14 @@ class Around:
         return [array for step in steps for array in step.arrays]
 
     def d(self, experts: Experts | CallableExperts) -> int | None:
-        """Width of the rows that come, for experts of some width."""
+        """Width of input rows, for experts of some width."""
         width = experts.d
         for step in reversed(self.before):
             width = step.width_before(width)
         return width
 
     def d_out(self, experts: Experts | CallableExperts) -> int | None:
-        """Width of the rows that go, for experts of some width."""
+        """Width of output rows, for experts of some width."""
         width = experts.d_out
         for step in (*self.between, *self.after):
             width = step.width(width)
@@ -145,7 +145,7 @@ class Around:
 
 
 class Rest(NamedTuple):
-    """All of a layer but its router and its experts, or what is loaded of it."""
+    """All parts of a layer except its router and its experts, loaded or not."""
 
     shared: Any
     gate: Any
@@ -157,7 +157,7 @@ class Rest(NamedTuple):
 
     @property
     def finishes(self) -> bool:
-        """Whether anything is left to do when the experts have answered."""
+        """Whether any step follows the experts' answers."""
         more = (self.shared, self.between, self.after, self.beyond, self.residual)
         return any(part not in (None, (), False) for part in more)
 
@@ -197,7 +197,7 @@ def finish(
     indices: Array | None = None,
     weights: Array | None = None,
 ) -> Array:
-    """Do with the experts' answers what comes after, as far as the layer has it."""
+    """Apply the steps that follow the experts' answers."""
     experts, d_out = () if rest.shared is None else rest.shared, routed.shape[1]
     sums = 3 * max(d_out, rows.shape[1]) * computing_dtype(rows.dtype).itemsize
     with (
@@ -214,7 +214,7 @@ def _finished(rows: Array, routed: Array, rest: Rest, indices: Array, weights: A
         rows = rows.astype(compute, copy=False)
     given = apply_steps(_wide(routed), rest.between)
     if rest.beyond is not None:
-        slots = indices - rest.num_experts  # below 0: an expert that was sent to, or none
+        slots = indices - rest.num_experts  # below 0: a routed expert, or none
         weights = namespace(rows).where(slots >= 0, weights, np.float32(0))
         if rest.beyond == "identity":
             given = given + weights.sum(axis=1, keepdims=True).astype(compute) * _wide(rows)
@@ -241,7 +241,7 @@ def _wide(rows: Array) -> Array:
 
 
 def _apply_shared(rows: Array, experts: Any, gate: Array | None, dtype: np.dtype) -> Array:
-    """Every row through every shared expert: the kernel with a routing that says so."""
+    """Every row through every shared expert: the kernel with a routing to all of them."""
     xp, count = namespace(rows), len(experts)
     everyone = xp.broadcast_to(xp.arange(count, dtype=np.int32), (len(rows), count))
     weights = None

@@ -1,7 +1,7 @@
-"""What is the score of a logit, and which are the largest?
+"""How are scores computed from logits, and which are the largest?
 
 Axis letters: `n` rows, `E` experts, `k` slots per row, `G` groups of neighbours. Functions take the
-array namespace first, and are float32 throughout. Whoever calls them silences NumPy's warnings.
+array namespace first, and are float32 throughout. Callers silence NumPy's warnings.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import numpy as np
 from dask_ep.arrays.namespaces import Array
 
 SMALLEST = float(np.finfo(np.float32).min)
-"""What an expert is worth that must not be chosen before all others are."""
+"""Score of an expert that must not be chosen before all others are."""
 
 
 def largest(xp: Any, choice: Array, k: int) -> Array:
@@ -22,8 +22,8 @@ def largest(xp: Any, choice: Array, k: int) -> Array:
 
     Notes
     -----
-    One pass per slot: argmax gives the first of equals, and what was taken becomes -inf, below
-    anything that was not.
+    One pass per slot: argmax returns the first of equals, and a chosen score becomes -inf, below
+    all others.
     """
     xp.maximum(choice, xp.float32(SMALLEST), out=choice)
     rows = xp.arange(len(choice))

@@ -8,10 +8,10 @@
      3   [5 4]    combine     rank 0  rank 2          rank 1
      out (4, d_out) <────────────┴─────┴─────────────────┘         one summed row from each rank
 
-One sort of the chunk's slots serves all ranks. The row numbers of a packet are not sent: the chunk
-keeps them. What a rank computes does not depend on how packets are made: an expert's rows always
-come in the order of the chunk, so the bits are the same however ranks are spread over workers, and
-also without any packet.
+One sort of the chunk's slots makes all packets; each owner sorts its packet once more. The row
+numbers of a packet are not sent: the chunk keeps them. What a rank computes does not depend on how
+packets are made: an expert's rows always come in the order of the chunk, so the bits are the same
+however ranks are spread over workers, and also without any packet.
 
 Axis letters: `n` rows of a chunk, `m` rows of a packet, `k` slots per row, `P` physical experts.
 """

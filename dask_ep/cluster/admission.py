@@ -1,13 +1,13 @@
 """How many chunks may be in flight on a worker at once?
 
-Each chunk that is in flight holds its rows, packets and answers, so there is a limit, and the
-others wait in their threads, in Dask's order:
+Each chunk in flight holds its rows, packets and answers, so their number is limited, and the others
+wait in their threads, in Dask's order:
 
-    enter   waits while as many are in flight as may be, then gives its thread to Dask (`secede`)
+    enter   waits while the limit is reached, then gives its thread to Dask (`secede`)
     leave   lets the next one begin
 
-A thread that waits would keep the worker from other tasks, and one of these may be what the chunks
-in flight are waiting for: the experts of a rank that has lost its owner, say. So it is lent to any
+A waiting thread would keep the worker from other tasks, and the chunks in flight may be waiting for
+one of these, such as the experts of a rank that has lost its owner. So the thread is lent to any
 task that is ready here and comes before its own in Dask's order.
 """
 
@@ -22,16 +22,16 @@ from dataclasses import dataclass, field
 
 @dataclass(order=True)
 class Waiting:
-    """A chunk that waits to begin; who comes first in Dask's order begins first."""
+    """A chunk that waits to begin; the first in Dask's order begins first."""
 
     priority: tuple
     number: int
     is_wanted: bool = field(default=False, compare=False)
-    """Whether a task that comes before it lacks its thread."""
+    """Whether an earlier task needs its thread."""
 
 
 class Admission:
-    """Bounds the chunks that are in flight, of all layers of a worker.
+    """Bounds the chunks in flight on a worker, of all layers.
 
     Parameters
     ----------
@@ -70,8 +70,8 @@ class Admission:
         Parameters
         ----------
         priority : place of its task in Dask's order, smallest first
-        look : lets `lend` be called if a task is ready that lacks a thread; called if this one
-            has to wait, and not waited for
+        look : arranges that `lend` is called if a ready task lacks a thread; called without
+            waiting for it if this chunk has to wait
         secede : gives this thread back; called once, when the chunk begins or the thread is lent
 
         Raises
@@ -95,7 +95,7 @@ class Admission:
             raise
 
     def lend(self, priority: tuple) -> None:
-        """Let chunks give their threads back that wait and come after a task of this priority."""
+        """Let waiting chunks that come after a task of this priority give their threads back."""
         with self._changed:
             for waiting in self._waiting:
                 waiting.is_wanted |= priority < waiting.priority
@@ -107,13 +107,13 @@ class Admission:
             self._changed.notify_all()
 
     def close(self) -> None:
-        """Let those that wait end with an error."""
+        """End the waiting ones with an error."""
         with self._changed:
             self._is_closed = True
             self._changed.notify_all()
 
     def _begin(self, me: Waiting, or_lend: bool = False) -> bool:
-        """Wait until a chunk begins, or until its thread is wanted; give whether it has begun."""
+        """Wait until a chunk begins, or its thread is wanted; return whether it has begun."""
         with self._changed:
             self._changed.wait_for(
                 lambda: self._is_next(me) or self._is_closed or (or_lend and me.is_wanted)

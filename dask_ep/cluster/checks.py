@@ -1,10 +1,10 @@
 """Is the cluster there, and is it fit for the job?
 
-Asked before anything is read, for what is wrong here shows up late and far from its cause:
+Checked before anything is read, since such problems show up late and far from their cause:
 
-    every worker, and the scheduler      the versions that the client has
-    every worker                         sees the job's files, and they are the client's
-    the scheduler                        lets a task outlive as many deaths as may happen
+    every worker, and the scheduler      has the client's versions
+    every worker                         sees the job's files, and the same ones as the client
+    the scheduler                        lets a task survive the death of every worker
 """
 
 from __future__ import annotations
@@ -34,20 +34,20 @@ from dask_ep.cluster.dask_internals import scheduler_address
 from dask_ep.errors import UnfitClusterError
 
 PACKAGES = ("dask", "distributed", "numpy", "zarr")
-"""Packages whose versions must agree, besides dask_ep and Python: graphs and chunks travel as what
-they are in memory."""
+"""Packages whose versions must agree, in addition to dask_ep and Python: graphs and chunks are
+pickled."""
 
 
 @dataclass(frozen=True)
 class Certificates:
-    """What proves to a cluster with TLS that one may use it: paths of PEM files."""
+    """Credentials for a cluster with TLS: paths of PEM files."""
 
     ca_file: str
-    #: of the authority that signed the cluster's certificates
+    #: certificate of the authority that signed the cluster's certificates
     cert: str
-    #: one's own, signed by it
+    #: the client's certificate, signed by that authority
     key: str | None = None
-    #: of the certificate, unless that file holds it too
+    #: key of the certificate, unless that file holds it too
 
     def security(self) -> Security:
         return Security(
@@ -65,19 +65,19 @@ def connect(
     certificates: Certificates | None = None,
     timeout: float = 30.0,
 ) -> Client:
-    """Connect to a scheduler, or say why that is not possible.
+    """Connect to a scheduler, or explain why that is not possible.
 
     Parameters
     ----------
     address : such as "tcp://host:8786", or "tls://host:8786" with certificates
-    scheduler_file : file in which the scheduler wrote its address, instead of it
+    scheduler_file : file in which the scheduler wrote its address, instead of `address`
     certificates : Certificates, optional
     timeout : seconds
 
     Raises
     ------
     ConnectionError
-        If no scheduler answers there, or if it and the client do not accept each other.
+        If no scheduler answers there, or it and the client do not accept each other.
     """
     if address is None:
         if scheduler_file is None:
@@ -85,7 +85,7 @@ def connect(
         address = _read_address(scheduler_file, timeout)
     security = certificates.security() if certificates else Security()
     # A Client that fails to connect is closed by the garbage collector, which can lock up in Dask
-    # (2026.8): make one only where a scheduler answers. In a thread, since a notebook has a loop.
+    # (2026.8): make one only if a scheduler answers. In a thread, since a notebook has a loop.
     with ThreadPoolExecutor(1) as thread:
         thread.submit(asyncio.run, _knock(address, security, timeout)).result()
     return Client(address, security=security, timeout=timeout)
@@ -136,24 +136,24 @@ def check_cluster(client: Client, files: Mapping[str, str | os.PathLike] | None 
     Parameters
     ----------
     client : distributed.Client
-    files : mapping of what it is to a local path, optional
+    files : mapping of a description to a local path, optional
         Files or directories, such as `{"tokens": "/data/tokens.zarr"}`.
 
     Raises
     ------
     UnfitClusterError
-        With every problem found: the worker, and the package or the file.
+        Lists every problem: the worker, and the package or the file.
 
     Warns
     -----
     UserWarning
-        If the scheduler gives a task up before as many workers have died as there are: a task
-        counts each death of a worker in whose queue it waited, even if it was never begun there.
+        If the scheduler gives a task up before all workers have died: it counts each death of a
+        worker in whose queue the task waited, even if the task never started there.
 
     Notes
     -----
-    One round trip to all workers and one to the scheduler; nothing of the files is read. A worker
-    sees a file if it finds one of the same kind and size at the same path.
+    One round trip to all workers and one to the scheduler; no file is read. A worker sees a file
+    if it finds one of the same kind and size at the same path.
 
     Examples
     --------
@@ -203,7 +203,7 @@ def check_cluster(client: Client, files: Mapping[str, str | os.PathLike] | None 
 
 
 def probe_process(paths: list[str]) -> dict[str, Any]:
-    """Tell the versions in this process, and the kind and size of each path (None: not there).
+    """Report the versions in this process, and the kind and size of each path (None: missing).
 
     Examples
     --------
@@ -221,7 +221,7 @@ def probe_process(paths: list[str]) -> dict[str, Any]:
 
 
 class WorkerSettings(WorkerPlugin):
-    """Gives every worker of a cluster, also one that comes later, what fast chunks need.
+    """Prepares every worker of a cluster, including later ones, for fast chunks.
 
     One BLAS thread per task, and a C library that keeps the memory of freed packets.
     """
@@ -235,7 +235,7 @@ class WorkerSettings(WorkerPlugin):
 
 
 def dashboard_link(client: Client) -> str | None:
-    """Return the address of Dask's dashboard, None where the scheduler shows none.
+    """Return the address of Dask's dashboard, None if the scheduler has none.
 
     Its web server runs in either case, for health checks and metrics.
     """

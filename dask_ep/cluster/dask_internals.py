@@ -1,8 +1,8 @@
-"""What of distributed do we use beyond its documented API?
+"""Which parts of distributed do we use beyond its documented API?
 
-All of it is here, so that one look tells what a new release may break; a test holds each line
-against the lowest and the newest version that we allow. Dask's own P2P shuffle uses the same:
-handlers and streams of workers, the scheduler's transitions and the restrictions of its tasks.
+All of them are here, to show at a glance what a new release may break; tests check each against the
+lowest and the newest supported version. Dask's own P2P shuffle uses the same: handlers and streams
+of workers, the scheduler's transitions and the restrictions of its tasks.
 """
 
 from __future__ import annotations
@@ -20,13 +20,13 @@ from distributed.threadpoolexecutor import thread_state as pool_state
 from distributed.worker import WORKER_ANY_RUNNING, Worker, get_worker, secede, thread_state
 
 FIRST = -(2**40)
-"""A priority before any that users give; Dask takes the smallest number first."""
+"""A priority before any that users set; Dask takes the smallest number first."""
 
 STIMULUS = "dask-ep"
-"""What the scheduler's log says of the cause."""
+"""Stimulus id in the scheduler's log."""
 
 RESULT_SECONDS = 5.0
-"""How long a result may take to come, at first, before it is asked for again."""
+"""First timeout after which a result is requested again."""
 
 
 # --- at the client -------------------------------------------------------------------------------
@@ -38,17 +38,17 @@ def scheduler_address(client: Client) -> str:
 
 
 def result_of(future: Future) -> Any:
-    """The result of a task, which is asked for again where that takes long.
+    """The result of a task, requested again if it takes long.
 
-    The scheduler fetches it from a worker. One that is lost just then the scheduler tries to reach
-    for half a minute, though others may have computed the task again meanwhile.
+    The scheduler fetches it from a worker. If that worker is lost just then, the scheduler tries
+    to reach it for half a minute, although others may have recomputed the task meanwhile.
     """
     seconds = RESULT_SECONDS
     while True:
         try:
             return future.result(seconds)
         except TimeoutError:
-            if future.status == "error":  # the task's own
+            if future.status == "error":  # the task's own error
                 raise
         seconds *= 2  # the scheduler may be slow
 
@@ -57,7 +57,7 @@ def result_of(future: Future) -> Any:
 
 
 def current_worker() -> Worker | None:
-    """The worker whose task runs in this thread, if one does."""
+    """The worker whose task runs in this thread, if any."""
     try:
         return get_worker()
     except ValueError:
@@ -77,7 +77,7 @@ def threads_of(worker: Worker) -> int:
 
 
 def loop_of(worker: Worker) -> asyncio.AbstractEventLoop:
-    loop: Any = worker.loop  # Tornado's types know a loop without it
+    loop: Any = worker.loop  # Tornado's types allow a loop without it
     return loop.asyncio_loop
 
 
@@ -87,9 +87,9 @@ def install(
     messages: Mapping[str, Callable],
     metrics: Mapping[str, Callable],
 ) -> None:
-    """Let a worker answer requests of other workers and hear messages of the scheduler, for good.
+    """Register a worker's handlers of workers' requests and the scheduler's messages, for good.
 
-    `metrics` go to the scheduler with each heartbeat. A message that nobody hears would end the
+    `metrics` go to the scheduler with each heartbeat. A message without a handler would end the
     worker's connection to the scheduler.
     """
     worker.handlers.update(requests)
@@ -98,15 +98,15 @@ def install(
 
 
 async def open_stream(worker: Worker, address: str, op: str) -> Comm:
-    """Open a connection with another worker, and hand it to the one's handler of requests `op`.
+    """Open a connection to another worker, and pass it to that worker's handler of requests `op`.
 
-    The handler is called with the connection, which it ends itself, and with this worker's address
+    The handler is called with the connection, which it must close, and with this worker's address
     as `sender`.
 
     Raises
     ------
     OSError
-        If there is no connection.
+        If the connection fails.
     """
     comm = await connect(address, **worker.connection_args)
     try:
@@ -118,39 +118,39 @@ async def open_stream(worker: Worker, address: str, op: str) -> Comm:
 
 
 def keep_on_loop(comm: Comm) -> None:
-    """Let a connection write and read on the event loop whatever the size of a message.
+    """Let a connection write and read messages of any size on the event loop.
 
-    Else Dask estimates the size of each, and gives large ones to another thread: for arrays, which
-    go as they lie, in vain.
+    Otherwise Dask estimates the size of each, and serializes large ones in another thread, which
+    is useless for arrays, as they are sent without copying.
     """
     comm.allow_offload = False
 
 
 def give_up(worker: Worker, address: str) -> None:
-    """End what this worker fetches from another one that is lost.
+    """Cancel this worker's fetches from another one that is lost.
 
-    Dask would try for half a minute to connect (``distributed.comm.timeouts.connect``), and compute
-    nothing again of what it fetches before that.
+    Dask would try for half a minute to connect (``distributed.comm.timeouts.connect``), and
+    recompute nothing of what it fetches before that.
     """
     worker.rpc.remove(address)
 
 
 def remote_error(error: BaseException) -> dict[str, Any]:
-    """What another worker gets instead of an answer: see `raise_remote`."""
+    """The reply to another worker for an error: see `raise_remote`."""
     if not isinstance(error, Exception):  # it would end the event loop there
         error = RuntimeError(f"{type(error).__name__}: {error}")
     return dict(error_message(error, status="uncaught-error"))
 
 
 def raise_remote(answer: dict[str, Any]) -> None:
-    """Raise what another worker raised instead of answering."""
+    """Raise the error that another worker sent instead of an answer."""
     _, error, trace = clean_exception(**answer)
     assert error is not None
     raise error.with_traceback(trace)
 
 
 def leave_pool() -> None:
-    """Give the thread of this task back to Dask, unless that has been done: tasks are fused."""
+    """Give this task's thread back to Dask, once: several steps may be fused in a task."""
     if pool_state.proceed:
         secede()
 
@@ -161,20 +161,20 @@ def key_here() -> Key:
 
 
 def priority_here() -> tuple:
-    """The place in Dask's order of the task that runs in this thread: smaller comes first."""
+    """The priority in Dask's order of the task that runs in this thread: smaller comes first."""
     worker = get_worker()
     task = worker.state.tasks.get(thread_state.key)
     return (task.priority or ()) if task is not None else ()
 
 
 def is_running(worker: Worker, key: Key) -> bool:
-    """Whether a task runs in a thread of this worker, be it for nobody any more."""
+    """Whether a task runs in a thread of this worker, even if its result is not wanted any more."""
     task = worker.state.tasks.get(key)
     return task in worker.state.executing or task in worker.state.long_running
 
 
 def first_ready(worker: Worker) -> tuple | None:
-    """The place in Dask's order of the first task that is ready here and lacks a thread, if any."""
+    """The priority in Dask's order of the first ready task that lacks a thread here, if any."""
     ready = worker.state.ready
     return tuple(ready.peek().priority or ()) if ready else None
 
@@ -190,7 +190,7 @@ def tell(scheduler: Scheduler, workers: Iterable[str], message: dict[str, Any]) 
 
 
 def pin(task: TaskState, workers: set[str]) -> None:
-    """Let a task run on these workers alone, whatever else restricted it. The set is kept."""
+    """Let a task run only on these workers, whatever else restricted it. The set is kept."""
     task.worker_restrictions = workers
     task.host_restrictions = None
     task.resource_restrictions = None
@@ -198,7 +198,7 @@ def pin(task: TaskState, workers: set[str]) -> None:
 
 
 def restrict(task: TaskState, workers: set[str]) -> bool:
-    """Let a task run on these workers alone, unless somebody restricts it; the set is kept."""
+    """Let a task run only on these workers, unless a user restricts it; the set is kept."""
     if task.worker_restrictions or task.host_restrictions or task.resource_restrictions:
         return False
     task.worker_restrictions = workers
@@ -206,12 +206,12 @@ def restrict(task: TaskState, workers: set[str]) -> bool:
 
 
 def hasten(task: TaskState, able: Callable[[Mapping[str, float]], set[str]]) -> list[TaskState]:
-    """Let a task, and what it is made of, come before all else if it has to be computed again.
+    """Let a task and its dependencies come before all others if they have to be computed again.
 
-    It must not wait for a task that waits for it. So it goes to the front of each queue, holds no
-    resources, and is not kept back on the scheduler, as it would be without a restriction: unless
-    somebody restricts it, it may run on the workers that are `able` to give the resources that it
-    needs. Gives the tasks to `release_hastened`.
+    A task must not wait for one that waits for it. So it goes to the front of each queue, holds no
+    resources, and is not queued on the scheduler, as it would be without a restriction: unless a
+    user restricts it, it may run on the workers that are `able` to provide its resources. Returns
+    the tasks, for `release_hastened`.
     """
     seen, todo, restricted = {task}, [task], []
     while todo:
@@ -231,9 +231,9 @@ def hasten(task: TaskState, able: Callable[[Mapping[str, float]], set[str]]) -> 
 def release_hastened(
     scheduler: Scheduler, tasks: Iterable[TaskState], kind: type[Any]
 ) -> list[TaskState]:
-    """Restrict tasks as before `hasten`, but for those that run, which are given back.
+    """Restrict tasks as before `hasten`, except running ones, which are returned.
 
-    `kind` is that of the sets of workers, which keep the resources that a task `needs`.
+    `kind` is the class of the sets of workers, which keep the resources that a task `needs`.
     """
     running = []
     for task in tasks:
@@ -256,7 +256,7 @@ def run_again(scheduler: Scheduler, task: TaskState) -> None:
 
 
 def place_again(scheduler: Scheduler, task: TaskState) -> None:
-    """Take a task that no worker has begun to where it may run now."""
+    """Reassign a task that no worker has started to one where it may run now."""
     if task.state == "no-worker":
         _transition(scheduler, [task], "processing")
     elif task.processing_on is not None and task not in task.processing_on.executing:
@@ -264,13 +264,13 @@ def place_again(scheduler: Scheduler, task: TaskState) -> None:
 
 
 def begin_stuck(scheduler: Scheduler, kind: type[set]) -> None:
-    """Give workers the tasks that wait for one, restricted to sets of this kind."""
+    """Assign the tasks that wait for a worker and are restricted to sets of this kind."""
     stuck = [t for t in scheduler.unrunnable if isinstance(t.worker_restrictions, kind)]
     _transition(scheduler, stuck, "processing")
 
 
 def free_stuck(scheduler: Scheduler, kind: type[set]) -> None:
-    """Let all tasks run anywhere that are restricted to sets of this kind."""
+    """Let all tasks that are restricted to sets of this kind run anywhere."""
     freed = [t for t in scheduler.tasks.values() if isinstance(t.worker_restrictions, kind)]
     for task in freed:
         task.worker_restrictions = None
@@ -278,7 +278,7 @@ def free_stuck(scheduler: Scheduler, kind: type[set]) -> None:
 
 
 def call_back(scheduler: Scheduler, worker: str, kind: type[set]) -> None:
-    """Take tasks that this worker may not run any more, and has not begun, to those that may."""
+    """Reassign tasks that this worker may not run any more and has not started."""
     state = scheduler.workers[worker]
     waiting = [
         task
@@ -293,6 +293,6 @@ def call_back(scheduler: Scheduler, worker: str, kind: type[set]) -> None:
 def _transition(
     scheduler: Scheduler, tasks: Iterable[TaskState], state: Literal["processing", "released"]
 ) -> None:
-    # The scheduler takes the last of them first.
+    # The scheduler processes the last of them first.
     last_first = sorted(tasks, key=lambda task: task.priority or (), reverse=True)
     scheduler.transitions({task.key: state for task in last_first}, STIMULUS)

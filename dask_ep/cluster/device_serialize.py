@@ -1,11 +1,11 @@
-"""How do arrays that live on a device travel between workers?
+"""How are arrays on a device sent between workers?
 
     UCX   device ─────────────────────────────> device       frames are device memory
     TCP   device ─> host ═══ socket ═══> host ─> device      one copy each way
 
-Dask's own way for CuPy arrays needs RMM or Numba over TCP, and loses bfloat16: it passes dtypes on
-as type strings, and that of bfloat16 is "<V2", two raw bytes (distributed 2026.8). Here every array
-tells its dtype by name.
+Dask's own serialization of CuPy arrays needs RMM or Numba over TCP, and loses bfloat16: it sends
+dtypes as type strings, and that of bfloat16 is "<V2", two raw bytes (distributed 2026.8). Here
+dtypes are sent by name.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ Header = dict[str, Any]
 
 
 def register(xp: Any) -> None:
-    """Send arrays of a device namespace in this way; in every worker once."""
+    """Register the serialization of arrays of a device namespace; once in every worker."""
     cuda_serialize.register(xp.ndarray, _array_apart)
     cuda_deserialize.register(xp.ndarray, _array_together)
     dask_serialize.register(xp.ndarray, _array_to_host)

@@ -13,9 +13,9 @@ Packing, serving and combining share as many cores as the worker has threads. A 
 holds none of Dask's threads, so that the next one packs while it waits; `Admission` bounds how many
 there are.
 
-The scheduler tells who serves which rank (`layer_map`). Where an owner is lost or does not serve a
-rank any more, the chunk waits for news from the scheduler and asks again: experts hold no state, so
-a packet may be answered twice. What answers it there is in `rank_server`.
+The scheduler announces which workers serve which rank (`layer_map`). If an owner is lost or does
+not serve a rank any more, the chunk waits for an update by the scheduler and asks again: experts
+have no state, so a packet may be answered twice. What answers it there is in `rank_server`.
 """
 
 from __future__ import annotations
@@ -46,17 +46,17 @@ SERVICES_PLUGIN = "dask-ep-services"
 """The plugin's name on the workers."""
 
 OP = "ep_serve"
-"""What workers ask each other for."""
+"""The name of requests between workers."""
 
 NEWS_SECONDS = 3.0
-"""How long news of an owner that did not answer may take before it is asked again."""
+"""How long to wait for an update about an owner that did not answer before asking it again."""
 
 LOST_SECONDS = 1.0
-"""When what is fetched from a lost worker is given up once more: a fetch may be about to begin when
-we hear of the loss."""
+"""When fetches from a lost worker are cancelled once more: one may be about to begin when we learn
+of the loss."""
 
 ATTEMPTS = 20
-"""How often an owner is asked that does not answer but that the scheduler still names."""
+"""How often to ask an owner that does not answer but that the scheduler still names."""
 
 
 class Services(WorkerPlugin):
@@ -72,7 +72,7 @@ class Services(WorkerPlugin):
     idempotent = True
 
     def setup(self, worker: Any) -> None:
-        keep_freed_memory()  # also where nobody has asked for `WorkerSettings`
+        keep_freed_memory()  # also if `WorkerSettings` is not installed
         threads = dask_internals.threads_of(worker)
         self._worker, self._loop = worker, dask_internals.loop_of(worker)
         self._slices = Slices(worker.address, threads)
@@ -94,16 +94,16 @@ class Services(WorkerPlugin):
         )
 
     def teardown(self, worker: Any) -> None:
-        """Let chunks in flight move to other workers, and requests look for another owner."""
+        """Let chunks in flight move to other workers, and requests find another owner."""
         self._is_closing = True
         self._admission.close()
         self._slices.close()
         self._asking.close()
 
     def transition(self, key: Key, start: str, finish: str, **kwargs: Any) -> None:
-        """Let the next chunk begin when the task of one has ended, however it has.
+        """Let the next chunk begin when the task of one has ended in any way.
 
-        And let chunks that wait see to it that a task which has become ready gets a thread.
+        Also let waiting chunks give a thread to a task that has become ready.
         """
         if key in self._in_flight and not dask_internals.is_running(self._worker, key):
             self._in_flight.discard(key)
@@ -112,12 +112,12 @@ class Services(WorkerPlugin):
             self._loop.call_soon(self._look)  # it may get a thread at once
 
     def _look(self) -> None:
-        """Let chunks that wait give their threads to a task that is ready and comes before them."""
+        """Let waiting chunks give their threads to a ready task that comes before them."""
         priority = dask_internals.first_ready(self._worker)
         if priority is not None:
             self._admission.lend(priority)
 
-    # --- what the scheduler tells; on the event loop ---
+    # --- messages of the scheduler; on the event loop ---
 
     def _hear_close(self, token: str) -> None:
         self._asking.forget(token)
@@ -127,7 +127,7 @@ class Services(WorkerPlugin):
         usual = self._slices.threads + CHUNKS_WAITING
         self._admission.set_limit(usual if chunks is None else chunks)
 
-    # --- what tasks ask; in their threads ---
+    # --- calls of tasks; in their threads ---
 
     def serves(self, token: str) -> bool:
         """Whether workers serve the ranks of a layer."""
@@ -145,7 +145,7 @@ class Services(WorkerPlugin):
         where: ChunkPlace,
         exchange: Exchange,
     ) -> Array | Observed:
-        """Exchange the rows of a chunk whose ranks workers serve, and give its output.
+        """Exchange the rows of a chunk with those who serve its ranks, and return its output.
 
         Raises
         ------
@@ -183,8 +183,8 @@ class Services(WorkerPlugin):
     def _admit(self) -> None:
         """Wait until this chunk may begin; its task is in flight until it ends (`transition`).
 
-        What Dask has fused behind the exchange counts as well, above all the writing of its output,
-        and a second layer, which waits for nothing then.
+        That includes what Dask has fused after the exchange: usually writing the output, or a
+        second layer, which then does not wait.
         """
         key, priority = dask_internals.key_here(), dask_internals.priority_here()
         if key in self._in_flight:
@@ -221,7 +221,7 @@ class Services(WorkerPlugin):
 
 
 class Route:
-    """Who serves the ranks of a layer, as the scheduler has told this worker."""
+    """The workers that serve the ranks of a layer, as announced by the scheduler."""
 
     def __init__(
         self, version: int, owners: Sequence[Sequence[str]], is_open: bool, error: str | None
@@ -265,20 +265,20 @@ class Asking:
         return token in self._routes
 
     def forget(self, token: str) -> None:
-        """A layer is computed no more."""
+        """Forget a layer that is not computed any more."""
         route = self._routes.pop(token, None)
         if route is not None:
             route.is_old.set()
 
     def close(self) -> None:
-        """Make every request look for another worker."""
+        """Let every request find another worker."""
         for route in self._routes.values():
             route.error = "the worker is closing"
             route.is_old.set()
         for line in self._lines.values():
             line.close()
 
-    # --- whom to ask ---
+    # --- choosing an owner ---
 
     def by_owner(self, route: Route, ranks: Sequence[int]) -> dict[str, list[int]]:
         """Choose an owner for each rank: the one with the fewest rows waiting, so far as known."""
@@ -303,14 +303,14 @@ class Asking:
         route = self._routes.get(chunk.exchange.token)
         if route is not None and route.error is not None:
             raise LostOwnerError(f"token chunk {chunk.number}: {route.error}")
-        if route is None or not route.is_open:  # Dask waits for no chunk of this layer any more
+        if route is None or not route.is_open:  # Dask waits for no chunk of it
             raise Reschedule
         return route
 
     async def news(self, chunk: Chunk, ranks: Sequence[int], version: int) -> Route:
-        """Wait for a route that is newer and names an owner for each of these ranks.
+        """Wait for a newer route that names an owner for each of these ranks.
 
-        Where that takes long, the same one is given again: a connection may have failed by itself.
+        If that takes long, the same one is returned: only the connection may have failed.
         """
         until = self._loop.time() + NEWS_SECONDS
         while True:
@@ -327,7 +327,7 @@ class Asking:
     async def ask_all(
         self, chunk: Chunk, packets: list[tuple[str, list[int], list[Packet]]], version: int
     ) -> Answers:
-        """Ask several owners at once; each packet is in a list, out of which it is taken."""
+        """Ask several owners at once; each packet comes in a list, and is removed when sent."""
         found = await asyncio.gather(
             *(self.ask(chunk, owner, ranks, packet, version, 0) for owner, ranks, packet in packets)
         )
@@ -344,7 +344,7 @@ class Asking:
     ) -> Answers:
         """Ask an owner for some ranks; if it does not answer, ask the next one.
 
-        The packet comes in a list, out of which it is taken when it is sent.
+        The packet comes in a list, and is removed when it is sent.
         """
         answers = await self._request(chunk, owner, ranks, packet)
         if answers is None:
@@ -389,7 +389,7 @@ class Asking:
     async def _request(
         self, chunk: Chunk, owner: str, ranks: list[int], packet: list[Packet]
     ) -> Answers | None:
-        """What an owner answers; None if it is lost or out of reach, or does not serve a rank."""
+        """An owner's answer; None if it is lost, out of reach, or does not serve a rank."""
         if owner in self._lost:
             packet.clear()
             return None

@@ -37,22 +37,22 @@ from dask_ep.laws.device_memory import THREADS_PER_GPU
 PROTOCOLS = ("tcp", "ucx")
 
 UCX_PACKAGES = ("distributed_ucxx", "rmm")
-"""UCX itself, and what gives it device memory to receive into, without which it refuses to."""
+"""UCX, and the allocator of device memory that it requires to receive into."""
 
 UCX_ON_GPUS = {"distributed-ucxx.create-cuda-context": True}
-"""Dask's configuration wherever UCX may start: it finds no device memory without a CUDA context
-that was there before it. Workers get the configuration of the process that starts them."""
+"""Dask's configuration wherever UCX may start: it supports device memory only if a CUDA context
+exists before it starts. Workers inherit the configuration of the process that starts them."""
 
 STREAM_PER_THREAD = "CUPY_CUDA_PER_THREAD_DEFAULT_STREAM"
-"""Environment variable by which CuPy gives each thread a stream, when it is imported."""
+"""Environment variable that makes CuPy use a stream per thread; read when CuPy is imported."""
 
 MEMORY_SHARE = 0.9
-"""Of a device's memory, what CuPy's pool may hold without a limit from the user: the rest is for
-CUDA itself, cuBLAS's workspaces and what others have there."""
+"""Part of a device's memory that CuPy's pool may hold if the user sets no limit: the rest is for
+CUDA itself, cuBLAS's workspaces and other processes."""
 
 SPILL_SHARE = 0.8
-"""Of that, what chunks between tasks may fill before dask-cuda moves some to the host. Experts stay
-where they are and do not count: chunks are chosen to fit next to them (`fit`)."""
+"""Part of that which chunks between tasks may fill before dask-cuda moves some to the host. Experts
+are never moved and do not count: chunks are chosen to fit next to them (`fit`)."""
 
 
 @dataclass(frozen=True)
@@ -60,24 +60,24 @@ class Gpus:
     """Run on this machine, in one worker process for each GPU that is visible."""
 
     device_memory_limit: int | str | None = None
-    #: of each device: bytes, or text such as "60 GiB"; None means `MEMORY_SHARE` of what it has
+    #: of each device: bytes, or text such as "60 GiB"; None means `MEMORY_SHARE` of its memory
     protocol: str | None = None
-    #: "ucx" or "tcp"; None means UCX where it is installed
+    #: "ucx" or "tcp"; None means UCX if it is installed
     tf32: bool = False
     #: experts multiply float32 as TF32: ten bits of mantissa, several times as fast
     memory_limit: int | str | None = None
-    #: of the host, for each worker: bytes, or text
+    #: memory of the host, for each worker: bytes, or text
     dashboard_port: int | None = None
-    #: of Dask's dashboard on this machine; None means no dashboard
+    #: port of Dask's dashboard on this machine; None means no dashboard
 
 
 def choose_protocol(asked: str | None) -> str:
-    """Return the protocol between workers, the one asked for or the best one available.
+    """Return the protocol between workers: the requested one, or the best one available.
 
     Raises
     ------
     NoDeviceError
-        If UCX is asked for and not installed.
+        If UCX is requested but not installed.
     """
     has_ucx = all(find_spec(package) is not None for package in UCX_PACKAGES)
     if asked == "ucx" and not has_ucx:
@@ -116,13 +116,13 @@ def start_gpus(where: Gpus) -> Iterator[Client]:
 
 
 def check_gpus(client: Client) -> None:
-    """Make the workers of a cluster fit for chunks on their GPUs.
+    """Prepare the workers of a cluster for chunks on their GPUs.
 
     Raises
     ------
     NoDeviceError
-        If this process or a worker lacks CuPy or a GPU, naming the worker: the client needs them
-        too, for Dask asks the arrays of a graph what they are.
+        If this process or a worker, which is named, lacks CuPy or a GPU: the client needs them
+        too, since Dask inspects the arrays of a graph.
     """
     device.find_devices()
     answers = client.run(device.find_devices, on_error="return")
@@ -133,7 +133,7 @@ def check_gpus(client: Client) -> None:
 
 
 def _prepare(client: Client, plugin: OnGpu) -> None:
-    """Let the workers, and this process, which gets what is counted there, know device arrays."""
+    """Let the workers, and this process, which receives counts from there, use device arrays."""
     device_serialize.register(import_module(device.NAMESPACE))
     client.register_plugin(plugin)
 
@@ -146,13 +146,13 @@ def device_limit(where: Gpus, devices: Sequence[Device]) -> int | None:
 
 
 def limit_of_cluster(client: Client) -> int | None:
-    """Bytes that a job may hold on each device of a cluster: of each worker its first."""
+    """Bytes that a job may hold on each worker's first device."""
     firsts = [devices[0].memory for devices in client.run(device.find_devices).values()]
     return int(MEMORY_SHARE * min(firsts)) if firsts else None
 
 
 def _plain_cluster(where: Gpus, devices: list[Device], protocol: str) -> SpecCluster:
-    """A process for each device, which sees that one alone."""
+    """A process for each device, which sees only that one."""
     options = {
         "nthreads": THREADS_PER_GPU,
         "host": "127.0.0.1",
@@ -160,7 +160,7 @@ def _plain_cluster(where: Gpus, devices: list[Device], protocol: str) -> SpecClu
         "memory_limit": _host_limit(where) or MEMORY_LIMIT // len(devices),
         "resources": {"GPU": 1},
         "silence_logs": logging.CRITICAL,
-        # Dask counts device memory as if it were the host's: it must not spill because of that.
+        # Dask counts device memory as the host's: it must not spill because of that.
         "config": {
             "distributed.worker.memory.target": False,
             "distributed.worker.memory.spill": False,
@@ -183,7 +183,7 @@ def _plain_cluster(where: Gpus, devices: list[Device], protocol: str) -> SpecClu
 
 
 def _dask_cuda_cluster(where: Gpus, devices: list[Device], protocol: str) -> Any:
-    """The same by dask-cuda, which also spills chunks, and binds to the nearest cores."""
+    """The same with dask-cuda, which also spills chunks, and binds to the nearest cores."""
     from dask_cuda import LocalCUDACluster
 
     limit = device_limit(where, devices)
@@ -209,19 +209,19 @@ def _dashboard(where: Gpus) -> dict[str, Any]:
 
 
 def _visible(devices: list[Device]) -> list[str]:
-    """What CUDA_VISIBLE_DEVICES must be in the worker of each device."""
+    """The value of CUDA_VISIBLE_DEVICES in the worker of each device."""
     outer = os.environ.get("CUDA_VISIBLE_DEVICES")
     names = outer.split(",") if outer else None
     return [str(one.index) if names is None else names[one.index] for one in devices]
 
 
 class OnGpu(WorkerPlugin):
-    """Makes a worker fit for chunks on its GPU: memory limit, TF32, how chunks travel.
+    """Prepares a worker for chunks on its GPU: memory limit, TF32, serialization of chunks.
 
     Parameters
     ----------
     memory_limit : bytes that CuPy's pool may hold; None leaves it alone
-    tf32 : whether experts' float32 products are TF32; routers' never are
+    tf32 : whether experts' float32 products are TF32; routers' are never
     namespace : whose arrays the chunks are
     """
 
@@ -240,9 +240,9 @@ class OnGpu(WorkerPlugin):
         if self.tf32:
             os.environ[gemms.TF32_SWITCH] = "1"
         xp = import_module(self.namespace)
-        if xp.cuda.get_current_stream() == xp.cuda.Stream.ptds:  # it was imported before
+        if xp.cuda.get_current_stream() == xp.cuda.Stream.ptds:  # already imported
             raise NoDeviceError(
-                "arrays pass from thread to thread of a worker, so all must start their work on "
+                "arrays pass from thread to thread of a worker, so all must launch their work on "
                 f"one stream, but CuPy was imported with {STREAM_PER_THREAD} set; unset it where "
                 "workers start"
             )
@@ -254,10 +254,10 @@ class OnGpu(WorkerPlugin):
 
 
 def _keep_experts_on_the_device() -> None:
-    """Let dask-cuda leave a rank's experts where they are.
+    """Keep dask-cuda from spilling a rank's experts.
 
-    Moved away, they would be read from their files again by every task; it moves nothing that says
-    that it spills by itself.
+    Once spilled, they would be read from their files again by every task; dask-cuda does not spill
+    classes that declare their own spilling.
     """
     from dask_cuda.is_spillable_object import is_spillable_object
 

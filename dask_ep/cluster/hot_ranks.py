@@ -1,8 +1,8 @@
-"""Which rank should get a further owner, without being asked?
+"""Which rank should get another owner automatically?
 
-Workers tell with each heartbeat how long their cores have computed and how many rows wait for each
-of their ranks. A worker that is busy all the time while rows wait for it holds the others up, and
-where one of these has time and room, it can take a share of the rank for which most rows wait:
+With each heartbeat, workers report how long their cores have computed and how many rows wait for
+each of their ranks. A worker that is always busy while rows wait for it delays the others; if one
+of them has time and room, it can take a share of the rank for which most rows wait:
 
     LOOKS looks in a row    busy share ≥ BUSY, rows wait     the rank with most of them is hot
                             busy share ≤ IDLE, not its       the least busy of these, if the experts
@@ -15,38 +15,38 @@ from collections.abc import Mapping
 from typing import NamedTuple
 
 BUSY, IDLE = 0.9, 0.6
-"""Shares of the time that a worker's cores compute: of one that is asked for too much, and of one
-that can take more."""
+"""Shares of the time that a worker's cores compute: of an overloaded worker, and of one that can
+take more."""
 
 LOOKS = 3
-"""How often in a row a rank must be hot: a queue that comes and goes is none."""
+"""How often in a row a rank must be hot, so that short queues do not count."""
 
 LOOK_SECONDS = 1.0
 """Seconds between two looks."""
 
 MEMORY = 0.7
-"""Of a worker's memory limit that is filled by choice."""
+"""Share of a worker's memory limit that replicas may fill."""
 
 Rank = tuple[int, int]
 """World size and rank."""
 
 
 class Sample(NamedTuple):
-    """What a worker has told of itself."""
+    """A worker's report."""
 
     time: float
-    #: when; seconds
+    #: time of the report, in seconds
     core: float
-    #: seconds that its cores have computed so far, all together
+    #: seconds that its cores have computed so far, summed
     threads: int
     waiting: Mapping[Rank, int]
-    #: rows of packets that wait for a rank
+    #: rows of packets that wait for each rank
     room: float
-    #: bytes that are left of what may be filled; inf without a limit
+    #: bytes of memory left for replicas; inf without a limit
 
 
 class Replica(NamedTuple):
-    """A rank that should get a further owner."""
+    """A rank that should get another owner."""
 
     rank: Rank
     worker: str
@@ -54,7 +54,7 @@ class Replica(NamedTuple):
 
 
 class HotRanks:
-    """Looks now and then at what workers tell, and says when a rank should be served twice.
+    """Checks the workers' reports now and then, and decides when a rank should get another owner.
 
     Examples
     --------
@@ -79,13 +79,13 @@ class HotRanks:
         owners: Mapping[Rank, set[str]],
         nbytes: Mapping[Rank, int],
     ) -> Replica | None:
-        """Say which rank should get a further owner now, if one should.
+        """Return the rank that should get another owner now, if any.
 
         Parameters
         ----------
-        told : what each worker told last
+        told : the last report of each worker
         owners : of all ranks
-        nbytes : of the experts of ranks, as far as known
+        nbytes : sizes of the experts of ranks, as far as known
         """
         shares = self._shares(told)
         hot: dict[Rank, str] = {}
@@ -117,7 +117,7 @@ class HotRanks:
         return None
 
     def _shares(self, told: Mapping[str, Sample]) -> dict[str, float]:
-        """The part of the time since the last look that each worker's cores have computed."""
+        """The share of the time since the last look in which each worker's cores computed."""
         shares = {}
         for worker, now in told.items():
             before = self._before.get(worker)

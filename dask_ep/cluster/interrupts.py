@@ -1,14 +1,14 @@
 """When may Ctrl-C stop a run?
 
-Python raises an interrupt between any two steps of the main thread. One that comes just when a lock
-has been taken leaves it taken, and what waits for it (Dask's event loop, a thread of the pool)
-waits for ever. So a run computes aside, in other threads and processes, while the main thread waits
-for what they tell, and only there are interrupts raised:
+Python raises an interrupt between any two steps of the main thread. If that happens just after a
+lock was acquired, the lock is never released, and whatever waits for it (Dask's event loop, a
+thread of the pool) waits forever. So a run computes in other threads and processes, while the main
+thread waits for their messages, and interrupts are raised only there:
 
     other threads                compute ............ compute ......
     main thread   ── start ───── wait ──── tell ───── wait ──────────── close ──>
-    signal           x: held ──> raised     x: held ─> raised            x: too late, all is done
-    the second                   the process ends at once; what is written stays good
+    signal           x: held ──> raised     x: held ─> raised            x: too late, it is finished
+    the second                   the process ends at once; finished blocks stay valid
 """
 
 from __future__ import annotations
@@ -25,16 +25,16 @@ from typing import Any
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 Wait = Callable[[SimpleQueue], Any]
-"""How to wait for what a queue gives next; what it raises, an interrupt say, stops the work."""
+"""Waits for the next item of a queue; an exception, such as an interrupt, stops the work."""
 
 
 class Interrupts:
-    """Holds SIGINT and SIGTERM back until the program waits; at the second, ends it at once.
+    """Holds SIGINT and SIGTERM back until the program waits; the second ends it at once.
 
     Parameters
     ----------
     exit_code : int
-        Of the process that is ended by the second signal.
+        Exit code of the process if the second signal ends it.
 
     Notes
     -----
@@ -76,19 +76,19 @@ class Interrupts:
         if self._heard:
             os._exit(self._exit_code)
         self._heard = True
-        # Not by sys.stderr, which the program may be writing to.
+        # Not through sys.stderr, which the program may be writing to.
         os.write(2, b"stopping; press Ctrl-C again to stop now\n")
         if self._is_waiting:
             raise KeyboardInterrupt
 
 
 class Aside:
-    """Works in a thread of its own, and gives what is told there to the thread that waits.
+    """Runs work in a thread of its own, and iterates over its messages in the waiting thread.
 
     Parameters
     ----------
-    work : function of a function
-        What it calls the latter with comes out here, in that order; what it raises is raised here.
+    work : function that takes a function
+        The iterator yields what it calls that function with, in order, and raises what it raises.
     wait : `Wait`
 
     Examples
@@ -100,7 +100,7 @@ class Aside:
 
     def __init__(self, work: Callable[[Callable[[Any], None]], Any], wait: Wait):
         self._work, self._wait = work, wait
-        self._told: SimpleQueue = SimpleQueue()  # (is it the end?, what is told or raised)
+        self._told: SimpleQueue = SimpleQueue()  # (whether it is the end, message or exception)
         self._thread = Thread(target=self._run, name="dask-ep-aside", daemon=True)
 
     def __iter__(self) -> Iterator[Any]:
@@ -129,7 +129,7 @@ class Aside:
 
 @contextmanager
 def children_ignore_sigint() -> Iterator[None]:
-    """Let threads and processes that start meanwhile never hear SIGINT: they leave it to this one.
+    """Block SIGINT in threads and processes that start meanwhile: only this thread receives it.
 
     Ctrl-C on a terminal reaches worker processes as well, which would end in the middle of a task.
     """

@@ -1,15 +1,15 @@
-"""Who serves which rank of which layer now?
+"""Which workers serve which rank of which layer now?
 
-`owner_plugin` decides who should serve a rank. This file carries it out, and tells the workers:
+`owner_plugin` decides who should serve a rank. This file carries it out, and informs the workers:
 
     update_graph       ep_experts (r) of a new layer ──> pinned to the owners of r
-    ep_ranks is there  every rank is served          ──> the map goes to all workers, with a version
+    ep_ranks is done   every rank is served          ──> the map goes to all workers, with a version
     owners change      ep_experts (r) is computed once more, on the new owner; when it has loaded,
-                       the map says so, and the worker that served the rank before drops it
+                       the map is updated, and the previous owner drops the rank
     ep_ranks is freed  no chunk needs it any more    ──> services drop the layer
 
-So experts are loaded by tasks alone: they come from where the graph has them, files or memory, and
-Dask computes again what they are made of. Until a new owner has loaded, the old one serves.
+So experts are loaded by tasks only: from files or memory, as in the graph, and Dask recomputes
+their inputs. Until a new owner has loaded, the old one serves.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from dask_ep.graph.keys import read_rank, read_ranks_key
 
 @dataclass
 class Layer:
-    """One layer over one input: its tasks, and who has loaded its ranks."""
+    """One layer over one input: its tasks, and the workers that have loaded its ranks."""
 
     token: str
     tasks: list[TaskState]
@@ -36,12 +36,12 @@ class Layer:
     serving: list[set[str]]
     #: addresses of the workers that have loaded each rank
     is_open: bool = False
-    #: whether chunks may ask
+    #: whether chunks may send packets
     error: str | None = None
     loading: dict[int, str] = field(default_factory=dict)
-    #: for ranks that are loaded once more: where
+    #: ranks that are loaded once more, and where
     hastened: list[TaskState] = field(default_factory=list)
-    #: what these are made of: tasks that nothing may hold up meanwhile
+    #: their dependencies: tasks that nothing may delay meanwhile
 
     @property
     def world_size(self) -> int:
@@ -49,13 +49,13 @@ class Layer:
 
 
 class LayerMap:
-    """The layers that are computed now, and who serves them.
+    """The layers that are computed now, and the workers that serve them.
 
     Parameters
     ----------
     scheduler : Scheduler
     owners : function of a world size and a rank
-        Gives the set of addresses that should serve the rank; the same set object each time.
+        Returns the set of addresses that should serve the rank; the same set object each time.
     """
 
     def __init__(self, scheduler: Scheduler, owners: Callable[[int, int], set[str]]):
@@ -76,7 +76,7 @@ class LayerMap:
         return sizes - {0}
 
     def add(self, keys: Iterable[Any]) -> None:
-        """Let owners load the layers of a new graph, before the first of its tasks is given out."""
+        """Let owners load the layers of a new graph, before the first of its tasks is assigned."""
         for key in keys:
             ranks_key = read_ranks_key(key)
             if ranks_key is None or ranks_key.token in self._layers:
@@ -93,7 +93,7 @@ class LayerMap:
             self._tell(layer, self._scheduler.workers)
 
     def heard(self, key: object, start: str, finish: str) -> None:
-        """Follow the tasks of layers from state to state; of other tasks nothing is looked at."""
+        """Follow the state of the layers' tasks; other tasks are ignored."""
         if not isinstance(key, tuple):
             return
         if len(key) == 1:
@@ -102,13 +102,13 @@ class LayerMap:
             self._heard_of_rank(*found, finish)
 
     def serve(self, world_size: int, rank: int) -> None:
-        """Bring the services of a rank in line with its owners, which have changed."""
+        """Update the services of a rank after its owners have changed."""
         for layer in self:
             if layer.world_size == world_size:
                 self._serve(layer, rank)
 
     def lose(self, worker: str) -> None:
-        """Forget a worker, and make nothing wait for it."""
+        """Forget a worker, and let nothing wait for it."""
         for able in self._able.values():
             able.discard(worker)
         dask_internals.tell(
@@ -133,7 +133,7 @@ class LayerMap:
             self._tell(layer, [worker])
 
     def fail(self, error: str) -> None:
-        """Answer every request for a rank with an error: the map is no longer reliable."""
+        """Let every request for a rank fail: the map is no longer reliable."""
         for layer in self:
             layer.error = error
             self._tell(layer, self._scheduler.workers)
@@ -199,7 +199,7 @@ class LayerMap:
             self._serve(layer, rank)
 
     def _serve(self, layer: Layer, rank: int) -> None:
-        """Load a rank where it should be served and is not; drop it where it should not be."""
+        """Load a rank on owners that do not serve it yet; drop it on workers that do not own it."""
         if self._layers.get(layer.token) is not layer or not layer.is_open:
             return
         owners = self._owners(layer.world_size, rank)
@@ -221,13 +221,13 @@ class LayerMap:
             dask_internals.place_again(self._scheduler, task)
 
     def _load_on(self, layer: Layer, rank: int, worker: str) -> None:
-        """Let the experts of a rank be loaded there, before all else: chunks wait for them."""
+        """Load the experts of a rank there, before all other tasks: chunks wait for them."""
         layer.loading[rank] = worker
         dask_internals.pin(layer.tasks[rank], {worker})
         layer.hastened += dask_internals.hasten(layer.tasks[rank], self._workers_with)
 
     def _loaded(self, layer: Layer, *ranks: int) -> None:
-        """These ranks are not being loaded any more."""
+        """Note that these ranks are not being loaded any more."""
         for rank in ranks:
             layer.loading.pop(rank, None)
         if layer.hastened:
@@ -260,8 +260,8 @@ class LayerMap:
         dask_internals.tell(self._scheduler, list(workers), message)
 
     def _routes(self, layer: Layer) -> list[Collection[str]]:
-        """The workers that chunks ask for each rank: owners that have loaded it, else others that
-        have."""
+        """The workers that chunks send packets to, for each rank: owners that have loaded it, else
+        others that have."""
         routes: list[Collection[str]] = []
         for rank, serving in enumerate(layer.serving):
             owners = self._owners(layer.world_size, rank)
@@ -269,7 +269,7 @@ class LayerMap:
         return routes
 
     def _drop_all(self, layer: Layer) -> None:
-        """Let services forget the experts of a layer, which may be needed again."""
+        """Let services drop the experts of a layer, which may be needed again."""
         dask_internals.tell(
             self._scheduler, self._scheduler.workers, {"op": "ep-close", "token": layer.token}
         )

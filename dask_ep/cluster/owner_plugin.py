@@ -1,25 +1,24 @@
-"""Who should serve which rank, while workers come and go?
+"""Which worker should serve which rank, while workers come and go?
 
 A plugin in the scheduler keeps, for each world size, the owners of every rank; one map serves all
 graphs of that world size. `layer_map` lets the owners load what they serve. Tasks of experts that
 are processed in passes run on the owners of their rank as well: all tasks of a rank share one set
 of addresses, so that moving the rank is a change of that set. (Annotations would be lost when Dask
-optimises an array graph, and names of workers would hang after a restart.) Nothing else is
-restricted.
+optimises an array graph, and tasks restricted by worker name would hang after a restart.) Nothing
+else is restricted.
 
 - A worker dies, leaves, retires, or is paused for longer than `pause_limit`: its ranks go to the
-  others at once. A survivor takes at once up to twice its fair share; what is over waits for
-  `settle`, lest the last one left reads everything.
-- A worker comes: it adopts ranks without an owner at once, up to its fair share.
-- No worker came or left for `settle` seconds (or 5 × `settle` since the first change): ranks that
-  still lack an owner get one, then as few ranks move as bring the workers within 10 % or one rank
-  of their shares. This stops no task: until a new owner has loaded its experts, the old one serves.
-  A rank that moved so stays for 10 × `settle`, unless its owner is lost, so that a worker that
-  comes and goes does not have slices read again and again.
+  others at once. A survivor takes up to twice its fair share at once; the other ranks wait for
+  `settle`, so that the last worker left does not read everything.
+- A worker joins: it takes ranks without an owner at once, up to its fair share.
+- No worker joined or left for `settle` seconds (or 5 × `settle` since the first change): ranks that
+  still lack an owner get one, then as few ranks as possible move to bring the workers within 10 %
+  or one rank of their shares. This stops no task: until a new owner has loaded its experts, the old
+  one serves. A rank that moved in this way stays for 10 × `settle`, unless its owner is lost, so
+  that a worker that comes and goes does not cause slices to be read again and again.
 
-The fair share is that of the workers that were there when all was last settled. What decides
-(`owner_rules`) is apart from what hears and acts (this file), and from what the user holds
-(`ownership`).
+The fair share is that among the workers present when all was last settled. `owner_rules` decides,
+this file listens and acts, and `ownership` is the user's handle.
 """
 
 from __future__ import annotations
@@ -47,22 +46,21 @@ OWNERS_PLUGIN = "dask-ep-owners"
 """The plugin's name on the scheduler."""
 
 METADATA = ("dask-ep", "owners")
-"""Where the scheduler's metadata says who owns what: {world size: [[owner, ...] of each rank]}."""
+"""Key in the scheduler's metadata of all owners: {world size: [[owner, ...] of each rank]}."""
 
 SETTLE = 2.0
-"""Seconds without a change of workers before ranks are rebalanced, unless the user says otherwise:
-a nanny needs about one to two seconds to bring a killed worker back."""
+"""Default seconds without a change of workers before ranks are rebalanced: a nanny needs about one
+to two seconds to restart a killed worker."""
 
 PAUSE_LIMIT = 30.0
-"""Seconds after which a paused worker loses its ranks, unless the user says otherwise: spilling a
-few gigabytes takes less."""
+"""Default seconds after which a paused worker loses its ranks: spilling a few GB takes less."""
 
 
 def _seen_by_the_user(hook: Callable) -> Callable:
-    """The scheduler only logs what a plugin raises: keep it for `Owners.failures`.
+    """Keep an error of the plugin, which the scheduler would only log, for `Owners.failures`.
 
-    Chunks may wait for what has not been done, so they end with an error; and tasks may be pinned
-    to a worker that is lost, so they may run anywhere.
+    Chunks may wait for something that was not done, so they end with an error; tasks may be pinned
+    to a lost worker, so they may now run anywhere.
     """
 
     @wraps(hook)
@@ -72,7 +70,7 @@ def _seen_by_the_user(hook: Callable) -> Callable:
         except Exception as error:
             failure = f"{time.strftime('%X')} {hook.__name__}: {error!r}"
             self.failures.append(failure)
-            self.layers.fail(f"the owners of ranks are not known any more: {failure}")
+            self.layers.fail(f"the owners of ranks are unknown after an error: {failure}")
             # The scheduler may be making a change: act when it is done.
             free = dask_internals.free_stuck
             self.scheduler.loop.add_callback(free, self.scheduler, OwnersOfRank)
@@ -82,7 +80,7 @@ def _seen_by_the_user(hook: Callable) -> Callable:
 
 
 class Timers(dict[str, object]):
-    """What is to be done later, once, by what it waits for."""
+    """Actions to run later, once, by their name."""
 
     def __init__(self, loop: Any):
         super().__init__()
@@ -101,7 +99,7 @@ class Timers(dict[str, object]):
 
 
 class Ownership(SchedulerPlugin):
-    """The plugin: lives in the scheduler from the first claim of a client to the last's end."""
+    """The plugin: on the scheduler from the first claim of a client until the last one ends."""
 
     name = OWNERS_PLUGIN
     idempotent = True
@@ -109,7 +107,7 @@ class Ownership(SchedulerPlugin):
     def __init__(self, scheduler: Scheduler):
         self.scheduler = scheduler
         self.settle, self.pause_limit = SETTLE, PAUSE_LIMIT
-        self.claims: dict[str, int] = {}  # by client: the world size that it last asked for
+        self.claims: dict[str, int] = {}  # by client: the world size of its last call
         self.ranks = RankMap(lambda size, rank: self.layers.serve(size, rank))
         self.away: set[str] = set()  # workers that have been paused for too long
         self.layers = LayerMap(scheduler, lambda size, rank: self.ranks[size].owners[rank])
@@ -121,7 +119,7 @@ class Ownership(SchedulerPlugin):
         self.unsettled_since = inf  # monotonic seconds
         self.failures: deque[str] = deque(maxlen=100)
 
-    # What the scheduler tells
+    # Hooks that the scheduler calls
 
     @_seen_by_the_user
     def update_graph(self, scheduler: Scheduler, *, tasks: Collection, **kwargs: Any) -> None:
@@ -163,7 +161,7 @@ class Ownership(SchedulerPlugin):
 
     @_seen_by_the_user
     def log_event(self, topic: str, msg: Any) -> None:
-        """React to workers that pause, resume or retire: no other hook tells."""
+        """React to workers that pause, resume or retire: there is no other hook for that."""
         if isinstance(msg, dict) and msg.get("action") == "worker-status-change":
             # The scheduler is making the change: act when it is done.
             self.scheduler.loop.add_callback(self._status_changed, topic, msg["status"])
@@ -175,7 +173,7 @@ class Ownership(SchedulerPlugin):
 
     @_seen_by_the_user
     def valid_workers_downscaling(self, scheduler: Scheduler, workers: list) -> list:
-        """Spare the only owner of a rank while work is pending; afterwards all may go."""
+        """Keep the only owner of a rank while work is pending; afterwards all may be retired."""
         passes = (g for g in scheduler.task_groups.values() if g.name.startswith(DISPATCH))
         if not any(layer.is_open for layer in self.layers) and all(g.done for g in passes):
             return workers
@@ -186,7 +184,7 @@ class Ownership(SchedulerPlugin):
     def remove_client(self, scheduler: Scheduler, client: str) -> None:
         self.release(client)
 
-    # What clients ask
+    # Calls of clients
 
     def add_ranks(self, world_size: int) -> None:
         """Give owners to the ranks of this world size, if it is new."""
@@ -201,7 +199,7 @@ class Ownership(SchedulerPlugin):
         loads: Sequence[float] | None,
         replicas: Mapping[int, int] | None,
     ) -> None:
-        """Let a client need owners, of ranks with these loads and numbers of owners."""
+        """Register a client's claim to owners, with these loads and numbers of owners of ranks."""
         ranks = self.ranks.setdefault(world_size, Ranks.unowned(world_size))
         self.claims[client] = world_size
         if loads is not None:
@@ -215,7 +213,7 @@ class Ownership(SchedulerPlugin):
             self._settle_later()
 
     def release(self, client: str) -> None:
-        """Drop the claim of a client; with the last one, go when what has begun is done."""
+        """Drop the claim of a client; after the last one, remove the plugin once work is done."""
         if self.claims.pop(client, None) is None or self.claims:
             return
         self.is_leaving = True
@@ -239,7 +237,7 @@ class Ownership(SchedulerPlugin):
         self._publish()
 
     def workers(self) -> dict[str, float]:
-        """Who can own a rank, and their capacities: GPUs where workers declare some, else memory.
+        """Workers that can own ranks, and their capacities: GPUs if any are declared, else memory.
 
         In an order that depends on names only, so that the same workers get the same ranks.
         """
@@ -253,7 +251,7 @@ class Ownership(SchedulerPlugin):
         gpus = {w.address: w.resources["GPU"] for w in able if w.resources.get("GPU", 0) > 0}
         return gpus or capacities({w.address: w.memory_limit for w in able})
 
-    # What happens
+    # Events
 
     def _arrived(self, worker: str) -> None:
         self._settle_later()
@@ -291,7 +289,7 @@ class Ownership(SchedulerPlugin):
 
     @_seen_by_the_user
     def _settle(self) -> None:
-        """Once no worker comes or goes any more: owners for all, then balance."""
+        """Once no worker joins or leaves any more: owners for all ranks, then balance."""
         self.timers.cancel("settle")
         self.unsettled_since = inf
         workers = self.workers()
@@ -302,7 +300,7 @@ class Ownership(SchedulerPlugin):
         self.ranks.balance(workers, keep=10 * self.settle)
         self._publish()
 
-    # How it is done
+    # Actions
 
     def assign(self, why: str, shares: float = inf) -> None:
         """Give owners to ranks without one, each worker up to `shares` times its fair share."""
@@ -320,7 +318,7 @@ class Ownership(SchedulerPlugin):
 
     @_seen_by_the_user
     def _look(self) -> None:
-        """Give a further owner to a rank that is hot, if there is one."""
+        """Give another owner to a hot rank, if there is one."""
         self.timers.start("look", LOOK_SECONDS, self._look)
         if not self.replicate_hot or not len(self.layers):
             return
@@ -330,7 +328,7 @@ class Ownership(SchedulerPlugin):
             self._publish()
 
     def _shrink(self) -> None:
-        """Take the further owners of hot ranks back when no layer is computed any more."""
+        """Remove the added owners of hot ranks once no layer is computed any more."""
         if not len(self.layers):
             self.replicas.shrink()
             self._publish()
@@ -343,7 +341,7 @@ class Ownership(SchedulerPlugin):
         self.timers.start("settle", max(0.0, min(self.settle, latest - now)), self._settle)
 
     def _publish(self) -> None:
-        """Let clients read who owns what, and start tasks that waited for an owner."""
+        """Publish the owners to clients, and start tasks that waited for an owner."""
         if self.is_leaving:
             self.scheduler.task_metadata.pop(METADATA[0], None)
         else:

@@ -1,7 +1,7 @@
 """Which worker should own which rank?
 
 Plain arithmetic on plain data: ranks have loads, workers have capacities, and every rank needs as
-many owners as it has replicas. Two functions answer, and neither knows a scheduler:
+many owners as it has replicas. Two functions, which do not depend on a scheduler:
 
     assign    gives owners to the ranks that lack them, and moves nothing
     balance   moves as few ranks as bring the workers close to their shares
@@ -12,8 +12,8 @@ many owners as it has replicas. Two functions answer, and neither knows a schedu
     c leaves    a  b  .  b  .  b             assign again: only ranks 2 and 4 get a new owner
     c returns   a  b  a  b  b  b             balance: one rank of a and one of b go back to it
 
-`finish` is the figure that both look at: a worker's load divided by its capacity. Loads and
-capacities have any unit; only their proportions count.
+Both use `finish`: a worker's load divided by its capacity. Loads and capacities have any unit; only
+their proportions matter.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ class OwnerRules:
     #: most token chunks in flight on a worker at once, of all graphs, so that chunks that wait for
     #: a slow rank do not fill its memory; default: two more than it has threads, `inf`: no bound
     replicate_hot: bool | None = None
-    #: whether a rank gets a further owner by itself while layers are computed: when its worker is
+    #: whether a rank gets another owner automatically while layers are computed: if its worker is
     #: always busy while rows wait for it, and another has time and room for its experts
     #: (`hot_ranks`); default: True
 
@@ -62,11 +62,10 @@ class OwnerRules:
 
 
 RankOwners = list[frozenset[str]]
-"""owners[rank]: the workers that serve the rank; empty where none does."""
+"""owners[rank]: the workers that serve the rank; empty if none does."""
 
 GAIN = 0.1
-"""How much earlier than the giver the taker has to finish, as a part, for a slice to be read again.
-"""
+"""Relative gain in finish time, of taker over giver, that is worth reading a slice again."""
 
 
 def natural_order(name: str) -> tuple[tuple[str, int], ...]:
@@ -84,7 +83,7 @@ def natural_order(name: str) -> tuple[tuple[str, int], ...]:
 
 
 def capacities(memory: Mapping[str, float]) -> dict[str, float]:
-    """Turn memory limits (bytes; 0 where a worker states none) into capacities, all above zero.
+    """Turn memory limits (bytes; 0 for a worker without one) into capacities, all above zero.
 
     A worker without a limit counts as the mean of those with one, or as 1 if none states any.
 
@@ -122,7 +121,7 @@ def assign(
     replicas: Sequence[int] | None = None,
     limit: float = inf,
 ) -> RankOwners:
-    """Give an owner to every rank that lacks one, and take none away from a present worker.
+    """Give an owner to every rank that lacks one, and take none from a present worker.
 
     Parameters
     ----------
@@ -132,7 +131,7 @@ def assign(
     loads : R numbers
         The work of each rank.
     replicas : R ints, optional
-        How many owners each rank should have; 1 without it. Never more than there are workers.
+        How many owners each rank should have; default: 1. Never more than there are workers.
     limit : float
         A worker takes a further rank only while its load per capacity is below this.
 
@@ -144,8 +143,8 @@ def assign(
     Notes
     -----
     The heaviest rank first, each to the worker that would finish first with it; ties go to the
-    lower rank and to the earlier worker. The same input therefore gives the same map, and a map
-    that is complete comes back as it is. From nothing, no worker finishes later than
+    lower rank and to the earlier worker. So the same input gives the same map, and a complete map
+    is returned unchanged. Starting from no owners, no worker finishes later than
     (all load + W × the heaviest rank) / (all capacity) (Graham 1969, for unequal workers).
 
     Examples
@@ -179,7 +178,7 @@ def balance(
     fixed: Collection[int] = (),
     gain: float = GAIN,
 ) -> RankOwners:
-    """Move ranks from workers that finish late to workers that finish early, while it pays.
+    """Move ranks from workers that finish late to workers that finish early, while that pays.
 
     Parameters
     ----------
@@ -195,7 +194,7 @@ def balance(
 
     Notes
     -----
-    No worker ends above the latest finish of the start, and balancing a second time moves nothing.
+    No worker finishes later than the latest one before, and balancing a second time moves nothing.
     Equal ranks on equal workers end within one rank or `gain` of each other.
 
     Examples
@@ -221,7 +220,7 @@ def _best_move(
     gain: float,
     burden: Mapping[str, float],
 ) -> tuple[int, str, str] | None:
-    """Find the move that relieves the latest worker most: (rank, giver, taker), if one pays."""
+    """Find the move that helps the latest worker most: (rank, giver, taker), if one pays."""
     finish = {worker: burden[worker] / capacity for worker, capacity in workers.items()}
     for giver in sorted(workers, key=lambda w: -finish[w]):
         best, move = inf, None

@@ -8,8 +8,8 @@ One call gives every rank an owner, for all graphs and clients of a cluster, unt
         owners.replicate(5)          # a second owner for a hot rank, while it runs
         owners                       # in a notebook: the table of workers and their ranks
 
-Without it everything is computed just the same, but any worker may come to read any slice. The
-rules by which owners change are those of `owner_plugin`; this file is what the user holds.
+Without it the results are the same, but any worker may read any slice. `owner_plugin` has the rules
+by which owners change; this file is the user's handle.
 """
 
 from __future__ import annotations
@@ -49,26 +49,26 @@ def own_experts(
         Client of a real or a local cluster; not an asynchronous one.
     world_size : int, optional
         Number of ranks; may be more or fewer than the workers. Default: one per GPU if workers
-        declare the resource `GPU`, else one per worker; on a second call of the same client, what
-        it was.
+        declare the resource `GPU`, else one per worker; on a second call of the same client, the
+        previous number.
     replicas : mapping of rank to number of owners, optional
         The load of a rank is balanced between its owners. Ranks not named have one owner.
     loads : R numbers, optional
         Work of each rank in any unit, such as token rows; default: equal. Owners get ranks in
         proportion to their memory.
     rules : OwnerRules, optional
-        When owners change, and how many chunks are in flight on a worker. Without them the rules
-        stay as they are: the defaults, unless another call has changed them.
+        When owners change, and how many chunks are in flight on a worker. Default: unchanged,
+        which is `OwnerRules`' defaults unless another call has changed them.
 
     Returns
     -------
     Owners
-        Shows and changes the owners; its `close`, or the end of its `with` block, frees the ranks.
+        Shows and changes the owners; `close`, or the end of the `with` block, frees the ranks.
 
     Raises
     ------
     ValueError
-        If there is no worker to count, or if `world_size`, `replicas` or `loads` are not valid.
+        If there are no workers to count, or `world_size`, `replicas` or `loads` are not valid.
     TypeError
         If `world_size` is not a whole number, the client is asynchronous, or `rules` are not
         `OwnerRules`.
@@ -77,30 +77,29 @@ def own_experts(
 
     Notes
     -----
-    Calling it again, from this or from another client, gives a handle to the same owners: there is
-    one plugin on a scheduler. A call changes only what it names. The plugin is removed when all
-    clients that called have closed their handles or are gone. What stays is an idle plugin on each
-    worker, and that its C library keeps freed memory, up to 32 MiB for each of its heaps (see
-    `dask_ep.arrays.memory.keep_freed_memory`). Graphs of another world size than this get owners by
-    the same rules when they arrive.
+    A second call, from this or another client, returns a handle to the same owners: a scheduler has
+    one plugin. A call changes only the arguments that it passes. The plugin is removed when all
+    clients that called have closed their handles or disconnected. Afterwards each worker keeps an
+    idle plugin, and its C library keeps freed memory, up to 32 MiB for each of its heaps (see
+    `dask_ep.arrays.memory.keep_freed_memory`). Graphs of another world size get owners by the same
+    rules when they arrive.
 
     Dask gives a task up (KilledWorker) when more workers have died with it than the scheduler's
-    `distributed.scheduler.allowed-failures`, 3 by default: set it to the number of workers or more,
+    `distributed.scheduler.allowed-failures`, 3 by default: set it to the number of workers or more
     where the scheduler starts. `dask_ep.cluster.checks.check_cluster` warns about it. A worker that
     hangs is given up after Dask's ``distributed.scheduler.worker-ttl``, five minutes by default.
 
-    Chunks begin in the order in which Dask would compute them. What a user restricts
-    (``workers=``, ``resources=``, annotations) applies to the chunks; services are where
-    the owners are.
+    Chunks begin in the order in which Dask would compute them. A user's restrictions (``workers=``,
+    ``resources=``, annotations) apply to the chunks; services run on the owners.
 
-    A cluster that scales itself (``cluster.adapt``) keeps the only owner of a rank while work is
-    pending. It counts the work of the chunks in flight, so set its ``target_duration`` by these.
+    An adaptive cluster (``cluster.adapt``) keeps the only owner of a rank while work is pending. It
+    counts the work of the chunks in flight, so choose its ``target_duration`` by these.
 
-    Where the placement of a graph is local (`dask_ep.laws.travel`), each chunk is read by an owner
-    of the rank that is its home.
+    If the placement of a graph is local (`dask_ep.laws.travel`), each chunk is read by an owner of
+    the rank that is its home.
 
-    The same workers (by name) give the same map. Results never depend on owners: what a rank
-    computes is the same, to the bit, wherever it is.
+    The same workers (by name) give the same map. Results never depend on owners: a rank computes
+    the same, to the bit, on every worker.
 
     Examples
     --------
@@ -143,14 +142,14 @@ class WorkerRow:
     name: str
     address: str
     memory: int
-    """Bytes; 0 where the worker states no limit."""
+    """Bytes; 0 if the worker has no limit."""
     ranks: tuple[int, ...]
     load: float
-    """Its part of all load, 0 to 1."""
+    """Its share of all load, 0 to 1."""
 
 
 class Owners:
-    """Who owns which rank now: the handle of `own_experts`, which makes it.
+    """The owners of all ranks: the handle that `own_experts` returns.
 
     Attributes
     ----------
@@ -158,9 +157,9 @@ class Owners:
 
     Notes
     -----
-    Holds nothing itself: each question is one round trip to the scheduler, and the answer is true
-    at that moment. As a context manager it frees the ranks at the end of the block, unless the
-    client had them before the block.
+    Stores nothing: each access is one round trip to the scheduler, and shows its state at that
+    moment. As a context manager it frees the ranks at the end of the block, unless the client had
+    claimed them before the block.
     """
 
     def __init__(self, client: Client, world_size: int, is_new: bool):
@@ -170,24 +169,24 @@ class Owners:
 
     @property
     def owners(self) -> list[tuple[str, ...]]:
-        """Addresses of the workers of each rank, R tuples; an empty one waits for a worker."""
+        """Addresses of the owners of each rank, R tuples; empty if the rank waits for a worker."""
         return self._ask(_owners)
 
     @property
     def changes(self) -> list[Change]:
-        """The changes of owners until now, oldest first; the last 10,000 of them."""
+        """The changes of owners so far, oldest first; the last 10,000 of them."""
         return self._ask(_changes)
 
     @property
     def failures(self) -> list[str]:
-        """What went wrong inside the plugin: if anything, tasks may have run unpinned."""
+        """Errors inside the plugin: if there are any, tasks may have run on any worker."""
         return self._client.run_on_scheduler(_failures)
 
     def move(self, rank: int, worker: str | int) -> None:
         """Make one worker, by address or name, the only owner of a rank.
 
-        What the old owner has begun it finishes; what waits there goes to the new one. The rank
-        stays until that worker is lost, or until it is moved again.
+        The old owner finishes what it has started; what waits there goes to the new one. The rank
+        stays until that worker is lost, or it is moved again.
 
         Raises
         ------
@@ -197,7 +196,7 @@ class Owners:
         self._ask(_move, rank, worker)
 
     def replicate(self, rank: int, worker: str | int | None = None) -> None:
-        """Give a rank a further owner: this worker, or the one that has least to do.
+        """Give a rank another owner: this worker, or the least loaded one.
 
         Raises
         ------
@@ -207,11 +206,11 @@ class Owners:
         self._ask(_replicate, rank, worker)
 
     def table(self) -> list[WorkerRow]:
-        """List the workers in their order, with their ranks."""
+        """List the workers in order, with their ranks."""
         return self._ask(_table)
 
     def close(self) -> None:
-        """Free the ranks, unless another client has asked for owners too. Safe to call twice."""
+        """Free the ranks, unless another client has claimed owners too. Safe to call twice."""
         if self._client.status == "running":
             self._client.run_on_scheduler(_release, self._client.id)
 
@@ -257,7 +256,7 @@ class Owners:
         return f"<Owners of {self.world_size} ranks: closed>"
 
     def _rows(self) -> list[WorkerRow] | None:
-        """The table, None if the owners are closed or the client is."""
+        """The table; None if the owners or the client are closed."""
         if self._client.status != "running":
             return None
         try:
@@ -269,7 +268,7 @@ class Owners:
         return self._client.run_on_scheduler(question, self.world_size, *args)
 
 
-# What follows runs on the scheduler, which calls it with itself.
+# The functions below run on the scheduler, which passes itself.
 
 
 def _claim(
@@ -309,7 +308,7 @@ def _claim(
 
 
 def _places(plugin: Ownership) -> int:
-    """Count the ranks that the workers can play one at a time: GPUs if any, else workers."""
+    """Count the ranks to which the workers correspond: GPUs if any, else workers."""
     workers = plugin.workers()
     has_gpus = any(plugin.scheduler.workers[w].resources.get("GPU") for w in workers)
     return int(sum(workers.values())) if has_gpus else len(workers)
@@ -430,7 +429,7 @@ def _check_rank(rank: int, world_size: int) -> None:
 
 
 def _address(plugin: Ownership, worker: str | int) -> str:
-    """Find the address of a worker that is given by its address or its name."""
+    """Find the address of a worker by its address or its name."""
     able = {address: str(plugin.scheduler.workers[address].name) for address in plugin.workers()}
     for address, name in able.items():
         if str(worker) in (address, name):

@@ -44,7 +44,7 @@ class Chunk(NamedTuple):
     where: ChunkPlace
     exchange: Exchange
     tables: Tables
-    #: what was seen of the rows that have been served, where they are observed
+    #: statistics of the rows that have been served, if they are collected
 
     @property
     def number(self) -> int:
@@ -52,23 +52,23 @@ class Chunk(NamedTuple):
 
 
 class Request(NamedTuple):
-    """What another worker asks for with a packet."""
+    """Another worker's request with a packet."""
 
     ranks: Sequence[int]
     slices: list[Any]
-    #: the experts of each
+    #: the experts of each rank
     chunk: int
     exchange: Exchange
     sender: str
     came: float
-    #: when
+    #: time of arrival
 
 
 class Cores:
-    """Cores for threads that compute, held by `with`; who has waited longest goes on first.
+    """Cores for threads that compute, held by `with`; the longest waiting thread goes first.
 
-    Python's own semaphore lets whoever comes overtake those that wait, so that a packet may wait
-    as long as there are chunks to pack.
+    Python's own semaphore lets newcomers overtake waiting threads, so that a packet could wait as
+    long as there are chunks to pack.
     """
 
     def __init__(self, count: int):
@@ -83,7 +83,7 @@ class Cores:
             turn = threading.Lock()
             turn.acquire()
             self._waiting.append(turn)
-        turn.acquire()  # released with the core of one who goes
+        turn.acquire()  # released together with the core of a thread that leaves
 
     def __exit__(self, *error: object) -> None:
         with self._lock:
@@ -119,22 +119,22 @@ class Slices:
                 self._held.pop((token, rank), None)
 
     def drop(self, token: str, rank: int) -> None:
-        """Serve a rank no more."""
+        """Stop serving a rank."""
         self._held.pop((token, rank), None)
 
     def drop_layer(self, token: str) -> None:
-        """Serve no rank of a layer any more."""
+        """Stop serving all ranks of a layer."""
         for kept in (self._held, self._loading):
             for key in [key for key in list(kept) if key[0] == token]:
                 kept.pop(key, None)
 
     def close(self) -> None:
-        """Answer nobody any more."""
+        """Stop answering."""
         self._is_closing = True
         self.pool.shutdown(wait=False, cancel_futures=True)
 
     def metric(self) -> dict[str, Any]:
-        """What the scheduler hears with each heartbeat."""
+        """The report to the scheduler with each heartbeat."""
         held = [[*key, getattr(experts, "nbytes", 0)] for key, experts in self._held.items()]
         return {**self.tally.metric(), "threads": self.threads, "slices": held}
 
@@ -182,7 +182,7 @@ class Slices:
         return answers
 
     async def listen(self, comm: Comm, sender: str) -> None:
-        """Answer the packets that another worker sends over a connection, until it ends."""
+        """Answer the packets that another worker sends over a connection, until it closes."""
         stream = Stream(lambda number, *request: self._take(stream, number, sender, *request))
         with suppress(OSError):
             await stream.run(comm)
@@ -199,7 +199,7 @@ class Slices:
         observe: Sequence[Any] | None,
         arrays: Sequence[Any],
     ) -> None:
-        """Let a packet be answered; with None if one of the ranks is not served here."""
+        """Answer a packet; with None if one of the ranks is not served here."""
         slices = [self._held.get((token, rank)) for rank in ranks]
         if self._is_closing or any(experts is None for experts in slices):
             stream.send(number, None)
@@ -221,10 +221,10 @@ class Slices:
         self.pool.submit(self._answer, packet, request).add_done_callback(send)
 
     def _answer(self, packet: list[Packet], request: Request) -> Any:
-        """What goes back for a packet: answers, the rows of each, and what was seen of the rows.
+        """The reply to a packet: answers, the number of rows of each, and statistics of the rows.
 
         All answers in one array on the host, an array for each on a device. The packet comes in a
-        list, out of which it is taken.
+        list, and is removed from it.
         """
         try:
             whole, parts, seen = self._serve_packet(packet, request)
@@ -234,7 +234,7 @@ class Slices:
                 [len(part) for part in parts],
                 [to_message(table) for table in seen],
             ]
-        except BaseException as error:  # or nobody would be told
+        except BaseException as error:  # else the error would be lost
             return dask_internals.remote_error(error)
 
     def _serve_packet(

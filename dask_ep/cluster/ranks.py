@@ -1,4 +1,4 @@
-"""Who owns the ranks of each world size now, and what was asked for?"""
+"""Which workers own the ranks of each world size now, and which owners were requested?"""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from dask_ep.cluster.owner_rules import assign, balance, natural_order
 logger = logging.getLogger(__name__)
 
 NOBODY = "no worker: the rank waits for one"
-"""Stands in the set of a rank without owner, for an empty set would free its tasks."""
+"""Placeholder in the set of a rank without owner, as an empty set would unpin its tasks."""
 
 
 class OwnersOfRank(set):
@@ -29,14 +29,14 @@ class Able(OwnersOfRank):
         self.needs = dict(needs)
 
     def hear(self, worker: str, resources: Mapping[str, float]) -> None:
-        """Take a worker in if it has what is needed."""
+        """Add a worker if it has the resources."""
         if all(resources.get(name, 0) >= amount for name, amount in self.needs.items()):
             self.add(worker)
 
 
 @dataclass
 class Ranks:
-    """The ranks of one world size: who owns them now, and what was asked for."""
+    """The ranks of one world size: their owners now, and the requested ones."""
 
     owners: list[OwnersOfRank]
     """Per rank."""
@@ -45,7 +45,7 @@ class Ranks:
     replicas: list[int]
     """Owners wanted per rank."""
     by_hand: set[int] = field(default_factory=set)
-    """Ranks that somebody moved: no rebalancing."""
+    """Ranks that were moved by hand: no rebalancing."""
     balanced_at: list[float] = field(default_factory=list)
     """When rebalancing last moved the rank; monotonic seconds."""
 
@@ -59,7 +59,7 @@ class Ranks:
         )
 
     def living(self) -> list[frozenset[str]]:
-        """The owners without the stand-in."""
+        """The owners without the placeholder."""
         return [frozenset(of_rank - {NOBODY}) for of_rank in self.owners]
 
 
@@ -77,7 +77,7 @@ class Change:
 
 
 class RankMap(dict[int, Ranks]):
-    """The ranks of all world sizes; notes who gets or loses one, and tells it on.
+    """The ranks of all world sizes; records and reports changes of owners.
 
     Parameters
     ----------
@@ -117,7 +117,7 @@ class RankMap(dict[int, Ranks]):
                     ranks.by_hand.discard(rank)
 
     def balance(self, workers: Mapping[str, float], keep: float) -> None:
-        """Move ranks to where less is to be done; one that has moved so stays for `keep` s."""
+        """Move ranks to less loaded workers; a moved one stays there for `keep` s."""
         now = time.monotonic()
         for world_size, ranks in self.items():
             fixed = ranks.by_hand | {

@@ -1,6 +1,6 @@
-"""How does a hot rank get a further owner, and when does that one leave?
+"""How does a hot rank get another owner, and when is that one removed?
 
-`hot_ranks` says which rank is hot, by what workers tell with their heartbeats. The further owner
+`hot_ranks` decides which rank is hot, by the workers' reports with each heartbeat. The added owner
 stays until no layer is computed any more.
 """
 
@@ -18,7 +18,7 @@ from dask_ep.cluster.ranks import RankMap
 
 
 class Replicas:
-    """The further owners of hot ranks."""
+    """The added owners of hot ranks."""
 
     def __init__(self, ranks: RankMap):
         self._ranks, self._hot = ranks, HotRanks()
@@ -28,11 +28,11 @@ class Replicas:
         return len(self._grown)
 
     def grow(self, workers: Iterable[WorkerState], sizes: Mapping[str, int]) -> bool:
-        """Give a further owner to a rank that is hot, if there is one.
+        """Give another owner to a hot rank, if there is one.
 
         Parameters
         ----------
-        workers : those that can play a rank
+        workers : those that can own ranks
         sizes : world sizes of the layers that are computed, by their tokens
         """
         told, nbytes = {}, dict[Rank, int]()
@@ -55,7 +55,7 @@ class Replicas:
         return True
 
     def shrink(self) -> None:
-        """Take all of them back."""
+        """Remove all of them."""
         for (size, rank), worker in self._grown.items():
             of_rank = self._ranks[size].living()[rank]
             if len(of_rank) > 1:
@@ -67,7 +67,7 @@ class Replicas:
 def _sample(
     worker: WorkerState, sizes: Mapping[str, int], nbytes: dict[Rank, int]
 ) -> Sample | None:
-    """What a worker told of its services last; `nbytes` learns the sizes of its ranks."""
+    """A worker's last report on its services; adds the sizes of its ranks to `nbytes`."""
     told = worker.metrics.get("dask_ep")
     if told is None or worker.status != Status.running:
         return None

@@ -1,13 +1,13 @@
-"""How do packets and answers travel between two workers?
+"""How are packets and answers sent between two workers?
 
-One connection for each worker that asks and each that answers, opened with the first packet and
+One connection for each pair of an asking and an answering worker, opened with the first packet and
 kept:
 
     asks       Line ──── [number, request], ... ────> Stream    answers
                     <──── [number, answer], ...  ────
 
-What waits while a message is written goes with the next one, and answers come in any order. A
-connection that ends gives every request that it has not answered an error.
+Requests and answers that queue while a message is written go with the next one, and answers come in
+any order. When a connection ends, every request without an answer gets an error.
 """
 
 from __future__ import annotations
@@ -27,16 +27,16 @@ from dask_ep.arrays.namespaces import Array
 from dask_ep.cluster import dask_internals
 
 SMALL = 16384
-"""Bytes up to which an array travels inside its message: a frame of its own costs Dask some 100 us
-at each end."""
+"""Bytes up to which an array is sent inside its message: a separate frame costs Dask some 100 us at
+each end."""
 
 
 class Stream:
-    """One end of a connection: `send` what is to go, and `hear` is called with what comes.
+    """One end of a connection: `send` queues parts, and `hear` is called with received ones.
 
     Parameters
     ----------
-    hear : called with the parts of each message that comes, on the event loop
+    hear : called with the parts of each received message, on the event loop
     """
 
     def __init__(self, hear: Callable[..., None]):
@@ -47,12 +47,12 @@ class Stream:
         self._error: Exception | None = None
 
     def send(self, *message: Any) -> None:
-        """Let a message go, once there is a connection. It is not kept when it has gone."""
+        """Send a message, once there is a connection. It is not kept after that."""
         self._waiting.append(list(message))
         self._write_soon()
 
     async def run(self, comm: Comm) -> None:
-        """Hear what comes until the connection ends, which raises OSError."""
+        """Receive messages until the connection ends, which raises OSError."""
         dask_internals.keep_on_loop(comm)
         self._comm = comm
         self._write_soon()
@@ -88,8 +88,8 @@ class Line:
 
     Parameters
     ----------
-    worker, owner : that asks, and the address of the one that answers
-    op : what the owner's handler is called
+    worker, owner : the worker that asks, and the address of the one that answers
+    op : name of the owner's handler
     """
 
     def __init__(self, worker: Worker, owner: str, op: str):
@@ -108,9 +108,9 @@ class Line:
         Raises
         ------
         OSError
-            If there is no connection, or none any more.
+            If the connection fails or has ended.
         """
-        if self.is_over:  # nobody would tell
+        if self.is_over:  # nobody would raise it
             raise ConnectionError("the connection has ended")
         number = next(self._numbers)
         self._asked[number] = answer = asyncio.get_running_loop().create_future()
@@ -122,12 +122,12 @@ class Line:
             self._asked.pop(number, None)
 
     def close(self) -> None:
-        """Give every request an error."""
+        """Fail every request."""
         self._running.cancel()
-        self._give_up(ConnectionError("the connection was given up"))  # it may not have begun
+        self._give_up(ConnectionError("the connection was given up"))  # it may not have started
 
     def _hear(self, number: int, answer: Any) -> None:
-        asked = self._asked.pop(number, None)  # none if nobody waits any more
+        asked = self._asked.pop(number, None)  # none if the request was cancelled
         if asked is not None and not asked.done():
             asked.set_result(answer)
 
@@ -146,7 +146,7 @@ class Line:
 
 
 def to_message(array: Array | None) -> Any:
-    """An array as it goes into a message."""
+    """An array in the form that messages contain."""
     if not isinstance(array, np.ndarray) or array.nbytes > SMALL:
         return None if array is None else to_serialize(array)
     if np.dtype(array.dtype.str) != array.dtype:  # such as bfloat16, "<V2"
@@ -155,7 +155,7 @@ def to_message(array: Array | None) -> Any:
 
 
 def from_message(came: Any) -> Any:
-    """The array that `to_message` was given; a small one is not to be written to."""
+    """The array that `to_message` was given; small ones are read-only."""
     if not isinstance(came, list | tuple):
         return came
     dtype, shape, data = came

@@ -1,6 +1,6 @@
-"""How many workers of a cluster run, how many are waited for, and how many were lost?
+"""How many workers of a cluster run, are waited for, and were lost?
 
-Asked once a second of the scheduler, by a thread of its own, for as long as the job runs.
+A thread asks the scheduler once a second while the job runs.
 """
 
 from __future__ import annotations
@@ -24,9 +24,9 @@ class Workers(NamedTuple):
 
     running: int
     waited_for: int
-    #: asked for, and not running
+    #: wanted, but not running
     lost: int
-    #: left since the first count, whether or not others came for them
+    #: left since the first count, whether or not others replaced them
 
     def __str__(self) -> str:
         others = {"waited for": self.waited_for, "lost": self.lost}
@@ -45,19 +45,19 @@ def counted_workers(
     wait: Wait = SimpleQueue.get,
     tell: Callable[[Workers], Any] | None = None,
 ) -> Iterator[None]:
-    """Wait until as many workers run as are wanted, and count them while the body runs.
+    """Wait until the wanted number of workers runs, and count them while the body runs.
 
     Parameters
     ----------
     client : of the cluster
-    wanted : workers to wait for, however long that takes; None: those that run now
+    wanted : workers to wait for, without a timeout; None: those that run now
     wait : as `dask_ep.cluster.interrupts.Interrupts.wait`; what it raises ends the waiting
-    tell : called with each count that differs from the one before, in another thread
+    tell : called with each count that differs from the previous one, in another thread
 
     Raises
     ------
     ConnectionError
-        If the scheduler is lost while workers are waited for.
+        If the scheduler is lost while waiting for workers.
     """
     counts = _Counts(client, wanted, tell)
     aside = Aside(counts.go_on, wait)
@@ -72,7 +72,7 @@ def counted_workers(
 class _Counts:
     def __init__(self, client: Client, wanted: int | None, tell: Callable[[Workers], Any] | None):
         self._client, self._tell = client, tell
-        self._address = scheduler_address(client)  # a client that has lost it knows it no more
+        self._address = scheduler_address(client)  # unknown to a client that has lost it
         self._running = set(client.nthreads())
         self._wanted, self._lost = len(self._running) if wanted is None else wanted, 0
         # Those present from the start are not reported, unless they were waited for.
@@ -80,7 +80,7 @@ class _Counts:
         self.stopped = Event()
 
     def go_on(self, tell_all_run: Callable[[None], None]) -> None:
-        """Count until stopped, and tell the first time that all run."""
+        """Count until stopped, and signal the first time that all run."""
         all_ran = False
         try:
             while not self.stopped.is_set():
@@ -90,8 +90,8 @@ class _Counts:
                 self.stopped.wait(SECONDS_BETWEEN_COUNTS)
         except OSError as error:
             raise ConnectionError(
-                f"the scheduler at {self._address} was lost while {self._wanted} workers were "
-                f"waited for, of which {len(self._running)} ran"
+                f"the scheduler at {self._address} was lost while waiting for {self._wanted} "
+                f"workers, of which {len(self._running)} ran"
             ) from error
 
     def _count(self) -> Workers:

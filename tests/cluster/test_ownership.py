@@ -731,7 +731,7 @@ def test_a_plugin_that_fails_when_a_worker_dies_ends_the_job_with_an_error(clust
         wait_until(lambda: client.run_on_scheduler(_has_begun), "the job has begun")
         client.run_on_scheduler(_break_assignment)
         cluster.stop_worker("victim")
-        with pytest.raises(LostOwnerError, match="owners of ranks are not known any more"):
+        with pytest.raises(LostOwnerError, match="owners of ranks are unknown after an error"):
             future.result(DEADLINE)
         assert any("remove_worker" in failure for failure in owners.failures)
         client.run_on_scheduler(_mend_assignment)

@@ -91,7 +91,7 @@ def test_a_scheduler_that_is_lost_ends_the_waiting(cluster):
 
     with (
         connect(cluster.address, timeout=2) as client,
-        pytest.raises(ConnectionError, match="lost while 3 workers were waited for, of which 0"),
+        pytest.raises(ConnectionError, match="lost while waiting for 3 workers, of which 0"),
         counted_workers(client, 3, tell=lose),
     ):
         pytest.fail("a worker is there")

@@ -1,26 +1,25 @@
-"""How near do the kernel and the pipeline come to what the machine can do?
+"""How close do the kernel and the pipeline come to the limits of the machine?
 
     python workflows/benchmark.py                      # the three layers at full size, minutes
     python workflows/benchmark.py --rows 4096 --repeat 1 top1-linear
 
 Prints ratios, never bare seconds: each is a limit divided by a measured time, both taken in the
 same run on the same threads with one BLAS thread each; median and range over the rounds. Limits are
-timed at both ends of each round, and the least time of all is the limit: what a machine does once,
-it can do. What comes first in one round comes last in the next.
+timed at both ends of each round, and the shortest time of all is the limit. The order of
+measurements is reversed in each round.
 
     kernel     the dense products of the same FLOPs / expert_parallel_dispatch
     pipeline   (the same products + a plain copy of the same files) / Zarr to Zarr
 
 The products are those of the fastest library in this environment, NumPy's own, MKL or oneDNN, in
-blocks of the number of rows that suits it best. Before a time is taken, inputs are read and former
-outputs are written to the disk, so that both sides read and write through the page cache. A ratio
-above 1 means that its limit was measured wrongly: that line is said to have failed, and has no
-median.
+blocks of the best number of rows for it. Before each measurement, inputs are read and previous
+outputs are flushed to disk, so that both sides read and write through the page cache. A ratio above
+1 means that its limit was measured wrongly: that line shows "failed" instead of a median.
 
 The pipeline runs on threads, on worker processes, and through Dask's own `from_zarr` and `store`.
-Next to it is what a user would write instead: a careful NumPy loop over experts with its buffers
-kept, one `map_blocks` with all experts inside, and R zero-filled outputs summed. They read and
-write through `zarr` and Dask as their users do.
+They are compared with what a user would write instead: a careful NumPy loop over experts that
+reuses its buffers, one `map_blocks` with all experts inside, and R zero-filled outputs summed,
+which read and write through `zarr` and Dask.
 """
 
 from __future__ import annotations
@@ -46,19 +45,19 @@ from dask_ep.arrays.onednn import installed_onednn
 RANKS_OF_THE_LITERAL_PIPELINE = 4
 
 BLOCKS = (1024, 4096, 16_384)
-"""Rows of a product of the limit; those that are fastest count."""
+"""Rows of a product of the limit; the fastest number counts."""
 
 PART = 8
-"""Of the job, what the search for the fastest products takes: one in so many rows."""
+"""The search for the fastest products uses one in this many rows of the job."""
 
 LIMITS = ("products", "copy")
 
 COPIES = 3
-"""How often a plain copy is timed each time: where memory for files is new, it takes several times
-as long."""
+"""Repetitions of a plain copy per measurement: it takes several times as long if memory for files
+is new."""
 
 Multiply = Callable[[np.ndarray, np.ndarray, np.ndarray], object]
-"""Writes the product of two matrices to a third."""
+"""(x, w, out): writes the product of two matrices to a third."""
 
 
 def main() -> None:
@@ -88,7 +87,7 @@ def measure(
 
 
 class Bench(Job):
-    """Everything that is timed on a job."""
+    """All measurements on a job."""
 
     def __init__(self, layer: Layer, folder: Path, threads: int, client: Client):
         super().__init__(layer, folder)
@@ -97,7 +96,7 @@ class Bench(Job):
         self.fastest, self.multiply, self.block = self.find_fastest()
 
     def rounds(self, repeat: int) -> list[dict[str, float]]:
-        """The ratios of each round, to the best limits of all."""
+        """The ratios of each round, to the best limits of all rounds."""
         self.check_results_agree()
         rounds = [self.round(backwards=n % 2 == 1) for n in range(repeat + 1)][1:]
         products, copy = (min(times.pop(what) for times in rounds) for what in LIMITS)
@@ -105,7 +104,7 @@ class Bench(Job):
         return [{name: limits[name] / seconds for name, seconds in r.items()} for r in rounds]
 
     def round(self, backwards: bool) -> dict[str, float]:
-        """Seconds of everything once, the limits at both ends."""
+        """Seconds of all measurements, once, with the limits at both ends."""
         seconds = (
             lambda: timed(self.products),
             lambda: min(self.timed_output(self.copy) for _ in range(COPIES)),
@@ -121,7 +120,7 @@ class Bench(Job):
         return times
 
     def pipelines(self) -> dict[str, Callable[[Path], None]]:
-        """What goes from files to files."""
+        """The programs that go from files to files."""
         return {
             "pipeline, threads": self.pipeline,
             "pipeline, threads, from_zarr and store": self.pipeline_by_dask,
@@ -134,7 +133,7 @@ class Bench(Job):
     # --- limits ---
 
     def find_fastest(self) -> tuple[str, Multiply, int]:
-        """Which library multiplies fastest here, in blocks of how many rows."""
+        """The library that multiplies fastest here, and its best number of rows per block."""
         libraries: dict[str, Multiply] = {numpys_blas(): lambda x, w, out: np.matmul(x, w, out=out)}
         if (mkl := installed_mkl()) is not None:
             libraries["MKL"] = mkl.multiply
@@ -153,7 +152,7 @@ class Bench(Job):
         self.multiply_all(self.multiply, self.block)
 
     def multiply_all(self, multiply: Multiply, block: int, part: int = 1) -> None:
-        """Dense products of the job's FLOPs or a part, on all threads, a block of rows each."""
+        """Dense products with the job's FLOPs or a part of them, by all threads, in blocks."""
         layer, rng = self.layer, np.random.default_rng(0)
         W = [rng.standard_normal(shape, "f4") for shape in matrix_shapes(layer)]
         x = rng.standard_normal((block, layer.d), "f4")
@@ -213,14 +212,14 @@ class Bench(Job):
         da.store(y, self.create_output(out), lock=False)
 
     def pipeline_on_processes(self, out: Path) -> None:
-        """On worker processes that run already and each own a share of the experts."""
+        """On running worker processes, each of which owns a share of the experts."""
         with dask.config.set(scheduler=self.client):
             dask_ep.store(self.layer_output(world_size=self.threads), out)
 
     # --- what a user would write instead ---
 
     def numpy_loop(self, out: Path) -> None:
-        """Batches on a thread pool; per expert a gather, products, a scatter; buffers kept."""
+        """Batches on a thread pool; per expert a gather, products, a scatter; reused buffers."""
         layer, W = self.layer, self.arrays()
         source = zarr.open_array(self.folder / "tokens.zarr")
         buffers = threading.local()
@@ -293,7 +292,7 @@ class Bench(Job):
     # --- helpers ---
 
     def check_results_agree(self) -> None:
-        """Every way of running the job gives the same output."""
+        """Check that every program gives the same output."""
         results = {}
         for name, run in self.pipelines().items():
             with self.output() as out:
@@ -311,7 +310,7 @@ class Bench(Job):
 
 
 def plain_moe(x, routing, weights, W, first):
-    """What one writes first: for each expert, its rows through it, into a zero-filled output."""
+    """The obvious loop: for each expert, its rows through it, into a zero-filled output."""
     out = np.zeros((len(x), W[-1].shape[2]), "f4")
     for e in range(len(W[0])):
         rows, slot = np.nonzero(routing == first + e)

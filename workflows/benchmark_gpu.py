@@ -1,4 +1,4 @@
-"""How near do the kernel and a whole job come to what a GPU can do?
+"""How close do the kernel and a whole job come to the limits of a GPU?
 
     python workflows/benchmark_gpu.py                           # all layers, bfloat16
     python workflows/benchmark_gpu.py --dtype float16 mixtral
@@ -8,13 +8,14 @@
 Prints ratios, never bare seconds: each is a limit divided by a measured time, both taken in the
 same round on the same card, and each is the median over the rounds.
 
-    error    of some rows of the kernel, of their largest value, from float64, before it rounds them
+    error    of some rows of the kernel from float64, relative to their largest value, before
+             rounding
     kernel   one dense product of the same FLOPs / expert_parallel_dispatch, chunks on the device;
              as exact as float32, bfloat16 takes 5/3 as many products
     job      the slower of that product and of the copies up and down / Zarr to Zarr, experts loaded
-    memory   what the job takes of the card / what its plan says at most
+    memory   GPU memory that the job uses / the most that its plan allows
 
-Without a card, or without CuPy, it says so and ends with 1.
+Without a GPU or CuPy it prints an error and exits with 1.
 """
 
 from __future__ import annotations
@@ -56,7 +57,7 @@ from dask_ep.laws.device_memory import (
 
 @dataclass(frozen=True)
 class Layer:
-    """A layer of gated experts that one card holds, and the rows of a chunk."""
+    """A layer of gated experts that fits on one GPU, and the rows of a chunk."""
 
     d: int
     hidden: int
@@ -133,7 +134,7 @@ def told(ratios: tuple[float, ...]) -> str:
 
 
 class Bench:
-    """One layer's data, on the device and on the disk, and everything that is timed on it."""
+    """One layer's data, on the device and on disk, and all measurements on it."""
 
     def __init__(self, layer: Layer, dtype: Any, precision: str, folder: Path, chunks: int):
         self.xp = import_module(device.NAMESPACE)
@@ -157,7 +158,7 @@ class Bench:
         self.write_files(routing, weights)
 
     def numbers(self, terms: int, shape: tuple[int, ...]) -> Any:
-        """Normal numbers on the device; a sum of so many `terms` of them is of size 1."""
+        """Normal numbers on the device, scaled so that a sum of `terms` of them has size 1."""
         some = np.random.default_rng(len(shape)).standard_normal((1 << 16) - 1)
         some = (some / math.sqrt(terms)).astype(self.dtype)
         flat = self.xp.tile(self.xp.asarray(some), -(-math.prod(shape) // some.size))
@@ -170,7 +171,7 @@ class Bench:
             dask_ep.store(whole, self.folder / f"{name}.zarr", scheduler="sync")
 
     def error(self) -> float:
-        """How far a few rows are from plain loops in float64."""
+        """Largest difference of a few rows from plain loops in float64."""
         f, last, errors = self.layer.hidden, self.layer.rows - 1, []
         y = self.kernel(np.dtype(np.float32))
         for row in (0, last // 2, last):
@@ -187,7 +188,7 @@ class Bench:
         return max(errors)
 
     def round(self) -> tuple[float, float]:
-        """The two ratios; limits before and after what is compared with them."""
+        """The two ratios; limits are timed before and after."""
         products = [self.on_device(self.dense)]
         kernel = self.on_device(self.kernel)
         products.append(self.on_device(self.dense))
@@ -196,22 +197,22 @@ class Bench:
         return product / kernel, limit / timed(self.job)
 
     def on_device(self, work: Callable[[], Any]) -> float:
-        """Seconds of some work, host included, until the device has done it."""
+        """Seconds of some work, including the host's, until the device has finished."""
         stream = self.xp.cuda.get_current_stream()
         stream.synchronize()
         return timed(lambda: (work(), stream.synchronize()))
 
     def dense(self) -> None:
-        """One product of the kernel's FLOPs, by the same call of cuBLAS."""
+        """One product with the kernel's FLOPs, by the same call of cuBLAS."""
         bounds = [(0, self.layer.slots)]
         gemms(self.xp)(self.slots, [self.wide], bounds, self.product)
 
     def kernel(self, dtype: np.dtype | None = None) -> Any:
-        """`expert_parallel_dispatch`, or what it rounds to the dtype of the tokens."""
+        """`expert_parallel_dispatch`, or its result before it is rounded to the tokens' dtype."""
         return dispatch(self.tokens, self.routing, self.weights, self.local, 0, 1, dtype)
 
     def copies(self) -> tuple[float, float]:
-        """Seconds to bring the tokens of the job up, and as many down."""
+        """Seconds to upload the tokens of the job, and to download as many."""
         host = pinned_empty(self.xp, self.tokens.shape, self.dtype)
         host.fill(0)
         up = self.on_device(lambda: [upload(self.xp, host) for _ in range(self.chunks)])
@@ -235,7 +236,7 @@ class Bench:
             dask_ep.store(y, out, overwrite=True, scheduler="threads", pool=pool)
 
     def memory(self) -> float:
-        """Memory that a job takes on top of what was in use, divided by that of its plan."""
+        """Memory that a job takes in addition to what was in use, divided by that of its plan."""
         pool = self.xp.get_default_memory_pool()
         pool.free_all_blocks()
         before = pool.total_bytes()

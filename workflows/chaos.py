@@ -1,17 +1,16 @@
-"""Do random jobs end with the right result, whatever happens to their workers and to the command?
+"""Do random jobs give the right result, whatever happens to their workers and to the command?
 
     PYTHONPATH=. python workflows/chaos.py                  # a hundred seeds: about an hour
     PYTHONPATH=. python workflows/chaos.py --seeds 5
     PYTHONPATH=. python workflows/chaos.py --seed 17        # one of them again
 
 Each seed draws a job (kind of experts, sizes, ranks, placement, dtype, format, chunks, what
-travels, one in ten with more experts than the workers may hold) and a fault. `dask-ep run` computes
-the job on three worker processes; when so many of its blocks are done as the seed says, the fault
-happens: a worker is killed, stopped, retired or joins, the disk takes no more, the command is
-killed, the scheduler is. Then the run is resumed until it is done. The output has to be, bit for
-bit, that of an undisturbed run, on threads unless something but rows travels, and what
-`reference.py` makes of the inputs, as `dask-ep verify` compares it. Prints a table in Markdown;
-exit code 1 if any seed fails.
+travels; one in ten has more experts than the workers may hold) and a fault. `dask-ep run` computes
+the job on three worker processes; once the drawn number of blocks is done, the fault happens: a
+worker is killed, stopped, retired or joins, the disk is full, the command or the scheduler is
+killed. Then the run is resumed until it is done. The output must equal, bit for bit, that of an
+undisturbed run (on threads, unless experts travel), and must agree with `reference.py`, as checked
+by `dask-ep verify`. Prints a table in Markdown; exit code 1 if any seed fails.
 """
 
 from __future__ import annotations
@@ -46,7 +45,7 @@ from tests.cluster_processes import Cluster, wait_until, worker_pids
 
 WORKERS = ("w0", "w1", "w2")
 RUN_SECONDS = 180.0
-"""That a run may take, many times what it takes: a longer one hangs."""
+"""Timeout of a run, many times its usual duration: a longer one hangs."""
 
 RESUMES = 5
 """How often a run may be resumed before it is given up."""
@@ -61,7 +60,7 @@ CONFIG = {
 }
 
 MEMORY_LIMIT = "620MB"
-"""Of each worker, as runs are decided by; too little for the experts of some jobs."""
+"""Memory limit of each worker; too little for the experts of some jobs."""
 
 
 @dataclass(frozen=True)
@@ -83,12 +82,12 @@ class Drawn:
     travel: str
     fault: str
     after: int
-    #: blocks that are done when the fault happens
+    #: blocks done when the fault happens
     delay: float
-    #: seconds after that
+    #: seconds to wait after that
     victim: str
     out_of_core: bool = False
-    #: whether the experts are more than the workers may hold
+    #: whether the experts exceed the workers' memory
 
     @property
     def rows(self) -> int:
@@ -171,7 +170,7 @@ def write_job(directory: Path, drawn: Drawn) -> Job:
 
 
 def _writer(path: Path, n: int, like: np.ndarray, rows: int) -> Writer:
-    """Make a file of `n` rows like these, in blocks of so many."""
+    """Make a file of `n` rows like these, in blocks of the given size."""
     blocks = [min(rows, n - start) for start in range(0, n, rows)]
     writer = make_writer(path.suffix, str(path), (n, *like.shape[1:]), like.dtype, blocks)
     writer.create()
@@ -183,7 +182,7 @@ def _writer(path: Path, n: int, like: np.ndarray, rows: int) -> Writer:
 
 @dataclass
 class Scene:
-    """What a fault may act on."""
+    """The processes that a fault may act on."""
 
     cluster: Cluster
     client: Client
@@ -232,7 +231,7 @@ def join(scene: Scene) -> None:
 
 
 def fill_disk(scene: Scene) -> None:
-    """Let workers write no further byte to any file."""
+    """Let every write of the workers fail from now on."""
     for pid in worker_pids(scene.client).values():
         _, hard = resource.prlimit(pid, resource.RLIMIT_FSIZE)
         resource.prlimit(pid, resource.RLIMIT_FSIZE, (0, hard))
@@ -275,7 +274,7 @@ FAULTS: dict[str, Callable[[Scene], None]] = {
 
 
 class Ground:
-    """A cluster that serves many seeds: it is mended, or started anew, after each."""
+    """A cluster for many seeds: it is repaired, or restarted, after each."""
 
     def __init__(self, directory: Path):
         self._directory, self._number = directory, 0
@@ -283,7 +282,7 @@ class Ground:
         self.client: Client | None = None
 
     def ready(self) -> None:
-        """See to it that there are three workers with nothing wrong with them."""
+        """Make sure that three healthy workers run."""
         if self.client is not None:
             try:
                 self._mend()
@@ -299,7 +298,7 @@ class Ground:
             self.client = self.cluster.client()
 
     def file(self) -> str:
-        """The file in which the scheduler has written where it is."""
+        """The file with the scheduler's address."""
         return str(self.cluster.scheduler_file)
 
     def close(self) -> None:
@@ -320,7 +319,7 @@ class Ground:
         wait_until(lambda: len(worker_pids(self.client)) == len(WORKERS), "workers have come")
 
     def is_clean(self) -> bool:
-        """Whether the scheduler has no task any more."""
+        """Whether the scheduler has no tasks left."""
         try:
             wait_until(lambda: self.client.run_on_scheduler(_tasks) == 0, "no task is left", 20)
         except (OSError, TimeoutError):
@@ -334,14 +333,14 @@ def _tasks(dask_scheduler: object) -> int:
 
 @dataclass(frozen=True)
 class Outcome:
-    """How a seed went."""
+    """The result of a seed."""
 
     drawn: Drawn
     problem: str
-    #: empty if there is none
+    #: the error; empty if there is none
     runs: int
     done_before: int
-    #: blocks, when the fault happened
+    #: blocks done when the fault happened
     seconds: float
 
 
@@ -350,7 +349,7 @@ def try_seed(drawn: Drawn, ground: Ground, directory: Path) -> Outcome:
     job = write_job(directory, drawn)
     undisturbed = replace(job, out=str(directory / f"undisturbed.{drawn.format}"))
     ground.ready()
-    # Threads share memory: nothing travels between them, and it is not limited.
+    # Threads share memory: nothing travels between them, and there is no limit.
     on_threads = drawn.travel == "rows" and not drawn.out_of_core
     where = Threads(2) if on_threads else AtScheduler(scheduler_file=ground.file())
     travel = ALL_ROWS if drawn.travel == "rows" else Travel(drawn.travel)
@@ -400,7 +399,7 @@ def start(
 
 
 def wait_for_blocks(out: str, count: int, command: subprocess.Popen) -> int:
-    """Wait until so many blocks are done, or the command has ended; give how many there are."""
+    """Wait until this many blocks are done, or the command has ended; return their number."""
     deadline = time.monotonic() + RUN_SECONDS
     while command.poll() is None and time.monotonic() < deadline:
         done = blocks_done(out)
@@ -411,7 +410,7 @@ def wait_for_blocks(out: str, count: int, command: subprocess.Popen) -> int:
 
 
 def blocks_done(out: str) -> int | None:
-    """How many blocks an output has, None if it is not begun or complete already."""
+    """How many blocks an output has; None if it has not been started or is complete."""
     progress = f"{out}.progress"
     try:
         record = journal.read_manifest(progress) if Path(progress).is_dir() else None
@@ -421,7 +420,7 @@ def blocks_done(out: str) -> int | None:
 
 
 def compare(job: Job, undisturbed: Job) -> str:
-    """What is wrong with an output; nothing if it is right."""
+    """Describe the error in an output; empty if it is right."""
     got, expected = (open_tokens(j.out).compute(scheduler="sync") for j in (job, undisturbed))
     if got.shape != expected.shape or got.dtype != expected.dtype:
         return f"{got.dtype} {got.shape} instead of {expected.dtype} {expected.shape}"

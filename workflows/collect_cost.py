@@ -1,13 +1,13 @@
-"""What do statistics of experts cost, next to the layer's output alone?
+"""What do statistics of experts cost, compared with the layer's output alone?
 
     python workflows/collect_cost.py                    top-2 gated, d = 512, f = 1792, 8 experts
     python workflows/collect_cost.py --rows 4096 --repeat 1
     python workflows/collect_cost.py --memory           the peak of `gram` of 64 experts, d = 2048
 
 Each line is a ratio of CPU seconds of one thread, the median of rounds in which both sides take
-turns: the layer with its output and statistics to the layer with its output; and for `gram` the
-dense products that it needs, by the same BLAS, to all that it takes. Nothing is read or written
-but with --memory, by `dask-ep collect`.
+turns: the layer with output and statistics to the layer with output only; and for `gram` the dense
+products that it needs, by the same BLAS, to its total time. Files are read and written only with
+--memory, by `dask-ep collect`.
 """
 
 from __future__ import annotations
@@ -29,13 +29,13 @@ from dask_ep import Experts, MoELayer, Router, collect
 from dask_ep.arrays.blas import one_blas_thread, product
 
 MEMORY_LIMIT = 600_000_000
-"""Bytes of a process that collects `gram`."""
+"""Memory limit in bytes of a process that collects `gram`."""
 
 LIMITS = {
     "usage, coactivation, router": (("usage", "coactivation", "router"), 1.03),
     "amax, sumsq, reap, mean_output": (("amax", "sumsq", "reap", "mean_output"), 1.25),
 }
-"""What is collected together, and how much of the layer's time it may take."""
+"""Statistics that are collected together, and the allowed ratio of their time to the layer's."""
 
 
 def main() -> None:
@@ -65,7 +65,7 @@ def main() -> None:
 def _rounds(
     layer: MoELayer, hidden: da.Array, what: tuple[str, ...], repeat: int
 ) -> Iterator[float]:
-    """Seconds with statistics by those of the layer alone, which runs before and after."""
+    """Ratio of the seconds with statistics to those of the layer alone, run before and after."""
 
     def alone() -> float:
         return cpu_timed(lambda: layer(hidden).compute(scheduler="sync"))
@@ -97,7 +97,7 @@ def together(layer: MoELayer, hidden: da.Array, what: tuple[str, ...]) -> None:
 
 
 def gram_share(layer: MoELayer, hidden: da.Array, options: argparse.Namespace) -> float:
-    """Seconds of the dense products that second moments need, by those of collecting them."""
+    """Ratio of the seconds of the dense products of second moments to those of collecting them."""
     routed, rows = layer.tokens_per_expert(hidden).compute(scheduler="sync"), hidden.compute()
     weights = layer.experts.weights
     gate, up = (np.concatenate(weights[name].read(np.float32)) for name in ("gate", "up"))
@@ -118,7 +118,7 @@ def gram_share(layer: MoELayer, hidden: da.Array, options: argparse.Namespace) -
 
 
 def print_memory(layer: Layer) -> None:
-    """Collect `gram` of linear experts by a process with a memory limit, and print its peak."""
+    """Collect `gram` of linear experts in a process with a memory limit, and print its peak."""
     with TemporaryDirectory() as place:
         folder = Path(place)
         write_inputs(layer, folder)

@@ -4,13 +4,13 @@
 # [tool.uv.sources]
 # dask-ep = { path = ".." }
 # ///
-"""Time a layer from files to files against a torch program: same files, same cores.
+"""Compare the time of a layer, from files to files, with a torch program: same files, same cores.
 
     python workflows/compare_with_torch.py                       # the three layers, minutes
     python workflows/compare_with_torch.py --rows 20000 --repeat 1 top1-linear
 
-Says which of two is faster, and by how much: median and range of the ratio of their times over the
-rounds. What comes first in one round comes last in the next.
+Prints which of the two is faster, and by how much: median and range of the ratio of their times
+over the rounds. The order is reversed in each round.
 
     data parallel     torch: a process per core, each with all experts and a share of the chunks
                       dask_ep: a thread per core, by its own files and by `from_zarr` and `store`
@@ -19,9 +19,9 @@ rounds. What comes first in one round comes last in the next.
                       serves them, and come back as one sum
                       dask_ep: a worker process per core
 
-Processes run already when a time is taken, and experts are read from their files in it. torch
-brings MKL along for its products; dask_ep uses it too on Intel's CPUs, if the package
-``mkl`` is installed, and oneDNN on AMD's and for bfloat16, if ``onednn-cpu-gomp`` is.
+Processes are already running when timing starts; reading the experts from files is included. torch
+includes MKL; dask_ep uses it too on Intel CPUs, if the package ``mkl`` is installed, and oneDNN on
+AMD CPUs and for bfloat16, if ``onednn-cpu-gomp`` is.
 """
 
 from __future__ import annotations
@@ -60,7 +60,7 @@ def main() -> None:
 
 
 def measure(layer: Layer, folder: Path, cores: int, repeat: int) -> list[dict[str, float]]:
-    """Seconds of each way, for each round."""
+    """Seconds of each program, for each round."""
     workers = {"n_workers": cores, "threads_per_worker": 1, "dashboard_address": ":0"}
     with ExitStack() as stack:
         stack.enter_context(one_blas_thread())
@@ -81,7 +81,7 @@ PAIRS = (
 
 
 def table(rounds: list[dict[str, float]]) -> str:
-    """Who is faster, and by how much."""
+    """Print which one is faster, and by how much."""
     lines = ["| what | seconds | torch / dask_ep | range | faster |", "|---|---|---|---|---|"]
     for what, theirs, ours in PAIRS:
         ratios = sorted(one[theirs] / one[ours] for one in rounds)
@@ -96,7 +96,7 @@ def table(rounds: list[dict[str, float]]) -> str:
 
 
 class Compared(Job):
-    """A job that both do, and torch's processes."""
+    """A job for both, and torch's processes."""
 
     def __init__(self, layer: Layer, folder: Path, client: Client, cores: int):
         super().__init__(layer, folder)
@@ -166,7 +166,7 @@ class Compared(Job):
 
 
 def torch_process(pipe: Connection, layer: Layer, folder: Path, rank: int, world_size: int) -> None:
-    """One process of it: does jobs until it is told None."""
+    """One of its processes: runs jobs until it receives None."""
     torch.set_num_threads(1)
     where = f"file://{folder / 'rendezvous'}"
     dist.init_process_group("gloo", init_method=where, rank=rank, world_size=world_size)
@@ -178,7 +178,7 @@ def torch_process(pipe: Connection, layer: Layer, folder: Path, rank: int, world
 
 
 def data_parallel(layer: Layer, folder: Path, out: Path) -> None:
-    """Every second chunk, say, through all experts."""
+    """This process's share of the chunks, through all experts."""
     W = load_experts(folder, 0, layer.num_experts)
     source, target = Source(layer, folder), zarr.open_array(out)
     y = torch.empty((layer.chunk_rows, layer.d))
@@ -188,7 +188,7 @@ def data_parallel(layer: Layer, folder: Path, out: Path) -> None:
 
 
 def expert_parallel(layer: Layer, folder: Path, out: Path) -> None:
-    """Every second chunk, say; its rows go to the processes that have their experts, and back."""
+    """This process's share of the chunks; rows go to the processes of their experts, and back."""
     size, rank = dist.get_world_size(), dist.get_rank()
     each = layer.num_experts // size
     W = load_experts(folder, rank * each, each)
@@ -228,7 +228,7 @@ def serve(
     W: list[torch.Tensor],
     out: torch.Tensor,
 ) -> torch.Tensor:
-    """Sum over the slots whose expert is here: one sort, then an expert after the other."""
+    """Sum over the slots of this process's experts: one sort, then one expert after the other."""
     out.zero_()
     flat = routing.reshape(-1)
     order = flat.argsort(stable=True)
@@ -259,7 +259,7 @@ def load_experts(folder: Path, first: int, count: int) -> list[torch.Tensor]:
 
 
 class Source:
-    """The chunks of this process; it has as many steps as the others, the last maybe empty."""
+    """The chunks of this process, in as many steps as the others; the last may be empty."""
 
     def __init__(self, layer: Layer, folder: Path):
         self.layer, self.rank, self.size = layer, dist.get_rank(), dist.get_world_size()

@@ -1,11 +1,11 @@
-"""How long does it take to decode a quantized matrix, next to a copy of as many numbers?
+"""How long does it take to decode a quantized matrix, compared with a copy of as many numbers?
 
     python workflows/decode_cost.py                     every format, a matrix of 2048 x 7168
     python workflows/decode_cost.py int4 Q4 --rows 512  those whose name has one of these in it
 
-CPU seconds of one thread; codes are in memory, and float32 memory was used before. The limit is
-NumPy's copy of as many bfloat16 numbers to float32, in the same rounds: what experts that are not
-quantized take. Each figure is the best of all rounds.
+CPU seconds of one thread; codes are in memory, and the float32 output is in mapped memory. The
+limit is NumPy's conversion of as many bfloat16 numbers to float32, in the same rounds, as for
+experts that are not quantized. Each figure is the best of all rounds.
 """
 
 from __future__ import annotations
@@ -95,7 +95,7 @@ def of_tensors(shape: tuple[int, int], tensors: dict[str, np.ndarray], **config:
     parts = find_parts("w.weight", named, config)
     assert parts is not None
     source = parts.open(shape)
-    return getattr(source, "source", source)  # as it lies, where that is (in, out)
+    return getattr(source, "source", source)  # as stored, if that is (in, out)
 
 
 def float8(shape: tuple[int, int], block: tuple[int, int]) -> Source:
@@ -138,14 +138,14 @@ def in_out(shape: tuple[int, int], method: str, dtype: type) -> Source:
 
 
 def gguf_blocks(shape: tuple[int, int], form: str) -> Source:
-    """Random bytes, whose scales are small numbers."""
+    """Random bytes with small scales."""
     decoder = getattr(gguf_library().quants, form)
     blocks = RNG.integers(0, 256, (shape[0] * shape[1] // decoder.block_size, decoder.type_size))
     blocks = blocks.astype(np.uint8)
     if form == "MXFP4":
         blocks[:, 0] = powers((len(blocks),))
     else:
-        first = 208 if form == "Q6_K" else 0  # where the float16 lie
+        first = 208 if form == "Q6_K" else 0  # offsets of float16 values
         count = 2 if form in ("Q4_K", "Q5_K") else 1
         scales = floats((len(blocks), count), np.dtype(np.float16)).view(np.uint8)
         blocks[:, first : first + 2 * count] = scales

@@ -1,14 +1,13 @@
-"""Turn what SGLang and vLLM record of their routing into files for `dask-ep`, and back.
+"""Convert routing records of SGLang and vLLM to files for `dask-ep`, and back.
 
     python workflows/engine_records.py read expert_distribution_recorder_1.pt --stats stats/
     python workflows/engine_records.py read routed_experts.npy --layer 3 --routing routing.zarr
     python workflows/engine_records.py write 3=layer3.zarr 4=layer4.zarr --out counts.json
     python workflows/engine_records.py write 0=layer3.zarr 1=layer4.zarr --out routed_experts.npy
 
-A routing is what `dask-ep plan`, `collect` and `run` take; statistics (``usage.rows`` by layer) are
-what `place_for_serving.py` and `prune_experts.py --score rows` take. SGLang starts with counts.json
-by --init-expert-location. What is read, and how it looks, is said in
-`dask_ep.placement.engine_records`.
+`dask-ep plan`, `collect` and `run` take a routing; `place_for_serving.py` and `prune_experts.py
+--score rows` take statistics (``usage.rows`` by layer). SGLang reads counts.json with
+--init-expert-location. `dask_ep.placement.engine_records` describes the formats.
 """
 
 from __future__ import annotations
@@ -33,22 +32,22 @@ from dask_ep.storage.sources import open_source
 from dask_ep.storage.storage import store
 
 ROWS = 1 << 16
-"""Of a block of a routing."""
+"""Rows of a block of a routing."""
 
 
 @click.group()
 def records() -> None:
-    """Turn what SGLang and vLLM record of their routing into files for dask-ep, and back."""
+    """Convert routing records of SGLang and vLLM to files for dask-ep, and back."""
 
 
 @records.command()
 @click.argument("record", type=click.Path(exists=True, dir_okay=False))
-@click.option("--layer", type=click.IntRange(0), help="On the record's axis of layers.")
+@click.option("--layer", type=click.IntRange(0), help="Index on the record's layer axis.")
 @click.option("--routing", type=click.Path(), help="Write the layer's routing (n, k) here.")
 @click.option("--stats", type=click.Path(path_type=Path), help="Write usage.rows by layer here.")
 @debug_option
 def read(record: str, layer: int | None, routing: str | None, stats: Path | None) -> None:
-    """Read RECORD, of SGLang (.pt, .json) or vLLM (.npy, .json)."""
+    """Read RECORD, written by SGLang (.pt, .json) or vLLM (.npy, .json)."""
     if (routing is None) == (stats is None):
         raise click.UsageError("give either --routing or --stats")
     if routing is not None:
@@ -82,11 +81,11 @@ def write(routings: tuple[str, ...], experts: int | None, out: Path) -> None:
     for routing in routings:
         number, _, path = routing.partition("=")
         if not (number.isdecimal() and path) or int(number) in paths:
-            raise click.UsageError(f"a routing is LAYER=PATH, each layer once; got {routing!r}")
+            raise click.UsageError(f"routing must be LAYER=PATH, each layer once, not {routing!r}")
         paths[int(number)] = path
     if out.suffix == ".npy":
         if sorted(paths) != list(range(len(paths))):
-            raise click.UsageError("vLLM's axis of layers has all from 0 on: name each of them")
+            raise click.UsageError("vLLM's layer axis has all layers from 0 on: give each of them")
         write_vllm_routing(out, [_Rows(paths[layer]) for layer in sorted(paths)])
     elif experts is None:
         raise click.UsageError("counts need --experts")

@@ -2,23 +2,23 @@
 
     python workflows/exchange_cost.py                        # all four parts: ten minutes
     python workflows/exchange_cost.py scheduler bytes        # some of them
-    python workflows/exchange_cost.py --scale 0.1            # smaller ones, to try it
+    python workflows/exchange_cost.py --scale 0.1            # smaller ones, for a try
 
-scheduler   processor time of the scheduler for each chunk, from Zarr to Zarr, by ranks; chunks hold
-            little, so that hardly anything but their tasks costs time. What one more chunk costs is
-            told, from runs over two numbers of chunks, without what a scheduler spends on nothing
-            (ticks and heartbeats, by the second); and what it costs in a `da.map_blocks` that does
+scheduler   CPU time of the scheduler for each chunk, from Zarr to Zarr, by ranks; chunks are small,
+            so that hardly anything but their tasks costs time. The cost of one more chunk is
+            computed from runs with two numbers of chunks, without the idle cost of a scheduler
+            (ticks and heartbeats, per second); and compared with a `da.map_blocks` that does
             nothing, between the same files.
 ranks       one job on two worker processes by ranks: 100 000 rows of 512, top 8 of 128 small gated
             experts, chunks of 1 024 rows; time over that of two ranks.
-workers     experts that take time and no core (20 ms a packet), one rank on each of 32 workers of
-            one thread, 4 000 chunks, whose outputs stay where they are: the time that one rank's
-            packets take, over the time taken, and the processor time of the workers for a packet.
-            `--quiet` has Dask take no samples of what workers run, and tick once a second: where
-            few cores have many workers, that alone keeps half of them busy.
-bytes       bytes that services received and sent over the law: each row once to each other worker
-            that serves it, one row back from each rank; top 1, 2 and 8, one and three ranks a
-            worker.
+workers     experts that take time but no core (20 ms a packet), one rank on each of 32 workers of
+            one thread, 4 000 chunks, whose outputs stay on their workers: the time of one rank's
+            packets divided by the time taken, and the CPU time of the workers for a packet.
+            `--quiet` turns Dask's profiler off, and lets it tick once a second: with many workers
+            on few cores, these keep half of the cores busy.
+bytes       bytes that services received and sent, divided by the law: each row once to each other
+            worker that serves it, one row back from each rank; top 1, 2 and 8, one and three ranks
+            per worker.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ from dask_ep.graph import tally
 
 @contextmanager
 def cluster(workers: int) -> Iterator[Client]:
-    """Processes of their own for the scheduler and each worker, which has one thread."""
+    """A process for the scheduler and for each worker, which has one thread."""
     with (
         SubprocessCluster(
             n_workers=workers,
@@ -86,7 +86,7 @@ IDLE_SECONDS = 3.0
 
 
 def spent_by(client: Client, act: Callable[[], object]) -> float:
-    """Processor seconds of the scheduler while something is done."""
+    """CPU seconds of the scheduler during a function."""
     before = client.run_on_scheduler(scheduler_seconds)
     act()
     return client.run_on_scheduler(scheduler_seconds) - before
@@ -144,7 +144,7 @@ def of_ranks(folder: Path, scale: float) -> None:
 
 
 def slow(rows: np.ndarray) -> np.ndarray:
-    """An expert that takes 20 ms and no core."""
+    """An expert that takes 20 ms but no core."""
     if len(rows):
         time.sleep(0.02)
     return rows

@@ -1,4 +1,4 @@
-"""What does it cost a running job when its workers die, stop, retire, come or start again?
+"""What does it cost a running job if its workers die, stop, retire, join or restart?
 
     PYTHONPATH=. python workflows/faults.py    # every fault at ten moments: 15 minutes
     PYTHONPATH=. python workflows/faults.py --moments 2 --fault killed
@@ -6,7 +6,7 @@
     PYTHONPATH=. python workflows/faults.py --fault scheduler    # what owners cost it per chunk
 
 Real scheduler and worker processes on this machine. Prints a table in Markdown; exit code 1 if any
-result differs by a bit from that of the undisturbed run.
+result differs in a bit from that of the undisturbed run.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ from tests.fault_scenarios import (
 )
 
 UNEVEN_CHUNKS = 200
-"""Of the uneven job: it takes longer than it does to find out which rank is hot."""
+"""Chunks of the uneven job: it must take longer than finding out which rank is hot."""
 
 
 def main() -> int:
@@ -63,7 +63,7 @@ def main() -> int:
 
 
 def measure(faults: list[str], count: int, nanny: bool) -> int:
-    """Try faults on one cluster, print a line for each, and count the wrong results."""
+    """Try faults on one cluster, print a line for each, and count wrong results."""
     wrong = 0
     with (
         tempfile.TemporaryDirectory() as directory,
@@ -88,7 +88,7 @@ def measure(faults: list[str], count: int, nanny: bool) -> int:
 
 
 def measure_replica() -> int:
-    """Time an uneven job, with a replica of its hot rank that somebody, or nobody, asks for."""
+    """Time an uneven job, with a replica of its hot rank that is requested or automatic."""
     ways = {
         "none": (None, False),
         "asked for at the start": (0.0, False),
@@ -112,7 +112,7 @@ def measure_replica() -> int:
 
 
 def measure_scheduler(rounds: int) -> None:
-    """Take the scheduler's CPU time per chunk, without and with owners."""
+    """Measure the scheduler's CPU time per chunk, without and with owners."""
     with (
         tempfile.TemporaryDirectory() as directory,
         Cluster(Path(directory), WORKERS, config=CONFIG) as cluster,

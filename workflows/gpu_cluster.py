@@ -5,15 +5,15 @@
     job python workflows/gpu_cluster.py --nodes gpu01 gpu02 --print                show the commands
 
 This process is the client, and starts the scheduler on the same machine; dask-cuda's workers are
-started on the nodes by ssh, one process for each GPU, bound to the cores and the
-network card that are nearest to it. The job begins when as many have come as it has ranks.
+started on the nodes by ssh, one process for each GPU, bound to the nearest cores and network card.
+The job starts when as many workers have joined as it has ranks.
 
-This process needs CuPy and a GPU as well, for Dask asks the arrays of a graph what they are. All
-nodes see the files of the job, and have the packages: dask_ep itself, and
-cupy-cuda12x, dask-cuda, distributed-ucxx-cu12 and rmm-cu12.
+This process needs CuPy and a GPU too, since Dask inspects the arrays of a graph. All nodes must see
+the files of the job, and need the packages: dask_ep itself, and cupy-cuda12x, dask-cuda,
+distributed-ucxx-cu12 and rmm-cu12.
 
 With --protocol ucx packets go from device to device, over NVLink within a node and InfiniBand or
-RoCE between nodes, as far as UCX finds them; with tcp through the memory of both hosts.
+RoCE between nodes, if UCX finds them; with tcp through the memory of both hosts.
 
 One machine alone needs none of this: dask-ep run job.toml --gpu
 """
@@ -38,7 +38,7 @@ from dask_ep.jobs.job import load_job
 from dask_ep.jobs.run import Progress, run_job
 
 WORKERS_SECONDS = 120.0
-"""Seconds that workers may take to come."""
+"""Seconds that workers may take to join."""
 
 
 def main() -> None:
@@ -78,7 +78,7 @@ def commands_of(asked: argparse.Namespace, address: str) -> Iterator[list[str]]:
     card = [] if asked.interface is None else ["--interface", asked.interface]
     here = ["--host", "127.0.0.1"] if asked.nodes == ["localhost"] else card
     dask = [sys.executable, "-m", "dask"]
-    # UCX finds the devices only where a CUDA context was there before it; workers see to it.
+    # UCX finds devices only if a CUDA context exists before it starts; workers create one.
     cuda = ["env", "DASK_DISTRIBUTED_UCXX__CREATE_CUDA_CONTEXT=True"]
     first = cuda if asked.protocol == "ucx" else []
     yield [
@@ -102,7 +102,7 @@ def commands_of(asked: argparse.Namespace, address: str) -> Iterator[list[str]]:
 
 @contextmanager
 def started(commands: list[list[str]]) -> Iterator[None]:
-    """Run commands side by side, and end them afterwards."""
+    """Run commands in parallel, and end them afterwards."""
     processes = []
     try:
         for command in commands:

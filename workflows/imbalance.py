@@ -1,11 +1,11 @@
-"""How evenly does each way to place experts spread the rows, and how long does it take to find?
+"""How evenly does each placement policy spread the rows, and how long does it take to compute?
 
     PYTHONPATH=. python workflows/imbalance.py             # half a minute
     PYTHONPATH=. python workflows/imbalance.py --seeds 1 --layers 2
 
-The largest over the mean rows of a rank, for experts whose popularity falls by Zipf's law, each the
-mean over some orders of popularity. Then the time in which all layers of a large model are balanced
-at once, over that of the published algorithm in loops. Prints tables in Markdown.
+Largest over mean rows of a rank, for experts whose popularity follows Zipf's law, each the mean
+over some orders of popularity. Then the time to balance all layers of a large model at once,
+divided by that of the published algorithm in loops. Prints tables in Markdown.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""What does it cost when the experts are several times larger than the memory?
+"""What does it cost if the experts are several times larger than memory?
 
     python workflows/larger_experts.py --directory /fast/disk      # 12 GB in 3 GB
     python workflows/larger_experts.py --processes 2 --memory-limit 1300MB --kill
@@ -11,13 +11,13 @@ ratios to a limit taken on the same files and threads, each with one BLAS thread
     limit       the products of the same FLOPs on matrices in cache (a sample of them, scaled)
                 + the bytes of all experts read once + the token file copied
     dask_ep     dask-ep run --memory-limit, the peak memory of its process tree, and how many
-                experts it has read; with --kill one worker is killed when half of them are
-    reread      for each expert the whole token file is read again, as a plain loop over experts
-                does: some experts, scaled
+                experts it read; with --kill one worker is killed when half of them are read
+    reread      the whole token file is read again for each expert, as by a plain loop over
+                experts: some experts, scaled
     resident    fewer experts and rows: dask-ep run without a limit, all experts in memory
 
-Files are dropped from the system's cache before they are read, as far as it lets itself be asked.
-Needs psutil, and disk for experts, tokens, output, and rows that wait: about 21 GB by default.
+Files are dropped from the system's cache before they are read, as far as the system allows it.
+Needs psutil, and disk for experts, tokens, output, and waiting rows: about 21 GB by default.
 """
 
 from __future__ import annotations
@@ -70,7 +70,7 @@ class Layer:
 
     @property
     def expert_bytes(self) -> int:
-        """Of all experts, as stored."""
+        """Bytes of all experts, as stored."""
         return 3 * self.d * self.hidden * self.experts * BFLOAT16.itemsize
 
     @property
@@ -120,7 +120,7 @@ def main() -> None:
 
 
 class Bench:
-    """One job's files, and everything that is timed on them."""
+    """One job's files, and all measurements on them."""
 
     def __init__(self, layer: Layer, folder: Path, threads: int, where: list[str], limit: int):
         self.layer, self.folder, self.threads = layer, folder, threads
@@ -130,7 +130,7 @@ class Bench:
         write_job(layer, folder, "job")
 
     def table(self, sample: float, kill: bool = False) -> str:
-        """Time everything once, the limit before and after, and give the ratios."""
+        """Measure once, with the limit before and after, and return the ratios."""
         layer = self.layer
         before = self.limit_parts(sample)
         seconds, peak = self.run("job", ["--memory-limit", str(self.limit)], kill)
@@ -169,7 +169,7 @@ class Bench:
     # --- the limit ---
 
     def limit_parts(self, sample: float) -> dict[str, float]:
-        """Seconds of what cannot be spared."""
+        """Seconds of the unavoidable work."""
         self.drop_cache()
         return {
             "products": timed(lambda: self.products(sample)) / sample,
@@ -178,7 +178,7 @@ class Bench:
         }
 
     def products(self, sample: float) -> None:
-        """Dense products of part of the job's FLOPs, each of as many rows as pay."""
+        """Dense products with a part of the job's FLOPs, each of the best number of rows."""
         layer, rows = self.layer, 1024
         rng = np.random.default_rng(0)
         share = sample * layer.rows * layer.k / self.threads
@@ -241,11 +241,11 @@ class Bench:
         ) as process:
             peak = peak_of_tree(process, look)
         if process.returncode:
-            raise SystemExit(f"{name} has failed: run {' '.join(command)} to see why")
+            raise SystemExit(f"{name} failed: run {' '.join(command)} to see why")
         return time.perf_counter() - start, peak
 
     def reads(self, name: str) -> Counter[int]:
-        """How often each expert was read by a run that went through them in passes."""
+        """How often a run in passes read each expert."""
         progress = self.folder / f"{name}.zarr.progress"
         if not progress.exists():
             return Counter()
@@ -258,7 +258,7 @@ class Bench:
         )
 
     def reread(self) -> float:
-        """Seconds of a loop over experts that reads all tokens for each; some are timed."""
+        """Seconds of a loop over experts that reads all tokens for each, scaled from a few."""
         layer = self.layer
         some = np.linspace(0, layer.experts - 1, min(layer.experts, 4)).astype(int)
         tokens = open_source(str(self.folder / "tokens.npy"))
@@ -293,7 +293,7 @@ class Bench:
     # --- helpers ---
 
     def drop_cache(self) -> None:
-        """Ask the system to forget what it has of our files."""
+        """Ask the system to drop the files from its cache."""
         os.sync()
         for path in self.folder.rglob("*"):
             if path.is_file() and hasattr(os, "posix_fadvise"):
@@ -315,7 +315,7 @@ def timed(run: Callable[[], object]) -> float:
 
 
 def write_experts(layer: Layer, folder: Path) -> None:
-    """One file per matrix of each expert; experts are cut from one run of random numbers."""
+    """One file per matrix of each expert; experts are slices of one random array."""
     size = layer.d * layer.hidden
     rng = np.random.default_rng(0)
     numbers = rng.standard_normal(size + 64 * layer.experts, "f4")
@@ -328,7 +328,7 @@ def write_experts(layer: Layer, folder: Path) -> None:
 
 
 def write_rows(layer: Layer, folder: Path) -> tuple[np.ndarray, np.ndarray]:
-    """Tokens chunk by chunk, routing as uneven as in life, weights."""
+    """Tokens chunk by chunk, a realistically skewed routing, weights."""
     rng = np.random.default_rng(1)
     popularity = np.log((1.0 + np.arange(layer.experts)) ** -0.7).astype("f4")
     popularity = rng.permutation(popularity)

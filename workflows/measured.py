@@ -1,4 +1,4 @@
-"""What do the benchmarks measure: which layers, on which files, and how is a time taken?
+"""What do the benchmarks measure: which layers, on which files, and how are they timed?
 
 Imported by the scripts in this folder.
 """
@@ -39,7 +39,7 @@ class Layer:
 
     @property
     def flops(self) -> int:
-        """Of the whole job."""
+        """FLOPs of the whole job."""
         width = self.d * self.d if self.hidden is None else 3 * self.d * self.hidden
         return 2 * width * self.rows * self.k
 
@@ -54,9 +54,9 @@ LAYERS = {
 def parse_options(
     description: str | None, cores: str
 ) -> tuple[argparse.Namespace, dict[str, Layer]]:
-    """Read the options of a benchmark, and the layers that they ask for, by name.
+    """Read the options of a benchmark, and return the chosen layers by name.
 
-    `cores` is the option for how many threads or processes there are.
+    `cores` is the option for the number of threads or processes.
     """
     parser = argparse.ArgumentParser(
         description=description, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -73,7 +73,7 @@ def parse_options(
 
 
 class Job:
-    """One layer's data, in files and in memory, and where its outputs go."""
+    """One layer's data, in files and in memory, and the directory of its outputs."""
 
     def __init__(self, layer: Layer, folder: Path):
         self.layer, self.folder = layer, folder
@@ -81,11 +81,11 @@ class Job:
         self.experts = write_experts(layer, folder)
 
     def timed_output(self, run: Callable[[Path], None]) -> float:
-        """Seconds of what writes an output, with its inputs in the page cache."""
+        """Seconds of a function that writes an output, with its inputs in the page cache."""
         for file in self.token_files():
             file.read_bytes()
         with self.output() as out:
-            os.sync()  # else it may have to wait until what others wrote is on the disk
+            os.sync()  # else it may have to wait until earlier writes are on disk
             return timed(lambda: run(out))
 
     def token_files(self) -> list[Path]:
@@ -93,7 +93,7 @@ class Job:
 
     @contextmanager
     def output(self) -> Iterator[Path]:
-        """A fresh place for an output, removed afterwards."""
+        """A new directory for an output, removed afterwards."""
         place = self.folder / "out"
         place.mkdir()
         try:
@@ -102,7 +102,7 @@ class Job:
             shutil.rmtree(place)
 
     def create_output(self, out: Path) -> zarr.Array:
-        """An array like the one that our own pipeline writes."""
+        """An array like the one that the pipeline writes."""
         layer = self.layer
         return zarr.create_array(
             out,
@@ -126,7 +126,7 @@ class Job:
         return [da.from_zarr(str(self.folder / f"{name}.zarr")) for name in names]
 
     def layer_output(self, world_size: int) -> da.Array:
-        """The lazy output, of inputs that `dask_ep` opens."""
+        """The lazy output, for inputs opened by `dask_ep`."""
         tokens = dask_ep.open_tokens(self.folder / "tokens.zarr")
         routing = dask_ep.open_tokens(self.folder / "routing.zarr", like=tokens)
         weights = dask_ep.open_tokens(self.folder / "topk_weights.zarr", like=tokens)
@@ -176,7 +176,7 @@ def timed(run: Callable[[], None]) -> float:
 
 
 def cpu_timed(run: Callable[[], object]) -> float:
-    """Seconds of this thread's processor time."""
+    """CPU seconds of this thread."""
     start = time.thread_time()
     run()
     return time.thread_time() - start
@@ -185,12 +185,12 @@ def cpu_timed(run: Callable[[], object]) -> float:
 def peak_of_tree(
     process: subprocess.Popen, look: Callable[[list[psutil.Process]], None] = lambda _: None
 ) -> int:
-    """Wait for a process; the most bytes of memory that it and its descendants had together.
+    """Wait for a process; return the peak memory in bytes of it and its descendants together.
 
     Parameters
     ----------
     process : just started
-    look : called with all of them, again and again
+    look : called repeatedly with all of them
     """
     root, peak = psutil.Process(process.pid), 0
     while process.poll() is None:
@@ -203,7 +203,7 @@ def peak_of_tree(
 
 
 def table(rounds: list[dict[str, float]]) -> str:
-    """Median, and range over the rounds, of each ratio; one above 1 is said to have failed."""
+    """Print median and range over the rounds of each ratio; one above 1 has failed."""
     lines = ["| what | ratio to its limit | range |", "|---|---|---|"]
     for what in sorted(rounds[0]):
         values = sorted(r[what] for r in rounds)

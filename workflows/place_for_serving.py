@@ -1,9 +1,9 @@
 """Place the experts of a serving deployment by the loads of a large corpus.
 
 A serving engine sees the load of the last minutes; a batch job over a corpus sees all of it. This
-reads the routing of each MoE layer (the expert indices that a batch run kept, of any length),
-balances every layer over the deployment's ranks, and writes the file that the engine reads at its
-start:
+reads the routing of each MoE layer (the expert indices saved by a batch run, of any length),
+balances every layer over the deployment's ranks, and writes the file that the engine reads when it
+starts:
 
     python workflows/place_for_serving.py 3=layer3.zarr 4=layer4.zarr --experts 256 --ranks 32 \\
         --physical-experts 288 --groups 8 --nodes 4 --model-layers 61 --engine sglang \
@@ -12,14 +12,14 @@ start:
     python -m sglang.launch_server ... --init-expert-location location.json \\
         --ep-num-redundant-experts 32
 
-A path may also be statistics of `dask-ep collect` (stats_003.safetensors), or what an engine has
-recorded of all its layers: SGLang's expert distribution (.pt) or vLLM's routed experts (.npy).
+A path may also be statistics of `dask-ep collect` (stats_003.safetensors), or an engine's record of
+all its layers: SGLang's expert distribution (.pt) or vLLM's routed experts (.npy).
 
 LAYER is the number of a layer in the model for SGLang, and counts its MoE layers from 0 for vLLM
 Ascend, whose file has no others.
 
-With --previous, a file of before, the layers that are not named stay as they are there, and in the
-others no more experts move than are needed to come within --tolerance of perfect balance.
+With --previous, an earlier file, layers that are not given stay unchanged, and in the others only
+as many experts move as are needed to come within --tolerance of perfect balance.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ from dask_ep.placement.rebalance import incremental, moves
 @click.argument("routings", nargs=-1, required=True, metavar="LAYER=PATH...")
 @click.option("--experts", type=click.IntRange(1), required=True, help="Experts per layer.")
 @click.option("--ranks", type=click.IntRange(1), required=True, help="GPUs of the deployment.")
-@click.option("--physical-experts", type=click.IntRange(1), help="On all ranks together.")
+@click.option("--physical-experts", type=click.IntRange(1), help="Total of all ranks.")
 @click.option(
     "--groups", type=click.IntRange(1), default=1, help="Expert groups of a group-limited router."
 )
@@ -54,7 +54,7 @@ from dask_ep.placement.rebalance import incremental, moves
 @click.option("--engine", type=click.Choice(["sglang", "vllm-ascend"]), default="sglang")
 @click.option("--model-layers", type=click.IntRange(1), help="Layers of the model, for SGLang.")
 @click.option(
-    "--previous", type=click.Path(exists=True, dir_okay=False), help="The engine's file of before."
+    "--previous", type=click.Path(exists=True, dir_okay=False), help="The engine's previous file."
 )
 @click.option("--tolerance", type=click.FloatRange(0), default=0.05, show_default=True)
 @click.option("--out", type=click.Path(dir_okay=False), required=True)
@@ -71,7 +71,7 @@ def main(
     tolerance: float,
     out: str,
 ) -> None:
-    """Write where each expert goes, by the loads in LAYER=PATH: the routing of each layer."""
+    """Write the placement of all experts, by the loads in LAYER=PATH: the routing of each layer."""
     paths = paths_of_layers(routings)
     if engine == "vllm-ascend" and model_layers is not None:
         raise click.UsageError("--model-layers is for SGLang: vLLM Ascend counts MoE layers alone")
@@ -82,7 +82,7 @@ def main(
             if (groups, nodes) != (1, 1):
                 raise click.UsageError(
                     "--groups and --nodes need all experts placed anew; leave "
-                    "them out, or --previous"
+                    "them or --previous out"
                 )
         elif physical_experts is None:
             raise click.UsageError("give --physical-experts, or --previous")
@@ -115,12 +115,12 @@ def main(
 
 
 def paths_of_layers(routings: Sequence[str]) -> dict[int, str]:
-    """Read LAYER=PATH arguments, and give them by layer."""
+    """Read LAYER=PATH arguments, and return them by layer."""
     paths: dict[int, str] = {}
     for routing in routings:
         number, _, path = routing.partition("=")
         if not (number.isdecimal() and path):
-            raise click.UsageError(f"a routing is LAYER=PATH, as 3=layer3.zarr; got {routing!r}")
+            raise click.UsageError(f"routing must be LAYER=PATH (3=layer3.zarr), not {routing!r}")
         if int(number) in paths:
             raise click.UsageError(f"layer {int(number)} is given twice")
         paths[int(number)] = path
@@ -130,7 +130,7 @@ def paths_of_layers(routings: Sequence[str]) -> dict[int, str]:
 def previous_layers(
     path: str, engine: str, ranks: int, experts: int, physical: int | None
 ) -> dict[int, Placement]:
-    """Read all layers of the engine's file of before, and check that it is of this deployment."""
+    """Read all layers of the engine's previous file, and check that it fits this deployment."""
     read = read_sglang(path, ranks) if engine == "sglang" else read_vllm_ascend(path)
     for layer, placement in enumerate(read):
         found = (placement.world_size, placement.num_experts, placement.physical.size)
@@ -146,7 +146,7 @@ def previous_layers(
 def check_layers(
     named: Sequence[int], before: Sequence[int], engine: str, model_layers: int | None
 ) -> None:
-    """Refuse layers that the engine's file has not, or would lack."""
+    """Refuse layers that are not in the engine's file, or would be missing."""
     if before and model_layers not in (None, len(before)):
         raise click.UsageError(f"--previous has {len(before)} layers, not {model_layers}")
     layers = len(before) or model_layers

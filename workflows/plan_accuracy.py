@@ -1,15 +1,15 @@
-"""How near do plans come to what runs do?
+"""How accurate are plans, compared with their runs?
 
     python workflows/plan_accuracy.py               # twenty-one jobs: five minutes
     python workflows/plan_accuracy.py --scale 0.02 --only threads-linear
 
-Jobs of many sizes, half on threads and half on worker processes, each planned and run by a process
-of its own; in the last one a rank is ten times slower than planned, and so the run. Prints a table
-in Markdown: tasks, rows of each rank and bytes between workers are counted and must be equal, bytes
-for the workers where the chunks were; peak memory and time are measured over planned. Exit code 1
-if anything that must be equal is not, or if a process took more memory than planned, or less than
-half of it: a plan that is far too large refuses jobs that would fit. With fewer rows than the jobs
-have, chunks are not filled, and only the first two are asked for.
+Jobs of many sizes, half on threads and half on worker processes, each planned and run in its own
+process; in the last one a rank, and therefore the run, is ten times slower than planned. Prints a
+table in Markdown: tasks, rows of each rank and bytes between workers are counted and must be equal,
+bytes for the workers where the chunks were; peak memory and time are divided by the planned ones.
+Exit code 1 if anything that must be equal is not, or if a process took more memory than planned, or
+less than half of it: a plan that is far too large refuses jobs that would fit. With --scale, chunks
+are not full, and only tasks and rows are checked.
 """
 
 from __future__ import annotations
@@ -102,11 +102,11 @@ CASES = {
 
 
 LEAST_PART = 0.5
-"""Of the planned memory that a process takes at its peak, if the plan is of use."""
+"""Least share of the planned memory that a process takes at its peak, for a useful plan."""
 
 
 class Outcome(NamedTuple):
-    """What is told of one job; all plain, for it comes from another process."""
+    """The results of one job; plain data, since it comes from another process."""
 
     tasks: tuple[int, int]
     #: planned, counted
@@ -117,11 +117,11 @@ class Outcome(NamedTuple):
     #: bytes: planned, measured
     seconds: tuple[float, float]
     moved: int
-    #: ranks that got other owners in the midst: what then travels, no plan knows
+    #: ranks that got other owners during the run, whose traffic no plan predicts
 
     @property
     def equal(self) -> bool:
-        """Whether tasks, rows and, where owners stayed, bytes are those planned."""
+        """Whether tasks, rows and, if owners stayed, bytes are as planned."""
         as_planned = self.exchanged[0] == self.exchanged[1] or self.moved
         return bool(self.tasks[0] == self.tasks[1] and self.rows_equal and as_planned)
 
@@ -133,7 +133,7 @@ def main() -> int:
     parser.add_argument("--only", nargs="*", default=list(CASES), help=", ".join(CASES))
     parser.add_argument("--scale", type=float, default=1.0, help="of the token rows of each job")
     parser.add_argument("--directory", help="directory for temporary files")
-    parser.add_argument("--one", help=argparse.SUPPRESS)  # in a process of its own: a case as JSON
+    parser.add_argument("--one", help=argparse.SUPPRESS)  # a case as JSON, in its own process
     options = parser.parse_args()
     if options.one is not None:
         print(json.dumps(plan_and_run(Case(**json.loads(options.one)), Path(options.directory))))
@@ -225,7 +225,7 @@ def spell(outcome: Outcome) -> str:
 
 
 def tell(outcomes: list[Outcome], least: float) -> int:
-    """Sum up; 1 if what must be equal is not, or memory was not within `least` and 1 of planned."""
+    """Sum up; 1 if counts differ, or memory was not within `least` and 1 of the planned one."""
     equal = sum(outcome.equal for outcome in outcomes)
     memory = [o.memory[1] / o.memory[0] for o in outcomes]
     time = [o.seconds[1] / o.seconds[0] for o in outcomes]

@@ -2,16 +2,16 @@
 
     python workflows/prune_experts.py DIR STATS --keep 0.5 --score reap --out PRUNED
 
-STATS is what `dask-ep collect` wrote for each MoE layer: a directory with ``stats_003.safetensors``
-for layer 3 and so on, or the file of the only MoE layer. Where the router chooses groups of experts
-first, the same number is kept in each group, so that it goes on to do so.
+STATS is the output of `dask-ep collect` for each MoE layer: a directory with
+``stats_003.safetensors`` for layer 3 and so on, or the file of the only MoE layer. If the router
+chooses groups of experts first, the same number is kept in each group, so that it still can.
 
 Nothing is computed and no tensor is loaded: the bytes of the experts that stay are copied, file by
-file, and the rows of router and biases with them. ``config.json`` gets the new number of experts,
-all other files (tokenizer, generation settings) are copied as they are. At the end each MoE layer
-of the new checkpoint is opened, which compares all shapes with the config; only then it gets its
-name. The pruned layer is the old one with the other experts masked out: their logits are minus
-infinity.
+file, with their rows of router and biases. ``config.json`` gets the new number of experts; all
+other files (tokenizer, generation settings) are copied unchanged. At the end each MoE layer of the
+new checkpoint is opened, which compares all shapes with the config; only then does the directory
+get its name. The pruned layer is the old one with the other experts masked out: their logits are
+minus infinity.
 """
 
 from __future__ import annotations
@@ -48,13 +48,13 @@ SCORES = {
     "rows": "usage.rows",
     "weight": "usage.weight",
 }
-"""Short names of the statistics that experts are usually chosen by."""
+"""Short names of the usual statistics to choose experts by."""
 
 CONFIGS = (*TEXT_CONFIGS, ())
-"""Where the config of the text half may be in ``config.json``, and that of a plain model is."""
+"""Keys of the text model's config in ``config.json``; none in a plain model."""
 
 PIECE = 16 << 20
-"""Bytes that are copied at a time."""
+"""Bytes copied at a time."""
 
 OF_EXPERT = re.compile(r"((?:.*\.)?experts\.)(\d+)(\..+)")
 
@@ -63,11 +63,11 @@ OF_EXPERT = re.compile(r"((?:.*\.)?experts\.)(\d+)(\..+)")
 
 
 def choose(scores: np.ndarray, keep: float, groups: int = 1) -> np.ndarray:
-    """Choose the experts with the highest scores, as many in each group of neighbours.
+    """Choose the experts with the highest scores, the same number in each group of neighbours.
 
     Parameters
     ----------
-    scores : (E,) floats; of equal ones the lower expert goes first
+    scores : (E,) floats; among equals the lower expert is chosen first
     keep : part of the experts, rounded down, at least one of each group
     groups : int, a divisor of E
 
@@ -137,7 +137,7 @@ def read_scores(stats: Path, layers: list[int], score: str, E: int) -> dict[int,
     return found
 
 
-# --- what becomes of a tensor --------------------------------------------------------------------
+# --- new tensors ---------------------------------------------------------------------------------
 
 
 class Entry(NamedTuple):
@@ -145,23 +145,23 @@ class Entry(NamedTuple):
 
     name: str
     dtype: str
-    #: as the format names it
+    #: name of the dtype in the format
     shape: list[int]
     spans: list[tuple[int, int]]
-    #: bytes of the old file's data that it is made of, in order
+    #: ranges of bytes of the old file's data that it consists of, in order
 
 
 @dataclass
 class Pruning:
-    """What is kept of a checkpoint, and what becomes of its tensors."""
+    """The experts to keep of a checkpoint, and the new form of its tensors."""
 
     checkpoint: Checkpoint
     kept: Mapping[int, np.ndarray]
     #: experts by layer
     num_experts: int
-    #: as it was
+    #: the old number
     blocks: Mapping[int, Block]
-    #: by layer, which know the tensors that they are made of
+    #: blocks by layer, which know their tensors
     left_out: list[str] = field(default_factory=list)
     #: names of tensors beyond the last layer
 
@@ -177,7 +177,7 @@ class Pruning:
         )
 
     def entry(self, name: str, dtype: str, shape: list[int], span: tuple[int, int]) -> Entry | None:
-        """Say what a tensor becomes; None if it goes."""
+        """Return the new form of a tensor; None if it is dropped."""
         if name.startswith(self.beyond) and OF_EXPERT.fullmatch(name):
             self.left_out.append(name)
             return None
@@ -191,14 +191,14 @@ class Pruning:
         axis = self.axis_of_experts(name, shape)
         whole, kept = shape[axis], self.kept[layer]
         begin, end = span
-        runs = math.prod(shape[:axis])  # of bytes, in each of which every expert has a part
+        runs = math.prod(shape[:axis])  # runs of bytes, each with a part for every expert
         size = (end - begin) // (runs * self.num_experts)
         starts = begin + size * (self.num_experts * np.arange(runs)[:, None] + kept).reshape(-1)
         rows = [*shape[:axis], whole // self.num_experts * len(kept), *shape[axis + 1 :]]
         return Entry(name, dtype, rows, [(first, first + size) for first in starts.tolist()])
 
     def axis_of_experts(self, name: str, shape: list[int]) -> int:
-        """Which axis of a tensor with something of all experts is theirs."""
+        """The expert axis of a tensor with parts of all experts."""
         block = self.blocks[self.layer_of[name]]
         family, E = block.family, self.num_experts
         in_out = [block.full(each) for each in family.router_weight_in_out]
@@ -214,8 +214,8 @@ class Pruning:
     # --- files ---
 
     def write_file(self, file_name: str, out: Path) -> list[str]:
-        """Write one file of tensors without what goes; give the names of those in it."""
-        self.checkpoint.files.header(file_name)  # which refuses damaged files
+        """Write one file without dropped tensors; return the names of the others."""
+        self.checkpoint.files.header(file_name)  # this refuses damaged files
         with open(Path(self.checkpoint.files.directory, file_name), "rb") as old:
             length = int.from_bytes(old.read(8), "little")
             header = json.loads(old.read(length))
@@ -307,7 +307,7 @@ def copy_bytes(old: BinaryIO, new: BinaryIO, begin: int, count: int) -> None:
     "--keep",
     type=click.FloatRange(0, 1, min_open=True),
     required=True,
-    help="Part of the experts that stays.",
+    help="Part of the experts to keep.",
 )
 @click.option(
     "--score",
@@ -319,7 +319,7 @@ def copy_bytes(old: BinaryIO, new: BinaryIO, begin: int, count: int) -> None:
 @click.option("--out", type=click.Path(path_type=Path), required=True, help="The new directory.")
 @debug_option
 def prune(directory: str, stats: Path, keep: float, score: str, out: Path) -> None:
-    """Write the checkpoint DIR with the best experts of each MoE layer alone, by STATS.
+    """Write the checkpoint DIR with only the best experts of each MoE layer, by STATS.
 
     \b
     Example:
@@ -357,7 +357,7 @@ def prune(directory: str, stats: Path, keep: float, score: str, out: Path) -> No
 
 
 def block_of(checkpoint: Checkpoint, layer: int) -> Block:
-    """The tensors of a layer, with those taken that it is made of."""
+    """The tensors of a layer, after its own have been taken."""
     ((prefix, name),) = checkpoint.places(layer)
     block = Block(checkpoint.model, layer, prefix, name, checkpoint.files.under(prefix))
     block.arguments(residual=False)
@@ -372,7 +372,7 @@ def shared_of(block: Block) -> set[str]:
 
 
 def check_family(family: Family, blocks: Mapping[int, Block]) -> None:
-    """Refuse layers whose experts have more to them than their own tensors and the router's."""
+    """Refuse layers whose experts depend on tensors other than their own and the router's."""
     for block in blocks.values():
         others = [n for n in set(block.tensors) - block.taken if OF_EXPERT.fullmatch(n)]
         if others:

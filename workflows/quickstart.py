@@ -1,9 +1,9 @@
-"""A Mixture-of-Experts layer over a file of token rows, start to end, on local threads.
+"""A Mixture-of-Experts layer over a file of token rows, from start to end, on local threads.
 
     python workflows/quickstart.py --rows 200000
 
-Token rows stream from a file through their experts into another file: what is in memory at once is
-a few chunks for each thread, however many rows there are.
+Token rows stream from a file through their experts into another file: only a few chunks per thread
+are in memory at a time, however many rows there are.
 """
 
 import argparse
@@ -19,7 +19,7 @@ from dask_ep.jobs.verify import verify_job
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--directory", type=Path, help="where data goes; default: a temporary one")
+    parser.add_argument("--directory", type=Path, help="for data; default: a temporary one")
     parser.add_argument("--rows", type=int, default=100_000)
     parser.add_argument("--d", type=int, default=512, help="width of a token row")
     parser.add_argument("--experts", type=int, default=16)

@@ -1,22 +1,22 @@
-"""How much of a run's imbalance does a placement turn into time?
+"""How much time does a better balanced placement save?
 
     python workflows/skewed.py                  # three settings, three rounds each: four minutes
     python workflows/skewed.py --rows 2048 --rounds 1 products-2
 
-64 experts whose popularity falls by Zipf's law (1.2), the hottest ones first: contiguous placement
+64 experts whose popularity follows Zipf's law (1.2), the hottest ones first: contiguous placement
 gives most rows to the first rank. Each placement runs in turn on the same warm worker processes,
-one thread each, and the medians of the rounds count.
+one thread each; medians of the rounds are shown.
 
-    time-4       four workers; an expert takes its time for each row without taking a core, as where
-                 a worker's experts compute on a device of its own
+    time-4       four workers; an expert takes time for each row but no core, as if each worker's
+                 experts computed on a device
     products-2   two workers, matrix products
     products-4   four workers, matrix products
 
-Workers that compute on shared cores lend each other what they leave idle: with more workers than
-cores the busiest one slows a run down only once its share is more than that of a core. What could
-be gained is therefore reckoned from the larger of the two, the busiest rank's share h of all rows
-and 1 / cores: a perfect placement takes max(1/R, 1/cores) / max(h, 1/cores) of the time. The share
-that is reached falls short of 1 by what no placement balances: reading, packing, adding up, Dask.
+Workers that share cores can use each other's idle ones: with more workers than cores the busiest
+one slows a run down only if its share is more than that of a core. The possible gain is therefore
+computed from the larger of the two, the busiest rank's share h of all rows and 1 / cores: a perfect
+placement takes max(1/R, 1/cores) / max(h, 1/cores) of the time. The share that is reached is below
+1 because of the work that no placement balances: reading, packing, adding up, Dask.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ class Setting:
     workers: int
     d: int
     hidden: int
-    #: of gated experts; 0 means experts that take time and no core
+    #: hidden width of gated experts; 0 means experts that take time but no core
     rows: int = 131_072
 
     @property
@@ -65,11 +65,11 @@ SETTINGS = {
 }
 
 SECONDS_PER_ROW = 2e-4
-"""What a row takes at an expert that takes time."""
+"""Seconds per row of an expert that takes time."""
 
 
 class TimeTaker:
-    """The identity, after a while for each row."""
+    """The identity, after a delay for each row."""
 
     def __call__(self, rows: np.ndarray) -> np.ndarray:
         time.sleep(SECONDS_PER_ROW * len(rows))
@@ -110,13 +110,13 @@ class Job:
         return place(policy, self.load, self.setting.workers)
 
     def output(self, placement: Placement) -> da.Array:
-        """One number for each row: little to bring back."""
+        """One number for each row, to keep the result small."""
         y = expert_parallel(self.tokens, self.routing, self.experts, placement=placement)
         return y.mean(axis=1)
 
 
 def skewed_routing(rows: int) -> da.Array:
-    """(rows, SLOTS) experts of each row, all different, the first experts being the hottest."""
+    """(rows, SLOTS) experts of each row, all different; the first experts are the hottest."""
     rng = np.random.default_rng(0)
     popularity = np.log(np.arange(1, EXPERTS + 1) ** -EXPONENT)
     scores = popularity + rng.gumbel(size=(rows, EXPERTS))
@@ -137,7 +137,7 @@ def make_experts(setting: Setting, folder: Path) -> Experts:
 
 
 def measure(job: Job, rounds: int) -> list[str]:
-    """Run all placements in turn on one cluster; give a line for each."""
+    """Run all placements in turn on one cluster; return a line for each."""
     workers, cores = job.setting.workers, job.setting.cores
     placements = {policy: job.place(policy) for policy in POLICIES}
     load = job.load.sum(axis=1)
@@ -164,7 +164,7 @@ def lines(
     seconds: dict[str, list[float]],
     cores: int,
 ) -> list[str]:
-    """What each placement took, and how much of what it could have gained it did."""
+    """The time of each placement, and the share of the possible gain that it reached."""
     before = statistics.median(seconds["contiguous"])
     ranks = placements["contiguous"].world_size
     busiest = placements["contiguous"].rank_load(load).max() / load.sum()

@@ -2,15 +2,15 @@
 
     python workflows/slurm.py job.toml --workers 8 --partition cpu    each worker a SLURM job
     python workflows/slurm.py job.toml --resume                       continue a stopped job
-    python workflows/slurm.py --print                                 show what SLURM gets
+    python workflows/slurm.py --print                                 show the SLURM script
 
 Options, messages and exit codes are those of `dask-ep run`. This process is the scheduler and the
-client: start it on a node that stays, such as a login node, or in an allocation of its own. All
-nodes see the files of the job, and this Python.
+client: start it on a node that stays up, such as a login node, or in its own allocation. All nodes
+must see the files of the job, and this Python.
 
-The run begins when all workers run. One that is lost later, to `scancel`, a broken node or the end
-of its walltime, is replaced, and its ranks move to the others meanwhile. However this process ends,
-its SLURM jobs end too.
+The run starts when all workers run. A worker that is lost later, by `scancel`, a broken node or the
+end of its walltime, is replaced, and its ranks move to the others meanwhile. However this process
+ends, its SLURM jobs end too.
 """
 
 from __future__ import annotations
@@ -48,24 +48,24 @@ from dask_ep.cluster.checks import Certificates
 from dask_ep.jobs.backends import Cluster, Deployed
 
 SECONDS_BETWEEN_LOOKS = 5.0
-"""How often the queue is looked at."""
+"""Seconds between two looks at the queue."""
 
 FAILED_STARTS = 3
-"""SLURM jobs in a row that may end before their worker has reached the scheduler."""
+"""How many SLURM jobs in a row may end before their worker has reached the scheduler."""
 
 LOG_LINES = 5
-"""Of a SLURM job that failed, shown in the error."""
+"""Lines of a failed SLURM job's log that the error shows."""
 
 PART_OF_A_WORKER = 0.9
-"""Of a SLURM job's memory; the rest is for the process that watches over the worker."""
+"""Share of a SLURM job's memory for the worker; the rest is for its nanny."""
 
 
 @dataclass(frozen=True)
 class Request:
-    """What SLURM is asked for each worker."""
+    """The request to SLURM for each worker."""
 
     name: str
-    #: of the SLURM jobs of this run, and of no others
+    #: name of the SLURM jobs of this run, and of no others
     partition: str | None
     account: str | None
     cores: int
@@ -93,7 +93,7 @@ class Request:
         return self.log_directory / f"{self.name}-{job}.log"
 
     def script(self, address: str) -> str:
-        """What each SLURM job does: serve as a worker of the scheduler at this address."""
+        """The script of each SLURM job: run a worker of the scheduler at this address."""
         worker = [sys.executable, "-m", "distributed.cli.dask_worker", address]
         worker += ["--nthreads", str(self.cores), "--no-dashboard", "--death-timeout", "60"]
         worker += ["--memory-limit", str(int(self.memory * PART_OF_A_WORKER))]
@@ -110,15 +110,15 @@ class Request:
 
 
 class Jobs:
-    """The SLURM jobs of a run: submitted, looked after, and replaced when they end.
+    """The SLURM jobs of a run: submitted, watched, and replaced when they end.
 
     Parameters
     ----------
     request : Request
     cluster : LocalCluster
-        Whose scheduler the workers find.
+        With the scheduler of the workers.
     guard : file descriptor
-        As `ended_with_this_process` gives it.
+        From `ended_with_this_process`.
     """
 
     def __init__(self, request: Request, cluster: LocalCluster, guard: int):
@@ -127,7 +127,7 @@ class Jobs:
         self._came: set[str] = set()  # whose worker has reached the scheduler
         self._failed_starts = 0  # in a row
         self._missing = 0  # to be submitted
-        self._said: set[str] = set()  # each is told once
+        self._said: set[str] = set()  # each is printed once
         self.error: RuntimeError | None = None
         self.stopped = Event()
 
@@ -152,7 +152,7 @@ class Jobs:
                     return
 
     def _look(self) -> dict[str, tuple[str, str]] | None:
-        """Job -> (state, why it waits); None where SLURM does not answer at the moment."""
+        """Job -> (state, why it waits); None if SLURM does not answer at the moment."""
         select = [f"--name={self._request.name}", "--array", "--noheader"]
         done = slurm(["squeue", *select, "--format=%i %t %r"])
         if done.returncode:
@@ -193,11 +193,11 @@ class Jobs:
         except RuntimeError as error:
             if not self._ids:
                 raise
-            self._say(f"{error}; asked again while others run")
+            self._say(f"{error}; trying again while others run")
 
 
 def slurm(command: list[str], **keywords: Any) -> subprocess.CompletedProcess:
-    """Run a command of SLURM, which Ctrl-C does not reach."""
+    """Run a command of SLURM, unaffected by Ctrl-C."""
     keywords |= {"capture_output": True, "text": True, "start_new_session": True}
     return subprocess.run(command, check=False, **keywords)
 
@@ -217,9 +217,9 @@ def tail(log: Path) -> str:
 def ended_with_this_process(name: str) -> Iterator[int]:
     """Cancel the SLURM jobs of this name at the end of the body, or of this process.
 
-    A shell waits for the end of its input, a pipe which nobody but this process holds, so that even
-    `kill -9` closes it. It is given as a descriptor for `sbatch` to hold as well: no job that is
-    being submitted is missed.
+    A shell waits for the end of its input, a pipe that only this process holds, so that even
+    `kill -9` closes it. Its descriptor is yielded for `sbatch` to hold as well, so that no job
+    that is being submitted is missed.
     """
     cancel = f"scancel --quiet --name={name}"  # tried again if SLURM does not answer
     script = f"cat; for again in 1 2 3 4 5 6 7 8 9; do {cancel} && exit; sleep 10; done"
@@ -242,7 +242,7 @@ def start_scheduler(request: Request, count: int) -> LocalCluster:
             require_encryption=True,
             **{f"tls_{role}_{what}": path for role in roles for what, path in own.items()},
         )
-    # A task is given up when this many of its workers have died.
+    # A task is given up once this many of its workers have died.
     with dask.config.set({"distributed.scheduler.allowed-failures": max(100, count)}):
         return LocalCluster(
             n_workers=0,
@@ -287,10 +287,10 @@ def slurm_workers(request: Request, count: int) -> Iterator[Cluster]:
 @click.command()
 @job_options
 @click.option("--workers", type=click.IntRange(1), default=4, show_default=True, help="SLURM jobs.")
-@click.option("--partition", help="Where they run; default: the site's.")
-@click.option("--account", help="Who is charged.")
+@click.option("--partition", help="Partition to run in; default: the site's.")
+@click.option("--account", help="Account to charge.")
 @click.option(
-    "--cores", type=click.IntRange(1), default=1, show_default=True, help="Of each, its threads."
+    "--cores", type=click.IntRange(1), default=1, show_default=True, help="Threads of each worker."
 )
 @click.option(
     "--memory",
@@ -298,33 +298,33 @@ def slurm_workers(request: Request, count: int) -> Iterator[Cluster]:
     default="8 GiB",
     show_default=True,
     metavar="SIZE",
-    help="Of each: its experts and a few token chunks.",
+    help="Memory of each worker, for its experts and a few token chunks.",
 )
 @click.option(
-    "--walltime", default="04:00:00", show_default=True, help="After which one is replaced."
+    "--walltime", default="04:00:00", show_default=True, help="After it a worker is replaced."
 )
-@click.option("--interface", help="Network card of this node and of workers, such as ib0.")
+@click.option("--interface", help="Network interface of this node and of workers, such as ib0.")
 @click.option(
-    "--prologue", multiple=True, metavar="LINE", help="Of the script, such as 'module load gcc'."
+    "--prologue", multiple=True, metavar="LINE", help="Line of the script: 'module load gcc'."
 )
 @click.option(
     "--log-directory",
     type=click.Path(file_okay=False, path_type=Path),
     default="slurm-logs",
     show_default=True,
-    help="For what workers print.",
+    help="Directory for the workers' logs.",
 )
 @click.option(
-    "--sbatch", multiple=True, metavar="OPTION", help="Another one of sbatch, such as --qos=low."
+    "--sbatch", multiple=True, metavar="OPTION", help="Further option of sbatch, such as --qos=low."
 )
-@click.option("--print", "only_print", is_flag=True, help="Show what SLURM gets, and stop.")
+@click.option("--print", "only_print", is_flag=True, help="Show the script for SLURM, and exit.")
 @tls_options
 @how_options
 def on_slurm(workers: int, only_print: bool, **options: Any) -> None:
     """Compute the output of JOB, a TOML file, on workers that are SLURM jobs, and write it.
 
-    Keys of the job are options, and --resume and --overwrite are those of `dask-ep run`. There are
-    as many ranks as workers, unless --world-size says otherwise; a resumed run keeps its ranks.
+    Keys of the job are options, and --resume and --overwrite are as in `dask-ep run`. There are as
+    many ranks as workers, unless --world-size is given; a resumed run keeps its ranks.
 
     \b
     Examples:
@@ -345,7 +345,7 @@ def on_slurm(workers: int, only_print: bool, **options: Any) -> None:
         click.echo(f"{shlex.join(request.command(workers))} <<'EOF'")
         click.echo(f"{request.script('SCHEDULER')}EOF")
         return
-    logging.disable(logging.ERROR)  # Dask's, for good: the run itself tells which workers leave
+    logging.disable(logging.ERROR)  # Dask's, for good: the run itself reports which workers leave
     carry_out(Deployed(partial(slurm_workers, request, workers)), **options)
 
 

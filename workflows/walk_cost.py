@@ -4,19 +4,19 @@
 # [tool.uv.sources]
 # dask-ep = { path = ".." }
 # ///
-"""What does a walk through a model take: memory, bytes and seconds?
+"""What does a walk through a model cost in memory, bytes and seconds?
 
     python workflows/walk_cost.py --directory /fast/disk                        # 12 GB in 3 GB
     python workflows/walk_cost.py --blocks 2 --experts 64 --memory-limit 12GB   # experts fit
 
-Makes a random bfloat16 checkpoint of Qwen3-MoE's kind, sends random tokens through it by
-`walk_model.py` in a process of its own, and prints
+Makes a random checkpoint like Qwen3-MoE in bfloat16, sends random tokens through it by
+`walk_model.py` in its own process, and prints
 
-    memory    the peak of its process tree, next to the limit
-    bytes     read of the tensors, next to those of the checkpoint, and how often experts were read
-    seconds   of the stages, next to transformers' own block on the same cores, with all weights in
-              memory, in the better batches: attention, norms and sums; the MoE module; and reading
-              all files once; of the whole walk, and of its median block
+    memory    the peak of its process tree, and the limit
+    bytes     read of the tensors, those of the checkpoint, and how often experts were read
+    seconds   of the stages, compared with transformers' own block on the same cores, with all
+              weights in memory, in the better batches: attention, norms and sums; the MoE module;
+              and reading all files once; of the whole walk, and of its median block
 
 Needs psutil, and disk for the checkpoint and some hidden states.
 """
@@ -50,7 +50,7 @@ from dask_ep.jobs.job import PRECISIONS
 HERE = Path(__file__).parent
 BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
 PART_BYTES = 512 << 20
-"""Of a file of the checkpoint, about."""
+"""Approximate bytes of a file of the checkpoint."""
 
 
 def main() -> None:
@@ -72,13 +72,13 @@ def main() -> None:
     parser.add_argument("--directory", help="directory for temporary files")
     asked = parser.parse_args()
     torch.set_num_threads(CPU_COUNT)
-    keep_freed()  # as the walk does it
+    keep_freed()  # as in the walk
     config = make_config(asked)
     with tempfile.TemporaryDirectory(dir=asked.directory) as folder:
         stored = write_checkpoint(config, Path(folder) / "model")
         ids = random_documents(asked)
         np.save(Path(folder) / "ids.npy", ids)
-        os.sync()  # else the walk waits until the checkpoint is on the disk
+        os.sync()  # else the walk waits until the checkpoint is on disk
         print(f"{asked.blocks} blocks of {asked.experts} experts, {stored / 1e9:.2f} GB as stored; "
               f"{np.count_nonzero(ids >= 0):,} tokens, {asked.dtype}, experts {asked.precision}",
               flush=True)  # fmt: skip
@@ -101,7 +101,7 @@ def make_config(asked: argparse.Namespace) -> Qwen3MoeConfig:
 
 
 def random_documents(asked: argparse.Namespace) -> np.ndarray:
-    """Ids of documents, each at least half as long as the longest; -1 behind their ends."""
+    """Ids of documents, each at least half as long as the longest; -1 after their ends."""
     rng = np.random.default_rng(0)
     ids = rng.integers(0, asked.vocabulary, (2 * asked.tokens // asked.length + 1, asked.length))
     lengths = rng.integers(asked.length // 2, asked.length, len(ids), endpoint=True)
@@ -113,7 +113,7 @@ def random_documents(asked: argparse.Namespace) -> np.ndarray:
 
 
 def write_checkpoint(config: Qwen3MoeConfig, directory: Path) -> int:
-    """Write random tensors, cut from one run of random numbers; give their bytes."""
+    """Write random tensors, slices of one random array; return their bytes."""
     config.save_pretrained(directory)
     shapes = shapes_of(config)
     largest = max(int(np.prod(shape)) for shape in shapes.values())
@@ -173,7 +173,7 @@ def write_tensors(path: Path, tensors: dict[str, np.ndarray]) -> None:
 
 
 def walk(asked: argparse.Namespace, folder: Path) -> tuple[dict, int]:
-    """Walk as a person does; the summary, and the most memory that its processes had."""
+    """Walk by the command line; return the summary, and the peak memory of its processes."""
     command = [
         *(sys.executable, HERE / "walk_model.py", folder / "model", folder / "ids.npy"),
         *("--out", folder / "acts", "--memory-limit", str(asked.memory_limit)),
@@ -182,7 +182,7 @@ def walk(asked: argparse.Namespace, folder: Path) -> tuple[dict, int]:
     with subprocess.Popen(list(map(str, command))) as process:
         peak = peak_of_tree(process)
     if process.returncode:
-        raise SystemExit(f"the walk has failed, with exit status {process.returncode}")
+        raise SystemExit(f"the walk failed with exit status {process.returncode}")
     return json.loads((folder / "acts" / "summary.json").read_text()), peak
 
 
@@ -200,8 +200,8 @@ def words_of_bytes(summary: dict, stored: int, asked: argparse.Namespace) -> str
 def own_block(
     config: Qwen3MoeConfig, asked: argparse.Namespace, lengths: np.ndarray
 ) -> dict[str, float]:
-    """Seconds that transformers' own block takes for all tokens and blocks, by a sample of the
-    documents: the better of the walk's batches, and of batches as large as a token chunk."""
+    """Seconds of transformers' own block for all tokens and blocks, by a sample of the documents:
+    the better of the walk's batches and batches as large as a token chunk."""
     one = Qwen3MoeConfig(**config.to_dict() | {"num_hidden_layers": 1, "vocab_size": 8})
     one._experts_implementation = "grouped_mm"
     with torch.device("meta"):
@@ -224,7 +224,7 @@ def own_block(
 
 
 def seconds_of_batches(model: Qwen3MoeModel, batches: list[torch.Tensor]) -> tuple[float, float]:
-    """Of the only block, warm: attention, norms and sums; and the MoE module."""
+    """Seconds of a single, warm block: attention, norms and sums; and the MoE module."""
     watch = Watch(model.layers[0].mlp)
     with torch.inference_mode():
         model(inputs_embeds=batches[0])

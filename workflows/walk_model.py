@@ -4,13 +4,13 @@
 # [tool.uv.sources]
 # dask-ep = { path = ".." }
 # ///
-"""Send a text through a whole model, block by block, in memory that one block takes.
+"""Send a text through a whole model, block by block, in the memory of one block.
 
     python workflows/walk_model.py MODEL text.txt --out acts/ --save hidden,routing --layers 0-3
 
-MODEL is a checkpoint directory. TEXT is a text file with one document a line; or token ids as .npy
-or .zarr, (sequences, length), with negative ids as padding at the end; or, with --start, a
-directory of hidden states that vLLM's extract_hidden_states has written.
+MODEL is a checkpoint directory. TEXT is a text file with one document per line; or token ids as
+.npy or .zarr, (sequences, length), with negative ids as padding at the end; or, with --start, a
+directory of hidden states written by vLLM's extract_hidden_states.
 
 Attention, norms and dense parts are transformers' own; MoE modules are computed by dask_ep, from
 the same files. Written to acts/:
@@ -19,14 +19,14 @@ the same files. Written to acts/:
     routing_003.zarr         (N, k) experts of each row             with --save routing
     topk_weights_003.zarr    (N, k) and their weights               with --save routing
     stats_003.safetensors    statistics of its experts, for prune_experts.py    with --collect
-    moe_input_003.zarr       (N, d) what its MoE module is given    with --save moe_input
+    moe_input_003.zarr       (N, d) the input of its MoE module     with --save moe_input
     final.zarr               (N, d) after the last norm
-    loss.npy                 (N,) of each token, NaN where no other follows
+    loss.npy                 (N,) of each token, NaN for the last of a document
     tokens.npy, lengths.npy  token ids (N,), and the lengths of the documents
     summary.json             tokens, loss, perplexity, seconds and bytes of each block
 
-Rows are tokens, document after document, without padding. A walk that was stopped by anything
-continues with --resume, at the chunk where it was, and gives the same bits.
+Rows are tokens, document after document, without padding. A walk that was stopped for any reason
+continues with --resume, at the chunk where it stopped, and gives the same bits.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ SAVES = ("hidden", "routing", "moe_input")
 
 
 class Names(click.ParamType):
-    """Some of a few words, with commas between them."""
+    """A comma-separated list of known words."""
 
     name = "names"
 
@@ -75,8 +75,8 @@ class Blocks(click.ParamType):
 @click.command(help=__doc__)
 @click.argument("model", type=click.Path(exists=True, file_okay=False))
 @click.argument("text", type=click.Path(exists=True))
-@click.option("--out", required=True, help="Directory that is written.")
-@click.option("--layers", type=Blocks(), help="Blocks to save; the walk ends behind the last.")
+@click.option("--out", required=True, help="Directory to write.")
+@click.option("--layers", type=Blocks(), help="Blocks to save; the walk ends after the last.")
 @click.option("--save", type=Names(SAVES), default=frozenset(), help=f"Some of {','.join(SAVES)}.")
 @click.option(
     "--collect",
@@ -89,55 +89,55 @@ class Blocks(click.ParamType):
     "--compare",
     type=click.Path(exists=True, file_okay=False),
     metavar="MODEL2",
-    help="Another checkpoint of the model, which walks alongside.",
+    help="Another checkpoint of the model to walk through at the same time.",
 )
 @click.option(
     "--length",
     type=click.IntRange(1),
     default=2048,
     show_default=True,
-    help="Tokens of a document at most; longer ones are cut.",
+    help="Maximum tokens of a document; longer ones are cut.",
 )
 @click.option(
     "--chunk-rows",
     type=click.IntRange(1),
     default=4096,
     show_default=True,
-    help="Rows of a token chunk at most.",
+    help="Maximum rows of a token chunk.",
 )
 @click.option(
     "--batch-tokens",
     type=click.IntRange(1),
     default=1024,
     show_default=True,
-    help="Tokens of a batch in attention at most; a longer document is a batch of its own.",
+    help="Maximum tokens of a batch in attention; a longer document is its own batch.",
 )
 @click.option(
     "--dtype",
     type=click.Choice(["auto", "float32", "bfloat16"]),
     default="auto",
     show_default=True,
-    help="Of weights and hidden states; auto: the checkpoint's.",
+    help="Dtype of weights and hidden states; auto: the checkpoint's.",
 )
 @click.option(
     "--precision",
     type=click.Choice(PRECISIONS),
     default="float32",
     show_default=True,
-    help="Of bfloat16 experts: as exact as float32, or rounded between products as in the model.",
+    help="Of bfloat16 products: as exact as float32, or rounded in between as in the model.",
 )
 @click.option(
     "--start",
     type=click.IntRange(0),
     metavar="BLOCK",
-    help="TEXT holds the hidden states that this block is given.",
+    help="TEXT holds the inputs of this block, hidden states.",
 )
 @click.option(
     "--column",
     type=click.IntRange(0),
     default=0,
     show_default=True,
-    help="Which of the layers in the files of --start.",
+    help="Index of the layer in the files of --start.",
 )
 @where_options
 @click.option("--resume", is_flag=True, help="Continue a walk that was stopped.")  # fmt: skip
@@ -155,7 +155,7 @@ def main(**options) -> None:
 
 
 def describe(summary: dict) -> str:
-    """Say in a few lines what came out."""
+    """Print the result in a few lines."""
     lines = [
         (
             f"{summary['tokens']:,} tokens in {summary['documents']:,} documents, "

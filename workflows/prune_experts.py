@@ -169,7 +169,7 @@ class Pruning:
         self.layer_of = {
             block.prefix + name: layer
             for layer, block in self.blocks.items()
-            for name in block.taken - shared_of(block)
+            for name in block.taken - of_every_row(block)
         }
         last = self.checkpoint.num_layers
         self.beyond = tuple(
@@ -364,10 +364,12 @@ def block_of(checkpoint: Checkpoint, layer: int) -> Block:
     return block
 
 
-def shared_of(block: Block) -> set[str]:
-    """The tensors of the shared experts, and of their gate."""
+def of_every_row(block: Block) -> set[str]:
+    """The tensors of the shared experts and their gate, and around the experts."""
     again = Block(block.model, block.layer, block.prefix, block.name.rstrip("."), block.tensors)
     again.shared()
+    again.around()
+    again.take_any(again.family.input_scale, (again.H,))
     return again.taken
 
 

@@ -31,6 +31,7 @@ BEYOND_BFLOAT16 = {
     "gemma4_text": 4.8e-3,
     "inkling_text": 2.5e-3,
     "jetmoe": 2.6e-3,
+    "muse_spark_text": 3.6e-3,
     "nemotron_h": 2.2e-3,
     "deepseek_v4": 2.1e-3,
     "ernie4_5_vl_moe": 2.8e-3,

@@ -59,14 +59,23 @@ def make_layer(kind: str, E: int, d: int, f: int, d_out: int, seed: int, on_inpu
         ]
     else:
         fused = np.stack([gate, up], axis=3).reshape(E, d, 2 * f)
-        experts = Experts.gated_fused(fused, down, interleaved=True)
+        scale = draw(d_out)
+        experts = Experts.gated_fused(
+            fused, down, interleaved=True, output_scale=scale, output_norm_eps=0.1
+        )
         hidden = [
             lambda x, e=e: ACTIVATIONS["silu"](_affine(x, gate[e]), 1.0) * _affine(x, up[e])
             for e in range(E)
         ]
-    plain = [
-        PlainExpert(hidden[e], lambda x, e=e: hidden[e](x) @ down[e].astype("f8")) for e in range(E)
-    ]
+
+    def output(x: np.ndarray, e: int) -> np.ndarray:
+        y = hidden[e](x) @ down[e].astype("f8")
+        if kind != "gated_fused":
+            return y
+        y *= scale[e]
+        return y / np.sqrt(np.mean(y * y) + 0.1)
+
+    plain = [PlainExpert(hidden[e], lambda x, e=e: output(x, e)) for e in range(E)]
     return Layer(experts, plain, on_input and kind == "gated")
 
 

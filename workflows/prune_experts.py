@@ -365,11 +365,12 @@ def block_of(checkpoint: Checkpoint, layer: int) -> Block:
 
 
 def of_every_row(block: Block) -> set[str]:
-    """The tensors of the shared experts and their gate, and around the experts."""
+    """The tensors of which no expert has a part: those of shared experts, steps and norms."""
     again = Block(block.model, block.layer, block.prefix, block.name.rstrip("."), block.tensors)
     again.shared()
     again.around()
     again.take_any(again.family.input_scale, (again.H,))
+    again.take_any(again.family.output_scale, (again.D,))
     return again.taken
 
 

@@ -15,7 +15,7 @@ class Kind(NamedTuple):
     @property
     def matrices(self) -> tuple[str, ...]:
         """The weights that must be there."""
-        return tuple(name for name in self.weights if not name.endswith("bias"))
+        return tuple(name for name, axes in self.weights.items() if " " in axes)
 
 
 GATE_OPTIONS = (
@@ -24,16 +24,17 @@ GATE_OPTIONS = (
 )  # fmt: skip
 
 _DOWN = {"down": "f o", "down_bias": "o"}
+_GATED_DOWN = {**_DOWN, "output_scale": "o"}
 
 EXPERT_KINDS = {
     "linear": Kind({"w": "d o", "bias": "o"}, ("transposed",)),
     "mlp": Kind({"up": "d f", "up_bias": "f", **_DOWN}, ("transposed", "activation")),
     "gated": Kind(
-        {"gate": "d f", "gate_bias": "f", "up": "d f", "up_bias": "f", **_DOWN},
-        ("transposed", *GATE_OPTIONS),
+        {"gate": "d f", "gate_bias": "f", "up": "d f", "up_bias": "f", **_GATED_DOWN},
+        ("transposed", *GATE_OPTIONS, "output_norm_eps"),
     ),
     "gated_fused": Kind(
-        {"gate_up": "d 2f", "gate_up_bias": "2f", **_DOWN},
-        ("transposed", "interleaved", *GATE_OPTIONS),
+        {"gate_up": "d 2f", "gate_up_bias": "2f", **_GATED_DOWN},
+        ("transposed", "interleaved", *GATE_OPTIONS, "output_norm_eps"),
     ),
 }

@@ -69,11 +69,6 @@ class Experts(Weights):
         self.num_experts, self.d, self.d_out = sizes["E"], sizes["d"], sizes["o"]
         self.hidden = sizes.get("f")
 
-    @property
-    def widest(self) -> int:
-        """Width of the widest row on the way through an expert."""
-        return max(self.d, self.hidden or 0, self.d_out)
-
     # --- one constructor per kind ---
 
     @classmethod
@@ -107,12 +102,14 @@ class Experts(Weights):
         gate_bias: Any = None,
         up_bias: Any = None,
         down_bias: Any = None,
+        output_scale: Any = None,
         transposed: bool = False,
         limit: float | None = None,
         alpha: float = 1.0,
         up_offset: float = 0.0,
         clamp_after: bool = False,
         soft_caps: tuple[float, float] | None = None,
+        output_norm_eps: float | None = None,
         apply_router_weight_on_input: bool = False,
     ) -> Experts:
         """``(activation(rows @ gate) * (rows @ up)) @ down``: SwiGLU and its relatives.
@@ -130,14 +127,17 @@ class Experts(Weights):
         clamp_after : the activation of the gate is clamped, not the gate
         soft_caps : of the gate and of up, with silu: cap * tanh(gate / cap) * sigmoid(alpha * gate)
             times cap * tanh(up / cap)
+        output_scale, output_norm_eps : (E, d_out) and a number, optional: the output is multiplied
+            by the scale, and then is y / sqrt(mean(y**2) + output_norm_eps)
         apply_router_weight_on_input : the top-k weight multiplies the row that the expert
             reads (as in Llama 4) instead of its output
         """
-        weights = {"gate": gate, "up": up, "down": down}
+        weights = {"gate": gate, "up": up, "down": down, "output_scale": output_scale}
         weights |= {"gate_bias": gate_bias, "up_bias": up_bias, "down_bias": down_bias}
         return cls._of(
             "gated", weights, transposed=transposed, activation=activation, limit=limit,
             alpha=alpha, up_offset=up_offset, clamp_after=clamp_after, soft_caps=soft_caps,
+            output_norm_eps=output_norm_eps,
             apply_router_weight_on_input=apply_router_weight_on_input,
         )  # fmt: skip
 
@@ -150,6 +150,7 @@ class Experts(Weights):
         interleaved: bool = False,
         gate_up_bias: Any = None,
         down_bias: Any = None,
+        output_scale: Any = None,
         activation: str = "silu",
         transposed: bool = False,
         limit: float | None = None,
@@ -157,6 +158,7 @@ class Experts(Weights):
         up_offset: float = 0.0,
         clamp_after: bool = False,
         soft_caps: tuple[float, float] | None = None,
+        output_norm_eps: float | None = None,
         apply_router_weight_on_input: bool = False,
     ) -> Experts:
         """As `gated`, with gate and up in one (E, d, 2 f) matrix.
@@ -164,12 +166,12 @@ class Experts(Weights):
         Their halves follow each other, or alternate (gate in the even columns) if `interleaved`;
         a bias is split in the same way.
         """
-        weights = {"gate_up": gate_up, "down": down}
+        weights = {"gate_up": gate_up, "down": down, "output_scale": output_scale}
         weights |= {"gate_up_bias": gate_up_bias, "down_bias": down_bias}
         return cls._of(
             "gated_fused", weights, transposed=transposed, interleaved=interleaved,
             activation=activation, limit=limit, alpha=alpha, up_offset=up_offset,
-            clamp_after=clamp_after, soft_caps=soft_caps,
+            clamp_after=clamp_after, soft_caps=soft_caps, output_norm_eps=output_norm_eps,
             apply_router_weight_on_input=apply_router_weight_on_input,
         )  # fmt: skip
 
@@ -187,7 +189,7 @@ class Experts(Weights):
     @classmethod
     def _of(cls, kind: str, weights: dict[str, Any], **options: Any) -> Experts:
         _check_options(options)
-        return cls(kind, _opened(weights), options)
+        return cls(kind, _opened(kind, weights), options)
 
     def with_precision(self, precision: str) -> Experts:
         """The same experts, whose float32 values are rounded in 16-bit products, or are not.
@@ -312,14 +314,17 @@ def _check_options(options: dict[str, Any]) -> None:
             "soft_caps must be two numbers above 0, of the gate and of up, and the activation "
             f"silu, but they are {caps!r} with {activation}"
         )
+    eps = options.get("output_norm_eps")
+    if eps is not None and not eps > 0:
+        raise ValueError(f"output_norm_eps must be a number above 0, or None, not {eps!r}")
     on_input = options.get("apply_router_weight_on_input", False)
     if not isinstance(on_input, bool):
         raise ValueError(f"apply_router_weight_on_input must be True or False, not {on_input!r}")
 
 
-def _opened(weights: dict[str, Any]) -> dict[str, Weight]:
+def _opened(kind: str, weights: dict[str, Any]) -> dict[str, Weight]:
     """The weights that are given, none of the matrices missing."""
-    if missing := [n for n, w in weights.items() if w is None and not n.endswith("bias")]:
+    if missing := [name for name in EXPERT_KINDS[kind].matrices if weights[name] is None]:
         raise TypeError(f"{', '.join(missing)} must be given, but got None")
     given = {name: Weight.of(w, name) for name, w in weights.items() if w is not None}
     for name, weight in given.items():

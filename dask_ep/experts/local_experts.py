@@ -16,7 +16,7 @@ from dask_ep.arrays.namespaces import Array, namespace
 from dask_ep.experts.expert_kinds import GATE_OPTIONS
 from dask_ep.experts.weights import Weight
 from dask_ep.kernel.expert import Expert, Linear, laid_out
-from dask_ep.kernel.kinds import Affine, Gated, GatedPair, Mlp, Summed
+from dask_ep.kernel.kinds import Affine, Gated, GatedPair, Mlp, Normed, Summed
 
 if TYPE_CHECKING:
     from dask_ep.experts.experts import Experts
@@ -221,9 +221,15 @@ def _mlp(arrays: dict[str, Array], options: dict[str, Any]) -> Expert:
 
 def _gated(arrays: dict[str, Array], options: dict[str, Any]) -> Expert:
     chosen = {name: options[name] for name in GATE_OPTIONS}
-    return _by_hidden_columns(
+    expert = _by_hidden_columns(
         arrays, options, lambda part: Gated(part["gate"], part["up"], part["down"], **chosen)
     )
+    return _normed(expert, arrays, options)
+
+
+def _normed(expert: Expert, arrays: dict[str, Array], options: dict[str, Any]) -> Expert:
+    scale, eps = arrays.get("output_scale"), options["output_norm_eps"]
+    return expert if scale is None and eps is None else Normed(expert, scale, eps)
 
 
 def _by_hidden_columns(
@@ -232,8 +238,7 @@ def _by_hidden_columns(
     build: Callable[[dict[str, Expert]], Expert],
 ) -> Expert:
     """Build an expert of at most `HIDDEN_COLUMNS`, or a sum of several with a part of them each."""
-    matrices = {name: w for name, w in arrays.items() if not name.endswith("_bias")}
-    oriented = {name: _oriented(w, options) for name, w in matrices.items()}
+    oriented = {name: _oriented(w, options) for name, w in arrays.items() if w.ndim == 2}
     hidden = oriented["down"].shape[0]
     step = HIDDEN_COLUMNS if namespace(oriented["down"]) is np else max(hidden, 1)
     parts = []
@@ -254,7 +259,8 @@ def _by_hidden_columns(
 def _gated_pair(arrays: dict[str, Array], options: dict[str, Any]) -> Expert:
     gate_up = _product(_oriented(arrays["gate_up"], options), arrays.get("gate_up_bias"), options)
     down = _product(_oriented(arrays["down"], options), arrays.get("down_bias"), options)
-    return GatedPair(gate_up, down, **{name: options[name] for name in GATE_OPTIONS})
+    pair = GatedPair(gate_up, down, **{name: options[name] for name in GATE_OPTIONS})
+    return _normed(pair, arrays, options)
 
 
 def _gated_fused(arrays: dict[str, Array], options: dict[str, Any]) -> Expert:

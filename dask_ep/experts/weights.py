@@ -298,6 +298,14 @@ class Weights:
     """The weights of some experts, by name: their sizes and locations."""
 
     weights: dict[str, Weight]
+    d: int
+    hidden: int | None
+    d_out: int
+
+    @property
+    def widest(self) -> int:
+        """Width of the widest row on the way through an expert."""
+        return max(self.d, self.hidden or 0, self.d_out)
 
     @property
     def is_bfloat16(self) -> bool:
@@ -333,8 +341,8 @@ class Weights:
     @property
     def is_square(self) -> bool:
         """Whether all matrices are square, so that shapes do not distinguish in from out."""
-        shapes = [w.shape for name, w in self.weights.items() if not name.endswith("bias")]
-        return all(rows == columns for _, rows, columns in shapes)
+        shapes = [weight.shape for weight in self.weights.values()]
+        return all(shape[1] == shape[2] for shape in shapes if len(shape) == 3)
 
     def sources(self) -> list[Source]:
         """The sources of the weights that are not Dask arrays."""

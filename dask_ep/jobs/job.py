@@ -309,6 +309,7 @@ _EXPERT_OPTIONS = {
             and all(_is_number(cap) and cap > 0 for cap in value)
         ),
     ),
+    "output_norm_eps": _POSITIVE,
     "apply_router_weight_on_input": _FLAG,
 }
 

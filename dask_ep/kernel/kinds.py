@@ -8,7 +8,8 @@ written into recycled memory, in place wherever that is possible.
     gated    (activation(gate) * (up + up_offset)) @ down + down_bias,
              gate = min(x @ gate + gate_bias, limit), up = clip(x @ up + up_bias, -limit, limit);
              with clamp_after the activation of the gate is clamped, not the gate; with soft_caps
-             silu is cap tanh(gate / cap) sigmoid(gate), and up is cap tanh(up / cap)
+             silu is cap tanh(gate / cap) sigmoid(gate), and up is cap tanh(up / cap);
+             then y * output_scale, and y / sqrt(mean(y ** 2) + output_norm_eps), where there are
 
 Gated with silu is SwiGLU (Shazeer, "GLU Variants Improve Transformer", 2020); with `limit`, `alpha`
 and `up_offset` it is gpt-oss's.
@@ -306,6 +307,61 @@ class Summed(Expert):
     def _columns(self, i: int) -> slice:
         first = sum(before.hidden for before in self._parts[:i])
         return slice(first, first + self._parts[i].hidden)
+
+
+class Normed(Expert):
+    """An expert whose output is multiplied by a row, and then divided by its root mean square."""
+
+    def __init__(self, expert: Any, scale: Array | None, eps: float | None):
+        self._expert, self._scale, self._eps = expert, scale, eps
+        self.d, self.d_out = expert.d, expert.d_out
+        self.apply_router_weight_on_input = expert.apply_router_weight_on_input
+
+    @property
+    def widest(self) -> int:
+        return self._expert.widest
+
+    @property
+    def hidden(self) -> int | None:
+        return self._expert.hidden
+
+    def takes(self, dtype: np.dtype) -> np.dtype:
+        return self._expert.takes(dtype)
+
+    def factors(self, dtype: np.dtype) -> Factors:
+        return self._expert.factors(dtype)
+
+    @property
+    def batch_key(self) -> Hashable:
+        return Normed, self._expert.batch_key, self._eps
+
+    @staticmethod
+    def together(experts: Sequence[Normed], rows: Array, bounds: Bounds, out: Array) -> None:
+        experts[0]._expert.together([expert._expert for expert in experts], rows, bounds, out)
+        for expert, (start, stop) in zip(experts, bounds, strict=True):
+            expert._apply(out[start:stop])
+
+    def __call__(self, rows: Array, out: Array | None = None, hidden: Array | None = None) -> Array:
+        out = self._expert(rows, out, **({} if hidden is None else {"hidden": hidden}))
+        self._apply(out)
+        return out
+
+    def activate(self, rows: Array, hidden: Array | None = None) -> Array:
+        """The hidden activations of rows, in `hidden` when it is given."""
+        return self._expert.activate(rows, hidden)
+
+    def _apply(self, y: Array) -> None:
+        for run in memory.runs_in_cache(y):
+            part = y[run]
+            if self._scale is not None:
+                part *= self._scale.astype(part.dtype, copy=False)
+            if self._eps is not None:
+                xp = namespace(part)
+                # In float64, where the square of no float32 number is infinite.
+                squares = xp.multiply(part, part, dtype=np.float64).mean(axis=1, keepdims=True)
+                root = xp.sqrt(squares + self._eps)
+                with np.errstate(invalid="ignore"):  # of rows that are infinite
+                    part /= root.astype(part.dtype, copy=False)
 
 
 def _hidden(rows: Array, expert: Expert) -> Array:

@@ -105,11 +105,14 @@ def gated(
     up_offset: float = 0.0,
     clamp_after: bool = False,
     soft_caps: tuple[float, float] | None = None,
+    output_scale: np.ndarray | None = None,
+    output_norm_eps: float | None = None,
 ) -> RowExpert:
     """``(activation(x @ gate) * (x @ up + up_offset)) @ down``, gate and up clamped by `limit`.
 
     With `clamp_after` it is the activation of the gate that is clamped. With `soft_caps` the gate
-    that silu multiplies is bounded, and so is up.
+    that silu multiplies is bounded, and so is up. What comes out is multiplied by `output_scale`,
+    and then has an RMS norm, where these are given.
     """
 
     def act(g: np.ndarray) -> np.ndarray:
@@ -126,7 +129,9 @@ def gated(
             g = act(g)
         if soft_caps is not None:
             u = soft_cap(u, soft_caps[1])
-        return _affine(g * (u + up_offset), down, down_bias)
+        y = _affine(g * (u + up_offset), down, down_bias)
+        y = y if output_scale is None else y * output_scale
+        return y if output_norm_eps is None else y / np.sqrt(np.mean(y**2) + output_norm_eps)
 
     return expert
 

@@ -91,7 +91,11 @@ class Arithmetic:
                 return (u if caps is None else reference.soft_cap(u, caps[1])) + offset
 
             hidden = self.times(self.through(through_gate, gate), self.through(through_up, up))
-        return self.product(hidden, arrays["down"], arrays.get("down_bias"))
+        y = self.product(hidden, arrays["down"], arrays.get("down_bias"))
+        if (scale := arrays.get("output_scale")) is not None:
+            y = self.times(y, exact_rows(scale[None]))
+        eps = options.get("output_norm_eps")
+        return y if eps is None else self.rms_norm(y, np.ones(1), eps)
 
     @QUIET
     def product(self, x: Scaled, w: np.ndarray, bias: np.ndarray | None = None) -> Scaled:

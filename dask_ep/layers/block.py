@@ -22,7 +22,7 @@ from dask_ep.layers.lazy_routing import SmallArray
 from dask_ep.layers.routing import Router
 from dask_ep.layers.row_steps import Around, RowStep
 from dask_ep.storage.sources import Source
-from dask_ep.storage.views import FirstRow, Regrouped, Transposed
+from dask_ep.storage.views import FirstRow, Regrouped, Repeated, Transposed
 
 
 @dataclass(frozen=True)
@@ -207,6 +207,8 @@ class Block(LayerTensors):
         router, arrays = self.router(), self.router_arrays()
         options = self.options(self.family.options)
         options["apply_router_weight_on_input"] = router.apply_router_weight_on_input
+        if (scale := self.take_any(self.family.output_scale, (self.D,))) is not None:
+            options["output_scale"] = Repeated(scale, self.E, plus=1.0)
         experts = self.experts(self.family.experts, self.D, self.width, options, count=self.E)
         shared, gate = self.shared()
         return {
@@ -309,7 +311,8 @@ class Block(LayerTensors):
                 of_one = tuple(n for i, n in enumerate(shape, -len(shape)) if i != axis)
                 name = bias_of(name)
                 weights[f"{weight}_bias"] = self.take_weight(layout, "bias", name, of_one, count)
-        known = EXPERT_KINDS[layout.kind].options
+        kind = EXPERT_KINDS[layout.kind]
+        known = {*kind.weights, *kind.options}
         transposed = layout.transposed
         if transposed and (turned := as_they_lie(weights)):
             weights, transposed = turned, False

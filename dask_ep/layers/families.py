@@ -18,8 +18,6 @@ REFUSED = {
     "switch_transformers": "an expert that is full refuses rows by their position in a sequence",
     "nllb-moe": "an expert that is full refuses rows by their position in the batch",
     "doge": "its experts are rows of an embedding, found by product keys",
-    "muse_spark": "the output of each expert has a norm of its own, which is not read yet",
-    "muse_spark_text": "the output of each expert has a norm of its own, which is not read yet",
     "vitpose_backbone": "an image's data set says its expert, not a router",
 }
 """Model types with experts that cannot be computed here, and why."""

@@ -343,6 +343,7 @@ class Family:
     before, between, after, beyond : what happens around the experts, see `Around`
     beyond_experts : how many experts the router has that are more than E
     per_expert_scale, input_scale : names of these tensors, see `MoELayer`
+    output_scale : names of a row of which 1 + row is the output_scale of each expert
     is_moe : whether a layer is MoE, from config and layer number
     num_layers, hidden_size : how many layers there are, and d
     not_read : tensors of the layer that are not read, as patterns of their names after the layer's,
@@ -389,6 +390,7 @@ class Family:
     beyond_experts: Any = 0
     per_expert_scale: tuple[str, ...] = ()
     input_scale: tuple[str, ...] = ()
+    output_scale: tuple[str, ...] = ()
     num_layers: Any = field(default_factory=lambda: Key("num_hidden_layers"))
     hidden_size: Any = field(default_factory=lambda: Key("hidden_size"))
     not_read: Mapping[str, str] = field(default_factory=dict)

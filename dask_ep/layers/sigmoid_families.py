@@ -284,6 +284,32 @@ SIGMOID_FAMILIES: tuple[Family, ...] = (
         },
         not_read={r"(mlp_input|[qkv]_message_gate|mlp_message_gate|controllers)\.": AROUND},
     ),
+    Family(
+        model_types=("muse_spark", "muse_spark_text"),
+        num_experts=Key("num_local_experts"),
+        router={
+            **sigmoid_router(scale=Key("routed_scaling_factor", default=1.0), eps=1e-15),
+            "logit_scale": Key("output_multiplier", default=32**-0.5),
+        },
+        selection_bias=DEEPSEEK_BIAS,
+        expert_size=Key("moe_hidden_size", default=4096),
+        before=(
+            StepRow("linear", ("pre_expert_proj.weight",), to=Key("moe_hidden_size", default=4096)),
+            StepRow(
+                "rms_norm",
+                ("pre_expert_norm.weight",),
+                eps=Key("rms_norm_eps", default=1e-5),
+                offset=1.0,
+            ),
+        ),
+        between=(StepRow("linear", ("post_expert_proj.weight",), to=Key("hidden_size")),),
+        options={
+            "activation": Key("hidden_act", default="silu"),
+            "output_norm_eps": Key("post_norm_eps", default=1e-8),
+        },
+        output_scale=("experts.post_expert_norm.weight",),
+        is_moe=MlpTypes(),
+    ),
     BAILING,
     replace(
         BAILING,

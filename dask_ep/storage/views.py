@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+from dask_ep.arrays.checks import computing_dtype
 from dask_ep.storage.source import Source
 
 
@@ -56,6 +57,31 @@ class FirstRow(_View):
     def read(self, start: int, stop: int, out: np.ndarray | None = None) -> np.ndarray:
         self._shape_of(start, stop)
         return self.source.read(start, stop, out)
+
+
+class Repeated(_View):
+    """An array plus a number, as each of n along a first axis; in float32 if it has 16 bits.
+
+    Examples
+    --------
+    >>> from dask_ep.storage.sources import open_source
+    >>> Repeated(open_source(np.arange(3.0)), 4, plus=1).read(2, 4)
+    array([[1., 2., 3.],
+           [1., 2., 3.]])
+    """
+
+    def __init__(self, source: Source, n: int, *, plus: float):
+        super().__init__(source, (n, *source.shape))
+        self.dtype, self.plus = computing_dtype(source.dtype), plus
+
+    def read(self, start: int, stop: int, out: np.ndarray | None = None) -> np.ndarray:
+        out = self._destination(start, stop, out)
+        out[...] = self.source.read(0, self.source.shape[0])
+        out += self.plus
+        return out
+
+    def fingerprint(self) -> dict[str, Any]:
+        return super().fingerprint() | {"plus": self.plus}
 
 
 class Regrouped(_View):

@@ -43,6 +43,7 @@ SHAPES = {
     "up_bias": (E, F),
     "gate_up_bias": (E, 2 * F),
     "down_bias": (E, O),
+    "output_scale": (E, O),
 }
 
 
@@ -103,17 +104,18 @@ def test_mlp(activation, biases, flip):
 
 @given(
     activation=st.sampled_from(ACTIVATIONS),
-    biases=st.sets(st.sampled_from(["gate_bias", "up_bias", "down_bias"])),
+    biases=st.sets(st.sampled_from(["gate_bias", "up_bias", "down_bias", "output_scale"])),
     limit=st.sampled_from([None, 0.5, 7.0]),
     alpha=st.sampled_from([1.0, 1.702]),
     up_offset=st.sampled_from([0.0, 1.0]),
     clamp_after=st.booleans(),
     caps=st.sampled_from([None, (0.7, 1.3)]),
+    eps=st.sampled_from([None, 0.1]),
     form=st.sampled_from(["apart", "halves", "interleaved"]),
     flip=st.booleans(),
 )
 def test_gated_in_every_form(
-    activation, biases, limit, alpha, up_offset, clamp_after, caps, form, flip
+    activation, biases, limit, alpha, up_offset, clamp_after, caps, eps, form, flip
 ):
     fused_bias = form != "apart" and biases >= {"gate_bias"}
     biases = biases | {"up_bias"} if fused_bias else biases
@@ -121,6 +123,7 @@ def test_gated_in_every_form(
     given = weights("gate", "up", "down", *sorted(biases))
     options = {"activation": activation, "limit": limit, "alpha": alpha, "up_offset": up_offset}
     options |= {"clamp_after": clamp_after, "soft_caps": caps if activation == "silu" else None}
+    options["output_norm_eps"] = eps
     plain = [reference.gated(**{n: w[e] for n, w in given.items()}, **options) for e in range(E)]
     if form == "apart":
         stored = transposed(given) if flip else given
@@ -134,8 +137,7 @@ def test_gated_in_every_form(
     fused = {"gate_up": fuse(given["gate"], given["up"]), "down": given["down"]}
     if "gate_bias" in given:
         fused["gate_up_bias"] = fuse(given["gate_bias"], given["up_bias"])
-    if "down_bias" in given:
-        fused["down_bias"] = given["down_bias"]
+    fused |= {name: given[name] for name in ("down_bias", "output_scale") if name in given}
     stored = transposed(fused) if flip else fused
     interleaved = form == "interleaved"
     check(Experts.gated_fused(**stored, interleaved=interleaved, transposed=flip, **options), plain)
@@ -163,13 +165,13 @@ def test_matrices_of_checkpoints_are_laid_out_once_where_that_pays(m, options, m
 @pytest.mark.parametrize("flip", [False, True])
 def test_wide_experts_are_sums_of_narrow_ones(columns, flip, monkeypatch):
     monkeypatch.setattr(local_experts, "HIDDEN_COLUMNS", columns)
-    given = weights("gate", "up", "down", "gate_bias", "up_bias", "down_bias")
-    stored = transposed(given) if flip else given
-    plain = [reference.gated(**{n: w[e] for n, w in given.items()}) for e in range(E)]
-    experts = Experts.gated(**stored, transposed=flip)
+    given = weights("gate", "up", "down", "gate_bias", "up_bias", "down_bias", "output_scale")
+    stored, norm = transposed(given) if flip else given, {"output_norm_eps": 0.1}
+    plain = [reference.gated(**{n: w[e] for n, w in given.items()}, **norm) for e in range(E)]
+    experts = Experts.gated(**stored, transposed=flip, **norm)
     check(experts, plain)
     assert experts.load()[0].widest == max(columns, D, O)
-    del given["gate"], given["gate_bias"]
+    del given["gate"], given["gate_bias"], given["output_scale"]
     stored = transposed(given) if flip else given
     plain = [reference.mlp(**{n: w[e] for n, w in given.items()}) for e in range(E)]
     check(Experts.mlp(**stored, transposed=flip), plain)
@@ -180,6 +182,19 @@ def test_silu_of_large_values_neither_warns_nor_overflows():
     experts = Experts.mlp(up, np.eye(3, dtype="f4")[None], activation="silu")
     y = experts.load()[0](np.array([[-1e4], [1e4]], "f4"))
     np.testing.assert_array_equal(y, [[0, 0, 0], [1e4, 1e4, 1e4]])
+
+
+def test_the_norm_of_an_output_takes_large_and_infinite_rows():
+    eye = np.eye(2, dtype="f4")[None]
+    options = {"activation": "relu", "output_norm_eps": 1e-8}
+    x = np.array([[1e15, 1e15], [0, 0]], "f4")
+    y = Experts.gated(eye, eye, eye, **options).load()[0](x)
+    np.testing.assert_array_equal(y, [[1, 1], [0, 0]])
+    bias = np.array([[np.inf, 1]], "f4")
+    y = Experts.gated(eye, eye, eye, down_bias=bias, **options).load()[0](x)
+    np.testing.assert_array_equal(y, [[np.nan, 0], [np.nan, 0]])
+    with pytest.raises(ValueError, match="output_norm_eps must be a number above 0, or None"):
+        Experts.gated(eye, eye, eye, output_norm_eps=0.0)
 
 
 def test_weights_on_the_input_are_not_weights_on_the_output():

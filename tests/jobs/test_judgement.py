@@ -121,6 +121,9 @@ def layers(draw: st.DrawFn, *, cancelling: bool) -> dict:
     if kind != "linear":
         names = ["relu", "relu2", "silu", "gelu", "gelu_tanh"]
         experts["activation"] = draw(st.sampled_from(names))
+    if kind == "gated" and draw(st.booleans()):
+        experts["output_scale"] = 1 + rng.standard_normal((E, d))
+        experts["output_norm_eps"] = draw(st.sampled_from([1e-8, 1.0]))
     return {
         "tokens": tokens.astype(dtype),
         "routing": np.stack([rng.integers(-1, E, n) for _ in range(k)], axis=1),

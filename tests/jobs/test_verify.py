@@ -251,6 +251,8 @@ def test_plain_experts_agree_with_those_that_run(transposed, interleaved):
             limit=1.0,
             alpha=1.7,
             up_offset=1.0,
+            output_scale=weight(E, d),
+            output_norm_eps=0.1,
         ),
     ]
     rows = random.standard_normal((4, d))

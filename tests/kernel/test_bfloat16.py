@@ -281,22 +281,26 @@ def a_layer(kind: str, seed: int, massive: bool = False) -> Case:
     }[kind]
     if seed % 2 and kind != "linear":
         arrays["down_bias"] = rng.standard_normal((E, d), np.float32)
-    experts = getattr(Experts, kind)(**arrays)
+    options = {}
+    if kind == "gated_fused":
+        arrays["output_scale"] = 1 + 0.3 * rng.standard_normal((E, d), np.float32)
+        options = {"output_norm_eps": 1e-3}
+    each = [{name: a[e].astype("f8") for name, a in arrays.items()} for e in range(E)]
     return Case(
-        experts,
-        [plain(kind, {name: a[e].astype("f8") for name, a in arrays.items()}) for e in range(E)],
+        getattr(Experts, kind)(**arrays, **options),
+        [plain(kind, one, **options) for one in each],
         tokens.astype(bf16),
         routing,
         rng.random((n, k), np.float32),
     )
 
 
-def plain(kind: str, arrays: dict[str, np.ndarray]):
+def plain(kind: str, arrays: dict[str, np.ndarray], **options: float):
     if kind == "gated_fused":
         arrays["gate"], arrays["up"] = np.split(arrays.pop("gate_up"), 2, axis=1)
     if kind == "linear":
         return reference.linear(arrays["w"])
-    return reference.mlp(**arrays) if kind == "mlp" else reference.gated(**arrays)
+    return getattr(reference, kind.removesuffix("_fused"))(**arrays, **options)
 
 
 def computed(case: Case, tokens: np.ndarray | None = None, **options: str) -> np.ndarray:

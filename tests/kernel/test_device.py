@@ -433,6 +433,7 @@ def kinds_of_experts(dtype: object) -> dict[str, Experts]:
         "mlp with biases": Experts.mlp(up, down, **mlp_bias),
         "gated": Experts.gated(gate, up, down),
         "clamped": Experts.gated(gate, up, down, **bias, limit=0.5, alpha=1.7, up_offset=1.0),
+        "normed": Experts.gated(gate, up, down, output_scale=normal(E, O), output_norm_eps=0.1),
         "fused": Experts.gated_fused(fused, down),
         "interleaved": Experts.gated_fused(fused, down, interleaved=True),
     }

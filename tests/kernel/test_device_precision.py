@@ -18,6 +18,7 @@ from dask_ep import Experts, expert_parallel_dispatch
 from dask_ep.arrays import gemms
 from dask_ep.arrays.gemms import TERMS
 from dask_ep.experts.stored_experts import held_as_stored
+from dask_ep.experts.weights import Weight
 from dask_ep.kernel import device_kernel, operands, reference
 from dask_ep.kernel.dispatch import dispatch
 from dask_ep.kernel.expert import Linear
@@ -69,10 +70,11 @@ def computed(case: Case, precision: str = "float32", dtype: Any = bf16) -> np.nd
 
 def in_float32(case: Case) -> np.ndarray:
     """The same by products of float32 on the host."""
-    arrays = {
-        n: np.stack(w.read(np.dtype("f8"))).astype("f4") for n, w in case.experts.weights.items()
+    weights = {
+        n: Weight.of(np.stack(w.read(np.dtype("f8"))).astype("f4"), n)
+        for n, w in case.experts.weights.items()
     }
-    wide = getattr(Experts, case.experts.kind)(**arrays)
+    wide = Experts(case.experts.kind, weights, case.experts.options)
     tokens, W = case.tokens.astype("f4"), wide.load(xp=xp)
     there = map(on_device, (tokens, case.routing, case.topk_weights))
     return dispatch(*there, W, 0, 1, dtype=np.dtype("f4")).get()

@@ -275,6 +275,17 @@ KINDS = {
         )
         for activation in reference.ACTIVATIONS
     },
+    "normed": (
+        Experts.gated(**GATED, output_scale=normal(E, D, seed=2), output_norm_eps=0.1),
+        [
+            reference.gated(
+                **{name: w[e] for name, w in GATED.items()},
+                output_scale=normal(E, D, seed=2)[e],
+                output_norm_eps=0.1,
+            )
+            for e in range(E)
+        ],
+    ),
 }
 
 

@@ -307,6 +307,9 @@ MUTATIONS = {
     "diffusion_gemma": GEMMA,
     "inkling2_text": [NO_SUM, HALVES, NO_BIAS, router(scale=1.0), experts(soft_caps=None),
                       experts(soft_caps=(1.5, 0.7))],
+    "muse_spark_text": [NO_SUM, ALTERNATING, NO_BIAS, router(scale=1.0), router(logit_scale=1.0),
+                        GELU, drop("output_scale"), experts(output_norm_eps=None),
+                        experts(output_norm_eps=1e-8)],
     "inkling_text": [ALTERNATING, NO_BIAS, NO_SUM, router(scale=1.0), without("per_expert_scale"),
                      shared_experts(activation="gelu")],
 }  # fmt: skip

@@ -39,6 +39,8 @@ def weights(kind, **changed):
     }[kind]
     if kind != "linear":
         shapes |= {"down": (E, F, D), "down_bias": (E, D)}
+    if kind.startswith("gated"):
+        shapes["output_scale"] = (E, D)
     return {name: np.full(shape, 0.5, "f4") for name, shape in shapes.items()} | changed
 
 
@@ -51,6 +53,7 @@ OTHER = {
     "up_offset": 1.0,
     "clamp_after": True,
     "soft_caps": [4.0, 25.0],
+    "output_norm_eps": 1e-6,
     "apply_router_weight_on_input": True,
 }
 """A value of each option that is not its default."""
@@ -102,7 +105,7 @@ def test_every_option_and_array_of_every_kind_of_experts_counts(kind):
             for other in (array + 1, array.astype("f8"), array.astype(ml_dtypes.bfloat16)):
                 (*_, said) = differences(before, build(**weights(kind, **{name: other})))
                 assert f"input layer: weights.{name}." in said
-            if name.endswith("bias"):
+            if array.ndim == 2:
                 (said,) = differences(before, build(**weights(kind, **{name: None})))
                 assert f"weights.{name} was" in said
 

@@ -65,7 +65,7 @@ class Layer:
     k: int
     rows: int
     to_reach: float
-    #: by the kernel
+    #: ratio to reach by the kernel
 
     @property
     def slots(self) -> int:
@@ -244,7 +244,7 @@ class Bench:
         layer = self.layer
         law = OnDevice.of(self.experts, None, layer.k, self.dtype)
         loaded = self.experts.held_bytes(self.held, on_device=True)
-        stays = loaded == self.experts.nbytes  # where it is
+        stays = loaded == self.experts.nbytes  # in place
         law = law.need(0 if stays else loaded, THREADS_PER_GPU, 1, Spread.at_worst(layer.k, 1, 0))
         planned = law.at(layer.rows) - DEVICE_PROCESS_BYTES
         return (pool.total_bytes() - before) / planned

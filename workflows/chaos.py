@@ -434,7 +434,7 @@ def compare(job: Job, undisturbed: Job) -> str:
 
 def _told(directory: Path) -> str:
     lines = (directory / "told").read_text(errors="replace").strip().splitlines()
-    return lines[-1] if lines else "nothing was told"
+    return lines[-1] if lines else "no message"
 
 
 def main() -> int:

@@ -91,8 +91,8 @@ def measure_replica() -> int:
     """Time an uneven job, with a replica of its hot rank that is requested or automatic."""
     ways = {
         "none": (None, False),
-        "asked for at the start": (0.0, False),
-        "not asked for": (None, True),
+        "requested at the start": (0.0, False),
+        "automatic": (None, True),
     }
     print("\nZipf 1.2 over 64 experts on 4 ranks, five workers")
     print("\n| replica of the hot rank | seconds |\n|---|---|")

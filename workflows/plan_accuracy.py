@@ -111,7 +111,7 @@ class Outcome(NamedTuple):
     tasks: tuple[int, int]
     #: planned, counted
     rows_equal: bool
-    #: of every rank
+    #: whether the rows of every rank are as planned
     exchanged: tuple[int, int]
     memory: tuple[int, int]
     #: bytes: planned, measured
@@ -131,7 +131,7 @@ def main() -> int:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--only", nargs="*", default=list(CASES), help=", ".join(CASES))
-    parser.add_argument("--scale", type=float, default=1.0, help="of the token rows of each job")
+    parser.add_argument("--scale", type=float, default=1.0, help="factor for the rows of each job")
     parser.add_argument("--directory", help="directory for temporary files")
     parser.add_argument("--one", help=argparse.SUPPRESS)  # a case as JSON, in its own process
     options = parser.parse_args()

@@ -87,7 +87,7 @@ def install(
     messages: Mapping[str, Callable],
     metrics: Mapping[str, Callable],
 ) -> None:
-    """Register a worker's handlers of workers' requests and the scheduler's messages, for good.
+    """Register a worker's handlers of workers' requests and of the scheduler's messages.
 
     `metrics` go to the scheduler with each heartbeat. A message without a handler would end the
     worker's connection to the scheduler.

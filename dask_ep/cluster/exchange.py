@@ -145,7 +145,7 @@ class Services(WorkerPlugin):
         where: ChunkPlace,
         exchange: Exchange,
     ) -> Array | Observed:
-        """Exchange the rows of a chunk with those who serve its ranks, and return its output.
+        """Exchange the rows of a chunk with the owners of its ranks, and return its output.
 
         Raises
         ------
@@ -241,7 +241,7 @@ class Asking:
         self._queues: defaultdict[str, int] = defaultdict(int)
         self._lost: set[str] = set()
 
-    # --- what the scheduler tells ---
+    # --- messages of the scheduler ---
 
     def hear_route(
         self, token: str, version: int, owners: list[list[str]], is_open: bool, error: str | None

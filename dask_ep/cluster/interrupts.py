@@ -83,7 +83,7 @@ class Interrupts:
 
 
 class Aside:
-    """Runs work in a thread of its own, and iterates over its messages in the waiting thread.
+    """Runs work in its own thread, and iterates over its messages in the waiting thread.
 
     Parameters
     ----------

@@ -126,7 +126,7 @@ class LayerMap:
                 self._tell(layer, self._scheduler.workers)
 
     def welcome(self, worker: str) -> None:
-        """Tell a new worker of all layers."""
+        """Inform a new worker of all layers."""
         for able in self._able.values():
             able.hear(worker, self._scheduler.workers[worker].resources)
         for layer in self:

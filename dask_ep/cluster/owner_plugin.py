@@ -123,7 +123,7 @@ class Ownership(SchedulerPlugin):
 
     @_seen_by_the_user
     def update_graph(self, scheduler: Scheduler, *, tasks: Collection, **kwargs: Any) -> None:
-        """Give owners to the ranks of new graphs, before a worker gets the first task."""
+        """Assign owners to the ranks of new graphs, before a worker gets the first task."""
         if self.is_leaving:
             return
         for world_size in self.layers.world_sizes(tasks):
@@ -187,7 +187,7 @@ class Ownership(SchedulerPlugin):
     # Calls of clients
 
     def add_ranks(self, world_size: int) -> None:
-        """Give owners to the ranks of this world size, if it is new."""
+        """Assign owners to the ranks of this world size, if it is new."""
         if world_size not in self.ranks:
             self.ranks[world_size] = Ranks.unowned(world_size)
             self.assign("first owner")

@@ -133,7 +133,7 @@ def assign(
     replicas : R ints, optional
         How many owners each rank should have; default: 1. Never more than there are workers.
     limit : float
-        A worker takes a further rank only while its load per capacity is below this.
+        A worker takes another rank only while its load per capacity is below this.
 
     Returns
     -------

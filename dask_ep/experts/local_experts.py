@@ -85,9 +85,9 @@ def load_experts(
     """Load the experts of all places, in their order.
 
     `given` holds, by the name of a weight, what has been read of it: an array for each expert that
-    a place holds, in their order. What is not in it is read here. Takes what it uses out
-    of `given`, and holds no more than one expert both as it was read and as
-    it computes, where these differ.
+    a place holds, in their order. What is not in it is read here. Arrays are removed from `given`
+    when they are used, so that at most one expert is in memory both as it was read and as it
+    computes, where these differ.
     """
     if xp is np:
         stacks = _read_each(experts, dtype, given)

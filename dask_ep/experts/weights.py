@@ -137,7 +137,7 @@ class Weight:
     def read(
         self, dtype: np.dtype, given: Sequence[np.ndarray] | None = None
     ) -> list[Array | None]:
-        """Read one array per expert, None for an empty place; each converted by itself.
+        """Read one array per expert, None for an empty place; each converted separately.
 
         Matrices that are bfloat16, or are decoded to it exactly, stay bfloat16 instead of float32
         where products with them use 16 bits (`dask_ep.kernel.bfloat16`).

@@ -188,7 +188,7 @@ def _cut(rows: np.ndarray, parts: np.ndarray, scratch: np.ndarray) -> None:
 
 
 def _largest(x: np.ndarray) -> np.ndarray:
-    """The largest magnitude in each row (m, d), as float32; NaN where there is one.
+    """The largest magnitude in each row (m, d), as float32; NaN if the row holds one.
 
     As integers, numbers of one sign are ordered by magnitude, NaN above all.
     """

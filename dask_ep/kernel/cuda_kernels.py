@@ -283,7 +283,7 @@ class FusedKernels:
 
     Launched on the compute stream. `weights` are float32, or float64 if the rows are; `order` and
     positions are int64. An `out` (p, m, width) of bfloat16 receives the parts of the values
-    written, see `factors.Factors`.
+    written, see `operands.Factors`.
     """
 
     def __init__(self, compile_: Callable[..., Callable]):

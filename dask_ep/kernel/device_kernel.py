@@ -8,7 +8,7 @@ Every launch costs time on a device, so the steps are few: experts of one kind c
 matrix product for each and one pass for the activation of all of them. The host must know only
 where each expert's rows end: one copy of E/R + 3 integers.
 
-Matrices of bfloat16 are multiplied in 16 bits, with sums in float32 (`factors`). For bfloat16
+Matrices of bfloat16 are multiplied in 16 bits, with sums in float32 (`operands`). For bfloat16
 tokens that is exact. An expert's intermediate results, which are float32, are written by the kernel
 that computes them as three bfloat16 numbers each, which add up to them, as `bfloat16` does on the
 host; their products are accumulated in place, so that only the output is rounded. float32 tokens
@@ -75,7 +75,7 @@ class Slots(NamedTuple):
     order: Array
     #: [n * k] slot numbers (row * k + slot), local ones first, by local expert, then by number
     bounds: list[tuple[int, int]]
-    #: of each local expert, in `order`
+    #: segment of each local expert, in `order`
     in_order: bool
     #: whether slots came sorted, one per row
     bad: int

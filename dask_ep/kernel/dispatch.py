@@ -87,7 +87,7 @@ def expert_parallel_dispatch(
     `TILE_BYTES` on the CPU); additions go in the order of the experts, so that the same input
     gives the same bits. Rows that come sorted by expert with one slot each are neither gathered nor
     scattered. NaN or infinity in a row stays in that row. On a device, E/R + 3 or 4 int64 come to
-    the host in one copy, and nothing goes there. The layer is that of Shazeer et al.,
+    the host in one copy, and nothing is copied to the device. The layer is that of Shazeer et al.,
     "Outrageously Large Neural Networks" (2017), section 2.
 
     Examples

@@ -66,7 +66,7 @@ class Expert(ABC):
         return computing_dtype(dtype)
 
     def factors(self, dtype: np.dtype) -> Factors:
-        """The factors as which rows of a dtype come to `together`, on a device."""
+        """The `Factors` of rows of a dtype for `together`, on a device."""
         return Factors(self.takes(dtype))
 
     @abstractmethod
@@ -91,7 +91,7 @@ class Linear(Expert):
     """The expert `rows @ W`; a `W` of another dtype is converted at each use, and not kept.
 
     A bfloat16 `W` is not converted on a host that multiplies bfloat16 faster (`bfloat16`), nor is
-    a `W` of 16 bits on a device (`factors`).
+    a `W` of 16 bits on a device (`operands`).
     """
 
     def __init__(self, W: Matrix, precision: str = "float32"):

@@ -35,7 +35,7 @@ class Scaled(NamedTuple):
     scale: np.ndarray
     #: (m, width) float64; 0 where a value is infinite or NaN
     peak: np.ndarray
-    #: (m,) at least the largest finite number on the way to a row
+    #: (m,) upper bound of the finite intermediate values of a row
 
 
 @dataclass(frozen=True)

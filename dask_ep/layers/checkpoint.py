@@ -118,7 +118,7 @@ class LayerDescription:
     num_experts: int
     #: 0 in a dense layer, and if the block is not in these files
     bytes_on_disk: int
-    #: of the block's tensors, 0 if they are not in these files
+    #: bytes of the block's tensors, 0 if they are not in these files
     bytes_in_memory: int
     #: bytes of the same in float32
 
@@ -156,7 +156,7 @@ class Description:
     shared_gate: bool
     #: whether a sigmoid gate weights the shared expert
     dtypes: tuple[str, ...]
-    #: of the tensors in MoE blocks, as stored
+    #: dtypes of the tensors in MoE blocks, as stored
     parts: tuple[StoredPart, ...]
     #: tensors of the MoE layers that are read, by part and format
     not_read: tuple[StoredPart, ...]

@@ -18,7 +18,7 @@ REFUSED = {
     "switch_transformers": "an expert that is full refuses rows by their position in a sequence",
     "nllb-moe": "an expert that is full refuses rows by their position in the batch",
     "doge": "its experts are rows of an embedding, found by product keys",
-    "vitpose_backbone": "an image's data set says its expert, not a router",
+    "vitpose_backbone": "the data set of an image determines its expert, not a router",
 }
 """Model types with experts that cannot be computed here, and why."""
 
@@ -46,7 +46,7 @@ TEXT_CONFIGS = (("text_config",), ("thinker_config", "text_config"), ("language_
 """Keys of a composite model's config that may hold the config of its text half."""
 
 NOT_READ = {
-    r"[^.]*(attn|attention|mamba|conv)[^.]*\.": "attention, or what stands for it",
+    r"[^.]*(attn|attention|mamba|conv)[^.]*\.": "attention, or what replaces it",
     r"[^.]*norm[^.]*\.": "norms around the block",
     r"(hc_|[^.]*_hc\.|[^.]*residual|layer_scalar)": "connections around the block",
     r"(per_layer_|ple_|[^.]*ple\.)": "inputs of the layer itself",
@@ -69,7 +69,7 @@ HIDDEN_ACTS = {
 def find_family(
     model_type: str, families: tuple[Family, ...], said: str = "config.json says model_type"
 ) -> Family:
-    """Return the first family that a model type belongs to; `said` is where it stands."""
+    """Return the first family of a model type; `said` names its key in the config."""
     for family in families:
         if model_type in family.model_types:
             return family

@@ -39,7 +39,7 @@ LLAMA = Family(
     is_moe=listed_or_by_step,
     num_layers=Key("block_count"),
     hidden_size=Key("embedding_length"),
-    not_read={r"ssm_": "what stands for attention"},
+    not_read={r"ssm_": "what replaces attention"},
 )
 QWEN2_GGUF = replace(
     LLAMA,

@@ -9,7 +9,7 @@
                                    sum ──> [..., d]
 
 Everything is lazy and row-wise: a chunk of hidden states is routed, sent through its experts, and
-added up by tasks of its own. Only capacity limits and expert choice look at the whole batch.
+added up by its own tasks. Only capacity limits and expert choice depend on the whole batch.
 """
 
 from __future__ import annotations

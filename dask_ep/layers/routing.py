@@ -81,7 +81,7 @@ def route(
     groups. The scores are those of softmax: Shazeer et al. 2017; sigmoid, selection bias and
     groups: DeepSeek-V3, section 2.1.2; sparsemixer: Phi-3.5-MoE (Liu et al., "GRIN", 2024). Costs
     one product of 2 n d E operations and about k + 5 passes over [n, E]. On a device one integer
-    and one per bias come to the host, in one copy, and nothing goes there.
+    and one per bias come to the host in one copy, and nothing is copied to the device.
 
     Examples
     --------

@@ -8,8 +8,8 @@ process; in the last one a rank, and therefore the run, is ten times slower than
 table in Markdown: tasks, rows of each rank and bytes between workers are counted and must be equal,
 bytes for the workers where the chunks were; peak memory and time are divided by the planned ones.
 Exit code 1 if anything that must be equal is not, or if a process took more memory than planned, or
-less than half of it: a plan that is far too large refuses jobs that would fit. With --scale, chunks
-are not full, and only tasks and rows are checked.
+less than half of it: a plan that is far too large refuses jobs that would fit. With --scale
+below 1, chunks are not full, and that last limit is not checked.
 """
 
 from __future__ import annotations

@@ -195,7 +195,7 @@ class Gemms:
 
 
 def _equal_stride(matrices: Sequence[Array], bounds: Sequence[tuple[int, int]]) -> int | None:
-    """Bytes from one matrix to the next, if all distances are equal; else None."""
+    """Bytes from one matrix to the next, if they and their rows are evenly spaced; else None."""
     first, m = matrices[0], bounds[0][1]
     if len(matrices) < 2 or m == 0:
         return None

@@ -160,7 +160,7 @@ class Kernels:
         x, w, out, *others = arrays
         if x.dtype != w.dtype or (then in (None, ADD) and out.dtype != FLOAT32):
             return None
-        # Only kernels of packed matrices, whose number of rows is fixed, have post-operations.
+        # Kernels with post-operations, or of packed matrices, have a fixed number of rows.
         rows = x.shape[0] if then is not None or isinstance(w, Packed) else _ANY_LENGTH
         options = self._new("primitive_attr")
         self._do("primitive_attr_set_scratchpad_mode", options, _GIVEN_SCRATCH)

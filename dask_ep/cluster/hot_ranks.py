@@ -25,7 +25,7 @@ LOOK_SECONDS = 1.0
 """Seconds between two looks."""
 
 MEMORY = 0.7
-"""Share of a worker's memory limit that replicas may fill."""
+"""Share of a worker's memory limit up to which replicas are added."""
 
 Rank = tuple[int, int]
 """World size and rank."""

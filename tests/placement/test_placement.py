@@ -632,8 +632,8 @@ def test_the_workflow_keeps_layers_in_order_and_those_of_before(tmp_path, monkey
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        (["0.npy"], "a routing is LAYER=PATH"),
-        (["x=0.npy"], "a routing is LAYER=PATH"),
+        (["0.npy"], "routing must be LAYER=PATH"),
+        (["x=0.npy"], "routing must be LAYER=PATH"),
         (["1=0.npy", "1=1.npy"], "layer 1 is given twice"),
         (["0=0.npy"], "give --physical-experts, or --previous"),
         (

@@ -208,7 +208,7 @@ def _product(w: Array, bias: Array | None, options: dict[str, Any]) -> Expert:
 
 
 def _linear(arrays: dict[str, Array], options: dict[str, Any]) -> Expert:
-    return _product(_oriented(arrays["w"], options), arrays.get("bias"), options)
+    return _product(_oriented(arrays.pop("w"), options), arrays.get("bias"), options)
 
 
 def _mlp(arrays: dict[str, Array], options: dict[str, Any]) -> Expert:
@@ -237,23 +237,26 @@ def _by_hidden_columns(
     options: dict[str, Any],
     build: Callable[[dict[str, Expert]], Expert],
 ) -> Expert:
-    """Build an expert of at most `HIDDEN_COLUMNS`, or a sum of several with a part of them each."""
-    oriented = {name: _oriented(w, options) for name, w in arrays.items() if w.ndim == 2}
-    hidden = oriented["down"].shape[0]
-    step = HIDDEN_COLUMNS if namespace(oriented["down"]) is np else max(hidden, 1)
-    parts = []
-    for first in range(0, max(hidden, 1), step):
-        columns = slice(first, first + step)
-        part = {}
-        for name, w in oriented.items():
-            bias = arrays.get(f"{name}_bias")
+    """Build an expert of at most `HIDDEN_COLUMNS`, or a sum of several with a part of them each.
+
+    Takes the matrices out of `arrays`, so that each is freed once it is laid out.
+    """
+    down = _oriented(arrays["down"], options)
+    hidden, on_host = down.shape[0], namespace(down) is np
+    del down
+    step = HIDDEN_COLUMNS if on_host else max(hidden, 1)
+    parts: list[dict[str, Expert]] = [{} for _ in range(0, max(hidden, 1), step)]
+    for name in [name for name, w in arrays.items() if w.ndim == 2]:
+        w, bias = _oriented(arrays.pop(name), options), arrays.get(f"{name}_bias")
+        for n, part in enumerate(parts):
+            columns = slice(n * step, (n + 1) * step)
             if name == "down":
-                part[name] = _product(w[columns], bias if first == 0 else None, options)
+                part[name] = _product(w[columns], bias if n == 0 else None, options)
             else:
-                bias = None if bias is None else bias[columns]
-                part[name] = _product(w[:, columns], bias, options)
-        parts.append(build(part))
-    return parts[0] if len(parts) == 1 else Summed(parts)
+                some = None if bias is None else bias[columns]
+                part[name] = _product(w[:, columns], some, options)
+        del w
+    return build(parts[0]) if len(parts) == 1 else Summed([build(part) for part in parts])
 
 
 def _gated_pair(arrays: dict[str, Array], options: dict[str, Any]) -> Expert:

@@ -16,6 +16,7 @@ from dask_ep.arrays import blas, memory
 from dask_ep.arrays.blas import product
 from dask_ep.arrays.checks import computing_dtype, is_float, refuse_masked
 from dask_ep.arrays.namespaces import Array, is_array, namespace
+from dask_ep.arrays.onednn import OneDnn
 from dask_ep.arrays.onednn_kernels import Matrix, Packed
 from dask_ep.kernel import bfloat16, device_kernel
 from dask_ep.kernel.bfloat16 import BFLOAT16
@@ -141,6 +142,20 @@ class Linear(Expert):
         if not isinstance(W, Packed):
             W = W.astype(rows.dtype, copy=False)
         return product(rows, W, out)
+
+
+def lays_out(dtype: np.dtype, is_bfloat16: bool, transposed: bool) -> bool:
+    """Whether `laid_out` copies matrices on this machine, by dtype and orientation.
+
+    Parameters
+    ----------
+    dtype : that is computed in
+    is_bfloat16 : whether the matrices are
+    transposed : whether they are stored as (d_out, d)
+    """
+    if is_bfloat16 and dtype == np.float32:
+        return blas.bfloat16_library() is not None
+    return dtype == np.float32 and transposed and isinstance(blas.faster_than_numpy(), OneDnn)
 
 
 def laid_out(W: Array) -> Matrix:

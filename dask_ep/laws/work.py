@@ -16,6 +16,7 @@ from dask_ep.experts.experts import CallableExperts, Experts
 from dask_ep.experts.local_experts import numbers_at_once
 from dask_ep.experts.stored_experts import StoredExperts
 from dask_ep.kernel.bfloat16 import copies, multiplied_by
+from dask_ep.kernel.expert import lays_out
 from dask_ep.kernel.host_kernel import tile_bytes
 from dask_ep.kernel.operands import multiplied_on_gpus
 from dask_ep.laws.costs import packet_row_bytes, reply_row_bytes
@@ -74,8 +75,8 @@ class Work:
     multiplied_by: str | None = None
     #: the library of this machine or of GPUs, and how, see `kernel.bfloat16`, `kernel.factors`
     copied: int = 0
-    #: bytes of a matrix of bfloat16 in float32, which a thread makes for a product; 0 where it
-    #: makes none, see `kernel.bfloat16`
+    #: bytes of the largest matrix of which a thread has a copy: one of bfloat16 in float32, for a
+    #: product (`kernel.bfloat16`), or any while it is laid out (`kernel.expert`); 0 without either
     weight_bytes: int = 0
     #: of one top-k weight; 0 without them
     stored_rows: int | None = None
@@ -207,10 +208,15 @@ class Work:
 
 
 def _copied(experts: Experts | CallableExperts | None, dtype: np.dtype) -> int:
-    """Bytes of the largest matrix that a thread copies to float32; see `Work.copied`."""
-    if experts is None or not copies(dtype, experts.is_bfloat16, experts.precision):
+    """Bytes of the largest matrix that a thread copies; see `Work.copied`."""
+    if not isinstance(experts, Experts):
         return 0
-    return numbers_at_once(experts) * np.dtype(np.float32).itemsize
+    compute, copied = computing_dtype(dtype), 0
+    if copies(dtype, experts.is_bfloat16, experts.precision):
+        copied = numbers_at_once(experts) * np.dtype(np.float32).itemsize
+    if lays_out(compute, experts.is_bfloat16, experts.options.get("transposed", False)):
+        copied = max(copied, *(weight.loaded_bytes(compute) for weight in experts.weights.values()))
+    return copied
 
 
 def _layer_work(layer: Any, d: int, compute: np.dtype, routes: bool, on_devices: bool) -> LayerWork:

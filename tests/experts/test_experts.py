@@ -26,6 +26,7 @@ from dask_ep.experts.experts import as_experts
 from dask_ep.experts.local_experts import LocalExperts
 from dask_ep.kernel import reference
 from dask_ep.kernel.expert import laid_out
+from dask_ep.laws.work import Work
 from dask_ep.storage import files
 from dask_ep.storage.sources import Source, open_source
 from tests.compare import assert_close
@@ -157,6 +158,9 @@ def test_matrices_of_checkpoints_are_laid_out_once_where_that_pays(m, options, m
     assert isinstance(laid_out(gate[0].T), Packed) == isinstance(library, OneDnn)
     assert not isinstance(laid_out(gate[0]), Packed), "by rows they are as fast"
     assert_close(outputs(experts, x), want, 1e-5)
+    tokens = np.empty((0, 128), "f4")
+    copied = gate[0].nbytes if isinstance(library, OneDnn) else 0
+    assert Work.of(tokens, experts, rows=1, slots=1).copied == copied
     monkeypatch.setattr(blas, "packing_library", lambda w: None)
     assert_close(outputs(experts, x), want, 1e-5)
 

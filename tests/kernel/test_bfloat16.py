@@ -585,7 +585,7 @@ def test_a_layer_takes_the_precision(library):
 
 
 def test_the_law_counts_the_largest_matrix_that_a_thread_copies(library, splitting_pays):
-    """That of the routed experts, or of those that all rows share."""
+    """Of the routed experts, or of those that all rows share: for a product, or to lay it out."""
 
     def gated(E, hidden):
         return Experts.gated(
@@ -596,6 +596,6 @@ def test_the_law_counts_the_largest_matrix_that_a_thread_copies(library, splitti
     for routed, shared in ((64, 32), (32, 64)):
         layer = MoELayer(Router(4, k=2), gated(4, routed), some(4, 16), shared=gated(1, shared))
         work = Work.of(tokens, layer.experts, layer, rows=20, slots=2)
-        assert work.copied == (0 if splitting_pays else 4 * 16 * 64)
+        assert work.copied == (2 if splitting_pays else 4) * 16 * 64
         rounded = layer.with_precision("bfloat16")
-        assert Work.of(tokens, rounded.experts, rounded, rows=20, slots=2).copied == 0
+        assert Work.of(tokens, rounded.experts, rounded, rows=20, slots=2).copied == 2 * 16 * 64

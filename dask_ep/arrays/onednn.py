@@ -53,14 +53,7 @@ GATED_BYTES = 512 << 10
 class OneDnn(Kernels):
     """Products of float32, and of bfloat16 with sums in float32.
 
-    Parameters
-    ----------
-    library : ``libdnnl.so.3``, loaded
-    openmp : the OpenMP library that it is linked with, loaded
-
-    Attributes
-    ----------
-    version : str
+    Made from the loaded libraries, see `Kernels`.
 
     Notes
     -----

@@ -153,32 +153,22 @@ class Services(WorkerPlugin):
             If this worker closes meanwhile: another one computes the chunk.
         """
         try:
-            return self._compute(tokens, routing, topk_weights, where, exchange)
+            self._admit()
+            with self._slices.core():
+                packing = pack(tokens, routing, topk_weights, where, exchange)
+            chunk, observe = Chunk(packing, where, exchange, {}), exchange.observe
+            answers = self._exchange(chunk)
+            self._slices.tally.count_chunk()
+            in_order = ((rank, answers.pop(rank)) for rank in packing.ranks)
+            with self._slices.core():
+                out = None
+                if observe is None or observe.output:
+                    out = combine(packing, in_order, where, exchange)
+                return out if observe is None else (out, join_tables(chunk.tables, exchange))
         except Exception:
             if self._is_closing:
                 raise Reschedule from None
             raise
-
-    def _compute(
-        self,
-        tokens: Array,
-        routing: Array,
-        topk_weights: Array | None,
-        where: ChunkPlace,
-        exchange: Exchange,
-    ) -> Array | Observed:
-        self._admit()
-        with self._slices.core():
-            packing = pack(tokens, routing, topk_weights, where, exchange)
-        chunk, observe = Chunk(packing, where, exchange, {}), exchange.observe
-        answers = self._exchange(chunk)
-        self._slices.tally.count_chunk()
-        in_order = ((rank, answers.pop(rank)) for rank in packing.ranks)
-        with self._slices.core():
-            out = None
-            if observe is None or observe.output:
-                out = combine(packing, in_order, where, exchange)
-            return out if observe is None else (out, join_tables(chunk.tables, exchange))
 
     def _admit(self) -> None:
         """Wait until this chunk may begin; its task is in flight until it ends (`transition`).

@@ -16,7 +16,7 @@ from dask_ep.arrays.namespaces import Array, namespace
 from dask_ep.experts.expert_kinds import GATE_OPTIONS
 from dask_ep.experts.weights import Weight
 from dask_ep.kernel.expert import Expert, Linear, laid_out
-from dask_ep.kernel.kinds import Affine, Gated, GatedPair, Mlp, Normed, Summed
+from dask_ep.kernel.kinds import Affine, Gated, Mlp, Normed, Summed
 
 if TYPE_CHECKING:
     from dask_ep.experts.experts import Experts
@@ -262,8 +262,8 @@ def _by_hidden_columns(
 def _gated_pair(arrays: dict[str, Array], options: dict[str, Any]) -> Expert:
     gate_up = _product(_oriented(arrays["gate_up"], options), arrays.get("gate_up_bias"), options)
     down = _product(_oriented(arrays["down"], options), arrays.get("down_bias"), options)
-    pair = GatedPair(gate_up, down, **{name: options[name] for name in GATE_OPTIONS})
-    return _normed(pair, arrays, options)
+    expert = Gated(gate_up, None, down, **{name: options[name] for name in GATE_OPTIONS})
+    return _normed(expert, arrays, options)
 
 
 def _gated_fused(arrays: dict[str, Array], options: dict[str, Any]) -> Expert:

@@ -18,7 +18,8 @@ and `up_offset` it is gpt-oss's.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Hashable, Sequence
+from abc import abstractmethod
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -37,94 +38,120 @@ Activation = Callable[..., None]
 an array of the same shape, which is lost."""
 
 
-class Affine(Expert):
+class Composed(Expert):
+    """An expert made of others, the first of which takes its rows."""
+
+    def __init__(self, first: Any, d_out: int):
+        self._first, self.d, self.d_out = first, first.d, d_out
+        self.apply_router_weight_on_input = first.apply_router_weight_on_input
+
+    @property
+    def widest(self) -> int:
+        return max(self._first.widest, self.d_out)
+
+    @property
+    def hidden(self) -> int | None:
+        return self._first.hidden
+
+    def takes(self, dtype: np.dtype) -> np.dtype:
+        return self._first.takes(dtype)
+
+    def factors(self, dtype: np.dtype) -> Factors:
+        return self._first.factors(dtype)
+
+
+class Affine(Composed):
     """``x @ w + bias``."""
 
     def __init__(self, w: Array, bias: Array, precision: str = "float32"):
-        self._product, self._bias = Linear(w, precision), bias
-        self.d, self.d_out = w.shape
-
-    def takes(self, dtype: np.dtype) -> np.dtype:
-        return self._product.takes(dtype)
-
-    def factors(self, dtype: np.dtype) -> Factors:
-        return self._product.factors(dtype)
+        super().__init__(Linear(w, precision), w.shape[1])
+        self._bias = bias
 
     @property
     def batch_key(self) -> Hashable:
-        return Affine, self._product.batch_key
+        return Affine, self._first.batch_key
 
     @staticmethod
     def together(experts: Sequence[Affine], rows: Array, bounds: Bounds, out: Array) -> None:
-        Linear.together([expert._product for expert in experts], rows, bounds, out)
+        Linear.together([expert._first for expert in experts], rows, bounds, out)
         for expert, (start, stop) in zip(experts, bounds, strict=True):
             out[start:stop] += expert._bias.astype(out.dtype, copy=False)
 
     def __call__(self, rows: Array, out: Array | None = None) -> Array:
-        out = self._product(rows, out)
+        out = self._first(rows, out)
         out += self._bias.astype(out.dtype, copy=False)
         return out
 
 
-class Mlp(Expert):
-    """``activation(x @ up) @ down``."""
+class Activated(Composed):
+    """What experts with hidden activations have in common: `down` multiplies them."""
 
-    def __init__(self, up: Expert, down: Expert, activation: str):
-        self._up, self._down, self._activate = up, down, ACTIVATIONS[activation]
-        self.d, self.d_out, self._activation = up.d, down.d_out, activation
-
-    @property
-    def widest(self) -> int:
-        return max(self.d, self._up.d_out, self.d_out)
+    def __init__(self, first: Expert, down: Expert, activation: str):
+        super().__init__(first, down.d_out)
+        self._down, self._activation = down, activation
 
     @property
     def hidden(self) -> int:
-        return self._up.d_out
-
-    def takes(self, dtype: np.dtype) -> np.dtype:
-        return self._up.takes(dtype)
-
-    def factors(self, dtype: np.dtype) -> Factors:
-        return self._up.factors(dtype)
-
-    @property
-    def batch_key(self) -> Hashable:
-        return Mlp, self._up.batch_key, self._down.batch_key, self._activation
+        return self._down.d
 
     @staticmethod
-    def together(experts: Sequence[Mlp], rows: Array, bounds: Bounds, out: Array) -> None:
+    def together(experts: Sequence[Any], rows: Array, bounds: Bounds, out: Array) -> None:
         one = experts[0]
-        hidden = memory.empty((len(out), one._up.d_out), out.dtype, like=out)
-        one._up.together([expert._up for expert in experts], rows, bounds, hidden)
-        active = _room_for(one._down, hidden, one._up.d_out)
-        if (kernels := cuda_kernels.kernels(namespace(hidden))) is not None:
-            kernels.activate(hidden, active, one._activation, 1.0)
-        else:
-            one._activate(hidden, 1.0)
-            write(hidden, active)
+        hidden = memory.empty((len(out), one._first.d_out), out.dtype, like=out)
+        one._first.together([expert._first for expert in experts], rows, bounds, hidden)
+        taken = one._down.factors(hidden.dtype)
+        as_it_is = taken == Factors(hidden.dtype)
+        active = hidden if as_it_is else taken.empty(len(hidden), one.hidden, hidden)
+        one._activate_on_device(hidden, active)
+        active = active[..., : one.hidden]
         one._down.together([expert._down for expert in experts], active, bounds, out)
+
+    @abstractmethod
+    def _activate_on_device(self, hidden: Array, out: Array) -> None:
+        """Write the activations to the first columns of `out`, which may be `hidden` or take
+        parts."""
 
     def __call__(self, rows: Array, out: Array | None = None, hidden: Array | None = None) -> Array:
         return self._down(self.activate(rows, hidden), out)
 
+    @abstractmethod
     def activate(self, rows: Array, hidden: Array | None = None) -> Array:
         """The hidden activations of rows, in `hidden` when it is given."""
-        hidden = self._up(rows, _hidden(rows, self._up) if hidden is None else hidden)
-        runs = memory.runs_in_cache(hidden)
-        scratch = memory.empty(hidden[runs[0]].shape, hidden.dtype, like=hidden) if runs else hidden
-        for part in runs:
-            self._activate(hidden[part], 1.0, scratch[: len(hidden[part])])
+
+
+class Mlp(Activated):
+    """``activation(x @ up) @ down``."""
+
+    @property
+    def batch_key(self) -> Hashable:
+        return Mlp, self._first.batch_key, self._down.batch_key, self._activation
+
+    def _activate_on_device(self, hidden: Array, out: Array) -> None:
+        if (kernels := cuda_kernels.kernels(namespace(hidden))) is not None:
+            kernels.activate(hidden, out, self._activation, 1.0)
+        else:
+            ACTIVATIONS[self._activation](hidden, 1.0)
+            write(hidden, out)
+
+    def activate(self, rows: Array, hidden: Array | None = None) -> Array:
+        hidden = self._first(rows, _room(rows, self._first) if hidden is None else hidden)
+        for part, scratch in _runs(hidden):
+            ACTIVATIONS[self._activation](hidden[part], 1.0, scratch)
         return hidden
 
 
-class _Gate(Expert):
-    """What gated experts have in common: all between the products of gate and up, and down."""
+class Gated(Activated):
+    """``(activation(x @ gate) * (x @ up)) @ down``; options are those of `Experts.gated`.
+
+    Without `up`, the matrix of `gate` has both, side by side: on a device that is one product,
+    (m, 2 f), with the gate in its first f columns, where it is replaced by activation(gate) * up.
+    """
 
     def __init__(
         self,
+        gate: Expert,
+        up: Expert | None,
         down: Expert,
-        d: int,
-        hidden: int,
         activation: str,
         *,
         limit: float | None = None,
@@ -134,20 +161,70 @@ class _Gate(Expert):
         soft_caps: tuple[float, float] | None = None,
         apply_router_weight_on_input: bool = False,
     ):
-        self._clamp_after = clamp_after and limit is not None
-        self._down, self._hidden_width, self._activation = down, hidden, activation
+        super().__init__(gate, down, activation)
+        self._up, self._clamp_after = up, clamp_after and limit is not None
         self._limit, self._alpha, self._up_offset = limit, alpha, up_offset
         self._soft_caps = None if soft_caps is None else tuple(soft_caps)
-        self.d, self.d_out = d, down.d_out
         self.apply_router_weight_on_input = apply_router_weight_on_input
 
-    @property
-    def widest(self) -> int:
-        return max(self.d, self._hidden_width, self.d_out)
+    def takes(self, dtype: np.dtype) -> np.dtype:
+        taken = super().takes(dtype)
+        same = self._up is None or self._up.takes(dtype) == taken
+        return taken if same else computing_dtype(dtype)
+
+    def factors(self, dtype: np.dtype) -> Factors:
+        return super().factors(dtype) if self._up is None else Factors(self.takes(dtype))
 
     @property
-    def hidden(self) -> int:
-        return self._hidden_width
+    def batch_key(self) -> Hashable:
+        if self._up is not None:
+            return id(self)
+        numbers = (self._limit, self._alpha, self._up_offset, self._clamp_after, self._soft_caps)
+        parts = (self._first.batch_key, self._down.batch_key)
+        return Gated, *parts, self._activation, *numbers, self.apply_router_weight_on_input
+
+    @staticmethod
+    def together(experts: Sequence[Gated], rows: Array, bounds: Bounds, out: Array) -> None:
+        kind = Activated if experts[0]._up is None else Expert
+        kind.together(experts, rows, bounds, out)
+
+    def _activate_on_device(self, hidden: Array, out: Array) -> None:
+        kernels = cuda_kernels.kernels(namespace(hidden))
+        if kernels is not None and not self._clamp_after and self._soft_caps is None:
+            numbers = (self._limit, self._alpha, self._up_offset)
+            kernels.gate(hidden, out, self._activation, *numbers)
+            return
+        f = self.hidden
+        self._apply_gate(hidden[:, :f], hidden[:, f:])
+        if out is not hidden:
+            write(hidden[:, :f], out[..., :f])
+
+    def __call__(self, rows: Array, out: Array | None = None, hidden: Array | None = None) -> Array:
+        if self._up is None:
+            out = _room(rows, self) if out is None else out
+            self.together([self], rows, [(0, len(rows))], out)
+            return out
+        active = self._in_one_go(rows) if hidden is None else None
+        return super().__call__(rows, out, hidden) if active is None else self._down(active, out)
+
+    def _in_one_go(self, rows: Array) -> Array | None:
+        """The hidden activations where the library of products makes them, else None."""
+        gate, up = self._first, self._up
+        more = (self._limit, self._up_offset or None, self._clamp_after or None, self._soft_caps)
+        if self._activation != "silu" or any(option is not None for option in more):
+            return None
+        if not isinstance(gate, Linear) or not isinstance(up, Linear):
+            return None
+        rounded = gate.is_rounded and self._down.takes(BFLOAT16) == BFLOAT16
+        return gated_in_one_go(rows, gate, up, self._alpha, rounded=rounded)
+
+    def activate(self, rows: Array, hidden: Array | None = None) -> Array:
+        assert self._up is not None  # on the host
+        gate = self._first(rows, _room(rows, self._first) if hidden is None else hidden)
+        up = self._up(rows, _room(rows, self._up))
+        for part, scratch in _runs(gate):
+            self._apply_gate(gate[part], up[part], scratch)
+        return gate
 
     def _apply_gate(self, gate: Array, up: Array, scratch: Array | None = None) -> None:
         """Replace `gate` by activation(gate) * up; `up` and `scratch` are lost."""
@@ -168,116 +245,16 @@ class _Gate(Expert):
         gate *= up
 
 
-class Gated(_Gate):
-    """``(activation(x @ gate) * (x @ up)) @ down``; options are those of `Experts.gated`."""
-
-    def __init__(self, gate: Expert, up: Expert, down: Expert, activation: str, **options: Any):
-        super().__init__(down, up.d, up.d_out, activation, **options)
-        self._gate, self._up = gate, up
-
-    def takes(self, dtype: np.dtype) -> np.dtype:
-        narrow, wide = self._gate.takes(dtype), self._up.takes(dtype)
-        return narrow if narrow == wide else computing_dtype(dtype)
-
-    def __call__(self, rows: Array, out: Array | None = None, hidden: Array | None = None) -> Array:
-        active = self._in_one_go(rows) if hidden is None else None
-        return self._down(self.activate(rows, hidden) if active is None else active, out)
-
-    def _in_one_go(self, rows: Array) -> Array | None:
-        """The hidden activations where the library of products makes them, else None."""
-        gate, up = self._gate, self._up
-        more = (self._limit, self._up_offset or None, self._clamp_after or None, self._soft_caps)
-        if self._activation != "silu" or any(option is not None for option in more):
-            return None
-        if not isinstance(gate, Linear) or not isinstance(up, Linear):
-            return None
-        rounded = gate.is_rounded and self._down.takes(BFLOAT16) == BFLOAT16
-        return gated_in_one_go(rows, gate, up, self._alpha, rounded=rounded)
-
-    def activate(self, rows: Array, hidden: Array | None = None) -> Array:
-        """The hidden activations of rows, in `hidden` when it is given."""
-        gate = self._gate(rows, _hidden(rows, self._gate) if hidden is None else hidden)
-        up = self._up(rows, _hidden(rows, self._up))
-        runs = memory.runs_in_cache(gate)
-        scratch = memory.empty(gate[runs[0]].shape, gate.dtype, like=gate) if runs else gate
-        for part in runs:
-            self._apply_gate(gate[part], up[part], scratch[: len(gate[part])])
-        return gate
-
-
-class GatedPair(_Gate):
-    """`Gated` on a device: gate and up side by side in one matrix, so in one product.
-
-    ``hidden = x @ gate_up`` has the gate in its first f columns, where it is replaced by
-    activation(gate) * up; ``down`` reads it from there. Where ``down`` has 16 bits, what it reads,
-    rounded or split, is an array of its own.
-    """
-
-    def __init__(self, gate_up: Expert, down: Expert, activation: str, **options: Any):
-        super().__init__(down, gate_up.d, gate_up.d_out, activation, **options)
-        self._gate_up = gate_up
-
-    def takes(self, dtype: np.dtype) -> np.dtype:
-        return self._gate_up.takes(dtype)
-
-    def factors(self, dtype: np.dtype) -> Factors:
-        return self._gate_up.factors(dtype)
-
-    @property
-    def batch_key(self) -> Hashable:
-        numbers = (self._limit, self._alpha, self._up_offset, self._clamp_after, self._soft_caps)
-        parts = (self._gate_up.batch_key, self._down.batch_key)
-        return GatedPair, *parts, self._activation, *numbers, self.apply_router_weight_on_input
-
-    def __call__(self, rows: Array, out: Array | None = None) -> Array:
-        if out is None:
-            dtype = computing_dtype(rows.dtype)
-            out = memory.empty((len(rows), self.d_out), dtype, like=rows)
-        self.together([self], rows, [(0, len(rows))], out)
-        return out
-
-    @staticmethod
-    def together(experts: Sequence[GatedPair], rows: Array, bounds: Bounds, out: Array) -> None:
-        one = experts[0]
-        hidden = memory.empty((len(out), one._gate_up.d_out), out.dtype, like=out)
-        one._gate_up.together([expert._gate_up for expert in experts], rows, bounds, hidden)
-        gated = _room_for(one._down, hidden, one._down.d)
-        one._combine(hidden, gated)
-        gated = gated[..., : one._down.d]
-        one._down.together([expert._down for expert in experts], gated, bounds, out)
-
-    def _combine(self, hidden: Array, out: Array) -> None:
-        """Write activation(gate) * up to the first f columns of `out`, which may be `hidden` or
-        take parts."""
-        kernels = cuda_kernels.kernels(namespace(hidden))
-        if kernels is not None and not self._clamp_after and self._soft_caps is None:
-            numbers = (self._limit, self._alpha, self._up_offset)
-            kernels.gate(hidden, out, self._activation, *numbers)
-            return
-        f = self._down.d
-        self._apply_gate(hidden[:, :f], hidden[:, f:])
-        if out is not hidden:
-            write(hidden[:, :f], out[..., :f])
-
-
-class Summed(Expert):
+class Summed(Composed):
     """The sum of experts that hold some hidden columns each: one expert with all of them."""
 
     def __init__(self, parts: list[Any]):
+        super().__init__(parts[0], parts[0].d_out)
         self._parts = parts
-        self.d, self.d_out = parts[0].d, parts[0].d_out
-        self.apply_router_weight_on_input = parts[0].apply_router_weight_on_input
-
-    @property
-    def widest(self) -> int:
-        return max(part.widest for part in self._parts)
 
     @property
     def hidden(self) -> int:
         return sum(part.hidden for part in self._parts)
-
-    def takes(self, dtype: np.dtype) -> np.dtype:
-        return self._parts[0].takes(dtype)
 
     def __call__(self, rows: Array, out: Array | None = None, hidden: Array | None = None) -> Array:
         out = self._through(0, rows, out, hidden)
@@ -309,46 +286,31 @@ class Summed(Expert):
         return slice(first, first + self._parts[i].hidden)
 
 
-class Normed(Expert):
+class Normed(Composed):
     """An expert whose output is multiplied by a row, and then divided by its root mean square."""
 
-    def __init__(self, expert: Any, scale: Array | None, eps: float | None):
-        self._expert, self._scale, self._eps = expert, scale, eps
-        self.d, self.d_out = expert.d, expert.d_out
-        self.apply_router_weight_on_input = expert.apply_router_weight_on_input
-
-    @property
-    def widest(self) -> int:
-        return self._expert.widest
-
-    @property
-    def hidden(self) -> int | None:
-        return self._expert.hidden
-
-    def takes(self, dtype: np.dtype) -> np.dtype:
-        return self._expert.takes(dtype)
-
-    def factors(self, dtype: np.dtype) -> Factors:
-        return self._expert.factors(dtype)
+    def __init__(self, expert: Expert, scale: Array | None, eps: float | None):
+        super().__init__(expert, expert.d_out)
+        self._scale, self._eps = scale, eps
 
     @property
     def batch_key(self) -> Hashable:
-        return Normed, self._expert.batch_key, self._eps
+        return Normed, self._first.batch_key, self._eps
 
     @staticmethod
     def together(experts: Sequence[Normed], rows: Array, bounds: Bounds, out: Array) -> None:
-        experts[0]._expert.together([expert._expert for expert in experts], rows, bounds, out)
+        experts[0]._first.together([expert._first for expert in experts], rows, bounds, out)
         for expert, (start, stop) in zip(experts, bounds, strict=True):
             expert._apply(out[start:stop])
 
     def __call__(self, rows: Array, out: Array | None = None, hidden: Array | None = None) -> Array:
-        out = self._expert(rows, out, **({} if hidden is None else {"hidden": hidden}))
+        out = self._first(rows, out, **({} if hidden is None else {"hidden": hidden}))
         self._apply(out)
         return out
 
     def activate(self, rows: Array, hidden: Array | None = None) -> Array:
         """The hidden activations of rows, in `hidden` when it is given."""
-        return self._expert.activate(rows, hidden)
+        return self._first.activate(rows, hidden)
 
     def _apply(self, y: Array) -> None:
         for run in memory.runs_in_cache(y):
@@ -364,16 +326,18 @@ class Normed(Expert):
                     part /= root.astype(part.dtype, copy=False)
 
 
-def _hidden(rows: Array, expert: Expert) -> Array:
-    """Room for what an expert's first product gives: as wide as sums are."""
+def _room(rows: Array, expert: Expert) -> Array:
+    """Room for what an expert gives for rows: as wide as sums are."""
     dtype = computing_dtype(rows.dtype)
     return memory.empty((len(rows), expert.d_out), dtype, like=rows)
 
 
-def _room_for(expert: Expert, hidden: Array, width: int) -> Array:
-    """Room on a device for hidden rows as an expert takes them: where they are, if that is it."""
-    taken = expert.factors(hidden.dtype)
-    return hidden if taken == Factors(hidden.dtype) else taken.empty(len(hidden), width, hidden)
+def _runs(hidden: Array) -> Iterator[tuple[slice, Array]]:
+    """Runs of rows that stay in cache, each with room for as many."""
+    runs = memory.runs_in_cache(hidden)
+    scratch = memory.empty(hidden[runs[0]].shape, hidden.dtype, like=hidden) if runs else hidden
+    for part in runs:
+        yield part, scratch[: len(hidden[part])]
 
 
 # --- activations, in place -------------------------------------------------------------------

@@ -423,7 +423,7 @@ def test_experts_stay_16_bits_in_memory(library):
     local, numbers = case.experts.load(), case.experts.parameters * 4
     assert local.nbytes == 2 * numbers
     assert case.experts.load(dtype=np.float64).nbytes == 8 * numbers
-    assert local[0]._gate.W.dtype == bf16
+    assert local[0]._first.W.dtype == bf16
     assert case.experts.loaded_bytes(np.dtype("f4"), on_device=True) == numbers / 2
 
 
@@ -435,7 +435,7 @@ def test_biases_are_float32_in_memory(library):
 def test_experts_are_float32_in_memory_without_the_library(float32_products):
     case = a_layer("gated", seed=2)
     assert case.experts.load().nbytes == 16 * case.experts.parameters
-    assert case.experts.load()[0]._gate.W.dtype == np.float32
+    assert case.experts.load()[0]._first.W.dtype == np.float32
 
 
 def test_experts_held_as_stored_give_the_same_bits(library):

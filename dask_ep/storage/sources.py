@@ -133,7 +133,7 @@ class ZarrSource(Source):
             fill_from_file(out, path, offset, place, files.chunk_bytes)
 
     def _read_through_zarr(self, start: int, stop: int, out: np.ndarray) -> None:
-        from zarr.core.buffer import default_buffer_prototype
+        from zarr.buffer import default_buffer_prototype
 
         place = f"rows [{start}, {stop}) of {self.name}"
         if self.missing == "error":

@@ -9,7 +9,9 @@ module finds them by the array's metadata. All other arrays go through Zarr.
 Zarr names data types by string, and its registry of extensions has ``bfloat16`` and the float8
 types, but zarr-python knows none of them. Here they are read and written under these names, the
 bits passing through zarr-python as unsigned integers of the same width. zarr-python by itself
-refuses such an array, with an error; TensorStore and other implementations read it.
+refuses such an array, with an error; TensorStore and other implementations read it. They are not
+added to zarr-python's registry of data types, where all code of the process would see them, and
+where a type of two bytes needs a base class that `zarr.dtype` does not have.
 """
 
 from __future__ import annotations
@@ -19,7 +21,6 @@ import os
 import sys
 from collections.abc import Iterator
 from contextlib import suppress
-from copy import copy
 from dataclasses import dataclass
 from itertools import product
 from math import prod
@@ -173,9 +174,7 @@ def anchored(array: zarr.Array) -> zarr.Array:
     if not isinstance(store, LocalStore) or store.root.is_absolute():
         return array
     place = StorePath(LocalStore(store.root.absolute(), read_only=store.read_only), array.path)
-    opened = copy(array._async_array)
-    object.__setattr__(opened, "store_path", place)  # it is frozen
-    return zarr.Array(opened)
+    return zarr.Array(zarr.AsyncArray(array.metadata, place))
 
 
 def chunk_files(array: zarr.Array) -> ChunkFiles | None:
@@ -212,7 +211,7 @@ def chunk_keys(array: zarr.Array, start: int, stop: int) -> Iterator[str]:
 
 def missing_chunks(array: zarr.Array, start: int, stop: int) -> Iterator[str]:
     """Return the keys of the stored chunks (shards) of rows [start, stop) that the store lacks."""
-    from zarr.core.sync import sync
+    from zarr.core.sync import sync  # Zarr's public names have nothing that looks for one key
 
     directory = local_directory(array)
     for key in chunk_keys(array, start, stop):
@@ -246,7 +245,6 @@ def _open_extension_dtype(
 ) -> tuple[zarr.Array, np.dtype] | None:
     """Open an array of a type in `EXTENSION_DTYPES`, as its bits; None for any other."""
     import zarr
-    from zarr.core.metadata import ArrayV3Metadata
     from zarr.storage import FsspecStore, LocalStore, StorePath
 
     if is_remote(path):
@@ -263,4 +261,4 @@ def _open_extension_dtype(
     metadata |= {"data_type": _bits(dtype).name, "fill_value": bits}
     open_store: Any = FsspecStore.from_url if is_remote(path) else LocalStore
     place = StorePath(open_store(path, read_only=mode == "r"))
-    return zarr.Array(zarr.AsyncArray(ArrayV3Metadata.from_dict(metadata), place)), dtype
+    return zarr.Array.from_dict(place, metadata), dtype

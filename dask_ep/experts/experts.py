@@ -237,12 +237,12 @@ class Experts(Weights):
     def subset(self, ids: Sequence[int]) -> Experts:
         """Keep some experts, in the order of `ids`; -1 is an empty place, which no row reaches."""
         weights = {name: weight.subset(ids) for name, weight in self.weights.items()}
-        return Experts(self.kind, weights, self.options)
+        return type(self)(self.kind, weights, self.options)
 
     def detached(self) -> Experts:
         """The same without its Dask arrays, whose values `load` then gets as `given`."""
         weights = {name: weight.detached() for name, weight in self.weights.items()}
-        return Experts(self.kind, weights, self.options)
+        return type(self)(self.kind, weights, self.options)
 
     build = load_experts
 

@@ -94,7 +94,7 @@ def load_experts(
         build = BUILDERS[experts.kind]
     else:
         stacks = _read_to_device(experts, xp, dtype, given)
-        build = _gated_pair if "gate_up" in stacks else BUILDERS[experts.kind]
+        build = BUILDERS["gated" if "gate_up" in stacks else experts.kind]
     local = []
     for _ in range(experts.num_experts):
         arrays = {name: stack.pop(0) for name, stack in stacks.items()}
@@ -212,22 +212,20 @@ def _linear(arrays: dict[str, Array], options: dict[str, Any]) -> Expert:
 
 
 def _mlp(arrays: dict[str, Array], options: dict[str, Any]) -> Expert:
+    activation = options["activation"]
     return _by_hidden_columns(
-        arrays,
-        options,
-        lambda part: Mlp(part["up"], part["down"], options["activation"]),
+        arrays, options, lambda part: Mlp(part["up"], part["down"], activation)
     )
 
 
 def _gated(arrays: dict[str, Array], options: dict[str, Any]) -> Expert:
     chosen = {name: options[name] for name in GATE_OPTIONS}
-    expert = _by_hidden_columns(
-        arrays, options, lambda part: Gated(part["gate"], part["up"], part["down"], **chosen)
-    )
-    return _normed(expert, arrays, options)
 
+    def build(part: dict[str, Expert]) -> Expert:
+        gate = part["gate_up" if "gate_up" in part else "gate"]
+        return Gated(gate, part.get("up"), part["down"], **chosen)
 
-def _normed(expert: Expert, arrays: dict[str, Array], options: dict[str, Any]) -> Expert:
+    expert = _by_hidden_columns(arrays, options, build)
     scale, eps = arrays.get("output_scale"), options["output_norm_eps"]
     return expert if scale is None and eps is None else Normed(expert, scale, eps)
 
@@ -249,7 +247,7 @@ def _by_hidden_columns(
     for name in [name for name, w in arrays.items() if w.ndim == 2]:
         w, bias = _oriented(arrays.pop(name), options), arrays.get(f"{name}_bias")
         for n, part in enumerate(parts):
-            columns = slice(n * step, (n + 1) * step)
+            columns = slice(n * step, (n + 1) * step) if len(parts) > 1 else slice(None)
             if name == "down":
                 part[name] = _product(w[columns], bias if n == 0 else None, options)
             else:
@@ -257,13 +255,6 @@ def _by_hidden_columns(
                 part[name] = _product(w[:, columns], some, options)
         del w
     return build(parts[0]) if len(parts) == 1 else Summed([build(part) for part in parts])
-
-
-def _gated_pair(arrays: dict[str, Array], options: dict[str, Any]) -> Expert:
-    gate_up = _product(_oriented(arrays["gate_up"], options), arrays.get("gate_up_bias"), options)
-    down = _product(_oriented(arrays["down"], options), arrays.get("down_bias"), options)
-    expert = Gated(gate_up, None, down, **{name: options[name] for name in GATE_OPTIONS})
-    return _normed(expert, arrays, options)
 
 
 def _gated_fused(arrays: dict[str, Array], options: dict[str, Any]) -> Expert:

@@ -15,6 +15,7 @@ import numpy as np
 from dask_ep.arrays.namespaces import Array
 from dask_ep.errors import ReadError
 from dask_ep.experts.codings import FLOAT8, coding
+from dask_ep.storage.source import Derived
 from dask_ep.storage.sources import ArraySource, Source
 
 E8M0 = np.dtype(ml_dtypes.float8_e8m0fnu)
@@ -24,7 +25,7 @@ POWERS = np.append(np.ldexp(np.float32(1), np.arange(255, dtype=np.int32) - 127)
 """[256] the values of such scales."""
 
 
-class ScaleSource(Source):
+class ScaleSource(Derived):
     """Scales as float32.
 
     Parameters
@@ -58,9 +59,8 @@ class ScaleSource(Source):
             )
         if factor is not None and prod(factor.shape) != 1:
             raise ValueError(f"{factor.name} must be one number, but has shape {factor.shape}")
-        self.stored, self.factor, self.divides = stored, factor, divides
-        self.shape, self.dtype, self.name = tuple(shape), np.dtype(np.float32), stored.name
-        self.path = stored.path
+        super().__init__(stored, shape)
+        self.factor, self.divides = factor, divides
 
     @property
     def are_powers(self) -> bool:
@@ -119,10 +119,10 @@ class ScaleSource(Source):
 
     def fingerprint(self) -> dict[str, Any]:
         factor = {} if self.factor is None else {"factor": self.factor.fingerprint()}
-        return self._describe() | {"stored": self.stored.fingerprint()} | factor
+        return super().fingerprint() | factor
 
 
-class ZeroPoints(Source):
+class ZeroPoints(Derived):
     """Zero points that are packed into words like codes, as float32.
 
     Parameters
@@ -141,9 +141,8 @@ class ZeroPoints(Source):
     def __init__(
         self, stored: Source, coding: str, shape: tuple[int, ...], more: int = 0, mask: int = 255
     ):
-        self.stored, self.coding, self.more, self.mask = stored, coding, more, mask
-        self.shape, self.dtype, self.name = tuple(shape), np.dtype(np.float32), stored.name
-        self.path = stored.path
+        super().__init__(stored, shape)
+        self.coding, self.more, self.mask = coding, more, mask
         self._check()
 
     def _check(self) -> None:
@@ -155,10 +154,6 @@ class ZeroPoints(Source):
                 f"{self.name} must hold {self.shape} zero points, so {words} words, but has shape "
                 f"{self.stored.shape}"
             )
-
-    @property
-    def nbytes(self) -> int:
-        return self.stored.nbytes
 
     def read(self, start: int, stop: int, out: np.ndarray | None = None) -> np.ndarray:
         out = self._destination(start, stop, out)
@@ -179,4 +174,4 @@ class ZeroPoints(Source):
         return ZeroPoints(stored, self.coding, self.shape, self.more, self.mask)
 
     def fingerprint(self) -> dict[str, Any]:
-        return self._describe() | {"stored": self.stored.fingerprint(), "more": self.more}
+        return super().fingerprint() | {"more": self.more}

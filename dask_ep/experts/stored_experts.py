@@ -65,12 +65,6 @@ def held_as_stored(experts: Experts) -> StoredExperts:
 class StoredExperts(Experts):
     """Experts that are loaded as they are stored; made by `held_as_stored`."""
 
-    def subset(self, ids: Sequence[int]) -> StoredExperts:
-        return held_as_stored(super().subset(ids))
-
-    def detached(self) -> StoredExperts:
-        return self
-
     def held_bytes(self, dtype: np.dtype, *, on_device: bool = False) -> int:
         return self.nbytes
 
@@ -96,7 +90,7 @@ class _StoredExpert(Expert):
 
     @property
     def widest(self) -> int:
-        return max(self.d, self._one.hidden or 0, self.d_out)
+        return self._one.widest
 
     def takes(self, dtype: np.dtype) -> np.dtype:
         return self._loaded().takes(dtype)

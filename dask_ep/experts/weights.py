@@ -66,14 +66,19 @@ class Weight:
         return cls(whole, range(whole.shape[0]))
 
     @property
+    def _one(self) -> Source | da.Array:
+        """What stands for all: the source of the first expert, or the only one."""
+        return self.parts[0] if isinstance(self.parts, tuple) else self.parts
+
+    @property
     def shape(self) -> tuple[int, ...]:
         """(E, ...) of the experts held here."""
-        one = self.parts[0].shape if isinstance(self.parts, tuple) else self.parts.shape[1:]
+        one = self._one.shape if isinstance(self.parts, tuple) else self._one.shape[1:]
         return (len(self.ids), *one)
 
     @property
     def dtype(self) -> np.dtype:
-        return (self.parts[0] if isinstance(self.parts, tuple) else self.parts).dtype
+        return self._one.dtype
 
     @property
     def nbytes(self) -> int:
@@ -172,7 +177,7 @@ class Weight:
         """Whether these are matrices of bfloat16, or decoded to it, judged by dtypes."""
         if len(self.shape) != 3:
             return False
-        one = self.parts[0] if isinstance(self.parts, tuple) else self.parts
+        one = self._one
         return one.dtype == BFLOAT16 or (isinstance(one, QuantizedSource) and one.is_bfloat16)
 
     def _as_computed(self, array: Array, dtype: np.dtype) -> Array:
@@ -181,18 +186,13 @@ class Weight:
         if array.ndim == 2 and dtype == np.float32 and stays:
             return array
         wide = _converted(array, dtype)
-        return narrowed(wide) if on_host and wide.ndim == 2 and self._is_quantized() else wide
-
-    def _is_quantized(self) -> bool:
-        one = self.parts[0] if isinstance(self.parts, tuple) else self.parts
-        return isinstance(one, QuantizedSource)
+        is_quantized = isinstance(self._one, QuantizedSource)
+        return narrowed(wide) if on_host and wide.ndim == 2 and is_quantized else wide
 
     @property
     def on_device(self) -> bool:
         """Whether these weights are on a device already, and stay where they are."""
-        return isinstance(self.parts, DeviceSource) or (
-            isinstance(self.parts, tuple) and isinstance(self.parts[0], DeviceSource)
-        )
+        return isinstance(self._one, DeviceSource)
 
     def fill(
         self, targets: Sequence[Array | None], given: Sequence[np.ndarray] | None = None

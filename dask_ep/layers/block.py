@@ -411,7 +411,7 @@ def as_they_lie(weights: Mapping[str, Any]) -> dict[str, Any] | None:
         for parts in matrices.values()
     ):
         return None
-    return {**weights} | {name: [part.source for part in parts] for name, parts in matrices.items()}
+    return {**weights} | {name: [part.stored for part in parts] for name, parts in matrices.items()}
 
 
 def bias_of(name: str) -> str:

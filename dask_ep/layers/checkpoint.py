@@ -27,6 +27,7 @@ from dask_ep.layers.family import Family
 from dask_ep.layers.layer import MoELayer
 from dask_ep.layers.routing import Router
 from dask_ep.storage.sources import Source
+from dask_ep.storage.views import View
 
 
 def load_moe_layer(
@@ -271,7 +272,7 @@ def _added_up(tensors: Iterable[tuple[str, str, Source]]) -> tuple[StoredPart, .
 
 def format_of(source: Source) -> str:
     """How a tensor's numbers are stored: in a quantized format, or in a dtype."""
-    source = getattr(source, "source", source)  # of a view
+    source = source.stored if isinstance(source, View) else source
     return getattr(source, "label", source.dtype.name)
 
 

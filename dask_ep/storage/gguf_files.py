@@ -21,7 +21,7 @@ from dask_ep.errors import ReadError
 from dask_ep.storage.gguf_blocks import decode_blocks
 from dask_ep.storage.plain_sources import ArraySource, LocalFile
 from dask_ep.storage.remote import is_remote
-from dask_ep.storage.source import Region, Source
+from dask_ep.storage.source import Derived, Region, Source
 
 PLAIN = {
     "F64": np.float64, "F32": np.float32, "F16": np.float16, "BF16": ml_dtypes.bfloat16,
@@ -56,7 +56,7 @@ def gguf_library() -> ModuleType:
     return gguf
 
 
-class GgufSource(Source):
+class GgufSource(Derived):
     """Rows in blocks, each some bytes that hold a fixed number of neighbours, as float32.
 
     Parameters
@@ -72,13 +72,8 @@ class GgufSource(Source):
     """
 
     def __init__(self, stored: Source, label: str, shape: tuple[int, ...]):
-        self.stored, self.label, self.shape = stored, label, tuple(shape)
-        self.dtype, self.name, self.path = np.dtype(np.float32), stored.name, stored.path
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes as stored."""
-        return self.stored.nbytes
+        super().__init__(stored, shape)
+        self.label = label
 
     def read(self, start: int, stop: int, out: np.ndarray | None = None) -> np.ndarray:
         out = self._destination(start, stop, out)
@@ -102,7 +97,7 @@ class GgufSource(Source):
         return GgufSource(stored, self.label, (stop - start, *self.shape[1:]))
 
     def fingerprint(self) -> dict[str, Any]:
-        return self._describe() | {"stored": self.stored.fingerprint(), "form": self.label}
+        return super().fingerprint() | {"form": self.label}
 
 
 def open_gguf(path: str | os.PathLike) -> GgufFile:

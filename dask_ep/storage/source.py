@@ -16,6 +16,7 @@ from typing import Any, BinaryIO
 
 import ml_dtypes
 import numpy as np
+from numpy.typing import DTypeLike
 
 from dask_ep.arrays.checks import check_byte_order
 from dask_ep.arrays.memory import empty
@@ -128,6 +129,22 @@ class Source(ABC):
 
     def _describe(self) -> dict[str, Any]:
         return {"name": self.name, "shape": list(self.shape), "dtype": self.dtype.name}
+
+
+class Derived(Source):
+    """Numbers that are made of those of another source, and have its name and place."""
+
+    def __init__(self, stored: Source, shape: tuple[int, ...], dtype: DTypeLike = np.float32):
+        self.stored, self.shape, self.dtype = stored, tuple(shape), np.dtype(dtype)
+        self.name, self.path = stored.name, stored.path
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes as stored."""
+        return self.stored.nbytes
+
+    def fingerprint(self) -> dict[str, Any]:
+        return self._describe() | {"stored": self.stored.fingerprint()}
 
 
 class File(ABC):

@@ -10,25 +10,17 @@ from typing import Any
 import numpy as np
 
 from dask_ep.arrays.checks import computing_dtype
-from dask_ep.storage.source import Source
+from dask_ep.storage.source import Derived, Source
 
 
-class _View(Source):
+class View(Derived):
     """A source whose numbers are those of another."""
 
-    def __init__(self, source: Source, shape: tuple[int, ...]):
-        self.source, self.shape, self.dtype = source, shape, source.dtype
-        self.name, self.path = source.name, source.path
-
-    @property
-    def nbytes(self) -> int:
-        return self.source.nbytes
-
     def fingerprint(self) -> dict[str, Any]:
-        return self.source.fingerprint() | {"shape": list(self.shape), "seen": type(self).__name__}
+        return self.stored.fingerprint() | {"shape": list(self.shape), "seen": type(self).__name__}
 
 
-class Transposed(_View):
+class Transposed(View):
     """A matrix (n, m) as (m, n); each read reads all of it.
 
     Examples
@@ -40,26 +32,26 @@ class Transposed(_View):
     """
 
     def __init__(self, source: Source):
-        super().__init__(source, source.shape[::-1])
+        super().__init__(source, source.shape[::-1], source.dtype)
 
     def read(self, start: int, stop: int, out: np.ndarray | None = None) -> np.ndarray:
         out = self._destination(start, stop, out)
-        out[...] = self.source.read(0, self.source.shape[0])[:, start:stop].T
+        out[...] = self.stored.read(0, self.stored.shape[0])[:, start:stop].T
         return out
 
 
-class FirstRow(_View):
+class FirstRow(View):
     """The first row of a matrix (n, m), as (1, m)."""
 
     def __init__(self, source: Source):
-        super().__init__(source, (1, source.shape[1]))
+        super().__init__(source, (1, source.shape[1]), source.dtype)
 
     def read(self, start: int, stop: int, out: np.ndarray | None = None) -> np.ndarray:
         self._shape_of(start, stop)
-        return self.source.read(start, stop, out)
+        return self.stored.read(start, stop, out)
 
 
-class Repeated(_View):
+class Repeated(View):
     """An array plus a number, as each of n along a first axis; in float32 if it has 16 bits.
 
     Examples
@@ -71,12 +63,12 @@ class Repeated(_View):
     """
 
     def __init__(self, source: Source, n: int, *, plus: float):
-        super().__init__(source, (n, *source.shape))
-        self.dtype, self.plus = computing_dtype(source.dtype), plus
+        super().__init__(source, (n, *source.shape), computing_dtype(source.dtype))
+        self.plus = plus
 
     def read(self, start: int, stop: int, out: np.ndarray | None = None) -> np.ndarray:
         out = self._destination(start, stop, out)
-        out[...] = self.source.read(0, self.source.shape[0])
+        out[...] = self.stored.read(0, self.stored.shape[0])
         out += self.plus
         return out
 
@@ -84,7 +76,7 @@ class Repeated(_View):
         return super().fingerprint() | {"plus": self.plus}
 
 
-class Regrouped(_View):
+class Regrouped(View):
     """A matrix (E * n, m) as (E, n, m); as (E, m, n) if `turned`.
 
     Examples
@@ -103,11 +95,11 @@ class Regrouped(_View):
     def __init__(self, source: Source, groups: int, *, turned: bool = False):
         self.rows, self.turned = source.shape[0] // groups, turned
         one = (self.rows, source.shape[1])
-        super().__init__(source, (groups, *(one[::-1] if turned else one)))
+        super().__init__(source, (groups, *(one[::-1] if turned else one)), source.dtype)
 
     def read(self, start: int, stop: int, out: np.ndarray | None = None) -> np.ndarray:
         out = self._destination(start, stop, out)
-        read = self.source.read(start * self.rows, stop * self.rows)
-        read = read.reshape(stop - start, self.rows, self.source.shape[1])
+        read = self.stored.read(start * self.rows, stop * self.rows)
+        read = read.reshape(stop - start, self.rows, self.stored.shape[1])
         out[...] = read.swapaxes(1, 2) if self.turned else read
         return out

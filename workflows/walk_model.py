@@ -21,12 +21,12 @@ the same files. Written to acts/:
     stats_003.safetensors    statistics of its experts, for prune_experts.py    with --collect
     moe_input_003.zarr       (N, d) the input of its MoE module     with --save moe_input
     final.zarr               (N, d) after the last norm
-    loss.npy                 (N,) of each token, NaN for the last of a document
+    loss.npy                 (N,) loss of each token, NaN for the last of a document
     tokens.npy, lengths.npy  token ids (N,), and the lengths of the documents
     summary.json             tokens, loss, perplexity, seconds and bytes of each block
 
 Rows are tokens, document after document, without padding. A walk that was stopped for any reason
-continues with --resume, at the chunk where it stopped, and gives the same bits.
+continues with --resume at the chunk where it stopped, with the same bits in the end.
 """
 
 from __future__ import annotations
@@ -89,7 +89,7 @@ class Blocks(click.ParamType):
     "--compare",
     type=click.Path(exists=True, file_okay=False),
     metavar="MODEL2",
-    help="Another checkpoint of the model to walk through at the same time.",
+    help="Another checkpoint of the model, walked through at the same time and compared.",
 )
 @click.option(
     "--length",
@@ -124,13 +124,13 @@ class Blocks(click.ParamType):
     type=click.Choice(PRECISIONS),
     default="float32",
     show_default=True,
-    help="Of bfloat16 products: as exact as float32, or rounded in between as in the model.",
+    help="Precision of bfloat16 products: as exact as float32, or rounded as in the model.",
 )
 @click.option(
     "--start",
     type=click.IntRange(0),
     metavar="BLOCK",
-    help="TEXT holds the inputs of this block, hidden states.",
+    help="Start at this block; TEXT holds the hidden states that are its input.",
 )
 @click.option(
     "--column",
@@ -146,7 +146,7 @@ def main(**options) -> None:
     if on_gpus(where):
         raise click.UsageError("a walk computes on the host: run without --gpu")
     try:
-        from walk.drive import run  # needs torch; the arguments are checked before
+        from walk.drive import run  # needs torch: imported after the arguments are checked
 
         summary = run(Options(**options, where=where), lambda line: click.echo(line, err=True))
     except (OSError, ValueError, MemoryError, ImportError) as error:
@@ -155,7 +155,7 @@ def main(**options) -> None:
 
 
 def describe(summary: dict) -> str:
-    """Print the result in a few lines."""
+    """Return the result in a few lines."""
     lines = [
         (
             f"{summary['tokens']:,} tokens in {summary['documents']:,} documents, "

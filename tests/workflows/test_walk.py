@@ -1,4 +1,4 @@
-"""What a walk through a model does besides the model: needs no torch."""
+"""The parts of a walk that need no torch: documents, options, record and progress."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.numpy import save_file
 from walk.documents import (
-    MOST_PADDING,
+    MAX_PADDING,
     Documents,
     batch_documents,
     chunk_documents,
@@ -63,13 +63,13 @@ def test_ids_end_where_the_padding_begins(tmp_path):
 @pytest.mark.parametrize(
     ("array", "message"),
     [
-        (np.array([[5, -1, 6]]), "sequence 0 .* padding .* at the end, but has one at position 1"),
+        (np.array([[5, -1, 6]]), "sequence 0 .* at the end, but has a negative id at position 1"),
         (np.zeros(3, int), r"\(sequences, length\) integers, but has shape \(3,\)"),
         (np.zeros((2, 3)), "integers, but has shape .* and dtype float64"),
         (np.full((2, 3), -1), "must hold at least one token"),
     ],
 )
-def test_ids_that_are_none_are_refused(array, message, tmp_path):
+def test_arrays_that_hold_no_token_ids_are_refused(array, message, tmp_path):
     np.save(tmp_path / "ids.npy", array)
     with pytest.raises(ValueError, match=message):
         read_documents(str(tmp_path / "ids.npy"), 8, tokenize)
@@ -122,10 +122,10 @@ def test_batches_hold_each_document_once_and_little_padding(lengths, tokens):
         longest = max(lengths[d] for d in batch)
         assert len(batch) * longest <= tokens or len(batch) == 1
         real = sum(lengths[d] for d in batch)
-        assert real >= (1 - MOST_PADDING) * len(batch) * longest
+        assert real >= (1 - MAX_PADDING) * len(batch) * longest
 
 
-def test_the_last_token_of_a_document_is_followed_by_none():
+def test_nothing_follows_the_last_token_of_a_document():
     documents = Documents(np.array([4, 5, 6, 7, 8]), np.array([3, 2]))
     np.testing.assert_array_equal(next_tokens(documents), [5, 6, -1, 8, -1])
 
@@ -137,7 +137,7 @@ def options(**changes):
     return Options(**{"model": "model", "text": "text", "out": "out"} | changes)
 
 
-def test_a_walk_ends_behind_the_last_block_that_is_asked_for():
+def test_a_walk_ends_after_the_last_block_that_was_asked_for():
     assert options().blocks([6]) == range(6)
     assert options(layers=range(1, 3)).blocks([6]) == range(3)
     assert options(layers=range(3, 4), start=2).blocks([6]) == range(2, 4)
@@ -146,13 +146,13 @@ def test_a_walk_ends_behind_the_last_block_that_is_asked_for():
 @pytest.mark.parametrize(
     ("changes", "counts", "message"),
     [
-        ({"layers": range(4, 7)}, [6], r"blocks must be in \[0, 6\), .* asks for 4 to 6"),
-        ({"layers": range(1, 3), "start": 2}, [6], r"\[2, 6\).* --start, .* asks for 1 to 2"),
+        ({"layers": range(4, 7)}, [6], r"must be in \[0, 6\), .* but are 4 to 6; change --layers"),
+        ({"layers": range(1, 3), "start": 2}, [6], r"\[2, 6\).* --start on, but are 1 to 2"),
         ({"start": 6}, [6], r"\[6, 6\)"),
         ({"compare": "other"}, [6, 5], "they have 6 and 5"),
     ],
 )
-def test_blocks_that_are_not_there_are_refused(changes, counts, message):
+def test_blocks_that_a_model_lacks_are_refused(changes, counts, message):
     with pytest.raises(ValueError, match=message):
         options(**changes).blocks(counts)
 
@@ -215,7 +215,7 @@ def test_help_needs_no_torch():
 # --- the record ------------------------------------------------------------------------------
 
 
-def test_a_record_is_continued_with_what_it_was_begun_with(tmp_path):
+def test_a_record_is_continued_with_what_it_was_started_with(tmp_path):
     out = str(tmp_path / "acts")
     first = Record(out, {"models": ["a"], "chunk_rows": 8}, resume=False)
     first.keep("moe_memory", 100)
@@ -235,10 +235,10 @@ def test_a_record_of_something_else_is_refused(tmp_path):
     out = str(tmp_path / "acts")
     Record(out, {"models": ["a"], "chunk_rows": 8}, resume=False)
     with pytest.raises(
-        ValueError, match=r"acts was begun with something else: chunk_rows was 8 and is 9"
+        ValueError, match=r"acts must be resumed with .* but chunk_rows was 8 and is 9"
     ):
         Record(out, {"models": ["a"], "chunk_rows": 9}, resume=True)
-    with pytest.raises(FileExistsError, match="acts exists; resume to continue it"):
+    with pytest.raises(FileExistsError, match="acts exists; use --resume to continue it"):
         Record(out, {"models": ["a"], "chunk_rows": 8}, resume=False)
 
 
@@ -247,7 +247,7 @@ def test_a_record_may_begin_in_an_empty_directory(tmp_path):
     assert json.loads((tmp_path / "walk.json").read_text())["begun"] == {"models": ["a"]}
 
 
-def test_documents_are_kept_once(tmp_path):
+def test_documents_are_written_once(tmp_path):
     documents = Documents(np.array([4, 5, 6]), np.array([3]))
     keep_documents(str(tmp_path), documents)
     before = {path.name: path.stat().st_mtime_ns for path in tmp_path.iterdir()}
@@ -259,7 +259,7 @@ def test_documents_are_kept_once(tmp_path):
 # --- progress --------------------------------------------------------------------------------
 
 
-def test_progress_tells_block_chunk_and_what_is_left():
+def test_progress_shows_block_chunk_and_time_left():
     file = io.StringIO()
     progress = Progress(4, file)
     progress.begin(0)
@@ -279,7 +279,7 @@ def test_progress_tells_block_chunk_and_what_is_left():
     assert str(progress).endswith("2.00 GB read")
 
 
-def test_time_left_goes_by_what_this_run_has_done():
+def test_time_left_is_estimated_from_what_this_run_has_done():
     progress = Progress(4, io.StringIO())
     progress.skip()
     progress.skip()

@@ -1,6 +1,6 @@
-"""`workflows/walk_model.py` gives what transformers gives; in an environment with torch."""
+"""`workflows/walk_model.py` against transformers, where torch is installed."""
 
-# ruff: noqa: E402 (the rest is imported where torch is)
+# ruff: noqa: E402 (importorskip has to come before the other imports)
 
 from __future__ import annotations
 
@@ -52,13 +52,13 @@ pytestmark = pytest.mark.slow
 LENGTHS = (7, 24, 3, 17, 24, 1)
 
 LEAK_WHEN_PACKED = {"qwen3_next", "gpt_oss", "minimax", "jamba"}
-"""Families whose forward in transformers lets documents of one sequence see each other: linear
-attention, or a mask that is made without the positions."""
+"""Families in which transformers lets documents packed into one sequence attend to each other:
+linear attention, or a mask that ignores the positions."""
 
 
 @pytest.fixture(scope="module")
 def models(tmp_path_factory):
-    """Models by family, each with its directory, made when first asked for."""
+    """Return a function that gives a family's model and its directory, made once."""
     made = {}
 
     def get(family, **changes):
@@ -93,7 +93,7 @@ def close(ours, theirs, tolerance=1e-5):
 
 
 class Theirs:
-    """What transformers' own forward gives, for the real tokens of a batch."""
+    """What transformers' own forward returns for the tokens of a batch that are not padding."""
 
     def __init__(self, model, ids, packed):
         self.routing, real = {}, ids >= 0
@@ -105,7 +105,7 @@ class Theirs:
             inputs = {"input_ids": torch.tensor(ids[real])[None]}
             inputs["position_ids"] = torch.tensor(np.concatenate([*map(np.arange, lengths)]))[None]
             labels = torch.tensor(ids[real])[None]
-            labels[0, np.cumsum(lengths)[:-1]] = -100  # does not follow what is before it
+            labels[0, np.cumsum(lengths)[:-1]] = -100  # the first token of another document
             real = np.ones((1, int(real.sum())), bool)
         hooks = [self._listen(model, block, real) for block in self._moe_blocks(model)]
         with torch.no_grad():
@@ -143,8 +143,8 @@ def in_order(indices, weights):
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_walk_gives_what_transformers_gives(family, models, ids, tmp_path):
-    """The last hidden states, logits, loss and routing; padded, and packed where documents do not
-    see each other in transformers."""
+    """Final hidden states, logits, loss and routing; padded, and packed where transformers keeps
+    documents apart."""
     model, directory = models(family)
     summary = run(
         Options(str(directory), str(ids), str(tmp_path / "acts"), save=frozenset({"routing"}),
@@ -235,7 +235,7 @@ def test_some_blocks_and_what_is_kept_of_them(models, ids, tmp_path):
 
 
 def test_a_bfloat16_checkpoint_stays_bfloat16(ids, tmp_path):
-    """Rounding changes the experts of some rows, and with them the rows: most are close."""
+    """Rounding sends some rows to other experts, which changes them much; most rows are close."""
     model = make_model("mixtral", tmp_path / "model", dtype=torch.bfloat16)
     model.to(torch.bfloat16).save_pretrained(tmp_path / "model")
     for dtype in ("auto", "float32"):
@@ -264,10 +264,10 @@ def test_quantized_attention_is_decoded_as_it_is_read(ids, tmp_path):
     assert summary["loss"] == pytest.approx(theirs.loss, abs=1e-6)
 
 
-def test_hidden_states_of_vllm_are_where_a_walk_starts(models, ids, tmp_path):
-    """Files as its ExampleHiddenStatesConnector writes them: one a request, named by its id, with
-    a file beside it that was locked while it was written; int64 token ids (tokens,), and hidden
-    states (tokens, layers, d) in the dtype that the model was served in."""
+def test_a_walk_starts_from_hidden_states_of_vllm(models, ids, tmp_path):
+    """Files as its ExampleHiddenStatesConnector writes them: one per request, named after its id,
+    with a lock file next to it; int64 token ids (tokens,), and hidden states (tokens, layers, d) in
+    the dtype that the model was served in."""
     from safetensors.torch import save_file
 
     model, directory = models("olmoe")
@@ -300,7 +300,7 @@ def test_hidden_states_of_vllm_are_where_a_walk_starts(models, ids, tmp_path):
 
 
 def after(model, block, hidden):
-    """What transformers' own blocks make of hidden states (batch, tokens, d) from this one on."""
+    """Run transformers' own blocks, from this one on, on hidden states (batch, tokens, d)."""
     before = model.model.layers
     model.model.layers = torch.nn.ModuleList(before[block:])
     last = {}
@@ -351,7 +351,7 @@ def scaled_sum(moe, residual):
 
 
 def norm_and_shortcut(moe, residual):
-    """Of more than one sublayer: what does not come from the MoE module is computed at once."""
+    """More than one sublayer: what does not depend on the MoE module is computed at once."""
     out = moe(residual.view(-1, 4))
     first, second = torch.nn.functional.rms_norm(out, (4,)).view(residual.shape).chunk(2, dim=1)
     return residual.tanh() @ torch.eye(4) + torch.cat([second, first], dim=1)
@@ -364,7 +364,7 @@ def sum_in_place(moe, residual):
 
 
 @pytest.mark.parametrize("block", [scaled_sum, norm_and_shortcut, sum_in_place])
-def test_what_a_block_does_with_its_experts_is_done_later(block, tmp_path):
+def test_what_a_block_does_with_its_moe_output_is_replayed_later(block, tmp_path):
     torch.manual_seed(0)
     residual, output = torch.randn(2, 6, 4), torch.randn(2, 6, 4)
     tape = Tape()
@@ -391,7 +391,7 @@ def test_a_block_that_cannot_be_cut_is_refused():
         return sums + moe_free
 
     moe_free = torch.ones(2, 4)
-    with pytest.raises(RuntimeError, match="not look at the same memory through another one"):
+    with pytest.raises(RuntimeError, match="must not read memory through another tensor"):
         run(through_a_view)
 
     def changes(how):
@@ -412,7 +412,7 @@ def test_a_block_that_cannot_be_cut_is_refused():
             run(changes(how))
     with pytest.raises(RuntimeError, match="the module was not called"):
         run(lambda moe, residual: residual)
-    with pytest.raises(RuntimeError, match="it was left out"):
+    with pytest.raises(RuntimeError, match="it was not used"):
         run(lambda moe, residual: [moe(residual), residual][1])
     with pytest.raises(RuntimeError, match="must call its MoE module once"):
         run(lambda moe, residual: moe(moe(residual)))
@@ -428,17 +428,17 @@ def test_a_block_that_cannot_be_cut_is_refused():
     ],
     ids=["branch", "number", "equal", "count"],
 )
-def test_a_block_that_looks_at_numbers_which_are_not_known_is_refused(look):
+def test_a_block_that_reads_values_which_are_not_known_yet_is_refused(look):
     tape = Tape()
     out = tape.begin(torch.ones(2, 4), Answer)
     try:
-        with pytest.raises(RuntimeError, match="must not depend on the numbers"):
+        with pytest.raises(RuntimeError, match="must not depend on the values"):
             look(out)
     finally:
         tape.stop()
 
 
-def test_a_number_that_is_read_past_the_dispatcher_shows_in_the_result():
+def test_a_value_that_is_read_past_the_dispatcher_makes_the_result_nan():
     tape = Tape()
     out = tape.begin(torch.ones(2, 4), Answer)
     out = out * float(out.numpy().max())
@@ -462,7 +462,7 @@ class Counting(torch.nn.Module):
         return self.inner(rows) * self.seen
 
 
-def test_a_copy_shares_weights_and_nothing_that_a_forward_changes():
+def test_a_copy_shares_weights_but_nothing_that_a_forward_changes():
     whole = torch.nn.Sequential(Counting(), torch.nn.Tanh())
     part = replaced(whole, {"1": torch.nn.Identity()})
     rows = torch.ones(3, 2)
@@ -474,7 +474,7 @@ def test_a_copy_shares_weights_and_nothing_that_a_forward_changes():
     np.testing.assert_array_equal(inner(rows), torch.full((3, 2), 3.0).tanh())
 
 
-def test_a_block_keeps_its_weights_while_any_thread_has_it(models):
+def test_a_block_keeps_its_weights_while_any_thread_holds_it(models):
     _, directory = models("mixtral")
     model, left = open_model(str(directory), "auto"), threading.Event()
 
@@ -497,7 +497,7 @@ def test_a_block_keeps_its_weights_while_any_thread_has_it(models):
 
 
 def script(*arguments):
-    """Start the script as a person does."""
+    """Start the script as a user would."""
     return subprocess.Popen(
         [sys.executable, ROOT / "workflows" / "walk_model.py", *map(str, arguments)],
         stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
@@ -506,7 +506,7 @@ def script(*arguments):
 
 
 def done_in(record):
-    """The files that tell which blocks of an output are done."""
+    """Return the files that record which blocks of an output are done."""
     return list(record.glob("done*"))
 
 
@@ -516,7 +516,7 @@ def end(process):
     return out, told
 
 
-def test_a_walk_that_is_killed_goes_on_with_the_same_bits(models, tmp_path):
+def test_a_walk_that_was_killed_continues_with_the_same_bits(models, tmp_path):
     """kill -9 in the first, second and third block, then to the end."""
     _, directory = models("deepseek_v2")
     np.save(tmp_path / "ids.npy", np.random.default_rng(0).integers(3, VOCABULARY, (200, 40)))
@@ -548,8 +548,8 @@ def test_a_walk_that_is_killed_goes_on_with_the_same_bits(models, tmp_path):
     assert losses[0] == losses[1]
 
 
-def test_a_walk_that_is_killed_while_it_collects_goes_on_with_the_same_bits(models, tmp_path):
-    """Between two groups of token chunks: what the first has summed is not summed again."""
+def test_a_walk_that_was_killed_while_collecting_continues_with_the_same_bits(models, tmp_path):
+    """Killed between two groups of token chunks: the sums of the first are not computed again."""
     _, directory = models("olmoe")
     np.save(tmp_path / "ids.npy", np.random.default_rng(0).integers(3, VOCABULARY, (100, 40)))
     what = ["--collect", "usage,amax,reap", "--chunk-rows", 40, "--layers", 0]
@@ -573,7 +573,7 @@ def test_a_walk_that_is_killed_while_it_collects_goes_on_with_the_same_bits(mode
 
 
 def same_values(ours, theirs, blocks):
-    """Two walks of which one ran on workers, which have other threads and chunks of rows."""
+    """Compare two walks, one of which ran on workers, with other numbers of threads and rows."""
     close(read(ours / "final.zarr"), read(theirs / "final.zarr"), 1e-6)
     for block in blocks:
         name = f"routing_{block:03d}.zarr"
@@ -589,7 +589,7 @@ def same_values(ours, theirs, blocks):
 
 
 def test_a_walk_on_worker_processes_and_on_a_cluster(models, ids, tmp_path):
-    """Two of its own, and two of a scheduler's, give what this process gives."""
+    """Two processes that it starts, and two workers of a scheduler, give what this process does."""
     _, directory = models("glm4_moe")
     arguments = [directory, ids, "--save", "routing", "--collect", "usage,reap", "--chunk-rows", 30]
     end(script(*arguments, "--out", tmp_path / "here"))
@@ -613,15 +613,15 @@ def test_workers_that_lack_the_walk_are_refused(models, ids, tmp_path):
         process = script(directory, ids, "--out", tmp_path / "out", "--scheduler", cluster.address)
         _, told = process.communicate(timeout=DEADLINE)
     assert process.returncode == 1
-    assert "must have torch, transformers and the directory workflows/ on their" in told
+    assert "must have torch and transformers, and workflows/ on their PYTHONPATH" in told
     assert "No module named 'walk'" in told
 
 
-def test_what_cannot_be_resumed_is_refused(models, ids, tmp_path):
+def test_a_walk_is_not_overwritten_or_resumed_with_other_options(models, ids, tmp_path):
     _, directory = models("mixtral")
     options = Options(str(directory), str(ids), str(tmp_path / "acts"))
     run(options)
-    with pytest.raises(FileExistsError, match="acts exists; resume to continue it"):
+    with pytest.raises(FileExistsError, match="acts exists; use --resume to continue it"):
         run(options)
     from dataclasses import replace
 
@@ -644,8 +644,8 @@ def test_a_text_is_read_with_the_tokenizer_of_the_checkpoint(models, tmp_path):
 
 
 def test_memory_of_attention_is_found_without_computing(models):
-    """A batch twice as large takes twice as much; a longer one no more than in proportion, as
-    attention is fused."""
+    """Memory grows in proportion to the documents of a batch, and, as attention is fused, to their
+    length."""
     from walk.memory import attention_bytes
 
     _, directory = models("mixtral", sliding_window=None)
@@ -656,9 +656,9 @@ def test_memory_of_attention_is_found_without_computing(models):
     assert small > 4 * 2 * 16 * 32 * 4, "more than the batch, its norm, queries and keys"
 
 
-def test_a_limit_that_holds_nothing_is_refused(models, ids, tmp_path):
+def test_a_memory_limit_below_what_a_walk_takes_is_refused(models, ids, tmp_path):
     _, directory = models("mixtral")
-    with pytest.raises(MemoryError, match=r"a limit of 100 MB must hold .* MB besides experts"):
+    with pytest.raises(MemoryError, match=r"memory limit must be at least .* but is 100 MB"):
         run(
             Options(
                 str(directory),
@@ -676,7 +676,7 @@ def test_token_ids_beyond_the_vocabulary_are_refused(models, tmp_path):
         run(Options(str(directory), str(tmp_path / "ids.npy"), str(tmp_path / "acts")))
 
 
-def test_what_a_walk_takes_is_measured():
+def test_the_cost_of_a_walk_is_measured():
     """The script makes a checkpoint, walks it within memory, and reads each expert once."""
     done = subprocess.run(
         [sys.executable, ROOT / "workflows" / "walk_cost.py", "--tokens", "600", "--length", "32",
@@ -708,7 +708,7 @@ def give_tokenizer(directory):
 
 
 def test_the_example_of_the_readme(tmp_path):
-    """Collect, prune, compare: each line as it is there."""
+    """Collect, prune, compare: each line as printed there."""
     text = (ROOT / "workflows" / "README.md").read_text()
     example = text.split("## A whole model")[1].split("```sh\n")[1].split("```")[0]
     make_model("qwen3_moe", tmp_path / "MODEL", num_experts=8)

@@ -1,1 +1,1 @@
-"""What `walk_model.py` is made of: a whole model, one decoder block at a time."""
+"""The parts of `walk_model.py`: a whole model, one decoder block at a time."""

@@ -1,15 +1,15 @@
-"""How does a token chunk go through one decoder block, when its MoE module is elsewhere?
+"""How does a token chunk go through one decoder block whose MoE module is computed elsewhere?
 
-    rows ──> attend: the block runs once, from end to end; its MoE module is a stand-in, which hands
-             its input over and gives back something of the same shape
-             what the block does with that is written down, with the numbers that it needs
+    rows ──> attend: the block runs once, from start to end, with a stand-in for its MoE module;
+             the stand-in keeps its input and returns a placeholder of the same shape;
+             the operations on the placeholder are recorded, with the other tensors they take
     MoE input ──> dask_ep ──> MoE output
-    MoE output ──> finish: what was written down is done with it: a sum with the residual, mostly
+    MoE output ──> finish: the recorded operations are replayed on it, mostly a residual sum
 
-The model's own forward calls the block, so that masks, rotary embeddings and all else that a block
-is given are the model's: stand-ins take the places of all blocks, one tells what it is given, and
-the block computes with that from the stored rows. Several threads do so at a time, each with copies
-of the modules, which share the weights and nothing that a forward may change.
+Masks, rotary embeddings and all other arguments of a block come from the model's own forward: it
+runs with stand-ins for all blocks, one of which captures its arguments, and the block then runs
+with these on the stored rows. Several threads do so at a time, each with copies of the modules that
+share the weights but nothing that a forward may change.
 """
 
 from __future__ import annotations
@@ -30,18 +30,18 @@ from walk.tensors import as_numpy, as_tensor
 
 
 class Reached(Exception):
-    """What was wanted is there: the rest of the model need not run."""
+    """Ends a forward early: the value is known, and the rest of the model need not run."""
 
     def __init__(self, value: Any):
         self.value = value
 
 
 class StandIn(nn.Module):
-    """In the place of a block: does `act`, and otherwise looks like the block."""
+    """Replaces a block: calls `act`, and otherwise looks like the block."""
 
     def __init__(self, block: nn.Module, act: Callable[..., torch.Tensor]):
         super().__init__()
-        self.__dict__.update(block=block, act=act)  # not a child: the block is not part of this
+        self.__dict__.update(block=block, act=act)  # the block must not become a child module
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self.__dict__["block"], name)
@@ -51,7 +51,7 @@ class StandIn(nn.Module):
 
 
 class Answer(torch.Tensor):
-    """A module's output where some models expect it alone, and others in a pair with scores."""
+    """A module's output: some models expect just the tensor, others unpack it with the scores."""
 
     __torch_function__ = torch._C._disabled_torch_function_impl
 
@@ -63,7 +63,7 @@ class Answer(torch.Tensor):
 
 
 def embed(model: Model, ids: np.ndarray, lengths: Sequence[int], tokens: int) -> np.ndarray:
-    """Return what the first block is given, (n, d), for the ids of whole documents."""
+    """Return the first block's input, (n, d), for the token ids of whole documents."""
 
     def first(hidden_states: torch.Tensor, *_: Any, **__: Any) -> torch.Tensor:
         raise Reached(hidden_states)
@@ -75,7 +75,7 @@ def embed(model: Model, ids: np.ndarray, lengths: Sequence[int], tokens: int) ->
     if used[-1] >= source.shape[0] or used[0] < 0:
         raise ValueError(
             f"token ids must be in [0, {source.shape[0]}), the vocabulary of {model.directory}, "
-            f"but there is {used[-1] if used[0] >= 0 else used[0]}"
+            f"but one is {used[-1] if used[0] >= 0 else used[0]}"
         )
     rows = np.concatenate([source.read(first, last) for first, last in _runs(used)])
     weight = nn.Parameter(as_tensor(rows).to(model.dtype), requires_grad=False)
@@ -99,14 +99,14 @@ def whole(
 def attend(
     model: Model, block: int, rows: np.ndarray, lengths: Sequence[int], tokens: int, kept: str
 ) -> np.ndarray:
-    """Return the rows (n, d) that the block's MoE module is given; keep what is to be done then.
+    """Return the input (n, d) of the block's MoE module; save the operations that come after it.
 
     Parameters
     ----------
     rows : (n, d), of whole documents
     lengths : of the documents
-    tokens : of a batch at most, padding included
-    kept : the file that `finish` reads
+    tokens : maximum of a batch, padding included
+    kept : file for the recorded operations, which `finish` reads
     """
     tapes: list[dict[str, Any]] = []
 
@@ -134,13 +134,13 @@ def attend(
 def finish(
     model: Model, moe_rows: np.ndarray, lengths: Sequence[int], tokens: int, kept: str
 ) -> np.ndarray:
-    """Return a block's output (n, d), from what its MoE module gave."""
+    """Return a block's output (n, d), computed from the output of its MoE module."""
     tapes = iter(torch.load(kept, weights_only=True))
     return _in_batches(moe_rows, lengths, tokens, model, lambda batch: play(next(tapes), batch))
 
 
 def last_norm(model: Model, rows: np.ndarray, lengths: Sequence[int], tokens: int) -> np.ndarray:
-    """Return the model's last hidden states (n, d), from the output of the last block."""
+    """Return the model's final hidden states (n, d), from the output of its last block."""
 
     def run(batch: torch.Tensor) -> torch.Tensor:
         decoder = decoder_of(model, {len(model.blocks) - 1: lambda *_, **__: batch})
@@ -153,7 +153,7 @@ def last_norm(model: Model, rows: np.ndarray, lengths: Sequence[int], tokens: in
 
 
 def _runner(model: Model, number: int, block: nn.Module) -> Callable[[torch.Tensor], torch.Tensor]:
-    """What sends a batch of stored rows through a block, with all else that the model gives it."""
+    """Return a function that runs a block on a batch of stored rows, with the model's arguments."""
 
     def reached(_: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
         raise Reached((args, kwargs))
@@ -183,7 +183,7 @@ def _in_batches(
     model: Model,
     run: Callable[[torch.Tensor], torch.Tensor],
 ) -> np.ndarray:
-    """Run rows in batches of documents, (documents, length, ...), zeros behind the ends."""
+    """Run rows in batches of documents, (documents, length, ...), padded with zeros at the end."""
     ends = np.cumsum(lengths).tolist()
     spans = [slice(end - int(length), end) for end, length in zip(ends, lengths, strict=True)]
     given, out = as_tensor(rows), torch.empty(0)
@@ -211,9 +211,9 @@ def decoder_of(
     acts: Mapping[int, Callable[..., torch.Tensor]],
     parts: Mapping[str, nn.Module] | None = None,
 ) -> nn.Module:
-    """The model's decoder with stand-ins for all blocks; those without an act pass on what comes.
+    """Return the model's decoder with stand-ins for all blocks; without an act they do nothing.
 
-    `parts` are modules that take the places of others, by their paths.
+    `parts` maps paths of other modules to their replacements.
     """
     layers = nn.ModuleList(
         StandIn(block, acts.get(number, lambda hidden_states, *_, **__: hidden_states))
@@ -225,9 +225,9 @@ def decoder_of(
 def replaced(
     module: nn.Module, parts: Mapping[str, nn.Module] | None = None, path: str = ""
 ) -> nn.Module:
-    """A copy of a module, with others in the places of some of its parts.
+    """Copy a module, with some of its submodules replaced.
 
-    It shares the parameters. Buffers and attributes, which some forwards change, are its own.
+    The copy shares the parameters but not buffers and attributes, which some forwards change.
     """
     parts, new = parts or {}, copy.copy(module)
     new._buffers = {n: b if b is None else b.clone() for n, b in module._buffers.items()}
@@ -242,16 +242,16 @@ def replaced(
 
 
 def with_parameters(module: nn.Module, **parameters: nn.Parameter | None) -> nn.Module:
-    """A copy of a module, with other parameters."""
+    """Copy a module, with some of its parameters replaced."""
     new = copy.copy(module)
     new._parameters = module._parameters | parameters
     return new
 
 
-# --- small things ----------------------------------------------------------------------------
+# --- helpers ---------------------------------------------------------------------------------
 
 
 def _runs(numbers: np.ndarray) -> list[tuple[int, int]]:
-    """Cut sorted numbers into ranges without gaps."""
+    """Split sorted numbers into ranges without gaps."""
     breaks = np.flatnonzero(np.diff(numbers) != 1) + 1
     return [(int(run[0]), int(run[-1]) + 1) for run in np.split(numbers, breaks)]

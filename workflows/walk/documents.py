@@ -5,9 +5,9 @@
     token chunks: whole documents, about `rows` rows each  <───────────┘
     batches of a chunk: documents of about one length, padded at the end to the longest
 
-Stored rows are packed without padding. Attention sees a batch, in which a document is a sequence of
-its own: so no document sees another one, in any kind of attention, and without a mask, since a
-causal model never looks at the padding behind a token.
+Stored rows are packed without padding. Attention runs on a batch in which each document is a
+separate sequence, so no document attends to another one, whatever the kind of attention. No mask is
+needed either: a causal model never attends to the padding that follows a token.
 """
 
 from __future__ import annotations
@@ -22,12 +22,12 @@ import numpy as np
 
 from dask_ep.storage.sources import Source, open_safetensors, open_source
 
-MOST_PADDING = 0.125
-"""Part of a batch that may be padding."""
+MAX_PADDING = 0.125
+"""Fraction of a batch that may be padding."""
 
 
 class Documents(NamedTuple):
-    """Token ids of all documents, back to back, and where each ends."""
+    """Token ids of all documents, back to back, and the length of each."""
 
     ids: np.ndarray
     #: (N,) int64
@@ -43,20 +43,20 @@ class Documents(NamedTuple):
 
 
 def read_documents(text: str, length: int, tokenize: Callable[[list[str]], list]) -> Documents:
-    """Read what the model is to see.
+    """Read the documents that go through the model.
 
     Parameters
     ----------
     text : a directory with vLLM's files of hidden states, one per request; or token ids as ``.npy``
         or ``.zarr``, (sequences, length), where negative ids at the end of a sequence are padding;
-        or a text file with one document a line
-    length : tokens of a document at most; longer ones are cut, and the pieces are documents
-    tokenize : the ids of each of some lines, as a tokenizer gives them
+        or a text file with one document per line
+    length : maximum tokens of a document; longer ones are cut into several documents
+    tokenize : function from a list of lines to the token ids of each
 
     Raises
     ------
     ValueError, OSError
-        If there is nothing to read, or it is not what it must be; the message names the place.
+        If there is nothing to read, or it is not valid; the message says where.
     """
     if os.path.splitext(text)[1] in (".npy", ".zarr"):
         sequences = _sequences_of_ids(text)
@@ -95,17 +95,17 @@ def _sequences_of_ids(path: str) -> Iterator[np.ndarray]:
         real = int(np.count_nonzero(ids >= 0))
         if (ids[:real] < 0).any():
             raise ValueError(
-                f"sequence {s} of {path} must have its padding (negative ids) at the end, but "
-                f"has one at position {int(np.argmax(ids < 0))} before a token"
+                f"sequence {s} of {path} must have its padding (negative ids) at the end, but has "
+                f"a negative id at position {int(np.argmax(ids < 0))}, before a token"
             )
         yield ids[:real]
 
 
-# --- hidden states that others have kept -----------------------------------------------------
+# --- hidden states from vLLM -----------------------------------------------------------------
 
 
 def request_files(directory: str) -> list[str]:
-    """Return the files of vLLM's ``extract_hidden_states``, one per request, in order of names."""
+    """Return the files of vLLM's ``extract_hidden_states``, one per request, sorted by name."""
     found = sorted(str(path) for path in Path(directory).glob("*.safetensors"))
     if not found:
         raise ValueError(
@@ -122,12 +122,12 @@ def read_ids(path: str) -> np.ndarray:
 
 
 def hidden_shape(path: str, column: int) -> tuple[int, int]:
-    """Return the shape (n, d) of what `read_hidden` gives; nothing is read but headers.
+    """Return the shape (n, d) of what `read_hidden` returns, from headers alone.
 
     Raises
     ------
     ValueError
-        If the layer is not there, or the tokens with hidden states are not those with ids.
+        If the layer is not in the file, or its hidden states and token ids differ in number.
     """
     source, ids = _tensor(path, "hidden_states"), _tensor(path, "token_ids")
     if source.ndim != 3 or not 0 <= column < source.shape[1]:
@@ -137,14 +137,14 @@ def hidden_shape(path: str, column: int) -> tuple[int, int]:
         )
     if source.shape[0] != prod(ids.shape):
         raise ValueError(
-            f"{path} must hold hidden states of each token, but has {prod(ids.shape)} token_ids "
-            f"and hidden states of {source.shape[0]} tokens"
+            f"{path} must hold the hidden states of each token, but has {prod(ids.shape)} "
+            f"token_ids and hidden states of {source.shape[0]} tokens"
         )
     return source.shape[0], source.shape[2]
 
 
 def read_hidden(path: str, column: int, dtype: np.dtype) -> np.ndarray:
-    """Read the hidden states (n, d) of a request's tokens, of one of the layers that were kept."""
+    """Read the hidden states (n, d) of a request's tokens, from one of the layers in the file."""
     source = _tensor(path, "hidden_states")
     return source.read(0, source.shape[0])[:, column].astype(dtype)
 
@@ -167,7 +167,7 @@ def chunk_documents(lengths: Sequence[int], rows: int) -> list[int]:
 
     Returns
     -------
-    list of int, the number of documents in each chunk; a longer document is a chunk of its own
+    list of int, the number of documents in each chunk; a longer document gets its own chunk
 
     Examples
     --------
@@ -190,12 +190,11 @@ def batch_documents(lengths: Sequence[int], tokens: int) -> list[np.ndarray]:
     Parameters
     ----------
     lengths : of the documents
-    tokens : of a batch at most, padding included; a longer document is a batch of its own
+    tokens : maximum of a batch, padding included; a longer document gets its own batch
 
     Returns
     -------
-    list of arrays of document numbers: the longest first, in each batch at most `MOST_PADDING` of
-    padding
+    list of arrays of document numbers, longest first; at most `MAX_PADDING` of a batch is padding
 
     Examples
     --------
@@ -208,7 +207,7 @@ def batch_documents(lengths: Sequence[int], tokens: int) -> list[np.ndarray]:
     for d in order:
         length = int(lengths[d])
         count = len(batches[-1]) + 1 if batches else 1
-        full = count * longest > tokens or real + length < (1 - MOST_PADDING) * count * longest
+        full = count * longest > tokens or real + length < (1 - MAX_PADDING) * count * longest
         if not batches or full:
             batches.append([])
             longest, real = length, 0
@@ -218,7 +217,7 @@ def batch_documents(lengths: Sequence[int], tokens: int) -> list[np.ndarray]:
 
 
 def next_tokens(documents: Documents) -> np.ndarray:
-    """Return what each token is to be followed by, (N,); -1 at the end of a document."""
+    """Return the id of the token after each one, (N,); -1 at the end of a document."""
     targets = np.full(len(documents.ids), -1, dtype=np.int64)
     targets[:-1] = documents.ids[1:]
     targets[np.cumsum(documents.lengths) - 1] = -1
@@ -226,7 +225,7 @@ def next_tokens(documents: Documents) -> np.ndarray:
 
 
 def spans(counts: Iterable[int]) -> list[tuple[int, int]]:
-    """Turn numbers of things into the ranges that they take.
+    """Turn counts into consecutive ranges (start, stop).
 
     Examples
     --------

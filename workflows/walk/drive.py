@@ -1,4 +1,4 @@
-"""How does a walk go from its options to its summary?"""
+"""How does a walk run, from its options to its summary?"""
 
 from __future__ import annotations
 
@@ -34,10 +34,10 @@ from walk.tasks import Task, TorchThreads
 from walk.tensors import numpy_dtype
 
 HEAD_BYTES = 256 << 20
-"""Of the heads that are in memory at a time."""
+"""Bytes of the heads that are in memory at a time."""
 
 MEMORY_PART = 0.8
-"""Of the machine's memory that a walk may fill by default."""
+"""Fraction of the machine's memory that a walk may fill by default."""
 
 
 def run(options: Options, say: Callable[[str], Any] = lambda _: None) -> dict[str, Any]:
@@ -46,9 +46,9 @@ def run(options: Options, say: Callable[[str], Any] = lambda _: None) -> dict[st
     Raises
     ------
     FileExistsError, ValueError
-        If the output cannot be begun or resumed, or the options do not fit the model.
+        If the output cannot be created or resumed, or the options do not suit the model.
     MemoryError
-        If the memory limit is too low for what must be in memory.
+        If the memory limit is too low.
     """
     began = time.monotonic()
     read = read_documents(options.text, options.length, _tokenizer(options.model))
@@ -88,7 +88,7 @@ def run(options: Options, say: Callable[[str], Any] = lambda _: None) -> dict[st
 
 
 def _walks(options: Options, models: list[Model], where: Where, progress: Progress) -> list[Walk]:
-    """One walk for each model; that of the second is in a directory of its own."""
+    """Return one walk for each model; the second one writes to a subdirectory."""
     out = os.path.realpath(options.out)
     lengths = os.path.join(out, "lengths.npy")
     blocks = options.layers or range(len(models[0].blocks))
@@ -148,7 +148,7 @@ def _begin(options: Options, walk: Walk, first: int) -> None:
 
 
 def _finish(options: Options, walks: list[Walk], kept: Record) -> dict[str, Any]:
-    """Score the last hidden states."""
+    """Score the final hidden states."""
     finals = [walk.last_norm() for walk in walks]
     targets = os.path.join(os.path.realpath(options.out), "targets.npy")
     scores = score_all(walks, finals, targets, HEAD_BYTES)
@@ -162,7 +162,7 @@ def _finish(options: Options, walks: list[Walk], kept: Record) -> dict[str, Any]
 
 
 def _mean(loss: np.ndarray) -> dict[str, float]:
-    """The mean of the tokens that another follows; nothing where there are none."""
+    """Return the mean over tokens that are followed by another; {} if there are none."""
     followed = loss[~np.isnan(loss)]
     if not len(followed):
         return {}
@@ -187,12 +187,12 @@ def _state_need(
 
 
 def _tokenizer(model: str) -> Callable[[list[str]], list]:
-    """Return what gives the token ids of lines; it is opened when there are lines."""
+    """Return a function from lines to their token ids; it loads the tokenizer when called."""
     return lambda lines: AutoTokenizer.from_pretrained(model)(lines)["input_ids"]
 
 
 def _place_of_moe(options: Options, client: Client | None, memory: int) -> Threads | Cluster:
-    """Where the jobs of MoE layers run: in this process, or on the walk's own workers."""
+    """Return where the jobs of MoE layers run: in this process, or on the walk's workers."""
     if client is None:
         return Threads(options.threads, memory)
     if isinstance(options.where, Cluster):
@@ -201,7 +201,7 @@ def _place_of_moe(options: Options, client: Client | None, memory: int) -> Threa
 
 
 def _limit(options: Options, client: Client | None) -> int:
-    """Bytes that a process of the walk may fill: this one, or the worker that has least."""
+    """Return the bytes that a process may fill: this one, or the worker with the lowest limit."""
     if client is None:
         limits = [size_in_bytes(options.where.memory_limit)]
     else:
@@ -212,7 +212,7 @@ def _limit(options: Options, client: Client | None) -> int:
 
 @contextlib.contextmanager
 def _client(options: Options) -> Iterator[Client | None]:
-    """A client of the workers that were asked for; None where there are none."""
+    """Yield a client of the workers that were asked for, or None if the walk runs here."""
     if isinstance(options.where, Threads):
         yield None
         return
@@ -226,16 +226,16 @@ def _client(options: Options) -> Iterator[Client | None]:
 
 
 def _check_imports(client: Client) -> None:
-    """Raise unless all workers can do the tasks."""
+    """Raise unless all workers can import the tasks."""
 
-    def import_tasks() -> None:  # travels as what it is, not by a name in what may be lacking
+    def import_tasks() -> None:  # a local function is pickled by value: workers need no module
         importlib.import_module("walk.tasks")
 
-    answers = client.run(import_tasks, on_error="return")
-    lacking = [(worker, error) for worker, error in answers.items() if error is not None]
-    if lacking:
-        worker, error = lacking[0]
+    results = client.run(import_tasks, on_error="return")
+    failed = [(worker, error) for worker, error in results.items() if error is not None]
+    if failed:
+        worker, error = failed[0]
         raise ImportError(
-            f"workers must have torch, transformers and the directory workflows/ on their "
-            f"PYTHONPATH, but {len(lacking)} have not, such as {worker}: {error}"
+            f"workers must have torch and transformers, and workflows/ on their PYTHONPATH, but "
+            f"{len(failed)} cannot import the walk, for example {worker}: {error}"
         )

@@ -1,10 +1,10 @@
-"""What does the model expect next, and how far off is it?
+"""What loss does a model have, and how do two models' predictions differ?
 
-    last hidden states (n, d) ──> logits of a part of the vocabulary ──> a few sums for each row
+    final hidden states (n, d) ──> logits of a part of the vocabulary ──> a few sums for each row
     the sums of all parts ──> loss of each token, and the KL divergence from another model's logits
 
-Logits come from the model's own forward, whose decoder is replaced by the stored rows and whose
-head has a part of the vocabulary, so that what the model does to logits is done.
+Logits come from the model's own forward, so whatever it does to logits is included. Its decoder is
+replaced by one that returns the stored rows, and its head by a part of it.
 """
 
 from __future__ import annotations
@@ -22,17 +22,17 @@ from walk.model import Model, path_of
 from walk.tensors import as_tensor
 
 LOGIT_BYTES = 8 << 20
-"""Of memory for the logits that are computed at a time: about what caches hold."""
+"""Memory for the logits that are computed at a time: about the size of a cache."""
 
 COLUMNS, COLUMNS_OF_TWO = 3, 7
-"""Of what `score` returns."""
+"""Columns of what `score` returns, for one model and for two."""
 
 
 class Scores(NamedTuple):
-    """What follows from the logits of whole rows."""
+    """Losses and KL divergences of all rows."""
 
     loss: np.ndarray
-    #: (n,) float64, of each token that one follows; NaN of the others
+    #: (n,) float64, of each token that is followed by another; NaN for the others
     other_loss: np.ndarray | None
     #: of the other model
     kl: np.ndarray | None
@@ -40,7 +40,7 @@ class Scores(NamedTuple):
 
 
 class _Hidden:
-    """What a decoder returns, as far as heads look at it."""
+    """What a decoder returns, reduced to what heads read."""
 
     def __init__(self, rows: torch.Tensor):
         self.last_hidden_state = rows
@@ -53,7 +53,7 @@ class _Hidden:
 
 
 class _Decoder(nn.Module):
-    """In the place of a model's decoder: gives the rows that it is to score."""
+    """Replaces a model's decoder: returns the rows to score."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -64,7 +64,7 @@ class _Decoder(nn.Module):
 
 
 def head_sources(model: Model) -> tuple[Source, Source | None]:
-    """The head's matrix (vocabulary, d), and its bias; the embedding's where they are tied."""
+    """Return the head's matrix (vocabulary, d), the embedding's if they are tied, and its bias."""
     linear = model.whole.get_output_embeddings()
     path, names = path_of(model.whole, linear), model.names_outside
     if path + "weight" not in names:
@@ -81,20 +81,20 @@ def score(
     rows: Sequence[np.ndarray],
     targets: np.ndarray,
 ) -> np.ndarray:
-    """Score rows by a part of the vocabulary.
+    """Score rows against a part of the vocabulary.
 
     Parameters
     ----------
     models : one, or two whose logits are compared
-    vocabulary : first token id, last + 1
-    rows : last hidden states (n, d) of each model
-    targets : (n,) the token that follows; -1 without one
+    vocabulary : the part's first token id, and its last + 1
+    rows : final hidden states (n, d) of each model
+    targets : (n,) the token that follows each one; -1 where none does
 
     Returns
     -------
-    (n, 3) float64: the largest logit, the sum of exp(logit - largest), the logit of the target
-    (0 if it is elsewhere); of two models the same again, and the sum of
-    exp(logit - largest) * (logit - other logit)
+    (n, 3) float64: the largest logit, the sum of exp(logit - largest), and the logit of the target
+    (0 if it is in another part). With two models there follow the same three of the second, and the
+    sum of exp(logit - largest) * (logit - other logit)
     """
     first, last = vocabulary
     n, columns = len(targets), COLUMNS if len(models) == 1 else COLUMNS_OF_TWO
@@ -149,7 +149,8 @@ def combine(parts: Iterable[np.ndarray], targets: np.ndarray) -> Scores:
 def heads(
     models: Sequence[Model], vocabulary: tuple[int, int]
 ) -> list[Callable[[np.ndarray], torch.Tensor]]:
-    """Functions from rows (n, d) to float32 logits of a part of the vocabulary, one a model."""
+    """Return, for each model, a function from rows (n, d) to float32 logits of a part of the
+    vocabulary."""
     return [_head(model, vocabulary) for model in models]
 
 
@@ -171,10 +172,10 @@ def _head(model: Model, vocabulary: tuple[int, int]) -> Callable[[np.ndarray], t
 def _part_of_head(
     model: Model, vocabulary: tuple[int, int]
 ) -> tuple[nn.Parameter, nn.Parameter | None]:
-    """Read a part of the head; the last one that was read stays with the model."""
+    """Read a part of the head; the model caches the last one that was read."""
     with model.head_lock:
         if model.head_part is None or model.head_part[0] != vocabulary:
-            model.head_part = None  # gone before the next one comes
+            model.head_part = None  # free it before the next one is read
             read = [
                 None if source is None else as_tensor(source.read(*vocabulary)).to(model.dtype)
                 for source in head_sources(model)

@@ -1,14 +1,13 @@
-"""How much memory does a walk take, at most?
+"""What is the peak memory of a walk?
 
-    the process, with torch and the model without weights      measured at the start, and what
-                                                               it grows by
-  + the largest block without its MoE module                   by its shapes
-  + the most of: a batch in attention, and the chunks of rows  by a run on the meta device
-                 experts, as `dask_ep` plans within what is left
-                 the head's part of the vocabulary, and logits
+    the process, with torch and the model without weights   measured at the start, plus its growth
+  + the largest block without its MoE module                from its shapes
+  + the largest of: a batch in attention, token chunks      from a run on the meta device
+                    experts                                 `dask_ep` plans with what is left
+                    one part of the head, and logits
 
-What a batch takes in attention is found without computing: the block runs on tensors that have
-shapes and no memory, and every tensor counts from when it is made until it is dropped.
+What a batch takes in attention is found without computing anything: the block runs on tensors that
+have shapes but no memory, and every tensor counts from its creation until it is freed.
 """
 
 from __future__ import annotations
@@ -34,18 +33,18 @@ from walk.head import LOGIT_BYTES
 from walk.model import AT_ONCE, Model
 
 CHUNKS = 5 * AT_ONCE
-"""Token chunks in memory at a time, of all tasks: read, being written, to be joined to stored
-chunks, and what their MoE module's output will be added to."""
+"""Token chunks in memory at a time, over all tasks: read, being written, waiting to be joined to
+stored chunks, and those that the MoE module's output will be added to."""
 
 LOGITS = 4 * AT_ONCE
 """Arrays of logits at a time."""
 
 GROWTH = 256 << 20
-"""What a process comes to take besides, once its libraries have computed: code that they make for
-the shapes that come, and what the C library keeps."""
+"""What a process grows by once its libraries have computed: code that they generate for the shapes
+they meet, and memory that the C library keeps."""
 
 MMAP_THRESHOLD, TRIM_THRESHOLD, ARENA_MAX = -3, -1, -8
-"""Names of what glibc's ``mallopt`` sets."""
+"""Parameters of glibc's ``mallopt``."""
 
 
 @dataclass(frozen=True)
@@ -54,9 +53,9 @@ class Need:
 
     process: int
     block: int
-    #: the largest one without its MoE module
+    #: the largest one, without its MoE module
     attention: int
-    #: of the batches that compute at a time
+    #: of the batches that are computed at a time
     chunks: int
     head: int
     #: one part of it, with logits
@@ -64,12 +63,12 @@ class Need:
 
     @property
     def experts(self) -> int:
-        """What is left to the MoE layers, as the limit of a `dask_ep` job of its own."""
+        """The memory limit for the `dask_ep` jobs of the MoE layers."""
         return self.limit - self.process - self.block + PASSES_PROCESS_BYTES
 
     @property
     def least(self) -> int:
-        """What the walk takes besides experts."""
+        """What the walk takes without experts."""
         return self.process + max(self.block + self.attention + self.chunks, self.head)
 
     def __str__(self) -> str:
@@ -85,20 +84,20 @@ class Need:
 def find_need(
     models: list[Model], limit: int, chunk_rows: int, documents: int, length: int, head_bytes: int
 ) -> Need:
-    """State what a walk takes.
+    """Compute the memory that a walk needs.
 
     Parameters
     ----------
-    models : that go through together
-    limit : bytes of the process
-    chunk_rows : of a token chunk
-    documents, length : of the batch that takes most
-    head_bytes : of the heads that are in memory at a time
+    models : one, or two that are walked through together
+    limit : bytes that the process may take
+    chunk_rows : rows of a token chunk
+    documents, length : of the batch that takes the most memory
+    head_bytes : bytes of the heads that are in memory at a time
 
     Raises
     ------
     MemoryError
-        If the limit is too low for anything but experts; the message has the numbers.
+        If the limit is too low even without experts; the message has the numbers.
     """
     rows = chunk_rows * max(model.config_width * model.dtype.itemsize for model in models)
     kinds = [(model, block) for model in models for block in _kinds(model)]
@@ -112,15 +111,15 @@ def find_need(
     )
     if need.least > limit:
         raise MemoryError(
-            f"a limit of {limit / 1e6:,.0f} MB must hold {need.least / 1e6:,.0f} MB besides "
-            f"experts ({need}); allow more memory, or choose a smaller --chunk-rows, "
-            "--batch-tokens or --length"
+            f"the memory limit must be at least {need.least / 1e6:,.0f} MB, not counting experts, "
+            f"but is {limit / 1e6:,.0f} MB ({need}); allow more memory, or choose a smaller "
+            "--chunk-rows, --batch-tokens or --length"
         )
     return need
 
 
 def _kinds(model: Model) -> list[int]:
-    """One block of each kind: those that differ in shapes, or in what the config calls them."""
+    """Return one block of each kind; kinds differ in shapes or in the config's `layer_types`."""
     kinds: dict[Any, int] = {}
     types = getattr(model.decoder.config, "layer_types", None) or [None] * len(model.blocks)
     for number, block in enumerate(model.blocks):
@@ -130,16 +129,16 @@ def _kinds(model: Model) -> list[int]:
 
 
 def resident_bytes() -> int:
-    """Bytes of physical memory that this process has."""
+    """Return the bytes of physical memory that this process uses."""
     with open("/proc/self/statm") as file:
         return int(file.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
 
 
 def keep_freed() -> None:
-    """Let the C library keep what is freed until `give_back`, for all threads together.
+    """Let the C library keep freed memory until `give_back`, for all threads together.
 
-    Otherwise it gives each large array back at once, and each new one is memory that the process
-    has never seen: millions of page faults.
+    Otherwise it returns each large array to the system at once, and each new one comes as fresh
+    pages: millions of page faults.
     """
     with suppress(OSError, AttributeError):  # another C library
         library = ctypes.CDLL(None)
@@ -148,11 +147,10 @@ def keep_freed() -> None:
 
 
 def give_back() -> None:
-    """Give the memory that nobody uses back to the system, between two stages.
+    """Return unused memory to the system, between two stages.
 
-    The C library keeps what was freed, for each thread that there was: without this, a process
-    grows from block to block. What is there for good need not be looked through each time: see
-    `gc.freeze` where the walk begins.
+    The C library keeps what each thread has freed; without this, a process grows from block to
+    block. The walk calls `gc.freeze` at its start, so that permanent objects are not scanned here.
     """
     pool.release()
     gc.collect()
@@ -164,7 +162,7 @@ def give_back() -> None:
 
 
 def attention_bytes(model: Model, block: int, documents: int, length: int) -> int:
-    """Bytes that a batch takes at most on its way through a block, without its MoE module."""
+    """Return the peak bytes that a batch takes in a block, without the block's MoE module."""
     batch = torch.empty(documents, length, model.config_width, dtype=model.dtype)
     outside, peak, part = 0, 0, model.blocks[block]
 
@@ -194,7 +192,7 @@ def _on_meta(value: Any) -> Any:
 
 
 class _Live(TorchDispatchMode):
-    """Counts the bytes of tensors that are made and not dropped yet, and the most at a time."""
+    """Counts the bytes of all live tensors, and their peak."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -225,7 +223,7 @@ class _Live(TorchDispatchMode):
 
 
 class _AsOnCpu(TorchFunctionMode):
-    """Lets attention on the meta device take what it takes on the CPU: no scores if it is fused."""
+    """Makes attention on the meta device allocate what it does on the CPU: no scores if fused."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
@@ -236,7 +234,7 @@ class _AsOnCpu(TorchFunctionMode):
 
 
 def _is_fused(query, key, value, attn_mask=None, dropout_p=0.0, is_causal=False, **kwargs) -> bool:
-    """Whether the CPU computes this attention without making all scores."""
+    """Return whether the CPU computes this attention without storing all scores."""
     on_cpu = [
         None if tensor is None else torch.empty((1, *tensor.shape[1:]), dtype=tensor.dtype)
         for tensor in (query, key, value, attn_mask)

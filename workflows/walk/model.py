@@ -4,9 +4,9 @@
     tensor names ──> names in the model, by transformers' own conversions
     `with hold(block)` ──> that block's tensors are read, all but those of its MoE module
 
-Nothing here knows a family: the class is the one that ``config.json`` names, where the MoE module
-is follows from the names that `dask_ep` reads it by, and tensors are renamed, split and joined as
-``from_pretrained`` does it.
+No code here depends on the family: ``config.json`` names the class, the names of the tensors that
+`dask_ep` reads show where the MoE module is, and tensors are renamed, split and joined as in
+``from_pretrained``.
 """
 
 from __future__ import annotations
@@ -40,18 +40,18 @@ transformers.logging.set_verbosity_error()
 transformers.logging.disable_progress_bar()
 
 AT_ONCE = 2
-"""Token chunks that are in a block at a time: while one is read, written, or does what keeps one
-thread busy, the other one computes."""
+"""Token chunks in a block at a time: while one is being read or written, or runs code that takes
+only one thread, the other one computes."""
 
 
 @lru_cache(maxsize=2)
 def open_model(directory: str, dtype: str) -> Model:
-    """Return the model of a checkpoint in this process; two are kept, to be compared."""
+    """Return this process's model of a checkpoint; two are cached, as two may be compared."""
     return Model(directory, dtype)
 
 
 class Model:
-    """A model on the meta device, of which one decoder block at a time has its weights.
+    """A model on the meta device; one decoder block at a time has its weights in memory.
 
     Parameters
     ----------
@@ -60,8 +60,8 @@ class Model:
 
     Attributes
     ----------
-    whole : the model that the config names
-    decoder : the part of it that has the blocks
+    whole : the model class that the config names
+    decoder : the submodule with the blocks
     blocks : the decoder blocks
     dtype : torch.dtype of the weights and of the hidden states
     moe_blocks : numbers of the blocks with a MoE module that `dask_ep` computes
@@ -101,20 +101,20 @@ class Model:
     # --- which tensors ---
 
     def target(self, name: str) -> str:
-        """The name in the model of a tensor in the files."""
+        """Return the name in the model of a tensor in the files."""
         return rename_source_key(
             name, self._renamings, self._converters, self.whole.base_model_prefix, self._meta
         )[0]
 
     def names_of_block(self, block: int) -> list[str]:
-        """The tensors of a block in the files, but for those of its MoE module."""
+        """Return the names in the files of a block's tensors, except those of its MoE module."""
         candidates = [name for name in self.files.file_of if f".{block}." in name]
         moe = self._moe_names(block)
         prefix = f"{self.path}layers.{block}."
         return [n for n in candidates if n not in moe and self.target(n).startswith(prefix)]
 
     def moe_child(self, block: int) -> str:
-        """The path, from the block, of its MoE module.
+        """Return the path of a block's MoE module, relative to the block.
 
         Raises
         ------
@@ -143,14 +143,14 @@ class Model:
         places = self.checkpoint.places(block)
         if len(places) != 1 or not places[0][1]:
             raise ValueError(
-                f"block {block} of {self.directory} must have its MoE tensors under one name of "
-                f"their own, but has them under {places or 'none'}"
+                f"the MoE tensors of block {block} of {self.directory} must share one prefix that "
+                f"no other tensor has, but are under {places or 'none'}"
             )
         return places[0]
 
     @cached_property
     def names_outside(self) -> dict[str, str]:
-        """Names in the files of the tensors that are in no block, by their names in the model."""
+        """Names in the files of the tensors outside all blocks, by their names in the model."""
         found = {}
         for name in self.files.file_of:
             if not re.search(r"\blayers\.\d+\.", name):
@@ -158,11 +158,11 @@ class Model:
         return found
 
     def source(self, name: str) -> Source:
-        """A tensor of the files, as it is stored."""
+        """Return a tensor of the files as it is stored."""
         return self.files.header(self.files.file_of[name])[name]
 
     def sources(self, names: Iterable[str]) -> dict[str, Source]:
-        """Tensors by the names that they have where nothing is quantized; decoded when read."""
+        """Return tensors by the names they would have unquantized; they are decoded when read."""
         stored = {name: self.source(name) for name in names}
         quantization = self.checkpoint.model.quantization
         if not quantization:
@@ -184,7 +184,7 @@ class Model:
         return sum(self.source(name).nbytes for name in names)
 
     def block_bytes(self, block: int) -> int:
-        """Bytes in memory of a held block."""
+        """Return the bytes that a block takes in memory, without its MoE module."""
         prefix = f"{self.path}layers.{block}."
         skip = prefix + self.moe_child(block) + "." if block in self.moe_blocks else None
         return sum(
@@ -197,9 +197,9 @@ class Model:
 
     @contextmanager
     def hold(self, block: int) -> Iterator[nn.Module]:
-        """Give a block its weights, and take them from the one that had them.
+        """Load the weights of a block, and free those of the block that had them before.
 
-        At most `AT_ONCE` threads have the block at a time, and all have the same one.
+        At most `AT_ONCE` threads hold a block at a time, and all of them the same one.
         """
         with self._changed:
             self._changed.wait_for(lambda: self._users < (AT_ONCE if self.held == block else 1))
@@ -228,7 +228,7 @@ class Model:
             self.held = None
 
     def _fill_frame(self) -> None:
-        """Fill what the decoder has besides blocks and embedding: the last norm, and buffers."""
+        """Fill the decoder outside its blocks and embedding: the final norm, and buffers."""
         embedding = path_of(self.whole, self.decoder.get_input_embeddings())
         self._load(
             name
@@ -253,7 +253,7 @@ class Model:
             )
 
     def _fill_buffers(self, part: nn.Module) -> None:
-        """Compute the buffers that no checkpoint holds, as transformers does."""
+        """Compute the buffers that are not stored in checkpoints, as transformers does."""
         for module in part.modules():
             own = module._non_persistent_buffers_set & module._buffers.keys()
             on_meta = [name for name in own if getattr(module._buffers[name], "is_meta", False)]
@@ -268,7 +268,7 @@ class Model:
         if left:
             raise ValueError(
                 f"{self.directory} must have all tensors of {what} of {type(self.whole).__name__}, "
-                f"but none gives {', '.join(left[:8])}"
+                f"but lacks {', '.join(left[:8])}"
             )
 
     def _find_dtype(self, dtype: str, config) -> torch.dtype:
@@ -293,7 +293,7 @@ def _build(config, dtype: torch.dtype) -> nn.Module:
 
 
 def _find_decoder(whole: nn.Module) -> nn.Module:
-    """Find the part of a model that has the blocks."""
+    """Find the submodule that has the blocks."""
     for module in whole.get_decoder().modules():
         if isinstance(getattr(module, "layers", None), nn.ModuleList):
             return module
@@ -301,6 +301,6 @@ def _find_decoder(whole: nn.Module) -> nn.Module:
 
 
 def path_of(whole: nn.Module, part: nn.Module) -> str:
-    """Where a part is in the model, with a dot behind it."""
+    """Return the path of a submodule in the model, with a trailing dot unless it is empty."""
     path = next(name for name, module in whole.named_modules() if module is part)
     return path + "." if path else ""

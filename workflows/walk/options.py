@@ -1,4 +1,4 @@
-"""What is asked of a walk, and what of it decides the values?"""
+"""What are the options of a walk, and which of them decide its values?"""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from walk.record import fingerprint, hash_documents
 
 @dataclass(frozen=True)
 class Options:
-    """What was asked for, by the names of the options of ``walk_model.py``."""
+    """The options of ``walk_model.py``, under the same names."""
 
     model: str
     text: str
@@ -39,11 +39,11 @@ class Options:
 
     @property
     def threads(self) -> int:
-        """Of this process."""
+        """The number of threads of this process."""
         return (isinstance(self.where, Threads) and self.where.count) or CPU_COUNT
 
     def decisive(self, read: Documents) -> dict:
-        """All that decides the values of the walk, and what is kept of it."""
+        """Return everything that decides the walk's values and which of them are kept."""
         return {
             "models": [fingerprint(model) for model in self.models],
             "documents": hash_documents(read),
@@ -61,26 +61,27 @@ class Options:
         }
 
     def blocks(self, counts: list[int]) -> range:
-        """The blocks that are walked.
+        """Return the blocks to walk through.
 
         Parameters
         ----------
-        counts : how many blocks each model has
+        counts : number of blocks of each model
 
         Raises
         ------
         ValueError
-            If the models differ, or have not the blocks that are asked for.
+            If the models differ in their number of blocks, or lack some that were asked for.
         """
         if len(set(counts)) > 1:
             raise ValueError(
-                f"models can be compared block by block, but they have {counts[0]} and {counts[1]}"
+                "models that are compared must have the same number of blocks, but they have "
+                f"{counts[0]} and {counts[1]}"
             )
         first, last = self.start or 0, self.layers[-1] if self.layers else counts[0] - 1
         if last >= counts[0] or first > last or (self.layers and self.layers[0] < first):
             raise ValueError(
-                f"blocks must be in [{first}, {counts[0]}), those of {self.model}"
-                f"{' from --start' if first else ''}, but --layers asks for "
-                f"{self.layers[0] if self.layers else first} to {last}"
+                f"the blocks of a walk must be in [{first}, {counts[0]}), those of {self.model}"
+                f"{' from --start on' if first else ''}, but are "
+                f"{self.layers[0] if self.layers else first} to {last}; change --layers or --start"
             )
         return range(first, last + 1)

@@ -8,19 +8,19 @@ from itertools import accumulate
 from typing import TextIO
 
 STAGES = {"attention": 0.3, "experts": 0.65, "collect": 0.0, "sum": 0.05, "block": 1.0}
-"""The part of a block's time that each stage takes, until one block has shown it."""
+"""Fraction of a block's time that each stage takes, until the first block has been timed."""
 
 SECONDS = 10.0
-"""Between two lines where lines stay; on a terminal one line changes all the time."""
+"""Interval between lines in a log; on a terminal one line is updated all the time."""
 
 
 class Progress:
-    """Tells how far a walk is, on one line.
+    """Shows the progress of a walk on one line.
 
     Parameters
     ----------
-    blocks : that there are to do
-    file : where to; standard error by default
+    blocks : number of blocks to do
+    file : where to write; standard error by default
     """
 
     def __init__(self, blocks: int, file: TextIO = sys.stderr):
@@ -34,7 +34,7 @@ class Progress:
         self.block = block
 
     def tell(self, stage: str, part: float) -> None:
-        """Say that a part of a stage is done."""
+        """Report that a fraction of a stage is done."""
         self.stage, self.chunk = stage, part
         now = time.monotonic()
         if self.file.isatty():
@@ -45,7 +45,7 @@ class Progress:
             print(self, file=self.file, flush=True)
 
     def end(self, took: dict) -> None:
-        """Say that a block is done, and learn from it what a stage takes."""
+        """Report that a block is done, and estimate from it what each stage takes."""
         self.done += 1
         self.bytes_read += took["bytes_read"]
         self.stage, self.chunk = "", 0.0
@@ -57,7 +57,7 @@ class Progress:
             self.before |= dict(zip(names, accumulate(seconds, initial=0.0), strict=False))
 
     def skip(self) -> None:
-        """Say that a block was done before this run."""
+        """Report that a block was done before this run."""
         self.skipped += 1
 
     def close(self) -> None:
@@ -66,7 +66,7 @@ class Progress:
 
     @property
     def blocks_done(self) -> float:
-        """By this run, with the part of the block that it is at."""
+        """Blocks done by this run, with the fraction of the current one."""
         within = 0.0
         if self.stage in self.parts:
             within = self.before[self.stage] + self.chunk * self.parts[self.stage]

@@ -1,9 +1,9 @@
-"""What was a walk begun with, and how far did it come?
+"""What was a walk started with, and how far did it get?
 
     walk.json     what decides the values, and what each block took
-    summary.json  at the end: tokens, loss, perplexity, and the same
+    summary.json  at the end: tokens, loss, perplexity, and what each block took
 
-A walk is resumed with what it was begun with, or not at all.
+A walk is resumed with the options and inputs it was started with, or not at all.
 """
 
 from __future__ import annotations
@@ -28,22 +28,24 @@ class Record:
     Parameters
     ----------
     out : directory
-    begun : all that decides the values, and the memory that experts may take
-    resume : whether to continue what is there
+    begun : everything that decides the values, and the memory that experts may take
+    resume : whether to continue a walk in that directory
 
     Raises
     ------
     FileExistsError
-        If there is something, and `resume` is not set.
+        If the directory is not empty, and `resume` is not set.
     ValueError
-        If what is there was begun with something else; the message says with what.
+        If the walk in it was started with something else; the message says what differs.
     """
 
     def __init__(self, out: str, begun: dict[str, Any], resume: bool):
         self.path = os.path.join(out, NAME)
         begun = json.loads(json.dumps(begun))
         if os.path.lexists(out) and not (resume or _is_empty(out)):
-            raise FileExistsError(f"{out} exists; resume to continue it, or choose another --out")
+            raise FileExistsError(
+                f"{out} exists; use --resume to continue it, or choose another --out"
+            )
         os.makedirs(out, exist_ok=True)
         self.content = {"begun": begun, "blocks": {}}
         if resume and os.path.exists(self.path):
@@ -57,9 +59,9 @@ class Record:
         return self.content["begun"]
 
     def add(self, block: int, took: dict[str, Any], under: str | None = None) -> None:
-        """Keep what a block took, or something else about it under a name.
+        """Record what a block took, or something else about it under a name.
 
-        Of a block that was stopped and resumed, it is what the last run took.
+        For a block that was stopped and resumed, that is what the last run took.
         """
         entry = self.content["blocks"].setdefault(str(block), {"block": block, "bytes_read": 0})
         entry |= took if under is None else {under: took}
@@ -69,7 +71,7 @@ class Record:
         return what in self.content["blocks"].get(str(block), {})
 
     def keep(self, name: str, value: Any) -> None:
-        """Keep what the walk has decided by itself, unless it was decided before."""
+        """Record a choice that the walk made itself, unless it was recorded before."""
         self.begun.setdefault(name, value)
         self._write()
 
@@ -82,19 +84,19 @@ class Record:
 
 
 def write_json(path: str, content: Any) -> None:
-    """Write a JSON file, whole or not at all."""
+    """Write a JSON file atomically."""
     with open(path + ".new", "w") as file:
         json.dump(content, file, indent=1)
     os.replace(path + ".new", path)
 
 
 def fingerprint(directory: str) -> str:
-    """What tells a checkpoint from one that was changed since."""
+    """Return a fingerprint of a checkpoint, which changes when one of its files does."""
     return _hash(json.dumps(fingerprint_files(directory), sort_keys=True).encode())
 
 
 def keep_documents(out: str, documents: Documents) -> None:
-    """Write token ids, lengths, and what follows each token, where they are not there yet."""
+    """Write token ids, lengths and each token's target, unless these files exist."""
     arrays = {
         "tokens": documents.ids,
         "lengths": documents.lengths,
@@ -127,6 +129,6 @@ def _check_same(old: dict[str, Any], new: dict[str, Any], out: str) -> None:
     ]
     if differ:
         raise ValueError(
-            f"{out} was begun with something else: {'; '.join(differ)}. Resume with the same, or "
-            "choose another --out"
+            f"{out} must be resumed with what it was started with, but {'; '.join(differ)}; use "
+            "the same again, or choose another --out"
         )

@@ -1,15 +1,15 @@
-"""Through which files does a model go, one block at a time?
+"""Which files does a walk write, one block at a time?
 
     tokens.npy ──> embedding.zarr
-    block 0:  embedding.zarr ── attend ──> work/moe_input.zarr      what comes after in work/kept
+    block 0:  embedding.zarr ── attend ──> work/moe_input.zarr, and what comes after it in work/kept
               work/moe_input.zarr ── dask_ep ──> work/moe_output.zarr
               both ── finish ──> block_000.zarr
     block 1:  block_000.zarr ── ...
     the end:  block_N.zarr ── last norm ──> final.zarr ── head ──> work/scores_*.zarr
 
-A stage is an output of `dask_ep.store`, written chunk by chunk and renamed when it is complete. So
-whatever stops a walk, what is there is complete or continues where it was; and it runs where Dask
-runs. Of a block nothing is left but what is asked for.
+Each stage writes an output with `dask_ep.store`, chunk by chunk, and renames it when it is
+complete. So a walk can be stopped at any point and continues there, and it runs wherever Dask does.
+Files of a block that were not asked for are removed once its output is complete.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ class Where:
     #: where the jobs of MoE layers run
 
     def compute(self, output: Output, tell: Callable[[int], Any]) -> None:
-        """Write an output; tell how many rows are done, each time."""
+        """Write an output; call `tell` with the number of rows each time some are done."""
         tell(sum(output.rows[b] for b in output.done_before))
         if self.client is None:
             output.compute(
@@ -71,26 +71,26 @@ class Where:
 
 @dataclass(frozen=True)
 class Asked:
-    """What is kept of a walk."""
+    """Which results of a walk are kept."""
 
     blocks: range
-    #: whose outputs are kept
+    #: blocks whose results are kept
     save: frozenset[str]
-    #: of "hidden", "routing" and "moe_input"
+    #: any of "hidden", "routing" and "moe_input"
     collect: frozenset[str] = frozenset()
     #: statistics of experts, see `dask_ep.collect`
 
 
 class Walk:
-    """One model on its way through the files of a directory.
+    """A walk through one model, with its files in one directory.
 
     Parameters
     ----------
     task : which model, and in which chunks and batches
     out : the directory
-    asked : what is kept
+    asked : which results are kept
     where : where it runs
-    tell : called with a stage's name and the part of its rows that is done
+    tell : called with a stage's name and the fraction of its rows that are done
     """
 
     def __init__(
@@ -113,7 +113,7 @@ class Walk:
         return open_model(self.task.directory, self.task.dtype)
 
     def hidden(self, block: int) -> str:
-        """The path of the hidden states after a block; -1 is the embedding."""
+        """Return the path of the hidden states after a block; -1 is the embedding."""
         return os.path.join(self.out, "embedding.zarr" if block < 0 else f"block_{block:03d}.zarr")
 
     @property
@@ -135,11 +135,11 @@ class Walk:
         self._store("embedding", y, self.hidden(-1), {"ids": tokens})
 
     def start_from(self, rows: da.Array, inputs: dict[str, Any], block: int) -> None:
-        """Take hidden states that are there already as the output of a block."""
+        """Use existing hidden states as the output of a block."""
         self._store("hidden states", rows, self.hidden(block), inputs)
 
     def step(self, block: int) -> dict[str, Any]:
-        """Send the hidden states through a block; give the seconds and bytes that it took."""
+        """Send the hidden states through a block; return the seconds it took and bytes it read."""
         started, before = time.monotonic(), self.hidden(block - 1)
         took: dict[str, Any] = {"block": block}
         if block in self.model.moe_blocks:
@@ -157,7 +157,7 @@ class Walk:
         return took | {"seconds": round(time.monotonic() - started, 3)}
 
     def last_norm(self) -> str:
-        """Write ``final.zarr``, the last hidden states."""
+        """Write ``final.zarr``, the final hidden states."""
         if not os.path.exists(self.final):
             before = self.hidden(len(self.model.blocks) - 1)
             y = self._mapped(self.task.last_norm, self._rows(before))
@@ -190,7 +190,7 @@ class Walk:
         }
 
     def _moe(self, block: int, moe_input: str) -> tuple[str, int]:
-        """Let `dask_ep` compute the MoE module; its output, and how many experts were read."""
+        """Compute the MoE module with `dask_ep`; return its output's path and the experts read."""
         job, routing = self._job(block, moe_input), self._kept_path("routing", block)
         give_back()
         passes = None
@@ -209,15 +209,17 @@ class Walk:
         return job.out, sum(passes.reads.values())
 
     def _job(self, block: int, moe_input: str) -> Job:
-        """What the block's MoE module computes."""
+        """Return the job that computes the block's MoE module."""
         return Job(
             moe_input, self._work(block, "moe_output.zarr"), layer=self.task.directory,
             layer_index=block, precision=self.task.precision, name="the walk",
         )  # fmt: skip
 
     def _collect(self, block: int, moe_input: str) -> int:
-        """Collect statistics of the block's experts, if they are asked for and not there yet; say
-        how often all experts were read for them."""
+        """Collect statistics of the block's experts if they were asked for and are not there yet.
+
+        Returns how often all experts were read for them.
+        """
         path = os.path.join(self.out, f"stats_{block:03d}.safetensors")
         if not self.asked.collect or block not in self.asked.blocks or os.path.exists(path):
             return 0
@@ -268,7 +270,7 @@ class Walk:
         shutil.rmtree(progress_directory(path), ignore_errors=True)
 
     def tidy(self, block: int) -> None:
-        """Leave of a complete block what is asked for."""
+        """Keep the results of a complete block that were asked for, and remove its other files."""
         moe_input = self._kept_path("moe_input", block)
         if moe_input is not None and os.path.exists(self._work(block, "moe_input.zarr")):
             os.replace(self._work(block, "moe_input.zarr"), moe_input)
@@ -281,11 +283,11 @@ class Walk:
                 os.replace(path_of_weights(routing), weights)
 
     def _work(self, block: int, *name: str) -> str:
-        """The path of what is there only while a block is not complete."""
+        """Return the path of a file that exists only until its block is complete."""
         return os.path.join(self.work, f"block_{block:03d}", *name)
 
     def drop_hidden(self, block: int) -> None:
-        """Remove hidden states that are not asked for."""
+        """Remove the hidden states after a block unless they were asked for."""
         if "hidden" not in self.asked.save or block not in self.asked.blocks:
             shutil.rmtree(self.hidden(block), ignore_errors=True)
 
@@ -294,23 +296,23 @@ class Walk:
 
 
 def score_all(walks: list[Walk], finals: list[str], targets: str, head_bytes: int) -> head.Scores:
-    """Score the last hidden states of one model, or of two.
+    """Score the final hidden states of one model, or of two.
 
     Parameters
     ----------
-    walks, finals : of each model, and its last hidden states
-    targets : file of (N,) the token that follows each; -1 without one
-    head_bytes : of the heads that may be in memory at a time
+    walks, finals : the walk of each model, and the path of its final hidden states
+    targets : file with the token that follows each one, (N,); -1 where none does
+    head_bytes : bytes of the heads that may be in memory at a time
 
     Notes
     -----
-    The heads are read in parts of the vocabulary, one after the other; all rows are scored by each.
+    The heads are read in parts of the vocabulary, one after the other; each scores all rows.
     """
     first = walks[0]
     sources = [head.head_sources(walk.model)[0] for walk in walks]
     if len({source.shape[0] for source in sources}) > 1:
         raise ValueError(
-            "models can be compared if they have the same vocabulary, but they have "
+            "models that are compared must have the same vocabulary, but they have "
             f"{' and '.join(str(source.shape[0]) for source in sources)} tokens"
         )
     size = walks[0].model.dtype.itemsize
@@ -333,7 +335,7 @@ def score_all(walks: list[Walk], finals: list[str], targets: str, head_bytes: in
 
 
 def vocabulary_parts(tokens: int, token_bytes: int, most: int) -> Iterator[tuple[int, int]]:
-    """Cut a vocabulary into parts whose heads take at most so many bytes.
+    """Split a vocabulary into parts whose heads take at most `most` bytes.
 
     Examples
     --------
@@ -346,7 +348,7 @@ def vocabulary_parts(tokens: int, token_bytes: int, most: int) -> Iterator[tuple
 
 
 def hidden_error(path: str, other: str) -> dict[str, float]:
-    """Compare the hidden states of two models: their difference in relation to the first."""
+    """Return the difference of two models' hidden states, relative to the first."""
     a, b = (open_tokens(each).astype(np.float64) for each in (path, other))
     squares, gaps, largest, gap = da.compute(
         (a**2).sum(), ((a - b) ** 2).sum(), abs(a).max(), abs(a - b).max(), scheduler="sync"

@@ -1,10 +1,10 @@
-"""What will be done with a tensor that is not known yet?
+"""Which operations will use a tensor that is not known yet?
 
-    begin ──> a tensor of the same shape stands for it; each operation from here on is looked at:
-                  on tensors that come from it    written down, with the other tensors that it takes
-                  on others                       nothing is written down: they are computed now
+    begin ──> a placeholder of the same shape; from here on each operation is intercepted:
+                  on tensors that depend on it    recorded, with the other tensors that it takes
+                  on others                       computed now, and not recorded
     stop
-    play  ──> the operations that were written down, with the tensor itself
+    play  ──> the recorded operations run on the tensor itself
 
 Operations are those of torch's dispatcher, below everything that Python code may do with tensors.
 """
@@ -18,15 +18,15 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
 
 MARK = "%"
-"""Before the number of a tensor that comes from the unknown one."""
+"""Prefix of the number of a tensor that depends on the unknown one."""
 
 
 class Tape(TorchDispatchMode):
-    """Writes down what is done with a tensor, from `begin` to `stop`.
+    """Records what is done with a tensor between `begin` and `stop`.
 
     Attributes
     ----------
-    given : what `begin` was given
+    given : the tensor that was passed to `begin`
     """
 
     def __init__(self) -> None:
@@ -40,12 +40,12 @@ class Tape(TorchDispatchMode):
         self._runs = False
 
     def begin(self, given: torch.Tensor, kind: type[torch.Tensor]) -> torch.Tensor:
-        """Return what stands for the unknown tensor, of the shape of `given`, and holds NaN.
+        """Return a placeholder for the unknown tensor: NaN, in the shape of `given`.
 
         Raises
         ------
         RuntimeError
-            If there is one already.
+            If it was called before.
         """
         if self.given is not None:
             raise RuntimeError("a block must call its MoE module once, but calls it again")
@@ -61,17 +61,17 @@ class Tape(TorchDispatchMode):
             self.__exit__(None, None, None)
 
     def written(self, out: torch.Tensor) -> dict[str, Any]:
-        """What `play` makes `out` of.
+        """Return the record from which `play` computes `out`.
 
         Raises
         ------
         RuntimeError
-            If it does not come from the unknown tensor.
+            If `out` does not depend on the unknown tensor.
         """
         if self.given is None or id(out) not in self._numbers:
             raise RuntimeError(
-                "a block's output must come from its MoE module's, but it does not: "
-                f"{'the module was not called' if self.given is None else 'it was left out'}"
+                "a block's output must depend on its MoE module's output, but "
+                f"{'the module was not called' if self.given is None else 'it was not used'}"
             )
         shape = list(self.given.shape)
         return {"steps": self._steps, "out": self._numbers[id(out)], "shape": shape}
@@ -104,8 +104,8 @@ class Tape(TorchDispatchMode):
         sized = torch.Tag.dynamic_output_shape in func.tags
         if sized or not all(isinstance(tensor, torch.Tensor) for tensor in tensors):
             raise RuntimeError(
-                "what a block does must not depend on the numbers of its MoE module's output, "
-                f"which are not known yet, but it looks at them ({func})"
+                "what a block does must not depend on the values of its MoE module's output, "
+                f"which are not known yet, but this one reads them ({func})"
             )
         self._steps.append(step)
         for tensor in tensors:
@@ -117,21 +117,21 @@ class Tape(TorchDispatchMode):
         self._alive.append(tensor)
 
     def _check(self, tensors: list[torch.Tensor]) -> None:
-        """Raise if one shares its memory with a tensor that was changed by what is not known."""
+        """Raise if one shares memory with a tensor that an unknown value was written to."""
         if self._changed.intersection(map(_memory_of, tensors)):
             raise RuntimeError(
-                "a block may change a tensor by its MoE module's output, but not look at the same "
-                "memory through another one afterwards, as this one does"
+                "a block must not read memory through another tensor after a value that depends on "
+                "its MoE module's output was written there, as this one does"
             )
 
 
 def _memory_of(tensor: torch.Tensor) -> int:
-    """What tells the memory of a tensor and its views from all others."""
+    """Return a number that identifies the memory that a tensor shares with its views."""
     return tensor.untyped_storage()._cdata
 
 
 def _written_by(func: Any, args: Any, kwargs: Any) -> list[torch.Tensor]:
-    """The tensors that an operation writes to."""
+    """Return the tensors that an operation writes to."""
     arguments = func._schema.arguments
     given = dict(zip((argument.name for argument in arguments), args, strict=False)) | kwargs
     targets = [a.name for a in arguments if a.alias_info is not None and a.alias_info.is_write]
@@ -140,7 +140,7 @@ def _written_by(func: Any, args: Any, kwargs: Any) -> list[torch.Tensor]:
 
 
 def play(written: dict[str, Any], tensor: torch.Tensor) -> torch.Tensor:
-    """Do what was written down, with the tensor itself."""
+    """Run the recorded operations on the tensor itself."""
     values = [tensor.view(written["shape"])]
 
     def value(name: Any) -> Any:
@@ -154,7 +154,7 @@ def play(written: dict[str, Any], tensor: torch.Tensor) -> torch.Tensor:
 
 
 def _operation(name: str) -> Any:
-    """The operation of a name such as ``aten.add.Tensor``."""
+    """Return the operation with a name such as ``aten.add.Tensor``."""
     found = torch.ops
     for part in name.split("."):
         found = getattr(found, part)

@@ -1,6 +1,6 @@
-"""What does the task of one token chunk do, in whichever process it runs?
+"""What does the task of one token chunk do, in any process?
 
-Each task opens the model by itself, once in a process; all it is given is rows and names.
+A task gets only rows and paths; the model is opened once in each process.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from walk.model import AT_ONCE, open_model
 
 
 class TorchThreads(WorkerPlugin):
-    """Gives each of the tasks that compute at a time its part of a worker's threads."""
+    """Divides a worker's threads among the tasks that compute at a time."""
 
     name = "walk-torch-threads"
     idempotent = True
@@ -31,17 +31,17 @@ class TorchThreads(WorkerPlugin):
 
 @dataclass(frozen=True)
 class Task:
-    """What the tasks of one stage have in common.
+    """What all tasks of one stage share.
 
     Attributes
     ----------
     directory, dtype : of the model
     lengths : path of the documents' lengths
-    chunk_rows : of a token chunk, see `chunk_documents`
-    batch_tokens : of a batch at most, see `batch_documents`
-    precision : of the products of MoE modules
+    chunk_rows : maximum of a token chunk, see `chunk_documents`
+    batch_tokens : maximum of a batch, see `batch_documents`
+    precision : of the products in MoE modules
     block : number of the decoder block
-    kept : directory of what is to be done with the output of the MoE module
+    kept : directory of the operations recorded by `attend`
     """
 
     directory: str
@@ -85,12 +85,12 @@ class Task:
 
 @dataclass(frozen=True)
 class Scoring:
-    """What the tasks that score rows have in common.
+    """What all tasks that score rows share.
 
     Attributes
     ----------
     models : directory and dtype of the model, and of the one that it is compared with, if any
-    vocabulary : the first token id, and the last + 1, of the part of the head that scores
+    vocabulary : first token id, and last + 1, of a part of the head
     """
 
     models: tuple[tuple[str, str], ...]
@@ -104,6 +104,6 @@ class Scoring:
 
 @lru_cache(maxsize=2)
 def _chunks(path: str, chunk_rows: int) -> tuple[np.ndarray, list[tuple[int, int]]]:
-    """The lengths of all documents, and which of them each token chunk has."""
+    """Return the lengths of all documents, and which of them are in each token chunk."""
     lengths = np.load(path)
     return lengths, spans(chunk_documents(lengths, chunk_rows))

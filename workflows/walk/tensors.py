@@ -8,7 +8,7 @@ import torch
 
 
 def as_numpy(tensor: torch.Tensor) -> np.ndarray:
-    """The same memory as NumPy's array, whose bfloat16 is that of ``ml_dtypes``."""
+    """View a tensor as a NumPy array; bfloat16 is that of ``ml_dtypes``."""
     tensor = tensor.detach()
     if tensor.dtype != torch.bfloat16:
         return tensor.numpy()
@@ -16,7 +16,7 @@ def as_numpy(tensor: torch.Tensor) -> np.ndarray:
 
 
 def as_tensor(array: np.ndarray) -> torch.Tensor:
-    """The same memory as torch's tensor."""
+    """View an array as a tensor."""
     if array.dtype != ml_dtypes.bfloat16:
         return torch.from_numpy(array)
     return torch.from_numpy(array.view(np.int16)).view(torch.bfloat16)

@@ -32,7 +32,7 @@ FATAL = "fatal"
 """Name of the file that makes an expert kill its process."""
 
 CONFIG = {
-    "distributed.scheduler.worker-ttl": "2s",  # in effect 5 s, ten heartbeats
+    "distributed.scheduler.worker-ttl": "2s",  # Dask waits for ten heartbeats, 5 s, at least
     "distributed.scheduler.allowed-failures": 20,
     "distributed.nanny.pre-spawn-environ.OPENBLAS_NUM_THREADS": 1,
 }

@@ -14,7 +14,7 @@ measurements is reversed in each round.
 The products are those of the fastest library in this environment, NumPy's own, MKL or oneDNN, in
 blocks of the best number of rows for it. Before each measurement, inputs are read and previous
 outputs are flushed to disk, so that both sides read and write through the page cache. A ratio above
-1 means that its limit was measured wrongly: that line shows "failed" instead of a median.
+1 means that the limit was measured wrongly: that line shows "failed" instead of a median.
 
 The pipeline runs on threads, on worker processes, and through Dask's own `from_zarr` and `store`.
 They are compared with what a user would write instead: a careful NumPy loop over experts that
@@ -45,16 +45,16 @@ from dask_ep.arrays.onednn import installed_onednn
 RANKS_OF_THE_LITERAL_PIPELINE = 4
 
 BLOCKS = (1024, 4096, 16_384)
-"""Rows of a product of the limit; the fastest number counts."""
+"""Numbers of rows that are tried for the limit's products; the fastest is used."""
 
 PART = 8
-"""The search for the fastest products uses one in this many rows of the job."""
+"""The search for the fastest products uses 1 / PART of the job's rows."""
 
 LIMITS = ("products", "copy")
 
 COPIES = 3
-"""Repetitions of a plain copy per measurement: it takes several times as long if memory for files
-is new."""
+"""Repetitions of a plain copy per measurement, of which the fastest counts: a copy takes several
+times as long if the page cache has to grow."""
 
 Multiply = Callable[[np.ndarray, np.ndarray, np.ndarray], object]
 """(x, w, out): writes the product of two matrices to a third."""
@@ -73,7 +73,7 @@ def main() -> None:
 def measure(
     name: str, layer: Layer, folder: Path, threads: int, repeat: int
 ) -> list[dict[str, float]]:
-    """The ratios of each round."""
+    """Return the ratios of each round."""
     workers = {"n_workers": threads, "threads_per_worker": 1, "dashboard_address": ":0"}
     with (
         one_blas_thread(),
@@ -96,7 +96,7 @@ class Bench(Job):
         self.fastest, self.multiply, self.block = self.find_fastest()
 
     def rounds(self, repeat: int) -> list[dict[str, float]]:
-        """The ratios of each round, to the best limits of all rounds."""
+        """Return the ratios of each round, to the best limits of all rounds."""
         self.check_results_agree()
         rounds = [self.round(backwards=n % 2 == 1) for n in range(repeat + 1)][1:]
         products, copy = (min(times.pop(what) for times in rounds) for what in LIMITS)
@@ -104,7 +104,7 @@ class Bench(Job):
         return [{name: limits[name] / seconds for name, seconds in r.items()} for r in rounds]
 
     def round(self, backwards: bool) -> dict[str, float]:
-        """Seconds of all measurements, once, with the limits at both ends."""
+        """Return the seconds of all measurements, made once, with the limits at both ends."""
         seconds = (
             lambda: timed(self.products),
             lambda: min(self.timed_output(self.copy) for _ in range(COPIES)),
@@ -120,7 +120,7 @@ class Bench(Job):
         return times
 
     def pipelines(self) -> dict[str, Callable[[Path], None]]:
-        """The programs that go from files to files."""
+        """Return the programs that go from files to files."""
         return {
             "pipeline, threads": self.pipeline,
             "pipeline, threads, from_zarr and store": self.pipeline_by_dask,
@@ -133,7 +133,7 @@ class Bench(Job):
     # --- limits ---
 
     def find_fastest(self) -> tuple[str, Multiply, int]:
-        """The library that multiplies fastest here, and its best number of rows per block."""
+        """Return the library that multiplies fastest here, and its best rows per block."""
         libraries: dict[str, Multiply] = {numpys_blas(): lambda x, w, out: np.matmul(x, w, out=out)}
         if (mkl := installed_mkl()) is not None:
             libraries["MKL"] = mkl.multiply
@@ -152,7 +152,7 @@ class Bench(Job):
         self.multiply_all(self.multiply, self.block)
 
     def multiply_all(self, multiply: Multiply, block: int, part: int = 1) -> None:
-        """Dense products with the job's FLOPs or a part of them, by all threads, in blocks."""
+        """Multiply dense blocks with the job's FLOPs, or a part of them, on all threads."""
         layer, rng = self.layer, np.random.default_rng(0)
         W = [rng.standard_normal(shape, "f4") for shape in matrix_shapes(layer)]
         x = rng.standard_normal((block, layer.d), "f4")
@@ -191,7 +191,7 @@ class Bench(Job):
     # --- ours ---
 
     def kernel(self) -> None:
-        """The kernel on every chunk, from memory to memory."""
+        """Run the kernel on every chunk, from memory to memory."""
         chunks = list(self.chunks())
 
         def work(thread: int) -> None:
@@ -204,7 +204,7 @@ class Bench(Job):
         dask_ep.store(self.layer_output(world_size=1), out)
 
     def pipeline_by_dask(self, out: Path) -> None:
-        """The same through Dask's own functions for Zarr."""
+        """Do the same through Dask's own functions for Zarr."""
         tokens, routing, weights = self.dask_inputs()
         y = dask_ep.expert_parallel(
             tokens, routing, self.experts, topk_weights=weights, world_size=1
@@ -212,7 +212,7 @@ class Bench(Job):
         da.store(y, self.create_output(out), lock=False)
 
     def pipeline_on_processes(self, out: Path) -> None:
-        """On running worker processes, each of which owns a share of the experts."""
+        """Do the same on running worker processes, each of which owns a share of the experts."""
         with dask.config.set(scheduler=self.client):
             dask_ep.store(self.layer_output(world_size=self.threads), out)
 

@@ -8,11 +8,11 @@
 Prints ratios, never bare seconds: each is a limit divided by a measured time, both taken in the
 same round on the same card, and each is the median over the rounds.
 
-    error    of some rows of the kernel from float64, relative to their largest value, before
+    error    of some rows of the kernel against float64, relative to their largest value, before
              rounding
     kernel   one dense product of the same FLOPs / expert_parallel_dispatch, chunks on the device;
-             as exact as float32, bfloat16 takes 5/3 as many products
-    job      the slower of that product and of the copies up and down / Zarr to Zarr, experts loaded
+             bfloat16 as exact as float32 takes 5/3 as many products
+    job      the slowest of that product, the upload and the download / Zarr to Zarr, experts loaded
     memory   GPU memory that the job uses / the most that its plan allows
 
 Without a GPU or CuPy it prints an error and exits with 1.
@@ -65,7 +65,7 @@ class Layer:
     k: int
     rows: int
     to_reach: float
-    #: ratio to reach by the kernel
+    #: ratio that the kernel should reach
 
     @property
     def slots(self) -> int:
@@ -77,7 +77,7 @@ LAYERS = {
     "qwen3": Layer(d=2048, hidden=768, num_experts=128, k=8, rows=16_384, to_reach=0.70),
     "deepseek": Layer(d=7168, hidden=2048, num_experts=32, k=8, rows=8_192, to_reach=0.75),
 }
-"""Widths and experts of Mixtral 8x7B, Qwen3 30B-A3B, and one of eight ranks of DeepSeek-V3."""
+"""Sizes of Mixtral 8x7B, of Qwen3 30B-A3B, and of one of eight ranks of DeepSeek-V3."""
 
 JOB_TO_REACH = 0.8
 
@@ -93,7 +93,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--tf32", action="store_true", help="multiply float32 as TF32")
     parser.add_argument("--rows", type=int, help="rows of a chunk, instead of each layer's own")
     parser.add_argument(
-        "--shrink", type=int, default=1, help="divide all widths by this, for a quick try"
+        "--shrink", type=int, default=1, help="divide all widths by this, for a quick test"
     )
     parser.add_argument("--chunks", type=int, default=16, help="chunks of the job")
     parser.add_argument("--repeat", type=int, default=5, help="number of rounds; medians are shown")
@@ -102,7 +102,7 @@ def main(arguments: list[str] | None = None) -> None:
     try:
         card = find_devices()[0]
     except NoDeviceError as error:
-        sys.exit(f"nothing is measured: {error}")
+        sys.exit(f"nothing was measured: {error}")
     if options.tf32:
         os.environ[TF32_SWITCH] = "1"
     arithmetic = f"{options.dtype}{' as TF32' if options.tf32 else ''}"
@@ -158,7 +158,7 @@ class Bench:
         self.write_files(routing, weights)
 
     def numbers(self, terms: int, shape: tuple[int, ...]) -> Any:
-        """Normal numbers on the device, scaled so that a sum of `terms` of them has size 1."""
+        """Return normal numbers on the device, with a variance of 1 / terms."""
         some = np.random.default_rng(len(shape)).standard_normal((1 << 16) - 1)
         some = (some / math.sqrt(terms)).astype(self.dtype)
         flat = self.xp.tile(self.xp.asarray(some), -(-math.prod(shape) // some.size))
@@ -171,7 +171,7 @@ class Bench:
             dask_ep.store(whole, self.folder / f"{name}.zarr", scheduler="sync")
 
     def error(self) -> float:
-        """Largest difference of a few rows from plain loops in float64."""
+        """Return the largest difference between a few rows and plain loops in float64."""
         f, last, errors = self.layer.hidden, self.layer.rows - 1, []
         y = self.kernel(np.dtype(np.float32))
         for row in (0, last // 2, last):
@@ -188,7 +188,7 @@ class Bench:
         return max(errors)
 
     def round(self) -> tuple[float, float]:
-        """The two ratios; limits are timed before and after."""
+        """Return the two ratios; the kernel's limit is timed before and after it."""
         products = [self.on_device(self.dense)]
         kernel = self.on_device(self.kernel)
         products.append(self.on_device(self.dense))
@@ -197,22 +197,22 @@ class Bench:
         return product / kernel, limit / timed(self.job)
 
     def on_device(self, work: Callable[[], Any]) -> float:
-        """Seconds of some work, including the host's, until the device has finished."""
+        """Return the seconds that some work takes on the host and until the device is done."""
         stream = self.xp.cuda.get_current_stream()
         stream.synchronize()
         return timed(lambda: (work(), stream.synchronize()))
 
     def dense(self) -> None:
-        """One product with the kernel's FLOPs, by the same call of cuBLAS."""
+        """Make one product with the kernel's FLOPs, by the same call of cuBLAS."""
         bounds = [(0, self.layer.slots)]
         gemms(self.xp)(self.slots, [self.wide], bounds, self.product)
 
     def kernel(self, dtype: np.dtype | None = None) -> Any:
-        """`expert_parallel_dispatch`, or its result before it is rounded to the tokens' dtype."""
+        """Run `expert_parallel_dispatch`; a dtype keeps its result from being rounded."""
         return dispatch(self.tokens, self.routing, self.weights, self.local, 0, 1, dtype)
 
     def copies(self) -> tuple[float, float]:
-        """Seconds to upload the tokens of the job, and to download as many."""
+        """Return the seconds to upload the job's tokens, and to download as many."""
         host = pinned_empty(self.xp, self.tokens.shape, self.dtype)
         host.fill(0)
         up = self.on_device(lambda: [upload(self.xp, host) for _ in range(self.chunks)])
@@ -220,7 +220,7 @@ class Bench:
         return up, down
 
     def job(self) -> None:
-        """Zarr to Zarr, on as many threads as a worker has."""
+        """Run the job from Zarr to Zarr, on as many threads as a worker has."""
         tokens = dask_ep.open_tokens(
             self.folder / "tokens.zarr", chunks=self.layer.rows, xp=self.xp.__name__
         )
@@ -236,7 +236,7 @@ class Bench:
             dask_ep.store(y, out, overwrite=True, scheduler="threads", pool=pool)
 
     def memory(self) -> float:
-        """Memory that a job takes in addition to what was in use, divided by that of its plan."""
+        """Return the memory that a job adds to what was in use, divided by what its plan says."""
         pool = self.xp.get_default_memory_pool()
         pool.free_all_blocks()
         before = pool.total_bytes()

@@ -5,12 +5,12 @@
     PYTHONPATH=. python workflows/chaos.py --seed 17        # one of them again
 
 Each seed draws a job (kind of experts, sizes, ranks, placement, dtype, format, chunks, what
-travels; one in ten has more experts than the workers may hold) and a fault. `dask-ep run` computes
-the job on three worker processes; once the drawn number of blocks is done, the fault happens: a
-worker is killed, stopped, retired or joins, the disk is full, the command or the scheduler is
-killed. Then the run is resumed until it is done. The output must equal, bit for bit, that of an
-undisturbed run (on threads, unless experts travel), and must agree with `reference.py`, as checked
-by `dask-ep verify`. Prints a table in Markdown; exit code 1 if any seed fails.
+travels; one in ten has experts that do not fit into the workers' memory) and a fault. `dask-ep run`
+computes the job on three worker processes; once the drawn number of blocks is done, the fault
+happens: a worker is killed, stopped or retired, or joins; the disk is full; the command or the
+scheduler is killed. Then the run is resumed until it is done. The output must equal, bit for bit,
+that of an undisturbed run (on threads, unless experts travel), and must agree with `reference.py`,
+as checked by `dask-ep verify`. Prints a table in Markdown; exit code 1 if any seed fails.
 """
 
 from __future__ import annotations
@@ -45,13 +45,13 @@ from tests.cluster_processes import Cluster, wait_until, worker_pids
 
 WORKERS = ("w0", "w1", "w2")
 RUN_SECONDS = 180.0
-"""Timeout of a run, many times its usual duration: a longer one hangs."""
+"""Timeout of a run, many times its usual duration; a run that takes longer counts as hung."""
 
 RESUMES = 5
-"""How often a run may be resumed before it is given up."""
+"""How often a run may be resumed before its seed counts as failed."""
 
 CONFIG = {
-    "distributed.scheduler.worker-ttl": "2s",  # in effect 5 s, ten heartbeats
+    "distributed.scheduler.worker-ttl": "2s",  # Dask waits for ten heartbeats, 5 s, at least
     "distributed.scheduler.allowed-failures": 20,
     **{
         f"distributed.worker.memory.{what}": False
@@ -60,12 +60,12 @@ CONFIG = {
 }
 
 MEMORY_LIMIT = "620MB"
-"""Memory limit of each worker; too little for the experts of some jobs."""
+"""Memory limit of each worker; too low for the experts of some jobs."""
 
 
 @dataclass(frozen=True)
 class Drawn:
-    """A job, and what happens to it."""
+    """A job, and the fault that happens to it."""
 
     seed: int
     kind: str
@@ -102,7 +102,7 @@ class Drawn:
 
 
 def draw(seed: int) -> Drawn:
-    """Draw a job and a fault; the same seed gives the same."""
+    """Draw a job and a fault; the same seed gives the same ones."""
     rng = random.Random(seed)
     dtype = rng.choice(("float32", "float32", "float16", "bfloat16"))
     formats = ("safetensors",) if dtype == "bfloat16" else ("npy", "zarr", "safetensors")
@@ -170,7 +170,7 @@ def write_job(directory: Path, drawn: Drawn) -> Job:
 
 
 def _writer(path: Path, n: int, like: np.ndarray, rows: int) -> Writer:
-    """Make a file of `n` rows like these, in blocks of the given size."""
+    """Create a file for `n` rows like these, in blocks of the given size."""
     blocks = [min(rows, n - start) for start in range(0, n, rows)]
     writer = make_writer(path.suffix, str(path), (n, *like.shape[1:]), like.dtype, blocks)
     writer.create()
@@ -182,7 +182,7 @@ def _writer(path: Path, n: int, like: np.ndarray, rows: int) -> Writer:
 
 @dataclass
 class Scene:
-    """The processes that a fault may act on."""
+    """The processes that a fault may hit."""
 
     cluster: Cluster
     client: Client
@@ -231,7 +231,7 @@ def join(scene: Scene) -> None:
 
 
 def fill_disk(scene: Scene) -> None:
-    """Let every write of the workers fail from now on."""
+    """Make every write of the workers fail from now on."""
     for pid in worker_pids(scene.client).values():
         _, hard = resource.prlimit(pid, resource.RLIMIT_FSIZE)
         resource.prlimit(pid, resource.RLIMIT_FSIZE, (0, hard))
@@ -274,7 +274,7 @@ FAULTS: dict[str, Callable[[Scene], None]] = {
 
 
 class Ground:
-    """A cluster for many seeds: it is repaired, or restarted, after each."""
+    """A cluster for many seeds, repaired or restarted after each."""
 
     def __init__(self, directory: Path):
         self._directory, self._number = directory, 0
@@ -282,7 +282,7 @@ class Ground:
         self.client: Client | None = None
 
     def ready(self) -> None:
-        """Make sure that three healthy workers run."""
+        """Make sure that three healthy workers are running."""
         if self.client is not None:
             try:
                 self._mend()
@@ -309,19 +309,19 @@ class Ground:
 
     def _mend(self) -> None:
         if self.cluster.processes["scheduler"].poll() is not None or not self.is_clean():
-            raise OSError("the scheduler is gone, or tasks are left")
+            raise OSError("the scheduler has ended, or still has tasks")
         for name in list(self.cluster.processes):
             if name != "scheduler":
                 self.cluster.stop_worker(name)
-        wait_until(lambda: not worker_pids(self.client), "the workers of before are gone", 20)
+        wait_until(lambda: not worker_pids(self.client), "the previous workers have left", 20)
         for name in WORKERS:
             self.cluster.start_worker(name)
-        wait_until(lambda: len(worker_pids(self.client)) == len(WORKERS), "workers have come")
+        wait_until(lambda: len(worker_pids(self.client)) == len(WORKERS), "workers have joined")
 
     def is_clean(self) -> bool:
         """Whether the scheduler has no tasks left."""
         try:
-            wait_until(lambda: self.client.run_on_scheduler(_tasks) == 0, "no task is left", 20)
+            wait_until(lambda: self.client.run_on_scheduler(_tasks) == 0, "no tasks are left", 20)
         except (OSError, TimeoutError):
             return False
         return True
@@ -337,7 +337,7 @@ class Outcome:
 
     drawn: Drawn
     problem: str
-    #: the error; empty if there is none
+    #: what went wrong; empty if nothing did
     runs: int
     done_before: int
     #: blocks done when the fault happened
@@ -349,7 +349,7 @@ def try_seed(drawn: Drawn, ground: Ground, directory: Path) -> Outcome:
     job = write_job(directory, drawn)
     undisturbed = replace(job, out=str(directory / f"undisturbed.{drawn.format}"))
     ground.ready()
-    # Threads share memory: nothing travels between them, and there is no limit.
+    # Threads share memory, so nothing travels between them; and this run has no memory limit.
     on_threads = drawn.travel == "rows" and not drawn.out_of_core
     where = Threads(2) if on_threads else AtScheduler(scheduler_file=ground.file())
     travel = ALL_ROWS if drawn.travel == "rows" else Travel(drawn.travel)
@@ -363,12 +363,12 @@ def try_seed(drawn: Drawn, ground: Ground, directory: Path) -> Outcome:
         code = command.wait(RUN_SECONDS)
         while code != 0:
             if runs > RESUMES:
-                return Outcome(drawn, _told(directory), runs, done_before, 0)
+                return Outcome(drawn, _last_line(directory), runs, done_before, 0)
             ground.ready()
             runs += 1
             code = start(job, drawn, ground, directory, resume=True).wait(RUN_SECONDS)
     except subprocess.TimeoutExpired:
-        return Outcome(drawn, f"hangs: {_told(directory)}", runs, done_before, 0)
+        return Outcome(drawn, f"hangs: {_last_line(directory)}", runs, done_before, 0)
     finally:
         command.kill()
         command.wait()
@@ -379,7 +379,7 @@ def try_seed(drawn: Drawn, ground: Ground, directory: Path) -> Outcome:
 def start(
     job: Job, drawn: Drawn, ground: Ground, directory: Path, *, resume: bool
 ) -> subprocess.Popen:
-    """Start the real command."""
+    """Start `dask-ep run` on the job."""
     keys = ("tokens", "routing", "topk_weights", "out", "placement", "world_size")
     options = [f"--{key.replace('_', '-')}={getattr(job, key)}" for key in keys]
     experts = ", ".join(
@@ -392,9 +392,9 @@ def start(
         options.append(f"--travel={drawn.travel}")
     if resume and (Path(f"{job.out}.progress").is_dir() or Path(job.out).exists()):
         options.append("--resume")
-    with open(directory / "told", "ab") as told:
+    with open(directory / "log", "ab") as log:
         return subprocess.Popen(
-            [sys.executable, "-m", "dask_ep", "run", *options], stdout=told, stderr=told
+            [sys.executable, "-m", "dask_ep", "run", *options], stdout=log, stderr=log
         )
 
 
@@ -410,7 +410,7 @@ def wait_for_blocks(out: str, count: int, command: subprocess.Popen) -> int:
 
 
 def blocks_done(out: str) -> int | None:
-    """How many blocks an output has; None if it has not been started or is complete."""
+    """Return how many blocks of an output are done; None if it is complete or not yet started."""
     progress = f"{out}.progress"
     try:
         record = journal.read_manifest(progress) if Path(progress).is_dir() else None
@@ -420,7 +420,7 @@ def blocks_done(out: str) -> int | None:
 
 
 def compare(job: Job, undisturbed: Job) -> str:
-    """Describe the error in an output; empty if it is right."""
+    """Describe what is wrong with an output; empty if nothing is."""
     got, expected = (open_tokens(j.out).compute(scheduler="sync") for j in (job, undisturbed))
     if got.shape != expected.shape or got.dtype != expected.dtype:
         return f"{got.dtype} {got.shape} instead of {expected.dtype} {expected.shape}"
@@ -432,8 +432,8 @@ def compare(job: Job, undisturbed: Job) -> str:
     return ""
 
 
-def _told(directory: Path) -> str:
-    lines = (directory / "told").read_text(errors="replace").strip().splitlines()
+def _last_line(directory: Path) -> str:
+    lines = (directory / "log").read_text(errors="replace").strip().splitlines()
     return lines[-1] if lines else "no message"
 
 
@@ -443,15 +443,15 @@ def main() -> int:
     options.add_argument("--first", type=int, default=0, help="first seed")
     options.add_argument("--seed", type=int, help="only this seed")
     options.add_argument("--keep", type=Path, help="keep all files in this directory")
-    asked = options.parse_args()
-    seeds = range(asked.first, asked.first + asked.seeds) if asked.seed is None else [asked.seed]
+    args = options.parse_args()
+    seeds = range(args.first, args.first + args.seeds) if args.seed is None else [args.seed]
     print("| seed | job | fault | blocks before | runs | seconds | result |")
     print("|--:|---|---|--:|--:|--:|---|")
     wrong = 0
     for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, lambda *_: sys.exit(1))  # and end the cluster first
+        signal.signal(number, lambda *_: sys.exit(1))  # exit through `finally`: end the cluster
     with tempfile.TemporaryDirectory() as scratch:
-        place = asked.keep or Path(scratch)
+        place = args.keep or Path(scratch)
         place.mkdir(parents=True, exist_ok=True)
         ground = Ground(place)
         try:
@@ -460,14 +460,14 @@ def main() -> int:
                 directory.mkdir()
                 outcome = try_seed(draw(seed), ground, directory)
                 wrong += bool(outcome.problem)
-                tell(outcome)
+                print_line(outcome)
         finally:
             ground.close()
     print(f"\n{len(seeds) - wrong} of {len(seeds)} seeds are right")
     return 1 if wrong else 0
 
 
-def tell(outcome: Outcome) -> None:
+def print_line(outcome: Outcome) -> None:
     """Print a line of the table."""
     drawn = outcome.drawn
     cells = (

@@ -2,12 +2,12 @@
 
     python workflows/collect_cost.py                    top-2 gated, d = 512, f = 1792, 8 experts
     python workflows/collect_cost.py --rows 4096 --repeat 1
-    python workflows/collect_cost.py --memory           the peak of `gram` of 64 experts, d = 2048
+    python workflows/collect_cost.py --memory           peak memory of `gram`, 64 experts, d = 2048
 
-Each line is a ratio of CPU seconds of one thread, the median of rounds in which both sides take
-turns: the layer with output and statistics to the layer with output only; and for `gram` the dense
-products that it needs, by the same BLAS, to its total time. Files are read and written only with
---memory, by `dask-ep collect`.
+Each line is a ratio of CPU seconds of one thread, the median over rounds in which both sides take
+turns: the layer with its statistics to the layer alone; and, for `gram`, the dense products that it
+needs, made by the same BLAS, to its total time. Files are read and written only with --memory, by
+`dask-ep collect`.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ def main() -> None:
     parser.add_argument("--slots", type=int, default=2)
     parser.add_argument("--repeat", type=int, default=5)
     parser.add_argument("--gram-d", type=int, default=2048, help="Width, with --memory.")
-    parser.add_argument("--memory", action="store_true", help="The peak of gram alone.")
+    parser.add_argument("--memory", action="store_true", help="Peak memory of gram, and no times.")
     options = parser.parse_args()
     if options.memory:
         print_memory(Layer(options.gram_d, 64, 2, rows=options.rows, chunk_rows=1024))
@@ -57,15 +57,15 @@ def main() -> None:
     with one_blas_thread():
         for name, (what, limit) in LIMITS.items():
             ratio = median(_rounds(layer, hidden, what, options.repeat))
-            print(f"{name}: {ratio:.3f} of the layer alone, {limit} is allowed")
+            print(f"{name}: {ratio:.3f} times the layer alone (limit: {limit})")
         share = median(gram_share(layer, hidden, options) for _ in range(options.repeat))
-        print(f"gram: {share:.3f} of its time is in the dense products, at least 0.8 is wanted")
+        print(f"gram: {share:.3f} of its time is spent in dense products (goal: at least 0.8)")
 
 
 def _rounds(
     layer: MoELayer, hidden: da.Array, what: tuple[str, ...], repeat: int
 ) -> Iterator[float]:
-    """Ratio of the seconds with statistics to those of the layer alone, run before and after."""
+    """Yield the ratio of the time with statistics to that of the layer alone, before and after."""
 
     def alone() -> float:
         return cpu_timed(lambda: layer(hidden).compute(scheduler="sync"))
@@ -92,12 +92,12 @@ def make_layer(options: argparse.Namespace) -> tuple[MoELayer, da.Array]:
 
 
 def together(layer: MoELayer, hidden: da.Array, what: tuple[str, ...]) -> None:
-    """The layer's output and some statistics, in one pass."""
+    """Compute the layer's output and some statistics in one pass."""
     dask.compute(collect(hidden, layer, what=what, with_output=True), scheduler="sync")
 
 
 def gram_share(layer: MoELayer, hidden: da.Array, options: argparse.Namespace) -> float:
-    """Ratio of the seconds of the dense products of second moments to those of collecting them."""
+    """Return the ratio of the time of the products that `gram` needs to that of collecting it."""
     routed, rows = layer.tokens_per_expert(hidden).compute(scheduler="sync"), hidden.compute()
     weights = layer.experts.weights
     gate, up = (np.concatenate(weights[name].read(np.float32)) for name in ("gate", "up"))
@@ -111,7 +111,7 @@ def gram_share(layer: MoELayer, hidden: da.Array, options: argparse.Namespace) -
             np.matmul(x.T, x)
             np.matmul(h.T, h)
 
-    def collected() -> None:  # expert by expert, as they go to a file
+    def collected() -> None:  # expert by expert, as when written to a file
         dask.persist(collect(hidden, layer, what=["gram"]), scheduler="sync")
 
     return cpu_timed(products) / cpu_timed(collected)
@@ -134,7 +134,7 @@ def print_memory(layer: Layer) -> None:
         results = (folder / "gram.safetensors").stat().st_size
     print(
         f"gram of {layer.num_experts} experts, d = {layer.d}: {results / 1e6:.0f} MB of results, "
-        f"a peak of {peak / 1e6:.0f} MB, {MEMORY_LIMIT / 1e6:.0f} MB are allowed"
+        f"peak memory {peak / 1e6:.0f} MB (limit: {MEMORY_LIMIT / 1e6:.0f} MB)"
     )
 
 

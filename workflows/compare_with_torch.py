@@ -4,7 +4,7 @@
 # [tool.uv.sources]
 # dask-ep = { path = ".." }
 # ///
-"""Compare the time of a layer, from files to files, with a torch program: same files, same cores.
+"""Compare the time of a layer, from files to files, with that of a torch program on the same cores.
 
     python workflows/compare_with_torch.py                       # the three layers, minutes
     python workflows/compare_with_torch.py --rows 20000 --repeat 1 top1-linear
@@ -13,7 +13,7 @@ Prints which of the two is faster, and by how much: median and range of the rati
 over the rounds. The order is reversed in each round.
 
     data parallel     torch: a process per core, each with all experts and a share of the chunks
-                      dask_ep: a thread per core, by its own files and by `from_zarr` and `store`
+                      dask_ep: a thread per core, with its own files, or `from_zarr` and `store`
     expert parallel   torch: a process per core, each with a share of the experts and of the
                       chunks; rows are sent by gloo's `all_to_all_single`, once to each process that
                       serves them, and come back as one sum
@@ -60,7 +60,7 @@ def main() -> None:
 
 
 def measure(layer: Layer, folder: Path, cores: int, repeat: int) -> list[dict[str, float]]:
-    """Seconds of each program, for each round."""
+    """Return the seconds of each program in each round."""
     workers = {"n_workers": cores, "threads_per_worker": 1, "dashboard_address": ":0"}
     with ExitStack() as stack:
         stack.enter_context(one_blas_thread())
@@ -81,7 +81,7 @@ PAIRS = (
 
 
 def table(rounds: list[dict[str, float]]) -> str:
-    """Print which one is faster, and by how much."""
+    """Format which one is faster, and by how much."""
     lines = ["| what | seconds | torch / dask_ep | range | faster |", "|---|---|---|---|---|"]
     for what, theirs, ours in PAIRS:
         ratios = sorted(one[theirs] / one[ours] for one in rounds)
@@ -96,7 +96,7 @@ def table(rounds: list[dict[str, float]]) -> str:
 
 
 class Compared(Job):
-    """A job for both, and torch's processes."""
+    """A job for both programs, and torch's processes."""
 
     def __init__(self, layer: Layer, folder: Path, client: Client, cores: int):
         super().__init__(layer, folder)
@@ -166,7 +166,7 @@ class Compared(Job):
 
 
 def torch_process(pipe: Connection, layer: Layer, folder: Path, rank: int, world_size: int) -> None:
-    """One of its processes: runs jobs until it receives None."""
+    """Run jobs, in one of torch's processes, until None is received."""
     torch.set_num_threads(1)
     where = f"file://{folder / 'rendezvous'}"
     dist.init_process_group("gloo", init_method=where, rank=rank, world_size=world_size)
@@ -178,7 +178,7 @@ def torch_process(pipe: Connection, layer: Layer, folder: Path, rank: int, world
 
 
 def data_parallel(layer: Layer, folder: Path, out: Path) -> None:
-    """This process's share of the chunks, through all experts."""
+    """Send this process's share of the chunks through all experts."""
     W = load_experts(folder, 0, layer.num_experts)
     source, target = Source(layer, folder), zarr.open_array(out)
     y = torch.empty((layer.chunk_rows, layer.d))
@@ -188,7 +188,7 @@ def data_parallel(layer: Layer, folder: Path, out: Path) -> None:
 
 
 def expert_parallel(layer: Layer, folder: Path, out: Path) -> None:
-    """This process's share of the chunks; rows go to the processes of their experts, and back."""
+    """Send the rows of this process's chunks to the processes of their experts, and sum."""
     size, rank = dist.get_world_size(), dist.get_rank()
     each = layer.num_experts // size
     W = load_experts(folder, rank * each, each)
@@ -259,7 +259,7 @@ def load_experts(folder: Path, first: int, count: int) -> list[torch.Tensor]:
 
 
 class Source:
-    """The chunks of this process, in as many steps as the others; the last may be empty."""
+    """The chunks of this process; all processes take as many steps, and the last may be empty."""
 
     def __init__(self, layer: Layer, folder: Path):
         self.layer, self.rank, self.size = layer, dist.get_rank(), dist.get_world_size()

@@ -4,18 +4,18 @@
 # [tool.uv.sources]
 # dask-ep = { path = ".." }
 # ///
-"""Compare the time of a MoE layer on threads with transformers' own block: same weights and rows.
+"""Compare the time of a MoE layer on threads with that of transformers' own block.
 
     python workflows/compare_with_transformers.py qwen3-like mixtral-like
 
-Prints the ratio of transformers' best time (of its eager and its grouped experts) to dask_ep's,
-both measured in turns, on the same number of cores; and how far the outputs differ. torch includes
-MKL; dask_ep uses it too on Intel CPUs, if the package ``mkl`` is installed, and oneDNN on AMD CPUs
-and for bfloat16, if ``onednn-cpu-gomp`` is.
+Both have the same weights and rows. Prints the ratio of transformers' best time (with its eager or
+its grouped experts) to dask_ep's, measured in turns on the same number of cores, and how far the
+outputs differ. torch includes MKL; dask_ep uses it too on Intel CPUs, if the package ``mkl`` is
+installed, and oneDNN on AMD CPUs and for bfloat16, if ``onednn-cpu-gomp`` is.
 
 With ``--dtype bfloat16`` hidden states and weights are bfloat16. dask_ep is then timed three times:
-with float32 products, as on CPUs without AMX; and with the precisions "float32" and "bfloat16".
-transformers' router is bfloat16 too, and chooses other experts for some rows.
+with float32 products, as on CPUs without 16-bit products; and with the precisions "float32" and
+"bfloat16". transformers' router is bfloat16 too, and chooses other experts for some rows.
 """
 
 import argparse
@@ -104,7 +104,7 @@ def compare(name: str, size: Size, options) -> None:
 
 
 def ways(dtype: str) -> dict[str, tuple[bool, str]]:
-    """Variants of dask_ep: whether products may use 16 bits, and their precision."""
+    """Return the variants of dask_ep: whether products may use 16 bits, and their precision."""
     if dtype == "float32":
         return {"dask_ep": (True, "float32")}
     return {
@@ -115,7 +115,7 @@ def ways(dtype: str) -> dict[str, tuple[bool, str]]:
 
 
 def ours(layer: MoELayer, x: da.Array, threads: int, in_16_bits: bool, precision: str):
-    """A function that computes the layer, with loaded weights, in one of the variants."""
+    """Return a function that computes the layer in one of the variants."""
     library = blas.bfloat16_library if in_16_bits else lambda: None
 
     def run() -> np.ndarray:
@@ -147,7 +147,7 @@ def make_block(size: Size, implementation: str, dtype: str) -> torch.nn.Module:
 
 
 def same_layer(block: torch.nn.Module, size: Size) -> MoELayer:
-    """A layer on the block's own memory: nothing is copied."""
+    """Return a layer that shares the block's weights; nothing is copied."""
     weights = {name: as_numpy(tensor.detach()) for name, tensor in block.named_parameters()}
     experts = Experts.gated_fused(
         weights["experts.gate_up_proj"], weights["experts.down_proj"], transposed=True
@@ -161,7 +161,7 @@ def run_block(block: torch.nn.Module, hidden: np.ndarray) -> np.ndarray:
 
 
 def as_numpy(tensor: torch.Tensor) -> np.ndarray:
-    """The same memory as a NumPy array, with the bfloat16 of ``ml_dtypes``."""
+    """View a tensor as a NumPy array; bfloat16 is that of ``ml_dtypes``."""
     if tensor.dtype != torch.bfloat16:
         return tensor.numpy()
     return tensor.view(torch.int16).numpy().view(ml_dtypes.bfloat16)

@@ -1,11 +1,11 @@
 """How long does it take to decode a quantized matrix, compared with a copy of as many numbers?
 
     python workflows/decode_cost.py                     every format, a matrix of 2048 x 7168
-    python workflows/decode_cost.py int4 Q4 --rows 512  those whose name has one of these in it
+    python workflows/decode_cost.py int4 Q4 --rows 512  formats whose name contains one of these
 
-CPU seconds of one thread; codes are in memory, and the float32 output is in mapped memory. The
-limit is NumPy's conversion of as many bfloat16 numbers to float32, in the same rounds, as for
-experts that are not quantized. Each figure is the best of all rounds.
+CPU time of one thread; the codes are in memory, and the float32 output in pages already mapped. The
+limit is the time in which NumPy converts as many bfloat16 numbers to float32, as for experts that
+are not quantized, in the same rounds. Each figure is the best of all rounds.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ Draw = Callable[..., np.ndarray]
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("names", nargs="*", help="Parts of the names of formats; without any, all.")
+    parser.add_argument("names", nargs="*", help="Parts of names of formats; default: all formats.")
     parser.add_argument("--rows", type=int, default=2048)
     parser.add_argument("--columns", type=int, default=7168)
     parser.add_argument("--repeat", type=int, default=7)
@@ -37,7 +37,7 @@ def main() -> None:
     shape = (options.rows, options.columns)
     out = np.ones(shape, np.float32)
     plain = np.ones(shape, BFLOAT16)
-    print(f"{'':32} ns a number   of a copy's speed")
+    print(f"{'':32} ns per number   copy / decode")
     for name, source in sources(shape).items():
         if options.names and not any(part in name for part in options.names):
             continue
@@ -46,11 +46,11 @@ def main() -> None:
             best[0] = min(best[0], cpu_timed(lambda: np.copyto(out, plain)))
             best[1] = min(best[1], cpu_timed(lambda s=source: s.read(0, options.rows, out=out)))
         copied, decoded = (1e9 * second / out.size for second in best)
-        print(f"{name:32} {decoded:6.2f}      {copied / decoded:10.2f}  (copy {copied:.2f})")
+        print(f"{name:32} {decoded:13.2f}   {copied / decoded:13.2f}  (copy {copied:.2f})")
 
 
 def sources(shape: tuple[int, int]) -> dict[str, Source]:
-    """A matrix in each format, of random codes."""
+    """Return a matrix of random codes in each format."""
     return {
         **{f"FP8, {name}": float8(shape, block) for name, block in blocks_of(shape).items()},
         "compressed-tensors int4, 128": packed(shape, 4, 128),
@@ -95,7 +95,7 @@ def of_tensors(shape: tuple[int, int], tensors: dict[str, np.ndarray], **config:
     parts = find_parts("w.weight", named, config)
     assert parts is not None
     source = parts.open(shape)
-    return getattr(source, "source", source)  # as stored, if that is (in, out)
+    return getattr(source, "source", source)  # formats stored as (in, out) are not transposed
 
 
 def float8(shape: tuple[int, int], block: tuple[int, int]) -> Source:
@@ -126,7 +126,7 @@ def float4(
 
 
 def in_out(shape: tuple[int, int], method: str, dtype: type) -> Source:
-    """GPTQ's words hold eight numbers of a column, AWQ's of a row."""
+    """GPTQ packs eight numbers of a column into a word, AWQ eight of a row."""
     rows, columns = shape
     lying = (rows // 8, columns) if method == "gptq" else (rows, columns // 8)
     tensors = {
@@ -138,7 +138,7 @@ def in_out(shape: tuple[int, int], method: str, dtype: type) -> Source:
 
 
 def gguf_blocks(shape: tuple[int, int], form: str) -> Source:
-    """Random bytes with small scales."""
+    """Return random blocks with small scales."""
     decoder = getattr(gguf_library().quants, form)
     blocks = RNG.integers(0, 256, (shape[0] * shape[1] // decoder.block_size, decoder.type_size))
     blocks = blocks.astype(np.uint8)

@@ -6,7 +6,7 @@
     python workflows/engine_records.py write 0=layer3.zarr 1=layer4.zarr --out routed_experts.npy
 
 `dask-ep plan`, `collect` and `run` take a routing; `place_for_serving.py` and `prune_experts.py
---score rows` take statistics (``usage.rows`` by layer). SGLang reads counts.json with
+--score rows` take statistics (``usage.rows`` of each layer). SGLang reads counts.json with
 --init-expert-location. `dask_ep.placement.engine_records` describes the formats.
 """
 
@@ -32,7 +32,7 @@ from dask_ep.storage.sources import open_source
 from dask_ep.storage.storage import store
 
 ROWS = 1 << 16
-"""Rows of a block of a routing."""
+"""Rows per block of a routing."""
 
 
 @click.group()
@@ -85,10 +85,13 @@ def write(routings: tuple[str, ...], experts: int | None, out: Path) -> None:
         paths[int(number)] = path
     if out.suffix == ".npy":
         if sorted(paths) != list(range(len(paths))):
-            raise click.UsageError("vLLM's layer axis has all layers from 0 on: give each of them")
+            raise click.UsageError(
+                "a .npy file must have all layers from 0 on, but LAYER=PATH names only "
+                f"{', '.join(map(str, sorted(paths)))}"
+            )
         write_vllm_routing(out, [_Rows(paths[layer]) for layer in sorted(paths)])
     elif experts is None:
-        raise click.UsageError("counts need --experts")
+        raise click.UsageError("a .json file of counts needs --experts")
     else:
         loads = {layer: expert_load(path, layer, experts) for layer, path in paths.items()}
         write_sglang_counts(out, loads)

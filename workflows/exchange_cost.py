@@ -2,23 +2,23 @@
 
     python workflows/exchange_cost.py                        # all four parts: ten minutes
     python workflows/exchange_cost.py scheduler bytes        # some of them
-    python workflows/exchange_cost.py --scale 0.1            # smaller ones, for a try
+    python workflows/exchange_cost.py --scale 0.1            # with fewer rows and chunks
 
-scheduler   CPU time of the scheduler for each chunk, from Zarr to Zarr, by ranks; chunks are small,
-            so that hardly anything but their tasks costs time. The cost of one more chunk is
-            computed from runs with two numbers of chunks, without the idle cost of a scheduler
-            (ticks and heartbeats, per second); and compared with a `da.map_blocks` that does
-            nothing, between the same files.
-ranks       one job on two worker processes by ranks: 100 000 rows of 512, top 8 of 128 small gated
-            experts, chunks of 1 024 rows; time over that of two ranks.
-workers     experts that take time but no core (20 ms a packet), one rank on each of 32 workers of
-            one thread, 4 000 chunks, whose outputs stay on their workers: the time of one rank's
-            packets divided by the time taken, and the CPU time of the workers for a packet.
-            `--quiet` turns Dask's profiler off, and lets it tick once a second: with many workers
-            on few cores, these keep half of the cores busy.
-bytes       bytes that services received and sent, divided by the law: each row once to each other
-            worker that serves it, one row back from each rank; top 1, 2 and 8, one and three ranks
-            per worker.
+scheduler   CPU time of the scheduler per chunk, from Zarr to Zarr, for several numbers of ranks;
+            chunks are small, so that little but their tasks takes time. The cost of one more chunk
+            is computed from runs with two numbers of chunks, without what an idle scheduler takes
+            (ticks and heartbeats), and compared with that of a `da.map_blocks` that does nothing,
+            between the same files.
+ranks       one job on two worker processes, for several numbers of ranks: 100 000 rows of 512, top
+            8 of 128 small gated experts, chunks of 1 024 rows; time over that of two ranks.
+workers     experts that take time but no core (20 ms per packet), one rank on each of 32 workers
+            with one thread, 4 000 chunks, whose outputs stay on their workers: the time of one
+            rank's packets divided by the time taken, and the workers' CPU time per packet.
+            `--quiet` turns Dask's profiler off and lets it tick only once a second: with many
+            workers on few cores, these take half of the cores' time.
+bytes       bytes that services received and sent, divided by the expected ones: each row once to
+            each other worker that serves it, one row back from each rank; top 1, 2 and 8, one and
+            three ranks per worker.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ from dask_ep.graph import tally
 
 @contextmanager
 def cluster(workers: int) -> Iterator[Client]:
-    """A process for the scheduler and for each worker, which has one thread."""
+    """Start a scheduler and single-thread workers, each in its own process."""
     with (
         SubprocessCluster(
             n_workers=workers,
@@ -61,7 +61,7 @@ def cluster(workers: int) -> Iterator[Client]:
 
 
 def write(folder: Path, rows: int, d: int, chunk_rows: int, E: int, k: int) -> dict[str, da.Array]:
-    """Token rows and a routing of k different experts each, in Zarr."""
+    """Write token rows, and a routing to k different experts each, as Zarr."""
     rng = np.random.default_rng(0)
     arrays = {
         "tokens": rng.standard_normal((rows, d), dtype=np.float32),
@@ -86,13 +86,13 @@ IDLE_SECONDS = 3.0
 
 
 def spent_by(client: Client, act: Callable[[], object]) -> float:
-    """CPU seconds of the scheduler during a function."""
+    """Return the scheduler's CPU seconds while a function runs."""
     before = client.run_on_scheduler(scheduler_seconds)
     act()
     return client.run_on_scheduler(scheduler_seconds) - before
 
 
-def as_it_is(rows: np.ndarray) -> np.ndarray:
+def identity(rows: np.ndarray) -> np.ndarray:
     return rows
 
 
@@ -100,14 +100,14 @@ def of_scheduler(folder: Path, scale: float) -> None:
     few, many = max(int(500 * scale), 20), max(int(2500 * scale), 60)
     experts = Experts.linear(np.ones((256, 8, 8), np.float32))
     print(f"\nscheduler: {few} and {many} chunks of 64 rows, two workers")
-    print("\n| R | ms of the scheduler for one more chunk | for all | \n|---|---|---|")
+    print("\n| R | scheduler, ms per further chunk | per chunk overall | \n|---|---|---|")
     for ranks in (None, 2, 16, 64, 256):
         spent = {}
         for chunks in (few, many):
             x, routing, weights = write(folder, 64 * chunks, 8, 64, 256, 2).values()
             with cluster(2) as client, own_experts(client, ranks or 1):
                 if ranks is None:
-                    y = da.map_blocks(as_it_is, x, dtype=x.dtype)
+                    y = da.map_blocks(identity, x, dtype=x.dtype)
                 else:
                     y = expert_parallel(x, routing, experts, topk_weights=weights, world_size=ranks)
                 idle = spent_by(client, partial(time.sleep, IDLE_SECONDS)) / IDLE_SECONDS
@@ -164,9 +164,10 @@ def of_workers(folder: Path, scale: float, workers: int) -> None:
         seconds = time.perf_counter() - begun
         spent = sum(client.run(time.process_time).values()) - before
     print(
-        f"\nworkers: {workers} of one thread, {chunks} chunks, a packet to each: {seconds:.1f} s, "
-        f"{0.02 * chunks / seconds:.2f} of the ideal time ({0.02 * chunks:.1f} s), "
-        f"{1e3 * spent / chunks / workers:.2f} ms of the workers for a packet",
+        f"\nworkers: {workers} with one thread, {chunks} chunks, each with a packet for every "
+        f"worker: {seconds:.1f} s, {0.02 * chunks / seconds:.2f} of the ideal speed "
+        f"({0.02 * chunks:.1f} s), {1e3 * spent / chunks / workers:.2f} ms of the workers' CPU "
+        "time per packet",
         flush=True,
     )
 
@@ -214,9 +215,9 @@ def main() -> None:
         description=__doc__.partition("\n")[0], formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parts = ("scheduler", "ranks", "workers", "bytes")
-    parser.add_argument("parts", nargs="*", metavar="PART", help=f"of {', '.join(parts)}")
+    parser.add_argument("parts", nargs="*", metavar="PART", help=f"any of {', '.join(parts)}")
     parser.add_argument("--scale", type=float, default=1.0, help="factor for rows and chunks")
-    parser.add_argument("--quiet", action="store_true", help="no upkeep of Dask's by the second")
+    parser.add_argument("--quiet", action="store_true", help="no profiler, one tick per second")
     parser.add_argument("--workers", type=int, default=32, help="workers of the part `workers`")
     arguments = parser.parse_args()
     if unknown := set(arguments.parts) - set(parts):

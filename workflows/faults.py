@@ -1,12 +1,12 @@
-"""What does it cost a running job if its workers die, stop, retire, join or restart?
+"""What does a running job lose if its workers die, stop, retire, join or restart?
 
     PYTHONPATH=. python workflows/faults.py    # every fault at ten moments: 15 minutes
     PYTHONPATH=. python workflows/faults.py --moments 2 --fault killed
-    PYTHONPATH=. python workflows/faults.py --fault replica      # time with and without one
-    PYTHONPATH=. python workflows/faults.py --fault scheduler    # what owners cost it per chunk
+    PYTHONPATH=. python workflows/faults.py --fault replica      # time with and without a replica
+    PYTHONPATH=. python workflows/faults.py --fault scheduler    # what owners cost the scheduler
 
-Real scheduler and worker processes on this machine. Prints a table in Markdown; exit code 1 if any
-result differs in a bit from that of the undisturbed run.
+Starts real scheduler and worker processes on this machine. Prints a table in Markdown; exit code 1
+if any result differs in a bit from that of the undisturbed run.
 """
 
 from __future__ import annotations
@@ -34,19 +34,19 @@ from tests.fault_scenarios import (
 )
 
 UNEVEN_CHUNKS = 200
-"""Chunks of the uneven job: it must take longer than finding out which rank is hot."""
+"""Chunks of the uneven job, which must take longer than detecting the hot rank."""
 
 
 def main() -> int:
     options = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     options.add_argument("--moments", type=int, default=10, help="moments for each fault")
     options.add_argument("--fault", nargs="*", help="only faults with one of these in their name")
-    asked = options.parse_args()
+    args = options.parse_args()
 
-    def is_asked(name: str) -> bool:
-        return not asked.fault or any(word in name for word in asked.fault)
+    def is_selected(name: str) -> bool:
+        return not args.fault or any(word in name for word in args.fault)
 
-    faults = list(filter(is_asked, FAULTS))
+    faults = list(filter(is_selected, FAULTS))
     wrong = 0
     if faults:
         print("| what happened | moments | same bits | seconds lost: least | median | most |")
@@ -54,16 +54,16 @@ def main() -> int:
     for nanny in (False, True):
         of_these = [fault for fault in faults if FAULTS[fault][1] == nanny]
         if of_these:
-            wrong += measure(of_these, asked.moments, nanny)
-    if is_asked("replica"):
+            wrong += measure(of_these, args.moments, nanny)
+    if is_selected("replica"):
         wrong += measure_replica()
-    if is_asked("scheduler"):
-        measure_scheduler(rounds=min(asked.moments, 5))
+    if is_selected("scheduler"):
+        measure_scheduler(rounds=min(args.moments, 5))
     return 1 if wrong else 0
 
 
 def measure(faults: list[str], count: int, nanny: bool) -> int:
-    """Try faults on one cluster, print a line for each, and count wrong results."""
+    """Cause faults on one cluster, print a line for each, and count wrong results."""
     wrong = 0
     with (
         tempfile.TemporaryDirectory() as directory,
@@ -88,7 +88,8 @@ def measure(faults: list[str], count: int, nanny: bool) -> int:
 
 
 def measure_replica() -> int:
-    """Time an uneven job, with a replica of its hot rank that is requested or automatic."""
+    """Time an uneven job without a replica of its hot rank, with a requested one, and with an
+    automatic one."""
     ways = {
         "none": (None, False),
         "requested at the start": (0.0, False),
@@ -121,7 +122,7 @@ def measure_scheduler(rounds: int) -> None:
         free, pinned = map(min, free_and_pinned(client, rounds))
     print(
         f"\nscheduler: {1e6 * free:.0f} us per chunk without owners, {1e6 * pinned:.0f} us with, "
-        f"{pinned / free:.2f} x; least of {rounds} runs in turns"
+        f"{pinned / free:.2f} x; best of {rounds} runs in turns"
     )
 
 

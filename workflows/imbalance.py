@@ -3,9 +3,9 @@
     PYTHONPATH=. python workflows/imbalance.py             # half a minute
     PYTHONPATH=. python workflows/imbalance.py --seeds 1 --layers 2
 
-Largest over mean rows of a rank, for experts whose popularity follows Zipf's law, each the mean
-over some orders of popularity. Then the time to balance all layers of a large model at once,
-divided by that of the published algorithm in loops. Prints tables in Markdown.
+Prints the largest over the mean rows of a rank, for experts whose popularity follows Zipf's law,
+each the mean over several orders of popularity. Then the time to balance all layers of a large
+model at once, divided by that of plain loops of the published algorithm. Tables are in Markdown.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ def main() -> None:
 
 
 def line(loads: list[np.ndarray], ranks: int, spare: int) -> str:
-    """Mean imbalance of each policy, and the physical experts per rank of exact."""
+    """Format the mean imbalance of each policy, and the physical experts per rank of `exact`."""
     experts = loads[0].size
     policies = {
         "contiguous": lambda load: contiguous(experts, ranks),
@@ -66,7 +66,7 @@ def speed(layers: int) -> str:
     loops = timed(lambda: [published_balance(load.tolist(), 288, 1, 1, 32) for load in loads])
     return (
         f"{layers} layers of 256 experts, 288 physical ones on 32 ranks: {ours:.3f} s, "
-        f"{ours / loops:.3f} of the published algorithm in loops"
+        f"{ours / loops:.3f} of the time of plain loops"
     )
 
 

@@ -1,4 +1,4 @@
-"""What does it cost if the experts are several times larger than memory?
+"""How much longer does a job take if its experts are several times larger than memory?
 
     python workflows/larger_experts.py --directory /fast/disk      # 12 GB in 3 GB
     python workflows/larger_experts.py --processes 2 --memory-limit 1300MB --kill
@@ -12,12 +12,12 @@ ratios to a limit taken on the same files and threads, each with one BLAS thread
                 + the bytes of all experts read once + the token file copied
     dask_ep     dask-ep run --memory-limit, the peak memory of its process tree, and how many
                 experts it read; with --kill one worker is killed when half of them are read
-    reread      the whole token file is read again for each expert, as by a plain loop over
-                experts: some experts, scaled
+    reread      a plain loop over experts, which reads the whole token file again for each; scaled
+                from a few experts
     resident    fewer experts and rows: dask-ep run without a limit, all experts in memory
 
-Files are dropped from the system's cache before they are read, as far as the system allows it.
-Needs psutil, and disk for experts, tokens, output, and waiting rows: about 21 GB by default.
+Files are dropped from the page cache before they are read, as far as the system allows it. Needs
+psutil, and disk for experts, tokens, output, and waiting rows: about 21 GB by default.
 """
 
 from __future__ import annotations
@@ -98,25 +98,27 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=dask.system.CPU_COUNT)
     parser.add_argument("--processes", type=int, help="worker processes, each with the limit")
     parser.add_argument("--kill", action="store_true", help="kill one of them during the run")
-    parser.add_argument("--sample", type=float, default=0.1, help="part of the products to time")
+    parser.add_argument(
+        "--sample", type=float, default=0.1, help="fraction of the products to time"
+    )
     parser.add_argument("--directory", help="directory for temporary files")
-    asked = parser.parse_args()
-    if asked.kill and not asked.processes:
-        parser.error("--kill ends a worker process, so it needs --processes")
-    layer = Layer(asked.rows, asked.d, asked.hidden, asked.experts, asked.k)
-    limit = asked.memory_limit
-    where = ["--threads", str(asked.threads)]
-    if asked.processes:
-        where = ["--processes", str(asked.processes)]
+    args = parser.parse_args()
+    if args.kill and not args.processes:
+        parser.error("--kill kills a worker process, so it needs --processes")
+    layer = Layer(args.rows, args.d, args.hidden, args.experts, args.k)
+    limit = args.memory_limit
+    where = ["--threads", str(args.threads)]
+    if args.processes:
+        where = ["--processes", str(args.processes)]
     with (
-        tempfile.TemporaryDirectory(dir=asked.directory) as folder,
+        tempfile.TemporaryDirectory(dir=args.directory) as folder,
         one_blas_thread(),
     ):
-        bench = Bench(layer, Path(folder), asked.threads, where, limit)
+        bench = Bench(layer, Path(folder), args.threads, where, limit)
         print(f"{layer}: {format_bytes(layer.expert_bytes)} of experts as stored, "
               f"{format_bytes(layer.token_bytes)} of tokens, {' '.join(where)}, "
               f"limit {limit / 1e9:.3g} GB", flush=True)  # fmt: skip
-        print(bench.table(asked.sample, asked.kill), flush=True)
+        print(bench.table(args.sample, args.kill), flush=True)
 
 
 class Bench:
@@ -130,7 +132,7 @@ class Bench:
         write_job(layer, folder, "job")
 
     def table(self, sample: float, kill: bool = False) -> str:
-        """Measure once, with the limit before and after, and return the ratios."""
+        """Measure once, with the limit timed before and after, and return the ratios."""
         layer = self.layer
         before = self.limit_parts(sample)
         seconds, peak = self.run("job", ["--memory-limit", str(self.limit)], kill)
@@ -146,7 +148,7 @@ class Bench:
         write_job(small, self.folder, "small")
         resident, resident_peak = self.run("small", [])
         passing, passing_peak = self.run("small", ["--memory-limit", str(self.limit)])
-        said = (
+        way = (
             "all experts fit" if passes is None else f"{passes['way']}, passes: {passes['passes']}"
         )
         shares = ", ".join(f"{name} {100 * part / whole:.0f} %" for name, part in parts.items())
@@ -155,7 +157,7 @@ class Bench:
             f"limit: {shares}; {whole:.1f} s",
             "| what | time / limit | peak memory | experts read |",
             "|---|---|---|---|",
-            f"| dask_ep ({said}) | {seconds / whole:.2f} | {peak / 1e9:.2f} GB | {read} |",
+            f"| dask_ep ({way}) | {seconds / whole:.2f} | {peak / 1e9:.2f} GB | {read} |",
             f"| tokens reread for each expert | {self.reread() / whole:.2f} | | |",
             "",
             f"{small.experts} experts, {small.rows} rows:",
@@ -169,7 +171,7 @@ class Bench:
     # --- the limit ---
 
     def limit_parts(self, sample: float) -> dict[str, float]:
-        """Seconds of the unavoidable work."""
+        """Return the seconds of the unavoidable work."""
         self.drop_cache()
         return {
             "products": timed(lambda: self.products(sample)) / sample,
@@ -178,7 +180,7 @@ class Bench:
         }
 
     def products(self, sample: float) -> None:
-        """Dense products with a part of the job's FLOPs, each of the best number of rows."""
+        """Multiply dense blocks with a fraction of the job's FLOPs, each of a good size."""
         layer, rows = self.layer, 1024
         rng = np.random.default_rng(0)
         share = sample * layer.rows * layer.k / self.threads
@@ -226,7 +228,7 @@ class Bench:
     # --- what is measured ---
 
     def run(self, name: str, options: list[str], kill: bool = False) -> tuple[float, int]:
-        """Seconds and peak bytes of the command's process tree; one of its workers is killed."""
+        """Return the seconds and peak bytes of the command; with `kill`, kill a worker halfway."""
         self.drop_cache()
         command = [sys.executable, "-m", "dask_ep", "run", str(self.folder / f"{name}.toml")]
         start = time.perf_counter()
@@ -245,7 +247,7 @@ class Bench:
         return time.perf_counter() - start, peak
 
     def reads(self, name: str) -> Counter[int]:
-        """How often a run in passes read each expert."""
+        """Return how often a run in passes read each expert."""
         progress = self.folder / f"{name}.zarr.progress"
         if not progress.exists():
             return Counter()
@@ -258,7 +260,7 @@ class Bench:
         )
 
     def reread(self) -> float:
-        """Seconds of a loop over experts that reads all tokens for each, scaled from a few."""
+        """Return the seconds of a loop over experts that reads all tokens for each, scaled."""
         layer = self.layer
         some = np.linspace(0, layer.experts - 1, min(layer.experts, 4)).astype(int)
         tokens = open_source(str(self.folder / "tokens.npy"))
@@ -293,7 +295,7 @@ class Bench:
     # --- helpers ---
 
     def drop_cache(self) -> None:
-        """Ask the system to drop the files from its cache."""
+        """Ask the system to drop the files from the page cache."""
         os.sync()
         for path in self.folder.rglob("*"):
             if path.is_file() and hasattr(os, "posix_fadvise"):
@@ -315,7 +317,7 @@ def timed(run: Callable[[], object]) -> float:
 
 
 def write_experts(layer: Layer, folder: Path) -> None:
-    """One file per matrix of each expert; experts are slices of one random array."""
+    """Write one file per matrix of each expert; experts are slices of one random array."""
     size = layer.d * layer.hidden
     rng = np.random.default_rng(0)
     numbers = rng.standard_normal(size + 64 * layer.experts, "f4")
@@ -328,7 +330,7 @@ def write_experts(layer: Layer, folder: Path) -> None:
 
 
 def write_rows(layer: Layer, folder: Path) -> tuple[np.ndarray, np.ndarray]:
-    """Tokens chunk by chunk, a realistically skewed routing, weights."""
+    """Write tokens, chunk by chunk, a realistically skewed routing, and weights."""
     rng = np.random.default_rng(1)
     popularity = np.log((1.0 + np.arange(layer.experts)) ** -0.7).astype("f4")
     popularity = rng.permutation(popularity)
@@ -349,7 +351,7 @@ def write_rows(layer: Layer, folder: Path) -> tuple[np.ndarray, np.ndarray]:
 
 
 def write_job(layer: Layer, folder: Path, name: str) -> None:
-    """A job over the first rows and experts."""
+    """Write a job over the first rows and experts."""
     keys = {"tokens": "tokens", "routing": "routing", "topk_weights": "topk_weights"}
     whole = np.load(folder / "routing.npy", mmap_mode="r")
     if len(whole) > layer.rows:

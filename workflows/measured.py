@@ -54,9 +54,9 @@ LAYERS = {
 def parse_options(
     description: str | None, cores: str
 ) -> tuple[argparse.Namespace, dict[str, Layer]]:
-    """Read the options of a benchmark, and return the chosen layers by name.
+    """Read the options of a benchmark; return them, and the chosen layers by name.
 
-    `cores` is the option for the number of threads or processes.
+    `cores` is the name of the option for the number of threads or processes.
     """
     parser = argparse.ArgumentParser(
         description=description, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -81,11 +81,11 @@ class Job:
         self.experts = write_experts(layer, folder)
 
     def timed_output(self, run: Callable[[Path], None]) -> float:
-        """Seconds of a function that writes an output, with its inputs in the page cache."""
+        """Time a function that writes an output, with its inputs in the page cache."""
         for file in self.token_files():
             file.read_bytes()
         with self.output() as out:
-            os.sync()  # else it may have to wait until earlier writes are on disk
+            os.sync()  # otherwise it may have to wait for earlier writes
             return timed(lambda: run(out))
 
     def token_files(self) -> list[Path]:
@@ -93,7 +93,7 @@ class Job:
 
     @contextmanager
     def output(self) -> Iterator[Path]:
-        """A new directory for an output, removed afterwards."""
+        """Yield the path of an output in a new directory, removed afterwards."""
         place = self.folder / "out"
         place.mkdir()
         try:
@@ -102,7 +102,7 @@ class Job:
             shutil.rmtree(place)
 
     def create_output(self, out: Path) -> zarr.Array:
-        """An array like the one that the pipeline writes."""
+        """Create an array like the one that the pipeline writes."""
         layer = self.layer
         return zarr.create_array(
             out,
@@ -113,7 +113,7 @@ class Job:
         )
 
     def arrays(self) -> list[np.ndarray]:
-        """The matrices of the experts, in memory."""
+        """Load the matrices of the experts."""
         return [np.load(file) for file in sorted(self.folder.glob("w*.npy"))]
 
     def chunks(self) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:
@@ -126,7 +126,7 @@ class Job:
         return [da.from_zarr(str(self.folder / f"{name}.zarr")) for name in names]
 
     def layer_output(self, world_size: int) -> da.Array:
-        """The lazy output, for inputs opened by `dask_ep`."""
+        """Return the lazy output, with inputs opened by `dask_ep`."""
         tokens = dask_ep.open_tokens(self.folder / "tokens.zarr")
         routing = dask_ep.open_tokens(self.folder / "routing.zarr", like=tokens)
         weights = dask_ep.open_tokens(self.folder / "topk_weights.zarr", like=tokens)
@@ -142,7 +142,7 @@ def matrix_shapes(layer: Layer) -> list[tuple[int, int]]:
 
 
 def write_experts(layer: Layer, folder: Path) -> dask_ep.Experts:
-    """Experts in files, one for each of their matrices."""
+    """Write the experts, one file for each kind of matrix."""
     rng = np.random.default_rng(1)
     files = [folder / f"w{n}.npy" for n in range(len(matrix_shapes(layer)))]
     for file, shape in zip(files, matrix_shapes(layer), strict=True):
@@ -152,7 +152,7 @@ def write_experts(layer: Layer, folder: Path) -> dask_ep.Experts:
 
 
 def write_inputs(layer: Layer, folder: Path) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Tokens, routing with Zipf-skewed popularity, and weights: as Zarr files, and in memory."""
+    """Write tokens, routing with Zipf-skewed popularity, and weights as Zarr; return the arrays."""
     rng = np.random.default_rng(0)
     tokens = rng.standard_normal((layer.rows, layer.d), "f4")
     popularity = np.log((1.0 + np.arange(layer.num_experts)) ** -layer.zipf).astype("f4")
@@ -176,7 +176,7 @@ def timed(run: Callable[[], None]) -> float:
 
 
 def cpu_timed(run: Callable[[], object]) -> float:
-    """CPU seconds of this thread."""
+    """Return the CPU seconds of this thread that a function takes."""
     start = time.thread_time()
     run()
     return time.thread_time() - start
@@ -190,7 +190,7 @@ def peak_of_tree(
     Parameters
     ----------
     process : just started
-    look : called repeatedly with all of them
+    look : called repeatedly with all these processes
     """
     root, peak = psutil.Process(process.pid), 0
     while process.poll() is None:
@@ -203,12 +203,12 @@ def peak_of_tree(
 
 
 def table(rounds: list[dict[str, float]]) -> str:
-    """Print median and range over the rounds of each ratio; one above 1 has failed."""
+    """Format the median and range of each ratio over the rounds; a ratio above 1 is a failure."""
     lines = ["| what | ratio to its limit | range |", "|---|---|---|"]
     for what in sorted(rounds[0]):
         values = sorted(r[what] for r in rounds)
         above = sum(value > 1 for value in values)
-        said = f"failed, {above} of {len(values)} are above 1" if above else ""
-        said = said or f"{statistics.median(values):.2f}"
-        lines.append(f"| {what} | {said} | {values[0]:.2f} to {values[-1]:.2f} |")
+        median = f"{statistics.median(values):.2f}"
+        result = f"failed, {above} of {len(values)} are above 1" if above else median
+        lines.append(f"| {what} | {result} | {values[0]:.2f} to {values[-1]:.2f} |")
     return "\n".join(lines)

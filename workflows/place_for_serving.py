@@ -1,9 +1,9 @@
-"""Place the experts of a serving deployment by the loads of a large corpus.
+"""Place the experts of a serving deployment by their load over a large corpus.
 
-A serving engine sees the load of the last minutes; a batch job over a corpus sees all of it. This
-reads the routing of each MoE layer (the expert indices saved by a batch run, of any length),
-balances every layer over the deployment's ranks, and writes the file that the engine reads when it
-starts:
+A serving engine sees the load of the last few minutes; a batch job over a corpus sees all of it.
+This script reads the routing of each MoE layer (the expert indices saved by a batch run, of any
+length), balances each layer over the deployment's ranks, and writes the file that the engine reads
+at its start:
 
     python workflows/place_for_serving.py 3=layer3.zarr 4=layer4.zarr --experts 256 --ranks 32 \\
         --physical-experts 288 --groups 8 --nodes 4 --model-layers 61 --engine sglang \
@@ -15,11 +15,11 @@ starts:
 A path may also be statistics of `dask-ep collect` (stats_003.safetensors), or an engine's record of
 all its layers: SGLang's expert distribution (.pt) or vLLM's routed experts (.npy).
 
-LAYER is the number of a layer in the model for SGLang, and counts its MoE layers from 0 for vLLM
-Ascend, whose file has no others.
+For SGLang, LAYER is the index of the layer in the model; for vLLM Ascend, whose file has only MoE
+layers, it counts these from 0.
 
-With --previous, an earlier file, layers that are not given stay unchanged, and in the others only
-as many experts move as are needed to come within --tolerance of perfect balance.
+With --previous, an earlier file, layers that are not given stay unchanged. In the others only as
+many experts move as it takes to come within --tolerance of perfect balance.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ from dask_ep.placement.rebalance import incremental, moves
 @click.argument("routings", nargs=-1, required=True, metavar="LAYER=PATH...")
 @click.option("--experts", type=click.IntRange(1), required=True, help="Experts per layer.")
 @click.option("--ranks", type=click.IntRange(1), required=True, help="GPUs of the deployment.")
-@click.option("--physical-experts", type=click.IntRange(1), help="Total of all ranks.")
+@click.option("--physical-experts", type=click.IntRange(1), help="Total over all ranks.")
 @click.option(
     "--groups", type=click.IntRange(1), default=1, help="Expert groups of a group-limited router."
 )
@@ -71,21 +71,20 @@ def main(
     tolerance: float,
     out: str,
 ) -> None:
-    """Write the placement of all experts, by the loads in LAYER=PATH: the routing of each layer."""
+    """Write the placement of all experts, balanced by the routing of each layer in LAYER=PATH."""
     paths = paths_of_layers(routings)
     if engine == "vllm-ascend" and model_layers is not None:
-        raise click.UsageError("--model-layers is for SGLang: vLLM Ascend counts MoE layers alone")
+        raise click.UsageError("--model-layers is for SGLang: vLLM Ascend counts only MoE layers")
     try:
         before = {}
         if previous is not None:
             before = previous_layers(previous, engine, ranks, experts, physical_experts)
             if (groups, nodes) != (1, 1):
                 raise click.UsageError(
-                    "--groups and --nodes need all experts placed anew; leave "
-                    "them or --previous out"
+                    "--groups and --nodes place all experts anew: give either these or --previous"
                 )
         elif physical_experts is None:
-            raise click.UsageError("give --physical-experts, or --previous")
+            raise click.UsageError("give --physical-experts or --previous")
         check_layers(list(paths), list(before), engine, model_layers)
         loads = np.stack([expert_load(path, layer, experts) for layer, path in paths.items()])
         if before:
@@ -136,9 +135,9 @@ def previous_layers(
         found = (placement.world_size, placement.num_experts, placement.physical.size)
         if found != (ranks, experts, physical or found[-1]):
             raise click.UsageError(
-                f"layer {layer} of {path} has {found[1]} experts in {found[2]} places on "
-                f"{found[0]} ranks; --experts, --physical-experts (which may be left out) and "
-                "--ranks must be these"
+                f"--experts, --physical-experts (if given) and --ranks must be those of {path}, "
+                f"whose layer {layer} has {found[1]} experts, {found[2]} physical ones and "
+                f"{found[0]} ranks"
             )
     return dict(enumerate(read))
 
@@ -146,16 +145,19 @@ def previous_layers(
 def check_layers(
     named: Sequence[int], before: Sequence[int], engine: str, model_layers: int | None
 ) -> None:
-    """Refuse layers that are not in the engine's file, or would be missing."""
+    """Raise for layers that are not in the engine's file, or are missing from it."""
     if before and model_layers not in (None, len(before)):
-        raise click.UsageError(f"--previous has {len(before)} layers, not {model_layers}")
+        raise click.UsageError(
+            f"--model-layers must be {len(before)}, as in --previous, not {model_layers}"
+        )
     layers = len(before) or model_layers
     if layers is not None and named[-1] >= layers:
-        raise click.UsageError(f"there are layers 0 to {layers - 1}, and {named[-1]} is given")
+        raise click.UsageError(f"layers must be 0 to {layers - 1}, not {named[-1]}")
     if engine == "vllm-ascend" and not before and len(named) <= named[-1]:
         missing = sorted(set(range(named[-1])) - set(named))
         raise click.UsageError(
-            f"vLLM Ascend's file has every MoE layer, counted from 0: layer {missing[0]} is missing"
+            f"vLLM Ascend's file needs every MoE layer, counted from 0, but layer {missing[0]} is "
+            "missing"
         )
 
 

@@ -3,13 +3,13 @@
     python workflows/plan_accuracy.py               # twenty-one jobs: five minutes
     python workflows/plan_accuracy.py --scale 0.02 --only threads-linear
 
-Jobs of many sizes, half on threads and half on worker processes, each planned and run in its own
-process; in the last one a rank, and therefore the run, is ten times slower than planned. Prints a
-table in Markdown: tasks, rows of each rank and bytes between workers are counted and must be equal,
-bytes for the workers where the chunks were; peak memory and time are divided by the planned ones.
-Exit code 1 if anything that must be equal is not, or if a process took more memory than planned, or
-less than half of it: a plan that is far too large refuses jobs that would fit. With --scale
-below 1, chunks are not full, and that last limit is not checked.
+Jobs of many sizes, half on threads and half on worker processes, are each planned and run in their
+own process; in the last one a rank, and therefore the run, is ten times slower than planned. Prints
+a table in Markdown: tasks, rows of each rank and bytes between workers are counted and must equal
+the plan (bytes are planned for the workers that had the chunks); peak memory and time are divided
+by the planned ones. Exit code 1 if anything that must be equal is not, or if a process took more
+memory than planned, or less than half of it, since a plan that is far too high refuses jobs that
+would fit. With --scale below 1, chunks are not full, and that lower bound is not checked.
 """
 
 from __future__ import annotations
@@ -102,11 +102,11 @@ CASES = {
 
 
 LEAST_PART = 0.5
-"""Least share of the planned memory that a process takes at its peak, for a useful plan."""
+"""Smallest fraction of the planned memory that peak memory may be: below it a plan is too high."""
 
 
 class Outcome(NamedTuple):
-    """The results of one job; plain data, since it comes from another process."""
+    """The results of one job, as plain data, since they come from another process."""
 
     tasks: tuple[int, int]
     #: planned, counted
@@ -188,7 +188,7 @@ def plan_and_run(case: Case, folder: Path) -> Outcome:
 
 
 def slow_down(client: Client, factor: float) -> None:
-    """Let rank 0 take that many times as long, wherever it is served."""
+    """Make rank 0 take that many times as long, on every worker."""
     client.run(take_longer, factor)
 
 
@@ -225,7 +225,8 @@ def spell(outcome: Outcome) -> str:
 
 
 def tell(outcomes: list[Outcome], least: float) -> int:
-    """Sum up; 1 if counts differ, or memory was not within `least` and 1 of the planned one."""
+    """Print a summary; return 1 if counts differ, or peak over planned memory is not in
+    [least, 1]."""
     equal = sum(outcome.equal for outcome in outcomes)
     memory = [o.memory[1] / o.memory[0] for o in outcomes]
     time = [o.seconds[1] / o.seconds[0] for o in outcomes]

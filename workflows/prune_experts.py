@@ -4,14 +4,14 @@
 
 STATS is the output of `dask-ep collect` for each MoE layer: a directory with
 ``stats_003.safetensors`` for layer 3 and so on, or the file of the only MoE layer. If the router
-chooses groups of experts first, the same number is kept in each group, so that it still can.
+chooses groups of experts first, the same number is kept in each group, so that it still works.
 
-Nothing is computed and no tensor is loaded: the bytes of the experts that stay are copied, file by
-file, with their rows of router and biases. ``config.json`` gets the new number of experts; all
-other files (tokenizer, generation settings) are copied unchanged. At the end each MoE layer of the
-new checkpoint is opened, which compares all shapes with the config; only then does the directory
-get its name. The pruned layer is the old one with the other experts masked out: their logits are
-minus infinity.
+Nothing is computed and no tensor is loaded: the bytes of the experts that are kept are copied, file
+by file, with their rows of the router and its biases. ``config.json`` gets the new number of
+experts; all other files (tokenizer, generation settings) are copied unchanged. At the end each MoE
+layer of the new checkpoint is opened, which compares all shapes with the config; only then is the
+directory renamed to PRUNED. The pruned layer computes what the old one does with the other experts
+masked out: their logits are minus infinity.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ SCORES = {
 """Short names of the usual statistics to choose experts by."""
 
 CONFIGS = (*TEXT_CONFIGS, ())
-"""Keys of the text model's config in ``config.json``; none in a plain model."""
+"""Paths of the text model's config in ``config.json``; empty for a plain model."""
 
 PIECE = 16 << 20
 """Bytes copied at a time."""
@@ -59,16 +59,16 @@ PIECE = 16 << 20
 OF_EXPERT = re.compile(r"((?:.*\.)?experts\.)(\d+)(\..+)")
 
 
-# --- which experts stay --------------------------------------------------------------------------
+# --- which experts are kept ----------------------------------------------------------------------
 
 
 def choose(scores: np.ndarray, keep: float, groups: int = 1) -> np.ndarray:
-    """Choose the experts with the highest scores, the same number in each group of neighbours.
+    """Choose the experts with the highest scores, the same number in each group.
 
     Parameters
     ----------
-    scores : (E,) floats; among equals the lower expert is chosen first
-    keep : part of the experts, rounded down, at least one of each group
+    scores : (E,) floats; ties go to the lower index
+    keep : fraction of the experts, rounded down, at least one of each group
     groups : int, a divisor of E
 
     Returns
@@ -91,7 +91,7 @@ def choose(scores: np.ndarray, keep: float, groups: int = 1) -> np.ndarray:
 
 
 def check_router(router: Any, kept: int, layer: int) -> None:
-    """Refuse so few experts that the router cannot choose."""
+    """Raise if too few experts are kept for the router to choose from."""
     in_group = kept // router.groups
     reach = in_group * router.topk_groups
     if reach < router.k:
@@ -118,14 +118,20 @@ def read_scores(stats: Path, layers: list[int], score: str, E: int) -> dict[int,
     for layer in layers:
         path = stats / f"stats_{layer:03d}.safetensors" if stats.is_dir() else stats
         if not path.exists():
-            raise click.UsageError(f"there are no statistics of MoE layer {layer}: {path}")
-        of = read_metadata(str(path)).get("layer_index", str(layer))
-        if of != str(layer):
-            raise click.UsageError(f"{path} must be of layer {layer}, but is of layer {of}")
+            raise click.UsageError(
+                f"each MoE layer needs a statistics file, but layer {layer} has none: {path}"
+            )
+        found_layer = read_metadata(str(path)).get("layer_index", str(layer))
+        if found_layer != str(layer):
+            raise click.UsageError(
+                f"{path} must have the statistics of layer {layer}, but has those of layer "
+                f"{found_layer}"
+            )
         tensors, name = open_safetensors(path), SCORES.get(score, score)
         if name not in tensors:
             raise click.UsageError(
-                f"{path} has no {name!r} for --score {score}, only {', '.join(sorted(tensors))}"
+                f"{path} must have {name!r} for --score {score}, but has only "
+                f"{', '.join(sorted(tensors))}"
             )
         values = tensors[name].read(0, tensors[name].shape[0]).astype(np.float64)
         if values.shape != (E,) or not np.isfinite(values).all():
@@ -148,12 +154,12 @@ class Entry(NamedTuple):
     #: name of the dtype in the format
     shape: list[int]
     spans: list[tuple[int, int]]
-    #: ranges of bytes of the old file's data that it consists of, in order
+    #: byte ranges of the old file's data that make up the tensor, in order
 
 
 @dataclass
 class Pruning:
-    """The experts to keep of a checkpoint, and the new form of its tensors."""
+    """Which experts of a checkpoint are kept, and the new form of its tensors."""
 
     checkpoint: Checkpoint
     kept: Mapping[int, np.ndarray]
@@ -161,7 +167,7 @@ class Pruning:
     num_experts: int
     #: the old number
     blocks: Mapping[int, Block]
-    #: blocks by layer, which know their tensors
+    #: blocks by layer, each with the names of its tensors
     left_out: list[str] = field(default_factory=list)
     #: names of tensors beyond the last layer
 
@@ -191,14 +197,14 @@ class Pruning:
         axis = self.axis_of_experts(name, shape)
         whole, kept = shape[axis], self.kept[layer]
         begin, end = span
-        runs = math.prod(shape[:axis])  # runs of bytes, each with a part for every expert
+        runs = math.prod(shape[:axis])  # contiguous runs of bytes, each with all experts
         size = (end - begin) // (runs * self.num_experts)
         starts = begin + size * (self.num_experts * np.arange(runs)[:, None] + kept).reshape(-1)
         rows = [*shape[:axis], whole // self.num_experts * len(kept), *shape[axis + 1 :]]
         return Entry(name, dtype, rows, [(first, first + size) for first in starts.tolist()])
 
     def axis_of_experts(self, name: str, shape: list[int]) -> int:
-        """The expert axis of a tensor with parts of all experts."""
+        """Return the expert axis of a tensor that holds parts of all experts."""
         block = self.blocks[self.layer_of[name]]
         family, E = block.family, self.num_experts
         in_out = [block.full(each) for each in family.router_weight_in_out]
@@ -207,15 +213,15 @@ class Pruning:
         if len(shape) > axis and (shape[axis] == E or (flat and shape[axis] % E == 0)):
             return axis
         raise click.UsageError(
-            f"{name} {tuple(shape)} is part of a MoE layer, but has no axis of its {E} experts: "
-            "this checkpoint is stored in a way that cannot be pruned"
+            f"{name} {tuple(shape)} belongs to a MoE layer, but has no axis of its {E} experts: "
+            "a checkpoint stored in this way cannot be pruned"
         )
 
     # --- files ---
 
     def write_file(self, file_name: str, out: Path) -> list[str]:
-        """Write one file without dropped tensors; return the names of the others."""
-        self.checkpoint.files.header(file_name)  # this refuses damaged files
+        """Write one file without the dropped tensors; return the names of those it has."""
+        self.checkpoint.files.header(file_name)  # raises for damaged files
         with open(Path(self.checkpoint.files.directory, file_name), "rb") as old:
             length = int.from_bytes(old.read(8), "little")
             header = json.loads(old.read(length))
@@ -252,7 +258,7 @@ class Pruning:
                 shutil.copy2(path, out / path.name)
 
     def config(self) -> dict[str, Any]:
-        """The config with the new number of experts."""
+        """Return the config with the new number of experts."""
         config = json.loads(json.dumps(self.checkpoint.files.config))
         parts = (reduce(lambda part, name: part.get(name) or {}, path, config) for path in CONFIGS)
         text = next(filter(None, parts))
@@ -267,14 +273,14 @@ class Pruning:
             text["num_nextn_predict_layers"] = 0
         if OF_EXPERT.search(json.dumps(config.get("quantization_config"))):
             raise click.UsageError(
-                "quantization_config of config.json names single experts, whose numbers change; "
-                "prune the checkpoint before it is quantised"
+                "quantization_config in config.json must not name individual experts, whose "
+                "indices change; prune the checkpoint before it is quantized"
             )
         return config
 
 
 def encoded(entries: list[Entry], metadata: dict[str, str] | None) -> bytes:
-    """Make the header of a safetensors file."""
+    """Return the header of a safetensors file."""
     sizes = [sum(end - begin for begin, end in entry.spans) for entry in entries]
     ends = np.cumsum([0, *sizes]).tolist()
     header: dict[str, Any] = {} if metadata is None else {"__metadata__": metadata}
@@ -292,7 +298,7 @@ def copy_bytes(old: BinaryIO, new: BinaryIO, begin: int, count: int) -> None:
     while count:
         piece = old.read(min(count, PIECE))
         if not piece:
-            raise OSError(f"{old.name} ends {count} bytes before it should")
+            raise OSError(f"{old.name} is truncated: {count} bytes are missing")
         new.write(piece)
         count -= len(piece)
 
@@ -307,7 +313,7 @@ def copy_bytes(old: BinaryIO, new: BinaryIO, begin: int, count: int) -> None:
     "--keep",
     type=click.FloatRange(0, 1, min_open=True),
     required=True,
-    help="Part of the experts to keep.",
+    help="Fraction of the experts to keep.",
 )
 @click.option(
     "--score",
@@ -319,7 +325,7 @@ def copy_bytes(old: BinaryIO, new: BinaryIO, begin: int, count: int) -> None:
 @click.option("--out", type=click.Path(path_type=Path), required=True, help="The new directory.")
 @debug_option
 def prune(directory: str, stats: Path, keep: float, score: str, out: Path) -> None:
-    """Write the checkpoint DIR with only the best experts of each MoE layer, by STATS.
+    """Write checkpoint DIR with only the best experts of each MoE layer, according to STATS.
 
     \b
     Example:
@@ -333,7 +339,7 @@ def prune(directory: str, stats: Path, keep: float, score: str, out: Path) -> No
     sizes = {layer.experts.num_experts for layer in opened.values()}
     if len(sizes) != 1:
         raise click.UsageError(
-            f"all MoE layers must have as many experts, but those of {directory} have "
+            f"all MoE layers must have the same number of experts, but those of {directory} have "
             f"{', '.join(map(str, sorted(sizes))) or 'none'}"
         )
     (num_experts,) = sizes
@@ -357,7 +363,7 @@ def prune(directory: str, stats: Path, keep: float, score: str, out: Path) -> No
 
 
 def block_of(checkpoint: Checkpoint, layer: int) -> Block:
-    """The tensors of a layer, after its own have been taken."""
+    """Return the block of a layer, which has taken its tensors."""
     ((prefix, name),) = checkpoint.places(layer)
     block = Block(checkpoint.model, layer, prefix, name, checkpoint.files.under(prefix))
     block.arguments(residual=False)
@@ -365,7 +371,7 @@ def block_of(checkpoint: Checkpoint, layer: int) -> Block:
 
 
 def of_every_row(block: Block) -> set[str]:
-    """The tensors of which no expert has a part: those of shared experts, steps and norms."""
+    """Return the tensors that belong to no expert: those of shared experts, steps and norms."""
     again = Block(block.model, block.layer, block.prefix, block.name.rstrip("."), block.tensors)
     again.shared()
     again.around()
@@ -375,23 +381,23 @@ def of_every_row(block: Block) -> set[str]:
 
 
 def check_family(family: Family, blocks: Mapping[int, Block]) -> None:
-    """Refuse layers whose experts depend on tensors other than their own and the router's."""
+    """Raise for layers whose experts depend on tensors other than their own and the router's."""
     for block in blocks.values():
         others = [n for n in set(block.tensors) - block.taken if OF_EXPERT.fullmatch(n)]
         if others:
             raise click.UsageError(
-                f"{block.where} has experts that are not read, such as {block.prefix}"
-                f"{min(others)}: this checkpoint cannot be pruned"
+                f"{block.where} has tensors of experts that dask_ep does not read, such as "
+                f"{block.prefix}{min(others)}: this checkpoint cannot be pruned"
             )
         if table := block.first_here(family.table):
             raise click.UsageError(
-                f"{block.where} chooses experts by token in {block.full(table)}, and rows would "
-                "have none: this checkpoint cannot be pruned"
+                f"{block.where} looks up the experts of each token in {block.full(table)}, so some "
+                "rows would have no experts left: this checkpoint cannot be pruned"
             )
     if not isinstance(family.num_experts, Key):
         raise click.UsageError(
-            f"the number of experts of {', '.join(family.model_types)} is not a key of "
-            "config.json alone: this checkpoint cannot be pruned"
+            f"the number of experts of {', '.join(family.model_types)} is not a single key of "
+            "config.json: this checkpoint cannot be pruned"
         )
 
 

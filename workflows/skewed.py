@@ -12,11 +12,11 @@ one thread each; medians of the rounds are shown.
     products-2   two workers, matrix products
     products-4   four workers, matrix products
 
-Workers that share cores can use each other's idle ones: with more workers than cores the busiest
-one slows a run down only if its share is more than that of a core. The possible gain is therefore
-computed from the larger of the two, the busiest rank's share h of all rows and 1 / cores: a perfect
-placement takes max(1/R, 1/cores) / max(h, 1/cores) of the time. The share that is reached is below
-1 because of the work that no placement balances: reading, packing, adding up, Dask.
+Workers share cores: if there are more workers than cores, the busiest worker slows a run down only
+if its share of the work is larger than that of a core. The possible gain is therefore computed from
+the larger of the busiest rank's share h of all rows and 1 / cores: a perfect placement takes
+max(1/R, 1/cores) / max(h, 1/cores) of the time. The actual gain is smaller, because some work is not
+balanced by any placement: reading, packing, adding up, Dask.
 """
 
 from __future__ import annotations
@@ -65,7 +65,7 @@ SETTINGS = {
 }
 
 SECONDS_PER_ROW = 2e-4
-"""Seconds per row of an expert that takes time."""
+"""Seconds that an expert takes per row in the setting time-4."""
 
 
 class TimeTaker:
@@ -110,13 +110,13 @@ class Job:
         return place(policy, self.load, self.setting.workers)
 
     def output(self, placement: Placement) -> da.Array:
-        """One number for each row, to keep the result small."""
+        """Return one number per row, to keep the result small."""
         y = expert_parallel(self.tokens, self.routing, self.experts, placement=placement)
         return y.mean(axis=1)
 
 
 def skewed_routing(rows: int) -> da.Array:
-    """(rows, SLOTS) experts of each row, all different; the first experts are the hottest."""
+    """Return (rows, SLOTS) different experts for each row; the first experts are the hottest."""
     rng = np.random.default_rng(0)
     popularity = np.log(np.arange(1, EXPERTS + 1) ** -EXPONENT)
     scores = popularity + rng.gumbel(size=(rows, EXPERTS))
@@ -164,20 +164,20 @@ def lines(
     seconds: dict[str, list[float]],
     cores: int,
 ) -> list[str]:
-    """The time of each placement, and the share of the possible gain that it reached."""
+    """Format the time of each placement, and how much of the possible gain it reached."""
     before = statistics.median(seconds["contiguous"])
     ranks = placements["contiguous"].world_size
     busiest = placements["contiguous"].rank_load(load).max() / load.sum()
     possible = 1 - max(1 / ranks, 1 / cores) / max(busiest, 1 / cores)
-    told = []
+    rows = []
     for policy, placement in placements.items():
         took = statistics.median(seconds[policy])
         gain = 1 - took / before
         share = "" if policy == "contiguous" else f"{gain / possible:.0%} of {possible:.0%}"
-        told.append(
+        rows.append(
             f"{policy} | {placement.imbalance(load):.2f} | {took:.2f} | {gain:.0%} | {share}"
         )
-    return told
+    return rows
 
 
 def timed(run: Callable[[], object]) -> float:

@@ -1,16 +1,16 @@
 """How does a job run on a SLURM cluster?
 
-    python workflows/slurm.py job.toml --workers 8 --partition cpu    each worker a SLURM job
-    python workflows/slurm.py job.toml --resume                       continue a stopped job
+    python workflows/slurm.py job.toml --workers 8 --partition cpu    one SLURM job per worker
+    python workflows/slurm.py job.toml --resume                       continue a run
     python workflows/slurm.py --print                                 show the SLURM script
 
 Options, messages and exit codes are those of `dask-ep run`. This process is the scheduler and the
 client: start it on a node that stays up, such as a login node, or in its own allocation. All nodes
 must see the files of the job, and this Python.
 
-The run starts when all workers run. A worker that is lost later, by `scancel`, a broken node or the
-end of its walltime, is replaced, and its ranks move to the others meanwhile. However this process
-ends, its SLURM jobs end too.
+The run starts when all workers have joined. A worker that is lost later, through `scancel`, a
+broken node or the end of its walltime, is replaced; in the meantime its ranks move to the others.
+However this process ends, its SLURM jobs end too.
 """
 
 from __future__ import annotations
@@ -47,25 +47,25 @@ from dask_ep.cli.run_command import (
 from dask_ep.cluster.checks import Certificates
 from dask_ep.jobs.backends import Cluster, Deployed
 
-SECONDS_BETWEEN_LOOKS = 5.0
-"""Seconds between two looks at the queue."""
+POLL_SECONDS = 5.0
+"""Seconds between two queries of the queue."""
 
 FAILED_STARTS = 3
-"""How many SLURM jobs in a row may end before their worker has reached the scheduler."""
+"""The run fails after so many SLURM jobs in a row ended before their worker had joined."""
 
 LOG_LINES = 5
 """Lines of a failed SLURM job's log that the error shows."""
 
 PART_OF_A_WORKER = 0.9
-"""Share of a SLURM job's memory for the worker; the rest is for its nanny."""
+"""Fraction of a SLURM job's memory for the worker; the rest is for its nanny."""
 
 
 @dataclass(frozen=True)
 class Request:
-    """The request to SLURM for each worker."""
+    """What is requested from SLURM for each worker."""
 
     name: str
-    #: name of the SLURM jobs of this run, and of no others
+    #: of the SLURM jobs of this run, and of no other jobs
     partition: str | None
     account: str | None
     cores: int
@@ -80,7 +80,7 @@ class Request:
     certificates: Certificates | None
 
     def command(self, count: int) -> list[str]:
-        """The command that submits this many workers, as elements of one array job."""
+        """Return the command that submits this many workers as one array job."""
         command = ["sbatch", "--parsable", f"--job-name={self.name}", f"--array=0-{count - 1}"]
         command += ["--nodes=1", "--ntasks=1", f"--cpus-per-task={self.cores}"]
         command += [f"--mem={self.memory >> 20}M", f"--time={self.walltime}"]
@@ -93,7 +93,7 @@ class Request:
         return self.log_directory / f"{self.name}-{job}.log"
 
     def script(self, address: str) -> str:
-        """The script of each SLURM job: run a worker of the scheduler at this address."""
+        """Return the script of each SLURM job: run a worker of the scheduler at this address."""
         worker = [sys.executable, "-m", "distributed.cli.dask_worker", address]
         worker += ["--nthreads", str(self.cores), "--no-dashboard", "--death-timeout", "60"]
         worker += ["--memory-limit", str(int(self.memory * PART_OF_A_WORKER))]
@@ -116,18 +116,18 @@ class Jobs:
     ----------
     request : Request
     cluster : LocalCluster
-        With the scheduler of the workers.
+        It runs the scheduler of the workers.
     guard : file descriptor
         From `ended_with_this_process`.
     """
 
     def __init__(self, request: Request, cluster: LocalCluster, guard: int):
         self._request, self._cluster, self._guard = request, cluster, guard
-        self._ids: set[str] = set()  # not known to have ended
-        self._came: set[str] = set()  # whose worker has reached the scheduler
+        self._ids: set[str] = set()  # jobs not known to have ended
+        self._joined: set[str] = set()  # jobs whose worker has joined the scheduler
         self._failed_starts = 0  # in a row
-        self._missing = 0  # to be submitted
-        self._said: set[str] = set()  # each is printed once
+        self._missing = 0  # jobs still to be submitted
+        self._printed: set[str] = set()  # messages, each printed once
         self.error: RuntimeError | None = None
         self.stopped = Event()
 
@@ -135,15 +135,15 @@ class Jobs:
         script = self._request.script(self._cluster.scheduler_address)
         done = slurm(self._request.command(count), input=script, pass_fds=[self._guard])
         if done.returncode:
-            raise RuntimeError(f"SLURM refused the workers: {in_one_line(done.stderr)}")
+            raise RuntimeError(f"SLURM rejected the workers: {in_one_line(done.stderr)}")
         job = done.stdout.partition(";")[0].strip()
         self._ids |= {f"{job}_{index}" for index in range(count)}
 
-    def look_after(self) -> None:
-        """Replace jobs that end, until stopped; give up and close the cluster if none starts."""
-        while not self.stopped.wait(SECONDS_BETWEEN_LOOKS):
-            if (queue := self._look()) is not None:
-                self._say_why_they_wait(queue)
+    def watch(self) -> None:
+        """Replace jobs that end, until stopped; close the cluster if too many fail to start."""
+        while not self.stopped.wait(POLL_SECONDS):
+            if (queue := self._queue()) is not None:
+                self._print_why_jobs_wait(queue)
                 try:
                     self._replace(self._ids - queue.keys())
                 except RuntimeError as error:
@@ -151,8 +151,8 @@ class Jobs:
                     self._cluster.close()
                     return
 
-    def _look(self) -> dict[str, tuple[str, str]] | None:
-        """Job -> (state, why it waits); None if SLURM does not answer at the moment."""
+    def _queue(self) -> dict[str, tuple[str, str]] | None:
+        """Return job -> (state, why it waits); None if SLURM does not respond at the moment."""
         select = [f"--name={self._request.name}", "--array", "--noheader"]
         done = slurm(["squeue", *select, "--format=%i %t %r"])
         if done.returncode:
@@ -160,22 +160,22 @@ class Jobs:
         rows = (line.split(maxsplit=2) for line in done.stdout.splitlines())
         return {job: (state, why) for job, state, why in rows}
 
-    def _say_why_they_wait(self, queue: dict[str, tuple[str, str]]) -> None:
+    def _print_why_jobs_wait(self, queue: dict[str, tuple[str, str]]) -> None:
         reasons = {why for state, why in queue.values() if state == "PD" and why != "None"}
         if reasons:
-            self._say(f"jobs wait: {', '.join(sorted(reasons))}")
+            self._print_once(f"jobs wait: {', '.join(sorted(reasons))}")
 
-    def _say(self, what: str) -> None:
-        if what not in self._said:
-            self._said.add(what)
-            click.echo(f"SLURM: {what}", err=True)
+    def _print_once(self, message: str) -> None:
+        if message not in self._printed:
+            self._printed.add(message)
+            click.echo(f"SLURM: {message}", err=True)
 
     def _replace(self, ended: set[str]) -> None:
         names = {worker.name for worker in list(self._cluster.scheduler.workers.values())}
-        if not names <= self._came:
+        if not names <= self._joined:
             self._failed_starts = 0
-        self._came |= names
-        failed = ended - self._came
+        self._joined |= names
+        failed = ended - self._joined
         self._failed_starts += len(failed)
         if self._failed_starts >= FAILED_STARTS:
             raise RuntimeError(
@@ -193,35 +193,35 @@ class Jobs:
         except RuntimeError as error:
             if not self._ids:
                 raise
-            self._say(f"{error}; trying again while others run")
+            self._print_once(f"{error}; trying again while others run")
 
 
 def slurm(command: list[str], **keywords: Any) -> subprocess.CompletedProcess:
-    """Run a command of SLURM, unaffected by Ctrl-C."""
+    """Run a SLURM command; Ctrl-C does not reach it."""
     keywords |= {"capture_output": True, "text": True, "start_new_session": True}
     return subprocess.run(command, check=False, **keywords)
 
 
-def in_one_line(said: str) -> str:
-    return "; ".join(line.removeprefix("sbatch: error: ") for line in said.splitlines())
+def in_one_line(message: str) -> str:
+    return "; ".join(line.removeprefix("sbatch: error: ") for line in message.splitlines())
 
 
 def tail(log: Path) -> str:
     if not log.exists():
-        return f"there is no log at {log}"
+        return f"no log was written to {log}"
     with log.open(errors="replace") as lines:
         return f"the end of {log}:\n{''.join(deque(lines, LOG_LINES)).rstrip()}"
 
 
 @contextmanager
 def ended_with_this_process(name: str) -> Iterator[int]:
-    """Cancel the SLURM jobs of this name at the end of the body, or of this process.
+    """Cancel the SLURM jobs of this name when the body, or this process, ends.
 
-    A shell waits for the end of its input, a pipe that only this process holds, so that even
-    `kill -9` closes it. Its descriptor is yielded for `sbatch` to hold as well, so that no job
-    that is being submitted is missed.
+    A shell waits for the end of its input, a pipe that only this process holds open, so that even
+    `kill -9` closes it. The pipe's descriptor is yielded so that `sbatch` holds it open too, and no
+    job is missed that is just being submitted.
     """
-    cancel = f"scancel --quiet --name={name}"  # tried again if SLURM does not answer
+    cancel = f"scancel --quiet --name={name}"  # tried again if SLURM does not respond
     script = f"cat; for again in 1 2 3 4 5 6 7 8 9; do {cancel} && exit; sleep 10; done"
     shell = subprocess.Popen(["sh", "-c", script], stdin=subprocess.PIPE, start_new_session=True)
     try:
@@ -242,7 +242,7 @@ def start_scheduler(request: Request, count: int) -> LocalCluster:
             require_encryption=True,
             **{f"tls_{role}_{what}": path for role in roles for what, path in own.items()},
         )
-    # A task is given up once this many of its workers have died.
+    # Dask fails a task once this many of its workers have died.
     with dask.config.set({"distributed.scheduler.allowed-failures": max(100, count)}):
         return LocalCluster(
             n_workers=0,
@@ -269,8 +269,8 @@ def slurm_workers(request: Request, count: int) -> Iterator[Cluster]:
         jobs = Jobs(request, cluster, guard)
         jobs.submit(count)
         click.echo(f"SLURM: {count} jobs, {request.name}, submitted", err=True)
-        looking_after = Thread(target=jobs.look_after, daemon=True)
-        looking_after.start()
+        watching = Thread(target=jobs.watch, daemon=True)
+        watching.start()
         try:
             yield Cluster(
                 cluster.scheduler_address, certificates=request.certificates, workers=count
@@ -281,7 +281,7 @@ def slurm_workers(request: Request, count: int) -> Iterator[Cluster]:
             raise
         finally:
             jobs.stopped.set()
-            looking_after.join()
+            watching.join()
 
 
 @click.command()
@@ -301,11 +301,14 @@ def slurm_workers(request: Request, count: int) -> Iterator[Cluster]:
     help="Memory of each worker, for its experts and a few token chunks.",
 )
 @click.option(
-    "--walltime", default="04:00:00", show_default=True, help="After it a worker is replaced."
+    "--walltime", default="04:00:00", show_default=True, help="Time limit of each SLURM job."
 )
-@click.option("--interface", help="Network interface of this node and of workers, such as ib0.")
+@click.option("--interface", help="Network interface of this node and the workers, such as ib0.")
 @click.option(
-    "--prologue", multiple=True, metavar="LINE", help="Line of the script: 'module load gcc'."
+    "--prologue",
+    multiple=True,
+    metavar="LINE",
+    help="Line to run before the worker, such as 'module load gcc'.",
 )
 @click.option(
     "--log-directory",
@@ -315,7 +318,10 @@ def slurm_workers(request: Request, count: int) -> Iterator[Cluster]:
     help="Directory for the workers' logs.",
 )
 @click.option(
-    "--sbatch", multiple=True, metavar="OPTION", help="Further option of sbatch, such as --qos=low."
+    "--sbatch",
+    multiple=True,
+    metavar="OPTION",
+    help="Further option for sbatch, such as --qos=low.",
 )
 @click.option("--print", "only_print", is_flag=True, help="Show the script for SLURM, and exit.")
 @tls_options
@@ -323,8 +329,8 @@ def slurm_workers(request: Request, count: int) -> Iterator[Cluster]:
 def on_slurm(workers: int, only_print: bool, **options: Any) -> None:
     """Compute the output of JOB, a TOML file, on workers that are SLURM jobs, and write it.
 
-    Keys of the job are options, and --resume and --overwrite are as in `dask-ep run`. There are as
-    many ranks as workers, unless --world-size is given; a resumed run keeps its ranks.
+    Keys of the job are options, and --resume and --overwrite are those of `dask-ep run`. There are
+    as many ranks as workers, unless --world-size is given; a resumed run keeps its ranks.
 
     \b
     Examples:
@@ -335,17 +341,17 @@ def on_slurm(workers: int, only_print: bool, **options: Any) -> None:
     certificates = read_certificates(
         *(options.pop(f"tls_{it}") for it in ("ca_file", "cert", "key"))
     )
-    asked = ("partition", "account", "cores", "memory", "walltime", "interface", "prologue")
+    keys = ("partition", "account", "cores", "memory", "walltime", "interface", "prologue")
     request = Request(
         name=f"dask-ep-{secrets.token_hex(4)}",
         certificates=certificates,
-        **{key: options.pop(key) for key in (*asked, "log_directory", "sbatch")},
+        **{key: options.pop(key) for key in (*keys, "log_directory", "sbatch")},
     )
     if only_print:
         click.echo(f"{shlex.join(request.command(workers))} <<'EOF'")
         click.echo(f"{request.script('SCHEDULER')}EOF")
         return
-    logging.disable(logging.ERROR)  # Dask's, for good: the run itself reports which workers leave
+    logging.disable(logging.ERROR)  # of Dask: the run itself reports which workers leave
     carry_out(Deployed(partial(slurm_workers, request, workers)), **options)
 
 

@@ -9,14 +9,14 @@
     python workflows/walk_cost.py --directory /fast/disk                        # 12 GB in 3 GB
     python workflows/walk_cost.py --blocks 2 --experts 64 --memory-limit 12GB   # experts fit
 
-Makes a random checkpoint like Qwen3-MoE in bfloat16, sends random tokens through it by
+Makes a random checkpoint like Qwen3-MoE in bfloat16, sends random tokens through it with
 `walk_model.py` in its own process, and prints
 
     memory    the peak of its process tree, and the limit
-    bytes     read of the tensors, those of the checkpoint, and how often experts were read
-    seconds   of the stages, compared with transformers' own block on the same cores, with all
-              weights in memory, in the better batches: attention, norms and sums; the MoE module;
-              and reading all files once; of the whole walk, and of its median block
+    bytes     of the tensors read and of the checkpoint, and how often experts were read
+    seconds   of the stages (attention, norms and sums; the MoE module), in the whole walk and in
+              its median block, compared with transformers' own block on the same cores, with all
+              weights in memory and the better of two batch sizes; and of reading all files once
 
 Needs psutil, and disk for the checkpoint and some hidden states.
 """
@@ -50,7 +50,7 @@ from dask_ep.jobs.job import PRECISIONS
 HERE = Path(__file__).parent
 BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
 PART_BYTES = 512 << 20
-"""Approximate bytes of a file of the checkpoint."""
+"""Approximate bytes of each file of the checkpoint."""
 
 
 def main() -> None:
@@ -70,43 +70,43 @@ def main() -> None:
     parser.add_argument("--memory-limit", type=parse_bytes, default="3GB")
     parser.add_argument("--sample", type=int, default=16_384, help="tokens for transformers' block")
     parser.add_argument("--directory", help="directory for temporary files")
-    asked = parser.parse_args()
+    args = parser.parse_args()
     torch.set_num_threads(CPU_COUNT)
     keep_freed()  # as in the walk
-    config = make_config(asked)
-    with tempfile.TemporaryDirectory(dir=asked.directory) as folder:
+    config = make_config(args)
+    with tempfile.TemporaryDirectory(dir=args.directory) as folder:
         stored = write_checkpoint(config, Path(folder) / "model")
-        ids = random_documents(asked)
+        ids = random_documents(args)
         np.save(Path(folder) / "ids.npy", ids)
-        os.sync()  # else the walk waits until the checkpoint is on disk
-        print(f"{asked.blocks} blocks of {asked.experts} experts, {stored / 1e9:.2f} GB as stored; "
-              f"{np.count_nonzero(ids >= 0):,} tokens, {asked.dtype}, experts {asked.precision}",
+        os.sync()  # otherwise the walk waits until the checkpoint is on disk
+        print(f"{args.blocks} blocks of {args.experts} experts, {stored / 1e9:.2f} GB as stored; "
+              f"{np.count_nonzero(ids >= 0):,} tokens, {args.dtype}, experts {args.precision}",
               flush=True)  # fmt: skip
-        summary, peak = walk(asked, Path(folder))
-        print(f"memory: {peak / 1e9:.2f} GB at most, of {asked.memory_limit / 1e9:.2f} GB allowed")
-        print(words_of_bytes(summary, stored, asked), flush=True)
+        summary, peak = walk(args, Path(folder))
+        print(f"memory: peak {peak / 1e9:.2f} GB, limit {args.memory_limit / 1e9:.2f} GB")
+        print(describe_bytes(summary, stored, args), flush=True)
         lengths = np.count_nonzero(ids >= 0, axis=1)
-        alone = own_block(config, asked, lengths) | {"reading": read_all(Path(folder) / "model")}
-    print(table(summary, alone, asked.blocks))
+        alone = own_block(config, args, lengths) | {"reading": read_all(Path(folder) / "model")}
+    print(table(summary, alone, args.blocks))
 
 
-def make_config(asked: argparse.Namespace) -> Qwen3MoeConfig:
+def make_config(args: argparse.Namespace) -> Qwen3MoeConfig:
     return Qwen3MoeConfig(
-        vocab_size=asked.vocabulary, hidden_size=asked.d, moe_intermediate_size=asked.hidden,
-        num_hidden_layers=asked.blocks, num_experts=asked.experts, num_experts_per_tok=asked.k,
-        num_attention_heads=max(asked.d // 64, 1), num_key_value_heads=max(asked.d // 256, 1),
-        head_dim=64, norm_topk_prob=True, max_position_embeddings=asked.length,
+        vocab_size=args.vocabulary, hidden_size=args.d, moe_intermediate_size=args.hidden,
+        num_hidden_layers=args.blocks, num_experts=args.experts, num_experts_per_tok=args.k,
+        num_attention_heads=max(args.d // 64, 1), num_key_value_heads=max(args.d // 256, 1),
+        head_dim=64, norm_topk_prob=True, max_position_embeddings=args.length,
         architectures=["Qwen3MoeForCausalLM"], dtype="bfloat16",
     )  # fmt: skip
 
 
-def random_documents(asked: argparse.Namespace) -> np.ndarray:
-    """Ids of documents, each at least half as long as the longest; -1 after their ends."""
+def random_documents(args: argparse.Namespace) -> np.ndarray:
+    """Return token ids of documents at least half as long as the longest, padded with -1."""
     rng = np.random.default_rng(0)
-    ids = rng.integers(0, asked.vocabulary, (2 * asked.tokens // asked.length + 1, asked.length))
-    lengths = rng.integers(asked.length // 2, asked.length, len(ids), endpoint=True)
-    ids[np.arange(asked.length) >= lengths[:, None]] = -1
-    return ids[: int(np.searchsorted(np.cumsum(lengths), asked.tokens)) + 1]
+    ids = rng.integers(0, args.vocabulary, (2 * args.tokens // args.length + 1, args.length))
+    lengths = rng.integers(args.length // 2, args.length, len(ids), endpoint=True)
+    ids[np.arange(args.length) >= lengths[:, None]] = -1
+    return ids[: int(np.searchsorted(np.cumsum(lengths), args.tokens)) + 1]
 
 
 # --- the checkpoint --------------------------------------------------------------------------
@@ -137,7 +137,7 @@ def write_checkpoint(config: Qwen3MoeConfig, directory: Path) -> int:
 
 
 def shapes_of(config: Qwen3MoeConfig) -> dict[str, tuple[int, ...]]:
-    """The tensors of a published checkpoint of this family."""
+    """Return the tensors of a published checkpoint of this family, by name."""
     d, f, D = config.hidden_size, config.moe_intermediate_size, config.head_dim
     q, kv = config.num_attention_heads * D, config.num_key_value_heads * D
     vocabulary = (config.vocab_size, d)
@@ -172,12 +172,12 @@ def write_tensors(path: Path, tensors: dict[str, np.ndarray]) -> None:
 # --- the walk --------------------------------------------------------------------------------
 
 
-def walk(asked: argparse.Namespace, folder: Path) -> tuple[dict, int]:
-    """Walk by the command line; return the summary, and the peak memory of its processes."""
+def walk(args: argparse.Namespace, folder: Path) -> tuple[dict, int]:
+    """Run the walk's command; return its summary, and the peak memory of its processes."""
     command = [
         *(sys.executable, HERE / "walk_model.py", folder / "model", folder / "ids.npy"),
-        *("--out", folder / "acts", "--memory-limit", str(asked.memory_limit)),
-        *("--length", str(asked.length), "--dtype", asked.dtype, "--precision", asked.precision),
+        *("--out", folder / "acts", "--memory-limit", str(args.memory_limit)),
+        *("--length", str(args.length), "--dtype", args.dtype, "--precision", args.precision),
     ]
     with subprocess.Popen(list(map(str, command))) as process:
         peak = peak_of_tree(process)
@@ -186,45 +186,48 @@ def walk(asked: argparse.Namespace, folder: Path) -> tuple[dict, int]:
     return json.loads((folder / "acts" / "summary.json").read_text()), peak
 
 
-def words_of_bytes(summary: dict, stored: int, asked: argparse.Namespace) -> str:
+def describe_bytes(summary: dict, stored: int, args: argparse.Namespace) -> str:
     reads = sum(took["expert_reads"] for took in summary["blocks"])
     return (
         f"bytes: {summary['bytes_read'] / 1e9:.3f} GB of blocks read, of {stored / 1e9:.3f} GB "
-        f"with embedding and head; {reads} experts read of {asked.blocks * asked.experts}"
+        f"with embedding and head; {reads} experts read of {args.blocks * args.experts}"
     )
 
 
-# --- its parts, alone ------------------------------------------------------------------------
+# --- its parts, on their own -----------------------------------------------------------------
 
 
 def own_block(
-    config: Qwen3MoeConfig, asked: argparse.Namespace, lengths: np.ndarray
+    config: Qwen3MoeConfig, args: argparse.Namespace, lengths: np.ndarray
 ) -> dict[str, float]:
-    """Seconds of transformers' own block for all tokens and blocks, by a sample of the documents:
-    the better of the walk's batches and batches as large as a token chunk."""
+    """Return the seconds of transformers' own block for all tokens and blocks.
+
+    They are scaled up from a sample of the documents, and are the better of those with the walk's
+    batches and those with batches as large as a token chunk.
+    """
     one = Qwen3MoeConfig(**config.to_dict() | {"num_hidden_layers": 1, "vocab_size": 8})
     one._experts_implementation = "grouped_mm"
     with torch.device("meta"):
-        model = Qwen3MoeModel._from_config(one, dtype=getattr(torch, asked.dtype)).eval()
+        model = Qwen3MoeModel._from_config(one, dtype=getattr(torch, args.dtype)).eval()
     model.to_empty(device="cpu")
     model.apply(model._init_weights)
-    some = lengths[: int(np.searchsorted(np.cumsum(lengths), asked.sample)) + 1]
+    some = lengths[: int(np.searchsorted(np.cumsum(lengths), args.sample)) + 1]
     chunks = [some[slice(*span)] for span in spans(chunk_documents(some, Options.chunk_rows))]
     took = [
         seconds_of_batches(model, [
-            torch.randn(len(documents), int(chunk[documents].max()), asked.d, dtype=model.dtype)
+            torch.randn(len(documents), int(chunk[documents].max()), args.d, dtype=model.dtype)
             for chunk in chunks
             for documents in batch_documents(chunk, tokens)
         ])
         for tokens in (Options.batch_tokens, Options.chunk_rows)
     ]  # fmt: skip
-    scale = asked.blocks * lengths.sum() / some.sum()
+    scale = args.blocks * lengths.sum() / some.sum()
     attention, experts = (scale * min(parts) for parts in zip(*took, strict=True))
     return {"attention": attention, "experts": experts}
 
 
 def seconds_of_batches(model: Qwen3MoeModel, batches: list[torch.Tensor]) -> tuple[float, float]:
-    """Seconds of a single, warm block: attention, norms and sums; and the MoE module."""
+    """Return a warm block's seconds in attention, norms and sums, and in the MoE module."""
     watch = Watch(model.layers[0].mlp)
     with torch.inference_mode():
         model(inputs_embeds=batches[0])
@@ -251,7 +254,7 @@ class Watch:
 
 
 def read_all(directory: Path) -> float:
-    """Seconds of reading all files once."""
+    """Return the seconds of reading all files once."""
     buffer, start = bytearray(16 << 20), time.perf_counter()
     for path in sorted(directory.glob("*.safetensors")):
         with path.open("rb", buffering=0) as file:
@@ -271,7 +274,7 @@ def table(summary: dict, alone: dict[str, float], blocks: int) -> str:
     whole = summary["seconds"]
     rest = whole - sum(map(sum, walked.values()))
     lines = [
-        "| part | walk, s | transformers' block, s | theirs / walk | of the median block |",
+        "| part | walk, s | transformers' block, s | transformers / walk | in the median block |",
         "|---|---|---|---|---|",
     ]
     for part, took in walked.items():

@@ -635,7 +635,7 @@ def test_the_workflow_keeps_layers_in_order_and_those_of_before(tmp_path, monkey
         (["0.npy"], "routing must be LAYER=PATH"),
         (["x=0.npy"], "routing must be LAYER=PATH"),
         (["1=0.npy", "1=1.npy"], "layer 1 is given twice"),
-        (["0=0.npy"], "give --physical-experts, or --previous"),
+        (["0=0.npy"], "give --physical-experts or --previous"),
         (
             ["0=0.npy", "--physical-experts", 5],
             "engines have no empty physical experts, but layer 0 has 1",
@@ -644,11 +644,11 @@ def test_the_workflow_keeps_layers_in_order_and_those_of_before(tmp_path, monkey
         (["0=none.npy", "--physical-experts", 6], "none.npy"),
         (
             ["2=0.npy", "--physical-experts", 6, "--model-layers", 2],
-            "there are layers 0 to 1, and 2 is given",
+            "layers must be 0 to 1, not 2",
         ),
         (["1=0.npy", "--physical-experts", 6, "--engine", "vllm-ascend"], "layer 0 is missing"),
-        (["1=0.npy", "--previous", "old.json"], "there are layers 0 to 0, and 1 is given"),
-        (["0=0.npy", "--previous", "old.json", "--physical-experts", 6], "in 4 places on 2 ranks"),
+        (["1=0.npy", "--previous", "old.json"], "layers must be 0 to 0, not 1"),
+        (["0=0.npy", "--previous", "old.json", "--physical-experts", 6], "4 physical ones and 2"),
         (["0=0.npy", "--previous", "old.json", "--nodes", 2], "--groups and --nodes"),
         (["0=0.npy", "--previous", "old.json", "--engine", "vllm-ascend"], '"layer_list"'),
     ],

@@ -82,14 +82,14 @@ def masked(layer: MoELayer, kept: np.ndarray) -> MoELayer:
 
 REFUSED = {
     "inkling_text": "has no axis of its 8 experts",
-    "longcat_flash": "has experts that are not read, such as model.layers.1.mlp.experts.10",
-    "ernie4_5_vl_moe": "has experts that are not read, such as model.layers.1.mlp.experts.10",
+    "longcat_flash": "does not read, such as model.layers.1.mlp.experts.10",
+    "ernie4_5_vl_moe": "does not read, such as model.layers.1.mlp.experts.10",
 }
 """Checkpoints that cannot be pruned, and why."""
 
 
 def of_small_groups(router) -> bool:
-    """Whether no expert can go, since each group has no more than its score takes."""
+    """Whether no expert can be dropped, since each group has only the two that its score needs."""
     return router.groups > 1 and router.num_experts == 2 * router.groups
 
 
@@ -119,7 +119,7 @@ def test_the_pruned_layer_is_the_masked_one(tmp_path, case):
 
 
 @pytest.mark.parametrize("case", ["mixtral", "qwen3_moe", "deepseek_v3"])
-def test_the_pruned_layer_is_what_transformers_gives_with_experts_masked_out(tmp_path, case):
+def test_the_pruned_layer_equals_transformers_with_experts_masked_out(tmp_path, case):
     """See ``fixtures/make_pruned.py``, which compares the logits of whole models as well."""
     with np.load(FIXTURES / "pruned.npz") as found:
         scores, output = found[f"{case}.scores"], found[f"{case}.output"]
@@ -131,7 +131,7 @@ def test_the_pruned_layer_is_what_transformers_gives_with_experts_masked_out(tmp
 
 
 @pytest.mark.slow
-def test_all_else_is_copied_to_the_byte(tmp_path):
+def test_everything_else_is_copied_byte_for_byte(tmp_path):
     source = tmp_path / "source"
     shutil.copytree(FIXTURES / "mixtral_sharded", source)
     (source / "tokenizer.json").write_text("{}")
@@ -175,7 +175,7 @@ def test_all_else_is_copied_to_the_byte(tmp_path):
 
 
 @pytest.mark.slow
-def test_a_layer_for_predicting_further_tokens_is_left_out(tmp_path):
+def test_multi_token_prediction_layers_are_left_out(tmp_path):
     def more(tensors):
         name = "model.layers.2.mlp.experts.0.up_proj.weight"
         return tensors | {
@@ -207,7 +207,7 @@ def test_what_cannot_be_pruned_is_refused(tmp_path):
         ("0.3", "a row of layer 1 chooses 3 experts, but only 2 would be left"),
     ):
         refused(message, directory, stats, "--keep", keep, "--out", out)
-    refused("has no 'usage.rows' for --score rows, only reap.score",
+    refused("must have 'usage.rows' for --score rows, but has only reap.score",
             directory, stats, "--keep", "0.6", "--score", "rows", "--out", out)  # fmt: skip
     write_stats(stats, scores[:5])
     refused("must be (12,) finite numbers", directory, stats, "--keep", "0.6", "--out", out)
@@ -216,10 +216,10 @@ def test_what_cannot_be_pruned_is_refused(tmp_path):
     refused("but is (12,) with 1 others", directory, stats, "--keep", "0.6", "--out", out)
     other = {"layer_index": str(LAYER + 1)}
     save_file({"reap.score": scores}, stats / f"stats_{LAYER:03d}.safetensors", other)
-    refused(f"must be of layer {LAYER}, but is of layer {LAYER + 1}",
+    refused(f"must have the statistics of layer {LAYER}, but has those of layer {LAYER + 1}",
             directory, stats, "--keep", "0.6", "--out", out)  # fmt: skip
     (tmp_path / "none").mkdir()
-    refused("there are no statistics of MoE layer 1",
+    refused("needs a statistics file, but layer 1 has none",
             directory, tmp_path / "none", "--keep", "0.6", "--out", out)  # fmt: skip
     assert not out.exists()
 

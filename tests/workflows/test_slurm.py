@@ -168,7 +168,7 @@ def test_what_slurm_refuses_is_an_error(slurm, start, job, tmp_path):
     code, printed, told = end(start(job, "--out", out, "--partition", "nowhere"))
     assert (code, printed) == (1, "")
     assert told == (
-        "dask-ep: SLURM refused the workers: invalid partition specified: nowhere; Batch job "
+        "dask-ep: SLURM rejected the workers: invalid partition specified: nowhere; Batch job "
         "submission failed: Invalid partition name specified\n"
     )
     assert not slurm.jobs()
@@ -212,7 +212,7 @@ def test_an_output_that_is_there_is_refused_as_by_run_and_asks_for_no_workers(
 def test_a_replacement_that_slurm_refuses_is_asked_for_again(slurm, tmp_path, monkeypatch, capsys):
     monkeypatch.syspath_prepend(SCRIPT.parent)
     script = importlib.import_module("slurm")
-    monkeypatch.setattr(script, "SECONDS_BETWEEN_LOOKS", 0.2)
+    monkeypatch.setattr(script, "POLL_SECONDS", 0.2)
     monkeypatch.setenv("SLURM_CONF", slurm.environment["SLURM_CONF"])
     monkeypatch.setenv("PYTHONPATH", str(REPOSITORY))
     request = script.Request(
@@ -229,7 +229,7 @@ def test_a_replacement_that_slurm_refuses_is_asked_for_again(slurm, tmp_path, mo
         slurm.ask("scontrol", "update", "PartitionName=all", "State=INACTIVE")
         try:
             slurm.ask("scancel", slurm.jobs()[0])
-            wait_until(lambda: is_told("SLURM refused the workers: "), "the refusal is told")
+            wait_until(lambda: is_told("SLURM rejected the workers: "), "the refusal is told")
         finally:
             slurm.ask("scontrol", "update", "PartitionName=all", "State=UP")
         wait_until(lambda: len(client.nthreads()) == 2, "another worker has come")

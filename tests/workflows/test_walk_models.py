@@ -685,7 +685,7 @@ def test_the_cost_of_a_walk_is_measured():
         text=True, capture_output=True, env=os.environ | {"PYTHONPATH": str(ROOT)}, check=False,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
-    peak = re.search(r"memory: (\S+) GB at most, of 2.00 GB allowed", done.stdout)
+    peak = re.search(r"memory: peak (\S+) GB, limit 2.00 GB", done.stdout)
     assert 0.1 < float(peak[1]) < 2
     assert "16 experts read of 16" in done.stdout
     assert re.search(r"\| experts \| \S+ \| \S+ \| \S+ \|", done.stdout)

@@ -34,14 +34,14 @@ TOYS = {
     "benchmark.py": Toy(
         ["--rows", "512", "--chunk-rows", "256", "--repeat", "1", "top1-linear"], "kernel"
     ),
-    "benchmark_gpu.py": Toy(["qwen3"], "nothing is measured: ", exit_code=1),
+    "benchmark_gpu.py": Toy(["qwen3"], "nothing was measured: ", exit_code=1),
     "faults.py": Toy(
         ["--moments", "1", "--fault", "retired", "scheduler"], "us per chunk without owners"
     ),
     "chaos.py": Toy(["--seeds", "1"], "1 of 1 seeds are right"),
     "collect_cost.py": Toy(
         ["--rows", "512", "--chunk-rows", "256", "--d", "32", "--hidden", "64", "--repeat", "1"],
-        "of the layer alone",
+        "times the layer alone",
     ),
     "decode_cost.py": Toy(["--rows", "256", "--columns", "256", "--repeat", "1"], "GGUF Q6_K"),
     "engine_records.py": Toy(

@@ -15,8 +15,8 @@ one thread each; medians of the rounds are shown.
 Workers share cores: if there are more workers than cores, the busiest worker slows a run down only
 if its share of the work is larger than that of a core. The possible gain is therefore computed from
 the larger of the busiest rank's share h of all rows and 1 / cores: a perfect placement takes
-max(1/R, 1/cores) / max(h, 1/cores) of the time. The actual gain is smaller, because some work is not
-balanced by any placement: reading, packing, adding up, Dask.
+max(1/R, 1/cores) / max(h, 1/cores) of the time. The actual gain is smaller, because no placement
+balances reading, packing, adding up and Dask's own work.
 """
 
 from __future__ import annotations

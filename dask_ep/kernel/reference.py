@@ -1,7 +1,7 @@
-"""What must a Mixture-of-Experts layer compute, stated as plainly as possible?
+"""What must a Mixture-of-Experts layer compute, written as plainly as possible?
 
-Loops over rows and slots, NumPy only, nothing of the package: slow, and what everything else is
-compared with. An expert is a function of one row.
+Loops over rows and slots, with NumPy alone and no other part of the package: slow, and what all
+other results are compared with. An expert is a function of one row.
 """
 
 from __future__ import annotations
@@ -25,9 +25,9 @@ def expert_parallel_dispatch(
     d_out: int,
     apply_router_weight_on_input: bool = False,
 ) -> np.ndarray:
-    """Return (n, d_out), the sum over each row's slots that are owned by `rank`, in float64.
+    """Return (n, d_out), the sum over those of each row's slots that `rank` owns, in float64.
 
-    `experts` are those of this rank alone.
+    `experts` are only those of this rank.
     """
     n = len(tokens)
     routing = routing[:, None] if routing.ndim == 1 else routing
@@ -57,7 +57,7 @@ def moe(
     d_out: int,
     apply_router_weight_on_input: bool = False,
 ) -> np.ndarray:
-    """Return (n, d_out), the whole layer in float64: one rank owns everything."""
+    """Return (n, d_out), the output of the whole layer in float64: one rank owns all experts."""
     return expert_parallel_dispatch(
         tokens,
         routing,
@@ -110,9 +110,9 @@ def gated(
 ) -> RowExpert:
     """``(activation(x @ gate) * (x @ up + up_offset)) @ down``, gate and up clamped by `limit`.
 
-    With `clamp_after` it is the activation of the gate that is clamped. With `soft_caps` the gate
-    that silu multiplies is bounded, and so is up. What comes out is multiplied by `output_scale`,
-    and then has an RMS norm, where these are given.
+    With `clamp_after`, the gate is clamped after the activation, not before. With `soft_caps`, soft
+    caps bound up, and the factor of the gate in ``gate * sigmoid(alpha * gate)``. The output is
+    multiplied by `output_scale`, and then normalised by its RMS, if these are given.
     """
 
     def act(g: np.ndarray) -> np.ndarray:
@@ -150,7 +150,7 @@ def _affine(x: np.ndarray, W: np.ndarray, bias: np.ndarray | None) -> np.ndarray
 
 
 def _sigmoid(x: np.ndarray) -> np.ndarray:
-    return np.exp(-np.logaddexp(0.0, -x))  # to all its digits, however far below zero
+    return np.exp(-np.logaddexp(0.0, -x))  # exact to the last digits, however negative x is
 
 
 ACTIVATIONS: dict[str, Callable[[np.ndarray, float], np.ndarray]] = {

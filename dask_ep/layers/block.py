@@ -16,7 +16,7 @@ from dask_ep.arrays.checks import is_float
 from dask_ep.experts.expert_kinds import EXPERT_KINDS
 from dask_ep.experts.experts import Experts
 from dask_ep.layers.families import HIDDEN_ACTS, NOT_READ
-from dask_ep.layers.family import Family, StepRow, TensorLayout, find, said_by
+from dask_ep.layers.family import Family, StepRow, TensorLayout, config_place, find
 from dask_ep.layers.formats import Parts, activation_scales, find_parts
 from dask_ep.layers.lazy_routing import SmallArray
 from dask_ep.layers.routing import Router
@@ -36,9 +36,9 @@ class Model:
     quantization: Mapping[str, Any]
 
     @property
-    def said(self) -> str:
-        """The place of the config's keys, for messages."""
-        place = said_by(self.config)
+    def config_name(self) -> str:
+        """What an error calls the config: its file, or the metadata."""
+        place = config_place(self.config)
         return (
             f"{self.directory}/{place}"
             if place == "config.json"
@@ -52,15 +52,15 @@ class Model:
         except ValueError as error:
             raise ValueError(f"{self.directory}: {error}") from error
         except TypeError as error:
-            raise ValueError(f"{self.said} has a value of a wrong type: {error}") from error
+            raise ValueError(f"{self.config_name} has a value of a wrong type: {error}") from error
 
     def find_size(self, name: str, value: Any, layer: int) -> int:
         """Look up a whole number of at least 1; `name` is for messages."""
         size = self.find(value, layer)
         if type(size) is not int or size < 1:
             raise ValueError(
-                f"{self.said}: {name} of layer {layer} must be a whole number of at least 1, but "
-                f"is {size!r}"
+                f"{self.config_name}: {name} of layer {layer} must be a whole number of at least "
+                f"1, but is {size!r}"
             )
         return size
 
@@ -193,8 +193,9 @@ class LayerTensors:
         # ernie4_5_moe's bias is (1, E), which is accepted for (E,).
         if source.shape != shape and source.shape != (1, *shape):
             raise ValueError(
-                f"{self.full(name)} must have shape {shape} by {said_by(self.config)} (E={self.E}, "
-                f"d={self.H}, width={self.width}), but has {source.shape} ({self.where})"
+                f"{self.full(name)} must have shape {shape} according to "
+                f"{config_place(self.config)} (E={self.E}, d={self.H}, width={self.width}), but "
+                f"has {source.shape} ({self.where})"
             )
         return source
 
@@ -226,7 +227,7 @@ class Block(LayerTensors):
         try:
             return Router(num_experts=self.R, k=self.k, **values)
         except ValueError as error:
-            raise ValueError(f"{self.model.said}: {error}") from error
+            raise ValueError(f"{self.model.config_name}: {error}") from error
 
     def router_arrays(self) -> dict[str, Any]:
         """The small arrays of a router, those that exist."""
@@ -285,7 +286,7 @@ class Block(LayerTensors):
         if "activation" in options:
             if options["activation"] not in list(HIDDEN_ACTS):
                 raise ValueError(
-                    f"{self.model.said}: hidden_act must be one of "
+                    f"{self.model.config_name}: hidden_act must be one of "
                     f"{', '.join(HIDDEN_ACTS)}, but is {options['activation']!r}"
                 )
             options["activation"] = HIDDEN_ACTS[options["activation"]]

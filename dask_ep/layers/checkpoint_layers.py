@@ -13,7 +13,7 @@ from typing import Any
 from dask_ep.layers.block import Block, Model
 from dask_ep.layers.checkpoint_files import CheckpointFiles, GgufFiles
 from dask_ep.layers.families import FAMILIES, PREFIXES, TEXT_CONFIGS, find_family
-from dask_ep.layers.family import ARCHITECTURE, Config, Family, said_by
+from dask_ep.layers.family import ARCHITECTURE, Config, Family, config_place
 from dask_ep.layers.formats import check_method
 from dask_ep.layers.gguf_families import GGUF_FAMILIES
 from dask_ep.storage.sources import Source
@@ -36,10 +36,10 @@ class Checkpoint:
             place = "the metadata" if is_gguf else "config.json"
             raise ValueError(f"{self.files.directory}: {place} must have a {wanted!r}")
         check_method(quantization, self.files.directory)
-        known, said = (FAMILIES, "config.json says model_type")
+        known, key = (FAMILIES, "config.json says model_type")
         if is_gguf:
-            known, said = GGUF_FAMILIES, f"{directory} says general.architecture"
-        family = find_family(model_type, (*families, *known), said)
+            known, key = GGUF_FAMILIES, f"{directory} says general.architecture"
+        family = find_family(model_type, (*families, *known), key)
         self.model = Model(self.files.directory, model_type, config, family, quantization)
         self.num_layers = self.model.find_size("num_hidden_layers", family.num_layers, 0)
 
@@ -59,7 +59,7 @@ class Checkpoint:
         except (ValueError, TypeError, LookupError, ZeroDivisionError) as error:
             raise ValueError(
                 f"{self.files.directory}: cannot tell which layers are MoE from "
-                f"{said_by(self.model.config)}: {error}"
+                f"{config_place(self.model.config)}: {error}"
             ) from error
 
     @property

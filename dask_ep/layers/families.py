@@ -1,6 +1,7 @@
 """Which model families are known?
 
-One row per family, and no code for a single one of them; here is what all share.
+Each is one definition in `softmax_families` or `sigmoid_families`; no code is for a single family.
+This file has what all of them share.
 """
 
 from __future__ import annotations
@@ -14,13 +15,13 @@ from dask_ep.layers.softmax_families import SOFTMAX_FAMILIES
 FAMILIES: tuple[Family, ...] = (*SOFTMAX_FAMILIES, *SIGMOID_FAMILIES)
 
 REFUSED = {
-    "zaya": "its router reads what the router of the layer before computed",
-    "switch_transformers": "an expert that is full refuses rows by their position in a sequence",
-    "nllb-moe": "an expert that is full refuses rows by their position in the batch",
+    "zaya": "its router reads the output of the previous layer's router",
+    "switch_transformers": "a full expert drops rows by their position in the sequence",
+    "nllb-moe": "a full expert drops rows by their position in the batch",
     "doge": "its experts are rows of an embedding, found by product keys",
-    "vitpose_backbone": "the data set of an image determines its expert, not a router",
+    "vitpose_backbone": "experts are chosen by the data set of an image, not by a router",
 }
-"""Model types with experts that cannot be computed here, and why."""
+"""Model types whose layers cannot be computed here, and why."""
 
 PREFIXES = (
     "model.layers.{layer}.",
@@ -39,20 +40,20 @@ PREFIXES = (
     "decoder.layers.{layer}.",
     "blk.{layer}.",
 )
-"""Prefixes of a layer's names: in plain models, in the text half of composite ones, in models for
-question answering, and in GGUF files."""
+"""Prefixes of the names of a layer's tensors: in plain models, in the text model of multimodal
+ones, in models for question answering, and in GGUF files."""
 
 TEXT_CONFIGS = (("text_config",), ("thinker_config", "text_config"), ("language_config",))
-"""Keys of a composite model's config that may hold the config of its text half."""
+"""Keys of a multimodal model's config that may hold the config of its text model."""
 
 NOT_READ = {
     r"[^.]*(attn|attention|mamba|conv)[^.]*\.": "attention, or what replaces it",
     r"[^.]*norm[^.]*\.": "norms around the block",
     r"(hc_|[^.]*_hc\.|[^.]*residual|layer_scalar)": "connections around the block",
-    r"(per_layer_|ple_|[^.]*ple\.)": "inputs of the layer itself",
+    r"(per_layer_|ple_|[^.]*ple\.)": "per-layer inputs",
 }
-"""Other tensors of many decoder layers, by patterns of names after the layer's prefix, and why they
-are not read."""
+"""Other tensors of many decoder layers, which are not read, as patterns of names after the layer's
+prefix, and what they are for."""
 
 HIDDEN_ACTS = {
     "silu": "silu",
@@ -63,25 +64,25 @@ HIDDEN_ACTS = {
     "relu": "relu",
     "relu2": "relu2",
 }
-"""Our name of each ``hidden_act``."""
+"""The activation for each ``hidden_act``."""
 
 
 def find_family(
-    model_type: str, families: tuple[Family, ...], said: str = "config.json says model_type"
+    model_type: str, families: tuple[Family, ...], key: str = "config.json says model_type"
 ) -> Family:
-    """Return the first family of a model type; `said` names its key in the config."""
+    """Return the first family with a model type; `key` says in an error where it was read."""
     for family in families:
         if model_type in family.model_types:
             return family
     if model_type in REFUSED:
         raise ValueError(
-            f"{model_type} models cannot be read as layers that compute row by row: "
+            f"{model_type} models cannot be read because their layers do not compute row by row: "
             f"{REFUSED[model_type]}"
         )
     known = sorted({name for family in families for name in family.model_types})
     close = get_close_matches(model_type, known)
     raise ValueError(
-        f"{said} {model_type!r}, which is not one of the {len(known)} known model types"
+        f"{key} {model_type!r}, which is not one of the {len(known)} known model types"
         f"{' (did you mean ' * bool(close)}{' or '.join(close)}{'?)' * bool(close)}. "
         "workflows/README.md lists them; to add a "
         "family, see dask_ep.layers.family.Family"

@@ -1,8 +1,8 @@
 """How is a family of models described?
 
-By a `Family`: how the tensors of its MoE blocks are called, which keys of ``config.json`` hold the
-sizes, which `Router` it has, what is shared, and which layers are MoE. Values are constants, or
-looked up in the config by `Key`, `By` and their like. The known families are in `families.py`.
+By a `Family`: the names of the tensors of its MoE blocks, the keys of ``config.json`` that hold the
+sizes, its `Router`, its shared experts, and which layers are MoE. Values are constants, or looked
+up in the config by `Key`, `By` and similar classes. The known families are in `families.py`.
 """
 
 from __future__ import annotations
@@ -19,40 +19,42 @@ class MissingKey(ValueError):
 
 
 ARCHITECTURE = "general.architecture"
-"""The key of GGUF files that stands for ``model_type``, and goes before all keys of sizes."""
+"""GGUF's counterpart of ``model_type``; its value is the prefix of all keys of sizes."""
 
 
-def said_by(config: Config) -> str:
-    """What has a config's keys."""
+def config_place(config: Config) -> str:
+    """Return what an error calls the place of a config's keys."""
     return "the metadata" if ARCHITECTURE in config else "config.json"
 
 
 def key_of(config: Config, name: str) -> str:
-    """A key as it is written there, in quotes."""
+    """Return a key as it is written there, in quotes."""
     return repr(f"{config[ARCHITECTURE]}.{name}" if ARCHITECTURE in config else name)
 
 
 def missing(config: Config, names: tuple[str, ...]) -> MissingKey:
-    """The error that a config has none of some keys."""
-    wanted = " or ".join(key_of(config, name) for name in names)
+    """Return the error for a config that has none of some keys."""
+    required = " or ".join(key_of(config, name) for name in names)
     if ARCHITECTURE in config:
-        there = [key_of(config, name)[1:-1] for name in config if "." not in name]
-        there = [name for name in there if not name.endswith((".model_type", ".moe_layers"))]
-        return MissingKey(f"the metadata must have {wanted}, but has only {', '.join(there)}")
-    there = sorted(name for name, value in config.items() if value is not None)
+        found = [key_of(config, name)[1:-1] for name in config if "." not in name]
+        found = [name for name in found if not name.endswith((".model_type", ".moe_layers"))]
+        return MissingKey(f"the metadata must have {required}, but has only {', '.join(found)}")
+    found = sorted(name for name, value in config.items() if value is not None)
     return MissingKey(
-        f"config.json must have {wanted} (null counts as missing), but has only {', '.join(there)}"
+        f"config.json must have {required} (null counts as missing), but has only "
+        f"{', '.join(found)}"
     )
 
 
-# --- values that a config holds ----------------------------------------------------------------
+# --- values from the config --------------------------------------------------------------------
 
 
 class Key:
-    """The value of the first of some config keys that exists, else the default.
+    """The value of the first of some config keys that exists, or else the default.
 
-    A list has one entry per layer. `null` is what a null in the config stands for; one that is None
-    counts as missing. With `off`, zeros and nulls stand for it: limits that are switched off.
+    A list has one entry per layer. A null in the config becomes `null`, and counts as missing if
+    that is None. With `off`, a value of 0, or a null in a list, becomes `off`: in a config these
+    mean, for example, that a limit is switched off.
     """
 
     def __init__(self, *names: str, null: Any = None, **default: Any):
@@ -66,8 +68,8 @@ class Key:
             if value is not None:
                 if isinstance(value, list) and layer >= len(value):
                     raise ValueError(
-                        f"{said_by(config)} key {key_of(config, name)} must have one entry per "
-                        f"layer, but has {len(value)} and layer {layer} is asked for"
+                        f"{config_place(config)} key {key_of(config, name)} must have one entry "
+                        f"per layer, but has {len(value)}, and none for layer {layer}"
                     )
                 value = value[layer] if isinstance(value, list) else value
                 return self.default["off"] if "off" in self.default and not value else value
@@ -77,7 +79,7 @@ class Key:
 
 
 def look_up_key(config: Config, name: str) -> Any:
-    """The value of a config key, None if it has none; ``outer.inner`` is a key of an object."""
+    """Return the value of a config key, or None; ``outer.inner`` is a key of an object."""
     value: Any = config
     for part in name.split("."):
         value = value.get(part) if isinstance(value, Mapping) else None
@@ -86,7 +88,7 @@ def look_up_key(config: Config, name: str) -> Any:
 
 @dataclass(frozen=True)
 class Length:
-    """The number of entries of a config key: of a list, or of a text with a letter per layer."""
+    """The length of a config key's value: a list, or a string with one letter per layer."""
 
     names: tuple[str, ...]
 
@@ -99,7 +101,7 @@ class Length:
 
 @dataclass(frozen=True)
 class Entry:
-    """One entry of a list that is not by layer; where it is one value, that."""
+    """One entry of a list that has no entry per layer; a single value is returned as it is."""
 
     name: str
     index: int
@@ -135,7 +137,7 @@ class Product:
 
 @dataclass(frozen=True)
 class By:
-    """The value that belongs to what a config key says."""
+    """A value chosen by the value of a config key."""
 
     key: Key
     values: Mapping[Any, Any]
@@ -144,7 +146,7 @@ class By:
         case = self.key.find(config, layer)
         if case not in self.values:
             raise ValueError(
-                f"{said_by(config)} key {key_of(config, self.key.names[0])} must be one of "
+                f"{config_place(config)} key {key_of(config, self.key.names[0])} must be one of "
                 f"{', '.join(map(repr, self.values))}, but is {case!r}"
             )
         return find(self.values[case], config, layer)
@@ -154,7 +156,7 @@ LOOKED_UP = (Key, Length, Entry, Power, Product, By)
 
 
 def find(value: Any, config: Config, layer: int) -> Any:
-    """Look a value up in a config, if that is where it is; a list there has one entry a layer."""
+    """Return a constant, or look a value up in a config, where a list has one entry per layer."""
     if isinstance(value, tuple):
         return tuple(find(one, config, layer) for one in value)
     return value.find(config, layer) if isinstance(value, LOOKED_UP) else value
@@ -163,7 +165,7 @@ def find(value: Any, config: Config, layer: int) -> Any:
 # --- how experts are stored -----------------------------------------------------------------
 
 Names = Mapping[str, str]
-"""Names of tensors, by the weight of `Experts` that each is."""
+"""Names of tensors, by the weights of `Experts` that they hold."""
 
 
 @dataclass(frozen=True)
@@ -173,16 +175,16 @@ class TensorLayout:
     Attributes
     ----------
     names : tensor of each weight, ``{"gate": ..., "up": ..., "down": ...}``
-        Which weights there are says which kind of experts they are, see `Experts`. A name with
-        ``{e}`` is of one expert; without it, the tensor has all of them, (E, ...).
+        The weights determine the kind of experts, see `Experts`. A name with ``{e}`` is that of one
+        expert; without it, the tensor has all of them, (E, ...).
     transposed : bool
         Each matrix is (out, in).
     interleaved : bool
-        Gate and up alternate, where they are one matrix.
+        Gate and up alternate, if they are one matrix.
     biases : bool or Key
-        Each weight has a bias: with ``.bias`` for ``.weight`` in its name, or ``_bias`` behind it.
+        Each weight has a bias, named with ``.bias`` instead of ``.weight``, or a final ``_bias``.
     packed : bool
-        MXFP4, so each name has ``_blocks`` and ``_scales`` behind it, and is not there.
+        Weights are MXFP4: each is two tensors, named with a final ``_blocks`` and ``_scales``.
     flat : bool
         All experts are in one matrix (E * width, d) per weight, those of ``down`` not transposed.
     """
@@ -196,14 +198,14 @@ class TensorLayout:
 
     @property
     def kind(self) -> str:
-        """The kind of experts that these weights make."""
+        """The kind of experts that have these weights."""
         if "gate_up" in self.names:
             return "gated_fused"
         return "gated" if "gate" in self.names else "mlp"
 
 
 def below(prefix: str, names: Names) -> Names:
-    """The same names after a prefix."""
+    """Add a prefix to some names."""
     return {weight: prefix + name for weight, name in names.items()}
 
 
@@ -221,16 +223,16 @@ PER_TOKEN, MOE_WIDTH = Key("num_experts_per_tok"), Key("moe_intermediate_size")
 
 
 def every_layer(config: Config, layer: int) -> bool:
-    """Whether a layer is MoE, where all are."""
+    """Return True: all layers are MoE."""
     return True
 
 
 @dataclass(frozen=True)
 class MlpTypes:
-    """Whether a layer is MoE, where ``mlp_layer_types`` may say it.
+    """Whether a layer is MoE according to ``mlp_layer_types``, if the config has that key.
 
-    Without that key a layer is MoE from ``first_k_dense_replace`` on, by default `dense`, and as
-    ``moe_layer_freq`` says: a number, or a list with one entry per layer.
+    Otherwise layers are MoE from ``first_k_dense_replace`` on, by default `dense`, if
+    ``moe_layer_freq`` agrees: every so many layers, or a list with one entry per layer.
     """
 
     dense: int = 0
@@ -253,21 +255,21 @@ class Shared:
     Attributes
     ----------
     block : str or tuple of str
-        Its tensors are those of `names` after it; several are names that it may have.
+        Prefix of the names of its tensors, or several that it may have.
     width : int, Key or Product
-        Its hidden width; 0 means that there is none in this model.
+        Its hidden width; 0 means that the model has no shared expert.
     gate : str or None
-        A tensor (1, d): the expert counts sigmoid(row · gate) instead of 1.
+        A tensor (1, d): the expert's output is multiplied by sigmoid(row · gate).
     biases : bool or Key
         Whether each of its matrices has a ``.bias`` as well as a ``.weight``.
     names : tuple of Names
         What its tensors may be called, after `block`.
     count : int or Key or None
-        How many shared experts there are, each tensor being (count, ...); None: one, in matrices.
+        Number of shared experts, if each tensor is (count, ...); None for one expert, in matrices.
     interleaved : bool
-        Gate and up alternate, where they are one matrix.
+        Gate and up alternate, if they are one matrix.
     options : Mapping or None
-        As those of `Family`, where they are others.
+        Like those of `Family`, if they differ from the routed experts'.
     """
 
     block: str | tuple[str, ...]
@@ -281,7 +283,7 @@ class Shared:
 
     @property
     def layouts(self) -> list[TensorLayout]:
-        """How its weights may be stored."""
+        """The layouts that its weights may have."""
         blocks = (self.block,) if isinstance(self.block, str) else self.block
         return [
             TensorLayout(
@@ -296,15 +298,15 @@ class Shared:
 
 @dataclass(frozen=True)
 class StepRow:
-    """A `RowStep` of the rows around the experts.
+    """A `RowStep` before or after the experts.
 
     Attributes
     ----------
-    kind : as that of `RowStep`
+    kind : as in `RowStep`
     names : names that its array may have
-    to : of a linear step, the width of the rows that it gives
-    eps, offset, factor : as those of `RowStep`
-    bias : bool or Key, whether a linear step has a bias, with ``.bias`` for ``.weight`` in its name
+    to : of a linear step, the width of its output
+    eps, offset, factor : as in `RowStep`
+    bias : bool or Key, whether a linear step has a bias, named with ``.bias``, not ``.weight``
     there : bool or Key, whether the model has this step
     """
 
@@ -320,40 +322,40 @@ class StepRow:
 
 @dataclass(frozen=True)
 class Family:
-    """How the MoE blocks of some models are written down.
+    """How the MoE blocks of some models are stored.
 
-    Names of tensors are those after the block's name; those that begin with ``/`` are after the
-    layer's. What is not given is as most models have it.
+    Names of tensors are relative to the block; those that begin with ``/`` are relative to the
+    layer. Defaults are what most models have.
 
     Attributes
     ----------
     model_types : of ``config.json``, or of its ``text_config``
     blocks : names that the block may have, after ``...layers.{layer}.``; ``""`` is the layer itself
-    num_experts, k, width : E, the experts of a row, and their hidden width
-    router : arguments of `Router` besides E and k
-    router_weight, router_bias, selection_bias : names that these tensors may have; none, if () is
-    router_weight_in_out : names that the router's weight has where it is stored (d, E)
+    num_experts, k, width : E, experts per row, and their hidden width
+    router : arguments of `Router` other than E and k
+    router_weight, router_bias, selection_bias : names that these tensors may have; () for none
+    router_weight_in_out : names of the router's weight if it is stored as (d, E)
     biased : bool or Key, whether there is a selection bias
-    bias_rows : how many rows the selection bias may have in its tensor, of which the first is it
-    table : names of a table (vocabulary, k) of experts by token id, where a layer may have one
+    bias_rows : rows that the tensor of the selection bias may have, of which the first is used
+    table : names of a table (vocabulary, k) of experts by token id, which a layer may have
     experts : layouts that the experts may have
     options : arguments of `Experts.gated` or `Experts.gated_fused`
     shared : Shared or None
-    expert_size : width of the rows that experts read, where it is not d
+    expert_size : width of the experts' input, if it is not d
     before, between, after, beyond : what happens around the experts, see `Around`
-    beyond_experts : how many experts the router has that are more than E
+    beyond_experts : number of experts that the router has in addition to E
     per_expert_scale, input_scale : names of these tensors, see `MoELayer`
-    output_scale : names of a row of which 1 + row is the output_scale of each expert
+    output_scale : names of a row; the output_scale of each expert is 1 + row
     is_moe : whether a layer is MoE, from config and layer number
-    num_layers, hidden_size : how many layers there are, and d
-    not_read : tensors of the layer that are not read, as patterns of their names after the layer's,
-        and why; next to those of `families.NOT_READ`, which many models have
-    pre_norm : whether the rows that the block gets were normalised just before, while the model
-        adds the block's output to the rows as they were before that: so nearly all models do
+    num_layers, hidden_size : number of layers, and d
+    not_read : tensors of the layer that are not read, as patterns of their names relative to the
+        layer, and why; in addition to `families.NOT_READ`, for what many models have
+    pre_norm : whether the block's input was normalised just before, while its output is added to
+        the rows from before the norm, as in nearly all models
 
     Examples
     --------
-    A private family like Mixtral, with the router's weight called otherwise:
+    A private family like Mixtral, with another name for the router's weight:
 
     >>> from dataclasses import replace
     >>> from dask_ep.layers.families import FAMILIES, find_family

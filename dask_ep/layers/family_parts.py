@@ -1,6 +1,6 @@
-"""What do rows of `families` have in common?
+"""Which parts do the definitions of several families share?
 
-Layouts of experts, routers, and the rules that say which layers are MoE.
+Layouts of experts, routers, and the rules for which layers are MoE.
 """
 
 from __future__ import annotations
@@ -135,6 +135,6 @@ def deepseek_v3_router(groups: Any, topk_groups: Any) -> dict[str, Any]:
 
 
 def changed_shared(family: Family, **changes: Any) -> Shared:
-    """The shared expert of a family with other values, for a family like it."""
+    """Return the shared expert of a family with some fields replaced, for a similar family."""
     assert family.shared is not None
     return replace(family.shared, **changes)

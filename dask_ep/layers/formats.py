@@ -214,12 +214,12 @@ def _build_float8(parts: Parts, shape: tuple[int, ...]) -> QuantizedSource:
 def _float8_block(parts: Parts, shape: tuple[int, ...]) -> tuple[int, int]:
     """The block that fits the scales: the config's, the whole matrix, a row, or 32 of a row."""
     scales = parts["scales"]
-    said = parts.config.get("weight_block_size") or parts.scheme.get("block_structure")
+    stated = parts.config.get("weight_block_size") or parts.scheme.get("block_structure")
     *experts, rows, columns = shape
     fitting: list[tuple[int, int]] = []
-    good = isinstance(said, list) and [type(size) for size in said] == [int, int]
-    if isinstance(said, list) and good:
-        fitting.append((said[0], said[1]))
+    good = isinstance(stated, list) and [type(size) for size in stated] == [int, int]
+    if isinstance(stated, list) and good:
+        fitting.append((stated[0], stated[1]))
     fitting += [(rows, columns), (1, columns)]
     if scales.dtype in (np.uint8, E8M0):
         fitting.append((1, MXFP4_GROUP))
@@ -231,7 +231,7 @@ def _float8_block(parts: Parts, shape: tuple[int, ...]) -> tuple[int, int]:
         return fitting[0]
     raise ValueError(
         f"{parts['codes'].name} is FP8 with scales {scales.shape}, so config.json must have "
-        f"weight_block_size [rows, columns] in quantization_config, but it says {said!r}"
+        f"weight_block_size [rows, columns] in quantization_config, but it says {stated!r}"
     )
 
 
@@ -272,15 +272,15 @@ def _zero_point(parts: Parts) -> Source | None:
 
 
 def _bits(parts: Parts, words: int, numbers: int) -> int:
-    """Bits of a number, by how many words of 32 bits hold a known count of them."""
+    """Bits of a number, from the number of 32-bit words that hold a known count of them."""
     fitting = [bits for bits in (4, 8) if words == -(-numbers * bits // 32)]
-    said = parts.scheme.get("num_bits", parts.config.get("bits"))
-    if not fitting or said not in (None, *fitting):
+    stated = parts.scheme.get("num_bits", parts.config.get("bits"))
+    if not fitting or stated not in (None, *fitting):
         raise ValueError(
             f"{parts['codes'].name} must hold {numbers} numbers of 4 or 8 bits side by side, but "
-            f"has {words} words of 32 bits, and config.json says {said} bits"
+            f"has {words} words of 32 bits, and config.json says {stated} bits"
         )
-    return fitting[0] if said is None else said
+    return fitting[0] if stated is None else stated
 
 
 def _group(parts: Parts, shape: tuple[int, ...]) -> int:
@@ -292,11 +292,11 @@ def _group(parts: Parts, shape: tuple[int, ...]) -> int:
             f"the {shape[-1]} numbers of a row of {parts['codes'].name}, but has shape "
             f"{scales.shape}"
         )
-    group, said = shape[-1] // scales.shape[-1], parts.scheme.get("group_size")
-    if said not in (None, -1, group):
+    group, stated = shape[-1] // scales.shape[-1], parts.scheme.get("group_size")
+    if stated not in (None, -1, group):
         raise ValueError(
             f"{scales.name} {scales.shape} has one scale for {group} numbers of a row, but "
-            f"config.json says group_size {said}"
+            f"config.json says group_size {stated}"
         )
     return group
 

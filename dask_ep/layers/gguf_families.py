@@ -1,8 +1,7 @@
 """Which architectures of GGUF files are known?
 
-Their tensors have the same names throughout, and keys of the same names, prefixed by the name of
-the architecture, hold their sizes: ``qwen3moe.expert_count``. Rows differ in what files do not
-declare.
+All architectures use the same names of tensors, and the same keys for sizes, prefixed by the name
+of the architecture: ``qwen3moe.expert_count``. Definitions differ in what the files do not state.
 """
 
 from __future__ import annotations
@@ -54,8 +53,8 @@ QWEN2_GGUF = replace(
 )
 
 
-def told_by_keys(*model_types: str, score: Key) -> Family:
-    """Routers like those of DeepSeek; the value of the key of `score` is a number: 1 is softmax."""
+def deepseek_like(*model_types: str, score: Key) -> Family:
+    """Return a family with a router like DeepSeek's; `score` is 1 for softmax, 2 for sigmoid."""
     return replace(
         LLAMA,
         model_types=model_types,
@@ -77,7 +76,7 @@ def told_by_keys(*model_types: str, score: Key) -> Family:
 
 
 GATING = "expert_gating_func"
-MINIMAX_GGUF = told_by_keys("minimax-m2", score=Key(GATING))
+MINIMAX_GGUF = deepseek_like("minimax-m2", score=Key(GATING))
 
 GGUF_FAMILIES: tuple[Family, ...] = (
     LLAMA,
@@ -90,9 +89,9 @@ GGUF_FAMILIES: tuple[Family, ...] = (
         router=LLAMA.router,
         shared=changed_shared(QWEN2_GGUF, gate=None),
     ),
-    told_by_keys("deepseek2", score=Key(GATING, off=1, default=1)),
-    told_by_keys("glm4moe", score=Key(GATING, off=2, default=2)),
-    told_by_keys("dots1", "glm-dsa", score=Key(GATING)),
+    deepseek_like("deepseek2", score=Key(GATING, off=1, default=1)),
+    deepseek_like("glm4moe", score=Key(GATING, off=2, default=2)),
+    deepseek_like("dots1", "glm-dsa", score=Key(GATING)),
     replace(MINIMAX_GGUF, router={**MINIMAX_GGUF.router, "norm_topk_prob": True}),
     replace(
         LLAMA,

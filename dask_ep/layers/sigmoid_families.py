@@ -1,4 +1,4 @@
-"""Which families have routers with sigmoid scores, or the square root of a softplus?"""
+"""Which families have routers whose scores are sigmoids, or square roots of softplus?"""
 
 from __future__ import annotations
 
@@ -112,7 +112,7 @@ LAGUNA = Family(
 ALTERNATING_W13 = TensorLayout(
     {"gate_up": "experts.w13_weight", "down": "experts.w2_weight"}, interleaved=True
 )
-AROUND = "what a layer reads of other layers"
+AROUND = "what the layer reads from other layers"
 
 SIGMOID_FAMILIES: tuple[Family, ...] = (
     DEEPSEEK_V3,
@@ -186,7 +186,7 @@ SIGMOID_FAMILIES: tuple[Family, ...] = (
     replace(
         GLM4,
         model_types=("axk2",),
-        # Experts of other groups count 0 in the choice, not minus infinity.
+        # Experts in groups that are not chosen get a score of 0, not minus infinity.
         router={
             **deepseek_v3_router(
                 Key("n_group", null=1, default=1), Key("topk_group", null=1, default=1)
@@ -313,7 +313,7 @@ SIGMOID_FAMILIES: tuple[Family, ...] = (
     BAILING,
     replace(
         BAILING,
-        # Ling and Ring, whose code is not in transformers: 1.5 chooses by softmax, 2.0 by sigmoid.
+        # Ling and Ring, which are not in transformers: scores are softmax in 1.5, sigmoid in 2.0.
         model_types=("bailing_moe", "bailing_moe_v2"),
         router={
             **BAILING.router,

@@ -1,6 +1,6 @@
 """Which families have routers with softmax scores?
 
-Read from transformers 5.24, like all rows here; `tests/fixtures` holds a checkpoint of each.
+All definitions follow transformers 5.24; `tests/fixtures` has a checkpoint of each family.
 """
 
 from __future__ import annotations
@@ -173,7 +173,7 @@ SOFTMAX_FAMILIES: tuple[Family, ...] = (
     replace(
         MIXTRAL,
         model_types=("phimoe",),
-        k=2,  # whatever the config says
+        k=2,  # transformers ignores the config's value
         router={"score": "sparsemixer", "jitter": Key("router_jitter_noise", default=0.01)},
         router_weight=("gate.weight", "router.weight"),
     ),
@@ -352,7 +352,7 @@ SOFTMAX_FAMILIES: tuple[Family, ...] = (
         width=Key("ffn_config.ffn_hidden_size"),
         router={
             "score": "softmax",
-            # The order of the norm that the weights are divided by; null is none.
+            # The order p of the p-norm that the weights are divided by; null means no division.
             "norm_topk_prob": By(
                 Key("ffn_config.moe_normalize_expert_weights", null="none", default=1.0),
                 {1.0: True, "none": False},

@@ -185,5 +185,5 @@ def test_errors_name_the_files_own_keys(tmp_path):
         assert "moe_layers" not in str(raised.value)
     with pytest.raises(ValueError, match=r"the metadata of .*m.gguf: num_experts of layer 1 must"):
         opened(expert_count=0)
-    with pytest.raises(ValueError, match=r"must have shape \(8, 32\) by the metadata \(E=8"):
+    with pytest.raises(ValueError, match=r"have shape \(8, 32\) according to the metadata \(E=8"):
         opened(expert_count=8)

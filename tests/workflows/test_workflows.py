@@ -119,7 +119,7 @@ def test_only_a_process_can_be_killed(monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["larger_experts.py", "--kill"])
     with pytest.raises(SystemExit):
         workflow["main"]()
-    assert "--kill ends a worker process, so it needs --processes" in capsys.readouterr().err
+    assert "--kill kills a worker process, so it needs --processes" in capsys.readouterr().err
 
 
 def test_the_scheduler_of_gpu_nodes_makes_a_cuda_context_before_ucx_starts():

@@ -1,7 +1,7 @@
 """How fast is a machine, and what does a worker hold for each row of a chunk?
 
-The laws that a plan adds up, each a small function of plain numbers. Rows, bytes and tasks are
-exact; memory is an upper bound; time is an estimate from rates.
+A plan adds up these laws, each a small function of plain numbers. Rows, bytes and tasks are exact;
+memory is an upper bound; time is an estimate from rates.
 
 Axis letters: `C` token chunks, `R` ranks, `W` workers that serve them, `d` width.
 """
@@ -17,33 +17,33 @@ import numpy as np
 from dask_ep.arrays.checks import computing_dtype
 
 CHUNKS_WAITING = 2
-"""Chunks in flight on a worker in addition to one for each thread: those that wait for answers."""
+"""Chunks in flight on a worker in addition to one per thread: they wait for answers."""
 
 FEWEST_ROWS = 64
-"""Rows of a chunk below which the cost of a task outweighs its work many times over."""
+"""Rows of a chunk below which the overhead of a task is many times its work."""
 
 CHUNKS_PER_THREAD = 4
-"""Chunks that each thread should get at least, so that all are busy to the end."""
+"""Minimum number of chunks per thread, to keep all threads busy to the end."""
 
 PICKED_TOGETHER = 8
-"""Experts whose rows are picked from a chunk by one task, to sum their second moments: few tasks,
-and little that goes to a worker which has only some of them."""
+"""Number of experts whose rows one task picks from a chunk, to sum their second moments: a larger
+number makes fewer tasks, but sends more to workers that need only some of the experts."""
 
 PROCESS_BYTES = 180_000_000
-"""What a process takes of its own: Python, NumPy, Dask and Zarr (measured 100 to 110 MB), the
+"""Memory of a process without arrays: Python, NumPy, Dask and Zarr (measured 100 to 110 MB), the
 library that multiplies (40 MB), and what the C library keeps of small arrays."""
 
 SORT_BYTES = 48
-"""Of memory for each slot while a chunk is sorted by expert: its routing and weight, index arrays
+"""Bytes of memory per slot while a chunk is sorted by expert: its routing and weight, index arrays
 and keys."""
 
 CLUSTER_TASK_SECONDS = 0.5e-3
-"""Scheduler time of one task on a cluster (measured 0.42 to 0.48 ms, 900 to 13000 tasks; of a
-chunk's task a little more, since its thread is given back)."""
+"""Scheduler time of one task on a cluster (measured 0.42 to 0.48 ms, 900 to 13000 tasks; a little
+more for the task of a chunk, which gives its thread back)."""
 
 WORKER_TASK_SECONDS = 1.2e-3
-"""Overhead of a worker for each task of a cluster (measured 1.2 ms over all
-workers: messages, tasks unpacked, results fetched and dropped)."""
+"""Overhead of a worker for each task of a cluster: messages, unpacking of tasks, fetching and
+dropping of results (measured 1.2 ms over all workers)."""
 
 LOCAL_TASK_SECONDS = 0.1e-3
 """Scheduler time of one task on threads of one process (measured 0.05 to 0.18 ms)."""
@@ -51,52 +51,55 @@ LOCAL_TASK_SECONDS = 0.1e-3
 
 @dataclass(frozen=True)
 class Rates:
-    """How fast the machine is: one thread of it, or one GPU, and one link between two workers."""
+    """Speed of the machine: of one thread or one GPU, and of one link between two workers."""
 
     flops: float
-    #: floating-point operations per second of one thread in matrix products of the job's width
+    #: floating-point operations per second of one thread, in matrix products of the job's width
     copy: float
-    #: bytes per second that one thread gathers rows at
+    #: bytes per second at which one thread gathers rows
     pack: float = 4e9
-    #: bytes per second of packets and answers that one thread makes and adds up, sorts included
+    #: bytes per second of packets and answers that one thread makes and adds up, sorting included
     link: float = 0.5e9
-    #: bytes per second that a thread sends and receives: messages packed, copied into the system
-    #: and out of it, into fresh memory (measured 2.1 s for 1 GB on loopback, both ends together)
+    #: bytes per second that a thread sends and receives: packing messages, and copying them to and
+    #: from the system, into new memory (measured 2.1 s for 1 GB on loopback, both ends together)
     read: float = 1e9
     #: bytes per second that one thread reads from storage
     write: float = 0.5e9
-    #: bytes per second that one thread writes there
+    #: bytes per second that one thread writes to storage
     lane: float = 20e9
     #: bytes per second between host and GPU, each way (PCIe 4.0 x 16: nominally 25e9)
 
 
 PART_OF_A_WORKER = 0.7
-"""Of its memory limit that a Dask worker may fill: with more it moves data to disk, then pauses,
-and at last is ended."""
+"""Fraction of its memory limit that a Dask worker may fill: beyond it, Dask moves data to disk,
+then pauses the worker, and finally terminates it."""
 
 
 def usable(limit: int) -> int:
-    """Bytes that are filled by choice in a worker with a memory limit."""
+    """Return how many bytes a job may use of a worker's memory limit."""
     return int(limit * PART_OF_A_WORKER)
 
 
 class Spread(NamedTuple):
-    """How many rows of packets and answers a chunk makes, at most, over its own rows."""
+    """Upper bounds on a chunk's rows in packets and answers, as multiples of its own rows."""
 
     workers: int
-    #: W; 0 where chunks serve their ranks in place
+    #: W; 0 if chunks serve their ranks in place
     answered: float
     #: rows of answers that a chunk has at once
     sent: float = 0.0
     #: rows in its packets: each once for each other worker that serves it
     received: float = 0.0
-    #: rows in the one of its packets that has most
+    #: rows in the largest of its packets
     replied: float = 0.0
-    #: rows in the answers to that one
+    #: rows in the answers to that packet
 
     @classmethod
     def at_worst(cls, slots: int, ranks: int, workers: int) -> Spread:
-        """Of any routing of k slots a row to R ranks on W workers; 0 workers serve in place."""
+        """Return bounds for any routing with k slots per row to R ranks on W workers.
+
+        With 0 workers, chunks serve their ranks in place.
+        """
         if not workers:
             return cls(0, 2 * (slots > 1))
         of_a_worker = -(-ranks // workers)
@@ -117,13 +120,13 @@ class Spread(NamedTuple):
         slots: int,
         in_place: bool,
     ) -> Spread:
-        """Of rows that are known.
+        """Return the values for known rows.
 
         Parameters
         ----------
         packet_rows : (C, R) rows of each chunk that each rank serves
-        worker_rows : (C, W) rows of each chunk that some rank of each worker serves
-        chunk_rows : of the largest chunk
+        worker_rows : (C, W) rows of each chunk that any rank of each worker serves
+        chunk_rows : rows of the largest chunk
         slots : k
         in_place : whether chunks serve their ranks themselves
         """
@@ -139,27 +142,27 @@ class Spread(NamedTuple):
 
 
 def chunks_held(threads: int, ranks: int, spread: Spread, widening: int) -> float:
-    """How many token chunks a worker holds at most: the memory law, without experts and scratch.
+    """Return how many token chunks a worker holds at most, without experts and scratch memory.
 
     Parameters
     ----------
-    threads : T, of it
+    threads : T, of the worker
     ranks : R
     spread : rows of packets and answers
-    widening : bytes of a number that is computed with over one of a token; 1 with one slot a row,
-        whose answers are of the tokens' dtype
+    widening : itemsize of the computing dtype over that of the tokens; 1 with one slot per row,
+        for which answers have the tokens' dtype
 
     Notes
     -----
-    Where each task serves its chunk in place, a thread holds its chunk, its output and what the one
-    before has left, and two more are read ahead; sums are kept wide. With several ranks and slots,
-    there is the answer being made and the one being added.
+    If each task serves its chunk in place, a thread holds its chunk, its output and the remains of
+    the previous one, and two more chunks are read ahead; sums have the computing dtype. With
+    several ranks and slots, there are also the answer being made and the one being added.
 
-    On workers T + `CHUNKS_WAITING` chunks are in flight, each of them itself, its packets,
-    whose memory is kept for the next ones, and its answers. Each thread adds up one of them, to a
-    sum and an output, and another waits in it to begin. As many are in flight on each other worker,
-    of each of which the packet or its answers can be here; a thread has those that it serves at
-    once, and the packet twice, as it came and aligned.
+    On workers, T + `CHUNKS_WAITING` chunks are in flight, each with its rows, its packets, whose
+    memory is kept for the next ones, and its answers. Each thread adds up the answers of one of
+    them, to a sum and an output, and has another one waiting to begin. As many chunks are in flight
+    on each other worker, and the packet of each or its answers can be here; a thread has both for
+    the one that it serves, and the packet twice, as received and aligned.
     """
     if ranks == 1 or not spread.workers:
         answers = 0.0 if ranks == 1 else spread.answered * widening
@@ -170,14 +173,14 @@ def chunks_held(threads: int, ranks: int, spread: Spread, widening: int) -> floa
 
 
 def exchanged_held(threads: int, spread: Spread, widening: int) -> float:
-    """How many token chunks packets and answers that travel take at most: see `chunks_held`."""
+    """Return how many token chunks packets and answers in transit take: see `chunks_held`."""
     own = spread.sent + widening * spread.answered
     of_others = max(spread.received, widening * spread.replied)
     return (threads + CHUNKS_WAITING) * (own + (spread.workers - 1) * of_others)
 
 
 class Need(NamedTuple):
-    """What a worker needs of memory, by the rows of a token chunk: the law of plans and of runs.
+    """Memory that a worker needs, as a function of the rows of a token chunk, in plans and runs.
 
     Examples
     --------
@@ -187,23 +190,23 @@ class Need(NamedTuple):
     """
 
     expert_bytes: int
-    #: of experts and routers
+    #: bytes of experts and routers
     chunks: float
     #: token chunks at a time, `chunks_held`
     row_bytes: int
-    #: of a token row or an output row, whichever is more
+    #: bytes of a token row or an output row, whichever is larger
     tile_bytes: int = 0
-    #: that the threads compute in, and decode stored chunks in, together
+    #: scratch bytes of all threads together, to compute and to decode stored chunks
     slot_bytes: int = 0
-    #: that all threads sort the slots of a row in, together
+    #: bytes per row in which all threads together sort slots
     process_bytes: int = PROCESS_BYTES
 
     def at(self, chunk_rows: int) -> int:
-        """Bytes at most, with chunks of `chunk_rows` rows."""
+        """Return the bytes needed at most with chunks of `chunk_rows` rows."""
         return sum(self.parts(chunk_rows).values())
 
     def parts(self, chunk_rows: int) -> dict[str, int]:
-        """Bytes by what they are for."""
+        """Return these bytes by what they are used for."""
         return {
             "process": self.process_bytes,
             "experts": self.expert_bytes,
@@ -212,22 +215,22 @@ class Need(NamedTuple):
         }
 
     def rows_within(self, limit: int) -> int:
-        """The most rows of a chunk with which that is not above `limit`; negative if none."""
+        """Return the maximum rows of a chunk that fit into `limit`; negative if none do."""
         room = limit - self.at(0)
         return math.floor(room / (self.chunks * self.row_bytes + self.slot_bytes))
 
 
 def packet_row_bytes(d: int, itemsize: int, slots: int, weight_bytes: int, places: int) -> int:
-    """Bytes of one row on its way to a worker: its numbers, and the k experts and weights of it.
+    """Return the bytes of a row sent to a worker: its numbers, and its k experts and weights.
 
-    `places` are all that an expert's number may name.
+    `places` is the number of physical experts, which determines the dtype of expert indices.
     """
     index_bytes = np.min_scalar_type(-places - 1).itemsize
     return d * itemsize + slots * (index_bytes + weight_bytes)
 
 
 def reply_row_bytes(d_out: int, dtype: np.dtype, slots: int) -> int:
-    """Bytes of one row on its way back from a rank: a sum over its slots there, if there are more.
+    """Return the bytes of a row sent back by a rank: a sum over its slots, if it has several.
 
     Examples
     --------
@@ -238,7 +241,7 @@ def reply_row_bytes(d_out: int, dtype: np.dtype, slots: int) -> int:
 
 
 def homes(chunks: int, workers: int) -> np.ndarray:
-    """(C,) the worker of each chunk: neighbours together, as Dask assigns them.
+    """Return (C,) the worker of each chunk; neighbours share one, as Dask assigns them.
 
     Examples
     --------

@@ -23,24 +23,24 @@ class Decision:
     work: Work
     layout: Layout
     chunk_rows: int
-    #: of a token chunk
+    #: rows of a token chunk
     as_stored: bool = False
     #: whether experts are held in memory as they are stored
     passes: Passes | None = None
-    #: how experts that do not fit are processed
+    #: how experts that do not fit are processed; None if all fit
     travel: Travel = ALL_ROWS
     #: whether rows travel to experts, or experts to rows
     chunks_asked: bool = False
-    #: whether so many rows of a chunk were asked for
+    #: whether the user chose `chunk_rows`
 
     @property
     def need(self) -> Need:
-        """What a worker needs at most without passes."""
+        """The memory that a worker needs at most without passes."""
         return need(self.work, self.layout, self.as_stored)
 
     @property
     def fits(self) -> bool:
-        """Whether all limits are kept."""
+        """Whether the job fits into all memory limits."""
         most = rows_within(self.work, self.layout, self.as_stored)
         return self.passes is not None or self.chunk_rows <= most
 
@@ -57,12 +57,12 @@ class Decision:
     def place(
         self, count: Callable[[], Survey], chunks: Sequence[int] | None = None
     ) -> Placement | None:
-        """Make the placement; None where each rank owns the next E/R experts, and no more.
+        """Make the placement; None if each rank owns the next E/R experts and no others.
 
         Parameters
         ----------
         count : function that counts the routing
-            Called only for a placement by load, and for experts that travel.
+            Called only if the placement depends on the load, or experts travel.
         chunks : rows of each token chunk; default: those of the routing
         """
         work, layout = self.work, self.layout
@@ -89,19 +89,19 @@ class Course:
     """How statistics of a job will be collected; made by `dask_ep.jobs.collect_decide`."""
 
     decision: Decision
-    #: on what each pass over the rows runs, in which chunks, and how experts are held
+    #: how each pass over the rows runs: where, in which chunks, and how experts are held
     walks: int
-    #: how often rows go through experts in these
+    #: number of passes in which rows go through experts
     blocks: tuple[range, ...]
-    #: experts that are observed in one pass each
+    #: experts observed in each of these passes
     gram_blocks: tuple[range, ...]
-    #: experts whose second moments are summed in one pass each
+    #: experts whose second moments are summed in each pass for `gram`
     gram_groups: int
-    #: of token chunks, which are summed together
+    #: number of groups of token chunks, each summed together
     hidden: int
-    #: width of the hidden activations whose second moments are summed; 0 without them
+    #: width of the hidden activations whose second moments are summed; 0 if they are not
     memory_parts: Mapping[str, int]
-    #: bytes of a process at most, by what they are for, in the pass that takes most
+    #: bytes of a process at most, by what they are used for, in the pass that takes most
 
     @property
     def memory_bytes(self) -> int:
@@ -110,11 +110,11 @@ class Course:
 
     @property
     def picked_together(self) -> int:
-        """Experts whose rows are picked from a chunk by one task, for their second moments."""
+        """Number of experts whose rows one task picks from a chunk, for their second moments."""
         return min([PICKED_TOGETHER, *map(len, self.gram_blocks)])
 
     def to_json(self) -> dict[str, Any]:
-        """What a resumed run keeps."""
+        """Return what a resumed run must keep."""
         return {
             "world_size": self.decision.layout.world_size,
             "chunk_rows": self.decision.chunk_rows,

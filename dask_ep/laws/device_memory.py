@@ -1,10 +1,10 @@
 """How much memory does a run need on a GPU, and on its host?
 
-    GPU     CUDA ─ experts ─ what is made of a chunk in each thread ─ chunks between tasks
-    host    Python and CUDA ─ pinned: chunks on their way up and down, matrices of experts
+    GPU     CUDA ─ experts ─ intermediate results of a chunk in each thread ─ chunks between tasks
+    host    Python and CUDA ─ pinned: chunks being uploaded or downloaded, matrices of experts
 
-One law for runs and plans, as `costs` has it for the host alone: an upper bound, by what the code
-allocates. No card has confirmed it yet.
+One law for runs and plans, like that of `costs` for hosts without GPUs: an upper bound, from what
+the code allocates. It has not been checked on a GPU yet.
 """
 
 from __future__ import annotations
@@ -22,50 +22,50 @@ from dask_ep.kernel.operands import Factors, factors
 from dask_ep.laws.costs import Need, Spread, chunks_held, exchanged_held
 
 THREADS_PER_GPU = 3
-"""Of its worker: one that computes, one that reads and uploads, one that downloads and writes."""
+"""Threads of a GPU's worker: one computes, one reads and uploads, one downloads and writes."""
 
 DEVICE_CHUNK_BYTES = 128 << 20
 """Bytes of a token chunk on a GPU, which needs more rows at a time than a core to be busy."""
 
 DEVICE_PROCESS_BYTES = 300_000_000
-"""What a process takes of a GPU apart from experts and chunks: CUDA, its libraries and their
-workspaces."""
+"""GPU memory of a process without experts and chunks: CUDA, its libraries and their workspaces."""
 
 HOST_PROCESS_BYTES = 1_000_000_000
-"""What a process with a GPU takes of the host apart from buffers: Python, Dask, CuPy and CUDA."""
+"""Host memory of a process with a GPU, without buffers: Python, Dask, CuPy and CUDA."""
 
 ROUNDED_UP = 2
-"""Pinned memory comes in powers of two, and is kept for the next of its size."""
+"""Upper bound on the rounding of pinned memory, which comes in powers of two and is kept for reuse
+in the same size."""
 
 DECODING_BYTES = 12
-"""Of a number while FP8 and MXFP4 are decoded: codes, scales, values."""
+"""Bytes per number while FP8 and MXFP4 are decoded: codes, scales, values."""
 
 
 class OnDevice(NamedTuple):
     """What a layer takes on a device, in plain numbers."""
 
     row_bytes: int
-    #: of a token row or an output row, whichever is more
+    #: bytes of a token row or an output row, whichever is larger
     made_bytes: int
-    #: of all that is made of a token row on its way through experts
+    #: bytes of all intermediate results of a token row in the experts
     few_bytes: int
-    #: that an expert's rows take where experts with few get as many as the busiest
+    #: bytes of an expert's rows if experts with few rows are padded to those of the busiest
     experts: int
     #: E
     widening: int
-    #: bytes of a number in a sum over one of a token
+    #: itemsize of sums over that of tokens
     matrix_bytes: int
-    #: of the largest matrix of an expert, as it is stored
+    #: bytes of the largest matrix of an expert, as stored
     decoding_bytes: int
-    #: that this matrix takes on its way to what is computed with
+    #: bytes that this matrix takes while it is decoded
     factor: np.dtype
-    #: of what is multiplied
+    #: dtype of the factors of products
     products: float
-    #: how many times as many as there are numbers in matrices, because some rows come in parts
+    #: products per number of the matrices; more than 1 if some rows are split into parts
 
     @classmethod
     def of(cls, experts: Any, shared: Any, k: int, dtype: np.dtype) -> OnDevice:
-        """Put experts, those that all rows share (or None), k and the tokens' dtype into numbers.
+        """Describe experts, shared experts (or None), k and the tokens' dtype by numbers.
 
         Examples
         --------
@@ -97,17 +97,17 @@ class OnDevice(NamedTuple):
         )
 
     def need(self, expert_bytes: int, threads: int, ranks: int, spread: Spread) -> Need:
-        """What a GPU needs, by the rows of a chunk.
+        """Return the memory that a GPU needs, as a function of the rows of a chunk.
 
         Parameters
         ----------
-        expert_bytes : of the experts that stay there
+        expert_bytes : bytes of the experts that stay there
         threads : tasks of its worker at a time
         ranks : R
         spread : rows of packets and answers
         """
         at_a_rank = min(2 * -(-self.experts // ranks), self.experts)  # with replicas
-        # Ranks here are served from packets as well: one a thread, in place with two answers.
+        # Ranks here are also served from packets: one per thread, and in place with two answers.
         packets = 0 if ranks == 1 else 1 if spread.workers else 3
         return Need(
             expert_bytes,
@@ -119,9 +119,9 @@ class OnDevice(NamedTuple):
         )
 
     def host_need(self, threads: int, ranks: int, spread: Spread, read_bytes: int = 0) -> Need:
-        """What its worker needs of the host, by the rows of a chunk; packets as over TCP.
+        """Return the host memory of its worker, as a function of a chunk's rows; packets use TCP.
 
-        `read_bytes` are those that a thread needs to read a chunk, besides its rows.
+        `read_bytes` is what a thread needs to read a chunk in addition to its rows.
         """
         between = exchanged_held(threads, spread, self.widening) if spread.workers > 1 else 0.0
         return Need(
@@ -135,17 +135,17 @@ class OnDevice(NamedTuple):
 
 
 def held_dtype(experts: Any, dtype: np.dtype) -> np.dtype:
-    """The dtype as which a GPU loads experts for tokens of a dtype; `Weight.loaded_dtype` says what
-    becomes of each matrix."""
+    """Return the dtype in which a GPU loads experts for tokens of a dtype; `Weight.loaded_dtype`
+    has that of each matrix."""
     return computing_dtype(dtype, is_rounded=experts.precision == "bfloat16")
 
 
 def _slot_bytes(experts: Any, dtype: np.dtype) -> int:
-    """Bytes of a slot in the kernel, at most."""
+    """Return the bytes of a slot in the kernel, at most."""
     d, d_out, hidden = experts.d or 0, experts.d_out or experts.d or 0, experts.hidden or 0
     sums, taken = computing_dtype(dtype).itemsize, _factors(experts, dtype)
     entering = [of.nbytes for name, (_, of) in taken.items() if name != "down"]
-    # Gate and up lie side by side; what the last matrix takes lies there, or in parts of its own.
+    # Gate and up lie side by side; the input of the last matrix lies there, or in separate parts.
     made = hidden * sums * (2 if experts.kind.startswith("gated") else 1)
     if "down" in taken and taken["down"][1] != Factors(computing_dtype(dtype)):
         made += hidden * taken["down"][1].nbytes
@@ -153,7 +153,7 @@ def _slot_bytes(experts: Any, dtype: np.dtype) -> int:
 
 
 def _factors(experts: Any, dtype: np.dtype) -> dict[str, tuple[int, Factors]]:
-    """Of each matrix how many numbers it has, and as what rows are multiplied by it."""
+    """Return the size of each matrix, and the factors that rows become for its product."""
     held, sums, found = held_dtype(experts, dtype), computing_dtype(dtype), {}
     are_weighed = getattr(experts, "options", {}).get("apply_router_weight_on_input", False)
     for name, weight in getattr(experts, "weights", {}).items():
@@ -165,7 +165,7 @@ def _factors(experts: Any, dtype: np.dtype) -> dict[str, tuple[int, Factors]]:
 
 
 def _multiplied(experts: Any, dtype: np.dtype) -> tuple[np.dtype, float]:
-    """The dtype of most products, and how many they are for each number of a matrix."""
+    """Return the dtype of most products, and the products per number of the matrices."""
     found = list(_factors(experts, dtype).values())
     numbers = sum(count for count, _ in found)
     if not numbers:
@@ -175,7 +175,7 @@ def _multiplied(experts: Any, dtype: np.dtype) -> tuple[np.dtype, float]:
 
 
 def _matrices(experts: Any, dtype: np.dtype) -> Iterator[tuple[int, int]]:
-    """Of each matrix of an expert its bytes as stored, and those on the way to the device."""
+    """Yield, for each matrix of an expert, its bytes as stored, and those while it is decoded."""
     held = held_dtype(experts, dtype)
     yield 0, 0
     for weight in getattr(experts, "weights", {}).values():

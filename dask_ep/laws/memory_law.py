@@ -1,7 +1,7 @@
-"""What does a worker need of memory, where its experts stay in it?
+"""How much memory does a worker need if all its experts stay loaded?
 
-One law for every decision, plan and report, from a job and the workers that it runs on in plain
-numbers. With experts in passes, `passes` has the law.
+One law for all decisions, plans and reports; its inputs are numbers that describe the job and the
+workers. `passes` has the law for experts in passes.
 """
 
 from __future__ import annotations
@@ -22,38 +22,38 @@ class Layout:
     world_size: int
     #: R
     workers: int
-    #: processes
+    #: number of processes
     threads: int
-    #: tasks at a time in each
+    #: tasks at a time in each process
     memory_limit: int | None = None
-    #: bytes that each may use; of its GPU, if it computes on one
+    #: bytes that each process may use; of its GPU, if it computes on one
     placement: Placement | str | None = None
-    #: or the name of a policy
+    #: a placement, or the name of a policy
     on_devices: bool = False
     #: whether each worker computes on a GPU
     host_limit: int | None = None
-    #: bytes of the host that each may use besides that
+    #: bytes that each may use on the host, if `memory_limit` is that of a GPU
     in_process: bool = False
-    #: whether that is this process alone, whose threads share memory: there are no Dask workers
+    #: whether the job runs on threads of this process, without Dask workers
     ranks_given: bool = False
-    #: whether there must be so many ranks, however many workers
+    #: whether the number of ranks was given, whatever the number of workers
     cores: int | None = None
-    #: that all workers share, if they are processes of one machine
+    #: cores that all workers share, if they are processes of one machine
     starts_workers: bool = False
     #: whether workers are started for the run
 
     @property
     def dask_workers(self) -> int | None:
-        """Dask workers that share the work; None in this process."""
+        """Number of Dask workers; None if the job runs in this process."""
         return None if self.in_process else self.workers
 
     @property
     def serving(self) -> int:
-        """Workers that serve ranks: each as many as the others, or one more."""
+        """Number of workers that serve ranks; their numbers of ranks differ by one at most."""
         return min(self.workers, self.world_size)
 
     def slots_of_a_worker(self, num_experts: int) -> int:
-        """The most experts that one worker holds, whatever the routing says."""
+        """Return how many experts one worker holds at most, for any routing."""
         if isinstance(self.placement, Placement):
             slots = self.placement.physical_per_rank
         else:
@@ -62,17 +62,17 @@ class Layout:
 
     @property
     def ranks_of_a_worker(self) -> int:
-        """The most ranks that one worker serves."""
+        """Number of ranks that one worker serves, at most."""
         return -(-self.world_size // self.serving)
 
     def spread_at_worst(self, slots: int) -> Spread:
-        """Rows of packets and answers of any routing with `slots` slots a row."""
+        """Return bounds on the rows of packets and answers for any routing with `slots` slots."""
         workers = 0 if self.in_process else self.serving
         return Spread.at_worst(slots, self.world_size, workers)
 
     @property
     def usable_bytes(self) -> int | None:
-        """Bytes within the memory limit that may be filled by choice: Dask watches its workers'."""
+        """Bytes that the job may use of the memory limit: less on Dask workers, see `usable`."""
         if self.on_devices or self.memory_limit is None:
             return self.memory_limit
         return usable(self.memory_limit)
@@ -85,18 +85,14 @@ def need(
     experts: int | None = None,
     spread: Spread | None = None,
 ) -> Need:
-    """Say what one worker needs at most, by the rows of a chunk; of its GPU, if it computes on one.
+    """Return the memory one worker (or its GPU) needs at most, as a function of a chunk's rows.
 
     Parameters
     ----------
-    work, layout : what is computed, and on what
-    as_stored : whether experts are held as they are stored, one wide in each thread
-    experts : that the worker holds
-    spread : rows of packets and answers
-
-    Notes
-    -----
-    Experts and spread follow from the routing; where they are not given, they are at their worst.
+    work, layout : what is computed, and where
+    as_stored : whether experts are held as they are stored, with one decoded in each thread
+    experts : number of experts that the worker holds; default: the most it may hold
+    spread : rows of packets and answers; default: the most for any routing
     """
     experts = layout.slots_of_a_worker(work.experts) if experts is None else experts
     spread = layout.spread_at_worst(work.slots) if spread is None else spread
@@ -115,14 +111,14 @@ def need(
 
 
 def host_need(work: Work, layout: Layout, spread: Spread | None = None) -> Need:
-    """Say what a worker that computes on a GPU needs of the host, at most."""
+    """Return the host memory that a worker with a GPU needs at most."""
     spread = layout.spread_at_worst(work.slots) if spread is None else spread
     assert work.on_device is not None
     return work.on_device.host_need(layout.threads, layout.world_size, spread, work.read_bytes)
 
 
 def rows_within(work: Work, layout: Layout, as_stored: bool = False) -> float:
-    """The most rows of a chunk with which all limits are kept; infinite without any."""
+    """Return the maximum rows of a chunk that fit into all limits; infinite without any."""
     most = math.inf
     if layout.memory_limit is not None:
         most = need(work, layout, as_stored).rows_within(layout.memory_limit)

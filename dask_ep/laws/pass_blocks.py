@@ -1,6 +1,6 @@
-"""Into what blocks of experts, chunks and pieces is a pass cut, and what do these take?
+"""How is a pass divided into blocks of experts, chunks and pieces, and what memory do they take?
 
-All of it is arithmetic on a few numbers; `passes` chooses by it.
+All of this is arithmetic on a few numbers, which `passes` uses to choose.
 """
 
 from __future__ import annotations
@@ -12,18 +12,18 @@ from dask_ep.laws.memory_law import Layout
 from dask_ep.laws.work import Work
 
 SPILLED_CHUNK_BYTES = 32 << 20
-"""Bytes of a token chunk where rows are spilled, at most."""
+"""Maximum bytes of a token chunk if rows are spilled."""
 
 BLOCK_BYTES = 32 << 20
-"""Bytes of loaded experts that are worth a task: smaller experts are loaded several at a time."""
+"""Bytes of experts that make a task worthwhile: several smaller experts are loaded together."""
 
 PIECE_ROWS = (256, 1024)
-"""Fewest and most rows that a task computes where rows are spilled, if an expert has as many:
-enough for fast products, few enough for all threads to share an expert."""
+"""Fewest and most rows that a task computes if rows are spilled and an expert has that many: enough
+for fast products, few enough for all threads to share an expert."""
 
 PASSES_PROCESS_BYTES = 300_000_000
-"""What a process takes apart from experts, rows and tiles: more than in an ordinary run, since the
-C library and the pool keep some memory of earlier blocks."""
+"""Memory of a process without experts, rows and tiles: more than in an ordinary run, since the C
+library and the pool keep some memory of earlier blocks."""
 
 
 def cut_pieces(
@@ -33,14 +33,14 @@ def cut_pieces(
 
     Parameters
     ----------
-    rows : of each expert of the block
-    piece_rows : most rows of one piece
-    threads : that share the block
+    rows : number of rows of each expert of the block
+    piece_rows : maximum rows of one piece
+    threads : number of threads that share the block
 
     Returns
     -------
     list of pieces, each a list of (expert, start, stop): rows [start, stop) of an expert of the
-    block. An expert is cut only where it has more rows than a piece, and then evenly.
+    block. An expert is cut only if it has more rows than a piece, and then evenly.
 
     Examples
     --------
@@ -68,7 +68,7 @@ def fixed_bytes(work: Work, layout: Layout) -> int:
 
 
 def spilled_chunk_rows(work: Work, layout: Layout, most: int) -> int:
-    """Rows of a chunk that is spilled: the usual, or fewer so that all threads get some."""
+    """Return the rows of a chunk to spill: the usual number, or fewer to keep all threads busy."""
     fair = -(-work.rows // (CHUNKS_PER_THREAD * layout.threads * (layout.dask_workers or 1)))
     usual = SPILLED_CHUNK_BYTES // max(work.token_bytes, work.d_out * work.dtype.itemsize)
     chunk_rows = min(max(usual, 1), max(fair, FEWEST_ROWS), most)
@@ -76,18 +76,18 @@ def spilled_chunk_rows(work: Work, layout: Layout, most: int) -> int:
 
 
 def spilled_bytes(work: Work) -> int:
-    """Bytes that one row takes on the disk, out and back."""
+    """Return the bytes that one row takes on disk: its token rows and its answers."""
     itemsize = work.wide if work.apply_router_weight_on_input else work.dtype.itemsize
     return work.slots * (work.d * itemsize + work.answer_bytes)
 
 
 def block_experts_of(work: Work) -> int:
-    """Experts that are loaded together."""
+    """Return how many experts are loaded together."""
     return min(max(BLOCK_BYTES // max(work.expert_loaded, 1), 1), max(work.experts, 1))
 
 
 def blocks_bytes(work: Work, layout: Layout, decoded: int, ahead: int) -> int:
-    """Bytes of `decoded` blocks in the computing dtype, and of `ahead` blocks as stored."""
+    """Return the bytes of `decoded` blocks in the computing dtype and `ahead` blocks as stored."""
     stored, loaded = (
         block_experts_of(work) * one for one in (work.expert_stored, work.expert_loaded)
     )
@@ -96,9 +96,9 @@ def blocks_bytes(work: Work, layout: Layout, decoded: int, ahead: int) -> int:
 
 
 def held_output_bytes(work: Work) -> int:
-    """Bytes of an output row that is held: its sum, and what is written where that is another.
+    """Return the bytes of an output row in memory: its sum, and its value if that is narrower.
 
-    None where it takes the place of the token row.
+    0 if the output overwrites the token row.
     """
     if work.slots == 1 and work.d == work.d_out and work.wide == work.dtype.itemsize:
         return 0
@@ -107,9 +107,9 @@ def held_output_bytes(work: Work) -> int:
 
 
 def choose_blocks(work: Work, layout: Layout, room: int, part: float) -> tuple[int, int] | None:
-    """Blocks at a time in `room` bytes, decoded and ahead; None if not even one fits.
+    """Choose how many blocks to have decoded and read ahead in `room` bytes; None if none fits.
 
-    More than one of either only within a part of the room.
+    More than one of each only if they fit into a fraction `part` of the room.
     """
     chosen = (1, 0) if blocks_bytes(work, layout, 1, 0) <= room else None
     more = [
@@ -125,13 +125,13 @@ def choose_blocks(work: Work, layout: Layout, room: int, part: float) -> tuple[i
 
 
 def read_together(work: Work, most: int) -> int:
-    """Rows of which a chunk of up to `most` has a multiple, so that stored rows are read once."""
+    """Return the unit of rows for chunks of up to `most` rows that read stored chunks once."""
     stored = work.stored_rows
     return stored if stored is not None and stored <= most // 2 else 1
 
 
 def written_together(work: Work, most: int) -> int:
-    """Rows of a stored output chunk, of which a chunk of up to `most` rows has a multiple."""
+    """Return the rows of a stored output chunk; chunks of up to `most` rows are multiples of it."""
     rows = read_together(work, most)
     usual = SPILLED_CHUNK_BYTES // max(work.d_out * work.dtype.itemsize, 1)
     while 2 * rows <= min(usual, most // 8):

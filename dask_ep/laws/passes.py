@@ -1,24 +1,24 @@
-"""How does a job go through experts that do not fit into its memory?
+"""How does a job process experts that do not fit into its memory?
 
-Two ways, each in groups of token chunks; every group is one pass over the experts:
+In one of two ways, both in groups of token chunks; every group is one pass over the experts:
 
-    hold    the rows of a group and their outputs stay in memory, one large chunk for each thread;
-            the experts are loaded: each is read once a pass, and serves all chunks of the group
-    spill   the rows of a group go to a file, laid out by expert, and what the experts gave comes
-            back in another, laid out by chunk; mostly the group is the whole job, and every expert
+    hold    the rows of a group and their outputs stay in memory, one large chunk per thread; each
+            expert is read once per pass, and serves all chunks of the group
+    spill   the rows of a group go to a file, laid out by expert, and the experts' outputs come
+            back in another, laid out by chunk; usually the group is the whole job, and every expert
             is read once
 
-Holding pays with weights that are read again and again, spilling with rows that are written and
-read. What fits and costs less is taken. All of it is arithmetic on a few numbers: nothing is read
-here, and the same numbers give the same choice in `plan` and in `run`.
+Holding costs repeated reads of the experts, spilling costs writing and reading the rows. The
+cheaper way that fits is chosen. All of this is arithmetic on a few numbers: no data is read here,
+and the same numbers give the same choice in `plan` and in `run`.
 
-**On Dask workers rows are spilled.** Held rows are changed in place, by one task after the
-other, for hundreds of blocks: a worker that is lost would lose all of a pass, and one that is
-retired meanwhile could hand on rows to which a block is added twice. And each worker would read
-all experts. What that costs: rows that would fit into the workers' memory together are written and
-read once for each of their slots. With many slots a row it can be the more: 400 000 rows of a layer
-as DeepSeek-V3's (d = 7168, 8 slots, float32) are 180 GB written and read, its experts in bfloat16,
-read by each of two workers, 44 GB. On one machine, threads hold them.
+**On Dask workers rows are always spilled.** Rows in memory are changed in place, by one task after
+another, for hundreds of blocks: a lost worker would lose a whole pass, and one that is retired
+meanwhile could pass on rows to which a block is then added twice. Also, each worker would read all
+experts. The price is that rows which would fit into the workers' memory together are written and
+read once for each of their slots. With many slots per row this can cost more: 400 000 rows of a
+layer like DeepSeek-V3's (d = 7168, 8 slots, float32) are 180 GB written and read, while its experts
+in bfloat16, read by each of two workers, are 44 GB. Threads of one process can hold them.
 """
 
 from __future__ import annotations
@@ -45,47 +45,47 @@ from dask_ep.laws.pass_blocks import (
 from dask_ep.laws.work import Work
 
 RATES = Rates(flops=1.0, copy=5e9)
-"""By which the ways are compared: the usual ones of a disk and of memory, so that a plan and a run
-choose alike. Products are the same either way, and are left out."""
+"""Rates for comparing the two ways: typical ones, not measured ones, so that a plan and a run make
+the same choice. Products take the same time either way, and are left out."""
 
 FREE_PART = 0.9
-"""Of the free disk that is spilled to, at most."""
+"""Maximum fraction of the free disk space that is used for spilled rows."""
 
 
 @dataclass(frozen=True)
 class Passes:
-    """One way to go through the experts of a job, and what it takes."""
+    """How the experts of a job are processed in passes, and what that takes."""
 
     way: str
     #: "hold" or "spill"
     passes: int
-    #: groups of chunks: how often an expert that has rows in all of them is read
+    #: groups of chunks: how often an expert with rows in all of them is read
     chunk_rows: int
-    #: of a token chunk
+    #: rows of a token chunk
     group_chunks: int
     #: chunks of a group
     block_experts: int
-    #: experts that are loaded together
+    #: experts that are loaded together, as a block
     decoded: int
-    #: such blocks at a time that are computed with
+    #: blocks that compute at a time
     ahead: int
-    #: such blocks at a time that are read meanwhile, and wait as they are stored
+    #: blocks that are read ahead at a time, and held as stored
     threads: int
-    #: that share a block
+    #: threads that share a block
     piece_rows: int
-    #: rows that one task computes, where rows are spilled
+    #: maximum rows that one task computes, if rows are spilled
     stored_rows: int
-    #: rows of a chunk of a Zarr output: a part of `chunk_rows`
+    #: rows of a chunk of a Zarr output, a divisor of `chunk_rows`
     memory_bytes: int
     #: of a process, at most
     spill_bytes: int
-    #: on the disk at a time, at most
+    #: on disk at a time, at most
     read_bytes: int
-    #: of experts, in all
+    #: bytes of experts read in total
     moved_bytes: int
-    #: of rows to spill files and back, in all: each is written once and read once
+    #: bytes of rows spilled in total: each is written once and read once
     seconds: float
-    #: for those bytes, about
+    #: estimated time to read and move these bytes
 
     def to_dict(self) -> dict[str, Any]:
         return dataclasses.asdict(self)
@@ -95,7 +95,7 @@ class Passes:
         return cls(**content)
 
     def groups(self, chunks: int) -> Iterator[range]:
-        """Cut `chunks` chunks into groups, one pass each.
+        """Yield groups of `chunks` chunks, one for each pass.
 
         Examples
         --------
@@ -122,9 +122,9 @@ def choose_passes(
 
     Parameters
     ----------
-    work, layout : what is computed, and on what, with a memory limit
-    free : bytes of disk for spilled rows; as many as wanted without it
-    chunk_rows : rows of a token chunk, if that is given
+    work, layout : what is computed, and where, with a memory limit
+    free : bytes of disk for spilled rows; unlimited by default
+    chunk_rows : rows of a token chunk, if given
     ways : "hold", "spill" or both: what may be chosen; by default `ways_to_wait`
     rates : at which bytes are read, written and copied
 
@@ -135,33 +135,34 @@ def choose_passes(
     Raises
     ------
     MemoryError
-        If neither one expert and `FEWEST_ROWS` rows of a chunk for each thread fit, with the
+        If one expert and `FEWEST_ROWS` rows of a chunk per thread do not fit; the message has the
         numbers.
 
     Notes
     -----
-    Memory of a process, at most, T threads::
+    Memory of a process, at most, with T threads::
 
-        all      300 MB + shared experts + T * what reading a chunk takes besides its rows
-        blocks   decoded * block in the computing dtype, or as stored if that is more
-                   + ahead * block as stored + T * matrix as stored, where it is decoded
+        all      300 MB + shared experts + T * what reading a chunk takes in addition to its rows
+        blocks   decoded * block in the computing dtype, or as stored if that is larger
+                   + ahead * block as stored + T * matrix as stored, if it is decoded
         hold     + blocks + T * (scratch + chunk rows * (token + output + sort));
-                   no output where it takes the place of the tokens: one slot, same width and dtype
+                   no output if it overwrites the tokens: one slot, same width and dtype
         spill    + the larger of blocks + T * scratch
                    and (3 T + 2) * chunk rows * (the wider of token and output + sort)
 
-    T blocks are computed with at a time and two read ahead, where rows that are held leave room for
-    them, or they take no more than a quarter of it; else fewer, down to one, and nothing ahead. On
-    workers a part of the limit is left to Dask (`costs.PART_OF_A_WORKER`). There it holds while no
-    worker is lost: one that takes over another's experts holds the blocks of both.
+    T blocks compute at a time and two are read ahead, if there is room next to the rows held, or if
+    they take no more than a quarter of it; otherwise fewer, down to one, with none ahead. On
+    workers a fraction of the limit is left to Dask (`costs.PART_OF_A_WORKER`). There the bound
+    holds as long as no worker is lost: one that takes over another's experts holds the blocks of
+    both.
 
-    Seconds that are compared: each pass reads the experts as stored at `rates.read`, and streams
-    them to each thread that uses them at `rates.copy`; a spilled byte is written and read once.
-    Workers share all of that.
+    The ways are compared by their time: each pass reads the experts as stored at `rates.read`, and
+    streams them to each thread that uses them at `rates.copy`; a spilled byte is written and read
+    once. Workers share all of this.
 
     Examples
     --------
-    12 GB of bfloat16 experts and 2 GB of tokens, 2 slots a row, in 3 GB:
+    12 GB of bfloat16 experts and 2 GB of tokens, 2 slots per row, in 3 GB:
 
     >>> import numpy as np
     >>> work = Work(
@@ -188,10 +189,10 @@ def choose_passes(
 
 
 def ways_to_wait(work: Work, layout: Layout) -> tuple[str, ...]:
-    """Where rows can wait for their experts: in memory and on disk, or on disk alone.
+    """Return where rows can wait for their experts: in memory or on disk, or only on disk.
 
-    Dask workers share no memory. The rows of a layer are routed, and go through its shared experts,
-    chunk by chunk: small ones.
+    Dask workers do not share memory. The rows of a whole layer are routed and go through shared
+    experts chunk by chunk, which needs small chunks.
     """
     return ("hold", "spill") if layout.in_process and not work.routes else ("spill",)
 
@@ -204,7 +205,7 @@ def _hold(
     chunk_rows: int | None,
     rates: Rates,
 ) -> Passes | None:
-    """As many rows as fit, in chunks of equal size, one for each thread."""
+    """Hold as many rows as fit, in chunks of equal size, one per thread."""
     row = work.token_bytes + work.slots * SORT_BYTES + held_output_bytes(work)
     fixed = fixed_bytes(work, layout) + layout.threads * work.scratch
     blocks = choose_blocks(work, layout, limit - fixed - FEWEST_ROWS * row * layout.threads, 1 / 4)
@@ -252,7 +253,7 @@ def _spill(
     chunk_rows: int | None,
     rates: Rates,
 ) -> Passes | None:
-    """Chunks of the usual size, or what fits; as few groups as the disk allows."""
+    """Spill chunks of the usual size, or of what fits, in as few groups as the disk allows."""
     row = max(work.token_bytes, work.answer_bytes) + work.slots * SORT_BYTES
     if work.layer.loaded:
         row += work.answer_bytes
@@ -300,7 +301,7 @@ _WAYS = {"hold": _hold, "spill": _spill}
 
 
 def _weights_seconds(work: Work, layout: Layout, passes: int, uses: int, rates: Rates) -> float:
-    """Time to read the experts and to stream each to its products; workers share them."""
+    """Return the time to read the experts and stream each to its products; workers share them."""
     one = work.expert_stored / rates.read + max(uses, 1) * work.expert_loaded / rates.copy
     return passes * work.experts * one / (layout.dask_workers or 1)
 
@@ -312,10 +313,11 @@ def _refusal(
     fixed, computing, chunks = _least(work, layout, rows)
     needed = fixed + max(computing, chunks)
     words = (
-        f"a process may use {limit / 1e6:.0f} MB and must hold {fixed / 1e6:.0f} MB of its own "
-        f"and either {computing / 1e6:.0f} MB to compute (experts: {block_experts_of(work)} of "
-        f"{work.expert_loaded / 1e6:.3g} MB, threads: {layout.threads}) or {chunks / 1e6:.0f} MB "
-        f"of {3 * layout.threads + 2} chunks of {rows} rows, {needed / 1e6:.0f} MB in all"
+        f"a process may use {limit / 1e6:.0f} MB, but needs at least {needed / 1e6:.0f} MB: "
+        f"{fixed / 1e6:.0f} MB for itself, and either {computing / 1e6:.0f} MB to compute "
+        f"(experts: {block_experts_of(work)} of {work.expert_loaded / 1e6:.3g} MB, threads: "
+        f"{layout.threads}) or {chunks / 1e6:.0f} MB for {3 * layout.threads + 2} chunks of {rows} "
+        "rows"
     )
     if needed <= limit and free is not None:
         return (
@@ -329,7 +331,7 @@ def _refusal(
 
 
 def _least(work: Work, layout: Layout, rows: int) -> tuple[int, int, int]:
-    """Bytes of a process: always, to compute with one block, and for chunks of `rows` rows."""
+    """Return the least bytes of a process: fixed, to compute one block, and for its chunks."""
     row = max(work.token_bytes, work.answer_bytes) + work.slots * SORT_BYTES
     computing = blocks_bytes(work, layout, 1, 0) + layout.threads * work.scratch
     return fixed_bytes(work, layout), computing, (3 * layout.threads + 2) * rows * row

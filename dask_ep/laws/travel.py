@@ -1,8 +1,8 @@
 """What travels: the rows to their expert, or the expert to its rows?
 
-A row that is on one worker and wants an expert on another goes there and comes back. Or the
-row's own worker reads the expert's weights too, and the row stays. For each expert and
-each rank the cheaper of the two:
+A row on one worker that needs an expert on another one goes there and comes back. Or the row's own
+worker reads the expert's weights too, and the row stays. For each expert and each rank, the cheaper
+of the two is chosen:
 
     rows travel      rows at home here that must leave × row_bytes (both ways) / link
     expert travels   expert_bytes / read
@@ -12,15 +12,16 @@ each rank the cheaper of the two:
     rank 1           reads it too        owner, has it       <── rows
     rank 2           reads it too        reads it too        owner, has it
 
-The answer is a `Placement` with replicas at the ranks that read, chosen by the home of a row's
-chunk (`Placement.local`), and nothing else: the graph, the kernel and the sum are those of any
+The result is a `Placement` with replicas at the ranks that read, which are chosen by the home of a
+row's chunk (`Placement.local`). Nothing else changes: graph, kernel and sums are those of any
 placement.
 
-**Rows that want several experts.** A row goes to a rank once, however many of its experts are
-served there, so it stays only if all of these are read. What one rank reads of another's experts is
-therefore chosen together: from all that are wanted, the one without which fewest rows must leave is
-dropped, again and again, and of all sets on this way the cheapest is taken. With one slot a row
-that is the optimum, expert by expert; with more it is near it, and a minimum cut would find it.
+**Rows that need several experts.** A row goes to a rank once, however many of its experts are
+served there, so it stays only if all of these are read. The experts that one rank reads from
+another are therefore chosen together: starting with all that are needed, the expert whose loss
+makes the fewest rows leave is dropped, again and again, and the cheapest of all these sets is
+taken. With one slot per row this is optimal, expert by expert; with more it is near the optimum,
+which a minimum cut would find.
 
 Axis letters: `n` rows, `k` slots per row, `E` experts, `R` ranks, `P` physical experts per rank.
 """
@@ -39,15 +40,15 @@ from dask_ep.placement.placement import Placement, verify_placement
 from dask_ep.placement.routing_stats import Survey
 
 TRAVELS = ("rows", "auto", "experts")
-"""All rows to their owners; for each expert and rank the cheaper; every expert to all its rows."""
+"""All rows go to owners; the cheaper for each expert and rank; every expert goes to its rows."""
 
 SAMPLED_ROWS = 1 << 14
-"""Rows at home at a rank above which a sample of as many decides."""
+"""If more rows than this are at home at a rank, a sample of this size is used."""
 
 
 @dataclass(frozen=True)
 class Travel:
-    """What travels, and at which rates it is chosen.
+    """What travels, and the rates by which that is chosen.
 
     Raises
     ------
@@ -56,20 +57,20 @@ class Travel:
 
     Notes
     -----
-    Where experts do not fit and are processed in passes (`dask_ep.laws.passes`), rows travel to
-    experts by being spilled, and experts to rows that are held in memory.
+    If experts do not fit and are processed in passes (`dask_ep.laws.passes`), rows travel to
+    experts by being spilled, and experts travel to rows that are held in memory.
 
-    Where they fit, not "auto" is what is done unasked, though by its model it is never dearer: it
-    must read the routing beforehand, a layer's router all tokens; replicas of experts take what
-    memory there is; and the model believes in rates that nobody has measured, such as that all
-    workers together read a shared disk as fast as each alone.
+    If they fit, "auto" is not the default, although by its model it never costs more: it must read
+    the routing beforehand, and with a layer's router all tokens; replicas of experts take all the
+    memory that is left; and the model uses rates that were not measured, for example that all
+    workers together read a shared disk as fast as each one alone.
     """
 
     how: str | None = None
-    #: one of `TRAVELS`; None is "auto" with experts in passes, whose rows are counted in any
-    #: case, else "rows"
+    #: one of `TRAVELS`; None is "auto" for experts in passes, whose rows are counted anyway, and
+    #: otherwise "rows"
     link: float | str = Rates.link
-    #: bytes per second between two workers, as a number or as text ("1 GB")
+    #: bytes per second between two workers, as a number or a string ("1 GB")
     read: float | str = Rates.read
     #: bytes per second that one worker reads from storage
 
@@ -81,16 +82,16 @@ class Travel:
 
     @property
     def moves_experts(self) -> bool:
-        """Whether any expert may travel that fits where it is owned."""
+        """Whether experts may travel if they fit into memory."""
         return self.how in ("auto", "experts")
 
     def rates(self, others: Rates) -> Rates:
-        """Give these two rates, and what else is measured."""
+        """Return `others` with these two rates."""
         return replace(others, link=float(self.link), read=float(self.read))
 
 
 ALL_ROWS = Travel()
-"""What there is without a choice: nothing has to be known of the routing."""
+"""The default, which needs no counts of the routing."""
 
 
 def choose_travel(
@@ -109,18 +110,19 @@ def choose_travel(
     Parameters
     ----------
     travel : Travel
-        "rows" gives `owners` back; "experts" lets no row travel; "auto" takes the cheaper.
+        "rows" returns `owners`; with "experts" no row travels; "auto" takes the cheaper way.
     found : Survey of the routing
     owners : Placement
-        What each rank holds in any case. A row without a replica at home goes where it says.
+        The experts that each rank holds in any case. A row without a replica at home goes to its
+        rank in this placement.
     expert_bytes : bytes of one expert in its file
-    row_bytes : bytes of a row on its way there and back
+    row_bytes : bytes of a row, sent and returned
     chunks : rows of each token chunk; default: those of the routing
     workers : int, optional
-        Processes that serve the ranks, rank r on worker r % workers; default: one for each. Between
-        ranks of one worker nothing travels.
+        Processes that serve the ranks, rank r on worker r % workers; default: one for each. Nothing
+        travels between ranks of one worker.
     max_physical : int, optional
-        The most experts that a rank can hold (its memory over the bytes of one expert).
+        Maximum number of experts that a rank can hold (its memory over the bytes of one expert).
 
     Returns
     -------
@@ -134,10 +136,10 @@ def choose_travel(
 
     Notes
     -----
-    Under "auto", where the limit is too small for all that is worth reading, experts are dropped as
-    above until the others fit. Rows are counted exactly up to `SAMPLED_ROWS` at a home. The cost
-    counted is that of all workers together; that they differ in load is the business of `owners`.
-    Results are those of any other placement up to rounding: the same experts, added up in another
+    With "auto", if the limit is too small for all experts that are worth reading, experts are
+    dropped as above until the others fit. Up to `SAMPLED_ROWS` rows at a home are counted exactly.
+    The cost is that of all workers together; balancing the load among them is left to `owners`.
+    Results equal those of any other placement up to rounding: the same experts, added up in another
     order of ranks.
 
     Examples
@@ -178,23 +180,23 @@ class _Prices(NamedTuple):
     """Costs of one row and of one expert, in seconds."""
 
     row: float
-    #: there and back
+    #: sent and returned
     expert: float
 
 
 class _Wants(NamedTuple):
-    """What the rows at home at one rank want of others."""
+    """The experts of other ranks that the rows at home at one rank need."""
 
     leaving: list[np.ndarray]
-    #: for each rank, (m, k): experts that one row wants there, each once, -1 for none
+    #: for each rank, (m, k): experts that each row needs there, each once, -1 for none
     weight: float
-    #: rows that each of these stands for
+    #: number of rows that each of these represents
 
 
 def _rows_at_home(
     found: Survey, owners: Placement, chunks: Sequence[int]
 ) -> Iterator[tuple[int, np.ndarray]]:
-    """The home of some rows, and the slots that they want, (m, k); until all have come."""
+    """Yield the home of some rows, and their physical experts (m, k), until all rows are done."""
     for chunk, row_offset, routing in found.blocks(chunks):
         home = owners.home(chunk)
         assert home is not None  # `choose_travel` has made the owners local
@@ -204,7 +206,7 @@ def _rows_at_home(
 def _all_wanted(
     found: Survey, owners: Placement, chunks: Sequence[int], worker: np.ndarray
 ) -> np.ndarray:
-    """(R, E) which experts on other workers the rows at home at each rank want."""
+    """Return (R, E) which experts on other workers the rows at home at each rank need."""
     ranks, per_rank = owners.physical.shape
     experts = np.append(owners.physical.ravel(), -1)
     wanted = np.zeros((ranks, found.num_experts + 1), bool)  # [:, -1] takes slots without expert
@@ -217,7 +219,7 @@ def _all_wanted(
 def _wants(
     found: Survey, owners: Placement, chunks: Sequence[int], worker: np.ndarray
 ) -> Iterator[_Wants]:
-    """For each rank, what the rows at home there want of ranks on other workers."""
+    """Yield, for each rank, the experts on other workers that the rows at home there need."""
     ranks, per_rank = owners.physical.shape
     homes = np.array([owners.home(c) for c in range(len(chunks))], np.int64)
     at_home = np.bincount(homes, weights=chunks, minlength=ranks)
@@ -241,7 +243,7 @@ def _wants(
 
 
 def _once_per_row(physical: np.ndarray) -> np.ndarray:
-    """The same slots, each once in a row, -1 in place of the others."""
+    """Replace repeated physical experts of a row by -1; rows are sorted."""
     physical = np.sort(physical, axis=1)
     again = physical[:, 1:] == physical[:, :-1]
     physical[:, 1:][again] = -1
@@ -249,7 +251,7 @@ def _once_per_row(physical: np.ndarray) -> np.ndarray:
 
 
 def _worth_reading(wants: _Wants, prices: _Prices, num_experts: int) -> np.ndarray:
-    """(E,) the experts of others that are read."""
+    """Return (E,) which experts of other ranks are worth reading."""
     chosen = np.zeros(num_experts, bool)
     for together in _without_common_experts(wants.leaving, num_experts):
         best, best_gain = np.zeros(num_experts, bool), 0.0
@@ -263,7 +265,7 @@ def _worth_reading(wants: _Wants, prices: _Prices, num_experts: int) -> np.ndarr
 
 
 def _without_common_experts(leaving: Sequence[np.ndarray], num_experts: int) -> list[np.ndarray]:
-    """Join the wants of ranks that hold replicas of one expert: reading it once serves both."""
+    """Join the rows of ranks that hold replicas of one expert: reading it once serves both."""
     groups: list[tuple[np.ndarray, list[np.ndarray]]] = []
     for of_rank in leaving:
         wanted, members = np.isin(np.arange(num_experts), of_rank), [of_rank]
@@ -276,7 +278,7 @@ def _without_common_experts(leaving: Sequence[np.ndarray], num_experts: int) -> 
 
 
 def _fitting(chosen: np.ndarray, wants: _Wants, room: int | None) -> np.ndarray:
-    """Drop from the chosen experts, (E,), as many as are too many."""
+    """Drop some of the chosen experts, (E,), if there are more than fit."""
     if room is None or chosen.sum() <= room:
         return chosen
     way = _dropping(chosen, np.concatenate(wants.leaving))
@@ -284,20 +286,20 @@ def _fitting(chosen: np.ndarray, wants: _Wants, room: int | None) -> np.ndarray:
 
 
 def _dropping(held: np.ndarray, wants: np.ndarray) -> Iterator[tuple[np.ndarray, int]]:
-    """Drop experts, always the one without which fewest rows must leave.
+    """Drop experts one by one, each time the one whose loss makes the fewest rows leave.
 
     Parameters
     ----------
     held : (E,) bool, the experts to begin with
-    wants : (m, k) experts that one row wants, each once, -1 for none
+    wants : (m, k) experts that each row needs, each once, -1 for none
 
     Yields
     ------
     held : (E,) bool
-    staying : the rows all of whose experts are held
+    staying : number of rows all of whose experts are held
     """
     held = held.copy()
-    is_held = np.append(held, True)  # [-1]: no expert is no reason to leave
+    is_held = np.append(held, True)  # [-1]: a row does not leave for an empty slot
     wants = wants[is_held[wants].all(axis=1)]
     by_expert = np.argsort(wants, axis=None, kind="stable")
     ends = np.searchsorted(wants.ravel()[by_expert], np.arange(held.size + 1))
@@ -316,12 +318,12 @@ def _dropping(held: np.ndarray, wants: np.ndarray) -> Iterator[tuple[np.ndarray,
 
 
 def _count(wants: np.ndarray, num_experts: int) -> np.ndarray:
-    """(E,) rows that want each expert."""
+    """Return (E,) how many rows need each expert."""
     return np.bincount(wants.ravel() + 1, minlength=num_experts + 1)[1:]
 
 
 def _reading(owners: Placement, extra: Sequence[np.ndarray]) -> Placement:
-    """Add the further experts that each rank reads; these serve only rows at home."""
+    """Add the experts that each rank reads in addition; these serve only rows at home."""
     held = [[*row[row >= 0], *more] for row, more in zip(owners.physical, extra, strict=True)]
     width = max(map(len, held))
     physical = np.full((owners.world_size, width), -1)

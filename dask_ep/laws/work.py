@@ -1,7 +1,7 @@
-"""What is to be computed, in plain numbers?
+"""What does a job compute, in plain numbers?
 
-Rows, widths and bytes of a job, from the shapes of its arrays or files: nothing is read. What
-memory, tasks, bytes and time follow from (`memory_law`, `passes`, `price`).
+Its rows, widths and bytes, from the shapes of its arrays or files; no data is read. Memory, tasks,
+bytes and time follow from them (`memory_law`, `passes`, `price`).
 """
 
 from __future__ import annotations
@@ -30,13 +30,13 @@ class LayerWork:
     router_flops: int = 0
     #: floating-point operations of one row in the router, in float64
     shared_flops: int = 0
-    #: of one row in the experts that all rows share
+    #: floating-point operations of one row in the shared experts
     row_bytes: int = 0
-    #: bytes of one row that are read and written around those
+    #: bytes read and written for one row by router, shared experts and steps around them
     stored: int = 0
     #: bytes of router and shared experts in their files
     loaded: int = 0
-    #: bytes of them in the memory of every worker
+    #: their bytes in the memory of every worker
     chunk_tasks: int = 0
     #: tasks for each chunk
     tasks: int = 0
@@ -48,9 +48,9 @@ class Work:
     """A job in plain numbers."""
 
     rows: int
-    #: of the tokens
+    #: number of token rows
     slots: int
-    #: of a row, k; E where experts choose their rows
+    #: slots per row, k; E if experts choose their rows
     d: int
     #: width of a token row
     d_out: int
@@ -62,35 +62,36 @@ class Work:
     expert_stored: int
     #: bytes of one expert in its file
     expert_loaded: int
-    #: bytes of one expert in the dtype that is computed with
+    #: bytes of one expert in the computing dtype
     widest: int
-    #: width of the widest row on the way through an expert, a shared one too
+    #: width of the widest intermediate row of an expert, routed or shared
     wide: int = 4
-    #: bytes of a number that is computed with
+    #: itemsize of the computing dtype
     matrix_stored: int = 0
-    #: bytes of its largest matrix as stored, in memory too while a thread decodes it; 0 where
-    #: there is nothing to decode
+    #: bytes as stored of an expert's largest matrix, which a thread keeps while it decodes the
+    #: matrix; 0 if none is decoded
     expert_flops: float = 0.0
     #: floating-point operations of one row at one expert
     multiplied_by: str | None = None
-    #: the library of this machine or of GPUs, and how, see `kernel.bfloat16`, `kernel.factors`
+    #: which library multiplies, on this machine or on GPUs, and how: see `kernel.bfloat16`
     copied: int = 0
-    #: bytes of the largest matrix of which a thread has a copy: one of bfloat16 in float32, for a
-    #: product (`kernel.bfloat16`), or any while it is laid out (`kernel.expert`); 0 without either
+    #: bytes of the largest matrix that a thread copies: a bfloat16 one to float32, for a product
+    #: (`kernel.bfloat16`), or any while it is laid out (`kernel.expert`); 0 without either
     weight_bytes: int = 0
-    #: of one top-k weight; 0 without them
+    #: bytes of one top-k weight; 0 without them
     stored_rows: int | None = None
-    #: rows of the tokens that are stored together
+    #: token rows that are stored together
     read_bytes: int = 0
-    #: that a thread needs to read a chunk, besides its rows
+    #: bytes that a thread needs to read a chunk, in addition to its rows
     apply_router_weight_on_input: bool = False
     #: whether rows are multiplied by their top-k weight before they go to their expert
     as_stored: bool = False
-    #: whether experts are held as they are stored, whatever the memory
+    #: whether experts are always held as they are stored
     in_files: bool = True
-    #: whether all experts are in files or NumPy arrays, so that they can be, or be used in passes
+    #: whether all experts are files or NumPy arrays, so that they can be held as stored, or used in
+    #: passes
     routes: bool = False
-    #: whether a layer's router says where rows go
+    #: whether the layer's router makes the routing
     layer: LayerWork = LayerWork()
     #: router and shared experts
     on_device: OnDevice | None = None
@@ -98,7 +99,7 @@ class Work:
 
     @property
     def row_bytes(self) -> int:
-        """Bytes of a token row or of an output row, whichever is more."""
+        """Bytes of a token row or of an output row, whichever is larger."""
         return max(self.d, self.d_out) * self.dtype.itemsize
 
     @property
@@ -108,7 +109,7 @@ class Work:
 
     @property
     def reply_bytes(self) -> int:
-        """Bytes of one row on its way back from a rank."""
+        """Bytes of a row that a rank sends back."""
         return reply_row_bytes(self.d_out, self.dtype, self.slots)
 
     @property
@@ -118,20 +119,20 @@ class Work:
 
     @property
     def widening(self) -> int:
-        """Bytes of a number in a sum over one of a token; with one slot a row there are no sums."""
+        """Itemsize of sums over that of tokens; 1 with one slot per row, which has no sums."""
         return max(self.wide // self.dtype.itemsize, 1) if self.slots > 1 else 1
 
     @property
     def scratch(self) -> int:
-        """Bytes of a thread's tiles, and of the matrix that it copies."""
+        """Bytes of a thread's tiles and of the matrix that it copies."""
         return tile_bytes(max(self.widest, self.d, self.d_out) * self.wide) + self.copied
 
     def packet_row_bytes(self, places: int) -> int:
-        """Bytes of one row on its way to a rank, where `places` are all that may be named."""
+        """Return the bytes of a row sent to a rank, with `places` physical experts in all."""
         return packet_row_bytes(self.d, self.dtype.itemsize, self.slots, self.weight_bytes, places)
 
     def held_bytes(self, as_stored: bool) -> int:
-        """Bytes of one expert that is held."""
+        """Return the bytes of one expert in memory."""
         return self.expert_stored if as_stored else self.expert_loaded
 
     @classmethod
@@ -149,18 +150,18 @@ class Work:
         read_bytes: int = 0,
         on_devices: bool = False,
     ) -> Work:
-        """Put a job into numbers.
+        """Describe a job by numbers.
 
         Parameters
         ----------
-        tokens : array or source, of which shape and dtype are looked at
-        experts : of `layer`, if there is one
+        tokens : array or source, of which only shape and dtype are used
+        experts : those of `layer`, if there is one
         layer : MoELayer or None
         rows, slots : N, k
-        topk_dtype : of the top-k weights, if there are any
-        routes : whether the layer's router says the routing
-        stored_rows, read_bytes : as the fields
-        on_devices : whether it is computed on GPUs
+        topk_dtype : dtype of the top-k weights, if there are any
+        routes : whether the layer's router makes the routing
+        stored_rows, read_bytes : see the fields
+        on_devices : whether the job is computed on GPUs
         """
         dtype, E = np.dtype(tokens.dtype), experts.num_experts
         compute = held_dtype(experts, dtype) if on_devices else computing_dtype(dtype)
@@ -208,7 +209,7 @@ class Work:
 
 
 def _copied(experts: Experts | CallableExperts | None, dtype: np.dtype) -> int:
-    """Bytes of the largest matrix that a thread copies; see `Work.copied`."""
+    """Return the bytes of the largest matrix that a thread copies; see `Work.copied`."""
     if not isinstance(experts, Experts):
         return 0
     compute, copied = computing_dtype(dtype), 0
@@ -220,15 +221,15 @@ def _copied(experts: Experts | CallableExperts | None, dtype: np.dtype) -> int:
 
 
 def _layer_work(layer: Any, d: int, compute: np.dtype, routes: bool, on_devices: bool) -> LayerWork:
-    """Put a layer's router, unless another says the routing, and its shared experts into numbers.
+    """Describe a layer's router, unless the routing is given, and its shared experts by numbers.
 
-    Tasks are not counted here: they are those of a graph.
+    Tasks are not counted here, but in the graph.
     """
     E, shared = layer.experts.num_experts, layer.shared
     there_and_back = (d + (layer.d_out or d)) * compute.itemsize
     around = layer.around
     finishes = bool(shared is not None or layer.residual or around.between or around.after)
-    row_bytes = (getattr(layer.router, "slots", E) + 5) * E * 4 if routes else 0  # as `route` says
+    row_bytes = (getattr(layer.router, "slots", E) + 5) * E * 4 if routes else 0  # as in `route`
     if shared is not None:
         row_bytes += shared.num_experts * there_and_back
     return LayerWork(

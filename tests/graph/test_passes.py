@@ -290,8 +290,8 @@ def test_little_disk_means_more_groups_and_none_means_another_way():
 def test_what_no_pass_can_fit_is_refused_with_the_numbers():
     with pytest.raises(
         MemoryError,
-        match=r"may use 400 MB and must hold 300 MB of its own .* to "
-        r"compute \(experts: 1 of 100 MB, threads: 2\) .* in all; allow more memory",
+        match=r"may use 400 MB, but needs at least .* MB: 300 MB for itself, and either .* to "
+        r"compute \(experts: 1 of 100 MB, threads: 2\) .* rows; allow more memory",
     ):
         choose(LARGE, 400 * MB)
 

@@ -1,8 +1,8 @@
-"""How fast is a GPU at what a run does with it?
+"""How fast does a GPU do what a run does?
 
-About a second, on the first GPU that is visible: products of as many rows as a chunk brings an
-expert, in the calls that a run mostly takes (one for all experts where rows are few, else one for
-each); gathering rows; copies up and down; and, on the host, files.
+This takes about a second, on the first visible GPU: products of as many rows as an expert gets of a
+chunk, by the calls that a run mostly uses (one for all experts if rows are few, otherwise one for
+each); gathering rows; uploads and downloads; and, on the host, files.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from dask_ep.laws.costs import Rates
 from dask_ep.pricing.probe import probe_files, rate
 
 MOST_DEVICE_BYTES = 256 << 20
-"""Of the rows, and of the matrices, that are measured with."""
+"""Maximum bytes of the rows, and of the matrices, that are used to measure."""
 
 
 def probe_device(
@@ -40,32 +40,32 @@ def probe_device(
 
     Parameters
     ----------
-    d, width : of a token row, and of what an expert makes of it
-    rows : of a token chunk
-    slots : of a row
-    experts : that the slots of a chunk are spread over
-    dtype : of what is multiplied
-    exact : whether with the sums of float32, see `device_kernel.products`
-    seconds : how long to measure, about
+    d, width : width of a token row, and of an expert's intermediate rows
+    rows : rows of a token chunk
+    slots : slots of a row
+    experts : number of experts that the slots of a chunk are spread over
+    dtype : dtype of the factors of products
+    exact : whether sums are as exact as float32's, see `device_kernel.products`
+    seconds : approximate time to measure
 
     Returns
     -------
     rates : Rates
-        `flops` and `copy` of the GPU, `lane` of its copies; the rest as `probe` has it.
+        `flops` and `copy` of the GPU, `lane` of its uploads and downloads; others as in `probe`.
 
     Raises
     ------
     NoDeviceError
-        If there is none here, saying what a plan needs instead.
+        If there is no GPU; the message says what a plan needs instead.
     """
     try:
         device.find_devices()
     except NoDeviceError as error:
         raise NoDeviceError(
-            "the time of a run on GPUs follows from their rates, but there is no GPU to measure: "
+            "a plan for GPUs needs their rates, but there is no GPU to measure: "
             f"{error}. Give the rates as rates=Rates(flops=..., copy=..., lane=...) or --rates "
             "flops=...,copy=...,lane=...: operations of a GPU, bytes copied in its memory, and "
-            "bytes from and to the host, in a second"
+            "bytes copied from or to the host, per second"
         ) from error
     xp = import_module(device.NAMESPACE)
     try:
@@ -95,7 +95,7 @@ def _measure(
     host.fill(1)
     tokens, order = upload(xp, host), xp.arange(rows, dtype=np.int64)[::-1].copy()
     matrices = list(xp.zeros((count, d, width), dtype=dtype))
-    less = int(of_expert > PADDED_ROWS[0])  # as many for each would go into one call
+    less = int(of_expert > PADDED_ROWS[0])  # equal numbers of rows would go into one call
     starts = range(0, count * of_expert, of_expert)
     bounds = [(start, start + of_expert - less * (e % 2)) for e, start in enumerate(starts)]
     out = xp.empty((count * of_expert, width), dtype=computing_dtype(dtype))

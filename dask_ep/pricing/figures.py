@@ -1,8 +1,8 @@
 """How are loads, traffic, memory and time drawn?
 
-Each function gives one bokeh figure that fills the width it is put into. Colours are those of Okabe
-and Ito (https://jfly.uni-koeln.de/color/), which people with any kind of colour vision tell apart,
-and cividis for quantities; what a colour says, a label or a tooltip says too.
+Each function returns one bokeh figure that fills the available width. Colours are those of Okabe
+and Ito (https://jfly.uni-koeln.de/color/), which people with any kind of colour vision can tell
+apart, and cividis for quantities; whatever a colour shows is also in a label or a tooltip.
 """
 
 from __future__ import annotations
@@ -40,24 +40,24 @@ PART_COLOURS = {
     "partial results": PINK,
     "second moments": GREY,
 }
-"""Colours of what memory goes to."""
+"""Colours of the uses of memory."""
 
 MIB = 1 << 20
 
 MOST_IN_A_LINE = 3
-"""Labels of a legend side by side: more are cut off on a phone."""
+"""Labels of a legend in one line: more are cut off on a phone."""
 
 MOST_NUMBERS = 6
-"""Ranks of a heat map whose cells are wide enough for a number, on a phone too."""
+"""Maximum ranks of a heat map whose cells are wide enough for a number, even on a phone."""
 
 MOST_SPANS = 5000
-"""Tasks and services that a time line draws: the longest ones."""
+"""Maximum number of tasks and servings in a time line: the longest are drawn."""
 
 Figure = Any
 
 
 def draw_expert_load(plan: Plan) -> Figure:
-    """Rows of each expert, as bars."""
+    """Draw the rows of each expert as bars."""
     experts = np.arange(plan.expert_rows.size)
     drawing = _figure(
         "Rows of each expert (dashed: mean)",
@@ -73,7 +73,7 @@ def draw_expert_load(plan: Plan) -> Figure:
 
 
 def draw_rank_load(plan: Plan, measured: dict[int, int] | None = None) -> Figure:
-    """Rows of each rank as bars, their mean as a line; measured rows as diamonds."""
+    """Draw the rows of each rank as bars, their mean as a line, and measured rows as diamonds."""
     rows = plan.rank_rows if measured is None else plan.packet_rows.sum(axis=0)
     what = "served" if measured is None else "received"
     drawing = _figure(
@@ -100,7 +100,7 @@ def draw_rank_load(plan: Plan, measured: dict[int, int] | None = None) -> Figure
 
 
 def draw_imbalance(imbalance: dict[str, float]) -> Figure:
-    """Largest over mean rank load of each policy, as bars from 1.0."""
+    """Draw the largest over the mean rank load of each policy, as bars from 1.0."""
     names = list(imbalance)[::-1]
     values = [imbalance[name] for name in names]
     drawing = _figure(
@@ -119,7 +119,7 @@ def draw_imbalance(imbalance: dict[str, float]) -> Figure:
 
 
 def draw_traffic(rows: np.ndarray, title: str, workers: Sequence[str]) -> Figure:
-    """Rows (W, R) from the chunks of each worker to each rank, as a heat map."""
+    """Draw the rows (W, R) from the chunks of each worker to each rank as a heat map."""
     ranks = [str(rank) for rank in range(rows.shape[1])]
     names = list(workers)
     source, target = np.divmod(np.arange(rows.size), len(ranks))
@@ -161,7 +161,7 @@ def draw_traffic(rows: np.ndarray, title: str, workers: Sequence[str]) -> Figure
 
 
 def _write_numbers(drawing: Figure, data: dict[str, Any]) -> None:
-    """Write the rows into the cells of a heat map: black on bright ones, white on dark ones."""
+    """Write the rows into the cells of a heat map: black on light ones, white on dark ones."""
     bright = data["rows"] > data["rows"].max() / 2
     drawing.text(
         x="to",
@@ -180,10 +180,10 @@ def _write_numbers(drawing: Figure, data: dict[str, Any]) -> None:
 
 
 def draw_memory(plan: Plan, measured: int | None = None) -> Figure:
-    """What a worker's memory goes to, against the limit and what was measured."""
+    """Draw the uses of a worker's memory, with its limit and what was measured."""
     names = ["planned"] if measured is None else ["measured", "planned"]
     drawing = _figure(
-        "Memory of a worker, at most", "MiB", None, y_range=names, height=150 + 40 * len(names)
+        "Peak memory of a worker", "MiB", None, y_range=names, height=150 + 40 * len(names)
     )
     parts, limit = plan.memory_parts, plan.memory_limit
     if measured is not None:
@@ -220,7 +220,7 @@ def draw_memory(plan: Plan, measured: int | None = None) -> Figure:
 
 
 def draw_choices(plans: Sequence[Plan], best: Plan) -> Figure:
-    """Predicted time of each choice; the best in another colour, and marked."""
+    """Draw the predicted time of each choice; the best has another colour and a mark."""
     names = [
         f"{n}: {p.world_size} ranks, {p.policy}, {p.chunk_rows:,} rows"
         for n, p in enumerate(plans, start=1)
@@ -247,7 +247,7 @@ def draw_choices(plans: Sequence[Plan], best: Plan) -> Figure:
 
 
 def draw_time_line(record: Record) -> Figure:
-    """Tasks and services as bars from start to stop, by worker: several chunks may be in flight."""
+    """Draw tasks and servings as bars from start to stop, by worker; several may overlap."""
     bars = sorted(_bars(record), key=lambda bar: bar.start - bar.stop)[:MOST_SPANS]
     names = sorted({bar.row for bar in bars}, key=lambda name: (len(name), name), reverse=True)
     drawing = _figure(
@@ -285,7 +285,7 @@ def draw_time_line(record: Record) -> Figure:
 
 
 class Bar(NamedTuple):
-    """A bar of the time line; its step is one of `STEP_COLOURS`."""
+    """A bar of the time line; its step is a key of `STEP_COLOURS`."""
 
     row: str
     step: str
@@ -310,7 +310,7 @@ def _bars(record: Record) -> Iterator[Bar]:
 
 
 def draw_progress(plan: Plan, record: Record) -> Figure:
-    """Rows that were done by each time; a straight line is an even speed."""
+    """Draw the rows done over time; a straight line means constant speed."""
     drawing = _figure("Rows done", "seconds", "rows")
     finished = record.finished()
     done = np.cumsum([plan.chunks[chunk] for _, chunk in finished])
@@ -336,11 +336,11 @@ def draw_progress(plan: Plan, record: Record) -> Figure:
 
 
 def _figure(title: str, x: str | None, y: str | None, height: int = 280, **options: Any) -> Figure:
-    """An empty figure in the style of all of them."""
+    """Return an empty figure in the common style."""
     from bokeh.models import NumeralTickFormatter
     from bokeh.plotting import figure
 
-    drawing: Any = figure(  # whose axes and title are set below, as its types do not know
+    drawing: Any = figure(  # Any: its types do not know the attributes that are set below
         title=title,
         x_axis_label=x,
         y_axis_label=y,
@@ -361,7 +361,7 @@ def _figure(title: str, x: str | None, y: str | None, height: int = 280, **optio
 
 
 def _of_whole_numbers(drawing: Figure) -> None:
-    """Start bars at zero, and number them by whole numbers."""
+    """Start bars at zero, and label them with whole numbers."""
     from bokeh.models import BasicTicker
 
     drawing.y_range.start = 0
@@ -375,5 +375,5 @@ def _legend_below(drawing: Figure) -> None:
 
 
 def short(worker: str) -> str:
-    """A worker's address without the protocol."""
+    """Return a worker's address without the protocol."""
     return worker.rsplit("//", 1)[-1]

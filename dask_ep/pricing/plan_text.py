@@ -1,4 +1,4 @@
-"""How are the figures of a plan put into words?"""
+"""How are the figures of a plan shown as text?"""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ if TYPE_CHECKING:
 
 
 def figures_of(plan: Plan) -> list[tuple[str, str]]:
-    """The figures of a plan as text, each with its name."""
+    """Return the figures of a plan as text, each with its name."""
     replicas = []
     if plan.replicas:
         read = format_bytes(plan.replicas * plan.work.expert_stored)
-        replicas.append(("replicas among them", f"{plan.replicas}, {read}"))
+        replicas.append(("of these, replicas", f"{plan.replicas}, {read}"))
     passes, disk = plan.decision.passes, []
     if passes is not None and passes.spill_bytes:
-        disk.append(("disk for rows that wait", format_bytes(passes.spill_bytes)))
+        disk.append(("disk for spilled rows", format_bytes(passes.spill_bytes)))
     time = "about {:.2g} s, {:.2g} to {:.2g} s".format(plan.seconds, *plan.seconds_range)
     if plan.layout.starts_workers:
         time += "; and {:.0f} to {:.0f} s to start the workers".format(*START_SECONDS)
@@ -38,7 +38,7 @@ def figures_of(plan: Plan) -> list[tuple[str, str]]:
         ]
     return [
         ("token rows", f"{plan.rows:,}"),
-        ("experts", f"{plan.expert_rows.size}, {plan.slots_per_row} a row"),
+        ("experts", f"{plan.expert_rows.size}, {plan.slots_per_row} per row"),
         *ranks,
         ("chunks", f"{len(plan.chunks):,} of up to {plan.chunk_rows:,} rows"),
         *between,
@@ -46,7 +46,7 @@ def figures_of(plan: Plan) -> list[tuple[str, str]]:
         *disk,
         *replicas,
         *((what, of_limit(*figures)) for what, figures in plan.memory_figures.items()),
-        ("what it is for", parts),
+        ("memory by use", parts),
         ("tasks", f"{tasks:,}, {plan.scheduler_seconds:.2f} s of the scheduler"),
         ("operations", f"{plan.flops.sum() + plan.layer_flops:.3g} FLOP{library}"),
         ("time", time),
@@ -54,7 +54,7 @@ def figures_of(plan: Plan) -> list[tuple[str, str]]:
 
 
 def of_limit(nbytes: int, limit: int | None) -> str:
-    """Memory that is used, and its limit, as text.
+    """Return used memory and its limit as text.
 
     Examples
     --------

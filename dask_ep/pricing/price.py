@@ -1,8 +1,8 @@
 """What does one way to run a job cost?
 
-`Plan` holds what a pass over the routing found under one placement and one chunking (`traffic`);
-every figure follows from it (`needs`), and so does what to change. Rows, bytes and tasks are exact,
-memory is an upper bound, time is an estimate.
+`Plan` holds what a pass over the routing counted, for one placement and one chunking (`traffic`);
+all figures (`needs`) and all advice follow from that. Rows, bytes and tasks are exact, memory is an
+upper bound, time is an estimate.
 """
 
 from __future__ import annotations
@@ -21,19 +21,19 @@ from dask_ep.pricing.needs import Needs
 from dask_ep.pricing.plan_text import figures_of
 
 LARGEST_CHUNK = 128 << 20
-"""Bytes of a token chunk above which larger ones gain nothing and cost memory."""
+"""Maximum useful bytes of a token chunk: larger ones only cost memory."""
 
 USUAL_CHUNK = 16 << 20
-"""Bytes of a token chunk that are worth a task where experts get enough rows anyway."""
+"""Bytes of a token chunk that are worth a task, if experts get enough rows anyway."""
 
 SMALLEST_CHUNK = 1 << 20
-"""Bytes of a token chunk below which a task costs more than its work."""
+"""Bytes of a token chunk below which the overhead of a task exceeds its work."""
 
 SECONDS_THAT_COUNT = 0.1
-"""Time of the scheduler below which nothing is to be gained by fewer tasks."""
+"""Time of the scheduler below which fewer tasks would gain nothing."""
 
 ROWS_PER_PRODUCT = 256
-"""Rows that an expert should get of a chunk, for its matrix product to run at full speed."""
+"""Rows of a chunk that an expert should get for its matrix products to run at full speed."""
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -41,9 +41,9 @@ class Plan(Needs):
     """What one way to run a job costs; rows, bytes and tasks are exact."""
 
     own_chunk_rows: int | None = None
-    #: of the tokens, where they are planned if they fit; None where chunks are not theirs
+    #: rows of the tokens' own chunks, if these are used when they fit; None otherwise
     on_threads: tuple[int, float] | None = None
-    #: threads of one process that could do the same, and the seconds that they would take
+    #: number of threads of one process that could do the same, and the time they would take
 
     # --- advice ------------------------------------------------------------------------------
 
@@ -58,48 +58,48 @@ class Plan(Needs):
         advised = min(fast, parallel, LARGEST_CHUNK // row_bytes)
         advised = max(advised, SMALLEST_CHUNK // row_bytes)
         if self.memory_limit is not None:
-            law = self.decision.need  # by which chunks are refused
+            law = self.decision.need  # the law by which a run refuses chunks
             advised = min(advised, law.rows_within(self.memory_limit))
         return max(advised, 1)
 
     @property
     def advice(self) -> list[str]:
-        """What to change, and why; empty if nothing."""
-        said = []
+        """What to change, and why; empty if nothing should be."""
+        advice = []
         if self.decision.as_stored and not self.work.as_stored:
-            said.append("experts are held in memory as stored: otherwise they would not fit")
+            advice.append("experts are held in memory as stored: otherwise they would not fit")
         if self.own_chunk_rows is not None and self.own_chunk_rows > self.decision.chunk_rows:
-            said.append(
-                f"chunks of {self.decision.chunk_rows} rows, since those of the tokens, of "
-                f"{self.own_chunk_rows} rows, do not fit into the memory limit: rechunk them"
+            advice.append(
+                f"rechunk the tokens to {self.decision.chunk_rows} rows: their own chunks, of "
+                f"{self.own_chunk_rows} rows, do not fit into the memory limit"
             )
         advised = self.advised_chunk_rows
         far = not advised / 2 <= self.chunk_rows <= advised * 2 and self.rows > advised
         if far and (self.decision.chunks_asked or self.own_chunk_rows is not None):
-            said.append(
+            advice.append(
                 f"use chunks of about {advised} rows instead of {self.chunk_rows}: large enough "
                 "for fast products and few tasks, small enough for memory and all threads"
             )
         could_grow = len(self.chunks) > 1 and self.chunk_rows < advised
         if could_grow and self.scheduler_seconds > max(self.busy_seconds, SECONDS_THAT_COUNT):
-            said.append(
+            advice.append(
                 f"use larger chunks: the scheduler needs {self.scheduler_seconds:.1f} s for "
                 f"{self.tasks} tasks, the workers {self.busy_seconds:.1f} s"
             )
         if self.imbalance > 1.1 and self.workers > 1:
             exact = place("exact", self.expert_rows, self.world_size).imbalance(self.expert_rows)
             if self.imbalance > 1.1 * exact:
-                said.append(
+                advice.append(
                     f'use placement="exact": the busiest rank serves {self.imbalance:.2f} times '
-                    f"the mean rows, and would serve {exact:.2f} times"
+                    f"the mean rows, and would then serve {exact:.2f} times"
                 )
         if self.on_threads is not None and self.on_threads[1] < self.seconds:
             threads, seconds = self.on_threads
-            said.append(
+            advice.append(
                 f"use threads of one process (--threads {threads}): they take about "
                 f"{seconds:.2g} s, exchange nothing, and need no workers to be started"
             )
-        return said
+        return advice
 
     # --- forms -------------------------------------------------------------------------------
 
@@ -132,13 +132,13 @@ class Plan(Needs):
         return json.dumps(self.to_dict())
 
     def _repr_html_(self) -> str:
-        advice = [("advice", said) for said in self.advice]
+        advice = [("advice", line) for line in self.advice]
         return html_table("Plan", [*figures_of(self), *advice])
 
     def __repr__(self) -> str:
         return (
             f"<Plan: {self.rows} rows, {self.world_size} ranks, {self.policy}: {self.tasks} tasks, "
-            f"{format_bytes(self.memory_bytes)} a worker, imbalance {self.imbalance:.2f}, "
+            f"{format_bytes(self.memory_bytes)} per worker, imbalance {self.imbalance:.2f}, "
             f"{self.seconds:.1f} s>"
         )
 
@@ -149,5 +149,5 @@ class WhatIf:
 
     plans: tuple[Plan, ...]
     best: Plan
-    #: the fastest that fits; of equals the one that moves fewer bytes, then with fewer tasks
+    #: the fastest that fits; among equals the one that moves fewer bytes, then with fewer tasks
     why: str

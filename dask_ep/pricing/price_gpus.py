@@ -1,8 +1,8 @@
 """What does a run on GPUs cost?
 
-The figures of the ordinary plan, except where GPUs change them: memory, which is a GPU's and that
-of its host, and time, since a GPU computes while chunks are read, go up, come down and
-are written. `Rates` are of a GPU then, in products and copies of its memory.
+The figures are those of the ordinary plan, except where GPUs change them: memory is that of a GPU
+and that of its host, and a GPU computes while chunks are read, uploaded, downloaded and written.
+`Rates` then hold the products and memory copies of a GPU.
 """
 
 from __future__ import annotations
@@ -23,14 +23,14 @@ class PlanOnGpus(Plan):
 
     Notes
     -----
-    Time is that of the busiest of what goes on side by side: a GPU's products and the steps between
-    them, the copies up, the copies down, reading and writing, packets. How much of that GPUs in
-    fact hide behind each other nobody has measured.
+    Time is that of the slowest of the things that run concurrently: a GPU's products and the steps
+    between them, uploads, downloads, reading and writing, packets. How far these really overlap on
+    GPUs has not been measured.
     """
 
     @property
     def on_device(self) -> OnDevice:
-        """The sizes that count on a GPU."""
+        """The layer's sizes on a GPU."""
         assert self.work.on_device is not None
         return self.work.on_device
 
@@ -38,46 +38,46 @@ class PlanOnGpus(Plan):
 
     @cached_property
     def host_need(self) -> Need:
-        """What its worker needs of the host, as the routing is."""
+        """Host memory of a GPU's worker, for the routing as counted."""
         return host_need(self.work, self.layout, self.spread)
 
     @property
     def process_parts(self) -> dict[str, int]:
-        """Bytes of the host that a worker uses at most, by what they are for."""
+        """Bytes of the host that a worker uses at most, by use."""
         return self.host_need.parts(self.chunk_rows)
 
     @property
     def process_limit(self) -> int | None:
-        """Bytes of the host that it may use."""
+        """Bytes of the host that a worker may use."""
         return self.layout.host_limit
 
     @property
     def memory_figures(self) -> dict[str, tuple[int, int | None]]:
-        """Memory that is used at most, and its limit, by what it is."""
+        """Peak memory and its limit, by a description of the memory."""
         return {
-            "memory of a GPU, at most": (self.memory_bytes, self.memory_limit),
-            "of its worker on the host": (self.process_bytes, self.process_limit),
+            "peak memory of a GPU": (self.memory_bytes, self.memory_limit),
+            "peak memory of its worker on the host": (self.process_bytes, self.process_limit),
         }
 
     @property
     def places(self) -> str:
-        """What serves the ranks."""
+        """Description of the workers."""
         return f"{self.workers} GPUs"
 
     # --- time ------------------------------------------------------------------------------
 
     @property
     def load_seconds(self) -> float:
-        """Time to read the experts and to bring them up, for the worker that has most."""
+        """Time to read and upload the experts, for the worker that has the most."""
         stored = self.experts_of_a_worker * self.work.expert_stored + self.work.layer.stored
         return stored / min(self.rates.read, self.rates.lane)
 
     @property
     def busy_seconds(self) -> float:
-        """Time of the slowest of what a worker does side by side."""
+        """Time of the slowest of the things that a worker does concurrently."""
         work, rates, rows = self.work, self.rates, self.rows / self.workers
         of_layer = self.layer_flops / self.workers
-        made = self.on_device.made_bytes / self.slots_per_row  # once written, once read
+        made = self.on_device.made_bytes / self.slots_per_row  # written once and read once
         products = (self._per_worker(self.flops).max() + of_layer) * self.on_device.products
         on_device = (
             products / rates.flops + 2 * self._per_worker(self.rank_rows).max() * made / rates.copy
@@ -91,7 +91,7 @@ class PlanOnGpus(Plan):
 
     @property
     def advised_chunk_rows(self) -> int:
-        """Rows of a chunk as a run takes them: large, and within the memory."""
+        """Rows of a chunk as chosen by a run: large, and within the memory limits."""
         advised = DEVICE_CHUNK_BYTES // self.on_device.row_bytes
         advised = min(advised, -(-self.rows // (4 * self.workers * self.threads)))
         most = rows_within(self.decision.work, self.layout, self.decision.as_stored)

@@ -1,7 +1,7 @@
 """What does a run with experts in passes cost?
 
-The figures of the ordinary plan, except where passes change them: memory, bytes of experts, time;
-nothing is exchanged between ranks, since rows wait in memory or in files.
+The figures are those of the ordinary plan, except where passes change them: memory, bytes of
+experts, and time. Nothing is exchanged between ranks, since rows wait in memory or in files.
 """
 
 from __future__ import annotations
@@ -27,19 +27,19 @@ class PlanInPasses(Plan):
 
     @property
     def passes(self) -> Passes:
-        """How they are processed."""
+        """How the experts are processed."""
         assert self.decision.passes is not None
         return self.decision.passes
 
     @property
     def memory_parts(self) -> dict[str, int]:
-        """Bytes that a process uses at most, by what they are for; rows with their scratch."""
+        """Bytes that a process uses at most, by use; rows include their scratch memory."""
         known = {"process": PASSES_PROCESS_BYTES, "experts": self.expert_bytes}
         return known | {"rows": self.passes.memory_bytes - sum(known.values())}
 
     @property
     def expert_bytes(self) -> int:
-        """Bytes of experts in a process at a time."""
+        """Bytes of experts that a process has at a time."""
         passes, work = self.passes, self.work
         a_block = passes.decoded * work.expert_loaded + passes.ahead * work.expert_stored
         return passes.block_experts * a_block
@@ -51,7 +51,7 @@ class PlanInPasses(Plan):
 
     @property
     def tasks(self) -> int:
-        """Tasks of the layer, if every group of chunks has rows for all experts."""
+        """Number of tasks of the layer, if every group of chunks has rows for all experts."""
         used = self.expert_rows[self.expert_rows > 0]
         step, passes = self.passes.block_experts, self.passes
         blocks = [used[first : first + step] for first in range(0, used.size, step)]
@@ -63,26 +63,26 @@ class PlanInPasses(Plan):
 
     @property
     def seconds(self) -> float:
-        """Time of the run: products and tokens, and what passes add to these."""
+        """Time of the run: products and tokens, and what passes add."""
         return self.passes.seconds + max(self.busy_seconds, self.scheduler_seconds)
 
     @property
     def advice(self) -> list[str]:
-        """What passes do, in words."""
+        """A description of the passes."""
         passes = self.passes
         way = WAYS[passes.way].format(chunks=passes.group_chunks)
         blocks = (
             f"in blocks of {passes.block_experts}: {passes.decoded} that compute, and "
-            f"{passes.ahead} ahead, as they are stored"
+            f"{passes.ahead} read ahead, as stored"
         )
         times = "once" if passes.passes == 1 else f"{passes.passes} times in all"
-        said = [f"the experts do not fit, so {way} {times}, {blocks}"]
+        advice = [f"the experts do not fit, so {way} {times}, {blocks}"]
         if passes.spill_bytes:
-            said.append(
+            advice.append(
                 f"{format_bytes(passes.spill_bytes)} of disk next to the output while it runs; "
                 f"{format_bytes(passes.moved_bytes)} are written there and read back"
             )
-        return said
+        return advice
 
     def to_dict(self) -> dict[str, Any]:
         """Return all figures as plain numbers, lists and text."""

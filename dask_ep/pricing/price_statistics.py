@@ -1,6 +1,6 @@
 """What does it cost to collect statistics?
 
-The figures of the plan of a run, except where passes and second moments change them.
+The figures are those of a run's plan, except where passes and second moments change them.
 """
 
 from __future__ import annotations
@@ -22,27 +22,27 @@ class PlanOfStatistics(Plan):
 
     course: Course
     left: tuple[int, ...]
-    #: token chunks that each pass over the rows takes
+    #: number of token chunks in each pass over the rows
     grams_left: int
-    #: experts whose second moments are summed
+    #: number of experts whose second moments are summed
     graph_tasks: int
-    #: of all passes
+    #: number of tasks of all passes
     statistics_bytes: int
-    #: of the file
+    #: bytes of the file of statistics
 
     @property
     def memory_parts(self) -> dict[str, int]:
-        """Bytes that a worker uses at most, by what they are for."""
+        """Bytes that a worker uses at most, by use."""
         return dict(self.course.memory_parts)
 
     @property
     def fits(self) -> bool:
-        """Always true: a course that does not fit is refused."""
+        """Always true: a course that does not fit raises an error."""
         return True
 
     @property
     def stored_bytes(self) -> int:
-        """Bytes of experts that are read: each once, and for `gram` of hidden activations again."""
+        """Bytes of experts that are read: once, and again for `gram` of hidden activations."""
         walked = super().stored_bytes if self.course.walks else 0
         return walked + (self.grams_left * self.work.expert_stored if self._hides else 0)
 
@@ -53,30 +53,30 @@ class PlanOfStatistics(Plan):
 
     @property
     def tasks(self) -> int:
-        """Tasks of token chunks and ranks, and those that add up second moments."""
+        """Number of tasks of token chunks and ranks, and of those that sum second moments."""
         walks, ranks = self.course.walks, self.world_size
         chunks = sum(walks * count_tasks(n, ranks) if walks else n for n in self.left if n)
         return chunks + self.course.gram_groups * self.grams_left
 
     @property
     def other_tasks(self) -> int:
-        """All others that are named for what they do: of the router, and those that join."""
+        """Number of all other tasks: those of the router, and those that join results."""
         return max(self.graph_tasks - self.tasks, 0)
 
     @property
     def flops(self) -> np.ndarray:
-        """(R,) floating-point operations of each rank's experts, and of second moments."""
+        """(R,) floating-point operations of each rank's experts and their second moments."""
         work, hidden = self.work, self.course.hidden
         of_row = self.course.walks * work.expert_flops
-        if self.grams_left:  # half of a product of rows with themselves
+        if self.grams_left:  # half of a product of the rows with themselves, by symmetry
             of_row += work.d**2 + hidden**2
-        if self._hides:  # all products of an expert but the last
+        if self._hides:  # all products of an expert except the last
             of_row += work.expert_flops - 2 * hidden * work.d_out
         return self.rank_rows * of_row
 
     @property
     def load_seconds(self) -> float:
-        """Time to read the experts, for the worker that reads most."""
+        """Time to read the experts, for the worker that reads the most."""
         return super().load_seconds if self.course.walks or self._hides else 0.0
 
     @property
@@ -88,12 +88,12 @@ class PlanOfStatistics(Plan):
 
     @property
     def _hides(self) -> bool:
-        """Whether second moments of hidden activations are wanted, so that experts compute."""
+        """Whether experts compute for second moments of their hidden activations."""
         return bool(self.grams_left and self.course.hidden)
 
     @property
     def advice(self) -> list[str]:
-        """How it goes, in words."""
+        """A description of the passes."""
         blocks, size = self.course.gram_blocks, format_bytes(self.statistics_bytes)
         experts = f", {len(blocks[0])} experts in each" if blocks else ""
         return [f"{self.course}{experts}; the statistics are {size}"]

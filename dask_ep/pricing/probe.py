@@ -1,10 +1,10 @@
-"""How fast is this machine at what a run does?
+"""How fast does this machine do what a run does?
 
-About a second of what a run spends its time on, with as many rows, slots and experts as a task of
-the job has: experts like the job's; what the kernel does around them (sorting, gathering and adding
-up rows), which experts that do nothing show; packing rows and adding them up again; writing and
-reading a file, which the system keeps in memory. All threads of the run work at once, since they
-share caches, memory and whatever else the machine is doing.
+This takes about a second, for work with as many rows, slots and experts as a task of the job has:
+experts like the job's; what the kernel does around them (sorting, gathering and adding up rows),
+measured with experts that do nothing; packing rows and adding up answers; writing and reading a
+file in the page cache. All threads of the run work at once, since they share caches, memory and the
+machine's other load.
 """
 
 from __future__ import annotations
@@ -26,10 +26,10 @@ from dask_ep.kernel.pack import Combining, Packing
 from dask_ep.laws.costs import Rates
 
 MOST_BYTES = 32 << 20
-"""Of the rows, and of the matrices, that one thread measures with."""
+"""Maximum bytes of the rows, and of the matrices, that one thread measures with."""
 
 FILE_PIECES = 4
-"""Of half as many bytes, that make a file."""
+"""Number of pieces, of half as many bytes, that make a file."""
 
 
 def probe(
@@ -50,22 +50,23 @@ def probe(
     Parameters
     ----------
     d, d_out : width of the tokens and of the outputs
-    rows : of a token chunk
-    slots : of a row
-    experts : that the slots of a chunk are spread over
-    dtype : what the experts compute in
-    threads : how many work at once
-    seconds : how long to measure, about
-    sample : some experts of the job's kind and sizes, whatever their weights
-        What they do between the products is then part of the rate of these; without a sample, bare
-        products of (d, d_out) matrices are measured.
-    flops : floating-point operations of one row at one of these
+    rows : rows of a token chunk
+    slots : slots of a row
+    experts : number of experts that the slots of a chunk are spread over
+    dtype : computing dtype of the experts
+    threads : number of threads that work at once
+    seconds : approximate time to measure
+    sample : some experts of the job's kind and sizes, with any weights
+        The rate of products then includes the experts' other steps; without a sample, bare products
+        of (d, d_out) matrices are measured.
+    flops : floating-point operations of one row at one of these experts
 
     Returns
     -------
     rates : Rates
-        Of one of the threads; links at their default. Files are small new ones in the directory for
-        temporary files: a run that reads from a slow disk, or more than memory keeps, is slower.
+        Of one of the threads; `link` has its default. Files are small new ones in the directory for
+        temporary files: a run that reads from a slow disk, or more than the page cache holds, is
+        slower.
 
     Examples
     --------
@@ -104,7 +105,7 @@ def probe_files(seconds: float) -> dict[str, float]:
 
 
 class _Products:
-    """One product of every expert; called, it gives the operations done."""
+    """Makes one product per expert; a call returns the number of operations."""
 
     def __init__(self, d: int, d_out: int, rows: int, experts: int, dtype: np.dtype):
         matrix_bytes = d * d_out * np.dtype(dtype).itemsize
@@ -118,7 +119,7 @@ class _Products:
 
 
 class _Sample:
-    """A tile of rows through every expert of a sample; called, it gives the operations done."""
+    """Sends a tile of rows through each expert of a sample; a call returns the operations."""
 
     def __init__(self, sample: Sequence[Expert], flops: float, rows: int, dtype: np.dtype):
         self.sample, self.flops = sample, flops
@@ -132,12 +133,12 @@ class _Sample:
 
 
 class _Kernel:
-    """The kernel with experts that give their rows back; called, it gives the bytes handled."""
+    """Runs the kernel with experts that return their rows; a call returns the bytes processed."""
 
     def __init__(self, d: int, rows: int, slots: int, experts: int, dtype: np.dtype):
         self.tokens = np.ones((rows, d), dtype)
         first = np.random.default_rng(0).integers(0, experts, (rows, 1))
-        self.routing = (first + np.arange(slots)) % experts  # as of a router: no expert twice
+        self.routing = (first + np.arange(slots)) % experts  # no expert twice, as from a router
         self.experts = [_same] * experts
 
     def __call__(self) -> int:
@@ -146,8 +147,8 @@ class _Kernel:
 
 
 class _Exchange:
-    """A chunk of two ranks is packed, one packet made, and all rows added up as they went; called,
-    it gives the bytes of that packet and of the answers.
+    """Packs a chunk for two ranks, makes one packet, and adds up the rows as answers; a call
+    returns the bytes of that packet and of the answers.
     """
 
     def __init__(self, kernel: _Kernel):
@@ -169,7 +170,7 @@ class _Exchange:
 
 
 class _File:
-    """A temporary file to write and to read; both give the bytes handled."""
+    """A temporary file to write and to read; both return the number of bytes."""
 
     def __init__(self) -> None:
         self.content = np.ones(MOST_BYTES // 2, np.uint8)
@@ -177,12 +178,12 @@ class _File:
         self.file.write(self.content.data)
 
     def write(self) -> int:
-        """Write another one, of some pieces: the system has memory at hand for the first."""
+        """Write another file, of several pieces, as the system has memory ready for the first."""
         with tempfile.TemporaryFile(prefix="dask-ep-probe-", buffering=0) as file:
             return sum(file.write(self.content.data) or 0 for _ in range(FILE_PIECES))
 
     def read(self) -> int:
-        """Read what the system has in its cache, into memory as the run's reads do."""
+        """Read from the page cache, into memory from the pool, as a run does."""
         target = memory.empty((len(self.content),), np.uint8)
         return os.preadv(self.file.fileno(), [target], 0)
 
@@ -192,7 +193,7 @@ def _same(rows: np.ndarray) -> np.ndarray:
 
 
 def rate(work: Callable[[], float], seconds: float) -> float:
-    """What `work` says that it does, per second, after a call that warms up."""
+    """Return the amount that `work` returns per second, after one call to warm up."""
     work()
     done, passed, start = 0.0, 0.0, time.perf_counter()
     while passed < seconds or done == 0:

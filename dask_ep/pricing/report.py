@@ -1,7 +1,7 @@
 """How is a plan, or a run compared with its plan, shown?
 
-One HTML file that holds everything it shows, scripts included: it opens from a mail or a disk
-without a network, on a phone and on paper. What figures show is in text and tables as well.
+The report is one HTML file with everything it needs, scripts included: it opens from an email or a
+disk without a network, on a phone, and can be printed. What figures show is also in text or tables.
 
     plan     loads, imbalance of each placement, traffic, memory against the limit
     run      the same, planned against measured; tasks on a time line, rows over time, events
@@ -50,13 +50,13 @@ LINK = '<p><a href="{}">Dask\'s own report of this run</a> (a separate file)</p>
 
 
 def write_plan_report(path: str | PathLike, compared: WhatIf, *, job: str = "") -> None:
-    """Write what a plan says, and how the choices compare if there are several.
+    """Write a report of a plan, or of several that are compared.
 
     Parameters
     ----------
     path : of the HTML file
     compared : WhatIf
-        Of `what_if`; or of one plan, ``WhatIf((plan,), plan, "")``.
+        From `what_if`; for a single plan, ``WhatIf((plan,), plan, "")``.
     job : name of the job
 
     Raises
@@ -94,17 +94,17 @@ def write_run_report(
     link: str | None = None,
     more: Sequence[tuple[str, str, str]] = (),
 ) -> None:
-    """Write what a run did next to what was planned.
+    """Write a report of a run, compared with its plan.
 
     Parameters
     ----------
     path : of the HTML file
-    plan : Plan, of the run's ranks, placement and chunks
-    record : Record, its chunks numbered as those of the plan
+    plan : Plan, for the run's ranks, placement and chunks
+    record : Record, with chunks numbered as in the plan
     job : name of the job
-    note : a further remark, such as that the run resumed another
-    link : address of a further report, such as Dask's own
-    more : further figures, their names, planned and measured
+    note : a further remark, for example that the run resumed another
+    link : address of another report, such as Dask's own
+    more : further figures: name, planned and measured
 
     Raises
     ------
@@ -112,7 +112,7 @@ def write_run_report(
         If bokeh is not installed.
     """
     rate = plan.rows / record.seconds if record.seconds else 0.0
-    said = f"{plan.rows:,} rows in {record.seconds:.2f} s, {rate:,.0f} rows per second."
+    time = f"{plan.rows:,} rows in {record.seconds:.2f} s, {rate:,.0f} rows per second."
     sections = [
         *([_heading("", note)] if note else []),
         _table("Planned and measured", ("", "planned", "measured"), [*_both(plan, record), *more]),
@@ -121,14 +121,14 @@ def write_run_report(
         *(_of_ranks(plan, record) if plan.has_ranks else [figures.draw_expert_load(plan)]),
         _heading("Memory", _text_on_memory(plan)),
         figures.draw_memory(plan, record.peak_bytes),
-        _heading("Time", said),
+        _heading("Time", time),
         figures.draw_time_line(record),
         figures.draw_progress(plan, record),
     ]
     most, bars = figures.MOST_SPANS, len(record.spans) + len(record.servings)
     if bars > most:
-        said = f"The time line shows the longest {most:,} of {bars:,} tasks and servings."
-        sections.append(_heading("", said))
+        text = f"The time line shows the longest {most:,} of {bars:,} tasks and servings."
+        sections.append(_heading("", text))
     sections.append(_heading("Faults and moves", _text_on_events(record)))
     if record.events:
         rows = [(f"{event.time:.2f} s", event.what) for event in record.events]
@@ -138,7 +138,7 @@ def write_run_report(
 
 
 def check_drawing() -> None:
-    """Raise ImportError where bokeh is not installed; better before a run than after it."""
+    """Raise ImportError if bokeh is not installed, before a run instead of after it."""
     try:
         import bokeh.embed  # noqa: F401
     except ImportError as error:
@@ -149,7 +149,7 @@ def check_drawing() -> None:
 
 
 def check_place(path: str | PathLike) -> None:
-    """Make the folder of a file that is written at the end; raise OSError where it cannot be."""
+    """Make the directory of a file that is written later; raise OSError if that is impossible."""
     path = Path(path)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -163,7 +163,7 @@ def check_place(path: str | PathLike) -> None:
 
 
 def _write(path: str | PathLike, kind: str, title: str, sections: Sequence[Any]) -> None:
-    """Put sections, HTML text or bokeh figures, into one page."""
+    """Write sections, which are HTML text or bokeh figures, to one page."""
     check_drawing()
     from bokeh.embed import components
     from bokeh.resources import INLINE
@@ -196,7 +196,7 @@ def _write(path: str | PathLike, kind: str, title: str, sections: Sequence[Any])
 
 
 def _origin(job: str) -> list[tuple[str, str]]:
-    """Of what a report is, who made it when, and with what."""
+    """Return the job of a report, the command, when and where it ran, and versions."""
     program, *arguments = sys.argv
     name = os.path.basename(program)
     command = shlex.join(["dask-ep" if name == "__main__.py" else name, *arguments])
@@ -214,13 +214,13 @@ def _title(plan: Plan) -> str:
     how = f"{plan.world_size} ranks ({plan.policy})" if plan.has_ranks else "in passes"
     return (
         f"{plan.rows:,} token rows of width {plan.work.d}, {plan.slots_per_row} of "
-        f"{plan.expert_rows.size} experts a row, {how}"
+        f"{plan.expert_rows.size} experts per row, {how}"
     )
 
 
-def _heading(title: str, said: str) -> str:
+def _heading(title: str, text: str) -> str:
     heading = f"<h2>{escape(title)}</h2>" if title else ""
-    return f"{heading}<p>{escape(said)}</p>"
+    return f"{heading}<p>{escape(text)}</p>"
 
 
 def _table(title: str, head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
@@ -234,7 +234,7 @@ def _table(title: str, head: Sequence[str], rows: Sequence[Sequence[str]]) -> st
 
 
 def _both(plan: Plan, record: Record) -> list[tuple[str, str, str]]:
-    """Planned and measured, side by side."""
+    """Return the figures as planned and as measured."""
     both = [("tasks", f"{plan.tasks:,}", f"{record.tasks:,}")]
     if plan.has_ranks:
         planned, received = plan.packet_rows.sum(axis=0), list(record.received_rows().values())
@@ -247,13 +247,13 @@ def _both(plan: Plan, record: Record) -> list[tuple[str, str, str]]:
     peak = "" if record.peak_bytes is None else format_bytes(record.peak_bytes)
     return [
         *both,
-        ("memory of a worker, at most", format_bytes(plan.process_bytes), peak),
+        ("peak memory of a worker", format_bytes(plan.process_bytes), peak),
         ("time", "{:.2g} to {:.2g} s".format(*plan.seconds_range), f"{record.seconds:.2f} s"),
     ]
 
 
 def _of_ranks(plan: Plan, record: Record) -> list[Any]:
-    """Load of ranks and traffic to them, planned and measured; what services and workers did."""
+    """Return the sections on ranks: load and traffic, planned and measured; services; chunks."""
     received, chunks = record.received_rows(), record.chunks_of_workers()
     ranks = [
         (str(rank), f"{rows:,}", f"{received.get(rank, 0):,}")
@@ -268,16 +268,16 @@ def _of_ranks(plan: Plan, record: Record) -> list[Any]:
         _planned_traffic(plan),
         *_measured_traffic(plan, record),
         _table("Services", SERVICE_COLUMNS, _services(record)),
-        _heading("", SAID_OF_SERVICES),
+        _heading("", TEXT_ON_SERVICES),
         _table("Chunks", ("worker", "chunks"), finished),
     ]
 
 
 SERVICE_COLUMNS = ("rank", "worker", "rows", "bytes in", "bytes out", "busy", "queue")
 
-SAID_OF_SERVICES = (
-    "Busy is the share of the time in which a service computed; queue the rows that waited for it, "
-    "on average. Rows of chunks on its own worker come without bytes and do not queue."
+TEXT_ON_SERVICES = (
+    "Busy is the fraction of the time in which a service computed; queue is the average number of "
+    "rows that waited for it. Rows of chunks on its own worker send no bytes and do not queue."
 )
 
 
@@ -297,7 +297,7 @@ def _services(record: Record) -> list[tuple[str, ...]]:
 
 
 def _imbalance(rows: Sequence[float]) -> str:
-    """Largest over mean, as text."""
+    """Return the largest over the mean, as text."""
     counts = np.asarray(rows)
     return f"{counts.max() / counts.mean():.3f}" if counts.any() else ""
 
@@ -320,7 +320,7 @@ def _measured_traffic(plan: Plan, record: Record) -> list[Any]:
 
 
 def _imbalances(plan: Plan) -> dict[str, float]:
-    """Imbalance of the plan's placement and of each policy, for the plan's load."""
+    """Return the imbalance of the plan's placement and of each policy, for the plan's load."""
     load = plan.expert_rows
     found = {p: place(p, load, plan.world_size).imbalance(load) for p in POLICIES}
     if plan.policy in found:
@@ -331,28 +331,28 @@ def _imbalances(plan: Plan) -> dict[str, float]:
 def _text_on_load(plan: Plan) -> str:
     hottest = int(plan.expert_rows.argmax())
     pairs = max(int(plan.expert_rows.sum()), 1)
-    said = (
+    text = (
         f"The hottest expert, {hottest}, gets {plan.expert_rows[hottest] / pairs:.1%} of all rows"
     )
     if not plan.has_ranks:
-        return f"{said}."
+        return f"{text}."
     busiest = int(plan.rank_rows.argmax())
     return (
-        f"{said}; the busiest rank, {busiest}, has {plan.imbalance:.3f} times the mean work. A row "
-        "that wants several experts of a rank is that much more work there, and is received once."
+        f"{text}; the busiest rank, {busiest}, has {plan.imbalance:.3f} times the mean work. A row "
+        "that needs several experts of a rank is received once, but is work for each of them."
     )
 
 
 def _text_on_traffic(plan: Plan) -> str:
     rows = int(plan.packet_rows.sum())
-    said = (
-        f"Ranks receive {rows:,} rows, {rows / max(plan.rows, 1):.2f} for each token row, however "
-        f"many of its {plan.slots_per_row} experts a rank has. "
+    text = (
+        f"Ranks receive {rows:,} rows, {rows / max(plan.rows, 1):.2f} per token row: a row goes to "
+        f"a rank once, however many of its {plan.slots_per_row} experts are there. "
     )
     if not plan.exchanged_bytes:
-        return f"{said}None of them leaves its worker."
+        return f"{text}None of them leaves its worker."
     return (
-        f"{said}A row is sent to another worker once, and each of its ranks there sends one back: "
+        f"{text}A row is sent to another worker once, and each of its ranks there sends one back: "
         f"{format_bytes(plan.exchanged_bytes)}. The plan assumes that neighbouring chunks are on "
         "one worker; in a run Dask decides which worker reads which chunk."
     )
@@ -361,18 +361,18 @@ def _text_on_traffic(plan: Plan) -> str:
 def _text_on_events(record: Record) -> str:
     again = record.repeated + record.served_again
     if not record.events and not again:
-        return "No worker came or went, no rank moved, and nothing was computed twice."
+        return "No worker joined or left, no rank moved, and nothing was computed twice."
     return (
-        f"{record.repeated:,} tasks ran again, and {record.served_again:,} packets were served "
-        "again, lost with a worker or moved with a rank; what a lost worker had served is not "
-        f"counted. {len(record.events)} events, dotted lines in the time line."
+        f"{record.repeated:,} tasks ran again and {record.served_again:,} packets were served "
+        "again, because they were lost with a worker or moved with a rank; what a lost worker had "
+        f"served is not counted. {len(record.events)} events are dotted lines in the time line."
     )
 
 
 def _text_on_memory(plan: Plan) -> str:
-    said = []
+    parts = []
     for what, (nbytes, limit) in plan.memory_figures.items():
         of = "no limit was given" if limit is None else f"the limit is {format_bytes(limit)}"
-        said.append(f"{what}: {format_bytes(nbytes)}; {of}")
-    text = ". ".join(said)
+        parts.append(f"{what}: {format_bytes(nbytes)}; {of}")
+    text = ". ".join(parts)
     return f"{text[:1].upper()}{text[1:]}."

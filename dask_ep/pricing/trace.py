@@ -1,11 +1,11 @@
 """What did a run do, task by task, and who served what?
 
     threads     with Recorder() as recorder: ...        ──> recorder.record()
-    cluster     Dask's task stream, and what services note (`run_report`)
+    cluster     Dask's task stream, and what services record (`run_report`)
                                                         ──> Record.of_task_stream(stream, servings)
 
-A `Record` holds when and where each task of a layer ran and each rank's part of each chunk was
-served (`tally`), to be compared with the plan: `dask_ep.pricing.report`.
+A `Record` holds when and where each task of a layer ran, and each rank served its part of each
+chunk (`tally`). `dask_ep.pricing.report` compares it with the plan.
 """
 
 from __future__ import annotations
@@ -28,15 +28,15 @@ from dask_ep.graph.keys import TaskKey, read_key
 from dask_ep.graph.tally import HERE, Serving
 
 STEPS = ("experts", "ranks", "chunk", "send", "dispatch", "receipt", "sum", "gram")
-"""What the tasks of a layer do, by their names; from "send" on with experts in passes, and at last
-of statistics."""
+"""Steps of the tasks of a layer; those from "send" on are for experts in passes, the last one for
+statistics."""
 
 LAST = ("chunk", "sum", "usage", "see_router")
-"""What chunks end with, if not with their storing: the first of these that there is. With the last
-two no row goes through an expert."""
+"""Last step of a chunk, unless it is stored: the first of these that occurs. With the last two no
+row goes through an expert."""
 
 LAYER_STEPS = ("read", "route", "layer", "store")
-"""What the tasks around it do."""
+"""Steps of the tasks around them."""
 
 
 class Span(NamedTuple):
@@ -52,12 +52,12 @@ class Span(NamedTuple):
 
     @property
     def chunk(self) -> int:
-        """-1 for the experts of a rank, and for rows of several chunks."""
+        """The chunk; -1 for the experts of a rank, and for rows of several chunks."""
         return self.key.chunk
 
     @property
     def rank(self) -> int:
-        """-1 for what no rank does."""
+        """The rank; -1 for steps that belong to none."""
         return self.key.rank
 
 
@@ -70,7 +70,7 @@ class Service(NamedTuple):
     bytes_in: int
     bytes_out: int
     busy: float
-    #: share of the run's time
+    #: fraction of the run's time in which it computed
     queue: float
     #: rows that waited, on average over the run
 
@@ -91,21 +91,21 @@ class Record:
     seconds: float
     #: from the first start to the last stop
     peak_bytes: int | None = None
-    #: memory of the process that used most, if it was measured
+    #: memory of the process that used the most, if measured
     events: tuple[Event, ...] = ()
     servings: tuple[Serving, ...] = ()
-    #: each rank's part of each chunk, times as those of the spans
+    #: each rank's part of each chunk; times are like those of the spans
 
     # --- tasks ---
 
     @property
     def tasks(self) -> int:
-        """Tasks of the layer that ran, each once however often it was run."""
+        """Number of the layer's tasks that ran, each counted once."""
         return len({s.key for s in self._of_layer})
 
     @property
     def repeated(self) -> int:
-        """Runs of tasks beyond their first: work that was lost with a worker."""
+        """Number of times that tasks ran again: work that was lost with a worker."""
         return len(self._of_layer) - self.tasks
 
     @property
@@ -115,24 +115,24 @@ class Record:
 
     @property
     def _last(self) -> str:
-        """The step that chunks end with: on workers these are named after their storing."""
+        """The last step of chunks; on workers, tasks that end with storing have its name."""
         steps = Counter(span.step for span in self.spans)
         if steps["gram"]:  # second moments are stored by expert
             return next((s for s in LAST if steps[s]), "gram")
         return next((s for s in LAST if steps[s] and steps[s] >= steps["store"]), "store")
 
     def finished(self) -> list[tuple[float, int]]:
-        """When each chunk was done, first to last: (seconds, chunk)."""
+        """Return when each chunk was done, first to last: (seconds, chunk)."""
         done = {chunk: span.stop for chunk, span in self._last_runs().items()}
         return sorted((when, chunk) for chunk, when in done.items())
 
     def chunks_of_workers(self) -> dict[str, int]:
-        """How many chunks each worker has finished."""
+        """Return how many chunks each worker has finished."""
         counted = Counter(span.worker for span in self._last_runs().values())
         return dict(sorted(counted.items()))
 
     def _last_runs(self) -> dict[int, Span]:
-        """The last run of the task that each chunk ends with."""
+        """Return the last run of each chunk's last task."""
         last = self._last
         spans = sorted((s for s in self.spans if s.step == last), key=lambda s: s.stop)
         return {span.chunk: span for span in spans if span.chunk >= 0}
@@ -141,7 +141,7 @@ class Record:
 
     @property
     def served_again(self) -> int:
-        """How often a rank's part of a chunk was served beyond the first time."""
+        """How often a rank served its part of a chunk again."""
         return len(self.servings) - len(self._once())
 
     @property
@@ -150,14 +150,14 @@ class Record:
         return sum(s.bytes_in + s.bytes_out for s in self.servings)
 
     def received_rows(self) -> dict[int, int]:
-        """Rows that each rank has answered, each chunk's once."""
+        """Return how many rows each rank has served, counting each chunk once."""
         rows: Counter[int] = Counter()
         for serving in self._once():
             rows[serving.rank] += serving.rows
         return dict(sorted(rows.items()))
 
     def workers(self) -> list[str]:
-        """All workers with chunks or ranks, by the lowest rank that they served; others last."""
+        """Return all workers with chunks or ranks, by the lowest rank they served; others last."""
         lowest: dict[str, int] = {}
         for serving in self._once():
             lowest[serving.served_by] = min(
@@ -167,12 +167,12 @@ class Record:
         return sorted(present, key=lambda worker: (lowest.get(worker, sys.maxsize), worker))
 
     def homes(self) -> dict[int, int]:
-        """The number of each chunk's worker in `workers`."""
+        """Return the index of each chunk's worker in `workers`."""
         number = {worker: n for n, worker in enumerate(self.workers())}
         return {chunk: number[span.worker] for chunk, span in sorted(self._last_runs().items())}
 
     def traffic_rows(self, world_size: int) -> np.ndarray:
-        """(W, R) rows from the chunks of each of the `workers` to each rank."""
+        """Return (W, R) rows from the chunks of each of the `workers` to each rank."""
         workers = self.workers()
         rows = np.zeros((len(workers), world_size), np.int64)
         number = {worker: n for n, worker in enumerate(workers)}
@@ -182,7 +182,7 @@ class Record:
         return rows
 
     def services(self) -> list[Service]:
-        """What each rank has served at each worker, in the order of ranks."""
+        """Return what each rank has served at each worker, in the order of ranks."""
         parts: dict[tuple[int, str], list[Serving]] = defaultdict(list)
         for serving in self.servings:
             parts[serving.rank, serving.served_by].append(serving)
@@ -201,13 +201,13 @@ class Record:
         ]
 
     def _once(self) -> list[Serving]:
-        """The last serving of each rank's part of each chunk."""
+        """Return the last serving of each rank's part of each chunk."""
         return list({(s.chunk, s.rank): s for s in self.servings}.values())
 
     # --- forms ---
 
     def renumbered(self, chunks: Sequence[int]) -> Record:
-        """Number chunks by their place in `chunks`: those that a resumed run has computed."""
+        """Renumber chunks by their position in `chunks`, those that a resumed run computed."""
         place = {chunk: n for n, chunk in enumerate(chunks)} | {-1: -1}
         spans = tuple(
             s._replace(key=s.key._replace(chunk=place[s.chunk]))
@@ -228,14 +228,14 @@ class Record:
         peak_bytes: int | None = None,
         events: Sequence[tuple[float, str]] = (),
     ) -> Record:
-        """Read what `distributed.get_task_stream` gives.
+        """Make a record from the output of `distributed.get_task_stream`.
 
         Parameters
         ----------
         stream : records with "key", "worker" and "startstops"
-        servings : what the workers have noted meanwhile
+        servings : what the workers have recorded during the run
         peak_bytes : see `Record`
-        events : (time, text), times as the stream has them (seconds since 1970)
+        events : (time, text), with times like those of the stream (seconds since 1970)
         """
         spans = []
         for task in stream:
@@ -282,7 +282,7 @@ class Recorder(Callback):
         self._servings += tally.take()
 
     def record(self, peak_bytes: int | None = None) -> Record:
-        """What has been recorded in the block."""
+        """Return what was recorded in the block."""
         thread = {span.chunk: span.worker for span in self._spans if span.step == "chunk"}
         servings = [
             s._replace(asked_by=where, served_by=where)
@@ -302,14 +302,14 @@ class Recorder(Callback):
 
 
 def forget_peak_memory() -> None:
-    """Let `peak_memory` begin anew, where the system can: on Linux."""
+    """Reset `peak_memory`, if the system can: only Linux does."""
     with suppress(OSError):
         Path("/proc/self/clear_refs").write_text("5")
 
 
 def peak_memory() -> int:
-    """Bytes of memory that this process has used at most so far."""
-    try:  # the resource usage of a process begins with the peak of the one that started it
+    """Return the peak memory of this process so far, in bytes."""
+    try:  # the resource usage of a process starts with the peak of its parent
         status = Path("/proc/self/status").read_text()
         if found := re.search(r"^VmHWM:\s+(\d+) kB$", status, re.MULTILINE):
             return int(found[1]) * 1024
@@ -320,7 +320,7 @@ def peak_memory() -> int:
 
 
 def _layer_key(key: Any) -> TaskKey | None:
-    """What a key says, if it is of a step that a record keeps."""
+    """Parse a key; None if a record does not keep its step."""
     found = read_key(key)
     return found if found is not None and found.step in (*STEPS, *LAYER_STEPS, *LAST) else None
 
@@ -331,7 +331,7 @@ def _from_zero(
     peak_bytes: int | None,
     events: Sequence[tuple[float, str]],
 ) -> Record:
-    """A record whose times begin with its first task."""
+    """Make a record whose times begin with its first task."""
     tasks = sorted(spans, key=lambda one: one.start)
     zero = tasks[0].start if tasks else 0.0
     return Record(

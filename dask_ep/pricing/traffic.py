@@ -1,6 +1,6 @@
-"""Which rows go where, under one placement and one chunking?
+"""Which rows go where, for one placement and one chunking?
 
-Counted in a pass over the routing, exactly.
+They are counted exactly, in a pass over the routing.
 
 Axis letters: `N` rows, `k` slots per row, `E` experts, `R` ranks, `S` slots per rank, `C` chunks.
 """
@@ -28,13 +28,13 @@ class Traffic:
     Notes
     -----
     `traffic_rows` and `exchanged_bytes` assume that neighbouring chunks are on one worker, as Dask
-    assigns them, or each at its home, where the placement is local. What each rank receives is
-    exact wherever they are, and so is `exchanged_at`.
+    assigns them, or each at its home if the placement is local. What each rank receives is exact
+    wherever chunks are, and so is `exchanged_at`.
     """
 
     work: Work
     decision: Decision
-    #: how it will run
+    #: how the job will run
     placement: Placement
     chunks: tuple[int, ...]
     #: rows of each token chunk
@@ -45,15 +45,15 @@ class Traffic:
     packet_rows: np.ndarray
     #: (C, R) rows of each chunk that each rank serves, each row once
     worker_rows: np.ndarray
-    #: (C, W) those that some rank of each worker serves, rank r being on worker r % W
+    #: (C, W) rows of each chunk that any rank of each worker serves, rank r on worker r % W
     numbers: Sequence[int] | None = None
-    #: of the chunks; None if these are all
+    #: indices of these chunks; None for all chunks of the job
 
     # --- how it runs -------------------------------------------------------------------------
 
     @property
     def layout(self) -> Layout:
-        """On what the job runs."""
+        """Where the job runs."""
         return self.decision.layout
 
     @property
@@ -63,17 +63,17 @@ class Traffic:
 
     @property
     def workers(self) -> int:
-        """Processes that serve the ranks."""
+        """Number of processes that serve the ranks."""
         return self.layout.serving
 
     @property
     def threads(self) -> int:
-        """Tasks that run in each at a time."""
+        """Number of tasks that run in each process at a time."""
         return self.layout.threads
 
     @property
     def cores(self) -> int | None:
-        """Cores that all workers share; None if each thread has its own."""
+        """Number of cores that all workers share; None if each thread has its own."""
         return self.layout.cores
 
     @property
@@ -83,7 +83,7 @@ class Traffic:
 
     @property
     def policy(self) -> str:
-        """Name of the policy, or "given"; and what travels, if not rows alone."""
+        """Name of the policy, or "given"; and what travels, unless only rows do."""
         asked, travel = self.layout.placement, self.decision.travel
         name = asked if isinstance(asked, str) else "contiguous" if asked is None else "given"
         moved = travel.moves_experts and self.workers > 1
@@ -127,12 +127,12 @@ class Traffic:
 
     @property
     def packet_row_bytes(self) -> int:
-        """Bytes of one row on its way to a worker."""
+        """Bytes of a row that is sent to a worker."""
         return self.work.packet_row_bytes(self.placement.physical.size)
 
     @property
     def reply_row_bytes(self) -> int:
-        """Bytes of one row on its way back from a rank."""
+        """Bytes of a row that a rank sends back."""
         return self.work.reply_bytes
 
     @property
@@ -141,23 +141,23 @@ class Traffic:
         return self.exchanged_at(self._homes.tolist()) if self.has_ranks else 0
 
     def exchanged_at(self, homes: Sequence[int]) -> int:
-        """Bytes of all packets and answers with each chunk on the worker of that number, (C,).
+        """Return the bytes of all packets and answers, given the worker of each chunk, (C,).
 
         A row goes once to each other worker that serves it, and comes back once from each rank
-        there; between a chunk and the ranks on its own worker nothing goes.
+        there; nothing is sent between a chunk and the ranks on its own worker.
         """
         there, back = self._rows_exchanged(np.asarray(homes, int))
         return there * self.packet_row_bytes + back * self.reply_row_bytes
 
     def _rows_exchanged(self, homes: np.ndarray) -> tuple[int, int]:
-        """Rows that go to other workers, and rows that come back."""
+        """Return how many rows go to other workers, and how many come back."""
         there = self.worker_rows[homes[:, None] != np.arange(self.workers)]
         back = self.packet_rows[homes[:, None] != np.arange(self.world_size) % self.workers]
         return int(there.sum()), int(back.sum())
 
     @cached_property
     def _homes(self) -> np.ndarray:
-        """(C,) the number of the worker where each chunk is."""
+        """(C,) index of the worker where each chunk is."""
         if self.placement.local:
             numbers = range(len(self.chunks)) if self.numbers is None else self.numbers
             return np.array([self.placement.home(c) for c in numbers], int) % self.workers
@@ -175,7 +175,7 @@ class Traffic:
         )
 
     def _per_worker(self, per_rank: np.ndarray) -> np.ndarray:
-        """(W,) sums over the ranks of each worker, rank r on worker r % workers."""
+        """Return (W,) sums over the ranks of each worker, rank r on worker r % workers."""
         return np.bincount(
             np.arange(self.world_size) % self.workers, per_rank, minlength=self.workers
         )

@@ -53,7 +53,7 @@ def test_plans():
     machine = Machine(workers=1, threads=1, memory_limit="1 GiB")
     shown = cells(plan(tokens, routing, experts, machine=machine, rates=RATES))
     assert shown["token rows"] == "6"
-    assert shown["memory of a worker, at most"].endswith("of 1.00 GiB")
+    assert shown["peak memory of a worker"].endswith("of 1.00 GiB")
 
 
 @pytest.fixture(scope="module")

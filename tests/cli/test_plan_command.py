@@ -78,7 +78,7 @@ def test_the_command_prints_json_and_saves_the_placement(job_file, tmp_path):
 def test_the_command_writes_a_report(job_file, tmp_path, bokeh):
     invoke(job_file, "--processes", 2, "--memory-limit", "1 GiB", "--html", tmp_path / "plan.html")
     text = (tmp_path / "plan.html").read_text()
-    assert "1,000 token rows of width 8, 2 of 8 experts a row, 2 ranks (contiguous)" in text
+    assert "1,000 token rows of width 8, 2 of 8 experts per row, 2 ranks (contiguous)" in text
 
 
 @pytest.mark.parametrize("placements", ["foo", ".", "contiguous,"])
@@ -214,7 +214,7 @@ def test_the_command_says_what_travels(job_file, tmp_path):
     assert slow_disk["replicas"] == 0
     assert slow_link["policy"] == "contiguous, travel auto"
     said = invoke(job_file, "--processes", 4, "--travel", "experts", "--chunk-rows", 100)
-    assert re.search(rf"replicas among them\W+{experts['replicas']}, ", said)
+    assert re.search(rf"of these, replicas\W+{experts['replicas']}, ", said)
 
 
 def test_nothing_is_read_for_rows_that_do_not_leave_their_worker(job_file):
@@ -263,7 +263,7 @@ def no_gpu(monkeypatch):
 def test_a_plan_on_gpus_that_are_not_here(job_file):
     output = invoke(job_file, *GPU, "--world-size", 4, "--device-memory-limit", "1 GiB")
     assert "4 (contiguous) on 4 GPUs" in output
-    assert re.search(r"memory of a GPU, at most .* of 1.00 GiB", output)
+    assert re.search(r"peak memory of a GPU .* of 1.00 GiB", output)
     assert "of its worker on the host" in output
     content = json.loads(invoke(job_file, *GPU, "--memory-limit", "2 GiB", "--json"))
     assert (content["gpu"], content["workers"], content["threads"]) == (True, 1, 3)

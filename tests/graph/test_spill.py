@@ -182,7 +182,7 @@ def test_a_report_of_a_run_in_passes_and_of_one_that_went_on(job, passes):
         run_job(job, Threads(2), on_progress=stop_after(400), report=report)
     run_job(job, Threads(2), resume=True, report=report)
     said = report.read_text()
-    assert "No worker came or went, no rank moved, and nothing was computed twice." in said
+    assert "No worker joined or left, no rank moved, and nothing was computed twice." in said
     went_on = passes is not WAYS["spill"]  # of which no block was done
     assert ("This run resumed an earlier one" in said) == went_on
 

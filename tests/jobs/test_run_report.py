@@ -80,7 +80,7 @@ def test_on_threads(job_file, tmp_path, placement):
     assert planned.policy == placement
     found = cells(report)
     assert found[:3] == ["tasks", str(planned.tasks), str(record.tasks)]
-    assert "No worker came or went" in report.read_text()
+    assert "No worker joined or left" in report.read_text()
     assert [p.name for p in tmp_path.glob("*.html")] == ["run.html"]
     for rank, rows in enumerate(planned.packet_rows.sum(axis=0).tolist()):
         at = found.index(f"{rank}", 15)
@@ -207,7 +207,7 @@ def test_the_output_has_its_name_before_the_report_is_written(job_file, tmp_path
 
 
 @pytest.mark.slow
-def test_experts_that_go_by_in_passes(tmp_path):
+def test_a_report_of_experts_in_passes(tmp_path):
     """201 MB of experts within 50 MB besides the process."""
     sizes = {"rows": 300, "d": 256, "num_experts": 768, "k": 2}
     job = load_job(write_example(tmp_path, Example(**sizes, format="npy")))
@@ -217,5 +217,5 @@ def test_experts_that_go_by_in_passes(tmp_path):
     assert record.peak_bytes <= planned.memory_bytes <= 348 << 20
     assert sum(s.step == "experts" for s in record.spans) > 1
     text = report.read_text()
-    assert "experts a row, in passes" in text
+    assert "experts per row, in passes" in text
     assert not any(word in text for word in ("ranks serve", "exchanged", "Between chunks"))

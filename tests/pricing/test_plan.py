@@ -485,7 +485,7 @@ def test_chunks_that_do_not_fit_are_refused_where_they_are_asked_for_and_made_sm
     free = plan(tokens, routing, experts, **arguments)
     assert free.chunk_rows == 4096
     assert free.fits
-    assert "those of the tokens, of 50000 rows, do not fit" in free.advice[0]
+    assert "their own chunks, of 50000 rows, do not fit" in free.advice[0]
     again = plan(tokens.rechunk({0: 4096}), routing, experts, **arguments)
     assert again.chunks == free.chunks
     assert not again.advice

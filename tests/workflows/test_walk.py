@@ -17,6 +17,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.numpy import save_file
 from walk.documents import (
+    AT_ONCE,
     MAX_PADDING,
     Documents,
     batch_documents,
@@ -101,17 +102,25 @@ def test_a_directory_without_requests_is_refused(tmp_path):
 
 
 @given(LENGTHS, st.integers(1, 64))
-def test_chunks_hold_whole_documents_in_order_and_are_full(lengths, rows):
+def test_chunks_hold_whole_documents_in_order_and_are_few(lengths, rows):
     counts = chunk_documents(lengths, rows)
     assert sum(counts) == len(lengths)
-    first, sums = 0, []
+    first, fewest, filled = 0, 0, rows
     for count in counts:
-        sums.append(sum(lengths[first : first + count]))
-        assert sums[-1] <= rows or count == 1
+        assert sum(lengths[first : first + count]) <= rows or count == 1
         first += count
+    for length in lengths:
+        fits = filled + length <= rows
+        fewest, filled = (fewest, filled + length) if fits else (fewest + 1, length)
+    assert fewest <= len(counts) <= -(-fewest // AT_ONCE) * AT_ONCE
+
+
+@given(st.lists(st.integers(1, 8), min_size=40, max_size=80))
+def test_chunks_are_about_equal(lengths):
+    counts = chunk_documents(lengths, 64)
     ends = np.cumsum(counts)
-    for total, end in zip(sums, ends[:-1], strict=False):
-        assert total + lengths[end] > rows, "the next document would have fitted"
+    sums = [sum(lengths[end - count : end]) for count, end in zip(counts, ends, strict=True)]
+    assert max(sums) <= sum(lengths) / len(counts) + 8
 
 
 @given(LENGTHS, st.integers(1, 128))

@@ -13,6 +13,7 @@ needed either: a causal model never attends to the padding that follows a token.
 from __future__ import annotations
 
 import os
+from bisect import bisect_left
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from math import prod
 from pathlib import Path
@@ -21,6 +22,10 @@ from typing import NamedTuple
 import numpy as np
 
 from dask_ep.storage.sources import Source, open_safetensors, open_source
+
+AT_ONCE = 2
+"""Token chunks in a block at a time: while one is being read or written, or runs code that takes
+only one thread, the other one computes."""
 
 MAX_PADDING = 0.125
 """Fraction of a batch that may be padding."""
@@ -167,20 +172,36 @@ def chunk_documents(lengths: Sequence[int], rows: int) -> list[int]:
 
     Returns
     -------
+<<<<<<< HEAD
     list of int, the number of documents in each chunk; a longer document gets its own chunk
+=======
+    list of int, the number of documents in each chunk; a longer document is a chunk of its own.
+    The fewest chunks, rounded up to a multiple of `AT_ONCE` and about equal, so that none is
+    computed alone at the end.
+>>>>>>> 22819cc (A walk's token chunks are about equal, so that none is computed alone at the end)
 
     Examples
     --------
-    >>> chunk_documents([3, 3, 5, 9, 1, 1], 8)
-    [2, 1, 1, 2]
+    >>> chunk_documents([3, 3, 5, 9, 1, 1], 12)
+    [3, 3]
+    >>> chunk_documents([1] * 9, 8)
+    [5, 4]
     """
-    counts, filled = [], rows
-    for length in map(int, lengths):
-        if filled + length > rows:
-            counts.append(0)
-            filled = 0
-        counts[-1] += 1
-        filled += length
+    ends = np.cumsum(lengths)
+    fewest = len(_fill(ends, rows))
+    most = -(-fewest // AT_ONCE) * AT_ONCE
+    limits = range(1, rows + 1)
+    enough = bisect_left(limits, True, key=lambda limit: len(_fill(ends, limit)) <= most)
+    return _fill(ends, limits[enough])
+
+
+def _fill(ends: np.ndarray, rows: int) -> list[int]:
+    """The number of documents in each chunk, as many as fit into `rows` rows."""
+    counts, first, start = [], 0, 0
+    while first < len(ends):
+        last = max(int(np.searchsorted(ends, start + rows, "right")), first + 1)
+        counts.append(last - first)
+        first, start = last, int(ends[last - 1])
     return counts
 
 

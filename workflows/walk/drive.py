@@ -23,9 +23,16 @@ from transformers import AutoTokenizer
 from dask_ep.arrays.checks import size_in_bytes
 from dask_ep.cluster.dask_internals import scheduler_address
 from dask_ep.jobs.backends import Cluster, Threads, started
-from walk.documents import Documents, hidden_shape, read_documents, read_hidden, request_files
+from walk.documents import (
+    AT_ONCE,
+    Documents,
+    hidden_shape,
+    read_documents,
+    read_hidden,
+    request_files,
+)
 from walk.memory import Need, find_need, keep_freed
-from walk.model import AT_ONCE, Model, open_model
+from walk.model import Model, open_model
 from walk.options import Options
 from walk.progress import Progress
 from walk.record import Record, keep_documents, write_json

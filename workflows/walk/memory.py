@@ -29,8 +29,9 @@ from torch.utils._pytree import tree_leaves, tree_map
 from dask_ep.arrays import memory as pool
 from dask_ep.laws.pass_blocks import PASSES_PROCESS_BYTES
 from walk.block import Answer, Reached, StandIn, decoder_of, replaced
+from walk.documents import AT_ONCE
 from walk.head import LOGIT_BYTES
-from walk.model import AT_ONCE, Model
+from walk.model import Model
 
 CHUNKS = 5 * AT_ONCE
 """Token chunks in memory at a time, over all tasks: read, being written, waiting to be joined to

@@ -34,14 +34,11 @@ from transformers.modeling_utils import LoadStateDictConfig
 from dask_ep.layers.checkpoint_layers import Checkpoint
 from dask_ep.layers.formats import ACTIVATION_SCALES, find_parts
 from dask_ep.storage.sources import Source
+from walk.documents import AT_ONCE
 from walk.tensors import as_tensor
 
 transformers.logging.set_verbosity_error()
 transformers.logging.disable_progress_bar()
-
-AT_ONCE = 2
-"""Token chunks in a block at a time: while one is being read or written, or runs code that takes
-only one thread, the other one computes."""
 
 
 @lru_cache(maxsize=2)

@@ -35,9 +35,9 @@ from dask_ep.laws.decision import Course
 from dask_ep.layers.collect import Wanted
 from dask_ep.storage.output import Output, progress_directory
 from walk import head
-from walk.documents import chunk_documents, spans
+from walk.documents import AT_ONCE, chunk_documents, spans
 from walk.memory import give_back
-from walk.model import AT_ONCE, Model, open_model
+from walk.model import Model, open_model
 from walk.tasks import Scoring, Task
 from walk.tensors import numpy_dtype
 

@@ -15,8 +15,8 @@ import torch
 from distributed import WorkerPlugin
 
 from walk import block, head
-from walk.documents import chunk_documents, spans
-from walk.model import AT_ONCE, open_model
+from walk.documents import AT_ONCE, chunk_documents, spans
+from walk.model import open_model
 
 
 class TorchThreads(WorkerPlugin):

@@ -172,13 +172,9 @@ def chunk_documents(lengths: Sequence[int], rows: int) -> list[int]:
 
     Returns
     -------
-<<<<<<< HEAD
-    list of int, the number of documents in each chunk; a longer document gets its own chunk
-=======
-    list of int, the number of documents in each chunk; a longer document is a chunk of its own.
-    The fewest chunks, rounded up to a multiple of `AT_ONCE` and about equal, so that none is
-    computed alone at the end.
->>>>>>> 22819cc (A walk's token chunks are about equal, so that none is computed alone at the end)
+    list of int, the number of documents in each chunk; a longer document gets its own chunk.
+    There are as few chunks as possible, rounded up to a multiple of `AT_ONCE`, of about equal
+    size: no chunk is computed alone at the end.
 
     Examples
     --------
@@ -196,7 +192,7 @@ def chunk_documents(lengths: Sequence[int], rows: int) -> list[int]:
 
 
 def _fill(ends: np.ndarray, rows: int) -> list[int]:
-    """The number of documents in each chunk, as many as fit into `rows` rows."""
+    """Return the number of documents in each chunk, with as many as fit into `rows` rows."""
     counts, first, start = [], 0, 0
     while first < len(ends):
         last = max(int(np.searchsorted(ends, start + rows, "right")), first + 1)

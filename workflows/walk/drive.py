@@ -79,7 +79,7 @@ def run(options: Options, say: Callable[[str], Any] = lambda _: None) -> dict[st
         if blocks[-1] == len(models[0].blocks) - 1:
             summary |= _finish(options, walks, kept)
     for walk in walks:
-        walk.drop_hidden(blocks[-1])
+        walk.drop(blocks[-1])
     summary |= {
         "seconds": round(time.monotonic() - began, 3),
         "bytes_read": sum(took["bytes_read"] for took in kept.blocks),
@@ -99,7 +99,11 @@ def _walks(options: Options, models: list[Model], where: Where, progress: Progre
     out = os.path.realpath(options.out)
     lengths = os.path.join(out, "lengths.npy")
     blocks = options.layers or range(len(models[0].blocks))
-    asked = [Asked(blocks, options.save, options.collect), Asked(blocks, frozenset())]
+    compared = len(models) > 1
+    asked = [
+        Asked(blocks, options.save, options.collect, compared),
+        Asked(blocks, frozenset(), compared=compared),
+    ]
     outs = [out, os.path.join(out, "compare")]
     return [
         Walk(
@@ -137,7 +141,7 @@ def _through_blocks(
         if len(walks) == 2 and not kept.has(block, "error"):
             kept.add(block, hidden_error(*(walk.hidden(block) for walk in walks)), "error")
         for walk in walks:
-            walk.drop_hidden(block - 1)
+            walk.drop(block - 1)
 
 
 def _begin(options: Options, walk: Walk, first: int) -> None:

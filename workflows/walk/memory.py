@@ -33,9 +33,9 @@ from walk.documents import AT_ONCE
 from walk.head import LOGIT_BYTES
 from walk.model import Model
 
-CHUNKS = 5 * AT_ONCE
-"""Token chunks in memory at a time, over all tasks: read, being written, waiting to be joined to
-stored chunks, and those that the MoE module's output will be added to."""
+CHUNKS = 7 * AT_ONCE
+"""Token chunks in memory at once, in all tasks: read, their sums and what those were made of, being
+written, waiting to be joined into stored chunks, and what the MoE module's output is added to."""
 
 LOGITS = 4 * AT_ONCE
 """Arrays of logits at a time."""

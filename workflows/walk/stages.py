@@ -3,10 +3,11 @@
     tokens.npy ──> embedding.zarr
     block 0:  embedding.zarr ── attend ──> work/moe_input.zarr, and what comes after it in work/kept
               work/moe_input.zarr ── dask_ep ──> work/moe_output.zarr
-              both ── finish ──> block_000.zarr
-    block 1:  block_000.zarr ── ...
-    the end:  block_N.zarr ── last norm ──> final.zarr ── head ──> work/scores_*.zarr
+    block 1:  both ── finish ──> hidden states ── attend ──> ...
+    the end:  hidden states ── last norm ──> final.zarr ── head ──> work/scores_*.zarr
 
+The hidden states after a block are computed by the task that reads them; they are written to
+block_000.zarr only if they were asked for, or if the model is compared with another one.
 Each stage writes an output with `dask_ep.store`, chunk by chunk, and renames it when it is
 complete. So a walk can be stopped at any point and continues there, and it runs wherever Dask does.
 Files of a block that were not asked for are removed once its output is complete.
@@ -79,6 +80,8 @@ class Asked:
     #: any of "hidden", "routing" and "moe_input"
     collect: frozenset[str] = frozenset()
     #: statistics of experts, see `dask_ep.collect`
+    compared: bool = False
+    #: whether the hidden states after each block are compared with those of another model
 
 
 class Walk:
@@ -122,11 +125,15 @@ class Walk:
 
     @property
     def last_done(self) -> int | None:
-        """The last block whose hidden states are complete; -1 is the embedding."""
+        """The last complete block; -1 is the embedding."""
         last = len(self.model.blocks) - 1
         if os.path.exists(self.final):
             return last
-        return next((b for b in range(last, -2, -1) if os.path.exists(self.hidden(b))), None)
+        return next((b for b in range(last, -2, -1) if self._is_done(b)), None)
+
+    def _is_done(self, block: int) -> bool:
+        files = (self.hidden(block), self._done(block), self._work(block + 1, "moe_input.zarr"))
+        return any(map(os.path.exists, files))
 
     # --- the stages ---
 
@@ -140,13 +147,14 @@ class Walk:
 
     def step(self, block: int) -> dict[str, Any]:
         """Send the hidden states through a block; return the seconds it took and bytes it read."""
-        started, before = time.monotonic(), self.hidden(block - 1)
+        started = time.monotonic()
         took: dict[str, Any] = {"block": block}
         if block in self.model.moe_blocks:
-            took |= self._moe_step(block, before)
+            took |= self._moe_step(block)
         else:
-            y = self._mapped(replace(self.task, block=block).whole, self._rows(before))
-            self._store("block", y, self.hidden(block), {"hidden": before})
+            rows, inputs = self._hidden_rows(block - 1)
+            y = self._mapped(replace(self.task, block=block).whole, rows)
+            self._store("block", y, self.hidden(block), inputs)
         took["bytes_read"] = took.get("expert_bytes_read", 0) + self.model.stored_bytes(
             self.model.names_of_block(block)
         )
@@ -159,26 +167,24 @@ class Walk:
     def last_norm(self) -> str:
         """Write ``final.zarr``, the final hidden states."""
         if not os.path.exists(self.final):
-            before = self.hidden(len(self.model.blocks) - 1)
-            y = self._mapped(self.task.last_norm, self._rows(before))
-            self._store("last norm", y, self.final, {"hidden": before})
+            rows, inputs = self._hidden_rows(len(self.model.blocks) - 1)
+            self._store("last norm", self._mapped(self.task.last_norm, rows), self.final, inputs)
         return self.final
 
-    def _moe_step(self, block: int, before: str) -> dict[str, Any]:
-        kept, moe_input = self._work(block, "kept"), self._work(block, "moe_input.zarr")
-        os.makedirs(kept, exist_ok=True)
-        task = replace(self.task, block=block, kept=kept)
+    def _moe_step(self, block: int) -> dict[str, Any]:
+        moe_input = self._work(block, "moe_input.zarr")
         marks = [time.monotonic()]
-        y = self._mapped(task.attend, self._rows(before))
-        self._store("attention", y, moe_input, {"hidden": before})
+        self._attend(block, moe_input)
         marks.append(time.monotonic())
-        moe_output, reads = self._moe(block, moe_input)
+        reads = self._moe(block, moe_input)
         marks.append(time.monotonic())
         experts = load_moe_layer(self.task.directory, block).experts
         reads += experts.num_experts * self._collect(block, moe_input)
         marks.append(time.monotonic())
-        y = self._mapped(task.finish, self._rows(moe_output))
-        self._store("sum", y, self.hidden(block), {"hidden": before, "moe": moe_output})
+        os.replace(self._work(block), self._done(block))
+        if self.asked.compared or self._kept_path("hidden", block):
+            rows, inputs = self._sum(block)
+            self._store("sum", rows, self.hidden(block), inputs)
         marks.append(time.monotonic())
         names = ("attention_seconds", "experts_seconds", "collect_seconds", "sum_seconds")
         took = {
@@ -189,8 +195,31 @@ class Walk:
             name: round(b - a, 3) for name, a, b in zip(names, marks[:-1], marks[1:], strict=True)
         }
 
-    def _moe(self, block: int, moe_input: str) -> tuple[str, int]:
-        """Compute the MoE module with `dask_ep`; return its output's path and the experts read."""
+    def _attend(self, block: int, moe_input: str) -> None:
+        """Write the input of the block's MoE module, and remove what it was computed from."""
+        if os.path.exists(moe_input):
+            return
+        os.makedirs(self._work(block, "kept"), exist_ok=True)
+        task = replace(self.task, block=block, kept=self._work(block, "kept"))
+        rows, inputs = self._hidden_rows(block - 1)
+        self._store("attention", self._mapped(task.attend, rows), moe_input, inputs)
+        shutil.rmtree(self._done(block - 1), ignore_errors=True)
+
+    def _hidden_rows(self, block: int) -> tuple[da.Array, dict[str, Any]]:
+        """Return the hidden states after a complete block, and the files they come from."""
+        hidden = self.hidden(block)
+        if os.path.exists(hidden):
+            return self._rows(hidden), {"hidden": hidden}
+        return self._sum(block)
+
+    def _sum(self, block: int) -> tuple[da.Array, dict[str, Any]]:
+        """Return the output of a block whose MoE module is done, and the file it comes from."""
+        moe_output = os.path.join(self._done(block), "moe_output.zarr")
+        task = replace(self.task, kept=os.path.join(self._done(block), "kept"))
+        return self._mapped(task.finish, self._rows(moe_output)), {"moe": moe_output}
+
+    def _moe(self, block: int, moe_input: str) -> int:
+        """Compute the MoE module with `dask_ep`; return how many experts were read."""
         job, routing = self._job(block, moe_input), self._kept_path("routing", block)
         give_back()
         passes = None
@@ -205,8 +234,8 @@ class Walk:
             ).passes  # fmt: skip
         give_back()
         if passes is None:
-            return job.out, load_moe_layer(self.task.directory, block).experts.num_experts
-        return job.out, sum(passes.reads.values())
+            return load_moe_layer(self.task.directory, block).experts.num_experts
+        return sum(passes.reads.values())
 
     def _job(self, block: int, moe_input: str) -> Job:
         """Return the job that computes the block's MoE module."""
@@ -271,10 +300,11 @@ class Walk:
 
     def tidy(self, block: int) -> None:
         """Keep the results of a complete block that were asked for, and remove its other files."""
-        moe_input = self._kept_path("moe_input", block)
-        if moe_input is not None and os.path.exists(self._work(block, "moe_input.zarr")):
-            os.replace(self._work(block, "moe_input.zarr"), moe_input)
-        shutil.rmtree(self._work(block), ignore_errors=True)
+        done, moe_input = self._done(block), self._kept_path("moe_input", block)
+        if moe_input is not None and os.path.exists(os.path.join(done, "moe_input.zarr")):
+            os.replace(os.path.join(done, "moe_input.zarr"), moe_input)
+        needed = not os.path.exists(self.hidden(block))
+        shutil.rmtree(os.path.join(done, "moe_input.zarr") if needed else done, ignore_errors=True)
         if (routing := self._kept_path("routing", block)) is not None:
             for path in (routing, path_of_weights(routing)):
                 shutil.rmtree(progress_directory(path), ignore_errors=True)
@@ -286,8 +316,13 @@ class Walk:
         """Return the path of a file that exists only until its block is complete."""
         return os.path.join(self.work, f"block_{block:03d}", *name)
 
-    def drop_hidden(self, block: int) -> None:
+    def _done(self, block: int) -> str:
+        """Return the directory of a complete block's MoE output and of the steps after it."""
+        return os.path.join(self.work, f"done_{block:03d}")
+
+    def drop(self, block: int) -> None:
         """Remove the hidden states after a block unless they were asked for."""
+        shutil.rmtree(self._done(block), ignore_errors=True)
         if "hidden" not in self.asked.save or block not in self.asked.blocks:
             shutil.rmtree(self.hidden(block), ignore_errors=True)
 

@@ -21,7 +21,7 @@ from dask_ep.graph.gram import PICKED_TOGETHER, ROWS_TOGETHER, group_of
 from dask_ep.jobs.build import Inputs
 from dask_ep.jobs.decide import attempt
 from dask_ep.kernel.statistics import Observe
-from dask_ep.laws.costs import FEWEST_ROWS, PROCESS_BYTES, usable
+from dask_ep.laws.costs import FEWEST_ROWS, PROCESS_BYTES
 from dask_ep.laws.decision import Course, Decision
 from dask_ep.laws.memory_law import Layout
 from dask_ep.layers.collect import Chosen, Wanted, choose_statistics, share_of_others
@@ -162,10 +162,7 @@ def _with_gram(inputs: Inputs, course: Course, slots: int) -> Course:
 
 
 def _limit(layout: Layout) -> float:
-    """Bytes that may be filled: Dask watches its workers', but not this process."""
-    if layout.memory_limit is None:
-        return inf
-    return layout.memory_limit if layout.in_process else usable(layout.memory_limit)
+    return inf if layout.usable_bytes is None else layout.usable_bytes
 
 
 def _refusal(found: Decision | DoesNotFit, layout: Layout, partial_bytes: int) -> DoesNotFit:

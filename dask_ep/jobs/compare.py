@@ -17,6 +17,7 @@ from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
+from pathlib import Path
 from queue import SimpleQueue
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -41,7 +42,7 @@ from dask_ep.jobs.backends import (
 from dask_ep.jobs.build import Inputs, build, open_inputs
 from dask_ep.jobs.decide import attempt
 from dask_ep.jobs.difference import Difference, differences, join
-from dask_ep.jobs.job import Job
+from dask_ep.jobs.job import Job, resolve_path
 from dask_ep.jobs.result import Progress
 from dask_ep.jobs.run import owned_ranks, run_job
 from dask_ep.jobs.verify import open_output
@@ -264,11 +265,7 @@ def _known_experts(inputs: Inputs) -> int:
 
 
 def _path(path: str | os.PathLike) -> str:
-    text = os.fspath(path)
-    if "://" in text:
-        return text
-    file, separator, tensor = text.partition("::")
-    return f"{os.path.realpath(file)}{separator}{tensor}"
+    return resolve_path(os.fspath(path), Path.cwd())
 
 
 def _layer_of(a: str | os.PathLike, b: str | os.PathLike) -> int:

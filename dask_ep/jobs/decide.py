@@ -19,7 +19,7 @@ from typing import Any
 
 from dask_ep.errors import DoesNotFit, JobError
 from dask_ep.jobs.resumed_run import Begun
-from dask_ep.laws.costs import CHUNKS_PER_THREAD, FEWEST_ROWS, PART_OF_A_WORKER
+from dask_ep.laws.costs import CHUNKS_PER_THREAD, FEWEST_ROWS
 from dask_ep.laws.decision import Decision
 from dask_ep.laws.device_memory import DEVICE_CHUNK_BYTES
 from dask_ep.laws.memory_law import Layout, host_need, need, rows_within
@@ -205,10 +205,9 @@ def _check_resumed(passes: Passes, layout: Layout, asked: int | None) -> None:
     """Refuse what a resumed run in passes cannot keep to."""
     wrong = ""
     process, fewer = "the process", f"--threads {passes.threads}"
-    limit: float = layout.memory_limit or math.inf
+    limit = math.inf if layout.usable_bytes is None else layout.usable_bytes
     if not layout.in_process:
         process, fewer = "each worker", f"workers of {passes.threads}"
-        limit *= PART_OF_A_WORKER
     if passes.way == "hold" and not layout.in_process:
         wrong = "holds rows in memory, which threads alone share: resume on threads"
     elif layout.threads > passes.threads:

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import reduce
 from typing import Any, NamedTuple
 
@@ -187,17 +187,9 @@ def _of_errors(
 ) -> Difference:
     order = np.argsort(-errors, kind="stable")[:MOST_ROWS]
     worst = tuple(WorstRow(float(errors[i]), first_row + int(i)) for i in order)
+    beyond = int((errors > tolerance).sum())
     nothing = Difference.none(num_experts, slots)
-    return Difference(
-        num_experts,
-        len(errors),
-        int((errors > tolerance).sum()),
-        bins=_bins(errors),
-        worst=worst,
-        **{name: getattr(nothing, name) for name in (*_OF_EXPERTS, "moved_slots")},
-        expert_errors=nothing.expert_errors,
-        expert_largest=nothing.expert_largest,
-    )
+    return replace(nothing, rows=len(errors), beyond=beyond, bins=_bins(errors), worst=worst)
 
 
 def _with_routing(
@@ -227,7 +219,7 @@ def _with_routing(
             "moved_slots": slots.sum(axis=0),
             "pairs": Counter((int(x), int(y)) for x, y in pairs),
         }
-    return Difference(**(vars(found) | changes))
+    return replace(found, **changes)
 
 
 def _chosen(routing: np.ndarray, num_experts: int) -> np.ndarray:

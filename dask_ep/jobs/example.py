@@ -19,6 +19,7 @@ import numpy as np
 
 from dask_ep.jobs.example_text import TokenRows
 from dask_ep.layers.scores import largest, softmax
+from dask_ep.storage.replace import remove
 from dask_ep.storage.writers import Writer, make_writer
 
 FORMATS = ("zarr", "npy", "safetensors")
@@ -240,11 +241,7 @@ def _make_room(directory: Path, names: list[str], overwrite: bool) -> None:
             "overwrite (--overwrite)"
         )
     for name in there:
-        path = directory / name
-        if path.is_dir():
-            shutil.rmtree(path)
-        else:
-            path.unlink()
+        remove(os.fspath(directory / name))
 
 
 class _Progress:

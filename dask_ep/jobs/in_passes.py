@@ -112,7 +112,7 @@ class InPasses:
     @property
     def settings(self) -> dict[str, Any]:
         """What a resumed run must know, JSON-able."""
-        return {"passes": self.passes.to_dict(), "spill": self._place}
+        return {"passes": {**vars(self.passes)}, "spill": self._place}
 
     def steps(self, output: Output) -> Iterator[Step]:
         """Yield what is to be computed; each must be done before the next."""

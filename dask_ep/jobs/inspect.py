@@ -34,7 +34,7 @@ from dask_ep.storage.gguf_files import open_gguf
 from dask_ep.storage.output import progress_directory
 from dask_ep.storage.remote import is_remote
 from dask_ep.storage.sources import Source, ZarrSource, open_safetensors, open_source
-from dask_ep.storage.storage import CHUNK_BYTES
+from dask_ep.storage.storage import whole_chunks
 
 MOST_SLOTS = 64
 """An integer array of at most this width is taken for a routing."""
@@ -178,10 +178,7 @@ def advise_chunk_rows(source: Source) -> int:
     >>> advise_chunk_rows(open_source(np.zeros((100_000, 1024), np.float32)))
     8192
     """
-    row_bytes = max(1, source.nbytes // max(1, source.shape[0]))
-    stored = source.chunk_rows or 1
-    rows = max(1, CHUNK_BYTES // (row_bytes * stored)) * stored
-    return min(rows, max(source.shape[0], 1))
+    return min(whole_chunks(source), max(source.shape[0], 1))
 
 
 def _is_routing(source: Source) -> bool:

@@ -222,7 +222,8 @@ class _Kind:
         return self.resolve is _resolve_weight
 
 
-def _resolve_path(value: str, base: Path) -> str:
+def resolve_path(value: str, base: Path) -> str:
+    """Make a path absolute, the name of its tensor apart; addresses stay as they are."""
     if "://" in value:
         return value
     file, separator, tensor = value.partition("::")
@@ -237,8 +238,8 @@ def _resolve_path(value: str, base: Path) -> str:
 
 def _resolve_weight(value: str | list[str], base: Path) -> str | list[str]:
     if isinstance(value, list):
-        return [_resolve_path(one, base) for one in value]
-    return _resolve_path(value, base)
+        return [resolve_path(one, base) for one in value]
+    return resolve_path(value, base)
 
 
 def _is_path(value: Any) -> bool:
@@ -258,11 +259,11 @@ def _is_weight(value: Any) -> bool:
     return _is_path(value) or bool(one_per_expert)
 
 
-_PATH = _Kind("a path", _is_path, _resolve_path)
+_PATH = _Kind("a path", _is_path, resolve_path)
 _OUT = _Kind(
     "a local path without '::' (an address can be read, but not written)",
     lambda value: _is_path(value) and "://" not in value and "::" not in value,
-    _resolve_path,
+    resolve_path,
 )
 _WEIGHT = _Kind("a path, or a list of paths with one per expert", _is_weight, _resolve_weight)
 _FLAG = _Kind("true or false", lambda value: isinstance(value, bool))
@@ -284,7 +285,7 @@ JOB_KEYS = {
     "placement": _Kind(
         f"one of {', '.join(PLACEMENTS)}, or the path of a JSON file",
         _is_path,
-        lambda value, base: value if value in PLACEMENTS else _resolve_path(value, base),
+        lambda value, base: value if value in PLACEMENTS else resolve_path(value, base),
     ),
     "precision": _Kind(f"one of {', '.join(PRECISIONS)}", lambda v: v in PRECISIONS),
     "missing": _Kind(f"one of {', '.join(MISSING)}", lambda v: v in MISSING),

@@ -58,7 +58,7 @@ def read_begun(out: str) -> Begun | None:
         world_size=settings.get("world_size"),
         rows=tuple(manifest["rows"]),
         placement=None if placement is None else Placement.from_json(placement),
-        passes=None if passes is None else Passes.from_dict(passes),
+        passes=None if passes is None else Passes(**passes),
         place=settings.get("spill"),
         done=done,
         complete=len(done) == len(manifest["rows"]) and os.path.exists(out),

@@ -75,11 +75,6 @@ PART_OF_A_WORKER = 0.7
 then pauses the worker, and finally terminates it."""
 
 
-def usable(limit: int) -> int:
-    """Return how many bytes a job may use of a worker's memory limit."""
-    return int(limit * PART_OF_A_WORKER)
-
-
 class Spread(NamedTuple):
     """Upper bounds on a chunk's rows in packets and answers, as multiples of its own rows."""
 

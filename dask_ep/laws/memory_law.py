@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-from dask_ep.laws.costs import SORT_BYTES, Need, Spread, chunks_held, usable
+from dask_ep.laws.costs import PART_OF_A_WORKER, SORT_BYTES, Need, Spread, chunks_held
 from dask_ep.laws.work import Work
 from dask_ep.placement.placement import Placement
 from dask_ep.placement.policies import most_physical
@@ -72,10 +72,10 @@ class Layout:
 
     @property
     def usable_bytes(self) -> int | None:
-        """Bytes that the job may use of the memory limit: less on Dask workers, see `usable`."""
-        if self.on_devices or self.memory_limit is None:
+        """Bytes that the job may use of the memory limit: less on Dask workers, which watch it."""
+        if self.memory_limit is None or self.on_devices or self.in_process:
             return self.memory_limit
-        return usable(self.memory_limit)
+        return int(self.memory_limit * PART_OF_A_WORKER)
 
 
 def need(

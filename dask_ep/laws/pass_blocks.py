@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from dask_ep.laws.costs import CHUNKS_PER_THREAD, FEWEST_ROWS
+from dask_ep.laws.costs import CHUNKS_PER_THREAD, FEWEST_ROWS, SORT_BYTES
 from dask_ep.laws.memory_law import Layout
 from dask_ep.laws.work import Work
 
@@ -73,6 +73,13 @@ def spilled_chunk_rows(work: Work, layout: Layout, most: int) -> int:
     usual = SPILLED_CHUNK_BYTES // max(work.token_bytes, work.d_out * work.dtype.itemsize)
     chunk_rows = min(max(usual, 1), max(fair, FEWEST_ROWS), most)
     return chunk_rows // (unit := read_together(work, chunk_rows)) * unit
+
+
+def spilled_row_bytes(work: Work) -> int:
+    """Bytes of a row in memory on its way to the disk or back, the wider of both; of a layer, with
+    what its shared experts give."""
+    row = max(work.token_bytes, work.answer_bytes) + work.slots * SORT_BYTES
+    return row + (work.answer_bytes if work.layer.loaded else 0)
 
 
 def spilled_bytes(work: Work) -> int:

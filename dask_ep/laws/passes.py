@@ -24,11 +24,10 @@ in bfloat16, read by each of two workers, are 44 GB. Threads of one process can 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
 
-from dask_ep.laws.costs import FEWEST_ROWS, SORT_BYTES, Rates, usable
+from dask_ep.laws.costs import FEWEST_ROWS, SORT_BYTES, Rates
 from dask_ep.laws.memory_law import Layout
 from dask_ep.laws.pass_blocks import (
     PIECE_ROWS,
@@ -40,6 +39,7 @@ from dask_ep.laws.pass_blocks import (
     round_up,
     spilled_bytes,
     spilled_chunk_rows,
+    spilled_row_bytes,
     written_together,
 )
 from dask_ep.laws.work import Work
@@ -86,13 +86,6 @@ class Passes:
     #: bytes of rows spilled in total: each is written once and read once
     seconds: float
     #: estimated time to read and move these bytes
-
-    def to_dict(self) -> dict[str, Any]:
-        return dataclasses.asdict(self)
-
-    @classmethod
-    def from_dict(cls, content: Mapping[str, Any]) -> Passes:
-        return cls(**content)
 
     def groups(self, chunks: int) -> Iterator[range]:
         """Yield groups of `chunks` chunks, one for each pass.
@@ -176,8 +169,8 @@ def choose_passes(
     >>> choose_passes(work, dataclasses.replace(layout, memory_limit=1_000_000_000)).way
     'spill'
     """
-    assert layout.memory_limit is not None  # without one, all experts are held
-    limit = layout.memory_limit if layout.in_process else usable(layout.memory_limit)
+    limit = layout.usable_bytes
+    assert limit is not None  # without one, all experts are held
     found = [
         passes
         for way in ways or ways_to_wait(work, layout)
@@ -254,10 +247,7 @@ def _spill(
     rates: Rates,
 ) -> Passes | None:
     """Spill chunks of the usual size, or of what fits, in as few groups as the disk allows."""
-    row = max(work.token_bytes, work.answer_bytes) + work.slots * SORT_BYTES
-    if work.layer.loaded:
-        row += work.answer_bytes
-    chunks_held = 3 * layout.threads + 2
+    row, chunks_held = spilled_row_bytes(work), 3 * layout.threads + 2
     room = limit - fixed_bytes(work, layout)
     blocks = choose_blocks(work, layout, room - layout.threads * work.scratch, 1.0)
     most = room // (chunks_held * row)
@@ -332,6 +322,6 @@ def _refusal(
 
 def _least(work: Work, layout: Layout, rows: int) -> tuple[int, int, int]:
     """Return the least bytes of a process: fixed, to compute one block, and for its chunks."""
-    row = max(work.token_bytes, work.answer_bytes) + work.slots * SORT_BYTES
     computing = blocks_bytes(work, layout, 1, 0) + layout.threads * work.scratch
-    return fixed_bytes(work, layout), computing, (3 * layout.threads + 2) * rows * row
+    chunks = (3 * layout.threads + 2) * rows * spilled_row_bytes(work)
+    return fixed_bytes(work, layout), computing, chunks

@@ -66,9 +66,7 @@ def packed(load: np.ndarray, world_size: int) -> Placement:
     The longest-processing-time rule under the limit of ceil(E/R) experts per rank. The best that a
     placement without replicas can do is bounded by the hottest expert: max/mean >= R * its share.
     """
-    load = _loads(load)
-    _check_sizes(load.size, world_size)
-    return balanced(load, world_size, num_physical=load.size)
+    return balanced(load, world_size, num_physical=np.size(load))
 
 
 def balanced(

@@ -50,7 +50,7 @@ class Plan(Needs):
     @property
     def advised_chunk_rows(self) -> int:
         """Rows of a chunk that is large enough for fast products and small enough for memory."""
-        row_bytes = max(self.work.d, self.work.d_out) * self.work.dtype.itemsize
+        row_bytes = self.work.row_bytes
         fast = max(
             ROWS_PER_PRODUCT * self.expert_rows.size // self.slots_per_row, USUAL_CHUNK // row_bytes
         )

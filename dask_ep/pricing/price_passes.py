@@ -86,4 +86,4 @@ class PlanInPasses(Plan):
 
     def to_dict(self) -> dict[str, Any]:
         """Return all figures as plain numbers, lists and text."""
-        return super().to_dict() | {"passes": self.passes.to_dict()}
+        return super().to_dict() | {"passes": {**vars(self.passes)}}

@@ -24,6 +24,7 @@ from dask_ep.storage.safetensors_header import encode_header
 from dask_ep.storage.source import Source
 from dask_ep.storage.sources import open_safetensors, open_source
 from dask_ep.storage.storage import CHUNK_BYTES
+from dask_ep.storage.zarr_layout import zarr_metadata
 
 KINDS_OF_BUNDLES = (".safetensors", ".zarr")
 
@@ -99,8 +100,7 @@ def check_content(path: str) -> None:
 def read_metadata(path: str) -> dict[str, str]:
     """Read the metadata of a bundle."""
     if path.endswith(".zarr"):
-        with open(os.path.join(path, "zarr.json"), encoding="utf-8") as file:
-            return json.load(file).get("attributes", {})
+        return zarr_metadata(path).get("attributes", {})
     with open(path, "rb") as file:
         header = json.loads(file.read(int.from_bytes(file.read(8), "little")))
     return header.get("__metadata__", {})
@@ -142,8 +142,7 @@ def _is_bundle(path: str) -> bool:
         if not path.endswith(".zarr"):
             read_metadata(path)
             return True
-        with open(os.path.join(path, "zarr.json"), encoding="utf-8") as file:
-            return json.load(file)["node_type"] == "group"
+        return zarr_metadata(path)["node_type"] == "group"
     except (OSError, ValueError, KeyError):
         return False
 

@@ -5,9 +5,10 @@ The old one stays until the new one is whole, and comes back if the exchange fai
 
 from __future__ import annotations
 
-import json
 import os
 import shutil
+
+from dask_ep.storage.zarr_layout import zarr_metadata
 
 ASIDE = "replaced"
 """What an old directory is called for the moment between two renames."""
@@ -55,7 +56,6 @@ def is_replaceable(path: str) -> bool:
     if not os.path.isdir(path):
         return True
     try:
-        with open(os.path.join(path, "zarr.json")) as file:
-            return json.load(file)["node_type"] == "array"
+        return zarr_metadata(path)["node_type"] == "array"
     except (OSError, ValueError, KeyError):
         return os.path.exists(os.path.join(path, ".zarray"))

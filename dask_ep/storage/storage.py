@@ -257,6 +257,13 @@ def _read_block(source: Source, span: tuple[int, int, int], xp: str) -> Array:
         raise ReadError(f"block {block} of {source.name} could not be read: {error}") from error
 
 
+def whole_chunks(source: Source, nbytes: int = CHUNK_BYTES) -> int:
+    """Return the rows of a chunk of about `nbytes` that is made of whole stored ones."""
+    stored = source.chunk_rows or 1
+    row_bytes = max(1, prod(source.shape[1:]) * source.dtype.itemsize)
+    return max(1, nbytes // (stored * row_bytes)) * stored
+
+
 def _row_chunks(
     source: Source, chunks: int | str | tuple[int, ...] | None, like: da.Array | None
 ) -> tuple[int, ...]:
@@ -273,9 +280,7 @@ def _row_chunks(
     if chunks is None or isinstance(chunks, str):
         given = None if chunks == "auto" else chunks
         nbytes = size_in_bytes(given, f"chunks of {source.name}") or CHUNK_BYTES
-        stored = source.chunk_rows or 1
-        row_bytes = max(1, prod(source.shape[1:]) * source.dtype.itemsize)
-        chunks = max(1, nbytes // (stored * row_bytes)) * stored
+        chunks = whole_chunks(source, nbytes)
     if isinstance(chunks, (int, Integral)):
         chunks = int(chunks)
         if chunks < 1:

@@ -141,14 +141,18 @@ def create_array(
         config={"write_empty_chunks": True},
     )
     if name is not None:
-        place = os.path.join(path, "zarr.json")
-        with open(place) as file:
-            metadata = json.load(file)
         # As bits, since a type may have no zero (float8_e8m0fnu).
-        metadata |= {"data_type": name, "fill_value": f"0x{0:0{2 * dtype.itemsize}x}"}
-        with open(place, "w") as file:
-            json.dump(metadata, file, indent=2)
+        fill = f"0x{0:0{2 * dtype.itemsize}x}"
+        metadata = zarr_metadata(path) | {"data_type": name, "fill_value": fill}
+        Path(path, "zarr.json").write_text(json.dumps(metadata, indent=2))
     return array
+
+
+def zarr_metadata(path: str) -> dict[str, Any]:
+    """Read the metadata of the Zarr 3 array or group at a path or URL, as they are written."""
+    if is_remote(path):
+        return json.loads(read_object(f"{path.rstrip('/')}/zarr.json"))
+    return json.loads(Path(path, "zarr.json").read_bytes())
 
 
 def local_directory(array: zarr.Array) -> str | None:
@@ -247,10 +251,7 @@ def _open_extension_dtype(
     import zarr
     from zarr.storage import FsspecStore, LocalStore, StorePath
 
-    if is_remote(path):
-        metadata = json.loads(read_object(f"{path.rstrip('/')}/zarr.json"))
-    else:
-        metadata = json.loads(Path(path, "zarr.json").read_bytes())
+    metadata = zarr_metadata(path)
     name = metadata.get("data_type")
     dtype = EXTENSION_DTYPES.get(name) if isinstance(name, str) else None
     if dtype is None:

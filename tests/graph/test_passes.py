@@ -260,7 +260,7 @@ def test_what_is_chosen_fits_and_covers_all_rows(work, limit, free, threads, wor
         assert [c for group in chosen.groups(chunks) for c in group] == list(range(chunks))
         assert len(list(chosen.groups(chunks))) in (chosen.passes, chosen.passes - 1)
         assert chosen.chunk_rows % chosen.stored_rows == 0
-        assert Passes.from_dict(chosen.to_dict()) == chosen
+        assert Passes(**vars(chosen)) == chosen
     if found:
         best = choose(work, limit, threads, workers, free=free, ways=list(found))
         assert best.seconds == min(chosen.seconds for chosen in found.values())

@@ -22,10 +22,11 @@ import numpy as np
 
 from dask_ep.arrays.checks import is_float
 from dask_ep.errors import JobError, ReadError
+from dask_ep.experts.expert_kinds import EXPERT_KINDS
 from dask_ep.experts.experts import Experts
 from dask_ep.experts.stored_experts import held_as_stored
 from dask_ep.graph.pipeline import expert_parallel
-from dask_ep.jobs.job import EXPERT_KEYS, PLACEMENTS, Job, nearest
+from dask_ep.jobs.job import PLACEMENTS, Job, nearest
 from dask_ep.laws.decision import Decision
 from dask_ep.laws.work import Work
 from dask_ep.layers.checkpoint import load_moe_layer, moe_layers
@@ -315,9 +316,7 @@ def name_inputs(inputs: Inputs) -> dict[str, Any]:
     return named if inputs.topk_weights is None else named | {"topk_weights": inputs.topk_weights}
 
 
-WEIGHT_KEYS = frozenset(
-    key for keys in EXPERT_KEYS.values() for key, kind in keys.items() if kind.is_weight
-)
+WEIGHT_KEYS = frozenset(name for kind in EXPERT_KINDS.values() for name in kind.weights)
 """The keys of an [experts] table that name arrays."""
 
 

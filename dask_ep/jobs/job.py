@@ -217,10 +217,6 @@ class _Kind:
     accepts: Any
     resolve: Any = None
 
-    @property
-    def is_weight(self) -> bool:
-        return self.resolve is _resolve_weight
-
 
 def resolve_path(value: str, base: Path) -> str:
     """Make a path absolute, the name of its tensor apart; addresses stay as they are."""

@@ -1,4 +1,4 @@
-"""How do bytes of local files get into memory, and how are changed files recognised?
+"""How do bytes get from local files and to them, and how are changed files recognised?
 
 `fill_from_file` reads from the file straight into the array's memory, with nothing in between;
 what is not there whole is a `ReadError`.
@@ -9,11 +9,30 @@ from __future__ import annotations
 import hashlib
 import os
 from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
 
 from dask_ep.errors import ReadError
+
+
+@contextmanager
+def descriptor(path: str, flags: int, sync: bool = False) -> Iterator[int]:
+    """Open a file for calls of the system; with `sync`, its data then outlives a power loss."""
+    file = os.open(path, flags, 0o666)
+    try:
+        yield file
+        if sync:
+            os.fsync(file)
+    finally:
+        os.close(file)
+
+
+def sync_path(path: str) -> None:
+    """Make a file's data, or the names in a directory, outlive a power loss."""
+    with descriptor(path, os.O_RDONLY, sync=True):
+        pass
 
 
 def fill_from_file(
@@ -35,7 +54,7 @@ def fill_from_file(
     """
     view = out.reshape(-1).view(np.uint8).data
     try:
-        file = os.open(path, os.O_RDONLY | getattr(os, "O_CLOEXEC", 0))
+        file = os.open(path, os.O_RDONLY)
     except OSError as error:
         raise ReadError(f"{place}: {path} cannot be opened: {error.strerror}") from error
     try:

@@ -29,6 +29,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from dask_ep.errors import OutputInUse
+from dask_ep.storage.files import descriptor, sync_path
 
 FORMAT = 2
 """Version of the manifest and the lines; another version is refused."""
@@ -116,15 +117,10 @@ def record_done(
     name = f"{what}-{socket.gethostname()}-{os.getpid()}"
     # The line break in front ends what a process of the same number may have left torn.
     line = b"\n" + _line(run, block, digest)
-    flags = os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC
-    file = os.open(os.path.join(directory, name), flags, 0o666)
-    try:
+    flags = os.O_WRONLY | os.O_CREAT | os.O_APPEND
+    with descriptor(os.path.join(directory, name), flags, sync) as file:
         if os.write(file, line) != len(line):
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), name)
-        if sync:
-            os.fsync(file)
-    finally:
-        os.close(file)
 
 
 def read_done(directory: str, run: str) -> set[int]:
@@ -222,15 +218,6 @@ def release_lock(directory: str) -> None:
         if holder is not None and all(holder[k] == mine[k] for k in ("pid", "host", "born")):
             file.seek(0)
             file.truncate()
-
-
-def sync_path(path: str) -> None:
-    """Make a file's data, or the names in a directory, outlive a power loss."""
-    file = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(file)
-    finally:
-        os.close(file)
 
 
 def _line(run: str, block: int, digest: str) -> bytes:

@@ -32,6 +32,7 @@ from dask.highlevelgraph import HighLevelGraph
 from dask_ep.arrays.checks import count_not_finite
 from dask_ep.arrays.device_streams import download
 from dask_ep.storage import journal
+from dask_ep.storage.files import sync_path
 from dask_ep.storage.lock_release import release_when_written
 from dask_ep.storage.replace import is_replaceable, replace
 from dask_ep.storage.sources import open_source
@@ -204,7 +205,7 @@ class Output(Step):
                     "by something else meanwhile: move that away and resume"
                 )
             replace(self._writer.path, self.path, self.directory)
-            journal.sync_path(os.path.dirname(self.path))
+            sync_path(os.path.dirname(self.path))
             journal.write_complete(self.directory, self._manifest, fingerprint_output(self.path))
             self.complete = True
         self.close()

@@ -17,6 +17,7 @@ import os
 import threading
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
+from contextlib import suppress
 from functools import cached_property
 from itertools import accumulate
 from typing import Any
@@ -24,8 +25,7 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
-from dask_ep.storage.files import fill_from_file
-from dask_ep.storage.journal import sync_path
+from dask_ep.storage.files import descriptor, fill_from_file, sync_path
 from dask_ep.storage.safetensors_header import encode_header
 from dask_ep.storage.sources import Source, open_source
 from dask_ep.storage.zarr_layout import (
@@ -98,13 +98,8 @@ class FileWriter(Writer):
             file.truncate(len(self.header) + self.rows * self.row_bytes)
 
     def write(self, rows: np.ndarray, start: int, sync: bool) -> None:
-        file = os.open(self.path, os.O_WRONLY | os.O_CLOEXEC)
-        try:
+        with descriptor(self.path, os.O_WRONLY, sync) as file:
             write_all(file, rows, len(self.header) + start * self.row_bytes)
-            if sync:
-                os.fsync(file)
-        finally:
-            os.close(file)
 
     def fits(self) -> bool:
         try:
@@ -276,19 +271,15 @@ def _write_chunk(files: ChunkFiles, chunk: int, rows: np.ndarray, sync: bool) ->
     """Write one chunk file under another name, and rename it when it is whole."""
     path = files.path(chunk)
     draft = f"{path}.{os.getpid()}-{threading.get_ident()}{_WRITING}"
-    file = os.open(draft, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o666)
     try:
-        try:
+        with descriptor(draft, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, sync) as file:
             write_all(file, rows, 0)
             if rows.nbytes < files.chunk_bytes:
                 os.ftruncate(file, files.chunk_bytes)  # the padding of the last chunk, zeros
-            if sync:
-                os.fsync(file)
-        finally:
-            os.close(file)
         os.replace(draft, path)
     except BaseException:
-        os.unlink(draft)
+        with suppress(FileNotFoundError):
+            os.unlink(draft)
         raise
 
 

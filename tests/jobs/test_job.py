@@ -14,6 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dask_ep.errors import JobError, ReadError
+from dask_ep.experts.expert_kinds import EXPERT_KINDS
 from dask_ep.experts.experts import Experts
 from dask_ep.jobs.backends import Processes, Threads, lay_out
 from dask_ep.jobs.build import Built, build, open_inputs
@@ -22,9 +23,7 @@ from dask_ep.jobs.job import EXPERT_KEYS, EXPERT_MATRICES, Job, load_job, parse_
 from dask_ep.jobs.run import run_job
 from dask_ep.placement.policies import balanced
 
-EXPERT_WEIGHTS = [
-    f"{kind}.{key}" for kind, keys in EXPERT_KEYS.items() for key in keys if keys[key].is_weight
-]
+EXPERT_WEIGHTS = [f"{kind}.{key}" for kind in EXPERT_KINDS for key in EXPERT_KINDS[kind].weights]
 
 GOOD = """
 tokens = "tokens.npy"

@@ -25,7 +25,7 @@ if TYPE_CHECKING:  # editors and type checkers read this, and import the names a
     from dask_ep.layers.collect import collect
     from dask_ep.layers.layer import MoELayer
     from dask_ep.layers.router import Router
-    from dask_ep.placement.policies import Placement
+    from dask_ep.placement.placement import Placement
     from dask_ep.storage.storage import open_tokens, store
 
 _HOME = {
@@ -38,7 +38,7 @@ _HOME = {
     "Machine": "jobs.plan",
     "MoELayer": "layers.layer",
     "OwnerRules": "cluster.owner_rules",
-    "Placement": "placement.policies",
+    "Placement": "placement.placement",
     "Processes": "jobs.backends",
     "Rates": "laws.costs",
     "Router": "layers.router",

@@ -32,13 +32,14 @@ from rich.console import Console
 from rich.table import Table
 
 from dask_ep.placement.engine_records import expert_load
+from dask_ep.placement.placement import Placement
 from dask_ep.placement.placement_files import (
     read_sglang,
     read_vllm_ascend,
     write_sglang,
     write_vllm_ascend,
 )
-from dask_ep.placement.policies import Placement, balance_layers, contiguous
+from dask_ep.placement.policies import balance_layers, contiguous
 from dask_ep.placement.rebalance import incremental, moves
 
 

@@ -35,7 +35,8 @@ from dask.system import CPU_COUNT
 from distributed import Client, LocalCluster
 
 from dask_ep import Experts, expert_parallel, own_experts
-from dask_ep.placement.policies import Placement, place
+from dask_ep.placement.placement import Placement
+from dask_ep.placement.policies import place
 from dask_ep.placement.routing_stats import survey
 
 EXPERTS, SLOTS, EXPONENT = 64, 2, 1.2

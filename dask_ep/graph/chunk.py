@@ -30,7 +30,7 @@ from dask_ep.kernel.host_kernel import Served, answer_of_rank, begin_answers, ga
 from dask_ep.kernel.pack import Combining, Packet, Packing, packet_order, slots_at
 from dask_ep.kernel.segments import sort_slots
 from dask_ep.kernel.statistics import Observe, Seen
-from dask_ep.placement.policies import Placement
+from dask_ep.placement.placement import Placement
 
 Observed = tuple[Array | None, np.ndarray]
 """What a chunk gives where its rows are observed: its output (n, d_out), None where nobody wants

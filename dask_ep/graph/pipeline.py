@@ -51,8 +51,9 @@ from dask_ep.graph.chunk import (
 from dask_ep.graph.keys import chunk_name, experts_key, ranks_key
 from dask_ep.graph.rows import array_of, first_rows
 from dask_ep.kernel.statistics import Observe
+from dask_ep.placement.placement import Placement
 from dask_ep.placement.placement_files import Asked, find_placement
-from dask_ep.placement.policies import Placement, contiguous
+from dask_ep.placement.policies import contiguous
 from dask_ep.placement.routing_stats import survey
 
 TASKS_ADVISED = 100_000

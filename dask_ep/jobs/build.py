@@ -31,8 +31,8 @@ from dask_ep.laws.decision import Decision
 from dask_ep.laws.work import Work
 from dask_ep.layers.checkpoint import load_moe_layer, moe_layers
 from dask_ep.layers.layer import MoELayer
+from dask_ep.placement.placement import Placement
 from dask_ep.placement.placement_files import resolve
-from dask_ep.placement.policies import Placement
 from dask_ep.placement.routing_stats import survey
 from dask_ep.storage.sources import Source, open_source, refuse_missing
 from dask_ep.storage.storage import open_tokens

@@ -26,7 +26,7 @@ from dask_ep.laws.memory_law import Layout, host_need, need, rows_within
 from dask_ep.laws.passes import RATES, Passes, choose_passes, ways_to_wait
 from dask_ep.laws.travel import ALL_ROWS, Travel
 from dask_ep.laws.work import Work
-from dask_ep.placement.policies import Placement
+from dask_ep.placement.placement import Placement
 from dask_ep.storage.storage import CHUNK_BYTES
 
 ROWS_THAT_PAY = 256

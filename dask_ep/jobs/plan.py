@@ -41,8 +41,8 @@ from dask_ep.laws.decision import Decision
 from dask_ep.laws.device_memory import THREADS_PER_GPU
 from dask_ep.laws.memory_law import Layout
 from dask_ep.laws.travel import ALL_ROWS, Travel
+from dask_ep.placement.placement import Placement
 from dask_ep.placement.placement_files import Asked, resolve
-from dask_ep.placement.policies import Placement
 from dask_ep.pricing.price import Plan, WhatIf
 from dask_ep.storage.sources import Source
 

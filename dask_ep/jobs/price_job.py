@@ -28,7 +28,8 @@ from dask_ep.laws.decision import Decision
 from dask_ep.laws.memory_law import Layout
 from dask_ep.laws.work import Work
 from dask_ep.layers.layer import MoELayer
-from dask_ep.placement.policies import Placement, contiguous
+from dask_ep.placement.placement import Placement
+from dask_ep.placement.policies import contiguous
 from dask_ep.placement.routing_stats import Survey, survey
 from dask_ep.pricing.device_probe import probe_device
 from dask_ep.pricing.price import Plan, WhatIf

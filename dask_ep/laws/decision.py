@@ -11,8 +11,9 @@ from dask_ep.laws.memory_law import Layout, need, rows_within
 from dask_ep.laws.passes import Passes
 from dask_ep.laws.travel import ALL_ROWS, Travel, choose_travel
 from dask_ep.laws.work import Work
+from dask_ep.placement.placement import Placement
 from dask_ep.placement.placement_files import find_placement
-from dask_ep.placement.policies import Placement, contiguous
+from dask_ep.placement.policies import contiguous
 from dask_ep.placement.routing_stats import Survey
 
 

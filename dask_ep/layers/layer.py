@@ -44,7 +44,7 @@ from dask_ep.layers.lazy_routing import SmallArray, count_rows, route_rows
 from dask_ep.layers.lazy_row_steps import enter_rows, experts_alone, finish_rows
 from dask_ep.layers.routing import Router
 from dask_ep.layers.row_steps import Around, Rest
-from dask_ep.placement.policies import Placement
+from dask_ep.placement.placement import Placement
 from dask_ep.storage.fingerprint import describe
 
 Routing = tuple[da.Array, da.Array]

@@ -21,21 +21,7 @@ import numpy as np
 from dask_ep.arrays.checks import refuse_masked
 from dask_ep.placement.balanced_packing import balanced_packing, look_up_each, replicate_hottest
 from dask_ep.placement.placement import Placement, verify_placement
-from dask_ep.placement.replica_choice import TICKETS, ticket_load
-
-__all__ = [
-    "POLICIES",
-    "Placement",
-    "balance_layers",
-    "balanced",
-    "contiguous",
-    "exact",
-    "most_physical",
-    "packed",
-    "place",
-    "ticket_load",
-    "verify_placement",
-]
+from dask_ep.placement.replica_choice import TICKETS
 
 
 def contiguous(num_experts: int, world_size: int) -> Placement:

@@ -18,7 +18,7 @@ from dask_ep.laws.costs import Spread
 from dask_ep.laws.decision import Decision
 from dask_ep.laws.memory_law import Layout
 from dask_ep.laws.work import Work
-from dask_ep.placement.policies import Placement
+from dask_ep.placement.placement import Placement
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)

@@ -22,8 +22,8 @@ from dask_ep.jobs.run import run_job
 from dask_ep.laws.costs import PART_OF_A_WORKER, Rates
 from dask_ep.laws.memory_law import Layout, need
 from dask_ep.layers.checkpoint import load_moe_layer, moe_layers
+from dask_ep.placement.placement import Placement
 from dask_ep.placement.placement_files import write_sglang, write_vllm_ascend
-from dask_ep.placement.policies import Placement
 from dask_ep.storage import journal
 from tests.checkpoints import FIXTURES, LAYER
 

@@ -10,7 +10,8 @@ from dask_ep.arrays.blas import one_blas_thread
 from dask_ep.kernel import reference
 from dask_ep.laws.costs import Rates
 from dask_ep.laws.travel import TRAVELS, Travel, choose_travel
-from dask_ep.placement.policies import Placement, contiguous
+from dask_ep.placement.placement import Placement
+from dask_ep.placement.policies import contiguous
 from dask_ep.placement.routing_stats import survey
 from dask_ep.storage.sources import open_source
 from tests.cluster_processes import DEADLINE, Cluster, addresses, wait_until

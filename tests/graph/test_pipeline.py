@@ -24,7 +24,8 @@ from dask_ep.graph import pipeline as pipeline_module
 from dask_ep.graph.keys import read_rank, read_ranks_key
 from dask_ep.graph.pipeline import UnpinnedWarning, count_tasks, workers_in_use
 from dask_ep.kernel import reference
-from dask_ep.placement.policies import POLICIES, balanced, contiguous, place, ticket_load
+from dask_ep.placement.policies import POLICIES, balanced, contiguous, place
+from dask_ep.placement.replica_choice import ticket_load
 from dask_ep.storage.source import Source
 from tests.compare import assert_close, whole_layer
 from tests.strategies import Case, cases

@@ -29,7 +29,8 @@ from dask_ep.jobs.run import run_job
 from dask_ep.laws.costs import Rates
 from dask_ep.laws.decision import Decision
 from dask_ep.laws.travel import TRAVELS, Travel
-from dask_ep.placement.policies import POLICIES, Placement, contiguous
+from dask_ep.placement.placement import Placement
+from dask_ep.placement.policies import POLICIES, contiguous
 from dask_ep.pricing.price import Plan
 from dask_ep.storage.journal import read_manifest
 from dask_ep.storage.output import progress_directory

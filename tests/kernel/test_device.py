@@ -39,7 +39,8 @@ from dask_ep.kernel.pack import Combining, Packing
 from dask_ep.layers.capacity import Capacity, ExpertChoice
 from dask_ep.layers.checkpoint import load_moe_layer
 from dask_ep.layers.routing import look_up, route, weigh_chosen
-from dask_ep.placement.policies import Placement, balanced, contiguous
+from dask_ep.placement.placement import Placement
+from dask_ep.placement.policies import balanced, contiguous
 from dask_ep.placement.replica_choice import STRIDE, TICKETS
 from dask_ep.storage.sources import open_source
 from tests.checkpoints import (

@@ -52,7 +52,8 @@ from dask_ep.laws.device_memory import (
 from dask_ep.layers.capacity import Capacity, ExpertChoice
 from dask_ep.layers.checkpoint import load_moe_layer
 from dask_ep.layers.routing import route
-from dask_ep.placement.policies import Placement, balanced, contiguous
+from dask_ep.placement.placement import Placement
+from dask_ep.placement.policies import balanced, contiguous
 from dask_ep.storage.sources import open_source
 from tests.checkpoints import (
     CASES,

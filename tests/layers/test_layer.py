@@ -22,7 +22,8 @@ from dask_ep.layers.capacity import Capacity, ExpertChoice
 from dask_ep.layers.checkpoint import load_moe_layer
 from dask_ep.layers.layer import MoELayer
 from dask_ep.layers.routing import Router
-from dask_ep.placement.policies import place, ticket_load
+from dask_ep.placement.policies import place
+from dask_ep.placement.replica_choice import ticket_load
 from dask_ep.storage.storage import open_tokens, store
 from tests import plain_routers
 from tests.checkpoints import FIXTURES, LAYER, expected

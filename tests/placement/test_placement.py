@@ -19,6 +19,7 @@ from hypothesis import strategies as st
 
 from dask_ep.kernel.dispatch import expert_parallel_dispatch
 from dask_ep.placement import rebalance
+from dask_ep.placement.placement import Placement, verify_placement
 from dask_ep.placement.placement_files import (
     from_file,
     read_sglang,
@@ -28,18 +29,15 @@ from dask_ep.placement.placement_files import (
 )
 from dask_ep.placement.policies import (
     POLICIES,
-    Placement,
     balance_layers,
     balanced,
     contiguous,
     exact,
     packed,
     place,
-    ticket_load,
-    verify_placement,
 )
 from dask_ep.placement.rebalance import incremental, moves
-from dask_ep.placement.replica_choice import STRIDE, TICKETS
+from dask_ep.placement.replica_choice import STRIDE, TICKETS, ticket_load
 from tests.plain_placement import published_balance, zipf_load
 
 # The example that EPLB prints: 2 layers of 12 experts, 16 replicas, 4 groups, 2 nodes, 8 ranks.

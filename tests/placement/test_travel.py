@@ -25,8 +25,9 @@ from dask_ep.laws.costs import PART_OF_A_WORKER, Rates
 from dask_ep.laws.decision import Decision
 from dask_ep.laws.memory_law import Layout, need
 from dask_ep.laws.travel import TRAVELS, Travel, choose_travel
+from dask_ep.placement.placement import Placement, verify_placement
 from dask_ep.placement.placement_files import from_file, write_vllm_ascend
-from dask_ep.placement.policies import POLICIES, Placement, contiguous, place, verify_placement
+from dask_ep.placement.policies import POLICIES, contiguous, place
 from dask_ep.placement.routing_stats import survey
 from dask_ep.storage.storage import open_tokens
 from tests.compare import assert_close, whole_layer

@@ -27,7 +27,8 @@ from dask_ep.laws.costs import PROCESS_BYTES, SORT_BYTES, Need, Rates, Spread, c
 from dask_ep.layers.capacity import Capacity
 from dask_ep.layers.layer import MoELayer
 from dask_ep.layers.routing import Router
-from dask_ep.placement.policies import POLICIES, Placement, contiguous, exact, place
+from dask_ep.placement.placement import Placement
+from dask_ep.placement.policies import POLICIES, contiguous, exact, place
 from dask_ep.placement.routing_stats import survey
 from dask_ep.pricing.price import Plan
 from dask_ep.pricing.trace import Recorder

@@ -274,7 +274,7 @@ class Experts(Weights):
         given = given or {
             name: array.compute(scheduler="sync") for name, array in chosen.collections().items()
         }
-        local = LocalExperts(chosen, xp, np.dtype(dtype), given)
+        local = LocalExperts(chosen, xp.__name__, np.dtype(dtype), given)
         local[0]
         return local
 

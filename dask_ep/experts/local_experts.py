@@ -41,10 +41,10 @@ class LocalExperts(Sequence[Expert]):
     """
 
     def __init__(
-        self, experts: Experts, xp: Any, dtype: np.dtype, given: dict[str, Sequence[np.ndarray]]
+        self, experts: Experts, xp: str, dtype: np.dtype, given: dict[str, Sequence[np.ndarray]]
     ):
-        self._origin = (experts, xp.__name__, dtype, given)
-        self.nbytes = experts.held_bytes(dtype, on_device=xp.__name__ != "numpy")
+        self._origin = (experts, xp, dtype, given)
+        self.nbytes = experts.held_bytes(dtype, on_device=xp != "numpy")
         self._lock = Lock()
         self._experts: list[Expert] | None = None
 
@@ -70,13 +70,7 @@ class LocalExperts(Sequence[Expert]):
         return object.__sizeof__(self) + self.nbytes
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return _unloaded, self._origin
-
-
-def _unloaded(
-    experts: Experts, namespace_name: str, dtype: np.dtype, given: dict[str, Sequence[np.ndarray]]
-) -> LocalExperts:
-    return LocalExperts(experts, import_module(namespace_name), dtype, given)
+        return LocalExperts, self._origin
 
 
 def load_experts(

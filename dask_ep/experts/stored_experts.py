@@ -130,7 +130,5 @@ def _hold_weight(weight: Weight, e: int, xp: Any) -> Weight:
     number = weight.ids[e]
     if number < 0:  # an empty place, which no row may reach
         return Weight(weight.parts, (-1,))
-    if isinstance(weight.parts, tuple):
-        part = weight.parts[number]
-        return Weight((in_memory(part, 0, part.shape[0], xp),), (0,))
-    return Weight(in_memory(weight.whole(), number, number + 1, xp), (0,))
+    held = in_memory(*weight.place(number), xp)
+    return Weight((held,) if isinstance(weight.parts, tuple) else held, (0,))

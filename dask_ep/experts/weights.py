@@ -97,15 +97,16 @@ class Weight:
     def ranges(self) -> Iterator[tuple[Source, int, int]]:
         """The sources and rows that hold these experts; see `Source.ranges`."""
         for e in self.ids:
-            if e >= 0 and isinstance(self.parts, tuple):
-                yield from self.parts[e].ranges(0, self.parts[e].shape[0])
-            elif e >= 0 and isinstance(self.parts, Source):
-                yield from self.parts.ranges(e, e + 1)
+            if e >= 0 and not isinstance(self.parts, da.Array):
+                source, start, stop = self.place(e)
+                yield from source.ranges(start, stop)
 
-    def whole(self) -> Source:
-        """The source of all experts, if it is a single one."""
+    def place(self, e: int) -> tuple[Source, int, int]:
+        """The source that holds expert `e` of `ids`, and its rows there."""
+        if isinstance(self.parts, tuple):
+            return self.parts[e], 0, self.parts[e].shape[0]
         assert isinstance(self.parts, Source)  # a Dask array is a task's argument, see `detached`
-        return self.parts
+        return self.parts, e, e + 1
 
     def subset(self, ids: Sequence[int]) -> Weight:
         """Keep the experts `ids` (positions here; -1 stays an empty place)."""
@@ -154,11 +155,9 @@ class Weight:
                 arrays.append(None)
             elif given is not None:
                 arrays.append(_checked(next(read)))
-            elif isinstance(self.parts, tuple):
-                part = self.parts[e]
-                arrays.append(part.read(0, part.shape[0]))
             else:
-                arrays.append(self.whole().read(e, e + 1)[0])
+                source, start, stop = self.place(e)
+                arrays.append(source.read(start, stop).reshape(self.shape[1:]))
         return [None if a is None else self._as_computed(a, dtype) for a in arrays]
 
     def loaded_dtype(self, dtype: np.dtype, *, on_device: bool = False) -> np.dtype:
@@ -211,11 +210,9 @@ class Weight:
             assert target is not None
             if given is not None:
                 _put(target, _checked(next(read)))
-            elif isinstance(self.parts, tuple):
-                part = self.parts[e]
-                fill_on_device(part, 0, part.shape[0], target)
             else:
-                fill_on_device(self.whole(), e, e + 1, target[None])
+                one = target if isinstance(self.parts, tuple) else target[None]
+                fill_on_device(*self.place(e), one)
 
     def fingerprint(self) -> dict[str, Any]:
         """Identify these weights, by source and state; see `Source.fingerprint`."""

@@ -38,7 +38,7 @@ from dask_ep.laws.costs import Rates
 from dask_ep.laws.memory_law import Layout
 from dask_ep.laws.pass_blocks import PASSES_PROCESS_BYTES, cut_pieces
 from dask_ep.laws.passes import Passes, choose_passes
-from dask_ep.laws.work import Work
+from dask_ep.laws.work import LayerWork, Work
 from dask_ep.placement.routing_stats import survey
 from dask_ep.storage.journal import count_done
 from dask_ep.storage.sources import open_source
@@ -294,6 +294,12 @@ def test_what_no_pass_can_fit_is_refused_with_the_numbers():
         r"compute \(experts: 1 of 100 MB, threads: 2\) .* rows; allow more memory",
     ):
         choose(LARGE, 400 * MB)
+
+
+def test_a_refusal_counts_what_shared_experts_give_as_the_choice_does():
+    layer = replace(LARGE, layer=LayerWork(loaded=1))
+    with pytest.raises(MemoryError, match="may use 8000 MB, but needs at least 13484 MB"):
+        choose(layer, 8_000 * MB, chunk_rows=100_000, ways=["spill"])
 
 
 def test_chunk_rows_that_are_given_are_kept():

@@ -14,7 +14,6 @@ from collections.abc import Callable, Mapping
 from copy import copy
 from dataclasses import dataclass, replace
 from functools import partial
-from math import prod
 from typing import Any, NamedTuple
 
 import dask.array as da
@@ -48,13 +47,6 @@ class Inputs:
     topk_weights: Source | None
     experts: Experts
     layer: MoELayer | None
-    weights: Mapping[str, Source | list[Source]]
-    #: of the experts, by their key; a list has one for each expert
-
-    @property
-    def row_bytes(self) -> int:
-        """Bytes of a token row or of an output row, whichever is more, in the tokens' dtype."""
-        return max(prod(self.tokens.shape[1:]), self.d_out) * self.tokens.dtype.itemsize
 
     @property
     def d_out(self) -> int:
@@ -150,26 +142,26 @@ def open_inputs(job: Job) -> Inputs:
     """
     _check_placement(job)
     tokens = _open(job, "tokens", job.tokens)
-    _check_swapped(job, tokens)
+    routing = None if job.routing is None else _open(job, "routing", job.routing)
+    topk = None if job.topk_weights is None else _open(job, "topk_weights", job.topk_weights)
+    _check_swapped(job, tokens, routing, topk)
     if tokens.ndim != 2:
         raise ValueError(
             f"{job.name}: tokens must be (n, d), but {tokens.name} has shape {tokens.shape}"
         )
-    precision = job.precision or "float32"
-    routing = None if job.routing is None else _open(job, "routing", job.routing)
-    topk = None if job.topk_weights is None else _open(job, "topk_weights", job.topk_weights)
+    precision, layer = job.precision or "float32", None
     if job.layer is not None:
         assert job.layer_index is not None  # `load_job` has checked
         layer = load_moe_layer(job.layer, job.layer_index).with_precision(precision)
         assert isinstance(layer.experts, Experts)
-        opened = Inputs(job, tokens, routing, topk, layer.experts, layer, {})
+        experts = layer.experts
     else:
         assert job.experts is not None  # a job has a layer, or else experts
         weights = _open_weights(job, job.experts)
         options = {k: v for k, v in job.experts.items() if k not in WEIGHT_KEYS}
         experts = getattr(Experts, options.pop("kind"))(**weights, **options)
         experts = experts.with_precision(precision)
-        opened = Inputs(job, tokens, routing, topk, experts, None, weights)
+    opened = Inputs(job, tokens, routing, topk, experts, layer)
     _check_rows(opened)
     d = opened.experts.d if opened.layer is None else opened.layer.d
     if d != tokens.shape[1]:
@@ -264,20 +256,16 @@ def _open(job: Job, key: str, path: str) -> Source:
     return source
 
 
-def _check_swapped(job: Job, tokens: Source) -> None:
+def _check_swapped(job: Job, tokens: Source, routing: Source | None, topk: Source | None) -> None:
     """Refuse integers where floats belong and the reverse, as when two paths are swapped."""
-    if job.routing is None:
+    if routing is None:
         return
-    routing = _open(job, "routing", job.routing)
     if tokens.dtype.kind in "iu" and is_float(routing.dtype):
         raise TypeError(
             f"{job.name}: tokens ({tokens.name}) hold {tokens.dtype} and routing ({routing.name}) "
             f"{routing.dtype}: the two seem to be swapped"
         )
-    if job.topk_weights is None or not is_float(routing.dtype):
-        return
-    topk = _open(job, "topk_weights", job.topk_weights)
-    if topk.dtype.kind in "iu":
+    if topk is not None and is_float(routing.dtype) and topk.dtype.kind in "iu":
         raise TypeError(
             f"{job.name}: routing ({routing.name}) holds {routing.dtype} and topk_weights "
             f"({topk.name}) {topk.dtype}: the two seem to be swapped"

@@ -146,7 +146,7 @@ class InPasses:
         layer = self._inputs.layer
         if layer is None or not self._inputs.routes:
             return routing
-        rows = max(CHUNK_BYTES // (4 * self._inputs.row_bytes), 1)
+        rows = max(CHUNK_BYTES // (4 * self._inputs.work().row_bytes), 1)
         tokens = open_tokens(self._inputs.tokens, chunks=min(rows, self.passes.chunk_rows))
         return layer.sent(layer.route(tokens)[0])
 

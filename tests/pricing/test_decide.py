@@ -36,6 +36,7 @@ from dask_ep.laws.costs import (
 from dask_ep.laws.decision import Decision
 from dask_ep.laws.memory_law import Layout, need
 from dask_ep.laws.passes import choose_passes
+from dask_ep.laws.work import Work
 from dask_ep.placement.policies import POLICIES, contiguous
 from dask_ep.storage import sources
 from dask_ep.storage.storage import open_tokens
@@ -250,10 +251,10 @@ def test_a_limit_decides_the_chunks(inputs, threads, ranks):
         decide(inputs.work(), Layout(ranks, 1, threads, limit - 1))
 
 
-def make_need(inputs: Inputs, experts: int, chunks: int, threads: int = 1) -> Need:
+def make_need(work: Work, experts: int, chunks: int, threads: int = 1) -> Need:
     """What so many experts of 1 MB and chunks need."""
     return Need(
-        experts << 20, chunks, inputs.row_bytes, threads * TILE_BYTES, threads * 2 * SORT_BYTES
+        experts << 20, chunks, work.row_bytes, threads * TILE_BYTES, threads * 2 * SORT_BYTES
     )
 
 

@@ -137,9 +137,12 @@ def give_up(worker: Worker, address: str) -> None:
 
 def remote_error(error: BaseException) -> dict[str, Any]:
     """The reply to another worker for an error: see `raise_remote`."""
-    if not isinstance(error, Exception):  # it would end the event loop there
-        error = RuntimeError(f"{type(error).__name__}: {error}")
-    return dict(error_message(error, status="uncaught-error"))
+    try:
+        if not isinstance(error, Exception):  # it would end the event loop there
+            error = RuntimeError(f"{type(error).__name__}: {error}")
+        return dict(error_message(error, status="uncaught-error"))
+    except Exception:  # its own text cannot be made
+        return remote_error(RuntimeError(f"{type(error).__name__}, an error without a text"))
 
 
 def raise_remote(answer: dict[str, Any]) -> None:

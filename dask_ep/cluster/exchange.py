@@ -21,7 +21,6 @@ have no state, so a packet may be answered twice. What answers it there is in `r
 from __future__ import annotations
 
 import asyncio
-from collections import defaultdict
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from functools import partial
@@ -185,18 +184,12 @@ class Services(WorkerPlugin):
 
     def _exchange(self, chunk: Chunk) -> Answers:
         """Ask all owners at once, serve what is served here meanwhile, and wait for the rest."""
-        asking, packing = self._asking, chunk.packing
-        route = asking.route(chunk, packing.ranks)
+        asking, ranks = self._asking, chunk.packing.ranks
+        route = asking.route(chunk, ranks)
         if route is None:
-            route = self._on_loop(asking.news(chunk, packing.ranks, -1)).result()
-        groups = asking.by_owner(route, packing.ranks)
-        here = groups.pop(self._worker.address, [])
-        with self._slices.core():
-            packets = [
-                (o, ranks, [cut(packing, ranks, chunk.number)]) for o, ranks in groups.items()
-            ]
+            route = self._on_loop(asking.news(chunk, ranks, -1)).result()
+        here, packets = asking.pack(chunk, ranks, route)
         asked = self._on_loop(asking.ask_all(chunk, packets, route.version))
-        del packets
         try:
             served = self._slices.serve_here(chunk, here)
             if served is None:
@@ -228,7 +221,6 @@ class Asking:
         self._slices = slices  # of this worker
         self._routes: dict[str, Route] = {}
         self._lines: dict[str, Line] = {}
-        self._queues: defaultdict[str, int] = defaultdict(int)
         self._lost: set[str] = set()
 
     # --- messages of the scheduler ---
@@ -281,8 +273,8 @@ class Asking:
 
     def _queue_of(self, owner: str) -> tuple[int, bool, str]:
         is_me = owner == self._slices.address
-        waiting = self._slices.tally.waiting if is_me else self._queues.get(owner, 0)
-        return waiting, not is_me, owner
+        asked = self._slices.tally if is_me else self._lines.get(owner)
+        return asked.waiting if asked else 0, not is_me, owner
 
     def route(self, chunk: Chunk, ranks: Sequence[int]) -> Route | None:
         """The route as it is now, if it names an owner for each of these ranks; from any thread."""
@@ -314,36 +306,62 @@ class Asking:
             except TimeoutError:
                 pass
 
-    async def ask_all(
-        self, chunk: Chunk, packets: list[tuple[str, list[int], list[Packet]]], version: int
-    ) -> Answers:
-        """Ask several owners at once; each packet comes in a list, and is removed when sent."""
-        found = await asyncio.gather(
-            *(self.ask(chunk, owner, ranks, packet, version, 0) for owner, ranks, packet in packets)
-        )
-        return _joined(found)
+    # --- asking ---
 
-    async def ask(
+    def pack(
+        self, chunk: Chunk, ranks: Sequence[int], route: Route
+    ) -> tuple[list[int], dict[str, tuple[list[int], Packet]]]:
+        """The ranks that are served here, and a packet for each other owner; from any thread."""
+        groups = self.by_owner(route, ranks)
+        here = groups.pop(self._slices.address, [])
+        with self._slices.core():
+            return here, {
+                owner: (some, cut(chunk.packing, some, chunk.number))
+                for owner, some in groups.items()
+            }
+
+    async def ask_all(
         self,
         chunk: Chunk,
-        owner: str,
-        ranks: list[int],
-        packet: list[Packet],
+        packets: dict[str, tuple[list[int], Packet]],
         version: int,
-        attempt: int,
+        attempt: int = 0,
     ) -> Answers:
-        """Ask an owner for some ranks; if it does not answer, ask the next one.
+        """Ask several owners at once, and then other ones for what they did not answer.
 
-        The packet comes in a list, and is removed when it is sent.
+        The packets are removed as they are sent.
         """
-        answers = await self._request(chunk, owner, ranks, packet)
-        if answers is None:
-            return await self.ask_anew(chunk, ranks, version, attempt + 1)
+        asked, again, answers = [], [], {}
+        while packets:
+            owner, (ranks, packet) = packets.popitem()
+            if owner in self._lost:
+                again += ranks
+            else:
+                request = self._request(chunk, ranks, packet)
+                asked.append((ranks, self._line_to(owner).ask(len(packet.rows), *request)))
+                del request
+            del packet
+        try:
+            for ranks, answer in asked:
+                try:
+                    came = await answer
+                except OSError:  # the owner is lost, or out of reach
+                    came = None
+                if came is None:  # it does not serve a rank
+                    again += ranks
+                else:
+                    answers.update(_unpack(chunk, ranks, came))
+        finally:
+            for _, answer in asked:
+                answer.cancel()
+        if again:
+            answers |= await self.ask_anew(chunk, sorted(again), version, attempt + 1)
         return answers
 
     async def ask_anew(
         self, chunk: Chunk, ranks: Sequence[int], version: int, attempt: int
     ) -> Answers:
+        """Ask the owners of a newer route."""
         if attempt > ATTEMPTS:
             raise LostOwnerError(
                 f"token chunk {chunk.number}: no owner of the ranks {list(ranks)} has answered "
@@ -351,59 +369,11 @@ class Asking:
                 "each other (firewall, --interface)"
             )
         route = await self.news(chunk, ranks, version)
-        groups = self.by_owner(route, ranks)
-        found = await asyncio.gather(
-            *(
-                self._ask_group(chunk, owner, some, route.version, attempt)
-                for owner, some in groups.items()
-            )
-        )
-        return _joined(found)
-
-    async def _ask_group(
-        self, chunk: Chunk, owner: str, ranks: list[int], version: int, attempt: int
-    ) -> Answers:
-        aside = self._loop.run_in_executor
-        if owner == self._slices.address:
-            answers = await aside(self._slices.pool, self._slices.serve_here, chunk, ranks)
-            if answers is None:
-                return await self.ask_anew(chunk, ranks, version, attempt + 1)
-            return answers
-        packet = [await aside(self._slices.pool, self._pack_under_core, chunk, ranks)]
-        return await self.ask(chunk, owner, ranks, packet, version, attempt)
-
-    def _pack_under_core(self, chunk: Chunk, ranks: list[int]) -> Packet:
-        with self._slices.core():
-            return cut(chunk.packing, ranks, chunk.number)
-
-    async def _request(
-        self, chunk: Chunk, owner: str, ranks: list[int], packet: list[Packet]
-    ) -> Answers | None:
-        """An owner's answer; None if it is lost, out of reach, or does not serve a rank."""
-        if owner in self._lost:
-            packet.clear()
-            return None
-        line, rows = self._line_to(owner), len(packet[0].rows)
-        self._queues[owner] += rows
-        try:
-            answer = await line.ask(*self._message(chunk, ranks, packet.pop()))
-        except OSError:
-            return None
-        finally:
-            self._queues[owner] -= rows
-            if not self._queues[owner]:
-                del self._queues[owner]
-        if answer is None:
-            return None
-        if isinstance(answer, dict):
-            dask_internals.raise_remote(answer)
-        parts, counts, seen = answer
-        chunk.tables.update(zip(ranks, map(from_message, seen), strict=False))
-        arrays = [from_message(part) for part in parts]
-        if len(arrays) < len(ranks):
-            (whole,) = arrays
-            arrays = parts_of(whole, counts)
-        return dict(zip(ranks, arrays, strict=True))
+        here, packets = await asyncio.to_thread(self.pack, chunk, ranks, route)
+        served = await asyncio.to_thread(self._slices.serve_here, chunk, here)
+        if served is None:
+            served = await self.ask_anew(chunk, here, route.version, attempt + 1)
+        return served | await self.ask_all(chunk, packets, route.version, attempt)
 
     def _line_to(self, owner: str) -> Line:
         line = self._lines.get(owner)
@@ -411,7 +381,7 @@ class Asking:
             self._lines[owner] = line = Line(self._worker, owner, OP)
         return line
 
-    def _message(self, chunk: Chunk, ranks: list[int], packet: Packet) -> list[Any]:
+    def _request(self, chunk: Chunk, ranks: list[int], packet: Packet) -> list[Any]:
         exchange = chunk.exchange
         return [
             exchange.token,
@@ -423,8 +393,17 @@ class Asking:
         ]
 
 
-def _joined(found: list[Answers]) -> Answers:
-    return {rank: answer for answers in found for rank, answer in answers.items()}
+def _unpack(chunk: Chunk, ranks: list[int], came: Any) -> Answers:
+    """The answers in an owner's message."""
+    if isinstance(came, dict):
+        dask_internals.raise_remote(came)
+    parts, counts, seen = came
+    chunk.tables.update(zip(ranks, map(from_message, seen), strict=False))
+    arrays = [from_message(part) for part in parts]
+    if len(arrays) < len(ranks):
+        (whole,) = arrays
+        arrays = parts_of(whole, counts)
+    return dict(zip(ranks, arrays, strict=True))
 
 
 def services_of(token: str) -> Services | None:

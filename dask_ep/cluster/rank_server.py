@@ -9,8 +9,8 @@ import asyncio
 import threading
 from collections import defaultdict, deque
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager, suppress
+from queue import SimpleQueue
 from typing import Any, NamedTuple
 
 from distributed.comm import Comm
@@ -98,12 +98,14 @@ class Slices:
 
     def __init__(self, address: str, threads: int):
         self.address, self.threads = address, threads
-        self.pool = ThreadPoolExecutor(threads, thread_name_prefix="dask-ep-serve")
         self.tally = Tally()
+        self._todo: SimpleQueue[Callable[[], None] | None] = SimpleQueue()
         self._cores = Cores(threads)
         self._held: dict[tuple[str, int], Any] = {}
         self._loading: defaultdict[tuple[str, int], threading.Lock] = defaultdict(threading.Lock)
         self._is_closing = False
+        for _ in range(threads):
+            threading.Thread(target=self._work, name="dask-ep-serve", daemon=True).start()
 
     def __len__(self) -> int:
         return len(self._held)
@@ -131,7 +133,8 @@ class Slices:
     def close(self) -> None:
         """Stop answering."""
         self._is_closing = True
-        self.pool.shutdown(wait=False, cancel_futures=True)
+        for _ in range(self.threads):
+            self._todo.put(None)
 
     def metric(self) -> dict[str, Any]:
         """The report to the scheduler with each heartbeat."""
@@ -211,14 +214,20 @@ class Slices:
         request = Request(ranks, slices, chunk, exchange, sender, tally.now())
         rows, loop = len(packet[0].rows), asyncio.get_running_loop()
 
-        def send(served: Future) -> None:
+        def serve() -> None:
+            answer = None if self._is_closing else self._answer(packet, request)
             self.tally.count_waiting(token, ranks, -rows)
-            answer = None if served.cancelled() else served.result()
             with suppress(RuntimeError):  # the worker has closed
                 loop.call_soon_threadsafe(stream.send, number, answer)
 
         self.tally.count_waiting(token, ranks, rows)
-        self.pool.submit(self._answer, packet, request).add_done_callback(send)
+        self._todo.put(serve)
+
+    def _work(self) -> None:
+        """Serve packets, in a thread of its own, until the worker closes."""
+        while (serve := self._todo.get()) is not None:
+            serve()
+            del serve  # it holds the packet
 
     def _answer(self, packet: list[Packet], request: Request) -> Any:
         """The reply to a packet: answers, the number of rows of each, and statistics of the rows.

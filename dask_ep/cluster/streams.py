@@ -14,8 +14,9 @@ from __future__ import annotations
 
 import asyncio
 import itertools
+import types
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Coroutine, Generator
 from typing import Any
 
 import numpy as np
@@ -43,7 +44,8 @@ class Stream:
         self._hear = hear
         self._comm: Comm | None = None
         self._waiting: list[list] = []
-        self._writing: asyncio.Task | None = None
+        self._is_writing = False
+        self._rest: asyncio.Task | None = None  # event loops keep no task alive
         self._error: Exception | None = None
 
     def send(self, *message: Any) -> None:
@@ -67,8 +69,9 @@ class Stream:
             comm.abort()
 
     def _write_soon(self) -> None:
-        if self._comm is not None and self._writing is None and self._waiting:
-            self._writing = asyncio.get_running_loop().create_task(self._write(self._comm))
+        if self._comm is not None and not self._is_writing and self._waiting:
+            self._is_writing = True
+            self._rest = run_eagerly(self._write(self._comm))
 
     async def _write(self, comm: Comm) -> None:
         try:
@@ -80,7 +83,7 @@ class Stream:
             self._error = error
             comm.abort()
         finally:
-            self._writing = None
+            self._is_writing = False
 
 
 class Line:
@@ -93,7 +96,7 @@ class Line:
     """
 
     def __init__(self, worker: Worker, owner: str, op: str):
-        self._asked: dict[int, asyncio.Future] = {}
+        self._asked: dict[int, tuple[int, asyncio.Future]] = {}
         self._numbers = itertools.count()
         self._stream = Stream(self._hear)
         self._running = asyncio.ensure_future(self._run(worker, owner, op))
@@ -102,24 +105,25 @@ class Line:
     def is_over(self) -> bool:
         return self._running.done()
 
-    async def ask(self, *request: Any) -> Any:
-        """Send a request, and wait for the answer.
+    @property
+    def waiting(self) -> int:
+        """Rows of the packets without an answer; from any thread."""
+        return sum(rows for rows, _ in list(self._asked.values()))
+
+    def ask(self, rows: int, *request: Any) -> asyncio.Future:
+        """Send a request with a packet of so many rows, and return the answer to come.
 
         Raises
         ------
         OSError
-            If the connection fails or has ended.
+            If the connection has ended, or later, from the answer, if it fails.
         """
         if self.is_over:  # nobody would raise it
             raise ConnectionError("the connection has ended")
-        number = next(self._numbers)
-        self._asked[number] = answer = asyncio.get_running_loop().create_future()
+        number, answer = next(self._numbers), asyncio.get_running_loop().create_future()
+        self._asked[number] = rows, answer
         self._stream.send(number, *request)
-        del request
-        try:
-            return await answer
-        finally:
-            self._asked.pop(number, None)
+        return answer
 
     def close(self) -> None:
         """Fail every request."""
@@ -127,8 +131,8 @@ class Line:
         self._give_up(ConnectionError("the connection was given up"))  # it may not have started
 
     def _hear(self, number: int, answer: Any) -> None:
-        asked = self._asked.pop(number, None)  # none if the request was cancelled
-        if asked is not None and not asked.done():
+        _, asked = self._asked.pop(number)
+        if not asked.done():  # nobody waits for it if its chunk has failed
             asked.set_result(answer)
 
     async def _run(self, worker: Worker, owner: str, op: str) -> None:
@@ -140,9 +144,28 @@ class Line:
             self._give_up(ConnectionError(f"the connection to {owner} has ended"))
 
     def _give_up(self, error: Exception) -> None:
-        for asked in self._asked.values():
+        while self._asked:
+            _, (_, asked) = self._asked.popitem()
             if not asked.done():
                 asked.set_exception(error)
+
+
+def run_eagerly(coroutine: Coroutine[Any, Any, None]) -> asyncio.Task | None:
+    """Run a coroutine until it waits for something, and the rest of it, if any, as a task.
+
+    Writing to a TCP connection waits for nothing; a task for each message costs more than that.
+    """
+    try:
+        waits_for = coroutine.send(None)
+    except StopIteration:
+        return None
+    return asyncio.get_running_loop().create_task(_rest_of(coroutine, waits_for))
+
+
+@types.coroutine
+def _rest_of(coroutine: Coroutine[Any, Any, None], waits_for: Any) -> Generator[Any, Any, None]:
+    yield waits_for
+    yield from coroutine
 
 
 def to_message(array: Array | None) -> Any:

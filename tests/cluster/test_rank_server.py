@@ -64,13 +64,29 @@ class Answers:
         self.came.set()
 
 
+class Wordless(Exception):
+    """An error whose text is an error."""
+
+    def __str__(self):
+        raise ValueError("no text")
+
+    __repr__ = __str__
+
+
+def fail_without_words(rows):
+    if len(rows):
+        raise Wordless
+    return rows
+
+
 @pytest.mark.parametrize(
     ("expert", "error"),
     [
+        (fail_without_words, (RuntimeError, "Wordless, an error without a text")),
         (lambda rows: sys.exit("I stop here"), (RuntimeError, "SystemExit: I stop here")),
         (lambda rows: rows[:, :1], (ValueError, "rank 0")),
     ],
-    ids=["ends its thread", "fails"],
+    ids=["has no text", "ends its thread", "fails"],
 )
 def test_who_sent_a_packet_is_told_what_went_wrong(expert, error):
     """Also of what is no `Exception`: it would be waited for without end."""

@@ -59,7 +59,7 @@ def test_answers_in_any_order_find_who_asked():
                 stream.send(*each)
 
     async def ask(line):
-        return await asyncio.gather(*(line.ask(n) for n in range(20)))
+        return await asyncio.gather(*(line.ask(1, n) for n in range(20)))
 
     assert with_line(answer, ask) == [2 * n for n in range(20)]
 
@@ -70,7 +70,7 @@ def test_what_was_sent_is_not_kept_until_the_answer_comes():
     sent = weakref.ref(rows[0])
 
     async def ask(line):
-        asked = asyncio.ensure_future(line.ask(to_serialize(rows.pop())))
+        asked = asyncio.ensure_future(line.ask(1, to_serialize(rows.pop())))
         while sent() is not None or not streams:
             await asyncio.sleep(0.01)
         assert not asked.done()
@@ -90,7 +90,7 @@ def test_a_connection_that_ends_gives_every_request_an_error():
             stream._comm.abort()
 
     async def ask(line):
-        answers = await asyncio.gather(*(line.ask(n) for n in range(3)), return_exceptions=True)
+        answers = await asyncio.gather(*(line.ask(1, n) for n in range(3)), return_exceptions=True)
         while not line.is_over:
             await asyncio.sleep(0.01)
         return answers
@@ -102,8 +102,8 @@ def test_a_connection_that_ends_gives_every_request_an_error():
 
 def test_a_line_that_is_closed_gives_every_request_an_error():
     async def ask(line):
-        assert await line.ask("first") == "first"
-        asked = asyncio.ensure_future(line.ask("what"))
+        assert await line.ask(1, "first") == "first"
+        asked = asyncio.ensure_future(line.ask(1, "what"))
         await asyncio.sleep(0)
         line.close()
         with pytest.raises(ConnectionError, match="was given up"):
@@ -122,10 +122,10 @@ def test_a_request_that_nobody_waits_for_any_more_does_not_disturb_others():
         stream.send(number, what)
 
     async def ask(line):
-        given_up = asyncio.ensure_future(line.ask("first"))
+        given_up = asyncio.ensure_future(line.ask(1, "first"))
         await asyncio.sleep(0)
         given_up.cancel()
-        return await line.ask("second")
+        return await line.ask(1, "second")
 
     assert with_line(answer, ask) == "second"
 
@@ -136,9 +136,9 @@ def test_what_cannot_be_sent_is_an_error_of_who_asks():
             raise RuntimeError("this cannot be pickled")
 
     async def ask(line):
-        assert await line.ask("first") == "first"
+        assert await line.ask(1, "first") == "first"
         with pytest.raises(Exception, match="this cannot be pickled|erialize"):
-            await line.ask(Unsendable())
+            await line.ask(1, Unsendable())
 
     with_line(answer_first, ask)
 
@@ -188,7 +188,7 @@ def test_an_array_arrives_as_it_was(dtype, rows):
         stream.send(number, to_message(from_message(came)))
 
     async def ask(line):
-        return from_message(await line.ask(to_message(array)))
+        return from_message(await line.ask(1, to_message(array)))
 
     arrived = with_line(answer, ask)
     assert arrived.dtype == array.dtype
@@ -206,7 +206,7 @@ def test_small_arrays_travel_inside_their_message():
 def test_a_line_that_is_closed_before_it_is_open_gives_every_request_an_error(steps):
     async def run():
         line = Line(Asking(), "tcp://127.0.0.1:1", "test_ask")  # nobody listens
-        asked = asyncio.ensure_future(line.ask("first"))
+        asked = asyncio.ensure_future(line.ask(1, "first"))
         for _ in range(steps):
             await asyncio.sleep(0)
         line.close()
@@ -215,6 +215,6 @@ def test_a_line_that_is_closed_before_it_is_open_gives_every_request_an_error(st
         while not line.is_over:
             await asyncio.sleep(0)
         with pytest.raises(ConnectionError, match="has ended"):
-            await line.ask("later")
+            await line.ask(1, "later")
 
     asyncio.run(run())

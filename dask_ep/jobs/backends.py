@@ -1,4 +1,4 @@
-"""Where does a job run, and what is there to run it?
+"""Where does a job run, and with which threads, workers and memory?
 
 `Threads` | `Processes` | `Gpus` | `Cluster` ──> threads or a client, workers, memory
 """
@@ -42,7 +42,7 @@ from dask_ep.kernel.operands import multiplied_on_gpus
 from dask_ep.laws.memory_law import Layout
 
 CONNECT_SECONDS = 10.0
-"""Seconds that a scheduler may take to answer."""
+"""Seconds that a scheduler may take to respond."""
 
 
 @dataclass(frozen=True)
@@ -52,7 +52,7 @@ class Threads:
     count: int | None = None
     #: None means one per core that this process may use
     memory_limit: int | str | None = None
-    #: bytes, or text such as "4 GiB"
+    #: in bytes, or a string such as "4 GiB"
 
     def __post_init__(self) -> None:
         _check_count("Threads", self.count)
@@ -65,9 +65,9 @@ class Processes:
 
     count: int
     memory_limit: int | str | None = None
-    #: of each: bytes, or text such as "4 GiB"
+    #: of each process, in bytes or as a string such as "4 GiB"
     dashboard_port: int | None = None
-    #: of Dask's dashboard on this machine; None means no dashboard
+    #: port of Dask's dashboard on this machine; None means no dashboard
 
     def __post_init__(self) -> None:
         _check_count("Processes", self.count)
@@ -81,22 +81,23 @@ class Cluster:
     address: str | None = None
     scheduler_file: str | None = None
     certificates: Certificates | None = None
-    #: of a cluster that speaks TLS
+    #: certificates of a cluster that uses TLS
     gpus: bool = False
-    #: whether its workers compute on a GPU each
+    #: whether each of its workers computes on a GPU
     workers: int | None = None
-    #: to wait for, which is the number of ranks too unless that is given; None: those there now
+    #: number of workers to wait for, and of ranks unless that is given; None: those running now
 
 
 @dataclass(frozen=True)
 class Deployed:
-    """Run on a cluster that is started for this job and ended with it.
+    """Run on a cluster that is started for this job and shut down after it.
 
-    It starts when inputs and output have been checked, so that a job that is refused costs nothing.
+    It starts after inputs and output have been checked, so that a refused job costs nothing.
     """
 
     start: Callable[[], contextlib.AbstractContextManager[Cluster]]
-    #: whose context ends it, whatever happened; an error raised there is that of the run
+    #: context manager that starts the cluster and always shuts it down; an error that it raises is
+    #: that of the run
 
 
 def _check_count(name: str, count: int | None) -> None:
@@ -107,7 +108,7 @@ def _check_count(name: str, count: int | None) -> None:
 Where = Threads | Processes | Gpus | Cluster
 
 ALL_THREADS = Threads()
-"""One per core, in this process."""
+"""One thread per core, in this process."""
 
 
 def lay_out(
@@ -123,15 +124,16 @@ def lay_out(
     Parameters
     ----------
     job, where : what runs, and where
-    client : of the workers; without one, those of a cluster are one for each rank
-    devices : GPUs of `Gpus`; by default those that are found here. Where there are none, each rank
-        has one, whose memory is not known.
-    begun_ranks : of the run that is resumed
+    client : of the workers; without one, a cluster is assumed to have one worker per rank
+    devices : GPUs of `Gpus`; by default those found here. Without any, each rank is assumed to have
+        one, of unknown memory.
+    begun_ranks : number of ranks of the run that is resumed
 
     Raises
     ------
     ValueError
-        If neither the job nor workers say how many ranks there are; if its placement is for others.
+        If the number of ranks follows neither from the job nor from workers, or differs from that
+        of its placement.
     """
     workers = 1
     cores: int | None = CPU_COUNT
@@ -153,7 +155,7 @@ def lay_out(
     if client is not None and not ranks:
         raise ValueError(
             f"the scheduler at {scheduler_address(client)} has no workers yet, so the number of "
-            "ranks is unknown; start workers, or say how many to wait for (--workers)"
+            "ranks is unknown; start workers, or give the number to wait for (--workers)"
         )
     ranks = ranks or 1
     return Layout(
@@ -172,7 +174,7 @@ def lay_out(
 
 
 def _workers_of(where: Cluster, client: Client | None) -> tuple[int, int, int | None, int | None]:
-    """A cluster's workers, threads, and memory limits (of a GPU, of the host), as reported."""
+    """Return a cluster's reported workers, threads, and memory limits (of a GPU, of the host)."""
     if client is None:
         return 0, 1, None, None
     workers = client.scheduler_info(n_workers=-1)["workers"].values()
@@ -184,13 +186,13 @@ def _workers_of(where: Cluster, client: Client | None) -> tuple[int, int, int | 
 
 
 def on_gpus(where: Where) -> bool:
-    """Whether chunks are computed on GPUs."""
+    """Return whether chunks are computed on GPUs."""
     return isinstance(where, Gpus) or (isinstance(where, Cluster) and where.gpus)
 
 
 def computed_by(where: Where, client: Client | None, inputs: Inputs) -> ComputedBy:
-    """Find out what computes a job there. Workers are asked which library multiplies; if they
-    differ, all are named.
+    """Find out what computes a job there: workers report which library multiplies, and if they
+    differ, all libraries are named.
 
     Raises
     ------
@@ -209,7 +211,7 @@ def computed_by(where: Where, client: Client | None, inputs: Inputs) -> Computed
 
 
 def multiplies_as_tf32(where: Where, client: Client | None) -> bool:
-    """Whether experts multiply float32 as TF32, which the GPU workers of a cluster are asked."""
+    """Return whether experts multiply float32 as TF32, as the GPU workers of a cluster report."""
     if isinstance(where, Cluster) and where.gpus:
         assert client is not None  # `started` connects to a cluster
         found = client.run(_tf32_by_environment)
@@ -228,7 +230,7 @@ def _tf32_by_environment() -> bool:
 
 
 def deployed(where: Where | Deployed) -> contextlib.AbstractContextManager[Where]:
-    """Return the backend, started if it has to be."""
+    """Return the backend, started if necessary."""
     if not isinstance(where, Where | Deployed):
         raise TypeError(f"where must be Threads, Processes, Gpus or Cluster; got {where!r}")
     return where.start() if isinstance(where, Deployed) else contextlib.nullcontext(where)
@@ -243,9 +245,9 @@ def started(
 ) -> Iterator[tuple[int, Client | None]]:
     """Yield the number of threads and no client, or a client of the workers.
 
-    `files` are the local files that all workers must see, by what they are: `files_of`.
+    `files` are the local files that all workers must see, by description: see `files_of`.
 
-    `wait` and `on_workers` are those of `dask_ep.jobs.run.run_job`, for a cluster.
+    `wait` and `on_workers` are as in `dask_ep.jobs.run.run_job`, for a cluster.
     """
     if isinstance(where, Threads):
         with one_blas_thread():
@@ -293,7 +295,7 @@ def _local_cluster(where: Processes) -> LocalCluster:
 
 
 def files_of_job(job: Job) -> dict[str, str]:
-    """The local files and directories that all workers must see."""
+    """Return the local files and directories that all workers must see, by description."""
     return files_of(
         {
             "tokens": job.tokens,
@@ -311,7 +313,7 @@ def files_of_job(job: Job) -> dict[str, str]:
 
 
 def files_of(paths: Mapping[str, str | None]) -> dict[str, str]:
-    """The local paths among these, without the names of tensors."""
+    """Return those of the given paths that are local, without names of tensors."""
     return {
         what: path.partition("::")[0]
         for what, path in paths.items()

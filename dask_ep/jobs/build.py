@@ -3,8 +3,8 @@
     job ── open ──> Inputs: tokens, and routing and experts, or a layer      no data is read
     Inputs ── build ──> Built: the output (n, d_out), and what it depends on
 
-What the output depends on goes into its record (`dask_ep.storage.storage`), so that a stopped run
-is only resumed with the same inputs, ranks and placement.
+What the output depends on is recorded next to it (`dask_ep.storage.storage`), so that a stopped run
+is resumed only with the same inputs, ranks and placement.
 """
 
 from __future__ import annotations
@@ -52,32 +52,32 @@ class Inputs:
     def d_out(self) -> int:
         """Width of an output row."""
         d_out = self.experts.d_out if self.layer is None else self.layer.d_out
-        assert d_out is not None  # only callables have none
+        assert d_out is not None  # only callables have an unknown width
         return d_out
 
     @property
     def read_bytes(self) -> int:
-        """Bytes that a thread needs to read a chunk in addition to its rows: stored chunks are
-        decoded whole, unless they are plain rows.
+        """Bytes that a thread needs to read a chunk in addition to its rows: unless stored chunks
+        are plain rows, they are decoded as a whole.
         """
         read = (self.tokens, self.routing, self.topk_weights)
         return max(source.read_bytes for source in read if source is not None)
 
     @property
     def slots_per_row(self) -> int:
-        """k; E where experts choose their rows."""
+        """Slots per row, k; E if experts choose their rows."""
         if self.routing is not None:
             return 1 if self.routing.ndim == 1 else self.routing.shape[1]
-        assert self.layer is not None  # a job has a routing, or else a layer
+        assert self.layer is not None  # a job has either a routing or a layer
         return getattr(self.layer.router, "slots", self.experts.num_experts)
 
     @property
     def routes(self) -> bool:
-        """Whether the layer's router decides which experts rows go to."""
+        """Whether the layer's router makes the routing."""
         return self.routing is None
 
     def work(self, on_devices: bool = False) -> Work:
-        """Describe the job in numbers."""
+        """Describe the job by numbers."""
         topk = np.float32 if self.routes else getattr(self.topk_weights, "dtype", None)
         return Work.of(
             self.tokens,
@@ -93,7 +93,7 @@ class Inputs:
         )
 
     def held_as_stored(self) -> Inputs:
-        """The same inputs, with experts that are held in memory as they are stored."""
+        """Return the same inputs, with experts that are held in memory as they are stored."""
         experts, layer = held_as_stored(self.experts), copy(self.layer)
         if layer is not None:
             layer.experts = experts
@@ -101,14 +101,14 @@ class Inputs:
 
 
 class ComputedBy(NamedTuple):
-    """What computes an output: each of these rounds in its own way."""
+    """What computes an output; results are rounded differently if any of these differ."""
 
     arrays: str = "numpy"
-    #: library of the chunks while they are computed, "numpy" or "cupy"
+    #: namespace of the chunks while they are computed, "numpy" or "cupy"
     tf32: bool = False
     #: whether experts multiply float32 as TF32
     library: str | None = None
-    #: what multiplies, and how: `multiplied_by` of `kernel.bfloat16`, or `multiplied_on_gpus`
+    #: which library multiplies, and how: `kernel.bfloat16.multiplied_by`, or `multiplied_on_gpus`
 
 
 BY_NUMPY = ComputedBy()
@@ -121,22 +121,22 @@ class Built:
     y: da.Array
     #: (n, d_out), lazy
     inputs: Mapping[str, Any]
-    #: by name, for `store`
+    #: inputs by name, for `store`
     settings: Mapping[str, Any]
-    #: JSON-able, for `store`
+    #: serializable as JSON, for `store`
     placement: Placement | None
-    #: of the experts; None for contiguous
+    #: of the experts; None for a contiguous one
     routing: tuple[da.Array, da.Array | None]
     #: indices (n,) or (n, k) and top-k weights (n, k), lazy
 
 
 def open_inputs(job: Job) -> Inputs:
-    """Open what a job names, and check that it belongs together.
+    """Open the files of a job, and check that they fit together.
 
     Raises
     ------
     OSError
-        If a file is not there or is damaged.
+        If a file is missing or damaged.
     ValueError, TypeError
         If shapes or dtypes do not fit; the message names the key of the job.
     """
@@ -156,7 +156,7 @@ def open_inputs(job: Job) -> Inputs:
         assert isinstance(layer.experts, Experts)
         experts = layer.experts
     else:
-        assert job.experts is not None  # a job has a layer, or else experts
+        assert job.experts is not None  # a job has either a layer or experts
         weights = _open_weights(job, job.experts)
         options = {k: v for k, v in job.experts.items() if k not in WEIGHT_KEYS}
         experts = getattr(Experts, options.pop("kind"))(**weights, **options)
@@ -186,12 +186,13 @@ def build(
     inputs : of the job
     decision : how it will run
     by : what computes it
-    exchange : what sends rows through experts, with the first three arguments of `expert_parallel`
-        and its `topk_weights`, instead of it; then ranks and placement say nothing
+    exchange : function that replaces `expert_parallel`, with its first three arguments and its
+        `topk_weights`; ranks and placement then have no effect
 
     Notes
     -----
-    Only a placement by load, and any travel but that of all rows, reads anything: the routing.
+    No data is read, except the routing if the placement depends on the load, or if experts may
+    travel.
     """
     inputs = inputs.held_as_stored() if decision.as_stored else inputs
     layer, placement, world_size = inputs.layer, None, decision.layout.world_size
@@ -211,7 +212,7 @@ def build(
 def settings_of(
     inputs: Inputs, world_size: int, placement: Placement | None, by: ComputedBy
 ) -> dict[str, Any]:
-    """What an output depends on apart from its inputs, JSON-able; arguments as in `build`."""
+    """Return what an output depends on apart from its inputs; arguments are as in `build`."""
     computed_by: dict[str, Any] = {"arrays": by.arrays, "tf32": by.tf32}
     if inputs.experts.precision == "bfloat16":
         computed_by["rounded_by"] = by.library
@@ -229,7 +230,7 @@ def open_rows(
     """Open tokens in chunks of `chunk_rows` rows, with routing and weights, or route them."""
     tokens = open_tokens(inputs.tokens, chunks=chunk_rows, name="tokens", xp=xp)
     if inputs.routing is None:
-        assert inputs.layer is not None  # a job has a routing, or else a layer
+        assert inputs.layer is not None  # a job has either a routing or a layer
         return tokens, *inputs.layer.route(tokens)
     routing = open_tokens(inputs.routing, name="routing", like=tokens, xp=xp)
     topk = inputs.topk_weights
@@ -257,7 +258,7 @@ def _open(job: Job, key: str, path: str) -> Source:
 
 
 def _check_swapped(job: Job, tokens: Source, routing: Source | None, topk: Source | None) -> None:
-    """Refuse integers where floats belong and the reverse, as when two paths are swapped."""
+    """Raise if integers come where floats belong or the reverse, as when two paths are swapped."""
     if routing is None:
         return
     if tokens.dtype.kind in "iu" and is_float(routing.dtype):
@@ -273,7 +274,7 @@ def _check_swapped(job: Job, tokens: Source, routing: Source | None, topk: Sourc
 
 
 def _other_width(inputs: Inputs) -> str:
-    """What to suggest where tokens do not have the experts' width."""
+    """Return what to suggest if tokens do not have the experts' width."""
     width, experts, job = inputs.tokens.shape[1], inputs.experts, inputs.job
     if inputs.layer is not None:
         return f"are these hidden states of the model in {job.layer}?"
@@ -297,7 +298,7 @@ def _open_weights(job: Job, table: Mapping[str, Any]) -> dict[str, Source | list
 
 
 def name_inputs(inputs: Inputs) -> dict[str, Any]:
-    """Return everything that decides the values of the output, by the keys of the job."""
+    """Return everything that decides the values of the output, by key of the job."""
     named: dict[str, Any] = {"tokens": inputs.tokens}
     what = {"experts": inputs.experts} if inputs.layer is None else {"layer": inputs.layer}
     named |= what if inputs.routing is None else what | {"routing": inputs.routing}
@@ -324,6 +325,6 @@ def _check_rows(inputs: Inputs) -> None:
 
 
 def resolve_placement(job: Job, world_size: int) -> Placement | str | None:
-    """Return the placement that a job names: a policy, or what its file has for the layer."""
+    """Return the placement that a job names: a policy, or what the file has for the layer."""
     moe = None if job.layer is None else moe_layers(job.layer)
     return resolve(job.placement, world_size, layer=job.layer_index, moe_layers=moe)

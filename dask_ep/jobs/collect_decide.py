@@ -1,8 +1,8 @@
 """In how many passes are statistics collected, and what does each hold in memory?
 
 all experts fit        one pass over the rows
-they do not            a pass for each block of experts that do
-gram                   passes of their own: d * d numbers for each of the experts of one
+they do not fit        one pass for each block of experts that fits
+gram                   separate passes, with d * d numbers for each expert of a pass
 """
 
 from __future__ import annotations
@@ -27,11 +27,11 @@ from dask_ep.laws.memory_law import Layout
 from dask_ep.layers.collect import Chosen, Wanted, choose_statistics, share_of_others
 
 PARTIALS_HELD = 4
-"""Partial results that a thread holds at a time: its chunk's, by rank, joined, packed and added."""
+"""Partial results of a chunk that a thread holds at a time: by rank, joined, packed and added."""
 
 
 CHUNKS_PART = 16
-"""Part of the memory limit that token chunks may take while `gram` is collected."""
+"""Fraction of the memory limit that token chunks may take while `gram` is collected."""
 
 
 def decide_course(
@@ -45,17 +45,17 @@ def decide_course(
 
     Parameters
     ----------
-    inputs, layout : what is computed, and on what
+    inputs, layout : what is computed, and where
     wanted : what is collected
-    chunk_rows : rows of a token chunk, if they are asked for
+    chunk_rows : rows of a token chunk, if given
     begun : `Course.to_json` of the run that is resumed
 
     Raises
     ------
     DoesNotFit
-        If one expert at a time does not fit within the memory limit, with the numbers.
+        If not even one expert at a time fits into the memory limit; the message has the numbers.
     JobError
-        A ValueError: the output is wanted, and cannot be computed in one pass.
+        A ValueError: the output is wanted, but cannot be computed in one pass.
     """
     E, chosen = inputs.experts.num_experts, choose_statistics(wanted.what, inputs.experts)
     asked = begun.get("chunk_rows", chunk_rows)
@@ -78,10 +78,10 @@ def decide_course(
     blocks = tuple(range(first, min(first + size, E)) for first in range(0, E, size))
     if wanted.with_output and len(blocks) > 1:
         raise JobError(
-            f"{inputs.job.name}: the experts do not fit, and are observed in {len(blocks)} "
-            "passes, so the output cannot be written in the same pass; compute it with run"
+            f"{inputs.job.name}: the experts do not fit and are observed in {len(blocks)} passes, "
+            "so the output cannot be written in the same pass; compute it with run"
         )
-    if chosen.of_gram and asked is None:  # nearly all of the memory is for results
+    if chosen.of_gram and asked is None:  # keep nearly all memory for results
         chunks = (layout.threads + 2) * max(found.work.row_bytes, 1)
         most = max(_limit(layout) / CHUNKS_PART / chunks, FEWEST_ROWS)
         found = replace(found, chunk_rows=int(min(found.chunk_rows, most)))
@@ -122,7 +122,7 @@ def partial_size(inputs: Inputs, chosen: Chosen, experts: int) -> int:
 
 
 def _with_gram(inputs: Inputs, course: Course, slots: int) -> Course:
-    """The same with passes for `gram`, as many experts in each as fit; all without a limit."""
+    """Add passes for `gram`, with as many experts in each as fit; all without a limit."""
     decision, E, d = course.decision, inputs.experts.num_experts, inputs.tokens.shape[1]
     work, layout, f = decision.work, decision.layout, inputs.experts.hidden or 0
     itemsize = computing_dtype(inputs.tokens.dtype).itemsize
@@ -148,7 +148,7 @@ def _with_gram(inputs: Inputs, course: Course, slots: int) -> Course:
             decision,
         )
     step = E if limit == inf else min(int((limit - fixed) // one) * layout.workers, E)
-    step -= step % min(step, PICKED_TOGETHER)  # whose rows are picked together
+    step -= step % min(step, PICKED_TOGETHER)  # whole groups whose rows are picked together
     parts["second moments"] = int(-(-step // layout.workers) * one)
     total = inputs.tokens.shape[0]
     counted = -(-total // max(decision.chunk_rows, 1))
@@ -162,11 +162,12 @@ def _with_gram(inputs: Inputs, course: Course, slots: int) -> Course:
 
 
 def _limit(layout: Layout) -> float:
+    """Return the bytes that may be used: on Dask workers only a part of the limit."""
     return inf if layout.usable_bytes is None else layout.usable_bytes
 
 
 def _refusal(found: Decision | DoesNotFit, layout: Layout, partial_bytes: int) -> DoesNotFit:
-    extra = f"; besides, {partial_bytes / 1e6:.0f} MB of partial results must fit"
+    extra = f" and {partial_bytes / 1e6:.0f} MB of partial results"
     if isinstance(found, DoesNotFit):
         return DoesNotFit(f"{found}{extra}", found.proposal, found.decision)
     return DoesNotFit(

@@ -4,10 +4,10 @@
       begun.json                    chunks, ranks and blocks of experts, which a resumed run keeps
       groups-0.zarr, ...            joined partial results of some chunks, for a block of experts
       gram.input.zarr, ...          one expert after the other
-    <out>                           at the end, and the directory goes
+    <out>                           at the end, when the directory is removed
 
-Each is an output as `dask_ep.storage.storage.store` writes them: what is done is not done again,
-and whatever a lost worker had is computed again from the rows.
+Each of these is an output of `dask_ep.storage.storage.store`: finished work is not done again, and
+what was lost with a worker is computed again from the rows.
 """
 
 from __future__ import annotations
@@ -62,22 +62,22 @@ from dask_ep.storage.sources import open_source
 from dask_ep.storage.storage import store
 
 FEW_ROWS = 128
-"""Rows below which an expert is named in the coverage table, unless another number is given."""
+"""Default number of rows below which the coverage table names an expert."""
 
 
 @dataclass(frozen=True)
 class Collected:
-    """What a run has collected."""
+    """What a run collected."""
 
     metadata: Mapping[str, str]
-    #: of the file
+    #: metadata of the file
     coverage: Mapping[int, int]
-    #: rows of the experts that have fewer than were asked for
+    #: rows of each expert that saw fewer than `few_rows`
     num_experts: int
     rows: int
-    #: token rows
+    #: number of token rows
     reports: tuple[Path, ...] = ()
-    #: that were written
+    #: reports that were written
 
     @property
     def missing(self) -> list[str]:
@@ -107,14 +107,14 @@ def collect_job(
 
     Parameters
     ----------
-    job : a `Job`, or the path of a job file; its `out` is written only if that is wanted
+    job : a `Job`, or the path of a job file; its `out` is written only on request
     wanted : what to collect
     out : path of the statistics, ``.safetensors`` or ``.zarr``
     few_rows : number of rows below which the coverage table names an expert
     where, resume, overwrite, chunk_rows, report, on_record, on_client, on_workers, wait : as in
         `dask_ep.jobs.run.run_job`
-    on_progress : called with the token rows that are done and those in all; each pass counts
-    on_course : called at the start with how it will run
+    on_progress : called with the number of token rows done and in total, over all passes
+    on_course : called at the start with how the collection will run
 
     Returns
     -------
@@ -123,18 +123,19 @@ def collect_job(
     Raises
     ------
     JobError
-        A ValueError: these statistics cannot be collected for this job, or not this way.
+        A ValueError: these statistics cannot be collected for this job, or not in this way.
     DoesNotFit
-        A MemoryError: not even one expert at a time fits, with the numbers.
+        A MemoryError: not even one expert at a time fits; the message has the numbers.
     FileExistsError, ValueError, OSError
-        As `run_job`.
+        As in `run_job`.
 
     Notes
     -----
-    Each block of experts takes one pass over the rows: one for all, where they fit into the memory
-    limit. `gram` takes passes of its own, as many experts in each as fit. The file's metadata say
-    job, fingerprint of the inputs, rows, and which experts saw few. The job's output, if that is
-    wanted, is one that `run_job` could have written, and can resume.
+    Each block of experts takes one pass over the rows; if all fit into the memory limit, they are
+    one block. `gram` takes separate passes, with as many experts in each as fit. The file's
+    metadata have the job, a fingerprint of the inputs, the number of rows, and which experts saw
+    few. The job's output, if requested, is what `run_job` would have written, and `run_job` can
+    resume it.
     """
     job, out = as_job(job), os.path.realpath(out)
     bundle.check_bundle(out, resume, overwrite)
@@ -170,7 +171,9 @@ def collect_job(
             wants_record = run.missing and (report or on_record)
             planned = run.plan() if wants_record else None
             watch = _Watch(run, on_progress)
-            with watched(planned, client, owners, report, on_record, run.finish, run.told):
+            with watched(
+                planned, client, owners, report, on_record, run.finish, run.report_details
+            ):
                 for step in run.steps():
                     compute_step(step, client, threads, watch.tell, wait)
                     memory.release()
@@ -178,7 +181,7 @@ def collect_job(
 
 
 def _files(job: Job, wanted: Wanted, out: str) -> dict[str, str]:
-    """The files that all workers must see."""
+    """Return the files that all workers must see, by description."""
     files = files_of_job(replace(job, out=out))
     if wanted.with_output:
         files["the directory of the job's out"] = os.path.dirname(job.out)
@@ -226,7 +229,7 @@ class _Run:
 
     @property
     def outputs(self) -> list[Output]:
-        """All of them."""
+        """Return all of these outputs."""
         return [*self.groups, *self.grams.values(), *([self.output] if self.output else [])]
 
     @property
@@ -235,7 +238,7 @@ class _Run:
         return any(output.missing for output in self.outputs)
 
     def steps(self) -> Iterator[Step]:
-        """Yield what is to be computed, each step before the next."""
+        """Yield what is to be computed, step by step; each must be done before the next."""
         first, *others = self.groups
         yield first if self.output is None else together([first, self.output])
         yield from others
@@ -245,25 +248,25 @@ class _Run:
                 yield together(parts)
 
     def finish(self) -> None:
-        """Give all outputs their names."""
+        """Finish all outputs, which gives them their final names."""
         for output in self.outputs:
             output.finish()
 
     def plan(self) -> PlanOfStatistics:
-        """What is left to do, priced."""
+        """Return a plan of what is left to do."""
         experts = set().union(*(output.missing for output in self.grams.values()))
         return price_course(
             Pricing.of_job(self.inputs, self.course.decision), self.course, self.collections,
             self.placement, left=self._left(), grams_left=len(experts),
         )  # fmt: skip
 
-    def told(self) -> dict[str, Any]:
-        """Arguments of `write_reports` that describe the run."""
+    def report_details(self) -> dict[str, Any]:
+        """Return arguments of `write_reports` that describe the run."""
         chunks, job = self.collections[0].chunks, self.inputs.job.name
         return {"missing": sorted(set().union(*self._left())), "blocks": chunks, "job": job}
 
     def _left(self) -> list[list[int]]:
-        """Token chunks that each pass over the rows has left."""
+        """Return how many token chunks each pass over the rows has left."""
         return [
             [chunk for group in output.missing for chunk in one.chunks_of(group)]
             for output, one in zip(self.groups, self.collections, strict=True)
@@ -271,7 +274,7 @@ class _Run:
 
 
 class _Watch:
-    """Counts the rows of finished groups; an expert of a gram counts as its share of all rows."""
+    """Counts the rows of finished groups; for `gram`, an expert counts as its share of all rows."""
 
     def __init__(self, run: _Run, tell: Callable[[int, int], Any] | None):
         self._tell = tell
@@ -296,7 +299,7 @@ class _Watch:
 
 
 class _File(NamedTuple):
-    """The file that statistics go to."""
+    """The file of the statistics."""
 
     inputs: Inputs
     wanted: Wanted
@@ -305,7 +308,7 @@ class _File(NamedTuple):
 
     @property
     def settings(self) -> dict[str, Any]:
-        """What the statistics depend on apart from the inputs."""
+        """Return what the statistics depend on apart from the inputs."""
         return {
             "layer_index": self.inputs.job.layer_index,
             "what": sorted(self.wanted.what),
@@ -316,7 +319,7 @@ class _File(NamedTuple):
 
     @property
     def fingerprint(self) -> str:
-        """Identifies these statistics: inputs and settings."""
+        """A fingerprint of inputs and settings."""
         made_of = {"inputs": describe(name_inputs(self.inputs)), "settings": self.settings}
         return xxhash.xxh3_64_hexdigest(json.dumps(made_of, sort_keys=True).encode())
 
@@ -355,7 +358,7 @@ class _File(NamedTuple):
         return self._collected(metadata, few)
 
     def _words(self, few: Mapping[int, int], missing: Sequence[str]) -> dict[str, str]:
-        """Metadata of the statistics' file."""
+        """Return the metadata of the file."""
         job, wanted = self.inputs.job, self.wanted
         keys = {key: value for key, value in vars(job).items() if value is not None}
         metadata = {
@@ -378,7 +381,7 @@ class _File(NamedTuple):
 
 
 def _read_begun(directory: str) -> dict[str, Any]:
-    """How the run to be resumed was started; empty if there is none."""
+    """Read how the run to resume was started; empty if there is none."""
     try:
         with open(os.path.join(directory, "begun.json"), encoding="utf-8") as file:
             return json.load(file)

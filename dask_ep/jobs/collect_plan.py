@@ -3,7 +3,7 @@
     Wanted, Inputs ── decide_course ──> Course ── begin_all ──> collections, one for each pass
                                           └────── price_course ──> PlanOfStatistics
 
-Passes over the rows are priced as a run is; `gram` and more passes change what they change.
+A pass over the rows is priced like a run; further passes and `gram` are added.
 """
 
 from __future__ import annotations
@@ -44,8 +44,8 @@ def plan_collection(
 
     Parameters
     ----------
-    wanted : what is to be collected
-    job, where, chunk_rows, rates, on_note : as for `dask_ep.jobs.plan.plan_job`
+    wanted : what to collect
+    job, where, chunk_rows, rates, on_note : as in `dask_ep.jobs.plan.plan_job`
 
     Raises
     ------
@@ -65,12 +65,12 @@ def plan_collection(
 
 
 def course_inputs(inputs: Inputs, course: Course) -> Inputs:
-    """The inputs with their experts as they are held."""
+    """Return the inputs, with experts as the decision holds them."""
     return inputs.held_as_stored() if course.decision.as_stored else inputs
 
 
 def place_experts(inputs: Inputs, course: Course) -> Placement | None:
-    """Place the experts, as for a run: a placement by load reads the routing."""
+    """Place the experts, as for a run; a placement by load reads the routing."""
     decision = course.decision
     _, routing, _ = open_rows(inputs, decision.chunk_rows)
     return decision.place(partial(survey, routing, inputs.experts.num_experts))
@@ -86,7 +86,7 @@ def begin_all(
     of_tiles = choose_statistics(wanted.what, inputs.experts).of_tiles
     seen = tuple(name for name in wanted.what if any(t.startswith(name) for t in of_tiles))
     return [
-        begin_collection(  # what is not of tiles comes with the first block
+        begin_collection(  # statistics that are not of tiles are collected with the first block
             tokens, layer, wanted if block.start == 0 else replace(wanted, what=seen),
             routing=(routing, topk), world_size=decision.layout.world_size,
             placement=placement, block=block, picked_together=course.picked_together,
@@ -109,9 +109,9 @@ def price_course(
     Parameters
     ----------
     pricing : of the job
-    course, collections, placement : as decided, and begun
-    left : token chunks that each pass over the rows has left; default: all
-    grams_left : experts whose second moments are; default: all
+    course, collections, placement : as decided and begun
+    left : number of token chunks that each pass over the rows has left; default: all
+    grams_left : number of experts whose second moments are left; default: all
     """
     arrays = [array for one in collections for array in one.parts()]
     keys = {key: read_key(key) for array in arrays for key in array.__dask_graph__()}

@@ -4,9 +4,8 @@
            └─> layer of b ──┴─ difference ──> Difference      both in one pass, chunk by chunk
     output a, output b ─────── difference ──> Difference
 
-Nothing is written, and no more of the rows is in memory than the chunks at work. Where the experts
-of both layers do not fit into memory together, each is run as a job of its own, and their outputs
-are compared.
+Nothing is written, and only the chunks being computed are in memory. If the experts of both layers
+do not fit into memory together, each layer runs as a separate job, and their outputs are compared.
 """
 
 from __future__ import annotations
@@ -53,22 +52,22 @@ from dask_ep.storage.sources import Source
 from dask_ep.storage.storage import open_tokens
 
 OnRows = Callable[[int, int], Any]
-"""Called with the rows that are done, and all that there are to do, on threads."""
+"""Called with the number of rows done and in total, from threads."""
 
 
 @dataclass(frozen=True)
 class TensorDifferences:
     """How the tensors of a layer differ in two checkpoints, by their names in the block.
 
-    Numbers of experts are ``*`` in the names, which come with how many they stand for.
+    In the names, ``*`` replaces the index of an expert; with each comes the number of tensors.
     """
 
     same: int
-    #: tensors of the same name, shape and dtype
+    #: number of tensors of the same name, shape and dtype
     dtypes: Mapping[tuple[str, str], int]
-    #: tensors of the same name and shape, by their dtypes in a and b
+    #: number of tensors of the same name and shape, by their dtypes in a and b
     shapes: Mapping[str, str]
-    #: of other shapes, in words
+    #: description of the shapes of tensors in which they differ, by name
     only_a: Mapping[str, int]
     only_b: Mapping[str, int]
 
@@ -79,16 +78,16 @@ class Comparison:
 
     difference: Difference
     tolerance: float | None
-    #: of the error of a row
+    #: maximum error of a row
     share: float
-    #: of the rows, which must be within it
+    #: fraction of the rows that must be within it
     routing_compared: bool
     tensors: TensorDifferences | None = None
     layer: int | None = None
 
     @property
     def good(self) -> bool:
-        """Whether enough rows are within the tolerance; always without one."""
+        """Whether enough rows are within the tolerance; always true without one."""
         found = self.difference
         return self.tolerance is None or found.beyond <= (1 - self.share) * found.rows
 
@@ -112,14 +111,14 @@ def compare_checkpoints(
     Parameters
     ----------
     a, b : checkpoint directories, or GGUF files; errors are relative to the output of `a`
-    tokens : (n, d) hidden states that the layer gets
-    layer : number of the layer; may be left out where there is one MoE layer
-    where : as for `dask_ep.jobs.run.run_job`
-    scratch : directory for both outputs, where the layers are computed one after the other; by
-        default that of the system for temporary files
+    tokens : (n, d) hidden states, the layer's input
+    layer : index of the layer; optional if there is only one MoE layer
+    where : as in `dask_ep.jobs.run.run_job`
+    scratch : directory for both outputs, if the layers are computed one after the other; by default
+        the system's directory for temporary files
     chunk_rows : rows of a token chunk; by default what fits both layers
-    tolerance : of the error of a row, see `dask_ep.jobs.difference`
-    share : part of the rows that must be within it
+    tolerance : maximum error of a row, see `dask_ep.jobs.difference`
+    share : fraction of the rows that must be within it
     on_progress, wait : see `OnRows` and `run_job`
 
     Raises
@@ -132,10 +131,10 @@ def compare_checkpoints(
 
     Notes
     -----
-    One pass over the tokens, which are read once, where the experts of each layer fit into half of
-    the memory limit, as they are or as they are stored. Otherwise each layer is run by itself as
-    `run_job` decides, with experts in passes if need be, and the outputs are compared. The routing
-    is compared where both layers have as many experts.
+    If the experts of each layer fit into half of the memory limit, possibly held as stored, the
+    tokens are read once, in one pass. Otherwise each layer runs separately, as `run_job` decides,
+    with experts in passes if necessary, and the outputs are compared. The routing is compared if
+    both layers have the same number of experts.
     """
     layer = _layer_of(a, b) if layer is None else layer
     judged: dict[str, Any] = {"tolerance": tolerance, "share": share}
@@ -171,8 +170,9 @@ def compare_outputs(
     Parameters
     ----------
     a, b : (n, d) array files; errors are relative to `a`
-    routing : of `a`, as (n, k) or (n,) file, for errors by expert; and of `b`, to compare them
-    where, chunk_rows, tolerance, share, on_progress, wait : as for `compare_checkpoints`
+    routing : files (n, k) or (n,) with the routing of `a`, for errors by expert, and that of `b`,
+        to compare both
+    where, chunk_rows, tolerance, share, on_progress, wait : as in `compare_checkpoints`
 
     Raises
     ------
@@ -201,7 +201,7 @@ def _compare_together(
     on_progress: OnRows | None,
     wait: Wait,
 ) -> Comparison | None:
-    """Compute both layers in one pass; None where their experts do not fit together."""
+    """Compute both layers in one pass; None if their experts do not fit together."""
     inputs = [open_inputs(job) for job in jobs]
     experts = [_known_experts(each) for each in inputs]
     files = {"tokens": jobs[0].tokens, "a": jobs[0].layer, "b": jobs[1].layer}
@@ -282,11 +282,14 @@ def _layer_of(a: str | os.PathLike, b: str | os.PathLike) -> int:
 def _decide_both(
     inputs: Sequence[Inputs], layout: Layout, chunk_rows: int | None
 ) -> list[Decision] | None:
-    """Decide how both layers run, in the same chunks and half of the memory each; None if not."""
+    """Decide how both layers run, in the same chunks, with half of the memory each.
+
+    None if they do not fit.
+    """
     limit, rows = layout.memory_limit, chunk_rows
     half = layout if limit is None else replace(layout, memory_limit=limit // 2)
     works = [each.work(layout.on_devices) for each in inputs]
-    for _ in range(2):  # then in the smaller chunks
+    for _ in range(2):  # the second time with the smaller of both chunk sizes
         found = [attempt(work, half, chunk_rows=rows) for work in works]
         fitting = [one for one in found if isinstance(one, Decision) and one.passes is None]
         if len(fitting) < len(found):
@@ -307,8 +310,8 @@ def _check_shapes(outputs: Sequence[Source], routings: Sequence[Source]) -> None
     for each in routings:
         if each.shape[:1] != a.shape[:1] or each.ndim > 2 or each.dtype.kind not in "iu":
             raise ValueError(
-                f"a routing must be whole numbers, (n,) or (n, k) with n = {a.shape[0]} rows, but "
-                f"{each.name} is {each.shape} of {each.dtype}"
+                f"a routing must hold integers, (n,) or (n, k) with n = {a.shape[0]} rows, but "
+                f"{each.name} has shape {each.shape} and dtype {each.dtype}"
             )
 
 
@@ -316,16 +319,16 @@ def _check_shapes(outputs: Sequence[Source], routings: Sequence[Source]) -> None
 
 
 class _Chunks(Callback):
-    """Reports the chunks that have been compared, on the local schedulers."""
+    """Reports the chunks that have been compared, with the local schedulers."""
 
     def __init__(self, tell: Callable[[int], Any]):
         super().__init__(posttask=self._look)
         self._tell = tell
 
     def _look(self, key: Any, *_: Any) -> None:
-        said = read_key(key)
-        if said is not None and said.step == "compare":
-            self._tell(said.chunk)
+        found = read_key(key)
+        if found is not None and found.step == "compare":
+            self._tell(found.chunk)
 
 
 def _compared(
@@ -336,7 +339,7 @@ def _compared(
     tolerance: float | None,
     share: float,
 ) -> Comparison:
-    """Compare lazy outputs, and judge what is found."""
+    """Compare lazy outputs, and apply the tolerance."""
     a, b = outputs
     lazy = differences(
         a, b, routing, num_experts=num_experts,
@@ -353,7 +356,7 @@ def _computed(
     lazy: da.Array,
     chunks: Sequence[int],
 ) -> Difference:
-    """Compute and join differences where the work is done, while this thread waits for signals."""
+    """Compute and join differences on threads or workers, while this thread waits for signals."""
     futures, whole = [], None
     if client is not None:
         parts = client.persist(lazy)
@@ -367,7 +370,7 @@ def _computed(
             return
         for future in as_completed(futures):
             if future.status != "finished":
-                future.result()  # raises what went wrong there
+                future.result()  # raises the error of the task
             tell(future.key[1])
         tell(result_of(whole))
 
@@ -382,7 +385,7 @@ def _computed(
     finally:
         if client is not None:
             client.cancel([*futures, whole])
-    assert found is not None  # told at the end
+    assert found is not None  # set when all tasks are done
     return found.item()
 
 
@@ -415,5 +418,5 @@ def _tensors(checkpoint: Checkpoint, layer: int) -> dict[str, Source]:
 
 
 def _patterns(names: set[str]) -> dict[str, int]:
-    """Names with ``*`` for the numbers of experts, and how many tensors each stands for."""
+    """Replace indices of experts in names by ``*``, and count the tensors of each name."""
     return dict(sorted(Counter(re.sub(r"\.\d+\.", ".*.", name) for name in names).items()))

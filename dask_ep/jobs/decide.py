@@ -1,11 +1,11 @@
 """How will a job run?
 
-On which workers, with how many ranks, in chunks of how many rows; with all experts in memory, as
-they are stored, or processed in passes; what travels. Decided once, from plain numbers and before
-any data is read: `run`, `plan` and their reports all ask here, and are refused in the same words.
+On which workers, with how many ranks, in chunks of how many rows; with all experts in memory, held
+as stored, or processed in passes; and what travels. This is decided once, from plain numbers,
+before any data is read: `run`, `plan` and their reports call `decide`, and raise the same errors.
 
-    Work, Layout, what is asked for ── decide ──> Decision
-                                            └───> DoesNotFit, with what would
+    Work, Layout, options ── decide ──> Decision
+                                └─────> DoesNotFit, with options that do fit
 """
 
 from __future__ import annotations
@@ -30,11 +30,11 @@ from dask_ep.placement.placement import Placement
 from dask_ep.storage.storage import CHUNK_BYTES
 
 ROWS_THAT_PAY = 256
-"""Rows of a chunk at an expert whose products take about ten times as long as its conversion from
-what is stored."""
+"""Rows of a chunk at an expert for which its products take about ten times as long as decoding its
+stored weights."""
 
 WAYS_OF: dict[str | None, tuple[str, ...]] = {"rows": ("spill",), "experts": ("hold",)}
-"""How `travel` is read with experts in passes: rows are spilled to where their experts are loaded,
+"""What `travel` means with experts in passes: rows are spilled to where their experts are loaded,
 or experts are loaded where rows are held."""
 
 
@@ -51,27 +51,29 @@ def decide(
 
     Parameters
     ----------
-    work, layout : what is computed, and on what
-    chunk_rows : rows of a token chunk, if they are asked for; more than there are mean all of them
-    travel : what is asked to travel, and at which rates that is chosen
-    free : function that returns the bytes of disk free for rows that wait; default: unlimited
-    begun : the run that is resumed, which keeps its placement, and its passes
+    work, layout : what is computed, and where
+    chunk_rows : rows of a token chunk, if given; all rows if there are fewer
+    travel : what should travel, and the rates by which that is chosen
+    free : function that returns the bytes of disk that are free for spilled rows; default:
+        unlimited
+    begun : the run that is resumed, which keeps its placement and its passes
 
     Raises
     ------
     DoesNotFit
-        If it can be done in no way within the memory limit, with the numbers and what would fit.
+        If no way to run the job fits into the memory limit; the error has the numbers, and options
+        that do fit.
     JobError
-        A ValueError: nothing can travel so.
+        A ValueError: `travel` is not possible for this job.
     ValueError
-        If a resumed run cannot be kept to.
+        If a resumed run cannot continue as it began.
 
     Notes
     -----
-    Where all experts fit, they stay in memory. Where they do so only as they are stored, they are
-    held so if that pays: if chunks that fit bring each expert `ROWS_THAT_PAY` rows, so that it is
-    not converted for a few. Otherwise they are processed in passes. On GPUs, which have no passes,
-    holding experts as they are stored pays wherever only so they fit.
+    If all experts fit, they stay in memory. If they fit only as stored, they are held as stored
+    provided that chunks that fit bring each expert `ROWS_THAT_PAY` rows, so that it is not decoded
+    for just a few. Otherwise they are processed in passes. On GPUs, which have no passes, experts
+    that fit only as stored are always held as stored.
     """
     if chunk_rows is not None and chunk_rows < 1:
         raise ValueError(f"chunk_rows must be at least 1; got {chunk_rows}")
@@ -83,15 +85,15 @@ def decide(
     if begun is not None:
         asked = asked or begun.chunk_rows
         if begun.moves_experts and begun.world_size == layout.world_size:
-            layout = replace(layout, placement=begun.placement)  # whatever would be chosen now
+            layout = replace(layout, placement=begun.placement)  # not one that would be chosen now
     as_stored = work.as_stored or _pays_as_stored(work, layout, asked)
     passes = None
     if begun is None and not _fits(work, layout, as_stored):
         passes = _find_passes(work, layout, as_stored, asked, travel, free)
     if travel.how is not None and layout.in_process and passes is None:
         raise JobError(
-            "threads share memory, so nothing travels between them; travel is for workers, and "
-            "for experts that do not fit into the memory limit"
+            "threads share memory, so nothing travels between them; use travel with workers, or "
+            "with experts that do not fit into the memory limit"
         )
     if begun is not None:
         travel = ALL_ROWS
@@ -101,7 +103,7 @@ def decide(
 
 
 def attempt(work: Work, layout: Layout, **asked: Any) -> Decision | DoesNotFit:
-    """As `decide`, but return a `DoesNotFit` instead of raising it."""
+    """Like `decide`, but return a `DoesNotFit` instead of raising it."""
     try:
         return decide(work, layout, **asked)
     except DoesNotFit as refusal:
@@ -116,7 +118,7 @@ def _fits(work: Work, layout: Layout, as_stored: bool, asked: int | None = None)
 
 
 def _pays_as_stored(work: Work, layout: Layout, asked: int | None) -> bool:
-    """Whether experts fit only as they are stored, and that pays."""
+    """Return whether experts fit only as stored, and holding them so pays."""
     if _fits(work, layout, False) or not work.in_files or not _fits(work, layout, True, asked):
         return False
     slots = _choose_chunk_rows(work, layout, True, asked) * work.slots
@@ -124,9 +126,9 @@ def _pays_as_stored(work: Work, layout: Layout, asked: int | None) -> bool:
 
 
 def _choose_chunk_rows(work: Work, layout: Layout, as_stored: bool, asked: int | None) -> int:
-    """Choose the rows of a token chunk: large, but some for every thread, and within memory.
+    """Choose the rows of a token chunk: large, but within memory, and with some for every thread.
 
-    A multiple or a whole part of the stored chunks where possible; those asked for, if they are.
+    They are those given, or a multiple or divisor of the stored chunks' rows if possible.
     """
     most = rows_within(work, layout, as_stored)
     if most < (asked or FEWEST_ROWS):
@@ -136,14 +138,14 @@ def _choose_chunk_rows(work: Work, layout: Layout, as_stored: bool, asked: int |
 
 
 def _usual_rows(work: Work, layout: Layout) -> int:
-    """Rows of a chunk where memory is ample."""
+    """Return the rows of a chunk if memory does not limit them."""
     chunk_bytes = DEVICE_CHUNK_BYTES if layout.on_devices else CHUNK_BYTES
     fair = -(-work.rows // (CHUNKS_PER_THREAD * layout.threads * layout.serving))
     return min(max(chunk_bytes // max(work.row_bytes, 1), 1), max(fair, FEWEST_ROWS))
 
 
 def fit_stored(rows: int, stored: int | None) -> int:
-    """Return about `rows` rows, at most, such that chunks are read whole or in equal parts.
+    """Return at most about `rows` rows, so that stored chunks are read whole or in equal parts.
 
     Examples
     --------
@@ -168,9 +170,8 @@ def _find_passes(
 ) -> Passes:
     """Choose how experts that do not fit are processed in passes.
 
-    What travels by choice (`Travel.how`) is the way: rows to where their experts are loaded
-    ("rows": they are spilled), experts to rows that stay ("experts": these are held), or the
-    cheaper.
+    `Travel.how` determines the way: rows travel to where their experts are loaded ("rows": they are
+    spilled), experts travel to rows in memory ("experts": these are held), or the cheaper of both.
     """
     refusal = _refusal(work, layout, as_stored, asked)
     if layout.on_devices or not work.in_files:
@@ -179,7 +180,7 @@ def _find_passes(
     ways = WAYS_OF.get(travel.how, possible)
     if not set(ways) <= set(possible):
         raise JobError(
-            "the experts do not fit, so travel must be rows or auto: experts can travel only to "
+            "travel must be rows or auto, since the experts do not fit: they can travel only to "
             "rows that are held in memory, which needs threads and a given routing"
         ) from refusal
     choose = partial(
@@ -197,27 +198,27 @@ def _find_passes(
         if asked is not None and not refusal.proposal:
             with suppress(MemoryError):
                 refusal.proposal["chunk_rows"] = choose().chunk_rows
-                message += f"; it runs so with --chunk-rows {refusal.proposal['chunk_rows']}"
+                message += f"; it runs with --chunk-rows {refusal.proposal['chunk_rows']}"
         raise DoesNotFit(message, refusal.proposal, refusal.decision) from error
 
 
 def _check_resumed(passes: Passes, layout: Layout, asked: int | None) -> None:
-    """Refuse what a resumed run in passes cannot keep to."""
+    """Raise if a resumed run in passes cannot continue as it began."""
     wrong = ""
     process, fewer = "the process", f"--threads {passes.threads}"
     limit = math.inf if layout.usable_bytes is None else layout.usable_bytes
     if not layout.in_process:
         process, fewer = "each worker", f"workers of {passes.threads}"
     if passes.way == "hold" and not layout.in_process:
-        wrong = "holds rows in memory, which threads alone share: resume on threads"
+        wrong = "holds rows in memory, which only threads share: resume on threads"
     elif layout.threads > passes.threads:
         wrong = (
-            f"counts memory for {passes.threads} threads, but {process} has {layout.threads}: "
-            f"resume with {fewer}"
+            f"is planned for {passes.threads} threads, but {process} has {layout.threads}: resume "
+            f"with {fewer}"
         )
     elif passes.memory_bytes > limit:
         wrong = (
-            f"takes up to {passes.memory_bytes / 1e6:.0f} MB, but {process} may fill "
+            f"takes up to {passes.memory_bytes / 1e6:.0f} MB, but {process} may use "
             f"{limit / 1e6:.0f} MB: resume with more memory"
         )
     elif asked not in (None, passes.chunk_rows):
@@ -245,7 +246,7 @@ def _refusal(work: Work, layout: Layout, as_stored: bool, asked: int | None) -> 
     elif layout.on_devices:
         whose, instead = "the memory limit of a GPU's worker on the host", "allow more memory"
         law, limit = host_need(work, layout), layout.host_limit
-    assert limit is not None  # without one all fits
+    assert limit is not None  # without one everything fits
     parts = {name: f"{nbytes / 1e6:.0f} MB" for name, nbytes in law.parts(rows).items()}
     reading = layout.threads * work.read_bytes
     decoding = ""
@@ -259,7 +260,7 @@ def _refusal(work: Work, layout: Layout, as_stored: bool, asked: int | None) -> 
         f"{parts['experts']} of experts, {parts['process']} for {whom}, {parts['scratch']} of "
         f"scratch{decoding} and "
         f"{law.chunks:.3g} chunks of {rows} rows ({law.row_bytes} bytes each), "
-        f"{law.at(rows) / 1e6:.0f} MB in all; "
+        f"{law.at(rows) / 1e6:.0f} MB in total; "
     )
     proposal = _proposal(work, layout, as_stored, asked)
     if proposal:
@@ -267,14 +268,14 @@ def _refusal(work: Work, layout: Layout, as_stored: bool, asked: int | None) -> 
         instead = f"within the same limit it runs with {options}"
         if "processes" in proposal and limit is not None:
             total = proposal["processes"] * limit / 1e9
-            instead += f", each of which may use as much: {total:.3g} GB in all"
+            instead += f", each of which may use as much: {total:.3g} GB in total"
     usual = asked or max(_usual_rows(work, layout), FEWEST_ROWS)
     refused = Decision(work, layout, usual, as_stored, chunks_asked=asked is not None)
     return DoesNotFit(message + instead, proposal, refused)
 
 
 def _proposal(work: Work, layout: Layout, as_stored: bool, asked: int | None) -> dict[str, Any]:
-    """Options with which the job fits; empty if there are none."""
+    """Return options with which the job fits; empty if there are none."""
     for options, other in _alternatives(work, layout, asked):
         if _fits(work, other, as_stored):
             if asked is not None:
@@ -286,8 +287,8 @@ def _proposal(work: Work, layout: Layout, as_stored: bool, asked: int | None) ->
 def _alternatives(
     work: Work, layout: Layout, asked: int | None
 ) -> Iterator[tuple[dict[str, Any], Layout]]:
-    """Other layouts, those first that change least: smaller chunks, fewer threads, no replicas of
-    experts, more processes.
+    """Yield other layouts, those with the smallest changes first: smaller chunks, fewer threads, no
+    replicas of experts, more processes.
     """
     if asked is not None:
         yield {}, layout

@@ -3,10 +3,10 @@
     outputs a, b, routing of both (c) ── one task per chunk ──> Difference (c)
     Difference (0), Difference (1), ... ── joined in the order of chunks ──> Difference
 
-The error of a row is ``|a - b| / |a|``, with Euclidean norms. It is infinite where only a is zero,
-and where one of the two holds NaN or infinity and the other is not the same. A `Difference` has
-counts and sums, no row's error: errors are counted in bins of 0.8 % of their size, so that the
-quantiles of any number of rows fit into some kilobytes. The largest errors are exact.
+The error of a row is ``|a - b| / |a|``, with Euclidean norms. It is infinite if only a is zero, or
+if one of the two holds NaN or infinity where the other differs. A `Difference` holds counts and
+sums, not the error of each row: errors are counted in bins whose width is 0.8 % of their size, so
+that quantiles of any number of rows fit into a few kilobytes. The largest errors are exact.
 """
 
 from __future__ import annotations
@@ -25,14 +25,14 @@ from dask_ep.graph.keys import step_name
 from dask_ep.graph.rows import block_by_block, first_rows
 
 MOST_ROWS = 10
-"""Rows that are kept by number: the worst ones, and the first whose routing differs."""
+"""Number of rows that are listed: the worst ones, and the first whose routing differs."""
 
 TILE = 1 << 12
 """Rows that are compared at a time."""
 
 
 class WorstRow(NamedTuple):
-    """A row, by its number."""
+    """A row and its error."""
 
     error: float
     row: int
@@ -40,37 +40,37 @@ class WorstRow(NamedTuple):
 
 @dataclass(frozen=True)
 class Difference:
-    """What was found when rows of two outputs were compared."""
+    """The result of comparing rows of two outputs."""
 
     num_experts: int
-    #: of the routing; 0 where none is compared
+    #: of the routing; 0 without a routing
     rows: int = 0
     beyond: int = 0
-    #: rows whose error is beyond the tolerance
+    #: number of rows whose error is beyond the tolerance
     moved: int = 0
-    #: rows whose experts differ, in whatever order they were chosen
+    #: number of rows whose sets of experts differ
     bins: Counter[int] = field(default_factory=Counter)
     #: rows by the size of their error, see `quantile`
     bins_of_moved: Counter[int] = field(default_factory=Counter)
-    #: the same of the rows whose experts differ
+    #: the same for the rows whose experts differ
     worst: tuple[WorstRow, ...] = ()
-    #: the worst first; of equal ones the lower row
+    #: the worst first; among equals the lower row
     first_moved: tuple[int, ...] = ()
-    #: of the rows whose experts differ
+    #: the first of the rows whose experts differ
     expert_rows: np.ndarray = field(default_factory=lambda: np.zeros(0, np.int64))
     #: (E,) rows that chose each expert in a
     expert_errors: np.ndarray = field(default_factory=lambda: np.zeros(0))
     #: (E,) sum of the finite errors of these rows
     expert_largest: np.ndarray = field(default_factory=lambda: np.zeros(0))
-    #: (E,)
+    #: (E,) largest error of these rows
     lost: np.ndarray = field(default_factory=lambda: np.zeros(0, np.int64))
     #: (E,) rows that chose each expert in a, but not in b
     gained: np.ndarray = field(default_factory=lambda: np.zeros(0, np.int64))
     #: (E,) rows that chose each expert in b, but not in a
     moved_slots: np.ndarray = field(default_factory=lambda: np.zeros(0, np.int64))
-    #: (k,) slots of a, the best first, whose expert b did not choose
+    #: (k,) how often b did not choose the expert in each slot of a, the best slot first
     pairs: Counter[tuple[int, int]] = field(default_factory=Counter)
-    #: (expert of a, expert of b) of the rows that differ in one expert
+    #: (expert of a, expert of b) in the rows that differ in one expert
 
     @classmethod
     def none(cls, num_experts: int, slots: int) -> Difference:
@@ -97,12 +97,12 @@ class Difference:
         return self.worst[0].error if self.worst else 0.0
 
     def quantile(self, part: float, *, of_moved: bool = False) -> float:
-        """The error that a part of the rows does not exceed, at most 0.8 % too large.
+        """Return the error that a fraction of the rows does not exceed, at most 0.8 % too large.
 
         Parameters
         ----------
-        part : such as 0.5 for the median
-        of_moved : whether only rows whose experts differ count
+        part : the fraction, 0.5 for the median
+        of_moved : whether to count only rows whose experts differ
 
         Examples
         --------
@@ -120,7 +120,7 @@ class Difference:
 
     @property
     def expert_means(self) -> np.ndarray:
-        """(E,) mean error of the rows of each expert; 0 without rows."""
+        """Return (E,) the mean error of the rows of each expert; 0 without rows."""
         return self.expert_errors / np.maximum(self.expert_rows, 1)
 
 
@@ -149,9 +149,9 @@ def compare_rows(
     ----------
     a, b : (n, d) floats
     routing : (n, k) indices of a, and (n, k') of b if its routing is compared too
-    num_experts : E, where there is a routing
+    num_experts : E, if there is a routing
     tolerance : errors above it are counted
-    first_row : number of the first of these rows
+    first_row : index of the first of these rows
     """
     slots = routing[0].shape[1] if routing else 0
     found = Difference.none(num_experts, slots)
@@ -166,7 +166,7 @@ def compare_rows(
 
 
 def row_errors(a: np.ndarray, b: np.ndarray) -> np.ndarray:
-    """Errors (n,) of the rows of b, float64."""
+    """Return the errors (n,) of the rows of b, float64."""
     with np.errstate(all="ignore"):
         x, y = a.astype(np.float64), b.astype(np.float64)
         same = (x == y) | (np.isnan(x) & np.isnan(y))
@@ -176,7 +176,7 @@ def row_errors(a: np.ndarray, b: np.ndarray) -> np.ndarray:
 
 
 def _norm(rows: np.ndarray) -> np.ndarray:
-    """Euclidean norms, scaled so that squares neither overflow nor vanish."""
+    """Return Euclidean norms, scaled so that squares neither overflow nor underflow."""
     largest = np.abs(rows).max(axis=1, keepdims=True, initial=0.0)
     scale = np.where((largest > 0) & np.isfinite(largest), largest, 1.0)
     return np.sqrt(np.square(rows / scale).sum(axis=1)) * scale[:, 0]
@@ -223,14 +223,14 @@ def _with_routing(
 
 
 def _chosen(routing: np.ndarray, num_experts: int) -> np.ndarray:
-    """(n, E) bool: which experts each row chose."""
+    """Return (n, E) bool: which experts each row chose."""
     chose = np.zeros((len(routing), num_experts + 1), bool)
     np.put_along_axis(chose, routing.astype(np.int64) % (num_experts + 1), True, axis=1)
     return chose[:, :num_experts]  # -1 is the last column
 
 
 def _bins(errors: np.ndarray) -> Counter[int]:
-    """Rows by the first 16 bits of their error in float32, rounded up."""
+    """Count rows by the first 16 bits of their error in float32, rounded up."""
     small = np.minimum(errors, float(np.finfo(np.float32).max)).astype(np.float32)
     small[np.isinf(errors)] = np.inf
     numbers, counts = np.unique((small.view(np.uint32) + 0xFFFF) >> 16, return_counts=True)
@@ -248,11 +248,11 @@ def differences(
     num_experts: int = 0,
     tolerance: float = np.inf,
 ) -> da.Array:
-    """Compare two outputs lazily, chunk by chunk; `join` makes one of what is found.
+    """Compare two outputs lazily, chunk by chunk; `join` combines the results.
 
     Parameters
     ----------
-    a, b, routing : in the same row chunks, one chunk wide; else as for `compare_rows`
+    a, b, routing : in the same row chunks, one chunk wide; otherwise as in `compare_rows`
 
     Returns
     -------
@@ -262,7 +262,7 @@ def differences(
     firsts = da.from_array(np.array(first_rows(a.chunks[0]), np.int64), chunks=1)
     firsts = da.Array(
         firsts.dask, firsts.name, chunks=(a.chunks[0],), meta=np.empty(0, np.int64)
-    )  # a number in each chunk, whatever its rows are
+    )  # one number per chunk, even if chunks have unknown lengths
     args: list[Any] = [a, "cd", b, "ce", firsts, "c"]
     for number, each in enumerate(routing):
         args += [each if each.ndim == 2 else each[:, None], f"c{'kl'[number]}"]
@@ -274,7 +274,7 @@ def differences(
 
 
 def join(found: da.Array) -> da.Array:
-    """Join the differences of all chunks, in their order, to a () array that holds one."""
+    """Join the differences of all chunks, in order, to an array () of one."""
     return da.reduction(
         found, _as_it_is, _joined, combine=_joined, dtype=object, concatenate=False, split_every=8,
         meta=np.empty((), object),

@@ -1,6 +1,6 @@
 """What does a job look like, with data that behaves like real data?
 
-`write_example` writes a job file and all that it names: token rows made of real text (see
+`write_example` writes a job file and all files that it names: token rows made of real text (see
 `example_text`), their routing by a random router, and experts. Everything is written block by
 block, so that 100 GB take no more memory than 100 MB.
 """
@@ -31,7 +31,7 @@ _FEWEST_CHUNKS = 8  # so that even a small example runs on several threads, and 
 _ROUTER_STREAM, _EXPERT_STREAM = 1 << 40, 1 << 41  # beyond the streams that `TokenRows` uses
 
 OnProgress = Callable[[int, int, str], None]
-"""Called with (bytes written, bytes in all, name of the file)."""
+"""Called with (bytes written, bytes in total, name of the file)."""
 
 
 @dataclass(frozen=True)
@@ -70,7 +70,7 @@ class Example:
 
     @property
     def rows_per_chunk(self) -> int:
-        """`chunk_rows`, or what it is by default."""
+        """`chunk_rows`, or its default."""
         if self.chunk_rows is not None:
             return self.chunk_rows
         large = max(1, _CHUNK_BYTES // (4 * self.d))
@@ -85,7 +85,7 @@ class Example:
         return {"gate": (E, d, f), "up": (E, d, f), "down": (E, f, d)}
 
     def nbytes(self) -> int:
-        """Bytes that the example's data takes on disk."""
+        """Return the bytes that the example's data takes on disk."""
         weights = 4 * sum(map(prod, self.matrices().values()))
         return weights + self.rows * (4 * self.d + (4 + 4) * self.k)
 
@@ -101,21 +101,21 @@ def write_example(
 
     Parameters
     ----------
-    directory : made if it is not there
+    directory : created if it does not exist
     example : the sizes
-    overwrite : whether an existing example is replaced
-    on_progress : called after each block with (bytes written, bytes in all, file name)
+    overwrite : whether to replace an existing example
+    on_progress : called after each block with (bytes written, bytes in total, file name)
 
     Returns
     -------
-    path of the job file, which is written last: where it is, the data is whole
+    path of the job file, which is written last: if it exists, the data is complete
 
     Raises
     ------
     FileExistsError
-        If the job file, or one of the data files, is there and not to be overwritten.
+        If the job file, or one of the data files, exists and must not be overwritten.
     OSError
-        If the disk has too little room.
+        If the disk has too little free space.
 
     Notes
     -----
@@ -186,7 +186,7 @@ def _token_blocks(example: Example) -> Iterator[tuple[int, dict[str, np.ndarray]
 
 
 def choose_experts(logits: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
-    """Give each row its k largest logits, largest first, and the softmax over these k.
+    """Choose the k largest logits of each row, largest first, and their softmax.
 
     Parameters
     ----------
@@ -196,7 +196,7 @@ def choose_experts(logits: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
     Returns
     -------
     routing : (n, k) int32
-    topk_weights : (n, k) float32, each row's sum is 1
+    topk_weights : (n, k) float32, which add up to 1 in each row
 
     Examples
     --------
@@ -232,7 +232,7 @@ def _create(path: Path, shape: tuple[int, ...], dtype: type, chunk_rows: int) ->
 
 
 def _make_room(directory: Path, names: list[str], overwrite: bool) -> None:
-    """Make the directory; remove what is to be overwritten, the job first."""
+    """Make the directory; remove files to be overwritten, the job file first."""
     directory.mkdir(parents=True, exist_ok=True)
     there = [name for name in names if (directory / name).exists()]
     if there and not overwrite:

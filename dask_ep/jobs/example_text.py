@@ -1,8 +1,8 @@
 """Which real text is on every machine, and how does it become token rows?
 
-The words of the Python standard library's own sources, file after file, the names sorted.
-Their frequencies follow Zipf's law, as those of any text do, so that a router sends more rows to
-some experts than to others: what uniform noise does not show.
+It is the words of the sources of Python's standard library, file after file, sorted by name. Their
+frequencies follow Zipf's law, as in any text, so that a router sends more rows to some experts than
+to others, which uniform noise would not show.
 
     word of the text ──hash──> row of a table        what the word is
     its file, and how often the text was begun       what the text is about
@@ -23,7 +23,7 @@ from collections.abc import Iterator
 import numpy as np
 
 TABLE_BYTES = 32 << 20
-"""Bytes of the table of word vectors; between 4096 and 32768 words have a vector of their own."""
+"""Bytes of the table of word vectors, which has between 4096 and 32768 rows."""
 
 PLACES = 1024
 """Rows after which the place vectors repeat."""
@@ -34,7 +34,7 @@ _FILE_SHARE, _PLACE_SHARE = 0.5, 0.1  # lengths of those vectors; a word's vecto
 
 
 class WordIds(dict):
-    """word -> row of the table, by the word's checksum: the same on every machine and in any order.
+    """Map words to rows of the table by checksum: the same on every machine and in any order.
 
     Examples
     --------
@@ -115,7 +115,7 @@ class TokenRows:
             done += m
 
     def _read(self, word_ids: WordIds) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-        """Yield each file's word ids and its vector, for ever."""
+        """Yield the word ids and the vector of each file, without end."""
         files = find_files()
         number = 0
         while True:
@@ -127,7 +127,7 @@ class TokenRows:
                 number += 1
 
     def _vectors(self, stream: int, count: int, length: float) -> np.ndarray:
-        """(count, d) float32 vectors of about this length, times sqrt(d) as model states are."""
+        """Draw (count, d) float32 vectors, of this length times sqrt(d) like hidden states."""
         random = np.random.Generator(np.random.Philox(key=[self._seed, stream]))
         vectors = random.standard_normal((count, self._d), dtype=np.float32)
         vectors *= np.float32(length)

@@ -1,11 +1,11 @@
-"""How is a job whose experts do not fit carried out?
+"""How is a job carried out whose experts do not fit into memory?
 
-    InPasses ──> y, for `build`; then the steps of one group of chunks after the other, for `run`
+    InPasses ──> y, for `build`; then the steps of one group of chunks after another, for `run`
 
         hold     output blocks of the group
         spill    rows to disk │ experts │ output blocks of the group │ files removed
 
-What a step has done stays done: the files of spilled rows are next to the output's journal, and a
+A finished step is not done again: the files of spilled rows are next to the output's journal, and a
 resumed run continues with them.
 
     any worker           reads a chunk, writes its rows, by expert     ┐
@@ -13,8 +13,8 @@ resumed run continues with them.
                          and writes what they gave, by chunk           │
     any worker           reads that, adds it up, writes the output     ┘
 
-Between workers, so, nothing goes but by those files, and each expert is read by one of them; by
-more only if its rows are more than one worker's share.
+So workers exchange rows only through these files, and each expert is read by one worker, or by
+several if its rows exceed one worker's share.
 """
 
 from __future__ import annotations
@@ -45,17 +45,17 @@ from dask_ep.storage.output import Output, Step, free_bytes, progress_directory
 from dask_ep.storage.storage import CHUNK_BYTES, open_tokens
 
 SPILL = "spill-"
-"""How the names of directories with spilled rows begin, next to the output's journal."""
+"""Prefix of the directories with spilled rows, next to the output's journal."""
 
 
 class PassesDone(NamedTuple):
-    """What going through the experts in passes took; reads of resumed runs included."""
+    """What processing the experts in passes took, including reads of the runs that were resumed."""
 
     passes: Passes
     reads: dict[int, int]
-    #: how often each expert was read that was read at all
+    #: how often each expert was read, for those that were
     spilled_bytes: int
-    #: of rows that this run has written to disk to wait, and of what their experts gave
+    #: bytes that this run spilled to disk: rows, and their experts' outputs
 
     def __str__(self) -> str:
         waited = ""
@@ -65,20 +65,20 @@ class PassesDone(NamedTuple):
 
 
 class InPasses:
-    """One job that goes through its experts in passes.
+    """A job whose experts are processed in passes.
 
     Parameters
     ----------
     inputs : of the job
     passes : as decided
-    ranks : that experts are shared out to, where rows are spilled
+    ranks : number of ranks that share the experts, if rows are spilled
     begun : the run that is resumed
     """
 
     def __init__(self, inputs: Inputs, passes: Passes, ranks: int = 1, begun: Begun | None = None):
         self.passes, self._inputs, self._ranks = passes, inputs, ranks
         self._directory = progress_directory(os.path.abspath(inputs.job.out))
-        # Of this run alone: a task that outlives a run that was overwritten must not reach them.
+        # A new name for each run: tasks left over from an overwritten run must not find its files.
         self._place = (begun and begun.place) or f"{SPILL}{uuid.uuid4().hex[:12]}"
         self._done: Collection[int] = begun.done if begun else ()
         self._spilled: list[Spilled] = []
@@ -100,7 +100,7 @@ class InPasses:
         rows = Rows(tokens, routing, topk_weights)
         walk = Walk(experts, self.passes, self._directory)
         if self.passes.way == "hold":
-            # Chunks come fresh from their files.
+            # Chunks are newly read from files, so they may be overwritten.
             return hold(rows, walk, counts, done=self._done, in_place=True)
         place = os.path.join(self._directory, self._place)
         self._spilled = [
@@ -111,7 +111,7 @@ class InPasses:
 
     @property
     def settings(self) -> dict[str, Any]:
-        """What a resumed run must know, JSON-able."""
+        """Return what a resumed run must know, serializable as JSON."""
         return {"passes": {**vars(self.passes)}, "spill": self._place}
 
     def steps(self, output: Output) -> Iterator[Step]:
@@ -128,7 +128,7 @@ class InPasses:
                 yield spilled.serve_step()
                 memory.release()
             done = self._done if self.passes.way == "hold" else ()
-            for together in apart([blocks], done):  # experts are loaded for each
+            for together in apart([blocks], done):  # experts are loaded again for each
                 yield output.step(together)
                 memory.release()
             if self._spilled:
@@ -137,12 +137,12 @@ class InPasses:
             shutil.rmtree(left, ignore_errors=True)
 
     def done(self, spilled_bytes: int) -> PassesDone:
-        """Summarise what it took, by the journal and the receipts of the steps."""
+        """Summarise what the passes took, from the journal and the receipts of the steps."""
         counted = journal.count_done(self._directory, READS, what=READS)
         return PassesDone(self.passes, dict(sorted(counted.items())), spilled_bytes)
 
     def _small_routing(self, routing: da.Array) -> da.Array:
-        """The routing in chunks that may be computed several at a time, if it must be computed."""
+        """Return the routing; if it must be computed, in chunks of which several fit at a time."""
         layer = self._inputs.layer
         if layer is None or not self._inputs.routes:
             return routing
@@ -152,9 +152,9 @@ class InPasses:
 
 
 def free_for_rows(inputs: Inputs) -> int:
-    """Bytes of disk that the output leaves free.
+    """Return the bytes of disk that are free for spilled rows, next to the output.
 
-    What an unfinished run has left goes before, a finished output only when this one is complete.
+    Files of an unfinished run are removed before, a finished output only when this one is complete.
     """
     out = directory = os.path.abspath(inputs.job.out)
     while not os.path.isdir(directory):

@@ -1,7 +1,7 @@
 """What is this file, checkpoint, job or output?
 
-Only headers and records are read, and of a routing the indices. A `Finding` is data; printing it is
-left to the command line.
+Only headers and records are read, and the indices of a routing. A `Finding` is data, which the
+command line prints.
 """
 
 from __future__ import annotations
@@ -37,22 +37,22 @@ from dask_ep.storage.sources import Source, ZarrSource, open_safetensors, open_s
 from dask_ep.storage.storage import whole_chunks
 
 MOST_SLOTS = 64
-"""An integer array of at most this width is taken for a routing."""
+"""An integer array up to this width is assumed to be a routing."""
 
 _MOST_LINES = 40  # of a table
 
 
 @dataclass(frozen=True)
 class Finding:
-    """What something is."""
+    """What was found at a path."""
 
     kind: str
-    #: in a word or two: "Zarr array", "job", ...
+    #: a word or two: "Zarr array", "job", ...
     facts: tuple[tuple[str, str], ...]
-    #: (what, how much)
+    #: (name, value)
     header: tuple[str, ...] = ()
     lines: tuple[tuple[str, ...], ...] = ()
-    #: a table, where there is one
+    #: rows of a table, if there is one
 
 
 def inspect_path(path: str | os.PathLike) -> tuple[Finding, ...]:
@@ -66,7 +66,7 @@ def inspect_path(path: str | os.PathLike) -> tuple[Finding, ...]:
 
     Returns
     -------
-    one or more findings: of an output, what it was made from comes second
+    one or more findings; for an output, the second is what it was made from
 
     Raises
     ------
@@ -99,7 +99,7 @@ def inspect_path(path: str | os.PathLike) -> tuple[Finding, ...]:
 
 
 def _choose(path: str) -> Callable[[str], Finding]:
-    """Find out what a path is by its ending and content."""
+    """Find out what a path is from its suffix and content."""
     if path.endswith(".toml"):
         return _inspect_job
     if path.endswith((".safetensors", ".gguf")):
@@ -141,7 +141,7 @@ def _inspect_safetensors(path: str) -> Finding:
 
 
 def _inspect_gguf(path: str) -> Finding:
-    """As a checkpoint, if its layers can be read."""
+    """Describe a GGUF file as a checkpoint if its layers can be read, otherwise as tensors."""
     try:
         return _inspect_checkpoint(path)
     except ValueError as error:
@@ -171,7 +171,7 @@ def _array_facts(source: Source) -> list[tuple[str, str]]:
 
 
 def advise_chunk_rows(source: Source) -> int:
-    """Return the rows that make a token chunk of about 32 MiB, of whole stored chunks.
+    """Return the rows of a token chunk of about 32 MiB, in whole stored chunks.
 
     Examples
     --------
@@ -210,9 +210,9 @@ def count_routing(source: Source) -> tuple[np.ndarray, int]:
 
     Returns
     -------
-    (E,) int64, E being the largest index + 1; empty if an index is below -1 or absurdly large, so
-    that this is not a routing
-    int, how many are -1
+    (E,) int64, E being the largest index + 1; empty if this cannot be a routing, since an index is
+    below -1 or absurdly large
+    int, the number of slots that are -1
 
     Examples
     --------
@@ -235,7 +235,7 @@ def count_routing(source: Source) -> tuple[np.ndarray, int]:
 
 
 def words_of_usage(path: str, num_experts: int) -> str:
-    """How many experts a routing uses, and which one most; reads it once.
+    """Say how many experts a routing uses, and which one most; reads it once.
 
     Examples
     --------
@@ -286,7 +286,7 @@ def _inspect_job(path: str) -> Finding:
 
 
 def describe_output(path: str) -> str:
-    """Say whether an output is there and complete."""
+    """Say whether an output exists and is complete."""
     record = journal.read_manifest(progress_directory(path))
     there = os.path.exists(path)
     if there and (record is None or record["complete"]):
@@ -294,14 +294,14 @@ def describe_output(path: str) -> str:
     if record is None:
         return "not begun"
     if record["complete"]:
-        return "missing, though it was complete; run again with --resume"
+        return "missing, although it was complete; run the job again with --resume"
     done = len(journal.read_done(progress_directory(path), record["run"]))
     old = "; an older output is still there" if there else ""
     return f"incomplete, {done} of {len(record['rows'])} blocks are done{_in_passes(path)}{old}"
 
 
 def _in_passes(path: str) -> str:
-    """How many experts have been processed, where they are in passes: long before any block."""
+    """Say how many experts were processed in passes, which is known long before blocks are done."""
     reads = journal.count_done(progress_directory(path), READS, what=READS)
     return f", {len(reads)} experts were processed in passes so far" if reads else ""
 
@@ -327,7 +327,7 @@ def _inspect_record(path: str, record: dict[str, Any]) -> Finding:
 
 
 def _recorded_arrays(inputs: Mapping[str, Any], under: str = "") -> Iterator[tuple[str, Any]]:
-    """Return the arrays that an output's record names, each by its dotted name there."""
+    """Return the arrays that an output's record names, by their dotted names there."""
     for name, value in inputs.items():
         if isinstance(value, dict) and {"name", "shape", "dtype"} <= value.keys():
             yield under + name, value
@@ -374,7 +374,7 @@ def _inspect_checkpoint(path: str) -> Finding:
 
 
 def _absent(found: Description) -> str:
-    """How many MoE layers the files lack, as where only some shards of a checkpoint are there."""
+    """Say how many MoE layers the files lack, if only some shards of a checkpoint are present."""
     absent = sum(map(_is_absent, found.layers))
     return f", {absent} of these not in the files here" if absent else ""
 

@@ -16,10 +16,10 @@ cluster.
     down = "down.zarr"                  # (E, f, d_out)
 
 Instead of routing and experts, ``layer = "checkpoint/"`` and ``layer_index = 3`` take router,
-experts and shared experts from a checkpoint; given as well, routing and top-k weights, such as
-``save_routing`` of a run writes them, replace those of its router. Paths are relative to the
-job file; a tensor of a safetensors file is ``"file.safetensors::name"``. This file reads, checks
-and writes jobs; `dask_ep.jobs.build` makes the lazy output of one.
+experts and shared experts from a checkpoint; if routing and top-k weights are given too, for
+example those that ``save_routing`` of a run wrote, they replace those of its router. Paths are
+relative to the job file; a tensor of a safetensors file is ``"file.safetensors::name"``. This file
+reads, checks and writes jobs; `dask_ep.jobs.build` makes the lazy output of one.
 """
 
 from __future__ import annotations
@@ -40,14 +40,14 @@ from dask_ep.experts.expert_kinds import EXPERT_KINDS
 from dask_ep.placement.policies import POLICIES
 
 PLACEMENTS = POLICIES
-"""Placements by name; any other value is the path of a file that `Placement.to_json` wrote."""
+"""Names of placements; any other value is the path of a file written by `Placement.to_json`."""
 
 
 PRECISIONS = ("float32", "bfloat16")
-"""How exact products in 16 bits are, see `dask_ep.Experts.with_precision`."""
+"""Precisions of products in 16 bits, see `dask_ep.Experts.with_precision`."""
 
 MISSING = ("error", "fill")
-"""What Zarr chunks that were never written can mean; "fill": they hold the array's fill value."""
+"""What Zarr chunks that were never written mean: with "fill", they hold the array's fill value."""
 
 
 @dataclass(frozen=True)
@@ -60,7 +60,7 @@ class Job:
     Raises
     ------
     JobError
-        For a missing or contradicting key, or a wrong type.
+        For a missing or contradictory key, or a wrong type.
 
     Examples
     --------
@@ -84,15 +84,15 @@ class Job:
     layer: str | None = None
     #: checkpoint directory
     layer_index: int | None = None
-    #: which of its layers
+    #: index of one of its layers
     world_size: int | None = None
-    #: ranks; None means one per worker, or 1 on threads
+    #: number of ranks; None means one per worker, or 1 on threads
     placement: str | None = None
     #: one of `PLACEMENTS`, or the path of a placement in JSON
     precision: str | None = None
     #: of 16-bit products, one of `PRECISIONS`; None means "float32"
     missing: str | None = None
-    #: what Zarr chunks mean that were never written: "error" (as without it), or "fill"
+    #: what Zarr chunks that were never written mean: "error" (the default), or "fill"
     name: str = "job"
     #: for messages: the job file, or "options"
 
@@ -120,20 +120,20 @@ class Job:
 
 
 def load_job(path: str | os.PathLike | None = None, **options: Any) -> Job:
-    """Read a job file, which options override; or make a job of options alone.
+    """Read a job file, whose keys options override; or make a job from options alone.
 
     Parameters
     ----------
     path : path of a TOML file, optional
     **options : values for the keys of `Job`
-        They replace those of the file; None means "not given". Their paths are relative to the
+        These override those of the file; None means "not given". Their paths are relative to the
         working directory.
 
     Raises
     ------
     JobError
-        If the file is not TOML; for an unknown, missing or contradicting key; for a wrong type. The
-        message names the file and the key, and what is allowed.
+        If the file is not TOML; for an unknown, missing or contradictory key; for a wrong type. The
+        message names the file, the key, and what is allowed.
     FileNotFoundError
         If there is no such file.
 
@@ -197,7 +197,7 @@ def as_job(job: Job | str | os.PathLike) -> Job:
 
 
 def _toml(value: Any, base: Path | None) -> str:
-    """Write a value of a job in TOML, whose strings are those of JSON."""
+    """Write a value of a job in TOML, whose strings are like those of JSON."""
     if isinstance(value, list):
         return f"[{', '.join(_toml(one, base) for one in value)}]"
     if base is not None and isinstance(value, str) and os.path.isabs(value):
@@ -211,7 +211,7 @@ def _toml(value: Any, base: Path | None) -> str:
 
 @dataclass(frozen=True)
 class _Kind:
-    """What a value must be: the words for it, a test, and how its paths become absolute."""
+    """What a value must be: a description, a test, and how its paths become absolute."""
 
     words: str
     accepts: Any
@@ -226,7 +226,7 @@ def resolve_path(value: str, base: Path) -> str:
     place = (base / Path(file).expanduser()).resolve()
     try:
         os.stat(place)
-    except OSError as error:  # links in a circle, of which `resolve` says nothing from 3.13 on
+    except OSError as error:  # a loop of links, which `resolve` does not report from 3.13 on
         if error.errno == errno.ELOOP:
             raise
     return f"{place}{separator}{tensor}"
@@ -326,10 +326,10 @@ OTHER_NAMES = {
     "weight": ("w",),
     "weights": ("w",),
 }
-"""What models call the matrices of an expert; those keys of ours that may be meant."""
+"""Names that models use for the matrices of an expert, and the keys that may be meant."""
 
 EXPERT_MATRICES = {name: kind.matrices for name, kind in EXPERT_KINDS.items()}
-"""The keys without which an [experts] table is nothing."""
+"""The keys that an [experts] table must have."""
 
 
 def _checked(table: Mapping[str, Any], *, base: Path, place: str) -> dict[str, Any]:
@@ -378,13 +378,13 @@ def _checked_keys(
         resolve = kinds[key].resolve
         try:
             values[key] = value if resolve is None else resolve(value, base)
-        except (RuntimeError, OSError) as error:  # of a home directory, or links in a circle
+        except (RuntimeError, OSError) as error:  # no home directory, or a loop of links
             raise JobError(f"{place}: {key}: {value!r} cannot be found: {error}") from error
     return values
 
 
 def nearest(key: str, allowed: Iterable[str]) -> str:
-    """Suggest a word with nearly this spelling; empty if there is none."""
+    """Suggest a word with a similar spelling; empty if there is none."""
     near = [name for name in OTHER_NAMES.get(key, ()) if name in allowed]
     near = near or difflib.get_close_matches(key, allowed, n=1)
     return f" (did you mean {near[0]!r}?)" if near else ""

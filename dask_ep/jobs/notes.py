@@ -1,6 +1,6 @@
-"""What in a job is often a mistake, although it runs?
+"""What in a valid job is often a mistake?
 
-Only its author can know, so it is reported once before a run, and not refused.
+Only its author can know, so it is reported once before a run, and is not an error.
 """
 
 from __future__ import annotations
@@ -13,38 +13,38 @@ from dask_ep.storage.sources import Source
 
 
 def find_notes(inputs: Inputs) -> list[str]:
-    """Find what looks like a mistake, a sentence each.
+    """Return a sentence for everything that looks like a mistake.
 
     Notes
     -----
-    Reads no token and no weight; of the routing as much as it takes to meet expert 0, which is
-    mostly the first block.
+    Reads no tokens and no weights, and only as much of the routing as it takes to find expert 0,
+    usually the first block.
     """
     found = (note_square_weights(inputs), note_indices_from_1(inputs))
     return [note for note in found if note is not None]
 
 
 def tell_notes(inputs: Inputs, on_note: Callable[[str], Any] | None) -> None:
-    """Pass each sentence of `find_notes` to a callback, if there is one."""
+    """Pass each sentence of `find_notes` to the callback, if there is one."""
     if on_note is not None:
         for note in find_notes(inputs):
             on_note(note)
 
 
 def note_square_weights(inputs: Inputs) -> str | None:
-    """Whether weights fit (E, in, out) and (E, out, in) alike, and the job does not say which."""
+    """Note weights that may be (E, in, out) or (E, out, in), if the job does not say which."""
     experts, job = inputs.experts, inputs.job
     if job.experts is None or "transposed" in job.experts or not experts.is_square:
         return None
     return (
         f"the experts' weights are square, {experts.d} x {experts.d}, and are read as (E, in, "
         "out). Weights of nn.Linear are (E, out, in): for these set transposed = true in "
-        "[experts], else transposed = false"
+        "[experts], otherwise transposed = false"
     )
 
 
 def note_indices_from_1(inputs: Inputs) -> str | None:
-    """Whether expert 0 has no row and the largest index is E - 1 or E, as if counted from 1."""
+    """Note a routing without expert 0, whose largest index is E - 1 or E, as if counted from 1."""
     if inputs.routing is None or inputs.layer is not None:
         return None
     E, largest = inputs.experts.num_experts, _largest_without_0(inputs.routing)
@@ -57,7 +57,7 @@ def note_indices_from_1(inputs: Inputs) -> str | None:
 
 
 def _largest_without_0(routing: Source) -> int | None:
-    """The largest index of a routing that holds no 0; None if it does."""
+    """Return the largest index of a routing without 0; None if it holds one."""
     largest = None
     for _, block in routing.blocks():
         if (block == 0).any():

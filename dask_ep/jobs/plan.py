@@ -1,9 +1,9 @@
 """What will a run cost?
 
-The routing is known before any expert runs, and is cheap to know. One pass over it says how many
-rows every expert, rank and packet will have; the rest is arithmetic (`costs`). How a job runs is
-decided as for a run (`decide`); `plan` prices that for arrays and `plan_job` for a job, and
-`what_if` and `what_if_job` price many ways side by side.
+The routing is known before any expert runs. One pass over it, which is cheap, counts the rows of
+every expert, rank and packet; the rest is arithmetic (`costs`). How a job runs is decided as for a
+run (`decide`); `plan` prices that for arrays and `plan_job` for a job, and `what_if` and
+`what_if_job` price many ways side by side.
 
     tokens, routing, experts ──survey──> rows per chunk, expert, rank ──> Plan
                                                             Decision ──────^
@@ -59,20 +59,20 @@ class Machine:
     """
 
     workers: int | None = None
-    #: processes that share the ranks; default one per rank. 1 means threads of this process
+    #: processes that share the ranks; default: one per rank. 1 means threads of this process
     threads: int | None = None
-    #: tasks at a time in each; default: the cores of this machine shared by the workers
+    #: tasks at a time in each; default: this machine's cores, shared by the workers
     memory_limit: int | str | None = None
-    #: that each may use: bytes, or text such as "4 GiB"; of its host, if it computes on a GPU
+    #: that each may use, in bytes or as a string such as "4 GiB"; on its host, if it uses a GPU
     cores: int | None = None
-    #: that the workers share, if they are processes of one machine; by default each thread has one
+    #: cores that the workers share, if they are on one machine; by default each thread has one
     gpu: bool = False
     #: whether each worker computes on a GPU, as in ``run_job(job, Gpus())``
     device_memory_limit: int | str | None = None
-    #: that may be used of each GPU
+    #: memory that may be used of each GPU
 
     def lay_out(self, world_size: int | None, placement: Asked) -> Layout:
-        """Describe in numbers how ranks run on it."""
+        """Describe by numbers how ranks run on the machine."""
         host = size_in_bytes(self.memory_limit, "memory_limit")
         of_device = size_in_bytes(self.device_memory_limit, "device_memory_limit")
         if of_device is not None and not self.gpu:
@@ -98,7 +98,7 @@ class Machine:
 
 
 ANY_MACHINE = Machine()
-"""One worker for each rank, which share the cores of this machine."""
+"""One worker per rank; they share the cores of this machine."""
 
 
 def plan(
@@ -128,26 +128,26 @@ def plan(
         Default: the placement's, else the workers of the Dask client in use, else 1.
     placement : Placement, name of a policy, path of a placement file, or None for contiguous
     chunk_rows : int, optional
-        Rows of a token chunk. Default: the chunks of `tokens`; where these do not fit into the
-        memory limit, or experts are processed in passes, those that a run takes (`Plan.chunks`).
-    only : numbers of token chunks, optional
-        Those that are to be computed, as in a resumed run.
+        Rows of a token chunk. Default: the chunks of `tokens`; if these do not fit into the memory
+        limit, or experts are processed in passes, those that a run would use (`Plan.chunks`).
+    only : indices of token chunks, optional
+        The chunks to compute, as in a resumed run; default: all.
     travel : Travel
         Whether rows travel to experts, or experts to rows.
     machine : Machine
         Workers, their threads and memory; by default this machine's cores, without a limit.
     rates : Rates, optional
-        How fast the machine is; default: measured in a second, with `link` and `read` of `travel`.
+        Speed of the machine; default: measured in a second, with `link` and `read` of `travel`.
     files : Sources, optional
-        That the tokens (first), the routing and its weights are read from: decoding their stored
-        chunks takes memory. `plan_job` knows them.
+        The files of the tokens (first), the routing and its weights, since decoding their stored
+        chunks takes memory. `plan_job` passes them.
 
     Returns
     -------
     plan : Plan
         A `dask_ep.pricing.price_gpus.PlanOnGpus` on GPUs, a
-        `dask_ep.pricing.price_passes.PlanInPasses` where experts do not fit into the memory limit
-        and are processed in passes.
+        `dask_ep.pricing.price_passes.PlanInPasses` if experts do not fit into the memory limit and
+        are processed in passes.
 
     Raises
     ------
@@ -155,19 +155,19 @@ def plan(
         If no run fits into the memory limit; the error names options that would fit, if there are
         any.
     ValueError
-        If the arrays do not fit together, or an expert index is out of range; if nothing can travel
-        as it is asked to.
+        If the arrays do not fit together, an expert index is out of range, or `travel` is not
+        possible.
     NoDeviceError
         On GPUs, if `rates` are not given and there is no GPU to measure them.
 
     Notes
     -----
     Reads the routing once (or runs the router once), but no tokens and no experts. Operations and
-    bytes of callables are not known, and count as none.
+    bytes of callables are unknown, and count as 0.
 
-    How the run goes is decided as for `dask_ep.jobs.run.run_job` (`dask_ep.jobs.decide.decide`). A
-    graph of `expert_parallel` is what is planned where all experts fit: it has no passes, and holds
-    experts as they are stored only if they come from
+    How the job runs is decided as in `dask_ep.jobs.run.run_job` (`dask_ep.jobs.decide.decide`). If
+    all experts fit, the plan is that of a graph of `expert_parallel`, which has no passes, and
+    holds experts as stored only if they come from
     `dask_ep.experts.stored_experts.held_as_stored`.
 
     Examples
@@ -204,12 +204,12 @@ def what_if(
     rates: Rates | None = None,
     files: Sequence[Source | None] = (),
 ) -> WhatIf:
-    """Say what every combination of world sizes, placements and chunk sizes will cost.
+    """Plan a run for every combination of world sizes, placements, chunk sizes and travel.
 
     Parameters
     ----------
     world_size, placement, chunk_rows, travel : the values to combine
-    others : as for `plan`
+    others : as in `plan`
 
     Raises
     ------
@@ -244,10 +244,10 @@ def plan_job(
     Parameters
     ----------
     job : a `Job`, or the path of a job file
-    where : as for `run_job`; GPUs need not be there, and a cluster is not asked
-    chunk_rows, travel, on_note : as for `run_job`
+    where : as in `run_job`; GPUs need not exist, and no cluster is contacted
+    chunk_rows, travel, on_note : as in `run_job`
     rates : Rates, optional
-        How fast the machine is; default: measured in a second.
+        Speed of the machine; default: measured in a second.
 
     Returns
     -------
@@ -257,7 +257,7 @@ def plan_job(
     Raises
     ------
     DoesNotFit, JobError, ValueError, OSError
-        As `run_job` does, in the same words.
+        As in `run_job`, with the same messages.
 
     Notes
     -----
@@ -280,7 +280,7 @@ def plan_job(
 def _on_threads(
     pricing: Pricing, job: Job, where: Processes, chunk_rows: int | None
 ) -> tuple[int, float] | None:
-    """What it would take on threads, with the memory of all processes; None if it does not fit."""
+    """Return the time on threads with the memory of all processes; None if it does not fit."""
     limit = size_in_bytes(where.memory_limit, "memory_limit")
     count = min(where.count, CPU_COUNT)  # more threads than cores gain nothing
     threads = Threads(count, None if limit is None else limit * where.count)
@@ -300,12 +300,12 @@ def what_if_job(
     rates: Rates | None = None,
     on_note: Callable[[str], Any] | None = None,
 ) -> WhatIf:
-    """Plan a run of a job in every combination of ranks, placements, chunks and what travels.
+    """Plan a run of a job for every combination of world sizes, placements, chunk sizes and travel.
 
     Parameters
     ----------
-    world_size, placement, chunk_rows, travel : the values to combine; None leaves it as the job is
-    others : as for `plan_job`
+    world_size, placement, chunk_rows, travel : the values to combine; None keeps the job's own
+    others : as in `plan_job`
 
     Raises
     ------
@@ -336,7 +336,7 @@ def _decide_job(
     tell_notes(inputs, on_note)
     devices: list[Device] = []
     if isinstance(where, Gpus):
-        with suppress(NoDeviceError):  # a plan needs none
+        with suppress(NoDeviceError):  # a plan needs no GPU
             devices = device.find_devices()
     decided = []
     for combination in product(*ways.values()):
@@ -350,7 +350,7 @@ def _decide_job(
 
 
 def _stored(files: Sequence[Source | None]) -> dict[str, Any]:
-    """How arrays are stored: rows of a stored token chunk, and bytes that decoding takes."""
+    """Return how arrays are stored: rows of a stored token chunk, and bytes that decoding takes."""
     given = [source for source in files if source is not None]
     if not given:
         return {}

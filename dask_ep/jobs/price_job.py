@@ -1,6 +1,6 @@
-"""What does one job cost, run in any number of ways?
+"""What does a job cost, for any number of ways to run it?
 
-`Pricing` goes through the routing of the job once, and prices each way to run it by what it found.
+`Pricing` goes through the routing of the job once, and prices each way from its counts.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ from dask_ep.pricing.probe import probe
 from dask_ep.storage.storage import open_tokens
 
 SAMPLE_BYTES = 48 << 20
-"""Of experts in memory, with which their speed is measured."""
+"""Maximum bytes of the experts in memory that are used to measure their speed."""
 
 
 class Pricing:
@@ -47,7 +47,7 @@ class Pricing:
 
     Parameters
     ----------
-    tokens, routing, experts, topk_weights, gpu, read_bytes, stored_rows, rates : as for `plan`
+    tokens, routing, experts, topk_weights, gpu, read_bytes, stored_rows, rates : as in `plan`
     """
 
     def __init__(
@@ -102,7 +102,7 @@ class Pricing:
 
     @classmethod
     def of_job(cls, inputs: Inputs, decision: Decision, rates: Rates | None = None) -> Pricing:
-        """Survey the routing of a job, in the chunks of a run; of a layer, run its router."""
+        """Count the routing of a job in the chunks of a run; for a layer, run its router."""
         tokens = open_tokens(inputs.tokens, chunks=decision.chunk_rows, name="tokens")
         experts = inputs.layer or inputs.experts
         routing, topk = (
@@ -134,11 +134,11 @@ class Pricing:
         Parameters
         ----------
         decision : how it will run
-        placement : of its experts, if it is made already
-        only : numbers of the chunks that are computed; default: all
-        own_chunks : whether the chunks of the tokens are wanted, if no others were asked for, and
-            where they fit
-        made : what makes the plan, of the arguments of `Plan`; default: what the decision says
+        placement : of its experts, if it has been made
+        only : indices of the chunks to compute; default: all
+        own_chunks : whether to use the chunks of the tokens if they fit and no others were given
+        made : function that makes the plan, with the arguments of `Plan`; default: the class for
+            the decision
         """
         own = max([*self.chunks, 1])
         own_chunks = own_chunks and not decision.chunks_asked
@@ -175,12 +175,12 @@ class Pricing:
     def compare(
         self, decided: Sequence[Decision | DoesNotFit], *, own_chunks: bool = False
     ) -> WhatIf:
-        """Price many ways to run the job, those that are refused among them.
+        """Price many ways to run the job, some of which may have been refused.
 
         Raises
         ------
         DoesNotFit
-            If all are refused.
+            If all were refused.
         """
         plans = tuple(
             self.price(one.decision if isinstance(one, DoesNotFit) else one, own_chunks=own_chunks)
@@ -198,7 +198,7 @@ class Pricing:
         return WhatIf(plans, best, _why(best, plans))
 
     def _measured(self, layout: Layout) -> Rates:
-        """Measure this machine, once, with rows and experts as many as a task of this job has."""
+        """Measure this machine once, with as many rows and experts as a task of this job has."""
         if self._probed is not None:
             return self._probed
         work = self.work
@@ -231,7 +231,7 @@ def _with_tasks(work: Work, layer: MoELayer, tokens: da.Array, router_tasks: int
     """Count the tasks of a layer's router, shared experts and residual."""
     around, chunks = layer.around, tokens.numblocks[0]
     rest = bool(layer.shared is not None or around.between or around.after or around.beyond)
-    per_chunk = max(router_tasks - 1, 0) // max(chunks, 1)  # one reads the router's arrays
+    per_chunk = max(router_tasks - 1, 0) // max(chunks, 1)  # one task reads the router's arrays
     tasks = {
         "chunk_tasks": per_chunk + (rest or layer.residual) + bool(around.before),
         "tasks": router_tasks - per_chunk * chunks + (rest or layer.residual) + bool(around.before),
@@ -240,7 +240,7 @@ def _with_tasks(work: Work, layer: MoELayer, tokens: da.Array, router_tasks: int
 
 
 def _sample(experts: Experts | CallableExperts, dtype: np.dtype) -> Sequence[Expert]:
-    """Make some experts of the same kind and sizes as these, in memory; none of large ones."""
+    """Make some experts of the same kind and sizes in memory, or none if they are too large."""
     if not isinstance(experts, Experts):
         return ()
     count = min(SAMPLE_BYTES // (experts.parameters * dtype.itemsize), experts.num_experts)
@@ -254,7 +254,7 @@ def _sample(experts: Experts | CallableExperts, dtype: np.dtype) -> Sequence[Exp
 
 
 def _chunks(tokens: Any, found: Survey) -> tuple[int, ...]:
-    """Rows of the chunks that the graph will have: those of the tokens."""
+    """Return the rows of the chunks that the graph will have: those of the tokens."""
     if tokens.shape[0] == tokens.shape[0] and tokens.shape[0] != found.rows:  # nan is unknown
         raise ValueError(
             f"tokens and routing must have the same rows; tokens.shape={tokens.shape}, "
@@ -266,15 +266,15 @@ def _chunks(tokens: Any, found: Survey) -> tuple[int, ...]:
 
 
 def _why(best: Plan, plans: Sequence[Plan]) -> str:
-    """Say what makes one plan better than the others."""
+    """Say why one plan is better than the others."""
     others = [p for p in plans if p is not best]
-    said = [f"least time of {len(plans)}: {best.seconds:.3g} s"]
+    reasons = [f"least time of {len(plans)}: {best.seconds:.3g} s"]
     if others:
         last = max(others, key=lambda p: p.seconds)
-        said.append(f"the slowest takes {last.seconds / best.seconds:.2f} times as long")
+        reasons.append(f"the slowest takes {last.seconds / best.seconds:.2f} times as long")
         if last.imbalance > 1.05 * best.imbalance:
-            said.append(f"imbalance {best.imbalance:.2f} against {last.imbalance:.2f}")
+            reasons.append(f"imbalance {best.imbalance:.2f} against {last.imbalance:.2f}")
         unfit = sum(not p.fits for p in plans)
         if unfit:
-            said.append(f"{unfit} do not fit into the memory limit")
-    return "; ".join(said)
+            reasons.append(f"{unfit} do not fit into the memory limit")
+    return "; ".join(reasons)

@@ -1,10 +1,11 @@
-"""What does a job compute for some rows, in float64 and by plain loops?
+"""What does a job compute for some rows, in float64 and in plain loops?
 
     rows of the sample ── the layer's own router ──> steps before ──> one expert after the other
                                                                                 │
          value, and what its terms add up to  <── shared experts, steps after ──┘
 
-Experts are those of `reference`. Each value comes with what it may be off by (see `rounding`).
+Experts are those of `reference`. Each value comes with the scale of its allowed error (see
+`rounding`).
 """
 
 from __future__ import annotations
@@ -38,7 +39,7 @@ def recompute(
         weights = read_rows(inputs.topk_weights, sample).reshape(routing.shape)
     if inputs.layer is not None:
         return _recompute_layer(inputs, tokens, routing, weights, arithmetic)
-    assert routing is not None  # a job has a layer, or else a routing
+    assert routing is not None  # a job has either a layer or a routing
     return routing, _apply_experts(inputs.experts, tokens, routing, weights, arithmetic)
 
 
@@ -50,7 +51,7 @@ def _recompute_layer(
     weights: np.ndarray | None,
     arithmetic: Arithmetic,
 ) -> tuple[np.ndarray, Scaled]:
-    """As `recompute`, of a layer, which routes the rows itself unless that is given."""
+    """Like `recompute`, for a layer, whose router routes the rows unless a routing is given."""
     layer, E = inputs.layer, inputs.experts.num_experts
     assert layer is not None
     if routing is None or weights is None:
@@ -64,7 +65,7 @@ def _recompute_layer(
 
 
 def _through_steps(steps: Sequence[RowStep], x: Scaled, arithmetic: Arithmetic) -> Scaled:
-    """Do the steps of a layer around its experts with rows."""
+    """Apply the steps before or after a layer's experts to rows."""
     array: Any
     for step in steps:
         array, bias = (None if a is None else a.read() for a in (step.array, step.bias))
@@ -86,7 +87,7 @@ def _apply_experts(
     weights: np.ndarray | None,
     arithmetic: Arithmetic,
 ) -> Scaled:
-    """Sum what each expert gives, one expert in memory at a time, as the only one of its rank."""
+    """Sum the experts' outputs, one expert in memory at a time, as the only one of its rank."""
     given = rows_in if isinstance(rows_in, Scaled) else exact_rows(rows_in)
     tokens = given.value
     y, scale = np.zeros((2, len(tokens), experts.d_out))
@@ -128,7 +129,7 @@ def _with_the_rest(
     weights: np.ndarray,
     arithmetic: Arithmetic,
 ) -> Scaled:
-    """Add identity and shared experts, and the rows themselves if the layer does."""
+    """Add identity and shared experts, and the rows themselves if the layer has a residual."""
     more = [y]
     if layer.around.beyond == "identity":
         of_row = np.where(beyond >= 0, weights, 0.0).sum(axis=1, keepdims=True)
@@ -158,12 +159,12 @@ def _summed(parts: Sequence[Scaled]) -> Scaled:
 def plain(
     kind: str, arrays: dict[str, np.ndarray], options: dict[str, Any]
 ) -> Callable[[np.ndarray], np.ndarray]:
-    """Make the function of one row, in float64, that the expert of some `plain_parts` is."""
+    """Return the expert that some `plain_parts` define, as a function of one row in float64."""
     return getattr(reference, kind)(**arrays, **options)
 
 
 def plain_parts(experts: Experts, e: int) -> tuple[str, dict[str, np.ndarray], dict[str, Any]]:
-    """Read expert `e` as `reference` takes it: the kind, matrices (in, out) and its options."""
+    """Read expert `e` in the form of `reference`: the kind, matrices (in, out) and options."""
     options = dict(experts.options)
     transposed = options.pop("transposed")
     arrays: dict[str, Any] = {
@@ -183,7 +184,7 @@ def plain_parts(experts: Experts, e: int) -> tuple[str, dict[str, np.ndarray], d
 def _split_fused(
     arrays: dict[str, np.ndarray], *, interleaved: bool
 ) -> Iterator[tuple[str, np.ndarray]]:
-    """Split an array that holds gate and up in its columns into the two."""
+    """Split an array whose columns are those of gate and up into the two."""
     for name, array in arrays.items():
         if not name.startswith("gate_up"):
             yield name, array

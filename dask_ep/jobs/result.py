@@ -16,29 +16,29 @@ from dask_ep.laws.decision import Decision
 from dask_ep.storage.storage import open_tokens
 
 KNOWN_AFTER = 1.0
-"""Seconds after which the speed of a run is a basis for an estimate of the time left."""
+"""Seconds after which the speed of a run may be used to estimate the time left."""
 
 KNOWN_SHARE = 0.2
-"""Part of its rows after which it is one: the first blocks of workers are slow."""
+"""Fraction of the rows that must be done for that: the first blocks of workers are slow."""
 
 LONG_AFTER = 30.0
-"""Seconds after which that part no longer matters."""
+"""Seconds after which the speed is used whatever the fraction of rows done."""
 
 
 class Progress(NamedTuple):
-    """How far a run is."""
+    """The progress of a run."""
 
     rows_done: int
     #: by this run
     rows_left: int
     rows_before: int
-    #: done by the run that is resumed
+    #: by the runs that it resumes
     seconds: float
-    #: since the first block of this run was begun
+    #: since this run began its first block
     not_finite: int = 0
-    #: of the rows done by this run, those that hold NaN or infinity
+    #: number of rows with NaN or infinity, of those done by this run
     first_not_finite: int = -1
-    #: the first of them
+    #: the first of these rows
 
     @property
     def rows_in_all(self) -> int:
@@ -50,7 +50,7 @@ class Progress(NamedTuple):
 
     @property
     def seconds_left(self) -> float | None:
-        """Seconds until the end at the speed so far; None before that is known well enough."""
+        """Seconds until the end at the speed so far; None until that is known well enough."""
         share = self.rows_done / max(self.rows_done + self.rows_left, 1)
         begun = self.seconds >= KNOWN_AFTER and share >= KNOWN_SHARE
         known = self.rows_done > 0 and (begun or self.seconds >= LONG_AFTER)
@@ -59,7 +59,7 @@ class Progress(NamedTuple):
 
 @dataclass(frozen=True)
 class RunResult:
-    """What a run has done; its output is complete.
+    """The result of a run, whose output is complete.
 
     Examples
     --------
@@ -84,25 +84,25 @@ class RunResult:
     rows_done: int
     #: computed by this run
     rows_before: int
-    #: that the run had done which this one resumed
+    #: computed by the runs that it resumed
     seconds: float
     #: from the first block on
     decision: Decision
     #: how it ran: ranks, workers, threads, rows of a chunk, passes
     multiplied_by: str | None = None
-    #: on the host: the library, and how
+    #: which library multiplied, and how
     passes: PassesDone | None = None
-    #: what going through the experts in passes took, if they were
+    #: what the passes took, if experts were processed in passes
     not_finite: int = 0
-    #: of the rows computed, those that hold NaN or infinity
+    #: number of rows with NaN or infinity, of those computed
     first_not_finite: int = -1
-    #: the first of them
+    #: the first of these rows
     reports: tuple[Path, ...] = ()
-    #: that were written: ours, and on workers Dask's
+    #: the reports written: ours, and on workers Dask's
 
     @classmethod
     def of(cls, progress: Progress, out: str, **how: Any) -> RunResult:
-        """Combine the progress at the end with how the job ran."""
+        """Make the result from the final progress, and how the job ran."""
         counted = progress._asdict()
         del counted["rows_left"]
         return cls(out, **counted, **how)
@@ -122,24 +122,24 @@ class RunResult:
 
     @property
     def figures(self) -> dict[str, str]:
-        """What was done, in words."""
-        layout, said = self.decision.layout, {"output": os.fspath(self.out)}
-        said["rows computed"] = f"{self.rows_done:,}"
+        """The figures of the run as text, by name."""
+        layout, figures = self.decision.layout, {"output": os.fspath(self.out)}
+        figures["rows computed"] = f"{self.rows_done:,}"
         if self.rows_before:
-            said["rows there before"] = f"{self.rows_before:,}"
+            figures["rows done before"] = f"{self.rows_before:,}"
         if self.rows_done:
             speed = f"{self.rows_per_second:,.0f} rows/s"
-            said["time"] = f"{format_time(self.seconds)}, {speed}"
-        said["ranks"] = f"{layout.world_size} on {layout.workers} x {layout.threads} threads"
-        said["chunks"] = f"of up to {self.decision.chunk_rows:,} rows"
+            figures["time"] = f"{format_time(self.seconds)}, {speed}"
+        figures["ranks"] = f"{layout.world_size} on {layout.workers} x {layout.threads} threads"
+        figures["chunks"] = f"of up to {self.decision.chunk_rows:,} rows"
         optional = {"passes": self.passes, "products by": self.multiplied_by}
-        said |= {name: str(value) for name, value in optional.items() if value is not None}
+        figures |= {name: str(value) for name, value in optional.items() if value is not None}
         if self.not_finite:
             first = f"the first is row {self.first_not_finite}"
-            said["rows with NaN or infinity"] = f"{self.not_finite:,}, {first}"
+            figures["rows with NaN or infinity"] = f"{self.not_finite:,}, {first}"
         if self.reports:
-            said["reports"] = ", ".join(map(os.fspath, self.reports))
-        return said
+            figures["reports"] = ", ".join(map(os.fspath, self.reports))
+        return figures
 
     def __repr__(self) -> str:
         return f"<RunResult: {'; '.join(f'{name} {text}' for name, text in self.figures.items())}>"

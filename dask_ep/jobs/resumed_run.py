@@ -1,7 +1,7 @@
 """How did the run start that is now resumed?
 
-Read from the record next to the output, before anything is decided: a resumed run keeps its ranks,
-its chunks where no others are asked for, the placement of experts that travelled, and its passes.
+This is read from the record next to the output, before anything is decided: a resumed run keeps its
+ranks, its chunks unless others are given, the placement of experts that travelled, and its passes.
 """
 
 from __future__ import annotations
@@ -18,35 +18,35 @@ from dask_ep.storage.resume import find_good
 
 @dataclass(frozen=True)
 class Begun:
-    """A run that has started."""
+    """A run that was started before."""
 
     world_size: int
     rows: tuple[int, ...]
-    #: of its blocks
+    #: rows of each of its blocks
     placement: Placement | None
-    #: None where rank r owns the next E/R experts
+    #: None if rank r owns the next E/R experts
     passes: Passes | None
-    #: in which its experts are processed, if they are
+    #: None unless its experts are processed in passes
     place: str | None
-    #: of rows that wait on disk, by name
+    #: name of the directory of its spilled rows
     done: frozenset[int]
-    #: blocks that are finished
+    #: finished blocks
     complete: bool
-    #: whether all are, and the output has its name
+    #: whether all blocks are finished, and the output has its final name
 
     @property
     def chunk_rows(self) -> int | None:
-        """Rows of its chunks; None if it has none."""
+        """Rows of its chunks; None if it has no rows."""
         return max(self.rows, default=0) or None
 
     @property
     def moves_experts(self) -> bool:
-        """Whether experts travelled to rows that stayed."""
+        """Whether experts travelled to rows."""
         return self.placement is not None and self.placement.local
 
 
 def read_begun(out: str) -> Begun | None:
-    """Read how the run that writes an output was begun; None if there is none."""
+    """Read how the run that writes an output was started; None if there is none."""
     directory = progress_directory(out)
     manifest = journal.read_manifest(directory)
     if manifest is None:

@@ -75,31 +75,32 @@ def run_job(
     Parameters
     ----------
     job : a `Job`, or the path of a job file
-    where : `Threads`, `Processes`, `Gpus`, `Cluster`, or a cluster that is started for the job and
-        ended with it, as `Deployed`
-    resume : continue a stopped run, with its ranks, and its chunks unless
-        `chunk_rows` are others: then smaller ones are computed, and joined to its blocks. A run in
-        passes continues as it began
-    overwrite : start again, whatever is there
-    chunk_rows : rows of a token chunk; by default about 32 MiB of them, or what fits the memory
+    where : `Threads`, `Processes`, `Gpus`, `Cluster`, or `Deployed`, a cluster that is started for
+        the job and shut down after it
+    resume : continue a stopped run, with its ranks, and with its chunks unless `chunk_rows`
+        differs: then smaller chunks are computed, and joined to its blocks. A run in passes
+        continues as it began
+    overwrite : start again, even if the output exists
+    chunk_rows : rows of a token chunk; by default about 32 MiB of rows, or what fits the memory
         limit
-    travel : whether rows travel to experts, or experts to rows; see `laws.travel.Travel`. All
-        but rows alone reads the routing once before. A resumed run keeps what was chosen
-    on_note : called at the start with each sentence on what looks like a mistake in the job; see
-        `dask_ep.jobs.notes`
+    travel : whether rows travel to experts, or experts to rows; see `laws.travel.Travel`. Unless
+        only rows travel, the routing is read once beforehand. A resumed run keeps what was chosen
+    on_note : called at the start with a sentence for everything that looks like a mistake in the
+        job; see `dask_ep.jobs.notes`
     on_progress : called at the start, and when blocks are done
-    on_client : called when the workers are there, if there are any; such as to show the dashboard
-    on_workers : called with the `Workers` of a cluster while they are waited for, and when one
+    on_client : called when the workers are ready, if there are any, for example to show the
+        dashboard
+    on_workers : called with the `Workers` of a cluster while the run waits for them, and when one
         joins or is lost; from another thread
-    report : HTML file that compares the run with its plan, written at the end if anything was run;
-        with workers, Dask's own report is written next to it, as ``NAME-dask.html``
-    on_record : called with the `Plan` and the `Record` of the run, at the end if anything was run;
-        as with `report`, a resumed run keeps its chunks
-    save_routing : where to write the indices that the layer's router gives, (n, k) int32, in the
-        same run; the top-k weights, (n, k) float32, go next to them, see
+    report : HTML file that compares the run with its plan, written at the end unless nothing was
+        left to run; with workers, Dask's own report is written next to it, as ``NAME-dask.html``
+    on_record : called with the `Plan` and the `Record` of the run, at the end unless nothing was
+        left to run; as with `report`, a resumed run keeps its chunks
+    save_routing : where to write the indices from the layer's router, (n, k) int32, in the same
+        run; the top-k weights, (n, k) float32, are written next to them, see
         `dask_ep.jobs.save_routing.path_of_weights`
-    wait : how to wait for what a queue gives next; what it raises stops the run, as Ctrl-C does by
-        `dask_ep.cluster.interrupts.Interrupts.wait`
+    wait : function that waits for the next item of a queue; an exception from it stops the run, as
+        Ctrl-C does with `dask_ep.cluster.interrupts.Interrupts.wait`
 
     Returns
     -------
@@ -111,29 +112,29 @@ def run_job(
     FileExistsError
         If the output exists, and neither `resume` nor `overwrite` is set.
     ValueError
-        If the inputs do not fit, or are not those of the run to be resumed.
+        If the inputs do not fit together, or are not those of the run to resume.
     DoesNotFit
-        A MemoryError: the job cannot be done so within `where.memory_limit`. Its `proposal` says
-        how it can. Nothing has been read then.
+        A MemoryError: the job does not fit into `where.memory_limit` in this way. Its `proposal`
+        has options that do fit. It is raised before anything is read.
     ConnectionError
-        If there is no scheduler, or it is lost meanwhile.
+        If there is no scheduler, or if it is lost during the run.
     UnfitClusterError
-        If workers lack the job's files, or versions differ; nothing has run then.
+        If workers lack the job's files, or versions differ; it is raised before anything runs.
     NoDeviceError
-        If a GPU is asked for and CuPy or the GPU is missing; nothing has run then.
+        If a GPU is requested and CuPy or the GPU is missing; it is raised before anything runs.
 
     Notes
     -----
-    Products use one BLAS thread each; set for the whole process while the job runs on threads, and
-    for good on workers. Peak memory is at most what `laws.memory_law.need` says: on threads,
-    with one rank, experts + (threads * 3 + 2) token chunks + tiles of the threads + what threads
-    decode stored chunks in + 180 MB.
-    How it runs is decided by `dask_ep.jobs.decide.decide`: where all experts do not fit into
-    `where.memory_limit`, or into that of a cluster's workers, they are held as they are stored, or
-    else are processed in passes (`dask_ep.laws.passes`); then the result is that of the ordinary
-    way to 1e-6, and the same bits each time for the same passes. An exception, KeyboardInterrupt
-    too, leaves an output that `resume` continues; on threads the blocks at work are finished
-    before it arrives.
+    Each product uses one BLAS thread: this is set for the whole process while the job runs on
+    threads, and permanently on workers. Peak memory is at most `laws.memory_law.need`: on threads,
+    with one rank, experts + (threads * 3 + 2) token chunks + scratch memory of the threads, also
+    for decoding stored chunks, + 180 MB.
+    How the job runs is decided by `dask_ep.jobs.decide.decide`: if the experts do not all fit into
+    `where.memory_limit`, or into that of a cluster's workers, they are held as stored, or else
+    processed in passes (`dask_ep.laws.passes`). In passes, results equal the ordinary ones to 1e-6,
+    and are the same bits each time for the same passes. After an exception, including
+    KeyboardInterrupt, `resume` continues the output; on threads, the blocks being computed are
+    finished before the exception is raised.
     """
     job = as_job(job)
     check_report(report)
@@ -168,7 +169,9 @@ def run_job(
                 if client is not None and on_client is not None:
                     on_client(client)
                 watch = _Watch(output, on_progress, job.name, walk)
-                with watched(planned, client, owners, report, on_record, output.finish, watch.told):
+                with watched(
+                    planned, client, owners, report, on_record, output.finish, watch.report_details
+                ):
                     for step in _steps(output, walk, routing):
                         compute_step(step, client, threads, watch.tell, wait)
                     done = watch.progress()
@@ -179,7 +182,7 @@ def run_job(
 
 
 def _as_begun(where: Where | Deployed, begun: Begun | None) -> Where | Deployed:
-    """All threads are no more than those that the run in passes had that is resumed."""
+    """Limit threads, if their number is not given, to that of a resumed run in passes."""
     passes = None if begun is None else begun.passes
     if passes is not None and isinstance(where, Threads) and where.count is None:
         return replace(where, count=min(CPU_COUNT, passes.threads))
@@ -194,7 +197,7 @@ def _stored(
     resume: bool,
     overwrite: bool,
 ) -> Output:
-    """Begin or resume the output, in the blocks in which it was begun."""
+    """Begin the output, or resume it in the blocks in which it was begun."""
     y, rows = built.y, begun.rows if begun else None
     return store(
         y if rows is None or y.chunks[0] == rows else y.rechunk({0: rows}),
@@ -209,10 +212,10 @@ def _stored(
 
 
 def _steps(output: Output, walk: InPasses | None, routing: Sequence[Output]) -> Iterable[Step]:
-    """Yield what is to be computed, each step before the next.
+    """Yield what is to be computed, step by step; each must be done before the next.
 
-    The routing is saved by the tasks that need it. In passes these run group by group, so there the
-    tokens are read and routed once more before.
+    The routing is saved by the tasks that need it. In passes these run group by group, so the
+    tokens are read and routed once more beforehand.
     """
     if walk is None:
         yield together([output, *routing]) if routing else output
@@ -223,7 +226,7 @@ def _steps(output: Output, walk: InPasses | None, routing: Sequence[Output]) -> 
 
 
 def _check_recorded(chunks: Sequence[int], rows: Sequence[int]) -> None:
-    """Refuse to record a run that computes other chunks than it was begun with."""
+    """Raise if a run is to be recorded whose chunks differ from those it began with."""
     if tuple(chunks) != tuple(rows):
         raise ValueError(
             "a report compares run and plan chunk by chunk, but this run began with chunks of "
@@ -232,11 +235,11 @@ def _check_recorded(chunks: Sequence[int], rows: Sequence[int]) -> None:
 
 
 def owned_ranks(client: Client | None, world_size: int) -> contextlib.AbstractContextManager:
-    """Give the ranks owners for a while; all ranks count as equally loaded.
+    """Give the ranks owners inside a `with` block, assuming equal loads of all ranks.
 
-    Their loads are known where the routing was read, which is where they were made equal: a
-    placement by load does so. Without one the routing is not read before it is needed, and to read
-    it for the loads alone would cost as much as ``placement = "balanced"``, which gains more.
+    Loads are known only if the routing was read for a placement by load, which makes them equal.
+    Otherwise the routing is not read in advance, and reading it just for the loads would cost as
+    much as ``placement = "balanced"``, which gains more.
     """
     if client is None or world_size == 1:
         return contextlib.nullcontext()
@@ -250,7 +253,7 @@ def compute_step(
     tell: Callable[[Receipt], Any],
     wait: Wait,
 ) -> None:
-    """Do the tasks of a step, on threads or a client's workers, and pass on each receipt."""
+    """Run the tasks of a step, on threads or a client's workers, and pass on each receipt."""
     if client is not None:
         _compute_on_client(step, client, tell, wait)
         return
@@ -260,7 +263,7 @@ def compute_step(
         for receipt in aside:
             tell(receipt)
     finally:
-        pool.shutdown(cancel_futures=True)  # running tasks finish, and no other starts
+        pool.shutdown(cancel_futures=True)  # running tasks finish, and no others start
         aside.join()
 
 
@@ -269,7 +272,7 @@ def _compute_on_client(
 ) -> None:
     if not step.missing:
         return
-    address = scheduler_address(client)  # a client that has lost it knows it no more
+    address = scheduler_address(client)  # not known any more once the connection is lost
     futures = futures_of(client.persist(step))
 
     def gather(give: Callable[[Receipt], Any]) -> None:
@@ -281,7 +284,7 @@ def _compute_on_client(
             tell(receipt)
     except (FutureCancelledError, CommClosedError) as error:
         raise ConnectionError(
-            f"the scheduler at {address} is gone or has dropped the job; "
+            f"the scheduler at {address} has stopped or has dropped the job; "
             "finished blocks are kept, and --resume computes the others"
         ) from error
     finally:
@@ -305,7 +308,7 @@ class _Watch:
         self._tell, self._start = tell, time.monotonic()
         self._before = sum(output.rows[block] for block in output.done_before)
         self._left, self._done = sum(output.rows) - self._before, 0
-        self._worked = 0.0  # rows that the work on blocks which are not done is worth
+        self._worked = 0.0  # work on unfinished blocks, in rows
         self.spilled_bytes = 0
         self._not_finite, self._first_not_finite = 0, -1
         if tell is not None:
@@ -327,11 +330,11 @@ class _Watch:
             self._tell(self.progress())
 
     def passes_done(self) -> PassesDone | None:
-        """What going through the experts in passes has taken, where they are."""
+        """Return what the passes took; None unless experts are processed in passes."""
         return None if self._walk is None else self._walk.done(self.spilled_bytes)
 
-    def told(self) -> dict[str, Any]:
-        """Arguments of `write_reports` that describe the run."""
+    def report_details(self) -> dict[str, Any]:
+        """Return arguments of `write_reports` that describe the run."""
         return {
             "missing": self._output.missing,
             "blocks": len(self._output.rows),

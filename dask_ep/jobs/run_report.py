@@ -1,13 +1,13 @@
-"""How is the report of a run made, which compares it with its plan?
+"""How is the report made that compares a run with its plan?
 
-    before    plan_run: the blocks that are missing, priced; the routing is read once for it
+    before    plan_run: a plan of the missing blocks, for which the routing is read once
     during    on threads    Recorder
-              on workers    Dask's task stream, what services note, events, changes of owners,
+              on workers    Dask's task stream, what services record, events, changes of owners,
                             memory of the processes
     after     report.html, and on workers report-dask.html, which Dask writes
 
-The workers are queried before the first task and after the last. Dask keeps the last
-100,000 tasks; of a longer run the record has these. What a worker has served is lost with it.
+Workers are queried before the first task and after the last. Dask keeps the last 100,000 tasks, so
+the record of a longer run has only these. What a worker recorded is lost if it dies.
 """
 
 from __future__ import annotations
@@ -42,19 +42,19 @@ OnRecord = Callable[[Plan, Record], Any]
 def plan_run(
     inputs: Inputs, decision: Decision, placement: Placement | None, missing: Sequence[int]
 ) -> Plan:
-    """Price what is left of a job; with a layer, its router is run for that.
+    """Price what is left of a job; this runs the router of a layer.
 
     Parameters
     ----------
     inputs, decision, placement : of the run
-    missing : numbers of the chunks that it will compute
+    missing : indices of the chunks that it will compute
     """
     pricing = Pricing.of_job(inputs, decision)
     return pricing.price(decision, placement=placement, only=missing)
 
 
 def check_report(path: str | os.PathLike | None) -> None:
-    """Refuse a report that cannot be drawn or written, before anything is read."""
+    """Raise if a report cannot be drawn or written, before anything is read."""
     if path is not None:
         check_drawing()
         check_place(path)
@@ -68,11 +68,11 @@ def watched(
     report: str | os.PathLike | None,
     on_record: OnRecord | None,
     finish: Callable[[], Any],
-    told: Callable[[], dict[str, Any]],
+    report_details: Callable[[], dict[str, Any]],
 ) -> Iterator[None]:
-    """Finish what runs inside, which is recorded with its plan if there is one.
+    """Record what runs in the `with` block, and write its reports, if there is a plan.
 
-    `told` returns, at the end, further arguments for `write_reports`.
+    `report_details` is called at the end, and returns further arguments for `write_reports`.
     """
     if planned is None:
         yield
@@ -84,7 +84,7 @@ def watched(
             yield
         finish()
     if report is not None:
-        write_reports(report, planned, records[0], **told())
+        write_reports(report, planned, records[0], **report_details())
     if on_record is not None:
         on_record(planned, records[0])
 
@@ -120,14 +120,14 @@ def write_reports(
 
 
 def reports_of(path: str | os.PathLike | None, client: Client | None) -> tuple[Path, ...]:
-    """The paths of the reports of a run: ours, and with workers Dask's."""
+    """Return the paths of a run's reports: ours, and with workers Dask's."""
     if path is None:
         return ()
     return (Path(path),) if client is None else (Path(path), dask_report(path))
 
 
 def dask_report(path: str | os.PathLike) -> Path:
-    """The path of Dask's report, next to ours.
+    """Return the path of Dask's report, next to ours.
 
     Examples
     --------
@@ -139,7 +139,7 @@ def dask_report(path: str | os.PathLike) -> Path:
 
 
 def _of_passes(planned: Plan, passes: PassesDone) -> list[tuple[str, str, str]]:
-    """What going through the experts in passes took, planned and measured."""
+    """Return what the passes took, planned and measured."""
     used = int((planned.expert_rows > 0).sum()) * passes.passes.passes
     rows = [("experts read", f"{used:,}", f"{sum(passes.reads.values()):,}")]
     if passes.passes.spill_bytes:
@@ -150,7 +150,7 @@ def _of_passes(planned: Plan, passes: PassesDone) -> list[tuple[str, str, str]]:
 
 @contextmanager
 def dask_reported(path: str | os.PathLike) -> Iterator[None]:
-    """Write Dask's own report of what runs inside, if that ends well."""
+    """Write Dask's own report of what runs in the `with` block, unless it raises."""
     report = performance_report(filename=os.fspath(dask_report(path)), mode="inline")
     report.__enter__()
     yield
@@ -174,7 +174,7 @@ def _on_workers(client: Client, owners: Owners | None) -> Iterator[list[Record]]
     made: list[Record] = []
     client.run(forget_peak_memory)
     clock = client.run_on_scheduler(time.time)
-    client.get_task_stream(start=0, stop=0)  # from now on it is recorded
+    client.get_task_stream(start=0, stop=0)  # starts recording
     begun = time.perf_counter()
     with servings_of(client) as servings:
         yield made
@@ -190,7 +190,7 @@ def _on_workers(client: Client, owners: Owners | None) -> Iterator[list[Record]]
 
 
 class _Keep(WorkerPlugin):
-    """Has a worker keep what it serves, also one that comes later."""
+    """Makes workers record what they serve, including workers that join later."""
 
     name = "dask-ep-record"
 
@@ -203,13 +203,13 @@ class _Keep(WorkerPlugin):
 
 @contextmanager
 def servings_of(client: Client) -> Iterator[list[Serving]]:
-    """Keep what the workers serve inside; the list has it at the end, unless that fails."""
+    """Record what workers serve in the `with` block; the list has it at the end, if possible."""
     kept: list[Serving] = []
     client.register_plugin(_Keep())
     try:
         yield kept
     except BaseException:
-        with suppress(Exception):  # the cluster itself may have failed
+        with suppress(Exception):  # the cluster may have failed
             client.unregister_worker_plugin(_Keep.name)
         raise
     for of_worker in client.run(_take, on_error="ignore").values():
@@ -218,7 +218,7 @@ def servings_of(client: Client) -> Iterator[list[Serving]]:
 
 
 def _take(dask_worker: Any) -> list[Serving]:
-    """What a worker has kept, in the scheduler's time."""
+    """Return what a worker has recorded, with times of the scheduler's clock."""
     late, place = dask_worker.scheduler_delay, {HERE: dask_worker.address}
     return [
         s._replace(
@@ -232,12 +232,12 @@ def _take(dask_worker: Any) -> list[Serving]:
 
 
 def _events(client: Client, owners: Owners | None) -> list[tuple[float, str]]:
-    """Workers that came and went, and ranks that changed hands: (time, text), in order."""
+    """Return workers that joined or left, and ranks that moved: (time, text), in order."""
     words = {"add-worker": "came", "remove-worker": "left"}
     events = [
-        (when, f"worker {said['worker']} {words[said['action']]}")
-        for when, said in client.get_events("all")
-        if isinstance(said, dict) and said.get("action") in words
+        (when, f"worker {event['worker']} {words[event['action']]}")
+        for when, event in client.get_events("all")
+        if isinstance(event, dict) and event.get("action") in words
     ]
     for change in [] if owners is None else owners.changes:
         before, after = (

@@ -1,4 +1,4 @@
-"""How does a run keep the routing of its layer, for other jobs?
+"""How does a run save the routing of its layer for other jobs?
 
     routing.zarr                 (n, k) int32: experts of each row, -1 for a slot that was dropped
     routing.topk_weights.zarr    (n, k) float32
@@ -32,7 +32,7 @@ def path_of_weights(path: str | os.PathLike) -> str:
 
 
 def check_saved_routing(job: Job, path: str | os.PathLike, resume: bool, overwrite: bool) -> None:
-    """Refuse to save a routing that the job reads itself, or where something else is."""
+    """Raise if the job reads its routing from a file, or if a path to write is in use."""
     if job.routing is not None:
         raise JobError(
             f"{job.name}: save_routing needs a layer that routes; the routing of this job is in "
@@ -57,14 +57,14 @@ def stored_routing(
 ) -> Iterator[list[Output]]:
     """Begin or resume the outputs of indices and top-k weights, and finish them at the end.
 
-    Without a path there are none.
+    Without a path nothing is saved.
 
     Parameters
     ----------
     built : the job's output, of a layer
     path : of the indices
     rows : of the blocks of the job's output
-    resume, overwrite : as `store` takes them
+    resume, overwrite : as in `store`
     """
     if path is None:
         yield []
@@ -73,7 +73,7 @@ def stored_routing(
     with ExitStack() as stack:
         outputs = []
         for array, place in zip(built.routing, places, strict=True):
-            assert array is not None  # a layer gives both
+            assert array is not None  # a layer's router returns both
             output = store(
                 array.rechunk({0: tuple(rows)}),
                 place,

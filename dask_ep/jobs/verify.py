@@ -1,8 +1,8 @@
-"""Is an output what its inputs say, row by row?
+"""Does an output follow from its inputs, row by row?
 
-A sample of the rows (`verify_sample`) is computed again from the inputs in float64, by plain loops
-and one expert at a time (`recompute`), and compared with the output file. Each value is judged by
-what its own terms add up to (see `rounding`), never by other rows.
+A sample of the rows (`verify_sample`) is computed again from the inputs in float64, in plain loops
+and one expert at a time (`recompute`), and compared with the output file. The error of each value
+is judged relative to the sum of its own terms' sizes (see `rounding`), independently of other rows.
 """
 
 from __future__ import annotations
@@ -27,64 +27,64 @@ from dask_ep.storage.output import progress_directory
 from dask_ep.storage.sources import Source, ZarrSource, open_source
 
 TOLERANCES = {"float64": 1e-12, "float32": 1e-5, "float16": 4e-3, "bfloat16": 3e-2}
-"""Largest error of a value over what its terms add up to, by the output's dtype: sums of thousands
-of products in float32 (float64) differ in their last few digits; the others are rounded once more
+"""Largest allowed error of a value relative to its terms, by the output's dtype: sums of thousands
+of products in float32 (float64) differ in their last few digits; other dtypes are rounded once more
 at the end, to 2**-11 and 2**-8 of their value."""
 
 SUMS = {"float64": 2e-13, "float32": 2e-6}
-"""What long sums lose, as a part of the sum of the absolute values of their terms, by the computing
-dtype: up to 3e-6 of it was seen with 16 384 terms of one sign followed by as many of the other."""
+"""Error of long sums relative to the sum of their terms' absolute values, by the computing dtype:
+up to 3e-6 was seen with 16 384 terms of one sign followed by as many of the other."""
 
 TF32_TOLERANCE = 5e-3
-"""The same where float32 was multiplied as TF32, whose numbers are rounded to 2**-11 before."""
+"""The tolerance if float32 was multiplied as TF32, which rounds factors to 2**-11."""
 
 ROUNDED_TOLERANCE = 2e-2
-"""The same where float32 was multiplied as bfloat16, rounded to 2**-9 before."""
+"""The tolerance if float32 was multiplied as bfloat16, which rounds factors to 2**-9."""
 
 
 class RowError(NamedTuple):
-    """A row that is wrong, or the least right."""
+    """A row with its largest errors."""
 
     row: int
     block: int
-    #: of the output, -1 if its blocks are not known
+    #: block of the output; -1 if its blocks are not known
     error: float
     #: largest absolute difference in the row
     relative: float
-    #: largest error of one of its values over what the value's terms add up to
+    #: largest error of one of its values relative to the value's terms
     experts: tuple[int, ...]
 
 
 @dataclass(frozen=True)
 class Verification:
-    """What a comparison found."""
+    """The result of a verification."""
 
     rows: int
-    #: compared
+    #: number of rows compared
     rows_in_all: int
     values: int
-    #: in these
+    #: number of values in these rows
     not_finite: int
-    #: of the values, those that are not finite in the output or as recomputed
+    #: number of values that are not finite, in the output or as recomputed
     not_finite_rows: tuple[int, ...]
-    #: that hold them, ascending
+    #: rows with such values, ascending
     overflowed: int
-    #: of these values, those that are finite as recomputed, but not in the output, because numbers
-    #: on the way are too large for the dtype in which the output was computed
+    #: number of such values that are finite as recomputed, but not in the output, because
+    #: intermediate values are too large for the dtype in which the output was computed
     experts_seen: int
     num_experts: int
     largest_error: float
     #: absolute
     relative_error: float
-    #: largest error of a value over what its terms add up to
+    #: largest error of a value relative to its terms
     tolerance: float
-    #: of the relative error
+    #: maximum of the relative error
     worst: tuple[RowError, ...]
-    #: rows beyond the tolerance, the worst first; if there is none, the worst row
+    #: rows beyond the tolerance, the worst first; if there are none, the worst row
 
     @property
     def good(self) -> bool:
-        """Whether no row is beyond the tolerance, and some values are numbers."""
+        """Whether no row is beyond the tolerance, and some values could be compared."""
         compared = self.not_finite < self.values or not self.values
         return compared and self.relative_error <= self.tolerance
 
@@ -96,33 +96,33 @@ class Verification:
 def verify_job(
     job: Job | str | os.PathLike, *, rows: int = 1000, seed: int = 0, tolerance: float | None = None
 ) -> Verification:
-    """Compare a sample of an output's rows with the same computed from the inputs.
+    """Compare a sample of an output's rows with the same rows computed from the inputs.
 
     Parameters
     ----------
     job : a `Job` whose output is complete, or the path of its job file
-    rows : how many to compare, about; all if there are fewer
-    seed : of the choice of rows
-    tolerance : of the error of a value over what its terms add up to; by default by dtype, see
-        `TOLERANCES`, and `TF32_TOLERANCE` or `ROUNDED_TOLERANCE` for a run that was asked for it
+    rows : approximate number of rows to compare; all if there are fewer
+    seed : seed of the choice of rows
+    tolerance : maximum error of a value relative to its terms; by default it depends on the dtype,
+        see `TOLERANCES`, and on the run's precision: `TF32_TOLERANCE`, `ROUNDED_TOLERANCE`
 
     Raises
     ------
     FileNotFoundError
-        If there is no output, or it is not complete.
+        If there is no output, or it is incomplete.
     ValueError
-        If the output's shape is not that of the job, or it holds no floats; if `tolerance` is not
-        a finite number of at least 0.
+        If the output's shape is not that of the job, or it does not hold floats; if `tolerance` is
+        not a finite number of at least 0.
 
     Notes
     -----
     Cost: rows * k experts on single rows, in float64, and four times that in products of all rows
-    of an expert; and the routing is read until every expert was met. Memory: the sample, and one
-    expert in float64, its largest matrix twice. A checkpoint's layer routes the sample by its own
-    router, if the job gives no routing: its choice for a row does not depend on other rows. Experts
-    are those of `reference`.
-    A value that is infinite or NaN must be so in the same way on both sides, unless numbers on the
-    way to it overflow the dtype in which it was computed.
+    of an expert; and the routing is read until every expert has been found. Memory: the sample, and
+    one expert in float64, with its largest matrix twice. If the job has no routing, the layer's own
+    router routes the sample, as its choice for a row does not depend on other rows. Experts are
+    those of `reference`.
+    A value that is infinite or NaN must be the same on both sides, unless intermediate values
+    overflow the dtype in which the output was computed.
     """
     if tolerance is not None and not 0 <= tolerance < np.inf:
         raise ValueError(f"tolerance must be a finite number of at least 0; got {tolerance}")
@@ -137,8 +137,8 @@ def verify_job(
         )
     if output.dtype.name not in TOLERANCES:
         raise ValueError(
-            f"the output {job.out} must be of {', '.join(TOLERANCES)}, but is of {output.dtype}; "
-            "run the job again"
+            f"the output {job.out} must have dtype {', '.join(TOLERANCES)}, but has "
+            f"{output.dtype}; run the job again"
         )
     starts = block_starts(job.out, output)
     sample = sample_rows(inputs, starts, rows, seed)
@@ -164,7 +164,7 @@ def verify_job(
 
 
 def _arithmetic(job: Job, inputs: Inputs, output: Source, tolerance: float | None) -> Arithmetic:
-    """How the output was computed, as far as the record of its run says."""
+    """Return how the output was computed, as far as its record has that."""
     manifest = journal.read_manifest(progress_directory(job.out)) or {"settings": {}}
     computed_by = manifest["settings"].get("computed_by", {})
     usual = TOLERANCES[output.dtype.name]
@@ -182,12 +182,12 @@ def _arithmetic(job: Job, inputs: Inputs, output: Source, tolerance: float | Non
 
 
 def open_output(path: str) -> Source:
-    """Open an output that is complete.
+    """Open a complete output.
 
     Raises
     ------
     FileNotFoundError
-        If there is none, or only a part of one: it says how much.
+        If there is none, or it is incomplete; the message says how much is done.
     """
     manifest = journal.read_manifest(progress_directory(path))
     there = os.path.exists(path)
@@ -196,7 +196,7 @@ def open_output(path: str) -> Source:
     if manifest is not None and manifest["complete"] and not there:
         raise FileNotFoundError(
             errno.ENOENT,
-            "the output is missing, though it was complete; run again with --resume",
+            "the output is missing, although it was complete; run the job again with --resume",
             path,
         )
     if manifest is not None and not manifest["complete"]:
@@ -229,7 +229,7 @@ class _Compared(NamedTuple):
     errors: np.ndarray
     #: (m, d_out), absolute; infinite where only one of the two is finite
     relative: np.ndarray
-    #: (m, d_out), over what the terms add up to
+    #: (m, d_out), relative to the terms
     overflowed: np.ndarray
     #: (m, d_out) bool, see `Verification`
 

@@ -1,8 +1,8 @@
-"""Which rows of an output are worth computing again?
+"""Which rows of an output are verified?
 
     both ends of every block │ a row of every expert │ rows at random
 
-Only these are read, of the output and of all inputs.
+Only these rows of the output and of the inputs are read.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ def sample_rows(inputs: Inputs, starts: np.ndarray, rows: int, seed: int) -> np.
 
 
 def find_rows_of_experts(routing: Source, num_experts: int) -> np.ndarray:
-    """Find one row of each expert that has any; reads no further than it has to.
+    """Find a row of each expert that has any; reads only as much of the routing as necessary.
 
     Examples
     --------
@@ -69,7 +69,7 @@ def find_rows_of_experts(routing: Source, num_experts: int) -> np.ndarray:
 
 
 def read_rows(source: Source, rows: np.ndarray) -> np.ndarray:
-    """Read single rows, ascending, one read for each run of neighbours or stored chunk.
+    """Read single rows, ascending, with one read for each run of neighbours or stored chunk.
 
     Examples
     --------
@@ -89,7 +89,7 @@ def read_rows(source: Source, rows: np.ndarray) -> np.ndarray:
 
 
 def block_starts(path: str, output: Source) -> np.ndarray:
-    """First row of each block of the output, and the number of rows."""
+    """Return the first row of each block of the output, and the number of rows."""
     manifest = journal.read_manifest(progress_directory(path))
     n = output.shape[0]
     if manifest is not None and sum(manifest["rows"]) == n:

@@ -176,7 +176,7 @@ def test_wrong_use_is_2(tmp_path, capsys, small_job):
         (["example", tmp_path / "new", "--seed", 1 << 64], "seed must be in [0, 2**64)"),
         (
             ["run", small_job, "--travel", "auto"],
-            "travel is for workers, and for experts that do not fit",
+            "use travel with workers, or with experts that do not fit",
         ),
         (["run", small_job, "--memory-limit", "much"], "invalid size: 'much'"),
         (["run", small_job, "--memory-limit", "0"], "invalid size: '0'"),
@@ -249,11 +249,11 @@ def test_verify_compares_no_numbers_and_says_so(tmp_path, capsys, small_job):
     assert (code, out.splitlines()[-1]) == (3, "not good: no value could be compared")
 
 
-def test_an_output_that_is_gone_is_told_and_made_again(capsys, small_job):
+def test_a_missing_output_is_reported_and_made_again(capsys, small_job):
     out = load_job(small_job).out
     assert here(capsys, "run", small_job)[0] == 0
     os.remove(out)
-    words = "missing, though it was complete; run again with --resume"
+    words = "missing, although it was complete; run the job again with --resume"
     for path in (out, small_job):
         assert words in " ".join(here(capsys, "inspect", path)[1].split())
     code, _, err = here(capsys, "verify", small_job)

@@ -161,7 +161,7 @@ def test_after_a_lost_scheduler_the_run_goes_on(cluster, job, tmp_path, expected
         another.processes["scheduler"].kill()
         code, _, told = end(process)
     assert code == 1
-    assert "is gone or has dropped the job; finished blocks are kept" in told
+    assert "has stopped or has dropped the job; finished blocks are kept" in told
     code, printed, told = end(start(job, "--out", out, *on(cluster), "--resume"))
     assert code == 0, told
     assert "were there" in printed

@@ -123,7 +123,7 @@ def test_the_command_compares_choices(job_file):
             ["--memory-limit", "1 MB", "--what-if", "world_size=1,2"],
             "It does not fit with experts in passes either",
         ),
-        (["--memory-limit", "1 MB"], "a memory limit of 1 MB must hold .* in all; allow more"),
+        (["--memory-limit", "1 MB"], "a memory limit of 1 MB must hold .* in total; allow more"),
         (
             ["--chunk-rows", 900, "--memory-limit", "180.7 MB"],
             "a memory limit of 181 MB must hold .* it runs with --chunk-rows",

@@ -259,7 +259,7 @@ def test_rows_that_are_held_are_not_gone_on_with_by_workers(monkeypatch, job, cl
     monkeypatch.setattr(run, "decide", taking(WAYS["hold"]))
     with pytest.raises(Stopped):
         run_job(job, Threads(1), on_progress=stop_after(300))
-    with pytest.raises(ValueError, match="holds rows in memory, which threads alone share: resume"):
+    with pytest.raises(ValueError, match="holds rows in memory, which only threads share: resume"):
         run_job(job, cluster, resume=True)
     assert run_job(job, Threads(1), resume=True).rows == ROWS
 
@@ -271,7 +271,7 @@ def test_a_run_in_passes_is_not_gone_on_with_where_its_memory_would_be_exceeded(
         run_job(job, Threads(2), on_progress=stop_after(100))
     for where, more, told in (
         (Threads(3), {}, "2 threads, but the process has 3: resume with --threads 2, or overwrite"),
-        (Threads(2, 499 * 10**6), {}, "up to 500 MB, but the process may fill 499 MB: resume with"),
+        (Threads(2, 499 * 10**6), {}, "up to 500 MB, but the process may use 499 MB: resume with"),
         (Threads(2), {"chunk_rows": 20}, "has chunks of 100 rows, not 20: resume with those"),
     ):
         with pytest.raises(ValueError, match=told):
@@ -303,7 +303,7 @@ def test_workers_fill_the_part_of_their_memory_that_dask_leaves(job, monkeypatch
     monkeypatch.setattr(run, "decide", taking(passes))
     with pytest.raises(Stopped):
         run_job(job, Threads(2), on_progress=stop_after(100))
-    with pytest.raises(ValueError, match="up to 701 MB, but each worker may fill 700 MB: resume"):
+    with pytest.raises(ValueError, match="up to 701 MB, but each worker may use 700 MB: resume"):
         run_job(job, cluster, resume=True)
 
 

@@ -356,7 +356,7 @@ def test_what_cannot_be_compared_is_refused(tokens, tmp_path):
     np.save(tmp_path / "b.npy", np.ones((4, 3)))
     with pytest.raises(ValueError, match=r"a.npy is \(4, 2\) and b.npy \(4, 3\)"):
         compare_outputs(tmp_path / "a.npy", tmp_path / "b.npy")
-    with pytest.raises(ValueError, match=r"with n = 4 rows, but x.npy is \(500, 32\) of float32"):
+    with pytest.raises(ValueError, match=r"with n = 4 rows, but x.npy has shape \(500, 32\)"):
         compare_outputs(tmp_path / "a.npy", tmp_path / "a.npy", routing=[tokens])
     with pytest.raises(FileNotFoundError, match="no output yet"):
         compare_outputs(tmp_path / "a.npy", tmp_path / "none.npy")

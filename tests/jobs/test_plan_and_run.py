@@ -282,10 +282,10 @@ def test_a_plan_and_a_run_go_every_way_alike(tmp_path, name):
     ran = check_alike(tmp_path, *WAYS[name])
     if isinstance(ran, str):
         words = {
-            "asked to hold on workers": "experts can travel only to rows that are held in memory",
+            "asked to hold on workers": "they can travel only to rows that are held in memory",
             "too many travel": "experts, but the placement gives it 160",
             "travel on threads": "threads share memory, so nothing travels between them",
-            "chunks too large": "it runs so with --chunk-rows",
+            "chunks too large": "it runs with --chunk-rows",
             "nothing fits": "It does not fit with experts in passes either",
         }
         assert words[name] in ran

@@ -132,7 +132,9 @@ def test_the_tolerance_follows_the_dtype(done_job, tmp_path, dtype):
 
 def test_what_is_no_output_or_no_tolerance_is_told(done_job, tmp_path):
     job = changed(done_job, tmp_path, lambda y: None, np.int64)
-    with pytest.raises(ValueError, match=r"must be of float64, .*, but is of int64; run the job"):
+    with pytest.raises(
+        ValueError, match=r"must have dtype float64, .*, but has int64; run the job"
+    ):
         verify_job(job)
     with pytest.raises(
         ValueError, match="tolerance must be a finite number of at least 0; got nan"

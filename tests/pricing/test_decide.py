@@ -274,7 +274,7 @@ def test_what_does_not_fit_comes_with_what_does(
 ):
     """The limit holds the process, so many experts of 1 MB, and chunks of so many rows."""
     limit = make_need(inputs.work(), experts, chunks, proposal.get("threads", 1)).at(rows)
-    with pytest.raises(DoesNotFit, match=r"must hold .* in all; within the same limit") as no:
+    with pytest.raises(DoesNotFit, match=r"must hold .* in total; within the same limit") as no:
         decide(inputs.work(), replace(layout, memory_limit=limit), chunk_rows=asked)
     assert no.value.proposal == proposal
 
@@ -325,7 +325,7 @@ def test_a_job_without_rows_is_run_and_gone_on_with(job_file, tmp_path):
 
 
 def test_where_nothing_fits_it_is_said(inputs):
-    with pytest.raises(DoesNotFit, match=r"a memory limit of 179 MB .* in all; allow more") as no:
+    with pytest.raises(DoesNotFit, match=r"a memory limit of 179 MB .* in total; allow more") as no:
         decide(inputs.work(), Layout(1, 1, 2, 179_000_000))
     assert no.value.proposal == {}
 

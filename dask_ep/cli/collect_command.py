@@ -34,7 +34,7 @@ from dask_ep.jobs.collect_job import FEW_ROWS, Collected, collect_job
 from dask_ep.laws.decision import Course
 from dask_ep.layers.collect import WHAT
 
-_MOST_FEW = 20  # experts named
+_MOST_FEW = 20  # experts that are named
 
 
 _collect_options = grouped(
@@ -52,10 +52,10 @@ _collect_options = grouped(
         type=click.IntRange(0),
         default=FEW_ROWS,
         show_default=True,
-        help="Name the experts that see fewer rows.",
+        help="List the experts that see fewer rows than this.",
     ),
     click.option(
-        "--chunk-rows", type=click.IntRange(1), help="Rows per chunk; default: as for run."
+        "--chunk-rows", type=click.IntRange(1), help="Rows per chunk; default: as in run."
     ),
     report_option,
     resume_options,
@@ -70,9 +70,9 @@ _collect_options = grouped(
 def collect_command(**options: Any) -> None:
     """Collect statistics of JOB's experts over the rows routed to them.
 
-    One pass over the rows for all of them, and one more for each block of experts where
-    not all fit into memory; gram takes passes of its own. --resume continues a run that was
-    stopped. With --with-output the job's output is written too.
+    This takes one pass over the rows, or one for each block of experts if they do not all fit into
+    memory; gram takes separate passes. --resume continues a run that was stopped. With
+    --with-output the job's output is written too.
 
     \b
     Examples:
@@ -85,7 +85,7 @@ def collect_command(**options: Any) -> None:
         raise click.UsageError("--resume and --overwrite are mutually exclusive")
     wanted, path, out = read_wanted(options), options.pop("job"), options["out"]
     if wanted.with_output and path is None:
-        raise click.UsageError("--with-output needs a job file, which says where its output goes")
+        raise click.UsageError("--with-output needs a job file, which has the path of its output")
     options["out"] = None if wanted.with_output else out
     job = read_job(path, options)
     if isinstance(where, Threads | Processes):

@@ -1,6 +1,6 @@
 """What do all commands share: exit codes, how errors are shown, ``--debug``?
 
-Imports nothing heavy, so that help comes at once.
+Imports nothing heavy, so that help is shown at once.
 """
 
 from __future__ import annotations
@@ -8,7 +8,7 @@ from __future__ import annotations
 import click
 
 FAILED, WRONG_USE, DIFFERENT = 1, 2, 3
-"""Exit codes: failed or stopped, wrong use, `verify` or `compare` found a difference."""
+"""Exit codes: failed or stopped, wrong usage, `verify` or `compare` found a difference."""
 
 
 def _set_debug(context: click.Context, _: click.Parameter, value: bool) -> None:
@@ -30,12 +30,12 @@ def complain(text: str) -> None:
 
 
 def echo_note(text: str) -> None:
-    """Show a note about what looks like a mistake, but may not be one."""
+    """Show a note about what may be a mistake."""
     click.echo(f"note: {text}", err=True)
 
 
 def _words(error: BaseException) -> str:
-    """The message of an error, without the system's number for it."""
+    """Return the message of an error, without the system's error number."""
     if isinstance(error, OSError) and error.strerror and error.filename is not None:
         return f"{error.strerror}: {error.filename}"
     return str(error).strip()
@@ -48,7 +48,7 @@ def one_line(error: BaseException) -> str:
     cause = error.__cause__
     while cause is not None:
         why = _words(cause)
-        if why and not any(why in said for said in words):
+        if why and not any(why in earlier for earlier in words):
             words.append(why)
         cause = cause.__cause__
     return "; because ".join(words)

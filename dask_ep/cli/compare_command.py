@@ -24,19 +24,19 @@ from dask_ep.jobs.difference import Difference
 from dask_ep.storage.remote import is_remote
 
 MOST_SHOWN = 8
-"""Experts, pairs of experts and names of tensors that are shown."""
+"""Maximum number of experts, pairs of experts and names of tensors that are shown."""
 
 
 @click.command("compare")
 @click.argument("a", metavar="A")
 @click.argument("b", metavar="B")
-@click.option("--tokens", metavar="PATH", help="Hidden states (n, d) that the layer gets.")
+@click.option("--tokens", metavar="PATH", help="Hidden states (n, d), the layer's input.")
 @click.option("--layer-index", type=click.IntRange(0), help="Layer of the checkpoints.")
 @click.option(
     "--routing",
     metavar="PATH",
     multiple=True,
-    help="Of outputs: the routing of A, for errors by expert; given twice, also that of B.",
+    help="For outputs: the routing of A, for errors by expert; repeat it for the routing of B.",
 )
 @click.option(
     "--tolerance",
@@ -48,14 +48,14 @@ MOST_SHOWN = 8
     type=click.FloatRange(0, 1),
     default=1.0,
     show_default=True,
-    help="Part of the rows that must be within the tolerance.",
+    help="Fraction of the rows that must be within the tolerance.",
 )
 @click.option("--chunk-rows", type=click.IntRange(1), help="Rows per chunk.")
 @click.option(
     "--scratch",
     type=click.Path(file_okay=False, exists=True),
-    help="Where outputs wait if both layers do not fit into memory together, seen by all workers; "
-    "default: $TMPDIR.",
+    help="Directory for both outputs if the layers do not fit into memory together; all workers "
+    "must see it; default: $TMPDIR.",
 )
 @where_options
 @debug_option
@@ -78,9 +78,9 @@ def compare_command(a: str, b: str, **options: Any) -> int:
     if any(checkpoints):
         if not all(checkpoints):
             one = (a, b)[checkpoints.index(False)]
-            raise click.UsageError(f"{one} is not a checkpoint, but the other one is")
+            raise click.UsageError(f"{one} must be a checkpoint, as the other one is")
         if tokens is None or names:
-            raise click.UsageError("checkpoints are compared on --tokens, and without --routing")
+            raise click.UsageError("to compare checkpoints, give --tokens, and no --routing")
     else:
         scratch = options.pop("scratch")
         given = {"tokens": tokens, "layer-index": layer is not None, "scratch": scratch}
@@ -102,7 +102,7 @@ def compare_command(a: str, b: str, **options: Any) -> int:
 
 
 def is_checkpoint(path: str) -> bool:
-    """Whether a path is a directory that is not an array's, or a GGUF file."""
+    """Return whether a path is a GGUF file, or a directory other than that of an array."""
     if path.endswith(".gguf"):
         return True
     if is_remote(path):
@@ -110,11 +110,11 @@ def is_checkpoint(path: str) -> bool:
     return os.path.isfile(os.path.join(path, "config.json"))
 
 
-# --- words ---------------------------------------------------------------------------------------
+# --- text ----------------------------------------------------------------------------------------
 
 
 def described(found: Comparison) -> Iterator[str]:
-    """Describe a comparison in lines."""
+    """Yield the lines that describe a comparison."""
     difference = found.difference
     where = "" if found.layer is None else f"layer {found.layer}: "
     yield f"{where}{difference.rows} rows compared"

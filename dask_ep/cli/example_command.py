@@ -63,6 +63,6 @@ def example_command(directory: str, overwrite: bool, **sizes: Any) -> None:
             overwrite=overwrite,
             on_progress=lambda done, total, name: tell(done, total, f"writing {name}"),
         )
-    click.echo(f"{job} and its data, {format_bytes(wanted.nbytes())}, are written. Now:")
+    click.echo(f"wrote {job} and its data, {format_bytes(wanted.nbytes())}. Next:")
     for command in ("plan", "run", "verify"):
         click.echo(f"  dask-ep {command} {shlex.quote(os.fspath(job))}")

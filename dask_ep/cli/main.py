@@ -1,10 +1,10 @@
-"""How is all of this used from a shell?
+"""How is the package used from a shell?
 
     dask-ep example DIR   ->   plan JOB   ->   run JOB   ->   verify JOB        inspect PATH
 
-Each command is a module, `example_command` and so on, which is imported when the command is used:
-help comes at once. It reads its options, calls the library and prints. Exit codes: 0 done, 1 failed
-or stopped, 2 wrong use, 3 `verify` or `compare` found a difference.
+Each command is a module, `example_command` and so on, which is imported when the command is used,
+so that help is shown at once. It reads its options, calls the library and prints. Exit codes: 0
+done, 1 failed or stopped, 2 wrong usage, 3 `verify` or `compare` found a difference.
 """
 
 from __future__ import annotations
@@ -41,8 +41,8 @@ def main(
     Parameters
     ----------
     arguments : without the program's name; by default those of this process
-    command : by default `main`; a script may give its own
-    name : of the program, as usage shows it
+    command : by default `main`; a script may pass its own
+    name : of the program, for its usage
     """
     settings: dict[str, Any] = {"debug": False}
     command = cli if command is None else command

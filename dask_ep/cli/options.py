@@ -25,7 +25,7 @@ from dask_ep.layers.collect import WHAT, Wanted
 
 
 def grouped(*options: Callable) -> Callable[[Callable], Callable]:
-    """Make one decorator of several options, which a command's help shows in their order."""
+    """Combine options into one decorator; a command's help shows them in this order."""
 
     def add(command: Callable) -> Callable:
         for option in reversed(options):
@@ -87,7 +87,7 @@ input_options = grouped(
         help="Zarr chunks that were never written are an error (default) or hold the fill value.",
     ),
 )
-"""The job file, and an option for every key of a job but its `out`."""
+"""The job file, and an option for every key of a job except its `out`."""
 
 job_options = grouped(
     input_options,
@@ -99,7 +99,7 @@ job_options = grouped(
 def parse_what(
     context: click.Context, parameter: click.Parameter, value: str | None
 ) -> tuple[str, ...]:
-    """Read an option that names statistics; without it there are none."""
+    """Read an option that names statistics; empty if it is not given."""
     names = tuple((value or "").replace(",", " ").split())
     for name in names:
         if name not in WHAT:
@@ -144,16 +144,16 @@ wanted_options = grouped(
         help="Write the job's output in the same pass as its statistics.",
     ),
 )
-"""The options that say how statistics are collected, which `read_wanted` reads."""
+"""The options for how statistics are collected, which `read_wanted` reads."""
 
 
 def read_wanted(options: dict[str, Any]) -> Wanted:
-    """Take what ``--what`` and `wanted_options` gave out of the options."""
+    """Remove the values of ``--what`` and `wanted_options` from the options, and parse them."""
     return Wanted(*(options.pop(field.name) for field in fields(Wanted)))
 
 
 def read_job(path: str | None, options: dict[str, Any]) -> Job:
-    """Take what `job_options` gave out of the options, and make the job of it."""
+    """Remove the values of `job_options` from the options, and make a job from them."""
     given = {key: options.pop(key) for key in JOB_KEYS}
     experts = given.pop("experts")
     return load_job(path, experts=None if experts is None else parse_experts(experts), **given)
@@ -202,7 +202,7 @@ chunks_options = grouped(
         "--read-rate", help="Bytes per second that a worker reads; default: 1 GB.", **SIZE
     ),
 )
-"""The rows of a chunk and what travels, which `parse_travel` reads."""
+"""The options for the rows of a chunk and for what travels, which `parse_travel` reads."""
 
 
 def choose_local(
@@ -214,7 +214,7 @@ def choose_local(
     dashboard: int | None = None,
     **of_gpus: Any,
 ) -> Threads | Processes | Gpus:
-    """Read `local_options`: where on this machine a job runs."""
+    """Read `local_options`, for where on this machine a job runs."""
     given = {"--threads": threads, "--processes": processes}
     chosen = [name for name, value in given.items() if value is not None]
     if len(chosen) > 1:
@@ -230,7 +230,7 @@ def choose_local(
 
 
 def refuse(options: dict[str, Any], why: str) -> None:
-    """Refuse options that were given."""
+    """Raise a usage error if any of these options was given."""
     for name, value in options.items():
         if value:
             raise click.UsageError(f"--{name.replace('_', '-')} {why}")

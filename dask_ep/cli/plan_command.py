@@ -40,10 +40,10 @@ from dask_ep.pricing.price import Plan, WhatIf
 from dask_ep.pricing.report import check_drawing, check_place, write_plan_report
 
 RATE_NAMES = tuple(field.name for field in fields(Rates))
-"""What is measured, or given by --rates."""
+"""The rates that are measured, or given by --rates."""
 
 BAR = 30
-"""Characters of the bar of the busiest rank."""
+"""Length of the bar of the busiest rank, in characters."""
 
 WIDTH = 120
 """Characters of a line without a terminal."""
@@ -145,9 +145,9 @@ def priced_job(
     rates: str | None = None,
     **local: Any,
 ) -> WhatIf:
-    """Price a job, in each combination of the choices; a single way if there are none.
+    """Price a job in each combination of the choices, or as it is if there are none.
 
-    If something is wanted, to collect that is priced, instead of the output.
+    If statistics are wanted, price their collection instead of a run.
     """
 
     def moves(how: str | None) -> Travel:
@@ -171,7 +171,7 @@ def priced_job(
 
 
 def parse_rates(text: str, **others: float | None) -> Rates:
-    """Read ``--rates``; `others` go before what it says.
+    """Read ``--rates``; `others` override it.
 
     Examples
     --------
@@ -246,7 +246,7 @@ CHOICES = {
     "chunk_rows": _whole_number,
     "travel": _travel_name,
 }
-"""What can be compared, and how a value of it is read."""
+"""The choices that can be compared, and how their values are parsed."""
 
 
 def choices_table(compared: WhatIf) -> Table:
@@ -272,13 +272,13 @@ def choices_table(compared: WhatIf) -> Table:
 
 
 def plan_tables(one: Plan) -> list[Any]:
-    """Show one plan: its figures, its ranks, and what to change."""
+    """Show one plan: its figures, its ranks, and its advice."""
     figures = Table(title="plan", show_header=False)
     figures.add_column()
     figures.add_column(justify="right")
     for name, value in figures_of(one):
         figures.add_row(name, value)
-    advice = [f"advice: {said}" for said in one.advice]
+    advice = [f"advice: {line}" for line in one.advice]
     if not one.has_ranks:
         return [figures, *advice]
     ranks = Table(title="ranks")

@@ -41,7 +41,7 @@ report_option = click.option(
 
 resume_options = grouped(
     click.option("--resume", is_flag=True, help="Continue a stopped run."),
-    click.option("--overwrite", is_flag=True, help="Replace what is there."),
+    click.option("--overwrite", is_flag=True, help="Replace an existing output."),
 )
 
 
@@ -61,7 +61,7 @@ how_options = grouped(
     resume_options,
     debug_option,
 )
-"""The options that say how a job is run, on any backend."""
+"""The options for how a job is run, on any backend."""
 
 
 tls_options = grouped(
@@ -97,7 +97,7 @@ where_options = grouped(
     click.option(
         "--workers",
         type=click.IntRange(1),
-        help="Wait for this many workers of the cluster; default: those that run.",
+        help="Wait for this many workers of the cluster; default: those running now.",
     ),
     tls_options,
     click.option(
@@ -107,7 +107,7 @@ where_options = grouped(
         help="Serve Dask's dashboard on this port (with --processes or --gpu).",
     ),
 )
-"""The options that say where a job is run, which `choose_where` reads."""
+"""The options for where a job is run, which `choose_where` reads."""
 
 
 @click.command("run")
@@ -117,9 +117,9 @@ where_options = grouped(
 def run_command(**options: Any) -> None:
     """Compute the output of JOB, a TOML file, and write it.
 
-    Every job key is an option too, and overrides the file; without a file, options make the job.
-    Where it runs is not part of the job: by default on all cores of this machine. --resume
-    continues a run that was stopped, even by kill -9: it computes only the missing blocks.
+    Every job key is an option too, and overrides the file; without a file, options define the job.
+    Where it runs is not part of the job; the default is all cores of this machine. --resume
+    continues a run that was stopped, even by kill -9, and computes only the missing blocks.
 
     \b
     Examples:
@@ -136,21 +136,21 @@ def run_command(**options: Any) -> None:
 
 
 def carry_out(where: Where, job: str | None, save_job: str | None, **options: Any) -> None:
-    """Run a job as `job_options` and `how_options` say, and report its progress.
+    """Run a job according to `job_options` and `how_options`, and report its progress.
 
     Parameters
     ----------
-    where : the place; a command of its own may start one, as `dask_ep.jobs.backends.Deployed`
-    job : path of the job file, None where options make the job
+    where : the backend; another command may start one, as a `dask_ep.jobs.backends.Deployed`
+    job : path of the job file; None if options define the job
     save_job : path to write the job to, with its options, before it runs
-    **options : what the other options gave
+    **options : values of the other options
 
     Raises
     ------
     click.exceptions.Exit
         If Ctrl-C or SIGTERM stopped it; a message has been printed.
     Exception
-        What `dask_ep.jobs.run.run_job` raises; `dask_ep.cli.main.main` prints it in one line.
+        As in `dask_ep.jobs.run.run_job`; `dask_ep.cli.main.main` prints it in one line.
     """
     if options["resume"] and options["overwrite"]:
         raise click.UsageError("--resume and --overwrite are mutually exclusive")
@@ -207,7 +207,7 @@ def _show_result(done: RunResult) -> None:
     if done.rows_before and not done.rows_done:
         click.echo(f"{done.out}: complete, nothing was left to compute")
         return
-    before = f", {done.rows_before} were there" if done.rows_before else ""
+    before = f", {done.rows_before} were done before" if done.rows_before else ""
     passes = f"; {done.passes}" if done.passes is not None else ""
     library = f"; products by {done.multiplied_by}" if done.multiplied_by else ""
     click.echo(
@@ -232,7 +232,7 @@ OF_GPUS = ("protocol", "tf32", "device_memory_limit")
 
 
 def choose_where(options: dict[str, Any]) -> Where:
-    """Take what `where_options` gave out of the options: where a job runs."""
+    """Remove the values of `where_options` from the options, and choose where a job runs."""
     certificates = read_certificates(*(options.pop(key) for key in TLS))
     scheduler, scheduler_file, workers = (options.pop(key) for key in OF_CLUSTER)
     local, of_gpus = ({key: options.pop(key) for key in keys} for keys in (OF_MACHINE, OF_GPUS))
@@ -253,7 +253,7 @@ def choose_where(options: dict[str, Any]) -> Where:
 def read_certificates(
     ca_file: str | None, cert: str | None, key: str | None
 ) -> Certificates | None:
-    """Read what `tls_options` gave; None if nothing was given."""
+    """Read the values of `tls_options`; None if none was given."""
     if ca_file is None and cert is None and key is None:
         return None
     if ca_file is None or cert is None:
@@ -263,9 +263,9 @@ def read_certificates(
 
 @contextlib.contextmanager
 def stoppable(out: str, overwrite: bool, record: str | None = None) -> Iterator[Wait]:
-    """Yield a way to wait that ends at the first SIGINT or SIGTERM; at the second all ends at once.
+    """Yield a function that waits until SIGINT or SIGTERM; a second one ends the process at once.
 
-    `record` is the output whose record shows the progress of the one at `out`, if it has none.
+    `record` is the output whose record has the progress of the one at `out`, if that has none.
     """
     try:
         with Interrupts(FAILED) as interrupts:

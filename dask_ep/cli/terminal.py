@@ -1,7 +1,7 @@
 """How does a user at a terminal, or reading a log, see progress and errors?
 
-On a terminal progress is a bar; elsewhere plain lines, every few seconds and at the end. Both go to
-stderr, so that stdout holds results alone. An error is one line, with its causes.
+On a terminal progress is a bar; elsewhere it is plain lines, every few seconds and at the end. Both
+go to stderr, so that stdout holds only results. An error is one line, with its causes.
 """
 
 from __future__ import annotations
@@ -62,9 +62,9 @@ class _Lines:
 
 
 def hint_at_faster_blas() -> None:
-    """Print what would multiply faster on this machine, if anything would."""
-    if said := faster_blas():
-        click.echo(f"hint: {said}", err=True)
+    """Print which library would multiply faster on this machine, if any would."""
+    if hint := faster_blas():
+        click.echo(f"hint: {hint}", err=True)
 
 
 def _amount(done: int, total: int, unit: str) -> str:

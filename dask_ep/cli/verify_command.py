@@ -11,7 +11,7 @@ from dask_ep.cli.command import DIFFERENT, debug_option
 from dask_ep.cli.options import job_options, read_job
 from dask_ep.jobs.verify import Verification, verify_job
 
-_MOST_WORST = 10  # rows named
+_MOST_WORST = 10  # rows that are listed
 
 
 def _check_tolerance(
@@ -34,8 +34,8 @@ def _check_tolerance(
     "--tolerance",
     type=float,
     callback=_check_tolerance,
-    help="Largest error of a value, relative to the sum of the sizes of its terms; default: by "
-    "dtype.",
+    help="Largest error of a value, relative to the sum of its terms' sizes; the default depends "
+    "on the dtype.",
 )
 @debug_option
 def verify_command(
@@ -43,9 +43,9 @@ def verify_command(
 ) -> int:
     """Recompute a sample of JOB's output in plain loops, and compare.
 
-    The sample, computed in float64, has the first and last rows of blocks (at most half of it)
-    and random rows; with a given routing also a row of every expert. Only these rows of tokens and
-    output are read. Exit code 3 if any is beyond the tolerance.
+    The sample, computed in float64, consists of the first and last rows of blocks (at most half of
+    it), of random rows and, if the routing is given, of a row of every expert. Only these rows of
+    tokens and output are read. Exit code 3 if any row is beyond the tolerance.
 
     \b
     Examples:
@@ -64,7 +64,7 @@ def _print_verification(found: Verification) -> None:
     )
     click.echo(
         f"largest error {found.relative_error:.3g}, relative to the terms of a value; "
-        f"{found.tolerance:.3g} is allowed"
+        f"the tolerance is {found.tolerance:.3g}"
     )
     if found.not_finite:
         rows = found.not_finite_rows
@@ -75,7 +75,7 @@ def _print_verification(found: Verification) -> None:
         if found.overflowed:
             words += f"; {found.overflowed} of them because intermediate values are too large"
         elif found.good:
-            words += ", in the output and in the recomputed rows alike"
+            words += ", both in the output and in the recomputed rows"
         click.echo(words)
     if found.good:
         click.echo("good")

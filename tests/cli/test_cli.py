@@ -353,7 +353,7 @@ def test_a_stopped_run_is_resumed(tmp_path, capsys, slow_job, number):
     code, told, _ = here(capsys, "run", slow_job, *where, "--resume")
     assert code == 0
     assert f"{6400 - 32 * done} rows in" in told
-    assert f"{32 * done} were there" in told
+    assert f"{32 * done} were done before" in told
     assert here(capsys, "verify", slow_job, "--out", out, "--rows", 60)[0] == 0
 
 
@@ -384,7 +384,7 @@ def test_after_a_chunk_that_cannot_be_read_the_finished_ones_are_good(
     monkeypatch.undo()
     code, out, _ = here(capsys, *where, "--resume")
     assert code == 0
-    assert f"{100 * done} were there" in out
+    assert f"{100 * done} were done before" in out
     straight = load_job(small_job, out=f"{job.out}.straight.npy")
     run_job(straight, Threads(1), chunk_rows=100)
     np.testing.assert_array_equal(np.load(job.out), np.load(straight.out))
@@ -490,7 +490,7 @@ def test_a_cluster_finishes_what_was_stopped_on_it(tmp_path, capsys, slow_job):
         assert (code, "stopped;" in err) == (1, True)
         resumed = command("run", slow_job, *where, "--resume")
         assert resumed.returncode == 0, resumed.stderr
-        assert "were there" in resumed.stdout
+        assert "were done before" in resumed.stdout
     assert here(capsys, "verify", slow_job, "--out", out, "--rows", 60)[0] == 0
     record = json.loads(Path(f"{out}.progress/manifest.json").read_text())
     assert record["settings"]["world_size"] == 2, "one rank per worker"

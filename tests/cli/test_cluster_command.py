@@ -164,7 +164,7 @@ def test_after_a_lost_scheduler_the_run_goes_on(cluster, job, tmp_path, expected
     assert "has stopped or has dropped the job; finished blocks are kept" in told
     code, printed, told = end(start(job, "--out", out, *on(cluster), "--resume"))
     assert code == 0, told
-    assert "were there" in printed
+    assert "were done before" in printed
     np.testing.assert_array_equal(np.load(out), expected)
 
 

@@ -361,8 +361,8 @@ def test_what_cannot_be_compared_is_refused(tokens, tmp_path):
     with pytest.raises(FileNotFoundError, match="no output yet"):
         compare_outputs(tmp_path / "a.npy", tmp_path / "none.npy")
     assert run(ORIGINAL, QUANTISED) == (
-        2, "checkpoints are compared on --tokens, and without --routing"
+        2, "to compare checkpoints, give --tokens, and no --routing"
     )  # fmt: skip
     code, said = run(ORIGINAL, tokens, "--tokens", tokens)
-    assert (code, said) == (2, f"{tokens} is not a checkpoint, but the other one is")
+    assert (code, said) == (2, f"{tokens} must be a checkpoint, as the other one is")
     assert run(tokens, tokens, "--layer-index", 1)[0] == 2

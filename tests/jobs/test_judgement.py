@@ -213,6 +213,6 @@ def test_the_command_tells_what_is_not_finite(tmp_path):
     )
     done = CliRunner().invoke(cli, ["verify", str(path)], standalone_mode=False)
     assert (
-        "12 of 80 values are infinite or NaN (3 rows, the first is row 3), in the output and in "
-        "the recomputed rows alike\ngood"
+        "12 of 80 values are infinite or NaN (3 rows, the first is row 3), both in the output "
+        "and in the recomputed rows\ngood"
     ) in done.output

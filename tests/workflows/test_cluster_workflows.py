@@ -94,7 +94,7 @@ def test_ctrl_c_on_a_cluster_by_hand(tmp_path):
     assert not in_session(process.pid)
     code, printed, told = end(by_hand(tmp_path, job, "--resume", WORKERS="1"))
     assert code == 0, told
-    assert "were there" in printed
+    assert "were done before" in printed
     assert verify_job(load_job(job)).good
 
 

@@ -138,7 +138,7 @@ def test_a_run_that_is_stopped_leaves_no_jobs_and_goes_on(
         return
     code, printed, told = end(start(job, "--out", out, "--resume"))
     assert code == 0, told
-    assert "were there" in printed
+    assert "were done before" in printed
     assert "workers: 4 running" in told, "by default, and not as many as there are ranks"
     np.testing.assert_array_equal(np.load(out), expected)
 

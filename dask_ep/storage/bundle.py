@@ -3,8 +3,8 @@
     statistics.safetensors    one file: a header, then the arrays
     statistics.zarr           a group, with an array for each name
 
-Large arrays come as sources, and are copied some rows at a time, each read once. The metadata has
-a hash of all arrays, so that damage is found.
+Large arrays are given as sources, and are copied some rows at a time, each read once. The metadata
+has a hash of all arrays, so that damage is detected.
 """
 
 from __future__ import annotations
@@ -33,15 +33,15 @@ NOT_KNOWN = "0" * 32
 
 
 def check_bundle(path: str, resume: bool, overwrite: bool) -> None:
-    """Refuse a path that cannot be written, before anything is read.
+    """Raise if a path cannot be written, before anything is read.
 
     Raises
     ------
     ValueError
-        If the ending is of no known format.
+        If the suffix is not that of a known format.
     FileExistsError
-        If something is there, or was begun, and neither `resume` nor `overwrite` is set; or if
-        what is there was not written by `write_bundle`.
+        If the path exists, or writing to it was begun, and neither `resume` nor `overwrite` is set;
+        or if what exists was not written by `write_bundle`.
     """
     if os.path.splitext(path)[1] not in KINDS_OF_BUNDLES:
         raise ValueError(
@@ -70,7 +70,7 @@ def write_bundle(
     ----------
     path : ``.safetensors`` or ``.zarr``, on the file system of ``<path>.progress/``, which exists
     arrays : by name
-    metadata : words by name: the header's metadata, or the group's attributes. "content" is added
+    metadata : strings by name, for the file's header or the group's attributes; "content" is added
     """
     metadata = {**metadata, "content": NOT_KNOWN}
     directory = f"{path}.progress"
@@ -82,12 +82,12 @@ def write_bundle(
 
 
 def check_content(path: str) -> None:
-    """Read all arrays of a bundle, and refuse one that is not what was written.
+    """Read all arrays of a bundle, and check that they are those that were written.
 
     Raises
     ------
     ReadError
-        If arrays are missing, cut or changed.
+        If arrays are missing, truncated or changed.
     """
     try:
         whole = read_metadata(path).get("content") == _hash(_open_arrays(path))
@@ -184,7 +184,7 @@ def _write_zarr(
             chunks=chunks,
             dtype=array.dtype,
             compressors=None,
-            config={"write_empty_chunks": True},  # a missing chunk is a lost one
+            config={"write_empty_chunks": True},  # so that a missing chunk is always a lost one
         )
     hashed, starts = xxhash.xxh3_128(), dict.fromkeys(arrays, 0)
     for name, part in _hashed_parts(arrays, hashed):

@@ -1,7 +1,7 @@
 """How do bytes get from local files and to them, and how are changed files recognised?
 
-`fill_from_file` reads from the file straight into the array's memory, with nothing in between;
-what is not there whole is a `ReadError`.
+`fill_from_file` reads from the file directly into the array's memory; missing or truncated data is
+a `ReadError`.
 """
 
 from __future__ import annotations
@@ -38,19 +38,19 @@ def sync_path(path: str) -> None:
 def fill_from_file(
     out: np.ndarray, path: str, offset: int, place: str, size: int | None = None
 ) -> None:
-    """Read `out.nbytes` bytes at `offset` of the file into `out`, without a copy on the way.
+    """Read `out.nbytes` bytes at `offset` of the file into `out`, without an intermediate copy.
 
     Parameters
     ----------
     out : C-contiguous array
     path, offset : where its bytes are
     place : what they are, for messages
-    size : the bytes that the file must have, if known
+    size : the size that the file must have, if known
 
     Raises
     ------
     ReadError
-        If the file is not there, has not that size, ends too early or cannot be read.
+        If the file is missing, has another size, ends too early or cannot be read.
     """
     view = out.reshape(-1).view(np.uint8).data
     try:

@@ -1,9 +1,9 @@
-"""What decides the values of an output, as data that can be kept and compared?
+"""What decides the values of an output, as data that can be stored and compared?
 
-    MoELayer, Experts, Router, Source, ... ── describe ──> mappings, lists, numbers and words
+    MoELayer, Experts, Router, Source, ... ── describe ──> mappings, lists, numbers and strings
 
-An object is described by all of its attributes, so that an option that is added to it is compared
-without being named here. What cannot be described is an error.
+An object is described by all of its attributes, so that an option that is added to it later is
+compared too. What cannot be described is an error.
 """
 
 from __future__ import annotations
@@ -21,22 +21,22 @@ from dask_ep.storage.source import Source
 
 
 def describe(obj: Any) -> Any:
-    """Describe whatever decides the values of an output, JSON-able.
+    """Describe what decides the values of an output, as data that can be written as JSON.
 
     Parameters
     ----------
-    obj : numbers, words and dtypes; mappings and sequences; anything with a ``fingerprint()``, such
-        as a `Source`; dataclasses and named tuples, by their fields; Dask arrays, by their name
+    obj : numbers, strings and dtypes; mappings and sequences; anything with a ``fingerprint()``,
+        such as a `Source`; dataclasses and named tuples, by their fields; Dask arrays, by name
 
     Returns
     -------
-    The same description for the same values, wherever the files are; sequences of sources as
-    one, see `merge`
+    The same description for the same values, wherever the files are; a sequence of sources has one
+    description, see `merge`
 
     Raises
     ------
     TypeError
-        If it is or holds anything else: whether that has changed cannot be known.
+        If it is or holds anything else, as a change of that could not be detected.
 
     Examples
     --------
@@ -70,11 +70,11 @@ def describe(obj: Any) -> Any:
 
 
 def merge(values: Sequence[Any]) -> Any:
-    """Join the descriptions of many things of one kind, such as the weights of each expert.
+    """Join the descriptions of many objects of one kind, such as the weights of each expert.
 
     Returns
     -------
-    What is equal in all of them as it is, and a hash of what is not
+    What all of them share, unchanged, and a hash of what differs
 
     Examples
     --------
@@ -91,7 +91,7 @@ def merge(values: Sequence[Any]) -> Any:
 
 
 def find_sources(obj: Any) -> Iterator[Source]:
-    """Return all sources that an object is made of, those that others are made of too."""
+    """Return all sources that an object is made of, including those that sources are made of."""
     if isinstance(obj, Source):
         yield obj
     if isinstance(obj, Mapping):

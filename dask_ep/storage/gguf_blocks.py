@@ -1,9 +1,9 @@
 """How do the blocks of GGUF files become numbers, in few passes of NumPy?
 
-    number  =  scale of its group * code,  of Q4_K and Q5_K less the group's minimum
+    number  =  scale of its group * code,  for Q4_K and Q5_K minus the group's minimum
 
-Forms that most files have are decoded here with the bits of the format's own library, some times as
-fast; all others by the library. Layouts are those of ``ggml-quants.c``.
+The common forms are decoded here, to the same bits as by the format's own library but several times
+as fast; all others by the library. Layouts are those of ``ggml-quants.c``.
 """
 
 from __future__ import annotations
@@ -20,11 +20,11 @@ from dask_ep.arrays.unpack import IN_CACHE, apply_shared
 DOUBLED_E2M1 = np.array([0, 1, 2, 3, 4, 6, 8, 12, 0, -1, -2, -3, -4, -6, -8, -12], np.int8)
 
 LARGE = 1e30
-"""Scales below it make finite numbers."""
+"""Scales below this give finite numbers."""
 
 STEP, LIBRARY_STEP = 1 << 20, 1 << 18
-"""Numbers whose codes and scales are made at once, here and by the library: both take some twenty
-calls of NumPy, which are slow for few numbers. Ours are so many that their memory is recycled."""
+"""Numbers that are decoded together, here and by the library: both take some twenty calls of NumPy,
+which are slow for few numbers. Ours are so many that their memory is recycled."""
 
 
 class Form(NamedTuple):
@@ -53,7 +53,7 @@ def decode_blocks(quants: Any, label: str, blocks: np.ndarray, out: np.ndarray) 
 
 
 def _decode(form: Form, quants: Any, blocks: np.ndarray, out: np.ndarray) -> bool:
-    """The same, as floats in steps that stay in cache; whether scales show that all are finite."""
+    """Do this in steps that stay in cache; return whether scales show that all are finite."""
     codes, shared = form.codes(blocks), form.scales(quants, blocks)
     step = IN_CACHE // out.shape[1]
     for first in range(0, len(blocks), step):
@@ -86,13 +86,13 @@ def _spread(codes: np.ndarray, shifts: Sequence[int], mask: int) -> np.ndarray:
 
 
 def _halves(blocks: np.ndarray, first: int, groups: int, wide: int) -> np.ndarray:
-    """The low halves of each `wide` bytes from the first on, then the high ones."""
+    """Write the low halves of each `wide` bytes, then the high ones."""
     codes = blocks[:, first : first + groups * wide].reshape(len(blocks), groups, wide)
     return _spread(codes, (0, 4), 15)
 
 
 def _float16(blocks: np.ndarray, first: int, count: int = 1) -> np.ndarray:
-    """(n, count) numbers that each block has, as float32."""
+    """Return (n, count) numbers of each block as float32."""
     return blocks[:, first : first + 2 * count].view(np.float16).astype(np.float32)
 
 
@@ -115,7 +115,7 @@ def _mxfp4(blocks: np.ndarray) -> np.ndarray:
 
 @cache
 def _doubled() -> np.ndarray:
-    """[16 * 256] what two codes, of a byte each, stand for."""
+    """[16 * 256] the numbers of two codes of one byte each."""
     codes = np.arange(16 * 256, dtype=np.uint16).view(np.uint8) & 15
     return DOUBLED_E2M1[codes].view(np.uint16)
 

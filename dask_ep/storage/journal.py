@@ -1,17 +1,17 @@
 """Which blocks of an output are done, from which inputs, and which process writes it?
 
-Next to an output is a directory that answers:
+This is recorded in a directory next to the output:
 
     y.zarr.progress/
       manifest.json          shape, dtype, row blocks, inputs, settings; replaced as a whole
       done-<host>-<pid>      one line per finished block, with a hash of its rows, appended by the
                              process that wrote it
-      lock                   the process that runs, empty when none does
+      lock                   the process that writes the output; empty if none does
       partial-<run>.zarr     the output itself until it is complete (see `storage`)
 
-Every process appends to a file of its own, with one write for one line, so that nothing is ever
-written over, not even on network file systems. A line counts if it is whole, its checksum is
-right and it is of this manifest's run: a torn line costs that block's recomputation, no more.
+Every process appends to its own file, with one write per line, so that nothing is ever overwritten,
+not even on network file systems. A line counts if it is complete, has the right checksum, and
+belongs to this manifest's run; if a line is torn, its block is computed again.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from dask_ep.errors import OutputInUse
 from dask_ep.storage.files import descriptor, sync_path
 
 FORMAT = 2
-"""Version of the manifest and the lines; another version is refused."""
+"""Version of the manifest and the lines; other versions are refused."""
 
 
 MANIFEST = frozenset(
@@ -44,11 +44,11 @@ MANIFEST = frozenset(
 """Keys of a manifest. "output" is the fingerprint of a complete output."""
 
 HOLDER = frozenset(("pid", "host", "born", "since"))
-"""What a lock says about the process that holds it."""
+"""What a lock records about the process that holds it."""
 
 
 def write_manifest(directory: str, manifest: Mapping[str, Any]) -> None:
-    """Replace the manifest as a whole: readers see the old one or the new one."""
+    """Replace the manifest atomically: readers see the old one or the new one."""
     path = os.path.join(directory, "manifest.json")
     with open(path + ".new", "w") as file:
         json.dump(manifest, file, indent=1)
@@ -65,7 +65,7 @@ def write_complete(directory: str, manifest: dict[str, Any], output: Mapping[str
 
 
 def has_manifest(directory: str) -> bool:
-    """Whether there is a manifest, readable or not."""
+    """Return whether there is a manifest, readable or not."""
     return os.path.lexists(os.path.join(directory, "manifest.json"))
 
 
@@ -75,7 +75,7 @@ def read_manifest(directory: str) -> dict[str, Any] | None:
     Raises
     ------
     ValueError
-        If it is of another format version or no manifest at all.
+        If it has another format version or is not a manifest.
     """
     path = os.path.join(directory, "manifest.json")
     try:
@@ -110,12 +110,12 @@ def record_done(
     sync: bool = False,
     what: str = "done",
 ) -> None:
-    """Record that a block is done, with a hash of its rows. Its data must have been written before.
+    """Record that a block is done, with a hash of its rows; its data must have been written.
 
-    With another word than "done" the line goes to files of that name, and means what it says.
+    With a word other than "done", the line is written to files of that name.
     """
     name = f"{what}-{socket.gethostname()}-{os.getpid()}"
-    # The line break in front ends what a process of the same number may have left torn.
+    # The leading line break ends a torn line of an earlier process with the same number.
     line = b"\n" + _line(run, block, digest)
     flags = os.O_WRONLY | os.O_CREAT | os.O_APPEND
     with descriptor(os.path.join(directory, name), flags, sync) as file:
@@ -124,17 +124,17 @@ def record_done(
 
 
 def read_done(directory: str, run: str) -> set[int]:
-    """Return the blocks that are done by the lines of this run."""
+    """Return the blocks that are done according to the lines of this run."""
     return set(read_digests(directory, run))
 
 
 def read_digests(directory: str, run: str) -> dict[int, str]:
-    """Return the hash of the rows of each block that is done by the lines of this run."""
+    """Return the hash of the rows of each block that is done according to this run's lines."""
     return dict(_read_lines(directory, run, "done"))
 
 
 def keep_done(directory: str, run: str, digests: Mapping[int, str]) -> None:
-    """Mark these blocks, and no others, as done; only while nothing writes."""
+    """Mark exactly these blocks as done; only while nothing writes."""
     kept = os.path.join(directory, "kept")
     with open(kept, "wb") as file:
         file.writelines(_line(run, block, digest) for block, digest in digests.items())
@@ -175,20 +175,20 @@ def describe_differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> list
             words.append(f"input {name} is new")
         else:
             found = _compare(f"input {name}: ", before[name], now[name])
-            # Keys of a config say why a layer differs; by other keys it may be the same.
+            # Keys of a config explain other differences; the layer is the same if only they differ.
             by_config = f"input {name}: config."
             words += [] if all(word.startswith(by_config) for word in found) else found
     return words + _compare("setting ", old.get("settings", {}), new.get("settings", {}))
 
 
 def acquire_lock(directory: str) -> None:
-    """Become the one process that writes this output.
+    """Become the only process that writes this output.
 
     Raises
     ------
     OutputInUse
-        If another one is at it: a live process of this host, or any of another host, whose life
-        cannot be seen from here. The lock of a process of this host that is dead is taken over.
+        If another process holds the lock: a live one on this host, or any on another host, where
+        it cannot be seen whether it is alive. The lock of a dead process of this host is replaced.
     """
     path = os.path.join(directory, "lock")
     with _open_lock(directory) as file:
@@ -213,7 +213,7 @@ def release_lock(directory: str) -> None:
     """Release the lock, if this process holds it."""
     with contextlib.suppress(FileNotFoundError), _open_lock(directory, create=False) as file:
         holder, mine = None, _this_process()
-        with contextlib.suppress(ValueError):  # a damaged lock does not say whose it is
+        with contextlib.suppress(ValueError):  # the owner of a damaged lock is unknown
             holder = _read_holder(file)
         if holder is not None and all(holder[k] == mine[k] for k in ("pid", "host", "born")):
             file.seek(0)
@@ -241,7 +241,7 @@ def _read_lines(directory: str, run: str, what: str) -> Iterator[tuple[int, str]
 
 
 def _compare(what: str, old: Any, new: Any) -> list[str]:
-    """Say what differs between two values; of mappings, each entry by its dotted name."""
+    """Say how two values differ; for mappings, each entry by its dotted name."""
     if old == new:
         return []
     if isinstance(old, dict) and isinstance(new, dict):
@@ -267,21 +267,21 @@ def _clock(ns: int) -> str:
 
 @contextlib.contextmanager
 def _open_lock(directory: str, create: bool = True) -> Iterator[Any]:
-    """Open the lock file, so that no other process reads or changes it meanwhile.
+    """Open the lock file so that no other process reads or changes it.
 
-    The file is never removed, only emptied: two processes can never hold two different files.
+    The file is never removed, only emptied, so that two processes cannot hold two different files.
     """
     path = os.path.join(directory, "lock")
     file = os.fdopen(os.open(path, os.O_RDWR | (os.O_CREAT if create else 0), 0o666), "r+")
     with file:
-        with contextlib.suppress(OSError):  # a file system without locks: the content still counts
+        with contextlib.suppress(OSError):  # without file locks the content still counts
             fcntl.flock(file, fcntl.LOCK_EX)
         yield file
         file.flush()
 
 
 def _read_holder(file: Any) -> dict[str, Any] | None:
-    """Read who holds the lock, None if no process does; ValueError if that is unclear."""
+    """Return who holds the lock, None if no process does; ValueError if that is unclear."""
     holder = json.loads(file.read() or "null")
     if holder is not None and not (isinstance(holder, dict) and holder.keys() >= HOLDER):
         raise ValueError(f"a lock says {sorted(HOLDER)}, not {holder!r}")
@@ -306,11 +306,11 @@ def _may_be_alive(holder: Mapping[str, Any]) -> bool:
         return False
     except PermissionError:
         pass  # another user's process
-    return _birth(holder["pid"]) == holder["born"]  # else its number went to a newer process
+    return _birth(holder["pid"]) == holder["born"]  # otherwise a newer process has its number
 
 
 def _birth(pid: int) -> str | None:
-    """When a process started, in the system's own count; None where the system does not say."""
+    """Return when a process started, in the system's units; None if the system does not tell."""
     try:
         with open(f"/proc/{pid}/stat", "rb") as file:
             return file.read().rpartition(b")")[2].split()[19].decode()

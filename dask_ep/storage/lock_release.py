@@ -1,7 +1,7 @@
-"""When is a cluster done with an output that no client holds any more?
+"""When is a cluster done with an output whose `Output` was dropped?
 
-The tasks that write an output live on a scheduler as long as a client waits for them: whichever has
-their futures, even if the `Output` they came from was dropped. Its lock is kept for as long.
+The tasks that write an output stay on a scheduler as long as any client has their futures, even if
+the `Output` was dropped. Its lock is held for as long.
 """
 
 from __future__ import annotations
@@ -20,15 +20,15 @@ POLL_SECONDS = 0.2
 ANSWER_SECONDS = 10.0
 
 WRITING = frozenset(("waiting", "no-worker", "queued", "processing"))
-"""States of a scheduler's task that is to be done; "released" is one whose answer was used."""
+"""States of a scheduler's unfinished tasks; "released" is that of tasks whose result was used."""
 
 
 def release_when_written(directory: str, keys: Sequence[Any]) -> None:
     """Release an output's lock when no client of this process waits for its tasks any more.
 
-    Returns at once. Asking is left to a thread, since this is called by the garbage collector.
+    Returns at once: the schedulers are queried in a thread, since the garbage collector calls this.
     """
-    clients = _clients() if threading.main_thread().is_alive() else []  # else the process ends
+    clients = _clients() if threading.main_thread().is_alive() else []  # or the process is ending
     if not clients:
         journal.release_lock(directory)
         return
@@ -40,17 +40,17 @@ def release_when_written(directory: str, keys: Sequence[Any]) -> None:
 
 
 def wait_until_asked(directory: str) -> None:
-    """Wait for a lock that is about to be released: its tasks may all be done by now."""
+    """Wait for a lock that is about to be released, as its tasks may all be done."""
     for thread in threading.enumerate():
         if isinstance(thread, _Watch) and thread.directory == directory:
-            for _ in range(2):  # the first answer may have been on its way
+            for _ in range(2):  # the first result may be from a query made before this call
                 thread.asked.clear()
                 while thread.is_alive() and not thread.asked.wait(POLL_SECONDS):
                     pass
 
 
 def _clients() -> list[weakref.ref]:
-    """Clients of this process; none where distributed was never imported."""
+    """Return the clients of this process; none if distributed was never imported."""
     if "distributed.client" not in sys.modules:
         return []
     clients = list(sys.modules["distributed.client"].Client._instances)
@@ -58,7 +58,7 @@ def _clients() -> list[weakref.ref]:
 
 
 class _Watch(threading.Thread):
-    """Asks from time to time whether tasks are left, and releases the lock when none are."""
+    """Checks periodically whether tasks are left, and releases the lock when none are."""
 
     def __init__(self, clients: Sequence[weakref.ref], directory: str, keys: Sequence[Any]):
         super().__init__(name=f"dask-ep-lock {directory}", daemon=True)
@@ -74,7 +74,7 @@ class _Watch(threading.Thread):
 
 
 def _waits(client: Any, keys: Sequence[Any]) -> bool:
-    """Whether the scheduler of a client has tasks that are not done, or is about to get some."""
+    """Return whether a client's scheduler has unfinished tasks, or is about to get some."""
     if client is None or client.status != "running":
         return False
     try:

@@ -1,7 +1,7 @@
-"""Which file does an array in memory show?
+"""Which file is an array in memory a map of?
 
-A memory map is the file that it was made of, not the one that has its name now: after a rename over
-that name, or a removal, reading by name gives other numbers than the map.
+A memory map belongs to the file that it was made from, not to the one that has its name now: after
+that name was replaced or removed, reading by name gives other numbers than the map.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ _ESCAPED = re.compile(r"\\([0-7]{3})")
 
 
 def mapped_file(array: np.ndarray) -> str | None:
-    """Return the file of which an array, or what it is a view of, is a memory map, if it is one."""
+    """Return the file of which an array, or the base of a view, is a memory map, if any."""
     base: np.ndarray | None = array
     while isinstance(base, np.ndarray):
         if isinstance(base, np.memmap) and base.filename is not None:
@@ -25,14 +25,14 @@ def mapped_file(array: np.ndarray) -> str | None:
 
 
 def is_of_its_file(array: np.memmap) -> bool:
-    """Whether the file that a memory map was made of still has its name.
+    """Return whether the file of a memory map still has its name.
 
-    As far as the system says (Linux does, in ``/proc``); elsewhere True.
+    Linux tells this, in ``/proc``; on other systems it is always True.
     """
     shown = _shown_at(array.ctypes.data)
     if shown is None:
         return True
-    assert array.filename is not None  # a map of a file knows it
+    assert array.filename is not None  # as it is the map of a file
     name = os.path.realpath(os.fspath(array.filename))
     try:
         return shown == name or os.path.samefile(shown, name)

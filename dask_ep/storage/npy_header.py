@@ -1,6 +1,7 @@
 """What does a ``.npy`` file hold, and where do its bytes begin?
 
-The format is NumPy's own (``numpy.lib.format``); what cannot be read by ranges of rows is refused.
+The format is NumPy's own (``numpy.lib.format``); files that cannot be read by ranges of rows are
+errors.
 """
 
 from __future__ import annotations
@@ -19,16 +20,16 @@ _READERS = {
 def parse_npy_header(
     file: BinaryIO, path: str, dtype: Any = None
 ) -> tuple[tuple[int, ...], np.dtype, int]:
-    """Read the header of a file that is open at its first byte, and nothing behind it.
+    """Read the header, and nothing else, of a file that is open at its first byte.
 
     Parameters
     ----------
     file, path : `path` is for messages
-    dtype : what raw bytes stand for, such as ``np.save`` makes of bfloat16
+    dtype : dtype of raw bytes, as which ``np.save`` stores bfloat16, for example
 
     Returns
     -------
-    shape, dtype as stored, and the bytes before the first element
+    shape, dtype as stored, and the number of bytes before the first element
 
     Raises
     ------

@@ -1,13 +1,13 @@
 """How are the missing blocks of an output written, and when is it complete?
 
     block of y ──> ep_store (write, then record) ──> receipt     one task per missing block
-    all blocks recorded ──> finish ──> the output gets its name
+    all blocks recorded ──> finish ──> the output is renamed to its path
 
-While it is written, an output is in ``<path>.progress/``, with the record of what is done (see
-`journal`); when the last block is done it gets its name, and what had that name before goes. So at
-`path` there is never half an output that a reader could take for a whole one: unwritten rows of a
-``.npy``, and missing chunks of a Zarr array, would read as zeros. Whoever wants to look at a run
-under way finds the unfinished array in the directory.
+While it is being written, an output is in ``<path>.progress/``, with the record of what is done
+(see `journal`); when the last block is done it is renamed to `path`, replacing what was there. So
+`path` never has an incomplete output that could be taken for a complete one: unwritten rows of a
+``.npy`` file, and missing chunks of a Zarr array, would read as zeros. During a run the unfinished
+array can be inspected in that directory.
 """
 
 from __future__ import annotations
@@ -39,8 +39,8 @@ from dask_ep.storage.sources import open_source
 from dask_ep.storage.writers import Writer
 
 SPILLED, SERVED = 0.05, 0.9
-"""Parts of a row that count as done when it waits on disk, and when its experts have served it. The
-rest of it counts when it is written."""
+"""Fractions of a row that count as done when it has been spilled, and when its experts have served
+it; the rest counts when it is written."""
 
 
 class Receipt(NamedTuple):
@@ -50,23 +50,23 @@ class Receipt(NamedTuple):
     rows: int
     nbytes: int
     worked: float = 0.0
-    #: rows that work on blocks which are not written yet is worth: `SPILLED`, `SERVED` of each
+    #: work on blocks that are not written yet, in rows: `SPILLED` or `SERVED` of each
     part: int = 0
-    #: of the work on a block, where there are several receipts for it
+    #: number of the receipt, if there are several for the work on a block
     not_finite: int = 0
     #: rows of the block that hold NaN or infinity
     first_not_finite: int = -1
     #: the first of them in the whole output; -1 without one
     path: str = ""
-    #: of the output whose block was written; "" if none was
+    #: path of the output whose block was written; "" if none was
 
 
 class Step(DaskMethodsMixin):
-    """Some tasks that answer with receipts, as a Dask collection.
+    """A Dask collection of tasks that return receipts.
 
     Parameters
     ----------
-    graph : of the tasks and all that they need
+    graph : of the tasks and their dependencies
     keys : of the tasks
     """
 
@@ -110,19 +110,19 @@ class Step(DaskMethodsMixin):
 class Output(Step):
     """An output that is being written: a Dask collection whose tasks write the missing blocks.
 
-    Made by ``store(..., compute=False)``. It holds the output's lock until `finish` or `close`, or
-    until the `with` block that it opens ends. If it is dropped before, the lock is held until no
-    task that writes the output is left on a cluster.
+    It comes from ``store(..., compute=False)``, and holds the output's lock until `finish` or
+    `close`, or until the `with` block that it opens ends. If it is dropped before that, the lock is
+    held until no task that writes the output is left on a cluster.
 
     Attributes
     ----------
-    path : str, where the output will be
+    path : str, final path of the output
     shape : tuple of int
     dtype : numpy.dtype
-    rows : tuple of int, of each block
-    done_before : frozenset of int, blocks that an earlier run has finished
-    missing : tuple of int, blocks that this one writes, in order
-    complete : bool, whether the output has its name
+    rows : tuple of int, rows of each block
+    done_before : frozenset of int, blocks that earlier runs finished
+    missing : tuple of int, blocks that this run writes, in order
+    complete : bool, whether the output has its final name
 
     Notes
     -----
@@ -140,7 +140,7 @@ class Output(Step):
         self.directory, self._writer, self._manifest = progress_directory(path), writer, manifest
         self.complete = manifest["complete"]
         self.done_before = frozenset(range(len(self.rows)) if self.complete else self._find_done())
-        # Writing is an act: no two of them are one.
+        # Writing has side effects, so each output has its own tasks, even for equal arrays.
         self._name = f"{_fused_with(y)}ep_store-{uuid.uuid4().hex}"
         self._rest = (0,) * (y.ndim - 1)  # of each key, after the block
         missing = tuple(b for b in range(len(self.rows)) if b not in self.done_before)
@@ -162,9 +162,9 @@ class Output(Step):
 
         Parameters
         ----------
-        on_block : called with the receipt of each block, in the thread that called `compute`: when
-            the block is done on the local schedulers, when all are done on a cluster
-        **kwargs : for the scheduler, as `dask.compute` takes them
+        on_block : called with the receipt of each block, in the thread that called `compute`: as
+            soon as the block is done with local schedulers, when all are done on a cluster
+        **kwargs : for the scheduler, as in `dask.compute`
 
         Returns
         -------
@@ -173,8 +173,8 @@ class Output(Step):
         Raises
         ------
         OSError
-            If a block cannot be written, naming it, the file and, on a full disk, the bytes that it
-            needs and that are free. Finished blocks stay good.
+            If a block cannot be written; the message names it, the file and, on a full disk, the
+            bytes needed and free. Finished blocks are kept.
         """
         receipts = [] if self.complete else super().compute(on_block, **kwargs)
         self.finish()
@@ -188,7 +188,7 @@ class Output(Step):
         ValueError
             If blocks are missing.
         FileExistsError
-            If something came to be at `path` meanwhile, and was not to be overwritten.
+            If something was created at `path` during the run, and must not be overwritten.
         """
         if not self.complete:
             left = len(self.rows) - len(self._find_done())
@@ -211,12 +211,12 @@ class Output(Step):
         self.close()
 
     def close(self) -> None:
-        """Release the lock; what is done stays done."""
+        """Release the lock; finished blocks are kept."""
         if self._dropped.detach() is not None:
             journal.release_lock(self.directory)
 
     def count_done(self) -> int:
-        """Count the blocks that are done by now, by any process."""
+        """Count the blocks that any process has finished so far."""
         done = journal.read_done(self.directory, self._manifest["run"])
         return len(self.rows) if self.complete else len(done)
 
@@ -257,23 +257,23 @@ class Output(Step):
 
 
 def progress_directory(path: str) -> str:
-    """The directory of the record of an output, and of the output itself while it is incomplete."""
+    """Return the directory of an output's record, and of the output while it is incomplete."""
     return path + ".progress"
 
 
 def free_bytes(directory: str) -> int:
-    """Bytes that can be written to the file system of a directory."""
+    """Return the bytes that can be written to the file system of a directory."""
     stat = os.statvfs(directory)
     return stat.f_bavail * stat.f_frsize
 
 
 def fingerprint_output(path: str) -> dict[str, Any]:
-    """Sizes and times of the files of a complete output, which show whether it was changed."""
+    """Return sizes and times of a complete output's files, which show whether it was changed."""
     return open_source(path).fingerprint()
 
 
 def hash_rows(rows: np.ndarray) -> str:
-    """Hash of the rows of a block."""
+    """Return a hash of the rows of a block."""
     return xxhash.xxh3_64_hexdigest(np.ascontiguousarray(rows).reshape(-1).view(np.uint8).data)
 
 
@@ -290,13 +290,13 @@ class _Job(NamedTuple):
 
 
 def together(outputs: Sequence[Step]) -> Step:
-    """One step that writes the missing blocks of several outputs, whose common tasks run once."""
+    """Return one step that writes the missing blocks of several outputs, sharing their tasks."""
     graph = HighLevelGraph.merge(*(output.__dask_graph__() for output in outputs))
     return Step(graph, [key for output in outputs for key in output.__dask_keys__()])
 
 
 class _Watch(Callback):
-    """Passes each receipt on, once, when a local scheduler has it."""
+    """Passes on each receipt once, as soon as a local scheduler has it."""
 
     def __init__(self, on_block: Callable[[Receipt], Any]):
         super().__init__(posttask=self._look)
@@ -315,7 +315,7 @@ class _Watch(Callback):
 
 
 def _fused_with(y: da.Array) -> str:
-    """Prefix of the writing tasks' name where Dask fuses them with those that make `y`."""
+    """Return the prefix of the writing tasks' names if Dask fuses them with those of `y`."""
     made, _, token = y.name.rpartition("-")
     is_ours = made.startswith("ep_") and isinstance(y.dask.layers.get(y.name), Blockwise)
     return f"{made}-" if is_ours and token else ""

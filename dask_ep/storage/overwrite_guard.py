@@ -1,6 +1,6 @@
-"""What does an array read, and would its output replace that?
+"""Would an output replace a file that its array is read from?
 
-All that an output replaces goes when the output is complete; what the array is made of must not.
+What an output replaces is removed when the output is complete; the array's inputs must not be.
 """
 
 from __future__ import annotations
@@ -23,28 +23,29 @@ from dask_ep.storage.output import progress_directory
 from dask_ep.storage.zarr_layout import local_directory
 
 IN_TASKS = (int, float, complex, slice, TaskRef, np.generic, np.dtype, type(None))
-"""What most arguments of tasks are, none of which is read from a file when the task runs."""
+"""Types of most arguments of tasks; none of them is read from a file when the task runs."""
 
 
 def refuse_to_replace_inputs(path: str, y: da.Array, inputs: Iterable[Any]) -> None:
-    """Refuse an output that would replace one of its inputs, or has one in it or around it.
+    """Raise if an output would replace one of its inputs, or contain one, or be inside one.
 
     Parameters
     ----------
     path : of the output
-    y : what is written
-    inputs : declared inputs, as `dask_ep.storage.storage.store` takes them
+    y : array to write
+    inputs : declared inputs, as in `dask_ep.storage.storage.store`
 
     Raises
     ------
     ValueError
-        Naming the file.
+        The message names the file.
 
     Notes
     -----
-    Found are sources, experts and layers, memory maps and their views, Zarr arrays, and paths,
-    among the arguments of tasks and what their functions hold; not what a function opens by a name
-    of its own. The tasks of `y` are looked at where something would be replaced.
+    Inputs are sources, experts and layers, memory maps and their views, Zarr arrays, and paths,
+    among the arguments of tasks and the attributes of their functions; files that a function opens
+    by a name that it knows itself are not found. The tasks of `y` are searched only if something
+    would be replaced.
     """
     places = {source.path for given in inputs for source in find_sources(given)}
     taken = [path, progress_directory(path)]
@@ -58,7 +59,7 @@ def refuse_to_replace_inputs(path: str, y: da.Array, inputs: Iterable[Any]) -> N
 
 
 def _places_read(y: da.Array) -> set[str | None]:
-    """Local files and directories that the tasks of an array read."""
+    """Return the local files and directories that the tasks of an array read."""
     zarr_arrays = sys.modules["zarr"].Array if "zarr" in sys.modules else ()
     places: set[str | None] = set()
     seen: set[int] = set()

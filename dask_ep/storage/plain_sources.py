@@ -14,7 +14,7 @@ from dask_ep.storage.source import File, Source, checked_dtype
 
 
 class ArraySource(Source):
-    """An array in memory. Without `out`, rows are a read-only view wherever they are contiguous."""
+    """An array in memory. Without `out`, contiguous rows are a read-only view."""
 
     def __init__(self, array: np.ndarray, name: str = "array"):
         refuse_masked(array, name)
@@ -38,7 +38,7 @@ class ArraySource(Source):
 
 
 class LocalFile(File):
-    """A local file, by default called as it is there."""
+    """A local file; its name in messages is by default that of the file."""
 
     is_local = True
 

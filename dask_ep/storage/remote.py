@@ -1,8 +1,8 @@
 """How are pieces of files on an object store read?
 
 By ranged reads through ``fsspec``, which is imported only here and only for addresses such as
-``s3://bucket/model`` or ``memory://model``: a local path never needs it. What is worth retrying,
-such as a connection that is cut, is retried by the file system; what remains is a `ReadError`.
+``s3://bucket/model`` or ``memory://model``: local paths never need it. The file system retries what
+is worth retrying, such as a lost connection; other errors become a `ReadError`.
 """
 
 from __future__ import annotations
@@ -19,15 +19,15 @@ import numpy as np
 from dask_ep.errors import ReadError
 from dask_ep.storage.source import File, Region, Source
 
-_HEADER_BLOCK = 1 << 16  # bytes that are fetched at a time to read a header
+_HEADER_BLOCK = 1 << 16  # bytes to fetch at a time when reading a header
 
 JOINED_BYTES = 16 << 20
-"""Bytes that one request for several tensors brings: enough for a store of objects to answer at its
-full speed, and so few that laws of memory have room for them in what a process is counted with."""
+"""Maximum bytes of one request for several tensors: enough for the full speed of an object store,
+and few enough to be covered by the memory that laws count for a process itself."""
 
 
 def is_remote(address: str | os.PathLike) -> bool:
-    """Whether an address names a file system, as in ``s3://bucket/model``."""
+    """Return whether an address names a file system, as in ``s3://bucket/model``."""
     return "://" in os.fspath(address)
 
 
@@ -74,14 +74,14 @@ def read_object(address: str) -> bytes:
 
 
 def names_in(address: str) -> list[str]:
-    """The names of the files in a directory, in order."""
+    """Return the sorted names of the files in a directory."""
     with _named(address):
         files, path = file_system(address)
         return sorted(p.rpartition("/")[2] for p in files.ls(path, detail=False))
 
 
 def _version(info: Mapping[str, Any]) -> str:
-    """Identifies this content of a file: size, tag or time."""
+    """Return what identifies this content of a file: size, tag or time."""
     keys = ("ETag", "etag", "mtime", "LastModified", "created")
     return " ".join([str(info["size"]), *(str(info[key]) for key in keys if key in info)])
 
@@ -91,7 +91,7 @@ _joined = threading.local()
 
 @dataclass
 class _Span:
-    """Neighbouring bytes of a file, fetched together and kept until all of them were read."""
+    """Neighbouring bytes of a file, fetched together and kept until all have been read."""
 
     address: str
     version: str
@@ -117,12 +117,12 @@ def joined(parts: Iterable[tuple[Source, int, int]]) -> Iterator[None]:
     Parameters
     ----------
     parts : (source, start, stop)
-        What this thread is about to read, all of it and once; what is not remote is passed over.
+        All that this thread is about to read, once; sources that are not remote are skipped.
 
     Notes
     -----
-    A request is for at most `JOINED_BYTES`, or for one part. Its bytes are in memory until all of
-    them were read.
+    A request is for at most `JOINED_BYTES`, or for one part. Its bytes stay in memory until all of
+    them have been read.
     """
     spans: list[_Span] = []
     regions = {
@@ -147,7 +147,7 @@ def joined(parts: Iterable[tuple[Source, int, int]]) -> Iterator[None]:
 
 
 class RemoteFile(File):
-    """A file at an address, of which regions are read.
+    """A file at an address, read by regions.
 
     Parameters
     ----------
@@ -157,8 +157,8 @@ class RemoteFile(File):
     Attributes
     ----------
     version : identifies this content of the file: size, time or tag
-        It is checked after each read, by one more small request: of an object that was
-        replaced in between, no row is given out.
+        It is checked after each read, by one more small request, so that no rows are returned from
+        an object that was replaced in between.
 
     Raises
     ------
@@ -179,7 +179,7 @@ class RemoteFile(File):
 
     @contextmanager
     def open(self) -> Iterator[Any]:
-        """Open the file to read its header; the reader reports what is wrong with that."""
+        """Open the file to read its header; the reader reports problems with that."""
         files, path = file_system(self.path)
         try:
             with files.open(path, "rb", block_size=_HEADER_BLOCK) as file:

@@ -1,6 +1,7 @@
 """How does a new file or directory take the place of an old one?
 
-The old one stays until the new one is whole, and comes back if the exchange fails or is cut short.
+The old one is kept until the new one is complete, and is restored if the replacement fails or is
+interrupted.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ import shutil
 from dask_ep.storage.zarr_layout import zarr_metadata
 
 ASIDE = "replaced"
-"""What an old directory is called for the moment between two renames."""
+"""Name of the old directory between the two renames."""
 
 
 def replace(new: str, path: str, directory: str) -> None:
@@ -20,7 +21,7 @@ def replace(new: str, path: str, directory: str) -> None:
     Parameters
     ----------
     new, path : files or directories on one file system
-    directory : where the old one is for a moment, since directories are not replaced by one call
+    directory : where to keep the old one for a moment, since one call cannot replace a directory
     """
     if not os.path.isdir(path) and not (os.path.isdir(new) and os.path.lexists(path)):
         os.replace(new, path)
@@ -37,14 +38,14 @@ def replace(new: str, path: str, directory: str) -> None:
 
 
 def restore(path: str, directory: str) -> None:
-    """Undo a stopped `replace`: rename the old file back, if nothing else is there."""
+    """Undo an interrupted `replace`: rename the old file back, unless its name is in use."""
     aside = os.path.join(directory, ASIDE)
     if os.path.lexists(aside) and not os.path.lexists(path):
         os.rename(aside, path)
 
 
 def remove(path: str) -> None:
-    """Remove a file, a link or a directory; nothing where there is none."""
+    """Remove a file, a link or a directory, if it exists."""
     if os.path.isdir(path) and not os.path.islink(path):
         shutil.rmtree(path)
     elif os.path.lexists(path):
@@ -52,7 +53,7 @@ def remove(path: str) -> None:
 
 
 def is_replaceable(path: str) -> bool:
-    """Whether an output may take the place of what is there: of files and Zarr arrays alone."""
+    """Return whether an output may replace what is there: only files and Zarr arrays."""
     if not os.path.isdir(path):
         return True
     try:

@@ -1,12 +1,11 @@
-"""How is an output started, and what of an earlier run counts?
+"""How is an output started, and which blocks of an earlier run count?
 
-    nothing there, or overwrite ──> begin: space checked, an output without rows in ``.progress/``
+    no output, or overwrite ──> begin: space checked, an output without rows in ``.progress/``
     resume ──> find_good, wherever the output is ──> compute the missing blocks
 
-What an earlier run has finished stays at its place until the new output is complete. A finished
-output that is no longer what was written, because files of it are missing or cut short, goes back
-to where it was incomplete, and its missing blocks are computed again; what has other rows than
-those that were written is refused.
+A finished output of an earlier run stays in place until the new one is complete. If files of a
+finished output are missing or truncated, it goes back to ``.progress/``, and its missing blocks are
+computed again; if it has other rows than were written, that is an error.
 """
 
 from __future__ import annotations
@@ -41,13 +40,13 @@ def make_manifest(
 
     Parameters
     ----------
-    y, inputs, settings, overwrite : as `store` takes them; inputs by name or one
-        without a name, each a mapping or an object with a ``fingerprint()``
+    y, inputs, settings, overwrite : as in `store`; inputs by name, or a single one without a name,
+        each a mapping or an object with a ``fingerprint()``
 
     Raises
     ------
     TypeError
-        If settings are not JSON-able, or an input has no fingerprint.
+        If settings cannot be written as JSON, or an input has no fingerprint.
     """
     fingerprints = {
         name: obj if isinstance(obj, Mapping) else describe(obj) for name, obj in inputs.items()
@@ -67,11 +66,13 @@ def make_manifest(
     try:
         return json.loads(json.dumps(manifest))
     except TypeError as error:
-        raise TypeError(f"settings and fingerprints must be JSON-able: {error}") from error
+        raise TypeError(
+            f"settings and fingerprints must be serializable as JSON: {error}"
+        ) from error
 
 
 def check_existing(path: str, resume: bool, overwrite: bool) -> None:
-    """Refuse to touch an existing output, unless told to resume or overwrite it."""
+    """Raise if an output exists, unless it is to be resumed or overwritten."""
     if resume and overwrite:
         raise ValueError("resume and overwrite are mutually exclusive")
     began = journal.has_manifest(progress_directory(path))
@@ -96,9 +97,9 @@ def check_existing(path: str, resume: bool, overwrite: bool) -> None:
 def begin(
     y: da.Array, path: str, wanted: dict[str, Any], compressors: Any = None
 ) -> tuple[Writer, dict[str, Any]]:
-    """Create an output without rows, and remove what an unfinished run has left.
+    """Create an output without rows, and remove the files of an unfinished run.
 
-    What is at `path` stays there.
+    An output at `path` is kept.
     """
     directory = progress_directory(path)
     manifest = wanted | {"run": uuid.uuid4().hex[:12]}
@@ -106,7 +107,7 @@ def begin(
     if compressors is None:
         _check_space(path, y, set(), bytes_below(directory))
     try:
-        writer.create()  # which may refuse what it is given, when nothing is lost yet
+        writer.create()  # may raise: nothing has been removed yet
     except BaseException:
         remove(writer.path)
         raise
@@ -120,12 +121,12 @@ def begin(
 def continue_output(
     y: da.Array, path: str, manifest: dict[str, Any], wanted: dict[str, Any], compressors: Any
 ) -> tuple[Writer, dict[str, Any]]:
-    """Continue what an earlier run has left, if it was the same run.
+    """Continue the output of an earlier run, if that had the same inputs and settings.
 
     Raises
     ------
     ValueError
-        If it was another: the message says what differs.
+        If it had others; the message says what differs.
     FileExistsError
         If what is at `path` is not what that run wrote.
     """
@@ -137,12 +138,12 @@ def continue_output(
             f"{'; '.join(differences[:8])}{more}. Overwrite it, or write elsewhere"
         )
     directory, partial = progress_directory(path), _partial(path, manifest)
-    for name in os.listdir(directory):  # of a run that was stopped as it began to overwrite
+    for name in os.listdir(directory):  # files of a run that was stopped when it began to overwrite
         if name.startswith("partial-") and name != os.path.basename(partial):
             remove(os.path.join(directory, name))
     done = find_good(path, manifest)
     if not (done or os.path.exists(partial)):
-        overwrite = manifest["overwrite"] or os.path.lexists(path)  # nothing of it is left
+        overwrite = manifest["overwrite"] or os.path.lexists(path)  # none of its blocks are left
         return begin(y, path, wanted | {"overwrite": overwrite}, compressors)
     writer = _open_writer(path, manifest, partial, compressors)
     if os.path.exists(partial):
@@ -166,7 +167,7 @@ def continue_output(
 
 
 def find_good(path: str, manifest: Mapping[str, Any]) -> dict[int, str]:
-    """Find the blocks of an output that exist, wherever it is.
+    """Find the existing blocks of an output, finished or not.
 
     Parameters
     ----------
@@ -180,12 +181,12 @@ def find_good(path: str, manifest: Mapping[str, Any]) -> dict[int, str]:
     Raises
     ------
     FileExistsError
-        If there is something else at `path` than what that run wrote.
+        If what is at `path` is not what that run wrote.
 
     Notes
     -----
-    An unfinished output is judged by the journal and the sizes of its files, a finished one by the
-    sizes and times of change of its files. Where these have changed, its rows are read.
+    For an unfinished output, the journal and the sizes of its files decide; for a finished one, the
+    sizes and modification times of its files. If these have changed, its rows are read.
     """
     digests = journal.read_digests(progress_directory(path), manifest["run"])
     partial = _open_writer(path, manifest, _partial(path, manifest))
@@ -204,7 +205,7 @@ def find_good(path: str, manifest: Mapping[str, Any]) -> dict[int, str]:
 def _compare_rows(
     path: str, writer: Writer, spans: list[tuple[int, int]], digests: Mapping[int, str]
 ) -> dict[int, str]:
-    """Return the existing blocks of a finished output; refuse if one has other rows."""
+    """Return the existing blocks of a finished output; raise if one has other rows."""
     other = f"{path} is not what its run wrote, and cannot be resumed: "
     instead = "Overwrite it, or write elsewhere"
     if not writer.fits():
@@ -238,7 +239,7 @@ def _warn_of_another_array(
 
 
 def _partial(path: str, manifest: Mapping[str, Any]) -> str:
-    """The path of an output while it is incomplete."""
+    """Return the path of an output while it is incomplete."""
     kind = os.path.splitext(path)[1]
     return os.path.join(progress_directory(path), f"partial-{manifest['run']}{kind}")
 
@@ -258,7 +259,7 @@ def _open_writer(
 
 
 def _check_space(path: str, y: da.Array, done: set[int], freed: int = 0) -> None:
-    """Find a full disk before the work; a compressed output may need less, and is not judged."""
+    """Raise if the disk has too little space; not for compressed outputs, which may need less."""
     rows = [count for block, count in enumerate(y.chunks[0]) if block not in done]
     needed = sum(rows) * prod(y.shape[1:]) * y.dtype.itemsize
     free = free_bytes(progress_directory(path)) + freed

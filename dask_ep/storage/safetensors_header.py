@@ -6,8 +6,8 @@
                                                 ^ data_offsets count from here
 
 Only the header is read here, never a tensor. The layout is that of the format's own description
-(the README of the safetensors project); what it forbids is refused, with the file and the tensor
-named, because a wrong offset would hand out another tensor's weights.
+(the README of the safetensors project); what it forbids is an error that names the file and the
+tensor, because a wrong offset would return another tensor's weights.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ import ml_dtypes
 import numpy as np
 
 LARGEST_HEADER = 100_000_000
-"""Bytes that a header may have, by the format's description."""
+"""Maximum bytes of a header, according to the format's description."""
 
 DTYPES = {
     "BOOL": np.dtype(np.bool_),
@@ -42,7 +42,7 @@ DTYPES = {
     "F8_E5M2": np.dtype(ml_dtypes.float8_e5m2),
     "F8_E8M0": np.dtype(ml_dtypes.float8_e8m0fnu),
 }
-"""The format's names of the element types that are whole bytes wide."""
+"""The format's names of the element types that take whole bytes."""
 
 
 class Tensor(NamedTuple):
@@ -120,8 +120,8 @@ def encode_header(
 
     Notes
     -----
-    Tensors are stored one behind the other, in this order. The header is padded with spaces to a
-    multiple of 8, as the format wants it, so that the data is aligned.
+    Tensors are stored one after another, in this order. The header is padded with spaces to a
+    multiple of 8, as the format recommends, so that the data is aligned.
     """
     labels = {known: label for label, known in DTYPES.items()}
     header: dict[str, Any] = {} if metadata is None else {"__metadata__": dict(metadata)}
@@ -152,7 +152,7 @@ def _parse_entry(place: str, entry: Any) -> tuple[np.dtype, tuple[int, ...], int
     numbers = [*shape, begin, end] if isinstance(shape, list) else [None]
     if not all(type(number) is int and number >= 0 for number in numbers):
         raise ValueError(
-            f"{place}: shape and data_offsets must be whole numbers from 0 up, not {shape!r} and "
+            f"{place}: shape and data_offsets must be integers of at least 0, not {shape!r} and "
             f"{[begin, end]!r}"
         )
     if label not in DTYPES:

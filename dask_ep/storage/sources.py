@@ -1,14 +1,14 @@
 """Which `Source` reads an array, wherever it is?
 
-`open_source` makes one of whatever tokens and weights come in:
+`open_source` chooses one for all forms of tokens and weights:
 
     x.npy  file.safetensors::name     -> Region        of a local file, or by ranged reads
     model.gguf::name                  -> GgufSource    the same, of blocks that are decoded
     x.zarr  s3://x.zarr  zarr.Array   -> ZarrSource    chunks; plain local ones read directly
     ndarray                           -> ArraySource   memory (a memory map counts as its file)
 
-Where the stored bytes are the rows themselves, a read is one system call per chunk, from the file
-straight to the destination. Reads retry nothing; what cannot be read whole is a `ReadError`.
+If the stored bytes are the rows themselves, a read is one system call per chunk, from the file
+directly to its destination. Reads are not retried; incomplete data is a `ReadError`.
 """
 
 from __future__ import annotations
@@ -54,11 +54,11 @@ class ZarrSource(Source):
     ----------
     array : zarr.Array
     name : for messages
-    dtype : the array's type where `array` has its bits as unsigned integers; see `zarr_layout`
+    dtype : the array's type if `array` has its bits as unsigned integers; see `zarr_layout`
     missing : {"error", "fill"}
-        What rows are whose chunk was never written: a `ReadError`, or Zarr's fill value. Zarr
-        writes no chunks that hold only the fill value, unless told to; but a chunk file that got
-        lost looks the same, and its rows would silently be zeros.
+        What rows of a chunk that was never written are: a `ReadError`, or Zarr's fill value. By
+        default Zarr does not write chunks that hold only the fill value; but a lost chunk file
+        looks the same, and its rows would silently be zeros.
     """
 
     def __init__(
@@ -78,14 +78,14 @@ class ZarrSource(Source):
         self.path = local_directory(array)
         self.files = chunk_files(array)
         self.chunk_rows = (array.shards or array.chunks)[0] if array.shape else None
-        if array.shape and self.files is None:  # as stored, where no more is known, and decoded
+        if array.shape and self.files is None:  # a stored chunk, of unknown size, and decoded
             rows = min(array.chunks[0], array.shape[0])
             self.read_bytes = 2 * rows * prod(array.shape[1:]) * self.dtype.itemsize
 
     def __reduce__(self) -> tuple[Any, ...]:
-        """Every task of every chunk has one of these: pickled once, and unpickled once a process.
+        """Pickle once, and unpickle once per process, as every task of every chunk has a source.
 
-        Not of a store that may hold the rows themselves, such as one in memory: they may change.
+        Not if the store may hold the rows themselves, such as one in memory, as they may change.
         """
         if self.path is None:
             return _restored, (type(self), self.__dict__)
@@ -110,8 +110,8 @@ class ZarrSource(Source):
     def fingerprint(self) -> dict[str, Any]:
         """See `Source.fingerprint`; the files of a local array are counted, summed and hashed.
 
-        For an array that is not in a local directory only its metadata is known cheaply: changed
-        chunks of it are not noticed.
+        For an array that is not in a local directory only the metadata is checked, since anything
+        else is expensive: changed chunks are not noticed.
         """
         metadata = repr(sorted(self.array.metadata.to_dict().items())).encode()
         mine = self._describe() | {"metadata": xxhash.xxh3_128_hexdigest(metadata)}
@@ -165,7 +165,7 @@ def _restored(kind: type[ZarrSource], state: dict[str, Any]) -> ZarrSource:
 def open_source(
     obj: Any, name: str | None = None, *, dtype: Any = None, missing: str = "error"
 ) -> Source:
-    """Make a `Source` of a path, an array or a Source.
+    """Return a `Source` for a path, an array or a Source.
 
     Parameters
     ----------
@@ -174,16 +174,16 @@ def open_source(
         if it has one tensor; ``model.gguf::tensor`` (needs gguf). Each but the last may be an
         address such as ``s3://bucket/x.npy`` (needs fsspec).
     name : for messages; the file's name without it
-    dtype : the type of a ``.npy`` file of raw bytes, such as ``np.save`` makes of bfloat16
+    dtype : dtype of a ``.npy`` file of raw bytes, as which ``np.save`` stores bfloat16, for example
     missing : {"error", "fill"}
         What a Zarr chunk that was never written means; see `ZarrSource`.
 
     Raises
     ------
     ReadError
-        If there is nothing at the path, or it is cut short.
+        If the path does not exist, or the file is truncated.
     ValueError, TypeError
-        If what is there is not an array, or of a type or layout that is not read.
+        If it is not an array, or has a type or layout that is not supported.
 
     Examples
     --------
@@ -218,9 +218,9 @@ def open_source(
 
 
 def refuse_missing(source: Source) -> None:
-    """Raise a `ReadError` if chunks were never written, and nothing stands for them.
+    """Raise a `ReadError` if chunks were never written, unless they hold the fill value.
 
-    Reads of a Zarr array that is not local find out by themselves; of it, nothing is asked here.
+    A Zarr array that is not local is not checked here: its reads find missing chunks.
     """
     if not isinstance(source, ZarrSource) or source.missing == "fill" or source.path is None:
         return
@@ -294,12 +294,12 @@ def _source_of_zarr(path: str, name: str | None, missing: str) -> ZarrSource:
 
 
 def _source_of_memmap(array: np.memmap, name: str | None) -> Source:
-    """A memory map is its file, unless it is a private copy or not plain rows.
+    """Return the file of a memory map as a Source, unless it is a private copy or not plain rows.
 
     Raises
     ------
     ReadError
-        If its file has lost its name: what has it now is not what the map shows.
+        If its file has lost its name: the file with that name now has other data than the map.
     """
     if array.mode == "c" or array.filename is None or not array.flags.c_contiguous:
         return ArraySource(array, "array" if name is None else name)

@@ -1,9 +1,9 @@
 """How are token rows read, and outputs written so that a stopped run can resume?
 
-    open_tokens(path)     a lazy array: one task per row chunk reads it from its place
-    store(y, path)        one task per row block writes it to its place (see `output`)
+    open_tokens(path)     a lazy array: one task per row chunk reads it
+    store(y, path)        one task per row block writes it (see `output`)
 
-Rows are never joined: what is in memory at once is what Dask computes at once.
+Rows are never joined: only what Dask is computing is in memory.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ from dask_ep.storage.sources import Source, ZarrSource, open_source, refuse_miss
 from dask_ep.storage.writers import make_writer, shorten
 
 CHUNK_BYTES = 32 << 20
-"""Bytes of a token chunk unless the user says otherwise: stored chunks are merged up to this."""
+"""Default bytes of a token chunk: stored chunks are merged up to this."""
 
 KINDS = (".zarr", ".npy", ".safetensors")
 
@@ -58,18 +58,18 @@ def open_tokens(
     Parameters
     ----------
     path : whatever `open_source` takes
-    chunks : rows per chunk, its size as text ("32 MiB"), or the rows of every chunk. A size means
-        whole stored chunks, as many as make about that size; by default ("auto") 32 MiB
+    chunks : rows per chunk, its size as a string ("32 MiB"), or the rows of every chunk. A size
+        means as many whole stored chunks as make about that size; default: "auto", 32 MiB
     name : for messages; the file's name without it
     like : array whose row chunks to use, so that routing is chunked like its tokens
     dtype : see `open_source`
     missing : {"error", "fill"}, optional
-        Zarr chunks that were never written are an error, raised here if the array is local: they
-        look just like lost ones. "fill" takes Zarr's fill value for their rows. Default: what a
-        given `ZarrSource` says, else "error".
+        Zarr chunks that were never written are an error, raised here if the array is local, since
+        they look just like lost ones. "fill" uses Zarr's fill value for their rows. Default: that
+        of a given `ZarrSource`, otherwise "error".
     xp : {"numpy", "cupy"}
-        Library of the chunks' arrays. "cupy": read into pinned memory, and uploaded to the device
-        in the same task.
+        Library of the chunks' arrays. With "cupy", they are read into pinned memory and uploaded to
+        the device in the same task.
 
     Returns
     -------
@@ -132,26 +132,26 @@ def store(
     sync: bool = False,
     **kwargs: Any,
 ) -> Output:
-    """Write an array to a file, block by block, such that a stopped run can resume.
+    """Write an array to a file, block by block, so that a stopped run can resume.
 
     Parameters
     ----------
     y : (N, ...) array, chunked along the rows only, with known chunks
     path : ``.zarr`` (Zarr 3, a chunk per block), ``.npy`` or ``.safetensors`` (one tensor,
-        "output"); on a file system that all workers share. The target of a link is written
-    inputs : what `y` is made of, by name or in a list: whatever `open_source` takes, `Experts`, a
+        "output"); on a file system that all workers share. If it is a link, its target is written
+    inputs : what `y` is made of, by name or in a list: whatever `open_source` accepts, `Experts`, a
         `MoELayer`, anything else with a ``fingerprint()``, or a fingerprint itself (a mapping)
-    settings : JSON-able mapping of what else the result depends on
-    resume : continue what an earlier run has left; start if there is nothing. Whether
-        the values are the same is decided by `inputs` and `settings` alone
-    overwrite : start again. A finished output stays until the new one is finished, so there must be
-        space for both; an unfinished one is removed
+    settings : mapping, serializable as JSON, of what else the result depends on
+    resume : continue the output of an earlier run, or start if there is none. Whether the values
+        are the same is decided by `inputs` and `settings` alone
+    overwrite : start again. A finished output is kept until the new one is finished, so there must
+        be space for both; an unfinished one is removed
     compute : whether to write now; if not, see `Output`
-    compressors : for Zarr, as `zarr.create_array` takes them; by default none
-    stored_rows : rows of a Zarr chunk, of which every block but the last must have a multiple; by
+    compressors : for Zarr, as in `zarr.create_array`; by default none
+    stored_rows : rows of a Zarr chunk; every block except the last must have a multiple of them. By
         default a block is a chunk
-    sync : make each block outlive a power loss before it counts as done
-    **kwargs : for the scheduler, as `dask.compute` takes them
+    sync : make sure that each block survives a power loss before it counts as done
+    **kwargs : for the scheduler, as in `dask.compute`
 
     Returns
     -------
@@ -160,33 +160,32 @@ def store(
     Raises
     ------
     FileExistsError
-        If there is an output, or part of one, and neither `resume` nor `overwrite` is set; or if,
-        on resuming, what is there is not what the earlier run wrote.
+        If there is an output, or part of one, and neither `resume` nor `overwrite` is set; or if
+        an output to resume is not what the earlier run wrote.
     ValueError
-        If the array cannot be written so, or would replace what it is read from; or if, on
-        resuming, the inputs, the settings, or the shape, dtype or row blocks of the array are not
+        If the array cannot be written in this form, or would replace a file that it is read from;
+        or if the inputs, the settings, or the shape, dtype or row blocks of a resumed array are not
         those of the run that began it: the message says which, and how they differ.
     OutputInUse
         If another run is writing this output.
     OSError
-        If a block cannot be written. A full disk is found at the start where possible.
+        If a block cannot be written. A full disk is detected at the start if possible.
 
     Warns
     -----
     UserWarning
-        If an array of another name is to resume, without inputs and settings that tell whether it
-        is the same.
+        If a resumed array has another name, and no inputs and settings tell whether it is the same.
 
     Notes
     -----
-    A block counts as done when its data was written and, after that, its line in the journal.
+    A block counts as done when its data and then its line in the journal have been written.
     Resuming computes exactly the blocks that do not count, and nothing that only the others need.
-    So does resuming a finished output: blocks whose files were removed or cut short since are
-    computed again. The rows of the others are read if files have changed, and must be as they were.
+    This also works for a finished output: blocks whose files were removed or truncated are computed
+    again. The rows of the others are read if files have changed, and must be unchanged.
 
-    - After the process was killed (``kill -9`` too), every block that counts is good.
-    - After a power loss or a crash of the system, that holds with ``sync=True``. Without it the
-      system may have kept lines and lost data that it had not put on the disk yet: overwrite then.
+    - After the process was killed (even by ``kill -9``), every block that counts is good.
+    - After a power loss or a crash of the system, that holds only with ``sync=True``. Without it,
+      the system may have kept lines and lost data that was not yet on disk: overwrite then.
     - The rename to `path` comes last, so what is at `path` is complete.
 
     Examples
@@ -210,10 +209,10 @@ def store(
         )
     if "::" in os.fspath(path):
         raise ValueError(
-            f"an output must be a file or directory of its own, but '::' in {path} names an array "
+            f"an output must be a whole file or directory, but '::' in {path} names an array "
             "within one; write elsewhere"
         )
-    path = os.path.realpath(os.fspath(path))  # what a link points to is written, not the link
+    path = os.path.realpath(os.fspath(path))  # the target of a link is written, not the link
     _check(y, path, os.path.splitext(path)[1], compressors)
     inputs = _name_inputs(inputs)
     wanted = make_manifest(y, inputs, settings or {}, overwrite)
@@ -295,7 +294,7 @@ def _row_chunks(
 
 
 def _check(y: da.Array, path: str, kind: str, compressors: Any) -> None:
-    """Refuse what cannot be written, before anything is touched."""
+    """Raise if the array cannot be written, before any file is changed."""
     if kind not in KINDS:
         raise ValueError(f"unsupported output format: {path}; use one of {', '.join(KINDS)}")
     if y.ndim == 0:
@@ -316,7 +315,7 @@ def _check(y: da.Array, path: str, kind: str, compressors: Any) -> None:
 
 
 def _name_inputs(inputs: Mapping[str, Any] | Iterable[Any]) -> dict[str, Any]:
-    """Open inputs that are places or arrays, and give each its name."""
+    """Open inputs that are paths or arrays, and name each."""
     named: dict[str, Any] = {}
     pairs = inputs.items() if isinstance(inputs, Mapping) else ((None, obj) for obj in inputs)
     for name, obj in pairs:

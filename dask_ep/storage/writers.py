@@ -1,10 +1,10 @@
-"""How do the rows of a block get to their place in a file?
+"""How are the rows of a block written to a file?
 
-One writer per format, chosen by the output's ending. A block is written by one system call from
-the array's own memory (several where Zarr chunks are smaller than blocks), from any number of
-threads and processes at once, since no two blocks share a byte or a chunk file.
+By one writer per format, chosen by the output's suffix. A block is written by one system call from
+the array's own memory (several if Zarr chunks are smaller than blocks), from any number of threads
+and processes at once, since no two blocks share a byte or a chunk file.
 
-    y.zarr          a file per chunk, which gets its name when it is whole
+    y.zarr          a file per chunk, which is renamed to its name when it is complete
     y.npy           one file, header first; every block at its offset
     y.safetensors   the same; the tensor's name is "output"
 """
@@ -38,7 +38,7 @@ from dask_ep.storage.zarr_layout import (
 )
 
 MOST_CHUNKS_PER_BLOCK = 64
-"""Zarr chunks are of one length; for ragged blocks it may be this much smaller than the blocks."""
+"""Maximum number of Zarr chunks, which have one length, in a block, if blocks differ in length."""
 
 _WRITING = ".writing"
 
@@ -55,19 +55,19 @@ class Writer(ABC):
 
     @abstractmethod
     def create(self) -> None:
-        """Make the array's files as far as they exist before its rows do."""
+        """Create the files that exist before rows are written."""
 
     @abstractmethod
     def write(self, rows: np.ndarray, start: int, sync: bool) -> None:
-        """Put C-contiguous `rows` at row `start`; with `sync`, so that it outlives power loss."""
+        """Write C-contiguous `rows` at row `start`; with `sync`, they survive a power loss."""
 
     @abstractmethod
     def fits(self) -> bool:
-        """Whether the path holds this array, as far as its header or metadata says."""
+        """Return whether the path holds this array, according to its header or metadata."""
 
     @abstractmethod
     def holds(self, start: int, stop: int) -> bool:
-        """Whether the files of rows [start, stop) are there with the right sizes."""
+        """Return whether the files of rows [start, stop) exist with the right sizes."""
 
     @abstractmethod
     def read(self, start: int, stop: int) -> np.ndarray:
@@ -75,7 +75,7 @@ class Writer(ABC):
 
     @abstractmethod
     def tidy(self) -> None:
-        """Remove what stopped writes have left; only while nothing writes."""
+        """Remove leftovers of interrupted writes; only while nothing writes."""
 
 
 class FileWriter(Writer):
@@ -85,7 +85,7 @@ class FileWriter(Writer):
     ----------
     path : of the file
     header : bytes before the rows
-    rows, row_bytes : how many rows there are, and the bytes of one
+    rows, row_bytes : number of rows, and the bytes of one
     """
 
     def __init__(self, path: str, header: bytes, rows: int, row_bytes: int):
@@ -108,7 +108,7 @@ class FileWriter(Writer):
         except OSError:
             return False
         whole = len(self.header) + self.rows * self.row_bytes
-        return self.header.startswith(found) and _size(self.path) <= whole  # it may be cut short
+        return self.header.startswith(found) and _size(self.path) <= whole  # may be truncated
 
     def holds(self, start: int, stop: int) -> bool:
         return _size(self.path) >= len(self.header) + stop * self.row_bytes
@@ -120,7 +120,7 @@ class FileWriter(Writer):
         return rows
 
     def tidy(self) -> None:
-        """Nothing: a stopped write leaves no more than rows that will be written again."""
+        """Do nothing: an interrupted write leaves only rows that will be written again."""
 
 
 class ZarrWriter(Writer):
@@ -130,8 +130,8 @@ class ZarrWriter(Writer):
     ----------
     path : of the array's directory
     shape, dtype : of the array
-    chunk_rows : rows in a chunk; a multiple of it starts every block
-    compressors : as `zarr.create_array` takes them
+    chunk_rows : rows in a chunk; every block starts at a multiple of it
+    compressors : as in `zarr.create_array`
     """
 
     def __init__(
@@ -186,7 +186,7 @@ class ZarrWriter(Writer):
 
     @cached_property
     def _array(self) -> Any:
-        os.stat(self.path)  # what is gone is an OSError, as of the other formats
+        os.stat(self.path)  # raises OSError if it is missing, as for the other formats
         return open_array(self.path, mode="r+")[0]
 
     @cached_property
@@ -215,9 +215,9 @@ def make_writer(
     path : where to write
     shape, dtype : of the array
     blocks : rows of each block
-    compressors : for Zarr, as `zarr.create_array` takes them
-    stored_rows : of a Zarr chunk, of which every block has a multiple; by default as many as blocks
-        allow
+    compressors : for Zarr, as in `zarr.create_array`
+    stored_rows : rows of a Zarr chunk, of which every block has a multiple; by default as many as
+        the blocks allow
 
     Raises
     ------
@@ -268,14 +268,14 @@ def shorten(blocks: Sequence[int]) -> str:
 
 
 def _write_chunk(files: ChunkFiles, chunk: int, rows: np.ndarray, sync: bool) -> None:
-    """Write one chunk file under another name, and rename it when it is whole."""
+    """Write one chunk file under another name, and rename it when it is complete."""
     path = files.path(chunk)
     draft = f"{path}.{os.getpid()}-{threading.get_ident()}{_WRITING}"
     try:
         with descriptor(draft, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, sync) as file:
             write_all(file, rows, 0)
             if rows.nbytes < files.chunk_bytes:
-                os.ftruncate(file, files.chunk_bytes)  # the padding of the last chunk, zeros
+                os.ftruncate(file, files.chunk_bytes)  # pads the last chunk with zeros
         os.replace(draft, path)
     except BaseException:
         with suppress(FileNotFoundError):

@@ -1,8 +1,8 @@
 """Where in its files are the rows of a Zarr array?
 
-A Zarr 3 array in a local directory, with nothing but the little-endian `bytes` codec, is a set of
-files with plain rows in them. Such files are read and written directly, without a copy; this
-module finds them by the array's metadata. All other arrays go through Zarr.
+A Zarr 3 array in a local directory, with only the little-endian `bytes` codec, is a set of files
+with plain rows. Such files are read and written directly, without a copy; this module finds them
+from the array's metadata. All other arrays go through Zarr.
 
     shape (7, d), chunks (3, d)      c/0/0: rows 0-2      c/1/0: rows 3-5      c/2/0: row 6, padding
 
@@ -62,11 +62,11 @@ class ChunkFiles:
     root: str
     """the array's directory"""
     rows: int
-    """rows in a chunk; the last one is padded to as many"""
+    """rows in a chunk; the last chunk is padded to this number"""
     row_bytes: int
     ndim: int
     encoding: Any
-    """Zarr's own object that turns chunk coordinates to keys"""
+    """Zarr's own object that turns chunk coordinates into keys"""
 
     @property
     def chunk_bytes(self) -> int:
@@ -93,10 +93,10 @@ class ChunkFiles:
 
 
 def open_array(path: str, mode: Literal["r", "r+"] = "r") -> tuple[zarr.Array, np.dtype]:
-    """Open the array at a path or URL, to read ("r") or write ("r+"); give it and its data type.
+    """Open the array at a path or URL, to read ("r") or write ("r+"); return it and its dtype.
 
-    The type differs from ``array.dtype`` for the types that zarr-python does not know: then the
-    array has unsigned integers, whose bits are to be viewed as that type.
+    The dtype differs from ``array.dtype`` for types that zarr-python does not know: then the array
+    has unsigned integers, whose bits must be viewed as that type.
     """
     import zarr
 
@@ -104,7 +104,7 @@ def open_array(path: str, mode: Literal["r", "r+"] = "r") -> tuple[zarr.Array, n
         array = zarr.open_array(path, mode=mode)
     except UNREADABLE as error:
         found = None
-        with suppress(*UNREADABLE, OSError):  # then the first error says more
+        with suppress(*UNREADABLE, OSError):  # the first error is more helpful
             found = _open_extension_dtype(path, mode)
         if found is None:
             lacks = "its metadata lacks " if isinstance(error, KeyError) else ""
@@ -123,8 +123,8 @@ def create_array(
 
     Notes
     -----
-    The chunk files are in the array's own directory (``c.0.0``, ...): one inode for a chunk, where
-    the default key would make a directory for each. A chunk of zeros is written like any other, so
+    The chunk files are in the array's own directory (``c.0.0``, ...): one inode per chunk, while
+    the default keys would make a directory for each. A chunk of zeros is written like any other, so
     that a missing file always means missing rows.
     """
     import zarr
@@ -156,7 +156,7 @@ def zarr_metadata(path: str) -> dict[str, Any]:
 
 
 def local_directory(array: zarr.Array) -> str | None:
-    """The directory of an array in a store of local files, else None."""
+    """Return the directory of an array in a store of local files; None for others."""
     from zarr.storage import FsspecStore, LocalStore
 
     store = array.store
@@ -170,7 +170,7 @@ def local_directory(array: zarr.Array) -> str | None:
 
 
 def anchored(array: zarr.Array) -> zarr.Array:
-    """The same array; one that was opened by a relative path, from wherever it is used."""
+    """Return the array with an absolute path, so that it works in any working directory."""
     import zarr
     from zarr.storage import LocalStore, StorePath
 
@@ -182,7 +182,7 @@ def anchored(array: zarr.Array) -> zarr.Array:
 
 
 def chunk_files(array: zarr.Array) -> ChunkFiles | None:
-    """The files with plain rows of this array, or None if its chunks are anything else."""
+    """Return the files with plain rows of this array; None if its chunks are anything else."""
     from zarr.codecs import BytesCodec
 
     root, metadata, little = local_directory(array), array.metadata, sys.byteorder == "little"
@@ -228,7 +228,7 @@ def missing_chunks(array: zarr.Array, start: int, stop: int) -> Iterator[str]:
 
 
 def _members(path: str) -> str:
-    """Say which arrays could have been meant, where a group is; nothing where none is."""
+    """Say which arrays of a group may have been meant; empty if it is not a group."""
     import zarr
 
     try:
@@ -240,14 +240,14 @@ def _members(path: str) -> str:
 
 
 def _bits(dtype: np.dtype) -> np.dtype:
-    """The unsigned integers as wide as this type."""
+    """Return the dtype of unsigned integers of the same width."""
     return np.dtype(f"u{dtype.itemsize}")
 
 
 def _open_extension_dtype(
     path: str, mode: Literal["r", "r+"]
 ) -> tuple[zarr.Array, np.dtype] | None:
-    """Open an array of a type in `EXTENSION_DTYPES`, as its bits; None for any other."""
+    """Open an array of a type in `EXTENSION_DTYPES` as its bits; None for other types."""
     import zarr
     from zarr.storage import FsspecStore, LocalStore, StorePath
 

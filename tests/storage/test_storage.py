@@ -402,7 +402,7 @@ def test_what_cannot_be_written(tmp_path):
         store(y, tmp_path / "y.npy", compressors="auto")
     with pytest.raises(ValueError, match=r"only chunks of 1 rows in common.*rechunk\({0: 100}\)"):
         store(da.ones((300, 1), chunks=((100, 99, 100, 1), 1)), tmp_path / "y.zarr")
-    with pytest.raises(TypeError, match="must be JSON-able"):
+    with pytest.raises(TypeError, match="must be serializable as JSON"):
         store(y, tmp_path / "y.zarr", settings={"a": object()})
     with pytest.raises(ValueError, match="two inputs have the name 'array'"):
         store(y, tmp_path / "y.zarr", inputs=[np.ones(2), np.zeros(2)])
@@ -513,6 +513,6 @@ def test_a_zarr_output_is_readable_by_anybody(tmp_path):
 
 @pytest.mark.parametrize("name", ["we::ird.zarr", "y.safetensors::y.npy"])
 def test_an_output_is_not_an_array_within_a_file(tmp_path, name):
-    with pytest.raises(ValueError, match="must be a file or directory of its own, but '::' in"):
+    with pytest.raises(ValueError, match="must be a whole file or directory, but '::' in"):
         store(da.ones((4, 2)), tmp_path / name)
     assert os.listdir(tmp_path) == []

@@ -1,7 +1,7 @@
-"""How do weighted items go evenly into packs of equal size?
+"""How are weighted items distributed evenly over packs of equal size?
 
-The two greedy steps of load balancing, for `X` independent problems at once: the only loops are
-over items, and each turn places one item of every problem.
+These are the two greedy steps of load balancing, for `X` independent problems at once: the only
+loops are over items, and each iteration places one item of every problem.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import numpy as np
 def replicate_hottest(
     loads: np.ndarray, num_replicas: int, max_replicas: int
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Give every expert one replica, and each further one to the expert with most rows per replica.
+    """Give every expert one replica, and each further one to the expert with the most rows each.
 
     loads (X, E) -> replica_of (X, num_replicas), the expert of each replica; replicas (X, E).
     """
@@ -33,8 +33,8 @@ def balanced_packing(
 ) -> np.ndarray:
     """Put items, heaviest first, each into the lightest pack with room and without its expert.
 
-    loads, expert_of (X, items) -> packed (X, packs, capacity), item numbers, -1 where nothing is.
-    One item a pack is left in the order it came, as EPLB does.
+    loads, expert_of (X, items) -> packed (X, packs, capacity), item numbers, -1 for empty places.
+    With one item per pack the order is kept, as in EPLB.
     """
     problems, items = loads.shape
     packed = np.full((problems, packs, capacity), -1)
@@ -69,7 +69,7 @@ def _make_room(
     expert_of: np.ndarray,  # (items,)
     item: int,
 ) -> int:
-    """Every pack with room holds the item's expert: move another item there, give its old pack.
+    """If every pack with room holds the item's expert, move another item there; return its pack.
 
     A full pack without the expert holds more different experts than a pack with room, so that one
     of them can always move there.
@@ -96,5 +96,5 @@ def _make_room(
 
 
 def look_up_each(table: np.ndarray, index: np.ndarray) -> np.ndarray:
-    """Row by row `table[index]`, with -1 for -1."""
+    """Return `table[index]` row by row, with -1 for -1."""
     return np.where(index < 0, -1, np.take_along_axis(table, np.maximum(index, 0), axis=1))

@@ -6,12 +6,13 @@
                                    "last_physical_to_logical_map": (layers, P)}
               per_token           the same, and "topk_ids_of_layer": (layers, tokens, k) in each
             ``{"logical_count": ...}`` as .json, which ``--init-expert-location`` takes as well
-    vLLM    routed experts (tokens, layers, k) of a request: saved as .npy, or the .json answer of
-            the server, with ``routed_experts`` in its choices
+    vLLM    routed experts (tokens, layers, k) of a request: saved as .npy, or the .json response
+            of the server, with ``routed_experts`` in its choices
 
-SGLang's axis of layers has all layers of the model, dense ones included, whose counts are zeros;
-vLLM's has them, with expert 0 in every slot, or by version only the MoE layers. A .pt is a ZIP of a
-pickle and of plain arrays: it is read without torch, and nothing in it is run.
+SGLang's axis of layers has all layers of the model; counts of dense ones are zeros. vLLM's has all
+layers, with expert 0 in every slot of dense ones, or, depending on the version, only the MoE
+layers. A .pt file is a ZIP of a pickle and of plain arrays: it is read without torch, and no code
+in it is run.
 
 Read from SGLang, python/sglang/srt/eplb/expert_distribution.py and expert_location.py, and from
 vLLM, docs/training/routed_experts and vllm/outputs.py.
@@ -50,7 +51,7 @@ STORAGES = {
     "DoubleStorage": np.float64,
     "HalfStorage": np.float16,
 }
-"""NumPy's types of the arrays that a .pt may hold."""
+"""NumPy dtypes of the arrays that a .pt file may hold."""
 
 
 # --- counts --------------------------------------------------------------------------------------
@@ -65,14 +66,14 @@ def read_sglang_counts(path: str | PathLike) -> np.ndarray:
 
     Returns
     -------
-    (steps, layers, E) int64: the tokens of each step, of each layer of the model, by expert
+    (steps, layers, E) int64: number of tokens by step, layer of the model, and expert
 
     Raises
     ------
     FileNotFoundError
         If there is no such file.
     ValueError
-        If it holds neither ``logical_count`` nor ``records``, or something else in them.
+        If it holds neither ``logical_count`` nor ``records``, or these are not valid.
     """
     content = _read_sglang(path)
     if "logical_count" in content:
@@ -95,13 +96,13 @@ def read_sglang_counts(path: str | PathLike) -> np.ndarray:
 
 
 def write_sglang_counts(path: str | PathLike, counts: np.ndarray | Mapping[int, Any]) -> None:
-    """Write counts of experts for SGLang, which places experts by them at its start.
+    """Write counts of experts for SGLang, which places experts according to them at its start.
 
     Parameters
     ----------
-    path : ending in .json (SGLang looks at the ending)
-    counts : (steps, layers, E) or (layers, E), or rows of each expert (E,) by MoE layer of the
-        model, whose other layers are then zeros
+    path : with the suffix .json, which SGLang requires
+    counts : (steps, layers, E) or (layers, E), or a mapping from MoE layers of the model to the
+        rows of each expert (E,); its other layers are then zeros
 
     Notes
     -----
@@ -113,7 +114,9 @@ def write_sglang_counts(path: str | PathLike, counts: np.ndarray | Mapping[int, 
         rows = {layer: np.asarray(each) for layer, each in counts.items()}
         sizes = {each.shape for each in rows.values()}
         if len(sizes) != 1:
-            raise ValueError(f"all layers must have as many experts, but have {sorted(sizes)}")
+            raise ValueError(
+                f"all layers must have the same number of experts, but have {sorted(sizes)}"
+            )
         counts = np.zeros((max(rows) + 1, *sizes.pop()), np.int64)
         for layer, each in rows.items():
             counts[layer] = each
@@ -125,20 +128,20 @@ def write_sglang_counts(path: str | PathLike, counts: np.ndarray | Mapping[int, 
 def _checked_counts(counts: np.ndarray, ndim: int, name: str) -> np.ndarray:
     if counts.ndim != ndim or counts.dtype.kind not in "iu" or (counts < 0).any():
         raise ValueError(
-            f"{name} must be whole numbers from 0 up with {ndim} axes, the last two layers and "
-            f"experts, but is {counts.shape} of {counts.dtype}"
+            f"{name} must be integers of at least 0 with {ndim} axes, the last two layers and "
+            f"experts, but has shape {counts.shape} and dtype {counts.dtype}"
         )
     return counts.astype(np.int64)
 
 
 def expert_load(path: str | PathLike, layer: int, num_experts: int) -> np.ndarray:
-    """Count the rows of each expert of a layer, from whatever has them.
+    """Count the rows of each expert of a layer, from any of several kinds of files.
 
     Parameters
     ----------
     path : SGLang's or vLLM's records, as above; statistics of `dask-ep collect` (.safetensors, with
         ``usage.rows``); or a routing (n,) or (n, k) that `open_tokens` reads
-    layer : number on the axis of layers of an engine's record; the others have one layer
+    layer : index on the axis of layers of an engine's record; other files have one layer
     num_experts : E
 
     Returns
@@ -170,12 +173,12 @@ def expert_load(path: str | PathLike, layer: int, num_experts: int) -> np.ndarra
 
 
 def read_engine_routing(path: str | PathLike, layer: int) -> np.ndarray:
-    """Read the routing of one layer that an engine kept.
+    """Read the routing of one layer from an engine's record.
 
     Parameters
     ----------
     path : vLLM's routed experts (.npy, memory-mapped, or .json), or SGLang's dump per token (.pt)
-    layer : number on the file's axis of layers
+    layer : index on the file's axis of layers
 
     Returns
     -------
@@ -186,12 +189,12 @@ def read_engine_routing(path: str | PathLike, layer: int) -> np.ndarray:
     FileNotFoundError
         If there is no such file.
     ValueError
-        If it has no routing, or not of that layer.
+        If it has no routing, or none of that layer.
 
     Notes
     -----
-    Engines keep indices alone, no weights. vLLM counts in the order of a sequence, SGLang in that
-    of its forward passes.
+    Engines keep only indices, no weights. vLLM's tokens are in the order of a sequence, SGLang's in
+    that of its forward passes.
     """
     if Path(path).suffix == ".pt":
         return _routing_of_sglang(path, layer)
@@ -207,13 +210,13 @@ def read_vllm_routing(path: str | PathLike) -> np.ndarray:
     parts = _routed_in(read_json(path), str(path))
     if not parts:
         raise ValueError(
-            f"{path} must be an answer of vLLM with routed_experts in its choices; start the "
+            f"{path} must be a response of vLLM with routed_experts in its choices; start the "
             "server with --enable-return-routed-experts"
         )
     if len({part.shape[1:] for part in parts}) != 1:
         raise ValueError(
-            f"{path} has routed_experts of {[part.shape for part in parts]}, which must have the "
-            "same layers and slots"
+            f"all routed_experts of {path} must have the same layers and slots, but have shapes "
+            f"{[part.shape for part in parts]}"
         )
     return np.concatenate(parts)
 
@@ -223,13 +226,13 @@ def write_vllm_routing(path: str | PathLike, layers: Sequence[Any]) -> None:
 
     Parameters
     ----------
-    path : ending in .npy
-    layers : routing (n, k) of each layer, in their order: arrays, or what reads and has a shape as
-        they do, such as Zarr arrays
+    path : with the suffix .npy
+    layers : routing (n, k) of each layer, in order: arrays, or array-likes with a shape that can be
+        sliced, such as Zarr arrays
 
     Notes
     -----
-    Some thousand rows of a layer are in memory at a time.
+    Only some thousand rows of a layer are in memory at a time.
     """
     shapes = {tuple(layer.shape) for layer in layers}
     if Path(path).suffix != ".npy" or len(shapes) != 1 or len(next(iter(shapes))) != 2:
@@ -250,7 +253,7 @@ def write_vllm_routing(path: str | PathLike, layers: Sequence[Any]) -> None:
 
 
 def _routed_in(content: Mapping[str, Any], path: str) -> list[np.ndarray]:
-    """The routing of a server's answer: that of the prompt, then that of each choice."""
+    """Return the routing of a server's response: that of the prompt, then that of each choice."""
     parts = [content.get("prompt_routed_experts")]
     for choice in content.get("choices") or []:
         parts += [choice.get("prompt_routed_experts"), choice.get("routed_experts")]
@@ -271,7 +274,7 @@ def _decoded(part: Any, path: str) -> np.ndarray:
 def _checked_routing(routed: np.ndarray, name: str) -> np.ndarray:
     if routed.ndim != 3 or routed.dtype.kind not in "iu":
         raise ValueError(
-            f"{name} must be whole numbers (tokens, layers, k), but is {routed.shape} of "
+            f"{name} must be integers (tokens, layers, k), but has shape {routed.shape} and dtype "
             f"{routed.dtype}"
         )
     return routed
@@ -296,11 +299,11 @@ def _routing_of_sglang(path: str | PathLike, layer: int) -> np.ndarray:
 
 def _check_layer(layer: int, layers: int, path: str | PathLike) -> None:
     if not 0 <= layer < layers:
-        raise ValueError(f"{path} has layers 0 to {layers - 1}, but layer {layer} is wanted")
+        raise ValueError(f"layer must be one of layers 0 to {layers - 1} of {path}, not {layer}")
 
 
 def _records(content: Mapping[str, Any], path: Any) -> tuple[list[Mapping], np.ndarray]:
-    """The records of a detailed dump, and the logical expert (layers, slots) of each slot."""
+    """Return a detailed dump's records, and the logical expert (layers, slots) of each slot."""
     records, places = content.get("records"), content.get("last_physical_to_logical_map")
     if not isinstance(records, list) or not isinstance(places, np.ndarray) or places.ndim != 2:
         raise ValueError(
@@ -323,7 +326,7 @@ def _read_sglang(path: str | PathLike) -> dict[str, Any]:
 
 
 def _read_pt(path: str | PathLike) -> Any:
-    """Read what ``torch.save`` wrote, if it is of plain values and dense tensors."""
+    """Read a file of ``torch.save`` that holds only plain values and dense tensors."""
     try:
         with zipfile.ZipFile(path) as file:
             (name,) = [name for name in file.namelist() if name.endswith("/data.pkl")]
@@ -333,7 +336,7 @@ def _read_pt(path: str | PathLike) -> Any:
 
 
 class _Tensors(pickle.Unpickler):
-    """Unpickles plain values and tensors, as arrays; refuses all else."""
+    """Unpickles plain values, and tensors as arrays; raises for anything else."""
 
     def __init__(self, file: zipfile.ZipFile, folder: str):
         super().__init__(io.BytesIO(file.read(f"{folder}data.pkl")))

@@ -12,9 +12,9 @@ the routing (logical -> physical expert) and an ordering of the experts (physica
 **Tickets.** Every replica of an expert serves a range of tickets, which rows draw by their
 number (`replica_choice`).
 
-**Homes.** Where a placement is local, every token chunk has a home, the rank on whose worker it
-is: chunk c that of rank c mod R. A row is served by the replica at home if there is one, and by
-its ticket otherwise. Its replicas then depend on its number, its chunk's number and R.
+**Homes.** In a local placement every token chunk has a home, the rank on whose worker it is: rank
+c mod R for chunk c. A row is served by the replica at home if there is one, and otherwise by that
+of its ticket. Its replicas then depend on its number, its chunk's number and R.
 
 Axis letters: `n` rows, `k` slots per row, `E` experts, `R` ranks, `P` physical experts per rank.
 """
@@ -39,15 +39,15 @@ class Placement:
     Parameters
     ----------
     physical : (R, P) integer array
-        The expert of the model that each holds; -1 is empty. Every expert from 0 to the largest one
-        has at least one replica, and at most one on each rank.
+        The expert of the model that each holds; -1 if it is empty. Every expert from 0 to the
+        largest one has at least one replica, and at most one on each rank.
     stops : (R, P) integer array, optional
-        The replica serves the tickets from the stop of the expert's replica before it (in their
-        order; 0 for the first) up to, not including, its own; the last replica's is `TICKETS`.
-        Without `stops` the replicas of an expert share its rows evenly.
+        A replica serves the tickets from the stop of the expert's previous replica (0 for the
+        first) up to, not including, its own stop; that of the last replica is `TICKETS`. Without
+        `stops` the replicas of an expert share its rows evenly.
     local : bool
-        Whether the rows of a chunk go to the replica at the chunk's home, where there is one. The
-        others are chosen by ticket.
+        Whether the rows of a chunk go to the replica at the chunk's home, if there is one. Other
+        replicas are chosen by ticket.
 
     Raises
     ------
@@ -89,29 +89,29 @@ class Placement:
 
     @property
     def world_size(self) -> int:
-        """R, the ranks."""
+        """Number of ranks, R."""
         return self.physical.shape[0]
 
     @property
     def physical_per_rank(self) -> int:
-        """P, the physical experts of each rank, empty ones included."""
+        """Number of physical experts of each rank, P, including empty ones."""
         return self.physical.shape[1]
 
     @property
     def num_experts(self) -> int:
-        """E, the logical experts."""
+        """Number of logical experts, E."""
         return int(self.physical.max()) + 1
 
     @cached_property
     def replica_counts(self) -> np.ndarray:
-        """(E,) int64: how many replicas each expert has."""
+        """(E,) int64: number of replicas of each expert."""
         return np.bincount(self.physical[self.physical >= 0], minlength=self.num_experts)
 
     @cached_property
     def shares(self) -> np.ndarray:
-        """(R, P) float64: the part of its expert's rows that each replica serves; 0 where empty.
+        """(R, P) float64: fraction of its expert's rows that each replica serves; 0 if it is empty.
 
-        Where the placement is local: if every rank is home to as many of them as any other.
+        In a local placement this assumes that every rank is home to the same number of rows.
         """
         by_ticket = share_sizes(self.physical, self.stops) / TICKETS
         if not self.local:
@@ -125,14 +125,14 @@ class Placement:
         return np.array_equal(self.stops, even_stops(self.physical))
 
     def home(self, chunk: int) -> int | None:
-        """Return the home rank of a token chunk: neighbours have different ones, so that
-        all ranks go through the chunks side by side. None where replicas are chosen by ticket only.
+        """Return the home rank of a token chunk; None if replicas are chosen only by ticket.
+
+        Neighbouring chunks have different homes, so that all ranks work on the chunks concurrently.
         """
         return chunk % self.world_size if self.local else None
 
     def order(self) -> list[int]:
-        """Return the expert that each physical one holds, -1 for none, as `Experts.load` takes
-        it."""
+        """Return the expert of each physical one, -1 for none, in the form of `Experts.load`."""
         return self.physical.ravel().tolist()
 
     def rewrite(
@@ -145,9 +145,9 @@ class Placement:
         routing : (n, k) or (n,) array of any integer dtype, NumPy or CuPy
             Logical experts; -1 means no expert.
         row_offset : int
-            The global number of the first row.
+            The global index of the first row.
         home : int, optional
-            The rank at which these rows are at home; needed where the placement is local.
+            The rank at which these rows are at home; required if the placement is local.
 
         Returns
         -------
@@ -160,11 +160,11 @@ class Placement:
 
         Notes
         -----
-        Depends on the routing, the global row numbers and the home only. Slots of one row at one
-        expert go to one replica. Cost: one gather where every expert has one replica, else a search
-        among them and three; with a home, a gather more. On a device two integers come to the host,
-        in one copy, and tables go there: 4 (E + 1) bytes with one replica each, else 12 per
-        replica; with a home, 4 (E + 1) more.
+        Depends only on the routing, the global row numbers and the home. Slots of one row at one
+        expert go to one replica. Cost: one gather if every expert has one replica, otherwise a
+        search among the replicas and three gathers; with a home, one gather more. On a device two
+        integers are copied to the host, in one copy, and tables to the device: 4 (E + 1) bytes with
+        one replica each, otherwise 12 per replica; with a home, 4 (E + 1) more.
         """
         if not self.local:
             return self._tickets.choose(routing, row_offset)
@@ -178,12 +178,12 @@ class Placement:
         return xp.where(at_home < 0, by_ticket, at_home)
 
     def rank_load(self, load: np.ndarray) -> np.ndarray:
-        """Return the rows that each rank serves, (R,) float64, from those of each expert, (E,)."""
-        load = np.append(np.asarray(load, np.float64), 0.0)  # [-1] is for the empty ones
+        """Return the rows that each rank serves, (R,) float64, given those of each expert, (E,)."""
+        load = np.append(np.asarray(load, np.float64), 0.0)  # [-1] is for empty places
         return (load[self.physical] * self.shares).sum(axis=1)
 
     def imbalance(self, load: np.ndarray) -> float:
-        """Return the largest over the mean rank load: 1.0 is perfect; 1.0 also without any load."""
+        """Return the largest over the mean rank load: 1.0 if perfect, or if there is no load."""
         ranks = self.rank_load(load)
         return float(ranks.max() / ranks.mean()) if ranks.any() else 1.0
 
@@ -216,7 +216,7 @@ class Placement:
 
     @cached_property
     def _at_home(self) -> np.ndarray:
-        """(R, E + 1) int32: the physical expert of each at each rank, -1 where it has none."""
+        """(R, E + 1) int32: physical expert of each expert at each rank, -1 if it has none."""
         table = np.full((self.world_size, self.num_experts + 1), -1, np.int32)
         rank, column = np.nonzero(self.physical >= 0)
         table[rank, self.physical[rank, column]] = rank * self.physical_per_rank + column
@@ -236,7 +236,7 @@ class Placement:
         )
 
     def __getstate__(self) -> dict[str, np.ndarray | bool]:
-        # What is looked up by is made again.
+        # Cached lookup tables are not pickled.
         return {"physical": self.physical, "stops": self.stops, "local": self.local}
 
     def __dask_tokenize__(self) -> tuple[str, list, list, bool]:
@@ -265,15 +265,15 @@ def verify_placement(
     ----------
     placement : Placement
     num_experts : int, optional
-        The experts that it must place: all of them, and no others.
+        Number of experts that it must place: all of them, and no others.
     max_physical : int, optional
-        The physical experts that a rank may have.
+        Maximum number of physical experts of a rank.
 
     Raises
     ------
     ValueError
         If an expert is missing, is twice on one rank or does not exist, if the replicas of an
-        expert do not serve every ticket exactly once, or if a limit is passed.
+        expert do not serve every ticket exactly once, or if a limit is exceeded.
     """
     _check_physical(placement.physical)
     _check_stops(placement.physical, placement.stops)
@@ -290,7 +290,7 @@ def verify_placement(
 
 
 def _integers(values: object, name: str, dtype: type) -> np.ndarray:
-    """Copy a table of integers, refusing anything else."""
+    """Copy a table of integers; raise for anything else."""
     array = np.array(values)
     if array.ndim != 2 or array.size == 0 or array.dtype.kind not in "iu":
         raise ValueError(
@@ -301,7 +301,7 @@ def _integers(values: object, name: str, dtype: type) -> np.ndarray:
 
 
 def _check_physical(physical: np.ndarray) -> None:
-    """Every expert somewhere, none twice on a rank."""
+    """Raise unless every expert is placed, and none twice on a rank."""
     if physical.min() < -1:
         raise ValueError(f"a physical expert must be an expert or -1, but one is {physical.min()}")
     missing = np.flatnonzero(np.bincount(physical[physical >= 0], minlength=1) == 0)
@@ -321,7 +321,7 @@ def _check_physical(physical: np.ndarray) -> None:
 
 
 def _check_stops(physical: np.ndarray, stops: np.ndarray) -> None:
-    """The replicas of every expert serve every ticket exactly once."""
+    """Raise unless the replicas of every expert serve every ticket exactly once."""
     if stops.shape != physical.shape:
         raise ValueError(f"stops {stops.shape} must have the shape of physical {physical.shape}")
     sizes = share_sizes(physical, stops)

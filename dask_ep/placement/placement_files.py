@@ -1,7 +1,7 @@
 """How are files of placements read and written, ours and those of serving engines?
 
-Loads that are measured here on a large corpus can place the experts of a serving deployment. The
-files that engines read at their start hold the placement of every MoE layer:
+Loads measured on a large corpus can be used to place the experts of a serving deployment. The files
+that engines read at their start hold the placement of every MoE layer:
 
     dask_ep      {"physical": [[0, 1], [2, 0]], ...}                one layer, Placement.to_json
     SGLang       {"physical_to_logical_map": [[0, 1, 2, 0], ...]}   --init-expert-location FILE
@@ -9,10 +9,10 @@ files that engines read at their start hold the placement of every MoE layer:
                    {"layer_id": 0, "device_count": 2, "device_list": [
                      {"device_id": 0, "device_expert": [0, 1]}, ...]}]}
 
-SGLang's list has one row for every layer of the model, dense ones included (they are ignored);
-vLLM Ascend's only the MoE layers. vLLM itself reads no such file as of 0.32. Engines choose among
-the replicas of an expert evenly and have no empty physical experts: a placement of `exact`, or one
-with empty ones, cannot be exported.
+SGLang's list has one row for every layer of the model, including dense ones, which are ignored;
+vLLM Ascend's has only the MoE layers. vLLM itself reads no such file as of 0.32. Engines choose
+evenly among the replicas of an expert and have no empty physical experts: a placement of `exact`,
+or one with empty physical experts, cannot be exported.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from dask_ep.placement.placement import Placement
 from dask_ep.placement.policies import POLICIES, place
 
 Asked = Placement | str | PathLike | None
-"""How a placement is given: itself, the name of a policy, the path of a file, or contiguous."""
+"""A placement, the name of a policy, the path of a file, or None for contiguous."""
 
 
 def resolve(
@@ -41,7 +41,7 @@ def resolve(
     layer: int | None = None,
     moe_layers: Sequence[int] | None = None,
 ) -> Placement | str | None:
-    """Read a placement that is given as a file; leave anything else as it is.
+    """Read a placement that is given as a file; return anything else unchanged.
 
     Parameters
     ----------
@@ -69,19 +69,19 @@ def resolve(
 def find_placement(
     asked: Asked, num_experts: int, world_size: int, load: Callable[[], np.ndarray]
 ) -> Placement | None:
-    """Make the wanted placement; None where that is E/R experts for each rank in order.
+    """Make the placement that was asked for; None if each rank has the next E/R experts in order.
 
     Parameters
     ----------
-    asked : as for `resolve`
+    asked : as in `resolve`
     num_experts, world_size : E, R
     load : function that counts the rows of each expert, for `place`
-        Called only where a policy needs it: for neither "contiguous" nor a single rank.
+        Called only if a policy needs it: not for "contiguous", nor for a single rank.
 
     Raises
     ------
     ValueError
-        If it is for other experts or ranks, or none that `resolve` knows.
+        If it is for other experts or ranks, or `resolve` does not accept it.
     """
     found = resolve(asked, world_size)
     if not isinstance(found, Placement):
@@ -109,19 +109,19 @@ def from_file(
     ----------
     path : path of a JSON file, or of a (ranks, physical experts) .npy file
     layer : int, optional
-        The layer of the model (SGLang) or of its MoE layers (vLLM Ascend); may be left out where
-        the file has only one.
-    moe_layers : numbers of the model's MoE layers, optional
-        With them `layer` is a layer of the model for either.
+        Index of the layer in the model (SGLang) or among its MoE layers (vLLM Ascend); optional if
+        the file has only one layer.
+    moe_layers : indices of the model's MoE layers, optional
+        With them, `layer` is the index in the model for both engines.
     world_size : int, optional
-        Ranks; needed for SGLang's file, which does not say it.
+        Number of ranks; required for SGLang's file, which does not have it.
 
     Raises
     ------
     FileNotFoundError
         If there is no such file.
     ValueError
-        If the file is none of them, the layer is not in it, or `world_size` is missing or does not
+        If the file is none of these, the layer is not in it, or `world_size` is missing or does not
         fit.
     """
     if not Path(path).exists():
@@ -169,11 +169,11 @@ def write_sglang(
 
     Parameters
     ----------
-    path : path, ending in .json (SGLang looks at the ending)
-    placements : for each MoE layer of the model, by its number, its placement; all of one size
+    path : path with the suffix .json, which SGLang requires
+    placements : placement of each MoE layer of the model, by its index; all of one size
     num_layers : int, optional
-        Layers of the model; the ones that are not in `placements` get the experts in order.
-        Default: up to the largest number in `placements`.
+        Number of layers of the model; those that are not in `placements` get the experts in order.
+        Default: up to the largest index in `placements`.
 
     Raises
     ------
@@ -240,12 +240,12 @@ def _from_sglang(content: dict, path: str | PathLike, world_size: int) -> list[P
     try:
         layers = np.array(content.get("physical_to_logical_map"))
         shape = layers.shape
-    except ValueError:  # of rows that differ in length
+    except ValueError:  # rows differ in length
         shape = None
     if shape is None or len(shape) != 2 or shape[1] % world_size or layers.dtype.kind != "i":
         raise ValueError(
-            f'{path} must hold "physical_to_logical_map", whole numbers (layers, physical '
-            f"experts), as many of these as a multiple of world_size={world_size}; it holds "
+            f'{path} must hold "physical_to_logical_map", integers (layers, physical '
+            f"experts), with a multiple of world_size={world_size} physical experts; it holds "
             f"{'lists that differ in length' if shape is None else f'{shape} of {layers.dtype}'}"
         )
     return [Placement(layer.reshape(world_size, -1)) for layer in layers]
@@ -270,7 +270,7 @@ def _from_vllm_ascend(content: dict, path: str | PathLike) -> list[Placement]:
 
 
 def _moe_layer(layer: int, moe_layers: Sequence[int], num_layers: int, path: str | PathLike) -> int:
-    """Number a layer of the model among its MoE layers, as a file of these does."""
+    """Return the index of a layer of the model among its MoE layers."""
     if layer not in moe_layers:
         listed = ", ".join(map(str, moe_layers))
         raise ValueError(f"layer {layer} of the model is not MoE; its MoE layers are {listed}")
@@ -294,7 +294,7 @@ def _one_of(placements: list[Placement], layer: int | None, path: str | PathLike
 
 
 def _check_engine(placements: Iterable[Placement]) -> Placement:
-    """Refuse what an engine's file cannot say; give the first placement."""
+    """Raise for placements that an engine's file cannot hold; return the first one."""
     placements = list(placements)
     sizes = {(p.physical.shape, p.num_experts) for p in placements}
     if len(sizes) != 1:

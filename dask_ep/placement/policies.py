@@ -7,11 +7,11 @@ best balanced:
     packed       one replica each, heaviest first, each to the lightest rank with room
     balanced     replicas for the hottest experts first, then packed: EPLB's hierarchical and global
                  policies, but never two replicas of an expert on one rank
-    exact        every rank serves the same number of rows, with about one spare one per rank;
-                 the replicas of an expert share its rows unevenly
+    exact        every rank serves the same number of rows, with about one spare physical expert per
+                 rank; the replicas of an expert share its rows unevenly
 
 Axis letters: `E` experts, `R` ranks, `P` physical experts per rank, `L` layers, `X` independent
-problems that are solved side by side.
+problems that are solved together.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from dask_ep.placement.replica_choice import TICKETS
 
 
 def contiguous(num_experts: int, world_size: int) -> Placement:
-    """Give each rank the next E/R experts; where E/R is uneven, the first ranks get one more.
+    """Give each rank the next E/R experts; if R does not divide E, the first ranks get one more.
 
     Examples
     --------
@@ -40,7 +40,7 @@ def contiguous(num_experts: int, world_size: int) -> Placement:
 
 
 def packed(load: np.ndarray, world_size: int) -> Placement:
-    """Give every expert one place, heaviest first, each to the lightest rank with room.
+    """Place every expert once, heaviest first, each on the lightest rank with room.
 
     Parameters
     ----------
@@ -63,29 +63,30 @@ def balanced(
     num_groups: int = 1,
     num_nodes: int = 1,
 ) -> Placement:
-    """Replicate the hottest experts where there is room, then spread the replicas over the ranks.
+    """Replicate the hottest experts while there is room, and spread all replicas over the ranks.
 
     Parameters
     ----------
     load : (E,) rows of each expert, or anything proportional to them
     world_size : int, R
     num_physical : int, optional
-        Replicas in all, E <= num_physical <= E * R. Default: one to spare on every rank.
+        Total number of replicas, E <= num_physical <= E * R. Default: one to spare on every rank.
     num_groups, num_nodes : int
         With more than one node, whole groups of E / num_groups experts are kept on one node.
 
     Raises
     ------
     ValueError
-        If the numbers do not divide, or there are more physical than logical experts on every rank.
+        If the numbers do not divide each other as required, or there are more physical than logical
+        experts on every rank.
 
     Notes
     -----
-    DeepSeek's EPLB: each spare one goes to the expert with the most rows per replica; then the
-    replicas, heaviest first, each to the lightest rank with room. Hierarchical (groups to nodes
-    first) where num_nodes divides num_groups, else global. Unlike EPLB a rank never gets two
-    replicas of an expert, which would cost memory and gain nothing. Ties go to the lowest index.
-    Replicas share rows evenly.
+    This is DeepSeek's EPLB: each spare physical expert becomes a replica of the expert with the
+    most rows per replica; then each replica, heaviest first, goes to the lightest rank with room.
+    It is hierarchical (groups to nodes first) if num_nodes divides num_groups, otherwise global.
+    Unlike in EPLB, a rank never gets two replicas of an expert, which would cost memory and gain
+    nothing. Ties go to the lowest index. Replicas share rows evenly.
 
     Examples
     --------
@@ -153,16 +154,16 @@ def balance_layers(
 
 
 def exact(load: np.ndarray, world_size: int, *, max_physical: int | None = None) -> Placement:
-    """Give every rank the same number of rows, to one, with few resident experts.
+    """Give every rank the same number of rows, up to one, with few experts per rank.
 
     Parameters
     ----------
     load : (E,) or (E, bins) integer array
         Rows of each expert; or the same by ticket (`ticket_load`), which makes the shares of the
-        replicas right for these very rows instead of on average.
+        replicas exact for these rows, not just on average.
     world_size : int, R
     max_physical : int, optional
-        The most experts that a rank can hold (its memory over the bytes of one expert).
+        Maximum number of experts that a rank can hold (its memory over the bytes of one expert).
 
     Raises
     ------
@@ -172,14 +173,14 @@ def exact(load: np.ndarray, world_size: int, *, max_physical: int | None = None)
     Notes
     -----
     McNaughton's wrap-around rule (Management Science 6(1), 1959) cuts the list of all (row, expert)
-    pairs, sorted by expert, into R equal runs; then a rank full of cold experts holds many. Here
-    the experts are taken in another order: sorted by load, each rank takes a window of w whole
-    experts and a part of the next that make exactly its rows. With m = ceil((E - 1) / R), A ranks
-    to fill and M <= A m + 1 experts left, such a window exists for some w <= m that leaves the
-    other A - 1 ranks no more than (A - 1) m + 1: the lightest w weigh no more than a rank's rows
-    for the least such w, the heaviest w + 1 no less for w = m, and moving the window up by one
-    never jumps over both. So no rank holds more than m + 1 experts, about one more than E/R, and
-    there are at most R - 1 replicas beyond the first ones.
+    pairs, sorted by expert, into R equal runs; a rank with cold experts then holds many of them.
+    Here the experts are taken in another order: sorted by load, each rank takes a window of w whole
+    experts and a part of the next that add up to exactly its rows. With m = ceil((E - 1) / R), A
+    ranks to fill and M <= A m + 1 experts left, such a window exists for some w <= m that leaves
+    the other A - 1 ranks no more than (A - 1) m + 1: the lightest w weigh no more than a rank's
+    rows for the least such w, the heaviest w + 1 no less for w = m, and moving the window up by one
+    never skips both. So no rank holds more than m + 1 experts, about one more than E/R, and there
+    are at most R - 1 additional replicas.
 
     Examples
     --------
@@ -213,7 +214,7 @@ def exact(load: np.ndarray, world_size: int, *, max_physical: int | None = None)
 def place(
     policy: str, load: np.ndarray, world_size: int, *, max_physical: int | None = None
 ) -> Placement:
-    """Make the placement that a policy of `POLICIES` gives, within what a rank may hold.
+    """Make a placement by a policy of `POLICIES`, within the limit of what a rank may hold.
 
     Parameters
     ----------
@@ -221,12 +222,12 @@ def place(
     load : (E,) or (E, bins) integer array, as in `exact`
     world_size : int, R
     max_physical : int, optional
-        The most experts that a rank can hold.
+        Maximum number of experts that a rank can hold.
 
     Raises
     ------
     ValueError
-        If the policy is not known, or its placement needs more physical experts.
+        If the policy is unknown, or its placement needs more physical experts per rank.
 
     Examples
     --------
@@ -251,11 +252,11 @@ def place(
 
 
 POLICIES = ("contiguous", "packed", "balanced", "exact")
-"""The names that `place` knows, from the simplest to the best balanced."""
+"""The names that `place` accepts, from the simplest to the best balanced."""
 
 
 def most_physical(policy: str, num_experts: int, world_size: int) -> int:
-    """Return the most physical experts per rank that `place` uses for a policy, whatever the load.
+    """Return the maximum physical experts per rank that `place` uses for a policy, for any load.
 
     Examples
     --------
@@ -269,9 +270,9 @@ def most_physical(policy: str, num_experts: int, world_size: int) -> int:
 
 
 def _equal_windows(rows: np.ndarray, world_size: int) -> list[dict[int, int]]:
-    """Cut the experts' rows into equal ranks: for each rank, how many rows of which expert."""
+    """Split the experts' rows equally: return, for each rank, how many rows of which expert."""
     left = rows.copy()
-    waiting = np.argsort(rows, kind="stable")  # experts not wholly given out, lightest first
+    waiting = np.argsort(rows, kind="stable")  # experts with rows left, lightest first
     most = -(-(rows.size - 1) // world_size)  # whole experts that a rank may take
     pieces = []
     for others in range(world_size - 1, -1, -1):
@@ -281,9 +282,9 @@ def _equal_windows(rows: np.ndarray, world_size: int) -> list[dict[int, int]]:
             continue
         total = np.concatenate([[0], np.cumsum(left[waiting])])
         quota = int(total[-1]) // (others + 1)
-        # As few whole experts as leave no more than the other ranks can take ...
+        # The fewest whole experts that leave no more than the other ranks can take ...
         whole = max(waiting.size - others * most - 1, 0)
-        # ... and as many as make the quota, together with a part of one more.
+        # ... and as many as fill the quota, together with a part of one more.
         while total[-1] - total[-whole - 2] < quota:
             whole += 1
         start = int(np.argmax(total[whole + 1 :] - total[: -whole - 1] >= quota))
@@ -311,7 +312,7 @@ def _ticket_at(by_ticket: np.ndarray, served: int, rows: int) -> int:
 
 
 def _table(ranks: list) -> np.ndarray:
-    """The experts of each rank as a table, shorter rows filled with -1."""
+    """Return the experts of each rank as a table, in which shorter rows are padded with -1."""
     table = np.full((len(ranks), max(1, *map(len, ranks))), -1)
     for row, experts in zip(table, ranks, strict=True):
         row[: len(experts)] = experts
@@ -331,7 +332,7 @@ def _loads(load: np.ndarray) -> np.ndarray:
 
 
 def _integer_loads(load: np.ndarray) -> np.ndarray:
-    """The same, as int64; fractions are scaled up until rounding is harmless."""
+    """Return the load as int64; fractions are scaled up until rounding is harmless."""
     if load.dtype.kind in "iu":
         _loads(load)
         return load.astype(np.int64)

@@ -1,10 +1,10 @@
 """Given the previous placement and the current load, which few experts should move?
 
-A placement that was made for yesterday's load is nearly right for today's, and every expert that
-moves must be loaded again. Here only enough of them move.
+A placement made for yesterday's load is nearly right for today's, and every expert that moves must
+be loaded again. So only as many experts move as necessary.
 
-A *change* is one of: two ranks swap an expert (2 loads), an expert moves to an empty place (1), a
-spare replica or an empty place becomes a further replica of a hot expert (1).
+A *change* is one of these: two ranks swap an expert (2 loads), an expert moves to an empty place
+(1), a spare replica or an empty place becomes another replica of a hot expert (1).
 """
 
 from __future__ import annotations
@@ -31,19 +31,20 @@ def incremental(previous: Placement, load: np.ndarray, *, tolerance: float = 0.0
     Returns
     -------
     placement : Placement
-        Of the size of `previous`, and local if that is; what does not move keeps its place, and
-        replicas share rows evenly. Where the tolerance is out of reach, the best balanced of what
-        there was, what the changes reach, and what `balanced` gives with as many replicas.
+        Of the size of `previous`, and local if that is; experts that do not move keep their places,
+        and replicas share rows evenly. If the tolerance cannot be reached, it is the best balanced
+        of the previous placement, the result of the changes, and that of `balanced` with as many
+        replicas.
 
     Raises
     ------
     ValueError
-        If `load` has not one number for each expert of `previous`.
+        Unless `load` has one number for each expert of `previous`.
 
     Notes
     -----
-    Steepest descent: always the change that takes away most overload (the sum over ranks of the
-    squared rows above the tolerance) per expert loaded. Each lowers the overload, so it ends.
+    Steepest descent: each step is the change that reduces the overload most (the sum over ranks of
+    the squared rows above the tolerance) per expert loaded. Every change reduces it, so this ends.
 
     Examples
     --------
@@ -70,13 +71,13 @@ def incremental(previous: Placement, load: np.ndarray, *, tolerance: float = 0.0
         return near
     fresh = balanced(load, previous.world_size, num_physical=int(previous.replica_counts.sum()))
     fresh = _aligned(fresh, previous)
-    # Less overload can still be a larger largest load.
+    # With less overload the largest load can still be larger.
     unmoved = Placement(previous.physical, local=previous.local)
     return min(unmoved, near, fresh, key=lambda placement: placement.imbalance(load))
 
 
 def moves(before: Placement, after: Placement) -> int:
-    """Count the experts that some rank must load because it did not hold them before.
+    """Count the experts that ranks must load because they did not hold them before.
 
     Examples
     --------
@@ -91,13 +92,13 @@ def moves(before: Placement, after: Placement) -> int:
 
 
 _Change = tuple[float, dict[tuple[int, int], int]]
-"""Overload that a change takes away per expert loaded, and the new expert of each place."""
+"""Reduction of overload per expert loaded, and the new expert of each place that changes."""
 
 NO_CHANGE: _Change = (0.0, {})
 
 
 class _State(NamedTuple):
-    """A placement on its way, and what all changes are scored from."""
+    """An intermediate placement, and the quantities by which changes are scored."""
 
     physical: np.ndarray
     #: (R, P)
@@ -106,7 +107,7 @@ class _State(NamedTuple):
     per_replica: np.ndarray
     #: (E + 1,) rows of one replica of each expert; [-1] is 0, for empty places
     replicas: np.ndarray
-    #: (E + 1,); [-1] is 2, so that an empty place counts as one that can be given away
+    #: (E + 1,) number of replicas; [-1] is 2, so that an empty place counts as spare
     holds: np.ndarray
     #: (R, E + 1) whether a rank holds an expert; [:, -1] is False
     rank_load: np.ndarray
@@ -126,7 +127,7 @@ class _State(NamedTuple):
         return cls(physical, limit * (1 + 1e-12), per_replica, replicas, holds, rank_load, heavy)
 
     def over(self, rank_load: np.ndarray) -> np.ndarray:
-        """Overload of ranks with these rows."""
+        """Return the overload of ranks with these rows."""
         return np.maximum(rank_load - self.limit, 0.0) ** 2
 
     @property
@@ -134,14 +135,14 @@ class _State(NamedTuple):
         return float(self.over(self.rank_load).sum())
 
     def split(self, expert: np.ndarray, further: int) -> np.ndarray:
-        """(..., R) change of rank loads if each expert had `further` replicas more."""
+        """Return (..., R) the change of rank loads if each expert had `further` more replicas."""
         rows = self.per_replica[expert] * self.replicas[expert]
         change = rows / np.maximum(self.replicas[expert] + further, 1) - self.per_replica[expert]
         return self.holds[:, expert].T * change[..., None]
 
 
 def _best_exchange(state: _State) -> _Change:
-    """The heaviest rank swaps an expert with another rank, or moves it to an empty place there."""
+    """Swap an expert of the heaviest rank with one of another, or move it to an empty place."""
     mine = state.physical[state.heavy][:, None, None]  # (P, 1, 1), against (R, P)
     gives, takes = state.per_replica[mine], state.per_replica[state.physical]
     before = state.over(state.rank_load)[:, None] + state.over(state.rank_load[state.heavy])
@@ -161,7 +162,7 @@ def _best_exchange(state: _State) -> _Change:
 
 
 def _best_replica(state: _State) -> _Change:
-    """An expert of the heaviest rank gets another replica, for a spare one or in an empty place."""
+    """Give an expert of the heaviest rank another replica, in a spare one's or an empty place."""
     hot = state.physical[state.heavy]
     hot = hot[hot >= 0]
     rank, other = np.nonzero(state.replicas[state.physical] > 1)
@@ -182,7 +183,7 @@ def _best_replica(state: _State) -> _Change:
 
 
 def _best_drop(state: _State) -> _Change:
-    """The heaviest rank gives up a spare replica: the other replicas take its rows."""
+    """Remove a spare replica from the heaviest rank: the other replicas take its rows."""
     mine = state.physical[state.heavy]
     columns = np.flatnonzero((mine >= 0) & (state.replicas[mine] > 1))
     if columns.size == 0:

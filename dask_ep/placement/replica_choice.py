@@ -1,10 +1,10 @@
 """Which replica of an expert serves a row?
 
-A row draws a ticket from its global row number, `row * STRIDE mod TICKETS`, with
-`STRIDE / TICKETS` the golden ratio: any run of rows, and any regular stride through them (the first
-token of every sequence), spreads evenly over the tickets. Every replica of an expert serves a range
-of tickets. A row's replicas therefore depend on nothing but its number: not on chunks, ranks or
-time.
+A row's ticket follows from its global row number: `row * STRIDE mod TICKETS`, where
+`STRIDE / TICKETS` is the golden ratio, so that any run of rows, and any regular stride through them
+(the first token of every sequence), spreads evenly over the tickets. Every replica of an expert
+serves a range of tickets. A row's replicas therefore depend only on its number, not on chunks,
+ranks or time.
 
 Axis letters: `n` rows, `k` slots per row, `E` experts, `R` ranks, `P` physical experts per rank.
 """
@@ -22,26 +22,26 @@ from dask_ep.kernel.error_context import error_context
 
 _TICKET_BITS = 40
 TICKETS = 1 << _TICKET_BITS
-"""How many tickets there are: distinct for as many rows, and E * TICKETS fits an int64."""
+"""Number of tickets; that many rows have different ones, and E * TICKETS fits into an int64."""
 
 STRIDE = 0x9E3779B97F
-"""Odd (so that row numbers and tickets are one to one) and TICKETS times the golden ratio."""
+"""TICKETS times the golden ratio; odd, so that row numbers map one to one to tickets."""
 
-_BIN_BITS = _TICKET_BITS - 6  # a replica is found by the 64th part of the tickets, then compared
+_BIN_BITS = _TICKET_BITS - 6  # 64 bins of tickets, from which the search for a replica starts
 
 
 class Tickets:
-    """The replicas of these physical experts, to be looked up by ticket."""
+    """The replicas of some physical experts, looked up by ticket."""
 
     def __init__(self, physical: np.ndarray, stops: np.ndarray):
         self._physical, self._stops = physical, stops
         self._num_experts = int(physical.max()) + 1
 
     def choose(self, routing: np.ndarray, row_offset: int) -> np.ndarray:
-        """The replicas that the rows' tickets choose, as `Placement.rewrite` gives them."""
+        """Return the replicas that the rows' tickets choose, as in `Placement.rewrite`."""
         xp = namespace(routing)
         _check_routing(routing, self._num_experts, row_offset)
-        if self._holders.size == self._num_experts:  # one replica each: nothing to choose
+        if self._holders.size == self._num_experts:  # one replica each: there is no choice
             return xp.asarray(self._home)[routing]
         key = _keys(routing, row_offset, xp).ravel()
         if xp is np:
@@ -52,7 +52,7 @@ class Tickets:
         return xp.where(routing < 0, np.int32(-1), physical)
 
     def _nth_holder(self, key: np.ndarray) -> np.ndarray:
-        """Which of `_holders` serves each key: a binary search that begins next to the answer."""
+        """Return which of `_holders` serves each key, by a binary search from a nearby start."""
         nth = self._first_guess[key >> _BIN_BITS]
         passed = np.flatnonzero(key >= self._last_keys[nth])
         while passed.size:
@@ -62,7 +62,7 @@ class Tickets:
 
     @cached_property
     def _holders(self) -> np.ndarray:
-        """(replicas,) int32: the physical experts that hold one, by expert, then by number."""
+        """(replicas,) int32: physical experts that are not empty, by expert, then by number."""
         return _by_expert(self._physical).astype(np.int32)
 
     @cached_property
@@ -80,7 +80,7 @@ class Tickets:
 
     @cached_property
     def _home(self) -> np.ndarray:
-        """(E + 1,) int32: where each expert is, if in one place; [-1] answers the routing -1."""
+        """(E + 1,) int32: physical expert of each expert with one replica; [-1] is for -1."""
         return np.append(self._holders, np.int32(-1))
 
 
@@ -93,13 +93,13 @@ def ticket_load(
     ----------
     routing : (n, k) or (n,) integer array, -1 for no expert
     num_experts : int, E
-    row_offset : int, the global number of the first row
-    bins : int, a power of two: into how many equal ranges the tickets are divided
+    row_offset : int, the global index of the first row
+    bins : int, a power of two: number of equal ranges of tickets
 
     Returns
     -------
-    load : (E, bins) int64; summed over chunks it is the load that `exact` cuts best, and summed
-        over the last axis it is the plain load of each expert
+    load : (E, bins) int64; summed over chunks it is the best input of `exact`, and summed over the
+        last axis it is the plain load of each expert
 
     Examples
     --------
@@ -117,7 +117,7 @@ def ticket_load(
 
 
 def _keys(routing: np.ndarray, row_offset: int, xp: Any) -> np.ndarray:
-    """expert * TICKETS + ticket of the row, int64, in the shape of the routing."""
+    """Return expert * TICKETS + ticket of the row, int64, in the shape of the routing."""
     ticket = xp.arange(routing.shape[0], dtype=np.uint64)
     ticket *= np.uint64(STRIDE)  # wraps at 2**64, a multiple of TICKETS
     ticket += np.uint64(row_offset * STRIDE % TICKETS)
@@ -129,14 +129,14 @@ def _keys(routing: np.ndarray, row_offset: int, xp: Any) -> np.ndarray:
 
 
 def _by_expert(physical: np.ndarray) -> np.ndarray:
-    """(replicas,): the flat positions of those that are used, by expert, then position."""
+    """Return (replicas,) flat positions of the places in use, by expert, then position."""
     flat = physical.ravel()
     used = np.flatnonzero(flat >= 0)
     return used[np.argsort(flat[used], kind="stable")]
 
 
 def _nth_replicas(physical: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """For each of `_by_expert`: its position, its expert, and how many replicas come before it."""
+    """Return, for each of `_by_expert`, its position, expert, and number among the replicas."""
     at = _by_expert(physical)
     experts = physical.ravel()[at]
     first = np.searchsorted(experts, experts, side="left")
@@ -144,7 +144,7 @@ def _nth_replicas(physical: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndar
 
 
 def even_stops(physical: np.ndarray) -> np.ndarray:
-    """(R, P) int64: the stops with which the replicas of each expert share its rows evenly."""
+    """Return (R, P) int64 stops with which the replicas of each expert share its rows evenly."""
     at, experts, nth = _nth_replicas(physical)
     replicas = np.bincount(experts)[experts]
     stops = np.zeros(physical.size, np.int64)
@@ -153,7 +153,7 @@ def even_stops(physical: np.ndarray) -> np.ndarray:
 
 
 def share_sizes(physical: np.ndarray, stops: np.ndarray) -> np.ndarray:
-    """(R, P) int64: how many tickets each replica serves."""
+    """Return (R, P) int64 the number of tickets that each replica serves."""
     at, _, nth = _nth_replicas(physical)
     ends = stops.ravel()[at]
     sizes = np.zeros(physical.size, np.int64)
@@ -162,7 +162,7 @@ def share_sizes(physical: np.ndarray, stops: np.ndarray) -> np.ndarray:
 
 
 def _check_routing(routing: np.ndarray, num_experts: int, row_offset: int) -> None:
-    """Refuse an index outside [-1, E), naming the row."""
+    """Raise for an index outside [-1, E), naming the row."""
     if routing.size == 0:
         return
     low, high = to_host(routing.min(), routing.max())

@@ -1,9 +1,9 @@
-"""What does the routing say, before any expert runs?
+"""What follows from the routing, before any expert runs?
 
 One streaming pass reads the routing block by block, counts the rows of every expert, and keeps the
-routing itself in the smallest integers in an unnamed temporary file: 1 or 2 bytes for each of the
-n * k slots, where a token row has thousands. Any placement and any chunk size can then be asked for
-without touching the routing, or the router and the tokens behind it, again.
+routing itself as the smallest integers in an unnamed temporary file: 1 or 2 bytes for each of the
+n * k slots, while a token row has thousands. Any placement and any chunk size can then be evaluated
+without reading the routing again, or running the router on the tokens.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ BLOCK_ROWS = 1 << 16
 
 
 class Visits(NamedTuple):
-    """Which rows go where under one placement and one chunking."""
+    """Which rows go where, for one placement and one chunking."""
 
     packet_rows: np.ndarray
     #: (C, R) int64: the rows of chunk c with a slot at rank r, each row once
@@ -48,14 +48,14 @@ class Visits(NamedTuple):
 
 @dataclass(frozen=True)
 class Survey:
-    """What one pass over the routing found; made by `survey`."""
+    """The result of one pass over the routing; made by `survey`."""
 
     num_experts: int
     slots_per_row: int
     chunks: tuple[int, ...]
     #: rows of each chunk of the routing
     known_rows: bool
-    #: whether rows have global numbers; if not, each chunk counts its rows from 0
+    #: whether global row numbers are known; if not, each chunk counts its rows from 0
     by_ticket: np.ndarray
     #: (E, bins) int64: rows of each expert by ticket
     _spool: _Spool
@@ -77,14 +77,14 @@ class Survey:
         only: Collection[int] | None = None,
         workers: int | None = None,
     ) -> Visits:
-        """Count the rows of each chunk that each rank serves, and each worker.
+        """Count the rows of each chunk that each rank, and each worker, serves.
 
         Parameters
         ----------
         placement : Placement of these experts
-        chunks : rows of each token chunk, summing to N; default: those of the routing
-        only : numbers of the chunks to count, the others being nothing; default: all
-        workers : W, rank r being on worker r % W; default: one for each rank
+        chunks : rows of each token chunk, which add up to N; default: those of the routing
+        only : indices of the chunks to count; default: all
+        workers : W, with rank r on worker r % W; default: one for each rank
         """
         chunks = self.chunks if chunks is None else tuple(chunks)
         ranks, per_rank = placement.physical.shape
@@ -104,8 +104,8 @@ class Survey:
         return Visits(packet_rows, worker_rows, physical_rows[1:].reshape(ranks, per_rank))
 
     def blocks(self, chunks: Sequence[int]) -> Iterator[tuple[int, int, np.ndarray]]:
-        """Read the routing again: chunk, what to rewrite by as first row, and up to `BLOCK_ROWS`
-        rows of it, (m, k).
+        """Read the routing again: yield the chunk, the row offset for `Placement.rewrite`, and up
+        to `BLOCK_ROWS` rows, (m, k).
         """
         bounds = np.concatenate([[0], np.cumsum(chunks, dtype=np.int64)])
         for chunk, (start, stop) in enumerate(pairwise(bounds.tolist())):
@@ -114,7 +114,7 @@ class Survey:
                 yield chunk, first if self.known_rows else first - start, rows
 
     def rows_by_chunk(self, chunks: Sequence[int]) -> np.ndarray:
-        """(C, E) int64: the (row, slot) pairs that each chunk of these rows has for each expert.
+        """Return (C, E) int64 the (row, slot) pairs of each expert in each chunk of these rows.
 
         Examples
         --------
@@ -173,7 +173,7 @@ def survey(routing: da.Array | np.ndarray, num_experts: int, *, known_rows: bool
 
 
 class _Spool:
-    """Rows of integers in a temporary file that vanishes with this object."""
+    """Rows of integers in a temporary file that is removed with this object."""
 
     def __init__(self, dtype: np.dtype, width: int):
         self.dtype, self.width = np.dtype(dtype), width
@@ -185,14 +185,14 @@ class _Spool:
         self._file.flush()
 
     def read(self, start: int, stop: int) -> np.ndarray:
-        """Rows [start, stop), (stop - start, width)."""
+        """Return rows [start, stop), (stop - start, width)."""
         size = self.width * self.dtype.itemsize
         content = os.pread(self._file.fileno(), (stop - start) * size, start * size)
         return np.frombuffer(content, self.dtype).reshape(stop - start, self.width)
 
 
 def _blocks(routing: da.Array | np.ndarray) -> Iterator[np.ndarray]:
-    """The routing's blocks in order, some at a time, on whatever scheduler is in use."""
+    """Yield the routing's blocks in order, computing some at a time with the scheduler in use."""
     if not isinstance(routing, da.Array):
         yield np.asarray(routing)
         return
@@ -205,7 +205,7 @@ def _blocks(routing: da.Array | np.ndarray) -> Iterator[np.ndarray]:
 
 
 def _rows_by_place(place: np.ndarray, places: int) -> np.ndarray:
-    """(places,): how many rows have a slot at each place, each row once; -1 is none."""
+    """Return (places,) how many rows have a slot at each place, each row once; -1 is none."""
     visited = np.zeros((len(place), places + 1), bool)
     visited[np.arange(len(place))[:, None], place] = True
     return np.count_nonzero(visited[:, :places], axis=0)

@@ -789,7 +789,7 @@ def test_experts_cannot_travel_to_rows_that_wait_on_disk(tmp_path):
     layer = load_job(
         tokens=str(tokens), out=large.out, layer=str(FIXTURES / "llama4"), layer_index=LAYER
     )
-    told = "travel must be rows or auto: .* held in memory, which needs threads"
+    told = "travel must be rows or auto, .* held in memory, which needs threads"
     with pytest.raises(ValueError, match=told):
         decide(open_inputs(large).work(), Layout(2, 2, 1, 320 * 10**6), travel=Travel("experts"))
     with pytest.raises(ValueError, match=told):

@@ -76,7 +76,7 @@ def test_routed_experts_of_vllm_are_written_and_read(tmp_path):
         np.testing.assert_array_equal(
             expert_load(tmp_path / "routed.npy", number, 40), np.bincount(layer.ravel())
         )
-    with pytest.raises(ValueError, match="layers 0 to 1, but layer 2 is wanted"):
+    with pytest.raises(ValueError, match="layers 0 to 1 of .*, not 2"):
         read_engine_routing(tmp_path / "routed.npy", 2)
 
 
@@ -146,7 +146,7 @@ def test_what_is_no_record_is_refused(tmp_path):
     with pytest.raises(ValueError, match=r"must hold logical_count, or records .*\['other'\]"):
         read_sglang_counts(tmp_path / "x.json")
     (tmp_path / "y.json").write_text('{"logical_count": [[[1, -1]]]}')
-    with pytest.raises(ValueError, match="whole numbers from 0 up with 3 axes"):
+    with pytest.raises(ValueError, match="integers of at least 0 with 3 axes"):
         read_sglang_counts(tmp_path / "y.json")
     with pytest.raises(ValueError, match="by the ending .json"):
         write_sglang_counts(tmp_path / "x.txt", np.zeros((1, 1), int))

@@ -546,10 +546,10 @@ def test_a_layer_that_an_engine_file_does_not_hold_is_named(tmp_path):
         from_file(path, layer=5, moe_layers=[3, 4, 5])
 
 
-def test_an_engine_file_of_floats_is_told_so(tmp_path):
+def test_an_engine_file_of_floats_is_refused(tmp_path):
     path = tmp_path / "sglang.json"
     path.write_text('{"physical_to_logical_map": [[0.0, 1.0]]}')
-    with pytest.raises(ValueError, match=r"whole numbers .*; it holds \(1, 2\) of float64"):
+    with pytest.raises(ValueError, match=r"integers .*; it holds \(1, 2\) of float64"):
         read_sglang(path, 2)
 
 

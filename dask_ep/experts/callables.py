@@ -25,7 +25,7 @@ class CallableExperts:
         for e, function in enumerate(functions):
             if isinstance(function, Expert):
                 raise TypeError(
-                    f"expert {e} must be a function of its own, but is a loaded Expert; "
+                    f"expert {e} must be a function, but is a loaded Expert; "
                     "pass the Experts that it was loaded from"
                 )
             if function is not None and not callable(function):

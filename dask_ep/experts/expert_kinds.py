@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 
 class Kind(NamedTuple):
-    """What an expert of one kind is made of: the keywords of the classmethod of `Experts`."""
+    """The weights and options of a kind of expert: the keywords of its classmethod in `Experts`."""
 
     weights: dict[str, str]
     #: their axes after the first: d in, f hidden, o out
@@ -14,7 +14,7 @@ class Kind(NamedTuple):
 
     @property
     def matrices(self) -> tuple[str, ...]:
-        """The weights that must be there."""
+        """The weights that must be given."""
         return tuple(name for name, axes in self.weights.items() if " " in axes)
 
 

@@ -1,7 +1,7 @@
 """What are the experts of a layer: their kind, weights and options?
 
-`Experts` is data: a kind, and one array per weight with the experts along its first axis, each left
-where it lies (a file, an array, a Dask array) until a rank asks for its own.
+`Experts` is data: a kind, and one array per weight with the experts along its first axis. Each
+weight stays where it is (in a file, an array, a Dask array) until a rank loads its experts.
 
     Experts (all E)  ──.subset(ids)──>  Experts (a rank's)  ──.load()──>  LocalExperts
      handles of files                    still handles                    arrays, ready to compute
@@ -34,22 +34,22 @@ class Experts(Weights):
     `Experts.callables`. Each weight is (E, in, out), or (E, out, in) with ``transposed=True``:
     a NumPy array, a memory map, a path (``.npy``, a Zarr array, ``file.safetensors::tensor``),
     a Zarr array, a Source, a Dask array, or a list with one of these per expert. Biases are
-    (E, out). Building one reads headers alone.
+    (E, out). Only headers are read when it is built.
 
     Attributes
     ----------
     kind : "linear", "mlp", "gated", "gated_fused" or "callables"
     num_experts : E
-    d, d_out : widths of the rows that come and go; None for callables of unknown width
-    hidden : f, None where there is no hidden layer
+    d, d_out : widths of input and output rows; None for callables of unknown width
+    hidden : f; None without a hidden layer
     dtype : of the weights as stored
     nbytes : bytes of all weights as stored
 
     Notes
     -----
     Weights are held in the computing dtype (float32, or float64 for float64 tokens) once they are
-    loaded, in the orientation in which they are stored: products take either. Matrices of bfloat16
-    stay so where the CPU multiplies them faster (`dask_ep.kernel.bfloat16`).
+    loaded, in the orientation in which they are stored: products support both. Matrices of bfloat16
+    stay bfloat16 where the CPU multiplies them faster (`dask_ep.kernel.bfloat16`).
 
     Examples
     --------
@@ -112,7 +112,7 @@ class Experts(Weights):
         output_norm_eps: float | None = None,
         apply_router_weight_on_input: bool = False,
     ) -> Experts:
-        """``(activation(rows @ gate) * (rows @ up)) @ down``: SwiGLU and its relatives.
+        """``(activation(rows @ gate) * (rows @ up)) @ down``: SwiGLU and its variants.
 
         Parameters
         ----------
@@ -120,17 +120,17 @@ class Experts(Weights):
         down : (E, f, d_out)
         activation : "silu", "gelu", "gelu_tanh", "relu" or "relu2"
         gate_bias, up_bias, down_bias : (E, f), (E, f), (E, d_out), optional
-        transposed : the matrices are (E, out, in)
+        transposed : whether the matrices are (E, out, in)
         limit : before the activation, gate = min(gate, limit), up = clip(up, -limit, limit)
         alpha : silu is gate * sigmoid(alpha * gate)
         up_offset : added to up after it is clamped
-        clamp_after : the activation of the gate is clamped, not the gate
+        clamp_after : whether the activation of the gate is clamped instead of the gate
         soft_caps : of the gate and of up, with silu: cap * tanh(gate / cap) * sigmoid(alpha * gate)
             times cap * tanh(up / cap)
         output_scale, output_norm_eps : (E, d_out) and a number, optional: the output is multiplied
-            by the scale, and then is y / sqrt(mean(y**2) + output_norm_eps)
-        apply_router_weight_on_input : the top-k weight multiplies the row that the expert
-            reads (as in Llama 4) instead of its output
+            by the scale, and then divided by sqrt(mean(y**2) + output_norm_eps)
+        apply_router_weight_on_input : whether the top-k weight multiplies the expert's input
+            (as in Llama 4) instead of its output
         """
         weights = {"gate": gate, "up": up, "down": down, "output_scale": output_scale}
         weights |= {"gate_bias": gate_bias, "up_bias": up_bias, "down_bias": down_bias}
@@ -161,10 +161,10 @@ class Experts(Weights):
         output_norm_eps: float | None = None,
         apply_router_weight_on_input: bool = False,
     ) -> Experts:
-        """As `gated`, with gate and up in one (E, d, 2 f) matrix.
+        """Like `gated`, with gate and up in one (E, d, 2 f) matrix.
 
-        Their halves follow each other, or alternate (gate in the even columns) if `interleaved`;
-        a bias is split in the same way.
+        Gate is the first half of its columns, or the even ones if `interleaved`; a bias is split
+        in the same way.
         """
         weights = {"gate_up": gate_up, "down": down, "output_scale": output_scale}
         weights |= {"gate_up_bias": gate_up_bias, "down_bias": down_bias}
@@ -181,8 +181,8 @@ class Experts(Weights):
     ) -> CallableExperts:
         """A user's own functions (m, d) -> (m, d_out), one per expert; m may be 0.
 
-        Without `d_out` they give rows as wide as those that they get. NumPy rows are read-only:
-        they may be those of the token chunk itself, so copy them before changing them.
+        Without `d_out`, output rows are as wide as input rows. NumPy rows are read-only: they may
+        be those of the token chunk itself, so copy them before changing them.
         """
         return CallableExperts(tuple(functions), d_out)
 
@@ -192,16 +192,16 @@ class Experts(Weights):
         return cls(kind, _opened(kind, weights), options)
 
     def with_precision(self, precision: str) -> Experts:
-        """The same experts, whose float32 values are rounded in 16-bit products, or are not.
+        """Return the same experts with another precision of products with bfloat16 matrices.
 
         Parameters
         ----------
         precision : "float32" or "bfloat16"
-            What a GPU, or a CPU that multiplies bfloat16 faster, makes of what is float32 on the
-            way through bfloat16 matrices. "float32", as without it: three bfloat16 numbers for
-            each, for the accuracy of float32 products. "bfloat16": one, rounded, as a model in
-            bfloat16 computes (errors of about 2e-3 of the largest value). On a GPU that also rounds
-            all experts to the dtype of tokens that have 16 bits. Elsewhere all is float32 anyway.
+            How a GPU, or a CPU that multiplies bfloat16 faster, represents the float32 factors of
+            bfloat16 matrices. "float32", the default: as three bfloat16 numbers each, for the
+            accuracy of float32 products. "bfloat16": as one, rounded, as a model in bfloat16
+            computes (errors of about 2e-3 of the largest value); on a GPU this also rounds all
+            experts to the dtype of 16-bit tokens. Other hardware always multiplies in float32.
         """
         if precision not in PARTS:
             raise ValueError(f"precision must be one of {', '.join(PARTS)}, not {precision!r}")
@@ -209,7 +209,7 @@ class Experts(Weights):
             return self
         return type(self)(self.kind, self.weights, {**self.options, "precision": precision})
 
-    # --- what they are ---
+    # --- properties ---
 
     @property
     def precision(self) -> str:
@@ -229,18 +229,18 @@ class Experts(Weights):
         return normalize_token(("Experts", self.kind, self.weights, self.options))
 
     def fingerprint(self) -> dict[str, Any]:
-        """Tell these experts from others: kind, options and weights; not how they are held."""
+        """Identify these experts by kind, options and weights, not by how they are held."""
         return describe(vars(self))
 
     # --- a rank's part ---
 
     def subset(self, ids: Sequence[int]) -> Experts:
-        """Keep some experts, in the order of `ids`; -1 is an empty place, which no row reaches."""
+        """Select the experts `ids`, in order; -1 is an empty place, to which no row is routed."""
         weights = {name: weight.subset(ids) for name, weight in self.weights.items()}
         return type(self)(self.kind, weights, self.options)
 
     def detached(self) -> Experts:
-        """The same without its Dask arrays, whose values `load` then gets as `given`."""
+        """The same without its Dask arrays, whose values are then passed to `load` as `given`."""
         weights = {name: weight.detached() for name, weight in self.weights.items()}
         return type(self)(self.kind, weights, self.options)
 
@@ -253,11 +253,11 @@ class Experts(Weights):
         dtype: Any = np.float32,
         given: dict[str, Sequence[np.ndarray]] | None = None,
     ) -> LocalExperts:
-        """Read experts, and nothing else, to where they will compute.
+        """Read experts, and nothing else, into the memory in which they will compute.
 
         Parameters
         ----------
-        experts : their indices, in the order wanted, -1 for an empty place; all without it
+        experts : their indices, in order, -1 for an empty place; all experts by default
         xp : the array namespace of the tokens, NumPy or CuPy
         dtype : the computing dtype
         given : values of the weights that are Dask arrays
@@ -268,7 +268,7 @@ class Experts(Weights):
 
         Notes
         -----
-        Each weight goes to a device once, as it is stored, and is converted there; none comes back.
+        Each weight is copied to a device once, as stored, converted there, and never copied back.
         """
         chosen = self if experts is None else self.subset(experts)
         given = given or {
@@ -279,16 +279,16 @@ class Experts(Weights):
         return local
 
 
-# --- what must hold ------------------------------------------------------------------------------
+# --- checks ---------------------------------------------------------------------------------------
 
 
 def as_experts(experts: Any) -> Experts | CallableExperts:
-    """Take experts as users give them: a bare (E, d, d_out) array or list of matrices is linear.
+    """Convert what users pass as experts: a bare (E, d, d_out) array or list of matrices is linear.
 
     Raises
     ------
     TypeError
-        If it is neither, saying what serves.
+        If it is none of these; the message lists what is accepted.
     """
     if isinstance(experts, (Experts, CallableExperts)):
         return experts
@@ -323,9 +323,9 @@ def _check_options(options: dict[str, Any]) -> None:
 
 
 def _opened(kind: str, weights: dict[str, Any]) -> dict[str, Weight]:
-    """The weights that are given, none of the matrices missing."""
+    """Open the weights that are given; raise if a matrix is missing."""
     if missing := [name for name in EXPERT_KINDS[kind].matrices if weights[name] is None]:
-        raise TypeError(f"{', '.join(missing)} must be given, but got None")
+        raise TypeError(f"{', '.join(missing)} must be given, not None")
     given = {name: Weight.of(w, name) for name, w in weights.items() if w is not None}
     for name, weight in given.items():
         if not is_float(weight.dtype):
@@ -334,7 +334,7 @@ def _opened(kind: str, weights: dict[str, Any]) -> dict[str, Weight]:
 
 
 def _bind_axes(kind: str, weights: dict[str, Weight], transposed: bool) -> dict[str, int]:
-    """Give every axis letter its one size; an error shows all bindings."""
+    """Return the size of every axis letter; an error shows all shapes."""
     in_out = {name: tuple(EXPERT_KINDS[kind].weights[name].split()) for name in weights}
     axes = {name: of[::-1] if transposed else of for name, of in in_out.items()}
     sizes: dict[str, int] = {}
@@ -359,5 +359,5 @@ def _bind_axes(kind: str, weights: dict[str, Weight], transposed: bool) -> dict[
                     f"{sizes[letter]} and {size}. They are {shapes}"
                 )
     if sizes["E"] == 0:
-        raise ValueError(f"{kind} experts must be at least one, but there are none")
+        raise ValueError(f"there must be at least one {kind} expert, but the weights hold none")
     return sizes

@@ -234,11 +234,11 @@ class QuantizedSource(Source):
     def _check_extent(self) -> None:
         if self.extent is None:
             return
-        said = tuple(self.extent.read(0, self.extent.shape[0]).tolist())
-        if said != self.shape:
+        extent = tuple(self.extent.read(0, self.extent.shape[0]).tolist())
+        if extent != self.shape:
             raise ReadError(
-                f"{self.extent.name} says that {self.name} has shape {said}, but it has "
-                f"{self.shape}"
+                f"{self.extent.name} must hold the shape of {self.name}, {self.shape}, but holds "
+                f"{extent} ({self.extent.path})"
             )
 
     def _read_groups(self) -> np.ndarray | None:
@@ -251,7 +251,7 @@ class QuantizedSource(Source):
         there = self.scales.shape[-2] if self.block[1] == 1 else self.scales.shape[-1]
         if groups.min() < 0 or groups.max() >= there:
             raise ReadError(
-                f"{self.groups.name} must hold numbers of groups in [0, {there}), but holds "
+                f"{self.groups.name} must hold indices of groups in [0, {there}), but holds "
                 f"{groups.min()} to {groups.max()} ({self.groups.path})"
             )
         return groups

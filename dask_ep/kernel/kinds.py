@@ -1,7 +1,7 @@
 """What does each kind of expert compute?
 
-Rows (m, d) go through one, two or three matrices, each (in, out). Products and activations are
-written into recycled memory, in place wherever that is possible.
+Rows (m, d) are multiplied by one, two or three matrices, each (in, out). Products and activations
+are written into recycled memory, in place where possible.
 
     linear   x @ w + bias
     mlp      activation(x @ up + up_bias) @ down + down_bias
@@ -9,10 +9,10 @@ written into recycled memory, in place wherever that is possible.
              gate = min(x @ gate + gate_bias, limit), up = clip(x @ up + up_bias, -limit, limit);
              with clamp_after the activation of the gate is clamped, not the gate; with soft_caps
              silu is cap tanh(gate / cap) sigmoid(gate), and up is cap tanh(up / cap);
-             then y * output_scale, and y / sqrt(mean(y ** 2) + output_norm_eps), where there are
+             then y * output_scale, and y / sqrt(mean(y ** 2) + output_norm_eps), if given
 
 Gated with silu is SwiGLU (Shazeer, "GLU Variants Improve Transformer", 2020); with `limit`, `alpha`
-and `up_offset` it is gpt-oss's.
+and `up_offset` it is the expert of gpt-oss.
 """
 
 from __future__ import annotations
@@ -34,12 +34,12 @@ from dask_ep.kernel.expert import Expert, Linear, gated_in_one_go
 from dask_ep.kernel.operands import Factors, write
 
 Activation = Callable[..., None]
-"""Replaces an array by the activation of it. The number that follows is silu's alpha; then may come
-an array of the same shape, which is lost."""
+"""(array, silu's alpha, optional scratch of the same shape): replaces the array by its activation,
+and may overwrite the scratch."""
 
 
 class Composed(Expert):
-    """An expert made of others, the first of which takes its rows."""
+    """An expert made of other experts, the first of which is given the rows."""
 
     def __init__(self, first: Any, d_out: int):
         self._first, self.d, self.d_out = first, first.d, d_out
@@ -84,7 +84,7 @@ class Affine(Composed):
 
 
 class Activated(Composed):
-    """What experts with hidden activations have in common: `down` multiplies them."""
+    """Base of experts with hidden activations, which are multiplied by `down`."""
 
     def __init__(self, first: Expert, down: Expert, activation: str):
         super().__init__(first, down.d_out)
@@ -108,8 +108,8 @@ class Activated(Composed):
 
     @abstractmethod
     def _activate_on_device(self, hidden: Array, out: Array) -> None:
-        """Write the activations to the first columns of `out`, which may be `hidden` or take
-        parts."""
+        """Write the activations to the first columns of `out`, which may be `hidden`, or may hold
+        numbers in several parts (`Factors`)."""
 
     def __call__(self, rows: Array, out: Array | None = None, hidden: Array | None = None) -> Array:
         return self._down(self.activate(rows, hidden), out)
@@ -143,8 +143,8 @@ class Mlp(Activated):
 class Gated(Activated):
     """``(activation(x @ gate) * (x @ up)) @ down``; options are those of `Experts.gated`.
 
-    Without `up`, the matrix of `gate` has both, side by side: on a device that is one product,
-    (m, 2 f), with the gate in its first f columns, where it is replaced by activation(gate) * up.
+    Without `up`, the matrix of `gate` holds both, side by side. On a device they are one product
+    (m, 2 f) whose first f columns are the gate, which activation(gate) * up replaces.
     """
 
     def __init__(
@@ -208,7 +208,7 @@ class Gated(Activated):
         return super().__call__(rows, out, hidden) if active is None else self._down(active, out)
 
     def _in_one_go(self, rows: Array) -> Array | None:
-        """The hidden activations where the library of products makes them, else None."""
+        """The hidden activations if the library of products can compute them, else None."""
         gate, up = self._first, self._up
         more = (self._limit, self._up_offset or None, self._clamp_after or None, self._soft_caps)
         if self._activation != "silu" or any(option is not None for option in more):
@@ -227,7 +227,7 @@ class Gated(Activated):
         return gate
 
     def _apply_gate(self, gate: Array, up: Array, scratch: Array | None = None) -> None:
-        """Replace `gate` by activation(gate) * up; `up` and `scratch` are lost."""
+        """Replace `gate` by activation(gate) * up; `up` and `scratch` are overwritten."""
         xp, caps = namespace(gate), self._soft_caps
         if self._limit is not None:
             xp.clip(up, -self._limit, self._limit, out=up)
@@ -246,7 +246,7 @@ class Gated(Activated):
 
 
 class Summed(Composed):
-    """The sum of experts that hold some hidden columns each: one expert with all of them."""
+    """One expert as the sum of experts that have a part of its hidden columns each."""
 
     def __init__(self, parts: list[Any]):
         super().__init__(parts[0], parts[0].d_out)
@@ -264,7 +264,7 @@ class Summed(Composed):
         return out
 
     def _through(self, i: int, rows: Array, out: Array | None, hidden: Array | None) -> Array:
-        """One of the experts, whose hidden activations go to their columns of `hidden`."""
+        """Compute expert `i`, and write its hidden activations to their columns of `hidden`."""
         part = self._parts[i]
         if hidden is None:
             return part(rows, out)
@@ -287,7 +287,7 @@ class Summed(Composed):
 
 
 class Normed(Composed):
-    """An expert whose output is multiplied by a row, and then divided by its root mean square."""
+    """An expert whose output is scaled by column, and then divided by its root mean square."""
 
     def __init__(self, expert: Expert, scale: Array | None, eps: float | None):
         super().__init__(expert, expert.d_out)
@@ -319,21 +319,21 @@ class Normed(Composed):
                 part *= self._scale.astype(part.dtype, copy=False)
             if self._eps is not None:
                 xp = namespace(part)
-                # In float64, where the square of no float32 number is infinite.
+                # In float64, where squares of float32 numbers do not overflow.
                 squares = xp.multiply(part, part, dtype=np.float64).mean(axis=1, keepdims=True)
                 root = xp.sqrt(squares + self._eps)
-                with np.errstate(invalid="ignore"):  # of rows that are infinite
+                with np.errstate(invalid="ignore"):  # rows that are infinite
                     part /= root.astype(part.dtype, copy=False)
 
 
 def _room(rows: Array, expert: Expert) -> Array:
-    """Room for what an expert gives for rows: as wide as sums are."""
+    """Return an uninitialised array for the output of an expert, in the dtype of sums."""
     dtype = computing_dtype(rows.dtype)
     return memory.empty((len(rows), expert.d_out), dtype, like=rows)
 
 
 def _runs(hidden: Array) -> Iterator[tuple[slice, Array]]:
-    """Runs of rows that stay in cache, each with room for as many."""
+    """Yield runs of rows that stay in cache, each with scratch of its size."""
     runs = memory.runs_in_cache(hidden)
     scratch = memory.empty(hidden[runs[0]].shape, hidden.dtype, like=hidden) if runs else hidden
     for part in runs:
@@ -350,11 +350,11 @@ def _soft_cap(x: Array, cap: float) -> None:
 
 
 def _silu(x: Array, alpha: float, scratch: Array | None = None, cap: float | None = None) -> None:
-    """With a cap, what the sigmoid multiplies is bounded by it."""
+    """Apply x * sigmoid(alpha * x); a cap applies to the factor x, not inside the sigmoid."""
     xp = namespace(x)
     scratch = _as_large(x) if scratch is None else scratch
     xp.multiply(x, -alpha, out=scratch)
-    # exp overflows to infinity below -88 / alpha in float32, and x / infinity is the right 0.
+    # In float32, exp overflows to infinity below x = -88 / alpha, and x / infinity is 0, as needed.
     with np.errstate(over="ignore"):
         xp.exp(scratch, out=scratch)
     scratch += 1
@@ -364,17 +364,17 @@ def _silu(x: Array, alpha: float, scratch: Array | None = None, cap: float | Non
 
 
 def _gelu(x: Array, _: float, scratch: Array | None = None) -> None:
-    from scipy.special import erfc  # slow to import, and only here
+    from scipy.special import erfc  # slow to import, and only needed here
 
     scratch = _as_large(x) if scratch is None else scratch
     namespace(x).multiply(x, -math.sqrt(0.5), out=scratch)
-    erfc(scratch, out=scratch)  # CuPy's arrays hand this to their own erfc
+    erfc(scratch, out=scratch)  # CuPy arrays dispatch this to CuPy's erfc
     scratch *= 0.5
     x *= scratch
 
 
 def _gelu_tanh(x: Array, _: float, scratch: Array | None = None) -> None:
-    # 0.5 * (1 + tanh(z)) is 1 / (1 + exp(-2 z)), which keeps its digits far below zero.
+    # 0.5 * (1 + tanh(z)) is 1 / (1 + exp(-2 z)), which stays accurate far below zero.
     xp = namespace(x)
     scratch = _as_large(x) if scratch is None else scratch
     xp.multiply(x, x, out=scratch)
@@ -409,4 +409,4 @@ ACTIVATIONS: dict[str, Activation] = {
     "relu": _relu,
     "relu2": _relu2,
 }
-"""silu is x * sigmoid(alpha * x), gelu the exact one (with erfc), relu2 the square of relu."""
+"""silu is x * sigmoid(alpha * x), gelu is exact (with erfc), relu2 is the square of relu."""

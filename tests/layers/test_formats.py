@@ -180,7 +180,7 @@ def test_columns_may_be_in_other_groups_than_their_order_says(zeros):
     unset = parts_of(tensors, case).open(decoded.shape).read(0, len(decoded))
     np.testing.assert_array_equal(unset, plain.read(0, len(decoded)))
     tensors["w.weight_g_idx"] = open_source(index + groups, "w.weight_g_idx")
-    with pytest.raises(ReadError, match=r"g_idx must hold numbers of groups in \[0, 2\)"):
+    with pytest.raises(ReadError, match=r"g_idx must hold indices of groups in \[0, 2\)"):
         parts_of(tensors, case).open(decoded.shape).read(0, len(decoded))
 
 
@@ -232,7 +232,7 @@ DAMAGED = [
      r"each for the same number of the 96 numbers of a row .* but has shape \(24, 5\)"),
     ("int4_group", "weight_scale", as_nan, ReadError, "weight_scale holds a scale that is NaN"),
     ("int4_group", "weight_shape", set_first(23), ReadError,
-     r"weight_shape says that .*weight_packed has shape \(23, 96\), but it has \(24, 96\)"),
+     r"weight_shape must hold the shape of .*weight_packed, \(24, 96\), but holds \(23, 96\)"),
     ("int4_zeros", "weight_zero_point", lambda t: t[:1], ValueError,
      r"zero_point must hold \(13, 2\) zero points, so \(2, 2\) words, but has shape \(1, 2\)"),
     ("int8_rows_quantized", "weight_scale", set_first(np.inf), ReadError, "NaN or infinite"),
@@ -254,7 +254,7 @@ DAMAGED = [
     ("gptq_int4", "scales", lambda t: t[:-1], ValueError, r"so \(3, 64\), but has shape \(2, 64\)"),
     ("gptq_int4", "scales", as_nan, ReadError, "scales holds a scale that is NaN"),
     ("gptq_int4_act_order", "g_idx", set_first(4), ReadError,
-     r"g_idx must hold numbers of groups in \[0, 4\), but holds 0 to 4"),
+     r"g_idx must hold indices of groups in \[0, 4\), but holds 0 to 4"),
     ("awq_int4", "qweight", lambda t: t[:, :-1], ValueError,
      r"qweight must hold \(96, 64\) numbers, but \(96, 7\) of int32 are \(96, 56\)"),
     ("mxfp4", "weight_scale", set_first(255), ReadError, "holds the scale 255"),

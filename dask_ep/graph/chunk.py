@@ -3,8 +3,8 @@
     tokens, routing ── pack ──> a packet for each owner ──> services ──> answers ── combine ──> out
                          └────> ranks that are served here: no packet   ──┘
 
-The same for all schedulers: where ranks are not served by workers (local threads, a cluster without
-`own_experts`), the chunk serves them itself, by the same sort and in the same order.
+This is the same for all schedulers: where workers do not serve ranks (local threads, or a cluster
+without `own_experts`), the chunk serves them itself, with the same sort and in the same order.
 """
 
 from __future__ import annotations
@@ -33,23 +33,23 @@ from dask_ep.kernel.statistics import Observe, Seen
 from dask_ep.placement.placement import Placement
 
 Observed = tuple[Array | None, np.ndarray]
-"""What a chunk gives where its rows are observed: its output (n, d_out), None where nobody wants
-it, and what was seen of each expert's rows, (E, observe.width) float64."""
+"""Result of a chunk whose rows are observed: its output (n, d_out), None if it is not needed, and
+what was observed of each expert's rows, (E, observe.width) float64."""
 
 
 class Exchange(NamedTuple):
     """What all chunks of a layer have in common."""
 
     token: str
-    #: of the layer, in the names of its tasks
+    #: identifies the layer in the names of its tasks
     world_size: int
     num_local: int
-    #: physical experts of a rank
+    #: physical experts per rank
     d_out: int
     placement: Placement | None
-    #: None where physical experts are the experts
+    #: None if physical experts are the experts themselves
     observe: Observe | None = None
-    #: what is to be kept of the rows that experts serve
+    #: which statistics of the rows of each expert to collect
 
 
 class ChunkPlace(NamedTuple):
@@ -57,9 +57,9 @@ class ChunkPlace(NamedTuple):
 
     chunk: int
     first_row: int | None
-    #: its number in the whole array; None where lengths before it are not known
+    #: its index in the whole array; None if the lengths of earlier chunks are unknown
     home: int | None
-    #: rank at which the chunk is at home, where the placement is local
+    #: rank at which the chunk is at home, if the placement is local
 
 
 def load_rank(
@@ -70,7 +70,7 @@ def load_rank(
     token: str | None,
     **given: Sequence[np.ndarray],
 ) -> LocalExperts | list | None:
-    """Load the experts of a rank: for the service of this worker if there is one, else as result.
+    """Load the experts of a rank: for the service of this worker if it has one, else as the result.
 
     `given` are the weights that are Dask arrays.
     """
@@ -94,12 +94,12 @@ def load_rank(
 
 
 def join_ranks(ranks: Sequence[LocalExperts | list | None]) -> list | None:
-    """Give the experts of all ranks to chunks that serve them in place, None where services do.
+    """Return the experts of all ranks for chunks that serve them in place, None if services do.
 
     Raises
     ------
     RuntimeError
-        If some ranks are served by workers and others not.
+        If some ranks are served by workers and others are not.
     """
     served = sum(rank is None for rank in ranks)
     if served == len(ranks):
@@ -120,7 +120,7 @@ def compute_chunk_of_one_rank(
     where: ChunkPlace,
     exchange: Exchange,
 ) -> Array | Observed:
-    """The output of a chunk where one rank has all experts: nothing is exchanged."""
+    """Return the output of a chunk if one rank has all experts: nothing is exchanged."""
     if exchange.observe is not None:
         return compute_chunk(tokens, routing, topk_weights, [experts], where, exchange)
     place = f"dispatch of token chunk {where.chunk} at rank 0 of 1"
@@ -146,7 +146,7 @@ def compute_chunk(
     where: ChunkPlace,
     exchange: Exchange,
 ) -> Array | Observed:
-    """The output of a chunk of several ranks; `ranks` has their experts if it serves them."""
+    """Return the output of a chunk; `ranks` has the experts of all ranks if it serves them."""
     if ranks is None:
         services = find_services(exchange.token)
         if services is None:
@@ -185,7 +185,7 @@ def pack(
 
 
 def cut(packing: Packing, ranks: Sequence[int], chunk: int) -> Packet:
-    """Gather what the owner of some ranks needs of a chunk."""
+    """Gather the part of a chunk that the owner of some ranks needs."""
     tokens = packing.tokens
     with (
         error_context(_pack_of(chunk)),
@@ -211,16 +211,16 @@ def combine(
 
 
 Tables = dict[int, np.ndarray]
-"""By rank what was seen of its experts' rows, (num_local, observe.width)."""
+"""What was observed of the rows of each rank's experts, (num_local, observe.width), by rank."""
 
 
 def begin_seen(observe: Observe | None, rank: int, num_local: int) -> Seen | None:
-    """Collects what is wanted of the rows of a rank's experts; None if nothing is."""
+    """Return a collector of statistics of the rows of a rank's experts, if any are collected."""
     return None if observe is None else Seen(observe, num_local, rank * num_local)
 
 
 def join_tables(tables: Tables, exchange: Exchange) -> np.ndarray:
-    """What was seen of each expert's rows, replicas joined in the order of the ranks."""
+    """Join what was observed of each expert's rows, replicas in the order of the ranks."""
     observe, placement = exchange.observe, exchange.placement
     assert observe is not None
     in_order = list(range(exchange.world_size * exchange.num_local))
@@ -234,7 +234,7 @@ def join_tables(tables: Tables, exchange: Exchange) -> np.ndarray:
     return joined
 
 
-# --- serving: what the experts of a rank make of a packet, or of the chunk itself ---------------
+# --- serving: a rank's experts compute a packet, or the chunk itself ----------------------------
 
 
 def serve_in_place(
@@ -246,7 +246,7 @@ def serve_in_place(
     seen: Seen | None = None,
     out: Array | None = None,
 ) -> Array:
-    """The answer of a rank whose experts are here, without a packet; on the host to `out`."""
+    """Return the answer of a rank that is served here, without a packet; on the host, in `out`."""
     if packing.on_device:
         packet = cut(packing, [rank], chunk)
         return _serve_on_device(packet, rank, experts, packing, chunk, d_out)
@@ -264,9 +264,9 @@ def serve_packet(
     exchange: Exchange,
     seen: Sequence[Seen | None],
 ) -> tuple[Array | None, list[Array]]:
-    """The answers of some ranks to the one packet that they share: one sort for all of them.
+    """Return the answers of some ranks to the packet that they share; one sort serves all of them.
 
-    On the host they are parts of one array, which comes first: it travels as one.
+    On the host they are parts of one array, which is returned first, so that it is sent as one.
     """
     packet = Packet(*(None if a is None else aligned(a) for a in packet))
     rows, routing, weights = packet
@@ -290,7 +290,7 @@ def serve_packet(
 
 
 def wants_output(observe: Observe | None) -> bool:
-    """Whether rows are served for more than what is seen of them."""
+    """Whether the output of rows is needed, not only what is observed of them."""
     return observe is None or observe.output
 
 
@@ -301,7 +301,7 @@ def _serve_in_turn(
     exchange: Exchange,
     tables: Tables,
 ) -> Iterator[tuple[int, Array]]:
-    """Ranks with their answers, one after the other, where the chunk serves them itself."""
+    """Yield ranks with their answers, one after the other, if the chunk serves them itself."""
     for rank in packing.ranks:
         start = tally.now()
         seen = begin_seen(exchange.observe, rank, exchange.num_local)
@@ -319,7 +319,7 @@ def _serve_one_slot(
     exchange: Exchange,
     tables: Tables,
 ) -> Array:
-    """With one slot a row there is nothing to add up: experts write to the output itself."""
+    """With one slot per row nothing is added up: experts write to the output directly."""
     tokens, weights = packing.tokens, packing.topk_weights
     compute = computing_dtype(tokens.dtype)
     seen = begin_seen(exchange.observe, 0, exchange.num_local * exchange.world_size)
@@ -346,7 +346,7 @@ def _serve_on_device(
     chunk: int,
     d_out: int,
 ) -> Array:
-    """The answer of one rank to its own rows, on a device."""
+    """Return the answer of one rank to its own rows, on a device."""
     rows, routing, weights = packet
     k = slots_of(routing)
     sums = rows.dtype if k == 1 else computing_dtype(rows.dtype)
@@ -360,7 +360,7 @@ def _serve_on_device(
 
 
 def _part_of(packet: Packet, rank: int, num_local: int) -> Packet:
-    """Those rows of a packet that one of its ranks serves, on a device."""
+    """Return the rows of a packet that one of its ranks serves, on a device."""
     order, count = packet_order(packet.routing, rank, num_local)
     index = order[: to_host(count)[0]]
     xp, served = namespace(order), packet.routing[index]

@@ -3,10 +3,10 @@
     block 0 ──> block 1 ──> block 2 ──> ...        each read once, in the order of the experts
        │           │           │
        v           v           v
-    the rows that want it, all that there are in a group of token chunks
+    the rows routed to it, all those in a group of token chunks
 
-A *block* is some experts that are loaded together. At most `decoded` blocks are computed with at a
-time, and `ahead` more are read, or wait as they are stored; by dependencies alone:
+A *block* is a set of experts that are loaded together. At most `decoded` blocks compute at a time,
+and `ahead` more are being read, or wait as they are stored. Dependencies alone ensure this:
 
     a block is begun to be read     when all is done that needed the block `decoded + ahead` before
     what needs a block is computed  when the block `ahead` after is begun to be read; so all is done
@@ -36,19 +36,19 @@ from dask_ep.laws.passes import Passes
 from dask_ep.storage import journal
 
 READS = "reads"
-"""What lines of the journal say that experts were read."""
+"""Word of the journal's lines that say that experts were read."""
 
 
 @dataclass(frozen=True)
 class Rows:
-    """What goes through the experts: arrays of the same row chunks, each one chunk wide."""
+    """The input of the experts: arrays of the same row chunks, each one chunk wide."""
 
     tokens: da.Array
     routing: da.Array
     topk_weights: da.Array | None
 
     def keys(self, c: int) -> list[TaskRef | None]:
-        """The chunks of a number, as arguments of a task."""
+        """Return chunk `c` of each array, as arguments of a task."""
         arrays = (self.tokens, self.routing, self.topk_weights)
         return [None if a is None else TaskRef((a.name, c, *[0] * (a.ndim - 1))) for a in arrays]
 
@@ -65,9 +65,9 @@ class Turn(NamedTuple):
     """What a block waits for."""
 
     read_after: list[TaskRef]
-    #: until these are done it is not read
+    #: it is not read before these are done
     serve_after: list[TaskRef]
-    #: nor, until these are, what needs it computed
+    #: tasks that need it are not run before these are done
 
 
 @dataclass(frozen=True)
@@ -77,14 +77,14 @@ class Walk:
     experts: Experts
     passes: Passes
     directory: str
-    #: of the output's journal, which counts the experts that are read
+    #: directory of the output's journal, which counts the experts that are read
 
     @property
     def apply_router_weight_on_input(self) -> bool:
         return self.experts.options.get("apply_router_weight_on_input", False)
 
     def blocks(self, rows: np.ndarray) -> list[list[int]]:
-        """Cut the experts that have rows, (E,) of each, into blocks."""
+        """Cut the experts that have rows into blocks, given the rows of each (E,)."""
         used = np.flatnonzero(rows).tolist()
         step = self.passes.block_experts
         return [used[first : first + step] for first in range(0, len(used), step)]
@@ -94,8 +94,8 @@ class Walk:
 
         Parameters
         ----------
-        blocks : for each the tasks that need it
-        reads : the task that begins to read it
+        blocks : for each, the tasks that need it
+        reads : for each, the task that begins to read it
         """
         decoded, ahead = self.passes.decoded, self.passes.ahead
 
@@ -110,7 +110,7 @@ class Walk:
     def read_task(
         self, key: Any, block: Sequence[int], like: Array, after: Sequence[TaskRef], **more: Any
     ) -> Task:
-        """A task that begins to read a block, when others are done."""
+        """Return a task that begins to read a block once other tasks are done."""
         return Task(
             key,
             _read_ahead,
@@ -132,7 +132,7 @@ def _read_ahead(
     *,
     unless: tuple[SpillFiles, tuple[int, ...]] | None = None,
 ) -> ExpertsAhead | None:
-    """Begin to read experts, unless some tasks are done that alone would need them."""
+    """Begin to read experts, unless all tasks that need them are done."""
     if unless is not None and all(map(unless[0].is_done, unless[1])):
         return None
     return ExpertsAhead(experts, dtype, partial(_count_read, directory, numbers))

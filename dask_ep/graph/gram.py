@@ -9,9 +9,8 @@
          ^
     ep_gram_expert (e): loads the expert, where its hidden activations are wanted
 
-(E, d, d) of results are more than there is memory for, and more than a chunk's answer could bring
-along. So each expert is a block of its own; whoever computes some of them reads the tokens once for
-these, and holds their results and no others.
+Results of (E, d, d) do not fit into memory, nor into a chunk's answer. So each expert is a separate
+block: computing some of them reads the tokens once for these, and holds only their results.
 """
 
 from __future__ import annotations
@@ -37,7 +36,7 @@ from dask_ep.kernel.segments import Segments, sort_slots
 from dask_ep.laws.costs import PICKED_TOGETHER
 
 ROWS_TOGETHER = 1024
-"""Rows of an expert, about, that are waited for before they are multiplied: the results are read
+"""About how many rows of an expert are collected before they are multiplied: the results are read
 and written once for each such product."""
 
 
@@ -47,10 +46,10 @@ class Picked(NamedTuple):
     rows: np.ndarray
     #: (m, d), one expert after the other
     ends: list[int]
-    #: of each expert's rows
+    #: where each expert's rows end
 
     def of(self, number: int) -> np.ndarray:
-        """Those of one of these experts, numbered from 0."""
+        """Return the rows of one of these experts, numbered from 0."""
         return self.rows[self.ends[number - 1] if number else 0 : self.ends[number]]
 
 
@@ -60,7 +59,7 @@ class Gram(NamedTuple):
     input: np.ndarray
     #: (d, d)
     hidden: np.ndarray | None
-    #: (f, f), if it is wanted
+    #: (f, f), if requested
 
 
 def grams(
@@ -71,9 +70,9 @@ def grams(
     Parameters
     ----------
     ready : the layer, its placement aside
-    hidden : whether those of hidden activations are wanted as well
-    picked_together : experts whose rows are picked from a chunk by one task; whoever computes some
-        experts alone has the rows of all that are picked with these in memory
+    hidden : whether to compute those of hidden activations as well
+    picked_together : experts whose rows are picked from a chunk by one task; computing only some of
+        these experts still holds the picked rows of all of them in memory
 
     Returns
     -------
@@ -124,7 +123,7 @@ def grams(
 
 
 def _picks(ready: Ready, token: str, together: int) -> dict[Any, Task]:
-    """The tasks that sort the slots of each chunk, and pick the rows of experts from it."""
+    """Return the tasks that sort the slots of each chunk, and pick the rows of experts from it."""
     E, weights = ready.experts.num_experts, ready.topk_weights
     options = getattr(ready.experts, "options", {})
     on_input = options.get("apply_router_weight_on_input", False)
@@ -143,7 +142,7 @@ def _picks(ready: Ready, token: str, together: int) -> dict[Any, Task]:
 
 
 def group_of(rows: float, chunks: int, slots: int, experts: int) -> int:
-    """How many chunks bring an expert about `ROWS_TOGETHER` rows.
+    """Return how many chunks have about `ROWS_TOGETHER` rows of an expert.
 
     Examples
     --------
@@ -183,7 +182,7 @@ def _pick_rows(
     experts: range,
     chunk: int,
 ) -> Picked:
-    """The rows that go to some experts, times their weights where these apply to the input."""
+    """Return the rows routed to some experts, times their weights if these apply to the input."""
     with error_context(f"rows of experts {experts[0]} to {experts[-1]} in token chunk {chunk}"):
         check_tokens(tokens)
         bounds = segments.bounds[experts.start : experts.stop]
@@ -211,9 +210,9 @@ def _add_rows(
     dtype: np.dtype,
     number: int,
 ) -> Gram | None:
-    """The new sum, None without rows. The old one is not changed, so that the task may run again.
+    """Return the new sum, None without rows. The old one is not changed: the task may run again.
 
-    The expert is at a `place` of those that are picked together.
+    `place` is the expert's place among those that are picked together.
     """
     parts = [some.of(place) for some in picked]
     count = sum(map(len, parts))

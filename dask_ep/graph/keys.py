@@ -1,16 +1,15 @@
 """What are a layer's tasks called?
 
-    ("ep_experts-<token>", r)      loads the experts of rank r, where the rank is served
-    ("ep_ranks-<token>",)          joins them: all ranks are there
+    ("ep_experts-<token>", r)      loads the experts of rank r, on the worker that serves the rank
+    ("ep_ranks-<token>",)          joins them: all ranks are loaded
     ("ep_chunk-<token>", c, 0)     one token chunk, from its rows to its output
 
-Names are made and recognised here; only `storage`, a lower room, makes ``ep_read`` itself.
+Names are built and parsed here; only `storage`, a lower room, builds ``ep_read`` itself.
 The token identifies one layer over one input. `ep_ranks_at_home` says that each chunk
 has a home, the rank c mod R.
 
-Around a layer, and where its experts are processed in passes, there are others, which are read here
-too: ``("ep_<step>-<token>", c, ...)``, and those of the steps in `OF_BLOCKS`, which end with a
-rank.
+Tasks around a layer, and of experts in passes, have other names, which are parsed here too:
+``("ep_<step>-<token>", c, ...)``, and those of the steps in `OF_BLOCKS`, which end with a rank.
 """
 
 from __future__ import annotations
@@ -22,18 +21,18 @@ EXPERTS, RANKS, RANKS_AT_HOME, CHUNK = "ep_experts-", "ep_ranks-", "ep_ranks_at_
 DISPATCH = "ep_dispatch-"
 
 BY_RANK = (EXPERTS, DISPATCH)
-"""What the names of tasks begin with that run on a rank's owner; the rank is last in their keys."""
+"""Prefixes of the names of tasks that run on a rank's owner; the rank is last in their keys."""
 
 OF_BLOCKS = {"experts": 1, "dispatch": 2, "receipt": 2}
-"""Steps whose keys end with a rank, and where what stands before it begins: which of several tasks
-of one step, chunk and rank this is."""
+"""Steps whose keys end with a rank, and the index of the first number that distinguishes several
+tasks of one step, chunk and rank."""
 
 ROUTING = {"indices": "route", "weights": "route", "scores": "route"}
-"""Steps that a run shows as one."""
+"""Steps that are shown as one."""
 
 
 def experts_key(token: str, rank: int | None) -> tuple:
-    """The key of the task that loads a rank's experts; None where there is one rank only."""
+    """Return the key of the task that loads a rank's experts; None stands for the only rank."""
     return (f"{EXPERTS}{token}",) if rank is None else (f"{EXPERTS}{token}", rank)
 
 
@@ -46,19 +45,19 @@ def chunk_name(token: str) -> str:
 
 
 def step_name(step: str, token: str) -> str:
-    """What the names of the tasks of any other step begin with."""
+    """Return the name of the tasks of any other step."""
     return f"ep_{step}-{token}"
 
 
 class RanksKey(NamedTuple):
-    """What the key of an ``ep_ranks`` task says."""
+    """The parts of the key of an ``ep_ranks`` task."""
 
     token: str
     at_home: bool
 
 
 def read_ranks_key(key: object) -> RanksKey | None:
-    """Return what a key says if it is that of the task which joins the ranks of a layer.
+    """Parse a key if it is that of the task which joins the ranks of a layer; else return None.
 
     Examples
     --------
@@ -86,20 +85,20 @@ def read_rank(key: object) -> tuple[str, int] | None:
 
 
 class TaskKey(NamedTuple):
-    """What the key of any task of a layer says."""
+    """The parts of the key of any task of a layer."""
 
     step: str
-    #: what the name says; where Dask has made one task of several, the first of them
+    #: from the name; if Dask has fused several tasks, of the first of them
     chunk: int = -1
-    #: -1 for what is done for no chunk, or for several
+    #: -1 for tasks of no chunk, or of several
     rank: int = -1
-    #: -1 for what no rank does
+    #: -1 for tasks of no rank
     part: tuple[int, ...] = ()
     #: which of several tasks of this step, chunk and rank, with experts in passes
 
 
 def read_key(key: object) -> TaskKey | None:
-    """Return what a key says, as it is or as text; None if it is not of a layer.
+    """Parse a key, given as it is or as text; None if it is not of a layer.
 
     Examples
     --------

@@ -4,10 +4,10 @@
     ep_experts (g, b, r) ──> ep_dispatch (-1, g, p, r): the pieces of block b     then these
     answers of c ──> ep_sum (c, 0)                                                then these
 
-A *piece* is some rows of a block's experts, read from front to back; they are of many chunks, and
-none stands in its key. Each rank r goes through blocks of its own in each group g. What a task has
-written is recorded; a task that comes again, because its worker was lost or the run stopped, finds
-that and does nothing.
+A *piece* is some rows of a block's experts, read from front to back; they come from many chunks, so
+its key names none. In each group g, every rank r has different blocks. What a task has written is
+recorded; a task that runs again, because its worker was lost or the run stopped, finds the record
+and does nothing.
 """
 
 from __future__ import annotations
@@ -40,13 +40,13 @@ class Piece(NamedTuple):
     """Some rows of a block's experts, which one task computes."""
 
     number: int
-    #: of the task in the group's `done`
+    #: number of the task in the group's `done`
     block: int
     rank: int
-    #: that computes it
+    #: the rank that computes it
     runs: tuple[Run, ...]
     worked: float
-    #: token rows that this is worth
+    #: token rows that this work is equivalent to
 
 
 class Spilled:
@@ -54,12 +54,12 @@ class Spilled:
 
     Parameters
     ----------
-    rows : of all chunks of the job
+    rows : those of all chunks of the job
     walk : how experts are loaded
     counts : (C, E) slots of each chunk at each expert
     group : numbers of the group's chunks
-    directory : for the files
-    ranks : that the experts are shared out to
+    directory : where the files are
+    ranks : number of ranks among which the experts are divided
     """
 
     def __init__(
@@ -88,15 +88,15 @@ class Spilled:
 
     @property
     def tasks(self) -> int:
-        """Tasks that `done` counts: first those of the chunks, then those of the pieces."""
+        """Number of tasks in `done`: first those of the chunks, then those of the pieces."""
         return len(self.group) + len(self._pieces)
 
     def create(self, whose: str, reserve: int) -> None:
-        """Make the files, or find those of a stopped run; see `SpillFiles.create`."""
+        """Create the files, or find those of a stopped run; see `SpillFiles.create`."""
         self.files.create(self._layout.slots, self.tasks, whose, reserve)
 
     def write_step(self, chunks: Sequence[int]) -> Step:
-        """Tasks that write the rows of some of the group's chunks, unless that is done."""
+        """Return the tasks, not done yet, that write the rows of some of the group's chunks."""
         done, name = self.files.find_done(self.tasks), step_name("send", self._token)
         tasks: dict[Any, Task] = {}
         for c in chunks:
@@ -113,7 +113,7 @@ class Spilled:
         return Step(graph, list(tasks))
 
     def serve_step(self) -> Step:
-        """Tasks that send the spilled rows through their experts, unless that is done."""
+        """Return the tasks that apply experts to the spilled rows and are not done yet."""
         done = self.files.find_done(self.tasks)
         ep_experts, ep_dispatch, ep_receipt = (
             step_name(step, self._token) for step in ("experts", "dispatch", "receipt")
@@ -151,13 +151,13 @@ class Spilled:
                         self.files,
                         tuple(self._blocks[b]),
                     )
-                    # What nothing depends on is what a client may wait for, and cancel.
+                    # A client may wait for, and cancel, the tasks on which no other task depends.
                     keys.append((ep_receipt, -1, g, piece.number, r))
                     tasks[keys[-1]] = Task(keys[-1], _receipt_of, TaskRef(key))
         return Step(HighLevelGraph.from_collections(ep_dispatch, tasks), keys)
 
     def sum_tasks(self, name: str) -> dict[Any, Task]:
-        """The tasks that make the output of the group's chunks from the files."""
+        """Return the output of the group's chunks, made from the files."""
         tasks = {}
         for i, c in enumerate(self.group):
             _, routing, weights = self._rows.keys(c)
@@ -171,9 +171,9 @@ class Spilled:
         return tasks
 
     def _cut(self, ranks: int) -> list[Piece]:
-        """Cut the blocks into pieces, and share them out: each rank gets about as many rows.
+        """Cut the blocks into pieces, and divide them so that ranks get about equally many rows.
 
-        A block is one rank's, unless it has more rows than a rank's share.
+        A block belongs to one rank, unless it has more rows than a rank's share.
         """
         total, slots = self._layout.counts.sum(axis=0), max(self._layout.slots, 1)
         worth = SERVED * sum(self._rows.tokens.chunks[0][c] for c in self.group) / slots
@@ -194,7 +194,7 @@ class Spilled:
 
 
 def sum_answers(rows: Rows, walk: Walk, groups: Sequence[Spilled]) -> da.Array:
-    """Return the output of all groups, from their files: to be computed when these are written."""
+    """Return the output of all groups, from their files; compute it once these are written."""
     name = step_name("sum", tokenize(rows, walk, [group.files for group in groups]))
     tasks = {key: task for group in groups for key, task in group.sum_tasks(name).items()}
     return rows.output(name, tasks, walk.experts.d_out)
@@ -244,7 +244,7 @@ def _serve_piece(
     with error_context(f"dispatch of spilled rows to experts {block[0]} to {block[-1]}"):
         nbytes = 0
         if not files.is_done(piece.number):
-            assert experts is not None  # they are read while one of their pieces is not done
+            assert experts is not None  # they are read as long as one of their pieces is not done
             for run in piece.runs:
                 nbytes += _serve_run(experts[run.expert], run, computing_dtype(dtype), files)
             files.record(piece.number)
@@ -293,7 +293,7 @@ def _sum_chunk(
 
 
 def _pick(tokens: Array, rows: Array | slice, dtype: np.dtype) -> Array:
-    """Rows of a chunk in another dtype or the same; a view where that will do."""
+    """Return rows of a chunk in a dtype, as a view if possible."""
     if isinstance(rows, slice):
         return tokens[rows].astype(dtype, copy=False)
     return gather(tokens, rows, dtype)
@@ -307,6 +307,6 @@ def _tiles_of_answers(start: int, stop: int, files: SpillFiles) -> list[slice]:
 def _check_counts(bounds: Sequence[tuple[int, int]], counts: np.ndarray) -> None:
     if [stop - start for start, stop in bounds] != counts.tolist():
         raise ValueError(
-            "the routing has changed since the run began: its experts get other rows now; start "
-            "again with overwrite"
+            "the routing has changed since the run began: experts get other rows now; start the "
+            "run again with overwrite"
         )

@@ -1,15 +1,14 @@
 """How do rows wait in memory for experts that are loaded in passes?
 
-    tokens c ──> ep_send (c, 0): a chunk that is held, with its output in the making
+    tokens c ──> ep_send (c, 0): a chunk in memory, with its output so far
                      │
     ep_experts (g, 0, 0) ──> ep_dispatch (c, 0, 0)        of every chunk c of group g
     ep_experts (g, 1, 0) ──> ep_dispatch (c, 1, 0)        each after the one before
                      ...        │
                             ep_sum (c, 0)
 
-A chunk's output is added to where it lies, by one task after the other: this is for threads that
-share memory. Each adds the rows of a block of experts, in the order of the experts, as the kernel
-does.
+Tasks add to a chunk's output in place, one after the other, so they must run in threads that share
+memory. Each adds the outputs of a block of experts in their order, as the kernel does.
 """
 
 from __future__ import annotations
@@ -34,7 +33,7 @@ from dask_ep.storage.output import SERVED, SPILLED, Receipt
 
 
 class Held:
-    """A chunk in memory, and its output of the experts so far."""
+    """A chunk in memory, with the output of the experts so far."""
 
     def __init__(self, served: Served, chunk: int):
         self.served, self.chunk = served, chunk
@@ -49,15 +48,15 @@ def hold(
     done: Collection[int] = (),
     in_place: bool = False,
 ) -> da.Array:
-    """Return the output of all groups of chunks; each group is to be computed by itself.
+    """Return the output of all groups of chunks; compute each group separately.
 
     Parameters
     ----------
     rows : in chunks of `walk.passes.chunk_rows`
     walk : how experts are loaded
     counts : (C, E) slots of each chunk at each expert
-    done : chunks whose output is there; the others of their group wait for none of their tasks
-    in_place : whether chunks of tokens may be overwritten: nobody else needs them, nor the memory
+    done : chunks whose output exists; the others of their group do not wait for their tasks
+    in_place : whether chunks of tokens may be overwritten: nothing else uses them, nor the memory
         that they are in
 
     Returns
@@ -66,8 +65,8 @@ def hold(
 
     Notes
     -----
-    Each expert adds to each row in the order of the experts, as in the kernel. An output is written
-    where it lies by one task after the other: this is for threads that share memory.
+    Each row's outputs are added in the order of the experts, as in the kernel. Tasks write to it in
+    place, one after the other, so they must run in threads that share memory.
     """
     token = tokenize(rows.tokens, rows.routing, rows.topk_weights, walk.experts, walk.passes)
     ep_experts, ep_send, ep_dispatch, ep_sum = (

@@ -1,17 +1,17 @@
 """How does a layer become a Dask graph?
 
-    tokens (c)   routing (c)             experts, wherever they lie
+    tokens (c)   routing (c)             experts, wherever they are
        │              │                             │
        │              │                             v
-       │              │                      ep_experts (r)      where rank r is served
+       │              │                      ep_experts (r)      on the worker that serves rank r
        │              │                             │
-       │              │                         ep_ranks         all ranks are there
+       │              │                         ep_ranks         all ranks are loaded
        v              v                             │
     ep_chunk (c) <──────────────────────────────────┘            where the chunk is read
 
 C chunks and R ranks make C + R + 1 tasks; with one rank, which exchanges nothing, C + 1. `ep_chunk`
-is a Blockwise layer, which Dask fuses with the reading before and the writing after. What happens
-in it is in `chunk`, who serves a rank in `exchange` and `ownership`.
+is a Blockwise layer, which Dask fuses with the reading before and the writing after. `chunk` has
+what it computes; `exchange` and `ownership` have who serves a rank.
 """
 
 from __future__ import annotations
@@ -61,7 +61,7 @@ TASKS_ADVISED = 100_000
 
 
 class UnpinnedWarning(UserWarning):
-    """Ranks have no owners: every worker may have to load every rank's experts."""
+    """Warns that ranks have no owners: every worker may have to load every rank's experts."""
 
 
 def expert_parallel(
@@ -141,7 +141,7 @@ def expert_parallel(
 
 
 class Ready(NamedTuple):
-    """What a layer's chunks are made of: checked, and in the row chunks of the tokens."""
+    """The inputs of a layer's chunks: checked, and in the row chunks of the tokens."""
 
     tokens: da.Array
     routing: da.Array
@@ -175,7 +175,7 @@ def prepare(
 
 
 def count_tasks(num_chunks: int, world_size: int) -> int:
-    """How many tasks `expert_parallel` makes, without those of its inputs."""
+    """Return how many tasks `expert_parallel` makes, without those of its inputs."""
     return num_chunks + (1 if world_size == 1 else world_size + 1)
 
 
@@ -183,7 +183,7 @@ def count_tasks(num_chunks: int, world_size: int) -> int:
 
 
 class Unfused(Task):
-    """A task that Dask joins with no other: its key is looked for."""
+    """A task that Dask does not fuse with others, since its key is looked up."""
 
     __slots__ = ()
 
@@ -193,7 +193,7 @@ class Unfused(Task):
 
 
 def build_chunks(ready: Ready, observe: Observe | None = None) -> da.Array:
-    """The output of a layer; where its rows are observed, an array whose blocks are `Observed`."""
+    """Return the output of a layer; its blocks are `Observed` if its rows are observed."""
     tokens, routing, topk_weights, experts, world_size, placement = ready
     watched = () if observe is None else (observe,)
     token = tokenize(tokens, routing, topk_weights, experts, world_size, placement, *watched)
@@ -241,7 +241,7 @@ def _layer(
     tokens: da.Array,
     at_home: bool,
 ) -> da.Array:
-    """The experts of all ranks as an array without axes, which every chunk depends on."""
+    """Return the experts of all ranks as an array without axes, on which every chunk depends."""
     tasks: dict[Any, Task] = {}
     dependencies: list[da.Array] = []
     xp = namespace(tokens._meta).__name__
@@ -263,7 +263,7 @@ def _layer(
     return array_of(key[0], tasks, dependencies, (), np.empty((), object))
 
 
-# --- what must hold --------------------------------------------------------------------------
+# --- checks ----------------------------------------------------------------------------------
 
 
 def _aligned(
@@ -327,7 +327,7 @@ def _ranks(
     tokens: da.Array,
     routing: da.Array,
 ) -> tuple[int, Placement | None]:
-    """How many ranks there are, and the placement where it is not E/R experts each in order."""
+    """Return the number of ranks, and the placement unless it is E/R experts each in order."""
     if world_size is None:
         world_size = placement.world_size if isinstance(placement, Placement) else workers_in_use()
     check_world_size(world_size)
@@ -385,23 +385,23 @@ def workers_in_use() -> int:
     client = _client_in_use()
     if client is None:
         return 1
-    if client.asynchronous:  # it cannot be asked here, but hears of its scheduler now and then
+    if client.asynchronous:  # it cannot be queried here, but the scheduler updates it periodically
         return max(client.scheduler_info().get("n_workers", 0), 1)
     return max(len(client.nthreads()), 1)
 
 
 def _knows_owners(client: Any) -> bool:
-    """Whether ranks have owners, as far as the client can be asked."""
+    """Whether ranks have owners; False for a client that cannot be queried here."""
     if client.asynchronous:
         return False
     return client.get_metadata(["dask-ep", "owners"], default=None) is not None
 
 
 def _client_in_use() -> Any:
-    """The client that would compute, if any; `distributed` is not imported to find out."""
+    """Return the client that would compute, if any; `distributed` is not imported to find out."""
     distributed = sys.modules.get("distributed")
     if distributed is None or dask.config.get("scheduler", None) not in (None, "dask.distributed"):
-        return None  # a default client sets "dask.distributed"; anything else goes before it
+        return None  # a default client sets "dask.distributed"; any other setting takes precedence
     try:
         return distributed.default_client()
     except ValueError:

@@ -27,16 +27,16 @@ _MIX = tuple(map(np.uint64, (0x9E3779B97F4A7C15, 0xBF58476D1CE4E5B9, 0x94D049BB1
 def choose_slots(
     routing: da.Array, num_experts: int, block: range, others: float = 0.0, seed: int = 0
 ) -> da.Array:
-    """Keep the slots of some experts, numbered from 0, and add slots that nobody chose.
+    """Keep the slots of some experts, numbered from 0, and add slots that no router chose.
 
     Parameters
     ----------
     routing : (n, k) or (n,) lazy array
     num_experts : E
     block : the experts to keep; the slots of all others become -1
-    others : share of the other rows that each of these experts gets as well, chosen by the number
-        of the row, that of the expert and the seed alone
-    seed : of that choice
+    others : share of the other rows that each of these experts gets as well; the choice depends
+        on the index of the row, the expert and the seed alone
+    seed : seed of that choice
 
     Returns
     -------
@@ -53,7 +53,7 @@ def choose_slots(
     if None in starts and 0 < others < 1:
         raise ValueError(
             "to choose a share of the rows, the lengths of all row chunks must be known; call "
-            "compute_chunk_sizes() first, or take all rows"
+            "compute_chunk_sizes() first, or choose all rows"
         )
     name = step_name("choose", tokenize(routing, num_experts, block, others, seed))
     tasks: dict[Any, Task] = {}
@@ -70,7 +70,7 @@ def choose_slots(
 
 
 def with_weights_of_others(topk_weights: da.Array | None, added: int) -> da.Array | None:
-    """Give the slots that were added the weight 1."""
+    """Give the added slots the weight 1."""
     if topk_weights is None or not added:
         return topk_weights
     weights = topk_weights if topk_weights.ndim == 2 else topk_weights[:, None]
@@ -97,7 +97,7 @@ def _choose(
         return local
     local = local if local.ndim == 2 else local[:, None]
     n, count = len(local), len(block)
-    free = np.ones((n, count + 1), bool)  # the last is [-1], of no expert here
+    free = np.ones((n, count + 1), bool)  # the last column, [-1], is for experts not in the block
     np.put_along_axis(free, local.astype(np.intp), False, axis=1)
     free = free[:, :count]
     if others < 1:
@@ -116,7 +116,7 @@ def _uniform(first_row: int, n: int, block: range, seed: int) -> np.ndarray:
 
 
 def _mixed(bits: np.ndarray) -> np.ndarray:
-    """Splitmix64's next number: each bit depends on all."""
+    """Return splitmix64's next number: each bit depends on all bits of `state`."""
     bits = bits + _MIX[0]
     bits = (bits ^ (bits >> np.uint64(30))) * _MIX[1]
     bits = (bits ^ (bits >> np.uint64(27))) * _MIX[2]

@@ -2,7 +2,7 @@
 
     [batch, sequence, d]  ── rows_of ──>  [n, d]  ── unflatten ──>  [batch, sequence, d]
 
-Each chunk is reshaped where it lies; nothing is joined or rechunked along the rows.
+Each chunk is reshaped separately; nothing is joined or rechunked along the rows.
 """
 
 from __future__ import annotations
@@ -27,8 +27,8 @@ def rows_of(x: da.Array) -> da.Array:
 
     Notes
     -----
-    Chunks are reshaped where they lie and never joined. If an axis after the first is chunked, rows
-    come in the order of the chunks, which `unflatten` turns back.
+    Chunks are reshaped separately and never joined. If an axis after the first is chunked, rows are
+    in the order of the chunks, which `unflatten` undoes.
     """
     if x.numblocks[-1] > 1:
         x = x.rechunk({x.ndim - 1: -1})
@@ -73,12 +73,12 @@ def chunked_like(x: da.Array, hidden: da.Array, name: str) -> da.Array:
 
 
 def block_by_block(function: Callable[..., Array], out: str, *args: Any, **kwargs: Any) -> da.Array:
-    """As `dask.array.blockwise`, on arrays whose chunks match as they are.
+    """Like `dask.array.blockwise`, on arrays whose chunks already match.
 
     Notes
     -----
-    Left to align chunks, Dask takes an axis of length 1 for one to broadcast: the chunks (0, 1) of
-    a single row behind an empty chunk would become (1,), and the row would be in both blocks.
+    When Dask aligns chunks, it broadcasts an axis of length 1: the chunks (0, 1) of a single row
+    after an empty chunk would become (1,), and the row would be in both blocks.
     """
     return da.blockwise(function, out, *args, concatenate=True, align_arrays=False, **kwargs)
 
@@ -86,13 +86,13 @@ def block_by_block(function: Callable[..., Array], out: str, *args: Any, **kwarg
 def array_of(
     name: str, tasks: Mapping[Any, Task], inputs: Sequence[Any], chunks: Any, meta: Array
 ) -> da.Array:
-    """The array that tasks make of other arrays; they have its name and its chunks' numbers."""
+    """Return an array made by tasks, whose keys are its name and the indices of its chunks."""
     graph = HighLevelGraph.from_collections(name, tasks, dependencies=inputs)
     return da.Array(graph, name, chunks=chunks, meta=meta)
 
 
 def first_rows(chunks: Sequence[float]) -> list[int | None]:
-    """Number of each chunk's first row; None where lengths of chunks before it are not known.
+    """Return the index of each chunk's first row; None if lengths of earlier chunks are unknown.
 
     Examples
     --------
@@ -104,7 +104,7 @@ def first_rows(chunks: Sequence[float]) -> list[int | None]:
 
 
 def keys_of(x: da.Array) -> list[Any]:
-    """Keys of the row chunks of an array (n, ...) with one chunk along its other axes."""
+    """Return the keys of row chunks of an array (n, ...) with one chunk along its other axes."""
     return [(x.name, c, *[0] * (x.ndim - 1)) for c in range(x.numblocks[0])]
 
 

@@ -1,16 +1,16 @@
-"""Where on disk are the rows that wait for their experts, and what of it is done?
+"""Where on disk are the rows that wait for their experts, and which tasks are done?
 
     spill-<run>-<group>/
-      rows       expert 0: chunk 0, chunk 1, ... │ expert 1: chunk 0, ...     as they go in
-      answers    chunk 0: expert 0, expert 1, ... │ chunk 1: expert 0, ...    as they come out
-      done       a byte for each task, 1 when what it writes is written
+      rows       expert 0: chunk 0, chunk 1, ... │ expert 1: chunk 0, ...     inputs
+      answers    chunk 0: expert 0, expert 1, ... │ chunk 1: expert 0, ...    outputs
+      done       a byte for each task, 1 once its rows are written
 
 A row is stored once for each of its slots. The routing fixes all places beforehand (`SpillLayout`):
 files have their full size before the first row is written, any number of tasks write at once, an
 expert's rows are read from front to back, and so are a chunk's answers. Bytes are read and written
-by position, not mapped: memory is what arrays take.
+by position, not mapped, so only arrays take memory.
 
-After a kill the files are as good as before it. After a power loss they are not: start again.
+The files survive the death of a process, but not a power loss: then start again.
 """
 
 from __future__ import annotations
@@ -33,15 +33,15 @@ from dask_ep.storage.writers import write_all
 
 @dataclass(frozen=True, eq=False)
 class Run:
-    """Some of the rows of one expert, one after the other in `rows`."""
+    """Some of the rows of one expert, contiguous in `rows`."""
 
     expert: int
-    #: its number in its block
+    #: the expert's index in its block
     first: int
     #: place of the first row in `rows`
     count: int
     starts: np.ndarray
-    #: (c,) the first of these rows that is of each of the chunks that they come from
+    #: (c,) the first of these rows from each of the chunks that they come from
     places: np.ndarray
     #: (c,) place of that row's answer in `answers`
 
@@ -68,7 +68,7 @@ class SpillLayout:
 
     @property
     def slots(self) -> int:
-        """All of them."""
+        """Number of all slots."""
         return int(self.counts.sum())
 
     @cached_property
@@ -82,7 +82,7 @@ class SpillLayout:
         return _running_total(self.counts)
 
     def run(self, expert: int, start: int, stop: int, number: int | None = None) -> Run:
-        """Rows [start, stop) of those of an expert, which has this number in its block."""
+        """Return rows [start, stop) of an expert, with its index in its block."""
         first_of_chunk = self.rows_at[:, expert] - self.rows_at[0, expert]
         last_of_chunk = first_of_chunk + self.counts[:, expert]
         chunks = np.flatnonzero((last_of_chunk > start) & (first_of_chunk < stop))
@@ -98,7 +98,7 @@ class SpillLayout:
 
 @dataclass(frozen=True)
 class SpillFiles:
-    """The files of one group: a few words that any task can carry."""
+    """The files of one group: a small object that any task can carry."""
 
     directory: str
     d: int
@@ -107,19 +107,19 @@ class SpillFiles:
     answer_dtype: np.dtype
 
     def create(self, slots: int, tasks: int, whose: str, reserve: int = 0) -> None:
-        """Make all files in their full size, unless they are there.
+        """Create all files in their full size, unless they exist.
 
         Parameters
         ----------
-        slots : rows and answers in the files
-        tasks : counted by `done`
-        whose : output the rows are for, for the message
+        slots : number of rows, and of answers, in the files
+        tasks : number of tasks in `done`
+        whose : the output that the rows are for, for the message
         reserve : bytes that must stay free
 
         Raises
         ------
         OSError
-            If the disk has no room for them, with the bytes needed and those that are free.
+            If they do not fit on the disk; the message has the bytes needed and the free ones.
         """
         sizes = {
             "rows": slots * self.d * self.row_dtype.itemsize,
@@ -131,7 +131,7 @@ class SpillFiles:
         self.remove()
         os.makedirs(self.directory)
         try:
-            for name, size in sizes.items():  # `done` is the last one: with it, all are there
+            for name, size in sizes.items():  # `done` is created last: if it exists, all do
                 _allocate(os.path.join(self.directory, name), size)
             if free_bytes(self.directory) < reserve:
                 raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
@@ -147,19 +147,19 @@ class SpillFiles:
             ) from error
 
     def remove(self) -> None:
-        """Remove all files, if they are there."""
+        """Remove all files, if they exist."""
         shutil.rmtree(self.directory, ignore_errors=True)
 
     def write_rows(self, rows: Sequence[tuple[int, np.ndarray]]) -> None:
-        """Put rows at their places, given as (place, rows (m, d))."""
+        """Write rows at their places, given as (place, rows (m, d))."""
         self._write("rows", rows, self.d * self.row_dtype.itemsize)
 
     def read_rows(self, first: int, count: int) -> np.ndarray:
-        """Return (count, d) rows from a place on."""
+        """Return `count` rows (count, d), starting at a place."""
         return self._read("rows", first, (count, self.d), self.row_dtype)
 
     def write_answers(self, answers: np.ndarray, run: Run, start: int) -> None:
-        """Put the answers (m, d_out) to rows [start, start + m) of a run at their places."""
+        """Write the answers (m, d_out) to rows [start, start + m) of a run at their places."""
         stop = start + len(answers)
         after = np.append(run.starts[1:], run.count)
         parts = np.flatnonzero((after > start) & (run.starts < stop))
@@ -171,11 +171,11 @@ class SpillFiles:
         self._write("answers", pieces, self.d_out * self.answer_dtype.itemsize)
 
     def read_answers(self, first: int, count: int) -> np.ndarray:
-        """Return (count, d_out) answers from a place on."""
+        """Return `count` answers (count, d_out), starting at a place."""
         return self._read("answers", first, (count, self.d_out), self.answer_dtype)
 
     def record(self, task: int) -> None:
-        """Say that what a task writes is written."""
+        """Record that a task has written its rows."""
         with _opened(os.path.join(self.directory, "done")) as file:
             os.pwrite(file.fileno(), b"\1", task)
 
@@ -210,7 +210,7 @@ class SpillFiles:
 
 
 def _running_total(counts: np.ndarray) -> np.ndarray:
-    """Sum of all numbers before each, row after row, in the shape of `counts`."""
+    """Return the sum of all numbers before each, in C order, in the shape of `counts`."""
     flat = np.cumsum(counts.ravel()) - counts.ravel()
     return flat.reshape(counts.shape)
 

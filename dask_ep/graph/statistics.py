@@ -1,4 +1,4 @@
-"""How does what was seen of each chunk's rows become statistics of all rows?
+"""How do the observations of each chunk's rows become statistics of all rows?
 
     pieces of chunk c ──> ep_partial (c): a vector ──┐
          routing, experts, router                    v
@@ -6,8 +6,8 @@
                                                      v
     ep_total: those of all groups, likewise ──> statistics by name
 
-A partial result leaves the worker that made it with its chunk, and each is joined once, in a fixed
-order: the bits do not depend on who was faster, or on what was lost on the way.
+A partial result is sent from its worker together with its chunk. Each is joined once, in a fixed
+order: the bits do not depend on which worker was faster, or on what was lost on the way.
 """
 
 from __future__ import annotations
@@ -33,8 +33,8 @@ from dask_ep.kernel.error_context import error_context, slots_of
 from dask_ep.kernel.statistics import TILE_STATISTICS, Observe
 
 GROUP_CHUNKS = 16
-"""Most chunks whose partial results are joined to one of a group, which is kept for a run that
-resumes: as many as make it small next to their rows."""
+"""Maximum number of chunks whose partial results are joined to one of a group, which is kept for a
+run that resumes: enough that it is small compared with their rows."""
 
 Numbers = dict[str, np.ndarray]
 """Partial or whole results by name."""
@@ -52,14 +52,14 @@ class Partials(NamedTuple):
     """Partial results of one kind, of every chunk."""
 
     chunks: da.Array
-    #: of objects, one for each chunk
+    #: an array of objects, one for each chunk
     parts: Mapping[str, Part]
     take: Callable[[Any], Numbers]
-    #: partial results of an object
+    #: returns the partial results of an object
 
 
 class PartialLayout:
-    """Where partial results are in one vector of float64.
+    """The positions of partial results in one vector of float64.
 
     Counts are exact up to 2**53. Sums come first, so that two slices join all.
     """
@@ -72,13 +72,13 @@ class PartialLayout:
         self._maxima_from = self._starts[sums]
 
     def pack(self, numbers: Numbers) -> np.ndarray:
-        """Put partial results one behind the other."""
+        """Concatenate partial results."""
         if not self.parts:
             return np.zeros(0)
         return np.concatenate([numbers[name].reshape(-1) for name in self.parts], dtype=np.float64)
 
     def unpack(self, vector: np.ndarray) -> Numbers:
-        """Undo `pack`: views."""
+        """Undo `pack`; returns views."""
         return {
             name: vector[start : start + prod(part.shape)].reshape(part.shape)
             for (name, part), start in zip(self.parts.items(), self._starts, strict=False)
@@ -106,13 +106,13 @@ def see_experts(
     Parameters
     ----------
     ready : the layer
-    names : of `TILE_STATISTICS`
-    output : whether the layer's output is wanted as well
-    k : slots of a row that its router chose, where others follow
+    names : names of `TILE_STATISTICS`
+    output : whether to return the layer's output as well
+    k : number of slots of a row that its router chose, if others follow
 
     Returns
     -------
-    what is seen, and the (N, d_out) output
+    the observations, and the (N, d_out) output
     """
     experts, tokens = ready.experts, ready.tokens
     d, d_out = tokens.shape[1], width_of_output(experts, tokens)
@@ -132,7 +132,7 @@ def see_experts(
 
 
 def see_routing(ready: Ready, names: Sequence[str]) -> Partials:
-    """Count what the routing says: "usage", "coactivation"."""
+    """Return the statistics of the routing: "usage", "coactivation"."""
     E, k = ready.experts.num_experts, slots_of(ready.routing)
     parts = {name: part for kind in names for name, part in ROUTING_STATISTICS[kind](E, k).items()}
     token = tokenize(ready.routing, ready.topk_weights, E, tuple(names))
@@ -151,7 +151,7 @@ def see_routing(ready: Ready, names: Sequence[str]) -> Partials:
 
 
 def objects(name: str, tasks: dict[Any, Task], inputs: Sequence[da.Array], chunks: int) -> da.Array:
-    """An array with one object for each of `chunks` chunks, as `Partials` takes it."""
+    """Return an array with one object for each of `chunks` chunks, for `Partials`."""
     return array_of(name, tasks, inputs, ((1,) * chunks, (1,)), np.empty((0, 0), object))
 
 
@@ -187,7 +187,7 @@ def _see_routing(
         if "coverage" in names:
             found["coverage"] = np.bincount(slots.reshape(-1) + 1, minlength=E + 1)[1:, None]
         if "coactivation" in names:
-            chosen = np.zeros((len(slots), E + 1), np.float32)  # the last is [-1], of no expert
+            chosen = np.zeros((len(slots), E + 1), np.float32)  # the last, [-1], is for no expert
             np.put_along_axis(chosen, slots, 1, axis=1)
             chosen = chosen[:, :E]
             found["coactivation"] = chosen.T @ chosen  # exact below 2**24 rows
@@ -196,7 +196,7 @@ def _see_routing(
 
 def _count_usage(slots: np.ndarray, topk_weights: np.ndarray | None, E: int) -> Numbers:
     k = slots.shape[1]
-    codes = (slots + 1) * k + np.arange(k)  # expert and slot in one; those of -1 come first
+    codes = (slots + 1) * k + np.arange(k)  # expert and slot in one number; those of -1 come first
     by_slot = np.bincount(codes.reshape(-1), minlength=(E + 1) * k).reshape(E + 1, k)[1:]
     rows = by_slot.sum(axis=1)
     if topk_weights is None:
@@ -220,13 +220,13 @@ def join_groups(
 
     Parameters
     ----------
-    pieces : of all chunks
-    chunk_bytes : of the rows of a chunk, about
+    pieces : those of all chunks
+    chunk_bytes : about how many bytes the rows of a chunk have
 
     Returns
     -------
-    (G, size) float64 lazy array, a group in each chunk; where in a row of it is what; how many
-    chunks there are, and how many make a group
+    (G, size) float64 lazy array, one group per chunk; the layout of its rows; the number of chunks,
+    and how many of them make a group
     """
     layout = PartialLayout({name: part for piece in pieces for name, part in piece.parts.items()})
     arrays: list[Any] = [piece.chunks for piece in pieces]
@@ -250,7 +250,7 @@ def join_groups(
 
 
 def choose_group_chunks(partial_bytes: int, chunk_bytes: float) -> int:
-    """How many chunks make a group whose partial results take a small part of their bytes.
+    """Return how many chunks make a group whose partial results are small next to their bytes.
 
     Examples
     --------
@@ -267,7 +267,7 @@ def choose_group_chunks(partial_bytes: int, chunk_bytes: float) -> int:
 def finished(
     groups: da.Array, layout: PartialLayout, finish: Callable[[Numbers], Numbers]
 ) -> dict[str, da.Array]:
-    """What `finish` makes of the joined groups, by name: lazy arrays of one chunk each."""
+    """Apply `finish` to the joined groups; returns lazy arrays of one chunk each, by name."""
     token = tokenize(groups.name, finish)
     name = step_name("total", token)
     keys = List([TaskRef(key) for key in keys_of(groups)])
@@ -291,7 +291,7 @@ def finish_groups(
 
 
 def name_statistics(totals: Numbers) -> Numbers:
-    """Make named statistics of joined results; an expert without rows has zeros."""
+    """Return statistics by name from joined results; an expert without rows has zeros."""
     found: Numbers = {}
     for name, total in totals.items():
         if name in _COUNTS:

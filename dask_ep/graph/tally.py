@@ -22,21 +22,21 @@ class Serving(NamedTuple):
     rank: int
     rows: int
     asked_by: str
-    #: worker of the chunk; HERE where that is the process which notes it
+    #: worker of the chunk; HERE if that is the process that records it
     served_by: str
     start: float
     #: seconds since the epoch
     stop: float
     bytes_in: int = 0
-    #: of the packet that brought it, with the first rank of the packet; 0 without a packet
+    #: bytes of the packet that brought it, at the packet's first rank; 0 without a packet
     bytes_out: int = 0
-    #: of the answer; 0 without a packet
+    #: bytes of the answer; 0 without a packet
     waited: float = 0.0
     #: seconds from the arrival of its packet to the start
 
 
 HERE = ""
-"""Stands for the process itself, where a chunk serves its ranks without a service."""
+"""Stands for the process itself, when a chunk serves its ranks without a service."""
 
 
 class Tally:
@@ -49,7 +49,7 @@ class Tally:
         self.busy = self.core = 0.0
 
     def count_waiting(self, token: str, ranks: Sequence[int], rows: int) -> None:
-        """Count rows that came for some ranks of a layer; with a minus, that were answered."""
+        """Count rows that arrived for some ranks of a layer; negative numbers are rows answered."""
         with self._lock:
             for rank in ranks:
                 self._waiting[token, rank] += rows
@@ -58,7 +58,7 @@ class Tally:
 
     @property
     def waiting(self) -> int:
-        """Rows of packets that wait or are computed."""
+        """Rows of packets that wait or are being computed."""
         return sum(list(self._waiting.values()))
 
     def count(self, seconds: float, servings: list[Serving]) -> None:
@@ -102,27 +102,27 @@ _record: list[Serving] | None = None
 
 
 def record() -> None:
-    """Keep from now on what this process serves, until it is taken."""
+    """Start recording what this process serves."""
     global _record
     _record = [] if _record is None else _record
 
 
 def take() -> list[Serving]:
-    """Return what has been kept, and stop keeping."""
+    """Return what has been recorded, and stop recording."""
     global _record
     taken, _record = _record or [], None
     return taken
 
 
 def note(servings: list[Serving]) -> None:
-    """Keep what was served, while that is recorded."""
+    """Record what was served, if recording is on."""
     kept = _record
     if kept is not None:
         kept.extend(servings)
 
 
 def note_in_place(chunk: int, rank: int, rows: int, start: float) -> None:
-    """Keep that a chunk has served a rank itself, since `start`, while that is recorded."""
+    """Record that a chunk has served a rank itself, since `start`, if recording is on."""
     if is_recorded():
         note([Serving(chunk, rank, rows, HERE, HERE, start, now())])
 

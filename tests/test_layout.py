@@ -201,7 +201,7 @@ def test_ruff_finds_nothing():
         assert done.returncode == 0, done.stdout + done.stderr
 
 
-def test_the_version_is_said_once():
+def test_the_version_is_stated_once():
     import dask_ep
 
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
@@ -209,7 +209,7 @@ def test_the_version_is_said_once():
 
 
 @pytest.mark.slow
-def test_nobody_is_told_to_install_from_an_index_where_it_is_not():
+def test_no_text_says_to_install_from_an_index_that_lacks_the_package():
     """There is a copy of the repository, and no package of this name to download."""
     tracked = subprocess.run(
         ["git", "ls-files", "*.md", "*.py", "*.sh", "*.yaml", "*.toml"],

@@ -205,7 +205,7 @@ INTEL, AMD = "GenuineIntel", "AuthenticAMD"
         (f"{AMD} avx2", (), None),
     ],
 )
-def test_what_would_multiply_faster_is_said(cpuinfo, installed, said, monkeypatch):
+def test_what_would_multiply_faster_is_named(cpuinfo, installed, said, monkeypatch):
     monkeypatch.setattr(blas, "installed_mkl", lambda: "mkl" in installed or None)
     monkeypatch.setattr(blas, "installed_onednn", lambda: "onednn" in installed or None)
     monkeypatch.setattr(blas, "_cpuinfo", lambda: cpuinfo)

@@ -125,7 +125,7 @@ def test_no_two_threads_ever_share_memory(pool):
     assert not clashes
 
 
-def test_arrays_in_reference_cycles_come_back_too(pool):
+def test_arrays_in_reference_cycles_are_returned_too(pool):
     cycle: list = []
     cycle.extend([empty((MIB,), "f4"), cycle])
     del cycle

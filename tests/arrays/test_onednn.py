@@ -158,7 +158,7 @@ def test_what_it_cannot_multiply_is_left_alone(dtype):
         np.testing.assert_array_equal(c, before)
 
 
-def test_a_kernel_is_taken_for_its_own_kind_of_numbers_alone():
+def test_a_kernel_is_used_only_for_its_kind_of_numbers():
     """Of the same shape and layout: the bytes of a number the other way round, or out of step."""
     x, w, out = some(4, 4), some(4, 4, seed=1), np.zeros((4, 4), FLOAT32)
     unaligned = np.empty(65, np.uint8)[1:].view(FLOAT32).reshape(4, 4)

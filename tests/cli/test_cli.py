@@ -531,7 +531,7 @@ def test_a_terminal_gets_a_bar(tmp_path, small_job):
     assert b"700 rows in" in ran.stdout
 
 
-def test_without_one_lines_come_every_few_seconds(monkeypatch, capsys):
+def test_without_a_terminal_lines_are_printed_every_few_seconds(monkeypatch, capsys):
     monkeypatch.setattr(terminal, "SECONDS_BETWEEN_LINES", 10.0)
     clock = iter(range(0, 1000, 4))
     monkeypatch.setattr(terminal.time, "monotonic", lambda: next(clock))
@@ -556,7 +556,7 @@ def test_without_one_lines_come_every_few_seconds(monkeypatch, capsys):
     ],
     ids=["nothing done", "begun just now", "too few rows", "a long run", "known", "at the end"],
 )
-def test_the_time_left_is_told_when_the_speed_is_known(done, seconds, left):
+def test_the_time_left_is_shown_once_the_speed_is_known(done, seconds, left):
     assert Progress(done, 100 - done, 0, seconds).seconds_left == left
 
 
@@ -573,7 +573,7 @@ def test_an_error_and_its_causes_are_one_line():
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["plan", "run"])
-def test_what_would_multiply_faster_is_said_once(name, small_job, capsys, monkeypatch):
+def test_what_would_multiply_faster_is_named_once(name, small_job, capsys, monkeypatch):
     monkeypatch.setattr(terminal, "faster_blas", lambda: "another library")
     code, out, said = here(capsys, name, small_job)
     assert code == 0

@@ -152,7 +152,7 @@ def test_ctrl_c_leaves_nothing_on_the_cluster(cluster, job, tmp_path):
 
 
 @pytest.mark.slow
-def test_after_a_lost_scheduler_the_run_goes_on(cluster, job, tmp_path, expected):
+def test_a_run_continues_after_its_scheduler_was_lost(cluster, job, tmp_path, expected):
     out = tmp_path / "out.npy"
     with Cluster(tmp_path, WORKERS) as another:
         another.client().close()
@@ -202,7 +202,7 @@ def test_a_worker_that_does_not_see_the_files_is_named_before_anything_runs(clus
 
 
 @pytest.mark.slow
-def test_the_address_of_the_dashboard_is_told(job, tmp_path):
+def test_the_address_of_the_dashboard_is_shown(job, tmp_path):
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]

@@ -89,7 +89,7 @@ def test_a_placement_to_compare_that_is_neither_name_nor_file(job_file, placemen
     assert "placement takes contiguous, packed, balanced, exact, or files" in result.output
 
 
-def test_a_report_that_cannot_be_drawn_is_told_before_anything_is_read(job_file, monkeypatch):
+def test_a_report_that_cannot_be_drawn_is_refused_before_anything_is_read(job_file, monkeypatch):
     monkeypatch.setitem(sys.modules, "bokeh.embed", None)  # as if it were not installed
     monkeypatch.setattr(plan_command_module, "priced_job", None)
     result = CliRunner().invoke(plan_command, [str(job_file), "--html", "plan.html"])
@@ -234,7 +234,7 @@ def test_what_travels_is_a_choice_to_compare(job_file):
     ]
 
 
-def test_what_is_read_beside_fits_into_memory(job_file):
+def test_further_experts_of_a_worker_fit_into_memory(job_file):
     common = (job_file, "--processes", 4, "--json", "--chunk-rows", 100, "--link-rate", "1 kB")
     at_worst = need(open_inputs(load_job(job_file)).work(), Layout(4, 4, 1)).at(100)
     enough = at_worst + 2 * 8 * 8 * 4  # two experts for each rank

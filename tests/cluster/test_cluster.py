@@ -279,7 +279,7 @@ def test_nobody_without_a_certificate_reads_a_row(tls_client, other_certificates
         ("plain tcp", "could not connect.*if it speaks TLS, give certificates"),
     ],
 )
-def test_a_client_without_a_certificate_is_told(tls_cluster, other_certificates, proof, message):
+def test_a_client_without_a_certificate_is_refused(tls_cluster, other_certificates, proof, message):
     proofs = {"foreign": other_certificates}
     address = tls_cluster.address
     if proof == "plain tcp":

@@ -139,7 +139,7 @@ def test_without_cudas_libraries_it_says_what_to_install(monkeypatch, capsys, sm
     assert "cupy-cuda12x[ctk]" in err
 
 
-def test_a_device_without_memory_of_its_own_is_known(monkeypatch):
+def test_a_device_that_shares_the_memory_of_the_host_is_recognised(monkeypatch):
     found = {"name": b"chip", "totalGlobalMem": 1 << 30}
     cupy = type(sys)("cupy")
     cupy.cuda = type("cuda", (), {"cublas": None, "nvrtc": SimpleNamespace(getVersion=int)})
@@ -469,7 +469,7 @@ def test_a_layer_of_a_checkpoint_is_computed_on_devices(tmp_path, world_size):
 
 
 @pytest.mark.usefixtures("two_doubles")
-def test_a_chunk_fits_beside_the_experts(small_job):
+def test_a_chunk_fits_next_to_the_experts(small_job):
     """6 gated experts of 3 * 16 * 32 numbers, 3 on each of two devices."""
     job, inputs = load_job(small_job), open_inputs(load_job(small_job))
     law = need(inputs.work(True), lay_out(job, Gpus()))
@@ -546,7 +546,7 @@ def test_an_error_says_what_was_needed_what_is_free_and_what_fits():
 @pytest.mark.parametrize(
     "name", ["routing", "pack", "combine", "shared experts and residual", "residual"]
 )
-def test_every_step_tells_what_it_needs_and_needs_no_more(request, name):
+def test_every_step_states_the_memory_it_needs_and_needs_no_more(request, name):
     rng, (n, d, E) = np.random.default_rng(0), (900, 32, 8)
     shapes = [(n, d), (E, d), (n, 2)]
     tokens, weight, weights = (on_device(rng.random(shape, "f4")) for shape in shapes)
@@ -585,7 +585,7 @@ def test_a_chunk_that_cannot_be_read_to_the_device_says_that_later_steps_need_mo
 
 
 @pytest.mark.usefixtures("little_memory")
-def test_experts_that_do_not_fit_are_told_so():
+def test_experts_that_do_not_fit_are_an_error():
     arrays = [np.ones((4, 8), "f4"), np.zeros(4, int)]
     there = [
         da.from_array(a).map_blocks(
@@ -600,7 +600,7 @@ def test_experts_that_do_not_fit_are_told_so():
 
 
 @pytest.mark.slow
-def test_a_job_that_ran_out_of_memory_goes_on_in_smaller_chunks(
+def test_a_job_that_ran_out_of_memory_continues_in_smaller_chunks(
     two_doubles, monkeypatch, small_job
 ):
     monkeypatch.setattr(device, "find_devices", lambda: [Device(0, "double", 8 << 30)])
@@ -623,7 +623,7 @@ def test_a_job_that_ran_out_of_memory_goes_on_in_smaller_chunks(
 
 @pytest.mark.parametrize("shape", [(5, 3), (0, 3), (7,)])
 @pytest.mark.parametrize("dtype", [np.float32, ml_dtypes.bfloat16, np.int16])
-def test_rows_go_up_and_come_down_in_one_copy_each(shape, dtype):
+def test_rows_are_copied_to_the_device_and_back_in_one_copy_each(shape, dtype):
     host = pinned_empty(xp, shape, dtype)
     host[...] = np.arange(host.size).reshape(shape)
     want = host.copy()

@@ -124,7 +124,7 @@ def test_more_memory_gets_more_ranks():
     assert burdens(owners, {"small": 1, "large": 1}, [1.0] * 6) == {"small": 2, "large": 4}
 
 
-def test_a_heavy_rank_has_a_worker_of_its_own():
+def test_a_heavy_rank_has_a_worker_to_itself():
     owners = assign([()] * 4, dict.fromkeys("ab", 1.0), [1.0, 1.0, 1.0, 3.0])
     assert owners == [{"b"}, {"b"}, {"b"}, {"a"}]
 

@@ -359,7 +359,7 @@ def test_calling_again_installs_nothing_more(client):
         assert owners.owners == again.owners  # an inner block leaves things as it found them
 
 
-def test_one_rank_per_worker_unless_said(client):
+def test_one_rank_per_worker_by_default(client):
     with own_experts(client) as owners:
         assert owners.world_size == 3
         assert sorted(owners.owners) == sorted((address,) for address in addresses(client).values())

@@ -64,7 +64,7 @@ def test_workers_are_waited_for_and_counted_until_the_end(cluster):
     assert told[-1] == (2, 0, 1), "nothing is told when the run has ended"
 
 
-def test_of_workers_that_are_there_nothing_is_told(cluster):
+def test_workers_that_run_already_are_not_reported(cluster):
     cluster.start_worker("w0")
     told: list[Workers] = []
     with cluster.client() as client, counted_workers(client, None, tell=told.append):

@@ -86,7 +86,7 @@ def test_only_the_experts_asked_for_are_read_and_decoded():
     assert source.read(2, 2).shape == (0, 3, 64)
 
 
-def test_decoding_sources_travel_and_are_told_apart():
+def test_decoding_sources_are_pickled_and_distinguished():
     values, scales, expected = random_float8((4, 6), (2, 3))
     source = float8(open_source(values), open_source(scales), (2, 3))
     again = pickle.loads(pickle.dumps(source))

@@ -82,7 +82,7 @@ def test_the_row_of_the_whole_array_is_named(kind, data):
     assert str(row - starts[chunk]) in words
 
 
-def test_indices_that_count_from_1_are_told_so():
+def test_indices_that_count_from_1_are_an_error_that_says_so():
     routing = da.from_array(np.array([1, 2, 3, 4]), chunks=2)
     y = expert_parallel(da.ones((4, D), chunks=(2, D)), routing, W, world_size=1)
     with pytest.raises(ValueError, match="no index here is 0: they count from 0, not from 1"):

@@ -384,7 +384,7 @@ def test_experts_ahead_are_read_again_elsewhere():
         np.testing.assert_array_equal(there[e](rows), here[e](rows))
 
 
-def test_experts_that_nobody_wants_any_more_are_not_read(monkeypatch):
+def test_experts_that_are_not_needed_any_more_are_not_read(monkeypatch):
     monkeypatch.setattr(prefetch, "READERS", 1)
     monkeypatch.setattr(prefetch, "_readers", prefetch._Readers())
     busy, told = threading.Event(), []

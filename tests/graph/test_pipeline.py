@@ -415,7 +415,7 @@ def test_a_policy_changes_nothing_but_the_place(case: Case, policy: str):
         assert_close(y.compute(), whole_layer(case), case.tolerance)
 
 
-def test_a_placement_file_serves_as_well_as_what_it_holds(tmp_path):
+def test_a_placement_file_works_like_the_placement_in_it(tmp_path):
     data, placement = layer(), place("balanced", np.arange(1, E + 1), 4)
     (tmp_path / "placement.json").write_text(placement.to_json())
     asked = (placement, tmp_path / "placement.json", str(tmp_path / "placement.json"))
@@ -574,7 +574,7 @@ def test_no_rows_in_several_chunks(world_size, k):
     assert y.compute(scheduler="sync").shape == (0, 3)
 
 
-def test_functions_that_give_another_width_than_said_are_refused():
+def test_functions_that_return_another_width_than_declared_are_refused():
     y = expert_parallel(TOKENS, ROUTING, [lambda x: x[:, :2]] * E)
     with pytest.raises(ValueError, match=r"width 6, but gave 2; use .*d_out=2"):
         y.compute(scheduler="sync")

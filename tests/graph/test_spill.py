@@ -206,7 +206,7 @@ def test_each_expert_is_read_once_a_pass(monkeypatch, job, passes):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("rows", range(0, ROWS, 300))
-def test_a_stopped_run_goes_on_to_the_same_bits(monkeypatch, job, passes, rows):
+def test_a_stopped_run_is_resumed_to_the_same_bits(monkeypatch, job, passes, rows):
     undisturbed = replace(job, out=f"{job.out}.whole.npy")
     run_job(undisturbed, Threads(2))
     with pytest.raises(Stopped):
@@ -255,7 +255,7 @@ def cluster() -> Iterator[Cluster]:
         yield Cluster(workers.scheduler_address)
 
 
-def test_rows_that_are_held_are_not_gone_on_with_by_workers(monkeypatch, job, cluster):
+def test_a_run_with_rows_in_memory_is_not_resumed_by_workers(monkeypatch, job, cluster):
     monkeypatch.setattr(run, "decide", taking(WAYS["hold"]))
     with pytest.raises(Stopped):
         run_job(job, Threads(1), on_progress=stop_after(300))
@@ -264,7 +264,7 @@ def test_rows_that_are_held_are_not_gone_on_with_by_workers(monkeypatch, job, cl
     assert run_job(job, Threads(1), resume=True).rows == ROWS
 
 
-def test_a_run_in_passes_is_not_gone_on_with_where_its_memory_would_be_exceeded(job, monkeypatch):
+def test_a_run_in_passes_is_not_resumed_where_its_memory_would_be_exceeded(job, monkeypatch):
     passes = replace(WAYS["spill"], memory_bytes=500 * 10**6)
     monkeypatch.setattr(run, "decide", taking(passes))
     with pytest.raises(Stopped):
@@ -280,7 +280,7 @@ def test_a_run_in_passes_is_not_gone_on_with_where_its_memory_would_be_exceeded(
     assert done.rows == ROWS
 
 
-def test_a_run_in_passes_goes_on_with_its_threads_wherever_there_are_more(job, monkeypatch):
+def test_a_run_in_passes_is_resumed_with_its_threads_where_there_are_more(job, monkeypatch):
     monkeypatch.setattr(run, "decide", taking(WAYS["hold"]))
     with pytest.raises(Stopped):
         run_job(job, Threads(2), on_progress=stop_after(100))
@@ -288,7 +288,7 @@ def test_a_run_in_passes_goes_on_with_its_threads_wherever_there_are_more(job, m
     assert run_job(job, resume=True).rows == ROWS
 
 
-def test_a_complete_run_in_passes_is_gone_on_with_anywhere(job, monkeypatch, cluster):
+def test_a_complete_run_in_passes_is_resumed_anywhere(job, monkeypatch, cluster):
     monkeypatch.setattr(run, "decide", taking(WAYS["hold"]))
     run_job(job, Threads(2))
     for where in (Threads(3), cluster):
@@ -316,7 +316,7 @@ def test_the_layout_of_a_cluster_is_that_of_its_workers(monkeypatch, job, cluste
     assert layouts == [Layout(4, workers=2, threads=2, memory_limit=10**9, ranks_given=True)]
 
 
-def test_a_run_whose_rows_travelled_goes_on_so(job, cluster):
+def test_a_run_whose_rows_travelled_is_resumed_in_the_same_way(job, cluster):
     job = replace(job, world_size=2)
     with pytest.raises(Stopped):
         run_job(job, Threads(1), chunk_rows=CHUNK_ROWS, on_progress=stop_after(100))
@@ -419,7 +419,7 @@ def can_mount(folder: Path) -> bool:
 
 
 @pytest.mark.slow
-def test_on_a_small_disk_the_error_tells_what_is_missing_and_resume_goes_on(plain, job, tmp_path):
+def test_on_a_small_disk_the_error_says_what_is_missing_and_resume_continues(plain, job, tmp_path):
     if not can_mount(tmp_path):
         pytest.skip("a file system of its own may not be mounted here")
     job = replace(job, out=str(tmp_path / "disk" / "out.npy"))
@@ -450,7 +450,7 @@ run.run_job(load_job(sys.argv[1], out=sys.argv[2]), backends.Threads(2))
 
 
 @pytest.mark.slow
-def test_files_that_may_not_be_so_large_are_an_error_and_resume_goes_on(plain, job, monkeypatch):
+def test_files_beyond_the_size_limit_are_an_error_and_resume_continues(plain, job, monkeypatch):
     command = [sys.executable, "-c", TOO_LARGE_FILES, job.name, job.out]
     failed = subprocess.run(
         command, env=os.environ | {"PYTHONPATH": str(ROOT)}, capture_output=True, text=True
@@ -464,7 +464,7 @@ def test_files_that_may_not_be_so_large_are_an_error_and_resume_goes_on(plain, j
     assert_to_rounding(np.load(job.out), plain[1])
 
 
-def test_a_disk_that_has_no_room_for_the_output_beside_is_full_too(monkeypatch, job, spilling):
+def test_a_disk_without_room_for_the_output_as_well_is_full_too(monkeypatch, job, spilling):
     monkeypatch.setattr(spill_files, "free_bytes", lambda _: 1000)
     with pytest.raises(OSError, match=f"and the output {3 * CHUNK_ROWS * 32 * 4}, but 1000 are"):
         run_job(job, Threads(2))
@@ -663,7 +663,7 @@ def reads_too_many(done: run.Progress) -> int:
 
 
 @pytest.mark.slow
-def test_after_kill_9_a_run_goes_on_and_computes_only_what_is_missing(plain, job, spilling):
+def test_after_kill_9_a_resumed_run_computes_only_what_is_missing(plain, job, spilling):
     undisturbed = replace(job, out=f"{job.out}.whole.npy")
     run_job(undisturbed, Threads(2))
     command = [sys.executable, "-c", SLOW_RUN, job.name, job.out]
@@ -742,7 +742,7 @@ def test_peak_memory_of_the_process_tree_is_within_the_limit(tmp_path, rows, lim
 
 
 @pytest.mark.slow
-def test_plan_says_how_experts_go_by_and_refuses_only_what_no_pass_can_fit(tmp_path):
+def test_plan_shows_the_passes_and_refuses_only_what_does_not_fit_in_any(tmp_path):
     job = write_large_job(tmp_path, 60_000)
 
     def plan(limit: str, *options: str) -> str:

@@ -211,7 +211,7 @@ def header(folder: Path) -> int:
 
 
 @pytest.mark.parametrize("rows", [20, 250], ids=["among the groups", "among the grams"])
-def test_the_plan_of_what_is_left_is_laid_beside_a_resumed_run(folder, known_rates, rows, bokeh):
+def test_a_resumed_run_is_compared_with_the_plan_of_what_was_left(folder, known_rates, rows, bokeh):
     told = []
 
     def stop(done: int, total: int) -> None:
@@ -397,7 +397,7 @@ def test_the_command_tells_what_it_found(folder, capsys):
         (["--what", "usage", "--gpu"], "GPU"),
     ],
 )
-def test_wrong_use_is_told(folder, capsys, options, message):
+def test_wrong_use_is_an_error(folder, capsys, options, message):
     out = folder / "stats.safetensors"
     code, _, err = run_main(capsys, "collect", folder / "job.toml", "--out", out, *options)
     assert code in (1, 2)

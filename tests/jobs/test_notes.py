@@ -56,7 +56,7 @@ def said(capsys, path) -> dict[str, str]:
 SQUARE = "weights are square, 3 x 3, and are read as (E, in, out)"
 
 
-def test_square_weights_are_told_until_the_job_says_how_they_lie(tmp_path, capsys):
+def test_square_weights_are_noted_until_the_job_says_whether_they_are_transposed(tmp_path, capsys):
     for words in said(capsys, write_job(tmp_path)).values():
         assert words.count(SQUARE) == 1
     for value in ("true", "false"):

@@ -116,7 +116,7 @@ def test_the_workers_of_a_cluster_share_its_ranks(job_file, tmp_path):
     assert planned.experts_of_a_worker == 4, "two for each of two ranks"
 
 
-def test_a_resumed_run_is_laid_beside_the_plan_of_what_was_left(job_file, tmp_path, stop_after):
+def test_a_resumed_run_is_compared_with_the_plan_of_what_was_left(job_file, tmp_path, stop_after):
     job = load_job(job_file, out=str(tmp_path / "y.npy"), world_size=2, placement="exact")
     with pytest.raises(KeyboardInterrupt):
         run_job(job, Threads(1), chunk_rows=100, on_progress=stop_after(rows=300, blocks=3))
@@ -134,7 +134,7 @@ def test_a_resumed_run_is_laid_beside_the_plan_of_what_was_left(job_file, tmp_pa
 
 
 @pytest.mark.parametrize("chunk_rows", [50, 500])
-def test_a_run_that_goes_on_in_other_chunks_has_no_report(
+def test_a_run_that_is_resumed_in_other_chunks_has_no_report(
     job_file, tmp_path, chunk_rows, stop_after
 ):
     job = load_job(job_file, out=str(tmp_path / "y.npy"), world_size=2)
@@ -184,7 +184,7 @@ def test_without_bokeh_nothing_is_begun(job_file, tmp_path, monkeypatch):
     assert not list(tmp_path.iterdir())
 
 
-def test_a_report_that_cannot_be_written_is_told_before_anything_is_read(job_file, tmp_path):
+def test_a_report_that_cannot_be_written_is_refused_before_anything_is_read(job_file, tmp_path):
     job = load_job(job_file, out=str(tmp_path / "y.npy"))
     (tmp_path / "file").touch()
     for place, words in (("file/run.html", "cannot be written"), ("", "is a directory")):

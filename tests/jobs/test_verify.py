@@ -130,7 +130,7 @@ def test_the_tolerance_follows_the_dtype(done_job, tmp_path, dtype):
     assert not verify_job(job, rows=700, tolerance=1e-6).good
 
 
-def test_what_is_no_output_or_no_tolerance_is_told(done_job, tmp_path):
+def test_what_is_not_an_output_or_a_tolerance_is_refused(done_job, tmp_path):
     job = changed(done_job, tmp_path, lambda y: None, np.int64)
     with pytest.raises(
         ValueError, match=r"must have dtype float64, .*, but has int64; run the job"

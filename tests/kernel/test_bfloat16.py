@@ -552,7 +552,7 @@ def test_a_job_with_an_unknown_precision_is_refused():
         ("float64", True, "float32", ""),
     ],
 )
-def test_what_multiplies_is_said(dtype, is_bfloat16, precision, words, library):
+def test_what_multiplies_is_named(dtype, is_bfloat16, precision, words, library):
     said = multiplied_by(np.dtype(dtype), is_bfloat16, precision)
     assert said == (f"{library}{words}" if words else blas.multiplies_by())
 

@@ -164,7 +164,7 @@ def test_slots_of_a_row_at_one_expert_are_added_in_their_order():
 
 
 @given(cases(max_k=2, dtypes=[np.float32, np.float64]), st.booleans())
-def test_weights_on_the_input_and_rows_that_come_sorted(case: Case, by_expert: bool):
+def test_weights_on_the_input_and_rows_that_are_sorted(case: Case, by_expert: bool):
     order = np.argsort(case.routing, kind="stable") if by_expert else None
     if order is not None and case.routing.ndim == 1:
         case = case.with_(

@@ -113,7 +113,7 @@ def test_rounded_layers_are_those_of_a_model_in_bfloat16(cublas, kind):
         (("float64", True, "bfloat16", True), "cuBLAS"),
     ],
 )
-def test_what_multiplies_is_said(asked, words):
+def test_what_multiplies_is_named(asked, words):
     dtype, *how = asked
     assert operands.multiplied_on_gpus(np.dtype(dtype), *how) == words
 

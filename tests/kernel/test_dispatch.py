@@ -222,7 +222,7 @@ def test_a_rank_in_few_bits_owns_what_it_should():
     np.testing.assert_array_equal(out[:, 0], [0, 0, 1, 1])
 
 
-def test_ranks_with_unequal_numbers_of_experts_are_told_what_must_hold():
+def test_ranks_with_unequal_numbers_of_experts_are_refused():
     five, routing = [*W4, W4[0]], np.array([0, 3, 4])
     message = r"\[-1, 4\).*is 4.*in direct calls of the kernel, world_size must divide"
     with pytest.raises(ValueError, match=message):

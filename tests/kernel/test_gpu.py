@@ -446,7 +446,7 @@ def test_rows_that_bfloat16_cannot_say_are_what_they_are_in_float32(cupy, values
     np.testing.assert_allclose(got, want, rtol=0, atol=2.0**-132)
 
 
-def test_many_chunks_go_up_and_come_down_beside_the_compute(cupy):
+def test_many_chunks_are_copied_to_the_device_and_back_while_it_computes(cupy):
     """Blocks of memory are used again and again, while kernels are still reading them."""
     chunks = [normal(1 << 16, 8, seed=c) for c in range(20)]
     there = []
@@ -488,7 +488,7 @@ def test_few_bits_are_decoded_on_the_device(cupy):
             assert got.W.get().tobytes() == want.W.tobytes()
 
 
-def test_a_chunk_that_is_too_large_is_told_what_fits(cupy):
+def test_the_error_of_a_chunk_that_is_too_large_says_what_fits(cupy):
     pool = cupy.get_default_memory_pool()
     pool.free_all_blocks()
     tokens = device_chunks(cupy, da.from_array(normal(1 << 18, 64), chunks=-1))

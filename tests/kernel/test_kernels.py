@@ -222,7 +222,7 @@ def test_no_sum_of_cublas_is_kept_in_16_bits(cublas):
     assert {call.handle for call in cublas.calls} <= set(cublas.modes)
 
 
-def test_each_stream_of_cublas_has_a_handle_of_its_own(cublas):
+def test_each_stream_of_cublas_has_a_separate_handle(cublas):
     bounds = [(2 * e, 2 * e + 2) for e in range(10)]
     rows, W = on_device(normal(20, 4)), [on_device(normal(4, 4))] * 10
     device_kernel.products(rows, W, bounds, xp.empty((20, 4), dtype="f4"))

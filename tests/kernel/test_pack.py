@@ -60,7 +60,7 @@ def test_packets_hold_every_slot_exactly_once_and_every_row_once_per_owner(data,
 
 
 @given(cases())
-def test_rows_with_one_slot_come_sorted_by_expert_and_others_in_their_order(case: Case):
+def test_rows_with_one_slot_are_sorted_by_expert_and_others_stay_in_order(case: Case):
     packing = packing_of(case)
     for rank in packing.ranks:
         packet = packing.packet([rank])
@@ -72,7 +72,7 @@ def test_rows_with_one_slot_come_sorted_by_expert_and_others_in_their_order(case
 
 
 @given(cases(dtypes=[np.float64]))
-def test_rows_come_back_to_their_places(case: Case):
+def test_rows_return_to_their_places(case: Case):
     """Ranks that answer with the rows themselves give each row times the ranks that it went to."""
     each, routing, packing = case.num_experts // case.world_size, by_slot(case.routing), None
     packing = packing_of(case)

@@ -425,7 +425,7 @@ def test_a_checkpoint_may_mix_dtypes():
     }
 
 
-def test_fused_experts_are_told_apart_by_all_their_shapes(tmp_path):
+def test_fused_experts_are_distinguished_by_all_their_shapes(tmp_path):
     """With H = 2 I, gate_up_proj looks the same in both layouts, and down_proj does not."""
     case = "qwen3_vl_moe_square"
 

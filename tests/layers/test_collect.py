@@ -209,7 +209,7 @@ def test_a_chunk_is_sorted_once_for_the_grams_of_all_experts(monkeypatch):
         np.testing.assert_array_equal(found[2:5].compute(scheduler="sync"), want[2:5])
 
 
-def test_what_is_wrong_is_said():
+def test_wrong_arguments_are_refused():
     tokens, routing = small()
     experts = make_layer("linear", 6, 8, F, 8, seed=0).experts
     layer = MoELayer(Router(6, 2), experts, np.ones((6, 8)))

@@ -328,7 +328,7 @@ def as_modelopt(tensors: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
     return out
 
 
-def test_an_older_export_of_modelopt_says_its_format_in_a_file_of_its_own(tmp_path):
+def test_an_older_export_of_modelopt_has_its_format_in_a_separate_file(tmp_path):
     plain = load_moe_layer(FIXTURES / "qwen3_moe_nvfp4", LAYER)
     folder = altered(tmp_path, "qwen3_moe_nvfp4", tensors=as_modelopt, quantization_config=None)
     other = folder / "hf_quant_config.json"

@@ -140,7 +140,7 @@ def test_a_layer_gives_each_row_the_same_in_any_chunks(kind, hidden, world_size)
 
 @pytest.mark.parametrize("kind", BATCHES)
 @pytest.mark.parametrize("chunks", [(0, 1), (1, 0), (0, 1, 0)], ids=str)
-def test_a_single_row_beside_an_empty_chunk_is_one_row(kind, chunks):
+def test_a_single_row_next_to_an_empty_chunk_is_one_row(kind, chunks):
     """Dask broadcasts an axis of length 1, if it is left to align the chunks."""
     hidden = da.from_array(normal(1, D, seed=9), chunks=(chunks, D))
     assert_same_in_one_chunk(kind, hidden, world_size=2)

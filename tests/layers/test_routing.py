@@ -191,7 +191,7 @@ def test_rows_beyond_one_tile_are_routed_alike():
 
 
 @pytest.mark.parametrize(("d", "E"), [(33, 8), (256, 64), (1000, 60)])
-def test_a_row_is_routed_alike_whatever_rows_stand_around_it(d, E):
+def test_a_row_is_routed_alike_whatever_the_other_rows_are(d, E):
     rng = np.random.default_rng(d)
     hidden = rng.standard_normal((700, d), dtype=np.float32)
     weight = rng.standard_normal((E, d), dtype=np.float32) / d**0.5

@@ -257,7 +257,7 @@ def test_the_memory_limit_says_how_many_are_read(tmp_path):
 @pytest.mark.slow
 @pytest.mark.parametrize(("d", "k", "ranks", "policy"), [(16, 4, 2, None), (64, 3, 3, "exact")])
 @pytest.mark.parametrize("spare", [None, 1, 3])
-def test_a_run_reads_beside_what_its_plan_says(tmp_path, d, k, ranks, policy, spare):
+def test_a_run_reads_the_further_experts_that_its_plan_says(tmp_path, d, k, ranks, policy, spare):
     example = Example(rows=900, d=d, num_experts=20, k=k, chunk_rows=100, format="npy")
     path = write_example(tmp_path / "example", example)
     inputs = open_inputs(load_job(path, placement=policy))

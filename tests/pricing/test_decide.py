@@ -168,7 +168,7 @@ def test_shared_experts_and_routers_are_held_by_every_worker(tmp_path):
 
 
 @pytest.mark.parametrize("case", ["gpt_oss_mxfp4", "deepseek_v3_fp8", "deepseek_v3_bfloat16"])
-def test_experts_are_held_as_they_are_stored_where_only_so_they_fit(
+def test_experts_are_held_as_they_are_stored_where_they_fit_only_in_that_form(
     tmp_path, monkeypatch, case, float32_products
 ):
     with np.load(FIXTURES / case / "expected.npz") as found:
@@ -222,7 +222,7 @@ def test_experts_of_16_bits_are_held_so_where_each_has_rows_enough(tmp_path):
     assert run_job(job, Threads(1, limit)).passes is None
 
 
-def test_on_a_gpu_experts_beside_take_16_bits_where_products_round_to_them(tmp_path):
+def test_on_a_gpu_spare_experts_take_16_bits_where_products_round_to_them(tmp_path):
     names = {"tokens": "x", "routing": "r", "experts": "w", "out": "y"}
     arrays = (np.ones((8, 4), "f2"), np.zeros(8, int), np.ones((4, 4, 4), "f2"))
     for name, array in zip("xrw", arrays, strict=True):
@@ -313,7 +313,7 @@ def test_more_rows_than_there_are_mean_all_of_them(inputs):
     assert decided == [500, 2000]
 
 
-def test_a_job_without_rows_is_run_and_gone_on_with(job_file, tmp_path):
+def test_a_job_without_rows_is_run_and_resumed(job_file, tmp_path):
     arrays = {"tokens": np.zeros((0, 8), "f4"), "routing": np.zeros((0, 2), "i4")}
     arrays["experts"] = np.ones((4, 8, 8), "f4")
     for key, array in arrays.items():
@@ -324,7 +324,7 @@ def test_a_job_without_rows_is_run_and_gone_on_with(job_file, tmp_path):
     assert np.load(job.out).shape == (0, 8)
 
 
-def test_where_nothing_fits_it_is_said(inputs):
+def test_it_is_an_error_if_nothing_fits(inputs):
     with pytest.raises(DoesNotFit, match=r"a memory limit of 179 MB .* in total; allow more") as no:
         decide(inputs.work(), Layout(1, 1, 2, 179_000_000))
     assert no.value.proposal == {}

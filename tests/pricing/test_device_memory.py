@@ -156,7 +156,7 @@ def test_a_plan_refuses_what_does_not_fit_and_proposes_what_does(job_file):
         planned(inputs, 1, device_memory_limit=DEVICE_PROCESS_BYTES, workers=1)
 
 
-def test_time_is_that_of_the_slowest_of_what_goes_on_side_by_side(job_file):
+def test_time_is_that_of_the_slowest_of_concurrent_steps(job_file):
     inputs = open_inputs(load_job(job_file))
     chunk = 2000 * 512 * 4
     slow = {"lane": 1e6, "write": 1e5, "flops": 1e9}
@@ -185,7 +185,7 @@ def test_a_run_is_refused_by_the_memory_of_either_side(job_file):
             decide(inputs.work(True), small)
 
 
-def test_experts_stay_as_they_are_stored_on_a_gpu_where_only_so_they_fit(tmp_path):
+def test_experts_stay_as_they_are_stored_on_a_gpu_where_they_fit_only_in_that_form(tmp_path):
     case = FIXTURES / "deepseek_v3_fp8"
     with np.load(case / "expected.npz") as found:
         np.save(tmp_path / "x.npy", found["hidden"].reshape(24, -1))

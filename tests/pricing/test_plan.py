@@ -501,7 +501,7 @@ def test_more_workers_are_proposed_when_the_experts_are_too_many():
     assert plan(tokens, routing, experts, **arguments | {"world_size": 4}).fits
 
 
-def test_where_nothing_fits_it_is_said():
+def test_it_is_an_error_if_nothing_fits():
     tokens, routing, experts = job(d=512, experts=16)
     arguments = {"machine": Machine(workers=1, threads=1, memory_limit="180 MB"), "rates": RATES}
     with pytest.raises(DoesNotFit, match="must hold 17 MB of experts, .*; allow more") as refused:
@@ -512,7 +512,7 @@ def test_where_nothing_fits_it_is_said():
 
 
 @pytest.mark.slow
-def test_experts_that_do_not_fit_go_by_in_passes_or_stay_as_they_are_stored():
+def test_experts_that_do_not_fit_are_processed_in_passes_or_stay_as_they_are_stored():
     """As in a run: 400 MB of experts within 450 MB, which are read from their files."""
     tokens, routing, _ = job(rows=20_000, d=1024, experts=100, k=1, chunk=10_000)
     wide, half = (np.broadcast_to(np.ones((), dtype), (100, 1024, 1024)) for dtype in ("f4", "f2"))

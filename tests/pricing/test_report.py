@@ -244,7 +244,7 @@ def test_colours_that_are_used_together_can_be_told_apart(deficiency, together):
     assert PINK in STEP_COLOURS.values()
 
 
-def test_without_bokeh_it_is_said_what_to_install(compared, tmp_path, monkeypatch):
+def test_without_bokeh_the_error_says_what_to_install(compared, tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "bokeh.embed", None)
     with pytest.raises(ImportError, match="pip install bokeh"):
         write_plan_report(tmp_path / "plan.html", compared)

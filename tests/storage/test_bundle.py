@@ -24,7 +24,7 @@ def arrays(tmp_path):
 
 
 @pytest.mark.parametrize("kind", bundle.KINDS_OF_BUNDLES)
-def test_each_row_is_read_once_and_all_come_back(arrays, kind, tmp_path, monkeypatch):
+def test_each_row_is_read_once_and_all_are_returned(arrays, kind, tmp_path, monkeypatch):
     monkeypatch.setattr(bundle, "CHUNK_BYTES", 3 * 16)
     path = tmp_path / f"stats{kind}"
     (tmp_path / f"{path.name}.progress").mkdir()

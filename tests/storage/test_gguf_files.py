@@ -112,7 +112,7 @@ def test_a_file_that_is_not_whole_is_named(tmp_path):
         open_gguf("s3://bucket/m.gguf")
 
 
-def test_without_the_package_it_is_said_how_to_get_it(tmp_path, monkeypatch):
+def test_without_the_package_the_error_says_how_to_install_it(tmp_path, monkeypatch):
     path = some_file(tmp_path, Form.F32)
     monkeypatch.setitem(sys.modules, "gguf", None)
     with pytest.raises(ImportError, match=r"which is not installed: pip install gguf"):

@@ -80,7 +80,7 @@ def manifest_of(path):
 
 
 @pytest.mark.parametrize("stop_after", range(BLOCKS))
-def test_a_run_stopped_at_any_block_goes_on_with_the_others(path, stop_after):
+def test_a_run_stopped_at_any_block_is_resumed_with_the_others(path, stop_after):
     made = begin(path, stop_after)
     assert len(made) == stop_after
     assert not os.path.exists(path)
@@ -207,7 +207,7 @@ def test_of_another_array_without_inputs_is_warned(path):
     store(Steps().array * 1, path, resume=True, settings={"factor": 2}, scheduler="sync")
 
 
-def test_of_another_array_nothing_is_said_where_nothing_is_kept(path):
+def test_another_array_is_not_mentioned_where_nothing_is_kept(path):
     begin(path, stop_after=0)
     store(Steps().array * 7, path, resume=True, scheduler="sync")
     assert_eq(open_tokens(path), Steps().expected * 7)
@@ -697,7 +697,7 @@ def test_of_compressed_chunks_the_lost_and_the_damaged_are_made_again(tmp_path, 
     assert_eq(open_tokens(path), rest.expected)
 
 
-def test_a_run_stopped_as_it_makes_what_is_missing_goes_on(path):
+def test_a_run_stopped_while_it_computes_missing_blocks_is_resumed(path):
     expected, header = finished(path)
     if path.endswith(".zarr"):
         for block in (1, 3, 4):

@@ -524,7 +524,7 @@ def test_what_is_no_source(tmp_path):
     "text",
     ["", "{", "3", "{}", '{"zarr_format": 3, "node_type": "array"}', '{"data_type": "bfloat16"}'],
 )
-def test_metadata_that_is_not_that_of_an_array_is_told_with_its_path(tmp_path, text):
+def test_metadata_that_is_not_that_of_an_array_is_refused_with_its_path(tmp_path, text):
     (tmp_path / "x.zarr").mkdir()
     (tmp_path / "x.zarr" / "zarr.json").write_text(text)
     with pytest.raises(ValueError, match=r"x.zarr cannot be opened as a Zarr array: ."):

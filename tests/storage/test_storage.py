@@ -411,7 +411,7 @@ def test_what_cannot_be_written(tmp_path):
     assert os.listdir(tmp_path) == []
 
 
-def test_where_the_record_cannot_be_is_told(tmp_path):
+def test_an_output_is_refused_where_its_record_cannot_be(tmp_path):
     (tmp_path / "y.zarr.progress").write_text("a file")
     with pytest.raises(OSError, match=r"cannot be made a directory \(File exists\).*elsewhere"):
         store(da.ones((10, 4), chunks=(3, 4)), tmp_path / "y.zarr")

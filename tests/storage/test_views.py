@@ -34,7 +34,7 @@ def test_a_view_reads_rows_in_its_own_order(view, want, tmp_path):
         source.read(0, len(want) + 1)
 
 
-def test_views_are_told_from_each_other(tmp_path):
+def test_views_are_distinguished(tmp_path):
     np.save(tmp_path / "m.npy", MATRIX)
     prints = [
         str(view(open_source(tmp_path / "m.npy")).fingerprint()) for view, _ in VIEWS.values()

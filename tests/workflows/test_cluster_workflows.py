@@ -227,7 +227,7 @@ def test_the_client_that_waits_for_gpu_nodes_starts_ucx_with_a_cuda_context(monk
     assert contexts == [True]
 
 
-def test_a_job_on_gpu_nodes_is_told_how_many_workers_to_wait_for(monkeypatch, capsys):
+def test_a_job_on_gpu_nodes_knows_how_many_workers_to_wait_for(monkeypatch, capsys):
     monkeypatch.syspath_prepend(WORKFLOWS)
     gpu_cluster = importlib.import_module("gpu_cluster")
     monkeypatch.setattr(gpu_cluster, "started", None)

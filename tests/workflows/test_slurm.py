@@ -119,9 +119,7 @@ def test_a_worker_that_is_cancelled_is_replaced(slurm, start, job, tmp_path, exp
 @pytest.mark.slow
 @needs_slurm
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_a_run_that_is_stopped_leaves_no_jobs_and_goes_on(
-    slurm, start, job, tmp_path, expected, number
-):
+def test_a_stopped_run_leaves_no_jobs_and_is_resumed(slurm, start, job, tmp_path, expected, number):
     """Sent to the whole group, as a terminal does with Ctrl-C; resumed on other workers."""
     out = tmp_path / "out.npy"
     process = start(job, "--out", out, "--workers", 2)

@@ -118,7 +118,7 @@ def main(arguments: list[str] | None = None) -> None:
                 bench.round()
                 kernel, job = zip(*(bench.round() for _ in range(options.repeat)), strict=True)
                 memory = bench.memory()
-            ratios = f"{told(kernel)} | {layer.to_reach} | {told(job)} | {JOB_TO_REACH}"
+            ratios = f"{spread_of(kernel)} | {layer.to_reach} | {spread_of(job)} | {JOB_TO_REACH}"
             print(f"| {name} | {precision} | {error:.1e} | {ratios} | {memory:.2f} |", flush=True)
 
 
@@ -129,7 +129,7 @@ def shrunk(layer: Layer, by: int, rows: int | None) -> Layer:
     )  # fmt: skip
 
 
-def told(ratios: tuple[float, ...]) -> str:
+def spread_of(ratios: tuple[float, ...]) -> str:
     return f"{statistics.median(ratios):.2f} ({min(ratios):.2f} to {max(ratios):.2f})"
 
 

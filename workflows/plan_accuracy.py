@@ -163,15 +163,15 @@ def plan_and_run(case: Case, folder: Path) -> Outcome:
     """Plan a job, run it, and compare."""
     job = load_job(folder / JOB_NAME, world_size=case.ranks, placement=case.placement)
     where = Threads(case.threads) if case.processes is None else Processes(case.processes)
-    told: list[tuple[Plan, Record]] = []
+    records: list[tuple[Plan, Record]] = []
     done = run_job(
         job,
         where,
         chunk_rows=case.chunk_rows,
-        on_record=lambda *both: told.append(both),
+        on_record=lambda *both: records.append(both),
         on_client=partial(slow_down, factor=case.slower) if case.slower > 1 else None,
     )
-    ((planned, record),) = told
+    ((planned, record),) = records
     received = planned.packet_rows.sum(axis=0)
     homes = record.homes() if planned.workers > 1 else dict.fromkeys(range(len(planned.chunks)), 0)
     return Outcome(

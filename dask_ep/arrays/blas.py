@@ -159,7 +159,7 @@ def mkl_version() -> str | None:
 def numpys_blas() -> str:
     """Name the BLAS that NumPy is linked with, and the CPU that its kernels are for."""
     found = [lib.info() for lib in ThreadpoolController().lib_controllers if lib.user_api == "blas"]
-    found.sort(key=lambda lib: "numpy" not in lib["filepath"])  # SciPy may bring one of its own
+    found.sort(key=lambda lib: "numpy" not in lib["filepath"])  # SciPy may come with another one
     if not found:
         return "NumPy's own loops"
     names = {"openblas": "OpenBLAS", "mkl": "MKL", "blis": "BLIS"}

@@ -46,7 +46,7 @@ _PAIRS = (16, 64, 2)
 
 
 class _Handle:
-    """An object of the library, destroyed when nobody refers to it any more."""
+    """An object of the library, destroyed when nothing refers to it any more."""
 
     def __init__(self, pointer: ctypes.c_void_p, destroy: Any, keeps: Any = None):
         self.pointer = self._as_parameter_ = pointer

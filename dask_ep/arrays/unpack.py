@@ -89,7 +89,7 @@ def _in_long_rows(ufunc: np.ufunc, rows: np.ndarray, values: np.ndarray) -> None
 
 
 def split_factor(scales: np.ndarray, dtype: np.dtype | None) -> np.float32 | None:
-    """The factor that `round_to` wants in products of these scales; None if it rounds otherwise."""
+    """The factor that `round_to` needs for these scales; None if it rounds in another way."""
     if dtype is None:
         return None
     least, most = (2.0**-14, 255.0) if dtype == np.float16 else (2.0**-100, 2.0**100)

@@ -115,7 +115,7 @@ def price_course(
     """
     arrays = [array for one in collections for array in one.parts()]
     keys = {key: read_key(key) for array in arrays for key in array.__dask_graph__()}
-    ours = [key for key, said in keys.items() if said is not None and said.step != "read"]
+    ours = [key for key, parts in keys.items() if parts is not None and parts.step != "read"]
     experts = sum(map(len, course.gram_blocks))
     made = partial(
         PlanOfStatistics,

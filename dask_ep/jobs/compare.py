@@ -138,7 +138,7 @@ def compare_checkpoints(
     """
     layer = _layer_of(a, b) if layer is None else layer
     judged: dict[str, Any] = {"tolerance": tolerance, "share": share}
-    told: dict[str, Any] = {"on_progress": on_progress, "wait": wait}
+    callbacks: dict[str, Any] = {"on_progress": on_progress, "wait": wait}
     with TemporaryDirectory(prefix="dask-ep-compare-", dir=scratch) as place:
         jobs = [
             Job(
@@ -147,9 +147,9 @@ def compare_checkpoints(
             )
             for name, path in (("a", a), ("b", b))
         ]  # fmt: skip
-        found = _compare_together(jobs, where, chunk_rows, judged, **told)
+        found = _compare_together(jobs, where, chunk_rows, judged, **callbacks)
         if found is None:
-            found = _compare_apart(jobs, where, chunk_rows, judged, **told)
+            found = _compare_apart(jobs, where, chunk_rows, judged, **callbacks)
     return replace(found, tensors=compare_tensors(a, b, layer), layer=layer)
 
 
@@ -376,11 +376,11 @@ def _computed(
 
     found, done = None, 0
     try:
-        for told in Aside(work, wait):
-            if not isinstance(told, int):
-                found = told
+        for message in Aside(work, wait):
+            if not isinstance(message, int):
+                found = message
             elif on_progress is not None:
-                done += chunks[told]
+                done += chunks[message]
                 on_progress(done, sum(chunks))
     finally:
         if client is not None:

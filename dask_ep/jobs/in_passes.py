@@ -9,8 +9,8 @@ A finished step is not done again: the files of spilled rows are next to the out
 resumed run continues with them.
 
     any worker           reads a chunk, writes its rows, by expert     ┐
-    the worker of rank r reads blocks r alone wants, their rows,       │ files that all workers see
-                         and writes what they gave, by chunk           │
+    the worker of rank r reads blocks that only r needs, their rows,   │ files that all workers see
+                         and writes their outputs, by chunk            │
     any worker           reads that, adds it up, writes the output     ┘
 
 So workers exchange rows only through these files, and each expert is read by one worker, or by

@@ -241,7 +241,7 @@ def _events(client: Client, owners: Owners | None) -> list[tuple[float, str]]:
     ]
     for change in [] if owners is None else owners.changes:
         before, after = (
-            ", ".join(of_rank) or "nobody" for of_rank in (change.before, change.after)
+            ", ".join(of_rank) or "no worker" for of_rank in (change.before, change.after)
         )
         events.append(
             (change.time, f"rank {change.rank} moved from {before} to {after}: {change.why}")

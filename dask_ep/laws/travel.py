@@ -166,11 +166,11 @@ def choose_travel(
         extra += list(_all_wanted(found, owners, chunks, worker))
     else:
         prices = _Prices(row_bytes / float(travel.link), expert_bytes / float(travel.read))
-        for rank, wants in enumerate(_wants(found, owners, chunks, worker)):
-            chosen = _worth_reading(wants, prices, found.num_experts)
+        for rank, needs in enumerate(_needs(found, owners, chunks, worker)):
+            chosen = _worth_reading(needs, prices, found.num_experts)
             held = int((owners.physical[rank] >= 0).sum())
             room = None if max_physical is None else max_physical - held
-            extra.append(_fitting(chosen, wants, room))
+            extra.append(_fitting(chosen, needs, room))
     placement = _reading(owners, [np.flatnonzero(read) for read in extra])
     verify_placement(placement, num_experts=found.num_experts, max_physical=max_physical)
     return placement
@@ -184,7 +184,7 @@ class _Prices(NamedTuple):
     expert: float
 
 
-class _Wants(NamedTuple):
+class _Needs(NamedTuple):
     """The experts of other ranks that the rows at home at one rank need."""
 
     leaving: list[np.ndarray]
@@ -216,9 +216,9 @@ def _all_wanted(
     return wanted[:, :-1]
 
 
-def _wants(
+def _needs(
     found: Survey, owners: Placement, chunks: Sequence[int], worker: np.ndarray
-) -> Iterator[_Wants]:
+) -> Iterator[_Needs]:
     """Yield, for each rank, the experts on other workers that the rows at home there need."""
     ranks, per_rank = owners.physical.shape
     homes = np.array([owners.home(c) for c in range(len(chunks))], np.int64)
@@ -239,7 +239,7 @@ def _wants(
             leave = (physical // per_rank == rank) & (worker[rank] != worker[home])
             there = np.where(leave, experts[physical], -1)
             leaving.append(there[leave.any(axis=1)])
-        yield _Wants(leaving, at_home[home] / max(len(physical), 1))
+        yield _Needs(leaving, at_home[home] / max(len(physical), 1))
 
 
 def _once_per_row(physical: np.ndarray) -> np.ndarray:
@@ -250,14 +250,14 @@ def _once_per_row(physical: np.ndarray) -> np.ndarray:
     return physical
 
 
-def _worth_reading(wants: _Wants, prices: _Prices, num_experts: int) -> np.ndarray:
+def _worth_reading(needs: _Needs, prices: _Prices, num_experts: int) -> np.ndarray:
     """Return (E,) which experts of other ranks are worth reading."""
     chosen = np.zeros(num_experts, bool)
-    for together in _without_common_experts(wants.leaving, num_experts):
+    for together in _without_common_experts(needs.leaving, num_experts):
         best, best_gain = np.zeros(num_experts, bool), 0.0
         wanted = np.isin(np.arange(num_experts), together)
         for held, staying in _dropping(wanted, together):
-            gain = staying * wants.weight * prices.row - held.sum() * prices.expert
+            gain = staying * needs.weight * prices.row - held.sum() * prices.expert
             if gain > best_gain:
                 best, best_gain = held, gain
         chosen |= best
@@ -277,21 +277,21 @@ def _without_common_experts(leaving: Sequence[np.ndarray], num_experts: int) -> 
     return [np.concatenate(members) for _, members in groups]
 
 
-def _fitting(chosen: np.ndarray, wants: _Wants, room: int | None) -> np.ndarray:
+def _fitting(chosen: np.ndarray, needs: _Needs, room: int | None) -> np.ndarray:
     """Drop some of the chosen experts, (E,), if there are more than fit."""
     if room is None or chosen.sum() <= room:
         return chosen
-    way = _dropping(chosen, np.concatenate(wants.leaving))
+    way = _dropping(chosen, np.concatenate(needs.leaving))
     return next(held for held, _ in way if held.sum() <= room)
 
 
-def _dropping(held: np.ndarray, wants: np.ndarray) -> Iterator[tuple[np.ndarray, int]]:
+def _dropping(held: np.ndarray, needs: np.ndarray) -> Iterator[tuple[np.ndarray, int]]:
     """Drop experts one by one, each time the one whose loss makes the fewest rows leave.
 
     Parameters
     ----------
     held : (E,) bool, the experts to begin with
-    wants : (m, k) experts that each row needs, each once, -1 for none
+    needs : (m, k) experts that each row needs, each once, -1 for none
 
     Yields
     ------
@@ -300,26 +300,26 @@ def _dropping(held: np.ndarray, wants: np.ndarray) -> Iterator[tuple[np.ndarray,
     """
     held = held.copy()
     is_held = np.append(held, True)  # [-1]: a row does not leave for an empty slot
-    wants = wants[is_held[wants].all(axis=1)]
-    by_expert = np.argsort(wants, axis=None, kind="stable")
-    ends = np.searchsorted(wants.ravel()[by_expert], np.arange(held.size + 1))
-    stays, staying = np.ones(len(wants), bool), len(wants)
-    leave = _count(wants, held.size)
+    needs = needs[is_held[needs].all(axis=1)]
+    by_expert = np.argsort(needs, axis=None, kind="stable")
+    ends = np.searchsorted(needs.ravel()[by_expert], np.arange(held.size + 1))
+    stays, staying = np.ones(len(needs), bool), len(needs)
+    leave = _count(needs, held.size)
     while True:
         yield held.copy(), staying
         if not held.any():
             return
         dropped = int(np.argmin(np.where(held, leave, staying + 1)))
-        rows = by_expert[ends[dropped] : ends[dropped + 1]] // wants.shape[1]
+        rows = by_expert[ends[dropped] : ends[dropped + 1]] // needs.shape[1]
         rows = rows[stays[rows]]
         held[dropped], stays[rows] = False, False
         staying -= len(rows)
-        leave -= _count(wants[rows], held.size)
+        leave -= _count(needs[rows], held.size)
 
 
-def _count(wants: np.ndarray, num_experts: int) -> np.ndarray:
+def _count(needs: np.ndarray, num_experts: int) -> np.ndarray:
     """Return (E,) how many rows need each expert."""
-    return np.bincount(wants.ravel() + 1, minlength=num_experts + 1)[1:]
+    return np.bincount(needs.ravel() + 1, minlength=num_experts + 1)[1:]
 
 
 def _reading(owners: Placement, extra: Sequence[np.ndarray]) -> Placement:

@@ -128,7 +128,7 @@ def limit_capacity(
 
     Examples
     --------
-    Three rows want expert 0, and there is room for ``ceil(1.0 * 4 * 1 / 2) = 2``:
+    Three rows are routed to expert 0, which has room for ``ceil(1.0 * 4 * 1 / 2) = 2``:
 
     >>> import dask.array as da
     >>> from dask_ep.layers.capacity import Capacity, limit_capacity

@@ -25,7 +25,7 @@ class Progress:
 
     def __init__(self, blocks: int, file: TextIO = sys.stderr):
         self.blocks, self.file = max(blocks, 1), file
-        self.started, self.told, self.done, self.bytes_read = time.monotonic(), 0.0, 0, 0
+        self.started, self.shown, self.done, self.bytes_read = time.monotonic(), 0.0, 0, 0
         self.block, self.stage, self.chunk, self.skipped = 0, "", 0.0, 0
         self.before = dict.fromkeys(STAGES, 0.0) | {"experts": 0.3, "collect": 0.95, "sum": 0.95}
         self.parts = dict(STAGES)
@@ -40,8 +40,8 @@ class Progress:
         if self.file.isatty():
             self.file.write(f"\r\x1b[2K{self}")
             self.file.flush()
-        elif now - self.told >= SECONDS:
-            self.told = now
+        elif now - self.shown >= SECONDS:
+            self.shown = now
             print(self, file=self.file, flush=True)
 
     def end(self, took: dict) -> None:

@@ -80,8 +80,8 @@ def test_the_visible_top_level_is_what_it_should_be():
 
 
 def test_every_module_is_in_a_room():
-    beside = {path.stem for path in PACKAGE.glob("*.py")}
-    assert beside == {"__init__", "__main__", "errors"}
+    outside = {path.stem for path in PACKAGE.glob("*.py")}
+    assert outside == {"__init__", "__main__", "errors"}
     assert {room_of(module) for module in modules()} == set(ROOMS)
 
 

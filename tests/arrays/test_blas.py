@@ -1,4 +1,4 @@
-"""Products go to the library that is there, whatever way the matrices lie, with one thread."""
+"""Products go to the library that is installed, for any layout of matrices, with one thread."""
 
 from __future__ import annotations
 
@@ -77,7 +77,7 @@ def test_matrices_that_lie_in_any_way(library, data):
     out = whole[:, 1:-1]
     assert library.multiply(x, w, out)
     np.testing.assert_allclose(out, x.astype("f8") @ w, rtol=0, atol=1e-5)
-    assert np.isnan(whole[:, [0, -1]]).all()  # nothing beside it was touched
+    assert np.isnan(whole[:, [0, -1]]).all()  # nothing next to it was touched
 
 
 @libraries

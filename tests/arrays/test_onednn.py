@@ -60,7 +60,7 @@ def test_matrices_that_lie_in_any_way(dtype, data):
     out, want = whole[:, 1:-1], x.astype("f8") @ w.astype("f8")
     assert library.multiply(x, w, out)
     np.testing.assert_allclose(out, want, rtol=0, atol=1e-4)
-    assert np.isnan(whole[:, [0, -1]]).all()  # nothing beside it was touched
+    assert np.isnan(whole[:, [0, -1]]).all()  # nothing next to it was touched
     out = out.copy()
     times = 1 + library.multiply(x, w, out, add=True)
     np.testing.assert_allclose(out, times * want, rtol=0, atol=2e-4)

@@ -1,4 +1,4 @@
-"""The real command does what it says, stops when told, and goes on where it was."""
+"""The real command does what it says, stops on request, and resumes where it stopped."""
 
 from __future__ import annotations
 
@@ -286,7 +286,7 @@ def test_verify_finds_flipped_bytes_and_says_3(capsys, small_job):
     assert "row 699 (block 6, experts" in out
 
 
-# --- stopped and gone on with ----------------------------------------------------------------
+# --- stop and resume ---------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")

@@ -50,27 +50,27 @@ def test_a_count_in_words(count, words):
 
 def test_workers_are_waited_for_and_counted_until_the_end(cluster):
     cluster.start_worker("w0")
-    told: list[Workers] = []
+    counts: list[Workers] = []
     with cluster.client() as client:
         cluster.start_worker("w1")
-        with counted_workers(client, 2, tell=told.append):
+        with counted_workers(client, 2, tell=counts.append):
             assert len(client.nthreads()) == 2
             cluster.stop_worker("w0")
-            wait_until(lambda: told[-1] == (1, 1, 1), "the loss is told")
+            wait_until(lambda: counts[-1] == (1, 1, 1), "the loss is reported")
             cluster.start_worker("w2")
-            wait_until(lambda: told[-1] == (2, 0, 1), "the other one is told")
+            wait_until(lambda: counts[-1] == (2, 0, 1), "the other worker is reported")
         cluster.stop_worker("w1")
         wait_until(lambda: len(client.nthreads()) == 1, "a worker leaves")
-    assert told[-1] == (2, 0, 1), "nothing is told when the run has ended"
+    assert counts[-1] == (2, 0, 1), "nothing is reported after the run has ended"
 
 
 def test_workers_that_run_already_are_not_reported(cluster):
     cluster.start_worker("w0")
-    told: list[Workers] = []
-    with cluster.client() as client, counted_workers(client, None, tell=told.append):
+    counts: list[Workers] = []
+    with cluster.client() as client, counted_workers(client, None, tell=counts.append):
         cluster.stop_worker("w0")
-        wait_until(lambda: told, "the loss is told")
-    assert told == [(0, 1, 1)]
+        wait_until(lambda: counts, "the loss is reported")
+    assert counts == [(0, 1, 1)]
 
 
 def test_what_interrupts_the_waiting_ends_it(cluster):
@@ -105,9 +105,9 @@ def test_a_run_waits_for_its_workers_which_are_its_ranks(cluster, job_file, tmp_
     assert not out.exists()
     for name in ("w0", "w1"):
         cluster.start_worker(name)
-    code, _, told = end(process)
-    assert code == 0, told
-    assert "workers: 2 running\n" in told
+    code, _, err = end(process)
+    assert code == 0, err
+    assert "workers: 2 running\n" in err
     expected = tmp_path / "expected.npy"
     run_job(load_job(job_file, out=str(expected), world_size=2), Threads(1), chunk_rows=100)
     np.testing.assert_array_equal(np.load(out), np.load(expected))
@@ -118,10 +118,10 @@ def test_ctrl_c_while_workers_are_waited_for(cluster, job_file, tmp_path):
     process = start(job_file, "--out", tmp_path / "out.npy", *on)
     process.stderr.readline()
     os.kill(process.pid, signal.SIGINT)
-    code, _, told = end(process)
+    code, _, err = end(process)
     assert code == 1
-    assert "stopped;" in told
-    assert "Traceback" not in told
+    assert "stopped;" in err
+    assert "Traceback" not in err
 
 
 def test_a_refused_job_starts_no_cluster(job_file, tmp_path):

@@ -533,7 +533,7 @@ def test_what_cannot_be_read_ahead_is_an_error_where_it_is_needed(tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of forks beside threads, meant here
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # forks while threads run
 def test_a_forked_process_reads_for_itself():
     experts = Experts.linear(np.ones((1, 2, 2), np.float32))
     assert ExpertsAhead(experts, np.dtype(np.float32))[0].d == 2

@@ -1,5 +1,5 @@
 """Jobs with experts in passes: the same output, each expert read once a pass, and stopped
-runs go on where they were."""
+runs resume where they stopped."""
 
 from __future__ import annotations
 
@@ -163,7 +163,9 @@ def test_a_job_in_passes_gives_the_ordinary_output(plain, job, passes):
     assert f"{passes.passes * EXPERTS} experts were read in passes" in str(done.passes)
     rows = [progress.rows_done for progress in told]
     assert rows == sorted(rows)
-    assert len(set(rows)) > len(range(0, ROWS, CHUNK_ROWS)), "progress is told between blocks too"
+    assert len(set(rows)) > len(range(0, ROWS, CHUNK_ROWS)), (
+        "progress between blocks is reported too"
+    )
     assert spill_directories(job) == []
     ((planned, record),) = records
     assert planned.passes == passes
@@ -338,14 +340,14 @@ def test_a_task_that_outlives_its_run_says_nothing_of_the_run_that_overwrites_it
             late.set()
             assert begun_again.wait(DEADLINE)
 
-    def create_beside(files, *sizes):
+    def create_meanwhile(files, *sizes):
         create(files, *sizes)
         if late.is_set():
             begun_again.set()
-            time.sleep(0.3)  # the late task goes on
+            time.sleep(0.3)  # the late task continues
 
     monkeypatch.setattr(SpillFiles, "write_rows", write_late)
-    monkeypatch.setattr(SpillFiles, "create", create_beside)
+    monkeypatch.setattr(SpillFiles, "create", create_meanwhile)
 
     def stop(_: run.Progress) -> None:
         if late.is_set():

@@ -1,4 +1,4 @@
-"""What looks like a mistake is told before a run, and what came out of it after."""
+"""What looks like a mistake is noted before a run, and what came of it afterwards."""
 
 from __future__ import annotations
 

@@ -41,10 +41,10 @@ def job_file(tmp_path_factory) -> Path:
 
 def run_recorded(job, where, **options) -> tuple[Plan, Record]:
     told = []
-    beside = memory_of_other_tests() if isinstance(where, Threads) else 0
+    other_bytes = memory_of_other_tests() if isinstance(where, Threads) else 0
     run_job(job, where, on_record=lambda *both: told.append(both), **options)
     planned, record = told[0]
-    return planned, replace(record, peak_bytes=record.peak_bytes - beside)
+    return planned, replace(record, peak_bytes=record.peak_bytes - other_bytes)
 
 
 def memory_of_other_tests() -> int:

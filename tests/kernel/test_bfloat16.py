@@ -211,7 +211,7 @@ def test_matrices_that_lie_in_any_way(data):
         out = whole[:, 1:-1]
         assert multiply(x, w, out) is out
     np.testing.assert_allclose(out, want, rtol=0, atol=1e-5)
-    assert np.isnan(whole[:, [0, -1]]).all()  # nothing beside it was touched
+    assert np.isnan(whole[:, [0, -1]]).all()  # nothing next to it was touched
 
 
 def test_weights_are_narrowed_where_they_lose_nothing(library):

@@ -491,7 +491,7 @@ def test_the_memory_of_experts_is_free_when_their_handle_is_gone(monkeypatch, ki
     monkeypatch.setattr(xp, "empty", empty)
     local = kinds_of_experts(np.float32)[kind].load(xp=xp)
     held = sum(a().nbytes for a in allocated if a() is not None and a().dtype != np.uint8)
-    assert held == local.nbytes, "what Dask is told"
+    assert held == local.nbytes, "the size reported to Dask"
     del local
     assert not [a for a in allocated if a() is not None and a().dtype != np.uint8]
 

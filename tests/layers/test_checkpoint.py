@@ -879,7 +879,7 @@ def test_damaged_files_are_refused_by_name(tmp_path, damage, error, message):
         load_moe_layer(folder, LAYER)
 
 
-def write_beside(folder, index, *, sign):
+def write_shard(folder, index, *, sign):
     """Write the tensors of a folder once more, all times `sign`, in a shard with an index."""
     tensors = read_tensors(folder / "model.safetensors")
     shard = index.replace(".safetensors.index.json", "-00001-of-00001.safetensors")
@@ -889,7 +889,7 @@ def write_beside(folder, index, *, sign):
 
 def test_a_single_file_comes_before_an_index(tmp_path):
     folder = altered(tmp_path, "mixtral")
-    write_beside(folder, "model.safetensors.index.json", sign=-1)
+    write_shard(folder, "model.safetensors.index.json", sign=-1)
     assert errors(load_moe_layer(folder, LAYER), "mixtral")["output"] <= TOLERANCE
 
 
@@ -903,7 +903,7 @@ def test_the_file_that_the_config_names_comes_first(tmp_path, by_index):
         tensors=lambda tensors: {name: -array for name, array in tensors.items()},
         transformers_weights=named,
     )
-    write_beside(folder, index, sign=-1)
+    write_shard(folder, index, sign=-1)
     assert errors(load_moe_layer(folder, LAYER), "mixtral")["output"] <= TOLERANCE
 
 

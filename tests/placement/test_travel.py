@@ -269,7 +269,7 @@ def test_a_run_reads_the_further_experts_that_its_plan_says(tmp_path, d, k, rank
     tokens = open_tokens(inputs.tokens, chunks=100)
     routing, topk = (open_tokens(a, like=tokens) for a in (inputs.routing, inputs.topk_weights))
     even = 900 * k / 20 / ranks * 2 * d * 4  # bytes of an expert's rows at a rank
-    beside = set()
+    replicas = set()
     for times in np.linspace(0.3, 1.3, 11):
         cheaper = Travel("auto", link=1e9, read=1e9 * d * d * 4 / (even * times))
         planned = plan(
@@ -280,8 +280,8 @@ def test_a_run_reads_the_further_experts_that_its_plan_says(tmp_path, d, k, rank
         )  # fmt: skip
         built = build(inputs, decide(inputs.work(), layout, chunk_rows=100, travel=cheaper))
         np.testing.assert_array_equal(planned.placement.physical, built.placement.physical)
-        beside.add(planned.replicas)
-    assert len(beside) > 1
+        replicas.add(planned.replicas)
+    assert len(replicas) > 1
 
 
 # --- the ends --------------------------------------------------------------------------------

@@ -157,13 +157,13 @@ def test_shared_experts_and_routers_are_held_by_every_worker(tmp_path):
     )
     inputs = open_inputs(job)
     layer = inputs.layer
-    beside = layer.shared.num_experts * layer.shared.parameters + 9 * 32 + 32
-    assert layer.resident_bytes(np.dtype("f4")) == 4 * beside
+    resident = layer.shared.num_experts * layer.shared.parameters + 9 * 32 + 32
+    assert layer.resident_bytes(np.dtype("f4")) == 4 * resident
     assert need(inputs.work(), Layout(1, 1, 1)).expert_bytes == 4 * (
-        9 * layer.experts.parameters + beside
+        9 * layer.experts.parameters + resident
     )
     assert need(inputs.work(), Layout(3, 3, 1)).expert_bytes == 4 * (
-        3 * layer.experts.parameters + beside
+        3 * layer.experts.parameters + resident
     )
 
 

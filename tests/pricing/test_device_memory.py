@@ -132,11 +132,11 @@ def test_a_plan_has_the_law_of_a_run(job_file, ranks):
     layout = Layout(ranks, ranks, THREADS_PER_GPU, on_devices=True)
     one = planned(inputs, ranks)
     assert (one.threads, one.workers) == (THREADS_PER_GPU, ranks)
-    most, beside = need(inputs.work(True), layout), host_need(inputs.work(True), layout)
+    most, on_host = need(inputs.work(True), layout), host_need(inputs.work(True), layout)
     assert one.memory_bytes <= most.at(500)
-    assert one.process_bytes <= beside.at(500)
+    assert one.process_bytes <= on_host.at(500)
     if ranks == 1:
-        assert (one.need, one.host_need) == (most, beside)
+        assert (one.need, one.host_need) == (most, on_host)
     assert one.expert_bytes == most.expert_bytes == 16 // ranks * inputs.experts.parameters * 4
 
 
@@ -173,12 +173,12 @@ def test_time_is_that_of_the_slowest_of_concurrent_steps(job_file):
 def test_a_run_is_refused_by_the_memory_of_either_side(job_file):
     inputs = open_inputs(load_job(job_file))
     gpu = Layout(1, 1, THREADS_PER_GPU, on_devices=True)
-    enough, beside = (law(inputs.work(True), gpu).at(FEWEST_ROWS) for law in (need, host_need))
-    just = Layout(1, 1, THREADS_PER_GPU, enough, on_devices=True, host_limit=beside)
+    enough, on_host = (law(inputs.work(True), gpu).at(FEWEST_ROWS) for law in (need, host_need))
+    just = Layout(1, 1, THREADS_PER_GPU, enough, on_devices=True, host_limit=on_host)
     assert decide(inputs.work(True), just).chunk_rows >= FEWEST_ROWS
     for limits, words in (
-        ((enough - 1, beside), r"of a GPU of .* for CUDA, .* use more GPUs, or none \(--threads"),
-        ((enough, beside - 1), "of a GPU's worker on the host of .*; allow more memory"),
+        ((enough - 1, on_host), r"of a GPU of .* for CUDA, .* use more GPUs, or none \(--threads"),
+        ((enough, on_host - 1), "of a GPU's worker on the host of .*; allow more memory"),
     ):
         small = Layout(1, 1, THREADS_PER_GPU, limits[0], on_devices=True, host_limit=limits[1])
         with pytest.raises(DoesNotFit, match=words):

@@ -299,9 +299,9 @@ def test_a_layer_is_priced_with_its_router_and_shared_experts(capacity, replayed
     assert priced.tasks == count_tasks(len(priced.chunks), 3)
     assert priced.tasks + priced.other_tasks == len(ours)
     assert priced.layer_flops == 20 * (2 * 2 * 2 * 8 * 12 + (0 if replayed else 2 * 8 * 6))
-    beside = 4 * (2 * 2 * 8 * 12 + 6 * 8 + 8)
-    assert priced.expert_bytes == 4 * 2 * 8 * 8 + beside
-    assert priced.stored_bytes == 4 * 6 * 8 * 8 + 3 * beside
+    resident = 4 * (2 * 2 * 8 * 12 + 6 * 8 + 8)
+    assert priced.expert_bytes == 4 * 2 * 8 * 8 + resident
+    assert priced.stored_bytes == 4 * 6 * 8 * 8 + 3 * resident
 
 
 def test_router_and_shared_experts_take_time():
@@ -313,8 +313,8 @@ def test_router_and_shared_experts_take_time():
             hidden, layer.route(hidden)[0], layer.experts, rates=slow, machine=Machine(threads=1)
         )
         whole = plan(hidden, None, layer, rates=slow, machine=Machine(threads=1))
-    beside = 1000 * (2 * 2 * 2 * 8 * 12 + 2 * 2 * 8 * 6) / 1e6  # the router's products in float64
-    assert whole.seconds - alone.seconds == pytest.approx(beside, rel=0.1)
+    router = 1000 * (2 * 2 * 2 * 8 * 12 + 2 * 2 * 8 * 6) / 1e6  # the router's products in float64
+    assert whole.seconds - alone.seconds == pytest.approx(router, rel=0.1)
 
 
 # --- against runs ------------------------------------------------------------------------------

@@ -97,7 +97,7 @@ NEED_TORCH = {
 
 
 SHARED = {"measured.py"}
-"""What scripts import from beside them."""
+"""What scripts import from their own folder."""
 
 
 def test_every_script_is_in_the_table():

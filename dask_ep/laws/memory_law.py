@@ -72,7 +72,7 @@ class Layout:
 
     @property
     def usable_bytes(self) -> int | None:
-        """Bytes that the job may use of the memory limit: less on Dask workers, which watch it."""
+        """Bytes of the memory limit that the job may use: less on workers, which enforce it."""
         if self.memory_limit is None or self.on_devices or self.in_process:
             return self.memory_limit
         return int(self.memory_limit * PART_OF_A_WORKER)

@@ -76,8 +76,8 @@ def spilled_chunk_rows(work: Work, layout: Layout, most: int) -> int:
 
 
 def spilled_row_bytes(work: Work) -> int:
-    """Bytes of a row in memory on its way to the disk or back, the wider of both; of a layer, with
-    what its shared experts give."""
+    """Bytes in memory of a row that is spilled or read back, whichever is wider; for a layer, with
+    the output of its shared experts."""
     row = max(work.token_bytes, work.answer_bytes) + work.slots * SORT_BYTES
     return row + (work.answer_bytes if work.layer.loaded else 0)
 

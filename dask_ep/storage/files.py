@@ -19,7 +19,7 @@ from dask_ep.errors import ReadError
 
 @contextmanager
 def descriptor(path: str, flags: int, sync: bool = False) -> Iterator[int]:
-    """Open a file for calls of the system; with `sync`, its data then outlives a power loss."""
+    """Open a file for system calls; with `sync`, its data is then on disk after a power loss."""
     file = os.open(path, flags, 0o666)
     try:
         yield file

@@ -257,7 +257,7 @@ def _read_block(source: Source, span: tuple[int, int, int], xp: str) -> Array:
 
 
 def whole_chunks(source: Source, nbytes: int = CHUNK_BYTES) -> int:
-    """Return the rows of a chunk of about `nbytes` that is made of whole stored ones."""
+    """Return the rows of a chunk of about `nbytes` that consists of whole stored chunks."""
     stored = source.chunk_rows or 1
     row_bytes = max(1, prod(source.shape[1:]) * source.dtype.itemsize)
     return max(1, nbytes // (stored * row_bytes)) * stored

@@ -188,8 +188,8 @@ def check_method(config: Mapping[str, Any], directory: str) -> None:
     for key, known in (("quant_method", METHODS), ("quant_algo", MODELOPT_METHODS)):
         if config.get(key) not in (None, *known):
             raise ValueError(
-                f"{directory} is quantised by {config[key]!r}; supported are {', '.join(known)}. "
-                "Use the unquantised checkpoint"
+                f"{directory} is quantized by {config[key]!r}; supported are {', '.join(known)}. "
+                "Use the unquantized checkpoint"
             )
 
 

@@ -147,7 +147,7 @@ def layer_by_layer(tokens) -> Difference:
     [Threads(2), pytest.param(Processes(2), marks=pytest.mark.slow)],
     ids=["threads", "processes"],
 )
-def test_a_checkpoint_and_its_quantised_copy(tokens, where):
+def test_a_checkpoint_and_its_quantized_copy(tokens, where):
     done = []
     found = compare_checkpoints(
         ORIGINAL, QUANTISED, tokens, LAYER, where,

@@ -742,7 +742,7 @@ def added(name, value):
         ("qwen3_moe", 1, {"hidden_size": 48}, ValueError,
          r"gate.weight must have shape \(10, 48\) according to .* \(E=10, .* has \(10, 32\)"),
         ("qwen3_moe", 1, {"quantization_config": {"quant_method": "hqq"}}, ValueError,
-         "is quantised by 'hqq'; supported are fp8"),
+         "is quantized by 'hqq'; supported are fp8"),
         ("deepseek_v2", 1, {"topk_method": "noaux"}, ValueError,
          "key 'topk_method' must be one of 'greedy', 'group_limited_greedy', but is 'noaux'"),
         ("deepseek_v3", 1, {"topk_group": 4}, ValueError, r"topk_groups must be in \[1, 3\]"),

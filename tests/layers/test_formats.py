@@ -337,7 +337,7 @@ def test_an_older_export_of_modelopt_has_its_format_in_a_separate_file(tmp_path)
     rows = np.random.default_rng(0).standard_normal((5, 32)).astype(np.float32)
     np.testing.assert_allclose(got(rows), want(rows), rtol=1e-5, atol=1e-6)
     other.write_text(json.dumps({"quantization": {"quant_algo": "W4A8_AWQ"}}))
-    with pytest.raises(ValueError, match="is quantised by 'W4A8_AWQ'; supported are FP8, NVFP4"):
+    with pytest.raises(ValueError, match="is quantized by 'W4A8_AWQ'; supported are FP8, NVFP4"):
         load_moe_layer(folder, LAYER)
 
 

@@ -16,6 +16,8 @@ blocks of the best number of rows for it. Before each measurement, inputs are re
 outputs are flushed to disk, so that both sides read and write through the page cache. A ratio above
 1 means that the limit was measured wrongly: that line shows "failed" instead of a median.
 
+Below each table stands how one thread's time in the kernel divides into steps, for one chunk.
+
 The pipeline runs on threads, on worker processes, and through Dask's own `from_zarr` and `store`.
 They are compared with what a user would write instead: a careful NumPy loop over experts that
 reuses its buffers, one `map_blocks` with all experts inside, and R zero-filled outputs summed,
@@ -24,8 +26,11 @@ which read and write through `zarr` and Dask.
 
 from __future__ import annotations
 
+import cProfile
+import pstats
 import tempfile
 import threading
+import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from math import inf
@@ -41,6 +46,9 @@ from measured import Job, Layer, matrix_shapes, parse_options, table, timed
 import dask_ep
 from dask_ep.arrays.blas import cpu_name, installed_mkl, multiplies_by, numpys_blas, one_blas_thread
 from dask_ep.arrays.onednn import installed_onednn
+from dask_ep.kernel.expert import Linear
+from dask_ep.kernel.host_kernel import add_rows, assign_rows, gather
+from dask_ep.kernel.kinds import Gated
 
 RANKS_OF_THE_LITERAL_PIPELINE = 4
 
@@ -51,6 +59,14 @@ PART = 8
 """The search for the fastest products uses 1 / PART of the job's rows."""
 
 LIMITS = ("products", "copy")
+
+STEPS = {
+    "products": (Linear.__call__,),
+    "activation, gate times up": (Gated._apply_gate,),
+    "gathering rows": (gather,),
+    "adding or writing rows": (add_rows, assign_rows),
+}
+"""The functions that do each step of the kernel; none is called within another one."""
 
 COPIES = 3
 """Repetitions of a plain copy per measurement, of which the fastest counts: a copy takes several
@@ -66,14 +82,11 @@ def main() -> None:
     print(f"dask_ep multiplies by {multiplies_by()}; medians of {options.repeat} rounds")
     for name, layer in layers.items():
         with tempfile.TemporaryDirectory(dir=options.directory) as folder:
-            rounds = measure(name, layer, Path(folder), options.threads, options.repeat)
-            print(table(rounds), flush=True)
+            measure(name, layer, Path(folder), options.threads, options.repeat)
 
 
-def measure(
-    name: str, layer: Layer, folder: Path, threads: int, repeat: int
-) -> list[dict[str, float]]:
-    """Return the ratios of each round."""
+def measure(name: str, layer: Layer, folder: Path, threads: int, repeat: int) -> None:
+    """Print the ratios of all rounds, and the steps of the kernel."""
     workers = {"n_workers": threads, "threads_per_worker": 1, "dashboard_address": ":0"}
     with (
         one_blas_thread(),
@@ -83,7 +96,9 @@ def measure(
     ):
         bench = Bench(layer, folder, threads, client)
         print(f"\n{name}: {layer}\nlimit: products by {bench.fastest}", flush=True)
-        return bench.rounds(repeat)
+        print(table(bench.rounds(repeat)))
+        steps = ", ".join(f"{step} {part:.1%}" for step, part in bench.steps().items())
+        print(f"\nof the kernel's time on one thread: {steps}", flush=True)
 
 
 class Bench(Job):
@@ -199,6 +214,23 @@ class Bench(Job):
                 dask_ep.expert_parallel_dispatch(x, routing, self.local, 0, 1, topk_weights=weights)
 
         self.on_threads(work)
+
+    def steps(self) -> dict[str, float]:
+        """Return the part of the kernel's processor time that each of its steps takes."""
+        x, routing, weights = next(iter(self.chunks()))
+        profile = cProfile.Profile(time.thread_time)
+        with profile:
+            dask_ep.expert_parallel_dispatch(x, routing, self.local, 0, 1, topk_weights=weights)
+        stats = pstats.Stats(profile)
+        taken = {(file, line): times[3] for (file, line, _), times in stats.stats.items()}
+        codes = {step: [f.__code__ for f in functions] for step, functions in STEPS.items()}
+        parts = {
+            step: sum(taken.get((c.co_filename, c.co_firstlineno), 0.0) for c in code)
+            / stats.total_tt
+            for step, code in codes.items()
+        }
+        parts = {step: part for step, part in parts.items() if part}
+        return parts | {"everything else": 1 - sum(parts.values())}
 
     def pipeline(self, out: Path) -> None:
         dask_ep.store(self.layer_output(world_size=1), out)

@@ -32,7 +32,8 @@ class Toy(NamedTuple):
 
 TOYS = {
     "benchmark.py": Toy(
-        ["--rows", "512", "--chunk-rows", "256", "--repeat", "1", "top1-linear"], "kernel"
+        ["--rows", "512", "--chunk-rows", "256", "--repeat", "1", "top1-linear"],
+        "on one thread: products ",
     ),
     "benchmark_gpu.py": Toy(["qwen3"], "nothing was measured: ", exit_code=1),
     "faults.py": Toy(

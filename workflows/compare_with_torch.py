@@ -1,6 +1,6 @@
 # /// script
 # requires-python = ">=3.11"
-# dependencies = ["torch>=2.6", "dask-ep[mkl,onednn]"]
+# dependencies = ["torch>=2.6", "psutil", "dask-ep[mkl,onednn]"]
 # [tool.uv.sources]
 # dask-ep = { path = ".." }
 # ///
@@ -10,7 +10,8 @@
     python workflows/compare_with_torch.py --rows 20000 --repeat 1 top1-linear
 
 Prints which of the two is faster, and by how much: median and range of the ratio of their times
-over the rounds. The order is reversed in each round.
+over the rounds. The order is reversed in each round. Processor seconds are those of all processes
+of a program together.
 
     data parallel     torch: a process per core, each with all experts and a share of the chunks
                       dask_ep: a thread per core, with its own files, or `from_zarr` and `store`
@@ -33,11 +34,12 @@ from contextlib import ExitStack
 from math import ceil
 from multiprocessing.connection import Connection
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import dask
 import dask.array as da
 import numpy as np
+import psutil
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
@@ -59,8 +61,15 @@ def main() -> None:
             print(table(measure(layer, Path(folder), options.cores, options.repeat)), flush=True)
 
 
-def measure(layer: Layer, folder: Path, cores: int, repeat: int) -> list[dict[str, float]]:
-    """Return the seconds of each program in each round."""
+class Took(NamedTuple):
+    """Seconds that a program took."""
+
+    wall: float
+    processor: float
+
+
+def measure(layer: Layer, folder: Path, cores: int, repeat: int) -> list[dict[str, Took]]:
+    """Return what each program took in each round."""
     workers = {"n_workers": cores, "threads_per_worker": 1, "dashboard_address": ":0"}
     with ExitStack() as stack:
         stack.enter_context(one_blas_thread())
@@ -80,16 +89,23 @@ PAIRS = (
 )
 
 
-def table(rounds: list[dict[str, float]]) -> str:
+def table(rounds: list[dict[str, Took]]) -> str:
     """Format which one is faster, and by how much."""
-    lines = ["| what | seconds | torch / dask_ep | range | faster |", "|---|---|---|---|---|"]
+    lines = [
+        "| what | seconds | processor seconds | torch / dask_ep | range | faster |",
+        "|---|---|---|---|---|---|",
+    ]
     for what, theirs, ours in PAIRS:
-        ratios = sorted(one[theirs] / one[ours] for one in rounds)
+        ratios = sorted(one[theirs].wall / one[ours].wall for one in rounds)
         ratio = statistics.median(ratios)
         faster = f"dask_ep by {ratio - 1:.0%}" if ratio > 1 else f"torch by {1 / ratio - 1:.0%}"
-        seconds = [statistics.median(one[way] for one in rounds) for way in (theirs, ours)]
+        seconds, processor = (
+            [statistics.median(one[way][n] for one in rounds) for way in (theirs, ours)]
+            for n in range(2)
+        )
         lines.append(
             f"| {what}: {theirs.split(',')[0]} against {ours} | {seconds[0]:.2f}, {seconds[1]:.2f} "
+            f"| {processor[0]:.2f}, {processor[1]:.2f} "
             f"| {ratio:.2f} | {ratios[0]:.2f} to {ratios[-1]:.2f} | {faster} |"
         )
     return "\n".join(lines)
@@ -115,9 +131,21 @@ class Compared(Job):
             pipe.send(None)
             process.join()
 
-    def round(self, backwards: bool) -> dict[str, float]:
+    def round(self, backwards: bool) -> dict[str, Took]:
         ways = list(self.ways().items())[:: -1 if backwards else 1]
-        return {name: self.timed_output(run) for name, run in ways}
+        return {name: self.took(run) for name, run in ways}
+
+    def took(self, run: Callable[[Path], None]) -> Took:
+        processor = 0.0
+
+        def watched(out: Path) -> None:
+            nonlocal processor
+            before = processor_seconds()
+            run(out)
+            processor = processor_seconds() - before
+
+        wall = self.timed_output(watched)
+        return Took(wall, processor)
 
     def ways(self) -> dict[str, Callable[[Path], None]]:
         return {
@@ -160,6 +188,13 @@ class Compared(Job):
     def on_processes(self, out: Path) -> None:
         with dask.config.set(scheduler=self.client):
             dask_ep.store(self.layer_output(world_size=self.cores), out)
+
+
+def processor_seconds() -> float:
+    """Return what this process and those that it started have taken so far."""
+    this = psutil.Process()
+    times = [process.cpu_times() for process in (this, *this.children(recursive=True))]
+    return sum(each.user + each.system for each in times)
 
 
 # --- the torch program -----------------------------------------------------------------------

@@ -260,21 +260,7 @@ class Asking:
         for line in self._lines.values():
             line.close()
 
-    # --- choosing an owner ---
-
-    def by_owner(self, route: Route, ranks: Sequence[int]) -> dict[str, list[int]]:
-        """Choose an owner for each rank: the one with the fewest rows waiting, so far as known."""
-        groups: dict[str, list[int]] = {}
-        for rank in ranks:
-            owners = route.owners[rank]
-            owner = owners[0] if len(owners) == 1 else min(owners, key=self._queue_of)
-            groups.setdefault(owner, []).append(rank)
-        return groups
-
-    def _queue_of(self, owner: str) -> tuple[int, bool, str]:
-        is_me = owner == self._slices.address
-        asked = self._slices.tally if is_me else self._lines.get(owner)
-        return asked.waiting if asked else 0, not is_me, owner
+    # --- the route of a chunk ---
 
     def route(self, chunk: Chunk, ranks: Sequence[int]) -> Route | None:
         """The route as it is now, if it names an owner for each of these ranks; from any thread."""
@@ -311,14 +297,26 @@ class Asking:
     def pack(
         self, chunk: Chunk, ranks: Sequence[int], route: Route
     ) -> tuple[list[int], dict[str, tuple[list[int], Packet]]]:
-        """The ranks that are served here, and a packet for each other owner; from any thread."""
-        groups = self.by_owner(route, ranks)
+        """The ranks to serve here, and a packet for each other owner; from any thread.
+
+        Of a rank's owners it chooses the one with the fewest rows waiting, so far as known.
+        """
+        groups: dict[str, list[int]] = {}
+        for rank in ranks:
+            owners = route.owners[rank]
+            owner = owners[0] if len(owners) == 1 else min(owners, key=self._queue_of)
+            groups.setdefault(owner, []).append(rank)
         here = groups.pop(self._slices.address, [])
         with self._slices.core():
             return here, {
                 owner: (some, cut(chunk.packing, some, chunk.number))
                 for owner, some in groups.items()
             }
+
+    def _queue_of(self, owner: str) -> tuple[int, bool, str]:
+        is_me = owner == self._slices.address
+        asked = self._slices.tally if is_me else self._lines.get(owner)
+        return asked.waiting if asked else 0, not is_me, owner
 
     async def ask_all(
         self,

@@ -16,7 +16,8 @@ Makes a random checkpoint like Qwen3-MoE in bfloat16, sends random tokens throug
     bytes     of the tensors read and of the checkpoint, and how often experts were read
     seconds   of the stages (attention, norms and sums; the MoE module), in the whole walk and in
               its median block, compared with transformers' own block on the same cores, with all
-              weights in memory and the better of two batch sizes; and of reading all files once
+              weights in memory and the better of two batch sizes, timed before and after the
+              walk; and of reading all files once
 
 Needs psutil, and disk for the checkpoint and some hidden states.
 """
@@ -82,11 +83,14 @@ def main() -> None:
         print(f"{args.blocks} blocks of {args.experts} experts, {stored / 1e9:.2f} GB as stored; "
               f"{np.count_nonzero(ids >= 0):,} tokens, {args.dtype}, experts {args.precision}",
               flush=True)  # fmt: skip
+        lengths = np.count_nonzero(ids >= 0, axis=1)
+        before = own_block(config, args, lengths)
         summary, peak = walk(args, Path(folder))
+        after = own_block(config, args, lengths)
         print(f"memory: peak {peak / 1e9:.2f} GB, limit {args.memory_limit / 1e9:.2f} GB")
         print(describe_bytes(summary, stored, args), flush=True)
-        lengths = np.count_nonzero(ids >= 0, axis=1)
-        alone = own_block(config, args, lengths) | {"reading": read_all(Path(folder) / "model")}
+        alone = {part: (before[part] + after[part]) / 2 for part in before}
+        alone["reading"] = read_all(Path(folder) / "model")
     print(table(summary, alone, args.blocks))
 
 

@@ -251,6 +251,15 @@ def test_a_record_of_something_else_is_refused(tmp_path):
         Record(out, {"models": ["a"], "chunk_rows": 8}, resume=False)
 
 
+def test_a_walk_with_other_token_chunks_is_not_the_same(tmp_path, monkeypatch):
+    options = Options(model=str(tmp_path), text="", out="", chunk_rows=8)
+    documents = Documents(np.arange(3), np.ones(3, int))
+    before = options.decisive(documents)
+    monkeypatch.setattr("walk.options.chunk_documents", lambda lengths, rows: [1, 2])
+    after = options.decisive(documents)
+    assert [name for name in before if before[name] != after[name]] == ["token_chunks"]
+
+
 def test_a_record_may_begin_in_an_empty_directory(tmp_path):
     Record(str(tmp_path), {"models": ["a"]}, resume=False)
     assert json.loads((tmp_path / "walk.json").read_text())["begun"] == {"models": ["a"]}

@@ -5,11 +5,12 @@ from __future__ import annotations
 import os
 from dataclasses import dataclass
 
+import numpy as np
 from dask.system import CPU_COUNT
 
 from dask_ep.jobs.backends import ALL_THREADS, Threads, Where
-from walk.documents import Documents
-from walk.record import fingerprint, hash_documents
+from walk.documents import Documents, chunk_documents
+from walk.record import fingerprint, hash_arrays
 
 
 @dataclass(frozen=True)
@@ -46,11 +47,12 @@ class Options:
         """Return everything that decides the walk's values and which of them are kept."""
         return {
             "models": [fingerprint(model) for model in self.models],
-            "documents": hash_documents(read),
+            "documents": hash_arrays(*read),
             "layers": self.layers and [self.layers[0], self.layers[-1]],
             "save": sorted(self.save),
             "collect": sorted(self.collect),
             "chunk_rows": self.chunk_rows,
+            "token_chunks": hash_arrays(np.array(chunk_documents(read.lengths, self.chunk_rows))),
             "batch_tokens": self.batch_tokens,
             "dtype": self.dtype,
             "precision": self.precision,

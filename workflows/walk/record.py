@@ -109,8 +109,8 @@ def keep_documents(out: str, documents: Documents) -> None:
             os.replace(path + ".new.npy", path)
 
 
-def hash_documents(documents: Documents) -> str:
-    return _hash(documents.ids.tobytes() + documents.lengths.tobytes())
+def hash_arrays(*arrays: np.ndarray) -> str:
+    return _hash(b"".join(array.tobytes() for array in arrays))
 
 
 def _hash(content: bytes) -> str:

@@ -69,7 +69,8 @@ def product(x: np.ndarray, w: Matrix, out: np.ndarray | None = None) -> np.ndarr
         to = np.empty((len(x), w.shape[1]), x.dtype) if out is None else out
         if library.multiply(x, w, to):
             return to
-    return np.matmul(x, w.library.widened(w) if isinstance(w, Packed) else w, out=out)
+    with np.errstate(invalid="ignore"):  # OpenBLAS has raised it for numbers that are finite
+        return np.matmul(x, w.library.widened(w) if isinstance(w, Packed) else w, out=out)
 
 
 class Cblas:

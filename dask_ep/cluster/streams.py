@@ -159,7 +159,11 @@ def run_eagerly(coroutine: Coroutine[Any, Any, None]) -> asyncio.Task | None:
         waits_for = coroutine.send(None)
     except StopIteration:
         return None
-    return asyncio.get_running_loop().create_task(_rest_of(coroutine, waits_for))
+    return asyncio.get_running_loop().create_task(_finish(coroutine, waits_for))
+
+
+async def _finish(coroutine: Coroutine[Any, Any, None], waits_for: Any) -> None:
+    await _rest_of(coroutine, waits_for)
 
 
 @types.coroutine

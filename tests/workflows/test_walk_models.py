@@ -26,6 +26,7 @@ from walk.block import Answer, replaced
 from walk.drive import run
 from walk.model import open_model
 from walk.options import Options
+from walk.stages import Walk
 from walk.tape import Tape, play
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "fixtures"))
@@ -551,6 +552,47 @@ def test_a_walk_that_was_killed_continues_with_the_same_bits(save, models, tmp_p
         np.testing.assert_array_equal(read(stopped / name), read(whole / name))
     losses = [json.loads((out / "summary.json").read_text())["loss"] for out in (whole, stopped)]
     assert losses[0] == losses[1]
+
+
+@pytest.mark.parametrize("save", [{"hidden", "moe_input", "routing"}, {"moe_input"}])
+@pytest.mark.parametrize("stop", ["sum", "before tidying", "after tidying"])
+def test_a_walk_stopped_at_the_end_of_a_block_keeps_all_that_was_asked_for(
+    stop, save, models, ids, tmp_path, monkeypatch
+):
+    _, directory = models("olmoe")
+
+    def walk(out, **more):
+        run(Options(str(directory), str(ids), str(tmp_path / out), chunk_rows=30,
+                    save=frozenset(save), **more))  # fmt: skip
+
+    walk("whole")
+    store, tidy = Walk._store, Walk.tidy
+
+    def stopped_store(self, stage, y, path, inputs):
+        if stop == stage and "block_001" in path:
+            raise KeyboardInterrupt
+        store(self, stage, y, path, inputs)
+
+    def stopped_tidy(self, block):
+        if stop == "after tidying" or block != 1:
+            tidy(self, block)
+        if "tidying" in stop and block == 1:
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Walk, "_store", stopped_store)
+        patch.setattr(Walk, "tidy", stopped_tidy)
+        if "hidden" in save or stop != "sum":
+            with pytest.raises(KeyboardInterrupt):
+                walk("stopped")
+    walk("stopped", resume=True)
+    names = {path.name for path in (tmp_path / "whole").glob("*.zarr")}
+    assert names == {path.name for path in (tmp_path / "stopped").glob("*.zarr")}
+    assert names >= {f"{'block' if 'hidden' in save else 'moe_input'}_00{b}.zarr" for b in range(4)}
+    for name in names:
+        np.testing.assert_array_equal(
+            read(tmp_path / "stopped" / name), read(tmp_path / "whole" / name)
+        )
 
 
 def test_a_walk_that_was_killed_while_collecting_continues_with_the_same_bits(models, tmp_path):

@@ -181,9 +181,8 @@ class Walk:
         experts = load_moe_layer(self.task.directory, block).experts
         reads += experts.num_experts * self._collect(block, moe_input)
         marks.append(time.monotonic())
-        os.replace(self._work(block), self._done(block))
         if self.asked.compared or self._kept_path("hidden", block):
-            rows, inputs = self._sum(block)
+            rows, inputs = self._sum(self._work(block))
             self._store("sum", rows, self.hidden(block), inputs)
         marks.append(time.monotonic())
         names = ("attention_seconds", "experts_seconds", "collect_seconds", "sum_seconds")
@@ -210,12 +209,12 @@ class Walk:
         hidden = self.hidden(block)
         if os.path.exists(hidden):
             return self._rows(hidden), {"hidden": hidden}
-        return self._sum(block)
+        return self._sum(self._done(block))
 
-    def _sum(self, block: int) -> tuple[da.Array, dict[str, Any]]:
+    def _sum(self, directory: str) -> tuple[da.Array, dict[str, Any]]:
         """Return the output of a block whose MoE module is done, and the file it comes from."""
-        moe_output = os.path.join(self._done(block), "moe_output.zarr")
-        task = replace(self.task, kept=os.path.join(self._done(block), "kept"))
+        moe_output = os.path.join(directory, "moe_output.zarr")
+        task = replace(self.task, kept=os.path.join(directory, "kept"))
         return self._mapped(task.finish, self._rows(moe_output)), {"moe": moe_output}
 
     def _moe(self, block: int, moe_input: str) -> int:
@@ -301,6 +300,8 @@ class Walk:
     def tidy(self, block: int) -> None:
         """Keep the results of a complete block that were asked for, and remove its other files."""
         done, moe_input = self._done(block), self._kept_path("moe_input", block)
+        if os.path.exists(self._work(block)):
+            os.replace(self._work(block), done)
         if moe_input is not None and os.path.exists(os.path.join(done, "moe_input.zarr")):
             os.replace(os.path.join(done, "moe_input.zarr"), moe_input)
         needed = not os.path.exists(self.hidden(block))

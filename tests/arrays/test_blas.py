@@ -219,3 +219,9 @@ def test_there_is_an_extra_for_each_library_that_hints_name():
     extras = tomllib.loads(text)["project"]["optional-dependencies"]
     assert extras["mkl"][0].startswith("mkl>=")
     assert extras["onednn"][0].startswith(onednn.PACKAGE)
+
+
+def test_a_product_that_has_no_value_does_not_warn():
+    """Other libraries do not warn either; a run reports rows that hold NaN."""
+    x = np.array([[np.inf, -np.inf]], "f4")
+    assert np.isnan(blas.product(x, np.ones((2, 1), "f4"))).all()

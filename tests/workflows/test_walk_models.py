@@ -52,7 +52,7 @@ pytestmark = pytest.mark.slow
 
 LENGTHS = (7, 24, 3, 17, 24, 1)
 
-LEAK_WHEN_PACKED = {"qwen3_next", "gpt_oss", "minimax", "jamba"}
+LEAK_WHEN_PACKED = {"qwen3_next", "gpt_oss", "minimax", "jamba", "granitemoehybrid"}
 """Families in which transformers lets documents packed into one sequence attend to each other:
 linear attention, or a mask that ignores the positions."""
 

@@ -58,6 +58,17 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
         {"num_local_experts": 9, "num_experts_per_tok": 4, "embedding_multiplier": 3.0,
          "residual_multiplier": 0.7, "logits_scaling": 2.0, "attention_multiplier": 0.3},
     ),
+    "granitemoeshared": (
+        "GraniteMoeShared",
+        {"num_local_experts": 9, "num_experts_per_tok": 4, "shared_intermediate_size": 20,
+         "residual_multiplier": 0.7},
+    ),
+    "granitemoehybrid": (
+        "GraniteMoeHybrid",
+        {"num_local_experts": 9, "num_experts_per_tok": 4, "shared_intermediate_size": 20,
+         "layer_types": ["mamba", "full_attention"] * 2, "mamba_n_heads": 4, "mamba_d_head": 16,
+         "mamba_d_state": 8},
+    ),
     "minimax": (
         "MiniMax",
         {"num_local_experts": 6, "num_experts_per_tok": 2, "head_dim": 8, "block_size": 8},

@@ -17,6 +17,7 @@ from __future__ import annotations
 import copy
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
@@ -124,7 +125,10 @@ def attend(
     with model.hold(block) as held:
         child = model.moe_child(block)
         moe = StandIn(held.get_submodule(child), lambda given, *_, **__: tape.begin(given, Answer))
-        run_block = _runner(model, block, replaced(held, {child: moe}))
+        stand_ins = {child: moe} | {
+            name: StandIn(held.get_submodule(name), nothing) for name in beside_moe(model, block)
+        }
+        run_block = _runner(model, block, replaced(held, stand_ins))
         out = _in_batches(rows, lengths, tokens, model, run)
     torch.save(tapes, kept + ".new")
     os.replace(kept + ".new", kept)
@@ -203,6 +207,31 @@ def _in_batches(
     return as_numpy(out)
 
 
+@lru_cache(maxsize=2)
+def beside_moe(model: Model, block: int) -> frozenset[str]:
+    """Return the submodules of a block, next to its MoE module, that `dask_ep` computes with it.
+
+    Raises
+    ------
+    ValueError
+        If `dask_ep` reads tensors outside the module that are not those of a shared expert.
+    """
+    read = model.checkpoint.open_block(block)[0]
+    within = f"{model.path}layers.{block}."
+    moe = f"{within}{model.moe_child(block)}."
+    targets = [model.target(read.prefix + name) for name in read.taken]
+    outside = [target.removeprefix(within) for target in targets if not target.startswith(moe)]
+    found = frozenset(target.split(".")[0] for target in outside)
+    layouts = read.family.shared.layouts if read.family.shared is not None else []
+    shared = {name.split(".")[0] for layout in layouts for name in layout.names.values()}
+    if others := sorted(name for name in found if f"/{name}" not in shared):
+        raise ValueError(
+            f"what is computed with the MoE module of block {block} of {model.directory} must be "
+            f"in it, or a shared expert next to it, but {', '.join(others)} is neither"
+        )
+    return found
+
+
 # --- stand-ins -------------------------------------------------------------------------------
 
 
@@ -246,6 +275,11 @@ def with_parameters(module: nn.Module, **parameters: nn.Parameter | None) -> nn.
     new = copy.copy(module)
     new._parameters = module._parameters | parameters
     return new
+
+
+def nothing(hidden_states: torch.Tensor) -> torch.Tensor:
+    """Return zeros, for a shared expert whose output is in that of the MoE module already."""
+    return hidden_states.new_zeros(()).expand_as(hidden_states)
 
 
 # --- helpers ---------------------------------------------------------------------------------

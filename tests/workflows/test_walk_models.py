@@ -194,6 +194,22 @@ def test_the_head_in_parts_of_the_vocabulary(models, ids, tmp_path, monkeypatch)
     assert parts["loss"] == pytest.approx(whole["loss"], rel=1e-9)
 
 
+def test_a_tied_head_keeps_its_own_bias(ids, tmp_path):
+    model = make_model("phimoe", tmp_path / "model", tie_word_embeddings=True)
+    summary = run(Options(str(tmp_path / "model"), str(ids), str(tmp_path / "acts")))
+    theirs = Theirs(model, np.load(ids), packed=False)
+    assert summary["loss"] == pytest.approx(theirs.loss, abs=1e-6)
+
+
+@pytest.mark.parametrize("lost", ["weight", "bias"])
+def test_a_head_that_lacks_a_tensor_is_refused(lost, ids, tmp_path):
+    make_model("phimoe", tmp_path / "model")
+    name = f"lm_head.{lost}"
+    rewrite(tmp_path / "model", lambda tensors: {n: t for n, t in tensors.items() if n != name})
+    with pytest.raises(ValueError, match=f"the head of Phimoe.*, but lacks its {lost}"):
+        run(Options(str(tmp_path / "model"), str(ids), str(tmp_path / "acts")))
+
+
 def test_documents_longer_than_the_length_are_cut(models, tmp_path):
     _, directory = models("qwen3_moe")
     whole, cut = np.random.default_rng(1).integers(3, VOCABULARY, (1, 30)), tmp_path / "cut.npy"
@@ -247,11 +263,12 @@ def test_a_bfloat16_checkpoint_stays_bfloat16(ids, tmp_path):
     assert np.median(errors) < 0.02 * np.abs(high).max()
 
 
-def test_quantized_attention_is_decoded_as_it_is_read(ids, tmp_path):
+def test_quantized_attention_embedding_and_head_are_decoded_as_they_are_read(ids, tmp_path):
     model = make_model("deepseek_v3", tmp_path / "model")
     state, small = model.state_dict(), {}
     for name, value in state.items():
-        if name.endswith("_proj.weight") and "self_attn" in name:
+        attention = name.endswith("_proj.weight") and "self_attn" in name
+        if attention or name in ("model.embed_tokens.weight", "lm_head.weight"):
             small[name], scale = float8_blocks(value, 16)
             small[name + "_scale_inv"] = scale
             value.copy_(float8_values(small[name], scale, 16))

@@ -69,6 +69,10 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
          "layer_types": ["mamba", "full_attention"] * 2, "mamba_n_heads": 4, "mamba_d_head": 16,
          "mamba_d_state": 8},
     ),
+    "phimoe": (
+        "Phimoe",
+        {"num_local_experts": 6, "num_experts_per_tok": 2, "lm_head_bias": True},
+    ),
     "minimax": (
         "MiniMax",
         {"num_local_experts": 6, "num_experts_per_tok": 2, "head_dim": 8, "block_size": 8},

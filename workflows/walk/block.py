@@ -70,9 +70,8 @@ def embed(model: Model, ids: np.ndarray, lengths: Sequence[int], tokens: int) ->
         raise Reached(hidden_states)
 
     embedding = model.decoder.get_input_embeddings()
-    name = model.names_outside[path_of(model.whole, embedding) + "weight"]
     used, places = np.unique(ids, return_inverse=True)
-    source = model.source(name)
+    source = model.sources_of(embedding)["weight"]
     if used[-1] >= source.shape[0] or used[0] < 0:
         raise ValueError(
             f"token ids must be in [0, {source.shape[0]}), the vocabulary of {model.directory}, "

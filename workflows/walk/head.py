@@ -66,13 +66,19 @@ class _Decoder(nn.Module):
 def head_sources(model: Model) -> tuple[Source, Source | None]:
     """Return the head's matrix (vocabulary, d), the embedding's if they are tied, and its bias."""
     linear = model.whole.get_output_embeddings()
-    path, names = path_of(model.whole, linear), model.names_outside
-    if path + "weight" not in names:
-        path = path_of(model.whole, model.decoder.get_input_embeddings())
-    if path + "weight" not in names:
-        raise ValueError(f"{model.directory} must have the head of {type(model.whole).__name__}")
-    bias = names.get(path + "bias")
-    return model.source(names[path + "weight"]), None if bias is None else model.source(bias)
+    found = model.sources_of(linear)
+    weight, bias = found.get("weight"), found.get("bias")
+    if (
+        weight is None
+        and path_of(model.whole, linear) + "weight" in model.whole.all_tied_weights_keys
+    ):
+        weight = model.sources_of(model.decoder.get_input_embeddings()).get("weight")
+    if weight is None or (bias is None and getattr(linear, "bias", None) is not None):
+        raise ValueError(
+            f"{model.directory} must have the head of {type(model.whole).__name__}, but lacks its "
+            f"{'weight' if weight is None else 'bias'}"
+        )
+    return weight, bias
 
 
 def score(

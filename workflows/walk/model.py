@@ -177,6 +177,13 @@ class Model:
             if name not in parts_of and not name.endswith(ACTIVATION_SCALES)
         }
 
+    def sources_of(self, module: nn.Module) -> dict[str, Source]:
+        """Return the tensors of a module outside all blocks, by their names in the module."""
+        path = path_of(self.whole, module)
+        names = [name for target, name in self.names_outside.items() if target.startswith(path)]
+        found = self.sources(names)
+        return {self.target(name).removeprefix(path): found[name] for name in found}
+
     def stored_bytes(self, names: Iterable[str]) -> int:
         return sum(self.source(name).nbytes for name in names)
 

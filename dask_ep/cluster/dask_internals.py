@@ -8,13 +8,16 @@ of workers, the scheduler's transitions and the restrictions of its tasks.
 from __future__ import annotations
 
 import asyncio
+import socket
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, Literal
 
 from dask.typing import Key
 from distributed import Client, Future
-from distributed.comm import Comm, connect
+from distributed.comm import Comm, CommClosedError, connect
+from distributed.comm.tcp import TCP
 from distributed.core import clean_exception, error_message
+from distributed.protocol import dumps, loads
 from distributed.scheduler import Scheduler, TaskState
 from distributed.threadpoolexecutor import thread_state as pool_state
 from distributed.worker import WORKER_ANY_RUNNING, Worker, get_worker, secede, thread_state
@@ -124,6 +127,38 @@ def keep_on_loop(comm: Comm) -> None:
     is useless for arrays, as they are sent without copying.
     """
     comm.allow_offload = False
+
+
+def take_socket(comm: Comm) -> tuple[socket.socket, dict[str, Any]] | None:
+    """Take the socket of a plain TCP connection, and the context of messages for its other end.
+
+    None for other connections. Nothing may be on its way to this end, as it might be lost.
+
+    Raises
+    ------
+    OSError
+        If the connection is closed, or has not sent all yet.
+    """
+    if type(comm) is not TCP:
+        return None
+    stream: Any = comm.stream
+    if stream is None or stream.closed() or stream.writing():
+        comm.abort()
+        raise CommClosedError(f"the connection with {comm.peer_address} was lost as it began")
+    infos = {"sender": comm.local_info, "recipient": comm.remote_info}
+    taken = stream.socket.dup()  # the connection lives until the last of its sockets is closed
+    comm.abort()
+    return taken, {**infos, **comm.handshake_options}
+
+
+def to_frames(message: Any, context: Mapping[str, Any], on_error: str) -> list[Any]:
+    """Serialize a message into buffers, an array into one whatever its size."""
+    return dumps(message, on_error=on_error, context=context, frame_split_size=2**62)
+
+
+def from_frames(frames: list[memoryview]) -> Any:
+    """The message of these buffers; its arrays are in them."""
+    return loads(frames)
 
 
 def give_up(worker: Worker, address: str) -> None:

@@ -17,6 +17,7 @@ from distributed.comm import Comm
 
 from dask_ep.arrays.namespaces import Array
 from dask_ep.cluster import dask_internals
+from dask_ep.cluster.sockets import Socket, accept
 from dask_ep.cluster.streams import Stream, from_message, to_message
 from dask_ep.graph import tally
 from dask_ep.graph.chunk import (
@@ -103,6 +104,7 @@ class Slices:
         self._cores = Cores(threads)
         self._held: dict[tuple[str, int], Any] = {}
         self._loading: defaultdict[tuple[str, int], threading.Lock] = defaultdict(threading.Lock)
+        self._connections: set[Comm | Socket] = set()
         self._is_closing = False
         for _ in range(threads):
             threading.Thread(target=self._work, name="dask-ep-serve", daemon=True).start()
@@ -135,6 +137,8 @@ class Slices:
         self._is_closing = True
         for _ in range(self.threads):
             self._todo.put(None)
+        for connection in list(self._connections):
+            connection.abort()
 
     def metric(self) -> dict[str, Any]:
         """The report to the scheduler with each heartbeat."""
@@ -188,7 +192,12 @@ class Slices:
         """Answer the packets that another worker sends over a connection, until it closes."""
         stream = Stream(lambda number, *request: self._take(stream, number, sender, *request))
         with suppress(OSError):
-            await stream.run(comm)
+            kept = await accept(comm)
+            self._connections.add(kept)
+            try:
+                await stream.run(kept)
+            finally:
+                self._connections.discard(kept)
 
     def _take(
         self,

@@ -25,7 +25,8 @@ from distributed.comm import Comm
 from distributed.protocol import to_serialize
 
 from dask_ep.arrays.namespaces import Array
-from dask_ep.cluster import dask_internals
+from dask_ep.cluster import sockets
+from dask_ep.cluster.sockets import Socket
 
 SMALL = 16384
 """Bytes up to which an array is sent inside its message: a separate frame costs Dask some 100 us at
@@ -42,7 +43,7 @@ class Stream:
 
     def __init__(self, hear: Callable[..., None]):
         self._hear = hear
-        self._comm: Comm | None = None
+        self._comm: Comm | Socket | None = None
         self._waiting: list[list] = []
         self._is_writing = False
         self._rest: asyncio.Task | None = None  # event loops keep no task alive
@@ -53,9 +54,8 @@ class Stream:
         self._waiting.append(list(message))
         self._write_soon()
 
-    async def run(self, comm: Comm) -> None:
+    async def run(self, comm: Comm | Socket) -> None:
         """Receive messages until the connection ends, which raises OSError."""
-        dask_internals.keep_on_loop(comm)
         self._comm = comm
         self._write_soon()
         try:
@@ -73,7 +73,7 @@ class Stream:
             self._is_writing = True
             self._rest = run_eagerly(self._write(self._comm))
 
-    async def _write(self, comm: Comm) -> None:
+    async def _write(self, comm: Comm | Socket) -> None:
         try:
             while self._waiting:
                 going, self._waiting = self._waiting, []
@@ -137,7 +137,7 @@ class Line:
 
     async def _run(self, worker: Worker, owner: str, op: str) -> None:
         try:
-            await self._stream.run(await dask_internals.open_stream(worker, owner, op))
+            await self._stream.run(await sockets.ask(worker, owner, op))
         except Exception as error:
             self._give_up(error)
         finally:

@@ -11,6 +11,7 @@ import pytest
 from distributed.comm import listen
 from distributed.protocol import Serialize, to_serialize
 
+from dask_ep.cluster.sockets import accept
 from dask_ep.cluster.streams import SMALL, Line, Stream, from_message, to_message
 from tests.cluster_processes import DEADLINE
 
@@ -31,7 +32,7 @@ def with_line(answer, ask):
             assert message == {"op": "test_ask", "sender": Asking().address, "reply": False}
             stream = Stream(lambda *message: answer(stream, *message))
             with suppress(OSError):
-                await stream.run(comm)
+                await stream.run(await accept(comm))
         finally:
             comm.abort()
 

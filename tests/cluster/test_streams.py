@@ -23,7 +23,7 @@ class Asking(NamedTuple):
     connection_args: dict = {}  # noqa: RUF012
 
 
-def with_line(answer, ask):
+def with_line(answer, ask, scheme="tcp://127.0.0.1:0"):
     """Call a coroutine function with a line to one who answers as a function says."""
 
     async def listen_to(comm):
@@ -37,7 +37,7 @@ def with_line(answer, ask):
             comm.abort()
 
     async def run():
-        listener = await listen("tcp://127.0.0.1:0", listen_to)
+        listener = await listen(scheme, listen_to)
         line = Line(Asking(), listener.contact_address, "test_ask")
         try:
             return await asyncio.wait_for(ask(line), DEADLINE)
@@ -50,7 +50,8 @@ def with_line(answer, ask):
     return asyncio.run(run())
 
 
-def test_answers_in_any_order_find_who_asked():
+@pytest.mark.parametrize("scheme", ["tcp://127.0.0.1:0", "inproc://"])
+def test_answers_in_any_order_find_who_asked(scheme):
     held = []
 
     def answer(stream, number, what):
@@ -62,7 +63,7 @@ def test_answers_in_any_order_find_who_asked():
     async def ask(line):
         return await asyncio.gather(*(line.ask(1, n) for n in range(20)))
 
-    assert with_line(answer, ask) == [2 * n for n in range(20)]
+    assert with_line(answer, ask, scheme) == [2 * n for n in range(20)]
 
 
 def test_what_was_sent_is_not_kept_until_the_answer_comes():

@@ -7,6 +7,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -210,6 +211,20 @@ def test_a_head_that_lacks_a_tensor_is_refused(lost, ids, tmp_path):
         run(Options(str(tmp_path / "model"), str(ids), str(tmp_path / "acts")))
 
 
+def test_a_process_that_walked_before_reads_files_that_have_changed(tmp_path):
+    """Another checkpoint, and as many tokens in other documents, in the same places."""
+    for seed, shape in ((0, (4, 6)), (1, (6, 4))):
+        model = make_model("olmoe", tmp_path / "model", seed=seed)
+        np.save(tmp_path / "ids.npy", np.random.default_rng(seed).integers(3, VOCABULARY, shape))
+        shutil.rmtree(tmp_path / "acts", ignore_errors=True)
+        summary = run(
+            Options(str(tmp_path / "model"), str(tmp_path / "ids.npy"), str(tmp_path / "acts"))
+        )
+        theirs = Theirs(model, np.load(tmp_path / "ids.npy"), packed=False)
+        close(read(tmp_path / "acts" / "final.zarr"), theirs.hidden)
+        assert summary["loss"] == pytest.approx(theirs.loss, abs=1e-6)
+
+
 def test_documents_longer_than_the_length_are_cut(models, tmp_path):
     _, directory = models("qwen3_moe")
     whole, cut = np.random.default_rng(1).integers(3, VOCABULARY, (1, 30)), tmp_path / "cut.npy"
@@ -350,8 +365,6 @@ def test_two_models_are_compared(models, ids, tmp_path):
 
 
 def test_a_model_compared_with_itself_does_not_differ(models, ids, tmp_path):
-    import shutil
-
     _, directory = models("qwen3_moe")
     shutil.copytree(directory, tmp_path / "same")
     compared = run(Options(str(directory), str(ids), str(tmp_path / "acts"),

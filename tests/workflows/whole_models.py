@@ -99,14 +99,14 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
 }  # fmt: skip
 
 
-def make_model(family: str, directory: Path, **changes: Any) -> torch.nn.Module:
+def make_model(family: str, directory: Path, seed: int = 0, **changes: Any) -> torch.nn.Module:
     """Build a model with random weights and save it; give it back in float32."""
     name, config = FAMILIES[family]
     name, _, kind = name.partition("/")
     model_class = getattr(transformers, name + (kind or "ForCausalLM"))
     base = {} if kind else SMALL
     model = model_class(model_class.config_class(**base | config | changes)).eval()
-    fill(model)
+    fill(model, seed)
     model.save_pretrained(directory)
     return model_class.from_pretrained(directory, dtype=torch.float32).eval()
 

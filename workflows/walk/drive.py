@@ -35,7 +35,7 @@ from walk.memory import Need, find_need, keep_freed
 from walk.model import Model, open_model
 from walk.options import Options
 from walk.progress import Progress
-from walk.record import Record, keep_documents, write_json
+from walk.record import Record, fingerprint, keep_documents, write_json
 from walk.stages import Asked, Walk, Where, hidden_error, score_all
 from walk.tasks import Task, TorchThreads
 from walk.tensors import numpy_dtype
@@ -59,7 +59,7 @@ def run(options: Options, say: Callable[[str], Any] = lambda _: None) -> dict[st
     """
     began = time.monotonic()
     read = read_documents(options.text, options.length, _tokenizer(options.model))
-    models = [open_model(model, options.dtype) for model in options.models]
+    models = [open_model(model, options.dtype, fingerprint(model)) for model in options.models]
     blocks = options.blocks([len(model.blocks) for model in models])
     kept = Record(options.out, options.decisive(read), options.resume)
     keep_documents(options.out, read)
@@ -114,6 +114,7 @@ def _walks(options: Options, models: list[Model], where: Where, progress: Progre
                 options.chunk_rows,
                 options.batch_tokens,
                 options.precision,
+                version=model.version,
             ),
             *(outs[number], asked[number], where, progress.tell),
         )

@@ -42,9 +42,12 @@ transformers.logging.disable_progress_bar()
 
 
 @lru_cache(maxsize=2)
-def open_model(directory: str, dtype: str) -> Model:
-    """Return this process's model of a checkpoint; two are cached, as two may be compared."""
-    return Model(directory, dtype)
+def open_model(directory: str, dtype: str, version: str = "") -> Model:
+    """Return this process's model of a checkpoint; two are cached, as two may be compared.
+
+    `version` is the fingerprint of its files, as a worker may live longer than they do.
+    """
+    return Model(directory, dtype, version)
 
 
 class Model:
@@ -54,6 +57,7 @@ class Model:
     ----------
     directory : of the checkpoint
     dtype : "auto" for the checkpoint's, "float32" or "bfloat16"
+    version : see `open_model`
 
     Attributes
     ----------
@@ -64,8 +68,8 @@ class Model:
     moe_blocks : numbers of the blocks with a MoE module that `dask_ep` computes
     """
 
-    def __init__(self, directory: str, dtype: str = "auto"):
-        self.directory = directory
+    def __init__(self, directory: str, dtype: str = "auto", version: str = ""):
+        self.directory, self.version = directory, version
         self.checkpoint = Checkpoint(directory)
         self.files = self.checkpoint.files
         config = AutoConfig.from_pretrained(directory)

@@ -38,7 +38,7 @@ from dask_ep.storage.output import Output, progress_directory
 from walk import head
 from walk.documents import AT_ONCE, chunk_documents, spans
 from walk.memory import give_back
-from walk.model import Model, open_model
+from walk.model import Model
 from walk.tasks import Scoring, Task
 from walk.tensors import numpy_dtype
 
@@ -113,7 +113,7 @@ class Walk:
 
     @property
     def model(self) -> Model:
-        return open_model(self.task.directory, self.task.dtype)
+        return self.task.model
 
     def hidden(self, block: int) -> str:
         """Return the path of the hidden states after a block; -1 is the embedding."""
@@ -356,7 +356,7 @@ def score_all(walks: list[Walk], finals: list[str], targets: str, head_bytes: in
     parts = []
     for part in vocabulary_parts(sources[0].shape[0], per_token, head_bytes):
         path = os.path.join(first.work, f"scores_{part[0]:06d}.zarr")
-        scoring = Scoring(tuple((w.task.directory, w.task.dtype) for w in walks), part)
+        scoring = Scoring(tuple(walk.task for walk in walks), part)
         rows = [open_tokens(path, chunks=first.task.chunk_rows) for path in finals]
         wanted = open_tokens(targets, chunks=rows[0].chunks[0])
         columns = head.COLUMNS if len(walks) == 1 else head.COLUMNS_OF_TWO

@@ -16,7 +16,7 @@ from distributed import WorkerPlugin
 
 from walk import block, head
 from walk.documents import AT_ONCE, chunk_documents, spans
-from walk.model import open_model
+from walk.model import Model, open_model
 
 
 class TorchThreads(WorkerPlugin):
@@ -42,6 +42,7 @@ class Task:
     precision : of the products in MoE modules
     block : number of the decoder block
     kept : directory of the operations recorded by `attend`
+    version : of the model, see `open_model`
     """
 
     directory: str
@@ -52,30 +53,32 @@ class Task:
     precision: str = "float32"
     block: int = 0
     kept: str = ""
+    version: str = ""
 
     def embed(self, ids: np.ndarray, block_id: tuple[int, int]) -> np.ndarray:
-        return block.embed(self._model, ids, *self._documents(block_id))
+        return block.embed(self.model, ids, *self._documents(block_id))
 
     def whole(self, rows: np.ndarray, block_id: tuple[int, int]) -> np.ndarray:
-        return block.whole(self._model, self.block, rows, *self._documents(block_id))
+        return block.whole(self.model, self.block, rows, *self._documents(block_id))
 
     def attend(self, rows: np.ndarray, block_id: tuple[int, int]) -> np.ndarray:
         kept = self._kept(block_id)
-        return block.attend(self._model, self.block, rows, *self._documents(block_id), kept)
+        return block.attend(self.model, self.block, rows, *self._documents(block_id), kept)
 
     def finish(self, moe_rows: np.ndarray, block_id: tuple[int, int]) -> np.ndarray:
         kept = self._kept(block_id)
-        return block.finish(self._model, moe_rows, *self._documents(block_id), kept)
+        return block.finish(self.model, moe_rows, *self._documents(block_id), kept)
 
     def last_norm(self, rows: np.ndarray, block_id: tuple[int, int]) -> np.ndarray:
-        return block.last_norm(self._model, rows, *self._documents(block_id))
+        return block.last_norm(self.model, rows, *self._documents(block_id))
 
     @property
-    def _model(self):
-        return open_model(self.directory, self.dtype)
+    def model(self) -> Model:
+        return open_model(self.directory, self.dtype, self.version)
 
     def _documents(self, block_id: tuple[int, int]) -> tuple[list[int], int]:
-        lengths, chunks = _chunks(self.lengths, self.chunk_rows)
+        changed = os.stat(self.lengths).st_mtime_ns
+        lengths, chunks = _chunks(self.lengths, changed, self.chunk_rows)
         first, last = chunks[block_id[0]]
         return lengths[first:last].tolist(), self.batch_tokens
 
@@ -89,21 +92,24 @@ class Scoring:
 
     Attributes
     ----------
-    models : directory and dtype of the model, and of the one that it is compared with, if any
+    tasks : of the model, and of the one that it is compared with, if any
     vocabulary : first token id, and last + 1, of a part of the head
     """
 
-    models: tuple[tuple[str, str], ...]
+    tasks: tuple[Task, ...]
     vocabulary: tuple[int, int]
 
     def __call__(self, *arrays: np.ndarray) -> np.ndarray:
         *rows, targets = arrays
-        models = [open_model(*named) for named in self.models]
+        models = [task.model for task in self.tasks]
         return head.score(models, self.vocabulary, rows, targets[:, 0])
 
 
 @lru_cache(maxsize=2)
-def _chunks(path: str, chunk_rows: int) -> tuple[np.ndarray, list[tuple[int, int]]]:
-    """Return the lengths of all documents, and which of them are in each token chunk."""
+def _chunks(path: str, _: int, chunk_rows: int) -> tuple[np.ndarray, list[tuple[int, int]]]:
+    """Return the lengths of all documents, and which of them are in each token chunk.
+
+    The second argument is the time of the file's change, as a worker may live longer than a walk.
+    """
     lengths = np.load(path)
     return lengths, spans(chunk_documents(lengths, chunk_rows))

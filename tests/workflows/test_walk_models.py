@@ -625,6 +625,28 @@ def test_a_walk_stopped_at_the_end_of_a_block_keeps_all_that_was_asked_for(
         )
 
 
+@pytest.mark.parametrize("save", [{"routing"}, {"hidden"}])
+def test_a_walk_stopped_before_its_summary_or_complete_can_be_resumed(
+    save, models, ids, tmp_path, monkeypatch
+):
+    _, directory = models("olmoe")
+    options = Options(str(directory), str(ids), str(tmp_path / "acts"), layers=range(2),
+                      save=frozenset(save), resume=True)  # fmt: skip
+
+    def stop(*_):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr("walk.drive.write_json", stop)
+        with pytest.raises(KeyboardInterrupt):
+            run(options)
+    summary = run(options)
+    names = {path.name for path in (tmp_path / "acts").iterdir()}
+    assert "work" not in names
+    assert run(options) == summary
+    assert names == {path.name for path in (tmp_path / "acts").iterdir()}
+
+
 def test_a_walk_that_was_killed_while_collecting_continues_with_the_same_bits(models, tmp_path):
     """Killed between two groups of token chunks: the sums of the first are not computed again."""
     _, directory = models("olmoe")

@@ -35,7 +35,7 @@ from walk.memory import Need, find_need, keep_freed
 from walk.model import Model, open_model
 from walk.options import Options
 from walk.progress import Progress
-from walk.record import Record, fingerprint, keep_documents, write_json
+from walk.record import Record, fingerprint, keep_documents, read_json, write_json
 from walk.stages import Asked, Walk, Where, hidden_error, score_all
 from walk.tasks import Task, TorchThreads
 from walk.tensors import numpy_dtype
@@ -62,7 +62,29 @@ def run(options: Options, say: Callable[[str], Any] = lambda _: None) -> dict[st
     models = [open_model(model, options.dtype, fingerprint(model)) for model in options.models]
     blocks = options.blocks([len(model.blocks) for model in models])
     kept = Record(options.out, options.decisive(read), options.resume)
-    keep_documents(options.out, read)
+    path = os.path.join(options.out, "summary.json")
+    if os.path.exists(path):  # stopped after that, or complete
+        summary = read_json(path)
+    else:
+        keep_documents(options.out, read)
+        summary = _walk(options, read, models, blocks, kept, say)
+        summary["seconds"] = round(time.monotonic() - began, 3)
+        write_json(path, summary)
+    for walk in _walks(options, models, Where()):
+        walk.drop(blocks[-1])
+    shutil.rmtree(os.path.join(options.out, "work"), ignore_errors=True)
+    return summary
+
+
+def _walk(
+    options: Options,
+    read: Documents,
+    models: list[Model],
+    blocks: range,
+    kept: Record,
+    say: Callable[[str], Any],
+) -> dict[str, Any]:
+    """Walk through the blocks, and return the summary."""
     torch.set_num_threads(-(-options.threads // AT_ONCE))
     keep_freed()
     gc.freeze()  # torch and transformers: looking through them takes 0.2 s each time
@@ -72,16 +94,13 @@ def run(options: Options, say: Callable[[str], Any] = lambda _: None) -> dict[st
         say(str(need))
         kept.keep("moe_memory", need.experts)
         moe = _place_of_moe(options, client, kept.begun["moe_memory"])
-        walks = _walks(options, models, Where(client, moe), progress)
+        walks = _walks(options, models, Where(client, moe), progress.tell)
         with contextlib.closing(progress):
             _through_blocks(options, walks, blocks, kept, progress)
         summary = {"tokens": len(read.ids), "documents": len(read.lengths)}
         if blocks[-1] == len(models[0].blocks) - 1:
             summary |= _finish(options, walks, kept)
-    for walk in walks:
-        walk.drop(blocks[-1])
-    summary |= {
-        "seconds": round(time.monotonic() - began, 3),
+    return summary | {
         "bytes_read": sum(took["bytes_read"] for took in kept.blocks),
         "memory": {
             "limit": need.limit,
@@ -89,12 +108,14 @@ def run(options: Options, say: Callable[[str], Any] = lambda _: None) -> dict[st
         },
         "blocks": kept.blocks,
     }
-    write_json(os.path.join(options.out, "summary.json"), summary)
-    shutil.rmtree(os.path.join(options.out, "work"), ignore_errors=True)
-    return summary
 
 
-def _walks(options: Options, models: list[Model], where: Where, progress: Progress) -> list[Walk]:
+def _walks(
+    options: Options,
+    models: list[Model],
+    where: Where,
+    tell: Callable[[str, float], Any] = lambda *_: None,
+) -> list[Walk]:
     """Return one walk for each model; the second one writes to a subdirectory."""
     out = os.path.realpath(options.out)
     lengths = os.path.join(out, "lengths.npy")
@@ -116,7 +137,7 @@ def _walks(options: Options, models: list[Model], where: Where, progress: Progre
                 options.precision,
                 version=model.version,
             ),
-            *(outs[number], asked[number], where, progress.tell),
+            *(outs[number], asked[number], where, tell),
         )
         for number, model in enumerate(models)
     ]

@@ -49,7 +49,7 @@ class Record:
         os.makedirs(out, exist_ok=True)
         self.content = {"begun": begun, "blocks": {}}
         if resume and os.path.exists(self.path):
-            self.content = json.loads(Path(self.path).read_text())
+            self.content = read_json(self.path)
             _check_same(self.content["begun"], begun, out)
         else:
             self._write()
@@ -88,6 +88,10 @@ def write_json(path: str, content: Any) -> None:
     with open(path + ".new", "w") as file:
         json.dump(content, file, indent=1)
     os.replace(path + ".new", path)
+
+
+def read_json(path: str) -> Any:
+    return json.loads(Path(path).read_text())
 
 
 def fingerprint(directory: str) -> str:

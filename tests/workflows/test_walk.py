@@ -251,6 +251,12 @@ def test_a_record_of_something_else_is_refused(tmp_path):
         Record(out, {"models": ["a"], "chunk_rows": 8}, resume=False)
 
 
+def test_a_directory_in_which_no_walk_was_started_is_not_resumed(tmp_path):
+    (tmp_path / "block_000.zarr").mkdir()
+    with pytest.raises(FileExistsError, match=r"exists; it has no walk.json to resume from, or"):
+        Record(str(tmp_path), {"models": ["a"]}, resume=True)
+
+
 def test_a_walk_with_other_token_chunks_is_not_the_same(tmp_path, monkeypatch):
     options = Options(model=str(tmp_path), text="", out="", chunk_rows=8)
     documents = Documents(np.arange(3), np.ones(3, int))
@@ -261,7 +267,9 @@ def test_a_walk_with_other_token_chunks_is_not_the_same(tmp_path, monkeypatch):
 
 
 def test_a_record_may_begin_in_an_empty_directory(tmp_path):
-    Record(str(tmp_path), {"models": ["a"]}, resume=False)
+    """Or in that of a walk that was stopped while it wrote its record."""
+    (tmp_path / "walk.json.new").write_text('{"begun"')
+    Record(str(tmp_path), {"models": ["a"]}, resume=True)
     assert json.loads((tmp_path / "walk.json").read_text())["begun"] == {"models": ["a"]}
 
 

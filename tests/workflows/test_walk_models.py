@@ -14,6 +14,7 @@ import sys
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -319,8 +320,9 @@ def test_a_walk_starts_from_hidden_states_of_vllm(models, ids, tmp_path):
             tensors["hidden_states"] = kept.bfloat16()
         save_file(tensors, path)
         Path(f"{path}.lock").touch()
-    rest = run(Options(str(directory), str(requests), str(tmp_path / "rest"), chunk_rows=40,
-                       start=2, column=1, save=frozenset({"hidden"})))  # fmt: skip
+    options = Options(str(directory), str(requests), str(tmp_path / "rest"), chunk_rows=40,
+                      start=2, column=1, save=frozenset({"hidden"}))  # fmt: skip
+    rest = run(options)
     assert [took["block"] for took in rest["blocks"]] == [2, 3]
     with torch.no_grad():
         given = hidden[2].clone()
@@ -330,6 +332,9 @@ def test_a_walk_starts_from_hidden_states_of_vllm(models, ids, tmp_path):
     assert final.dtype == np.float32
     for number, (length, end_of) in enumerate(zip(LENGTHS, ends, strict=True)):
         close(final[end_of - length : end_of], norm[number, :length].numpy())
+    save_file({**tensors, "hidden_states": 2 * tensors["hidden_states"]}, path)
+    with pytest.raises(ValueError, match="hidden_states was"):
+        run(replace(options, resume=True))
 
 
 def after(model, block, hidden):
@@ -722,8 +727,6 @@ def test_a_walk_is_not_overwritten_or_resumed_with_other_options(models, ids, tm
     run(options)
     with pytest.raises(FileExistsError, match="acts exists; use --resume to continue it"):
         run(options)
-    from dataclasses import replace
-
     with pytest.raises(ValueError, match="chunk_rows was 4096 and is 8"):
         run(replace(options, chunk_rows=8, resume=True))
 

@@ -126,6 +126,11 @@ def read_ids(path: str) -> np.ndarray:
     return source.read(0, source.shape[0]).astype(np.int64).reshape(-1)
 
 
+def hidden_sources(directory: str) -> list[Source]:
+    """Return the hidden states of each request, with all their layers, from headers alone."""
+    return [_tensor(path, "hidden_states") for path in request_files(directory)]
+
+
 def hidden_shape(path: str, column: int) -> tuple[int, int]:
     """Return the shape (n, d) of what `read_hidden` returns, from headers alone.
 

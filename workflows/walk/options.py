@@ -9,7 +9,8 @@ import numpy as np
 from dask.system import CPU_COUNT
 
 from dask_ep.jobs.backends import ALL_THREADS, Threads, Where
-from walk.documents import Documents, chunk_documents
+from dask_ep.storage.fingerprint import describe
+from walk.documents import Documents, chunk_documents, hidden_sources
 from walk.record import fingerprint, hash_arrays
 
 
@@ -57,6 +58,7 @@ class Options:
             "dtype": self.dtype,
             "precision": self.precision,
             "start": self.start,
+            "hidden_states": self.start is not None and describe(hidden_sources(self.text)),
             "column": self.column,
             "threads": self.threads,
             "on_workers": not isinstance(self.where, Threads),

@@ -34,7 +34,7 @@ class Record:
     Raises
     ------
     FileExistsError
-        If the directory is not empty, and `resume` is not set.
+        If the directory is not empty, and `resume` is not set or no walk was started in it.
     ValueError
         If the walk in it was started with something else; the message says what differs.
     """
@@ -42,13 +42,13 @@ class Record:
     def __init__(self, out: str, begun: dict[str, Any], resume: bool):
         self.path = os.path.join(out, NAME)
         begun = json.loads(json.dumps(begun))
-        if os.path.lexists(out) and not (resume or _is_empty(out)):
-            raise FileExistsError(
-                f"{out} exists; use --resume to continue it, or choose another --out"
-            )
+        started = os.path.exists(self.path)
+        if os.path.lexists(out) and not (_is_empty(out) or (started and resume)):
+            how = "use --resume to continue it" if started else f"it has no {NAME} to resume from"
+            raise FileExistsError(f"{out} exists; {how}, or choose another --out")
         os.makedirs(out, exist_ok=True)
         self.content = {"begun": begun, "blocks": {}}
-        if resume and os.path.exists(self.path):
+        if started:
             self.content = read_json(self.path)
             _check_same(self.content["begun"], begun, out)
         else:
@@ -122,7 +122,7 @@ def _hash(content: bytes) -> str:
 
 
 def _is_empty(directory: str) -> bool:
-    return os.path.isdir(directory) and not os.listdir(directory)
+    return os.path.isdir(directory) and set(os.listdir(directory)) <= {NAME + ".new"}
 
 
 def _check_same(old: dict[str, Any], new: dict[str, Any], out: str) -> None:

@@ -597,8 +597,8 @@ def test_a_walk_stopped_at_the_end_of_a_block_keeps_all_that_was_asked_for(
     _, directory = models("olmoe")
 
     def walk(out, **more):
-        run(Options(str(directory), str(ids), str(tmp_path / out), chunk_rows=30,
-                    save=frozenset(save), **more))  # fmt: skip
+        return run(Options(str(directory), str(ids), str(tmp_path / out), chunk_rows=30,
+                           save=frozenset(save), **more))  # fmt: skip
 
     walk("whole")
     store, tidy = Walk._store, Walk.tidy
@@ -620,7 +620,8 @@ def test_a_walk_stopped_at_the_end_of_a_block_keeps_all_that_was_asked_for(
         if "hidden" in save or stop != "sum":
             with pytest.raises(KeyboardInterrupt):
                 walk("stopped")
-    walk("stopped", resume=True)
+    summary = walk("stopped", resume=True)
+    assert [took["block"] for took in summary["blocks"]] == [0, 1, 2, 3]
     names = {path.name for path in (tmp_path / "whole").glob("*.zarr")}
     assert names == {path.name for path in (tmp_path / "stopped").glob("*.zarr")}
     assert names >= {f"{'block' if 'hidden' in save else 'moe_input'}_00{b}.zarr" for b in range(4)}

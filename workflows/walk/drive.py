@@ -153,6 +153,7 @@ def _through_blocks(
             walk.tidy(walk.last_done)
     for block in blocks:
         progress.begin(block)
+        kept.add(block, {})  # it may be stopped when the block is done, before that is recorded
         for number, walk in enumerate(walks):
             if block <= walk.last_done:
                 progress.skip()

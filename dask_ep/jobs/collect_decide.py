@@ -58,10 +58,11 @@ def decide_course(
         A ValueError: the output is wanted, but cannot be computed in one pass.
     """
     E, chosen = inputs.experts.num_experts, choose_statistics(wanted.what, inputs.experts)
-    asked = begun.get("chunk_rows", chunk_rows)
-    if chunk_rows not in (None, asked):
+    given = chunk_rows and min(chunk_rows, max(inputs.tokens.shape[0], 1))  # as in `decide`
+    asked = begun.get("chunk_rows", given)
+    if given not in (None, asked):
         raise ValueError(
-            f"the run to resume has chunks of {asked} rows, not {chunk_rows}: resume with those, "
+            f"the run to resume has chunks of {asked} rows, not {given}: resume with those, "
             "or overwrite it"
         )
     others = share_of_others(wanted.rows) > 0

@@ -175,6 +175,18 @@ def test_a_stopped_run_resumes_to_the_same_bits(folder):
         collect_job(job(folder), *again, Threads(1), resume=True)
 
 
+def test_a_run_of_fewer_rows_than_a_chunk_resumes_with_the_same_options(folder):
+    def stop(done: int, total: int) -> None:
+        if done > 0:
+            raise Stopped
+
+    options = {"where": Threads(1), "chunk_rows": 10 * N, "resume": True}
+    with pytest.raises(Stopped):
+        collect_job(job(folder), *asked(folder), **options, on_progress=stop)
+    collect_job(job(folder), *asked(folder), **options)
+    assert (folder / "stats.safetensors").exists()
+
+
 @pytest.fixture
 def known_rates(monkeypatch):
     """Measure this machine in no time."""

@@ -99,6 +99,7 @@ class Theirs:
     """What transformers' own forward returns for the tokens of a batch that are not padding."""
 
     def __init__(self, model, ids, packed):
+        model = getattr(model, "language_model", model)
         self.routing, real = {}, ids >= 0
         inputs = {"input_ids": torch.tensor(np.where(real, ids, 0))}
         inputs["attention_mask"] = torch.tensor(real).long()

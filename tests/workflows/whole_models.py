@@ -33,6 +33,10 @@ LINEAR = {
     "shared_expert_intermediate_size": 24, "linear_num_key_heads": 1, "linear_num_value_heads": 2,
     "linear_key_head_dim": 8, "linear_value_head_dim": 8, "full_attention_interval": 2,
 }  # fmt: skip
+LLAMA4 = {
+    "num_local_experts": 7, "num_experts_per_tok": 1, "head_dim": 16, "intermediate_size_mlp": 28,
+    "interleave_moe_layer_step": 2, "attention_chunk_size": 8,
+}  # fmt: skip
 
 FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "mixtral": ("Mixtral", {"num_local_experts": 6, "num_experts_per_tok": 2, "sliding_window": 5}),
@@ -83,10 +87,14 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
          "expert_layer_offset": 1, "attn_layer_period": 2, "attn_layer_offset": 0,
          "mamba_d_state": 4, "mamba_dt_rank": 4, "use_mamba_kernels": False},
     ),
-    "llama4": (
-        "Llama4",
-        {"num_local_experts": 7, "num_experts_per_tok": 1, "head_dim": 16,
-         "intermediate_size_mlp": 28, "interleave_moe_layer_step": 2, "attention_chunk_size": 8},
+    "llama4": ("Llama4", LLAMA4),
+    "llama4_for_images": (
+        "Llama4/ForConditionalGeneration",
+        {"text_config": SMALL | LLAMA4, "vision_config": {
+            "hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1,
+            "num_attention_heads": 2, "vision_output_dim": 32, "projector_input_dim": 32,
+            "projector_output_dim": 32, "image_size": 28, "patch_size": 14,
+        }},
     ),
     "qwen3_vl_moe": (
         "Qwen3VLMoe/ForConditionalGeneration",

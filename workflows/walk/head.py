@@ -164,13 +164,19 @@ def _head(model: Model, vocabulary: tuple[int, int]) -> Callable[[np.ndarray], t
     whole, linear = model.whole, model.whole.get_output_embeddings()
     weight, bias = _part_of_head(model, vocabulary)
     part = with_parameters(linear, weight=weight, bias=bias)
-    decoder = _Decoder()
-    named = {model.path.split(".")[0]: decoder, path_of(whole, linear).removesuffix("."): part}
-    whole = replaced(whole, named)
+    outer, dot, name = path_of(whole, linear).removesuffix(".").rpartition(".")
+    decoder, inner = _Decoder(), model.path.removeprefix(outer + dot).split(".")[0]
+    whole = replaced(whole.get_submodule(outer), {inner: decoder, name: part})
 
     def run(rows: np.ndarray) -> torch.Tensor:
         decoder.rows = as_tensor(np.ascontiguousarray(rows))[None]
-        return whole(inputs_embeds=decoder.rows, use_cache=False).logits[0].float()
+        logits = whole(inputs_embeds=decoder.rows, use_cache=False).logits[0].float()
+        if logits.shape != (len(rows), len(weight)):
+            raise ValueError(
+                f"{type(whole).__name__} must return {(len(rows), len(weight))} logits, one for "
+                f"each row and token, but returns {tuple(logits.shape)}"
+            )
+        return logits
 
     return run
 

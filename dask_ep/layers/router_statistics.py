@@ -44,7 +44,8 @@ def see_router(rows: da.Array, router: Any, arrays: Mapping[str, SmallArray]) ->
             "statistics of the router need a layer whose router chooses the k best experts of each "
             "row by its own weights"
         )
-    arrays = {n: arrays[n] for n in ("weight", "bias", "selection_bias") if n in arrays}
+    names = ("weight", "bias", "selection_bias", "input_scale")
+    arrays = {n: arrays[n] for n in names if n in arrays}
     token = tokenize(rows, router, arrays)
     name, loaded = step_name("see_router", token), step_name("router-see", token)
     tasks: dict[Any, Task] = {loaded: Task(loaded, read_all, arrays, xp_name(rows))}
@@ -112,13 +113,14 @@ def _see_logits(
         mask_groups(np, choice, router)
     probability = scores / scores.sum(axis=1, keepdims=True)
     entropy = -(probability * np.log(np.maximum(probability, 1e-38))).sum(axis=1)
-    return probability.sum(axis=0, dtype=np.float64), entropy, z**2, _margin(choice, router.k)
+    return probability.sum(axis=0, dtype=np.float64), entropy, z**2, _margin(choice, router)
 
 
-def _margin(choice: np.ndarray, k: int) -> np.ndarray:
-    """The k-th largest minus the next; none if all experts are chosen."""
-    E = choice.shape[1]
-    if k == E:
+def _margin(choice: np.ndarray, router: Router) -> np.ndarray:
+    """The k-th largest minus the next; none if a row chooses all experts that it may."""
+    E, k = choice.shape[1], router.k
+    in_groups = router.grouped and router.masked_score is None
+    if k == (E // router.groups * router.topk_groups if in_groups else E):
         return np.zeros(0)
     best = np.partition(choice, (E - k - 1, E - k), axis=1)
     return best[:, E - k] - best[:, E - k - 1]

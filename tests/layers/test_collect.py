@@ -308,19 +308,21 @@ def test_the_output_is_the_same_with_other_rows():
         Router(6, 1, "softmax_chosen"),
         Router(6, 6, "sqrtsoftplus"),
         Router(6, 2, "sparsemixer"),
+        Router(6, 4, "sigmoid", groups=3, topk_groups=2),
     ],
-    ids=lambda router: router.score,
+    ids=lambda router: f"{router.score}-{router.k}",
 )
 def test_statistics_of_a_router_are_those_of_plain_loops(router):
     rng = np.random.default_rng(0)
     experts = make_layer("gated", 6, 8, F, 8, seed=0).experts
     weight = rng.standard_normal((6, 8), dtype="f4")
     bias = None if router.score == "sparsemixer" else rng.random(6, dtype="f4")
-    layer = MoELayer(router, experts, weight, selection_bias=bias)
+    scale = rng.random(8, dtype="f4")
+    layer = MoELayer(router, experts, weight, selection_bias=bias, input_scale=scale)
     x = rng.standard_normal((50, 8))
     got = collect(da.from_array(x, chunks=(20, -1)), layer, what=["router"])
     (got,) = dask.compute(got, scheduler="sync")
-    want = plain_router(x, router, weight, bias)
+    want = plain_router(x, router, weight * scale, bias)
     for name, array in want.items():
         np.testing.assert_allclose(got[f"router.{name}"], array.mean(axis=0), rtol=1e-5)
         if array.ndim == 1:
@@ -329,6 +331,8 @@ def test_statistics_of_a_router_are_those_of_plain_loops(router):
             assert np.abs(np.histogram(clipped, edges)[0] - counts).sum() <= 2  # at an edge
             assert counts.sum() == len(array)
     assert got["router.rows"] == 50
+    if "margin" not in want:  # a row chooses all that it may
+        assert got["router.margin"] == got["router.margin_histogram"].sum() == 0
 
 
 def plain_router(x, router, weight, bias) -> dict[str, np.ndarray]:

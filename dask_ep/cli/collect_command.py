@@ -123,6 +123,8 @@ def _show_collected(out: str, what: Sequence[str], least: int, found: Collected)
         click.echo(
             f"left out: {', '.join(found.missing)}; these experts have no hidden activations"
         )
+    if found.coverage is None:
+        return
     few = sorted(found.coverage.items(), key=lambda item: (item[1], item[0]))
     seen = f"of {found.num_experts} experts saw"
     if not few:

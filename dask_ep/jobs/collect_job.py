@@ -71,8 +71,8 @@ class Collected:
 
     metadata: Mapping[str, str]
     #: metadata of the file
-    coverage: Mapping[int, int]
-    #: rows of each expert that saw fewer than `few_rows`
+    coverage: Mapping[int, int] | None
+    #: rows of each expert that saw fewer than `few_rows`; None if its rows were not counted
     num_experts: int
     rows: int
     #: number of token rows
@@ -335,8 +335,9 @@ class _File(NamedTuple):
             bundle.check_content(self.path)
         except ReadError as error:
             raise ReadError(f"{error}; overwrite it to collect the statistics again") from error
-        few = json.loads(metadata["coverage"])["rows_of_experts"]
-        return self._collected(metadata, {int(e): rows for e, rows in few.items()})
+        counts = bundle.open_arrays(self.path).get("coverage.rows")
+        few = self._few(None if counts is None else counts.read(0, counts.shape[0]))
+        return self._collected(metadata, few)
 
     def write(self, run: _Run) -> Collected:
         """Join the partial results, and write all statistics with their metadata."""
@@ -346,18 +347,20 @@ class _File(NamedTuple):
             rows = (kept.read(g, g + 1) for g in range(kept.shape[0]))
             for name, array in finish_groups(collection.layout, name_all, rows).items():
                 found[name] = np.concatenate([found[name], array]) if name in found else array
-        few = {
-            e: int(count)
-            for e, count in enumerate(found.get("coverage.rows", ()))
-            if count < self.few_rows
-        }
+        few = self._few(found.get("coverage.rows"))
         metadata = self._words(few, run.collections[0].missing)
         arrays = found | {name: open_source(output.path) for name, output in run.grams.items()}
         bundle.write_bundle(self.path, arrays, metadata)
         shutil.rmtree(progress_directory(self.path))
         return self._collected(metadata, few)
 
-    def _words(self, few: Mapping[int, int], missing: Sequence[str]) -> dict[str, str]:
+    def _few(self, counts: np.ndarray | None) -> dict[int, int] | None:
+        """Return the rows of each expert that saw few; None if no rows were counted."""
+        if counts is None:
+            return None
+        return {e: rows for e, rows in enumerate(counts.tolist()) if rows < self.few_rows}
+
+    def _words(self, few: Mapping[int, int] | None, missing: Sequence[str]) -> dict[str, str]:
         """Return the metadata of the file."""
         job, wanted = self.inputs.job, self.wanted
         keys = {key: value for key, value in vars(job).items() if value is not None}
@@ -375,7 +378,7 @@ class _File(NamedTuple):
             metadata["layer_index"] = str(job.layer_index)
         return metadata
 
-    def _collected(self, metadata: Mapping[str, str], few: Mapping[int, int]) -> Collected:
+    def _collected(self, metadata: Mapping[str, str], few: Mapping[int, int] | None) -> Collected:
         rows = self.inputs.tokens.shape[0]
         return Collected(metadata, few, self.inputs.experts.num_experts, rows)
 

@@ -90,7 +90,7 @@ def check_content(path: str) -> None:
         If arrays are missing, truncated or changed.
     """
     try:
-        whole = read_metadata(path).get("content") == _hash(_open_arrays(path))
+        whole = read_metadata(path).get("content") == _hash(open_arrays(path))
     except (OSError, ValueError, KeyError) as error:
         raise ReadError(f"{path} is damaged: {error}") from error
     if not whole:
@@ -106,7 +106,8 @@ def read_metadata(path: str) -> dict[str, str]:
     return header.get("__metadata__", {})
 
 
-def _open_arrays(path: str) -> dict[str, Source]:
+def open_arrays(path: str) -> dict[str, Source]:
+    """Open the arrays of a bundle, by name."""
     if not path.endswith(".zarr"):
         return open_safetensors(path)
     import zarr

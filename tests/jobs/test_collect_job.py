@@ -395,8 +395,16 @@ def test_the_command_tells_what_it_found(folder, capsys):
     code, _, err = run_main(capsys, *command)
     assert code == 1
     assert "stats.safetensors exists; resume to continue it, overwrite" in err
+    code, said, _ = run_main(capsys, *command, "--resume", "--few-rows", "0")
+    assert "coverage: 6 of 6 experts saw 0 rows or more" in said
+    code, said, _ = run_main(capsys, *command, "--resume", "--few-rows", "201")
+    assert "coverage: 6 of 6 experts saw fewer than 201 rows: 5 (0), " in said
     code, said, _ = run_main(capsys, *command, "--overwrite", "--rows", "all", "--few-rows", "9")
     assert "coverage: 6 of 6 experts saw 9 rows or more" in said
+    command[3] = "coactivation"
+    for again in ("--overwrite", "--resume"):
+        code, said, _ = run_main(capsys, *command, again)
+        assert (code, said) == (0, f"{out}: coactivation of 200 rows\n"), "nothing counts rows"
 
 
 @pytest.mark.parametrize(

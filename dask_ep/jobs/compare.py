@@ -89,7 +89,9 @@ class Comparison:
     def good(self) -> bool:
         """Whether enough rows are within the tolerance; always true without one."""
         found = self.difference
-        return self.tolerance is None or found.beyond <= (1 - self.share) * found.rows
+        if self.tolerance is None or not found.beyond:
+            return True
+        return (found.rows - found.beyond) / found.rows >= self.share
 
 
 def compare_checkpoints(

@@ -21,7 +21,12 @@ from dask_ep.errors import DoesNotFit
 from dask_ep.jobs import compare
 from dask_ep.jobs import run as jobs_run
 from dask_ep.jobs.backends import Processes, Threads
-from dask_ep.jobs.compare import compare_checkpoints, compare_outputs, compare_tensors
+from dask_ep.jobs.compare import (
+    Comparison,
+    compare_checkpoints,
+    compare_outputs,
+    compare_tensors,
+)
 from dask_ep.jobs.decide import decide
 from dask_ep.jobs.difference import Difference, compare_rows, differences, join, row_errors
 from tests.checkpoints import FIXTURES, LAYER, altered
@@ -310,6 +315,14 @@ def test_outputs_and_their_routings(tmp_path):
     assert run(*paths, "--tolerance", "2e-3")[0] == 0
     found = compare_outputs(*paths, Threads(1), chunk_rows=7, tolerance=1e-4)
     assert (found.difference.beyond, found.difference.num_experts) == (1, 0)
+
+
+@pytest.mark.parametrize("rows", [0, 10, 40, 70])
+def test_a_share_that_is_just_reached_is_good(rows):
+    beyond = rows // 10
+    for more, good in ((0, True), (1, rows == 0)):
+        found = Difference(0, rows=rows, beyond=beyond + more * bool(rows))
+        assert Comparison(found, 0.1, 0.9, False).good is good
 
 
 def test_a_pruned_checkpoint_is_compared_without_its_routing(tokens, tmp_path):

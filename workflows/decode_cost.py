@@ -20,6 +20,7 @@ from measured import cpu_timed
 from dask_ep.layers.formats import find_parts
 from dask_ep.storage.gguf_files import GgufSource, gguf_library
 from dask_ep.storage.sources import ArraySource, Source, open_source
+from dask_ep.storage.views import Transposed
 
 BFLOAT16, E4M3 = np.dtype(ml_dtypes.bfloat16), np.dtype(ml_dtypes.float8_e4m3fn)
 GGUF = ("Q8_0", "Q4_0", "Q4_K", "Q5_K", "Q6_K", "MXFP4")
@@ -95,7 +96,7 @@ def of_tensors(shape: tuple[int, int], tensors: dict[str, np.ndarray], **config:
     parts = find_parts("w.weight", named, config)
     assert parts is not None
     source = parts.open(shape)
-    return getattr(source, "source", source)  # formats stored as (in, out) are not transposed
+    return source.stored if isinstance(source, Transposed) else source  # codes as they lie
 
 
 def float8(shape: tuple[int, int], block: tuple[int, int]) -> Source:

@@ -65,30 +65,34 @@ def _decode(form: Form, quants: Any, blocks: np.ndarray, out: np.ndarray) -> boo
     return all(bool(np.abs(values).max() < LARGE) for values in shared)
 
 
-def _spread(codes: np.ndarray, shifts: Sequence[int], mask: int) -> np.ndarray:
-    """(n, g, w) bytes -> (n, g * shifts * w): a group moved right by the first shift, the next, ..
+def _spread(codes: np.ndarray, wide: int, shifts: Sequence[int], mask: int) -> np.ndarray:
+    """(n, g * w) bytes -> (n, g * shifts * w): w bytes moved right by the first shift, the next, ..
 
     Eight bytes are moved at a time, and what comes over from their neighbours is masked; a group is
     copied in one go.
     """
-    n, groups, wide = codes.shape
-    group = np.dtype(np.complex128 if wide == 16 else f"V{wide}")
-    words, moved = (empty((n, groups, wide // 8), np.uint64) for _ in range(2))
-    words.view(np.uint8)[...] = codes
-    out = empty((n, groups * len(shifts) * wide), np.uint8)
-    places = out.view(group).reshape(n, groups, len(shifts))
+    n, width = codes.shape
+    words = empty((n, 1), _together(width))
+    words[...] = codes.view(words.dtype)
+    bits, moved = words.view(np.uint64), empty((n, width // 8), np.uint64)
+    out = empty((n, width // wide, len(shifts)), _together(wide))
     for i, shift in enumerate(shifts):
         move = np.left_shift if shift < 0 else np.right_shift
-        source = move(words, np.uint64(abs(shift)), out=moved) if shift else words
-        np.bitwise_and(source, np.uint64(mask * 0x0101010101010101), out=moved)
-        places[:, :, i] = moved.view(group)[..., 0]
-    return out
+        source = move(bits, np.uint64(abs(shift)), out=moved) if shift else bits
+        out[:, :, i] = source.view(out.dtype)
+    spread = out.reshape(-1).view(np.uint64)
+    np.bitwise_and(spread, np.uint64(mask * 0x0101010101010101), out=spread)
+    return spread.view(np.uint8).reshape(n, -1)
+
+
+def _together(wide: int) -> np.dtype:
+    """A dtype of so many bytes, which are copied in one go."""
+    return np.dtype(np.complex128 if wide == 16 else f"V{wide}")
 
 
 def _halves(blocks: np.ndarray, first: int, groups: int, wide: int) -> np.ndarray:
     """Write the low halves of each `wide` bytes, then the high ones."""
-    codes = blocks[:, first : first + groups * wide].reshape(len(blocks), groups, wide)
-    return _spread(codes, (0, 4), 15)
+    return _spread(blocks[:, first : first + groups * wide], wide, (0, 4), 15)
 
 
 def _float16(blocks: np.ndarray, first: int, count: int = 1) -> np.ndarray:
@@ -97,9 +101,7 @@ def _float16(blocks: np.ndarray, first: int, count: int = 1) -> np.ndarray:
 
 
 def _q8_0(blocks: np.ndarray) -> np.ndarray:
-    codes = empty((len(blocks), 32), np.int8)
-    codes[...] = blocks[:, 2:].view(np.int8)
-    return codes
+    return blocks[:, 2:].view(np.int8)
 
 
 def _q4_0(blocks: np.ndarray) -> np.ndarray:
@@ -108,16 +110,21 @@ def _q4_0(blocks: np.ndarray) -> np.ndarray:
 
 
 def _mxfp4(blocks: np.ndarray) -> np.ndarray:
-    """Two codes at a time."""
-    pairs = _halves(blocks, 1, 1, 16).view(np.uint16)
-    return np.take(_doubled(), pairs.astype(np.intp), mode="clip").view(np.int8)
+    """Look up two bytes at a time: the numbers of their low halves, then those of the high ones."""
+    codes, out = np.empty((len(blocks), 1), _together(16)), empty((len(blocks), 2), _together(16))
+    codes[...] = blocks[:, 1:].view(codes.dtype)
+    numbers = np.take(_doubled(), codes.view(np.uint16).astype(np.intp), mode="clip")
+    for half in (0, 1):
+        pairs = (numbers >> np.uint32(16 * half)).astype(np.uint16)
+        out[:, half] = pairs.view(out.dtype)[:, 0]
+    return out.view(np.int8)
 
 
 @cache
 def _doubled() -> np.ndarray:
-    """[16 * 256] the numbers of two codes of one byte each."""
-    codes = np.arange(16 * 256, dtype=np.uint16).view(np.uint8) & 15
-    return DOUBLED_E2M1[codes].view(np.uint16)
+    """[65536] the four numbers of two bytes, of one byte each."""
+    codes = np.arange(1 << 16, dtype=np.uint16).view(np.uint8).reshape(-1, 2)
+    return DOUBLED_E2M1[np.hstack([codes & 15, codes >> 4])].view(np.uint32)[:, 0]
 
 
 def _q4_k(blocks: np.ndarray) -> np.ndarray:
@@ -126,13 +133,13 @@ def _q4_k(blocks: np.ndarray) -> np.ndarray:
 
 def _q5_k(blocks: np.ndarray) -> np.ndarray:
     codes = _halves(blocks, 48, 4, 32)
-    high = _spread(blocks[:, 16:48].reshape(len(blocks), 1, 32), range(-4, 4), 16)
+    high = _spread(blocks[:, 16:48], 32, range(-4, 4), 16)
     return np.bitwise_or(codes, high, out=codes)
 
 
 def _q6_k(blocks: np.ndarray) -> np.ndarray:
     codes = _halves(blocks, 0, 2, 64)
-    high = _spread(blocks[:, 128:192].reshape(len(blocks), 2, 32), (-4, -2, 0, 2), 48)
+    high = _spread(blocks[:, 128:192], 32, (-4, -2, 0, 2), 48)
     np.bitwise_or(codes, high, out=codes)
     return np.subtract(codes, np.uint8(32), out=codes).view(np.int8)
 
@@ -142,23 +149,22 @@ def _plain(quants: Any, blocks: np.ndarray) -> tuple[np.ndarray]:
 
 
 def _of_mxfp4(quants: Any, blocks: np.ndarray) -> tuple[np.ndarray]:
-    return (quants.MXFP4.e8m0_to_fp32_half(blocks[:, :1]),)
+    return (quants.MXFP4.e8m0_to_fp32_half(np.arange(256, dtype=np.uint8))[blocks[:, :1]],)
 
 
 def _of_q4_k(quants: Any, blocks: np.ndarray) -> tuple[np.ndarray, ...]:
     """Of groups of 32, six bits each: of the first four in a byte, of the others in two parts."""
-    scales, minima, both = np.ascontiguousarray(blocks[:, 4:16]).view(np.uint32).T
-    bits = np.empty((len(blocks), 4), np.uint32)
-    for i, first, last in ((0, scales, both), (2, minima, both >> np.uint32(4))):
-        bits[:, i] = first & np.uint32(0x3F3F3F3F)
+    scales, minima, both = blocks[:, 4:16].view(np.uint32).T
+    bits = np.empty((2, len(blocks), 2), np.uint32)
+    for i, first, last in ((0, scales, both), (1, minima, both >> np.uint32(4))):
+        bits[i, :, 0] = first & np.uint32(0x3F3F3F3F)
         top = first >> np.uint32(2) & np.uint32(0x30303030)
-        bits[:, i + 1] = last & np.uint32(0x0F0F0F0F) | top
-    shared = bits.view(np.uint8).reshape(-1, 2, 8) * _float16(blocks, 0, 2)[:, :, None]
-    return shared[:, 0], shared[:, 1]
+        bits[i, :, 1] = last & np.uint32(0x0F0F0F0F) | top
+    return tuple(bits.view(np.uint8) * _float16(blocks, 0, 2).T.repeat(8).reshape(2, -1, 8))
 
 
 def _of_q6_k(quants: Any, blocks: np.ndarray) -> tuple[np.ndarray]:
-    return (_float16(blocks, 208) * np.ascontiguousarray(blocks[:, 192:208]).view(np.int8),)
+    return (_float16(blocks, 208).repeat(16).reshape(-1, 16) * blocks[:, 192:208].view(np.int8),)
 
 
 FORMS = {

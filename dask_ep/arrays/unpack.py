@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import numpy as np
 
-IN_CACHE = 1 << 18
+IN_CACHE = 1 << 19
 """Numbers that go through all steps together; their codes stay in a core's own cache."""
 
 LONG = 512
@@ -45,7 +45,8 @@ def apply_shared(ufunc: np.ufunc, rows: np.ndarray, values: np.ndarray, wide: in
     ----------
     ufunc : such as ``np.multiply``
     rows : C-contiguous, of the dtype of `values`
-    values : (r or 1, columns / wide, rounded up), or (r or 1, 1)
+    values : (bands, columns / wide, rounded up), or (bands, 1)
+        Each for r / bands neighbouring rows; `wide` numbers share one only if bands are 1 or r.
     wide : how many numbers of a row share a value
 
     Examples
@@ -61,10 +62,9 @@ def apply_shared(ufunc: np.ufunc, rows: np.ndarray, values: np.ndarray, wide: in
     if values.size == 1:
         ufunc(rows, values.reshape(()), out=rows)
     elif blocks == 1 or wide == 1:
-        _in_long_rows(ufunc, rows, values)
-    elif wide <= FEW and wide % 8 == 0 and columns == blocks * wide:
-        eights = np.repeat(values, 8).reshape(-1, 8)  # which NumPy copies at once
-        ufunc(rows, np.repeat(eights, wide // 8, axis=0).reshape(-1, columns), out=rows)
+        _in_long_rows(ufunc, rows.reshape(len(values), -1, columns), values[:, None])
+    elif wide <= FEW and columns == blocks * wide:
+        ufunc(rows, np.repeat(values, wide).reshape(-1, columns), out=rows)
     elif columns == blocks * wide:
         split = rows.reshape(len(rows), blocks, wide)
         _in_long_rows(ufunc, split, values[:, :, None])

@@ -205,11 +205,13 @@ def _decode_awq(stored: np.ndarray, out: np.ndarray, spare: np.ndarray) -> np.nd
 
 
 def _decode_rows(bits: int, stored: np.ndarray, out: np.ndarray, spare: np.ndarray) -> np.ndarray:
-    """Decode all rows of each half of the words together: shorter integers are shifted faster."""
-    words, rows = np.ascontiguousarray(stored).view(np.uint32), 16 // bits
-    numbers = spare.reshape(len(words), 2, rows, words.shape[1])
-    places = np.arange(0, 16, bits, dtype=np.uint16)[:, None]
-    for half in (0, 1):
-        low = (words >> np.uint32(16 * half)).astype(np.uint16)
-        np.right_shift(low[:, None], places, out=numbers[:, half])
-    return np.bitwise_and(numbers, np.uint16((1 << bits) - 1), out=numbers)
+    """Decode all rows of each byte of the words together: bytes are shifted faster than words."""
+    words, rows = stored.view(np.uint32).copy(), 8 // bits
+    numbers = spare.view(np.uint8)[: out.size].reshape(len(words), 4, rows, words.shape[1])
+    for i in range(4):
+        numbers[:, i, -1] = words  # the lowest byte
+        words >>= np.uint32(8)
+    if bits == 4:
+        np.bitwise_and(numbers[:, :, 1], np.uint8(15), out=numbers[:, :, 0])
+        np.right_shift(numbers[:, :, 1], np.uint8(4), out=numbers[:, :, 1])
+    return numbers

@@ -165,7 +165,7 @@ class QuantizedSource(Source):
     ) -> None:
         """Decode one matrix (rows, columns); its first row is at a given offset in its block."""
         codes, split = coding(self.coding), split_factor(scales, self.rounded)
-        step = max(IN_CACHE // max(out.shape[1], 1) // codes.rows * codes.rows, codes.rows)
+        step = _rows_in_cache(out.shape[1], self.block[0]) // codes.rows * codes.rows or codes.rows
         width, wide = self._numbers_held()[-1], self.block[1]
         scratch = np.empty(min(step, len(out)) * width, np.float32)
         decode, scales = codes.with_scales(scales if split is None else scales * split)
@@ -280,16 +280,24 @@ class QuantizedSource(Source):
         return f"{type(self).__name__} {self.path} {json.dumps(self.fingerprint())}"
 
 
+def _rows_in_cache(columns: int, tall: int) -> int:
+    """How many rows to decode together: whole blocks of `tall` rows, or a part of one."""
+    rows = max(IN_CACHE // max(columns, 1), 1)
+    return rows // tall * tall or -(-tall // -(-tall // rows))
+
+
 def _bands(
     block: tuple[int, ...], top: int, count: int, groups: np.ndarray | None
 ) -> slice | np.ndarray:
-    """The rows of blocks that some rows are in; a single one if it is the same for all."""
+    """The rows of blocks that some rows are in: of each row, or one for the rows of each block."""
     if groups is not None and block[1] == 1:
         return groups[top : top + count]
     if block[0] == 1:
         return slice(top, top + count)
     first, last = top // block[0], (top + count - 1) // block[0]
-    return slice(first, first + 1) if first == last else np.arange(top, top + count) // block[0]
+    if first == last or not (top % block[0] or count % block[0]):
+        return slice(first, last + 1)
+    return np.arange(top, top + count) // block[0]
 
 
 def _widened(values: Any, wide: int, columns: int) -> Any:

@@ -10,10 +10,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dask_ep.arrays.unpack import apply_shared, round_to, split_factor
+from dask_ep.arrays.unpack import IN_CACHE, apply_shared, round_to, split_factor
 from dask_ep.errors import ReadError
+from dask_ep.experts import quantized
 from dask_ep.experts.codings import FLOAT8
 from dask_ep.experts.quantized import QuantizedSource, float8, mxfp4
+from dask_ep.experts.scales import ZeroPoints
 from dask_ep.storage.sources import open_source
 
 
@@ -34,20 +36,56 @@ def random_float8(shape, block, *, seed=0, dtype=ml_dtypes.float8_e4m3fn, scale=
     shape=st.tuples(st.integers(1, 9), st.integers(1, 9)),
     block=st.tuples(st.integers(1, 5), st.integers(1, 5)),
     experts=st.none() | st.integers(1, 3),
+    together=st.sampled_from([1, 9, 40, IN_CACHE]),
     data=st.data(),
 )
-@settings(max_examples=80, deadline=None)
-def test_float8_rows_are_values_times_the_scale_of_their_block(shape, block, experts, data):
+@settings(max_examples=120, deadline=None)
+def test_float8_rows_are_values_times_the_scale_of_their_block(
+    shape, block, experts, together, data
+):
     shape = shape if experts is None else (experts, *shape)
     values, scales, expected = random_float8(shape, block)
     source = float8(open_source(values), open_source(scales), block)
     start = data.draw(st.integers(0, shape[0]))
     stop = data.draw(st.integers(start, shape[0]))
     out = np.empty((stop - start, *shape[1:]), np.float32)
-    assert source.read(start, stop, out) is out
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(quantized, "IN_CACHE", together)
+        assert source.read(start, stop, out) is out
     np.testing.assert_array_equal(out, expected[start:stop])
     assert (source.shape, source.dtype) == (shape, np.float32)
     assert source.nbytes == values.nbytes + scales.nbytes
+
+
+@given(
+    words=st.tuples(st.integers(1, 5), st.integers(1, 3)),
+    group=st.integers(1, 40),
+    bits=st.sampled_from([4, 8]),
+    together=st.sampled_from([1, 200, 600, IN_CACHE]),
+    seed=st.integers(0, 99),
+)
+@settings(max_examples=120, deadline=None)
+def test_numbers_in_words_of_columns_are_scaled_by_groups_of_rows(
+    words, group, bits, together, seed
+):
+    """With groups that begin within a word, and however many rows are decoded at a time."""
+    rng, shape = np.random.default_rng(seed), (words[0] * 32 // bits, words[1] * 8)
+    codes, grid = rng.integers(0, 1 << bits, shape), (-(-shape[0] // group), shape[1])
+    zeros = rng.integers(0, 1 << bits, grid)
+    scales = rng.uniform(-2, 2, grid).astype(np.float16)
+    places = np.arange(0, 32, bits)
+    stored = (codes.reshape(words[0], -1, shape[1]) << places[:, None]).sum(axis=1)
+    packed = (zeros.reshape(grid[0], -1, 32 // bits) << places).sum(axis=2)
+    source = QuantizedSource(
+        open_source(stored.astype(np.uint32)), f"column{bits}", open_source(scales), (group, 1),
+        zeros=ZeroPoints(open_source(packed.astype(np.uint32)), f"uint{bits}", grid),
+        rounded=np.dtype(np.float16),
+    )  # fmt: skip
+    each = np.arange(shape[0]) // group
+    want = ((codes - zeros[each]) * scales[each].astype(np.float32)).astype(np.float16)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(quantized, "IN_CACHE", together)
+        np.testing.assert_array_equal(source.read(0, shape[0]), want.astype(np.float32))
 
 
 @pytest.mark.parametrize("dtype", [ml_dtypes.float8_e4m3fn, ml_dtypes.float8_e5m2])

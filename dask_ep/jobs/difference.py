@@ -21,8 +21,10 @@ import dask.array as da
 import numpy as np
 from dask.base import tokenize
 
+from dask_ep.arrays.checks import check_indices
 from dask_ep.graph.keys import step_name
 from dask_ep.graph.rows import block_by_block, first_rows
+from dask_ep.kernel.error_context import error_context
 
 MOST_ROWS = 10
 """Number of rows that are listed: the worst ones, and the first whose routing differs."""
@@ -285,10 +287,11 @@ def _compare_chunk(
     a: Any, b: Any, first: np.ndarray, *routing: Any, num_experts: int, tolerance: float
 ) -> np.ndarray:
     a, b, *chosen = (x.get() if hasattr(x, "get") else x for x in (a, b, *routing))
-    one = np.empty(1, object)
-    one[0] = compare_rows(
-        a, b, chosen, num_experts=num_experts, tolerance=tolerance, first_row=int(first[0])
-    )
+    one, row = np.empty(1, object), int(first[0])
+    with error_context("comparing a routing", row):
+        for routed in chosen:
+            check_indices(routed, num_experts)
+    one[0] = compare_rows(a, b, chosen, num_experts=num_experts, tolerance=tolerance, first_row=row)
     return one
 
 

@@ -371,6 +371,9 @@ def test_what_cannot_be_compared_is_refused(tokens, tmp_path):
         compare_outputs(tmp_path / "a.npy", tmp_path / "b.npy")
     with pytest.raises(ValueError, match=r"with n = 4 rows, but x.npy has shape \(500, 32\)"):
         compare_outputs(tmp_path / "a.npy", tmp_path / "a.npy", routing=[tokens])
+    np.save(tmp_path / "r.npy", [[0, 1], [1, 0], [-2, 1], [0, -1]])
+    with pytest.raises(ValueError, match=r"row 2 of the whole array.*routing\[2, 0\] is -2"):
+        compare_outputs(tmp_path / "a.npy", tmp_path / "a.npy", routing=[tmp_path / "r.npy"])
     with pytest.raises(FileNotFoundError, match="no output yet"):
         compare_outputs(tmp_path / "a.npy", tmp_path / "none.npy")
     assert run(ORIGINAL, QUANTISED) == (

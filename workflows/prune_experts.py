@@ -57,6 +57,8 @@ PIECE = 16 << 20
 """Bytes copied at a time."""
 
 OF_EXPERT = re.compile(r"((?:.*\.)?experts\.)(\d+)(\..+)")
+NAMED_EXPERT = re.compile(r"\bexperts\\*\.\d+")
+"""The name of an expert in JSON, or the same in a pattern, where backslashes precede the dot."""
 
 
 # --- which experts are kept ----------------------------------------------------------------------
@@ -271,10 +273,10 @@ class Pruning:
                 part[last] = [number] * len(old) if isinstance(old, list) else number
         if self.left_out and "num_nextn_predict_layers" in text:
             text["num_nextn_predict_layers"] = 0
-        if OF_EXPERT.search(json.dumps(config.get("quantization_config"))):
+        if named := NAMED_EXPERT.search(json.dumps(self.checkpoint.model.quantization)):
             raise click.UsageError(
-                "quantization_config in config.json must not name individual experts, whose "
-                "indices change; prune the checkpoint before it is quantized"
+                f"the settings of the quantization must not name individual experts ({named[0]}), "
+                "whose indices change; prune the checkpoint before it is quantized"
             )
         return config
 

@@ -224,6 +224,29 @@ def test_what_cannot_be_pruned_is_refused(tmp_path):
     assert not out.exists()
 
 
+@pytest.mark.parametrize("place", ["config", "text_config", "hf_quant_config.json"])
+@pytest.mark.parametrize("name", ["layers.1.mlp.experts.3.up_proj", r"re:.*experts\.3\.up_proj"])
+def test_settings_of_a_quantization_that_name_an_expert_are_refused(tmp_path, place, name):
+    scores = scores_of("qwen3_vl_moe")
+    stats, out = write_stats(tmp_path / "stats", scores), tmp_path / "out"
+    all_of_them = r"re:.*experts\.\d+\.up_proj"
+
+    def with_names(folder: Path, *names: str) -> Path:
+        folder.mkdir()
+        said = {"ignore": list(names)}
+        inside, given = place == "text_config", {"quantization_config": said}
+        given = {} if place.endswith(".json") else given
+        source = altered(folder, "qwen3_vl_moe", text_config=inside, **given)
+        if not given:
+            (source / place).write_text(json.dumps({"quantization": said}))
+        return source
+
+    run_here(with_names(tmp_path / "a", all_of_them), stats, "--keep", "0.75", "--out", out)
+    refused("must not name individual experts (experts", with_names(tmp_path / "b", name), stats,
+            "--keep", "0.75", "--out", tmp_path / "none")  # fmt: skip
+    assert not (tmp_path / "none").exists()
+
+
 def test_a_group_scored_by_two_experts_keeps_two(tmp_path):
     source = altered(tmp_path, "deepseek_v3", num_experts_per_tok=2)
     stats = write_stats(tmp_path / "stats", scores_of("deepseek_v3"))

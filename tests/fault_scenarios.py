@@ -314,7 +314,10 @@ def _restore(cluster: Cluster, client: Client) -> None:
             if cluster.processes[name].poll() is not None:
                 cluster.stop_worker(name)
                 cluster.start_worker(name)
-        return set(worker_pids(client)) == set(WORKERS)
+        # Dask needs half a minute to give up a worker that is stopped while it starts.
+        workers = client.scheduler_info(n_workers=-1)["workers"].values()
+        is_running = {worker["name"]: worker["status"] == "running" for worker in workers}
+        return is_running == dict.fromkeys(WORKERS, True)
 
     wait_until(are_back, "all workers are back")
 

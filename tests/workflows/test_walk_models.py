@@ -197,6 +197,34 @@ def test_the_head_in_parts_of_the_vocabulary(models, ids, tmp_path, monkeypatch)
     assert parts["loss"] == pytest.approx(whole["loss"], rel=1e-9)
 
 
+@pytest.mark.parametrize(
+    ("family", "longest", "rope"),
+    [
+        ("mixtral", 20, {"rope_type": "dynamic", "factor": 2.0}),
+        ("phimoe", 64, {"rope_type": "longrope", "short_factor": [1.0] * 4,
+                        "long_factor": [3.0] * 4, "short_mscale": 1.1, "long_mscale": 1.3,
+                        "original_max_position_embeddings": 20}),
+    ],
+)  # fmt: skip
+def test_positions_depend_on_a_document_but_not_on_others_in_its_batch(
+    family, longest, rope, tmp_path
+):
+    model = make_model(
+        family, tmp_path / "model", head_dim=8, max_position_embeddings=longest,
+        original_max_position_embeddings=20, rope_parameters=rope | {"rope_theta": 1e4},
+    )  # fmt: skip
+    padded = np.full((5, 24), -1)
+    for row, length in zip(padded, (24, 20, 5, 22, 19), strict=True):
+        row[:length] = np.random.default_rng(length).integers(3, VOCABULARY, length)
+    np.save(tmp_path / "ids.npy", padded)
+    run(Options(str(tmp_path / "model"), str(tmp_path / "ids.npy"), str(tmp_path / "acts")))
+    alone = []
+    for row in padded:
+        fresh = type(model).from_pretrained(tmp_path / "model", dtype=torch.float32).eval()
+        alone.append(Theirs(fresh, row[None, row >= 0], packed=False).hidden)
+    close(read(tmp_path / "acts" / "final.zarr"), np.concatenate(alone))
+
+
 def test_a_tied_head_keeps_its_own_bias(ids, tmp_path):
     model = make_model("phimoe", tmp_path / "model", tie_word_embeddings=True)
     summary = run(Options(str(tmp_path / "model"), str(ids), str(tmp_path / "acts")))

@@ -24,7 +24,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from walk.documents import batch_documents
+from walk.documents import MAX_PADDING, batch_documents
 from walk.model import Model, path_of
 from walk.tape import Tape, play
 from walk.tensors import as_numpy, as_tensor
@@ -161,9 +161,8 @@ def _runner(model: Model, number: int, block: nn.Module) -> Callable[[torch.Tens
     def reached(_: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
         raise Reached((args, kwargs))
 
-    decoder = decoder_of(model, {number: reached})
-
     def run(batch: torch.Tensor) -> torch.Tensor:
+        decoder = decoder_of(model, {number: reached})  # its forward may change it
         args, kwargs = _until_reached(decoder, inputs_embeds=batch)
         out = block(batch, *args, **kwargs)
         return out[0] if isinstance(out, tuple) else out
@@ -191,7 +190,7 @@ def _in_batches(
     spans = [slice(end - int(length), end) for end, length in zip(ends, lengths, strict=True)]
     given, out = as_tensor(rows), torch.empty(0)
     with torch.inference_mode():
-        for documents in batch_documents(lengths, tokens):
+        for documents in batch_documents(lengths, tokens, _padding(model)):
             places = [(place, spans[d], int(lengths[d])) for place, d in enumerate(documents)]
             longest = max(length for _, _, length in places)
             batch = given.new_empty(len(places), longest, *given.shape[1:])
@@ -229,6 +228,13 @@ def beside_moe(model: Model, block: int) -> frozenset[str]:
             f"in it, or a shared expert next to it, but {', '.join(others)} is neither"
         )
     return found
+
+
+def _padding(model: Model) -> float:
+    """Return which fraction of a batch may be padding: none if its length decides the rotation."""
+    rope = getattr(model.decoder.config, "rope_parameters", None) or {}
+    kinds = {one.get("rope_type") for one in (rope, *rope.values()) if isinstance(one, Mapping)}
+    return 0.0 if kinds & {"dynamic", "longrope"} else MAX_PADDING
 
 
 # --- stand-ins -------------------------------------------------------------------------------

@@ -206,17 +206,20 @@ def _fill(ends: np.ndarray, rows: int) -> list[int]:
     return counts
 
 
-def batch_documents(lengths: Sequence[int], tokens: int) -> list[np.ndarray]:
+def batch_documents(
+    lengths: Sequence[int], tokens: int, padding: float = MAX_PADDING
+) -> list[np.ndarray]:
     """Group a chunk's documents into batches for attention.
 
     Parameters
     ----------
     lengths : of the documents
     tokens : maximum of a batch, padding included; a longer document gets its own batch
+    padding : the fraction of a batch that may be padding
 
     Returns
     -------
-    list of arrays of document numbers, longest first; at most `MAX_PADDING` of a batch is padding
+    list of arrays of document numbers, longest first
 
     Examples
     --------
@@ -229,7 +232,7 @@ def batch_documents(lengths: Sequence[int], tokens: int) -> list[np.ndarray]:
     for d in order:
         length = int(lengths[d])
         count = len(batches[-1]) + 1 if batches else 1
-        full = count * longest > tokens or real + length < (1 - MAX_PADDING) * count * longest
+        full = count * longest > tokens or real + length < (1 - padding) * count * longest
         if not batches or full:
             batches.append([])
             longest, real = length, 0

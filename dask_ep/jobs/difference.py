@@ -123,7 +123,8 @@ class Difference:
     @property
     def expert_means(self) -> np.ndarray:
         """Return (E,) the mean error of the rows of each expert; 0 without rows."""
-        return self.expert_errors / np.maximum(self.expert_rows, 1)
+        finite = self.expert_errors / np.maximum(self.expert_rows, 1)
+        return np.where(np.isinf(self.expert_largest), np.inf, finite)
 
 
 _OF_EXPERTS = ("expert_rows", "lost", "gained")

@@ -131,6 +131,21 @@ def test_an_output_without_rows():
     assert (nothing.rows, nothing.largest, nothing.quantile(0.5)) == (0, 0.0, 0.0)
 
 
+def test_outputs_without_rows_have_a_routing_too(tmp_path):
+    np.save(tmp_path / "a.npy", np.empty((0, 3)))
+    np.save(tmp_path / "r.npy", np.empty((0, 2), np.int32))
+    paths, routing = [tmp_path / "a.npy"] * 2, [tmp_path / "r.npy"] * 2
+    found = compare_outputs(*paths, Threads(1), routing=routing, tolerance=0.1)
+    assert (found.difference.rows, found.difference.moved, found.good) == (0, 0, True)
+
+
+def test_an_expert_with_a_row_of_nan_has_the_largest_mean_error():
+    a = np.ones((3, 2))
+    b = np.array([[1.5, 1.0], [np.nan, 1.0], [1.0, 1.0]])
+    found = compare_rows(a, b, [np.array([[0], [1], [1]])], num_experts=3)
+    np.testing.assert_allclose(found.expert_means, [0.5 / np.sqrt(2), np.inf, 0])
+
+
 @pytest.fixture(scope="module")
 def tokens(tmp_path_factory):
     path = tmp_path_factory.mktemp("compare") / "x.npy"

@@ -20,7 +20,8 @@ import asyncio
 import socket
 import struct
 from collections import deque
-from collections.abc import Generator, Mapping
+from collections.abc import Generator, Iterator, Mapping
+from contextlib import contextmanager
 from itertools import islice
 from typing import Any
 
@@ -168,6 +169,18 @@ def keep(comm: Comm) -> Comm | Socket:
     return Socket(*taken)
 
 
+@contextmanager
+def taken_over(opened: Comm) -> Iterator[Comm | Socket]:
+    """The same connection as `keep` returns, which is closed if its beginning fails."""
+    comm: Comm | Socket = opened
+    try:
+        comm = keep(opened)
+        yield comm
+    except BaseException:
+        comm.abort()
+        raise
+
+
 async def ask(worker: Worker, address: str, op: str) -> Comm | Socket:
     """Open a connection to another worker, and pass it to that worker's handler of requests `op`.
 
@@ -176,17 +189,19 @@ async def ask(worker: Worker, address: str, op: str) -> Comm | Socket:
     OSError
         If the connection fails.
     """
-    comm = keep(await dask_internals.open_stream(worker, address, op))
-    try:
+    with taken_over(await dask_internals.open_stream(worker, address, op)) as comm:
         await comm.read()
-    except BaseException:
-        comm.abort()
-        raise
     return comm
 
 
-async def accept(comm: Comm) -> Comm | Socket:
-    """Take a connection that another worker has opened with `ask`."""
-    kept = keep(comm)
-    await kept.write(READY)
-    return kept
+async def accept(opened: Comm) -> Comm | Socket:
+    """Take a connection that another worker has opened with `ask`.
+
+    Raises
+    ------
+    OSError
+        If the connection fails.
+    """
+    with taken_over(opened) as comm:
+        await comm.write(READY)
+    return comm

@@ -2,8 +2,11 @@
 
 import asyncio
 import gc
+import os
 import socket
 import weakref
+from contextlib import suppress
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -227,6 +230,44 @@ def test_the_socket_of_a_plain_tcp_connection_is_taken_and_that_of_no_other(sche
         listener.stop()
 
     asyncio.run(asyncio.wait_for(ask(), DEADLINE))
+
+
+@pytest.mark.parametrize("end", ["asks", "accepts"])
+def test_a_connection_that_fails_as_it_begins_leaves_no_socket_open(end, monkeypatch):
+    async def fail(*_):
+        raise ConnectionResetError("it fails here")
+
+    async def answer(comm):
+        with suppress(OSError):
+            await sockets.accept(comm)
+
+    async def ask():
+        listener = await listen("tcp://127.0.0.1:0", answer)
+        before = open_sockets()
+        if end == "asks":
+            monkeypatch.setattr(Socket, "read", fail)
+            asking = SimpleNamespace(address="", connection_args={})
+            with pytest.raises(ConnectionResetError, match="fails here"):
+                await sockets.ask(asking, listener.contact_address, "op")
+        else:
+            monkeypatch.setattr(Socket, "write", fail)
+            comm = await connect(listener.contact_address)
+            with pytest.raises(OSError, match="closed"):
+                await comm.read()
+        while len(open_sockets()) > len(before):
+            await asyncio.sleep(0.01)
+        listener.stop()
+
+    asyncio.run(asyncio.wait_for(ask(), DEADLINE))
+
+
+def open_sockets():
+    """The sockets of this process, of which others may be closed meanwhile."""
+    found = []
+    for number in os.listdir("/proc/self/fd"):
+        with suppress(FileNotFoundError):
+            found.append(os.readlink(f"/proc/self/fd/{number}"))
+    return [name for name in found if name.startswith("socket:")]
 
 
 def test_a_connection_that_is_closed_already_has_no_socket_to_take():

@@ -51,6 +51,9 @@ EXTENSION_DTYPES = {
 }
 """Names of Zarr data types that NumPy lacks, with the type that `ml_dtypes` gives it."""
 
+NEVER_WRITTEN = np.uint64(2**64 - 1)
+"""What the index of a shard has in place of the offset of a chunk that is not in it."""
+
 UNREADABLE = (ValueError, FileNotFoundError, KeyError, TypeError, AttributeError)
 """What zarr-python raises at metadata that is missing, not JSON, or not that of an array."""
 
@@ -207,24 +210,73 @@ def chunk_files(array: zarr.Array) -> ChunkFiles | None:
 
 def chunk_keys(array: zarr.Array, start: int, stop: int) -> Iterator[str]:
     """Return the keys under which the chunks (shards) of rows [start, stop) are stored."""
-    lengths = array.shards or array.chunks
-    grid = [range(start // lengths[0], -(-stop // lengths[0]))]
-    grid += [range(-(-n // c)) for n, c in zip(array.shape[1:], lengths[1:], strict=True)]
-    yield from map(array.metadata.encode_chunk_key, product(*grid))
+    yield from map(array.metadata.encode_chunk_key, _places(array, start, stop))
 
 
 def missing_chunks(array: zarr.Array, start: int, stop: int) -> Iterator[str]:
-    """Return the keys of the stored chunks (shards) of rows [start, stop) that the store lacks."""
+    """Return the keys of the stored chunks (shards) of rows [start, stop) that the store lacks.
+
+    Chunks that a shard lacks are named too: a shard whose writer was stopped has only some of them.
+    """
     from zarr.core.sync import sync  # Zarr's public names have nothing that looks for one key
 
     directory = local_directory(array)
-    for key in chunk_keys(array, start, stop):
+    for place in _places(array, start, stop):
+        key = array.metadata.encode_chunk_key(place)
+        if array.shards is not None:
+            yield from _missing_in_shard(array, place, key, start, stop)
+            continue
         if directory is None:
             there = sync((array.store_path / key).exists())
         else:
             there = os.path.exists(os.path.join(directory, key))
         if not there:
             yield key
+
+
+def _places(array: zarr.Array, start: int, stop: int) -> Iterator[tuple[int, ...]]:
+    """Return the places in the grid of the chunks (shards) of rows [start, stop)."""
+    lengths = array.shards or array.chunks
+    grid = [range(start // lengths[0], -(-stop // lengths[0]))]
+    grid += [range(-(-n // c)) for n, c in zip(array.shape[1:], lengths[1:], strict=True)]
+    return product(*grid)
+
+
+def _missing_in_shard(
+    array: zarr.Array, place: tuple[int, ...], key: str, start: int, stop: int
+) -> Iterator[str]:
+    """Return the key of a shard if the store lacks it, or names of the chunks that it lacks.
+
+    Its index has, for each chunk, two integers of 8 bytes, all ones if the chunk was never written,
+    and then a checksum of 4 bytes unless that is switched off.
+    """
+    from zarr.abc.store import RangeByteRequest, SuffixByteRequest
+    from zarr.core.sync import sync
+
+    assert array.shards is not None
+    metadata: Any = array.metadata
+    codec = metadata.codecs[0]
+    grid = tuple(n // c for n, c in zip(array.shards, array.chunks, strict=True))
+    checksums = 4 * (len(codec.index_codecs) - 1)
+    size = 16 * prod(grid)
+    at_start = getattr(codec.index_location, "value", codec.index_location) == "start"
+    part = RangeByteRequest(0, size) if at_start else SuffixByteRequest(size + checksums)
+    index = sync((array.store_path / key).get(byte_range=part))
+    if index is None:
+        yield key
+        return
+    if len(index) < size:
+        return  # it is truncated, which a read shows
+    offsets = np.frombuffer(index.to_bytes()[:size], "<u8").reshape(*grid, 2)[..., 0]
+    firsts = [p * n for p, n in zip(place, array.shards, strict=True)]
+    spans = [(start, stop), *((0, n) for n in array.shape[1:])]
+    wanted = tuple(
+        slice(max(low - first, 0) // c, -(-(high - first) // c))
+        for (low, high), first, c in zip(spans, firsts, array.chunks, strict=True)
+    )
+    for inner in np.argwhere(offsets[wanted] == NEVER_WRITTEN).tolist():
+        at = [i + cut.start for i, cut in zip(inner, wanted, strict=True)]
+        yield f"{'.'.join(map(str, at))} of shard {key}"
 
 
 def _members(path: str) -> str:

@@ -405,6 +405,25 @@ def test_missing_chunks_are_the_fill_value_or_an_error(tmp_path, compressors):
         open_source(path, missing="zero")
 
 
+@pytest.mark.parametrize("place", ["{}/x.zarr", "memory://{}/x.zarr"])
+@pytest.mark.parametrize("index_location", ["start", "end"])
+def test_a_shard_that_was_written_in_part_is_an_error(tmp_path, place, index_location):
+    path = place.format(tmp_path if place[0] == "{" else tmp_path.name)
+    codec = zarr.codecs.ShardingCodec(chunk_shape=(2, 4), index_location=index_location)
+    array = zarr.create_array(
+        path, shape=(11, 6), chunks=(6, 8), dtype="f4", serializer=codec, compressors=None
+    )
+    array[:] = numbers((11, 6), "f4")  # the ends of the last shard and of its chunks are padding
+    assert open_source(path).find_missing() == []
+    array[2:4, 4:] = 0  # Zarr writes no such chunk
+    filled, strict = open_source(path, missing="fill"), open_source(path)
+    check_rows(filled, array[:], 1, 8)
+    check_rows(strict, array[:], 4, 11)
+    assert strict.find_missing() == ["1.1 of shard c/0/0"]
+    with pytest.raises(ReadError, match=r"rows \[3, 4\) .*: chunk 1.1 of shard c/0/0 is missing"):
+        strict.read(3, 4)
+
+
 def test_a_group_is_no_array_but_has_some(tmp_path):
     group = zarr.create_group(tmp_path / "g.zarr")
     with pytest.raises(ValueError, match=r"It is a group; name an array in it$"):

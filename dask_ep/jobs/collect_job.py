@@ -57,6 +57,7 @@ from dask_ep.pricing.price_statistics import PlanOfStatistics
 from dask_ep.storage import bundle
 from dask_ep.storage.fingerprint import describe
 from dask_ep.storage.output import Output, Receipt, Step, progress_directory, together
+from dask_ep.storage.overwrite_guard import refuse_to_replace_inputs
 from dask_ep.storage.replace import remove
 from dask_ep.storage.sources import open_source
 from dask_ep.storage.storage import store
@@ -140,10 +141,11 @@ def collect_job(
     job, out = as_job(job), os.path.realpath(out)
     bundle.check_bundle(out, resume, overwrite)
     check_report(report)
-    directory = progress_directory(out)
+    directory, inputs = progress_directory(out), open_inputs(job)
+    _check_out(out, inputs, wanted)
     if overwrite:
         remove(directory)
-    begun, inputs = _read_begun(directory), open_inputs(job)
+    begun = _read_begun(directory)
     file = _File(inputs, wanted, out, few_rows)
     asked: dict[str, Any] = {"resume": resume, "overwrite": overwrite}
     if resume and not begun and os.path.lexists(out):
@@ -178,6 +180,16 @@ def collect_job(
                     compute_step(step, client, threads, watch.tell, wait)
                     memory.release()
     return replace(file.write(run), reports=reports_of(report, client) if planned else ())
+
+
+def _check_out(out: str, inputs: Inputs, wanted: Wanted) -> None:
+    """Raise if the statistics would take the place of an input, or of the job's output."""
+    refuse_to_replace_inputs(out, None, name_inputs(inputs).values())
+    if wanted.with_output and os.path.realpath(inputs.job.out) == out:
+        raise JobError(
+            f"{inputs.job.name}: the statistics would be written to {out}, which is the job's "
+            "output; choose another path for them"
+        )
 
 
 def _files(job: Job, wanted: Wanted, out: str) -> dict[str, str]:

@@ -26,13 +26,13 @@ IN_TASKS = (int, float, complex, slice, TaskRef, np.generic, np.dtype, type(None
 """Types of most arguments of tasks; none of them is read from a file when the task runs."""
 
 
-def refuse_to_replace_inputs(path: str, y: da.Array, inputs: Iterable[Any]) -> None:
+def refuse_to_replace_inputs(path: str, y: da.Array | None, inputs: Iterable[Any]) -> None:
     """Raise if an output would replace one of its inputs, or contain one, or be inside one.
 
     Parameters
     ----------
     path : of the output
-    y : array to write
+    y : array to write; None if `inputs` are all that it is read from
     inputs : declared inputs, as in `dask_ep.storage.storage.store`
 
     Raises
@@ -49,7 +49,7 @@ def refuse_to_replace_inputs(path: str, y: da.Array, inputs: Iterable[Any]) -> N
     """
     places = {source.path for given in inputs for source in find_sources(given)}
     taken = [path, progress_directory(path)]
-    if any(map(os.path.lexists, taken)):
+    if y is not None and any(map(os.path.lexists, taken)):
         places |= _places_read(y)
     for place in filter(None, places):
         source = os.path.realpath(place)

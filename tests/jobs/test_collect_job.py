@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 from unittest.mock import ANY
 
@@ -18,7 +19,7 @@ import numpy as np
 import pytest
 import zarr
 from safetensors import safe_open
-from safetensors.numpy import load_file
+from safetensors.numpy import load_file, save_file
 
 from dask_ep import Experts, collect, open_tokens
 from dask_ep.cli import main
@@ -423,6 +424,22 @@ def test_wrong_use_is_an_error(folder, capsys, options, message):
     assert code in (1, 2)
     assert message in err
     assert not out.exists()
+
+
+def test_statistics_replace_neither_inputs_nor_the_output(folder):
+    gate = np.load(folder / "gate.npy")
+    save_file({"gate": gate}, folder / "gate.safetensors")
+    (folder / "link.safetensors").symlink_to("gate.safetensors")
+    text = (folder / "job.toml").read_text()
+    (folder / "job.toml").write_text(text.replace("gate.npy", "gate.safetensors::gate"))
+    for name in ("gate.safetensors", "link.safetensors"):
+        with pytest.raises(ValueError, match=r"would replace its own input .*gate\.safetensors"):
+            collect_job(job(folder), *asked(folder, name), overwrite=True)
+    np.testing.assert_array_equal(load_file(folder / "gate.safetensors")["gate"], gate)
+    named = replace(job(folder), out=str(folder / "o.zarr"))
+    with pytest.raises(JobError, match=r"written to .*o\.zarr, which is the job's output"):
+        collect_job(named, *asked(folder, "o.zarr", with_output=True))
+    assert not (folder / "o.zarr.progress").exists()
 
 
 def test_statistics_go_to_bundles_alone(folder):

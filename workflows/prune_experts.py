@@ -180,13 +180,14 @@ class Pruning:
             for name in block.taken - of_every_row(block)
         }
         last = self.checkpoint.num_layers
-        self.beyond = tuple(
+        numbered = (
             prefix.format(layer=layer) for prefix in PREFIXES for layer in range(last, last + 16)
         )
+        self.beyond = ("mtp.", *numbered)
 
     def entry(self, name: str, dtype: str, shape: list[int], span: tuple[int, int]) -> Entry | None:
         """Return the new form of a tensor; None if it is dropped."""
-        if name.startswith(self.beyond) and OF_EXPERT.fullmatch(name):
+        if name.startswith(self.beyond) and ".experts." in name:
             self.left_out.append(name)
             return None
         layer = self.layer_of.get(name)

@@ -217,7 +217,8 @@ class Weight:
     def fingerprint(self) -> dict[str, Any]:
         """Identify these weights, by source and state; see `Source.fingerprint`."""
         ids = self.ids if isinstance(self.ids, range) else list(self.ids)
-        return describe(self.parts) | describe({"ids": ids})
+        parts = describe(self.parts)  # of files of several formats, a hash
+        return (parts if isinstance(parts, dict) else {"parts": parts}) | describe({"ids": ids})
 
     def __dask_tokenize__(self) -> object:
         return normalize_token((self.parts, tuple(self.ids)))

@@ -103,3 +103,6 @@ class Regrouped(View):
         read = read.reshape(stop - start, self.rows, self.stored.shape[1])
         out[...] = read.swapaxes(1, 2) if self.turned else read
         return out
+
+    def fingerprint(self) -> dict[str, Any]:
+        return super().fingerprint() | {"turned": self.turned}

@@ -263,6 +263,14 @@ def test_weights_wherever_they_lie(kind, tmp_path):
                 np.testing.assert_array_equal(expert(x), x @ weight("w")[e])
 
 
+def test_files_of_several_formats_have_one_fingerprint(tmp_path):
+    np.save(tmp_path / "first.npy", weight("w")[0])
+    zarr.create_array(tmp_path / "second.zarr", data=weight("w")[1])
+    both = [tmp_path / "first.npy", tmp_path / "second.zarr"]
+    assert Experts.linear(both).fingerprint() == Experts.linear(both).fingerprint()
+    assert Experts.linear(both).fingerprint() != Experts.linear(both[::-1]).fingerprint()
+
+
 @pytest.mark.parametrize("compressors", [None, "auto"])
 def test_weights_that_were_lost_are_no_zeros(compressors, tmp_path):
     path = tmp_path / "w.zarr"

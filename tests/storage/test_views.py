@@ -8,14 +8,14 @@ import pytest
 from dask_ep.storage.sources import open_source
 from dask_ep.storage.views import FirstRow, Regrouped, Repeated, Transposed
 
-MATRIX = np.arange(24.0).reshape(6, 4)
+MATRIX = np.arange(12.0).reshape(6, 2)  # its thirds are square
 VIEWS = {
     "transposed": (Transposed, MATRIX.T),
     "first row": (FirstRow, MATRIX[:1]),
     "repeated": (lambda s: Repeated(s, 3, plus=1.0), np.stack([MATRIX + 1.0] * 3)),
     "repeated, plus 2": (lambda s: Repeated(s, 3, plus=2.0), np.stack([MATRIX + 2.0] * 3)),
-    "regrouped": (lambda s: Regrouped(s, 3), MATRIX.reshape(3, 2, 4)),
-    "turned": (lambda s: Regrouped(s, 3, turned=True), MATRIX.reshape(3, 2, 4).swapaxes(1, 2)),
+    "regrouped": (lambda s: Regrouped(s, 3), MATRIX.reshape(3, 2, 2)),
+    "turned": (lambda s: Regrouped(s, 3, turned=True), MATRIX.reshape(3, 2, 2).swapaxes(1, 2)),
 }
 
 

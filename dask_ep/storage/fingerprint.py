@@ -69,6 +69,11 @@ def describe(obj: Any) -> Any:
     )
 
 
+def fingerprint_of(given: Any) -> Any:
+    """Describe an input, unless it is a fingerprint itself."""
+    return given if isinstance(given, Mapping) else describe(given)
+
+
 def merge(values: Sequence[Any]) -> Any:
     """Join the descriptions of many objects of one kind, such as the weights of each expert.
 

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import json
 import os
 import uuid
 import weakref
@@ -31,8 +32,10 @@ from dask.highlevelgraph import HighLevelGraph
 
 from dask_ep.arrays.checks import count_not_finite
 from dask_ep.arrays.device_streams import download
+from dask_ep.errors import ReadError
 from dask_ep.storage import journal
 from dask_ep.storage.files import sync_path
+from dask_ep.storage.fingerprint import fingerprint_of
 from dask_ep.storage.lock_release import release_when_written
 from dask_ep.storage.replace import is_replaceable, replace
 from dask_ep.storage.sources import open_source
@@ -133,8 +136,15 @@ class Output(Step):
     """
 
     def __init__(
-        self, y: da.Array, path: str, writer: Writer, manifest: dict[str, Any], sync: bool
+        self,
+        y: da.Array,
+        path: str,
+        writer: Writer,
+        manifest: dict[str, Any],
+        inputs: Mapping[str, Any],
+        sync: bool,
     ):
+        self._inputs = inputs
         self.path, self.shape, self.dtype = path, y.shape, y.dtype
         self.rows: tuple[int, ...] = tuple(map(int, y.chunks[0]))
         self.directory, self._writer, self._manifest = progress_directory(path), writer, manifest
@@ -187,6 +197,8 @@ class Output(Step):
         ------
         ValueError
             If blocks are missing.
+        ReadError
+            If an input was changed during the run: rows may be made of either state.
         FileExistsError
             If something was created at `path` during the run, and must not be overwritten.
         """
@@ -197,6 +209,7 @@ class Output(Step):
                     f"{left} of {len(self.rows)} blocks of {self.path} are missing; compute them "
                     "before finish()"
                 )
+            self._check_inputs()
             self._writer.tidy()
             there = os.path.lexists(self.path)
             if there and not (self._manifest["overwrite"] and is_replaceable(self.path)):
@@ -235,6 +248,19 @@ class Output(Step):
 
     def __dask_tokenize__(self) -> str:
         return self._name
+
+    def _check_inputs(self) -> None:
+        """Raise if an input has changed since the run began."""
+        before = self._manifest["inputs"]
+        now = dict(before)
+        for name, given in self._inputs.items():
+            with contextlib.suppress(FileNotFoundError):  # a file that is gone is not read silently
+                now[name] = json.loads(json.dumps(fingerprint_of(given)))
+        if changed := journal.describe_differences({"inputs": before}, {"inputs": now}):
+            raise ReadError(
+                f"{self.path} is not finished, since inputs were changed while they were read, so "
+                f"its rows may be made of either: {'; '.join(changed[:8])}. Overwrite it"
+            )
 
     def _build_graph(self, y: da.Array, sync: bool) -> HighLevelGraph:
         starts = np.concatenate([[0], np.cumsum(self.rows)]).tolist()

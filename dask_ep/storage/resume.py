@@ -27,7 +27,7 @@ import numpy as np
 from dask_ep.errors import ReadError
 from dask_ep.storage import journal
 from dask_ep.storage.files import bytes_below
-from dask_ep.storage.fingerprint import describe
+from dask_ep.storage.fingerprint import fingerprint_of
 from dask_ep.storage.output import fingerprint_output, free_bytes, hash_rows, progress_directory
 from dask_ep.storage.replace import is_replaceable, remove
 from dask_ep.storage.writers import Writer, make_writer
@@ -48,16 +48,13 @@ def make_manifest(
     TypeError
         If settings cannot be written as JSON, or an input has no fingerprint.
     """
-    fingerprints = {
-        name: obj if isinstance(obj, Mapping) else describe(obj) for name, obj in inputs.items()
-    }
     manifest = {
         "format": journal.FORMAT,
         "shape": [int(length) for length in y.shape],
         "dtype": y.dtype.name,
         "rows": [int(count) for count in y.chunks[0]],
         "array": y.name,
-        "inputs": fingerprints,
+        "inputs": {name: fingerprint_of(given) for name, given in inputs.items()},
         "settings": dict(settings),
         "overwrite": overwrite,
         "complete": False,

@@ -233,7 +233,7 @@ def store(
             writer, manifest = begin(y, path, wanted, compressors)
         else:
             writer, manifest = continue_output(y, path, manifest, wanted, compressors)
-        output = Output(y, path, writer, manifest, sync)
+        output = Output(y, path, writer, manifest, inputs, sync)
     except BaseException:
         journal.release_lock(directory)
         raise

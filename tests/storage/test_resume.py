@@ -20,7 +20,7 @@ from distributed import Client, futures_of, wait
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dask_ep.errors import OutputInUse
+from dask_ep.errors import OutputInUse, ReadError
 from dask_ep.storage import journal, output, replace, resume, writers
 from dask_ep.storage.journal import read_done, record_done
 from dask_ep.storage.output import progress_directory
@@ -183,6 +183,27 @@ def test_changed_inputs_are_refused_with_what_changed(tmp_path, path):
         run(path, Steps(), resume=True, inputs=inputs, settings=settings)
     # Nothing of that has touched what was done.
     assert len(read_done(progress_directory(path), manifest_of(path)["run"])) == 3
+
+
+@pytest.mark.parametrize("name", ["x.npy", "x.zarr"])
+def test_an_input_that_is_changed_during_the_run_is_an_error(tmp_path, path, name):
+    place = tmp_path / name
+    store(da.ones((9, 2), chunks=(2, 2)), place)
+
+    def read_and_touch(rows, block_info):
+        if block_info[0]["chunk-location"] == (3, 0):
+            file = place / "c.0.0" if place.is_dir() else place
+            os.utime(file, ns=(1, 10**18))
+        return rows
+
+    y = open_tokens(place, chunks=2).map_blocks(read_and_touch, dtype="f8")
+    with pytest.raises(ReadError, match=r"changed while .* input x.*: .* Overwrite it"):
+        store(y, path, inputs=[place], scheduler="sync")
+    assert not os.path.exists(path)
+    with pytest.raises(ValueError, match="cannot be resumed, since inputs"):
+        store(y, path, inputs=[place], resume=True)
+    store(y, path, inputs=[place], overwrite=True, scheduler="sync")
+    assert_eq(open_tokens(path), np.ones((9, 2)))
 
 
 @pytest.mark.parametrize(

@@ -34,6 +34,8 @@ from walk.tape import Tape, play
 sys.path.insert(0, str(Path(__file__).parents[1] / "fixtures"))
 
 from make_checkpoints import (
+    CASES,
+    build,
     edit_config,
     float8_blocks,
     float8_values,
@@ -806,6 +808,23 @@ def test_token_ids_beyond_the_vocabulary_are_refused(models, tmp_path):
     np.save(tmp_path / "ids.npy", np.array([[3, VOCABULARY]]))
     with pytest.raises(ValueError, match=rf"token ids must be in \[0, {VOCABULARY}\)"):
         run(Options(str(directory), str(tmp_path / "ids.npy"), str(tmp_path / "acts")))
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("deepseek_v4", r"a block takes \(5, 3, 4, 32\) for \(5, 3\) tokens"),
+        ("qwen4_exp_text", r"a block takes \(5, 3, 64\) for \(5, 3\) tokens"),
+        ("glm_moe_dsa", "nothing else, but it stops .*too many values to unpack"),
+        ("jetmoe", "block 0 of JetMoe.* must run on tensors that have shapes but no values"),
+    ],
+)
+def test_models_that_cannot_be_cut_into_blocks_are_refused(name, message, tmp_path):
+    build(CASES[name]).save_pretrained(tmp_path / "model")
+    np.save(tmp_path / "ids.npy", np.full((1, 4), 3))
+    with pytest.raises(ValueError, match=message + ".*; if transformers can run this model"):
+        run(Options(str(tmp_path / "model"), str(tmp_path / "ids.npy"), str(tmp_path / "acts")))
+    assert not list(tmp_path.glob("acts/*.zarr*"))
 
 
 def test_the_cost_of_a_walk_is_measured():

@@ -29,6 +29,12 @@ from walk.model import Model, path_of
 from walk.tape import Tape, play
 from walk.tensors import as_numpy, as_tensor
 
+OTHERWISE = (
+    "if transformers can run this model, run it there as a whole, or single MoE layers of it with "
+    "dask_ep.load_moe_layer"
+)
+"""What to do with a model that cannot be walked."""
+
 
 class Reached(Exception):
     """Ends a forward early: the value is known, and the rest of the model need not run."""
@@ -61,6 +67,35 @@ class Answer(torch.Tensor):
 
 
 # --- the model's parts -----------------------------------------------------------------------
+
+
+def check_blocks(model: Model) -> None:
+    """Raise unless the model runs with blocks that pass on hidden states and nothing else.
+
+    Raises
+    ------
+    ValueError
+        If a block takes others, or the model's forward takes something else from a block.
+    """
+    batch = torch.zeros(5, 3, model.config_width, dtype=model.dtype)  # no block returns 5 values
+
+    def check(hidden_states: torch.Tensor, *_: Any, **__: Any) -> torch.Tensor:
+        if hidden_states.shape != batch.shape:
+            raise ValueError(
+                f"a block takes {tuple(hidden_states.shape)} for {tuple(batch.shape[:2])} tokens"
+            )
+        return hidden_states
+
+    try:
+        with torch.inference_mode():
+            decoder = decoder_of(model, dict.fromkeys(range(len(model.blocks)), check))
+            decoder(inputs_embeds=batch, use_cache=False)
+    except Exception as error:
+        raise ValueError(
+            f"the forward of {type(model.whole).__name__} must run with blocks that pass to the "
+            f"next hidden states of {model.config_width} columns and nothing else, but it stops "
+            f"({type(error).__name__}: {error}); {OTHERWISE}"
+        ) from error
 
 
 def embed(model: Model, ids: np.ndarray, lengths: Sequence[int], tokens: int) -> np.ndarray:

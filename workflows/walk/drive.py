@@ -23,6 +23,7 @@ from transformers import AutoTokenizer
 from dask_ep.arrays.checks import size_in_bytes
 from dask_ep.cluster.dask_internals import scheduler_address
 from dask_ep.jobs.backends import Cluster, Threads, started
+from walk.block import check_blocks
 from walk.documents import (
     AT_ONCE,
     Documents,
@@ -53,13 +54,16 @@ def run(options: Options, say: Callable[[str], Any] = lambda _: None) -> dict[st
     Raises
     ------
     FileExistsError, ValueError
-        If the output cannot be created or resumed, or the options do not suit the model.
+        If the output cannot be created or resumed, the options do not suit the model, or a walk
+        cannot cut it into blocks.
     MemoryError
         If the memory limit is too low.
     """
     began = time.monotonic()
     read = read_documents(options.text, options.length, _tokenizer(options.model))
     models = [open_model(model, options.dtype, fingerprint(model)) for model in options.models]
+    for model in models:
+        check_blocks(model)
     blocks = options.blocks([len(model.blocks) for model in models])
     kept = Record(options.out, options.decisive(read), options.resume)
     path = os.path.join(options.out, "summary.json")

@@ -28,7 +28,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 
 from dask_ep.arrays import memory as pool
 from dask_ep.laws.pass_blocks import PASSES_PROCESS_BYTES
-from walk.block import Answer, Reached, StandIn, decoder_of, replaced
+from walk.block import OTHERWISE, Answer, Reached, StandIn, decoder_of, replaced
 from walk.documents import AT_ONCE
 from walk.head import LOGIT_BYTES
 from walk.model import Model
@@ -163,7 +163,13 @@ def give_back() -> None:
 
 
 def attention_bytes(model: Model, block: int, documents: int, length: int) -> int:
-    """Return the peak bytes that a batch takes in a block, without the block's MoE module."""
+    """Return the peak bytes that a batch takes in a block, without the block's MoE module.
+
+    Raises
+    ------
+    ValueError
+        If the block cannot run on tensors without memory.
+    """
     batch = torch.empty(documents, length, model.config_width, dtype=model.dtype)
     outside, peak, part = 0, 0, model.blocks[block]
 
@@ -172,8 +178,15 @@ def attention_bytes(model: Model, block: int, documents: int, length: int) -> in
         given = {id(t): t for t in tree_leaves((args, kwargs)) if isinstance(t, torch.Tensor)}
         outside = sum(t.numel() * t.element_size() for t in given.values())
         args, kwargs = tree_map(_on_meta, (args, kwargs))
-        with _Live() as live, _AsOnCpu():
-            part(batch.to("meta"), *args, **kwargs)
+        try:
+            with _Live() as live, _AsOnCpu():
+                part(batch.to("meta"), *args, **kwargs)
+        except (RuntimeError, ValueError) as error:
+            raise ValueError(
+                f"block {block} of {type(model.whole).__name__} must run on tensors that have "
+                "shapes but no values, which shows the memory that it takes, but it stops "
+                f"({type(error).__name__}: {error}); {OTHERWISE}"
+            ) from error
         peak = live.peak
         raise Reached(batch)
 

@@ -208,6 +208,7 @@ def test_a_connection_keeps_no_message_that_it_has_handed_over():
 )
 def test_the_socket_of_a_plain_tcp_connection_is_taken_and_that_of_no_other(scheme, is_taken):
     async def answer(comm):
+        await comm.read()  # until then, nothing may be sent to the other end
         kept = await sockets.accept(comm)
         assert isinstance(kept, Socket) is is_taken
         await kept.write(2 * await kept.read())
@@ -218,6 +219,7 @@ def test_the_socket_of_a_plain_tcp_connection_is_taken_and_that_of_no_other(sche
     async def ask():
         listener = await listen(scheme, answer)
         comm = await connect(listener.contact_address)
+        await comm.write("op")
         kept = sockets.keep(comm)
         assert isinstance(kept, Socket) is is_taken
         assert comm.closed() is is_taken

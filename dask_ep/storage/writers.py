@@ -186,8 +186,12 @@ class ZarrWriter(Writer):
 
     @cached_property
     def _array(self) -> Any:
+        import zarr
+
         os.stat(self.path)  # raises OSError if it is missing, as for the other formats
-        return open_array(self.path, mode="r+")[0]
+        array = open_array(self.path, mode="r+")[0]
+        config: Any = {"write_empty_chunks": True}  # is not stored in the array
+        return zarr.Array(zarr.AsyncArray(array.metadata, array.store_path, config=config))
 
     @cached_property
     def _source(self) -> Source:

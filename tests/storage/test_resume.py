@@ -706,6 +706,16 @@ def test_what_is_missing_of_a_finished_output_is_made_again(tmp_path_factory, da
     assert whole.made == []
 
 
+@pytest.mark.parametrize("dtype", ["f4", "bfloat16"])
+@pytest.mark.parametrize("compressors", [None, "auto"])
+def test_chunks_of_zeros_are_written(tmp_path, compressors, dtype):
+    rows = np.arange(12).reshape(6, 2).astype(dtype)
+    rows[2:4] = 0
+    array = da.from_array(rows, chunks=(2, 2))
+    store(array, tmp_path / "y.zarr", compressors=compressors, scheduler="sync")
+    assert_eq(open_tokens(tmp_path / "y.zarr"), rows)
+
+
 @pytest.mark.parametrize("compressors", [None, "auto"])
 def test_of_compressed_chunks_the_lost_and_the_damaged_are_made_again(tmp_path, compressors):
     path = str(tmp_path / "y.zarr")

@@ -114,7 +114,7 @@ def open_gguf(path: str | os.PathLike) -> GgufFile:
     ReadError
         If there is no such file, or one of several is missing.
     ValueError
-        If it is not a GGUF file, or has tensors that cannot be decoded.
+        If it is not a GGUF file, has tensors that cannot be decoded, or has one in two files.
     """
     path = os.fspath(path)
     if is_remote(path):
@@ -123,7 +123,13 @@ def open_gguf(path: str | os.PathLike) -> GgufFile:
         )
     settings, tensors = _read_file(path)
     for other in _others(path, int(settings.get("split.count", 1))):
-        tensors = tensors | _read_file(other)[1]
+        more = _read_file(other)[1]
+        if twice := sorted(tensors.keys() & more.keys()):
+            raise ValueError(
+                f"{other} has the tensor {twice[0]!r}, and an earlier file of {path} has it too: "
+                "they are not of one model; download them again"
+            )
+        tensors = tensors | more
     return GgufFile(settings, tensors)
 
 

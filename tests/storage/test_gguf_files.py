@@ -112,6 +112,14 @@ def test_a_file_that_is_not_whole_is_named(tmp_path):
         open_gguf("s3://bucket/m.gguf")
 
 
+def test_a_tensor_that_two_files_have_is_an_error(tmp_path):
+    for number, names in ((1, "ab"), (2, "bc")):
+        tensors = {name: (np.full(3, number, np.float32), Form.F32) for name in names}
+        write_gguf(tmp_path / f"m-{number:05}-of-00002.gguf", "llama", {}, tensors, split_count=2)
+    with pytest.raises(ValueError, match="-00002-of-00002.gguf has the tensor 'b', and an earlier"):
+        open_gguf(tmp_path / "m-00001-of-00002.gguf")
+
+
 def test_without_the_package_the_error_says_how_to_install_it(tmp_path, monkeypatch):
     path = some_file(tmp_path, Form.F32)
     monkeypatch.setitem(sys.modules, "gguf", None)

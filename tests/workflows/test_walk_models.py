@@ -47,6 +47,7 @@ from safetensors.numpy import load_file
 
 from dask_ep import open_tokens
 from dask_ep.jobs.backends import Threads
+from dask_ep.jobs.collect_job import collect_job
 from tests.cluster_processes import DEADLINE, Cluster, wait_until
 from tests.workflows.whole_models import FAMILIES, VOCABULARY, make_model
 
@@ -660,6 +661,37 @@ def test_a_walk_stopped_at_the_end_of_a_block_keeps_all_that_was_asked_for(
         np.testing.assert_array_equal(
             read(tmp_path / "stopped" / name), read(tmp_path / "whole" / name)
         )
+
+
+@pytest.mark.parametrize(
+    "name", ["embedding.zarr", "block_001.zarr", "stats_001.safetensors", "final.zarr"]
+)
+def test_a_walk_stopped_when_an_output_has_its_name_leaves_no_record_of_its_progress(
+    name, models, ids, tmp_path, monkeypatch
+):
+    _, directory = models("olmoe")
+    options = Options(str(directory), str(ids), str(tmp_path / "acts"), resume=True,
+                      save=frozenset({"hidden"}), collect=frozenset({"usage"}))  # fmt: skip
+    progress = tmp_path / "acts" / f"{name}.progress"
+
+    def stopped(write):
+        def run_and_stop(*args, **more):
+            found = write(*args, **more)
+            if (tmp_path / "acts" / name).exists():
+                progress.mkdir(exist_ok=True)
+                raise KeyboardInterrupt
+            return found
+
+        return run_and_stop
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Walk, "_store", stopped(Walk._store))
+        patch.setattr("walk.stages.collect_job", stopped(collect_job))
+        with pytest.raises(KeyboardInterrupt):
+            run(options)
+    assert progress.exists()
+    run(options)
+    assert not list((tmp_path / "acts").glob("**/*.progress"))
 
 
 @pytest.mark.parametrize("save", [{"routing"}, {"hidden"}])

@@ -169,6 +169,7 @@ class Walk:
         if not os.path.exists(self.final):
             rows, inputs = self._hidden_rows(len(self.model.blocks) - 1)
             self._store("last norm", self._mapped(self.task.last_norm, rows), self.final, inputs)
+        shutil.rmtree(progress_directory(self.final), ignore_errors=True)
         return self.final
 
     def _moe_step(self, block: int) -> dict[str, Any]:
@@ -248,7 +249,7 @@ class Walk:
 
         Returns how often all experts were read for them.
         """
-        path = os.path.join(self.out, f"stats_{block:03d}.safetensors")
+        path = self._stats(block)
         if not self.asked.collect or block not in self.asked.blocks or os.path.exists(path):
             return 0
         courses: list[Course] = []
@@ -260,6 +261,9 @@ class Walk:
         )  # fmt: skip
         give_back()
         return sum(bool(course.walks) + bool(course.hidden) for course in courses)
+
+    def _stats(self, block: int) -> str:
+        return os.path.join(self.out, f"stats_{block:03d}.safetensors")
 
     def _kept_path(self, what: str, block: int) -> str | None:
         wanted = what in self.asked.save and block in self.asked.blocks
@@ -295,7 +299,6 @@ class Walk:
         ) as output:  # fmt: skip
             self.where.compute(output, tell)
         give_back()
-        shutil.rmtree(progress_directory(path), ignore_errors=True)
 
     def tidy(self, block: int) -> None:
         """Keep the results of a complete block that were asked for, and remove its other files."""
@@ -322,7 +325,9 @@ class Walk:
         return os.path.join(self.work, f"done_{block:03d}")
 
     def drop(self, block: int) -> None:
-        """Remove the hidden states after a block unless they were asked for."""
+        """Remove a complete block's hidden states unless they were asked for, and its progress."""
+        for path in (self.hidden(block), self._stats(block)):
+            shutil.rmtree(progress_directory(path), ignore_errors=True)
         shutil.rmtree(self._done(block), ignore_errors=True)
         if "hidden" not in self.asked.save or block not in self.asked.blocks:
             shutil.rmtree(self.hidden(block), ignore_errors=True)

@@ -26,7 +26,7 @@ pytest.importorskip("transformers", reason="needs an environment with torch and 
 from walk import head
 from walk.block import Answer, replaced
 from walk.drive import run
-from walk.model import open_model
+from walk.model import Model, open_model
 from walk.options import Options
 from walk.stages import Walk
 from walk.tape import Tape, play
@@ -256,6 +256,28 @@ def test_a_process_that_walked_before_reads_files_that_have_changed(tmp_path):
         theirs = Theirs(model, np.load(tmp_path / "ids.npy"), packed=False)
         close(read(tmp_path / "acts" / "final.zarr"), theirs.hidden)
         assert summary["loss"] == pytest.approx(theirs.loss, abs=1e-6)
+
+
+@pytest.mark.parametrize("fails", [(Tape, "written"), (Model, "_check_filled")])
+def test_a_process_whose_walk_failed_in_a_block_can_walk_again(
+    fails, models, ids, tmp_path, monkeypatch
+):
+    """While a block runs, or before all its tensors are read."""
+    model, directory = models("mixtral")
+    options = Options(str(directory), str(ids), str(tmp_path / "acts"), resume=True, chunk_rows=40)
+
+    def fail(self, *given):
+        if fails[0] is Tape or given[1] == "block 0":
+            raise OSError("a disk is lost")
+        check(self, *given)
+
+    check = getattr(*fails)
+    with monkeypatch.context() as patch:
+        patch.setattr(*fails, fail)
+        with pytest.raises(OSError, match="a disk is lost"):
+            run(options)
+    theirs = Theirs(model, np.load(ids), packed=False)
+    assert run(options)["loss"] == pytest.approx(theirs.loss, abs=1e-6)
 
 
 def test_documents_longer_than_the_length_are_cut(models, tmp_path):

@@ -63,6 +63,7 @@ def run(options: Options, say: Callable[[str], Any] = lambda _: None) -> dict[st
     read = read_documents(options.text, options.length, _tokenizer(options.model))
     models = [open_model(model, options.dtype, fingerprint(model)) for model in options.models]
     for model in models:
+        model.free()  # a walk that failed in a block left it in memory
         check_blocks(model)
     blocks = options.blocks([len(model.blocks) for model in models])
     kept = Record(options.out, options.decisive(read), options.resume)

@@ -223,17 +223,23 @@ class Model:
 
     def _fill(self, block: int) -> None:
         self.free()
-        self._load(self.names_of_block(block))
-        self._fill_buffers(self.blocks[block])
-        skip = self.moe_child(block) + "." if block in self.moe_blocks else None
-        self._check_filled(self.blocks[block], f"block {block}", skip)
+        try:
+            self._load(self.names_of_block(block))
+            self._fill_buffers(self.blocks[block])
+            skip = self.moe_child(block) + "." if block in self.moe_blocks else None
+            self._check_filled(self.blocks[block], f"block {block}", skip)
+        except BaseException:
+            self.blocks[block].to("meta")
+            raise
         self.held = block
 
     def free(self) -> None:
-        """Put the held block back onto the meta device."""
-        if self.held is not None:
-            self.blocks[self.held].to("meta")
-            self.held = None
+        """Put the held block back onto the meta device, once no thread uses it."""
+        with self._changed:
+            self._changed.wait_for(lambda: not self._users)
+            if self.held is not None:
+                self.blocks[self.held].to("meta")
+                self.held = None
 
     def _fill_frame(self) -> None:
         """Fill the decoder outside its blocks and embedding: the final norm, and buffers."""

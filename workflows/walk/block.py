@@ -17,12 +17,13 @@ from __future__ import annotations
 import copy
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from functools import lru_cache
+from functools import lru_cache, partial
 from typing import Any
 
 import numpy as np
 import torch
 from torch import nn
+from torch.utils._pytree import tree_leaves
 
 from walk.documents import MAX_PADDING, batch_documents
 from walk.model import Model, path_of
@@ -70,32 +71,60 @@ class Answer(torch.Tensor):
 
 
 def check_blocks(model: Model) -> None:
-    """Raise unless the model runs with blocks that pass on hidden states and nothing else.
+    """Raise unless all that a block takes from the tokens is what the block before it returns.
 
     Raises
     ------
     ValueError
-        If a block takes others, or the model's forward takes something else from a block.
+        If the model's forward calls a block twice or never, takes more than hidden states from it,
+        or gives more to the blocks after it.
     """
-    batch = torch.zeros(5, 3, model.config_width, dtype=model.dtype)  # no block returns 5 values
-
-    def check(hidden_states: torch.Tensor, *_: Any, **__: Any) -> torch.Tensor:
-        if hidden_states.shape != batch.shape:
-            raise ValueError(
-                f"a block takes {tuple(hidden_states.shape)} for {tuple(batch.shape[:2])} tokens"
-            )
-        return hidden_states
-
     try:
-        with torch.inference_mode():
-            decoder = decoder_of(model, dict.fromkeys(range(len(model.blocks)), check))
-            decoder(inputs_embeds=batch, use_cache=False)
+        first, second = (_taken(model, seed) for seed in range(2))
+        what = _dependence(first, second, len(model.blocks))
     except Exception as error:
+        what = f"it stops with {type(error).__name__}: {error}"
+    if what:
         raise ValueError(
-            f"the forward of {type(model.whole).__name__} must run with blocks that pass to the "
-            f"next hidden states of {model.config_width} columns and nothing else, but it stops "
-            f"({type(error).__name__}: {error}); {OTHERWISE}"
-        ) from error
+            f"the forward of {type(model.whole).__name__} must call each block once, on the hidden "
+            f"states of {model.config_width} columns that the block before it returned, and give "
+            f"it nothing else that depends on tokens, but {what}; {OTHERWISE}"
+        )
+
+
+def _taken(model: Model, seed: int) -> list[tuple[int, list[Any]]]:
+    """Return which blocks are called with which other arguments, and what the model returns.
+
+    Random hidden states enter the model and come from all blocks; from the last, the same ones.
+    """
+    generators = torch.Generator().manual_seed(seed), torch.Generator()
+    taken, last = [], len(model.blocks) - 1
+
+    def rows(generator: torch.Generator) -> torch.Tensor:  # no block returns five values
+        return torch.randn(5, 3, model.config_width, generator=generator).to(model.dtype)
+
+    def act(number: int, hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+        if (shape := tuple(hidden_states.shape)) != (5, 3, model.config_width):
+            raise ValueError(f"block {number} takes {shape} for (5, 3) tokens")
+        taken.append((number, tree_leaves((args, kwargs))))
+        return rows(generators[number == last])
+
+    with torch.inference_mode():
+        decoder = decoder_of(model, {number: partial(act, number) for number in range(last + 1)})
+        out = decoder(inputs_embeds=rows(generators[0]), use_cache=False).last_hidden_state
+    return [*taken, (last + 1, [out])]
+
+
+def _dependence(first: list[Any], second: list[Any], blocks: int) -> str | None:
+    """Say what differs between two runs of a model, or in which order it calls its blocks."""
+    if (calls := [number for number, _ in first]) != [*range(blocks + 1)]:
+        return f"it calls blocks {calls[:-1]}"
+    for (number, given), (_, other) in zip(first, second, strict=True):
+        for a, b in zip(given, other, strict=True):
+            if isinstance(a, torch.Tensor) and not torch.equal(a, b):
+                where = f"block {number} is given" if number < blocks else "it returns"
+                return f"{where} what depends on earlier hidden states too"
+    return None
 
 
 def embed(model: Model, ids: np.ndarray, lengths: Sequence[int], tokens: int) -> np.ndarray:

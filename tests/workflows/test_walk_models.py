@@ -36,6 +36,7 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "fixtures"))
 from make_checkpoints import (
     CASES,
     build,
+    class_of,
     edit_config,
     float8_blocks,
     float8_values,
@@ -880,6 +881,26 @@ def test_models_that_cannot_be_cut_into_blocks_are_refused(name, message, tmp_pa
     with pytest.raises(ValueError, match=message + ".*; if transformers can run this model"):
         run(Options(str(tmp_path / "model"), str(tmp_path / "ids.npy"), str(tmp_path / "acts")))
     assert not list(tmp_path.glob("acts/*.zarr*"))
+
+
+def test_an_embedding_with_a_norm_is_filled(tmp_path):
+    walk_case("inkling_text", tmp_path)
+
+
+def walk_case(name, tmp_path, **more):
+    """Walk a checkpoint of the fixtures, compare its hidden states, and return the summary."""
+    build(CASES[name]).save_pretrained(tmp_path / "model")
+    ids = np.random.default_rng(0).integers(3, 16, (4, 9))
+    np.save(tmp_path / "ids.npy", ids)
+    model = class_of(CASES[name]).from_pretrained(tmp_path / "model", dtype=torch.float32).eval()
+    decoder = getattr(model, "model", model)
+    with torch.no_grad():
+        hidden = decoder(input_ids=torch.tensor(ids), use_cache=False).last_hidden_state
+    summary = run(
+        Options(str(tmp_path / "model"), str(tmp_path / "ids.npy"), str(tmp_path / "acts"), **more)
+    )
+    close(read(tmp_path / "acts" / "final.zarr"), hidden.flatten(0, 1))
+    return summary
 
 
 def test_the_cost_of_a_walk_is_measured():

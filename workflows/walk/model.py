@@ -242,18 +242,18 @@ class Model:
                 self.held = None
 
     def _fill_frame(self) -> None:
-        """Fill the decoder outside its blocks and embedding: the final norm, and buffers."""
-        embedding = path_of(self.whole, self.decoder.get_input_embeddings())
+        """Fill the decoder outside its blocks and the embedding's matrix: norms, and buffers."""
+        embedding = self.decoder.get_input_embeddings()
+        path = path_of(self.whole, embedding).removesuffix(".")
         self._load(
             name
             for target, name in self.names_outside.items()
-            if target.startswith(self.path) and not target.startswith(embedding)
+            if target.startswith(self.path) and target.rpartition(".")[0] != path
         )
         for name, child in self.decoder.named_children():
             if name != "layers":
                 self._fill_buffers(child)
-                if child is not self.decoder.get_input_embeddings():
-                    self._check_filled(child, name, None)
+                self._check_filled(child, name, "weight" if child is embedding else None)
 
     def _load(self, names: Iterable[str]) -> None:
         tensors = {name: _read(source) for name, source in self.sources(names).items()}

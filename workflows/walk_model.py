@@ -21,7 +21,8 @@ the same files. Written to acts/:
     stats_003.safetensors    statistics of its experts, for prune_experts.py    with --collect
     moe_input_003.zarr       (N, d) the input of its MoE module     with --save moe_input
     final.zarr               (N, d) after the last norm
-    loss.npy                 (N,) loss of each token, NaN for the last of a document
+    loss.npy                 (N,) loss of each token, NaN for the last of a document; not for a
+                             model without a head, such as a classifier
     tokens.npy, lengths.npy  token ids (N,), and the lengths of the documents
     summary.json             tokens, loss, perplexity, seconds and bytes of each block
 

@@ -887,8 +887,19 @@ def test_an_embedding_with_a_norm_is_filled(tmp_path):
     walk_case("inkling_text", tmp_path)
 
 
+@pytest.mark.parametrize("name", ["muse_spark_text", "openai_privacy_filter"])
+def test_a_model_without_a_head_has_hidden_states_but_no_loss(name, tmp_path):
+    summary = walk_case(name, tmp_path)
+    assert "loss" not in summary
+    assert not (tmp_path / "acts" / "loss.npy").exists()
+    both = walk_case(name, tmp_path / "both", compare=str(tmp_path / "model"))
+    assert both["compare"].keys() == {"hidden_error"}
+    assert all(error["largest_error"] == 0 for error in both["compare"]["hidden_error"].values())
+
+
 def walk_case(name, tmp_path, **more):
     """Walk a checkpoint of the fixtures, compare its hidden states, and return the summary."""
+    tmp_path.mkdir(exist_ok=True)
     build(CASES[name]).save_pretrained(tmp_path / "model")
     ids = np.random.default_rng(0).integers(3, 16, (4, 9))
     np.save(tmp_path / "ids.npy", ids)

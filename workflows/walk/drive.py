@@ -104,7 +104,7 @@ def _walk(
             _through_blocks(options, walks, blocks, kept, progress)
         summary = {"tokens": len(read.ids), "documents": len(read.lengths)}
         if blocks[-1] == len(models[0].blocks) - 1:
-            summary |= _finish(options, walks, kept)
+            summary |= _finish(options, walks, kept, say)
     return summary | {
         "bytes_read": sum(took["bytes_read"] for took in kept.blocks),
         "memory": {
@@ -186,18 +186,23 @@ def _begin(options: Options, walk: Walk, first: int) -> None:
     walk.start_from(rows, {path: f"{path}::hidden_states" for path in files}, first - 1)
 
 
-def _finish(options: Options, walks: list[Walk], kept: Record) -> dict[str, Any]:
-    """Score the final hidden states."""
+def _finish(
+    options: Options, walks: list[Walk], kept: Record, say: Callable[[str], Any]
+) -> dict[str, Any]:
+    """Write the final hidden states, and score them if there are heads."""
     finals = [walk.last_norm() for walk in walks]
+    errors = {took["block"]: took["error"] for took in kept.blocks if "error" in took}
+    other: dict[str, Any] = {"compare": {"hidden_error": errors}} if len(walks) == 2 else {}
+    wholes = [walk.model.whole for walk in walks]
+    if without := [whole for whole in wholes if whole.get_output_embeddings() is None]:
+        say(f"{type(without[0]).__name__} has no head that gives logits of tokens: no loss")
+        return other
     targets = os.path.join(os.path.realpath(options.out), "targets.npy")
     scores = score_all(walks, finals, targets, HEAD_BYTES)
     np.save(os.path.join(options.out, "loss.npy"), scores.loss)
-    summary = _mean(scores.loss)
     if scores.kl is not None:
-        errors = {took["block"]: took["error"] for took in kept.blocks if "error" in took}
-        other = {"kl": float(scores.kl.mean()), "hidden_error": errors}
-        summary["compare"] = _mean(scores.other_loss) | other
-    return summary
+        other["compare"] |= _mean(scores.other_loss) | {"kl": float(scores.kl.mean())}
+    return _mean(scores.loss) | other
 
 
 def _mean(loss: np.ndarray) -> dict[str, float]:

@@ -887,6 +887,11 @@ def test_an_embedding_with_a_norm_is_filled(tmp_path):
     walk_case("inkling_text", tmp_path)
 
 
+@pytest.mark.parametrize("name", ["dbrx", "kimi_k25"])
+def test_blocks_may_be_called_blocks_in_transformers_or_in_files(name, tmp_path):
+    walk_case(name, tmp_path)
+
+
 @pytest.mark.parametrize("name", ["muse_spark_text", "openai_privacy_filter"])
 def test_a_model_without_a_head_has_hidden_states_but_no_loss(name, tmp_path):
     summary = walk_case(name, tmp_path)

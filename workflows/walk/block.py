@@ -279,7 +279,7 @@ def beside_moe(model: Model, block: int) -> frozenset[str]:
         If `dask_ep` reads tensors outside the module that are not those of a shared expert.
     """
     read = model.checkpoint.open_block(block)[0]
-    within = f"{model.path}layers.{block}."
+    within = model.prefix(block)
     moe = f"{within}{model.moe_child(block)}."
     targets = [model.target(read.prefix + name) for name in read.taken]
     outside = [target.removeprefix(within) for target in targets if not target.startswith(moe)]
@@ -317,7 +317,7 @@ def decoder_of(
         StandIn(block, acts.get(number, lambda hidden_states, *_, **__: hidden_states))
         for number, block in enumerate(model.blocks)
     )
-    return replaced(model.decoder, {"layers": layers, **(parts or {})})
+    return replaced(model.decoder, {model.list_name: layers, **(parts or {})})
 
 
 def replaced(

@@ -41,6 +41,10 @@ transformers.logging.set_verbosity_error()
 transformers.logging.disable_progress_bar()
 
 
+LISTS = ("layers", "blocks")
+"""Names of a model's list of decoder blocks, in classes of transformers and in files."""
+
+
 @lru_cache(maxsize=2)
 def open_model(directory: str, dtype: str, version: str = "") -> Model:
     """Return this process's model of a checkpoint; two are cached, as two may be compared.
@@ -62,7 +66,7 @@ class Model:
     Attributes
     ----------
     whole : the model class that the config names
-    decoder : the submodule with the blocks
+    decoder, list_name : the submodule with the blocks, and the name of their list in it
     blocks : the decoder blocks
     dtype : torch.dtype of the weights and of the hidden states
     moe_blocks : numbers of the blocks with a MoE module that `dask_ep` computes
@@ -79,8 +83,8 @@ class Model:
                 del part.quantization_config  # tensors are decoded when they are read
         self.dtype = self._find_dtype(dtype, config)
         self.whole = _build(config, self.dtype)
-        self.decoder = _find_decoder(self.whole)
-        self.blocks: list[nn.Module] = list(self.decoder.layers)
+        self.decoder, self.list_name = _find_decoder(self.whole)
+        self.blocks: list[nn.Module] = list(getattr(self.decoder, self.list_name))
         self.config_width: int = config.get_text_config().hidden_size
         self.moe_blocks = frozenset(self.checkpoint.moe_layers)
         self.path = path_of(self.whole, self.decoder)
@@ -107,11 +111,15 @@ class Model:
             name, self._renamings, self._converters, self.whole.base_model_prefix, self._meta
         )[0]
 
+    def prefix(self, block: int) -> str:
+        """Return the path of a block in the model, with a trailing dot."""
+        return f"{self.path}{self.list_name}.{block}."
+
     def names_of_block(self, block: int) -> list[str]:
         """Return the names in the files of a block's tensors, except those of its MoE module."""
         candidates = [name for name in self.files.file_of if f".{block}." in name]
         moe = self._moe_names(block)
-        prefix = f"{self.path}layers.{block}."
+        prefix = self.prefix(block)
         return [n for n in candidates if n not in moe and self.target(n).startswith(prefix)]
 
     def moe_child(self, block: int) -> str:
@@ -124,7 +132,7 @@ class Model:
         """
         if block in self._moe_children:
             return self._moe_children[block]
-        prefix, depth = f"{self.path}layers.{block}.", self._moe_place(block)[1].count(".") + 1
+        prefix, depth = self.prefix(block), self._moe_place(block)[1].count(".") + 1
         targets = [self.target(name) for name in self._moe_names(block)]
         paths = {".".join(t.removeprefix(prefix).split(".")[:depth]) for t in targets}
         if len(paths) != 1 or not all(t.startswith(prefix) for t in targets):
@@ -154,7 +162,7 @@ class Model:
         """Names in the files of the tensors outside all blocks, by their names in the model."""
         found = {}
         for name in self.files.file_of:
-            if not re.search(r"\blayers\.\d+\.", name):
+            if not re.search(rf"\b({'|'.join(LISTS)})\.\d+\.", name):
                 found[self.target(name)] = name
         return found
 
@@ -193,7 +201,7 @@ class Model:
 
     def block_bytes(self, block: int) -> int:
         """Return the bytes that a block takes in memory, without its MoE module."""
-        prefix = f"{self.path}layers.{block}."
+        prefix = self.prefix(block)
         skip = prefix + self.moe_child(block) + "." if block in self.moe_blocks else None
         return sum(
             tensor.numel() * tensor.element_size()
@@ -251,7 +259,7 @@ class Model:
             if target.startswith(self.path) and target.rpartition(".")[0] != path
         )
         for name, child in self.decoder.named_children():
-            if name != "layers":
+            if name != self.list_name:
                 self._fill_buffers(child)
                 self._check_filled(child, name, "weight" if child is embedding else None)
 
@@ -306,12 +314,15 @@ def _build(config, dtype: torch.dtype) -> nn.Module:
         return build(config, dtype=dtype).eval()
 
 
-def _find_decoder(whole: nn.Module) -> nn.Module:
-    """Find the submodule that has the blocks."""
+def _find_decoder(whole: nn.Module) -> tuple[nn.Module, str]:
+    """Find the submodule that has the blocks, and the name of their list in it."""
     for module in whole.get_decoder().modules():
-        if isinstance(getattr(module, "layers", None), nn.ModuleList):
-            return module
-    raise ValueError(f"{type(whole).__name__} must have decoder blocks called layers, but has none")
+        for name in LISTS:
+            if isinstance(getattr(module, name, None), nn.ModuleList):
+                return module, name
+    raise ValueError(
+        f"{type(whole).__name__} must have decoder blocks called {' or '.join(LISTS)}, but has none"
+    )
 
 
 def path_of(whole: nn.Module, part: nn.Module) -> str:

@@ -909,7 +909,7 @@ def walk_case(name, tmp_path, **more):
     ids = np.random.default_rng(0).integers(3, 16, (4, 9))
     np.save(tmp_path / "ids.npy", ids)
     model = class_of(CASES[name]).from_pretrained(tmp_path / "model", dtype=torch.float32).eval()
-    decoder = getattr(model, "model", model)
+    decoder = model.get_decoder()
     with torch.no_grad():
         hidden = decoder(input_ids=torch.tensor(ids), use_cache=False).last_hidden_state
     summary = run(

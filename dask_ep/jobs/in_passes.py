@@ -100,8 +100,9 @@ class InPasses:
         rows = Rows(tokens, routing, topk_weights)
         walk = Walk(experts, self.passes, self._directory)
         if self.passes.way == "hold":
-            # Chunks are newly read from files, so they may be overwritten.
-            return hold(rows, walk, counts, done=self._done, in_place=True)
+            # Chunks are newly read, and may be overwritten unless a layer's other parts need them.
+            alone = self._inputs.layer is None
+            return hold(rows, walk, counts, done=self._done, in_place=alone)
         place = os.path.join(self._directory, self._place)
         self._spilled = [
             Spilled(rows, walk, counts, group, f"{place}-{g}", self._ranks)

@@ -105,9 +105,10 @@ def blocks_bytes(work: Work, layout: Layout, decoded: int, ahead: int) -> int:
 def held_output_bytes(work: Work) -> int:
     """Return the bytes of an output row in memory: its sum, and its value if that is narrower.
 
-    0 if the output overwrites the token row.
+    0 if the output overwrites the token row, which the other parts of a layer may still need.
     """
-    if work.slots == 1 and work.d == work.d_out and work.wide == work.dtype.itemsize:
+    alone = not work.layer.stored
+    if alone and work.slots == 1 and work.d == work.d_out and work.wide == work.dtype.itemsize:
         return 0
     narrow = 0 if work.wide == work.dtype.itemsize else work.d_out * work.dtype.itemsize
     return work.answer_bytes + narrow

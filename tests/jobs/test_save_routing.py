@@ -163,7 +163,11 @@ def test_statistics_of_a_layer_follow_a_saved_routing(job, tmp_path):
 
 
 @pytest.mark.parametrize("way", ["hold", "spill"])
-def test_a_saved_routing_with_experts_in_passes(job, tmp_path, monkeypatch, way):
+@pytest.mark.parametrize("checkpoint", [CHECKPOINT, FIXTURES / "llama4"], ids=["qwen3", "llama4"])
+def test_a_saved_routing_with_experts_in_passes(job, tmp_path, monkeypatch, way, checkpoint):
+    job = replace(job, layer=str(checkpoint), layer_index=1)
+    d = load_moe_layer(checkpoint, 1).d
+    np.save(job.tokens, np.random.default_rng(0).standard_normal((ROWS, d)).astype("f4"))
     saved = tmp_path / "routing.npy"
     run_job(job, Threads(1), chunk_rows=64, save_routing=saved)
     passes = passes_of(way, group_chunks=2, threads=1)

@@ -33,6 +33,7 @@ import numpy as np
 from threadpoolctl import ThreadpoolController, threadpool_limits
 
 from dask_ep.arrays import onednn, onednn_kernels
+from dask_ep.arrays.memory import aligned
 from dask_ep.arrays.onednn import ROWS, OneDnn, installed_onednn
 from dask_ep.arrays.onednn_kernels import Matrix, Packed
 
@@ -61,6 +62,7 @@ def product(x: np.ndarray, w: Matrix, out: np.ndarray | None = None) -> np.ndarr
            [3.]])
     """
     library: Cblas | OneDnn | None = None
+    x, w = aligned(x), aligned(w)
     if isinstance(w, Packed):
         library = w.library
     elif x.size * w.shape[1] >= SMALLEST_PRODUCT:

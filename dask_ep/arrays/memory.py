@@ -176,6 +176,21 @@ if hasattr(os, "register_at_fork"):
     os.register_at_fork(after_in_child=_renew_pool)
 
 
+def aligned(array: Array) -> Array:
+    """The array, or an aligned copy of it that is stored in the same order.
+
+    NumPy copies an unaligned array whole each time that rows are taken from it, and multiplies it
+    in another way, with other last bits. Arrays that Dask received over a network are often
+    unaligned: their frames follow one another.
+    """
+    if not isinstance(array, np.ndarray) or array.flags.aligned:
+        return array
+    by_columns = array.flags.f_contiguous and not array.flags.c_contiguous
+    copy = empty(array.T.shape, array.dtype).T if by_columns else empty(array.shape, array.dtype)
+    copy[...] = array
+    return copy
+
+
 def empty(shape: tuple[int, ...], dtype: DTypeLike, like: Array | None = None) -> Array:
     """Return an uninitialised C-contiguous array, in recycled memory where that pays.
 

@@ -18,12 +18,13 @@ import numpy as np
 
 from dask_ep.arrays.checks import check_routing, check_tokens, computing_dtype
 from dask_ep.arrays.device import explain_chunk_memory, explain_memory
+from dask_ep.arrays.memory import aligned
 from dask_ep.arrays.namespaces import Array, namespace, to_host
 from dask_ep.experts.experts import CallableExperts, Experts
 from dask_ep.experts.local_experts import LocalExperts
 from dask_ep.graph import tally
 from dask_ep.kernel.device_kernel import INDEX_BYTES
-from dask_ep.kernel.dispatch import aligned, dispatch, expert_parallel_dispatch
+from dask_ep.kernel.dispatch import dispatch, expert_parallel_dispatch
 from dask_ep.kernel.error_context import error_context, explain_kernel_memory, slots_of
 from dask_ep.kernel.expert import as_local_experts, check_width
 from dask_ep.kernel.host_kernel import Served, answer_of_rank, begin_answers, gather

@@ -30,7 +30,7 @@ from dask_ep.graph.keys import step_name
 from dask_ep.graph.pipeline import Ready, Unfused
 from dask_ep.graph.rows import array_of, first_rows, keys_of
 from dask_ep.kernel.error_context import error_context, slots_of
-from dask_ep.kernel.expert import Expert, as_local_experts
+from dask_ep.kernel.expert import as_local_experts
 from dask_ep.kernel.host_kernel import gather
 from dask_ep.kernel.segments import Segments, sort_slots
 from dask_ep.laws.costs import PICKED_TOGETHER
@@ -157,10 +157,12 @@ def group_of(rows: float, chunks: int, slots: int, experts: int) -> int:
 
 def _load(
     experts: Experts | CallableExperts, d: int, dtype: np.dtype, number: int
-) -> Sequence[Expert]:
+) -> Sequence[Any]:
+    """Load an expert, in a form that is loaded again where Dask moves it."""
     with error_context(f"loading expert {number}"):
-        like = np.empty((0, d), dtype)
-        return as_local_experts(experts.load(dtype=dtype), d=d, like=like, dtype=dtype)
+        loaded = experts.load(dtype=dtype)
+        as_local_experts(loaded, d=d, like=np.empty((0, d), dtype), dtype=dtype)  # checks it
+        return loaded
 
 
 def _sort(
@@ -205,7 +207,7 @@ def _add_rows(
     before: Gram | None,
     picked: Sequence[Picked],
     place: int,
-    expert: Sequence[Expert] | None,
+    expert: Sequence[Any] | None,
     d: int,
     dtype: np.dtype,
     number: int,
@@ -226,11 +228,11 @@ def _add_rows(
         return before
 
 
-def _plus(before: Gram | None, rows: np.ndarray, expert: Sequence[Expert] | None) -> Gram:
+def _plus(before: Gram | None, rows: np.ndarray, expert: Sequence[Any] | None) -> Gram:
     moments = _moments(rows, None if before is None else before.input)
     if expert is None:
         return Gram(moments, None)
-    run_expert: Any = expert[0]  # one that has hidden activations
+    run_expert: Any = expert[0]  # one that has hidden activations, so not a function
     hidden = memory.empty((len(rows), run_expert.hidden), rows.dtype)
     for first in range(0, len(rows), ROWS_TOGETHER):
         tile = slice(first, first + ROWS_TOGETHER)

@@ -129,7 +129,7 @@ def dispatch(
     if xp is not np:
         return _on_device(tokens, routing, topk_weights, experts, rank, world_size, dtype)
 
-    tokens = aligned(tokens)
+    tokens = memory.aligned(tokens)
     segments = sort_slots(routing, topk_weights, len(experts), rank, world_size)
     served = Served(tokens, segments, topk_weights, experts[0].d_out)
     for e, expert in enumerate(experts):
@@ -138,19 +138,6 @@ def dispatch(
 
 
 @UNDERFLOW_IS_ZERO
-def aligned(array: Array) -> Array:
-    """The array, or an aligned copy of it.
-
-    NumPy copies an unaligned array whole each time that rows are taken from it. Arrays that Dask
-    received over a network are often unaligned: their frames follow one another.
-    """
-    if namespace(array) is not np or array.flags.aligned:
-        return array
-    copy = memory.empty(array.shape, array.dtype)
-    copy[...] = array
-    return copy
-
-
 def _on_device(
     tokens: Array,
     routing: Array,

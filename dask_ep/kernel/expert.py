@@ -15,6 +15,7 @@ import numpy as np
 from dask_ep.arrays import blas, memory
 from dask_ep.arrays.blas import product
 from dask_ep.arrays.checks import computing_dtype, is_float, refuse_masked
+from dask_ep.arrays.memory import aligned
 from dask_ep.arrays.namespaces import Array, is_array, namespace
 from dask_ep.arrays.onednn import OneDnn
 from dask_ep.arrays.onednn_kernels import Matrix, Packed
@@ -96,7 +97,7 @@ class Linear(Expert):
     """
 
     def __init__(self, W: Matrix, precision: str = "float32"):
-        self.W, self._precision = W, precision
+        self.W, self._precision = aligned(W), precision
         self.d, self.d_out = W.shape
         self._on_device = not isinstance(W, (np.ndarray, Packed))
         self._in_16_bits = not self._on_device and bfloat16.serves(W)
@@ -161,7 +162,7 @@ def lays_out(dtype: np.dtype, is_bfloat16: bool, transposed: bool) -> bool:
 def laid_out(W: Array) -> Matrix:
     """Pack a matrix in the layout that this host's products read, if there is one that takes no
     more bytes; else return it unchanged."""
-    library = None
+    library, W = None, aligned(W)
     if isinstance(W, np.ndarray) and W.dtype == np.float32:
         library = blas.packing_library(W)
     elif bfloat16.serves(W):

@@ -245,7 +245,7 @@ def tiled_logits(
     n, E = hidden.shape[0], weight.shape[0]
     wide = wide if xp is np else np.float32
     step = max(LOGIT_TILE_BYTES // (8 * max(hidden.shape[1], E)), 1) if xp is np else max(n, 1)
-    weight = weight.astype(xp.float32, copy=False).astype(wide, copy=False).T
+    weight = memory.aligned(weight.astype(xp.float32, copy=False).astype(wide, copy=False)).T
     tile = memory.empty((min(step, n), hidden.shape[1]), wide, like=hidden)
     sums = memory.empty((min(step, n), E), wide, like=hidden)
     for start in range(0, n, step):

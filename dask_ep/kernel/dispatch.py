@@ -137,7 +137,6 @@ def dispatch(
     return served.out.astype(dtype, copy=False)
 
 
-@UNDERFLOW_IS_ZERO
 def _on_device(
     tokens: Array,
     routing: Array,

@@ -119,7 +119,8 @@ def run_command(**options: Any) -> None:
 
     Every job key is an option too, and overrides the file; without a file, options define the job.
     Where it runs is not part of the job; the default is all cores of this machine. --resume
-    continues a run that was stopped, even by kill -9, and computes only the missing blocks.
+    continues a run that was stopped, even by kill -9, and computes only the missing blocks; inputs
+    must have the same sizes, times of change and samples of their bytes as then.
 
     \b
     Examples:

@@ -273,7 +273,9 @@ class QuantizedSource(Source):
 
     def fingerprint(self) -> dict[str, Any]:
         parts = {name: part.fingerprint() for name, part in self._parts.items()}
-        return self._describe() | {"coding": self.coding, "block": list(self.block)} | parts
+        how = {"coding": self.coding, "block": list(self.block), "rounded": str(self.rounded)}
+        zeros = {} if isinstance(self.zeros, Source) else {"zeros": float(self.zeros)}
+        return self._describe() | how | zeros | parts
 
     def __dask_tokenize__(self) -> object:
         """The token as one string: Dask would walk nested mappings of thousands of tensors."""

@@ -119,7 +119,7 @@ class ScaleSource(Derived):
 
     def fingerprint(self) -> dict[str, Any]:
         factor = {} if self.factor is None else {"factor": self.factor.fingerprint()}
-        return super().fingerprint() | factor
+        return super().fingerprint() | {"divides": self.divides} | factor
 
 
 class ZeroPoints(Derived):
@@ -174,4 +174,5 @@ class ZeroPoints(Derived):
         return ZeroPoints(stored, self.coding, self.shape, self.more, self.mask)
 
     def fingerprint(self) -> dict[str, Any]:
-        return super().fingerprint() | {"more": self.more}
+        how = {"coding": self.coding, "more": self.more, "mask": self.mask}
+        return super().fingerprint() | how

@@ -9,7 +9,7 @@ import numpy as np
 import xxhash
 
 from dask_ep.arrays.checks import refuse_masked
-from dask_ep.storage.files import file_size, fill_from_file
+from dask_ep.storage.files import file_size, fill_from_file, fingerprint_file
 from dask_ep.storage.source import File, Source, checked_dtype
 
 
@@ -54,5 +54,4 @@ class LocalFile(File):
         fill_from_file(out, self.path, first, place)
 
     def fingerprint(self) -> dict[str, Any]:
-        stat = os.stat(self.path)
-        return {"size": stat.st_size, "mtime_ns": stat.st_mtime_ns}
+        return fingerprint_file(self.path)

@@ -15,7 +15,7 @@ from dask_ep.errors import ReadError
 from dask_ep.experts import quantized
 from dask_ep.experts.codings import FLOAT8
 from dask_ep.experts.quantized import QuantizedSource, float8, mxfp4
-from dask_ep.experts.scales import ZeroPoints
+from dask_ep.experts.scales import ScaleSource, ZeroPoints
 from dask_ep.storage.sources import open_source
 
 
@@ -132,6 +132,39 @@ def test_decoding_sources_are_pickled_and_distinguished():
     assert again.fingerprint() == source.fingerprint()
     other = float8(open_source(values), open_source(scales * 2), (2, 3))
     assert other.fingerprint() != source.fingerprint()
+
+
+@pytest.mark.parametrize(
+    "changed",
+    [
+        {"coding": "awq"},
+        {"block": (4, 2)},
+        {"divides": True},
+        {"zeros": 3.0},
+        {"rounded": np.dtype(np.float16)},
+        {"zeros_coding": "awq"},
+        {"more": 1},
+        {"mask": 7},
+    ],
+)
+def test_every_choice_of_how_numbers_are_decoded_counts(changed):
+    """In a fingerprint: the same files, decoded in another way, are another input."""
+
+    def source(
+        coding="uint4", block=(2, 4), divides=False, zeros=None, rounded=None,
+        zeros_coding="uint4", more=2, mask=15,
+    ):  # fmt: skip
+        grid = (4 // block[0], 8 // block[1])
+        stored = open_source(np.zeros((grid[0], -(-grid[1] // 8)), np.int32))
+        points = ZeroPoints(stored, zeros_coding, grid, more, mask)
+        factor = open_source(np.ones(1, np.float32))
+        scales = ScaleSource(open_source(np.ones(grid, np.float32)), grid, factor, divides)
+        codes, zeros = open_source(np.zeros((4, 1), np.int32)), points if zeros is None else zeros
+        return QuantizedSource(codes, coding, scales, block, zeros=zeros, rounded=rounded)
+
+    assert source().fingerprint() == source().fingerprint()
+    other = {"zeros": 0.0} if isinstance(changed.get("zeros"), float) else {}
+    assert source(**changed).fingerprint() != source(**other).fingerprint()
 
 
 @pytest.mark.parametrize("bad", [np.nan, np.inf])

@@ -4,6 +4,7 @@ import errno
 import json
 import os
 import pickle
+import shutil
 import subprocess
 import sys
 import threading
@@ -328,6 +329,32 @@ def test_fingerprints_tell_changed_data_and_not_moved_data(tmp_path):
     a, b = open_source(np.ones(3)), open_source(np.ones(3))
     assert a.fingerprint() == b.fingerprint() != open_source(np.zeros(3)).fingerprint()
     assert tokenize(a) == tokenize(b)
+
+
+@pytest.mark.parametrize("name", ["x.npy", "x.zarr", "x.safetensors"])
+def test_a_file_of_another_content_is_told_apart_by_samples(tmp_path, name):
+    """Archives unpack all files with one time of change; a copy of the same bytes is the same."""
+    rows = np.arange(1e6, dtype="f4").reshape(-1, 4)
+
+    def write(directory, rows):
+        (tmp_path / directory).mkdir()
+        path = tmp_path / directory / name
+        if name == "x.npy":
+            np.save(path, rows)
+        elif name == "x.zarr":
+            create_array(str(path), rows.shape, 1000, rows.dtype)[:] = rows
+        else:
+            save_file({"x": rows}, path)
+        for file in (path, *path.rglob("*")):
+            os.utime(file, ns=(1, 1))
+        return open_source(path)
+
+    first = write("first", rows)
+    assert write("same", rows).fingerprint() == first.fingerprint()
+    assert write("other", rows + 1).fingerprint() != first.fingerprint()
+    mark = first.fingerprint()
+    shutil.rmtree(tmp_path / "first")
+    assert write("first", rows[::-1]).fingerprint() != mark
 
 
 def test_remote_arrays_are_read_through_zarr(tmp_path):

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import os
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -27,8 +29,10 @@ from dask_ep.cluster.checks import Certificates, dashboard_link
 from dask_ep.cluster.gpus import PROTOCOLS
 from dask_ep.cluster.interrupts import Interrupts, Wait
 from dask_ep.cluster.workers import Workers
+from dask_ep.errors import JobError
 from dask_ep.jobs.backends import Cluster, Processes, Threads, Where
 from dask_ep.jobs.inspect import describe_output, words_of_usage
+from dask_ep.jobs.job import Job, load_job
 from dask_ep.jobs.result import Progress, RunResult
 from dask_ep.jobs.run import run_job
 from dask_ep.jobs.save_routing import path_of_weights
@@ -160,8 +164,7 @@ def carry_out(where: Where, job: str | None, save_job: str | None, **options: An
         options["travel"], options.pop("link_rate"), options.pop("read_rate")
     )
     if save_job is not None:
-        Path(save_job).write_text(parsed.to_toml(Path(save_job).parent), encoding="utf-8")
-        click.echo(f"job: {save_job}", err=True)
+        write_job(parsed, save_job, options["overwrite"])
     if isinstance(where, Threads | Processes):
         hint_at_faster_blas()
     with stoppable(parsed.out, options["overwrite"]) as wait, progress_bar("rows") as tell:
@@ -186,6 +189,25 @@ def carry_out(where: Where, job: str | None, save_job: str | None, **options: An
         click.echo(f"routing: {routing}; top-k weights: {path_of_weights(routing)}")
     if options["report"]:
         show_reports(done.reports)
+
+
+def write_job(job: Job, path: str, overwrite: bool) -> None:
+    """Write a job to a file, which must not exist, unless it has this job.
+
+    Another job is replaced with `overwrite`, a file that is no job never.
+    """
+    if os.path.exists(path):
+        try:
+            there = load_job(path)
+        except JobError as error:
+            raise click.UsageError(f"--save-job replaces only jobs, but {error}") from error
+        if replace(there, name=job.name) != job and not overwrite:
+            raise click.UsageError(
+                f"--save-job {path} exists, and has another job; --overwrite replaces it, or choose "
+                "another file"
+            )
+    Path(path).write_text(job.to_toml(Path(path).parent), encoding="utf-8")
+    click.echo(f"job: {path}", err=True)
 
 
 def show_reports(reports: Sequence[Path]) -> None:

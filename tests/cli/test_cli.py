@@ -432,6 +432,22 @@ def test_options_alone_make_a_job_for_every_command(tmp_path, small_job, capsys)
     assert here(capsys, "verify", *options)[0] == here(capsys, "verify", saved)[0] == 0
     assert 'out = "out.npy"' in saved.read_text(), "relative to the file, where it can be"
     assert here(capsys, "run", saved, "--resume")[0] == 0
+    assert here(capsys, "run", *options, "--save-job", saved, "--resume")[0] == 0, "the same job"
+
+
+def test_a_saved_job_replaces_no_other_file_unasked(tmp_path, small_job, capsys):
+    job, saved = load_job(small_job), tmp_path / "saved.toml"
+    saved.write_text(job.to_toml())
+    before = saved.read_text()
+    options = ("run", small_job, "--out", tmp_path / "other.npy", "--save-job")
+    code, _, err = here(capsys, *options, saved)
+    assert (code, "saved.toml exists, and has another job; --overwrite" in err) == (2, True), err
+    code, _, err = here(capsys, *options, job.tokens, "--overwrite")
+    assert (code, "--save-job replaces only jobs, but" in err) == (2, True), err
+    assert saved.read_text() == before
+    assert len(np.load(job.tokens))
+    assert here(capsys, *options, saved, "--overwrite")[0] == 0
+    assert load_job(saved).out == str(tmp_path / "other.npy")
 
 
 def test_a_run_says_which_experts_were_used(small_job, tmp_path, capsys):

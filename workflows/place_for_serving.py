@@ -24,7 +24,7 @@ many experts move as it takes to come within --tolerance of perfect balance.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import click
 import numpy as np
@@ -41,6 +41,7 @@ from dask_ep.placement.placement_files import (
 )
 from dask_ep.placement.policies import balance_layers, contiguous
 from dask_ep.placement.rebalance import incremental, moves
+from dask_ep.storage.bundle import read_metadata
 
 
 @click.command()
@@ -87,6 +88,7 @@ def main(
         elif physical_experts is None:
             raise click.UsageError("give --physical-experts or --previous")
         check_layers(list(paths), list(before), engine, model_layers)
+        check_statistics(paths, engine)
         loads = np.stack([expert_load(path, layer, experts) for layer, path in paths.items()])
         if before:
             after = [
@@ -160,6 +162,33 @@ def check_layers(
             f"vLLM Ascend's file needs every MoE layer, counted from 0, but layer {missing[0]} is "
             "missing"
         )
+
+
+def check_statistics(paths: Mapping[int, str], engine: str) -> None:
+    """Raise for statistics of another layer than theirs, as far as the engine's numbers tell."""
+    before = -1
+    for layer, path in paths.items():
+        found = layer_of_statistics(path)
+        if found is None:
+            continue
+        if engine == "sglang" and found != layer:
+            raise click.UsageError(
+                f"{path} is given for layer {layer}, but has the statistics of layer {found}"
+            )
+        if found < layer or found <= before:
+            raise click.UsageError(
+                f"{path} is given for MoE layer {layer}, counted from 0, but has the statistics of "
+                f"layer {found} of the model: give the layers in the order of the model"
+            )
+        before = found
+
+
+def layer_of_statistics(path: str) -> int | None:
+    """Return the layer of the model that a file of statistics names; None for other files."""
+    if not path.endswith(".safetensors"):
+        return None
+    named = read_metadata(path).get("layer_index")
+    return None if named is None else int(named)
 
 
 def _table(

@@ -9,7 +9,6 @@ has a hash of all arrays, so that damage is detected.
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Iterator, Mapping
 from math import prod
@@ -20,7 +19,7 @@ import xxhash
 
 from dask_ep.errors import ReadError
 from dask_ep.storage.replace import remove, replace
-from dask_ep.storage.safetensors_header import encode_header
+from dask_ep.storage.safetensors_header import encode_header, read_entries
 from dask_ep.storage.source import Source
 from dask_ep.storage.sources import open_safetensors, open_source
 from dask_ep.storage.storage import CHUNK_BYTES
@@ -102,8 +101,7 @@ def read_metadata(path: str) -> dict[str, str]:
     if path.endswith(".zarr"):
         return zarr_metadata(path).get("attributes", {})
     with open(path, "rb") as file:
-        header = json.loads(file.read(int.from_bytes(file.read(8), "little")))
-    return header.get("__metadata__", {})
+        return read_entries(file, os.path.getsize(path), path).get("__metadata__", {})
 
 
 def open_arrays(path: str) -> dict[str, Source]:

@@ -76,24 +76,12 @@ def parse_header(file: BinaryIO, size: int, path: str) -> dict[str, Tensor]:
     >>> parse_header(io.BytesIO(content), len(content), "y.safetensors")["output"].shape
     (2, 3)
     """
-    length = int.from_bytes(file.read(8), "little")
-    if size < 8 or length > min(LARGEST_HEADER, size - 8):
-        raise ValueError(
-            f"{path} is not a safetensors file: its header should have {length} bytes, but the "
-            f"file has {size}, and a header at most {LARGEST_HEADER}. Was the copy cut short?"
-        )
-    text = file.read(length)
-    try:
-        entries = json.loads(text, object_pairs_hook=_without_duplicates)
-    except ValueError as error:
-        raise ValueError(f"{path}: the safetensors header is not valid JSON: {error}") from error
-    if not isinstance(entries, dict):
-        raise ValueError(f"{path}: the safetensors header must be a JSON object, not {entries!r}")
+    entries = read_entries(file, size, path)
     entries.pop("__metadata__", None)
     spans = {}
     for name, entry in entries.items():
         spans[name] = _parse_entry(f"{path}: tensor {name!r}", entry)
-    data = 8 + length
+    data = file.tell()
     tensors, position = {}, 0
     for name, (dtype, shape, begin, end) in sorted(spans.items(), key=lambda item: item[1][2:]):
         if begin != position:
@@ -110,6 +98,24 @@ def parse_header(file: BinaryIO, size: int, path: str) -> dict[str, Tensor]:
             f"has {size} bytes. Was the copy cut short?"
         )
     return tensors
+
+
+def read_entries(file: BinaryIO, size: int, path: str) -> dict[str, Any]:
+    """Read the header as it is, with the metadata; the arguments are those of `parse_header`."""
+    length = int.from_bytes(file.read(8), "little")
+    if size < 8 or length > min(LARGEST_HEADER, size - 8):
+        raise ValueError(
+            f"{path} is not a safetensors file: its header should have {length} bytes, but the "
+            f"file has {size}, and a header at most {LARGEST_HEADER}. Was the copy cut short?"
+        )
+    text = file.read(length)
+    try:
+        entries = json.loads(text, object_pairs_hook=_without_duplicates)
+    except ValueError as error:
+        raise ValueError(f"{path}: the safetensors header is not valid JSON: {error}") from error
+    if not isinstance(entries, dict):
+        raise ValueError(f"{path}: the safetensors header must be a JSON object, not {entries!r}")
+    return entries
 
 
 def encode_header(

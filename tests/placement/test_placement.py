@@ -16,6 +16,7 @@ import pytest
 from click.testing import CliRunner, Result
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
+from safetensors.numpy import save_file
 
 from dask_ep.kernel.dispatch import expert_parallel_dispatch
 from dask_ep.placement import rebalance
@@ -657,6 +658,26 @@ def test_what_the_workflow_refuses(tmp_path, monkeypatch, arguments, words):
     result = serve(monkeypatch, tmp_path, *arguments)
     assert (result.exit_code, words in result.output) == (2, True), result.output
     assert not (tmp_path / "location.json").exists()
+
+
+def test_statistics_are_placed_as_the_layer_that_they_name(tmp_path, monkeypatch):
+    for layer in (3, 4):
+        tensors, named = {"usage.rows": np.array([5, 1, 1, 1])}, {"layer_index": str(layer)}
+        save_file(tensors, tmp_path / f"stats_{layer:03}.safetensors", named)
+
+    def served(engine: str, *layers: str) -> str:
+        asked = ("--physical-experts", 4, "--engine", engine)
+        return serve(monkeypatch, tmp_path, *layers, *asked).output
+
+    wrong = served("sglang", "3=stats_003.safetensors", "5=stats_004.safetensors")
+    assert "stats_004.safetensors is given for layer 5, but has the statistics of layer 4" in wrong
+    wrong = served("vllm-ascend", "0=stats_004.safetensors", "1=stats_003.safetensors")
+    assert "MoE layer 1, counted from 0, but has the statistics of layer 3 of the model" in wrong
+    assert not (tmp_path / "location.json").exists()
+    for engine, numbers in (("sglang", (3, 4)), ("vllm-ascend", (0, 1))):
+        named = [f"{n}=stats_00{layer}.safetensors" for n, layer in zip(numbers, (3, 4), strict=True)]
+        assert "Error" not in served(engine, *named)
+        (tmp_path / "location.json").unlink()
 
 
 # --- messages ---------------------------------------------------------------------------------

@@ -53,3 +53,11 @@ def test_a_number_that_was_changed_is_found(arrays, kind, tmp_path):
         path.write_bytes(content)
     with pytest.raises(ReadError, match="is damaged"):
         bundle.check_content(str(path))
+
+
+@pytest.mark.parametrize("length", [1 << 40, (1 << 64) - 1])
+def test_a_header_that_is_longer_than_its_file_is_not_read(length, tmp_path):
+    path = tmp_path / "stats.safetensors"
+    path.write_bytes(length.to_bytes(8, "little") + b"{}")
+    with pytest.raises(ReadError, match=rf"is damaged: .* header should have {length} bytes"):
+        bundle.check_content(str(path))

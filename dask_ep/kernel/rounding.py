@@ -102,11 +102,11 @@ class Arithmetic:
         """``x @ w + bias``."""
         w, b = w.astype(np.float64, copy=False), 0.0 if bias is None else bias
         value, magnitude = x.value @ w + b, np.abs(x.value) @ np.abs(w) + np.abs(b)
-        squares = w * w
-        size = np.sqrt(x.value**2 @ squares + np.square(b))
+        squares = _squares(w, 0)
+        size = np.hypot(_root(x.value, squares), b)
         scale = np.maximum(size, np.abs(value)) + self.sums * magnitude
         if x.scale.any():
-            scale += np.sqrt(x.scale**2 @ squares)
+            scale += _root(x.scale, squares)
         return _known(value, scale, x.peak, magnitude)
 
     @QUIET
@@ -145,6 +145,23 @@ def exact_rows(rows: np.ndarray) -> Scaled:
     """Input rows, without an error."""
     rows = rows.astype(np.float64)
     return _known(rows, np.zeros_like(rows), np.zeros(len(rows)), np.abs(rows))
+
+
+def _squares(x: np.ndarray, axis: int) -> tuple[np.ndarray, np.ndarray]:
+    """Return the squares of x over its largest number along an axis, and these numbers.
+
+    Squares of small numbers, such as 1e-200, would be zeros, and those of 1e200 infinite.
+    """
+    largest = np.abs(x).max(axis=axis, keepdims=True, initial=0.0)
+    largest = np.where((largest > 0) & np.isfinite(largest), largest, 1.0)
+    ratio = x / largest
+    return np.square(ratio, out=ratio), largest
+
+
+def _root(x: np.ndarray, squares: tuple[np.ndarray, np.ndarray]) -> np.ndarray:
+    """``sqrt(x**2 @ w**2)``, from the `_squares` of w."""
+    mine, largest = _squares(x, 1)
+    return np.sqrt(mine @ squares[0]) * largest * squares[1]
 
 
 def _known(value: np.ndarray, scale: np.ndarray, peak: np.ndarray, magnitude: np.ndarray) -> Scaled:

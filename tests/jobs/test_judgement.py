@@ -155,6 +155,25 @@ def test_a_run_is_good_and_a_lost_row_is_found(tmp_path_factory, layer, data):
     assert found.good == was_zero
 
 
+@pytest.mark.parametrize("size", [1e-250, 1e-160, 1e160, 1e250])
+@pytest.mark.parametrize("kind", ["linear", "mlp", "gated"])
+def test_values_whose_squares_are_no_floats_are_judged_like_others(tmp_path, size, kind):
+    rng = np.random.default_rng(0)
+    tokens = rng.standard_normal((50, 24)) * size
+    tokens[:, 1:] = tokens[:, :1]
+    first, last = rng.standard_normal((2, 2, 24, 24))
+    last -= last.mean(axis=1, keepdims=True)  # the terms cancel
+    experts = {"w": last} if kind == "linear" else {"up": np.abs(first), "down": last}
+    experts |= {"gate": np.abs(first), "up": first / size} if kind == "gated" else {}
+    options = {} if kind == "linear" else {"activation": "relu"}
+    job = job_of(tmp_path, tokens, np.arange(50) % 2, kind=kind, **experts, **options)
+    y = run(job)
+    assert verify_job(job).good
+    y[7, 3] += 1e-9 * np.abs(tokens[7]).max()
+    write(job.out, y)
+    assert [row.row for row in verify_job(job).worst] == [7]
+
+
 # --- 16 bits ---------------------------------------------------------------------------------
 
 

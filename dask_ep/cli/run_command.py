@@ -203,8 +203,8 @@ def write_job(job: Job, path: str, overwrite: bool) -> None:
             raise click.UsageError(f"--save-job replaces only jobs, but {error}") from error
         if replace(there, name=job.name) != job and not overwrite:
             raise click.UsageError(
-                f"--save-job {path} exists, and has another job; --overwrite replaces it, or choose "
-                "another file"
+                f"--save-job {path} exists, and has another job; --overwrite replaces it, or "
+                "choose another file"
             )
     Path(path).write_text(job.to_toml(Path(path).parent), encoding="utf-8")
     click.echo(f"job: {path}", err=True)

@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 from dask.utils import format_bytes
 
+from dask_ep.errors import ReadError
 from dask_ep.graph.expert_schedule import READS
 from dask_ep.jobs.build import open_inputs
 from dask_ep.jobs.job import load_job
@@ -127,9 +128,15 @@ def _inspect_array(path: str) -> Finding:
     kind = "Zarr array" if isinstance(source, ZarrSource) else "array"
     facts = _array_facts(source)
     if isinstance(source, ZarrSource) and source.path is not None:
-        missing = source.find_missing()
-        facts.append(("chunks never written", f"{len(missing)}" if missing else "none"))
+        facts.append(("chunks never written", _count_missing(source)))
     return _with_routing(kind, facts, source)
+
+
+def _count_missing(source: ZarrSource) -> str:
+    try:
+        return f"{len(source.find_missing()) or 'none'}"
+    except ReadError:
+        return "not known, as shards are together with other codecs"
 
 
 def _inspect_safetensors(path: str) -> Finding:

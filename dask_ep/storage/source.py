@@ -76,8 +76,8 @@ class Source(ABC):
     def fingerprint(self) -> dict[str, Any]:
         """Identify this data, as a JSON-able mapping that changes when the data does.
 
-        It has `name`, `shape`, `dtype`, and the size, time of change and samples of the files, or a
-        hash of the content for arrays in memory; not where the files are, so that they may be moved.
+        It has `name`, `shape`, `dtype`, and the size, time of change and samples of the files, or
+        a hash of the content for arrays in memory; not where the files are: they may be moved.
         """
 
     def __dask_tokenize__(self) -> object:

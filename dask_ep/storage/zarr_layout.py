@@ -30,6 +30,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import ml_dtypes
 import numpy as np
 
+from dask_ep.errors import ReadError
 from dask_ep.storage.remote import is_remote, read_object
 
 if TYPE_CHECKING:
@@ -217,9 +218,20 @@ def missing_chunks(array: zarr.Array, start: int, stop: int) -> Iterator[str]:
     """Return the keys of the stored chunks (shards) of rows [start, stop) that the store lacks.
 
     Chunks that a shard lacks are named too: a shard whose writer was stopped has only some of them.
+
+    Raises
+    ------
+    ReadError
+        If shards are inside other shards, or before or after another codec.
     """
     from zarr.core.sync import sync  # Zarr's public names have nothing that looks for one key
 
+    if _has_hidden_shards(array):
+        raise ReadError(
+            f"{array.store_path} has shards together with other codecs, or inside other shards, "
+            'where missing chunks are not found: write it again without, or set missing="fill" to '
+            "take these as the fill value"
+        )
     directory = local_directory(array)
     for place in _places(array, start, stop):
         key = array.metadata.encode_chunk_key(place)
@@ -232,6 +244,17 @@ def missing_chunks(array: zarr.Array, start: int, stop: int) -> Iterator[str]:
             there = os.path.exists(os.path.join(directory, key))
         if not there:
             yield key
+
+
+def _has_hidden_shards(array: zarr.Array) -> bool:
+    """Return whether an array has shards whose index is not at an end of what is stored."""
+    from zarr.codecs import ShardingCodec
+
+    metadata: Any = array.metadata
+    codecs: tuple[Any, ...] = metadata.codecs if metadata.zarr_format == 3 else ()
+    if array.shards is not None:
+        codecs = codecs[0].codecs
+    return any(isinstance(codec, ShardingCodec) for codec in codecs)
 
 
 def _places(array: zarr.Array, start: int, stop: int) -> Iterator[tuple[int, ...]]:

@@ -675,7 +675,9 @@ def test_statistics_are_placed_as_the_layer_that_they_name(tmp_path, monkeypatch
     assert "MoE layer 1, counted from 0, but has the statistics of layer 3 of the model" in wrong
     assert not (tmp_path / "location.json").exists()
     for engine, numbers in (("sglang", (3, 4)), ("vllm-ascend", (0, 1))):
-        named = [f"{n}=stats_00{layer}.safetensors" for n, layer in zip(numbers, (3, 4), strict=True)]
+        named = [
+            f"{n}=stats_00{layer}.safetensors" for n, layer in zip(numbers, (3, 4), strict=True)
+        ]
         assert "Error" not in served(engine, *named)
         (tmp_path / "location.json").unlink()
 

@@ -20,6 +20,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.numpy import save_file
 
+from dask_ep.jobs.inspect import inspect_path
 from dask_ep.storage import files
 from dask_ep.storage.sources import (
     ArraySource,
@@ -449,6 +450,37 @@ def test_a_shard_that_was_written_in_part_is_an_error(tmp_path, place, index_loc
     assert strict.find_missing() == ["1.1 of shard c/0/0"]
     with pytest.raises(ReadError, match=r"rows \[3, 4\) .*: chunk 1.1 of shard c/0/0 is missing"):
         strict.read(3, 4)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"serializer": zarr.codecs.ShardingCodec(chunk_shape=(2, 4)), "compressors": "auto"},
+        {
+            "serializer": zarr.codecs.ShardingCodec(chunk_shape=(2, 2)),
+            "filters": zarr.codecs.TransposeCodec(order=(1, 0)),
+            "chunks": (4, 4),
+        },
+        {
+            "serializer": zarr.codecs.ShardingCodec(
+                chunk_shape=(4, 4), codecs=[zarr.codecs.ShardingCodec(chunk_shape=(2, 4))]
+            )
+        },
+    ],
+    ids=["compressed", "transposed", "nested"],
+)
+@pytest.mark.filterwarnings("ignore:Combining a `sharding_indexed` codec")
+def test_shards_whose_chunks_cannot_be_missed_are_refused(tmp_path, options):
+    path = tmp_path / "x.zarr"
+    given = {"shape": (8, 8), "chunks": (4, 8), "dtype": "f4", "compressors": None} | options
+    array = zarr.create_array(path, **given)
+    array[:] = numbers((8, 8), "f4")
+    array[2:4] = 0  # Zarr writes no such chunks
+    check_rows(open_source(path, missing="fill"), array[:], 1, 8)
+    assert dict(inspect_path(path)[0].facts)["chunks never written"].startswith("not known")
+    for read in (refuse_missing, lambda source: source.read(0, 1)):
+        with pytest.raises(ReadError, match=r'shards together with .*, or set missing="fill"'):
+            read(open_source(path))
 
 
 def test_a_group_is_no_array_but_has_some(tmp_path):

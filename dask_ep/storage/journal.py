@@ -196,8 +196,9 @@ def acquire_lock(directory: str) -> None:
             holder = _read_holder(file)
         except ValueError as error:
             raise OutputInUse(
-                f"{path} is damaged and does not say who writes this output; if no process does, "
-                "remove it"
+                f"{path} is damaged and does not say which process writes this output. Check that "
+                "none does, on any machine that can write here; then remove this one file, and run "
+                "the command again with --resume"
             ) from error
         if holder is not None and _may_be_alive(holder):
             raise OutputInUse(

@@ -564,11 +564,10 @@ def test_a_damaged_lock_is_named(path, text):
     begin(path)
     with open(f"{progress_directory(path)}/lock", "w") as file:
         file.write(text)
-    with pytest.raises(
-        OutputInUse, match=r"progress/lock is damaged .* if no process does, remove it"
-    ):
+    message = "/lock is damaged .* Check that none does, .*; then remove this one file, and run"
+    with pytest.raises(OutputInUse, match=message) as error:
         run(path, Steps(), resume=True)
-    os.unlink(f"{progress_directory(path)}/lock")
+    os.unlink(str(error.value).split(" is damaged")[0])
     run(path, Steps(), resume=True)
 
 

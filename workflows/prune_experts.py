@@ -8,7 +8,8 @@ chooses groups of experts first, the same number is kept in each group, so that 
 
 Nothing is computed and no tensor is loaded: the bytes of the experts that are kept are copied, file
 by file, with their rows of the router and its biases. ``config.json`` gets the new number of
-experts; all other files (tokenizer, generation settings) are copied unchanged. At the end each MoE
+experts; layers for multi-token prediction that have experts are left out, as no statistics are
+collected of them; all other files (tokenizer, generation settings) are copied unchanged. At the end each MoE
 layer of the new checkpoint is opened, which compares all shapes with the config; only then is the
 directory renamed to PRUNED. The pruned layer computes what the old one does with the other experts
 masked out: their logits are minus infinity.
@@ -55,6 +56,9 @@ CONFIGS = (*TEXT_CONFIGS, ())
 
 PIECE = 16 << 20
 """Bytes copied at a time."""
+
+PREDICTION_LAYERS = {"num_nextn_predict_layers", "num_mtp_layers", "mtp_num_hidden_layers"}
+"""Names in configs of the number of layers beyond the last, for multi-token prediction."""
 
 OF_EXPERT = re.compile(r"((?:.*\.)?experts\.)(\d+)(\..+)")
 NAMED_EXPERT = re.compile(r"\bexperts\\*\.\d+")
@@ -170,8 +174,8 @@ class Pruning:
     #: the old number
     blocks: Mapping[int, Block]
     #: blocks by layer, each with the names of its tensors
-    left_out: list[str] = field(default_factory=list)
-    #: names of tensors beyond the last layer
+    left_out: frozenset[str] = field(init=False)
+    #: names of the tensors beyond the last layer, if experts are among them
 
     def __post_init__(self) -> None:
         self.layer_of = {
@@ -183,12 +187,13 @@ class Pruning:
         numbered = (
             prefix.format(layer=layer) for prefix in PREFIXES for layer in range(last, last + 16)
         )
-        self.beyond = ("mtp.", *numbered)
+        beyond = ("mtp", "model.mtp", *numbered)
+        names = [name for name in self.checkpoint.files.file_of if name.startswith(beyond)]
+        self.left_out = frozenset(names if any(".experts." in name for name in names) else ())
 
     def entry(self, name: str, dtype: str, shape: list[int], span: tuple[int, int]) -> Entry | None:
         """Return the new form of a tensor; None if it is dropped."""
-        if name.startswith(self.beyond) and ".experts." in name:
-            self.left_out.append(name)
+        if name in self.left_out:
             return None
         layer = self.layer_of.get(name)
         if layer is None:
@@ -272,8 +277,8 @@ class Pruning:
             if last in part:
                 old = part[last]
                 part[last] = [number] * len(old) if isinstance(old, list) else number
-        if self.left_out and "num_nextn_predict_layers" in text:
-            text["num_nextn_predict_layers"] = 0
+        if self.left_out:
+            text |= dict.fromkeys(text.keys() & PREDICTION_LAYERS, 0)
         if named := NAMED_EXPERT.search(json.dumps(self.checkpoint.model.quantization)):
             raise click.UsageError(
                 f"the settings of the quantization must not name individual experts ({named[0]}), "
@@ -411,8 +416,8 @@ def described(pruning: Pruning, scores: Mapping[int, np.ndarray]) -> Iterator[st
         yield f"layer {layer}: experts {', '.join(map(str, kept.tolist()))}{share}"
     if pruning.left_out:
         yield (
-            f"note: {len(pruning.left_out)} tensors of experts beyond the last layer (multi-token "
-            f"prediction) are left out, such as {pruning.left_out[0]}"
+            f"note: {len(pruning.left_out)} tensors beyond the last layer (multi-token prediction) "
+            f"are left out, such as {min(pruning.left_out)}"
         )
 
 

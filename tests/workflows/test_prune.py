@@ -182,17 +182,34 @@ def test_multi_token_prediction_layers_are_left_out(tmp_path):
             name: np.ones((20, 32), "f4"),
             "model.layers.3.mlp.experts.down_proj": np.ones((12, 32, 20), "f4"),
             "mtp.layers.0.mlp.experts.11.up_proj.weight": np.ones((20, 32), "f4"),
+            "model.layers.2.mlp.gate.weight": np.ones((12, 32), "f4"),
             "model.layers.2.eh_proj.weight": np.ones(2),
         }
 
     source = altered(tmp_path, "deepseek_v3", tensors=more, num_nextn_predict_layers=1)
     stats = write_stats(tmp_path / "stats", scores_of("deepseek_v3"))
     done = prune(source, stats, "--keep", "0.7", "--out", tmp_path / "out")
-    assert "note: 3 tensors of experts beyond the last layer" in done.stdout, done.stderr
+    assert "note: 5 tensors beyond the last layer" in done.stdout, done.stderr
     assert json.loads((tmp_path / "out/config.json").read_text())["num_nextn_predict_layers"] == 0
     left = open_safetensors(tmp_path / "out/model.safetensors")
-    assert not [name for name in left if ".experts." in name and ".layers.1." not in name]
-    assert "model.layers.2.eh_proj.weight" in left
+    before = open_safetensors(FIXTURES / "deepseek_v3/model.safetensors")
+    kept = [name for name in before if ".experts." not in name]
+    assert {name for name in left if ".experts." not in name} == set(kept)
+
+
+def test_a_prediction_layer_without_experts_stays(tmp_path):
+    """Its rows and the number of such layers do not depend on the experts of others."""
+    name = "model.layers.2.eh_proj.weight"
+    source = altered(
+        tmp_path,
+        "deepseek_v3",
+        tensors=lambda tensors: tensors | {name: np.ones(2)},
+        num_nextn_predict_layers=1,
+    )
+    stats = write_stats(tmp_path / "stats", scores_of("deepseek_v3"))
+    run_here(source, stats, "--keep", "0.7", "--out", tmp_path / "out")
+    assert name in open_safetensors(tmp_path / "out/model.safetensors")
+    assert json.loads((tmp_path / "out/config.json").read_text())["num_nextn_predict_layers"] == 1
 
 
 def refused(message: str, *arguments: object) -> None:

@@ -9,10 +9,10 @@ chooses groups of experts first, the same number is kept in each group, so that 
 Nothing is computed and no tensor is loaded: the bytes of the experts that are kept are copied, file
 by file, with their rows of the router and its biases. ``config.json`` gets the new number of
 experts; layers for multi-token prediction that have experts are left out, as no statistics are
-collected of them; all other files (tokenizer, generation settings) are copied unchanged. At the end each MoE
-layer of the new checkpoint is opened, which compares all shapes with the config; only then is the
-directory renamed to PRUNED. The pruned layer computes what the old one does with the other experts
-masked out: their logits are minus infinity.
+collected of them; all other files (tokenizer, generation settings) are copied unchanged. At the end
+each MoE layer of the new checkpoint is opened, which compares all shapes with the config; only then
+is the directory renamed to PRUNED. The pruned layer computes what the old one does with the other
+experts masked out: their logits are minus infinity.
 """
 
 from __future__ import annotations

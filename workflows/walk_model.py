@@ -97,7 +97,7 @@ class Blocks(click.ParamType):
     type=click.IntRange(1),
     default=2048,
     show_default=True,
-    help="Maximum tokens of a document; longer ones are cut.",
+    help="Maximum tokens of a document; longer ones are cut, but requests are refused.",
 )
 @click.option(
     "--chunk-rows",

@@ -82,6 +82,8 @@ def test_files_of_vllm_are_documents_with_hidden_states(tmp_path):
     save_file({"token_ids": np.arange(1), "hidden_states": hidden[:1]}, tmp_path / "b.safetensors")
     read = read_documents(str(tmp_path), 8, tokenize)
     np.testing.assert_array_equal(read.lengths, [3, 1])
+    with pytest.raises(ValueError, match="the longest of .* has 3 tokens: set --length to at"):
+        read_documents(str(tmp_path), 2, tokenize)
     path = str(tmp_path / "a.safetensors")
     assert hidden_shape(path, 1) == (3, 4)
     np.testing.assert_array_equal(read_hidden(path, 1, np.dtype("f4")), hidden[:, 1])

@@ -55,7 +55,8 @@ def read_documents(text: str, length: int, tokenize: Callable[[list[str]], list]
     text : a directory with vLLM's files of hidden states, one per request; or token ids as ``.npy``
         or ``.zarr``, (sequences, length), where negative ids at the end of a sequence are padding;
         or a text file with one document per line
-    length : maximum tokens of a document; longer ones are cut into several documents
+    length : maximum tokens of a document; longer ones are cut into several documents, but requests
+        are refused, since the hidden states of a token depend on all before it
     tokenize : function from a list of lines to the token ids of each
 
     Raises
@@ -66,7 +67,7 @@ def read_documents(text: str, length: int, tokenize: Callable[[list[str]], list]
     if os.path.splitext(text)[1] in (".npy", ".zarr"):
         sequences = _sequences_of_ids(text)
     elif os.path.isdir(text):
-        sequences = (read_ids(path) for path in request_files(text))
+        sequences = _sequences_of_requests(text, length)
     else:
         sequences = _sequences_of_text(text, tokenize)
     pieces = [piece for ids in sequences for piece in _cut(ids, length)]
@@ -78,6 +79,17 @@ def read_documents(text: str, length: int, tokenize: Callable[[list[str]], list]
 def _cut(ids: np.ndarray, length: int) -> Iterator[np.ndarray]:
     for start in range(0, len(ids), length):
         yield ids[start : start + length]
+
+
+def _sequences_of_requests(directory: str, length: int) -> list[np.ndarray]:
+    sequences = [read_ids(path) for path in request_files(directory)]
+    longest = max(map(len, sequences))
+    if longest > length:
+        raise ValueError(
+            f"requests are not cut, and the longest of {directory} has {longest} tokens: set "
+            f"--length to at least that, not {length}"
+        )
+    return sequences
 
 
 def _sequences_of_text(path: str, tokenize: Callable[[list[str]], list]) -> Iterator[np.ndarray]:

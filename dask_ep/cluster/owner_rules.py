@@ -12,8 +12,7 @@ many owners as it has replicas. Two functions, which do not depend on a schedule
     c leaves    a  b  .  b  .  b             assign again: only ranks 2 and 4 get a new owner
     c returns   a  b  a  b  b  b             balance: one rank of a and one of b go back to it
 
-Both use `finish`: a worker's load divided by its capacity. Loads and capacities have any unit; only
-their proportions matter.
+A worker finishes when its load divided by its capacity is done; only proportions matter.
 """
 
 from __future__ import annotations
@@ -61,9 +60,6 @@ class OwnerRules:
                 raise ValueError(f"{name} must be 0 seconds or more, but is {seconds}")
 
 
-RankOwners = list[frozenset[str]]
-"""owners[rank]: the workers that serve the rank; empty if none does."""
-
 GAIN = 0.1
 """Relative gain in finish time, of taker over giver, that is worth reading a slice again."""
 
@@ -76,10 +72,7 @@ def natural_order(name: str) -> tuple[tuple[str, int], ...]:
     >>> sorted(["w10", "w2", "tcp://10.0.0.9:1", "tcp://10.0.0.10:1"], key=natural_order)
     ['tcp://10.0.0.9:1', 'tcp://10.0.0.10:1', 'w2', 'w10']
     """
-    words = re.split(r"(\d+)", name)
-    return tuple(
-        (text, int(number)) for text, number in zip(words[::2], [*words[1::2], "-1"], strict=True)
-    )
+    return tuple((text, int(number or -1)) for text, number in re.findall(r"(\D*)(\d*)", name))
 
 
 def capacities(memory: Mapping[str, float]) -> dict[str, float]:
@@ -108,9 +101,10 @@ def burdens(
     {'a': 1.5, 'b': 0.5}
     """
     sums = dict.fromkeys(workers, 0.0)
-    for rank, of_rank in enumerate(owners):
-        for worker in of_rank:
-            sums[worker] += loads[rank] / len(of_rank)
+    for of_rank, load in zip(owners, loads, strict=True):
+        present = [worker for worker in of_rank if worker in sums]
+        for worker in present:
+            sums[worker] += load / len(present)
     return sums
 
 
@@ -120,25 +114,18 @@ def assign(
     loads: Sequence[float],
     replicas: Sequence[int] | None = None,
     limit: float = inf,
-) -> RankOwners:
+) -> list[frozenset[str]]:
     """Give an owner to every rank that lacks one, and take none from a present worker.
 
     Parameters
     ----------
-    previous : R collections of workers
-        Who owned each rank before; workers that are not in `workers` are dropped.
+    previous : who owned each of the R ranks before; workers that are not in `workers` are dropped
     workers : mapping of worker to capacity, in the order in which equals are preferred
     loads : R numbers
-        The work of each rank.
-    replicas : R ints, optional
-        How many owners each rank should have; default: 1. Never more than there are workers.
+    replicas : R numbers of owners, at most one per worker; default: 1
     limit : float
-        A worker takes another rank only while its load per capacity is below this.
-
-    Returns
-    -------
-    owners : R frozensets
-        Empty where no worker was left below `limit`.
+        A worker takes another rank only while its load per capacity is below this; where none is
+        left below it, a rank has no owner.
 
     Notes
     -----
@@ -156,7 +143,7 @@ def assign(
     wanted = [min(n, len(workers)) for n in (replicas or [1] * len(owners))]
     burden = burdens(owners, workers, loads)
     share = [load / max(n, 1) for load, n in zip(loads, wanted, strict=True)]
-    for rank in sorted(range(len(owners)), key=lambda r: (-share[r], r)):
+    for rank in sorted(range(len(owners)), key=lambda rank: -share[rank]):
         while len(owners[rank]) < wanted[rank]:
             free = [
                 worker
@@ -176,26 +163,14 @@ def balance(
     workers: Mapping[str, float],
     loads: Sequence[float],
     fixed: Collection[int] = (),
-    gain: float = GAIN,
-) -> RankOwners:
+) -> list[frozenset[str]]:
     """Move ranks from workers that finish late to workers that finish early, while that pays.
 
-    Parameters
-    ----------
-    owners, workers, loads
-        As in `assign`; every owner is in `workers`.
-    fixed : ranks that stay where they are
-    gain : float
-        A move pays if the taker then finishes at least this part earlier than the giver did.
-
-    Returns
-    -------
-    owners : R frozensets, as many owners for each rank as before
-
-    Notes
-    -----
-    No worker finishes later than the latest one before, and balancing a second time moves nothing.
-    Equal ranks on equal workers end within one rank or `gain` of each other.
+    Arguments are those of `assign`, with every owner in `workers`; ranks in `fixed` stay where they
+    are. Each rank keeps its number of owners. A move pays if the taker then finishes at least by
+    `GAIN` earlier than the giver did. No worker finishes later than the latest one before, and
+    balancing a second time moves nothing. Equal ranks on equal workers end within one rank or
+    `GAIN` of each other.
 
     Examples
     --------
@@ -204,7 +179,7 @@ def balance(
     """
     balanced = [frozenset(of_rank) for of_rank in owners]
     burden = burdens(balanced, workers, loads)
-    while move := _best_move(balanced, workers, loads, fixed, gain, burden):
+    while move := _best_move(balanced, workers, loads, fixed, burden):
         rank, giver, taker = move
         balanced[rank] = balanced[rank] - {giver} | {taker}
         burden[giver] -= loads[rank] / len(balanced[rank])
@@ -213,28 +188,25 @@ def balance(
 
 
 def _best_move(
-    owners: RankOwners,
+    owners: Sequence[frozenset[str]],
     workers: Mapping[str, float],
     loads: Sequence[float],
     fixed: Collection[int],
-    gain: float,
     burden: Mapping[str, float],
 ) -> tuple[int, str, str] | None:
     """Find the move that helps the latest worker most: (rank, giver, taker), if one pays."""
     finish = {worker: burden[worker] / capacity for worker, capacity in workers.items()}
-    for giver in sorted(workers, key=lambda w: -finish[w]):
+    for giver in sorted(workers, key=lambda worker: -finish[worker]):
         best, move = inf, None
         for rank, of_rank in enumerate(owners):
-            if giver not in of_rank or rank in fixed or len(of_rank) == len(workers):
+            others = [worker for worker in workers if worker not in of_rank]
+            if giver not in of_rank or rank in fixed or not others:
                 continue
             share = loads[rank] / len(of_rank)
-            taker = min(
-                (worker for worker in workers if worker not in of_rank),
-                key=lambda worker: (burden[worker] + share) / workers[worker],
-            )
-            taken = (burden[taker] + share) / workers[taker]
-            later = max(taken, (burden[giver] - share) / workers[giver])
-            if share > 0 and taken < (1 - gain) * finish[giver] and later < best:
+            after = {worker: (burden[worker] + share) / workers[worker] for worker in others}
+            taker = min(others, key=after.__getitem__)
+            later = max(after[taker], (burden[giver] - share) / workers[giver])
+            if share > 0 and after[taker] < (1 - GAIN) * finish[giver] and later < best:
                 best, move = later, (rank, giver, taker)
         if move:
             return move

@@ -13,29 +13,23 @@ task that is ready here and comes before its own in Dask's order.
 
 from __future__ import annotations
 
-import heapq
-import itertools
 import threading
+from bisect import insort
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 
-@dataclass(order=True)
+@dataclass(eq=False)
 class Waiting:
     """A chunk that waits to begin; the first in Dask's order begins first."""
 
     priority: tuple
-    number: int
-    is_wanted: bool = field(default=False, compare=False)
+    is_wanted: bool = False
     """Whether an earlier task needs its thread."""
 
 
 class Admission:
-    """Bounds the chunks in flight on a worker, of all layers.
-
-    Parameters
-    ----------
-    limit : chunks in flight at once; inf for no bound
+    """Bounds the chunks in flight on a worker, of all layers, by `limit`, which may be inf.
 
     Examples
     --------
@@ -48,8 +42,7 @@ class Admission:
 
     def __init__(self, limit: float):
         self._limit, self._changed = limit, threading.Condition()
-        self._waiting: list[Waiting] = []
-        self._number = itertools.count()
+        self._waiting: list[Waiting] = []  # in Dask's order
         self._is_closed = False
         self.under_way = 0
 
@@ -65,7 +58,7 @@ class Admission:
     def enter(
         self, priority: tuple, look: Callable[[], object], secede: Callable[[], None]
     ) -> None:
-        """Wait until a chunk may begin.
+        """Wait until a chunk may begin; a RuntimeError tells that the worker closes meanwhile.
 
         Parameters
         ----------
@@ -73,15 +66,10 @@ class Admission:
         look : arranges that `lend` is called if a ready task lacks a thread; called without
             waiting for it if this chunk has to wait
         secede : gives this thread back; called once, when the chunk begins or the thread is lent
-
-        Raises
-        ------
-        RuntimeError
-            If the worker closes meanwhile.
         """
-        me = Waiting(priority, next(self._number))
+        me = Waiting(priority)
         with self._changed:
-            heapq.heappush(self._waiting, me)
+            insort(self._waiting, me, key=lambda waiting: waiting.priority)
             must_wait = not self._is_next(me)
         try:
             if must_wait:
@@ -91,7 +79,12 @@ class Admission:
             if not has_begun:
                 self._begin(me)
         except BaseException:
-            self._give_up(me)
+            with self._changed:
+                if me in self._waiting:
+                    self._waiting.remove(me)
+                else:
+                    self.under_way -= 1
+                self._changed.notify_all()
             raise
 
     def lend(self, priority: tuple) -> None:
@@ -122,19 +115,10 @@ class Admission:
                 raise RuntimeError("the worker is closing")
             if not self._is_next(me):
                 return False
-            heapq.heappop(self._waiting)
+            self._waiting.remove(me)
             self.under_way += 1
             self._changed.notify_all()
             return True
 
-    def _give_up(self, me: Waiting) -> None:
-        with self._changed:
-            if me in self._waiting:
-                self._waiting.remove(me)
-                heapq.heapify(self._waiting)
-            else:
-                self.under_way -= 1
-            self._changed.notify_all()
-
     def _is_next(self, me: Waiting) -> bool:
-        return self.under_way < self._limit and self._waiting[0] is me
+        return self.under_way + 1 <= self._limit and self._waiting[0] is me

@@ -11,8 +11,13 @@ of them has time and room, it can take a share of the rank for which most rows w
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections import Counter
+from collections.abc import Collection, Iterable, Mapping
+from math import inf
 from typing import NamedTuple
+
+from distributed.core import Status
+from distributed.scheduler import WorkerState
 
 BUSY, IDLE = 0.9, 0.6
 """Shares of the time that a worker's cores compute: of an overloaded worker, and of one that can
@@ -45,6 +50,34 @@ class Sample(NamedTuple):
     #: bytes of memory left for replicas; inf without a limit
 
 
+def read_reports(
+    workers: Iterable[WorkerState], sizes: Mapping[str, int]
+) -> tuple[dict[str, Sample], dict[Rank, int]]:
+    """The last reports of running workers, and how many bytes the experts of each rank take.
+
+    Parameters
+    ----------
+    sizes : world sizes of the layers that are computed, by their tokens
+    """
+    told, nbytes = {}, Counter[Rank]()
+    for worker in workers:
+        report = worker.metrics.get("dask_ep")
+        if report is None or worker.status != Status.running:
+            continue
+        waiting = Counter[Rank]()
+        for token, rank, rows in report["queues"]:
+            if token in sizes:
+                waiting[sizes[token], rank] += rows
+        for token, rank, held in report["slices"]:
+            if token in sizes:
+                nbytes[sizes[token], rank] = max(held, nbytes[sizes[token], rank])
+        used, limit = worker.metrics.get("memory", 0), worker.memory_limit
+        room = MEMORY * limit - used if limit else inf
+        time, core, threads = report["time"], report["core"], report["threads"]
+        told[worker.address] = Sample(time, core, threads, waiting, room)
+    return told, nbytes
+
+
 class Replica(NamedTuple):
     """A rank that should get another owner."""
 
@@ -70,13 +103,13 @@ class HotRanks:
     """
 
     def __init__(self) -> None:
-        self._before: dict[str, Sample] = {}
+        self._before: Mapping[str, Sample] = {}
         self._seen: dict[Rank, int] = {}
 
     def look(
         self,
         told: Mapping[str, Sample],
-        owners: Mapping[Rank, set[str]],
+        owners: Mapping[Rank, Collection[str]],
         nbytes: Mapping[Rank, int],
     ) -> Replica | None:
         """Return the rank that should get another owner now, if any.
@@ -95,8 +128,6 @@ class HotRanks:
                 hot[max(sorted(waiting), key=waiting.__getitem__)] = worker
         self._seen = {rank: self._seen.get(rank, 0) + 1 for rank in hot}
         for rank, busy in sorted(hot.items(), key=lambda item: -shares[item[1]]):
-            if self._seen[rank] < LOOKS:
-                continue
             free = [
                 worker
                 for worker, share in shares.items()
@@ -104,28 +135,23 @@ class HotRanks:
                 and worker not in owners.get(rank, ())
                 and told[worker].room >= nbytes.get(rank, 0)
             ]
-            if free:
+            if free and self._seen[rank] >= LOOKS:
                 worker = min(sorted(free), key=shares.__getitem__)
                 self._seen.clear()
-                rows = told[busy].waiting[rank]
-                return Replica(
-                    rank,
-                    worker,
-                    f"hot: {rows} rows waited at {busy}, which was busy {shares[busy]:.0%} of the "
-                    f"time, {worker} {shares[worker]:.0%}",
+                why = (
+                    f"hot: {told[busy].waiting[rank]} rows waited at {busy}, which was busy "
+                    f"{shares[busy]:.0%} of the time, {worker} {shares[worker]:.0%}"
                 )
+                return Replica(rank, worker, why)
         return None
 
     def _shares(self, told: Mapping[str, Sample]) -> dict[str, float]:
         """The share of the time since the last look in which each worker's cores computed."""
         shares = {}
         for worker, now in told.items():
-            before = self._before.get(worker)
-            if before is None:
-                self._before[worker] = now
-            elif now.time > before.time:
+            before = self._before.get(worker, now)
+            if now.time > before.time:
                 passed = (now.time - before.time) * now.threads
                 shares[worker] = (now.core - before.core) / passed
-                self._before[worker] = now
-        self._before = {worker: self._before[worker] for worker in told}
+        self._before = told
         return shares

@@ -14,6 +14,7 @@ their inputs. Until a new owner has loaded, the old one serves.
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -38,10 +39,8 @@ class Layer:
     is_open: bool = False
     #: whether chunks may send packets
     error: str | None = None
-    loading: dict[int, str] = field(default_factory=dict)
-    #: ranks that are loaded once more, and where
     hastened: list[TaskState] = field(default_factory=list)
-    #: their dependencies: tasks that nothing may delay meanwhile
+    #: tasks that nothing may delay, as ranks that are loaded once more depend on them
 
     @property
     def world_size(self) -> int:
@@ -51,11 +50,8 @@ class Layer:
 class LayerMap:
     """The layers that are computed now, and the workers that serve them.
 
-    Parameters
-    ----------
-    scheduler : Scheduler
-    owners : function of a world size and a rank
-        Returns the set of addresses that should serve the rank; the same set object each time.
+    `owners` gives the set of addresses that should serve a rank, by world size and rank; the same
+    set each time. While the scheduler changes the state of a task, what follows is put off.
     """
 
     def __init__(self, scheduler: Scheduler, owners: Callable[[int, int], set[str]]):
@@ -70,36 +66,47 @@ class LayerMap:
     def __len__(self) -> int:
         return len(self._layers)
 
-    def world_sizes(self, keys: Iterable[object]) -> set[int]:
-        """World sizes of the layers among the keys of a new graph."""
-        sizes = {len(self._ranks(key)) for key in keys if read_ranks_key(key) is not None}
-        return sizes - {0}
-
-    def add(self, keys: Iterable[Any]) -> None:
+    def add(self, keys: Collection[Any]) -> None:
         """Let owners load the layers of a new graph, before the first of its tasks is assigned."""
         for key in keys:
             ranks_key = read_ranks_key(key)
-            if ranks_key is None or ranks_key.token in self._layers:
+            if ranks_key is None:
                 continue
-            tasks = self._ranks(key)
-            if not tasks:
-                continue
-            layer = Layer(ranks_key.token, tasks, [set() for _ in tasks])
-            self._layers[layer.token] = layer
-            for rank, task in enumerate(tasks):
-                dask_internals.pin(task, self._owners(layer.world_size, rank))
-            if ranks_key.at_home:
-                self._keep_at_home(layer, self._scheduler.tasks[key])
-            self._tell(layer, self._scheduler.workers)
+            joining = self._scheduler.tasks[key]
+            found = {of_rank[1]: t for t in joining.dependencies if (of_rank := read_rank(t.key))}
+            owners = [self._owners(len(found), rank) for rank in range(len(found))]
+            if found and ranks_key.token not in self._layers:
+                tasks = [found[rank] for rank in range(len(found))]
+                layer = Layer(ranks_key.token, tasks, [set() for _ in tasks])
+                self._layers[layer.token] = layer
+                self._pin(layer)
+                self._tell(layer)
+            if found and ranks_key.at_home:
+                _keep_at_home(joining.dependents, owners)
+        self._pin_passes([key for key in keys if isinstance(key, tuple) and len(key) > 2])
+
+    def _pin_passes(self, keys: Iterable[tuple]) -> None:
+        """Let the tasks of experts that are processed in passes run on the owners of their rank."""
+        found = {key: of_rank for key in keys if (of_rank := read_rank(key))}
+        world_sizes: defaultdict[str, int] = defaultdict(int)
+        for token, rank in found.values():
+            world_sizes[token] = max(world_sizes[token], rank + 1)
+        for key, (token, rank) in found.items():
+            if world_sizes[token] > 1:
+                owners = self._owners(world_sizes[token], rank)
+                dask_internals.restrict(self._scheduler.tasks[key], owners)
 
     def heard(self, key: object, start: str, finish: str) -> None:
         """Follow the state of the layers' tasks; other tasks are ignored."""
-        if not isinstance(key, tuple):
+        if not isinstance(key, tuple) or len(key) not in (1, 2):
             return
-        if len(key) == 1:
-            self._heard_of_layer(key, start, finish)
-        elif len(key) == 2 and (found := read_rank(key)) is not None:
-            self._heard_of_rank(*found, finish)
+        if ranks_key := read_ranks_key(key):
+            if layer := self._layers.get(ranks_key.token):
+                self._heard_of_layer(layer, start, finish)
+        elif of_rank := read_rank(key):
+            token, rank = of_rank
+            if layer := self._layers.get(token):
+                self._heard_of_rank(layer, rank, finish)
 
     def serve(self, world_size: int, rank: int) -> None:
         """Update the services of a rank after its owners have changed."""
@@ -111,19 +118,11 @@ class LayerMap:
         """Forget a worker, and let nothing wait for it."""
         for able in self._able.values():
             able.discard(worker)
-        dask_internals.tell(
-            self._scheduler, self._scheduler.workers, {"op": "ep-lost", "worker": worker}
-        )
+        self._send({"op": "ep-lost", "worker": worker})
         for layer in self:
-            changed = False
-            for rank, serving in enumerate(layer.serving):
-                if worker in serving:
-                    serving.discard(worker)
-                    changed = True
-                if layer.loading.get(rank) == worker:
-                    del layer.loading[rank]
-            if changed:
-                self._tell(layer, self._scheduler.workers)
+            if any(worker in serving for serving in layer.serving):
+                layer.serving = [serving - {worker} for serving in layer.serving]
+                self._tell(layer)
 
     def welcome(self, worker: str) -> None:
         """Inform a new worker of all layers."""
@@ -136,106 +135,69 @@ class LayerMap:
         """Let every request for a rank fail: the map is no longer reliable."""
         for layer in self:
             layer.error = error
-            self._tell(layer, self._scheduler.workers)
+            self._tell(layer)
 
     def clear(self) -> None:
-        for token in list(self._layers):
-            self._close(token)
+        for layer in list(self):
+            self._close(layer)
 
     # --- how it is done ---
 
-    def _ranks(self, key: Any) -> list[TaskState]:
-        """The tasks that load the ranks of a layer, in order."""
-        ranks = {}
-        for task in self._scheduler.tasks[key].dependencies:
-            if (found := read_rank(task.key)) is not None:
-                ranks[found[1]] = task
-        return [ranks[rank] for rank in sorted(ranks)]
-
-    def _keep_at_home(self, layer: Layer, task: TaskState) -> None:
-        """Let each chunk of a layer with a local placement be read by an owner of its home."""
-        for chunk in task.dependents:
-            number: Any = chunk.key[1] if isinstance(chunk.key, tuple) and len(chunk.key) > 1 else 0
-            home = number % layer.world_size
-            dask_internals.restrict(chunk, self._owners(layer.world_size, home))
-
-    def _heard_of_layer(self, key: tuple, start: str, finish: str) -> None:
-        ranks_key = read_ranks_key(key)
-        layer = self._layers.get(ranks_key.token) if ranks_key is not None else None
-        if layer is None:
-            return
+    def _heard_of_layer(self, layer: Layer, start: str, finish: str) -> None:
         if finish == "memory":
             layer.is_open = True
-            self._tell(layer, self._scheduler.workers)
-            self._scheduler.loop.add_callback(self._serve_all, layer)
-        elif start == "memory":
-            layer.is_open = False
-            self._drop_all(layer)
+            self._tell(layer)
+            for rank in range(layer.world_size):
+                self._scheduler.loop.add_callback(self._serve, layer, rank)
+        elif start == "memory":  # services drop the experts, which may be needed again
+            layer.is_open, layer.error, layer.serving = False, None, [set() for _ in layer.tasks]
+            self._scheduler.loop.add_callback(self._release_hastened, layer)
+            self._pin(layer)
+            self._send({"op": "ep-close", "token": layer.token})
+            self._tell(layer)
         if finish == "forgotten":
-            self._close(layer.token)
+            self._close(layer)
 
-    def _heard_of_rank(self, token: str, rank: int, finish: str) -> None:
-        layer = self._layers.get(token)
-        if layer is None:
-            return
+    def _heard_of_rank(self, layer: Layer, rank: int, finish: str) -> None:
         task = layer.tasks[rank]
         if finish == "memory":
-            self._loaded(layer, rank)
             layer.serving[rank] |= {worker.address for worker in task.who_has or ()}
             if layer.is_open:
-                self._tell(layer, self._scheduler.workers)
+                self._tell(layer)
         elif finish == "erred" and layer.is_open:
-            self._loaded(layer, rank)
-            layer.error = (
-                f"rank {rank}: its experts could not be loaded again: {task.exception_text}"
-            )
-            self._tell(layer, self._scheduler.workers)
-        if finish in ("memory", "released"):
-            # The scheduler is making the change: act when it is done.
+            why = f"its experts could not be loaded again: {task.exception_text}"
+            layer.error = f"rank {rank}: {why}"
+            self._tell(layer)
+        if finish in ("memory", "erred", "released"):
             self._scheduler.loop.add_callback(self._serve, layer, rank)
-
-    def _serve_all(self, layer: Layer) -> None:
-        for rank in range(layer.world_size):
-            self._serve(layer, rank)
 
     def _serve(self, layer: Layer, rank: int) -> None:
         """Load a rank on owners that do not serve it yet; drop it on workers that do not own it."""
-        if self._layers.get(layer.token) is not layer or not layer.is_open:
+        self._release_hastened(layer)
+        if not layer.is_open:
             return
-        owners = self._owners(layer.world_size, rank)
-        present = {owner for owner in owners if owner in self._scheduler.workers}
-        missing = present - layer.serving[rank]
-        task = layer.tasks[rank]
-        if not missing:
-            if present and (extra := layer.serving[rank] - present):
-                layer.serving[rank] -= extra
-                self._tell(layer, self._scheduler.workers)
-                drop = {"op": "ep-drop", "token": layer.token, "rank": rank}
-                dask_internals.tell(self._scheduler, extra, drop)
-            return
+        owners = self._owners(layer.world_size, rank).intersection(self._scheduler.workers)
+        if missing := owners - layer.serving[rank]:
+            task = layer.tasks[rank]
+            pinned = task.worker_restrictions or ()
+            if task.state == "released" or (_is_under_way(task) and missing.isdisjoint(pinned)):
+                self._load_on(layer, task, min(missing, key=natural_order))
+        elif owners and (extra := layer.serving[rank] - owners):
+            layer.serving[rank] -= extra
+            self._tell(layer)
+            self._send({"op": "ep-drop", "token": layer.token, "rank": rank}, extra)
+
+    def _load_on(self, layer: Layer, task: TaskState, worker: str) -> None:
+        """Load the experts of a rank there, before all other tasks: chunks wait for them."""
+        dask_internals.pin(task, {worker})
+        layer.hastened += dask_internals.hasten(task, self._workers_with)
         if task.state == "released":
-            self._load_on(layer, rank, min(missing, key=natural_order))
             dask_internals.run_again(self._scheduler, task)
-        elif task.state != "erred" and layer.loading.get(rank) not in missing:
-            self._load_on(layer, rank, min(missing, key=natural_order))
+        else:
             dask_internals.place_again(self._scheduler, task)
 
-    def _load_on(self, layer: Layer, rank: int, worker: str) -> None:
-        """Load the experts of a rank there, before all other tasks: chunks wait for them."""
-        layer.loading[rank] = worker
-        dask_internals.pin(layer.tasks[rank], {worker})
-        layer.hastened += dask_internals.hasten(layer.tasks[rank], self._workers_with)
-
-    def _loaded(self, layer: Layer, *ranks: int) -> None:
-        """Note that these ranks are not being loaded any more."""
-        for rank in ranks:
-            layer.loading.pop(rank, None)
-        if layer.hastened:
-            # The scheduler is making the change: act when it is done.
-            self._scheduler.loop.add_callback(self._release_hastened, layer)
-
     def _release_hastened(self, layer: Layer) -> None:
-        if not layer.loading:
+        if layer.hastened and not any(map(_is_under_way, layer.tasks)):
             layer.hastened = dask_internals.release_hastened(self._scheduler, layer.hastened, Able)
 
     def _workers_with(self, needs: Mapping[str, float]) -> Able:
@@ -247,41 +209,39 @@ class LayerMap:
                 self._able[kind].hear(address, worker.resources)
         return self._able[kind]
 
-    def _tell(self, layer: Layer, workers: Iterable[str]) -> None:
-        self._version += 1
-        message = {
-            "op": "ep-route",
-            "token": layer.token,
-            "version": self._version,
-            "owners": [sorted(of_rank, key=natural_order) for of_rank in self._routes(layer)],
-            "is_open": layer.is_open,
-            "error": layer.error,
-        }
-        dask_internals.tell(self._scheduler, list(workers), message)
-
-    def _routes(self, layer: Layer) -> list[Collection[str]]:
-        """The workers that chunks send packets to, for each rank: owners that have loaded it, else
-        others that have."""
-        routes: list[Collection[str]] = []
-        for rank, serving in enumerate(layer.serving):
-            owners = self._owners(layer.world_size, rank)
-            routes.append((serving & owners) or serving if layer.is_open else ())
-        return routes
-
-    def _drop_all(self, layer: Layer) -> None:
-        """Let services drop the experts of a layer, which may be needed again."""
-        dask_internals.tell(
-            self._scheduler, self._scheduler.workers, {"op": "ep-close", "token": layer.token}
-        )
-        layer.serving, layer.error = [set() for _ in layer.tasks], None
-        self._loaded(layer, *range(layer.world_size))
+    def _pin(self, layer: Layer) -> None:
+        """Let the experts of a layer be loaded by the owners of their ranks."""
         for rank, task in enumerate(layer.tasks):
             dask_internals.pin(task, self._owners(layer.world_size, rank))
-        self._tell(layer, self._scheduler.workers)
 
-    def _close(self, token: str) -> None:
-        layer = self._layers.pop(token)
-        self._loaded(layer, *range(layer.world_size))
-        dask_internals.tell(
-            self._scheduler, self._scheduler.workers, {"op": "ep-close", "token": token}
-        )
+    def _close(self, layer: Layer) -> None:
+        layer.is_open = False
+        del self._layers[layer.token]
+        self._send({"op": "ep-close", "token": layer.token})
+
+    def _tell(self, layer: Layer, workers: Iterable[str] | None = None) -> None:
+        """Announce whom chunks send packets to: owners that have loaded a rank, else who has."""
+        self._version += 1
+        routes = [
+            sorted(serving & self._owners(layer.world_size, rank) or serving, key=natural_order)
+            for rank, serving in enumerate(layer.serving)
+        ]
+        message = {"op": "ep-route", "token": layer.token, "version": self._version}
+        state = {"owners": routes, "is_open": layer.is_open, "error": layer.error}
+        self._send(message | state, workers)
+
+    def _send(self, message: dict[str, Any], workers: Iterable[str] | None = None) -> None:
+        """Send a message to workers; to all of them by default."""
+        to = self._scheduler.workers if workers is None else workers
+        dask_internals.tell(self._scheduler, list(to), message)
+
+
+def _is_under_way(task: TaskState) -> bool:
+    return task.state in ("waiting", "no-worker", "processing")
+
+
+def _keep_at_home(chunks: Iterable[TaskState], owners: list[set[str]]) -> None:
+    """Let each chunk of a layer with a local placement be read by an owner of its home."""
+    for chunk in chunks:
+        number: Any = chunk.key[1] if isinstance(chunk.key, tuple) and len(chunk.key) > 1 else 0
+        dask_internals.restrict(chunk, owners[number % len(owners)])

@@ -14,23 +14,22 @@ by which owners change; this file is the user's handle.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext, suppress
 from dataclasses import dataclass
 from html import escape
-from math import isfinite, isinf
-from types import TracebackType
+from math import isfinite
 from typing import Any
 
 from dask.utils import format_bytes
 from distributed import Client
-from distributed.scheduler import Scheduler
 
 from dask_ep.arrays.checks import check_world_size
 from dask_ep.cluster.dask_internals import scheduler_address
 from dask_ep.cluster.exchange import Services
 from dask_ep.cluster.owner_plugin import OWNERS_PLUGIN, Ownership
 from dask_ep.cluster.owner_rules import OwnerRules, burdens
-from dask_ep.cluster.ranks import Change
+from dask_ep.cluster.ranks import Change, Ranks
 
 
 def own_experts(
@@ -67,22 +66,18 @@ def own_experts(
 
     Raises
     ------
-    ValueError
-        If there are no workers to count, or `world_size`, `replicas` or `loads` are not valid.
-    TypeError
-        If `world_size` is not a whole number, the client is asynchronous, or `rules` are not
-        `OwnerRules`.
+    ValueError, TypeError
+        If an argument is not valid, the client is asynchronous, or there are no workers to count.
     RuntimeError
         If the scheduler cannot import dask_ep.
 
     Notes
     -----
-    A second call, from this or another client, returns a handle to the same owners: a scheduler has
-    one plugin. A call changes only the arguments that it passes. The plugin is removed when all
-    clients that called have closed their handles or disconnected. Afterwards each worker keeps an
-    idle plugin, and its C library keeps freed memory, up to 32 MiB for each of its heaps (see
-    `dask_ep.arrays.memory.keep_freed_memory`). Graphs of another world size get owners by the same
-    rules when they arrive.
+    A scheduler has one plugin: a second call, from this or another client, returns a handle to the
+    same owners, and changes only what it passes. Graphs of another world size get owners by the
+    same rules when they arrive. The plugin is removed when all clients that called have closed
+    their handles or disconnected. Afterwards each worker keeps an idle plugin, and its C library
+    keeps freed memory, up to 32 MiB for each heap (`dask_ep.arrays.memory.keep_freed_memory`).
 
     Dask gives a task up (KilledWorker) when more workers have died with it than the scheduler's
     `distributed.scheduler.allowed-failures`, 3 by default: set it to the number of workers or more
@@ -90,13 +85,10 @@ def own_experts(
     hangs is given up after Dask's ``distributed.scheduler.worker-ttl``, five minutes by default.
 
     Chunks begin in the order in which Dask would compute them. A user's restrictions (``workers=``,
-    ``resources=``, annotations) apply to the chunks; services run on the owners.
-
-    An adaptive cluster (``cluster.adapt``) keeps the only owner of a rank while work is pending. It
-    counts the work of the chunks in flight, so choose its ``target_duration`` by these.
-
-    If the placement of a graph is local (`dask_ep.laws.travel`), each chunk is read by an owner of
-    the rank that is its home.
+    ``resources=``, annotations) apply to the chunks; services run on the owners. If the placement
+    of a graph is local (`dask_ep.laws.travel`), each chunk is read by an owner of the rank that is
+    its home. An adaptive cluster (``cluster.adapt``) keeps the only owner of a rank while work is
+    pending. It counts the work of the chunks in flight, so choose its ``target_duration`` by these.
 
     The same workers (by name) give the same map. Results never depend on owners: a rank computes
     the same, to the bit, on every worker.
@@ -125,7 +117,7 @@ def own_experts(
     try:
         client.register_plugin(Services())
         world_size, is_new = client.run_on_scheduler(
-            _claim, client.id, world_size, replicas, loads, rules
+            _claim, client.id, world_size, replicas or {}, loads, rules
         )
     except ModuleNotFoundError as error:
         raise RuntimeError(
@@ -149,17 +141,10 @@ class WorkerRow:
 
 
 class Owners:
-    """The owners of all ranks: the handle that `own_experts` returns.
+    """The owners of all ranks, `world_size` in number: the handle that `own_experts` returns.
 
-    Attributes
-    ----------
-    world_size : int
-
-    Notes
-    -----
-    Stores nothing: each access is one round trip to the scheduler, and shows its state at that
-    moment. As a context manager it frees the ranks at the end of the block, unless the client had
-    claimed them before the block.
+    Each access is one round trip to the scheduler, and shows its state at that moment. As a context
+    manager it frees the ranks at the end of the block, unless the client had claimed them before.
     """
 
     def __init__(self, client: Client, world_size: int, is_new: bool):
@@ -212,37 +197,28 @@ class Owners:
     def close(self) -> None:
         """Free the ranks, unless another client has claimed owners too. Safe to call twice."""
         if self._client.status == "running":
-            self._client.run_on_scheduler(_release, self._client.id)
+            self._client.run_on_scheduler(_answer, _release, self.world_size, self._client.id)
 
     def __enter__(self) -> Owners:
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        if not self._is_new:
-            return
-        try:
-            self.close()
-        except OSError:
-            if error is None:
-                raise
-            # The scheduler is lost, and with it the plugin: let the first error be raised.
+    def __exit__(self, kind: object, error: object, trace: object) -> None:
+        if self._is_new:
+            # If the scheduler is lost, so is the plugin: let the first error be raised.
+            with suppress(OSError) if error else nullcontext():
+                self.close()
 
     def __repr__(self) -> str:
         rows = self._rows()
         if rows is None:
-            return self._closed()
+            return f"<Owners of {self.world_size} ranks: closed>"
         lines = [f"{row.name}: {', '.join(map(str, row.ranks)) or '-'}" for row in rows]
         return f"<Owners of {self.world_size} ranks on {len(rows)} workers: {'; '.join(lines)}>"
 
     def _repr_html_(self) -> str:
         rows = self._rows()
         if rows is None:
-            return escape(self._closed())
+            return escape(repr(self))
         head = "<tr><th>worker</th><th>ranks</th><th>load</th><th>memory</th></tr>"
         body = "".join(
             f"<tr><td title='{escape(row.address)}'>{escape(row.name)}</td>"
@@ -252,75 +228,73 @@ class Owners:
         )
         return f"<table><caption>Owners of {self.world_size} ranks</caption>{head}{body}</table>"
 
-    def _closed(self) -> str:
-        return f"<Owners of {self.world_size} ranks: closed>"
-
     def _rows(self) -> list[WorkerRow] | None:
         """The table; None if the owners or the client are closed."""
         if self._client.status != "running":
             return None
-        try:
-            return self._ask(_table_if_open)
-        except OSError:
-            return None
+        answer = None
+        with suppress(OSError):
+            answer = self._client.run_on_scheduler(_answer, _table, self.world_size)
+        return answer[0] if answer else None
 
-    def _ask(self, question: Any, *args: Any) -> Any:
-        return self._client.run_on_scheduler(question, self.world_size, *args)
+    def _ask(self, question: Callable, *args: Any) -> Any:
+        """Call a function with the plugin and the world size, on the scheduler."""
+        answer = self._client.run_on_scheduler(_answer, question, self.world_size, *args)
+        if answer is None:
+            raise RuntimeError("these owners are closed; call own_experts(client) again")
+        return answer[0]
 
 
-# The functions below run on the scheduler, which passes itself.
+# The functions below run on the scheduler, which passes itself to the first ones.
+
+
+def _answer(question: Callable, world_size: int, *args: Any, dask_scheduler: Any) -> tuple | None:
+    """The answer to a question, in a tuple; None if the owners are closed, which is no error."""
+    plugin = dask_scheduler.plugins.get(OWNERS_PLUGIN)
+    if plugin is None or world_size not in plugin.ranks:
+        return None
+    return (question(plugin, world_size, *args),)
+
+
+def _failures(dask_scheduler: Any) -> list[str]:
+    plugin = dask_scheduler.plugins.get(OWNERS_PLUGIN)
+    return list(plugin.failures) if plugin else []
 
 
 def _claim(
     client: str,
     world_size: int | None,
-    replicas: Mapping[int, int] | None,
+    replicas: Mapping[int, int],
     loads: Sequence[float] | None,
     rules: OwnerRules,
-    dask_scheduler: Scheduler,
+    dask_scheduler: Any,
 ) -> tuple[int, bool]:
-    installed = _find_plugin(dask_scheduler)
-    plugin = installed or Ownership(dask_scheduler)
+    plugin: Ownership = dask_scheduler.plugins.get(OWNERS_PLUGIN) or Ownership(dask_scheduler)
     is_new = client not in plugin.claims
     if world_size is None:
-        world_size = plugin.claims.get(client) or _places(plugin)
+        workers = plugin.workers()
+        gpus = sum(dask_scheduler.workers[w].resources.get("GPU", 0) for w in workers)
+        world_size = plugin.claims.get(client) or int(gpus) or len(workers)
         if world_size == 0:
             raise ValueError(
                 "world_size defaults to the number of workers, but there are none; start workers "
                 "first, or pass world_size"
             )
-    _check_claim(world_size, replicas, loads)
-    if rules.settle is not None:
-        plugin.settle = rules.settle
-    if rules.pause_limit is not None:
-        plugin.pause_limit = rules.pause_limit
-    if not installed:
-        dask_scheduler.add_plugin(plugin, name=OWNERS_PLUGIN)
-        plugin.limit(None)  # whatever was set before
-    plugin.is_leaving = False
-    chunks = rules.chunks_in_flight
-    if chunks is not None:
-        plugin.limit(chunks if isinf(chunks) else int(chunks))
-    if rules.replicate_hot is not None:
-        plugin.replicate_hot = rules.replicate_hot
-    plugin.claim(client, world_size, loads, replicas)
+    check_world_size(world_size)
+    _check(replicas, loads, world_size)
+    ranks = plugin.ranks.setdefault(world_size, Ranks(world_size))
+    for rank, owners in replicas.items():
+        ranks.replicas[rank] = owners
+    if loads is not None:
+        ranks.loads = [float(load) for load in loads]
+        plugin.settle_later()
+    dask_scheduler.add_plugin(plugin, idempotent=True)
+    plugin.claim(client, world_size, rules)
     return world_size, is_new
 
 
-def _places(plugin: Ownership) -> int:
-    """Count the ranks to which the workers correspond: GPUs if any, else workers."""
-    workers = plugin.workers()
-    has_gpus = any(plugin.scheduler.workers[w].resources.get("GPU") for w in workers)
-    return int(sum(workers.values())) if has_gpus else len(workers)
-
-
-def _check_claim(
-    world_size: int,
-    replicas: Mapping[int, int] | None,
-    loads: Sequence[float] | None,
-) -> None:
-    check_world_size(world_size)
-    for rank, owners in (replicas or {}).items():
+def _check(replicas: Mapping[int, int], loads: Sequence[float] | None, world_size: int) -> None:
+    for rank, owners in replicas.items():
         if not 0 <= rank < world_size or owners < 1:
             raise ValueError(
                 f"replicas must give 1 or more owners to ranks 0 to {world_size - 1}, but gives "
@@ -334,49 +308,27 @@ def _check_claim(
         raise ValueError(f"loads must be finite, not negative, and not all zero, but are {loads}")
 
 
-def _find_plugin(scheduler: Scheduler) -> Ownership | None:
-    found: Any = scheduler.plugins.get(OWNERS_PLUGIN)
-    return found
+def _release(plugin: Ownership, world_size: int, client: str) -> None:
+    plugin.release(client)
 
 
-def _is_open(scheduler: Scheduler, world_size: int) -> bool:
-    plugin = _find_plugin(scheduler)
-    return plugin is not None and world_size in plugin.ranks
+def _owners(plugin: Ownership, world_size: int) -> list[tuple[str, ...]]:
+    return plugin.ranks[world_size].listed()
 
 
-def _installed(scheduler: Scheduler, world_size: int) -> Ownership:
-    plugin = _find_plugin(scheduler)
-    if plugin is None or world_size not in plugin.ranks:
-        raise RuntimeError("these owners are closed; call own_experts(client) again")
-    return plugin
-
-
-def _owners(world_size: int, dask_scheduler: Scheduler) -> list[tuple[str, ...]]:
-    plugin = _installed(dask_scheduler, world_size)
-    return [tuple(sorted(of_rank)) for of_rank in plugin.ranks[world_size].living()]
-
-
-def _changes(world_size: int, dask_scheduler: Scheduler) -> list[Change]:
-    plugin = _installed(dask_scheduler, world_size)
+def _changes(plugin: Ownership, world_size: int) -> list[Change]:
     return [change for change in plugin.ranks.changes if change.world_size == world_size]
 
 
-def _failures(dask_scheduler: Scheduler) -> list[str]:
-    plugin = _find_plugin(dask_scheduler)
-    return list(plugin.failures) if plugin else []
-
-
-def _table(world_size: int, dask_scheduler: Scheduler) -> list[WorkerRow]:
-    plugin = _installed(dask_scheduler, world_size)
-    ranks = plugin.ranks[world_size]
-    owners, workers = ranks.living(), plugin.workers()
-    present = [frozenset(of_rank & workers.keys()) for of_rank in owners]
-    burden = burdens(present, workers, ranks.loads)
+def _table(plugin: Ownership, world_size: int) -> list[WorkerRow]:
+    ranks, workers = plugin.ranks[world_size], plugin.workers()
+    owners, known = ranks.living(), plugin.scheduler.workers
+    burden = burdens(owners, workers, ranks.loads)
     return [
         WorkerRow(
-            name=str(dask_scheduler.workers[address].name),
+            name=str(known[address].name),
             address=address,
-            memory=dask_scheduler.workers[address].memory_limit,
+            memory=known[address].memory_limit,
             ranks=tuple(rank for rank, of_rank in enumerate(owners) if address in of_rank),
             load=burden[address] / sum(ranks.loads),
         )
@@ -384,43 +336,27 @@ def _table(world_size: int, dask_scheduler: Scheduler) -> list[WorkerRow]:
     ]
 
 
-def _table_if_open(world_size: int, dask_scheduler: Scheduler) -> list[WorkerRow] | None:
-    """The table for display, where an error would be logged by the scheduler."""
-    return _table(world_size, dask_scheduler) if _is_open(dask_scheduler, world_size) else None
-
-
-def _move(world_size: int, rank: int, worker: str | int, dask_scheduler: Scheduler) -> None:
-    plugin = _installed(dask_scheduler, world_size)
+def _move(plugin: Ownership, world_size: int, rank: int, worker: str | int) -> None:
     _check_rank(rank, world_size)
-    address = _address(plugin, worker)
-    plugin.place(world_size, rank, {address}, "moved by hand")
+    plugin.place(world_size, rank, {_address(plugin, worker)}, "moved by hand")
 
 
-def _replicate(
-    world_size: int, rank: int, worker: str | int | None, dask_scheduler: Scheduler
-) -> None:
-    plugin = _installed(dask_scheduler, world_size)
+def _replicate(plugin: Ownership, world_size: int, rank: int, worker: str | int | None) -> None:
     _check_rank(rank, world_size)
-    ranks = plugin.ranks[world_size]
-    owners, workers = ranks.living(), plugin.workers()
-    burden = burdens([of_rank & workers.keys() for of_rank in owners], workers, ranks.loads)
-    free = [address for address in workers if address not in owners[rank]]
-    if worker is not None:
-        free = [address for address in (_address(plugin, worker),) if address in free]
-    if not free:
+    owners, workers = plugin.ranks[world_size].living()[rank], plugin.workers()
+    named = workers if worker is None else [_address(plugin, worker)]
+    load = {
+        row.address: row.load / workers[row.address]
+        for row in _table(plugin, world_size)
+        if row.address in named and row.address not in owners
+    }
+    if not load:
         raise ValueError(
             f"rank {rank} needs a worker that does not own it yet, but its owners are "
-            f"{sorted(owners[rank])} and the workers {list(workers)}; start one more, or name "
-            "another"
+            f"{sorted(owners)} and the workers {list(workers)}; start one more, or name another"
         )
-    chosen = min(free, key=lambda address: burden[address] / workers[address])
-    plugin.place(world_size, rank, owners[rank] | {chosen}, "replica by hand")
-
-
-def _release(client: str, dask_scheduler: Scheduler) -> None:
-    plugin = _find_plugin(dask_scheduler)
-    if plugin is not None:
-        plugin.release(client)
+    least = min(load, key=load.__getitem__)
+    plugin.place(world_size, rank, owners | {least}, "replica by hand")
 
 
 def _check_rank(rank: int, world_size: int) -> None:

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import logging
 import time
-from collections import deque
+from collections import defaultdict, deque
 from collections.abc import Callable, Collection, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from math import inf
 
 from dask_ep.cluster.owner_rules import assign, balance, natural_order
@@ -34,33 +34,24 @@ class Able(OwnersOfRank):
             self.add(worker)
 
 
-@dataclass
 class Ranks:
-    """The ranks of one world size: their owners now, and the requested ones."""
+    """The ranks of one world size: their owners now, and the requested ones; lists by rank."""
 
-    owners: list[OwnersOfRank]
-    """Per rank."""
-    loads: list[float]
-    """Work per rank, any unit."""
-    replicas: list[int]
-    """Owners wanted per rank."""
-    by_hand: set[int] = field(default_factory=set)
-    """Ranks that were moved by hand: no rebalancing."""
-    balanced_at: list[float] = field(default_factory=list)
-    """When rebalancing last moved the rank; monotonic seconds."""
-
-    @classmethod
-    def unowned(cls, world_size: int) -> Ranks:
-        return cls(
-            owners=[OwnersOfRank({NOBODY}) for _ in range(world_size)],
-            loads=[1.0] * world_size,
-            replicas=[1] * world_size,
-            balanced_at=[-inf] * world_size,
-        )
+    def __init__(self, world_size: int):
+        self.owners = [OwnersOfRank({NOBODY}) for _ in range(world_size)]
+        self.loads = [1.0] * world_size  # work, any unit
+        self.replicas = [1] * world_size  # owners wanted
+        self.added: defaultdict[int, set[str]] = defaultdict(set)  # further owners of hot ranks
+        self.by_hand: set[int] = set()  # ranks that were moved by hand: no rebalancing
+        self.balanced_at = [-inf] * world_size  # when rebalancing last moved it; monotonic seconds
 
     def living(self) -> list[frozenset[str]]:
         """The owners without the placeholder."""
         return [frozenset(of_rank - {NOBODY}) for of_rank in self.owners]
+
+    def listed(self) -> list[tuple[str, ...]]:
+        """The owners of each rank in order, to be shown."""
+        return list(map(_sorted, self.living()))
 
 
 @dataclass(frozen=True)
@@ -77,12 +68,7 @@ class Change:
 
 
 class RankMap(dict[int, Ranks]):
-    """The ranks of all world sizes; records and reports changes of owners.
-
-    Parameters
-    ----------
-    changed : called with (world size, rank) when a rank has other owners
-    """
+    """The ranks of all world sizes; a change of owners is recorded, and told to `changed`."""
 
     def __init__(self, changed: Callable[[int, int], None]):
         super().__init__()
@@ -103,6 +89,20 @@ class RankMap(dict[int, Ranks]):
         logger.info("rank %d of %d: %s -> %s (%s)", rank, world_size, before, after, why)
         self._changed(world_size, rank)
 
+    @property
+    def have_added(self) -> bool:
+        return any(ranks.added for ranks in self.values())
+
+    def remove_added(self) -> None:
+        """Remove as many owners of hot ranks as were added; others may have replaced these."""
+        for world_size, ranks in self.items():
+            for rank, added in ranks.added.items():
+                owners = ranks.living()[rank]
+                extra = max(0, min(len(added), len(owners) - ranks.replicas[rank]))
+                leaving = sorted(owners, key=lambda w: (w not in added, natural_order(w)))[:extra]
+                self.change(world_size, rank, owners - set(leaving), "hot no more")
+            ranks.added.clear()
+
     def assign(self, workers: Mapping[str, float], why: str, shares: float = inf) -> None:
         """Give owners to ranks without one, each worker up to `shares` times its fair share."""
         if not self.settled_capacity:
@@ -110,38 +110,23 @@ class RankMap(dict[int, Ranks]):
         for world_size, ranks in self.items():
             before = ranks.living()
             limit = shares * sum(ranks.loads) / (self.settled_capacity or 1.0)
-            chosen = assign(before, workers, ranks.loads, ranks.replicas, limit)
-            for rank, owners in enumerate(chosen):
+            wanted = [n + len(ranks.added.get(rank, ())) for rank, n in enumerate(ranks.replicas)]
+            for rank, owners in enumerate(assign(before, workers, ranks.loads, wanted, limit)):
                 self.change(world_size, rank, owners, why)
                 if not before[rank] & owners:
                     ranks.by_hand.discard(rank)
 
     def balance(self, workers: Mapping[str, float], keep: float) -> None:
         """Move ranks to less loaded workers; a moved one stays there for `keep` s."""
-        now = time.monotonic()
+        now, self.settled_capacity = time.monotonic(), sum(workers.values())
         for world_size, ranks in self.items():
-            fixed = ranks.by_hand | {
-                rank
-                for rank, balanced_at in enumerate(ranks.balanced_at)
-                if now - balanced_at < keep
-            }
+            kept = {rank for rank, at in enumerate(ranks.balanced_at) if now - at < keep}
             before = ranks.living()
-            for rank, owners in enumerate(balance(before, workers, ranks.loads, fixed)):
+            balanced = balance(before, workers, ranks.loads, ranks.by_hand | kept)
+            for rank, owners in enumerate(balanced):
                 if owners != before[rank]:
                     ranks.balanced_at[rank] = now
                     self.change(world_size, rank, owners, "rebalanced")
-
-    def only_owners(self) -> set[str]:
-        """Workers without which some rank has no owner."""
-        of_ranks = (of_rank for ranks in self.values() for of_rank in ranks.living())
-        return {owner for of_rank in of_ranks if len(of_rank) == 1 for owner in of_rank}
-
-    def published(self) -> dict[str, list[tuple[str, ...]]]:
-        """The owners by world size, for the scheduler's metadata."""
-        return {
-            str(world_size): [_sorted(of_rank) for of_rank in ranks.living()]
-            for world_size, ranks in self.items()
-        }
 
 
 def _sorted(owners: Collection[str]) -> tuple[str, ...]:

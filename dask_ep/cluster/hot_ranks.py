@@ -55,9 +55,7 @@ def read_reports(
 ) -> tuple[dict[str, Sample], dict[Rank, int]]:
     """The last reports of running workers, and how many bytes the experts of each rank take.
 
-    Parameters
-    ----------
-    sizes : world sizes of the layers that are computed, by their tokens
+    `sizes` has the world sizes of the layers that are computed, by their tokens.
     """
     told, nbytes = {}, Counter[Rank]()
     for worker in workers:
@@ -114,11 +112,8 @@ class HotRanks:
     ) -> Replica | None:
         """Return the rank that should get another owner now, if any.
 
-        Parameters
-        ----------
-        told : the last report of each worker
-        owners : of all ranks
-        nbytes : sizes of the experts of ranks, as far as known
+        From the last report of each worker, the owners of all ranks, and the sizes of the experts
+        of ranks, as far as known.
         """
         shares = self._shares(told)
         hot: dict[Rank, str] = {}

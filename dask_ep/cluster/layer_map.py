@@ -51,11 +51,17 @@ class LayerMap:
     """The layers that are computed now, and the workers that serve them.
 
     `owners` gives the set of addresses that should serve a rank, by world size and rank; the same
-    set each time. While the scheduler changes the state of a task, what follows is put off.
+    set each time. `rest` is called when no layer is computed any more. While the scheduler changes
+    the state of a task, what follows is put off.
     """
 
-    def __init__(self, scheduler: Scheduler, owners: Callable[[int, int], set[str]]):
-        self._scheduler, self._owners = scheduler, owners
+    def __init__(
+        self,
+        scheduler: Scheduler,
+        owners: Callable[[int, int], set[str]],
+        rest: Callable[[], object],
+    ):
+        self._scheduler, self._owners, self._rest = scheduler, owners, rest
         self._layers: dict[str, Layer] = {}
         self._able: dict[frozenset, Able] = {}
         self._version = 0
@@ -100,13 +106,11 @@ class LayerMap:
         """Follow the state of the layers' tasks; other tasks are ignored."""
         if not isinstance(key, tuple) or len(key) not in (1, 2):
             return
-        if ranks_key := read_ranks_key(key):
-            if layer := self._layers.get(ranks_key.token):
-                self._heard_of_layer(layer, start, finish)
-        elif of_rank := read_rank(key):
-            token, rank = of_rank
-            if layer := self._layers.get(token):
-                self._heard_of_rank(layer, rank, finish)
+        ranks_key, of_rank = read_ranks_key(key), read_rank(key)
+        if ranks_key and (layer := self._layers.get(ranks_key.token)):
+            self._heard_of_layer(layer, start, finish)
+        elif of_rank and (layer := self._layers.get(of_rank[0])):
+            self._heard_of_rank(layer, of_rank[1], finish)
 
     def serve(self, world_size: int, rank: int) -> None:
         """Update the services of a rank after its owners have changed."""
@@ -123,6 +127,7 @@ class LayerMap:
             if any(worker in serving for serving in layer.serving):
                 layer.serving = [serving - {worker} for serving in layer.serving]
                 self._tell(layer)
+                self._serve_all(layer)
 
     def welcome(self, worker: str) -> None:
         """Inform a new worker of all layers."""
@@ -147,8 +152,7 @@ class LayerMap:
         if finish == "memory":
             layer.is_open = True
             self._tell(layer)
-            for rank in range(layer.world_size):
-                self._scheduler.loop.add_callback(self._serve, layer, rank)
+            self._serve_all(layer)
         elif start == "memory":  # services drop the experts, which may be needed again
             layer.is_open, layer.error, layer.serving = False, None, [set() for _ in layer.tasks]
             self._scheduler.loop.add_callback(self._release_hastened, layer)
@@ -164,11 +168,11 @@ class LayerMap:
             layer.serving[rank] |= {worker.address for worker in task.who_has or ()}
             if layer.is_open:
                 self._tell(layer)
-        elif finish == "erred" and layer.is_open:
-            why = f"its experts could not be loaded again: {task.exception_text}"
-            layer.error = f"rank {rank}: {why}"
-            self._tell(layer)
         if finish in ("memory", "erred", "released"):
+            self._scheduler.loop.add_callback(self._serve, layer, rank)
+
+    def _serve_all(self, layer: Layer) -> None:
+        for rank in range(layer.world_size):
             self._scheduler.loop.add_callback(self._serve, layer, rank)
 
     def _serve(self, layer: Layer, rank: int) -> None:
@@ -180,21 +184,21 @@ class LayerMap:
         if missing := owners - layer.serving[rank]:
             task = layer.tasks[rank]
             pinned = task.worker_restrictions or ()
-            if task.state == "released" or (_is_under_way(task) and missing.isdisjoint(pinned)):
-                self._load_on(layer, task, min(missing, key=natural_order))
+            if task.state == "erred" and not layer.serving[rank]:
+                why = f"its experts could not be loaded again: {task.exception_text}"
+                layer.error = f"rank {rank}: {why}"
+                self._tell(layer)
+            elif task.state == "released" or (_is_under_way(task) and missing.isdisjoint(pinned)):
+                # Before all other tasks: chunks wait for it
+                dask_internals.pin(task, {min(missing, key=natural_order)})
+                layer.hastened += dask_internals.hasten(task, self._workers_with)
+                is_done = task.state == "released"
+                act = dask_internals.run_again if is_done else dask_internals.place_again
+                act(self._scheduler, task)
         elif owners and (extra := layer.serving[rank] - owners):
             layer.serving[rank] -= extra
             self._tell(layer)
             self._send({"op": "ep-drop", "token": layer.token, "rank": rank}, extra)
-
-    def _load_on(self, layer: Layer, task: TaskState, worker: str) -> None:
-        """Load the experts of a rank there, before all other tasks: chunks wait for them."""
-        dask_internals.pin(task, {worker})
-        layer.hastened += dask_internals.hasten(task, self._workers_with)
-        if task.state == "released":
-            dask_internals.run_again(self._scheduler, task)
-        else:
-            dask_internals.place_again(self._scheduler, task)
 
     def _release_hastened(self, layer: Layer) -> None:
         if layer.hastened and not any(map(_is_under_way, layer.tasks)):
@@ -218,6 +222,8 @@ class LayerMap:
         layer.is_open = False
         del self._layers[layer.token]
         self._send({"op": "ep-close", "token": layer.token})
+        if not self._layers:
+            self._scheduler.loop.add_callback(self._rest)
 
     def _tell(self, layer: Layer, workers: Iterable[str] | None = None) -> None:
         """Announce whom chunks send packets to: owners that have loaded a rank, else who has."""

@@ -89,7 +89,7 @@ class Ownership(SchedulerPlugin):
         self.scheduler = scheduler
         self.claims: dict[str, int] = {}  # by client: the world size of its last call
         self.ranks = RankMap(lambda size, rank: self.layers.serve(size, rank))
-        self.layers = LayerMap(scheduler, self.owners_of)
+        self.layers = LayerMap(scheduler, self.owners_of, self._rest)
         self.hot = HotRanks()
         self.away: set[str] = set()  # workers that have been paused for too long
         self.timers: dict[str, object] = {}  # "settle", "look", and of paused workers
@@ -111,8 +111,6 @@ class Ownership(SchedulerPlugin):
     @_seen_by_the_user
     def transition(self, key: object, start: str, finish: str, *args: Any, **kwargs: Any) -> None:
         self.layers.heard(key, start, finish)
-        if not len(self.layers) and (not self.claims or self.ranks.have_added):
-            self.scheduler.loop.add_callback(self._rest)
 
     @_seen_by_the_user
     def add_worker(self, scheduler: Scheduler, worker: str) -> None:
@@ -159,7 +157,10 @@ class Ownership(SchedulerPlugin):
 
     @_seen_by_the_user
     def remove_client(self, scheduler: Scheduler, client: str) -> None:
-        self.release(client)
+        """Drop the claim of a client; after the last one, remove the plugin once work is done."""
+        if self.claims.pop(client, None) is not None and not self.claims:
+            self._publish()
+            self._rest()
 
     # Calls of clients
 
@@ -172,13 +173,7 @@ class Ownership(SchedulerPlugin):
         if "look" not in self.timers:
             self._look()
         if client not in self.scheduler.clients:  # it has gone, and nobody would release it
-            self.release(client)
-
-    def release(self, client: str) -> None:
-        """Drop the claim of a client; after the last one, remove the plugin once work is done."""
-        if self.claims.pop(client, None) is not None and not self.claims:
-            self._publish()
-            self._rest()
+            self.remove_client(self.scheduler, client)
 
     def place(self, world_size: int, rank: int, workers: Collection[str], why: str) -> None:
         """Make exactly these workers the owners of a rank, until all of them are lost."""

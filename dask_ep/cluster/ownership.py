@@ -309,7 +309,7 @@ def _check(replicas: Mapping[int, int], loads: Sequence[float] | None, world_siz
 
 
 def _release(plugin: Ownership, world_size: int, client: str) -> None:
-    plugin.release(client)
+    plugin.remove_client(plugin.scheduler, client)
 
 
 def _owners(plugin: Ownership, world_size: int) -> list[tuple[str, ...]]:

@@ -89,10 +89,6 @@ class RankMap(dict[int, Ranks]):
         logger.info("rank %d of %d: %s -> %s (%s)", rank, world_size, before, after, why)
         self._changed(world_size, rank)
 
-    @property
-    def have_added(self) -> bool:
-        return any(ranks.added for ranks in self.values())
-
     def remove_added(self) -> None:
         """Remove as many owners of hot ranks as were added; others may have replaced these."""
         for world_size, ranks in self.items():

@@ -11,8 +11,10 @@ from dask_ep import Experts, OwnerRules, expert_parallel, own_experts
 from dask_ep.cluster import ownership
 from dask_ep.cluster.hot_ranks import LOOKS
 from dask_ep.cluster.owner_plugin import OWNERS_PLUGIN
+from dask_ep.errors import LostOwnerError
 from dask_ep.placement.placement import Placement
 from dask_ep.placement.policies import contiguous
+from tests.cluster.test_faults import Breakable
 from tests.cluster_processes import DEADLINE, wait_until
 from tests.observed import Waits
 
@@ -23,10 +25,10 @@ CHUNKS, ROWS, WIDTH, RANKS = 6, 8, 4, 2
 
 @pytest.fixture
 def client():
-    """Three workers of two threads each."""
+    """Three workers, each with more threads than there are chunks."""
     with Client(
         n_workers=3,
-        threads_per_worker=2,
+        threads_per_worker=8,
         processes=False,
         dashboard_address="127.0.0.1:0",
         set_as_default=False,
@@ -119,6 +121,51 @@ def _pretend_to_retire(worker, dask_scheduler):
     dask_scheduler.handle_worker_status_change("closing_gracefully", worker, "test")
 
 
+@pytest.mark.parametrize("lost", [False, True], ids=["the first stays", "the first is lost"])
+def test_an_owner_that_cannot_load_its_experts_matters_only_if_no_other_worker_serves_them(
+    client, gate, tmp_path, lost
+):
+    broken = tmp_path / "broken"
+    weights = np.ones((RANKS, WIDTH, WIDTH), np.float32)
+    tokens = da.map_blocks(
+        _ones_after, gate, chunks=((ROWS,) * CHUNKS, (WIDTH,)), meta=np.empty((0, 0), "f4")
+    )
+    routing = da.from_array(np.arange(CHUNKS * ROWS) % RANKS, chunks=ROWS)
+    y = expert_parallel(
+        tokens, routing, Experts.linear(Breakable(weights, broken)), world_size=RANKS
+    )
+    with own_experts(client, RANKS, rules=OwnerRules(settle=0.1)) as owners:
+        future = client.compute(y)
+        wait_until(lambda: has_begun(client), "the job has begun")
+        broken.touch()
+        (first,) = owners.owners[0]
+        if lost:
+            owners.move(0, next(row.address for row in owners.table() if 0 not in row.ranks))
+        else:
+            owners.replicate(0)
+        wait_until(lambda: client.run_on_scheduler(_has_failed), "it cannot load the experts")
+        if lost:
+            (worker,) = [w for w in client.cluster.workers.values() if w.address == first]
+            client.sync(worker.close, executor_wait=False)
+        gate.unlink()
+        if lost:
+            with pytest.raises(LostOwnerError, match="rank 0: its experts could not be loaded"):
+                future.result(DEADLINE)
+        else:
+            assert (future.result(DEADLINE) == WIDTH).all()
+        assert owners.failures == []
+
+
+def _ones_after(gate):
+    Waits(gate)(np.ones(1))
+    return np.ones((ROWS, WIDTH), np.float32)
+
+
+def _has_failed(dask_scheduler):
+    (layer,) = dask_scheduler.plugins[OWNERS_PLUGIN].layers
+    return layer.tasks[0].state == "erred"
+
+
 def test_the_claim_of_a_client_that_has_gone_holds_nothing(client):
     client.run_on_scheduler(ownership._claim, "gone", RANKS, {}, None, OwnerRules())
     assert not client.run_on_scheduler(_is_installed)
@@ -143,7 +190,7 @@ def _replace_while_a_worker_resumes(client, dask_scheduler):
     worker, replaced = next(iter(dask_scheduler.workers)), dask_scheduler.plugins[OWNERS_PLUGIN]
     event = {"action": "worker-status-change", "status": "running"}
     dask_scheduler.log_event(worker, event)
-    replaced.release(client)
+    replaced.remove_client(dask_scheduler, client)
     ownership._claim(client, RANKS, {}, None, OwnerRules(), dask_scheduler)
     assert dask_scheduler.plugins[OWNERS_PLUGIN] is not replaced
     dask_scheduler.replaced_in_test = replaced
@@ -155,4 +202,4 @@ def _timers_of_the_replaced(dask_scheduler):
 
 def _forget_the_replaced(client, dask_scheduler):
     del dask_scheduler.replaced_in_test
-    dask_scheduler.plugins[OWNERS_PLUGIN].release(client)
+    dask_scheduler.plugins[OWNERS_PLUGIN].remove_client(dask_scheduler, client)

@@ -151,9 +151,9 @@ def take_socket(comm: Comm) -> tuple[socket.socket, dict[str, Any]] | None:
     return taken, {**infos, **comm.handshake_options}
 
 
-def to_frames(message: Any, context: Mapping[str, Any], on_error: str) -> list[Any]:
-    """Serialize a message into buffers, an array into one whatever its size."""
-    return dumps(message, on_error=on_error, context=context, frame_split_size=2**62)
+def to_frames(message: Any, context: Mapping[str, Any]) -> list[Any]:
+    """Serialize a message into buffers, an array into one whatever its size; from any thread."""
+    return dumps(message, on_error="raise", context=context, frame_split_size=2**62)
 
 
 def from_frames(frames: list[memoryview]) -> Any:

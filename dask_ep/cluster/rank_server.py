@@ -5,7 +5,6 @@ Packing, serving and combining share as many cores as the worker has threads (`c
 
 from __future__ import annotations
 
-import asyncio
 import threading
 from collections import defaultdict, deque
 from collections.abc import Callable, Iterator, Sequence
@@ -17,8 +16,8 @@ from distributed.comm import Comm
 
 from dask_ep.arrays.namespaces import Array
 from dask_ep.cluster import dask_internals
-from dask_ep.cluster.sockets import Socket, accept
-from dask_ep.cluster.streams import Stream, from_message, to_message
+from dask_ep.cluster.connections import Connection, accept
+from dask_ep.cluster.streams import from_message, to_message
 from dask_ep.graph import tally
 from dask_ep.graph.chunk import (
     ChunkPlace,
@@ -104,7 +103,7 @@ class Slices:
         self._cores = Cores(threads)
         self._held: dict[tuple[str, int], Any] = {}
         self._loading: defaultdict[tuple[str, int], threading.Lock] = defaultdict(threading.Lock)
-        self._connections: set[Comm | Socket] = set()
+        self._connections: set[Connection] = set()
         self._is_closing = False
         for _ in range(threads):
             threading.Thread(target=self._work, name="dask-ep-serve", daemon=True).start()
@@ -190,20 +189,19 @@ class Slices:
 
     async def listen(self, comm: Comm, sender: str) -> None:
         """Answer the packets that another worker sends over a connection, until it closes."""
-        stream = Stream(lambda number, *request: self._take(stream, number, sender, *request))
         with suppress(OSError):
-            kept = await accept(comm)
-            self._connections.add(kept)
+            connection = accept(comm, lambda *request: self._take(connection, sender, *request))
+            self._connections.add(connection)
             try:
-                await stream.run(kept)
+                await connection.run()
             finally:
-                self._connections.discard(kept)
+                self._connections.discard(connection)
 
     def _take(
         self,
-        stream: Stream,
-        number: int,
+        connection: Connection,
         sender: str,
+        number: int,
         token: str,
         ranks: Sequence[int],
         chunk: int,
@@ -214,20 +212,22 @@ class Slices:
         """Answer a packet; with None if one of the ranks is not served here."""
         slices = [self._held.get((token, rank)) for rank in ranks]
         if self._is_closing or any(experts is None for experts in slices):
-            stream.send(number, None)
+            connection.send(number, None)
             return
         world_size, num_local, d_out = sizes
         watched = None if observe is None else Observe(tuple(observe[0]), *observe[1:])
         exchange = Exchange(token, world_size, num_local, d_out, None, watched)
         packet = [Packet(*map(from_message, arrays))]
         request = Request(ranks, slices, chunk, exchange, sender, tally.now())
-        rows, loop = len(packet[0].rows), asyncio.get_running_loop()
+        rows = len(packet[0].rows)
 
         def serve() -> None:
             answer = None if self._is_closing else self._answer(packet, request)
             self.tally.count_waiting(token, ranks, -rows)
-            with suppress(RuntimeError):  # the worker has closed
-                loop.call_soon_threadsafe(stream.send, number, answer)
+            try:
+                connection.send(number, answer)
+            except Exception as error:  # it cannot be serialized
+                connection.send(number, dask_internals.remote_error(error))
 
         self.tally.count_waiting(token, ranks, rows)
         self._todo.put(serve)

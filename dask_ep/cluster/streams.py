@@ -3,87 +3,30 @@
 One connection for each pair of an asking and an answering worker, opened with the first packet and
 kept:
 
-    asks       Line ──── [number, request], ... ────> Stream    answers
-                    <──── [number, answer], ...  ────
+    asks       Line ──── number, request ────>     answers
+                    <──── number, answer ────
 
-Requests and answers that queue while a message is written go with the next one, and answers come in
-any order. When a connection ends, every request without an answer gets an error.
+Answers come in any order. When a connection ends, every request without an answer gets an error.
 """
 
 from __future__ import annotations
 
 import asyncio
 import itertools
-import types
 from collections import deque
-from collections.abc import Callable, Coroutine, Generator
 from typing import Any
 
 import numpy as np
 from distributed import Worker
-from distributed.comm import Comm
 from distributed.protocol import to_serialize
 
 from dask_ep.arrays.namespaces import Array
-from dask_ep.cluster import sockets
-from dask_ep.cluster.sockets import Socket
+from dask_ep.cluster import connections
+from dask_ep.cluster.connections import READY, Connection
 
 SMALL = 16384
 """Bytes up to which an array is sent inside its message: a separate frame costs Dask some 100 us at
 each end."""
-
-
-class Stream:
-    """One end of a connection: `send` queues parts, and `hear` is called with received ones.
-
-    Parameters
-    ----------
-    hear : called with the parts of each received message, on the event loop
-    """
-
-    def __init__(self, hear: Callable[..., None]):
-        self._hear = hear
-        self._comm: Comm | Socket | None = None
-        self._waiting: list[list] = []
-        self._is_writing = False
-        self._rest: asyncio.Task | None = None  # event loops keep no task alive
-        self._error: Exception | None = None
-
-    def send(self, *message: Any) -> None:
-        """Send a message, once there is a connection. It is not kept after that."""
-        self._waiting.append(list(message))
-        self._write_soon()
-
-    async def run(self, comm: Comm | Socket) -> None:
-        """Receive messages until the connection ends, which raises OSError."""
-        self._comm = comm
-        self._write_soon()
-        try:
-            while True:
-                came = deque(await comm.read())
-                while came:
-                    self._hear(*came.popleft())
-        except OSError as error:
-            raise self._error or error from None
-        finally:
-            comm.abort()
-
-    def _write_soon(self) -> None:
-        if self._comm is not None and not self._is_writing and self._waiting:
-            self._is_writing = True
-            self._rest = run_eagerly(self._write(self._comm))
-
-    async def _write(self, comm: Comm | Socket) -> None:
-        try:
-            while self._waiting:
-                going, self._waiting = self._waiting, []
-                await comm.write(going, on_error="raise")
-                del going
-        except Exception as error:  # `run` raises it
-            self._error = error
-            comm.abort()
-        finally:
-            self._is_writing = False
 
 
 class Line:
@@ -96,9 +39,11 @@ class Line:
     """
 
     def __init__(self, worker: Worker, owner: str, op: str):
-        self._asked: dict[int, tuple[int, asyncio.Future]] = {}
+        self._asked: dict[int | str, tuple[int, asyncio.Future]] = {}
         self._numbers = itertools.count()
-        self._stream = Stream(self._hear)
+        self._connection: Connection | None = None
+        self._is_ready = False
+        self._early: deque[tuple] = deque()  # requests that wait until it is
         self._running = asyncio.ensure_future(self._run(worker, owner, op))
 
     @property
@@ -122,7 +67,10 @@ class Line:
             raise ConnectionError("the connection has ended")
         number, answer = next(self._numbers), asyncio.get_running_loop().create_future()
         self._asked[number] = rows, answer
-        self._stream.send(number, *request)
+        if self._is_ready:
+            self._send(number, *request)
+        else:
+            self._early.append((number, *request))
         return answer
 
     def close(self) -> None:
@@ -130,14 +78,27 @@ class Line:
         self._running.cancel()
         self._give_up(ConnectionError("the connection was given up"))  # it may not have started
 
-    def _hear(self, number: int, answer: Any) -> None:
+    def _send(self, number: int, *request: Any) -> None:
+        assert self._connection is not None
+        try:
+            self._connection.send(number, *request)
+        except Exception as error:  # it cannot be serialized
+            self._asked.pop(number)[1].set_exception(error)
+
+    def _hear(self, number: int | str, answer: Any = None) -> None:
+        if number == READY:
+            self._is_ready = True
+            while self._early:
+                self._send(*self._early.popleft())
+            return
         _, asked = self._asked.pop(number)
         if not asked.done():  # nobody waits for it if its chunk has failed
             asked.set_result(answer)
 
     async def _run(self, worker: Worker, owner: str, op: str) -> None:
         try:
-            await self._stream.run(await sockets.ask(worker, owner, op))
+            self._connection = await connections.ask(worker, owner, op, self._hear)
+            await self._connection.run()
         except Exception as error:
             self._give_up(error)
         finally:
@@ -148,28 +109,6 @@ class Line:
             _, (_, asked) = self._asked.popitem()
             if not asked.done():
                 asked.set_exception(error)
-
-
-def run_eagerly(coroutine: Coroutine[Any, Any, None]) -> asyncio.Task | None:
-    """Run a coroutine until it waits for something, and the rest of it, if any, as a task.
-
-    Writing to a TCP connection waits for nothing; a task for each message costs more than that.
-    """
-    try:
-        waits_for = coroutine.send(None)
-    except StopIteration:
-        return None
-    return asyncio.get_running_loop().create_task(_finish(coroutine, waits_for))
-
-
-async def _finish(coroutine: Coroutine[Any, Any, None], waits_for: Any) -> None:
-    await _rest_of(coroutine, waits_for)
-
-
-@types.coroutine
-def _rest_of(coroutine: Coroutine[Any, Any, None], waits_for: Any) -> Generator[Any, Any, None]:
-    yield waits_for
-    yield from coroutine
 
 
 def to_message(array: Array | None) -> Any:

@@ -11,8 +11,8 @@ import pytest
 from distributed.comm import listen
 from distributed.protocol import Serialize, to_serialize
 
-from dask_ep.cluster.sockets import accept
-from dask_ep.cluster.streams import SMALL, Line, Stream, from_message, to_message
+from dask_ep.cluster.connections import accept
+from dask_ep.cluster.streams import SMALL, Line, from_message, to_message
 from tests.cluster_processes import DEADLINE
 
 
@@ -30,9 +30,9 @@ def with_line(answer, ask, scheme="tcp://127.0.0.1:0"):
         try:
             message = await comm.read()
             assert message == {"op": "test_ask", "sender": Asking().address, "reply": False}
-            stream = Stream(lambda *message: answer(stream, *message))
+            connection = accept(comm, lambda *message: answer(connection, *message))
             with suppress(OSError):
-                await stream.run(await accept(comm))
+                await connection.run()
         finally:
             comm.abort()
 
@@ -54,11 +54,11 @@ def with_line(answer, ask, scheme="tcp://127.0.0.1:0"):
 def test_answers_in_any_order_find_who_asked(scheme):
     held = []
 
-    def answer(stream, number, what):
+    def answer(connection, number, what):
         held.append((number, 2 * what))
         if len(held) == 20:
             for each in reversed(held):
-                stream.send(*each)
+                connection.send(*each)
 
     async def ask(line):
         return await asyncio.gather(*(line.ask(1, n) for n in range(20)))
@@ -68,28 +68,28 @@ def test_answers_in_any_order_find_who_asked(scheme):
 
 def test_what_was_sent_is_not_kept_until_the_answer_comes():
     """Small arrays are copied into the message; these are sent as they are."""
-    rows, streams = [np.zeros(SMALL)], []
+    rows, came = [np.zeros(SMALL)], []
     sent = weakref.ref(rows[0])
 
     async def ask(line):
         asked = asyncio.ensure_future(line.ask(1, to_serialize(rows.pop())))
-        while sent() is not None or not streams:
+        while sent() is not None or not came:
             await asyncio.sleep(0.01)
         assert not asked.done()
-        stream, number = streams.pop()
-        stream.send(number, "came")
+        connection, number = came.pop()
+        connection.send(number, "came")
         return await asked
 
-    def answer(stream, number, came):
-        streams.append((stream, number))
+    def answer(connection, number, rows):
+        came.append((connection, number))
 
     assert with_line(answer, ask) == "came"
 
 
 def test_a_connection_that_ends_gives_every_request_an_error():
-    def answer(stream, number, what):
+    def answer(connection, number, what):
         if number == 2:
-            stream._comm.abort()
+            connection.abort()
 
     async def ask(line):
         answers = await asyncio.gather(*(line.ask(1, n) for n in range(3)), return_exceptions=True)
@@ -114,14 +114,14 @@ def test_a_line_that_is_closed_gives_every_request_an_error():
     with_line(answer_first, ask)
 
 
-def answer_first(stream, number, what):
+def answer_first(connection, number, what):
     if what == "first":
-        stream.send(number, what)
+        connection.send(number, what)
 
 
 def test_a_request_that_nobody_waits_for_any_more_does_not_disturb_others():
-    def answer(stream, number, what):
-        stream.send(number, what)
+    def answer(connection, number, what):
+        connection.send(number, what)
 
     async def ask(line):
         given_up = asyncio.ensure_future(line.ask(1, "first"))
@@ -132,67 +132,35 @@ def test_a_request_that_nobody_waits_for_any_more_does_not_disturb_others():
     assert with_line(answer, ask) == "second"
 
 
-def test_what_cannot_be_sent_is_an_error_of_who_asks():
+@pytest.mark.parametrize("is_early", [False, True])
+def test_what_cannot_be_sent_is_an_error_of_who_asks(is_early):
     class Unsendable:
         def __reduce__(self):
             raise RuntimeError("this cannot be pickled")
 
     async def ask(line):
-        assert await line.ask(1, "first") == "first"
+        if not is_early:
+            assert await line.ask(1, "first") == "first"
         with pytest.raises(Exception, match="this cannot be pickled|erialize"):
-            await line.ask(1, Unsendable())
+            await line.ask(1, to_serialize(Unsendable()))
+        return await line.ask(1, "first")
 
-    with_line(answer_first, ask)
-
-
-class Comm:
-    """Keeps what is written."""
-
-    def __init__(self):
-        self.written, self.go_on = [], asyncio.Event()
-
-    async def write(self, message, **options):
-        await self.go_on.wait()
-        self.written.append(list(message))
-
-    async def read(self):
-        await self.go_on.wait()
-        while len(self.written) < 2:
-            await asyncio.sleep(0)
-        raise OSError("it ends here")
-
-    def abort(self):
-        pass
-
-
-def test_what_waits_while_a_message_is_written_goes_in_the_next_one():
-    async def run():
-        comm, stream = Comm(), Stream(lambda *message: None)
-        stream.send(1)
-        running = asyncio.ensure_future(stream.run(comm))
-        await asyncio.sleep(0.01)
-        stream.send(2)
-        stream.send(3)
-        comm.go_on.set()
-        with pytest.raises(OSError, match="it ends here"):
-            await running
-        return comm.written
-
-    assert asyncio.run(run()) == [[[1]], [[2], [3]]]
+    assert with_line(answer_first, ask) == "first"
 
 
 @pytest.mark.parametrize("dtype", ["f4", ">f8", "i1", ml_dtypes.bfloat16])
 @pytest.mark.parametrize("rows", [0, 3, SMALL])
-def test_an_array_arrives_as_it_was(dtype, rows):
+@pytest.mark.parametrize("scheme", ["tcp://127.0.0.1:0", "inproc://"])
+def test_an_array_arrives_as_it_was(scheme, dtype, rows):
     array = np.arange(2 * rows).reshape(rows, 2).astype(dtype)
 
-    def answer(stream, number, came):
-        stream.send(number, to_message(from_message(came)))
+    def answer(connection, number, came):
+        connection.send(number, to_message(from_message(came)))
 
     async def ask(line):
         return from_message(await line.ask(1, to_message(array)))
 
-    arrived = with_line(answer, ask)
+    arrived = with_line(answer, ask, scheme)
     assert arrived.dtype == array.dtype
     np.testing.assert_array_equal(arrived, array)
 

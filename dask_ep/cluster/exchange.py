@@ -153,13 +153,13 @@ class Services(WorkerPlugin):
         """
         try:
             self._admit()
-            with self._slices.core():
+            with self._slices.core:
                 packing = pack(tokens, routing, topk_weights, where, exchange)
             chunk, observe = Chunk(packing, where, exchange, {}), exchange.observe
             answers = self._exchange(chunk)
             self._slices.tally.count_chunk()
             in_order = ((rank, answers.pop(rank)) for rank in packing.ranks)
-            with self._slices.core():
+            with self._slices.core:
                 out = None
                 if observe is None or observe.output:
                     out = combine(packing, in_order, where, exchange)
@@ -307,7 +307,7 @@ class Asking:
             owner = owners[0] if len(owners) == 1 else min(owners, key=self._queue_of)
             groups.setdefault(owner, []).append(rank)
         here = groups.pop(self._slices.address, [])
-        with self._slices.core():
+        with self._slices.core:
             return here, {
                 owner: (some, cut(chunk.packing, some, chunk.number))
                 for owner, some in groups.items()

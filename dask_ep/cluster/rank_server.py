@@ -7,8 +7,8 @@ from __future__ import annotations
 
 import threading
 from collections import defaultdict, deque
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Sequence
+from contextlib import suppress
 from queue import SimpleQueue
 from typing import Any, NamedTuple
 
@@ -72,13 +72,26 @@ class Cores:
     """
 
     def __init__(self, count: int):
-        self._free, self._lock = count, threading.Lock()
+        self._held, self._count, self._lock = 0, count, threading.Lock()
         self._waiting: deque[threading.Lock] = deque()
+        self._seconds, self._since = 0.0, tally.now()
+
+    def seconds(self) -> float:
+        """How long cores have been held, all together."""
+        with self._lock:
+            return self._sum_up()
+
+    def _sum_up(self) -> float:
+        now = tally.now()
+        self._seconds += self._held * (now - self._since)
+        self._since = now
+        return self._seconds
 
     def __enter__(self) -> None:
         with self._lock:
-            if self._free:
-                self._free -= 1
+            if self._held < self._count:
+                self._sum_up()
+                self._held += 1
                 return
             turn = threading.Lock()
             turn.acquire()
@@ -90,7 +103,8 @@ class Cores:
             if self._waiting:
                 self._waiting.popleft().release()
             else:
-                self._free += 1
+                self._sum_up()
+                self._held -= 1
 
 
 class Slices:
@@ -100,7 +114,7 @@ class Slices:
         self.address, self.threads = address, threads
         self.tally = Tally()
         self._todo: SimpleQueue[Callable[[], None] | None] = SimpleQueue()
-        self._cores = Cores(threads)
+        self.core = Cores(threads)  # that packing, serving and combining share
         self._held: dict[tuple[str, int], Any] = {}
         self._loading: defaultdict[tuple[str, int], threading.Lock] = defaultdict(threading.Lock)
         self._connections: set[Connection] = set()
@@ -142,17 +156,8 @@ class Slices:
     def metric(self) -> dict[str, Any]:
         """The report to the scheduler with each heartbeat."""
         held = [[*key, getattr(experts, "nbytes", 0)] for key, experts in self._held.items()]
-        return {**self.tally.metric(), "threads": self.threads, "slices": held}
-
-    @contextmanager
-    def core(self) -> Iterator[None]:
-        """Hold one of the cores that packing, serving and combining share."""
-        with self._cores:
-            start = tally.now()
-            try:
-                yield
-            finally:
-                self.tally.count_core(tally.now() - start)
+        of_cores = {"core": self.core.seconds(), "threads": self.threads}
+        return {**self.tally.metric(), **of_cores, "slices": held}
 
     def serve_here(self, chunk: Chunk, ranks: Sequence[int]) -> Answers | None:
         """Serve ranks in place, without a packet; None if one of them has moved away."""
@@ -173,7 +178,7 @@ class Slices:
             except KeyError:
                 return None
             seen = begin_seen(chunk.exchange.observe, rank, chunk.exchange.num_local)
-            with self.core():
+            with self.core:
                 start = tally.now()
                 answer = serve_in_place(
                     packing, rank, experts, chunk.number, exchange.d_out, seen, part
@@ -260,7 +265,7 @@ class Slices:
     ) -> tuple[Array | None, list[Array], list[Array]]:
         ranks, slices, chunk, exchange, sender, came = request
         seen = [begin_seen(exchange.observe, rank, exchange.num_local) for rank in ranks]
-        with self.core():
+        with self.core:
             start, count = tally.now(), len(packet[0].rows)
             nbytes = sum(array.nbytes for array in packet[0] if array is not None)
             whole, answers = serve_packet(packet.pop(), ranks, slices, chunk, exchange, seen)

@@ -11,7 +11,7 @@ from dask.base import normalize_token
 
 from dask_ep.arrays.namespaces import Array, namespace
 from dask_ep.experts.local_experts import refuse_rows
-from dask_ep.kernel.expert import Expert
+from dask_ep.kernel.expert import Expert, Function
 
 
 class CallableExperts:
@@ -67,11 +67,11 @@ class CallableExperts:
         xp: Any = np,
         dtype: Any = np.float32,
         given: dict[str, Sequence[np.ndarray]] | None = None,
-    ) -> list[Callable[[Array], Array]]:
+    ) -> list[Expert]:
         chosen = self if experts is None else self.subset(experts)
         return [
-            EmptyFunction(self.d_out) if function is None else function
-            for function in chosen.functions
+            Function(EmptyFunction(self.d_out) if function is None else function, f"expert_Ws[{e}]")
+            for e, function in enumerate(chosen.functions)
         ]
 
 

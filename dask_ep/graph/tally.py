@@ -46,7 +46,7 @@ class Tally:
         self._lock = threading.Lock()
         self._waiting: defaultdict[tuple[str, int], int] = defaultdict(int)
         self.rows = self.bytes_in = self.bytes_out = self.packets = self.chunks = 0
-        self.busy = self.core = 0.0
+        self.busy = 0.0
 
     def count_waiting(self, token: str, ranks: Sequence[int], rows: int) -> None:
         """Count rows that arrived for some ranks of a layer; negative numbers are rows answered."""
@@ -72,11 +72,6 @@ class Tally:
                 self.packets += bool(serving.bytes_in)
         note(servings)
 
-    def count_core(self, seconds: float) -> None:
-        """Count the time that a core has computed: packing, serving or combining."""
-        with self._lock:
-            self.core += seconds
-
     def count_chunk(self) -> None:
         with self._lock:
             self.chunks += 1
@@ -92,7 +87,6 @@ class Tally:
             "packets": self.packets,
             "chunks": self.chunks,
             "busy": self.busy,
-            "core": self.core,
             "time": now(),
             "queues": queues,
         }

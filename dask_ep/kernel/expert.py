@@ -194,13 +194,25 @@ def gated_in_one_go(
     return out if W.library.gated(rows, W, V, out, alpha) else None
 
 
-class _Function(Expert):
-    """A user's own function (m, d) -> (m, d_out); the rows that it gets are read-only."""
+class Function(Expert):
+    """A user's own function (m, d) -> (m, d_out); the rows that it gets are read-only.
 
-    def __init__(self, function: Callable[[Array], Array], place: str, probe: Array):
+    `place` is its name in errors.
+    """
+
+    def __init__(self, function: Callable[[Array], Array], place: str):
         self._function, self._place = function, place
-        self.d = probe.shape[1]
-        self.d_out = self._checked(function(probe), m=0, d_out=None).shape[1]
+        self.d = self.d_out = 0  # until it is probed
+        self._probed: tuple[Any, ...] | None = None
+
+    def probe(self, d: int, like: Array, dtype: np.dtype) -> None:
+        """Learn d_out from rows (0, d) of this kind, unless it is known already."""
+        wanted = d, type(like), dtype
+        if self._probed != wanted:
+            self.d = d
+            none = namespace(like).empty((0, d), dtype=dtype)
+            self.d_out = self._checked(self._function(none), m=0, d_out=None).shape[1]
+            self._probed = wanted
 
     def _checked(self, y: Array, *, m: int, d_out: int | None) -> Array:
         shape = getattr(y, "shape", None)
@@ -223,7 +235,7 @@ class _Function(Expert):
         if isinstance(rows, np.ndarray):
             rows = rows.view()
             rows.flags.writeable = False
-        y = self._checked(self._function(rows), m=len(rows), d_out=self.d_out)
+        y = self._checked(self._function(rows), m=len(rows), d_out=self.d_out or None)
         if out is None:
             return y
         out[...] = y.astype(out.dtype, copy=False)
@@ -278,6 +290,10 @@ def check_width(width: int, d_out: int) -> None:
 
 
 def _as_expert(W: Any, place: str, *, d: int, like: Array, dtype: np.dtype) -> Expert:
+    if callable(W) and not isinstance(W, Expert):
+        W = Function(W, place)
+    if isinstance(W, Function):
+        W.probe(d, like, dtype)
     if isinstance(W, Expert):
         return W
     if is_array(W):
@@ -287,8 +303,6 @@ def _as_expert(W: Any, place: str, *, d: int, like: Array, dtype: np.dtype) -> E
         if not is_float(W.dtype):
             raise TypeError(f"{place} must hold floats, but has dtype {W.dtype}")
         return Linear(W)
-    if callable(W):
-        return _Function(W, place, namespace(like).empty((0, d), dtype=dtype))
     raise TypeError(
         f"{place} must be a (d, d_out) matrix, an Expert, or a callable (m, d) -> (m, d_out), "
         f"but is a {type(W).__name__}"

@@ -96,7 +96,7 @@ def _local_numbers(flat: np.ndarray, num_local: int, rank: int) -> np.ndarray:
     """Local expert number of each slot, and `num_local` for the slots that are not ours."""
     local = flat.astype(np.int64)
     local -= rank * num_local
-    local = np.where((local < 0) | (local >= num_local), num_local, local)
+    local[(local < 0) | (local >= num_local)] = num_local
     return local.astype(np.int16 if num_local < 2**15 else np.int64)
 
 

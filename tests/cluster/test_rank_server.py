@@ -1,6 +1,5 @@
 """Cores are given out in turn, and no more than there are; every packet gets an answer."""
 
-import asyncio
 import sys
 import threading
 
@@ -12,6 +11,7 @@ from dask_ep import Experts
 from dask_ep.cluster import dask_internals
 from dask_ep.cluster.rank_server import Cores, Slices
 from dask_ep.cluster.streams import to_message
+from dask_ep.graph import tally
 from tests.cluster_processes import DEADLINE, wait_until
 
 
@@ -57,11 +57,15 @@ class Answers:
     """Stands for the connection to the worker that asks."""
 
     def __init__(self):
-        self.came = asyncio.Event()
+        self.came = threading.Event()
 
     def send(self, number, answer):
         self.number, self.answer = number, answer
         self.came.set()
+
+    def raise_error(self):
+        (arrived,) = protocol.loads(protocol.dumps([self.answer]))
+        dask_internals.raise_remote(arrived)
 
 
 class Wordless(Exception):
@@ -95,19 +99,42 @@ def test_who_sent_a_packet_is_told_what_went_wrong(expert, error):
     slices.open("layer", 0, lambda: experts, lambda token: True)
     packet = [np.ones((2, 3), np.float32), np.zeros(2, np.int64), None]
 
-    async def ask():
-        answers = Answers()
-        slices._take(
-            answers, 7, "tcp://there:1", "layer", [0], 4, [1, 1, 3], None, map(to_message, packet)
-        )
-        await asyncio.wait_for(answers.came.wait(), DEADLINE)
-        return answers
-
-    answers = asyncio.run(ask())
+    answers = Answers()
+    slices._take(
+        answers, "tcp://there:1", 7, "layer", [0], 4, [1, 1, 3], None, map(to_message, packet)
+    )
+    assert answers.came.wait(DEADLINE)
     slices.close()
     assert answers.number == 7
     kind, words = error
-    (arrived,) = protocol.loads(protocol.dumps([answers.answer]))
     with pytest.raises(kind, match=words):
-        dask_internals.raise_remote(arrived)
+        answers.raise_error()
     assert slices.tally.waiting == 0
+
+
+def test_an_answer_that_cannot_be_sent_is_an_error_of_who_asks():
+    class Narrow(Answers):
+        def send(self, number, answer):
+            if not isinstance(answer, dict):
+                raise TypeError("this cannot be serialized")
+            super().send(number, answer)
+
+    slices, answers = Slices("tcp://here:1", threads=1), Narrow()
+    slices.open("layer", 0, lambda: [np.eye(3, dtype=np.float32)], lambda token: True)
+    packet = map(to_message, [np.ones((2, 3), np.float32), np.zeros(2, np.int64), None])
+    slices._take(answers, "tcp://there:1", 7, "layer", [0], 4, [1, 1, 3], None, packet)
+    assert answers.came.wait(DEADLINE)
+    slices.close()
+    with pytest.raises(TypeError, match="cannot be serialized"):
+        answers.raise_error()
+
+
+def test_a_core_counts_the_time_for_which_it_is_held(monkeypatch):
+    clock = iter([0.0, 1.0, 2.0, 4.0, 8.0, 16.0, 32.0])
+    monkeypatch.setattr(tally, "now", lambda: next(clock))
+    cores = Cores(2)  # at 0
+    with cores:  # 1
+        with cores:  # 2
+            assert cores.seconds() == 1 + 2 * 2  # at 4
+        # 8
+        assert cores.seconds() == 1 + 2 * 6 + 8

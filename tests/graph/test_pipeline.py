@@ -574,6 +574,23 @@ def test_no_rows_in_several_chunks(world_size, k):
     assert y.compute(scheduler="sync").shape == (0, 3)
 
 
+@pytest.mark.parametrize("world_size", [1, 2])
+def test_functions_are_asked_once_for_their_width(world_size):
+    """Also if their experts serve many chunks: a call may be expensive."""
+    probed = []
+
+    def function(rows):
+        if not len(rows):
+            probed.append(rows.shape)
+        return rows
+
+    experts = Experts.callables([function] * E, d_out=D)
+    routing = da.arange(N, chunks=TOKENS.chunks[0]) % E
+    assert len(routing.chunks[0]) > 1
+    expert_parallel(TOKENS, routing, experts, world_size=world_size).compute(scheduler="sync")
+    assert probed == [(0, D)] * E
+
+
 def test_functions_that_return_another_width_than_declared_are_refused():
     y = expert_parallel(TOKENS, ROUTING, [lambda x: x[:, :2]] * E)
     with pytest.raises(ValueError, match=r"width 6, but gave 2; use .*d_out=2"):

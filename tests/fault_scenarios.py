@@ -81,21 +81,23 @@ UNEVEN_RANKS, UNEVEN_WORKERS = 4, ("w0", "w1", "w2", "w3", "idle")
 
 
 class ExpertPaidByRow:
-    """The identity, and so many seconds for each row."""
+    """The identity, and so many seconds for each row, once a file is gone, if one is given."""
 
-    def __init__(self, seconds: float):
-        self.seconds = seconds
+    def __init__(self, seconds: float, gate: Path | None = None):
+        self.seconds, self.gate = seconds, gate
 
     def __call__(self, rows: np.ndarray) -> np.ndarray:
+        while self.gate is not None and self.gate.exists():
+            time.sleep(0.01)
         time.sleep(self.seconds * len(rows))
         return rows
 
 
-def uneven_job(seconds_per_row: float, chunks: int = CHUNKS) -> da.Array:
+def uneven_job(seconds_per_row: float, chunks: int = CHUNKS, gate: Path | None = None) -> da.Array:
     """Build a job whose 64 experts get rows by Zipf's law (1.2): the first of 4 ranks, most."""
     chance = 1 / np.arange(1, 65) ** 1.2
     routing = np.random.default_rng(9).choice(64, size=chunks * ROWS, p=chance / chance.sum())
-    experts = [ExpertPaidByRow(seconds_per_row)] * 64
+    experts = [ExpertPaidByRow(seconds_per_row, gate)] * 64
     tokens = da.random.default_rng(7).standard_normal(
         (chunks * ROWS, WIDTH), chunks=(ROWS, WIDTH), dtype=np.float32
     )

@@ -542,14 +542,15 @@ def test_what_a_hastened_task_is_made_of_comes_first_and_is_not_kept_back(client
     with dask.annotate(resources={"fast": 1}):
         needy = _count("needy")
     last = _count("last", *many, needy)
-    RUNS.clear()
     able = {frozenset(): Kind({worker.address for worker in workers})}
 
     def workers_with(needs):
         return able.setdefault(frozenset(needs.items()), Able(needs))
 
     future = client.compute(last, optimize_graph=False)
-    wait_until(lambda: len(RUNS) == 20, "all but one ran")
+    wait_until(
+        lambda: all(state_of(client, task.key) == "memory" for task in many), "all but one ran"
+    )
     assert state_of(client, needy.key) == "no-worker"
     hastened = on_scheduler(
         client, lambda s: dask_internals.hasten(s.tasks[last.key], workers_with)

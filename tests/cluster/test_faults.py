@@ -4,6 +4,7 @@
 """
 
 import time
+from collections import Counter
 from math import inf
 
 import dask.array as da
@@ -19,13 +20,14 @@ from tests.fault_scenarios import (
     CONFIG,
     FAULTS,
     RANKS,
+    UNEVEN_RANKS,
     UNEVEN_WORKERS,
     WORKERS,
     job,
     moments,
     run_disturbed,
     run_undisturbed,
-    run_uneven,
+    uneven_job,
 )
 from tests.observed import Waits, record_services, servings, slices_kept, slots_taken
 
@@ -73,17 +75,26 @@ def test_the_result_is_that_of_the_undisturbed_run(clusters, fault, number):
 
 
 @pytest.mark.slow
-def test_an_idle_worker_takes_a_replica_of_the_hot_rank_in_the_midst_of_the_job(tmp_path):
+def test_an_idle_worker_takes_a_replica_of_the_hot_rank_in_the_midst_of_the_job(tmp_path, gate):
+    y = uneven_job(1e-3, gate=gate)
     running = Cluster(tmp_path, UNEVEN_WORKERS, config=CONFIG)
     with running, running.client() as client:
-        run_uneven(client, None, seconds_per_row=0)  # workers import what they need
-        alone = run_uneven(client, None)
-        helped = [run_uneven(client, alone.seconds / 4) for _ in range(2)]
-    for outcome in helped:
-        assert np.array_equal(outcome.value, alone.value)
-        assert outcome.failures == []
-    # At best 0.63; the better of two, for other processes take their part of the machine.
-    assert 0.5 < min(outcome.seconds for outcome in helped) / alone.seconds < 0.85
+        record_services(client)
+        rules = OwnerRules(replicate_hot=False)
+        with own_experts(client, UNEVEN_RANKS, rules=rules) as owners:
+            future = client.compute(y)
+            wait_until(lambda: any(slots_taken(client).values()), "chunks are in flight")
+            idle = set(addresses(client).values()).difference(*owners.owners)
+            both = idle.union(owners.owners[0])
+            owners.replicate(0)
+            assert set(owners.owners[0]) == both
+            gate.unlink()
+            assert np.array_equal(future.result(DEADLINE), alone(y))
+            assert owners.failures == []
+        rows = Counter()
+        for served in servings(client):
+            rows[served.served_by] += served.rows if served.rank == 0 else 0
+    assert min(rows[address] for address in both) > 0.1 * rows.total()
 
 
 # --- more that may happen at once --------------------------------------------------------------

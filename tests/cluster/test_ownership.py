@@ -722,8 +722,11 @@ def test_a_worker_that_closes_in_good_order_hands_its_ranks_on(cluster, client):
     cluster.stop_worker("leaving")
 
 
-def test_a_plugin_that_fails_when_a_worker_dies_ends_the_job_with_an_error(cluster, client):
-    y, _ = layer(chunks=60, experts=Experts.callables([_slowly] * 6))
+def test_a_plugin_that_fails_when_a_worker_dies_ends_the_job_with_an_error(
+    cluster, client, tmp_path
+):
+    (gate := tmp_path / "wait").touch()
+    y, _ = layer(chunks=60, experts=Experts.callables([Waits(gate)] * 6))
     cluster.start_worker("victim")
     wait_until(lambda: "victim" in addresses(client), "the victim has come")
     with own_experts(client, 6, rules=OwnerRules(settle=0.2, chunks_in_flight=2)) as owners:
@@ -731,6 +734,8 @@ def test_a_plugin_that_fails_when_a_worker_dies_ends_the_job_with_an_error(clust
         wait_until(lambda: client.run_on_scheduler(_has_begun), "the job has begun")
         client.run_on_scheduler(_break_assignment)
         cluster.stop_worker("victim")
+        wait_until(lambda: "victim" not in addresses(client), "the victim is lost")
+        gate.unlink()
         with pytest.raises(LostOwnerError, match="owners of ranks are unknown after an error"):
             future.result(DEADLINE)
         assert any("remove_worker" in failure for failure in owners.failures)

@@ -111,9 +111,10 @@ class CheckpointFiles:
         if name.endswith(".safetensors"):
             return dict.fromkeys(self.header(name), name)
         index = self._read_json(name)
-        if not isinstance(index.get("weight_map"), dict):
+        files = index.get("weight_map")
+        if not isinstance(files, dict) or not all(isinstance(file, str) for file in files.values()):
             raise ValueError(f"{self._path(name)} must have a weight_map: tensor -> file")
-        return index["weight_map"]
+        return files
 
     def header(self, file_name: str) -> Mapping[str, Source]:
         """The tensors of one file."""

@@ -7,6 +7,7 @@ errors.
 from __future__ import annotations
 
 from math import prod
+from tokenize import TokenError
 from typing import Any, BinaryIO
 
 import numpy as np
@@ -49,7 +50,7 @@ def parse_npy_header(
     """
     try:
         shape, fortran_order, stored = _READERS[np.lib.format.read_magic(file)](file)
-    except (ValueError, KeyError) as error:
+    except (ValueError, KeyError, TokenError) as error:
         raise ValueError(f"{path} is not a .npy file of numbers: {error}") from error
     if fortran_order and prod(shape) > max(shape, default=1):
         raise ValueError(

@@ -70,6 +70,8 @@ class ZarrSource(Source):
     ):
         if missing not in ("error", "fill"):
             raise ValueError(f'missing must be "error" or "fill", not {missing!r}')
+        if 0 in array.chunks:
+            raise ValueError(f"chunks of {name} must have numbers, but are {array.chunks}")
         array = anchored(array)
         dtype = array.dtype.newbyteorder("=") if dtype is None else dtype
         self._pickled: bytes | None = None
@@ -213,7 +215,13 @@ def open_source(
         file = _find(path, name)
         with file.open() as opened:
             shape, stored, offset = parse_npy_header(opened, path, dtype)
-        return Region(file, offset, shape, stored, file.name)
+        source = Region(file, offset, shape, stored, file.name)
+        if more := file.size - offset - source.nbytes:
+            raise ReadError(
+                f"{path} has {more} bytes after the array {shape} of {stored} that its header "
+                "describes: it is damaged, or its writer was stopped; save it again"
+            )
+        return source
     return _source_of_zarr(path, name, missing)
 
 

@@ -865,6 +865,8 @@ SHARD = "model-00008-of-00009.safetensors"
         (break_file("config.json", lambda b: b[1:]), ValueError, "config.json is not valid JSON"),
         (break_file("config.json", lambda b: b"[]"), ValueError, "must hold a JSON object"),
         (edit_index(lambda index: index.pop("weight_map")), ValueError, "must have a weight_map"),
+        (edit_index(lambda index: index["weight_map"].update({GATE: None})), ValueError,
+         "must have a weight_map: tensor -> file"),
         (edit_index(lambda index: index["weight_map"].pop(GATE)), ValueError,
          f"disagree: only the file has {GATE}"),
         (edit_index(lambda index: index["weight_map"].update({GATE + "2": SHARD})), ValueError,

@@ -483,6 +483,16 @@ def test_shards_whose_chunks_cannot_be_missed_are_refused(tmp_path, options):
             read(open_source(path))
 
 
+def test_chunks_without_numbers_are_refused(tmp_path):
+    zarr.create_array(tmp_path / "x.zarr", shape=(4, 2), chunks=(2, 2), dtype="f4")
+    metadata = (tmp_path / "x.zarr" / "zarr.json").read_text()
+    grid = json.loads(metadata)
+    grid["chunk_grid"]["configuration"]["chunk_shape"] = [0, 2]
+    (tmp_path / "x.zarr" / "zarr.json").write_text(json.dumps(grid))
+    with pytest.raises(ValueError, match=r"chunks of x.zarr must have numbers, but are \(0, 2\)"):
+        open_source(tmp_path / "x.zarr")
+
+
 def test_a_group_is_no_array_but_has_some(tmp_path):
     group = zarr.create_group(tmp_path / "g.zarr")
     with pytest.raises(ValueError, match=r"It is a group; name an array in it$"):
@@ -558,6 +568,14 @@ def test_npy_files_that_are_no_plain_rows_of_numbers(tmp_path):
         open_source(path)
     np.save(path, np.ones((3, 2), ">f4"))
     with pytest.raises(TypeError, match=r"byte order of this machine.* >f4.*'float32'"):
+        open_source(path)
+    np.save(path, np.ones((3, 2), "f4"))
+    content = path.read_bytes()
+    path.write_bytes(content.replace(b"(3, 2)", b"((3,2)"))
+    with pytest.raises(ValueError, match=r"x.npy is not a .npy file of numbers"):
+        open_source(path)
+    path.write_bytes(content.replace(b"(3, 2)", b"(2, 2)"))
+    with pytest.raises(ReadError, match=r"x.npy has 8 bytes after the array \(2, 2\) of float32"):
         open_source(path)
     path.write_bytes(b"not an array at all")
     with pytest.raises(ValueError, match=r"is not a .npy file of numbers"):

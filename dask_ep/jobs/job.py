@@ -178,7 +178,7 @@ def parse_experts(text: str) -> str | dict[str, Any]:
 
 def _parse(path: Path) -> dict[str, Any]:
     try:
-        return tomllib.loads(path.read_text(encoding="utf-8"))
+        return tomllib.loads(path.read_text(encoding="utf-8-sig"))
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise JobError(f"{path} must be a TOML file, but cannot be read as one: {error}") from error
     except FileNotFoundError as error:
@@ -203,6 +203,7 @@ def _toml(value: Any, base: Path | None) -> str:
     if base is not None and isinstance(value, str) and os.path.isabs(value):
         path = Path(value)
         value = path.relative_to(base).as_posix() if path.is_relative_to(base) else value
+        value = f"./{value}" if value.startswith("~") else value  # not somebody's home
     return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")
 
 
@@ -223,7 +224,8 @@ def resolve_path(value: str, base: Path) -> str:
     if "://" in value:
         return value
     file, separator, tensor = value.partition("::")
-    place = (base / Path(file).expanduser()).resolve()
+    home = file.startswith("~")  # a Path drops the "./" of a file with such a name
+    place = (base / (Path(file).expanduser() if home else file)).resolve()
     try:
         os.stat(place)
     except OSError as error:  # a loop of links, which `resolve` does not report from 3.13 on

@@ -209,7 +209,7 @@ def open_source(
             f"{type(obj).__module__}.{type(obj).__qualname__}"
         )
     path = os.fspath(obj)
-    if named := re.fullmatch(r"(.*?\.(?:safetensors|gguf))(?:::(.*))?", path):
+    if named := re.fullmatch(r"(.*?\.(?:safetensors|gguf))(?:::(.*))?", path, re.DOTALL):
         return _source_of_tensor(named[1], named[2], name)
     if path.endswith(".npy"):
         file = _find(path, name)

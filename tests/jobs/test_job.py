@@ -226,13 +226,19 @@ PATHS = st.text(min_size=1, max_size=12).filter(lambda text: "\0" not in text an
 )
 def test_a_job_that_is_written_is_read_again(tmp_path_factory, paths, limit, gates, ranks):
     folder = tmp_path_factory.mktemp("job")
-    paths = [str(folder / f"x{path}") for path in paths]
+    paths = [str(folder / f"{first}{path}") for first, path in zip("x~~", paths, strict=True)]
     table = {"kind": "gated", "gate": gates, "up": paths[0], "down": paths[1], "limit": limit}
     job = Job("/x.npy", "/y.npy", routing=paths[2], experts=table, world_size=ranks)
     for base in (None, folder):
         path = folder / "job.toml"
         path.write_text(job.to_toml(base), encoding="utf-8")
         assert replace(load_job(path), name="job") == job
+
+
+def test_a_job_file_may_begin_with_a_byte_order_mark(tmp_path):
+    text = 'tokens = "x.npy"\nrouting = "r.npy"\nexperts = "w.npy"\nout = "y.npy"\n'
+    (tmp_path / "job.toml").write_text(text, encoding="utf-8-sig")
+    assert load_job(tmp_path / "job.toml").tokens == str(tmp_path / "x.npy")
 
 
 def test_a_job_of_values_is_checked_too():

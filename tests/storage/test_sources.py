@@ -304,6 +304,8 @@ def test_a_source_stays_itself_and_keeps_its_name(tmp_path):
     assert open_source(tmp_path / "x.npy").name == "x.npy"
     save_file({"a": np.ones(2), "b": np.ones(3)}, tmp_path / "m.safetensors")
     assert open_source(f"{tmp_path}/m.safetensors::b").name == "m.safetensors:b"
+    (tmp_path / "two\nlines").symlink_to(tmp_path)
+    assert open_source(f"{tmp_path}/two\nlines/m.safetensors::b").shape == (3,)
     assert open_source(f"{tmp_path}/m.safetensors::b", name="bias").name == "bias"
 
 

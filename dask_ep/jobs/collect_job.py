@@ -56,6 +56,7 @@ from dask_ep.layers.collect import Wanted, name_all
 from dask_ep.pricing.price_statistics import PlanOfStatistics
 from dask_ep.storage import bundle
 from dask_ep.storage.fingerprint import describe
+from dask_ep.storage.journal import acquire_lock
 from dask_ep.storage.output import Output, Receipt, Step, progress_directory, together
 from dask_ep.storage.overwrite_guard import refuse_to_replace_inputs
 from dask_ep.storage.replace import remove
@@ -144,6 +145,8 @@ def collect_job(
     directory, inputs = progress_directory(out), open_inputs(job)
     _check_out(out, inputs, wanted)
     if overwrite:
+        for lock in Path(directory).glob("*.progress/lock"):
+            acquire_lock(str(lock.parent))  # raises while another process collects
         remove(directory)
     begun = _read_begun(directory)
     file = _File(inputs, wanted, out, few_rows)

@@ -15,15 +15,16 @@ from pathlib import Path
 from unittest.mock import ANY
 
 import dask
+import dask.array as da
 import numpy as np
 import pytest
 import zarr
 from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
 
-from dask_ep import Experts, collect, open_tokens
+from dask_ep import Experts, collect, open_tokens, store
 from dask_ep.cli import main
-from dask_ep.errors import DoesNotFit, JobError, ReadError
+from dask_ep.errors import DoesNotFit, JobError, OutputInUse, ReadError
 from dask_ep.jobs import price_job
 from dask_ep.jobs.backends import Processes, Threads
 from dask_ep.jobs.collect_job import collect_job
@@ -440,6 +441,18 @@ def test_statistics_replace_neither_inputs_nor_the_output(folder):
     with pytest.raises(JobError, match=r"written to .*o\.zarr, which is the job's output"):
         collect_job(named, *asked(folder, "o.zarr", with_output=True))
     assert not (folder / "o.zarr.progress").exists()
+
+
+def test_statistics_that_are_being_collected_are_not_overwritten(folder):
+    wanted, out = asked(folder)
+    directory = Path(progress_directory(str(out)))
+    directory.mkdir()
+    with store(da.zeros((2, 2)), directory / "groups-0.zarr", compute=False):
+        with pytest.raises(OutputInUse, match="has been writing this output since"):
+            collect_job(job(folder), wanted, out, overwrite=True)
+        assert (directory / "groups-0.zarr.progress" / "manifest.json").exists()
+    collect_job(job(folder), wanted, out, overwrite=True)
+    assert not directory.exists()
 
 
 def test_statistics_go_to_bundles_alone(folder):

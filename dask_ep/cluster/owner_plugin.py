@@ -178,7 +178,7 @@ class Ownership(SchedulerPlugin):
     def place(self, world_size: int, rank: int, workers: Collection[str], why: str) -> None:
         """Make exactly these workers the owners of a rank, until all of them are lost."""
         ranks = self.ranks[world_size]
-        ranks.by_hand.add(rank)
+        ranks.kept_until[rank] = inf
         ranks.added.pop(rank, None)
         ranks.replicas[rank] = len(workers)
         self.ranks.change(world_size, rank, workers, why)

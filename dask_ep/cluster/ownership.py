@@ -178,7 +178,7 @@ class Owners:
         ValueError
             If there is no such rank or no such worker.
         """
-        self._ask(_move, rank, worker)
+        self._ask(_place, rank, worker, False)
 
     def replicate(self, rank: int, worker: str | int | None = None) -> None:
         """Give a rank another owner: this worker, or the least loaded one.
@@ -188,7 +188,7 @@ class Owners:
         ValueError
             If there is no such rank or worker, or if the worker (or every worker) owns it already.
         """
-        self._ask(_replicate, rank, worker)
+        self._ask(_place, rank, worker, True)
 
     def table(self) -> list[WorkerRow]:
         """List the workers in order, with their ranks."""
@@ -336,18 +336,16 @@ def _table(plugin: Ownership, world_size: int) -> list[WorkerRow]:
     ]
 
 
-def _move(plugin: Ownership, world_size: int, rank: int, worker: str | int) -> None:
-    _check_rank(rank, world_size)
-    plugin.place(world_size, rank, {_address(plugin, worker)}, "moved by hand")
-
-
-def _replicate(plugin: Ownership, world_size: int, rank: int, worker: str | int | None) -> None:
-    _check_rank(rank, world_size)
-    owners, workers = plugin.ranks[world_size].living()[rank], plugin.workers()
+def _place(plugin: Ownership, size: int, rank: int, worker: str | int | None, more: bool) -> None:
+    """Let a worker, or the least loaded one, own a rank: together with its owners, or alone."""
+    if not 0 <= rank < size:
+        raise ValueError(f"rank must be 0 to {size - 1}, but is {rank}")
+    workers = plugin.workers()
+    owners = plugin.ranks[size].living()[rank] if more else frozenset[str]()
     named = workers if worker is None else [_address(plugin, worker)]
     load = {
         row.address: row.load / workers[row.address]
-        for row in _table(plugin, world_size)
+        for row in _table(plugin, size)
         if row.address in named and row.address not in owners
     }
     if not load:
@@ -355,13 +353,8 @@ def _replicate(plugin: Ownership, world_size: int, rank: int, worker: str | int 
             f"rank {rank} needs a worker that does not own it yet, but its owners are "
             f"{sorted(owners)} and the workers {list(workers)}; start one more, or name another"
         )
-    least = min(load, key=load.__getitem__)
-    plugin.place(world_size, rank, owners | {least}, "replica by hand")
-
-
-def _check_rank(rank: int, world_size: int) -> None:
-    if not 0 <= rank < world_size:
-        raise ValueError(f"rank must be 0 to {world_size - 1}, but is {rank}")
+    added = {min(load, key=load.__getitem__)}
+    plugin.place(size, rank, owners | added, "replica by hand" if more else "moved by hand")
 
 
 def _address(plugin: Ownership, worker: str | int) -> str:

@@ -42,8 +42,7 @@ class Ranks:
         self.loads = [1.0] * world_size  # work, any unit
         self.replicas = [1] * world_size  # owners wanted
         self.added: defaultdict[int, set[str]] = defaultdict(set)  # further owners of hot ranks
-        self.by_hand: set[int] = set()  # ranks that were moved by hand: no rebalancing
-        self.balanced_at = [-inf] * world_size  # when rebalancing last moved it; monotonic seconds
+        self.kept_until = [-inf] * world_size  # monotonic seconds; inf: moved by hand
 
     def living(self) -> list[frozenset[str]]:
         """The owners without the placeholder."""
@@ -109,19 +108,18 @@ class RankMap(dict[int, Ranks]):
             wanted = [n + len(ranks.added.get(rank, ())) for rank, n in enumerate(ranks.replicas)]
             for rank, owners in enumerate(assign(before, workers, ranks.loads, wanted, limit)):
                 self.change(world_size, rank, owners, why)
-                if not before[rank] & owners:
-                    ranks.by_hand.discard(rank)
+                if ranks.kept_until[rank] == inf and not before[rank] & owners:
+                    ranks.kept_until[rank] = -inf
 
     def balance(self, workers: Mapping[str, float], keep: float) -> None:
         """Move ranks to less loaded workers; a moved one stays there for `keep` s."""
         now, self.settled_capacity = time.monotonic(), sum(workers.values())
         for world_size, ranks in self.items():
-            kept = {rank for rank, at in enumerate(ranks.balanced_at) if now - at < keep}
+            kept = {rank for rank, until in enumerate(ranks.kept_until) if now < until}
             before = ranks.living()
-            balanced = balance(before, workers, ranks.loads, ranks.by_hand | kept)
-            for rank, owners in enumerate(balanced):
+            for rank, owners in enumerate(balance(before, workers, ranks.loads, kept)):
                 if owners != before[rank]:
-                    ranks.balanced_at[rank] = now
+                    ranks.kept_until[rank] = now + keep
                     self.change(world_size, rank, owners, "rebalanced")
 
 

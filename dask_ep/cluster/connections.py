@@ -30,6 +30,7 @@ import numpy as np
 from distributed import Worker
 from distributed.comm import Comm
 
+from dask_ep.arrays import memory
 from dask_ep.cluster import dask_internals
 
 READY = "ready"
@@ -60,7 +61,7 @@ class Socket:
         self._loop = asyncio.get_running_loop()
         self._assembling = self._assemble()
         self._ahead = memoryview(bytearray(AHEAD))
-        self._rest = self._part = memory(next(self._assembling))
+        self._rest = self._part = buffer(next(self._assembling))
         self._lock = Lock()  # of what is sent, and of closing
         self._todo: deque[memoryview] = deque()
         self._is_blocked = False
@@ -131,7 +132,7 @@ class Socket:
             taken = min(count, len(self._rest))
             self._rest, ahead = self._rest[taken:], self._ahead[: count - taken]
             while not self._rest:
-                self._rest = self._part = memory(self._assembling.send(self._part))
+                self._rest = self._part = buffer(self._assembling.send(self._part))
                 taken = min(len(ahead), len(self._rest))
                 self._rest[:taken] = ahead[:taken]
                 self._rest, ahead = self._rest[taken:], ahead[taken:]
@@ -219,14 +220,14 @@ class DaskConnection:
 Connection = Socket | DaskConnection
 
 
+def buffer(size: int) -> memoryview:
+    """Aligned memory for a part of a message: that of arrays which have died, if it is large."""
+    return memory.empty((size,), np.uint8).data
+
+
 def call_on(loop: asyncio.AbstractEventLoop, act: Callable[..., None], *arguments: Any) -> None:
     with suppress(RuntimeError):  # it is closed
         loop.call_soon_threadsafe(act, *arguments)
-
-
-def memory(size: int) -> memoryview:
-    """Memory for a part of a message, aligned and not cleared."""
-    return np.empty(size, np.uint8).data
 
 
 def keep(comm: Comm, hear: Hear) -> Connection:

@@ -273,6 +273,26 @@ def test_a_connection_keeps_no_message_that_it_has_handed_over():
     run(act)
 
 
+def test_large_messages_arrive_in_memory_that_is_used_again():
+    """New memory costs as much as sending it."""
+
+    async def act(here, heard, other):
+        there, heard_there = socket_of(other)
+        places = set()
+        for n in range(4):
+            here.send(to_serialize(np.full(4 << 20, n, np.uint8)))
+            came = await heard_there.next()
+            assert (came == n).all()
+            places.add(came.ctypes.data)
+            del came
+        assert len(places) == 1
+        there.abort()
+        with suppress(OSError):
+            await heard_there.end()
+
+    run(act)
+
+
 class Comm:
     """Keeps what is written, and can be read once it is."""
 

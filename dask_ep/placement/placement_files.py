@@ -253,20 +253,27 @@ def _from_sglang(content: dict, path: str | PathLike, world_size: int) -> list[P
 
 def _from_vllm_ascend(content: dict, path: str | PathLike) -> list[Placement]:
     try:
-        layers = sorted(content["layer_list"], key=itemgetter("layer_id"))
         tables = [
-            [
-                device["device_expert"]
-                for device in sorted(layer["device_list"], key=itemgetter("device_id"))
-            ]
-            for layer in layers
+            [device["device_expert"] for device in _in_order(layer["device_list"], "device_id")]
+            for layer in _in_order(content["layer_list"], "layer_id")
         ]
     except (KeyError, TypeError) as error:
         raise ValueError(
             f'{path} must hold "layer_list", with "layer_id" and "device_list" in each layer, and '
             f'"device_id" and "device_expert" in each device (vLLM Ascend): {error!r}'
         ) from error
+    except ValueError as error:
+        raise ValueError(f"{path} (vLLM Ascend) is not complete: {error}") from error
     return [Placement(table) for table in tables]
+
+
+def _in_order(entries: Sequence[Mapping[str, Any]], key: str) -> list[Mapping[str, Any]]:
+    """Sort entries by their number, which must count from 0: each is found by its place."""
+    found = sorted(entries, key=itemgetter(key))
+    numbers = [entry[key] for entry in found]
+    if numbers != list(range(len(found))):
+        raise ValueError(f'each "{key}" from 0 on must be there once, but there are {numbers}')
+    return found
 
 
 def _moe_layer(layer: int, moe_layers: Sequence[int], num_layers: int, path: str | PathLike) -> int:

@@ -547,6 +547,28 @@ def test_a_layer_that_an_engine_file_does_not_hold_is_named(tmp_path):
         from_file(path, layer=5, moe_layers=[3, 4, 5])
 
 
+@pytest.mark.parametrize(
+    ("numbers", "devices", "words"),
+    [
+        ((0, 2), (0, 1), r'each "layer_id" from 0 on must be there once, but there are \[0, 2\]'),
+        ((0, 0), (0, 1), r'each "layer_id" .*, but there are \[0, 0\]'),
+        ((1, 0), (0, 2), r'each "device_id" .*, but there are \[0, 2\]'),
+    ],
+)
+def test_an_engine_file_that_lacks_a_layer_or_device_is_refused(tmp_path, numbers, devices, words):
+    """The next one would take its place."""
+    path = tmp_path / "ascend.json"
+    write_vllm_ascend(path, [Placement([[0, 1], [2, 3]]), Placement([[3, 2], [1, 0]])])
+    content = json.loads(path.read_text())
+    for layer, number in zip(content["layer_list"], numbers, strict=True):
+        layer["layer_id"] = number
+        for device, rank in zip(layer["device_list"], devices, strict=True):
+            device["device_id"] = rank
+    path.write_text(json.dumps(content))
+    with pytest.raises(ValueError, match=words):
+        read_vllm_ascend(path)
+
+
 def test_an_engine_file_of_floats_is_refused(tmp_path):
     path = tmp_path / "sglang.json"
     path.write_text('{"physical_to_logical_map": [[0.0, 1.0]]}')

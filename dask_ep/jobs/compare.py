@@ -190,7 +190,8 @@ def compare_outputs(
     with started(where, files_of(files), wait) as (threads, client):
         first = open_tokens(outputs[0], chunks=chunk_rows)
         second, *rest = (open_tokens(each, like=first) for each in (outputs[1], *routings))
-        experts = 1 + max((int(each.max().compute()) for each in rest if each.size), default=-1)
+        largest = [int(each.max().compute()) for each in rest if each.size]
+        experts = 1 + max([0, *largest]) if rest else 0
         compute = partial(_computed, threads, client, on_progress, wait)
         return _compared([first, second], rest, experts, compute, tolerance, share)
 

@@ -131,6 +131,15 @@ def test_an_output_without_rows():
     assert (nothing.rows, nothing.largest, nothing.quantile(0.5)) == (0, 0.0, 0.0)
 
 
+def test_outputs_whose_rows_chose_no_expert_are_compared(tmp_path):
+    np.save(tmp_path / "y.npy", np.zeros((5, 2)))
+    np.save(tmp_path / "routing.npy", np.full((5, 2), -1))
+    routing = [tmp_path / "routing.npy"] * 2
+    found = compare_outputs(tmp_path / "y.npy", tmp_path / "y.npy", Threads(1), routing=routing)
+    assert (found.difference.rows, found.difference.moved) == (5, 0)
+    assert found.difference.expert_rows.tolist() == [0]
+
+
 def test_outputs_without_rows_have_a_routing_too(tmp_path):
     np.save(tmp_path / "a.npy", np.empty((0, 3)))
     np.save(tmp_path / "r.npy", np.empty((0, 2), np.int32))

@@ -6,6 +6,9 @@ wait in their threads, in Dask's order:
     enter   waits while the limit is reached, then gives its thread to Dask (`secede`)
     leave   lets the next one begin
 
+A chunk in flight may wait for experts that are loaded again and are made of the output of another
+layer: so each layer may have one chunk in flight, whatever the limit.
+
 A waiting thread would keep the worker from other tasks, and the chunks in flight may be waiting for
 one of these, such as the experts of a rank that has lost its owner. So the thread is lent to any
 task that is ready here and comes before its own in Dask's order.
@@ -15,6 +18,7 @@ from __future__ import annotations
 
 import threading
 from bisect import insort
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -24,12 +28,15 @@ class Waiting:
     """A chunk that waits to begin; the first in Dask's order begins first."""
 
     priority: tuple
+    layer: str
     is_wanted: bool = False
     """Whether an earlier task needs its thread."""
 
 
 class Admission:
     """Bounds the chunks in flight on a worker, of all layers, by `limit`, which may be inf.
+
+    A layer that has none may always begin one.
 
     Examples
     --------
@@ -44,7 +51,11 @@ class Admission:
         self._limit, self._changed = limit, threading.Condition()
         self._waiting: list[Waiting] = []  # in Dask's order
         self._is_closed = False
-        self.under_way = 0
+        self._begun: Counter[str] = Counter()  # chunks in flight of each layer
+
+    @property
+    def under_way(self) -> int:
+        return self._begun.total()
 
     @property
     def has_waiting(self) -> bool:
@@ -56,7 +67,11 @@ class Admission:
             self._changed.notify_all()
 
     def enter(
-        self, priority: tuple, look: Callable[[], object], secede: Callable[[], None]
+        self,
+        priority: tuple,
+        look: Callable[[], object],
+        secede: Callable[[], None],
+        layer: str = "",
     ) -> None:
         """Wait until a chunk may begin; a RuntimeError tells that the worker closes meanwhile.
 
@@ -66,8 +81,9 @@ class Admission:
         look : arranges that `lend` is called if a ready task lacks a thread; called without
             waiting for it if this chunk has to wait
         secede : gives this thread back; called once, when the chunk begins or the thread is lent
+        layer : its token
         """
-        me = Waiting(priority)
+        me = Waiting(priority, layer)
         with self._changed:
             insort(self._waiting, me, key=lambda waiting: waiting.priority)
             must_wait = not self._is_next(me)
@@ -83,7 +99,7 @@ class Admission:
                 if me in self._waiting:
                     self._waiting.remove(me)
                 else:
-                    self.under_way -= 1
+                    self._begun -= Counter([me.layer])
                 self._changed.notify_all()
             raise
 
@@ -94,9 +110,9 @@ class Admission:
                 waiting.is_wanted |= priority < waiting.priority
             self._changed.notify_all()
 
-    def leave(self) -> None:
+    def leave(self, layer: str = "") -> None:
         with self._changed:
-            self.under_way -= 1
+            self._begun -= Counter([layer])
             self._changed.notify_all()
 
     def close(self) -> None:
@@ -116,9 +132,11 @@ class Admission:
             if not self._is_next(me):
                 return False
             self._waiting.remove(me)
-            self.under_way += 1
+            self._begun[me.layer] += 1
             self._changed.notify_all()
             return True
 
     def _is_next(self, me: Waiting) -> bool:
+        if not self._begun[me.layer]:
+            return me is next(each for each in self._waiting if each.layer == me.layer)
         return self.under_way + 1 <= self._limit and self._waiting[0] is me

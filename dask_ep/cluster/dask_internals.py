@@ -31,6 +31,9 @@ STIMULUS = "dask-ep"
 RESULT_SECONDS = 5.0
 """First timeout after which a result is requested again."""
 
+AGAIN_SECONDS = 0.1
+"""How long to wait for a cancelled fetch to end before others are cancelled."""
+
 
 # --- at the client -------------------------------------------------------------------------------
 
@@ -167,7 +170,10 @@ def give_up(worker: Worker, address: str) -> None:
     Dask would try for half a minute to connect (``distributed.comm.timeouts.connect``), and
     recompute nothing of what it fetches before that.
     """
-    worker.rpc.remove(address)
+    try:
+        worker.rpc.remove(address)
+    except RuntimeError:  # one that was cancelled before has not ended yet
+        loop_of(worker).call_later(AGAIN_SECONDS, give_up, worker, address)
 
 
 def remote_error(error: BaseException) -> dict[str, Any]:
@@ -193,9 +199,9 @@ def leave_pool() -> None:
         secede()
 
 
-def key_here() -> Key:
-    """The key of the task that runs in this thread."""
-    return thread_state.key
+def key_here() -> Key | None:
+    """The key of the task that runs in this thread; None in a thread that a task has started."""
+    return getattr(thread_state, "key", None)
 
 
 def priority_here() -> tuple:

@@ -77,7 +77,7 @@ class Services(WorkerPlugin):
         self._slices = Slices(worker.address, threads)
         self._asking = Asking(worker, self._slices)
         self._admission = Admission(threads + CHUNKS_WAITING)
-        self._in_flight: set[Key] = set()  # chunks that were admitted
+        self._in_flight: dict[Key | None, str] = {}  # chunks that were admitted, and their layers
         self._is_closing = False
         dask_internals.install(
             worker,
@@ -105,8 +105,7 @@ class Services(WorkerPlugin):
         Also let waiting chunks give a thread to a task that has become ready.
         """
         if key in self._in_flight and not dask_internals.is_running(self._worker, key):
-            self._in_flight.discard(key)
-            self._admission.leave()
+            self._admission.leave(self._in_flight.pop(key))
         if finish == "ready" and self._admission.has_waiting:
             self._loop.call_soon(self._look)  # it may get a thread at once
 
@@ -152,7 +151,7 @@ class Services(WorkerPlugin):
             If this worker closes meanwhile: another one computes the chunk.
         """
         try:
-            self._admit()
+            self._admit(exchange.token)
             with self._slices.core:
                 packing = pack(tokens, routing, topk_weights, where, exchange)
             chunk, observe = Chunk(packing, where, exchange, {}), exchange.observe
@@ -169,7 +168,7 @@ class Services(WorkerPlugin):
                 raise Reschedule from None
             raise
 
-    def _admit(self) -> None:
+    def _admit(self, layer: str) -> None:
         """Wait until this chunk may begin; its task is in flight until it ends (`transition`).
 
         That includes what Dask has fused after the exchange: usually writing the output, or a
@@ -179,8 +178,8 @@ class Services(WorkerPlugin):
         if key in self._in_flight:
             return
         look = partial(self._loop.call_soon_threadsafe, self._look)
-        self._admission.enter(priority, look, dask_internals.leave_pool)
-        self._in_flight.add(key)
+        self._admission.enter(priority, look, dask_internals.leave_pool, layer)
+        self._in_flight[key] = layer
 
     def _exchange(self, chunk: Chunk) -> Answers:
         """Ask all owners at once, serve what is served here meanwhile, and wait for the rest."""
@@ -404,8 +403,10 @@ def _unpack(chunk: Chunk, ranks: list[int], came: Any) -> Answers:
     return dict(zip(ranks, arrays, strict=True))
 
 
-def services_of(token: str) -> Services | None:
+def services_of(token: str, key: Key | None = None) -> Services | None:
     """The services of the worker whose task runs in this thread, if they serve this layer.
+
+    With a key: if it is the task of this key.
 
     Raises
     ------
@@ -413,7 +414,7 @@ def services_of(token: str) -> Services | None:
         If the worker closes: another one computes the task.
     """
     worker = dask_internals.current_worker()
-    if worker is None:
+    if worker is None or key not in (None, dask_internals.key_here()):
         return None
     if dask_internals.is_closing(worker):
         raise Reschedule

@@ -45,7 +45,8 @@ class OwnerRules:
     #: seconds after which a worker that paused (memory) loses its ranks; default: 30
     chunks_in_flight: float | None = None
     #: most token chunks in flight on a worker at once, of all graphs, so that chunks that wait for
-    #: a slow rank do not fill its memory; default: two more than it has threads, `inf`: no bound
+    #: a slow rank do not fill its memory; default: two more than it has threads, `inf`: no bound.
+    #: Each layer may have one
     replicate_hot: bool | None = None
     #: whether a rank gets another owner automatically while layers are computed: if its worker is
     #: always busy while rows wait for it, and another has time and room for its experts

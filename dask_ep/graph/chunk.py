@@ -23,6 +23,7 @@ from dask_ep.arrays.namespaces import Array, namespace, to_host
 from dask_ep.experts.experts import CallableExperts, Experts
 from dask_ep.experts.local_experts import LocalExperts
 from dask_ep.graph import tally
+from dask_ep.graph.keys import experts_key
 from dask_ep.kernel.device_kernel import INDEX_BYTES
 from dask_ep.kernel.dispatch import dispatch, expert_parallel_dispatch
 from dask_ep.kernel.error_context import error_context, explain_kernel_memory, slots_of
@@ -87,7 +88,7 @@ def load_rank(
         ):
             return experts.load(xp=namespace, dtype=dtype, given=given or None)
 
-    services = find_services(token)
+    services = find_services(token, rank)
     if services is None:
         return load()
     services.open(token, rank, load)
@@ -390,7 +391,13 @@ def _place(chunk: int, rank: int, world_size: int) -> str:
     return f"dispatch of token chunk {chunk} at rank {rank} of {world_size}"
 
 
-def find_services(token: str | None) -> Any:
-    """The services of the worker that runs this task, if they serve the ranks of this layer."""
+def find_services(token: str | None, rank: int | None = None) -> Any:
+    """The services of the worker that runs this task, if they serve the ranks of this layer.
+
+    With a rank: if this is the worker's task that loads it. A graph that some other task computes
+    by itself has tasks of the same names.
+    """
     module = sys.modules.get("dask_ep.cluster.exchange")
-    return None if module is None or token is None else module.services_of(token)
+    if module is None or token is None:
+        return None
+    return module.services_of(token, None if rank is None else experts_key(token, rank))

@@ -11,8 +11,9 @@ from tests.cluster_processes import wait_until
 class Entering(threading.Thread):
     """A chunk that wants to begin, in a thread of its own, once it is known to wait or to begin."""
 
-    def __init__(self, admission, priority, begun, look=lambda: None):
+    def __init__(self, admission, priority, begun, look=lambda: None, layer=""):
         super().__init__()
+        self.layer = layer
         self.admission, self.priority, self.begun, self.look = admission, priority, begun, look
         self.seceded, self.error, before = 0, None, (admission.under_way, len(admission._waiting))
         self.start()
@@ -22,7 +23,7 @@ class Entering(threading.Thread):
 
     def run(self):
         try:
-            self.admission.enter(self.priority, self.look, self.secede)
+            self.admission.enter(self.priority, self.look, self.secede, self.layer)
             self.begun.append(self.priority)
         except RuntimeError as error:
             self.error = error
@@ -43,6 +44,23 @@ def test_as_many_begin_as_may_and_the_others_in_their_order():
         chunk.join()
     assert begun[2:] == [(3,), (7,), (9,)]
     assert [chunk.seceded for chunk in entering] == [1] * 5
+
+
+def test_each_layer_may_have_one_in_flight():
+    """Those of a layer may wait for experts that are made of the output of another one."""
+    admission, begun = Admission(limit=1), []
+    first = Entering(admission, (5,), begun, layer="second")
+    waiting = Entering(admission, (6,), begun, layer="second")
+    earlier = [Entering(admission, (p,), begun, layer="first") for p in (7, 8)]
+    wait_until(lambda: (7,) in begun, "one of the other layer has begun")
+    assert begun == [(5,), (7,)]
+    admission.leave("second")  # the next one of this layer, though an earlier one is in flight
+    wait_until(lambda: (6,) in begun, "the next one has begun")
+    admission.leave("first")
+    wait_until(lambda: (8,) in begun, "the next one has begun")
+    for chunk in (first, waiting, *earlier):
+        chunk.join()
+    assert admission.under_way == 2
 
 
 def test_a_thread_is_lent_to_an_earlier_task_and_to_no_other():

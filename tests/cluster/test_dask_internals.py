@@ -19,6 +19,9 @@ from dask_ep.cluster.rank_server import Slices
 from dask_ep.cluster.ranks import Able
 from tests.cluster_processes import DEADLINE, wait_until
 
+LOST = "tcp://127.0.0.1:9"
+"""Where no worker is."""
+
 
 class Kind(set):
     """Sets of workers that the tests tell from others."""
@@ -240,7 +243,7 @@ def test_a_worker_that_is_not_there_is_an_os_error(client, workers):
 def test_what_is_fetched_from_a_lost_worker_is_given_up(client, workers, monkeypatch, begun):
     """Also where it begins just after we hear of the loss; Dask would go on calling."""
     monkeypatch.setattr(exchange, "LOST_SECONDS", 0.5)
-    lost, asking = "tcp://127.0.0.1:9", exchange.Asking(workers[0], Slices("", 1))
+    lost, asking = LOST, exchange.Asking(workers[0], Slices("", 1))
 
     async def fetch():
         if begun == "after":
@@ -255,6 +258,24 @@ def test_what_is_fetched_from_a_lost_worker_is_given_up(client, workers, monkeyp
 
     with pytest.raises(OSError, match="Address removed"):
         client.sync(fetch)
+
+
+def test_fetches_are_given_up_while_an_earlier_one_is_about_to_end(client, workers):
+    async def fetch():
+        def begin():
+            fetching.append(asyncio.ensure_future(workers[0].rpc.connect(LOST, 10 * DEADLINE)))
+
+        fetching = []
+        begin()
+        await asyncio.sleep(0.1)
+        begin()
+        dask_internals.give_up(workers[0], LOST)
+        await asyncio.sleep(0)  # the first one is cancelled and has not ended, the second has begun
+        dask_internals.give_up(workers[0], LOST)
+        return await asyncio.wait_for(asyncio.gather(*fetching, return_exceptions=True), DEADLINE)
+
+    errors = client.sync(fetch)
+    assert [str(error) for error in errors] == ["Address removed."] * 2
 
 
 def test_the_scheduler_tells_workers_in_order_and_forgets_those_that_are_gone(

@@ -159,6 +159,18 @@ def test_a_rank_is_loaded_and_served_by_its_owner(client, recorded, ranks):
         assert len({owner for of_rank in owners.owners for owner in of_rank}) == min(ranks, 3)
 
 
+@pytest.mark.parametrize("scheduler", ["sync", "threads"])
+def test_a_task_that_computes_the_layer_by_itself_asks_no_service(client, scheduler):
+    """The tasks of its own graph have the names of those that workers serve."""
+    y, _ = layer()
+    with own_experts(client, 6):
+        kept = client.compute(y)
+        expected = kept.result(DEADLINE)
+        alone = client.submit(lambda: y.compute(scheduler=scheduler))
+        assert np.array_equal(alone.result(DEADLINE), expected)
+        del kept
+
+
 def test_every_row_of_every_chunk_is_served_once_by_each_of_its_ranks(client, recorded):
     chunks, rows, ranks = 8, 64, 6
     y, routing = layer(chunks, rows, ranks=ranks)
@@ -745,6 +757,7 @@ def test_a_plugin_that_fails_when_a_worker_dies_ends_the_job_with_an_error(
         future = client.compute(y + 1)
         assert np.array_equal(future.result(DEADLINE), _alone(y + 1))
         assert all(owners.owners)
+        future.release()  # the first error keeps this frame
 
 
 def test_ranks_wait_for_workers_and_are_spread_when_they_come(tmp_path):

@@ -254,7 +254,7 @@ class Ownership(SchedulerPlugin):
         }
         if replica := self.hot.look(told, owners, nbytes):
             size, rank = replica.rank
-            self.ranks[size].added[rank].add(replica.worker)
+            self.ranks[size].added[rank].append(owners[size, rank])
             self.ranks.change(size, rank, owners[size, rank] | {replica.worker}, replica.why)
             self._publish()
 

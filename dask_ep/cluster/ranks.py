@@ -41,7 +41,8 @@ class Ranks:
         self.owners = [OwnersOfRank({NOBODY}) for _ in range(world_size)]
         self.loads = [1.0] * world_size  # work, any unit
         self.replicas = [1] * world_size  # owners wanted
-        self.added: defaultdict[int, set[str]] = defaultdict(set)  # further owners of hot ranks
+        # For each owner that a hot rank was given: the owners before
+        self.added: defaultdict[int, list[frozenset[str]]] = defaultdict(list)
         self.kept_until = [-inf] * world_size  # monotonic seconds; inf: moved by hand
 
     def living(self) -> list[frozenset[str]]:
@@ -94,7 +95,7 @@ class RankMap(dict[int, Ranks]):
             for rank, added in ranks.added.items():
                 owners = ranks.living()[rank]
                 extra = max(0, min(len(added), len(owners) - ranks.replicas[rank]))
-                leaving = sorted(owners, key=lambda w: (w not in added, natural_order(w)))[:extra]
+                leaving = sorted(owners, key=lambda w: (w in added[0], natural_order(w)))[:extra]
                 self.change(world_size, rank, owners - set(leaving), "hot no more")
             ranks.added.clear()
 

@@ -87,7 +87,7 @@ def _homes(dask_scheduler):
 @pytest.mark.parametrize("lost", [False, True], ids=["all stay", "an added owner retires"])
 def test_all_added_owners_of_a_hot_rank_are_removed_when_it_is_hot_no_more(client, gate, lost):
     y = layer(gate)
-    with own_experts(client, RANKS, rules=OwnerRules(settle=0.1)) as owners:
+    with own_experts(client, RANKS, rules=OwnerRules(settle=DEADLINE)) as owners:
         before = owners.owners[0]
         future = client.compute(y)
         wait_until(lambda: has_begun(client), "the job has begun")

@@ -249,13 +249,15 @@ def restrict(task: TaskState, workers: set[str]) -> bool:
     return True
 
 
-def hasten(task: TaskState, able: Callable[[Mapping[str, float]], set[str]]) -> list[TaskState]:
+def hasten(
+    scheduler: Scheduler, task: TaskState, able: Callable[[Mapping[str, float]], set[str]]
+) -> list[TaskState]:
     """Let a task and its dependencies come before all others if they have to be computed again.
 
     A task must not wait for one that waits for it. So it goes to the front of each queue, holds no
-    resources, and is not queued on the scheduler, as it would be without a restriction: unless a
-    user restricts it, it may run on the workers that are `able` to provide its resources. Returns
-    the tasks, for `release_hastened`.
+    resources, and is not queued on the scheduler, as it would be without a restriction, or is
+    already: unless a user restricts it, it may run on the workers that are `able` to provide its
+    resources. Returns the tasks, for `release_hastened`.
     """
     seen, todo, restricted = {task}, [task], []
     while todo:
@@ -269,6 +271,7 @@ def hasten(task: TaskState, able: Callable[[Mapping[str, float]], set[str]]) -> 
                 restricted.append(made_of)
     for each in seen:
         each.priority = (FIRST, *(each.priority or ())[1:])
+    _transition(scheduler, (task for task in restricted if task.state == "queued"), "released")
     return restricted
 
 

@@ -191,7 +191,8 @@ class LayerMap:
             elif task.state == "released" or (_is_under_way(task) and missing.isdisjoint(pinned)):
                 # Before all other tasks: chunks wait for it
                 dask_internals.pin(task, {min(missing, key=natural_order)})
-                layer.hastened += dask_internals.hasten(task, self._workers_with)
+                hastened = dask_internals.hasten(self._scheduler, task, self._workers_with)
+                layer.hastened += hastened
                 is_done = task.state == "released"
                 act = dask_internals.run_again if is_done else dask_internals.place_again
                 act(self._scheduler, task)

@@ -574,7 +574,7 @@ def test_what_a_hastened_task_is_made_of_comes_first_and_is_not_kept_back(client
     )
     assert state_of(client, needy.key) == "no-worker"
     hastened = on_scheduler(
-        client, lambda s: dask_internals.hasten(s.tasks[last.key], workers_with)
+        client, lambda s: dask_internals.hasten(s, s.tasks[last.key], workers_with)
     )
     assert {task.key for task in hastened} == {task.key for task in (*many, needy)}
     first = on_scheduler(client, lambda s: [task.priority[0] for task in hastened])
@@ -597,3 +597,26 @@ def test_what_a_hastened_task_is_made_of_comes_first_and_is_not_kept_back(client
         ],
     )
     assert restored == [(None, {"fast": 1})]
+
+
+def test_what_a_hastened_task_is_made_of_waits_on_the_scheduler_no_more(client, workers):
+    """Its workers may be kept busy by what waits for the hastened task."""
+    GATES["many"] = threading.Event()
+    many = [dask.delayed(_hold, pure=False)("many") for n in range(20)]
+    last = _count("last", *many)
+    able = Able({})
+    for worker in workers:
+        able.hear(worker.address, {})
+    future = client.compute(last, optimize_graph=False)
+
+    def states():
+        return {state_of(client, task.key) for task in many}
+
+    wait_until(lambda: states() == {"processing", "queued"}, "the workers are busy")
+    hastened = on_scheduler(
+        client, lambda s: dask_internals.hasten(s, s.tasks[last.key], lambda needs: able)
+    )
+    assert states() == {"processing"}
+    assert hastened
+    GATES["many"].set()
+    future.result(DEADLINE)

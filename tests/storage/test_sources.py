@@ -476,8 +476,7 @@ def test_shards_whose_chunks_cannot_be_missed_are_refused(tmp_path, options):
     path = tmp_path / "x.zarr"
     given = {"shape": (8, 8), "chunks": (4, 8), "dtype": "f4", "compressors": None} | options
     array = zarr.create_array(path, **given)
-    array[:] = numbers((8, 8), "f4")
-    array[2:4] = 0  # Zarr writes no such chunks
+    array[:] = numbers((8, 8), "f4")  # no chunk is missing, which cannot be seen
     check_rows(open_source(path, missing="fill"), array[:], 1, 8)
     assert dict(inspect_path(path)[0].facts)["chunks never written"].startswith("not known")
     for read in (refuse_missing, lambda source: source.read(0, 1)):

@@ -68,6 +68,8 @@ def parse_options(
     parser.add_argument("--repeat", type=int, default=5, help="number of rounds; medians are shown")
     parser.add_argument("--directory", help="directory for temporary files")
     options = parser.parse_args()
+    if unknown := set(options.layers) - set(LAYERS):
+        parser.error(f"layers are {', '.join(LAYERS)}, not {', '.join(sorted(unknown))}")
     sizes = {n: v for n in ("rows", "chunk_rows") if (v := getattr(options, n)) is not None}
     return options, {name: replace(LAYERS[name], **sizes) for name in options.layers}
 

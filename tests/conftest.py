@@ -34,6 +34,15 @@ def bokeh():
 
 
 @pytest.fixture
+def gate(tmp_path):
+    """A file while which the experts `Waits(gate)` wait."""
+    file = tmp_path / "wait"
+    file.touch()
+    yield file
+    file.unlink(missing_ok=True)
+
+
+@pytest.fixture
 def stop_after(monkeypatch):
     """Make what stops a run after some of its rows and blocks; no further one is recorded."""
 

@@ -135,14 +135,6 @@ def alone(y):
     return y.compute(scheduler="threads", num_workers=8)
 
 
-@pytest.fixture
-def gate(tmp_path):
-    file = tmp_path / "wait"
-    file.touch()
-    yield file
-    file.unlink(missing_ok=True)
-
-
 def layer(experts, ranks, chunks=60, rows=16, width=8):
     rng = np.random.default_rng(0)
     routing = rng.integers(ranks, size=(chunks * rows, 2))

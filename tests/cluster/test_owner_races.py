@@ -36,15 +36,6 @@ def client():
         yield connected
 
 
-@pytest.fixture
-def gate(tmp_path):
-    """A file while which `layer` waits."""
-    file = tmp_path / "wait"
-    file.touch()
-    yield file
-    file.unlink(missing_ok=True)
-
-
 def layer(gate, placement=None):
     """A layer that doubles rows of ones, if the gate is away."""
     tokens = da.ones((CHUNKS * ROWS, WIDTH), chunks=(ROWS, WIDTH))

@@ -8,7 +8,7 @@ scheduler   CPU time of the scheduler per chunk, from Zarr to Zarr, for several 
             chunks are small, so that little but their tasks takes time. The cost of one more chunk
             is computed from runs with two numbers of chunks, without what an idle scheduler takes
             (ticks and heartbeats), and compared with that of a `da.map_blocks` that does nothing,
-            between the same files.
+            between the same files. Medians of three rounds, and their ranges.
 ranks       one job on two worker processes, for several numbers of ranks: 100 000 rows of 512, top
             8 of 128 small gated experts, chunks of 1 024 rows; time over that of two ranks.
 workers     experts that take time but no core (20 ms per packet), one rank on each of 32 workers
@@ -98,25 +98,32 @@ def identity(rows: np.ndarray) -> np.ndarray:
 
 def of_scheduler(folder: Path, scale: float) -> None:
     few, many = max(int(500 * scale), 20), max(int(2500 * scale), 60)
-    experts = Experts.linear(np.ones((256, 8, 8), np.float32))
     print(f"\nscheduler: {few} and {many} chunks of 64 rows, two workers")
-    print("\n| R | scheduler, ms per further chunk | per chunk overall | \n|---|---|---|")
-    for ranks in (None, 2, 16, 64, 256):
-        spent = {}
-        for chunks in (few, many):
-            x, routing, weights = write(folder, 64 * chunks, 8, 64, 256, 2).values()
-            with cluster(2) as client, own_experts(client, ranks or 1):
-                if ranks is None:
-                    y = da.map_blocks(identity, x, dtype=x.dtype)
-                else:
-                    y = expert_parallel(x, routing, experts, topk_weights=weights, world_size=ranks)
-                idle = spent_by(client, partial(time.sleep, IDLE_SECONDS)) / IDLE_SECONDS
-                begun = time.perf_counter()
-                run = partial(store, y, folder / "y.zarr", overwrite=True)
-                spent[chunks] = spent_by(client, run) - idle * (time.perf_counter() - begun)
-        more = 1e3 * (spent[many] - spent[few]) / (many - few)
+    print("\n| R | scheduler, ms per further chunk | in three rounds |\n|---|---|---|")
+    numbers = (None, 2, 16, 64, 256)
+    rounds = [[of_further_chunk(folder, ranks, few, many) for ranks in numbers] for _ in range(3)]
+    for ranks, of_rounds in zip(numbers, zip(*rounds, strict=True), strict=True):
+        least, median, most = sorted(of_rounds)
         name = "map_blocks" if ranks is None else ranks
-        print(f"| {name} | {more:.2f} | {1e3 * spent[many] / many:.2f} |", flush=True)
+        print(f"| {name} | {median:.2f} | {least:.2f} to {most:.2f} |", flush=True)
+
+
+def of_further_chunk(folder: Path, ranks: int | None, few: int, many: int) -> float:
+    """Return the scheduler's CPU time per chunk in ms; without ranks, that of `da.map_blocks`."""
+    experts = Experts.linear(np.ones((256, 8, 8), np.float32))
+    spent = {}
+    for chunks in (few, many):
+        x, routing, weights = write(folder, 64 * chunks, 8, 64, 256, 2).values()
+        with cluster(2) as client, own_experts(client, ranks or 1):
+            if ranks is None:
+                y = da.map_blocks(identity, x, dtype=x.dtype)
+            else:
+                y = expert_parallel(x, routing, experts, topk_weights=weights, world_size=ranks)
+            idle = spent_by(client, partial(time.sleep, IDLE_SECONDS)) / IDLE_SECONDS
+            begun = time.perf_counter()
+            run = partial(store, y, folder / "y.zarr", overwrite=True)
+            spent[chunks] = spent_by(client, run) - idle * (time.perf_counter() - begun)
+    return 1e3 * (spent[many] - spent[few]) / (many - few)
 
 
 def of_ranks(folder: Path, scale: float) -> None:

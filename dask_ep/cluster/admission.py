@@ -3,7 +3,7 @@
 Each chunk in flight holds its rows, packets and answers, so their number is limited, and the others
 wait in their threads, in Dask's order:
 
-    enter   waits while the limit is reached, then gives its thread to Dask (`secede`)
+    enter   waits while the limit is reached
     leave   lets the next one begin
 
 A chunk in flight may wait for experts that are loaded again and are made of the output of another
@@ -80,7 +80,7 @@ class Admission:
         priority : place of its task in Dask's order, smallest first
         look : arranges that `lend` is called if a ready task lacks a thread; called without
             waiting for it if this chunk has to wait
-        secede : gives this thread back; called once, when the chunk begins or the thread is lent
+        secede : gives this thread back; called if the thread is lent
         layer : its token
         """
         me = Waiting(priority, layer)
@@ -90,9 +90,8 @@ class Admission:
         try:
             if must_wait:
                 look()
-            has_begun = self._begin(me, or_lend=True)
-            secede()
-            if not has_begun:
+            if not self._begin(me, or_lend=True):
+                secede()
                 self._begin(me)
         except BaseException:
             with self._changed:

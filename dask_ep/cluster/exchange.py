@@ -4,14 +4,15 @@ A plugin on every worker serves the ranks that the scheduler has given it, and s
 its own chunks to the services of others:
 
     task of chunk c, a thread          event loops          service of the owner
-    admission, secede                      :                      :
+    admission                              :                      :
     pack ────────────── packet ───────────>: ───── message ──────>: a thread of its own computes
     ranks that are served here, in place   :                      :
     combine <───────────────────────────── : <───── answers ──────:
 
 Packing, serving and combining share as many cores as the worker has threads. A chunk in flight
-holds none of Dask's threads, so that the next one packs while it waits; `Admission` bounds how many
-there are.
+gives its thread back to Dask (`secede`), so that the next one packs while it waits; `Admission`
+bounds how many there are. Short chunks keep their threads: to give one back is a message to the
+scheduler, a fifth of its work for a chunk.
 
 The scheduler announces which workers serve which rank (`layer_map`). If an owner is lost or does
 not serve a rank any more, the chunk waits for an update by the scheduler and asks again: experts
@@ -21,9 +22,11 @@ have no state, so a packet may be answered twice. What answers it there is in `r
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from functools import partial
+from math import inf
 from typing import Any
 
 from dask.typing import Key
@@ -46,6 +49,10 @@ SERVICES_PLUGIN = "dask-ep-services"
 
 OP = "ep_serve"
 """The name of requests between workers."""
+
+SHORT_SECONDS = 0.02
+"""A chunk keeps Dask's thread if the last one of its layer took no longer, and it waits no longer.
+Few such chunks can wait at once, but a scheduler has enough to do with some ten threads of them."""
 
 NEWS_SECONDS = 3.0
 """How long to wait for an update about an owner that did not answer before asking it again."""
@@ -78,6 +85,7 @@ class Services(WorkerPlugin):
         self._asking = Asking(worker, self._slices)
         self._admission = Admission(threads + CHUNKS_WAITING)
         self._in_flight: dict[Key | None, str] = {}  # chunks that were admitted, and their layers
+        self._seconds: dict[str, float] = {}  # of the last chunk of each layer
         self._is_closing = False
         dask_internals.install(
             worker,
@@ -118,6 +126,7 @@ class Services(WorkerPlugin):
     # --- messages of the scheduler; on the event loop ---
 
     def _hear_close(self, token: str) -> None:
+        self._seconds.pop(token, None)
         self._asking.forget(token)
         self._slices.drop_layer(token)
 
@@ -152,6 +161,7 @@ class Services(WorkerPlugin):
         """
         try:
             self._admit(exchange.token)
+            begun = time.perf_counter()
             with self._slices.core:
                 packing = pack(tokens, routing, topk_weights, where, exchange)
             chunk, observe = Chunk(packing, where, exchange, {}), exchange.observe
@@ -162,6 +172,7 @@ class Services(WorkerPlugin):
                 out = None
                 if observe is None or observe.output:
                     out = combine(packing, in_order, where, exchange)
+                self._seconds[exchange.token] = time.perf_counter() - begun
                 return out if observe is None else (out, join_tables(chunk.tables, exchange))
         except Exception:
             if self._is_closing:
@@ -170,6 +181,8 @@ class Services(WorkerPlugin):
 
     def _admit(self, layer: str) -> None:
         """Wait until this chunk may begin; its task is in flight until it ends (`transition`).
+
+        Then give Dask's thread back, unless the chunk is probably short.
 
         That includes what Dask has fused after the exchange: usually writing the output, or a
         second layer, which then does not wait.
@@ -180,26 +193,37 @@ class Services(WorkerPlugin):
         look = partial(self._loop.call_soon_threadsafe, self._look)
         self._admission.enter(priority, look, dask_internals.leave_pool, layer)
         self._in_flight[key] = layer
+        if self._seconds.get(layer, inf) > SHORT_SECONDS:
+            dask_internals.leave_pool()
 
     def _exchange(self, chunk: Chunk) -> Answers:
         """Ask all owners at once, serve what is served here meanwhile, and wait for the rest."""
         asking, ranks = self._asking, chunk.packing.ranks
         route = asking.route(chunk, ranks)
         if route is None:
-            route = self._on_loop(asking.news(chunk, ranks, -1)).result()
+            route = _wait(self._on_loop(asking.news(chunk, ranks, -1)))
         here, packets = asking.pack(chunk, ranks, route)
         asked = self._on_loop(asking.ask_all(chunk, packets, route.version))
         try:
             served = self._slices.serve_here(chunk, here)
             if served is None:
-                served = self._on_loop(asking.ask_anew(chunk, here, route.version, 1)).result()
-            return served | asked.result()
+                served = _wait(self._on_loop(asking.ask_anew(chunk, here, route.version, 1)))
+            return served | _wait(asked)
         except BaseException:
             asked.cancel()
             raise
 
     def _on_loop(self, coroutine: Any) -> Future:
         return asyncio.run_coroutine_threadsafe(coroutine, self._loop)
+
+
+def _wait(asked: Future) -> Any:
+    """Wait for a result; after a while, without Dask's thread."""
+    try:
+        return asked.result(timeout=SHORT_SECONDS)
+    except TimeoutError:
+        dask_internals.leave_pool()
+        return asked.result()
 
 
 class Route:

@@ -43,7 +43,7 @@ def test_as_many_begin_as_may_and_the_others_in_their_order():
     for chunk in entering:
         chunk.join()
     assert begun[2:] == [(3,), (7,), (9,)]
-    assert [chunk.seceded for chunk in entering] == [1] * 5
+    assert [chunk.seceded for chunk in entering] == [0] * 5
 
 
 def test_each_layer_may_have_one_in_flight():
@@ -104,10 +104,12 @@ def test_when_the_worker_closes_nobody_waits():
 
 def test_a_thread_that_cannot_secede_takes_no_place():
     admission = Admission(limit=1)
+    admission.enter((0,), lambda: None, lambda: None)
 
     def fails():
         raise ValueError("no")
 
     with pytest.raises(ValueError, match="no"):
-        admission.enter((0,), lambda: None, fails)
-    assert admission.under_way == 0
+        admission.enter((5,), lambda: admission.lend((4,)), fails)
+    assert admission.under_way == 1
+    assert not admission.has_waiting

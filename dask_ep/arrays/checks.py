@@ -210,8 +210,8 @@ def count_not_finite(rows: np.ndarray) -> tuple[int, int]:
 
     Notes
     -----
-    One pass over memory if all are finite: a product of the rows with themselves shows it, or the
-    exponents of 16-bit floats. Needs memory for some rows only.
+    One pass over memory if all are finite, for most numbers: see `_all_finite`. Needs memory for
+    some rows only.
 
     Examples
     --------
@@ -222,11 +222,8 @@ def count_not_finite(rows: np.ndarray) -> tuple[int, int]:
     if not is_float(rows.dtype) or not rows.size:
         return 0, -1
     rows = rows.reshape(len(rows), -1)
-    if rows.dtype.itemsize > 2 and rows.flags.c_contiguous:
-        flat = rows.reshape(-1)
-        with np.errstate(all="ignore"):
-            if np.isfinite(np.dot(flat, flat)):
-                return 0, -1
+    if rows.dtype.itemsize > 1 and rows.flags.c_contiguous and _all_finite(rows.reshape(-1)):
+        return 0, -1
     count, first, step = 0, -1, max(1, (1 << 18) // rows.shape[1])
     for start in range(0, len(rows), step):
         bad = _not_finite(rows[start : start + step])
@@ -234,6 +231,22 @@ def count_not_finite(rows: np.ndarray) -> tuple[int, int]:
             first = start + int(bad.argmax()) if count == 0 else first
             count += here
     return count, first
+
+
+def _all_finite(flat: np.ndarray) -> bool:
+    """Whether all numbers are finite, as far as one pass shows.
+
+    The bits of 16-bit floats with the same sign are in the order of the numbers, and those of
+    others show in their product with themselves, unless it overflows.
+    """
+    if flat.dtype.itemsize == 2:
+        infinity = np.array([np.inf, -np.inf], flat.dtype)
+        return all(
+            flat.view(bits).max() < infinity[sign].view(bits)
+            for sign, bits in enumerate((np.int16, np.uint16))
+        )
+    with np.errstate(all="ignore"):
+        return bool(np.isfinite(np.dot(flat, flat)))
 
 
 def _not_finite(rows: np.ndarray) -> np.ndarray:

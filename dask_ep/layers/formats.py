@@ -161,11 +161,12 @@ def find_parts(
     Parts, or None if the matrix is not quantized
     """
     for row in WEIGHT_FORMATS:
-        codes, scales = filled(row.codes, name), [filled(scale, name) for scale in row.scales]
+        codes = filled(row.codes, name)
         if codes not in tensors or tensors[codes].dtype not in row.dtypes:
             continue
         if row.method not in (None, config.get("quant_method")):
             continue
+        scales = [filled(scale, name) for scale in row.scales]
         found = next((scale for scale in scales if scale in tensors), None)
         if found is None and row.label != "FP8":
             continue

@@ -16,6 +16,8 @@ from __future__ import annotations
 
 import copy
 import os
+import re
+import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import lru_cache, partial
 from typing import Any
@@ -35,6 +37,10 @@ OTHERWISE = (
     "dask_ep.load_moe_layer"
 )
 """What to do with a model that cannot be walked."""
+
+
+_NAMING = threading.Lock()
+"""Held while a block's tensors are named, once for all threads."""
 
 
 class Reached(Exception):
@@ -185,11 +191,13 @@ def attend(
         return tape.given
 
     tape = Tape()
+    with _NAMING:
+        beside = beside_moe(model, block)
     with model.hold(block) as held:
         child = model.moe_child(block)
         moe = StandIn(held.get_submodule(child), lambda given, *_, **__: tape.begin(given, Answer))
         stand_ins = {child: moe} | {
-            name: StandIn(held.get_submodule(name), nothing) for name in beside_moe(model, block)
+            name: StandIn(held.get_submodule(name), nothing) for name in beside
         }
         run_block = _runner(model, block, replaced(held, stand_ins))
         out = _in_batches(rows, lengths, tokens, model, run)
@@ -281,7 +289,8 @@ def beside_moe(model: Model, block: int) -> frozenset[str]:
     read = model.checkpoint.open_block(block)[0]
     within = model.prefix(block)
     moe = f"{within}{model.moe_child(block)}."
-    targets = [model.target(read.prefix + name) for name in read.taken]
+    kinds = {re.sub(r"\d+", "0", name): name for name in read.taken}  # those of experts are alike
+    targets = [model.target(read.prefix + name) for name in kinds.values()]
     outside = [target.removeprefix(within) for target in targets if not target.startswith(moe)]
     found = frozenset(target.split(".")[0] for target in outside)
     layouts = read.family.shared.layouts if read.family.shared is not None else []

@@ -204,6 +204,11 @@ def key_here() -> Key | None:
     return getattr(thread_state, "key", None)
 
 
+def begun_here() -> float:
+    """When the task of this thread began, by `time.time`."""
+    return float(thread_state.start_time)
+
+
 def priority_here() -> tuple:
     """The priority in Dask's order of the task that runs in this thread: smaller comes first."""
     worker = get_worker()

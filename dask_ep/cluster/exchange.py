@@ -50,9 +50,13 @@ SERVICES_PLUGIN = "dask-ep-services"
 OP = "ep_serve"
 """The name of requests between workers."""
 
-SHORT_SECONDS = 0.02
-"""A chunk keeps Dask's thread if the last one of its layer took no longer, and it waits no longer.
-Few such chunks can wait at once, but a scheduler has enough to do with some ten threads of them."""
+SHORT_SECONDS = 0.04
+"""A chunk keeps Dask's thread if the task of the last one of its layer took no longer, with reading
+and writing. Fewer such chunks can be in flight at once, but a scheduler has enough to do with some
+forty threads of them."""
+
+PATIENCE_SECONDS = 0.02
+"""How long a chunk that has kept its thread waits before it gives it back."""
 
 NEWS_SECONDS = 3.0
 """How long to wait for an update about an owner that did not answer before asking it again."""
@@ -84,8 +88,9 @@ class Services(WorkerPlugin):
         self._slices = Slices(worker.address, threads)
         self._asking = Asking(worker, self._slices)
         self._admission = Admission(threads + CHUNKS_WAITING)
-        self._in_flight: dict[Key | None, str] = {}  # chunks that were admitted, and their layers
-        self._seconds: dict[str, float] = {}  # of the last chunk of each layer
+        self._in_flight: dict[Key | None, tuple[str, float]] = {}
+        # Chunks that were admitted: their layers, and when their tasks began
+        self._seconds: dict[str, float] = {}  # of the last task of each layer
         self._is_closing = False
         dask_internals.install(
             worker,
@@ -113,7 +118,9 @@ class Services(WorkerPlugin):
         Also let waiting chunks give a thread to a task that has become ready.
         """
         if key in self._in_flight and not dask_internals.is_running(self._worker, key):
-            self._admission.leave(self._in_flight.pop(key))
+            layer, begun = self._in_flight.pop(key)
+            self._seconds[layer] = time.time() - begun
+            self._admission.leave(layer)
         if finish == "ready" and self._admission.has_waiting:
             self._loop.call_soon(self._look)  # it may get a thread at once
 
@@ -161,7 +168,6 @@ class Services(WorkerPlugin):
         """
         try:
             self._admit(exchange.token)
-            begun = time.perf_counter()
             with self._slices.core:
                 packing = pack(tokens, routing, topk_weights, where, exchange)
             chunk, observe = Chunk(packing, where, exchange, {}), exchange.observe
@@ -172,7 +178,6 @@ class Services(WorkerPlugin):
                 out = None
                 if observe is None or observe.output:
                     out = combine(packing, in_order, where, exchange)
-                self._seconds[exchange.token] = time.perf_counter() - begun
                 return out if observe is None else (out, join_tables(chunk.tables, exchange))
         except Exception:
             if self._is_closing:
@@ -182,17 +187,16 @@ class Services(WorkerPlugin):
     def _admit(self, layer: str) -> None:
         """Wait until this chunk may begin; its task is in flight until it ends (`transition`).
 
-        Then give Dask's thread back, unless the chunk is probably short.
-
         That includes what Dask has fused after the exchange: usually writing the output, or a
-        second layer, which then does not wait.
+        second layer, which then does not wait. Unless the task is probably short, give its thread
+        back to Dask.
         """
         key, priority = dask_internals.key_here(), dask_internals.priority_here()
         if key in self._in_flight:
             return
         look = partial(self._loop.call_soon_threadsafe, self._look)
         self._admission.enter(priority, look, dask_internals.leave_pool, layer)
-        self._in_flight[key] = layer
+        self._in_flight[key] = layer, dask_internals.begun_here()
         if self._seconds.get(layer, inf) > SHORT_SECONDS:
             dask_internals.leave_pool()
 
@@ -220,7 +224,7 @@ class Services(WorkerPlugin):
 def _wait(asked: Future) -> Any:
     """Wait for a result; after a while, without Dask's thread."""
     try:
-        return asked.result(timeout=SHORT_SECONDS)
+        return asked.result(timeout=PATIENCE_SECONDS)
     except TimeoutError:
         dask_internals.leave_pool()
         return asked.result()

@@ -27,6 +27,7 @@ class Seceded(WorkerPlugin):
 @pytest.mark.parametrize("are_short", [True, False])
 def test_short_chunks_keep_their_threads(monkeypatch, are_short):
     monkeypatch.setattr(exchange, "SHORT_SECONDS", 600.0 if are_short else 0.0)
+    monkeypatch.setattr(exchange, "PATIENCE_SECONDS", 600.0)
     rng = np.random.default_rng(0)
     x, W = rng.standard_normal((120, 4)), rng.standard_normal((4, 4, 4))
     routing = rng.integers(0, 4, 120)

@@ -1,6 +1,6 @@
 """What does the exchange cost, by ranks, workers and bytes?
 
-    python workflows/exchange_cost.py                        # all four parts: ten minutes
+    python workflows/exchange_cost.py                        # all four parts: a quarter of an hour
     python workflows/exchange_cost.py scheduler bytes        # some of them
     python workflows/exchange_cost.py --scale 0.1            # with fewer rows and chunks
 

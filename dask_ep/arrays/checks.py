@@ -210,8 +210,8 @@ def count_not_finite(rows: np.ndarray) -> tuple[int, int]:
 
     Notes
     -----
-    One pass over memory if all are finite, for most numbers: see `_all_finite`. Needs memory for
-    some rows only.
+    One pass over memory, or two for 16-bit floats, if all are finite and their squares do not
+    overflow. Needs memory for some rows only.
 
     Examples
     --------
@@ -234,7 +234,7 @@ def count_not_finite(rows: np.ndarray) -> tuple[int, int]:
 
 
 def _all_finite(flat: np.ndarray) -> bool:
-    """Whether all numbers are finite, as far as one pass shows.
+    """Whether all numbers are certainly finite.
 
     The bits of 16-bit floats with the same sign are in the order of the numbers, and those of
     others show in their product with themselves, unless it overflows.

@@ -11,8 +11,8 @@ its own chunks to the services of others:
 
 Packing, serving and combining share as many cores as the worker has threads. A chunk in flight
 gives its thread back to Dask (`secede`), so that the next one packs while it waits; `Admission`
-bounds how many there are. Short chunks keep their threads: to give one back is a message to the
-scheduler, a fifth of its work for a chunk.
+bounds how many there are. Short chunks keep their threads: to give one back takes one more message
+to the scheduler.
 
 The scheduler announces which workers serve which rank (`layer_map`). If an owner is lost or does
 not serve a rank any more, the chunk waits for an update by the scheduler and asks again: experts
@@ -88,8 +88,8 @@ class Services(WorkerPlugin):
         self._slices = Slices(worker.address, threads)
         self._asking = Asking(worker, self._slices)
         self._admission = Admission(threads + CHUNKS_WAITING)
-        self._in_flight: dict[Key | None, tuple[str, float]] = {}
         # Chunks that were admitted: their layers, and when their tasks began
+        self._in_flight: dict[Key | None, tuple[str, float]] = {}
         self._seconds: dict[str, float] = {}  # of the last task of each layer
         self._is_closing = False
         dask_internals.install(

@@ -1,5 +1,7 @@
 """A chunk in flight gives its thread back to Dask, unless it is probably short."""
 
+from concurrent.futures import Future
+
 import dask.array as da
 import numpy as np
 import pytest
@@ -47,3 +49,11 @@ def test_short_chunks_keep_their_threads(monkeypatch, are_short):
         assert all(count <= 1 + CHUNKS_WAITING for count in counts.values())
     else:
         assert sum(counts.values()) == CHUNKS
+
+
+def test_who_waits_gives_the_thread_back_first(monkeypatch):
+    """What it waits for may need the thread."""
+    asked = Future()
+    monkeypatch.setattr(exchange, "PATIENCE_SECONDS", 0.01)
+    monkeypatch.setattr(exchange.dask_internals, "leave_pool", lambda: asked.set_result("came"))
+    assert exchange._wait(asked) == "came"

@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import copy
 import os
-import re
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import lru_cache, partial
@@ -289,8 +288,7 @@ def beside_moe(model: Model, block: int) -> frozenset[str]:
     read = model.checkpoint.open_block(block)[0]
     within = model.prefix(block)
     moe = f"{within}{model.moe_child(block)}."
-    kinds = {re.sub(r"\d+", "0", name): name for name in read.taken}  # those of experts are alike
-    targets = [model.target(read.prefix + name) for name in kinds.values()]
+    targets = [model.target(read.prefix + name) for name in read.taken]
     outside = [target.removeprefix(within) for target in targets if not target.startswith(moe)]
     found = frozenset(target.split(".")[0] for target in outside)
     layouts = read.family.shared.layouts if read.family.shared is not None else []

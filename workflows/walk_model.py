@@ -122,10 +122,10 @@ class Blocks(click.ParamType):
 )
 @click.option(
     "--precision",
-    type=click.Choice(PRECISIONS),
-    default="float32",
+    type=click.Choice(["auto", *PRECISIONS]),
+    default="auto",
     show_default=True,
-    help="Precision of bfloat16 products: as exact as float32, or rounded as in the model.",
+    help="Precision of the experts' products; auto: the dtype's, as everywhere else in the block.",
 )
 @click.option(
     "--start",

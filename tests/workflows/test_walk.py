@@ -148,6 +148,22 @@ def options(**changes):
     return Options(**{"model": "model", "text": "text", "out": "out"} | changes)
 
 
+@pytest.mark.parametrize(
+    ("asked", "dtype", "precision"),
+    [
+        ("auto", "torch.bfloat16", "bfloat16"),
+        ("auto", "torch.float16", "float32"),
+        ("auto", "torch.float32", "float32"),
+        ("float32", "torch.bfloat16", "float32"),
+        ("bfloat16", "torch.float32", "bfloat16"),
+    ],
+)
+def test_experts_are_rounded_as_the_rest_of_the_block_unless_asked_otherwise(
+    asked, dtype, precision
+):
+    assert options(precision=asked).precision_for(dtype) == precision
+
+
 def test_a_walk_ends_after_the_last_block_that_was_asked_for():
     assert options().blocks([6]) == range(6)
     assert options(layers=range(1, 3)).blocks([6]) == range(3)

@@ -16,9 +16,8 @@ from __future__ import annotations
 
 import copy
 import os
-import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from functools import lru_cache, partial
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -36,10 +35,6 @@ OTHERWISE = (
     "dask_ep.load_moe_layer"
 )
 """What to do with a model that cannot be walked."""
-
-
-_NAMING = threading.Lock()
-"""Held while a block's tensors are named, once for all threads."""
 
 
 class Reached(Exception):
@@ -190,13 +185,11 @@ def attend(
         return tape.given
 
     tape = Tape()
-    with _NAMING:
-        beside = beside_moe(model, block)
     with model.hold(block) as held:
         child = model.moe_child(block)
         moe = StandIn(held.get_submodule(child), lambda given, *_, **__: tape.begin(given, Answer))
         stand_ins = {child: moe} | {
-            name: StandIn(held.get_submodule(name), nothing) for name in beside
+            name: StandIn(held.get_submodule(name), nothing) for name in model.beside_moe(block)
         }
         run_block = _runner(model, block, replaced(held, stand_ins))
         out = _in_batches(rows, lengths, tokens, model, run)
@@ -274,31 +267,6 @@ def _in_batches(
             for place, span, length in places:
                 out[span] = answer[place, :length]
     return as_numpy(out)
-
-
-@lru_cache(maxsize=2)
-def beside_moe(model: Model, block: int) -> frozenset[str]:
-    """Return the submodules of a block, next to its MoE module, that `dask_ep` computes with it.
-
-    Raises
-    ------
-    ValueError
-        If `dask_ep` reads tensors outside the module that are not those of a shared expert.
-    """
-    read = model.checkpoint.open_block(block)[0]
-    within = model.prefix(block)
-    moe = f"{within}{model.moe_child(block)}."
-    targets = [model.target(read.prefix + name) for name in read.taken]
-    outside = [target.removeprefix(within) for target in targets if not target.startswith(moe)]
-    found = frozenset(target.split(".")[0] for target in outside)
-    layouts = read.family.shared.layouts if read.family.shared is not None else []
-    shared = {name.split(".")[0] for layout in layouts for name in layout.names.values()}
-    if others := sorted(name for name in found if f"/{name}" not in shared):
-        raise ValueError(
-            f"what is computed with the MoE module of block {block} of {model.directory} must be "
-            f"in it, or a shared expert next to it, but {', '.join(others)} is neither"
-        )
-    return found
 
 
 def _padding(model: Model) -> float:

@@ -66,6 +66,9 @@ def run(options: Options, say: Callable[[str], Any] = lambda _: None) -> dict[st
         model.free()  # a walk that failed in a block left it in memory
         check_blocks(model)
     blocks = options.blocks([len(model.blocks) for model in models])
+    for model in models:
+        for block in sorted(model.moe_blocks.intersection(blocks)):
+            model.beside_moe(block)  # raises if the walk would have to stop there
     kept = Record(options.out, options.decisive(read), options.resume)
     path = os.path.join(options.out, "summary.json")
     if os.path.exists(path):  # stopped after that, or complete
@@ -139,7 +142,7 @@ def _walks(
                 lengths,
                 options.chunk_rows,
                 options.batch_tokens,
-                options.precision,
+                options.precision_for(model.dtype),
                 version=model.version,
             ),
             *(outs[number], asked[number], where, tell),

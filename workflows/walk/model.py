@@ -90,6 +90,7 @@ class Model:
         self.path = path_of(self.whole, self.decoder)
         self.held: int | None = None
         self._moe_children: dict[int, str] = {}
+        self._beside_moe: dict[int, frozenset[str]] = {}
         self._users, self._changed = 0, threading.Condition()
         self.head_part, self.head_lock = None, threading.Lock()
         conversions = get_model_conversion_mapping(self.whole)
@@ -141,6 +142,31 @@ class Model:
                 f"of {prefix[:-1]} in transformers, but belong to {sorted(paths)}"
             )
         return self._moe_children.setdefault(block, paths.pop())
+
+    def beside_moe(self, block: int) -> frozenset[str]:
+        """Return the submodules of a block, next to its MoE module, that `dask_ep` computes too.
+
+        Raises
+        ------
+        ValueError
+            If `dask_ep` reads tensors outside the module that are not those of a shared expert.
+        """
+        if block in self._beside_moe:
+            return self._beside_moe[block]
+        self.moe_child(block)  # raises unless all that is under the MoE module's name is in it
+        read, _ = self.checkpoint.open_block(block)
+        outside = {read.prefix + name for name in read.taken} - self._moe_names(block)
+        targets = [self.target(name).removeprefix(self.prefix(block)) for name in outside]
+        found = frozenset(target.split(".")[0] for target in targets)
+        layouts = read.family.shared.layouts if read.family.shared is not None else []
+        shared = {name.split(".")[0] for layout in layouts for name in layout.names.values()}
+        if others := sorted(name for name in found if f"/{name}" not in shared):
+            raise ValueError(
+                f"what is computed with the MoE module of block {block} of {self.directory} must "
+                "be in it, or a shared expert next to it, but "
+                f"{', '.join(others)} is neither"
+            )
+        return self._beside_moe.setdefault(block, found)
 
     def _moe_names(self, block: int) -> set[str]:
         if block not in self.moe_blocks:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from dask.system import CPU_COUNT
@@ -29,7 +30,7 @@ class Options:
     chunk_rows: int = 4096
     batch_tokens: int = 1024
     dtype: str = "auto"
-    precision: str = "float32"
+    precision: str = "auto"
     start: int | None = None
     column: int = 0
     where: Where = ALL_THREADS
@@ -43,6 +44,12 @@ class Options:
     def threads(self) -> int:
         """The number of threads of this process."""
         return (isinstance(self.where, Threads) and self.where.count) or CPU_COUNT
+
+    def precision_for(self, dtype: Any) -> str:
+        """Return the precision of products in MoE modules, for hidden states of a torch dtype."""
+        if self.precision != "auto":
+            return self.precision
+        return "bfloat16" if str(dtype) == "torch.bfloat16" else "float32"
 
     def decisive(self, read: Documents) -> dict:
         """Return everything that decides the walk's values and which of them are kept."""

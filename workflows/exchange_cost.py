@@ -25,6 +25,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
@@ -100,11 +101,13 @@ def of_scheduler(folder: Path, scale: float) -> None:
     few, many = max(int(500 * scale), 20), max(int(2500 * scale), 60)
     print(f"\nscheduler: {few} and {many} chunks of 64 rows, two workers")
     print("\n| R | scheduler, ms per further chunk | in three rounds |\n|---|---|---|")
-    numbers = (None, 2, 16, 64, 256)
-    rounds = [[of_further_chunk(folder, ranks, few, many) for ranks in numbers] for _ in range(3)]
-    for ranks, of_rounds in zip(numbers, zip(*rounds, strict=True), strict=True):
-        least, median, most = sorted(of_rounds)
-        name = "map_blocks" if ranks is None else ranks
+    rounds: dict[int | str, list[float]] = {name: [] for name in ("map_blocks", 2, 16, 64, 256)}
+    for _ in range(3):
+        for name, taken in rounds.items():
+            ranks = None if name == "map_blocks" else int(name)
+            taken.append(of_further_chunk(folder, ranks, few, many))
+            print(f"{name}: {taken[-1]:.2f} ms", file=sys.stderr, flush=True)
+    for name, (least, median, most) in zip(rounds, map(sorted, rounds.values()), strict=True):
         print(f"| {name} | {median:.2f} | {least:.2f} to {most:.2f} |", flush=True)
 
 

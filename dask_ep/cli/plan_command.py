@@ -38,6 +38,7 @@ from dask_ep.layers.collect import WHAT, Wanted
 from dask_ep.pricing.plan_text import figures_of
 from dask_ep.pricing.price import Plan, WhatIf
 from dask_ep.pricing.report import check_drawing, check_place, write_plan_report
+from dask_ep.storage.files import write_text
 
 RATE_NAMES = tuple(field.name for field in fields(Rates))
 """The rates that are measured, or given by --rates."""
@@ -112,7 +113,7 @@ def plan_command(
     parsed, wanted = read_job(job, options), read_wanted(options)
     compared = priced_job(parsed, parse_choices(choices), wanted, **options)
     if save is not None:
-        Path(save).write_text(compared.best.placement.to_json())
+        write_text(save, compared.best.placement.to_json())
         click.echo(f"placement: {save}", err=True)
     if html is not None:
         write_plan_report(html, compared, job=parsed.name)

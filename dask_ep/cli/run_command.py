@@ -36,6 +36,7 @@ from dask_ep.jobs.job import Job, load_job
 from dask_ep.jobs.result import Progress, RunResult
 from dask_ep.jobs.run import run_job
 from dask_ep.jobs.save_routing import path_of_weights
+from dask_ep.storage.files import write_text
 
 report_option = click.option(
     "--report",
@@ -206,7 +207,7 @@ def write_job(job: Job, path: str, overwrite: bool) -> None:
                 f"--save-job {path} exists, and has another job; --overwrite replaces it, or "
                 "choose another file"
             )
-    Path(path).write_text(job.to_toml(Path(path).parent), encoding="utf-8")
+    write_text(path, job.to_toml(Path(path).parent))
     click.echo(f"job: {path}", err=True)
 
 

@@ -119,7 +119,8 @@ class Services(WorkerPlugin):
         """
         if key in self._in_flight and not dask_internals.is_running(self._worker, key):
             layer, begun = self._in_flight.pop(key)
-            self._seconds[layer] = time.time() - begun
+            if self.serves(layer):
+                self._seconds[layer] = time.time() - begun
             self._admission.leave(layer)
         if finish == "ready" and self._admission.has_waiting:
             self._loop.call_soon(self._look)  # it may get a thread at once

@@ -55,6 +55,7 @@ from dask_ep.laws.decision import Course
 from dask_ep.layers.collect import Wanted, name_all
 from dask_ep.pricing.price_statistics import PlanOfStatistics
 from dask_ep.storage import bundle
+from dask_ep.storage.files import write_text
 from dask_ep.storage.fingerprint import describe
 from dask_ep.storage.journal import acquire_lock
 from dask_ep.storage.output import Output, Receipt, Step, progress_directory, together
@@ -408,7 +409,4 @@ def _read_begun(directory: str) -> dict[str, Any]:
 
 
 def _write_begun(directory: str, course: Course) -> None:
-    path = os.path.join(directory, "begun.json")
-    with open(f"{path}.new", "w", encoding="utf-8") as file:
-        json.dump(course.to_json(), file)
-    os.replace(f"{path}.new", path)
+    write_text(os.path.join(directory, "begun.json"), json.dumps(course.to_json()))

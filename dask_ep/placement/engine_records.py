@@ -21,7 +21,6 @@ vLLM, docs/training/routed_experts and vllm/outputs.py.
 from __future__ import annotations
 
 import base64
-import binascii
 import io
 import json
 import pickle
@@ -37,6 +36,7 @@ from numpy.lib.stride_tricks import as_strided
 
 from dask_ep.placement.placement_files import read_json
 from dask_ep.placement.routing_stats import survey
+from dask_ep.storage.files import replacing, write_text
 from dask_ep.storage.sources import open_safetensors, open_source
 from dask_ep.storage.storage import open_tokens
 
@@ -122,7 +122,7 @@ def write_sglang_counts(path: str | PathLike, counts: np.ndarray | Mapping[int, 
             counts[layer] = each
     counts = np.asarray(counts)
     counts = _checked_counts(counts, 3 if counts.ndim == 3 else 2, "counts")
-    Path(path).write_text(json.dumps({"logical_count": counts.tolist()}))
+    write_text(path, json.dumps({"logical_count": counts.tolist()}))
 
 
 def _checked_counts(counts: np.ndarray, ndim: int, name: str) -> np.ndarray:
@@ -241,21 +241,24 @@ def write_vllm_routing(path: str | PathLike, layers: Sequence[Any]) -> None:
             f"{sorted(shapes)}"
         )
     rows, slots = shapes.pop()
-    out = np.lib.format.open_memmap(path, "w+", np.int16, (rows, len(layers), slots))
-    for start in range(0, rows, 1 << 14):
-        part = slice(start, min(start + (1 << 14), rows))
-        for number, layer in enumerate(layers):
-            indices = np.asarray(layer[part])
-            if indices.size and not -1 <= indices.min() <= indices.max() <= np.iinfo("i2").max:
-                raise ValueError(f"layer {number} has an index that does not fit into int16")
-            out[part, number] = indices
-    out.flush()
+    with replacing(path) as new:
+        out = np.lib.format.open_memmap(new, "w+", np.int16, (rows, len(layers), slots))
+        for start in range(0, rows, 1 << 14):
+            part = slice(start, min(start + (1 << 14), rows))
+            for number, layer in enumerate(layers):
+                indices = np.asarray(layer[part])
+                if indices.size and not -1 <= indices.min() <= indices.max() <= np.iinfo("i2").max:
+                    raise ValueError(f"layer {number} has an index that does not fit into int16")
+                out[part, number] = indices
+        out.flush()
 
 
 def _routed_in(content: Mapping[str, Any], path: str) -> list[np.ndarray]:
     """Return the routing of a server's response: that of the prompt, then that of each choice."""
-    parts = [content.get("prompt_routed_experts")]
-    for choice in content.get("choices") or []:
+    parts, choices = [content.get("prompt_routed_experts")], content.get("choices") or []
+    if not isinstance(choices, list) or not all(isinstance(one, dict) for one in choices):
+        raise ValueError(f"choices of {path} must be a list of mappings, as in vLLM's responses")
+    for choice in choices:
         parts += [choice.get("prompt_routed_experts"), choice.get("routed_experts")]
     return [_decoded(part, path) for part in parts if part is not None]
 
@@ -264,11 +267,12 @@ def _decoded(part: Any, path: str) -> np.ndarray:
     try:
         if isinstance(part, str):
             part = np.load(io.BytesIO(base64.b64decode(part, validate=True)), allow_pickle=False)
-        return _checked_routing(np.asarray(part), f"routed_experts of {path}")
-    except (binascii.Error, EOFError) as error:
+        routed = np.asarray(part)
+    except (EOFError, ValueError) as error:
         raise ValueError(
             f"routed_experts of {path} must be a .npy in base64, or lists: {error}"
         ) from error
+    return _checked_routing(routed, f"routed_experts of {path}")
 
 
 def _checked_routing(routed: np.ndarray, name: str) -> np.ndarray:

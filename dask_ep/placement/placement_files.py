@@ -29,6 +29,7 @@ import numpy as np
 
 from dask_ep.placement.placement import Placement
 from dask_ep.placement.policies import POLICIES, place
+from dask_ep.storage.files import write_text
 
 Asked = Placement | str | PathLike | None
 """A placement, the name of a policy, the path of a file, or None for contiguous."""
@@ -193,7 +194,7 @@ def write_sglang(
         placements[layer].order() if layer in placements else in_order.tolist()
         for layer in range(num_layers or max(placements) + 1)
     ]
-    Path(path).write_text(json.dumps({"physical_to_logical_map": layers}))
+    write_text(path, json.dumps({"physical_to_logical_map": layers}))
 
 
 def read_vllm_ascend(path: str | PathLike) -> list[Placement]:
@@ -222,7 +223,7 @@ def write_vllm_ascend(path: str | PathLike, placements: Sequence[Placement]) -> 
         for layer, placement in enumerate(placements)
     ]
     content = {"moe_layer_count": len(layers), "layer_list": layers}
-    Path(path).write_text(json.dumps(content))
+    write_text(path, json.dumps(content))
 
 
 def read_json(path: str | PathLike) -> dict[str, Any]:

@@ -31,6 +31,7 @@ from dask_ep.pricing import figures
 from dask_ep.pricing.plan_text import figures_of
 from dask_ep.pricing.price import Plan, WhatIf
 from dask_ep.pricing.trace import Record
+from dask_ep.storage.files import write_text
 
 STYLE = """
 :root { color-scheme: light; }
@@ -192,7 +193,7 @@ def _write(path: str | PathLike, kind: str, title: str, sections: Sequence[Any])
 </body>
 </html>
 """
-    Path(path).write_text(page, encoding="utf-8")
+    write_text(path, page)
 
 
 def _origin(job: str) -> list[tuple[str, str]]:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import lru_cache
 from typing import Any
 
@@ -38,6 +38,33 @@ def sync_path(path: str) -> None:
     """Make a file's data, or the names in a directory, outlive a power loss."""
     with descriptor(path, os.O_RDONLY, sync=True):
         pass
+
+
+@contextmanager
+def replacing(path: str | os.PathLike) -> Iterator[str]:
+    """Yield a name for a new file, which gets the name `path` when it is complete.
+
+    Until then, and if the block raises, what was there before stays. Devices, such as
+    ``/dev/stdout``, and pipes are written to directly.
+    """
+    is_device = os.path.abspath(path).startswith(("/dev/", "/proc/"))
+    if is_device or (os.path.exists(path) and not os.path.isfile(path)):
+        yield os.fspath(path)
+        return
+    path = os.path.realpath(path)
+    try:
+        yield f"{path}.new"
+        os.replace(f"{path}.new", path)
+    except BaseException:
+        with suppress(OSError):
+            os.unlink(f"{path}.new")
+        raise
+
+
+def write_text(path: str | os.PathLike, text: str) -> None:
+    """Write a text file, see `replacing`."""
+    with replacing(path) as new, open(new, "w", encoding="utf-8") as file:
+        file.write(text)
 
 
 def fill_from_file(

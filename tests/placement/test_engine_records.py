@@ -102,6 +102,22 @@ def test_an_answer_of_vllms_server(tmp_path):
         read_vllm_routing(tmp_path / "c.json")
 
 
+@pytest.mark.parametrize(
+    ("answer", "message"),
+    [
+        ({"choices": {"routed_experts": []}}, "choices of .* must be a list of mappings"),
+        ({"choices": [None]}, "choices of .* must be a list of mappings"),
+        ({"choices": [{"routed_experts": [[[1], [2, 3]]]}]}, "routed_experts of .* or lists"),
+        ({"choices": [{"routed_experts": "AAAA"}]}, "routed_experts of .* must be a .npy"),
+        ({"choices": [{"routed_experts": [1, 2]}]}, r"must be integers \(tokens, layers, k\)"),
+    ],
+)
+def test_an_answer_that_is_not_of_vllm_is_refused_by_name(answer, message, tmp_path):
+    (tmp_path / "a.json").write_text(json.dumps(answer))
+    with pytest.raises(ValueError, match=message):
+        read_vllm_routing(tmp_path / "a.json")
+
+
 def test_loads_of_statistics_and_of_routings(tmp_path):
     rows = np.arange(4)
     write_tensors(tmp_path / "s.safetensors", {"usage.rows": rows})
@@ -152,5 +168,6 @@ def test_what_is_no_record_is_refused(tmp_path):
         write_sglang_counts(tmp_path / "x.txt", np.zeros((1, 1), int))
     with pytest.raises(ValueError, match="does not fit into int16"):
         write_vllm_routing(tmp_path / "r.npy", [np.full((2, 1), 40_000)])
+    assert not (tmp_path / "r.npy").exists()
     with pytest.raises(FileNotFoundError):
         read_sglang_counts(tmp_path / "none.pt")

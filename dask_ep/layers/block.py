@@ -389,7 +389,8 @@ class Block(LayerTensors):
             # Saved nevertheless: empty matrices, and their gate.
             for layout in filter(self.has_names_of, row.layouts):
                 for weight, name in layout.names.items():
-                    self.take(name, self.shape_of(layout, weight, self.H, width, None))
+                    if self.resolve(name) in self.tensors:
+                        self.take(name, self.shape_of(layout, weight, self.H, width, None))
             if row.gate is not None and self.resolve(row.gate) in self.tensors:
                 self.take(row.gate, (1, self.H))
             return None, None

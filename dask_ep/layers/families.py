@@ -49,7 +49,8 @@ TEXT_CONFIGS = (("text_config",), ("thinker_config", "text_config"), ("language_
 NOT_READ = {
     r"[^.]*(attn|attention|mamba|conv)[^.]*\.": "attention, or what replaces it",
     r"[^.]*norm[^.]*\.": "norms around the block",
-    r"(hc_|[^.]*_hc\.|[^.]*residual|layer_scalar)": "connections around the block",
+    r"(hc_|[^.]*(_hc|hyper_connection)\.)": "connections around the block",
+    r"([^.]*residual|layer_scalar)": "connections around the block",
     r"(per_layer_|ple_|[^.]*ple\.)": "per-layer inputs",
 }
 """Other tensors of many decoder layers, which are not read, as patterns of names after the layer's

@@ -62,10 +62,9 @@ class Key:
 
     def find(self, config: Config, layer: int) -> Any:
         for name in self.names:
-            value = look_up_key(config, name)
-            if value is None and name in config:
-                value = self.null
-            if value is not None:
+            value = look_up_key(config, name, absent=...)
+            value = self.null if value is None else value
+            if value is not None and value is not ...:
                 if isinstance(value, list) and layer >= len(value):
                     raise ValueError(
                         f"{config_place(config)} key {key_of(config, name)} must have one entry "
@@ -78,11 +77,13 @@ class Key:
         raise missing(config, self.names)
 
 
-def look_up_key(config: Config, name: str) -> Any:
-    """Return the value of a config key, or None; ``outer.inner`` is a key of an object."""
+def look_up_key(config: Config, name: str, absent: Any = None) -> Any:
+    """Return the value of a config key, or `absent`; ``outer.inner`` is a key of an object."""
     value: Any = config
     for part in name.split("."):
-        value = value.get(part) if isinstance(value, Mapping) else None
+        if not isinstance(value, Mapping) or part not in value:
+            return absent
+        value = value.get(part)
     return value
 
 

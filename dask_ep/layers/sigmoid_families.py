@@ -42,6 +42,7 @@ from dask_ep.layers.family_parts import (
 )
 
 MLP_BIAS = Key("mlp_bias", default=False)
+CLAMPED_SILU = {**CLAMPED, "activation": "silu"}
 SHARED_WIDTH = Key("shared_expert_intermediate_size")
 
 DEEPSEEK_V3 = Family(
@@ -124,7 +125,8 @@ SIGMOID_FAMILIES: tuple[Family, ...] = (
     replace(
         GLM4,
         model_types=("glm5_next", "glm5_next_text"),
-        options=CLAMPED,
+        options=CLAMPED_SILU,
+        shared=changed_shared(GLM4, options=CLAMPED),
         is_moe=MlpTypes(dense=3),
     ),
     replace(GLM4, model_types=("solar_open",), is_moe=MlpTypes()),
@@ -175,7 +177,7 @@ SIGMOID_FAMILIES: tuple[Family, ...] = (
     replace(
         GLM4,
         model_types=("hy_v4", "hy_v4_vl", "hy_v4_vl_text"),
-        options=CLAMPED,
+        options=CLAMPED_SILU,
         shared=changed_shared(
             GLM4,
             names=({**NAMED, "gate": "linear_gate.weight"}, NAMED),
@@ -420,7 +422,7 @@ SIGMOID_FAMILIES: tuple[Family, ...] = (
         table=("gate.tid2eid",),
         experts=(BY_NUMBER, OUT_IN),
         options=CLAMPED,
-        shared=Shared("shared_experts", MOE_WIDTH, names=NAMED_OR_NUMBERED),
+        shared=Shared("shared_experts", MOE_WIDTH, biases=MLP_BIAS, names=NAMED_OR_NUMBERED),
     ),
     Family(
         model_types=("llama4", "llama4_text"),

@@ -988,6 +988,17 @@ def test_a_model_that_answers_questions_is_read(tmp_path):
     assert errors(load_moe_layer(folder, LAYER), "qwen3_moe")["output"] <= TOLERANCE
 
 
+def test_shared_experts_of_deepseek_v4_may_have_biases(tmp_path):
+    names = {"w1": 12, "w3": 12, "w2": 32}
+    biases = {
+        f"model.layers.{LAYER}.ffn.shared_experts.{name}.bias": np.full(width, 0.5, np.float32)
+        for name, width in names.items()
+    }
+    folder = altered(tmp_path, "deepseek_v4", tensors=lambda t: t | biases, mlp_bias=True)
+    shared = load_moe_layer(folder, LAYER).shared
+    assert {"gate_bias", "up_bias", "down_bias"} <= shared.weights.keys()
+
+
 def test_a_shared_expert_may_have_biases_and_none_is_none(tmp_path):
     case = "ernie4_5_moe"
     rng = np.random.default_rng(0)
@@ -1025,10 +1036,10 @@ def test_a_shared_expert_may_have_biases_and_none_is_none(tmp_path):
 
 def emptied(tensors):
     """What transformers saves of a shared expert of width 0."""
-    axis = {"gate": 0, "up": 0, "down": 1}
+    axis = {"gate_proj": 0, "linear_gate": 0, "up_proj": 0, "down_proj": 1}
     return {
-        name: np.delete(array, slice(None), axis[name.split(".")[-2].removesuffix("_proj")])
-        if "shared_expert" in name and "_proj" in name
+        name: np.delete(array, slice(None), axis[name.split(".")[-2]])
+        if "shared_expert" in name and name.split(".")[-2] in axis
         else array
         for name, array in tensors.items()
     }
@@ -1038,6 +1049,7 @@ def emptied(tensors):
     ("case", "key"),
     [
         ("deepseek_v3", "n_shared_experts"),
+        ("hy_v4", "n_shared_experts"),
         ("qwen2_moe", "shared_expert_intermediate_size"),
     ],
 )
@@ -1079,6 +1091,30 @@ def test_a_number_of_shared_experts_of_null_is_none(tmp_path, case):
     path = folder / "config.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | {"n_shared_experts": None}))
     assert load_moe_layer(folder, LAYER).shared is None
+
+
+def test_a_null_inside_an_object_is_found(tmp_path):
+    """Dbrx: weights are not divided by their norm if its order is null, and are without the key."""
+    for value, is_divided in ((None, False), (1.0, True)):
+        folder = altered(tmp_path / str(value), "dbrx")
+        path = folder / "config.json"
+        config = json.loads(path.read_text())
+        config["ffn_config"]["moe_normalize_expert_weights"] = value
+        path.write_text(json.dumps(config))
+        assert load_moe_layer(folder, LAYER).router.norm_topk_prob is is_divided
+    del config["ffn_config"]["moe_normalize_expert_weights"]
+    path.write_text(json.dumps(config))
+    assert load_moe_layer(folder, LAYER).router.norm_topk_prob is True
+
+
+@pytest.mark.parametrize(("case", "is_text"), [("glm5_next", True), ("hy_v4", False)])
+def test_hidden_act_is_that_of_shared_experts_where_the_routed_ones_are_always_silu(
+    tmp_path, case, is_text
+):
+    folder = altered(tmp_path, case, text_config=is_text, hidden_act="relu")
+    layer = load_moe_layer(folder, LAYER)
+    assert layer.experts.options["activation"] == "silu"
+    assert layer.shared.options["activation"] == "relu"
 
 
 def test_a_key_of_null_is_missing_and_is_not_listed():
@@ -1160,7 +1196,8 @@ def test_what_is_next_to_the_block_is_read_or_known_or_refused(tmp_path):
     around = {
         f"model.layers.{LAYER}.{name}": np.ones(2, np.float32)
         for name in ("self_attn.q_proj.weight", "input_layernorm.weight", "mamba.A_log",
-                     "hc_attn_fn", "attn_hc.fn", "linear_attn.conv1d.weight", "layer_scalar")
+                     "hc_attn_fn", "attn_hc.fn", "linear_attn.conv1d.weight", "layer_scalar",
+                     "mlp_hyper_connection.hc_norm.weight")
     }  # fmt: skip
     folder = altered(tmp_path / "around", "granitemoeshared", tensors=lambda t: t | around)
     assert errors(load_moe_layer(folder, LAYER), "granitemoeshared")["output"] <= TOLERANCE

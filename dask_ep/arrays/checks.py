@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from numbers import Integral
+from numbers import Integral, Real
 from typing import NoReturn
 
 import numpy as np
@@ -29,6 +29,11 @@ def size_in_bytes(size: float | str | None, name: str = "size") -> int | None:
     if found <= 0:
         raise ValueError(f'{name}: invalid size: {size!r} (try "8 GiB")')
     return found
+
+
+def is_number(value: object) -> bool:
+    """Say if a value is a finite number, which True and False are not."""
+    return isinstance(value, Real) and not isinstance(value, bool) and math.isfinite(value)
 
 
 def is_float(dtype: np.dtype) -> bool:

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 from dask.base import normalize_token
 
-from dask_ep.arrays.checks import is_float
+from dask_ep.arrays.checks import is_float, is_number
 from dask_ep.arrays.html import shows
 from dask_ep.arrays.namespaces import Array
 from dask_ep.experts.callables import CallableExperts
@@ -308,8 +308,13 @@ def _check_options(options: dict[str, Any]) -> None:
     activation = options.get("activation", "silu")
     if activation not in ACTIVATIONS:
         raise ValueError(f"activation must be one of {list(ACTIVATIONS)}, not {activation!r}")
+    for name in ("limit", "alpha", "up_offset", "output_norm_eps"):
+        number = options.get(name)
+        if number is not None and not is_number(number):
+            raise ValueError(f"{name} must be a finite number, not {number!r}")
     caps = options.get("soft_caps")
-    if caps is not None and not (activation == "silu" and len(caps) == 2 and min(caps) > 0):
+    good = caps is None or all(is_number(cap) and cap > 0 for cap in caps)
+    if caps is not None and not (good and activation == "silu" and len(caps) == 2):
         raise ValueError(
             "soft_caps must be two numbers above 0, of the gate and of up, and the activation "
             f"silu, but they are {caps!r} with {activation}"

@@ -27,7 +27,6 @@ from __future__ import annotations
 import difflib
 import errno
 import json
-import math
 import os
 import tomllib
 from collections.abc import Iterable, Mapping
@@ -35,6 +34,7 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
+from dask_ep.arrays.checks import is_number
 from dask_ep.errors import JobError
 from dask_ep.experts.expert_kinds import EXPERT_KINDS
 from dask_ep.placement.policies import POLICIES
@@ -248,10 +248,6 @@ def _is_int(value: Any) -> bool:
     return isinstance(value, int) and not isinstance(value, bool)
 
 
-def _is_number(value: Any) -> bool:
-    return _is_int(value) or (isinstance(value, float) and math.isfinite(value))
-
-
 def _is_weight(value: Any) -> bool:
     one_per_expert = isinstance(value, list) and value and all(map(_is_path, value))
     return _is_path(value) or bool(one_per_expert)
@@ -265,8 +261,8 @@ _OUT = _Kind(
 )
 _WEIGHT = _Kind("a path, or a list of paths with one per expert", _is_weight, _resolve_weight)
 _FLAG = _Kind("true or false", lambda value: isinstance(value, bool))
-_NUMBER = _Kind("a finite number", _is_number)
-_POSITIVE = _Kind("a finite number above 0", lambda value: _is_number(value) and value > 0)
+_NUMBER = _Kind("a finite number", is_number)
+_POSITIVE = _Kind("a finite number above 0", lambda value: is_number(value) and value > 0)
 _WORD = _Kind("a word", _is_path)
 
 JOB_KEYS = {
@@ -305,7 +301,7 @@ _EXPERT_OPTIONS = {
         lambda value: (
             isinstance(value, list)
             and len(value) == 2
-            and all(_is_number(cap) and cap > 0 for cap in value)
+            and all(is_number(cap) and cap > 0 for cap in value)
         ),
     ),
     "output_norm_eps": _POSITIVE,

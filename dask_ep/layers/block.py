@@ -12,7 +12,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from dask_ep.arrays.checks import is_float
+from dask_ep.arrays.checks import is_float, is_number
 from dask_ep.experts.expert_kinds import EXPERT_KINDS
 from dask_ep.experts.experts import Experts
 from dask_ep.layers.families import HIDDEN_ACTS, NOT_READ
@@ -23,6 +23,10 @@ from dask_ep.layers.routing import Router
 from dask_ep.layers.row_steps import Around, RowStep
 from dask_ep.storage.sources import Source
 from dask_ep.storage.views import FirstRow, Regrouped, Repeated, Transposed
+
+LARGEST = 1 << 20
+"""The largest size that a config may state, far above those of models: a mistyped number is refused
+before anything is counted up to it."""
 
 
 @dataclass(frozen=True)
@@ -51,18 +55,36 @@ class Model:
             return find(value, self.config, layer)
         except ValueError as error:
             raise ValueError(f"{self.directory}: {error}") from error
-        except TypeError as error:
+        except (TypeError, LookupError) as error:
             raise ValueError(f"{self.config_name} has a value of a wrong type: {error}") from error
 
-    def find_size(self, name: str, value: Any, layer: int) -> int:
-        """Look up a whole number of at least 1; `name` is for messages."""
+    def find_size(self, name: str, value: Any, layer: int, least: int = 1) -> int:
+        """Look up a whole number of at least `least`; `name` is for messages."""
         size = self.find(value, layer)
-        if type(size) is not int or size < 1:
-            raise ValueError(
-                f"{self.config_name}: {name} of layer {layer} must be a whole number of at least "
-                f"1, but is {size!r}"
-            )
+        if type(size) is not int or not least <= size <= LARGEST:
+            most = f" and at most {LARGEST}" if type(size) is int and size > LARGEST else ""
+            raise self.wrong(name, f"a whole number of at least {least}{most}", size, layer)
         return size
+
+    def find_number(self, name: str, value: Any, layer: int) -> float:
+        """Look up a finite number."""
+        number = self.find(value, layer)
+        if not is_number(number):
+            raise self.wrong(name, "a finite number", number, layer)
+        return number
+
+    def find_flag(self, name: str, value: Any, layer: int) -> bool:
+        """Look up whether something is there: true, false, or how many; null counts as false."""
+        flag = self.find(value, layer)
+        if not (flag is None or isinstance(flag, int)):
+            raise self.wrong(name, "true or false", flag, layer)
+        return bool(flag)
+
+    def wrong(self, name: str, required: str, value: Any, layer: int) -> ValueError:
+        """Return the error for a value that is not what it must be."""
+        return ValueError(
+            f"{self.config_name}: {name} of layer {layer} must be {required}, but is {value!r}"
+        )
 
 
 class Noted(dict[str, Any]):
@@ -102,14 +124,20 @@ class LayerTensors:
         size = self.find(self.family.expert_size)
         self.D = self.H if size is None else self.find_size("expert_size", size)
         #: width of the rows that experts read
-        self.R = self.E + self.find(self.family.beyond_experts)
+        self.R = self.E + self.find_size("beyond_experts", self.family.beyond_experts, 0)
         #: number of the router's experts
 
     def find(self, value: Any) -> Any:
         return self.model.find(value, self.layer)
 
-    def find_size(self, name: str, value: Any) -> int:
-        return self.model.find_size(name, value, self.layer)
+    def find_size(self, name: str, value: Any, least: int = 1) -> int:
+        return self.model.find_size(name, value, self.layer, least)
+
+    def find_number(self, name: str, value: Any) -> float:
+        return self.model.find_number(name, value, self.layer)
+
+    def find_flag(self, name: str, value: Any) -> bool:
+        return self.model.find_flag(name, value, self.layer)
 
     @property
     def where(self) -> str:
@@ -244,7 +272,7 @@ class Block(LayerTensors):
             arrays["per_expert_scale"] = self.take(name, (1,) if one else (self.R,))
         if table := self.first_here(row.table):
             arrays["table"] = self._take_raw(table)
-        elif self.find(row.biased):
+        elif self.find_flag("biased", row.biased):
             name = self.first_here(row.selection_bias)
             several = (row.bias_rows, self.E)
             if name and self.tensors[self.resolve(name)].shape == several:
@@ -260,9 +288,9 @@ class Block(LayerTensors):
         steps: dict[str, list[RowStep]] = {"before": [], "between": [], "after": []}
         for when, rows in steps.items():
             for row in getattr(self.family, when):
-                if self.find(row.there):
+                if self.find_flag("there", row.there):
                     rows.append(self.step(row, width))
-                    width = self.find(row.to) or width
+                    width = width if row.to is None else self.find_size("to", row.to)
         beyond = self.family.beyond if self.R > self.E else None
         before, between, after = (tuple(rows) for rows in steps.values())
         return Around(before, between, after, beyond)
@@ -272,12 +300,12 @@ class Block(LayerTensors):
         name = self.first_here(row.names) or next(iter(row.names), None)
         array = bias = None
         if name is not None:
-            to = self.find(row.to)
-            shape: tuple[int, ...] = (width,) if to is None else (to, width)
+            to = () if row.to is None else (self.find_size("to", row.to),)
+            shape = (*to, width)
             array = SmallArray(self.take(name, shape), shape)
-            if self.find(row.bias):
+            if self.find_flag("bias", row.bias):
                 bias = SmallArray(self.take(bias_of(name), shape[:1]), shape[:1])
-        numbers = {n: self.find(getattr(row, n)) for n in ("eps", "offset", "factor")}
+        numbers = {n: self.find_number(n, getattr(row, n)) for n in ("eps", "offset", "factor")}
         return RowStep(row.kind, array, bias, **numbers)
 
     def options(self, row: Mapping[str, Any]) -> dict[str, Any]:
@@ -307,7 +335,7 @@ class Block(LayerTensors):
         for weight, name in layout.names.items():
             shape = self.shape_of(layout, weight, d, width, count)
             weights[weight] = self.take_weight(layout, weight, name, shape, count)
-            if self.find(layout.biases):
+            if self.find_flag("biases", layout.biases):
                 axis = -1 if layout.transposed else -2  # of d or f; a bias has only one of them
                 of_one = tuple(n for i, n in enumerate(shape, -len(shape)) if i != axis)
                 name = bias_of(name)
@@ -319,7 +347,10 @@ class Block(LayerTensors):
             weights, transposed = turned, False
         form = {"transposed": transposed, "interleaved": layout.interleaved}
         chosen = {name: value for name, value in {**form, **options}.items() if name in known}
-        return getattr(Experts, layout.kind)(**weights, **chosen)
+        try:
+            return getattr(Experts, layout.kind)(**weights, **chosen)
+        except ValueError as error:
+            raise ValueError(f"{self.model.config_name}: {error}") from error
 
     def take_weight(
         self,
@@ -384,7 +415,7 @@ class Block(LayerTensors):
         row = self.family.shared
         if row is None:
             return None, None
-        width = self.find(row.width)
+        width = self.find_size("width of the shared expert", row.width, 0)
         if width == 0:
             # Saved nevertheless: empty matrices, and their gate.
             for layout in filter(self.has_names_of, row.layouts):
@@ -395,7 +426,8 @@ class Block(LayerTensors):
                 self.take(row.gate, (1, self.H))
             return None, None
         options = self.options(self.family.options if row.options is None else row.options)
-        experts = self.experts(row.layouts, self.H, width, options, count=self.find(row.count))
+        count = None if row.count is None else self.find_size("shared experts", row.count)
+        experts = self.experts(row.layouts, self.H, width, options, count=count)
         return experts, None if row.gate is None else self.take(row.gate, (1, self.H))
 
 

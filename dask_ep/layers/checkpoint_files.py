@@ -77,7 +77,12 @@ class CheckpointFiles:
         """The separate file in which older exports of ModelOpt describe their format."""
         if MODELOPT not in self.file_names:
             return {}
-        return {"quant_method": "modelopt", **(self._read_json(MODELOPT).get("quantization") or {})}
+        settings = self._read_json(MODELOPT).get("quantization") or {}
+        if not isinstance(settings, dict):
+            raise ValueError(
+                f"{self._path(MODELOPT)}: quantization must be an object, but is {settings!r}"
+            )
+        return {"quant_method": "modelopt", **settings}
 
     @cached_property
     def first_file(self) -> str:

@@ -31,10 +31,11 @@ class Checkpoint:
         quantization = self._part(outer, name) or self._part(config, name)
         quantization = quantization or self.files.modelopt_config
         model_type = config.get("model_type") or outer.get("model_type")
-        if model_type is None:
+        if not isinstance(model_type, str):
             wanted = ARCHITECTURE if is_gguf else "model_type"
             place = "the metadata" if is_gguf else "config.json"
-            raise ValueError(f"{self.files.directory}: {place} must have a {wanted!r}")
+            came = "" if model_type is None else f", a string, but it is {model_type!r}"
+            raise ValueError(f"{self.files.directory}: {place} must have a {wanted!r}{came}")
         check_method(quantization, self.files.directory)
         known, key = (FAMILIES, "config.json says model_type")
         if is_gguf:

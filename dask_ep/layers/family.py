@@ -109,6 +109,11 @@ class Entry:
 
     def find(self, config: Config, layer: int) -> Any:
         value = Key(self.name).find({self.name: [config.get(self.name)]}, 0)
+        if isinstance(value, list) and self.index >= len(value):
+            raise ValueError(
+                f"{config_place(config)} key {key_of(config, self.name)} must have more than "
+                f"{self.index} entries, but is {value!r}"
+            )
         return value[self.index] if isinstance(value, list) else value
 
 
@@ -132,7 +137,10 @@ class Product:
     def find(self, config: Config, layer: int) -> int:
         product = 1
         for factor in self.factors:
-            product *= find(factor, config, layer)
+            number = find(factor, config, layer)
+            if type(number) is not int:
+                raise TypeError(f"a size must be a whole number, but is {number!r}")
+            product *= number
         return product
 
 
@@ -145,7 +153,7 @@ class By:
 
     def find(self, config: Config, layer: int) -> Any:
         case = self.key.find(config, layer)
-        if case not in self.values:
+        if case not in list(self.values):  # which compares; a list or an object has no hash
             raise ValueError(
                 f"{config_place(config)} key {key_of(config, self.key.names[0])} must be one of "
                 f"{', '.join(map(repr, self.values))}, but is {case!r}"

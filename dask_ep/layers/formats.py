@@ -192,6 +192,21 @@ def check_method(config: Mapping[str, Any], directory: str) -> None:
                 f"{directory} is quantized by {config[key]!r}; supported are {', '.join(known)}. "
                 "Use the unquantized checkpoint"
             )
+    groups = config.get("config_groups", {})
+    if not (isinstance(groups, Mapping) and all(map(_is_group, groups.values()))):
+        raise ValueError(
+            f"{directory}: config_groups of its quantization must be an object of objects, each "
+            f"with a list of names, targets, and an object, weights, but is {groups!r}"
+        )
+
+
+def _is_group(group: Any) -> bool:
+    """Whether a group of compressed-tensors has targets and weights of the right types."""
+    if not isinstance(group, Mapping):
+        return False
+    targets, weights = group.get("targets") or [], group.get("weights") or {}
+    named = isinstance(targets, list) and all(isinstance(target, str) for target in targets)
+    return named and isinstance(weights, Mapping)
 
 
 def filled(template: str, name: str) -> str:

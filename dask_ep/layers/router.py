@@ -6,10 +6,10 @@ A `Router` is data; `routing` computes it.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from math import isfinite
-from numbers import Integral, Real
+from numbers import Integral
 from typing import Any
 
+from dask_ep.arrays.checks import is_number
 from dask_ep.layers.scores import CHOSEN_SCORES, GROUP_SCORES, SCORES
 
 
@@ -94,7 +94,7 @@ class Router:
             value = getattr(self, name)
             if value is None and name in optional:
                 continue
-            if not isinstance(value, Real) or not isfinite(value):
+            if not is_number(value):
                 raise ValueError(f"{name} must be a finite number, but is {value!r}")
         if self.logit_softcap is not None and self.logit_softcap <= 0:
             raise ValueError(f"logit_softcap must be above 0, but is {self.logit_softcap}")

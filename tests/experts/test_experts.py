@@ -199,6 +199,8 @@ def test_the_norm_of_an_output_takes_large_and_infinite_rows():
     np.testing.assert_array_equal(y, [[np.nan, 0], [np.nan, 0]])
     with pytest.raises(ValueError, match="output_norm_eps must be a number above 0, or None"):
         Experts.gated(eye, eye, eye, output_norm_eps=0.0)
+    with pytest.raises(ValueError, match="output_norm_eps must be a finite number, not '1e-8'"):
+        Experts.gated(eye, eye, eye, output_norm_eps="1e-8")
 
 
 def test_weights_on_the_input_are_not_weights_on_the_output():

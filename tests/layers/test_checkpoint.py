@@ -22,7 +22,7 @@ from dask.base import tokenize
 
 from dask_ep.errors import ReadError
 from dask_ep.experts.experts import Experts
-from dask_ep.layers.checkpoint import describe_checkpoint, load_moe_layer
+from dask_ep.layers.checkpoint import describe_checkpoint, load_moe_layer, moe_layers
 from dask_ep.layers.families import FAMILIES, find_family
 from dask_ep.layers.family import Family, Key, Shared
 from dask_ep.layers.layer import MoELayer
@@ -754,8 +754,37 @@ def added(name, value):
         ("deepseek_v3", 1, {"routed_scaling_factor": "2"}, ValueError,
          "deepseek_v3/config.json: scale must be a finite number, but is '2'"),
         ("deepseek_v3", 1, {"n_shared_experts": {}}, ValueError,
-         "config.json has a value of a wrong type"),
-        ("deepseek_v2", 1, {"topk_method": {}}, ValueError, "a value of a wrong type"),
+         "config.json has a value of a wrong type: a size must be a whole number, but is {}"),
+        ("deepseek_v3", 1, {"n_shared_experts": "2"}, ValueError, "whole number, but is '2'"),
+        ("inkling_text", 1, {"n_shared_experts": "2"}, ValueError,
+         "beyond_experts of layer 1 must be a whole number of at least 0, but is '2'"),
+        ("nemotron_h", 1, {"moe_shared_expert_intermediate_size": {}}, ValueError,
+         "width of the shared expert of layer 1 must be a whole number of at least 0, but is {}"),
+        ("deepseek_v2", 1, {"topk_method": {}}, ValueError,
+         "key 'topk_method' must be one of 'greedy', .*, but is {}"),
+        ("ernie4_5_moe", 1, {"use_bias": "false"}, ValueError,
+         "config.json: biases of layer 1 must be true or false, but is 'false'"),
+        ("ernie4_5_moe", 1, {"moe_norm_min": True}, ValueError,
+         "norm_min must be a finite number, but is True"),
+        ("ernie4_5_vl_moe", 1, {"text_config": True, "moe_num_experts": []}, ValueError,
+         r"key 'moe_num_experts' must have more than 0 entries, but is \[\]"),
+        ("axk1", 1, {"rms_norm_eps": "1e-6"}, ValueError,
+         "config.json: eps of layer 1 must be a finite number, but is '1e-6'"),
+        ("hy_v4", 1, {"swiglu_limit": "7"}, ValueError,
+         "config.json: limit must be a finite number, not '7'"),
+        ("muse_spark_text", 1, {"post_norm_eps": {}}, ValueError,
+         "config.json: output_norm_eps must be a finite number, not {}"),
+        ("qwen3_moe", 1, {"model_type": ["qwen3_moe"]}, ValueError,
+         r"must have a 'model_type', a string, but it is \['qwen3_moe'\]"),
+        ("qwen3_moe", 1, {"num_hidden_layers": 10**18}, ValueError,
+         "num_hidden_layers .* of at least 1 and at most 1048576, but is 10000000"),
+        ("deepseek_v3_int4", 1, {"quantization_config": {"config_groups": []}}, ValueError,
+         r"config_groups of its quantization must be an object of objects, .* but is \[\]"),
+        ("deepseek_v3_int4", 1, {"quantization_config": {"config_groups": {"a": 4}}}, ValueError,
+         "config_groups of its quantization must be an object of objects, .* but is {'a': 4}"),
+        ("deepseek_v3_int4", 1,
+         {"quantization_config": {"config_groups": {"a": {"targets": "Linear"}}}}, ValueError,
+         "each with a list of names, targets, and an object, weights, but is"),
         ("deepseek_v3_fp8", 1, {"quantization_config": "fp8"}, ValueError,
          "deepseek_v3_fp8/config.json: quantization_config must be an object, but is 'fp8'"),
         ("deepseek_v3_fp8", 1, {"quantization_config": None}, ValueError,
@@ -811,6 +840,39 @@ def test_what_does_not_fit_is_refused_by_name(tmp_path, case, layer, changes, er
     folder = altered(tmp_path, case, **changes)
     with pytest.raises(error, match=message):
         load_moe_layer(folder, layer)
+
+
+@pytest.mark.parametrize("case", ["deepseek_v3_int4", "inkling_text", "nemotron_h", "step3p7"])
+def test_any_value_of_a_wrong_type_is_read_or_refused_as_a_value(tmp_path, case):
+    folder = altered(tmp_path, case)
+    config = json.loads((folder / "config.json").read_text())
+
+    def is_refused(changed):
+        (folder / "config.json").write_text(json.dumps(changed))
+        try:
+            load_moe_layer(folder, next(iter(moe_layers(folder)), 0))
+        except (ValueError, ReadError):
+            return True
+        return False
+
+    refused = 0
+    for path in list(paths_of(config)):
+        for value in ("x", 1.5, [], {}, ["x"]):
+            refused += is_refused(with_value(config, path, value))
+    assert refused > 20
+
+
+def paths_of(config, above=()):
+    """The keys of a config and of the objects in it."""
+    for key, value in config.items():
+        yield (*above, key)
+        if isinstance(value, dict):
+            yield from paths_of(value, (*above, key))
+
+
+def with_value(config, path, value):
+    key, *rest = path
+    return config | {key: with_value(config[key], rest, value) if rest else value}
 
 
 def test_a_layer_is_opened_by_its_class_too():

@@ -339,6 +339,9 @@ def test_an_older_export_of_modelopt_has_its_format_in_a_separate_file(tmp_path)
     other.write_text(json.dumps({"quantization": {"quant_algo": "W4A8_AWQ"}}))
     with pytest.raises(ValueError, match="is quantized by 'W4A8_AWQ'; supported are FP8, NVFP4"):
         load_moe_layer(folder, LAYER)
+    other.write_text(json.dumps({"quantization": ["NVFP4"]}))
+    with pytest.raises(ValueError, match=r"hf_quant_config.json: quantization must be an object"):
+        load_moe_layer(folder, LAYER)
 
 
 @pytest.mark.parametrize("case", ["deepseek_v3_int4", "qwen3_moe_nvfp4", "qwen3_moe_gptq"])

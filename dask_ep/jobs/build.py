@@ -310,8 +310,8 @@ WEIGHT_KEYS = frozenset(name for kind in EXPERT_KINDS.values() for name in kind.
 
 
 def _check_rows(inputs: Inputs) -> None:
-    n = inputs.tokens.shape[0]
-    for key, source in (("routing", inputs.routing), ("topk_weights", inputs.topk_weights)):
+    n, routing, topk = inputs.tokens.shape[0], inputs.routing, inputs.topk_weights
+    for key, source in (("routing", routing), ("topk_weights", topk)):
         if source is not None and source.shape[:1] != (n,):
             raise ValueError(
                 f"{inputs.job.name}: {key} must have a row for each of the {n} token rows, but "
@@ -322,6 +322,11 @@ def _check_rows(inputs: Inputs) -> None:
                 f"{inputs.job.name}: {key} of a layer must be (n, k), but {source.name} has shape "
                 f"{source.shape}"
             )
+    if routing is not None and topk is not None and topk.shape != routing.shape:
+        raise ValueError(
+            f"{inputs.job.name}: topk_weights must have the shape of routing, one weight per slot, "
+            f"but {topk.name} has shape {topk.shape} and {routing.name} {routing.shape}"
+        )
 
 
 def resolve_placement(job: Job, world_size: int) -> Placement | str | None:

@@ -109,9 +109,9 @@ def _apply_experts(
         )
         for slot in range(routing.shape[1]):
             rows = np.flatnonzero(routing[:, slot] == e)
-            weight = np.abs(weighed[rows, slot, None])
-            by, w = (weight, 1.0) if on_input else (1.0, weight)
-            x = Scaled(given.value[rows] * by, given.scale[rows] * by, given.peak[rows])
+            weight = weighed[rows, slot, None]
+            by, w = (weight, 1.0) if on_input else (1.0, np.abs(weight))
+            x = Scaled(given.value[rows] * by, given.scale[rows] * np.abs(by), given.peak[rows])
             found = arithmetic.expert(kind, arrays, options, x)
             scale[rows] += w * found.scale
             peak[rows] = np.maximum.reduce(

@@ -288,6 +288,13 @@ def test_inputs_that_do_not_fit(tmp_path, change, message):
         open_inputs(load_job(write(tmp_path, GOOD)))
 
 
+def test_weights_have_the_shape_of_the_routing(tmp_path):
+    write_arrays(tmp_path, **small_arrays(), topk=np.ones((40, 1), "f4"))
+    job = load_job(write(tmp_path, GOOD), topk_weights=str(tmp_path / "topk.npy"))
+    with pytest.raises(ValueError, match=r"job.toml: topk_weights must .* \(40, 1\) and routing.n"):
+        open_inputs(job)
+
+
 SWAPPED = {
     "tokens and routing": (
         {"tokens": "routing", "routing": "tokens"},

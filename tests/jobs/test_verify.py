@@ -72,6 +72,31 @@ def test_a_job_without_rows_is_run_and_good(tmp_path):
     assert (found.good, found.rows, found.experts_seen) == (True, 0, 0)
 
 
+def test_negative_weights_of_the_input_turn_the_row_that_an_expert_reads(tmp_path):
+    rng = np.random.default_rng(0)
+    arrays = {
+        "x": rng.standard_normal((60, 6)),
+        "r": rng.integers(0, 4, (60, 2)),
+        "t": rng.standard_normal((60, 2)),
+        **{name: rng.standard_normal((4, 6, 1)) for name in ("gate", "up")},
+        "down": rng.standard_normal((4, 1, 6)),
+    }
+    for name, array in arrays.items():
+        np.save(tmp_path / f"{name}.npy", array.astype("i4" if name == "r" else "f4"))
+    paths = {name: str(tmp_path / f"{name}.npy") for name in (*arrays, "y")}
+    experts = {"kind": "gated", "activation": "relu", "apply_router_weight_on_input": True}
+    experts |= {name: paths[name] for name in ("gate", "up", "down")}
+    job = load_job(
+        tokens=paths["x"],
+        routing=paths["r"],
+        topk_weights=paths["t"],
+        experts=experts,
+        out=paths["y"],
+    )
+    run_job(job, Threads(1))
+    assert verify_job(job).relative_error < 1e-5  # with relu, most outputs of -x and x differ
+
+
 def test_one_wrong_number_is_found_and_named(done_job, tmp_path):
     def change(y):
         y[456, 3] += 1e-3 * np.abs(y).max()

@@ -27,7 +27,7 @@ AT_ONCE = 2
 """Token chunks in a block at a time: while one is being read or written, or runs code that takes
 only one thread, the other one computes."""
 
-MAX_PADDING = 0.125
+MAX_PADDING = 1 / 32
 """Fraction of a batch that may be padding."""
 
 

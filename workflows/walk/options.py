@@ -11,7 +11,7 @@ from dask.system import CPU_COUNT
 
 from dask_ep.jobs.backends import ALL_THREADS, Threads, Where
 from dask_ep.storage.fingerprint import describe
-from walk.documents import Documents, chunk_documents, hidden_sources
+from walk.documents import MAX_PADDING, Documents, chunk_documents, hidden_sources
 from walk.record import fingerprint, hash_arrays
 
 
@@ -62,6 +62,7 @@ class Options:
             "chunk_rows": self.chunk_rows,
             "token_chunks": hash_arrays(np.array(chunk_documents(read.lengths, self.chunk_rows))),
             "batch_tokens": self.batch_tokens,
+            "padding": MAX_PADDING,
             "dtype": self.dtype,
             "precision": self.precision,
             "start": self.start,

@@ -250,9 +250,9 @@ def _open(job: Job, key: str, path: str) -> Source:
     try:
         source = open_source(path, missing=job.missing or "error")
         refuse_missing(source)
-    except (ReadError, ImportError, TypeError, ValueError) as error:
-        kinds = (ReadError, ImportError, TypeError, ValueError)
-        kind = next(kind for kind in kinds if isinstance(error, kind))
+    except (OSError, ImportError, TypeError, ValueError) as error:
+        kinds = (ImportError, TypeError, ValueError)
+        kind = next((kind for kind in kinds if isinstance(error, kind)), ReadError)
         raise kind(f"{job.name}: {key}: {error}") from error
     return source
 

@@ -7,7 +7,9 @@ ranks, its chunks unless others are given, the placement of experts that travell
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 from dask_ep.laws.passes import Passes
 from dask_ep.placement.placement import Placement
@@ -51,6 +53,16 @@ def read_begun(out: str) -> Begun | None:
     manifest = journal.read_manifest(directory)
     if manifest is None:
         return None
+    try:
+        return _begun(out, manifest)
+    except (TypeError, ValueError, LookupError) as error:
+        raise ValueError(
+            f"{directory}/manifest.json must say how the run began, but cannot be read: {error}; "
+            "start again with overwrite"
+        ) from error
+
+
+def _begun(out: str, manifest: Mapping[str, Any]) -> Begun:
     done = frozenset(find_good(out, manifest))
     settings = manifest["settings"]
     placement, passes = settings.get("placement"), settings.get("passes")

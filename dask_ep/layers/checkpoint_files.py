@@ -175,11 +175,14 @@ class CheckpointFiles:
             raise ReadError(
                 f"{self.directory} must have {file_name}, but has {', '.join(self.file_names[:20])}"
             )
-        if is_remote(path):
-            text = read_object(path)
-        else:
-            with open(path, "rb") as file:
-                text = file.read()
+        try:
+            if is_remote(path):
+                text = read_object(path)
+            else:
+                with open(path, "rb") as file:
+                    text = file.read()
+        except OSError as error:
+            raise ReadError(f"{path} cannot be read: {error.strerror or error}") from error
         try:
             value = json.loads(text)
         except ValueError as error:

@@ -11,6 +11,7 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from functools import lru_cache
+from stat import S_ISDIR, S_ISREG
 from typing import Any
 
 import numpy as np
@@ -109,11 +110,18 @@ def fill_from_file(
 
 
 def file_size(path: str, name: str) -> int:
-    """Bytes of a file that must be there, for what is called `name`."""
+    """Bytes of a file that must be there and be readable, for what is called `name`."""
+    place = os.path.abspath(path)
+    place = place if name == path else f"{name}: {place}"
     try:
-        return os.stat(path).st_size
+        found = os.stat(path)
+        if S_ISREG(found.st_mode):  # opening a pipe would wait for its writer
+            with descriptor(path, os.O_RDONLY):
+                return found.st_size
     except OSError as error:
-        raise ReadError(f"{name}: {os.path.abspath(path)}: {error.strerror}") from error
+        raise ReadError(f"{place}: {error.strerror}") from None
+    what = "a directory" if S_ISDIR(found.st_mode) else "a device or a pipe"
+    raise ReadError(f"{place} must be a file, but is {what}")
 
 
 def fingerprint_file(path: str) -> dict[str, Any]:

@@ -35,13 +35,15 @@ FORMAT = 2
 """Version of the manifest and the lines; other versions are refused."""
 
 
-MANIFEST = frozenset(
-    (
-        *("format", "shape", "dtype", "rows", "inputs", "settings", "run", "overwrite"),
-        *("complete", "output"),
-    )
-)
-"""Keys of a manifest. "output" is the fingerprint of a complete output."""
+MANIFEST: dict[str, type | tuple[type, ...]] = {
+    "format": int,
+    **dict.fromkeys(("shape", "rows"), list),
+    **dict.fromkeys(("dtype", "run"), str),
+    **dict.fromkeys(("inputs", "settings"), dict),
+    **dict.fromkeys(("overwrite", "complete"), bool),
+    "output": (dict, type(None)),
+}
+"""Keys of a manifest, and their types. "output" is the fingerprint of a complete output."""
 
 HOLDER = frozenset(("pid", "host", "born", "since"))
 """What a lock records about the process that holds it."""
@@ -93,12 +95,23 @@ def read_manifest(directory: str) -> dict[str, Any] | None:
             f"{path} must have format {FORMAT}, not {found!r}: it was written by another version. "
             "Finish the run with that version, or start again with overwrite"
         )
-    if missing := MANIFEST - manifest.keys():
-        raise ValueError(
-            f"{path} is not a manifest: it lacks {', '.join(sorted(missing))}; start again with "
-            "overwrite"
-        )
+    if wrong := _find_wrong(manifest):
+        raise ValueError(f"{path} is not a manifest: {wrong}; start again with overwrite")
     return manifest
+
+
+def _find_wrong(manifest: Mapping[str, Any]) -> str | None:
+    """Say which entry is missing, or is not what is written there; None if all are good."""
+    if missing := MANIFEST.keys() - manifest.keys():
+        return f"it lacks {', '.join(sorted(missing))}"
+    for key, kind in MANIFEST.items():
+        value = manifest[key]
+        numbers = value if isinstance(value, list) else []
+        if not isinstance(value, kind) or not all(type(n) is int and n >= 0 for n in numbers):
+            return f"{key} is {_shorten(repr(value))}"
+    if sum(manifest["rows"]) != (manifest["shape"] or [-1])[0]:
+        return f"its blocks have {sum(manifest['rows'])} rows, and its shape is {manifest['shape']}"
+    return None
 
 
 def record_done(

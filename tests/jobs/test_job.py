@@ -288,6 +288,15 @@ def test_inputs_that_do_not_fit(tmp_path, change, message):
         open_inputs(load_job(write(tmp_path, GOOD)))
 
 
+def test_a_file_that_cannot_be_opened_is_named_by_its_key(tmp_path):
+    write_arrays(tmp_path, **small_arrays())
+    (tmp_path / "loop.zarr").mkdir()
+    (tmp_path / "loop.zarr" / "zarr.json").symlink_to("zarr.json")
+    job = load_job(write(tmp_path, GOOD), routing=str(tmp_path / "loop.zarr"))
+    with pytest.raises(ReadError, match=r"job.toml: routing: .*Too many levels of symbolic links"):
+        open_inputs(job)
+
+
 def test_weights_have_the_shape_of_the_routing(tmp_path):
     write_arrays(tmp_path, **small_arrays(), topk=np.ones((40, 1), "f4"))
     job = load_job(write(tmp_path, GOOD), topk_weights=str(tmp_path / "topk.npy"))

@@ -899,6 +899,14 @@ def remove(name):
     return lambda folder: (folder / name).unlink()
 
 
+def as_directory(name):
+    def apply(folder):
+        (folder / name).unlink()
+        (folder / name).mkdir()
+
+    return apply
+
+
 def edit_index(change):
     def apply(folder):
         path = folder / "model.safetensors.index.json"
@@ -925,6 +933,8 @@ SHARD = "model-00008-of-00009.safetensors"
          "must have model.safetensors or model.safetensors.index.json; it has model-00006"),
         (remove("config.json"), ReadError, "_sharded must have config.json, but has expected.npz"),
         (break_file("config.json", lambda b: b[1:]), ValueError, "config.json is not valid JSON"),
+        (as_directory("config.json"), ReadError, "config.json cannot be read: Is a directory"),
+        (as_directory(SHARD), ReadError, f"{SHARD} must be a file, but is a directory"),
         (break_file("config.json", lambda b: b"[]"), ValueError, "must hold a JSON object"),
         (edit_index(lambda index: index.pop("weight_map")), ValueError, "must have a weight_map"),
         (edit_index(lambda index: index["weight_map"].update({GATE: None})), ValueError,

@@ -587,6 +587,17 @@ def test_a_manifest_of_another_version_is_refused(path):
             file.write(text)
         with pytest.raises(ValueError, match=message):
             run(path, Steps(), resume=True)
+    good = manifest | {"format": 2}
+    for key, value, words in (
+        ("inputs", True, "inputs is True"),
+        ("rows", ["4"], r"rows is \['4'\]"),
+        ("rows", [1], "its blocks have 1 rows, and its shape is"),
+        ("overwrite", 1, "overwrite is 1"),
+    ):
+        with open(place, "w") as file:
+            json.dump(good | {key: value}, file)
+        with pytest.raises(ValueError, match=f"not a manifest: {words}.*; start again with overw"):
+            run(path, Steps(), resume=True)
     with open(place, "w") as file:
         file.write("{")
     with pytest.raises(ValueError, match=r"is not a manifest: .*; start again with overwrite"):

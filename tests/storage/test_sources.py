@@ -555,6 +555,11 @@ def test_files_that_are_cut_short_or_gone_are_errors(tmp_path):
             open_source(tmp_path / gone)
     with pytest.raises(ReadError, match=r"no such file or directory: .*/x.zarr"):
         open_source(tmp_path / "x.zarr")
+    (tmp_path / "x.npy").mkdir()
+    os.mkfifo(tmp_path / "x.safetensors")
+    for other, words in (("x.npy", "a directory"), ("x.safetensors", "a device or a pipe")):
+        with pytest.raises(ReadError, match=f"/{other} must be a file, but is {words}"):
+            open_source(tmp_path / other)
     assert issubclass(ReadError, OSError)
 
 

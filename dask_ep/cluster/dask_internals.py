@@ -259,24 +259,27 @@ def hasten(
 ) -> list[TaskState]:
     """Let a task and its dependencies come before all others if they have to be computed again.
 
-    A task must not wait for one that waits for it. So it goes to the front of each queue, holds no
-    resources, and is not queued on the scheduler, as it would be without a restriction, or is
-    already: unless a user restricts it, it may run on the workers that are `able` to provide its
-    resources. Returns the tasks, for `release_hastened`.
+    A task must not wait for one that waits for it. So it goes to the front of each queue, also of
+    the worker that it was sent to, holds no resources, and is not queued on the scheduler, as it
+    would be without a restriction, or is already: unless a user restricts it, it may run on the
+    workers that are `able` to provide its resources. Returns the tasks, for `release_hastened`.
     """
-    seen, todo, restricted = {task}, [task], []
+    seen, todo, restricted, again = {task}, [task], [], []
     while todo:
         for made_of in todo.pop().dependencies - seen:
             seen.add(made_of)
             todo.append(made_of)
-            free = not (made_of.worker_restrictions or made_of.host_restrictions)
-            if free and made_of.state != "processing":
+            if made_of.state == "processing" and (_has_begun(made_of) or _is_first(made_of)):
+                continue
+            if not (made_of.worker_restrictions or made_of.host_restrictions):
                 made_of.worker_restrictions = able(made_of.resource_restrictions or {})
                 made_of.resource_restrictions = None
                 restricted.append(made_of)
+            if made_of.state in ("queued", "processing"):
+                again.append(made_of)
     for each in seen:
         each.priority = (FIRST, *(each.priority or ())[1:])
-    _transition(scheduler, (task for task in restricted if task.state == "queued"), "released")
+    _transition(scheduler, again, "released")
     return restricted
 
 
@@ -311,8 +314,18 @@ def place_again(scheduler: Scheduler, task: TaskState) -> None:
     """Reassign a task that no worker has started to one where it may run now."""
     if task.state == "no-worker":
         _transition(scheduler, [task], "processing")
-    elif task.processing_on is not None and task not in task.processing_on.executing:
+    elif task.processing_on is not None and not _has_begun(task):
         _transition(scheduler, [task], "released")
+
+
+def _has_begun(task: TaskState) -> bool:
+    """Whether a task runs on its worker, as far as the scheduler has heard."""
+    worker = task.processing_on
+    return worker is not None and (task in worker.executing or task in worker.long_running)
+
+
+def _is_first(task: TaskState) -> bool:
+    return (task.priority or ())[:1] == (FIRST,)
 
 
 def begin_stuck(scheduler: Scheduler, kind: type[set]) -> None:

@@ -119,7 +119,7 @@ class Services(WorkerPlugin):
         """
         if key in self._in_flight and not dask_internals.is_running(self._worker, key):
             layer, begun = self._in_flight.pop(key)
-            if self.serves(layer):
+            if self.serves(layer):  # else nothing would remove them
                 self._seconds[layer] = time.time() - begun
             self._admission.leave(layer)
         if finish == "ready" and self._admission.has_waiting:

@@ -620,3 +620,21 @@ def test_what_a_hastened_task_is_made_of_waits_on_the_scheduler_no_more(client, 
     assert hastened
     GATES["many"].set()
     future.result(DEADLINE)
+
+
+def test_what_a_hastened_task_is_made_of_overtakes_what_its_worker_has_not_begun(
+    client, busy, workers
+):
+    """A chunk that waits lends its thread to earlier tasks alone."""
+    made_of = client.submit(abs, -1, key="made of", workers=[workers[0].address], priority=-1)
+    last = client.submit(abs, made_of, key="last")
+
+    def priority():
+        task = workers[0].state.tasks.get("made of")
+        return task.priority[0] if task is not None and task.state == "ready" else None
+
+    wait_until(lambda: priority() == 1, "it waits for the thread")
+    on_scheduler(client, lambda s: dask_internals.hasten(s, s.tasks["last"], lambda needs: set()))
+    wait_until(lambda: priority() == dask_internals.FIRST, "it waits there before all others")
+    busy.set()
+    assert last.result(DEADLINE) == 1

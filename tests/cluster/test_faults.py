@@ -3,6 +3,7 @@
 `workflows/faults.py` tries the same at ten moments each and prints what it costs.
 """
 
+import signal
 import time
 from collections import Counter
 from math import inf
@@ -10,8 +11,10 @@ from math import inf
 import dask.array as da
 import numpy as np
 import pytest
+from distributed import futures_of
 
 from dask_ep import Experts, OwnerRules, expert_parallel, own_experts
+from dask_ep.cluster.exchange import SERVICES_PLUGIN
 from dask_ep.cluster.owner_plugin import OWNERS_PLUGIN
 from dask_ep.errors import LostOwnerError
 from dask_ep.storage.sources import Source
@@ -118,6 +121,7 @@ def nothing_is_left(client):
         OWNERS_PLUGIN not in client.run_on_scheduler(_plugins)
         and not client.run_on_scheduler(_restrictions)
         and not any(slots_taken(client).values())
+        and not any(client.run(_layers_timed).values())
         and not any(slices_kept(client).values())
     )
 
@@ -258,6 +262,34 @@ def test_a_lost_owner_is_replaced_while_all_chunks_that_may_be_under_way_wait_fo
         assert owners.failures == []
 
 
+@pytest.mark.slow
+def test_weights_of_a_lower_priority_are_computed_again_before_the_chunks_that_wait(
+    cluster, client
+):
+    """Dask sends them to a worker, behind its chunks, before it is known that a rank is lost."""
+    given = np.random.default_rng(5).standard_normal((3, 8, 8)).astype("f4")
+    expected, lost = alone(layer(given, 3)), addresses(client)["w0"]
+    with own_experts(client, 3, rules=OwnerRules(settle=0.2, chunks_in_flight=1)) as owners:
+        for rank in range(3):
+            owners.move(rank, "w0")
+        slow = da.from_array(given, chunks=(1, -1, -1)).map_blocks(_slowly, meta=given[:0])
+        there = {"workers": [lost], "allow_other_workers": True}
+        weights = client.persist(slow, optimize_graph=False, **there)
+        wait_until(lambda: futures_done(weights, client), "the weights are there")
+        future = client.compute(layer(weights, 3), priority=1)
+        wait_until(lambda: client.run_on_scheduler(_open_layers, 3), "the job has begun")
+        cluster.signal(client, "w0", signal.SIGSTOP)
+        others = list({*addresses(client).values()} - {lost})
+        wait_until(
+            lambda: future.done() or all(client.run(_has_waiting, workers=others).values()),
+            "chunks wait on all other workers",
+        )
+        cluster.stop_worker("w0")
+        assert np.array_equal(future.result(DEADLINE), expected)
+        assert owners.failures == []
+    cluster.start_worker("w0")
+
+
 class Breakable(Source):
     """Weights that cannot be read while a file is there."""
 
@@ -307,6 +339,19 @@ def _triple_slowly(rows):
 def _slowly(block):
     time.sleep(0.1)
     return block
+
+
+def futures_done(array, client):
+    return all(future.done() for future in futures_of(array, client))
+
+
+def _has_waiting(dask_worker):
+    return dask_worker.plugins[SERVICES_PLUGIN]._admission.has_waiting
+
+
+def _layers_timed(dask_worker):
+    services = dask_worker.plugins.get(SERVICES_PLUGIN)
+    return services is not None and len(services._seconds)
 
 
 def _plugins(dask_scheduler):

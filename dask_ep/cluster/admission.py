@@ -86,11 +86,8 @@ class Admission:
         me = Waiting(priority, layer)
         with self._changed:
             insort(self._waiting, me, key=lambda waiting: waiting.priority)
-            must_wait = not self._is_next(me)
         try:
-            if must_wait:
-                look()
-            if not self._begin(me, or_lend=True):
+            if not self._begin(me, look):
                 secede()
                 self._begin(me)
         except BaseException:
@@ -120,11 +117,16 @@ class Admission:
             self._is_closed = True
             self._changed.notify_all()
 
-    def _begin(self, me: Waiting, or_lend: bool = False) -> bool:
-        """Wait until a chunk begins, or its thread is wanted; return whether it has begun."""
+    def _begin(self, me: Waiting, look: Callable[[], object] | None = None) -> bool:
+        """Wait until a chunk begins, or its thread is wanted; return whether it has begun.
+
+        Without `look` it has no thread to lend.
+        """
         with self._changed:
+            if look is not None and not self._is_next(me):
+                look()
             self._changed.wait_for(
-                lambda: self._is_next(me) or self._is_closed or (or_lend and me.is_wanted)
+                lambda: self._is_next(me) or self._is_closed or (look is not None and me.is_wanted)
             )
             if self._is_closed:
                 raise RuntimeError("the worker is closing")

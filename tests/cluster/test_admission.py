@@ -91,6 +91,21 @@ def test_a_task_that_was_ready_before_gets_the_thread_too():
         chunk.join()
 
 
+def test_who_is_overtaken_as_it_enters_lends_its_thread_too():
+    class Overtaken(Admission):
+        def _begin(self, me, *rest):
+            if me.priority == (5,) and not begun:
+                Entering(self, (0,), begun).join()
+            return super()._begin(me, *rest)
+
+    admission, begun = Overtaken(limit=1), []
+    waiting = Entering(admission, (5,), begun, lambda: admission.lend((4,)))
+    wait_until(lambda: waiting.seceded, "the thread is lent")
+    admission.leave()
+    waiting.join()
+    assert begun == [(0,), (5,)]
+
+
 def test_when_the_worker_closes_nobody_waits():
     admission, begun = Admission(limit=1), []
     Entering(admission, (0,), begun).join()

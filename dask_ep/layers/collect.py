@@ -240,7 +240,7 @@ def begin_collection(
     chosen, others = choose_statistics(wanted.what, experts), share_of_others(wanted.rows)
     weights: da.Array | None
     if isinstance(layer, MoELayer):
-        _check_layer(layer)
+        check_layer(layer)
         both = _with_weights(routing)
         hidden, routed, indices, weights = layer.routed_rows(hidden, token_ids, both)
         entered = layer.enter(routed)
@@ -377,7 +377,8 @@ def _given_rows(
     return rows_of(hidden), rows_like(indices, hidden), weights
 
 
-def _check_layer(layer: MoELayer) -> None:
+def check_layer(layer: MoELayer) -> None:
+    """Raise a ValueError unless statistics are collected for this layer."""
     if layer.around.beyond is not None:
         raise ValueError(
             f"statistics are not collected for a layer whose router has {layer.around.beyond} "

@@ -883,6 +883,15 @@ def test_models_that_cannot_be_cut_into_blocks_are_refused(name, message, tmp_pa
     assert not list(tmp_path.glob("acts/*.zarr*"))
 
 
+def test_statistics_that_are_not_collected_are_refused_before_anything_is_written(tmp_path):
+    build(CASES["longcat_flash"]).save_pretrained(tmp_path / "model")
+    np.save(tmp_path / "ids.npy", np.full((1, 4), 3))
+    options = Options(str(tmp_path / "model"), str(tmp_path / "ids.npy"), str(tmp_path / "acts"))
+    with pytest.raises(ValueError, match="not collected for .* identity experts"):
+        run(replace(options, collect=frozenset({"usage"})))
+    run(options)
+
+
 def test_an_embedding_with_a_norm_is_filled(tmp_path):
     walk_case("inkling_text", tmp_path)
 

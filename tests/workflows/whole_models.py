@@ -57,6 +57,9 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
         {"n_routed_experts": 10, "num_experts_per_tok": 4, "moe_intermediate_size": 20,
          "n_shared_experts": 1, "first_k_dense_replace": 1, "head_dim": 16},
     ),
+    "kolibri1": (
+        "Kolibri1", QWEN | {"shared_expert_intermediate_size": 24, "sliding_window": 5}
+    ),
     "granitemoe": (
         "GraniteMoe",
         {"num_local_experts": 9, "num_experts_per_tok": 4, "embedding_multiplier": 3.0,

@@ -23,6 +23,8 @@ from transformers import AutoTokenizer
 from dask_ep.arrays.checks import size_in_bytes
 from dask_ep.cluster.dask_internals import scheduler_address
 from dask_ep.jobs.backends import Cluster, Threads, started
+from dask_ep.layers.checkpoint import load_moe_layer
+from dask_ep.layers.collect import check_layer
 from walk.block import check_blocks
 from walk.documents import (
     AT_ONCE,
@@ -66,9 +68,7 @@ def run(options: Options, say: Callable[[str], Any] = lambda _: None) -> dict[st
         model.free()  # a walk that failed in a block left it in memory
         check_blocks(model)
     blocks = options.blocks([len(model.blocks) for model in models])
-    for model in models:
-        for block in sorted(model.moe_blocks.intersection(blocks)):
-            model.beside_moe(block)  # raises if the walk would have to stop there
+    _check_moe(options, models, blocks)
     kept = Record(options.out, options.decisive(read), options.resume)
     path = os.path.join(options.out, "summary.json")
     if os.path.exists(path):  # stopped after that, or complete
@@ -82,6 +82,16 @@ def run(options: Options, say: Callable[[str], Any] = lambda _: None) -> dict[st
         walk.drop(blocks[-1])
     shutil.rmtree(os.path.join(options.out, "work"), ignore_errors=True)
     return summary
+
+
+def _check_moe(options: Options, models: list[Model], blocks: range) -> None:
+    """Raise if the walk would have to stop at a MoE module."""
+    for model in models:
+        for block in sorted(model.moe_blocks.intersection(blocks)):
+            model.beside_moe(block)
+    collected = (options.layers or blocks) if options.collect else ()
+    for block in sorted(models[0].moe_blocks.intersection(collected)):
+        check_layer(load_moe_layer(models[0].directory, block))
 
 
 def _walk(

@@ -153,11 +153,11 @@ class Model:
         """
         if block in self._beside_moe:
             return self._beside_moe[block]
-        self.moe_child(block)  # raises unless all that is under the MoE module's name is in it
+        within = self.prefix(block) + self.moe_child(block) + "."
         read, _ = self.checkpoint.open_block(block)
         outside = {read.prefix + name for name in read.taken} - self._moe_names(block)
-        targets = [self.target(name).removeprefix(self.prefix(block)) for name in outside]
-        found = frozenset(target.split(".")[0] for target in targets)
+        targets = [name for name in map(self.target, outside) if not name.startswith(within)]
+        found = frozenset(t.removeprefix(self.prefix(block)).split(".")[0] for t in targets)
         layouts = read.family.shared.layouts if read.family.shared is not None else []
         shared = {name.split(".")[0] for layout in layouts for name in layout.names.values()}
         if others := sorted(name for name in found if f"/{name}" not in shared):

@@ -61,6 +61,7 @@ PREDICTION_LAYERS = {"num_nextn_predict_layers", "num_mtp_layers", "mtp_num_hidd
 """Names in configs of the number of layers beyond the last, for multi-token prediction."""
 
 OF_EXPERT = re.compile(r"((?:.*\.)?experts\.)(\d+)(\..+)")
+OF_EXPERTS = re.compile(r"(^|\.)experts\.")
 NAMED_EXPERT = re.compile(r"\bexperts\\*\.\d+")
 """The name of an expert in JSON, or the same in a pattern, where backslashes precede the dot."""
 
@@ -106,7 +107,7 @@ def check_router(router: Any, kept: int, layer: int) -> None:
             f"a row of layer {layer} chooses {router.k} experts, but only {reach} would be left to "
             f"choose from{among}; raise --keep"
         )
-    if router.groups > 1 and router.group_score == "top2" and in_group < 2:
+    if router.group_score == "top2" and in_group < 2:  # transformers scores a single group too
         raise click.UsageError(
             f"the router of layer {layer} scores a group by its two best experts, but only "
             f"{in_group} would be left in each; raise --keep"
@@ -391,7 +392,7 @@ def of_every_row(block: Block) -> set[str]:
 def check_family(family: Family, blocks: Mapping[int, Block]) -> None:
     """Raise for layers whose experts depend on tensors other than their own and the router's."""
     for block in blocks.values():
-        others = [n for n in set(block.tensors) - block.taken if OF_EXPERT.fullmatch(n)]
+        others = [n for n in set(block.tensors) - block.taken if OF_EXPERTS.search(n)]
         if others:
             raise click.UsageError(
                 f"{block.where} has tensors of experts that dask_ep does not read, such as "

@@ -267,6 +267,23 @@ def test_settings_of_a_quantization_that_name_an_expert_are_refused(tmp_path, pl
     assert not (tmp_path / "none").exists()
 
 
+def test_experts_in_the_attention_are_refused(tmp_path):
+    """JetMoE has as many in both, by one key of its config."""
+    name = f"model.layers.{LAYER}.self_attention.experts.input_linear.weight"
+    source = altered(tmp_path, "jetmoe", tensors=lambda t: t | {name: np.ones((8, 2, 2), "f4")})
+    stats = write_stats(tmp_path / "stats", scores_of("jetmoe"))
+    refused(f"does not read, such as {name}", source, stats, "--keep", "0.75", "--out",
+            tmp_path / "out")  # fmt: skip
+
+
+def test_one_group_scored_by_two_experts_keeps_two(tmp_path):
+    """transformers takes the two best of a group even if there is only one group."""
+    source = altered(tmp_path, "glm4_moe", num_experts_per_tok=1)
+    stats = write_stats(tmp_path / "stats", scores_of("glm4_moe"))
+    refused("by its two best experts, but only 1 would be left",
+            source, stats, "--keep", "0.1", "--out", tmp_path / "out")  # fmt: skip
+
+
 def test_a_group_scored_by_two_experts_keeps_two(tmp_path):
     source = altered(tmp_path, "deepseek_v3", num_experts_per_tok=2)
     stats = write_stats(tmp_path / "stats", scores_of("deepseek_v3"))

@@ -5,6 +5,9 @@ Imports nothing heavy, so that help is shown at once.
 
 from __future__ import annotations
 
+import errno
+import os
+
 import click
 
 FAILED, WRONG_USE, DIFFERENT = 1, 2, 3
@@ -36,9 +39,11 @@ def echo_note(text: str) -> None:
 
 def _words(error: BaseException) -> str:
     """Return the message of an error, without the system's error number."""
-    if isinstance(error, OSError) and error.strerror and error.filename is not None:
-        return f"{error.strerror}: {error.filename}"
-    return str(error).strip()
+    if not (isinstance(error, OSError) and error.strerror):
+        return str(error).strip()
+    place = "" if error.filename is None else f": {error.filename}"
+    is_full = error.strerror in (os.strerror(errno.ENOSPC), os.strerror(errno.EDQUOT))
+    return f"{error.strerror}{place}{'; free some space, or write elsewhere' * is_full}"
 
 
 def one_line(error: BaseException) -> str:

@@ -61,6 +61,7 @@ from dask_ep.storage.journal import acquire_lock
 from dask_ep.storage.output import Output, Receipt, Step, progress_directory, together
 from dask_ep.storage.overwrite_guard import refuse_to_replace_inputs
 from dask_ep.storage.replace import remove
+from dask_ep.storage.resume import check_existing
 from dask_ep.storage.sources import open_source
 from dask_ep.storage.storage import store
 
@@ -144,7 +145,7 @@ def collect_job(
     bundle.check_bundle(out, resume, overwrite)
     check_report(report)
     directory, inputs = progress_directory(out), open_inputs(job)
-    _check_out(out, inputs, wanted)
+    _check_out(out, inputs, wanted, resume, overwrite)
     if overwrite:
         for lock in Path(directory).glob("*.progress/lock"):
             acquire_lock(str(lock.parent))  # raises while another process collects
@@ -186,14 +187,16 @@ def collect_job(
     return replace(file.write(run), reports=reports_of(report, client) if planned else ())
 
 
-def _check_out(out: str, inputs: Inputs, wanted: Wanted) -> None:
-    """Raise if the statistics would take the place of an input, or of the job's output."""
+def _check_out(out: str, inputs: Inputs, wanted: Wanted, resume: bool, overwrite: bool) -> None:
+    """Raise if the statistics would replace an input or the output, or that one may not begin."""
     refuse_to_replace_inputs(out, None, name_inputs(inputs).values())
     if wanted.with_output and os.path.realpath(inputs.job.out) == out:
         raise JobError(
             f"{inputs.job.name}: the statistics would be written to {out}, which is the job's "
             "output; choose another path for them"
         )
+    if wanted.with_output:
+        check_existing(inputs.job.out, resume, overwrite)
 
 
 def _files(job: Job, wanted: Wanted, out: str) -> dict[str, str]:

@@ -16,9 +16,11 @@ from math import prod
 from pathlib import Path
 
 import numpy as np
+from dask.utils import format_bytes
 
 from dask_ep.jobs.example_text import TokenRows
 from dask_ep.layers.scores import largest, softmax
+from dask_ep.storage.files import bytes_below
 from dask_ep.storage.replace import remove
 from dask_ep.storage.writers import Writer, make_writer
 
@@ -133,13 +135,8 @@ def write_example(
     directory = Path(directory)
     keys = ("tokens", "routing", "topk_weights", *example.matrices())
     names = {key: f"{key}.{example.format}" for key in keys}
-    _make_room(directory, [JOB_NAME, *names.values()], overwrite)
-    nbytes, free = example.nbytes(), shutil.disk_usage(directory).free
-    if nbytes > free:
-        raise OSError(
-            f"the example needs {nbytes / 1e9:.2f} GB, but {directory} has {free / 1e9:.2f} GB "
-            "free; ask for fewer rows, or use another disk"
-        )
+    nbytes = example.nbytes()
+    _make_room(directory, [JOB_NAME, *names.values()], nbytes, overwrite)
     progress = _Progress(nbytes, on_progress)
 
     for key, shape in example.matrices().items():
@@ -231,15 +228,23 @@ def _create(path: Path, shape: tuple[int, ...], dtype: type, chunk_rows: int) ->
     return writer
 
 
-def _make_room(directory: Path, names: list[str], overwrite: bool) -> None:
+def _make_room(directory: Path, names: list[str], nbytes: int, overwrite: bool) -> None:
     """Make the directory; remove files to be overwritten, the job file first."""
-    directory.mkdir(parents=True, exist_ok=True)
     there = [name for name in names if (directory / name).exists()]
     if there and not overwrite:
         raise FileExistsError(
             f"{directory} already holds {', '.join(there)}; choose another directory, or use "
             "overwrite (--overwrite)"
         )
+    disk = next(place for place in (directory, *directory.resolve().parents) if place.exists())
+    free = shutil.disk_usage(disk).free
+    free += sum(bytes_below(os.fspath(directory / name)) for name in there)
+    if nbytes > free:
+        raise OSError(
+            f"the example needs {format_bytes(nbytes)}, but {directory} has {format_bytes(free)} "
+            "free; ask for fewer rows, or use another disk"
+        )
+    directory.mkdir(parents=True, exist_ok=True)
     for name in there:
         remove(os.fspath(directory / name))
 

@@ -54,11 +54,23 @@ def replacing(path: str | os.PathLike) -> Iterator[str]:
         return
     path = os.path.realpath(path)
     try:
-        yield f"{path}.new"
-        os.replace(f"{path}.new", path)
+        with named(path):
+            yield f"{path}.new"
+            os.replace(f"{path}.new", path)
     except BaseException:
         with suppress(OSError):
             os.unlink(f"{path}.new")
+        raise
+
+
+@contextmanager
+def named(path: str) -> Iterator[None]:
+    """Add the path to an error of the system that names no file, such as one of a full disk."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno is not None and error.filename is None:
+            error.filename = path
         raise
 
 

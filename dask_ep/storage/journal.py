@@ -29,7 +29,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from dask_ep.errors import OutputInUse
-from dask_ep.storage.files import descriptor, sync_path
+from dask_ep.storage.files import descriptor, named, replacing, sync_path
 
 FORMAT = 2
 """Version of the manifest and the lines; other versions are refused."""
@@ -52,11 +52,10 @@ HOLDER = frozenset(("pid", "host", "born", "since"))
 def write_manifest(directory: str, manifest: Mapping[str, Any]) -> None:
     """Replace the manifest atomically: readers see the old one or the new one."""
     path = os.path.join(directory, "manifest.json")
-    with open(path + ".new", "w") as file:
+    with replacing(path) as new, open(new, "w") as file:
         json.dump(manifest, file, indent=1)
         file.flush()
         os.fsync(file.fileno())
-    os.replace(path + ".new", path)
     sync_path(directory)
 
 
@@ -287,7 +286,7 @@ def _open_lock(directory: str, create: bool = True) -> Iterator[Any]:
     """
     path = os.path.join(directory, "lock")
     file = os.fdopen(os.open(path, os.O_RDWR | (os.O_CREAT if create else 0), 0o666), "r+")
-    with file:
+    with named(path), file:
         with contextlib.suppress(OSError):  # without file locks the content still counts
             fcntl.flock(file, fcntl.LOCK_EX)
         yield file

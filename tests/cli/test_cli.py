@@ -585,6 +585,10 @@ def test_an_error_and_its_causes_are_one_line():
     assert one_line(error) == "chunk 2 failed (dask_ep: rank 3)"
     del error.__notes__
     assert one_line(error) == "chunk 2 failed"
+    full = os.strerror(errno.ENOSPC)
+    assert one_line(OSError(errno.ENOSPC, full)) == f"{full}; free some space, or write elsewhere"
+    assert one_line(OSError(errno.ENOSPC, full, "y")).startswith(f"{full}: y; free some space")
+    assert one_line(OSError(errno.EIO, "block 3 of y is lost")) == "block 3 of y is lost"
 
 
 @pytest.mark.slow

@@ -107,6 +107,14 @@ def test_the_output_is_written_in_the_same_pass(folder):
     np.testing.assert_array_equal(got, np.load(folder / "out.npy"))
 
 
+def test_an_output_that_may_not_begin_is_refused_before_the_statistics_do(folder):
+    np.save(folder / "out.npy", np.zeros(3))
+    before = sorted(os.listdir(folder))
+    with pytest.raises(FileExistsError, match=r"out.npy exists; --resume continues it"):
+        collect_job(job(folder), *asked(folder, with_output=True), Threads(1))
+    assert sorted(os.listdir(folder)) == before
+
+
 def test_the_output_of_complete_statistics_is_checked_block_by_block(folder):
     both = asked(folder, what=("usage",), with_output=True)
     collect_job(job(folder), *both, Threads(1), chunk_rows=30)

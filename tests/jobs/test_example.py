@@ -103,9 +103,13 @@ def test_nothing_is_overwritten_by_accident(tmp_path):
 
 
 def test_a_full_disk_is_found_first(tmp_path):
-    with pytest.raises(OSError, match=r"the example needs .* GB, but .* GB free"):
-        write_example(tmp_path, Example(rows=10**12))
-    assert not (tmp_path / "tokens.zarr").exists()
+    with pytest.raises(OSError, match=r"the example needs [0-9.]+ PiB, but .* has .*iB free"):
+        write_example(tmp_path / "a" / "b", Example(rows=10**13))
+    assert not (tmp_path / "a").exists()
+    path = write_example(tmp_path / "old", Example(**SMALL))
+    with pytest.raises(OSError, match="ask for fewer rows"):
+        write_example(tmp_path / "old", Example(rows=10**13), overwrite=True)
+    assert open_source(load_job(path).tokens).shape == (SMALL["rows"], SMALL["d"])
 
 
 def test_chunks_are_bounded_whatever_the_rows():

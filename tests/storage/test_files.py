@@ -4,7 +4,7 @@ import os
 
 import pytest
 
-from dask_ep.storage.files import replacing, write_text
+from dask_ep.storage.files import named, replacing, write_text
 
 
 def test_a_file_is_replaced_when_the_new_one_is_complete(tmp_path):
@@ -39,3 +39,12 @@ def test_a_device_is_written_to(capfd):
     assert capfd.readouterr().out == "shown"
     write_text(os.devnull, "lost")
     assert not os.path.isfile(os.devnull)
+
+
+def test_an_error_of_a_full_disk_names_the_file(tmp_path):
+    with pytest.raises(OSError, match="No space left") as caught, named("y.html"):
+        write_text("/dev/full", "x" * 10**5)
+    assert caught.value.filename == "y.html"
+    with pytest.raises(OSError, match="words") as caught, named("y.html"):
+        raise OSError("words")
+    assert caught.value.filename is None

@@ -12,6 +12,7 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
+from dask_ep.arrays.checks import is_float
 from dask_ep.arrays.namespaces import Array
 from dask_ep.errors import ReadError
 from dask_ep.experts.codings import FLOAT8, coding
@@ -41,6 +42,8 @@ class ScaleSource(Derived):
     ------
     ValueError
         If `stored` has another shape.
+    TypeError
+        If `stored` has another dtype.
     """
 
     def __init__(
@@ -51,6 +54,11 @@ class ScaleSource(Derived):
         divides: bool = False,
         of: str = "the matrix",
     ):
+        if not is_float(stored.dtype) and stored.dtype != np.uint8:
+            raise TypeError(
+                f"{stored.name} must hold scales, floats or exponents of 8 bits, but has dtype "
+                f"{stored.dtype}"
+            )
         long = [n for n in shape if n != 1] == [n for n in stored.shape if n != 1]
         if stored.shape != shape and not (long and stored.ndim < len(shape)):
             raise ValueError(
@@ -136,6 +144,8 @@ class ZeroPoints(Derived):
     ------
     ValueError
         If `stored` does not hold that many.
+    TypeError
+        If `stored` does not hold integers of 32 bits.
     """
 
     def __init__(
@@ -146,6 +156,11 @@ class ZeroPoints(Derived):
         self._check()
 
     def _check(self) -> None:
+        if self.stored.dtype not in (np.int32, np.uint32):
+            raise TypeError(
+                f"{self.name} must hold zero points in words of 32 bits, but has dtype "
+                f"{self.stored.dtype}"
+            )
         codes = coding(self.coding)
         in_a_word = codes.width(1, self.stored.dtype)
         words = (-(-self.shape[0] // codes.rows), -(-self.shape[1] // in_a_word))

@@ -34,6 +34,9 @@ NVFP4_GROUP = 16
 OF_FLOAT8 = ("{name}_scale_inv", "{name}_scale", "{stem}scale")
 """Names of the scales of 8-bit floats: in DeepSeek, in most others, and in DeepSeek-V4."""
 
+IN_GROUPS = ("group", "dynamic", True)
+"""Values of ``actorder`` of compressed-tensors with which columns have the groups of ``g_idx``."""
+
 HALVES = (np.dtype(np.float16), np.dtype(ml_dtypes.bfloat16))
 
 ACTIVATION_SCALES = (
@@ -112,11 +115,16 @@ class Parts:
             )
         return self._tensors[role]
 
-    def get(self, role: str) -> Source | None:
-        return self._tensors.get(role)
+    def get(self, role: str, is_needed: bool = False) -> Source | None:
+        return self[role] if is_needed else self._tensors.get(role)
 
     def open(self, shape: tuple[int, ...]) -> QuantizedSource | Transposed:
         """Make the matrix, which must have a shape; a transposing view if stored as (in, out)."""
+        codes = self["codes"]
+        if codes.ndim < 2:
+            raise ValueError(
+                f"{codes.name} is {self.label}, so it must be a matrix, but has shape {codes.shape}"
+            )
         if not self.in_out:
             return self._build(self, shape)
         return Transposed(self._build(self, shape[::-1]))
@@ -273,7 +281,7 @@ def _build_packed(parts: Parts, shape: tuple[int, ...]) -> QuantizedSource:
         block,
         shape,
         zeros=half,
-        groups=parts.get("g_idx"),
+        groups=parts.get("g_idx", parts.scheme.get("actorder") in IN_GROUPS),
         extent=parts.get("shape"),
         rounded=scales.dtype if scales.dtype in HALVES else None,
         label=f"int{bits}",
@@ -282,9 +290,7 @@ def _build_packed(parts: Parts, shape: tuple[int, ...]) -> QuantizedSource:
 
 def _zero_point(parts: Parts) -> Source | None:
     """The zero points of compressed-tensors, which are required if the config declares them."""
-    if parts.scheme.get("symmetric") is False:
-        return parts["zero_point"]
-    return parts.get("zero_point")
+    return parts.get("zero_point", parts.scheme.get("symmetric") is False)
 
 
 def _bits(parts: Parts, words: int, numbers: int) -> int:
@@ -332,18 +338,20 @@ def _build_whole(parts: Parts, shape: tuple[int, ...]) -> QuantizedSource:
     )
 
 
-def _build_fp4(group: int, parts: Parts, shape: tuple[int, ...]) -> QuantizedSource:
-    """Floats of 4 bits, with one scale for a group in a row, and one factor for all."""
+def _build_fp4(
+    group: int, of_all: str | None, parts: Parts, shape: tuple[int, ...]
+) -> QuantizedSource:
+    """Floats of 4 bits, with one scale for a group in a row, and perhaps one factor for all."""
     if shape[-1] % group:
         raise ValueError(
             f"{parts['codes'].name} is {parts.label}, which has a scale for each {group} numbers "
             f"of a row, so rows must be multiples of {group}, but have {shape[-1]}"
         )
-    divisor = parts.get("global_scale")
-    factor = parts.get("scale_2") if divisor is None else divisor
+    factor = None if of_all is None else parts[of_all]
+    divides = of_all == "global_scale"
     of = f"1 x {group} of {parts['codes'].name} {shape}"
     grid = (*shape[:-1], shape[-1] // group)
-    scales = ScaleSource(parts["scales"], grid, factor, divides=divisor is not None, of=of)
+    scales = ScaleSource(parts["scales"], grid, factor, divides, of=of)
     return QuantizedSource(parts["codes"], "fp4", scales, (1, group), shape, label=parts.label)
 
 
@@ -388,7 +396,7 @@ def _build_in_out(
         (group, 1),
         shape,
         zeros=ZeroPoints(parts["zeros"], zeros_coding, grid, more, mask),
-        groups=parts.get("g_idx"),
+        groups=parts.get("g_idx", bool(parts.config.get("desc_act"))),
         rounded=scales.dtype if scales.dtype in HALVES else None,
         label=label,
     )
@@ -396,7 +404,8 @@ def _build_in_out(
 
 UINT8, INT8, INT32 = (np.dtype(t) for t in (np.uint8, np.int8, np.int32))
 EXPONENTS = (UINT8, E8M0)
-MXFP4, NVFP4 = partial(_build_fp4, MXFP4_GROUP), partial(_build_fp4, NVFP4_GROUP)
+MXFP4 = partial(_build_fp4, MXFP4_GROUP, None)
+NVFP4, NVFP4_MODELOPT = (partial(_build_fp4, NVFP4_GROUP, n) for n in ("global_scale", "scale_2"))
 PACKED, SCALE = "{name}_packed", ("{name}_scale",)
 ZERO = {"zero_point": "{name}_zero_point"}
 WITH_ZEROS = {"codes": "{stem}qweight", "dtypes": (INT32,), "scales": ("{stem}scales",)}
@@ -415,7 +424,9 @@ WEIGHT_FORMATS = (
     Format(
         "NVFP4", PACKED, (UINT8,), SCALE, NVFP4, {"global_scale": "{name}_global_scale"}, FLOAT8
     ),
-    Format("NVFP4", "{name}", (UINT8,), SCALE, NVFP4, {"scale_2": "{name}_scale_2"}, FLOAT8),
+    Format(
+        "NVFP4", "{name}", (UINT8,), SCALE, NVFP4_MODELOPT, {"scale_2": "{name}_scale_2"}, FLOAT8
+    ),
     Format("MXFP4", "{name}", (INT8, UINT8), OF_FLOAT8, MXFP4, scale_dtypes=EXPONENTS),
     Format("int8", "{name}", (INT8,), SCALE, _build_whole, ZERO),
     Format("FP8", "{name}", FLOAT8, OF_FLOAT8, _build_float8),

@@ -247,6 +247,13 @@ DAMAGED = [
     ("nvfp4", "weight_global_scale", as_nan, ReadError, "must be a number above 0, but is nan"),
     ("nvfp4", "weight_global_scale", lambda t: np.repeat(t, 2), ValueError,
      r"weight_global_scale must be one number, but has shape \(2,\)"),
+    ("int4_zeros", "weight_zero_point", lambda t: t.astype(np.float32), TypeError,
+     "weight_zero_point must hold zero points in words of 32 bits, but has dtype float32"),
+    ("int4_zeros", "weight_zero_point", lambda t: t.astype(np.uint8), TypeError, "dtype uint8"),
+    ("int4_group", "weight_scale", lambda t: t.astype(np.int32), TypeError,
+     "weight_scale must hold scales, floats or exponents of 8 bits, but has dtype int32"),
+    ("fp8_channel", "weight", np.ravel, ValueError,
+     r"weight is FP8, so it must be a matrix, but has shape \(440,\)"),
     ("gptq_int4", "qweight", lambda t: t[:-1], ValueError,
      "qweight must hold 96 numbers of 4 or 8 bits side by side, but has 11 words"),
     ("gptq_int4", "qzeros", lambda t: t[:, :-1], ValueError,
@@ -282,7 +289,8 @@ def test_damage_is_an_error_with_the_tensor_its_shape_and_its_file(
 @pytest.mark.parametrize(
     ("case", "part", "kind"),
     [("int4_zeros", "weight_zero_point", "int4 or int8"), ("gptq_int4", "qzeros", "GPTQ"),
-     ("awq_int4", "qzeros", "AWQ"), ("fp8_channel", "weight_scale", "FP8")],
+     ("awq_int4", "qzeros", "AWQ"), ("fp8_channel", "weight_scale", "FP8"),
+     ("nvfp4", "weight_global_scale", "NVFP4"), ("gptq_int4_act_order", "g_idx", "GPTQ")],
 )  # fmt: skip
 def test_a_part_that_is_missing_is_named(case, part, kind):
     tensors = stored(case)
@@ -291,6 +299,13 @@ def test_a_part_that_is_missing_is_named(case, part, kind):
     message = f"is {kind}, so the block must have the tensor .*w.{part}"
     with pytest.raises(ValueError, match=message):
         parts_of(tensors, case).open(shape)
+
+
+def test_columns_in_groups_of_their_own_order_need_their_groups():
+    groups = {"group_0": {"targets": ["Linear"], "weights": {"actorder": "group"}}}
+    parts = parts_of(stored("int4_group"), "int4_group", config_groups=groups)
+    with pytest.raises(ValueError, match="must have the tensor .*w.weight_g_idx"):
+        parts.open((24, 96))
 
 
 def test_other_kinds_of_awq_are_refused():

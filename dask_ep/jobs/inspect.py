@@ -135,8 +135,8 @@ def _inspect_array(path: str) -> Finding:
 def _count_missing(source: ZarrSource) -> str:
     try:
         return f"{len(source.find_missing()) or 'none'}"
-    except ReadError:
-        return "not known, as shards are together with other codecs"
+    except ReadError as error:
+        return f"not known: {error}"
 
 
 def _inspect_safetensors(path: str) -> Finding:

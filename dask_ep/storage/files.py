@@ -136,6 +136,24 @@ def file_size(path: str, name: str) -> int:
     raise ReadError(f"{place} must be a file, but is {what}")
 
 
+def is_written(path: str) -> bool:
+    """Return whether there is a file; False only if nothing has its name.
+
+    Raises
+    ------
+    ReadError
+        If it is a directory, a link to nothing, or may not be seen: its bytes are somewhere.
+    """
+    try:
+        if S_ISREG(os.stat(path).st_mode):
+            return True
+    except OSError as error:
+        if isinstance(error, FileNotFoundError) and not os.path.islink(path):
+            return False
+        raise ReadError(f"{path} cannot be opened: {error.strerror}") from error
+    raise ReadError(f"{path} must be a file, but is a directory")
+
+
 def fingerprint_file(path: str) -> dict[str, Any]:
     """Return the size and time of change of a file, and a hash of samples of its bytes.
 

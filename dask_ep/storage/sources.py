@@ -26,7 +26,7 @@ import numpy as np
 import xxhash
 
 from dask_ep.errors import ReadError
-from dask_ep.storage.files import fill_from_file, fingerprint_files
+from dask_ep.storage.files import fill_from_file, fingerprint_files, is_written
 from dask_ep.storage.gguf_files import open_gguf
 from dask_ep.storage.memmaps import is_of_its_file
 from dask_ep.storage.npy_header import parse_npy_header
@@ -37,6 +37,7 @@ from dask_ep.storage.source import File, Region, Source, checked_dtype
 from dask_ep.storage.zarr_layout import (
     ChunkFiles,
     anchored,
+    check_local_chunks,
     chunk_files,
     local_directory,
     missing_chunks,
@@ -129,7 +130,7 @@ class ZarrSource(Source):
         place = f"chunk {chunk} (rows [{first}, {last})) of {self.name}"
         path = files.path(chunk)
         offset = (first - chunk * files.rows) * files.row_bytes
-        if self.missing == "fill" and not os.path.exists(path):
+        if self.missing == "fill" and not is_written(path):
             out.view(self.array.dtype)[...] = self.array.fill_value
         else:
             fill_from_file(out, path, offset, place, files.chunk_bytes)
@@ -141,6 +142,8 @@ class ZarrSource(Source):
         if self.missing == "error":
             for key in missing_chunks(self.array, start, stop):
                 raise ReadError(f"{place}: chunk {key} is missing in {self.array.store_path}")
+        else:
+            check_local_chunks(self.array, start, stop)
         buffer = default_buffer_prototype().nd_buffer
         selection = slice(start, stop) if self.shape else ()
         try:

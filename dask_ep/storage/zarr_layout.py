@@ -31,6 +31,7 @@ import ml_dtypes
 import numpy as np
 
 from dask_ep.errors import ReadError
+from dask_ep.storage.files import is_written
 from dask_ep.storage.remote import is_remote, read_object
 
 if TYPE_CHECKING:
@@ -222,7 +223,7 @@ def missing_chunks(array: zarr.Array, start: int, stop: int) -> Iterator[str]:
     Raises
     ------
     ReadError
-        If shards are inside other shards, or before or after another codec.
+        If shards are inside other shards, or before or after another codec; or see `is_written`.
     """
     from zarr.core.sync import sync  # Zarr's public names have nothing that looks for one key
 
@@ -235,15 +236,22 @@ def missing_chunks(array: zarr.Array, start: int, stop: int) -> Iterator[str]:
     directory = local_directory(array)
     for place in _places(array, start, stop):
         key = array.metadata.encode_chunk_key(place)
-        if array.shards is not None:
-            yield from _missing_in_shard(array, place, key, start, stop)
-            continue
-        if directory is None:
-            there = sync((array.store_path / key).exists())
-        else:
-            there = os.path.exists(os.path.join(directory, key))
-        if not there:
+        if directory is not None and not is_written(os.path.join(directory, key)):
             yield key
+        elif array.shards is not None:
+            yield from _missing_in_shard(array, place, key, start, stop)
+        elif directory is None and not sync((array.store_path / key).exists()):
+            yield key
+
+
+def check_local_chunks(array: zarr.Array, start: int, stop: int) -> None:
+    """Raise if a local chunk of rows [start, stop) is there, but cannot be read as a file.
+
+    Zarr takes a directory, and a link to nothing, for chunks that were never written.
+    """
+    if (directory := local_directory(array)) is not None:
+        for place in _places(array, start, stop):
+            is_written(os.path.join(directory, array.metadata.encode_chunk_key(place)))
 
 
 def _has_hidden_shards(array: zarr.Array) -> bool:

@@ -536,6 +536,30 @@ def test_what_the_disk_cannot_read_is_named(tmp_path, monkeypatch, name):
         source.read(2, 4)
 
 
+@pytest.mark.parametrize("missing", ["error", "fill"])
+@pytest.mark.parametrize("options", [{}, {"compressors": None}, {"shards": (20, 4)}])
+def test_what_is_no_chunk_file_is_never_taken_for_the_fill_value(tmp_path, options, missing):
+    ones = np.ones((40, 4), "f4")
+    zarr.create_array(tmp_path / "x.zarr", data=ones, chunks=(10, 4), **options)
+    chunk = tmp_path / "x.zarr" / "c" / "1" / "0"
+    chunk.rename(tmp_path / "moved")
+    source = open_source(tmp_path / "x.zarr", missing=missing)
+    chunk.symlink_to(tmp_path / "moved")
+    np.testing.assert_array_equal(source.read(0, 40), ones)
+    (tmp_path / "moved").unlink()
+    with pytest.raises(ReadError, match="c/1/0 cannot be opened: No such file"):
+        source.read(0, 40)
+    chunk.unlink()
+    chunk.mkdir()
+    with pytest.raises(ReadError, match="c/1/0 must (be a file, but is a|have 160 bytes, but has)"):
+        source.read(0, 40)
+    chunk.rmdir()
+    chunk.parent.rmdir()
+    chunk.parent.write_text("")
+    with pytest.raises(ReadError, match="c/1/0 cannot be opened: Not a directory"):
+        source.read(0, 40)
+
+
 def test_files_that_are_cut_short_or_gone_are_errors(tmp_path):
     path = tmp_path / "x.npy"
     np.save(path, np.ones((4, 2), "f4"))

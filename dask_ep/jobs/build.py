@@ -253,7 +253,10 @@ def _open(job: Job, key: str, path: str) -> Source:
     except (OSError, ImportError, TypeError, ValueError) as error:
         kinds = (ImportError, TypeError, ValueError)
         kind = next((kind for kind in kinds if isinstance(error, kind)), ReadError)
-        raise kind(f"{job.name}: {key}: {error}") from error
+        why = str(error)
+        if isinstance(error, OSError) and error.filename is not None:
+            why = f"{error.filename}: {error.strerror}"
+        raise kind(f"{job.name}: {key}: {why}") from error
     return source
 
 

@@ -255,23 +255,33 @@ def _refusal(work: Work, layout: Layout, as_stored: bool, asked: int | None) -> 
             f" (of which {reading / 1e6:.0f} MB to decode stored token chunks whole: store smaller "
             "ones)"
         )
+    allowed, total = _in_megabytes(limit, law.at(rows))
     message = (
-        f"{whose} of {limit / 1e6:.0f} MB must hold "
+        f"{whose} of {allowed} must hold "
         f"{parts['experts']} of experts, {parts['process']} for {whom}, {parts['scratch']} of "
         f"scratch{decoding} and "
         f"{law.chunks:.3g} chunks of {rows} rows ({law.row_bytes} bytes each), "
-        f"{law.at(rows) / 1e6:.0f} MB in total; "
+        f"{total} in total; "
     )
     proposal = _proposal(work, layout, as_stored, asked)
     if proposal:
         options = " ".join(f"--{key.replace('_', '-')} {value}" for key, value in proposal.items())
         instead = f"within the same limit it runs with {options}"
         if "processes" in proposal and limit is not None:
-            total = proposal["processes"] * limit / 1e9
-            instead += f", each of which may use as much: {total:.3g} GB in total"
+            of_all = proposal["processes"] * limit / 1e9
+            instead += f", each of which may use as much: {of_all:.3g} GB in total"
     usual = asked or max(_usual_rows(work, layout), FEWEST_ROWS)
     refused = Decision(work, layout, usual, as_stored, chunks_asked=asked is not None)
     return DoesNotFit(message + instead, proposal, refused)
+
+
+def _in_megabytes(limit: int, need: int) -> tuple[str, str]:
+    """Write two sizes with as many digits as tell them apart; a limit of 181 MB stays that."""
+    for digits in range(7):
+        allowed, total = f"{limit / 1e6:.{digits}f}", f"{need / 1e6:.{digits}f}"
+        if allowed != total:
+            break
+    return f"{allowed.removesuffix('.' + '0' * digits)} MB", f"{total} MB"
 
 
 def _proposal(work: Work, layout: Layout, as_stored: bool, asked: int | None) -> dict[str, Any]:

@@ -65,7 +65,8 @@ class CheckpointFiles:
                 "hub must be downloaded first: `hf download NAME --local-dir DIRECTORY`"
             ) from None
         except OSError as error:
-            raise ReadError(f"{self.directory} is not a checkpoint directory: {error}") from error
+            why = error.strerror or error
+            raise ReadError(f"{self.directory} is not a checkpoint directory: {why}") from error
 
     @cached_property
     def config(self) -> dict[str, Any]:

@@ -293,7 +293,7 @@ def test_a_file_that_cannot_be_opened_is_named_by_its_key(tmp_path):
     (tmp_path / "loop.zarr").mkdir()
     (tmp_path / "loop.zarr" / "zarr.json").symlink_to("zarr.json")
     job = load_job(write(tmp_path, GOOD), routing=str(tmp_path / "loop.zarr"))
-    with pytest.raises(ReadError, match=r"job.toml: routing: .*Too many levels of symbolic links"):
+    with pytest.raises(ReadError, match=r"routing: /.*/zarr.json: Too many levels of symb"):
         open_inputs(job)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import os
+import re
 import shlex
 import subprocess
 import sys
@@ -277,6 +278,15 @@ def test_what_does_not_fit_comes_with_what_does(
     with pytest.raises(DoesNotFit, match=r"must hold .* in total; within the same limit") as no:
         decide(inputs.work(), replace(layout, memory_limit=limit), chunk_rows=asked)
     assert no.value.proposal == proposal
+
+
+def test_a_limit_that_a_few_bytes_exceed_is_written_with_their_digits(inputs):
+    work, layout = inputs.work(), Layout(1, 1, 1)
+    limit = need(work, layout).at(100) - 1
+    with pytest.raises(DoesNotFit) as no:
+        decide(work, replace(layout, memory_limit=limit), chunk_rows=100)
+    allowed, total = re.findall(r"limit of ([0-9.]+) MB .* ([0-9.]+) MB in total", str(no.value))[0]
+    assert float(allowed) < float(total)
 
 
 def test_ranks_of_the_job_stay_and_get_more_workers(job_file):

@@ -16,8 +16,8 @@ Makes a random checkpoint like Qwen3-MoE in bfloat16, sends random tokens throug
     bytes     of the tensors read and of the checkpoint, and how often experts were read
     seconds   of the stages (attention, norms and sums; the MoE module), in the whole walk and in
               its median block, compared with transformers' own block on the same cores, with all
-              weights in memory and the better of two batch sizes, timed before and after the
-              walk; and of reading all files once
+              weights in memory and the best of four kinds of batches, timed before and after
+              the walk; and of reading all files once
 
 Needs psutil, and disk for the checkpoint and some hidden states.
 """
@@ -42,7 +42,7 @@ from dask.utils import parse_bytes
 from measured import peak_of_tree
 from torch import nn
 from transformers import Qwen3MoeConfig, Qwen3MoeModel
-from walk.documents import batch_documents, chunk_documents, spans
+from walk.documents import MAX_PADDING, batch_documents, chunk_documents, spans
 from walk.memory import keep_freed
 from walk.options import Options
 
@@ -52,6 +52,10 @@ HERE = Path(__file__).parent
 BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
 PART_BYTES = 512 << 20
 """Approximate bytes of each file of the checkpoint."""
+
+PADDINGS = (MAX_PADDING, 0.125)
+"""Fractions of padding with which transformers' own block is timed: with more, its batches are
+larger."""
 
 
 def main() -> None:
@@ -207,8 +211,8 @@ def own_block(
 ) -> dict[str, float]:
     """Return the seconds of transformers' own block for all tokens and blocks.
 
-    They are scaled up from a sample of the documents, and are the better of those with the walk's
-    batches and those with batches as large as a token chunk.
+    They are scaled up from a sample of the documents, and are the best of those with batches as
+    large as the walk's and as large as a token chunk, with little padding and with more.
     """
     one = Qwen3MoeConfig(**config.to_dict() | {"num_hidden_layers": 1, "vocab_size": 8})
     one._experts_implementation = "grouped_mm"
@@ -222,9 +226,10 @@ def own_block(
         seconds_of_batches(model, [
             torch.randn(len(documents), int(chunk[documents].max()), args.d, dtype=model.dtype)
             for chunk in chunks
-            for documents in batch_documents(chunk, tokens)
+            for documents in batch_documents(chunk, tokens, padding)
         ])
         for tokens in (Options.batch_tokens, Options.chunk_rows)
+        for padding in PADDINGS
     ]  # fmt: skip
     scale = args.blocks * lengths.sum() / some.sum()
     attention, experts = (scale * min(parts) for parts in zip(*took, strict=True))

@@ -15,7 +15,6 @@ share the weights but nothing that a forward may change.
 from __future__ import annotations
 
 import copy
-import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from typing import Any
@@ -25,6 +24,7 @@ import torch
 from torch import nn
 from torch.utils._pytree import tree_leaves
 
+from dask_ep.storage.files import replacing
 from walk.documents import MAX_PADDING, batch_documents
 from walk.model import Model, path_of
 from walk.tape import Tape, play
@@ -193,8 +193,8 @@ def attend(
         }
         run_block = _runner(model, block, replaced(held, stand_ins))
         out = _in_batches(rows, lengths, tokens, model, run)
-    torch.save(tapes, kept + ".new")
-    os.replace(kept + ".new", kept)
+    with replacing(kept) as new:
+        torch.save(tapes, new)
     return out
 
 

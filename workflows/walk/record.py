@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from dask_ep.storage.files import fingerprint_files
+from dask_ep.storage.files import fingerprint_files, replacing, write_text
 from walk.documents import Documents, next_tokens
 
 NAME = "walk.json"
@@ -85,9 +85,7 @@ class Record:
 
 def write_json(path: str, content: Any) -> None:
     """Write a JSON file atomically."""
-    with open(path + ".new", "w") as file:
-        json.dump(content, file, indent=1)
-    os.replace(path + ".new", path)
+    write_text(path, json.dumps(content, indent=1))
 
 
 def read_json(path: str) -> Any:
@@ -109,8 +107,8 @@ def keep_documents(out: str, documents: Documents) -> None:
     for name, array in arrays.items():
         path = os.path.join(out, f"{name}.npy")
         if not os.path.exists(path):
-            np.save(path + ".new.npy", array)
-            os.replace(path + ".new.npy", path)
+            with replacing(path) as new, open(new, "wb") as file:
+                np.save(file, array)
 
 
 def hash_arrays(*arrays: np.ndarray) -> str:

@@ -33,6 +33,7 @@ from dask_ep.layers.layer import MoELayer
 from dask_ep.placement.placement import Placement
 from dask_ep.placement.placement_files import resolve
 from dask_ep.placement.routing_stats import survey
+from dask_ep.storage.files import exists
 from dask_ep.storage.sources import Source, open_source, refuse_missing
 from dask_ep.storage.storage import open_tokens
 
@@ -238,7 +239,9 @@ def open_rows(
 
 
 def _check_placement(job: Job) -> None:
-    if job.placement not in (None, *PLACEMENTS) and not os.path.isfile(job.placement):
+    if job.placement in (None, *PLACEMENTS):
+        return
+    if not exists(job.placement) or os.path.isdir(job.placement):
         name = os.path.basename(job.placement)
         raise JobError(
             f"{job.name}: placement must be one of {', '.join(PLACEMENTS)}, or the path of a file, "

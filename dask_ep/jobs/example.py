@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -21,7 +22,7 @@ from dask.utils import format_bytes
 from dask_ep.jobs.example_text import TokenRows
 from dask_ep.layers.scores import largest, softmax
 from dask_ep.storage.files import bytes_below
-from dask_ep.storage.replace import remove
+from dask_ep.storage.replace import is_replaceable, remove
 from dask_ep.storage.writers import Writer, make_writer
 
 FORMATS = ("zarr", "npy", "safetensors")
@@ -115,7 +116,8 @@ def write_example(
     Raises
     ------
     FileExistsError
-        If the job file, or one of the data files, exists and must not be overwritten.
+        If the job file, or one of the data files, exists and must not be overwritten, or is not of
+        an example.
     OSError
         If the disk has too little free space.
 
@@ -236,6 +238,11 @@ def _make_room(directory: Path, names: list[str], nbytes: int, overwrite: bool) 
             f"{directory} already holds {', '.join(there)}; choose another directory, or use "
             "overwrite (--overwrite)"
         )
+    if foreign := [name for name in there if not _is_of_example(directory / name)]:
+        raise FileExistsError(
+            f"{directory} holds {', '.join(foreign)} of something else than an example, so nothing "
+            "is overwritten; choose another directory"
+        )
     disk = next(place for place in (directory, *directory.resolve().parents) if place.exists())
     free = shutil.disk_usage(disk).free
     free += sum(bytes_below(os.fspath(directory / name)) for name in there)
@@ -247,6 +254,16 @@ def _make_room(directory: Path, names: list[str], nbytes: int, overwrite: bool) 
     directory.mkdir(parents=True, exist_ok=True)
     for name in there:
         remove(os.fspath(directory / name))
+
+
+def _is_of_example(path: Path) -> bool:
+    """Return whether a file or directory of an example's name may belong to one."""
+    if path.name != JOB_NAME:
+        return is_replaceable(os.fspath(path))
+    try:
+        return re.match(r"# \d+ token rows of width \d+\n", path.read_text()) is not None
+    except (OSError, ValueError):
+        return False
 
 
 class _Progress:

@@ -157,9 +157,6 @@ def free_for_rows(inputs: Inputs) -> int:
 
     Files of an unfinished run are removed before, a finished output only when this one is complete.
     """
-    out = directory = os.path.abspath(inputs.job.out)
-    while not os.path.isdir(directory):
-        directory = os.path.dirname(directory)
+    directory = progress_directory(os.path.abspath(inputs.job.out))
     written = inputs.tokens.shape[0] * inputs.d_out * inputs.tokens.dtype.itemsize
-    removed = bytes_below(progress_directory(out))
-    return max(free_bytes(directory) + removed - written, 0)
+    return max(free_bytes(directory) + bytes_below(directory) - written, 0)

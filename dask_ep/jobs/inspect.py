@@ -31,6 +31,7 @@ from dask_ep.layers.checkpoint import (
 )
 from dask_ep.layers.checkpoint_files import CheckpointFiles
 from dask_ep.storage import journal
+from dask_ep.storage.files import exists
 from dask_ep.storage.gguf_files import open_gguf
 from dask_ep.storage.output import progress_directory
 from dask_ep.storage.remote import is_remote
@@ -71,8 +72,8 @@ def inspect_path(path: str | os.PathLike) -> tuple[Finding, ...]:
 
     Raises
     ------
-    FileNotFoundError
-        If the path does not exist.
+    OSError
+        If the path does not exist, or cannot be read.
     ValueError
         If it is none of these.
 
@@ -86,9 +87,9 @@ def inspect_path(path: str | os.PathLike) -> tuple[Finding, ...]:
     '1000 x 8'
     """
     path = os.fspath(path)
+    there = is_remote(path) or exists(path.partition("::")[0])
     record = journal.read_manifest(progress_directory(path.rstrip("/")))
     found = [_inspect_record(path.rstrip("/"), record)] if record is not None else []
-    there = is_remote(path) or os.path.exists(path.partition("::")[0])
     if record is None and not there:
         raise FileNotFoundError(
             f"{path} does not exist; inspect takes an array (.zarr, .npy, .safetensors), a "

@@ -23,6 +23,7 @@ from dask_ep.jobs.recompute import recompute
 from dask_ep.jobs.verify_sample import block_starts, read_rows, sample_rows
 from dask_ep.kernel.rounding import QUIET, Arithmetic, Scaled
 from dask_ep.storage import journal
+from dask_ep.storage.files import exists
 from dask_ep.storage.output import progress_directory
 from dask_ep.storage.sources import Source, ZarrSource, open_source
 
@@ -167,6 +168,11 @@ def _arithmetic(job: Job, inputs: Inputs, output: Source, tolerance: float | Non
     """Return how the output was computed, as far as its record has that."""
     manifest = journal.read_manifest(progress_directory(job.out)) or {"settings": {}}
     computed_by = manifest["settings"].get("computed_by", {})
+    if not isinstance(computed_by, dict):
+        raise ValueError(
+            f"{progress_directory(job.out)}/manifest.json must say what computed the output, but "
+            f"its computed_by is {computed_by!r}; run the job again with --overwrite"
+        )
     usual = TOLERANCES[output.dtype.name]
     if output.dtype == np.float32 and computed_by.get("tf32", False):
         usual = TF32_TOLERANCE
@@ -189,8 +195,8 @@ def open_output(path: str) -> Source:
     FileNotFoundError
         If there is none, or it is incomplete; the message says how much is done.
     """
+    there = exists(path)
     manifest = journal.read_manifest(progress_directory(path))
-    there = os.path.exists(path)
     if not there and manifest is None:
         raise FileNotFoundError(errno.ENOENT, "no output yet; run the job", path)
     if manifest is not None and manifest["complete"] and not there:

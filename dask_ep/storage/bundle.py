@@ -56,7 +56,7 @@ def check_bundle(path: str, resume: bool, overwrite: bool) -> None:
         )
     if there and not _is_bundle(path):
         raise FileExistsError(
-            f"{path} does not hold named arrays, so it is not replaced; write elsewhere"
+            f"{path} does not hold statistics, so it is not overwritten; write elsewhere"
         )
 
 
@@ -138,11 +138,8 @@ def _bytes_of(array: np.ndarray) -> memoryview:
 
 def _is_bundle(path: str) -> bool:
     try:
-        if not path.endswith(".zarr"):
-            read_metadata(path)
-            return True
-        return zarr_metadata(path)["node_type"] == "group"
-    except (OSError, ValueError, KeyError):
+        return "content" in read_metadata(path)
+    except (OSError, ValueError):
         return False
 
 

@@ -136,6 +136,15 @@ def file_size(path: str, name: str) -> int:
     raise ReadError(f"{place} must be a file, but is {what}")
 
 
+def exists(path: str | os.PathLike) -> bool:
+    """Return whether a file or directory exists; an OSError if that cannot be seen."""
+    try:
+        os.stat(path)
+    except (FileNotFoundError, NotADirectoryError):
+        return False
+    return True
+
+
 def is_written(path: str) -> bool:
     """Return whether there is a file; False only if nothing has its name.
 

@@ -49,8 +49,11 @@ def parse_npy_header(
     ((3, 2), dtype('float32'), 128)
     """
     try:
-        shape, fortran_order, stored = _READERS[np.lib.format.read_magic(file)](file)
-    except (ValueError, KeyError, TokenError) as error:
+        version = np.lib.format.read_magic(file)
+        if version not in _READERS:
+            raise ValueError("its format has version {}.{}, not 1.0 or 2.0".format(*version))
+        shape, fortran_order, stored = _READERS[version](file)
+    except (ValueError, TokenError) as error:
         raise ValueError(f"{path} is not a .npy file of numbers: {error}") from error
     if fortran_order and prod(shape) > max(shape, default=1):
         raise ValueError(

@@ -288,7 +288,9 @@ def progress_directory(path: str) -> str:
 
 
 def free_bytes(directory: str) -> int:
-    """Return the bytes that can be written to the file system of a directory."""
+    """Return the bytes that can be written to the file system of a directory, made or not."""
+    while not os.path.isdir(directory):
+        directory = os.path.dirname(directory)
     stat = os.statvfs(directory)
     return stat.f_bavail * stat.f_frsize
 

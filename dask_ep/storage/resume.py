@@ -30,6 +30,7 @@ from dask_ep.storage.files import bytes_below
 from dask_ep.storage.fingerprint import fingerprint_of
 from dask_ep.storage.output import fingerprint_output, free_bytes, hash_rows, progress_directory
 from dask_ep.storage.replace import is_replaceable, remove
+from dask_ep.storage.sources import open_source
 from dask_ep.storage.writers import Writer, make_writer
 
 
@@ -89,6 +90,19 @@ def check_existing(path: str, resume: bool, overwrite: bool) -> None:
         raise FileExistsError(
             f"{path} is a directory but not a Zarr array, so it is not overwritten; write elsewhere"
         )
+    if there and overwrite and not began and not _holds_an_array(path):
+        raise FileExistsError(
+            f"{path} does not hold one array, as an output does, so it is not overwritten; remove "
+            "it first, or write elsewhere"
+        )
+
+
+def _holds_an_array(path: str) -> bool:
+    try:
+        open_source(path)
+    except (OSError, ValueError, TypeError, ImportError):
+        return False
+    return True
 
 
 def begin(
@@ -102,7 +116,7 @@ def begin(
     manifest = wanted | {"run": uuid.uuid4().hex[:12]}
     writer = _open_writer(path, manifest, _partial(path, manifest), compressors)
     if compressors is None:
-        _check_space(path, y, set(), bytes_below(directory))
+        check_space(path, y, set(), bytes_below(directory))
     try:
         writer.create()  # may raise: nothing has been removed yet
     except BaseException:
@@ -149,7 +163,7 @@ def continue_output(
             manifest |= {"complete": False, "output": None} | ({} if done else {"array": y.name})
             journal.write_manifest(directory, manifest)
         if compressors is None:
-            _check_space(path, y, set(done))
+            check_space(path, y, set(done))
     elif len(done) < len(manifest["rows"]):  # what was complete is unfinished again
         journal.keep_done(directory, manifest["run"], done)
         os.rename(path, partial)
@@ -255,7 +269,7 @@ def _open_writer(
     )
 
 
-def _check_space(path: str, y: da.Array, done: set[int], freed: int = 0) -> None:
+def check_space(path: str, y: da.Array, done: set[int], freed: int = 0) -> None:
     """Raise if the disk has too little space; not for compressed outputs, which may need less."""
     rows = [count for block, count in enumerate(y.chunks[0]) if block not in done]
     needed = sum(rows) * prod(y.shape[1:]) * y.dtype.itemsize

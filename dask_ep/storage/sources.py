@@ -288,8 +288,10 @@ def _source_of_tensor(path: str, tensor: str | None, name: str | None) -> Source
 
 def _source_of_zarr(path: str, name: str | None, missing: str) -> ZarrSource:
     if not is_remote(path):
-        if not os.path.exists(path):
-            raise ReadError(f"no such file or directory: {os.path.abspath(path)}")
+        try:
+            os.stat(path)
+        except OSError as error:
+            raise ReadError(f"{os.path.abspath(path)}: {error.strerror}") from None
         if not os.path.isdir(path):
             raise ValueError(
                 f"{path} is not a supported array; supported are .npy, .safetensors and .gguf "

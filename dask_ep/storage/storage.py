@@ -33,7 +33,13 @@ from dask_ep.storage.output import Output, progress_directory
 from dask_ep.storage.overwrite_guard import refuse_to_replace_inputs
 from dask_ep.storage.remote import is_remote
 from dask_ep.storage.replace import restore
-from dask_ep.storage.resume import begin, check_existing, continue_output, make_manifest
+from dask_ep.storage.resume import (
+    begin,
+    check_existing,
+    check_space,
+    continue_output,
+    make_manifest,
+)
 from dask_ep.storage.sources import Source, ZarrSource, open_source, refuse_missing
 from dask_ep.storage.writers import make_writer, shorten
 
@@ -145,7 +151,8 @@ def store(
     resume : continue the output of an earlier run, or start if there is none. Whether the values
         are the same is decided by `inputs` and `settings` alone
     overwrite : start again. A finished output is kept until the new one is finished, so there must
-        be space for both; an unfinished one is removed
+        be space for both; an unfinished one is removed. What does not hold one array, such as a
+        file of a checkpoint, is not overwritten
     compute : whether to write now; if not, see `Output`
     compressors : for Zarr, as in `zarr.create_array`; by default none
     stored_rows : rows of a Zarr chunk; every block except the last must have a multiple of them. By
@@ -222,6 +229,8 @@ def store(
     refuse_to_replace_inputs(path, y, inputs.values())
     directory = progress_directory(path)
     check_existing(path, resume, overwrite)
+    if compressors is None and not os.path.isdir(directory):
+        check_space(path, y, set())  # before anything is made
     _make_directory(directory, path)
     wait_until_asked(directory)
     journal.acquire_lock(directory)

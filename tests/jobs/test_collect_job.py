@@ -437,7 +437,7 @@ def test_wrong_use_is_an_error(folder, capsys, options, message):
 
 def test_statistics_replace_neither_inputs_nor_the_output(folder):
     gate = np.load(folder / "gate.npy")
-    save_file({"gate": gate}, folder / "gate.safetensors")
+    save_file({"gate": gate}, folder / "gate.safetensors", {"content": "as statistics have"})
     (folder / "link.safetensors").symlink_to("gate.safetensors")
     text = (folder / "job.toml").read_text()
     (folder / "job.toml").write_text(text.replace("gate.npy", "gate.safetensors::gate"))
@@ -467,5 +467,8 @@ def test_statistics_go_to_bundles_alone(folder):
     with pytest.raises(ValueError, match=r"statistics are written to \.safetensors or \.zarr, not"):
         collect_job(job(folder), *asked(folder, "stats.npy"))
     (folder / "mine.zarr").mkdir()
-    with pytest.raises(FileExistsError, match="does not hold named arrays, so it is not replaced"):
-        collect_job(job(folder), *asked(folder, "mine.zarr"), overwrite=True)
+    zarr.create_group(folder / "group.zarr").create_array("a", shape=(3,), dtype="f4")
+    save_file({"w": np.ones(3)}, folder / "mine.safetensors")
+    for mine in ("mine.zarr", "group.zarr", "mine.safetensors"):
+        with pytest.raises(FileExistsError, match="does not hold statistics, so it is not overw"):
+            collect_job(job(folder), *asked(folder, mine), overwrite=True)

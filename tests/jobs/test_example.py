@@ -102,6 +102,18 @@ def test_nothing_is_overwritten_by_accident(tmp_path):
     assert open_source(load_job(path).tokens).shape == (300, 16)
 
 
+def test_what_is_no_example_is_not_overwritten(tmp_path):
+    path = write_example(tmp_path, Example(**SMALL))
+    path.write_text(path.read_text().partition("\n")[2])  # as somebody's own job
+    with pytest.raises(FileExistsError, match=r"holds job\.toml of something else than an example"):
+        write_example(tmp_path, Example(**SMALL), overwrite=True)
+    path.unlink()  # as if the example was stopped
+    (tmp_path / "tokens.zarr" / "zarr.json").unlink()
+    with pytest.raises(FileExistsError, match=r"holds tokens\.zarr of something else than an ex"):
+        write_example(tmp_path, Example(**SMALL), overwrite=True)
+    assert (tmp_path / "w.zarr").exists()
+
+
 def test_a_full_disk_is_found_first(tmp_path):
     with pytest.raises(OSError, match=r"the example needs [0-9.]+ PiB, but .* has .*iB free"):
         write_example(tmp_path / "a" / "b", Example(rows=10**13))

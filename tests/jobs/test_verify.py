@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import errno
+import json
 import os
+from dataclasses import replace
 from pathlib import Path
 
 import fsspec
@@ -165,6 +168,38 @@ def test_what_is_not_an_output_or_a_tolerance_is_refused(done_job, tmp_path):
         ValueError, match="tolerance must be a finite number of at least 0; got nan"
     ):
         verify_job(load_job(done_job), tolerance=np.nan)
+
+
+def test_a_damaged_record_of_what_computed_an_output_is_named(tmp_path):
+    job = write_example(tmp_path, Example(rows=20, d=4, num_experts=2))
+    run_job(job)
+    record = tmp_path / "out.zarr.progress" / "manifest.json"
+    content = json.loads(record.read_text())
+    content["settings"]["computed_by"] = "numpy"
+    record.write_text(json.dumps(content))
+    with pytest.raises(ValueError, match=r"manifest\.json must say what .* computed_by is 'numpy'"):
+        verify_job(job)
+
+
+def test_what_may_not_be_seen_is_not_said_to_be_missing(tmp_path, monkeypatch, done_job):
+    """As in a directory without the right to search it."""
+
+    def stat(path, *rest, **more):
+        if os.fspath(path).startswith(str(tmp_path)):
+            raise PermissionError(errno.EACCES, "Permission denied", path)
+        return real(path, *rest, **more)
+
+    real, away = os.stat, str(tmp_path / "x.zarr")
+    monkeypatch.setattr(os, "stat", stat)
+    job = load_job(done_job)
+    for look in (
+        lambda: inspect_path(away),
+        lambda: open_source(away),
+        lambda: verify_job(replace(job, out=away)),
+        lambda: open_inputs(replace(job, placement=str(tmp_path / "p.json"))),
+    ):
+        with pytest.raises(OSError, match="Permission denied"):
+            look()
 
 
 # --- what cannot be compared -----------------------------------------------------------------

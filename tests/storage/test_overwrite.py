@@ -68,6 +68,13 @@ def test_space_for_both_is_checked_before_anything_is_touched(path, monkeypatch)
     assert [n for n in os.listdir(progress_directory(path)) if n.startswith("partial")] == []
 
 
+def test_what_has_no_space_leaves_nothing_behind(tmp_path, monkeypatch):
+    monkeypatch.setattr(resume, "free_bytes", lambda _: 5)
+    with pytest.raises(OSError, match="not enough space for the 3 missing blocks"):
+        store(da.zeros((5000, 3), chunks=(2000, 3)), tmp_path / "new" / "y.zarr")
+    assert os.listdir(tmp_path) == []
+
+
 def test_a_full_disk_in_the_midst_leaves_the_old_output(path, monkeypatch):
     def fail(*_):
         raise OSError(errno.ENOSPC, "No space left on device")

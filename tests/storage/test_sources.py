@@ -577,7 +577,7 @@ def test_files_that_are_cut_short_or_gone_are_errors(tmp_path):
     for gone in ("x.npy", "x.safetensors"):
         with pytest.raises(ReadError, match=f"{gone}: No such file"):
             open_source(tmp_path / gone)
-    with pytest.raises(ReadError, match=r"no such file or directory: .*/x.zarr"):
+    with pytest.raises(ReadError, match=r"/x.zarr: No such file or directory"):
         open_source(tmp_path / "x.zarr")
     (tmp_path / "x.npy").mkdir()
     os.mkfifo(tmp_path / "x.safetensors")
@@ -585,6 +585,15 @@ def test_files_that_are_cut_short_or_gone_are_errors(tmp_path):
         with pytest.raises(ReadError, match=f"/{other} must be a file, but is {words}"):
             open_source(tmp_path / other)
     assert issubclass(ReadError, OSError)
+
+
+def test_a_npy_file_of_an_unknown_version(tmp_path):
+    np.save(tmp_path / "x.npy", np.ones(3))
+    content = bytearray((tmp_path / "x.npy").read_bytes())
+    content[7] = 64
+    (tmp_path / "x.npy").write_bytes(content)
+    with pytest.raises(ValueError, match=r"x\.npy .*: its format has version 1\.64, not 1\.0 or"):
+        open_source(tmp_path / "x.npy")
 
 
 def test_npy_files_that_are_no_plain_rows_of_numbers(tmp_path):

@@ -19,7 +19,7 @@ from safetensors.numpy import load_file, save_file
 from dask_ep import Experts, expert_parallel
 from dask_ep.errors import ReadError
 from dask_ep.storage import files, writers
-from dask_ep.storage.output import Receipt
+from dask_ep.storage.output import Receipt, progress_directory
 from dask_ep.storage.sources import Source, open_source
 from dask_ep.storage.storage import open_tokens, store
 from dask_ep.storage.writers import chunk_rows
@@ -489,6 +489,12 @@ def test_only_outputs_are_replaced(tmp_path):
     for name in ("data.zarr", "group.zarr"):
         with pytest.raises(FileExistsError, match="is a directory but not a Zarr array"):
             store(y, tmp_path / name, overwrite=True)
+    save_file({"a": np.ones(3), "b": np.ones(3)}, tmp_path / "model.safetensors")
+    (tmp_path / "words.npy").write_text("precious")
+    for name in ("model.safetensors", "words.npy"):
+        with pytest.raises(FileExistsError, match=f"{name} does not hold one array, as an output"):
+            store(y, tmp_path / name, overwrite=True)
+        assert not os.path.exists(progress_directory(str(tmp_path / name)))
     zarr.create_array(tmp_path / "old.zarr", shape=(9,), dtype="i4")
     save_file({"w": np.ones(3)}, tmp_path / "old.safetensors")
     for name in ("old.zarr", "old.safetensors"):

@@ -33,6 +33,9 @@ MOST_SHOWN = 8
 @click.option("--tokens", metavar="PATH", help="Hidden states (n, d), the layer's input.")
 @click.option("--layer-index", type=click.IntRange(0), help="Layer of the checkpoints.")
 @click.option(
+    "--token-ids", metavar="PATH", help="Token ids (n,), for layers that look experts up by token."
+)
+@click.option(
     "--routing",
     metavar="PATH",
     multiple=True,
@@ -82,8 +85,8 @@ def compare_command(a: str, b: str, **options: Any) -> int:
         if tokens is None or names:
             raise click.UsageError("to compare checkpoints, give --tokens, and no --routing")
     else:
-        scratch = options.pop("scratch")
-        given = {"tokens": tokens, "layer-index": layer is not None, "scratch": scratch}
+        given = {"tokens": tokens, "layer-index": layer is not None}
+        given |= {name.replace("_", "-"): options.pop(name) for name in ("scratch", "token_ids")}
         refuse(given, "is for checkpoints, not for outputs")
     try:
         with Interrupts(FAILED) as interrupts, progress_bar("rows") as tell:

@@ -68,6 +68,11 @@ input_options = grouped(
     ),
     click.option("--layer-index", type=click.IntRange(0), help="Layer of the checkpoint."),
     click.option(
+        "--token-ids",
+        metavar="PATH",
+        help="Token ids (n,), for a layer that looks experts up by token.",
+    ),
+    click.option(
         "--world-size", type=click.IntRange(1), help="Number of ranks; default: one per worker."
     ),
     click.option(

@@ -301,6 +301,7 @@ def files_of_job(job: Job) -> dict[str, str]:
             "tokens": job.tokens,
             "routing": job.routing,
             "topk_weights": job.topk_weights,
+            "token_ids": job.token_ids,
             "layer": job.layer,
             "the directory of out": os.path.dirname(job.out),
             **{

@@ -20,6 +20,7 @@ import dask.array as da
 import numpy as np
 
 from dask_ep.arrays.checks import is_float
+from dask_ep.arrays.namespaces import namespace
 from dask_ep.errors import JobError, ReadError
 from dask_ep.experts.expert_kinds import EXPERT_KINDS
 from dask_ep.experts.experts import Experts
@@ -46,6 +47,7 @@ class Inputs:
     tokens: Source
     routing: Source | None
     topk_weights: Source | None
+    token_ids: Source | None
     experts: Experts
     layer: MoELayer | None
 
@@ -61,7 +63,7 @@ class Inputs:
         """Bytes that a thread needs to read a chunk in addition to its rows: unless stored chunks
         are plain rows, they are decoded as a whole.
         """
-        read = (self.tokens, self.routing, self.topk_weights)
+        read = (self.tokens, self.routing, self.topk_weights, self.token_ids)
         return max(source.read_bytes for source in read if source is not None)
 
     @property
@@ -145,6 +147,7 @@ def open_inputs(job: Job) -> Inputs:
     tokens = _open(job, "tokens", job.tokens)
     routing = None if job.routing is None else _open(job, "routing", job.routing)
     topk = None if job.topk_weights is None else _open(job, "topk_weights", job.topk_weights)
+    ids = None if job.token_ids is None else _open(job, "token_ids", job.token_ids)
     _check_swapped(job, tokens, routing, topk)
     if tokens.ndim != 2:
         raise ValueError(
@@ -162,7 +165,8 @@ def open_inputs(job: Job) -> Inputs:
         options = {k: v for k, v in job.experts.items() if k not in WEIGHT_KEYS}
         experts = getattr(Experts, options.pop("kind"))(**weights, **options)
         experts = experts.with_precision(precision)
-    opened = Inputs(job, tokens, routing, topk, experts, layer)
+    opened = Inputs(job, tokens, routing, topk, ids, experts, layer)
+    _check_token_ids(opened)
     _check_rows(opened)
     d = opened.experts.d if opened.layer is None else opened.layer.d
     if d != tokens.shape[1]:
@@ -231,11 +235,20 @@ def open_rows(
     """Open tokens in chunks of `chunk_rows` rows, with routing and weights, or route them."""
     tokens = open_tokens(inputs.tokens, chunks=chunk_rows, name="tokens", xp=xp)
     if inputs.routing is None:
-        assert inputs.layer is not None  # a job has either a routing or a layer
-        return tokens, *inputs.layer.route(tokens)
+        return tokens, *route(inputs, tokens)
     routing = open_tokens(inputs.routing, name="routing", like=tokens, xp=xp)
     topk = inputs.topk_weights
     return tokens, routing, None if topk is None else open_tokens(topk, like=tokens, xp=xp)
+
+
+def route(inputs: Inputs, tokens: da.Array) -> tuple[da.Array, da.Array]:
+    """Return the indices and top-k weights that the layer's router gives the token rows."""
+    assert inputs.layer is not None  # a job has either a routing or a layer
+    ids = None
+    if inputs.token_ids is not None:
+        xp = namespace(tokens._meta).__name__
+        ids = open_tokens(inputs.token_ids, name="token_ids", like=tokens, xp=xp)
+    return inputs.layer.route(tokens, token_ids=ids)
 
 
 def _check_placement(job: Job) -> None:
@@ -307,22 +320,53 @@ def name_inputs(inputs: Inputs) -> dict[str, Any]:
     """Return everything that decides the values of the output, by key of the job."""
     named: dict[str, Any] = {"tokens": inputs.tokens}
     what = {"experts": inputs.experts} if inputs.layer is None else {"layer": inputs.layer}
-    named |= what if inputs.routing is None else what | {"routing": inputs.routing}
-    return named if inputs.topk_weights is None else named | {"topk_weights": inputs.topk_weights}
+    more = {
+        "routing": inputs.routing,
+        "topk_weights": inputs.topk_weights,
+        "token_ids": inputs.token_ids,
+    }
+    return named | what | {key: source for key, source in more.items() if source is not None}
 
 
 WEIGHT_KEYS = frozenset(name for kind in EXPERT_KINDS.values() for name in kind.weights)
 """The keys of an [experts] table that name arrays."""
 
 
+def _check_token_ids(inputs: Inputs) -> None:
+    """Raise unless token ids are given where experts are looked up by them, and only there."""
+    job, ids = inputs.job, inputs.token_ids
+    needed = inputs.layer is not None and inputs.routes and "table" in inputs.layer.arrays
+    if needed and ids is None:
+        raise JobError(
+            f"{job.name}: layer {job.layer_index} of {job.layer} looks experts up by token: give "
+            "token_ids, an (n,) array file with the id of each token row's token"
+        )
+    if ids is None:
+        return
+    if not needed:
+        raise JobError(
+            f"{job.name}: token_ids must be given only with a layer that looks experts up by "
+            "token, and without a routing; this job has "
+            + ("no such layer" if inputs.routes or inputs.layer is None else "a routing")
+        )
+    if ids.ndim != 1 or ids.dtype.kind not in "iu":
+        raise JobError(
+            f"{job.name}: token_ids must be (n,) integers, but {ids.name} has shape {ids.shape} "
+            f"and dtype {ids.dtype}"
+        )
+
+
 def _check_rows(inputs: Inputs) -> None:
     n, routing, topk = inputs.tokens.shape[0], inputs.routing, inputs.topk_weights
-    for key, source in (("routing", routing), ("topk_weights", topk)):
+    keyed = (("routing", routing), ("topk_weights", topk), ("token_ids", inputs.token_ids))
+    for key, source in keyed:
         if source is not None and source.shape[:1] != (n,):
             raise ValueError(
                 f"{inputs.job.name}: {key} must have a row for each of the {n} token rows, but "
                 f"{source.name} has shape {source.shape}"
             )
+        if key == "token_ids":
+            continue
         if source is not None and inputs.layer is not None and source.ndim != 2:
             raise ValueError(
                 f"{inputs.job.name}: {key} of a layer must be (n, k), but {source.name} has shape "

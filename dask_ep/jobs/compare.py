@@ -101,6 +101,7 @@ def compare_checkpoints(
     layer: int | None = None,
     where: Where = ALL_THREADS,
     *,
+    token_ids: str | os.PathLike | None = None,
     scratch: str | os.PathLike | None = None,
     chunk_rows: int | None = None,
     tolerance: float | None = None,
@@ -116,6 +117,7 @@ def compare_checkpoints(
     tokens : (n, d) hidden states, the layer's input
     layer : index of the layer; optional if there is only one MoE layer
     where : as in `dask_ep.jobs.run.run_job`
+    token_ids : (n,) integers, for layers that look experts up by token
     scratch : directory for both outputs, if the layers are computed one after the other; by default
         the system's directory for temporary files
     chunk_rows : rows of a token chunk; by default what fits both layers
@@ -145,7 +147,8 @@ def compare_checkpoints(
         jobs = [
             Job(
                 tokens=_path(tokens), out=os.path.join(place, f"{name}.zarr"), layer=_path(path),
-                layer_index=layer, name=_path(path),
+                layer_index=layer, token_ids=None if token_ids is None else _path(token_ids),
+                name=_path(path),
             )
             for name, path in (("a", a), ("b", b))
         ]  # fmt: skip

@@ -17,7 +17,8 @@ cluster.
 
 Instead of routing and experts, ``layer = "checkpoint/"`` and ``layer_index = 3`` take router,
 experts and shared experts from a checkpoint; if routing and top-k weights are given too, for
-example those that ``save_routing`` of a run wrote, they replace those of its router. Paths are
+example those that ``save_routing`` of a run wrote, they replace those of its router. A layer that
+looks experts up by token (the first ones of DeepSeek-V4) takes ``token_ids`` as well. Paths are
 relative to the job file; a tensor of a safetensors file is ``"file.safetensors::name"``. This file
 reads, checks and writes jobs; `dask_ep.jobs.build` makes the lazy output of one.
 """
@@ -85,6 +86,8 @@ class Job:
     #: checkpoint directory
     layer_index: int | None = None
     #: index of one of its layers
+    token_ids: str | None = None
+    #: (n,) array file of integers, for a layer that looks experts up by token
     world_size: int | None = None
     #: number of ranks; None means one per worker, or 1 on threads
     placement: str | None = None
@@ -274,6 +277,7 @@ JOB_KEYS = {
     ),
     "layer": _PATH,
     "layer_index": _Kind("an integer of at least 0", lambda v: _is_int(v) and v >= 0),
+    "token_ids": _PATH,
     "out": _OUT,
     "world_size": _Kind("an integer of at least 1", lambda v: _is_int(v) and v >= 1),
     "placement": _Kind(

@@ -107,6 +107,7 @@ def plan(
     experts: Any,
     *,
     topk_weights: Any = None,
+    token_ids: Any = None,
     world_size: int | None = None,
     placement: Asked = None,
     chunk_rows: int | None = None,
@@ -124,6 +125,8 @@ def plan(
         Only shape, dtype and chunks of the tokens are used. `experts` may be a `MoELayer`, whose
         router and shared experts are priced too; without a `routing` its router computes it, which
         reads the tokens.
+    token_ids : Dask array, optional
+        As for `MoELayer`, for a layer with a table.
     world_size : int, R, optional
         Default: the placement's, else the workers of the Dask client in use, else 1.
     placement : Placement, name of a policy, path of a placement file, or None for contiguous
@@ -183,8 +186,9 @@ def plan(
     (4, 1.33)
     """
     pricing = Pricing(
-        tokens, routing, experts, topk_weights, gpu=machine.gpu, rates=rates, **_stored(files)
-    )
+        tokens, routing, experts, topk_weights, token_ids=token_ids, gpu=machine.gpu, rates=rates,
+        **_stored(files),
+    )  # fmt: skip
     layout = machine.lay_out(world_size, placement)
     decision = decide(pricing.work, layout, chunk_rows=chunk_rows, travel=travel)
     return pricing.price(decision, only=only, own_chunks=True)
@@ -196,6 +200,7 @@ def what_if(
     experts: Any,
     *,
     topk_weights: Any = None,
+    token_ids: Any = None,
     world_size: Sequence[int] = (1,),
     placement: Sequence[Asked] = ("contiguous",),
     chunk_rows: Sequence[int | None] = (None,),
@@ -221,8 +226,9 @@ def what_if(
     Reads the routing once for all of them.
     """
     pricing = Pricing(
-        tokens, routing, experts, topk_weights, gpu=machine.gpu, rates=rates, **_stored(files)
-    )
+        tokens, routing, experts, topk_weights, token_ids=token_ids, gpu=machine.gpu, rates=rates,
+        **_stored(files),
+    )  # fmt: skip
     decided = []
     for ranks, asked, rows, moves in product(world_size, placement, chunk_rows, travel):
         layout = machine.lay_out(ranks, asked)

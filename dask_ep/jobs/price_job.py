@@ -47,7 +47,8 @@ class Pricing:
 
     Parameters
     ----------
-    tokens, routing, experts, topk_weights, gpu, read_bytes, stored_rows, rates : as in `plan`
+    tokens, routing, experts, topk_weights, token_ids, gpu, rates : as in `plan`
+    read_bytes, stored_rows : of the files, as `Inputs.read_bytes` and `Source.chunk_rows`
     """
 
     def __init__(
@@ -57,6 +58,7 @@ class Pricing:
         experts: Any,
         topk_weights: Any = None,
         *,
+        token_ids: Any = None,
         gpu: bool = False,
         read_bytes: int = 0,
         stored_rows: int | None = None,
@@ -66,7 +68,8 @@ class Pricing:
         if isinstance(experts, MoELayer):
             layer, experts, tokens = experts, experts.experts, rows_of(tokens)
             if routes := routing is None:
-                routing, topk_weights = layer.route(tokens)
+                ids = None if token_ids is None else rows_of(token_ids[..., None])[:, 0]
+                routing, topk_weights = layer.route(tokens, token_ids=ids)
                 made = layer.sent(routing), topk_weights
                 all_tasks = set().union(*(a.__dask_graph__().keys() for a in made))
                 router_tasks = len(all_tasks - set(tokens.__dask_graph__()))
@@ -105,15 +108,16 @@ class Pricing:
         """Count the routing of a job in the chunks of a run; for a layer, run its router."""
         tokens = open_tokens(inputs.tokens, chunks=decision.chunk_rows, name="tokens")
         experts = inputs.layer or inputs.experts
-        routing, topk = (
+        routing, topk, ids = (
             None if given is None else open_tokens(given, like=tokens, name="routing")
-            for given in (inputs.routing, inputs.topk_weights)
+            for given in (inputs.routing, inputs.topk_weights, inputs.token_ids)
         )
         return cls(
             tokens,
             routing,
             experts,
             topk,
+            token_ids=ids,
             gpu=decision.layout.on_devices,
             read_bytes=inputs.read_bytes,
             stored_rows=inputs.tokens.chunk_rows,

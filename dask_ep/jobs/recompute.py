@@ -38,25 +38,34 @@ def recompute(
     if inputs.topk_weights is not None and routing is not None:
         weights = read_rows(inputs.topk_weights, sample).reshape(routing.shape)
     if inputs.layer is not None:
+        if routing is None or weights is None:
+            routing, weights = _route(inputs, tokens, sample)
         return _recompute_layer(inputs, tokens, routing, weights, arithmetic)
     assert routing is not None  # a job has either a layer or a routing
     return routing, _apply_experts(inputs.experts, tokens, routing, weights, arithmetic)
+
+
+def _route(inputs: Inputs, tokens: np.ndarray, sample: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Let the layer's router route the sample's rows."""
+    assert inputs.layer is not None
+    ids = None
+    if inputs.token_ids is not None:
+        ids = da.from_array(read_rows(inputs.token_ids, sample), chunks=-1)
+    routed = inputs.layer.route(da.from_array(tokens, chunks=-1), token_ids=ids)
+    return dask.compute(*routed, scheduler="sync")
 
 
 @QUIET
 def _recompute_layer(
     inputs: Inputs,
     tokens: np.ndarray,
-    routing: np.ndarray | None,
-    weights: np.ndarray | None,
+    routing: np.ndarray,
+    weights: np.ndarray,
     arithmetic: Arithmetic,
 ) -> tuple[np.ndarray, Scaled]:
-    """Like `recompute`, for a layer, whose router routes the rows unless a routing is given."""
+    """Like `recompute`, for a layer whose rows are routed."""
     layer, E = inputs.layer, inputs.experts.num_experts
     assert layer is not None
-    if routing is None or weights is None:
-        routed = layer.route(da.from_array(tokens, chunks=-1))
-        routing, weights = dask.compute(*routed, scheduler="sync")
     sent = np.where(routing < E, routing, -1)
     rows = _through_steps(layer.around.before, exact_rows(tokens), arithmetic)
     y = _apply_experts(inputs.experts, rows, sent, weights, arithmetic)

@@ -235,13 +235,13 @@ def open_rows(
     """Open tokens in chunks of `chunk_rows` rows, with routing and weights, or route them."""
     tokens = open_tokens(inputs.tokens, chunks=chunk_rows, name="tokens", xp=xp)
     if inputs.routing is None:
-        return tokens, *route(inputs, tokens)
+        return tokens, *routed_by_layer(inputs, tokens)
     routing = open_tokens(inputs.routing, name="routing", like=tokens, xp=xp)
     topk = inputs.topk_weights
     return tokens, routing, None if topk is None else open_tokens(topk, like=tokens, xp=xp)
 
 
-def route(inputs: Inputs, tokens: da.Array) -> tuple[da.Array, da.Array]:
+def routed_by_layer(inputs: Inputs, tokens: da.Array) -> tuple[da.Array, da.Array]:
     """Return the indices and top-k weights that the layer's router gives the token rows."""
     assert inputs.layer is not None  # a job has either a routing or a layer
     ids = None

@@ -35,7 +35,7 @@ from dask_ep.experts.experts import Experts
 from dask_ep.graph.expert_schedule import READS, Rows, Walk
 from dask_ep.graph.passes_disk import Spilled, sum_answers
 from dask_ep.graph.passes_memory import apart, hold
-from dask_ep.jobs.build import Inputs, route
+from dask_ep.jobs.build import Inputs, routed_by_layer
 from dask_ep.jobs.resumed_run import Begun
 from dask_ep.laws.passes import Passes
 from dask_ep.placement.routing_stats import survey
@@ -149,7 +149,7 @@ class InPasses:
             return routing
         rows = max(CHUNK_BYTES // (4 * self._inputs.work().row_bytes), 1)
         tokens = open_tokens(self._inputs.tokens, chunks=min(rows, self.passes.chunk_rows))
-        return layer.sent(route(self._inputs, tokens)[0])
+        return layer.sent(routed_by_layer(self._inputs, tokens)[0])
 
 
 def free_for_rows(inputs: Inputs) -> int:

@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from bisect import bisect_left
 from collections.abc import Mapping
 from functools import cached_property
@@ -209,9 +210,15 @@ class GgufFiles(CheckpointFiles):
         settings = open_gguf(self.directory).settings
         kind = settings.get("general.architecture")
         config = {name.removeprefix(f"{kind}."): value for name, value in settings.items()}
-        layers = config.get("block_count", 0) - config.get("nextn_predict_layers", 0)
-        routers = (f"blk.{layer}.ffn_gate_inp.weight" for layer in range(layers))
-        moe = [layer for layer, name in enumerate(routers) if name in self.file_of]
+        blocks, predictors = (config.get(f, 0) for f in ("block_count", "nextn_predict_layers"))
+        if type(blocks) is not int or type(predictors) is not int:
+            raise ValueError(
+                f"{self.directory}: the metadata must have whole numbers for '{kind}.block_count' "
+                f"and '{kind}.nextn_predict_layers', not {blocks!r} and {predictors!r}"
+            )
+        layers = blocks - predictors
+        found = (re.fullmatch(r"blk\.(\d+)\.ffn_gate_inp\.weight", name) for name in self.file_of)
+        moe = sorted(int(name[1]) for name in found if name and int(name[1]) < layers)
         return config | {"model_type": kind, "block_count": layers, "moe_layers": moe}
 
     @cached_property

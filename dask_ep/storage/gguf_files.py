@@ -9,8 +9,8 @@ stay in the file, a few bits each, until they are read; `gguf_blocks` decodes th
 from __future__ import annotations
 
 import os
-import re
 from functools import lru_cache
+from math import prod
 from types import ModuleType
 from typing import Any, NamedTuple
 
@@ -81,6 +81,10 @@ class GgufSource(Derived):
         decoder = getattr(quants, self.label, None)
         if decoder is None:
             raise ReadError(f"{self.name} is {self.label}, which the package gguf does not decode")
+        if len(self.shape) < 2:
+            raise ReadError(
+                f"{self.name} is a vector in blocks ({self.label}), not rows of numbers"
+            )
         decoder.init_grid()
         blocks = self.stored.read(start, stop).reshape(-1, decoder.type_size)
         flat = out.reshape(-1, decoder.block_size)
@@ -122,7 +126,7 @@ def open_gguf(path: str | os.PathLike) -> GgufFile:
             f"GGUF files are read from a local directory, so {path} must be copied to one first"
         )
     settings, tensors = _read_file(path)
-    for other in _others(path, int(settings.get("split.count", 1))):
+    for other in _others(path, settings.get("split.count", 1)):
         more = _read_file(other)[1]
         if twice := sorted(tensors.keys() & more.keys()):
             raise ValueError(
@@ -133,15 +137,20 @@ def open_gguf(path: str | os.PathLike) -> GgufFile:
     return GgufFile(settings, tensors)
 
 
-def _others(path: str, count: int) -> list[str]:
+def _others(path: str, count: Any) -> list[str]:
     """The files that go with the first of several."""
-    named = re.fullmatch(r"(.*-)00001(-of-\d{5}\.gguf)", path)
-    if count > 1 and named is None:
+    if type(count) is not int:
+        raise ValueError(f"split.count of {path} must be a whole number, but is {count!r}")
+    if count < 2:
+        return []
+    ending = f"-of-{count:05}.gguf"
+    if not path.endswith(f"-00001{ending}"):
         raise ValueError(
             f"{path} is one of {count} files: open the first, which must be called "
-            f"NAME-00001-of-{count:05}.gguf"
+            f"NAME-00001{ending}"
         )
-    return [] if named is None else [f"{named[1]}{n:05}{named[2]}" for n in range(2, count + 1)]
+    stem = path.removesuffix(f"00001{ending}")
+    return [f"{stem}{n:05}{ending}" for n in range(2, count + 1)]
 
 
 def _read_file(path: str) -> tuple[dict[str, Any], dict[str, Source]]:
@@ -156,7 +165,8 @@ def _read_header(path: str, size: int, changed: int) -> tuple[dict[str, Any], di
     """Settings, and (form, shape, offset) of each tensor; kept, as a vocabulary takes seconds."""
     library = gguf_library()
     try:
-        reader = library.GGUFReader(path)
+        with np.errstate(over="ignore"):  # of damaged offsets
+            reader = library.GGUFReader(path)
         fields = {n: f for n, f in reader.fields.items() if not n.startswith("tokenizer.")}
         settings = {name: field.contents() for name, field in fields.items()}
         tensors = {
@@ -168,7 +178,32 @@ def _read_header(path: str, size: int, changed: int) -> tuple[dict[str, Any], di
             f"{path} is not a GGUF file that the package gguf reads; was the copy cut "
             f"short? {type(error).__name__}: {error}"
         ) from error
+    _check_header(path, size, reader, tensors)
     return settings, tensors
+
+
+def _check_header(path: str, size: int, reader: Any, tensors: dict[str, tuple]) -> None:
+    """Raise if the numbers are swapped, or the tensors do not follow on each other to the end."""
+    if reader.byte_order == "S":
+        raise ValueError(
+            f"{path} has the byte order of other machines; convert a copy of it with "
+            "gguf-convert-endian, which comes with the package gguf"
+        )
+    aligned = int(reader.data_offset)
+    for name, (form, shape, offset) in tensors.items():
+        if offset != aligned:
+            raise ValueError(
+                f"the tensor {name!r} must begin at byte {aligned} of {path}, where those before "
+                f"it end, but begins at {offset}: the file is damaged; copy it again"
+            )
+        numbers, width = gguf_library().GGML_QUANT_SIZES[gguf_library().GGMLQuantizationType[form]]
+        aligned = offset + prod(shape) // numbers * width
+        aligned += -aligned % int(reader.alignment)
+    if size > aligned:
+        raise ValueError(
+            f"{path} has {size - aligned} bytes after its last tensor, so it is damaged, or its "
+            "writer was stopped; copy it again"
+        )
 
 
 def _open_tensor(

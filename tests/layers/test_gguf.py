@@ -166,15 +166,22 @@ def test_what_the_file_does_not_account_for_is_named(tmp_path):
         load_moe_layer(path, LAYER)
 
 
-def test_errors_name_the_files_own_keys(tmp_path):
+def test_errors_name_the_files_own_keys(tmp_path, monkeypatch):
     tensors = {name: (array, Form.F32) for name, array in tensors_of("qwen2_moe").items()}
     settings = settings_of("qwen2_moe")
+
+    def add_two_counts(writer, count):
+        writer.add_array("qwen2moe.block_count", [count, count])
 
     def opened(**changes):
         changed = {name: value for name, value in (settings | changes).items() if value is not None}
         load_moe_layer(write_gguf(tmp_path / "m.gguf", "qwen2moe", changed, tensors), LAYER)
 
     opened()
+    monkeypatch.setattr(gguf.GGUFWriter, "add_block_count", add_two_counts)
+    with pytest.raises(ValueError, match=r"m.gguf: .* whole numbers for 'qwen2moe.block_count'"):
+        opened()
+    monkeypatch.undo()
     for key in ("expert_count", "expert_used_count", "embedding_length"):
         message = (
             rf"m.gguf: the metadata must have 'qwen2moe.{key}', but has only qwen2moe\.(?!mod)"

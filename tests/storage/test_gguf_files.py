@@ -112,6 +112,56 @@ def test_a_file_that_is_not_whole_is_named(tmp_path):
         open_gguf("s3://bucket/m.gguf")
 
 
+def test_tensors_follow_on_each_other_to_the_end(tmp_path):
+    """As llama.cpp requires: then wrong shapes and offsets do not give other numbers."""
+    path = some_file(tmp_path, Form.F32)
+    whole = path.read_bytes()
+    header = gguf.GGUFReader(path).tensors[1].field
+    place = header.offset + sum(part.nbytes for part in header.parts[:5])
+    assert int.from_bytes(whole[place : place + 8], "little") == 32
+    for wrong in (0, 64, 2**64 - 32):
+        path.write_bytes(whole[:place] + wrong.to_bytes(8, "little") + whole[place + 8 :])
+        with pytest.raises(ValueError, match=r"m\.gguf") as raised:
+            open_gguf(path)
+        if wrong != 64:  # which the library refuses, as the file is too short
+            assert "'w' must begin at byte" in str(raised.value)
+    path.write_bytes(whole + bytes(40))
+    with pytest.raises(ValueError, match=r"m\.gguf has 40 bytes after its last tensor"):
+        open_gguf(path)
+
+
+def test_numbers_in_another_order_of_bytes_are_refused(tmp_path):
+    writer = gguf.GGUFWriter(tmp_path / "m.gguf", "llama", endianess=gguf.GGUFEndian.BIG)
+    writer.add_tensor("w", np.ones((2, 3), np.float32))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    with pytest.raises(ValueError, match=r"m\.gguf has the byte order of other machines"):
+        open_gguf(tmp_path / "m.gguf")
+
+
+def test_a_vector_in_blocks_is_named(tmp_path):
+    blocks = np.zeros(34, np.uint8)
+    path = write_gguf(tmp_path / "m.gguf", "llama", {}, {"w": (blocks, Form.Q8_0)})
+    with pytest.raises(ReadError, match=r"m\.gguf:w is a vector in blocks \(Q8_0\)"):
+        open_source(f"{path}::w").read(0, 32)
+
+
+def test_files_are_as_many_as_the_first_says(tmp_path):
+    tensors = {"w": (np.ones(3, np.float32), Form.F32)}
+    path = write_gguf(tmp_path / "m-00001-of-00003.gguf", "llama", {}, tensors, split_count=2)
+    with pytest.raises(ValueError, match="one of 2 files: open .* NAME-00001-of-00002.gguf"):
+        open_gguf(path)
+    writer = gguf.GGUFWriter(path, "llama")
+    writer.add_string("split.count", "two")
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.close()
+    with pytest.raises(ValueError, match=r"split.count of .* must be a whole number, but is 'two'"):
+        open_gguf(path)
+
+
 def test_a_tensor_that_two_files_have_is_an_error(tmp_path):
     for number, names in ((1, "ab"), (2, "bc")):
         tensors = {name: (np.full(3, number, np.float32), Form.F32) for name in names}

@@ -68,7 +68,7 @@ def decide_course(
     others = share_of_others(wanted.rows) > 0
     walks = bool(chosen.of_tiles) + (wanted.with_output and (others or not chosen.of_tiles))
     slots = inputs.slots_per_row + E * others
-    size = begun.get("block", E)
+    size = min(begun.get("block", E), E)
     while True:
         found, partial_bytes = _try_block(inputs, layout, chosen, slots, asked, size, walks)
         if isinstance(found, Decision) and found.passes is None:

@@ -404,11 +404,23 @@ class _File(NamedTuple):
 
 def _read_begun(directory: str) -> dict[str, Any]:
     """Read how the run to resume was started; empty if there is none."""
+    path = os.path.join(directory, "begun.json")
     try:
-        with open(os.path.join(directory, "begun.json"), encoding="utf-8") as file:
-            return json.load(file)
+        with open(path, encoding="utf-8") as file:
+            begun = json.load(file)
     except FileNotFoundError:
         return {}
+    except ValueError as error:
+        raise ValueError(f"{path} is damaged: {error}; overwrite the statistics") from error
+    keys = ("world_size", "chunk_rows", "block")
+    if not isinstance(begun, dict) or not all(
+        type(begun.get(key)) is int and begun[key] > 0 for key in keys
+    ):
+        raise ValueError(
+            f"{path} must have whole numbers for {', '.join(keys)}, but holds {begun!r}; overwrite "
+            "the statistics"
+        )
+    return begun
 
 
 def _write_begun(directory: str, course: Course) -> None:

@@ -337,7 +337,8 @@ def _inspect_record(path: str, record: dict[str, Any]) -> Finding:
 def _recorded_arrays(inputs: Mapping[str, Any], under: str = "") -> Iterator[tuple[str, Any]]:
     """Return the arrays that an output's record names, by their dotted names there."""
     for name, value in inputs.items():
-        if isinstance(value, dict) and {"name", "shape", "dtype"} <= value.keys():
+        is_array = isinstance(value, dict) and {"name", "shape", "dtype"} <= value.keys()
+        if is_array and isinstance(value["shape"], list):
             yield under + name, value
         elif isinstance(value, dict):
             yield from _recorded_arrays(value, f"{under}{name}.")

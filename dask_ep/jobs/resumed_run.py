@@ -22,7 +22,8 @@ from dask_ep.storage.resume import find_good
 class Begun:
     """A run that was started before."""
 
-    world_size: int
+    world_size: int | None
+    #: None if the record does not say
     rows: tuple[int, ...]
     #: rows of each of its blocks
     placement: Placement | None
@@ -66,8 +67,11 @@ def _begun(out: str, manifest: Mapping[str, Any]) -> Begun:
     done = frozenset(find_good(out, manifest))
     settings = manifest["settings"]
     placement, passes = settings.get("placement"), settings.get("passes")
+    world_size = settings.get("world_size")
+    if world_size is not None and (type(world_size) is not int or world_size < 1):
+        raise ValueError(f"world_size is {world_size!r}")
     return Begun(
-        world_size=settings.get("world_size"),
+        world_size=world_size,
         rows=tuple(manifest["rows"]),
         placement=None if placement is None else Placement.from_json(placement),
         passes=None if passes is None else Passes(**passes),

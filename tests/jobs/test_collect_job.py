@@ -166,6 +166,20 @@ def test_a_stopped_run_resumes_to_the_same_bits(folder):
         collect_job(job(folder), *again, Threads(1))
     with pytest.raises(ValueError, match="has chunks of 4 rows, not 5: resume with those"):
         collect_job(job(folder), *again, Threads(1), chunk_rows=5, resume=True)
+    record = folder / "again.safetensors.progress" / "begun.json"
+    good = record.read_text()
+    for bad, words in (
+        (good[:20], "begun.json is damaged: .*; overwrite the statistics"),
+        (
+            good.replace('"block": 6', '"block": "6"'),
+            "must have whole numbers for world_size, .*'6'",
+        ),
+        ("[1]", r"must have whole numbers for .*, but holds \[1\]; overwrite the statistics"),
+    ):
+        record.write_text(bad)
+        with pytest.raises(ValueError, match=words):
+            collect_job(job(folder), *again, Threads(1), resume=True)
+    record.write_text(good)
     for rows in (250, 450):  # among the groups, and among the experts of the grams
         with pytest.raises(Stopped):
             collect_job(job(folder), *again, Threads(1), resume=True, on_progress=stop_after(rows))

@@ -170,15 +170,22 @@ def test_what_is_not_an_output_or_a_tolerance_is_refused(done_job, tmp_path):
         verify_job(load_job(done_job), tolerance=np.nan)
 
 
-def test_a_damaged_record_of_what_computed_an_output_is_named(tmp_path):
+def test_a_damaged_record_of_how_an_output_was_computed_is_named(tmp_path):
     job = write_example(tmp_path, Example(rows=20, d=4, num_experts=2))
     run_job(job)
     record = tmp_path / "out.zarr.progress" / "manifest.json"
     content = json.loads(record.read_text())
-    content["settings"]["computed_by"] = "numpy"
+    content["settings"] |= {"computed_by": "numpy", "world_size": "1"}
+    content["inputs"]["tokens"]["shape"] = 20
     record.write_text(json.dumps(content))
     with pytest.raises(ValueError, match=r"manifest\.json must say what .* computed_by is 'numpy'"):
         verify_job(job)
+    with pytest.raises(
+        ValueError, match=r"manifest\.json must say how .*: world_size is '1'; start"
+    ):
+        run_job(job, resume=True)
+    made_from = [line[0] for line in inspect_path(tmp_path / "out.zarr")[1].lines]
+    assert made_from == ["experts.weights.w", "routing", "topk_weights"]
 
 
 def test_what_may_not_be_seen_is_not_said_to_be_missing(tmp_path, monkeypatch, done_job):

@@ -23,6 +23,7 @@ from dask.system import CPU_COUNT
 from distributed import Client, as_completed, futures_of
 from distributed.client import FutureCancelledError
 from distributed.comm import CommClosedError
+from distributed.scheduler import KilledWorker
 
 from dask_ep.cluster.dask_internals import result_of, scheduler_address
 from dask_ep.cluster.interrupts import Aside, Wait
@@ -287,6 +288,12 @@ def _compute_on_client(
             f"the scheduler at {address} has stopped or has dropped the job; "
             "finished blocks are kept, and --resume computes the others"
         ) from error
+    except KilledWorker as error:
+        error.add_note(
+            "perhaps for lack of memory: fewer --chunk-rows, or a --memory-limit below what is "
+            "free, take less; finished blocks are kept, and --resume computes the others"
+        )
+        raise
     finally:
         client.cancel(futures)
 

@@ -11,16 +11,18 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import psutil
 import pytest
 import zarr
+from distributed.scheduler import KilledWorker
 from safetensors.numpy import save_file
 
 from dask_ep.cli import main, terminal
 from dask_ep.cli.command import one_line
-from dask_ep.jobs import backends
+from dask_ep.jobs import backends, run
 from dask_ep.jobs.backends import Threads
 from dask_ep.jobs.example import FORMATS, Example, write_example
 from dask_ep.jobs.job import load_job
@@ -216,6 +218,20 @@ def test_what_fails_is_1_and_one_line(tmp_path, capsys, monkeypatch, small_job):
         assert (code, words in err) == (1, True), (arguments, err)
         assert len([line for line in err.splitlines() if not line.startswith("hint: ")]) == 1
     assert here(capsys, "run", small_job, "--overwrite")[0] == 0
+
+
+@pytest.mark.slow
+def test_workers_that_die_are_explained(capsys, monkeypatch, small_job):
+    worker = SimpleNamespace(address="tcp://10.0.0.1:1")
+
+    def fail(future):
+        raise KilledWorker("ep_chunk-1", worker, 3)
+
+    monkeypatch.setattr(run, "result_of", fail)
+    code, _, err = here(capsys, "run", small_job, "--processes", 1)
+    assert code == 1
+    assert "died while running it" in err
+    assert "(perhaps for lack of memory: fewer --chunk-rows, or a --memory-limit" in err
 
 
 @pytest.mark.slow

@@ -29,8 +29,8 @@ from distributed.security import Security
 
 import dask_ep
 from dask_ep.arrays.blas import limit_blas_for_good
-from dask_ep.arrays.memory import keep_freed_memory
-from dask_ep.cluster.dask_internals import scheduler_address
+from dask_ep.arrays.memory import keep_freed_memory, release
+from dask_ep.cluster.dask_internals import scheduler_address, when_memory_is_short
 from dask_ep.errors import UnfitClusterError
 
 PACKAGES = ("dask", "distributed", "numpy", "zarr")
@@ -223,7 +223,8 @@ def probe_process(paths: list[str]) -> dict[str, Any]:
 class WorkerSettings(WorkerPlugin):
     """Prepares every worker of a cluster, including later ones, for fast chunks.
 
-    One BLAS thread per task, and a C library that keeps the memory of freed packets.
+    One BLAS thread per task, and a C library that keeps the memory of freed packets while there is
+    enough of it.
     """
 
     name = "dask-ep-worker-settings"
@@ -232,6 +233,7 @@ class WorkerSettings(WorkerPlugin):
     def setup(self, worker: Any) -> None:
         limit_blas_for_good()
         keep_freed_memory()
+        when_memory_is_short(worker, release)
 
 
 def dashboard_link(client: Client) -> str | None:

@@ -103,6 +103,23 @@ def install(
     worker.metrics.update(metrics)
 
 
+def when_memory_is_short(worker: Worker, act: Callable[[], object]) -> None:
+    """Call a function with each heartbeat while Dask would spill, or pause this worker.
+
+    Dask judges by the memory of the process, with what is free there and was not given back. A
+    worker that has paused frees nothing else, so it would never go on.
+    """
+
+    def look(worker: Worker) -> None:
+        manager = worker.memory_manager
+        share = manager.memory_spill_fraction or manager.memory_pause_fraction
+        most = share * (manager.memory_limit or 0)
+        if most and worker.monitor.get_process_memory() > most:
+            act()
+
+    worker.metrics["dask_ep_memory"] = look
+
+
 async def open_stream(worker: Worker, address: str, op: str) -> Comm:
     """Open a connection to another worker, and pass it to that worker's handler of requests `op`.
 

@@ -32,7 +32,7 @@ from typing import Any
 from dask.typing import Key
 from distributed import Reschedule, WorkerPlugin
 
-from dask_ep.arrays.memory import keep_freed_memory
+from dask_ep.arrays.memory import keep_freed_memory, release
 from dask_ep.arrays.namespaces import Array
 from dask_ep.cluster import dask_internals
 from dask_ep.cluster.admission import Admission
@@ -83,6 +83,7 @@ class Services(WorkerPlugin):
 
     def setup(self, worker: Any) -> None:
         keep_freed_memory()  # also if `WorkerSettings` is not installed
+        dask_internals.when_memory_is_short(worker, release)
         threads = dask_internals.threads_of(worker)
         self._worker, self._loop = worker, dask_internals.loop_of(worker)
         self._slices = Slices(worker.address, threads)

@@ -77,7 +77,8 @@ def own_experts(
     same owners, and changes only what it passes. Graphs of another world size get owners by the
     same rules when they arrive. The plugin is removed when all clients that called have closed
     their handles or disconnected. Afterwards each worker keeps an idle plugin, and its C library
-    keeps freed memory, up to 32 MiB for each heap (`dask_ep.arrays.memory.keep_freed_memory`).
+    keeps freed memory, up to 32 MiB for each heap (`dask_ep.arrays.memory.keep_freed_memory`),
+    until Dask would spill.
 
     Dask gives a task up (KilledWorker) when more workers have died with it than the scheduler's
     `distributed.scheduler.allowed-failures`, 3 by default: set it to the number of workers or more

@@ -300,6 +300,26 @@ def test_metrics_reach_the_scheduler(client, workers, installed):
     wait_until(lambda: on_scheduler(client, metrics) == [7, 7], "heartbeats came")
 
 
+@pytest.mark.parametrize(("spill", "pause"), [(0.7, 0.8), (False, 0.8)])
+def test_a_worker_is_short_of_memory_once_dask_would_spill_or_pause_it(
+    workers, monkeypatch, spill, pause
+):
+    calls, used, (worker, _) = [], [0.0], workers
+    manager = worker.memory_manager
+    monkeypatch.setattr(worker.monitor, "get_process_memory", lambda: used[0])
+    monkeypatch.setattr(manager, "memory_spill_fraction", spill)
+    monkeypatch.setattr(manager, "memory_pause_fraction", pause)
+    dask_internals.when_memory_is_short(worker, lambda: calls.append(used[0]))
+    look = worker.metrics["dask_ep_memory"]
+    try:
+        look(worker)
+        assert calls == []
+        used[0] = 1.01 * (spill or pause) * manager.memory_limit
+        wait_until(lambda: len(calls) > 1, "it is called again and again")
+    finally:
+        del worker.metrics["dask_ep_memory"]
+
+
 def test_a_task_gives_its_thread_back_once(client, workers):
     GATES["aside"] = go_on = threading.Event()
 

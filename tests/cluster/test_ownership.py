@@ -1,5 +1,6 @@
 """Owners of ranks on a cluster of real processes: who serves what, what travels, what is left."""
 
+import asyncio
 import logging
 import signal
 import time
@@ -15,6 +16,8 @@ from distributed import Client
 from distributed.core import Status
 
 from dask_ep import Experts, OwnerRules, expert_parallel, own_experts
+from dask_ep.cluster.checks import WorkerSettings
+from dask_ep.cluster.exchange import Services
 from dask_ep.cluster.owner_plugin import METADATA, OWNERS_PLUGIN
 from dask_ep.errors import LostOwnerError
 from dask_ep.graph.pipeline import count_tasks
@@ -684,6 +687,31 @@ def test_a_worker_paused_for_short_keeps_its_ranks(client):
         time.sleep(0.7)
         assert owners.owners.count((paused,)) == 2
         assert {change.why for change in owners.changes} == {"first owner"}
+
+
+KEPT: list = []
+
+
+@pytest.mark.parametrize("plugin", [Services, WorkerSettings])
+def test_a_worker_that_paused_gives_free_memory_back_and_goes_on(tmp_path, plugin):
+    limited = ["--memory-limit", "400MiB"]
+    with (
+        Cluster(tmp_path, ["w0"], worker_options=limited) as cluster,
+        cluster.client() as client,
+    ):
+        client.register_plugin(plugin())
+        client.run(_fill_and_free)
+        assert client.submit(abs, -1).result(DEADLINE) == 1, "the worker goes on"
+        assert "Pausing worker" in cluster.log("w0")
+
+
+async def _fill_and_free(dask_worker):
+    """Pause with memory that is then freed between small blocks which are kept."""
+    large = []
+    while dask_worker.status != Status.paused:
+        large.append(np.ones(500_000, np.uint8))
+        KEPT.append(np.ones(20_000, np.uint8))
+        await asyncio.sleep(0.001)
 
 
 def test_downscaling_spares_owners_while_work_is_pending(client):

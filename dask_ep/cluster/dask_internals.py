@@ -327,6 +327,14 @@ def run_again(scheduler: Scheduler, task: TaskState) -> None:
     scheduler.transitions({task.key: "waiting"}, STIMULUS)
 
 
+def forget_error(scheduler: Scheduler, task: TaskState) -> None:
+    """Release a task that has failed but that nothing waits for.
+
+    Otherwise later graphs with tasks that depend on it would end with its error.
+    """
+    _transition(scheduler, [task], "released")
+
+
 def place_again(scheduler: Scheduler, task: TaskState) -> None:
     """Reassign a task that no worker has started to one where it may run now."""
     if task.state == "no-worker":

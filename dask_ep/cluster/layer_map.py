@@ -36,6 +36,8 @@ class Layer:
     #: ep_experts of each rank
     serving: list[set[str]]
     #: addresses of the workers that have loaded each rank
+    failed: list[set[str]]
+    #: and of those that could not, while others served it
     is_open: bool = False
     #: whether chunks may send packets
     error: str | None = None
@@ -83,7 +85,7 @@ class LayerMap:
             owners = [self._owners(len(found), rank) for rank in range(len(found))]
             if found and ranks_key.token not in self._layers:
                 tasks = [found[rank] for rank in range(len(found))]
-                layer = Layer(ranks_key.token, tasks, [set() for _ in tasks])
+                layer = Layer(ranks_key.token, tasks, *_of_ranks(tasks))
                 self._layers[layer.token] = layer
                 self._pin(layer)
                 self._tell(layer)
@@ -154,7 +156,8 @@ class LayerMap:
             self._tell(layer)
             self._serve_all(layer)
         elif start == "memory":  # services drop the experts, which may be needed again
-            layer.is_open, layer.error, layer.serving = False, None, [set() for _ in layer.tasks]
+            layer.is_open, layer.error = False, None
+            layer.serving, layer.failed = _of_ranks(layer.tasks)
             self._scheduler.loop.add_callback(self._release_hastened, layer)
             self._pin(layer)
             self._send({"op": "ep-close", "token": layer.token})
@@ -183,12 +186,19 @@ class LayerMap:
         owners = self._owners(layer.world_size, rank).intersection(self._scheduler.workers)
         if missing := owners - layer.serving[rank]:
             task = layer.tasks[rank]
-            pinned = task.worker_restrictions or ()
-            if task.state == "erred" and not layer.serving[rank]:
+            pinned = task.worker_restrictions or set()
+            if layer.serving[rank]:
+                missing -= layer.failed[rank]
+            if task.state == "erred" and layer.serving[rank]:
+                layer.failed[rank] |= pinned
+                dask_internals.forget_error(self._scheduler, task)
+            elif task.state == "erred":
                 why = f"its experts could not be loaded again: {task.exception_text}"
                 layer.error = f"rank {rank}: {why}"
                 self._tell(layer)
-            elif task.state == "released" or (_is_under_way(task) and missing.isdisjoint(pinned)):
+            elif missing and (
+                task.state == "released" or (_is_under_way(task) and missing.isdisjoint(pinned))
+            ):
                 # Before all other tasks: chunks wait for it
                 dask_internals.pin(task, {min(missing, key=natural_order)})
                 hastened = dask_internals.hasten(self._scheduler, task, self._workers_with)
@@ -241,6 +251,11 @@ class LayerMap:
         """Send a message to workers; to all of them by default."""
         to = self._scheduler.workers if workers is None else workers
         dask_internals.tell(self._scheduler, list(to), message)
+
+
+def _of_ranks(tasks: list[TaskState]) -> tuple[list[set[str]], list[set[str]]]:
+    """The workers that serve each rank, and those that failed to, before any has loaded it."""
+    return [set() for _ in tasks], [set() for _ in tasks]
 
 
 def _is_under_way(task: TaskState) -> bool:

@@ -512,6 +512,26 @@ def test_a_task_whose_result_is_not_kept_is_computed_again(client):
     assert state_of(client, second) == "memory"
 
 
+BROKEN: list = []
+
+
+def _read():
+    if BROKEN:
+        raise OSError("the disk is broken")
+    return 7
+
+
+def test_a_task_whose_error_is_forgotten_can_be_computed_again(client):
+    BROKEN.append(True)
+    task = client.submit(_read, pure=False)
+    wait_until(lambda: state_of(client, task.key) == "erred", "it has failed")
+    BROKEN.clear()
+    on_scheduler(client, lambda s: dask_internals.forget_error(s, s.tasks[task.key]))
+    assert state_of(client, task.key) == "released"
+    on_scheduler(client, lambda s: dask_internals.run_again(s, s.tasks[task.key]))
+    assert task.result(DEADLINE) == 7
+
+
 def test_a_task_that_waits_for_a_worker_is_placed_when_there_is_one(client, workers, hook):
     hook(lambda scheduler, tasks: [dask_internals.pin(task, {"nobody"}) for task in tasks])
     future = client.submit(_address, pure=False)

@@ -117,14 +117,7 @@ def test_an_owner_that_cannot_load_its_experts_matters_only_if_no_other_worker_s
     client, gate, tmp_path, lost
 ):
     broken = tmp_path / "broken"
-    weights = np.ones((RANKS, WIDTH, WIDTH), np.float32)
-    tokens = da.map_blocks(
-        _ones_after, gate, chunks=((ROWS,) * CHUNKS, (WIDTH,)), meta=np.empty((0, 0), "f4")
-    )
-    routing = da.from_array(np.arange(CHUNKS * ROWS) % RANKS, chunks=ROWS)
-    y = expert_parallel(
-        tokens, routing, Experts.linear(Breakable(weights, broken)), world_size=RANKS
-    )
+    y = breakable_layer(gate, broken)
     with own_experts(client, RANKS, rules=OwnerRules(settle=0.1)) as owners:
         future = client.compute(y)
         wait_until(lambda: has_begun(client), "the job has begun")
@@ -147,6 +140,41 @@ def test_an_owner_that_cannot_load_its_experts_matters_only_if_no_other_worker_s
         assert owners.failures == []
 
 
+def test_an_owner_that_could_not_load_its_experts_does_not_end_a_later_graph(
+    client, gate, tmp_path
+):
+    broken = tmp_path / "broken"
+    y = breakable_layer(gate, broken)
+    with own_experts(client, RANKS, rules=OwnerRules(settle=0.1)) as owners:
+        first = client.compute(y[:ROWS])
+        wait_until(lambda: has_begun(client), "the first graph is computed")
+        broken.touch()
+        (owner,) = owners.owners[0]
+        owners.replicate(0)
+        wait_until(lambda: client.run_on_scheduler(_has_failed), "it cannot load the experts")
+        later = client.persist(y)
+        wait_until(lambda: len(client.run_on_scheduler(_homes)) >= CHUNKS, "the later one is known")
+        gate.unlink()
+        assert (client.compute(later).result(DEADLINE) == WIDTH).all()
+        assert (first.result(DEADLINE) == WIDTH).all()
+        broken.unlink()
+        (worker,) = [w for w in client.cluster.workers.values() if w.address == owner]
+        client.sync(worker.close, executor_wait=False)
+        assert (client.compute(later).result(DEADLINE) == WIDTH).all(), "what was lost is there"
+        assert owners.failures == []
+
+
+def breakable_layer(gate, broken):
+    """A layer that adds up rows of ones, whose weights cannot be read while a file is there."""
+    weights = np.ones((RANKS, WIDTH, WIDTH), np.float32)
+    tokens = da.map_blocks(
+        _ones_after, gate, chunks=((ROWS,) * CHUNKS, (WIDTH,)), meta=np.empty((0, 0), "f4")
+    )
+    routing = da.from_array(np.arange(CHUNKS * ROWS) % RANKS, chunks=ROWS)
+    experts = Experts.linear(Breakable(weights, broken))
+    return expert_parallel(tokens, routing, experts, world_size=RANKS)
+
+
 def _ones_after(gate):
     Waits(gate)(np.ones(1))
     return np.ones((ROWS, WIDTH), np.float32)
@@ -154,7 +182,7 @@ def _ones_after(gate):
 
 def _has_failed(dask_scheduler):
     (layer,) = dask_scheduler.plugins[OWNERS_PLUGIN].layers
-    return layer.tasks[0].state == "erred"
+    return layer.tasks[0].state == "erred" or any(layer.failed)
 
 
 def test_the_claim_of_a_client_that_has_gone_holds_nothing(client):

@@ -71,7 +71,7 @@ class RowStep:
     def __call__(self, x: Array, array: Array, bias: Array) -> Array:
         """Apply the step to rows in the computing dtype, with its arrays."""
         if self.kind == "linear":
-            y = x @ array.T
+            y = memory.aligned(x) @ memory.aligned(array).T
             return y if bias is None else y + bias
         if self.kind == "rms_norm":
             xp = namespace(x)
@@ -247,6 +247,7 @@ def _apply_shared(rows: Array, experts: Any, gate: Array | None, dtype: np.dtype
     weights = None
     if gate is not None:
         with np.errstate(over="ignore"):
-            weights = 1 / (1 + xp.exp(-(rows.astype(gate.dtype, copy=False) @ gate)))
+            taken = memory.aligned(rows.astype(gate.dtype, copy=False))
+            weights = 1 / (1 + xp.exp(-(taken @ memory.aligned(gate))))
         weights = xp.broadcast_to(weights[:, None], everyone.shape)
     return dispatch(rows, everyone, weights, experts, 0, 1, dtype=dtype)

@@ -73,9 +73,9 @@ def test_statistics_have_the_same_bits_from_arrays_that_moved(what):
         np.testing.assert_array_equal(arrived[name], expected[name])
 
 
-@pytest.mark.parametrize("family", ["mixtral", "deepseek_v3", "gpt_oss"])
+@pytest.mark.parametrize("family", ["mixtral", "deepseek_v3", "gpt_oss", "nemotron_h", "qwen2_moe"])
 def test_a_layer_of_a_checkpoint_has_the_same_bits_from_arrays_that_moved(family):
     layer = load_moe_layer(FIXTURES / family, 1)
-    x = np.random.default_rng(0).standard_normal((N, layer.experts.d), np.float32)
+    x = np.random.default_rng(0).standard_normal((N, layer.d), np.float32)
     y = layer(da.from_array(x, chunks=(CHUNK, -1)))
     np.testing.assert_array_equal(y.compute(scheduler=unaligned.get), y.compute(scheduler="sync"))

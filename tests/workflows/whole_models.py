@@ -33,10 +33,15 @@ LINEAR = {
     "shared_expert_intermediate_size": 24, "linear_num_key_heads": 1, "linear_num_value_heads": 2,
     "linear_key_head_dim": 8, "linear_value_head_dim": 8, "full_attention_interval": 2,
 }  # fmt: skip
+INDEXER = {"index_topk": 4, "index_head_dim": 16, "index_n_heads": 16, "index_kpool": 2}
+MIXED = {"indexer_types": ["full", "shared", "full", "shared"]}
 LLAMA4 = {
     "num_local_experts": 7, "num_experts_per_tok": 1, "head_dim": 16, "intermediate_size_mlp": 28,
     "interleave_moe_layer_step": 2, "attention_chunk_size": 8,
 }  # fmt: skip
+
+COMPUTED = ("inv_freq", "slope_rate", "query_decay", "key_decay", "diagonal_decay")
+"""Buffers that follow from the config."""
 
 FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "mixtral": ("Mixtral", {"num_local_experts": 6, "num_experts_per_tok": 2, "sliding_window": 5}),
@@ -90,6 +95,57 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
          "expert_layer_offset": 1, "attn_layer_period": 2, "attn_layer_offset": 0,
          "mamba_d_state": 4, "mamba_dt_rank": 4, "use_mamba_kernels": False},
     ),
+    # several streams of hidden states, experts looked up by token in the first blocks
+    "deepseek_v4": (
+        "DeepseekV4",
+        LATENT | INDEXER | {
+            "head_dim": 16, "n_shared_experts": 1, "hc_mult": 3, "sliding_window": 5,
+            "mlp_layer_types": ["hash_moe", "hash_moe", "moe", "moe"], "o_groups": 1,
+            "o_lora_rank": 8, "num_nextn_predict_layers": 0, "index_topk": 2,
+            "layer_types": ["sliding_attention", "compressed_sparse_attention",
+                            "heavily_compressed_attention", "compressed_sparse_attention"],
+            "compress_rates": {"compressed_sparse_attention": 2,
+                               "heavily_compressed_attention": 4},
+        },
+    ),
+    # tokens to attend to go from block to block, with one or several streams
+    "glm_moe_dsa": ("GlmMoeDsa", LATENT | INDEXER | MIXED | {"head_dim": 16}),
+    "hy_v4": ("HYV4", LATENT | INDEXER | MIXED | {"mlp_layer_types": ["dense"] + 3 * ["sparse"]}),
+    "glm5_next": (
+        "Glm5Next/ForConditionalGeneration",
+        {"text_config": SMALL | LATENT | INDEXER | {
+            "qk_rope_head_dim": 0, "linear_head_dim": 16, "linear_num_heads": 2,
+            "linear_conv_kernel_dim": 4, "mlp_layer_types": ["dense"] + 3 * ["sparse"]},
+         "vision_config": {
+            "depth": 1, "hidden_size": 16, "intermediate_size": 16, "num_heads": 2,
+            "out_hidden_size": 32, "num_position_embeddings": 16, "deepstack_visual_indexes": [],
+        }},
+    ),
+    "qwen4_exp": (
+        "Qwen4Exp",
+        QWEN | LINEAR | {
+            "hc_count": 3, "hc_lowrank": 4,
+            "layer_types": ["linear_attention", "indexed_attention"] * 2,
+            "indexer_n_heads": 2, "indexer_kv_heads": 1, "indexer_head_dim": 16,
+            "indexer_budget": 4, "indexer_compress_ratio": 2, "ple_layer_ids": [1, 3],
+            "ple_embed_dim": 16, "ngram_vocab_size_base": 50, "heads_per_ngram": 2,
+            "split_ngram_parts": 2, "make_ngram_vocab_size_divisible_by": 8,
+        },
+    ),
+    # blocks take what several earlier ones gave
+    "inkling2": (
+        "Inkling2",
+        {"n_routed_experts": 9, "num_experts_per_tok": 3, "moe_intermediate_size": 20,
+         "head_dim": 16, "n_layers_per_attn_res_block": 2, "mlp_gate_softcap": 0.7,
+         "mlp_up_softcap": 1.5, "unpadded_vocab_size": VOCABULARY},
+    ),
+    # router, norms and experts are the block's own modules
+    "gemma4": (
+        "Gemma4",
+        {"num_experts": 9, "top_k_experts": 3, "moe_intermediate_size": 20, "head_dim": 16,
+         "enable_moe_block": True, "hidden_size_per_layer_input": 0, "global_head_dim": 16,
+         "vocab_size_per_layer_input": 16, "num_kv_shared_layers": 0, "sliding_window": 5},
+    ),
     "llama4": ("Llama4", LLAMA4),
     "llama4_for_images": (
         "Llama4/ForConditionalGeneration",
@@ -127,8 +183,11 @@ def fill(model: torch.nn.Module, seed: int = 0) -> None:
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
-            if not tensor.is_floating_point() or "inv_freq" in name:
+            if name.endswith("tid2eid"):
+                for row in tensor:
+                    row.copy_(torch.randperm(12, generator=generator)[: len(row)])
+            if not tensor.is_floating_point() or any(name.endswith(one) for one in COMPUTED):
                 continue
             noise = torch.randn(tensor.shape, generator=generator)
-            norm = "norm" in name and tensor.ndim == 1
+            norm = ("norm" in name or "scalar" in name) and tensor.ndim == 1
             tensor.copy_(1 + 0.1 * noise if norm else 0.2 * noise)

@@ -25,7 +25,6 @@ from dask_ep.cluster.dask_internals import scheduler_address
 from dask_ep.jobs.backends import Cluster, Threads, started
 from dask_ep.layers.checkpoint import load_moe_layer
 from dask_ep.layers.collect import check_layer
-from walk.block import check_blocks
 from walk.documents import (
     AT_ONCE,
     Documents,
@@ -34,6 +33,7 @@ from walk.documents import (
     read_hidden,
     request_files,
 )
+from walk.flow import check_start
 from walk.memory import Need, find_need, keep_freed
 from walk.model import Model, open_model
 from walk.options import Options
@@ -66,8 +66,9 @@ def run(options: Options, say: Callable[[str], Any] = lambda _: None) -> dict[st
     models = [open_model(model, options.dtype, fingerprint(model)) for model in options.models]
     for model in models:
         model.free()  # a walk that failed in a block left it in memory
-        check_blocks(model)
     blocks = options.blocks([len(model.blocks) for model in models])
+    if options.start is not None:
+        _check_start(options, models, blocks)
     _check_moe(options, models, blocks)
     kept = Record(options.out, options.decisive(read), options.resume)
     path = os.path.join(options.out, "summary.json")
@@ -79,9 +80,22 @@ def run(options: Options, say: Callable[[str], Any] = lambda _: None) -> dict[st
         summary["seconds"] = round(time.monotonic() - began, 3)
         write_json(path, summary)
     for walk in _walks(options, models, Where()):
-        walk.drop(blocks[-1])
+        walk.drop(blocks[-1], all_of_them=True)
     shutil.rmtree(os.path.join(options.out, "work"), ignore_errors=True)
     return summary
+
+
+def _check_start(options: Options, models: list[Model], blocks: range) -> None:
+    """Raise if hidden states of files cannot be the input of the first block."""
+    path = request_files(options.text)[0]
+    width = hidden_shape(path, options.column)[1]
+    for model in models:
+        if width != (wanted := model.flow.width(blocks[0] - 1)):
+            raise ValueError(
+                f"hidden states before block {blocks[0]} of {type(model.whole).__name__} must have "
+                f"{wanted} columns, but those of {path} have {width}"
+            )
+        check_start(model, blocks[0], blocks)
 
 
 def _check_moe(options: Options, models: list[Model], blocks: range) -> None:
@@ -136,7 +150,6 @@ def _walks(
 ) -> list[Walk]:
     """Return one walk for each model; the second one writes to a subdirectory."""
     out = os.path.realpath(options.out)
-    lengths = os.path.join(out, "lengths.npy")
     blocks = options.layers or range(len(models[0].blocks))
     compared = len(models) > 1
     asked = [
@@ -149,7 +162,7 @@ def _walks(
             Task(
                 model.directory,
                 options.dtype,
-                lengths,
+                out,
                 options.chunk_rows,
                 options.batch_tokens,
                 options.precision_for(model.dtype),
@@ -182,12 +195,12 @@ def _through_blocks(
         if len(walks) == 2 and not kept.has(block, "error"):
             kept.add(block, hidden_error(*(walk.hidden(block) for walk in walks)), "error")
         for walk in walks:
-            walk.drop(block - 1)
+            walk.drop(block)
 
 
 def _begin(options: Options, walk: Walk, first: int) -> None:
     if options.start is None:
-        walk.embed(os.path.join(os.path.realpath(options.out), "tokens.npy"))
+        walk.embed()
         return
     files = request_files(options.text)
     shapes = [hidden_shape(path, options.column) for path in files]

@@ -17,8 +17,8 @@ import torch
 from torch import nn
 
 from dask_ep.storage.sources import Source
-from walk.block import replaced, with_parameters
 from walk.model import Model, path_of
+from walk.stand_ins import replaced, with_parameters
 from walk.tensors import as_tensor
 
 LOGIT_BYTES = 8 << 20

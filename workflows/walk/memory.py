@@ -18,7 +18,7 @@ import os
 import weakref
 from contextlib import suppress
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch.nn.functional import scaled_dot_product_attention
@@ -28,8 +28,8 @@ from torch.utils._pytree import tree_leaves, tree_map
 
 from dask_ep.arrays import memory as pool
 from dask_ep.laws.pass_blocks import PASSES_PROCESS_BYTES
-from walk.block import OTHERWISE, Answer, Reached, StandIn, decoder_of, replaced
 from walk.documents import AT_ONCE
+from walk.flow import OTHERWISE, arguments, kinds, on_meta, shape_only
 from walk.head import LOGIT_BYTES
 from walk.model import Model
 
@@ -100,13 +100,15 @@ def find_need(
     MemoryError
         If the limit is too low even without experts; the message has the numbers.
     """
-    rows = chunk_rows * max(model.config_width * model.dtype.itemsize for model in models)
-    kinds = [(model, block) for model in models for block in _kinds(model)]
+    rows = chunk_rows * max(map(_row_bytes, models))
+    each = [(model, block) for model in models for block in sorted(set(kinds(model)))]
+    tried = [batch_bytes(*kind, documents, length) for kind in each]
+    handed_on = chunk_rows * max(batch.handed_on for batch in tried) // (documents * length)
     need = Need(
         process=resident_bytes() + GROWTH,
         block=max(m.block_bytes(b) for m in models for b in range(len(m.blocks))),
-        attention=AT_ONCE * max(attention_bytes(*kind, documents, length) for kind in kinds),
-        chunks=CHUNKS * rows,
+        attention=AT_ONCE * max(batch.peak for batch in tried),
+        chunks=CHUNKS * rows + AT_ONCE * handed_on,
         head=head_bytes + LOGITS * LOGIT_BYTES + 2 * len(models) * rows,
         limit=limit,
     )
@@ -117,16 +119,6 @@ def find_need(
             "--chunk-rows, --batch-tokens or --length"
         )
     return need
-
-
-def _kinds(model: Model) -> list[int]:
-    """Return one block of each kind; kinds differ in shapes or in the config's `layer_types`."""
-    kinds: dict[Any, int] = {}
-    types = getattr(model.decoder.config, "layer_types", None) or [None] * len(model.blocks)
-    for number, block in enumerate(model.blocks):
-        shapes = tuple((name, tuple(p.shape)) for name, p in block.named_parameters())
-        kinds.setdefault((types[number], shapes), number)
-    return list(kinds.values())
 
 
 def resident_bytes() -> int:
@@ -162,47 +154,49 @@ def give_back() -> None:
 # --- attention -------------------------------------------------------------------------------
 
 
-def attention_bytes(model: Model, block: int, documents: int, length: int) -> int:
-    """Return the peak bytes that a batch takes in a block, without the block's MoE module.
+class BatchBytes(NamedTuple):
+    """Bytes that a batch takes in a block, without the block's MoE modules."""
+
+    peak: int
+    handed_on: int
+    #: what is kept for later blocks, besides hidden states
+
+
+def batch_bytes(model: Model, number: int, documents: int, length: int) -> BatchBytes:
+    """Find what a batch takes in a block.
 
     Raises
     ------
     ValueError
         If the block cannot run on tensors without memory.
     """
-    batch = torch.empty(documents, length, model.config_width, dtype=model.dtype)
-    outside, peak, part = 0, 0, model.blocks[block]
-
-    def real(_: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
-        nonlocal outside, peak
-        given = {id(t): t for t in tree_leaves((args, kwargs)) if isinstance(t, torch.Tensor)}
-        outside = sum(t.numel() * t.element_size() for t in given.values())
-        args, kwargs = tree_map(_on_meta, (args, kwargs))
-        try:
+    flow, ids = model.flow, torch.zeros(documents, length, dtype=torch.int64)
+    block = shape_only(model, number)
+    try:
+        with torch.inference_mode():
+            given = tree_map(on_meta, arguments(model, flow, number, ids, {}))
             with _Live() as live, _AsOnCpu():
-                part(batch.to("meta"), *args, **kwargs)
-        except (RuntimeError, ValueError) as error:
-            raise ValueError(
-                f"block {block} of {type(model.whole).__name__} must run on tensors that have "
-                "shapes but no values, which shows the memory that it takes, but it stops "
-                f"({type(error).__name__}: {error}); {OTHERWISE}"
-            ) from error
-        peak = live.peak
-        raise Reached(batch)
-
-    def moe(hidden_states: torch.Tensor, *_: Any, **__: Any) -> torch.Tensor:
-        return torch.empty_like(hidden_states).as_subclass(Answer)
-
-    if block in model.moe_blocks:
-        child = model.moe_child(block)
-        part = replaced(part, {child: StandIn(part.get_submodule(child), moe)})
-    with torch.no_grad(), suppress(Reached):
-        decoder_of(model, {block: real})(inputs_embeds=batch, use_cache=False)
-    return 2 * batch.numel() * batch.element_size() + outside + peak
+                returned = tree_leaves(block(*given))
+    except (RuntimeError, ValueError) as error:
+        raise ValueError(
+            f"block {number} of {type(model.whole).__name__} must run on tensors that have shapes "
+            f"but no values, which shows the memory that it takes, but it stops with "
+            f"{type(error).__name__}: {error}; {OTHERWISE}"
+        ) from error
+    kept = _bytes_of([returned[leaf] for leaf in flow.kept(number)])
+    return BatchBytes(_bytes_of(given) + live.peak + _bytes_of(returned[0]), kept)
 
 
-def _on_meta(value: Any) -> Any:
-    return value.to("meta") if isinstance(value, torch.Tensor) else value
+def _bytes_of(tree: Any) -> int:
+    tensors = {id(leaf): leaf for leaf in tree_leaves(tree) if isinstance(leaf, torch.Tensor)}
+    return sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
+
+
+def _row_bytes(model: Model) -> int:
+    """Return the bytes of the hidden states that a token has between blocks, at most."""
+    flow = model.flow
+    most = max(sum(map(flow.width, flow.hidden(block))) for block in range(len(model.blocks) + 1))
+    return max(most, model.config_width) * model.dtype.itemsize
 
 
 class _Live(TorchDispatchMode):

@@ -35,6 +35,7 @@ from dask_ep.layers.checkpoint_layers import Checkpoint
 from dask_ep.layers.formats import ACTIVATION_SCALES, find_parts
 from dask_ep.storage.sources import Source
 from walk.documents import AT_ONCE
+from walk.flow import find_flow
 from walk.tensors import as_tensor
 
 transformers.logging.set_verbosity_error()
@@ -66,10 +67,12 @@ class Model:
     Attributes
     ----------
     whole : the model class that the config names
-    decoder, list_name : the submodule with the blocks, and the name of their list in it
+    decoder, list_name, embedding_name : the submodule with the blocks, and the names in it of their
+        list and of the embedding
     blocks : the decoder blocks
     dtype : torch.dtype of the weights and of the hidden states
-    moe_blocks : numbers of the blocks with a MoE module that `dask_ep` computes
+    moe_blocks : numbers of the blocks with MoE modules that `dask_ep` computes
+    flow : what each block takes, and from which
     """
 
     def __init__(self, directory: str, dtype: str = "auto", version: str = ""):
@@ -88,8 +91,10 @@ class Model:
         self.config_width: int = config.get_text_config().hidden_size
         self.moe_blocks = frozenset(self.checkpoint.moe_layers)
         self.path = path_of(self.whole, self.decoder)
+        embedding = self.decoder.get_input_embeddings()
+        self.embedding_name = path_of(self.decoder, embedding).removesuffix(".")
         self.held: int | None = None
-        self._moe_children: dict[int, str] = {}
+        self._moe_parts: dict[int, tuple[str, ...]] = {}
         self._beside_moe: dict[int, frozenset[str]] = {}
         self._users, self._changed = 0, threading.Condition()
         self.head_part, self.head_lock = None, threading.Lock()
@@ -103,6 +108,7 @@ class Model:
         )
         self._meta = self.whole.state_dict()
         self._fill_frame()
+        self.flow = find_flow(self)
 
     # --- which tensors ---
 
@@ -123,28 +129,32 @@ class Model:
         prefix = self.prefix(block)
         return [n for n in candidates if n not in moe and self.target(n).startswith(prefix)]
 
-    def moe_child(self, block: int) -> str:
-        """Return the path of a block's MoE module, relative to the block.
+    def moe_parts(self, block: int) -> tuple[str, ...]:
+        """Return the paths, relative to a block, of its MoE modules, the one with experts first.
+
+        It is one module in most families; in others router, norms and experts are the block's own.
 
         Raises
         ------
         ValueError
             If the tensors that `dask_ep` reads are not those of one module within the block.
         """
-        if block in self._moe_children:
-            return self._moe_children[block]
-        prefix, depth = self.prefix(block), self._moe_place(block)[1].count(".") + 1
-        targets = [self.target(name) for name in self._moe_names(block)]
+        if block in self._moe_parts or block not in self.moe_blocks:
+            return self._moe_parts.get(block, ())
+        prefix, name = self.prefix(block), self._moe_place(block)[1]
+        targets = [self.target(tensor) for tensor in self._moe_names(block)]
+        depth = name.count(".") + 1
         paths = {".".join(t.removeprefix(prefix).split(".")[:depth]) for t in targets}
-        if len(paths) != 1 or not all(t.startswith(prefix) for t in targets):
+        if (name and len(paths) != 1) or not all(t.startswith(prefix) for t in targets):
             raise ValueError(
                 f"the MoE tensors of block {block} of {self.directory} must belong to one module "
                 f"of {prefix[:-1]} in transformers, but belong to {sorted(paths)}"
             )
-        return self._moe_children.setdefault(block, paths.pop())
+        parts = sorted(paths, key=lambda path: (-_size(self.blocks[block], path), path))
+        return self._moe_parts.setdefault(block, tuple(parts))
 
     def beside_moe(self, block: int) -> frozenset[str]:
-        """Return the submodules of a block, next to its MoE module, that `dask_ep` computes too.
+        """Return the submodules of a block, next to its MoE modules, that `dask_ep` computes too.
 
         Raises
         ------
@@ -153,7 +163,7 @@ class Model:
         """
         if block in self._beside_moe:
             return self._beside_moe[block]
-        within = self.prefix(block) + self.moe_child(block) + "."
+        within = self._prefixes_of_moe(block)
         read, _ = self.checkpoint.open_block(block)
         outside = {read.prefix + name for name in read.taken} - self._moe_names(block)
         targets = [name for name in map(self.target, outside) if not name.startswith(within)]
@@ -168,15 +178,21 @@ class Model:
             )
         return self._beside_moe.setdefault(block, found)
 
+    def _prefixes_of_moe(self, block: int) -> tuple[str, ...]:
+        return tuple(f"{self.prefix(block)}{part}." for part in self.moe_parts(block))
+
     def _moe_names(self, block: int) -> set[str]:
         if block not in self.moe_blocks:
             return set()
         prefix, name = self._moe_place(block)
-        return set(self.files.names_under(f"{prefix}{name}."))
+        if name:
+            return set(self.files.names_under(f"{prefix}{name}."))
+        read, _ = self.checkpoint.open_block(block)
+        return {read.prefix + tensor for tensor in read.taken}
 
     def _moe_place(self, block: int) -> tuple[str, str]:
         places = self.checkpoint.places(block)
-        if len(places) != 1 or not places[0][1]:
+        if len(places) != 1:
             raise ValueError(
                 f"the MoE tensors of block {block} of {self.directory} must share one prefix that "
                 f"no other tensor has, but are under {places or 'none'}"
@@ -227,12 +243,11 @@ class Model:
 
     def block_bytes(self, block: int) -> int:
         """Return the bytes that a block takes in memory, without its MoE module."""
-        prefix = self.prefix(block)
-        skip = prefix + self.moe_child(block) + "." if block in self.moe_blocks else None
+        prefix, moe = self.prefix(block), self._prefixes_of_moe(block)
         return sum(
             tensor.numel() * tensor.element_size()
             for name, tensor in self._meta.items()
-            if name.startswith(prefix) and not (skip and name.startswith(skip))
+            if name.startswith(prefix) and not name.startswith(moe)
         )
 
     # --- filling ---
@@ -260,7 +275,7 @@ class Model:
         try:
             self._load(self.names_of_block(block))
             self._fill_buffers(self.blocks[block])
-            skip = self.moe_child(block) + "." if block in self.moe_blocks else None
+            skip = tuple(f"{part}." for part in self.moe_parts(block))
             self._check_filled(self.blocks[block], f"block {block}", skip)
         except BaseException:
             self.blocks[block].to("meta")
@@ -278,7 +293,7 @@ class Model:
     def _fill_frame(self) -> None:
         """Fill the decoder outside its blocks and the embedding's matrix: norms, and buffers."""
         embedding = self.decoder.get_input_embeddings()
-        path = path_of(self.whole, embedding).removesuffix(".")
+        path = self.path + self.embedding_name
         self._load(
             name
             for target, name in self.names_outside.items()
@@ -287,7 +302,7 @@ class Model:
         for name, child in self.decoder.named_children():
             if name != self.list_name:
                 self._fill_buffers(child)
-                self._check_filled(child, name, "weight" if child is embedding else None)
+                self._check_filled(child, name, ("weight",) if child is embedding else ())
 
     def _load(self, names: Iterable[str]) -> None:
         tensors = {name: _read(source) for name, source in self.sources(names).items()}
@@ -310,9 +325,9 @@ class Model:
             if on_meta:
                 self.decoder._init_weights(module)
 
-    def _check_filled(self, part: nn.Module, what: str, skip: str | None) -> None:
+    def _check_filled(self, part: nn.Module, what: str, skip: tuple[str, ...]) -> None:
         tensors = [*part.named_parameters(), *part.named_buffers()]
-        left = [n for n, t in tensors if t.is_meta and not (skip and n.startswith(skip))]
+        left = [n for n, t in tensors if t.is_meta and not n.startswith(skip)]
         if left:
             raise ValueError(
                 f"{self.directory} must have all tensors of {what} of {type(self.whole).__name__}, "
@@ -349,6 +364,10 @@ def _find_decoder(whole: nn.Module) -> tuple[nn.Module, str]:
     raise ValueError(
         f"{type(whole).__name__} must have decoder blocks called {' or '.join(LISTS)}, but has none"
     )
+
+
+def _size(block: nn.Module, part: str) -> int:
+    return sum(parameter.numel() for parameter in block.get_submodule(part).parameters())
 
 
 def path_of(whole: nn.Module, part: nn.Module) -> str:

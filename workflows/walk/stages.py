@@ -7,7 +7,8 @@
     the end:  hidden states ── last norm ──> final.zarr ── head ──> work/scores_*.zarr
 
 The hidden states after a block are computed by the task that reads them; they are written to
-block_000.zarr only if they were asked for, or if the model is compared with another one.
+block_000.zarr only if they were asked for, if several later blocks need them, or if the model is
+compared with another one. What else a block hands on to later ones lies in work/handed_on.
 Each stage writes an output with `dask_ep.store`, chunk by chunk, and renames it when it is
 complete. So a walk can be stopped at any point and continues there, and it runs wherever Dask does.
 Files of a block that were not asked for are removed once its output is complete.
@@ -36,7 +37,9 @@ from dask_ep.laws.decision import Course
 from dask_ep.layers.collect import Wanted
 from dask_ep.storage.output import Output, progress_directory
 from walk import head
+from walk.block import handed_on_by
 from walk.documents import AT_ONCE, chunk_documents, spans
+from walk.flow import EMBEDDING, Flow
 from walk.memory import give_back
 from walk.model import Model
 from walk.tasks import Scoring, Task
@@ -104,8 +107,9 @@ class Walk:
         where: Where,
         tell: Callable[[str, float], Any] = lambda *_: None,
     ):
-        self.task, self.out, self.asked, self.where, self.tell = task, out, asked, where, tell
+        self.out, self.asked, self.where, self.tell = out, asked, where, tell
         self.work = os.path.join(out, "work")
+        self.task = replace(task, handed_on=os.path.join(self.work, "handed_on"))
         os.makedirs(self.work, exist_ok=True)
         lengths = np.load(task.lengths)
         counts = chunk_documents(lengths, task.chunk_rows)
@@ -114,6 +118,10 @@ class Walk:
     @property
     def model(self) -> Model:
         return self.task.model
+
+    @property
+    def flow(self) -> Flow:
+        return self.model.flow
 
     def hidden(self, block: int) -> str:
         """Return the path of the hidden states after a block; -1 is the embedding."""
@@ -137,9 +145,10 @@ class Walk:
 
     # --- the stages ---
 
-    def embed(self, tokens: str) -> None:
-        y = self._mapped(self.task.embed, self._rows(tokens))
-        self._store("embedding", y, self.hidden(-1), {"ids": tokens})
+    def embed(self) -> None:
+        tokens = self.task.tokens
+        y = self._mapped(self.task.embed, self._rows(tokens), block=EMBEDDING)
+        self._store("embedding", y, self.hidden(EMBEDDING), {"ids": tokens})
 
     def start_from(self, rows: da.Array, inputs: dict[str, Any], block: int) -> None:
         """Use existing hidden states as the output of a block."""
@@ -152,8 +161,8 @@ class Walk:
         if block in self.model.moe_blocks:
             took |= self._moe_step(block)
         else:
-            rows, inputs = self._hidden_rows(block - 1)
-            y = self._mapped(replace(self.task, block=block).whole, rows)
+            rows, inputs = self._taken(block)
+            y = self._mapped(replace(self.task, block=block).whole, *rows, block=block)
             self._store("block", y, self.hidden(block), inputs)
         took["bytes_read"] = took.get("expert_bytes_read", 0) + self.model.stored_bytes(
             self.model.names_of_block(block)
@@ -167,8 +176,8 @@ class Walk:
     def last_norm(self) -> str:
         """Write ``final.zarr``, the final hidden states."""
         if not os.path.exists(self.final):
-            rows, inputs = self._hidden_rows(len(self.model.blocks) - 1)
-            self._store("last norm", self._mapped(self.task.last_norm, rows), self.final, inputs)
+            rows, inputs = self._taken(len(self.model.blocks))
+            self._store("last norm", self._mapped(self.task.last_norm, *rows), self.final, inputs)
         shutil.rmtree(progress_directory(self.final), ignore_errors=True)
         return self.final
 
@@ -182,8 +191,9 @@ class Walk:
         experts = load_moe_layer(self.task.directory, block).experts
         reads += experts.num_experts * self._collect(block, moe_input)
         marks.append(time.monotonic())
-        if self.asked.compared or self._kept_path("hidden", block):
-            rows, inputs = self._sum(self._work(block))
+        lasts = self.flow.last_use(block, hidden=True) > block + 1
+        if self.asked.compared or self._kept_path("hidden", block) or lasts:
+            rows, inputs = self._sum(self._work(block), block)
             self._store("sum", rows, self.hidden(block), inputs)
         marks.append(time.monotonic())
         names = ("attention_seconds", "experts_seconds", "collect_seconds", "sum_seconds")
@@ -201,22 +211,32 @@ class Walk:
             return
         os.makedirs(self._work(block, "kept"), exist_ok=True)
         task = replace(self.task, block=block, kept=self._work(block, "kept"))
-        rows, inputs = self._hidden_rows(block - 1)
-        self._store("attention", self._mapped(task.attend, rows), moe_input, inputs)
+        rows, inputs = self._taken(block)
+        self._store("attention", self._mapped(task.attend, *rows), moe_input, inputs)
         shutil.rmtree(self._done(block - 1), ignore_errors=True)
 
+    def _taken(self, block: int) -> tuple[list[da.Array], dict[str, Any]]:
+        """Return the hidden states that a block takes, and the files they come from."""
+        rows, inputs = [], {}
+        for before in self.flow.hidden(block):
+            array, file = self._hidden_rows(before)
+            rows.append(array)
+            inputs |= file
+        return rows, inputs
+
     def _hidden_rows(self, block: int) -> tuple[da.Array, dict[str, Any]]:
-        """Return the hidden states after a complete block, and the files they come from."""
+        """Return the hidden states after a complete block, and the file they come from."""
         hidden = self.hidden(block)
         if os.path.exists(hidden):
-            return self._rows(hidden), {"hidden": hidden}
-        return self._sum(self._done(block))
+            return self._rows(hidden), {f"hidden {block}": hidden}
+        return self._sum(self._done(block), block)
 
-    def _sum(self, directory: str) -> tuple[da.Array, dict[str, Any]]:
-        """Return the output of a block whose MoE module is done, and the file it comes from."""
+    def _sum(self, directory: str, block: int) -> tuple[da.Array, dict[str, Any]]:
+        """Return the output of a block whose MoE modules are done, and the file it comes from."""
         moe_output = os.path.join(directory, "moe_output.zarr")
         task = replace(self.task, kept=os.path.join(directory, "kept"))
-        return self._mapped(task.finish, self._rows(moe_output)), {"moe": moe_output}
+        y = self._mapped(task.finish, self._rows(moe_output), block=block)
+        return y, {"moe": moe_output}
 
     def _moe(self, block: int, moe_input: str) -> int:
         """Compute the MoE module with `dask_ep`; return how many experts were read."""
@@ -238,10 +258,12 @@ class Walk:
         return sum(passes.reads.values())
 
     def _job(self, block: int, moe_input: str) -> Job:
-        """Return the job that computes the block's MoE module."""
+        """Return the job that computes the block's MoE modules."""
+        looked_up = "table" in load_moe_layer(self.task.directory, block).arrays
         return Job(
             moe_input, self._work(block, "moe_output.zarr"), layer=self.task.directory,
-            layer_index=block, precision=self.task.precision, name="the walk",
+            layer_index=block, token_ids=self.task.tokens if looked_up else None,
+            precision=self.task.precision, name="the walk",
         )  # fmt: skip
 
     def _collect(self, block: int, moe_input: str) -> int:
@@ -274,8 +296,14 @@ class Walk:
     def _rows(self, path: str) -> da.Array:
         return open_tokens(path, chunks=self.chunks)
 
-    def _mapped(self, function: Callable[..., np.ndarray], *arrays: da.Array) -> da.Array:
-        width = self.model.config_width
+    def _mapped(
+        self, function: Callable[..., np.ndarray], *arrays: da.Array, block: int | None = None
+    ) -> da.Array:
+        """Apply a task to token chunks; what it returns is as wide as a block's hidden states.
+
+        Without a block it is as wide as the input of MoE modules and of the head.
+        """
+        width = self.model.config_width if block is None else self.flow.width(block)
         dtype = numpy_dtype(self.model.dtype)
         return da.map_blocks(
             function, *arrays, dtype=dtype, chunks=(arrays[0].chunks[0], (width,)),
@@ -324,13 +352,21 @@ class Walk:
         """Return the directory of a complete block's MoE output and of the steps after it."""
         return os.path.join(self.work, f"done_{block:03d}")
 
-    def drop(self, block: int) -> None:
-        """Remove a complete block's hidden states unless they were asked for, and its progress."""
-        for path in (self.hidden(block), self._stats(block)):
-            shutil.rmtree(progress_directory(path), ignore_errors=True)
-        shutil.rmtree(self._done(block), ignore_errors=True)
-        if "hidden" not in self.asked.save or block not in self.asked.blocks:
-            shutil.rmtree(self.hidden(block), ignore_errors=True)
+    def drop(self, block: int, *, all_of_them: bool = False) -> None:
+        """Remove what no block after this one needs, which is complete: hidden states that were not
+        asked for, and what blocks handed on besides; or all that blocks up to this one made.
+        """
+        for at in range(EMBEDDING, block + all_of_them):
+            if self.flow.last_use(at, hidden=False) <= block or all_of_them:
+                handed_on = handed_on_by(at, self.task.handed_on)
+                shutil.rmtree(handed_on, ignore_errors=True)
+            if self.flow.last_use(at, hidden=True) > block and not all_of_them:
+                continue
+            for path in (self.hidden(at), self._stats(at)):
+                shutil.rmtree(progress_directory(path), ignore_errors=True)
+            shutil.rmtree(self._done(at), ignore_errors=True)
+            if "hidden" not in self.asked.save or at not in self.asked.blocks:
+                shutil.rmtree(self.hidden(at), ignore_errors=True)
 
 
 # --- the end ---------------------------------------------------------------------------------

@@ -11,6 +11,7 @@ Operations are those of torch's dispatcher, below everything that Python code ma
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
@@ -32,6 +33,7 @@ class Tape(TorchDispatchMode):
     def __init__(self) -> None:
         super().__init__()
         self.given: torch.Tensor | None = None
+        self._shape: list[int] = []
         self._steps: list[tuple[str, Any, Any]] = []
         self._numbers: dict[int, int] = {}
         self._alive: list[torch.Tensor] = []
@@ -39,8 +41,10 @@ class Tape(TorchDispatchMode):
         self._taken: set[int] = set()
         self._runs = False
 
-    def begin(self, given: torch.Tensor, kind: type[torch.Tensor]) -> torch.Tensor:
-        """Return a placeholder for the unknown tensor: NaN, in the shape of `given`.
+    def begin(
+        self, given: torch.Tensor, kind: type[torch.Tensor], shape: Sequence[int] | None = None
+    ) -> torch.Tensor:
+        """Return a placeholder for the unknown tensor: NaN, by default in the shape of `given`.
 
         Raises
         ------
@@ -49,7 +53,8 @@ class Tape(TorchDispatchMode):
         """
         if self.given is not None:
             raise RuntimeError("a block must call its MoE module once, but calls it again")
-        self.given, unknown = given, torch.full_like(given, torch.nan).as_subclass(kind)
+        self.given, self._shape = given, list(given.shape if shape is None else shape)
+        unknown = given.new_full(self._shape, torch.nan).as_subclass(kind)
         self._number(unknown)
         self._runs = True
         self.__enter__()
@@ -73,8 +78,15 @@ class Tape(TorchDispatchMode):
                 "a block's output must depend on its MoE module's output, but "
                 f"{'the module was not called' if self.given is None else 'it was not used'}"
             )
-        shape = list(self.given.shape)
-        return {"steps": self._steps, "out": self._numbers[id(out)], "shape": shape}
+        return {"steps": self._steps, "out": self._numbers[id(out)], "shape": self._shape}
+
+    def check_known(self, values: Iterable[Any]) -> None:
+        """Raise if what a block hands on, besides its output, depends on the unknown tensor."""
+        if any(id(value) in self._numbers for value in values):
+            raise RuntimeError(
+                "only a block's hidden states may depend on its MoE module's output, but something "
+                "else that it returns does too"
+            )
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}

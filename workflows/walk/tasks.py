@@ -36,51 +36,69 @@ class Task:
     Attributes
     ----------
     directory, dtype : of the model
-    lengths : path of the documents' lengths
+    out : directory with the documents' token ids and lengths
     chunk_rows : maximum of a token chunk, see `chunk_documents`
     batch_tokens : maximum of a batch, see `batch_documents`
     precision : of the products in MoE modules
     block : number of the decoder block
     kept : directory of the operations recorded by `attend`
+    handed_on : directory of what blocks hand on besides hidden states
     version : of the model, see `open_model`
     """
 
     directory: str
     dtype: str
-    lengths: str
+    out: str
     chunk_rows: int
     batch_tokens: int
     precision: str = "float32"
     block: int = 0
     kept: str = ""
+    handed_on: str = ""
     version: str = ""
 
-    def embed(self, ids: np.ndarray, block_id: tuple[int, int]) -> np.ndarray:
-        return block.embed(self.model, ids, *self._documents(block_id))
+    def embed(self, _: np.ndarray, block_id: tuple[int, int]) -> np.ndarray:
+        return block.embed(self.model, self._chunk(block_id))
 
-    def whole(self, rows: np.ndarray, block_id: tuple[int, int]) -> np.ndarray:
-        return block.whole(self.model, self.block, rows, *self._documents(block_id))
+    def whole(self, *rows: np.ndarray, block_id: tuple[int, int]) -> np.ndarray:
+        return block.whole(self.model, self.block, self._chunk(block_id), rows)
 
-    def attend(self, rows: np.ndarray, block_id: tuple[int, int]) -> np.ndarray:
-        kept = self._kept(block_id)
-        return block.attend(self.model, self.block, rows, *self._documents(block_id), kept)
+    def attend(self, *rows: np.ndarray, block_id: tuple[int, int]) -> np.ndarray:
+        chunk, kept = self._chunk(block_id), self._kept(block_id)
+        return block.attend(self.model, self.block, chunk, rows, kept)
 
     def finish(self, moe_rows: np.ndarray, block_id: tuple[int, int]) -> np.ndarray:
-        kept = self._kept(block_id)
-        return block.finish(self.model, moe_rows, *self._documents(block_id), kept)
+        return block.finish(self.model, self._chunk(block_id), moe_rows, self._kept(block_id))
 
-    def last_norm(self, rows: np.ndarray, block_id: tuple[int, int]) -> np.ndarray:
-        return block.last_norm(self.model, rows, *self._documents(block_id))
+    def last_norm(self, *rows: np.ndarray, block_id: tuple[int, int]) -> np.ndarray:
+        return block.last_norm(self.model, self._chunk(block_id), rows)
 
     @property
     def model(self) -> Model:
         return open_model(self.directory, self.dtype, self.version)
 
-    def _documents(self, block_id: tuple[int, int]) -> tuple[list[int], int]:
+    @property
+    def lengths(self) -> str:
+        """The path of the documents' lengths."""
+        return os.path.join(self.out, "lengths.npy")
+
+    @property
+    def tokens(self) -> str:
+        """The path of the documents' token ids, (n,)."""
+        return os.path.join(self.out, "tokens.npy")
+
+    def _chunk(self, block_id: tuple[int, int]) -> block.Chunk:
         changed = os.stat(self.lengths).st_mtime_ns
         lengths, chunks = _chunks(self.lengths, changed, self.chunk_rows)
         first, last = chunks[block_id[0]]
-        return lengths[first:last].tolist(), self.batch_tokens
+        start, stop = int(lengths[:first].sum()), int(lengths[:last].sum())
+        return block.Chunk(
+            number=block_id[0],
+            ids=np.array(np.load(self.tokens, mmap_mode="r")[start:stop]),
+            lengths=lengths[first:last].tolist(),
+            batch_tokens=self.batch_tokens,
+            handed_on=self.handed_on,
+        )
 
     def _kept(self, block_id: tuple[int, int]) -> str:
         return os.path.join(self.kept, f"{block_id[0]:06d}.pt")

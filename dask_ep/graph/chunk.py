@@ -115,16 +115,16 @@ def join_ranks(ranks: Sequence[LocalExperts | list | None]) -> list | None:
 
 
 def compute_chunk_of_one_rank(
+    exchange: Exchange,
     tokens: Array,
     routing: Array,
     topk_weights: Array | None,
     experts: LocalExperts,
     where: ChunkPlace,
-    exchange: Exchange,
 ) -> Array | Observed:
     """Return the output of a chunk if one rank has all experts: nothing is exchanged."""
     if exchange.observe is not None:
-        return compute_chunk(tokens, routing, topk_weights, [experts], where, exchange)
+        return compute_chunk(exchange, tokens, routing, topk_weights, [experts], where)
     place = f"dispatch of token chunk {where.chunk} at rank 0 of 1"
     with (
         error_context(place, where.first_row),
@@ -141,12 +141,12 @@ def compute_chunk_of_one_rank(
 
 
 def compute_chunk(
+    exchange: Exchange,
     tokens: Array,
     routing: Array,
     topk_weights: Array | None,
     ranks: list | None,
     where: ChunkPlace,
-    exchange: Exchange,
 ) -> Array | Observed:
     """Return the output of a chunk; `ranks` has the experts of all ranks if it serves them."""
     if ranks is None:

@@ -20,6 +20,7 @@ import math
 import sys
 import warnings
 from collections.abc import Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
 import dask
@@ -214,10 +215,11 @@ def build_chunks(ready: Ready, observe: Observe | None = None) -> da.Array:
         for array in (tokens, routing, topk_weights)
         for pair in ((None, None) if array is None else (array.name, "nd"[: array.ndim]))
     ]
+    exchange = Exchange(token, world_size, num_local, d_out, placement, observe)
     graph = HighLevelGraph.from_collections(
         name,
         blockwise(
-            compute_chunk_of_one_rank if world_size == 1 else compute_chunk,
+            partial(compute_chunk_of_one_rank if world_size == 1 else compute_chunk, exchange),
             name,
             "nd",
             *inputs,
@@ -225,8 +227,6 @@ def build_chunks(ready: Ready, observe: Observe | None = None) -> da.Array:
             "",
             BlockwiseDepDict(places, numblocks=(len(chunks),)),
             "n",
-            Exchange(token, world_size, num_local, d_out, placement, observe),
-            None,
             numblocks={array.name: array.numblocks for array in arrays},
         ),
         dependencies=arrays,

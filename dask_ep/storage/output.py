@@ -19,6 +19,7 @@ import os
 import uuid
 import weakref
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
 import dask
@@ -269,7 +270,7 @@ class Output(Step):
         axes = tuple(range(y.ndim))
         spans = {(b, *self._rest): (b, starts[b], starts[b + 1]) for b in range(len(self.rows))}
         layer = blockwise(
-            _store_block, self._name, axes, y.name, axes, job, None,
+            partial(_store_block, job), self._name, axes, y.name, axes,
             BlockwiseDepDict(spans, numblocks=y.numblocks), axes,
             numblocks={y.name: y.numblocks},
         )  # fmt: skip
@@ -349,7 +350,7 @@ def _fused_with(y: da.Array) -> str:
     return f"{made}-" if is_ours and token else ""
 
 
-def _store_block(rows: np.ndarray, job: _Job, span: tuple[int, int, int]) -> Receipt:
+def _store_block(job: _Job, rows: np.ndarray, span: tuple[int, int, int]) -> Receipt:
     block, start, stop = span
     if not isinstance(rows, np.ndarray):
         rows = download(rows)

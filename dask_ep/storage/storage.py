@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable, Mapping
+from functools import partial
 from importlib import import_module
 from math import prod
 from numbers import Integral
@@ -115,8 +116,8 @@ def open_tokens(
         start += count
     axes = tuple(range(source.ndim))
     layer = blockwise(
-        _read_block, key, axes, source, None,
-        BlockwiseDepDict(spans, numblocks=(len(rows), *(1 for _ in rest))), axes, xp, None,
+        partial(_read_block, source, xp), key, axes,  # a literal is one more object in each task
+        BlockwiseDepDict(spans, numblocks=(len(rows), *(1 for _ in rest))), axes,
         numblocks={}, _data_producer=True,
     )  # fmt: skip
     graph = HighLevelGraph.from_collections(key, layer)
@@ -252,7 +253,7 @@ def store(
     return output
 
 
-def _read_block(source: Source, span: tuple[int, int, int], xp: str) -> Array:
+def _read_block(source: Source, xp: str, span: tuple[int, int, int]) -> Array:
     block, start, stop = span
     try:
         if xp == "numpy":

@@ -26,6 +26,7 @@ pytest.importorskip("transformers", reason="needs an environment with torch and 
 from walk import head
 from walk.documents import batch_documents
 from walk.drive import run
+from walk.memory import batch_bytes
 from walk.model import Model, open_model
 from walk.options import Options
 from walk.stages import Walk
@@ -897,8 +898,6 @@ def test_a_text_is_read_with_the_tokenizer_of_the_checkpoint(models, tmp_path):
 def test_memory_of_attention_is_found_without_computing(models):
     """Memory grows in proportion to the documents of a batch, and, as attention is fused, to their
     length."""
-    from walk.memory import batch_bytes
-
     _, directory = models("mixtral", sliding_window=None)
     model = open_model(str(directory), "auto")
     small, wide, long = (batch_bytes(model, 0, *size).peak for size in ((2, 16), (4, 16), (2, 32)))
@@ -930,7 +929,6 @@ def test_token_ids_beyond_the_vocabulary_are_refused(models, tmp_path):
 @pytest.mark.parametrize(
     ("name", "message"),
     [
-        ("jetmoe", "JetMoe.* a block must run on its own, .* but it stops with NotImplemented"),
         ("diffusion_gemma", "DiffusionGemma.* must call each block once, .*decoder_input_ids"),
     ],
 )
@@ -953,6 +951,16 @@ def test_statistics_that_are_not_collected_are_refused_before_anything_is_writte
 
 def test_an_embedding_with_a_norm_is_filled(tmp_path):
     walk_case("inkling_text", tmp_path)
+
+
+def test_a_block_that_runs_only_with_its_weights_is_measured_with_them(tmp_path):
+    """Experts in the attention, which are transformers' own: it reads how many rows each gets."""
+    walk_case("jetmoe", tmp_path)
+    model = open_model(str(tmp_path / "model"), "auto")
+    assert model.flow.by_value == {0}
+    small, wide = (batch_bytes(model, 0, documents, 16).peak for documents in (2, 4))
+    assert wide == pytest.approx(2 * small, rel=0.1)
+    assert next(model.blocks[0].parameters()).is_meta
 
 
 @pytest.mark.parametrize("name", ["dbrx", "kimi_k25"])

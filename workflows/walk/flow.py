@@ -83,11 +83,13 @@ class Flow:
     returned : by the embedding and each block
     needs : what each block needs of those before it; at the end, what the last norm needs
     calls : by each block with MoE modules, of these modules, in order
+    by_value : blocks whose kind cannot run without values, only with its weights
     """
 
     returned: dict[int, Returned] = field(default_factory=dict)
     needs: list[frozenset[Place]] = field(default_factory=list)
     calls: dict[int, list[str]] = field(default_factory=dict)
+    by_value: set[int] = field(default_factory=set)
 
     def width(self, block: int) -> int:
         """Return the columns of a block's hidden states."""
@@ -137,8 +139,8 @@ def find_flow(model: Any) -> Flow:
     except Exception as error:
         raise ValueError(
             f"the forward of {type(model.whole).__name__} must call each block once, in order, and "
-            "a block must run on its own, on tensors that have shapes but no values, with one row "
-            f"for each token, but it stops with {type(error).__name__}: {error}; {OTHERWISE}"
+            "a block must run on its own and return one row for each token, but it stops with "
+            f"{type(error).__name__}: {error}; {OTHERWISE}"
         ) from error
     return flow
 
@@ -224,18 +226,18 @@ def _forward(
 # --- how it is found -------------------------------------------------------------------------
 
 
-def shape_only(
-    model: Any, number: int, called: Callable[[str], Any] = lambda _: None
+def trial(
+    model: Any, number: int, block: nn.Module, called: Callable[[str], Any] = lambda _: None
 ) -> Callable[[tuple[Any, ...], dict[str, Any]], Any]:
-    """Return a function that runs a block on shapes alone, and returns tensors without values.
+    """Return a function that runs a block, on its device, without computing its MoE modules.
 
-    Where shapes depend on values, they are the largest that they can be.
+    On the meta device, where shapes depend on values, they are the largest that they can be.
 
     Parameters
     ----------
+    block : the model's block of this number
     called : is told which MoE module is called
     """
-    block = model.blocks[number]
 
     def act(name: str, *args: Any, **kwargs: Any) -> Any:
         called(name)
@@ -248,7 +250,6 @@ def shape_only(
     part = replaced(block, parts)
 
     def run(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        args, kwargs = tree_map(on_meta, (args, kwargs))
         with torch.fx.experimental._config.patch(meta_nonzero_assume_all_nonzero=True):
             return part(*args, **kwargs)
 
@@ -264,11 +265,11 @@ def placeholder(
 ) -> Any:
     """Return what one of a block's MoE modules returns, without values.
 
-    Experts return the shape that they are given; others (router, norms) run on the meta device.
+    Experts return zeros in the shape that they are given; others (router, norms) run on the meta
+    device.
     """
     if name == parts[0]:
-        given = first_of(args, kwargs)
-        return torch.empty_like(given, device="meta").as_subclass(Answer)
+        return torch.zeros_like(first_of(args, kwargs)).as_subclass(Answer)
     args, kwargs = tree_map(on_meta, (args, dict(kwargs)))
     return replaced(block.get_submodule(name)).to("meta")(*args, **kwargs)
 
@@ -292,11 +293,18 @@ def kinds(model: Any) -> list[int]:
 
 
 def _run_block(model: Any, flow: Flow, number: int) -> None:
-    """Run a block on its own, without values, and note what it returns and calls."""
-    calls: list[str] = []
-    block = shape_only(model, number, calls.append)
+    """Run a block on its own, and note what it returns and calls."""
     given = arguments(model, flow, number, torch.zeros(PROBE, dtype=torch.int64), {})
-    leaves, spec = _flat(block(*given))
+    calls: list[str] = []
+    try:
+        run = trial(model, number, model.blocks[number], calls.append)
+        leaves, spec = _flat(run(*tree_map(on_meta, given)))
+    except (NotImplementedError, RuntimeError):
+        flow.by_value.add(number)
+        calls.clear()
+        with model.hold(number) as block:
+            leaves, spec = _flat(trial(model, number, block, calls.append)(*given))
+        model.free()
     tensors = [leaf for leaf in leaves if isinstance(leaf, torch.Tensor)]
     if not tensors or tensors[0] is not leaves[0] or any(t.shape[:2] != PROBE for t in tensors):
         shapes = [tuple(tensor.shape) for tensor in tensors]
@@ -304,7 +312,8 @@ def _run_block(model: Any, flow: Flow, number: int) -> None:
     if sorted(calls) != sorted(model.moe_parts(number)):
         wanted = ", ".join(sorted(model.moe_parts(number)))
         raise ValueError(f"block {number} calls {', '.join(calls) or 'none'} of {wanted}")
-    flow.returned[number], flow.calls[number] = Returned(leaves, spec), calls
+    flow.returned[number] = Returned(tuple(map(on_meta, leaves)), spec)
+    flow.calls[number] = calls
 
 
 def _flat(tree: Any) -> tuple[tuple[Any, ...], TreeSpec]:

@@ -6,8 +6,8 @@
                     experts                                 `dask_ep` plans with what is left
                     one part of the head, and logits
 
-What a batch takes in attention is found without computing anything: the block runs on tensors that
-have shapes but no memory, and every tensor counts from its creation until it is freed.
+What a batch takes in attention is found without computing anything, if the block runs on tensors
+that have shapes but no memory: every tensor counts from its creation until it is freed.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import ctypes
 import gc
 import os
 import weakref
-from contextlib import suppress
+from contextlib import nullcontext, suppress
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -29,7 +29,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 from dask_ep.arrays import memory as pool
 from dask_ep.laws.pass_blocks import PASSES_PROCESS_BYTES
 from walk.documents import AT_ONCE
-from walk.flow import OTHERWISE, arguments, kinds, on_meta, shape_only
+from walk.flow import arguments, kinds, on_meta, trial
 from walk.head import LOGIT_BYTES
 from walk.model import Model
 
@@ -163,28 +163,26 @@ class BatchBytes(NamedTuple):
 
 
 def batch_bytes(model: Model, number: int, documents: int, length: int) -> BatchBytes:
-    """Find what a batch takes in a block.
-
-    Raises
-    ------
-    ValueError
-        If the block cannot run on tensors without memory.
-    """
+    """Find what a batch takes in a block, on shapes alone, or with the block's weights if it must."""
     flow, ids = model.flow, torch.zeros(documents, length, dtype=torch.int64)
-    block = shape_only(model, number)
-    try:
-        with torch.inference_mode():
-            given = tree_map(on_meta, arguments(model, flow, number, ids, {}))
-            with _Live() as live, _AsOnCpu():
-                returned = tree_leaves(block(*given))
-    except (RuntimeError, ValueError) as error:
-        raise ValueError(
-            f"block {number} of {type(model.whole).__name__} must run on tensors that have shapes "
-            f"but no values, which shows the memory that it takes, but it stops with "
-            f"{type(error).__name__}: {error}; {OTHERWISE}"
-        ) from error
+    with torch.inference_mode():
+        given = arguments(model, flow, number, ids, {})
+        if number in flow.by_value:
+            with model.hold(number) as block:
+                returned, peak = _run(model, number, block, given)
+            model.free()
+        else:
+            shapes = tree_map(on_meta, given)
+            returned, peak = _run(model, number, model.blocks[number], shapes)
     kept = _bytes_of([returned[leaf] for leaf in flow.kept(number)])
-    return BatchBytes(_bytes_of(given) + live.peak + _bytes_of(returned[0]), kept)
+    return BatchBytes(_bytes_of(given) + peak + _bytes_of(returned[0]), kept)
+
+
+def _run(model: Model, number: int, block: Any, given: Any) -> tuple[list[Any], int]:
+    """Run a block; return all that it returns, and the peak of the bytes of what it made."""
+    run = trial(model, number, block)
+    with _Live() as live, nullcontext() if number in model.flow.by_value else _AsOnCpu():
+        return tree_leaves(run(*given)), live.peak
 
 
 def _bytes_of(tree: Any) -> int:

@@ -163,7 +163,7 @@ class BatchBytes(NamedTuple):
 
 
 def batch_bytes(model: Model, number: int, documents: int, length: int) -> BatchBytes:
-    """Find what a batch takes in a block, on shapes alone, or with the block's weights if it must."""
+    """Find what a batch takes in a block: on shapes alone, or with its weights if it must."""
     flow, ids = model.flow, torch.zeros(documents, length, dtype=torch.int64)
     with torch.inference_mode():
         given = arguments(model, flow, number, ids, {})

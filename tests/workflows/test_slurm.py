@@ -191,7 +191,7 @@ def test_an_output_that_is_there_is_refused_as_by_run_and_asks_for_no_workers(
     slurm, start, job, tmp_path
 ):
     out = tmp_path / "out.npy"
-    out.touch()
+    np.save(out, np.zeros(3))
     code, printed, told = end(start(job, "--out", out))
     assert (code, printed) == (1, "")
     by_run = subprocess.run(

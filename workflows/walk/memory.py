@@ -145,10 +145,8 @@ def give_back() -> None:
     The C library keeps what each thread has freed; without this, a process grows from block to
     block. The walk calls `gc.freeze` at its start, so that permanent objects are not scanned here.
     """
-    pool.release()
     gc.collect()
-    with suppress(OSError, AttributeError):  # another C library
-        ctypes.CDLL(None).malloc_trim(0)
+    pool.release()
 
 
 # --- attention -------------------------------------------------------------------------------

@@ -358,15 +358,14 @@ def _check_token_ids(inputs: Inputs) -> None:
 
 def _check_rows(inputs: Inputs) -> None:
     n, routing, topk = inputs.tokens.shape[0], inputs.routing, inputs.topk_weights
-    keyed = (("routing", routing), ("topk_weights", topk), ("token_ids", inputs.token_ids))
-    for key, source in keyed:
+    slots = {"routing": routing, "topk_weights": topk}
+    for key, source in {**slots, "token_ids": inputs.token_ids}.items():
         if source is not None and source.shape[:1] != (n,):
             raise ValueError(
                 f"{inputs.job.name}: {key} must have a row for each of the {n} token rows, but "
                 f"{source.name} has shape {source.shape}"
             )
-        if key == "token_ids":
-            continue
+    for key, source in slots.items():
         if source is not None and inputs.layer is not None and source.ndim != 2:
             raise ValueError(
                 f"{inputs.job.name}: {key} of a layer must be (n, k), but {source.name} has shape "

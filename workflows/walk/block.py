@@ -70,10 +70,10 @@ Run = Callable[..., torch.Tensor]
 """From the number of a batch, its token ids (documents, tokens) and rows (documents, tokens, d)."""
 
 
-def embed(model: Model, chunk: Chunk) -> np.ndarray:
-    """Return the embedding (n, d) of a chunk's tokens."""
+def embed(model: Model, ids: np.ndarray) -> np.ndarray:
+    """Return the embedding (n, d) of tokens."""
     embedding = model.decoder.get_input_embeddings()
-    used, places = np.unique(chunk.ids, return_inverse=True)
+    used, places = np.unique(ids, return_inverse=True)
     source = model.sources_of(embedding)["weight"]
     if used[-1] >= source.shape[0] or used[0] < 0:
         raise ValueError(

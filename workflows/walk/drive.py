@@ -80,7 +80,7 @@ def run(options: Options, say: Callable[[str], Any] = lambda _: None) -> dict[st
         summary["seconds"] = round(time.monotonic() - began, 3)
         write_json(path, summary)
     for walk in _walks(options, models, Where()):
-        walk.drop(blocks[-1], all_of_them=True)
+        walk.drop(len(walk.model.blocks))
     shutil.rmtree(os.path.join(options.out, "work"), ignore_errors=True)
     return summary
 
@@ -95,7 +95,7 @@ def _check_start(options: Options, models: list[Model], blocks: range) -> None:
                 f"hidden states before block {blocks[0]} of {type(model.whole).__name__} must have "
                 f"{wanted} columns, but those of {path} have {width}"
             )
-        check_start(model, blocks[0], blocks)
+        check_start(model, model.flow, blocks[0], blocks)
 
 
 def _check_moe(options: Options, models: list[Model], blocks: range) -> None:

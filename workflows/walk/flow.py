@@ -13,10 +13,11 @@ each, it is seen whose arguments change with it.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from functools import partial
 from math import prod
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 import torch.fx.experimental._config
@@ -42,6 +43,24 @@ Place = tuple[int, int]
 is the hidden states."""
 
 Values = Mapping[Place, torch.Tensor]
+
+
+class Frame(Protocol):
+    """What is needed of a model: see `walk.model.Model`."""
+
+    whole: nn.Module
+    decoder: nn.Module
+    list_name: str
+    embedding_name: str
+    blocks: list[nn.Module]
+    config_width: int
+    dtype: torch.dtype
+
+    def moe_parts(self, block: int) -> tuple[str, ...]: ...
+
+    def hold(self, block: int) -> AbstractContextManager[nn.Module]: ...
+
+    def free(self) -> None: ...
 
 
 @dataclass(frozen=True)
@@ -117,7 +136,7 @@ class Flow:
         return max(users, default=block)
 
 
-def find_flow(model: Any) -> Flow:
+def find_flow(model: Frame) -> Flow:
     """Find out what flows through a model, by running its forward with random values.
 
     Raises
@@ -146,7 +165,7 @@ def find_flow(model: Any) -> Flow:
 
 
 def arguments(
-    model: Any, flow: Flow, block: int, ids: torch.Tensor, values: Values
+    model: Frame, flow: Flow, block: int, ids: torch.Tensor, values: Values
 ) -> tuple[tuple[Any, ...], dict[str, Any]]:
     """Return the arguments that a model's forward gives a block.
 
@@ -166,19 +185,19 @@ def arguments(
     raise RuntimeError(f"it did not call block {block}")
 
 
-def last_hidden(model: Any, flow: Flow, ids: torch.Tensor, values: Values) -> torch.Tensor:
+def last_hidden(model: Frame, flow: Flow, ids: torch.Tensor, values: Values) -> torch.Tensor:
     """Return a model's final hidden states; arguments are as in `arguments`."""
     return _forward(model, flow, ids, values, {})
 
 
-def check_start(model: Any, start: int, blocks: Sequence[int]) -> None:
+def check_start(model: Frame, flow: Flow, start: int, blocks: Sequence[int]) -> None:
     """Raise unless blocks need nothing but the hidden states that block `start` is given.
 
     Parameters
     ----------
     blocks : those that are walked through, from `start` on
     """
-    flow, given = model.flow, (start - 1, 0)
+    given = (start - 1, 0)
     needs = [(user, need) for user in (*blocks, blocks[-1] + 1) for need in flow.needs[user]]
     before = [(user, at) for user, (at, leaf) in needs if at < start and (at, leaf) != given]
     if not before and start == 0:
@@ -196,7 +215,7 @@ def check_start(model: Any, start: int, blocks: Sequence[int]) -> None:
 
 
 def _forward(
-    model: Any,
+    model: Frame,
     flow: Flow,
     ids: torch.Tensor,
     values: Values,
@@ -227,7 +246,7 @@ def _forward(
 
 
 def trial(
-    model: Any, number: int, block: nn.Module, called: Callable[[str], Any] = lambda _: None
+    model: Frame, number: int, block: nn.Module, called: Callable[[str], Any] = lambda _: None
 ) -> Callable[[tuple[Any, ...], dict[str, Any]], Any]:
     """Return a function that runs a block, on its device, without computing its MoE modules.
 
@@ -279,7 +298,7 @@ def on_meta(value: Any) -> Any:
     return value.to("meta") if isinstance(value, torch.Tensor) else value
 
 
-def kinds(model: Any) -> list[int]:
+def kinds(model: Frame) -> list[int]:
     """Return for each block the first one of its kind, with the same shapes and `layer_types`."""
     types = getattr(model.decoder.config, "layer_types", None) or [None] * len(model.blocks)
     found: dict[Any, int] = {}
@@ -292,14 +311,14 @@ def kinds(model: Any) -> list[int]:
     ]
 
 
-def _run_block(model: Any, flow: Flow, number: int) -> None:
+def _run_block(model: Frame, flow: Flow, number: int) -> None:
     """Run a block on its own, and note what it returns and calls."""
     given = arguments(model, flow, number, torch.zeros(PROBE, dtype=torch.int64), {})
     calls: list[str] = []
     try:
         run = trial(model, number, model.blocks[number], calls.append)
         leaves, spec = _flat(run(*tree_map(on_meta, given)))
-    except (NotImplementedError, RuntimeError):
+    except RuntimeError:  # it reads values
         flow.by_value.add(number)
         calls.clear()
         with model.hold(number) as block:
@@ -325,7 +344,7 @@ def _rows(width: int, dtype: torch.dtype) -> torch.Tensor:
     return torch.empty(*PROBE, width, dtype=dtype, device="meta")
 
 
-def _needs(model: Any, flow: Flow) -> list[frozenset[Place]]:
+def _needs(model: Frame, flow: Flow) -> list[frozenset[Place]]:
     """Find what each block, and the last norm, needs: change one value at a time."""
     places = [
         (block, place)
@@ -334,7 +353,8 @@ def _needs(model: Any, flow: Flow) -> list[frozenset[Place]]:
         if isinstance(leaf, torch.Tensor)
     ]
     values = {place: _random(flow, place, 0) for place in places}
-    usual, needs = _given(model, flow, values), [set() for _ in range(len(model.blocks) + 1)]
+    needs: list[set[Place]] = [set() for _ in range(len(model.blocks) + 1)]
+    usual = _given(model, flow, values)
     for place in places:
         changed = _given(model, flow, values | {place: _random(flow, place, 1)})
         for block, (before, after) in enumerate(zip(usual, changed, strict=True)):
@@ -351,7 +371,7 @@ def _random(flow: Flow, place: Place, seed: int) -> torch.Tensor:
     return torch.randn(leaf.shape, generator=generator).to(leaf.dtype)
 
 
-def _given(model: Any, flow: Flow, values: Values) -> list[list[Any]]:
+def _given(model: Frame, flow: Flow, values: Values) -> list[list[Any]]:
     """Return all that each block, and the caller of the model, is given."""
     given: list[tuple[int, list[Any]]] = []
     ids = torch.zeros(PROBE, dtype=torch.int64)

@@ -46,12 +46,20 @@ LISTS = ("layers", "blocks")
 """Names of a model's list of decoder blocks, in classes of transformers and in files."""
 
 
-@lru_cache(maxsize=2)
+_OPENING = threading.Lock()
+
+
 def open_model(directory: str, dtype: str, version: str = "") -> Model:
     """Return this process's model of a checkpoint; two are cached, as two may be compared.
 
     `version` is the fingerprint of its files, as a worker may live longer than they do.
     """
+    with _OPENING:  # otherwise the first tasks of a worker would open one each
+        return _opened(directory, dtype, version)
+
+
+@lru_cache(maxsize=2)
+def _opened(directory: str, dtype: str, version: str) -> Model:
     return Model(directory, dtype, version)
 
 

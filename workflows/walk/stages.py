@@ -35,6 +35,7 @@ from dask_ep.jobs.run import run_job
 from dask_ep.jobs.save_routing import path_of_weights
 from dask_ep.laws.decision import Course
 from dask_ep.layers.collect import Wanted
+from dask_ep.layers.layer import MoELayer
 from dask_ep.storage.output import Output, progress_directory
 from walk import head
 from walk.block import handed_on_by
@@ -186,10 +187,12 @@ class Walk:
         marks = [time.monotonic()]
         self._attend(block, moe_input)
         marks.append(time.monotonic())
-        reads = self._moe(block, moe_input)
+        layer = load_moe_layer(self.task.directory, block)
+        job, experts = self._job(block, moe_input, layer), layer.experts
+        reads = self._moe(job)
+        reads = experts.num_experts if reads is None else reads
         marks.append(time.monotonic())
-        experts = load_moe_layer(self.task.directory, block).experts
-        reads += experts.num_experts * self._collect(block, moe_input)
+        reads += experts.num_experts * self._collect(job)
         marks.append(time.monotonic())
         lasts = self.flow.last_use(block, hidden=True) > block + 1
         if self.asked.compared or self._kept_path("hidden", block) or lasts:
@@ -238,9 +241,9 @@ class Walk:
         y = self._mapped(task.finish, self._rows(moe_output), block=block)
         return y, {"moe": moe_output}
 
-    def _moe(self, block: int, moe_input: str) -> int:
-        """Compute the MoE module with `dask_ep`; return how many experts were read."""
-        job, routing = self._job(block, moe_input), self._kept_path("routing", block)
+    def _moe(self, job: Job) -> int | None:
+        """Compute the MoE modules with `dask_ep`; return how many experts passes read, if any."""
+        routing = self._kept_path("routing", job.layer_index)
         give_back()
         passes = None
         if not os.path.exists(job.out) or not (
@@ -253,30 +256,29 @@ class Walk:
                 ),
             ).passes  # fmt: skip
         give_back()
-        if passes is None:
-            return load_moe_layer(self.task.directory, block).experts.num_experts
-        return sum(passes.reads.values())
+        return None if passes is None else sum(passes.reads.values())
 
-    def _job(self, block: int, moe_input: str) -> Job:
+    def _job(self, block: int, moe_input: str, layer: MoELayer) -> Job:
         """Return the job that computes the block's MoE modules."""
-        looked_up = "table" in load_moe_layer(self.task.directory, block).arrays
+        looked_up = "table" in layer.arrays
         return Job(
             moe_input, self._work(block, "moe_output.zarr"), layer=self.task.directory,
             layer_index=block, token_ids=self.task.tokens if looked_up else None,
             precision=self.task.precision, name="the walk",
         )  # fmt: skip
 
-    def _collect(self, block: int, moe_input: str) -> int:
+    def _collect(self, job: Job) -> int:
         """Collect statistics of the block's experts if they were asked for and are not there yet.
 
         Returns how often all experts were read for them.
         """
+        block = job.layer_index
         path = self._stats(block)
         if not self.asked.collect or block not in self.asked.blocks or os.path.exists(path):
             return 0
         courses: list[Course] = []
         collect_job(
-            self._job(block, moe_input), Wanted(tuple(sorted(self.asked.collect))), path,
+            job, Wanted(tuple(sorted(self.asked.collect))), path,
             self.where.moe, resume=True, chunk_rows=self.task.chunk_rows,
             on_progress=lambda done, total: self.tell("collect", done / max(total, 1)),
             on_course=courses.append,
@@ -352,15 +354,15 @@ class Walk:
         """Return the directory of a complete block's MoE output and of the steps after it."""
         return os.path.join(self.work, f"done_{block:03d}")
 
-    def drop(self, block: int, *, all_of_them: bool = False) -> None:
-        """Remove what no block after this one needs, which is complete: hidden states that were not
-        asked for, and what blocks handed on besides; or all that blocks up to this one made.
+    def drop(self, block: int) -> None:
+        """Remove what no later block needs: hidden states that were not asked for, and what blocks
+        handed on besides. The last norm counts as one more block.
         """
-        for at in range(EMBEDDING, block + all_of_them):
-            if self.flow.last_use(at, hidden=False) <= block or all_of_them:
+        for at in range(EMBEDDING, len(self.model.blocks)):
+            if self.flow.last_use(at, hidden=False) <= block:
                 handed_on = handed_on_by(at, self.task.handed_on)
                 shutil.rmtree(handed_on, ignore_errors=True)
-            if self.flow.last_use(at, hidden=True) > block and not all_of_them:
+            if self.flow.last_use(at, hidden=True) > block:
                 continue
             for path in (self.hidden(at), self._stats(at)):
                 shutil.rmtree(progress_directory(path), ignore_errors=True)

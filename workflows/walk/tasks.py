@@ -57,8 +57,8 @@ class Task:
     handed_on: str = ""
     version: str = ""
 
-    def embed(self, _: np.ndarray, block_id: tuple[int, int]) -> np.ndarray:
-        return block.embed(self.model, self._chunk(block_id))
+    def embed(self, ids: np.ndarray) -> np.ndarray:
+        return block.embed(self.model, ids)
 
     def whole(self, *rows: np.ndarray, block_id: tuple[int, int]) -> np.ndarray:
         return block.whole(self.model, self.block, self._chunk(block_id), rows)

@@ -25,6 +25,7 @@ import numpy as np
 from dask_ep.arrays import memory
 from dask_ep.arrays.onednn_kernels import (
     ADD,
+    CACHE_LINE,
     COPY,
     FLOAT32,
     PRODUCT,
@@ -45,6 +46,9 @@ ROWS = (64, 16)
 """Remaining rows are processed as a multiple of the first of these, then of the second, padded with
 zeros: one kernel for each number of rows would mean a new one, which takes 3 ms, for nearly each
 chunk and expert."""
+
+PANEL = 128
+"""Columns that are packed at a time where columns collide: a multiple of the width of blocks."""
 
 GATED_BYTES = 512 << 10
 """Bytes of gates that stay in a core's own cache until `up` is computed."""
@@ -92,7 +96,33 @@ class OneDnn(Kernels):
         if self.packed_bytes(w) != w.nbytes:
             return None
         packed = Packed(self, w.shape, w.dtype, memory.empty((w.nbytes,), np.uint8))
-        return packed if self.run(COPY, (w, packed)) else None
+        copy = self._pack_in_panels if _collides(w) and self._has_panels(packed) else self._pack
+        return packed if copy(w, packed) else None
+
+    def _pack(self, w: np.ndarray, packed: Packed) -> bool:
+        return self.run(COPY, (w, packed))
+
+    def _pack_in_panels(self, w: np.ndarray, packed: Packed) -> bool:
+        """Pack some columns at a time, from a copy whose columns begin at different places in
+        cache: twice as fast."""
+        k, n = w.shape
+        room = memory.empty((PANEL, k + CACHE_LINE // w.itemsize), w.dtype)
+        for start in range(0, n, PANEL):
+            columns = w[:, start : start + PANEL].T
+            copied = room[: len(columns), :k]
+            copied[...] = columns
+            if not self._pack(copied.T, packed.columns(start, start + len(columns))):
+                return False
+        return True
+
+    def _has_panels(self, packed: Packed) -> bool:
+        """Whether each `PANEL` of columns lies on its own in a packed matrix, packed the same."""
+        k, n = packed.shape
+        if n <= PANEL:
+            return False
+        ways = [(self._blocks(one), self._steps(one)) for one in (packed, packed.columns(0, PANEL))]
+        (_, wide, *_), (_, across) = ways[0]
+        return ways[0] == ways[1] and PANEL % wide == 0 and across == k * wide
 
     def widened(self, w: Matrix) -> np.ndarray:
         """Copy a matrix of bfloat16, packed or not, to one of float32."""
@@ -105,6 +135,13 @@ class OneDnn(Kernels):
                 raise RuntimeError(f"{self} cannot copy a matrix that it has packed")
             out[...] = w
         return out
+
+
+def _collides(w: np.ndarray) -> bool:
+    """Whether a matrix lies by columns, and neighbouring ones go to the same few places in cache:
+    where they are a multiple of 2 KB apart, as in most models."""
+    down, along = w.strides
+    return down == w.itemsize and along >= 4096 and along % 2048 == 0
 
 
 def _in_steps(

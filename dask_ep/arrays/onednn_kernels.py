@@ -24,7 +24,9 @@ each."""
 SOME_ROWS = 256
 """Rows of the product that asks for its matrix's layout, which is the same for any number."""
 
-_CACHE_LINE = 64  # bytes
+CACHE_LINE = 64
+"""Bytes."""
+
 _CPU, _IN_ORDER, _GIVEN_SCRATCH = 1, 1, 1  # engine kind, stream flag, scratchpad mode
 _NUMBERS = {BFLOAT16: 2, FLOAT32: 3}  # dnnl_data_type_t
 _SOURCE, _DESTINATION, _WEIGHTS, _SCRATCH = 1, 17, 33, 80  # DNNL_ARG_*
@@ -39,7 +41,7 @@ ADD, SILU, TIMES = "add", "silu", "times"  # what follows a product
 _ANY_LENGTH = -(1 << 63)  # DNNL_RUNTIME_DIM_VAL
 _ANY_FORMAT, _BY_ROWS = 1, 3  # dnnl_format_tag_t
 _ITS_NAME, _ITS_WEIGHTS, _ITS_SCRATCH = 8, 131, 136  # dnnl_query_t
-_ITS_BLOCKS, _ITS_BLOCK_LENGTHS = 263, 264
+_ITS_STEPS, _ITS_BLOCKS, _ITS_BLOCK_LENGTHS = 14, 263, 264
 _UNIMPLEMENTED = 3  # dnnl_status_t
 _PAIRS = (16, 64, 2)
 """Blocks of a packed bfloat16 matrix (k, n): of k, of n, and of k again."""
@@ -73,6 +75,12 @@ class Packed:
     @property
     def nbytes(self) -> int:
         return self._data.nbytes
+
+    def columns(self, start: int, stop: int) -> Packed:
+        """Columns [start, stop) alone, in the same memory, if they lie one after the other."""
+        column = self.shape[0] * self.dtype.itemsize
+        data = self._data[start * column : stop * column]
+        return Packed(self.library, (self.shape[0], stop - start), self.dtype, data)
 
 
 Matrix = np.ndarray | Packed
@@ -211,6 +219,12 @@ class Kernels:
         self._do("memory_desc_query", layout, _ITS_BLOCK_LENGTHS, ctypes.byref(lengths))
         return tuple(lengths[: count.value])
 
+    def _steps(self, packed: Packed) -> tuple[int, ...]:
+        """Numbers from one block of a matrix's layout to the next, down and across."""
+        steps = ctypes.POINTER(ctypes.c_int64)()
+        self._do("memory_desc_query", self._layout(packed), _ITS_STEPS, ctypes.byref(steps))
+        return tuple(steps[:2])
+
     # --- objects of the library ------------------------------------------------------------------
 
     def _layout(self, array: Matrix, rows: int | None = None) -> _Handle | None:
@@ -281,8 +295,8 @@ class _Bench:
 
     def scratch(self, nbytes: int) -> np.ndarray:
         if len(self._room) < nbytes:
-            self._room = np.empty(max(nbytes + _CACHE_LINE, 1 << 16), np.uint8)
-            self._room = self._room[-self._room.ctypes.data % _CACHE_LINE :]
+            self._room = np.empty(max(nbytes + CACHE_LINE, 1 << 16), np.uint8)
+            self._room = self._room[-self._room.ctypes.data % CACHE_LINE :]
         return self._room
 
 

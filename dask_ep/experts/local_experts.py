@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from importlib import import_module
 from threading import Lock
@@ -14,6 +14,7 @@ import numpy as np
 from dask_ep.arrays import memory
 from dask_ep.arrays.namespaces import Array, namespace
 from dask_ep.experts.expert_kinds import GATE_OPTIONS
+from dask_ep.experts.together import Together
 from dask_ep.experts.weights import Weight
 from dask_ep.kernel.expert import Expert, Linear, laid_out
 from dask_ep.kernel.kinds import Affine, Gated, Mlp, Normed, Summed
@@ -22,9 +23,17 @@ if TYPE_CHECKING:
     from dask_ep.experts.experts import Experts
 
 
+Builder = Callable[[dict[str, Any], dict[str, Any]], Expert]
+"""(arrays of an expert by the names of its weights, options) -> the expert."""
+
 HIDDEN_COLUMNS = 2048
 """Hidden columns that are computed together on the CPU: 1024 rows of them stay in the last-level
 cache; with fewer rows per product, packing the matrices would cost a tenth of its speed."""
+
+
+COPIED_BYTES = 64 << 20
+"""Bytes of experts that reading threads may have in memory both as read and as they compute: as
+much as a thread's tiles take later."""
 
 
 def numbers_at_once(experts: Any) -> int:
@@ -80,8 +89,8 @@ def load_experts(
 
     `given` holds, by the name of a weight, what has been read of it: an array for each expert that
     a place holds, in their order. What is not in it is read here. Arrays are removed from `given`
-    when they are used, so that at most one expert is in memory both as it was read and as it
-    computes, where these differ.
+    when they are used, so that at most one expert per thread is in memory both as it was read and
+    as it computes, where these differ.
     """
     if xp is np:
         stacks = _read_each(experts, dtype, given)
@@ -89,27 +98,44 @@ def load_experts(
     else:
         stacks = _read_to_device(experts, xp, dtype, given)
         build = BUILDERS["gated" if "gate_up" in stacks else experts.kind]
-    local = []
+    built = Together(_steps(experts, stacks, build))
+    if xp is np:
+        built.invite(COPIED_BYTES // max(experts.loaded_bytes(dtype), 1))
+    return built.results()
+
+
+def _steps(
+    experts: Experts, stacks: dict[str, list[Array | None]], build: Builder
+) -> Iterator[Callable[[], Expert]]:
+    """How to build each expert from its arrays, which are moved from the stacks to the step."""
     for _ in range(experts.num_experts):
         arrays = {name: stack.pop(0) for name, stack in stacks.items()}
-        empty = all(a is None for a in arrays.values())
-        local.append(_EmptyPlace(experts) if empty else build(arrays, experts.options))
-    return local
+        if all(a is None for a in arrays.values()):
+            yield partial(_EmptyPlace, experts)
+        else:
+            yield partial(build, arrays, experts.options)
 
 
 def _read_each(
     experts: Experts, dtype: np.dtype, given: dict[str, Sequence[np.ndarray]]
 ) -> dict[str, list[Array | None]]:
-    """Read the experts one after the other, which is their order in most files."""
-    stacks: dict[str, list[Array | None]] = {name: [] for name in experts.weights}
+    """Read the experts in order, which is their order in most files, matrix by matrix."""
     values = {name: deque(given.pop(name)) for name in experts.weights if name in given}
-    with experts.joined():
+
+    def steps() -> Iterator[Callable[[], list[Array | None]]]:
         for place in range(experts.num_experts):
             for name, weight in experts.weights.items():
                 one = weight.subset([place])
                 held = name in values and one.ids[0] >= 0
-                stacks[name] += one.read(dtype, [values[name].popleft()] if held else None)
-    return stacks
+                yield partial(one.read, dtype, [values[name].popleft()] if held else None)
+
+    reading = Together(steps())
+    with experts.joined() as is_remote:
+        if not is_remote:
+            reading.invite()
+        read = [one for (one,) in reading.results()]
+    count = len(experts.weights)
+    return {name: read[i::count] for i, name in enumerate(experts.weights)}
 
 
 def _read_to_device(
@@ -281,7 +307,7 @@ def _deinterleave(w: Array, axis: int) -> tuple[Array, Array]:
     return pair[0], pair[1]
 
 
-BUILDERS: dict[str, Callable[[dict[str, Array], dict[str, Any]], Expert]] = {
+BUILDERS: dict[str, Builder] = {
     "linear": _linear,
     "mlp": _mlp,
     "gated": _gated,

@@ -13,53 +13,22 @@ when an earlier one is finished.
 
 from __future__ import annotations
 
-import contextlib
-import os
 import threading
 import weakref
-from collections import deque
 from collections.abc import Callable, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future
+from functools import partial
 from typing import Any
 
 import numpy as np
-from dask.system import CPU_COUNT
 
+from dask_ep.experts import together
 from dask_ep.experts.experts import Experts
 from dask_ep.experts.local_experts import load_experts
 from dask_ep.experts.stored_experts import held_in_memory
+from dask_ep.experts.together import Together
 from dask_ep.experts.weights import Weight
 from dask_ep.kernel.expert import Expert
-
-READERS = min(max(CPU_COUNT // 4, 1), 4)
-"""Threads of a process that read: each reads about 1 GB per second."""
-
-
-class _Readers:
-    """The threads that read; started at their first use."""
-
-    def __init__(self) -> None:
-        self._lock = threading.Lock()
-        self._pool: ThreadPoolExecutor | None = None
-
-    def submit(self, *work: Any) -> Future:
-        with self._lock:
-            if self._pool is None:
-                self._pool = ThreadPoolExecutor(READERS, thread_name_prefix="dask-ep-reader")
-            return self._pool.submit(*work)
-
-
-_readers = _Readers()
-
-
-def _renew_readers() -> None:
-    """After a fork the child has the parent's lock but none of its threads: start afresh."""
-    global _readers
-    _readers = _Readers()
-
-
-if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_renew_readers)
 
 
 class ExpertsAhead(Sequence[Expert]):
@@ -82,7 +51,7 @@ class ExpertsAhead(Sequence[Expert]):
 
     def __init__(self, experts: Experts, dtype: np.dtype, tell: Callable[[], Any] | None = None):
         self._origin = (experts, dtype, tell)
-        self._coming: Future[_Compressed] = _readers.submit(_read, *self._origin)
+        self._coming: Future[_Compressed] = together.readers.submit(_read, *self._origin)
         weakref.finalize(self, self._coming.cancel)
 
     def __len__(self) -> int:
@@ -102,36 +71,29 @@ class _Compressed:
         self._origin, self._dtype = experts, dtype
         self._lock = threading.Lock()
         self._local: list[Expert] | None = None
-        self._decoded: dict[str, list[Future[np.ndarray]]] = {}
-        self._waiting: deque[tuple[Weight, Future[np.ndarray]]] = deque()
         with experts.joined():
-            for e in range(experts.num_experts):
-                for name, weight in held_in_memory(experts, e).weights.items():
-                    self._waiting.append((weight, Future()))
-                    self._decoded.setdefault(name, []).append(self._waiting[-1][1])
+            held = [held_in_memory(experts, e).weights for e in range(experts.num_experts)]
+        steps = [partial(_decode, weight, dtype) for each in held for weight in each.values()]
+        self.decoding = Together[np.ndarray](steps)
 
     def experts(self) -> list[Expert]:
         """Return the decoded experts; the caller decodes those that no thread has started."""
-        while self._waiting:
-            with contextlib.suppress(IndexError):  # another thread was faster
-                _decode(*self._waiting.popleft(), self._dtype)
+        self.decoding.take_part()
         with self._lock:
             if self._local is None:
-                given: dict[str, Sequence[np.ndarray]] = {
-                    n: [one.result() for one in stack] for n, stack in self._decoded.items()
-                }
-                self._decoded.clear()
+                given = self._by_name(self.decoding.results())
                 self._local = load_experts(self._origin, np, self._dtype, given)
             return self._local
 
+    def _by_name(self, decoded: list[np.ndarray]) -> dict[str, Sequence[np.ndarray]]:
+        names = list(self._origin.weights)
+        return {name: decoded[i :: len(names)] for i, name in enumerate(names)}
 
-def _decode(weight: Weight, to: Future[np.ndarray], dtype: np.dtype) -> None:
-    try:
-        (one,) = weight.read(dtype)
-        assert one is not None  # `held_in_memory` takes experts that are there
-        to.set_result(one)
-    except BaseException as error:  # raised in all threads that wait
-        to.set_exception(error)
+
+def _decode(weight: Weight, dtype: np.dtype) -> np.ndarray:
+    (one,) = weight.read(dtype)
+    assert one is not None  # `held_in_memory` takes experts that are there
+    return one
 
 
 def _read(experts: Experts, dtype: np.dtype, tell: Callable[[], Any] | None) -> _Compressed:

@@ -346,8 +346,9 @@ class Weights:
         """The sources of the weights that are not Dask arrays."""
         return [source for weight in self.weights.values() for source in weight.sources()]
 
-    def joined(self) -> AbstractContextManager[None]:
-        """While this is open, neighbouring ranges of remote files are read at once."""
+    def joined(self) -> AbstractContextManager[bool]:
+        """While this is open, this thread reads neighbouring ranges of remote files at once; gives
+        whether there are any."""
         return joined(part for weight in self.weights.values() for part in weight.ranges())
 
     def collections(self) -> dict[str, da.Array]:

@@ -111,8 +111,10 @@ class _Span:
 
 
 @contextmanager
-def joined(parts: Iterable[tuple[Source, int, int]]) -> Iterator[None]:
+def joined(parts: Iterable[tuple[Source, int, int]]) -> Iterator[bool]:
     """Fetch rows of remote files in one request where they are stored side by side.
+
+    Yields whether any of them are remote.
 
     Parameters
     ----------
@@ -141,7 +143,7 @@ def joined(parts: Iterable[tuple[Source, int, int]]) -> Iterator[None]:
             spans.append(_Span(address, version, first, last))
     _joined.spans = spans
     try:
-        yield
+        yield bool(spans)
     finally:
         _joined.spans = []
 

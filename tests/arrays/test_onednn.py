@@ -116,6 +116,24 @@ def test_all_bits_are_packed_whichever_way_they_lie(spare):
     np.testing.assert_array_equal(got._data, want._data)
 
 
+@dtypes
+@pytest.mark.parametrize("d", [1024, 2048, 7168])
+@pytest.mark.parametrize("f", [64, 192, 256])
+def test_columns_that_collide_in_cache_are_packed_the_same(dtype, d, f, monkeypatch):
+    panels, copy = [], onednn.OneDnn._pack
+
+    def noted(self, w, packed):
+        panels.append(w.shape[1])
+        return copy(self, w, packed)
+
+    monkeypatch.setattr(onednn.OneDnn, "_pack", noted)
+    w = some(f, d, dtype=dtype).T
+    got, want = library.pack(w), library.pack(np.ascontiguousarray(w))
+    np.testing.assert_array_equal(got._data, want._data)
+    collides = w.strides[1] >= 4096 and f > onednn.PANEL
+    assert panels == ([128, f - 128] if collides else [f]) + [f]
+
+
 @pytest.mark.parametrize("rows", [1, 63, 64, 200, 1000])
 @pytest.mark.parametrize(
     ("packed", "dtype"), [(BFLOAT16, FLOAT32), (BFLOAT16, BFLOAT16), (FLOAT32, FLOAT32)]

@@ -541,13 +541,13 @@ def test_opening_a_terabyte_reads_headers_alone(tmp_path, bytes_read):
     assert y.shape == (10, H)
 
 
-def bytes_read_by_this_thread() -> int:
+def bytes_read_by_this_process() -> int:
     """What the system says: of all files, by any way of reading but memory maps."""
-    lines = Path("/proc/thread-self/io").read_text().splitlines()
+    lines = Path("/proc/self/io").read_text().splitlines()
     return int(dict(line.split(": ") for line in lines)["rchar"])
 
 
-@pytest.mark.skipif(not os.path.exists("/proc/thread-self/io"), reason="the system does not count")
+@pytest.mark.skipif(not os.path.exists("/proc/self/io"), reason="the system does not count")
 def test_a_rank_reads_its_experts_router_shared_and_headers_within_1_percent(tmp_path):
     E, d, width = 48, 256, 384
     config = json.loads((FIXTURES / "deepseek_v3" / "config.json").read_text())
@@ -561,7 +561,7 @@ def test_a_rank_reads_its_experts_router_shared_and_headers_within_1_percent(tmp
     write_sparse(tmp_path, config | sizes, tensors)
 
     def read_rank_1_of_4(folder, d) -> int:
-        before = bytes_read_by_this_thread()
+        before = bytes_read_by_this_process()
         y = load_moe_layer(folder, LAYER)(da.zeros((4, d), chunks=-1, dtype="f4"), world_size=4)
         graph = y.__dask_graph__()
         mine = ("ep_experts", "ep_router", "ep_shared")
@@ -569,7 +569,7 @@ def test_a_rank_reads_its_experts_router_shared_and_headers_within_1_percent(tmp
         held = [key for key in keys if not isinstance(key, tuple) or key[1] == 1]
         assert len(held) == 3
         dask.get(dict(graph), held)
-        return bytes_read_by_this_thread() - before
+        return bytes_read_by_this_process() - before
 
     read_rank_1_of_4(FIXTURES / "deepseek_v3", 32)  # whatever is imported on the way
     layer = load_moe_layer(tmp_path, LAYER)

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -23,6 +24,7 @@ from dask_ep.arrays.checks import computing_dtype
 from dask_ep.arrays.namespaces import Array
 from dask_ep.experts.experts import Experts
 from dask_ep.experts.quantized import in_memory
+from dask_ep.experts.together import Together
 from dask_ep.experts.weights import Weight
 from dask_ep.kernel.expert import Expert
 from dask_ep.kernel.operands import Factors
@@ -72,9 +74,11 @@ class StoredExperts(Experts):
         self, xp: Any, dtype: np.dtype, given: dict[str, Sequence[np.ndarray]]
     ) -> list[Expert]:
         lately = threading.local()
-        with self.joined():
-            held = [held_in_memory(self, e, xp) for e in range(self.num_experts)]
-        return [_StoredExpert(one, xp, dtype, lately) for one in held]
+        reading = Together(partial(held_in_memory, self, e, xp) for e in range(self.num_experts))
+        with self.joined() as is_remote:
+            if xp is np and not is_remote:
+                reading.invite()
+            return [_StoredExpert(one, xp, dtype, lately) for one in reading.results()]
 
     def __dask_tokenize__(self) -> object:
         return normalize_token((type(self).__name__, super().__dask_tokenize__()))

@@ -11,8 +11,9 @@ import numpy as np
 import pytest
 
 from dask_ep.arrays.namespaces import UNDERFLOW_IS_ZERO
-from dask_ep.experts import local_experts, together
+from dask_ep.experts import local_experts, stored_experts, together
 from dask_ep.experts.experts import Experts
+from dask_ep.experts.stored_experts import held_as_stored
 from dask_ep.experts.together import Together
 from dask_ep.experts.weights import Weight
 
@@ -90,6 +91,25 @@ def test_reading_threads_help_to_read_and_to_build(monkeypatch):
     for e, expert in enumerate(Experts.linear(w).load()):
         np.testing.assert_array_equal(expert(rows), w[e].astype(np.float32))
     assert all("dask-ep-reader" in which and len(which) == 2 for which in names.values())
+
+
+def test_reading_threads_help_to_hold_experts_as_they_are_stored(monkeypatch):
+    both, plain, seen = threading.Barrier(2), stored_experts.held_in_memory, set()
+    monkeypatch.setattr(together, "READERS", 1)
+    monkeypatch.setattr(together, "readers", together.Readers())
+
+    def waiting(*args):
+        both.wait(20)
+        seen.add(threading.current_thread())
+        return plain(*args)
+
+    monkeypatch.setattr(stored_experts, "held_in_memory", waiting)
+    w = np.random.default_rng(0).random((4, 3, 2)).astype(np.float16)
+    local = held_as_stored(Experts.linear(w)).load()
+    rows = np.eye(3, dtype=np.float32)
+    for e, expert in enumerate(local):
+        np.testing.assert_array_equal(expert(rows), w[e].astype(np.float32))
+    assert len(seen) == 2
 
 
 def test_large_experts_are_built_by_one_thread(monkeypatch):

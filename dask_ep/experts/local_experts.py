@@ -131,7 +131,7 @@ def _read_each(
 
     reading = Together(steps())
     with experts.joined() as is_remote:
-        if not is_remote:
+        if not is_remote and experts.num_experts > 1:  # one alone is decoded where it is needed
             reading.invite()
         read = [one for (one,) in reading.results()]
     count = len(experts.weights)

@@ -120,6 +120,9 @@ def test_large_experts_are_built_by_one_thread(monkeypatch):
         invited.clear()
         Experts.linear(np.ones((2, d, 2), np.float16)).load()
         assert invited == [None, most]
+    invited.clear()
+    Experts.gated(*np.ones((3, 1, 2, 2))).load()
+    assert invited == [0]  # its matrices are read by this thread alone
 
 
 def test_what_a_thread_cannot_read_is_an_error_of_the_load(monkeypatch):

@@ -21,9 +21,15 @@ from dask_ep.storage.source import File, Region, Source
 
 _HEADER_BLOCK = 1 << 16  # bytes to fetch at a time when reading a header
 
-JOINED_BYTES = 16 << 20
-"""Maximum bytes of one request for several tensors: enough for the full speed of an object store,
-and few enough to be covered by the memory that laws count for a process itself."""
+PIECE_BYTES, PIECES = 8 << 20, 4
+"""Bytes of a request at most, and how many requests are made at the same time, where the file
+system can: an object store answers each with some tens of MB per second."""
+
+AT_ONCE = PIECE_BYTES * PIECES
+
+JOINED_BYTES = AT_ONCE
+"""Maximum bytes that are fetched for several tensors together: few enough to be covered by the
+memory that laws count for a process itself."""
 
 
 def is_remote(address: str | os.PathLike) -> bool:
@@ -97,7 +103,7 @@ class _Span:
     version: str
     first: int
     last: int
-    data: memoryview | None = None
+    data: np.ndarray | None = None
     given_out: int = 0
 
     def holds(self, address: str, first: int, last: int) -> bool:
@@ -112,7 +118,7 @@ class _Span:
 
 @contextmanager
 def joined(parts: Iterable[tuple[Source, int, int]]) -> Iterator[bool]:
-    """Fetch rows of remote files in one request where they are stored side by side.
+    """Fetch rows of remote files together where they are stored side by side.
 
     Yields whether any of them are remote.
 
@@ -123,8 +129,8 @@ def joined(parts: Iterable[tuple[Source, int, int]]) -> Iterator[bool]:
 
     Notes
     -----
-    A request is for at most `JOINED_BYTES`, or for one part. Its bytes stay in memory until all of
-    them have been read.
+    At most `JOINED_BYTES`, or one part, are fetched together. They stay in memory until all of them
+    have been read.
     """
     spans: list[_Span] = []
     regions = {
@@ -192,36 +198,47 @@ class RemoteFile(File):
             raise ReadError(f"the header of {self.path}: {_words(error)}") from error
 
     def fill(self, out: np.ndarray, first: int, place: str) -> None:
-        last = first + out.nbytes
+        last, to = first + out.nbytes, out.reshape(-1).view(np.uint8)
         for span in getattr(_joined, "spans", ()):
             if span.version == self.version and span.holds(self.path, first, last):
                 if span.data is None:
-                    span.data = self._fetch(span.first, span.last, place)
-                data = span.data[first - span.first : last - span.first]
+                    data = np.empty(span.last - span.first, np.uint8)
+                    self._fetch(data, span.first, place)
+                    span.data = data
+                to[...] = span.data[first - span.first : last - span.first]
                 span.give_out(out.nbytes)
-                break
-        else:
-            data = self._fetch(first, last, place)
-        out.reshape(-1).view(np.uint8)[...] = np.frombuffer(data, np.uint8)
+                return
+        self._fetch(to, first, place)
 
-    def _fetch(self, first: int, last: int, place: str) -> memoryview:
-        """Read the bytes [first, last) of the file as it was when it was opened."""
+    def _fetch(self, out: np.ndarray, first: int, place: str) -> None:
+        """Read bytes (n,) from byte `first` of the file as it was when it was opened."""
+        files, path = file_system(self.path)
         with _named(place):
-            files, path = file_system(self.path)
-            data = files.cat_file(path, start=first, end=last)
+            for start in range(0, len(out), AT_ONCE):
+                self._fetch_pieces(files, path, out[start:][:AT_ONCE], first + start, place)
             files.invalidate_cache(path)
             version = _version(files.info(path))
-        if len(data) != last - first:
-            raise ReadError(
-                f"{place}: expected {last - first} bytes from byte {first} of {self.path}, got "
-                f"{len(data)}"
-            )
         if version != self.version:
             raise ReadError(
                 f"{place}: {self.path} was replaced since it was opened, when it was "
                 f"{self.version}; now it is {version}. Open it again, or bring the old file back"
             )
-        return memoryview(data)
+
+    def _fetch_pieces(self, files: Any, path: str, out: np.ndarray, first: int, place: str) -> None:
+        """Read bytes (n,) by requests that are made at the same time."""
+        pieces = [out[start : start + PIECE_BYTES] for start in range(0, len(out), PIECE_BYTES)]
+        starts = [first + n * PIECE_BYTES for n in range(len(pieces))]
+        stops = [start + len(piece) for start, piece in zip(starts, pieces, strict=True)]
+        answers = files.cat_ranges([path] * len(pieces), starts, stops)
+        for piece, start, data in zip(pieces, starts, answers, strict=True):
+            if isinstance(data, BaseException):
+                raise data
+            if len(data) != len(piece):
+                raise ReadError(
+                    f"{place}: expected {len(piece)} bytes from byte {start} of {self.path}, got "
+                    f"{len(data)}"
+                )
+            piece[...] = np.frombuffer(data, np.uint8)
 
     def fingerprint(self) -> dict[str, Any]:
         return {"version": self.version}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterator
 
 import numpy as np
@@ -128,6 +129,26 @@ def test_chunks_of_rows_are_ranges(s3, tmp_path):
     s3.requests.clear()
     np.testing.assert_array_equal(source.read(10, 30), rows[10:30])
     assert [stop - start for start, stop in s3.ranges("some.npy")] == [20 * 8 * 4]
+
+
+def test_pieces_of_a_large_array_are_requested_at_the_same_time(s3, tmp_path, monkeypatch):
+    """A barrier lets requests pass in pairs only."""
+    rows = np.random.default_rng(2).standard_normal((40, 8)).astype("f4")
+    source = open_source(put_rows(s3, "large.npy", rows, tmp_path))
+    monkeypatch.setattr(remote, "PIECE_BYTES", rows.nbytes // 8)
+    monkeypatch.setattr(remote, "AT_ONCE", rows.nbytes // 4)
+    s3.requests.clear()
+    both = threading.Barrier(2)
+
+    def in_pairs(request: Request) -> None:
+        if request.method == "GET":
+            both.wait(20)
+
+    s3.fault = in_pairs
+    np.testing.assert_array_equal(source.read(0, 40), rows)
+    ranges = sorted(s3.ranges("large.npy"))
+    assert [stop - start for start, stop in ranges] == [rows.nbytes // 8] * 8
+    assert [stop for _, stop in ranges[:-1]] == [start for start, _ in ranges[1:]]
 
 
 def test_a_refused_key_is_named(s3):

@@ -105,14 +105,13 @@ class Bench(Job):
     """All measurements on a job."""
 
     def __init__(self, layer: Layer, folder: Path, threads: int, client: Client):
-        super().__init__(layer, folder)
-        self.threads, self.client = threads, client
+        super().__init__(layer, folder, client, threads)
         self.local = self.experts.load()
         self.fastest, self.multiply, self.block = self.find_fastest()
 
     def rounds(self, repeat: int) -> list[dict[str, float]]:
         """Return the ratios of each round, to the best limits of all rounds."""
-        self.check_results_agree()
+        self.check_results_agree(self.pipelines(), "pipeline, threads", self.layer.chunk_rows)
         rounds = [self.round(backwards=n % 2 == 1) for n in range(repeat + 1)][1:]
         products, copy = (min(times.pop(what) for times in rounds) for what in LIMITS)
         limits = {name: products if name == "kernel" else products + copy for name in rounds[0]}
@@ -137,9 +136,9 @@ class Bench(Job):
     def pipelines(self) -> dict[str, Callable[[Path], None]]:
         """Return the programs that go from files to files."""
         return {
-            "pipeline, threads": self.pipeline,
-            "pipeline, threads, from_zarr and store": self.pipeline_by_dask,
-            "pipeline, processes": self.pipeline_on_processes,
+            "pipeline, threads": self.by_threads,
+            "pipeline, threads, from_zarr and store": self.by_dask,
+            "pipeline, processes": self.by_processes,
             "instead: NumPy loop over experts": self.numpy_loop,
             "instead: one map_blocks": self.one_map_blocks,
             "instead: R outputs summed": self.outputs_summed,
@@ -232,22 +231,6 @@ class Bench(Job):
         parts = {step: part for step, part in parts.items() if part}
         return parts | {"everything else": 1 - sum(parts.values())}
 
-    def pipeline(self, out: Path) -> None:
-        dask_ep.store(self.layer_output(world_size=1), out)
-
-    def pipeline_by_dask(self, out: Path) -> None:
-        """Do the same through Dask's own functions for Zarr."""
-        tokens, routing, weights = self.dask_inputs()
-        y = dask_ep.expert_parallel(
-            tokens, routing, self.experts, topk_weights=weights, world_size=1
-        )
-        da.store(y, self.create_output(out), lock=False)
-
-    def pipeline_on_processes(self, out: Path) -> None:
-        """Do the same on running worker processes, each of which owns a share of the experts."""
-        with dask.config.set(scheduler=self.client):
-            dask_ep.store(self.layer_output(world_size=self.threads), out)
-
     # --- what a user would write instead ---
 
     def numpy_loop(self, out: Path) -> None:
@@ -322,19 +305,6 @@ class Bench(Job):
         da.store(sum(ranks[1:], ranks[0]), self.create_output(out), lock=False)
 
     # --- helpers ---
-
-    def check_results_agree(self) -> None:
-        """Check that every program gives the same output."""
-        results = {}
-        for name, run in self.pipelines().items():
-            with self.output() as out:
-                run(out)
-                results[name] = zarr.open_array(out)[: self.layer.chunk_rows]
-        ours = results["pipeline, threads"]
-        for name, result in results.items():
-            error = np.abs(result - ours).max() / np.abs(ours).max()
-            if not error < 1e-4:
-                raise SystemExit(f"{name} differs from the pipeline by {error:.2g} of the largest")
 
     def on_threads(self, work: Callable[[int], None]) -> None:
         with ThreadPoolExecutor(self.threads) as pool:

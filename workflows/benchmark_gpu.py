@@ -26,7 +26,6 @@ import os
 import statistics
 import sys
 import tempfile
-import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -37,6 +36,7 @@ from typing import Any
 import dask.array as da
 import ml_dtypes
 import numpy as np
+from measured import timed
 
 import dask_ep
 from dask_ep.arrays import device
@@ -248,12 +248,6 @@ class Bench:
         law = law.need(0 if stays else loaded, THREADS_PER_GPU, 1, Spread.at_worst(layer.k, 1, 0))
         planned = law.at(layer.rows) - DEVICE_PROCESS_BYTES
         return (pool.total_bytes() - before) / planned
-
-
-def timed(work: Callable[[], Any]) -> float:
-    start = time.perf_counter()
-    work()
-    return time.perf_counter() - start
 
 
 if __name__ == "__main__":

@@ -31,6 +31,7 @@ import torch
 from transformers import MixtralConfig, Qwen3MoeConfig
 from transformers.models.mixtral.modeling_mixtral import MixtralSparseMoeBlock
 from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeSparseMoeBlock
+from walk.tensors import as_numpy, as_tensor
 
 from dask_ep import Experts, MoELayer, Router
 from dask_ep.arrays import blas
@@ -148,7 +149,7 @@ def make_block(size: Size, implementation: str, dtype: str) -> torch.nn.Module:
 
 def same_layer(block: torch.nn.Module, size: Size) -> MoELayer:
     """Return a layer that shares the block's weights; nothing is copied."""
-    weights = {name: as_numpy(tensor.detach()) for name, tensor in block.named_parameters()}
+    weights = {name: as_numpy(tensor) for name, tensor in block.named_parameters()}
     experts = Experts.gated_fused(
         weights["experts.gate_up_proj"], weights["experts.down_proj"], transposed=True
     )
@@ -158,19 +159,6 @@ def same_layer(block: torch.nn.Module, size: Size) -> MoELayer:
 def run_block(block: torch.nn.Module, hidden: np.ndarray) -> np.ndarray:
     with torch.no_grad():
         return as_numpy(block(as_tensor(hidden)[None])[0])
-
-
-def as_numpy(tensor: torch.Tensor) -> np.ndarray:
-    """View a tensor as a NumPy array; bfloat16 is that of ``ml_dtypes``."""
-    if tensor.dtype != torch.bfloat16:
-        return tensor.numpy()
-    return tensor.view(torch.int16).numpy().view(ml_dtypes.bfloat16)
-
-
-def as_tensor(array: np.ndarray) -> torch.Tensor:
-    if array.dtype != ml_dtypes.bfloat16:
-        return torch.from_numpy(array)
-    return torch.from_numpy(array.view(np.int16)).view(torch.bfloat16)
 
 
 def compute(threads: int, *arrays: da.Array) -> tuple[np.ndarray, ...]:

@@ -11,10 +11,9 @@ model at once, divided by that of plain loops of the published algorithm. Tables
 from __future__ import annotations
 
 import argparse
-import time
-from collections.abc import Callable
 
 import numpy as np
+from measured import timed
 
 from dask_ep.placement.policies import balance_layers, balanced, contiguous, exact, packed
 from tests.plain_placement import published_balance, zipf_load
@@ -68,12 +67,6 @@ def speed(layers: int) -> str:
         f"{layers} layers of 256 experts, 288 physical ones on 32 ranks: {ours:.3f} s, "
         f"{ours / loops:.3f} of the time of plain loops"
     )
-
-
-def timed(run: Callable[[], object]) -> float:
-    start = time.perf_counter()
-    run()
-    return time.perf_counter() - start
 
 
 if __name__ == "__main__":

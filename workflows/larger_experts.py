@@ -41,7 +41,7 @@ import ml_dtypes
 import numpy as np
 import psutil
 from dask.utils import format_bytes, parse_bytes
-from measured import peak_of_tree
+from measured import peak_of_tree, timed
 
 from dask_ep.arrays.blas import one_blas_thread, product
 from dask_ep.graph.expert_schedule import READS
@@ -63,10 +63,6 @@ class Layer:
     hidden: int
     experts: int
     k: int
-
-    @property
-    def flops(self) -> int:
-        return 6 * self.d * self.hidden * self.rows * self.k
 
     @property
     def expert_bytes(self) -> int:
@@ -305,12 +301,6 @@ class Bench:
     def on_threads(self, work: Callable, parts: object) -> None:
         with ThreadPoolExecutor(self.threads) as pool:
             list(pool.map(work, parts))
-
-
-def timed(run: Callable[[], object]) -> float:
-    start = time.perf_counter()
-    run()
-    return time.perf_counter() - start
 
 
 # --- the job ---------------------------------------------------------------------------------

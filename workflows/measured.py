@@ -16,11 +16,13 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+import dask
 import dask.array as da
 import numpy as np
 import psutil
 import zarr
 from dask.system import CPU_COUNT
+from distributed import Client
 
 import dask_ep
 
@@ -36,12 +38,6 @@ class Layer:
     zipf: float = 0.0
     rows: int = 131_072
     chunk_rows: int = 8192
-
-    @property
-    def flops(self) -> int:
-        """FLOPs of the whole job."""
-        width = self.d * self.d if self.hidden is None else 3 * self.d * self.hidden
-        return 2 * width * self.rows * self.k
 
 
 LAYERS = {
@@ -75,10 +71,13 @@ def parse_options(
 
 
 class Job:
-    """One layer's data, in files and in memory, and the directory of its outputs."""
+    """One layer's data, in files and in memory, and the directory of its outputs.
 
-    def __init__(self, layer: Layer, folder: Path):
-        self.layer, self.folder = layer, folder
+    `client` is that of `threads` workers, which own the experts.
+    """
+
+    def __init__(self, layer: Layer, folder: Path, client: Client, threads: int):
+        self.layer, self.folder, self.client, self.threads = layer, folder, client, threads
         self.tokens, self.routing, self.topk_weights = write_inputs(layer, folder)
         self.experts = write_experts(layer, folder)
 
@@ -89,6 +88,36 @@ class Job:
         with self.output() as out:
             os.sync()  # otherwise it may have to wait for earlier writes
             return timed(lambda: run(out))
+
+    def by_threads(self, out: Path) -> None:
+        dask_ep.store(self.layer_output(world_size=1), out)
+
+    def by_dask(self, out: Path) -> None:
+        """Do the same through Dask's own functions for Zarr."""
+        tokens, routing, weights = self.dask_inputs()
+        y = dask_ep.expert_parallel(
+            tokens, routing, self.experts, topk_weights=weights, world_size=1
+        )
+        da.store(y, self.create_output(out), lock=False)
+
+    def by_processes(self, out: Path) -> None:
+        """Do the same on running worker processes, each of which owns a share of the experts."""
+        with dask.config.set(scheduler=self.client):
+            dask_ep.store(self.layer_output(world_size=self.threads), out)
+
+    def check_results_agree(
+        self, programs: dict[str, Callable[[Path], None]], ours: str, rows: int
+    ) -> None:
+        """Check that every program writes the same first rows as one of them."""
+        results = {}
+        for name, run in programs.items():
+            with self.output() as out:
+                run(out)
+                results[name] = zarr.open_array(out)[:rows]
+        for name, result in results.items():
+            error = np.abs(result - results[ours]).max() / np.abs(results[ours]).max()
+            if not error < 1e-4:
+                raise SystemExit(f"{name} differs from {ours} by {error:.2g} of the largest")
 
     def token_files(self) -> list[Path]:
         return [f for f in (self.folder / "tokens.zarr").rglob("*") if f.is_file()]
@@ -171,7 +200,7 @@ def write_inputs(layer: Layer, folder: Path) -> tuple[np.ndarray, np.ndarray, np
     return tokens, routing, weights
 
 
-def timed(run: Callable[[], None]) -> float:
+def timed(run: Callable[[], object]) -> float:
     start = time.perf_counter()
     run()
     return time.perf_counter() - start

@@ -41,6 +41,7 @@ from dask_ep.layers.checkpoint_layers import Checkpoint
 from dask_ep.layers.families import PREFIXES, TEXT_CONFIGS
 from dask_ep.layers.family import Family, Key
 from dask_ep.storage.bundle import read_metadata
+from dask_ep.storage.safetensors_header import encode_entries
 from dask_ep.storage.sources import open_safetensors
 
 SCORES = {
@@ -297,9 +298,7 @@ def encoded(entries: list[Entry], metadata: dict[str, str] | None) -> bytes:
         header[entry.name] = {
             "dtype": entry.dtype, "shape": entry.shape, "data_offsets": list(offsets),
         }  # fmt: skip
-    text = json.dumps(header, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)
-    return len(text).to_bytes(8, "little") + text
+    return encode_entries(header)
 
 
 def copy_bytes(old: BinaryIO, new: BinaryIO, begin: int, count: int) -> None:

@@ -25,7 +25,6 @@ import argparse
 import statistics
 import tempfile
 import time
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -33,6 +32,7 @@ import dask.array as da
 import numpy as np
 from dask.system import CPU_COUNT
 from distributed import Client, LocalCluster
+from measured import timed
 
 from dask_ep import Experts, expert_parallel, own_experts
 from dask_ep.placement.placement import Placement
@@ -179,12 +179,6 @@ def lines(
             f"{policy} | {placement.imbalance(load):.2f} | {took:.2f} | {gain:.0%} | {share}"
         )
     return rows
-
-
-def timed(run: Callable[[], object]) -> float:
-    start = time.perf_counter()
-    run()
-    return time.perf_counter() - start
 
 
 if __name__ == "__main__":

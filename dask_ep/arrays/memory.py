@@ -126,10 +126,6 @@ class Pool:
         except KeyError:
             self._free.setdefault(block.size, deque()).append(block)
 
-    def free_bytes(self) -> int:
-        """Bytes of unused blocks."""
-        return sum(size * len(blocks) for size, blocks in list(self._free.items()))
-
     def drop(self, older_than: float) -> None:
         """Give blocks back to the system that have been unused since before `older_than`."""
         dropped = 0

@@ -14,7 +14,6 @@ from dask_ep.jobs.backends import Processes, Threads
 from dask_ep.jobs.job import (
     JOB_KEYS,
     MISSING,
-    PLACEMENTS,
     PRECISIONS,
     Job,
     load_job,
@@ -22,6 +21,7 @@ from dask_ep.jobs.job import (
 )
 from dask_ep.laws.travel import TRAVELS, Travel
 from dask_ep.layers.collect import WHAT, Wanted
+from dask_ep.placement.policies import POLICIES
 
 
 def grouped(*options: Callable) -> Callable[[Callable], Callable]:
@@ -78,7 +78,7 @@ input_options = grouped(
     click.option(
         "--placement",
         metavar="NAME|FILE",
-        help=f"{', '.join(PLACEMENTS)}, or a file written by `plan --save`.",
+        help=f"{', '.join(POLICIES)}, or a file written by `plan --save`.",
     ),
     click.option(
         "--precision",

@@ -30,11 +30,12 @@ from dask_ep.cli.options import (
 )
 from dask_ep.cli.terminal import hint_at_faster_blas
 from dask_ep.jobs.collect_plan import plan_collection
-from dask_ep.jobs.job import PLACEMENTS, Job
+from dask_ep.jobs.job import Job
 from dask_ep.jobs.plan import plan_job, what_if_job
 from dask_ep.laws.costs import Rates
 from dask_ep.laws.travel import TRAVELS, Travel
 from dask_ep.layers.collect import WHAT, Wanted
+from dask_ep.placement.policies import POLICIES
 from dask_ep.pricing.plan_text import figures_of
 from dask_ep.pricing.price import Plan, WhatIf
 from dask_ep.pricing.report import check_drawing, check_place, write_plan_report
@@ -230,8 +231,8 @@ def _whole_number(text: str) -> int:
 
 
 def _placement_name(text: str) -> str:
-    if text not in PLACEMENTS and not Path(text).is_file():
-        raise ValueError(f"{', '.join(PLACEMENTS)}, or files of placements")
+    if text not in POLICIES and not Path(text).is_file():
+        raise ValueError(f"{', '.join(POLICIES)}, or files of placements")
     return text
 
 

@@ -227,7 +227,7 @@ def _spill_chunk(
                 x = _pick(tokens, segments.rows(slots), files.row_dtype)
                 if weights is not None:
                     x = x * weights[slots].astype(x.dtype, copy=False)[:, None]
-                files.write_rows([(int(places[e]), x)])
+                files.write_rows(int(places[e]), x)
                 nbytes += x.nbytes
         files.record(number)
         return Receipt(chunk, 0, nbytes, SPILLED * len(tokens))

@@ -50,7 +50,7 @@ from dask_ep.graph.chunk import (
     load_rank,
 )
 from dask_ep.graph.keys import chunk_name, experts_key, ranks_key
-from dask_ep.graph.rows import array_of, first_rows
+from dask_ep.graph.rows import array_of, first_rows, one_chunk_wide
 from dask_ep.kernel.statistics import Observe
 from dask_ep.placement.placement import Placement
 from dask_ep.placement.placement_files import Asked, find_placement
@@ -276,10 +276,10 @@ def _aligned(
     if topk_weights is not None:
         _check_dask(topk_weights, "topk_weights")
     check_routing(routing, topk_weights, n=tokens.shape[0])
-    tokens = _one_chunk_wide(tokens)
-    routing = _one_chunk_wide(_with_rows_of(tokens, routing, "routing"))
+    tokens = one_chunk_wide(tokens)
+    routing = one_chunk_wide(_with_rows_of(tokens, routing, "routing"))
     if topk_weights is not None:
-        topk_weights = _one_chunk_wide(_with_rows_of(tokens, topk_weights, "topk_weights"))
+        topk_weights = one_chunk_wide(_with_rows_of(tokens, topk_weights, "topk_weights"))
     return tokens, routing, topk_weights
 
 
@@ -289,10 +289,6 @@ def _check_dask(array: Any, name: str) -> None:
             f"{name} must be a Dask array, but is a {kind_of(array)}; "
             "use da.from_array, dask_ep.open_tokens, or expert_parallel_dispatch on one chunk"
         )
-
-
-def _one_chunk_wide(array: da.Array) -> da.Array:
-    return array if array.ndim < 2 or array.numblocks[1] == 1 else array.rechunk({1: -1})
 
 
 def _with_rows_of(tokens: da.Array, array: da.Array, name: str) -> da.Array:

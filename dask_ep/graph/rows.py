@@ -72,6 +72,10 @@ def chunked_like(x: da.Array, hidden: da.Array, name: str) -> da.Array:
     return x.rechunk((*hidden.chunks[:-1], -1)) if known else x
 
 
+def one_chunk_wide(x: da.Array) -> da.Array:
+    return x if x.ndim < 2 or x.numblocks[1] == 1 else x.rechunk({1: -1})
+
+
 def block_by_block(function: Callable[..., Array], out: str, *args: Any, **kwargs: Any) -> da.Array:
     """Like `dask.array.blockwise`, on arrays whose chunks already match.
 

@@ -150,9 +150,9 @@ class SpillFiles:
         """Remove all files, if they exist."""
         shutil.rmtree(self.directory, ignore_errors=True)
 
-    def write_rows(self, rows: Sequence[tuple[int, np.ndarray]]) -> None:
-        """Write rows at their places, given as (place, rows (m, d))."""
-        self._write("rows", rows, self.d * self.row_dtype.itemsize)
+    def write_rows(self, place: int, rows: np.ndarray) -> None:
+        """Write rows (m, d) at a place."""
+        self._write("rows", [(place, rows)], self.d * self.row_dtype.itemsize)
 
     def read_rows(self, first: int, count: int) -> np.ndarray:
         """Return `count` rows (count, d), starting at a place."""

@@ -26,13 +26,14 @@ from dask_ep.experts.expert_kinds import EXPERT_KINDS
 from dask_ep.experts.experts import Experts
 from dask_ep.experts.stored_experts import held_as_stored
 from dask_ep.graph.pipeline import expert_parallel
-from dask_ep.jobs.job import PLACEMENTS, Job, nearest
+from dask_ep.jobs.job import Job, nearest
 from dask_ep.laws.decision import Decision
 from dask_ep.laws.work import Work
 from dask_ep.layers.checkpoint import load_moe_layer, moe_layers
 from dask_ep.layers.layer import MoELayer
 from dask_ep.placement.placement import Placement
 from dask_ep.placement.placement_files import resolve
+from dask_ep.placement.policies import POLICIES
 from dask_ep.placement.routing_stats import survey
 from dask_ep.storage.files import exists
 from dask_ep.storage.sources import Source, open_source, refuse_missing
@@ -252,13 +253,13 @@ def routed_by_layer(inputs: Inputs, tokens: da.Array) -> tuple[da.Array, da.Arra
 
 
 def _check_placement(job: Job) -> None:
-    if job.placement in (None, *PLACEMENTS):
+    if job.placement in (None, *POLICIES):
         return
     if not exists(job.placement) or os.path.isdir(job.placement):
         name = os.path.basename(job.placement)
         raise JobError(
-            f"{job.name}: placement must be one of {', '.join(PLACEMENTS)}, or the path of a file, "
-            f"but there is no such file: {job.placement}{nearest(name, PLACEMENTS)}"
+            f"{job.name}: placement must be one of {', '.join(POLICIES)}, or the path of a file, "
+            f"but there is no such file: {job.placement}{nearest(name, POLICIES)}"
         )
 
 

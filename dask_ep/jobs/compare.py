@@ -400,7 +400,7 @@ def _computed(
 
 def compare_tensors(a: str | os.PathLike, b: str | os.PathLike, layer: int) -> TensorDifferences:
     """Compare names, shapes and dtypes of a layer's tensors in two checkpoints; reads headers."""
-    x, y = (_tensors(Checkpoint(each), layer) for each in (a, b))
+    x, y = (dict(Checkpoint(each).block_tensors(layer)) for each in (a, b))
     dtypes: Counter[tuple[str, str]] = Counter()
     shapes, same = {}, 0
     for name in sorted(x.keys() & y.keys()):
@@ -413,14 +413,6 @@ def compare_tensors(a: str | os.PathLike, b: str | os.PathLike, layer: int) -> T
     return TensorDifferences(
         same, dtypes, shapes, _patterns(x.keys() - y.keys()), _patterns(y.keys() - x.keys())
     )
-
-
-def _tensors(checkpoint: Checkpoint, layer: int) -> dict[str, Source]:
-    return {
-        name: source
-        for prefix, block in checkpoint.places(layer)
-        for name, source in checkpoint.files.under(f"{prefix}{block}." if block else prefix).items()
-    }
 
 
 def _patterns(names: set[str]) -> dict[str, int]:

@@ -40,10 +40,6 @@ from dask_ep.errors import JobError
 from dask_ep.experts.expert_kinds import EXPERT_KINDS
 from dask_ep.placement.policies import POLICIES
 
-PLACEMENTS = POLICIES
-"""Names of placements; any other value is the path of a file written by `Placement.to_json`."""
-
-
 PRECISIONS = ("float32", "bfloat16")
 """Precisions of products in 16 bits, see `dask_ep.Experts.with_precision`."""
 
@@ -91,7 +87,7 @@ class Job:
     world_size: int | None = None
     #: number of ranks; None means one per worker, or 1 on threads
     placement: str | None = None
-    #: one of `PLACEMENTS`, or the path of a placement in JSON
+    #: one of `POLICIES`, or the path of a placement in JSON
     precision: str | None = None
     #: of 16-bit products, one of `PRECISIONS`; None means "float32"
     missing: str | None = None
@@ -281,9 +277,9 @@ JOB_KEYS = {
     "out": _OUT,
     "world_size": _Kind("an integer of at least 1", lambda v: _is_int(v) and v >= 1),
     "placement": _Kind(
-        f"one of {', '.join(PLACEMENTS)}, or the path of a JSON file",
+        f"one of {', '.join(POLICIES)}, or the path of a JSON file",
         _is_path,
-        lambda value, base: value if value in PLACEMENTS else resolve_path(value, base),
+        lambda value, base: value if value in POLICIES else resolve_path(value, base),
     ),
     "precision": _Kind(f"one of {', '.join(PRECISIONS)}", lambda v: v in PRECISIONS),
     "missing": _Kind(f"one of {', '.join(MISSING)}", lambda v: v in MISSING),
@@ -330,9 +326,6 @@ OTHER_NAMES = {
 }
 """Names that models use for the matrices of an expert, and the keys that may be meant."""
 
-EXPERT_MATRICES = {name: kind.matrices for name, kind in EXPERT_KINDS.items()}
-"""The keys that an [experts] table must have."""
-
 
 def _checked(table: Mapping[str, Any], *, base: Path, place: str) -> dict[str, Any]:
     """Check names and types of a job's keys, and make its paths absolute."""
@@ -353,12 +346,10 @@ def _checked_experts(table: Mapping[str, Any], *, base: Path, place: str) -> dic
     rest = {key: value for key, value in table.items() if key != "kind"}
     whose = f"a table of {kind} experts"
     values = _checked_keys(rest, EXPERT_KEYS[kind], base=base, place=place, whose=whose)
-    for key in EXPERT_MATRICES[kind]:
+    needed = EXPERT_KINDS[kind].matrices
+    for key in needed:
         if key not in values:
-            raise JobError(
-                f"{place}: {key!r} is missing; {kind} experts need "
-                f"{', '.join(EXPERT_MATRICES[kind])}"
-            )
+            raise JobError(f"{place}: {key!r} is missing; {kind} experts need {', '.join(needed)}")
     return {"kind": kind, **values}
 
 

@@ -118,7 +118,7 @@ class OnDevice(NamedTuple):
             DEVICE_PROCESS_BYTES,
         )
 
-    def host_need(self, threads: int, ranks: int, spread: Spread, read_bytes: int = 0) -> Need:
+    def host_need(self, threads: int, spread: Spread, read_bytes: int) -> Need:
         """Return the host memory of its worker, as a function of a chunk's rows; packets use TCP.
 
         `read_bytes` is what a thread needs to read a chunk in addition to its rows.

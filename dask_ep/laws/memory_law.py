@@ -114,7 +114,7 @@ def host_need(work: Work, layout: Layout, spread: Spread | None = None) -> Need:
     """Return the host memory that a worker with a GPU needs at most."""
     spread = layout.spread_at_worst(work.slots) if spread is None else spread
     assert work.on_device is not None
-    return work.on_device.host_need(layout.threads, layout.world_size, spread, work.read_bytes)
+    return work.on_device.host_need(layout.threads, spread, work.read_bytes)
 
 
 def rows_within(work: Work, layout: Layout, as_stored: bool = False) -> float:

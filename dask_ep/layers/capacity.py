@@ -28,7 +28,7 @@ import numpy as np
 
 from dask_ep.arrays.checks import refuse_masked
 from dask_ep.arrays.namespaces import UNDERFLOW_IS_ZERO, Array, namespace
-from dask_ep.graph.rows import block_by_block
+from dask_ep.graph.rows import block_by_block, one_chunk_wide
 from dask_ep.layers.scores import SCORES
 
 DIGITS = (11, 11, 10)
@@ -141,9 +141,7 @@ def limit_capacity(
     """
     refuse_masked(indices, "indices")
     refuse_masked(topk_weights, "topk_weights")
-    indices, topk_weights = _one_block_of_slots(indices), _one_block_of_slots(topk_weights)
-    if indices.chunks != topk_weights.chunks and not _unknown(indices):
-        topk_weights = topk_weights.rechunk(indices.chunks)
+    indices, topk_weights = one_chunk_wide(indices), one_chunk_wide(topk_weights)
     room = _room(indices, num_experts, capacity.factor * indices.shape[1] / num_experts)
     if capacity.drop == "position":
         keys = da.map_blocks(_equal_keys, indices, dtype=np.uint32, meta=_meta(indices, 2, "u4"))
@@ -179,7 +177,7 @@ def choose_rows(scores: da.Array, factor: float) -> da.Array:
            [ 0,  1]], dtype=int32)
     """
     refuse_masked(scores, "scores")
-    scores = _one_block_of_slots(scores)
+    scores = one_chunk_wide(scores)
     E = scores.shape[1]
     indices = da.map_blocks(_every_expert, scores, dtype=np.int32, meta=_meta(scores, 2, "i4"))
     return _keep_best(indices, scores, _room(indices, E, factor / E))
@@ -222,7 +220,7 @@ def _keep(indices: da.Array, keys: da.Array, state: da.Array) -> da.Array:
 def _room(indices: da.Array, num_experts: int, slots_per_row: float) -> da.Array:
     """The state (2, E) in which each expert has ceil(slots_per_row * n) free slots."""
     n = da.asarray(indices.shape[0])
-    if _unknown(indices):
+    if math.isnan(indices.shape[0]):
         n = block_by_block(
             _count_rows, "c", indices, "ck", adjust_chunks={"c": 1},
             dtype=np.int64, meta=_meta(indices, 1, "i8"),
@@ -232,14 +230,6 @@ def _room(indices: da.Array, num_experts: int, slots_per_row: float) -> da.Array
         xp_name=namespace(indices._meta).__name__,
         new_axes={"s": 2, "e": num_experts}, dtype=np.int64, meta=_meta(indices, 2, "i8"),
     )  # fmt: skip
-
-
-def _one_block_of_slots(x: da.Array) -> da.Array:
-    return x.rechunk({1: -1}) if x.numblocks[1] > 1 else x
-
-
-def _unknown(x: da.Array) -> bool:
-    return math.isnan(x.shape[0])
 
 
 def _meta(x: da.Array, ndim: int, dtype: str) -> Array:

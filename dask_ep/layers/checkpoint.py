@@ -142,9 +142,7 @@ class StoredPart(NamedTuple):
 class Description:
     """A summary of a checkpoint, as data to show."""
 
-    directory: str
     model_type: str
-    family: Family
     d: int
     width: int
     #: hidden width of a routed expert
@@ -197,7 +195,7 @@ def describe_checkpoint(
     dtypes: set[str] = set()
     layers, opened, blocks = [], [], []
     for layer in range(checkpoint.num_layers):
-        tensors = checkpoint.block_tensors(layer)
+        tensors = [tensor for _, tensor in checkpoint.block_tensors(layer)]
         kind = "moe" if checkpoint.is_moe(layer) else "dense"
         num_experts, in_memory = 0, 4 * sum(prod(tensor.shape) for tensor in tensors)
         if kind == "moe" and tensors:
@@ -223,9 +221,7 @@ def describe_checkpoint(
     first = opened[0]
     experts, width, router = _routed(first)
     return Description(
-        directory=checkpoint.files.directory,
         model_type=checkpoint.model.model_type,
-        family=checkpoint.model.family,
         d=first.d or experts.d,
         width=width,
         router=router,

@@ -81,12 +81,12 @@ class Checkpoint:
             return bool(self.files.names_under(f"{prefix}{block}."))
         return any(prefix + name in self.files.file_of for name in self.model.family.router_weight)
 
-    def block_tensors(self, layer: int) -> list[Source]:
-        """The tensors of the layer's block, a dense one's too."""
+    def block_tensors(self, layer: int) -> list[tuple[str, Source]]:
+        """The tensors of the layer's block, a dense one's too, with their names in the block."""
         return [
-            tensor
+            named
             for prefix, block in self.places(layer)
-            for tensor in self.files.under(f"{prefix}{block}." if block else prefix).values()
+            for named in self.files.under(f"{prefix}{block}." if block else prefix).items()
         ]
 
     def open_block(self, layer: int, *, residual: bool = False) -> tuple[Block, dict[str, Any]]:

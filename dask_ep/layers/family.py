@@ -62,7 +62,7 @@ class Key:
 
     def find(self, config: Config, layer: int) -> Any:
         for name in self.names:
-            value = look_up_key(config, name, absent=...)
+            value = look_up_key(config, name)
             value = self.null if value is None else value
             if value is not None and value is not ...:
                 if isinstance(value, list) and layer >= len(value):
@@ -77,12 +77,12 @@ class Key:
         raise missing(config, self.names)
 
 
-def look_up_key(config: Config, name: str, absent: Any = None) -> Any:
-    """Return the value of a config key, or `absent`; ``outer.inner`` is a key of an object."""
+def look_up_key(config: Config, name: str) -> Any:
+    """Return the value of a config key, `...` without one; ``outer.inner`` is that of an object."""
     value: Any = config
     for part in name.split("."):
         if not isinstance(value, Mapping) or part not in value:
-            return absent
+            return ...
         value = value.get(part)
     return value
 

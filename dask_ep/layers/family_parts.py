@@ -98,6 +98,7 @@ def by_block_type(config: Config, layer: int) -> bool:
 RMS_NORM_EPS = Key("rms_norm_eps", default=1e-6)
 INTERMEDIATE_SIZE = Key("intermediate_size")
 MIXTRAL_BLOCKS = ("block_sparse_moe", "mlp")
+MLP_BIAS = Key("mlp_bias", default=False)
 SOFTMAX = {"score": "softmax", "norm_topk_prob": False}
 SOFTMAX_SUM_1 = {"score": "softmax", "norm_topk_prob": True}
 QWEN_SHARED = Shared(

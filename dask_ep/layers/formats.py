@@ -408,7 +408,6 @@ MXFP4 = partial(_build_fp4, MXFP4_GROUP, None)
 NVFP4, NVFP4_MODELOPT = (partial(_build_fp4, NVFP4_GROUP, n) for n in ("global_scale", "scale_2"))
 PACKED, SCALE = "{name}_packed", ("{name}_scale",)
 ZERO = {"zero_point": "{name}_zero_point"}
-WITH_ZEROS = {"codes": "{stem}qweight", "dtypes": (INT32,), "scales": ("{stem}scales",)}
 
 WEIGHT_FORMATS = (
     Format("MXFP4", "{name}_blocks", EXPONENTS, ("{name}_scales",), _build_mxfp4_blocks),

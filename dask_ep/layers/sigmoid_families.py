@@ -27,6 +27,7 @@ from dask_ep.layers.family_parts import (
     IN_OUT,
     INTERMEDIATE_SIZE,
     MIXTRAL_BLOCKS,
+    MLP_BIAS,
     NAMED_OR_NUMBERED,
     RMS_NORM_EPS,
     SWIGLU_OAI,
@@ -41,7 +42,6 @@ from dask_ep.layers.family_parts import (
     sigmoid_router,
 )
 
-MLP_BIAS = Key("mlp_bias", default=False)
 CLAMPED_SILU = {**CLAMPED, "activation": "silu"}
 SHARED_WIDTH = Key("shared_expert_intermediate_size")
 
@@ -91,7 +91,7 @@ HY_V3 = Family(
     shared=Shared(
         ("shared_mlp", "shared_experts"),
         Product((MOE_WIDTH, Key("num_shared_experts"))),
-        biases=Key("mlp_bias", default=False),
+        biases=MLP_BIAS,
     ),
     is_moe=MlpTypes(dense=1),
 )
@@ -383,7 +383,7 @@ SIGMOID_FAMILIES: tuple[Family, ...] = (
         shared=Shared(
             ("/share_expert", "shared_experts"),
             Key("share_expert_dim", "share_expert_dims"),
-            biases=Key("mlp_bias", default=False),
+            biases=MLP_BIAS,
             options={
                 "activation": "silu",
                 "limit": Key("swiglu_limits_shared", off=None, default=None),

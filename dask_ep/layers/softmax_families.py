@@ -31,6 +31,7 @@ from dask_ep.layers.family_parts import (
     INTERMEDIATE_SIZE,
     LINEAR,
     MIXTRAL_BLOCKS,
+    MLP_BIAS,
     NAMED_OR_NUMBERED,
     QWEN_SHARED,
     RMS_NORM_EPS,
@@ -89,9 +90,7 @@ DEEPSEEK_V2 = Family(
         "group_score": "max",
         "scale": Key("routed_scaling_factor"),
     },
-    shared=shared_experts(
-        Key("n_shared_experts", null=0, default=2), biases=Key("mlp_bias", default=False)
-    ),
+    shared=shared_experts(Key("n_shared_experts", null=0, default=2), biases=MLP_BIAS),
     is_moe=after_the_dense_ones,
 )
 MISTRAL4 = replace(
@@ -292,7 +291,7 @@ SOFTMAX_FAMILIES: tuple[Family, ...] = (
         shared=Shared(
             "shared_experts",
             Product((INTERMEDIATE_SIZE, Key("moe_num_shared_experts", default=2))),
-            biases=Key("mlp_bias", default=False),
+            biases=MLP_BIAS,
             options={"activation": Key("hidden_act", default="silu")},
         ),
     ),

@@ -20,6 +20,7 @@ import uuid
 import weakref
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
+from itertools import accumulate
 from typing import Any, NamedTuple
 
 import dask
@@ -149,7 +150,7 @@ class Output(Step):
         self.path, self.shape, self.dtype = path, y.shape, y.dtype
         self.rows: tuple[int, ...] = tuple(map(int, y.chunks[0]))
         self.directory, self._writer, self._manifest = progress_directory(path), writer, manifest
-        self.complete = manifest["complete"]
+        self.complete, self._starts = manifest["complete"], list(accumulate(self.rows, initial=0))
         self.done_before = frozenset(range(len(self.rows)) if self.complete else self._find_done())
         # Writing has side effects, so each output has its own tasks, even for equal arrays.
         self._name = f"{_fused_with(y)}ep_store-{uuid.uuid4().hex}"
@@ -264,8 +265,7 @@ class Output(Step):
             )
 
     def _build_graph(self, y: da.Array, sync: bool) -> HighLevelGraph:
-        starts = np.concatenate([[0], np.cumsum(self.rows)]).tolist()
-        run = self._manifest["run"]
+        starts, run = self._starts, self._manifest["run"]
         job = _Job(self.path, self._writer, self.directory, run, self.shape, self.dtype, sync)
         axes = tuple(range(y.ndim))
         spans = {(b, *self._rest): (b, starts[b], starts[b + 1]) for b in range(len(self.rows))}
@@ -278,9 +278,8 @@ class Output(Step):
         return HighLevelGraph.from_collections(self._name, layer, dependencies=inputs)
 
     def _find_done(self) -> set[int]:
-        starts = np.concatenate([[0], np.cumsum(self.rows)]).tolist()
         done = journal.read_done(self.directory, self._manifest["run"])
-        return {b for b in done if self._writer.holds(starts[b], starts[b + 1])}
+        return {b for b in done if self._writer.holds(*self._starts[b : b + 2])}
 
 
 def progress_directory(path: str) -> str:

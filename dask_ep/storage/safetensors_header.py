@@ -126,8 +126,7 @@ def encode_header(
 
     Notes
     -----
-    Tensors are stored one after another, in this order. The header is padded with spaces to a
-    multiple of 8, as the format recommends, so that the data is aligned.
+    Tensors are stored one after another, in this order.
     """
     labels = {known: label for label, known in DTYPES.items()}
     header: dict[str, Any] = {} if metadata is None else {"__metadata__": dict(metadata)}
@@ -142,7 +141,12 @@ def encode_header(
         offsets = [begin, end]
         header[name] = {"dtype": labels[dtype], "shape": list(shape), "data_offsets": offsets}
         begin = end
-    text = json.dumps(header, separators=(",", ":")).encode()
+    return encode_entries(header)
+
+
+def encode_entries(entries: Mapping[str, Any]) -> bytes:
+    """Write a header's entries, padded with spaces so that the data is aligned to 8 bytes."""
+    text = json.dumps(entries, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
     return len(text).to_bytes(8, "little") + text
 

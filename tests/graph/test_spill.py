@@ -334,8 +334,8 @@ def test_a_task_that_outlives_its_run_says_nothing_of_the_run_that_overwrites_it
     calls, late, begun_again = count(), threading.Event(), threading.Event()
     write, create = SpillFiles.write_rows, SpillFiles.create
 
-    def write_late(files, rows):
-        write(files, rows)
+    def write_late(files, place, rows):
+        write(files, place, rows)
         if next(calls) == 30:  # in the midst of a chunk
             late.set()
             assert begun_again.wait(DEADLINE)

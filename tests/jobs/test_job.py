@@ -19,7 +19,7 @@ from dask_ep.experts.experts import Experts
 from dask_ep.jobs.backends import Processes, Threads, lay_out
 from dask_ep.jobs.build import Built, build, open_inputs
 from dask_ep.jobs.decide import decide
-from dask_ep.jobs.job import EXPERT_KEYS, EXPERT_MATRICES, Job, load_job, parse_experts
+from dask_ep.jobs.job import EXPERT_KEYS, Job, load_job, parse_experts
 from dask_ep.jobs.run import run_job
 from dask_ep.placement.policies import balanced
 
@@ -109,7 +109,7 @@ def test_the_keys_of_experts_are_the_keywords_of_their_classmethods(kind):
     parameters = inspect.signature(getattr(Experts, kind)).parameters
     assert set(EXPERT_KEYS[kind]) == set(parameters)
     required = {n for n, p in parameters.items() if p.default is inspect.Parameter.empty}
-    assert set(EXPERT_MATRICES[kind]) == required
+    assert set(EXPERT_KINDS[kind].matrices) == required
 
 
 # --- what is wrong ---------------------------------------------------------------------------
@@ -168,7 +168,7 @@ def test_a_home_that_is_nobodys_is_named_with_its_key(key):
     value = "~nobody-of-this-name/x.npy"
     keys = {key: value}
     if weight:
-        table = dict.fromkeys(EXPERT_MATRICES[kind], "w.npy") | {weight: ["w.npy", value]}
+        table = dict.fromkeys(EXPERT_KINDS[kind].matrices, "w.npy") | {weight: ["w.npy", value]}
         keys = {"experts": {"kind": kind} | table}
     message = rf"{weight or key}: .*'~nobody-of-this-name/x.npy'.* cannot be found"
     with pytest.raises(JobError, match=message):

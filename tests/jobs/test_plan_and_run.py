@@ -19,11 +19,12 @@ import zarr
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from dask_ep.experts.expert_kinds import EXPERT_KINDS
 from dask_ep.jobs import run
 from dask_ep.jobs.backends import Processes, Threads, Where, lay_out
 from dask_ep.jobs.build import Inputs, build, open_inputs
 from dask_ep.jobs.decide import decide
-from dask_ep.jobs.job import EXPERT_MATRICES, Job, load_job
+from dask_ep.jobs.job import Job, load_job
 from dask_ep.jobs.plan import Machine, plan, plan_job
 from dask_ep.jobs.run import run_job
 from dask_ep.laws.costs import Rates
@@ -83,7 +84,7 @@ class Sizes:
         return "x.zarr"
 
     def _write_experts(self, folder: Path) -> Iterator[str]:
-        for name in EXPERT_MATRICES[self.kind]:
+        for name in EXPERT_KINDS[self.kind].matrices:
             columns = {"down": self.d, "w": self.d, "gate_up": 2 * self.hidden}
             rows = self.hidden if name == "down" else self.d
             shape = (self.num_experts, rows, columns.get(name, self.hidden))
@@ -125,7 +126,7 @@ class Asked:
 
 sizes = st.builds(
     Sizes,
-    kind=st.sampled_from([*EXPERT_MATRICES, "layer"]),
+    kind=st.sampled_from([*EXPERT_KINDS, "layer"]),
     rows=st.integers(0, 3000),
     k=st.none() | st.integers(1, 8),
     d=st.sampled_from([8, 512, 1024, 2048]),
@@ -301,7 +302,7 @@ def test_a_plan_and_a_run_go_every_way_alike(tmp_path, name):
 
 small = st.builds(
     Sizes,
-    kind=st.sampled_from([*EXPERT_MATRICES, "layer"]),
+    kind=st.sampled_from([*EXPERT_KINDS, "layer"]),
     rows=st.integers(0, 400),
     k=st.none() | st.integers(1, 4),
     d=st.just(256),

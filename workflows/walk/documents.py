@@ -39,10 +39,6 @@ class Documents(NamedTuple):
     lengths: np.ndarray
     #: (D,) int64, of each document; they add up to N
 
-    @property
-    def starts(self) -> np.ndarray:
-        return np.cumsum(self.lengths) - self.lengths
-
 
 # --- reading ---------------------------------------------------------------------------------
 

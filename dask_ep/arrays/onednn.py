@@ -29,6 +29,7 @@ from dask_ep.arrays.onednn_kernels import (
     COPY,
     FLOAT32,
     PRODUCT,
+    SCALE,
     SILU,
     TIMES,
     Kernels,
@@ -123,6 +124,13 @@ class OneDnn(Kernels):
         ways = [(self._blocks(one), self._steps(one)) for one in (packed, packed.columns(0, PANEL))]
         (_, wide, *_), (_, across) = ways[0]
         return ways[0] == ways[1] and PANEL % wide == 0 and across == k * wide
+
+    def scale(self, numbers: np.ndarray, scales: np.ndarray, out: np.ndarray) -> bool:
+        """Write numbers (n, w) of int8, uint8 or bfloat16, times scales (n, 1), (1, w) or (1, 1),
+        to `out` (n, w), float32 or rounded to bfloat16, and return True; False if the library
+        cannot."""
+        axes = [axis for axis, length in enumerate(scales.shape) if length > 1]
+        return self.run(SCALE, (numbers, out, scales.reshape(-1)), tuple(axes))
 
     def widened(self, w: Matrix) -> np.ndarray:
         """Copy a matrix of bfloat16, packed or not, to one of float32."""

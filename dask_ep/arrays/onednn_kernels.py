@@ -29,13 +29,12 @@ CACHE_LINE = 64
 
 _CPU, _IN_ORDER, _GIVEN_SCRATCH = 1, 1, 1  # engine kind, stream flag, scratchpad mode
 _NUMBERS = {BFLOAT16: 2, FLOAT32: 3}  # dnnl_data_type_t
+_TYPES = _NUMBERS | {np.dtype(np.int8): 5, np.dtype(np.uint8): 6}  # these are only copied
 _SOURCE, _DESTINATION, _WEIGHTS, _SCRATCH = 1, 17, 33, 80  # DNNL_ARG_*
 _OTHER = 32768 | 2  # DNNL_ARG_ATTR_MULTIPLE_POST_OP(0) | DNNL_ARG_SRC_1
-_ROLES = {
-    2: (_SOURCE, _DESTINATION, _SCRATCH),
-    3: (_SOURCE, _WEIGHTS, _DESTINATION, _SCRATCH),
-    4: (_SOURCE, _WEIGHTS, _DESTINATION, _OTHER, _SCRATCH),
-}
+_SCALES = 4096 | _SOURCE  # DNNL_ARG_ATTR_SCALES
+_PRODUCT_ROLES = (_SOURCE, _WEIGHTS, _DESTINATION, _OTHER)
+_COPY_ROLES = (_SOURCE, _DESTINATION, _SCALES)
 _ELTWISE_SWISH, _BINARY_MUL = 0x2C, 0x1FFF1  # dnnl_alg_kind_t
 ADD, SILU, TIMES = "add", "silu", "times"  # what follows a product
 _ANY_LENGTH = -(1 << 63)  # DNNL_RUNTIME_DIM_VAL
@@ -85,8 +84,9 @@ class Packed:
 
 Matrix = np.ndarray | Packed
 
-PRODUCT, COPY = "product", "copy"
-"""What a kernel does: write x @ w to `out`, or copy one matrix to another."""
+PRODUCT, COPY, SCALE = "product", "copy", "scale"
+"""What a kernel does: write x @ w to `out`; copy one matrix to another; or copy it times a scale
+for each row or column, or one for all."""
 
 
 class Kernels:
@@ -126,7 +126,7 @@ class Kernels:
 
         Overhead must be small: products of few rows take some 20 us.
         """
-        threads = _limit or self._all_threads
+        threads = 1 if what == SCALE else _limit or self._all_threads  # many threads scale at a time
         self._set_threads(threads)  # OpenMP's number of threads is a setting of each calling thread
         key = (what, then, threads, *map(_kind, arrays))
         try:
@@ -152,21 +152,27 @@ class Kernels:
             return None
         layouts = self._in_pairs(*arrays) if what == COPY else None
         layouts = layouts or [self._layout(array) for array in arrays]
-        described = self._copy(*layouts) if what == COPY else self._product(arrays, then)
+        if what == PRODUCT:
+            described = self._product(arrays, then)
+        else:
+            described = self._copy(layouts[0], layouts[1], then)
         if described is None:
             return None
         name = ctypes.c_char_p()
         self._do("primitive_desc_query", described, _ITS_NAME, 0, ctypes.byref(name))
-        if b"ref" in (name.value or b""):
+        if any(slow in (name.value or b"") for slow in (b"ref", b"simple:any")):
             return None
         scratch = self._part(described, _ITS_SCRATCH)
         memories = [self._new("memory", each, self._engine, None) for each in (*layouts, scratch)]
         room = bench.scratch(self._library.dnnl_memory_desc_get_size(scratch))
-        return _Kernel(self._library, self._new("primitive", described), memories, room)
+        roles = _PRODUCT_ROLES if what == PRODUCT else _COPY_ROLES
+        return _Kernel(self._library, self._new("primitive", described), roles, memories, room)
 
     def _product(self, arrays: tuple[Matrix, ...], then: Any) -> _Handle | None:
         x, w, out, *others = arrays
-        if x.dtype != w.dtype or (then in (None, ADD) and out.dtype != FLOAT32):
+        if x.dtype not in _NUMBERS or x.dtype != w.dtype:
+            return None
+        if then in (None, ADD) and out.dtype != FLOAT32:
             return None
         # Kernels with post-operations, or of packed matrices, have a fixed number of rows.
         rows = x.shape[0] if then is not None or isinstance(w, Packed) else _ANY_LENGTH
@@ -185,8 +191,16 @@ class Kernels:
         layouts = self._layout(x, rows), self._layout(w), None, self._layout(out, rows)
         return self._described("matmul", self._engine, *layouts, options)
 
-    def _copy(self, source: _Handle | None, to: _Handle | None) -> _Handle | None:
-        return self._described("reorder", source, self._engine, to, self._engine, None)
+    def _copy(
+        self, source: _Handle | None, to: _Handle | None, axes: tuple[int, ...] | None = None
+    ) -> _Handle | None:
+        """`axes` are those along which there are several scales; None if there is no scale."""
+        options = None
+        if axes is not None:
+            options = self._new("primitive_attr")
+            mask = sum(1 << axis for axis in axes)
+            self._do("primitive_attr_set_scales_mask", options, _SOURCE, mask)
+        return self._described("reorder", source, self._engine, to, self._engine, options)
 
     def packed_bytes(self, w: np.ndarray) -> int | None:
         """Bytes of a matrix in the kernels' layout; None if they do not support it."""
@@ -230,6 +244,8 @@ class Kernels:
     def _layout(self, array: Matrix, rows: int | None = None) -> _Handle | None:
         if isinstance(array, Packed):
             return self._packed_layout(array.shape, array.dtype)
+        if array.ndim == 1:
+            return self._strided(array.shape, array.dtype, (1,))
         shape = (array.shape[0] if rows is None else rows, array.shape[1])
         steps = [step // array.itemsize for step in array.strides]
         if array.flags.c_contiguous:  # also if the stride of a single row or column is another
@@ -237,7 +253,7 @@ class Kernels:
         return self._strided(shape, array.dtype, steps)
 
     def _strided(self, shape: tuple[int, ...], dtype: np.dtype, steps: Iterable[int]) -> _Handle:
-        arguments = len(shape), _lengths(shape), _NUMBERS[dtype], _lengths(steps)
+        arguments = len(shape), _lengths(shape), _TYPES[dtype], _lengths(steps)
         return self._new("memory_desc", *arguments, by="memory_desc_create_with_strides")
 
     def _new_packed_layout(self, shape: tuple[int, int], dtype: np.dtype) -> _Handle | None:
@@ -307,6 +323,7 @@ class _Kernel:
         self,
         library: ctypes.CDLL,
         primitive: _Handle,
+        roles: tuple[int, ...],
         memories: list[_Handle],
         scratch: np.ndarray,
     ):
@@ -316,9 +333,9 @@ class _Kernel:
         *arrays, room = (one.pointer for one in memories)
         self._arrays = arrays
         self._put(room, scratch.ctypes.data)
-        roles = zip(_ROLES[len(arrays)], memories, strict=True)
+        of_each = zip((*roles[: len(arrays)], _SCRATCH), memories, strict=True)
         self._arguments = (_Argument * len(memories))(
-            *(_Argument(role, one.pointer) for role, one in roles)
+            *(_Argument(role, one.pointer) for role, one in of_each)
         )
 
     def run(self, stream: ctypes.c_void_p, *addresses: int) -> None:
@@ -355,11 +372,14 @@ def _address(array: Matrix) -> int:
 
 
 def _lies_well(array: Matrix) -> bool:
-    """Whether a matrix has a dtype of the library and contiguous rows or columns; or is packed."""
+    """Whether a matrix has a dtype of the library and contiguous rows or columns; or is packed.
+    One of a single axis is contiguous."""
     if isinstance(array, Packed):
         return True
-    if array.dtype not in _NUMBERS or array.size == 0:
+    if array.dtype not in _TYPES or array.size == 0:
         return False
+    if array.ndim == 1:
+        return array.flags.c_contiguous and array.flags.aligned
     size, (rows, columns), (down, along) = array.itemsize, array.shape, array.strides
     return array.flags.aligned and (
         (along == size and down >= columns * size and down % size == 0)

@@ -1,14 +1,26 @@
-"""How are codes of few bits unpacked, scaled by groups and rounded, in few passes of NumPy?
+"""How are codes of few bits unpacked, scaled by groups and rounded, in few passes?
 
-A pass over numbers in cache takes time in proportion to their bytes: a tenth of a nanosecond for a
-float32, a quarter of that for a byte. So as much as possible is done to bytes before they become
-floats, and values shared by a group are applied to long rows. A call of NumPy takes a microsecond
-or more, so each processes many numbers.
+A pass of NumPy over numbers in cache takes time in proportion to their bytes: a tenth of a
+nanosecond for a float32, a quarter of that for a byte. So as much as possible is done to bytes
+before they become floats, and values shared by a group are applied to long rows. A call of NumPy
+takes a microsecond or more, so each processes many numbers.
+
+Where oneDNN is installed, it converts, scales and rounds in one pass, to the same bits.
 """
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
+import ml_dtypes
 import numpy as np
+
+from dask_ep.arrays.onednn import installed_onednn
+
+BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
+
+SCALED = frozenset((np.dtype(np.int8), np.dtype(np.uint8), BFLOAT16))
+"""Numbers that are scaled in one pass."""
 
 IN_CACHE = 1 << 19
 """Numbers that go through all steps together; their codes stay in a core's own cache."""
@@ -18,6 +30,9 @@ LONG = 512
 
 FEW = 128
 """Size of a group up to which it is faster to repeat the shared value first."""
+
+SMALLEST_PASS = 1 << 14
+"""Numbers below which another library's pass takes less time than calling it."""
 
 
 def spread_halves(codes: np.ndarray, out: np.ndarray) -> None:
@@ -46,7 +61,7 @@ def apply_shared(ufunc: np.ufunc, rows: np.ndarray, values: np.ndarray, wide: in
     ufunc : such as ``np.multiply``
     rows : C-contiguous, of the dtype of `values`
     values : (bands, columns / wide, rounded up), or (bands, 1)
-        Each for r / bands neighbouring rows; `wide` numbers share one only if bands are 1 or r.
+        Each for r / bands neighbouring rows.
     wide : how many numbers of a row share a value
 
     Examples
@@ -58,11 +73,13 @@ def apply_shared(ufunc: np.ufunc, rows: np.ndarray, values: np.ndarray, wide: in
     array([[2., 2., 3., 3.],
            [2., 2., 3., 3.]], dtype=float32)
     """
-    columns, blocks = rows.shape[1], values.shape[1]
+    columns, (bands, blocks) = rows.shape[1], values.shape
+    if 1 < bands < len(rows) and blocks > 1 and wide > 1:
+        values, wide = np.repeat(values, wide, axis=1)[:, :columns], 1
     if values.size == 1:
         ufunc(rows, values.reshape(()), out=rows)
     elif blocks == 1 or wide == 1:
-        _in_long_rows(ufunc, rows.reshape(len(values), -1, columns), values[:, None])
+        _in_long_rows(ufunc, rows.reshape(bands, -1, columns), values[:, None])
     elif wide <= FEW and columns == blocks * wide:
         ufunc(rows, np.repeat(values, wide).reshape(-1, columns), out=rows)
     elif columns == blocks * wide:
@@ -70,6 +87,85 @@ def apply_shared(ufunc: np.ufunc, rows: np.ndarray, values: np.ndarray, wide: in
         _in_long_rows(ufunc, split, values[:, :, None])
     else:
         ufunc(rows, np.repeat(values, wide, axis=1)[:, :columns], out=rows)
+
+
+class Rounding(NamedTuple):
+    """How products of numbers and scales are rounded to 16 bits."""
+
+    dtype: np.dtype
+    split: np.float32 | None
+    #: `split_factor` of all scales
+    scratch: np.ndarray
+    #: float32, at least as many as there are products; the numbers may be in its first half
+
+
+def scale_into(
+    rows: np.ndarray,
+    numbers: np.ndarray,
+    values: np.ndarray,
+    wide: int = 1,
+    rounding: Rounding | None = None,
+) -> None:
+    """Write numbers of few bits, times values that neighbouring ones share, to float32 rows.
+
+    Parameters
+    ----------
+    rows : (r, columns), C-contiguous
+    numbers : (r, columns), or `rows` itself; if products are rounded, whole numbers
+    values, wide : as for `apply_shared`
+    rounding : how the products are rounded, if they are
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> rows = np.empty((1, 4), np.float32)
+    >>> scale_into(rows, np.int8([[1, 2, 3, 4]]), np.float32([[1, 10]]), wide=2)
+    >>> rows
+    array([[ 1.,  2., 30., 40.]], dtype=float32)
+    """
+    if rounding is None:
+        _scale(rows, numbers, values, wide)
+        return
+    dtype, split, scratch = rounding
+    if split is not None and dtype == BFLOAT16:
+        narrow = scratch.view(BFLOAT16)[scratch.size :][: rows.size].reshape(rows.shape)
+        if _scale_in_one_pass(narrow, numbers, values, wide):
+            _scale(rows, narrow, np.ones((1, 1), np.float32), 1)
+            return
+    _scale(rows, numbers, values if split is None else values * split, wide)
+    round_to(rows, dtype, split, scratch[: rows.size].reshape(rows.shape))
+
+
+def _scale(rows: np.ndarray, numbers: np.ndarray, values: np.ndarray, wide: int) -> None:
+    if not _scale_in_one_pass(rows, numbers, values, wide):
+        if numbers is not rows:
+            rows[...] = numbers
+        apply_shared(np.multiply, rows, values, wide)
+
+
+def _scale_in_one_pass(
+    rows: np.ndarray, numbers: np.ndarray, values: np.ndarray, wide: int
+) -> bool:
+    """Do this, to float32 or rounded to bfloat16; return False if no library here can."""
+    library, (r, columns) = installed_onednn(), rows.shape
+    if library is None or rows.size < SMALLEST_PASS or numbers.dtype not in SCALED:
+        return False
+    values = np.ascontiguousarray(values)
+    bands, blocks = values.shape
+    if values.size == 1:
+        return library.scale(numbers, values, rows)
+    if r % bands:
+        return False
+    if wide == 1 and blocks > 1:
+        each = zip(np.split(numbers, bands), values, np.split(rows, bands), strict=True)
+        return all(library.scale(some, one[None], to) for some, one, to in each)
+    wide = columns if blocks == 1 else wide
+    if columns != blocks * wide:
+        return False
+    if blocks > 1:
+        numbers, rows = numbers.reshape(-1, wide), rows.reshape(-1, wide)
+    values = values if bands == r else np.repeat(values, r // bands, axis=0)
+    return library.scale(numbers, values.reshape(-1, 1), rows)
 
 
 def _in_long_rows(ufunc: np.ufunc, rows: np.ndarray, values: np.ndarray) -> None:

@@ -106,7 +106,8 @@ def coding(name: str) -> Coding:
         return Coding(partial(_decode_rows, 4), table, 8)
     if name == "fp4":
         table = _both_halves(E2M1)
-        return Coding(partial(_look_up, two_bytes(table)), table)
+        small = _decode_float4, np.float32(2.0**126)
+        return Coding(partial(_look_up, two_bytes(table)), table, small=small)
     dtype = np.dtype(getattr(ml_dtypes, name))
     values = np.arange(256, dtype=np.uint8).view(dtype).astype(np.float32)[:, None]
     form = Float8.of(dtype, values)
@@ -182,6 +183,19 @@ def _decode_float8(
     return spare.view(ml_dtypes.bfloat16)
 
 
+def _decode_float4(stored: np.ndarray, out: np.ndarray, spare: np.ndarray) -> np.ndarray:
+    """Shift the bits of both halves of each byte to those of two bfloat16, times 2**-126."""
+    codes = stored.reshape(-1).view(np.uint8)
+    words, others = spare.view(np.uint32), out.reshape(-1).view(np.uint32)[len(codes) :]
+    words[...] = codes
+    np.multiply(words, np.uint32(1 << 6 | 1 << 18), out=others)
+    np.bitwise_and(others, np.uint32(0x01C001C0), out=others)  # exponents and fractions
+    np.multiply(words, np.uint32(1 << 12 | 1 << 24), out=words)
+    np.bitwise_and(words, np.uint32(0x80008000), out=words)  # signs
+    np.bitwise_or(words, others, out=words)
+    return spare.view(ml_dtypes.bfloat16)
+
+
 def _decode_uint4(stored: np.ndarray, out: np.ndarray, spare: np.ndarray) -> np.ndarray:
     numbers = spare.view(np.uint8)[: out.size]
     spread_halves(stored.reshape(-1).view(np.uint8), numbers)
@@ -193,9 +207,9 @@ def _decode_awq(stored: np.ndarray, out: np.ndarray, spare: np.ndarray) -> np.nd
 
     H. S. Warren, Hacker's Delight, section 7-2, of four bits at a time.
     """
-    words = stored.reshape(-1).view(np.uint32).copy()
+    words, swapped = _two_of(stored, out)
     for shift, mask in ((8, 0x0000FF00), (4, 0x00F000F0)):
-        swapped = words >> np.uint32(shift)
+        np.right_shift(words, np.uint32(shift), out=swapped)
         swapped ^= words
         swapped &= np.uint32(mask)
         words ^= swapped
@@ -204,9 +218,17 @@ def _decode_awq(stored: np.ndarray, out: np.ndarray, spare: np.ndarray) -> np.nd
     return _decode_uint4(words, out, spare)
 
 
+def _two_of(stored: np.ndarray, out: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """A copy of words, and room for as many, at the end of memory that numbers are written to."""
+    words = stored.reshape(-1).view(np.uint32)
+    copied, more = out.reshape(-1).view(np.uint32)[-2 * len(words) :].reshape(2, -1)
+    copied[...] = words
+    return copied, more
+
+
 def _decode_rows(bits: int, stored: np.ndarray, out: np.ndarray, spare: np.ndarray) -> np.ndarray:
     """Decode all rows of each byte of the words together: bytes are shifted faster than words."""
-    words, rows = stored.view(np.uint32).copy(), 8 // bits
+    words, rows = _two_of(stored, out)[0].reshape(len(stored), -1), 8 // bits
     numbers = spare.view(np.uint8)[: out.size].reshape(len(words), 4, rows, words.shape[1])
     for i in range(4):
         numbers[:, i, -1] = words  # the lowest byte

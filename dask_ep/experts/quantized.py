@@ -21,9 +21,16 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
+from dask_ep.arrays import memory
 from dask_ep.arrays.device_streams import pinned_empty
 from dask_ep.arrays.namespaces import Array, namespace
-from dask_ep.arrays.unpack import IN_CACHE, apply_shared, round_to, split_factor
+from dask_ep.arrays.unpack import (
+    IN_CACHE,
+    Rounding,
+    apply_shared,
+    scale_into,
+    split_factor,
+)
 from dask_ep.errors import ReadError
 from dask_ep.experts.codings import FLOAT8, Coding, coding
 from dask_ep.experts.device_sources import DeviceSource, bytes_on, held_on_device, put
@@ -62,7 +69,7 @@ class QuantizedSource(Source):
     Notes
     -----
     All steps are taken on some rows at a time, which stay in cache. `workflows/README.md` has what
-    they cost: two to five times a copy.
+    they cost.
     """
 
     PARTS = ("codes", "scales", "zeros", "groups", "extent")
@@ -164,14 +171,13 @@ class QuantizedSource(Source):
         first: int,
     ) -> None:
         """Decode one matrix (rows, columns); its first row is at a given offset in its block."""
-        codes, split = coding(self.coding), split_factor(scales, self.rounded)
+        codes, rounding = coding(self.coding), None
         step = _rows_in_cache(out.shape[1], self.block[0]) // codes.rows * codes.rows or codes.rows
         width, wide = self._numbers_held()[-1], self.block[1]
-        scratch = np.empty(min(step, len(out)) * width, np.float32)
-        decode, scales = codes.with_scales(scales if split is None else scales * split)
-        if groups is None and self.block[0] > 1 and wide > 1:  # rows share repeated values
-            scales, zeros = (_widened(values, wide, out.shape[1]) for values in (scales, zeros))
-            wide = 1
+        scratch = memory.empty((min(step, len(out)) * width,), np.float32)
+        if self.rounded is not None:
+            rounding = Rounding(self.rounded, split_factor(scales, self.rounded), scratch)
+        decode, scales = codes.with_scales(scales)
         picked, wide = (None, wide) if groups is None or wide == 1 else (groups, 1)
         for start in range(0, len(out), step):
             rows = out[start : start + step]
@@ -181,12 +187,10 @@ class QuantizedSource(Source):
             spare = scratch.view(np.uint16)[: len(rows) * width]
             numbers = decode(stored_rows, room, spare).reshape(len(rows), width)
             numbers = numbers[:, : rows.shape[1]]
-            numbers = less(numbers, _of_rows(zeros, bands, picked), codes, wide)
-            if room is not rows or numbers.dtype != rows.dtype:
-                rows[...] = numbers
-            apply_shared(np.multiply, rows, _of_rows(scales, bands, picked), wide)
-            if self.rounded is not None:
-                round_to(rows, self.rounded, split, scratch[: rows.size].reshape(rows.shape))
+            numbers = less(numbers, _of_rows(zeros, bands, picked), codes, wide, spare)
+            if room is rows and numbers.dtype == rows.dtype:
+                numbers = rows
+            scale_into(rows, numbers, _of_rows(scales, bands, picked), wide, rounding)
 
     # --- on a device ---
 
@@ -302,29 +306,31 @@ def _bands(
     return np.arange(top, top + count) // block[0]
 
 
-def _widened(values: Any, wide: int, columns: int) -> Any:
-    """Expand values (block rows, block columns) to one per column, of blocks `wide` columns."""
-    if not isinstance(values, np.ndarray) or values.shape[1] == 1:
-        return values
-    return np.repeat(values, wide, axis=1)[:, :columns]
-
-
 def _of_rows(values: Any, bands: slice | np.ndarray, picked: np.ndarray | None) -> Any:
     if np.ndim(values) == 0:
         return values
     return values[bands] if picked is None else np.take(values[bands], picked, axis=1)
 
 
-def less(numbers: np.ndarray, zeros: np.ndarray | float, codes: Coding, wide: int) -> np.ndarray:
-    """Subtract zero points, (r or 1, blocks) or one for all, before numbers are widened."""
+def less(
+    numbers: np.ndarray, zeros: np.ndarray | float, codes: Coding, wide: int, spare: np.ndarray
+) -> np.ndarray:
+    """Subtract zero points, (r or 1, blocks) or one for all, before numbers are widened; in the
+    spare memory, where numbers of four bits are already."""
     if np.ndim(zeros) == 0 and not zeros:
         return numbers
-    if numbers.itemsize == 1 and not (codes.table.shape[1] == 2 or np.all(zeros == 128)):
-        numbers = numbers.astype(np.int16)
-    numbers = numbers.view(f"i{numbers.itemsize}")
-    values = np.asarray(zeros, np.int16).astype(numbers.dtype)
+    fits = codes.table.shape[1] == 2 or np.all(zeros == 128)
+    kind = np.dtype(np.int8 if numbers.itemsize == 1 and fits else np.int16)
+    same = numbers.itemsize == kind.itemsize
+    if not np.may_share_memory(numbers, spare):
+        room = spare.view(kind)[: numbers.size].reshape(numbers.shape)
+        room[...] = numbers.view(kind) if same else numbers
+        numbers = room
+    else:
+        numbers = numbers.view(kind) if same else numbers.astype(kind)
+    values = np.asarray(zeros, np.int16).astype(kind)
     if values.ndim == 0:
-        return np.subtract(numbers, values)
+        return np.subtract(numbers, values, out=numbers)
     apply_shared(np.subtract, numbers, values, wide)
     return numbers
 

@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from dask_ep.arrays.memory import empty
-from dask_ep.arrays.unpack import IN_CACHE, apply_shared
+from dask_ep.arrays.unpack import IN_CACHE, apply_shared, scale_into
 
 DOUBLED_E2M1 = np.array([0, 1, 2, 3, 4, 6, 8, 12, 0, -1, -2, -3, -4, -6, -8, -12], np.int8)
 
@@ -57,11 +57,12 @@ def _decode(form: Form, quants: Any, blocks: np.ndarray, out: np.ndarray) -> boo
     codes, shared = form.codes(blocks), form.scales(quants, blocks)
     step = IN_CACHE // out.shape[1]
     for first in range(0, len(blocks), step):
-        part = out[first : first + step]
-        part[...] = codes[first : first + step]
-        for ufunc, values in zip((np.multiply, np.subtract), shared, strict=False):
-            some, wide = values[first : first + step], out.shape[1] // values.shape[1]
-            apply_shared(ufunc, part.reshape(1, -1), some.reshape(1, -1), wide)  # as one row
+        part, some = out[first : first + step], codes[first : first + step]
+        scales, *minima = (values[first : first + step] for values in shared)
+        scale_into(part, some, scales, out.shape[1] // scales.shape[1])
+        for values in minima:
+            wide = out.shape[1] // values.shape[1]
+            apply_shared(np.subtract, part.reshape(1, -1), values.reshape(1, -1), wide)
     return all(bool(np.abs(values).max() < LARGE) for values in shared)
 
 

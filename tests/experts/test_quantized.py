@@ -10,13 +10,21 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dask_ep.arrays.unpack import IN_CACHE, apply_shared, round_to, split_factor
+from dask_ep.arrays.unpack import (
+    IN_CACHE,
+    Rounding,
+    apply_shared,
+    round_to,
+    scale_into,
+    split_factor,
+)
 from dask_ep.errors import ReadError
 from dask_ep.experts import quantized
 from dask_ep.experts.codings import FLOAT8
 from dask_ep.experts.quantized import QuantizedSource, float8, mxfp4
 from dask_ep.experts.scales import ScaleSource, ZeroPoints
 from dask_ep.storage.sources import open_source
+from tests.one_pass import scaled_by  # noqa: F401
 
 
 def random_float8(shape, block, *, seed=0, dtype=ml_dtypes.float8_e4m3fn, scale=np.float32):
@@ -264,3 +272,51 @@ def test_what_numbers_share_reaches_all_of_them(wide, together, cut):
     apply_shared(np.multiply, rows, values, wide)
     assert rows.tobytes() == want.tobytes()
     assert np.getbufsize() == usual
+
+
+SHARED = [  # rows, columns, bands, blocks, wide
+    (4, 64, 1, 1, 64),
+    (4, 64, 4, 1, 64),
+    (6, 64, 2, 1, 64),
+    (4, 64, 4, 4, 16),
+    (6, 64, 2, 4, 16),
+    (4, 60, 4, 4, 16),
+    (6, 60, 2, 4, 16),
+    (6, 64, 2, 64, 1),
+    (6, 64, 1, 64, 1),
+    (1, 64, 1, 4, 16),
+]
+
+
+@pytest.mark.parametrize(("r", "columns", "bands", "blocks", "wide"), SHARED)
+@pytest.mark.parametrize("dtype", [np.int8, np.uint8, np.int16, ml_dtypes.bfloat16])
+@pytest.mark.parametrize("spare", [0, 3])
+@pytest.mark.parametrize("rounded", [None, ml_dtypes.bfloat16, np.float16])
+def test_numbers_are_scaled_by_what_they_share(
+    r, columns, bands, blocks, wide, dtype, spare, rounded
+):
+    rng = np.random.default_rng(0)
+    numbers = rng.integers(0, 16, (r, columns + spare)).astype(dtype)[:, :columns]
+    values = rng.uniform(0.01, 2, (bands, blocks)).astype(rounded or np.float32).astype("f4")
+    each = np.repeat(np.repeat(values, r // bands, axis=0), wide, axis=1)[:, :columns]
+    want = numbers.astype(np.float32) * each
+    rows = np.full((r, columns), np.nan, np.float32)
+    rounding = None
+    if rounded is not None:
+        dtype16 = np.dtype(rounded)
+        want = want.astype(dtype16).astype(np.float32)
+        scratch = np.empty(rows.size, np.float32)
+        rounding = Rounding(dtype16, split_factor(values, dtype16), scratch)
+    scale_into(rows, numbers, values, wide, rounding)
+    assert rows.tobytes() == want.tobytes()
+
+
+def test_zero_points_of_128_leave_the_codes_as_they_are():
+    """Eight bits each, stored with the sign that int8 lacks, in memory that cannot be written."""
+    codes = np.random.default_rng(0).integers(0, 256, (8, 64)).astype(np.uint8)
+    codes.flags.writeable = False
+    zeros = open_source(np.full((8, 2), 128, np.float32))
+    scales = open_source(np.ones((8, 2), np.float32))
+    source = QuantizedSource(open_source(codes), "uint8", scales, (1, 32), zeros=zeros)
+    for _ in range(2):
+        np.testing.assert_array_equal(source.read(0, 8), codes.astype(np.float32) - 128)

@@ -21,6 +21,7 @@ from dask_ep.layers.formats import Parts, find_parts
 from dask_ep.storage.sources import Source, open_safetensors, open_source
 from dask_ep.storage.views import View
 from tests.checkpoints import FIXTURES, LAYER, altered, expected, write_tensors
+from tests.one_pass import scaled_by  # noqa: F401
 
 FORMATS = FIXTURES / "formats"
 CASES = sorted(path.stem for path in FORMATS.glob("*.safetensors"))

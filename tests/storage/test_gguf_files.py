@@ -14,6 +14,7 @@ from dask_ep.storage.gguf_blocks import FORMS, STEP
 from dask_ep.storage.gguf_files import GgufSource, open_gguf
 from dask_ep.storage.sources import ArraySource, open_source
 from tests.gguf_files import Form, gguf, write_gguf
+from tests.one_pass import scaled_by  # noqa: F401
 
 NOT_DECODED = {Form.Q8_1, Form.Q8_K, Form.Q1_0, *(Form[f"I{bits}"] for bits in (8, 16, 32, 64))}
 DECODED = [form for form in Form if form not in NOT_DECODED]

@@ -126,7 +126,7 @@ class Kernels:
 
         Overhead must be small: products of few rows take some 20 us.
         """
-        threads = 1 if what == SCALE else _limit or self._all_threads  # many threads scale at a time
+        threads = 1 if what == SCALE else _limit or self._all_threads  # callers are many for that
         self._set_threads(threads)  # OpenMP's number of threads is a setting of each calling thread
         key = (what, then, threads, *map(_kind, arrays))
         try:

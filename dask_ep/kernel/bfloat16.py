@@ -61,11 +61,14 @@ def narrowed(w: np.ndarray) -> np.ndarray:
     """
     if w.dtype != np.float32 or not w.flags.c_contiguous or blas.bfloat16_library() is None:
         return w
-    halves = w.reshape(-1).view(np.uint16).reshape(-1, 2)
-    if any(halves[start : start + STEP, 0].any() for start in range(0, len(halves), STEP)):
+    bits = w.reshape(-1).view(np.uint32)
+    set_somewhere = (
+        np.bitwise_or.reduce(bits[start : start + STEP]) for start in range(0, len(bits), STEP)
+    )
+    if any(some & np.uint32(0xFFFF) for some in set_somewhere):
         return w
     out = memory.empty(w.shape, np.uint16)
-    out.reshape(-1)[...] = halves[:, 1]
+    out.reshape(-1)[...] = bits.view(np.uint16)[1::2]
     return out.view(BFLOAT16)
 
 

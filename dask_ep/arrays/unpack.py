@@ -106,11 +106,12 @@ def scale_into(
     wide: int = 1,
     rounding: Rounding | None = None,
 ) -> None:
-    """Write numbers of few bits, times values that neighbouring ones share, to float32 rows.
+    """Write numbers of few bits, times values that neighbouring ones share.
 
     Parameters
     ----------
-    rows : (r, columns), C-contiguous
+    rows : (r, columns), C-contiguous, of float32; or of bfloat16 if that holds all products, or
+        they are rounded to it
     numbers : (r, columns), or `rows` itself; if products are rounded, whole numbers
     values, wide : as for `apply_shared`
     rounding : how the products are rounded, if they are
@@ -123,6 +124,12 @@ def scale_into(
     >>> rows
     array([[ 1.,  2., 30., 40.]], dtype=float32)
     """
+    if rows.dtype == BFLOAT16:
+        if not _scale_in_one_pass(rows, numbers, values, wide):
+            full = np.empty(rows.shape, np.float32)
+            scale_into(full, numbers, values, wide, rounding)
+            rows[...] = full
+        return
     if rounding is None:
         _scale(rows, numbers, values, wide)
         return

@@ -18,13 +18,13 @@ import copy
 import json
 from typing import Any
 
-import ml_dtypes
 import numpy as np
 
 from dask_ep.arrays import memory
 from dask_ep.arrays.device_streams import pinned_empty
 from dask_ep.arrays.namespaces import Array, namespace
 from dask_ep.arrays.unpack import (
+    BFLOAT16,
     IN_CACHE,
     Rounding,
     apply_shared,
@@ -130,17 +130,29 @@ class QuantizedSource(Source):
     @property
     def is_bfloat16(self) -> bool:
         """Whether bfloat16 represents all of its numbers exactly, judged by dtypes."""
-        return self.scales.are_powers or self.rounded == ml_dtypes.bfloat16
+        return self.scales.are_powers or self.rounded == BFLOAT16
 
     # --- on the host ---
 
     def read(self, start: int, stop: int, out: np.ndarray | None = None) -> np.ndarray:
         out = self._destination(start, stop, out)
+        self._fill(start, stop, out)
+        return out
+
+    def read_bfloat16(self, start: int, stop: int) -> np.ndarray | None:
+        """The same numbers in bfloat16; None unless scales and codes show that these are exact."""
+        if not self.is_bfloat16:
+            return None
+        out = memory.empty((stop - start, *self.shape[1:]), BFLOAT16)
+        return out if self._fill(start, stop, out) else None
+
+    def _fill(self, start: int, stop: int, out: np.ndarray) -> bool:
+        """Decode to float32, or to bfloat16 if that is exact; otherwise stop and return False."""
         if start == stop:
-            return out
+            return True
         if len(self.shape) == 2 and coding(self.coding).rows > 1 and len(out) < self.shape[0]:
             out[...] = self.read(0, self.shape[0])[start:stop]  # rows share their words
-            return out
+            return out.dtype == self.dtype
         self._check_extent()
         groups = self._read_groups()
         if len(self.shape) == 3:
@@ -148,15 +160,15 @@ class QuantizedSource(Source):
             scales, zeros = self.scales.read(start, stop), self._read_zeros(start, stop)
             for e, one in enumerate(out):
                 zero = zeros if isinstance(zeros, float) else zeros[e]
-                self._decode(stored[e], scales[e], zero, groups, one, 0)
-            return out
+                if not self._decode(stored[e], scales[e], zero, groups, one, 0):
+                    return False
+            return True
         first, last = start // self.block[0], -(-stop // self.block[0])
         if groups is not None:
             first, last = 0, self.scales.shape[0]
         scales, zeros = self.scales.read(first, last), self._read_zeros(first, last)
         stored = self.codes.read(start // coding(self.coding).rows, self._stored_rows(stop))
-        self._decode(stored, scales, zeros, groups, out, start - first * self.block[0])
-        return out
+        return self._decode(stored, scales, zeros, groups, out, start - first * self.block[0])
 
     def _stored_rows(self, rows: int) -> int:
         return -(-rows // coding(self.coding).rows)
@@ -169,8 +181,13 @@ class QuantizedSource(Source):
         groups: np.ndarray | None,
         out: np.ndarray,
         first: int,
-    ) -> None:
-        """Decode one matrix (rows, columns); its first row is at a given offset in its block."""
+    ) -> bool:
+        """Decode one matrix (rows, columns); its first row is at a given offset in its block.
+
+        As `_fill`: bfloat16 is exact unless products are tiny or huge.
+        """
+        if out.dtype == BFLOAT16 and split_factor(scales, BFLOAT16) is None:
+            return False
         codes, rounding = coding(self.coding), None
         step = _rows_in_cache(out.shape[1], self.block[0]) // codes.rows * codes.rows or codes.rows
         width, wide = self._numbers_held()[-1], self.block[1]
@@ -183,7 +200,8 @@ class QuantizedSource(Source):
             rows = out[start : start + step]
             stored_rows = stored[start // codes.rows : self._stored_rows(start + step)]
             bands = _bands(self.block, first + start, len(rows), groups)
-            room = rows if width == rows.shape[1] else scratch[: len(rows) * width]
+            alone = width == rows.shape[1] and rows.dtype == np.float32
+            room = rows if alone else scratch[: len(rows) * width]
             spare = scratch.view(np.uint16)[: len(rows) * width]
             numbers = decode(stored_rows, room, spare).reshape(len(rows), width)
             numbers = numbers[:, : rows.shape[1]]
@@ -191,6 +209,7 @@ class QuantizedSource(Source):
             if room is rows and numbers.dtype == rows.dtype:
                 numbers = rows
             scale_into(rows, numbers, _of_rows(scales, bands, picked), wide, rounding)
+        return True
 
     # --- on a device ---
 

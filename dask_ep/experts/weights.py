@@ -156,9 +156,16 @@ class Weight:
             elif given is not None:
                 arrays.append(_checked(next(read)))
             else:
-                source, start, stop = self.place(e)
-                arrays.append(source.read(start, stop).reshape(self.shape[1:]))
+                arrays.append(self._read_one(e, dtype).reshape(self.shape[1:]))
         return [None if a is None else self._as_computed(a, dtype) for a in arrays]
+
+    def _read_one(self, e: int, dtype: np.dtype) -> Array:
+        source, start, stop = self.place(e)
+        if isinstance(source, QuantizedSource) and self.loaded_dtype(dtype) == BFLOAT16:
+            narrow = source.read_bfloat16(start, stop)
+            if narrow is not None:
+                return narrow
+        return source.read(start, stop)
 
     def loaded_dtype(self, dtype: np.dtype, *, on_device: bool = False) -> np.dtype:
         """The dtype in which one is held to compute in a dtype, judged by dtypes."""

@@ -52,6 +52,30 @@ def opened(case: str) -> tuple[QuantizedSource, np.ndarray]:
 
 
 @pytest.mark.parametrize("case", CASES)
+def test_what_bfloat16_holds_is_decoded_to_it(case):
+    source, _ = opened(case)
+    if not isinstance(source, QuantizedSource):
+        source = source.stored
+    whole, narrow = source.read(0, source.shape[0]), source.read_bfloat16(0, source.shape[0])
+    assert (narrow is not None) == source.is_bfloat16
+    if narrow is not None:
+        assert narrow.dtype == ml_dtypes.bfloat16
+        assert narrow.astype(np.float32).tobytes() == whole.tobytes()
+
+
+@pytest.mark.parametrize("scale", [2.0**-101, 2.0**101])
+def test_numbers_that_bfloat16_may_not_hold_are_not_decoded_to_it(scale):
+    """Powers of two, and products that are rounded: both are exact if they are neither tiny nor
+    huge."""
+    codes = open_source(np.full((1, 32), 113, np.uint8).view(ml_dtypes.float8_e4m3fn))
+    powers = np.full((1, 1), scale, np.float32).astype(ml_dtypes.float8_e8m0fnu)
+    source = QuantizedSource(codes, "float8_e4m3fn", open_source(powers), (1, 32))
+    assert source.is_bfloat16
+    assert source.read_bfloat16(0, 1) is None
+    np.testing.assert_array_equal(source.read(0, 1), np.full((1, 32), 144 * scale, np.float32))
+
+
+@pytest.mark.parametrize("case", CASES)
 def test_numbers_are_those_of_the_library_bit_for_bit(case):
     source, decoded = opened(case)
     got = source.read(0, source.shape[0])

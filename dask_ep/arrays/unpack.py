@@ -89,6 +89,41 @@ def apply_shared(ufunc: np.ufunc, rows: np.ndarray, values: np.ndarray, wide: in
         ufunc(rows, np.repeat(values, wide, axis=1)[:, :columns], out=rows)
 
 
+def less(
+    numbers: np.ndarray,
+    zeros: np.ndarray | float,
+    wide: int,
+    spare: np.ndarray,
+    *,
+    few_bits: bool,
+) -> np.ndarray:
+    """Subtract zero points from whole numbers (r, columns), in spare memory, where they may be
+    already.
+
+    Parameters
+    ----------
+    zeros, wide : as `values` of `apply_shared`, or one for all
+    spare : uint16 of as many numbers
+    few_bits : whether numbers and zeros have four bits, not eight
+    """
+    if np.ndim(zeros) == 0 and not zeros:
+        return numbers
+    fits = few_bits or np.all(zeros == 128)
+    kind = np.dtype(np.int8 if numbers.itemsize == 1 and fits else np.int16)
+    same = numbers.itemsize == kind.itemsize
+    if np.may_share_memory(numbers, spare):
+        numbers = numbers.view(kind) if same else numbers.astype(kind)
+    else:
+        room = spare.view(kind)[: numbers.size].reshape(numbers.shape)
+        room[...] = numbers.view(kind) if same else numbers
+        numbers = room
+    values = np.asarray(zeros, np.int16).astype(kind)
+    if values.ndim == 0:
+        return np.subtract(numbers, values, out=numbers)
+    apply_shared(np.subtract, numbers, values, wide)
+    return numbers
+
+
 class Rounding(NamedTuple):
     """How products of numbers and scales are rounded to 16 bits."""
 

@@ -27,12 +27,12 @@ from dask_ep.arrays.unpack import (
     BFLOAT16,
     IN_CACHE,
     Rounding,
-    apply_shared,
+    less,
     scale_into,
     split_factor,
 )
 from dask_ep.errors import ReadError
-from dask_ep.experts.codings import FLOAT8, Coding, coding
+from dask_ep.experts.codings import FLOAT8, coding
 from dask_ep.experts.device_sources import DeviceSource, bytes_on, held_on_device, put
 from dask_ep.experts.scales import E8M0, ScaleSource, ZeroPoints
 from dask_ep.storage.gguf_files import GgufSource
@@ -157,7 +157,7 @@ class QuantizedSource(Source):
         groups = self._read_groups()
         if len(self.shape) == 3:
             stored = self.codes.read(start, stop)
-            scales, zeros = self.scales.read(start, stop), self._read_zeros(start, stop)
+            scales, zeros = self.scales.read(start, stop), _read_zeros(self.zeros, start, stop)
             for e, one in enumerate(out):
                 zero = zeros if isinstance(zeros, float) else zeros[e]
                 if not self._decode(stored[e], scales[e], zero, groups, one, 0):
@@ -166,7 +166,7 @@ class QuantizedSource(Source):
         first, last = start // self.block[0], -(-stop // self.block[0])
         if groups is not None:
             first, last = 0, self.scales.shape[0]
-        scales, zeros = self.scales.read(first, last), self._read_zeros(first, last)
+        scales, zeros = self.scales.read(first, last), _read_zeros(self.zeros, first, last)
         stored = self.codes.read(start // coding(self.coding).rows, self._stored_rows(stop))
         return self._decode(stored, scales, zeros, groups, out, start - first * self.block[0])
 
@@ -205,7 +205,8 @@ class QuantizedSource(Source):
             spare = scratch.view(np.uint16)[: len(rows) * width]
             numbers = decode(stored_rows, room, spare).reshape(len(rows), width)
             numbers = numbers[:, : rows.shape[1]]
-            numbers = less(numbers, _of_rows(zeros, bands, picked), codes, wide, spare)
+            zero = _of_rows(zeros, bands, picked)
+            numbers = less(numbers, zero, wide, spare, few_bits=codes.table.shape[1] == 2)
             if room is rows and numbers.dtype == rows.dtype:
                 numbers = rows
             scale_into(rows, numbers, _of_rows(scales, bands, picked), wide, rounding)
@@ -223,36 +224,17 @@ class QuantizedSource(Source):
         stored = bytes_on(xp, self.codes, start, stop)
         values = codes.arranged(stored.reshape(stored.shape[0], -1), xp)
         values = values.reshape(*out.shape[:-1], -1)[..., : self.shape[-1]]
-        zeros = self._read_zeros(*bands)
+        zeros = _read_zeros(self.zeros, *bands)
         if isinstance(zeros, np.ndarray):
-            values = values - self._widened_on(xp, xp.asarray(zeros), groups)
+            values = values - _widened(xp, xp.asarray(zeros), self, groups)
         elif zeros:
             values = values - np.float32(zeros)
-        values = values * self._widened_on(xp, self.scales.on_device(xp, *bands), groups)
+        values = values * _widened(xp, self.scales.on_device(xp, *bands), self, groups)
         if self.rounded is not None:
             values = values.astype(self.rounded)
         out[...] = values.astype(out.dtype, copy=False)
 
-    def _widened_on(self, xp: Any, values: Array, groups: np.ndarray | None) -> Array:
-        rows, columns = self.shape[-2:]
-        for axis in (-2, -1):
-            if groups is not None and (self.block[1] == 1) == (axis == -2):
-                values = xp.take(values, xp.asarray(groups), axis=axis)
-            elif self.block[axis] > 1:
-                values = xp.repeat(values, min(self.block[axis], self.shape[axis]), axis=axis)
-        return values[..., :rows, :columns]
-
     # --- its parts ---
-
-    def _read_zeros(self, start: int, stop: int) -> np.ndarray | float:
-        """Whole numbers."""
-        if not isinstance(self.zeros, Source):
-            return float(self.zeros)
-        zeros = self.zeros.read(start, stop)
-        whole = zeros.astype(np.int16)
-        if (whole != zeros).any() or (np.abs(whole) > 255).any():
-            raise ReadError(f"{self.zeros.name} must hold whole numbers of 8 bits ({self.path})")
-        return whole
 
     def _check_extent(self) -> None:
         if self.extent is None:
@@ -305,6 +287,28 @@ class QuantizedSource(Source):
         return f"{type(self).__name__} {self.path} {json.dumps(self.fingerprint())}"
 
 
+def _read_zeros(zeros: Source | float, start: int, stop: int) -> np.ndarray | float:
+    """Whole numbers."""
+    if not isinstance(zeros, Source):
+        return float(zeros)
+    read = zeros.read(start, stop)
+    whole = read.astype(np.int16)
+    if (whole != read).any() or (np.abs(whole) > 255).any():
+        raise ReadError(f"{zeros.name} must hold whole numbers of 8 bits ({zeros.path})")
+    return whole
+
+
+def _widened(xp: Any, values: Array, source: QuantizedSource, groups: np.ndarray | None) -> Array:
+    """Repeat values of blocks for each number of a source, on a device."""
+    rows, columns = source.shape[-2:]
+    for axis in (-2, -1):
+        if groups is not None and (source.block[1] == 1) == (axis == -2):
+            values = xp.take(values, xp.asarray(groups), axis=axis)
+        elif source.block[axis] > 1:
+            values = xp.repeat(values, min(source.block[axis], source.shape[axis]), axis=axis)
+    return values[..., :rows, :columns]
+
+
 def _rows_in_cache(columns: int, tall: int) -> int:
     """How many rows to decode together: whole blocks of `tall` rows, or a part of one."""
     rows = max(IN_CACHE // max(columns, 1), 1)
@@ -329,29 +333,6 @@ def _of_rows(values: Any, bands: slice | np.ndarray, picked: np.ndarray | None) 
     if np.ndim(values) == 0:
         return values
     return values[bands] if picked is None else np.take(values[bands], picked, axis=1)
-
-
-def less(
-    numbers: np.ndarray, zeros: np.ndarray | float, codes: Coding, wide: int, spare: np.ndarray
-) -> np.ndarray:
-    """Subtract zero points, (r or 1, blocks) or one for all, before numbers are widened; in the
-    spare memory, where numbers of four bits are already."""
-    if np.ndim(zeros) == 0 and not zeros:
-        return numbers
-    fits = codes.table.shape[1] == 2 or np.all(zeros == 128)
-    kind = np.dtype(np.int8 if numbers.itemsize == 1 and fits else np.int16)
-    same = numbers.itemsize == kind.itemsize
-    if not np.may_share_memory(numbers, spare):
-        room = spare.view(kind)[: numbers.size].reshape(numbers.shape)
-        room[...] = numbers.view(kind) if same else numbers
-        numbers = room
-    else:
-        numbers = numbers.view(kind) if same else numbers.astype(kind)
-    values = np.asarray(zeros, np.int16).astype(kind)
-    if values.ndim == 0:
-        return np.subtract(numbers, values, out=numbers)
-    apply_shared(np.subtract, numbers, values, wide)
-    return numbers
 
 
 def float8(values: Source, scales: Source, block: tuple[int, int]) -> QuantizedSource:

@@ -186,13 +186,12 @@ def _decode_float8(
 def _decode_float4(stored: np.ndarray, out: np.ndarray, spare: np.ndarray) -> np.ndarray:
     """Shift the bits of both halves of each byte to those of two bfloat16, times 2**-126."""
     codes = stored.reshape(-1).view(np.uint8)
-    words, others = spare.view(np.uint32), out.reshape(-1).view(np.uint32)[len(codes) :]
+    words = spare.view(np.uint32)
     words[...] = codes
-    np.multiply(words, np.uint32(1 << 6 | 1 << 18), out=others)
-    np.bitwise_and(others, np.uint32(0x01C001C0), out=others)  # exponents and fractions
-    np.multiply(words, np.uint32(1 << 12 | 1 << 24), out=words)
-    np.bitwise_and(words, np.uint32(0x80008000), out=words)  # signs
-    np.bitwise_or(words, others, out=words)
+    np.multiply(words, np.uint32(1 | 1 << 12), out=words)
+    np.bitwise_and(words, np.uint32(0x000F000F), out=words)
+    np.multiply(words, np.uint32(1 << 6 | 1 << 12), out=words)  # exponent and fraction, and sign
+    np.bitwise_and(words, np.uint32(0x81C081C0), out=words)
     return spare.view(ml_dtypes.bfloat16)
 
 

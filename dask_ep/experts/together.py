@@ -63,8 +63,13 @@ class Together(Generic[Result]):
 
     def results(self) -> list[Result]:
         """Take part, wait for the steps of others, and return the results; to one caller only."""
-        self.take_part()
-        results = [future.result() for future in self._taken]
+        try:
+            self.take_part()
+            results = [future.result() for future in self._taken]
+        except BaseException as error:  # Ctrl-C may come between two steps
+            self._error = self._error or error
+            self.take_part()  # no further step begins
+            raise
         self._taken.clear()
         return results
 

@@ -47,6 +47,30 @@ def test_after_an_error_no_step_begins():
     assert begun == [0]
 
 
+def test_an_interrupt_between_two_steps_ends_the_load_for_all_threads(monkeypatch):
+    begun, others = [], threading.Event()
+    steps = Together(lambda i=i: begun.append(i) or others.wait(20) for i in range(50))
+    helper = threading.Thread(target=steps.take_part)
+    helper.start()
+    plain, came = Together.take_part, []
+
+    def interrupted(self):
+        if not came:
+            came.append(True)
+            raise KeyboardInterrupt
+        plain(self)
+
+    monkeypatch.setattr(Together, "take_part", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        steps.results()
+    others.set()
+    helper.join(20)
+    assert not helper.is_alive()
+    assert len(begun) <= 2
+    with pytest.raises(KeyboardInterrupt):
+        steps.results()
+
+
 def test_steps_are_dropped_when_they_have_been_taken():
     class Large:
         pass

@@ -181,4 +181,4 @@ def slices_kept(client: Client) -> dict[str, int]:
 
 def _slices_kept(dask_worker):
     services = dask_worker.plugins.get(SERVICES_PLUGIN)
-    return 0 if services is None else len(services._slices)
+    return 0 if services is None else len(services._slices._held)

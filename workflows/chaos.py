@@ -172,7 +172,7 @@ def write_job(directory: Path, drawn: Drawn) -> Job:
 def _writer(path: Path, n: int, like: np.ndarray, rows: int) -> Writer:
     """Create a file for `n` rows like these, in blocks of the given size."""
     blocks = [min(rows, n - start) for start in range(0, n, rows)]
-    writer = make_writer(path.suffix, str(path), (n, *like.shape[1:]), like.dtype, blocks)
+    writer = make_writer(str(path), (n, *like.shape[1:]), like.dtype, blocks)
     writer.create()
     return writer
 

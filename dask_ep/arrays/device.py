@@ -123,7 +123,7 @@ def explain_memory(xp: Any, needed: int, rows: int | None = None, held: int = 0)
 
 
 def explain_chunk_memory(chunk: Array, row_bytes: int) -> AbstractContextManager[None]:
-    """As `explain_out_of_memory` for a step on a loaded chunk, by its most bytes per row."""
+    """As `explain_memory` for a step on a loaded chunk, by its most bytes per row."""
     return explain_memory(namespace(chunk), len(chunk) * row_bytes, len(chunk), chunk.nbytes)
 
 

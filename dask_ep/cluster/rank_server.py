@@ -122,9 +122,6 @@ class Slices:
         for _ in range(threads):
             threading.Thread(target=self._work, name="dask-ep-serve", daemon=True).start()
 
-    def __len__(self) -> int:
-        return len(self._held)
-
     def open(
         self, token: str, rank: int, load: Callable[[], Any], is_wanted: Callable[[str], bool]
     ) -> None:

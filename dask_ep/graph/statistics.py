@@ -73,8 +73,6 @@ class PartialLayout:
 
     def pack(self, numbers: Numbers) -> np.ndarray:
         """Concatenate partial results."""
-        if not self.parts:
-            return np.zeros(0)
         return np.concatenate([numbers[name].reshape(-1) for name in self.parts], dtype=np.float64)
 
     def unpack(self, vector: np.ndarray) -> Numbers:

@@ -225,7 +225,7 @@ def _expert_weights(example: Example, key: str) -> Iterator[np.ndarray]:
 def _create(path: Path, shape: tuple[int, ...], dtype: type, chunk_rows: int) -> Writer:
     n = shape[0]
     blocks = [min(chunk_rows, n - start) for start in range(0, n, chunk_rows)]
-    writer = make_writer(path.suffix, os.fspath(path), shape, np.dtype(dtype), blocks)
+    writer = make_writer(os.fspath(path), shape, np.dtype(dtype), blocks)
     writer.create()
     return writer
 

@@ -77,7 +77,7 @@ class InPasses:
 
     def __init__(self, inputs: Inputs, passes: Passes, ranks: int = 1, begun: Begun | None = None):
         self.passes, self._inputs, self._ranks = passes, inputs, ranks
-        self._directory = progress_directory(os.path.abspath(inputs.job.out))
+        self._directory = progress_directory(inputs.job.out)
         # A new name for each run: tasks left over from an overwritten run must not find its files.
         self._place = (begun and begun.place) or f"{SPILL}{uuid.uuid4().hex[:12]}"
         self._done: Collection[int] = begun.done if begun else ()
@@ -157,6 +157,6 @@ def free_for_rows(inputs: Inputs) -> int:
 
     Files of an unfinished run are removed before, a finished output only when this one is complete.
     """
-    directory = progress_directory(os.path.abspath(inputs.job.out))
+    directory = progress_directory(inputs.job.out)
     written = inputs.tokens.shape[0] * inputs.d_out * inputs.tokens.dtype.itemsize
     return max(free_bytes(directory) + bytes_below(directory) - written, 0)

@@ -233,12 +233,11 @@ class Pricing:
 
 def _with_tasks(work: Work, layer: MoELayer, tokens: da.Array, router_tasks: int) -> Work:
     """Count the tasks of a layer's router, shared experts and residual."""
-    around, chunks = layer.around, tokens.numblocks[0]
-    rest = bool(layer.shared is not None or around.between or around.after or around.beyond)
+    steps, chunks = layer.rest.finishes + bool(layer.around.before), tokens.numblocks[0]
     per_chunk = max(router_tasks - 1, 0) // max(chunks, 1)  # one task reads the router's arrays
     tasks = {
-        "chunk_tasks": per_chunk + (rest or layer.residual) + bool(around.before),
-        "tasks": router_tasks - per_chunk * chunks + (rest or layer.residual) + bool(around.before),
+        "chunk_tasks": per_chunk + steps,
+        "tasks": router_tasks - per_chunk * chunks + steps,
     }
     return replace(work, layer=replace(work.layer, **tasks))
 

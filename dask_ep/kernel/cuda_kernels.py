@@ -161,9 +161,9 @@ extern "C" __global__ void gate(
     }
 }
 
-extern "C" __global__ void activate(W *hidden, T *out, long long n, W alpha)
+extern "C" __global__ void activate(W *hidden, T *out, long long n)
 {
-    for EACH(i, n) write(ACTIVATION(hidden[i], alpha), out + i, n);
+    for EACH(i, n) write(ACTIVATION(hidden[i], W(1)), out + i, n);
 }
 
 // Each row's k numbers in ascending order.
@@ -350,11 +350,10 @@ class FusedKernels:
         sizes = map(np.int64, (m, both // 2, out.shape[-1]))
         _launch_rows(kernel, m, (hidden, out, *sizes, *numbers))
 
-    def activate(self, hidden: Array, out: Array, activation: str, alpha: float) -> None:
+    def activate(self, hidden: Array, out: Array, activation: str) -> None:
         """``out = activation(hidden)``, which is `wide`; `out` may be `hidden`."""
         kernel = self._compile("activate", T=out.dtype, activation=activation, parts=_parts(out))
-        arguments = (hidden, out, np.int64(hidden.size), hidden.dtype.type(alpha))
-        kernel(_blocks(hidden.size), (THREADS,), arguments)
+        kernel(_blocks(hidden.size), (THREADS,), (hidden, out, np.int64(hidden.size)))
 
     def combine(
         self,

@@ -128,7 +128,7 @@ class Mlp(Activated):
 
     def _activate_on_device(self, hidden: Array, out: Array) -> None:
         if (kernels := cuda_kernels.kernels(namespace(hidden))) is not None:
-            kernels.activate(hidden, out, self._activation, 1.0)
+            kernels.activate(hidden, out, self._activation)
         else:
             ACTIVATIONS[self._activation](hidden, 1.0)
             write(hidden, out)

@@ -76,6 +76,7 @@ class _Parts:
     shared: Any
     around: Around
     arrays: dict[str, SmallArray]
+    residual: bool
 
     @property
     def d(self) -> int | None:
@@ -106,9 +107,13 @@ class _Parts:
         return self.router.num_experts
 
     @property
-    def widest(self) -> int:
-        """Width of the widest row inside an expert, routed or shared."""
-        return max(self.experts.widest, 0 if self.shared is None else self.shared.widest)
+    def rest(self) -> Rest:
+        """The parts that act after the experts' answers."""
+        around, gate = self.around, self.arrays.get("shared_gate")
+        return Rest(
+            self.shared, gate, around.between, around.after, around.beyond,
+            self.experts.num_experts, self.residual,
+        )  # fmt: skip
 
     @property
     def resident_stored_bytes(self) -> int:
@@ -366,14 +371,10 @@ class MoELayer(_Parts):
         weights: da.Array | None = None,
     ) -> da.Array:
         """Finish rows after their routed experts: (n, d_out), lazy; `beyond` needs the routing."""
-        around = self.around
-        rest = Rest(
-            self.shared, self.arrays.get("shared_gate"), around.between, around.after,
-            around.beyond, self.experts.num_experts, self.residual,
-        )  # fmt: skip
+        rest = self.rest
         if not rest.finishes:
             return routed
-        chosen = [a for a in (indices, weights) if around.beyond is not None and a is not None]
+        chosen = [a for a in (indices, weights) if rest.beyond is not None and a is not None]
         return finish_rows(rows, routed, rest, chosen, self.d_out)
 
     # --- what must hold ---

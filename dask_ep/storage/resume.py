@@ -114,7 +114,7 @@ def begin(
     """
     directory = progress_directory(path)
     manifest = wanted | {"run": uuid.uuid4().hex[:12]}
-    writer = _open_writer(path, manifest, _partial(path, manifest), compressors)
+    writer = _open_writer(manifest, _partial(path, manifest), compressors)
     if compressors is None:
         check_space(path, y, set(), bytes_below(directory))
     try:
@@ -156,7 +156,7 @@ def continue_output(
     if not (done or os.path.exists(partial)):
         overwrite = manifest["overwrite"] or os.path.lexists(path)  # none of its blocks are left
         return begin(y, path, wanted | {"overwrite": overwrite}, compressors)
-    writer = _open_writer(path, manifest, partial, compressors)
+    writer = _open_writer(manifest, partial, compressors)
     if os.path.exists(partial):
         writer.tidy()
         if manifest["complete"] or not done:
@@ -200,7 +200,7 @@ def find_good(path: str, manifest: Mapping[str, Any]) -> dict[int, str]:
     sizes and modification times of its files. If these have changed, its rows are read.
     """
     digests = journal.read_digests(progress_directory(path), manifest["run"])
-    partial = _open_writer(path, manifest, _partial(path, manifest))
+    partial = _open_writer(manifest, _partial(path, manifest))
     spans = list(pairwise(accumulate(manifest["rows"], initial=0)))
     if os.path.exists(partial.path):
         return {b: digests[b] for b in sorted(digests) if partial.holds(*spans[b])}
@@ -210,7 +210,7 @@ def find_good(path: str, manifest: Mapping[str, Any]) -> dict[int, str]:
         with suppress(OSError, ValueError, TypeError):  # it may not be an array any more
             if json.loads(json.dumps(fingerprint_output(path))) == manifest["output"]:
                 return digests
-    return _compare_rows(path, _open_writer(path, manifest, path), spans, digests)
+    return _compare_rows(path, _open_writer(manifest, path), spans, digests)
 
 
 def _compare_rows(
@@ -255,11 +255,8 @@ def _partial(path: str, manifest: Mapping[str, Any]) -> str:
     return os.path.join(progress_directory(path), f"partial-{manifest['run']}{kind}")
 
 
-def _open_writer(
-    path: str, manifest: Mapping[str, Any], place: str, compressors: Any = None
-) -> Writer:
+def _open_writer(manifest: Mapping[str, Any], place: str, compressors: Any = None) -> Writer:
     return make_writer(
-        os.path.splitext(path)[1],
         place,
         tuple(manifest["shape"]),
         np.dtype(manifest["dtype"]),

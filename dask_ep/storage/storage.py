@@ -221,7 +221,7 @@ def store(
             "within one; write elsewhere"
         )
     path = os.path.realpath(os.fspath(path))  # the target of a link is written, not the link
-    _check(y, path, os.path.splitext(path)[1], compressors)
+    _check(y, path, compressors)
     inputs = _name_inputs(inputs)
     wanted = make_manifest(y, inputs, settings or {}, overwrite)
     if stored_rows is not None:
@@ -303,9 +303,9 @@ def _row_chunks(
     return tuple(chunks)
 
 
-def _check(y: da.Array, path: str, kind: str, compressors: Any) -> None:
+def _check(y: da.Array, path: str, compressors: Any) -> None:
     """Raise if the array cannot be written, before any file is changed."""
-    if kind not in KINDS:
+    if os.path.splitext(path)[1] not in KINDS:
         raise ValueError(f"unsupported output format: {path}; use one of {', '.join(KINDS)}")
     if y.ndim == 0:
         raise ValueError("an output must have rows, but this is a single number")
@@ -321,7 +321,7 @@ def _check(y: da.Array, path: str, kind: str, compressors: Any) -> None:
         )
     refuse_masked(y, "an output")
     check_byte_order(y.dtype, "an output")
-    make_writer(kind, path, y.shape, y.dtype, y.chunks[0], compressors)
+    make_writer(path, y.shape, y.dtype, y.chunks[0], compressors)
 
 
 def _name_inputs(inputs: Mapping[str, Any] | Iterable[Any]) -> dict[str, Any]:

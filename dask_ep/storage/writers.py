@@ -203,7 +203,6 @@ class ZarrWriter(Writer):
 
 
 def make_writer(
-    kind: str,
     path: str,
     shape: tuple[int, ...],
     dtype: np.dtype,
@@ -215,8 +214,7 @@ def make_writer(
 
     Parameters
     ----------
-    kind : {".zarr", ".npy", ".safetensors"}
-    path : where to write
+    path : where to write; it ends with .zarr, .npy or .safetensors
     shape, dtype : of the array
     blocks : rows of each block
     compressors : for Zarr, as in `zarr.create_array`
@@ -228,6 +226,7 @@ def make_writer(
     ValueError
         If the format cannot hold this array or these blocks.
     """
+    kind = os.path.splitext(path)[1]
     if kind == ".zarr":
         return ZarrWriter(path, shape, dtype, stored_rows or chunk_rows(blocks), compressors)
     if compressors is not None:

@@ -14,9 +14,8 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from queue import SimpleQueue
@@ -57,7 +56,7 @@ from dask_ep.pricing.price_statistics import PlanOfStatistics
 from dask_ep.storage import bundle
 from dask_ep.storage.files import write_text
 from dask_ep.storage.fingerprint import describe
-from dask_ep.storage.journal import acquire_lock
+from dask_ep.storage.journal import acquire_lock, release_lock
 from dask_ep.storage.output import Output, Receipt, Step, progress_directory, together
 from dask_ep.storage.overwrite_guard import refuse_to_replace_inputs
 from dask_ep.storage.replace import remove
@@ -146,17 +145,14 @@ def collect_job(
     check_report(report)
     directory, inputs = progress_directory(out), open_inputs(job)
     _check_out(out, inputs, wanted, resume, overwrite)
-    if overwrite:
-        for lock in Path(directory).glob("*.progress/lock"):
-            acquire_lock(str(lock.parent))  # raises while another process collects
-        remove(directory)
-    begun = _read_begun(directory)
+    begun = {} if overwrite else _read_begun(directory)
     file = _File(inputs, wanted, out, few_rows)
     asked: dict[str, Any] = {"resume": resume, "overwrite": overwrite}
     if resume and not begun and os.path.lexists(out):
         found = file.complete()
         if wanted.with_output:
             run_job(job, where, resume=True, chunk_rows=chunk_rows, wait=wait)
+        _remove_rest(directory)
         return found
     with (
         deployed(where) as where,
@@ -170,9 +166,12 @@ def collect_job(
             on_client(client)
         if on_course is not None:
             on_course(course)
-        os.makedirs(directory, exist_ok=True)
-        _write_begun(directory, course)
-        with owned_ranks(client, layout.world_size) as owners, ExitStack() as stack:
+        with (
+            _alone(directory, anew=not begun),
+            owned_ranks(client, layout.world_size) as owners,
+            ExitStack() as stack,
+        ):
+            _write_begun(directory, course)
             by = computed_by(where, client, inputs)
             run = _Run(file, course, directory, asked, by, stack)
             wants_record = run.missing and (report or on_record)
@@ -184,7 +183,35 @@ def collect_job(
                 for step in run.steps():
                     compute_step(step, client, threads, watch.tell, wait)
                     memory.release()
-    return replace(file.write(run), reports=reports_of(report, client) if planned else ())
+            found = file.write(run)
+    return replace(found, reports=reports_of(report, client) if planned else ())
+
+
+@contextmanager
+def _alone(directory: str, anew: bool) -> Iterator[None]:
+    """Keep other processes away; with `anew`, remove what earlier ones left."""
+    os.makedirs(directory, exist_ok=True)
+    acquire_lock(directory)
+    try:
+        if anew:
+            _discard(directory)
+        yield
+    finally:
+        release_lock(directory)
+
+
+def _discard(directory: str) -> None:
+    """Remove all but the lock; begun.json first, without which nothing that is left counts."""
+    for name in sorted(os.listdir(directory), key=lambda name: name != "begun.json"):
+        if name != "lock":
+            remove(os.path.join(directory, name))
+
+
+def _remove_rest(directory: str) -> None:
+    """Remove what is left of a finished collection, if a kill has stopped that."""
+    if os.path.isdir(directory):
+        with _alone(directory, anew=True):
+            remove(directory)
 
 
 def _check_out(out: str, inputs: Inputs, wanted: Wanted, resume: bool, overwrite: bool) -> None:
@@ -370,7 +397,8 @@ class _File(NamedTuple):
         metadata = self._words(few, run.collections[0].missing)
         arrays = found | {name: open_source(output.path) for name, output in run.grams.items()}
         bundle.write_bundle(self.path, arrays, metadata)
-        shutil.rmtree(progress_directory(self.path))
+        _discard(progress_directory(self.path))
+        remove(progress_directory(self.path))
         return self._collected(metadata, few)
 
     def _few(self, counts: np.ndarray | None) -> dict[int, int] | None:

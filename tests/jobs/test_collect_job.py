@@ -15,14 +15,13 @@ from pathlib import Path
 from unittest.mock import ANY
 
 import dask
-import dask.array as da
 import numpy as np
 import pytest
 import zarr
 from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
 
-from dask_ep import Experts, collect, open_tokens, store
+from dask_ep import Experts, collect, open_tokens
 from dask_ep.cli import main
 from dask_ep.errors import DoesNotFit, JobError, OutputInUse, ReadError
 from dask_ep.jobs import price_job
@@ -34,6 +33,7 @@ from dask_ep.jobs.run import run_job
 from dask_ep.jobs.verify import verify_job
 from dask_ep.laws.costs import Rates
 from dask_ep.layers.collect import Wanted
+from dask_ep.storage import bundle
 from dask_ep.storage.output import progress_directory
 from tests.checkpoints import FIXTURES
 
@@ -465,15 +465,60 @@ def test_statistics_replace_neither_inputs_nor_the_output(folder):
     assert not (folder / "o.zarr.progress").exists()
 
 
-def test_statistics_that_are_being_collected_are_not_overwritten(folder):
-    wanted, out = asked(folder)
-    directory = Path(progress_directory(str(out)))
-    directory.mkdir()
-    with store(da.zeros((2, 2)), directory / "groups-0.zarr", compute=False):
+@pytest.fixture
+def half_removed(monkeypatch):
+    """Collect, and stop the first removal of a directory, as a kill does, when one file is gone."""
+
+    def half(path, *_, **__):
+        monkeypatch.undo()
+        next(Path(path).rglob("zarr.json")).unlink()
+        raise Stopped
+
+    def collect_until_then(*arguments, **options):
+        monkeypatch.setattr(shutil, "rmtree", half)
+        with pytest.raises(Stopped):
+            collect_job(*arguments, **options)
+
+    return collect_until_then
+
+
+def test_statistics_whose_record_is_half_removed_are_complete(folder, half_removed):
+    half_removed(job(folder), *asked(folder), Threads(1), chunk_rows=30)
+    want = load_file(folder / "stats.safetensors")
+    collect_job(job(folder), *asked(folder), Threads(1), resume=True)
+    assert_same(load_file(folder / "stats.safetensors"), want)
+    assert not os.path.exists(progress_directory(str(folder / "stats.safetensors")))
+
+
+def test_what_is_half_removed_by_overwriting_is_not_resumed(folder, half_removed):
+    def stop(done: int, total: int) -> None:
+        if done > 20:
+            raise Stopped
+
+    begun, again = (job(folder), *asked(folder), Threads(1)), {"chunk_rows": 30}
+    with pytest.raises(Stopped):
+        collect_job(*begun, chunk_rows=4, on_progress=stop)
+    half_removed(*begun, **again, overwrite=True)
+    collect_job(*begun, **again, resume=True)
+    got = load_file(folder / "stats.safetensors")
+    collect_job(*begun, **again, overwrite=True)
+    assert_same(got, load_file(folder / "stats.safetensors"))
+
+
+@pytest.mark.parametrize("option", ["resume", "overwrite"])
+def test_statistics_are_collected_by_one_process_up_to_the_last_byte(folder, monkeypatch, option):
+    whole = bundle.write_bundle
+
+    def write(*arguments):
+        monkeypatch.setattr(bundle, "write_bundle", whole)
         with pytest.raises(OutputInUse, match="has been writing this output since"):
-            collect_job(job(folder), wanted, out, overwrite=True)
-        assert (directory / "groups-0.zarr.progress" / "manifest.json").exists()
-    collect_job(job(folder), wanted, out, overwrite=True)
+            collect_job(job(folder), *asked(folder), Threads(1), chunk_rows=30, **{option: True})
+        assert os.listdir(directory / "groups-0.zarr")
+        whole(*arguments)
+
+    directory = Path(progress_directory(str(folder / "stats.safetensors")))
+    monkeypatch.setattr(bundle, "write_bundle", write)
+    collect_job(job(folder), *asked(folder), Threads(1), chunk_rows=30)
     assert not directory.exists()
 
 

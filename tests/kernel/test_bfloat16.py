@@ -528,6 +528,14 @@ def test_a_job_tells_its_precision_and_is_verified_by_it(job, library):
     assert errors["float32"] < 1e-6 < 1e-4 < errors["bfloat16"]
 
 
+def test_a_job_in_float64_is_not_verified_as_if_it_were_rounded(job):
+    np.save(job.tokens, np.load(job.tokens).astype("f8"))
+    job = replace(job, precision="bfloat16")
+    run_job(job, Threads(1))
+    found = verify_job(job)
+    assert (found.good, found.tolerance) == (True, TOLERANCES["float64"])
+
+
 def test_a_job_says_what_multiplies(job, library, float32_products):
     assert run_job(job, Threads(1)).multiplied_by == blas.multiplies_by()
 

@@ -389,8 +389,9 @@ def _computed(
                 done += chunks[message]
                 on_progress(done, sum(chunks))
     finally:
-        if client is not None:
-            client.cancel([*futures, whole])
+        if client is not None:  # only tasks on which no other depends may be cancelled
+            client.cancel([whole])
+            client.cancel(futures)
     assert found is not None  # set when all tasks are done
     return found.item()
 

@@ -188,15 +188,16 @@ def _arithmetic(job: Job, inputs: Inputs, output: Source, tolerance: float | Non
 
 
 def open_output(path: str) -> Source:
-    """Open a complete output.
+    """Open a complete output, or another array file.
 
     Raises
     ------
     FileNotFoundError
         If there is none, or it is incomplete; the message says how much is done.
     """
-    there = exists(path)
-    manifest = journal.read_manifest(progress_directory(path))
+    file = path.partition("::")[0]
+    there, directory = exists(file), progress_directory(file)
+    manifest = journal.read_manifest(directory)
     if not there and manifest is None:
         raise FileNotFoundError(errno.ENOENT, "no output yet; run the job", path)
     if manifest is not None and manifest["complete"] and not there:
@@ -206,7 +207,7 @@ def open_output(path: str) -> Source:
             path,
         )
     if manifest is not None and not manifest["complete"]:
-        done = len(journal.read_done(progress_directory(path), manifest["run"]))
+        done = len(journal.read_done(directory, manifest["run"]))
         raise FileNotFoundError(
             errno.ENOENT,
             f"the output is incomplete: {done} of {len(manifest['rows'])} blocks are done; "

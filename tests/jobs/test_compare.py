@@ -12,8 +12,10 @@ import dask.array as da
 import numpy as np
 import pytest
 from click.testing import CliRunner
+from distributed.scheduler import Scheduler
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from safetensors.numpy import save_file
 
 from dask_ep import load_moe_layer, store
 from dask_ep.cli.main import cli
@@ -317,6 +319,31 @@ def test_other_layouts_of_the_same_layer_are_equal(tokens):
     assert (found.layer, found.difference.largest, found.difference.moved) == (1, 0.0, 0)
     assert found.tensors.only_b == {"experts.down_proj": 1, "experts.gate_up_proj": 1}
     assert found.tensors.only_a["experts.*.up_proj.weight"] == 10
+
+
+@pytest.mark.slow
+def test_a_comparison_on_workers_leaves_no_error_at_the_scheduler(tmp_path, monkeypatch):
+    cancel, failed = Scheduler.stimulus_cancel, []
+
+    def watched(*arguments, **more):
+        failed.append(True)
+        cancel(*arguments, **more)
+        failed.pop()
+
+    monkeypatch.setattr(Scheduler, "stimulus_cancel", watched)
+    np.save(tmp_path / "a.npy", np.ones((100, 2)))
+    found = compare_outputs(*[tmp_path / "a.npy"] * 2, Processes(1), chunk_rows=5)
+    assert (found.difference.rows, failed) == (100, [])
+
+
+def test_tensors_of_a_file_are_outputs_and_routings(tmp_path):
+    tensors = {"y": np.eye(4), "z": 2 * np.eye(4), "routing": np.arange(4)}
+    save_file(tensors, tmp_path / "all.safetensors")
+    y, z, routing = (f"{tmp_path}/all.safetensors::{name}" for name in tensors)
+    found = compare_outputs(y, z, Threads(1), routing=[routing])
+    assert (found.difference.largest, found.difference.num_experts) == (1, 4)
+    with pytest.raises(FileNotFoundError, match="no output yet"):
+        compare_outputs(y, f"{tmp_path}/none.safetensors::z", Threads(1))
 
 
 def test_outputs_and_their_routings(tmp_path):

@@ -13,6 +13,7 @@ from collections import deque
 from collections.abc import Callable, Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
+from contextvars import copy_context
 from typing import Any, Generic, TypeVar
 
 from dask.system import CPU_COUNT
@@ -41,10 +42,13 @@ class Together(Generic[Result]):
         self._error: BaseException | None = None
 
     def invite(self, most: int | None = None) -> None:
-        """Let the process's reading threads take part as soon as they are free; at most `most`."""
+        """Let the process's reading threads take part as soon as they are free; at most `most`.
+
+        They do so in this thread's context, in which a source finds the worker that reads it.
+        """
         helpers = min(READERS, len(self.waiting) - 1, READERS if most is None else most)
         for _ in range(helpers):
-            readers.submit(self.take_part)
+            readers.submit(copy_context().run, self.take_part)
 
     def take_part(self) -> None:
         """Take steps until none is left that no thread has begun."""

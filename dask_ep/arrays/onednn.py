@@ -126,11 +126,10 @@ class OneDnn(Kernels):
         return ways[0] == ways[1] and PANEL % wide == 0 and across == k * wide
 
     def scale(self, numbers: np.ndarray, scales: np.ndarray, out: np.ndarray) -> bool:
-        """Write numbers (n, w) of int8, uint8 or bfloat16, times scales (n, 1), (1, w) or (1, 1),
+        """Write numbers (n, w) of int8, uint8 or bfloat16, each times one of scales (n,) or (1,),
         to `out` (n, w), float32 or rounded to bfloat16, and return True; False if the library
         cannot."""
-        axes = [axis for axis, length in enumerate(scales.shape) if length > 1]
-        return self.run(SCALE, (numbers, out, scales.reshape(-1)), tuple(axes))
+        return self.run(SCALE, (numbers, out, scales))
 
     def widened(self, w: Matrix) -> np.ndarray:
         """Copy a matrix of bfloat16, packed or not, to one of float32."""

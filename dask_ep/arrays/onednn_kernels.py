@@ -86,7 +86,7 @@ Matrix = np.ndarray | Packed
 
 PRODUCT, COPY, SCALE = "product", "copy", "scale"
 """What a kernel does: write x @ w to `out`; copy one matrix to another; or copy it times a scale
-for each row or column, or one for all."""
+for each row, or one for all."""
 
 
 class Kernels:
@@ -155,7 +155,8 @@ class Kernels:
         if what == PRODUCT:
             described = self._product(arrays, then)
         else:
-            described = self._copy(layouts[0], layouts[1], then)
+            scales = arrays[2].shape[0] if what == SCALE else 0
+            described = self._copy(layouts[0], layouts[1], scales)
         if described is None:
             return None
         name = ctypes.c_char_p()
@@ -191,15 +192,12 @@ class Kernels:
         layouts = self._layout(x, rows), self._layout(w), None, self._layout(out, rows)
         return self._described("matmul", self._engine, *layouts, options)
 
-    def _copy(
-        self, source: _Handle | None, to: _Handle | None, axes: tuple[int, ...] | None = None
-    ) -> _Handle | None:
-        """`axes` are those along which there are several scales; None if there is no scale."""
+    def _copy(self, source: _Handle | None, to: _Handle | None, scales: int = 0) -> _Handle | None:
+        """`scales` is their number: one for each row, one for all, or none."""
         options = None
-        if axes is not None:
+        if scales:
             options = self._new("primitive_attr")
-            mask = sum(1 << axis for axis in axes)
-            self._do("primitive_attr_set_scales_mask", options, _SOURCE, mask)
+            self._do("primitive_attr_set_scales_mask", options, _SOURCE, int(scales > 1))
         return self._described("reorder", source, self._engine, to, self._engine, options)
 
     def packed_bytes(self, w: np.ndarray) -> int | None:

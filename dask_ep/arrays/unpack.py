@@ -192,22 +192,15 @@ def _scale_in_one_pass(
     library, (r, columns) = installed_onednn(), rows.shape
     if library is None or rows.size < SMALLEST_PASS or numbers.dtype not in SCALED:
         return False
-    values = np.ascontiguousarray(values)
     bands, blocks = values.shape
-    if values.size == 1:
-        return library.scale(numbers, values, rows)
-    if r % bands:
-        return False
-    if wide == 1 and blocks > 1:
-        each = zip(np.split(numbers, bands), values, np.split(rows, bands), strict=True)
-        return all(library.scale(some, one[None], to) for some, one, to in each)
-    wide = columns if blocks == 1 else wide
-    if columns != blocks * wide:
-        return False
-    if blocks > 1:
-        numbers, rows = numbers.reshape(-1, wide), rows.reshape(-1, wide)
-    values = values if bands == r else np.repeat(values, r // bands, axis=0)
-    return library.scale(numbers, values.reshape(-1, 1), rows)
+    if values.size > 1:
+        wide = columns if blocks == 1 else wide
+        if wide == 1 or columns != blocks * wide or r % bands:
+            return False  # a scale for each column is as fast with NumPy
+        if blocks > 1:
+            numbers, rows = numbers.reshape(-1, wide), rows.reshape(-1, wide)
+        values = values if bands == r else np.repeat(values, r // bands, axis=0)
+    return library.scale(numbers, np.ascontiguousarray(values).reshape(-1), rows)
 
 
 def _in_long_rows(ufunc: np.ufunc, rows: np.ndarray, values: np.ndarray) -> None:

@@ -126,7 +126,8 @@ class Kernels:
 
         Overhead must be small: products of few rows take some 20 us.
         """
-        threads = 1 if what == SCALE else _limit or self._all_threads  # callers are many for that
+        # Codes are scaled by many threads at a time: a thread each is enough.
+        threads = 1 if what == SCALE else _limit or self._all_threads
         self._set_threads(threads)  # OpenMP's number of threads is a setting of each calling thread
         key = (what, then, threads, *map(_kind, arrays))
         try:
@@ -147,7 +148,7 @@ class Kernels:
     def _new_kernel(
         self, bench: _Bench, what: str, arrays: tuple[Matrix, ...], then: Any
     ) -> _Kernel | None:
-        """None if the library has no kernel, or only its reference one of plain loops."""
+        """None if the library has no kernel, or only one of plain loops, slower than NumPy."""
         if not all(map(_lies_well, arrays)):
             return None
         layouts = self._in_pairs(*arrays) if what == COPY else None
@@ -161,7 +162,8 @@ class Kernels:
             return None
         name = ctypes.c_char_p()
         self._do("primitive_desc_query", described, _ITS_NAME, 0, ctypes.byref(name))
-        if any(slow in (name.value or b"") for slow in (b"ref", b"simple:any")):
+        slow = (b"ref", b"simple") if what == SCALE else (b"ref",)
+        if any(kind in (name.value or b"") for kind in slow):
             return None
         scratch = self._part(described, _ITS_SCRATCH)
         memories = [self._new("memory", each, self._engine, None) for each in (*layouts, scratch)]

@@ -89,7 +89,7 @@ def apply_shared(ufunc: np.ufunc, rows: np.ndarray, values: np.ndarray, wide: in
         ufunc(rows, np.repeat(values, wide, axis=1)[:, :columns], out=rows)
 
 
-def less(
+def subtract_zeros(
     numbers: np.ndarray,
     zeros: np.ndarray | float,
     wide: int,

@@ -27,9 +27,9 @@ from dask_ep.arrays.unpack import (
     BFLOAT16,
     IN_CACHE,
     Rounding,
-    less,
     scale_into,
     split_factor,
+    subtract_zeros,
 )
 from dask_ep.errors import ReadError
 from dask_ep.experts.codings import FLOAT8, coding
@@ -206,7 +206,7 @@ class QuantizedSource(Source):
             numbers = decode(stored_rows, room, spare).reshape(len(rows), width)
             numbers = numbers[:, : rows.shape[1]]
             zero = _of_rows(zeros, bands, picked)
-            numbers = less(numbers, zero, wide, spare, few_bits=codes.table.shape[1] == 2)
+            numbers = subtract_zeros(numbers, zero, wide, spare, few_bits=codes.table.shape[1] == 2)
             if room is rows and numbers.dtype == rows.dtype:
                 numbers = rows
             scale_into(rows, numbers, _of_rows(scales, bands, picked), wide, rounding)

@@ -21,11 +21,12 @@ from dask_ep.storage.source import File, Region, Source
 
 _HEADER_BLOCK = 1 << 16  # bytes to fetch at a time when reading a header
 
-PIECE_BYTES, PIECES = 8 << 20, 4
-"""Bytes of a request at most, and how many requests are made at the same time, where the file
-system can: an object store answers each with some tens of MB per second."""
+PIECE_BYTES = 8 << 20
+"""Bytes of a request at most."""
 
-AT_ONCE = PIECE_BYTES * PIECES
+AT_ONCE = 4 * PIECE_BYTES
+"""Bytes that are requested at the same time, where the file system can: an object store answers
+each request with some tens of MB per second."""
 
 JOINED_BYTES = AT_ONCE
 """Maximum bytes that are fetched for several tensors together: few enough to be covered by the

@@ -18,7 +18,7 @@ from dask_ep.arrays import blas
 from dask_ep.arrays.blas import bfloat16_library
 from dask_ep.arrays.onednn_kernels import Packed
 from dask_ep.errors import JobError
-from dask_ep.experts.quantized import float8
+from dask_ep.experts.quantized import QuantizedSource, float8
 from dask_ep.experts.stored_experts import held_as_stored
 from dask_ep.jobs.backends import Threads
 from dask_ep.jobs.build import open_inputs
@@ -493,6 +493,16 @@ def test_8_bits_with_powers_of_two_become_bfloat16(scales, library):
     assert experts.load()[0].W.dtype == bf16
     known = scales != np.float32  # the plan reads no scales
     assert experts.loaded_bytes(np.dtype("f4")) == 8 * 12 * (2 if known else 4)
+
+
+def test_they_are_not_decoded_to_float32_first(library, monkeypatch):
+    values = some(2, 8, 12, dtype=ml_dtypes.float8_e4m3fn)
+    powers = np.full((2, 2, 1), 0.25).astype(ml_dtypes.float8_e8m0fnu)
+    experts = Experts.linear(float8(open_source(values), open_source(powers), (4, 12)))
+    monkeypatch.setattr(QuantizedSource, "read", None)
+    for e in range(2):
+        want = values[e].astype("f4") * np.float32(0.25)
+        np.testing.assert_array_equal(experts.load([e])[0].W.astype("f4"), want)
 
 
 # --- jobs ----------------------------------------------------------------------------------------
